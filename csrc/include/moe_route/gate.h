@@ -1,0 +1,188 @@
+// The gate: score, steer, select, weigh and count router logits in one pass.
+//
+// This header is the contract that every backend (csrc/cpu/gate*.cpp, later csrc/cuda/gate.cu) implements and
+// every caller (csrc/torch) fills in. It knows nothing of torch: raw pointers, sizes and plain structs that
+// host and device share.
+//
+//   logits [T, E]  ->  weights [T, k], ids [T, k] int32, and int64 tables that are added to in place.
+//
+// Order of choice: forced-on experts first, then the larger value, then the lower expert index. NaN ranks
+// below every number (and below -inf). Forbidden and forced-off-out-of-room experts leave a slot empty: id
+// -1, weight 0. Ids of a row are unique. The result of a row depends on nothing but that row, whatever the
+// instruction set, thread count or batch split.
+#pragma once
+#include <cstdint>
+
+namespace moe_route {
+
+enum class DType : int32_t {
+  kFloat32 = 0,
+  kBFloat16 = 1,
+  kFloat16 = 2,
+  kFloat64 = 3,
+  kInt32 = 4,
+  kInt64 = 5
+};
+
+// How a model turns router logits into scores over all experts.
+enum class Score : int32_t { kSoftmax = 0, kSigmoid = 1, kSqrtSoftplus = 2, kIdentity = 3, kSparseMixer = 4 };
+// kScoreThenTopK: select on score(z) + correction bias, the weight is the score of the chosen.
+// kTopKThenScore: select on z + correction bias, the weight is score() taken over the chosen logits only.
+enum class Order : int32_t { kScoreThenTopK = 0, kTopKThenScore = 1 };
+enum class GroupScore : int32_t { kMax = 0, kTopTwoSum = 1 };
+// kSum: w / (sum + eps).  kClamp: w / max(sum, eps).  kNorm: w / (sum |w|^p)^(1/p), p = GateSpec::norm_p.
+enum class Renormalise : int32_t { kNone = 0, kSum = 1, kClamp = 2, kNorm = 3 };
+
+// How the model routes. Plain data, one per router.
+struct GateSpec {
+  Score score = Score::kSoftmax;
+  Order order = Order::kScoreThenTopK;
+  GroupScore group_score = GroupScore::kTopTwoSum;
+  Renormalise renormalise = Renormalise::kNone;
+  int32_t groups = 1;       // expert groups; E % groups == 0
+  int32_t top_groups = 1;   // groups that stay eligible
+  float group_fill = 0.0f;  // what an excluded group's selection value becomes (-inf, or 0 in some models:
+                            // then still selectable)
+  float eps = 0.0f;
+  float norm_p = 1.0f;
+  float scale = 1.0f;   // routed scaling factor, after renormalisation
+  float jitter = 0.0f;  // SparseMixer: threshold 2 * jitter (k <= 2)
+};
+
+// Steering tables: float32 [rows, planes present, E], planes in the order of their bits. A token picks a row,
+// or -1 for none.
+//   z' = z * kScale / temperature + kBias + kStd * std(z) + kMagnitude * |z|     (std, |z| of the raw z over
+//   allowed experts)
+enum SteeringPlane : uint32_t {
+  kScale = 1u << 0,      // factor on the logit, neutral 1
+  kBias = 1u << 1,       // added, neutral 0
+  kStd = 1u << 2,        // added times std(z), neutral 0                          [arXiv 2510.04694 eq. 4]
+  kMagnitude = 1u << 3,  // added times |z|, neutral 0                             [arXiv 2601.14050]
+  kScoreBias = 1u
+      << 4,  // added on the score scale, neutral 0 (choosing only, or weighting too: kRowScoreBiasWeighs)
+  kWeightScale = 1u
+      << 5,  // factor on the chosen weight, neutral 1 (before or after renormalisation: kRowWeightScaleAfter)
+  kForce = 1u << 6,  // a Force code, neutral 0
+};
+// Codes of the kForce plane. They decide selection by key bits, never by arithmetic; the number says what the
+// *weight* is made of: paper: the logit becomes the row's natural max / min over allowed experts before
+// scoring [arXiv 2510.04694 eq. 5]; steermoe: max + 0.01 / min - 0.01 of the row's log-softmax [arXiv
+// 2509.09660]; natural: the expert's own (steered) logit. Off experts are chosen last but still before a slot
+// stays empty. A forbidden expert is never chosen and is not "allowed".
+enum Force : int32_t {
+  kForceNone = 0,
+  kOnPaper = 1,
+  kOnSteerMoE = 2,
+  kOnNatural = 3,
+  kOffPaper = -1,
+  kOffSteerMoE = -2,
+  kOffNatural = -3,
+  kForbid = -4,
+};
+// Columns of the per-row parameters, float32 [rows, kRowParams].
+enum RowParam : int32_t {
+  kRowTemperature = 0,       // neutral 1
+  kRowTopK = 1,              // 0 = the model's k, else 1..k: later slots stay empty (id -1)
+  kRowStdCorrection = 2,     // 0 population, 1 sample
+  kRowScoreBiasWeighs = 3,   // 0 = kScoreBias chooses only, 1 = it also changes the weight
+  kRowWeightScaleAfter = 4,  // 0 = kWeightScale before renormalisation, 1 = after
+  kRowParams = 5,
+};
+struct GateSteering {
+  const float* tables = nullptr;      // [rows, popcount(planes), E]
+  const float* row_params = nullptr;  // [rows, kRowParams] or null for neutral
+  const int32_t* remap = nullptr;     // [rows, E] or null: expert e -> remap[e] (or -1: dropped) after
+                                      // selection; duplicates merge, weights add up
+  int64_t rows = 0;
+  uint32_t planes = 0;
+};
+
+// Token table: int32 [T, kTokenColumns]. An index outside its table counts as -1.
+enum TokenColumn : int32_t {
+  kTokenSteeringRow = 0,  // -1 = leave this token alone
+  kTokenGroup = 1,        // row of the group statistics, -1 = not counted
+  kTokenSegment = 2,      // row of the segment (sequence) statistics, -1 = not counted
+  kTokenValid = 3,        // 0 = padding: ids -1, weights 0, in no statistic, its logits are never read
+  kTokenColumns = 4,
+};
+
+// A choice that exists already: the model's own (kNatural) or one to replay (kReplay). ids [T, k], a row that
+// starts with -1 has none.
+//   kNatural: unsteered rows return it unchanged; for steered rows it is the natural choice that
+//   kNaturalCounts and flips compare with. kReplay:  every row returns these ids; weights are recomputed from
+//   the (steered) scores. Out-of-range ids give weight 0, id -1.
+enum class GivenMode : int32_t { kNone = 0, kNatural = 1, kReplay = 2 };
+struct GateGiven {
+  const void* ids = nullptr;      // kInt32 or kInt64
+  const void* weights = nullptr;  // null: recomputed from the logits; else kFloat32, kBFloat16 or kFloat16
+  DType ids_type = DType::kInt32;
+  DType weights_type = DType::kFloat32;
+  GivenMode mode = GivenMode::kNone;
+};
+
+// Statistics tables: int64, one row per group (or segment): kStatScalars scalars, then one plane of E per bit
+// that is set. Fixed point: unit 2^-32, each token's term rounded once (nearest even), so sums do not depend
+// on order and merge exactly.
+enum StatPlane : uint32_t {
+  kCounts = 1u << 0,         // times an expert was chosen
+  kMass = 1u << 1,           // fixed point: score over all experts, divided by its sum over the experts
+  kWeight = 1u << 2,         // fixed point: weight of the chosen, as the model uses it
+  kShare = 1u << 3,          // fixed point: weight of the chosen divided by the row's sum of weights
+  kNaturalCounts = 1u << 4,  // times an expert would have been chosen without steering
+};
+enum StatScalar : int32_t {
+  kStatTokens = 0,    // tokens counted
+  kStatSlots = 1,     // sum over tokens of k(token)
+  kStatEmpty = 2,     // slots that stayed empty: sum of counts + empty = slots
+  kStatUnscored = 3,  // tokens left out of mass and entropy (scores all zero, or not finite)
+  kStatEntropy = 4,   // fixed point, nats: entropy of the normalised scores
+  kStatSteered = 5,   // tokens with a steering row
+  kStatFlipped = 6,   // chosen slots outside the natural choice (needs kNaturalCounts)
+  kStatMoved = 7,     // fixed point: share of the weight on such slots (needs kNaturalCounts)
+  kStatScalars = 8,
+};
+struct GateStatistics {
+  int64_t* groups = nullptr;    // [num_groups, kStatScalars + popcount(planes) * E] or null
+  int64_t* segments = nullptr;  // [num_segments, same row] or null
+  int64_t num_groups = 0;
+  int64_t num_segments = 0;
+  uint32_t planes = 0;   // the same for both
+  bool entropy = false;  // accumulate kStatEntropy (with kMass's normalised scores)
+};
+
+struct GateArgs {
+  const void* logits = nullptr;         // [T, E], unit stride inside a row
+  int64_t row_stride = 0;               // elements
+  int64_t tokens = 0;                   // T
+  DType logits_type = DType::kFloat32;  // kFloat64 computes in double on CPU (portable only)
+  int32_t experts = 0;                  // E, 1..4096
+  int32_t k = 0;                        // 1..min(E, 64)
+  GateSpec spec;
+  const float* correction_bias = nullptr;  // [E], for choosing only
+  const float* expert_scale = nullptr;     // [E], factor on the final weight of the chosen
+  GateSteering steering;
+  const int32_t* token_table = nullptr;  // [T, kTokenColumns] or null: row -1, group 0, segment -1, valid
+  GateGiven given;
+  GateStatistics statistics;
+  void* weights = nullptr;  // [T, k] float32 (float64 for kFloat64 logits); null: not wanted (counting only)
+  int32_t* ids = nullptr;   // [T, k]; null: not wanted (counting only)
+};
+
+namespace cpu {
+
+enum class InstructionSet : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+const char* name(InstructionSet);
+// Best set this processor and build can run; MOE_ROUTE_ISA=portable|avx2|avx512 in the environment lowers it.
+InstructionSet best_instruction_set();
+bool supported(InstructionSet);
+// In force now; set_instruction_set throws std::invalid_argument where it is not supported (used by tests).
+InstructionSet instruction_set();
+void set_instruction_set(InstructionSet);
+
+// Rows [begin, end) on the calling thread, with statistics added to `args.statistics` without
+// synchronisation. Workers pass tables of their own and add them up: sums are integers, so the result is the
+// same bits.
+void gate_rows(const GateArgs& args, int64_t begin, int64_t end);
+
+}  // namespace cpu
+}  // namespace moe_route
