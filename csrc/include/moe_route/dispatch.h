@@ -4,9 +4,10 @@
 // dispatch is a stable counting sort of the T * k routed slots by expert. A slot whose id is negative or >= E
 // is skipped. With `block` > 1 every expert's range starts at a multiple of `block` rows; rows between an
 // expert's end and the next start belong to no slot.
-//   offsets [E + 1]  row where expert e starts (offsets[E] = rows in all, padded)        counts [E] real rows
-//   of expert e order   [capacity] slot (t * k + j) that row r serves, or -1 for padding inverse [T * k] row
-//   of a slot, or -1 if skipped
+//   offsets [E + 1]   row where expert e starts (offsets[E] = rows in use, padding included)
+//   counts  [E]       real rows of expert e
+//   order   [capacity]  slot (t * k + j) that row r serves, or -1 where it serves none
+//   inverse [T * k]   row of a slot, or -1 if skipped
 // Deterministic: inside an expert rows keep the order of their slots, whatever the number of threads.
 #pragma once
 #include <cstdint>
@@ -21,12 +22,17 @@ struct DispatchArgs {
   int64_t slots = 0;  // T * k
   int32_t experts = 0;
   int32_t block = 1;
-  int64_t capacity = 0;  // rows of `order`: slots + experts * (block - 1) is always enough
+  int64_t capacity = 0;  // rows of `order`, at least dispatch_capacity(slots, experts, block)
   int64_t* offsets = nullptr;
   int64_t* counts = nullptr;
   int64_t* order = nullptr;
   int64_t* inverse = nullptr;
 };
+
+// Rows that always suffice: no expert wastes more than block - 1.
+inline int64_t dispatch_capacity(int64_t slots, int64_t experts, int64_t block) {
+  return slots + experts * (block - 1);
+}
 
 // rows[inverse[t * k + j]] = x[t]. Each source row is read once. Rows that serve no slot are set to zero.
 struct PermuteArgs {
@@ -37,22 +43,23 @@ struct PermuteArgs {
   int64_t tokens = 0, k = 0, row_bytes = 0, capacity = 0;
 };
 
-// out[t] = residual[t] + sum_j weights[t, j] * rows[inverse[t, j]], accumulated in float32 in the order of j,
-// rounded once. Slots with inverse -1 are skipped: their rows are never read. No atomics.
+// out[t] = residual[t] + sum_j weights[t, j] * rows[inverse[t, j]], accumulated in float32 (float64 for
+// kFloat64 rows) in the order of j, rounded once. Slots with inverse -1 are skipped: their rows are never
+// read. No atomics.
 struct CombineArgs {
   const void* rows = nullptr;        // [capacity, H]
-  const float* weights = nullptr;    // [T, k]
+  const void* weights = nullptr;     // [T, k] float32, or float64 where `type` is kFloat64
   const int64_t* inverse = nullptr;  // [T, k]
   const void* residual = nullptr;    // [T, H] or null
   void* out = nullptr;               // [T, H]
   DType type = DType::kFloat32;      // of rows, residual and out
-  int64_t tokens = 0, k = 0, hidden = 0;
+  int64_t tokens = 0, k = 0, hidden = 0, capacity = 0;
 };
 
 namespace cpu {
-// Whole problems; `parallel(n, body)` runs body(begin, end) over [0, n) on as many threads as the caller
-// allows.
-using ParallelBody = void (*)(void* context, int64_t begin, int64_t end);
+// Whole problems. `parallel(n, grain, body, context)` runs body(begin, end, context) over [0, n), in pieces
+// of at least `grain`, on as many threads as the caller allows.
+using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
 using Parallel = void (*)(int64_t n, int64_t grain, ParallelBody body, void* context);
 void dispatch(const DispatchArgs& args, Parallel parallel, int threads);
 void permute(const PermuteArgs& args, Parallel parallel);

@@ -7,9 +7,23 @@
 //   logits [T, E]  ->  weights [T, k], ids [T, k] int32, and int64 tables that are added to in place.
 //
 // Order of choice: forced-on experts first, then the larger value, then the lower expert index. NaN ranks
-// below every number (and below -inf). Forbidden and forced-off-out-of-room experts leave a slot empty: id
-// -1, weight 0. Ids of a row are unique. The result of a row depends on nothing but that row, whatever the
-// instruction set, thread count or batch split.
+// below every number (and below -inf). Where nothing is left to choose a slot stays empty (id -1, weight 0);
+// empty slots are the last ones of a row, except that a given choice keeps its own places. Ids of a row are
+// unique. The result of a row depends on nothing but that row, whatever the instruction set, thread count or
+// batch split.
+//
+// Values that are not plain numbers, on every backend:
+// - NaN logit: ranks last, its score and weight are 0. An all-NaN row chooses 0..k-1 with weights 0.
+// - +inf logit: under softmax the +inf share the weight equally and the rest get 0.
+// - -inf logit: score exp(-inf) = 0. A row of nothing else chooses 0..k-1 with weights 0.
+// - Renormalising: a sum of 0 leaves the weights 0; infinite weights (identity or sqrt-softplus of +inf)
+//   share equally and the rest get 0. NaN weights come from infinite steering entries alone.
+// - Unscored: a token whose scores have no finite positive sum, or (identity) a negative one among them, is
+//   left out of mass and entropy and counted in kStatUnscored.
+// - Underflow: exp below 2^-126 is 0 (math.h).
+//
+// Softmax + kScoreThenTopK + kSum with eps 0 and no weighing score bias has the bits of kTopKThenScore: the
+// sum over all experts cancels, so it is never formed and cannot underflow.
 #pragma once
 #include <cstdint>
 
@@ -41,34 +55,44 @@ struct GateSpec {
   Renormalise renormalise = Renormalise::kNone;
   int32_t groups = 1;       // expert groups; E % groups == 0
   int32_t top_groups = 1;   // groups that stay eligible
-  float group_fill = 0.0f;  // what an excluded group's selection value becomes (-inf, or 0 in some models:
-                            // then still selectable)
+  float group_fill = 0.0f;  // what an excluded group's selection values become (NaN stays NaN): -inf, or 0 in
+                            // some models, then still selectable
   float eps = 0.0f;
   float norm_p = 1.0f;
-  float scale = 1.0f;   // routed scaling factor, after renormalisation
-  float jitter = 0.0f;  // SparseMixer: threshold 2 * jitter (k <= 2)
+  float scale = 1.0f;  // routed scaling factor, after renormalisation
+  // SparseMixer (Phi, evaluation): slot j weighs exp(z - m) / sum exp(z - m) over the experts not chosen
+  // before it with (m - z) / max(|z|, m) <= 2 * jitter, where m is the largest of those not chosen before; 0
+  // where the chosen itself fails the test (possible only if forced or replayed).
+  float jitter = 0.0f;
 };
 
 // Steering tables: float32 [rows, planes present, E], planes in the order of their bits. A token picks a row,
 // or -1 for none.
-//   z' = z * kScale / temperature + kBias + kStd * std(z) + kMagnitude * |z|     (std, |z| of the raw z over
-//   allowed experts)
+//   z' = z * kScale / temperature + kBias + kStd * std(z) + kMagnitude * |z|     (std, |z| of the raw z)
+// std is taken over the finite logits of allowed experts, 0 where there are too few of them. An entry with
+// its neutral value leaves its logit bit for bit alone (0 x infinity never arises), and a row of neutral
+// entries is no steering at all. Then force, then score.
 enum SteeringPlane : uint32_t {
   kScale = 1u << 0,      // factor on the logit, neutral 1
   kBias = 1u << 1,       // added, neutral 0
   kStd = 1u << 2,        // added times std(z), neutral 0                          [arXiv 2510.04694 eq. 4]
   kMagnitude = 1u << 3,  // added times |z|, neutral 0                             [arXiv 2601.14050]
-  kScoreBias = 1u
-      << 4,  // added on the score scale, neutral 0 (choosing only, or weighting too: kRowScoreBiasWeighs)
-  kWeightScale = 1u
-      << 5,  // factor on the chosen weight, neutral 1 (before or after renormalisation: kRowWeightScaleAfter)
-  kForce = 1u << 6,  // a Force code, neutral 0
+  // Added to what selection compares (the score, or the logit under kTopKThenScore), neutral 0. Choosing
+  // only, or, with kRowScoreBiasWeighs, weighing too. Mass and entropy never see it.
+  kScoreBias = 1u << 4,
+  // Factor on the weight of the chosen, neutral 1. Before or after renormalisation: kRowWeightScaleAfter.
+  kWeightScale = 1u << 5,
+  kForce = 1u << 6,  // a Force code, neutral 0 (as is anything that is no code)
 };
-// Codes of the kForce plane. They decide selection by key bits, never by arithmetic; the number says what the
-// *weight* is made of: paper: the logit becomes the row's natural max / min over allowed experts before
-// scoring [arXiv 2510.04694 eq. 5]; steermoe: max + 0.01 / min - 0.01 of the row's log-softmax [arXiv
-// 2509.09660]; natural: the expert's own (steered) logit. Off experts are chosen last but still before a slot
-// stays empty. A forbidden expert is never chosen and is not "allowed".
+// Codes of the kForce plane. They decide selection by class (on, none, off), never by arithmetic; the number
+// says what the *weight* is made of:
+// - paper: the logit becomes the row's natural max / min before scoring [arXiv 2510.04694 eq. 5]
+// - steermoe: all logits of the row become log-softmax, the forced one its max + 0.01 / min - 0.01
+//   [arXiv 2509.09660]
+// - natural: the expert's own (steered) logit
+// Natural max, min and log-sum-exp are those of the raw logits of allowed experts, NaN left out. Off experts
+// are chosen last but still before a slot stays empty. A forbidden expert is never chosen, is not "allowed",
+// and has no score.
 enum Force : int32_t {
   kForceNone = 0,
   kOnPaper = 1,
@@ -91,8 +115,10 @@ enum RowParam : int32_t {
 struct GateSteering {
   const float* tables = nullptr;      // [rows, popcount(planes), E]
   const float* row_params = nullptr;  // [rows, kRowParams] or null for neutral
-  const int32_t* remap = nullptr;     // [rows, E] or null: expert e -> remap[e] (or -1: dropped) after
-                                      // selection; duplicates merge, weights add up
+  // [rows, E] or null: expert e -> remap[e] (out of range: dropped) once weights are final. Duplicates merge
+  // into the first slot, weights add up, the slots freed are left empty at the end of the row. Not under
+  // kReplay.
+  const int32_t* remap = nullptr;
   int64_t rows = 0;
   uint32_t planes = 0;
 };
@@ -106,11 +132,13 @@ enum TokenColumn : int32_t {
   kTokenColumns = 4,
 };
 
-// A choice that exists already: the model's own (kNatural) or one to replay (kReplay). ids [T, k], a row that
-// starts with -1 has none.
-//   kNatural: unsteered rows return it unchanged; for steered rows it is the natural choice that
-//   kNaturalCounts and flips compare with. kReplay:  every row returns these ids; weights are recomputed from
-//   the (steered) scores. Out-of-range ids give weight 0, id -1.
+// A choice that exists already. ids [T, k]; a row that starts with -1 has none. Ids out of range become -1
+// with weight 0, in place.
+// - kNatural, the model's own: unsteered rows return it unchanged; for steered rows it is the natural choice
+//   that kNaturalCounts and flips compare with.
+// - kReplay: every row returns these ids; weights are always recomputed from the (steered) scores, and
+// kRowTopK
+//   has no say.
 enum class GivenMode : int32_t { kNone = 0, kNatural = 1, kReplay = 2 };
 struct GateGiven {
   const void* ids = nullptr;      // kInt32 or kInt64
@@ -122,21 +150,21 @@ struct GateGiven {
 
 // Statistics tables: int64, one row per group (or segment): kStatScalars scalars, then one plane of E per bit
 // that is set. Fixed point: unit 2^-32, each token's term rounded once (nearest even), so sums do not depend
-// on order and merge exactly.
+// on order and merge exactly. A term beyond +-2^19 is clamped to it, NaN adds 0.
 enum StatPlane : uint32_t {
   kCounts = 1u << 0,         // times an expert was chosen
-  kMass = 1u << 1,           // fixed point: score over all experts, divided by its sum over the experts
+  kMass = 1u << 1,           // fixed point: (steered) score over all experts, divided by its sum
   kWeight = 1u << 2,         // fixed point: weight of the chosen, as the model uses it
   kShare = 1u << 3,          // fixed point: weight of the chosen divided by the row's sum of weights
-  kNaturalCounts = 1u << 4,  // times an expert would have been chosen without steering
+  kNaturalCounts = 1u << 4,  // times an expert would have been chosen unsteered, with the model's k
 };
 enum StatScalar : int32_t {
   kStatTokens = 0,    // tokens counted
   kStatSlots = 1,     // sum over tokens of k(token)
   kStatEmpty = 2,     // slots that stayed empty: sum of counts + empty = slots
-  kStatUnscored = 3,  // tokens left out of mass and entropy (scores all zero, or not finite)
+  kStatUnscored = 3,  // tokens left out of mass and entropy
   kStatEntropy = 4,   // fixed point, nats: entropy of the normalised scores
-  kStatSteered = 5,   // tokens with a steering row
+  kStatSteered = 5,   // tokens with a steering row (a neutral one too)
   kStatFlipped = 6,   // chosen slots outside the natural choice (needs kNaturalCounts)
   kStatMoved = 7,     // fixed point: share of the weight on such slots (needs kNaturalCounts)
   kStatScalars = 8,

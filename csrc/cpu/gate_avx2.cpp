@@ -1,0 +1,16 @@
+// The gate on AVX2. Compiled for that instruction set alone: nothing here may be called before gate.cpp has
+// asked the processor.
+#include "gate_backend.h"
+#include "gate_lanes_avx2.h"
+#include "gate_row.h"
+
+namespace moe_route::cpu {
+
+GateBackend gate_avx2() {
+  return {RowGate<Lanes>::workspace_bytes,
+          [](const GateArgs& args, int64_t begin, int64_t end, void* workspace) {
+            RowGate<Lanes>(args, workspace).rows(begin, end);
+          }};
+}
+
+}  // namespace moe_route::cpu

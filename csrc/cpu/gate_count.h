@@ -1,0 +1,156 @@
+// Counting: what one pass over the rows adds to the statistics tables.
+//
+// Contract: int64 throughout; a term is rounded to 2^-32 once (nearest even) and then only added, so results
+// do not depend on the order of rows or on how they are split. Rows of the same (group, segment) add up in
+// one local row in the cache and reach both tables when the run ends. O(k) a token, O(E / 16) with mass.
+#pragma once
+#include "gate_weigh.h"
+
+namespace moe_route::cpu {
+namespace {
+
+// Units of 2^-32, nearest even; terms are clamped to +-2^19, NaN is 0.
+template <class T>
+inline int64_t fixed_point(T x) {
+  constexpr T kLimit = T(0x1p+19f);
+  if (!(x == x)) return 0;
+  const T clamped = x > kLimit ? kLimit : x < -kLimit ? -kLimit : x;
+  return __builtin_llrint(double(clamped) * 0x1p+32);
+}
+
+template <class F>
+class Tally {
+ public:
+  using T = typename F::Scalar;
+  // The last vector of a plane may reach past it, with zeros.
+  static size_t room(int experts) { return kStatScalars + 5 * size_t(experts) + kLanes; }
+  Tally(Arena& arena, const GateStatistics& tables, int experts)
+      : tables_(tables),
+        experts_(experts),
+        width_(kStatScalars + __builtin_popcount(tables.planes) * experts),
+        sums_(arena.take<int64_t>(room(experts))) {
+    for (int64_t i = 0; i < width_ + kLanes; ++i) sums_[i] = 0;
+    counts_ = plane(kCounts), mass_ = plane(kMass), weight_ = plane(kWeight);
+    share_ = plane(kShare), natural_ = plane(kNaturalCounts);
+  }
+  ~Tally() { flush(); }
+  Tally(const Tally&) = delete;
+  Tally& operator=(const Tally&) = delete;
+
+  bool wants_scores() const { return mass_ || tables_.entropy; }
+  bool wants_weights() const { return weight_ || share_ || natural_; }
+  bool wants_natural() const { return natural_; }
+
+  bool counts(int64_t group, int64_t segment) const {
+    return (tables_.groups && group >= 0 && group < tables_.num_groups) ||
+           (tables_.segments && segment >= 0 && segment < tables_.num_segments);
+  }
+
+  // Turns to the rows of a token that counts.
+  void turn_to(int64_t group, int64_t segment) {
+    if (!tables_.groups || group >= tables_.num_groups) group = -1;
+    if (!tables_.segments || segment >= tables_.num_segments) segment = -1;
+    if (group == group_ && segment == segment_) return;
+    flush();
+    group_ = group, segment_ = segment;
+  }
+
+  void token(int slots, bool steered) {
+    sums_[kStatTokens] += 1;
+    sums_[kStatSlots] += slots;
+    sums_[kStatSteered] += steered;
+  }
+
+  void scores(const RowScores<T>& r, const T* score) {
+    if (!r.scored) {
+      sums_[kStatUnscored] += 1;
+      return;
+    }
+    if (tables_.entropy) sums_[kStatEntropy] += fixed_point(entropy_of(r));
+    if (!mass_) return;
+    const F inverse(r.inverse), unit(T(0x1p+32f));
+    for (int e = 0; e < experts_; e += kLanes) add_fixed(mass_ + e, F::load(score + e) * inverse * unit);
+  }
+
+  void chosen(const Choice<F>& c, int slots) {
+    if (c.compact) {
+      const int count = c.count;
+      int64_t* const counts = counts_;
+      sums_[kStatEmpty] += slots - count;
+      for (int j = 0; counts && j < count; ++j) ++counts[c.ids[j]];
+      for (int j = 0; weight_ && j < c.count; ++j) weight_[c.ids[j]] += fixed_point(c.weights[j]);
+    } else {
+      chosen_with_holes(c, slots);
+    }
+    if (share_) shares(c);
+  }
+
+  // natural: ids without steering, or null where the choice itself is natural.
+  void compare(const Choice<F>& c, const int32_t* natural, int count) {
+    if (natural == nullptr) natural = c.ids, count = c.count;
+    for (int j = 0; j < count; ++j) {
+      if (natural[j] >= 0) ++natural_[natural[j]];
+    }
+    if (natural == c.ids) return;
+    T moved = 0;
+    for (int j = 0; j < c.count; ++j) {
+      bool found = c.ids[j] < 0;
+      for (int i = 0; i < count; ++i) found |= natural[i] == c.ids[j];
+      if (found) continue;
+      sums_[kStatFlipped] += 1;
+      moved += c.weights[j];
+    }
+    const T total = sum_in_order(c.weights, c.count);
+    if (total != T(0)) sums_[kStatMoved] += fixed_point(moved / total);
+  }
+
+ private:
+  int64_t* plane(StatPlane bit) const {
+    if (!(tables_.planes & bit)) return nullptr;
+    return sums_ + kStatScalars + __builtin_popcount(tables_.planes & (bit - 1)) * experts_;
+  }
+
+  void chosen_with_holes(const Choice<F>& c, int slots) {
+    int present = 0;
+    for (int j = 0; j < c.count; ++j) {
+      if (c.ids[j] < 0) continue;
+      ++present;
+      if (counts_) ++counts_[c.ids[j]];
+      if (weight_) weight_[c.ids[j]] += fixed_point(c.weights[j]);
+    }
+    sums_[kStatEmpty] += slots - present;
+  }
+
+  void shares(const Choice<F>& c) {
+    const T total = sum_in_order(c.weights, c.count);
+    for (int j = 0; total != T(0) && j < c.count; ++j) {
+      if (c.ids[j] >= 0) share_[c.ids[j]] += fixed_point(c.weights[j] / total);
+    }
+  }
+
+  static void add(int64_t* row, const int64_t* sums, int64_t width) {
+    for (int64_t i = 0; i < width; ++i) row[i] += sums[i];
+  }
+
+  void flush() {
+    if (group_ < 0 && segment_ < 0) return;
+    if (group_ >= 0) add(tables_.groups + group_ * width_, sums_, width_);
+    if (segment_ >= 0) add(tables_.segments + segment_ * width_, sums_, width_);
+    for (int64_t i = 0; i < width_; ++i) sums_[i] = 0;
+  }
+
+  const GateStatistics& tables_;
+  const int experts_;
+  const int64_t width_;
+  int64_t* const sums_;
+  int64_t* counts_;
+  int64_t* mass_;
+  int64_t* weight_;
+  int64_t* share_;
+  int64_t* natural_;
+  int64_t group_ = -1;
+  int64_t segment_ = -1;
+};
+
+}  // namespace
+}  // namespace moe_route::cpu

@@ -1,0 +1,202 @@
+// Sixteen float lanes in two AVX2 registers. The vocabulary and its meaning are those of
+// gate_lanes_portable.h.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "moe_route/key.h"
+#include "moe_route/math.h"
+
+namespace moe_route::cpu {
+namespace {
+
+struct Mask {
+  __m256 low, high;
+};
+inline uint32_t bits(Mask m) {
+  return uint32_t(_mm256_movemask_ps(m.low)) | uint32_t(_mm256_movemask_ps(m.high)) << 8;
+}
+
+struct Ints {
+  __m256i low, high;
+  Ints() = default;
+  Ints(__m256i l, __m256i h) : low(l), high(h) {}
+  explicit Ints(int32_t x) : low(_mm256_set1_epi32(x)), high(low) {}
+  static Ints load(const int32_t* p) {
+    const auto* halves = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
+  }
+  void store(int32_t* p) const {
+    auto* halves = reinterpret_cast<__m256i*>(p);
+    _mm256_storeu_si256(halves, low);
+    _mm256_storeu_si256(halves + 1, high);
+  }
+  friend Mask operator>(Ints a, Ints b) {
+    return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(a.low, b.low)),
+            _mm256_castsi256_ps(_mm256_cmpgt_epi32(a.high, b.high))};
+  }
+};
+inline Ints add(Ints a, Ints b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
+inline Ints sub(Ints a, Ints b) { return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)}; }
+inline Ints shift_left(Ints a, int n) { return {_mm256_slli_epi32(a.low, n), _mm256_slli_epi32(a.high, n)}; }
+inline Ints count_where(Ints a, Mask m) {  // a true lane is -1
+  return {_mm256_sub_epi32(a.low, _mm256_castps_si256(m.low)),
+          _mm256_sub_epi32(a.high, _mm256_castps_si256(m.high))};
+}
+inline Ints shift_right(Ints a, int n) { return {_mm256_srai_epi32(a.low, n), _mm256_srai_epi32(a.high, n)}; }
+
+struct Lanes {
+  using Scalar = float;
+  using Int = Ints;
+  using Mask = cpu::Mask;
+  __m256 low, high;
+
+  Lanes() = default;
+  Lanes(__m256 l, __m256 h) : low(l), high(h) {}
+  explicit Lanes(float x) : low(_mm256_set1_ps(x)), high(low) {}
+
+  static Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static Lanes load_partial(const float* p, int count) {
+    alignas(32) float present[16];
+    for (int i = 0; i < 16; ++i) present[i] = i < count ? p[i] : __builtin_nanf("");
+    return load(present);
+  }
+  static Lanes load_bfloat16(const uint16_t* p) {
+    const auto widen = [](const uint16_t* half) {
+      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(half));
+      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+    };
+    return {widen(p), widen(p + 8)};
+  }
+  static Lanes load_float16(const uint16_t* p) {
+    const auto widen = [](const uint16_t* half) {
+      return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half)));
+    };
+    return {widen(p), widen(p + 8)};
+  }
+  void store(float* p) const {
+    _mm256_storeu_ps(p, low);
+    _mm256_storeu_ps(p + 8, high);
+  }
+
+  friend Lanes operator+(Lanes a, Lanes b) {
+    return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+  }
+  friend Lanes operator-(Lanes a, Lanes b) {
+    return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)};
+  }
+  friend Lanes operator*(Lanes a, Lanes b) {
+    return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
+  }
+  friend Lanes operator/(Lanes a, Lanes b) {
+    return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)};
+  }
+  template <int kPredicate>
+  static Mask compare(Lanes a, Lanes b) {
+    return {_mm256_cmp_ps(a.low, b.low, kPredicate), _mm256_cmp_ps(a.high, b.high, kPredicate)};
+  }
+  friend Mask operator<(Lanes a, Lanes b) { return compare<_CMP_LT_OQ>(a, b); }
+  friend Mask operator>(Lanes a, Lanes b) { return compare<_CMP_GT_OQ>(a, b); }
+  friend Mask operator>=(Lanes a, Lanes b) { return compare<_CMP_GE_OQ>(a, b); }
+  friend Mask operator==(Lanes a, Lanes b) { return compare<_CMP_EQ_OQ>(a, b); }
+  friend Mask operator!=(Lanes a, Lanes b) { return compare<_CMP_NEQ_UQ>(a, b); }
+};
+
+inline Lanes fma(Lanes a, Lanes b, Lanes c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+inline Lanes sqrt(Lanes a) { return {_mm256_sqrt_ps(a.low), _mm256_sqrt_ps(a.high)}; }
+inline Lanes abs(Lanes a) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
+}
+inline Ints as_int(Lanes a) { return {_mm256_castps_si256(a.low), _mm256_castps_si256(a.high)}; }
+inline Lanes as_float(Ints a) { return {_mm256_castsi256_ps(a.low), _mm256_castsi256_ps(a.high)}; }
+inline Lanes to_float(Ints a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
+inline Lanes select(Mask m, Lanes yes, Lanes no) {
+  return {_mm256_blendv_ps(no.low, yes.low, m.low), _mm256_blendv_ps(no.high, yes.high, m.high)};
+}
+// The instructions return their second operand on ties and NaN.
+inline Lanes larger(Lanes x, Lanes kept) {
+  return {_mm256_max_ps(x.low, kept.low), _mm256_max_ps(x.high, kept.high)};
+}
+inline Lanes smaller(Lanes x, Lanes kept) {
+  return {_mm256_min_ps(x.low, kept.low), _mm256_min_ps(x.high, kept.high)};
+}
+
+inline Ints order_keys(Lanes x) {
+  const auto key = [](__m256 half) {
+    const __m256i i = _mm256_castps_si256(_mm256_add_ps(half, _mm256_setzero_ps()));
+    const __m256i flipped = _mm256_xor_si256(i, _mm256_srli_epi32(_mm256_srai_epi32(i, 31), 1));
+    const __m256 lowest = _mm256_castsi256_ps(_mm256_set1_epi32(INT32_MIN));
+    const __m256 number = _mm256_cmp_ps(half, half, _CMP_ORD_Q);
+    return _mm256_castps_si256(_mm256_blendv_ps(lowest, _mm256_castsi256_ps(flipped), number));
+  };
+  return {key(x.low), key(x.high)};
+}
+
+template <class Op>
+inline float fold(Lanes a, Op op) {  // op(high, low)
+  const __m256 eight = op(a.high, a.low);
+  const __m256 four = op(_mm256_castps128_ps256(_mm256_extractf128_ps(eight, 1)), eight);
+  const __m128 low = _mm256_castps256_ps128(four);
+  const __m256 two = op(_mm256_castps128_ps256(_mm_movehl_ps(low, low)), four);
+  const __m128 pair = _mm256_castps256_ps128(two);
+  return _mm_cvtss_f32(_mm256_castps256_ps128(op(_mm256_castps128_ps256(_mm_movehdup_ps(pair)), two)));
+}
+inline float fold_add(Lanes a) {
+  return fold(a, [](__m256 high, __m256 low) { return _mm256_add_ps(low, high); });
+}
+inline float fold_max(Lanes a) {
+  return fold(a, [](__m256 high, __m256 low) { return _mm256_max_ps(high, low); });
+}
+inline float fold_min(Lanes a) {
+  return fold(a, [](__m256 high, __m256 low) { return _mm256_min_ps(high, low); });
+}
+
+// For each 8-bit mask the set lanes in rising order: what AVX-512's compress does.
+struct CompressTable {
+  alignas(64) uint8_t lanes[256][8];
+  constexpr CompressTable() : lanes() {
+    for (int m = 0; m < 256; ++m) {
+      int count = 0;
+      for (int i = 0; i < 8; ++i) {
+        if (m >> i & 1) lanes[m][count++] = uint8_t(i);
+      }
+    }
+  }
+};
+inline constexpr CompressTable kCompress;
+
+inline int append_half(__m256 values, __m256 mask, int first_id, float* out, int32_t* ids, int count) {
+  const int m = _mm256_movemask_ps(mask);
+  const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kCompress.lanes[m]));
+  const __m256i lanes = _mm256_cvtepu8_epi32(packed);
+  _mm256_storeu_ps(out + count, _mm256_permutevar8x32_ps(values, lanes));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(ids + count),
+                      _mm256_add_epi32(lanes, _mm256_set1_epi32(first_id)));
+  return count + __builtin_popcount(unsigned(m));
+}
+inline int append(Lanes values, Mask m, int first_id, float* out, int32_t* ids, int count) {
+  count = append_half(values.low, m.low, first_id, out, ids, count);
+  return append_half(values.high, m.high, first_id + 8, out, ids, count);
+}
+
+// Adding 1.5 * 2^52 rounds to the nearest integer and leaves it in the low bits.
+inline void add_fixed(int64_t* sums, Lanes terms) {
+  const auto add_four = [](int64_t* four, __m128 terms4) {
+    const __m256d magic = _mm256_set1_pd(0x1.8p+52);
+    const __m256i shifted = _mm256_castpd_si256(_mm256_add_pd(_mm256_cvtps_pd(terms4), magic));
+    const __m256i rounded = _mm256_sub_epi64(shifted, _mm256_castpd_si256(magic));
+    auto* p = reinterpret_cast<__m256i*>(four);
+    _mm256_storeu_si256(p, _mm256_add_epi64(_mm256_loadu_si256(p), rounded));
+  };
+  add_four(sums, _mm256_castps256_ps128(terms.low));
+  add_four(sums + 4, _mm256_extractf128_ps(terms.low, 1));
+  add_four(sums + 8, _mm256_castps256_ps128(terms.high));
+  add_four(sums + 12, _mm256_extractf128_ps(terms.high, 1));
+}
+
+}  // namespace
+}  // namespace moe_route::cpu

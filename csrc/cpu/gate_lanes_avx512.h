@@ -1,0 +1,131 @@
+// Sixteen float lanes in one AVX-512 register. The vocabulary and its meaning are those of
+// gate_lanes_portable.h.
+#pragma once
+// GCC 12 warns of its own header's _mm512_undefined_ps wherever it is inlined (its bug 105593).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+
+#include "moe_route/key.h"
+#include "moe_route/math.h"
+
+namespace moe_route::cpu {
+namespace {
+
+struct Mask {
+  __mmask16 m;
+};
+inline uint32_t bits(Mask m) { return _cvtmask16_u32(m.m); }
+
+struct Ints {
+  __m512i v;
+  Ints() = default;
+  Ints(__m512i x) : v(x) {}
+  explicit Ints(int32_t x) : v(_mm512_set1_epi32(x)) {}
+  static Ints load(const int32_t* p) { return _mm512_loadu_si512(p); }
+  void store(int32_t* p) const { _mm512_storeu_si512(p, v); }
+  friend Mask operator>(Ints a, Ints b) { return {_mm512_cmpgt_epi32_mask(a.v, b.v)}; }
+};
+inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a.v, b.v); }
+inline Ints sub(Ints a, Ints b) { return _mm512_sub_epi32(a.v, b.v); }
+inline Ints shift_left(Ints a, int n) { return _mm512_slli_epi32(a.v, n); }
+inline Ints count_where(Ints a, Mask m) { return _mm512_mask_add_epi32(a.v, m.m, a.v, _mm512_set1_epi32(1)); }
+inline Ints shift_right(Ints a, int n) { return _mm512_srai_epi32(a.v, n); }
+
+struct Lanes {
+  using Scalar = float;
+  using Int = Ints;
+  using Mask = cpu::Mask;
+  __m512 v;
+
+  Lanes() = default;
+  Lanes(__m512 x) : v(x) {}
+  explicit Lanes(float x) : v(_mm512_set1_ps(x)) {}
+
+  static __mmask16 first_lanes(int count) { return __mmask16((1u << count) - 1); }
+  static Lanes load(const float* p) { return _mm512_loadu_ps(p); }
+  static Lanes load_partial(const float* p, int count) {
+    return _mm512_mask_loadu_ps(_mm512_set1_ps(__builtin_nanf("")), first_lanes(count), p);
+  }
+  static Lanes load_bfloat16(const uint16_t* p) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
+  static Lanes load_float16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+
+  friend Lanes operator+(Lanes a, Lanes b) { return _mm512_add_ps(a.v, b.v); }
+  friend Lanes operator-(Lanes a, Lanes b) { return _mm512_sub_ps(a.v, b.v); }
+  friend Lanes operator*(Lanes a, Lanes b) { return _mm512_mul_ps(a.v, b.v); }
+  friend Lanes operator/(Lanes a, Lanes b) { return _mm512_div_ps(a.v, b.v); }
+  friend Mask operator<(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+  friend Mask operator>(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
+  friend Mask operator>=(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
+  friend Mask operator==(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+  friend Mask operator!=(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NEQ_UQ)}; }
+};
+
+inline Lanes fma(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+inline Lanes sqrt(Lanes a) { return _mm512_sqrt_ps(a.v); }
+inline Lanes abs(Lanes a) { return _mm512_abs_ps(a.v); }
+inline Ints as_int(Lanes a) { return _mm512_castps_si512(a.v); }
+inline Lanes as_float(Ints a) { return _mm512_castsi512_ps(a.v); }
+inline Lanes to_float(Ints a) { return _mm512_cvtepi32_ps(a.v); }
+inline Lanes select(Mask m, Lanes yes, Lanes no) { return _mm512_mask_blend_ps(m.m, no.v, yes.v); }
+// The instructions return their second operand on ties and NaN.
+inline Lanes larger(Lanes x, Lanes kept) { return _mm512_max_ps(x.v, kept.v); }
+inline Lanes smaller(Lanes x, Lanes kept) { return _mm512_min_ps(x.v, kept.v); }
+
+inline Ints order_keys(Lanes x) {
+  const __m512i i = _mm512_castps_si512(_mm512_add_ps(x.v, _mm512_setzero_ps()));
+  const __m512i flip = _mm512_srli_epi32(_mm512_srai_epi32(i, 31), 1);
+  return _mm512_mask_mov_epi32(_mm512_set1_epi32(INT32_MIN), bits(x == x), _mm512_xor_si512(i, flip));
+}
+
+template <class Op>
+inline float fold(Lanes a, Op op) {  // op(high, low)
+  const __m256 eight = op(_mm512_extractf32x8_ps(a.v, 1), _mm512_castps512_ps256(a.v));
+  const __m256 four = op(_mm256_castps128_ps256(_mm256_extractf128_ps(eight, 1)), eight);
+  const __m128 low = _mm256_castps256_ps128(four);
+  const __m256 two = op(_mm256_castps128_ps256(_mm_movehl_ps(low, low)), four);
+  const __m128 pair = _mm256_castps256_ps128(two);
+  return _mm_cvtss_f32(_mm256_castps256_ps128(op(_mm256_castps128_ps256(_mm_movehdup_ps(pair)), two)));
+}
+inline float fold_add(Lanes a) {
+  return fold(a, [](__m256 high, __m256 low) { return _mm256_add_ps(low, high); });
+}
+inline float fold_max(Lanes a) {
+  return fold(a, [](__m256 high, __m256 low) { return _mm256_max_ps(high, low); });
+}
+inline float fold_min(Lanes a) {
+  return fold(a, [](__m256 high, __m256 low) { return _mm256_min_ps(high, low); });
+}
+
+// Compressed in registers and stored whole: compressing to memory is microcoded on Zen 4.
+inline int append(Lanes values, Mask m, int first_id, float* out, int32_t* ids, int count) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  _mm512_storeu_ps(out + count, _mm512_maskz_compress_ps(m.m, values.v));
+  const __m512i id = _mm512_add_epi32(lane, _mm512_set1_epi32(first_id));
+  _mm512_storeu_si512(ids + count, _mm512_maskz_compress_epi32(m.m, id));
+  return count + __builtin_popcount(bits(m));
+}
+
+inline void add_fixed(int64_t* sums, Lanes terms) {
+  const __m512i low = _mm512_cvtps_epi64(_mm512_castps512_ps256(terms.v));
+  const __m512i high = _mm512_cvtps_epi64(_mm512_extractf32x8_ps(terms.v, 1));
+  _mm512_storeu_si512(sums, _mm512_add_epi64(_mm512_loadu_si512(sums), low));
+  _mm512_storeu_si512(sums + 8, _mm512_add_epi64(_mm512_loadu_si512(sums + 8), high));
+}
+
+}  // namespace
+}  // namespace moe_route::cpu

@@ -1,0 +1,399 @@
+// The gate on CPU: load, steer, choose, weigh, remap, count.
+//
+// Contract: moe_route/gate.h. The same bits on every instruction set: F is 16 lanes of float
+// (gate_lanes_*.h), each lane one correctly rounded operation at a time. Rows do not see each other; padding
+// rows are never read. Work that nobody asked for (weights, scores of all experts, the natural choice) is not
+// done. O(E / 16) a row.
+//
+// A row is a chain of short dependent steps (fold, list, rank, look up, normalise), each of which waits for
+// the one before. So rows go through in blocks, step by step: while one row waits, the processor works on the
+// next.
+#pragma once
+#include "gate_count.h"
+#include "gate_select.h"
+
+namespace moe_route::cpu {
+namespace {
+
+struct Token {
+  int64_t steering_row = -1;
+  int64_t group = 0;
+  int64_t segment = -1;
+  bool valid = true;
+};
+
+inline Token read_token(const int32_t* table, int64_t t) {
+  if (table == nullptr) return {};
+  const int32_t* row = table + t * kTokenColumns;
+  return {row[kTokenSteeringRow], row[kTokenGroup], row[kTokenSegment], row[kTokenValid] != 0};
+}
+
+// Steering rows kept unpacked: a batch of sequences in different languages steers each in its own way.
+inline constexpr int kSteeringRows = 8;
+
+// A row in flight.
+template <class F>
+struct Row {
+  using T = typename F::Scalar;
+  Workspace<F> work;
+  int64_t t = 0;
+  Token token;
+  const SteeringRow<F>* steering = nullptr;
+  bool counted = false;
+  bool given = false;           // the choice came with the call
+  bool to_weigh = false;        // weights are to be computed
+  bool scores_counted = false;  // mass or entropy is wanted
+  bool steps = true;            // chosen step by step with the block
+  int slots = 0;                // k of this row
+  int listed = 0;               // candidates on the short list
+  T bound = 0;
+  const T* raw = nullptr;     // logits
+  const T* z = nullptr;       // logits after steering
+  const T* values = nullptr;  // what selection compares
+  RowScores<T> scores;
+  Choice<F> choice;
+};
+
+template <class F>
+class RowGate {
+ public:
+  using T = typename F::Scalar;
+  static size_t workspace_bytes(int experts) {
+    Arena arena(nullptr);
+    for (int i = 0; i < block_of(experts); ++i) Workspace<F>(arena, experts);
+    for (int i = 0; i < kSteeringRows; ++i) ForceStore(arena, experts);
+    arena.take<int64_t>(Tally<F>::room(experts));
+    return arena.used();
+  }
+
+  RowGate(const GateArgs& args, void* memory) : RowGate(args, Arena(memory)) {}
+
+  void rows(int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end;) {
+      int count = 0;
+      while (count < block_ && t < end) {
+        const Token token = read_token(args_.token_table, t);
+        if (!token.valid) {
+          write_empty(t++);
+          continue;
+        }
+        if (count > 0 && evicts_steering(token)) break;  // a row of this block may still need it
+        prepare(block_rows_[count++], t++, token);
+      }
+      choose(count);
+      for (int i = 0; i < count; ++i) weigh_row(block_rows_[i]);
+      for (int i = 0; i < count; ++i) finish(block_rows_[i]);
+    }
+  }
+
+ private:
+  RowGate(const GateArgs& args, Arena arena)
+      : args_(args),
+        block_(block_of(args.experts)),
+        vectors_(vectors_of(args.experts)),
+        tally_(arena, args.statistics, args.experts),
+        scores_counted_(tally_.wants_scores()),
+        weights_counted_(tally_.wants_weights()),
+        softmax_over_all_(args.spec.score == Score::kSoftmax && !softmax_over_chosen<F>(args.spec, nullptr)) {
+    for (int i = 0; i < block_; ++i) block_rows_[i].work = Workspace<F>(arena, args.experts);
+    for (ForceStore& force : force_) force = ForceStore(arena, args.experts);
+  }
+
+  // ---- the steps of a block ---------------------------------------------------------------------
+
+  void prepare(Row<F>& row, int64_t t, const Token& token) {
+    Choice<F>& c = row.choice;
+    row.t = t, row.token = token;
+    row.steering = token.steering_row < 0 ? nullptr : steering_row(token.steering_row);
+    row.counted = tally_.counts(token.group, token.segment);
+    row.scores_counted = row.counted && scores_counted_;
+    row.to_weigh = args_.weights != nullptr || (row.counted && weights_counted_);
+    row.slots = row.steering ? row.steering->k : args_.k;
+    row.steps = !(row.steering && row.steering->force);
+    c.count = args_.k, c.compact = true;
+    row.given = args_.given.mode != GivenMode::kNone && read_given(t, row.steering, c);
+    if (row.given) take_given(row);
+    if (row.given && !row.to_weigh && !row.scores_counted) return;
+    row.raw = row.z = load(row.work, t);
+    if (row.steering && row.steering->moves_logits)
+      row.z = steer(row.work, *row.steering, row.raw, args_.experts);
+    const bool by_score = compares_scores(row.steering);
+    const bool softmax_weights = row.to_weigh && softmax_over_all(row.steering);
+    if (row.scores_counted || (by_score && !row.given) || softmax_weights) {
+      const bool entropy = row.scores_counted && args_.statistics.entropy;
+      row.scores = score_all<F>(row.work, args_.spec.score, row.z, args_.experts, entropy);
+    }
+    row.values = row.given ? nullptr : selection_values(row.work, row.steering, row.z, row.scores, by_score);
+  }
+
+  void take_given(Row<F>& row) const {
+    row.steps = false;
+    row.raw = row.z = nullptr;
+    if (args_.given.mode == GivenMode::kReplay) row.slots = args_.k;
+    if (args_.given.mode == GivenMode::kReplay || args_.given.weights == nullptr) return;
+    row.to_weigh = false;
+    read_given_weights(row.t, row.choice);
+  }
+
+  void choose(int count) {
+    for (int i = 0; i < count; ++i) {
+      Row<F>& row = block_rows_[i];
+      if (row.steps) row.bound = lower_bound<F>(row.values, vectors_, row.slots);
+    }
+    for (int i = 0; i < count; ++i) {
+      Row<F>& row = block_rows_[i];
+      if (row.steps) row.listed = shortlist<F>(row.work, row.values, vectors_, row.bound);
+    }
+    for (int i = 0; i < count; ++i) {
+      Row<F>& row = block_rows_[i];
+      if (!row.given) finish_choice(row.work, row.values, row.steering, row.slots, row.listed, row.choice);
+    }
+  }
+
+  void finish_choice(const Workspace<F>& work, const T* values, const SteeringRow<F>* steering, int slots,
+                     int listed, Choice<F>& c) {
+    if (steering && steering->force) {
+      c.count = choose_forced<F>(work, *steering, values, args_.experts, slots, c.ids);
+      return;
+    }
+    c.count = select_listed<F>(work, values, vectors_, slots, listed, c.ids);
+    if (c.count < slots)
+      c.count = append_nan(values, args_.experts, slots, c.count, c.ids, [](int) { return true; });
+  }
+
+  void weigh_row(Row<F>& row) {
+    if (!row.to_weigh) return;
+    weigh(row.work, args_, row.steering, row.z, row.scores, row.choice);
+    if (!row.choice.compact) clear_empty(row.choice);
+  }
+
+  void finish(Row<F>& row) {
+    Choice<F>& c = row.choice;
+    if (row.steering && row.steering->remap && !is_replay(row)) remap(row.steering->remap, row.to_weigh, c);
+    write(row.t, c);
+    if (!row.counted) return;
+    tally_.turn_to(row.token.group, row.token.segment);
+    tally_.token(row.slots, in_table(row.token.steering_row));
+    if (row.scores_counted) tally_.scores(row.scores, row.work.score);
+    tally_.chosen(c, row.slots);
+    if (tally_.wants_natural()) compare_with_natural(row);
+  }
+
+  bool is_replay(const Row<F>& row) const { return row.given && args_.given.mode == GivenMode::kReplay; }
+
+  // ---- logits -----------------------------------------------------------------------------------
+
+  const T* load(const Workspace<F>& work, int64_t t) const {
+    const int64_t first = t * args_.row_stride;
+    switch (args_.logits_type) {
+      case DType::kBFloat16:
+        return convert(static_cast<const uint16_t*>(args_.logits) + first, F::load_bfloat16, work.raw);
+      case DType::kFloat16:
+        return convert(static_cast<const uint16_t*>(args_.logits) + first, F::load_float16, work.raw);
+      default:
+        return in_place(static_cast<const T*>(args_.logits) + first, work.raw);
+    }
+  }
+
+  const T* in_place(const T* row, T* padded) const {
+    const int experts = args_.experts;
+    if (experts % kLanes == 0) return row;
+    for (int e = 0; e < experts; e += kLanes) load_vector<F>(row, e, experts).store(padded + e);
+    return padded;
+  }
+
+  template <class Load>
+  const T* convert(const uint16_t* row, Load load_half, T* converted) const {
+    const int experts = args_.experts, whole = experts / kLanes * kLanes;
+    for (int e = 0; e < whole; e += kLanes) load_half(row + e).store(converted + e);
+    if (whole == experts) return converted;
+    uint16_t last[kLanes];
+    for (int i = 0; i < kLanes; ++i)
+      last[i] = whole + i < experts ? row[whole + i] : uint16_t{0x7fff};  // NaN in both
+    load_half(last).store(converted + whole);
+    return converted;
+  }
+
+  // ---- steering and choice ----------------------------------------------------------------------
+
+  bool in_table(int64_t steering_row) const {
+    return steering_row >= 0 && steering_row < args_.steering.rows;
+  }
+  bool evicts_steering(const Token& token) const {
+    const int64_t index = token.steering_row;
+    return in_table(index) && steering_[index % kSteeringRows].index != index;
+  }
+
+  // Null where the row asks for nothing: a neutral row is an unsteered one.
+  const SteeringRow<F>* steering_row(int64_t index) {
+    if (!in_table(index)) return nullptr;
+    SteeringRow<F>& row = steering_[index % kSteeringRows];
+    if (row.index != index) row = read_steering_row<F>(args_, index, force_[index % kSteeringRows]);
+    return row.neutral ? nullptr : &row;
+  }
+
+  // Scores are compared only where they are not a monotone function of the logit, so that scores that collide
+  // after rounding never decide.
+  bool compares_scores(const SteeringRow<F>* steering) const {
+    if (args_.spec.order == Order::kTopKThenScore) return false;
+    return args_.correction_bias || args_.spec.groups > 1 || (steering && steering->score_bias);
+  }
+
+  // Do the weights need the softmax over all experts?
+  bool softmax_over_all(const SteeringRow<F>* steering) const {
+    if (steering == nullptr) return softmax_over_all_;
+    return args_.spec.score == Score::kSoftmax && !softmax_over_chosen(args_.spec, steering);
+  }
+
+  const T* selection_values(const Workspace<F>& work, const SteeringRow<F>* steering, const T* z,
+                            const RowScores<T>& scores, bool by_score) const {
+    const float* score_bias = steering ? steering->score_bias : nullptr;
+    const float* correction = args_.correction_bias;
+    if (!correction && !score_bias && args_.spec.groups == 1) return z;
+    const int experts = args_.experts;
+    const F factor(scores.factor);
+    for (int e = 0; e < experts; e += kLanes) {
+      const F x = F::load(z + e);
+      F v = by_score ? select(x == x, F::load(work.score + e) * factor, x) : x;
+      if (correction) v = v + load_vector<F>(correction, e, experts);
+      if (score_bias) v = v + load_vector<F>(score_bias, e, experts);
+      v.store(work.value + e);
+    }
+    if (args_.spec.groups > 1) {
+      limit_groups(work, args_.spec, work.value, experts);
+    }
+    return work.value;
+  }
+
+  // ---- given choices ----------------------------------------------------------------------------
+
+  int32_t given_id(int64_t slot) const {
+    const int64_t id = args_.given.ids_type == DType::kInt64
+                           ? static_cast<const int64_t*>(args_.given.ids)[slot]
+                           : static_cast<const int32_t*>(args_.given.ids)[slot];
+    return id >= 0 && id < args_.experts ? int32_t(id) : -1;
+  }
+
+  // Does this row come with a choice? Its first id, as stored, says so.
+  bool has_given(int64_t t) const {
+    if (args_.given.mode == GivenMode::kNone || args_.given.ids == nullptr) return false;
+    const int64_t slot = t * args_.k;
+    return args_.given.ids_type == DType::kInt64 ? static_cast<const int64_t*>(args_.given.ids)[slot] != -1
+                                                 : static_cast<const int32_t*>(args_.given.ids)[slot] != -1;
+  }
+
+  // True if the given choice is the row's choice; then its ids are in `c`.
+  bool read_given(int64_t t, const SteeringRow<F>* steering, Choice<F>& c) const {
+    if (!has_given(t) || (args_.given.mode == GivenMode::kNatural && steering)) return false;
+    bool whole = true;
+    for (int j = 0; j < args_.k; ++j) {
+      c.ids[j] = given_id(t * args_.k + j);
+      whole &= c.ids[j] >= 0;
+    }
+    c.compact = whole;
+    return true;
+  }
+
+  void read_given_weights(int64_t t, Choice<F>& c) const {
+    for (int j = 0; j < args_.k; ++j) c.weights[j] = c.ids[j] < 0 ? T(0) : given_weight(t * args_.k + j);
+  }
+
+  T given_weight(int64_t slot) const {
+    const void* weights = args_.given.weights;
+    switch (args_.given.weights_type) {
+      case DType::kBFloat16: {
+        const uint32_t half = static_cast<const uint16_t*>(weights)[slot];
+        return T(math::as_float(int32_t(half << 16)));
+      }
+      case DType::kFloat16: {
+        uint16_t halves[kLanes] = {static_cast<const uint16_t*>(weights)[slot]};
+        alignas(64) T converted[kLanes];
+        F::load_float16(halves).store(converted);
+        return converted[0];
+      }
+      case DType::kFloat64:
+        return T(static_cast<const double*>(weights)[slot]);
+      default:
+        return T(static_cast<const float*>(weights)[slot]);
+    }
+  }
+
+  // ---- remap, outputs, natural choice -----------------------------------------------------------
+
+  void remap(const int32_t* to, bool weighed, Choice<F>& c) const {
+    int kept = 0;
+    for (int j = 0; j < c.count; ++j) {
+      const int32_t id = c.ids[j] < 0 ? -1 : to[c.ids[j]];
+      if (id < 0 || id >= args_.experts) continue;
+      int slot = 0;
+      while (slot < kept && c.ids[slot] != id) ++slot;
+      const T weight = weighed ? c.weights[j] : T(0);
+      if (slot == kept) {
+        c.ids[kept] = id;
+        c.weights[kept++] = weight;
+      } else {
+        c.weights[slot] += weight;
+      }
+    }
+    c.count = kept, c.compact = true;
+  }
+
+  // In pieces of eight: a loop over k slots would become a call of memcpy.
+  template <class U>
+  static void copy_slots(U* out, const U* in, int count) {
+    int j = 0;
+    for (; j + 8 <= count; j += 8) __builtin_memcpy(out + j, in + j, 8 * sizeof(U));
+    for (; j + 2 <= count; j += 2) __builtin_memcpy(out + j, in + j, 2 * sizeof(U));
+    if (j < count) out[j] = in[j];
+  }
+
+  void write(int64_t t, Choice<F>& c) const {
+    const int64_t first = t * args_.k;
+    for (int j = c.count; j < args_.k; ++j) c.ids[j] = -1, c.weights[j] = 0;
+    if (args_.ids) copy_slots(args_.ids + first, c.ids, args_.k);
+    if (args_.weights) copy_slots(static_cast<T*>(args_.weights) + first, c.weights, args_.k);
+  }
+
+  void write_empty(int64_t t) const {
+    Choice<F> nothing;
+    write(t, nothing);
+  }
+
+  void compare_with_natural(Row<F>& row) {
+    const Choice<F>& c = row.choice;
+    if (!row.steering && !is_replay(row)) return tally_.compare(c, nullptr, 0);
+    Choice<F> natural;
+    natural.count = args_.k;
+    if (args_.given.mode == GivenMode::kNatural && has_given(row.t)) {
+      for (int j = 0; j < args_.k; ++j) natural.ids[j] = given_id(row.t * args_.k + j);
+    } else {
+      choose_unsteered(row, natural);
+    }
+    tally_.compare(c, natural.ids, natural.count);
+  }
+
+  // The row's workspace is free by now; steering may have worked in its raw logits, so they are read again.
+  void choose_unsteered(Row<F>& row, Choice<F>& natural) {
+    const T* raw = load(row.work, row.t);
+    RowScores<T> scores;
+    if (compares_scores(nullptr))
+      scores = score_all<F>(row.work, args_.spec.score, raw, args_.experts, false);
+    const T* values = selection_values(row.work, nullptr, raw, scores, compares_scores(nullptr));
+    const int listed = shortlist<F>(row.work, values, vectors_, lower_bound<F>(values, vectors_, args_.k));
+    finish_choice(row.work, values, nullptr, args_.k, listed, natural);
+  }
+
+  const GateArgs& args_;
+  const int block_;
+  const int vectors_;
+  Tally<F> tally_;
+  const bool scores_counted_;
+  const bool weights_counted_;
+  const bool softmax_over_all_;
+  SteeringRow<F> steering_[kSteeringRows];
+  ForceStore force_[kSteeringRows];
+  Row<F> block_rows_[kMaxBlock];
+};
+
+}  // namespace
+}  // namespace moe_route::cpu
