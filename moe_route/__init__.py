@@ -1,0 +1,87 @@
+"""moe-route: fast expert routing for Mixture-of-Experts models, recorded, analysed and steered.
+
+    import moe_route as mr
+    routed = mr.attach(model)
+
+Importing needs torch, numpy, safetensors and tqdm; the rest loads where it is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch  # noqa: F401  (loads the libraries that _C is linked with)
+
+from moe_route import ops
+from moe_route._C import __version__
+
+if TYPE_CHECKING:
+    from moe_route import analysis, data, doctor, files, nn, patching, plots, recording, reference, steering
+    from moe_route.patching import ModelNotSupported, find_sites
+    from moe_route.recording import Recorder, RoutingStatistics
+    from moe_route.routed import Routed, attach, describe
+    from moe_route.steering import ExpertSelection, Plan
+
+_MODULES = (
+    "analysis",
+    "data",
+    "doctor",
+    "files",
+    "nn",
+    "patching",
+    "plots",
+    "recording",
+    "reference",
+    "routed",
+    "steering",
+)
+_HOMES = {
+    "ExpertSelection": "steering",
+    "ModelNotSupported": "patching",
+    "Plan": "steering",
+    "Recorder": "recording",
+    "Routed": "routed",
+    "RoutingStatistics": "recording",
+    "attach": "routed",
+    "describe": "routed",
+    "find_sites": "patching",
+}
+
+__all__ = [
+    "ExpertSelection",
+    "ModelNotSupported",
+    "Plan",
+    "Recorder",
+    "Routed",
+    "RoutingStatistics",
+    "__version__",
+    "analysis",
+    "attach",
+    "data",
+    "describe",
+    "doctor",
+    "files",
+    "find_sites",
+    "nn",
+    "ops",
+    "patching",
+    "plots",
+    "recording",
+    "reference",
+    "steering",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"moe_route.{name}")
+    if name in _HOMES:
+        value = getattr(import_module(f"moe_route.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'moe_route' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

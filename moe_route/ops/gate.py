@@ -1,0 +1,322 @@
+"""The gate: score, steer, select, weigh and count router logits in one pass (contract: csrc/include/moe_route/gate.h).
+
+A bad argument raises ValueError naming it; tensors of a device without a kernel raise torch's NotImplementedError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from moe_route.ops.spec import RouterSpec
+from moe_route.ops.tables import StatisticsTables, SteeringTables
+
+__all__ = ["observe", "observe_layers", "route", "route_weights"]
+
+_route = torch.ops.moe_route.route.default
+_observe = torch.ops.moe_route.observe.default
+_observe_layers = torch.ops.moe_route.observe_layers.default
+_route_weights = torch.ops.moe_route.route_weights.default
+
+_GIVEN_MODES = {"natural": 1, "replay": 2}
+_NO_STATISTICS = (None, 0, None)
+_NO_STEERING = (None, 0, None, None)
+_AUTOGRAD_KEYS = [
+    torch._C.DispatchKey.__members__[name]
+    for name in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView")
+]
+
+
+def route(
+    logits: Tensor,
+    k: int,
+    spec: RouterSpec,
+    *,
+    correction_bias: Tensor | None = None,
+    expert_scale: Tensor | None = None,
+    steering: SteeringTables | None = None,
+    tokens: Tensor | None = None,
+    given_ids: Tensor | None = None,
+    given_weights: Tensor | None = None,
+    given: Literal["natural", "replay"] = "natural",
+    statistics: StatisticsTables | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Choose k experts per token, and count. No gradient: with gradients take the weights from `route_weights`.
+
+    Order of choice: forced-on experts, then the larger value, then the lower index; NaN ranks below every number.
+
+    Args:
+        logits: router logits [T, E], float32, bfloat16, float16 (same bits as ``logits.float()``) or float64;
+            unit stride inside a row, else a copy is made. E <= 4096.
+        k: experts per token, 1..min(E, 64).
+        spec: how the model routes.
+        correction_bias: [E], added for choosing only.
+        expert_scale: [E], factor on the final weight of the chosen.
+        steering: steering tables; a token's row is in ``tokens``.
+        tokens: int32 [T, 4] from `token_table`; None: row -1, group 0, segment -1, valid.
+        given_ids: integer [T, k], a choice that exists already; a row that starts with -1 has none.
+        given_weights: [T, k], its weights; None: recomputed from the logits.
+        given: ``natural``: unsteered rows return the given choice, steered rows are compared with it;
+            ``replay``: every row returns the given ids, weights are recomputed from the (steered) scores.
+        statistics: tables that are added to in place.
+
+    Returns:
+        weights float32 [T, k] (float64 for float64 logits), ids int32 [T, k]. An empty slot has id -1 and weight 0;
+        ids of a row are unique.
+
+    Raises:
+        ValueError: an argument with a wrong shape, dtype, place or range.
+    """
+    if correction_bias is None and expert_scale is None and steering is None and given_ids is None:
+        if given_weights is not None:
+            raise ValueError("given_weights need given_ids")
+        if statistics is not None:
+            return _route(logits, k, spec.policy, tokens, *statistics.arguments, *spec.unusual)
+        if spec.unusual:
+            return _route(logits, k, spec.policy, tokens, *_NO_STATISTICS, *spec.unusual)
+        return _route(logits, k, spec.policy, tokens)
+    mode = 0
+    if given_ids is not None:
+        if given not in _GIVEN_MODES:
+            raise ValueError(f"given = {given!r} is not one of natural, replay")
+        mode = _GIVEN_MODES[given]
+    return _route(
+        logits,
+        k,
+        spec.policy,
+        tokens,
+        *(_NO_STATISTICS if statistics is None else statistics.arguments),
+        *spec.numbers,
+        _as_float32(correction_bias),
+        _as_float32(expert_scale),
+        *(_NO_STEERING if steering is None else steering.packed),
+        given_ids,
+        _narrow(given_weights),
+        mode,
+    )
+
+
+def observe(
+    logits: Tensor,
+    ids: Tensor,
+    weights: Tensor | None,
+    spec: RouterSpec,
+    *,
+    expert_scale: Tensor | None = None,
+    tokens: Tensor | None = None,
+    statistics: StatisticsTables,
+) -> None:
+    """Count a choice that was already made, exactly as `route` counts its own.
+
+    Args:
+        logits: router logits [T, E].
+        ids: int32 or int64 [T, k], what was chosen.
+        weights: [T, k], the weights that the model uses; None: recomputed from the logits.
+        spec: how the model routes (its score function makes mass and entropy).
+        expert_scale: [E], only for recomputed weights.
+        tokens: int32 [T, 4] from `token_table`, or None.
+        statistics: tables that are added to in place.
+
+    Raises:
+        ValueError: an argument with a wrong shape, dtype, place or range.
+    """
+    if weights is not None and weights.dtype is torch.float64:
+        weights = weights.float()
+    if expert_scale is None:
+        _observe(logits, ids, weights, spec.policy, tokens, *statistics.arguments, *spec.unusual)
+    else:
+        scale = _as_float32(expert_scale)
+        _observe(logits, ids, weights, spec.policy, tokens, *statistics.arguments, *spec.numbers, scale)
+
+
+def observe_layers(
+    logits: Sequence[Tensor],
+    ids: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    spec: RouterSpec,
+    *,
+    tokens: Tensor | None = None,
+    statistics: Sequence[StatisticsTables],
+) -> None:
+    """`observe` for several layers that route alike, in one call of the operator.
+
+    At a decode step every operator is called with cold caches, so one call for 16 layers costs little more than one.
+
+    Args:
+        logits, ids, weights: as for `observe`, one per layer; the weights are those that the model uses.
+        spec: how all of them route.
+        tokens: int32 [T, 4] from `token_table`, or None; the same for all.
+        statistics: one per layer, all with the same planes, with segments in all of them or in none.
+
+    Raises:
+        ValueError: lists of different lengths, tables that differ, or what `observe` refuses.
+    """
+    tables = [table.arguments for table in statistics]
+    if not tables:
+        return
+    layout = tables[0][1]
+    if any(table[1] != layout for table in tables):
+        raise ValueError("the statistics of the layers have different planes; count those layers with observe()")
+    groups = [table[0] for table in tables]
+    segments = [table[2] for table in tables if table[2] is not None]
+    _observe_layers(logits, ids, weights, spec.policy, tokens, groups, layout, segments, *spec.unusual)
+
+
+def route_weights(
+    logits: Tensor,
+    ids: Tensor,
+    spec: RouterSpec,
+    *,
+    expert_scale: Tensor | None = None,
+    steering: SteeringTables | None = None,
+    tokens: Tensor | None = None,
+) -> Tensor:
+    """Weights of a given choice, differentiable in logits, steering tables, temperature and expert_scale.
+
+    Args:
+        logits: router logits [T, E].
+        ids: int32 or int64 [T, k]; an id outside 0..E-1 is an empty slot of weight 0. Taken as they are: neither
+            ``remap`` nor ``top_k`` of the steering tables acts here.
+        spec: how the model routes.
+        expert_scale: [E].
+        steering: steering tables; trained tables (requires_grad) get gradients.
+        tokens: int32 [T, 4] from `token_table`, or None.
+
+    Returns:
+        float32 [T, k] (float64 for float64 logits).
+
+    Raises:
+        ValueError: an argument with a wrong shape, dtype, place or range.
+    """
+    tables, planes, row_params, _ = _NO_STEERING if steering is None else steering.packed
+    scale = _as_float32(expert_scale)
+    return _route_weights(logits, ids, spec.policy, tokens, *spec.numbers, scale, tables, planes, row_params)
+
+
+def _as_float32(table: Tensor | None) -> Tensor | None:
+    return table if table is None or table.dtype is torch.float32 else table.float()
+
+
+def _narrow(weights: Tensor | None) -> Tensor | None:
+    return weights.float() if weights is not None and weights.dtype is torch.float64 else weights
+
+
+# ---- what torch knows of the operators --------------------------------------------------------------------------
+
+# route and observe have no gradient (a schema that mutates cannot have one): autograd passes through, and what they
+# return does not require grad.
+_LIBRARY = torch.library.Library("moe_route", "IMPL")
+for _name in ("route", "observe", "observe_layers"):
+    _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+
+
+def _new_weights(logits: Tensor, k: Any) -> Tensor:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits.new_empty((logits.shape[0], k), dtype=dtype)
+
+
+@torch.library.register_fake("moe_route::route")
+def _route_fake(logits: Tensor, k: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    torch._check_value(logits.dim() == 2, lambda: f"logits must be [tokens, experts], got {list(logits.shape)}")
+    torch._check_value(1 <= k <= min(logits.shape[1], 64), lambda: f"k = {k} is outside 1..min(experts, 64)")
+    return _new_weights(logits, k), logits.new_empty((logits.shape[0], k), dtype=torch.int32)
+
+
+@torch.library.register_fake("moe_route::observe")
+def _observe_fake(logits: Tensor, ids: Tensor, *_: Any, **__: Any) -> None:
+    torch._check_value(ids.dim() == 2, lambda: f"ids must be [tokens, k], got {list(ids.shape)}")
+
+
+@torch.library.register_fake("moe_route::observe_layers")
+def _observe_layers_fake(logits: list[Tensor], ids: list[Tensor], *_: Any, **__: Any) -> None:
+    torch._check_value(len(logits) == len(ids), lambda: f"{len(logits)} layers of logits, {len(ids)} of ids")
+
+
+@torch.library.register_fake("moe_route::route_weights")
+def _route_weights_fake(logits: Tensor, ids: Tensor, *_: Any, **__: Any) -> Tensor:
+    torch._check_value(ids.dim() == 2, lambda: f"ids must be [tokens, k], got {list(ids.shape)}")
+    return _new_weights(logits, ids.shape[1])
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Record gradients inside an operator's kernel, where torch has masked the autograd keys."""
+    keys = torch._C._dispatch_tls_local_exclude_set()
+    for key in _AUTOGRAD_KEYS:
+        keys = keys.remove(key)
+    include = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(include, keys), torch.enable_grad():
+        yield
+
+
+@torch.library.custom_op("moe_route::route_weights_backward", mutates_args=())
+def _route_weights_backward(
+    grad: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    policy: int,
+    tokens: Tensor | None,
+    group_fill: float,
+    eps: float,
+    norm_p: float,
+    scale: float,
+    jitter: float,
+    expert_scale: Tensor | None,
+    steering: Tensor | None,
+    steering_planes: int,
+    row_params: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `route_weights` in logits, expert_scale, steering and row_params; empty where there is none.
+
+    Recomputed through the reference under autograd: nothing but the inputs is kept from the forward pass. An operator
+    of its own, so that torch.compile does not trace through the reference, which may look at values.
+    """
+    from moe_route import reference
+
+    spec = RouterSpec.from_packed(policy, group_fill, eps, norm_p, scale, jitter)
+    optional = (expert_scale, steering, row_params)
+    with _recording():
+        leaf = logits.detach().requires_grad_()
+        scales, planes, params = [None if value is None else value.detach().requires_grad_() for value in optional]
+        tables = None
+        if planes is not None or params is not None:
+            tables = SteeringTables.from_packed(planes, steering_planes, params, None, logits.shape[1])
+        weights = reference.route_weights(leaf, ids, spec, expert_scale=scales, steering=tables, tokens=tokens)
+        present = [value for value in (leaf, scales, planes, params) if value is not None]
+        found = torch.autograd.grad(weights, present, grad, allow_unused=True, materialize_grads=True)
+    remaining = iter(found[1:])
+    made = [grad.new_empty(0) if value is None else next(remaining).contiguous() for value in optional]
+    return found[0].contiguous(), made[0], made[1], made[2]
+
+
+@_route_weights_backward.register_fake
+def _route_weights_backward_fake(
+    grad: Tensor, logits: Tensor, ids: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, expert_scale, steering, _, row_params = rest
+    made = [grad.new_empty(0) if v is None else v.new_empty(v.shape) for v in (expert_scale, steering, row_params)]
+    return logits.new_empty(logits.shape), made[0], made[1], made[2]
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, ids, policy, tokens, *numbers, expert_scale, steering, planes, row_params = inputs
+    ctx.save_for_backward(logits, ids, tokens, expert_scale, steering, row_params)
+    ctx.policy, ctx.numbers, ctx.planes = policy, tuple(numbers), planes
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    logits, ids, tokens, *optional = ctx.saved_tensors
+    of_logits, *made = _route_weights_backward(
+        grad.contiguous(), logits, ids, ctx.policy, tokens, *ctx.numbers, *optional[:2], ctx.planes, optional[2]
+    )
+    of_scale, of_steering, of_params = (
+        None if value is None else found for value, found in zip(optional, made, strict=True)
+    )
+    return (of_logits, None, None, None, *(None for _ in ctx.numbers), of_scale, of_steering, None, of_params)
+
+
+torch.library.register_autograd("moe_route::route_weights", _backward, setup_context=_keep_inputs)

@@ -1,0 +1,127 @@
+"""Builds ``moe_route._C`` with CMake against the torch of the environment that is installed into.
+
+Environment: ``MOE_ROUTE_CUDA`` = AUTO | ON | OFF, ``MOE_ROUTE_BUILD_DIR`` (default ``build/cmake``; kept, so a rebuild
+compiles only what changed), ``MAX_JOBS``, ``CXX``.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import NoReturn
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
+
+ROOT = Path(__file__).parent.resolve()
+MINIMUM_TORCH = (2, 11)
+
+
+def refuse(problem: str, mend: str) -> NoReturn:
+    sys.exit(f"\nmoe-route cannot be built here: {problem}\n  What to do: {mend}\n")
+
+
+def torch_directory() -> Path:
+    """The folder of the torch that this build is for: looked up, since importing may fail in an isolated build."""
+    spec = importlib.util.find_spec("torch")
+    candidates = [Path(spec.origin).parent] if spec and spec.origin else []
+    candidates += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("purelib", "platlib")]
+    for folder in candidates:
+        if (folder / "version.py").is_file():
+            text = (folder / "version.py").read_text(encoding="utf-8")
+            found = re.search(r"__version__\s*=\s*['\"](\d+)\.(\d+)([^'\"]*)", text)
+            if found and (int(found[1]), int(found[2])) >= MINIMUM_TORCH:
+                return folder
+            version = f"{found[1]}.{found[2]}{found[3]}" if found else "of unknown version"
+            refuse(
+                f"torch {version} in {folder} is too old.",
+                "install a newer one (pip install -U 'torch>=2.11').",
+            )
+    refuse(
+        f"there is no torch in {sysconfig.get_path('purelib')}.",
+        "install torch 2.11 or newer first (pip install 'torch>=2.11'), then repeat; where the build runs in an "
+        "environment of its own, add --no-build-isolation.",
+    )
+
+
+def compiler() -> str:
+    """A C++20 compiler, or a clear refusal."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    found = [path for path in (shutil.which(name.split()[0]) for name in names) if path]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text("#include <bit>\n#include <concepts>\n#include <span>\nint main() {}\n", encoding="utf-8")
+        for path in found:
+            command = [path, "-std=c++20", "-fsyntax-only", str(source)]
+            if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+                return path
+    refuse(
+        f"no C++20 compiler ({', '.join(names)}: {'too old' if found else 'not found'}).",
+        "install GCC 11 or Clang 14 or newer (Debian and Ubuntu: apt install g++), or name one in the variable CXX.",
+    )
+
+
+def run(command: list[str]) -> None:
+    if subprocess.run(command, check=False).returncode != 0:
+        refuse(f"{' '.join(command[:2])} failed.", "see its message above.")
+
+
+class EarlyCheck(dist_info):
+    """pip asks for the metadata before it downloads dependencies, so what is missing is said at once."""
+
+    def run(self) -> None:
+        torch_directory()
+        if os.name == "posix":
+            compiler()
+        super().run()
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(os.environ.get("MOE_ROUTE_BUILD_DIR", ROOT / "build" / "cmake")).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        defines = {
+            "MOE_ROUTE_TORCH_DIR": torch_directory(),
+            "MOE_ROUTE_PYTHON_INCLUDE": sysconfig.get_path("include"),
+            "MOE_ROUTE_PYBIND11_INCLUDE": pybind11.get_include(),
+            "MOE_ROUTE_MODULE_NAME": target.name,
+            "MOE_ROUTE_VERSION": self.distribution.get_version(),
+            "MOE_ROUTE_CUDA": os.environ.get("MOE_ROUTE_CUDA", "AUTO"),
+        }
+        if ninja := shutil.which("ninja"):  # an isolated build has its own, and the kept folder remembers the last one
+            defines["CMAKE_MAKE_PROGRAM"] = ninja
+        if not (build / "CMakeCache.txt").is_file() and os.name == "posix":
+            defines["CMAKE_CXX_COMPILER"] = compiler()
+        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        run([*configure, *(f"-D{name}={value}" for name, value in defines.items())])
+        run(["cmake", "--build", str(build), "--target", "_C", "-j", jobs])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Renamed into place: a process that has the old module mapped keeps it.
+        fresh = target.with_name(target.name + ".new")
+        shutil.copy2(build / target.name, fresh)
+        os.replace(fresh, target)
+
+
+def sources() -> list[str]:
+    """What the sdist needs besides the Python files."""
+    found = glob.glob("csrc/**/*", recursive=True, root_dir=ROOT)
+    return ["CMakeLists.txt", *sorted(name for name in found if (ROOT / name).is_file())]
+
+
+setup(
+    ext_modules=[Extension("moe_route._C", sources=[], depends=sources())],
+    cmdclass={"build_ext": CMakeBuild, "dist_info": EarlyCheck},
+)

@@ -1,0 +1,96 @@
+"""`moe_route.doctor`: it says what is there, why, what is missing, and it notices kernels that compute wrongly."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_route import _C, doctor, ops
+
+
+def test_report_is_plain_data_and_healthy() -> None:
+    found = doctor.report()
+    assert json.loads(json.dumps(found)) == found
+    assert found["versions"]["moe-route"] == _C.__version__
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["instruction_set"]["in_use"] == _C.instruction_set()
+    assert found["instruction_set"]["in_use"] in found["instruction_set"]["supported"]
+    assert found["threads"]["torch"] == torch.get_num_threads()
+    assert found["cuda"]["built"] == _C.build_info()["cuda"]
+    assert [check["name"] for check in found["checks"]] == ["route", "same bits", "dispatch"]
+    assert all(check["ok"] for check in found["checks"])
+    assert _C.instruction_set() == found["instruction_set"]["in_use"]  # the checks put it back
+
+
+def test_text_shows_everything() -> None:
+    found = doctor.report()
+    shown = doctor.text(found)
+    for word in (found["versions"]["torch"], found["instruction_set"]["why"], found["cuda"]["why"], *doctor.EXTRAS):
+        assert word in shown
+    assert shown == doctor.text(found)
+    assert "FAILED" not in shown
+
+
+def test_missing_extras_are_named_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = doctor.util.find_spec
+    monkeypatch.setattr(doctor.util, "find_spec", lambda name: None if name == "matplotlib" else real(name))
+    found = doctor.report()
+    assert found["extras"]["plot"]["missing"] == ["matplotlib"]
+    assert "matplotlib missing: pip install 'moe-route[plot]'" in doctor.text(found)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "check"),
+    [
+        (lambda weights, ids: (weights, ids.flip(1)), "route"),
+        (lambda weights, ids: (weights * 1.01, ids), "route"),
+        (lambda weights, ids: (weights + len(_C.instruction_set()) * 1e-7, ids), "same bits"),
+    ],
+)
+def test_wrong_kernels_are_noticed(break_it: Any, check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if check == "same bits" and len(_C.supported_instruction_sets()) == 1:
+        pytest.skip("one instruction set agrees with itself")
+    real = ops.route
+    monkeypatch.setattr(ops, "route", lambda *args, **kwargs: break_it(*real(*args, **kwargs)))
+    failed = [entry["name"] for entry in doctor.report()["checks"] if not entry["ok"]]
+    assert check in failed
+    assert "FAILED" in doctor.text()
+
+
+def test_a_wrong_combine_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = ops.combine
+    monkeypatch.setattr(ops, "combine", lambda rows, weights, slots: real(rows.flip(0), weights, slots))
+    assert [entry["name"] for entry in doctor.report()["checks"] if not entry["ok"]] == ["dispatch"]
+
+
+@pytest.mark.parametrize("asked", ["portable", "avx512"])
+def test_instruction_set_of_the_environment(asked: str) -> None:
+    program = "from moe_route import doctor; import json; print(json.dumps(doctor.report()['instruction_set']))"
+    environment = {**os.environ, "MOE_ROUTE_ISA": asked}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    found = json.loads(done.stdout)
+    assert found["MOE_ROUTE_ISA"] == asked
+    assert "MOE_ROUTE_ISA" in found["why"]
+    assert (found["in_use"] == asked) == (asked in _C.supported_instruction_sets())
+
+
+def test_why_names_what_the_processor_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if len(_C.build_info()["instruction_sets"]) == 1:
+        pytest.skip("a build with one instruction set has nothing to lack")
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor : 0\nflags : sse2 avx2 fma f16c avx512f avx512bw\n", encoding="utf-8")
+    monkeypatch.delenv("MOE_ROUTE_ISA", raising=False)
+    monkeypatch.setattr(doctor, "_CPUINFO", cpuinfo)
+    for name, value in (("instruction_set", "avx2"), ("best_instruction_set", "avx2")):
+        monkeypatch.setattr(doctor._C, name, lambda value=value: value)
+    monkeypatch.setattr(doctor._C, "supported_instruction_sets", lambda: ["portable", "avx2"])
+    found = doctor._instruction_set()
+    assert found["lacking"] == {"avx512": ["avx512dq", "avx512vl", "avx512cd"]}
+    assert "avx512 needs avx512dq, avx512vl, avx512cd" in found["why"]

@@ -1,0 +1,215 @@
+"""What is shipped, what an import loads, and how a build refuses where it cannot work."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import types
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import moe_route
+from moe_route import _C
+
+ROOT = Path(__file__).parent.parent
+in_tree = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
+
+
+def python(*arguments: str, **environment: str) -> str:
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ---- the installed package --------------------------------------------------------------------------------------
+
+
+def test_metadata() -> None:
+    found = metadata.metadata("moe-route")
+    assert found["Version"] == moe_route.__version__ == _C.__version__ == _C.build_info()["version"]
+    assert found["Requires-Python"] == ">=3.10"
+    needs = [line for line in metadata.requires("moe-route") or [] if "extra ==" not in line]
+    assert {re.split(r"[<>=]", need)[0] for need in needs} == {"torch", "numpy", "safetensors", "tqdm"}
+    extras = {"hf", "analysis", "plot", "report", "data", "eval", "cli", "all", "dev"}
+    assert set(found.get_all("Provides-Extra") or []) == extras
+    scripts = {point.name: point.value for point in metadata.entry_points(group="console_scripts")}
+    assert scripts["moe-route"] == "moe_route.cli:main"
+
+
+def test_doctor_knows_every_extra_that_brings_a_module() -> None:
+    from moe_route.doctor import EXTRAS
+
+    needs = metadata.requires("moe-route") or []
+    for extra, modules in EXTRAS.items():
+        brought = {re.split(r"[<>=; ]", need)[0] for need in needs if need.endswith(f'extra == "{extra}"')}
+        assert set(modules.values()) == brought
+
+
+def test_import_is_light() -> None:
+    """Beyond torch, numpy, safetensors and tqdm an import loads nothing but the standard library."""
+    program = """
+import json, sys
+import torch, torch._dynamo, numpy, safetensors, tqdm
+before = {name.partition('.')[0] for name in sys.modules}
+import moe_route
+after = {name.partition('.')[0] for name in sys.modules} - before - set(sys.stdlib_module_names)
+heavy = [name for name in ('transformers', 'matplotlib', 'pandas', 'scipy', 'typer') if name in sys.modules]
+print(json.dumps([sorted(after), heavy]))
+"""
+    after, heavy = json.loads(python("-c", program))
+    assert [name for name in after if not name.startswith("__editable__")] == ["moe_route"]
+    assert heavy == []
+
+
+def test_rooms_load_when_they_are_asked_for() -> None:
+    program = "import sys, moe_route as mr; assert 'moe_route.nn' not in sys.modules; print(mr.nn.TopKRouter.__name__)"
+    assert python("-c", program).strip() == "TopKRouter"
+    assert set(moe_route.__all__) <= set(dir(moe_route))
+    with pytest.raises(AttributeError, match=r"moe_route.*no attribute 'nothing'"):
+        moe_route.nothing  # noqa: B018
+
+
+def test_every_public_name_exists() -> None:
+    missing = [name for name in moe_route.__all__ if not hasattr(moe_route, name)]
+    assert missing == []
+
+
+def test_types_are_shipped() -> None:
+    folder = Path(moe_route.__file__).parent
+    assert (folder / "py.typed").is_file()
+    stub = (folder / "_C.pyi").read_text(encoding="utf-8")
+    public = [name for name in dir(_C) if not name.startswith("_")]
+    assert [name for name in public if not re.search(rf"^(def|class) {name}\b", stub, re.MULTILINE)] == []
+
+
+def test_the_module_uses_the_stable_abi_alone() -> None:
+    """No C++ symbol of torch: one binary loads on torch 2.11 and everything later."""
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("needs nm")
+    table = subprocess.run(
+        [nm, "-D", "--undefined-only", _C.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    symbols = [line.split()[-1] for line in table.splitlines()]
+    assert [symbol for symbol in symbols if re.match(r"_Z.*(2at|3c10|5torch|9moe_route)", symbol)] == []
+    assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
+
+
+# ---- the sdist --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("build")
+    folder = tmp_path_factory.mktemp("sdist")
+    python("-m", "build", "--sdist", "--no-isolation", "--outdir", str(folder), str(ROOT))
+    return next(folder.glob("*.tar.gz"))
+
+
+@in_tree
+def test_sdist_is_complete(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        files = {name.partition("/")[2] for name in archive.getnames()}
+    sources = [
+        path for folder in ("csrc", "moe_route", "tests") for path in (ROOT / folder).rglob("*") if path.is_file()
+    ]
+    wanted = {path.relative_to(ROOT).as_posix() for path in sources if "__pycache__" not in path.parts}
+    wanted |= {"CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py"}
+    assert {name for name in wanted if not name.endswith((".so", ".new", ".pyc"))} - files == set()
+    assert [name for name in files if name.endswith((".so", ".pyc", ".o")) or name.startswith("build/")] == []
+
+
+@in_tree
+@pytest.mark.slow
+def test_isolated_build_of_the_sdist(sdist: Path, tmp_path: Path) -> None:
+    """sdist -> wheel in an environment of its own -> an installation that passes its own checks."""
+    build = {"MOE_ROUTE_BUILD_DIR": str(tmp_path / "cmake"), "MAX_JOBS": "2"}
+    python("-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(sdist), **build)
+    wheel = next(tmp_path.glob("*.whl"))
+    names = zipfile.ZipFile(wheel).namelist()
+    data = [path.relative_to(ROOT).as_posix() for path in (ROOT / "moe_route" / "data").rglob("*") if path.is_file()]
+    for name in ("moe_route/py.typed", "moe_route/_C.pyi", *(name for name in data if "__pycache__" not in name)):
+        assert name in names
+    assert [name for name in names if name.startswith(("tests/", "csrc/", "bench/", "docs/"))] == []
+    python("-m", "pip", "install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel))
+    program = "import moe_route.doctor as d; print(d.__file__); print(all(c['ok'] for c in d.report()['checks']))"
+    script = tmp_path / "check.py"  # a script, since -c would find the package of the working directory first
+    script.write_text(program, encoding="utf-8")
+    place, healthy = python(str(script), PYTHONPATH=str(tmp_path / "site")).split()
+    assert place.startswith(str(tmp_path))
+    assert healthy == "True"
+
+
+# ---- builds that cannot work ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """setup.py as a module, without running it."""
+    setuptools = pytest.importorskip("setuptools")
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    module = types.ModuleType("recipe")
+    module.__file__ = str(ROOT / "setup.py")
+    exec(compile((ROOT / "setup.py").read_text(encoding="utf-8"), "setup.py", "exec"), module.__dict__)
+    return module
+
+
+@in_tree
+def test_the_torch_of_this_environment_is_found(recipe: types.ModuleType) -> None:
+    import torch
+
+    assert recipe.torch_directory() == Path(torch.__file__).parent
+
+
+@in_tree
+@pytest.mark.parametrize(
+    ("version", "problem"), [(None, "there is no torch in"), ("2.10.1", "torch 2.10.1 .*too old"), ("1.13", "too old")]
+)
+def test_a_build_without_a_usable_torch_says_so(
+    version: str | None, problem: str, recipe: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if version is not None:
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch" / "version.py").write_text(f"__version__ = '{version}'\n", encoding="utf-8")
+    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(recipe.sysconfig, "get_path", lambda kind: str(tmp_path))
+    with pytest.raises(SystemExit, match=f"(?s){problem}.*pip install"):
+        recipe.torch_directory()
+
+
+@in_tree
+def test_a_build_without_a_compiler_says_so(
+    recipe: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "missing"))
+    with pytest.raises(SystemExit, match=r"(?s)no C\+\+20 compiler.*not found.*GCC 11"):
+        recipe.compiler()
+    old = tmp_path / "old"
+    old.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    old.chmod(0o755)
+    monkeypatch.setenv("CXX", str(old))
+    with pytest.raises(SystemExit, match="too old"):
+        recipe.compiler()
+
+
+@in_tree
+@pytest.mark.parametrize(("value", "message"), [("ON", "no CUDA kernels|no nvcc"), ("MAYBE", "takes AUTO, ON or OFF")])
+def test_cuda_that_cannot_be_built_says_so(value: str, message: str, tmp_path: Path) -> None:
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("needs cmake")
+    if value == "ON" and _C.build_info()["cuda"]:
+        pytest.skip("this machine can build them")
+    command = [cmake, "-S", str(ROOT), "-B", str(tmp_path), f"-DMOE_ROUTE_CUDA={value}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert re.search(message, " ".join(done.stderr.split()))
