@@ -1,0 +1,59 @@
+"""dispatch, permute, combine."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_route.ops.dispatch import Dispatch
+
+
+def in_range(ids: Tensor, num_experts: int) -> Tensor:
+    """ids as int64, with -1 for those that name no expert."""
+    ids = ids.to(torch.int64)
+    return torch.where((ids >= 0) & (ids < num_experts), ids, -1)
+
+
+def dispatch(ids: Tensor, num_experts: int, *, block: int = 1) -> Dispatch:
+    """Sort routed slots by expert, stably; see `moe_route.ops.dispatch`."""
+    num_tokens, k = ids.shape
+    flat = in_range(ids.reshape(-1), num_experts)
+    expert = torch.where(flat >= 0, flat, num_experts)
+    counts = torch.bincount(expert, minlength=num_experts + 1)[:num_experts]
+    zero = counts.new_zeros(1)
+    offsets = torch.cat([zero, ((counts + block - 1) // block * block).cumsum(0)])
+    first = torch.cat([zero, counts.cumsum(0)])
+    slots = torch.argsort(expert, stable=True)[: int(first[-1])]
+    owner = expert[slots]
+    rows = offsets[owner] + torch.arange(slots.numel(), device=ids.device) - first[owner]
+    capacity = num_tokens * k + num_experts * (block - 1)
+    order = torch.full((capacity,), -1, dtype=torch.int64, device=ids.device)
+    order[rows] = slots
+    inverse = torch.full((num_tokens * k,), -1, dtype=torch.int64, device=ids.device)
+    inverse[slots] = rows
+    return Dispatch(offsets, counts, order, inverse.view(num_tokens, k))
+
+
+def permute(x: Tensor, dispatch: Dispatch) -> Tensor:
+    """Rows [R, H] of x [T, H] in the order of their experts; rows that serve no slot are zero. Differentiable."""
+    used = dispatch.order >= 0
+    source = dispatch.order.clamp(min=0) // max(dispatch.inverse.shape[1], 1)
+    if x.shape[0] == 0:
+        return x.new_zeros(dispatch.order.shape[0], x.shape[1])
+    return torch.where(used[:, None], x[source], 0)
+
+
+def combine(rows: Tensor, weights: Tensor, dispatch: Dispatch, residual: Tensor | None = None) -> Tensor:
+    """residual + sum over slots of weights * rows, [T, H], summed in slot order in float32 (float64 for float64)
+    and rounded once. Rows of skipped slots are never read. Differentiable in rows, weights and residual."""
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    num_tokens, k = dispatch.inverse.shape
+    total = rows.new_zeros(num_tokens, rows.shape[1], dtype=wide) if residual is None else residual.to(wide)
+    for slot in range(k):
+        at = dispatch.inverse[:, slot]
+        served = (at >= 0)[:, None]
+        if rows.shape[0] == 0:
+            continue
+        row = torch.where(served, rows[at.clamp(min=0)].to(wide), 0.0)
+        total = total + torch.where(served, weights[:, slot, None].to(wide), 0.0) * row
+    return total.to(rows.dtype)

@@ -1,0 +1,319 @@
+"""route, observe, route_weights: score, select and weigh (steering and counting are the neighbours' work)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_route.ops.spec import RouterSpec
+from moe_route.ops.tables import StatisticsTables, SteeringTables
+from moe_route.reference.dispatch import in_range
+from moe_route.reference.statistics import Choice, count
+from moe_route.reference.steering import INF, Steering, read_steering, read_tokens, steer
+
+
+def _scored(z: Tensor, allowed: Tensor) -> Tensor:
+    """Experts that have a score at all: allowed, with a logit that is a number."""
+    return allowed & ~torch.isnan(z)
+
+
+def _softmax(z: Tensor, usable: Tensor) -> Tensor:
+    """Softmax over the usable entries, 0 elsewhere. +inf entries share the row; a row of -inf scores 0."""
+    clean = torch.where(usable, z, -INF)
+    top = clean.amax(-1, keepdim=True)
+    clean = torch.where(top == INF, torch.where(clean == INF, 0.0, -INF), clean)
+    dead = top == -INF
+    return torch.where(dead | ~usable, 0.0, torch.softmax(torch.where(dead, 0.0, clean), -1))
+
+
+def _score(z: Tensor, kind: str, allowed: Tensor) -> Tensor:
+    """Scores of the allowed entries, 0 for the rest and for NaN logits. Same shape as z."""
+    usable = _scored(z, allowed)
+    if kind in ("softmax", "sparsemixer"):
+        return _softmax(z, usable)
+    z = torch.where(usable, z, 0.0)
+    if kind == "sigmoid":
+        score = torch.sigmoid(z)
+    elif kind == "sqrt_softplus":
+        soft = F.softplus(z)
+        score = torch.where(soft > 0, torch.where(soft > 0, soft, 1.0).sqrt(), 0.0)
+    elif kind == "identity":
+        score = z
+    else:
+        raise ValueError(f"unknown score {kind!r}")
+    return torch.where(usable, score, 0.0)
+
+
+def _sparsemixer(z: Tensor, ids: Tensor, allowed: Tensor, jitter: float) -> Tensor:
+    """Weights of SparseMixer-v2 at inference [arXiv 2409.12136]: slot by slot, a softmax over the experts still in
+    the running whose distance to the best, relative to the larger of |z| and the best, is at most 2 * jitter."""
+    running = _scored(z, allowed)
+    weights = []
+    for slot in ids.unbind(1):
+        best = torch.where(running, z, -INF).amax(1, keepdim=True).detach()
+        far = (best - z) / torch.maximum(z.abs(), best) > 2 * jitter
+        slot = slot[:, None]
+        weight = _softmax(z, running & ~far).gather(1, slot.clamp(min=0))
+        weights.append(torch.where(slot >= 0, weight, 0.0))
+        running = running & ~(torch.arange(z.shape[1], device=z.device) == slot)
+    return torch.cat(weights, 1)
+
+
+def _limit_groups(value: Tensor, allowed: Tensor, spec: RouterSpec) -> Tensor:
+    """Values with those of experts outside the row's best groups replaced by the spec's fill value."""
+    num_tokens, num_experts = value.shape
+    number = allowed & ~torch.isnan(value)
+    members = torch.where(number, value, -INF).view(num_tokens, spec.groups, num_experts // spec.groups)
+    best = members.sort(dim=-1, descending=True, stable=True).values
+    group_value = best[..., 0] if spec.group_score == "max" else best[..., :2].sum(-1)
+    group_value = torch.where(torch.isnan(group_value), -INF, group_value)  # infinities of both signs
+    group_order = _order(group_value, torch.ones_like(group_value, dtype=torch.int64))
+    keep = torch.zeros_like(group_value, dtype=torch.bool).scatter_(1, group_order[:, : spec.top_groups], True)
+    keep = keep[..., None].expand(members.shape).reshape(num_tokens, num_experts)
+    return torch.where(keep | torch.isnan(value), value, spec.group_fill)
+
+
+def _order(value: Tensor, rank: Tensor) -> Tensor:
+    """Indices of each row in order of choice: higher rank, then numbers before NaN, then larger value, then index."""
+    nan = torch.isnan(value)
+    by_value = torch.argsort(torch.where(nan, -INF, value), dim=1, descending=True, stable=True)
+    key = (2 * rank + ~nan).gather(1, by_value)
+    return by_value.gather(1, torch.argsort(key, dim=1, descending=True, stable=True))
+
+
+def _selection_value(z: Tensor, spec: RouterSpec, correction_bias: Tensor | None, steering: Steering) -> Tensor:
+    """What experts are compared by, NaN where the logit is NaN. Where it would be a rising function of the logit
+    alone, it is the logit itself: scores that collide after rounding never decide."""
+    allowed = ~steering.forbidden
+    score_bias = steering.planes.get("score_bias")
+    value = z
+    if spec.order == "score_then_topk" and (correction_bias is not None or score_bias is not None or spec.groups > 1):
+        scores = torch.where(torch.isnan(z), z, _score(z, spec.score, allowed))
+        value = scores
+        if correction_bias is None and spec.groups == 1 and score_bias is not None:  # rows without a bias: the logits
+            value = torch.where((score_bias != 0).any(1, keepdim=True), scores, z)
+    if correction_bias is not None:
+        value = value + correction_bias.to(value)
+    if score_bias is not None:
+        value = torch.where(steering.steered, value + score_bias, value)
+    if spec.groups > 1:
+        value = _limit_groups(value, allowed, spec)
+    return value
+
+
+def _select(
+    z: Tensor, k: int, spec: RouterSpec, correction_bias: Tensor | None, steering: Steering
+) -> tuple[Tensor, Tensor]:
+    """Ids int64 [T, k] (-1 = empty slot) and the number of slots int64 [T, 1] of each token."""
+    rank = torch.full_like(steering.forbidden, 2, dtype=torch.int64)
+    if steering.force is not None:
+        rank = rank + (steering.force > 0) - (steering.force < 0).to(torch.int64)
+        rank = rank.masked_fill(steering.forbidden, 0)
+    ids = _order(_selection_value(z, spec, correction_bias, steering), rank)[:, :k]
+    slots = torch.full_like(ids[:, :1], k)
+    if "top_k" in steering.params:
+        asked = steering.params["top_k"].to(torch.int64)
+        slots = torch.where(asked > 0, asked.clamp(max=k), slots)
+    filled = (torch.arange(k, device=z.device) < slots) & (rank.gather(1, ids) > 0)
+    return torch.where(filled, ids, -1), slots
+
+
+def _renormalise(weights: Tensor, spec: RouterSpec) -> Tensor:
+    """A divisor of 0 leaves the weights 0; infinite weights share equally, and the rest get 0."""
+    if spec.renormalise == "none":
+        return weights
+    infinite = (weights == INF).to(weights.dtype) - (weights == -INF).to(weights.dtype)
+    weights = torch.where((infinite != 0).any(1, keepdim=True), infinite, weights)
+    if spec.renormalise == "sum":
+        divisor = weights.sum(1, keepdim=True) + spec.eps
+    elif spec.renormalise == "clamp":
+        divisor = weights.sum(1, keepdim=True).clamp(min=spec.eps)
+    else:
+        zero = (weights == 0).all(1, keepdim=True)  # the norm of a zero row has no gradient
+        divisor = torch.linalg.vector_norm(torch.where(zero, 1.0, weights), spec.norm_p, dim=1, keepdim=True)
+        divisor = torch.where(zero, 0.0, divisor)
+    return torch.where(divisor == 0, 0.0, weights / torch.where(divisor == 0, 1.0, divisor))
+
+
+def _cancels(spec: RouterSpec, steering: Steering) -> bool:
+    """Softmax, then renormalising by the plain sum: the sum over all experts cancels, so it is never formed and
+    cannot underflow. Not where a weighing score bias is added in between."""
+    plain = spec.score == "softmax" and spec.renormalise == "sum" and spec.eps == 0
+    return plain and not ("score_bias" in steering.planes and "score_bias_weighs" in steering.params)
+
+
+def _weighing_bias(steering: Steering, at: Tensor) -> Tensor | float:
+    """The score bias of the experts `at` [T, k], in rows where it changes the weight too."""
+    if "score_bias" not in steering.planes or "score_bias_weighs" not in steering.params:
+        return 0.0
+    weighing = torch.where(steering.params["score_bias_weighs"] != 0, steering.planes["score_bias"], 0.0)
+    return weighing.gather(1, at)
+
+
+def _weigh(z: Tensor, ids: Tensor, spec: RouterSpec, expert_scale: Tensor | None, steering: Steering) -> Tensor:
+    """Weights [T, k] of the chosen ids int64 [T, k] from the steered logits; 0 for empty slots."""
+    allowed = ~steering.forbidden
+    filled = ids >= 0
+    at = ids.clamp(min=0)
+    if spec.score == "sparsemixer":
+        weights = _sparsemixer(z, ids, allowed, spec.jitter)
+        if spec.order == "score_then_topk":
+            weights = weights + _weighing_bias(steering, at)
+    elif spec.order == "topk_then_score":
+        chosen = z.gather(1, at) + _weighing_bias(steering, at)
+        weights = _score(chosen, spec.score, filled & allowed.gather(1, at))
+    elif _cancels(spec, steering):
+        weights = _score(z.gather(1, at), spec.score, filled & allowed.gather(1, at))
+    else:
+        weights = _score(z, spec.score, allowed).gather(1, at) + _weighing_bias(steering, at)
+    weights = torch.where(filled & _scored(z, allowed).gather(1, at), weights, 0.0)
+    planes, params = steering.planes, steering.params
+    before: Tensor | float = 1.0
+    after: Tensor | float = 1.0
+    if "weight_scale" in planes:
+        factor = planes["weight_scale"].gather(1, at)
+        late = params["weight_scale_after"] != 0 if "weight_scale_after" in params else torch.zeros_like(filled)
+        before, after = torch.where(late, 1.0, factor), torch.where(late, factor, 1.0)
+    weights = _renormalise(weights * before, spec) * spec.scale * after
+    if expert_scale is not None:
+        weights = weights * expert_scale.to(weights)[at]
+    return torch.where(filled, weights, 0.0)
+
+
+def _remap(ids: Tensor, weights: Tensor, steering: Steering) -> tuple[Tensor, Tensor]:
+    """Experts renamed once weights are final; slots that meet on one expert merge into the first, weights added up,
+    and the slots that become free are the row's last."""
+    if steering.remap is None:
+        return ids, weights
+    target = in_range(torch.where(ids >= 0, steering.remap.gather(1, ids.clamp(min=0)), -1), steering.remap.shape[1])
+    same = (target[:, :, None] == target[:, None, :]) & (target >= 0)[:, :, None]  # [T, k, k]
+    first = ~torch.tril(same, -1).any(2)
+    merged = torch.where(same, weights[:, None, :], 0.0).sum(2)
+    kept = first & (target >= 0)
+    ids, weights = torch.where(kept, target, -1), torch.where(kept, merged, 0.0)
+    front = torch.argsort(kept.int(), dim=1, descending=True, stable=True)
+    front = torch.where(steering.steered, front, torch.arange(ids.shape[1], device=ids.device))
+    return ids.gather(1, front), weights.gather(1, front)
+
+
+def _check(logits: Tensor, k: int, spec: RouterSpec) -> None:
+    if logits.dim() != 2 or not logits.is_floating_point():
+        raise ValueError(f"logits must be floating point [T, E], got {logits.dtype} {list(logits.shape)}")
+    if not 1 <= k <= logits.shape[1]:
+        raise ValueError(f"k must be between 1 and the number of experts {logits.shape[1]}, got {k}")
+    if logits.shape[1] % spec.groups:
+        raise ValueError(f"{logits.shape[1]} experts do not divide into {spec.groups} groups")
+
+
+def _compute(logits: Tensor) -> Tensor:
+    return (logits if logits.dtype == torch.float64 else logits.float()).contiguous()
+
+
+@torch.no_grad()
+def route(
+    logits: Tensor,
+    k: int,
+    spec: RouterSpec,
+    *,
+    correction_bias: Tensor | None = None,
+    expert_scale: Tensor | None = None,
+    steering: SteeringTables | None = None,
+    tokens: Tensor | None = None,
+    given_ids: Tensor | None = None,
+    given_weights: Tensor | None = None,
+    given: Literal["natural", "replay"] = "natural",
+    statistics: StatisticsTables | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Score, steer, select, weigh and count; see `moe_route.ops.route`.
+
+    Returns:
+        weights float32 (float64 for float64 logits) [T, k] and ids int32 [T, k]; an empty slot is id -1, weight 0.
+    """
+    _check(logits, k, spec)
+    token = read_tokens(tokens, logits.shape[0], logits.device)
+    raw = torch.where(token.valid[:, None], _compute(logits), 0.0)  # garbage in padding reaches nothing
+    row = read_steering(steering, token, raw)
+    z = steer(raw, row)
+    ids, slots = _select(z, k, spec, correction_bias, row)
+    weights = _weigh(z, ids, spec, expert_scale, row)
+    ids, weights = _remap(ids, weights, row)
+    natural_ids = None
+    if statistics is not None and "natural_counts" in statistics.planes:
+        unsteered = read_steering(None, token, raw)
+        natural_ids, _ = _select(raw, k, spec, correction_bias, unsteered)
+    if given_ids is not None:
+        if given_ids.shape != ids.shape or given not in ("natural", "replay"):
+            raise ValueError(
+                f"given ids must be {list(ids.shape)}, natural or replay, got {list(given_ids.shape)}, {given}"
+            )
+        known = in_range(given_ids, logits.shape[1])
+        taken = given_ids[:, :1] != -1  # rows whose choice is the given one
+        kept = _weigh(z, known, spec, expert_scale, row)
+        if given == "natural":
+            natural_ids = None if natural_ids is None else torch.where(taken, known, natural_ids)
+            taken = taken & ~row.changed & (slots == k)
+            if given_weights is not None:
+                kept = torch.where(known >= 0, given_weights.to(weights), 0.0)
+        ids, weights = torch.where(taken, known, ids), torch.where(taken, kept, weights)
+        slots = torch.where(taken, k, slots)
+    scores = _score(z, spec.score, ~row.forbidden)
+    count(Choice(ids, weights, slots, natural_ids), scores, row.steered, token, statistics)
+    ids = torch.where(token.valid[:, None], ids, -1)
+    weights = torch.where(token.valid[:, None], weights, 0.0)
+    return weights, ids.to(torch.int32)
+
+
+def observe(
+    logits: Tensor,
+    ids: Tensor,
+    weights: Tensor | None,
+    spec: RouterSpec,
+    *,
+    expert_scale: Tensor | None = None,
+    tokens: Tensor | None = None,
+    statistics: StatisticsTables,
+) -> None:
+    """Count a choice that was already made: ids [T, k] and the weights the model uses, [T, k] or None to recompute."""
+    if ids.dim() != 2 or ids.shape[0] != logits.shape[0]:
+        raise ValueError(f"ids must be [{logits.shape[0]}, k], got {list(ids.shape)}")
+    route(
+        logits,
+        ids.shape[1],
+        spec,
+        expert_scale=expert_scale,
+        tokens=tokens,
+        given_ids=ids,
+        given_weights=weights,
+        statistics=statistics,
+    )
+
+
+def route_weights(
+    logits: Tensor,
+    ids: Tensor,
+    spec: RouterSpec,
+    *,
+    expert_scale: Tensor | None = None,
+    steering: SteeringTables | None = None,
+    tokens: Tensor | None = None,
+) -> Tensor:
+    """Weights of a given choice, differentiable in logits, steering tables, temperature and expert_scale.
+
+    Args:
+        logits: router logits [T, E].
+        ids: integer [T, k]; negative or >= E is an empty slot of weight 0, and a row that starts with a negative id
+            has no choice: weights 0.
+
+    Returns:
+        float32 (float64 for float64 logits) [T, k].
+    """
+    _check(logits, ids.shape[1], spec)
+    token = read_tokens(tokens, logits.shape[0], logits.device)
+    raw = torch.where(token.valid[:, None], _compute(logits), 0.0)
+    row = read_steering(steering, token, raw)
+    has = token.valid[:, None] & (ids[:, :1] >= 0)
+    known = torch.where(has, in_range(ids, logits.shape[1]), -1)
+    return _weigh(steer(raw, row), known, spec, expert_scale, row)

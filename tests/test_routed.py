@@ -1,0 +1,330 @@
+"""The user's day: attach, describe, record, steer by group and phase, let go; on real tiny models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import MAIN, tiny_model, tokens
+from torch import nn
+
+import moe_route as mr
+from moe_route.patching import AlreadyAttached
+from moe_route.recording import RecordingError
+from moe_route.routed import config_hash
+from moe_route.steering import PlanError
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return tiny_model("qwen3_moe", head=True)
+
+
+@pytest.fixture
+def routed(model: nn.Module) -> Iterator[mr.Routed]:
+    with mr.attach(model) as routed:
+        yield routed
+
+
+def logits(model: nn.Module, ids: torch.Tensor, **more: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, **more).logits
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal but for the order of sums: the experts' matrix products depend on what else is in the batch."""
+    return torch.allclose(a, b, atol=1e-4)
+
+
+ON = mr.Plan.force_on({0: [3], 2: [5]})
+
+
+def test_the_users_day(model: nn.Module, tmp_path: Path) -> None:
+    batches = [
+        SimpleNamespace(language=["eng_Latn", "swh_Latn"], sentence=[i, i], inputs={"input_ids": tokens(2, 6, i)})
+        for i in range(4)
+    ]
+    before = logits(model, tokens(2, 6))
+    routed = mr.attach(model)
+    with routed.record(groups=["eng_Latn", "swh_Latn"], sequences=True) as rec:
+        for batch in batches:
+            with rec.labels(groups=batch.language, items=batch.sentence):
+                model(**batch.inputs)
+    stats = rec.statistics()
+    div = mr.analysis.divergence(stats, reference="eng_Latn")
+    assert div.values.shape[-1] == 3
+    assert np.isfinite(div.values).all()
+    stats.save(tmp_path / "stats.safetensors")
+    again = mr.RoutingStatistics.load(tmp_path / "stats.safetensors")
+    assert again == stats
+    np.testing.assert_array_equal(mr.analysis.divergence(again, reference="eng_Latn").values, div.values)
+    math, general = stats.select(groups=["swh_Latn"]), stats.select(groups=["eng_Latn"])
+    found = mr.analysis.task_experts(math, general, threshold=0.02)
+    plan = mr.Plan.activate(found, layers=range(1, 3), strength=4.0)
+    with routed.steer(plan):
+        assert not torch.equal(logits(model, tokens(2, 6)), before)
+        model.generate(input_ids=tokens(2, 6), max_new_tokens=2, do_sample=False)
+    routed.detach()
+    assert torch.equal(logits(model, tokens(2, 6)), before)
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_attaching_and_recording_keep_every_bit(name: str) -> None:
+    model, ids = tiny_model(name, head=True), tokens(2, 6)
+    before, keys = logits(model, ids), list(model.state_dict())
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), type(m)) for m in model.modules()]
+    with mr.attach(model) as routed:
+        assert torch.equal(logits(model, ids), before)
+        with routed.record(sequences=True, trace=True):
+            assert torch.equal(logits(model, ids), before)
+        with routed.steer(mr.Plan.activate({0: [1]}, strength=0.0)):
+            assert torch.equal(logits(model, ids), before)
+        with routed.steer(mr.Plan.force_on({1: [3]})):
+            logits(model, ids)
+        assert torch.equal(logits(model, ids), before)
+        assert list(model.state_dict()) == keys
+    assert torch.equal(logits(model, ids), before)
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks), type(m)) for m in model.modules()] == hooks
+
+
+@pytest.mark.parametrize("engine", ["observed", "fused"])
+def test_forced_experts_are_what_is_counted(model: nn.Module, engine: Any) -> None:
+    with mr.attach(model, engine=engine) as routed, routed.steer(ON), routed.record() as rec:
+        logits(model, tokens(2, 6))
+    stats = rec.statistics()
+    assert stats.frequency()[0, 0, 3] == stats.frequency()[0, 2, 5] == 1.0
+    assert stats.scalar("steered")[0].tolist() == [12, 0, 12]
+    assert stats.metadata["plans"] == [ON.hash]
+
+
+def test_steering_by_group_touches_only_that_group(model: nn.Module, routed: mr.Routed) -> None:
+    ids, before = tokens(4, 6), logits(model, tokens(4, 6))
+    with routed.record(groups=["x", "y"]) as rec, routed.steer(ON.only(groups="y")), rec.labels(["x", "y", "y", "x"]):
+        steered = logits(model, ids)
+    assert same(steered[[0, 3]], before[[0, 3]])
+    assert not same(steered[[1, 2]], before[[1, 2]])
+    stats = rec.statistics()
+    assert stats.scalar("steered")[:, 0].tolist() == [0, 12]
+    assert stats.scalar("flipped")[0].tolist() == [0, 0, 0]
+    assert stats.frequency()[1, 0, 3] == 1.0
+    with routed.record(groups=["x", "y"]) as plain, plain.labels(["x", "y", "y", "x"]):
+        logits(model, ids)
+    np.testing.assert_array_equal(
+        stats.select("x").token_sum("counts"), plain.statistics().select("x").token_sum("counts")
+    )
+    # layer 0 sees the same hidden states, so its natural choice is the unsteered one
+    np.testing.assert_array_equal(stats.token_sum("natural_counts")[:, 0], plain.statistics().token_sum("counts")[:, 0])
+
+
+def test_labels_without_a_recording_steer_by_group(model: nn.Module, routed: mr.Routed) -> None:
+    ids, before = tokens(2, 6), logits(model, tokens(2, 6))
+    with routed.steer(ON.only(groups="y")):
+        assert torch.equal(logits(model, ids), before)
+        with routed.labels(["x", "y"]):
+            steered = logits(model, ids)
+            with pytest.raises(RuntimeError, match="inside labels"), routed.labels("x"):
+                pytest.fail("the block was entered")
+        with routed.labels("unheard of"):
+            assert torch.equal(logits(model, ids), before)
+        with routed.labels([["x"] * 5 + ["y"], ["x"] * 6]):
+            last = logits(model, ids)
+        with pytest.raises(ValueError, match="needs groups"):
+            routed.labels()
+    assert same(steered[0], before[0])
+    assert not same(steered[1], before[1])
+    assert same(last[0, :5], before[0, :5])
+    assert same(last[1], before[1])
+    assert not same(last[0, 5], before[0, 5])
+
+
+def test_labels_serve_the_recording_that_is_on(model: nn.Module, routed: mr.Routed) -> None:
+    with routed.record() as rec, routed.labels(["x", "y"], items=[1, 1]):
+        logits(model, tokens(2, 6))
+    assert rec.statistics().groups == ("x", "y")
+    assert routed.statistics() == rec.statistics()
+    assert routed.recorder is rec
+
+
+def test_steering_by_phase(model: nn.Module, routed: mr.Routed) -> None:
+    with routed.record() as rec, routed.steer(ON.only(phase="decode")):
+        model.generate(tokens(2, 5), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    stats = rec.statistics()
+    assert stats.scalar("steered", "prefill").sum() == 0
+    assert stats.scalar("steered", "decode")[0].tolist() == [6, 0, 6]
+    assert stats.frequency("decode")[0, 0, 3] == 1.0
+
+
+def test_nested_plans_add_up_and_end_in_turn(model: nn.Module, routed: mr.Routed) -> None:
+    ids, before = tokens(2, 6), logits(model, tokens(2, 6))
+    one, two = mr.Plan.activate({0: [1]}, strength=3.0), mr.Plan.activate({1: [2]}, strength=3.0)
+    with routed.steer(one):
+        alone = logits(model, ids)
+        with routed.steer(two):
+            assert routed.plan == one + two
+            nested = logits(model, ids)
+        assert torch.equal(logits(model, ids), alone)
+    assert torch.equal(logits(model, ids), before)
+    with routed.steer(one + two):
+        assert torch.equal(logits(model, ids), nested)
+    assert routed.plan is None
+
+
+def test_a_plan_that_ends_by_an_exception_ends(model: nn.Module, routed: mr.Routed) -> None:
+    before = logits(model, tokens(2, 6))
+    with pytest.raises(ZeroDivisionError), routed.steer(ON):
+        1 / 0  # noqa: B018
+    assert torch.equal(logits(model, tokens(2, 6)), before)
+
+
+def test_steering_that_begins_while_recording(model: nn.Module, routed: mr.Routed) -> None:
+    ids = tokens(2, 6)
+    with routed.record(sequences=True) as rec, rec.labels("x", items=[1, 2]):
+        logits(model, ids)
+        with routed.steer(ON):
+            logits(model, ids)
+        logits(model, ids)
+    stats = rec.statistics()
+    assert stats.planes == ("counts", "mass", "weight", "share", "natural_counts")
+    assert stats.scalar("steered")[0].tolist() == [12, 0, 12]
+    assert stats.tokens()[0].tolist() == [36] * 3
+    with routed.record() as plain:
+        logits(model, ids)
+    np.testing.assert_array_equal(
+        stats.token_sum("natural_counts")[0, 0], 3 * plain.statistics().token_sum("counts")[0, 0]
+    )
+    assert stats.store is not None
+    assert stats.store.tokens(1, "x").tolist() == [18] * 3
+    merged = stats + plain.statistics()
+    assert merged.metadata["plans"] == [ON.hash]
+    assert merged.token_sum("natural_counts").sum() == 48 * 2 * 3
+
+
+def test_flipped_and_moved_compare_with_the_natural_choice(model: nn.Module, routed: mr.Routed) -> None:
+    with routed.steer(mr.Plan.force_on({0: [3]})), routed.record(trace=[0]) as rec:
+        logits(model, tokens(2, 6))
+    stats = rec.statistics()
+    natural = stats.token_sum("natural_counts")[0, 0]
+    assert stats.scalar("flipped")[0, 0] == 12 - natural[3]
+    trace = rec.trace()
+    assert (trace.ids[:, 0] == 3).any(1).all()
+    assert 0 < stats.scalar("moved")[0, 0] < 12
+
+
+def test_plans_for_other_models_are_refused(model: nn.Module, routed: mr.Routed) -> None:
+    before = logits(model, tokens(2, 6))
+    for plan in (
+        mr.Plan.force_on({3: [0]}),
+        mr.Plan.force_on({0: [8]}),
+        mr.Plan.force_on({0: [1]}).for_model("other", config_hash="0" * 64),
+        mr.Plan.force_on({0: [1]}).for_model(num_experts=[16] * 3),
+    ):
+        with pytest.raises(PlanError), routed.steer(plan):
+            pytest.fail("the plan was taken")
+    with pytest.raises(TypeError, match="takes a Plan, not dict"), routed.steer({0: [1]}):  # type: ignore[arg-type]
+        pytest.fail("the plan was taken")
+    assert torch.equal(logits(model, tokens(2, 6)), before)
+    with routed.steer(mr.Plan.force_on({0: [1]}).for_model("here", config_hash=config_hash(model))):
+        assert not torch.equal(logits(model, tokens(2, 6)), before)
+
+
+def test_statistics_and_plans_know_their_model(model: nn.Module, routed: mr.Routed) -> None:
+    with routed.record() as rec:
+        logits(model, tokens(2, 6))
+    stats = rec.statistics()
+    assert stats.metadata["model"] == {
+        "name": None,
+        "class": "Qwen3MoeForCausalLM",
+        "config_hash": config_hash(model),
+    }
+    assert {"torch", "transformers", "moe-route", "python"} <= stats.metadata["versions"].keys()
+    other = tiny_model("qwen3_moe", head=True, hidden_size=32)
+    with mr.attach(other) as second, second.record() as rec:
+        logits(other, tokens(2, 6))
+    with pytest.raises(ValueError, match="two models"):
+        stats + rec.statistics()
+
+
+def test_the_configuration_hash_is_of_what_the_model_is(model: nn.Module) -> None:
+    same = tiny_model("qwen3_moe", head=True, seed=3, dtype=torch.bfloat16)
+    same.config.use_cache = False
+    same.config._name_or_path = "elsewhere"
+    assert config_hash(same) == config_hash(model)
+    assert config_hash(tiny_model("qwen3_moe", head=True, num_experts_per_tok=3)) != config_hash(model)
+    assert config_hash(nn.Linear(2, 3)) != config_hash(nn.Linear(2, 4))
+
+
+def test_describe_prints_and_is_json(model: nn.Module) -> None:
+    found = mr.describe(model)
+    text = str(found)
+    assert "Qwen3MoeForCausalLM: 3 MoE layers" in text
+    assert "0-2     Qwen3MoeTopKRouter  8        2      softmax" in text
+    content = json.loads(json.dumps(found.to_dict()))
+    assert [layer["layer"] for layer in content["layers"]] == [0, 1, 2]
+    assert content["layers"][0]["engine"] == "observed"
+    assert content["attached"] is False
+    with mr.attach(model, engine="fused"):
+        live = mr.describe(model)
+        assert live.attached
+        assert {layer.engine for layer in live.layers} == {"fused"}
+    with pytest.raises(mr.ModelNotSupported):
+        mr.describe(nn.Linear(2, 2))
+
+
+def test_one_attachment_and_one_recording_at_a_time(model: nn.Module, routed: mr.Routed) -> None:
+    with pytest.raises(AlreadyAttached):
+        mr.attach(model)
+    with routed.record() as rec:
+        with pytest.raises(RuntimeError, match="a recording is on already"), routed.record():
+            pytest.fail("the block was entered")
+        with pytest.raises(RecordingError, match="on already"), rec:
+            pytest.fail("the block was entered")
+        logits(model, tokens(1, 4))
+    assert rec.statistics().tokens()[0, 0] == 4
+
+
+def test_detach_waits_for_the_blocks_and_is_final(model: nn.Module) -> None:
+    routed = mr.attach(model)
+    with routed.record(), pytest.raises(RuntimeError, match=r"inside a record\(\) block"):
+        routed.detach()
+    with routed.steer(ON), pytest.raises(RuntimeError, match=r"inside a steer\(\) block"):
+        routed.detach()
+    late = routed.record()
+    routed.detach()
+    routed.detach()
+    assert "detached" in repr(routed)
+    with pytest.raises(RuntimeError, match=r"attach\(model\) again"):
+        routed.record()
+    with pytest.raises(RuntimeError, match=r"attach\(model\) again"), late:
+        pytest.fail("the block was entered")
+    with pytest.raises(RuntimeError, match=r"attach\(model\) again"), routed.steer(ON):
+        pytest.fail("the block was entered")
+    with mr.attach(model) as again:
+        assert "attached" in repr(again)
+
+
+def test_statistics_before_any_recording(routed: mr.Routed) -> None:
+    with pytest.raises(RuntimeError, match="nothing was recorded yet"):
+        routed.statistics()
+
+
+def test_missing_and_foreign_sequences_are_refused(model: nn.Module, routed: mr.Routed, tmp_path: Path) -> None:
+    def record(name: str, seed: int) -> None:
+        with routed.record(sequences=True) as rec, rec.labels(["x", "y"], items=[1, 1]):
+            logits(model, tokens(2, 6, seed))
+        rec.statistics().save(tmp_path / f"{name}.safetensors")
+
+    record("one", 1)
+    record("two", 2)
+    (tmp_path / "one.sequences").rename(tmp_path / "moved")
+    with pytest.raises(mr.files.FileRefused, match=r"one\.sequences.*is missing"):
+        mr.RoutingStatistics.load(tmp_path / "one.safetensors")
+    assert mr.RoutingStatistics.load(tmp_path / "one.safetensors", sequences=False).store is None
+    (tmp_path / "two.sequences").rename(tmp_path / "one.sequences")
+    with pytest.raises(mr.files.FileRefused, match="does not hold the sequences that belong"):
+        mr.RoutingStatistics.load(tmp_path / "one.safetensors")
