@@ -1,0 +1,126 @@
+"""Every row of the table: weights and ids recomputed from the router's logits are the router's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+
+from tiny_models import ARCHITECTURES, ROUTERS, tiny_block, tiny_model, tokens
+
+from moe_route import ops
+from moe_route.nn import TopKRouter
+from moe_route.ops import RouterSpec
+from moe_route.patching import FAMILIES, ModelNotSupported, RouterSite, family_of, find_sites
+from moe_route.patching.selfcheck import check_site
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def every_row() -> set[str]:
+    return {name for family in FAMILIES for name in family.routers}
+
+
+def sites_of(name: str, dtype: torch.dtype) -> list[RouterSite]:
+    return find_sites(tiny_block(name, dtype) if name in ROUTERS else tiny_model(name, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *ROUTERS])
+def test_recomputed_decision_is_the_routers_own(name: str, dtype: torch.dtype) -> None:
+    for site in sites_of(name, dtype):
+        assert any(parameter.std() > 0.1 for parameter in site.module.parameters())  # no router full of ties
+        assert check_site(site) == ""
+
+
+def test_every_row_of_the_table_is_covered() -> None:
+    seen = {type(site.module).__name__ for name in [*ARCHITECTURES, *ROUTERS] for site in sites_of(name, torch.float32)}
+    assert every_row() - seen == {"TopKRouter"}  # this library's own has a test of its own
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *ROUTERS])
+def test_a_wrong_specification_is_refused(name: str) -> None:
+    """Negative controls: each field that matters, changed, is noticed."""
+    site = sites_of(name, torch.float32)[0]
+    spec = site.spec
+    wrong = [replace(spec, scale=spec.scale * 1.001)]
+    wrong.append(replace(spec, score="sigmoid" if spec.score in ("softmax", "sparsemixer") else "softmax"))
+    if spec.order != "topk_then_score" or spec.score != "softmax":  # a softmax over the chosen sums to one already
+        wrong.append(replace(spec, renormalise="none" if spec.renormalise != "none" else "sum", eps=0.0))
+    if spec.groups > 1:
+        wrong.append(replace(spec, groups=1, top_groups=1))
+    for changed in wrong:
+        site.spec = changed
+        with pytest.raises(ModelNotSupported, match="as its specification says"):
+            check_site(site)
+    site.spec = spec
+    if site.family.correction_bias is not None and not site.family.correction_bias.startswith("argument:"):
+        site.family = replace(site.family, correction_bias=None)
+        with pytest.raises(ModelNotSupported, match="does not choose"):
+            check_site(site)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "phimoe", "deepseek_v3", "minimax_m2", "gemma4_text"])
+def test_decision_on_the_models_own_hidden_states(name: str) -> None:
+    """Not probes but what reaches the routers in a forward, captured by hooks of this test."""
+    model = tiny_model(name)
+    seen = []
+    for site in find_sites(model):
+        site.module.register_forward_hook(lambda _, args, output, site=site: seen.append((site, args, output)))
+    with torch.no_grad():
+        model(input_ids=tokens(3, 11))
+    assert len(seen) == len(find_sites(model))
+    for site, args, output in seen:
+        weights, ids = ops.route(
+            site.family.logits_of(output),
+            site.top_k,
+            site.spec,
+            correction_bias=site.family.bias_of(site.module, args),
+            expert_scale=site.family.scale_of(site.module),
+        )
+        order, own = ids.long().sort(1), output[2].sort(1)
+        torch.testing.assert_close(order.values, own.values)
+        torch.testing.assert_close(weights.gather(1, order.indices), output[1].gather(1, own.indices))
+
+
+def test_own_router() -> None:
+    spec = RouterSpec(score="sigmoid", renormalise="sum", scale=2.5)
+    model = nn.Sequential(TopKRouter(16, 8, 3, spec, correction_bias=True))
+    (site,) = find_sites(model)
+    assert (site.num_experts, site.top_k, site.spec) == (8, 3, spec)
+    assert check_site(site) == ""
+
+
+def test_classes_of_other_homes_are_not_matched() -> None:
+    """A class of remote code with a known name may return its decision in another form."""
+
+    class Qwen3MoeTopKRouter(nn.Linear):
+        pass
+
+    assert family_of(Qwen3MoeTopKRouter(4, 4)) is None
+
+
+def test_subclasses_are_matched() -> None:
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+    class Mine(Qwen3MoeTopKRouter):
+        pass
+
+    mine = Mine.__new__(Mine)
+    assert family_of(mine) is next(f for f in FAMILIES if "Qwen3MoeTopKRouter" in f.routers)
+
+
+def test_check_disturbs_nothing() -> None:
+    model = tiny_model("phimoe").train()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = torch.get_rng_state()
+    for site in find_sites(model):
+        check_site(site)
+        assert site.module.training
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
