@@ -1,0 +1,57 @@
+"""Analysis: from recorded routing to numbers. numpy float64; no model, no torch.
+
+Every function takes ``RoutingStatistics`` (or anything with its accessors), and arrays where arrays are all it needs.
+"""
+
+from moe_route.analysis.correlation import Correlation, correlation
+from moe_route.analysis.divergence import (
+    MEASURES,
+    Divergence,
+    DivergenceMatrix,
+    UShape,
+    divergence,
+    divergence_matrix,
+    u_shape,
+)
+from moe_route.analysis.entropy import Entropy, consistency, entropy
+from moe_route.analysis.experts import (
+    LanguageExperts,
+    RiskExperts,
+    entropy_experts,
+    esft_experts,
+    expert_difference,
+    frequency_share_experts,
+    multilingual_experts,
+    risk_experts,
+    task_experts,
+)
+from moe_route.analysis.inputs import AnalysisError
+from moe_route.analysis.measures import entropy_of, jensen_shannon, normalised_jensen_shannon
+
+__all__ = [
+    "MEASURES",
+    "AnalysisError",
+    "Correlation",
+    "Divergence",
+    "DivergenceMatrix",
+    "Entropy",
+    "LanguageExperts",
+    "RiskExperts",
+    "UShape",
+    "consistency",
+    "correlation",
+    "divergence",
+    "divergence_matrix",
+    "entropy",
+    "entropy_experts",
+    "entropy_of",
+    "esft_experts",
+    "expert_difference",
+    "frequency_share_experts",
+    "jensen_shannon",
+    "multilingual_experts",
+    "normalised_jensen_shannon",
+    "risk_experts",
+    "task_experts",
+    "u_shape",
+]

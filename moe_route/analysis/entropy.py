@@ -1,0 +1,132 @@
+"""How sharp and how consistent routing is: entropy of tokens and of sequences, overlap of the sets tokens choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from moe_route.analysis.inputs import AnalysisError, pick_groups
+from moe_route.analysis.result import by_depth, data_frame, plain
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moe_route.recording import RoutingStatistics
+
+__all__ = ["Entropy", "consistency", "entropy"]
+
+
+@dataclass(frozen=True, eq=False)
+class Entropy:
+    """Mean routing entropy in nats, float64 [G, L].
+
+    Attributes:
+        token: mean over tokens of H(p_t); None where it was not asked for.
+        sequence: mean over sequences of H(q_i), q_i the sequence's mean distribution; None where it was not asked for.
+        groups, layers: names of the axes.
+        num_experts: experts of each layer; log of it is the most entropy there can be.
+    """
+
+    token: np.ndarray | None
+    sequence: np.ndarray | None
+    groups: tuple[str, ...]
+    layers: tuple[str, ...]
+    num_experts: tuple[int, ...]
+
+    @property
+    def gap(self) -> np.ndarray:
+        """sequence - token: how much tokens of one sequence differ. With tokens weighed alike within each sequence and
+        sequences of one length it is the mean Jensen-Shannon divergence of a sequence's tokens.
+        """
+        if self.token is None or self.sequence is None:
+            raise AnalysisError('the gap needs both entropies: entropy(statistics, of="both")')
+        return self.sequence - self.token
+
+    def normalised(self, of: Literal["token", "sequence"] = "token") -> np.ndarray:
+        """Entropy divided by log E, float64 [G, L], in [0, 1]; NaN for a layer with one expert."""
+        values = self._values(of)
+        most = np.log(np.asarray(self.num_experts, dtype=np.float64))
+        return np.divide(values, most, out=np.full(values.shape, np.nan), where=most > 0)
+
+    def _values(self, of: str) -> np.ndarray:
+        values = {"token": self.token, "sequence": self.sequence}.get(of)
+        if values is None:
+            raise AnalysisError(f'there is no {of} entropy here: entropy(statistics, of="both")')
+        return values
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Tidy: a row per (group, layer) with the entropies there are."""
+        layers = len(self.layers)
+        columns: dict[str, Any] = {
+            "group": np.repeat(np.asarray(self.groups, dtype=object), layers),
+            "layer": np.tile(np.arange(layers), len(self.groups)),
+            "site": np.tile(np.asarray(self.layers, dtype=object), len(self.groups)),
+        }
+        return data_frame(columns | {name: values.reshape(-1) for name, values in self._present()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able content (NaN as None)."""
+        axes = {"groups": list(self.groups), "layers": list(self.layers), "num_experts": list(self.num_experts)}
+        return axes | {name: plain(values) for name, values in self._present()}
+
+    def _present(self) -> list[tuple[str, np.ndarray]]:
+        both = [("token", self.token), ("sequence", self.sequence)]
+        return [(name, values) for name, values in both if values is not None]
+
+    def __repr__(self) -> str:
+        parts = [f"{name} entropy (nats)\n{by_depth(self.groups, values)}" for name, values in self._present()]
+        return "\n".join(parts)
+
+
+def entropy(
+    statistics: RoutingStatistics,
+    *,
+    of: Literal["both", "token", "sequence"] = "both",
+    groups: list[str] | None = None,
+    phase: Literal["prefill", "decode"] | None = None,
+) -> Entropy:
+    """Mean entropy of tokens' and sequences' routing, by group and layer.
+
+    Raises ``AnalysisError`` for unknown or empty groups, ``ValueError`` for an entropy that was not recorded.
+    """
+    if of not in ("both", "token", "sequence"):
+        raise AnalysisError(f'of must be "both", "token" or "sequence", not {of!r}')
+    names = pick_groups(statistics, groups)
+    rows = [statistics.groups.index(name) for name in names]
+    token = statistics.entropy("token", phase)[rows] if of in ("both", "token") else None
+    sequence = statistics.entropy("sequence", phase)[rows] if of in ("both", "sequence") else None
+    return Entropy(token, sequence, names, tuple(statistics.layers), tuple(statistics.num_experts))
+
+
+def consistency(ids: np.ndarray, *, chunk: int = 1024) -> float:
+    """Mean Jaccard index of the selected sets over all pairs of tokens of one sequence and layer, exact.
+
+    With N_m the pairs whose sets share m experts it is ``sum_m N_m * m / (2 K - m) / N``; tokens are compared in
+    chunks, so memory stays at chunk x T.
+
+    Args:
+        ids: int [T, K], the experts each token chose; -1 marks an empty slot.
+        chunk: tokens compared at once.
+
+    Returns NaN for fewer than two tokens. Pairs of tokens without any expert count 0.
+    """
+    chosen = np.asarray(ids)
+    if chosen.ndim != 2 or not np.issubdtype(chosen.dtype, np.integer) or chunk < 1:
+        raise AnalysisError("ids must be integers [tokens, k], and chunk 1 or more")
+    tokens = len(chosen)
+    if tokens < 2:
+        return float("nan")
+    member = np.zeros((tokens, int(chosen.max(initial=0)) + 1), dtype=np.float32)
+    rows, slots = np.nonzero(chosen >= 0)
+    member[rows, chosen[rows, slots]] = 1.0
+    sizes = member.sum(1)
+    total = 0.0
+    for start in range(0, tokens, chunk):
+        part = slice(start, start + chunk)
+        shared = member[part] @ member.T
+        joined = sizes[part, None] + sizes[None] - shared
+        total += float(np.divide(shared, joined, out=np.zeros_like(shared), where=joined > 0).sum(dtype=np.float64))
+    itself = float((sizes > 0).sum())
+    return (total - itself) / (tokens * (tokens - 1))

@@ -1,0 +1,369 @@
+"""Finding experts: which ones a task, a language or a data set uses more than another. Every rule gives
+``ExpertSelection``s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from moe_route.analysis.inputs import (
+    AnalysisError,
+    Frequencies,
+    Statistics,
+    as_array,
+    group_index,
+    pick_groups,
+    selection,
+)
+from moe_route.steering.layers import as_layers
+from moe_route.texttable import table
+
+if TYPE_CHECKING:
+    from moe_route.steering import ExpertSelection
+
+__all__ = [
+    "LanguageExperts",
+    "RiskExperts",
+    "entropy_experts",
+    "esft_experts",
+    "expert_difference",
+    "frequency_share_experts",
+    "multilingual_experts",
+    "risk_experts",
+    "task_experts",
+]
+
+
+def _frequency(given: Frequencies, group: str | None, role: str, phase: str | None, by: str) -> np.ndarray:
+    """float64 [L, E]: how often a token of the group chooses each expert. Arrays with items are averaged over them."""
+    if isinstance(given, Statistics):
+        return given.frequency(phase, by)[group_index(given, group, role)]
+    values = as_array(given, f"the {role}")
+    if values.ndim == 2:
+        return values
+    seen = ~np.isnan(values)
+    count = seen.sum(0)
+    return np.divide(np.where(seen, values, 0.0).sum(0), count, out=np.full(count.shape, np.nan), where=count > 0)
+
+
+def expert_difference(
+    task: Frequencies,
+    baseline: Frequencies,
+    *,
+    group: str | None = None,
+    baseline_group: str | None = None,
+    phase: str | None = None,
+    by: str = "sequence",
+) -> np.ndarray:
+    """How much more often tokens choose an expert in the task than in the baseline [arXiv 2510.04694, eq. 3].
+
+    ``Delta = mean_i(a_i / L_i | task) - mean_j(a_j / L_j | baseline)``, in [-1, 1].
+
+    Args:
+        task, baseline: ``RoutingStatistics``, or frequencies [L, E] or [sequence, L, E] (each in [0, 1]).
+        group: the task's group, where the statistics hold several; also the baseline's unless ``baseline_group`` is
+            given.
+        phase: "prefill", "decode" or both; ``by``: mean over "sequence" (the paper's) or "token".
+
+    Returns float64 [L, E], NaN for a layer that saw nothing, 0 for padding.
+    """
+    ours = _frequency(task, group, "task group", phase, by)
+    theirs = _frequency(baseline, _other_group(baseline, group, baseline_group), "baseline group", phase, by)
+    if isinstance(task, Statistics) and isinstance(baseline, Statistics) and task.num_experts != baseline.num_experts:
+        raise AnalysisError(
+            "task and baseline come from models with other numbers of experts: record both with one model"
+        )
+    if ours.shape != theirs.shape:
+        raise AnalysisError(
+            f"task and baseline have shapes {list(ours.shape)} and {list(theirs.shape)}: give the same layers"
+        )
+    return ours - theirs
+
+
+def _other_group(baseline: Frequencies, group: str | None, baseline_group: str | None) -> str | None:
+    if baseline_group is not None or not isinstance(baseline, Statistics):
+        return baseline_group
+    return group if len(baseline.groups) > 1 else None
+
+
+def task_experts(
+    task: Frequencies,
+    baseline: Frequencies,
+    *,
+    threshold: float,
+    group: str | None = None,
+    baseline_group: str | None = None,
+    layers: Iterable[int] | None = None,
+    top: int | None = None,
+    layer_base: int = 0,
+    phase: str | None = None,
+    by: str = "sequence",
+) -> ExpertSelection:
+    """Experts of a task: ``Delta > threshold`` between in-task and general text of one language [arXiv 2510.04694,
+    section 4.2].
+
+    Takes what ``expert_difference`` takes.
+
+    Args:
+        threshold: published settings lie between 0.25 and 0.5.
+        layers: only these layers (counted from ``layer_base``). Leave it out to keep the experts of other layers for
+            controls.
+        top: at most so many experts of a layer, those with the largest difference.
+    """
+    delta = expert_difference(task, baseline, group=group, baseline_group=baseline_group, phase=phase, by=by)
+    chosen = _above(delta, threshold, top) & _in_layers(delta, layers, layer_base)
+    return selection(chosen, delta, task, threshold=threshold, description=f"task experts{_of(group)}")
+
+
+def multilingual_experts(
+    statistics: Statistics,
+    reference: str,
+    *,
+    threshold: float,
+    groups: Sequence[str] | None = None,
+    layers: Iterable[int] | None = None,
+    top: int | None = None,
+    layer_base: int = 0,
+    phase: str | None = None,
+    by: str = "sequence",
+) -> ExpertSelection:
+    """Experts used more in another language than in the reference: ``Delta > threshold`` for any language [arXiv
+    2510.04694].
+
+    The groups must hold the same text in each language. The score of an expert is its largest difference over the
+    languages.
+    """
+    frequency = statistics.frequency(phase, by)
+    base = frequency[group_index(statistics, reference, "reference group")]
+    rows = [statistics.groups.index(name) for name in pick_groups(statistics, groups, leave_out=reference)]
+    delta = frequency[rows] - base
+    largest = np.where(np.isnan(delta).all(0), np.nan, np.nanmax(np.where(np.isnan(delta), -np.inf, delta), axis=0))
+    chosen = _above(largest, threshold, top) & _in_layers(largest, layers, layer_base)
+    text = f"multilingual experts against {reference}"
+    return selection(chosen, largest, statistics, threshold=threshold, description=text)
+
+
+def _above(values: np.ndarray, threshold: float, top: int | None) -> np.ndarray:
+    """bool [L, E]: above the threshold and, with ``top``, among the layer's largest (ties to the lower index)."""
+    if not np.isfinite(threshold):
+        raise AnalysisError(f"threshold must be a number, not {threshold}")
+    chosen = np.nan_to_num(values, nan=-np.inf) > threshold
+    return chosen if top is None else chosen & _largest(values, top)
+
+
+def _largest(values: np.ndarray, top: int) -> np.ndarray:
+    if top < 1:
+        raise AnalysisError(f"top must be 1 or more, not {top}")
+    order = np.argsort(-np.nan_to_num(values, nan=-np.inf), axis=-1, kind="stable")
+    kept = np.zeros(values.shape, dtype=bool)
+    np.put_along_axis(kept, order[..., :top], True, axis=-1)
+    return kept
+
+
+def _in_layers(values: np.ndarray, layers: Iterable[int] | None, layer_base: int) -> np.ndarray:
+    kept = np.ones((len(values), 1), dtype=bool)
+    if layers is not None:
+        numbers = as_layers(layers, layer_base)
+        if not numbers or numbers[-1] >= len(values):
+            raise AnalysisError(f"layers must name some of the {len(values)} layers (0-{len(values) - 1})")
+        kept[:] = False
+        kept[list(numbers)] = True
+    return kept
+
+
+def _of(group: str | None) -> str:
+    return "" if group is None else f" of {group}"
+
+
+class RiskExperts(NamedTuple):
+    """Experts to activate and to deactivate, and the risk differences [L, E] they were ranked by."""
+
+    activate: ExpertSelection
+    deactivate: ExpertSelection
+    values: np.ndarray
+
+    def __repr__(self) -> str:
+        return f"activate: {self.activate}\ndeactivate: {self.deactivate}"
+
+
+def risk_experts(
+    positive: Frequencies,
+    negative: Frequencies,
+    *,
+    number: int,
+    per_layer: int | None = None,
+    group: str | None = None,
+    baseline_group: str | None = None,
+    phase: str | None = None,
+) -> RiskExperts:
+    """SteerMoE's experts: ranked by absolute risk difference, the difference of token-pooled frequencies [arXiv
+    2509.09660].
+
+    Args:
+        positive, negative: routing on tokens that show the behaviour and that do not (as in ``expert_difference``).
+        number: experts in all, activated and deactivated together.
+        per_layer: at most so many activations in a layer; the layer's top-k by default, since no more can be forced on.
+
+    Activate holds those with a positive difference, deactivate those with a negative one. Ties go to the lower layer
+    and expert.
+    """
+    values = expert_difference(positive, negative, group=group, baseline_group=baseline_group, phase=phase, by="token")
+    limits = _activation_limits(positive, per_layer, len(values))
+    if number < 1:
+        raise AnalysisError(f"number must be 1 or more, not {number}")
+    order = np.argsort(-np.abs(np.nan_to_num(values)).reshape(-1), kind="stable")
+    chosen, activations = np.zeros(values.shape, dtype=bool), np.zeros(len(values), dtype=np.int64)
+    left = number
+    for layer, expert in zip(*np.unravel_index(order, values.shape), strict=True):
+        difference = values[layer, expert]
+        if left == 0 or np.nan_to_num(difference) == 0:
+            break
+        if difference > 0 and activations[layer] >= limits[layer]:
+            continue
+        activations[layer] += difference > 0
+        chosen[layer, expert] = True
+        left -= 1
+    text = f"risk difference, {number} largest"
+    parts = [chosen & (values > 0), chosen & (values < 0)]
+    on, off = (selection(part, values, positive, threshold=None, description=text) for part in parts)
+    return RiskExperts(on, off, values)
+
+
+def _activation_limits(given: Frequencies, per_layer: int | None, layers: int) -> np.ndarray:
+    if per_layer is not None:
+        return np.full(layers, per_layer)
+    if not isinstance(given, Statistics):
+        raise AnalysisError("per_layer is needed with arrays: the model's top-k")
+    return np.asarray(given.top_k)
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageExperts(Mapping[str, "ExpertSelection"]):
+    """Experts of each group, as a mapping from group to selection; ``shared`` are those that belong to none alone."""
+
+    by_group: dict[str, ExpertSelection]
+    shared: ExpertSelection | None = None
+
+    def __getitem__(self, group: str) -> ExpertSelection:
+        return self.by_group[group]
+
+    def __iter__(self) -> Any:
+        return iter(self.by_group)
+
+    def __len__(self) -> int:
+        return len(self.by_group)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able content."""
+        groups = {group: found.to_dict() for group, found in self.by_group.items()}
+        return {"groups": groups, "shared": None if self.shared is None else self.shared.to_dict()}
+
+    def __repr__(self) -> str:
+        rows = [[group, len(found)] for group, found in self.by_group.items()]
+        return table(["group", "experts"], rows + ([] if self.shared is None else [["(shared)", len(self.shared)]]))
+
+
+def frequency_share_experts(
+    statistics: Statistics,
+    *,
+    top: int,
+    threshold: float,
+    groups: Sequence[str] | None = None,
+    phase: str | None = None,
+    by: str = "token",
+) -> LanguageExperts:
+    """Exclusive and shared experts by share of frequency [arXiv 2601.14050].
+
+    Of each layer and language the ``top`` most frequent experts are kept and their frequencies divided by the sum over
+    languages.
+    An expert is exclusive to a language whose share is above ``threshold``, and shared when it is kept but no
+    language's share is. From 0.5 on an expert is exclusive to one language at most.
+    """
+    if not 0 < threshold < 1:
+        raise AnalysisError(f"threshold must lie between 0 and 1, not {threshold}")
+    names = pick_groups(statistics, groups)
+    frequency = np.nan_to_num(_rows(statistics, names, phase, by))
+    kept = np.where(_largest(frequency, top), frequency, 0.0)
+    total = kept.sum(0)
+    share = np.divide(kept, total, out=np.zeros(kept.shape), where=total > 0)
+    found = {
+        name: selection(
+            share[i] > threshold, share[i], statistics, threshold=threshold, description=f"exclusive experts of {name}"
+        )
+        for i, name in enumerate(names)
+    }
+    none_alone = (total > 0) & (share <= threshold).all(0)
+    shared = selection(none_alone, share.max(0), statistics, threshold=threshold, description="shared experts")
+    return LanguageExperts(found, shared)
+
+
+def entropy_experts(
+    statistics: Statistics,
+    *,
+    number: int,
+    percentile: float = 95.0,
+    groups: Sequence[str] | None = None,
+    phase: str | None = None,
+    by: str = "token",
+) -> LanguageExperts:
+    """The ``number`` most language-specific experts of each group: lowest entropy over groups among the frequently
+    used.
+
+    After LAPE: an expert's frequencies are divided by their sum over groups; low entropy means few groups use it. A
+    group's candidates are the experts it uses more often than the ``percentile`` of all frequencies. Ties go to the
+    lower layer and expert.
+    """
+    if not 0 <= percentile <= 100 or number < 1:
+        raise AnalysisError("number must be 1 or more and percentile between 0 and 100")
+    names = pick_groups(statistics, groups)
+    frequency = _rows(statistics, names, phase, by)
+    real = np.arange(frequency.shape[-1]) < np.asarray(statistics.num_experts)[:, None]
+    seen = real & ~np.isnan(frequency)
+    cut = np.percentile(frequency[seen], percentile)
+    frequency = np.where(seen, frequency, 0.0)
+    total = frequency.sum(0)
+    share = np.divide(frequency, total, out=np.zeros(frequency.shape), where=total > 0)
+    spread = -(share * np.log(np.where(share > 0, share, 1.0))).sum(0) + 0.0
+    found = {}
+    for i, name in enumerate(names):
+        candidates = seen[i] & (frequency[i] > cut)
+        order = np.argsort(np.where(candidates, spread, np.inf).reshape(-1), kind="stable")[:number]
+        chosen = np.zeros(candidates.size, dtype=bool)
+        chosen[order] = True
+        chosen = chosen.reshape(candidates.shape) & candidates
+        text = f"low-entropy experts of {name}"
+        found[name] = selection(chosen, spread, statistics, threshold=None, description=text)
+    return LanguageExperts(found)
+
+
+def _rows(statistics: Statistics, names: Sequence[str], phase: str | None, by: str) -> np.ndarray:
+    return statistics.frequency(phase, by)[[statistics.groups.index(name) for name in names]]
+
+
+def esft_experts(scores: Frequencies, *, top_p: float = 0.2, group: str | None = None) -> ExpertSelection:
+    """ESFT's experts of a task: of each layer the fewest, most used first, whose scores reach ``top_p`` in all.
+
+    Args:
+        scores: token scores [L, E] (selections divided by k times tokens, so that a layer sums to 1), or
+            ``RoutingStatistics``, from which they are taken for ``group``.
+        top_p: share of the selections to cover, in (0, 1].
+    """
+    if not 0 < top_p <= 1:
+        raise AnalysisError(f"top_p must be above 0 and at most 1, not {top_p}")
+    if isinstance(scores, Statistics):
+        values = scores.mean_distribution("count", None, "token")[group_index(scores, group)]
+    else:
+        values = as_array(scores, "the scores")
+    if values.ndim != 2:
+        raise AnalysisError("ESFT scores must be [layer, expert]")
+    order = np.argsort(-np.nan_to_num(values), axis=-1, kind="stable")
+    before = np.cumsum(np.take_along_axis(np.nan_to_num(values), order, -1), -1)
+    before = np.concatenate([np.zeros((len(values), 1)), before[:, :-1]], axis=1)
+    chosen = np.zeros(values.shape, dtype=bool)
+    np.put_along_axis(chosen, order, before < top_p, axis=-1)
+    chosen &= np.nan_to_num(values) > 0
+    return selection(chosen, values, scores, threshold=top_p, description=f"ESFT experts{_of(group)}, top_p {top_p:g}")

@@ -1,0 +1,125 @@
+"""What analysis takes: statistics or arrays, checked once, with errors that name the mend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+
+from moe_route.steering import ExpertSelection, PlanModel
+
+__all__ = [
+    "AnalysisError",
+    "Statistics",
+    "as_array",
+    "group_index",
+    "normalised",
+    "pick_groups",
+    "selection",
+    "shape_of",
+]
+
+
+class AnalysisError(ValueError):
+    """Numbers that cannot be worked out from what was given; the message names the mend."""
+
+
+@runtime_checkable
+class Statistics(Protocol):
+    """The accessors of ``recording.RoutingStatistics`` that analysis reads."""
+
+    groups: tuple[str, ...]
+    layers: tuple[str, ...]
+    num_experts: tuple[int, ...]
+    top_k: tuple[int, ...]
+    metadata: dict[str, Any]
+    store: Any
+
+    def tokens(self, phase: Any = None) -> np.ndarray: ...
+    def mean_distribution(self, kind: Any = "full", phase: Any = None, by: Any = "sequence") -> np.ndarray: ...
+    def frequency(self, phase: Any = None, by: Any = "sequence") -> np.ndarray: ...
+
+
+Frequencies: TypeAlias = "Statistics | np.ndarray | Sequence[Any]"
+
+
+def group_index(statistics: Statistics, group: str | None, role: str = "group") -> int:
+    """Index of a group, with tokens; the only group there is when none is named."""
+    if group is None:
+        if len(statistics.groups) != 1:
+            raise AnalysisError(f"name the {role}: these statistics hold {_names(statistics.groups)}")
+        group = statistics.groups[0]
+    if group not in statistics.groups:
+        raise AnalysisError(f"no {role} {group!r} was recorded: these statistics hold {_names(statistics.groups)}")
+    index = statistics.groups.index(group)
+    if not statistics.tokens()[index].any():
+        raise AnalysisError(f"{role} {group!r} is empty, no token of it was counted: record it or leave it out")
+    return index
+
+
+def pick_groups(
+    statistics: Statistics, groups: Sequence[str] | str | None, leave_out: str | None = None
+) -> tuple[str, ...]:
+    """These groups (all but ``leave_out`` by default), each checked to have tokens."""
+    names = (groups,) if isinstance(groups, str) else groups
+    chosen = tuple(statistics.groups if names is None else names)
+    chosen = tuple(group for group in chosen if group != leave_out or names is not None)
+    for group in chosen:
+        group_index(statistics, group)
+    if not chosen:
+        raise AnalysisError(f"there is nothing to compare: these statistics hold only {_names(statistics.groups)}")
+    return chosen
+
+
+def _names(groups: Sequence[str]) -> str:
+    return ", ".join(map(repr, groups)) or "no groups"
+
+
+def as_array(values: Any, name: str) -> np.ndarray:
+    """float64 [layer, expert] or [item, layer, expert], not negative; NaN and all-zero rows stand for "not seen"."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim not in (2, 3):
+        raise AnalysisError(
+            f"{name} must be [layer, expert] or [item, layer, expert], not of shape {list(array.shape)}"
+        )
+    if (array < 0).any() or np.isinf(array).any():
+        raise AnalysisError(f"{name} must hold finite values of 0 or more: give router scores, not logits")
+    return array
+
+
+def normalised(values: np.ndarray) -> np.ndarray:
+    """Rows divided by their sum; NaN for a row that sums to zero."""
+    total = values.sum(-1, keepdims=True)
+    return np.divide(values, total, out=np.full(values.shape, np.nan), where=total > 0)
+
+
+def shape_of(values: np.ndarray, num_experts: int | Sequence[int] | None) -> np.ndarray:
+    """int64 [layer]: experts of each layer of an array, all of them unless ``num_experts`` says otherwise."""
+    layers, width = values.shape[-2:]
+    sizes = np.broadcast_to(np.asarray(width if num_experts is None else num_experts, dtype=np.int64), (layers,))
+    if (sizes < 1).any() or (sizes > width).any():
+        raise AnalysisError(f"num_experts must be between 1 and {width}, the last axis of the arrays")
+    padding = np.arange(width) >= sizes[:, None]
+    if np.nansum(np.where(padding, values, 0.0)) > 0:
+        raise AnalysisError("there are values beyond num_experts: check num_experts")
+    return sizes
+
+
+def selection(
+    chosen: np.ndarray, scores: np.ndarray, statistics: Any, *, threshold: float | None, description: str
+) -> ExpertSelection:
+    """The experts where ``chosen`` [layer, expert] is true, with their scores."""
+    layers, experts = np.nonzero(chosen)
+    found: dict[int, dict[int, float]] = {}
+    for layer, expert in zip(layers.tolist(), experts.tolist(), strict=True):
+        found.setdefault(layer, {})[expert] = float(scores[layer, expert])
+    known = isinstance(statistics, Statistics)
+    sizes = tuple(statistics.num_experts) if known else (chosen.shape[1],) * chosen.shape[0]
+    return ExpertSelection(
+        found,
+        scores=found,
+        threshold=threshold,
+        description=description,
+        model=PlanModel.of_recording(statistics.metadata if known else {}, sizes),
+    )

@@ -1,0 +1,395 @@
+"""Pictures of analysis results, ready for a paper: each function draws on one matplotlib ``Axes`` and returns it.
+
+Nothing global changes: no style, no current figure, no ``show``. Colours can be told apart with any colour vision;
+lines that share a colour differ in dashes, and every line carries its name or a legend in the order of the lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_route.analysis import Correlation, Divergence, DivergenceMatrix, Entropy
+from moe_route.steering import ExpertSelection
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+
+    from moe_route.recording import RoutingStatistics
+
+__all__ = ["correlation", "divergence", "divergence_matrix", "entropy", "expert_counts", "heat_map"]
+
+# Okabe and Ito's set for every colour vision (2008), without its yellow, which is too light for lines on white.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.4, 1.2, 1.4)))
+_GRID = "#d9d9d9"
+_INK = "#333333"
+_MEASURES = {
+    "normalised_jsd": "routing divergence",
+    "jsd": "Jensen-Shannon divergence (nats)",
+    "cosine": "cosine distance",
+    "jaccard": "Jaccard distance",
+}
+
+
+def divergence(
+    found: Divergence,
+    *,
+    ax: Axes | None = None,
+    groups: Sequence[str] | None = None,
+    labels: Mapping[str, str] | None = None,
+    interval: float | None = None,
+    middle: Sequence[int] | range | None = None,
+    title: str | None = None,
+) -> Axes:
+    """Divergence by layer, a line per group: the U of multilingual routing [arXiv 2510.04694, fig. 1].
+
+    Args:
+        found: from ``analysis.divergence``.
+        ax: where to draw; a new figure by default.
+        groups: the groups to draw; all by default. The legend lists them from the most divergent to the least.
+        labels: group -> the name to show.
+        interval: level of a bootstrap band around each line (such as 0.95), for paired divergence.
+        middle: layers to shade, such as those a plan steers.
+        title: over the axes; none by default.
+    """
+    names = _order(found, groups)
+    ax = _axes(ax, (6.4, 3.6))
+    layers = np.arange(found.values.shape[1])
+    if middle is not None:
+        _shade(ax, middle)
+    low, high = found.interval(interval) if interval is not None else (None, None)
+    for name, style in zip(names, _styles(len(names)), strict=True):
+        ax.plot(layers, found.of(name), label=_label(name, labels), **style)
+        if low is not None and high is not None:
+            row = found.groups.index(name)
+            ax.fill_between(layers, low[row], high[row], color=style["color"], alpha=0.15, linewidth=0)
+    _finish(ax, layers, f"{_MEASURES[found.measure]} from {_label(found.reference, labels)}", title)
+    ax.set_ylim(bottom=0)
+    _legend(ax, len(names))
+    return ax
+
+
+def entropy(
+    found: Entropy,
+    *,
+    of: str = "token",
+    ax: Axes | None = None,
+    groups: Sequence[str] | None = None,
+    labels: Mapping[str, str] | None = None,
+    normalised: bool = True,
+    title: str | None = None,
+) -> Axes:
+    """Routing entropy by layer, a line per group: of tokens, of "sequence"s, or the "gap" between the two.
+
+    ``normalised`` divides by log E, so that 1 is uniform routing; the gap is always in nats. The legend is in falling
+    order of the mean.
+    """
+    if of == "gap":
+        values, name = found.gap, "sequence - token entropy (nats)"
+    elif of in ("token", "sequence"):
+        values = found.normalised(of) if normalised else found._values(of)  # type: ignore[arg-type]
+        name = f"{of} entropy / log E" if normalised else f"{of} entropy (nats)"
+    else:
+        raise ValueError(f'of must be "token", "sequence" or "gap", not {of!r}')
+    names = _known(found.groups, groups)
+    names = sorted(names, key=lambda group: -_mean(values[found.groups.index(group)]))
+    ax = _axes(ax, (6.4, 3.6))
+    layers = np.arange(values.shape[1])
+    for group, style in zip(names, _styles(len(names)), strict=True):
+        ax.plot(layers, values[found.groups.index(group)], label=_label(group, labels), **style)
+    _finish(ax, layers, name, title)
+    _legend(ax, len(names))
+    return ax
+
+
+def correlation(found: Correlation, *, ax: Axes | None = None, alpha: float = 0.05, title: str | None = None) -> Axes:
+    """Correlation of scores with divergence by layer: Pearson r and Spearman rho; filled points where the permutation p
+    is below ``alpha``.
+    """
+    ax = _axes(ax, (6.4, 3.2))
+    layers = np.arange(len(found.layers))
+    pearson, spearman = _styles(2)
+    ax.axhline(0, color=_INK, linewidth=0.8)
+    ax.plot(layers, found.pearson, label="Pearson r", **pearson)
+    ax.plot(layers, found.spearman, label="Spearman ρ", **(spearman | {"linestyle": _DASHES[1]}))
+    significant = found.p_value < alpha
+    for chosen, fill in ((significant, pearson["color"]), (~significant & ~np.isnan(found.pearson), "white")):
+        ax.plot(
+            layers[chosen],
+            found.pearson[chosen],
+            linestyle="none",
+            marker="o",
+            markersize=4,
+            markeredgecolor=pearson["color"],
+            markerfacecolor=fill,
+            label=f"p < {alpha:g}" if fill != "white" and chosen.any() else None,
+        )
+    _finish(ax, layers, f"correlation with divergence\nfrom {found.reference} ({len(found.groups)} groups)", title)
+    ax.set_ylim(-1.05, 1.05)
+    _legend(ax, 3)
+    return ax
+
+
+def expert_counts(
+    selections: Mapping[str, ExpertSelection] | Sequence[ExpertSelection] | ExpertSelection,
+    *,
+    ax: Axes | None = None,
+    num_layers: int | None = None,
+    overlap: bool = False,
+    title: str | None = None,
+) -> Axes:
+    """Number of selected experts by layer, a line per selection (task and multilingual experts, or one kind at several
+    thresholds).
+
+    Args:
+        selections: name -> selection; or selections alone, named by description and threshold.
+        num_layers: layers of the model; from the selections by default.
+        overlap: with two selections, also fill the number of experts that are in both.
+    """
+    named = _named(selections)
+    ax = _axes(ax, (6.4, 3.2))
+    layers = np.arange(num_layers if num_layers is not None else max(map(_num_layers, named.values())))
+    for (name, found), style in zip(named.items(), _styles(len(named)), strict=True):
+        ax.step(layers, _counts(found, len(layers)), where="mid", label=f"{name} ({len(found)})", **style)
+    if overlap:
+        if len(named) != 2:
+            raise ValueError(f"overlap needs two selections, not {len(named)}")
+        first, second = named.values()
+        both = first & second
+        counts = _counts(both, len(layers))
+        ax.fill_between(layers, counts, step="mid", color=_INK, alpha=0.3, linewidth=0, label=f"in both ({len(both)})")
+    _finish(ax, layers, "experts", title)
+    ax.set_ylim(bottom=0)
+    _whole_ticks(ax.yaxis)
+    _legend(ax, len(named) + overlap)
+    return ax
+
+
+def heat_map(
+    found: RoutingStatistics | np.ndarray,
+    group: str | None = None,
+    *,
+    reference: str | None = None,
+    ax: Axes | None = None,
+    phase: str | None = None,
+    by: str = "sequence",
+    title: str | None = None,
+    colorbar: bool = True,
+) -> Axes:
+    """Experts by layer: how often a token of the group chooses each expert, or how much more often than one of the
+    reference.
+
+    Args:
+        found: ``RoutingStatistics``, or an array [layer, expert] (such as ``analysis.expert_difference`` gives; with
+            values below 0 it is drawn as a difference).
+        group: of the statistics; the only one by default.
+        reference: show the difference to this group.
+        phase, by: of the frequencies, as in ``RoutingStatistics.frequency``.
+    """
+    values, sizes, name = _heat_values(found, group, reference, phase, by)
+    ax = _axes(ax, (6.4, 4.4))
+    values = np.where(np.arange(values.shape[1]) < np.asarray(sizes)[:, None], values, np.nan)
+    difference = bool(np.nanmin(values) < 0)
+    limit = float(np.nanmax(np.abs(values))) or 1.0
+    image = ax.imshow(
+        values.T,
+        aspect="auto",
+        origin="lower",
+        interpolation="nearest",
+        cmap="RdBu_r" if difference else "Blues",
+        vmin=-limit if difference else 0.0,
+        vmax=limit,
+    )
+    ax.set_facecolor(_GRID)  # experts a layer does not have, and layers that saw nothing
+    ax.set_xlabel("MoE layer")
+    ax.set_ylabel("expert")
+    ax.set_title(title if title is not None else "", fontsize="medium", color=_INK)
+    if colorbar:
+        bar = ax.figure.colorbar(image, ax=ax, pad=0.015)
+        bar.set_label(name)
+        bar.outline.set_visible(False)
+    return ax
+
+
+def divergence_matrix(
+    found: DivergenceMatrix,
+    *,
+    layers: Sequence[int] | range | None = None,
+    ax: Axes | None = None,
+    labels: Mapping[str, str] | None = None,
+    title: str | None = None,
+) -> Axes:
+    """Divergence of all pairs of groups, the mean over ``layers`` (all by default), written into the cells where there
+    is room.
+    """
+    values = found.mean(layers)
+    size = len(found.groups)
+    ax = _axes(ax, (1.6 + 0.5 * size, 1.2 + 0.5 * size))
+    shown = np.where(np.eye(size, dtype=bool), np.nan, values)
+    ax.set_facecolor("white")
+    image = ax.imshow(shown, cmap="cividis_r", vmin=0.0, vmax=float(np.nanmax(shown)) or 1.0)
+    names = [_label(group, labels) for group in found.groups]
+    ax.set_xticks(range(size), names, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(size), names)
+    ax.tick_params(length=0)
+    for side in ax.spines.values():
+        side.set_visible(False)
+    for row, column in np.argwhere(~np.isnan(shown)) if size <= 16 else ():
+        dark = shown[row, column] > 0.55 * np.nanmax(shown)
+        text = f"{shown[row, column]:.2f}"
+        ax.text(column, row, text, ha="center", va="center", fontsize="small", color="white" if dark else "black")
+    bar = ax.figure.colorbar(image, ax=ax, shrink=0.8, pad=0.03)
+    bar.set_label(_MEASURES[found.measure])
+    bar.outline.set_visible(False)
+    ax.set_title(title if title is not None else "", fontsize="medium", color=_INK)
+    return ax
+
+
+# -- inside
+# --------------------------------------------------------------------------------------------------------------
+
+
+def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    """The axes given, or those of a new figure that no global state knows of."""
+    if ax is not None:
+        return ax
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'moe-route[plot]'") from error
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure.add_subplot()
+
+
+def _styles(number: int) -> list[dict[str, Any]]:
+    """A style per line: colours first, then the same colours with other dashes."""
+    return [
+        {
+            "color": _COLOURS[i % len(_COLOURS)],
+            "linestyle": _DASHES[(i // len(_COLOURS)) % len(_DASHES)],
+            "linewidth": 1.6,
+            "solid_capstyle": "round",
+        }
+        for i in range(number)
+    ]
+
+
+def _finish(ax: Axes, layers: np.ndarray, name: str, title: str | None) -> None:
+    ax.set_xlabel("MoE layer")
+    ax.set_ylabel(name)
+    ax.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
+    _whole_ticks(ax.xaxis)
+    ax.grid(axis="y", color=_GRID, linewidth=0.6)
+    ax.set_axisbelow(True)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    if title is not None:
+        ax.set_title(title, fontsize="medium", color=_INK)
+
+
+def _whole_ticks(axis: Axis) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _legend(ax: Axes, lines: int) -> None:
+    """Beside the axes where it would cover many lines, inside where there are few."""
+    if lines > 4:
+        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, handlelength=2.6)
+    else:
+        ax.legend(loc="best", frameon=False, handlelength=2.6)
+
+
+def _shade(ax: Axes, layers: Sequence[int] | range) -> None:
+    """Runs of neighbouring layers as grey bands."""
+    numbers = sorted(set(layers))
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    for start, end in zip(starts, ends, strict=True):
+        ax.axvspan(start - 0.5, end + 0.5, color="#f0f0f0", linewidth=0, zorder=0)
+
+
+def _known(groups: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
+    for name in wanted or ():
+        if name not in groups:
+            raise ValueError(f"no group {name!r}: there are {', '.join(groups)}")
+    return list(groups if wanted is None else wanted)
+
+
+def _order(found: Divergence, groups: Sequence[str] | None) -> list[str]:
+    """Groups from the most divergent to the least: the legend reads like the picture."""
+    return sorted(_known(found.groups, groups), key=lambda group: -_mean(found.of(group)))
+
+
+def _mean(values: np.ndarray) -> float:
+    seen = values[~np.isnan(values)]
+    return float(seen.mean()) if seen.size else float("-inf")
+
+
+def _label(group: str, labels: Mapping[str, str] | None) -> str:
+    return (labels or {}).get(group, group)
+
+
+def _named(
+    selections: Mapping[str, ExpertSelection] | Sequence[ExpertSelection] | ExpertSelection,
+) -> dict[str, ExpertSelection]:
+    named: dict[str, ExpertSelection] = {}
+    if isinstance(selections, Mapping) and not isinstance(selections, ExpertSelection):
+        named = dict(selections)
+    else:
+        alone = [selections] if isinstance(selections, ExpertSelection) else selections
+        for number, found in enumerate(alone, 1):
+            threshold = "" if found.threshold is None else f" > {found.threshold:g}"
+            name = f"{found.description or f'selection {number}'}{threshold}"
+            named[name if name not in named else f"{name} ({number})"] = found
+    if not named:
+        raise ValueError("no selection to count: pass at least one")
+    return named
+
+
+def _num_layers(found: ExpertSelection) -> int:
+    if isinstance(found.num_experts, tuple):
+        return len(found.num_experts)
+    if not found:
+        raise ValueError("how many layers the model has is not known: pass num_layers")
+    return max(found.layers) + 1
+
+
+def _counts(found: ExpertSelection, layers: int) -> np.ndarray:
+    outside = [layer for layer in found.layers if layer >= layers]
+    if outside:
+        raise ValueError(f"the selection has experts in layer {outside[0]}, but num_layers is {layers}")
+    return np.array([found.counts.get(layer, 0) for layer in range(layers)])
+
+
+def _heat_values(
+    found: Any, group: str | None, reference: str | None, phase: str | None, by: str
+) -> tuple[np.ndarray, Sequence[int], str]:
+    if isinstance(found, np.ndarray):
+        if found.ndim != 2 or group is not None or reference is not None:
+            raise ValueError("an array must be [layer, expert], without group and reference")
+        return found, [found.shape[1]] * len(found), "difference of frequency" if np.nanmin(found) < 0 else "frequency"
+    frequency = found.frequency(phase, by)
+    index = [_group_row(found, name) for name in (group, reference) if name is not None or name is group]
+    if reference is None:
+        return frequency[index[0]], found.num_experts, f"frequency ({found.groups[index[0]]})"
+    return (
+        frequency[index[0]] - frequency[index[1]],
+        found.num_experts,
+        f"frequency, {found.groups[index[0]]} - {reference}",
+    )
+
+
+def _group_row(found: Any, group: str | None) -> int:
+    if group is None and len(found.groups) == 1:
+        return 0
+    if group not in found.groups:
+        raise ValueError(f"name one of the groups: {', '.join(found.groups)}")
+    return found.groups.index(group)

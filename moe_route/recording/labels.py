@@ -1,0 +1,162 @@
+"""What the user says about the sequences of a batch: their groups, their items, which tokens count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_route.recording.store import Item, is_unnamed
+
+__all__ = ["LabelBlock", "ModelCall", "columns", "on_device"]
+
+
+class ModelCall(Protocol):
+    """What the recorder needs to know of one forward of the model (`patching.Call`)."""
+
+    batch: int
+    length: int
+    past_length: int
+    valid: Tensor | None
+    phase: Any
+    device: torch.device
+    input_ids: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class LabelBlock:
+    """Labels of N sequences, over one or more calls of the model.
+
+    ``names``: the groups that occur; ``codes``: int64, an index into ``names`` for all sequences ``[]``, per sequence
+    ``[N]`` or per token ``[N, S]``; ``items``: N item ids or None; ``mask``: bool ``[N, S]``, which tokens count, or
+    None. Columns are positions from the start of the sequence, padding included.
+    """
+
+    names: tuple[str, ...]
+    codes: np.ndarray
+    items: tuple[Item, ...] | None = None
+    mask: Tensor | None = None
+
+    @classmethod
+    def parse(cls, groups: Any, items: Any, mask: Any, known: Sequence[str] | None) -> LabelBlock:
+        """Read what a user passes.
+
+        ``groups``: one name, N names, or ``[N, S]`` names per token; ids (positions in ``known``) may stand for
+        names. Lists, tuples, numpy arrays, tensors and pandas series are taken. ``known`` are the only groups
+        allowed; None allows any name. Raises ``ValueError`` for an unknown group (naming the known ones) and for
+        lengths that do not agree, ``TypeError`` for what is neither a name nor an id.
+        """
+        names, codes = _read_groups(groups, known)
+        parsed_items = None if items is None else _read_items(items)
+        parsed_mask = None if mask is None else _read_mask(mask)
+        given = {"groups": codes.shape[0] if codes.ndim else None, "items": parsed_items and len(parsed_items)}
+        given["mask"] = None if parsed_mask is None else parsed_mask.shape[0]
+        lengths = {what: n for what, n in given.items() if n is not None}
+        if len(set(lengths.values())) > 1:
+            shown = ", ".join(f"{n} {what}" for what, n in lengths.items())
+            raise ValueError(
+                f"labels do not agree on the number of sequences ({shown}): give one per sequence of the batch"
+            )
+        return cls(names, codes, parsed_items, parsed_mask)
+
+    @property
+    def sequences(self) -> int | None:
+        """N where something was said per sequence; None where one name stands for whatever is run."""
+        if self.items is not None:
+            return len(self.items)
+        if self.mask is not None:
+            return self.mask.shape[0]
+        return self.codes.shape[0] if self.codes.ndim else None
+
+    def values(self, of_name: Sequence[int]) -> np.ndarray:
+        """``codes`` translated: int64 of the same shape, ``of_name[i]`` for ``names[i]``."""
+        return np.asarray(of_name, dtype=np.int64)[self.codes]
+
+
+def on_device(rows: np.ndarray, device: torch.device) -> int | Tensor:
+    """Rows as an int where all are the same (the token context keeps such tables), else an int32 tensor."""
+    if rows.size and (rows == rows.flat[0]).all():
+        return int(rows.reshape(-1)[0])
+    return torch.from_numpy(rows.astype(np.int32)).to(device)
+
+
+def columns(rows: int | Tensor, call: ModelCall, *, after: bool | None = None) -> int | Tensor:
+    """The part of per-token rows ``[N, S]`` that a call covers, ``[N, length]``; an int or ``[N]`` is returned as it
+    is.
+
+    Tokens past the last column (tokens being generated) take the last column's row, or ``after`` where that is given.
+    """
+    if isinstance(rows, int) or rows.dim() < 2:
+        return rows
+    part = rows[:, call.past_length : call.past_length + call.length]
+    missing = call.length - part.shape[1]
+    if not missing:
+        return part
+    last = rows[:, -1:] if after is None else torch.full_like(rows[:, -1:], after)
+    return torch.cat([part, last.expand(-1, missing)], dim=1)
+
+
+def _listed(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _read_groups(groups: Any, known: Sequence[str] | None) -> tuple[tuple[str, ...], np.ndarray]:
+    listed = _listed(groups)
+    if isinstance(listed, (str, int)):
+        return (_name(listed, known),), np.zeros((), np.int64)
+    rows = [_listed(row) for row in listed]
+    if not rows:
+        raise ValueError("labels of no sequences: give one group per sequence of the batch, or one name for all")
+    nested = [isinstance(row, (list, tuple)) for row in rows]
+    if any(nested) and (not all(nested) or len({len(row) for row in rows}) != 1):
+        raise ValueError("groups per token must be rectangular, [sequences, tokens]: pad the rows with any known group")
+    shape = (len(rows), len(rows[0])) if nested[0] else (len(rows),)
+    flat = [label for row in rows for label in row] if nested[0] else rows
+    index: dict[str, int] = {}
+    codes = [index.setdefault(_name(label, known), len(index)) for label in flat]
+    return tuple(index), np.asarray(codes, np.int64).reshape(shape)
+
+
+def _name(label: Any, known: Sequence[str] | None) -> str:
+    label = _listed(label)
+    if isinstance(label, str):
+        if known is not None and label not in known:
+            raise ValueError(f"unknown group {label!r}: this recording has {', '.join(known)}")
+        return label
+    if isinstance(label, bool) or not isinstance(label, int):
+        raise TypeError(f"a group is a name or an id, not {type(label).__name__}")
+    if known is None:
+        raise ValueError(
+            f"group id {label} means nothing without a list of groups: record(groups=[...]), or give names"
+        )
+    if not 0 <= label < len(known):
+        raise ValueError(
+            f"group id {label} is out of range: this recording has {len(known)} groups, {', '.join(known)}"
+        )
+    return known[label]
+
+
+def _read_items(items: Any) -> tuple[Item, ...]:
+    listed = _listed(items)
+    if isinstance(listed, (str, int)):
+        listed = [listed]
+    read = tuple(_listed(item) for item in listed)
+    for item in read:
+        if isinstance(item, bool) or not isinstance(item, (str, int)):
+            raise TypeError(
+                f"an item id is a string or an integer, not {type(item).__name__}: number or name the sentences"
+            )
+        if is_unnamed(item):
+            raise ValueError(f"item ids like {item!r} are kept for sequences without an id: take another")
+    return read
+
+
+def _read_mask(mask: Any) -> Tensor:
+    tensor = torch.as_tensor(mask)
+    if tensor.dim() != 2 or tensor.is_floating_point():
+        raise ValueError(f"mask must be bool [sequences, tokens], not {tensor.dtype} {list(tensor.shape)}")
+    return tensor.bool()

@@ -1,0 +1,57 @@
+"""What a recording says about itself (model, data, versions, plans), and how that merges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moe_route import files
+
+__all__ = ["add_fingerprints", "config_hash_of", "merge_metadata"]
+
+_FINGERPRINT_BITS = 128
+
+
+def merge_metadata(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata of two merged runs: numbers add up, fingerprints add up modulo 2^128 (so order does not matter), lists
+    unite, versions that differ are listed, anything else is kept where both agree.
+    """
+    merged: dict[str, Any] = {}
+    for key in [*a, *(key for key in b if key not in a)]:
+        left, right = a.get(key), b.get(key)
+        if key == "fingerprint":
+            merged[key] = add_fingerprints(left, right)
+        elif key == "versions":
+            merged[key] = _merge_versions(left or {}, right or {})
+        elif isinstance(left, list) or isinstance(right, list):
+            merged[key] = _united(left or [], right or [])
+        elif isinstance(left, int) and isinstance(right, int):
+            merged[key] = left + right
+        elif left == right or right is None:
+            merged[key] = left
+        elif left is None:
+            merged[key] = right
+        elif isinstance(left, dict) and isinstance(right, dict):
+            merged[key] = {name: left[name] for name in left if left[name] == right.get(name)}
+    return merged
+
+
+def add_fingerprints(a: str | None, b: str | None) -> str:
+    """Sum modulo 2^128 of two hexadecimal fingerprints (None counts as nothing)."""
+    total = (int(a or "0", 16) + int(b or "0", 16)) % (1 << _FINGERPRINT_BITS)
+    return f"{total:032x}"
+
+
+def _united(a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
+    by_text = {files.canonical_json(value): value for value in [*a, *b]}
+    return [by_text[text] for text in sorted(by_text)]
+
+
+def _merge_versions(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, str]:
+    both = {name: {*a.get(name, "").split(", "), *b.get(name, "").split(", ")} - {""} for name in [*a, *b]}
+    return {name: ", ".join(sorted(found)) for name, found in sorted(both.items())}
+
+
+def config_hash_of(metadata: Mapping[str, Any]) -> str | None:
+    """Hash of the model's configuration, where it is known."""
+    return (metadata.get("model") or {}).get("config_hash")

@@ -1,0 +1,111 @@
+"""Sums over finished sequences: every sequence's own averages, rounded once to a multiple of 2^-32 and added as
+integers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_route.ops import FIXED_POINT
+from moe_route.recording.statistics import KIND_PLANE, PHASES, SEQUENCE_KINDS, SEQUENCE_SCALARS, VIEWS
+from moe_route.recording.tables import TableSums
+
+__all__ = ["SequenceAverages", "SequencePool"]
+
+_ALL = VIEWS.index("all")
+
+
+@dataclass(frozen=True)
+class SequenceAverages:
+    """Averages of n sequences: ``tokens`` int64 ``[n, L]`` (L_i), ``counts`` int64 ``[n, L, E]`` (a_i) where
+    recorded, ``values`` kind -> float64 ``[n, L, E]`` (q_i of each kind and a_i / L_i; NaN rows where there is none),
+    ``entropy`` float64 ``[n, L]`` (H(q_i), nats, NaN where there is none).
+    """
+
+    tokens: np.ndarray
+    counts: np.ndarray | None
+    values: Mapping[str, np.ndarray]
+    entropy: np.ndarray | None
+
+    @classmethod
+    def of(cls, tokens: np.ndarray, planes: Mapping[str, np.ndarray]) -> SequenceAverages:
+        """From sums over the tokens of each sequence, ``tokens [n, L]`` and ``planes`` name -> ``[n, L, E]``.
+
+        q_i (arXiv 2510.04694 eq. 1) is a plane over its own sum, so that tokens with an all-zero row are left out.
+        """
+        values = {}
+        for kind in SEQUENCE_KINDS:
+            if KIND_PLANE[kind] not in planes:
+                continue
+            table = planes[KIND_PLANE[kind]].astype(np.float64)
+            divisor = tokens[..., None] if kind == "frequency" else table.sum(-1, keepdims=True)
+            values[kind] = table / np.where(divisor > 0, divisor, np.nan)
+        entropy = None
+        if "full" in values:
+            q = values["full"]
+            entropy = -(q * np.log(np.where(q > 0, q, 1.0))).sum(-1)
+        return cls(tokens, planes.get("counts"), values, entropy)
+
+
+class SequencePool:
+    """Sums over finished sequences per (view, group, layer, expert), int64; views are prefill, decode and all."""
+
+    def __init__(self, groups: int, layers: int, widest: int, planes: Sequence[str]):
+        kinds = [kind for kind in SEQUENCE_KINDS if KIND_PLANE[kind] in planes]
+        self.scalars = np.zeros((len(VIEWS), groups, layers, len(SEQUENCE_SCALARS)), np.int64)
+        self.sums = {kind: np.zeros((len(VIEWS), groups, layers, widest), np.int64) for kind in kinds}
+
+    def reserve(self, groups: int) -> None:
+        """Make room for ``groups`` groups."""
+        missing = groups - self.scalars.shape[1]
+        if missing <= 0:
+            return
+
+        def widened(array: np.ndarray) -> np.ndarray:
+            return np.concatenate([array, np.zeros((array.shape[0], missing, *array.shape[2:]), np.int64)], axis=1)
+
+        self.scalars = widened(self.scalars)
+        self.sums = {kind: widened(table) for kind, table in self.sums.items()}
+
+    def add(self, sums: TableSums, groups: np.ndarray) -> SequenceAverages:
+        """Fold n finished sequences in, sequence i belonging to ``groups[i]``; returns their averages over all
+        phases."""
+        tokens = sums.scalar("tokens")
+        ran = [phase for phase in range(len(PHASES)) if tokens[phase].any()]
+        averages = None
+        for phase in ran:
+            averages = SequenceAverages.of(tokens[phase], {name: table[phase] for name, table in sums.planes.items()})
+            # what ran in one phase only is the same over all phases
+            self._add((phase,) if len(ran) > 1 else (phase, _ALL), averages, groups)
+        if averages is None or len(ran) > 1:
+            averages = SequenceAverages.of(tokens.sum(0), {name: table.sum(0) for name, table in sums.planes.items()})
+            self._add((_ALL,), averages, groups)
+        return averages
+
+    def _add(self, views: tuple[int, ...], averages: SequenceAverages, groups: np.ndarray) -> None:
+        columns = {"sequences": averages.tokens > 0}
+        for kind, values in averages.values.items():
+            _add_rows([self.sums[kind][view] for view in views], groups, _fixed(values))
+            columns[kind] = ~np.isnan(values[..., 0])
+        if averages.entropy is not None:
+            columns["entropy"] = _fixed(averages.entropy)
+        for name, column in columns.items():
+            if name in SEQUENCE_SCALARS:
+                place = SEQUENCE_SCALARS.index(name)
+                _add_rows([self.scalars[view, ..., place] for view in views], groups, column.astype(np.int64))
+
+
+def _add_rows(targets: Sequence[np.ndarray], groups: np.ndarray, rows: np.ndarray) -> None:
+    """Add every row i of ``rows`` to row ``groups[i]`` of each target."""
+    for group in np.unique(groups):
+        total = rows[groups == group].sum(0)
+        for target in targets:
+            target[group] += total
+
+
+def _fixed(values: np.ndarray) -> np.ndarray:
+    """Multiples of 2^-32, int64; NaN (nothing seen) adds nothing."""
+    scaled = np.nan_to_num(values / FIXED_POINT, copy=False, nan=0.0)
+    return np.rint(scaled, out=scaled).astype(np.int64)

@@ -1,0 +1,413 @@
+"""``Recorder``: owns the tables that the gate counts into, knows which sequences are running, and folds them when
+they end.
+
+The way of a token: the label block says which group and sequence it belongs to, the token table carries that to the
+gate, the gate adds to int64 tables. Nothing is copied to the host before a label block ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from moe_route.ops import PLANES, StatisticsTables
+from moe_route.recording.labels import LabelBlock, ModelCall
+from moe_route.recording.metadata import add_fingerprints
+from moe_route.recording.pooling import SequenceAverages, SequencePool
+from moe_route.recording.running import RunningSequences
+from moe_route.recording.statistics import PHASES, Phase, RecordingError, RoutingStatistics
+from moe_route.recording.store import Item, SequenceStore
+from moe_route.recording.tables import RecordedSite, TableSet
+from moe_route.recording.trace import Trace, TraceWriter
+
+__all__ = ["DEFAULT_PLANES", "RecordOptions", "RecordedModel", "Recorder"]
+
+DEFAULT_PLANES = ("counts", "mass", "weight", "share")
+DEFAULT_GROUP = "all"
+logger = logging.getLogger(__name__)
+
+
+class RecordOptions(TypedDict, total=False):
+    """Options of ``Recorder`` besides ``groups``; what they mean is said there."""
+
+    sequences: bool | str | os.PathLike[str]
+    trace: bool | Iterable[int]
+    planes: Sequence[str]
+    entropy: bool
+    phases: Sequence[Phase]
+    progress: bool
+    trace_limit: int
+    trace_weights: Literal["float16", "float32"]
+    memory_bytes: int
+
+
+class RecordedModel(Protocol):
+    """What the recorder needs of an attachment (`patching.Attachment`)."""
+
+    trace: Callable[[int, Tensor, Tensor], None] | None
+
+    @property
+    def sites(self) -> Sequence[RecordedSite]: ...
+
+    def set_statistics(self, tables: Sequence[StatisticsTables] | None) -> None: ...
+
+
+class Recorder:
+    """Counts what the routers of one attached model do, while its ``with`` block is on; it may be entered again to go
+    on.
+
+    Groups are named by ``labels``; a sequence lasts from its first call to the end of its label block. Where a block
+    says nothing per sequence (one name for all, or no block), every call without a past begins new sequences. Padding
+    is never counted.
+    """
+
+    def __init__(
+        self,
+        model: RecordedModel,
+        *,
+        groups: Sequence[str] | None = None,
+        sequences: bool | str | os.PathLike[str] = False,
+        trace: bool | Iterable[int] = False,
+        planes: Sequence[str] = DEFAULT_PLANES,
+        entropy: bool = True,
+        phases: Sequence[Phase] = PHASES,
+        progress: bool = False,
+        trace_limit: int = 1_000_000,
+        trace_weights: Literal["float16", "float32"] = "float16",
+        memory_bytes: int = 256 << 20,
+        metadata: Mapping[str, Any] | None = None,
+    ):
+        """``groups``: the only names allowed, in this order; None takes names as they come ("all" where there is none).
+
+        ``sequences``: keep every sequence's q_i and a_i by (item, group): True (shards go to a temporary folder past
+        ``memory_bytes``) or a folder. ``trace``: ids and weights token by token, True or 0-based layers, at most
+        ``trace_limit`` tokens. ``planes``: of ``ops.PLANES``. ``phases``: count only these. ``progress``: a tqdm bar
+        of finished sequences. ``metadata`` is kept with the statistics.
+        """
+        _check_names(planes, PLANES, "plane")
+        _check_names(phases, PHASES, "phase")
+        if groups is not None and (isinstance(groups, str) or not groups or len(set(groups)) != len(groups)):
+            raise ValueError("groups must be a list of different names, or None to take names as they come")
+        self._model = model
+        self._known = None if groups is None else tuple(groups)
+        self._groups = {name: index for index, name in enumerate(groups or ())}
+        self._phases = tuple(phases)
+        self._tables = TableSet(model.sites, groups=len(self._groups), planes=planes, entropy=entropy)
+        widest = max(site.num_experts for site in model.sites)
+        self._pool = SequencePool(len(self._groups), len(model.sites), widest, self._tables.planes)
+        self._store = self._new_store(sequences, memory_bytes)
+        layers = trace if isinstance(trace, bool) else tuple(trace)
+        self._trace = TraceWriter(model.sites, layers, limit=trace_limit, weights=trace_weights) if trace else None
+        self._metadata = dict(metadata or {})
+        self._masked = {"padding"} | {f"{phase} tokens" for phase in PHASES if phase not in self._phases}
+        self._plans: set[str] = set()
+        self._fingerprint: str | None = None
+        self._calls = self._countable_calls = self._abandoned = 0
+        self._block: LabelBlock | None = None
+        self._running: RunningSequences | None = None
+        self._on = self._paused = False
+        self._progress = progress
+        self._bar: tqdm = tqdm(disable=True)
+
+    def _new_store(self, sequences: bool | str | os.PathLike[str], memory_bytes: int) -> SequenceStore | None:
+        if sequences is False or sequences is None:
+            return None
+        sites = self._model.sites
+        folder = None if sequences is True else sequences
+        names, experts = [site.name for site in sites], [site.num_experts for site in sites]
+        return SequenceStore(names, experts, folder=folder, memory_bytes=memory_bytes)
+
+    # ---- the user's verbs
+
+    def __enter__(self) -> Recorder:
+        if self._on:
+            raise RecordingError("this recorder is on already: one with block at a time")
+        self._on = True
+        self._bar = tqdm(unit=" sequences", desc="recording", disable=not self._progress)
+        self._connect()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        try:
+            self._end_sequences(finished=failure[0] is None)
+            if self._store is not None:
+                self._store.close()
+        finally:
+            self._disconnect()
+            self._on, self._block = False, None
+            self._bar.close()
+
+    @property
+    def on(self) -> bool:
+        """Whether the ``with`` block is on."""
+        return self._on
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups so far."""
+        return tuple(self._groups)
+
+    @property
+    def block(self) -> LabelBlock | None:
+        """Labels of the running block, if any."""
+        return self._block
+
+    @contextlib.contextmanager
+    def labels(self, groups: Any = None, items: Any = None, *, mask: Any = None) -> Iterator[None]:
+        """Say what the sequences of a batch are, for all calls of the model inside: chunks of a prefill, the steps of
+        ``generate``.
+
+        ``groups``: one name for all, a name (or id) per sequence ``[B]``, or per token ``[B, S]``. ``items``: an id
+        per sequence that pairs it with its translations. ``mask``: bool ``[B, S]``, count only these tokens (tokens
+        past its columns are not counted). Columns are positions from the start, padding included; tokens past the
+        columns of ``groups`` keep the last one. Beams and several returned sequences belong to the sequence they grew
+        from.
+
+        Raises ``ValueError`` for unknown groups, lengths that do not agree, or a sequence that the store holds
+        already, ``RecordingError`` outside the ``with`` block or inside another label block. A block left by an
+        exception leaves its sequences out.
+        """
+        if not self._on:
+            raise RecordingError("labels() outside the recording: use it inside `with routed.record(...) as rec:`")
+        if self._block is not None:
+            raise RecordingError(
+                "labels() inside labels(): leave the first block first, a sequence has one set of labels"
+            )
+        block = LabelBlock.parse(self._default_group() if groups is None else groups, items, mask, self._known)
+        self._refuse_repeats(block)
+        self._end_sequences()
+        self._block = block
+        try:
+            yield
+        except BaseException:
+            self._end_sequences(finished=False)
+            raise
+        finally:
+            try:
+                self._end_sequences()
+            finally:
+                self._block = None
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Count nothing inside; running sequences go on afterwards."""
+        before, self._paused = self._paused, True
+        if self._on:
+            self._disconnect()
+        try:
+            yield
+        finally:
+            self._paused = before
+            if self._on and not self._paused:
+                self._connect()
+
+    def statistics(self) -> RoutingStatistics:
+        """A snapshot: tokens of all calls so far, sums over finished sequences (those of a block that is still on are
+        not in yet).
+
+        Raises ``RecordingError`` where nothing was counted although the model ran, or a conservation law is broken.
+        """
+        if not self._calls:
+            raise RecordingError(
+                "nothing was recorded: the attached model was not called inside the recording; call that very object "
+                "(a model that was compiled, "
+                "wrapped or replaced after attach() is another one)"
+            )
+        count = len(self._groups)
+        sums = self._tables.read_groups(count)
+        self._refuse_silence(sums.scalar("tokens").sum(axis=(0, 1)))
+        sites = self._model.sites
+        statistics = RoutingStatistics(
+            groups=self.groups,
+            layers=[site.name for site in sites],
+            num_experts=[site.num_experts for site in sites],
+            top_k=[site.top_k for site in sites],
+            scalars=sums.scalars,
+            planes=sums.planes,
+            sequence_scalars=self._pool.scalars,
+            sequence_sums=self._pool.sums,
+            entropy=self._tables.entropy,
+            metadata=self._all_metadata(),
+            store=None if self._store is None else self._store.snapshot(),
+        )
+        statistics.verify()
+        return statistics
+
+    def trace(self) -> Trace:
+        """The tokens traced so far. Raises ``RecordingError`` where ``trace`` was not asked for."""
+        if self._trace is None:
+            raise RecordingError("no trace was asked for: record(trace=True) or record(trace=[layers])")
+        return self._trace.snapshot(self.groups)
+
+    def __repr__(self) -> str:
+        state = "paused" if self._paused else "on" if self._on else "off"
+        return f"Recorder({state}, {self._calls} calls, {len(self._groups)} groups, {len(self._model.sites)} layers)"
+
+    # ---- what the attachment asks
+
+    def rows(self, call: ModelCall) -> tuple[int | Tensor, int | Tensor]:
+        """Rows of the group and of the segment tables for the tokens of a call that is about to run; ``(-1, -1)``
+        counts nothing."""
+        if self._trace is not None:
+            self._trace.drop_call()
+        if not self._on or self._paused or call.phase not in self._phases:
+            return -1, -1
+        running = self._sequences_of(call)
+        phase = PHASES.index(call.phase)
+        if self._trace is not None:
+            self._trace.begin_call(call, running.group_rows(call, 0))
+        groups = running.group_rows(call, phase * self._tables.group_capacity)
+        segments = running.segment_rows(call, phase * self._tables.segment_capacity)
+        running.keep_tokens(call)
+        self._calls += 1
+        self._countable_calls += running.block.mask is None
+        return groups, segments
+
+    def after_call(self) -> None:
+        """The call that ``rows`` was asked for went through."""
+        if self._trace is not None:
+            self._trace.end_call()
+
+    def note_plan(self, plan_hash: str, *, steers: bool = True) -> None:
+        """A plan steers what is recorded from now on: keep its hash, and count the natural choice too."""
+        self._plans.add(plan_hash)
+        if steers and self._tables.add_natural_counts() and self._on and not self._paused:
+            self._connect()
+
+    # ---- inside
+
+    def _connect(self) -> None:
+        self._model.set_statistics(self._tables.layers)
+        self._model.trace = None if self._trace is None else torch.compiler.disable(self._trace.add)
+
+    def _disconnect(self) -> None:
+        self._model.set_statistics(None)
+        self._model.trace = None
+
+    def _sequences_of(self, call: ModelCall) -> RunningSequences:
+        """The running sequences that this call continues, or new ones."""
+        named = None if self._block is None else self._block.sequences
+        if named is not None and call.batch % named:
+            raise RecordingError(
+                f"the label block names {named} sequences, this call has a batch of {call.batch}: give one label per "
+                "sequence, and each batch a block of its own"
+            )
+        running = self._running
+        goes_on = named is not None or call.past_length > 0
+        if running is not None and goes_on and running.fits(call.batch):
+            return running
+        return self._begin_sequences(call)
+
+    def _begin_sequences(self, call: ModelCall) -> RunningSequences:
+        self._end_sequences()
+        block = self._block or LabelBlock.parse(self._default_group(), None, None, self._known)
+        for name in block.names:
+            self._groups.setdefault(name, len(self._groups))
+        self._pool.reserve(len(self._groups))
+        running = RunningSequences(block, call.batch, self._groups)
+        if self._tables.reserve(groups=len(self._groups), segments=running.parts):
+            self._connect()
+        if block.mask is not None:
+            self._masked.add("tokens outside the masks of the labels")
+        if self._trace is not None:
+            self._trace.begin_sequences([running.item(i) for i in range(running.count)])
+        self._running = running
+        return running
+
+    def _end_sequences(self, *, finished: bool = True) -> None:
+        """Fold the running sequences into the pool and the store, or leave them out where they broke off."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        sums = self._tables.take_segments(running.parts)
+        if not finished:
+            self._abandoned += running.count
+            logger.warning(
+                "%d sequences broke off and are left out; their tokens were counted up to there", running.count
+            )
+            return
+        averages = self._pool.add(sums, running.part_group)
+        self._fingerprint = add_fingerprints(self._fingerprint, f"{running.fingerprint():x}")
+        if self._store is not None:
+            self._keep(running, averages)
+        self._bar.update(running.count)
+
+    def _keep(self, running: RunningSequences, averages: SequenceAverages) -> None:
+        assert self._store is not None
+        seen = np.flatnonzero(averages.tokens.any(axis=1))  # parts that a mask left empty are no sequences
+        names = list(self._groups)
+        sequences = dict.fromkeys(running.part_sequence[seen])
+        unnamed = {sequence: self._store.next_unnamed() for sequence in sequences if running.item(sequence) is None}
+        keys: list[tuple[Item, str]] = []
+        for part in seen:
+            sequence = running.part_sequence[part]
+            item = running.item(sequence)
+            keys.append((unnamed[sequence] if item is None else item, names[running.part_group[part]]))
+        arrays: dict[str, np.ndarray] = {"tokens": averages.tokens[seen]}
+        if averages.counts is not None:
+            arrays["counts"] = averages.counts[seen].astype(np.int32)
+        arrays |= {
+            kind: averages.values[kind][seen].astype(np.float32) for kind in ("full", "topk") if kind in averages.values
+        }
+        self._store.append(keys, arrays)
+
+    def _refuse_repeats(self, block: LabelBlock) -> None:
+        """Raise before the model runs where the store could not take the sequences of a block."""
+        if self._store is None or block.items is None:
+            return
+        codes = np.broadcast_to(block.codes, len(block.items)) if block.codes.ndim == 0 else block.codes
+        seen: set[tuple[Item, str]] = set()
+        for item, of_item in zip(block.items, codes, strict=True):
+            for key in {(item, block.names[code]) for code in np.unique(of_item)}:
+                if key in seen or key in self._store:
+                    raise ValueError(
+                        f"item {key[0]!r} of group {key[1]!r} was given already: every sequence of a group needs an "
+                        "item id of its own"
+                    )
+                seen.add(key)
+
+    def _default_group(self) -> str:
+        if self._known is None:
+            return DEFAULT_GROUP
+        if len(self._known) == 1:
+            return self._known[0]
+        raise RecordingError(
+            f"which of {', '.join(self._known)}? Wrap the call in `with rec.labels(groups=...):`, or in `with "
+            "rec.pause():` to leave it out"
+        )
+
+    def _refuse_silence(self, tokens: np.ndarray) -> None:
+        """``tokens``: counted by each layer, ``[L]``."""
+        if self._countable_calls and not tokens.any():
+            raise RecordingError(
+                f"{self._calls} calls of the model reached no router: something goes round them (a kernel, "
+                "torch.compile before attach, an inner model that was replaced); mr.describe(model) shows the "
+                "engines, attach() again after the last change to the model"
+            )
+        silent = [site.name for site, count in zip(self._model.sites, tokens, strict=True) if not count]
+        if silent and len(silent) < len(tokens):
+            logger.warning("%d of %d layers counted no token: %s", len(silent), len(tokens), ", ".join(silent[:4]))
+
+    def _all_metadata(self) -> dict[str, Any]:
+        return {
+            **self._metadata,
+            "fingerprint": self._fingerprint or add_fingerprints(None, None),
+            "masked": sorted(self._masked),
+            "plans": sorted(self._plans),
+            "calls": self._calls,
+            "abandoned_sequences": self._abandoned,
+        }
+
+
+def _check_names(given: Sequence[str], known: Sequence[str], what: str) -> None:
+    unknown = [name for name in given if name not in known]
+    if isinstance(given, str) or unknown or not given:
+        raise ValueError(f"{what}s are some of {', '.join(known)}, not {given!r}")

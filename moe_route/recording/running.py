@@ -1,0 +1,126 @@
+"""The sequences of the label block that is running: which rows of the tables they add to, and what they are made of."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_route import files
+from moe_route.recording.labels import LabelBlock, ModelCall, columns, on_device
+from moe_route.recording.store import Item
+
+__all__ = ["RunningSequences"]
+
+_HASH_BYTES = 16
+
+
+class RunningSequences:
+    """N sequences from their first call to the end of their block.
+
+    A *part* is what one sequence has in one group: the unit of the segment tables and of the sequence store. A
+    sequence labelled per token has as many parts as groups. A batch that is a multiple of N (beams, several returned
+    sequences) continues sequence i in rows i * n to i * n + n - 1.
+    """
+
+    def __init__(self, block: LabelBlock, batch: int, group_index: Mapping[str, int]):
+        self.block = block
+        self.count = block.sequences or batch
+        self.groups: np.ndarray = block.values([group_index[name] for name in block.names])  # [], [N] or [N, S]
+        self._find_parts(len(group_index))
+        self._rows: dict[tuple[str, int], int | Tensor] = {}
+        self._tokens: list[tuple[Tensor | None, Tensor | None, int]] = []
+
+    def _find_parts(self, num_groups: int) -> None:
+        self.part_of: np.ndarray = np.arange(self.count)
+        self.part_sequence: np.ndarray = self.part_of
+        self.part_group: np.ndarray = self.groups
+        if self.groups.ndim == 0:
+            self.part_group = np.full(self.count, self.groups)
+        elif self.groups.ndim == 2:
+            pairs, part_of = np.unique(self.part_of[:, None] * num_groups + self.groups, return_inverse=True)
+            self.part_sequence, self.part_group = np.divmod(pairs, num_groups)
+            self.part_of = part_of.reshape(self.groups.shape)
+
+    @property
+    def parts(self) -> int:
+        return len(self.part_sequence)
+
+    def item(self, sequence: int) -> Item | None:
+        return None if self.block.items is None else self.block.items[sequence]
+
+    def fits(self, batch: int) -> bool:
+        """Whether a call of this batch can continue these sequences."""
+        return batch % self.count == 0
+
+    def group_rows(self, call: ModelCall, offset: int) -> int | Tensor:
+        """Row of the group tables for each token: an int, ``[N]`` or ``[N, length]``; -1 where the mask says that a
+        token does not count."""
+        return self._masked(self._row("group", self.groups, call, offset), call)
+
+    def segment_rows(self, call: ModelCall, offset: int) -> int | Tensor:
+        """Row of the segment tables, like ``group_rows``."""
+        return self._masked(self._row("segment", self.part_of, call, offset), call)
+
+    def _row(self, what: str, rows: np.ndarray, call: ModelCall, offset: int) -> int | Tensor:
+        key = (what, offset)
+        if key not in self._rows:
+            self._rows[key] = on_device(rows + offset, call.device)
+        return columns(self._rows[key], call)
+
+    def _masked(self, rows: int | Tensor, call: ModelCall) -> int | Tensor:
+        if self.block.mask is None:
+            return rows
+        key = ("mask", 0)
+        if key not in self._rows:
+            self._rows[key] = self.block.mask.to(call.device)
+        counted = columns(self._rows[key], call, after=False)
+        assert isinstance(counted, Tensor)
+        if isinstance(rows, int):
+            return torch.where(counted, rows, -1)
+        return torch.where(counted, rows if rows.dim() == 2 else rows[:, None], -1)
+
+    def keep_tokens(self, call: ModelCall) -> None:
+        """Remember the token ids of a call for the fingerprint, without waiting for the device."""
+        ids = call.input_ids
+        if ids is not None and ids.shape == (call.batch, call.length):
+            # a copy: callers may reuse their input buffer for the next step
+            self._tokens.append((ids.to(torch.int32, copy=True), call.valid, call.length))
+        else:
+            self._tokens.append((None, None, call.length))
+
+    def fingerprint(self) -> int:
+        """128-bit hash of every sequence's item, groups and token ids (padding left out; the number of columns where
+        the call had embeddings), added up.
+
+        Chunks hash like the whole; sums of fingerprints do not depend on the order of the sequences.
+        """
+        hashes = [hashlib.blake2b(self._identity(i), digest_size=_HASH_BYTES) for i in range(self.count)]
+        for _, calls in itertools.groupby(self._tokens, key=lambda call: None if call[0] is None else call[0].shape[0]):
+            for sequence, tokens in self._tokens_of(list(calls)):
+                hashes[sequence].update(tokens)
+        return sum(int.from_bytes(h.digest(), "big") for h in hashes)
+
+    def _identity(self, sequence: int) -> bytes:
+        codes = self.block.codes if self.block.codes.ndim == 0 else self.block.codes[sequence]
+        names = [self.block.names[code] for code in np.atleast_1d(codes)]
+        return files.canonical_json([self.item(sequence), names]).encode()
+
+    def _tokens_of(self, calls: list[tuple[Tensor | None, Tensor | None, int]]) -> list[tuple[int, bytes]]:
+        ids = [call[0] for call in calls if call[0] is not None]
+        if not ids:
+            lengths = np.asarray([length for _, _, length in calls], np.int32).tobytes()
+            return [(sequence, lengths) for sequence in range(self.count)]
+        tokens = torch.cat(ids, dim=1).cpu().numpy()
+        valid = np.ones(tokens.shape, bool)
+        start = 0
+        for chunk, mask, length in calls:
+            if mask is not None and chunk is not None:
+                valid[:, start : start + length] = mask.cpu().numpy()
+            start += length
+        repeats = tokens.shape[0] // self.count
+        return [(row // repeats, tokens[row, valid[row]].tobytes()) for row in range(tokens.shape[0])]

@@ -1,0 +1,154 @@
+"""The integer tables that the gate adds to while a recorder is on, one per layer, and how they are read.
+
+A table has rows ``phase * capacity + index`` for groups and for segments (the sequences of the running label block).
+Capacities double when needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_route.ops import PLANES, SCALARS, StatisticsTables
+from moe_route.recording.statistics import PHASES
+
+__all__ = ["RecordedSite", "TableSet", "TableSums", "device_of"]
+
+_FIRST_SEGMENTS = 8
+
+
+class RecordedSite(Protocol):
+    """What the recorder needs to know of a router (`patching.RouterSite`)."""
+
+    name: str
+    num_experts: int
+    top_k: int
+
+    @property
+    def parameter(self) -> Tensor | None: ...
+
+
+class TableSums:
+    """Sums read from tables: ``scalars`` int64 ``[2, n, L, 8]`` and ``planes`` name -> int64 ``[2, n, L, E]``, E the
+    widest layer."""
+
+    def __init__(self, rows: int, layers: int, widest: int, planes: Sequence[str]):
+        self.scalars = np.zeros((len(PHASES), rows, layers, len(SCALARS)), np.int64)
+        self.planes: Mapping[str, np.ndarray] = {
+            name: np.zeros((len(PHASES), rows, layers, widest), np.int64) for name in planes
+        }
+
+    def scalar(self, name: str) -> np.ndarray:
+        """int64 ``[2, n, L]``."""
+        return self.scalars[..., SCALARS.index(name)]
+
+
+class TableSet:
+    """One ``StatisticsTables`` per layer, each on its router's device."""
+
+    def __init__(self, sites: Sequence[RecordedSite], *, groups: int, planes: Sequence[str], entropy: bool):
+        self.sites = tuple(sites)
+        self.planes = tuple(name for name in PLANES if name in planes)
+        self.entropy = entropy
+        self.group_capacity = max(groups, 1)
+        self.segment_capacity = _FIRST_SEGMENTS
+        self.layers = [self._new(site, device_of(site)) for site in self.sites]
+
+    @torch.inference_mode(False)  # tables outlive the inference mode that a model may be called in
+    def _new(self, site: RecordedSite, device: torch.device) -> StatisticsTables:
+        return StatisticsTables.zeros(
+            site.num_experts,
+            groups=len(PHASES) * self.group_capacity,
+            segments=len(PHASES) * self.segment_capacity,
+            planes=self.planes,
+            entropy=self.entropy,
+            device=device,
+        )
+
+    def reserve(self, *, groups: int, segments: int) -> bool:
+        """Make room; True where the tables were replaced. Group sums are kept; segments must have been taken before."""
+        if groups <= self.group_capacity and segments <= self.segment_capacity:
+            return False
+        old_capacity = self.group_capacity
+        self.group_capacity = _doubled(self.group_capacity, groups)
+        self.segment_capacity = _doubled(self.segment_capacity, segments)
+        old, self.layers = self.layers, []
+        for site, table in zip(self.sites, old, strict=True):
+            wide = self._new(site, table.device)
+            _by_phase(wide.groups)[:, :old_capacity] = _by_phase(table.groups)
+            self.layers.append(wide)
+        return True
+
+    def add_natural_counts(self) -> bool:
+        """Begin to count the natural choice beside the steered one; so far nothing was steered, so they are the same.
+        True where the tables were replaced."""
+        if "natural_counts" in self.planes or "counts" not in self.planes:
+            return False
+        kept = self.planes
+        self.planes = tuple(name for name in PLANES if name in {*kept, "natural_counts"})
+        old, self.layers = self.layers, []
+        for site, table in zip(self.sites, old, strict=True):
+            wide = self._new(site, table.device)
+            for of in ("groups", "segments"):
+                getattr(wide, of)[:, : len(SCALARS)] = getattr(table, of)[:, : len(SCALARS)]
+                for name in kept:
+                    wide.plane(name, of=of).copy_(table.plane(name, of=of))
+                wide.plane("natural_counts", of=of).copy_(table.plane("counts", of=of))
+            self.layers.append(wide)
+        return True
+
+    def read_groups(self, count: int) -> TableSums:
+        """Sums of the first ``count`` groups. Waits for the device."""
+        return self._read([_by_phase(table.groups)[:, :count] for table in self.layers], count)
+
+    def take_segments(self, count: int) -> TableSums:
+        """Sums of the first ``count`` segments, which are zero afterwards. Waits for the device: one copy per device
+        and width of table."""
+        views = [_by_phase(_segments(table))[:, :count] for table in self.layers]
+        sums = self._read(views, count)
+        for view in views:
+            view.zero_()
+        return sums
+
+    def _read(self, views: Sequence[Tensor], rows: int) -> TableSums:
+        widest = max((site.num_experts for site in self.sites), default=0)
+        sums = TableSums(rows, len(self.sites), widest, self.planes)
+        alike: dict[tuple[torch.device, int], list[int]] = {}
+        for layer, view in enumerate(views):
+            alike.setdefault((view.device, self.sites[layer].num_experts), []).append(layer)
+        for (_, experts), layers in alike.items():
+            table = torch.stack([views[layer] for layer in layers], dim=2).cpu().numpy()
+            sums.scalars[:, :, layers] = table[..., : len(SCALARS)]
+            for position, name in enumerate(self.planes):
+                start = len(SCALARS) + position * experts
+                sums.planes[name][:, :, layers, :experts] = table[..., start : start + experts]
+        return sums
+
+
+def device_of(site: RecordedSite) -> torch.device:
+    """Where a router runs: its parameters' device, or where accelerate brings them when it is called."""
+    parameter = site.parameter
+    if parameter is not None and parameter.device.type != "meta":
+        return parameter.device
+    hook = getattr(getattr(site, "module", None), "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return torch.device("cpu" if device is None else device)
+
+
+def _by_phase(table: Tensor) -> Tensor:
+    return table.view(len(PHASES), -1, table.shape[1])
+
+
+def _segments(table: StatisticsTables) -> Tensor:
+    assert table.segments is not None  # made with segments, see _new
+    return table.segments
+
+
+def _doubled(capacity: int, needed: int) -> int:
+    while capacity < needed:
+        capacity *= 2
+    return capacity

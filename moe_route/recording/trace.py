@@ -1,0 +1,273 @@
+"""Token by token: which experts every token chose, with which weight, for the layers asked for."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_route import files
+from moe_route.recording.labels import ModelCall
+from moe_route.recording.statistics import PHASES, RecordingError
+from moe_route.recording.store import Item
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Trace", "TraceWriter"]
+
+_FILE_KIND = "trace"
+_FLUSH_TOKENS = 1 << 14  # tokens that may wait on the device
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """N counted tokens in the order they were run.
+
+    ``sequence`` int32 [N] (into ``items``; beams of one sequence share it), ``group`` int32 [N] (into ``groups``),
+    ``position`` int32 [N] (padding not counted), ``phase`` uint8 [N] (into ``PHASES``), ``ids`` int8 or int16 ``[N,
+    L, k]`` (-1: empty slot), ``weights`` float16 or float32 ``[N, L, k]``, L the traced ``layers`` (site names).
+    ``truncated``: the limit on tokens was reached and later tokens are missing.
+    """
+
+    layers: tuple[str, ...]
+    groups: tuple[str, ...]
+    items: tuple[Item | None, ...]
+    sequence: np.ndarray
+    group: np.ndarray
+    position: np.ndarray
+    phase: np.ndarray
+    ids: np.ndarray
+    weights: np.ndarray
+    truncated: bool = False
+
+    def __len__(self) -> int:
+        return len(self.sequence)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one file (`moe_route.files`, kind "trace")."""
+        header = {"layers": self.layers, "groups": self.groups, "items": self.items, "truncated": self.truncated}
+        files.write(path, {name: getattr(self, name) for name in _COLUMNS}, header, _FILE_KIND)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Trace:
+        """Read what ``save`` wrote; raises ``files.FileRefused`` for a missing, truncated, altered or foreign file."""
+        tensors, header = files.read(path, _FILE_KIND)
+        return cls.of(header["layers"], header["groups"], header["items"], tensors, header["truncated"])
+
+    @classmethod
+    def of(
+        cls,
+        layers: Iterable[str],
+        groups: Iterable[str],
+        items: Iterable[Item | None],
+        columns: Mapping[str, np.ndarray],
+        truncated: bool,
+    ) -> Trace:
+        """From the arrays by name."""
+        return cls(
+            layers=tuple(layers),
+            groups=tuple(groups),
+            items=tuple(items),
+            sequence=columns["sequence"],
+            group=columns["group"],
+            position=columns["position"],
+            phase=columns["phase"],
+            ids=columns["ids"],
+            weights=columns["weights"],
+            truncated=truncated,
+        )
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Tidy, a row per (token, layer, slot): item, group, sequence, position, phase, layer, slot, expert, weight."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("data frames need pandas: pip install 'moe-route[analysis]'") from error
+        tokens, layers, slots = np.indices(self.ids.shape).reshape(3, -1)
+        sequence = self.sequence[tokens]
+        columns = {
+            "item": np.asarray(self.items, dtype=object)[sequence],
+            "group": np.asarray(self.groups, dtype=object)[self.group[tokens]],
+            "sequence": sequence,
+            "position": self.position[tokens],
+            "phase": np.asarray(PHASES, dtype=object)[self.phase[tokens]],
+            "layer": np.asarray(self.layers, dtype=object)[layers],
+            "slot": slots,
+            "expert": self.ids.reshape(-1),
+            "weight": self.weights.reshape(-1).astype(np.float32),
+        }
+        return pandas.DataFrame(columns)
+
+    def __repr__(self) -> str:
+        cut = ", truncated" if self.truncated else ""
+        size = f"{len(self)} tokens of {len(self.items)} sequences, {len(self.layers)} layers"
+        return f"Trace({size}, top-{self.ids.shape[-1]}{cut})"
+
+
+_COLUMNS = ("sequence", "group", "position", "phase", "ids", "weights")
+
+
+@dataclass
+class _TracedCall:
+    """What one call left: ids and weights by layer on the device, and who its tokens are."""
+
+    batch: int
+    length: int
+    phase: int
+    valid: Tensor | None
+    group: int | Tensor  # index of the group, -1 not counted
+    ids: dict[int, Tensor]
+    weights: dict[int, Tensor]
+
+
+class TraceWriter:
+    """Collects the choices of the traced layers while a recorder is on."""
+
+    def __init__(
+        self, sites: Sequence[Any], layers: Iterable[int] | bool, *, limit: int, weights: str = "float16"
+    ) -> None:
+        """``layers``: 0-based MoE layers, or True for all; ``limit``: tokens kept; ``weights``: "float16" or
+        "float32"."""
+        if weights not in ("float16", "float32"):
+            raise ValueError(f'trace weights are "float16" or "float32", not {weights!r}')
+        chosen = range(len(sites)) if layers is True else sorted(set(layers)) if layers else []
+        outside = [layer for layer in chosen if not 0 <= layer < len(sites)]
+        if outside:
+            raise ValueError(f"there is no layer {outside[0]} to trace: the model has MoE layers 0 to {len(sites) - 1}")
+        self.layers = tuple(chosen)
+        self.names = tuple(sites[layer].name for layer in chosen)
+        self.limit = limit
+        self.slots = max((sites[layer].top_k for layer in chosen), default=0)
+        self._ids_dtype = (
+            torch.int8 if max((sites[layer].num_experts for layer in chosen), default=0) <= 128 else torch.int16
+        )
+        self._weights_dtype = torch.float16 if weights == "float16" else torch.float32
+        self._current: _TracedCall | None = None
+        self._waiting: list[_TracedCall] = []
+        self._chunks: list[dict[str, np.ndarray]] = []
+        self._items: list[Item | None] = []
+        self._first = 0  # number of the first sequence of the running block
+        self._reached: np.ndarray = np.zeros(0, np.int64)  # tokens so far of each row of the running block
+        self._kept = 0
+        self.truncated = False
+
+    def begin_sequences(self, items: Sequence[Item | None]) -> None:
+        """A new block of sequences; the former one has ended."""
+        self.flush()
+        self._first = len(self._items)
+        self._items.extend(items)
+        self._reached = np.zeros(len(items), np.int64)
+
+    def begin_call(self, call: ModelCall, group: int | Tensor) -> None:
+        """``group``: index of the group of every token, int, ``[N]`` or ``[N, length]``; -1 is not traced."""
+        self._current = _TracedCall(call.batch, call.length, PHASES.index(call.phase), call.valid, group, {}, {})
+
+    def add(self, layer: int, ids: Tensor, weights: Tensor) -> None:
+        """Take the choice of one layer, ids ``[T, k]`` and weights ``[T, k]``; does not wait for the device."""
+        call = self._current
+        if call is None or layer not in self.layers or self.truncated:
+            return
+        if ids.shape[0] != call.batch * call.length:
+            raise RecordingError(
+                f"layer {layer} routed {ids.shape[0]} of {call.batch * call.length} tokens, so its trace cannot be "
+                "told apart: "
+                f"leave it out, record(trace=[...])"
+            )
+        call.ids[layer] = ids.detach().to(self._ids_dtype, copy=True)
+        call.weights[layer] = weights.detach().to(self._weights_dtype, copy=True)
+
+    def drop_call(self) -> None:
+        """A new call begins: one that failed before its end leaves nothing."""
+        self._current = None
+
+    def end_call(self) -> None:
+        """The call went through."""
+        if self._current is not None and self._current.ids:
+            self._waiting.append(self._current)
+        self._current = None
+        if sum(call.batch * call.length for call in self._waiting) >= _FLUSH_TOKENS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring what waits on the device to the host."""
+        for call in self._waiting:
+            self._take(call)
+        self._waiting = []
+
+    def _take(self, call: _TracedCall) -> None:
+        rows = np.arange(call.batch)
+        shape = (call.batch, call.length)
+        valid = np.ones(shape, bool) if call.valid is None else call.valid.cpu().numpy()
+        repeats = call.batch // max(len(self._items) - self._first, 1)
+        if len(self._reached) != call.batch:
+            self._reached = np.repeat(self._reached, call.batch // len(self._reached))
+        position = self._reached[:, None] + np.cumsum(valid, axis=1) - 1
+        self._reached = self._reached + valid.sum(1)
+        group = _spread(call.group, shape)
+        kept = (valid & (group >= 0)).reshape(-1)
+        kept &= np.cumsum(kept) <= self.limit - self._kept
+        counted = int(kept.sum())
+        if counted < int((valid & (group >= 0)).sum()):
+            self._stop()
+        self._kept += counted
+        sequence = np.broadcast_to((self._first + rows // repeats)[:, None], shape)
+        ids, weights = self._choices(call, kept)
+        self._chunks.append(
+            {
+                "sequence": sequence.reshape(-1)[kept].astype(np.int32),
+                "group": group.reshape(-1)[kept].astype(np.int32),
+                "position": position.reshape(-1)[kept].astype(np.int32),
+                "phase": np.full(counted, call.phase, np.uint8),
+                "ids": ids,
+                "weights": weights,
+            }
+        )
+
+    def _choices(self, call: _TracedCall, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        ids = self._empty(int(kept.sum()), self._ids_dtype, -1)
+        weights = self._empty(int(kept.sum()), self._weights_dtype, 0)
+        for place, layer in enumerate(self.layers):
+            if layer in call.ids:
+                width = call.ids[layer].shape[1]
+                ids[:, place, :width] = call.ids[layer].cpu().numpy()[kept]
+                weights[:, place, :width] = call.weights[layer].cpu().numpy()[kept]
+        return ids, weights
+
+    def _empty(self, tokens: int, dtype: torch.dtype, value: int) -> np.ndarray:
+        return torch.full((tokens, len(self.layers), self.slots), value, dtype=dtype).numpy()
+
+    def _stop(self) -> None:
+        self.truncated = True
+        logger.warning(
+            "the trace is full (%d tokens): later tokens are not traced; raise record(trace_limit=...)", self.limit
+        )
+
+    def snapshot(self, groups: Sequence[str]) -> Trace:
+        """What was traced so far."""
+        self.flush()
+        empty = {
+            "sequence": np.zeros(0, np.int32),
+            "group": np.zeros(0, np.int32),
+            "position": np.zeros(0, np.int32),
+            "phase": np.zeros(0, np.uint8),
+            "ids": self._empty(0, self._ids_dtype, -1),
+            "weights": self._empty(0, self._weights_dtype, 0),
+        }
+        columns = {name: np.concatenate([empty[name], *(chunk[name] for chunk in self._chunks)]) for name in _COLUMNS}
+        return Trace.of(self.names, groups, self._items, columns, self.truncated)
+
+
+def _spread(group: int | Tensor, shape: tuple[int, int]) -> np.ndarray:
+    if isinstance(group, int):
+        return np.full(shape, group)
+    rows = group.cpu().numpy()
+    rows = np.repeat(rows, shape[0] // rows.shape[0], axis=0)
+    return np.broadcast_to(rows[:, None] if rows.ndim == 1 else rows, shape)

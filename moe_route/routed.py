@@ -1,0 +1,397 @@
+"""The user's object: an attached model that records, steers and lets go.
+
+    routed = attach(model)
+    with routed.record(groups=["eng_Latn", "swh_Latn"]) as rec, rec.labels(groups=languages, items=sentences):
+        model(**inputs)
+    with routed.steer(plan):
+        model.generate(**inputs)
+    routed.detach()
+
+It joins the floors below: the attachment asks it for the labels of every call, the recorder knows groups and
+sequences, the plan's tables say which steering row a (phase, group) takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from moe_route import __version__, files
+from moe_route.patching import Attachment, Call, Labels, RouterSite, attachment_of, find_sites
+from moe_route.recording import PHASES, LabelBlock, Recorder, RoutingStatistics
+from moe_route.recording.labels import columns, on_device
+from moe_route.recording.recorder import RecordOptions
+from moe_route.recording.tables import device_of
+from moe_route.steering import CompiledPlan, Plan
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["Description", "LayerDescription", "Routed", "attach", "config_hash", "describe"]
+
+# parts of a configuration that say how a model is run, not what it is
+_RUN_OPTIONS = ("transformers_version", "dtype", "torch_dtype", "use_cache", "return_dict", "architectures")
+_LIBRARIES = ("torch", "transformers", "accelerate", "numpy")
+
+
+def attach(
+    model: nn.Module,
+    *,
+    engine: Literal["auto", "observed", "fused"] = "auto",
+    experts: Literal["keep"] = "keep",
+    check: bool = True,
+) -> Routed:
+    """Attach to a loaded model; its outputs stay bit for bit what they were until something steers (see
+    ``patching.Attachment`` for the engines).
+
+    Raises ``ModelNotSupported`` for a model without routers that can be attached to, ``AlreadyAttached`` for one that
+    is attached; nothing is changed then.
+    """
+    return Routed(Attachment(model, engine=engine, experts=experts, check=check))
+
+
+class Routed:
+    """An attached model. As a context manager it detaches at the end."""
+
+    def __init__(self, attachment: Attachment):
+        self.attachment = attachment
+        self.model = attachment.model
+        self._recorder: Recorder | None = None  # the one that is on, or was last
+        self._block: LabelBlock | None = None  # labels without a recording
+        self._plan: Plan | None = None
+        self._steering: _Steering | None = None
+        # a compiled model calls these as they are: what they do is bookkeeping in Python, no part of a graph
+        attachment.label = torch.compiler.disable(self._label)
+        attachment.after_call = torch.compiler.disable(self._after_call)
+
+    @property
+    def sites(self) -> Sequence[RouterSite]:
+        """The routers, one per MoE layer, in forward order."""
+        return self.attachment.sites
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan that steers now (nested plans added up), or None."""
+        return self._plan
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """The recorder that is on, or was last."""
+        return self._recorder
+
+    # ---- record
+
+    def record(self, groups: Sequence[str] | None = None, **options: Unpack[RecordOptions]) -> Recorder:
+        """A ``Recorder`` for this model, on inside its ``with`` block; ``options`` are the recorder's: ``sequences``,
+        ``trace``, ``planes``, ``entropy``, ``phases``, ``progress``, ``trace_limit``, ``trace_weights``,
+        ``memory_bytes``.
+
+        Entering it raises ``RuntimeError`` while another recording is on, or after ``detach``.
+        """
+        self._require_attached("record")
+        return _RoutedRecorder(self, groups=groups, metadata=self._metadata(), **options)
+
+    def statistics(self) -> RoutingStatistics:
+        """``Recorder.statistics()`` of the recording that is on, or was last. Raises ``RuntimeError`` where there was
+        none."""
+        if self._recorder is None:
+            raise RuntimeError("nothing was recorded yet: `with routed.record() as rec:` and call the model inside")
+        return self._recorder.statistics()
+
+    def labels(
+        self, groups: Any = None, items: Any = None, *, mask: Any = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Say what the sequences of a batch are, as ``Recorder.labels`` does; without a recording only steering by
+        group uses it, and groups are names."""
+        self._require_attached("labels")
+        if self._recording:
+            assert self._recorder is not None
+            return self._recorder.labels(groups, items, mask=mask)
+        if groups is None:
+            raise ValueError("labels() without a recording needs groups: the names that the plan steers by")
+        return self._labelled(LabelBlock.parse(groups, items, mask, None))
+
+    @contextlib.contextmanager
+    def _labelled(self, block: LabelBlock) -> Iterator[None]:
+        if self._block is not None:
+            raise RuntimeError(
+                "labels() inside labels(): leave the first block first, a sequence has one set of labels"
+            )
+        self._block = block
+        try:
+            yield
+        finally:
+            self._block = None
+
+    # ---- steer
+
+    @contextlib.contextmanager
+    def steer(self, plan: Plan) -> Iterator[Routed]:
+        """Route by ``plan`` inside; plans of nested blocks add up. What is recorded meanwhile carries the plan's hash
+        and counts the natural choice beside the steered one.
+
+        Raises ``steering.PlanError`` for a plan that was made for another model or names layers and experts that this
+        one lacks, ``ValueError`` for a router that cannot be steered, ``RuntimeError`` after ``detach``; the model is
+        then steered as before.
+        """
+        self._require_attached("steer")
+        if not isinstance(plan, Plan):
+            raise TypeError(f"steer takes a Plan, not {type(plan).__name__}: Plan.activate(experts), Plan.load(path)")
+        outer = self._plan
+        self._apply(plan if outer is None else outer + plan)
+        try:
+            yield self
+        finally:
+            self._apply(outer)
+
+    def _apply(self, plan: Plan | None) -> None:
+        steering = _Steering(plan, self) if plan else None
+        self.attachment.set_steering(None if steering is None else steering.tables)
+        self._plan, self._steering = plan or None, steering
+        if steering is not None and self._recording:
+            assert self._recorder is not None
+            self._recorder.note_plan(steering.compiled.plan_hash)
+
+    # ---- let go
+
+    def detach(self) -> None:
+        """Take every hook away; the model is bit for bit what it was. Harmless twice. Raises ``RuntimeError`` inside
+        ``record`` or ``steer``."""
+        if self._recording or self._plan is not None:
+            what = "record()" if self._recording else "steer()"
+            raise RuntimeError(f"detach() inside a {what} block: leave the block first")
+        self.attachment.detach()
+        self.attachment.label = self.attachment.after_call = None
+
+    def __enter__(self) -> Routed:
+        self._require_attached("use")
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        state = "attached" if self.attachment.attached else "detached"
+        doing = [what for what, on in (("recording", self._recording), ("steering", self._plan is not None)) if on]
+        return f"Routed({type(self.model).__name__}, {len(self.sites)} MoE layers, {', '.join([state, *doing])})"
+
+    # ---- what the attachment asks
+
+    def _label(self, call: Call) -> Labels:
+        group, segment = self._recorder.rows(call) if self._recording and self._recorder else (-1, -1)
+        return Labels(self._steering_row(call), group, segment)
+
+    def _steering_row(self, call: Call) -> int | Tensor:
+        if self._steering is None:
+            return -1
+        recorded = self._recorder.block if self._recording and self._recorder else None
+        return self._steering.rows(call, recorded or self._block)
+
+    def _after_call(self, call: Call) -> None:
+        if self._recording and self._recorder is not None:
+            self._recorder.after_call()
+
+    # ---- inside
+
+    @property
+    def _recording(self) -> bool:
+        return self._recorder is not None and self._recorder.on
+
+    def _begin(self, recorder: Recorder) -> None:
+        self._require_attached("record")
+        if self._recording:
+            raise RuntimeError("a recording is on already: leave its block first, or give it more groups")
+        self._recorder = recorder
+
+    def _note_plan(self, recorder: Recorder) -> None:
+        if self._steering is not None:
+            recorder.note_plan(self._steering.compiled.plan_hash)
+
+    def _require_attached(self, verb: str) -> None:
+        if not self.attachment.attached:
+            raise RuntimeError(f"cannot {verb}: this model was detached; attach(model) again")
+
+    def _metadata(self) -> dict[str, Any]:
+        return {
+            "model": _identity(self.model),
+            "versions": _versions(),
+            "engines": sorted({s.engine for s in self.sites}),
+        }
+
+
+class _RoutedRecorder(Recorder):
+    """A recorder that its ``Routed`` knows of while it is on."""
+
+    def __init__(self, routed: Routed, **options: Any):
+        super().__init__(routed.attachment, **options)
+        self._routed = routed
+
+    def __enter__(self) -> Recorder:
+        if not self.on:
+            self._routed._begin(self)
+            self._routed._note_plan(self)
+        return super().__enter__()
+
+
+class _Steering:
+    """A plan compiled for the live model, and the steering row of every token of a call."""
+
+    def __init__(self, plan: Plan, routed: Routed):
+        identity = _identity(routed.model)
+        experts = [site.num_experts for site in routed.sites]
+        plan.check_model(identity["name"], config_hash=identity["config_hash"], num_experts=experts)
+        # groups that the plan does not name take the row of tokens without a group
+        groups = tuple(dict.fromkeys(group for rule in plan.rules for group in rule.groups or ()))
+        self.compiled: CompiledPlan = plan.compile(routed.sites, groups)
+        self.tables = [
+            None if table is None else table.to(device_of(site))
+            for site, table in zip(routed.sites, self.compiled.tables, strict=True)
+        ]
+        self._index = {group: index for index, group in enumerate(groups)}
+        self._rows = self.compiled.rows.tolist()
+        self._block: LabelBlock | None = None
+        self._cache: dict[int, int | Tensor] = {}
+
+    def rows(self, call: Call, block: LabelBlock | None) -> int | Tensor:
+        """Steering row of the tokens of a call: an int, ``[N]`` or ``[N, length]``; -1 leaves a token alone."""
+        phase = PHASES.index(call.phase)
+        if block is None:
+            return self._rows[phase][0]
+        if block is not self._block:
+            self._block, self._cache = block, {}
+        if phase not in self._cache:
+            of_name = [self._rows[phase][self._index.get(name, -1) + 1] for name in block.names]
+            self._cache[phase] = on_device(block.values(of_name), call.device)
+        return columns(self._cache[phase], call)
+
+
+# ---- what a model is
+
+
+def config_hash(model: nn.Module) -> str:
+    """SHA-256 (hex) of the model's configuration without what only says how it is run (dtype, caching, library
+    version, names); of its class and shapes where there is no configuration. The same for the same architecture and
+    sizes, on any machine.
+    """
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "to_dict"):
+        content: Any = _what_it_is(config.to_dict())
+    else:
+        content = [[name, list(parameter.shape)] for name, parameter in model.named_parameters()]
+    text = files.canonical_json([type(model).__name__, content])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _what_it_is(value: Any) -> Any:
+    if isinstance(value, dict):
+        kept = {
+            str(k): v for k, v in value.items() if not str(k).startswith(("_", "output_")) and k not in _RUN_OPTIONS
+        }
+        return {key: _what_it_is(item) for key, item in kept.items()}
+    if isinstance(value, (list, tuple)):
+        return [_what_it_is(item) for item in value]
+    # infinities are not JSON
+    return value if value is None or isinstance(value, (str, bool, int)) else repr(value)
+
+
+def _identity(model: nn.Module) -> dict[str, Any]:
+    name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    return {"name": name, "class": type(model).__name__, "config_hash": config_hash(model)}
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "moe-route": __version__}
+    for name in _LIBRARIES:
+        if name in sys.modules:
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+# ---- describe
+
+
+@dataclass(frozen=True)
+class LayerDescription:
+    """One MoE layer of a model: what routes there and how moe-route would attach."""
+
+    layer: int
+    name: str
+    router: str
+    experts: int
+    top_k: int
+    score: str
+    order: str
+    engine: str
+    reason: str
+    steerable: bool
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What ``describe`` found; prints as a table, ``to_dict()`` is JSON."""
+
+    model: str
+    name: str | None
+    config_hash: str
+    attached: bool
+    layers: tuple[LayerDescription, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        name = f" ({self.name})" if self.name else ""
+        title = f"{self.model}{name}: {len(self.layers)} MoE layers, configuration {self.config_hash[:12]}"
+        rows = [("layers", "router", "experts", "top-k", "score", "engine", "steerable", "why")]
+        notes: dict[str, None] = {}
+        for _, alike in groupby(self.layers, key=_kind_of_layer):
+            layers = list(alike)
+            first, last = layers[0], layers[-1]
+            span = f"{first.layer}" if first is last else f"{first.layer}-{last.layer}"
+            score = first.score if first.order == "score_then_topk" else f"{first.score} of the chosen"
+            shown = (span, first.router, str(first.experts), str(first.top_k), score, first.engine)
+            rows.append((*shown, "yes" if first.steerable else "no", first.reason))
+            notes |= dict.fromkeys(f"layers {span}: {note}" for note in first.notes)
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([title, *table, *notes])
+
+
+def _kind_of_layer(layer: LayerDescription) -> tuple[Any, ...]:
+    return tuple(value for key, value in asdict(layer).items() if key not in ("layer", "name"))
+
+
+def describe(model: nn.Module) -> Description:
+    """What moe-route finds in a model, attached or not; changes nothing. Raises ``ModelNotSupported`` like
+    ``attach``."""
+    attachment = attachment_of(model)
+    sites = find_sites(model) if attachment is None else attachment.sites
+    identity = _identity(model)
+    layers = tuple(
+        LayerDescription(
+            layer=site.layer,
+            name=site.name,
+            router=type(site.module).__name__,
+            experts=site.num_experts,
+            top_k=site.top_k,
+            score=site.spec.score,
+            order=site.spec.order,
+            engine=site.engine,
+            reason=site.reason or "keeps every bit of the model's own choice",
+            steerable=site.steerable,
+            notes=tuple(site.notes),
+        )
+        for site in sites
+    )
+    return Description(identity["class"], identity["name"], identity["config_hash"], attachment is not None, layers)

@@ -1,0 +1,13 @@
+"""Steering: which experts, what is done to them, and the tables that carry it into ``route``.
+
+``ExpertSelection`` says which experts; ``Plan`` says what is done to them, where and when; ``Plan.compile`` turns it
+into one ``SteeringTables`` per layer and a lookup from (phase, group) to the row of a token.
+"""
+
+from moe_route.steering.compiled import CompiledPlan, LayerShape
+from moe_route.steering.model import PlanError, PlanModel
+from moe_route.steering.plan import Plan
+from moe_route.steering.rule import PHASES, Rule
+from moe_route.steering.selection import ExpertSelection
+
+__all__ = ["PHASES", "CompiledPlan", "ExpertSelection", "LayerShape", "Plan", "PlanError", "PlanModel", "Rule"]

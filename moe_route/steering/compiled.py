@@ -1,0 +1,299 @@
+"""From rules to steering tables: what each layer does for each row, and which row a token takes."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from moe_route.ops import Force, SteeringTables
+from moe_route.ops.tables import NEUTRAL, ROW_PARAMETERS
+from moe_route.steering.model import PlanError
+from moe_route.steering.rule import LAYER_KINDS, OPERATIONS, PHASES, Rule
+
+__all__ = ["CompiledPlan", "HasExperts", "LayerShape", "compile_rules"]
+
+_log = logging.getLogger(__name__)
+
+_FORCES = {
+    ("force_on", "paper"): Force.ON_PAPER,
+    ("force_on", "steermoe"): Force.ON_STEERMOE,
+    ("force_on", "natural"): Force.ON_NATURAL,
+    ("force_off", "paper"): Force.OFF_PAPER,
+    ("force_off", "steermoe"): Force.OFF_STEERMOE,
+    ("force_off", "natural"): Force.OFF_NATURAL,
+    ("forbid", ""): Force.FORBID,
+}
+# kind -> the plane of SteeringTables it fills; "bias" on a score goes to score_bias
+_PLANES = {
+    "activate": "std",
+    "bias": "bias",
+    "magnitude": "magnitude",
+    "scale_logits": "scale",
+    "scale_weights": "weight_scale",
+}
+# mode of a rule -> the row parameter that carries it: one value for all experts of a row
+_ROW_MODES = {
+    ("activate", "sample"): ("std_correction", 1.0),
+    ("activate", "population"): ("std_correction", 0.0),
+    ("bias", "score"): ("score_bias_weighs", 1.0),
+    ("bias", "choice"): ("score_bias_weighs", 0.0),
+    ("scale_weights", "after"): ("weight_scale_after", 1.0),
+    ("scale_weights", "before"): ("weight_scale_after", 0.0),
+}
+
+
+class HasExperts(Protocol):
+    """What a plan needs to know of a layer; ``patching.RouterSite`` and ``LayerShape`` have it."""
+
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def top_k(self) -> int: ...
+
+
+class LayerShape(NamedTuple):
+    """Number of experts of one MoE layer, and experts a token is sent to."""
+
+    num_experts: int
+    top_k: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CompiledPlan:
+    """A plan as tables.
+
+    Attributes:
+        tables: one ``SteeringTables`` per MoE layer, None where the plan leaves the layer alone. All have the same
+            number of rows.
+        rows: int32 [2, G + 1]: the steering row of a token by phase ("prefill", "decode") and group; column 0 is for
+            tokens without a group, column g + 1 for group g. -1 where nothing applies.
+        groups: names of the G groups.
+        plan_hash: ``Plan.hash`` of the plan.
+    """
+
+    tables: list[SteeringTables | None]
+    rows: torch.Tensor
+    groups: tuple[str, ...]
+    plan_hash: str
+
+    @property
+    def is_null(self) -> bool:
+        """True when no token of any layer is steered."""
+        return all(table is None for table in self.tables)
+
+    def row(self, phase: str, group: int = -1) -> int:
+        """The steering row of a token of ``group`` (-1: none) in ``phase``; -1 where nothing applies."""
+        if phase not in PHASES or not -1 <= group < len(self.groups):
+            raise PlanError(f"no row for phase {phase!r}, group {group}: there are {len(self.groups)} groups")
+        return int(self.rows[PHASES.index(phase), group + 1])
+
+    def to(self, device: torch.device | str) -> CompiledPlan:
+        """The same tables on another device."""
+        tables = [None if table is None else table.to(device) for table in self.tables]
+        return CompiledPlan(tables, self.rows.to(device), self.groups, self.plan_hash)
+
+
+# what one row does in one layer: plane -> float32 [E], row parameter -> float, "remap" -> int32 [E]; empty for nothing
+_Cell = dict[str, "np.ndarray | float"]
+
+
+def compile_rules(
+    rules: Sequence[Rule], sites: Sequence[HasExperts], groups: tuple[str, ...], plan_hash: str
+) -> CompiledPlan:
+    """See ``Plan.compile``."""
+    if len(set(groups)) != len(groups):
+        raise PlanError(f"group names repeat: {', '.join(groups)}")
+    for rule in rules:
+        _check_fits(rule, sites, groups)
+    found: dict[tuple[object, ...], int] = {}
+    kept: list[list[_Cell]] = []
+    known: dict[tuple[int, ...], int] = {}
+    rows = np.full((len(PHASES), len(groups) + 1), -1, dtype=np.int32)
+    for p, phase in enumerate(PHASES):
+        for g, group in enumerate((None, *groups)):
+            active = tuple(i for i, rule in enumerate(rules) if rule.applies(phase, group))
+            if active not in known:
+                known[active] = _row(
+                    found, kept, [_cell([rules[i] for i in active], layer, site) for layer, site in enumerate(sites)]
+                )
+            rows[p, g] = known[active]
+    tables = [_tables([row[layer] for row in kept], site.num_experts) for layer, site in enumerate(sites)]
+    return CompiledPlan(tables, torch.from_numpy(rows), groups, plan_hash)
+
+
+def _row(found: dict[tuple[object, ...], int], kept: list[list[_Cell]], cells: list[_Cell]) -> int:
+    """Index of the row with these cells, a new one if there is none yet; -1 where no cell does anything."""
+    if not any(cells):
+        return -1
+    key = tuple(
+        (name, value.tobytes() if isinstance(value, np.ndarray) else value)
+        for cell in cells
+        for name, value in [("layer", 0.0), *sorted(cell.items())]
+    )
+    if key not in found:
+        found[key] = len(kept)
+        kept.append(cells)
+    return found[key]
+
+
+def _check_fits(rule: Rule, sites: Sequence[HasExperts], groups: tuple[str, ...]) -> None:
+    unknown = [group for group in rule.groups or () if group not in groups]
+    if unknown:
+        raise PlanError(
+            f"the plan steers group {unknown[0]!r}, which is not among the groups "
+            f"({', '.join(groups) or 'none'}): name it when recording starts, or use plan.only(groups=...) with these"
+        )
+    for layer in rule.touched_layers or ():
+        if layer >= len(sites):
+            raise PlanError(
+                f"the plan steers layer {layer}, but the model has {len(sites)} MoE layers (0-{len(sites) - 1}): "
+                "restrict it with plan.only(layers=...), or use layer_base=1 for numbers that count from 1"
+            )
+        size = sites[layer].num_experts
+        wrong = [expert for expert, target in rule.in_layer(layer) if expert >= size]
+        wrong += [int(target) for _, target in rule.in_layer(layer) if rule.kind == "remap" and target >= size]
+        if wrong:
+            raise PlanError(
+                f"the plan names expert {wrong[0]} of layer {layer}, which has {size} experts (0-{size - 1}): "
+                "make it from statistics of this model"
+            )
+
+
+def _cell(rules: Sequence[Rule], layer: int, site: HasExperts) -> _Cell:
+    """What the rules together do in one layer."""
+    here = [rule for rule in rules if _touches(rule, layer)]
+    cell: _Cell = {}
+    for name in dict.fromkeys(_plane(rule) for rule in here if rule.kind in _PLANES):
+        plane = _sum_plane([rule for rule in here if _plane(rule) == name], name, layer, site.num_experts)
+        if (plane != NEUTRAL[name]).any():
+            cell[name] = plane
+            cell.update(_row_mode([rule for rule in here if _plane(rule) == name], layer))
+    force = _force(here, layer, site)
+    if force.any():
+        cell["force"] = force
+    cell.update(_layer_parameters(here, layer, site))
+    remap = _remap(here, layer, site.num_experts)
+    if (remap != np.arange(site.num_experts)).any():
+        cell["remap"] = remap
+    return cell
+
+
+def _touches(rule: Rule, layer: int) -> bool:
+    if rule.kind in LAYER_KINDS:
+        return rule.layers is None or layer in rule.layers
+    return bool(rule.in_layer(layer))
+
+
+def _plane(rule: Rule) -> str:
+    return "score_bias" if rule.kind == "bias" and rule.mode != "logit" else _PLANES.get(rule.kind, "")
+
+
+def _sum_plane(rules: Sequence[Rule], name: str, layer: int, num_experts: int) -> np.ndarray:
+    """float32 [E]. Terms are added exactly (multiplied in rising order), so the order of the rules cannot matter."""
+    terms: dict[int, list[float]] = {}
+    for rule in rules:
+        for expert, coefficient in rule.in_layer(layer):
+            terms.setdefault(expert, []).append(rule.effective(coefficient))
+    plane = np.full(num_experts, NEUTRAL[name])
+    join = math.fsum if OPERATIONS[rules[0].kind].combine == "add" else lambda values: math.prod(sorted(values))
+    for expert, values in terms.items():
+        plane[expert] = join(values)
+    with np.errstate(over="ignore"):
+        narrow = plane.astype(np.float32)
+    if not np.isfinite(narrow).all():
+        raise PlanError(f"the strengths on layer {layer} add up to more than float32 holds: use smaller ones")
+    return narrow
+
+
+def _row_mode(rules: Sequence[Rule], layer: int) -> dict[str, float]:
+    modes = {_ROW_MODES[rule.kind, rule.mode] for rule in rules if (rule.kind, rule.mode) in _ROW_MODES}
+    if len(modes) > 1:
+        shown = " and ".join(sorted({repr(rule.mode) for rule in rules}))
+        raise PlanError(
+            f"{rules[0].kind} rules with modes {shown} meet on layer {layer}: a token can have one; "
+            "use the same mode, or separate them with plan.only(...)"
+        )
+    return {name: value for name, value in modes if value != NEUTRAL[name]}
+
+
+def _force(rules: Sequence[Rule], layer: int, site: HasExperts) -> np.ndarray:
+    """float32 [E] of ``Force`` codes: forbid over off over on."""
+    asked: dict[int, set[Force]] = {}
+    for rule in rules:
+        if (rule.kind, rule.mode) in _FORCES:
+            for expert, _ in rule.in_layer(layer):
+                asked.setdefault(expert, set()).add(_FORCES[rule.kind, rule.mode])
+    force = np.zeros(site.num_experts, dtype=np.float32)
+    for expert, codes in asked.items():
+        force[expert] = _strongest(codes, layer, expert)
+    allowed = int((force != Force.FORBID).sum())
+    if allowed == 0:
+        raise PlanError(f"the plan forbids all {site.num_experts} experts of layer {layer}: leave at least one")
+    if allowed < site.top_k:
+        _log.warning("layer %d: %d experts are allowed for %d slots; the others stay empty", layer, allowed, site.top_k)
+    if int((force > 0).sum()) > site.top_k:
+        _log.warning("layer %d: more experts are forced on than its top-%d can choose", layer, site.top_k)
+    return force
+
+
+def _strongest(codes: set[Force], layer: int, expert: int) -> Force:
+    if Force.FORBID in codes:
+        return Force.FORBID
+    strongest = {code for code in codes if code < 0} or codes
+    if len(strongest) > 1:
+        shown = " and ".join(code.name.lower() for code in sorted(strongest))
+        raise PlanError(f"expert {expert} of layer {layer} is forced with two weights ({shown}): keep one of them")
+    return min(strongest)
+
+
+def _layer_parameters(rules: Iterable[Rule], layer: int, site: HasExperts) -> dict[str, float]:
+    rules = list(rules)
+    found: dict[str, float] = {}
+    temperature = math.prod(sorted(r.effective(r.value) for r in rules if r.kind == "temperature" and r.value))
+    if np.float32(temperature) != 1.0:
+        found["temperature"] = float(np.float32(temperature))
+    wanted = {int(rule.value) for rule in rules if rule.kind == "top_k" and rule.value}
+    if len(wanted) > 1:
+        raise PlanError(f"layer {layer} is asked for top-{min(wanted)} and top-{max(wanted)} at once: keep one of them")
+    for k in wanted:
+        if k > site.top_k:
+            raise PlanError(f"top_k {k} is more than the top-{site.top_k} of layer {layer}: a plan can only lower it")
+        if k < site.top_k:
+            found["top_k"] = float(k)
+    return found
+
+
+def _remap(rules: Iterable[Rule], layer: int, num_experts: int) -> np.ndarray:
+    remap = np.arange(num_experts, dtype=np.int32)
+    taken: dict[int, int] = {}
+    for rule in rules:
+        for expert, target in rule.in_layer(layer) if rule.kind == "remap" else ():
+            if taken.setdefault(expert, int(target)) != int(target):
+                raise PlanError(f"expert {expert} of layer {layer} is remapped to two experts: keep one of them")
+            remap[expert] = int(target)
+    return remap
+
+
+def _tables(cells: Sequence[_Cell], num_experts: int) -> SteeringTables | None:
+    """One layer's cells, a row each, as tables with the planes that any of them uses."""
+    names = dict.fromkeys(name for cell in cells for name in cell)
+    if not names:
+        return None
+    planes: dict[str, Any] = {}
+    for name in names:
+        neutral, dtype = _neutral(name, num_experts), np.int32 if name == "remap" else np.float32
+        planes[name] = torch.from_numpy(np.stack([np.asarray(cell.get(name, neutral), dtype) for cell in cells]))
+    return SteeringTables(len(cells), num_experts, **planes)
+
+
+def _neutral(name: str, num_experts: int) -> np.ndarray | np.float32:
+    if name == "remap":
+        return np.arange(num_experts, dtype=np.int32)
+    value = np.float32(NEUTRAL[name])
+    return value if name in ROW_PARAMETERS else np.full(num_experts, value)

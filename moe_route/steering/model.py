@@ -1,0 +1,66 @@
+"""``PlanModel``: which model a selection or a plan was made for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import index
+from typing import Any
+
+__all__ = ["PlanError", "PlanModel"]
+
+
+class PlanError(ValueError):
+    """A plan that cannot be made, or that does not fit the model; the message names the mend."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanModel:
+    """The model a plan was made for: its name, the hash of its configuration, and the experts of each MoE layer."""
+
+    name: str | None = None
+    config_hash: str | None = None
+    num_experts: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_experts is not None:
+            object.__setattr__(self, "num_experts", tuple(index(size) for size in self.num_experts))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "config_hash": self.config_hash,
+            "num_experts": None if self.num_experts is None else list(self.num_experts),
+        }
+
+    @classmethod
+    def of_recording(cls, metadata: Mapping[str, Any], num_experts: tuple[int, ...]) -> PlanModel:
+        """The model that statistics with this ``metadata`` were recorded from."""
+        model = metadata.get("model") or {}
+        return cls(model.get("name"), model.get("config_hash"), num_experts)
+
+    def merged(self, other: PlanModel) -> PlanModel:
+        """What both say; ``PlanError`` where they contradict each other."""
+        fields = {}
+        for field, shown in (("name", "name"), ("config_hash", "configuration"), ("num_experts", "layers and experts")):
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine is not None and theirs is not None and mine != theirs:
+                raise PlanError(
+                    f"made for another model ({shown}: {_short(mine)}, here {_short(theirs)}): "
+                    "make the plan from this model's statistics, or lift the check with plan.for_model()"
+                )
+            fields[field] = theirs if mine is None else mine
+        return PlanModel(**fields)
+
+    def __str__(self) -> str:
+        if self.num_experts is None:
+            return self.name or "any model"
+        sizes = sorted(set(self.num_experts))
+        experts = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}"
+        return f"{self.name or 'a model'} ({len(self.num_experts)} MoE layers of {experts} experts)"
+
+
+def _short(value: str | tuple[int, ...]) -> str:
+    if isinstance(value, str):
+        return repr(value)
+    return str(PlanModel(num_experts=value)).removeprefix("a model (").removesuffix(")")

@@ -1,0 +1,335 @@
+"""``Rule``: one thing done to some experts' logits or weights, with its conditions. A plan is a collection of rules.
+
+What each kind of rule means is one line of ``OPERATIONS``; ``compiled.py`` turns rules into the planes of
+``SteeringTables``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import index
+from typing import Any, Literal, NamedTuple
+
+from moe_route.steering.layers import as_layers, show_numbers
+from moe_route.steering.model import PlanError
+
+__all__ = ["OPERATIONS", "PHASES", "Operation", "PlanError", "Rule", "rule_from_dict"]
+
+PHASES = ("prefill", "decode")
+Experts = Mapping[int, Iterable[int] | Mapping[int, float]] | Iterable[int]
+
+
+class Operation(NamedTuple):
+    """What a kind of rule does: how strengths combine ("add", "multiply" or not at all) and which modes it knows (the
+    first is the default).
+    """
+
+    combine: Literal["add", "multiply", ""]
+    modes: tuple[str, ...]
+    shows: str
+
+
+OPERATIONS = {
+    "activate": Operation("add", ("population", "sample"), "logit + {x} * std(logits)"),
+    "bias": Operation("add", ("logit", "score", "choice"), "{mode} + {x}"),
+    "magnitude": Operation("add", ("",), "logit + {x} * |logit|"),
+    "scale_logits": Operation("multiply", ("",), "logit * {x}"),
+    "scale_weights": Operation("multiply", ("before", "after"), "weight * {x} ({mode} renormalisation)"),
+    "temperature": Operation("multiply", ("",), "logits / {x}"),
+    "force_on": Operation("", ("paper", "steermoe", "natural"), "chosen first, weight as {mode}"),
+    "force_off": Operation("", ("paper", "steermoe", "natural"), "chosen last, weight as {mode}"),
+    "forbid": Operation("", ("",), "never chosen"),
+    "top_k": Operation("", ("",), "{x} experts a token"),
+    "remap": Operation("", ("",), "chosen expert replaced"),
+}
+# rules on a whole layer, with a value in place of experts
+LAYER_KINDS = ("temperature", "top_k")
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One operation on some experts, under conditions. Immutable and hashable; every field is plain data.
+
+    Attributes:
+        kind: a key of ``OPERATIONS``.
+        experts: ((layer, ((expert, coefficient), ...)), ...) in rising order; the coefficient multiplies an additive
+            strength, is the factor of a multiplicative rule, the target expert of "remap", and 1 otherwise. Empty for
+            the kinds of a whole layer.
+        strength: an additive rule uses strength * coefficient, a multiplicative one coefficient ** strength; so
+            multiplying a plan by a number multiplies ``strength`` alone.
+        value: temperature, or experts a token, of the kinds of a whole layer.
+        mode: a mode of the operation.
+        layers, groups, phase: conditions, None for any. Experts of layers outside ``layers`` are kept but not touched,
+            so that a control can move the rule to other layers.
+    """
+
+    kind: str
+    experts: tuple[tuple[int, tuple[tuple[int, float], ...]], ...] = ()
+    strength: float = 1.0
+    value: float | None = None
+    mode: str = ""
+    layers: tuple[int, ...] | None = None
+    groups: tuple[str, ...] | None = None
+    phase: str | None = None
+
+    def in_layer(self, layer: int) -> tuple[tuple[int, float], ...]:
+        """(expert, coefficient) pairs the rule touches in ``layer``."""
+        if self.layers is not None and layer not in self.layers:
+            return ()
+        return dict(self.experts).get(layer, ())
+
+    @property
+    def touched_layers(self) -> tuple[int, ...] | None:
+        """Layers the rule touches; None for every layer."""
+        if self.kind in LAYER_KINDS:
+            return self.layers
+        return tuple(layer for layer, _ in self.experts if self.layers is None or layer in self.layers)
+
+    def applies(self, phase: str, group: str | None) -> bool:
+        return self.phase in (None, phase) and (self.groups is None or group in self.groups)
+
+    def effective(self, coefficient: float) -> float:
+        """The number that is added, multiplied by or divided by: strength and coefficient together."""
+        if OPERATIONS[self.kind].combine == "add":
+            return self.strength * coefficient
+        return _power(coefficient, self.strength, self.kind)
+
+    def scaled(self, factor: float) -> Rule:
+        """The rule with its strength multiplied; ``PlanError`` for kinds that have none."""
+        if not OPERATIONS[self.kind].combine:
+            raise PlanError(
+                f"a {self.kind} rule has no strength to scale: it holds or it does not. "
+                "Scale the soft part of the plan alone and add the rest"
+            )
+        return checked(replace(self, strength=_finite(self.strength * factor, "strength")))
+
+    def opposite(self) -> Rule:
+        """Deactivation in place of activation: the strength negated, on and off exchanged."""
+        flipped = {"force_on": "force_off", "force_off": "force_on"}
+        if self.kind in flipped:
+            return replace(self, kind=flipped[self.kind])
+        if not OPERATIONS[self.kind].combine:
+            raise PlanError(f"a {self.kind} rule has no opposite: leave it out of the control")
+        return self.scaled(-1.0)
+
+    def restricted(
+        self, groups: tuple[str, ...] | None, phase: str | None, layers: tuple[int, ...] | None
+    ) -> Rule | None:
+        """The rule under further conditions; None where they can never hold."""
+        if phase is not None and self.phase not in (None, phase):
+            return None
+        narrowed = replace(
+            self,
+            groups=_both(self.groups, groups),
+            phase=phase if phase is not None else self.phase,
+            layers=_both(self.layers, layers),
+        )
+        return None if narrowed.groups == () or narrowed.layers == () else narrowed
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able content, without what is at its default."""
+        content: dict[str, Any] = {"kind": self.kind}
+        if self.experts:
+            plain = all(coefficient == 1.0 for _, pairs in self.experts for _, coefficient in pairs)
+            content["experts"] = {
+                str(layer): [expert for expert, _ in pairs] if plain else {str(expert): c for expert, c in pairs}
+                for layer, pairs in self.experts
+            }
+        for field, neutral in (("strength", 1.0), ("value", None), ("mode", ""), ("phase", None)):
+            if getattr(self, field) != neutral:
+                content[field] = getattr(self, field)
+        for field in ("layers", "groups"):
+            if getattr(self, field) is not None:
+                content[field] = list(getattr(self, field))
+        return content
+
+    def __str__(self) -> str:
+        return f"{self._what()}: {self._how()}{self._when()}"
+
+    def _what(self) -> str:
+        layers = self.touched_layers
+        where = "every layer" if layers is None else f"layers {show_numbers(layers)}" if len(layers) > 1 else ""
+        where = where or (f"layer {layers[0]}" if layers else "no layer")
+        name = self.kind.replace("_", " ")
+        if self.kind in LAYER_KINDS:
+            return f"{name} in {where}"
+        if self.kind == "activate" and self.strength < 0:
+            name = "deactivate"
+        count = sum(len(self.in_layer(layer)) for layer in layers or ())
+        return f"{name} {count} expert{'' if count == 1 else 's'} in {where}"
+
+    def _how(self) -> str:
+        operation = OPERATIONS[self.kind]
+        if self.kind == "top_k":
+            return operation.shows.format(x=f"{self.value:g}")
+        values = {self.effective(self.value)} if self.value is not None else set()
+        if operation.combine and self.value is None:
+            values = {self.effective(c) for layer in self.touched_layers or () for _, c in self.in_layer(layer)}
+        ends = [f"{value:g}" for value in sorted({min(values), max(values)})] if values else []
+        shown = operation.shows.format(x=" to ".join(ends), mode=self.mode).replace("+ -", "- ")
+        return shown + (" (sample std)" if self.mode == "sample" else "")
+
+    def _when(self) -> str:
+        conditions = [] if self.groups is None else [f"groups {', '.join(self.groups)}"]
+        conditions += [] if self.phase is None else [f"{self.phase} only"]
+        return f" [{'; '.join(conditions)}]" if conditions else ""
+
+
+def make_rule(
+    kind: str,
+    experts: Experts | None,
+    layers: Iterable[int] | int | None,
+    *,
+    layer_base: int = 0,
+    strength: float = 1.0,
+    factor: float = 1.0,
+    value: float | None = None,
+    mode: str = "",
+) -> Rule:
+    """A checked rule from what a user wrote. ``factor`` multiplies every expert's coefficient."""
+    chosen = None if layers is None else _layers(layers, layer_base)
+    if chosen == ():
+        raise PlanError(f"a {kind} rule for no layer: name at least one layer")
+    normal = () if experts is None else _experts(experts, chosen, factor)
+    if experts is not None and not any(chosen is None or layer in chosen for layer, _ in normal):
+        where = "" if chosen is None else f" in layers {show_numbers(chosen)}"
+        raise PlanError(f"the selection has no experts{where}: lower its threshold or choose other layers")
+    return checked(
+        Rule(
+            kind=kind,
+            experts=normal,
+            strength=_finite(strength, "strength"),
+            value=None if value is None else _finite(value, kind),
+            mode=mode or OPERATIONS[kind].modes[0],
+            layers=chosen,
+        )
+    )
+
+
+def checked(rule: Rule) -> Rule:
+    """The rule itself, or ``PlanError`` for values its operation cannot take."""
+    operation = OPERATIONS[rule.kind]
+    if rule.mode not in operation.modes:
+        raise PlanError(f"{rule.kind} has no mode {rule.mode!r}: use one of {', '.join(map(repr, operation.modes))}")
+    if (rule.value is None) == (rule.kind in LAYER_KINDS) or bool(rule.experts) == (rule.kind in LAYER_KINDS):
+        raise PlanError(
+            f"a {rule.kind} rule needs {'a value' if rule.kind in LAYER_KINDS else 'experts'} and nothing else"
+        )
+    if rule.kind == "top_k" and (rule.value is None or rule.value < 1 or rule.value != int(rule.value)):
+        raise PlanError(f"top_k must be a whole number from 1 to the model's own k, not {rule.value}")
+    if rule.kind == "temperature" and (rule.value is None or rule.value <= 0):
+        raise PlanError(f"temperature must be above 0, not {rule.value}")
+    if operation.combine == "multiply":
+        for factor in [c for _, pairs in rule.experts for _, c in pairs] + ([rule.value] if rule.value else []):
+            _power(factor, rule.strength, rule.kind)
+    return rule
+
+
+def _power(factor: float, strength: float, kind: str) -> float:
+    if factor < 0:
+        raise PlanError(f"{kind} needs factors of 0 or more, not {factor:g}")
+    if factor == 0 and strength < 0:
+        raise PlanError(f"{kind} by 0 cannot be inverted: leave it out or use a small factor")
+    try:
+        return factor**strength
+    except OverflowError as error:
+        raise PlanError(f"{kind}: {factor:g} to the power {strength:g} is too large") from error
+
+
+def _experts(experts: Experts, layers: tuple[int, ...] | None, factor: float) -> tuple[tuple[int, Any], ...]:
+    factor = _finite(factor, "factor")
+    try:
+        if not isinstance(experts, Mapping):
+            if layers is None:
+                raise PlanError("experts without layers: pass layers=..., or a mapping from layer to experts")
+            same = list(experts)
+            experts = dict.fromkeys(layers, same)
+        normal = {index(layer): _coefficients(of_layer, factor) for layer, of_layer in experts.items()}
+    except TypeError as error:
+        raise PlanError(
+            f"experts must be a mapping from layer to expert ids (or to {{expert: coefficient}}): {error}"
+        ) from error
+    negative = [layer for layer in normal if layer < 0]
+    if negative:
+        raise PlanError(f"there is no layer {negative[0]}: layers count from 0")
+    return tuple((layer, normal[layer]) for layer in sorted(normal) if normal[layer])
+
+
+def _coefficients(of_layer: Iterable[int] | Mapping[int, float], factor: float) -> tuple[tuple[int, float], ...]:
+    pairs = of_layer.items() if isinstance(of_layer, Mapping) else ((expert, 1.0) for expert in of_layer)
+    found = {index(expert): _finite(coefficient * factor, "coefficient") for expert, coefficient in pairs}
+    if found and min(found) < 0:
+        raise PlanError(f"there is no expert {min(found)}: experts count from 0")
+    return tuple(sorted(found.items()))
+
+
+def _layers(layers: Iterable[int] | int, layer_base: int) -> tuple[int, ...]:
+    try:
+        return as_layers(layers, layer_base)
+    except (TypeError, ValueError) as error:
+        raise PlanError(str(error)) from error
+
+
+def _finite(value: float, name: str) -> float:
+    try:
+        number = float(value) + 0.0  # + 0.0: -0.0 and 0.0 are one strength, with one hash
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"{name} must be a number, not {value!r}") from error
+    if not math.isfinite(number):
+        raise PlanError(f"{name} must be finite, not {number}: to keep an expert out for good use Plan.forbid")
+    return number
+
+
+def _both(mine: tuple[Any, ...] | None, theirs: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+    if mine is None or theirs is None:
+        return theirs if mine is None else mine
+    return tuple(entry for entry in mine if entry in theirs)
+
+
+def as_groups(groups: Sequence[str] | str | None) -> tuple[str, ...] | None:
+    """Group names as a sorted tuple without repeats; a single name may be given alone."""
+    if groups is None:
+        return None
+    names = (groups,) if isinstance(groups, str) else tuple(groups)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise PlanError(f"groups must be group names, at least one, not {groups!r}")
+    return tuple(sorted(set(names)))
+
+
+def as_phase(phase: str | None) -> str | None:
+    if phase not in (None, *PHASES):
+        raise PlanError(f"there is no phase {phase!r}: use {' or '.join(map(repr, PHASES))}")
+    return phase
+
+
+def rule_from_dict(content: Mapping[str, Any]) -> Rule:
+    """The rule that ``Rule.to_dict`` described, checked like one a user made; ``PlanError`` for anything else."""
+    try:
+        kind = content["kind"]
+        if kind not in OPERATIONS:
+            raise PlanError(f"this version knows no {kind!r} rule: upgrade moe-route")
+        experts = {
+            int(layer): {int(expert): c for expert, c in of.items()} if isinstance(of, Mapping) else of
+            for layer, of in content.get("experts", {}).items()
+        }
+        made = make_rule(
+            kind,
+            experts if kind not in LAYER_KINDS else None,
+            None,
+            strength=content.get("strength", 1.0),
+            value=content.get("value"),
+            mode=content.get("mode", ""),
+        )
+        layers, phase = content.get("layers"), as_phase(content.get("phase"))
+        return checked(
+            replace(
+                made,
+                layers=None if layers is None else _layers(layers, 0),
+                groups=as_groups(content.get("groups")),
+                phase=phase,
+            )
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PlanError(f"this is not a rule of a plan ({error!r}): pass what to_dict gave") from error

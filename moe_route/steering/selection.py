@@ -1,0 +1,301 @@
+"""``ExpertSelection``: a set of (layer, expert) pairs with the scores they were found by."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
+from operator import index
+from typing import Any
+
+import numpy as np
+
+from moe_route import files
+from moe_route.steering.layers import as_layers, show_numbers
+from moe_route.steering.model import PlanModel
+
+__all__ = ["ExpertSelection", "random_permutation"]
+
+_KIND = "selection"
+_SHOWN = 16  # layers that repr lists
+
+
+def random_permutation(seed: int, layer: int, num_experts: int) -> np.ndarray:
+    """int64 [num_experts]: a permutation that depends on nothing but seed, layer and number of experts.
+
+    Relabelling experts by it draws, for any set of n experts, a uniformly random set of n experts of the layer.
+    """
+    return np.random.Generator(np.random.PCG64([index(seed), layer, num_experts])).permutation(num_experts)
+
+
+class ExpertSelection(Mapping[int, tuple[int, ...]]):
+    """Immutable mapping from layer (0-based among MoE layers) to the selected experts, in rising order.
+
+    As a mapping it iterates over layers that have at least one expert; ``len`` is the number of *experts* selected.
+    Selections combine like sets of (layer, expert) pairs: ``|``, ``&``, ``-``, ``^``.
+
+    Args:
+        experts: layer -> expert ids.
+        scores: layer -> {expert: score}, the values experts were selected by; may be absent or partial.
+        threshold: the threshold that was applied to the scores.
+        description: one line on where the selection comes from.
+        num_experts: experts per layer, for all layers (int) or one by one (a sequence over layers). Needed by
+            ``random_like``; ids are checked against it.
+        model: the model the selection was made for; plans made from the selection take it over.
+        layer_base: 0, or 1 when the keys of ``experts`` and ``scores`` count layers from 1.
+
+    Raises ``ValueError`` for a layer or expert out of range.
+    """
+
+    _experts: dict[int, tuple[int, ...]]
+    _scores: dict[tuple[int, int], float]
+    description: str
+    model: PlanModel
+    num_experts: int | tuple[int, ...] | None
+    threshold: float | None
+    __slots__ = ("_experts", "_scores", "description", "model", "num_experts", "threshold")
+
+    def __init__(
+        self,
+        experts: Mapping[int, Iterable[int]],
+        *,
+        scores: Mapping[int, Mapping[int, float]] | None = None,
+        threshold: float | None = None,
+        description: str = "",
+        num_experts: int | Sequence[int] | None = None,
+        model: PlanModel | None = None,
+        layer_base: int = 0,
+    ) -> None:
+        chosen = {as_layers(layer, layer_base)[0]: {index(expert) for expert in ids} for layer, ids in experts.items()}
+        self._experts = {layer: tuple(sorted(chosen[layer])) for layer in sorted(chosen) if chosen[layer]}
+        self.model = _model(model, num_experts)
+        self.num_experts = self.model.num_experts if num_experts is None else _shape(num_experts)
+        self.threshold = None if threshold is None else float(threshold)
+        self.description = str(description)
+        self._check_range()
+        given = {as_layers(layer, layer_base)[0]: of_layer for layer, of_layer in (scores or {}).items()}
+        self._scores = {
+            (layer, expert): float(given[layer][expert])
+            for layer, expert in self.pairs
+            if expert in given.get(layer, {})
+        }
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if hasattr(self, name):
+            raise AttributeError("a selection is immutable: make a new one")
+        object.__setattr__(self, name, value)
+
+    def _check_range(self) -> None:
+        for layer, ids in self._experts.items():
+            size = self.experts_in(layer)
+            if ids[0] < 0 or (size is not None and ids[-1] >= size):
+                wrong = ids[0] if ids[0] < 0 else ids[-1]
+                limit = "" if size is None else f": layer {layer} has {size} experts (0-{size - 1})"
+                raise ValueError(f"layer {layer} has no expert {wrong}{limit}")
+
+    def experts_in(self, layer: int) -> int | None:
+        """Number of experts ``layer`` has in the model, or None where that is not known; ``ValueError`` for a layer it
+        lacks.
+        """
+        if self.num_experts is None or isinstance(self.num_experts, int):
+            return self.num_experts
+        if layer >= len(self.num_experts):
+            raise ValueError(
+                f"there is no layer {layer}: the model has {len(self.num_experts)} MoE layers "
+                f"(0-{len(self.num_experts) - 1}); use layer_base=1 for numbers that count from 1"
+            )
+        return self.num_experts[layer]
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """Every selected (layer, expert), in order."""
+        return tuple((layer, expert) for layer, ids in self._experts.items() for expert in ids)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers with at least one selected expert."""
+        return tuple(self._experts)
+
+    @property
+    def counts(self) -> dict[int, int]:
+        """Number of selected experts by layer."""
+        return {layer: len(ids) for layer, ids in self._experts.items()}
+
+    @property
+    def scores(self) -> dict[int, dict[int, float]]:
+        """layer -> {expert: score} of the selected experts that have one."""
+        found: dict[int, dict[int, float]] = {}
+        for (layer, expert), score in self._scores.items():
+            found.setdefault(layer, {})[expert] = score
+        return found
+
+    def __getitem__(self, layer: int) -> tuple[int, ...]:
+        return self._experts[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._experts)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._experts.values()))
+
+    # the views of the plain dict, because Mapping's own take their length from __len__
+    def keys(self) -> KeysView[int]:
+        return self._experts.keys()
+
+    def values(self) -> ValuesView[tuple[int, ...]]:
+        return self._experts.values()
+
+    def items(self) -> ItemsView[int, tuple[int, ...]]:
+        return self._experts.items()
+
+    def __eq__(self, other: object) -> bool:
+        """Equal experts; scores, threshold and description do not count."""
+        if isinstance(other, ExpertSelection):
+            return self._experts == other._experts
+        return self._experts == other
+
+    def __hash__(self) -> int:
+        return hash(self.pairs)
+
+    def __or__(self, other: Mapping[int, Iterable[int]]) -> ExpertSelection:
+        return self._combine(other, "|", set.union)
+
+    def __and__(self, other: Mapping[int, Iterable[int]]) -> ExpertSelection:
+        return self._combine(other, "&", set.intersection)
+
+    def __sub__(self, other: Mapping[int, Iterable[int]]) -> ExpertSelection:
+        return self._combine(other, "-", set.difference)
+
+    def __xor__(self, other: Mapping[int, Iterable[int]]) -> ExpertSelection:
+        return self._combine(other, "^", set.symmetric_difference)
+
+    def _combine(
+        self,
+        other: Mapping[int, Iterable[int]],
+        symbol: str,
+        operation: Callable[[set[tuple[int, int]], set[tuple[int, int]]], set[tuple[int, int]]],
+    ) -> ExpertSelection:
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        right = other if isinstance(other, ExpertSelection) else ExpertSelection(other)
+        pairs = operation(set(self.pairs), set(right.pairs))
+        names = [side.description for side in (self, right)]
+        return ExpertSelection(
+            _by_layer(pairs),
+            scores=_scores_by_layer({**right._scores, **self._scores}),
+            threshold=self.threshold if self.threshold == right.threshold else None,
+            description=f"({names[0]}) {symbol} ({names[1]})" if all(names) else "",
+            num_experts=self.num_experts if right.num_experts is None else right.num_experts,
+            model=self.model.merged(right.model),
+        )
+
+    def _with(
+        self, experts: Mapping[int, Iterable[int]], description: str, keep_scores: bool = True
+    ) -> ExpertSelection:
+        return ExpertSelection(
+            experts,
+            scores=self.scores if keep_scores else None,
+            threshold=self.threshold if keep_scores else None,
+            description=description,
+            num_experts=self.num_experts,
+            model=self.model,
+        )
+
+    def restrict(self, layers: Iterable[int], *, layer_base: int = 0) -> ExpertSelection:
+        """The part of the selection that lies in ``layers`` (counted from ``layer_base``)."""
+        kept = set(as_layers(layers, layer_base))
+        return self._with({layer: ids for layer, ids in self.items() if layer in kept}, self.description)
+
+    def random_like(self, seed: int = 0, *, num_experts: int | Sequence[int] | None = None) -> ExpertSelection:
+        """The random control: as many experts in each layer, drawn without replacement among all of the layer's
+        experts.
+
+        The draw of a layer depends on ``seed``, the layer and its number of experts only. ``num_experts`` is needed
+        where the selection does not know it.
+        """
+        known = self if num_experts is None else ExpertSelection(self, num_experts=num_experts)
+        drawn = {}
+        for layer, ids in self.items():
+            size = known.experts_in(layer)
+            if size is None:
+                raise ValueError("how many experts the layers have is not known: pass num_experts")
+            drawn[layer] = random_permutation(seed, layer, size)[list(ids)].tolist()
+        return known._with(drawn, f"random control (seed {seed}) of: {self.description or 'a selection'}", False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able content: ``from_dict`` gives an equal selection."""
+        return {
+            "experts": {str(layer): list(ids) for layer, ids in self.items()},
+            "scores": {str(layer): {str(e): s for e, s in of.items()} for layer, of in self.scores.items()},
+            "threshold": self.threshold,
+            "description": self.description,
+            "num_experts": list(self.num_experts) if isinstance(self.num_experts, tuple) else self.num_experts,
+            "model": self.model.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> ExpertSelection:
+        """The selection that ``to_dict`` described; raises ``ValueError`` for anything else."""
+        try:
+            return cls(
+                {int(layer): ids for layer, ids in content["experts"].items()},
+                scores={int(k): {int(e): s for e, s in of.items()} for k, of in content.get("scores", {}).items()},
+                threshold=content.get("threshold"),
+                description=content.get("description", ""),
+                num_experts=content.get("num_experts"),
+                model=PlanModel(**content.get("model", {})),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"this is not an expert selection ({error}): pass what ExpertSelection.to_dict gave"
+            ) from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the selection to ``path``, whole or not at all."""
+        files.write(path, {}, self.to_dict(), _KIND)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ExpertSelection:
+        """Read what ``save`` wrote; raises ``files.FileRefused`` for anything else."""
+        return cls.from_dict(files.read(path, _KIND)[1])
+
+    def __repr__(self) -> str:
+        if not self:
+            return f"ExpertSelection(empty{_note(self)})"
+        lines = [f"ExpertSelection({len(self)} experts in layers {show_numbers(self.layers)}{_note(self)})"]
+        for layer, ids in list(self.items())[:_SHOWN]:
+            scored = (f"{e} ({self._scores[layer, e]:.3f})" if (layer, e) in self._scores else str(e) for e in ids)
+            lines.append(f"  layer {layer}: " + ", ".join(scored))
+        if len(self.layers) > _SHOWN:
+            lines.append(f"  and {len(self.layers) - _SHOWN} more layers")
+        return "\n".join(lines)
+
+
+def _note(selection: ExpertSelection) -> str:
+    threshold = "" if selection.threshold is None else f", threshold {selection.threshold:g}"
+    return threshold + (f", {selection.description}" if selection.description else "")
+
+
+def _shape(num_experts: int | Sequence[int]) -> int | tuple[int, ...]:
+    if isinstance(num_experts, (int, np.integer)):
+        return int(num_experts)
+    return tuple(index(size) for size in num_experts)
+
+
+def _model(model: PlanModel | None, num_experts: int | Sequence[int] | None) -> PlanModel:
+    """The model with the experts of its layers where they are given one by one."""
+    shape = None if num_experts is None else _shape(num_experts)
+    return (model or PlanModel()).merged(PlanModel(num_experts=shape if isinstance(shape, tuple) else None))
+
+
+def _by_layer(pairs: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for layer, expert in pairs:
+        found.setdefault(layer, []).append(expert)
+    return found
+
+
+def _scores_by_layer(scores: Mapping[tuple[int, int], float]) -> dict[int, dict[int, float]]:
+    found: dict[int, dict[int, float]] = {}
+    for (layer, expert), score in scores.items():
+        found.setdefault(layer, {})[expert] = score
+    return found

@@ -1,0 +1,207 @@
+"""moe_route.plots: what is drawn is what was found, on the axes given, and nothing global changes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import combinations
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+
+from moe_route import analysis, plots
+from moe_route.analysis import Correlation, Divergence, DivergenceMatrix, Entropy
+from moe_route.recording import RoutingStatistics
+from moe_route.steering import ExpertSelection
+
+mpl.use("Agg")
+GROUPS = tuple(f"lang{i}" for i in range(10))
+LAYERS = 12
+
+
+@pytest.fixture
+def div():
+    rng = np.random.default_rng(0)
+    height = rng.permutation(10)[:, None] * 0.05
+    pairs = tuple(np.clip(0.3 + h + rng.normal(0, 0.02, (20, LAYERS)), 0, 1) for h in height)
+    return Divergence(
+        np.stack([values.mean(0) for values in pairs]),
+        GROUPS,
+        "eng",
+        tuple(map(str, range(LAYERS))),
+        pairing="paired",
+        pairs=(20,) * 10,
+        undefined=np.zeros((10, LAYERS), int),
+        pair_values=pairs,
+    )
+
+
+@pytest.fixture
+def stats():
+    rng = np.random.default_rng(1)
+    counts = rng.integers(1, 50, (2, 3, 4))
+    counts[:, 1, 2:] = 0
+    made = RoutingStatistics.from_token_sums(["en", "sw"], counts=counts, tokens=np.full((2, 3), 100), top_k=2)
+    made.num_experts = (4, 2, 4)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def nothing_global_changes():
+    before = mpl.rcParams.copy()
+    plt.close("all")
+    yield
+    assert mpl.rcParams == before
+    assert plt.get_fignums() == []
+
+
+def legend(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def rendered(ax):
+    """The picture as bytes: whatever cannot be drawn fails here."""
+    ax.figure.canvas.draw()
+    return bytes(ax.figure.canvas.buffer_rgba())
+
+
+def test_divergence_draws_each_group_in_the_order_of_the_legend(div):
+    ax = plots.divergence(div, title="all", middle=range(3, 8))
+    assert isinstance(ax, Axes)
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    assert legend(ax) == sorted(GROUPS, key=lambda g: -div.of(g).mean())
+    for group in GROUPS:
+        np.testing.assert_array_equal(lines[group].get_ydata(), div.of(group))
+        np.testing.assert_array_equal(lines[group].get_xdata(), range(LAYERS))
+    assert ax.get_ylabel() == "routing divergence from eng"
+    assert ax.get_title() == "all"
+    assert ax.get_ylim()[0] == 0
+    assert rendered(ax)
+
+
+def test_ten_lines_can_be_told_apart_with_any_colour_vision(div):
+    lines = plots.divergence(div).get_lines()
+    looks = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in lines}
+    assert len(looks) == 10
+    # what a viewer without one kind of cone sees (Vienot, Brettel and Mollon 1999, on linear RGB)
+    deuteranope = np.array([[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]])
+    protanope = np.array([[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]])
+    colours = np.array([to_rgb(colour) for colour in dict.fromkeys(line.get_color() for line in lines)])
+    for vision in (np.eye(3), deuteranope, protanope):
+        seen = np.clip((colours**2.2) @ vision.T, 0, 1) ** (1 / 2.2)
+        assert min(np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > 0.1
+        assert min(np.linalg.norm(1 - colour) for colour in seen) > 0.3, "visible on white"
+
+
+def test_divergence_draws_on_the_axes_given_with_names_and_bands(div):
+    figure = mpl.figure.Figure()
+    ax = figure.add_subplot()
+    drawn = plots.divergence(
+        div, ax=ax, groups=["lang1", "lang2"], labels={"lang1": "German", "eng": "English"}, interval=0.9
+    )
+    assert drawn is ax
+    assert set(legend(ax)) == {"German", "lang2"}
+    assert ax.get_ylabel().endswith("English")
+    low, high = div.interval(0.9)
+    band = next(c for c in ax.collections if np.isclose(c.get_paths()[0].vertices[:, 1].min(), low[1].min()))
+    assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(high[1].max())
+    with pytest.raises(ValueError, match="no group 'xx'"):
+        plots.divergence(div, groups=["xx"])
+
+
+def test_nan_layers_leave_gaps(div):
+    values = div.values.copy()
+    values[0, 3] = np.nan
+    values[1] = np.nan
+    ax = plots.divergence(Divergence(values, GROUPS, "eng", div.layers))
+    assert legend(ax)[-1] == GROUPS[1]
+    assert rendered(ax)
+
+
+def test_entropy_of_tokens_sequences_and_gap():
+    rng = np.random.default_rng(0)
+    token = rng.uniform(1, 2, (3, LAYERS))
+    found = Entropy(token, token + 0.5, GROUPS[:3], tuple(map(str, range(LAYERS))), (16,) * LAYERS)
+    ax = plots.entropy(found)
+    by_name = {line.get_label(): line.get_ydata() for line in ax.get_lines()}
+    np.testing.assert_allclose(by_name["lang1"], token[1] / np.log(16))
+    np.testing.assert_allclose(plots.entropy(found, of="gap").get_lines()[0].get_ydata(), 0.5)
+    assert plots.entropy(found, of="sequence", normalised=False).get_ylabel() == "sequence entropy (nats)"
+    with pytest.raises(ValueError, match="of must be"):
+        plots.entropy(found, of="word")
+
+
+def test_correlation_marks_what_is_significant():
+    r = np.linspace(-0.9, 0.2, LAYERS)
+    p = np.where(np.arange(LAYERS) < 5, 0.01, 0.5)
+    r[-1] = np.nan
+    ax = plots.correlation(
+        Correlation(r, r / 2, p, np.full(LAYERS, 9), GROUPS[:9], tuple(map(str, range(LAYERS))), "eng")
+    )
+    points = [line for line in ax.get_lines() if line.get_marker() == "o"]
+    assert [len(line.get_xdata()) for line in points] == [5, LAYERS - 6]
+    assert legend(ax) == ["Pearson r", "Spearman ρ", "p < 0.05"]
+    assert ax.get_ylim() == (-1.05, 1.05)
+    assert rendered(ax)
+
+
+def test_expert_counts_by_selection_and_threshold():
+    one = ExpertSelection({0: [1], 2: [1, 2]}, description="task experts", threshold=0.3, num_experts=[8] * 4)
+    two = ExpertSelection({2: [2, 3, 4]}, description="task experts", threshold=0.2, num_experts=[8] * 4)
+    ax = plots.expert_counts([one, two])
+    assert legend(ax) == ["task experts > 0.3 (3)", "task experts > 0.2 (3)"]
+    assert ax.get_lines()[0].get_ydata().tolist() == [1, 0, 2, 0]
+    both = plots.expert_counts({"task": one, "multilingual": two}, overlap=True)
+    assert legend(both)[-1] == "in both (1)"
+    assert len(plots.expert_counts(one, num_layers=9).get_lines()[0].get_xdata()) == 9
+    assert rendered(both)
+    for make, message in [
+        (lambda: plots.expert_counts({}), "at least one"),
+        (lambda: plots.expert_counts(one, overlap=True), "two selections"),
+        (lambda: plots.expert_counts(one, num_layers=1), "layer 2"),
+        (lambda: plots.expert_counts(ExpertSelection({})), "pass num_layers"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+def test_heat_map_of_a_group_and_of_a_difference(stats):
+    ax = plots.heat_map(stats, "sw", by="token")
+    shown = ax.images[0].get_array()
+    np.testing.assert_allclose(np.ma.filled(shown, np.nan)[:, 0], stats.frequency(by="token")[1, 0])
+    assert shown.mask[2:, 1].all(), "experts that a layer does not have are blank"
+    assert ax.images[0].get_clim()[0] == 0
+    change = plots.heat_map(stats, "sw", reference="en", by="token", title="sw - en")
+    low, high = change.images[0].get_clim()
+    assert low == -high
+    delta = analysis.expert_difference(stats, stats, group="sw", baseline_group="en", by="token")
+    np.testing.assert_allclose(plots.heat_map(delta, colorbar=False).images[0].get_array(), delta.T)
+    assert rendered(change)
+    with pytest.raises(ValueError, match="name one of the groups: en, sw"):
+        plots.heat_map(stats, by="token")
+    with pytest.raises(ValueError, match="without group"):
+        plots.heat_map(delta, "sw")
+
+
+def test_divergence_matrix_writes_values_into_cells():
+    values = np.array([[[0, 0.2], [0.2, 0]], [[0, 0.4], [0.4, 0]]])
+    ax = plots.divergence_matrix(DivergenceMatrix(values, ("en", "sw"), ("0", "1")), labels={"sw": "Swahili"})
+    assert [text.get_text() for text in ax.texts] == ["0.30", "0.30"]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["en", "Swahili"]
+    assert rendered(ax)
+
+
+def test_without_matplotlib_the_error_names_the_extra(div, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'moe-route\[plot\]'"):
+        plots.divergence(div)
+
+
+def test_importing_plots_does_not_import_matplotlib():
+    code = "import sys, moe_route.plots; print([m for m in ('matplotlib', 'pandas', 'scipy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
