@@ -1,0 +1,60 @@
+"""What moe-route brings along to try things on: a small Mixture-of-Experts model and two parallel corpora.
+
+The model is a real one, trained by ``examples/train_demo_model.py``; ``model/MODEL_CARD.md`` beside this file says on
+what and how well. The corpora (ten languages, from English to Swahili) were written for this project.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .parallel import Corpus, CorpusError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Corpus", "CorpusError", "demo_corpus", "demo_model_folder", "demo_task", "load_demo_model"]
+
+_HERE = Path(__file__).resolve().parent
+
+
+def demo_model_folder() -> Path:
+    """The folder of the demonstration checkpoint, as ``AutoModelForCausalLM.from_pretrained`` takes it.
+
+    Raises ``FileNotFoundError`` where the installation came without it.
+    """
+    folder = _HERE / "model"
+    if not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"no demonstration model in {folder}: reinstall moe-route, or train one with examples/train_demo_model.py"
+        )
+    return folder
+
+
+def load_demo_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The demonstration model (on the CPU, in evaluation mode) and its tokenizer.
+
+    A Qwen3-MoE with 8 sparse layers of 16 experts, 2 of them selected, hidden size 128 and 4096 tokens. It is stored
+    in bfloat16; ``dtype`` is what it computes in. Raises ``ImportError`` where transformers is missing.
+    """
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise ImportError("the demonstration model needs transformers: pip install 'moe-route[hf]'") from error
+    folder = demo_model_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.eval(), tokenizer
+
+
+def demo_corpus() -> Corpus:
+    """Everyday sentences in ten languages: English, then from the most to the least text that the model has seen."""
+    return Corpus.read_tsv(_HERE / "corpus" / "general.tsv")
+
+
+def demo_task() -> Corpus:
+    """Arithmetic word problems and solutions in the same ten languages; the model was trained on none of them."""
+    return Corpus.read_tsv(_HERE / "corpus" / "arithmetic.tsv")

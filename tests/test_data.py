@@ -1,0 +1,301 @@
+"""The demonstration model, the shipped corpora and the readers of parallel text."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from moe_route.data import Corpus, CorpusError, demo_corpus, demo_model_folder, demo_task, load_demo_model
+
+LANGUAGES = (
+    "eng_Latn",
+    "rus_Cyrl",
+    "deu_Latn",
+    "fra_Latn",
+    "jpn_Jpan",
+    "zho_Hans",
+    "arb_Arab",
+    "hin_Deva",
+    "ind_Latn",
+    "swh_Latn",
+)
+PARAMETERS = 3_295_872
+UNIFORM = math.log(4096)  # nats per token of a model that knows nothing
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def problems() -> ModuleType:
+    path = EXAMPLES / "arithmetic_problems.py"
+    if not path.is_file():
+        pytest.skip("examples/arithmetic_problems.py is not here (a source checkout has it)")
+    spec = importlib.util.spec_from_file_location("arithmetic_problems", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["arithmetic_problems"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple:
+    pytest.importorskip("transformers", reason="the demonstration model needs transformers")
+    return load_demo_model()
+
+
+def table(path: Path, text: str, encoding: str = "utf-8") -> Path:
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+class TestShippedText:
+    @pytest.mark.parametrize(("read", "least"), [(demo_corpus, 64), (demo_task, 40)])
+    def test_is_complete(self, read, least):
+        corpus = read()
+        assert corpus.languages == LANGUAGES
+        assert len(corpus) >= least
+        for language in LANGUAGES:
+            assert len(set(corpus[language])) == len(corpus)
+            assert all(text == text.strip() for text in corpus[language])
+
+    def test_general_sentences_are_everyday_length(self):
+        assert all(8 <= len(text.split()) <= 20 for text in demo_corpus()["eng_Latn"])
+
+    @pytest.mark.parametrize("read", [demo_corpus, demo_task])
+    @pytest.mark.parametrize(
+        ("language", "first", "last"),
+        [
+            ("rus_Cyrl", "а", "я"),
+            ("jpn_Jpan", "ぁ", "ヿ"),
+            ("zho_Hans", "一", "龥"),
+            ("arb_Arab", "ء", "ي"),
+            ("hin_Deva", "ऀ", "ॿ"),
+        ],
+    )
+    def test_every_text_is_in_its_script(self, read, language, first, last):
+        for text in read()[language]:
+            assert any(first <= character <= last for character in text.lower()), text
+            assert not any("a" <= character <= "z" for character in text.lower()), text
+
+    def test_task_is_what_the_example_writes(self, problems, tmp_path, monkeypatch):
+        out = tmp_path / "arithmetic.tsv"
+        monkeypatch.setattr(sys, "argv", ["arithmetic_problems.py", "--out", str(out)])
+        problems.main()
+        assert Corpus.read_tsv(out) == demo_task()
+
+    def test_task_is_not_in_the_training_text(self, problems):
+        shipped = {text for language in LANGUAGES for text in demo_task()[language]}
+        for index, language in enumerate(LANGUAGES):
+            seen = list(problems.sample_problems(900, seed=index, held_out=False))
+            assert not any(problems.is_held_out(problem) for problem in seen)
+            assert not shipped & {problems.render(problem, language) for problem in seen}
+
+    def test_task_solutions_are_right(self, problems):
+        """Every sum in digits, as written in Arabic text: the last number follows from the first two."""
+        for problem in problems.sample_problems(200, seed=3, held_out=True):
+            words = problems.render(problem, "eng_Latn", digits=True).replace(".", " ").split()
+            x, y, *_, result = [int(word) for word in words if word.isdigit()]
+            assert result == {"add": x + y, "subtract": x - y, "multiply": x * y}[problem.operation]
+
+
+class TestCorpus:
+    TEXT = "id\teng_Latn\tdeu_Latn\na\tOne.\tEins.\nb\tTwo.\tZwei.\n"
+
+    def test_reads_a_table(self, tmp_path):
+        corpus = Corpus.read_tsv(table(tmp_path / "t.tsv", self.TEXT))
+        assert corpus.languages == ("eng_Latn", "deu_Latn")
+        assert corpus.items == ("a", "b")
+        assert corpus["deu_Latn"] == ("Eins.", "Zwei.")
+        assert Corpus.read(tmp_path / "t.tsv", ["deu_Latn"]).languages == ("deu_Latn",)
+
+    @pytest.mark.parametrize("text", [TEXT.replace("\n", "\r\n"), "\ufeff" + TEXT, TEXT + "\n\n", TEXT.rstrip("\n")])
+    def test_reads_what_editors_leave(self, tmp_path, text):
+        assert Corpus.read_tsv(table(tmp_path / "t.tsv", text))["eng_Latn"] == ("One.", "Two.")
+
+    def test_line_separators_inside_a_text_do_not_split_it(self, tmp_path):
+        corpus = Corpus.read_tsv(table(tmp_path / "t.tsv", "id\teng_Latn\na\tOne\u2028more\x0bline.\n"))
+        assert corpus["eng_Latn"] == ("One\u2028more\x0bline.",)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("", "is empty"),
+            ("id\teng_Latn\n", "no item"),
+            ("id\na\n", "names no language"),
+            ("id\teng_Latn\tdeu_Latn\na\tOne.\tEins.\nb\tTwo.\n", "line 3: 2 fields where the header has 3"),
+            ("id\teng_Latn\na\tOne.\nb\tTwo.\tZwei.\n", "line 3: 3 fields"),
+            ("id\teng_Latn\na\tOne.\na\tTwo.\n", "item 'a' comes twice"),
+            ("id\teng_Latn\teng_Latn\na\tOne.\tEins.\n", "language 'eng_Latn' comes twice"),
+            ("id\teng_Latn\tdeu_Latn\na\tOne.\t \n", "item 'a' has no text in deu_Latn"),
+        ],
+    )
+    def test_refuses_a_wrong_table_and_says_where(self, tmp_path, text, message):
+        with pytest.raises(CorpusError, match=message):
+            Corpus.read_tsv(table(tmp_path / "t.tsv", text))
+
+    def test_refuses_another_encoding(self, tmp_path):
+        with pytest.raises(CorpusError, match="not UTF-8"):
+            Corpus.read_tsv(table(tmp_path / "t.tsv", "id\tdeu_Latn\na\tfünf\n", "latin-1"))
+
+    def test_missing_file(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"nothing\.tsv"):
+            Corpus.read_tsv(tmp_path / "nothing.tsv")
+
+    def test_subset(self):
+        corpus = demo_corpus()
+        small = corpus.subset(["swh_Latn", "eng_Latn"], limit=5)
+        assert small.languages == ("swh_Latn", "eng_Latn")
+        assert small.items == corpus.items[:5]
+        assert small["eng_Latn"] == corpus["eng_Latn"][:5]
+        assert corpus.subset(limit=10**6) == corpus
+        assert corpus.subset("eng_Latn").languages == ("eng_Latn",)
+
+    @pytest.mark.parametrize("limit", [0, -3])
+    def test_subset_refuses_a_limit_below_one(self, limit):
+        with pytest.raises(ValueError, match="at least 1"):
+            demo_corpus().subset(limit=limit)
+
+    def test_unknown_language_names_those_there_are(self):
+        for ask in (lambda c: c["xxx_Latn"], lambda c: c.subset(["xxx_Latn"])):
+            with pytest.raises(KeyError, match=r"xxx_Latn.*swh_Latn"):
+                ask(demo_corpus())
+
+    def test_texts_and_languages_must_agree(self):
+        with pytest.raises(CorpusError, match="languages are"):
+            Corpus(("eng_Latn",), ("a",), {"deu_Latn": ("Eins.",)})
+        with pytest.raises(CorpusError, match="2 texts in eng_Latn for 1 items"):
+            Corpus(("eng_Latn",), ("a",), {"eng_Latn": ("One.", "Two.")})
+
+
+class TestFlores:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        (tmp_path / "devtest").mkdir()
+        for code, text in {
+            "deu_Latn": "Eins.\nZwei.\n",
+            "eng_Latn": "One.\nTwo.\n",
+            "arb_Arab": "واحد.\nاثنان.\n",
+        }.items():
+            table(tmp_path / "devtest" / f"{code}.devtest", text)
+        return tmp_path
+
+    def test_reads_every_language_english_first(self, folder):
+        corpus = Corpus.read_flores(folder)
+        assert corpus.languages == ("eng_Latn", "arb_Arab", "deu_Latn")
+        assert corpus.items == ("devtest-0001", "devtest-0002")
+        assert corpus["arb_Arab"][1] == "اثنان."
+        assert corpus == Corpus.read(folder)
+
+    def test_reads_the_languages_asked_for_in_that_order(self, folder):
+        assert Corpus.read_flores(folder, ["deu_Latn", "eng_Latn"]).languages == ("deu_Latn", "eng_Latn")
+        assert Corpus.read_flores(folder / "devtest", "eng_Latn")["eng_Latn"] == ("One.", "Two.")
+
+    def test_refuses_files_of_different_length(self, folder):
+        table(folder / "devtest" / "deu_Latn.devtest", "Eins.\n")
+        with pytest.raises(CorpusError, match="not parallel"):
+            Corpus.read_flores(folder)
+
+    def test_unknown_language(self, folder):
+        with pytest.raises(KeyError, match=r"swh_Latn.*deu_Latn"):
+            Corpus.read_flores(folder, ["swh_Latn"])
+
+    @pytest.mark.parametrize("place", ["", "elsewhere"])
+    def test_a_folder_without_flores(self, tmp_path, place):
+        with pytest.raises(FileNotFoundError, match=r"eng_Latn\.devtest"):
+            Corpus.read_flores(tmp_path / place)
+
+    @pytest.mark.data
+    def test_the_real_files(self):
+        folder = Path(os.environ.get("MOE_ROUTE_DATA", "")) / "flores200"
+        if not os.environ.get("MOE_ROUTE_DATA") or not folder.is_dir():
+            pytest.skip("set MOE_ROUTE_DATA to a folder that holds flores200/devtest")
+        corpus = Corpus.read_flores(folder, LANGUAGES)
+        assert len(corpus) >= 500
+        shipped = {text for language in LANGUAGES for text in demo_corpus()[language]}
+        assert not shipped & {text for language in LANGUAGES for text in corpus[language]}
+
+
+class TestDemoModel:
+    def test_shape(self, demo):
+        model, tokenizer = demo
+        config = model.config
+        assert config.model_type == "qwen3_moe"
+        assert (config.num_hidden_layers, config.num_experts, config.num_experts_per_tok) == (8, 16, 2)
+        assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS
+        assert len(tokenizer) == config.vocab_size == 4096
+        assert not model.training
+        assert next(model.parameters()).dtype == torch.float32
+
+    def test_is_small_on_disk(self):
+        assert (demo_model_folder() / "model.safetensors").stat().st_size < 8e6
+
+    def test_dtype(self, demo):
+        assert next(load_demo_model(torch.bfloat16)[0].parameters()).dtype == torch.bfloat16
+
+    def test_tokenizer_returns_every_text(self, demo):
+        _, tokenizer = demo
+        texts = [text for corpus in (demo_corpus(), demo_task()) for language in LANGUAGES for text in corpus[language]]
+        texts += ["  two  spaces\n", "😀 e\u0301 ß", "2 + 3 = 5"]
+        for text in texts:
+            ids = tokenizer(text)["input_ids"]
+            assert ids[0] == tokenizer.bos_token_id
+            assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+    @pytest.mark.parametrize("language", LANGUAGES)
+    def test_predicts_every_language(self, demo, language):
+        """Far below the loss of a uniform model, on text it was not trained on."""
+        assert loss(*demo, demo_corpus()[language]) < 0.7 * UNIFORM
+
+    def test_high_resource_is_learned_better_than_low_resource(self, demo):
+        assert loss(*demo, demo_corpus()["eng_Latn"]) + 1 < loss(*demo, demo_corpus()["swh_Latn"])
+
+    def test_knows_the_task_in_english(self, demo):
+        assert loss(*demo, demo_task()["eng_Latn"]) < 0.15 * UNIFORM
+
+    def test_is_deterministic(self, demo):
+        text = demo_corpus()["eng_Latn"][:8]
+        assert loss(*demo, text) == loss(*load_demo_model(), text)
+
+    def test_card_tells_the_measured_figures(self):
+        folder = demo_model_folder()
+        figures = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+        assert figures["parameters"] == PARAMETERS
+        assert tuple(figures["held_out"]) == LANGUAGES
+        for language, held_out in figures["held_out"].items():
+            row = next(line for line in card.splitlines() if line.startswith(f"| {language} "))
+            assert f"{held_out['nats_per_token']:.2f}" in row
+            assert f"{held_out['bits_per_byte']:.2f}" in row
+
+    def test_without_transformers_the_error_names_the_extra(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "transformers", None)
+        with pytest.raises(ImportError, match=r"moe-route\[hf\]"):
+            load_demo_model()
+
+
+def test_import_leaves_transformers_alone():
+    code = "import sys, moe_route.data; assert 'transformers' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def loss(model, tokenizer, texts) -> float:
+    """Mean nats per predicted token over ``texts``, in float64."""
+    nats, tokens = 0.0, 0
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].double()
+        nats += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+        tokens += ids.shape[1] - 1
+    return nats / tokens
