@@ -11,15 +11,14 @@ are checked whenever kept ones are counted (tensors of inference mode have none)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from moe_route import ops
-
-if TYPE_CHECKING:
-    from moe_route.patching.engines import Observed
+from moe_route.ops import RouterSpec, StatisticsTables
+from moe_route.patching.sites import RouterSite
 
 # Tokens of a call: above, counting costs more than calling.
 MOST_TOKENS = 64
@@ -27,10 +26,29 @@ MOST_TOKENS = 64
 Output = tuple[Tensor, ...]
 
 
+class Counted(Protocol):
+    """A router whose output may be counted when the call ends (`engines.Observed`)."""
+
+    site: RouterSite
+    spec: RouterSpec
+    statistics: StatisticsTables | None
+    cohort: int  # routers with an equal one are counted together
+    versions: int  # of its output's tensors, as the router returns them
+
+    def parts(self, output: Output) -> tuple[Tensor, Tensor, Tensor]:
+        """Router logits, weights and ids."""
+
+    def table(self, logits: Tensor) -> Tensor:
+        """The token table for the rows of `logits`."""
+
+    def settle(self, keeps_output: bool) -> None:
+        """It is known now whether the model leaves the output as it is."""
+
+
 class Watched(NamedTuple):
     """The output of one router in the first small call, and what it was when the router returned it."""
 
-    engine: Observed
+    engine: Counted
     output: Output
     copies: Output
 
@@ -48,10 +66,10 @@ class DeferredCounts:
     __slots__ = ("_watched", "kept")
 
     def __init__(self) -> None:
-        self.kept: list[tuple[Observed, Output]] = []
+        self.kept: list[tuple[Counted, Output]] = []
         self._watched: list[Watched] = []
 
-    def watch(self, engine: Observed, output: Output) -> None:
+    def watch(self, engine: Counted, output: Output) -> None:
         """See whether the model leaves this output as it is until the call ends."""
         engine.versions = versions(output)
         self._watched.append(Watched(engine, output, tuple(tensor.detach().clone() for tensor in output)))
@@ -64,7 +82,7 @@ class DeferredCounts:
         if not self.kept:
             return
         all_kept, self.kept = self.kept, []
-        alike: dict[tuple[int, torch.device, int], list[tuple[Observed, Output]]] = {}
+        alike: dict[tuple[int, torch.device, int], list[tuple[Counted, Output]]] = {}
         for engine, whole in all_kept:
             output = engine.parts(whole)
             if versions(output) != engine.versions:
