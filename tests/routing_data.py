@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -21,19 +23,18 @@ def routing(*parts: str) -> Path:
     return FOLDER.joinpath("routing", *parts)
 
 
-def qwen3_mgsm() -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
-    """Languages, selections [G, L, E], gate sums [G, L, E] and tokens [G, L] of Qwen3-30B-A3B on MGSM prompts."""
-    languages = ["en", "de", "zh", "bn", "sw"]
-    counts, gates = np.zeros((2, len(languages), 48, 128))
-    tokens = np.zeros((len(languages), 48), dtype=np.int64)
-    for g, language in enumerate(languages):
-        record = json.loads(routing("qwen3_30b_a3b_mgsm", f"mgsm_{language}.json").read_text())
-        for layer in range(48):
-            tokens[g, layer] = record[str(layer)]["total_tokens"]
-            for expert in range(128):
-                entry = record[str(layer)][str(expert)]
-                counts[g, layer, expert], gates[g, layer, expert] = entry["activation_tokens"], entry["gate_values_sum"]
-    return languages, counts, gates, tokens
+def published_routing() -> ModuleType:
+    """The example that reads and draws the recorded routing of Qwen3-30B-A3B: the reader has its home there."""
+    path = Path(__file__).parents[1] / "examples" / "published_routing.py"
+    if not path.is_file():
+        pytest.skip("examples/published_routing.py is not here (a source checkout has it)")
+    pytest.importorskip("matplotlib", reason="the example draws with matplotlib")
+    spec = importlib.util.spec_from_file_location("published_routing", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def esft(task: str) -> tuple[np.ndarray, dict[int, list[int]]]:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from routing_data import esft, esft_ids, needs_data, qwen3_mgsm
+from routing_data import FOLDER, esft, esft_ids, needs_data, published_routing
 from tiny_models import tiny_model, tokens
 
 import moe_route as mr
@@ -627,8 +627,8 @@ def test_results_are_jsonable_and_tidy(stats):
 
 @needs_data
 def test_divergence_of_qwen3_on_mgsm():
-    languages, counts, gates, tokens = qwen3_mgsm()
-    stats = RoutingStatistics.from_token_sums(languages, counts=counts, tokens=tokens, top_k=8, share=gates)
+    stats = published_routing().read(FOLDER)
+    gates = stats.token_sum("share")
     shape = analysis.u_shape(analysis.divergence(stats, "en", kind="topk", by="token"))
     assert shape.groups == ("de", "zh", "bn", "sw")
     np.testing.assert_allclose(shape.first, [0.164, 0.260, 0.313, 0.326], atol=5e-4)
@@ -638,6 +638,34 @@ def test_divergence_of_qwen3_on_mgsm():
         np.testing.assert_allclose(
             analysis.u_shape(analysis.divergence(gates[g], gates[0])).middle, shape.middle[g - 1], atol=1e-9
         )
+
+
+@needs_data
+def test_the_published_routing_is_printed_and_drawn(tmp_path, capsys):
+    picture = tmp_path / "divergence.png"
+    published_routing().main(["--data", str(FOLDER), "--out", str(picture)])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["de", "0.164", "0.051", "0.234", "0.148"] in rows
+    assert ["sw", "0.326", "0.139", "0.298", "0.173"] in rows
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "mgsm_en.json cannot be read"),
+        ('{"0": {"0": 1}}', "not a whole recording"),
+        ("{", "not a whole recording"),
+    ],
+)
+def test_the_published_routing_is_refused_where_it_is_not_whole(content, message, tmp_path):
+    recording = tmp_path / "routing" / "qwen3_30b_a3b_mgsm" / "mgsm_en.json"
+    if content is not None:
+        recording.parent.mkdir(parents=True)
+        recording.write_text(content)
+    with pytest.raises(SystemExit, match=message):
+        published_routing().main(["--data", str(tmp_path), "--out", str(tmp_path / "divergence.png")])
+    assert not (tmp_path / "divergence.png").exists()
 
 
 @needs_data
