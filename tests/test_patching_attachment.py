@@ -332,6 +332,41 @@ def test_counting_at_the_end_of_a_call_is_counting_at_once(
         assert torch.equal(one.segments, other.segments)
 
 
+def test_calls_that_wait_are_counted_by_flush_and_when_there_are_enough() -> None:
+    model = tiny_model("qwen3_moe")
+    attachment, at_once = Attachment(model), zeros(Attachment(tiny_model("qwen3_moe")), planes=ops.PLANES)
+    tables = zeros(attachment, planes=ops.PLANES)
+    attachment.set_statistics(tables, lag=3)
+    seen = []
+    for seed in range(7):
+        run(model, input_ids=tokens(1, 2, seed=seed))
+        seen.append(tables[0].scalar("tokens").item())
+    assert seen == [2, 2, 2, 2, 10, 10, 10]  # the first is counted at once, then four together
+    attachment.flush()
+    attachment.set_statistics(at_once)
+    for seed in range(7):
+        run(model, input_ids=tokens(1, 2, seed=seed))
+    for one, other in zip(tables, at_once, strict=True):
+        assert one.scalar("tokens").item() == 14
+        assert torch.equal(one.groups, other.groups)
+
+
+def test_calls_that_wait_are_counted_before_anything_changes() -> None:
+    model = tiny_model("qwen3_moe")
+    attachment = Attachment(model)
+    tables, others = zeros(attachment), zeros(attachment)
+    attachment.set_statistics(tables, lag=9)
+    for _ in range(3):
+        run(model, input_ids=tokens(1, 2))
+    attachment.set_statistics(others, lag=9)
+    assert tables[0].scalar("tokens").item() == 6
+    for _ in range(2):
+        run(model, input_ids=tokens(1, 2))
+    run(model, input_ids=tokens(2, 40))  # too many tokens to keep: counted at once, whatever waits
+    attachment.detach()
+    assert others[0].scalar("tokens").item() == 84
+
+
 def spoil_weights(model: nn.Module) -> None:
     """Make a block of `model` overwrite its router's weights after the experts have used them."""
     spoilt: list[Tensor] = []

@@ -354,3 +354,28 @@ def test_everything_at_once(backend: Backend) -> None:
     routed = problem.run(backend)
     check_ids(routed, num_experts)
     check_conservation(routed)
+
+
+# ---- tokens that were dropped ----------------------------------------------------------------------------------
+
+
+def test_observe_counts_a_dropped_token_as_empty_slots(backend: Backend) -> None:
+    logits = torch.randn(3, 6)
+    ids = torch.tensor([[-1, -1], [2, 4], [-1, 5]])
+    weights = torch.tensor([[0.0, 0.0], [0.75, 0.25], [0.0, 0.5]])
+    table = StatisticsTables.zeros(6, groups=1, planes=PLANES)
+    backend.observe(logits, ids, weights, RouterSpec(), statistics=table)
+    assert table.plane("counts")[0].tolist() == [0, 0, 1, 0, 1, 1]
+    assert table.plane("natural_counts")[0].tolist() == [0, 0, 1, 0, 1, 1]
+    assert (table.scalar("slots").item(), table.scalar("empty").item()) == (6, 3)
+    torch.testing.assert_close(table.plane("weight")[0] * FIXED_POINT, torch.tensor([0, 0, 0.75, 0, 0.25, 0.5]))
+
+
+def test_route_weights_of_rows_with_empty_slots(backend: Backend) -> None:
+    logits = torch.randn(3, 6)
+    ids = torch.tensor([[-1, -1], [-1, 4], [3, -1]])
+    weights = backend.route_weights(logits, ids, RouterSpec())
+    scores = torch.softmax(logits, -1)
+    torch.testing.assert_close(
+        weights, torch.stack([torch.zeros(2), scores[1, 4] * torch.tensor([0, 1]), scores[2, 3] * torch.tensor([1, 0])])
+    )

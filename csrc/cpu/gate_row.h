@@ -91,6 +91,9 @@ class RowGate {
       : args_(args),
         block_(block_of(args.experts)),
         vectors_(vectors_of(args.experts)),
+        logit_bytes_(sizeof(T) == 8                        ? 8
+                     : args.logits_type == DType::kFloat32 ? 4
+                                                           : 2),
         tally_(arena, args.statistics, args.experts),
         scores_counted_(tally_.wants_scores()),
         weights_counted_(tally_.wants_weights()),
@@ -114,12 +117,14 @@ class RowGate {
     row.given = args_.given.mode != GivenMode::kNone && read_given(t, row.steering, c);
     if (row.given) take_given(row);
     if (row.given && !row.to_weigh && !row.scores_counted) return;
-    row.raw = row.z = load(row.work, t);
-    if (row.steering && row.steering->moves_logits)
-      row.z = steer(row.work, *row.steering, row.raw, args_.experts);
+    const bool steered = row.steering && row.steering->moves_logits;
     const bool by_score = compares_scores(row.steering);
     const bool softmax_weights = row.to_weigh && softmax_over_all(row.steering);
-    if (row.scores_counted || (by_score && !row.given) || softmax_weights) {
+    const bool scored = row.scores_counted || (by_score && !row.given) || softmax_weights;
+    if (steered || scored) prefetch(t + block_);
+    row.raw = row.z = load(row.work, t);
+    if (steered) row.z = steer(row.work, *row.steering, row.raw, args_.experts);
+    if (scored) {
       const bool entropy = row.scores_counted && args_.statistics.entropy;
       row.scores = score_all<F>(row.work, args_.spec.score, row.z, args_.experts, entropy);
     }
@@ -153,7 +158,7 @@ class RowGate {
   void finish_choice(const Workspace<F>& work, const T* values, const SteeringRow<F>* steering, int slots,
                      int listed, Choice<F>& c) {
     if (steering && steering->force) {
-      c.count = choose_forced<F>(work, *steering, values, args_.experts, slots, c.ids);
+      c.count = ForcedChoice<F>(work, *steering, values, args_.experts, slots, c.ids).choose();
       return;
     }
     c.count = select_listed<F>(work, values, vectors_, slots, listed, c.ids);
@@ -182,6 +187,13 @@ class RowGate {
   bool is_replay(const Row<F>& row) const { return row.given && args_.given.mode == GivenMode::kReplay; }
 
   // ---- logits -----------------------------------------------------------------------------------
+
+  // Asks for the row a block ahead, where work on each row keeps the processor from running ahead by itself.
+  void prefetch(int64_t t) const {
+    if (t >= args_.tokens) return;
+    const auto* row = static_cast<const char*>(args_.logits) + t * args_.row_stride * logit_bytes_;
+    for (int64_t i = 0; i < args_.experts * logit_bytes_; i += 64) __builtin_prefetch(row + i);
+  }
 
   const T* load(const Workspace<F>& work, int64_t t) const {
     const int64_t first = t * args_.row_stride;
@@ -274,9 +286,10 @@ class RowGate {
     return id >= 0 && id < args_.experts ? int32_t(id) : -1;
   }
 
-  // Does this row come with a choice? Its first id, as stored, says so.
+  // Does this row come with a choice? Its first id, as stored, says so, where not all rows do.
   bool has_given(int64_t t) const {
     if (args_.given.mode == GivenMode::kNone || args_.given.ids == nullptr) return false;
+    if (args_.given.every_row) return true;
     const int64_t slot = t * args_.k;
     return args_.given.ids_type == DType::kInt64 ? static_cast<const int64_t*>(args_.given.ids)[slot] != -1
                                                  : static_cast<const int32_t*>(args_.given.ids)[slot] != -1;
@@ -386,6 +399,7 @@ class RowGate {
   const GateArgs& args_;
   const int block_;
   const int vectors_;
+  const int64_t logit_bytes_;
   Tally<F> tally_;
   const bool scores_counted_;
   const bool weights_counted_;

@@ -235,38 +235,76 @@ inline const typename F::Scalar* steer(const Workspace<F>& w, const SteeringRow<
   return w.steered;
 }
 
-// Experts in order of choice under force: forced-on first, forced-off last, forbidden nowhere. Returns how
-// many were chosen, at most `want`.
+// Experts in order of choice under force: forced-on first, forced-off last, forbidden nowhere. choose() says
+// how many were chosen, at most `want`; their ids are in `ids`.
 template <class F>
-inline int choose_forced(const Workspace<F>& w, const SteeringRow<F>& row, const typename F::Scalar* values,
-                         int experts, int want, int32_t* ids) {
+class ForcedChoice {
+ public:
   using T = typename F::Scalar;
-  const int vectors = vectors_of(experts);
-  const auto among = [&](const T* members, int chosen, auto eligible) {
-    const int left = want - chosen;
-    if (left == 0) return chosen;
-    const int listed = shortlist<F>(w, members, vectors, lower_bound<F>(members, vectors, left));
-    chosen += select_listed<F>(w, members, vectors, left, listed, ids + chosen);
-    return append_nan(values, experts, want, chosen, ids, eligible);
-  };
-  // The values of a few listed experts, NaN elsewhere.
-  const auto only = [&](const int32_t* list, int count) {
-    for (int v = 0; v < vectors; ++v) F(not_a_number<T>()).store(w.masked + kLanes * v);
-    for (int i = 0; i < count; ++i) w.masked[list[i]] = values[list[i]];
-    return w.masked;
-  };
-  int chosen = 0;
-  if (row.on_count > 0)
-    chosen = among(only(row.on, row.on_count), 0, [&](int e) { return row.force[e] > 0; });
-  if (chosen == want) return chosen;
-  map_row<F>(values, experts, w.masked, [](F x, int) { return x; });
-  for (int i = 0; i < row.on_count; ++i) w.masked[row.on[i]] = not_a_number<T>();
-  for (int i = 0; i < row.off_count; ++i) w.masked[row.off[i]] = not_a_number<T>();
-  chosen = among(w.masked, chosen, [&](int e) { return row.force[e] == kForceNone; });
-  if (chosen == want || row.off_count == 0) return chosen;
-  return among(only(row.off, row.off_count), chosen,
-               [&](int e) { return row.force[e] < 0 && row.force[e] != kForbid; });
-}
+  ForcedChoice(const Workspace<F>& w, const SteeringRow<F>& row, const T* values, int experts, int want,
+               int32_t* ids)
+      : w_(w), row_(row), values_(values), experts_(experts), want_(want), ids_(ids) {}
+
+  int choose() {
+    among(row_.on, row_.on_count, [this](int e) { return row_.force[e] > 0; });
+    if (chosen_ < want_) among_free();
+    among(row_.off, row_.off_count, [this](int e) { return row_.force[e] < 0 && row_.force[e] != kForbid; });
+    return chosen_;
+  }
+
+ private:
+  // A few listed experts are a short list already.
+  template <class Member>
+  void among(const int32_t* list, int count, Member member) {
+    if (count == 0 || chosen_ == want_) return;
+    if (count > kMaxCandidates) {
+      for (int v = 0; v < vectors_of(experts_); ++v) F(not_a_number<T>()).store(w_.masked + kLanes * v);
+      for (int i = 0; i < count; ++i) w_.masked[list[i]] = values_[list[i]];
+      return among_masked(member);
+    }
+    int listed = 0;
+    for (int i = 0; i < count; ++i) {
+      const T x = values_[list[i]];
+      w_.candidate[listed] = x;
+      w_.candidate_id[listed] = list[i];
+      listed += x == x;
+    }
+    take(listed);
+    if (listed < count) append_nan_members(member);
+  }
+
+  // Experts under no force. (Forbidden ones are NaN already.)
+  void among_free() {
+    map_row<F>(values_, experts_, w_.masked, [](F x, int) { return x; });
+    for (int i = 0; i < row_.on_count; ++i) w_.masked[row_.on[i]] = not_a_number<T>();
+    for (int i = 0; i < row_.off_count; ++i) w_.masked[row_.off[i]] = not_a_number<T>();
+    among_masked([this](int e) { return row_.force[e] == kForceNone; });
+  }
+
+  template <class Member>
+  void among_masked(Member member) {
+    const int vectors = vectors_of(experts_);
+    take(shortlist<F>(w_, w_.masked, vectors, lower_bound<F>(w_.masked, vectors, want_ - chosen_)));
+    append_nan_members(member);
+  }
+
+  void take(int listed) {
+    chosen_ += select_listed<F>(w_, w_.masked, vectors_of(experts_), want_ - chosen_, listed, ids_ + chosen_);
+  }
+
+  template <class Member>
+  void append_nan_members(Member member) {
+    chosen_ = append_nan(values_, experts_, want_, chosen_, ids_, member);
+  }
+
+  const Workspace<F>& w_;
+  const SteeringRow<F>& row_;
+  const T* const values_;
+  const int experts_;
+  const int want_;
+  int32_t* const ids_;
+  int chosen_ = 0;
+};
 
 }  // namespace
 }  // namespace moe_route::cpu

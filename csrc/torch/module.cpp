@@ -111,6 +111,8 @@ void set_field(GateArgs& args, const std::string& name, const py::handle& value)
     args.given.weights_type = static_cast<DType>(integer());
   else if (name == "given_mode")
     args.given.mode = static_cast<GivenMode>(integer());
+  else if (name == "given_every_row")
+    args.given.every_row = value.cast<bool>();
   else if (name == "group_statistics")
     args.statistics.groups = at<int64_t>(address());
   else if (name == "num_groups")

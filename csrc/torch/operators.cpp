@@ -295,6 +295,7 @@ void observe(const Tensor& logits, const Tensor& ids, const MaybeTensor& weights
   args.spec = unpack_spec(policy, args.experts, group_fill, eps, norm_p, scale, jitter);
   args.expert_scale = float_table("expert_scale", expert_scale, {args.experts});
   args.given = given_of(given, ids, weights, static_cast<int64_t>(GivenMode::kNatural), args.tokens, k);
+  args.given.every_row = true;
   args.statistics = statistics_of(group_statistics, segment_statistics, statistics, args.experts);
   cpu::launch_gate(args);
 }
@@ -318,14 +319,6 @@ void observe_layers(const std::vector<Tensor>& logits, const std::vector<Tensor>
   }
 }
 
-// The gate lets a row without a given choice (it starts with -1) choose for itself; here it weighs nothing.
-template <class Weight, class Id>
-void clear_rows_without_choice(Weight* weights, const Id* ids, int64_t tokens, int64_t k) {
-  for (int64_t t = 0; t < tokens; ++t) {
-    if (ids[t * k] < 0) std::fill_n(weights + t * k, k, Weight{0});
-  }
-}
-
 Tensor route_weights(const Tensor& logits, const Tensor& ids, int64_t policy, const MaybeTensor& tokens,
                      double group_fill, double eps, double norm_p, double scale, double jitter,
                      const MaybeTensor& expert_scale, const MaybeTensor& steering, int64_t steering_planes,
@@ -339,21 +332,12 @@ Tensor route_weights(const Tensor& logits, const Tensor& ids, int64_t policy, co
   args.expert_scale = float_table("expert_scale", expert_scale, {args.experts});
   args.steering = steering_of(steering, steering_planes, row_params, std::nullopt, args.experts);
   args.given = given_of(given, ids, std::nullopt, static_cast<int64_t>(GivenMode::kReplay), args.tokens, k);
+  args.given.every_row = true;
   Tensor weights = allocate_weights(args);
   Tensor unused = allocate({args.tokens, k}, aoti_torch_dtype_int32());
   args.weights = weights.mutable_data_ptr();
   args.ids = static_cast<int32_t*>(unused.mutable_data_ptr());
   cpu::launch_gate(args);
-  const auto clear = [&](const auto* choice) {
-    if (args.logits_type == DType::kFloat64)
-      clear_rows_without_choice(static_cast<double*>(args.weights), choice, args.tokens, k);
-    else
-      clear_rows_without_choice(static_cast<float*>(args.weights), choice, args.tokens, k);
-  };
-  if (args.given.ids_type == DType::kInt32)
-    clear(static_cast<const int32_t*>(args.given.ids));
-  else
-    clear(static_cast<const int64_t*>(args.given.ids));
   return weights;
 }
 

@@ -47,6 +47,7 @@ def load_demo_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel
     folder = demo_model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model.config._name_or_path = "demo"  # goes into statistics files: not the folder this happens to be installed in
     return model.eval(), tokenizer
 
 

@@ -114,7 +114,7 @@ def observe(
 
     Args:
         logits: router logits [T, E].
-        ids: int32 or int64 [T, k], what was chosen.
+        ids: int32 or int64 [T, k], what was chosen; an id outside 0..E-1 is an empty slot (a dropped token has k).
         weights: [T, k], the weights that the model uses; None: recomputed from the logits.
         spec: how the model routes (its score function makes mass and entropy).
         expert_scale: [E], only for recomputed weights.

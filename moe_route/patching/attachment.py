@@ -105,15 +105,25 @@ class Attachment:
         self._steering = tables
         self._configure()
 
-    def set_statistics(self, tables: Sequence[StatisticsTables] | None) -> None:
-        """Count into one table per site, or not at all. Raises `ValueError` where number or shape does not fit."""
+    def set_statistics(self, tables: Sequence[StatisticsTables] | None, *, lag: int = 0) -> None:
+        """Count into one table per site, or not at all. Raises `ValueError` where number or shape does not fit.
+
+        Small calls (decode steps) are counted together, up to `lag` of them behind: `flush` before the tables are read.
+        """
         if tables is not None:
             self._fits("statistics tables", tables)
+        self.flush()
+        self._context.deferred.lag = lag
         self._statistics = None if tables is None else list(tables)
         self._configure()
 
+    def flush(self) -> None:
+        """Count the calls that wait, so that the statistics tables hold every call that went through."""
+        self._context.deferred.count()
+
     def detach(self) -> None:
         """Take every hook away and restore every class. The model is bit for bit what it was. Harmless twice."""
+        self.flush()
         for handle in self._handles:
             handle.remove()
         if self._handles:

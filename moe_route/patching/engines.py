@@ -88,7 +88,7 @@ class Observed(Engine):
     """A forward hook on the router.
 
     `keeps_output`: whether the model leaves what the router returned as it is (None: not seen yet), with its tensors at
-    `versions`; `defers`: whether the hook only keeps the output of a small call, to be counted when the call ends.
+    `versions`; `defers`: whether the hook only keeps the output of a small call, to be counted after the call.
     """
 
     def __init__(self, site: RouterSite, context: TokenContext) -> None:
@@ -129,7 +129,7 @@ class Observed(Engine):
     ) -> tuple[Tensor, ...] | None:
         """Count the router's output; return a new one only where a token is steered."""
         context = self.context
-        if context.small and self.defers and not torch.compiler.is_compiling():
+        if context.small and self.defers:
             context.deferred.kept.append((self, output))
             return None
         if context.idle:

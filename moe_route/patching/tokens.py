@@ -202,7 +202,7 @@ class TokenContext:
     can read them.
 
     `table` is None outside a call; `last` is kept for the recomputation of a checkpointed layer in the backward.
-    `small` is True inside a call whose routers may be counted when it ends (`deferred`).
+    `small` is True inside a call whose routers may be counted after it (`deferred`).
     `steers` is False where no token of the call can have a steering row.
     """
 
@@ -272,15 +272,15 @@ class TokenContext:
         """End the call that `module` began; an output of None means that it failed."""
         if self.owner is not module:
             return
-        call = self.call
-        try:
-            if output is None or call is None:
-                self.deferred.drop()
-                return
-            self.deferred.count()
-        finally:
-            self.call = self.table = self.owner = None
-            self.small = False
+        call, table, deferred = self.call, self.table, self.deferred
+        self.call = self.table = self.owner = None
+        small, self.small = self.small, False
+        if output is None or call is None or table is None:
+            deferred.drop_call()
+            return
+        if small:
+            self.reached = self.reached or bool(deferred.kept)
+            deferred.end_call(table)
         if not self.reached and not self.idle:
             raise RuntimeError(
                 f"{type(module).__name__} was called, but none of its routers: the blocks above them were replaced "

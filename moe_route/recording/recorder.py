@@ -49,6 +49,10 @@ class RecordOptions(TypedDict, total=False):
     memory_bytes: int
 
 
+# Decode steps that wait to be counted together (`Attachment.set_statistics`).
+LAG = 31
+
+
 class RecordedModel(Protocol):
     """What the recorder needs of an attachment (`patching.Attachment`)."""
 
@@ -57,7 +61,9 @@ class RecordedModel(Protocol):
     @property
     def sites(self) -> Sequence[RecordedSite]: ...
 
-    def set_statistics(self, tables: Sequence[StatisticsTables] | None) -> None: ...
+    def set_statistics(self, tables: Sequence[StatisticsTables] | None, *, lag: int = 0) -> None: ...
+
+    def flush(self) -> None: ...
 
 
 class Recorder:
@@ -222,7 +228,7 @@ class Recorder:
                 "wrapped or replaced after attach() is another one)"
             )
         count = len(self._groups)
-        sums = self._tables.read_groups(count)
+        sums = self._counted().read_groups(count)
         self._refuse_silence(sums.scalar("tokens").sum(axis=(0, 1)))
         sites = self._model.sites
         statistics = RoutingStatistics(
@@ -279,13 +285,18 @@ class Recorder:
     def note_plan(self, plan_hash: str, *, steers: bool = True) -> None:
         """A plan steers what is recorded from now on: keep its hash, and count the natural choice too."""
         self._plans.add(plan_hash)
-        if steers and self._tables.add_natural_counts() and self._on and not self._paused:
+        if steers and self._counted().add_natural_counts() and self._on and not self._paused:
             self._connect()
 
     # ---- inside
 
+    def _counted(self) -> TableSet:
+        """The tables, with every call that went through counted."""
+        self._model.flush()
+        return self._tables
+
     def _connect(self) -> None:
-        self._model.set_statistics(self._tables.layers)
+        self._model.set_statistics(self._tables.layers, lag=LAG)
         self._model.trace = None if self._trace is None else torch.compiler.disable(self._trace.add)
 
     def _disconnect(self) -> None:
@@ -313,7 +324,7 @@ class Recorder:
             self._groups.setdefault(name, len(self._groups))
         self._pool.reserve(len(self._groups))
         running = RunningSequences(block, call.batch, self._groups)
-        if self._tables.reserve(groups=len(self._groups), segments=running.parts):
+        if self._counted().reserve(groups=len(self._groups), segments=running.parts):
             self._connect()
         if block.mask is not None:
             self._masked.add("tokens outside the masks of the labels")
@@ -327,7 +338,7 @@ class Recorder:
         running, self._running = self._running, None
         if running is None:
             return
-        sums = self._tables.take_segments(running.parts)
+        sums = self._counted().take_segments(running.parts)
         if not finished:
             self._abandoned += running.count
             logger.warning(

@@ -285,7 +285,7 @@ def observe(
         spec,
         expert_scale=expert_scale,
         tokens=tokens,
-        given_ids=ids,
+        given_ids=torch.where(ids < 0, -2, ids),  # a row that starts with -1 was chosen too: its token was dropped
         given_weights=weights,
         statistics=statistics,
     )
@@ -304,8 +304,7 @@ def route_weights(
 
     Args:
         logits: router logits [T, E].
-        ids: integer [T, k]; negative or >= E is an empty slot of weight 0, and a row that starts with a negative id
-            has no choice: weights 0.
+        ids: integer [T, k]; negative or >= E is an empty slot of weight 0.
 
     Returns:
         float32 (float64 for float64 logits) [T, k].
@@ -314,6 +313,5 @@ def route_weights(
     token = read_tokens(tokens, logits.shape[0], logits.device)
     raw = torch.where(token.valid[:, None], _compute(logits), 0.0)
     row = read_steering(steering, token, raw)
-    has = token.valid[:, None] & (ids[:, :1] >= 0)
-    known = torch.where(has, in_range(ids, logits.shape[1]), -1)
+    known = torch.where(token.valid[:, None], in_range(ids, logits.shape[1]), -1)
     return _weigh(steer(raw, row), known, spec, expert_scale, row)

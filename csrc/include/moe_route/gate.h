@@ -132,8 +132,8 @@ enum TokenColumn : int32_t {
   kTokenColumns = 4,
 };
 
-// A choice that exists already. ids [T, k]; a row that starts with -1 has none. Ids out of range become -1
-// with weight 0, in place.
+// A choice that exists already. ids [T, k]; a row that starts with -1 has none, unless `every_row` says that
+// such a row was chosen too (a token that was dropped). Ids out of range become -1 with weight 0, in place.
 // - kNatural, the model's own: unsteered rows return it unchanged; for steered rows it is the natural choice
 //   that kNaturalCounts and flips compare with.
 // - kReplay: every row returns these ids; weights are always recomputed from the (steered) scores, and
@@ -146,6 +146,7 @@ struct GateGiven {
   DType ids_type = DType::kInt32;
   DType weights_type = DType::kFloat32;
   GivenMode mode = GivenMode::kNone;
+  bool every_row = false;
 };
 
 // Statistics tables: int64, one row per group (or segment): kStatScalars scalars, then one plane of E per bit
