@@ -19,9 +19,6 @@ EXTRAS: dict[str, dict[str, str]] = {
     "hf": {"transformers": "transformers", "accelerate": "accelerate"},
     "analysis": {"pandas": "pandas", "pyarrow": "pyarrow", "scipy": "scipy"},
     "plot": {"matplotlib": "matplotlib"},
-    "data": {"datasets": "datasets"},
-    "eval": {"lm_eval": "lm-eval"},
-    "cli": {"typer": "typer"},
 }
 """Extra -> importable module -> the distribution that brings it."""
 

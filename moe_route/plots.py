@@ -7,10 +7,12 @@ lines that share a colour differ in dashes, and every line carries its name or a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_route import files
 from moe_route.analysis import Correlation, Divergence, DivergenceMatrix, Entropy
 from moe_route.steering import ExpertSelection
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
     from moe_route.recording import RoutingStatistics
 
-__all__ = ["correlation", "divergence", "divergence_matrix", "entropy", "expert_counts", "heat_map"]
+__all__ = ["correlation", "divergence", "divergence_matrix", "entropy", "expert_counts", "heat_map", "save"]
 
 # Okabe and Ito's set for every colour vision (2008), without its yellow, which is too light for lines on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -33,6 +35,16 @@ _MEASURES = {
     "cosine": "cosine distance",
     "jaccard": "Jaccard distance",
 }
+
+
+def save(ax: Axes, path: Path) -> Path:
+    """Write the figure of `ax` to `path`, whole or not at all; the suffix (png, svg, pdf) says as what."""
+    suffix = path.suffix.removeprefix(".").lower()
+    if suffix not in ("png", "svg", "pdf"):
+        raise ValueError(f"{path} has no suffix of a picture: name it .png, .svg or .pdf")
+    with files.replacing(path) as stream:
+        ax.figure.savefig(stream, format=suffix, dpi=160, bbox_inches="tight")  # type: ignore[union-attr]
+    return path
 
 
 def divergence(

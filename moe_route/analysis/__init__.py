@@ -27,11 +27,13 @@ from moe_route.analysis.experts import (
 )
 from moe_route.analysis.inputs import AnalysisError
 from moe_route.analysis.measures import entropy_of, jensen_shannon, normalised_jensen_shannon
+from moe_route.analysis.paired import Difference, paired_difference
 
 __all__ = [
     "MEASURES",
     "AnalysisError",
     "Correlation",
+    "Difference",
     "Divergence",
     "DivergenceMatrix",
     "Entropy",
@@ -51,6 +53,7 @@ __all__ = [
     "jensen_shannon",
     "multilingual_experts",
     "normalised_jensen_shannon",
+    "paired_difference",
     "risk_experts",
     "task_experts",
     "u_shape",

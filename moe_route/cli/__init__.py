@@ -1,0 +1,66 @@
+"""The command line: `moe-route describe | record | analyse | plot | steer | demo | doctor`.
+
+The verbs are those of Python. Standard output carries the answer (with `--json` one JSON document and nothing else);
+progress and errors go to standard error. Exit codes: 0 done, 1 a check of `doctor` failed or the reader of the output
+went away, 2 the input cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main", "parser"]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line, each verb added by the module of its name."""
+    from moe_route import __version__
+    from moe_route.cli import analyse, demo, describe, doctor, plot, record, steer
+
+    whole = argparse.ArgumentParser(
+        prog="moe-route",
+        description="Record, analyse and steer expert routing in Mixture-of-Experts language models.",
+        epilog="Every command takes --json. Without --model, the demo model that moe-route brings along is used.",
+    )
+    whole.add_argument("--version", action="version", version=f"moe-route {__version__}")
+    verbs = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in (describe, record, analyse, plot, steer, demo, doctor):
+        module.add(verbs)
+    return whole
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    _log_to_standard_error()
+    options = parser().parse_args(argv)
+    from moe_route.cli.answer import one_line
+    from moe_route.cli.inputs import USER_ERRORS
+
+    try:
+        answer = options.run(options)
+        print(answer.as_json() if options.json else answer.text, flush=True)
+    except BrokenPipeError:  # `moe-route ... | head`: nobody reads on, and the flush at exit would complain again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except USER_ERRORS as error:
+        if options.traceback:
+            raise
+        print(f"moe-route: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("moe-route: interrupted", file=sys.stderr)
+        return 130
+    return int(answer.code)
+
+
+def _log_to_standard_error() -> None:
+    """What the library warns of, one line each; other libraries keep their own loggers."""
+    log = logging.getLogger("moe_route")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("moe-route: %(message)s"))
+        log.addHandler(handler)

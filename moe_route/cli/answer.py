@@ -1,0 +1,49 @@
+"""What a command gives back: the same answer as JSON and as text."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Answer", "one_line", "plain"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`data` is printed with `--json`, `text` without; `code` is the exit code."""
+
+    data: Mapping[str, Any]
+    text: str
+    code: int = 0
+
+    def as_json(self) -> str:
+        """Strict JSON: what is not a finite number becomes null."""
+        return json.dumps(plain(self.data), ensure_ascii=False, indent=2, allow_nan=False)
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON types: arrays as lists, tuples as lists, keys as strings, NaN and infinity as null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, (list, tuple, set, frozenset, range)):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line."""
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error  # str(KeyError) has quotes around it
+    return " ".join(str(text).split()) or type(error).__name__

@@ -1,0 +1,40 @@
+"""`moe-route demo`: the whole circle on the demo model, or on a model and texts of your own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from moe_route.cli.answer import Answer
+from moe_route.cli.inputs import command, model_arguments, text_arguments
+
+
+def add(verbs: Any) -> None:
+    parser = command(
+        verbs, "demo", run, "record, analyse, steer and restore a model, with the controls (a minute or two)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="folder for the pictures and report.json (default: none)"
+    )
+    model_arguments(parser)
+    text_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> Answer:
+    from moe_route.cli.inputs import language_model
+    from moe_route.demo import demo
+
+    report = demo(
+        language_model(options),
+        data=options.data,
+        languages=options.languages,
+        limit=options.limit,
+        out=options.out,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        engine=options.engine,
+        progress=sys.stderr.isatty(),
+    )
+    return Answer(report.to_dict(), str(report), code=0 if report.restored else 1)

@@ -1,0 +1,23 @@
+"""`moe-route describe`: the routers of a model, how each one routes, and how it would be attached to."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from moe_route.cli.answer import Answer
+from moe_route.cli.inputs import command, language_model, model_arguments
+
+
+def add(verbs: Any) -> None:
+    parser = command(verbs, "describe", run, "show a model's routers and how they are attached to")
+    model_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> Answer:
+    from moe_route.routed import attach, describe
+
+    model = language_model(options).model
+    with attach(model, engine=options.engine):  # attaching checks every router, so what is shown is what would happen
+        description = describe(model)
+    return Answer(description.to_dict(), str(description))

@@ -1,0 +1,63 @@
+"""`moe-route plot`: statistics files to pictures."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_route.cli.answer import Answer
+from moe_route.cli.inputs import command, layers, merged_statistics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from moe_route.recording import RoutingStatistics
+
+
+def add(verbs: Any) -> None:
+    parser = command(verbs, "plot", run, "draw statistics")
+    parser.add_argument("what", choices=tuple(PICTURES), metavar="|".join(PICTURES), help="the picture to draw")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="statistics; several are added up")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf")
+    parser.add_argument("--reference", metavar="GROUP", help="group to compare with (divergence: eng_Latn by default)")
+    parser.add_argument("--group", metavar="GROUP", help="experts: the group to draw (default: the first)")
+    parser.add_argument("--layers", type=layers, metavar="A-B", help="divergence: layers to shade")
+    parser.add_argument("--title", help="title of the picture (default: none)")
+
+
+def run(options: argparse.Namespace) -> Answer:
+    from moe_route import plots
+
+    ax = PICTURES[options.what](merged_statistics(options.files), options)
+    plots.save(ax, options.out)
+    return Answer({"out": options.out, "picture": options.what}, f"written to {options.out}")
+
+
+def _divergence(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
+    from moe_route import analysis, plots
+
+    found = analysis.divergence(statistics, options.reference or "eng_Latn")
+    return plots.divergence(found, middle=options.layers, title=options.title)
+
+
+def _entropy(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
+    from moe_route import analysis, plots
+
+    return plots.entropy(analysis.entropy(statistics), title=options.title)
+
+
+def _experts(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
+    from moe_route import plots
+
+    group = options.group or statistics.groups[0]
+    return plots.heat_map(statistics, group, reference=options.reference, title=options.title)
+
+
+def _matrix(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
+    from moe_route import analysis, plots
+
+    return plots.divergence_matrix(analysis.divergence_matrix(statistics), layers=options.layers, title=options.title)
+
+
+PICTURES = {"divergence": _divergence, "entropy": _entropy, "experts": _experts, "matrix": _matrix}

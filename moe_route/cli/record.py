@@ -1,0 +1,57 @@
+"""`moe-route record`: run texts through a model and keep what its routers did."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from moe_route.cli.answer import Answer
+from moe_route.cli.inputs import command, language_model, model_arguments, text_arguments, texts
+
+
+def add(verbs: Any) -> None:
+    parser = command(verbs, "record", run, "record the routing of a model over texts, by language")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="statistics file to write")
+    parser.add_argument(
+        "--no-sequences", action="store_true", help="keep sums only, not each sentence (no paired divergence)"
+    )
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="steer with this plan while recording")
+    model_arguments(parser)
+    text_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> Answer:
+    from contextlib import ExitStack
+
+    from moe_route.steering import Plan
+    from moe_route.workload import record_texts
+
+    plan = None if options.plan is None else Plan.load(options.plan)
+    work = texts(options)
+    spoken = language_model(options)
+    groups = list(dict.fromkeys(text.group for text in work))
+    routed = spoken.attach(options.engine)
+    try:
+        with ExitStack() as stack:
+            if plan is not None:
+                stack.enter_context(routed.steer(plan))
+            recorder = stack.enter_context(routed.record(groups=groups, sequences=not options.no_sequences))
+            progress = "recording" if sys.stderr.isatty() else None
+            record_texts(
+                recorder, spoken, work, batch_size=options.batch_size, max_length=options.max_length, progress=progress
+            )
+        statistics = recorder.statistics()
+    finally:
+        routed.detach()
+    statistics.save(options.out)
+    tokens = statistics.tokens().max(axis=1)
+    data = {
+        "out": options.out,
+        "groups": dict(zip(statistics.groups, tokens.tolist(), strict=True)),
+        "layers": len(statistics.layers),
+        "experts": list(statistics.num_experts),
+        "sequences": statistics.sequences().tolist(),
+    }
+    return Answer(data, f"{statistics!r}\nwritten to {options.out}")

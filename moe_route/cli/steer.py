@@ -1,0 +1,97 @@
+"""`moe-route steer`: what a plan does to a model, as the loss of texts by language or as generated text."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from moe_route.cli.answer import Answer
+from moe_route.cli.inputs import command, language_model, model_arguments, text_arguments, texts
+
+
+def add(verbs: Any) -> None:
+    parser = command(verbs, "steer", run, "compare a model with and without a plan")
+    parser.add_argument(
+        "--plan", type=Path, required=True, metavar="FILE", help="plan file, as `analyse experts --out` writes"
+    )
+    parser.add_argument("--strength", type=float, default=1.0, metavar="X", help="multiply the plan by X (default: 1)")
+    parser.add_argument("--prompt", metavar="TEXT", help="generate from this text instead of measuring losses")
+    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="tokens to generate (default: 32)")
+    model_arguments(parser)
+    text_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> Answer:
+    from moe_route.steering import Plan
+
+    plan = Plan.load(options.plan)
+    if options.strength != 1:
+        plan = plan * options.strength
+    work = [] if options.prompt is not None else texts(options)
+    spoken = language_model(options)
+    routed = spoken.attach(options.engine)
+    try:
+        return (
+            _prompt(options, spoken, routed, plan)
+            if options.prompt is not None
+            else _losses(options, spoken, routed, plan, work)
+        )
+    finally:
+        routed.detach()
+
+
+def _prompt(options: argparse.Namespace, spoken: Any, routed: Any, plan: Any) -> Answer:
+    natural = spoken.generate(options.prompt, options.max_new_tokens)
+    with routed.steer(plan):
+        steered = spoken.generate(options.prompt, options.max_new_tokens)
+    data = {"prompt": options.prompt, "plan": plan.hash, "natural": natural, "steered": steered}
+    return Answer(data, f"without the plan: {natural}\nwith the plan:    {steered}")
+
+
+def _losses(options: argparse.Namespace, spoken: Any, routed: Any, plan: Any, work: list[Any]) -> Answer:
+    import numpy as np
+
+    from moe_route.analysis import paired_difference
+    from moe_route.texttable import table
+
+    given = {"batch_size": options.batch_size, "max_length": options.max_length}
+    shown = sys.stderr.isatty()
+    base = spoken.losses(work, progress="without the plan" if shown else None, **given)
+    with routed.steer(plan):
+        steered = spoken.losses(work, progress="with the plan" if shown else None, **given)
+    groups = np.array([text.group for text in work])
+    rows = []
+    for group in dict.fromkeys(groups):
+        mine = groups == group
+        tokens = base[mine, 1]
+        change = paired_difference(steered[mine, 0], base[mine, 0], tokens)
+        loss = float(base[mine, 0].sum() / tokens.sum())
+        rows.append(
+            {
+                "language": str(group),
+                "texts": int(mine.sum()),
+                "loss": loss,
+                "steered": loss + change.value,
+                "change": change.value,
+                "low": change.low,
+                "high": change.high,
+                "verdict": change.verdict,
+            }
+        )
+    head = ("language", "texts", "loss", "steered", "change", "95 % interval", "")
+    shown_rows = [
+        (
+            r["language"],
+            r["texts"],
+            r["loss"],
+            r["steered"],
+            f"{r['change']:+.4f}",
+            f"[{r['low']:+.4f}, {r['high']:+.4f}]",
+            r["verdict"],
+        )
+        for r in rows
+    ]
+    text = f"Loss in nats a token, without and with the plan\n{table(head, shown_rows)}"
+    return Answer({"plan": plan.hash, "unit": "nats per token", "languages": rows}, text)

@@ -1,0 +1,202 @@
+"""What the demonstration found, as text, as data and as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_route.analysis import Difference
+from moe_route.steering import ExpertSelection
+from moe_route.texttable import table
+
+if TYPE_CHECKING:
+    from moe_route.analysis import Divergence
+
+__all__ = ["DemoReport", "Outcome", "span"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one plan did to the task texts: by language, and the mean over languages."""
+
+    name: str
+    by_language: Mapping[str, Difference]
+    mean: Difference
+
+
+@dataclass
+class DemoReport:
+    """Everything the demonstration found. `str(report)` is what the command prints, `to_dict` what it gives as JSON."""
+
+    model: str
+    layers: int
+    experts: int
+    top_k: int
+    languages: tuple[str, ...]
+    sentences: int
+    divergence: Divergence
+    unrelated: np.ndarray  # [layers]: divergence of an English sentence from another one
+    all_found: dict[float, ExpertSelection]  # threshold -> task experts of all layers
+    threshold: float  # the one that is steered with
+    middle: tuple[int, ...]
+    base: dict[str, float]  # loss of the task texts without steering, nats a token
+    evaluated: int  # task texts a language
+    outcomes: list[Outcome] = field(default_factory=list)
+    random: list[Difference] = field(default_factory=list)  # the random controls one by one, mean over languages
+    by_threshold: dict[float, Difference] = field(default_factory=dict)  # the first outcome at other thresholds
+    against_random: Difference | None = None  # the first outcome minus the mean of the random controls
+    restored: bool = False
+    pictures: list[Path] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        parts = [self._divergence(), self._experts(), *([self._steering()] if self.outcomes else []), self._end()]
+        return "\n\n".join(parts)
+
+    def _divergence(self) -> str:
+        values = self.divergence.values
+        rows = [(group, *map(float, row)) for group, row in zip(self.divergence.groups, values, strict=True)]
+        rows.append(("mean", *map(float, np.nanmean(values, axis=0))))
+        rows.append(("another sentence", *map(float, self.unrelated)))
+        outer = [layer for layer in range(self.layers) if layer not in self.middle]
+        inside, outside = np.nanmean(values[:, list(self.middle)]), np.nanmean(values[:, outer])
+        shape = "lower, as in large models" if inside < outside else "not lower, unlike large models"
+        return "\n".join(
+            (
+                f"Model {self.model}: {self.layers} MoE layers of {self.experts} experts, top-{self.top_k}. "
+                f"{self.sentences} sentences in {len(self.languages)} languages.",
+                "",
+                f"Divergence of the routing from {self.divergence.reference} by MoE layer (0 the same, 1 disjoint);",
+                "last line: of an English sentence from another one.",
+                "",
+                table(("language", *map(str, range(self.layers))), rows),
+                "",
+                f"Mean over layers {span(self.middle)} {inside:.3f}, over the others {outside:.3f}: {shape}.",
+            )
+        )
+
+    @property
+    def found(self) -> dict[float, ExpertSelection]:
+        """threshold -> task experts of the middle layers."""
+        return {threshold: selection.restrict(self.middle) for threshold, selection in self.all_found.items()}
+
+    @property
+    def selection(self) -> ExpertSelection:
+        """The task experts that are steered."""
+        return self.found[self.threshold]
+
+    def _experts(self) -> str:
+        counts = ", ".join(f"{len(selection)} above {threshold:g}" for threshold, selection in self.found.items())
+        lines = [
+            "Task experts: chosen more often in English arithmetic than in general English, by this much (frequency).",
+            f"In layers {span(self.middle)}: {counts}.",
+        ]
+        if not self.selection:
+            return "\n".join([*lines, "There is no task expert in the middle layers, so there is nothing to steer."])
+        lines.append(f"Steered are those above {self.threshold:g}, the largest threshold that finds one:")
+        lines += [
+            f"  layer {layer}: expert {', '.join(map(str, experts))}" for layer, experts in self.selection.items()
+        ]
+        return "\n".join(lines)
+
+    def _steering(self) -> str:
+        rows = [
+            (language, loss, *(_marked(outcome.by_language[language]) for outcome in self.outcomes))
+            for language, loss in self.base.items()
+        ]
+        rows.append(("mean", float(np.mean(list(self.base.values()))), *(_marked(o.mean) for o in self.outcomes)))
+        return "\n".join(
+            (
+                f"Loss of {self.evaluated} other arithmetic problems a language, nats a token, and what plans change:",
+                "",
+                table(("language", "loss", *(outcome.name for outcome in self.outcomes)), rows),
+                "",
+                "* zero lies outside the 95 % interval (paired bootstrap over problems; each language by itself).",
+                "",
+                *self._findings(),
+            )
+        )
+
+    def _findings(self) -> list[str]:
+        first = self.outcomes[0]
+        verdicts = [difference.verdict for difference in first.by_language.values()]
+        lines = [
+            f"Task experts raised ({first.name}), mean of the languages: {first.mean}.",
+            f"Lower in {verdicts.count('lower')}, higher in {verdicts.count('higher')}, unclear in "
+            f"{verdicts.count('unclear')} of {len(verdicts)} languages.",
+        ]
+        lines += [
+            f"The same at threshold {threshold:g} ({_number(self.found[threshold])}): {difference}."
+            for threshold, difference in self.by_threshold.items()
+            if threshold != self.threshold
+        ]
+        if self.against_random is not None:
+            seeds = ", ".join(f"{difference.value:+.4f}" for difference in self.random)
+            lines.append(f"{len(self.random)} draws of as many random experts: {seeds}.")
+            lines.append(f"Task experts minus the mean of the random ones: {self.against_random}.")
+        return [*lines, f"So on this model and this task, {self.conclusion}."]
+
+    @property
+    def conclusion(self) -> str:
+        """What the first outcome and its random control say together."""
+        raised = self.outcomes[0].mean.verdict
+        against = self.against_random.verdict if self.against_random is not None else "unclear"
+        if raised == "lower":
+            over = "more than random experts do" if against == "lower" else "though not more than random experts do"
+            return f"raising the task experts lowers the loss, {over}"
+        if raised == "higher":
+            return "raising the task experts does not help: the loss rises"
+        return "raising the task experts makes no difference that these texts can show"
+
+    def _end(self) -> str:
+        lines = [f"Pictures: {', '.join(map(str, self.pictures))}"] if self.pictures else []
+        state = "restored, equal bit for bit" if self.restored else "NOT restored: its tensors or its output changed"
+        return "\n".join([*lines, f"The model was {state}. {self.seconds:.0f} s."])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON types."""
+        same = (
+            "model",
+            "layers",
+            "experts",
+            "top_k",
+            "languages",
+            "sentences",
+            "threshold",
+            "middle",
+            "base",
+            "evaluated",
+            "restored",
+            "seconds",
+        )
+        return {name: getattr(self, name) for name in same} | {
+            "divergence": self.divergence.to_dict(),
+            "unrelated_divergence": self.unrelated.tolist(),
+            "task_experts": {
+                f"{threshold:g}": {layer: list(experts) for layer, experts in selection.items()}
+                for threshold, selection in self.found.items()
+            },
+            "outcomes": [asdict(outcome) for outcome in self.outcomes],
+            "by_threshold": {f"{threshold:g}": asdict(change) for threshold, change in self.by_threshold.items()},
+            "random": [asdict(difference) for difference in self.random],
+            "against_random": asdict(self.against_random) if self.against_random is not None else None,
+            "conclusion": self.conclusion if self.outcomes else None,
+            "pictures": [str(path) for path in self.pictures],
+        }
+
+
+def _number(experts: ExpertSelection) -> str:
+    return f"{len(experts)} expert{'' if len(experts) == 1 else 's'}"
+
+
+def _marked(difference: Difference) -> str:
+    return f"{difference.value:+.4f}{' ' if difference.verdict == 'unclear' else '*'}"
+
+
+def span(layers: Sequence[int]) -> str:
+    """Neighbouring layers as "2-5"."""
+    return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"

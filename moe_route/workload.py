@@ -1,0 +1,210 @@
+"""A causal language model at work on texts: loading it, padding batches, recording what its routers do, token
+losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from moe_route import _C
+from moe_route.data import Corpus, demo_corpus, demo_task, load_demo_model
+from moe_route.routed import Routed, attach
+
+if TYPE_CHECKING:
+    from moe_route.recording import Recorder
+
+__all__ = ["DEMO_MODEL", "Batch", "LanguageModel", "ModelNotFound", "Text", "read_corpus", "record_texts", "texts_of"]
+
+DEMO_MODEL = "demo"
+SHIPPED = {"general": demo_corpus, "arithmetic": demo_task}
+
+
+class ModelNotFound(ValueError):  # noqa: N818
+    """No model could be loaded under that name; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One sequence to run: its group (a language, a task) and its item, which pairs it with its translations."""
+
+    group: str
+    item: str
+    text: str
+
+
+def read_corpus(
+    path: str | Path | None = None, *, languages: Sequence[str] | None = None, limit: int | None = None
+) -> Corpus:
+    """The corpus at `path`: a table of tab-separated texts, a folder laid out like FLORES, or the name of one that
+    moe-route brings ("general", which is the default, or "arithmetic").
+
+    `languages` takes these only, `limit` the first so many items. Raises as `Corpus.read` does.
+    """
+    shipped = SHIPPED.get(str(path or "general"))
+    corpus = shipped() if shipped is not None else Corpus.read(path or "", languages)
+    return corpus.subset(languages, limit)
+
+
+def texts_of(corpus: Corpus) -> list[Text]:
+    """Every text of a corpus, language by language; the language is its group."""
+    return [
+        Text(language, item, text)
+        for language in corpus.languages
+        for item, text in zip(corpus.items, corpus[language], strict=True)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Padded texts: `inputs` are `input_ids` and `attention_mask`, int64 [B, S], padded on the right."""
+
+    texts: tuple[Text, ...]
+    positions: tuple[int, ...]  # where each text stands among the texts that were batched
+    inputs: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model and its tokenizer, ready to run (`eval` mode)."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+    @classmethod
+    def load(
+        cls, name: str = DEMO_MODEL, *, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None
+    ) -> LanguageModel:
+        """The model in folder `name`, on the Hugging Face hub under `name`, or the one moe-route brings ("demo").
+
+        Code that comes with a checkpoint is never run. Raises `ModelNotFound` where nothing can be loaded.
+        """
+        place, precision = _device(device), _dtype(dtype)
+        if name == DEMO_MODEL:
+            loaded: tuple[Any, Any] = load_demo_model(torch.float32 if precision == "auto" else precision)
+            model, tokenizer = loaded
+        else:
+            model, tokenizer = _from_pretrained(name, precision)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "right"
+        return cls(name, model.eval() if place is None else model.to(place).eval(), tokenizer)
+
+    def attach(self, engine: Literal["auto", "observed", "fused"] = "auto") -> Routed:
+        """Attach to the model. Raises `ValueError` where this build has no kernels for its device, and what
+        `moe_route.attach` raises."""
+        device = self.model.device
+        if device.type != "cpu" and not (device.type == "cuda" and _C.build_info()["cuda"]):
+            raise ValueError(
+                f"the model is on {device}, and this build has kernels for the CPU only: use the device cpu"
+            )
+        return attach(self.model, engine=engine)
+
+    def batches(
+        self, texts: Sequence[Text], *, batch_size: int = 16, max_length: int | None = None, progress: str | None = None
+    ) -> Iterator[Batch]:
+        """`texts` in padded batches, texts of like length together so that little is padding.
+
+        Texts longer than `max_length` tokens (default: what the model was made for) are cut. `progress` is the
+        caption of a progress bar on standard error.
+        """
+        limit = max_length or getattr(self.model.config, "max_position_embeddings", None)
+        encoded = self.tokenizer([text.text for text in texts], truncation=limit is not None, max_length=limit)[
+            "input_ids"
+        ]
+        order = sorted(range(len(texts)), key=lambda i: -len(encoded[i]))
+        chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        for chunk in tqdm(chunks, desc=progress, disable=progress is None, leave=False):
+            inputs = self.tokenizer.pad({"input_ids": [encoded[i] for i in chunk]}, return_tensors="pt")
+            on_device = {k: inputs[k].to(self.model.device) for k in ("input_ids", "attention_mask")}
+            yield Batch(tuple(texts[i] for i in chunk), tuple(chunk), on_device)
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Logits over the vocabulary, [B, S, V]."""
+        with torch.inference_mode():
+            return self.model(**batch.inputs, use_cache=False).logits
+
+    def generate(self, prompt: str, max_new_tokens: int) -> str:
+        """What the model adds to `prompt` by greedy search, at most `max_new_tokens` tokens."""
+        inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
+        with torch.inference_mode():
+            ids = self.model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+        new: str = self.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return new
+
+    def losses(
+        self, texts: Sequence[Text], *, batch_size: int = 16, max_length: int | None = None, progress: str | None = None
+    ) -> np.ndarray:
+        """float64 [len(texts), 2]: for each text the summed loss in nats of its predicted tokens, and their number.
+
+        Every token but the first is predicted from those before it; padding is never predicted.
+        """
+        found = np.zeros((len(texts), 2))
+        for batch in self.batches(texts, batch_size=batch_size, max_length=max_length, progress=progress):
+            ids, mask = batch.inputs["input_ids"][:, 1:], batch.inputs["attention_mask"][:, 1:]
+            logits = self.run(batch)[:, :-1].float()
+            nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids, reduction="none") * mask
+            found[list(batch.positions), 0] = nats.double().sum(1).cpu().numpy()
+            found[list(batch.positions), 1] = mask.sum(1).cpu().numpy()
+        return found
+
+
+def record_texts(
+    recorder: Recorder,
+    language_model: LanguageModel,
+    texts: Sequence[Text],
+    *,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    progress: str | None = None,
+) -> None:
+    """Run every text under its labels: its group, and its item as the key that pairs translations."""
+    for batch in language_model.batches(texts, batch_size=batch_size, max_length=max_length, progress=progress):
+        groups, items = [text.group for text in batch.texts], [text.item for text in batch.texts]
+        with recorder.labels(groups=groups, items=items):
+            language_model.run(batch)
+
+
+def _device(name: str | torch.device | None) -> torch.device | None:
+    """The device of that name, checked by putting something there."""
+    if name is None:
+        return None
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(f"there is no device {str(name)!r} here ({str(error).splitlines()[0]}): use cpu") from error
+
+
+def _dtype(name: str | torch.dtype) -> Any:
+    """The dtype of that name; "auto" stays."""
+    found = getattr(torch, name, None) if isinstance(name, str) and name != "auto" else name
+    if found != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"{name!r} is no dtype for weights: use auto, float32, bfloat16 or float16")
+    return found
+
+
+def _from_pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise ImportError("a model by name needs transformers: pip install 'moe-route[hf]'") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelNotFound(
+            f"no model can be loaded from {name!r} ({reason}): give a folder with a checkpoint, or a name on the hub"
+        ) from error
