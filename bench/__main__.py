@@ -1,0 +1,160 @@
+"""`python -m bench`: measure everything (a few minutes, one thread) and write bench/results/."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Before torch starts its threads: a spinning OpenMP team would be timed too.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+
+from bench import dispatch, gate, recording, results
+from bench.results import Fact, Row, Target
+from bench.timing import Race, race
+from moe_route import _C
+
+SECTIONS = ("gate", "one-row", "dispatch", "recording")
+
+
+def gate_races(rounds: int, shapes: Sequence[gate.Shape]) -> dict[gate.Shape, Race]:
+    return {shape: race(gate.Gate(shape).contenders(), rounds=rounds) for shape in shapes}
+
+
+def gate_rows(section: str, races: dict[gate.Shape, Race]) -> list[Row]:
+    out = []
+    for shape, run in races.items():
+        peers = {name: "torch" for name in run.seconds if name.startswith("route")}
+        peers["route + counts + mass"] = "torch + p.sum(0)"
+        peers["route + counts + mass + weight + entropy"] = "torch + p.sum(0)"
+        peers["route + counts, soft steering"] = "torch, soft steering"
+        peers["route + counts, forced"] = "torch, forced"
+        out += results.rows(section, shape.title, run, peers=peers, floors=dict.fromkeys(peers, "read the logits"))
+    return out
+
+
+def gate_targets(run: Race, instruction_set: str) -> list[Target]:
+    wanted = {"avx512": 8.0, "avx2": 4.0}.get(instruction_set)
+    counts = run.ratio("torch", "route + counts")
+    mass = run.ratio("torch + p.sum(0)", "route + counts + mass")
+    out = []
+    case = gate.Shape().title
+    if wanted is not None:
+        out.append(
+            Target(
+                f"{case}: route with counts against torch", f">= {wanted:g} times", f"{counts:.2f}", counts >= wanted
+            )
+        )
+    if instruction_set == "avx512":
+        out.append(
+            Target(f"{case}: with exact mass against torch with p.sum(0)", ">= 7 times", f"{mass:.2f}", mass >= 7)
+        )
+    for what, name, limit in (
+        ("soft steering adds", "route + counts, soft steering", 0.10),
+        ("forcing adds", "route + counts, forced", 0.10),
+        ("mass, weight and entropy add", "route + counts + mass + weight + entropy", 0.20),
+    ):
+        extra = run.ratio(name, "route + counts") - 1
+        out.append(Target(f"{case}: {what} to route with counts", f"<= {limit:.0%}", f"{extra:.1%}", extra <= limit))
+    return out
+
+
+def one_row(rounds: int) -> tuple[list[Row], list[Target]]:
+    shape = gate.Shape(tokens=1)
+    contenders = gate.Gate(shape).contenders()
+    names = ("torch", "route", "route + counts")
+    run = race({name: contenders[name] for name in names}, rounds=rounds, warmup=10, burst=20)
+    ratio = run.ratio("torch", "route + counts")
+    rows = results.rows("One row a call", shape.title, run, peers=dict.fromkeys(("route", "route + counts"), "torch"))
+    target = Target(f"{shape.title}: a call of route with counts", "<= 1/2 of torch's", f"1/{ratio:.2f}", ratio >= 2)
+    return rows, [target]
+
+
+def dispatch_rows(rounds: int) -> list[Row]:
+    peers = {
+        "dispatch": "torch argsort + bincount + inverse",
+        "permute": "torch index_select",
+        "combine": "torch multiply + index_add",
+    }
+    floors = {"permute": "write T * k rows", "combine": "read T * k rows"}
+    out = []
+    for shape in dispatch.SHAPES:
+        run = race(dispatch.Dispatching(shape).contenders(), rounds=rounds)
+        out += results.rows("Dispatch, permute, combine", shape.title, run, peers=peers, floors=floors)
+    return out
+
+
+def recording_rows(rounds: int, dtype: torch.dtype) -> tuple[list[Row], list[Fact], list[Target]]:
+    """Decode steps of the model alone, recorded by moe-route and by hand; then the exact time inside the hooks."""
+    section = "Recording while decoding"
+    case = f"qwen3_moe, 16 layers, 64 experts, batch 1, {str(dtype).removeprefix('torch.')}"
+    model = recording.decoder(dtype)
+    decoding = recording.Decoding(model)
+    by_hand = recording.ByHand(decoding)
+    around = {"moe-route": lambda: recording.recorded(decoding), "by hand in torch": by_hand.recording}
+    run = race(
+        dict.fromkeys(("model alone", *around), decoding.step),
+        rounds=rounds,
+        around={"model alone": decoding.alone, **around},
+    )
+    idle, hooks = recording.seconds_in_hooks(decoding, lambda: recording.empty_hooks(decoding), rounds)
+    facts = [Fact(section, case, f"{hooks} hooks that do nothing", idle * 1e6, "us a step")]
+    shares = {}
+    for name, recording_of in around.items():
+        inside, hooks = recording.seconds_in_hooks(decoding, recording_of, rounds)
+        shares[name] = inside / run.timing("model alone").median
+        facts += [
+            Fact(section, case, f"{name}: time inside its {hooks} hooks", inside * 1e6, "us a step"),
+            Fact(section, case, f"{name}: that as a share of the model's step", 100 * shares[name], "%"),
+            Fact(
+                section,
+                case,
+                f"{name}: time of a step over the model alone",
+                run.ratio(name, "model alone"),
+                "times",
+            ),
+        ]
+    share = shares["moe-route"]
+    target = Target(
+        f"{case}: time inside the recording hooks", "<= 0.5 % of a decode step", f"{share:.2%}", share <= 0.005
+    )
+    return results.rows(section, case, run), facts, [target]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="what to measure")
+    parser.add_argument("--rounds", type=int, default=60, help="calls of every contender (default: 60)")
+    parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder for the two files")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    instruction_set = _C.instruction_set()
+    rows: list[Row] = []
+    facts: list[Fact] = []
+    targets: list[Target] = []
+    if "gate" in options.sections:
+        races = gate_races(options.rounds, gate.SHAPES)
+        rows += gate_rows("Gate", races)
+        targets += gate_targets(races[gate.Shape()], instruction_set)
+    if "one-row" in options.sections:
+        more, wanted = one_row(options.rounds * 5)
+        rows, targets = rows + more, targets + wanted
+    if "dispatch" in options.sections:
+        rows += dispatch_rows(options.rounds)
+    if "recording" in options.sections:
+        for dtype in (torch.float32, torch.bfloat16):
+            more, said, wanted = recording_rows(options.rounds, dtype)
+            rows, facts, targets = rows + more, facts + said, targets + wanted
+    for path in results.save(
+        options.out, f"cpu-{instruction_set}", results.machine(instruction_set), rows, facts, targets
+    ):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""The gate against the torch operations it replaces: softmax, top-k, renormalise, bincount."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bench.timing import Contender, Pool
+from moe_route import ops
+
+SPEC = ops.RouterSpec(score="softmax", renormalise="sum")
+TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One gate: `tokens` rows of logits over `experts` experts, of which `k` are chosen."""
+
+    experts: int = 128
+    k: int = 8
+    dtype: torch.dtype = torch.float32
+    tokens: int = TOKENS
+
+    @property
+    def title(self) -> str:
+        return f"E={self.experts} k={self.k} T={self.tokens} {str(self.dtype).removeprefix('torch.')}"
+
+
+SHAPES: Sequence[Shape] = (
+    *(
+        Shape(experts, k)
+        for experts, k in ((8, 2), (16, 2), (32, 4), (60, 4), (64, 8), (128, 8), (256, 8), (384, 8), (512, 8))
+    ),
+    *(Shape(experts, k, torch.bfloat16) for experts, k in ((8, 2), (64, 8), (128, 8), (256, 8))),
+)
+
+
+class Gate:
+    """The contenders over one shape. Every one of them takes the number of an input and returns (weights, ids)."""
+
+    def __init__(self, shape: Shape):
+        self.shape = shape
+        self.logits = Pool((shape.tokens, shape.experts), shape.dtype)
+        self.torch_counts = torch.zeros(shape.experts, dtype=torch.int64)
+        self.torch_mass = torch.zeros(shape.experts)
+        self.std = torch.zeros(1, shape.experts)
+        self.std[0, : max(1, min(4, shape.experts // 4))] = 0.5
+
+    def torch_gate(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._torch(self.logits[index])
+
+    def torch_gate_and_mass(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._torch(self.logits[index], mass=True)
+
+    def torch_soft(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Soft steering of all tokens, as a user of torch would write it."""
+        z = self.logits[index].float()
+        return self._torch(z + self.std * z.std(dim=-1, correction=0, keepdim=True))
+
+    def torch_forced(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One expert to the maximum of the row, one to its minimum."""
+        z = self.logits[index].float()
+        low, high = torch.aminmax(z, dim=-1)
+        z = z.clone()
+        z[:, 1], z[:, 2] = high, low
+        return self._torch(z)
+
+    def _torch(self, logits: torch.Tensor, *, mass: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = torch.softmax(logits, dim=-1, dtype=torch.float32)
+        weights, ids = torch.topk(scores, self.shape.k, dim=-1)
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        self.torch_counts += torch.bincount(ids.flatten(), minlength=self.shape.experts)
+        if mass:
+            self.torch_mass += scores.sum(0)
+        return weights, ids
+
+    def routed(
+        self, *, planes: Sequence[str] = (), entropy: bool = False, steering: ops.SteeringTables | None = None
+    ) -> Contender:
+        """`ops.route` with these statistics (none where `planes` is empty) and every token steered, if at all."""
+        statistics = None
+        if planes:
+            statistics = ops.StatisticsTables.zeros(self.shape.experts, groups=1, planes=tuple(planes), entropy=entropy)
+        tokens = None if steering is None else ops.token_table(self.shape.tokens, steering_row=0)
+
+        def contender(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return ops.route(
+                self.logits[index], self.shape.k, SPEC, steering=steering, tokens=tokens, statistics=statistics
+            )
+
+        return contender
+
+    def soft_steering(self) -> ops.SteeringTables:
+        """Four experts raised by half a standard deviation [arXiv 2510.04694 eq. 4]."""
+        return ops.SteeringTables(1, self.shape.experts, std=self.std)
+
+    def forced_steering(self) -> ops.SteeringTables:
+        """One expert forced on, one off [arXiv 2510.04694 eq. 5]."""
+        force = torch.zeros(1, self.shape.experts)
+        force[0, 1], force[0, 2] = float(ops.Force.ON_PAPER), float(ops.Force.OFF_PAPER)
+        return ops.SteeringTables(1, self.shape.experts, force=force)
+
+    def read(self, index: int) -> torch.Tensor:
+        """The floor: reading the logits once and nothing else."""
+        return torch.sum(self.logits[index])
+
+    def contenders(self) -> dict[str, Contender]:
+        full = ("counts", "mass", "weight")
+        return {
+            "read the logits": self.read,
+            "torch": self.torch_gate,
+            "torch + p.sum(0)": self.torch_gate_and_mass,
+            "torch, soft steering": self.torch_soft,
+            "torch, forced": self.torch_forced,
+            "route": self.routed(),
+            "route + counts": self.routed(planes=("counts",)),
+            "route + counts + mass": self.routed(planes=("counts", "mass")),
+            "route + counts + mass + weight + entropy": self.routed(planes=full, entropy=True),
+            "route + counts, soft steering": self.routed(planes=("counts",), steering=self.soft_steering()),
+            "route + counts, forced": self.routed(planes=("counts",), steering=self.forced_steering()),
+        }

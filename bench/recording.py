@@ -1,0 +1,174 @@
+"""What recording costs a model that decodes: 16 layers of 64 experts, batch 1, by moe-route and by hand in torch."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+import moe_route as mr
+from moe_route.recording.recorder import LAG
+
+WINDOW = LAG + 1  # steps that the recorder counts together
+PAST = 64  # tokens in the cache before every step
+
+
+def decoder(dtype: torch.dtype) -> torch.nn.Module:
+    """A random qwen3_moe: hidden size 512, 16 layers, 64 experts of 256, top-8; 0.4 G parameters."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=8192,
+        hidden_size=512,
+        intermediate_size=1024,
+        moe_intermediate_size=256,
+        num_hidden_layers=16,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        num_experts=64,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        tie_word_embeddings=True,
+        dtype=dtype,
+    )
+    return Qwen3MoeForCausalLM(config).to(dtype).eval()
+
+
+class Decoding:
+    """One decode step after `PAST` tokens, on a new random token each time."""
+
+    def __init__(self, model: Any):
+        from transformers import DynamicCache
+
+        self.model = model
+        self.vocabulary = model.config.vocab_size
+        self.generator = torch.Generator().manual_seed(1)
+        self.cache = DynamicCache(config=model.config)
+        with torch.inference_mode():
+            model(input_ids=self.tokens(PAST), past_key_values=self.cache, use_cache=True)
+
+    def tokens(self, length: int) -> torch.Tensor:
+        return torch.randint(0, self.vocabulary, (1, length), generator=self.generator)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nothing but the step before, which the recorded steps have too."""
+        self.step(0)
+        yield
+
+    def step(self, _: int) -> torch.Tensor:
+        token = self.tokens(1)
+        with torch.inference_mode():
+            logits = self.model(input_ids=token, past_key_values=self.cache, use_cache=True).logits
+        self.cache.crop(-1)
+        return logits
+
+
+class ByHand:
+    """Counts, mass of the scores, weight of the chosen and entropy, as a careful user of torch would write them."""
+
+    def __init__(self, decoding: Decoding):
+        self.decoding, model = decoding, decoding.model
+        self.routers = [site.module for site in mr.patching.find_sites(model)]
+        experts = mr.patching.find_sites(model)[0].num_experts
+        self.counts = torch.zeros(len(self.routers), experts, dtype=torch.int64)
+        self.mass, self.weight = torch.zeros(2, len(self.routers), experts, dtype=torch.float64)
+        self.entropy = torch.zeros(len(self.routers), dtype=torch.float64)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        handles = [r.register_forward_hook(self._hook(layer)) for layer, r in enumerate(self.routers)]
+        try:
+            self.decoding.step(0)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, layer: int) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: object, output: tuple[torch.Tensor, ...]) -> None:
+            logits, weights, ids = output
+            scores = torch.softmax(logits.float(), dim=-1)
+            self.counts[layer] += torch.bincount(ids.flatten(), minlength=self.counts.shape[1])
+            self.mass[layer] += scores.sum(0)
+            self.weight[layer].index_add_(0, ids.flatten(), weights.flatten().double())
+            self.entropy[layer] -= torch.special.xlogy(scores, scores).sum()
+
+        return hook
+
+
+@contextmanager
+def empty_hooks(decoding: Decoding) -> Iterator[None]:
+    """A hook on every router that does nothing: what any recorder pays."""
+    sites = mr.patching.find_sites(decoding.model)
+    handles = [site.module.register_forward_hook(lambda *_: None) for site in sites]
+    try:
+        decoding.step(0)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class HookClock:
+    """Exact time inside hooks: wraps every forward hook that was added to the model since the clock was made."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.tables = [
+            table for module in model.modules() for table in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+        self.before = [set(table) for table in self.tables]
+        self.seconds = 0.0
+
+    def wrap(self) -> int:
+        """Wrap what is new; how many hooks that was."""
+        new = [
+            (table, key) for table, old in zip(self.tables, self.before, strict=True) for key in table if key not in old
+        ]
+        for table, key in new:
+            table[key] = self._timed(table[key])
+        return len(new)
+
+    def _timed(self, hook: Callable[..., object]) -> Callable[..., object]:
+        def timed(*args: object, **kwargs: object) -> object:
+            start = time.perf_counter()
+            result = hook(*args, **kwargs)
+            self.seconds += time.perf_counter() - start
+            return result
+
+        return timed
+
+
+@contextmanager
+def recorded(decoding: Decoding) -> Iterator[None]:
+    """Attached and recording counts, mass, weight, share and entropy of one labelled sequence, past its first step."""
+    routed = mr.attach(decoding.model, check=False)
+    try:
+        with routed.record(groups=["text"]) as recorder, recorder.labels(groups="text"):
+            decoding.step(0)
+            yield
+    finally:
+        routed.detach()
+
+
+def seconds_in_hooks(decoding: Decoding, recording: Callable[[], Any], steps: int) -> tuple[float, int]:
+    """Time per step inside the hooks that `recording()` adds, and how many hooks that are.
+
+    Steps are counted together in windows, so a step's time is the mean over a window; of the windows, the median.
+    """
+    clock = HookClock(decoding.model)
+    took = []
+    with recording():
+        hooks = clock.wrap()
+        for turn in range(-(-steps // WINDOW) + 1):
+            clock.seconds = 0.0
+            for step in range(WINDOW):
+                decoding.step(turn * WINDOW + step)
+            took.append(clock.seconds / WINDOW)
+    return statistics.median(took[1:]), hooks

@@ -1,0 +1,78 @@
+"""The figures of the README, from a results file: `python -m bench.summary bench/results/cpu-avx512.json`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.results import duration, table
+
+CASE = "E=128 k=8 T=4096 float32"
+OTHERS = (
+    "E=8 k=2 T=4096 float32",
+    "E=64 k=8 T=4096 float32",
+    "E=256 k=8 T=4096 float32",
+    "E=512 k=8 T=4096 float32",
+    "E=128 k=8 T=4096 bfloat16",
+    "E=128 k=8 T=1 float32",
+    "T=512 H=1024 E=128 k=8 float32",
+    "T=2048 H=1024 E=128 k=8 float32",
+)
+COMMITTED = Path(__file__).parent / "results" / "cpu-avx512.json"
+
+
+def summary(content: Mapping[str, Any]) -> str:
+    """The main figures of one results file as markdown."""
+    machine = content["machine"]
+    intro = (
+        f"One thread of a shared {machine['processor']} machine (kernels {machine['instruction set of the kernels']}, "
+        f"torch {machine['torch']}), medians, against what one would write in torch, timed in the same run with inputs "
+        "that never repeat ([how](bench/README.md)). 128 experts, top-8, 4096 rows of float32 logits:\n"
+    )
+    parts = [
+        intro,
+        table(("", "time", "a row", "torch", "times as fast"), _gate(content)),
+        "Route with counts at other sizes, and other operators:\n",
+        table(("", "time", "torch", "times as fast"), _others(content)),
+        "Recording a 16-layer model while it decodes, batch 1:\n",
+        table(("", "time inside the hooks", "share of a step"), _recording(content)),
+    ]
+    missed = [f"- {t['what']}: {t['measured']}, wanted {t['wanted']}" for t in content["targets"] if not t["met"]]
+    if missed:
+        parts += ["Targets that are missed so far:\n", *missed, ""]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _rows(content: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(row["case"], row["name"]): row for row in content["rows"]}
+
+
+def _gate(content: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    rows = _rows(content)
+    for (case, name), row in rows.items():
+        if case == CASE and row["peer"]:
+            peer = rows[case, row["peer"]]
+            a_row = f"{row['median'] / 4096 * 1e9:.0f} ns"
+            yield name, duration(row["median"]), a_row, duration(peer["median"]), f"{row['times_peer']:.1f}"
+
+
+def _others(content: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    rows = _rows(content)
+    for (case, name), row in rows.items():
+        if row["peer"] and case in OTHERS and (name == "route + counts" or not name.startswith("route")):
+            peer = rows[case, row["peer"]]
+            yield f"{name}, {case}", duration(row["median"]), duration(peer["median"]), f"{row['times_peer']:.1f}"
+
+
+def _recording(content: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    facts = [fact for fact in content["facts"] if ":" in fact["what"] and fact["unit"] != "times"]
+    for inside, share in zip(facts[::2], facts[1::2], strict=True):
+        who, dtype = inside["what"].split(":")[0], inside["case"].rpartition(" ")[2]
+        yield f"{who}, {dtype}", f"{inside['value']:.0f} us", f"{share['value']:.2f} %"
+
+
+if __name__ == "__main__":
+    print(summary(json.loads(Path(sys.argv[1]).read_text() if len(sys.argv) > 1 else COMMITTED.read_text())))
