@@ -1,0 +1,45 @@
+# make demo | test | bench | lint | clean. Needs Python >= 3.10 with venv, make and a C++20 compiler.
+#   make TORCH="torch==2.13.0 --index-url URL"   another torch build        make PYTHON=python3.12   another Python
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+CODE := moe_route tests bench examples setup.py
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+
+# A spinning OpenMP team costs milliseconds a region when another process has the second core.
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: build demo test bench lint clean
+
+build: $(VENV)/.built
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: build
+	$(BIN)/moe-route demo --out demo
+
+test: build
+	$(BIN)/python -m pytest -m "not slow" tests
+
+bench: build
+	$(BIN)/python -m bench
+
+lint: build
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/mypy
+
+clean:
+	rm -rf build demo dist *.egg-info .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.built
+	find moe_route -name '*.so' -delete

@@ -1,0 +1,162 @@
+"""Every example of the README and the documentation runs: Python blocks, and `moe-route` commands of console blocks.
+
+The blocks of one page run in order, in one namespace and one empty folder, as a reader would try them. A block
+after the comment `<!-- not run -->` is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from moe_route.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^(?P<skip><!-- not run -->\n)?```(?P<language>python|console)\n(?P<body>.*?)^```$", re.M | re.S)
+
+
+def blocks(page: Path) -> Iterator[tuple[str, str, int]]:
+    """(language, body, line of the body's start) of every block of the page that is to run."""
+    text = page.read_text(encoding="utf-8")
+    for match in BLOCK.finditer(text):
+        if not match["skip"]:
+            yield match["language"], match["body"], text.count("\n", 0, match.start("body"))
+
+
+def commands(body: str) -> Iterator[list[str]]:
+    """The moe-route commands of a console block; a backslash continues a line."""
+    for line in body.replace("\\\n", " ").splitlines():
+        if line.startswith("$ moe-route "):
+            yield shlex.split(line)[2:]
+
+
+# The architecture page holds signatures, which are no examples.
+FENCED = re.compile(r"^```(?P<language>\w+)\n(?P<body>.*?)^```$", re.M | re.S)
+WITH_EXAMPLES = [page for page in PAGES if page.name != "architecture.md" and any(True for _ in blocks(page))]
+
+
+@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for language, body, line in blocks(page):
+        if language == "python":
+            exec(compile("\n" * line + body, str(page), "exec"), namespace)  # a traceback names the line of the page
+            continue
+        for arguments in commands(body):
+            code = main(arguments)
+            assert code == 0, f"moe-route {' '.join(arguments)}: {capsys.readouterr().err}"
+
+
+def support_table() -> str:
+    """The table of docs/models.md, from the table that attaching goes by."""
+    from moe_route.patching.families import FAMILIES, SPECIALS
+
+    rows: dict[str, list[str]] = {}
+    for family in FAMILIES:
+        routers = [name for name in family.routers if name != "TopKRouter"]
+        rows.setdefault(family.name, []).extend(f"`{name}`" for name in routers)
+    lines = ["| routing | router classes of transformers |", "|---|---|"]
+    lines += [f"| {name} | {', '.join(sorted(routers))} |" for name, routers in rows.items() if routers]
+    lines += ["", "Refused by name:", "", "| class | because |", "|---|---|"]
+    lines += [f"| `{name}` | {reason} |" for name, reason in SPECIALS.items()]
+    return "\n".join(lines)
+
+
+def test_the_support_page_says_what_the_table_says():
+    page = ROOT / "docs" / "models.md"
+    head = page.read_text(encoding="utf-8").partition("<!-- table -->\n")[0]
+    expected = f"{head}<!-- table -->\n{support_table()}\n"
+    assert page.read_text(encoding="utf-8") == expected, "run `python tests/test_docs.py` to write the table anew"
+
+
+FIGURES = re.compile(r"(?<=<!-- figures -->\n).*?(?=<!-- end of figures -->)", re.S)
+
+
+def figures() -> str:
+    """The README's figures, from the committed results."""
+    from bench.summary import COMMITTED, summary
+
+    return summary(json.loads(COMMITTED.read_text()))
+
+
+def test_the_figures_are_those_of_the_committed_results(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    found = FIGURES.search((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert found
+    assert found[0] == figures(), "run `python tests/test_docs.py README.md` to write the figures anew"
+
+
+def test_the_pages_have_examples():
+    assert ROOT / "README.md" in WITH_EXAMPLES
+    assert len(WITH_EXAMPLES) >= 5
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_within_the_repository_lead_somewhere(page: Path):
+    for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+class Refresher:
+    """Writes anew what the pages print: the output of `moe-route` in console blocks, and a text block after a Python
+    block that prints. `python tests/test_docs.py [PAGE...]`."""
+
+    def __init__(self) -> None:
+        self.namespace: dict[str, object] = {"__name__": "__main__"}
+        self.printed = ""
+
+    def page(self, page: Path) -> None:
+        page.write_text(FENCED.sub(self.block, page.read_text(encoding="utf-8")), encoding="utf-8")
+
+    def block(self, match: re.Match[str]) -> str:
+        language, body = match["language"], match["body"]
+        if language == "python":
+            self.printed = captured(lambda: exec(body, self.namespace))
+        elif language == "text" and self.printed:
+            body, self.printed = self.printed, ""
+        elif language == "console":
+            body = "\n".join(self.commands(body))
+        return f"```{language}\n{body.rstrip()}\n```"
+
+    def commands(self, body: str) -> Iterator[str]:
+        lines = body.replace("\\\n", "\\\0").splitlines()
+        for line in (line for line in lines if line.startswith("$ ")):
+            yield line.replace("\0", "\n")
+            for arguments in commands(line.replace("\\\0", " ")):
+                yield captured(lambda arguments=arguments: main(arguments)).rstrip()
+
+
+def captured(run: Callable[[], object]) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        run()
+    return out.getvalue()
+
+
+def refresh() -> None:
+    target = ROOT / "docs" / "models.md"
+    beginning = target.read_text(encoding="utf-8").partition("<!-- table -->\n")[0]
+    target.write_text(f"{beginning}<!-- table -->\n{support_table()}\n", encoding="utf-8")
+    readme = ROOT / "README.md"
+    sys.path.insert(0, str(ROOT))
+    readme.write_text(FIGURES.sub(lambda _: figures(), readme.read_text(encoding="utf-8")), encoding="utf-8")
+    wanted = [Path(name).resolve() for name in sys.argv[1:]] or WITH_EXAMPLES
+    for page in wanted:
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            Refresher().page(page)
+
+
+if __name__ == "__main__":
+    refresh()
