@@ -89,7 +89,7 @@ class RunningSequences:
         ids = call.input_ids
         if ids is not None and ids.shape == (call.batch, call.length):
             # a copy: callers may reuse their input buffer for the next step
-            self._tokens.append((ids.to(torch.int32, copy=True), call.valid, call.length))
+            self._tokens.append((ids.clone(), call.valid, call.length))
         else:
             self._tokens.append((None, None, call.length))
 
@@ -115,7 +115,7 @@ class RunningSequences:
         if not ids:
             lengths = np.asarray([length for _, _, length in calls], np.int32).tobytes()
             return [(sequence, lengths) for sequence in range(self.count)]
-        tokens = torch.cat(ids, dim=1).cpu().numpy()
+        tokens = torch.cat(ids, dim=1).to(torch.int32).cpu().numpy()
         valid = np.ones(tokens.shape, bool)
         start = 0
         for chunk, mask, length in calls:
