@@ -197,14 +197,24 @@ def _dtype(name: str | torch.dtype) -> Any:
 
 def _from_pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise ImportError("a model by name needs transformers: pip install 'moe-route[hf]'") from error
+    what = "model"
     try:
+        AutoConfig.from_pretrained(name)
+        what = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(name)
+        # transformers makes up an empty one where there are no files of it
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise ValueError("it has no vocabulary")
+        what = "model"
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelNotFound(
-            f"no model can be loaded from {name!r} ({reason}): give a folder with a checkpoint, or a name on the hub"
-        ) from error
+        mend = (
+            "give a folder with a checkpoint, or a name on the hub"
+            if what == "model"
+            else "save the checkpoint's tokenizer beside its weights (tokenizer.save_pretrained)"
+        )
+        raise ModelNotFound(f"no {what} can be loaded from {name!r} ({reason}): {mend}") from error

@@ -34,6 +34,12 @@ class TestPairedDifference:
         base = np.ones(20)
         assert paired_difference(base, base, base).verdict == "unclear"
 
+    def test_one_text_has_no_interval(self):
+        found = paired_difference(np.array([12.0]), np.array([10.0]), np.array([10.0]))
+        assert found.value == pytest.approx(0.2)
+        assert np.isnan([found.low, found.high]).all()
+        assert found.verdict == "unclear"
+
     def test_noise_is_mostly_unclear(self):
         """95 % intervals of differences without an effect leave zero out in about one case of twenty."""
         rng = np.random.default_rng(1)
@@ -126,6 +132,11 @@ class TestLanguageModel:
     def test_an_unknown_name(self, tmp_path: Path):
         with pytest.raises(ModelNotFound, match="checkpoint"):
             LanguageModel.load(str(tmp_path / "nothing"))
+
+    def test_a_checkpoint_without_its_tokenizer(self, spoken: LanguageModel, tmp_path: Path):
+        spoken.model.save_pretrained(tmp_path)
+        with pytest.raises(ModelNotFound, match="tokenizer"):
+            LanguageModel.load(str(tmp_path))
 
 
 class TestDemo:

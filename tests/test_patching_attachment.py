@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -399,6 +400,86 @@ def test_a_router_output_changed_later_on_is_an_error_not_a_wrong_count() -> Non
     assert {table.scalar("tokens").item() for table in tables} == {2}
     run(model, input_ids=tokens(1, 2))
     assert {table.scalar("tokens").item() for table in tables} == {4}
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_modes_may_alternate(name: str) -> None:
+    """Tensors of inference mode have no version counter; those of a router that divides in place are at 1 else."""
+    model = tiny_model(name)
+    attachment = Attachment(model)
+    tables = zeros(attachment)
+    attachment.set_statistics(tables, lag=3)
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode, torch.no_grad):
+        for _ in range(2):
+            with mode():
+                model(input_ids=tokens(1, 2))
+    attachment.flush()
+    assert {table.scalar("tokens").item() for table in tables} == {20}
+
+
+def test_after_an_alarm_every_router_is_counted_at_once() -> None:
+    model = tiny_model("qwen3_moe")
+    attachment = Attachment(model)
+    tables = zeros(attachment)
+    attachment.set_statistics(tables)
+    run(model, input_ids=tokens(1, 2))
+    for layer in model.layers:
+        layer.mlp.gate.register_forward_hook(lambda module, _, output: setattr(module, "spoilt", output[1]))
+        layer.mlp.register_forward_hook(lambda module, *_: [module.gate.spoilt.zero_(), None][1])
+    with pytest.raises(RuntimeError, match="changed in place"):
+        run(model, input_ids=tokens(1, 2))
+    run(model, input_ids=tokens(1, 2))
+    assert {table.scalar("tokens").item() for table in tables} == {4}
+
+
+@pytest.mark.parametrize("length", [2, 80])
+def test_an_interrupt_leaves_the_next_call_right(length: int) -> None:
+    """torch runs no hook at KeyboardInterrupt, so the interrupted call never ends."""
+    model = tiny_model("qwen3_moe", head=True)
+    attachment = Attachment(model)
+    tables = zeros(attachment, groups=3)
+    attachment.set_statistics(tables)
+    group = 0
+    attachment.label = lambda call: Labels(group=group)
+    run(model, input_ids=tokens(1, length))
+    before = [table.groups.clone() for table in tables]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    group, stop = 1, model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, input_ids=tokens(1, length))
+    stop.remove()
+    group = 2
+    run(model, input_ids=tokens(1, length))
+    for table, old in zip(tables, before, strict=True):
+        assert torch.equal(table.groups[0], old[0])
+        assert table.scalar("tokens")[2] == length
+
+
+def test_a_second_thread_is_refused() -> None:
+    model = tiny_model("qwen3_moe")
+    attachment = Attachment(model)
+    attachment.set_statistics(zeros(attachment))
+    failures: list[BaseException] = []
+
+    def call_too() -> None:
+        try:
+            run(model, input_ids=tokens(1, 3))
+        except RuntimeError as failure:
+            failures.append(failure)
+
+    def elsewhere(*_: object) -> None:
+        thread = threading.Thread(target=call_too)
+        thread.start()
+        thread.join()
+
+    stop = model.layers[1].register_forward_pre_hook(elsewhere)
+    run(model, input_ids=tokens(1, 3))
+    stop.remove()
+    assert len(failures) == 1
+    assert "thread" in str(failures[0])
 
 
 def test_a_failed_small_call_is_forgotten() -> None:

@@ -13,7 +13,8 @@ RESAMPLES = 4000
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean change of the loss, nats a token, with the 95 % interval of a paired bootstrap over items."""
+    """Mean change of the loss, nats a token, with the 95 % interval of a paired bootstrap over items; NaN ends where
+    there was a single item, whose change says nothing of others."""
 
     value: float
     low: float
@@ -24,7 +25,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """ "lower", "higher", or "unclear" where the interval holds zero."""
+        """ "lower", "higher", or "unclear" where the interval holds zero or there is none."""
         return "lower" if self.high < 0 else "higher" if self.low > 0 else "unclear"
 
 
@@ -39,7 +40,10 @@ def paired_difference(
     """
     nats, base, tokens = (np.atleast_2d(np.asarray(a, float).T).T for a in (nats, base, tokens))
     change = nats - base
+    value = float((change.sum(0) / tokens.sum(0)).mean())
+    if len(change) < 2:
+        return Difference(value, float("nan"), float("nan"))
     drawn = np.random.default_rng(seed).integers(0, len(change), (resamples, len(change)))
     means = (change[drawn].sum(1) / tokens[drawn].sum(1)).mean(-1)
     low, high = np.quantile(means, [0.025, 0.975])
-    return Difference(float((change.sum(0) / tokens.sum(0)).mean()), float(low), float(high))
+    return Difference(value, float(low), float(high))

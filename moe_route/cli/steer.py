@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ def run(options: argparse.Namespace) -> Answer:
     spoken = language_model(options)
     routed = spoken.attach(options.engine)
     try:
+        with routed.steer(plan):
+            pass  # a plan that does not fit is refused before the first, long run without it
         return (
             _prompt(options, spoken, routed, plan)
             if options.prompt is not None
@@ -62,7 +65,7 @@ def _losses(options: argparse.Namespace, spoken: Any, routed: Any, plan: Any, wo
     with routed.steer(plan):
         steered = spoken.losses(work, progress="with the plan" if shown else None, **given)
     groups = np.array([text.group for text in work])
-    rows = []
+    rows: list[dict[str, Any]] = []
     for group in dict.fromkeys(groups):
         mine = groups == group
         tokens = base[mine, 1]
@@ -88,7 +91,7 @@ def _losses(options: argparse.Namespace, spoken: Any, routed: Any, plan: Any, wo
             r["loss"],
             r["steered"],
             f"{r['change']:+.4f}",
-            f"[{r['low']:+.4f}, {r['high']:+.4f}]",
+            "none" if math.isnan(r["low"]) else f"[{r['low']:+.4f}, {r['high']:+.4f}]",
             r["verdict"],
         )
         for r in rows

@@ -60,7 +60,10 @@ class Attachment:
         self.sites: list[RouterSite] = find_sites(model)
         for site in self.sites:
             if attachment_of(site.module) is not None:
-                raise AlreadyAttached(f"router {site.name!r} is attached to already; detach() that attachment first")
+                raise AlreadyAttached(
+                    f"router {site.name!r} is attached to already; detach() that attachment first "
+                    "(moe_route.patching.attachment_of(model), where nothing else holds it)"
+                )
             _choose_engine(site, engine)
         if check:
             _check(self.sites)
@@ -113,6 +116,8 @@ class Attachment:
         if tables is not None:
             self._fits("statistics tables", tables)
         self.flush()
+        if self._statistics is None or tables is None:  # a recording begins or ends: no call is running
+            self._context.forget_call()
         self._context.deferred.lag = lag
         self._statistics = None if tables is None else list(tables)
         self._configure()

@@ -33,7 +33,6 @@ class Counted(Protocol):
     spec: RouterSpec
     statistics: StatisticsTables | None
     cohort: int  # routers with an equal one are counted together
-    versions: int  # of its output's tensors, as the router returns them
 
     def parts(self, output: Output) -> tuple[Tensor, Tensor, Tensor]:
         """Router logits, weights and ids."""
@@ -64,7 +63,7 @@ class Watched(NamedTuple):
 class KeptCall(NamedTuple):
     """Router outputs of one call, and its token table."""
 
-    outputs: list[tuple[Counted, Output]]
+    outputs: list[tuple[Counted, Output, int]]
     table: Tensor
 
 
@@ -75,14 +74,13 @@ class DeferredCounts:
 
     def __init__(self) -> None:
         self.lag = 0  # calls that may wait after the call that was just made
-        self.kept: list[tuple[Counted, Output]] = []
+        self.kept: list[tuple[Counted, Output, int]] = []  # engine, what the router returned, its `versions` then
         self._calls: list[KeptCall] = []
         self._tokens = 0
         self._watched: list[Watched] = []
 
     def watch(self, engine: Counted, output: Output) -> None:
         """See whether the model leaves this output as it is until the call ends."""
-        engine.versions = versions(output)
         self._watched.append(Watched(engine, output, tuple(tensor.detach().clone() for tensor in output)))
 
     def end_call(self, table: Tensor) -> None:
@@ -114,15 +112,16 @@ class DeferredCounts:
         calls, self._calls, self._tokens = self._calls, [], 0
         alike: dict[tuple[int, int], tuple[Tensor, list[Counted], list[Output]]] = {}
         for kept, table in calls:
-            for engine, whole in kept:
-                output = engine.parts(whole)
-                if versions(output) != engine.versions:
-                    engine.settle(False)
+            for engine, whole, before in kept:
+                if versions(whole) != before:
+                    for other, _, _ in kept:
+                        other.settle(False)
                     raise RuntimeError(
                         f"the output of router {engine.site.name!r} was changed in place after the router ran, though "
                         f"not in the first small call; {len(calls)} calls are not counted. Record again: later calls "
                         "are counted router by router."
                     )
+                output = engine.parts(whole)
                 _, engines, outputs = alike.setdefault((engine.cohort, id(table)), (table, [], []))
                 engines.append(engine)
                 outputs.append(output)
@@ -133,7 +132,8 @@ class DeferredCounts:
 
 
 def versions(output: Output) -> int:
-    """How often the tensors were changed in place, in all; 0 in inference mode."""
-    if output[0].is_inference():
+    """How often the first three tensors were changed in place, in all; 0 for tensors of inference mode."""
+    first, second, third = output[:3]
+    if first.is_inference() or second.is_inference() or third.is_inference():
         return 0
-    return sum(tensor._version for tensor in output)
+    return first._version + second._version + third._version

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from moe_route import ops
 from moe_route.ops import StatisticsTables, SteeringTables
+from moe_route.patching.deferred import versions
 from moe_route.patching.families import Gate, at
 from moe_route.patching.sites import RouterSite
 from moe_route.patching.tokens import TokenContext, recomputing
@@ -87,14 +88,13 @@ class Engine(ABC):
 class Observed(Engine):
     """A forward hook on the router.
 
-    `keeps_output`: whether the model leaves what the router returned as it is (None: not seen yet), with its tensors at
-    `versions`; `defers`: whether the hook only keeps the output of a small call, to be counted after the call.
+    `keeps_output`: whether the model leaves what the router returned as it is (None: not seen yet).
+    `defers`: whether the hook only keeps the output of a small call, to be counted after the call.
     """
 
     def __init__(self, site: RouterSite, context: TokenContext) -> None:
         super().__init__(site, context)
         self.keeps_output: bool | None = None
-        self.versions = 0
         self.defers = False
 
     def configure(
@@ -129,8 +129,8 @@ class Observed(Engine):
     ) -> tuple[Tensor, ...] | None:
         """Count the router's output; return a new one only where a token is steered."""
         context = self.context
-        if context.small and self.defers:
-            context.deferred.kept.append((self, output))
+        if context.small and self.defers and not torch.compiler.is_compiling():
+            context.deferred.kept.append((self, output, versions(output)))
             return None
         if context.idle:
             return None

@@ -7,6 +7,7 @@ steered: group, segment and steering row -1, valid 1.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -223,6 +224,7 @@ class TokenContext:
         "_cached",
         "_finished",
         "_key",
+        "_thread",
         "_uniform",
     )
 
@@ -248,19 +250,43 @@ class TokenContext:
         self._key: tuple[object, ...] | None = None
         self._cached: Tensor | None = None
         self._uniform = False
+        self._thread = 0
+
+    def forget_call(self) -> None:
+        """No call is running, whatever an interrupt left behind."""
+        self.deferred.drop_call()
+        self.call = self.table = self.owner = None
+        self.small = False
 
     def enter(
         self, reader: CallReader, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> None:
-        """Begin a call, unless it is an inner part of one that is running."""
-        if self.idle or self.owner is not None or recomputing():
+        """Begin a call, unless it is an inner part of one that is running.
+
+        Raises `RuntimeError` where another thread runs the model: one token table serves all routers.
+        """
+        if self.idle or recomputing():
             return
+        if self.owner is not None:
+            self._refuse_other_threads()
+            if self.owner is not module:
+                return
+            self.deferred.drop_call()  # the last call was interrupted: torch runs no hook then
         call = reader(args, kwargs, self._finished)
         if call is None:
             return
         self.begin(call)
-        self.owner, self.reached = module, False
+        self.owner, self.reached, self._thread = module, False, _thread()
         self.small = self.num_tokens <= MOST_TOKENS
+
+    def _refuse_other_threads(self) -> None:
+        here = _thread()
+        if here != self._thread and 0 not in (here, self._thread):
+            raise RuntimeError(
+                "the model was called in one thread while another was running it (or was interrupted in it): an "
+                "attached model records and steers one call at a time. Use one thread, or a copy of the model for "
+                "each; after an interrupt, begin the recording or steering anew."
+            )
 
     def begin(self, call: Call) -> None:
         """Ask for the labels of `call` and build its table."""
@@ -272,15 +298,15 @@ class TokenContext:
         """End the call that `module` began; an output of None means that it failed."""
         if self.owner is not module:
             return
-        call, table, deferred = self.call, self.table, self.deferred
-        self.call = self.table = self.owner = None
-        small, self.small = self.small, False
+        call, table, small = self.call, self.table, self.small
         if output is None or call is None or table is None:
-            deferred.drop_call()
+            self.forget_call()
             return
+        self.call = self.table = self.owner = None
+        self.small = False
         if small:
-            self.reached = self.reached or bool(deferred.kept)
-            deferred.end_call(table)
+            self.reached = self.reached or bool(self.deferred.kept)
+            self.deferred.end_call(table)
         if not self.reached and not self.idle:
             raise RuntimeError(
                 f"{type(module).__name__} was called, but none of its routers: the blocks above them were replaced "
@@ -333,6 +359,11 @@ def _any_row(row: int | Tensor) -> bool:
     if isinstance(row, int):
         return row >= 0
     return row.device.type != "cpu" or bool((row >= 0).any())
+
+
+def _thread() -> int:
+    """Which thread this is; 0 while compiling, where a call is one graph."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def recomputing() -> bool:
