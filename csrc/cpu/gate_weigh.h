@@ -188,8 +188,8 @@ inline void weigh(const Workspace<F>& w, const GateArgs& args, const SteeringRow
   } else {
     for (int j = 0; j < c.count; ++j) {
       const int id = c.ids[j];
-      const T bias = bias_on_logits && id >= 0 ? T(row->score_bias[id]) : T(0);
-      c.logits[j] = id >= 0 ? z[id] + bias : not_a_number<T>();
+      c.logits[j] = id >= 0 ? z[id] : not_a_number<T>();
+      if (bias_on_logits && id >= 0) c.logits[j] += T(row->score_bias[id]);
     }
   }
   F(not_a_number<T>()).store(c.logits + c.count);

@@ -27,6 +27,7 @@ struct DispatchArgs {
   int64_t* counts = nullptr;
   int64_t* order = nullptr;
   int64_t* inverse = nullptr;
+  void* workspace = nullptr;  // CUDA only: see cuda.h
 };
 
 // Rows that always suffice: no expert wastes more than block - 1.

@@ -1,0 +1,107 @@
+// The gate on CUDA: one launch, cut so that a small batch spreads over the chip and a large one fills it
+// once.
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "gate_layout.h"
+
+namespace moe_route::cuda {
+namespace {
+
+constexpr int kTeam = 16;
+constexpr int kBlocksPerMultiprocessor = 8;
+
+int rounded(int64_t n, int to) { return static_cast<int>((n + to - 1) / to * to); }
+
+Level level_of(const GateArgs& args) {
+  if (args.steering.rows > 0 || args.given.mode != GivenMode::kNone || args.spec.groups > 1 ||
+      args.spec.score == Score::kSparseMixer || (args.statistics.planes & kNaturalCounts)) {
+    return Level::kFull;
+  }
+  return args.statistics.entropy || (args.statistics.planes & kMass) ? Level::kScored : Level::kPlain;
+}
+
+GateLayout layout_of(const GateArgs& args, bool in_registers, int teams, int most_shared) {
+  const GateSpec& spec = args.spec;
+  const bool forces = args.steering.planes & kForce;
+  GateLayout layout;
+  layout.keeps_logits = args.correction_bias != nullptr || spec.groups > 1 ||
+                        spec.score == Score::kSparseMixer || args.given.mode != GivenMode::kNone ||
+                        (args.steering.planes & kScoreBias);
+  int next = GateLayout::kSlots;
+  const auto take = [&next](bool wanted, int bytes) {
+    const int here = next;
+    if (wanted) next += rounded(bytes, 16);
+    return here;
+  };
+  const int slots = rounded(args.k, kTeam) * 4, row = rounded(args.experts, kTeam) * 4;
+  layout.ids = take(true, slots);
+  layout.logits = take(true, slots);
+  layout.weights = take(true, slots);
+  layout.natural = take(args.statistics.planes & kNaturalCounts, slots);
+  layout.logit_row = take(layout.keeps_logits, row);
+  layout.value_row = take(!in_registers || spec.groups > 1, row);
+  layout.score_row = take(!in_registers, row);
+  layout.member_row = take(!in_registers && forces, row);
+  layout.group_scores = take(spec.groups > 1, spec.groups * 4);
+  layout.team = next;
+  const bool counting = args.statistics.groups != nullptr || args.statistics.segments != nullptr;
+  const int width = kStatScalars + __builtin_popcount(args.statistics.planes) * args.experts;
+  const int block_row = rounded(width * 8, 16);
+  if (counting && block_row + teams * layout.team <= most_shared) layout.block_row = block_row;
+  layout.shared_bytes = layout.block_row + teams * layout.team;
+  return layout;
+}
+
+using LaunchFunction = void (*)(const GateLaunch&, Stream);
+
+LaunchFunction launch_for(int experts, bool in_registers) {
+  if (!in_registers) return launch_gate<0>;
+  if (experts <= 16) return launch_gate<1>;
+  if (experts <= 32) return launch_gate<2>;
+  if (experts <= 64) return launch_gate<4>;
+  if (experts <= 128) return launch_gate<8>;
+  if (experts <= 256) return launch_gate<16>;
+  if (experts <= 384) return launch_gate<24>;
+  return launch_gate<32>;
+}
+
+void require(bool holds, const char* message) {
+  if (!holds) throw std::invalid_argument(std::string("cuda::gate: ") + message);
+}
+
+void check_arguments(const GateArgs& args) {
+  const GateSpec& spec = args.spec;
+  require(args.logits_type != DType::kFloat64, "float64 logits are computed on the CPU only");
+  require(args.experts >= 1 && args.experts <= 4096, "experts must lie in 1..4096");
+  require(args.k >= 1 && args.k <= args.experts && args.k <= 64, "k must lie in 1..min(experts, 64)");
+  require(spec.groups >= 1 && args.experts % spec.groups == 0, "experts must divide into groups");
+  require(spec.top_groups >= 1 && spec.top_groups <= spec.groups, "top_groups must lie in 1..groups");
+  require(args.logits != nullptr || args.given.mode == GivenMode::kNatural, "logits are missing");
+  require(args.given.mode == GivenMode::kNone || args.given.ids != nullptr, "a given choice needs ids");
+}
+
+}  // namespace
+
+void gate(const GateArgs& args, Stream stream) {
+  if (args.tokens <= 0) return;
+  check_arguments(args);
+  const Level level = level_of(args);
+  const bool in_registers = args.experts <= register_experts(level);
+  const int teams = (in_registers ? kGateThreads : kGateThreadsAboveRegisters) / kTeam;
+  GateLaunch gate;
+  gate.args = args;
+  gate.level = level;
+  gate.layout =
+      layout_of(args, in_registers, teams, device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  const int64_t most_blocks =
+      int64_t{kBlocksPerMultiprocessor} * device_attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t steps = (args.tokens + teams - 1) / teams;
+  gate.rows_per_block = (steps + most_blocks - 1) / most_blocks * teams;
+  gate.blocks = (args.tokens + gate.rows_per_block - 1) / gate.rows_per_block;
+  launch_for(args.experts, in_registers)(gate, stream);
+}
+
+}  // namespace moe_route::cuda

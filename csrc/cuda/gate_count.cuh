@@ -1,0 +1,232 @@
+// Counting: what one pass over the rows adds to the statistics tables.
+//
+// int64 throughout; a term is rounded to 2^-32 once (nearest even) and then only added, so the result depends
+// neither on the grid nor on the order in which blocks run. What belongs to the (group, segment) of a block's
+// first counted token is added up in one row in shared memory, where that row fits, and reaches the tables
+// when the block ends; anything else goes there at once. Mass, which every expert gets from every token, is
+// summed in registers as long as the (group, segment) stays the same.
+#pragma once
+#include "gate_layout.h"
+#include "gate_weigh.cuh"
+
+namespace moe_route::cuda {
+namespace {
+
+// Units of 2^-32, nearest even; terms are clamped to +-2^19, NaN is 0. Scaling by 2^32 is exact.
+__device__ __forceinline__ long long fixed_point(float x) {
+  if (!(x == x)) return 0;
+  return __float2ll_rn(fminf(fmaxf(x, -0x1p+19f), 0x1p+19f) * 0x1p+32f);
+}
+
+using Sum = unsigned long long;  // int64 in two's complement, as atomics take it
+
+// 64-bit addition to shared memory, of which hardware has the 32-bit kind: the low half's carry goes to the
+// high half.
+__device__ __forceinline__ void add_to_shared(Sum* sum, Sum term) {
+  auto* halves = reinterpret_cast<unsigned*>(sum);
+  const auto low = static_cast<unsigned>(term);
+  const unsigned before = atomicAdd(halves, low);
+  const unsigned high = static_cast<unsigned>(term >> 32) + (before + low < before ? 1u : 0u);
+  if (high != 0) atomicAdd(halves + 1, high);
+}
+
+// The row of a table that a token counts in; -1 for none.
+struct Place {
+  int32_t group = -1;
+  int32_t segment = -1;
+  __device__ __forceinline__ bool counted() const { return group >= 0 || segment >= 0; }
+  __device__ __forceinline__ bool operator==(const Place& other) const {
+    return group == other.group && segment == other.segment;
+  }
+};
+
+__device__ __forceinline__ Place place_of(const GateStatistics& tables, int32_t group, int32_t segment) {
+  Place place;
+  if (tables.groups != nullptr && group >= 0 && group < tables.num_groups) place.group = group;
+  if (tables.segments != nullptr && segment >= 0 && segment < tables.num_segments) place.segment = segment;
+  return place;
+}
+
+__host__ __device__ inline int planes_of(uint32_t planes) {
+#if defined(__CUDA_ARCH__)
+  return __popc(planes);
+#else
+  return __builtin_popcount(planes);
+#endif
+}
+__host__ __device__ inline int statistics_width(const GateArgs& args) {
+  return kStatScalars + planes_of(args.statistics.planes) * args.experts;
+}
+
+// Adds to the row of `place` in both tables.
+__device__ __forceinline__ void add_to_tables(const GateStatistics& tables, const Place& place, int width,
+                                              int at, Sum term) {
+  if (place.group >= 0)
+    atomicAdd(reinterpret_cast<Sum*>(tables.groups) + int64_t{place.group} * width + at, term);
+  if (place.segment >= 0)
+    atomicAdd(reinterpret_cast<Sum*>(tables.segments) + int64_t{place.segment} * width + at, term);
+}
+
+// Sums of mass of the lane's experts; where a row has too many for registers, or nobody asks, there are none.
+template <int kSums>
+struct MassSums {
+  long long lane_sums[kSums];
+  __device__ __forceinline__ void clear() {
+    for (auto& sum : lane_sums) sum = 0;
+  }
+};
+template <>
+struct MassSums<0> {
+  __device__ __forceinline__ void clear() {}
+};
+
+// Counts for one team. `block_row` is the block's row in shared memory, or null.
+template <int kVectors, Level kLevel>
+class Tally {
+ public:
+  __device__ __forceinline__ Tally(const GateArgs& args, Sum* block_row, Place block_place)
+      : args_(args), width_(statistics_width(args)), block_row_(block_row), block_place_(block_place) {
+    clear();
+  }
+
+  __device__ __forceinline__ bool wants(uint32_t plane) const {
+    return (args_.statistics.planes & plane) != 0;
+  }
+  __device__ __forceinline__ bool wants_scores() const {
+    return kLevel != Level::kPlain && (wants(kMass) || args_.statistics.entropy);
+  }
+  __device__ __forceinline__ bool wants_natural() const {
+    return kLevel == Level::kFull && wants(kNaturalCounts);
+  }
+  __device__ __forceinline__ bool wants_weights() const { return wants(kWeight | kShare | kNaturalCounts); }
+
+  // Turns to the place of a token that counts.
+  __device__ __forceinline__ void turn_to(const Place& place) {
+    if (place == place_) return;
+    flush();
+    place_ = place;
+  }
+
+  // Lane s holds scalar s.
+  __device__ __forceinline__ void scalar(int which, long long term) {
+    if (team_lane() == which) scalar_ += term;
+  }
+
+  __device__ __forceinline__ void scores(const RowScores& r, const Values<kVectors>& score) {
+    if (!r.scored) return scalar(kStatUnscored, 1);
+    if (args_.statistics.entropy) scalar(kStatEntropy, fixed_point(entropy_of(r)));
+    if (!wants(kMass)) return;
+    for_each_expert<kVectors>(args_.experts, [&](int i, int e) {
+      const long long term = __float2ll_rn(score[i] * r.inverse * 0x1p+32f);
+      if constexpr (kSums > 0) {
+        mass_.lane_sums[i] += term;
+      } else if (e < args_.experts && term != 0) {
+        add(plane(kMass) + e, static_cast<Sum>(term));
+      }
+    });
+  }
+
+  // Adds to entry `at` of the row of the current place.
+  __device__ __forceinline__ void add(int at, Sum term) {
+    if (block_row_ != nullptr && place_ == block_place_)
+      add_to_shared(block_row_ + at, term);
+    else
+      add_to_tables(args_.statistics, place_, width_, at, term);
+  }
+  // Adds one to a plane of counts. A block has fewer than 2^32 slots, so its row needs no carry and nobody
+  // waits.
+  __device__ __forceinline__ void add_one(int at) {
+    if (block_row_ != nullptr && place_ == block_place_)
+      atomicAdd(reinterpret_cast<unsigned*>(block_row_ + at), 1u);
+    else
+      add_to_tables(args_.statistics, place_, width_, at, 1);
+  }
+  // First entry of a plane.
+  __device__ __forceinline__ int plane(uint32_t bit) const {
+    return kStatScalars + planes_of(args_.statistics.planes & (bit - 1)) * args_.experts;
+  }
+
+  __device__ __forceinline__ void flush() {
+    if (place_.counted()) {
+      if (team_lane() < kStatScalars && scalar_ != 0) add(team_lane(), static_cast<Sum>(scalar_));
+      if constexpr (kSums > 0) {
+        if (wants(kMass)) {
+          for_each_expert<kVectors>(args_.experts, [&](int i, int e) {
+            if (e < args_.experts && mass_.lane_sums[i] != 0)
+              add(plane(kMass) + e, static_cast<Sum>(mass_.lane_sums[i]));
+          });
+        }
+      }
+    }
+    clear();
+  }
+
+ private:
+  __device__ __forceinline__ void clear() {
+    scalar_ = 0;
+    mass_.clear();
+  }
+
+  const GateArgs& args_;
+  const int width_;
+  Sum* const block_row_;
+  const Place block_place_;
+  Place place_;
+  long long scalar_ = 0;
+  // At the full level more than 256 experts would not fit the registers beside what steering needs.
+  static constexpr int kSums =
+      kLevel == Level::kPlain || (kLevel == Level::kFull && kVectors > 16) ? 0 : kVectors;
+  MassSums<kSums> mass_;
+};
+
+// What the chosen of a row add; both teams walk through it, `counted` or not.
+template <class Tally>
+__device__ __forceinline__ void count_chosen(Tally& tally, Slots slots, const Choice& c, bool counted,
+                                             int row_slots) {
+  int present = 0;
+  for_each_slot(counted ? c.count : 0, [&](int j) {
+    const int id = slots.ids[j];
+    if (id < 0) return;
+    ++present;
+    if (tally.wants(kCounts)) tally.add_one(tally.plane(kCounts) + id);
+    if (tally.wants(kWeight))
+      tally.add(tally.plane(kWeight) + id, static_cast<Sum>(fixed_point(slots.weights[j])));
+  });
+  if (any(!c.compact)) present = fold_add(present);
+  if (counted) tally.scalar(kStatEmpty, row_slots - (c.compact ? c.count : present));
+  if (!counted || !tally.wants(kShare)) return;
+  const float total = sum_in_order(slots.weights, c.count);
+  for_each_slot(total != 0.0f ? c.count : 0, [&](int j) {
+    const int id = slots.ids[j];
+    if (id >= 0) tally.add(tally.plane(kShare) + id, static_cast<Sum>(fixed_point(slots.weights[j] / total)));
+  });
+}
+
+// Natural counts, and how many slots and how much weight lie outside the natural choice. `natural`: its ids,
+// which are the choice's own where nothing was steered. Both teams walk through it.
+template <class Tally>
+__device__ __forceinline__ void count_natural(Tally& tally, Slots slots, const Choice& c, bool counted,
+                                              const int32_t* natural, int natural_count, bool differs) {
+  for_each_slot(counted ? natural_count : 0, [&](int j) {
+    if (natural[j] >= 0) tally.add_one(tally.plane(kNaturalCounts) + natural[j]);
+  });
+  if (!any(counted && differs)) return;
+  const int count = counted && differs ? c.count : 0;
+  int flipped = 0;
+  for_each_slot(count, [&](int j) {
+    const int id = slots.ids[j];
+    bool found = id < 0;
+    for (int i = 0; i < natural_count; ++i) found |= natural[i] == id;
+    flipped += found ? 0 : 1;
+    slots.logits[j] = found ? 0.0f : slots.weights[j];  // nothing else is read from there any more
+  });
+  __syncwarp();
+  flipped = fold_add(flipped);
+  if (count == 0) return;
+  tally.scalar(kStatFlipped, flipped);
+  const float moved = sum_in_order(slots.logits, count), total = sum_in_order(slots.weights, count);
+  if (total != 0.0f) tally.scalar(kStatMoved, fixed_point(moved / total));
+}
+
+}  // namespace
+}  // namespace moe_route::cuda

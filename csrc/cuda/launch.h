@@ -1,0 +1,48 @@
+// What every kernel file needs to launch: one place for refused launches and for facts of the device.
+//
+// Launches go through cudaLaunchKernelEx, plain C++ where <<<>>> is not, so that a host compiler can build
+// the same files against the emulator of tests/emulator. Dynamic shared memory has one name in all kernels.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "moe_route/cuda.h"
+
+extern __shared__ __align__(16) unsigned char moe_route_shared[];
+
+namespace moe_route::cuda {
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) {
+    throw std::runtime_error(std::string("moe_route: the CUDA ") + what +
+                             " failed: " + cudaGetErrorString(status));
+  }
+}
+
+// A fact of the current device; asking costs well under a microsecond and does not wait for it.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "query of the device");
+  check(cudaDeviceGetAttribute(&value, attribute, device), "query of the device");
+  return value;
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const char* what, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
+            Stream stream, const Arguments&... arguments) {
+  if (shared_bytes > 48 * 1024) {  // more has to be asked for
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)),
+          what);
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), what);
+}
+
+}  // namespace moe_route::cuda

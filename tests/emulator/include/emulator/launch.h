@@ -1,0 +1,74 @@
+// Launching: the configuration is refused where hardware would refuse it, then every thread of the grid runs
+// before the launch returns. A kernel that breaks a rule makes the launch throw emulator::Fault.
+#pragma once
+#include <type_traits>
+#include <utility>
+
+#include "fault.h"
+#include "host.h"
+#include "language.h"
+
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeIgnore = 0,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6,
+  cudaLaunchAttributePriority = 8,
+};
+union cudaLaunchAttributeValue {
+  int programmaticStreamSerializationAllowed;
+  int priority;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributePreferredSharedMemoryCarveout = 9,
+};
+
+namespace emulator {
+
+cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
+cudaError_t max_active_blocks(int* blocks, int threads, size_t shared_bytes);
+// Runs body(context) once for each thread of the grid.
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*), void* context);
+
+template <class... Parameters>
+const void* address_of(void (*kernel)(Parameters...)) {
+  return reinterpret_cast<const void*>(kernel);
+}
+
+}  // namespace emulator
+
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
+  return emulator::set_attribute(emulator::address_of(kernel), attribute, value);
+}
+
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int threads,
+                                                          size_t shared_bytes) {
+  return emulator::max_active_blocks(blocks, threads, shared_bytes);
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  static_assert((std::is_trivially_copyable_v<Parameters> && ...),
+                "parameters are copied to the device as bytes");
+  static_assert((size_t{0} + ... + sizeof(Parameters)) <= 4096, "more parameters than every device takes");
+  return
+      [config, kernel](Parameters... parameters) {  // converted once, as for a call; copied for every thread
+        auto thread = [&] { kernel(parameters...); };
+        return emulator::launch(
+            *config, emulator::address_of(kernel),
+            [](void* context) { (*static_cast<decltype(thread)*>(context))(); }, &thread);
+      }(std::forward<Arguments>(arguments)...);
+}
