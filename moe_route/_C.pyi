@@ -9,8 +9,20 @@ class BuildInfo(TypedDict):
     instruction_sets: list[str]
     cuda: bool
     cuda_architectures: list[str]
+    nvcc: str
+
+class CudaDevice(TypedDict):
+    name: str
+    capability: tuple[int, int]
+
+class CudaRuntime(TypedDict):
+    runtime: int
+    driver: int
+    devices: list[CudaDevice]
+    problem: str
 
 def build_info() -> BuildInfo: ...
+def cuda_runtime() -> CudaRuntime: ...
 def instruction_set() -> str: ...
 def best_instruction_set() -> str: ...
 def supported_instruction_sets() -> list[str]: ...
@@ -21,6 +33,7 @@ class GateArgs:
         self, logits: int, dtype: int, tokens: int, experts: int, k: int, weights: int, ids: int, **rest: Any
     ) -> None: ...
     def run(self) -> None: ...
+    def run_cuda(self, stream: int) -> None: ...
 
 def dispatch(
     ids: int,
@@ -34,8 +47,26 @@ def dispatch(
     order: int,
     inverse: int,
 ) -> None: ...
+def dispatch_workspace_bytes(slots: int, experts: int) -> int: ...
+def dispatch_cuda(
+    ids: int,
+    ids_type: int,
+    slots: int,
+    experts: int,
+    block: int,
+    capacity: int,
+    offsets: int,
+    counts: int,
+    order: int,
+    inverse: int,
+    workspace: int,
+    stream: int,
+) -> None: ...
 def permute(
     x: int, order: int, inverse: int, rows: int, tokens: int, k: int, row_bytes: int, capacity: int
+) -> None: ...
+def permute_cuda(
+    x: int, order: int, inverse: int, rows: int, tokens: int, k: int, row_bytes: int, capacity: int, stream: int
 ) -> None: ...
 def combine(
     rows: int,
@@ -48,4 +79,17 @@ def combine(
     k: int,
     hidden: int,
     capacity: int,
+) -> None: ...
+def combine_cuda(
+    rows: int,
+    weights: int,
+    inverse: int,
+    residual: int,
+    out: int,
+    dtype: int,
+    tokens: int,
+    k: int,
+    hidden: int,
+    capacity: int,
+    stream: int,
 ) -> None: ...

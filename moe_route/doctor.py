@@ -122,22 +122,87 @@ def _lacking_flags(flags: tuple[str, ...]) -> list[str]:
 
 
 def _cuda() -> dict[str, Any]:
-    built, seen = _C.build_info()["cuda"], torch.cuda.is_available()
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if seen else []
-    if built and seen:
-        why = f"kernels built, {len(devices)} device(s): {', '.join(devices)}"
-    elif built:
-        why = "kernels built, but torch sees no CUDA device"
-    elif seen:
-        why = "this version has no CUDA kernels; the operators run on the CPU, moe_route.reference on any device"
-    else:
-        why = "no CUDA kernels in this build and no CUDA device; the operators run on the CPU"
-    return {"built": built, "available": seen, "torch_cuda": torch.version.cuda, "devices": devices, "why": why}
+    build, runtime = _C.build_info(), _C.cuda_runtime()
+    devices = [
+        {
+            "name": device["name"],
+            "capability": list(device["capability"]),
+            "covered": _covers(build["cuda_architectures"], device["capability"]),
+        }
+        for device in runtime["devices"]
+    ]
+    found = {
+        "built": build["cuda"],
+        "architectures": build["cuda_architectures"],
+        "nvcc": build["nvcc"],
+        "runtime": _cuda_version(runtime["runtime"]),
+        "driver": _cuda_version(runtime["driver"]),
+        "torch_cuda": torch.version.cuda,
+        "available": torch.cuda.is_available(),
+        "devices": devices,
+        "problem": runtime["problem"],
+    }
+    return {**found, "usable": _cuda_usable(found), "why": _why_cuda(found)}
+
+
+def _cuda_version(number: int) -> str | None:
+    """CUDA's 1000 * major + 10 * minor as a reader writes it; None for 0."""
+    return f"{number // 1000}.{number % 1000 // 10}" if number else None
+
+
+def _covers(architectures: list[str], capability: tuple[int, int]) -> bool:
+    """Whether code for ``architectures`` (as CMake names them) runs on a device of this compute capability.
+
+    Machine code runs on later devices of the same major number, PTX on every later device; what is made for one
+    architecture alone (90a) on that one.
+    """
+    for architecture in architectures:
+        number, _, kind = architecture.partition("-")
+        major, minor = divmod(int(number.rstrip("af")), 10)
+        if not number.isdecimal():
+            covered = tuple(capability) == (major, minor)
+        elif kind == "real":
+            covered = capability[0] == major and capability[1] >= minor
+        else:
+            covered = tuple(capability) >= (major, minor)
+        if covered:
+            return True
+    return False
+
+
+def _cuda_usable(found: dict[str, Any]) -> bool:
+    return found["built"] and found["available"] and any(device["covered"] for device in found["devices"])
+
+
+def _why_cuda(found: dict[str, Any]) -> str:
+    names = ", ".join(f"{device['name']} ({'.'.join(map(str, device['capability']))})" for device in found["devices"])
+    if not found["built"]:
+        if found["torch_cuda"] is None:
+            return "no CUDA kernels in this build and no CUDA device; the operators run on the CPU"
+        return (
+            f"no CUDA kernels in this build, and torch is one for CUDA {found['torch_cuda']}: with nvcc on the PATH, "
+            "MOE_ROUTE_CUDA=ON pip install --force-reinstall --no-deps . in the sources; until then the operators run "
+            "on the CPU"
+        )
+    built = f"kernels built by nvcc {found['nvcc']} for {', '.join(found['architectures'])}"
+    if found["torch_cuda"] is None:
+        seen = names or f"no device ({found['problem']})"
+        return f"{built}, but torch is a CPU build: install a CUDA build of torch; seen without it: {seen}"
+    if not found["devices"] or not found["available"]:
+        return f"{built}, but there is no device: {found['problem'] or 'torch sees none'}"
+    alien = [device["name"] for device in found["devices"] if not device["covered"]]
+    if alien:
+        return (
+            f"{built}, which do not run on {', '.join(alien)}: install again with CUDAARCHS=native MOE_ROUTE_CUDA=ON "
+            "(compute capability 8.0 or higher)"
+        )
+    return f"{built}, {len(found['devices'])} device(s): {names}"
 
 
 def _checks() -> list[dict[str, Any]]:
     """Small problems with known answers, run on the spot."""
-    return [_check_route(), _check_bits(), _check_round_trip()]
+    checks = [_check_route(), _check_bits(), _check_round_trip()]
+    return [*checks, _check_device("cuda")] if _cuda_usable(_cuda()) else checks
 
 
 def _problem() -> tuple[torch.Tensor, ops.RouterSpec]:
@@ -186,3 +251,17 @@ def _check_round_trip() -> dict[str, Any]:
         "ok": error < 1e-5,
         "detail": f"permute and combine return the tokens within {error:.1e}",
     }
+
+
+def _check_device(device: str) -> dict[str, Any]:
+    """The same bits there as on the CPU."""
+    logits, spec = _problem()
+    results = []
+    for place in ("cpu", device):
+        statistics = ops.StatisticsTables.zeros(60, groups=1, device=place)
+        weights, ids = ops.route(logits.to(place), 4, spec, statistics=statistics)
+        slots = ops.dispatch(ids, 60)
+        out = ops.combine(ops.permute(logits.to(place), slots), weights, slots)
+        results.append([result.cpu() for result in (weights, ids, statistics.groups, *slots, out)])
+    same = all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    return {"name": device, "ok": same, "detail": f"{'the same' if same else 'not the'} bits as on the CPU"}

@@ -1,13 +1,17 @@
-"""What all tests share: the hypothesis profiles and the `backend` fixture."""
+"""What all tests share: the hypothesis profiles and the fixtures that run a test on several backends."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from backends import Backend
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
 settings.register_profile("default", max_examples=80, derandomize=True, print_blob=True, **_COMMON)
@@ -15,19 +19,29 @@ settings.register_profile("default", max_examples=80, derandomize=True, print_bl
 settings.register_profile("search", max_examples=2000, derandomize=False, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
+_FIXTURES: dict[str, Callable[[Backend], bool]] = {
+    "backend": lambda backend: True,
+    "native": lambda backend: backend.native,
+    "wide": lambda backend: backend.float64,
+}
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`backend` and `native` run a test on every backend, or on every native one; what cannot run here is skipped."""
-    for fixture in ("backend", "native"):
-        if fixture in metafunc.fixturenames:
-            from backends import BACKENDS, NATIVE
+    """Fixtures that run a test on several backends; what cannot run here is skipped with the reason.
 
-            chosen = BACKENDS if fixture == "backend" else NATIVE
-            parameters = [
-                pytest.param(each, id=each.name, marks=[pytest.mark.skip(reason=each.missing)] if each.missing else [])
-                for each in chosen
-            ]
+    `backend`: on all of them. `native`: on those that promise the same bits. `wide`: on those that take float64 logits.
+    """
+    for fixture, belongs in _FIXTURES.items():
+        if fixture in metafunc.fixturenames:
+            from backends import BACKENDS
+
+            parameters = [pytest.param(each, id=each.name, marks=_marks(each)) for each in BACKENDS if belongs(each)]
             metafunc.parametrize(fixture, parameters)
+
+
+def _marks(backend: Backend) -> list[pytest.MarkDecorator]:
+    marks = [pytest.mark.cuda] if backend.name == "cuda" else []
+    return [*marks, pytest.mark.skip(reason=backend.missing)] if backend.missing else marks
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,8 @@ def test_report_is_plain_data_and_healthy() -> None:
     assert found["instruction_set"]["in_use"] in found["instruction_set"]["supported"]
     assert found["threads"]["torch"] == torch.get_num_threads()
     assert found["cuda"]["built"] == _C.build_info()["cuda"]
-    assert [check["name"] for check in found["checks"]] == ["route", "same bits", "dispatch"]
+    names = ["route", "same bits", "dispatch", *(["cuda"] if found["cuda"]["usable"] else [])]
+    assert [check["name"] for check in found["checks"]] == names
     assert all(check["ok"] for check in found["checks"])
     assert _C.instruction_set() == found["instruction_set"]["in_use"]  # the checks put it back
 
@@ -94,3 +95,87 @@ def test_why_names_what_the_processor_lacks(monkeypatch: pytest.MonkeyPatch, tmp
     found = doctor._instruction_set()
     assert found["lacking"] == {"avx512": ["avx512dq", "avx512vl", "avx512cd"]}
     assert "avx512 needs avx512dq, avx512vl, avx512cd" in found["why"]
+
+
+# ---- CUDA -------------------------------------------------------------------------------------------------------
+
+H200 = {"name": "NVIDIA H200", "capability": (9, 0)}
+OLD = {"name": "Tesla T4", "capability": (7, 5)}
+
+
+def cuda_of(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    built: bool = True,
+    torch_cuda: str | None = "13.0",
+    devices: tuple[dict[str, Any], ...] = (),
+    problem: str = "",
+) -> dict[str, Any]:
+    """The section of a machine like that."""
+    build = {
+        **_C.build_info(),
+        "cuda": built,
+        "cuda_architectures": ["80-real", "90"] if built else [],
+        "nvcc": "13.0.88",
+    }
+    runtime = {"runtime": 13000, "driver": 12040 if devices else 0, "devices": list(devices), "problem": problem}
+    monkeypatch.setattr(doctor._C, "build_info", lambda: build)
+    monkeypatch.setattr(doctor._C, "cuda_runtime", lambda: runtime)
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_cuda is not None and bool(devices))
+    found = doctor._cuda()
+    assert json.loads(json.dumps(found)) == found
+    return found
+
+
+def test_a_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = cuda_of(monkeypatch, devices=(H200,))
+    assert found["usable"]
+    assert found["why"] == "kernels built by nvcc 13.0.88 for 80-real, 90, 1 device(s): NVIDIA H200 (9.0)"
+    assert (found["runtime"], found["driver"]) == ("13.0", "12.4")
+
+
+@pytest.mark.parametrize(
+    ("machine", "words"),
+    [
+        ({"built": False, "torch_cuda": None}, ["no CUDA kernels in this build", "no CUDA device"]),
+        ({"built": False}, ["no CUDA kernels in this build", "CUDA 13.0", "MOE_ROUTE_CUDA=ON pip install"]),
+        ({"torch_cuda": None, "problem": "no driver"}, ["torch is a CPU build", "install a CUDA build", "no driver"]),
+        ({"torch_cuda": None, "devices": (H200,)}, ["torch is a CPU build", "NVIDIA H200 (9.0)"]),
+        ({"problem": "driver too old"}, ["there is no device: driver too old"]),
+        ({"devices": (OLD,)}, ["do not run on Tesla T4", "CUDAARCHS=native"]),
+    ],
+)
+def test_why_there_is_no_cuda(machine: dict[str, Any], words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = cuda_of(monkeypatch, **machine)
+    assert not found["usable"]
+    for word in words:
+        assert word in found["why"]
+
+
+@pytest.mark.parametrize(
+    ("architectures", "runs_on"),
+    [
+        (["80-real", "90"], {(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)}),
+        (["80-real"], {(8, 0), (8, 6)}),
+        (["90-virtual"], {(9, 0), (10, 0), (12, 0)}),
+        (["90a-real"], {(9, 0)}),
+        ([], set()),
+    ],
+)
+def test_which_devices_an_architecture_covers(architectures: list[str], runs_on: set[tuple[int, int]]) -> None:
+    every = {(7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0)}
+    assert {capability for capability in every if doctor._covers(architectures, capability)} == runs_on
+
+
+def test_wrong_bits_on_a_device_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._check_device("cpu")["ok"]
+    real, calls = ops.route, []
+
+    def second_is_off(*args: Any, **kwargs: Any) -> Any:
+        weights, ids = real(*args, **kwargs)
+        calls.append(weights)
+        return (weights * (1 + 1e-6), ids) if len(calls) == 2 else (weights, ids)
+
+    monkeypatch.setattr(ops, "route", second_is_off)
+    assert not doctor._check_device("cpu")["ok"]

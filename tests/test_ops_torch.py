@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from backends import Backend
+from claimed_cuda import claimed_cuda
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
-from moe_route import ops, reference
+from moe_route import _C, ops, reference
 from moe_route.ops import Force, RouterSpec, StatisticsTables, SteeringTables, token_table
 
 E, K, T = 12, 3, 10
@@ -361,6 +363,74 @@ def test_no_kernel_for_the_device() -> None:
         ops.route(torch.randn(T, E).to_sparse(), 2, RouterSpec())
 
 
+# ---- devices --------------------------------------------------------------------------------------------------
+
+OPERATORS = ("route", "observe", "observe_layers", "route_weights", "dispatch", "permute", "combine")
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_is_registered_for_both_devices_and_casts_nothing(name: str) -> None:
+    def has(key: str) -> bool:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_route::{name}", key)
+
+    assert has("CPU")
+    assert has("CUDA")
+    assert not has("AutocastCPU")
+    assert not has("AutocastCUDA")
+
+
+def calls_with_a_tensor_elsewhere() -> dict[str, Callable[[], Any]]:
+    """One argument of each kind on cuda:0, the leading tensor on the CPU."""
+    x, spec, zeros = torch.randn(T, E), RouterSpec(), torch.zeros
+    ids, slots = zeros(T, K, dtype=torch.int64), ops.dispatch(zeros(T, K, dtype=torch.int64), E)
+    tables = StatisticsTables(claimed_cuda(zeros(1, 8 + E, dtype=torch.int64)), None, E, ("counts",))
+    rows = zeros(T * K, 6)
+    return {
+        "tokens": lambda: ops.route(x, K, spec, tokens=claimed_cuda(token_table(T))),
+        "correction_bias": lambda: ops.route(x, K, spec, correction_bias=claimed_cuda(zeros(E))),
+        "expert_scale": lambda: ops.route_weights(x, ids, spec, expert_scale=claimed_cuda(zeros(E))),
+        "steering": lambda: torch.ops.moe_route.route(
+            x, K, spec.policy, steering=claimed_cuda(zeros(1, 1, E)), steering_planes=2
+        ),
+        "group_statistics": lambda: ops.observe(x, ids, None, spec, statistics=tables),
+        "given ids": lambda: ops.route_weights(x, claimed_cuda(ids), spec),
+        "inverse": lambda: ops.permute(zeros(T, 6), slots._replace(inverse=claimed_cuda(slots.inverse))),
+        "weights": lambda: ops.combine(rows, claimed_cuda(zeros(T, K)), slots),
+        "residual": lambda: ops.combine(rows, zeros(T, K), slots, claimed_cuda(zeros(T, 6))),
+    }
+
+
+@pytest.mark.parametrize("name", list(calls_with_a_tensor_elsewhere()))
+def test_a_tensor_on_another_device_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} \(on cuda:0\) and \w+ \(on cpu\).*move {name} with \.to\('cpu'\)"):
+        calls_with_a_tensor_elsewhere()[name]()
+
+
+CALLS_ON_CUDA: dict[str, Callable[[], Any]] = {
+    "logits": lambda: ops.route(claimed_cuda(torch.zeros(T, E)), K, RouterSpec()),
+    "float64 logits": lambda: ops.route(claimed_cuda(torch.zeros(T, E, dtype=torch.float64)), K, RouterSpec()),
+    "ids": lambda: ops.dispatch(claimed_cuda(torch.zeros(T, K, dtype=torch.int32)), E),
+    "x": lambda: ops.permute(claimed_cuda(torch.zeros(4, 6)), ops.dispatch(torch.zeros(4, 2, dtype=torch.int32), 3)),
+}
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch can work on CUDA")
+@pytest.mark.parametrize("name", list(CALLS_ON_CUDA))
+def test_cuda_tensors_that_cannot_be_worked_on(name: str) -> None:
+    """No CUDA kernels, or a torch without CUDA: said before anything is allocated or launched, with the mend."""
+    mend = "install a CUDA build of torch" if _C.build_info()["cuda"] else "MOE_ROUTE_CUDA=ON pip install"
+    with pytest.raises(RuntimeError, match=mend):
+        CALLS_ON_CUDA[name]()
+
+
+@pytest.mark.skipif(_C.build_info()["cuda"], reason="this build has CUDA kernels")
+def test_bare_cuda_launches_without_kernels_say_so() -> None:
+    args = _C.GateArgs(0, 0, 1, 1, 1, 0, 0)
+    for call in (lambda: args.run_cuda(0), lambda: _C.dispatch_workspace_bytes(4, 4)):
+        with pytest.raises(RuntimeError, match="no CUDA kernels"):
+            call()
+
+
 # ---- the objects ----------------------------------------------------------------------------------------------
 
 
@@ -486,7 +556,7 @@ def test_statistics_tables() -> None:
 
 
 @pytest.mark.parametrize("segments", [0, 3])
-def test_observe_layers_is_observe_for_each(segments: int) -> None:
+def test_observe_layers_is_observe_for_each(native: Backend, segments: int) -> None:
     spec, tokens = SPECS["deepseek"], tokens_of_all_kinds()
     logits = [torch.randn(T, E) for _ in range(3)]
     routed = [ops.route(layer, K, spec) for layer in logits]
@@ -496,14 +566,14 @@ def test_observe_layers_is_observe_for_each(segments: int) -> None:
         return [StatisticsTables.zeros(E, groups=2, segments=segments, planes=ops.PLANES) for _ in logits]
 
     together, apart = tables(), tables()
-    ops.observe_layers(logits, ids, weights, spec, tokens=tokens, statistics=together)
+    native.observe_layers(logits, ids, weights, spec, tokens=tokens, statistics=together)
     for layer, table in enumerate(apart):
         ops.observe(logits[layer], ids[layer], weights[layer], spec, tokens=tokens, statistics=table)
     for one, other in zip(together, apart, strict=True):
         assert one.scalar("tokens").sum() > 0
         assert torch.equal(one.groups, other.groups)
         assert segments == 0 or torch.equal(one.segments, other.segments)
-    ops.observe_layers([], [], [], spec, statistics=[])
+    native.observe_layers([], [], [], spec, statistics=[])
 
 
 def test_observe_layers_refuses_layers_that_do_not_go_together() -> None:

@@ -201,15 +201,99 @@ def test_a_build_without_a_compiler_says_so(
         recipe.compiler()
 
 
-@in_tree
-@pytest.mark.parametrize(("value", "message"), [("ON", "no CUDA kernels|no nvcc"), ("MAYBE", "takes AUTO, ON or OFF")])
-def test_cuda_that_cannot_be_built_says_so(value: str, message: str, tmp_path: Path) -> None:
-    cmake = shutil.which("cmake")
+# ---- CUDA: which build is chosen --------------------------------------------------------------------------------
+
+NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
+NO_NVCC = {"CUDACXX": str(ROOT / "no" / "nvcc")}
+
+
+def configured(folder: Path, value: str, torch_cuda: str | None = None, **environment: str) -> tuple[int, str]:
+    """What CMake says to MOE_ROUTE_CUDA=value beside a torch for that CUDA (None: a CPU build)."""
+    cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if cmake is None:
         pytest.skip("needs cmake")
-    if value == "ON" and _C.build_info()["cuda"]:
-        pytest.skip("this machine can build them")
-    command = [cmake, "-S", str(ROOT), "-B", str(tmp_path), f"-DMOE_ROUTE_CUDA={value}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert re.search(message, " ".join(done.stderr.split()))
+    torch_folder = folder / "torch"
+    torch_folder.mkdir(exist_ok=True)
+    version = f"__version__ = '2.13.0'\ncuda: Optional[str] = {torch_cuda!r}\n"
+    (torch_folder / "version.py").write_text(version, encoding="utf-8")
+    defines = [f"-DMOE_ROUTE_CUDA={value}", f"-DMOE_ROUTE_TORCH_DIR={torch_folder}"]
+    command = [cmake, "-S", str(ROOT), "-B", str(folder / "build"), *defines]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+    return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+
+@in_tree
+@pytest.mark.parametrize(("value", "message"), [("ON", "no nvcc that works"), ("MAYBE", "takes AUTO, ON or OFF")])
+def test_cuda_that_cannot_be_built_says_so(value: str, message: str, tmp_path: Path) -> None:
+    code, said = configured(tmp_path, value, **NO_NVCC)
+    assert code != 0
+    assert message in said
+
+
+@in_tree
+def test_auto_beside_a_cpu_torch_builds_no_kernels(tmp_path: Path) -> None:
+    """Even where there is an nvcc: minutes of compiling that this torch could not use."""
+    code, said = configured(tmp_path, "AUTO")
+    assert code == 0
+    assert "CUDA kernels: none (MOE_ROUTE_CUDA=AUTO" in said
+
+
+@in_tree
+def test_auto_beside_a_cuda_torch_without_nvcc_warns(tmp_path: Path) -> None:
+    code, said = configured(tmp_path, "AUTO", "13.0", **NO_NVCC)
+    assert code == 0
+    assert "torch is a build for CUDA 13.0, but no nvcc that works" in said
+    assert "CUDA kernels: none" in said
+
+
+@in_tree
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize(("value", "torch_cuda"), [("AUTO", "13.0"), ("ON", None)])
+def test_kernels_are_built_for_a_cuda_torch_and_on_demand(value: str, torch_cuda: str | None, tmp_path: Path) -> None:
+    code, said = configured(tmp_path, "ON", **NO_NVCC)
+    assert code != 0
+    code, said = configured(tmp_path, value, torch_cuda)  # in the same folder: nvcc was installed since
+    assert code == 0
+    assert re.search(r"CUDA kernels: nvcc \d+\.\d+\.\d+ for 80-real,90", said)
+
+
+@in_tree
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+def test_a_module_with_cuda_kernels_beside_this_torch(tmp_path: Path) -> None:
+    """The build that a CUDA user gets loads beside a CPU torch too, works there, and says why there is no device."""
+    folder = os.environ.get("MOE_ROUTE_CUDA_BUILD_DIR", str(tmp_path / "cmake"))
+    build = {"MOE_ROUTE_CUDA": "ON", "MOE_ROUTE_BUILD_DIR": folder, "MAX_JOBS": "2"}
+    site, program = tmp_path / "site", tmp_path / "check.py"
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build", "--build-base", str(tmp_path), "--build-lib", str(site)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **build},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    program.write_text(
+        "import json\nfrom moe_route import doctor\nprint(json.dumps(doctor.report()))\n", encoding="utf-8"
+    )
+    report = json.loads(python(str(program), PYTHONPATH=str(site)))
+    assert report["build"]["cuda"]
+    assert report["build"]["cuda_architectures"] == ["80-real", "90"]
+    assert all(check["ok"] for check in report["checks"])
+    cuda = report["cuda"]
+    assert cuda["runtime"] is not None
+    if cuda["torch_cuda"] is None:
+        assert not cuda["usable"]
+        assert "torch is a CPU build: install a CUDA build of torch" in cuda["why"]
+        program.write_text(
+            "import torch\nfrom claimed_cuda import claimed_cuda\nfrom moe_route import ops\n"
+            "try:\n    ops.route(claimed_cuda(torch.zeros(2, 4)), 1, ops.RouterSpec())\n"
+            "except RuntimeError as error:\n    print(error)\n",
+            encoding="utf-8",
+        )
+        said = python(str(program), PYTHONPATH=os.pathsep.join([str(site), str(ROOT / "tests")]))
+        assert said.strip() == (
+            "logits on cuda:0, but this torch was built without CUDA; install a CUDA build of torch"
+        )

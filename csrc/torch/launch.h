@@ -1,16 +1,25 @@
-// Whole problems on torch's threads. The operators and the bare launchers of module.cpp both come through
-// here.
+// Whole problems on the device of their tensors: the one place that chooses between the backends.
+//
+// On the CPU a call returns when the work is done; on a CUDA device it only enqueues on torch's current
+// stream of that device. launch.cpp is the library's; the tests link the operators with another one, which
+// runs the emulated CUDA kernels on CPU tensors.
 #pragma once
 #include "moe_route/dispatch.h"
 #include "moe_route/gate.h"
+#include "place.h"
 
-namespace moe_route::cpu {
+namespace moe_route::launch {
 
-// All rows of `args`. Few rows run on the calling thread. Every worker past the first counts into tables of
-// its own, which are added up afterwards: sums of integers, so the same bits for any number of threads.
-void launch_gate(const GateArgs& args);
-void launch_dispatch(const DispatchArgs& args);
-void launch_permute(const PermuteArgs& args);
-void launch_combine(const CombineArgs& args);
+// std::runtime_error, with the mend, where this build or this torch cannot work on `place`.
+void require(const Place& place);
 
-}  // namespace moe_route::cpu
+bool takes_float64_logits(const Place& place);
+void gate(const GateArgs& args, const Place& place);
+
+// Bytes that DispatchArgs::workspace must hold, 0 where none is needed.
+int64_t dispatch_workspace_bytes(const DispatchArgs& args, const Place& place);
+void dispatch(const DispatchArgs& args, const Place& place);
+void permute(const PermuteArgs& args, const Place& place);
+void combine(const CombineArgs& args, const Place& place);
+
+}  // namespace moe_route::launch

@@ -1,5 +1,6 @@
 // The module moe_route._C: what was built, the instruction set in force, and every kernel launcher over bare
-// addresses and sizes, so that benchmarks time a kernel without torch's dispatcher.
+// addresses and sizes, so that benchmarks time a kernel without torch's dispatcher. CPU launchers return when
+// the work is done; those named *_cuda enqueue it on a stream of the current device.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,7 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "launch.h"
+#include "cpu_threads.h"
+#include "cuda/device.h"
+#include "moe_route/cuda.h"
 
 namespace py = pybind11;
 
@@ -29,7 +32,25 @@ py::dict build_info() {
   info["instruction_sets"] = words(MOE_ROUTE_INSTRUCTION_SETS);
   info["cuda"] = bool(MOE_ROUTE_WITH_CUDA);
   info["cuda_architectures"] = words(MOE_ROUTE_CUDA_ARCHITECTURES);
+  info["nvcc"] = MOE_ROUTE_NVCC;
   return info;
+}
+
+py::dict cuda_runtime() {
+  const cuda::RuntimeFacts facts = cuda::runtime_facts();
+  py::list devices;
+  for (const cuda::DeviceFacts& device : facts.devices) {
+    py::dict entry;
+    entry["name"] = device.name;
+    entry["capability"] = py::make_tuple(device.major, device.minor);
+    devices.append(entry);
+  }
+  py::dict found;
+  found["runtime"] = facts.runtime;
+  found["driver"] = facts.driver;
+  found["devices"] = devices;
+  found["problem"] = facts.problem;
+  return found;
 }
 
 constexpr cpu::InstructionSet kSets[] = {cpu::InstructionSet::kPortable, cpu::InstructionSet::kAvx2,
@@ -144,30 +165,95 @@ GateArgs gate_args(uintptr_t logits, int dtype, int64_t tokens, int32_t experts,
   return args;
 }
 
+cuda::Stream stream_at(uintptr_t stream) { return at<CUstream_st>(stream); }
+
 void run_gate(const GateArgs& args) {
   py::gil_scoped_release release;
   cpu::launch_gate(args);
 }
 
+void run_gate_cuda(const GateArgs& args, uintptr_t stream) {
+  py::gil_scoped_release release;
+  cuda::gate(args, stream_at(stream));
+}
+
+DispatchArgs dispatch_args(uintptr_t ids, int ids_type, int64_t slots, int32_t experts, int32_t block,
+                           int64_t capacity, uintptr_t offsets, uintptr_t counts, uintptr_t order,
+                           uintptr_t inverse, uintptr_t workspace = 0) {
+  return {at<void>(ids),
+          static_cast<DType>(ids_type),
+          slots,
+          experts,
+          block,
+          capacity,
+          at<int64_t>(offsets),
+          at<int64_t>(counts),
+          at<int64_t>(order),
+          at<int64_t>(inverse),
+          at<void>(workspace)};
+}
+
 void dispatch(uintptr_t ids, int ids_type, int64_t slots, int32_t experts, int32_t block, int64_t capacity,
               uintptr_t offsets, uintptr_t counts, uintptr_t order, uintptr_t inverse) {
   py::gil_scoped_release release;
-  cpu::launch_dispatch({at<void>(ids), static_cast<DType>(ids_type), slots, experts, block, capacity,
-                        at<int64_t>(offsets), at<int64_t>(counts), at<int64_t>(order), at<int64_t>(inverse)});
+  cpu::launch_dispatch(
+      dispatch_args(ids, ids_type, slots, experts, block, capacity, offsets, counts, order, inverse));
+}
+
+void dispatch_cuda(uintptr_t ids, int ids_type, int64_t slots, int32_t experts, int32_t block,
+                   int64_t capacity, uintptr_t offsets, uintptr_t counts, uintptr_t order, uintptr_t inverse,
+                   uintptr_t workspace, uintptr_t stream) {
+  py::gil_scoped_release release;
+  cuda::dispatch(dispatch_args(ids, ids_type, slots, experts, block, capacity, offsets, counts, order,
+                               inverse, workspace),
+                 stream_at(stream));
+}
+
+PermuteArgs permute_args(uintptr_t x, uintptr_t order, uintptr_t inverse, uintptr_t rows, int64_t tokens,
+                         int64_t k, int64_t row_bytes, int64_t capacity) {
+  return {at<void>(x), at<int64_t>(inverse), at<int64_t>(order), at<void>(rows), tokens, k, row_bytes,
+          capacity};
 }
 
 void permute(uintptr_t x, uintptr_t order, uintptr_t inverse, uintptr_t rows, int64_t tokens, int64_t k,
              int64_t row_bytes, int64_t capacity) {
   py::gil_scoped_release release;
-  cpu::launch_permute({at<void>(x), at<int64_t>(inverse), at<int64_t>(order), at<void>(rows), tokens, k,
-                       row_bytes, capacity});
+  cpu::launch_permute(permute_args(x, order, inverse, rows, tokens, k, row_bytes, capacity));
+}
+
+void permute_cuda(uintptr_t x, uintptr_t order, uintptr_t inverse, uintptr_t rows, int64_t tokens, int64_t k,
+                  int64_t row_bytes, int64_t capacity, uintptr_t stream) {
+  py::gil_scoped_release release;
+  cuda::permute(permute_args(x, order, inverse, rows, tokens, k, row_bytes, capacity), stream_at(stream));
+}
+
+CombineArgs combine_args(uintptr_t rows, uintptr_t weights, uintptr_t inverse, uintptr_t residual,
+                         uintptr_t out, int dtype, int64_t tokens, int64_t k, int64_t hidden,
+                         int64_t capacity) {
+  return {at<void>(rows),
+          at<void>(weights),
+          at<int64_t>(inverse),
+          at<void>(residual),
+          at<void>(out),
+          static_cast<DType>(dtype),
+          tokens,
+          k,
+          hidden,
+          capacity};
 }
 
 void combine(uintptr_t rows, uintptr_t weights, uintptr_t inverse, uintptr_t residual, uintptr_t out,
              int dtype, int64_t tokens, int64_t k, int64_t hidden, int64_t capacity) {
   py::gil_scoped_release release;
-  cpu::launch_combine({at<void>(rows), at<void>(weights), at<int64_t>(inverse), at<void>(residual),
-                       at<void>(out), static_cast<DType>(dtype), tokens, k, hidden, capacity});
+  cpu::launch_combine(
+      combine_args(rows, weights, inverse, residual, out, dtype, tokens, k, hidden, capacity));
+}
+
+void combine_cuda(uintptr_t rows, uintptr_t weights, uintptr_t inverse, uintptr_t residual, uintptr_t out,
+                  int dtype, int64_t tokens, int64_t k, int64_t hidden, int64_t capacity, uintptr_t stream) {
+  py::gil_scoped_release release;
+  cuda::combine(combine_args(rows, weights, inverse, residual, out, dtype, tokens, k, hidden, capacity),
+                stream_at(stream));
 }
 
 }  // namespace
@@ -175,26 +261,36 @@ void combine(uintptr_t rows, uintptr_t weights, uintptr_t inverse, uintptr_t res
 
 PYBIND11_MODULE(_C, m) {
   namespace mr = moe_route;
+  using py::arg;
   m.doc() = "Compiled part of moe_route. The operators are torch.ops.moe_route.*; see moe_route.ops.";
   m.attr("__version__") = MOE_ROUTE_VERSION;
   m.def("build_info", &mr::build_info, "What this module was built with.");
+  m.def("cuda_runtime", &mr::cuda_runtime, "CUDA versions, devices, or the problem. Needs no driver.");
   m.def("instruction_set", [] { return std::string(mr::cpu::name(mr::cpu::instruction_set())); });
   m.def("best_instruction_set", [] { return std::string(mr::cpu::name(mr::cpu::best_instruction_set())); });
   m.def("supported_instruction_sets", &mr::supported_instruction_sets);
   m.def(
       "set_instruction_set",
-      [](const std::string& name) { mr::cpu::set_instruction_set(mr::set_named(name)); }, py::arg("name"));
+      [](const std::string& name) { mr::cpu::set_instruction_set(mr::set_named(name)); }, arg("name"));
   py::class_<mr::GateArgs>(m, "GateArgs",
                            "Arguments of one gate launch: addresses (data_ptr()), sizes, policies.")
-      .def(py::init(&mr::gate_args), py::arg("logits"), py::arg("dtype"), py::arg("tokens"),
-           py::arg("experts"), py::arg("k"), py::arg("weights"), py::arg("ids"))
-      .def("run", &mr::run_gate, "Launch on torch's threads. The caller keeps every tensor alive.");
-  m.def("dispatch", &mr::dispatch, py::arg("ids"), py::arg("ids_type"), py::arg("slots"), py::arg("experts"),
-        py::arg("block"), py::arg("capacity"), py::arg("offsets"), py::arg("counts"), py::arg("order"),
-        py::arg("inverse"));
-  m.def("permute", &mr::permute, py::arg("x"), py::arg("order"), py::arg("inverse"), py::arg("rows"),
-        py::arg("tokens"), py::arg("k"), py::arg("row_bytes"), py::arg("capacity"));
-  m.def("combine", &mr::combine, py::arg("rows"), py::arg("weights"), py::arg("inverse"), py::arg("residual"),
-        py::arg("out"), py::arg("dtype"), py::arg("tokens"), py::arg("k"), py::arg("hidden"),
-        py::arg("capacity"));
+      .def(py::init(&mr::gate_args), arg("logits"), arg("dtype"), arg("tokens"), arg("experts"), arg("k"),
+           arg("weights"), arg("ids"))
+      .def("run", &mr::run_gate, "Launch on torch's threads. The caller keeps every tensor alive.")
+      .def("run_cuda", &mr::run_gate_cuda, arg("stream"),
+           "Enqueue on a stream of the current device. The caller keeps every tensor alive.");
+  m.def("dispatch", &mr::dispatch, arg("ids"), arg("ids_type"), arg("slots"), arg("experts"), arg("block"),
+        arg("capacity"), arg("offsets"), arg("counts"), arg("order"), arg("inverse"));
+  m.def("dispatch_workspace_bytes", &mr::cuda::dispatch_workspace_bytes, arg("slots"), arg("experts"));
+  m.def("dispatch_cuda", &mr::dispatch_cuda, arg("ids"), arg("ids_type"), arg("slots"), arg("experts"),
+        arg("block"), arg("capacity"), arg("offsets"), arg("counts"), arg("order"), arg("inverse"),
+        arg("workspace"), arg("stream"));
+  m.def("permute", &mr::permute, arg("x"), arg("order"), arg("inverse"), arg("rows"), arg("tokens"), arg("k"),
+        arg("row_bytes"), arg("capacity"));
+  m.def("permute_cuda", &mr::permute_cuda, arg("x"), arg("order"), arg("inverse"), arg("rows"), arg("tokens"),
+        arg("k"), arg("row_bytes"), arg("capacity"), arg("stream"));
+  m.def("combine", &mr::combine, arg("rows"), arg("weights"), arg("inverse"), arg("residual"), arg("out"),
+        arg("dtype"), arg("tokens"), arg("k"), arg("hidden"), arg("capacity"));
+  m.def("combine_cuda", &mr::combine_cuda, arg("rows"), arg("weights"), arg("inverse"), arg("residual"),
+        arg("out"), arg("dtype"), arg("tokens"), arg("k"), arg("hidden"), arg("capacity"), arg("stream"));
 }

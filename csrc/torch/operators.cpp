@@ -2,124 +2,25 @@
 // A bad argument is a ValueError (std::invalid_argument) that names the argument and the mend.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <bit>
-#include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "launch.h"
 
 namespace moe_route {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
 constexpr int64_t kMaxExperts = 4096;
 constexpr int64_t kMaxChosen = 64;
 
-template <class... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  throw std::invalid_argument(text.str());
-}
-
-std::string shape_text(const Tensor& tensor) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d ? ", " : "") << tensor.size(d);
-  text << ']';
-  return text.str();
-}
-
-// Shape (-1: any), contiguity and place of a tensor named `name`, which belongs with `logits`.
-void check_tensor(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
-  bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
-  int64_t d = 0;
-  for (int64_t want : shape) {
-    if (!fits) break;
-    fits = want < 0 || tensor.size(d) == want;
-    ++d;
-  }
-  if (!fits) {
-    std::ostringstream want;
-    d = 0;
-    for (int64_t size : shape) want << (d++ ? ", " : "") << (size < 0 ? "any" : std::to_string(size));
-    refuse(name, " has shape ", shape_text(tensor), "; it must be [", want.str(), "]");
-  }
-  if (!tensor.is_cpu())
-    refuse(name, " is not on the CPU, where the other tensors are; move it with .to('cpu')");
-  if (!tensor.is_contiguous()) refuse(name, " is not contiguous; call .contiguous() on it first");
-}
-
-void check_dtype(const char* name, const Tensor& tensor, ScalarType want, const char* want_name) {
-  if (tensor.scalar_type() != want)
-    refuse(name, " must be ", want_name, "; convert it with .to(torch.", want_name, ")");
-}
-
-const float* float_table(const char* name, const MaybeTensor& tensor, std::initializer_list<int64_t> shape) {
-  if (!tensor) return nullptr;
-  check_tensor(name, *tensor, shape);
-  check_dtype(name, *tensor, ScalarType::Float, "float32");
-  return tensor->const_data_ptr<float>();
-}
-
-const int32_t* int_table(const char* name, const MaybeTensor& tensor, std::initializer_list<int64_t> shape) {
-  if (!tensor) return nullptr;
-  check_tensor(name, *tensor, shape);
-  check_dtype(name, *tensor, ScalarType::Int, "int32");
-  return tensor->const_data_ptr<int32_t>();
-}
-
-DType index_type(const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Int:
-      return DType::kInt32;
-    case ScalarType::Long:
-      return DType::kInt64;
-    default:
-      refuse(name, " must be int32 or int64");
-  }
-}
-
-DType float_type(const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::Double:
-      return DType::kFloat64;
-    default:
-      refuse(name, " must be float32, bfloat16, float16 or float64");
-  }
-}
-
-// Uninitialised, on the CPU. aoti_torch_empty_strided is the cheapest allocation of the stable ABI.
-Tensor allocate(std::initializer_list<int64_t> shape, int32_t dtype) {
-  int64_t sizes[3], strides[3], stride = 1;
-  const auto dims = static_cast<int64_t>(shape.size());
-  std::copy(shape.begin(), shape.end(), sizes);
-  for (int64_t d = dims - 1; d >= 0; --d) {
-    strides[d] = stride;
-    stride *= std::max<int64_t>(sizes[d], 1);
-  }
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-Tensor packed(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+// The device of the call, by its leading tensor.
+Place leading_place(const char* name, const Tensor& tensor) {
+  const Place place = place_of(name, tensor);
+  launch::require(place);
+  return place;
 }
 
 // ---- the gate
@@ -156,14 +57,24 @@ GateSpec unpack_spec(int64_t policy, int64_t experts, double group_fill, double 
   return spec;
 }
 
+DType logits_type(const Tensor& logits, const Place& place) {
+  const DType type = float_type("logits", logits);
+  if (type == DType::kFloat64 && !launch::takes_float64_logits(place)) {
+    refuse(
+        "logits are float64, which the CUDA kernels do not compute; take logits.float(), or move them with "
+        ".to('cpu'), or use moe_route.reference");
+  }
+  return type;
+}
+
 // The part that every gate operator shares. Returns the tensor that owns the logits that `args` points to.
-Tensor fill_logits(GateArgs& args, const Tensor& logits, int64_t k, const MaybeTensor& tokens) {
+Tensor fill_logits(GateArgs& args, const Tensor& logits, int64_t k, const MaybeTensor& tokens,
+                   const Place& place) {
   if (logits.dim() != 2) {
     refuse("logits have shape ", shape_text(logits),
            "; they must be [tokens, experts] (reshape(-1, experts) first)");
   }
-  if (!logits.is_cpu()) refuse("logits are not on the CPU");
-  args.logits_type = float_type("logits", logits);
+  args.logits_type = logits_type(logits, place);
   args.tokens = logits.size(0);
   const int64_t experts = logits.size(1);
   if (experts < 1 || experts > kMaxExperts)
@@ -174,7 +85,7 @@ Tensor fill_logits(GateArgs& args, const Tensor& logits, int64_t k, const MaybeT
   }
   args.experts = static_cast<int32_t>(experts);
   args.k = static_cast<int32_t>(k);
-  args.token_table = int_table("tokens", tokens, {args.tokens, kTokenColumns});
+  args.token_table = int_table("tokens", tokens, {args.tokens, kTokenColumns}, place);
   Tensor rows = logits.stride(1) == 1 || experts == 1 ? logits : torch::stable::contiguous(logits);
   args.logits = rows.const_data_ptr();
   args.row_stride = args.tokens > 1 ? rows.stride(0) : experts;
@@ -182,7 +93,7 @@ Tensor fill_logits(GateArgs& args, const Tensor& logits, int64_t k, const MaybeT
 }
 
 GateSteering steering_of(const MaybeTensor& tables, int64_t planes, const MaybeTensor& row_params,
-                         const MaybeTensor& remap, int64_t experts) {
+                         const MaybeTensor& remap, int64_t experts, const Place& place) {
   GateSteering steering;
   if (planes < 0 || planes >= int64_t{kForce} * 2)
     refuse("steering_planes = ", planes, " has bits of no plane");
@@ -191,22 +102,23 @@ GateSteering steering_of(const MaybeTensor& tables, int64_t planes, const MaybeT
     if (part->has_value() && steering.rows == 0 && (*part)->dim() > 0) steering.rows = (*part)->size(0);
   }
   steering.planes = static_cast<uint32_t>(planes);
-  steering.tables = float_table("steering", tables, {steering.rows, std::popcount(steering.planes), experts});
-  steering.row_params = float_table("row_params", row_params, {steering.rows, kRowParams});
-  steering.remap = int_table("remap", remap, {steering.rows, experts});
+  steering.tables =
+      float_table("steering", tables, {steering.rows, std::popcount(steering.planes), experts}, place);
+  steering.row_params = float_table("row_params", row_params, {steering.rows, kRowParams}, place);
+  steering.remap = int_table("remap", remap, {steering.rows, experts}, place);
   return steering;
 }
 
-int64_t* statistics_table(const char* name, const MaybeTensor& table, int64_t width) {
+int64_t* statistics_table(const char* name, const MaybeTensor& table, int64_t width, const Place& place) {
   if (!table) return nullptr;
-  check_tensor(name, *table, {-1, width});
+  check_tensor(name, *table, {-1, width}, place);
   check_dtype(name, *table, ScalarType::Long, "int64");
   return static_cast<int64_t*>(table->mutable_data_ptr());
 }
 
 // `layout` is the planes' bits, and bit 16 for entropy (moe_route/ops/tables.py packs it).
 GateStatistics statistics_of(const MaybeTensor& groups, const MaybeTensor& segments, int64_t layout,
-                             int64_t experts) {
+                             int64_t experts, const Place& place) {
   GateStatistics statistics;
   const int64_t planes = layout & 0xffff;
   if (layout < 0 || layout >= 1 << 17 || planes >= int64_t{kNaturalCounts} * 2) {
@@ -215,8 +127,8 @@ GateStatistics statistics_of(const MaybeTensor& groups, const MaybeTensor& segme
   statistics.planes = static_cast<uint32_t>(planes);
   statistics.entropy = (layout >> 16) != 0;
   const int64_t width = kStatScalars + int64_t{std::popcount(statistics.planes)} * experts;
-  statistics.groups = statistics_table("group_statistics", groups, width);
-  statistics.segments = statistics_table("segment_statistics", segments, width);
+  statistics.groups = statistics_table("group_statistics", groups, width, place);
+  statistics.segments = statistics_table("segment_statistics", segments, width, place);
   if (groups) statistics.num_groups = groups->size(0);
   if (segments) statistics.num_segments = segments->size(0);
   return statistics;
@@ -228,7 +140,7 @@ struct GivenTensors {
 };
 
 GateGiven given_of(GivenTensors& keep, const MaybeTensor& ids, const MaybeTensor& weights, int64_t mode,
-                   int64_t tokens, int64_t k) {
+                   int64_t tokens, int64_t k, const Place& place) {
   GateGiven given;
   if (mode < 0 || mode > static_cast<int64_t>(GivenMode::kReplay))
     refuse("given_mode = ", mode, " is outside 0..2");
@@ -239,21 +151,22 @@ GateGiven given_of(GivenTensors& keep, const MaybeTensor& ids, const MaybeTensor
   }
   given.mode = static_cast<GivenMode>(mode);
   keep.ids = packed(*ids);
-  check_tensor("given ids", *keep.ids, {tokens, k});
+  check_tensor("given ids", *keep.ids, {tokens, k}, place);
   given.ids_type = index_type("given ids", *keep.ids);
   given.ids = keep.ids->const_data_ptr();
   if (!weights) return given;
   keep.weights = packed(*weights);
-  check_tensor("given weights", *keep.weights, {tokens, k});
+  check_tensor("given weights", *keep.weights, {tokens, k}, place);
   given.weights_type = float_type("given weights", *keep.weights);
   if (given.weights_type == DType::kFloat64) refuse("given weights must be float32, bfloat16 or float16");
   given.weights = keep.weights->const_data_ptr();
   return given;
 }
 
-Tensor allocate_weights(const GateArgs& args) {
+Tensor allocate_weights(const GateArgs& args, const Place& place) {
   const bool wide = args.logits_type == DType::kFloat64;
-  return allocate({args.tokens, args.k}, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  return allocate({args.tokens, args.k}, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
+                  place);
 }
 
 std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t k, int64_t policy, const MaybeTensor& tokens,
@@ -267,19 +180,20 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t k, int64_t policy
                                  int64_t given_mode) {
   GateArgs args;
   GivenTensors given;
-  const Tensor rows = fill_logits(args, logits, k, tokens);
+  const Place place = leading_place("logits", logits);
+  const Tensor rows = fill_logits(args, logits, k, tokens, place);
   const int64_t experts = args.experts;
   args.spec = unpack_spec(policy, experts, group_fill, eps, norm_p, scale, jitter);
-  args.correction_bias = float_table("correction_bias", correction_bias, {experts});
-  args.expert_scale = float_table("expert_scale", expert_scale, {experts});
-  args.steering = steering_of(steering, steering_planes, row_params, remap, experts);
-  args.given = given_of(given, given_ids, given_weights, given_mode, args.tokens, k);
-  args.statistics = statistics_of(group_statistics, segment_statistics, statistics, experts);
-  Tensor weights = allocate_weights(args);
-  Tensor ids = allocate({args.tokens, k}, aoti_torch_dtype_int32());
+  args.correction_bias = float_table("correction_bias", correction_bias, {experts}, place);
+  args.expert_scale = float_table("expert_scale", expert_scale, {experts}, place);
+  args.steering = steering_of(steering, steering_planes, row_params, remap, experts, place);
+  args.given = given_of(given, given_ids, given_weights, given_mode, args.tokens, k, place);
+  args.statistics = statistics_of(group_statistics, segment_statistics, statistics, experts, place);
+  Tensor weights = allocate_weights(args, place);
+  Tensor ids = allocate({args.tokens, k}, aoti_torch_dtype_int32(), place);
   args.weights = weights.mutable_data_ptr();
   args.ids = static_cast<int32_t*>(ids.mutable_data_ptr());
-  cpu::launch_gate(args);
+  launch::gate(args, place);
   return {std::move(weights), std::move(ids)};
 }
 
@@ -291,13 +205,15 @@ void observe(const Tensor& logits, const Tensor& ids, const MaybeTensor& weights
   GivenTensors given;
   if (ids.dim() != 2) refuse("ids have shape ", shape_text(ids), "; they must be [tokens, k]");
   const int64_t k = ids.size(1);
-  const Tensor rows = fill_logits(args, logits, k, tokens);
+  const Place place = leading_place("logits", logits);
+  const Tensor rows = fill_logits(args, logits, k, tokens, place);
   args.spec = unpack_spec(policy, args.experts, group_fill, eps, norm_p, scale, jitter);
-  args.expert_scale = float_table("expert_scale", expert_scale, {args.experts});
-  args.given = given_of(given, ids, weights, static_cast<int64_t>(GivenMode::kNatural), args.tokens, k);
+  args.expert_scale = float_table("expert_scale", expert_scale, {args.experts}, place);
+  args.given =
+      given_of(given, ids, weights, static_cast<int64_t>(GivenMode::kNatural), args.tokens, k, place);
   args.given.every_row = true;
-  args.statistics = statistics_of(group_statistics, segment_statistics, statistics, args.experts);
-  cpu::launch_gate(args);
+  args.statistics = statistics_of(group_statistics, segment_statistics, statistics, args.experts, place);
+  launch::gate(args, place);
 }
 
 // One call for all layers of a decode step, where every call of an operator meets cold caches.
@@ -327,26 +243,36 @@ Tensor route_weights(const Tensor& logits, const Tensor& ids, int64_t policy, co
   GivenTensors given;
   if (ids.dim() != 2) refuse("ids have shape ", shape_text(ids), "; they must be [tokens, k]");
   const int64_t k = ids.size(1);
-  const Tensor rows = fill_logits(args, logits, k, tokens);
+  const Place place = leading_place("logits", logits);
+  const Tensor rows = fill_logits(args, logits, k, tokens, place);
   args.spec = unpack_spec(policy, args.experts, group_fill, eps, norm_p, scale, jitter);
-  args.expert_scale = float_table("expert_scale", expert_scale, {args.experts});
-  args.steering = steering_of(steering, steering_planes, row_params, std::nullopt, args.experts);
-  args.given = given_of(given, ids, std::nullopt, static_cast<int64_t>(GivenMode::kReplay), args.tokens, k);
+  args.expert_scale = float_table("expert_scale", expert_scale, {args.experts}, place);
+  args.steering = steering_of(steering, steering_planes, row_params, std::nullopt, args.experts, place);
+  args.given =
+      given_of(given, ids, std::nullopt, static_cast<int64_t>(GivenMode::kReplay), args.tokens, k, place);
   args.given.every_row = true;
-  Tensor weights = allocate_weights(args);
-  Tensor unused = allocate({args.tokens, k}, aoti_torch_dtype_int32());
+  Tensor weights = allocate_weights(args, place);
+  Tensor unused = allocate({args.tokens, k}, aoti_torch_dtype_int32(), place);
   args.weights = weights.mutable_data_ptr();
   args.ids = static_cast<int32_t*>(unused.mutable_data_ptr());
-  cpu::launch_gate(args);
+  launch::gate(args, place);
   return weights;
 }
 
 // ---- dispatch, permute, combine
 // ---------------------------------------------------------------------------------
 
+// torch's allocator hands freed memory out again in the order of the stream, so it may go when the call
+// returns.
+MaybeTensor dispatch_workspace(const DispatchArgs& args, const Place& place) {
+  const int64_t bytes = launch::dispatch_workspace_bytes(args, place);
+  if (bytes == 0) return std::nullopt;
+  return allocate({bytes}, aoti_torch_dtype_uint8(), place);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> dispatch(const Tensor& ids, int64_t num_experts, int64_t block) {
   if (ids.dim() != 2) refuse("ids have shape ", shape_text(ids), "; they must be [tokens, k]");
-  if (!ids.is_cpu()) refuse("ids are not on the CPU");
+  const Place place = leading_place("ids", ids);
   if (num_experts < 1 || num_experts > kMaxExperts)
     refuse("num_experts = ", num_experts, " is outside 1..", kMaxExperts);
   if (block < 1 || block > 65536) refuse("block = ", block, " is outside 1..65536");
@@ -359,40 +285,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dispatch(const Tensor& ids, int64_t n
   args.block = static_cast<int32_t>(block);
   args.capacity = dispatch_capacity(args.slots, num_experts, block);
   const int32_t dtype = aoti_torch_dtype_int64();
-  Tensor offsets = allocate({num_experts + 1}, dtype), counts = allocate({num_experts}, dtype);
-  Tensor order = allocate({args.capacity}, dtype), inverse = allocate({ids.size(0), ids.size(1)}, dtype);
+  Tensor offsets = allocate({num_experts + 1}, dtype, place);
+  Tensor counts = allocate({num_experts}, dtype, place);
+  Tensor order = allocate({args.capacity}, dtype, place);
+  Tensor inverse = allocate({ids.size(0), ids.size(1)}, dtype, place);
   args.offsets = static_cast<int64_t*>(offsets.mutable_data_ptr());
   args.counts = static_cast<int64_t*>(counts.mutable_data_ptr());
   args.order = static_cast<int64_t*>(order.mutable_data_ptr());
   args.inverse = static_cast<int64_t*>(inverse.mutable_data_ptr());
-  cpu::launch_dispatch(args);
+  const MaybeTensor workspace = dispatch_workspace(args, place);
+  if (workspace) args.workspace = workspace->mutable_data_ptr();
+  launch::dispatch(args, place);
   return {std::move(offsets), std::move(counts), std::move(order), std::move(inverse)};
-}
-
-int64_t element_size(DType type) {
-  switch (type) {
-    case DType::kFloat64:
-    case DType::kInt64:
-      return 8;
-    case DType::kFloat32:
-    case DType::kInt32:
-      return 4;
-    default:
-      return 2;
-  }
 }
 
 Tensor permute(const Tensor& x, const Tensor& order, const Tensor& inverse) {
   if (x.dim() != 2) refuse("x has shape ", shape_text(x), "; it must be [tokens, hidden]");
-  if (!x.is_cpu()) refuse("x is not on the CPU");
-  check_tensor("inverse", inverse, {x.size(0), -1});
+  const Place place = leading_place("x", x);
+  check_tensor("inverse", inverse, {x.size(0), -1}, place);
   check_dtype("inverse", inverse, ScalarType::Long, "int64");
-  check_tensor("order", order, {-1});
+  check_tensor("order", order, {-1}, place);
   check_dtype("order", order, ScalarType::Long, "int64");
   const Tensor source = packed(x);
-  int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  Tensor rows = allocate({order.size(0), x.size(1)}, dtype);
+  Tensor rows = allocate({order.size(0), x.size(1)}, dtype_of(x), place);
   PermuteArgs args;
   args.x = source.const_data_ptr();
   args.inverse = inverse.const_data_ptr<int64_t>();
@@ -402,7 +317,7 @@ Tensor permute(const Tensor& x, const Tensor& order, const Tensor& inverse) {
   args.k = inverse.size(1);
   args.row_bytes = x.size(1) * element_size(float_type("x", x));
   args.capacity = order.size(0);
-  cpu::launch_permute(args);
+  launch::permute(args, place);
   return rows;
 }
 
@@ -410,28 +325,26 @@ Tensor combine(const Tensor& rows, const Tensor& weights, const Tensor& order, c
                const MaybeTensor& residual) {
   if (rows.dim() != 2)
     refuse("rows have shape ", shape_text(rows), "; they must be [dispatched rows, hidden]");
-  if (!rows.is_cpu()) refuse("rows are not on the CPU");
-  check_tensor("inverse", inverse, {-1, -1});
+  const Place place = leading_place("rows", rows);
+  check_tensor("inverse", inverse, {-1, -1}, place);
   check_dtype("inverse", inverse, ScalarType::Long, "int64");
-  check_tensor("order", order, {rows.size(0)});
+  check_tensor("order", order, {rows.size(0)}, place);
   const int64_t tokens = inverse.size(0), k = inverse.size(1), hidden = rows.size(1);
   const Tensor source = packed(rows), factors = packed(weights);
   CombineArgs args;
   args.type = float_type("rows", rows);
   const bool wide = args.type == DType::kFloat64;
-  check_tensor("weights", factors, {tokens, k});
+  check_tensor("weights", factors, {tokens, k}, place);
   check_dtype("weights", factors, wide ? ScalarType::Double : ScalarType::Float,
               wide ? "float64" : "float32");
   MaybeTensor added;
   if (residual) {
     added = packed(*residual);
-    check_tensor("residual", *added, {tokens, hidden});
+    check_tensor("residual", *added, {tokens, hidden}, place);
     if (added->scalar_type() != rows.scalar_type()) refuse("residual must have the dtype of rows");
     args.residual = added->const_data_ptr();
   }
-  int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(rows.get(), &dtype));
-  Tensor out = allocate({tokens, hidden}, dtype);
+  Tensor out = allocate({tokens, hidden}, dtype_of(rows), place);
   args.rows = source.const_data_ptr();
   args.weights = factors.const_data_ptr();
   args.inverse = inverse.const_data_ptr<int64_t>();
@@ -440,16 +353,35 @@ Tensor combine(const Tensor& rows, const Tensor& weights, const Tensor& order, c
   args.k = k;
   args.hidden = hidden;
   args.capacity = rows.size(0);
-  cpu::launch_combine(args);
+  launch::combine(args, place);
   return out;
+}
+
+// The same functions on every device.
+template <class Library>
+void implement(Library& m) {
+  m.impl("route", TORCH_BOX(&route));
+  m.impl("observe_layers", TORCH_BOX(&observe_layers));
+  m.impl("observe", TORCH_BOX(&observe));
+  m.impl("route_weights", TORCH_BOX(&route_weights));
+  m.impl("dispatch", TORCH_BOX(&dispatch));
+  m.impl("permute", TORCH_BOX(&permute));
+  m.impl("combine", TORCH_BOX(&combine));
 }
 
 }  // namespace
 }  // namespace moe_route
 
+// The tests build these operators a second time, over the emulated CUDA kernels, in a namespace of their own.
+#ifndef MOE_ROUTE_NAMESPACE
+#define MOE_ROUTE_NAMESPACE moe_route
+#endif
+#define MOE_ROUTE_LIBRARY(name, m) \
+  STABLE_TORCH_LIBRARY(name, m)  // torch's macro does not expand its argument
+
 // Every argument that is passed costs the caller 0.1 to 0.2 us, one left to its default next to nothing: what
 // most calls leave out comes last.
-STABLE_TORCH_LIBRARY(moe_route, m) {
+MOE_ROUTE_LIBRARY(MOE_ROUTE_NAMESPACE, m) {
   m.def(
       "route(Tensor logits, int k, int policy, Tensor? tokens=None, Tensor(a!)? group_statistics=None, "
       "int statistics=0, Tensor(b!)? segment_statistics=None, float group_fill=0.0, float eps=0.0, "
@@ -480,12 +412,5 @@ STABLE_TORCH_LIBRARY(moe_route, m) {
       "combine(Tensor rows, Tensor weights, Tensor order, Tensor inverse, Tensor? residual=None) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(moe_route, CPU, m) {
-  m.impl("route", TORCH_BOX(&moe_route::route));
-  m.impl("observe_layers", TORCH_BOX(&moe_route::observe_layers));
-  m.impl("observe", TORCH_BOX(&moe_route::observe));
-  m.impl("route_weights", TORCH_BOX(&moe_route::route_weights));
-  m.impl("dispatch", TORCH_BOX(&moe_route::dispatch));
-  m.impl("permute", TORCH_BOX(&moe_route::permute));
-  m.impl("combine", TORCH_BOX(&moe_route::combine));
-}
+STABLE_TORCH_LIBRARY_IMPL(MOE_ROUTE_NAMESPACE, CPU, m) { moe_route::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(MOE_ROUTE_NAMESPACE, CUDA, m) { moe_route::implement(m); }

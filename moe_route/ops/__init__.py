@@ -3,7 +3,12 @@
 They are registered as ``torch.ops.moe_route.*``, so the dispatcher, ``torch.compile``, fake tensors and autograd know
 them. `moe_route.reference` has the same functions in plain torch.
 
-Errors: a value or tensor that does not fit raises ValueError with the argument's name and the mend.
+Device: that of the first tensor, CPU or CUDA; all others must be there too. Results have the same bits on both. On CUDA
+a call only enqueues on torch's current stream of that device and never waits, so it may be captured into a graph. There
+float64 logits are refused. Autocast casts none of the arguments.
+
+Errors: a value or tensor that does not fit raises ValueError with the argument's name and the mend; CUDA tensors where
+the build has no CUDA kernels raise RuntimeError.
 """
 
 import torch  # noqa: F401  (loads the libraries that _C is linked with)
@@ -11,6 +16,7 @@ import torch  # noqa: F401  (loads the libraries that _C is linked with)
 from moe_route import _C  # noqa: F401  (registers the operators)
 from moe_route.ops.dispatch import Dispatch, combine, dispatch, permute
 from moe_route.ops.gate import observe, observe_layers, route, route_weights
+from moe_route.ops.registration import register as _register
 from moe_route.ops.spec import RouterSpec
 from moe_route.ops.tables import (
     FIXED_POINT,
@@ -21,6 +27,8 @@ from moe_route.ops.tables import (
     SteeringTables,
     token_table,
 )
+
+_register("moe_route")
 
 __all__ = [
     "FIXED_POINT",

@@ -1,13 +1,13 @@
 """The gate: score, steer, select, weigh and count router logits in one pass (contract: csrc/include/moe_route/gate.h).
 
-A bad argument raises ValueError naming it; tensors of a device without a kernel raise torch's NotImplementedError.
+On the CPU or a CUDA device, wherever the logits lie. A bad argument raises ValueError naming it; tensors of any other
+device raise torch's NotImplementedError.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,10 +25,6 @@ _route_weights = torch.ops.moe_route.route_weights.default
 _GIVEN_MODES = {"natural": 1, "replay": 2}
 _NO_STATISTICS = (None, 0, None)
 _NO_STEERING = (None, 0, None, None)
-_AUTOGRAD_KEYS = [
-    torch._C.DispatchKey.__members__[name]
-    for name in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView")
-]
 
 
 def route(
@@ -50,8 +46,8 @@ def route(
     Order of choice: forced-on experts, then the larger value, then the lower index; NaN ranks below every number.
 
     Args:
-        logits: router logits [T, E], float32, bfloat16, float16 (same bits as ``logits.float()``) or float64;
-            unit stride inside a row, else a copy is made. E <= 4096.
+        logits: router logits [T, E], float32, bfloat16, float16 (same bits as ``logits.float()``) or, on the CPU,
+            float64; unit stride inside a row, else a copy is made. E <= 4096.
         k: experts per token, 1..min(E, 64).
         spec: how the model routes.
         correction_bias: [E], added for choosing only.
@@ -203,120 +199,3 @@ def _as_float32(table: Tensor | None) -> Tensor | None:
 
 def _narrow(weights: Tensor | None) -> Tensor | None:
     return weights.float() if weights is not None and weights.dtype is torch.float64 else weights
-
-
-# ---- what torch knows of the operators --------------------------------------------------------------------------
-
-# route and observe have no gradient (a schema that mutates cannot have one): autograd passes through, and what they
-# return does not require grad.
-_LIBRARY = torch.library.Library("moe_route", "IMPL")
-for _name in ("route", "observe", "observe_layers"):
-    _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
-
-
-def _new_weights(logits: Tensor, k: Any) -> Tensor:
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return logits.new_empty((logits.shape[0], k), dtype=dtype)
-
-
-@torch.library.register_fake("moe_route::route")
-def _route_fake(logits: Tensor, k: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    torch._check_value(logits.dim() == 2, lambda: f"logits must be [tokens, experts], got {list(logits.shape)}")
-    torch._check_value(1 <= k <= min(logits.shape[1], 64), lambda: f"k = {k} is outside 1..min(experts, 64)")
-    return _new_weights(logits, k), logits.new_empty((logits.shape[0], k), dtype=torch.int32)
-
-
-@torch.library.register_fake("moe_route::observe")
-def _observe_fake(logits: Tensor, ids: Tensor, *_: Any, **__: Any) -> None:
-    torch._check_value(ids.dim() == 2, lambda: f"ids must be [tokens, k], got {list(ids.shape)}")
-
-
-@torch.library.register_fake("moe_route::observe_layers")
-def _observe_layers_fake(logits: list[Tensor], ids: list[Tensor], *_: Any, **__: Any) -> None:
-    torch._check_value(len(logits) == len(ids), lambda: f"{len(logits)} layers of logits, {len(ids)} of ids")
-
-
-@torch.library.register_fake("moe_route::route_weights")
-def _route_weights_fake(logits: Tensor, ids: Tensor, *_: Any, **__: Any) -> Tensor:
-    torch._check_value(ids.dim() == 2, lambda: f"ids must be [tokens, k], got {list(ids.shape)}")
-    return _new_weights(logits, ids.shape[1])
-
-
-@contextmanager
-def _recording() -> Iterator[None]:
-    """Record gradients inside an operator's kernel, where torch has masked the autograd keys."""
-    keys = torch._C._dispatch_tls_local_exclude_set()
-    for key in _AUTOGRAD_KEYS:
-        keys = keys.remove(key)
-    include = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(include, keys), torch.enable_grad():
-        yield
-
-
-@torch.library.custom_op("moe_route::route_weights_backward", mutates_args=())
-def _route_weights_backward(
-    grad: Tensor,
-    logits: Tensor,
-    ids: Tensor,
-    policy: int,
-    tokens: Tensor | None,
-    group_fill: float,
-    eps: float,
-    norm_p: float,
-    scale: float,
-    jitter: float,
-    expert_scale: Tensor | None,
-    steering: Tensor | None,
-    steering_planes: int,
-    row_params: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `route_weights` in logits, expert_scale, steering and row_params; empty where there is none.
-
-    Recomputed through the reference under autograd: nothing but the inputs is kept from the forward pass. An operator
-    of its own, so that torch.compile does not trace through the reference, which may look at values.
-    """
-    from moe_route import reference
-
-    spec = RouterSpec.from_packed(policy, group_fill, eps, norm_p, scale, jitter)
-    optional = (expert_scale, steering, row_params)
-    with _recording():
-        leaf = logits.detach().requires_grad_()
-        scales, planes, params = [None if value is None else value.detach().requires_grad_() for value in optional]
-        tables = None
-        if planes is not None or params is not None:
-            tables = SteeringTables.from_packed(planes, steering_planes, params, None, logits.shape[1])
-        weights = reference.route_weights(leaf, ids, spec, expert_scale=scales, steering=tables, tokens=tokens)
-        present = [value for value in (leaf, scales, planes, params) if value is not None]
-        found = torch.autograd.grad(weights, present, grad, allow_unused=True, materialize_grads=True)
-    remaining = iter(found[1:])
-    made = [grad.new_empty(0) if value is None else next(remaining).contiguous() for value in optional]
-    return found[0].contiguous(), made[0], made[1], made[2]
-
-
-@_route_weights_backward.register_fake
-def _route_weights_backward_fake(
-    grad: Tensor, logits: Tensor, ids: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, expert_scale, steering, _, row_params = rest
-    made = [grad.new_empty(0) if v is None else v.new_empty(v.shape) for v in (expert_scale, steering, row_params)]
-    return logits.new_empty(logits.shape), made[0], made[1], made[2]
-
-
-def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logits, ids, policy, tokens, *numbers, expert_scale, steering, planes, row_params = inputs
-    ctx.save_for_backward(logits, ids, tokens, expert_scale, steering, row_params)
-    ctx.policy, ctx.numbers, ctx.planes = policy, tuple(numbers), planes
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    logits, ids, tokens, *optional = ctx.saved_tensors
-    of_logits, *made = _route_weights_backward(
-        grad.contiguous(), logits, ids, ctx.policy, tokens, *ctx.numbers, *optional[:2], ctx.planes, optional[2]
-    )
-    of_scale, of_steering, of_params = (
-        None if value is None else found for value, found in zip(optional, made, strict=True)
-    )
-    return (of_logits, None, None, None, *(None for _ in ctx.numbers), of_scale, of_steering, None, of_params)
-
-
-torch.library.register_autograd("moe_route::route_weights", _backward, setup_context=_keep_inputs)

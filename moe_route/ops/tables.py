@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moe_route.devices import upload
+
 __all__ = ["FIXED_POINT", "PLANES", "SCALARS", "Force", "StatisticsTables", "SteeringTables", "token_table"]
 
 PLANES = ("counts", "mass", "weight", "share", "natural_counts")
@@ -140,6 +142,11 @@ class SteeringTables:
         return self._pack() if self._packed is None else self._packed
 
     @property
+    def trained(self) -> bool:
+        """Whether a table requires grad, so that they are packed anew for each call."""
+        return self._packed is None
+
+    @property
     def tables(self) -> Mapping[str, Tensor]:
         """The tables that were given, by name: float32 [rows, E], row parameters [rows], ``remap`` int32 [rows, E]."""
         remap = {} if self._remap is None else {"remap": self._remap}
@@ -158,13 +165,20 @@ class SteeringTables:
         return bool((self._remap == torch.arange(self.num_experts, device=self.device)).all())
 
     def to(self, device: torch.device | str) -> SteeringTables:
-        """The same tables on another device."""
-        if torch.device(device) == self.device:
+        """The same tables on another device; the host does not wait for it, unless they are trained."""
+        device = torch.device(device)
+        if device == self.device:
             return self
-        planes = {name: table.to(device) for name, table in self._planes.items()}
-        params = {name: table.to(device) for name, table in self._params.items()}
-        remap = None if self._remap is None else self._remap.to(device)
-        return SteeringTables(self.rows, self.num_experts, **planes, **params, remap=remap, device=device)
+        if self._packed is None:
+            planes = {name: table.to(device) for name, table in self._planes.items()}
+            params = {name: table.to(device) for name, table in self._params.items()}
+            remap = None if self._remap is None else self._remap.to(device)
+            return SteeringTables(self.rows, self.num_experts, **planes, **params, remap=remap, device=device)
+        tables, bits, row_params, targets = self._packed
+        there = [None if part is None else upload(part, device) for part in (tables, row_params, targets)]
+        moved = SteeringTables.from_packed(there[0], bits, there[1], there[2], self.num_experts)
+        moved.rows = self.rows
+        return moved
 
     def __repr__(self) -> str:
         names = ", ".join(self.tables) or "nothing"

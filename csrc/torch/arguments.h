@@ -1,0 +1,55 @@
+// What every operator does with its arguments: checks that name the argument and the mend (ValueError), the
+// types of gate.h, and new tensors on the device of the call.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "moe_route/gate.h"
+#include "place.h"
+
+namespace moe_route {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using Shape = std::initializer_list<int64_t>;  // -1: any
+
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::invalid_argument(text.str());
+}
+
+std::string shape_text(const Tensor& tensor);
+
+// Where `tensor`, the argument `name`, lies.
+Place place_of(const char* name, const Tensor& tensor);
+
+// Shape, contiguity and place of the tensor `name`.
+void check_tensor(const char* name, const Tensor& tensor, Shape shape, const Place& place);
+void check_dtype(const char* name, const Tensor& tensor, ScalarType want, const char* want_name);
+
+// Addresses of checked tables, null where there is none.
+const float* float_table(const char* name, const MaybeTensor& tensor, Shape shape, const Place& place);
+const int32_t* int_table(const char* name, const MaybeTensor& tensor, Shape shape, const Place& place);
+
+DType index_type(const char* name, const Tensor& tensor);
+DType float_type(const char* name, const Tensor& tensor);
+int64_t element_size(DType type);
+
+// The tensor itself, or a contiguous copy.
+Tensor packed(const Tensor& tensor);
+
+// torch's code for the dtype of `tensor`, as `allocate` takes it.
+int32_t dtype_of(const Tensor& tensor);
+
+// Uninitialised, contiguous.
+Tensor allocate(Shape shape, int32_t dtype, const Place& place);
+
+}  // namespace moe_route

@@ -1,0 +1,30 @@
+// A build without CUDA kernels: every launch says so, and what to do.
+#include <stdexcept>
+
+#include "device.h"
+#include "moe_route/cuda.h"
+
+namespace moe_route::cuda {
+namespace {
+
+[[noreturn]] void refuse() {
+  throw std::runtime_error(
+      "this build of moe_route has no CUDA kernels. Install it again from its sources, with nvcc on the "
+      "PATH: "
+      "MOE_ROUTE_CUDA=ON pip install --force-reinstall --no-deps . ; or move the tensors with .to('cpu'), or "
+      "use moe_route.reference, which runs on any device");
+}
+
+}  // namespace
+
+void gate(const GateArgs&, Stream) { refuse(); }
+int64_t dispatch_workspace_bytes(int64_t, int32_t) { refuse(); }
+void dispatch(const DispatchArgs&, Stream) { refuse(); }
+void permute(const PermuteArgs&, Stream) { refuse(); }
+void combine(const CombineArgs&, Stream) { refuse(); }
+
+RuntimeFacts runtime_facts() { return {0, 0, {}, "this build has no CUDA kernels"}; }
+void require_kernels() { refuse(); }
+void make_current(int32_t) { refuse(); }
+
+}  // namespace moe_route::cuda

@@ -1,0 +1,245 @@
+"""What torch must know of the operators besides their kernels: the shapes of their results, and their gradients.
+
+`register` does it for one namespace of operators, so that another library of the same operators (in the tests: the CUDA
+kernels on an emulated device) is the same to torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_route.ops.spec import RouterSpec
+from moe_route.ops.tables import SteeringTables
+
+__all__ = ["register"]
+
+_LIBRARIES: list[torch.library.Library] = []  # what they registered lives as long as they do
+_AUTOGRAD_KEYS = [
+    torch._C.DispatchKey.__members__[name]
+    for name in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView")
+]
+
+
+def register(namespace: str) -> None:
+    """Fake tensors and gradients for the operators of ``torch.ops.<namespace>``, whose library is loaded."""
+    fakes: dict[str, Callable[..., Any]] = {
+        "route": _route_fake,
+        "observe": _observe_fake,
+        "observe_layers": _observe_layers_fake,
+        "route_weights": _route_weights_fake,
+        "dispatch": _dispatch_fake,
+        "permute": _permute_fake,
+        "combine": _combine_fake,
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"{namespace}::{name}", _on_one_device(name, fake))
+    # route and observe have no gradient (a schema that mutates cannot have one): autograd passes through, and what they
+    # return does not require grad.
+    library = torch.library.Library(namespace, "IMPL")
+    for name in ("route", "observe", "observe_layers"):
+        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    _LIBRARIES.append(library)
+    operators = getattr(torch.ops, namespace)
+    gradients: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+        "route_weights": (_weights_backward, _keep_inputs),
+        "permute": (partial(_permute_backward, operators), _keep_order),
+        "combine": (partial(_combine_backward, operators), _keep_combine),
+    }
+    for name, (backward, keep) in gradients.items():
+        torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=keep)
+
+
+# ---- shapes of results ------------------------------------------------------------------------------------------
+
+
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`fake`, which torch calls as soon as one tensor is on the meta device, whatever the others are: it would make up a
+    result on a device whose tensors somebody reads."""
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        lists = [value if isinstance(value, (list, tuple)) else [value] for value in (*args, *kwargs.values())]
+        places = sorted({str(value.device) for values in lists for value in values if isinstance(value, Tensor)})
+        torch._check_value(len(places) < 2, lambda: f"the tensors of {name} lie on {' and '.join(places)}: move them to one")
+        return fake(*args, **kwargs)
+
+    return checked
+
+
+def _new_weights(logits: Tensor, k: Any) -> Tensor:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits.new_empty((logits.shape[0], k), dtype=dtype)
+
+
+def _route_fake(logits: Tensor, k: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    torch._check_value(logits.dim() == 2, lambda: f"logits must be [tokens, experts], got {list(logits.shape)}")
+    torch._check_value(1 <= k <= min(logits.shape[1], 64), lambda: f"k = {k} is outside 1..min(experts, 64)")
+    return _new_weights(logits, k), logits.new_empty((logits.shape[0], k), dtype=torch.int32)
+
+
+def _observe_fake(logits: Tensor, ids: Tensor, *_: Any, **__: Any) -> None:
+    torch._check_value(ids.dim() == 2, lambda: f"ids must be [tokens, k], got {list(ids.shape)}")
+
+
+def _observe_layers_fake(logits: list[Tensor], ids: list[Tensor], *_: Any, **__: Any) -> None:
+    torch._check_value(len(logits) == len(ids), lambda: f"{len(logits)} layers of logits, {len(ids)} of ids")
+
+
+def _route_weights_fake(logits: Tensor, ids: Tensor, *_: Any, **__: Any) -> Tensor:
+    torch._check_value(ids.dim() == 2, lambda: f"ids must be [tokens, k], got {list(ids.shape)}")
+    return _new_weights(logits, ids.shape[1])
+
+
+def _dispatch_fake(ids: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch._check_value(ids.dim() == 2, lambda: f"ids must be [tokens, k], got {list(ids.shape)}")
+    tokens, k = ids.shape
+    sizes = ((num_experts + 1,), (num_experts,), (tokens * k + num_experts * (block - 1),), (tokens, k))
+    made = [ids.new_empty(size, dtype=torch.int64) for size in sizes]
+    return made[0], made[1], made[2], made[3]
+
+
+def _permute_fake(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    torch._check_value(x.dim() == 2, lambda: f"x must be [tokens, hidden], got {list(x.shape)}")
+    return x.new_empty((order.shape[0], x.shape[1]))
+
+
+def _combine_fake(rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor, *_: Any, **__: Any) -> Tensor:
+    torch._check_value(rows.dim() == 2, lambda: f"rows must be [dispatched rows, hidden], got {list(rows.shape)}")
+    return rows.new_empty((inverse.shape[0], rows.shape[1]))
+
+
+# ---- gradients of route_weights ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Record gradients inside an operator's kernel, where torch has masked the autograd keys."""
+    keys = torch._C._dispatch_tls_local_exclude_set()
+    for key in _AUTOGRAD_KEYS:
+        keys = keys.remove(key)
+    include = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(include, keys), torch.enable_grad():
+        yield
+
+
+@torch.library.custom_op("moe_route::route_weights_backward", mutates_args=())
+def _route_weights_backward(
+    grad: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    policy: int,
+    tokens: Tensor | None,
+    group_fill: float,
+    eps: float,
+    norm_p: float,
+    scale: float,
+    jitter: float,
+    expert_scale: Tensor | None,
+    steering: Tensor | None,
+    steering_planes: int,
+    row_params: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `route_weights` in logits, expert_scale, steering and row_params; empty where there is none.
+
+    Recomputed through the reference under autograd: nothing but the inputs is kept from the forward pass. An operator
+    of its own, so that torch.compile does not trace through the reference, which may look at values.
+    """
+    from moe_route import reference
+
+    spec = RouterSpec.from_packed(policy, group_fill, eps, norm_p, scale, jitter)
+    optional = (expert_scale, steering, row_params)
+    with _recording():
+        leaf = logits.detach().requires_grad_()
+        scales, planes, params = [None if value is None else value.detach().requires_grad_() for value in optional]
+        tables = None
+        if planes is not None or params is not None:
+            tables = SteeringTables.from_packed(planes, steering_planes, params, None, logits.shape[1])
+        weights = reference.route_weights(leaf, ids, spec, expert_scale=scales, steering=tables, tokens=tokens)
+        present = [value for value in (leaf, scales, planes, params) if value is not None]
+        found = torch.autograd.grad(weights, present, grad, allow_unused=True, materialize_grads=True)
+    remaining = iter(found[1:])
+    made = [grad.new_empty(0) if value is None else next(remaining).contiguous() for value in optional]
+    return found[0].contiguous(), made[0], made[1], made[2]
+
+
+@_route_weights_backward.register_fake
+def _route_weights_backward_fake(
+    grad: Tensor, logits: Tensor, ids: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, expert_scale, steering, _, row_params = rest
+    made = [grad.new_empty(0) if v is None else v.new_empty(v.shape) for v in (expert_scale, steering, row_params)]
+    return logits.new_empty(logits.shape), made[0], made[1], made[2]
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, ids, policy, tokens, *numbers, expert_scale, steering, planes, row_params = inputs
+    ctx.save_for_backward(logits, ids, tokens, expert_scale, steering, row_params)
+    ctx.policy, ctx.numbers, ctx.planes = policy, tuple(numbers), planes
+
+
+def _weights_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    logits, ids, tokens, *optional = ctx.saved_tensors
+    of_logits, *made = _route_weights_backward(
+        grad.contiguous(), logits, ids, ctx.policy, tokens, *ctx.numbers, *optional[:2], ctx.planes, optional[2]
+    )
+    of_scale, of_steering, of_params = (
+        None if value is None else found for value, found in zip(optional, made, strict=True)
+    )
+    return (of_logits, None, None, None, *(None for _ in ctx.numbers), of_scale, of_steering, None, of_params)
+
+
+# ---- gradients of permute and combine ---------------------------------------------------------------------------
+
+
+def _keep_order(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, order, inverse = inputs
+    ctx.save_for_backward(order, inverse)
+
+
+def _permute_backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """A token's gradient is the sum over its rows: combine with weights of one."""
+    order, inverse = ctx.saved_tensors
+    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    ones = torch.ones(inverse.shape, dtype=dtype, device=grad.device)
+    return operators.combine.default(grad.contiguous(), ones, order, inverse, None), None, None
+
+
+def _keep_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, weights, order, inverse, residual = inputs
+    ctx.save_for_backward(rows, weights, order, inverse)
+    ctx.has_residual = residual is not None
+
+
+def _combine_backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """A row's gradient is its weight times its token's; a weight's is the product of its row with its token's."""
+    rows, weights, order, inverse = ctx.saved_tensors
+    of_rows = of_weights = None
+    if ctx.needs_input_grad[0]:
+        of_rows = (operators.permute.default(grad.contiguous(), order, inverse) * _by_row(weights, order)).to(
+            rows.dtype
+        )
+    if ctx.needs_input_grad[1]:
+        of_weights = torch.stack([_product(rows, grad, inverse[:, j]) for j in range(inverse.shape[1])], 1)
+        of_weights = of_weights.to(weights.dtype)
+    return of_rows, of_weights, None, None, grad if ctx.has_residual else None
+
+
+def _by_row(weights: Tensor, order: Tensor) -> Tensor:
+    """The weight [R, 1] of the slot that each row serves; 0 where it serves none."""
+    if weights.numel() == 0:
+        return weights.new_zeros(order.shape[0], 1)
+    return torch.where(order >= 0, weights.reshape(-1)[order.clamp(min=0)], 0.0)[:, None]
+
+
+def _product(rows: Tensor, grad: Tensor, at: Tensor) -> Tensor:
+    """Inner products [T] of the rows at ``at`` with grad [T, H]; 0 where ``at`` is -1 (that row may hold anything)."""
+    if rows.shape[0] == 0:
+        return grad.new_zeros(at.shape)
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    product = (rows[at.clamp(min=0)].to(wide) * grad.to(wide)).sum(1)
+    return torch.where(at >= 0, product, 0.0)

@@ -1,0 +1,22 @@
+// launch.h over the emulated CUDA kernels: what the operators hand to a device runs here, on CPU tensors.
+#include "launch.h"
+
+#include "moe_route/cuda.h"
+
+namespace moe_route::launch {
+
+void require(const Place&) {}
+
+bool takes_float64_logits(const Place&) { return false; }
+
+void gate(const GateArgs& args, const Place&) { cuda::gate(args, nullptr); }
+
+int64_t dispatch_workspace_bytes(const DispatchArgs& args, const Place&) {
+  return cuda::dispatch_workspace_bytes(args.slots, args.experts);
+}
+
+void dispatch(const DispatchArgs& args, const Place&) { cuda::dispatch(args, nullptr); }
+void permute(const PermuteArgs& args, const Place&) { cuda::permute(args, nullptr); }
+void combine(const CombineArgs& args, const Place&) { cuda::combine(args, nullptr); }
+
+}  // namespace moe_route::launch
