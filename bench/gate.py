@@ -40,12 +40,13 @@ SHAPES: Sequence[Shape] = (
 class Gate:
     """The contenders over one shape. Every one of them takes the number of an input and returns (weights, ids)."""
 
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: Shape, logits: Pool | None = None):
         self.shape = shape
-        self.logits = Pool((shape.tokens, shape.experts), shape.dtype)
-        self.torch_counts = torch.zeros(shape.experts, dtype=torch.int64)
-        self.torch_mass = torch.zeros(shape.experts)
-        self.std = torch.zeros(1, shape.experts)
+        self.logits = Pool((shape.tokens, shape.experts), shape.dtype) if logits is None else logits
+        self.device = self.logits[0].device
+        self.torch_counts = torch.zeros(shape.experts, dtype=torch.int64, device=self.device)
+        self.torch_mass = torch.zeros(shape.experts, device=self.device)
+        self.std = torch.zeros(1, shape.experts, device=self.device)
         self.std[0, : max(1, min(4, shape.experts // 4))] = 0.5
 
     def torch_gate(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,10 +72,13 @@ class Gate:
         scores = torch.softmax(logits, dim=-1, dtype=torch.float32)
         weights, ids = torch.topk(scores, self.shape.k, dim=-1)
         weights = weights / weights.sum(dim=-1, keepdim=True)
-        self.torch_counts += torch.bincount(ids.flatten(), minlength=self.shape.experts)
+        self.count(ids)
         if mass:
             self.torch_mass += scores.sum(0)
         return weights, ids
+
+    def count(self, ids: torch.Tensor) -> None:
+        self.torch_counts += torch.bincount(ids.flatten(), minlength=self.shape.experts)
 
     def routed(
         self, *, planes: Sequence[str] = (), entropy: bool = False, steering: ops.SteeringTables | None = None
@@ -82,8 +86,10 @@ class Gate:
         """`ops.route` with these statistics (none where `planes` is empty) and every token steered, if at all."""
         statistics = None
         if planes:
-            statistics = ops.StatisticsTables.zeros(self.shape.experts, groups=1, planes=tuple(planes), entropy=entropy)
-        tokens = None if steering is None else ops.token_table(self.shape.tokens, steering_row=0)
+            statistics = ops.StatisticsTables.zeros(
+                self.shape.experts, groups=1, planes=tuple(planes), entropy=entropy, device=self.device
+            )
+        tokens = None if steering is None else ops.token_table(self.shape.tokens, steering_row=0, device=self.device)
 
         def contender(index: int) -> tuple[torch.Tensor, torch.Tensor]:
             return ops.route(
@@ -98,7 +104,7 @@ class Gate:
 
     def forced_steering(self) -> ops.SteeringTables:
         """One expert forced on, one off [arXiv 2510.04694 eq. 5]."""
-        force = torch.zeros(1, self.shape.experts)
+        force = torch.zeros(1, self.shape.experts, device=self.device)
         force[0, 1], force[0, 2] = float(ops.Force.ON_PAPER), float(ops.Force.OFF_PAPER)
         return ops.SteeringTables(1, self.shape.experts, force=force)
 

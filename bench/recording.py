@@ -15,29 +15,30 @@ from moe_route.recording.recorder import LAG
 
 WINDOW = LAG + 1  # steps that the recorder counts together
 PAST = 64  # tokens in the cache before every step
+STEPS = 1024  # different tokens to step on
 
 
-def decoder(dtype: torch.dtype) -> torch.nn.Module:
+SIZES = {
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "moe_intermediate_size": 256,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+}
+
+
+def decoder(dtype: torch.dtype, device: torch.device | str = "cpu", **changes: int) -> torch.nn.Module:
     """A random qwen3_moe: hidden size 512, 16 layers, 64 experts of 256, top-8; 0.4 G parameters."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=8192,
-        hidden_size=512,
-        intermediate_size=1024,
-        moe_intermediate_size=256,
-        num_hidden_layers=16,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-        num_experts=64,
-        num_experts_per_tok=8,
-        norm_topk_prob=True,
-        tie_word_embeddings=True,
-        dtype=dtype,
-    )
-    return Qwen3MoeForCausalLM(config).to(dtype).eval()
+    config = Qwen3MoeConfig(**(SIZES | changes), norm_topk_prob=True, tie_word_embeddings=True, dtype=dtype)
+    return Qwen3MoeForCausalLM(config).to(device=device, dtype=dtype).eval()
 
 
 class Decoding:
@@ -47,14 +48,13 @@ class Decoding:
         from transformers import DynamicCache
 
         self.model = model
-        self.vocabulary = model.config.vocab_size
-        self.generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(0, model.config.vocab_size, (PAST + STEPS,), generator=generator).to(model.device)
+        self.tokens = ids[PAST:].view(STEPS, 1, 1)
+        self.turn = 0
         self.cache = DynamicCache(config=model.config)
         with torch.inference_mode():
-            model(input_ids=self.tokens(PAST), past_key_values=self.cache, use_cache=True)
-
-    def tokens(self, length: int) -> torch.Tensor:
-        return torch.randint(0, self.vocabulary, (1, length), generator=self.generator)
+            model(input_ids=ids[None, :PAST], past_key_values=self.cache, use_cache=True)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -63,7 +63,8 @@ class Decoding:
         yield
 
     def step(self, _: int) -> torch.Tensor:
-        token = self.tokens(1)
+        token = self.tokens[self.turn % STEPS]
+        self.turn += 1
         with torch.inference_mode():
             logits = self.model(input_ids=token, past_key_values=self.cache, use_cache=True).logits
         self.cache.crop(-1)
@@ -77,9 +78,9 @@ class ByHand:
         self.decoding, model = decoding, decoding.model
         self.routers = [site.module for site in mr.patching.find_sites(model)]
         experts = mr.patching.find_sites(model)[0].num_experts
-        self.counts = torch.zeros(len(self.routers), experts, dtype=torch.int64)
-        self.mass, self.weight = torch.zeros(2, len(self.routers), experts, dtype=torch.float64)
-        self.entropy = torch.zeros(len(self.routers), dtype=torch.float64)
+        self.counts = torch.zeros(len(self.routers), experts, dtype=torch.int64, device=model.device)
+        self.mass, self.weight = torch.zeros(2, len(self.routers), experts, dtype=torch.float64, device=model.device)
+        self.entropy = torch.zeros(len(self.routers), dtype=torch.float64, device=model.device)
 
     @contextmanager
     def recording(self) -> Iterator[None]:

@@ -1,7 +1,8 @@
 """Timing contenders against each other in one run: interleaved, each call on an input of its own, medians.
 
-Time is processor time of the calling thread (contenders use one thread), so that a neighbour who takes the core away
-is not counted; on an idle machine it is the time on the wall.
+A clock says what a call costs. On the CPU it is processor time of the calling thread (contenders use one thread), so
+that a neighbour who takes the core away is not counted; on an idle machine it is the time on the wall. The clocks of a
+device are in `device/clocks.py`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,30 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 # A contender takes the number of the input to work on and returns whatever it computed.
 Contender = Callable[[int], object]
+
+
+class Clock(Protocol):
+    def timer(self, contender: Contender) -> Callable[[range], float]:
+        """A function that calls `contender` on the inputs of a range and returns the seconds they took together."""
+
+
+class ThreadTime:
+    """Processor time of the calling thread."""
+
+    def timer(self, contender: Contender) -> Callable[[range], float]:
+        def timed(turns: range) -> float:
+            start = time.thread_time()
+            for each in turns:
+                contender(each)
+            return time.thread_time() - start
+
+        return timed
 
 
 @dataclass(frozen=True)
@@ -58,6 +78,7 @@ def race(
     warmup: int = 3,
     burst: int = 1,
     around: Mapping[str, Callable[[], AbstractContextManager[object]]] | None = None,
+    clock: Clock | None = None,
 ) -> Race:
     """Time every contender once a round, in an order drawn anew each round; no two calls in a row share an input.
 
@@ -67,20 +88,18 @@ def race(
     A repeated input would be learnt by the branch predictor and kept by the cache, which makes a gate look four to
     eight times as fast as it is inside a model.
     """
+    clock = ThreadTime() if clock is None else clock
     names = list(contenders)
+    timers = {name: clock.timer(contender) for name, contender in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     turn, order = 0, random.Random(0)
     for number in range(-warmup, rounds):
         # who goes before leaves its mark on caches and on the allocator's heap: that must not always be the same one
         for name in order.sample(names, len(names)):
-            contender = contenders[name]
             turns = range(turn, turn + burst)
             turn += burst
             with around[name]() if around and name in around else nullcontext():
-                start = time.thread_time()
-                for each in turns:
-                    contender(each)
-                took = time.thread_time() - start
+                took = timers[name](turns)
             if number >= 0:
                 seconds[name].append(took / burst)
     return Race(seconds)
@@ -89,15 +108,24 @@ def race(
 class Pool:
     """Distinct normal inputs that are handed out in turn: `pool[i]` is input `i` modulo their number. Never zeros."""
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, *, total_bytes: int = 48 << 20, seed: int = 0):
-        generator = torch.Generator().manual_seed(seed)
-        one = torch.Size(shape).numel() * dtype.itemsize
-        self.inputs = [torch.randn(*shape, generator=generator).to(dtype) for _ in range(self.count(one, total_bytes))]
+    def __init__(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        *,
+        total_bytes: int = 48 << 20,
+        seed: int = 0,
+        most: int = 4096,
+        device: torch.device | str = "cpu",
+    ):
+        generator = torch.Generator(device).manual_seed(seed)
+        number = self.count(torch.Size(shape).numel() * dtype.itemsize, total_bytes, most)
+        self.inputs = [torch.randn(*shape, generator=generator, device=device).to(dtype) for _ in range(number)]
 
     @staticmethod
-    def count(one: int, total: int) -> int:
-        """As many inputs as make up `total` bytes, within 8 and 4096."""
-        return max(8, min(4096, total // one))
+    def count(one: int, total: int, most: int = 4096) -> int:
+        """As many inputs as make up `total` bytes, within 8 and `most`."""
+        return max(8, min(most, -(-total // one)))
 
     def __len__(self) -> int:
         return len(self.inputs)
