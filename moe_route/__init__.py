@@ -19,6 +19,7 @@ from moe_route._C import __version__
 if TYPE_CHECKING:
     from moe_route import analysis, data, doctor, files, nn, patching, plots, recording, reference, steering
     from moe_route.patching import ModelNotSupported, find_sites
+    from moe_route.patching.experts import register_experts
     from moe_route.recording import Recorder, RoutingStatistics
     from moe_route.routed import Routed, attach, describe
     from moe_route.steering import ExpertSelection, Plan
@@ -46,6 +47,7 @@ _HOMES = {
     "attach": "routed",
     "describe": "routed",
     "find_sites": "patching",
+    "register_experts": "patching.experts",
 }
 
 __all__ = [
@@ -69,6 +71,7 @@ __all__ = [
     "plots",
     "recording",
     "reference",
+    "register_experts",
     "steering",
 ]
 

@@ -132,15 +132,18 @@ class Experts(nn.Module):
 
         Slots with a negative id or one >= E are skipped: no expert sees them and their weight is never read.
         """
+        dtype = self.down_proj.dtype
+        if hidden.dtype != dtype and not torch.is_autocast_enabled(hidden.device.type):
+            raise ValueError(f"hidden states are {hidden.dtype} and expert weights {dtype}; convert one to the other")
         slots = ops.dispatch(ids, self.num_experts)
-        rows = _expert_product(ops.permute(hidden, slots), *self.up, slots)
+        rows = grouped_linear(ops.permute(hidden, slots), *self.up, slots)
         act = ACTIVATIONS[self.activation]
         if self.gated:
             gate, up = rows.chunk(2, dim=-1)
             rows = act(gate) * up
         else:
             rows = act(rows)
-        rows = _expert_product(rows, self.down_proj, self.down_proj_bias, slots)
+        rows = grouped_linear(rows, self.down_proj, self.down_proj_bias, slots)
         return ops.combine(rows, weights, slots, None if residual is None else residual.to(rows.dtype))
 
     def extra_repr(self) -> str:
@@ -225,17 +228,17 @@ def _reset(fan_in: int, *parameters: Tensor | None) -> None:
             nn.init.uniform_(parameter, -bound, bound)
 
 
-def _expert_product(rows: Tensor, weight: Tensor, bias: Tensor | None, slots: Dispatch) -> Tensor:
-    """rows [R, in] times its expert's weight [out, in], plus its bias: [R, out].
+def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, slots: Dispatch) -> Tensor:
+    """rows [R, in] times its expert's weight [out, in], plus its bias: [R, out], in the dtype of the rows.
+
+    Weights [E, out, in] and biases of another dtype are converted, on CPU expert by expert. Under autocast rows are
+    cast first, as for `torch.nn.functional.linear`.
 
     Rows behind the last expert's range (slots that were skipped) may come out undefined: combine never reads them,
-    and neither does the backward of permute. Under autocast both factors are cast, as for `torch.nn.functional.linear`.
+    and neither does the backward of permute.
     """
     if torch.is_autocast_enabled(rows.device.type) and rows.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(rows.device.type)
-        rows, weight = rows.to(dtype), weight.to(dtype)
-    if rows.dtype != weight.dtype:
-        raise ValueError(f"hidden states are {rows.dtype} and expert weights {weight.dtype}; convert one to the other")
+        rows = rows.to(torch.get_autocast_dtype(rows.device.type))
     out = _grouped_product(rows, weight, slots.offsets)
     if bias is None:
         return out
@@ -254,11 +257,12 @@ def _expert_product(rows: Tensor, weight: Tensor, bias: Tensor | None, slots: Di
 def _grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """rows[offsets[e]:offsets[e + 1]] @ weight[e].T for every expert e: [R, in], [E, out, in] -> [R, out]."""
     if _grouped_mm_takes(rows, weight.shape[1:]):
+        weight = weight.to(rows.dtype)
         return F.grouped_mm(rows, weight.transpose(-2, -1), offs=offsets[1:].to(torch.int32))
     out = rows.new_zeros(rows.shape[0], weight.shape[1])
-    for matrix, (begin, end) in zip(weight.unbind(0), _ranges(offsets), strict=True):
+    for expert, (begin, end) in enumerate(_ranges(offsets)):
         if begin < end:
-            torch.mm(rows[begin:end], matrix.T, out=out[begin:end])
+            torch.mm(rows[begin:end], weight[expert].T.to(rows.dtype), out=out[begin:end])
     return out
 
 
@@ -305,7 +309,7 @@ def _grouped_product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Te
     if ctx.needs_input_grad[0]:
         of_rows = _grouped_product(grad, weight.transpose(-2, -1), offsets)
     if ctx.needs_input_grad[1]:
-        of_weight = _grouped_outer(grad, rows, offsets)
+        of_weight = _grouped_outer(grad, rows, offsets).to(weight.dtype)
     return of_rows, of_weight, None
 
 

@@ -28,11 +28,12 @@ from torch import Tensor, nn
 
 from moe_route import __version__, files
 from moe_route.patching import Attachment, Call, Labels, RouterSite, attachment_of, find_sites
+from moe_route.patching.tokens import spread
 from moe_route.recording import PHASES, LabelBlock, Recorder, RoutingStatistics
 from moe_route.recording.labels import columns, on_device
 from moe_route.recording.recorder import RecordOptions
-from moe_route.recording.tables import device_of
 from moe_route.steering import CompiledPlan, Plan
+from moe_route.steering.draw import token_counter
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -48,11 +49,12 @@ def attach(
     model: nn.Module,
     *,
     engine: Literal["auto", "observed", "fused"] = "auto",
-    experts: Literal["keep"] = "keep",
+    experts: Literal["keep", "moe_route"] = "keep",
     check: bool = True,
 ) -> Routed:
     """Attach to a loaded model; its outputs stay bit for bit what they were until something steers (see
-    ``patching.Attachment`` for the engines).
+    ``patching.Attachment`` for the engines), unless ``experts="moe_route"`` runs its experts by this package's
+    dispatch and combine (equal within bounds; ``detach`` puts back what was set before).
 
     Raises ``ModelNotSupported`` for a model without routers that can be attached to, ``AlreadyAttached`` for one that
     is attached; nothing is changed then.
@@ -156,7 +158,7 @@ class Routed:
 
     def _apply(self, plan: Plan | None) -> None:
         steering = _Steering(plan, self) if plan else None
-        self.attachment.set_steering(None if steering is None else steering.tables)
+        self.attachment.set_steering(None if steering is None else steering.compiled.tables)
         self._plan, self._steering = plan or None, steering
         if steering is not None and self._recording:
             assert self._recorder is not None
@@ -189,13 +191,11 @@ class Routed:
 
     def _label(self, call: Call) -> Labels:
         group, segment = self._recorder.rows(call) if self._recording and self._recorder else (-1, -1)
-        return Labels(self._steering_row(call), group, segment)
-
-    def _steering_row(self, call: Call) -> int | Tensor:
         if self._steering is None:
-            return -1
+            return Labels(-1, group, segment)
         recorded = self._recorder.block if self._recording and self._recorder else None
-        return self._steering.rows(call, recorded or self._block)
+        row = self._steering.rows(call, recorded or self._block)
+        return Labels(row, group, segment, self._steering.counter(call))
 
     def _after_call(self, call: Call) -> None:
         if self._recording and self._recorder is not None:
@@ -253,26 +253,56 @@ class _Steering:
         # groups that the plan does not name take the row of tokens without a group
         groups = tuple(dict.fromkeys(group for rule in plan.rules for group in rule.groups or ()))
         self.compiled: CompiledPlan = plan.compile(routed.sites, groups)
-        self.tables = [
-            None if table is None else table.to(device_of(site))
-            for site, table in zip(routed.sites, self.compiled.tables, strict=True)
-        ]
         self._index = {group: index for index, group in enumerate(groups)}
         self._rows = self.compiled.rows.tolist()
         self._block: LabelBlock | None = None
-        self._cache: dict[int, int | Tensor] = {}
+        self._cache: dict[tuple[int, int, torch.device], int | Tensor] = {}
 
     def rows(self, call: Call, block: LabelBlock | None) -> int | Tensor:
         """Steering row of the tokens of a call: an int, ``[N]`` or ``[N, length]``; -1 leaves a token alone."""
-        phase = PHASES.index(call.phase)
-        if block is None:
-            return self._rows[phase][0]
+        if call.again is None:
+            return self._rows_in(call.phase, call, block)
+        before, now = self._rows_in("prefill", call, block), self._rows_in("decode", call, block)
+        if isinstance(before, int) and isinstance(now, int) and before == now:
+            return before
+        prompt = torch.arange(call.length, device=call.device) < call.prompt
+        return torch.where(prompt, _as_columns(before), _as_columns(now)).reshape(-1, call.length)
+
+    def _rows_in(self, phase_name: Literal["prefill", "decode"], call: Call, block: LabelBlock | None) -> int | Tensor:
         if block is not self._block:
             self._block, self._cache = block, {}
-        if phase not in self._cache:
-            of_name = [self._rows[phase][self._index.get(name, -1) + 1] for name in block.names]
-            self._cache[phase] = on_device(block.values(of_name), call.device)
-        return columns(self._cache[phase], call)
+        phase, bounds = PHASES.index(phase_name), self.compiled.bounds
+        found = self._rows_at(0, phase, call, block)
+        if not bounds:
+            return found
+        position, found = call.positions(), spread(found, call, "steering_row")
+        for at, bound in enumerate(bounds, 1):
+            after = spread(self._rows_at(at, phase, call, block), call, "steering_row")
+            found = torch.where(position >= bound, after, found)
+        assert isinstance(found, Tensor)
+        return found.expand(call.batch, call.length)
+
+    def _rows_at(self, at: int, phase: int, call: Call, block: LabelBlock | None) -> int | Tensor:
+        """Rows by the group of the token, for the class of positions ``at``."""
+        if block is None:
+            return self._rows[phase][0][at]
+        key = (phase, at, call.device)
+        if key not in self._cache:
+            of_name = [self._rows[phase][self._index.get(name, -1) + 1][at] for name in block.names]
+            self._cache[key] = on_device(block.values(of_name), call.device)
+        return columns(self._cache[key], call)
+
+    def counter(self, call: Call) -> Tensor | None:
+        """What tells tokens apart, where the plan draws experts for each."""
+        if not self.compiled.draws:
+            return None
+        ids = call.input_ids
+        shaped = ids is not None and ids.shape == (call.batch, call.length)
+        return token_counter(call.positions(), ids if shaped else None)
+
+
+def _as_columns(rows: int | Tensor) -> int | Tensor:
+    return rows[:, None] if isinstance(rows, Tensor) and rows.dim() == 1 else rows
 
 
 # ---- what a model is
@@ -327,8 +357,10 @@ class LayerDescription:
     layer: int
     name: str
     router: str
+    part: str  # which of the model's kinds of router: "text", "vision", "encoder", ...; "" where there is one
     experts: int
     top_k: int
+    family: str
     score: str
     order: str
     engine: str
@@ -353,19 +385,20 @@ class Description:
     def __str__(self) -> str:
         name = f" ({self.name})" if self.name else ""
         title = f"{self.model}{name}: {len(self.layers)} MoE layers, configuration {self.config_hash[:12]}"
-        rows = [("layers", "router", "experts", "top-k", "score", "engine", "steerable", "why")]
-        notes: dict[str, None] = {}
+        rows = [("layers", "router", "experts", "top-k", "routing", "engine", "steerable", "why")]
+        notes: dict[str, list[str]] = {}  # of which layers
         for _, alike in groupby(self.layers, key=_kind_of_layer):
             layers = list(alike)
             first, last = layers[0], layers[-1]
             span = f"{first.layer}" if first is last else f"{first.layer}-{last.layer}"
-            score = first.score if first.order == "score_then_topk" else f"{first.score} of the chosen"
-            shown = (span, first.router, str(first.experts), str(first.top_k), score, first.engine)
+            router = f"{first.router} ({first.part})" if first.part else first.router
+            shown = (span, router, str(first.experts), str(first.top_k), first.family, first.engine)
             rows.append((*shown, "yes" if first.steerable else "no", first.reason))
-            notes |= dict.fromkeys(f"layers {span}: {note}" for note in first.notes)
+            for note in first.notes:
+                notes.setdefault(note, []).append(span)
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([title, *table, *notes])
+        return "\n".join([title, *table, *(f"layers {', '.join(spans)}: {note}" for note, spans in notes.items())])
 
 
 def _kind_of_layer(layer: LayerDescription) -> tuple[Any, ...]:
@@ -383,8 +416,10 @@ def describe(model: nn.Module) -> Description:
             layer=site.layer,
             name=site.name,
             router=type(site.module).__name__,
+            part=site.part,
             experts=site.num_experts,
             top_k=site.top_k,
+            family=site.family.name,
             score=site.spec.score,
             order=site.spec.order,
             engine=site.engine,

@@ -61,7 +61,7 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def support_table() -> str:
     """The table of docs/models.md, from the table that attaching goes by."""
-    from moe_route.patching.families import FAMILIES, SPECIALS
+    from moe_route.patching.families import FAMILIES, REFUSED
 
     rows: dict[str, list[str]] = {}
     for family in FAMILIES:
@@ -70,7 +70,7 @@ def support_table() -> str:
     lines = ["| routing | router classes of transformers |", "|---|---|"]
     lines += [f"| {name} | {', '.join(sorted(routers))} |" for name, routers in rows.items() if routers]
     lines += ["", "Refused by name:", "", "| class | because |", "|---|---|"]
-    lines += [f"| `{name}` | {reason} |" for name, reason in SPECIALS.items()]
+    lines += [f"| `{name}` | {reason} |" for name, reason in REFUSED.items()]
     return "\n".join(lines)
 
 

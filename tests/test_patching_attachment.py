@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
-from tiny_models import ARCHITECTURES, MAIN, tiny_model, tokens
+from tiny_models import MAIN, tiny_model, tokens
 
 from moe_route import ops, reference
 from moe_route.ops import FIXED_POINT, Force, StatisticsTables, SteeringTables
@@ -42,11 +42,8 @@ def run(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
 # Nothing changes unasked.
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [(name, torch.float32) for name in ARCHITECTURES] + [(name, torch.bfloat16) for name in MAIN],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", MAIN)
 def test_counting_changes_no_bit_and_counts_what_the_routers_chose(name: str, dtype: torch.dtype) -> None:
     model, ids = tiny_model(name, dtype), tokens()
     plain = run(model, input_ids=ids)
@@ -152,8 +149,8 @@ def test_choices_are_named() -> None:
     model = tiny_model("olmoe")
     with pytest.raises(ValueError, match="engine must be one of 'auto', 'observed', 'fused', not 'fast'"):
         Attachment(model, engine="fast")
-    with pytest.raises(ValueError, match="experts must be one of 'keep', not 'moe_route'"):
-        Attachment(model, experts="moe_route")
+    with pytest.raises(ValueError, match="experts must be one of 'keep', 'moe_route', not 'mine'"):
+        Attachment(model, experts="mine")
 
 
 def test_tables_that_do_not_fit() -> None:

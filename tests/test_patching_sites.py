@@ -10,7 +10,8 @@ pytest.importorskip("transformers")
 
 from tiny_models import tiny_model
 
-from moe_route.patching import Attachment, ModelNotSupported, find_sites
+from moe_route.ops import Force, StatisticsTables, SteeringTables
+from moe_route.patching import Attachment, Labels, ModelNotSupported, find_sites
 
 
 def test_sites_in_forward_order() -> None:
@@ -56,45 +57,6 @@ def test_unknown_router_beside_experts() -> None:
         find_sites(model)
 
 
-@pytest.mark.parametrize("name", ["jetmoe", "llama4_text", "switch_transformers", "nllb-moe"])
-def test_specials_are_refused_by_name(name: str) -> None:
-    from transformers import CONFIG_MAPPING, AutoModel
-
-    shape = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 32, "d_kv": 16}
-    shape |= {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-    shape |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_sparse_step": 1}
-    shape |= {"hidden_size": 32, "intermediate_size": 32, "intermediate_size_mlp": 32, "num_hidden_layers": 1}
-    shape |= {
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "num_local_experts": 4,
-        "num_experts": 4,
-        "head_dim": 16,
-    }
-    config = CONFIG_MAPPING[name](vocab_size=32, **shape)
-    with pytest.raises(ModelNotSupported, match=r"cannot be attached to: (it|its|a)"):
-        find_sites(AutoModel.from_config(config))
-
-
-def test_hash_layers_are_refused() -> None:
-    with pytest.raises(ModelNotSupported, match=r"DeepseekV4HashRouter.*a table of token ids chooses"):
-        find_sites(tiny_model("deepseek_v4", mlp_layer_types=["hash_moe", "moe", "moe"]))
-
-
-def test_blocks_that_go_round_their_router() -> None:
-    model = tiny_model("gpt_oss")
-    block = model.layers[0].mlp
-    block.forward = block.forward  # what kernels.kernelize leaves: a forward of the instance
-    with pytest.raises(ModelNotSupported, match=r"GptOssMLP above 'layers.0.mlp.router'.*use_kernels=False"):
-        find_sites(model)
-    del block.forward
-    from transformers.integrations.mxfp4 import Mxfp4GptOssMLP
-
-    model.layers[0].mlp = Mxfp4GptOssMLP(block.router, block.experts)
-    with pytest.raises(ModelNotSupported, match=r"Mxfp4GptOssMLP.*dequantize=True"):
-        find_sites(model)
-
-
 def test_changed_router_is_refused_by_the_check() -> None:
     """A router that no longer does what its class did: transformers of another version, or an edit."""
     model = tiny_model("mixtral")
@@ -133,5 +95,110 @@ def test_weights_that_cannot_be_read_are_not_checked_and_say_so() -> None:
 
         model = AutoModel.from_config(Qwen3MoeConfig(hidden_size=16, num_hidden_layers=1, num_experts=4, head_dim=8))
     attachment = Attachment(model)
-    assert attachment.sites[0].notes == ("not checked: its weights are on the meta device",)
+    assert attachment.sites[0].notes[-1] == "not checked: its weights are on the meta device"
     attachment.detach()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Routers that no row names.
+
+
+class Stranger(nn.Module):
+    """A router as the next version may have it: order of what it returns, and how it routes, are its own."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.weight = kind, nn.Parameter(torch.randn(8, 64) * 0.3)
+        self.routed_scaling_factor = 2.5
+        self.register_buffer("e_score_correction_bias", torch.rand(8))
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = nn.functional.linear(hidden, self.weight).float()
+        if self.kind == "sigmoid":
+            scores = logits.sigmoid()
+            ids = (scores + self.e_score_correction_bias).topk(2, dim=-1).indices
+            weights = scores.gather(1, ids)
+            return logits, weights / weights.sum(1, keepdim=True) * self.routed_scaling_factor, ids
+        if self.kind == "softmax, ids first":
+            weights, ids = logits.softmax(-1).topk(2, dim=-1)
+            return ids, weights, logits
+        if self.kind == "probabilities":
+            weights, ids = logits.softmax(-1).topk(2, dim=-1)
+            return logits.softmax(-1), weights / weights.sum(1, keepdim=True), ids
+        weights, ids = logits.abs().topk(2, dim=-1)
+        return logits, weights.softmax(-1), ids
+
+
+class StrangersBlock(nn.Module):
+    """A block that takes what its router returns, or chooses again."""
+
+    def __init__(self, kind: str, experts: nn.Module, follows: bool = True) -> None:
+        super().__init__()
+        self.gate, self.experts, self.follows = Stranger(kind), experts, follows
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        flat = hidden.reshape(-1, 64)
+        parts = self.gate(flat) if self.follows else self.gate.forward(flat)
+        ids = next(part for part in parts if not part.is_floating_point())
+        weights = next(part for part in parts if part.is_floating_point() and part.shape == ids.shape)
+        return self.experts(flat, ids, weights).view_as(hidden)
+
+
+def strange_model(kind: str, follows: bool = True) -> nn.Module:
+    model = tiny_model("qwen3_moe")
+    for layer in model.layers:
+        layer.mlp = StrangersBlock(kind, layer.mlp.experts, follows)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "score", "renormalise", "scale"),
+    [
+        ("sigmoid", "sigmoid", "sum", 2.5),
+        ("softmax, ids first", "softmax", "none", 1.0),
+        ("probabilities", "softmax", "sum", 1.0),
+    ],
+)
+def test_unknown_routers_are_recognised_by_what_they_do(kind: str, score: str, renormalise: str, scale: float) -> None:
+    model = strange_model(kind)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        plain = model(input_ids=ids)[0]
+        attachment = Attachment(model)
+        spec = attachment.sites[0].spec
+        assert (spec.score, spec.renormalise, spec.scale) == (score, renormalise, scale)
+        assert "recognised by what it does" in attachment.sites[0].notes[0]
+        tables = [StatisticsTables.zeros(8, groups=1) for _ in range(3)]
+        attachment.set_statistics(tables)
+        seen = []
+        for layer in model.layers:
+            layer.mlp.experts.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+        assert torch.equal(model(input_ids=ids)[0], plain)
+        for table, chosen in zip(tables, seen, strict=True):
+            assert torch.equal(table.plane("counts")[0], torch.bincount(chosen.flatten(), minlength=8))
+        attachment.label = lambda call: Labels(steering_row=0)
+        force = torch.zeros(1, 8)
+        force[0, 3] = Force.FORBID
+        attachment.set_steering([SteeringTables(1, 8, force=force)] * 3)
+        seen.clear()
+        model(input_ids=ids)
+        assert all(3 not in chosen for chosen in seen)
+        attachment.detach()
+        assert torch.equal(model(input_ids=ids)[0], plain)
+
+
+def test_unknown_routers_of_an_unknown_kind_are_refused() -> None:
+    with pytest.raises(ModelNotSupported, match=r"gate Stranger is no known router, and no known way of routing gives"):
+        find_sites(strange_model("absolute"))
+    with pytest.raises(ModelNotSupported, match="its block does not follow it: other ids give the same output"):
+        find_sites(strange_model("sigmoid", follows=False))
+
+
+def test_recognising_disturbs_nothing() -> None:
+    model = strange_model("sigmoid").train()
+    before, state = torch.get_rng_state(), {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    find_sites(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(state[key], tensor) for key, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())

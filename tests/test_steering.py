@@ -158,7 +158,7 @@ def test_soft_activation_fills_the_std_plane_of_its_layers_only():
     compiled = Plan.activate(SELECTION, layers=range(1, 5), strength=0.5).compile(SITES)
     assert [table is None for table in compiled.tables] == [True, True, False, True, False, True]
     assert plane(compiled, 2, "std").tolist() == [[0, 0.5, 0, 0.5, 0, 0, 0, 0]]
-    assert compiled.rows.tolist() == [[0], [0]]
+    assert compiled.rows.tolist() == [[[0]], [[0]]]
     assert compiled.rows.dtype == torch.int32
     assert not compiled.is_null
     assert compiled.row("decode") == 0
@@ -246,7 +246,7 @@ def test_conditions_pick_rows_by_phase_and_group():
     plan = Plan.activate({0: [1]}).only(groups=["sw", "bn"]) + Plan.activate({0: [2]}).only(phase="prefill")
     compiled = plan.compile(SITES, GROUPS)
     std = plane(compiled, 0, "std")
-    assert compiled.rows.shape == (2, 4)
+    assert compiled.rows.shape == (2, 4, 1)
     assert compiled.row("decode") == compiled.row("decode", 0) == -1
     assert (
         std[compiled.row("prefill")].tolist() == std[compiled.row("prefill", 0)].tolist() == [0, 0, 0.5, 0, 0, 0, 0, 0]
@@ -260,7 +260,7 @@ def test_conditions_pick_rows_by_phase_and_group():
 def test_equal_rows_are_one_row():
     plan = sum(Plan.activate({0: [1]}).only(groups=group) for group in GROUPS)
     compiled = plan.compile(SITES, GROUPS)
-    assert compiled.rows.tolist() == [[-1, 0, 0, 0]] * 2
+    assert compiled.rows.tolist() == [[[-1], [0], [0], [0]]] * 2
     assert plane(compiled, 0, "std").shape == (1, EXPERTS)
 
 
@@ -307,7 +307,7 @@ REFUSED = [
     (lambda: Plan.activate({0: [1]}).compile(SITES, ["a", "a"]), "repeat"),
     (lambda: Plan.activate(SELECTION).compile(SITES[:3]), "another model"),
     (lambda: Plan.forbid([*range(8)], layers=0).compile(SITES), "forbids all 8 experts of layer 0"),
-    (lambda: Plan.top_k(3).compile(SITES), "more than the top-2 of layer 0"),
+    (lambda: Plan.top_k(9).compile(SITES), "more than the 8 of layer 0"),
     (lambda: (Plan.top_k(1) + Plan.top_k(2)).compile(SITES), "top-1 and top-2 at once"),
     (lambda: (Plan.force_on({0: [1]}) + Plan.force_on({0: [1]}, weight="natural")).compile(SITES), "two weights"),
     (

@@ -11,9 +11,14 @@ from typing import Literal
 import torch
 from torch import nn
 
+from moe_route.devices import capturing, finish
 from moe_route.ops import StatisticsTables, SteeringTables
-from moe_route.patching.engines import Engine, Fused, Observed, Trace
-from moe_route.patching.families import at
+from moe_route.patching.adapter import Adapter, Removable
+from moe_route.patching.engines import Engine, Fused, Observed, Steers, Trace
+from moe_route.patching.experts import ExpertsSwitch
+from moe_route.patching.family import at
+from moe_route.patching.generation import finished_tokens, listen_to_generate
+from moe_route.patching.graphs import forget_graphs
 from moe_route.patching.selfcheck import check_site, unreadable
 from moe_route.patching.sites import RouterSite, find_sites
 from moe_route.patching.tokens import Call, CallReader, Labels, TokenContext
@@ -21,7 +26,7 @@ from moe_route.patching.tokens import Call, CallReader, Labels, TokenContext
 logger = logging.getLogger(__name__)
 
 ENGINES = ("auto", "observed", "fused")
-EXPERTS = ("keep",)
+EXPERTS = ("keep", "moe_route")
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
 
@@ -37,7 +42,8 @@ class Attachment:
         engine: "observed" (a forward hook; every bit of an unsteered model stays), "fused" (gate matrix and one `route`
             call; same ids where scores differ by more than 4 units in the last place, weights within 4), or "auto",
             which is "observed". A router that cannot be fused is observed; its site says why.
-        experts: "keep" the model's own experts.
+        experts: "keep" the model's own, or "moe_route": run by this package's dispatch and combine until `detach`
+            (`patching.experts`; equal within the bounds of docs/experts.md, not bit for bit).
         check: compare every kind of router with its specification on random probes first.
 
     Raises `ModelNotSupported`, or `AlreadyAttached`; nothing of the model is changed then.
@@ -51,7 +57,7 @@ class Attachment:
         model: nn.Module,
         *,
         engine: Literal["auto", "observed", "fused"] = "auto",
-        experts: Literal["keep"] = "keep",
+        experts: Literal["keep", "moe_route"] = "keep",
         check: bool = True,
     ) -> None:
         _choose("engine", engine, ENGINES)
@@ -70,12 +76,14 @@ class Attachment:
         self.label: Callable[[Call], Labels | None] | None = None
         self.after_call: Callable[[Call], None] | None = None
         self._trace: Trace | None = None
-        self._steering: list[SteeringTables | None] | None = None
+        self._steering: list[Steers | None] | None = None
         self._statistics: list[StatisticsTables] | None = None
+        self._captured: list[object] = []
         self._context = TokenContext(self._labels, self._after, partial(finished_tokens, model))
         kinds = {"observed": Observed, "fused": Fused}
         self._engines: list[Engine] = [kinds[site.engine](site, self._context) for site in self.sites]
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._handles: list[Removable] = []
+        self._experts = ExpertsSwitch(model) if experts == "moe_route" else None
         self._install()
 
     @property
@@ -93,7 +101,7 @@ class Attachment:
         self._trace = trace
         self._configure()
 
-    def set_steering(self, tables: Sequence[SteeringTables | None] | None) -> None:
+    def set_steering(self, tables: Sequence[Steers | None] | None) -> None:
         """Steer with one table per site (None = leave that router alone), or with none at all.
 
         Tables that steer nothing count as None. Raises `ValueError` where number or shape does not fit the model.
@@ -102,8 +110,12 @@ class Attachment:
             self._fits("steering tables", tables)
             for site, table in zip(self.sites, tables, strict=True):
                 if table is not None and not site.steerable:
-                    raise ValueError(f"router {site.name!r} cannot be steered: {'; '.join(site.notes)}")
-            tables = [None if table is None or _steers_nothing(table) else table for table in tables]
+                    raise ValueError(
+                        f"router {site.name!r} (layer {site.layer}) cannot be steered: {site.family.unsteerable}. "
+                        "Leave that layer out: plan.only(layers=[...])"
+                    )
+            tables = [None if t is None or _steers_nothing(t) else t for t in tables]
+            tables = [_fitted(table, site) for table, site in zip(tables, self.sites, strict=True)]
             tables = tables if any(table is not None for table in tables) else None
         self._steering = tables
         self._configure()
@@ -123,7 +135,11 @@ class Attachment:
         self._configure()
 
     def flush(self) -> None:
-        """Count the calls that wait, so that the statistics tables hold every call that went through."""
+        """Count the calls that wait, so that the statistics tables hold every call that went through. Waits for the
+        devices where there are such calls: they may have been made on other streams."""
+        if self._context.deferred.waits:
+            for device in {table.device for table in self._statistics or ()}:
+                finish(device)
         self._context.deferred.count()
 
     def detach(self) -> None:
@@ -135,14 +151,18 @@ class Attachment:
             for engine in self._engines:
                 engine.remove()
                 _attached.pop(engine.site.module, None)
+        if self._experts is not None:
+            self._experts.restore()
         self._handles = []
 
     def _install(self) -> None:
+        forget_graphs(self.model)
         for module, reader in call_readers(self.model, self.sites):
             enter = partial(_enter, self._context, reader)
             self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             leave = partial(_leave, self._context)
             self._handles.append(module.register_forward_hook(leave, always_call=True))
+        self._handles.extend(listen_to_generate(self.model, self._context))
         for engine in self._engines:
             engine.install()
             _attached[engine.site.module] = weakref.ref(self)
@@ -154,11 +174,15 @@ class Attachment:
         for engine, statistics, steering in zip(*columns, strict=True):
             engine.configure(statistics, steering, self._trace)
             if statistics is not None:
-                kind = (engine.spec, statistics.planes, statistics.entropy, statistics.segments is None)
+                layout = (statistics.planes, statistics.entropy, statistics.segments is None)
+                kind = (engine.spec, *layout, statistics.device)
                 engine.cohort = kinds.setdefault(kind, len(kinds))
-        self._context.idle = self._statistics is None and self._steering is None and self._trace is None
+        idle = self._statistics is None and self._steering is None and self._trace is None
+        if self._context.idle and not idle:
+            self._context.lengths.forget()  # calls went by unseen
+        self._context.idle = idle
 
-    def _fits(self, what: str, tables: Sequence[SteeringTables | StatisticsTables | None]) -> None:
+    def _fits(self, what: str, tables: Sequence[Steers | StatisticsTables | None]) -> None:
         if len(tables) != len(self.sites):
             raise ValueError(f"{len(tables)} {what} for {len(self.sites)} routers; give one per site")
         for site, table in zip(self.sites, tables, strict=True):
@@ -169,7 +193,10 @@ class Attachment:
                 )
 
     def _labels(self, call: Call) -> Labels | None:
-        return None if self.label is None else self.label(call)
+        labels = None if self.label is None else self.label(call)
+        if capturing(call.device):  # the graph reads and writes these as long as it is replayed
+            self._captured.append((labels, self._statistics, [engine.steering for engine in self._engines]))
+        return labels
 
     def _after(self, call: Call) -> None:
         if self.after_call is not None:
@@ -188,25 +215,15 @@ def attachment_of(module: nn.Module) -> Attachment | None:
 
 def call_readers(model: nn.Module, sites: list[RouterSite]) -> list[tuple[nn.Module, CallReader]]:
     """The modules above the routers that are given token ids or embeddings by name: any of them may be what is called.
-    Where there is none, `model` itself, whose first tensor argument then says what the tokens are."""
+    Of a model with an encoder and a decoder, those two. Where there is none, `model` itself, whose first tensor
+    argument then says what the tokens are."""
     found = []
     for name, module in model.named_modules():
         if not name or any(site.name.startswith(name + ".") for site in sites):
             reader = CallReader(module)
-            if reader.places.keys() & {"input_ids", "inputs_embeds"}:
+            if reader.places.keys() & {"input_ids", "inputs_embeds"} and not reader.holds_two:
                 found.append((module, reader))
     return found or [(model, CallReader(model, first_tensor=True))]
-
-
-def finished_tokens(model: nn.Module) -> tuple[int, ...]:
-    """Token ids that `generate` feeds to sequences of a batch that have ended: padding, and the end itself (which a
-    sequence that runs alone is never fed, so that a batch counts the same as its sequences one by one)."""
-    config = getattr(model, "generation_config", None)
-    ids: list[int] = []
-    for name in ("pad_token_id", "eos_token_id"):
-        value = at(config, name) if config is not None else None
-        ids.extend(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
-    return tuple(dict.fromkeys(int(i) for i in ids))
 
 
 def _enter(
@@ -267,7 +284,17 @@ def _check(sites: list[RouterSite]) -> None:
     logger.debug("checked %d kinds of router of %d", len(seen), len(sites))
 
 
-def _steers_nothing(tables: SteeringTables) -> bool:
-    packed = tables.packed
-    learning = any(t is not None and t.requires_grad for t in (packed[0], packed[2]))
-    return tables.is_null and not learning
+def _fitted(tables: Steers | None, site: RouterSite) -> Steers | None:
+    """The steering for this very router. Raises `ValueError` where it cannot do it."""
+    if tables is None or isinstance(tables, SteeringTables):
+        return tables
+    if tables.wide and type(site.adapter).write is not Adapter.write:
+        raise ValueError(
+            f"router {site.name!r} (layer {site.layer}) cannot take a top_k above its own: {type(site.module).__name__}"
+            " has no more slots. Leave that layer out: plan.only(layers=[...])"
+        )
+    return tables.fitted(site.name, site.spec)
+
+
+def _steers_nothing(tables: Steers) -> bool:
+    return not tables.trained and tables.is_null

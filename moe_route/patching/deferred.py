@@ -5,18 +5,21 @@ meets cold caches and costs up to ten times what it costs in a loop. Here the ho
 layers, and those of a few steps, are counted in one operator call.
 
 A router's output may be kept only if nobody changes it in place after the router ran. The first small call, which is
-counted router by router, tells: its tensors must be unchanged at its end. From then on the tensors' version counters
-are checked whenever kept ones are counted (tensors of inference mode have none).
+counted router by router, tells: its tensors must be unchanged at its end. On a device the answer is not waited for:
+calls are counted router by router until it has arrived. From then on the tensors' version counters are checked
+whenever kept ones are counted (tensors of inference mode have none).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from moe_route import ops
+from moe_route.devices import Answers
 from moe_route.ops import RouterSpec, StatisticsTables
 from moe_route.patching.sites import RouterSite
 
@@ -48,29 +51,39 @@ class Watched(NamedTuple):
     output: Output
     copies: Output
 
-    def may_be_kept(self, table: Tensor) -> bool:
-        """Whether the model left the output as it was, and `table` is the token table of all its rows.
-
-        float64 weights have no operator for several layers.
-        """
+    def fits(self, tokens: int) -> bool:
+        """Whether the call's token table speaks of this output's rows, and an operator for several layers takes it
+        (there is none for float64 weights)."""
         logits, weights, _ = self.output
-        if logits.shape[0] != table.shape[0] or logits.device != table.device or weights.dtype is torch.float64:
-            return False
-        pairs = zip(self.output, self.copies, strict=True)
-        return all(torch.allclose(now, then, rtol=0, atol=0, equal_nan=True) for now, then in pairs)
+        return logits.shape[0] == tokens and weights.dtype is not torch.float64
+
+    def unchanged(self) -> Tensor:
+        """0-dimensional: whether the model left the output as it was."""
+        return torch.stack([_same(now, then) for now, then in zip(self.output, self.copies, strict=True)]).all()
+
+
+def _same(a: Tensor, b: Tensor) -> Tensor:
+    return ((a == b) | ((a != a) & (b != b))).all()
+
+
+class Judged(NamedTuple):
+    """Engines whose outputs were compared, and whether those were left as they were."""
+
+    engines: list[Counted]
+    answers: Answers
 
 
 class KeptCall(NamedTuple):
-    """Router outputs of one call, and its token table."""
+    """Router outputs of one call, and its token table on each device."""
 
     outputs: list[tuple[Counted, Output, int]]
-    table: Tensor
+    table_on: Callable[[torch.device], Tensor]
 
 
 class DeferredCounts:
     """Router outputs that are not counted yet: `kept` are those of the running call, to which the hooks add."""
 
-    __slots__ = ("_calls", "_tokens", "_watched", "kept", "lag")
+    __slots__ = ("_calls", "_judged", "_tokens", "_watched", "kept", "lag")
 
     def __init__(self) -> None:
         self.lag = 0  # calls that may wait after the call that was just made
@@ -78,27 +91,60 @@ class DeferredCounts:
         self._calls: list[KeptCall] = []
         self._tokens = 0
         self._watched: list[Watched] = []
+        self._judged: list[Judged] = []
+
+    @property
+    def waits(self) -> bool:
+        """Whether calls wait to be counted."""
+        return bool(self._calls)
 
     def watch(self, engine: Counted, output: Output) -> None:
         """See whether the model leaves this output as it is until the call ends."""
+        if any(engine is other for judged in self._judged for other in judged.engines):
+            return  # an earlier call is asked about it
         self._watched.append(Watched(engine, output, tuple(tensor.detach().clone() for tensor in output)))
 
-    def end_call(self, table: Tensor) -> None:
-        """The call with this token table went through: count it, or let it wait for more.
+    def end_call(self, tokens: int, table_on: Callable[[torch.device], Tensor]) -> None:
+        """The call of so many tokens went through: count it, or let it wait for more. `table_on` gives its token table.
 
         Raises what `count` raises.
         """
         if self._watched:
-            for watched in self._watched:
-                watched.engine.settle(watched.may_be_kept(table))
-            self._watched.clear()
+            self._judge(tokens)
+        if self._judged:
+            self._settle()
         if not self.kept:
             return
-        self._calls.append(KeptCall(self.kept, table))
+        self._calls.append(KeptCall(self.kept, table_on))
         self.kept = []
-        self._tokens += table.shape[0]
+        self._tokens += tokens
         if len(self._calls) > self.lag or self._tokens >= MOST_TOKENS:
             self.count()
+
+    def _judge(self, tokens: int) -> None:
+        """Ask each device whether the outputs that lie on it are what they were."""
+        alike: dict[torch.device, list[Watched]] = {}
+        for watched in self._watched:
+            if watched.fits(tokens):
+                alike.setdefault(watched.output[0].device, []).append(watched)
+            else:
+                watched.engine.settle(False)
+        self._watched.clear()
+        for watched_there in alike.values():
+            answers = Answers(torch.stack([watched.unchanged() for watched in watched_there]))
+            self._judged.append(Judged([watched.engine for watched in watched_there], answers))
+
+    def _settle(self) -> None:
+        """Tell the engines whose answers have arrived."""
+        waiting = []
+        for judged in self._judged:
+            found = judged.answers.read()
+            if found is None:
+                waiting.append(judged)
+                continue
+            for engine, unchanged in zip(judged.engines, found, strict=True):
+                engine.settle(unchanged)
+        self._judged = waiting
 
     def drop_call(self) -> None:
         """Forget what the running call kept: it failed."""
@@ -111,7 +157,7 @@ class DeferredCounts:
             return
         calls, self._calls, self._tokens = self._calls, [], 0
         alike: dict[tuple[int, int], tuple[Tensor, list[Counted], list[Output]]] = {}
-        for kept, table in calls:
+        for kept, table_on in calls:
             for engine, whole, before in kept:
                 if versions(whole) != before:
                     for other, _, _ in kept:
@@ -122,6 +168,7 @@ class DeferredCounts:
                         "are counted router by router."
                     )
                 output = engine.parts(whole)
+                table = table_on(output[0].device)
                 _, engines, outputs = alike.setdefault((engine.cohort, id(table)), (table, [], []))
                 engines.append(engine)
                 outputs.append(output)

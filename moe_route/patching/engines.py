@@ -2,7 +2,7 @@
 
 **observed** is a forward hook. With nothing to steer it only counts and returns None, so not a bit of the model's
 output changes. With steering, tokens that have a steering row are routed again from the router's own logits; all others
-keep the model's own ids and weights.
+keep the model's own ids and weights. How a router's output is read and written is its adapter's matter.
 
 **fused** replaces the router's forward by its gate matrix and one `route` call, through a subclass made for the one
 module, so that `isinstance`, `state_dict` and recorders of router logits live on.
@@ -14,21 +14,55 @@ none) with weight 0, since the experts of transformers cannot take -1. It is cou
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, SupportsIndex
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_route import ops
-from moe_route.ops import StatisticsTables, SteeringTables
+from moe_route.ops import RouterSpec, StatisticsTables, SteeringTables
+from moe_route.patching.adapter import Decision, Output
 from moe_route.patching.deferred import versions
-from moe_route.patching.families import Gate, at
+from moe_route.patching.family import Gate, at, number
+from moe_route.patching.settled import observe_settled
 from moe_route.patching.sites import RouterSite
-from moe_route.patching.tokens import TokenContext, recomputing
+from moe_route.patching.tokens import TokenContext, on_device, recomputing
 
 Trace = Callable[[int, Tensor, Tensor], None]
 EMPTYING = frozenset(("force", "top_k", "remap"))  # steering tables that can leave a slot empty
+
+
+class SteersTokens(Protocol):
+    """Steering that looks at more than a token's row (`steering.TokenSteering`)."""
+
+    trained: bool
+    is_null: bool
+    num_experts: int
+    wide: int  # slots where a row has more than the router, else 0
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def tables(self) -> Mapping[str, object]: ...
+    def to(self, device: torch.device) -> SteersTokens: ...
+    def fitted(self, name: str, spec: RouterSpec) -> SteersTokens: ...
+    @property
+    def route(self) -> Callable[..., tuple[Tensor, Tensor, tuple[Tensor, SteeringTables, Tensor]]]: ...
+
+
+Steers = SteeringTables | SteersTokens
+
+
+class Routed(NamedTuple):
+    """A choice, and what it was made from: tables whose rows `table` names."""
+
+    weights: Tensor
+    ids: Tensor
+    logits: Tensor
+    steering: SteeringTables | None
+    table: Tensor | None
 
 
 class Engine(ABC):
@@ -36,19 +70,16 @@ class Engine(ABC):
 
     def __init__(self, site: RouterSite, context: TokenContext) -> None:
         self.site, self.context = site, context
-        self.spec, self.family, self.layer = site.spec, site.family, site.layer
+        self.spec, self.family, self.adapter, self.layer = site.spec, site.family, site.adapter, site.layer
         self.statistics: StatisticsTables | None = None
-        self.steering: SteeringTables | None = None
+        self.steering: Steers | None = None
         self.trace: Trace | None = None
         self.cohort = -1  # engines with an equal one are counted together (`deferred`)
-        self.may_leave_empty = False
 
-    def configure(
-        self, statistics: StatisticsTables | None, steering: SteeringTables | None, trace: Trace | None
-    ) -> None:
+    def configure(self, statistics: StatisticsTables | None, steering: Steers | None, trace: Trace | None) -> None:
         """Set what is counted into, what steers, and who is told."""
         self.statistics, self.steering, self.trace = statistics, steering, trace
-        self.may_leave_empty = steering is not None and not EMPTYING.isdisjoint(steering.tables)
+        self.adapter.may_leave_empty = steering is not None and not EMPTYING.isdisjoint(steering.tables)
 
     @abstractmethod
     def install(self) -> None:
@@ -62,9 +93,71 @@ class Engine(ABC):
         """The token table for the rows of `logits`."""
         context = self.context
         context.reached = True
+        rows = self.adapter.rows()
+        if rows is not None:
+            return context.table_of(rows, logits.device, self.site.name)
+        if self.adapter.patches:
+            return context.table_of_patches(logits.shape[0], logits.device)
         if context.table is not None and context.num_tokens == logits.shape[0] and context.device == logits.device:
             return context.table
         return context.table_for(logits.shape[0], logits.device, self.site.name)
+
+    def tell(self, ids: Tensor, weights: Tensor) -> None:
+        """Give a choice to the trace, which is of tokens; those that the router was not given have none (ids -1)."""
+        if self.trace is None or self.adapter.patches:
+            return
+        weights, rows = weights.detach(), self.adapter.rows()
+        if rows is not None:
+            shape = (self.context.num_tokens, ids.shape[1])
+            ids = ids.new_full(shape, -1).index_copy(0, rows, ids)
+            weights = weights.new_zeros(shape).index_copy(0, rows, weights)
+        self.trace(self.layer, ids, weights)
+
+    def route(
+        self,
+        logits: Tensor,
+        k: int,
+        table: Tensor | None,
+        steering: Steers | None,
+        args: tuple[object, ...],
+        statistics: StatisticsTables | None,
+        own: tuple[Tensor, Tensor] | None = None,
+    ) -> Routed:
+        """Choose k experts a token and count them; `own` are the weights and ids that the router chose itself."""
+        module, family = self.site.module, self.family
+        model: dict[str, Any] = {
+            "correction_bias": family.bias_of(module, args),
+            "expert_scale": family.scale_of(module),
+        }
+        given: dict[str, Any] = {} if own is None else {"given_weights": own[0], "given_ids": own[1]}
+        if steering is None or isinstance(steering, SteeringTables):
+            given |= {"steering": steering, "tokens": table, "statistics": statistics}
+            weights, ids = ops.route(logits, k, self.spec, **model, **given)
+            return Routed(weights, ids, logits, steering, table)
+        if own is None:
+            given = {"given_ids": ops.route(logits, k, self.spec, **model)[1]}
+        given |= {"tokens": table, "counter": self.counter(logits.device), "statistics": statistics}
+        weights, ids, steered = steering.route(logits, k, self.spec, **model, **given)
+        return Routed(weights, ids, *steered)
+
+    def counter(self, device: torch.device) -> Tensor | None:
+        """What tells the tokens of the router apart, where the labels say it."""
+        counters, rows = self.context.counters, self.adapter.rows()
+        if not counters:
+            return None
+        counter = on_device(counters, device)
+        return counter if rows is None else counter[rows.to(device)]
+
+    def steering_on(self, device: torch.device) -> Steers:
+        """What steers, on the router's device: moved there once; trained tables, with their gradient, in every call."""
+        steering = self.steering
+        assert steering is not None
+        if steering.device == device:
+            return steering
+        moved = steering.to(device)
+        if not moved.trained:
+            self.steering = moved
+        return moved
 
     def weights_for(
         self, logits: Tensor, ids: Tensor, weights: Tensor, table: Tensor | None, steering: SteeringTables | None
@@ -78,12 +171,6 @@ class Engine(ABC):
         scale = self.family.scale_of(self.site.module)
         return ops.route_weights(logits, ids, self.spec, expert_scale=scale, steering=steering, tokens=table)
 
-    def filled(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Ids [T, k] that experts can take: -1 becomes the largest id of its row, or 0."""
-        if self.may_leave_empty:
-            ids = torch.where(ids < 0, ids.amax(dim=1, keepdim=True).clamp_(min=0), ids)
-        return ids.to(dtype)
-
 
 class Observed(Engine):
     """A forward hook on the router.
@@ -94,12 +181,10 @@ class Observed(Engine):
 
     def __init__(self, site: RouterSite, context: TokenContext) -> None:
         super().__init__(site, context)
-        self.keeps_output: bool | None = None
+        self.keeps_output: bool | None = None if self.adapter.keeps and not self.adapter.patches else False
         self.defers = False
 
-    def configure(
-        self, statistics: StatisticsTables | None, steering: SteeringTables | None, trace: Trace | None
-    ) -> None:
+    def configure(self, statistics: StatisticsTables | None, steering: Steers | None, trace: Trace | None) -> None:
         """Set what is counted into, what steers, and who is told."""
         super().configure(statistics, steering, trace)
         only_counts = statistics is not None and steering is None and trace is None
@@ -112,21 +197,18 @@ class Observed(Engine):
 
     def install(self) -> None:
         """Register the hook."""
-        self._handle = self.site.module.register_forward_hook(self.hook)
+        self._handles = self.adapter.listen(self.hook)
 
     def remove(self) -> None:
         """Remove the hook."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
-    def parts(self, output: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    def parts(self, output: Output) -> Decision:
         """Router logits [T, E], weights [T, k] and ids [T, k] of what the router returned."""
-        family = self.family
-        logits = family.logits_of(output) if family.probabilities else output[family.logits_at]
-        return logits, output[family.weights_at], output[family.ids_at]
+        return self.adapter.read((), output)
 
-    def hook(
-        self, module: nn.Module, args: tuple[object, ...], output: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...] | None:
+    def hook(self, module: nn.Module, args: tuple[object, ...], output: Output) -> Output | None:
         """Count the router's output; return a new one only where a token is steered."""
         context = self.context
         if context.small and self.defers and not torch.compiler.is_compiling():
@@ -137,54 +219,68 @@ class Observed(Engine):
         again = context.table is None and recomputing()
         if again and self.steering is None:
             return None
-        logits, weights, ids = parts = self.parts(output)
-        table = self.table(logits)
+        # what only counts leaves nothing for a backward: a checkpointed layer that runs again does not count again
+        with torch.set_grad_enabled(self.steering is not None and torch.is_grad_enabled()):
+            decision = self.adapter.read(args, output)
+        table = self.table(decision.logits)  # which begins a call where there is none
         if self.steering is not None and context.steers:
-            return self._reroute(args, output, logits, table, self.steering, counted=not again)
+            steering = self.steering_on(decision.logits.device)
+            return self._reroute(args, output, decision, table, steering, counted=not again)
         if again:
             return None
         if self.statistics is not None:
             if context.small and self.keeps_output is None and not torch.compiler.is_compiling():
-                context.deferred.watch(self, parts)
+                context.deferred.watch(self, decision)
+            logits, weights, ids = decision
             ops.observe(logits, ids, weights, self.spec, tokens=table, statistics=self.statistics)
-        if self.trace is not None:
-            self.trace(self.layer, ids, weights.detach())
+        self.tell(decision.ids, decision.weights)
         return None
 
     def _reroute(
         self,
         args: tuple[object, ...],
-        output: tuple[Tensor, ...],
-        logits: Tensor,
-        table: Tensor,
-        steering: SteeringTables,
+        output: Output,
+        decision: Decision,
+        tokens: Tensor,
+        given: Steers,
         counted: bool,
-    ) -> tuple[Tensor, ...]:
-        family, module = self.family, self.site.module
-        weights, ids = output[family.weights_at], output[family.ids_at]
-        steered_weights, steered_ids = ops.route(
-            logits,
-            ids.shape[1],
-            self.spec,
-            correction_bias=family.bias_of(module, args),
-            expert_scale=family.scale_of(module),
-            steering=steering,
-            tokens=table,
-            given_ids=ids,
-            given_weights=weights,
-            given="natural",
-            statistics=self.statistics if counted else None,
-        )
-        if self.trace is not None and counted:
-            self.trace(self.layer, steered_ids, steered_weights)
-        steered_weights = self.weights_for(logits, steered_ids, steered_weights, table, steering).to(weights.dtype)
-        if steered_weights.requires_grad or weights.requires_grad:
+    ) -> Output:
+        adapter = self.adapter
+        logits, own_weights, own_ids = adapter.chosen(args, output, decision) if adapter.settles else decision
+        statistics = self.statistics if counted and not adapter.settles else None
+        routed = self.route(logits, own_ids.shape[1], tokens, given, args, statistics, (own_weights, own_ids))
+        weights, ids, logits, steering, table = routed
+        assert steering is not None  # it was given, and the table too
+        assert table is not None
+        if counted and not adapter.settles:
+            self.tell(ids, weights)
+        weights = self.weights_for(logits, ids, weights, table, steering).to(own_weights.dtype)
+        if weights.requires_grad or own_weights.requires_grad:
             # the tokens left alone keep the model's own weights, gradient and all
             steered = (table[:, :1] >= 0) & (table[:, :1] < steering.rows)
-            steered_weights = torch.where(steered, steered_weights, weights)
-        changed = list(output)
-        changed[family.weights_at], changed[family.ids_at] = steered_weights, self.filled(steered_ids, ids.dtype)
-        return tuple(changed)
+            own_weights = F.pad(own_weights, (0, weights.shape[1] - own_weights.shape[1]))
+            weights = torch.where(steered, weights, own_weights)
+        changed, weights, ids = adapter.write(args, output, decision, weights, ids)
+        if counted and adapter.settles:
+            self._count_settled(decision._replace(logits=logits), weights, ids, table, steering)
+        return changed
+
+    def _count_settled(
+        self, decision: Decision, weights: Tensor, ids: Tensor, table: Tensor, steering: SteeringTables
+    ) -> None:
+        """Count what the experts get of a steered choice, beside what they would have got without steering."""
+        if self.statistics is not None:
+            observe_settled(
+                decision.logits,
+                ids,
+                weights,
+                self.spec,
+                natural_ids=decision.ids,
+                steering=steering,
+                tokens=table,
+                statistics=self.statistics,
+            )
+        self.tell(ids, weights)
 
 
 class Fused(Engine):
@@ -197,7 +293,17 @@ class Fused(Engine):
         def forward(module: nn.Module, hidden: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return self.forward(module, hidden, arguments)
 
-        names = {"forward": forward, "__module__": original.__module__, "__doc__": original.__doc__}
+        def reduce(module: nn.Module, protocol: SupportsIndex) -> object:
+            reduced: Any = original.__reduce_ex__(module, protocol)
+            function, (_, *arguments), *rest = reduced
+            return function, (original, *arguments), *rest  # a copy is of the original class
+
+        names = {
+            "forward": forward,
+            "__reduce_ex__": reduce,
+            "__module__": original.__module__,
+            "__doc__": original.__doc__,
+        }
         self._original = original
         self.site.module.__class__ = type(original.__name__, (original,), names)
 
@@ -213,21 +319,14 @@ class Fused(Engine):
         logits = gate_logits(module, family.gate, hidden)
         again = recomputing()
         table = None if context.idle else self.table(logits)
-        steering = None if context.idle or not context.steers else self.steering
-        weights, ids = ops.route(
-            logits,
-            at(module, family.top_k),
-            self.spec,
-            correction_bias=family.bias_of(module, (hidden, *arguments)),
-            expert_scale=family.scale_of(module),
-            steering=steering,
-            tokens=table,
-            statistics=None if again else self.statistics,
-        )
-        if self.trace is not None and not again:
-            self.trace(self.layer, ids, weights)
-        weights = self.weights_for(logits, ids, weights, table, steering)
-        return logits, weights.to(weight_dtype(family.weights, hidden, logits)), self.filled(ids, torch.int64)
+        steers = self.steering is not None and context.steers and not context.idle
+        steering = self.steering_on(logits.device) if steers else None
+        statistics, args = None if again else self.statistics, (hidden, *arguments)
+        routed = self.route(logits, number(module, family.top_k), table, steering, args, statistics)
+        if not again:
+            self.tell(routed.ids, routed.weights)
+        weights = self.weights_for(routed.logits, routed.ids, routed.weights, routed.table, routed.steering)
+        return logits, weights.to(weight_dtype(family.weights, hidden, logits)), self.adapter.filled(routed.ids).long()
 
 
 def gate_logits(module: nn.Module, gate: Gate | None, hidden: Tensor) -> Tensor:

@@ -8,18 +8,19 @@ last bits of the precision they were computed in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from moe_route import ops
+from moe_route.patching.adapter import Decision, Output
 from moe_route.patching.engines import gate_logits, weight_dtype
-from moe_route.patching.families import at
+from moe_route.patching.family import at
+from moe_route.patching.offloaded import resident
+from moe_route.patching.probing import PROBES, undisturbed
 from moe_route.patching.sites import ModelNotSupported, RouterSite
 
-PROBES = 64
 ULPS = 16  # room for another order of summation
 NUDGES = 16
 _OTHER = "It is from another version of transformers, or changed; install transformers 5.23, which is tested."
@@ -40,39 +41,72 @@ def check_site(site: RouterSite) -> str:
 
     Returns why the fused engine cannot be used after all, or an empty string.
     """
-    with _undisturbed(site.module), torch.no_grad():
+    with undisturbed(site.module), torch.no_grad():
         hidden, arguments = _probes(site)
-        output = site.module.forward(hidden.clone(), *arguments)
-        logits, weights, ids = _parts(site, output)
-        _compare(site, "its own logits", logits, weights, ids, (hidden, *arguments))
+        args, output = _probed(site, hidden, arguments)
+        decision = _read(site, args, output)
+        start = site.adapter.chosen(args, output, decision)
+        _compare(site, "its own logits", start, (hidden, *arguments))
+        _compare_settled(site, args, output, decision, start)
         if site.engine != "fused":
             return ""
         fused = gate_logits(site.module, site.family.gate, hidden)
         dtype = weight_dtype(site.family.weights, hidden, fused)
-        if fused.dtype != output[site.family.logits_at].dtype or dtype != weights.dtype:
-            own = f"{logits.dtype} and {weights.dtype}"
+        if fused.dtype != output[site.family.logits_at].dtype or dtype != decision.weights.dtype:
+            own = f"{decision.logits.dtype} and {decision.weights.dtype}"
             return f"its logits and weights are {own}, the fused ones {fused.dtype} and {dtype}"
         try:
-            _compare(site, "fused logits", fused, weights, ids, (hidden, *arguments))
+            _compare(site, "fused logits", decision._replace(logits=fused), (hidden, *arguments))
         except ModelNotSupported as difference:
             return str(difference)
     return ""
 
 
-def _parts(site: RouterSite, output: object) -> tuple[Tensor, Tensor, Tensor]:
-    family = site.family
-    last = max(family.logits_at, family.weights_at, family.ids_at)
+def _probed(site: RouterSite, hidden: Tensor, arguments: tuple[Tensor, ...]) -> tuple[tuple[object, ...], Output]:
+    try:
+        return site.adapter.probe(hidden, arguments)
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ModelNotSupported(
+            f"{type(site.module).__name__} at {site.name!r} cannot be run on hidden states as its family says "
+            f"({type(error).__name__}: {error}). {_OTHER}"
+        ) from error
+
+
+def _read(site: RouterSite, args: tuple[object, ...], output: object) -> Decision:
+    """The decision in what a router returned, where it has the form that its family says."""
     kind, mend = type(site.module).__name__, "Install transformers 5.23, or a version whose routers return the same."
-    if not isinstance(output, tuple) or len(output) <= last or not all(isinstance(t, Tensor) for t in output):
-        raise ModelNotSupported(f"{kind} at {site.name!r} does not return (logits, weights, ids). {mend}")
-    logits, weights, ids = family.logits_of(output), output[family.weights_at], output[family.ids_at]
+    wrong = ModelNotSupported(f"{kind} at {site.name!r} does not return what its family says. {mend}")
+    if not isinstance(output, tuple):
+        raise wrong
+    try:
+        decision = site.adapter.read(args, output)
+    except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        raise wrong from error
+    if not all(isinstance(tensor, Tensor) for tensor in decision):
+        raise wrong
+    logits, weights, ids = decision
     shapes = (tuple(logits.shape), tuple(weights.shape), tuple(ids.shape))
     expected = ((PROBES, site.num_experts), (PROBES, site.top_k), (PROBES, site.top_k))
     if shapes != expected or ids.is_floating_point() or not weights.is_floating_point():
         raise ModelNotSupported(
             f"{kind} at {site.name!r} returns shapes {shapes} (ids {ids.dtype}), not {expected}. {mend}"
         )
-    return logits, weights, ids
+    return decision
+
+
+def _compare_settled(
+    site: RouterSite, args: tuple[object, ...], output: Output, decision: Decision, start: Decision
+) -> None:
+    """Raise `ModelNotSupported` unless writing the router's own choice gives its own output again."""
+    if not site.adapter.settles:
+        return
+    _, weights, ids = site.adapter.write(args, output, decision, start.weights, start.ids)
+    room = 4 * torch.finfo(decision.weights.dtype).eps
+    if not torch.equal(ids, decision.ids) or not torch.allclose(weights, decision.weights, rtol=room, atol=room):
+        raise ModelNotSupported(
+            f"{type(site.module).__name__} at {site.name!r} does not drop tokens or share weight as its family says. "
+            f"{_OTHER}"
+        )
 
 
 def _probes(site: RouterSite) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -83,13 +117,15 @@ def _probes(site: RouterSite) -> tuple[Tensor, tuple[Tensor, ...]]:
     if not isinstance(weight, Tensor):
         weight = next(p for p in site.module.parameters() if p.dim() == 2)
     generator = torch.Generator().manual_seed(0)
-    shape = (1, PROBES, weight.shape[1]) if family.input_rank == 3 else (PROBES, weight.shape[1])
+    size = _hidden_size(site, weight)
+    shape = (1, PROBES, size) if family.input_rank == 3 else (PROBES, size)
     hidden = torch.randn(shape, generator=generator).to(
         weight.device if not weight.is_meta else "cpu", _model_dtype(site)
     )
     if family.correction_bias is None or not family.correction_bias.startswith("argument:"):
         return hidden, ()
-    found = next((at(block, n) for n in ("e_score_correction_bias", "expert_bias") if at(block, n) is not None), None)
+    biases = (resident(block, name) for name in ("e_score_correction_bias", "expert_bias"))
+    found = next((bias for bias in biases if bias is not None), None)
     return hidden, (() if found is None else (found,))
 
 
@@ -97,23 +133,30 @@ def _model_dtype(site: RouterSite) -> torch.dtype:
     """The dtype of the hidden states the router is given: that of the experts (a gate may be kept in float32)."""
     experts = at(site.block, "experts")
     inside = experts.parameters() if isinstance(experts, nn.Module) else iter(())
-    parameter = next((p for p in inside if p.dtype in (torch.float32, torch.bfloat16, torch.float16)), None)
-    of = site.parameter if parameter is None else parameter
-    return torch.float32 if of is None else of.dtype
+    parameters = chain(inside, site.module.parameters(), site.block.parameters())  # some may be quantised
+    floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    return next((parameter.dtype for parameter in parameters if parameter.dtype in floats), torch.float32)
 
 
-def _compare(
-    site: RouterSite, source: str, logits: Tensor, weights: Tensor, ids: Tensor, inputs: tuple[Tensor, ...]
-) -> None:
-    """Raise `ModelNotSupported` unless the decision recomputed from `logits` is (weights, ids)."""
+def _hidden_size(site: RouterSite, weight: Tensor) -> int:
+    """What the router's first matrix takes; a linear layer says so itself, since its weight may be packed."""
+    linear = next((module for module in site.module.modules() if hasattr(module, "in_features")), None)
+    return int(weight.shape[1] if linear is None else getattr(linear, "in_features"))  # noqa: B009 (no known attribute)
+
+
+def _compare(site: RouterSite, source: str, decision: Decision, inputs: tuple[Tensor, ...]) -> None:
+    """Raise `ModelNotSupported` unless the decision recomputed from its logits is its weights and ids."""
+    logits, weights, ids = decision
     family, k = site.family, ids.shape[1]
     scale = family.scale_of(site.module)
     bias = family.bias_of(site.module, inputs)
     again, chosen = ops.route(logits, k, site.spec, correction_bias=bias, expert_scale=scale)
     kind = f"{type(site.module).__name__} at {site.name!r}"
     differ = (chosen.long().sort(1).values != ids.sort(1).values).any(1)
-    unit = torch.finfo(logits.dtype if family.low_precision else torch.float32).eps
-    if bool(differ.any()):
+    unit = torch.finfo(torch.float32).eps
+    if family.low_precision:
+        unit = max(torch.finfo(tensor.dtype).eps for tensor in (logits, weights))
+    if family.chosen_by == "logits" and bool(differ.any()):
         clear = differ & ~_tied(site, logits, k, bias, scale, ULPS * unit)
         if bool(clear.any()):
             raise ModelNotSupported(
@@ -142,18 +185,3 @@ def _tied(site: RouterSite, logits: Tensor, k: int, bias: Tensor | None, scale: 
         ids = ops.route(moved, k, site.spec, correction_bias=bias, expert_scale=scale)[1]
         tied |= (ids.sort(1).values != first).any(1)
     return tied
-
-
-@contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; training flags and random states as before afterwards."""
-    flags = [(inner, inner.training) for inner in module.modules()]
-    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=sorted(d.index for d in devices)):
-            for inner, _ in flags:
-                inner.training = False
-            yield
-    finally:
-        for inner, training in flags:
-            inner.training = training

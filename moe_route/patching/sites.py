@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from moe_route.ops import RouterSpec
-from moe_route.patching.families import SPECIALS, Family, at, family_of, special_name
+from moe_route.patching.adapter import Adapter, Place
+from moe_route.patching.defects import known_defects
+from moe_route.patching.families import REFUSED, family_of, refused_name
+from moe_route.patching.family import Family, number
+from moe_route.patching.recognise import recognise
+from moe_route.patching.wrappers import in_use, outermost
+
+# Names of classes that route, or hold what does.
+_ROUTING = re.compile(r"Router|Gating|TopKGate|SparseMoe|MoE$")
 
 
 class ModelNotSupported(ValueError):  # noqa: N818 (a state, said by its name)
@@ -20,7 +29,9 @@ class RouterSite:
     """One router of a live model.
 
     `engine` is "observed" (a forward hook) or "fused" (gate matrix and one `route` call), `reason` says why that one.
-    `steerable` is False where the model's choice cannot be changed; `notes` are known peculiarities.
+    `steerable` is False where the model's choice cannot be changed; `notes` are known peculiarities, what cannot be
+    steered and why, and defects of transformers. `part` tells several kinds of router of one model apart ("text",
+    "vision", "encoder", "attention"), "" where there is one kind.
     """
 
     name: str  # dotted name of the router in the model
@@ -28,13 +39,19 @@ class RouterSite:
     module: nn.Module
     block: nn.Module  # the module that owns the router
     family: Family
+    adapter: Adapter
     num_experts: int
     top_k: int
     spec: RouterSpec
     engine: str = "observed"
     reason: str = ""
-    steerable: bool = True
+    part: str = ""
     notes: tuple[str, ...] = ()
+
+    @property
+    def steerable(self) -> bool:
+        """Whether the model's choice can be changed here; `notes` say why not."""
+        return not self.family.unsteerable
 
     @property
     def parameter(self) -> torch.Tensor | None:
@@ -43,7 +60,8 @@ class RouterSite:
 
 
 def find_sites(model: nn.Module) -> list[RouterSite]:
-    """The routers of `model` in forward order.
+    """The routers of `model` in forward order; where it has several kinds (`RouterSite.part`), one kind after the
+    other.
 
     Raises `ModelNotSupported` where there is none, where one is of a kind that cannot be attached to, or where a block
     goes round its router; the message names what was found and the mend.
@@ -51,76 +69,101 @@ def find_sites(model: nn.Module) -> list[RouterSite]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"a torch.nn.Module is needed, not {type(model).__name__}")
     modules = dict(model.named_modules())
-    sites: list[RouterSite] = []
-    for name, module in modules.items():
-        family = family_of(module)
-        if family is not None:
-            block = modules[name.rpartition(".")[0]] if name else module
-            sites.append(_site(name, len(sites), module, block, family))
-    routed = {id(site.block) for site in sites} | {id(site.module) for site in sites}
-    strangers = [(name, m) for name, m in modules.items() if id(m) not in routed and _routes_unknown(m)]
-    if strangers:
-        raise ModelNotSupported(_describe_strangers(model, strangers))
+    families = {name: family for name, m in modules.items() if (family := family_of(m)) is not None}
+    families |= _unknown_families(model, modules, families)
+    sites = [
+        _site(_place(name, modules, families[name])) for name in modules if name in families and in_use(name, modules)
+    ]
     if not sites:
-        raise ModelNotSupported(
-            f"{type(model).__name__} has no router: none of its {len(modules)} modules is a known router and none owns "
-            "experts, so it looks like a dense model. Attach to a Mixture-of-Experts model, such as Qwen3-MoE or OLMoE."
+        raise ModelNotSupported(_without_router(model, modules))
+    return _in_order(sites)
+
+
+def _without_router(model: nn.Module, modules: dict[str, nn.Module]) -> str:
+    unknown = next((name for name, m in modules.items() if name and _ROUTING.search(type(m).__name__)), None)
+    if unknown is not None:
+        return (
+            f"{type(model).__name__} has no known router, though {type(modules[unknown]).__name__} at {unknown!r} "
+            "seems to route. Use the model class of transformers 5 (transformers 4 and remote code decide in another "
+            "form)."
         )
+    return (
+        f"{type(model).__name__} has no router: none of its {len(modules)} modules is a known router and none owns "
+        "experts, so it looks like a dense model. Attach to a Mixture-of-Experts model, such as Qwen3-MoE or OLMoE."
+    )
+
+
+def _in_order(sites: list[RouterSite]) -> list[RouterSite]:
+    parts = list(dict.fromkeys(site.part for site in sites))
+    sites = sorted(sites, key=lambda site: parts.index(site.part))  # stable
+    for layer, site in enumerate(sites):
+        site.layer = layer
     return sites
 
 
-def _site(name: str, layer: int, module: nn.Module, block: nn.Module, family: Family) -> RouterSite:
-    refuse_bypass(name, module, block)
-    num_experts, top_k = at(module, family.num_experts), at(module, family.top_k)
+def _place(name: str, modules: dict[str, nn.Module], family: Family) -> Place:
+    """Where the router `name` lives. A router that is the model itself owns itself."""
+    above = outermost(name, modules).rpartition(".")[0]
+    block = modules[above]
+    return Place(family, name, modules[name], block, modules[above.rpartition(".")[0]] if above else None)
+
+
+def _site(place: Place) -> RouterSite:
+    family, module, name = place.family, place.module, place.name
+    kind = type(module).__name__
+    adapter = family.adapter(place)
+    obstacle = adapter.obstacle()
+    if obstacle is not None:
+        raise ModelNotSupported(f"{kind} at {name!r} cannot be attached to: {obstacle}.")
+    num_experts, top_k = number(module, family.num_experts), number(module, family.top_k)
     if not isinstance(num_experts, int) or not isinstance(top_k, int):
         raise ModelNotSupported(
-            f"{type(module).__name__} at {name!r} does not say its number of experts ({family.num_experts}) and top-k "
-            f"({family.top_k}): another version of transformers lays it out otherwise. Install transformers 5.23."
+            f"{kind} at {name!r} does not say its number of experts ({family.num_experts}) and top-k ({family.top_k}): "
+            "another version of transformers lays it out otherwise. Install transformers 5.23."
         )
     try:
         spec = family.spec_of(module)
     except ValueError as error:
         raise ModelNotSupported(f"router at {name!r}: {error}. It cannot be attached to.") from error
+    unsteerable = (f"cannot be steered: {family.unsteerable}",) if family.unsteerable else ()
+    notes = (*unsteerable, *family.notes, *adapter.notes(), *known_defects(adapter, spec))
     return RouterSite(
-        name, layer, module, block, family, num_experts, top_k, spec, steerable=family.steerable, notes=family.notes
+        name, 0, module, place.block, family, adapter, num_experts, top_k, spec, "observed", "", adapter.part, notes
     )
 
 
-def refuse_bypass(name: str, module: nn.Module, block: nn.Module) -> None:
-    """Raise `ModelNotSupported` where the block computes its own routing and never calls the router (quantised and
-    kernelised gpt-oss): a hook there would see nothing."""
-    kind = type(block).__name__
-    if kind == "Mxfp4GptOssMLP" and not getattr(block.experts, "_is_hooked", False):
-        raise ModelNotSupported(
-            f"{kind} above {name!r} routes inside its MXFP4 kernel and never calls its router. Load the model with "
-            "quantization_config=Mxfp4Config(dequantize=True)."
-        )
-    if kind == "GptOssMLP" and "forward" in vars(block) and not hasattr(block, "_hf_hook"):
-        raise ModelNotSupported(
-            f"the forward of {kind} above {name!r} was replaced (kernelised) and never calls its router. Load the "
-            "model with use_kernels=False."
-        )
+def _unknown_families(model: nn.Module, modules: dict[str, nn.Module], known: dict[str, Family]) -> dict[str, Family]:
+    """Rows for routers that no row names, by their name. Raises `ModelNotSupported` where one is not recognised."""
+    found: dict[str, Family] = {}
+    seen: dict[type[nn.Module], Family | str] = {}
+    owners = {outermost(name, modules).rpartition(".")[0] for name in known} | set(known)
+    strangers = [name for name, m in modules.items() if name not in owners and _routes_unknown(m)]
+    for name in strangers:
+        block = modules[name]
+        refused = refused_name(block)
+        if refused is not None:
+            raise ModelNotSupported(
+                f"{type(model).__name__}: {refused} at {name!r} cannot be attached to: {REFUSED[refused]}. "
+                f"{len(strangers)} such module(s). Use a model with a router."
+            )
+        of_gate = "gate" if block._modules.get("gate") is not None else "router"
+        gate = block.get_submodule(of_gate)
+        if type(gate) not in seen:
+            seen[type(gate)] = recognise(gate, block)
+        family = seen[type(gate)]
+        if isinstance(family, str):
+            raise ModelNotSupported(
+                f"{type(model).__name__}: {type(block).__name__} at {name!r} owns experts, but its gate "
+                f"{type(gate).__name__} is no known router, and {family}. {len(strangers)} such module(s). Use the "
+                "model class of transformers 5 (transformers 4 and remote code decide in another form)."
+            )
+        found[f"{name}.{of_gate}" if name else of_gate] = family
+    return found
 
 
 def _routes_unknown(module: nn.Module) -> bool:
-    """Whether a module owns experts, or is a known special, and so must route somewhere."""
-    if special_name(module) is not None:
+    """Whether a module owns experts, or is known to be refused, and so must route somewhere."""
+    if refused_name(module) is not None:
         return True
-    experts = module._modules.get("experts")
     gate = module._modules.get("gate") or module._modules.get("router")
-    return experts is not None and gate is not None and family_of(gate) is None
-
-
-def _describe_strangers(model: nn.Module, strangers: list[tuple[str, nn.Module]]) -> str:
-    name, module = strangers[0]
-    gate = module._modules.get("gate") or module._modules.get("router") or module
-    special = special_name(module) or special_name(gate)
-    if special is not None:
-        what = f"{special} at {name!r} cannot be attached to: {SPECIALS[special]}."
-        mend = "Use a model whose router returns (logits, weights, ids)."
-    else:
-        what = (
-            f"{type(module).__name__} at {name!r} owns experts, but its gate {type(gate).__name__} is no known router."
-        )
-        mend = "Use the model class of transformers 5 (transformers 4 and remote code decide in another form)."
-    return f"{type(model).__name__}: {what} {len(strangers)} such module(s). {mend}"
+    return module._modules.get("experts") is not None and gate is not None

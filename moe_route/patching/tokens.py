@@ -10,12 +10,17 @@ import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from moe_route.devices import capturing, upload
+from moe_route.ops import token_table
 from moe_route.patching.deferred import MOST_TOKENS, DeferredCounts
+from moe_route.patching.generation import Generation
+from moe_route.patching.lengths import CacheLengths
 
 IntLike = int | Tensor | Sequence[int]
 
@@ -23,7 +28,12 @@ IntLike = int | Tensor | Sequence[int]
 @dataclass(slots=True, eq=False)
 class Call:
     """One forward of the model. `valid` is bool [batch, length], or None where every token is real; `input_ids` are the
-    token ids [batch, length], or None where embeddings were passed."""
+    token ids [batch, length], or None where embeddings were passed. `continues`: about the same sequences as the call
+    before it (a decoder's after its encoder's, a step of `generate` without a cache). `again`, bool [batch, length]: real
+    tokens that an earlier call ran already, steered as they were then (the first `prompt` columns as prefill) and not
+    counted; they are not in `valid`. `mask` and `position_ids` are what the call was given, where they say which
+    positions its tokens have; `counter` is the length of a static cache, where it lies on the device (the replays of a
+    graph read it anew)."""
 
     batch: int
     length: int
@@ -32,6 +42,23 @@ class Call:
     phase: Literal["prefill", "decode"]
     device: torch.device
     input_ids: Tensor | None = None
+    continues: bool = False
+    mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    counter: Tensor | None = None
+    again: Tensor | None = None
+    prompt: int = 0
+
+    def positions(self) -> Tensor:
+        """int64 [batch or 1, length]: the place of each token in its sequence, padding not counted. To be asked before
+        the model runs."""
+        given, mask = self.position_ids, self.mask
+        if given is not None and given.dim() == 2 and given.shape[1] == self.length:
+            return given.to(torch.int64)
+        if mask is not None and mask.dim() == 2 and mask.shape[1] >= self.length:
+            return (mask.bool().cumsum(1) - 1).clamp(min=0)[:, mask.shape[1] - self.length :]
+        here = torch.arange(self.length, device=self.device)[None]
+        return here + (self.past_length if self.counter is None else self.counter)
 
 
 @dataclass(slots=True, eq=False)
@@ -39,12 +66,14 @@ class Labels:
     """What the token table is built from: an int for all tokens, or integers [B] or [B, S].
 
     Fewer rows than the batch (beams, several returned sequences) are repeated where they divide it. `steering_row` is
-    a row of the steering tables, `group` and `segment` rows of the statistics tables; -1 is none.
+    a row of the steering tables, `group` and `segment` rows of the statistics tables; -1 is none. `counter` tells the
+    tokens apart for what is drawn for each of them.
     """
 
     steering_row: IntLike = -1
     group: IntLike = 0
     segment: IntLike = -1
+    counter: Tensor | None = None
 
 
 class CallReader:
@@ -54,12 +83,23 @@ class CallReader:
     token a row, [T, H].
     """
 
-    NAMES = ("input_ids", "inputs_embeds", "attention_mask", "past_key_values", "cache_params", "cache_position")
+    NAMES = (
+        "input_ids",
+        "inputs_embeds",
+        "attention_mask",
+        "past_key_values",
+        "cache_params",
+        "cache_position",
+        "encoder_hidden_states",
+        "position_ids",
+    )
 
     def __init__(self, module: nn.Module, first_tensor: bool = False) -> None:
         self.first_tensor = first_tensor
         parameters = list(inspect.signature(type(module).forward).parameters)[1:]
         self.places = {name: parameters.index(name) for name in self.NAMES if name in parameters}
+        # an encoder and a decoder inside, which see different tokens: each is a call of its own
+        self.holds_two = "decoder_input_ids" in parameters
 
     def argument(self, name: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         """The argument `name` of the call, None where it was not given."""
@@ -73,11 +113,13 @@ class CallReader:
         args: tuple[object, ...],
         kwargs: Mapping[str, object],
         finished: Callable[[], Sequence[int]] = tuple,
+        lengths: CacheLengths | None = None,
     ) -> Call | None:
         """The call, or None where the arguments hold neither token ids nor embeddings.
 
         `finished` gives the token ids that a sequence of a batch is fed after its end (padding and end of sequence):
-        `generate` marks them valid in its mask, here they count as padding.
+        `generate` marks them valid in its mask, here they count as padding. `lengths` knows the caches of earlier
+        calls.
         """
         ids = self.argument("input_ids", args, kwargs)
         shaped = ids if isinstance(ids, Tensor) else self.argument("inputs_embeds", args, kwargs)
@@ -90,29 +132,63 @@ class CallReader:
         batch = shaped.shape[0]
         length = shaped.shape[1] if shaped.dim() > (2 if shaped.is_floating_point() else 1) else 1
         mask = self.argument("attention_mask", args, kwargs)
-        past = self._past_length(args, kwargs, mask, length)
+        past = self._past_length(args, kwargs, mask, length, lengths or CacheLengths())
         phase: Literal["prefill", "decode"] = "decode" if past > 0 and length == 1 else "prefill"
         valid = valid_tokens(mask, batch, length, past)
         if phase == "decode" and batch > 1 and isinstance(ids, Tensor):
             for token in finished():
                 valid = ids != token if valid is None else valid & (ids != token)
+        continues = self.argument("encoder_hidden_states", args, kwargs) is not None
+        ids = ids if isinstance(ids, Tensor) else None
+        places = self.argument("position_ids", args, kwargs)
+        mask, places = (given if isinstance(given, Tensor) else None for given in (mask, places))
         return Call(
-            batch, length, past, all_or_mask(valid), phase, shaped.device, ids if isinstance(ids, Tensor) else None
+            batch,
+            length,
+            past,
+            all_or_mask(valid),
+            phase,
+            shaped.device,
+            ids,
+            continues,
+            mask=mask,
+            position_ids=places,
+            counter=self._counter(args, kwargs, shaped.device),
         )
 
-    def _past_length(self, args: tuple[object, ...], kwargs: Mapping[str, object], mask: object, length: int) -> int:
+    def _counter(self, args: tuple[object, ...], kwargs: Mapping[str, object], device: torch.device) -> Tensor | None:
+        """The length of the cache, where the cache keeps it on the device."""
+        cache = self.argument("past_key_values", args, kwargs)
+        if device.type == "cpu" or not hasattr(cache, "get_seq_length"):
+            return None
+        try:
+            length = cache.get_seq_length()
+        except ValueError:
+            return None
+        return length if isinstance(length, Tensor) and length.device == device else None
+
+    def _past_length(
+        self,
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        mask: object,
+        length: int,
+        lengths: CacheLengths,
+    ) -> int:
         for name in ("past_key_values", "cache_params"):
             cache = self.argument(name, args, kwargs)
             if cache is not None and hasattr(cache, "get_seq_length"):
                 try:
-                    return int(cache.get_seq_length())
+                    past = cache.get_seq_length()
+                    # a number above 0 needs no following; a static cache says 0 until it has its counter
+                    return lengths.before(cache, past, length) if isinstance(past, Tensor) or not past else int(past)
                 except ValueError:  # a cache of linear attention alone has no length; the mask may say it
                     continue
             if isinstance(cache, (tuple, list)) and cache:
                 return int(cache[0][0].shape[-2])
         position = self.argument("cache_position", args, kwargs)
         if isinstance(position, Tensor) and position.numel():
-            return int(position.reshape(-1)[0])
+            return int(position.reshape(-1)[0])  # waits for a device; transformers 5 passes the cache instead
         if isinstance(mask, Tensor) and mask.dim() == 2:
             return max(mask.shape[1] - length, 0)
         return 0
@@ -177,7 +253,7 @@ def spread(value: IntLike, call: Call, what: str) -> int | Tensor:
     """A label as an int, or as integers that broadcast to [B, S]."""
     if isinstance(value, int):
         return value
-    labels = torch.as_tensor(value, device=call.device)
+    labels = upload(torch.as_tensor(value), call.device)
     if labels.is_floating_point() or labels.dim() > 2:
         raise ValueError(
             f"{what} must be integers, one number, [batch] or [batch, length], not {labels.dtype} {list(labels.shape)}"
@@ -198,32 +274,48 @@ def spread(value: IntLike, call: Call, what: str) -> int | Tensor:
     return labels
 
 
+Tables = dict[torch.device, Tensor]  # something of a call, on each device that asked for it
+
+
+def on_device(tables: Tables, device: torch.device) -> Tensor:
+    """Something of a call on `device`: copied there once."""
+    if device not in tables:
+        tables[device] = upload(next(iter(tables.values())), device)
+    return tables[device]
+
+
 class TokenContext:
     """The token table of the call that is running, shared by all routers. Plain attributes, so that a compiled model
     can read them.
 
     `table` is None outside a call; `last` is kept for the recomputation of a checkpointed layer in the backward.
-    `small` is True inside a call whose routers may be counted after it (`deferred`).
+    `tables` holds it on each device that has a router, `small` is True inside a call whose routers may be counted
+    after it (`deferred`).
     `steers` is False where no token of the call can have a steering row.
     """
 
     __slots__ = (
         "after",
         "call",
+        "counters",
         "deferred",
         "device",
+        "generation",
         "idle",
         "label",
         "last",
+        "lengths",
         "num_tokens",
         "owner",
         "reached",
         "small",
         "steers",
         "table",
+        "tables",
         "_cached",
         "_finished",
         "_key",
+        "_shared",
         "_thread",
         "_uniform",
     )
@@ -236,11 +328,16 @@ class TokenContext:
     ) -> None:
         self.label, self.after = label, after
         self.deferred = DeferredCounts()
+        self._shared: tuple[int, ...] = (-1, -1, -1)  # the labels that all tokens of the call have
+        self.lengths = CacheLengths()
+        self.generation: Generation | None = None  # that is running
         self.idle = True
         self.owner: nn.Module | None = None
         self.call: Call | None = None
         self.table: Tensor | None = None
         self.last: Tensor | None = None
+        self.tables: Tables = {}
+        self.counters: Tables = {}
         self.num_tokens = 0
         self.device: torch.device | None = None
         self.steers = False
@@ -248,13 +345,24 @@ class TokenContext:
         self.small = False
         self._finished = finished
         self._key: tuple[object, ...] | None = None
-        self._cached: Tensor | None = None
+        self._cached: Tables = {}
         self._uniform = False
         self._thread = 0
+
+    def __deepcopy__(self, memo: dict[int, object]) -> TokenContext:
+        """Of a copied model, whose hooks have nothing to do."""
+        return TokenContext(_no_labels, _nothing)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            "a model cannot be pickled while moe-route is attached: detach() first, and attach again where it is "
+            "loaded. save_pretrained and state_dict work while attached"
+        )
 
     def forget_call(self) -> None:
         """No call is running, whatever an interrupt left behind."""
         self.deferred.drop_call()
+        self.lengths.forget()
         self.call = self.table = self.owner = None
         self.small = False
 
@@ -271,13 +379,19 @@ class TokenContext:
             self._refuse_other_threads()
             if self.owner is not module:
                 return
-            self.deferred.drop_call()  # the last call was interrupted: torch runs no hook then
-        call = reader(args, kwargs, self._finished)
+            self.forget_call()  # the last call was interrupted: torch runs no hook then
+        generation = self.generation
+        finished = self._finished if generation is None else tuple
+        call = reader(args, kwargs, finished, self.lengths)
         if call is None:
             return
+        if generation is not None:
+            generation.follow(module, call)
+            call.valid = all_or_mask(call.valid)
         self.begin(call)
         self.owner, self.reached, self._thread = module, False, _thread()
-        self.small = self.num_tokens <= MOST_TOKENS
+        # a graph that is captured counts in itself, not after it
+        self.small = self.num_tokens <= MOST_TOKENS and not capturing(call.device)
 
     def _refuse_other_threads(self) -> None:
         here = _thread()
@@ -291,7 +405,9 @@ class TokenContext:
     def begin(self, call: Call) -> None:
         """Ask for the labels of `call` and build its table."""
         labels = self.label(call) or Labels()
-        self.table = self.last = self._build(call, labels)
+        self.tables = self._build(call, labels)
+        self.counters = {} if labels.counter is None else {call.device: _one_a_token(labels.counter, call)}
+        self.table = self.last = self.tables[call.device]
         self.num_tokens, self.device, self.call = call.batch * call.length, call.device, call
 
     def leave(self, module: nn.Module, output: object) -> None:
@@ -306,11 +422,12 @@ class TokenContext:
         self.small = False
         if small:
             self.reached = self.reached or bool(self.deferred.kept)
-            self.deferred.end_call(table)
-        if not self.reached and not self.idle:
+            self.deferred.end_call(table.shape[0], partial(on_device, self.tables))
+        if not self.reached and not self.idle and not module.training:  # in training, layers may be dropped
             raise RuntimeError(
                 f"{type(module).__name__} was called, but none of its routers: the blocks above them were replaced "
-                "(kernels, quantisation). Detach, load the model without it (use_kernels=False), and attach again."
+                "(kernels, quantisation, PEFT's modules_to_save) or compiled before attach. Detach; load the model "
+                "without kernels (use_kernels=False), call torch.compiler.reset() after compiling; and attach again."
             )
         self.after(call)
 
@@ -333,26 +450,59 @@ class TokenContext:
                     f"router {name!r} was given {num_tokens} tokens, the call of the model has {table.shape[0]}: its "
                     "tokens cannot be told apart. Use one label for the whole batch and no padding."
                 )
-            table = table[:1].expand(num_tokens, 4).contiguous()
-        return table if table.device == device else table.to(device)
+            return upload(table[:1], device).expand(num_tokens, 4).contiguous()
+        return on_device(self.tables, device)
 
-    def _build(self, call: Call, labels: Labels) -> Tensor:
+    def table_of(self, rows: Tensor, device: torch.device, name: str) -> Tensor:
+        """The table for a router that is given only the tokens `rows` [T] of the call."""
+        table = self.table if self.table is not None else self.last
+        if table is None or (self.table is None and not recomputing()):
+            return self.table_for(len(rows), device, name)
+        return on_device(self.tables, device)[rows.to(device)]
+
+    def table_of_patches(self, num_patches: int, device: torch.device) -> Tensor:
+        """The table for a router of a vision tower: the labels that all tokens of the call share, -1 for the others."""
+        if self.table is None and not recomputing():
+            return self.table_for(num_patches, device, "of a vision tower")
+        row, group, segment = self._shared
+        return token_table(num_patches, steering_row=row, group=group, segment=segment, device=device)
+
+    def _build(self, call: Call, labels: Labels) -> Tables:
         columns = (labels.steering_row, labels.group, labels.segment)
+        self._shared = tuple(value if isinstance(value, int) else -1 for value in columns)
         self._uniform = call.valid is None and all(isinstance(value, int) for value in columns)
         key = (*columns, call.batch * call.length, call.device) if self._uniform else None
         row = spread(columns[0], call, "steering_row")
         self.steers = _any_row(row)
-        if self._cached is not None and key is not None and key == self._key:
+        # what a graph fills in when it is replayed holds nothing yet, and what it reads must stay where it is
+        keeps = key is not None and not capturing(call.device)
+        if keeps and key == self._key:
             return self._cached
         group, segment = spread(columns[1], call, "group"), spread(columns[2], call, "segment")
         table = torch.empty((call.batch, call.length, 4), dtype=torch.int32, device=call.device)
         for column, value in enumerate((row, group, segment, 1)):
             table[..., column] = value
         if call.valid is not None:
-            table[..., :3].masked_fill_(~call.valid[..., None], -1)
-        table = table.view(-1, 4)
-        self._key, self._cached = key, table
-        return table
+            table[..., 1:3].masked_fill_(~call.valid[..., None], -1)
+            steered = call.valid if call.again is None else call.valid | call.again
+            table[..., 0].masked_fill_(~steered, -1)
+        tables = {call.device: table.view(-1, 4)}
+        if keeps:
+            self._key, self._cached = key, tables
+        return tables
+
+
+def _no_labels(call: Call) -> None:
+    """Nothing is known of the tokens."""
+
+
+def _nothing(call: Call) -> None:
+    """Nobody asks about the call."""
+
+
+def _one_a_token(counter: Tensor, call: Call) -> Tensor:
+    """int64 [T] from integers that broadcast to [B, S]."""
+    return upload(counter, call.device).expand(call.batch, call.length).reshape(-1)
 
 
 def _any_row(row: int | Tensor) -> bool:

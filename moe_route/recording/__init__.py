@@ -2,6 +2,7 @@
 token by token."""
 
 from moe_route.recording.labels import LabelBlock
+from moe_route.recording.ranks import sum_over_ranks
 from moe_route.recording.recorder import DEFAULT_PLANES, Recorder
 from moe_route.recording.statistics import PHASES, MergeError, RecordingError, RoutingStatistics
 from moe_route.recording.store import SequenceShard, SequenceStore
@@ -18,4 +19,5 @@ __all__ = [
     "SequenceStore",
     "MergeError",
     "Trace",
+    "sum_over_ranks",
 ]

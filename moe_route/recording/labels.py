@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_route.devices import upload
 from moe_route.recording.store import Item, is_unnamed
 
 __all__ = ["LabelBlock", "ModelCall", "columns", "on_device"]
@@ -25,6 +26,7 @@ class ModelCall(Protocol):
     phase: Any
     device: torch.device
     input_ids: Tensor | None
+    continues: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,10 +80,11 @@ class LabelBlock:
 
 
 def on_device(rows: np.ndarray, device: torch.device) -> int | Tensor:
-    """Rows as an int where all are the same (the token context keeps such tables), else an int32 tensor."""
+    """Rows as an int where all are the same (the token context keeps such tables), else an int32 tensor on `device`,
+    which the host does not wait for."""
     if rows.size and (rows == rows.flat[0]).all():
         return int(rows.reshape(-1)[0])
-    return torch.from_numpy(rows.astype(np.int32)).to(device)
+    return upload(torch.from_numpy(rows.astype(np.int32)), device)
 
 
 def columns(rows: int | Tensor, call: ModelCall, *, after: bool | None = None) -> int | Tensor:

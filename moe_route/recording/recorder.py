@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from moe_route.devices import capturing, refuse_capture
 from moe_route.ops import PLANES, StatisticsTables
 from moe_route.recording.labels import LabelBlock, ModelCall
 from moe_route.recording.metadata import add_fingerprints
@@ -116,7 +117,7 @@ class Recorder:
         self._masked = {"padding"} | {f"{phase} tokens" for phase in PHASES if phase not in self._phases}
         self._plans: set[str] = set()
         self._fingerprint: str | None = None
-        self._calls = self._countable_calls = self._abandoned = 0
+        self._calls = self._countable_calls = self._abandoned = self._captured = 0
         self._block: LabelBlock | None = None
         self._running: RunningSequences | None = None
         self._on = self._paused = False
@@ -267,15 +268,27 @@ class Recorder:
         if not self._on or self._paused or call.phase not in self._phases:
             return -1, -1
         running = self._sequences_of(call)
+        if capturing(call.device):
+            self._note_capture()
         phase = PHASES.index(call.phase)
         if self._trace is not None:
             self._trace.begin_call(call, running.group_rows(call, 0))
         groups = running.group_rows(call, phase * self._tables.group_capacity)
         segments = running.segment_rows(call, phase * self._tables.segment_capacity)
-        running.keep_tokens(call)
+        if not capturing(call.device):
+            running.keep_tokens(call)
         self._calls += 1
         self._countable_calls += running.block.mask is None
         return groups, segments
+
+    def _note_capture(self) -> None:
+        """The call becomes part of a CUDA graph, whose replays count into these very tables."""
+        if self._trace is not None:
+            raise RecordingError(
+                "a CUDA graph is being captured, and a trace is kept call by call: record without trace=, or pause()"
+            )
+        self._captured += 1
+        self._tables.fixed = True
 
     def after_call(self) -> None:
         """The call that ``rows`` was asked for went through."""
@@ -296,6 +309,7 @@ class Recorder:
         return self._tables
 
     def _connect(self) -> None:
+        self._tables.follow()
         self._model.set_statistics(self._tables.layers, lag=LAG)
         self._model.trace = None if self._trace is None else torch.compiler.disable(self._trace.add)
 
@@ -312,12 +326,13 @@ class Recorder:
                 "sequence, and each batch a block of its own"
             )
         running = self._running
-        goes_on = named is not None or call.past_length > 0
+        goes_on = named is not None or call.past_length > 0 or call.continues
         if running is not None and goes_on and running.fits(call.batch):
             return running
         return self._begin_sequences(call)
 
     def _begin_sequences(self, call: ModelCall) -> RunningSequences:
+        refuse_capture(call.device, "the beginning of a sequence")
         self._end_sequences()
         block = self._block or LabelBlock.parse(self._default_group(), None, None, self._known)
         for name in block.names:
@@ -414,6 +429,7 @@ class Recorder:
             "masked": sorted(self._masked),
             "plans": sorted(self._plans),
             "calls": self._calls,
+            "captured_calls": self._captured,
             "abandoned_sequences": self._abandoned,
         }
 

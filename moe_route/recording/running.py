@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from moe_route import files
+from moe_route.devices import upload
 from moe_route.recording.labels import LabelBlock, ModelCall, columns, on_device
 from moe_route.recording.store import Item
 
 __all__ = ["RunningSequences"]
 
 _HASH_BYTES = 16
+_PADDING = torch.iinfo(torch.int32).min  # stands for a token id where there is padding
 
 
 class RunningSequences:
@@ -32,8 +34,8 @@ class RunningSequences:
         self.count = block.sequences or batch
         self.groups: np.ndarray = block.values([group_index[name] for name in block.names])  # [], [N] or [N, S]
         self._find_parts(len(group_index))
-        self._rows: dict[tuple[str, int], int | Tensor] = {}
-        self._tokens: list[tuple[Tensor | None, Tensor | None, int]] = []
+        self._rows: dict[tuple[str, int, torch.device], int | Tensor] = {}
+        self._tokens: list[tuple[Tensor | None, int]] = []
 
     def _find_parts(self, num_groups: int) -> None:
         self.part_of: np.ndarray = np.arange(self.count)
@@ -67,7 +69,7 @@ class RunningSequences:
         return self._masked(self._row("segment", self.part_of, call, offset), call)
 
     def _row(self, what: str, rows: np.ndarray, call: ModelCall, offset: int) -> int | Tensor:
-        key = (what, offset)
+        key = (what, offset, call.device)
         if key not in self._rows:
             self._rows[key] = on_device(rows + offset, call.device)
         return columns(self._rows[key], call)
@@ -75,9 +77,9 @@ class RunningSequences:
     def _masked(self, rows: int | Tensor, call: ModelCall) -> int | Tensor:
         if self.block.mask is None:
             return rows
-        key = ("mask", 0)
+        key = ("mask", 0, call.device)
         if key not in self._rows:
-            self._rows[key] = self.block.mask.to(call.device)
+            self._rows[key] = upload(self.block.mask, call.device)
         counted = columns(self._rows[key], call, after=False)
         assert isinstance(counted, Tensor)
         if isinstance(rows, int):
@@ -89,9 +91,10 @@ class RunningSequences:
         ids = call.input_ids
         if ids is not None and ids.shape == (call.batch, call.length):
             # a copy: callers may reuse their input buffer for the next step
-            self._tokens.append((ids.clone(), call.valid, call.length))
+            kept = ids.clone() if call.valid is None else torch.where(call.valid, ids, _PADDING)
+            self._tokens.append((kept, call.length))
         else:
-            self._tokens.append((None, None, call.length))
+            self._tokens.append((None, call.length))
 
     def fingerprint(self) -> int:
         """128-bit hash of every sequence's item, groups and token ids (padding left out; the number of columns where
@@ -100,7 +103,7 @@ class RunningSequences:
         Chunks hash like the whole; sums of fingerprints do not depend on the order of the sequences.
         """
         hashes = [hashlib.blake2b(self._identity(i), digest_size=_HASH_BYTES) for i in range(self.count)]
-        for _, calls in itertools.groupby(self._tokens, key=lambda call: None if call[0] is None else call[0].shape[0]):
+        for _, calls in itertools.groupby(self._tokens, key=_alike):
             for sequence, tokens in self._tokens_of(list(calls)):
                 hashes[sequence].update(tokens)
         return sum(int.from_bytes(h.digest(), "big") for h in hashes)
@@ -110,17 +113,17 @@ class RunningSequences:
         names = [self.block.names[code] for code in np.atleast_1d(codes)]
         return files.canonical_json([self.item(sequence), names]).encode()
 
-    def _tokens_of(self, calls: list[tuple[Tensor | None, Tensor | None, int]]) -> list[tuple[int, bytes]]:
-        ids = [call[0] for call in calls if call[0] is not None]
-        if not ids:
-            lengths = np.asarray([length for _, _, length in calls], np.int32).tobytes()
+    def _tokens_of(self, calls: list[tuple[Tensor | None, int]]) -> list[tuple[int, bytes]]:
+        kept = [ids for ids, _ in calls if ids is not None]
+        if not kept:
+            lengths = np.asarray([length for _, length in calls], np.int32).tobytes()
             return [(sequence, lengths) for sequence in range(self.count)]
-        tokens = torch.cat(ids, dim=1).to(torch.int32).cpu().numpy()
-        valid = np.ones(tokens.shape, bool)
-        start = 0
-        for chunk, mask, length in calls:
-            if mask is not None and chunk is not None:
-                valid[:, start : start + length] = mask.cpu().numpy()
-            start += length
+        tokens = torch.cat(kept, dim=1).to(torch.int32).cpu().numpy()
         repeats = tokens.shape[0] // self.count
-        return [(row // repeats, tokens[row, valid[row]].tobytes()) for row in range(tokens.shape[0])]
+        return [(i // repeats, row[row != _PADDING].tobytes()) for i, row in enumerate(tokens)]
+
+
+def _alike(call: tuple[Tensor | None, int]) -> object:
+    """What calls have in common whose token ids can be laid side by side."""
+    ids, _ = call
+    return None if ids is None else (ids.shape[0], ids.device)

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_route.devices import finish
 from moe_route.ops import PLANES, SCALARS, StatisticsTables
-from moe_route.recording.statistics import PHASES
+from moe_route.recording.statistics import PHASES, RecordingError
 
 __all__ = ["RecordedSite", "TableSet", "TableSums", "device_of"]
 
@@ -56,6 +57,7 @@ class TableSet:
         self.entropy = entropy
         self.group_capacity = max(groups, 1)
         self.segment_capacity = _FIRST_SEGMENTS
+        self.fixed = False  # a CUDA graph adds to these very tables
         self.layers = [self._new(site, device_of(site)) for site in self.sites]
 
     @torch.inference_mode(False)  # tables outlive the inference mode that a model may be called in
@@ -69,10 +71,32 @@ class TableSet:
             device=device,
         )
 
+    def follow(self) -> bool:
+        """Take the tables to where the routers are now; True where one moved."""
+        moved = False
+        for layer, (site, table) in enumerate(zip(self.sites, self.layers, strict=True)):
+            device = device_of(site)
+            if table.device != device:
+                self._refuse_if_fixed("moving to another device")
+                self.layers[layer] = wide = self._new(site, device)
+                wide.groups.copy_(table.groups)
+                _segments(wide).copy_(_segments(table))
+                moved = True
+        return moved
+
+    def _refuse_if_fixed(self, what: str) -> None:
+        if self.fixed:
+            raise RecordingError(
+                f"the tables need {what}, but a captured CUDA graph adds to them where they are: name all groups "
+                "(record(groups=[...])), run the largest batch and every plan once before the capture, or begin a new "
+                "recording and capture again"
+            )
+
     def reserve(self, *, groups: int, segments: int) -> bool:
         """Make room; True where the tables were replaced. Group sums are kept; segments must have been taken before."""
         if groups <= self.group_capacity and segments <= self.segment_capacity:
             return False
+        self._refuse_if_fixed("growing")
         old_capacity = self.group_capacity
         self.group_capacity = _doubled(self.group_capacity, groups)
         self.segment_capacity = _doubled(self.segment_capacity, segments)
@@ -88,6 +112,7 @@ class TableSet:
         True where the tables were replaced."""
         if "natural_counts" in self.planes or "counts" not in self.planes:
             return False
+        self._refuse_if_fixed("counting the natural choice too")
         kept = self.planes
         self.planes = tuple(name for name in PLANES if name in {*kept, "natural_counts"})
         old, self.layers = self.layers, []
@@ -112,6 +137,8 @@ class TableSet:
         sums = self._read(views, count)
         for view in views:
             view.zero_()
+        for device in {view.device for view in views}:
+            finish(device)
         return sums
 
     def _read(self, views: Sequence[Tensor], rows: int) -> TableSums:
@@ -120,7 +147,8 @@ class TableSet:
         alike: dict[tuple[torch.device, int], list[int]] = {}
         for layer, view in enumerate(views):
             alike.setdefault((view.device, self.sites[layer].num_experts), []).append(layer)
-        for (_, experts), layers in alike.items():
+        for (device, experts), layers in alike.items():
+            finish(device)  # the calls may have been made on other streams
             table = torch.stack([views[layer] for layer in layers], dim=2).cpu().numpy()
             sums.scalars[:, :, layers] = table[..., : len(SCALARS)]
             for position, name in enumerate(self.planes):

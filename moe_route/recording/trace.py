@@ -232,17 +232,32 @@ class TraceWriter:
         )
 
     def _choices(self, call: _TracedCall, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        self.slots = max(self.slots, *(chosen.shape[1] for chosen in call.ids.values()))  # a plan may give more
         ids = self._empty(int(kept.sum()), self._ids_dtype, -1)
         weights = self._empty(int(kept.sum()), self._weights_dtype, 0)
-        for place, layer in enumerate(self.layers):
-            if layer in call.ids:
-                width = call.ids[layer].shape[1]
-                ids[:, place, :width] = call.ids[layer].cpu().numpy()[kept]
-                weights[:, place, :width] = call.weights[layer].cpu().numpy()[kept]
+        alike: dict[tuple[torch.device, int], list[int]] = {}
+        for layer, chosen in call.ids.items():
+            alike.setdefault((chosen.device, chosen.shape[1]), []).append(layer)
+        for (_, width), layers in alike.items():  # one copy of each for a device
+            places = [self.layers.index(layer) for layer in layers]
+            for target, source in ((ids, call.ids), (weights, call.weights)):
+                target[:, places, :width] = torch.stack([source[n] for n in layers], 1).cpu().numpy()[kept]
         return ids, weights
 
     def _empty(self, tokens: int, dtype: torch.dtype, value: int) -> np.ndarray:
         return torch.full((tokens, len(self.layers), self.slots), value, dtype=dtype).numpy()
+
+    def _widened(self, chunk: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A chunk with as many slots as the widest one; those it lacks are empty."""
+        missing = self.slots - chunk["ids"].shape[2]
+        if not missing:
+            return chunk
+        room = ((0, 0), (0, 0), (0, missing))
+        return {
+            **chunk,
+            "ids": np.pad(chunk["ids"], room, constant_values=-1),
+            "weights": np.pad(chunk["weights"], room),
+        }
 
     def _stop(self) -> None:
         self.truncated = True
@@ -253,7 +268,7 @@ class TraceWriter:
     def snapshot(self, groups: Sequence[str]) -> Trace:
         """What was traced so far."""
         self.flush()
-        empty = {
+        empty: dict[str, np.ndarray] = {
             "sequence": np.zeros(0, np.int32),
             "group": np.zeros(0, np.int32),
             "position": np.zeros(0, np.int32),
@@ -261,7 +276,8 @@ class TraceWriter:
             "ids": self._empty(0, self._ids_dtype, -1),
             "weights": self._empty(0, self._weights_dtype, 0),
         }
-        columns = {name: np.concatenate([empty[name], *(chunk[name] for chunk in self._chunks)]) for name in _COLUMNS}
+        chunks = [empty, *(self._widened(chunk) for chunk in self._chunks)]
+        columns = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in _COLUMNS}
         return Trace.of(self.names, groups, self._items, columns, self.truncated)
 
 

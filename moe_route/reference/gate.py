@@ -113,12 +113,18 @@ def _select(
         rank = rank + (steering.force > 0) - (steering.force < 0).to(torch.int64)
         rank = rank.masked_fill(steering.forbidden, 0)
     ids = _order(_selection_value(z, spec, correction_bias, steering), rank)[:, :k]
-    slots = torch.full_like(ids[:, :1], k)
-    if "top_k" in steering.params:
-        asked = steering.params["top_k"].to(torch.int64)
-        slots = torch.where(asked > 0, asked.clamp(max=k), slots)
+    slots = _slots(ids, steering)
     filled = (torch.arange(k, device=z.device) < slots) & (rank.gather(1, ids) > 0)
     return torch.where(filled, ids, -1), slots
+
+
+def _slots(ids: Tensor, steering: Steering) -> Tensor:
+    """int64 [T, 1]: how many of the k slots each token fills."""
+    slots = torch.full_like(ids[:, :1], ids.shape[1])
+    if "top_k" not in steering.params:
+        return slots
+    asked = steering.params["top_k"].to(torch.int64)
+    return torch.where(asked > 0, asked.clamp(max=ids.shape[1]), slots)
 
 
 def _renormalise(weights: Tensor, spec: RouterSpec) -> Tensor:
@@ -289,6 +295,32 @@ def observe(
         given_weights=weights,
         statistics=statistics,
     )
+
+
+@torch.no_grad()
+def observe_steered(
+    logits: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    spec: RouterSpec,
+    *,
+    natural_ids: Tensor,
+    steering: SteeringTables,
+    tokens: Tensor | None = None,
+    statistics: StatisticsTables,
+) -> None:
+    """Count a steered choice that a model changed after its router chose (a capacity, a joint normalisation).
+
+    ids, natural_ids [T, k]: what the experts got, and would have got without steering; -1 is an empty slot, which
+    counts as a slot of the token.
+    """
+    token = read_tokens(tokens, logits.shape[0], logits.device)
+    raw = torch.where(token.valid[:, None], _compute(logits), 0.0)
+    row = read_steering(steering, token, raw)
+    scores = _score(steer(raw, row), spec.score, ~row.forbidden)
+    known, natural = (in_range(choice.to(torch.int64), logits.shape[1]) for choice in (ids, natural_ids))
+    choice = Choice(known, weights.to(raw), _slots(known, row), natural)
+    count(choice, scores, row.steered, token, statistics)
 
 
 def route_weights(

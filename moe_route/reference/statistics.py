@@ -76,4 +76,5 @@ def count(choice: Choice, scores: Tensor, steered: Tensor, tokens: Tokens, stati
     for table, index in ((statistics.groups, tokens.group), (statistics.segments, tokens.segment)):
         if table is not None:
             counted = tokens.valid & (index >= 0) & (index < table.shape[0])
-            table.index_add_(0, index[counted], additions[counted])
+            if table.shape[0]:  # by weight 0, not by leaving rows out: that would wait for a device
+                table.index_add_(0, torch.where(counted, index, 0), torch.where(counted[:, None], additions, 0))

@@ -143,8 +143,6 @@ def _force(z: Tensor, logits: Tensor, force: Tensor, allowed: Tensor) -> Tensor:
     z = torch.where(force == Force.ON_PAPER, top, z)
     z = torch.where(force == Force.OFF_PAPER, bottom, z)
     on, off = force == Force.ON_STEERMOE, force == Force.OFF_STEERMOE
-    if not (on | off).any():
-        return z
     total = torch.logsumexp(torch.where(known.any(1, keepdim=True), natural, 0.0), 1, keepdim=True)
     total = torch.where(torch.isfinite(total), total, 0.0)
     scaled = torch.where(on, top - total + 0.01, torch.where(off, bottom - total - 0.01, z - total))

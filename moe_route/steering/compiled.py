@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -13,10 +15,13 @@ import torch
 
 from moe_route.ops import Force, SteeringTables
 from moe_route.ops.tables import NEUTRAL, ROW_PARAMETERS
+from moe_route.steering.around import MARK, Part, TokenSteering
 from moe_route.steering.model import PlanError
 from moe_route.steering.rule import LAYER_KINDS, OPERATIONS, PHASES, Rule
 
 __all__ = ["CompiledPlan", "HasExperts", "LayerShape", "compile_rules"]
+
+MOST_SLOTS = 64  # what the operators can fill
 
 _log = logging.getLogger(__name__)
 
@@ -69,38 +74,48 @@ class CompiledPlan:
     """A plan as tables.
 
     Attributes:
-        tables: one ``SteeringTables`` per MoE layer, None where the plan leaves the layer alone. All have the same
-            number of rows.
-        rows: int32 [2, G + 1]: the steering row of a token by phase ("prefill", "decode") and group; column 0 is for
-            tokens without a group, column g + 1 for group g. -1 where nothing applies.
+        tables: one ``SteeringTables`` per MoE layer (``TokenSteering`` where a rule looks at more than the token's
+            row), None where the plan leaves the layer alone. All have the same number of rows.
+        rows: int32 [2, G + 1, C]: the steering row of a token by phase ("prefill", "decode"), group and class of
+            positions; column 0 is for tokens without a group, column g + 1 for group g. -1 where nothing applies.
         groups: names of the G groups.
         plan_hash: ``Plan.hash`` of the plan.
+        bounds: the C - 1 positions at which a new class of positions begins.
+        draws: whether a rule draws experts for each token.
     """
 
-    tables: list[SteeringTables | None]
+    tables: list[SteeringTables | TokenSteering | None]
     rows: torch.Tensor
     groups: tuple[str, ...]
     plan_hash: str
+    bounds: tuple[int, ...] = ()
+    draws: bool = False
 
     @property
     def is_null(self) -> bool:
         """True when no token of any layer is steered."""
         return all(table is None for table in self.tables)
 
-    def row(self, phase: str, group: int = -1) -> int:
-        """The steering row of a token of ``group`` (-1: none) in ``phase``; -1 where nothing applies."""
+    def row(self, phase: str, group: int = -1, position: int = 0) -> int:
+        """The steering row of a token of ``group`` (-1: none) at ``position`` in ``phase``; -1 where nothing
+        applies."""
         if phase not in PHASES or not -1 <= group < len(self.groups):
             raise PlanError(f"no row for phase {phase!r}, group {group}: there are {len(self.groups)} groups")
-        return int(self.rows[PHASES.index(phase), group + 1])
+        return int(self.rows[PHASES.index(phase), group + 1, bisect.bisect_right(self.bounds, position)])
 
     def to(self, device: torch.device | str) -> CompiledPlan:
         """The same tables on another device."""
+        device = torch.device(device)
         tables = [None if table is None else table.to(device) for table in self.tables]
-        return CompiledPlan(tables, self.rows.to(device), self.groups, self.plan_hash)
+        return CompiledPlan(tables, self.rows.to(device), self.groups, self.plan_hash, self.bounds, self.draws)
 
 
-# what one row does in one layer: plane -> float32 [E], row parameter -> float, "remap" -> int32 [E]; empty for nothing
-_Cell = dict[str, "np.ndarray | float"]
+# how rules look at a token: (only where the router did not choose the expert, seed of a draw)
+_View = tuple[bool, "int | None"]
+_PLAIN: _View = (False, None)
+# what one row does in one layer, by view and name: plane -> float32 [E], row parameter -> float, "remap" -> int32 [E],
+# "scores" -> float32 [E], "slot" -> int, "replay" -> int64 [k]; empty for nothing
+_Cell = dict[tuple[_View, str], "np.ndarray | float"]
 
 
 def compile_rules(
@@ -114,17 +129,26 @@ def compile_rules(
     found: dict[tuple[object, ...], int] = {}
     kept: list[list[_Cell]] = []
     known: dict[tuple[int, ...], int] = {}
-    rows = np.full((len(PHASES), len(groups) + 1), -1, dtype=np.int32)
-    for p, phase in enumerate(PHASES):
-        for g, group in enumerate((None, *groups)):
-            active = tuple(i for i, rule in enumerate(rules) if rule.applies(phase, group))
-            if active not in known:
-                known[active] = _row(
-                    found, kept, [_cell([rules[i] for i in active], layer, site) for layer, site in enumerate(sites)]
-                )
-            rows[p, g] = known[active]
-    tables = [_tables([row[layer] for row in kept], site.num_experts) for layer, site in enumerate(sites)]
-    return CompiledPlan(tables, torch.from_numpy(rows), groups, plan_hash)
+    bounds = _bounds(rules)
+    rows = np.full((len(PHASES), len(groups) + 1, len(bounds) + 1), -1, dtype=np.int32)
+    for (p, phase), (g, group), (c, first) in itertools.product(
+        enumerate(PHASES), enumerate((None, *groups)), enumerate((0, *bounds))
+    ):
+        active = tuple(i for i, rule in enumerate(rules) if rule.applies(phase, group, first))
+        if active not in known:
+            known[active] = _row(
+                found, kept, [_cell([rules[i] for i in active], layer, site) for layer, site in enumerate(sites)]
+            )
+        rows[p, g, c] = known[active]
+    tables = [_tables([row[layer] for row in kept], layer, site) for layer, site in enumerate(sites)]
+    draws = any(rule.draw is not None for rule in rules)
+    return CompiledPlan(tables, torch.from_numpy(rows), groups, plan_hash, bounds, draws)
+
+
+def _bounds(rules: Sequence[Rule]) -> tuple[int, ...]:
+    """Positions above 0 at which some rule begins or ends to hold."""
+    ends = {end for rule in rules for span in rule.positions or () for end in span if end}
+    return tuple(sorted(ends))
 
 
 def _row(found: dict[tuple[object, ...], int], kept: list[list[_Cell]], cells: list[_Cell]) -> int:
@@ -134,7 +158,7 @@ def _row(found: dict[tuple[object, ...], int], kept: list[list[_Cell]], cells: l
     key = tuple(
         (name, value.tobytes() if isinstance(value, np.ndarray) else value)
         for cell in cells
-        for name, value in [("layer", 0.0), *sorted(cell.items())]
+        for name, value in [("layer", 0.0), *sorted(cell.items(), key=lambda entry: repr(entry[0]))]
     )
     if key not in found:
         found[key] = len(kept)
@@ -169,19 +193,92 @@ def _cell(rules: Sequence[Rule], layer: int, site: HasExperts) -> _Cell:
     """What the rules together do in one layer."""
     here = [rule for rule in rules if _touches(rule, layer)]
     cell: _Cell = {}
-    for name in dict.fromkeys(_plane(rule) for rule in here if rule.kind in _PLANES):
-        plane = _sum_plane([rule for rule in here if _plane(rule) == name], name, layer, site.num_experts)
-        if (plane != NEUTRAL[name]).any():
-            cell[name] = plane
-            cell.update(_row_mode([rule for rule in here if _plane(rule) == name], layer))
-    force = _force(here, layer, site)
-    if force.any():
-        cell["force"] = force
-    cell.update(_layer_parameters(here, layer, site))
+    views = {_view(rule) for rule in here}
+    for view in sorted(views, key=repr):
+        seen = [rule for rule in here if _view(rule) == view]
+        for name in dict.fromkeys(_plane(rule) for rule in seen if rule.kind in _PLANES):
+            plane = _sum_plane([rule for rule in seen if _plane(rule) == name], name, layer, site.num_experts)
+            if (plane != NEUTRAL[name]).any():
+                cell[view, name] = plane
+                for mode, value in _row_mode([rule for rule in here if _plane(rule) == name], layer).items():
+                    cell[_PLAIN, mode] = value
+        force = _force(seen, layer, site)
+        if force.any():
+            cell[view, "force"] = force
+    _check_forces(here, views, layer, site)
+    for name, value in _layer_parameters(here, layer, site).items():
+        cell[_PLAIN, name] = value
     remap = _remap(here, layer, site.num_experts)
     if (remap != np.arange(site.num_experts)).any():
-        cell["remap"] = remap
+        cell[_PLAIN, "remap"] = remap
+    cell.update(_by_name(here, layer, site))
+    _check_by_name(cell, layer, site)
     return cell
+
+
+def _view(rule: Rule) -> _View:
+    return rule.absent, rule.draw
+
+
+def _check_forces(rules: Sequence[Rule], views: set[_View], layer: int, site: HasExperts) -> None:
+    """``PlanError`` where experts that are drawn, or left out where chosen, might meet others on one expert and no rule
+    says what then."""
+    forced = [rule for rule in rules if (rule.kind, rule.mode) in _FORCES]
+    if len({_view(rule) for rule in forced}) < 2:
+        return
+    for kind in ("force_on", "force_off"):
+        modes = sorted({rule.mode for rule in forced if rule.kind == kind})
+        if len(modes) > 1:
+            raise PlanError(
+                f"{kind} rules of layer {layer} with weights {' and '.join(map(repr, modes))} may meet on one expert: "
+                "use one weight"
+            )
+    forbidden = sum(len(rule.in_layer(layer)) for rule in forced if rule.kind == "forbid")
+    if forbidden >= site.num_experts:
+        raise PlanError(f"the plan may forbid all {site.num_experts} experts of layer {layer}: leave at least one")
+
+
+def _by_name(rules: Sequence[Rule], layer: int, site: HasExperts) -> _Cell:
+    """What replaces scores, and what chooses experts by name."""
+    cell: _Cell = {}
+    for kind, named in (("scores", "replaced scores"), ("slot", "own experts"), ("replay", "replayed choices")):
+        asked = {(rule.draw, rule.in_layer(layer)) for rule in rules if rule.kind == kind}
+        if len(asked) > 1 or any(kind == "slot" and len(pairs) > 1 for _, pairs in asked):
+            raise PlanError(
+                f"a token of layer {layer} gets two {named}: keep one, or separate them with plan.only(...)"
+            )
+        for draw, pairs in asked:
+            cell[(False, draw), kind] = _named(kind, pairs, layer, site)
+    return cell
+
+
+def _named(kind: str, pairs: Sequence[tuple[int, float]], layer: int, site: HasExperts) -> np.ndarray | float:
+    if kind == "slot":
+        return pairs[0][0]
+    if kind == "scores":
+        scores = np.zeros(site.num_experts, dtype=np.float32)
+        for expert, score in pairs:
+            scores[expert] = score
+        return scores
+    if len(pairs) > site.top_k:
+        raise PlanError(f"{len(pairs)} experts are replayed in layer {layer}, which has {site.top_k} slots")
+    ids = np.full(site.top_k, -1, dtype=np.int64)
+    for expert, slot in pairs:
+        ids[int(slot)] = expert
+    return ids
+
+
+def _check_by_name(cell: _Cell, layer: int, site: HasExperts) -> None:
+    by_name = sorted({name for _, name in cell if name in ("slot", "replay")})
+    if not by_name:
+        return
+    other = "a remap" if (_PLAIN, "remap") in cell else ""
+    top_k = cell.get((_PLAIN, "top_k"), 0)
+    other = other or (
+        "a top_k above the router's own" if not isinstance(top_k, np.ndarray) and top_k > site.top_k else ""
+    )
+    if other:
+        raise PlanError(f"a {by_name[0]} rule and {other} meet on layer {layer}: separate them with plan.only(...)")
 
 
 def _touches(rule: Rule, layer: int) -> bool:
@@ -262,9 +359,9 @@ def _layer_parameters(rules: Iterable[Rule], layer: int, site: HasExperts) -> di
     if len(wanted) > 1:
         raise PlanError(f"layer {layer} is asked for top-{min(wanted)} and top-{max(wanted)} at once: keep one of them")
     for k in wanted:
-        if k > site.top_k:
-            raise PlanError(f"top_k {k} is more than the top-{site.top_k} of layer {layer}: a plan can only lower it")
-        if k < site.top_k:
+        if k > min(site.num_experts, MOST_SLOTS):
+            raise PlanError(f"top_k {k} is more than the {min(site.num_experts, MOST_SLOTS)} of layer {layer}")
+        if k != site.top_k:
             found["top_k"] = float(k)
     return found
 
@@ -280,20 +377,63 @@ def _remap(rules: Iterable[Rule], layer: int, num_experts: int) -> np.ndarray:
     return remap
 
 
-def _tables(cells: Sequence[_Cell], num_experts: int) -> SteeringTables | None:
+def _tables(cells: Sequence[_Cell], layer: int, site: HasExperts) -> SteeringTables | TokenSteering | None:
     """One layer's cells, a row each, as tables with the planes that any of them uses."""
-    names = dict.fromkeys(name for cell in cells for name in cell)
+    names: dict[_View, list[str]] = {}
+    for view, name in dict.fromkeys(key for cell in cells for key in cell):
+        names.setdefault(view, []).append(name)
     if not names:
         return None
-    planes: dict[str, Any] = {}
+    wide = int(max((cell.get((_PLAIN, "top_k"), 0.0) for cell in cells), default=0.0))  # type: ignore[type-var]
+    wide = wide if wide > site.top_k else 0
+    plain = names.pop(_PLAIN, [])
+    by_name = [name for name in plain if name in _BY_NAME]
+    if not names and not by_name and not wide:
+        whole: dict[str, Any] = _stacked(cells, _PLAIN, plain, site)
+        return SteeringTables(len(cells), site.num_experts, **whole)
+    base: dict[str, Any] = {"temperature": torch.ones(len(cells))}
+    base |= _stacked(cells, _PLAIN, [name for name in plain if name not in _BY_NAME], site)
+    anew = [_routed_anew(cell, site) for cell in cells]
+    if any(anew):
+        bias = base.get("bias", torch.zeros(len(cells), site.num_experts))
+        base["bias"] = torch.where(torch.tensor(anew)[:, None] & (bias == 0), MARK, bias)
+    parts = [_part(cells, _PLAIN, by_name, site)] if by_name else []
+    parts += [_part(cells, view, of_view, site) for view, of_view in sorted(names.items(), key=repr)]
+    tables = SteeringTables(len(cells), site.num_experts, **base)
+    return TokenSteering(layer, len(cells), site.num_experts, tables, parts, wide)
+
+
+def _routed_anew(cell: _Cell, site: HasExperts) -> bool:
+    """Whether tokens of this row are routed anew though their logits are steered by nothing else."""
+    top_k = cell.get((_PLAIN, "top_k"), 0.0)
+    return any(name == "scores" for _, name in cell) or (not isinstance(top_k, np.ndarray) and top_k > site.top_k)
+
+
+def _part(cells: Sequence[_Cell], view: _View, names: Sequence[str], site: HasExperts) -> Part:
+    tables = _stacked(cells, view, names, site)
+    scores, slot, replay = (tables.pop(name, None) for name in _BY_NAME)
+    return Part(*view, tables, scores, slot, replay)
+
+
+def _stacked(cells: Sequence[_Cell], view: _View, names: Sequence[str], site: HasExperts) -> dict[str, torch.Tensor]:
+    """Tables by name, a row for each cell."""
+    stacked = {}
     for name in names:
-        neutral, dtype = _neutral(name, num_experts), np.int32 if name == "remap" else np.float32
-        planes[name] = torch.from_numpy(np.stack([np.asarray(cell.get(name, neutral), dtype) for cell in cells]))
-    return SteeringTables(len(cells), num_experts, **planes)
+        neutral = _neutral(name, site)
+        rows = [np.asarray(cell.get((view, name), neutral), neutral.dtype) for cell in cells]
+        stacked[name] = torch.from_numpy(np.stack(rows))
+    return stacked
 
 
-def _neutral(name: str, num_experts: int) -> np.ndarray | np.float32:
+_BY_NAME = ("scores", "slot", "replay")
+
+
+def _neutral(name: str, site: HasExperts) -> np.ndarray:
     if name == "remap":
-        return np.arange(num_experts, dtype=np.int32)
-    value = np.float32(NEUTRAL[name])
-    return value if name in ROW_PARAMETERS else np.full(num_experts, value)
+        return np.arange(site.num_experts, dtype=np.int32)
+    if name == "slot":
+        return np.asarray(-1, dtype=np.int64)
+    if name == "replay":
+        return np.full(site.top_k, -1, dtype=np.int64)
+    value = np.nan if name == "scores" else NEUTRAL[name]
+    return np.asarray(value, np.float32) if name in ROW_PARAMETERS else np.full(site.num_experts, value, np.float32)

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,18 @@ import numpy as np
 from moe_route import files
 from moe_route.steering.compiled import CompiledPlan, HasExperts, compile_rules
 from moe_route.steering.model import PlanError, PlanModel
-from moe_route.steering.rule import LAYER_KINDS, Experts, Rule, as_groups, as_phase, make_rule, rule_from_dict
+from moe_route.steering.rule import (
+    LAYER_KINDS,
+    VALUED_KINDS,
+    Experts,
+    Rule,
+    as_groups,
+    as_phase,
+    as_positions,
+    checked,
+    make_rule,
+    rule_from_dict,
+)
 from moe_route.steering.selection import ExpertSelection, random_permutation
 
 __all__ = ["Plan"]
@@ -176,8 +188,46 @@ class Plan:
 
     @classmethod
     def top_k(cls, k: int, layers: Iterable[int] | int | None = None, *, layer_base: int = 0) -> Plan:
-        """Fewer experts a token: the first ``k`` slots are filled, the rest stay empty; from 1 to the model's own k."""
+        """Fewer or more experts a token: the first ``k`` slots are filled, the rest stay empty; from 1 to the layer's
+        number of experts. More than the model's own k costs those layers that many slots for every token.
+        """
         return cls._of("top_k", None, layers, layer_base, value=k)
+
+    @classmethod
+    def scores(
+        cls,
+        scores: Mapping[int, Mapping[int, float]],
+        layers: Iterable[int] | int | None = None,
+        *,
+        layer_base: int = 0,
+    ) -> Plan:
+        """Put ``scores[layer][expert]`` in the place of the router's scores (0 for experts not named), then choose and
+        weigh as ever [arXiv 2504.07964]. Scores of a softmax are shares, whatever their sum; other rules act on them
+        as on the router's own. ``only`` says at which tokens. ``ValueError`` when steering a SparseMixer router.
+        """
+        return cls._of("scores", scores, layers, layer_base)
+
+    @classmethod
+    def slot(cls, experts: Experts, layers: Iterable[int] | int | None = None, *, layer_base: int = 0) -> Plan:
+        """The last slot goes to this expert (one a layer) where the router did not choose it: a group's own expert,
+        with ``only(groups=...)`` [hybrid-k, arXiv 2410.10626]. It weighs by its own score; forbid and force_off win
+        over it.
+        """
+        return cls._of("slot", experts, layers, layer_base)
+
+    @classmethod
+    def replay(
+        cls,
+        experts: Mapping[int, Sequence[int]],
+        layers: Iterable[int] | int | None = None,
+        *,
+        layer_base: int = 0,
+    ) -> Plan:
+        """Exactly these experts, in this order, weighed by the model's own scores [arXiv 2510.11370]; slots beyond them
+        stay empty. Tokens that other conditions leave out are routed as ever.
+        """
+        placed = {layer: {expert: slot for slot, expert in enumerate(ids)} for layer, ids in experts.items()}
+        return cls._of("replay", placed, layers, layer_base)
 
     @classmethod
     def remap(
@@ -208,20 +258,23 @@ class Plan:
         groups: Sequence[str] | str | None = None,
         phase: str | None = None,
         layers: Iterable[int] | int | None = None,
+        positions: Any = None,
         *,
+        absent: bool = False,
         layer_base: int = 0,
     ) -> Plan:
-        """The plan where these conditions hold too: group of the token, "prefill" or "decode", layers. Conditions
-        narrow each other.
+        """The plan where these conditions hold too: group of the token, "prefill" or "decode", layers, positions of the
+        token in its sequence (padding not counted: a number, a range, or several), and, with ``absent``, only for
+        experts that the router does not choose by itself. Conditions narrow each other.
 
         Rules that can then never hold are left out, so ``p.only(phase="prefill").only(phase="decode")`` is the empty
         plan.
         """
-        names, at = as_groups(groups), as_phase(phase)
+        names, at, where = as_groups(groups), as_phase(phase), as_positions(positions)
         numbers = (
             None if layers is None else make_rule("temperature", None, layers, layer_base=layer_base, value=1).layers
         )
-        narrowed = (rule.restricted(names, at, numbers) for rule in self.rules)
+        narrowed = (rule.restricted(names, at, numbers, where, absent) for rule in self.rules)
         return self._with(rule for rule in narrowed if rule is not None)
 
     def _with(self, rules: Iterable[Rule]) -> Plan:
@@ -284,10 +337,11 @@ class Plan:
         """The plan's control experiment, one argument away [the ablations of arXiv 2510.04694].
 
         Args:
-            kind: "random": as many experts of each layer, drawn at random by the seed ``value`` (default 0); "layers":
-                the same selection in other layers, ``value`` (its experts there, which the plan has kept); "experts":
-                other experts, ``value`` (a mapping from layer to ids), under the same rules; "deactivate": strengths
-                negated, on and off exchanged.
+            kind: "random": as many experts of each layer, drawn at random by the seed ``value`` (default 0); "tokens":
+                the same, drawn anew for each token, from the seed, its position and its id, whatever the batch;
+                "layers": the same selection in other layers, ``value`` (its experts there, which the plan has kept);
+                "experts": other experts, ``value`` (a mapping from layer to ids), under the same rules; "deactivate":
+                strengths negated, on and off exchanged.
             value: what the kind needs.
             num_experts: experts per layer for "random", where the plan does not know its model.
 
@@ -295,6 +349,9 @@ class Plan:
         """
         controls: dict[str, Callable[[], Plan]] = {
             "random": lambda: self._random(0 if value is None else value, num_experts),
+            "tokens": lambda: self._with(
+                checked(replace(rule, draw=index(0 if value is None else value))) for rule in self.rules
+            ),
             "layers": lambda: self._in_layers(value),
             "experts": lambda: self._with_experts(value),
             "deactivate": lambda: self._with(rule.opposite() for rule in self.rules),
@@ -302,7 +359,7 @@ class Plan:
         if kind not in controls:
             raise PlanError(f"there is no control {kind!r}: use one of {', '.join(map(repr, controls))}")
         made = controls[kind]()
-        shown = f"{kind} {value!r}" if kind == "random" and value is not None else kind
+        shown = f"{kind} {value!r}" if kind in ("random", "tokens") and value is not None else kind
         return Plan(made.rules, model=made.model, description=f"control ({shown}) of {self.description or 'a plan'}")
 
     def _random(self, seed: int, num_experts: int | Sequence[int] | None) -> Plan:
@@ -331,7 +388,7 @@ class Plan:
         for rule in self.rules:
             experts = None if rule.kind in LAYER_KINDS else {layer: dict(pairs) for layer, pairs in rule.experts}
             moved = make_rule(rule.kind, experts, layers, value=rule.value, mode=rule.mode)
-            rules.append(replace(moved, strength=rule.strength, groups=rule.groups, phase=rule.phase))
+            rules.append(_as_before(moved, rule))
         return self._with(rules)
 
     def _with_experts(self, experts: Experts | None) -> Plan:
@@ -343,10 +400,10 @@ class Plan:
                 rules.append(rule)
                 continue
             factors = {coefficient for _, pairs in rule.experts for _, coefficient in pairs}
-            if len(factors) > 1:
+            if len(factors) > 1 or rule.kind in VALUED_KINDS:
                 raise PlanError(f"a {rule.kind} rule with a coefficient for each expert has no other experts to go to")
             other = make_rule(rule.kind, experts, rule.layers, factor=min(factors), mode=rule.mode)
-            rules.append(replace(other, strength=rule.strength, groups=rule.groups, phase=rule.phase))
+            rules.append(_as_before(other, rule))
         return self._with(rules)
 
     # -- the model, tables, files
@@ -414,6 +471,12 @@ class Plan:
 
     def __repr__(self) -> str:
         return f"Plan({'; '.join(map(str, self.rules)) or 'nothing'})"
+
+
+def _as_before(rule: Rule, before: Rule) -> Rule:
+    """``rule`` with the strength and the conditions of ``before`` but for its layers."""
+    kept = ("strength", "groups", "phase", "positions", "absent", "draw")
+    return replace(rule, **{name: getattr(before, name) for name in kept})
 
 
 def _check_experts(layer: int, pairs: tuple[tuple[int, float], ...], size: int) -> None:

@@ -43,9 +43,26 @@ OPERATIONS = {
     "forbid": Operation("", ("",), "never chosen"),
     "top_k": Operation("", ("",), "{x} experts a token"),
     "remap": Operation("", ("",), "chosen expert replaced"),
+    "scores": Operation("", ("",), "router scores replaced by {x}"),
+    "slot": Operation("", ("",), "takes the last slot where not chosen"),
+    "replay": Operation("", ("",), "exactly these experts chosen, in this order"),
 }
 # rules on a whole layer, with a value in place of experts
 LAYER_KINDS = ("temperature", "top_k")
+# rules whose coefficients are not factors of a strength: scores, and places among the chosen
+VALUED_KINDS = ("scores", "replay")
+# rules that act expert by expert, so that they can be left out for some
+EXPERT_KINDS = (
+    "activate",
+    "bias",
+    "magnitude",
+    "scale_logits",
+    "scale_weights",
+    "force_on",
+    "force_off",
+    "forbid",
+)
+Spans = tuple[tuple[int, int | None], ...]  # half-open, in rising order, not touching; None: to the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +72,17 @@ class Rule:
     Attributes:
         kind: a key of ``OPERATIONS``.
         experts: ((layer, ((expert, coefficient), ...)), ...) in rising order; the coefficient multiplies an additive
-            strength, is the factor of a multiplicative rule, the target expert of "remap", and 1 otherwise. Empty for
-            the kinds of a whole layer.
+            strength, is the factor of a multiplicative rule, the target expert of "remap", the score of "scores", the
+            slot (from 0) of "replay", and 1 otherwise. Empty for the kinds of a whole layer.
         strength: an additive rule uses strength * coefficient, a multiplicative one coefficient ** strength; so
             multiplying a plan by a number multiplies ``strength`` alone.
         value: temperature, or experts a token, of the kinds of a whole layer.
         mode: a mode of the operation.
         layers, groups, phase: conditions, None for any. Experts of layers outside ``layers`` are kept but not touched,
             so that a control can move the rule to other layers.
+        positions: spans of positions in the sequence (padding not counted), None for any.
+        absent: only experts that the router does not choose by itself.
+        draw: seed of a random control: as many experts, others for each token.
     """
 
     kind: str
@@ -73,6 +93,9 @@ class Rule:
     layers: tuple[int, ...] | None = None
     groups: tuple[str, ...] | None = None
     phase: str | None = None
+    positions: Spans | None = None
+    absent: bool = False
+    draw: int | None = None
 
     def in_layer(self, layer: int) -> tuple[tuple[int, float], ...]:
         """(expert, coefficient) pairs the rule touches in ``layer``."""
@@ -87,8 +110,11 @@ class Rule:
             return self.layers
         return tuple(layer for layer, _ in self.experts if self.layers is None or layer in self.layers)
 
-    def applies(self, phase: str, group: str | None) -> bool:
-        return self.phase in (None, phase) and (self.groups is None or group in self.groups)
+    def applies(self, phase: str, group: str | None, position: int = 0) -> bool:
+        if self.phase not in (None, phase) or not (self.groups is None or group in self.groups):
+            return False
+        spans = ((0, None),) if self.positions is None else self.positions
+        return any(start <= position and (stop is None or position < stop) for start, stop in spans)
 
     def effective(self, coefficient: float) -> float:
         """The number that is added, multiplied by or divided by: strength and coefficient together."""
@@ -115,7 +141,12 @@ class Rule:
         return self.scaled(-1.0)
 
     def restricted(
-        self, groups: tuple[str, ...] | None, phase: str | None, layers: tuple[int, ...] | None
+        self,
+        groups: tuple[str, ...] | None,
+        phase: str | None,
+        layers: tuple[int, ...] | None,
+        positions: Spans | None = None,
+        absent: bool = False,
     ) -> Rule | None:
         """The rule under further conditions; None where they can never hold."""
         if phase is not None and self.phase not in (None, phase):
@@ -125,21 +156,26 @@ class Rule:
             groups=_both(self.groups, groups),
             phase=phase if phase is not None else self.phase,
             layers=_both(self.layers, layers),
+            positions=_meeting(self.positions, positions),
+            absent=self.absent or absent,
         )
-        return None if narrowed.groups == () or narrowed.layers == () else narrowed
+        return None if () in (narrowed.groups, narrowed.layers, narrowed.positions) else checked(narrowed)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content, without what is at its default."""
         content: dict[str, Any] = {"kind": self.kind}
         if self.experts:
-            plain = all(coefficient == 1.0 for _, pairs in self.experts for _, coefficient in pairs)
+            plain = self.kind not in VALUED_KINDS and all(c == 1.0 for _, pairs in self.experts for _, c in pairs)
             content["experts"] = {
                 str(layer): [expert for expert, _ in pairs] if plain else {str(expert): c for expert, c in pairs}
                 for layer, pairs in self.experts
             }
-        for field, neutral in (("strength", 1.0), ("value", None), ("mode", ""), ("phase", None)):
-            if getattr(self, field) != neutral:
+        neutral = {"strength": 1.0, "value": None, "mode": "", "phase": None, "absent": False, "draw": None}
+        for field, value in neutral.items():
+            if getattr(self, field) != value:
                 content[field] = getattr(self, field)
+        if self.positions is not None:
+            content["positions"] = [list(span) for span in self.positions]
         for field in ("layers", "groups"):
             if getattr(self, field) is not None:
                 content[field] = list(getattr(self, field))
@@ -165,8 +201,11 @@ class Rule:
         if self.kind == "top_k":
             return operation.shows.format(x=f"{self.value:g}")
         values = {self.effective(self.value)} if self.value is not None else set()
+        coefficients = {c for layer in self.touched_layers or () for _, c in self.in_layer(layer)}
         if operation.combine and self.value is None:
-            values = {self.effective(c) for layer in self.touched_layers or () for _, c in self.in_layer(layer)}
+            values = {self.effective(c) for c in coefficients}
+        elif self.kind == "scores":
+            values = coefficients
         ends = [f"{value:g}" for value in sorted({min(values), max(values)})] if values else []
         shown = operation.shows.format(x=" to ".join(ends), mode=self.mode).replace("+ -", "- ")
         return shown + (" (sample std)" if self.mode == "sample" else "")
@@ -174,6 +213,9 @@ class Rule:
     def _when(self) -> str:
         conditions = [] if self.groups is None else [f"groups {', '.join(self.groups)}"]
         conditions += [] if self.phase is None else [f"{self.phase} only"]
+        conditions += [] if self.positions is None else [f"positions {_show_spans(self.positions)}"]
+        conditions += ["only experts not chosen already"] if self.absent else []
+        conditions += [] if self.draw is None else [f"other experts for each token, drawn with seed {self.draw}"]
         return f" [{'; '.join(conditions)}]" if conditions else ""
 
 
@@ -221,10 +263,28 @@ def checked(rule: Rule) -> Rule:
         raise PlanError(f"top_k must be a whole number from 1 to the model's own k, not {rule.value}")
     if rule.kind == "temperature" and (rule.value is None or rule.value <= 0):
         raise PlanError(f"temperature must be above 0, not {rule.value}")
+    _check_values(rule)
+    if rule.absent and rule.kind not in EXPERT_KINDS:
+        raise PlanError(
+            f"a {rule.kind} rule cannot be left out for experts that are chosen already: use absent=True with "
+            f"{', '.join(EXPERT_KINDS)}"
+        )
+    if rule.draw is not None and (rule.kind == "remap" or rule.kind in LAYER_KINDS):
+        raise PlanError(f"a {rule.kind} rule names no experts that could be drawn for each token: leave it out")
     if operation.combine == "multiply":
         for factor in [c for _, pairs in rule.experts for _, c in pairs] + ([rule.value] if rule.value else []):
             _power(factor, rule.strength, rule.kind)
     return rule
+
+
+def _check_values(rule: Rule) -> None:
+    """``PlanError`` for scores that are none, and for places that are not 0, 1, 2, ... ."""
+    for layer, pairs in rule.experts:
+        values = sorted(value for _, value in pairs)
+        if rule.kind == "scores" and (values[0] < 0 or values[-1] <= 0):
+            raise PlanError(f"the scores of layer {layer} must be 0 or more, and one of them above 0")
+        if rule.kind == "replay" and values != list(range(len(values))):
+            raise PlanError(f"the experts replayed in layer {layer} need the slots 0 to {len(values) - 1}, one each")
 
 
 def _power(factor: float, strength: float, kind: str) -> float:
@@ -298,6 +358,66 @@ def as_groups(groups: Sequence[str] | str | None) -> tuple[str, ...] | None:
     return tuple(sorted(set(names)))
 
 
+def as_positions(positions: Any) -> Spans | None:
+    """Spans from what a user wrote: a position, positions, a range, a slice, or pairs (start, stop) with stop None for
+    the end."""
+    if positions is None:
+        return None
+    if isinstance(positions, (int, slice, range)):
+        positions = [positions]
+    try:
+        spans = [_span(entry) for entry in positions]
+    except TypeError as error:
+        raise PlanError(f"positions must be numbers, ranges, slices or (start, stop) pairs: {error}") from error
+    if not spans:
+        raise PlanError("positions must be named, at least one")
+    return _united(spans)
+
+
+def _span(entry: Any) -> tuple[int, int | None]:
+    if isinstance(entry, (slice, range)):
+        if entry.step not in (None, 1):
+            raise PlanError(f"positions go in steps of 1, not {entry.step}: list them")
+        entry = (entry.start or 0, entry.stop)
+    start, stop = (entry, index(entry) + 1) if not isinstance(entry, (tuple, list)) else entry
+    start, stop = index(start), None if stop is None else index(stop)
+    if start < 0 or (stop is not None and stop <= start):
+        raise PlanError(
+            f"there are no positions {start} to {stop}: they count from 0 (padding left out), and end after"
+        )
+    return start, stop
+
+
+def _united(spans: Iterable[tuple[int, int | None]]) -> Spans:
+    """The spans in rising order, those that touch made one."""
+    found: list[tuple[int, int | None]] = []
+    for start, stop in sorted(spans, key=lambda span: span[0]):
+        last = found[-1][1] if found else -1
+        if not found or (last is not None and start > last):
+            found.append((start, stop))
+        elif last is not None and (stop is None or stop > last):
+            found[-1] = (found[-1][0], stop)
+    return tuple(found)
+
+
+def _meeting(mine: Spans | None, theirs: Spans | None) -> Spans | None:
+    """Positions in both."""
+    if mine is None or theirs is None:
+        return theirs if mine is None else mine
+    found = []
+    for a, b in mine:
+        for c, d in theirs:
+            start, ends = max(a, c), [end for end in (b, d) if end is not None]
+            if not ends or start < min(ends):
+                found.append((start, min(ends) if ends else None))
+    return _united(found)
+
+
+def _show_spans(spans: Spans) -> str:
+    shown = [f"{a}" if b == a + 1 else f"from {a}" if b is None else f"{a}-{b - 1}" for a, b in spans]
+    return ", ".join(shown)
+
+
 def as_phase(phase: str | None) -> str | None:
     if phase not in (None, *PHASES):
         raise PlanError(f"there is no phase {phase!r}: use {' or '.join(map(repr, PHASES))}")
@@ -323,12 +443,16 @@ def rule_from_dict(content: Mapping[str, Any]) -> Rule:
             mode=content.get("mode", ""),
         )
         layers, phase = content.get("layers"), as_phase(content.get("phase"))
+        draw = content.get("draw")
         return checked(
             replace(
                 made,
                 layers=None if layers is None else _layers(layers, 0),
                 groups=as_groups(content.get("groups")),
                 phase=phase,
+                positions=as_positions(content.get("positions")),
+                absent=bool(content.get("absent", False)),
+                draw=None if draw is None else index(draw),
             )
         )
     except (KeyError, TypeError, AttributeError) as error:

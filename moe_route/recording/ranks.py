@@ -1,0 +1,84 @@
+"""Statistics of a run on several ranks, added up.
+
+Each rank counts the tokens that it routed. Ranks of data parallelism (FSDP too) route different tokens, so their sum is
+the run; ranks of tensor and expert parallelism all route the same tokens, so any one of them is the run.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+
+from moe_route.recording.metadata import add_fingerprints
+from moe_route.recording.statistics import MergeError, RoutingStatistics
+from moe_route.recording.store import SequenceShard, SequenceStore, is_unnamed
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["sum_over_ranks"]
+
+_Part = tuple[RoutingStatistics, list[SequenceShard] | None]
+
+
+def sum_over_ranks(statistics: RoutingStatistics | None, group: ProcessGroup | None = None) -> RoutingStatistics:
+    """The sum of what the ranks of ``group`` recorded, the same on every one of them; all of them must call this.
+
+    ``statistics``: this rank's, or None where it recorded nothing. ``group``: the ranks that were given different
+    tokens, such as ``model.device_mesh["fsdp"].get_group()``; None for all ranks. Sums are of integers: exact.
+    Sequences that ranks kept are sent along.
+
+    Raises ``RuntimeError`` without an initialised process group, ``ValueError`` where this rank is not in ``group``,
+    ``MergeError`` where two ranks recorded the same tokens (they share a batch: leave one out of the group) or nothing
+    was recorded at all.
+    """
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        raise RuntimeError(
+            "torch.distributed is not initialised: a single process holds the whole run, use it as it is"
+        )
+    ranks = distributed.get_world_size(group)
+    if ranks < 1:
+        raise ValueError("this rank is not in the group: call sum_over_ranks with a group that it belongs to")
+    received: list[_Part | None] = [None] * ranks
+    distributed.all_gather_object(received, None if statistics is None else _packed(statistics), group=group)
+    parts = {rank: _unpacked(part) for rank, part in enumerate(received) if part is not None}
+    if not parts:
+        raise MergeError("no rank of the group recorded anything: call the attached model inside the recording")
+    _refuse_replicas(parts)
+    first, *others = parts.values()
+    for other in others:
+        first = first.merge(other)
+    return first
+
+
+def _packed(statistics: RoutingStatistics) -> _Part:
+    alone = copy.copy(statistics)
+    alone.store = None
+    return alone, None if statistics.store is None else list(statistics.store.shards())
+
+
+def _unpacked(part: _Part) -> RoutingStatistics:
+    statistics, shards = part
+    if shards is not None:
+        statistics.store = store = SequenceStore(statistics.layers, statistics.num_experts)
+        for shard in shards:  # unnamed items are numbered as the store counts them
+            keys = [(store.next_unnamed() if is_unnamed(item) else item, group) for item, group in shard.keys]
+            store.append(keys, dict(shard.arrays))
+    return statistics
+
+
+def _refuse_replicas(parts: dict[int, RoutingStatistics]) -> None:
+    seen: dict[str, int] = {}
+    nothing = add_fingerprints(None, None)
+    for rank, statistics in parts.items():
+        fingerprint = statistics.metadata.get("fingerprint") or nothing
+        if fingerprint != nothing and fingerprint in seen:
+            raise MergeError(
+                f"ranks {seen[fingerprint]} and {rank} of the group recorded the same tokens: ranks of tensor and expert "
+                "parallelism share their batch, and are not added up. Give the data-parallel group, such as "
+                'sum_over_ranks(statistics, model.device_mesh["fsdp"].get_group())'
+            )
+        seen[fingerprint] = rank

@@ -1,0 +1,249 @@
+"""What the experts of a live model are given, and what its router would choose: read without the adapters of this
+library, from the arguments of the experts and from what the model's own source does.
+
+Choices are dense: chosen bool [T, E] and weights float32 [T, E], so that the order of the slots does not matter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_route import ops, reference
+from moe_route.ops import SteeringTables
+from moe_route.patching import RouterSite
+
+Dense = tuple[Tensor, Tensor]
+
+
+def dense(ids: Tensor, weights: Tensor, num_experts: int) -> Dense:
+    """Of ids [T, k]; -1 names no expert."""
+    known = (ids >= 0).float()
+    at, empty = ids.long().clamp(min=0), torch.zeros(len(ids), num_experts)
+    return empty.scatter_add(1, at, known) > 0, empty.scatter_add(1, at, weights.float() * known)
+
+
+# ---- what the experts are given: called with the arguments of the experts, or with the last output of the router
+
+
+def _plain(site: RouterSite, hidden: Tensor, ids: Tensor, weights: Tensor) -> Dense:
+    return dense(ids, weights, site.num_experts)
+
+
+def _zaya(site: RouterSite, hidden: Tensor, ids: Tensor, weights: Tensor) -> Dense:
+    """Nothing has weight 0 but a token that skips."""
+    return dense(torch.where(weights == 0, site.num_experts - 1, ids), weights, site.num_experts)
+
+
+def _switch(site: RouterSite, hidden: Tensor, mask: Tensor, weights: Tensor) -> Dense:
+    return mask[:, 0] > 0, (mask[:, 0] * weights).float()
+
+
+def _nllb(site: RouterSite, hidden: Tensor, first: Tensor, weights: Tensor) -> Dense:
+    return weights != 0, weights.float()
+
+
+def _llama4(site: RouterSite, scores: Tensor, logits: Tensor) -> Dense:
+    return scores != 0, scores.float()
+
+
+def _jetmoe(site: RouterSite, order: Tensor, tokens: Tensor, gates: Tensor, sizes: list[int], logits: Tensor) -> Dense:
+    weights, start = torch.zeros(logits.shape), 0
+    for expert, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        weights[:, expert].index_add_(0, tokens[rows], gates[rows].float())
+        start += size
+    return weights != 0, weights
+
+
+def _doge(site: RouterSite, ids: Tensor) -> Dense:
+    """The embeddings of the experts are looked up by id; their weights are a softmax in between."""
+    return dense(ids, torch.ones_like(ids), site.num_experts)
+
+
+_OF_EXPERTS = {"ZayaRouter": _zaya, "SwitchTransformersTop1Router": _switch, "NllbMoeTop2Router": _nllb}
+_OF_ROUTER = {"Llama4Router": _llama4, "JetMoeTopKGating": _jetmoe}
+
+
+def watch_experts(site: RouterSite) -> list[Dense]:
+    """A list that takes a dense choice each time the experts of `site` are run. After attaching only: what the router
+    returns is seen as steering leaves it."""
+    seen: list[Dense] = []
+    kind = type(site.module).__name__
+    if kind in _OF_ROUTER:
+        read = _OF_ROUTER[kind]
+        site.module.register_forward_hook(lambda module, args, output: seen.append(read(site, *output)))
+        return seen
+    if kind == "DogeCDMoE":
+        experts, read = site.module.down_embed, _doge
+    else:
+        experts, read = getattr(site.block, "experts", None) or site.module.experts, _OF_EXPERTS.get(kind, _plain)
+    experts.register_forward_pre_hook(lambda module, args: seen.append(read(site, *args)))
+    return seen
+
+
+# ---- what a router says before anybody steers: to be watched before attaching
+
+
+@dataclass
+class Natural:
+    """One run of a router: its arguments, what it returned, and the router logits [T, E] in it."""
+
+    args: tuple[Any, ...]
+    output: Any
+    logits: Tensor
+
+
+_LOGITS: dict[str, Callable[[Any], Tensor]] = {
+    "Llama4Router": lambda output: output[1],
+    "JetMoeTopKGating": lambda output: output[4],
+    "SwitchTransformersTop1Router": lambda output: output[2].flatten(0, 1),
+    "NllbMoeTop2Router": lambda output: output[2],
+    "DbrxFFN": lambda output: output,
+    "Gemma4TextRouter": lambda output: output[0].log(),
+    "DiffusionGemmaTextRouter": lambda output: output[0].log(),
+}
+
+
+def watch_router(site: RouterSite) -> list[Natural]:
+    """A list that takes what the router of `site` returns each time."""
+    seen: list[Natural] = []
+    kind = type(site.module).__name__
+    read = _LOGITS.get(kind, lambda output: output[0])
+    router = site.module.router if kind == "DbrxFFN" else site.module
+    router.register_forward_hook(lambda module, args, output: seen.append(Natural(args, output, read(output))))
+    return seen
+
+
+# ---- what a steered choice must be: the reference on the same logits, then the model's own rule
+
+
+def expected(site: RouterSite, run: Natural, steering: SteeringTables | None, rows: Tensor) -> Dense:
+    """The dense choice of a steered run; `rows` int [T] are the tokens' steering rows, -1 for none."""
+    weights, ids = reference.route(
+        run.logits,
+        site.top_k,
+        site.spec,
+        correction_bias=site.family.bias_of(site.module, run.args),
+        expert_scale=site.family.scale_of(site.module),
+        steering=steering,
+        tokens=ops.token_table(len(rows), steering_row=rows),
+    )
+    kind = type(site.module).__name__
+    if kind in _OF_EACH:
+        ids, weights = _OF_EACH[kind](site.module, run, ids.long(), weights)
+    own_ids, own_weights = _OWN.get(kind, _returned)(site, run)
+    steered = rows[:, None] >= 0
+    ids, weights = torch.where(steered, ids, own_ids), torch.where(steered, weights, own_weights.float())
+    if kind in _OF_ALL:
+        ids, weights = _OF_ALL[kind](site.module, run, ids, weights)
+    return dense(ids, weights, site.num_experts)
+
+
+def _returned(site: RouterSite, run: Natural) -> tuple[Tensor, Tensor]:
+    return run.output[2], run.output[1]
+
+
+def _own_llama4(site: RouterSite, run: Natural) -> tuple[Tensor, Tensor]:
+    ids = run.logits.topk(site.top_k, dim=1).indices
+    return ids, run.output[0].gather(1, ids)
+
+
+def _own_jetmoe(site: RouterSite, run: Natural) -> tuple[Tensor, Tensor]:
+    best = run.logits.topk(site.top_k, dim=1)
+    return best.indices, best.values.softmax(1).type_as(run.output[2])
+
+
+def _own_dbrx(site: RouterSite, run: Natural) -> tuple[Tensor, Tensor]:
+    best = run.logits.softmax(1).topk(site.top_k, dim=-1)
+    return best.indices, best.values / best.values.norm(p=site.spec.norm_p, dim=-1, keepdim=True)
+
+
+def _own_zaya(site: RouterSite, run: Natural) -> tuple[Tensor, Tensor]:
+    probabilities = run.logits.softmax(-1)
+    ids = (probabilities.float() + site.module.balancing_biases).topk(1, dim=-1).indices
+    return ids, torch.where(ids == site.num_experts - 1, 0.0, probabilities.gather(1, ids))
+
+
+def _own_switch(site: RouterSite, run: Natural) -> tuple[Tensor, Tensor]:
+    best = run.logits.softmax(-1).to(run.output[1].dtype).max(-1, keepdim=True)
+    return best.indices, best.values
+
+
+def _own_nllb(site: RouterSite, run: Natural) -> tuple[Tensor, Tensor]:
+    probabilities = run.logits.softmax(-1).to(run.output[1].dtype)
+    first = probabilities.argmax(-1, keepdim=True)
+    second = run.logits.clone().scatter_(1, first, -torch.inf).argmax(-1, keepdim=True)
+    ids = torch.cat((first, second), 1)
+    weights = probabilities.gather(1, ids)
+    return ids, weights / weights.sum(1, keepdim=True)
+
+
+_OWN = {
+    "Llama4Router": _own_llama4,
+    "JetMoeTopKGating": _own_jetmoe,
+    "DbrxFFN": _own_dbrx,
+    "ZayaRouter": _own_zaya,
+    "SwitchTransformersTop1Router": _own_switch,
+    "NllbMoeTop2Router": _own_nllb,
+}
+
+
+def _skipping(router: Any, run: Natural, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    return ids, torch.where(ids == router.config.num_experts, 0.0, weights)
+
+
+def _with_shared(router: Any, run: Natural, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The shared experts' logits from the gate matrix, then one normalisation over both kinds."""
+    shared = F.linear(run.args[0].reshape(-1, router.hidden_dim).float(), router.weight.float())[
+        :, router.num_experts :
+    ]
+    total = weights.sum(1, keepdim=True) + shared.sigmoid().sum(1, keepdim=True)
+    return ids, weights / total * router.route_scale * router.global_scale.float()
+
+
+def _first_come(router: Any, run: Natural, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Token by token of each sequence, until an expert is full."""
+    batch, length, _ = run.output[0].shape
+    kept = ids.clone()
+    for sequence in range(batch):
+        taken: dict[int, int] = {}
+        for token in range(sequence * length, (sequence + 1) * length):
+            expert = int(ids[token, 0])
+            taken[expert] = taken.get(expert, 0) + 1
+            if expert >= 0 and taken[expert] > router.expert_capacity:
+                kept[token] = -1
+    return kept, weights
+
+
+def _first_choices_first(router: Any, run: Natural, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """All first choices, then all second ones, until an expert is full; a choice left alone weighs all."""
+    capacity = math.ceil(router.moe_eval_capacity_token_fraction * len(ids))
+    padding = run.args[1] if len(run.args) > 1 else None
+    real = torch.ones(len(ids), dtype=torch.bool)
+    if padding is not None:
+        real = padding[:, :, -1, :].reshape(-1)[-len(ids) :] == 0
+    kept = ids.clone()
+    taken: dict[int, int] = {}
+    for slot in range(2):
+        for token in range(len(ids)):
+            expert = int(ids[token, slot])
+            if expert < 0 or not real[token]:
+                kept[token, slot] = -1
+                continue
+            taken[expert] = taken.get(expert, 0) + 1
+            if taken[expert] > capacity:
+                kept[token, slot] = -1
+    weights = torch.where(kept >= 0, weights, 0.0)
+    lost = ((kept < 0) & (ids >= 0)).any(1, keepdim=True)
+    return kept, torch.where(lost & (weights.sum(1, keepdim=True) > 0), weights / weights.sum(1, keepdim=True), weights)
+
+
+_OF_EACH = {"ZayaRouter": _skipping, "InklingTopkRouter": _with_shared}  # rules for a token by itself
+_OF_ALL = {"SwitchTransformersTop1Router": _first_come, "NllbMoeTop2Router": _first_choices_first}  # among all tokens
