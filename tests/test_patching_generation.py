@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-transformers = pytest.importorskip("transformers")
-
-from tiny_models import tiny_model, tokens
-
 import moe_route as mr
 from moe_route.patching import Attachment
+
+transformers = pytest.importorskip("transformers")
+
+from tiny_models import tiny_model, tokens  # noqa: E402 (it needs transformers)
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +36,13 @@ def generated(model: Any, **options: Any) -> Tensor:
 
 
 def recorded(model: nn.Module, plan: mr.Plan | None = None, labels: Any = ("x", "y"), **options: Any):
-    with mr.attach(model) as routed, routed.record(sequences=True, trace=True) as recorder:
-        with recorder.labels(labels, items=[1, 2]):
-            if plan is None:
-                text = generated(model, **options)
-            else:
-                with routed.steer(plan):
-                    text = generated(model, **options)
+    with (
+        mr.attach(model) as routed,
+        routed.record(sequences=True, trace=True) as recorder,
+        recorder.labels(labels, items=[1, 2]),
+        nullcontext() if plan is None else routed.steer(plan),
+    ):
+        text = generated(model, **options)
     return text, recorder.statistics(), recorder.trace()
 
 

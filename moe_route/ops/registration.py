@@ -59,13 +59,14 @@ def register(namespace: str) -> None:
 
 
 def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """`fake`, which torch calls as soon as one tensor is on the meta device, whatever the others are: it would make up a
+    """`fake`, which torch calls as soon as one tensor is on the meta device, wherever the others are: it would make a
     result on a device whose tensors somebody reads."""
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         lists = [value if isinstance(value, (list, tuple)) else [value] for value in (*args, *kwargs.values())]
         places = sorted({str(value.device) for values in lists for value in values if isinstance(value, Tensor)})
-        torch._check_value(len(places) < 2, lambda: f"the tensors of {name} lie on {' and '.join(places)}: move them to one")
+        where = " and ".join(places)
+        torch._check_value(len(places) < 2, lambda: f"the tensors of {name} lie on {where}: move them to one")
         return fake(*args, **kwargs)
 
     return checked

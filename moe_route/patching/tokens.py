@@ -29,9 +29,9 @@ IntLike = int | Tensor | Sequence[int]
 class Call:
     """One forward of the model. `valid` is bool [batch, length], or None where every token is real; `input_ids` are the
     token ids [batch, length], or None where embeddings were passed. `continues`: about the same sequences as the call
-    before it (a decoder's after its encoder's, a step of `generate` without a cache). `again`, bool [batch, length]: real
-    tokens that an earlier call ran already, steered as they were then (the first `prompt` columns as prefill) and not
-    counted; they are not in `valid`. `mask` and `position_ids` are what the call was given, where they say which
+    before it (a decoder's after its encoder's, a step of `generate` without a cache). `again`, bool [batch, length]:
+    real tokens that an earlier call ran already, steered as they were then (the first `prompt` columns as prefill) and
+    not counted; they are not in `valid`. `mask` and `position_ids` are what the call was given, where they say which
     positions its tokens have; `counter` is the length of a static cache, where it lies on the device (the replays of a
     graph read it anew)."""
 

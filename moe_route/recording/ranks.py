@@ -77,8 +77,8 @@ def _refuse_replicas(parts: dict[int, RoutingStatistics]) -> None:
         fingerprint = statistics.metadata.get("fingerprint") or nothing
         if fingerprint != nothing and fingerprint in seen:
             raise MergeError(
-                f"ranks {seen[fingerprint]} and {rank} of the group recorded the same tokens: ranks of tensor and expert "
-                "parallelism share their batch, and are not added up. Give the data-parallel group, such as "
+                f"ranks {seen[fingerprint]} and {rank} of the group recorded the same tokens: ranks of tensor and "
+                "expert parallelism share their batch, and are not added up. Give the data-parallel group, such as "
                 'sum_over_ranks(statistics, model.device_mesh["fsdp"].get_group())'
             )
         seen[fingerprint] = rank
