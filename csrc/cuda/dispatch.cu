@@ -32,7 +32,7 @@ constexpr int64_t kSlotsPerTile = kThreads;  // at least, unless there are rows 
 constexpr int64_t kRowsPerTile = 8192;
 constexpr int64_t kLongTile = 8192;  // from here on two blocks a multiprocessor
 constexpr int64_t kMostSpans = 512;
-constexpr int64_t kLongestSpan = int64_t{1} << 30;  // slots are numbered in 32 bits inside
+constexpr int64_t kLongestSpan = int64_t{1} << 28;  // slots are numbered in 32 bits inside
 
 struct Problem {
   DispatchArgs args;
@@ -74,7 +74,7 @@ struct Stretch {
 __device__ __forceinline__ int lane() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
 
-// Up to `tiles` tiles from tile `first` on, cut at the last slot.
+// Up to `tiles` tiles from tile `first` on, cut at the last slot; fewer than no slots where it lies before.
 __device__ __forceinline__ Stretch stretch(const Problem& problem, int first, int tiles) {
   const int64_t begin = static_cast<int64_t>(first) * problem.tile, left = problem.args.slots - begin;
   const int64_t wanted = static_cast<int64_t>(tiles) * problem.tile;

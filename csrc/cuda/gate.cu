@@ -11,16 +11,18 @@ namespace moe_route::cuda {
 namespace {
 
 constexpr int kTeam = 16;
-constexpr int kBlocksPerMultiprocessor = 8;
+constexpr int kBlocksPerMultiprocessor = 12;  // whole waves of 6, 4, 3 or 2 blocks at once
 
 int rounded(int64_t n, int to) { return static_cast<int>((n + to - 1) / to * to); }
 
 Level level_of(const GateArgs& args) {
-  if (args.steering.rows > 0 || args.given.mode != GivenMode::kNone || args.spec.groups > 1 ||
-      args.spec.score == Score::kSparseMixer || (args.statistics.planes & kNaturalCounts)) {
+  const GateStatistics& statistics = args.statistics;
+  if (args.steering.rows > 0 || args.given.mode != GivenMode::kNone ||
+      args.spec.score == Score::kSparseMixer || (statistics.planes & kNaturalCounts)) {
     return Level::kFull;
   }
-  return args.statistics.entropy || (args.statistics.planes & kMass) ? Level::kScored : Level::kPlain;
+  const bool scored = statistics.entropy || (statistics.planes & kMass) || args.spec.groups > 1;
+  return scored ? Level::kScored : Level::kPlain;
 }
 
 GateLayout layout_of(const GateArgs& args, bool in_registers, int teams, int most_shared) {
@@ -52,6 +54,12 @@ GateLayout layout_of(const GateArgs& args, bool in_registers, int teams, int mos
   const int block_row = rounded(width * 8, 16);
   if (counting && block_row + teams * layout.team <= most_shared) layout.block_row = block_row;
   layout.shared_bytes = layout.block_row + teams * layout.team;
+  if (layout.shared_bytes > most_shared) {
+    throw std::runtime_error("moe_route: " + std::to_string(args.experts) +
+                             " experts with this steering need " + std::to_string(layout.shared_bytes) +
+                             " bytes of shared memory, of which a block of this device has " +
+                             std::to_string(most_shared) + "; move the tensors with .to('cpu')");
+  }
   return layout;
 }
 
@@ -94,8 +102,7 @@ void gate(const GateArgs& args, Stream stream) {
   GateLaunch gate;
   gate.args = args;
   gate.level = level;
-  gate.layout =
-      layout_of(args, in_registers, teams, device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  gate.layout = layout_of(args, in_registers, teams, most_shared_bytes());
   const int64_t most_blocks =
       int64_t{kBlocksPerMultiprocessor} * device_attribute(cudaDevAttrMultiProcessorCount);
   const int64_t steps = (args.tokens + teams - 1) / teams;

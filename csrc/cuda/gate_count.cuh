@@ -173,13 +173,12 @@ class Tally {
   const Place block_place_;
   Place place_;
   long long scalar_ = 0;
-  // At the full level more than 256 experts would not fit the registers beside what steering needs.
-  static constexpr int kSums =
-      kLevel == Level::kPlain || (kLevel == Level::kFull && kVectors > 16) ? 0 : kVectors;
+  static constexpr int kSums = kLevel == Level::kPlain ? 0 : kVectors;
   MassSums<kSums> mass_;
 };
 
-// What the chosen of a row add; both teams walk through it, `counted` or not.
+// What the chosen of a row add. Both teams walk through it, `counted` or not, up to the shares, where they
+// part.
 template <class Tally>
 __device__ __forceinline__ void count_chosen(Tally& tally, Slots slots, const Choice& c, bool counted,
                                              int row_slots) {

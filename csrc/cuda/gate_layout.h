@@ -31,12 +31,12 @@ struct GateLayout {
 // in flight.
 enum class Level : int {
   kPlain = 0,   // choose, weigh, count the chosen
-  kScored = 1,  // and count what needs the scores of all experts: mass, entropy
-  kFull = 2,    // and everything else: steering, given choices, group limits, SparseMixer, natural counts
+  kScored = 1,  // and group limits, and what counts the scores of all experts: mass, entropy
+  kFull = 2,    // and everything else: steering, given choices, SparseMixer, natural counts
 };
 
 // Most experts whose values a row keeps in registers; beside what the full level needs fewer fit.
-constexpr int register_experts(Level level) { return level == Level::kFull ? 384 : 512; }
+constexpr int register_experts(Level level) { return level == Level::kFull ? 256 : 512; }
 
 // Blocks that a multiprocessor is to hold at once: what its registers allow without a spill.
 constexpr int blocks_at_once(int vectors, Level level) {

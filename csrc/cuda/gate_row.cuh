@@ -13,8 +13,6 @@
 #include "gate_count.cuh"
 #include "gate_layout.h"
 
-extern __shared__ __align__(16) unsigned char moe_route_shared[];
-
 namespace moe_route::cuda {
 namespace {
 
@@ -179,11 +177,31 @@ class RowGate {
 
   // ---- logits and choice ------------------------------------------------------------------------
 
+  // All loads of a lane are on their way before the first is used: those past the last expert load that one
+  // again.
   template <class Read>
   __device__ __forceinline__ void load_by(bool wanted, Read read) {
-    for_each_expert<kVectors>(args_.experts, [&](int i, int e) {
-      values_[i] = wanted && e < args_.experts ? read(e) : not_a_number();
-    });
+    const int last = args_.experts - 1;
+    if (!wanted) {
+      for_each_expert<kVectors>(args_.experts, [&](int i, int) { values_[i] = not_a_number(); });
+    } else if constexpr (kVectors > 0) {
+      for_each_expert<kVectors>(args_.experts, [&](int i, int e) { values_[i] = read(min(e, last)); });
+      for_each_expert<kVectors>(args_.experts, [&](int i, int e) {
+        if (e > last) values_[i] = not_a_number();
+      });
+    } else {
+      constexpr int kInFlight = 8;
+      for (int first = 0; first < vectors_of(args_.experts); first += kInFlight) {
+        float x[kInFlight];
+#pragma unroll
+        for (int n = 0; n < kInFlight; ++n) x[n] = read(min(kTeam * (first + n) + team_lane(), last));
+#pragma unroll
+        for (int n = 0; n < kInFlight; ++n) {
+          const bool there = kTeam * (first + n) + team_lane() <= last;
+          if (first + n < vectors_of(args_.experts)) values_[first + n] = there ? x[n] : not_a_number();
+        }
+      }
+    }
   }
 
   __device__ __forceinline__ void load(int64_t t, bool wanted) {
@@ -196,7 +214,7 @@ class RowGate {
       load_by(wanted, [&](int e) { return math::as_float(int32_t(uint32_t{__ldg(row + e)} << 16)); });
     } else {
       const __half* row = static_cast<const __half*>(args_.logits) + first;
-      load_by(wanted, [&](int e) { return __half2float(row[e]); });
+      load_by(wanted, [&](int e) { return __half2float(__ldg(row + e)); });
     }
   }
 
@@ -276,13 +294,13 @@ class RowGate {
     for_each_expert<kVectors>(args_.experts, [&](int i, int e) {
       const float x = values_[i];
       float v = by_score && x == x ? scores_[i] * row_scores_.factor : x;
-      if (correction != nullptr) v = v + (e < args_.experts ? __ldg(correction + e) : not_a_number());
+      if (correction != nullptr) v = v + __ldg(correction + min(e, args_.experts - 1));
       if constexpr (kFull) {
         if (steering.score_bias) v = v + entry(args_, steering, kScoreBias, e, 0.0f);
       }
       values_[i] = v;
     });
-    if constexpr (kFull) {
+    if constexpr (kLevel != Level::kPlain) {
       if (args_.spec.groups > 1) {
         limit_groups<kVectors>(args_.spec, args_.experts, row_at(layout_.value_row),
                                row_at(layout_.group_scores), values_);
@@ -480,8 +498,11 @@ void launch_gate(const GateLaunch& gate, Stream stream) {
   };
   if (gate.level == Level::kPlain) return start(gate_kernel<kVectors, Level::kPlain>);
   if (gate.level == Level::kScored) return start(gate_kernel<kVectors, Level::kScored>);
-  if constexpr (kTeam * kVectors <= register_experts(Level::kFull))
-    return start(gate_kernel<kVectors, Level::kFull>);
+  if constexpr (kTeam * kVectors <= register_experts(Level::kFull)) {
+    start(gate_kernel<kVectors, Level::kFull>);
+  } else {
+    throw std::logic_error("moe_route: there is no full gate kernel of this width");
+  }
 }
 
 }  // namespace moe_route::cuda

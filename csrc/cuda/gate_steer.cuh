@@ -34,11 +34,13 @@ __device__ __forceinline__ int class_of(int code) {
   return code == kForbid ? -2 : code > 0 ? 1 : code < 0 ? -1 : 0;
 }
 
-// The entry of a plane for expert e; the neutral value for experts and tokens that have none.
+// The entry of a plane for expert e, the neutral value for tokens without a row. Past the last expert, where
+// every value is NaN, it is the last one's: no branch keeps loads apart.
 __device__ __forceinline__ float entry(const GateArgs& args, const SteeringRow& row, uint32_t bit, int e,
                                        float neutral) {
-  if (row.tables == nullptr || e >= args.experts) return neutral;
-  return __ldg(row.tables + __popc(args.steering.planes & (bit - 1)) * args.experts + e);
+  if (row.tables == nullptr) return neutral;
+  const int plane = __popc(args.steering.planes & (bit - 1));
+  return __ldg(row.tables + plane * args.experts + min(e, args.experts - 1));
 }
 __device__ __forceinline__ bool has(const GateArgs& args, uint32_t bit) {
   return (args.steering.planes & bit) != 0;
@@ -70,7 +72,7 @@ __device__ __forceinline__ int look_through(const GateArgs& args, const Steering
     if (!has(args, bit)) return;
     for_each_expert<kVectors>(args.experts, [&](int, int e) {
       const float x = entry(args, row, bit, e, neutral);
-      if (x != neutral) found |= finding(x);
+      found |= x != neutral ? finding(x) : 0;
     });
   };
   const auto other = [](float) { return int(kFoundOther); };
@@ -217,7 +219,7 @@ __device__ __forceinline__ void steer(const GateArgs& args, const SteeringRow& r
       const float m = entry(args, row, kMagnitude, e, 0.0f);
       x = m != 0.0f ? math::fma(m, fabsf(raw), x) : x;
     }
-    if (pulls && pulled) {
+    if (pulls && pulled && e < experts) {
       if (row.log_softmax) x = x - natural.log_sum_exp;
       x = forced_logit(force_code(entry(args, row, kForce, e, 0.0f)), x, natural);
     }

@@ -62,8 +62,8 @@ __device__ __forceinline__ constexpr float not_a_number() { return __builtin_nan
 inline constexpr float kSmallestNormal = 0x1p-126f;
 
 // A row's values, one for each expert; those past the last expert are NaN: never chosen, score 0. Up to 512
-// experts they are registers, above that (kVectors = 0) shared memory in which a lane touches its own stripe
-// alone.
+// experts (256 at the full level) they are registers, above that (kVectors = 0) shared memory in which a lane
+// touches its own stripe alone.
 template <int kVectors>
 struct Values {
   float lane_values[kVectors];

@@ -29,12 +29,19 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
+// Dynamic shared memory that a block may ask for. The kernels' own static arrays stay below 1 KiB.
+inline constexpr int kStaticSharedBytes = 1024;
+inline int most_shared_bytes() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kStaticSharedBytes;
+}
+
 template <class... Parameters, class... Arguments>
 void launch(const char* what, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
             Stream stream, const Arguments&... arguments) {
-  if (shared_bytes > 48 * 1024) {  // more has to be asked for
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)),
+  // More than 48 KiB, static arrays included, has to be asked for. Always for all there is: a limit of the
+  // launch's own size could be lowered by another thread before the launch.
+  if (shared_bytes > 48 * 1024 - kStaticSharedBytes) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_bytes()),
           what);
   }
   cudaLaunchConfig_t config = {};

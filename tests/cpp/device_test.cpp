@@ -238,7 +238,7 @@ DispatchProblem draw_dispatch(Random& g, int experts, int64_t slots) {
 
 void test_dispatch() {
   std::vector<std::pair<int, int64_t>> shapes;
-  for (int experts : {1, 6, 8, 60, 67, 128, 256, 257, 512, 1536, 4096}) {
+  for (int experts : {1, 6, 8, 60, 67, 128, 256, 257, 512, 682, 1536, 4096}) {
     for (int64_t slots : {0, 1, 17 * 8, 1000, 4096, 4097, 20000}) shapes.emplace_back(experts, slots);
   }
   const int fixed = static_cast<int>(shapes.size());

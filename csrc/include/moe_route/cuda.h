@@ -2,9 +2,10 @@
 // csrc/cuda, without torch headers.
 //
 // Every pointer of an argument struct is a device address of the current device. A call only enqueues work on
-// `stream`: it allocates nothing, copies nothing and never waits, so it may be captured into a CUDA graph;
-// what it reads is read when the work runs. Results have the bits of the CPU backend, whatever the grid: rows
-// depend on nothing but themselves and statistics are sums of integers. float64 logits are left to the CPU.
+// `stream`: it allocates nothing, copies nothing and never waits (but for the first call of each kernel,
+// which loads it), so it may be captured into a CUDA graph; what it reads is read when the work runs. Results
+// have the bits of the CPU backend (a NaN is a NaN), whatever the grid: rows depend on nothing but themselves
+// and statistics are sums of integers. float64 logits are left to the CPU.
 //
 // Errors: std::runtime_error with CUDA's own message where a launch is refused.
 #pragma once

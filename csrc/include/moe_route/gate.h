@@ -1,6 +1,6 @@
 // The gate: score, steer, select, weigh and count router logits in one pass.
 //
-// This header is the contract that every backend (csrc/cpu/gate*.cpp, later csrc/cuda/gate.cu) implements and
+// This header is the contract that every backend (csrc/cpu/gate*.cpp, csrc/cuda/gate*.cu) implements and
 // every caller (csrc/torch) fills in. It knows nothing of torch: raw pointers, sizes and plain structs that
 // host and device share.
 //
