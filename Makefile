@@ -1,4 +1,4 @@
-# make demo | test | emulated | bench | lint | clean. Needs Python >= 3.10 with venv, make and a C++20 compiler.
+# make demo | test | test-matrix | emulated | bench | lint | clean. Needs Python >= 3.10 with venv, make and a C++20 compiler.
 #   make TORCH="torch==2.13.0 --index-url URL"   another torch build        make PYTHON=python3.12   another Python
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -12,7 +12,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 # A spinning OpenMP team costs milliseconds a region when another process has the second core.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: build demo test emulated bench lint clean
+.PHONY: build demo test test-matrix emulated bench lint clean
 
 build: $(VENV)/.built
 
@@ -31,6 +31,10 @@ demo: build
 
 test: build emulated
 	MOE_ROUTE_REQUIRE_EMULATED=1 $(BIN)/python -m pytest -m "not slow" tests
+
+# Every path on every architecture, the costly ones too, under several versions of transformers: hours.
+test-matrix: build
+	$(BIN)/python tests/matrix.py
 
 # The CUDA kernels and the operators over them, on an emulated device. Touched, since nothing to do is up to date too.
 emulated: build

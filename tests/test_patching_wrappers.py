@@ -136,3 +136,15 @@ def test_an_attached_model_is_not_pickled() -> None:
             pickle.dumps(thing)
     attachment.detach()
     assert len(pickle.dumps(model)) > 0
+
+
+def test_a_gate_that_was_wrapped_inside_its_block_is_not_read_without_the_wrapper() -> None:
+    model = tiny_model("doge")
+    with mr.attach(model) as routed:
+        for layer in model.layers:
+            layer.mlp.router_gate = Around(layer.mlp.router_gate)
+        with (
+            pytest.raises(RuntimeError, match=r"'layers\.0\.mlp' was wrapped after attach.*attach again"),
+            routed.record(),
+        ):
+            model(input_ids=tokens())

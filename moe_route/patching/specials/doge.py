@@ -39,6 +39,11 @@ class Doge(Adapter):
         return (self.module.router_gate.register_forward_hook(self._see),)
 
     def _see(self, gate: nn.Module, args: tuple[object, ...], output: Tensor) -> None:
+        if self.module.router_gate is not gate:
+            raise RuntimeError(
+                f"the gate of {self.place.name!r} was wrapped after attach (LoRA), and what it adds is not seen: "
+                "detach, and attach again"
+            )
         self.hook(self.module, args, (output,))
 
     def read(self, args: tuple[object, ...], output: Output) -> Decision:

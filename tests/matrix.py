@@ -1,0 +1,206 @@
+"""Every path on every architecture, under several versions of transformers: `make test-matrix`.
+
+python tests/matrix.py [--folder build/matrix] [VERSION ...]
+
+Each version gets an environment of its own that reads torch and everything else from the one this runs in. Under the
+newest, all paths are walked and compared with docs/support.md, with the packages that some of them need (PACKAGES);
+under the others the cheap ones. docs/versions.md keeps what was found, with the day.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+from collections import Counter
+from pathlib import Path as File
+from typing import Any
+
+HERE = File(__file__).resolve().parent
+PAGE = HERE.parent / "docs" / "versions.md"
+RESULTS = HERE / "results"
+VERSIONS = ("4.57.6", "5.0.0", "5.6.2", "5.17.0", "latest")
+PACKAGES = ("peft", "torchao", "gguf", "bitsandbytes")
+_OTHER_FORM = "the router returns its decision in another form"
+_REFUSALS = {  # a part of the error, and what it says of a version
+    "is no known router": "the block decides, and its gate is no more than a matrix product",
+    "does not say its number": "the block decides, and its router does not know the number of experts or of choices",
+    "has no known router": "no class of the block is known, and its parts have other names",
+    "does not weigh": "what the router returns as logits is not what its weights follow from",
+    "does not return": _OTHER_FORM,
+    "returns shapes": _OTHER_FORM,
+    "cannot be run": "the router takes other arguments",
+}
+_HEAD = """\
+# Versions of transformers
+
+What `make test-matrix` found: under each version, how many of the paths of [the support table](support.md) that there
+are for an architecture it passes (or is refused on by name). `refused`: attaching raises an error that names the
+reason, below; `-`: that version has no such model, or cannot run it.
+"""
+
+
+# ---- an environment for each version
+
+
+def environment(version: str, folder: File) -> File:
+    """The Python of an environment with this version of transformers, made where there is none yet."""
+    place = folder.resolve() / version
+    python = place / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", place], check=True)
+        [packages] = place.glob("lib/python*/site-packages")
+        shared = sysconfig.get_paths()["purelib"]
+        (packages / "shared.pth").write_text(f"import site; site.addsitedir({shared!r})\n")
+        wanted = "transformers" if version == "latest" else f"transformers=={version}"
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "--upgrade", wanted], check=True)
+        if version == "latest":
+            subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *PACKAGES], check=True)
+    return python
+
+
+def walk_in(version: str, folder: File) -> dict[str, Any]:
+    """What is found under one version; also left in RESULTS."""
+    python = environment(version, folder)
+    whole = version == "latest"
+    out = folder.resolve() / f"{version}.json"
+    settings = os.environ | {"PYTHONPATH": str(HERE.parent), "PYTHONWARNINGS": "ignore"}
+    command = [python, __file__, "--inside", str(out), *(["--whole"] if whole else [])]
+    subprocess.run(command, check=True, cwd=HERE.parent, env=settings)
+    found: dict[str, Any] = json.loads(out.read_text())
+    RESULTS.mkdir(exist_ok=True)
+    kept = RESULTS / f"transformers-{found['transformers']}.json"
+    kept.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    print(f"transformers {found['transformers']}: {summary(found)}")  # noqa: T201
+    return found
+
+
+# ---- inside that environment
+
+
+def inside(out: File, whole: bool) -> None:
+    """Walk, and write what was found."""
+    import torch
+    import transformers
+
+    sys.path.insert(0, str(HERE))
+    transformers.logging.set_verbosity_error()
+    from paths.registry import all_paths
+    from support import walk
+    from tiny_models import EVERY
+
+    began = time.monotonic()
+    paths = [each for each in all_paths().values() if not each.missing and (whole or each.cost != "costly")]
+    first: dict[str, str] = {name: entry(name) for name in EVERY}
+    cells, failures = walk(paths, [name for name, how in first.items() if how == "attached"])
+    failures += [f"{name}, attaching" for name, how in first.items() if how == "failed"]
+    found = {name: how if how != "attached" else _share(name, cells, failures) for name, how in first.items()}
+    out.write_text(
+        json.dumps(
+            {
+                "transformers": transformers.__version__,
+                "torch": torch.__version__.partition("+")[0],
+                "day": datetime.date.today().isoformat(),
+                "minutes": round((time.monotonic() - began) / 60, 1),
+                "paths": [each.name for each in paths],
+                "found": found,
+                "outcomes": Counter(outcome.kind for outcome in cells.values()),
+                "failures": [" ".join(failure.split())[-600:] for failure in failures],
+            }
+        )
+    )
+
+
+def _share(name: str, cells: dict[tuple[str, str], Any], failures: list[str]) -> str:
+    """How many of the paths that there are for an architecture it passes, or is refused on by name."""
+    passed = sum(outcome.kind != "none" for (of, _), outcome in cells.items() if of == name)
+    return f"{passed} of {passed + sum(failure.startswith(f'{name}, ') for failure in failures)}"
+
+
+def entry(name: str) -> str:
+    """Whether an architecture can be attached to under this version: "attached", "-: why" or "refused: why"."""
+    from paths.subject import Subject, first_sentence, run
+
+    import moe_route as mr
+
+    try:
+        subject = Subject(name)
+        run(subject.model, subject.inputs(subject.model))
+    except Exception as error:
+        return f"-: {type(error).__name__}, {first_sentence(error)}"
+    try:
+        mr.attach(subject.model).detach()
+    except mr.ModelNotSupported as error:
+        return f"refused: {refusal_of(error)}"
+    except Exception:  # neither attached nor refused: told with the failures
+        return "failed"
+    return "attached"
+
+
+def refusal_of(error: Exception) -> str:
+    """A refusal without what differs from model to model."""
+    from paths.subject import first_sentence
+
+    return next((what for phrase, what in _REFUSALS.items() if phrase in str(error)), first_sentence(error))
+
+
+# ---- the page
+
+
+def summary(found: dict[str, Any]) -> str:
+    """In one line."""
+    kinds = Counter(how.partition(":")[0] for how in found["found"].values())
+    attached = len(found["found"]) - kinds["refused"] - kinds["-"] - kinds["failed"]
+    of_paths = found["outcomes"]
+    return (
+        f"{attached} architectures attached to, {kinds['refused']} refused by name, {kinds['-']} not in it; on "
+        f"{len(found['paths'])} paths {of_paths.get('passed', 0)} passed, {of_paths.get('refused', 0)} refused, "
+        f"{of_paths.get('none', 0)} not there, {len(found['failures'])} failed"
+    )
+
+
+def page(results: list[dict[str, Any]]) -> str:
+    """docs/versions.md."""
+    names = list(results[-1]["found"])
+    reasons: dict[str, int] = {}
+    lines = [_HEAD]
+    lines += [f"- **{r['transformers']}**, {r['day']}, torch {r['torch']}: {summary(r)}." for r in results]
+    lines += ["", "| architecture | " + " | ".join(r["transformers"] for r in results) + " |"]
+    lines.append("|---" * (len(results) + 1) + "|")
+    for name in names:
+        cells = [_cell(r, name, reasons) for r in results]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *(f"- refused {number}: {reason}." for reason, number in reasons.items()), ""])
+
+
+def _cell(result: dict[str, Any], name: str, reasons: dict[str, int]) -> str:
+    kind, _, reason = result["found"].get(name, "-").partition(": ")
+    return f"refused {reasons.setdefault(reason, len(reasons) + 1)}" if kind == "refused" else kind
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("versions", nargs="*", default=VERSIONS)
+    parser.add_argument("--folder", type=File, default=File("build/matrix"))
+    parser.add_argument("--inside", type=File, help=argparse.SUPPRESS)
+    parser.add_argument("--whole", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.inside:
+        inside(options.inside, options.whole)
+        return 0
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for version in options.versions:
+        walk_in(version, options.folder)
+    results = [json.loads(file.read_text()) for file in RESULTS.glob("transformers-*.json")]
+    results.sort(key=lambda result: [int(part) for part in result["transformers"].split(".") if part.isdigit()])
+    PAGE.write_text(page(results))
+    return int(any(result["failures"] for result in results))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,100 @@
+"""torch.compile, the whole graph of the model's forward, before and after attaching."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import moe_route as mr
+from paths.oracle import assert_counted, everything, watching
+from paths.registry import path
+from paths.subject import NotApplicable, Subject, by_transformers, run
+
+
+def compilable(subject: Subject) -> Any:
+    """A model whose experts leave no break in the graph, where transformers has such."""
+    model = subject.fresh()
+    with suppress(ValueError, KeyError, AttributeError):  # experts with one implementation only
+        model.set_experts_implementation("batched_mm")
+    return model
+
+
+def compile_forward(model: Any) -> None:
+    torch.compiler.reset()
+    model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+
+
+@lru_cache(maxsize=1)
+def by_transformers_compiled(subject: Subject) -> Tensor:
+    """The output of the compiled model, unattached. Where its graph breaks there is no such path."""
+    given = subject.inputs(subject.model)
+
+    def call() -> Tensor:
+        model = compilable(subject)
+        compile_forward(model)
+        return run(model, given)
+
+    try:
+        return by_transformers(call)
+    except NotApplicable as error:
+        if isinstance(error.__cause__, torch._dynamo.exc.TorchDynamoException):
+            raise NotApplicable("the forward is not one graph, unattached") from error
+        raise
+
+
+def check(subject: Subject, first: str) -> None:
+    """Counts right after compiling are those of the model uncompiled, and a plan steers. `first`: "attach" or
+    "compile"."""
+    given = subject.inputs(subject.model)
+    plain = by_transformers_compiled(subject)
+    model = compilable(subject)
+    expected = eager(model, given)
+    if first == "compile":
+        compile_forward(model)
+        run(model, given)
+    with mr.attach(model) as routed:
+        if first == "attach":
+            compile_forward(model)
+        with routed.record() as recorder:
+            torch.testing.assert_close(run(model, given), plain)
+        np.testing.assert_array_equal(recorder.statistics().token_sum("counts").sum(0), expected)
+        check_steered(routed, given, expected)
+
+
+def eager(model: Any, given: dict[str, Tensor]) -> np.ndarray:
+    with mr.attach(model) as routed, watching(routed.sites) as seen, routed.record() as recorder:
+        run(model, given)
+    assert_counted(recorder.statistics(), routed.sites, seen, everything)
+    return recorder.statistics().token_sum("counts").sum(0)
+
+
+def check_steered(routed: mr.Routed, given: dict[str, Tensor], counts: np.ndarray) -> None:
+    chosen = {site.layer: [int(counts[site.layer].argmax())] for site in routed.sites if site.steerable}
+    chosen = {layer: experts for layer, experts in chosen.items() if counts[layer].any()}
+    if not chosen:
+        return
+    with routed.record() as recorder, routed.steer(mr.Plan.forbid(chosen)):
+        run(routed.model, given)
+    steered = recorder.statistics().token_sum("counts").sum(0)
+    for layer, (expert,) in chosen.items():
+        assert steered[layer, expert] == 0
+
+
+@path(
+    "Compiled",
+    "attach, then compile",
+    "torch.compile(model.forward, fullgraph=True) of an attached model",
+    cost="costly",
+)
+def attach_then_compile(subject: Subject) -> None:
+    check(subject, "attach")
+
+
+@path("Compiled", "compile, then attach", "attached after the compiled forward has run", cost="costly")
+def compile_then_attach(subject: Subject) -> None:
+    check(subject, "compile")

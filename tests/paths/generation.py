@@ -1,0 +1,201 @@
+"""Generation: caches, beams, chunks, and what `generate` says to nobody else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from tiny_models import tokens
+from torch import Tensor
+
+import moe_route as mr
+from moe_route.patching import RouterSite
+from paths.calls import padding
+from paths.oracle import Valid, assert_counted, assert_forbidden, assert_phases, favourites, same_outputs, watching
+from paths.registry import path
+from paths.subject import NotApplicable, Subject, by_transformers, run
+
+PROMPTS = (3, 5)
+NEW = 4
+GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def prompts() -> dict[str, Tensor]:
+    """Two prompts, the shorter one padded in front."""
+    mask = padding("left", PROMPTS)
+    return {"input_ids": tokens(2, max(PROMPTS)) * mask, "attention_mask": mask}
+
+
+def of_prompts(ways: int = 1) -> Valid:
+    """All tokens but the padding of the prompts; a decoder beside an encoder is given no prompt."""
+    mask = padding("left", PROMPTS).bool()
+
+    def valid(site: RouterSite, number: int) -> Tensor | None:
+        if number or site.part == "decoder":
+            return None
+        return mask if site.part == "encoder" else mask.repeat_interleave(ways, 0)
+
+    return valid
+
+
+def generated(model: Any, given: dict[str, Any]) -> Tensor:
+    torch.manual_seed(3)
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    return model.generate(**prompts(), **given)
+
+
+def check_generation(subject: Subject, given: dict[str, Any], ways: int = 1) -> None:
+    """The same text as unattached; prefill and decode counted apart, for the sequence that they belong to."""
+    subject.needs_generate()
+    model, valid = subject.model, of_prompts(ways)
+    plain = by_transformers(lambda: generated(model, given))
+    with mr.attach(model) as routed:
+        with (
+            watching(routed.sites) as seen,
+            routed.record(sequences=True) as recorder,
+            recorder.labels(["x", "y"], items=[0, 0]),
+        ):
+            same_outputs(generated(model, given), plain)
+        statistics = recorder.statistics()
+        assert_phases(statistics, routed.sites, seen, valid)
+        check_groups(statistics, routed.sites, seen, valid, ways)
+        assert statistics.sequences().tolist() == [1, 1]
+
+
+def check_groups(statistics: mr.RoutingStatistics, sites: Any, seen: Any, valid: Valid, ways: int) -> None:
+    """The first rows of the batch belong to the first sequence, the others to the second."""
+    for row, group in enumerate("xy"):
+
+        def of_group(site: RouterSite, number: int, row: int = row) -> Tensor:
+            rows, repeats = len(seen[site.layer][number][0]), 1 if site.part == "encoder" else ways
+            mine = torch.arange(2 * repeats)[:, None] // repeats == row
+            keep = valid(site, number)
+            mine = mine.expand(-1, rows // (2 * repeats))
+            return mine if keep is None else mine & keep
+
+        assert_counted(statistics.select(groups=[group]), sites, seen, of_group)
+
+
+@path(
+    "Generation", "generate", "prompts padded in front, a dynamic cache; prefill and decode counted and steered apart"
+)
+def dynamic_cache(subject: Subject) -> None:
+    check_generation(subject, GREEDY)
+    model = subject.model
+    with mr.attach(model) as routed:
+        with watching(routed.sites) as seen:
+            generated(model, GREEDY)
+        experts = favourites(routed.sites, seen)
+        if not experts:
+            return
+        plan = mr.Plan.forbid(experts).only(phase="decode")
+        with watching(routed.sites) as steered, routed.record() as recorder, routed.steer(plan):
+            generated(model, GREEDY)
+        assert_phases(recorder.statistics(), routed.sites, steered, of_prompts())
+        assert_forbidden(routed.sites, steered, experts, of_prompts(), slice(1, None))
+        assert not recorder.statistics().scalar("steered", "prefill").any()
+        for before, after in zip(seen, steered, strict=True):
+            if before:  # the prefill is not steered
+                same_outputs(before[0][0], after[0][0])
+
+
+@path("Generation", "static cache", "a cache of fixed length, whose mask has columns of the future")
+def static_cache(subject: Subject) -> None:
+    check_generation(subject, GREEDY | {"cache_implementation": "static", "disable_compile": True})
+
+
+@path("Generation", "beams", "two beams a sequence, each counted for the sequence it grew from")
+def beams(subject: Subject) -> None:
+    check_generation(subject, GREEDY | {"num_beams": 2}, ways=2)
+
+
+@path("Generation", "returned sequences", "two samples a sequence, each counted for the sequence it grew from")
+def returned_sequences(subject: Subject) -> None:
+    check_generation(subject, GREEDY | {"do_sample": True, "num_return_sequences": 2}, ways=2)
+
+
+@path("Generation", "chunked prefill", "a prompt in two calls is counted like one, as one sequence")
+def chunked_prefill(subject: Subject) -> None:
+    subject.needs_text()
+    if subject.encodes:
+        raise NotApplicable("an encoder reads its text in one call")
+    model, given = subject.model, prompts()
+    subject.needs("attention_mask")
+
+    def chunked() -> Tensor:
+        ids, mask = given["input_ids"], given["attention_mask"]
+        with torch.no_grad():
+            first = model(input_ids=ids[:, :3], attention_mask=mask[:, :3], use_cache=True)
+            cache = {"past_key_values": first.past_key_values}
+            return model(input_ids=ids[:, 3:], attention_mask=mask, use_cache=True, **cache)[0]
+
+    plain = by_transformers(chunked)
+    mask = given["attention_mask"].bool()
+    with (
+        mr.attach(model) as routed,
+        watching(routed.sites) as seen,
+        routed.record(sequences=True) as recorder,
+        recorder.labels(["x", "y"], items=[0, 0]),
+    ):
+        same_outputs(chunked(), plain)
+    statistics = recorder.statistics()
+    parts = (mask[:, :3], mask[:, 3:])
+    assert_counted(statistics, routed.sites, seen, lambda site, number: parts[number])
+    assert not statistics.tokens("decode").any()
+    assert statistics.sequences().tolist() == [1, 1]
+
+
+@path("Generation", "ended early", "sequences of a batch that end before others, by ids given to generate alone")
+def ended_early(subject: Subject) -> None:
+    """Counts of a batch are those of its sequences one by one, told by how far each of them got."""
+    subject.needs_generate()
+    model = subject.model
+    batch, new = tokens(4, 4), 6
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    free = {"max_new_tokens": new, "do_sample": True, "attention_mask": torch.ones_like(batch), "pad_token_id": 0}
+
+    def texts(stop: int | None) -> Tensor:
+        torch.manual_seed(3)
+        return model.generate(batch, eos_token_id=stop, **free)
+
+    fed = by_transformers(lambda: texts(None))[:, -new:-1]
+    stop = next(token for token in fed.flatten().tolist() if len(before(fed, token).unique()) - 1 > 0)
+    with mr.attach(model) as routed, routed.record() as recorder, recorder.labels(list("abcd")):
+        ended = texts(stop)
+    assert (ended[:, -new:] == 0).any(), "nothing was padded"
+    np.testing.assert_array_equal(recorder.statistics().tokens("decode").max(1), before(fed, stop))
+
+
+def before(fed: Tensor, stop: int) -> Tensor:
+    """How many tokens of each row of `fed` come before its first `stop`."""
+    return (fed != stop).long().cumprod(1).sum(1)
+
+
+@path("Generation", "without a cache", "the whole text runs again at every step, and every token is counted once")
+def without_cache(subject: Subject) -> None:
+    subject.needs_generate()
+    model, given = subject.model, GREEDY | {"use_cache": False}
+    plain = by_transformers(lambda: generated(model, given))
+
+    def new(site: RouterSite, number: int) -> Tensor | None:
+        if not number:
+            return of_prompts()(site, 0)
+        if site.part == "encoder":
+            return None
+        keep = torch.zeros(2, len(seen[site.layer][number][0]) // 2, dtype=torch.bool)
+        keep[:, -1] = True
+        return keep
+
+    with (
+        mr.attach(model) as routed,
+        watching(routed.sites) as seen,
+        routed.record(sequences=True) as recorder,
+        recorder.labels(["x", "y"], items=[0, 0]),
+    ):
+        same_outputs(generated(model, given), plain)
+    assert_phases(recorder.statistics(), routed.sites, seen, new)
+    assert recorder.statistics().sequences().tolist() == [1, 1]
+
+
+__all__ = ["GREEDY", "generated", "of_prompts", "prompts", "run"]

@@ -1,0 +1,88 @@
+"""The paths that users take, by name: each a check of one architecture, and a column of docs/support.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module, util
+from typing import Literal
+
+from paths.subject import PASSED, NotApplicable, Outcome, RefusedByName, Subject
+
+# What costly paths are run on: in every test run, with the slow tests (one of each routing family and form of router
+# output), and else in the matrix only.
+QUICK = ("qwen3_moe",)
+FAMILIES = (
+    "qwen3_moe",
+    "mixtral",
+    "gpt_oss",
+    "deepseek_v3",
+    "phimoe",
+    "ernie4_5_moe",
+    "gemma4_text",
+    "longcat_flash",
+    "llama4_text",
+    "jetmoe",
+    "dbrx",
+    "deepseek_v4_with_hash",
+    "inkling_text",
+    "zaya",
+    "switch_transformers",
+    "nllb-moe",
+    "doge",
+)
+# "alike": much the same on every architecture, so one a family will do.
+Cost = Literal["cheap", "alike", "costly"]
+SECTIONS = ("Calls", "Generation", "Training", "Placement", "Objects", "Compiled", "Wrapped", "Quantised", "Ranks")
+_MODULES = ("calls", "generation", "training", "placement", "objects", "compiled", "wrapped", "quantised", "ranks")
+
+
+@dataclass(frozen=True)
+class Path:
+    """One column: `what` says in a sentence what passing means."""
+
+    section: str
+    name: str
+    what: str
+    check: Callable[[Subject], None]
+    cost: Cost = "cheap"
+    packages: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> list[str]:
+        """Packages that it needs and that are not installed."""
+        return [name for name in self.packages if util.find_spec(name) is None]
+
+    def outcome(self, subject: Subject) -> Outcome:
+        """Walk it. A failure is raised as it is."""
+        try:
+            self.check(subject)
+        except NotApplicable as reason:
+            return Outcome("none", str(reason))
+        except RefusedByName as reason:
+            return Outcome("refused", str(reason))
+        return PASSED
+
+
+PATHS: dict[str, Path] = {}
+
+
+def path(
+    section: str, name: str, what: str, cost: Cost = "cheap", packages: tuple[str, ...] = ()
+) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
+    """Enter a check into `PATHS`."""
+
+    def enter(check: Callable[[Subject], None]) -> Callable[[Subject], None]:
+        assert section in SECTIONS
+        assert name not in PATHS
+        PATHS[name] = Path(section, name, what, check, cost, packages)
+        return check
+
+    return enter
+
+
+def all_paths() -> dict[str, Path]:
+    """Every path, with the files that hold them imported."""
+    for module in _MODULES:
+        import_module(f"paths.{module}")
+    return dict(sorted(PATHS.items(), key=lambda item: SECTIONS.index(item[1].section)))

@@ -1,0 +1,142 @@
+"""PEFT around a model: LoRA on the experts' tensors, on the gate's, and a gate that is trained whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moe_route as mr
+from moe_route.patching import RouterSite, find_sites
+from paths.oracle import assert_counted, assert_forbidden, everything, favourites, same_outputs, watching
+from paths.registry import path
+from paths.subject import NotApplicable, Subject, by_transformers, run
+
+
+def wrap(model: Any, **options: Any) -> Any:
+    """A PEFT model with adapters that change something."""
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(model, LoraConfig(r=2, lora_alpha=8, lora_dropout=0.0, **options)).eval()
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return wrapped
+
+
+def check(subject: Subject, options: Callable[[Any], dict[str, Any]]) -> None:
+    """Attached to the PEFT model, and to the model before it was wrapped."""
+    chosen = options(subject.fresh())
+    given = subject.inputs(subject.model)
+    plain = by_transformers(lambda: run(wrap(subject.fresh(), **chosen), given))
+    wrapped = wrap(subject.fresh(), **chosen)
+    with mr.attach(wrapped) as routed:
+        check_attached(routed, wrapped, given, plain)
+    inner = subject.fresh()
+    with mr.attach(inner) as routed:
+        outer = wrap(inner, **chosen)
+        if "modules_to_save" in chosen or hasattr(getattr(routed.sites[0].module, "router_gate", None), "base_layer"):
+            check_gate_elsewhere(routed, outer, given)
+        else:
+            check_attached(routed, outer, given, plain)
+
+
+def check_attached(routed: mr.Routed, model: nn.Module, given: dict[str, Tensor], plain: Tensor) -> None:
+    with watching(routed.sites) as seen, routed.record() as recorder:
+        same_outputs(run(model, given), plain)
+    assert_counted(recorder.statistics(), routed.sites, seen, everything)
+    experts = favourites(routed.sites, seen)
+    if not experts:
+        return
+    with watching(routed.sites) as steered, routed.record() as recorder, routed.steer(mr.Plan.forbid(experts)):
+        run(model, given)
+    assert_counted(recorder.statistics(), routed.sites, steered, everything)
+    assert_forbidden(routed.sites, steered, experts, everything)
+
+
+def check_gate_elsewhere(routed: mr.Routed, model: nn.Module, given: dict[str, Tensor]) -> None:
+    """PEFT runs a copy of the gate, or adds to a gate inside its block, which the attachment does not see: said."""
+    with pytest.raises(RuntimeError, match="attach"), routed.record():
+        run(model, given)
+
+
+def experts_of(site: RouterSite) -> tuple[str, nn.Module]:
+    """Name and module of the experts of a router."""
+    name = "experts" if hasattr(site.block, "experts") else ""
+    above = site.name.rpartition(".")[0] if site.block is not site.module else site.name
+    if not name:
+        raise NotApplicable("the experts are no module of their own")
+    return f"{above}.{name}", site.block.experts
+
+
+@path(
+    "Wrapped",
+    "LoRA on experts",
+    "PEFT's LoRA on the experts' tensors (target_parameters), attached to before and after",
+    cost="costly",
+    packages=("peft",),
+)
+def lora_on_experts(subject: Subject) -> None:
+    def options(model: Any) -> dict[str, Any]:
+        found: set[str] = set()
+        for site in find_sites(model):
+            name, experts = experts_of(site)
+            found |= {f"{name}.{p}" for p, tensor in experts.named_parameters(recurse=False) if tensor.dim() == 3}
+        if not found:
+            raise NotApplicable("the experts are no 3-D tensors")
+        return {"target_modules": [], "target_parameters": sorted(found)}
+
+    check(subject, options)
+
+
+@path(
+    "Wrapped",
+    "LoRA on the gate",
+    "PEFT's LoRA on the gate's matrix (target_parameters), attached to before and after",
+    cost="costly",
+    packages=("peft",),
+)
+def lora_on_gate(subject: Subject) -> None:
+    def options(model: Any) -> dict[str, Any]:
+        found = [
+            f"{site.name}.{name}"
+            for site in find_sites(model)
+            for name, tensor in site.module.named_parameters(recurse=False)
+            if tensor.dim() == 2
+        ]
+        if not found:
+            raise NotApplicable("the gate is a module of its own (LoRA on modules)")
+        return {"target_modules": [], "target_parameters": found}
+
+    check(subject, options)
+
+
+@path(
+    "Wrapped",
+    "LoRA on modules",
+    "PEFT's LoRA on every nn.Linear below the head, gates among them",
+    cost="costly",
+    packages=("peft",),
+)
+def lora_on_modules(subject: Subject) -> None:
+    check(subject, lambda model: {"target_modules": "all-linear"})
+
+
+@path(
+    "Wrapped",
+    "modules_to_save",
+    "PEFT trains whole copies of the routers, attached to afterwards",
+    cost="costly",
+    packages=("peft",),
+)
+def modules_to_save(subject: Subject) -> None:
+    def options(model: Any) -> dict[str, Any]:
+        names = sorted({site.name for site in find_sites(model)})
+        return {"target_modules": "all-linear", "exclude_modules": names, "modules_to_save": names}
+
+    check(subject, options)
