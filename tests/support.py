@@ -37,7 +37,7 @@ in which models are run. The tests walk these paths and compare what they find w
 `python tests/support.py` writes it. What passing a path means is said above its table. Made with {versions}.
 
 `yes`: passed. `R` and a number: refused, by an error that names the reason. `-` and a number: there is no such path
-here, or the model fails on it without moe-route. Empty: not walked yet.
+here, or the model fails on it without moe-route.
 """
 
 

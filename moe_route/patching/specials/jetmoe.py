@@ -45,7 +45,8 @@ class JetMoe(Adapter):
         flat = self.filled(ids).long().flatten()
         order = flat.sort(0).indices
         tokens = order.div(ids.shape[1], rounding_mode="trunc")
-        sizes = torch.bincount(flat, minlength=decision.logits.shape[1]).tolist()
+        experts = torch.arange(decision.logits.shape[1], device=flat.device)
+        sizes = (flat[:, None] == experts).sum(0).tolist()  # bincount would break the graph of a compiled model
         return (order, tokens, weights.flatten()[order], sizes, output[4]), weights, ids
 
     def defects(self) -> Iterable[str]:
