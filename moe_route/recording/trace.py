@@ -32,7 +32,7 @@ class Trace:
     """N counted tokens in the order they were run.
 
     ``sequence`` int32 [N] (into ``items``; beams of one sequence share it), ``group`` int32 [N] (into ``groups``),
-    ``position`` int32 [N] (padding not counted), ``phase`` uint8 [N] (into ``PHASES``), ``ids`` int8 or int16 ``[N,
+    ``position`` int32 [N] (padding not counted; of an encoder's text or of its decoder's), ``phase`` uint8 [N] (into ``PHASES``), ``ids`` int8 or int16 ``[N,
     L, k]`` (-1: empty slot), ``weights`` float16 or float32 ``[N, L, k]``, L the traced ``layers`` (site names).
     ``truncated``: the limit on tokens was reached and later tokens are missing.
     """
@@ -155,7 +155,8 @@ class TraceWriter:
         self._chunks: list[dict[str, np.ndarray]] = []
         self._items: list[Item | None] = []
         self._first = 0  # number of the first sequence of the running block
-        self._reached: np.ndarray = np.zeros(0, np.int64)  # tokens so far of each row of the running block
+        # tokens so far of each row of the running block, by layers that run together (an encoder's, its decoder's)
+        self._reached: dict[tuple[int, ...], np.ndarray] = {}
         self._kept = 0
         self.truncated = False
 
@@ -164,7 +165,7 @@ class TraceWriter:
         self.flush()
         self._first = len(self._items)
         self._items.extend(items)
-        self._reached = np.zeros(len(items), np.int64)
+        self._reached = {}
 
     def begin_call(self, call: ModelCall, group: int | Tensor) -> None:
         """``group``: index of the group of every token, int, ``[N]`` or ``[N, length]``; -1 is not traced."""
@@ -207,10 +208,11 @@ class TraceWriter:
         shape = (call.batch, call.length)
         valid = np.ones(shape, bool) if call.valid is None else call.valid.cpu().numpy()
         repeats = call.batch // max(len(self._items) - self._first, 1)
-        if len(self._reached) != call.batch:
-            self._reached = np.repeat(self._reached, call.batch // len(self._reached))
-        position = self._reached[:, None] + np.cumsum(valid, axis=1) - 1
-        self._reached = self._reached + valid.sum(1)
+        together = tuple(sorted(call.ids))
+        reached = self._reached.get(together, np.zeros(1, np.int64))
+        reached = np.repeat(reached, call.batch // len(reached))
+        position = reached[:, None] + np.cumsum(valid, axis=1) - 1
+        self._reached[together] = reached + valid.sum(1)
         group = _spread(call.group, shape)
         kept = (valid & (group >= 0)).reshape(-1)
         kept &= np.cumsum(kept) <= self.limit - self._kept

@@ -1,4 +1,4 @@
-"""torch.compile, the whole graph of the model's forward, before and after attaching."""
+"""torch.compile of the model's forward, before and after attaching: one graph wherever it is one unattached."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 import moe_route as mr
 from paths.oracle import assert_counted, everything, watching
 from paths.registry import path
-from paths.subject import NotApplicable, Subject, by_transformers, run
+from paths.subject import Subject, by_transformers, run
 
 
 def compilable(subject: Subject) -> Any:
@@ -24,42 +25,40 @@ def compilable(subject: Subject) -> Any:
     return model
 
 
-def compile_forward(model: Any) -> None:
+def compile_forward(model: Any, whole: bool) -> None:
     torch.compiler.reset()
-    model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=whole)
 
 
 @lru_cache(maxsize=1)
-def by_transformers_compiled(subject: Subject) -> Tensor:
-    """The output of the compiled model, unattached. Where its graph breaks there is no such path."""
+def by_transformers_compiled(subject: Subject) -> tuple[Tensor, bool]:
+    """The output of the compiled model, unattached, and whether it is one graph."""
     given = subject.inputs(subject.model)
 
-    def call() -> Tensor:
+    def call(whole: bool) -> Tensor:
         model = compilable(subject)
-        compile_forward(model)
+        compile_forward(model, whole)
         return run(model, given)
 
     try:
-        return by_transformers(call)
-    except NotApplicable as error:
-        if isinstance(error.__cause__, torch._dynamo.exc.TorchDynamoException):
-            raise NotApplicable("the forward is not one graph, unattached") from error
-        raise
+        return call(True), True
+    except (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode):
+        return by_transformers(lambda: call(False)), False
 
 
 def check(subject: Subject, first: str) -> None:
     """Counts right after compiling are those of the model uncompiled, and a plan steers. `first`: "attach" or
     "compile"."""
     given = subject.inputs(subject.model)
-    plain = by_transformers_compiled(subject)
+    plain, whole = by_transformers_compiled(subject)
     model = compilable(subject)
     expected = eager(model, given)
     if first == "compile":
-        compile_forward(model)
+        compile_forward(model, whole)
         run(model, given)
     with mr.attach(model) as routed:
         if first == "attach":
-            compile_forward(model)
+            compile_forward(model, whole)
         with routed.record() as recorder:
             torch.testing.assert_close(run(model, given), plain)
         np.testing.assert_array_equal(recorder.statistics().token_sum("counts").sum(0), expected)
@@ -88,7 +87,7 @@ def check_steered(routed: mr.Routed, given: dict[str, Tensor], counts: np.ndarra
 @path(
     "Compiled",
     "attach, then compile",
-    "torch.compile(model.forward, fullgraph=True) of an attached model",
+    "torch.compile(model.forward) of an attached model, with fullgraph=True wherever the model itself is one graph",
     cost="costly",
 )
 def attach_then_compile(subject: Subject) -> None:
