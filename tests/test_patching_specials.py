@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -114,6 +115,22 @@ def test_generating_with_an_encoder(name: str) -> None:
         assert rec.statistics().sequences().tolist() == [2]  # not one for the encoder and one for the decoder
         with routed.steer(mr.Plan.bias({layer: [0, 3] for layer in range(len(part))}, value=30.0)):
             model.generate(ids, **options)
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_positions_of_a_trace_begin_anew_with_the_decoder(name: str) -> None:
+    model = tiny_model(name, head=True)
+    model.generation_config.eos_token_id = None
+    ids, mask = tokens(2, 6), torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    with mr.attach(model) as routed:
+        with routed.record(trace=True) as rec, rec.labels(["a", "b"]):
+            model.generate(ids, attention_mask=mask, max_new_tokens=4, num_beams=2, suppress_tokens=[0])
+        trace, decoder = rec.trace(), [site.part == "decoder" for site in routed.sites]
+    of_decoder = (trace.ids[:, decoder] >= 0).any((1, 2))
+    for sequence, length in ((0, 4), (1, 6)):
+        mine = trace.sequence == sequence
+        assert sorted(trace.position[mine & ~of_decoder].tolist()) == list(range(length))
+        assert sorted(trace.position[mine & of_decoder].tolist()) == sorted([*range(4)] * 2)  # two beams
 
 
 @pytest.mark.parametrize("name", [*DECODERS, *ENCODER_DECODERS, "ernie4_5_vl_moe", "doge"])
@@ -449,11 +466,54 @@ def test_mxfp4_block_without_another_way_is_refused(monkeypatch: pytest.MonkeyPa
         find_sites(model)
 
 
-def test_kernelised_blocks_are_refused() -> None:
+def kernelise(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> list[int]:
+    """What kernels.kernelize leaves on gpt-oss blocks, its kernel played by torch: the list of its calls."""
+    calls = []
+
+    def kernel(block: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(1)
+        flat = hidden.flatten(0, 1)
+        router = block.router
+        best = nn.functional.linear(flat, router.weight, router.bias).topk(router.top_k)
+        weights = best.values.softmax(1)
+        return block.experts(flat, best.indices, weights).view_as(hidden), weights
+
+    monkeypatch.setattr(type(model.layers[0].mlp), "kernel_layer_name", "MegaBlocksMoeMLP", raising=False)
+    for layer in model.layers:
+        layer.mlp.forward = MethodType(kernel, layer.mlp)
+    return calls
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_kernelised_blocks_are_led_through_their_router(monkeypatch: pytest.MonkeyPatch, hooked: bool) -> None:
+    model, ids = tiny_model("gpt_oss"), tokens()
+    calls = kernelise(monkeypatch, model)
+    if hooked:
+        hooks = pytest.importorskip("accelerate.hooks")
+        for layer in model.layers:
+            hooks.add_hook_to_module(layer.mlp, hooks.ModelHook())
+    with torch.no_grad():
+        plain = model(input_ids=ids)[0]
+        assert len(calls) == 3
+        attachment = Attachment(model)
+        assert any("use_kernels=True goes round the router" in note for note in attachment.sites[0].notes)
+        tables = counted(attachment)
+        torch.testing.assert_close(model(input_ids=ids)[0], plain)
+        assert [table.scalar("tokens").item() for table in tables] == [ids.numel()] * 3
+        attachment.label = lambda call: Labels(steering_row=0)
+        attachment.set_steering([bias(site) for site in attachment.sites])
+        assert not torch.allclose(model(input_ids=ids)[0], plain)
+        assert len(calls) == 3
+        attachment.detach()
+        assert torch.equal(model(input_ids=ids)[0], plain)
+        assert len(calls) == 6
+
+
+def test_blocks_with_another_forward_are_refused() -> None:
     model = tiny_model("gpt_oss")
     block = model.layers[0].mlp
-    block.forward = (lambda self, hidden: (hidden, None)).__get__(block)  # what kernels.kernelize leaves
-    with pytest.raises(ModelNotSupported, match=r"GptOssTopKRouter at 'layers.0.mlp.router'.*use_kernels=False"):
+    block.forward = (lambda self, hidden: (hidden, None)).__get__(block)
+    with pytest.raises(ModelNotSupported, match=r"GptOssTopKRouter at 'layers.0.mlp.router'.*was replaced"):
         find_sites(model)
     del block.forward
     Attachment(model).detach()

@@ -1,18 +1,22 @@
 """gpt-oss: an ordinary router, under blocks that may go round it.
 
 In MXFP4 the block computes the logits itself and routes inside a triton kernel. transformers has a way through the
-router for expert parallelism, which a flag on the experts switches on: an attached block takes that way.
+router for expert parallelism, which a flag on the experts switches on: an attached block takes that way. A kernelised
+block (`use_kernels=True`) has a forward of its own; an attached one runs that of its class.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from types import MethodType
+from typing import Any
 
 from torch import nn
 
 from moe_route.patching.adapter import Adapter, Hook, Removable
 
 _FLAG = "_is_hooked"
+_KERNELISABLE = "kernel_layer_name"  # what the `kernels` package leaves on classes whose forward it may replace
 
 
 class GptOss(Adapter):
@@ -25,11 +29,8 @@ class GptOss(Adapter):
     def obstacle(self) -> str | None:
         """A block that never calls its router, and has no other way."""
         kind = type(self.block).__name__
-        if replaced_forward(self.block):
-            return (
-                f"the forward of {kind} was replaced (kernelised) and never calls its router. Load the model with "
-                "use_kernels=False"
-            )
+        if replaced_forward(self.block) and not hasattr(self.block, _KERNELISABLE):
+            return f"the forward of {kind} was replaced, and nothing says that it calls its router. Undo that first"
         if self._packed and _FLAG not in type(self.block).forward.__code__.co_consts:
             return (
                 f"{kind} routes inside its MXFP4 kernel and never calls its router. Load the model with "
@@ -38,36 +39,51 @@ class GptOss(Adapter):
         return None
 
     def notes(self) -> Iterable[str]:
-        """Say that an MXFP4 block takes another way while it is attached."""
+        """Say that a block takes another way while it is attached."""
         if self._packed:
             yield (
                 "the MXFP4 block routes inside a kernel that cannot be seen into: while attached it takes its way "
                 "through the router (that of expert parallelism), equal up to the kernel's rounding"
             )
+        if replaced_forward(self.block):
+            yield (
+                "the kernel of use_kernels=True goes round the router: while attached the block runs the forward of "
+                "its class, equal up to the kernel's rounding"
+            )
 
     def listen(self, hook: Hook) -> Sequence[Removable]:
-        """Lead an MXFP4 block through its router."""
-        handles = tuple(super().listen(hook))
-        return (*handles, _ThroughTheRouter(self.block.experts)) if self._packed else handles
+        """Lead the block through its router."""
+        handles: list[Removable] = [*super().listen(hook)]
+        if self._packed:
+            handles.append(_Set(self.block.experts, _FLAG, True))
+        if replaced_forward(self.block):
+            own = MethodType(type(self.block).forward, self.block)
+            handles.append(_Set(self.block, _forward_of(self.block), own))
+        return handles
 
 
-class _ThroughTheRouter:
-    """The flag on MXFP4 experts, from here to `remove`."""
+class _Set:
+    """Another value of an attribute of one module, from here to `remove`."""
 
-    def __init__(self, experts: nn.Module) -> None:
-        self.experts = experts
-        self.before = vars(experts).get(_FLAG)
-        setattr(experts, _FLAG, True)
+    def __init__(self, owner: nn.Module, name: str, value: object) -> None:
+        self.owner, self.name = owner, name
+        self.before = vars(owner).get(name)
+        setattr(owner, name, value)
 
     def remove(self) -> None:
-        """Let the block use its kernel again."""
+        """Put back what was there."""
         if self.before is None:
-            delattr(self.experts, _FLAG)
+            delattr(self.owner, self.name)
         else:
-            setattr(self.experts, _FLAG, self.before)
+            setattr(self.owner, self.name, self.before)
+
+
+def _forward_of(block: nn.Module) -> str:
+    """The attribute that holds a block's forward: accelerate keeps the one it found."""
+    return "_old_forward" if hasattr(block, "_hf_hook") else "forward"
 
 
 def replaced_forward(block: nn.Module) -> bool:
-    """Whether the block has a forward of its own that is not its class's (under accelerate: had one before)."""
-    own = vars(block).get("_old_forward" if hasattr(block, "_hf_hook") else "forward")
+    """Whether the block has a forward of its own that is not its class's."""
+    own: Any = vars(block).get(_forward_of(block))
     return own is not None and getattr(own, "__func__", None) is not type(block).forward
