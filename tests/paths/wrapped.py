@@ -130,13 +130,15 @@ def lora_on_modules(subject: Subject) -> None:
 @path(
     "Wrapped",
     "modules_to_save",
-    "PEFT trains whole copies of the routers, attached to afterwards",
+    "PEFT trains whole copies of the routers beside LoRA on every other nn.Linear, attached to afterwards",
     cost="costly",
     packages=("peft",),
 )
 def modules_to_save(subject: Subject) -> None:
     def options(model: Any) -> dict[str, Any]:
-        names = sorted({site.name for site in find_sites(model)})
-        return {"target_modules": "all-linear", "exclude_modules": names, "modules_to_save": names}
+        sites = find_sites(model)
+        inside = {module for site in sites for module in site.module.modules()} | {model.get_output_embeddings()}
+        outside = [n for n, module in model.named_modules() if type(module) is nn.Linear and module not in inside]
+        return {"target_modules": outside, "modules_to_save": sorted({site.name for site in sites})}
 
     check(subject, options)
