@@ -69,8 +69,18 @@ def eight_bits(subject: Subject) -> None:
 def four_bits(subject: Subject) -> None:
     from transformers import BitsAndBytesConfig
 
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    head = subject.model.get_output_embeddings()
+    linear = {name: module for name, module in subject.model.named_modules() if isinstance(module, nn.Linear)}
+    kept = [name for name, module in linear.items() if module is head or not _packs(module)]
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=kept or None
+    )
     check(subject, lambda: reloaded(subject, config, torch.float32, "Linear4bit"))
+
+
+def _packs(linear: nn.Linear) -> bool:
+    """Whether bitsandbytes packs a matrix of this size for a CPU: those of real models, few of tiny ones."""
+    return linear.in_features % 64 == 0 and linear.out_features % 32 == 0
 
 
 @path("Quantised", "torchao", "loaded with torchao's int8 weights on the CPU", cost="costly", packages=("torchao",))
