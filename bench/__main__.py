@@ -1,4 +1,4 @@
-"""`python -m bench`: measure everything (a few minutes, one thread) and write bench/results/."""
+"""`python -m bench`: measure everything (a quarter of an hour, one thread) and write bench/results/."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
-from bench import dispatch, gate, recording, results
+from bench import dispatch, experts, gate, recording, results
 from bench.results import Fact, Row, Target
 from bench.timing import Race, race
 from moe_route import _C
 
-SECTIONS = ("gate", "one-row", "dispatch", "recording")
+KERNELS = ("gate", "one-row", "dispatch", "recording")
+SECTIONS = (*KERNELS, "experts")  # experts have a results file of their own: they take minutes
+Measured = tuple[list[Row], list[Fact], list[Target]]
 
 
 def gate_races(rounds: int, shapes: Sequence[gate.Shape]) -> dict[gate.Shape, Race]:
@@ -125,35 +127,54 @@ def recording_rows(rounds: int, dtype: torch.dtype) -> tuple[list[Row], list[Fac
     return results.rows(section, case, run), facts, [target]
 
 
+def kernels(sections: Sequence[str], rounds: int) -> Measured:
+    rows: list[Row] = []
+    facts: list[Fact] = []
+    targets: list[Target] = []
+    if "gate" in sections:
+        races = gate_races(rounds, gate.SHAPES)
+        rows += gate_rows("Gate", races)
+        targets += gate_targets(races[gate.Shape()], _C.instruction_set())
+    if "one-row" in sections:
+        more, wanted = one_row(rounds * 5)
+        rows, targets = rows + more, targets + wanted
+    if "dispatch" in sections:
+        rows += dispatch_rows(rounds)
+    if "recording" in sections:
+        for dtype in (torch.float32, torch.bfloat16):
+            more, said, wanted = recording_rows(rounds, dtype)
+            rows, facts, targets = rows + more, facts + said, targets + wanted
+    return rows, facts, targets
+
+
+def expert_layers(rounds: int) -> Measured:
+    found: list[Row] = []
+    facts: list[Fact] = []
+    for layer in experts.LAYERS:
+        for dtype in experts.DTYPES:
+            more, said = experts.measure(layer, dtype, rounds)
+            found, facts = found + more, facts + said
+    return found, facts, []
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="what to measure")
     parser.add_argument("--rounds", type=int, default=60, help="calls of every contender (default: 60)")
-    parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder for the two files")
+    parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder for the files")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    instruction_set = _C.instruction_set()
-    rows: list[Row] = []
-    facts: list[Fact] = []
-    targets: list[Target] = []
-    if "gate" in options.sections:
-        races = gate_races(options.rounds, gate.SHAPES)
-        rows += gate_rows("Gate", races)
-        targets += gate_targets(races[gate.Shape()], instruction_set)
-    if "one-row" in options.sections:
-        more, wanted = one_row(options.rounds * 5)
-        rows, targets = rows + more, targets + wanted
-    if "dispatch" in options.sections:
-        rows += dispatch_rows(options.rounds)
-    if "recording" in options.sections:
-        for dtype in (torch.float32, torch.bfloat16):
-            more, said, wanted = recording_rows(options.rounds, dtype)
-            rows, facts, targets = rows + more, facts + said, targets + wanted
-    for path in results.save(
-        options.out, f"cpu-{instruction_set}", results.machine(instruction_set), rows, facts, targets
-    ):
-        print(path)
+    name = f"cpu-{_C.instruction_set()}"
+    if set(options.sections) & set(KERNELS):
+        save(options.out, name, kernels(options.sections, options.rounds))
+    if "experts" in options.sections:
+        save(options.out, f"{name}-experts", expert_layers(options.rounds))
     return 0
+
+
+def save(folder: Path, name: str, measured: Measured) -> None:
+    for path in results.save(folder, name, results.machine(_C.instruction_set()), *measured):
+        print(path)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 root="$PWD"
 
 stages=(environment build import tests same-bits-as-cpu determinism graph-replay two-streams no-waiting experts past-2-31
-  gate dispatch layers model device-test-build device-test memcheck racecheck initcheck synccheck memcheck-operators)
+  gate dispatch layers model expert-layers device-test-build device-test memcheck racecheck initcheck synccheck
+  memcheck-operators)
 readonly not_here=77 # exit code of what this machine cannot do, as stages.py has it
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -221,7 +222,7 @@ for name in same-bits-as-cpu determinism graph-replay two-streams no-waiting exp
 done
 
 add=()
-for name in gate dispatch layers model; do
+for name in gate dispatch layers model expert-layers; do
   wanted "$name" || continue
   stage "$name" 120 "$python" -m bench.device "${device[@]}" --sections "$name" --out "$out" "${add[@]}"
   add=(--add)

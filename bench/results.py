@@ -111,6 +111,7 @@ def commit() -> str:
 def machine(instruction_set: str) -> dict[str, str]:
     import moe_route
 
+    transformers = sys.modules.get("transformers")
     return {
         "processor": processor(),
         "cores": str(os.cpu_count()),
@@ -119,8 +120,10 @@ def machine(instruction_set: str) -> dict[str, str]:
         "instruction set of torch": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **({"transformers": transformers.__version__} if transformers else {}),
         "moe_route": moe_route.__version__,
         "commit": commit(),
+        "load": "{:.1f}, {:.1f}, {:.1f} over 1, 5, 15 minutes, this run among it".format(*os.getloadavg()),
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
     }
 

@@ -22,6 +22,7 @@ OTHERS = (
     "T=2048 H=1024 E=128 k=8 float32",
 )
 COMMITTED = Path(__file__).parent / "results" / "cpu-avx512.json"
+COMMITTED_EXPERTS = COMMITTED.with_name("cpu-avx512-experts.json")
 
 
 def summary(content: Mapping[str, Any]) -> str:
@@ -44,6 +45,32 @@ def summary(content: Mapping[str, Any]) -> str:
     if missed:
         parts += ["Targets that are missed so far:\n", *missed, ""]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def experts_summary(content: Mapping[str, Any]) -> str:
+    """The experts' figures of one results file as markdown: bfloat16, where most models run."""
+    intro = (
+        "The experts of one layer in bfloat16 (one thread, random weights), by the implementations of transformers "
+        f"{content['machine']['transformers']} and ours; the floor is reading the weights of the experts hit, "
+        "or as many multiplications in dense products, whichever takes longer "
+        "([all of them](bench/results/cpu-avx512-experts.md)):\n"
+    )
+    head = ("", "eager", "grouped_mm", "moe_route", "times as fast as grouped_mm", "share of the floor")
+    return f"{intro}\n{table(head, _experts(content))}"
+
+
+def _experts(content: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    rows = _rows(content)
+    for case in dict.fromkeys(case for case, _ in rows if case.endswith(" bfloat16")):
+        eager, peer, ours = (rows[case, name] for name in ("eager", "grouped_mm", "moe_route"))
+        times = (duration(row["median"]) for row in (eager, peer, ours))
+        yield case.removesuffix(" bfloat16"), *times, f"{ours['times_peer']:.2f}", f"{ours['floor_fraction']:.2f}"
+
+
+def committed() -> str:
+    """What the README shows."""
+    kernels, experts = (json.loads(path.read_text()) for path in (COMMITTED, COMMITTED_EXPERTS))
+    return f"{summary(kernels)}\n{experts_summary(experts)}"
 
 
 def _rows(content: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -75,4 +102,4 @@ def _recording(content: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 if __name__ == "__main__":
-    print(summary(json.loads(Path(sys.argv[1]).read_text() if len(sys.argv) > 1 else COMMITTED.read_text())))
+    print(summary(json.loads(Path(sys.argv[1]).read_text())) if len(sys.argv) > 1 else committed())

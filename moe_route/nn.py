@@ -256,13 +256,14 @@ def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, slots: Dis
 @torch.library.custom_op("moe_route::grouped_product", mutates_args=())
 def _grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """rows[offsets[e]:offsets[e + 1]] @ weight[e].T for every expert e: [R, in], [E, out, in] -> [R, out]."""
-    if _grouped_mm_takes(rows, weight.shape[1:]):
+    if _grouped_mm_takes(rows, weight.shape[1:]) or _grouped_mm_pays(rows, weight):
         weight = weight.to(rows.dtype)
         return F.grouped_mm(rows, weight.transpose(-2, -1), offs=offsets[1:].to(torch.int32))
     out = rows.new_zeros(rows.shape[0], weight.shape[1])
+    columns = weight.transpose(-2, -1)
     for expert, (begin, end) in enumerate(_ranges(offsets)):
         if begin < end:
-            torch.mm(rows[begin:end], weight[expert].T.to(rows.dtype), out=out[begin:end])
+            torch.mm(rows[begin:end], columns[expert].to(rows.dtype), out=out[begin:end])
     return out
 
 
@@ -279,9 +280,20 @@ def _grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _grouped_mm_takes(rows: Tensor, sizes: Sequence[int]) -> bool:
-    """bfloat16 on CUDA with rows of a multiple of 16 bytes. On CPU it is a loop too, and no faster than ours."""
-    aligned = all(size * rows.element_size() % 16 == 0 for size in sizes)
-    return rows.is_cuda and aligned and rows.dtype == torch.bfloat16 and rows.shape[0] > 0
+    """bfloat16 on CUDA with rows of a multiple of 16 bytes."""
+    return rows.is_cuda and _aligned(rows, sizes) and rows.dtype == torch.bfloat16 and rows.shape[0] > 0
+
+
+def _grouped_mm_pays(rows: Tensor, weight: Tensor) -> bool:
+    """On CPU it is our loop in C++, with the same bits, over the experts without rows too: of use where most of them
+    have some, and where it takes the weights as they lie."""
+    plain = rows.dtype == weight.dtype != torch.float64 and _aligned(rows, weight.shape[1:]) and rows.is_contiguous()
+    whole = weight.is_contiguous() or weight.transpose(-2, -1).is_contiguous()
+    return rows.is_cpu and plain and whole and rows.shape[0] >= weight.shape[0]
+
+
+def _aligned(rows: Tensor, sizes: Sequence[int]) -> bool:
+    return all(size * rows.element_size() % 16 == 0 for size in sizes)
 
 
 def _ranges(offsets: Tensor) -> list[tuple[int, int]]:

@@ -18,6 +18,7 @@ import hashlib
 import importlib.metadata
 import platform
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -28,9 +29,10 @@ from torch import Tensor, nn
 
 from moe_route import __version__, files
 from moe_route.patching import Attachment, Call, Labels, RouterSite, attachment_of, find_sites
+from moe_route.patching.experts import experts_implementations
 from moe_route.patching.tokens import spread
 from moe_route.recording import PHASES, LabelBlock, Recorder, RoutingStatistics
-from moe_route.recording.labels import columns, on_device
+from moe_route.recording.labels import columns, in_phases, on_device
 from moe_route.recording.recorder import RecordOptions
 from moe_route.steering import CompiledPlan, Plan
 from moe_route.steering.draw import token_counter
@@ -70,11 +72,12 @@ class Routed:
         self.model = attachment.model
         self._recorder: Recorder | None = None  # the one that is on, or was last
         self._block: LabelBlock | None = None  # labels without a recording
-        self._plan: Plan | None = None
+        self._plans: list[Plan] = []  # of the steer blocks that are on
         self._steering: _Steering | None = None
         # a compiled model calls these as they are: what they do is bookkeeping in Python, no part of a graph
         attachment.label = torch.compiler.disable(self._label)
         attachment.after_call = torch.compiler.disable(self._after_call)
+        attachment.settle = self._settle
 
     @property
     def sites(self) -> Sequence[RouterSite]:
@@ -84,7 +87,7 @@ class Routed:
     @property
     def plan(self) -> Plan | None:
         """The plan that steers now (nested plans added up), or None."""
-        return self._plan
+        return _added(self._plans)
 
     @property
     def recorder(self) -> Recorder | None:
@@ -149,17 +152,19 @@ class Routed:
         self._require_attached("steer")
         if not isinstance(plan, Plan):
             raise TypeError(f"steer takes a Plan, not {type(plan).__name__}: Plan.activate(experts), Plan.load(path)")
-        outer = self._plan
-        self._apply(plan if outer is None else outer + plan)
+        self._apply([*self._plans, plan])
         try:
             yield self
-        finally:
-            self._apply(outer)
+        finally:  # blocks may end in any order
+            left = list(self._plans)
+            left.remove(plan)
+            self._apply(left)
 
-    def _apply(self, plan: Plan | None) -> None:
+    def _apply(self, plans: list[Plan]) -> None:
+        plan = _added(plans)
         steering = _Steering(plan, self) if plan else None
         self.attachment.set_steering(None if steering is None else steering.compiled.tables)
-        self._plan, self._steering = plan or None, steering
+        self._plans, self._steering = plans, steering
         if steering is not None and self._recording:
             assert self._recorder is not None
             self._recorder.note_plan(steering.compiled.plan_hash)
@@ -169,11 +174,11 @@ class Routed:
     def detach(self) -> None:
         """Take every hook away; the model is bit for bit what it was. Harmless twice. Raises ``RuntimeError`` inside
         ``record`` or ``steer``."""
-        if self._recording or self._plan is not None:
+        if self._recording or self._plans:
             what = "record()" if self._recording else "steer()"
             raise RuntimeError(f"detach() inside a {what} block: leave the block first")
         self.attachment.detach()
-        self.attachment.label = self.attachment.after_call = None
+        self.attachment.label = self.attachment.after_call = self.attachment.settle = None
 
     def __enter__(self) -> Routed:
         self._require_attached("use")
@@ -184,7 +189,7 @@ class Routed:
 
     def __repr__(self) -> str:
         state = "attached" if self.attachment.attached else "detached"
-        doing = [what for what, on in (("recording", self._recording), ("steering", self._plan is not None)) if on]
+        doing = [what for what, on in (("recording", self._recording), ("steering", bool(self._plans))) if on]
         return f"Routed({type(self.model).__name__}, {len(self.sites)} MoE layers, {', '.join([state, *doing])})"
 
     # ---- what the attachment asks
@@ -200,6 +205,10 @@ class Routed:
     def _after_call(self, call: Call) -> None:
         if self._recording and self._recorder is not None:
             self._recorder.after_call()
+
+    def _settle(self, refused: int) -> None:
+        if self._recorder is not None:
+            self._recorder.settle(refused)
 
     # ---- inside
 
@@ -226,7 +235,12 @@ class Routed:
             "model": _identity(self.model),
             "versions": _versions(),
             "engines": sorted({s.engine for s in self.sites}),
+            "experts": sorted({name for s in self.sites for name in experts_implementations(s.block)}),
         }
+
+
+def _added(plans: list[Plan]) -> Plan | None:
+    return sum(plans[1:], plans[0]) or None if plans else None
 
 
 class _RoutedRecorder(Recorder):
@@ -234,12 +248,15 @@ class _RoutedRecorder(Recorder):
 
     def __init__(self, routed: Routed, **options: Any):
         super().__init__(routed.attachment, **options)
-        self._routed = routed
+        self._routed = weakref.ref(routed)  # which knows this one: no cycle keeps a model alive
 
     def __enter__(self) -> Recorder:
+        routed = self._routed()
+        if routed is None:
+            raise RuntimeError("cannot record: this model was detached; attach(model) again")
         if not self.on:
-            self._routed._begin(self)
-            self._routed._note_plan(self)
+            routed._begin(self)
+            routed._note_plan(self)
         return super().__enter__()
 
 
@@ -260,13 +277,9 @@ class _Steering:
 
     def rows(self, call: Call, block: LabelBlock | None) -> int | Tensor:
         """Steering row of the tokens of a call: an int, ``[N]`` or ``[N, length]``; -1 leaves a token alone."""
-        if call.again is None:
+        if not call.prompt:
             return self._rows_in(call.phase, call, block)
-        before, now = self._rows_in("prefill", call, block), self._rows_in("decode", call, block)
-        if isinstance(before, int) and isinstance(now, int) and before == now:
-            return before
-        prompt = torch.arange(call.length, device=call.device) < call.prompt
-        return torch.where(prompt, _as_columns(before), _as_columns(now)).reshape(-1, call.length)
+        return in_phases(self._rows_in("prefill", call, block), self._rows_in("decode", call, block), call)
 
     def _rows_in(self, phase_name: Literal["prefill", "decode"], call: Call, block: LabelBlock | None) -> int | Tensor:
         if block is not self._block:
@@ -299,10 +312,6 @@ class _Steering:
         ids = call.input_ids
         shaped = ids is not None and ids.shape == (call.batch, call.length)
         return token_counter(call.positions(), ids if shaped else None)
-
-
-def _as_columns(rows: int | Tensor) -> int | Tensor:
-    return rows[:, None] if isinstance(rows, Tensor) and rows.dim() == 1 else rows
 
 
 # ---- what a model is
@@ -364,6 +373,7 @@ class LayerDescription:
     score: str
     order: str
     engine: str
+    experts_implementation: str  # what runs the block's experts: "grouped_mm", "moe_route", ...; or "own forward"
     reason: str
     steerable: bool
     notes: tuple[str, ...]
@@ -385,20 +395,27 @@ class Description:
     def __str__(self) -> str:
         name = f" ({self.name})" if self.name else ""
         title = f"{self.model}{name}: {len(self.layers)} MoE layers, configuration {self.config_hash[:12]}"
-        rows = [("layers", "router", "experts", "top-k", "routing", "engine", "steerable", "why")]
+        rows = [("layers", "router", "experts", "top-k", "routing", "engine", "experts run by", "steerable", "why")]
         notes: dict[str, list[str]] = {}  # of which layers
         for _, alike in groupby(self.layers, key=_kind_of_layer):
             layers = list(alike)
             first, last = layers[0], layers[-1]
             span = f"{first.layer}" if first is last else f"{first.layer}-{last.layer}"
             router = f"{first.router} ({first.part})" if first.part else first.router
-            shown = (span, router, str(first.experts), str(first.top_k), first.family, first.engine)
-            rows.append((*shown, "yes" if first.steerable else "no", first.reason))
+            shown = (span, router, str(first.experts), str(first.top_k), first.family)
+            rows.append(
+                (*shown, first.engine, first.experts_implementation, "yes" if first.steerable else "no", first.reason)
+            )
             for note in first.notes:
                 notes.setdefault(note, []).append(span)
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([title, *table, *(f"layers {', '.join(spans)}: {note}" for note, spans in notes.items())])
+        said = [f"{_layers(spans)}: {note}" for note, spans in notes.items()]
+        return "\n".join([title, *table, *said])
+
+
+def _layers(spans: Sequence[str]) -> str:
+    return f"layer {spans[0]}" if len(spans) == 1 and spans[0].isdecimal() else f"layers {', '.join(spans)}"
 
 
 def _kind_of_layer(layer: LayerDescription) -> tuple[Any, ...]:
@@ -423,6 +440,7 @@ def describe(model: nn.Module) -> Description:
             score=site.spec.score,
             order=site.spec.order,
             engine=site.engine,
+            experts_implementation=", ".join(experts_implementations(site.block)),
             reason=site.reason or "keeps every bit of the model's own choice",
             steerable=site.steerable,
             notes=tuple(site.notes),

@@ -92,11 +92,11 @@ def inside(out: File, whole: bool) -> None:
     transformers.logging.set_verbosity_error()
     from paths.registry import all_paths
     from support import walk
-    from tiny_models import EVERY
+    from whole_models import ROWS
 
     began = time.monotonic()
     paths = [each for each in all_paths().values() if not each.missing and (whole or each.cost != "costly")]
-    first: dict[str, str] = {name: entry(name) for name in EVERY}
+    first: dict[str, str] = {name: entry(name) for name in ROWS}
     cells, failures = walk(paths, [name for name, how in first.items() if how == "attached"])
     failures += [f"{name}, attaching" for name, how in first.items() if how == "failed"]
     found = {name: how if how != "attached" else _share(name, cells, failures) for name, how in first.items()}

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from moe_route import ops, reference
 from moe_route.ops import SteeringTables
@@ -33,6 +34,9 @@ def dense(ids: Tensor, weights: Tensor, num_experts: int) -> Dense:
 
 
 def _plain(site: RouterSite, hidden: Tensor, ids: Tensor, weights: Tensor) -> Dense:
+    ids, weights = ids.flatten(0, -2), weights.flatten(0, -2)
+    if weights.shape != ids.shape:  # scores: zero where an expert was not chosen
+        return weights != 0, weights.float()
     return dense(ids, weights, site.num_experts)
 
 
@@ -67,8 +71,78 @@ def _doge(site: RouterSite, ids: Tensor) -> Dense:
     return dense(ids, torch.ones_like(ids), site.num_experts)
 
 
+def _pair(site: RouterSite, *output: Tensor) -> Dense:
+    """Transformers 4: the router returns ids and weights, and no experts module is called with them."""
+    ids, weights = sorted(output, key=Tensor.is_floating_point)
+    return _plain(site, ids, ids, weights)
+
+
+class _Used(TorchFunctionMode):
+    """Transformers 4: the block loops over its experts, and picks for each its tokens' weights."""
+
+    def __init__(self, site: RouterSite) -> None:
+        super().__init__()
+        self.experts, self.expert = site.num_experts, -1
+        self.chosen: list[tuple[int, Tensor, Tensor]] = []
+        self.tokens = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is Tensor.__getitem__ and isinstance(args[1], tuple) and len(args[1]) == 3 and args[1][2] is None:
+            self.tokens = len(args[0])
+            self.chosen.append((self.expert, args[1][0], result[:, 0].detach().float()))
+        return result
+
+    def dense(self) -> Dense:
+        chosen, weights = torch.zeros(self.tokens, self.experts), torch.zeros(self.tokens, self.experts)
+        for expert, tokens, given in self.chosen:
+            chosen[tokens, expert] = 1
+            weights[:, expert].index_add_(0, tokens, given)
+        return chosen > 0, weights
+
+
+def _watch_loop(site: RouterSite, seen: list[Dense]) -> list[Dense]:
+    running: list[_Used] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        running.append(_Used(site))
+        running[-1].__enter__()
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        used = running.pop()
+        used.__exit__(None, None, None)
+        seen.append(used.dense())
+
+    def number(expert: int) -> Callable[..., None]:
+        return lambda module, args: setattr(running[-1], "expert", expert)
+
+    site.module.register_forward_pre_hook(enter)
+    site.module.register_forward_hook(leave, always_call=True)
+    for expert, module in enumerate(site.module.experts):
+        module.register_forward_pre_hook(number(expert))
+    return seen
+
+
+def _watch_method(site: RouterSite, seen: list[Dense]) -> list[Dense]:
+    """The experts choose, in a method, and multiply by products that are told how many tokens each expert has."""
+    method = site.module.route_tokens_to_experts
+
+    def look(logits: Tensor) -> Any:
+        seen.append(_pair(site, *(chosen := method(logits))))
+        return chosen
+
+    site.module.route_tokens_to_experts = look
+    return seen
+
+
 _OF_EXPERTS = {"ZayaRouter": _zaya, "SwitchTransformersTop1Router": _switch, "NllbMoeTop2Router": _nllb}
-_OF_ROUTER = {"Llama4Router": _llama4, "JetMoeTopKGating": _jetmoe}
+_OF_ROUTER = {
+    "Llama4Router": _llama4,
+    "JetMoeTopKGating": _jetmoe,
+    "GraniteMoeTopKGating": _jetmoe,
+    "GraniteMoeSharedTopKGating": _jetmoe,
+    "GraniteMoeHybridTopKGating": _jetmoe,
+}
 
 
 def watch_experts(site: RouterSite) -> list[Dense]:
@@ -76,6 +150,14 @@ def watch_experts(site: RouterSite) -> list[Dense]:
     returns is seen as steering leaves it."""
     seen: list[Dense] = []
     kind = type(site.module).__name__
+    if type(getattr(site.module, "experts", None)) is nn.ModuleList:
+        return _watch_loop(site, seen)
+    if type(getattr(site.block, "experts", None)) is nn.ModuleList or "scores" in site.family.returns:
+        read = _pair
+        site.module.register_forward_hook(lambda module, args, output: seen.append(read(site, *output)))
+        return seen
+    if kind == "AriaExperts":
+        return _watch_method(site, seen)
     if kind in _OF_ROUTER:
         read = _OF_ROUTER[kind]
         site.module.register_forward_hook(lambda module, args, output: seen.append(read(site, *output)))

@@ -23,7 +23,7 @@ sys.path.insert(0, str(File(__file__).parent))
 import transformers
 from paths.registry import SECTIONS, Path, all_paths
 from paths.subject import Outcome, Subject
-from tiny_models import EVERY
+from whole_models import ROWS, WHOLE
 
 TABLE = File(__file__).parent.parent / "docs" / "support.md"
 Cells = dict[tuple[str, str], Outcome]
@@ -35,6 +35,8 @@ _HEAD = """\
 Each row is an architecture of transformers, as a tiny random model of its own configuration class; each column is a way
 in which models are run. The tests walk these paths and compare what they find with this page (`tests/paths`), and
 `python tests/support.py` writes it. What passing a path means is said above its table. Made with {versions}.
+
+Classes that take more than text are walked whole, with their towers: {whole}.
 
 `yes`: passed. `R` and a number: refused, by an error that names the reason. `-` and a number: there is no such path
 here, or the model fails on it without moe-route.
@@ -50,7 +52,8 @@ def versions() -> str:
 def render(cells: Cells, paths: Iterable[Path], names: Iterable[str]) -> str:
     """The page for these cells."""
     names = list(names)
-    lines = [_HEAD.format(versions=versions())]
+    whole = ", ".join(f"`{name}` (`{WHOLE[name].model}`)" for name in names if name in WHOLE)
+    lines = [_HEAD.format(versions=versions(), whole=whole)]
     for section in SECTIONS:
         columns = [each for each in paths if each.section == section and any((n, each.name) in cells for n in names)]
         if columns:
@@ -130,13 +133,13 @@ def main() -> int:
     known = all_paths()
     wanted = [name for name in options.paths.split(",") if name]
     chosen = [p for p in known.values() if not p.missing and (not wanted or p.name in wanted or p.section in wanted)]
-    names = [name for name in options.only.split(",") if name] or list(EVERY)
+    names = [name for name in options.only.split(",") if name] or list(ROWS)
     committed = read_table(TABLE.read_text()) if TABLE.exists() else {}
-    kept = {key: value for key, value in committed.items() if key[0] in EVERY and key[1] in known}
+    kept = {key: value for key, value in committed.items() if key[0] in ROWS and key[1] in known}
 
     def write(found: Cells) -> None:
         if not options.check:
-            TABLE.write_text(render(kept | found, known.values(), EVERY))
+            TABLE.write_text(render(kept | found, known.values(), ROWS))
 
     found, failures = walk(chosen, names, write)
     print("\n".join(failures), file=sys.stderr)  # noqa: T201

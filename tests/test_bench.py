@@ -24,6 +24,8 @@ SCRIPT = ROOT / "bench" / "gpu.sh"
 pytestmark = pytest.mark.skipif(not SCRIPT.is_file(), reason="needs the source tree")
 if SCRIPT.is_file():
     sys.path.insert(0, str(ROOT))
+    from bench import __main__ as on_cpu
+    from bench import experts
     from bench.device import __main__ as device
     from bench.device import (
         checks,
@@ -44,6 +46,7 @@ if SCRIPT.is_file():
     from bench.results import Target
     from bench.timing import Pool, Race, race
     from moe_route import _C, ops
+    from moe_route.patching import expert_layouts
 
 
 @pytest.fixture
@@ -221,6 +224,70 @@ def test_models_route_in_torch_as_the_operator_does(shape: shapes.ModelShape) ->
     torch.testing.assert_close(weights, wanted, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("kind", ["qwen3_moe", "olmoe", "mixtral", "gpt_oss"])
+def test_every_implementation_of_the_experts_does_the_same_work(kind: str) -> None:
+    layer = experts.Layer("small", kind, 64, 32, 8, 2)
+    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 0.02)):
+        (routed,) = experts.cases(layer, dtype, (24,), experts.ON_CPU)
+        contenders = routed.contenders(experts.IMPLEMENTATIONS)
+        assert {
+            type(contender(0)) for name, contender in contenders.items() if name in (experts.READ, experts.DENSE)
+        } == {list}
+        for index in range(2):
+            wanted = contenders[experts.EAGER](index)
+            assert wanted.shape == (24, 64)
+            for name in experts.IMPLEMENTATIONS:
+                assert (contenders[name](index) - wanted).abs().max() <= bound * wanted.abs().max(), name
+        assert not torch.equal(contenders[experts.OURS](0), contenders[experts.OURS](1))
+        assert routed.hit[0] == sorted(set(routed.ids[0].flatten().tolist()))
+        assert 0 < routed.hit_bytes() <= layer.bytes(dtype)
+        held = routed.module.gate_up_proj, routed.module.down_proj
+        assert layer.bytes(dtype) == sum(weight.numel() * weight.itemsize for weight in held)
+
+
+def test_implementations_run_under_their_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = pytest.importorskip("transformers.integrations.moe")
+    (routed,) = experts.cases(experts.Layer("small", "olmoe", 64, 32, 8, 2), torch.float32, (4,), experts.ON_CPU)
+    contenders = routed.contenders(experts.IMPLEMENTATIONS)
+    for name in experts.IMPLEMENTATIONS[1:]:
+        called: list[str] = []
+        monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS._local_mapping, name, lambda *_, to=called: to.append("called"))
+        for each in experts.IMPLEMENTATIONS:
+            contenders[each](0)
+        assert called == ["called"], name
+        monkeypatch.undo()
+
+
+def test_what_is_too_large_is_left_out_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    layer = experts.Layer("small", "qwen3_moe", 64, 32, 8, 2)
+    limits = experts.Limits(bytes=layer.bytes(torch.bfloat16) * 2, operations=layer.operations(16))
+    assert limits.implementations(layer, 4, torch.bfloat16) == experts.IMPLEMENTATIONS
+    assert experts.BATCHED not in limits.implementations(layer, 5, torch.bfloat16)
+    found = [routed.tokens for routed in experts.cases(layer, torch.bfloat16, (1, 16, 17), limits)]
+    assert found == [1, 16]
+    assert "T=17 bfloat16: a call takes 0.000418 GFLOP, more than 0.000393" in capsys.readouterr().out
+    assert list(experts.cases(layer, torch.float64, (1,), limits)) == []
+    assert "its weights take 0.000393 GB" in capsys.readouterr().out
+    large = experts.LAYERS[2]
+    assert large.bytes(torch.float32) > experts.ON_CPU.bytes > large.bytes(torch.bfloat16)
+
+
+def test_experts_are_held_against_the_floor_that_takes_longer() -> None:
+    (routed,) = experts.cases(experts.Layer("small", "olmoe", 64, 32, 8, 2), torch.float32, (4,), experts.ON_CPU)
+    took = {experts.READ: 2.0, experts.DENSE: 1.0, experts.PEER: 8.0, experts.OURS: 4.0}
+    for read, floor in ((2.0, experts.READ), (0.5, experts.DENSE)):
+        run = Race({name: [seconds] * 2 for name, seconds in (took | {experts.READ: read}).items()})
+        rows, facts = experts.compared("section", routed, run)
+        ours = next(row for row in rows if row.name == experts.OURS)
+        assert (ours.peer, ours.times_peer) == (experts.PEER, 2.0)
+        assert (ours.floor, ours.floor_fraction) == (floor, max(read, 1.0) / 4.0)
+        assert [row.floor for row in rows if row.name in took and row.name not in experts.IMPLEMENTATIONS] == [
+            None,
+            None,
+        ]
+        assert facts[2].value == pytest.approx(routed.layer.operations(4) / 4.0 / 1e9)
+
+
 def test_bytes_are_counted_once() -> None:
     assert gate.moved_bytes(GateShape(128, 8, torch.float32, 65536)) == 65536 * (128 * 4 + 8 * 8)
     assert gate.floor_of(GateShape(tokens=1024)) == floors.LAUNCH
@@ -325,10 +392,10 @@ def test_the_cases_are_those_of_the_targets() -> None:
 def test_a_rehearsal_writes_what_a_run_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--device", "cpu", "--out", str(tmp_path), "--rounds", "2", "--sections"]
     assert device.main([*arguments, "gate"]) == 0
-    assert device.main([*arguments, "dispatch", "layers", "--add"]) == 0
+    assert device.main([*arguments, "dispatch", "layers", "expert-layers", "--add"]) == 0
     content = json.loads((tmp_path / "rehearsal-cpu.json").read_text())
     sections = {row["section"].split(",")[0] for row in content["rows"]}
-    assert sections == {"Gate", "Dispatch", "Layers of public models"}
+    assert sections == {"Gate", "Dispatch", "Layers of public models", experts.SECTION}
     assert "figures mean nothing" in content["machine"]["rehearsal"]
     assert len(content["machine"]["hash of the sources"]) == 12
     keys = [(row["section"], row["case"], row["name"]) for row in content["rows"]]
@@ -341,6 +408,45 @@ def test_a_rehearsal_writes_what_a_run_writes(tmp_path: Path, capsys: pytest.Cap
     left = json.loads((tmp_path / "rehearsal-cpu.json").read_text())
     assert {row["section"].split(",")[0] for row in left["rows"]} == {"Dispatch"}
     assert "targets met" in capsys.readouterr().out
+
+
+def test_experts_are_measured_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into a file of their own."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(experts, "LAYERS", device.SMALL.expert_layers)
+    try:
+        assert on_cpu.main(["--sections", "experts", "--rounds", "6", "--out", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    name = f"cpu-{_C.instruction_set()}-experts"
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.json", f"{name}.md"}
+    content = json.loads((tmp_path / f"{name}.json").read_text())
+    assert {"transformers", "load"} <= content["machine"].keys()
+    assert {row["name"] for row in content["rows"]} == {*experts.IMPLEMENTATIONS, experts.READ, experts.DENSE}
+    assert len({row["case"] for row in content["rows"]}) == 2 * 2 * len(experts.TOKENS)
+
+
+@pytest.mark.usefixtures("few_calls")
+def test_experts_are_measured_on_a_stand_in(cuda: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By both clocks in bfloat16; what waits for the device is not captured."""
+    make = experts.make
+    monkeypatch.setattr(experts, "make", lambda layer, dtype, where: move(make(layer, dtype), where))
+    monkeypatch.setattr(
+        expert_layouts, "_unfit", lambda weight: None
+    )  # the stand-in's tensors are a class of their own
+    histogram = torch.histc  # of integers on a device alone
+    monkeypatch.setattr(torch, "histc", lambda ids, **options: histogram(ids.float(), **options))
+    arguments = ["--device", "cuda", "--small", "--out", str(tmp_path), "--sections", "expert-layers"]
+    assert device.main(arguments) == 0
+    content = json.loads((tmp_path / "cuda-stand-in-9.json").read_text())
+    found = {(row["section"].rpartition(", ")[2], row["case"].rpartition(" ")[2]) for row in content["rows"]}
+    assert found == {(place.GRAPH, "bfloat16"), (place.LAUNCHED, "bfloat16"), (place.LAUNCHED, "float32")}
+    names = {
+        mode: {row["name"] for row in content["rows"] if row["section"].endswith(mode)}
+        for mode in (place.GRAPH, place.LAUNCHED)
+    }
+    assert names[place.LAUNCHED] - names[place.GRAPH] == {experts.EAGER}
+    assert names[place.LAUNCHED] == {*experts.IMPLEMENTATIONS, floors.COPY, experts.DENSE}
 
 
 def test_what_was_measured_before_a_failure_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -573,11 +679,11 @@ def test_the_script_parses_and_names_its_stages(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_rehearses_and_refuses_the_rest_by_name(tmp_path: Path) -> None:
-    wanted = "determinism,graph-replay,dispatch,device-test,memcheck,memcheck-operators"
+    wanted = "determinism,graph-replay,dispatch,expert-layers,device-test,memcheck,memcheck-operators"
     done = gpu(tmp_path, "--dry", "--only", wanted)
     assert done.returncode == 0, done.stdout + done.stderr
     needs = dict.fromkeys(("graph-replay", "device-test", "memcheck", "memcheck-operators"), "needs a device")
-    assert statuses(tmp_path) == {"determinism": "ok", "dispatch": "ok", **needs}
+    assert statuses(tmp_path) == {"determinism": "ok", "dispatch": "ok", "expert-layers": "ok", **needs}
     assert {path.name for path in tmp_path.iterdir()} == {
         "build",
         "checks.json",

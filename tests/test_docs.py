@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import re
 import shlex
 import sys
@@ -86,9 +85,9 @@ FIGURES = re.compile(r"(?<=<!-- figures -->\n).*?(?=<!-- end of figures -->)", r
 
 def figures() -> str:
     """The README's figures, from the committed results."""
-    from bench.summary import COMMITTED, summary
+    from bench.summary import committed
 
-    return summary(json.loads(COMMITTED.read_text()))
+    return committed()
 
 
 def test_the_figures_are_those_of_the_committed_results(monkeypatch: pytest.MonkeyPatch):
@@ -96,6 +95,20 @@ def test_the_figures_are_those_of_the_committed_results(monkeypatch: pytest.Monk
     found = FIGURES.search((ROOT / "README.md").read_text(encoding="utf-8"))
     assert found
     assert found[0] == figures(), "run `python tests/test_docs.py README.md` to write the figures anew"
+
+
+@pytest.mark.parametrize("name", ["describe.md", "experts.md"])
+def test_outputs_that_do_not_depend_on_the_machine_are_those_of_the_page(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    transformers = pytest.importorskip("transformers")
+    named = re.search(r"transformers (\d+\.\d+)", page)
+    assert named
+    if not transformers.__version__.startswith(f"{named[1]}."):
+        pytest.skip(f"the page is of transformers {named[1]}")
+    assert FENCED.sub(Refresher().block, page) == page, f"run `python tests/test_docs.py docs/{name}` to write it anew"
 
 
 def test_the_pages_have_examples():

@@ -117,6 +117,14 @@ def test_the_installed_transformers_has_decorated_classes():
     assert {"Qwen3MoeExperts", "GptOssExperts"} <= DECORATED.keys()
 
 
+def test_the_page_counts_them():
+    page = (Path(__file__).parents[1] / "docs" / "experts.md").read_text("utf-8")
+    said = re.search(r"is run: (\d+) in transformers (\d+\.\d+)\.", page)
+    assert said
+    if transformers.__version__.startswith(f"{said[2]}."):
+        assert int(said[1]) == len(DECORATED)
+
+
 @pytest.mark.parametrize("name", DECORATED)
 def test_float32_is_that_of_eager(name: str):
     module, inputs = module_of(name), routing()
@@ -493,6 +501,58 @@ def test_recording_and_steering():
     assert gap(results[1][1], results[0][1]) < 1e-5
 
 
+# ---- said by describe and by recordings
+
+
+def test_describe_says_what_runs_the_experts():
+    model = tiny_model("qwen3_moe", head=True)
+    assert {layer.experts_implementation for layer in mr.describe(model).layers} == {"grouped_mm"}
+    assert "engine    experts run by  steerable" in str(mr.describe(model))
+    with mr.attach(model, experts="moe_route"):
+        described = mr.describe(model)
+        assert [layer["experts_implementation"] for layer in described.to_dict()["layers"]] == [NAME] * 3
+        assert f"observed  {NAME} " in str(described)
+    assert NAME not in str(mr.describe(model))
+    model.config._experts_implementation = None  # transformers runs eager then
+    assert {layer.experts_implementation for layer in mr.describe(model).layers} == {"eager"}
+
+
+def test_layers_that_run_their_experts_differently():
+    model = tiny_model("qwen3_moe", head=True)
+    other = model.model.layers[1].mlp.experts
+    other.config = copy.copy(other.config)
+    other.config._experts_implementation = "eager"
+    described = mr.describe(model)
+    assert [layer.experts_implementation for layer in described.layers] == ["grouped_mm", "eager", "grouped_mm"]
+    assert [line.split()[0] for line in str(described).splitlines()[2:5]] == ["0", "1", "2"]
+    with mr.attach(model) as routed, routed.record() as recorder:
+        model(input_ids=tokens())
+    assert recorder.statistics().metadata["experts"] == ["eager", "grouped_mm"]
+
+
+def test_experts_beside_the_interface_are_said_to_be():
+    for name in (*WITHOUT_INTERFACE, "jetmoe"):
+        assert {layer.experts_implementation for layer in mr.describe(tiny_model(name)).layers} == {"own forward"}
+
+
+def test_recordings_say_what_ran_the_experts_and_older_ones_load(tmp_path: Path):
+    model, recorded = tiny_model("qwen3_moe", head=True), []
+    for experts in ("keep", "moe_route"):
+        with mr.attach(model, experts=experts) as routed, routed.record() as recorder:
+            model(input_ids=tokens())
+        recorded.append(recorder.statistics())
+    kept, ours = recorded
+    assert [each.metadata["experts"] for each in recorded] == [["grouped_mm"], [NAME]]
+    assert (kept + ours).metadata["experts"] == ["grouped_mm", NAME]
+    ours.save(tmp_path / "new.safetensors")
+    assert mr.RoutingStatistics.load(tmp_path / "new.safetensors").metadata["experts"] == [NAME]
+    del kept.metadata["experts"]  # as recordings of earlier versions have it
+    kept.save(tmp_path / "old.safetensors")
+    old = mr.RoutingStatistics.load(tmp_path / "old.safetensors")
+    assert "experts" not in old.metadata
+    assert (old + ours).metadata["experts"] == [NAME]
+
+
 # ---- registry
 
 
@@ -755,6 +815,7 @@ def test_fp8_experts_run_what_they_ran_before(fp8_model: nn.Module, caplog: pyte
         want = fp8_model(input_ids=tokens()).last_hidden_state
         with mr.attach(fp8_model, experts="moe_route"):
             assert fp8_model.get_experts_implementation() == {"": NAME}
+            assert {layer.experts_implementation for layer in mr.describe(fp8_model).layers} == {"eager"}
             assert torch.equal(fp8_model(input_ids=tokens()).last_hidden_state, want)
     assert fp8_model.get_experts_implementation() == {"": "eager"}
     assert not any("moe_route" in name for module in fp8_model.modules() for name in vars(module))
@@ -783,4 +844,5 @@ def test_fp8_experts_by_name_run_what_transformers_takes(
         want = fp8_model(input_ids=tokens()).last_hidden_state
         fp8_model.set_experts_implementation(NAME)
         assert torch.equal(fp8_model(input_ids=tokens()).last_hidden_state, want)
+    assert {layer.experts_implementation for layer in mr.describe(fp8_model).layers} == {runs}
     assert called == (["grouped_mm"] * 3 if runs == "grouped_mm" else [])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ pytest.importorskip("transformers")
 
 from tiny_models import MAIN, tiny_model, tokens
 
+import moe_route as mr
 from moe_route import ops, reference
 from moe_route.ops import FIXED_POINT, Force, StatisticsTables, SteeringTables
 from moe_route.patching import AlreadyAttached, Attachment, Call, Labels, attachment_of
@@ -869,3 +873,95 @@ def test_routers_that_are_never_called_are_not_silent() -> None:
         layer.mlp.forward = lambda hidden: hidden
     with pytest.raises(RuntimeError, match="none of its routers"):
         run(model, input_ids=tokens())
+
+
+def test_a_layer_that_was_replaced_is_not_counted_as_nothing() -> None:
+    model, other = tiny_model("qwen3_moe"), tiny_model("qwen3_moe", seed=5)
+    attachment = Attachment(model)
+    model.layers[1] = other.layers[1]
+    bias = SteeringTables(1, 8, bias=torch.ones(1, 8))
+    for begin in (lambda: attachment.set_statistics(zeros(attachment)), lambda: attachment.set_steering([bias] * 3)):
+        with pytest.raises(
+            RuntimeError, match=r"'layers\.1\.mlp\.gate' is no part of the model any more.*attach\(model\)"
+        ):
+            begin()
+    attachment.detach()
+    assert len(Attachment(model).sites) == 3
+
+
+CHANGES: dict[str, Any] = {
+    "bfloat16": lambda model: model.bfloat16(),
+    "half": lambda model: model.half(),
+    "load": lambda model: model.load_state_dict(tiny_model("qwen3_moe", head=True, seed=4).state_dict()),
+    "assign": lambda model: model.load_state_dict(tiny_model("qwen3_moe", head=True, seed=4).state_dict(), assign=True),
+    "resize": lambda model: model.resize_token_embeddings(140),
+    "attention": lambda model: model.set_attn_implementation("eager"),
+    "experts": lambda model: model.set_experts_implementation("batched_mm"),
+    "training": lambda model: model.train(),
+}
+
+
+@pytest.mark.parametrize("engine", ["observed", "fused"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_is_changed_while_attached(change: str, engine: str) -> None:
+    """It runs as it does when changed unattached, and what the experts are given is counted."""
+    free, model, ids = (*(tiny_model("qwen3_moe", head=True) for _ in range(2)), tokens())
+    attachment = Attachment(model, engine=engine)
+    for each in (free, model):
+        torch.manual_seed(0)
+        CHANGES[change](each)
+    tables = zeros(attachment)
+    attachment.set_statistics(tables)
+    given = watch(attachment)
+    torch.testing.assert_close(run(model, input_ids=ids), run(free, input_ids=ids), rtol=1e-2, atol=1e-2)
+    for table, ids_of in zip(tables, given, strict=True):
+        assert torch.equal(table.plane("counts")[0], torch.bincount(ids_of[0].reshape(-1), minlength=8))
+    attachment.detach()
+    assert torch.equal(run(model, input_ids=ids), run(free, input_ids=ids))
+
+
+def watch(attachment: Attachment) -> list[list[Tensor]]:
+    """The ids that the experts of each layer are given from now on."""
+    given: list[list[Tensor]] = [[] for _ in attachment.sites]
+    for site, seen in zip(attachment.sites, given, strict=True):
+        site.block.experts.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[1]))
+    return given
+
+
+@pytest.mark.parametrize("engine", ["observed", "fused"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "dbrx", "llama4_text", "jetmoe"])
+def test_a_model_is_freed_with_its_last_name(name: str, engine: str) -> None:
+    model, ids = tiny_model(name, head=True), tokens()
+    routed = mr.attach(model, engine=engine)
+    with routed.record(sequences=True, trace=True) as recorder:
+        run(model, input_ids=ids)
+    statistics = recorder.statistics()
+    routed.detach()
+    parameter = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model, routed, recorder
+        assert parameter() is None
+    finally:
+        gc.enable()
+    assert statistics.tokens().max() == ids.numel()
+
+
+@pytest.mark.parametrize("doing", ["nothing", "recording", "steering"])
+def test_export(doing: str) -> None:
+    model, ids = tiny_model("qwen3_moe", head=True), tokens()
+    model.set_experts_implementation("batched_mm")
+    given = {"input_ids": ids, "use_cache": False}
+    plain = run(model, **given)
+    with mr.attach(model) as routed:
+        blocks = {
+            "nothing": nullcontext,
+            "recording": routed.record,
+            "steering": lambda: routed.steer(mr.Plan.forbid({0: [1]})),
+        }
+        refused = pytest.raises(RuntimeError, match=r"torch\.export inside record\(\) or steer\(\).*Export outside")
+        with nullcontext() if doing == "nothing" else refused, blocks[doing]():
+            program = torch.export.export(model, (), given, strict=False)
+            assert not [node for node in program.graph.nodes if "moe_route" in str(node.target)]
+            torch.testing.assert_close(program.module()(**given).logits, plain)

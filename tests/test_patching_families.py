@@ -76,7 +76,7 @@ def test_decision_on_the_models_own_hidden_states(name: str) -> None:
     assert len(seen) == len(find_sites(model))
     for site, args, output in seen:
         weights, ids = ops.route(
-            site.family.logits_of(output),
+            site.adapter.read(args, output).logits,
             site.top_k,
             site.spec,
             correction_bias=site.family.bias_of(site.module, args),

@@ -67,20 +67,20 @@ def test_changed_router_is_refused_by_the_check() -> None:
             logits, weights, ids = super().forward(hidden_states)
             return logits, 2 * weights, ids
 
-    class Probabilities(router):  # what transformers 5.0 to 5.5 returned
+    class Probabilities(router):  # of other temperature
         def forward(self, hidden_states):
             logits, weights, ids = super().forward(hidden_states)
-            return logits.softmax(-1), weights, ids
+            return (logits / 2).softmax(-1), weights, ids
 
-    class Reordered(router):
+    class Narrow(router):
         def forward(self, hidden_states):
             logits, weights, ids = super().forward(hidden_states)
-            return logits, ids, weights
+            return logits, weights[:, :1], ids
 
     for changed, message in (
         (Doubled, "does not weigh"),
         (Probabilities, "does not weigh"),
-        (Reordered, "returns shapes"),
+        (Narrow, "returns shapes"),
     ):
         model.layers[0].mlp.gate.__class__ = changed
         with pytest.raises(ModelNotSupported, match=message):

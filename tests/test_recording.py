@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -569,7 +570,8 @@ class Stub:
 
     def __init__(self, experts: list[int], silent: bool = False):
         self.sites = [
-            SimpleNamespace(name=f"layers.{i}", num_experts=n, top_k=2, parameter=None) for i, n in enumerate(experts)
+            SimpleNamespace(name=f"layers.{i}", num_experts=n, top_k=2, part="", parameter=None)
+            for i, n in enumerate(experts)
         ]
         self.trace = None
         self.tables: Any = None
@@ -654,3 +656,37 @@ def test_a_broken_table_is_noticed_when_read() -> None:
             rec.statistics()
         stub.tables[0].plane("mass")[0, 1] -= 1 << 40
     assert rec.statistics().tokens().tolist() == [[6, 6]]
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, ZeroDivisionError])
+def test_a_sequence_whose_call_failed_is_left_out(model: nn.Module, kind: type[BaseException], labelled: bool) -> None:
+    """Also where the failure was caught inside the block, and the next call went well."""
+
+    def fail(*_: object) -> None:
+        raise kind
+
+    with mr.attach(model) as routed, routed.record(sequences=True) as recorder:
+        run(routed, {"input_ids": tokens(1, 4)})
+        with recorder.labels(["x"], items=[1]) if labelled else nullcontext():
+            stop = model.model.layers[1].register_forward_pre_hook(fail)
+            with pytest.raises(kind):
+                run(routed, {"input_ids": tokens(1, 4)})
+            stop.remove()
+            run(routed, {"input_ids": tokens(1, 5)})
+        run(routed, {"input_ids": tokens(1, 6)})
+    statistics = recorder.statistics()
+    assert statistics.sequences().sum() == (2 if labelled else 3)
+    assert statistics.metadata["abandoned_sequences"] == 1
+    assert statistics.tokens().sum(0)[1:].tolist() == [15, 15]  # the failed call reached the first layer alone
+
+
+def test_ending_a_recorder_that_did_not_begin_leaves_the_other_on(model: nn.Module) -> None:
+    with mr.attach(model) as routed:
+        other = routed.record()
+        with routed.record() as recorder:
+            with pytest.raises(RuntimeError, match="a recording is on already"):
+                other.__enter__()
+            other.__exit__(None, None, None)
+            run(routed, {"input_ids": tokens(1, 4)})
+        assert recorder.statistics().tokens().max() == 4

@@ -72,6 +72,15 @@ def test_positions_go_on_over_chunks(routed: mr.Routed) -> None:
     np.testing.assert_array_equal(trace.ids[trace.sequence == 0], trace.ids[trace.sequence == 2])
 
 
+def test_positions_are_those_of_the_text_where_its_beginning_is_not_traced(routed: mr.Routed) -> None:
+    ids, mask = tokens(2, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with routed.record(trace=True, phases=["decode"]) as rec, rec.labels("x", items=[1, 2]):
+        routed.model.generate(ids, attention_mask=mask, **options)
+    trace = rec.trace()
+    assert [trace.position[trace.sequence == s].tolist() for s in range(2)] == [[4, 5, 6], [6, 7, 8]]
+
+
 def test_beams_share_their_sequence(routed: mr.Routed) -> None:
     with routed.record(trace=True) as rec, rec.labels("x", items=[1, 2]):
         routed.model.generate(tokens(2, 4), num_beams=3, max_new_tokens=3, min_new_tokens=3, do_sample=False)

@@ -328,3 +328,21 @@ def test_missing_and_foreign_sequences_are_refused(model: nn.Module, routed: mr.
     (tmp_path / "two.sequences").rename(tmp_path / "one.sequences")
     with pytest.raises(mr.files.FileRefused, match="does not hold the sequences that belong"):
         mr.RoutingStatistics.load(tmp_path / "one.safetensors")
+
+
+def test_plans_may_end_in_any_order() -> None:
+    routed = mr.attach(tiny_model("qwen3_moe"))
+    one, other = (mr.Plan.forbid({0: [expert]}) for expert in (1, 2))
+    first, second = routed.steer(one), routed.steer(other)
+    first.__enter__()
+    second.__enter__()
+    assert routed.plan == one + other
+    first.__exit__(None, None, None)
+    assert routed.plan == other
+    with routed.record() as recorder, torch.no_grad():
+        routed.model(input_ids=tokens())
+    counts = recorder.statistics().token_sum("counts").sum(0)[0]
+    assert counts[2] == 0 < counts[1]
+    second.__exit__(None, None, None)
+    assert routed.plan is None
+    routed.detach()

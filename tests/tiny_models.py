@@ -115,7 +115,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
             "mrope_section": [1, 1, 2],
         }
     },
-    "glm_moe_dsa": _SPARSE,
+    "glm_moe_dsa": _SPARSE | {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "kimi_linear": _LATENT | _HYBRID,
     "mimo_v2_flash": _GROUPS,
     "nemotron_h": {},
@@ -297,7 +297,12 @@ def tiny_model(
     With `head`, the (causal or sequence to sequence) language model; otherwise the model below its head.
     """
     torch.manual_seed(seed)
-    model = _build(name, configuration(name, **changes), dtype, head).eval()
+    return made_ready(name, _build(name, configuration(name, **changes), dtype, head))
+
+
+def made_ready(name: str, model: Any) -> Any:
+    """`model` in evaluation mode, with what transformers leaves uninitialised or at zero filled in."""
+    model.eval()
     kept = tuple(model._keep_in_fp32_modules_strict or ())
     with torch.no_grad():
         for key, parameter in model.named_parameters():

@@ -1,9 +1,10 @@
-"""`python -m bench.device`: measure the kernels on a CUDA device and write the results (about two minutes)."""
+"""`python -m bench.device`: measure the kernels on a CUDA device and write the results (about three minutes)."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-from bench import results
+from bench import experts, results
 from bench.device import dispatch, environment, floors, gate, layers, model, place, targets
 from bench.device.shapes import MODELS, ModelShape
 from bench.dispatch import Shape as DispatchShape
 from bench.gate import Shape as GateShape
 from bench.results import Fact, Row, Target
+from bench.timing import race
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -37,6 +39,8 @@ class Work:
     models: Sequence[ModelShape] = MODELS
     model_tokens: Sequence[int] = (64, 4096)
     model: model.Work = field(default_factory=model.Work)
+    expert_layers: Sequence[experts.Layer] = experts.LAYERS
+    expert_tokens: Sequence[int] = tuple(experts.TOKENS)
 
 
 SMALL = Work(
@@ -46,6 +50,8 @@ SMALL = Work(
     models=MODELS[:1] + MODELS[7:8],
     model_tokens=(4,),
     model=model.Work(F32, 2, 8, {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_experts": 8}),
+    expert_layers=tuple(experts.Layer(f"small {kind}", kind, 64, 32, 8, 2) for kind in ("qwen3_moe", "gpt_oss")),
+    expert_tokens=(4,),
 )
 
 
@@ -141,11 +147,38 @@ def measure_model(report: Report, work: Work) -> None:
         report.facts.append(Fact(section, work.model.title, what, seconds * 1e6, "us"))
 
 
+def measure_experts(report: Report, work: Work) -> None:
+    for layer in work.expert_layers:
+        for dtype in experts.DTYPES:
+            measure_expert_layer(report, work, layer, dtype)
+
+
+def measure_expert_layer(report: Report, work: Work, layer: experts.Layer, dtype: torch.dtype) -> None:
+    """One layer in one dtype; its weights are gone at the end."""
+    where, inputs = report.where, report.where.most_calls
+    limits = experts.Limits(where.memory_bytes // 4, math.inf)
+    for routed in experts.cases(layer, dtype, work.expert_tokens, limits, where.device, inputs=inputs):
+        copying = floors.copying(int(routed.hit_bytes()), where)
+        for mode, clock in where.clocks.items():
+            names = limits.implementations(layer, routed.tokens, dtype)
+            if mode == place.GRAPH:  # what waits for the device cannot be captured: eager, and products in float32
+                names = tuple(name for name in names if name != experts.EAGER) if dtype == BF16 else ()
+            if not names:
+                continue
+            contenders = routed.contenders(names, (floors.COPY, copying))
+            burst = where.calls(mode, len(routed))
+            with torch.inference_mode():
+                run = race(contenders, rounds=max(2, work.rounds // 4), warmup=1, burst=burst, clock=clock)
+            rows, facts = experts.compared(f"{experts.SECTION}, {mode}", routed, run, floors.COPY)
+            report.rows, report.facts = report.rows + rows, report.facts + facts
+
+
 MEASURES: dict[str, Callable[[Report, Work], None]] = {
     "gate": measure_gates,
     "dispatch": measure_moves,
     "layers": measure_layers,
     "model": measure_model,
+    "expert-layers": measure_experts,  # "experts" is the check
 }
 
 

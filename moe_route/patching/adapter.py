@@ -1,6 +1,7 @@
 """Where a decision lies in what a router returns, and how another one is put in its place.
 
-Most routers return (logits, weights, ids): that is `Adapter` itself. The others have a subclass each in `specials`.
+Most routers return (logits, weights, ids), in one order or another, or all but the logits: that is `Adapter` itself
+(`Family.returns`). The others have a subclass each in `specials`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from moe_route.patching.watching import Scored, WatchedForward
+
 if TYPE_CHECKING:
     from moe_route.patching.family import Family
+
+# Modules of a whole model that run by themselves, by the names that transformers gives them.
+_PARTS = frozenset(("encoder", "decoder", "thinker", "talker"))
 
 Output = tuple[Any, ...]  # what a router returns: tensors, some routers lists of numbers beside them
 Hook = Callable[[nn.Module, tuple[object, ...], Output], Output | None]
@@ -52,23 +58,45 @@ class Adapter:
     `settles`: what reaches the experts is known only after `write` (a capacity, a normalisation with others), so that
     steered choices are counted there.
     `may_leave_empty`: the steering in force can leave a slot empty (set by the engine).
+    `idle`: nothing is counted, steered or traced here now (set by the engine).
     """
 
     keeps = True
     settles = False
     may_leave_empty = False
+    idle = True
 
     def __init__(self, place: Place) -> None:
         self.place = place
         self.family: Family = place.family
+        self._set_form(self.family.returns)
         # attributes of transformers' classes are not known to the type checker
         self.module: Any = place.module
         self.block: Any = place.block
 
+    def _set_form(self, returns: tuple[str, ...]) -> None:
+        """Logits that the router keeps to itself are put behind what it returns."""
+        self._dense = "scores" in returns
+        self._of_probabilities = "probabilities" in returns
+        self._watches = not self._of_probabilities and "logits" not in returns
+        self._logits_at = len(returns) if self._watches else _first(returns, "logits", "probabilities")
+        self._weights_at, self._ids_at = _first(returns, "weights", "scores"), returns.index("ids")
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Whether a module of a known class has the form that this adapter reads: versions of a class differ."""
+        return True
+
+    @property
+    def widens(self) -> bool:
+        """Whether the experts can be given more choices a token than the router makes."""
+        return type(self).write is Adapter.write and not self.family.fixed_slots
+
     @property
     def part(self) -> str:
         """Which of the model's several kinds of router this is ("attention", "vision"), "" where there is one."""
-        return "vision" if self.patches else ""
+        pieces = self.place.name.split(".")
+        return "vision" if self.patches else next((piece for piece in pieces if piece in _PARTS), "")
 
     @property
     def patches(self) -> bool:
@@ -83,8 +111,9 @@ class Adapter:
         """Peculiarities of this one router, besides those of its family."""
         if self.patches:
             yield (
-                "routes patches of images, which are no tokens of the call: where its labels differ from sequence to "
-                "sequence, patches are neither counted nor steered; they are never traced"
+                "routes patches of images, which are no tokens of the call: each has the labels of the token that it "
+                "becomes part of; where the ids do not say which, labels that differ within the call leave patches "
+                "uncounted and unsteered; they are never traced"
             )
 
     def defects(self) -> Iterable[str]:
@@ -93,7 +122,17 @@ class Adapter:
 
     def listen(self, hook: Hook) -> Sequence[Removable]:
         """Let `hook` see, and replace, every output of the router."""
-        return (self.module.register_forward_hook(hook),)
+        if not self._watches:
+            return (self.module.register_forward_hook(hook),)
+        self.hook = hook
+        return (WatchedForward(self.module, self._scored, self._see_scored),)
+
+    def _see_scored(self, module: nn.Module, args: tuple[object, ...], output: Output, scored: Scored) -> Output | None:
+        changed = self.hook(module, args, (*output, scored.logits()))
+        return None if changed is None else changed[:-1]
+
+    def _scored(self) -> Scored | None:
+        return None if self.idle else Scored(self.family.num_experts_of(self.module))
 
     def rows(self) -> Tensor | None:
         """Which tokens of the call the router was given, int64 [T]; None: all of them, in order."""
@@ -101,9 +140,12 @@ class Adapter:
 
     def read(self, args: tuple[object, ...], output: Output) -> Decision:
         """The decision that the experts get."""
-        family = self.family
-        logits = family.logits_of(output) if family.probabilities else output[family.logits_at]
-        return Decision(logits, output[family.weights_at], output[family.ids_at])
+        logits, weights, ids = output[self._logits_at], output[self._weights_at], output[self._ids_at]
+        if self._of_probabilities:
+            logits = logits.log()  # a softmax of either is the same
+        if self._dense:
+            weights = weights.gather(1, ids)
+        return Decision(logits, weights, ids)
 
     def chosen(self, args: tuple[object, ...], output: Output, decision: Decision) -> Decision:
         """What the router chose before it settled it: the scores' own choice."""
@@ -116,9 +158,10 @@ class Adapter:
 
         `weights` are in the dtype of those of `chosen`, `ids` int32 [T, k]; an empty slot has id -1 and weight 0.
         """
-        changed = list(output)
-        changed[self.family.weights_at] = weights
-        changed[self.family.ids_at] = self.filled(ids).to(decision.ids.dtype)
+        changed, filled = list(output), self.filled(ids).to(decision.ids.dtype)
+        changed[self._weights_at], changed[self._ids_at] = weights, filled
+        if self._dense:
+            changed[self._weights_at], changed[self._ids_at] = as_scores(output[self._weights_at], weights, filled)
         return tuple(changed), weights, ids
 
     def filled(self, ids: Tensor) -> Tensor:
@@ -128,10 +171,27 @@ class Adapter:
         return ids
 
     def probe(self, hidden: Tensor, arguments: tuple[Tensor, ...]) -> tuple[tuple[object, ...], Output]:
-        """Run the router by itself on `hidden`: its arguments, and what it returned."""
-        return (hidden, *arguments), self.module.forward(hidden.clone(), *arguments)
+        """Run the router by itself on `hidden`: its arguments, and what it returned, with its logits."""
+        args = (hidden, *arguments)
+        if not self._watches:
+            return args, self.module.forward(hidden.clone(), *arguments)
+        with Scored(self.family.num_experts_of(self.module)) as scored:
+            output = self.module.forward(hidden.clone(), *arguments)
+        return args, (*output, scored.logits())
 
 
 def empty_ids(ids: Tensor, empty: Tensor) -> Tensor:
     """`ids` with -1 where `empty`."""
     return torch.where(empty, -1, ids)
+
+
+def as_scores(own: Tensor, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [T, k] of `ids` [T, k] as scores like `own` [T, E], and the ids that go with them: every slot takes the
+    score of its id, so one of weight 0 names an expert that has none."""
+    scores = torch.zeros_like(own).scatter_add(1, ids.long(), weights)
+    unused = (scores == 0).to(torch.uint8).argmax(1, keepdim=True)
+    return scores, torch.where(weights == 0, unused.to(ids.dtype), ids)
+
+
+def _first(returns: tuple[str, ...], *names: str) -> int:
+    return next(returns.index(name) for name in names if name in returns)

@@ -13,12 +13,13 @@ from torch import nn
 
 from moe_route.devices import capturing, finish
 from moe_route.ops import StatisticsTables, SteeringTables
-from moe_route.patching.adapter import Adapter, Removable
+from moe_route.patching.adapter import Removable
 from moe_route.patching.engines import Engine, Fused, Observed, Steers, Trace
 from moe_route.patching.experts import ExpertsSwitch
 from moe_route.patching.family import at
 from moe_route.patching.generation import finished_tokens, listen_to_generate
 from moe_route.patching.graphs import forget_graphs
+from moe_route.patching.patches import placeholders_of
 from moe_route.patching.selfcheck import check_site, unreadable
 from moe_route.patching.sites import RouterSite, find_sites
 from moe_route.patching.tokens import Call, CallReader, Labels, TokenContext
@@ -75,11 +76,13 @@ class Attachment:
             _check(self.sites)
         self.label: Callable[[Call], Labels | None] | None = None
         self.after_call: Callable[[Call], None] | None = None
+        self.settle: Callable[[int], None] | None = None  # told of the drafts of a call that were refused
         self._trace: Trace | None = None
         self._steering: list[Steers | None] | None = None
         self._statistics: list[StatisticsTables] | None = None
         self._captured: list[object] = []
-        self._context = TokenContext(self._labels, self._after, partial(finished_tokens, model))
+        self._context = TokenContext(self._labels, self._after, partial(finished_tokens, model), self._settle)
+        self._context.placeholders = placeholders_of(model)
         kinds = {"observed": Observed, "fused": Fused}
         self._engines: list[Engine] = [kinds[site.engine](site, self._context) for site in self.sites]
         self._handles: list[Removable] = []
@@ -107,6 +110,7 @@ class Attachment:
         Tables that steer nothing count as None. Raises `ValueError` where number or shape does not fit the model.
         """
         if tables is not None:
+            self._refuse_replaced()
             self._fits("steering tables", tables)
             for site, table in zip(self.sites, tables, strict=True):
                 if table is not None and not site.steerable:
@@ -126,6 +130,7 @@ class Attachment:
         Small calls (decode steps) are counted together, up to `lag` of them behind: `flush` before the tables are read.
         """
         if tables is not None:
+            self._refuse_replaced()
             self._fits("statistics tables", tables)
         self.flush()
         if self._statistics is None or tables is None:  # a recording begins or ends: no call is running
@@ -154,6 +159,7 @@ class Attachment:
         if self._experts is not None:
             self._experts.restore()
         self._handles = []
+        self._context.release()
 
     def _install(self) -> None:
         forget_graphs(self.model)
@@ -182,6 +188,18 @@ class Attachment:
             self._context.lengths.forget()  # calls went by unseen
         self._context.idle = idle
 
+    def _refuse_replaced(self) -> None:
+        """Raise `RuntimeError` where a router has left the model: it would count and steer nothing."""
+        if not self._context.idle:
+            return
+        present = set(self.model.modules())
+        for site in self.sites:
+            if site.module not in present:
+                raise RuntimeError(
+                    f"router {site.name!r} is no part of the model any more (its layer was replaced after attach): "
+                    "detach(), and attach(model) again"
+                )
+
     def _fits(self, what: str, tables: Sequence[Steers | StatisticsTables | None]) -> None:
         if len(tables) != len(self.sites):
             raise ValueError(f"{len(tables)} {what} for {len(self.sites)} routers; give one per site")
@@ -201,6 +219,10 @@ class Attachment:
     def _after(self, call: Call) -> None:
         if self.after_call is not None:
             self.after_call(call)
+
+    def _settle(self, refused: int) -> None:
+        if self.settle is not None:
+            self.settle(refused)
 
 
 def attachment_of(module: nn.Module) -> Attachment | None:
@@ -288,7 +310,7 @@ def _fitted(tables: Steers | None, site: RouterSite) -> Steers | None:
     """The steering for this very router. Raises `ValueError` where it cannot do it."""
     if tables is None or isinstance(tables, SteeringTables):
         return tables
-    if tables.wide and type(site.adapter).write is not Adapter.write:
+    if tables.wide and not site.adapter.widens:
         raise ValueError(
             f"router {site.name!r} (layer {site.layer}) cannot take a top_k above its own: {type(site.module).__name__}"
             " has no more slots. Leave that layer out: plan.only(layers=[...])"

@@ -79,6 +79,7 @@ class Engine(ABC):
     def configure(self, statistics: StatisticsTables | None, steering: Steers | None, trace: Trace | None) -> None:
         """Set what is counted into, what steers, and who is told."""
         self.statistics, self.steering, self.trace = statistics, steering, trace
+        self.adapter.idle = statistics is None and steering is None and trace is None
         self.adapter.may_leave_empty = steering is not None and not EMPTYING.isdisjoint(steering.tables)
 
     @abstractmethod
@@ -136,16 +137,20 @@ class Engine(ABC):
             return Routed(weights, ids, logits, steering, table)
         if own is None:
             given = {"given_ids": ops.route(logits, k, self.spec, **model)[1]}
-        given |= {"tokens": table, "counter": self.counter(logits.device), "statistics": statistics}
+        given |= {"tokens": table, "counter": self.counter(logits), "statistics": statistics}
         weights, ids, steered = steering.route(logits, k, self.spec, **model, **given)
         return Routed(weights, ids, *steered)
 
-    def counter(self, device: torch.device) -> Tensor | None:
+    def counter(self, logits: Tensor) -> Tensor | None:
         """What tells the tokens of the router apart, where the labels say it."""
-        counters, rows = self.context.counters, self.adapter.rows()
+        counters, rows, device = self.context.counters, self.adapter.rows(), logits.device
         if not counters:
             return None
         counter = on_device(counters, device)
+        if self.adapter.patches:
+            rows = self.context.rows_of_patches(len(logits))
+            if rows is None:
+                return torch.arange(len(logits), device=device)
         return counter if rows is None else counter[rows.to(device)]
 
     def steering_on(self, device: torch.device) -> Steers:

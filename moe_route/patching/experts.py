@@ -34,6 +34,7 @@ class _Held:
 
 
 NAME = "moe_route"
+OWN_FORWARD = "own forward"
 _SETTING = "_experts_implementation_internal"  # of a configuration: what the experts read at every call
 _BEFORE = "_moe_route_before"  # of an FP8 module: the name it ran under
 _KNOWN = {*DEFAULTS, "experts_class", "experts_interface"}
@@ -64,6 +65,13 @@ def register_experts() -> None:
     fp8 = _fp8("FP8ExpertsInterface")
     if fp8 is not None:  # where FP8 experts have no registry, no name reaches them
         fp8.register(NAME, fp8_forward)
+
+
+def experts_implementations(block: nn.Module) -> tuple[str, ...]:
+    """What runs the experts inside a block now, each once: names of transformers' experts interface ("eager",
+    "grouped_mm", "moe_route", ...), or "own forward" where none of them goes through it."""
+    found = {_runs_as(module) for module in block.modules() if _decorated(module)}
+    return tuple(sorted(found)) or (OWN_FORWARD,)
 
 
 class ExpertsSwitch:
@@ -103,8 +111,7 @@ class ExpertsSwitch:
 def fp8_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """FP8 experts under the name "moe_route": what they ran as before `attach`, else what transformers takes by
     itself (grouped_mm; eager where the activations have static scales, which grouped_mm refuses)."""
-    static = getattr(module, "activation_scheme", None) == "static"
-    name = getattr(module, _BEFORE, None) or ("eager" if static else "grouped_mm")
+    name = _fp8_runs_as(module)
     if not torch.compiler.is_compiling() and name not in _said:
         _said.add(name)
         logger.warning(
@@ -118,6 +125,17 @@ def fp8_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, t
     else:
         forward = _fp8("ALL_FP8_EXPERTS_FUNCTIONS")[name]
     return forward(module, hidden_states, top_k_index, top_k_weights)
+
+
+def _fp8_runs_as(module: nn.Module) -> str:
+    static = getattr(module, "activation_scheme", None) == "static"
+    return getattr(module, _BEFORE, None) or ("eager" if static else "grouped_mm")
+
+
+def _runs_as(module: Any) -> str:
+    """The implementation that a decorated module's next call takes; nothing set is eager to transformers."""
+    name = getattr(module.config, _SETTING) or "eager"
+    return _fp8_runs_as(module) if name == NAME and _is_fp8(module) else name
 
 
 def _hold(config: Any) -> None:

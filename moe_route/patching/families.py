@@ -2,59 +2,55 @@
 
 The table is data. A row names the router classes it covers and says where a `RouterSpec` is read from on a live
 router, where the decision lies in the router's output, and, where the router computes its logits with one plain matrix
-product, in which dtype. Routers whose output has another form have a file each in `specials`, with their row.
+product, in which dtype. Routers whose output has another form have a file each in `specials`, with their row; what only
+older versions of transformers have is in `older`.
 
 Facts were read from, and are tested against, transformers 5.23.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from moe_route.ops import RouterSpec
-from moe_route.patching.family import PLAIN_SOFTMAX, Family, Gate, at, score_function
+from moe_route.patching.family import (
+    PLAIN_SOFTMAX,
+    Family,
+    Gate,
+    fill_of_left_out,
+    score_function,
+    without_groups_unless,
+)
+from moe_route.patching.older import OLDER_FAMILIES
 from moe_route.patching.specials import SPECIAL_FAMILIES
 from moe_route.patching.specials.ernie import Ernie
 from moe_route.patching.specials.gpt_oss import GptOss
 
 
-def _without_groups_unless(method: str) -> Callable[[nn.Module, RouterSpec], RouterSpec]:
-    def adjust(router: nn.Module, spec: RouterSpec) -> RouterSpec:
-        if at(router, "topk_method") == method:
-            return spec
-        return _replace(spec, groups=1, top_groups=1)
-
-    return adjust
-
-
 def _mean_over_top_k(router: Any, spec: RouterSpec) -> RouterSpec:
-    return _replace(spec, scale=1.0 / float(router.top_k))
+    return replace(spec, scale=1.0 / float(router.top_k))
 
 
 def _cohere(router: Any, spec: RouterSpec) -> RouterSpec:
     if router.expert_selection_fn == "softmax":
         return spec
-    return _replace(spec, score="sigmoid", renormalise="sum" if router.norm_topk_prob else "none")
+    return replace(spec, score="sigmoid", renormalise="sum" if router.norm_topk_prob else "none")
 
 
 def _own_spec(router: Any, spec: RouterSpec) -> RouterSpec:
     return router.spec
 
 
-def _replace(spec: RouterSpec, **changes: object) -> RouterSpec:
-    values = {name: getattr(spec, name) for name in RouterSpec.__dataclass_fields__}
-    return RouterSpec(**(values | changes))
-
-
 _SOFTMAX = RouterSpec(score="softmax", renormalise="sum")
 _SELECTED_SOFTMAX = RouterSpec(score="softmax", order="topk_then_score")
 _SIGMOID = RouterSpec(score="sigmoid", renormalise="sum")
 _SIGMOID_EPS = RouterSpec(score="sigmoid", renormalise="sum", eps=1e-20)
-_GROUPS = {"groups": "num_group", "top_groups": "topk_group"}
-_SCALED_GROUPS = _GROUPS | {"scale": "routed_scaling_factor"}
+_GROUPS: dict[str, str | tuple[str, ...]] = {"groups": ("num_group", "n_group"), "top_groups": "topk_group"}
+_SCALED_GROUPS: dict[str, str | tuple[str, ...]] = _GROUPS | {"scale": "routed_scaling_factor"}
 _IN_FLOAT32 = Gate(compute="float32")
 _BIAS = "e_score_correction_bias"
 
@@ -89,7 +85,7 @@ FAMILIES: tuple[Family, ...] = (
         num_experts="config.num_experts",
         expert_scale="per_expert_scale",
         weights="float32",
-        probabilities=True,
+        returns=("probabilities", "weights", "ids"),
         unfused="it normalises and scales its hidden states first",
         defects=("the softmax stands in the place of the router logits; statistics and steering use its log",),
     ),
@@ -98,7 +94,7 @@ FAMILIES: tuple[Family, ...] = (
         ("DeepseekV2TopkRouter", "DeepseekOcr2TextTopkRouter", "UnlimitedOcrTextTopkRouter"),
         RouterSpec(score="softmax", group_score="max", group_fill=0.0),
         read=_SCALED_GROUPS,
-        adjust=_without_groups_unless("group_limited_greedy"),
+        adjust=without_groups_unless("group_limited_greedy"),
         weights="float32",
         gate=_IN_FLOAT32,
     ),
@@ -167,6 +163,8 @@ FAMILIES: tuple[Family, ...] = (
         _SIGMOID_EPS,
         read=_SCALED_GROUPS,
         renormalise_if="norm_topk_prob",
+        adjust=fill_of_left_out,
+        num_experts="weight",
         correction_bias=_BIAS,
         weights="float32",
         gate=_IN_FLOAT32,
@@ -286,6 +284,7 @@ FAMILIES: tuple[Family, ...] = (
         ("Ernie4_5_MoeTopKRouter", "Ernie4_5_VLMoeMoeTopKRouter"),
         RouterSpec(score="softmax", renormalise="clamp"),
         read={"eps": "norm_min"},
+        num_experts="weight",
         correction_bias="moe_statics.e_score_correction_bias",
         weights="input",
         unfused="it switches autocast off",
@@ -325,6 +324,8 @@ FAMILIES: tuple[Family, ...] = (
         ("PhimoeTopKRouter",),
         RouterSpec(score="sparsemixer"),
         read={"jitter": "router_jitter_noise"},
+        top_k=2,
+        num_experts="out_features",
         low_precision=True,
         unfused="it samples its experts in training mode",
         notes=("samples its experts in training mode: unsteered tokens keep the sample, steered ones are greedy",),
@@ -342,7 +343,7 @@ REFUSED: Mapping[str, str] = {
 
 def family_of(router: nn.Module) -> Family | None:
     """The row that covers `router`, or None."""
-    return next((family for family in FAMILIES if family.covers(router)), None)
+    return next((family for family in (*FAMILIES, *OLDER_FAMILIES) if family.covers(router)), None)
 
 
 def refused_name(module: nn.Module) -> str | None:

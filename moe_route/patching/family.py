@@ -6,6 +6,7 @@ Reading a row imports nothing but torch: classes are matched by name along the M
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,10 @@ from moe_route.patching.adapter import Adapter
 from moe_route.patching.offloaded import resident
 
 PLAIN_SOFTMAX = RouterSpec(score="softmax")
+# What a router returns: "logits" [T, E], or "probabilities" [T, E], their softmax, in their place; "weights" [T, k], or
+# "scores" [T, E], weights that are zero where an expert was not chosen; "ids" [T, k].
+Part = Literal["logits", "probabilities", "weights", "scores", "ids"]
+_CHOOSING = ("forward", "get_topk_indices", "route_tokens_to_experts")  # methods in which a choice is made
 # The modules whose classes the table speaks about.
 HOMES = ("transformers.", "moe_route.nn")
 
@@ -45,18 +50,17 @@ class Family:
     name: str  # letter of the routing family and what it does, for people
     routers: tuple[str, ...]
     spec: RouterSpec = PLAIN_SOFTMAX  # what is the same for every router of the row
-    read: Mapping[str, str] = field(default_factory=dict)  # RouterSpec field <- attribute of the router
+    # RouterSpec field <- attribute of the router, or the names it had in several versions
+    read: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     renormalise_if: str | None = None  # attribute that switches spec.renormalise on; None = always as in spec
     adjust: Callable[[nn.Module, RouterSpec], RouterSpec] | None = None  # what no attribute alone says
     top_k: str | int = "top_k"  # a number where no attribute says it
-    num_experts: str | int = "num_experts"
+    num_experts: str | int = "num_experts"  # of a matrix: its rows
     correction_bias: str | None = None  # attribute, or "argument:1" where the block passes it to the router
     expert_scale: str | None = None  # factor per expert on the final weight
     weights: Literal["logits", "input", "float32"] = "logits"  # dtype of the weights the router returns
-    logits_at: int = 0
-    weights_at: int = 1
-    ids_at: int = 2
-    probabilities: bool = False  # the router returns softmax(logits) where others return logits
+    returns: tuple[Part, ...] = ("logits", "weights", "ids")  # without logits, they are caught where they are scored
+    fixed_slots: bool = False  # what takes the choice has room for top_k experts a token and no more
     low_precision: bool = False  # scores are computed in the dtype of the logits, not in float32
     chosen_by: Literal["logits", "token ids"] = "logits"
     input_rank: int = 2
@@ -68,14 +72,16 @@ class Family:
     defects: tuple[str, ...] = ()  # what transformers does wrong with these routers
 
     def covers(self, router: nn.Module) -> bool:
-        """Whether `router` is, or derives from, a class of this row."""
-        return any(c.__name__ in self.routers and c.__module__.startswith(HOMES) for c in type(router).__mro__)
+        """Whether `router` is, or derives from, a class of this row, and has the form that its adapter reads."""
+        known = any(c.__name__ in self.routers and c.__module__.startswith(HOMES) for c in type(router).__mro__)
+        return known and self.adapter.fits(router)
 
     def spec_of(self, router: nn.Module) -> RouterSpec:
         """The `RouterSpec` of a live router."""
         values = {name: getattr(self.spec, name) for name in RouterSpec.__dataclass_fields__}
-        for name, path in self.read.items():
-            value = at(router, path)
+        for name, paths in self.read.items():
+            found = (at(router, path) for path in ((paths,) if isinstance(paths, str) else paths))
+            value = next((value for value in found if value is not None), None)
             if value is not None:
                 values[name] = value
         if self.renormalise_if is not None and not at(router, self.renormalise_if):
@@ -84,6 +90,10 @@ class Family:
             values["weight_dtype"] = torch.float32
         spec = RouterSpec(**values)
         return spec if self.adjust is None else self.adjust(router, spec)
+
+    def num_experts_of(self, router: nn.Module) -> Any:
+        """How many experts `router` chooses among, None where it does not say so."""
+        return number(router, self.num_experts)
 
     def bias_of(self, router: nn.Module, arguments: tuple[object, ...] = ()) -> Tensor | None:
         """The correction bias in force, float32 [E], or None."""
@@ -100,12 +110,6 @@ class Family:
         """The factor per expert on the final weights, float32 [E], or None."""
         return None if self.expert_scale is None else resident(router, self.expert_scale).float()
 
-    def logits_of(self, output: tuple[Tensor, ...]) -> Tensor:
-        """Router logits [T, E] out of the router's output; log-probabilities where the router returns probabilities
-        (a softmax of either is the same)."""
-        logits = output[self.logits_at]
-        return logits.log() if self.probabilities else logits
-
 
 def at(root: Any, path: str) -> Any:
     """The attribute at a dotted path, or None where there is none."""
@@ -115,8 +119,9 @@ def at(root: Any, path: str) -> Any:
 
 
 def number(root: Any, value: str | int) -> Any:
-    """A number, or the attribute at a dotted path."""
-    return at(root, value) if isinstance(value, str) else value
+    """A number, or the attribute at a dotted path; of a matrix there, its rows."""
+    found = at(root, value) if isinstance(value, str) else value
+    return len(found) if isinstance(found, Tensor) else found
 
 
 def modeling_of(module: nn.Module) -> ModuleType | None:
@@ -133,3 +138,20 @@ def score_function(router: Any, spec: RouterSpec) -> RouterSpec:
     if score is None:
         raise ValueError(f"{type(router).__name__} scores with {name}, which has no counterpart here")
     return replace(spec, score=score)  # type: ignore[arg-type]
+
+
+def without_groups_unless(method: str) -> Callable[[nn.Module, RouterSpec], RouterSpec]:
+    """Groups count only where the router's `topk_method` is `method` (`Family.adjust`)."""
+
+    def adjust(router: nn.Module, spec: RouterSpec) -> RouterSpec:
+        return spec if at(router, "topk_method") == method else replace(spec, groups=1, top_groups=1)
+
+    return adjust
+
+
+def fill_of_left_out(router: nn.Module, spec: RouterSpec) -> RouterSpec:
+    """`spec` with the score that experts of groups left out are given: 0 in older versions of a class, minus infinity
+    in later ones (`Family.adjust`). Its code says which."""
+    methods = (inspect.unwrap(getattr(type(router), name)) for name in _CHOOSING if hasattr(type(router), name))
+    code = next((m.__code__ for m in methods if "masked_fill" in m.__code__.co_names), None)
+    return spec if code is None or "-inf" in code.co_consts else replace(spec, group_fill=0.0)

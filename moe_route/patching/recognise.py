@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from moe_route import ops
 from moe_route.ops import RouterSpec
-from moe_route.patching.family import Family, at
+from moe_route.patching.family import Family, Part, at
+from moe_route.patching.forms import parts_of
 from moe_route.patching.probing import PROBES, undisturbed
 
 _BIASES = ("e_score_correction_bias", "expert_bias", "correction_bias")
@@ -30,12 +31,12 @@ _ROOM = 1e-5
 
 @dataclass(frozen=True)
 class Sample:
-    """What a router returned for some probes, and where in the output each part lies."""
+    """What a router returned for some probes, and in which order."""
 
-    logits: Tensor
+    logits: Tensor  # or probabilities
     weights: Tensor
     ids: Tensor
-    places: tuple[int, int, int]
+    returns: tuple[Part, ...]
 
 
 def recognise(router: nn.Module, block: nn.Module) -> Family | str:
@@ -68,40 +69,29 @@ def _samples(router: nn.Module) -> list[Sample] | str:
                 output = alone.forward(hidden)
         except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
             return f"it cannot be run by itself on hidden states [tokens, hidden size] ({type(error).__name__})"
-        sample = _parts(output)
+        sample = _sample(output)
         if sample is None:
             return "it does not return logits [tokens, experts], weights [tokens, k] and ids [tokens, k]"
         found.append(sample)
     return found
 
 
-def _parts(output: Any) -> Sample | None:
-    if not isinstance(output, tuple) or len(output) != 3 or not all(isinstance(part, Tensor) for part in output):
+def _sample(output: Any) -> Sample | None:
+    returns = parts_of(output)
+    if returns is None or len(returns) != 3 or len(output[0]) != PROBES:
         return None
-    if any(part.dim() != 2 or len(part) != PROBES for part in output):
+    logits = next(part for part, name in zip(output, returns, strict=True) if name in ("logits", "probabilities"))
+    weights, ids = output[returns.index("weights")], output[returns.index("ids")]
+    if not bool(((ids >= 0) & (ids < logits.shape[1])).all()):
         return None
-    ids_at = [i for i, part in enumerate(output) if not part.is_floating_point()]
-    if len(ids_at) != 1:
-        return None
-    ids = output[ids_at[0]]
-    others = [i for i in range(3) if i != ids_at[0]]
-    same = [i for i in others if output[i].shape == ids.shape]
-    if len(same) != 1:
-        return None
-    logits_at = next(i for i in others if i != same[0])
-    logits, weights = output[logits_at], output[same[0]]
-    if logits.shape[1] <= ids.shape[1] or not bool(((ids >= 0) & (ids < logits.shape[1])).all()):
-        return None
-    return Sample(logits, weights, ids, (logits_at, same[0], ids_at[0]))
+    return Sample(logits, weights, ids, returns)
 
 
 def _candidates(router: nn.Module, samples: list[Sample]) -> Iterator[Family]:
     """Rows to try: every way of routing, with and without each fact that the router holds."""
-    logits, places = samples[0].logits, samples[0].places
     bias = next((name for name in _BIASES if isinstance(at(router, name), Tensor)), None)
     scale = next((float(at(router, name)) for name in _SCALES if isinstance(at(router, name), (int, float))), 1.0)
     groups = next(((at(router, a), at(router, b)) for a, b in _GROUPS if isinstance(at(router, a), int)), (1, 1))
-    probabilities = bool((logits >= 0).all()) and torch.allclose(logits.sum(1), torch.ones_like(logits[:, 0]))
     orders, limits = ("score_then_topk", "topk_then_score"), (float("-inf"), 0.0)
     for score, order, eps, renormalise, with_bias, factor, grouped, of_group, fill in product(
         ("softmax", "sigmoid", "sqrt_softplus"),
@@ -127,12 +117,10 @@ def _candidates(router: nn.Module, samples: list[Sample]) -> Iterator[Family]:
             eps=eps if renormalise == "sum" else 0.0,
             scale=factor,
         )
-        yield _row(router, samples[0], spec, bias if with_bias else None, probabilities, places)
+        yield _row(router, samples[0], spec, bias if with_bias else None)
 
 
-def _row(
-    router: nn.Module, sample: Sample, spec: RouterSpec, bias: str | None, probabilities: bool, places: tuple[int, ...]
-) -> Family:
+def _row(router: nn.Module, sample: Sample, spec: RouterSpec, bias: str | None) -> Family:
     of_chosen = " over the chosen" if spec.order == "topk_then_score" else ""
     name = f"{spec.score.replace('_', '-')}{of_chosen}{' with correction bias' if bias else ''}"
     return Family(
@@ -142,10 +130,7 @@ def _row(
         top_k=sample.ids.shape[1],
         num_experts=sample.logits.shape[1],
         correction_bias=bias,
-        logits_at=places[0],
-        weights_at=places[1],
-        ids_at=places[2],
-        probabilities=probabilities,
+        returns=sample.returns,
         low_precision=True,  # what it computes in is not known
         unfused="it is known by what it does only",
         notes=(f"no class of the table of routers: recognised by what it does ({name})",),
@@ -155,7 +140,7 @@ def _row(
 def _reproduces(family: Family, router: nn.Module, samples: list[Sample]) -> bool:
     bias = family.bias_of(router)
     for sample in samples:
-        logits = sample.logits.log() if family.probabilities else sample.logits
+        logits = sample.logits.log() if "probabilities" in sample.returns else sample.logits
         weights, ids = ops.route(logits, sample.ids.shape[1], family.spec, correction_bias=bias)
         order, own = ids.long().sort(1), sample.ids.sort(1)
         if not torch.equal(order.values, own.values):
@@ -174,10 +159,8 @@ def _not_followed(family: Family, router: nn.Module, block: nn.Module) -> str:
 
     def run(change: bool) -> Any:
         def turn(module: nn.Module, args: Any, output: Any) -> Any:
-            parts = list(output)
-            logits, ids = parts[family.logits_at], parts[family.ids_at]
-            parts[family.ids_at] = (ids + 1) % logits.shape[1]
-            return tuple(parts)
+            ids_at, experts = family.returns.index("ids"), family.num_experts_of(router)
+            return (*output[:ids_at], (output[ids_at] + 1) % experts, *output[ids_at + 1 :])
 
         handle = router.register_forward_hook(turn) if change else None
         try:

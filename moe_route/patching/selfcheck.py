@@ -20,6 +20,7 @@ from moe_route.patching.family import at
 from moe_route.patching.offloaded import resident
 from moe_route.patching.probing import PROBES, undisturbed
 from moe_route.patching.sites import ModelNotSupported, RouterSite
+from moe_route.patching.watching import NothingScored
 
 ULPS = 16  # room for another order of summation
 NUDGES = 16
@@ -52,7 +53,7 @@ def check_site(site: RouterSite) -> str:
             return ""
         fused = gate_logits(site.module, site.family.gate, hidden)
         dtype = weight_dtype(site.family.weights, hidden, fused)
-        if fused.dtype != output[site.family.logits_at].dtype or dtype != decision.weights.dtype:
+        if fused.dtype != decision.logits.dtype or dtype != decision.weights.dtype:
             own = f"{decision.logits.dtype} and {decision.weights.dtype}"
             return f"its logits and weights are {own}, the fused ones {fused.dtype} and {dtype}"
         try:
@@ -65,7 +66,7 @@ def check_site(site: RouterSite) -> str:
 def _probed(site: RouterSite, hidden: Tensor, arguments: tuple[Tensor, ...]) -> tuple[tuple[object, ...], Output]:
     try:
         return site.adapter.probe(hidden, arguments)
-    except (TypeError, ValueError, AttributeError, IndexError) as error:
+    except (TypeError, ValueError, AttributeError, IndexError, NothingScored) as error:
         raise ModelNotSupported(
             f"{type(site.module).__name__} at {site.name!r} cannot be run on hidden states as its family says "
             f"({type(error).__name__}: {error}). {_OTHER}"
@@ -115,7 +116,8 @@ def _probes(site: RouterSite) -> tuple[Tensor, tuple[Tensor, ...]]:
     name = "weight" if family.gate is None else family.gate.weight
     weight = at(site.module, name)
     if not isinstance(weight, Tensor):
-        weight = next(p for p in site.module.parameters() if p.dim() == 2)
+        matrices = chain(site.module.parameters(), site.block.parameters())
+        weight = next(p for p in matrices if p.dim() == 2)
     generator = torch.Generator().manual_seed(0)
     size = _hidden_size(site, weight)
     shape = (1, PROBES, size) if family.input_rank == 3 else (PROBES, size)
@@ -131,8 +133,8 @@ def _probes(site: RouterSite) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 def _model_dtype(site: RouterSite) -> torch.dtype:
     """The dtype of the hidden states the router is given: that of the experts (a gate may be kept in float32)."""
-    experts = at(site.block, "experts")
-    inside = experts.parameters() if isinstance(experts, nn.Module) else iter(())
+    experts = (at(owner, "experts") for owner in (site.block, site.module))  # a block that chooses is the module itself
+    inside = chain.from_iterable(each.parameters() for each in experts if isinstance(each, nn.Module))
     parameters = chain(inside, site.module.parameters(), site.block.parameters())  # some may be quantised
     floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     return next((parameter.dtype for parameter in parameters if parameter.dtype in floats), torch.float32)

@@ -13,6 +13,7 @@ from moe_route.patching.adapter import Adapter, Place
 from moe_route.patching.defects import known_defects
 from moe_route.patching.families import REFUSED, family_of, refused_name
 from moe_route.patching.family import Family, number
+from moe_route.patching.forms import as_returned
 from moe_route.patching.recognise import recognise
 from moe_route.patching.wrappers import in_use, outermost
 
@@ -69,7 +70,7 @@ def find_sites(model: nn.Module) -> list[RouterSite]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"a torch.nn.Module is needed, not {type(model).__name__}")
     modules = dict(model.named_modules())
-    families = {name: family for name, m in modules.items() if (family := family_of(m)) is not None}
+    families = _known_families(modules)
     families |= _unknown_families(model, modules, families)
     sites = [
         _site(_place(name, modules, families[name])) for name in modules if name in families and in_use(name, modules)
@@ -115,7 +116,7 @@ def _site(place: Place) -> RouterSite:
     obstacle = adapter.obstacle()
     if obstacle is not None:
         raise ModelNotSupported(f"{kind} at {name!r} cannot be attached to: {obstacle}.")
-    num_experts, top_k = number(module, family.num_experts), number(module, family.top_k)
+    num_experts, top_k = family.num_experts_of(module), number(module, family.top_k)
     if not isinstance(num_experts, int) or not isinstance(top_k, int):
         raise ModelNotSupported(
             f"{kind} at {name!r} does not say its number of experts ({family.num_experts}) and top-k ({family.top_k}): "
@@ -130,6 +131,16 @@ def _site(place: Place) -> RouterSite:
     return RouterSite(
         name, 0, module, place.block, family, adapter, num_experts, top_k, spec, "observed", "", adapter.part, notes
     )
+
+
+def _known_families(modules: dict[str, nn.Module]) -> dict[str, Family]:
+    """Rows for the routers that the table names, by their name; a block that decides stands for its router."""
+    found: dict[str, Family] = {}
+    for name, module in modules.items():  # a block comes before what is in it
+        family = family_of(module)
+        if family is not None and not any(name.startswith(f"{above}.") for above in found):
+            found[name] = as_returned(family, module)
+    return found
 
 
 def _unknown_families(model: nn.Module, modules: dict[str, nn.Module], known: dict[str, Family]) -> dict[str, Family]:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from moe_route.devices import capturing, upload
 from moe_route.ops import token_table
 from moe_route.patching.deferred import MOST_TOKENS, DeferredCounts
-from moe_route.patching.generation import Generation
+from moe_route.patching.generation import Generation, refuse_paged
 from moe_route.patching.lengths import CacheLengths
+from moe_route.patching.patches import tokens_of_patches
 
 IntLike = int | Tensor | Sequence[int]
 
@@ -31,9 +32,12 @@ class Call:
     token ids [batch, length], or None where embeddings were passed. `continues`: about the same sequences as the call
     before it (a decoder's after its encoder's, a step of `generate` without a cache). `again`, bool [batch, length]:
     real tokens that an earlier call ran already, steered as they were then (the first `prompt` columns as prefill) and
-    not counted; they are not in `valid`. `mask` and `position_ids` are what the call was given, where they say which
-    positions its tokens have; `counter` is the length of a static cache, where it lies on the device (the replays of a
-    graph read it anew)."""
+    not counted; they are not in `valid`. `denoises`: its tokens are a block that runs anew at every step of a
+    diffusion. `drafted`: the last columns are drafts of `generate`, which is told after the call how many of them were
+    refused; with them, the first `prompt` columns are prefill. `ahead`: the model is called with these tokens later;
+    what runs now is a vision tower. `beside`: run for a text, but no part of it (an assistant's call, guidance), so
+    not counted. `mask` and `position_ids` are what the call was given, where they say which positions its tokens have;
+    `counter` is the length of a static cache, where it lies on the device (the replays of a graph read it anew)."""
 
     batch: int
     length: int
@@ -48,6 +52,10 @@ class Call:
     counter: Tensor | None = None
     again: Tensor | None = None
     prompt: int = 0
+    denoises: bool = False
+    ahead: bool = False
+    drafted: int = 0
+    beside: bool = False
 
     def positions(self) -> Tensor:
         """int64 [batch or 1, length]: the place of each token in its sequence, padding not counted. To be asked before
@@ -97,14 +105,19 @@ class CallReader:
     def __init__(self, module: nn.Module, first_tensor: bool = False) -> None:
         self.first_tensor = first_tensor
         parameters = list(inspect.signature(type(module).forward).parameters)[1:]
-        self.places = {name: parameters.index(name) for name in self.NAMES if name in parameters}
+        decodes = "decoder_input_ids" in parameters
+        # a decoder that denoises blocks has names of its own for what is its
+        self.denoises = decodes and "input_ids" not in parameters
         # an encoder and a decoder inside, which see different tokens: each is a call of its own
-        self.holds_two = "decoder_input_ids" in parameters
+        self.holds_two = decodes and not self.denoises
+        self.names = {name.removeprefix("decoder_") if self.denoises else name: name for name in parameters}
+        self.places = {name: place for place, name in enumerate(self.names) if name in self.NAMES}
 
     def argument(self, name: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         """The argument `name` of the call, None where it was not given."""
-        if name in kwargs:
-            return kwargs[name]
+        given = self.names.get(name, name)
+        if given in kwargs:
+            return kwargs[given]
         place = self.places.get(name, len(args))
         return args[place] if place < len(args) else None
 
@@ -133,9 +146,10 @@ class CallReader:
         length = shaped.shape[1] if shaped.dim() > (2 if shaped.is_floating_point() else 1) else 1
         mask = self.argument("attention_mask", args, kwargs)
         past = self._past_length(args, kwargs, mask, length, lengths or CacheLengths())
-        phase: Literal["prefill", "decode"] = "decode" if past > 0 and length == 1 else "prefill"
+        grows = past > 0 and length == 1
+        phase: Literal["prefill", "decode"] = "decode" if grows or self.denoises else "prefill"
         valid = valid_tokens(mask, batch, length, past)
-        if phase == "decode" and batch > 1 and isinstance(ids, Tensor):
+        if grows and batch > 1 and not self.denoises and isinstance(ids, Tensor):
             for token in finished():
                 valid = ids != token if valid is None else valid & (ids != token)
         continues = self.argument("encoder_hidden_states", args, kwargs) is not None
@@ -154,6 +168,7 @@ class CallReader:
             mask=mask,
             position_ids=places,
             counter=self._counter(args, kwargs, shaped.device),
+            denoises=self.denoises,
         )
 
     def _counter(self, args: tuple[object, ...], kwargs: Mapping[str, object], device: torch.device) -> Tensor | None:
@@ -300,22 +315,26 @@ class TokenContext:
         "counters",
         "deferred",
         "device",
-        "generation",
+        "generations",
         "idle",
         "label",
         "last",
         "lengths",
         "num_tokens",
         "owner",
+        "placeholders",
         "reached",
+        "settle",
         "small",
         "steers",
         "table",
         "tables",
+        "_ahead",
         "_cached",
+        "_columns",
         "_finished",
         "_key",
-        "_shared",
+        "_patches",
         "_thread",
         "_uniform",
     )
@@ -325,12 +344,16 @@ class TokenContext:
         label: Callable[[Call], Labels | None],
         after: Callable[[Call], None],
         finished: Callable[[], Sequence[int]] = tuple,
+        settle: Callable[[int], None] | None = None,
     ) -> None:
-        self.label, self.after = label, after
+        self.label, self.after, self.settle = label, after, settle
         self.deferred = DeferredCounts()
-        self._shared: tuple[int, ...] = (-1, -1, -1)  # the labels that all tokens of the call have
+        self.placeholders: tuple[int, ...] = ()  # ids that stand for pictures among those of a text
+        self._ahead: Generation | None = None  # whose prompt's pictures were seen before the model was called
+        self._columns: tuple[IntLike, ...] = (-1, -1, -1)  # steering row, group and segment of the call
+        self._patches: dict[int, Tensor | None] = {}  # by their number, which tokens patches become part of
         self.lengths = CacheLengths()
-        self.generation: Generation | None = None  # that is running
+        self.generations: list[Generation] = []  # that are running, one inside the other
         self.idle = True
         self.owner: nn.Module | None = None
         self.call: Call | None = None
@@ -359,6 +382,11 @@ class TokenContext:
             "loaded. save_pretrained and state_dict work while attached"
         )
 
+    def release(self) -> None:
+        """Nobody listens any more: no cycle keeps the model alive."""
+        self.label, self.after, self.settle, self._finished = _no_labels, _nothing, None, tuple
+        self.forget_call()
+
     def forget_call(self) -> None:
         """No call is running, whatever an interrupt left behind."""
         self.deferred.drop_call()
@@ -375,6 +403,8 @@ class TokenContext:
         """
         if self.idle or recomputing():
             return
+        _refuse_export()
+        refuse_paged(kwargs)
         if self.owner is not None:
             self._refuse_other_threads()
             if self.owner is not module:
@@ -388,10 +418,42 @@ class TokenContext:
         if generation is not None:
             generation.follow(module, call)
             call.valid = all_or_mask(call.valid)
+            call.continues = call.continues or self._ahead is generation
+            self._ahead = None
         self.begin(call)
         self.owner, self.reached, self._thread = module, False, _thread()
         # a graph that is captured counts in itself, not after it
         self.small = self.num_tokens <= MOST_TOKENS and not capturing(call.device)
+
+    @property
+    def generation(self) -> Generation | None:
+        """The innermost `generate` of this thread that is running."""
+        here = _thread()
+        for generation in reversed(self.generations):
+            if here in (0, generation.thread):
+                return generation
+        return None
+
+    def begin_generation(self, generation: Generation) -> None:
+        """Raises `RuntimeError` where another thread generates while something records or steers."""
+        if not self.idle and any(other.thread != generation.thread for other in self.generations):
+            raise RuntimeError(
+                "generate was called in one thread while it runs in another: an attached model records and steers one "
+                "text batch at a time. Use one thread, or a copy of the model for each"
+            )
+        self.generations.append(generation)
+
+    def end_generation(self, generation: Generation) -> None:
+        """It returned, or failed."""
+        self.generations.remove(generation)
+        if self._ahead is generation:
+            self.forget_call()
+            self._ahead = None
+
+    def take_back(self, tokens: int) -> None:
+        """The last `tokens` columns of the call that was just made are in no text: drafts that were refused."""
+        if not self.idle and self.settle is not None:
+            self.settle(tokens)
 
     def _refuse_other_threads(self) -> None:
         here = _thread()
@@ -437,6 +499,7 @@ class TokenContext:
         if self.table is None and not recomputing():
             call = Call(1, num_tokens, 0, None, "prefill", device)
             self.begin(call)
+            self.after(call)  # its end is not seen
             table, self.table, self.call = self.table, None, None
         else:
             table = self.last
@@ -461,15 +524,43 @@ class TokenContext:
         return on_device(self.tables, device)[rows.to(device)]
 
     def table_of_patches(self, num_patches: int, device: torch.device) -> Tensor:
-        """The table for a router of a vision tower: the labels that all tokens of the call share, -1 for the others."""
-        if self.table is None and not recomputing():
+        """The table for a router of a vision tower: each patch has the labels of the token that it becomes part of;
+        where that is not known, those that all tokens of the call share, -1 for the others."""
+        if self.table is None and not recomputing() and not self._begin_ahead():
             return self.table_for(num_patches, device, "of a vision tower")
-        row, group, segment = self._shared
+        rows = self.rows_of_patches(num_patches)
+        if rows is not None:
+            return on_device(self.tables, device)[rows.to(device)]
+        row, group, segment = (value if isinstance(value, int) else -1 for value in self._columns)
         return token_table(num_patches, steering_row=row, group=group, segment=segment, device=device)
+
+    def _begin_ahead(self) -> bool:
+        """Begin the call of the prompt whose pictures `generate` lets a tower see before the model is called; False
+        where there is none."""
+        generation = self.generation
+        if generation is None or generation.prompt is None:
+            return False
+        ids, mask, cache = generation.prompt
+        past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        ids = ids[:, past:]
+        batch, length = ids.shape
+        valid = all_or_mask(valid_tokens(mask, batch, length, past))
+        mask = mask if isinstance(mask, Tensor) else None
+        self.begin(Call(batch, length, past, valid, "prefill", ids.device, ids, mask=mask, ahead=True))
+        self._ahead = generation
+        return True
+
+    def rows_of_patches(self, num_patches: int) -> Tensor | None:
+        """The token of the call that each patch becomes part of, int64 [P], where tokens differ and it is known."""
+        if num_patches not in self._patches:
+            alike = not self.counters and all(isinstance(value, int) for value in self._columns)
+            ids = None if alike or self.call is None else self.call.input_ids
+            self._patches[num_patches] = tokens_of_patches(ids, self.placeholders, num_patches)
+        return self._patches[num_patches]
 
     def _build(self, call: Call, labels: Labels) -> Tables:
         columns = (labels.steering_row, labels.group, labels.segment)
-        self._shared = tuple(value if isinstance(value, int) else -1 for value in columns)
+        self._columns, self._patches = columns, {}
         self._uniform = call.valid is None and all(isinstance(value, int) for value in columns)
         key = (*columns, call.batch * call.length, call.device) if self._uniform else None
         row = spread(columns[0], call, "steering_row")
@@ -514,6 +605,14 @@ def _any_row(row: int | Tensor) -> bool:
 def _thread() -> int:
     """Which thread this is; 0 while compiling, where a call is one graph."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def _refuse_export() -> None:
+    if torch.compiler.is_exporting():
+        raise RuntimeError(
+            "torch.export inside record() or steer(): the program would keep the counting and the steering of this one "
+            "call. Export outside of them; an attached model exports like a free one there"
+        )
 
 
 def recomputing() -> bool:

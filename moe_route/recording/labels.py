@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_route.devices import upload
 from moe_route.recording.store import Item, is_unnamed
 
-__all__ = ["LabelBlock", "ModelCall", "columns", "on_device"]
+__all__ = ["LabelBlock", "ModelCall", "as_table", "columns", "in_phases", "on_device"]
 
 
 class ModelCall(Protocol):
@@ -27,6 +27,12 @@ class ModelCall(Protocol):
     device: torch.device
     input_ids: Tensor | None
     continues: bool
+    prompt: int
+    drafted: int
+    beside: bool
+    ahead: bool
+
+    def positions(self) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +107,20 @@ def columns(rows: int | Tensor, call: ModelCall, *, after: bool | None = None) -
         return part
     last = rows[:, -1:] if after is None else torch.full_like(rows[:, -1:], after)
     return torch.cat([part, last.expand(-1, missing)], dim=1)
+
+
+def as_table(rows: int | Tensor, call: ModelCall) -> Tensor:
+    """Rows of a call's tokens as ``[N or 1, length]``."""
+    table = torch.as_tensor(rows, dtype=torch.int32, device=call.device)
+    return (table[:, None] if table.dim() == 1 else table).expand(-1 if table.dim() else 1, call.length)
+
+
+def in_phases(before: int | Tensor, now: int | Tensor, call: ModelCall) -> int | Tensor:
+    """Rows of a call whose first ``prompt`` columns are prefill: theirs are ``before``, those of the others ``now``."""
+    if isinstance(before, int) and isinstance(now, int) and before == now:
+        return before
+    prompt = torch.arange(call.length, device=call.device) < call.prompt
+    return torch.where(prompt, as_table(before, call), as_table(now, call))
 
 
 def _listed(value: Any) -> Any:

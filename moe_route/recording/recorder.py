@@ -11,7 +11,8 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypedDict
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from moe_route.devices import capturing, refuse_capture
 from moe_route.ops import PLANES, StatisticsTables
-from moe_route.recording.labels import LabelBlock, ModelCall
+from moe_route.recording.labels import LabelBlock, ModelCall, as_table, in_phases
 from moe_route.recording.metadata import add_fingerprints
 from moe_route.recording.pooling import SequenceAverages, SequencePool
 from moe_route.recording.running import RunningSequences
@@ -65,6 +66,15 @@ class RecordedModel(Protocol):
     def set_statistics(self, tables: Sequence[StatisticsTables] | None, *, lag: int = 0) -> None: ...
 
     def flush(self) -> None: ...
+
+
+class _Drafts(NamedTuple):
+    """Tokens of one call that are counted by themselves, token i in row ``first + i`` of the group tables, and the rows
+    that they belong to, ``[drafts]``, -1 for none."""
+
+    first: int
+    groups: Tensor
+    segments: Tensor
 
 
 class Recorder:
@@ -120,6 +130,8 @@ class Recorder:
         self._calls = self._countable_calls = self._abandoned = self._captured = 0
         self._block: LabelBlock | None = None
         self._running: RunningSequences | None = None
+        self._open = False  # a call was begun and has not gone through
+        self._drafts: _Drafts | None = None  # of the latest call
         self._on = self._paused = False
         self._progress = progress
         self._bar: tqdm = tqdm(disable=True)
@@ -137,12 +149,14 @@ class Recorder:
     def __enter__(self) -> Recorder:
         if self._on:
             raise RecordingError("this recorder is on already: one with block at a time")
-        self._on = True
-        self._bar = tqdm(unit=" sequences", desc="recording", disable=not self._progress)
         self._connect()
+        self._on, self._open = True, False
+        self._bar = tqdm(unit=" sequences", desc="recording", disable=not self._progress)
         return self
 
     def __exit__(self, *failure: object) -> None:
+        if not self._on:
+            return
         try:
             self._end_sequences(finished=failure[0] is None)
             if self._store is not None:
@@ -175,8 +189,8 @@ class Recorder:
         ``groups``: one name for all, a name (or id) per sequence ``[B]``, or per token ``[B, S]``. ``items``: an id
         per sequence that pairs it with its translations. ``mask``: bool ``[B, S]``, count only these tokens (tokens
         past its columns are not counted). Columns are positions from the start, padding included (an encoder and its
-        decoder begin with the first each); tokens past the columns of ``groups`` keep the last one. Beams and several returned sequences belong to the sequence they grew
-        from.
+        decoder begin with the first each); tokens past the columns of ``groups`` keep the last one. Beams and several
+        returned sequences belong to the sequence they grew from.
 
         Raises ``ValueError`` for unknown groups, lengths that do not agree, or a sequence that the store holds
         already, ``RecordingError`` outside the ``with`` block or inside another label block. A block left by an
@@ -265,21 +279,80 @@ class Recorder:
         counts nothing."""
         if self._trace is not None:
             self._trace.drop_call()
-        if not self._on or self._paused or call.phase not in self._phases:
+        self.settle()
+        self._note_failure()
+        first, end = self._columns(call)
+        if not self._on or self._paused or call.beside or first == end:
             return -1, -1
         running = self._sequences_of(call)
         if capturing(call.device):
             self._note_capture()
-        phase = PHASES.index(call.phase)
+        if call.drafted:
+            self._make_room(len(self._groups) + call.drafted, running.parts)
         if self._trace is not None:
-            self._trace.begin_call(call, running.group_rows(call, 0))
-        groups = running.group_rows(call, phase * self._tables.group_capacity)
-        segments = running.segment_rows(call, phase * self._tables.segment_capacity)
+            self._trace.begin_call(call, self._by_phase(call, partial(running.group_rows, call), 0))
+        groups = self._by_phase(call, partial(running.group_rows, call), self._tables.group_capacity)
+        segments = self._by_phase(call, partial(running.segment_rows, call), self._tables.segment_capacity)
+        if call.drafted and end == call.length:
+            groups, segments = self._hold_drafts(call, groups, segments)
+        if call.ahead:
+            return groups, segments
         if not capturing(call.device):
-            running.keep_tokens(call)
+            running.keep_tokens(call, first, end)
         self._calls += 1
         self._countable_calls += running.block.mask is None
+        self._open = True
         return groups, segments
+
+    def _columns(self, call: ModelCall) -> tuple[int, int]:
+        """The columns of a call that are in a phase to be counted: the first of them, and where they end."""
+        prompt = call.prompt if call.drafted else 0
+        first = 0 if prompt and "prefill" in self._phases else prompt
+        return first, call.length if call.phase in self._phases else max(first, prompt)
+
+    def _by_phase(self, call: ModelCall, rows_at: Callable[[int], int | Tensor], capacity: int) -> int | Tensor:
+        """Rows of a call's tokens, those of each phase further down by ``capacity``."""
+        before, now = (
+            rows_at(PHASES.index(phase) * capacity) if phase in self._phases else -1
+            for phase in ("prefill", call.phase)
+        )
+        return in_phases(before, now, call) if call.drafted and call.prompt else now
+
+    def _hold_drafts(
+        self, call: ModelCall, groups: int | Tensor, segments: int | Tensor
+    ) -> tuple[int | Tensor, int | Tensor]:
+        """Count each drafted token by itself, into rows of no group, until it is known which of them are text."""
+        if call.batch != 1:
+            raise RecordingError(
+                f"drafts of a batch of {call.batch}: which of them become text is known for one sequence at a time"
+            )
+        groups, segments = (as_table(rows, call) for rows in (groups, segments))
+        first = PHASES.index("decode") * self._tables.group_capacity + len(self._groups)
+        rows = torch.arange(first, first + call.drafted, dtype=groups.dtype, device=groups.device)
+        self._drafts = _Drafts(first, groups[0, -call.drafted :], segments[0, -call.drafted :])
+        held = torch.where(self._drafts.groups >= 0, rows, -1)
+        groups, segments = groups.clone(), segments.clone()
+        groups[0, -call.drafted :], segments[0, -call.drafted :] = held, -1
+        return groups, segments
+
+    def settle(self, refused: int | None = None) -> None:
+        """The last ``refused`` drafts of the latest call are in no text, those before them are; None: it is not known
+        of any of them, so none is counted."""
+        drafts, self._drafts = self._drafts, None
+        if drafts is None:
+            return
+        refused = len(drafts.groups) if refused is None else refused
+        self._counted().hand_over(drafts.first, drafts.groups, drafts.segments, len(drafts.groups) - refused)
+        if refused and self._running is not None:
+            self._running.take_back(refused)
+        if refused and self._trace is not None:
+            self._trace.take_back(refused)
+
+    def _note_failure(self) -> None:
+        """The sequences of a call that did not go through are not whole."""
+        if self._open and self._running is not None:
+            self._running.broken = True
+        self._open = False
 
     def _note_capture(self) -> None:
         """The call becomes part of a CUDA graph, whose replays count into these very tables."""
@@ -292,6 +365,7 @@ class Recorder:
 
     def after_call(self) -> None:
         """The call that ``rows`` was asked for went through."""
+        self._open = False
         if self._trace is not None:
             self._trace.end_call()
 
@@ -323,7 +397,7 @@ class Recorder:
         if named is not None and call.batch % named:
             raise RecordingError(
                 f"the label block names {named} sequences, this call has a batch of {call.batch}: give one label per "
-                "sequence, and each batch a block of its own"
+                "sequence, and each batch a block of its own (texts packed into one row: a label per token)"
             )
         running = self._running
         goes_on = named is not None or call.past_length > 0 or call.continues
@@ -339,8 +413,7 @@ class Recorder:
             self._groups.setdefault(name, len(self._groups))
         self._pool.reserve(len(self._groups))
         running = RunningSequences(block, call.batch, self._groups)
-        if self._counted().reserve(groups=len(self._groups), segments=running.parts):
-            self._connect()
+        self._make_room(len(self._groups), running.parts)
         if block.mask is not None:
             self._masked.add("tokens outside the masks of the labels")
         if self._trace is not None:
@@ -348,13 +421,19 @@ class Recorder:
         self._running = running
         return running
 
+    def _make_room(self, groups: int, segments: int) -> None:
+        if self._counted().reserve(groups=groups, segments=segments):
+            self._connect()
+
     def _end_sequences(self, *, finished: bool = True) -> None:
         """Fold the running sequences into the pool and the store, or leave them out where they broke off."""
+        self.settle()
+        self._note_failure()
         running, self._running = self._running, None
         if running is None:
             return
         sums = self._counted().take_segments(running.parts)
-        if not finished:
+        if not finished or running.broken:
             self._abandoned += running.count
             logger.warning(
                 "%d sequences broke off and are left out; their tokens were counted up to there", running.count
@@ -418,8 +497,10 @@ class Recorder:
                 "torch.compile before attach, an inner model that was replaced); mr.describe(model) shows the "
                 "engines, attach() again after the last change to the model"
             )
-        silent = [site.name for site, count in zip(self._model.sites, tokens, strict=True) if not count]
-        if silent and len(silent) < len(tokens):
+        sites = list(zip(self._model.sites, tokens, strict=True))
+        reached = {site.part for site, count in sites if count}  # a tower without a picture is silent as a whole
+        silent = [site.name for site, count in sites if not count and site.part in reached]
+        if silent:
             logger.warning("%d of %d layers counted no token: %s", len(silent), len(tokens), ", ".join(silent[:4]))
 
     def _all_metadata(self) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class RunningSequences:
         self.count = block.sequences or batch
         self.groups: np.ndarray = block.values([group_index[name] for name in block.names])  # [], [N] or [N, S]
         self._find_parts(len(group_index))
+        self.broken = False  # a call did not go through
         self._rows: dict[tuple[str, int, torch.device], int | Tensor] = {}
         self._tokens: list[tuple[Tensor | None, int]] = []
 
@@ -86,15 +87,21 @@ class RunningSequences:
             return torch.where(counted, rows, -1)
         return torch.where(counted, rows if rows.dim() == 2 else rows[:, None], -1)
 
-    def keep_tokens(self, call: ModelCall) -> None:
-        """Remember the token ids of a call for the fingerprint, without waiting for the device."""
+    def keep_tokens(self, call: ModelCall, first: int, end: int) -> None:
+        """Remember the token ids of a call's columns `first` to `end` for the fingerprint, without waiting for the
+        device."""
         ids = call.input_ids
         if ids is not None and ids.shape == (call.batch, call.length):
             # a copy: callers may reuse their input buffer for the next step
             kept = ids.clone() if call.valid is None else torch.where(call.valid, ids, _PADDING)
-            self._tokens.append((kept, call.length))
+            self._tokens.append((kept[:, first:end], end - first))
         else:
-            self._tokens.append((None, call.length))
+            self._tokens.append((None, end - first))
+
+    def take_back(self, columns: int) -> None:
+        """The last ``columns`` of the latest call are in no text."""
+        ids, length = self._tokens[-1]
+        self._tokens[-1] = (None if ids is None else ids[:, : ids.shape[1] - columns], length - columns)
 
     def fingerprint(self) -> int:
         """128-bit hash of every sequence's item, groups and token ids (padding left out; the number of columns where

@@ -28,6 +28,7 @@ class RecordedSite(Protocol):
     name: str
     num_experts: int
     top_k: int
+    part: str
 
     @property
     def parameter(self) -> Tensor | None: ...
@@ -93,19 +94,30 @@ class TableSet:
             )
 
     def reserve(self, *, groups: int, segments: int) -> bool:
-        """Make room; True where the tables were replaced. Group sums are kept; segments must have been taken before."""
+        """Make room; True where the tables were replaced. Sums are kept."""
         if groups <= self.group_capacity and segments <= self.segment_capacity:
             return False
         self._refuse_if_fixed("growing")
-        old_capacity = self.group_capacity
+        before = self.group_capacity, self.segment_capacity
         self.group_capacity = _doubled(self.group_capacity, groups)
         self.segment_capacity = _doubled(self.segment_capacity, segments)
         old, self.layers = self.layers, []
         for site, table in zip(self.sites, old, strict=True):
             wide = self._new(site, table.device)
-            _by_phase(wide.groups)[:, :old_capacity] = _by_phase(table.groups)
+            _by_phase(wide.groups)[:, : before[0]] = _by_phase(table.groups)
+            _by_phase(_segments(wide))[:, : before[1]] = _by_phase(_segments(table))
             self.layers.append(wide)
         return True
+
+    def hand_over(self, first: int, groups: Tensor, segments: Tensor, count: int) -> None:
+        """Add group rows ``first`` to ``first + count - 1`` to the rows ``groups`` and ``segments`` (-1: to none), and
+        empty all ``len(groups)`` of them."""
+        for table in self.layers:
+            held = table.groups[first : first + len(groups)]
+            for target, rows in ((table.groups, groups), (_segments(table), segments)):
+                rows = rows[:count].to(table.device)
+                target.index_add_(0, rows.clamp(min=0), held[:count] * (rows >= 0)[:, None])
+            held.zero_()
 
     def add_natural_counts(self) -> bool:
         """Begin to count the natural choice beside the steered one; so far nothing was steered, so they are the same.

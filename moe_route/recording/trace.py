@@ -32,8 +32,9 @@ class Trace:
     """N counted tokens in the order they were run.
 
     ``sequence`` int32 [N] (into ``items``; beams of one sequence share it), ``group`` int32 [N] (into ``groups``),
-    ``position`` int32 [N] (padding not counted; of an encoder's text or of its decoder's), ``phase`` uint8 [N] (into ``PHASES``), ``ids`` int8 or int16 ``[N,
-    L, k]`` (-1: empty slot), ``weights`` float16 or float32 ``[N, L, k]``, L the traced ``layers`` (site names).
+    ``position`` int32 [N] (padding not counted; of an encoder's text or of its decoder's), ``phase`` uint8 [N] (into
+    ``PHASES``), ``ids`` int8 or int16 ``[N, L, k]`` (-1: empty slot), ``weights`` float16 or float32 ``[N, L, k]``, L
+    the traced ``layers`` (site names).
     ``truncated``: the limit on tokens was reached and later tokens are missing.
     """
 
@@ -122,8 +123,11 @@ class _TracedCall:
     batch: int
     length: int
     phase: int
+    prompt: int  # columns that are prefill, whatever the phase of the others
+    drafted: int
     valid: Tensor | None
     group: int | Tensor  # index of the group, -1 not counted
+    past: Tensor | None  # [batch or 1] how long the sequences were before, where that was not traced
     ids: dict[int, Tensor]
     weights: dict[int, Tensor]
 
@@ -169,7 +173,10 @@ class TraceWriter:
 
     def begin_call(self, call: ModelCall, group: int | Tensor) -> None:
         """``group``: index of the group of every token, int, ``[N]`` or ``[N, length]``; -1 is not traced."""
-        self._current = _TracedCall(call.batch, call.length, PHASES.index(call.phase), call.valid, group, {}, {})
+        shape, phase = (call.batch, call.length), PHASES.index(call.phase)
+        goes_on = call.past_length and not self._reached and not self._waiting  # what came before was not traced
+        past = call.positions()[:, 0] if goes_on else None
+        self._current = _TracedCall(*shape, phase, call.prompt, call.drafted, call.valid, group, past, {}, {})
 
     def add(self, layer: int, ids: Tensor, weights: Tensor) -> None:
         """Take the choice of one layer, ids ``[T, k]`` and weights ``[T, k]``; does not wait for the device."""
@@ -191,11 +198,20 @@ class TraceWriter:
 
     def end_call(self) -> None:
         """The call went through."""
-        if self._current is not None and self._current.ids:
-            self._waiting.append(self._current)
-        self._current = None
+        call, self._current = self._current, None
+        if call is not None and call.ids:
+            self._waiting.append(call)
+        if call is not None and call.drafted:
+            return  # which of its tokens are text is told yet
         if sum(call.batch * call.length for call in self._waiting) >= _FLUSH_TOKENS:
             self.flush()
+
+    def take_back(self, columns: int) -> None:
+        """The last ``columns`` of the latest call are in no text."""
+        if self._waiting and self._waiting[-1].drafted:
+            call = self._waiting[-1]
+            text = torch.arange(call.length) < call.length - columns
+            call.valid = text.expand(call.batch, -1)
 
     def flush(self) -> None:
         """Bring what waits on the device to the host."""
@@ -209,7 +225,9 @@ class TraceWriter:
         valid = np.ones(shape, bool) if call.valid is None else call.valid.cpu().numpy()
         repeats = call.batch // max(len(self._items) - self._first, 1)
         together = tuple(sorted(call.ids))
-        reached = self._reached.get(together, np.zeros(1, np.int64))
+        reached = self._reached.get(together)
+        if reached is None:
+            reached = np.zeros(1, np.int64) if call.past is None else call.past.cpu().numpy()
         reached = np.repeat(reached, call.batch // len(reached))
         position = reached[:, None] + np.cumsum(valid, axis=1) - 1
         self._reached[together] = reached + valid.sum(1)
@@ -221,13 +239,14 @@ class TraceWriter:
             self._stop()
         self._kept += counted
         sequence = np.broadcast_to((self._first + rows // repeats)[:, None], shape)
+        phase = np.broadcast_to(np.where(np.arange(call.length) < call.prompt, 0, call.phase), shape)
         ids, weights = self._choices(call, kept)
         self._chunks.append(
             {
                 "sequence": sequence.reshape(-1)[kept].astype(np.int32),
                 "group": group.reshape(-1)[kept].astype(np.int32),
                 "position": position.reshape(-1)[kept].astype(np.int32),
-                "phase": np.full(counted, call.phase, np.uint8),
+                "phase": phase.reshape(-1)[kept].astype(np.uint8),
                 "ids": ids,
                 "weights": weights,
             }

@@ -93,7 +93,7 @@ def four_dimensions(subject: Subject) -> None:
 
 @path("Calls", "mask dictionary", "a mask for each kind of attention in the model")
 def dictionary(subject: Subject) -> None:
-    kinds = sorted(set(getattr(subject.model.config, "layer_types", None) or ["full_attention"]))
+    kinds = sorted(set(getattr(subject.model.config.get_text_config(), "layer_types", None) or ["full_attention"]))
     mask = padding("left")
     masks = {kind: mask if kind.startswith(("linear", "conv", "mamba")) else causal(mask) for kind in kinds}
     check_call(subject, masked(subject, masks), tokens_of(mask))

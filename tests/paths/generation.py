@@ -12,7 +12,17 @@ from torch import Tensor
 import moe_route as mr
 from moe_route.patching import RouterSite
 from paths.calls import padding
-from paths.oracle import Valid, assert_counted, assert_forbidden, assert_phases, favourites, same_outputs, watching
+from paths.oracle import (
+    Runs,
+    Valid,
+    assert_counted,
+    assert_forbidden,
+    assert_phases,
+    favourites,
+    first_run,
+    same_outputs,
+    watching,
+)
 from paths.registry import path
 from paths.subject import NotApplicable, Subject, by_transformers, run
 
@@ -40,15 +50,25 @@ def of_prompts(ways: int = 1) -> Valid:
 
 
 def generated(model: Any, given: dict[str, Any]) -> Tensor:
+    """Prompts and how `generate` continues them, with the prompts of `given` in place of these."""
     torch.manual_seed(3)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
-    return model.generate(**prompts(), **given)
+    text = model.generate(**prompts() | given)
+    return getattr(text, "sequences", text)
 
 
-def check_generation(subject: Subject, given: dict[str, Any], ways: int = 1) -> None:
+def prefill_of(subject: Subject) -> Runs:
+    """The first run of each router; where blocks are denoised, all runs of the encoder, which reads them when they are
+    settled."""
+    return (lambda site, number: site.part == "encoder") if subject.denoises else first_run
+
+
+def check_generation(subject: Subject, given: dict[str, Any], ways: int = 1, valid: Valid | None = None) -> None:
     """The same text as unattached; prefill and decode counted apart, for the sequence that they belong to."""
     subject.needs_generate()
-    model, valid = subject.model, of_prompts(ways)
+    if subject.denoises and ways > 1:
+        raise NotApplicable("blocks are denoised, one text a prompt")
+    model, valid = subject.model, valid or of_prompts(ways)
     plain = by_transformers(lambda: generated(model, given))
     with mr.attach(model) as routed:
         with (
@@ -58,7 +78,7 @@ def check_generation(subject: Subject, given: dict[str, Any], ways: int = 1) -> 
         ):
             same_outputs(generated(model, given), plain)
         statistics = recorder.statistics()
-        assert_phases(statistics, routed.sites, seen, valid)
+        assert_phases(statistics, routed.sites, seen, valid, prefill_of(subject))
         check_groups(statistics, routed.sites, seen, valid, ways)
         assert statistics.sequences().tolist() == [1, 1]
 
@@ -82,7 +102,11 @@ def check_groups(statistics: mr.RoutingStatistics, sites: Any, seen: Any, valid:
 )
 def dynamic_cache(subject: Subject) -> None:
     check_generation(subject, GREEDY)
-    model = subject.model
+    model, prefill = subject.model, prefill_of(subject)
+
+    def decode(site: RouterSite, number: int) -> bool:
+        return not prefill(site, number)
+
     with mr.attach(model) as routed:
         with watching(routed.sites) as seen:
             generated(model, GREEDY)
@@ -92,11 +116,11 @@ def dynamic_cache(subject: Subject) -> None:
         plan = mr.Plan.forbid(experts).only(phase="decode")
         with watching(routed.sites) as steered, routed.record() as recorder, routed.steer(plan):
             generated(model, GREEDY)
-        assert_phases(recorder.statistics(), routed.sites, steered, of_prompts())
-        assert_forbidden(routed.sites, steered, experts, of_prompts(), slice(1, None))
+        assert_phases(recorder.statistics(), routed.sites, steered, of_prompts(), prefill)
+        assert_forbidden(routed.sites, steered, experts, of_prompts(), decode)
         assert not recorder.statistics().scalar("steered", "prefill").any()
-        for before, after in zip(seen, steered, strict=True):
-            if before:  # the prefill is not steered
+        for site, before, after in zip(routed.sites, seen, steered, strict=True):
+            if before and prefill(site, 0):  # which is not steered
                 same_outputs(before[0][0], after[0][0])
 
 
@@ -120,7 +144,7 @@ def chunked_prefill(subject: Subject) -> None:
     subject.needs_text()
     if subject.encodes:
         raise NotApplicable("an encoder reads its text in one call")
-    model, given = subject.model, prompts()
+    model, given = subject.fresh(), prompts()  # fresh: positions of an earlier text stay with some models
     subject.needs("attention_mask")
 
     def chunked() -> Tensor:
@@ -150,6 +174,9 @@ def chunked_prefill(subject: Subject) -> None:
 def ended_early(subject: Subject) -> None:
     """Counts of a batch are those of its sequences one by one, told by how far each of them got."""
     subject.needs_generate()
+    if subject.denoises:
+        check_ended_blocks(subject)
+        return
     model = subject.model
     batch, new = tokens(4, 4), 6
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
@@ -172,9 +199,36 @@ def before(fed: Tensor, stop: int) -> Tensor:
     return (fed != stop).long().cumprod(1).sum(1)
 
 
+def check_ended_blocks(subject: Subject) -> None:
+    """A sequence is denoised, and read, up to the block with its end."""
+    model, batch, blocks = subject.model, tokens(4, 4), 3
+    size, steps = model.config.canvas_length, model.generation_config.max_denoising_steps
+    free = {"max_new_tokens": blocks * size, "pad_token_id": 0, "attention_mask": torch.ones_like(batch)}
+
+    def texts(stop: int | None) -> Tensor:
+        torch.manual_seed(3)
+        return model.generate(batch, eos_token_id=stop, **free).sequences[:, batch.shape[1] :]
+
+    def lasts(text: Tensor, stop: int) -> Tensor:
+        """How many blocks of each row there are up to its end."""
+        return (before(text, stop) // size + 1).clamp(max=blocks)
+
+    fed = by_transformers(lambda: texts(None))
+    stop = next(token for token in fed.flatten().tolist() if len(lasts(fed, token).unique()) > 1)
+    with mr.attach(model) as routed, routed.record() as recorder, recorder.labels(list("abcd")):
+        ended = texts(stop)
+    last = lasts(ended, stop)
+    assert len(last.unique()) > 1
+    statistics = recorder.statistics()
+    np.testing.assert_array_equal(statistics.tokens("decode").max(1), last * size * steps)
+    np.testing.assert_array_equal(statistics.tokens("prefill").max(1), batch.shape[1] + (last - 1) * size)
+
+
 @path("Generation", "without a cache", "the whole text runs again at every step, and every token is counted once")
 def without_cache(subject: Subject) -> None:
     subject.needs_generate()
+    if subject.denoises:
+        raise NotApplicable("blocks are denoised beside a cache")
     model, given = subject.model, GREEDY | {"use_cache": False}
     plain = by_transformers(lambda: generated(model, given))
 

@@ -16,6 +16,7 @@ from moe_route.patching import RouterSite
 
 # What counts of the n-th run of a router: bool of as many elements as it has tokens, or None for all of them.
 Valid = Callable[[RouterSite, int], Tensor | None]
+Runs = Callable[[RouterSite, int], bool]  # which runs of a router are meant
 Seen = list[list[Dense]]
 
 
@@ -47,13 +48,23 @@ def _watch(site: RouterSite) -> list[Dense]:
     return seen
 
 
-def counts(sites: Sequence[RouterSite], seen: Seen, valid: Valid, runs: slice = slice(None)) -> np.ndarray:
+def every_run(site: RouterSite, number: int) -> bool:
+    return True
+
+
+def first_run(site: RouterSite, number: int) -> bool:
+    return number == 0
+
+
+def counts(sites: Sequence[RouterSite], seen: Seen, valid: Valid, runs: Runs = every_run) -> np.ndarray:
     """int64 [L, E]: how often each expert was chosen by the tokens that count."""
     widest = max(site.num_experts for site in sites)
     total = np.zeros((len(sites), widest), np.int64)
     for site, choices in zip(sites, seen, strict=True):
-        for number in range(len(choices))[runs]:
-            chosen, keep = choices[number][0], valid(site, number)
+        for number, (chosen, _) in enumerate(choices):
+            if not runs(site, number):
+                continue
+            keep = valid(site, number)
             if keep is not None:
                 chosen = chosen[keep.reshape(-1)]
             total[site.layer, : site.num_experts] += chosen.sum(0).numpy()
@@ -72,10 +83,14 @@ def assert_counted(
 
 
 def assert_phases(
-    statistics: mr.RoutingStatistics, sites: Sequence[RouterSite], seen: Seen, valid: Valid = everything
+    statistics: mr.RoutingStatistics,
+    sites: Sequence[RouterSite],
+    seen: Seen,
+    valid: Valid = everything,
+    prefill: Runs = first_run,
 ) -> None:
-    """The first run of each router is the prefill, all later ones are decode steps."""
-    for phase, runs in (("prefill", slice(0, 1)), ("decode", slice(1, None))):
+    """The runs of `prefill` are of that phase, all others are decode steps."""
+    for phase, runs in (("prefill", prefill), ("decode", lambda site, number: not prefill(site, number))):
         recorded = statistics.token_sum("counts", phase).sum(0)
         np.testing.assert_array_equal(recorded, counts(sites, seen, valid, runs), err_msg=phase)
 
@@ -89,7 +104,7 @@ def favourites(sites: Sequence[RouterSite], seen: Seen) -> dict[int, list[int]]:
 
 
 def assert_forbidden(
-    sites: Sequence[RouterSite], seen: Seen, experts: dict[int, list[int]], valid: Valid, runs: slice = slice(None)
+    sites: Sequence[RouterSite], seen: Seen, experts: dict[int, list[int]], valid: Valid, runs: Runs = every_run
 ) -> None:
     """No token that counts was given a forbidden expert."""
     total = counts(sites, seen, valid, runs)

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import EVERY
 from torch import Tensor, distributed
+from whole_models import ROWS
 
 import moe_route as mr
 from moe_route.recording import MergeError, sum_over_ranks
@@ -164,7 +164,7 @@ def walked(names: tuple[str, ...]) -> list[dict[str, tuple[str, str]]]:
 def tier_of(name: str) -> tuple[str, ...]:
     """The architectures that are walked together with `name`: quick ones, one a family, all others."""
     known: tuple[str, ...] = ()
-    for tier in (QUICK, FAMILIES, tuple(EVERY)):
+    for tier in (QUICK, FAMILIES, ROWS):
         if name in tier:
             return tuple(each for each in tier if each not in known)
         known += tier

@@ -33,8 +33,20 @@ FAMILIES = (
 )
 # "alike": much the same on every architecture, so one a family will do.
 Cost = Literal["cheap", "alike", "costly"]
-SECTIONS = ("Calls", "Generation", "Training", "Placement", "Objects", "Compiled", "Wrapped", "Quantised", "Ranks")
-_MODULES = ("calls", "generation", "training", "placement", "objects", "compiled", "wrapped", "quantised", "ranks")
+_MODULES = (
+    "calls",
+    "generation",
+    "decoding",
+    "pictures",
+    "training",
+    "placement",
+    "objects",
+    "compiled",
+    "wrapped",
+    "quantised",
+    "ranks",
+)
+SECTIONS = tuple(module.capitalize() for module in _MODULES)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny_models import inputs, tiny_model
 from torch import Tensor, nn
+from whole_models import WHOLE, text_inputs, whole_model
 
 T = TypeVar("T")
 
@@ -80,6 +81,8 @@ class Subject:
 
     def fresh(self, **changes: Any) -> Any:
         """A model of the same weights, for paths that change it."""
+        if self.name in WHOLE:
+            return whole_model(self.name, **changes)
         try:
             return tiny_model(self.name, head=True, **changes)
         except ValueError as error:
@@ -88,12 +91,19 @@ class Subject:
             return tiny_model(self.name, **changes)
 
     def inputs(self, model: nn.Module, batch: int = 2, length: int = 7) -> dict[str, Tensor]:
+        if self.name in WHOLE:
+            return text_inputs(self.name, batch, length)
         return inputs(self.name, model, batch, length)
 
     @property
     def encodes(self) -> bool:
         """Whether there is an encoder beside the decoder."""
-        return bool(self.model.config.is_encoder_decoder)
+        return self.takes("decoder_input_ids")
+
+    @property
+    def denoises(self) -> bool:
+        """Whether the decoder denoises blocks of tokens, again and again, instead of growing a text."""
+        return hasattr(self.model.config, "canvas_length")
 
     def takes(self, argument: str) -> bool:
         return argument in inspect.signature(type(self.model).forward).parameters

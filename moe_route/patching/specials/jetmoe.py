@@ -1,5 +1,5 @@
-"""JetMoE: tokens come grouped by expert. Two kinds of router: one chooses feed-forward experts, one chooses the heads
-of attention (a query and an output projection each)."""
+"""JetMoE, and the Granite models of older versions: tokens come grouped by expert. JetMoE has two kinds of router: one
+chooses feed-forward experts, one chooses the heads of attention (a query and an output projection each)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class JetMoe(Adapter):
     @property
     def part(self) -> str:
         """The mixture of attention heads is no mixture of feed-forward experts."""
-        return "attention" if type(self.block).__name__ == "JetMoeMoA" else "feed-forward"
+        kinds = {"JetMoeMoA": "attention", "JetMoeMoE": "feed-forward"}
+        return kinds.get(type(self.block).__name__, super().part)
 
     def notes(self) -> Iterable[str]:
         """Say what the experts of the attention are."""

@@ -1,0 +1,228 @@
+"""The experts of one MoE layer, run by the implementations of transformers and by ours, under each one's name.
+
+The modules are transformers' own classes in the sizes of public models, with random weights; on the CPU or a device.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+
+import moe_route as mr
+from bench.results import Fact, Row, rows
+from bench.timing import Contender, Pool, Race, race
+
+SECTION = "Experts of one layer"
+EAGER, PEER, BATCHED, OURS = "eager", "grouped_mm", "batched_mm", "moe_route"
+IMPLEMENTATIONS = (EAGER, PEER, BATCHED, OURS)
+READ, DENSE = "read the weights of the experts that were hit", "as many multiplications in two dense products"
+DTYPES = (torch.bfloat16, torch.float32)
+# Tokens of a call -> the part of the rounds that is spent on it.
+TOKENS = {1: 2, 16: 4, 256: 5, 2048: 10}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The experts of a model's MoE layer: `experts` of them, from `hidden` to `width` and back, `k` for a token."""
+
+    model: str
+    type: str  # the model's type in transformers
+    hidden: int
+    width: int
+    experts: int
+    k: int
+
+    def title(self, tokens: int, dtype: torch.dtype) -> str:
+        sizes = f"H={self.hidden} I={self.width} E={self.experts} k={self.k}"
+        return f"{self.model}: {sizes} T={tokens} {str(dtype).removeprefix('torch.')}"
+
+    def expert_bytes(self, dtype: torch.dtype) -> int:
+        """Gate, up and down of one expert."""
+        return 3 * self.hidden * self.width * dtype.itemsize
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        return self.experts * self.expert_bytes(dtype)
+
+    def operations(self, tokens: int) -> int:
+        """Multiplications and additions of a call."""
+        return 2 * tokens * self.k * 3 * self.hidden * self.width
+
+
+LAYERS = (
+    Layer("Qwen3-30B-A3B", "qwen3_moe", 2048, 768, 128, 8),
+    Layer("OLMoE-1B-7B", "olmoe", 2048, 1024, 64, 8),
+    Layer("Mixtral-8x7B", "mixtral", 4096, 14336, 8, 2),
+    Layer("gpt-oss-20b", "gpt_oss", 2880, 2880, 32, 4),
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a machine can be asked for: bytes of weights and their copies, operations of one call."""
+
+    bytes: int
+    operations: float
+
+    def too_much(self, layer: Layer, tokens: int, dtype: torch.dtype) -> str | None:
+        """Why a case is left out, or None."""
+        if layer.bytes(dtype) > self.bytes:
+            return f"its weights take {layer.bytes(dtype) / 1e9:.3g} GB of {self.bytes / 1e9:.3g}"
+        if layer.operations(tokens) > self.operations:
+            return f"a call takes {layer.operations(tokens) / 1e9:.3g} GFLOP, more than {self.operations / 1e9:.3g}"
+        return None
+
+    def implementations(self, layer: Layer, tokens: int, dtype: torch.dtype) -> tuple[str, ...]:
+        """Those that fit: `batched_mm` copies an expert's weights for every slot."""
+        copies = tokens * layer.k * layer.expert_bytes(dtype)
+        batched = layer.bytes(dtype) + copies <= self.bytes
+        return tuple(name for name in IMPLEMENTATIONS if batched or name != BATCHED)
+
+
+ON_CPU = Limits(bytes=4 << 30, operations=250e9)
+
+
+def make(layer: Layer, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+    """A model's experts as transformers makes them, with normal weights."""
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[layer.type](
+        hidden_size=layer.hidden,
+        intermediate_size=layer.width,
+        moe_intermediate_size=layer.width,
+        num_experts=layer.experts,
+        num_local_experts=layer.experts,
+    )
+    modeling = import_module(f"transformers.models.{layer.type}.modeling_{layer.type}")
+    kind = getattr(modeling, "".join(word.capitalize() for word in layer.type.split("_")) + "Experts")
+    with torch.device("meta"):
+        module = kind(config)
+    module = module.to(dtype).to_empty(device=device).requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(5)
+    for parameter in module.parameters():
+        parameter.normal_(std=0.02, generator=generator)
+    return module
+
+
+class Routed:
+    """Calls of one layer's experts: hidden states and choices in turn, and every way to run them."""
+
+    def __init__(self, layer: Layer, module: Any, tokens: int, *, inputs: int = 16):
+        self.layer, self.module, self.tokens = layer, module, tokens
+        weight = module.down_proj
+        self.dtype, device = weight.dtype, weight.device
+        self.hidden = Pool((tokens, layer.hidden), self.dtype, most=inputs, device=device)
+        scores = Pool((tokens, layer.experts), torch.float32, most=inputs, seed=1, device=device)
+        best = [scores[index].topk(layer.k) for index in range(len(self.hidden))]
+        self.ids = [each.indices for each in best]
+        self.weights = [torch.softmax(each.values, dim=-1).to(self.dtype) for each in best]
+        self.hit = [ids.unique().tolist() for ids in self.ids]
+        generator = torch.Generator(device).manual_seed(2)
+        slots = tokens * layer.k
+        self.dense_rows = [
+            torch.randn(slots, size, generator=generator, device=device).to(self.dtype)
+            for size in (layer.hidden, layer.width)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    @property
+    def title(self) -> str:
+        return self.layer.title(self.tokens, self.dtype)
+
+    def implementation(self, name: str) -> Contender:
+        """The module with the same weights, set to one implementation."""
+        module = copy.copy(self.module)
+        module.config = copy.copy(module.config)
+        module.config._experts_implementation = name
+
+        def contender(index: int) -> torch.Tensor:
+            turn = index % len(self)
+            return module(self.hidden[turn], self.ids[turn], self.weights[turn])
+
+        return contender
+
+    def read(self, index: int) -> list[torch.Tensor]:
+        """The floor of few tokens: reading every weight that takes part once."""
+        weights = self.module.gate_up_proj, self.module.down_proj
+        return [weight[expert].sum() for expert in self.hit[index % len(self)] for weight in weights]
+
+    def dense(self, index: int) -> list[torch.Tensor]:
+        """The floor of many tokens: products of the same size, all rows with the weights of one expert."""
+        expert = index % self.layer.experts
+        weights = self.module.gate_up_proj[expert], self.module.down_proj[expert]
+        return [
+            torch.mm(rows, weight if self.module.is_transposed else weight.T)
+            for rows, weight in zip(self.dense_rows, weights, strict=True)
+        ]
+
+    def contenders(
+        self, implementations: Sequence[str], read: tuple[str, Contender] | None = None
+    ) -> dict[str, Contender]:
+        """Implementations by name, and the two floors; `read` in the place of our own way to read the weights."""
+        mr.register_experts()
+        name, reading = read or (READ, self.read)
+        return {
+            name: reading,
+            DENSE: self.dense,
+            **{implementation: self.implementation(implementation) for implementation in implementations},
+        }
+
+    def hit_bytes(self) -> float:
+        """Weights that a call reads, on average over the inputs."""
+        hit = sum(map(len, self.hit)) / len(self.hit)
+        return hit * self.layer.expert_bytes(self.dtype)
+
+
+def compared(section: str, routed: Routed, run: Race, read: str = READ) -> tuple[list[Row], list[Fact]]:
+    """The rows of one case: each against `grouped_mm`, and against the floor that takes longer."""
+    case, took = routed.title, run.timing(OURS).median
+    names = [name for name in IMPLEMENTATIONS if name in run.seconds]
+    peers = {name: PEER for name in names if name != PEER}
+    floor = max((read, DENSE), key=lambda name: run.timing(name).median)
+    operations = routed.layer.operations(routed.tokens)
+    facts = [
+        Fact(section, case, "weights of the experts that were hit", routed.hit_bytes() / 1e6, "MB"),
+        Fact(section, case, f"{OURS}: those a second", routed.hit_bytes() / took / 1e9, "GB/s"),
+        Fact(section, case, f"{OURS}: operations a second", operations / took / 1e9, "GFLOP/s"),
+    ]
+    return rows(section, case, run, peers=peers, floors=dict.fromkeys(names, floor)), facts
+
+
+def cases(
+    layer: Layer,
+    dtype: torch.dtype,
+    tokens: Iterable[int],
+    limits: Limits,
+    device: torch.device | str = "cpu",
+    **inputs: int,
+) -> Iterator[Routed]:
+    """One layer at every number of tokens that fits; what is left out is said."""
+    fitting = []
+    for number in tokens:
+        reason = limits.too_much(layer, number, dtype)
+        if reason is None:
+            fitting.append(number)
+        else:
+            print(f"left out: {layer.title(number, dtype)}: {reason}", flush=True)
+    module = make(layer, dtype, device) if fitting else None
+    for number in fitting:
+        yield Routed(layer, module, number, **inputs)
+
+
+def measure(layer: Layer, dtype: torch.dtype, rounds: int) -> tuple[list[Row], list[Fact]]:
+    """One layer on the CPU; its weights are gone at the end."""
+    found: list[Row] = []
+    facts: list[Fact] = []
+    for routed in cases(layer, dtype, TOKENS, ON_CPU):
+        contenders = routed.contenders(ON_CPU.implementations(layer, routed.tokens, dtype))
+        with torch.inference_mode():
+            run = race(contenders, rounds=max(3, rounds // TOKENS[routed.tokens]), warmup=1)
+        more, said = compared(SECTION, routed, run)
+        found, facts = found + more, facts + said
+    return found, facts

@@ -1,0 +1,36 @@
+"""Which token of a call a patch of a picture becomes part of, so that the routers of a vision tower can tell whose
+patches they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["placeholders_of", "tokens_of_patches"]
+
+_NAMES = ("image_token_id", "video_token_id")
+
+
+def placeholders_of(model: nn.Module) -> tuple[int, ...]:
+    """Ids that stand among those of the text for the tokens of pictures and of videos, by the model's configuration."""
+    config = getattr(model, "config", None)
+    found = (getattr(config, name, None) for name in _NAMES)
+    return tuple(token for token in found if isinstance(token, int))
+
+
+def tokens_of_patches(ids: Tensor | None, placeholders: Sequence[int], num_patches: int) -> Tensor | None:
+    """int64 [P]: the token of the call, in flatten order, that each of P patches becomes part of.
+
+    Patches come in the order of the tokens that stand for them in `ids`, as many for each. None where that does not
+    come out even for one kind of placeholder alone.
+    """
+    if ids is None:
+        return None
+    fitting = []
+    for token in placeholders:
+        places = (ids.flatten() == token).nonzero().flatten()
+        if len(places) and num_patches % len(places) == 0:
+            fitting.append(places)
+    return torch.repeat_interleave(fitting[0], num_patches // len(fitting[0])) if len(fitting) == 1 else None
