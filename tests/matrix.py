@@ -3,8 +3,8 @@
 python tests/matrix.py [--folder build/matrix] [VERSION ...]
 
 Each version gets an environment of its own that reads torch and everything else from the one this runs in. Under the
-newest, all paths are walked and compared with docs/support.md, with the packages that some of them need (PACKAGES);
-under the others the cheap ones. docs/versions.md keeps what was found, with the day.
+newest, all paths are walked, and docs/support.md is what was found; under the others the cheap ones. docs/versions.md
+sums all of them up, with the day.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any
 HERE = File(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "versions.md"
 RESULTS = HERE / "results"
-VERSIONS = ("4.57.6", "5.0.0", "5.6.2", "5.17.0", "latest")
-PACKAGES = ("peft", "torchao", "gguf", "bitsandbytes")
+NEWEST = "latest"
+VERSIONS = ("4.57.6", "5.0.0", "5.6.2", "5.17.0", NEWEST)
 _OTHER_FORM = "the router returns its decision in another form"
 _REFUSALS = {  # a part of the error, and what it says of a version
     "is no known router": "the block decides, and its gate is no more than a matrix product",
@@ -39,9 +39,11 @@ _REFUSALS = {  # a part of the error, and what it says of a version
 _HEAD = """\
 # Versions of transformers
 
-What `make test-matrix` found: under each version, how many of the paths of [the support table](support.md) that there
-are for an architecture it passes (or is refused on by name). `refused`: attaching raises an error that names the
-reason, below; `-`: that version has no such model, or cannot run it.
+moe-route works with transformers 4.57 and later, and sets no upper bound: routers are recognised by what their classes
+return, and what cannot be recognised is refused by name. This is what `make test-matrix` found: under each version, how
+many of the paths of [the support table](support.md) that there are for an architecture it passes (or is refused on by
+name). `refused`: attaching raises an error that names the reason, below; `-`: that version has no such model, or cannot
+run it. Paths that are costly to walk are walked under the newest version alone.
 """
 
 
@@ -57,33 +59,31 @@ def environment(version: str, folder: File) -> File:
         [packages] = place.glob("lib/python*/site-packages")
         shared = sysconfig.get_paths()["purelib"]
         (packages / "shared.pth").write_text(f"import site; site.addsitedir({shared!r})\n")
-        wanted = "transformers" if version == "latest" else f"transformers=={version}"
+        wanted = "transformers" if version == NEWEST else f"transformers=={version}"
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--upgrade", wanted], check=True)
-        if version == "latest":
-            subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *PACKAGES], check=True)
     return python
 
 
-def walk_in(version: str, folder: File) -> dict[str, Any]:
-    """What is found under one version; also left in RESULTS."""
+def walk_in(version: str, folder: File) -> bool:
+    """Whether every path was passed under one version. What was found is left in RESULTS, or in the support table."""
     python = environment(version, folder)
-    whole = version == "latest"
-    out = folder.resolve() / f"{version}.json"
     settings = os.environ | {"PYTHONPATH": str(HERE.parent), "PYTHONWARNINGS": "ignore"}
-    command = [python, __file__, "--inside", str(out), *(["--whole"] if whole else [])]
-    subprocess.run(command, check=True, cwd=HERE.parent, env=settings)
+    if version == NEWEST:
+        return not subprocess.run([python, HERE / "support.py"], cwd=HERE.parent, env=settings).returncode
+    out = folder.resolve() / f"{version}.json"
+    subprocess.run([python, __file__, "--inside", str(out)], check=True, cwd=HERE.parent, env=settings)
     found: dict[str, Any] = json.loads(out.read_text())
     RESULTS.mkdir(exist_ok=True)
     kept = RESULTS / f"transformers-{found['transformers']}.json"
     kept.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     print(f"transformers {found['transformers']}: {summary(found)}")  # noqa: T201
-    return found
+    return not found["failures"]
 
 
 # ---- inside that environment
 
 
-def inside(out: File, whole: bool) -> None:
+def inside(out: File) -> None:
     """Walk, and write what was found."""
     import torch
     import transformers
@@ -95,7 +95,7 @@ def inside(out: File, whole: bool) -> None:
     from whole_models import ROWS
 
     began = time.monotonic()
-    paths = [each for each in all_paths().values() if not each.missing and (whole or each.cost != "costly")]
+    paths = [each for each in all_paths().values() if not each.missing and each.cost != "costly"]
     first: dict[str, str] = {name: entry(name) for name in ROWS}
     cells, failures = walk(paths, [name for name, how in first.items() if how == "attached"])
     failures += [f"{name}, attaching" for name, how in first.items() if how == "failed"]
@@ -152,6 +152,22 @@ def refusal_of(error: Exception) -> str:
 # ---- the page
 
 
+def newest() -> dict[str, Any]:
+    """What the support table says, in the form of the other results."""
+    sys.path.insert(0, str(HERE))
+    from support import TABLE, read_head, read_table
+    from whole_models import ROWS
+
+    text = TABLE.read_text()
+    cells = read_table(text)
+    return read_head(text) | {
+        "paths": sorted({path for _, path in cells}),
+        "found": {name: _share(name, cells, []) for name in ROWS},
+        "outcomes": Counter(outcome.kind for outcome in cells.values()),
+        "failures": [],
+    }
+
+
 def summary(found: dict[str, Any]) -> str:
     """In one line."""
     kinds = Counter(how.partition(":")[0] for how in found["found"].values())
@@ -188,18 +204,16 @@ def main() -> int:
     parser.add_argument("versions", nargs="*", default=VERSIONS)
     parser.add_argument("--folder", type=File, default=File("build/matrix"))
     parser.add_argument("--inside", type=File, help=argparse.SUPPRESS)
-    parser.add_argument("--whole", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
-        inside(options.inside, options.whole)
+        inside(options.inside)
         return 0
     options.folder.mkdir(parents=True, exist_ok=True)
-    for version in options.versions:
-        walk_in(version, options.folder)
-    results = [json.loads(file.read_text()) for file in RESULTS.glob("transformers-*.json")]
-    results.sort(key=lambda result: [int(part) for part in result["transformers"].split(".") if part.isdigit()])
-    PAGE.write_text(page(results))
-    return int(any(result["failures"] for result in results))
+    passed = [walk_in(version, options.folder) for version in options.versions]
+    older = [json.loads(file.read_text()) for file in RESULTS.glob("transformers-*.json")]
+    older.sort(key=lambda result: [int(part) for part in result["transformers"].split(".") if part.isdigit()])
+    PAGE.write_text(page([*older, newest()]))
+    return int(not all(passed))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 python tests/support.py [--check] [--paths NAME,...] [--only NAME,...]
 
-walks all paths whose packages are installed (costly ones too; some twenty minutes on two cores), keeps the committed
+walks all paths whose packages are installed (costly ones too; most of an hour on two cores), keeps the committed
 cells of the others, and writes the table. With --check it writes nothing and fails where the table differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
 import re
 import sys
@@ -16,6 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path as File
 
 sys.path.insert(0, str(File(__file__).parent))
@@ -34,7 +36,9 @@ _HEAD = """\
 
 Each row is an architecture of transformers, as a tiny random model of its own configuration class; each column is a way
 in which models are run. The tests walk these paths and compare what they find with this page (`tests/paths`), and
-`python tests/support.py` writes it. What passing a path means is said above its table. Made with {versions}.
+`python tests/support.py` writes it. What passing a path means is said above its table.
+
+Last walked on {day}, with transformers {transformers} and torch {torch}.
 
 Classes that take more than text are walked whole, with their towers: {whole}.
 
@@ -43,17 +47,26 @@ here, or the model fails on it without moe-route.
 """
 
 
-def versions() -> str:
-    import torch
+def head() -> dict[str, str]:
+    """What the page says of its making."""
+    day, torch = datetime.date.today().isoformat(), version("torch").partition("+")[0]
+    return {"day": day, "transformers": transformers.__version__, "torch": torch}
 
-    return f"transformers {transformers.__version__} and torch {torch.__version__.partition('+')[0]}"
+
+def read_head(text: str) -> dict[str, str]:
+    """The same, of a page that `render` wrote."""
+    said = re.search(
+        r"walked on (?P<day>\S+), with transformers (?P<transformers>\S+) and torch (?P<torch>\S+)\.", text
+    )
+    assert said is not None, "the support table does not say when it was made"
+    return said.groupdict()
 
 
 def render(cells: Cells, paths: Iterable[Path], names: Iterable[str]) -> str:
     """The page for these cells."""
     names = list(names)
     whole = ", ".join(f"`{name}` (`{WHOLE[name].model}`)" for name in names if name in WHOLE)
-    lines = [_HEAD.format(versions=versions(), whole=whole)]
+    lines = [_HEAD.format(**head(), whole=whole)]
     for section in SECTIONS:
         columns = [each for each in paths if each.section == section and any((n, each.name) in cells for n in names)]
         if columns:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from tiny_models import tokens
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, StoppingCriteria
 
 import moe_route as mr
@@ -41,12 +43,8 @@ def prompt_lookup(subject: Subject) -> None:
         model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
         return model.generate(TEXT, prompt_lookup_num_tokens=3, **GREEDY | {"max_new_tokens": new})
 
-    fed: list[Tensor] = []
-    forward = model.register_forward_pre_hook(
-        lambda _, args, given: fed.append(given["input_ids"][0]), with_kwargs=True
-    )
-    plain = by_transformers(drafted)
-    forward.remove()
+    with calls_of(model) as fed:
+        plain = by_transformers(drafted)
     with mr.attach(model) as routed:
         with watching(routed.sites) as seen, routed.record(sequences=True, trace=True) as recorder:
             same_outputs(drafted(), plain)
@@ -60,18 +58,29 @@ def prompt_lookup(subject: Subject) -> None:
         experts = favourites(routed.sites, seen)
         if not experts:
             return
-        fed.clear()
         plan = mr.Plan.forbid(experts).only(phase="decode")
-        forward = model.register_forward_pre_hook(
-            lambda _, args, given: fed.append(given["input_ids"][0]), with_kwargs=True
-        )
-        with watching(routed.sites) as steered, routed.record() as recorder, routed.steer(plan):
+        with (
+            watching(routed.sites) as steered,
+            routed.record() as recorder,
+            routed.steer(plan),
+            calls_of(model) as fed,
+        ):
             text = drafted()
-        forward.remove()
         prefill, decode = parts(fed, text[0])
         assert_both(recorder.statistics(), routed.sites, steered, prefill, decode)
         assert_forbidden(routed.sites, steered, experts, decode)
         assert not recorder.statistics().scalar("steered", "prefill").any()
+
+
+@contextmanager
+def calls_of(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The token ids [length] of each call inside."""
+    fed: list[Tensor] = []
+    handle = model.register_forward_pre_hook(lambda _, args, given: fed.append(given["input_ids"][0]), with_kwargs=True)
+    try:
+        yield fed
+    finally:
+        handle.remove()
 
 
 def parts(fed: list[Tensor], text: Tensor) -> tuple[Valid, Valid]:
