@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -285,11 +286,22 @@ def _grouped_mm_takes(rows: Tensor, sizes: Sequence[int]) -> bool:
 
 
 def _grouped_mm_pays(rows: Tensor, weight: Tensor) -> bool:
-    """On CPU it is our loop in C++, with the same bits, over the experts without rows too: of use where most of them
-    have some, and where it takes the weights as they lie."""
+    """On CPU it is our loop in C++, with the same bits, over the experts without rows too: of use where there are as
+    many rows as experts, and where it takes the weights as they lie."""
     plain = rows.dtype == weight.dtype != torch.float64 and _aligned(rows, weight.shape[1:]) and rows.is_contiguous()
     whole = weight.is_contiguous() or weight.transpose(-2, -1).is_contiguous()
-    return rows.is_cpu and plain and whole and rows.shape[0] >= weight.shape[0]
+    return rows.is_cpu and plain and whole and rows.shape[0] >= weight.shape[0] and _on_cpu(rows.dtype)
+
+
+@cache
+def _on_cpu(dtype: torch.dtype) -> bool:
+    """Whether this version of torch has `grouped_mm` for tensors of a dtype on the CPU."""
+    rows, weight = torch.ones(1, 16, dtype=dtype, device="cpu"), torch.ones(1, 16, 16, dtype=dtype, device="cpu")
+    try:
+        F.grouped_mm(rows, weight, offs=torch.ones(1, dtype=torch.int32, device="cpu"))
+    except (AttributeError, RuntimeError):
+        return False
+    return True
 
 
 def _aligned(rows: Tensor, sizes: Sequence[int]) -> bool:

@@ -182,7 +182,7 @@ def drafted(model: nn.Module, way: str, plan: mr.Plan | None = None, **more: Any
         recorder.labels(labels, items=[1]),
         nullcontext() if plan is None else routed.steer(plan),
     ):
-        text = model.generate(tokens(1, 4).repeat(1, 3), **options)
+        text = model.generate(**{"inputs": tokens(1, 4).repeat(1, 3)} | options)
     return text, recorder.statistics(), recorder.trace()
 
 
@@ -196,6 +196,64 @@ def test_with_drafts_it_is_what_it_is_without(model: nn.Module, way: str, plan: 
     np.testing.assert_array_equal(np.sort(other.ids, -1), np.sort(trace.ids, -1))
     np.testing.assert_array_equal(other.position, trace.position)
     np.testing.assert_array_equal(other.phase, trace.phase)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_drafts_under_guidance(model: nn.Module, seed: int) -> None:
+    """A call beside the text comes between the drafts and the word on which of them were taken. (Of such drafts
+    transformers makes another text than without them.)"""
+    prompt = tokens(1, 4, seed).repeat(1, 3)
+    _, found, trace = drafted(model, "lookup", guidance_scale=1.5, inputs=prompt)
+    assert found.tokens("prefill").tolist() == [[12] * 3]
+    assert found.tokens("decode").tolist() == [[8] * 3]
+    assert trace.position.tolist() == list(range(20))
+
+
+def test_drafts_after_padding(model: nn.Module) -> None:
+    prompt = torch.cat([torch.zeros(1, 3, dtype=torch.int64), tokens(1, 4).repeat(1, 3)], 1)
+    options = {"inputs": prompt, "attention_mask": (torch.arange(15) > 2).long()[None]}
+    _, plain, trace = drafted(model, "none", **options)
+    _, found, other = drafted(model, "lookup", **options)
+    same_recording(found, plain)
+    for column in ("position", "phase"):
+        np.testing.assert_array_equal(getattr(other, column), getattr(trace, column))
+
+
+@pytest.mark.parametrize("recording", [False, True])
+def test_criteria_may_be_asked_about_candidates_too(model: nn.Module, recording: bool) -> None:
+    def two_of_each(model: Any, input_ids: Tensor, stopping_criteria: Any, **_: Any) -> Tensor:
+        with torch.no_grad():
+            for _ in range(3):
+                best = model(input_ids).logits[:, -1].topk(2).indices
+                stopping_criteria(torch.cat([input_ids.repeat_interleave(2, 0), best.reshape(-1, 1)], 1), None)
+                input_ids = torch.cat([input_ids, best[:, :1]], 1)
+                stopping_criteria(input_ids, None)
+        return input_ids
+
+    options = {"custom_generate": two_of_each, "max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None}
+    plain = model.generate(tokens(2, 5), **options)
+    with mr.attach(model) as routed, routed.record() if recording else nullcontext():
+        assert torch.equal(model.generate(tokens(2, 5), **options), plain)
+
+
+def test_a_list_of_the_users_own_stays_what_it_is(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model may return the very list that it was given."""
+    own = transformers.LogitsProcessorList()
+    monkeypatch.setattr(type(model), "_get_logits_processor", lambda self, *args, **kwargs: own)
+    with mr.attach(model) as routed, routed.record():
+        for _ in range(2):
+            model.generate(tokens(1, 3), max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert type(own) is transformers.LogitsProcessorList
+    assert not vars(own)
+
+
+def test_drafts_that_cannot_be_followed_are_refused(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a transformers that makes them elsewhere."""
+    monkeypatch.delattr(transformers.GenerationMixin, "_get_candidate_generator")
+    with mr.attach(model) as routed, routed.record():
+        with pytest.raises(RuntimeError, match="Generate without an assistant and without prompt lookup"):
+            model.generate(tokens(1, 3), prompt_lookup_num_tokens=2, max_new_tokens=2)
+        model.generate(tokens(1, 3), max_new_tokens=2, do_sample=False, pad_token_id=0)
 
 
 @pytest.mark.parametrize("options", [{"tokens": True}, {"phases": ("decode",)}, {"phases": ("prefill",)}], ids=str)

@@ -401,6 +401,33 @@ def test_a_failed_forward_leaves_nothing_behind() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_an_interrupt_leaves_no_watch_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch runs no hook after one."""
+    model = reordered("ids weights")
+    router = type(model.layers[0].mlp.gate)
+    forward, interrupts = router.forward, []
+
+    def interrupted(self: nn.Module, hidden: Tensor) -> Any:
+        output = forward(self, hidden)
+        if interrupts:
+            raise interrupts.pop()
+        return output
+
+    monkeypatch.setattr(router, "forward", interrupted)
+    with mr.attach(model) as routed, torch.no_grad():
+        interrupts.append(KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt), routed.record():
+            model(tokens(1, 4))
+        with routed.record() as recorder:
+            model(tokens(1, 4))
+        assert recorder.statistics().tokens().tolist() == [[4, 4, 4]]
+        assert not torch.overrides._get_current_function_mode_stack()
+        interrupts.append(KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt), routed.record():
+            model(tokens(1, 4))
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
 def test_nothing_is_watched_while_nothing_is_asked() -> None:
     model, modes = looping(), []
     with mr.attach(model), torch.no_grad():

@@ -151,6 +151,26 @@ def test_generate_lets_a_tower_see_pictures_ahead_of_the_prompt(seeing: tuple[An
     assert found[1].sequences().tolist() == [2]
 
 
+def test_a_tower_that_fails_ahead_of_the_prompt_leaves_its_sequences_out(seeing: tuple[Any, dict[str, Tensor]]) -> None:
+    model, given = seeing
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    with mr.attach(model) as routed:
+        last = [site for site in routed.sites if site.part == "vision"][-1].block
+        with routed.record(sequences=True) as recorder:
+            handle = last.register_forward_hook(fail)
+            with pytest.raises(ZeroDivisionError):
+                model.generate(**given, **options)
+            handle.remove()
+            model.generate(**given, **options)
+    statistics = recorder.statistics()
+    assert statistics.sequences().tolist() == [2]
+    assert statistics.metadata["abandoned_sequences"] == 2
+
+
 def test_a_picture_in_a_second_turn_continues_the_first(seeing: tuple[Any, dict[str, Tensor]]) -> None:
     model, given = seeing
     first = {"input_ids": tokens(2, 4), "attention_mask": torch.ones(2, 4, dtype=torch.int64)}

@@ -154,4 +154,5 @@ def fill_of_left_out(router: nn.Module, spec: RouterSpec) -> RouterSpec:
     in later ones (`Family.adjust`). Its code says which."""
     methods = (inspect.unwrap(getattr(type(router), name)) for name in _CHOOSING if hasattr(type(router), name))
     code = next((m.__code__ for m in methods if "masked_fill" in m.__code__.co_names), None)
-    return spec if code is None or "-inf" in code.co_consts else replace(spec, group_fill=0.0)
+    infinite = code is not None and ("-inf" in code.co_consts or {"inf", "finfo"} & {*code.co_names})
+    return spec if code is None or infinite else replace(spec, group_fill=0.0)

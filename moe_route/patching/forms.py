@@ -42,12 +42,14 @@ def _form(family: Family, router: nn.Module) -> tuple[Part, ...] | None:
     if experts is None or width is None:
         return None
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn((1, TOKENS, width) if family.input_rank == 3 else (TOKENS, width), generator=generator)
+    hidden = torch.randn(
+        (1, TOKENS, width) if family.input_rank == 3 else (TOKENS, width), generator=generator, device="cpu"
+    )
     bias = (torch.zeros(experts),) if (family.correction_bias or "").startswith("argument:") else ()
     try:
         with torch.no_grad():
             output = _like(router, generator).forward(hidden, *bias)
-    except (TypeError, ValueError, IndexError, RuntimeError, AttributeError, AssertionError):
+    except (TypeError, ValueError, LookupError, RuntimeError, AttributeError, AssertionError):
         return None
     return parts_of(output)
 
@@ -69,7 +71,7 @@ def _like(module: nn.Module, generator: torch.Generator) -> nn.Module:
 
 
 def _random(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(tensor.shape, generator=generator) * max(tensor.shape[-1:], default=1) ** -0.5
+    return torch.randn(tensor.shape, generator=generator, device="cpu") * max(tensor.shape[-1:], default=1) ** -0.5
 
 
 def parts_of(output: Any) -> tuple[Part, ...] | None:
@@ -79,6 +81,8 @@ def parts_of(output: Any) -> tuple[Part, ...] | None:
     top_k = [part.shape[1] for part in output if not part.is_floating_point()]
     if len(top_k) != 1 or len({len(part) for part in output}) != 1:
         return None
+    if min(part.shape[1] for part in output) < top_k[0]:
+        return None
     found = tuple(_part(part, top_k[0], len(output)) for part in output)
     known = ({"weights", "ids"}, {"scores", "ids"}, {"logits", "weights", "ids"}, {"probabilities", "weights", "ids"})
     return found if len(set(found)) == len(found) and set(found) in known else None
@@ -87,7 +91,7 @@ def parts_of(output: Any) -> tuple[Part, ...] | None:
 def _part(part: Tensor, top_k: int, of: int) -> Part:
     if not part.is_floating_point():
         return "ids"
-    if part.shape[1] <= top_k:
+    if part.shape[1] == top_k:
         return "weights"
     if of == 2:
         return "scores"  # beside ids alone

@@ -8,6 +8,7 @@ candidates. `listen_to_generate` lets them tell, through methods of the model th
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from moe_route.patching.tokens import Call
 
 _IDS = ("pad_token_id", "eos_token_id")
+_DRAFTS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
 _PAGED = (
     "continuous batching (generate_batch, a ContinuousBatchingManager, cache_implementation='paged') packs several "
     "requests into one row and does not say which token is whose, so they cannot be recorded or steered apart. Use "
@@ -135,26 +137,30 @@ class Generation:
             return
         told = self._chose and not self._beams
         ended = self._ended if told else self._fed_their_end(latest)
-        if ended is not None:
-            running = ~ended[:, None].expand(-1, call.length)
+        if ended is not None and call.batch % len(ended) == 0:
+            running = ~ended.repeat_interleave(call.batch // len(ended))[:, None].expand(-1, call.length)
             call.valid = running if call.valid is None else call.valid & running
 
     def _fed_their_end(self, latest: Tensor) -> Tensor | None:
         if not self._ends:
             return None
         ended = torch.stack([(latest == token).any(1) for token in self._ends]).any(0)
-        if not self._beams:
-            ended = ended if self._ended is None else ended | self._ended
-            self._ended = ended
-        return ended
+        if self._beams:
+            return ended
+        self._add(ended)
+        return self._ended
 
     # ---- what its parts tell
 
     def chose(self, ended: Tensor) -> None:
         """A token was chosen for every row; those of bool [batch] `ended` have ended with it."""
         self._chose = True
-        if not self._beams:
-            self._ended = ended if self._ended is None else self._ended | ended
+        if not self._beams and len(ended) > 1:
+            self._add(ended)
+
+    def _add(self, ended: Tensor) -> None:
+        before = self._ended  # of other rows where a loop of somebody else's asks about several candidates each
+        self._ended = ended if before is None or len(before) != len(ended) else before | ended
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -224,8 +230,14 @@ def _generate(module: Any, listener: Listener, *args: Any, **kwargs: Any) -> Any
         continues=bool(getattr(given, "is_assistant", False)),
         prompt=_prompt(args, kwargs),
     )
+    drafts = any(kwargs.get(name) or any(getattr(config, name, None) for config in configs) for name in _DRAFTS)
+    if not listener.idle and drafts and not callable(getattr(type(module), "_get_candidate_generator", None)):
+        raise RuntimeError(
+            f"{type(module).__name__} makes its drafts in a way that this version of moe-route does not know: which of "
+            "them become text cannot be told. Generate without an assistant and without prompt lookup"
+        )
     if not listener.idle and hasattr(module, "_compile_functions"):
-        kwargs["disable_compile"] = True  # one graph of each half of a diffusion, in which nobody is asked about a call
+        kwargs["disable_compile"] = True  # each half of a diffusion would be one graph, which asks for no labels
     listener.begin_generation(generation)
     try:
         return type(module).generate(module, *args, **kwargs)
@@ -290,6 +302,7 @@ class _Processors:
 def _telling(parts: Any, generation: Generation | None, kind: type) -> Any:
     """A list of criteria or processors, in a class that tells `generation` of its calls."""
     if generation is not None:
+        parts = copy.copy(parts)  # it may be a list of the user's own
         parts.__class__ = _mixed(kind, parts.__class__)
         parts.generation = generation
     return parts

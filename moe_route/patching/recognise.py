@@ -63,7 +63,7 @@ def _samples(router: nn.Module) -> list[Sample] | str:
     generator = torch.Generator().manual_seed(0)
     found: list[Sample] = []
     for size in (1.0, 8.0):
-        hidden = torch.randn((PROBES, matrix.shape[1]), generator=generator).to(matrix.device) * size
+        hidden = torch.randn((PROBES, matrix.shape[1]), generator=generator, device="cpu").to(matrix.device) * size
         try:
             with undisturbed(alone), torch.no_grad():
                 output = alone.forward(hidden)
@@ -155,7 +155,7 @@ def _not_followed(family: Family, router: nn.Module, block: nn.Module) -> str:
     """Why the block's output does not hang on what the router returns, or an empty string."""
     matrix = next(p for p in router.parameters() if p.dim() == 2)
     generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn((1, 8, matrix.shape[1]), generator=generator).to(matrix.device, matrix.dtype)
+    hidden = torch.randn((1, 8, matrix.shape[1]), generator=generator, device="cpu").to(matrix.device, matrix.dtype)
 
     def run(change: bool) -> Any:
         def turn(module: nn.Module, args: Any, output: Any) -> Any:

@@ -121,7 +121,7 @@ def _probes(site: RouterSite) -> tuple[Tensor, tuple[Tensor, ...]]:
     generator = torch.Generator().manual_seed(0)
     size = _hidden_size(site, weight)
     shape = (1, PROBES, size) if family.input_rank == 3 else (PROBES, size)
-    hidden = torch.randn(shape, generator=generator).to(
+    hidden = torch.randn(shape, generator=generator, device="cpu").to(
         weight.device if not weight.is_meta else "cpu", _model_dtype(site)
     )
     if family.correction_bias is None or not family.correction_bias.startswith("argument:"):
@@ -182,7 +182,7 @@ def _tied(site: RouterSite, logits: Tensor, k: int, bias: Tensor | None, scale: 
     first = ops.route(logits.float(), k, site.spec, correction_bias=bias, expert_scale=scale)[1].sort(1).values
     tied = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     for _ in range(NUDGES):
-        nudge = torch.rand(logits.shape, generator=generator).to(logits.device) * 2 - 1
+        nudge = torch.rand(logits.shape, generator=generator, device="cpu").to(logits.device) * 2 - 1
         moved = logits.float() + nudge * size * (1 + logits.float().abs())
         ids = ops.route(moved, k, site.spec, correction_bias=bias, expert_scale=scale)[1]
         tied |= (ids.sort(1).values != first).any(1)

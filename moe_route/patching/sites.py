@@ -138,7 +138,7 @@ def _known_families(modules: dict[str, nn.Module]) -> dict[str, Family]:
     found: dict[str, Family] = {}
     for name, module in modules.items():  # a block comes before what is in it
         family = family_of(module)
-        if family is not None and not any(name.startswith(f"{above}.") for above in found):
+        if family is not None and not any(name.startswith(above and f"{above}.") for above in found):
             found[name] = as_returned(family, module)
     return found
 

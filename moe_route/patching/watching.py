@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 _SCORES = frozenset(("softmax", "sigmoid", "topk", "max"))  # functions that a router gives its logits to
 _CHOICE = "one_hot"  # what a block makes of its choice
@@ -42,10 +42,12 @@ class Scored(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Call the function; keep the first argument of the first one that scores."""
-        scored = args[0] if self.seen is None and func.__name__ in _SCORES else None
-        if isinstance(scored, Tensor) and scored.shape[-1:] == (self.experts,):
-            self.seen = scored.flatten(0, -2)
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if self.seen is None and func.__name__ in _SCORES:
+            scored = args[0] if args else kwargs.get("input")
+            if isinstance(scored, Tensor) and scored.shape[-1:] == (self.experts,):
+                self.seen = scored.flatten(0, -2)
+        return func(*args, **kwargs)
 
 
 class Decided(Scored):
@@ -69,7 +71,7 @@ class Decided(Scored):
         kwargs = kwargs or {}
         if self.decided:
             return func(*args, **kwargs)
-        if func.__name__ == _CHOICE and self.weights is not None:
+        if func.__name__ == _CHOICE and args and self.weights is not None:
             self.decided = True
             return func(self.decide(self.logits(), self.weights, args[0]), *args[1:], **kwargs)
         result = super().__torch_function__(func, types, args, kwargs)
@@ -102,10 +104,24 @@ class WatchedForward:
 
     def remove(self) -> None:
         """Take the watch away."""
+        self._drop_interrupted()
         for handle in self._handles:
             handle.remove()
 
+    def _drop_interrupted(self) -> None:
+        """Take modes off the stack whose forward was interrupted: torch runs no hook after a KeyboardInterrupt."""
+        if not self._entered:
+            return
+        left, self._entered = [mode for mode in self._entered if mode is not None], []
+        stack = _get_current_function_mode_stack()
+        for _ in stack:
+            _pop_mode()
+        for mode in stack:
+            if not any(mode is one for one in left):
+                _push_mode(mode)
+
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._drop_interrupted()
         mode = self._make()
         self._entered.append(mode)
         if mode is not None:

@@ -111,7 +111,9 @@ def columns(rows: int | Tensor, call: ModelCall, *, after: bool | None = None) -
 
 def as_table(rows: int | Tensor, call: ModelCall) -> Tensor:
     """Rows of a call's tokens as ``[N or 1, length]``."""
-    table = torch.as_tensor(rows, dtype=torch.int32, device=call.device)
+    if isinstance(rows, int):
+        return torch.full((1, call.length), rows, dtype=torch.int32, device=call.device)  # waits for no device
+    table = rows.to(device=call.device, dtype=torch.int32)
     return (table[:, None] if table.dim() == 1 else table).expand(-1 if table.dim() else 1, call.length)
 
 

@@ -277,12 +277,14 @@ class Recorder:
     def rows(self, call: ModelCall) -> tuple[int | Tensor, int | Tensor]:
         """Rows of the group and of the segment tables for the tokens of a call that is about to run; ``(-1, -1)``
         counts nothing."""
+        if call.beside:
+            return -1, -1
         if self._trace is not None:
             self._trace.drop_call()
         self.settle()
         self._note_failure()
         first, end = self._columns(call)
-        if not self._on or self._paused or call.beside or first == end:
+        if not self._on or self._paused or first == end:
             return -1, -1
         running = self._sequences_of(call)
         if capturing(call.device):
@@ -312,11 +314,11 @@ class Recorder:
 
     def _by_phase(self, call: ModelCall, rows_at: Callable[[int], int | Tensor], capacity: int) -> int | Tensor:
         """Rows of a call's tokens, those of each phase further down by ``capacity``."""
-        before, now = (
-            rows_at(PHASES.index(phase) * capacity) if phase in self._phases else -1
-            for phase in ("prefill", call.phase)
-        )
-        return in_phases(before, now, call) if call.drafted and call.prompt else now
+        now = rows_at(PHASES.index(call.phase) * capacity) if call.phase in self._phases else -1
+        if not (call.drafted and call.prompt):
+            return now
+        before = rows_at(PHASES.index("prefill") * capacity) if "prefill" in self._phases else -1
+        return in_phases(before, now, call)
 
     def _hold_drafts(
         self, call: ModelCall, groups: int | Tensor, segments: int | Tensor
@@ -433,7 +435,7 @@ class Recorder:
         if running is None:
             return
         sums = self._counted().take_segments(running.parts)
-        if not finished or running.broken:
+        if not finished or running.broken or not running.begun:
             self._abandoned += running.count
             logger.warning(
                 "%d sequences broke off and are left out; their tokens were counted up to there", running.count

@@ -50,6 +50,11 @@ class RunningSequences:
             self.part_of = part_of.reshape(self.groups.shape)
 
     @property
+    def begun(self) -> bool:
+        """Whether a call of them went to the model: a vision tower may fail before."""
+        return bool(self._tokens)
+
+    @property
     def parts(self) -> int:
         return len(self.part_sequence)
 

@@ -199,9 +199,11 @@ class TraceWriter:
     def end_call(self) -> None:
         """The call went through."""
         call, self._current = self._current, None
-        if call is not None and call.ids:
+        if call is None:
+            return
+        if call.ids:
             self._waiting.append(call)
-        if call is not None and call.drafted:
+        if call.drafted:
             return  # which of its tokens are text is told yet
         if sum(call.batch * call.length for call in self._waiting) >= _FLUSH_TOKENS:
             self.flush()
@@ -210,8 +212,8 @@ class TraceWriter:
         """The last ``columns`` of the latest call are in no text."""
         if self._waiting and self._waiting[-1].drafted:
             call = self._waiting[-1]
-            text = torch.arange(call.length) < call.length - columns
-            call.valid = text.expand(call.batch, -1)
+            text = (torch.arange(call.length) < call.length - columns).expand(call.batch, -1)
+            call.valid = text if call.valid is None else text & call.valid.cpu()
 
     def flush(self) -> None:
         """Bring what waits on the device to the host."""

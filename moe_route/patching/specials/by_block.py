@@ -55,7 +55,7 @@ class ByMethod(Adapter):
         """The block's choice of random logits, of the dtype of its gate's."""
         generator = torch.Generator().manual_seed(3)
         experts = self.family.num_experts_of(self.module)
-        logits = torch.randn((*hidden.shape[:-1], experts), generator=generator).to(hidden)
+        logits = torch.randn((*hidden.shape[:-1], experts), generator=generator, device="cpu").to(hidden)
         if self.family.weights == "float32":
             logits = logits.float()
         places = len(inspect.signature(getattr(type(self.module), METHOD)).parameters) - 1  # beside self
@@ -90,9 +90,9 @@ class InForward(Adapter):
         return (WatchedForward(self.module, self._watch, _seen),)
 
     def _watch(self) -> Decided | None:
-        return None if self.idle else self._decided(self._decide)
+        return None if self.idle else self._mode(self._decide)
 
-    def _decided(self, decide: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Decided:
+    def _mode(self, decide: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Decided:
         family, module = self.family, self.module
         return Decided(family.num_experts_of(module), number(module, family.top_k), decide)
 
@@ -107,7 +107,7 @@ class InForward(Adapter):
     def probe(self, hidden: Tensor, arguments: tuple[Tensor, ...]) -> tuple[tuple[object, ...], Output]:
         """The block, up to its choice."""
         try:
-            with self._decided(_stop):
+            with self._mode(_stop):
                 self.module.forward(hidden.clone().reshape(1, -1, hidden.shape[-1]))
         except _Chosen as choice:
             return (), choice.output
