@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
