@@ -18,7 +18,9 @@ from torch import nn
 
 from moe_route.ops import RouterSpec
 from moe_route.patching.family import (
+    GROUPED_SOFTMAX,
     PLAIN_SOFTMAX,
+    SCALED_GROUPS,
     Family,
     Gate,
     fill_of_left_out,
@@ -49,8 +51,6 @@ _SOFTMAX = RouterSpec(score="softmax", renormalise="sum")
 _SELECTED_SOFTMAX = RouterSpec(score="softmax", order="topk_then_score")
 _SIGMOID = RouterSpec(score="sigmoid", renormalise="sum")
 _SIGMOID_EPS = RouterSpec(score="sigmoid", renormalise="sum", eps=1e-20)
-_GROUPS: dict[str, str | tuple[str, ...]] = {"groups": ("num_group", "n_group"), "top_groups": "topk_group"}
-_SCALED_GROUPS: dict[str, str | tuple[str, ...]] = _GROUPS | {"scale": "routed_scaling_factor"}
 _IN_FLOAT32 = Gate(compute="float32")
 _BIAS = "e_score_correction_bias"
 
@@ -92,8 +92,8 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "softmax, group-limited",
         ("DeepseekV2TopkRouter", "DeepseekOcr2TextTopkRouter", "UnlimitedOcrTextTopkRouter"),
-        RouterSpec(score="softmax", group_score="max", group_fill=0.0),
-        read=_SCALED_GROUPS,
+        GROUPED_SOFTMAX,
+        read=SCALED_GROUPS,
         adjust=without_groups_unless("group_limited_greedy"),
         weights="float32",
         gate=_IN_FLOAT32,
@@ -161,7 +161,7 @@ FAMILIES: tuple[Family, ...] = (
             "SolarOpenTopkRouter",
         ),
         _SIGMOID_EPS,
-        read=_SCALED_GROUPS,
+        read=SCALED_GROUPS,
         renormalise_if="norm_topk_prob",
         adjust=fill_of_left_out,
         num_experts="weight",
@@ -173,7 +173,7 @@ FAMILIES: tuple[Family, ...] = (
         "sigmoid with correction bias, group-limited",
         ("AXK2TopkRouter",),
         RouterSpec(score="sigmoid", renormalise="sum", eps=1e-20, group_fill=0.0),
-        read=_SCALED_GROUPS,
+        read=SCALED_GROUPS,
         renormalise_if="norm_topk_prob",
         correction_bias=_BIAS,
         weights="float32",
@@ -294,7 +294,7 @@ FAMILIES: tuple[Family, ...] = (
         "softmax, group-limited",
         ("Mistral4TopkRouter",),
         RouterSpec(score="softmax", renormalise="sum", eps=1e-20, group_fill=0.0),
-        read=_SCALED_GROUPS,
+        read=SCALED_GROUPS,
         renormalise_if="norm_topk_prob",
         low_precision=True,
         gate=Gate(),
@@ -303,7 +303,7 @@ FAMILIES: tuple[Family, ...] = (
         "softmax, group-limited",
         ("MistralLarge4TextTopkRouter",),
         RouterSpec(score="softmax", renormalise="sum", eps=1e-20, group_fill=0.0),
-        read=_SCALED_GROUPS,
+        read=SCALED_GROUPS,
         weights="float32",
         gate=_IN_FLOAT32,
     ),

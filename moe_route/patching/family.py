@@ -21,6 +21,13 @@ from moe_route.patching.adapter import Adapter
 from moe_route.patching.offloaded import resident
 
 PLAIN_SOFTMAX = RouterSpec(score="softmax")
+GROUPED_SOFTMAX = RouterSpec(score="softmax", group_score="max", group_fill=0.0)
+# Where routers that choose among groups first keep what they go by (`Family.read`).
+SCALED_GROUPS: dict[str, str | tuple[str, ...]] = {
+    "groups": ("num_group", "n_group"),
+    "top_groups": "topk_group",
+    "scale": "routed_scaling_factor",
+}
 # What a router returns: "logits" [T, E], or "probabilities" [T, E], their softmax, in their place; "weights" [T, k], or
 # "scores" [T, E], weights that are zero where an expert was not chosen; "ids" [T, k].
 Part = Literal["logits", "probabilities", "weights", "scores", "ids"]

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from moe_route.ops import RouterSpec
 from moe_route.patching.adapter import Adapter
-from moe_route.patching.family import PLAIN_SOFTMAX, Family, fill_of_left_out, without_groups_unless
+from moe_route.patching.family import (
+    GROUPED_SOFTMAX,
+    PLAIN_SOFTMAX,
+    SCALED_GROUPS,
+    Family,
+    fill_of_left_out,
+    without_groups_unless,
+)
 from moe_route.patching.specials.by_block import ByMethod, InForward
 from moe_route.patching.specials.jetmoe import JetMoe
 
 _CHOSEN = "the block chooses, not the router"
-_GROUPS: dict[str, str | tuple[str, ...]] = {
-    "groups": ("num_group", "n_group"),
-    "top_groups": "topk_group",
-    "scale": "routed_scaling_factor",
-}
-_GROUPED_SOFTMAX = RouterSpec(score="softmax", group_score="max", group_fill=0.0)
 _BY_BLOCK: tuple[type[Adapter], ...] = (ByMethod, InForward)  # which of them, a version's class tells
 
 OLDER_FAMILIES: tuple[Family, ...] = (
@@ -61,8 +62,8 @@ OLDER_FAMILIES: tuple[Family, ...] = (
     Family(
         "softmax, group-limited, chosen by the block",
         ("DeepseekV2Moe",),
-        _GROUPED_SOFTMAX,
-        read=_GROUPS,
+        GROUPED_SOFTMAX,
+        read=SCALED_GROUPS,
         adjust=without_groups_unless("group_limited_greedy"),
         num_experts="gate.out_features",
         weights="float32",
@@ -73,8 +74,8 @@ OLDER_FAMILIES: tuple[Family, ...] = (
     Family(
         "softmax, group-limited",
         ("DeepseekV2MoEGate",),
-        _GROUPED_SOFTMAX,
-        read=_GROUPS,
+        GROUPED_SOFTMAX,
+        read=SCALED_GROUPS,
         adjust=without_groups_unless("group_limited_greedy"),
         weights="float32",
         input_rank=3,
@@ -84,7 +85,7 @@ OLDER_FAMILIES: tuple[Family, ...] = (
         "softmax, group-limited, chosen by the block",
         ("Mistral4MoE",),
         RouterSpec(score="softmax", renormalise="sum", eps=1e-20, group_fill=0.0),
-        read=_GROUPS,
+        read=SCALED_GROUPS,
         renormalise_if="norm_topk_prob",
         num_experts="n_routed_experts",
         low_precision=True,
@@ -124,7 +125,7 @@ OLDER_FAMILIES: tuple[Family, ...] = (
             "SolarOpenMoE",
         ),
         RouterSpec(score="sigmoid", renormalise="sum", eps=1e-20),
-        read=_GROUPS,
+        read=SCALED_GROUPS,
         renormalise_if="norm_topk_prob",
         adjust=fill_of_left_out,
         num_experts="n_routed_experts",
