@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import moe_route as mr
 from moe_route.patching import RouterSite
+from paths.subject import run
 
 # What counts of the n-th run of a router: bool of as many elements as it has tokens, or None for all of them.
 Valid = Callable[[RouterSite, int], Tensor | None]
@@ -114,3 +115,18 @@ def assert_forbidden(
 
 def same_outputs(a: Any, b: Any) -> None:
     assert torch.equal(a, b), "the model's output is not what it was unattached"
+
+
+def assert_recorded_and_steered(routed: mr.Routed, model: nn.Module, given: dict[str, Tensor], plain: Tensor) -> None:
+    """A recorded call gives `plain` and counts what the experts are given; a steered one gives them no forbidden
+    expert."""
+    with watching(routed.sites) as seen, routed.record() as recorder:
+        same_outputs(run(model, given), plain)
+    assert_counted(recorder.statistics(), routed.sites, seen, everything)
+    experts = favourites(routed.sites, seen)
+    if not experts:
+        return
+    with watching(routed.sites) as steered, routed.record() as recorder, routed.steer(mr.Plan.forbid(experts)):
+        run(model, given)
+    assert_counted(recorder.statistics(), routed.sites, steered, everything)
+    assert_forbidden(routed.sites, steered, experts, everything)

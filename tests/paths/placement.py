@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import moe_route as mr
-from paths.oracle import assert_counted, assert_forbidden, everything, favourites, same_outputs, watching
+from paths.oracle import assert_recorded_and_steered
 from paths.registry import path
 from paths.subject import NotApplicable, Subject, by_transformers, run
 
@@ -63,16 +63,7 @@ def check(subject: Subject, place: Callable[[Any], None], first: str) -> None:
     with mr.attach(model) as routed:
         if first == "attach":
             place(model)
-        with watching(routed.sites) as seen, routed.record() as recorder:
-            same_outputs(run(model, given), plain)
-        assert_counted(recorder.statistics(), routed.sites, seen, everything)
-        experts = favourites(routed.sites, seen)
-        if not experts:
-            return
-        with watching(routed.sites) as steered, routed.record() as recorder, routed.steer(mr.Plan.forbid(experts)):
-            run(model, given)
-        assert_counted(recorder.statistics(), routed.sites, steered, everything)
-        assert_forbidden(routed.sites, steered, experts, everything)
+        assert_recorded_and_steered(routed, model, given, plain)
 
 
 @path(

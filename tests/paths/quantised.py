@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import moe_route as mr
 from moe_route.patching import find_sites
-from paths.oracle import assert_counted, assert_forbidden, everything, favourites, same_outputs, watching
+from paths.oracle import assert_recorded_and_steered, same_outputs
 from paths.registry import path
 from paths.subject import NotApplicable, Subject, by_transformers, run
 
@@ -26,16 +26,7 @@ def check(subject: Subject, build: Callable[[], Any]) -> None:
     plain = by_transformers(lambda: run(model, given))
     by_transformers(lambda: same_outputs(run(model, given), plain))
     with mr.attach(model) as routed:
-        with watching(routed.sites) as seen, routed.record() as recorder:
-            same_outputs(run(model, given), plain)
-        assert_counted(recorder.statistics(), routed.sites, seen, everything)
-        experts = favourites(routed.sites, seen)
-        if not experts:
-            return
-        with watching(routed.sites) as steered, routed.record() as recorder, routed.steer(mr.Plan.forbid(experts)):
-            run(model, given)
-        assert_counted(recorder.statistics(), routed.sites, steered, everything)
-        assert_forbidden(routed.sites, steered, experts, everything)
+        assert_recorded_and_steered(routed, model, given, plain)
 
 
 def reloaded(subject: Subject, quantization: Any, dtype: torch.dtype, kind: str) -> Any:

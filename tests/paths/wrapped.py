@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import moe_route as mr
 from moe_route.patching import RouterSite, find_sites
-from paths.oracle import assert_counted, assert_forbidden, everything, favourites, same_outputs, watching
+from paths.oracle import assert_recorded_and_steered
 from paths.registry import path
 from paths.subject import NotApplicable, Subject, by_transformers, run
 
@@ -36,27 +36,14 @@ def check(subject: Subject, options: Callable[[Any], dict[str, Any]]) -> None:
     plain = by_transformers(lambda: run(wrap(subject.fresh(), **chosen), given))
     wrapped = wrap(subject.fresh(), **chosen)
     with mr.attach(wrapped) as routed:
-        check_attached(routed, wrapped, given, plain)
+        assert_recorded_and_steered(routed, wrapped, given, plain)
     inner = subject.fresh()
     with mr.attach(inner) as routed:
         outer = wrap(inner, **chosen)
         if "modules_to_save" in chosen or hasattr(getattr(routed.sites[0].module, "router_gate", None), "base_layer"):
             check_gate_elsewhere(routed, outer, given)
         else:
-            check_attached(routed, outer, given, plain)
-
-
-def check_attached(routed: mr.Routed, model: nn.Module, given: dict[str, Tensor], plain: Tensor) -> None:
-    with watching(routed.sites) as seen, routed.record() as recorder:
-        same_outputs(run(model, given), plain)
-    assert_counted(recorder.statistics(), routed.sites, seen, everything)
-    experts = favourites(routed.sites, seen)
-    if not experts:
-        return
-    with watching(routed.sites) as steered, routed.record() as recorder, routed.steer(mr.Plan.forbid(experts)):
-        run(model, given)
-    assert_counted(recorder.statistics(), routed.sites, steered, everything)
-    assert_forbidden(routed.sites, steered, experts, everything)
+            assert_recorded_and_steered(routed, outer, given, plain)
 
 
 def check_gate_elsewhere(routed: mr.Routed, model: nn.Module, given: dict[str, Tensor]) -> None:
