@@ -734,6 +734,7 @@ def test_only_a_sanitizer_that_says_so_passes(tmp_path: Path, prints: str, code:
     assert prints in (out / "sanitizers.log").read_text()
 
 
+@pytest.mark.xdist_group("nvcc")
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.timeout(1600)

@@ -258,6 +258,7 @@ def test_kernels_are_built_for_a_cuda_torch_and_on_demand(value: str, torch_cuda
 
 
 @in_tree
+@pytest.mark.xdist_group("nvcc")
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")

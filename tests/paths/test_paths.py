@@ -41,7 +41,8 @@ def _cases() -> list[object]:
             if each.cost != "cheap" and name not in FAMILIES and not MATRIX:
                 continue
             slow = name in SLOW or (each.cost == "costly" and name not in QUICK)
-            marks = [pytest.mark.slow] if slow else []
+            together = "ranks" if each.section == "Ranks" else name  # ranks are walked for many at once
+            marks = [pytest.mark.xdist_group(together), *([pytest.mark.slow] if slow else [])]
             if each.missing:
                 marks.append(pytest.mark.skip(reason=f"{', '.join(each.missing)} is not installed"))
             cases.append(pytest.param(name, each, id=f"{name}-{each.name.replace(' ', '_')}", marks=marks))
