@@ -108,7 +108,7 @@ def make(layer: Layer, dtype: torch.dtype, device: torch.device | str = "cpu") -
     return module
 
 
-class Routed:
+class RoutedModel:
     """Calls of one layer's experts: hidden states and choices in turn, and every way to run them."""
 
     def __init__(self, layer: Layer, module: Any, tokens: int, *, inputs: int = 16):
@@ -179,7 +179,7 @@ class Routed:
         return hit * self.layer.expert_bytes(self.dtype)
 
 
-def compared(section: str, routed: Routed, run: Race, read: str = READ) -> tuple[list[Row], list[Fact]]:
+def compared(section: str, routed: RoutedModel, run: Race, read: str = READ) -> tuple[list[Row], list[Fact]]:
     """The rows of one case: each against `grouped_mm`, and against the floor that takes longer."""
     case, took = routed.title, run.timing(OURS).median
     names = [name for name in IMPLEMENTATIONS if name in run.seconds]
@@ -201,7 +201,7 @@ def cases(
     limits: Limits,
     device: torch.device | str = "cpu",
     **inputs: int,
-) -> Iterator[Routed]:
+) -> Iterator[RoutedModel]:
     """One layer at every number of tokens that fits; what is left out is said."""
     fitting = []
     for number in tokens:
@@ -212,7 +212,7 @@ def cases(
             print(f"left out: {layer.title(number, dtype)}: {reason}", flush=True)
     module = make(layer, dtype, device) if fitting else None
     for number in fitting:
-        yield Routed(layer, module, number, **inputs)
+        yield RoutedModel(layer, module, number, **inputs)
 
 
 def measure(layer: Layer, dtype: torch.dtype, rounds: int) -> tuple[list[Row], list[Fact]]:

@@ -1,4 +1,4 @@
-"""The gate against the torch operations it replaces: softmax, top-k, renormalise, bincount."""
+"""The gate against the torch operations it replaces: softmax, top-k, renormalize, bincount."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from bench.timing import Contender, Pool
 from moe_route import ops
 
-SPEC = ops.RouterSpec(score="softmax", renormalise="sum")
+SPEC = ops.RouterSpec(score="softmax", renormalize="sum")
 TOKENS = 4096
 
 
@@ -113,7 +113,7 @@ class Gate:
         return torch.sum(self.logits[index])
 
     def contenders(self) -> dict[str, Contender]:
-        full = ("counts", "mass", "weight")
+        full = ("counts", "probability", "weight")
         return {
             "read the logits": self.read,
             "torch": self.torch_gate,
@@ -121,9 +121,9 @@ class Gate:
             "torch, soft steering": self.torch_soft,
             "torch, forced": self.torch_forced,
             "route": self.routed(),
-            "route + counts": self.routed(planes=("counts",)),
-            "route + counts + mass": self.routed(planes=("counts", "mass")),
+            "route + counts": self.routed(metrics=("counts",)),
+            "route + counts + mass": self.routed(metrics=("counts", "probability")),
             "route + counts + mass + weight + entropy": self.routed(planes=full, entropy=True),
-            "route + counts, soft steering": self.routed(planes=("counts",), steering=self.soft_steering()),
-            "route + counts, forced": self.routed(planes=("counts",), steering=self.forced_steering()),
+            "route + counts, soft steering": self.routed(metrics=("counts",), steering=self.soft_steering()),
+            "route + counts, forced": self.routed(metrics=("counts",), steering=self.forced_steering()),
         }

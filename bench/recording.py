@@ -76,8 +76,8 @@ class ByHand:
 
     def __init__(self, decoding: Decoding):
         self.decoding, model = decoding, decoding.model
-        self.routers = [site.module for site in mr.patching.find_sites(model)]
-        experts = mr.patching.find_sites(model)[0].num_experts
+        self.routers = [router.module for router in mr.patching.find_routers(model)]
+        experts = mr.patching.find_routers(model)[0].num_experts
         self.counts = torch.zeros(len(self.routers), experts, dtype=torch.int64, device=model.device)
         self.mass, self.weight = torch.zeros(2, len(self.routers), experts, dtype=torch.float64, device=model.device)
         self.entropy = torch.zeros(len(self.routers), dtype=torch.float64, device=model.device)
@@ -107,8 +107,8 @@ class ByHand:
 @contextmanager
 def empty_hooks(decoding: Decoding) -> Iterator[None]:
     """A hook on every router that does nothing: what any recorder pays."""
-    sites = mr.patching.find_sites(decoding.model)
-    handles = [site.module.register_forward_hook(lambda *_: None) for site in sites]
+    routers = mr.patching.find_routers(decoding.model)
+    handles = [router.module.register_forward_hook(lambda *_: None) for router in routers]
     try:
         decoding.step(0)
         yield
@@ -148,8 +148,8 @@ class HookClock:
 
 @contextmanager
 def recorded(decoding: Decoding) -> Iterator[None]:
-    """Attached and recording counts, mass, weight, share and entropy of one labelled sequence, past its first step."""
-    routed = mr.attach(decoding.model, check=False)
+    """Attached and recording counts, probability, weight, weight_share and entropy of one labeled sequence, past its first step."""
+    routed = mr.attach(decoding.model, verify=False)
     try:
         with routed.record(groups=["text"]) as recorder, recorder.labels(groups="text"):
             decoding.step(0)

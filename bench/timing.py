@@ -1,7 +1,7 @@
 """Timing contenders against each other in one run: interleaved, each call on an input of its own, medians.
 
 A clock says what a call costs. On the CPU it is processor time of the calling thread (contenders use one thread), so
-that a neighbour who takes the core away is not counted; on an idle machine it is the time on the wall. The clocks of a
+that a neighbor who takes the core away is not counted; on an idle machine it is the time on the wall. The clocks of a
 device are in `device/clocks.py`.
 """
 
@@ -56,7 +56,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Race:
-    """What `race` measured. `seconds[name][round]` are single calls; calls of one round are neighbours in time."""
+    """What `race` measured. `seconds[name][round]` are single calls; calls of one round are neighbors in time."""
 
     seconds: Mapping[str, Sequence[float]]
 

@@ -147,7 +147,7 @@ SWAHILI_TENS = {10: "kumi", 20: "ishirini", 30: "thelathini", 40: "arobaini"}
 KANJI = "〇一二三四五六七八九"
 ARABIC_TENS = {20: "عشر", 30: "ثلاث", 40: "أربع"}
 
-# {X} {Y} {Z}: the numbers of the equation (the first capitalised). {x} {y}: bare numbers. {xn}: number and noun.
+# {X} {Y} {Z}: the numbers of the equation (the first capitalized). {x} {y}: bare numbers. {xn}: number and noun.
 # {xc}: number and counter. {n}: the noun as it follows "how many". {c}: the counter. [he|she]: by the gender of the
 # first person.
 EQUATIONS = {

@@ -1,4 +1,4 @@
-"""moe-route: fast expert routing for Mixture-of-Experts models, recorded, analysed and steered.
+"""moe-route: fast expert routing for Mixture-of-Experts models, recorded, analyzed and steered.
 
     import moe_route as mr
     routed = mr.attach(model)
@@ -18,10 +18,11 @@ from moe_route._C import __version__
 
 if TYPE_CHECKING:
     from moe_route import analysis, data, doctor, files, nn, patching, plots, recording, reference, steering
-    from moe_route.patching import ModelNotSupported, find_sites
-    from moe_route.patching.experts import register_experts
+    from moe_route.description import describe
+    from moe_route.experts.interface import register_experts
     from moe_route.recording import Recorder, RoutingStatistics
-    from moe_route.routed import Routed, attach, describe
+    from moe_route.routed import RoutedModel, attach
+    from moe_route.routers import ModelNotSupportedError, find_routers
     from moe_route.steering import ExpertSelection, Plan
 
 _MODULES = (
@@ -39,23 +40,23 @@ _MODULES = (
 )
 _HOMES = {
     "ExpertSelection": "steering",
-    "ModelNotSupported": "patching",
+    "ModelNotSupportedError": "patching",
     "Plan": "steering",
     "Recorder": "recording",
-    "Routed": "routed",
+    "RoutedModel": "routed",
     "RoutingStatistics": "recording",
     "attach": "routed",
     "describe": "routed",
-    "find_sites": "patching",
+    "find_routers": "patching",
     "register_experts": "patching.experts",
 }
 
 __all__ = [
     "ExpertSelection",
-    "ModelNotSupported",
+    "ModelNotSupportedError",
     "Plan",
     "Recorder",
-    "Routed",
+    "RoutedModel",
     "RoutingStatistics",
     "__version__",
     "analysis",
@@ -64,7 +65,7 @@ __all__ = [
     "describe",
     "doctor",
     "files",
-    "find_sites",
+    "find_routers",
     "nn",
     "ops",
     "patching",

@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Answers", "CaptureRefused", "capturing", "finish", "refuse_capture", "upload"]
+__all__ = ["Answers", "CaptureRefusedError", "capturing", "finish", "refuse_capture", "upload"]
 
 _UNKNOWN = 2  # neither 0 nor 1: not arrived yet
 
 
-class CaptureRefused(RuntimeError):  # noqa: N818 (a state, said by its name)
+class CaptureRefusedError(RuntimeError):
     """A CUDA graph is being captured, and what is needed for it was not prepared before."""
 
 
@@ -27,9 +27,9 @@ def capturing(device: torch.device) -> bool:
 
 
 def refuse_capture(device: torch.device, what: str) -> None:
-    """Raise `CaptureRefused` while a CUDA graph is captured; `what` has to be done before."""
+    """Raise `CaptureRefusedError` while a CUDA graph is captured; `what` has to be done before."""
     if capturing(device):
-        raise CaptureRefused(
+        raise CaptureRefusedError(
             f"a CUDA graph is being captured, and {what} cannot be part of it: run the same step once before the "
             "capture, inside the same record, steer and labels blocks"
         )
@@ -38,7 +38,7 @@ def refuse_capture(device: torch.device, what: str) -> None:
 def upload(values: Tensor, device: torch.device) -> Tensor:
     """A small table of the host on `device`; a tensor of another device is copied over. The host waits for neither.
 
-    Raises `CaptureRefused` where a table of the host is needed while a CUDA graph is captured.
+    Raises `CaptureRefusedError` where a table of the host is needed while a CUDA graph is captured.
     """
     if values.device == device:
         return values

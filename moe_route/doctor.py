@@ -207,7 +207,7 @@ def _checks() -> list[dict[str, Any]]:
 
 def _problem() -> tuple[torch.Tensor, ops.RouterSpec]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(64, 60, generator=generator), ops.RouterSpec(renormalise="sum")
+    return torch.randn(64, 60, generator=generator), ops.RouterSpec(renormalize="sum")
 
 
 def _check_route() -> dict[str, Any]:
@@ -217,7 +217,7 @@ def _check_route() -> dict[str, Any]:
     tables = [ops.StatisticsTables.zeros(60, groups=1) for _ in range(2)]
     weights, ids = ops.route(logits, 4, spec, statistics=tables[0])
     expected, expected_ids = reference.route(logits.double(), 4, spec, statistics=tables[1])
-    same = torch.equal(ids, expected_ids) and torch.equal(tables[0].plane("counts"), tables[1].plane("counts"))
+    same = torch.equal(ids, expected_ids) and torch.equal(tables[0].metric("counts"), tables[1].metric("counts"))
     error = float((weights - expected).abs().max())
     return {
         "name": "route",

@@ -24,14 +24,14 @@ import torch
 
 from moe_route._C import __version__
 
-__all__ = ["SCHEMA", "FileRefused", "canonical_json", "content_hash", "read", "read_header", "replacing", "write"]
+__all__ = ["SCHEMA", "FileRefusedError", "canonical_json", "content_hash", "read", "read_header", "replacing", "write"]
 
 SCHEMA = 1  # raised when a reader of the previous schema could misread a file
 _KEY = "moe_route"
 _LENGTH_BYTES = 8  # a safetensors file: header length (uint64, little endian), header (JSON), data
 
 
-class FileRefused(ValueError):  # noqa: N818  (the file is refused; nothing went wrong here)
+class FileRefusedError(ValueError):
     """A file that cannot be trusted or understood; the message says what is wrong and what to do."""
 
 
@@ -170,7 +170,7 @@ def read(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tensors and header of a file that ``write`` made with the same ``kind``.
 
-    ``framework`` is what the tensors come back as; bfloat16 and float8 need "torch". Raises ``FileRefused`` for a
+    ``framework`` is what the tensors come back as; bfloat16 and float8 need "torch". Raises ``FileRefusedError`` for a
     missing, empty, truncated, altered, foreign (a pickle, another program's file, another kind) or newer file.
     """
     if framework not in ("numpy", "torch"):
@@ -183,9 +183,9 @@ def read(
     try:
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        raise FileRefused(f"{name} is damaged ({error}): restore it from a copy or make it again") from error
+        raise FileRefusedError(f"{name} is damaged ({error}): restore it from a copy or make it again") from error
     if _digest(tensors, envelope) != expected:
-        raise FileRefused(
+        raise FileRefusedError(
             f"{name} was altered after it was written (its contents do not match its SHA-256): "
             "restore it from a copy or make it again"
         )
@@ -220,15 +220,15 @@ def read_header(path: str | os.PathLike[str], kind: str | None = None) -> dict[s
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turns what the system says when a file cannot be read into ``FileRefused``."""
+    """Turns what the system says when a file cannot be read into ``FileRefusedError``."""
     if path.is_dir():
-        raise FileRefused(f"{path} is a folder: give the name of a file in it")
+        raise FileRefusedError(f"{path} is a folder: give the name of a file in it")
     try:
         yield
     except FileNotFoundError as error:
-        raise FileRefused(f"{path} does not exist: check the name") from error
+        raise FileRefusedError(f"{path} does not exist: check the name") from error
     except OSError as error:
-        raise FileRefused(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+        raise FileRefusedError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
 
 
 def _envelope(name: str, head: bytes, size: int, kind: str | None) -> dict[str, Any]:
@@ -238,46 +238,46 @@ def _envelope(name: str, head: bytes, size: int, kind: str | None) -> dict[str, 
         envelope: dict[str, Any] = json.loads(layout.get("__metadata__", {})[_KEY])
         schema, found, header = envelope["schema"], envelope["kind"], envelope["header"]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise FileRefused(
+        raise FileRefusedError(
             f"{name} is a safetensors file, but not one that moe-route wrote: give a moe-route file"
         ) from error
     if not isinstance(schema, int) or not isinstance(header, dict):
-        raise FileRefused(
+        raise FileRefusedError(
             f"{name} is damaged (its metadata has the wrong shape): restore it from a copy or make it again"
         )
     if schema > SCHEMA:
-        raise FileRefused(
+        raise FileRefusedError(
             f"{name} has schema {schema}, written by moe-route {envelope.get('library_version')}; "
             f"this version reads up to {SCHEMA}: upgrade moe-route"
         )
     if kind is not None and found != kind:
-        raise FileRefused(f"{name} holds {found!r}, not {kind!r}: give a file of the right kind")
+        raise FileRefusedError(f"{name} holds {found!r}, not {kind!r}: give a file of the right kind")
     return envelope
 
 
 def _layout(name: str, head: bytes, size: int) -> dict[str, Any]:
     """The safetensors header, after the file's length was checked against it."""
     if not size:
-        raise FileRefused(f"{name} is empty: its writing was cut off or it is the wrong file; make it again")
+        raise FileRefusedError(f"{name} is empty: its writing was cut off or it is the wrong file; make it again")
     truncated = f"{name} is truncated ({size} bytes): copy it again or make it again"
     _refuse_pickles(name, head)
     if head[_LENGTH_BYTES : _LENGTH_BYTES + 1] not in (b"{", b""):
-        raise FileRefused(f"{name} is not a moe-route file (not safetensors at all): give a moe-route file")
+        raise FileRefusedError(f"{name} is not a moe-route file (not safetensors at all): give a moe-route file")
     start = _LENGTH_BYTES + int.from_bytes(head[:_LENGTH_BYTES], "little")
     if size <= _LENGTH_BYTES or start > size:
-        raise FileRefused(truncated)
+        raise FileRefusedError(truncated)
     try:
         layout: dict[str, Any] = json.loads(head[_LENGTH_BYTES:start])
         end = max((entry["data_offsets"][1] for key, entry in layout.items() if key != "__metadata__"), default=0)
         missing = start + end - size
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        raise FileRefused(
+        raise FileRefusedError(
             f"{name} is damaged (its header is not valid): restore it from a copy or make it again"
         ) from error
     if missing > 0:
-        raise FileRefused(truncated)
+        raise FileRefusedError(truncated)
     if missing < 0:
-        raise FileRefused(
+        raise FileRefusedError(
             f"{name} was altered ({-missing} bytes after its end): restore it from a copy or make it again"
         )
     return layout
@@ -285,8 +285,10 @@ def _layout(name: str, head: bytes, size: int) -> dict[str, Any]:
 
 def _refuse_pickles(name: str, head: bytes) -> None:
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and head[8:9] != b"{":
-        raise FileRefused(f"{name} is a pickle, which could run code: moe-route never loads one; give a moe-route file")
+        raise FileRefusedError(
+            f"{name} is a pickle, which could run code: moe-route never loads one; give a moe-route file"
+        )
     if head[:4] == b"PK\x03\x04":
-        raise FileRefused(
+        raise FileRefusedError(
             f"{name} is a zip archive (torch.save or npz): moe-route never loads one; give a moe-route file"
         )

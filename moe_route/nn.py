@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_route import ops
-from moe_route.ops import Dispatch, RouterSpec
+from moe_route.contract.dispatch import Dispatch
+from moe_route.contract.spec import RouterSpec
 
 __all__ = ["ACTIVATIONS", "Experts", "SparseMoE", "TopKRouter", "load_balancing_loss"]
 

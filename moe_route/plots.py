@@ -1,7 +1,7 @@
 """Pictures of analysis results, ready for a paper: each function draws on one matplotlib ``Axes`` and returns it.
 
-Nothing global changes: no style, no current figure, no ``show``. Colours can be told apart with any colour vision;
-lines that share a colour differ in dashes, and every line carries its name or a legend in the order of the lines.
+Nothing global changes: no style, no current figure, no ``show``. Colors can be told apart with any color vision;
+lines that share a color differ in dashes, and every line carries its name or a legend in the order of the lines.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 __all__ = ["correlation", "divergence", "divergence_matrix", "entropy", "expert_counts", "heat_map", "save"]
 
-# Okabe and Ito's set for every colour vision (2008), without its yellow, which is too light for lines on white.
+# Okabe and Ito's set for every color vision (2008), without its yellow, which is too light for lines on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.4, 1.2, 1.4)))
 _GRID = "#d9d9d9"
 _INK = "#333333"
 _MEASURES = {
-    "normalised_jsd": "routing divergence",
+    "normalized_jsd": "routing divergence",
     "jsd": "Jensen-Shannon divergence (nats)",
     "cosine": "cosine distance",
     "jaccard": "Jaccard distance",
@@ -92,19 +92,19 @@ def entropy(
     ax: Axes | None = None,
     groups: Sequence[str] | None = None,
     labels: Mapping[str, str] | None = None,
-    normalised: bool = True,
+    normalized: bool = True,
     title: str | None = None,
 ) -> Axes:
     """Routing entropy by layer, a line per group: of tokens, of "sequence"s, or the "gap" between the two.
 
-    ``normalised`` divides by log E, so that 1 is uniform routing; the gap is always in nats. The legend is in falling
+    ``normalized`` divides by log E, so that 1 is uniform routing; the gap is always in nats. The legend is in falling
     order of the mean.
     """
     if of == "gap":
         values, name = found.gap, "sequence - token entropy (nats)"
     elif of in ("token", "sequence"):
-        values = found.normalised(of) if normalised else found._values(of)  # type: ignore[arg-type]
-        name = f"{of} entropy / log E" if normalised else f"{of} entropy (nats)"
+        values = found.normalized(of) if normalized else found._values(of)  # type: ignore[arg-type]
+        name = f"{of} entropy / log E" if normalized else f"{of} entropy (nats)"
     else:
         raise ValueError(f'of must be "token", "sequence" or "gap", not {of!r}')
     names = _known(found.groups, groups)
@@ -280,7 +280,7 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
 
 
 def _styles(number: int) -> list[dict[str, Any]]:
-    """A style per line: colours first, then the same colours with other dashes."""
+    """A style per line: colors first, then the same colors with other dashes."""
     return [
         {
             "color": _COLOURS[i % len(_COLOURS)],
@@ -320,7 +320,7 @@ def _legend(ax: Axes, lines: int) -> None:
 
 
 def _shade(ax: Axes, layers: Sequence[int] | range) -> None:
-    """Runs of neighbouring layers as grey bands."""
+    """Runs of neighboring layers as grey bands."""
     numbers = sorted(set(layers))
     starts = [n for n in numbers if n - 1 not in numbers]
     ends = [n for n in numbers if n + 1 not in numbers]

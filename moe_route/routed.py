@@ -28,19 +28,21 @@ import torch
 from torch import Tensor, nn
 
 from moe_route import __version__, files
-from moe_route.patching import Attachment, Call, Labels, RouterSite, attachment_of, find_sites
-from moe_route.patching.experts import experts_implementations
-from moe_route.patching.tokens import spread
-from moe_route.recording import PHASES, LabelBlock, Recorder, RoutingStatistics
-from moe_route.recording.labels import columns, in_phases, on_device
+from moe_route.calls import Call, Labels
+from moe_route.calls.call import PHASES
+from moe_route.calls.token_rows import columns, in_phases, rows_on_device, spread
+from moe_route.experts.interface import experts_implementations
+from moe_route.patching import Attachment, attachment_of
+from moe_route.recording import LabelBlock, Recorder, RoutingStatistics
 from moe_route.recording.recorder import RecordOptions
+from moe_route.routers import RouterInfo, find_routers
 from moe_route.steering import CompiledPlan, Plan
 from moe_route.steering.draw import token_counter
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Description", "LayerDescription", "Routed", "attach", "config_hash", "describe"]
+__all__ = ["Description", "LayerDescription", "RoutedModel", "attach", "config_hash", "describe"]
 
 # parts of a configuration that say how a model is run, not what it is
 _RUN_OPTIONS = ("transformers_version", "dtype", "torch_dtype", "use_cache", "return_dict", "architectures")
@@ -50,21 +52,21 @@ _LIBRARIES = ("torch", "transformers", "accelerate", "numpy")
 def attach(
     model: nn.Module,
     *,
-    engine: Literal["auto", "observed", "fused"] = "auto",
-    experts: Literal["keep", "moe_route"] = "keep",
-    check: bool = True,
-) -> Routed:
+    engine: Literal["hook", "fused"] = "hook",
+    experts_implementation: Literal["moe_route"] | None = None,
+    verify: bool = True,
+) -> RoutedModel:
     """Attach to a loaded model; its outputs stay bit for bit what they were until something steers (see
-    ``patching.Attachment`` for the engines), unless ``experts="moe_route"`` runs its experts by this package's
+    ``patching.Attachment`` for the engines), unless ``experts_implementation="moe_route"`` runs its experts by this package's
     dispatch and combine (equal within bounds; ``detach`` puts back what was set before).
 
-    Raises ``ModelNotSupported`` for a model without routers that can be attached to, ``AlreadyAttached`` for one that
+    Raises ``ModelNotSupportedError`` for a model without routers that can be attached to, ``AlreadyAttachedError`` for one that
     is attached; nothing is changed then.
     """
-    return Routed(Attachment(model, engine=engine, experts=experts, check=check))
+    return RoutedModel(Attachment(model, engine=engine, experts_implementation=experts_implementation, verify=verify))
 
 
-class Routed:
+class RoutedModel:
     """An attached model. As a context manager it detaches at the end."""
 
     def __init__(self, attachment: Attachment):
@@ -80,9 +82,9 @@ class Routed:
         attachment.settle = self._settle
 
     @property
-    def sites(self) -> Sequence[RouterSite]:
+    def routers(self) -> Sequence[RouterInfo]:
         """The routers, one per MoE layer, in forward order."""
-        return self.attachment.sites
+        return self.attachment.routers
 
     @property
     def plan(self) -> Plan | None:
@@ -98,7 +100,7 @@ class Routed:
 
     def record(self, groups: Sequence[str] | None = None, **options: Unpack[RecordOptions]) -> Recorder:
         """A ``Recorder`` for this model, on inside its ``with`` block; ``options`` are the recorder's: ``sequences``,
-        ``trace``, ``planes``, ``entropy``, ``phases``, ``progress``, ``trace_limit``, ``trace_weights``,
+        ``trace``, ``metrics``, ``entropy``, ``phases``, ``progress``, ``trace_limit``, ``trace_weights``,
         ``memory_bytes``.
 
         Entering it raises ``RuntimeError`` while another recording is on, or after ``detach``.
@@ -121,13 +123,13 @@ class Routed:
         self._require_attached("labels")
         if self._recording:
             assert self._recorder is not None
-            return self._recorder.labels(groups, items, mask=mask)
+            return self._recorder.labels(groups, items, count_mask=mask)
         if groups is None:
             raise ValueError("labels() without a recording needs groups: the names that the plan steers by")
-        return self._labelled(LabelBlock.parse(groups, items, mask, None))
+        return self._labeled(LabelBlock.parse(groups, items, mask, None))
 
     @contextlib.contextmanager
-    def _labelled(self, block: LabelBlock) -> Iterator[None]:
+    def _labeled(self, block: LabelBlock) -> Iterator[None]:
         if self._block is not None:
             raise RuntimeError(
                 "labels() inside labels(): leave the first block first, a sequence has one set of labels"
@@ -141,7 +143,7 @@ class Routed:
     # ---- steer
 
     @contextlib.contextmanager
-    def steer(self, plan: Plan) -> Iterator[Routed]:
+    def steer(self, plan: Plan) -> Iterator[RoutedModel]:
         """Route by ``plan`` inside; plans of nested blocks add up. What is recorded meanwhile carries the plan's hash
         and counts the natural choice beside the steered one.
 
@@ -180,7 +182,7 @@ class Routed:
         self.attachment.detach()
         self.attachment.label = self.attachment.after_call = self.attachment.settle = None
 
-    def __enter__(self) -> Routed:
+    def __enter__(self) -> RoutedModel:
         self._require_attached("use")
         return self
 
@@ -190,7 +192,7 @@ class Routed:
     def __repr__(self) -> str:
         state = "attached" if self.attachment.attached else "detached"
         doing = [what for what, on in (("recording", self._recording), ("steering", bool(self._plans))) if on]
-        return f"Routed({type(self.model).__name__}, {len(self.sites)} MoE layers, {', '.join([state, *doing])})"
+        return f"RoutedModel({type(self.model).__name__}, {len(self.routers)} MoE layers, {', '.join([state, *doing])})"
 
     # ---- what the attachment asks
 
@@ -234,8 +236,8 @@ class Routed:
         return {
             "model": _identity(self.model),
             "versions": _versions(),
-            "engines": sorted({s.engine for s in self.sites}),
-            "experts": sorted({name for s in self.sites for name in experts_implementations(s.block)}),
+            "engines": sorted({s.engine for s in self.routers}),
+            "experts": sorted({name for s in self.routers for name in experts_implementations(s.block)}),
         }
 
 
@@ -244,9 +246,9 @@ def _added(plans: list[Plan]) -> Plan | None:
 
 
 class _RoutedRecorder(Recorder):
-    """A recorder that its ``Routed`` knows of while it is on."""
+    """A recorder that its ``RoutedModel`` knows of while it is on."""
 
-    def __init__(self, routed: Routed, **options: Any):
+    def __init__(self, routed: RoutedModel, **options: Any):
         super().__init__(routed.attachment, **options)
         self._routed = weakref.ref(routed)  # which knows this one: no cycle keeps a model alive
 
@@ -263,13 +265,13 @@ class _RoutedRecorder(Recorder):
 class _Steering:
     """A plan compiled for the live model, and the steering row of every token of a call."""
 
-    def __init__(self, plan: Plan, routed: Routed):
+    def __init__(self, plan: Plan, routed: RoutedModel):
         identity = _identity(routed.model)
-        experts = [site.num_experts for site in routed.sites]
+        experts = [router.num_experts for router in routed.routers]
         plan.check_model(identity["name"], config_hash=identity["config_hash"], num_experts=experts)
         # groups that the plan does not name take the row of tokens without a group
         groups = tuple(dict.fromkeys(group for rule in plan.rules for group in rule.groups or ()))
-        self.compiled: CompiledPlan = plan.compile(routed.sites, groups)
+        self.compiled: CompiledPlan = plan.compile(routed.routers, groups)
         self._index = {group: index for index, group in enumerate(groups)}
         self._rows = self.compiled.rows.tolist()
         self._block: LabelBlock | None = None
@@ -302,7 +304,7 @@ class _Steering:
         key = (phase, at, call.device)
         if key not in self._cache:
             of_name = [self._rows[phase][self._index.get(name, -1) + 1][at] for name in block.names]
-            self._cache[key] = on_device(block.values(of_name), call.device)
+            self._cache[key] = rows_on_device(block.values(of_name), call.device)
         return columns(self._cache[key], call)
 
     def counter(self, call: Call) -> Tensor | None:
@@ -423,28 +425,28 @@ def _kind_of_layer(layer: LayerDescription) -> tuple[Any, ...]:
 
 
 def describe(model: nn.Module) -> Description:
-    """What moe-route finds in a model, attached or not; changes nothing. Raises ``ModelNotSupported`` like
+    """What moe-route finds in a model, attached or not; changes nothing. Raises ``ModelNotSupportedError`` like
     ``attach``."""
     attachment = attachment_of(model)
-    sites = find_sites(model) if attachment is None else attachment.sites
+    routers = find_routers(model) if attachment is None else attachment.routers
     identity = _identity(model)
     layers = tuple(
         LayerDescription(
-            layer=site.layer,
-            name=site.name,
-            router=type(site.module).__name__,
-            part=site.part,
-            experts=site.num_experts,
-            top_k=site.top_k,
-            family=site.family.name,
-            score=site.spec.score,
-            order=site.spec.order,
-            engine=site.engine,
-            experts_implementation=", ".join(experts_implementations(site.block)),
-            reason=site.reason or "keeps every bit of the model's own choice",
-            steerable=site.steerable,
-            notes=tuple(site.notes),
+            layer=router.layer,
+            name=router.name,
+            router=type(router.module).__name__,
+            part=router.part,
+            experts=router.num_experts,
+            top_k=router.top_k,
+            family=router.family.name,
+            score=router.spec.score,
+            order=router.spec.order,
+            engine=router.engine,
+            experts_implementation=", ".join(experts_implementations(router.block)),
+            reason=router.reason or "keeps every bit of the model's own choice",
+            steerable=router.steerable,
+            notes=tuple(router.notes),
         )
-        for site in sites
+        for router in routers
     )
     return Description(identity["class"], identity["name"], identity["config_hash"], attachment is not None, layers)

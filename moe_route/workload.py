@@ -14,18 +14,27 @@ from tqdm import tqdm
 
 from moe_route import _C
 from moe_route.data import Corpus, demo_corpus, demo_task, load_demo_model
-from moe_route.routed import Routed, attach
+from moe_route.routed import RoutedModel, attach
 
 if TYPE_CHECKING:
     from moe_route.recording import Recorder
 
-__all__ = ["DEMO_MODEL", "Batch", "LanguageModel", "ModelNotFound", "Text", "read_corpus", "record_texts", "texts_of"]
+__all__ = [
+    "DEMO_MODEL",
+    "Batch",
+    "LanguageModel",
+    "ModelNotFoundError",
+    "Text",
+    "read_corpus",
+    "record_texts",
+    "texts_of",
+]
 
 DEMO_MODEL = "demo"
 SHIPPED = {"general": demo_corpus, "arithmetic": demo_task}
 
 
-class ModelNotFound(ValueError):  # noqa: N818
+class ModelNotFoundError(ValueError):
     """No model could be loaded under that name; the message says why and what to do."""
 
 
@@ -83,7 +92,7 @@ class LanguageModel:
     ) -> LanguageModel:
         """The model in folder `name`, on the Hugging Face hub under `name`, or the one moe-route brings ("demo").
 
-        Code that comes with a checkpoint is never run. Raises `ModelNotFound` where nothing can be loaded.
+        Code that comes with a checkpoint is never run. Raises `ModelNotFoundError` where nothing can be loaded.
         """
         place, precision = _device(device), _dtype(dtype)
         if name == DEMO_MODEL:
@@ -96,7 +105,7 @@ class LanguageModel:
         tokenizer.padding_side = "right"
         return cls(name, model.eval() if place is None else model.to(place).eval(), tokenizer)
 
-    def attach(self, engine: Literal["auto", "observed", "fused"] = "auto") -> Routed:
+    def attach(self, engine: Literal["hook", "fused"] = "hook") -> RoutedModel:
         """Attach to the model. Raises `ValueError` where this build has no kernels for its device, and what
         `moe_route.attach` raises."""
         device = self.model.device
@@ -217,4 +226,4 @@ def _from_pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
             if what == "model"
             else "save the checkpoint's tokenizer beside its weights (tokenizer.save_pretrained)"
         )
-        raise ModelNotFound(f"no {what} can be loaded from {name!r} ({reason}): {mend}") from error
+        raise ModelNotFoundError(f"no {what} can be loaded from {name!r} ({reason}): {mend}") from error

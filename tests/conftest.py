@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
-    from backends import Backend
+    from harness.backends import Backend
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
 settings.register_profile("default", max_examples=80, derandomize=True, print_blob=True, **_COMMON)
@@ -33,7 +33,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """
     for fixture, belongs in _FIXTURES.items():
         if fixture in metafunc.fixturenames:
-            from backends import BACKENDS
+            from harness.backends import BACKENDS
 
             parameters = [pytest.param(each, id=each.name, marks=_marks(each)) for each in BACKENDS if belongs(each)]
             metafunc.parametrize(fixture, parameters)

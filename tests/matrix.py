@@ -39,8 +39,8 @@ _REFUSALS = {  # a part of the error, and what it says of a version
 _HEAD = """\
 # Versions of transformers
 
-moe-route works with transformers 4.57 and later, and sets no upper bound: routers are recognised by what their classes
-return, and what cannot be recognised is refused by name. This is what `make test-matrix` found: under each version, how
+moe-route works with transformers 4.57 and later, and sets no upper bound: routers are recognized by what their classes
+return, and what cannot be recognized is refused by name. This is what `make test-matrix` found: under each version, how
 many of the paths of [the support table](support.md) that there are for an architecture it passes (or is refused on by
 name). `refused`: attaching raises an error that names the reason, below; `-`: that version has no such model, or cannot
 run it. Paths that are costly to walk are walked under the newest version alone.
@@ -56,9 +56,9 @@ def environment(version: str, folder: File) -> File:
     python = place / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", place], check=True)
-        [packages] = place.glob("lib/python*/site-packages")
+        [packages] = place.glob("lib/python*/router-packages")
         shared = sysconfig.get_paths()["purelib"]
-        (packages / "shared.pth").write_text(f"import site; site.addsitedir({shared!r})\n")
+        (packages / "shared.pth").write_text(f"import router; router.addsitedir({shared!r})\n")
         wanted = "transformers" if version == NEWEST else f"transformers=={version}"
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--upgrade", wanted], check=True)
     return python
@@ -90,9 +90,9 @@ def inside(out: File) -> None:
 
     sys.path.insert(0, str(HERE))
     transformers.logging.set_verbosity_error()
+    from harness.whole_models import ROWS
     from paths.registry import all_paths
-    from support import walk
-    from whole_models import ROWS
+    from support_table import walk
 
     began = time.monotonic()
     paths = [each for each in all_paths().values() if not each.missing and each.cost != "costly"]
@@ -135,7 +135,7 @@ def entry(name: str) -> str:
         return f"-: {type(error).__name__}, {first_sentence(error)}"
     try:
         mr.attach(subject.model).detach()
-    except mr.ModelNotSupported as error:
+    except mr.ModelNotSupportedError as error:
         return f"refused: {refusal_of(error)}"
     except Exception:  # neither attached nor refused: told with the failures
         return "failed"
@@ -155,8 +155,8 @@ def refusal_of(error: Exception) -> str:
 def newest() -> dict[str, Any]:
     """What the support table says, in the form of the other results."""
     sys.path.insert(0, str(HERE))
-    from support import TABLE, read_head, read_table
-    from whole_models import ROWS
+    from harness.whole_models import ROWS
+    from support_table import TABLE, read_head, read_table
 
     text = TABLE.read_text()
     cells = read_table(text)

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
-from standin_device import HostWaited, StandInDevices, StandInGraph, asked_by, move, to_device
-from tiny_models import tiny_model, tokens
+from harness.standin_device import HostWaitedError, StandInDevices, StandInGraph, asked_by, move, to_device
+from harness.tiny_models import tiny_model, tokens
 
 import moe_route as mr
-from moe_route.devices import Answers, CaptureRefused, upload
+from moe_route.calls import Labels
+from moe_route.devices import Answers, CaptureRefusedError, upload
 from moe_route.ops import StatisticsTables, SteeringTables
-from moe_route.patching import Attachment, Labels
+from moe_route.patching import Attachment
 from moe_route.patching.deferred import MOST_TOKENS
 from moe_route.recording import RecordingError
 
@@ -127,7 +128,7 @@ class Cuda(Place):
     def _warned(self, message: Any, *_: Any) -> None:
         where = asked_by("moe_route")
         if self.strict and where is not None and "synchroniz" in str(message):
-            raise HostWaited(f"the host waits, asked for at {where}")
+            raise HostWaitedError(f"the host waits, asked for at {where}")
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -187,7 +188,7 @@ def inputs(padding: str | None = None, batch: int = 3, length: int = 7) -> dict[
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "disable_compile": True}
 
 
-def compared(place: Place, name: str, work: Callable[[Place, mr.Routed], Any], **attach: Any) -> None:
+def compared(place: Place, name: str, work: Callable[[Place, mr.RoutedModel], Any], **attach: Any) -> None:
     """`work` on the place and on the CPU: what it returns, and what was recorded meanwhile, agrees."""
     home = Place(place.monkeypatch)
     found = []
@@ -202,11 +203,11 @@ def compared(place: Place, name: str, work: Callable[[Place, mr.Routed], Any], *
                 routed.detach()
     (expected, ours), (made, theirs) = found
     torch.testing.assert_close(place.host(made), expected, rtol=1e-4, atol=1e-4)
-    for plane in ("counts", "natural_counts") if "natural_counts" in ours.planes else ("counts",):
+    for plane in ("counts", "natural_counts") if "natural_counts" in ours.metrics else ("counts",):
         assert (ours.token_sum(plane) == theirs.token_sum(plane)).all()
     for scalar in ("tokens", "slots", "empty", "steered", "flipped"):
         assert (ours.scalar(scalar) == theirs.scalar(scalar)).all()
-    for plane in ("mass", "weight", "share"):
+    for plane in ("probability", "weight", "weight_share"):
         torch.testing.assert_close(
             torch.from_numpy(theirs.token_sum(plane)), torch.from_numpy(ours.token_sum(plane)), rtol=1e-4, atol=1e-4
         )
@@ -225,7 +226,7 @@ def put_all(place: Place, given: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 @pytest.mark.parametrize("name", NAMES)
 def test_recording_on_a_device(place: Place, name: str, padding: str | None) -> None:
-    def work(where: Place, routed: mr.Routed) -> Tensor:
+    def work(where: Place, routed: mr.RoutedModel) -> Tensor:
         given = put_all(where, inputs(padding))
         recorder = routed.record(groups=["x", "y"], sequences=True)
         with where.block(recorder, recorder.labels(["x", "y", "y"], items=[1, 2, 3])):
@@ -241,7 +242,7 @@ def test_recording_on_a_device(place: Place, name: str, padding: str | None) -> 
 def test_generating_on_a_device(place: Place, name: str, padding: str | None, cache: str | None) -> None:
     options = GREEDY | ({} if cache is None else {"cache_implementation": cache})
 
-    def work(where: Place, routed: mr.Routed) -> Tensor:
+    def work(where: Place, routed: mr.RoutedModel) -> Tensor:
         recorder = routed.record(groups=["x", "y"])
         with where.block(recorder, recorder.labels([["x", "x", "y"]] * 3)):
             return routed.model.generate(**put_all(where, inputs(padding)), **options)
@@ -266,10 +267,10 @@ AROUND = (
 
 
 @pytest.mark.parametrize("plan", [PLAN, AROUND], ids=["rows", "around"])
-@pytest.mark.parametrize("engine", ["observed", "fused"])
+@pytest.mark.parametrize("engine", ["hook", "fused"])
 @pytest.mark.parametrize("name", NAMES)
 def test_steering_on_a_device(place: Place, name: str, engine: str, plan: mr.Plan) -> None:
-    def work(where: Place, routed: mr.Routed) -> Tensor:
+    def work(where: Place, routed: mr.RoutedModel) -> Tensor:
         recorder = routed.record(groups=["x", "y"])
         with routed.steer(plan), where.block(recorder, recorder.labels(["x", "y", "y"])):
             return routed.model.generate(**put_all(where, inputs("left")), **GREEDY)
@@ -305,10 +306,10 @@ def test_the_host_waits_for_nothing_between_label_blocks(
 def test_a_wait_is_seen(away: Place) -> None:
     """The tests above mean something."""
     with away.on():
-        attachment = Attachment(away.move(model_of("qwen3_moe")), check=False)
+        attachment = Attachment(away.move(model_of("qwen3_moe")), verify=False)
         attachment.set_statistics(zeros(attachment))
         attachment.label = lambda call: Labels(group=int(_item(call.input_ids)))
-        with torch.no_grad(), pytest.raises(HostWaited, match="moe_route"):
+        with torch.no_grad(), pytest.raises(HostWaitedError, match="moe_route"):
             attachment.model(input_ids=away.put(tokens()))
 
 
@@ -317,10 +318,10 @@ def _item(ids: Tensor) -> float:
 
 
 def zeros(attachment: Attachment, **options: Any) -> list[StatisticsTables]:
-    devices = [site.parameter.device for site in attachment.sites]
+    devices = [router.parameter.device for router in attachment.routers]
     return [
-        StatisticsTables.zeros(site.num_experts, groups=1, device=device, **options)
-        for site, device in zip(attachment.sites, devices, strict=True)
+        StatisticsTables.zeros(router.num_experts, groups=1, device=device, **options)
+        for router, device in zip(attachment.routers, devices, strict=True)
     ]
 
 
@@ -331,7 +332,7 @@ def zeros(attachment: Attachment, **options: Any) -> list[StatisticsTables]:
 def test_small_calls_are_counted_together_once_the_answer_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
     place = StandIn(monkeypatch)
     with place.on(), torch.no_grad():
-        attachment = Attachment(place.move(model_of("qwen3_moe")), check=False)
+        attachment = Attachment(place.move(model_of("qwen3_moe")), verify=False)
         tables = zeros(attachment)
         attachment.set_statistics(tables, lag=100)
         ids = place.put(tokens(1, 2))
@@ -387,7 +388,7 @@ def spread_over_two(place: Place, model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("plan", [PLAN, AROUND], ids=["rows", "around"])
-@pytest.mark.parametrize("engine", ["observed", "fused"])
+@pytest.mark.parametrize("engine", ["hook", "fused"])
 def test_layers_on_two_devices(away: Place, engine: str, plan: mr.Plan) -> None:
     with torch.no_grad():
         home = model_of("qwen3_moe")
@@ -476,7 +477,7 @@ def test_a_trace_of_a_device(place: Place) -> None:
 
 
 def test_another_stream(place: Place) -> None:
-    def work(where: Place, routed: mr.Routed) -> Tensor:
+    def work(where: Place, routed: mr.RoutedModel) -> Tensor:
         given = put_all(where, inputs("left"))
         recorder = routed.record(groups=["x", "y"], sequences=True)
         with where.block(recorder, recorder.labels(["x", "y", "y"], items=[1, 2, 3])), where.other_stream():
@@ -488,7 +489,7 @@ def test_another_stream(place: Place) -> None:
 STEPS = 6
 
 
-def decode(place: Place, routed: mr.Routed, graph: bool, plan: mr.Plan | None) -> mr.RoutingStatistics:
+def decode(place: Place, routed: mr.RoutedModel, graph: bool, plan: mr.Plan | None) -> mr.RoutingStatistics:
     """A prefill and decode steps of fixed tokens with a static cache, one by one or as replays of a graph."""
     from transformers import StaticCache
 
@@ -537,7 +538,7 @@ def test_what_a_graph_cannot_hold_is_refused(away: Place) -> None:
         given = put_all(away, inputs())
         recorder = routed.record(groups=["x", "y"])
         with away.block(recorder, recorder.labels(["x", "y", "y"])):
-            with pytest.raises(CaptureRefused, match="run the same step once before the capture"):
+            with pytest.raises(CaptureRefusedError, match="run the same step once before the capture"):
                 away.graph(lambda: model(**given, use_cache=False))
             for _ in range(2):
                 model(**given, use_cache=False)
@@ -580,7 +581,7 @@ def test_the_length_of_a_static_cache_is_followed(away: Place, inference: bool) 
     mode = torch.inference_mode if inference else torch.no_grad
     with away.on(), mode():
         model = away.move(model_of("qwen3_moe"))
-        attachment = Attachment(model, check=False)
+        attachment = Attachment(model, verify=False)
         seen: list[int] = []
         attachment.after_call = lambda call: seen.append(call.past_length)
         cache = StaticCache(config=model.config, max_cache_len=64)
@@ -609,7 +610,7 @@ def test_the_length_of_a_static_cache_is_followed(away: Place, inference: bool) 
 
 def test_steering_tables_that_lie_elsewhere_are_brought_once(away: Place) -> None:
     with away.on(), torch.no_grad():
-        attachment = Attachment(away.move(model_of("olmoe")), check=False)
+        attachment = Attachment(away.move(model_of("olmoe")), verify=False)
         attachment.label = lambda call: Labels(steering_row=0)
         attachment.set_steering([SteeringTables(1, 8, bias=torch.randn(1, 8))] * 3)
         attachment.model(input_ids=away.put(tokens()))

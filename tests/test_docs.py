@@ -60,7 +60,7 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def support_table() -> str:
     """The table of docs/models.md, from the table that attaching goes by."""
-    from moe_route.patching.families import FAMILIES, REFUSED
+    from moe_route.routers.catalog import FAMILIES, REFUSED
 
     rows: dict[str, list[str]] = {}
     for family in FAMILIES:

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from moe_route import files
-from moe_route.files import FileRefused
+from moe_route.files import FileRefusedError
 
 
 @pytest.fixture
 def good(tmp_path):
     path = tmp_path / "good.safetensors"
-    tensors = {"counts": np.arange(12, dtype=np.int64).reshape(3, 4), "mass": torch.linspace(0, 1, 5)}
+    tensors = {"counts": np.arange(12, dtype=np.int64).reshape(3, 4), "probability": torch.linspace(0, 1, 5)}
     files.write(path, tensors, {"model": "demo", "layers": [0, 1], "note": "é"}, "statistics")
     return path
 
@@ -33,7 +33,7 @@ def test_round_trip_of_numpy_and_torch(good):
     np.testing.assert_array_equal(tensors["counts"], np.arange(12).reshape(3, 4))
     assert tensors["counts"].dtype == np.int64
     as_torch, _ = files.read(good, "statistics", framework="torch")
-    assert torch.equal(as_torch["mass"], torch.linspace(0, 1, 5))
+    assert torch.equal(as_torch["probability"], torch.linspace(0, 1, 5))
 
 
 arrays = st.sampled_from([np.int64, np.int32, np.uint8, np.float64, np.float32, np.float16, np.bool_]).flatmap(
@@ -99,12 +99,12 @@ def test_truncated_at_every_length_is_refused(good, tmp_path):
     cut = tmp_path / "cut"
     for length in range(len(data)):
         cut.write_bytes(data[:length])
-        with pytest.raises(FileRefused, match="empty" if length == 0 else "truncated"):
+        with pytest.raises(FileRefusedError, match="empty" if length == 0 else "truncated"):
             files.read(cut, "statistics")
-        with pytest.raises(FileRefused):
+        with pytest.raises(FileRefusedError):
             files.read_header(cut)
     cut.write_bytes(data + b"\0")
-    with pytest.raises(FileRefused, match="altered"):
+    with pytest.raises(FileRefusedError, match="altered"):
         files.read(cut, "statistics")
 
 
@@ -118,7 +118,7 @@ def test_any_changed_byte_is_refused(good, tmp_path):
             changed.write_bytes(altered)
             try:
                 tensors, header = files.read(changed, "statistics")
-            except FileRefused:
+            except FileRefusedError:
                 continue
             # safetensors pads its header with spaces: only a changed pad that still reads the same is let through
             original, original_header = files.read(good, "statistics")
@@ -127,11 +127,11 @@ def test_any_changed_byte_is_refused(good, tmp_path):
 
 
 def test_missing_folder_and_wrong_kind(good, tmp_path):
-    with pytest.raises(FileRefused, match="does not exist"):
+    with pytest.raises(FileRefusedError, match="does not exist"):
         files.read(tmp_path / "nowhere", "statistics")
-    with pytest.raises(FileRefused, match="folder"):
+    with pytest.raises(FileRefusedError, match="folder"):
         files.read(tmp_path, "statistics")
-    with pytest.raises(FileRefused, match="holds 'statistics', not 'plan'"):
+    with pytest.raises(FileRefusedError, match="holds 'statistics', not 'plan'"):
         files.read(good, "plan")
     assert files.read_header(good)["kind"] == "statistics"
 
@@ -140,18 +140,18 @@ def test_foreign_files_are_refused_by_name(tmp_path):
     path = tmp_path / "foreign"
     for protocol in (2, 3, 4, 5):
         path.write_bytes(pickle.dumps({"a": 1}, protocol=protocol))
-        with pytest.raises(FileRefused, match="pickle"):
+        with pytest.raises(FileRefusedError, match="pickle"):
             files.read(path, "plan")
     buffer = io.BytesIO()
     torch.save({"a": torch.ones(2)}, buffer)
     path.write_bytes(buffer.getvalue())
-    with pytest.raises(FileRefused, match="zip archive"):
+    with pytest.raises(FileRefusedError, match="zip archive"):
         files.read(path, "plan")
     path.write_bytes(safetensors.numpy.save({"a": np.ones(2)}, metadata={"format": "np"}))
-    with pytest.raises(FileRefused, match="not one that moe-route wrote"):
+    with pytest.raises(FileRefusedError, match="not one that moe-route wrote"):
         files.read(path, "plan")
     path.write_text('{"a": 1, "text": "this is plain JSON"}')
-    with pytest.raises(FileRefused, match="not a moe-route file"):
+    with pytest.raises(FileRefusedError, match="not a moe-route file"):
         files.read(path, "plan")
 
 
@@ -159,7 +159,7 @@ def test_newer_schema_is_refused(good, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "SCHEMA", 2)
     files.write(tmp_path / "newer", {}, {}, "plan")
     monkeypatch.setattr(files, "SCHEMA", 1)
-    with pytest.raises(FileRefused, match=r"schema 2, .* upgrade moe-route"):
+    with pytest.raises(FileRefusedError, match=r"schema 2, .* upgrade moe-route"):
         files.read(tmp_path / "newer", "plan")
 
 
@@ -168,7 +168,7 @@ def test_a_forged_hash_field_is_refused(good, tmp_path):
     envelope = files.read_header(good)
     forged = data.replace(envelope["sha256"].encode(), ("0" * 64).encode())
     (tmp_path / "forged").write_bytes(forged)
-    with pytest.raises(FileRefused, match="altered"):
+    with pytest.raises(FileRefusedError, match="altered"):
         files.read(tmp_path / "forged", "statistics")
 
 
@@ -227,5 +227,5 @@ def test_big_endian_and_read_only_arrays(tmp_path):
 
 def test_other_safetensors_readers_can_open_the_file(good):
     with safetensors.safe_open(str(good), framework="np") as reader:
-        assert set(reader.keys()) == {"counts", "mass"}
+        assert set(reader.keys()) == {"counts", "probability"}
         assert json.loads(reader.metadata()["moe_route"])["kind"] == "statistics"

@@ -13,12 +13,12 @@ from moe_route import ops
 from moe_route.nn import ACTIVATIONS, Experts, SparseMoE, TopKRouter, load_balancing_loss
 from moe_route.ops import RouterSpec
 
-SUM = RouterSpec(renormalise="sum")
+SUM = RouterSpec(renormalize="sum")
 SPECS = {
     "softmax": RouterSpec(),
     "softmax_sum": SUM,
     "topk_then_softmax": RouterSpec(order="topk_then_score"),
-    "deepseek": RouterSpec("sigmoid", groups=4, top_groups=2, renormalise="sum", eps=1e-20, scale=2.5),
+    "deepseek": RouterSpec("sigmoid", groups=4, top_groups=2, renormalize="sum", eps=1e-20, scale=2.5),
     "sparsemixer": RouterSpec("sparsemixer", jitter=0.2),
 }
 
@@ -38,7 +38,7 @@ def plain_weights(spec: RouterSpec, logits: Tensor, ids: Tensor) -> Tensor:
         return torch.softmax(logits.gather(1, ids), 1)
     scores = torch.sigmoid(logits) if spec.score == "sigmoid" else torch.softmax(logits, 1)
     weights = scores.gather(1, ids)
-    if spec.renormalise == "sum":
+    if spec.renormalize == "sum":
         weights = weights / (weights.sum(1, keepdim=True) + spec.eps)
     return weights * spec.scale
 
@@ -151,23 +151,23 @@ def test_gradients_or_not_the_weights_are_the_same_bits() -> None:
 
 def test_trains_a_toy_task() -> None:
     """Four clusters, each with its own linear map: one dense network of the size of an expert cannot, the block can."""
-    centres, maps = torch.randn(4, 16) * 3, torch.randn(4, 16, 16) / 4
+    centers, maps = torch.randn(4, 16) * 3, torch.randn(4, 16, 16) / 4
 
     def batch(size: int) -> tuple[Tensor, Tensor]:
         which = torch.randint(4, (size,))
         offset = torch.randn(size, 16)
-        return centres[which] + offset, torch.einsum("tij,tj->ti", maps[which], offset)
+        return centers[which] + offset, torch.einsum("tij,tj->ti", maps[which], offset)
 
     block = SparseMoE(16, 8, 2, 32, SUM)
-    optimiser = torch.optim.Adam(block.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(block.parameters(), lr=1e-2)
     losses = []
     for _ in range(100):
         x, y = batch(96)
         out, (logits, _, ids) = block(x, return_routing=True)
         loss = F.mse_loss(out, y)
         (loss + 0.01 * load_balancing_loss(logits, ids)).backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
     assert sum(losses[-10:]) / 10 < 0.5 * losses[0]
     x, _ = batch(512)
@@ -312,4 +312,4 @@ def test_arguments_that_do_not_fit() -> None:
 def test_representation_says_what_it_is() -> None:
     text = repr(block_of(SUM))
     assert "num_experts=16" in text
-    assert "renormalise='sum'" in text
+    assert "renormalize='sum'" in text

@@ -140,11 +140,11 @@ def test_isolated_build_of_the_sdist(sdist: Path, tmp_path: Path) -> None:
     for name in ("moe_route/py.typed", "moe_route/_C.pyi", *(name for name in data if "__pycache__" not in name)):
         assert name in names
     assert [name for name in names if name.startswith(("tests/", "csrc/", "bench/", "docs/"))] == []
-    python("-m", "pip", "install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel))
+    python("-m", "pip", "install", "--no-deps", "--target", str(tmp_path / "router"), str(wheel))
     program = "import moe_route.doctor as d; print(d.__file__); print(all(c['ok'] for c in d.report()['checks']))"
     script = tmp_path / "check.py"  # a script, since -c would find the package of the working directory first
     script.write_text(program, encoding="utf-8")
-    place, healthy = python(str(script), PYTHONPATH=str(tmp_path / "site")).split()
+    place, healthy = python(str(script), PYTHONPATH=str(tmp_path / "router")).split()
     assert place.startswith(str(tmp_path))
     assert healthy == "True"
 
@@ -266,9 +266,9 @@ def test_a_module_with_cuda_kernels_beside_this_torch(tmp_path: Path) -> None:
     """The build that a CUDA user gets loads beside a CPU torch too, works there, and says why there is no device."""
     folder = os.environ.get("MOE_ROUTE_CUDA_BUILD_DIR", str(tmp_path / "cmake"))
     build = {"MOE_ROUTE_CUDA": "ON", "MOE_ROUTE_BUILD_DIR": folder, "MAX_JOBS": "2"}
-    site, program = tmp_path / "site", tmp_path / "check.py"
+    router, program = tmp_path / "router", tmp_path / "check.py"
     done = subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "build", "--build-base", str(tmp_path), "--build-lib", str(site)],
+        [sys.executable, "setup.py", "--quiet", "build", "--build-base", str(tmp_path), "--build-lib", str(router)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -279,7 +279,7 @@ def test_a_module_with_cuda_kernels_beside_this_torch(tmp_path: Path) -> None:
     program.write_text(
         "import json\nfrom moe_route import doctor\nprint(json.dumps(doctor.report()))\n", encoding="utf-8"
     )
-    report = json.loads(python(str(program), PYTHONPATH=str(site)))
+    report = json.loads(python(str(program), PYTHONPATH=str(router)))
     assert report["build"]["cuda"]
     assert report["build"]["cuda_architectures"] == ["80-real", "90"]
     assert all(check["ok"] for check in report["checks"])
@@ -294,7 +294,7 @@ def test_a_module_with_cuda_kernels_beside_this_torch(tmp_path: Path) -> None:
             "except RuntimeError as error:\n    print(error)\n",
             encoding="utf-8",
         )
-        said = python(str(program), PYTHONPATH=os.pathsep.join([str(site), str(ROOT / "tests")]))
+        said = python(str(program), PYTHONPATH=os.pathsep.join([str(router), str(ROOT / "tests")]))
         assert said.strip() == (
             "logits on cuda:0, but this torch was built without CUDA; install a CUDA build of torch"
         )

@@ -83,18 +83,18 @@ def test_divergence_draws_each_group_in_the_order_of_the_legend(div):
     assert rendered(ax)
 
 
-def test_ten_lines_can_be_told_apart_with_any_colour_vision(div):
+def test_ten_lines_can_be_told_apart_with_any_color_vision(div):
     lines = plots.divergence(div).get_lines()
     looks = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in lines}
     assert len(looks) == 10
     # what a viewer without one kind of cone sees (Vienot, Brettel and Mollon 1999, on linear RGB)
     deuteranope = np.array([[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]])
     protanope = np.array([[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]])
-    colours = np.array([to_rgb(colour) for colour in dict.fromkeys(line.get_color() for line in lines)])
+    colors = np.array([to_rgb(color) for color in dict.fromkeys(line.get_color() for line in lines)])
     for vision in (np.eye(3), deuteranope, protanope):
-        seen = np.clip((colours**2.2) @ vision.T, 0, 1) ** (1 / 2.2)
+        seen = np.clip((colors**2.2) @ vision.T, 0, 1) ** (1 / 2.2)
         assert min(np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > 0.1
-        assert min(np.linalg.norm(1 - colour) for colour in seen) > 0.3, "visible on white"
+        assert min(np.linalg.norm(1 - color) for color in seen) > 0.3, "visible on white"
 
 
 def test_divergence_draws_on_the_axes_given_with_names_and_bands(div):
@@ -130,7 +130,7 @@ def test_entropy_of_tokens_sequences_and_gap():
     by_name = {line.get_label(): line.get_ydata() for line in ax.get_lines()}
     np.testing.assert_allclose(by_name["lang1"], token[1] / np.log(16))
     np.testing.assert_allclose(plots.entropy(found, of="gap").get_lines()[0].get_ydata(), 0.5)
-    assert plots.entropy(found, of="sequence", normalised=False).get_ylabel() == "sequence entropy (nats)"
+    assert plots.entropy(found, of="sequence", normalized=False).get_ylabel() == "sequence entropy (nats)"
     with pytest.raises(ValueError, match="of must be"):
         plots.entropy(found, of="word")
 

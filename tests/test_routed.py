@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import MAIN, tiny_model, tokens
+from harness.tiny_models import MAIN, tiny_model, tokens
+from moe_route.identity import config_hash
 from torch import nn
 
 import moe_route as mr
-from moe_route.patching import AlreadyAttached
+from moe_route.patching import AlreadyAttachedError
 from moe_route.recording import RecordingError
-from moe_route.routed import config_hash
 from moe_route.steering import PlanError
 
 
@@ -27,7 +27,7 @@ def model() -> nn.Module:
 
 
 @pytest.fixture
-def routed(model: nn.Module) -> Iterator[mr.Routed]:
+def routed(model: nn.Module) -> Iterator[mr.RoutedModel]:
     with mr.attach(model) as routed:
         yield routed
 
@@ -93,7 +93,7 @@ def test_attaching_and_recording_keep_every_bit(name: str) -> None:
     assert [(len(m._forward_hooks), len(m._forward_pre_hooks), type(m)) for m in model.modules()] == hooks
 
 
-@pytest.mark.parametrize("engine", ["observed", "fused"])
+@pytest.mark.parametrize("engine", ["hook", "fused"])
 def test_forced_experts_are_what_is_counted(model: nn.Module, engine: Any) -> None:
     with mr.attach(model, engine=engine) as routed, routed.steer(ON), routed.record() as rec:
         logits(model, tokens(2, 6))
@@ -103,7 +103,7 @@ def test_forced_experts_are_what_is_counted(model: nn.Module, engine: Any) -> No
     assert stats.metadata["plans"] == [ON.hash]
 
 
-def test_steering_by_group_touches_only_that_group(model: nn.Module, routed: mr.Routed) -> None:
+def test_steering_by_group_touches_only_that_group(model: nn.Module, routed: mr.RoutedModel) -> None:
     ids, before = tokens(4, 6), logits(model, tokens(4, 6))
     with routed.record(groups=["x", "y"]) as rec, routed.steer(ON.only(groups="y")), rec.labels(["x", "y", "y", "x"]):
         steered = logits(model, ids)
@@ -122,7 +122,7 @@ def test_steering_by_group_touches_only_that_group(model: nn.Module, routed: mr.
     np.testing.assert_array_equal(stats.token_sum("natural_counts")[:, 0], plain.statistics().token_sum("counts")[:, 0])
 
 
-def test_labels_without_a_recording_steer_by_group(model: nn.Module, routed: mr.Routed) -> None:
+def test_labels_without_a_recording_steer_by_group(model: nn.Module, routed: mr.RoutedModel) -> None:
     ids, before = tokens(2, 6), logits(model, tokens(2, 6))
     with routed.steer(ON.only(groups="y")):
         assert torch.equal(logits(model, ids), before)
@@ -143,7 +143,7 @@ def test_labels_without_a_recording_steer_by_group(model: nn.Module, routed: mr.
     assert not same(last[0, 5], before[0, 5])
 
 
-def test_labels_serve_the_recording_that_is_on(model: nn.Module, routed: mr.Routed) -> None:
+def test_labels_serve_the_recording_that_is_on(model: nn.Module, routed: mr.RoutedModel) -> None:
     with routed.record() as rec, routed.labels(["x", "y"], items=[1, 1]):
         logits(model, tokens(2, 6))
     assert rec.statistics().groups == ("x", "y")
@@ -151,7 +151,7 @@ def test_labels_serve_the_recording_that_is_on(model: nn.Module, routed: mr.Rout
     assert routed.recorder is rec
 
 
-def test_steering_by_phase(model: nn.Module, routed: mr.Routed) -> None:
+def test_steering_by_phase(model: nn.Module, routed: mr.RoutedModel) -> None:
     with routed.record() as rec, routed.steer(ON.only(phase="decode")):
         model.generate(tokens(2, 5), max_new_tokens=4, min_new_tokens=4, do_sample=False)
     stats = rec.statistics()
@@ -160,7 +160,7 @@ def test_steering_by_phase(model: nn.Module, routed: mr.Routed) -> None:
     assert stats.frequency("decode")[0, 0, 3] == 1.0
 
 
-def test_nested_plans_add_up_and_end_in_turn(model: nn.Module, routed: mr.Routed) -> None:
+def test_nested_plans_add_up_and_end_in_turn(model: nn.Module, routed: mr.RoutedModel) -> None:
     ids, before = tokens(2, 6), logits(model, tokens(2, 6))
     one, two = mr.Plan.activate({0: [1]}, strength=3.0), mr.Plan.activate({1: [2]}, strength=3.0)
     with routed.steer(one):
@@ -175,14 +175,14 @@ def test_nested_plans_add_up_and_end_in_turn(model: nn.Module, routed: mr.Routed
     assert routed.plan is None
 
 
-def test_a_plan_that_ends_by_an_exception_ends(model: nn.Module, routed: mr.Routed) -> None:
+def test_a_plan_that_ends_by_an_exception_ends(model: nn.Module, routed: mr.RoutedModel) -> None:
     before = logits(model, tokens(2, 6))
     with pytest.raises(ZeroDivisionError), routed.steer(ON):
         1 / 0  # noqa: B018
     assert torch.equal(logits(model, tokens(2, 6)), before)
 
 
-def test_steering_that_begins_while_recording(model: nn.Module, routed: mr.Routed) -> None:
+def test_steering_that_begins_while_recording(model: nn.Module, routed: mr.RoutedModel) -> None:
     ids = tokens(2, 6)
     with routed.record(sequences=True) as rec, rec.labels("x", items=[1, 2]):
         logits(model, ids)
@@ -190,7 +190,7 @@ def test_steering_that_begins_while_recording(model: nn.Module, routed: mr.Route
             logits(model, ids)
         logits(model, ids)
     stats = rec.statistics()
-    assert stats.planes == ("counts", "mass", "weight", "share", "natural_counts")
+    assert stats.metrics == ("counts", "probability", "weight", "weight_share", "natural_counts")
     assert stats.scalar("steered")[0].tolist() == [12, 0, 12]
     assert stats.tokens()[0].tolist() == [36] * 3
     with routed.record() as plain:
@@ -205,7 +205,7 @@ def test_steering_that_begins_while_recording(model: nn.Module, routed: mr.Route
     assert merged.token_sum("natural_counts").sum() == 48 * 2 * 3
 
 
-def test_flipped_and_moved_compare_with_the_natural_choice(model: nn.Module, routed: mr.Routed) -> None:
+def test_flipped_and_moved_compare_with_the_natural_choice(model: nn.Module, routed: mr.RoutedModel) -> None:
     with routed.steer(mr.Plan.force_on({0: [3]})), routed.record(trace=[0]) as rec:
         logits(model, tokens(2, 6))
     stats = rec.statistics()
@@ -216,7 +216,7 @@ def test_flipped_and_moved_compare_with_the_natural_choice(model: nn.Module, rou
     assert 0 < stats.scalar("moved")[0, 0] < 12
 
 
-def test_plans_for_other_models_are_refused(model: nn.Module, routed: mr.Routed) -> None:
+def test_plans_for_other_models_are_refused(model: nn.Module, routed: mr.RoutedModel) -> None:
     before = logits(model, tokens(2, 6))
     for plan in (
         mr.Plan.force_on({3: [0]}),
@@ -233,7 +233,7 @@ def test_plans_for_other_models_are_refused(model: nn.Module, routed: mr.Routed)
         assert not torch.equal(logits(model, tokens(2, 6)), before)
 
 
-def test_statistics_and_plans_know_their_model(model: nn.Module, routed: mr.Routed) -> None:
+def test_statistics_and_plans_know_their_model(model: nn.Module, routed: mr.RoutedModel) -> None:
     with routed.record() as rec:
         logits(model, tokens(2, 6))
     stats = rec.statistics()
@@ -266,18 +266,18 @@ def test_describe_prints_and_is_json(model: nn.Module) -> None:
     assert "0-2     Qwen3MoeTopKRouter  8        2      softmax" in text
     content = json.loads(json.dumps(found.to_dict()))
     assert [layer["layer"] for layer in content["layers"]] == [0, 1, 2]
-    assert content["layers"][0]["engine"] == "observed"
+    assert content["layers"][0]["engine"] == "hook"
     assert content["attached"] is False
     with mr.attach(model, engine="fused"):
         live = mr.describe(model)
         assert live.attached
         assert {layer.engine for layer in live.layers} == {"fused"}
-    with pytest.raises(mr.ModelNotSupported):
+    with pytest.raises(mr.ModelNotSupportedError):
         mr.describe(nn.Linear(2, 2))
 
 
-def test_one_attachment_and_one_recording_at_a_time(model: nn.Module, routed: mr.Routed) -> None:
-    with pytest.raises(AlreadyAttached):
+def test_one_attachment_and_one_recording_at_a_time(model: nn.Module, routed: mr.RoutedModel) -> None:
+    with pytest.raises(AlreadyAttachedError):
         mr.attach(model)
     with routed.record() as rec:
         with pytest.raises(RuntimeError, match="a recording is on already"), routed.record():
@@ -308,12 +308,12 @@ def test_detach_waits_for_the_blocks_and_is_final(model: nn.Module) -> None:
         assert "attached" in repr(again)
 
 
-def test_statistics_before_any_recording(routed: mr.Routed) -> None:
+def test_statistics_before_any_recording(routed: mr.RoutedModel) -> None:
     with pytest.raises(RuntimeError, match="nothing was recorded yet"):
         routed.statistics()
 
 
-def test_missing_and_foreign_sequences_are_refused(model: nn.Module, routed: mr.Routed, tmp_path: Path) -> None:
+def test_missing_and_foreign_sequences_are_refused(model: nn.Module, routed: mr.RoutedModel, tmp_path: Path) -> None:
     def record(name: str, seed: int) -> None:
         with routed.record(sequences=True) as rec, rec.labels(["x", "y"], items=[1, 1]):
             logits(model, tokens(2, 6, seed))
@@ -322,11 +322,11 @@ def test_missing_and_foreign_sequences_are_refused(model: nn.Module, routed: mr.
     record("one", 1)
     record("two", 2)
     (tmp_path / "one.sequences").rename(tmp_path / "moved")
-    with pytest.raises(mr.files.FileRefused, match=r"one\.sequences.*is missing"):
+    with pytest.raises(mr.files.FileRefusedError, match=r"one\.sequences.*is missing"):
         mr.RoutingStatistics.load(tmp_path / "one.safetensors")
     assert mr.RoutingStatistics.load(tmp_path / "one.safetensors", sequences=False).store is None
     (tmp_path / "two.sequences").rename(tmp_path / "one.sequences")
-    with pytest.raises(mr.files.FileRefused, match="does not hold the sequences that belong"):
+    with pytest.raises(mr.files.FileRefusedError, match="does not hold the sequences that belong"):
         mr.RoutingStatistics.load(tmp_path / "one.safetensors")
 
 

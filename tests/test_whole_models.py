@@ -11,10 +11,8 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from paths.oracle import assert_counted, assert_phases, watching
-from paths.subject import run
-from tiny_models import tokens
-from whole_models import (
+from harness.tiny_models import tokens
+from harness.whole_models import (
     BEGIN,
     CANVAS,
     END,
@@ -27,10 +25,12 @@ from whole_models import (
     text_inputs,
     whole_model,
 )
+from paths.oracle import assert_counted, assert_phases, watching
+from paths.subject import run
 
 import moe_route as mr
-from moe_route.patching import RouterSite
-from moe_route.patching.patches import placeholders_of, tokens_of_patches
+from moe_route.calls.images import placeholders_of, tokens_of_patches
+from moe_route.routers import RouterInfo
 
 # ---- Qwen3-Omni
 
@@ -71,10 +71,10 @@ def speaker() -> Speaker:
 def test_thinker_and_talker_are_parts_of_one_recording(speaker: Speaker) -> None:
     plain = speaker.speak()
     with mr.attach(speaker.model) as routed:
-        assert [site.part for site in routed.sites] == ["thinker"] * 3 + ["talker"] * 3
+        assert [router.part for router in routed.routers] == ["thinker"] * 3 + ["talker"] * 3
         assert "(talker)" in str(mr.describe(speaker.model))
         with (
-            watching(routed.sites) as seen,
+            watching(routed.routers) as seen,
             routed.record(sequences=True) as recorder,
             recorder.labels(["x", "y"], items=[0, 0]),
         ):
@@ -83,20 +83,20 @@ def test_thinker_and_talker_are_parts_of_one_recording(speaker: Speaker) -> None
     masks = {"thinker": speaker.given["attention_mask"].bool(), "talker": speaker.masks[0].bool()}
     assert not masks["talker"].all()
 
-    def valid(site: RouterSite, number: int) -> Tensor | None:
-        return None if number else masks[site.part]
+    def valid(router: RouterInfo, number: int) -> Tensor | None:
+        return None if number else masks[router.part]
 
     statistics = recorder.statistics()
-    assert_phases(statistics, routed.sites, seen, valid)
+    assert_phases(statistics, routed.routers, seen, valid)
     assert statistics.sequences().tolist() == [1, 1]
     for row, group in enumerate("xy"):
 
-        def of_row(site: RouterSite, number: int, row: int = row) -> Tensor:
-            mine = torch.zeros(2, len(seen[site.layer][number][0]) // 2, dtype=torch.bool)
+        def of_row(router: RouterInfo, number: int, row: int = row) -> Tensor:
+            mine = torch.zeros(2, len(seen[router.layer][number][0]) // 2, dtype=torch.bool)
             mine[row] = True
-            return mine if number else mine & masks[site.part]
+            return mine if number else mine & masks[router.part]
 
-        assert_counted(statistics.select(groups=[group]), routed.sites, seen, of_row)
+        assert_counted(statistics.select(groups=[group]), routed.routers, seen, of_row)
 
 
 def test_the_talker_is_not_counted_past_the_end_of_a_speech(speaker: Speaker) -> None:
@@ -106,7 +106,7 @@ def test_the_talker_is_not_counted_past_the_end_of_a_speech(speaker: Speaker) ->
     stop = next(stop for stop, length in lengths.items() if len(length.unique()) > 1)
     with mr.attach(speaker.model) as routed, routed.record() as recorder, recorder.labels(["x", "y"]):
         speaker.speak(talker_eos_token_id=stop)
-    talked = recorder.statistics().tokens("decode")[:, [site.part == "talker" for site in routed.sites]]
+    talked = recorder.statistics().tokens("decode")[:, [router.part == "talker" for router in routed.routers]]
     np.testing.assert_array_equal(talked, np.broadcast_to(lengths[stop][:, None], talked.shape))
 
 
@@ -126,9 +126,9 @@ def test_a_patch_has_the_labels_of_its_token(seeing: tuple[Any, dict[str, Tensor
     for name, (row, column) in {"first": of_pictures[0], "last": of_pictures[-1]}.items():
         labels[row][column] = name
     with mr.attach(model) as routed:
-        with watching(routed.sites) as seen, routed.record() as recorder, recorder.labels(labels):
+        with watching(routed.routers) as seen, routed.record() as recorder, recorder.labels(labels):
             run(model, given)
-        vision = [site.layer for site in routed.sites if site.part == "vision"]
+        vision = [router.layer for router in routed.routers if router.part == "vision"]
         statistics = recorder.statistics()
         assert statistics.groups == ("rest", "first", "last")
         rest = (len(of_pictures) - 2) * PATCHES
@@ -159,7 +159,7 @@ def test_a_tower_that_fails_ahead_of_the_prompt_leaves_its_sequences_out(seeing:
         raise ZeroDivisionError
 
     with mr.attach(model) as routed:
-        last = [site for site in routed.sites if site.part == "vision"][-1].block
+        last = [router for router in routed.routers if router.part == "vision"][-1].block
         with routed.record(sequences=True) as recorder:
             handle = last.register_forward_hook(fail)
             with pytest.raises(ZeroDivisionError):
@@ -185,7 +185,7 @@ def test_a_picture_in_a_second_turn_continues_the_first(seeing: tuple[Any, dict[
     statistics = recorder.statistics()
     assert statistics.sequences().tolist() == [2]
     text = int(given["attention_mask"].sum())
-    vision = [site.part == "vision" for site in routed.sites]
+    vision = [router.part == "vision" for router in routed.routers]
     assert statistics.tokens()[0].tolist() == [2 * 4 * PATCHES if sees else 2 * 5 + text for sees in vision]
 
 

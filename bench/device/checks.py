@@ -24,7 +24,7 @@ from moe_route import nn, ops
 Facts = dict[str, int | float | str]
 
 
-class NeedsDevice(RuntimeError):  # noqa: N818 (a state, said by its name)
+class NeedsDeviceError(RuntimeError):
     """This check speaks of something that only a CUDA device has."""
 
 
@@ -161,9 +161,9 @@ def past_2_31(device: torch.device, small: bool) -> Facts:
     check_memory(device, tokens * (experts * 2 + k * 8) + (limit // hidden_size + 1000) * hidden_size * 3)
     generator = torch.Generator(device).manual_seed(0)
     logits = torch.randn(tokens, experts, dtype=torch.bfloat16, generator=generator, device=device)
-    statistics = ops.StatisticsTables.zeros(experts, groups=1, planes=("counts",), entropy=False, device=device)
+    statistics = ops.StatisticsTables.zeros(experts, groups=1, metrics=("counts",), entropy=False, device=device)
     weights, ids = ops.route(logits, k, SPECS[0], statistics=statistics)
-    assert int(statistics.plane("counts").sum()) == tokens * k, "counts of all rows do not add up"
+    assert int(statistics.metric("counts").sum()) == tokens * k, "counts of all rows do not add up"
     for begin in (0, limit // experts - 500, tokens - 500):
         part = slice(max(0, begin), max(0, begin) + 500)
         same((weights[part], ids[part]), ops.route(logits[part].cpu(), k, SPECS[0]), f"rows from {begin}", NAMES[:2])
@@ -252,14 +252,14 @@ def no_waiting(device: torch.device, small: bool) -> Facts:
 
 def require_cuda(device: torch.device, what: str) -> None:
     if device.type != "cuda":
-        raise NeedsDevice(f"{what}: there are none on the {device.type.upper()}")
+        raise NeedsDeviceError(f"{what}: there are none on the {device.type.upper()}")
 
 
 def check_memory(device: torch.device, needed: int) -> None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         if free < 1.5 * needed:
-            raise NeedsDevice(f"a device with {1.5 * needed / 1e9:.0f} GB free; this one has {free / 1e9:.0f}")
+            raise NeedsDeviceError(f"a device with {1.5 * needed / 1e9:.0f} GB free; this one has {free / 1e9:.0f}")
 
 
 CHECKS: dict[str, Callable[[torch.device, bool], Facts]] = {
@@ -278,7 +278,7 @@ def run(name: str, device: torch.device, small: bool) -> dict[str, object]:
     start = time.perf_counter()
     try:
         outcome: dict[str, object] = {"status": "ok", **CHECKS[name](device, small)}
-    except NeedsDevice as reason:
+    except NeedsDeviceError as reason:
         outcome = {"status": "needs a device", "reason": str(reason)}
     except Exception as problem:
         traceback.print_exc()

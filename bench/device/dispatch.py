@@ -31,7 +31,7 @@ def moved_bytes(operator: str, shape: Shape) -> int:
     return slots * (row + 8 + 4) + shape.tokens * row  # rows, places and weights read, sums written
 
 
-class Routed:
+class RoutedModel:
     """Choices of experts, and what `ops.dispatch` and torch make of them."""
 
     def __init__(self, shape: Shape, place: Place, number: int):
@@ -60,7 +60,7 @@ class Routed:
 
 def dispatching(shape: Shape, place: Place, mode: str) -> tuple[dict[str, Contender], int]:
     """Contenders, and how many inputs they take turns on."""
-    routed = Routed(shape, place, place.number(shape.tokens * shape.k * 4))
+    routed = RoutedModel(shape, place, place.number(shape.tokens * shape.k * 4))
     return {
         floors.LAUNCH: floors.launching(place),
         floors.COPY: floors.copying(moved_bytes(DISPATCH, shape), place),
@@ -71,7 +71,7 @@ def dispatching(shape: Shape, place: Place, mode: str) -> tuple[dict[str, Conten
 
 def permuting(shape: Shape, place: Place, mode: str) -> tuple[dict[str, Contender], int]:
     hidden = place.inputs((shape.tokens, shape.hidden), shape.dtype)
-    routed = Routed(shape, place, PLANS)
+    routed = RoutedModel(shape, place, PLANS)
     plans = [routed.dispatched(index) for index in range(PLANS)]
     sources = [plan.order // shape.k for plan in plans]
     return {
@@ -83,7 +83,7 @@ def permuting(shape: Shape, place: Place, mode: str) -> tuple[dict[str, Contende
 
 def combining(shape: Shape, place: Place, mode: str) -> tuple[dict[str, Contender], int]:
     rows = place.inputs((shape.tokens * shape.k, shape.hidden), shape.dtype)
-    routed = Routed(shape, place, PLANS)
+    routed = RoutedModel(shape, place, PLANS)
     plans = [routed.dispatched(index) for index in range(PLANS)]
     weights = torch.softmax(torch.randn(shape.tokens, shape.k, device=place.device), dim=-1)
     factors = weights.to(shape.dtype).unsqueeze(-1)

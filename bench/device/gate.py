@@ -11,9 +11,9 @@ from bench.device.place import GRAPH, Place
 from bench.gate import SPEC, Gate, Shape
 from bench.timing import Contender, Race, race
 from moe_route import _C, ops
-from moe_route.ops.spec import ORDERS, RENORMALISATIONS, SCORES
+from moe_route.contract.spec import ORDERS, RENORMALIZATIONS, SCORES
 
-FULL = ("counts", "mass", "weight")
+FULL = ("counts", "probability", "weight")
 ROUTE, COUNTED, ALL = "route", "route + counts", "route + counts + mass + weight + entropy"
 SOFT, FORCED, ALL_SOFT = f"{COUNTED}, soft steering", f"{COUNTED}, forced", f"{ALL}, soft steering"
 BARE = ", without the dispatcher"
@@ -68,7 +68,7 @@ class DeviceGate(Gate):
         more: dict[str, int] = {
             "score": SCORES.index(SPEC.score),
             "order": ORDERS.index(SPEC.order),
-            "renormalise": RENORMALISATIONS.index(SPEC.renormalise),
+            "renormalize": RENORMALIZATIONS.index(SPEC.renormalize),
             "group_statistics": groups.data_ptr(),
             "num_groups": 1,
             "statistics_planes": layout & 0xFFFF,
@@ -94,14 +94,14 @@ class DeviceGate(Gate):
             "torch + p.sum(0)": self.torch_gate_and_mass,
             "torch, soft steering": self.torch_soft,
             ROUTE: self.routed(),
-            COUNTED: self.routed(planes=("counts",)),
+            COUNTED: self.routed(metrics=("counts",)),
             ALL: self.routed(planes=FULL, entropy=True),
-            SOFT: self.routed(planes=("counts",), steering=soft),
-            FORCED: self.routed(planes=("counts",), steering=self.forced_steering()),
+            SOFT: self.routed(metrics=("counts",), steering=soft),
+            FORCED: self.routed(metrics=("counts",), steering=self.forced_steering()),
             ALL_SOFT: self.routed(planes=FULL, entropy=True, steering=soft),
         }
         if not self.captured:  # a graph holds no dispatcher anyway
-            out[COUNTED + BARE] = self.bare(planes=("counts",))
+            out[COUNTED + BARE] = self.bare(metrics=("counts",))
             out[ALL_SOFT + BARE] = self.bare(planes=FULL, entropy=True, steering=soft)
         return out
 

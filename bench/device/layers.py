@@ -23,7 +23,7 @@ class Layer:
         noise = torch.randn(shape.experts, generator=generator, device=place.device)
         self.bias = 0.1 * noise if shape.biased else None
         self.statistics = ops.StatisticsTables.zeros(
-            shape.experts, groups=1, planes=("counts",), entropy=False, device=place.device
+            shape.experts, groups=1, metrics=("counts",), entropy=False, device=place.device
         )
 
     def torch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -53,11 +53,11 @@ class Contexts:
     @contextmanager
     def attached(self, record: bool, steer: bool) -> Iterator[None]:
         """Past the first step, which is counted otherwise than those that follow."""
-        routed = mr.attach(self.model, check=False)
+        routed = mr.attach(self.model, verify=False)
         with ExitStack() as stack:
             stack.callback(routed.detach)
             if steer:  # four experts of each layer raised by half a standard deviation
-                stack.enter_context(routed.steer(mr.Plan.activate([0, 1, 2, 3], range(len(routed.sites)))))
+                stack.enter_context(routed.steer(mr.Plan.activate([0, 1, 2, 3], range(len(routed.routers)))))
             if record:
                 recorder = stack.enter_context(routed.record(groups=["text"]))
                 stack.enter_context(recorder.labels(groups="text"))

@@ -33,7 +33,7 @@ class Problem:
 
     def statistics(self) -> ops.StatisticsTables:
         experts = self.logits.shape[1]
-        return ops.StatisticsTables.zeros(experts, groups=3, segments=4, planes=ops.PLANES, device=self.logits.device)
+        return ops.StatisticsTables.zeros(experts, groups=3, segments=4, planes=ops.METRICS, device=self.logits.device)
 
     def route(self, statistics: ops.StatisticsTables) -> tuple[Tensor, Tensor]:
         return ops.route(
@@ -78,14 +78,14 @@ def token_table(tokens: int, generator: torch.Generator) -> Tensor:
 
 
 SPECS = (
-    ops.RouterSpec(renormalise="sum"),
+    ops.RouterSpec(renormalize="sum"),
     ops.RouterSpec(),
     ops.RouterSpec(order="topk_then_score"),
-    ops.RouterSpec(score="sigmoid", renormalise="sum", eps=1e-20, scale=2.5),
-    ops.RouterSpec(score="sqrt_softplus", renormalise="sum", eps=1e-20),
-    ops.RouterSpec(score="identity", renormalise="norm", norm_p=2.0),
+    ops.RouterSpec(score="sigmoid", renormalize="sum", eps=1e-20, scale=2.5),
+    ops.RouterSpec(score="sqrt_softplus", renormalize="sum", eps=1e-20),
+    ops.RouterSpec(score="identity", renormalize="norm", norm_p=2.0),
 )
-GROUPED = ops.RouterSpec(score="sigmoid", renormalise="sum", eps=1e-20, groups=8, top_groups=4)
+GROUPED = ops.RouterSpec(score="sigmoid", renormalize="sum", eps=1e-20, groups=8, top_groups=4)
 # Experts and k: powers of two or not, one register a lane or many, and the widest there are.
 SIZES = (
     (1, 1),

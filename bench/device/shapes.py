@@ -27,10 +27,10 @@ class ModelShape:
 
 
 def _sigmoid(**more: float) -> RouterSpec:
-    return RouterSpec(score="sigmoid", renormalise="sum", eps=1e-20, **more)  # type: ignore[arg-type]
+    return RouterSpec(score="sigmoid", renormalize="sum", eps=1e-20, **more)  # type: ignore[arg-type]
 
 
-_SOFTMAX, _SUM = RouterSpec(), RouterSpec(renormalise="sum")
+_SOFTMAX, _SUM = RouterSpec(), RouterSpec(renormalize="sum")
 _BF16 = torch.bfloat16
 
 MODELS = (
@@ -42,13 +42,13 @@ MODELS = (
     ModelShape("Qwen3-30B-A3B", 128, 8, 2048, _SUM, _BF16),
     ModelShape("GLM-4.5-Air", 128, 8, 4096, _sigmoid(), biased=True),
     ModelShape("DeepSeek-V3", 256, 8, 7168, _sigmoid(groups=8, top_groups=4, scale=2.5), biased=True),
-    ModelShape("MiniMax-M2", 256, 8, 3072, RouterSpec(score="sigmoid", renormalise="sum"), biased=True),
+    ModelShape("MiniMax-M2", 256, 8, 3072, RouterSpec(score="sigmoid", renormalize="sum"), biased=True),
     ModelShape(
         "DeepSeek-V4-Flash",
         256,
         6,
         4096,
-        RouterSpec(score="sqrt_softplus", renormalise="sum", eps=1e-20, scale=1.5),
+        RouterSpec(score="sqrt_softplus", renormalize="sum", eps=1e-20, scale=1.5),
         biased=True,
     ),
     ModelShape("Kimi-K2", 384, 8, 7168, _sigmoid(scale=2.827), biased=True),
@@ -59,7 +59,7 @@ MODELS = (
 def route_in_torch(
     logits: torch.Tensor, k: int, spec: RouterSpec, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and ids as the code of such a model computes them; not for `sparsemixer` and renormalising by a norm."""
+    """Weights and ids as the code of such a model computes them; not for `sparsemixer` and renormalizing by a norm."""
     if spec.order == "topk_then_score":
         chosen, ids = torch.topk(logits, k, dim=-1)
         return torch.softmax(chosen, dim=-1, dtype=torch.float32), ids
@@ -69,7 +69,7 @@ def route_in_torch(
         choice = _best_groups(choice, spec)
     ids = torch.topk(choice, k, dim=-1).indices
     weights = scores.gather(1, ids)
-    if spec.renormalise == "sum":
+    if spec.renormalize == "sum":
         weights = weights / (weights.sum(dim=-1, keepdim=True) + spec.eps)
     return (weights if spec.scale == 1.0 else weights * spec.scale), ids
 

@@ -67,7 +67,7 @@ def add(path: Path, name: str, status: str, seconds: float, code: int, log: Path
 
 
 def last(text: str) -> list[str]:
-    """The last lines, without progress bars and colours."""
+    """The last lines, without progress bars and colors."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     lines = [line.rstrip().rsplit("\r", 1)[-1] for line in plain.split("\n")]
     return [line[:500] for line in lines if line][-LAST_LINES:]

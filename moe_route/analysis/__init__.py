@@ -26,7 +26,7 @@ from moe_route.analysis.experts import (
     task_experts,
 )
 from moe_route.analysis.inputs import AnalysisError
-from moe_route.analysis.measures import entropy_of, jensen_shannon, normalised_jensen_shannon
+from moe_route.analysis.measures import entropy_of, jensen_shannon, normalized_jensen_shannon
 from moe_route.analysis.paired import Difference, paired_difference
 
 __all__ = [
@@ -52,7 +52,7 @@ __all__ = [
     "frequency_share_experts",
     "jensen_shannon",
     "multilingual_experts",
-    "normalised_jensen_shannon",
+    "normalized_jensen_shannon",
     "paired_difference",
     "risk_experts",
     "task_experts",

@@ -46,7 +46,7 @@ class Correlation:
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per layer with ``pearson``, ``spearman``, ``p_value`` and ``number`` of groups."""
-        return data_frame({"layer": np.arange(len(self.layers)), "site": self.layers, **self._columns()})
+        return data_frame({"layer": np.arange(len(self.layers)), "router": self.layers, **self._columns()})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content (NaN as None)."""
@@ -103,7 +103,7 @@ def correlation(
     return Correlation(pearson, spearman, p_value, number, names, found.layers, found.reference)
 
 
-def _centred(values: np.ndarray) -> np.ndarray:
+def _centered(values: np.ndarray) -> np.ndarray:
     """Zero mean and unit length; all zero for values that do not vary beyond rounding."""
     moved = values - values.mean(-1, keepdims=True)
     length = np.sqrt((moved * moved).sum(-1, keepdims=True))
@@ -112,7 +112,7 @@ def _centred(values: np.ndarray) -> np.ndarray:
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> float:
-    a, b = _centred(x), _centred(y)
+    a, b = _centered(x), _centered(y)
     return float(np.clip(a @ b, -1.0, 1.0)) if a.any() and b.any() else float("nan")
 
 
@@ -125,7 +125,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 def _permutation_p(x: np.ndarray, y: np.ndarray, draws: int, seed: int) -> float:
     """Share of orders of y whose |r| is at least the observed one; among drawn orders the observed one counts too."""
-    a, b = _centred(x), _centred(y)
+    a, b = _centered(x), _centered(y)
     if not (a.any() and b.any()):
         return float("nan")
     exact = factorial(len(x)) <= draws

@@ -19,11 +19,11 @@ from moe_route.analysis.inputs import (
     Statistics,
     as_array,
     group_index,
-    normalised,
+    normalized,
     pick_groups,
     shape_of,
 )
-from moe_route.analysis.measures import cosine_distance, jaccard_distance, jensen_shannon, normalised_jensen_shannon
+from moe_route.analysis.measures import cosine_distance, jaccard_distance, jensen_shannon, normalized_jensen_shannon
 from moe_route.analysis.result import by_depth, data_frame, plain
 from moe_route.texttable import table
 
@@ -34,11 +34,11 @@ __all__ = ["MEASURES", "Divergence", "DivergenceMatrix", "UShape", "divergence",
 
 _log = logging.getLogger(__name__)
 
-Measure = Literal["normalised_jsd", "jsd", "cosine", "jaccard"]
+Measure = Literal["normalized_jsd", "jsd", "cosine", "jaccard"]
 Pairing = Literal["auto", "paired", "pooled"]
-MEASURES = ("normalised_jsd", "jsd", "cosine", "jaccard")
+MEASURES = ("normalized_jsd", "jsd", "cosine", "jaccard")
 _MEASURE_NAMES = {
-    "normalised_jsd": "entropy-normalised Jensen-Shannon divergence",
+    "normalized_jsd": "entropy-normalized Jensen-Shannon divergence",
     "jsd": "Jensen-Shannon divergence (nats)",
     "cosine": "cosine distance",
     "jaccard": "Jaccard distance of the top experts",
@@ -54,7 +54,7 @@ class Divergence:
         groups: the G groups compared, without the reference.
         reference: the group they are compared with.
         layers: names of the L layers.
-        measure: "normalised_jsd" (in [0, 1]), "jsd" (nats), "cosine" or "jaccard" (in [0, 1]).
+        measure: "normalized_jsd" (in [0, 1]), "jsd" (nats), "cosine" or "jaccard" (in [0, 1]).
         pairing: "paired" (mean over parallel sequences) or "pooled" (of mean distributions).
         pairs: for each group the number of parallel sequences; empty when pooled.
         undefined: int64 [G, L], pairs (or 1 when pooled) left out of ``values`` because the measure is undefined.
@@ -65,7 +65,7 @@ class Divergence:
     groups: tuple[str, ...]
     reference: str
     layers: tuple[str, ...]
-    measure: str = "normalised_jsd"
+    measure: str = "normalized_jsd"
     pairing: str = "pooled"
     pairs: tuple[int, ...] = ()
     undefined: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
@@ -99,7 +99,7 @@ class Divergence:
         return ends[0], ends[1]
 
     def to_pandas(self) -> pd.DataFrame:
-        """Tidy: a row per (group, layer) with ``divergence``, ``undefined``, ``site`` (the layer's name) and
+        """Tidy: a row per (group, layer) with ``divergence``, ``undefined``, ``router`` (the layer's name) and
         ``reference``.
         """
         groups, layers = self.values.shape
@@ -108,7 +108,7 @@ class Divergence:
                 "group": np.repeat(np.asarray(self.groups, dtype=object), layers),
                 "reference": self.reference,
                 "layer": np.tile(np.arange(layers), groups),
-                "site": np.tile(np.asarray(self.layers, dtype=object), groups),
+                "router": np.tile(np.asarray(self.layers, dtype=object), groups),
                 "divergence": self.values.reshape(-1),
                 "undefined": self.undefined.reshape(-1),
             }
@@ -145,7 +145,7 @@ class DivergenceMatrix:
     values: np.ndarray
     groups: tuple[str, ...]
     layers: tuple[str, ...]
-    measure: str = "normalised_jsd"
+    measure: str = "normalized_jsd"
     pairing: str = "pooled"
 
     def mean(self, layers: Sequence[int] | None = None) -> np.ndarray:
@@ -232,7 +232,7 @@ def divergence(
     *,
     groups: Sequence[str] | str | None = None,
     pairing: Pairing = "auto",
-    measure: Measure = "normalised_jsd",
+    measure: Measure = "normalized_jsd",
     kind: str = "full",
     phase: str | None = None,
     by: str = "sequence",
@@ -243,13 +243,13 @@ def divergence(
 
     Args:
         statistics: ``RoutingStatistics``; or an array [layer, expert] of router mass, or [item, layer, expert] whose
-            items pair with those of ``reference`` (rows need not be normalised).
+            items pair with those of ``reference`` (rows need not be normalized).
         reference: the name of the reference group; or an array of the same shape.
         groups: groups to compare; all others by default.
         pairing: "paired": D of every parallel sequence, then the mean (needs ``record(sequences=True)``); "pooled": D
             of the mean distributions; "auto": paired where every group has sequences parallel to the reference's, no
             phase is named and ``by`` is "sequence".
-        measure: "normalised_jsd" (the paper's, in [0, 1]), "jsd" (nats), "cosine" (1 - cos), "jaccard" (of the ``top``
+        measure: "normalized_jsd" (the paper's, in [0, 1]), "jsd" (nats), "cosine" (1 - cos), "jaccard" (of the ``top``
             experts).
         kind: which router scores: "full", "topk", "topk_renorm" or "count".
         phase, by: of the pooled distributions: "prefill", "decode" or both; mean over "sequence" or "token".
@@ -279,8 +279,8 @@ Comparison = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 def _comparison(measure: str, sizes: np.ndarray, top: int | None, top_k: Sequence[int] | None) -> Comparison:
     """The measure as a function of two arrays of distributions [..., L, E]."""
-    if measure == "normalised_jsd":
-        return lambda q1, q2: normalised_jensen_shannon(q1, q2, sizes)
+    if measure == "normalized_jsd":
+        return lambda q1, q2: normalized_jensen_shannon(q1, q2, sizes)
     if measure == "jaccard":
         if top is None and top_k is None:
             raise AnalysisError('measure="jaccard" needs top, the number of experts to compare')
@@ -330,7 +330,7 @@ def _paired(
         items = statistics.store.paired_items(reference, group)
         values = np.empty((len(items), len(statistics.layers)))
         for i, item in enumerate(items):
-            q1, q2 = (normalised(statistics.store.distributions(item, name, kind)) for name in (reference, group))
+            q1, q2 = (normalized(statistics.store.distributions(item, name, kind)) for name in (reference, group))
             values[i] = compare(q1, q2)
         pair_values.append(values)
     means = [_mean_of_seen(values) for values in pair_values]
@@ -357,7 +357,7 @@ def _pooled(
     by: str,
     compare: Comparison,
 ) -> Divergence:
-    q = normalised(statistics.mean_distribution(kind, phase, by))
+    q = normalized(statistics.mean_distribution(kind, phase, by))
     rows = [statistics.groups.index(group) for group in groups]
     values = compare(q[statistics.groups.index(reference)][None], q[rows])
     undefined = np.isnan(values).astype(np.int64)
@@ -374,7 +374,7 @@ def _of_arrays(
         raise AnalysisError(f"the arrays must have one shape, not {list(q1.shape)} and {list(q2.shape)}")
     sizes = shape_of(q1, num_experts)
     shape_of(q2, num_experts)
-    values = _comparison(measure, sizes, top, None)(normalised(q1), normalised(q2))
+    values = _comparison(measure, sizes, top, None)(normalized(q1), normalized(q2))
     layers = tuple(map(str, range(q1.shape[-2])))
     if q1.ndim == 2:
         undefined = np.isnan(values)[None].astype(np.int64)
@@ -408,7 +408,7 @@ def divergence_matrix(
     *,
     groups: Sequence[str] | None = None,
     pairing: Pairing = "auto",
-    measure: Measure = "normalised_jsd",
+    measure: Measure = "normalized_jsd",
     **options: Any,
 ) -> DivergenceMatrix:
     """Divergence of all pairs of groups, with the options of ``divergence``; "auto": paired where every pair can be."""

@@ -44,7 +44,7 @@ class Entropy:
             raise AnalysisError('the gap needs both entropies: entropy(statistics, of="both")')
         return self.sequence - self.token
 
-    def normalised(self, of: Literal["token", "sequence"] = "token") -> np.ndarray:
+    def normalized(self, of: Literal["token", "sequence"] = "token") -> np.ndarray:
         """Entropy divided by log E, float64 [G, L], in [0, 1]; NaN for a layer with one expert."""
         values = self._values(of)
         most = np.log(np.asarray(self.num_experts, dtype=np.float64))
@@ -62,7 +62,7 @@ class Entropy:
         columns: dict[str, Any] = {
             "group": np.repeat(np.asarray(self.groups, dtype=object), layers),
             "layer": np.tile(np.arange(layers), len(self.groups)),
-            "site": np.tile(np.asarray(self.layers, dtype=object), len(self.groups)),
+            "router": np.tile(np.asarray(self.layers, dtype=object), len(self.groups)),
         }
         return data_frame(columns | {name: values.reshape(-1) for name, values in self._present()})
 

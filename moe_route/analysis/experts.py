@@ -204,7 +204,7 @@ def risk_experts(
     2509.09660].
 
     Args:
-        positive, negative: routing on tokens that show the behaviour and that do not (as in ``expert_difference``).
+        positive, negative: routing on tokens that show the behavior and that do not (as in ``expert_difference``).
         number: experts in all, activated and deactivated together.
         per_layer: at most so many activations in a layer; the layer's top-k by default, since no more can be forced on.
 

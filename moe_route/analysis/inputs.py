@@ -14,7 +14,7 @@ __all__ = [
     "Statistics",
     "as_array",
     "group_index",
-    "normalised",
+    "normalized",
     "pick_groups",
     "selection",
     "shape_of",
@@ -88,7 +88,7 @@ def as_array(values: Any, name: str) -> np.ndarray:
     return array
 
 
-def normalised(values: np.ndarray) -> np.ndarray:
+def normalized(values: np.ndarray) -> np.ndarray:
     """Rows divided by their sum; NaN for a row that sums to zero."""
     total = values.sum(-1, keepdims=True)
     return np.divide(values, total, out=np.full(values.shape, np.nan), where=total > 0)

@@ -1,6 +1,6 @@
-"""Measures on distributions over experts: entropy, Jensen-Shannon divergence and its neighbours. Natural logarithm.
+"""Measures on distributions over experts: entropy, Jensen-Shannon divergence and its neighbors. Natural logarithm.
 
-All take float64 arrays whose last axis is the expert, already normalised (`inputs.normalised`), zero-padded where a
+All take float64 arrays whose last axis is the expert, already normalized (`inputs.normalized`), zero-padded where a
 layer has fewer experts than the widest one; ``num_experts`` (broadcast against the leading axes) says how many are
 real. NaN rows give NaN.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["cosine_distance", "entropy_of", "jaccard_distance", "jensen_shannon", "normalised_jensen_shannon"]
+__all__ = ["cosine_distance", "entropy_of", "jaccard_distance", "jensen_shannon", "normalized_jensen_shannon"]
 
 # Below this, ``log E - H`` is rounding: both distributions are uniform and D is 0 / 0. A distribution stored in float32
 # is off the uniform one by about 1e-15 here; one expert in a million tokens too many, by about 1e-12.
@@ -39,7 +39,7 @@ def jensen_shannon(q1: np.ndarray, q2: np.ndarray) -> np.ndarray:
     return np.maximum(0.5 * (terms[0] + terms[1]), 0.0)
 
 
-def normalised_jensen_shannon(q1: np.ndarray, q2: np.ndarray, num_experts: np.ndarray | int) -> np.ndarray:
+def normalized_jensen_shannon(q1: np.ndarray, q2: np.ndarray, num_experts: np.ndarray | int) -> np.ndarray:
     """D = (H(m) - Hbar) / (log E - Hbar), Hbar = (H(q1) + H(q2)) / 2, in [0, 1] [arXiv 2510.04694, eq. 2].
 
     NaN where both are uniform (0 / 0), which includes a layer with one expert. ``log E - Hbar`` is computed as the mean

@@ -1,4 +1,4 @@
-"""The command line: `moe-route describe | record | analyse | plot | steer | demo | doctor`.
+"""The command line: `moe-route describe | record | analyze | plot | steer | demo | doctor`.
 
 The verbs are those of Python. Standard output carries the answer (with `--json` one JSON document and nothing else);
 progress and errors go to standard error. Exit codes: 0 done, 1 a check of `doctor` failed or the reader of the output
@@ -19,16 +19,16 @@ __all__ = ["main", "parser"]
 def parser() -> argparse.ArgumentParser:
     """The whole command line, each verb added by the module of its name."""
     from moe_route import __version__
-    from moe_route.cli import analyse, demo, describe, doctor, plot, record, steer
+    from moe_route.cli import analyze, demo, describe, doctor, plot, record, steer
 
     whole = argparse.ArgumentParser(
         prog="moe-route",
-        description="Record, analyse and steer expert routing in Mixture-of-Experts language models.",
+        description="Record, analyze and steer expert routing in Mixture-of-Experts language models.",
         epilog="Every command takes --json. Without --model, the demo model that moe-route brings along is used.",
     )
     whole.add_argument("--version", action="version", version=f"moe-route {__version__}")
     verbs = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (describe, record, analyse, plot, steer, demo, doctor):
+    for module in (describe, record, analyze, plot, steer, demo, doctor):
         module.add(verbs)
     return whole
 

@@ -13,7 +13,7 @@ from moe_route.cli.inputs import command, model_arguments, text_arguments
 
 def add(verbs: Any) -> None:
     parser = command(
-        verbs, "demo", run, "record, analyse, steer and restore a model, with the controls (a minute or two)"
+        verbs, "demo", run, "record, analyze, steer and restore a model, with the controls (a minute or two)"
     )
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="folder for the pictures and report.json (default: none)"

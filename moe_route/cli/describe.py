@@ -15,7 +15,8 @@ def add(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> Answer:
-    from moe_route.routed import attach, describe
+    from moe_route.description import describe
+    from moe_route.routed import attach
 
     model = language_model(options).model
     with attach(model, engine=options.engine):  # attaching checks every router, so what is shown is what would happen

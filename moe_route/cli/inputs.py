@@ -47,7 +47,7 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", help="dtype of the weights, such as bfloat16 (default: the checkpoint's)"
     )
     group.add_argument(
-        "--engine", default="auto", choices=("auto", "observed", "fused"), help="how to attach (default: auto)"
+        "--engine", default="auto", choices=("auto", "hook", "fused"), help="how to attach (default: auto)"
     )
 
 

@@ -15,7 +15,7 @@ from moe_route.cli.inputs import command, language_model, model_arguments, text_
 def add(verbs: Any) -> None:
     parser = command(verbs, "steer", run, "compare a model with and without a plan")
     parser.add_argument(
-        "--plan", type=Path, required=True, metavar="FILE", help="plan file, as `analyse experts --out` writes"
+        "--plan", type=Path, required=True, metavar="FILE", help="plan file, as `analyze experts --out` writes"
     )
     parser.add_argument("--strength", type=float, default=1.0, metavar="X", help="multiply the plan by X (default: 1)")
     parser.add_argument("--prompt", metavar="TEXT", help="generate from this text instead of measuring losses")

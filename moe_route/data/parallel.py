@@ -122,7 +122,7 @@ class Corpus:
         files = {path.stem: path for path in sorted(inner.glob(f"*.{split}")) if path.is_file()}
         if not files:
             raise FileNotFoundError(
-                f"no file *.{split} in {inner}: give the folder that holds {split}/eng_Latn.{split} and its neighbours"
+                f"no file *.{split} in {inner}: give the folder that holds {split}/eng_Latn.{split} and its neighbors"
             )
         if isinstance(languages, str):
             languages = (languages,)

@@ -1,4 +1,4 @@
-"""The demonstration: record, analyse, steer and restore a model, with the controls, on two CPU cores in a minute or
+"""The demonstration: record, analyze, steer and restore a model, with the controls, on two CPU cores in a minute or
 two.
 
 It follows "Multilingual Routing in Mixture-of-Experts" (arXiv 2510.04694): divergence of every language from English
@@ -26,7 +26,7 @@ from moe_route.data import Corpus, demo_task
 from moe_route.demo.pictures import draw
 from moe_route.demo.report import DemoReport, Outcome
 from moe_route.recording import RoutingStatistics
-from moe_route.routed import Routed
+from moe_route.routed import RoutedModel
 from moe_route.steering import ExpertSelection, Plan
 from moe_route.workload import LanguageModel, Text, read_corpus, record_texts, texts_of
 
@@ -53,7 +53,7 @@ def demo(
     out: str | Path | None = None,
     batch_size: int = 16,
     max_length: int | None = None,
-    engine: Literal["auto", "observed", "fused"] = "auto",
+    engine: Literal["hook", "fused"] = "hook",
     progress: bool = False,
 ) -> DemoReport:
     """Run the whole circle on a language model (default: the one moe-route brings) over the corpus at `data` (default:
@@ -107,7 +107,7 @@ class _Run:
         digest.update(_bytes(self.spoken.run(batch)))
         return digest.hexdigest()
 
-    def report(self, routed: Routed, out: Path | None) -> DemoReport:
+    def report(self, routed: RoutedModel, out: Path | None) -> DemoReport:
         general = self.record(routed, self.corpus, "general texts")
         task = self.record(routed, self.finding, "task texts")
         measured = divergence(general, reference=PIVOT)
@@ -135,7 +135,7 @@ class _Run:
             report.pictures = draw(report, expert_difference(task, general, group=PIVOT), out)
         return report
 
-    def record(self, routed: Routed, corpus: Corpus, what: str) -> RoutingStatistics:
+    def record(self, routed: RoutedModel, corpus: Corpus, what: str) -> RoutingStatistics:
         with routed.record(groups=list(corpus.languages), sequences=True) as recorder:
             record_texts(recorder, self.spoken, texts_of(corpus), **self.options(what))
         return recorder.statistics()
@@ -148,7 +148,7 @@ class _Run:
     def options(self, what: str) -> dict[str, Any]:
         return {**self._options, "progress": what if self.progress else None}
 
-    def steer(self, routed: Routed, report: DemoReport, everywhere: ExpertSelection, base: np.ndarray) -> None:
+    def steer(self, routed: RoutedModel, report: DemoReport, everywhere: ExpertSelection, base: np.ndarray) -> None:
         """Measure every plan, and the published one against the random control."""
         changed = {}
         for name, plan in plans(everywhere, report.middle, report.layers).items():
@@ -164,7 +164,7 @@ class _Run:
         report.random = [paired_difference(nats, base[..., 0], base[..., 1]) for nats in draws]
         report.against_random = paired_difference(first, random, base[..., 1])
 
-    def sweep(self, routed: Routed, report: DemoReport, base: np.ndarray) -> dict[float, Difference]:
+    def sweep(self, routed: RoutedModel, report: DemoReport, base: np.ndarray) -> dict[float, Difference]:
         """The published plan at every threshold that finds a task expert in the middle layers."""
         swept = {}
         for threshold, selection in report.found.items():

@@ -34,7 +34,7 @@ def draw(report: DemoReport, difference: np.ndarray, folder: Path) -> list[Path]
 
 
 def steering_table(report: DemoReport) -> Axes:
-    """Change of the loss by language and plan: colour and number, bold where zero lies outside the interval."""
+    """Change of the loss by language and plan: color and number, bold where zero lies outside the interval."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -20,7 +20,7 @@ _combine = torch.ops.moe_route.combine.default
 class Dispatch(NamedTuple):
     """Where every routed slot goes; int64.
 
-    The number of rows R depends on shapes alone, never on the ids (no host synchronisation): T * k with block 1, at
+    The number of rows R depends on shapes alone, never on the ids (no host synchronization): T * k with block 1, at
     most E * (block - 1) more with padding. Rows from ``offsets[E]`` on are not in use.
     """
 

@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moe_route.ops.spec import RouterSpec
-from moe_route.ops.tables import StatisticsTables, SteeringTables
+from moe_route.contract.spec import RouterSpec
+from moe_route.contract.tables import StatisticsTables, SteeringTables
 
 __all__ = ["observe", "observe_layers", "route", "route_weights"]
 
@@ -36,8 +36,8 @@ def route(
     expert_scale: Tensor | None = None,
     steering: SteeringTables | None = None,
     tokens: Tensor | None = None,
-    given_ids: Tensor | None = None,
-    given_weights: Tensor | None = None,
+    choice: Tensor | None = None,
+    choice_weights: Tensor | None = None,
     given: Literal["natural", "replay"] = "natural",
     statistics: StatisticsTables | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -54,8 +54,8 @@ def route(
         expert_scale: [E], factor on the final weight of the chosen.
         steering: steering tables; a token's row is in ``tokens``.
         tokens: int32 [T, 4] from `token_table`; None: row -1, group 0, segment -1, valid.
-        given_ids: integer [T, k], a choice that exists already; a row that starts with -1 has none.
-        given_weights: [T, k], its weights; None: recomputed from the logits.
+        choice: integer [T, k], a choice that exists already; a row that starts with -1 has none.
+        choice_weights: [T, k], its weights; None: recomputed from the logits.
         given: ``natural``: unsteered rows return the given choice, steered rows are compared with it;
             ``replay``: every row returns the given ids, weights are recomputed from the (steered) scores.
         statistics: tables that are added to in place.
@@ -67,16 +67,16 @@ def route(
     Raises:
         ValueError: an argument with a wrong shape, dtype, place or range.
     """
-    if correction_bias is None and expert_scale is None and steering is None and given_ids is None:
-        if given_weights is not None:
-            raise ValueError("given_weights need given_ids")
+    if correction_bias is None and expert_scale is None and steering is None and choice is None:
+        if choice_weights is not None:
+            raise ValueError("choice_weights need choice")
         if statistics is not None:
             return _route(logits, k, spec.policy, tokens, *statistics.arguments, *spec.unusual)
         if spec.unusual:
             return _route(logits, k, spec.policy, tokens, *_NO_STATISTICS, *spec.unusual)
         return _route(logits, k, spec.policy, tokens)
     mode = 0
-    if given_ids is not None:
+    if choice is not None:
         if given not in _GIVEN_MODES:
             raise ValueError(f"given = {given!r} is not one of natural, replay")
         mode = _GIVEN_MODES[given]
@@ -90,8 +90,8 @@ def route(
         _as_float32(correction_bias),
         _as_float32(expert_scale),
         *(_NO_STEERING if steering is None else steering.packed),
-        given_ids,
-        _narrow(given_weights),
+        choice,
+        _narrow(choice_weights),
         mode,
     )
 

@@ -1,23 +1,24 @@
-"""Hands on a live model: router families, sites, engines, token context, and the attachment that joins them."""
+"""Hands on a live model: router families, routers, engines, token context, and the attachment that joins them."""
 
-from moe_route.patching.attachment import AlreadyAttached, Attachment, attachment_of
-from moe_route.patching.families import FAMILIES, REFUSED, family_of
-from moe_route.patching.family import Family, Gate
-from moe_route.patching.sites import ModelNotSupported, RouterSite, find_sites
-from moe_route.patching.tokens import Call, Labels
+from moe_route.calls.call import Call
+from moe_route.calls.token_table import Labels
+from moe_route.patching.attachment import AlreadyAttachedError, Attachment, attachment_of
+from moe_route.routers.catalog import FAMILIES, REFUSED, family_of
+from moe_route.routers.discovery import ModelNotSupportedError, RouterInfo, find_routers
+from moe_route.routers.family import Family, Gate
 
 __all__ = [
     "FAMILIES",
     "REFUSED",
-    "AlreadyAttached",
+    "AlreadyAttachedError",
     "Attachment",
     "Call",
     "Family",
     "Gate",
     "Labels",
-    "ModelNotSupported",
-    "RouterSite",
+    "ModelNotSupportedError",
+    "RouterInfo",
     "attachment_of",
     "family_of",
-    "find_sites",
+    "find_routers",
 ]

@@ -11,28 +11,34 @@ from typing import Literal
 import torch
 from torch import nn
 
+from moe_route.calls.call import Call
+from moe_route.calls.generation import finished_tokens
+from moe_route.calls.images import placeholders_of
+from moe_route.calls.reader import CallReader
+from moe_route.calls.token_table import Labels
+from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.devices import capturing, finish
-from moe_route.ops import StatisticsTables, SteeringTables
-from moe_route.patching.adapter import Removable
-from moe_route.patching.engines import Engine, Fused, Observed, Steers, Trace
-from moe_route.patching.experts import ExpertsSwitch
-from moe_route.patching.family import at
-from moe_route.patching.generation import finished_tokens, listen_to_generate
-from moe_route.patching.graphs import forget_graphs
-from moe_route.patching.patches import placeholders_of
-from moe_route.patching.selfcheck import check_site, unreadable
-from moe_route.patching.sites import RouterSite, find_sites
-from moe_route.patching.tokens import Call, CallReader, Labels, TokenContext
+from moe_route.experts.interface import ExpertsSwitch
+from moe_route.modules.attributes import at
+from moe_route.modules.compiled import forget_graphs
+from moe_route.modules.intercept import Removable
+from moe_route.patching.context import RunningCall
+from moe_route.patching.engine import Engine, Steers, Trace
+from moe_route.patching.fused import FusedEngine
+from moe_route.patching.generate import listen_to_generate
+from moe_route.patching.hook import HookEngine
+from moe_route.routers.check import check_router, unreadable
+from moe_route.routers.discovery import RouterInfo, find_routers
 
 logger = logging.getLogger(__name__)
 
-ENGINES = ("auto", "observed", "fused")
+ENGINES = ("auto", "hook", "fused")
 EXPERTS = ("keep", "moe_route")
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
 
 
-class AlreadyAttached(RuntimeError):  # noqa: N818 (a state, said by its name)
+class AlreadyAttachedError(RuntimeError):
     """A router of the model has an attachment already."""
 
 
@@ -40,14 +46,14 @@ class Attachment:
     """Hooks on a live model that count and steer its routers.
 
     Args:
-        engine: "observed" (a forward hook; every bit of an unsteered model stays), "fused" (gate matrix and one `route`
+        engine: "hook" (a forward hook; every bit of an unsteered model stays), "fused" (gate matrix and one `route`
             call; same ids where scores differ by more than 4 units in the last place, weights within 4), or "auto",
-            which is "observed". A router that cannot be fused is observed; its site says why.
+            which is "hook". A router that cannot be fused is observed; its router says why.
         experts: "keep" the model's own, or "moe_route": run by this package's dispatch and combine until `detach`
             (`patching.experts`; equal within the bounds of docs/experts.md, not bit for bit).
         check: compare every kind of router with its specification on random probes first.
 
-    Raises `ModelNotSupported`, or `AlreadyAttached`; nothing of the model is changed then.
+    Raises `ModelNotSupportedError`, or `AlreadyAttachedError`; nothing of the model is changed then.
 
     The hooks stay from here to `detach`, so that a model compiled in between sees what is set later; they do nothing,
     beyond one test, while neither statistics, steering nor trace is set.
@@ -57,23 +63,23 @@ class Attachment:
         self,
         model: nn.Module,
         *,
-        engine: Literal["auto", "observed", "fused"] = "auto",
-        experts: Literal["keep", "moe_route"] = "keep",
-        check: bool = True,
+        engine: Literal["hook", "fused"] = "hook",
+        experts_implementation: Literal["moe_route"] | None = None,
+        verify: bool = True,
     ) -> None:
         _choose("engine", engine, ENGINES)
         _choose("experts", experts, EXPERTS)
         self.model = model
-        self.sites: list[RouterSite] = find_sites(model)
-        for site in self.sites:
-            if attachment_of(site.module) is not None:
-                raise AlreadyAttached(
-                    f"router {site.name!r} is attached to already; detach() that attachment first "
+        self.routers: list[RouterInfo] = find_routers(model)
+        for router in self.routers:
+            if attachment_of(router.module) is not None:
+                raise AlreadyAttachedError(
+                    f"router {router.name!r} is attached to already; detach() that attachment first "
                     "(moe_route.patching.attachment_of(model), where nothing else holds it)"
                 )
-            _choose_engine(site, engine)
-        if check:
-            _check(self.sites)
+            _choose_engine(router, engine)
+        if verify:
+            _check(self.routers)
         self.label: Callable[[Call], Labels | None] | None = None
         self.after_call: Callable[[Call], None] | None = None
         self.settle: Callable[[int], None] | None = None  # told of the drafts of a call that were refused
@@ -81,10 +87,10 @@ class Attachment:
         self._steering: list[Steers | None] | None = None
         self._statistics: list[StatisticsTables] | None = None
         self._captured: list[object] = []
-        self._context = TokenContext(self._labels, self._after, partial(finished_tokens, model), self._settle)
+        self._context = RunningCall(self._labels, self._after, partial(finished_tokens, model), self._settle)
         self._context.placeholders = placeholders_of(model)
-        kinds = {"observed": Observed, "fused": Fused}
-        self._engines: list[Engine] = [kinds[site.engine](site, self._context) for site in self.sites]
+        kinds = {"hook": HookEngine, "fused": FusedEngine}
+        self._engines: list[Engine] = [kinds[router.engine](router, self._context) for router in self.routers]
         self._handles: list[Removable] = []
         self._experts = ExpertsSwitch(model) if experts == "moe_route" else None
         self._install()
@@ -105,27 +111,27 @@ class Attachment:
         self._configure()
 
     def set_steering(self, tables: Sequence[Steers | None] | None) -> None:
-        """Steer with one table per site (None = leave that router alone), or with none at all.
+        """Steer with one table per router (None = leave that router alone), or with none at all.
 
         Tables that steer nothing count as None. Raises `ValueError` where number or shape does not fit the model.
         """
         if tables is not None:
             self._refuse_replaced()
             self._fits("steering tables", tables)
-            for site, table in zip(self.sites, tables, strict=True):
-                if table is not None and not site.steerable:
+            for router, table in zip(self.routers, tables, strict=True):
+                if table is not None and not router.steerable:
                     raise ValueError(
-                        f"router {site.name!r} (layer {site.layer}) cannot be steered: {site.family.unsteerable}. "
+                        f"router {router.name!r} (layer {router.layer}) cannot be steered: {router.family.unsteerable}. "
                         "Leave that layer out: plan.only(layers=[...])"
                     )
             tables = [None if t is None or _steers_nothing(t) else t for t in tables]
-            tables = [_fitted(table, site) for table, site in zip(tables, self.sites, strict=True)]
+            tables = [_fitted(table, router) for table, router in zip(tables, self.routers, strict=True)]
             tables = tables if any(table is not None for table in tables) else None
         self._steering = tables
         self._configure()
 
     def set_statistics(self, tables: Sequence[StatisticsTables] | None, *, lag: int = 0) -> None:
-        """Count into one table per site, or not at all. Raises `ValueError` where number or shape does not fit.
+        """Count into one table per router, or not at all. Raises `ValueError` where number or shape does not fit.
 
         Small calls (decode steps) are counted together, up to `lag` of them behind: `flush` before the tables are read.
         """
@@ -155,7 +161,7 @@ class Attachment:
         if self._handles:
             for engine in self._engines:
                 engine.remove()
-                _attached.pop(engine.site.module, None)
+                _attached.pop(engine.router.module, None)
         if self._experts is not None:
             self._experts.restore()
         self._handles = []
@@ -163,7 +169,7 @@ class Attachment:
 
     def _install(self) -> None:
         forget_graphs(self.model)
-        for module, reader in call_readers(self.model, self.sites):
+        for module, reader in call_readers(self.model, self.routers):
             enter = partial(_enter, self._context, reader)
             self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             leave = partial(_leave, self._context)
@@ -171,16 +177,16 @@ class Attachment:
         self._handles.extend(listen_to_generate(self.model, self._context))
         for engine in self._engines:
             engine.install()
-            _attached[engine.site.module] = weakref.ref(self)
+            _attached[engine.router.module] = weakref.ref(self)
 
     def _configure(self) -> None:
-        nothing = [None] * len(self.sites)
+        nothing = [None] * len(self.routers)
         columns = (self._engines, self._statistics or nothing, self._steering or nothing)
         kinds: dict[object, int] = {}
         for engine, statistics, steering in zip(*columns, strict=True):
             engine.configure(statistics, steering, self._trace)
             if statistics is not None:
-                layout = (statistics.planes, statistics.entropy, statistics.segments is None)
+                layout = (statistics.metrics, statistics.entropy, statistics.segments is None)
                 kind = (engine.spec, *layout, statistics.device)
                 engine.cohort = kinds.setdefault(kind, len(kinds))
         idle = self._statistics is None and self._steering is None and self._trace is None
@@ -193,21 +199,21 @@ class Attachment:
         if not self._context.idle:
             return
         present = set(self.model.modules())
-        for site in self.sites:
-            if site.module not in present:
+        for router in self.routers:
+            if router.module not in present:
                 raise RuntimeError(
-                    f"router {site.name!r} is no part of the model any more (its layer was replaced after attach): "
+                    f"router {router.name!r} is no part of the model any more (its layer was replaced after attach): "
                     "detach(), and attach(model) again"
                 )
 
     def _fits(self, what: str, tables: Sequence[Steers | StatisticsTables | None]) -> None:
-        if len(tables) != len(self.sites):
-            raise ValueError(f"{len(tables)} {what} for {len(self.sites)} routers; give one per site")
-        for site, table in zip(self.sites, tables, strict=True):
-            if table is not None and table.num_experts != site.num_experts:
+        if len(tables) != len(self.routers):
+            raise ValueError(f"{len(tables)} {what} for {len(self.routers)} routers; give one per router")
+        for router, table in zip(self.routers, tables, strict=True):
+            if table is not None and table.num_experts != router.num_experts:
                 raise ValueError(
-                    f"{what} of layer {site.layer} have {table.num_experts} experts, router {site.name!r} has "
-                    f"{site.num_experts}"
+                    f"{what} of layer {router.layer} have {table.num_experts} experts, router {router.name!r} has "
+                    f"{router.num_experts}"
                 )
 
     def _labels(self, call: Call) -> Labels | None:
@@ -235,13 +241,13 @@ def attachment_of(module: nn.Module) -> Attachment | None:
     return None
 
 
-def call_readers(model: nn.Module, sites: list[RouterSite]) -> list[tuple[nn.Module, CallReader]]:
+def call_readers(model: nn.Module, routers: list[RouterInfo]) -> list[tuple[nn.Module, CallReader]]:
     """The modules above the routers that are given token ids or embeddings by name: any of them may be what is called.
     Of a model with an encoder and a decoder, those two. Where there is none, `model` itself, whose first tensor
     argument then says what the tokens are."""
     found = []
     for name, module in model.named_modules():
-        if not name or any(site.name.startswith(name + ".") for site in sites):
+        if not name or any(router.name.startswith(name + ".") for router in routers):
             reader = CallReader(module)
             if reader.places.keys() & {"input_ids", "inputs_embeds"} and not reader.holds_two:
                 found.append((module, reader))
@@ -249,12 +255,12 @@ def call_readers(model: nn.Module, sites: list[RouterSite]) -> list[tuple[nn.Mod
 
 
 def _enter(
-    context: TokenContext, reader: CallReader, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    context: RunningCall, reader: CallReader, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> None:
     context.enter(reader, module, args, kwargs)
 
 
-def _leave(context: TokenContext, module: nn.Module, args: tuple[object, ...], output: object) -> None:
+def _leave(context: RunningCall, module: nn.Module, args: tuple[object, ...], output: object) -> None:
     context.leave(module, output)
 
 
@@ -263,59 +269,59 @@ def _choose(what: str, given: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}, not {given!r}")
 
 
-def _choose_engine(site: RouterSite, engine: str) -> None:
-    site.engine = "observed"
+def _choose_engine(router: RouterInfo, engine: str) -> None:
+    router.engine = "hook"
     if engine != "fused":
-        site.reason = "keeps every bit of the model's own choice"
+        router.reason = "keeps every bit of the model's own choice"
         return
-    obstacle = _not_fusable(site)
+    obstacle = _not_fusable(router)
     if obstacle is None:
-        site.engine, site.reason = "fused", "asked for"
+        router.engine, router.reason = "fused", "asked for"
     else:
-        site.reason = f"fused was asked for, but {obstacle}"
+        router.reason = f"fused was asked for, but {obstacle}"
 
 
-def _not_fusable(site: RouterSite) -> str | None:
+def _not_fusable(router: RouterInfo) -> str | None:
     """Why the router's forward cannot be replaced, or None."""
-    gate = site.family.gate
+    gate = router.family.gate
     if gate is None:
-        return f"{type(site.module).__name__} is more than a gate matrix: {site.family.unfused}"
-    if "forward" in vars(site.module):
+        return f"{type(router.module).__name__} is more than a gate matrix: {router.family.unfused}"
+    if "forward" in vars(router.module):
         return (
-            "the router's forward was replaced already (offloaded or kernelised), and a class's forward is not called"
+            "the router's forward was replaced already (offloaded or kernelized), and a class's forward is not called"
         )
-    weight = at(site.module, gate.weight)
+    weight = at(router.module, gate.weight)
     if not isinstance(weight, torch.Tensor) or type(weight) not in (nn.Parameter, torch.Tensor):
-        return f"the gate matrix is a {type(weight).__name__} (sharded or quantised)"
+        return f"the gate matrix is a {type(weight).__name__} (sharded or quantized)"
     return None
 
 
-def _check(sites: list[RouterSite]) -> None:
+def _check(routers: list[RouterInfo]) -> None:
     seen: dict[object, str] = {}
-    for site in sites:
-        why = unreadable(site)
+    for router in routers:
+        why = unreadable(router)
         if why is not None:
-            site.notes = (*site.notes, f"not checked: {why}")
+            router.notes = (*router.notes, f"not checked: {why}")
             continue
-        dtype = None if site.parameter is None else site.parameter.dtype
-        kind = (type(site.module), site.spec, site.num_experts, site.top_k, site.engine, dtype)
+        dtype = None if router.parameter is None else router.parameter.dtype
+        kind = (type(router.module), router.spec, router.num_experts, router.top_k, router.engine, dtype)
         if kind not in seen:
-            seen[kind] = check_site(site)
+            seen[kind] = check_router(router)
         if seen[kind]:
-            site.engine, site.reason = "observed", f"fused was asked for, but {seen[kind]}"
-    logger.debug("checked %d kinds of router of %d", len(seen), len(sites))
+            router.engine, router.reason = "hook", f"fused was asked for, but {seen[kind]}"
+    logger.debug("checked %d kinds of router of %d", len(seen), len(routers))
 
 
-def _fitted(tables: Steers | None, site: RouterSite) -> Steers | None:
+def _fitted(tables: Steers | None, router: RouterInfo) -> Steers | None:
     """The steering for this very router. Raises `ValueError` where it cannot do it."""
     if tables is None or isinstance(tables, SteeringTables):
         return tables
-    if tables.wide and not site.adapter.widens:
+    if tables.wide and not router.adapter.widens:
         raise ValueError(
-            f"router {site.name!r} (layer {site.layer}) cannot take a top_k above its own: {type(site.module).__name__}"
+            f"router {router.name!r} (layer {router.layer}) cannot take a top_k above its own: {type(router.module).__name__}"
             " has no more slots. Leave that layer out: plan.only(layers=[...])"
         )
-    return tables.fitted(site.name, site.spec)
+    return tables.fitted(router.name, router.spec)
 
 
 def _steers_nothing(tables: Steers) -> bool:

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from moe_route import ops
+from moe_route.contract.spec import RouterSpec
+from moe_route.contract.tables import StatisticsTables
 from moe_route.devices import Answers
-from moe_route.ops import RouterSpec, StatisticsTables
-from moe_route.patching.sites import RouterSite
+from moe_route.routers.discovery import RouterInfo
 
 # Tokens of a small call: above, counting costs more than calling. Nor are more kept, over several calls.
 MOST_TOKENS = 64
@@ -30,9 +31,9 @@ Output = tuple[Tensor, ...]
 
 
 class Counted(Protocol):
-    """A router whose output may be counted after the call (`engines.Observed`)."""
+    """A router whose output may be counted after the call (`engines.HookEngine`)."""
 
-    site: RouterSite
+    router: RouterInfo
     spec: RouterSpec
     statistics: StatisticsTables | None
     cohort: int  # routers with an equal one are counted together
@@ -163,7 +164,7 @@ class DeferredCounts:
                     for other, _, _ in kept:
                         other.settle(False)
                     raise RuntimeError(
-                        f"the output of router {engine.site.name!r} was changed in place after the router ran, though "
+                        f"the output of router {engine.router.name!r} was changed in place after the router ran, though "
                         f"not in the first small call; {len(calls)} calls are not counted. Record again: later calls "
                         "are counted router by router."
                     )

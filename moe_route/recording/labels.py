@@ -13,10 +13,10 @@ from torch import Tensor
 from moe_route.devices import upload
 from moe_route.recording.store import Item, is_unnamed
 
-__all__ = ["LabelBlock", "ModelCall", "as_table", "columns", "in_phases", "on_device"]
+__all__ = ["LabelBlock", "Call", "as_table", "columns", "in_phases", "on_device"]
 
 
-class ModelCall(Protocol):
+class Call(Protocol):
     """What the recorder needs to know of one forward of the model (`patching.Call`)."""
 
     batch: int
@@ -93,7 +93,7 @@ def on_device(rows: np.ndarray, device: torch.device) -> int | Tensor:
     return upload(torch.from_numpy(rows.astype(np.int32)), device)
 
 
-def columns(rows: int | Tensor, call: ModelCall, *, after: bool | None = None) -> int | Tensor:
+def columns(rows: int | Tensor, call: Call, *, after: bool | None = None) -> int | Tensor:
     """The part of per-token rows ``[N, S]`` that a call covers, ``[N, length]``; an int or ``[N]`` is returned as it
     is.
 
@@ -109,7 +109,7 @@ def columns(rows: int | Tensor, call: ModelCall, *, after: bool | None = None) -
     return torch.cat([part, last.expand(-1, missing)], dim=1)
 
 
-def as_table(rows: int | Tensor, call: ModelCall) -> Tensor:
+def as_table(rows: int | Tensor, call: Call) -> Tensor:
     """Rows of a call's tokens as ``[N or 1, length]``."""
     if isinstance(rows, int):
         return torch.full((1, call.length), rows, dtype=torch.int32, device=call.device)  # waits for no device
@@ -117,7 +117,7 @@ def as_table(rows: int | Tensor, call: ModelCall) -> Tensor:
     return (table[:, None] if table.dim() == 1 else table).expand(-1 if table.dim() else 1, call.length)
 
 
-def in_phases(before: int | Tensor, now: int | Tensor, call: ModelCall) -> int | Tensor:
+def in_phases(before: int | Tensor, now: int | Tensor, call: Call) -> int | Tensor:
     """Rows of a call whose first ``prompt`` columns are prefill: theirs are ``before``, those of the others ``now``."""
     if isinstance(before, int) and isinstance(now, int) and before == now:
         return before

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_route.ops import FIXED_POINT
-from moe_route.recording.statistics import KIND_PLANE, PHASES, SEQUENCE_KINDS, SEQUENCE_SCALARS, VIEWS
+from moe_route.calls.call import PHASES
+from moe_route.contract.tables import FIXED_POINT
+from moe_route.recording.statistics import KIND_METRIC, SEQUENCE_KINDS, SEQUENCE_SCALARS, VIEWS
 from moe_route.recording.tables import TableSums
 
 __all__ = ["SequenceAverages", "SequencePool"]
@@ -30,30 +31,30 @@ class SequenceAverages:
     entropy: np.ndarray | None
 
     @classmethod
-    def of(cls, tokens: np.ndarray, planes: Mapping[str, np.ndarray]) -> SequenceAverages:
-        """From sums over the tokens of each sequence, ``tokens [n, L]`` and ``planes`` name -> ``[n, L, E]``.
+    def of(cls, tokens: np.ndarray, metrics: Mapping[str, np.ndarray]) -> SequenceAverages:
+        """From sums over the tokens of each sequence, ``tokens [n, L]`` and ``metrics`` name -> ``[n, L, E]``.
 
-        q_i (arXiv 2510.04694 eq. 1) is a plane over its own sum, so that tokens with an all-zero row are left out.
+        q_i (arXiv 2510.04694 eq. 1) is a metric over its own sum, so that tokens with an all-zero row are left out.
         """
         values = {}
         for kind in SEQUENCE_KINDS:
-            if KIND_PLANE[kind] not in planes:
+            if KIND_METRIC[kind] not in metrics:
                 continue
-            table = planes[KIND_PLANE[kind]].astype(np.float64)
+            table = metrics[KIND_METRIC[kind]].astype(np.float64)
             divisor = tokens[..., None] if kind == "frequency" else table.sum(-1, keepdims=True)
             values[kind] = table / np.where(divisor > 0, divisor, np.nan)
         entropy = None
         if "full" in values:
             q = values["full"]
             entropy = -(q * np.log(np.where(q > 0, q, 1.0))).sum(-1)
-        return cls(tokens, planes.get("counts"), values, entropy)
+        return cls(tokens, metrics.get("counts"), values, entropy)
 
 
 class SequencePool:
     """Sums over finished sequences per (view, group, layer, expert), int64; views are prefill, decode and all."""
 
-    def __init__(self, groups: int, layers: int, widest: int, planes: Sequence[str]):
-        kinds = [kind for kind in SEQUENCE_KINDS if KIND_PLANE[kind] in planes]
+    def __init__(self, groups: int, layers: int, widest: int, metrics: Sequence[str]):
+        kinds = [kind for kind in SEQUENCE_KINDS if KIND_METRIC[kind] in metrics]
         self.scalars = np.zeros((len(VIEWS), groups, layers, len(SEQUENCE_SCALARS)), np.int64)
         self.sums = {kind: np.zeros((len(VIEWS), groups, layers, widest), np.int64) for kind in kinds}
 
@@ -76,11 +77,11 @@ class SequencePool:
         ran = [phase for phase in range(len(PHASES)) if tokens[phase].any()]
         averages = None
         for phase in ran:
-            averages = SequenceAverages.of(tokens[phase], {name: table[phase] for name, table in sums.planes.items()})
+            averages = SequenceAverages.of(tokens[phase], {name: table[phase] for name, table in sums.metrics.items()})
             # what ran in one phase only is the same over all phases
             self._add((phase,) if len(ran) > 1 else (phase, _ALL), averages, groups)
         if averages is None or len(ran) > 1:
-            averages = SequenceAverages.of(tokens.sum(0), {name: table.sum(0) for name, table in sums.planes.items()})
+            averages = SequenceAverages.of(tokens.sum(0), {name: table.sum(0) for name, table in sums.metrics.items()})
             self._add((_ALL,), averages, groups)
         return averages
 

@@ -18,30 +18,30 @@ from moe_route.recording.store import SequenceShard, SequenceStore, is_unnamed
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["sum_over_ranks"]
+__all__ = ["all_reduce"]
 
 _Part = tuple[RoutingStatistics, list[SequenceShard] | None]
 
 
-def sum_over_ranks(statistics: RoutingStatistics | None, group: ProcessGroup | None = None) -> RoutingStatistics:
+def all_reduce(statistics: RoutingStatistics | None, group: ProcessGroup | None = None) -> RoutingStatistics:
     """The sum of what the ranks of ``group`` recorded, the same on every one of them; all of them must call this.
 
     ``statistics``: this rank's, or None where it recorded nothing. ``group``: the ranks that were given different
     tokens, such as ``model.device_mesh["fsdp"].get_group()``; None for all ranks. Sums are of integers: exact.
     Sequences that ranks kept are sent along.
 
-    Raises ``RuntimeError`` without an initialised process group, ``ValueError`` where this rank is not in ``group``,
+    Raises ``RuntimeError`` without an initialized process group, ``ValueError`` where this rank is not in ``group``,
     ``MergeError`` where two ranks recorded the same tokens (they share a batch: leave one out of the group) or nothing
     was recorded at all.
     """
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized():
         raise RuntimeError(
-            "torch.distributed is not initialised: a single process holds the whole run, use it as it is"
+            "torch.distributed is not initialized: a single process holds the whole run, use it as it is"
         )
     ranks = distributed.get_world_size(group)
     if ranks < 1:
-        raise ValueError("this rank is not in the group: call sum_over_ranks with a group that it belongs to")
+        raise ValueError("this rank is not in the group: call all_reduce with a group that it belongs to")
     received: list[_Part | None] = [None] * ranks
     distributed.all_gather_object(received, None if statistics is None else _packed(statistics), group=group)
     parts = {rank: _unpacked(part) for rank, part in enumerate(received) if part is not None}
@@ -79,6 +79,6 @@ def _refuse_replicas(parts: dict[int, RoutingStatistics]) -> None:
             raise MergeError(
                 f"ranks {seen[fingerprint]} and {rank} of the group recorded the same tokens: ranks of tensor and "
                 "expert parallelism share their batch, and are not added up. Give the data-parallel group, such as "
-                'sum_over_ranks(statistics, model.device_mesh["fsdp"].get_group())'
+                'all_reduce(statistics, model.device_mesh["fsdp"].get_group())'
             )
         seen[fingerprint] = rank

@@ -19,20 +19,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from moe_route.calls.call import PHASES, Call, Phase
+from moe_route.calls.token_rows import as_table, in_phases
+from moe_route.contract.tables import METRICS, StatisticsTables
 from moe_route.devices import capturing, refuse_capture
-from moe_route.ops import PLANES, StatisticsTables
-from moe_route.recording.labels import LabelBlock, ModelCall, as_table, in_phases
+from moe_route.recording.labels import LabelBlock
 from moe_route.recording.metadata import add_fingerprints
 from moe_route.recording.pooling import SequenceAverages, SequencePool
-from moe_route.recording.running import RunningSequences
-from moe_route.recording.statistics import PHASES, Phase, RecordingError, RoutingStatistics
+from moe_route.recording.sequences import RunningSequences
+from moe_route.recording.statistics import RecordingError, RoutingStatistics
 from moe_route.recording.store import Item, SequenceStore
-from moe_route.recording.tables import RecordedSite, TableSet
+from moe_route.recording.tables import RecordedRouter, TableSet
 from moe_route.recording.trace import Trace, TraceWriter
 
-__all__ = ["DEFAULT_PLANES", "RecordOptions", "RecordedModel", "Recorder"]
+__all__ = ["DEFAULT_METRICS", "RecordOptions", "RecordedModel", "Recorder"]
 
-DEFAULT_PLANES = ("counts", "mass", "weight", "share")
+DEFAULT_METRICS = ("counts", "probability", "weight", "weight_share")
 DEFAULT_GROUP = "all"
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ class RecordOptions(TypedDict, total=False):
 
     sequences: bool | str | os.PathLike[str]
     trace: bool | Iterable[int]
-    planes: Sequence[str]
+    metrics: Sequence[str]
     entropy: bool
     phases: Sequence[Phase]
     progress: bool
@@ -61,7 +63,7 @@ class RecordedModel(Protocol):
     trace: Callable[[int, Tensor, Tensor], None] | None
 
     @property
-    def sites(self) -> Sequence[RecordedSite]: ...
+    def routers(self) -> Sequence[RecordedRouter]: ...
 
     def set_statistics(self, tables: Sequence[StatisticsTables] | None, *, lag: int = 0) -> None: ...
 
@@ -93,7 +95,7 @@ class Recorder:
         groups: Sequence[str] | None = None,
         sequences: bool | str | os.PathLike[str] = False,
         trace: bool | Iterable[int] = False,
-        planes: Sequence[str] = DEFAULT_PLANES,
+        metrics: Sequence[str] = DEFAULT_METRICS,
         entropy: bool = True,
         phases: Sequence[Phase] = PHASES,
         progress: bool = False,
@@ -106,10 +108,10 @@ class Recorder:
 
         ``sequences``: keep every sequence's q_i and a_i by (item, group): True (shards go to a temporary folder past
         ``memory_bytes``) or a folder. ``trace``: ids and weights token by token, True or 0-based layers, at most
-        ``trace_limit`` tokens. ``planes``: of ``ops.PLANES``. ``phases``: count only these. ``progress``: a tqdm bar
+        ``trace_limit`` tokens. ``metrics``: of ``ops.METRICS``. ``phases``: count only these. ``progress``: a tqdm bar
         of finished sequences. ``metadata`` is kept with the statistics.
         """
-        _check_names(planes, PLANES, "plane")
+        _check_names(metrics, METRICS, "metric")
         _check_names(phases, PHASES, "phase")
         if groups is not None and (isinstance(groups, str) or not groups or len(set(groups)) != len(groups)):
             raise ValueError("groups must be a list of different names, or None to take names as they come")
@@ -117,12 +119,12 @@ class Recorder:
         self._known = None if groups is None else tuple(groups)
         self._groups = {name: index for index, name in enumerate(groups or ())}
         self._phases = tuple(phases)
-        self._tables = TableSet(model.sites, groups=len(self._groups), planes=planes, entropy=entropy)
-        widest = max(site.num_experts for site in model.sites)
-        self._pool = SequencePool(len(self._groups), len(model.sites), widest, self._tables.planes)
+        self._tables = TableSet(model.routers, groups=len(self._groups), metrics=metrics, entropy=entropy)
+        widest = max(router.num_experts for router in model.routers)
+        self._pool = SequencePool(len(self._groups), len(model.routers), widest, self._tables.metrics)
         self._store = self._new_store(sequences, memory_bytes)
         layers = trace if isinstance(trace, bool) else tuple(trace)
-        self._trace = TraceWriter(model.sites, layers, limit=trace_limit, weights=trace_weights) if trace else None
+        self._trace = TraceWriter(model.routers, layers, limit=trace_limit, weights=trace_weights) if trace else None
         self._metadata = dict(metadata or {})
         self._masked = {"padding"} | {f"{phase} tokens" for phase in PHASES if phase not in self._phases}
         self._plans: set[str] = set()
@@ -139,9 +141,9 @@ class Recorder:
     def _new_store(self, sequences: bool | str | os.PathLike[str], memory_bytes: int) -> SequenceStore | None:
         if sequences is False or sequences is None:
             return None
-        sites = self._model.sites
+        routers = self._model.routers
         folder = None if sequences is True else sequences
-        names, experts = [site.name for site in sites], [site.num_experts for site in sites]
+        names, experts = [router.name for router in routers], [router.num_experts for router in routers]
         return SequenceStore(names, experts, folder=folder, memory_bytes=memory_bytes)
 
     # ---- the user's verbs
@@ -245,14 +247,14 @@ class Recorder:
         count = len(self._groups)
         sums = self._counted().read_groups(count)
         self._refuse_silence(sums.scalar("tokens").sum(axis=(0, 1)))
-        sites = self._model.sites
+        routers = self._model.routers
         statistics = RoutingStatistics(
             groups=self.groups,
-            layers=[site.name for site in sites],
-            num_experts=[site.num_experts for site in sites],
-            top_k=[site.top_k for site in sites],
+            layers=[router.name for router in routers],
+            num_experts=[router.num_experts for router in routers],
+            top_k=[router.top_k for router in routers],
             scalars=sums.scalars,
-            planes=sums.planes,
+            metrics=sums.metrics,
             sequence_scalars=self._pool.scalars,
             sequence_sums=self._pool.sums,
             entropy=self._tables.entropy,
@@ -270,11 +272,11 @@ class Recorder:
 
     def __repr__(self) -> str:
         state = "paused" if self._paused else "on" if self._on else "off"
-        return f"Recorder({state}, {self._calls} calls, {len(self._groups)} groups, {len(self._model.sites)} layers)"
+        return f"Recorder({state}, {self._calls} calls, {len(self._groups)} groups, {len(self._model.routers)} layers)"
 
     # ---- what the attachment asks
 
-    def rows(self, call: ModelCall) -> tuple[int | Tensor, int | Tensor]:
+    def rows(self, call: Call) -> tuple[int | Tensor, int | Tensor]:
         """Rows of the group and of the segment tables for the tokens of a call that is about to run; ``(-1, -1)``
         counts nothing."""
         if call.beside:
@@ -306,13 +308,13 @@ class Recorder:
         self._open = True
         return groups, segments
 
-    def _columns(self, call: ModelCall) -> tuple[int, int]:
+    def _columns(self, call: Call) -> tuple[int, int]:
         """The columns of a call that are in a phase to be counted: the first of them, and where they end."""
         prompt = call.prompt if call.drafted else 0
         first = 0 if prompt and "prefill" in self._phases else prompt
         return first, call.length if call.phase in self._phases else max(first, prompt)
 
-    def _by_phase(self, call: ModelCall, rows_at: Callable[[int], int | Tensor], capacity: int) -> int | Tensor:
+    def _by_phase(self, call: Call, rows_at: Callable[[int], int | Tensor], capacity: int) -> int | Tensor:
         """Rows of a call's tokens, those of each phase further down by ``capacity``."""
         now = rows_at(PHASES.index(call.phase) * capacity) if call.phase in self._phases else -1
         if not (call.drafted and call.prompt):
@@ -321,7 +323,7 @@ class Recorder:
         return in_phases(before, now, call)
 
     def _hold_drafts(
-        self, call: ModelCall, groups: int | Tensor, segments: int | Tensor
+        self, call: Call, groups: int | Tensor, segments: int | Tensor
     ) -> tuple[int | Tensor, int | Tensor]:
         """Count each drafted token by itself, into rows of no group, until it is known which of them are text."""
         if call.batch != 1:
@@ -393,7 +395,7 @@ class Recorder:
         self._model.set_statistics(None)
         self._model.trace = None
 
-    def _sequences_of(self, call: ModelCall) -> RunningSequences:
+    def _sequences_of(self, call: Call) -> RunningSequences:
         """The running sequences that this call continues, or new ones."""
         named = None if self._block is None else self._block.sequences
         if named is not None and call.batch % named:
@@ -407,7 +409,7 @@ class Recorder:
             return running
         return self._begin_sequences(call)
 
-    def _begin_sequences(self, call: ModelCall) -> RunningSequences:
+    def _begin_sequences(self, call: Call) -> RunningSequences:
         refuse_capture(call.device, "the beginning of a sequence")
         self._end_sequences()
         block = self._block or LabelBlock.parse(self._default_group(), None, None, self._known)
@@ -499,9 +501,9 @@ class Recorder:
                 "torch.compile before attach, an inner model that was replaced); mr.describe(model) shows the "
                 "engines, attach() again after the last change to the model"
             )
-        sites = list(zip(self._model.sites, tokens, strict=True))
-        reached = {site.part for site, count in sites if count}  # a tower without a picture is silent as a whole
-        silent = [site.name for site, count in sites if not count and site.part in reached]
+        routers = list(zip(self._model.routers, tokens, strict=True))
+        reached = {router.part for router, count in routers if count}  # a tower without a picture is silent as a whole
+        silent = [router.name for router, count in routers if not count and router.part in reached]
         if silent:
             logger.warning("%d of %d layers counted no token: %s", len(silent), len(tokens), ", ".join(silent[:4]))
 

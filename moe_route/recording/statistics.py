@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from moe_route import files
-from moe_route.ops import FIXED_POINT, PLANES, SCALARS
+from moe_route.contract.tables import FIXED_POINT, METRICS, SCALARS
 from moe_route.recording.metadata import config_hash_of, merge_metadata
 
 if TYPE_CHECKING:
@@ -46,10 +46,16 @@ SEQUENCE_KINDS = ("full", "topk", "count", "frequency")
 # Finished sequences seen by a layer; those with a q_i of each kind (an all-zero row has none); fixed-point sum of
 # H(q_i), nats.
 SEQUENCE_SCALARS = ("sequences", "full", "topk", "count", "entropy")
-KIND_PLANE = {"full": "mass", "topk": "share", "topk_renorm": "share", "count": "counts", "frequency": "counts"}
-_COUNTED = ("counts", "natural_counts")  # planes that are plain integers, not fixed point
+KIND_METRIC = {
+    "full": "probability",
+    "topk": "weight_share",
+    "topk_renorm": "weight_share",
+    "count": "counts",
+    "frequency": "counts",
+}
+_COUNTED = ("counts", "natural_counts")  # metrics that are plain integers, not fixed point
 _OVERFLOW_TOKENS = 1 << 27  # fewer tokens cannot bring terms up to 16 (entropies, weights) past 63 bits
-_SCORE_ROUNDING = 1e-6  # scores are float32: how far a token's normalised scores may add up beside 1
+_SCORE_ROUNDING = 1e-6  # scores are float32: how far a token's normalized scores may add up beside 1
 _FILE_KIND = "statistics"
 logger = logging.getLogger(__name__)
 
@@ -60,7 +66,7 @@ class RecordingError(RuntimeError):
 
 
 class MergeError(ValueError):
-    """Two statistics that cannot be merged: another model, other layers, other planes."""
+    """Two statistics that cannot be merged: another model, other layers, other metrics."""
 
 
 class RoutingStatistics:
@@ -78,33 +84,33 @@ class RoutingStatistics:
         num_experts: Sequence[int],
         top_k: Sequence[int],
         scalars: np.ndarray,
-        planes: Mapping[str, np.ndarray],
+        metrics: Mapping[str, np.ndarray],
         sequence_scalars: np.ndarray,
         sequence_sums: Mapping[str, np.ndarray],
         entropy: bool = True,
         metadata: Mapping[str, Any] | None = None,
         store: SequenceStore | None = None,
     ):
-        """Take int64 arrays: ``scalars [2, G, L, 8]`` (``ops.SCALARS``), ``planes`` name -> ``[2, G, L, E]``,
+        """Take int64 arrays: ``scalars [2, G, L, 8]`` (``ops.SCALARS``), ``metrics`` name -> ``[2, G, L, E]``,
         ``sequence_scalars [3, G, L, 5]`` (``SEQUENCE_SCALARS``), ``sequence_sums`` kind -> ``[3, G, L, E]``; axis 0
         is ``PHASES`` or ``VIEWS``, E the widest layer.
 
-        Raises ``ValueError`` for a wrong shape, an unknown plane or a group named twice.
+        Raises ``ValueError`` for a wrong shape, an unknown metric or a group named twice.
         """
         self.groups = tuple(groups)
         self.layers = tuple(layers)
         self.num_experts = tuple(int(n) for n in num_experts)
         self.top_k = tuple(int(k) for k in top_k)
         self.phases = PHASES
-        self.planes = tuple(name for name in PLANES if name in planes)
+        self.metrics = tuple(name for name in METRICS if name in metrics)
         self.has_entropy = bool(entropy)
         self.metadata: dict[str, Any] = dict(metadata or {})
         self.store = store
-        _check_axes(self, planes, sequence_sums)
+        _check_axes(self, metrics, sequence_sums)
         cell = (len(self.groups), len(self.layers))
         widest = max(self.num_experts, default=0)
         self._scalars = _frozen(scalars, (2, *cell, len(SCALARS)), "scalars")
-        self._planes = {name: _frozen(planes[name], (2, *cell, widest), name) for name in self.planes}
+        self._metrics = {name: _frozen(metrics[name], (2, *cell, widest), name) for name in self.metrics}
         self._sequence_scalars = _frozen(sequence_scalars, (3, *cell, len(SEQUENCE_SCALARS)), "sequence_scalars")
         self._sequence_sums = {
             kind: _frozen(sequence_sums[kind], (3, *cell, widest), kind)
@@ -123,10 +129,10 @@ class RoutingStatistics:
         layers: Sequence[str] | None = None,
         phase: Phase = "prefill",
         metadata: Mapping[str, Any] | None = None,
-        **planes: np.ndarray,
+        **metrics: np.ndarray,
     ) -> RoutingStatistics:
         """Statistics from sums that another recorder kept: ``counts`` int ``[G, L, E]``, ``tokens`` int ``[G]`` or
-        ``[G, L]``, and optionally ``mass``, ``weight``, ``share`` as float ``[G, L, E]`` sums over tokens. They hold
+        ``[G, L]``, and optionally ``probability``, ``weight``, ``weight_share`` as float ``[G, L, E]`` sums over tokens. They hold
         no sequences, so accessors need ``by="token"``.
         """
         counts = np.asarray(counts)
@@ -134,13 +140,13 @@ class RoutingStatistics:
         of_phase = PHASES.index(phase)
         tables = {
             "counts": np.rint(counts),
-            **{name: np.rint(np.asarray(p) / FIXED_POINT) for name, p in planes.items()},
+            **{name: np.rint(np.asarray(p) / FIXED_POINT) for name, p in metrics.items()},
         }
         scalars = np.zeros((2, num_groups, num_layers, len(SCALARS)), np.int64)
         tokens = np.asarray(tokens)
         scalars[of_phase, ..., SCALARS.index("tokens")] = tokens if tokens.ndim == 2 else tokens[:, None]
         scalars[of_phase, ..., SCALARS.index("slots")] = np.rint(counts).sum(-1)
-        if "mass" not in planes:
+        if "probability" not in metrics:
             scalars[of_phase, ..., SCALARS.index("unscored")] = scalars[of_phase, ..., SCALARS.index("tokens")]
         stacked = {name: np.zeros((2, *counts.shape), np.int64) for name in tables}
         for name, table in tables.items():
@@ -151,7 +157,7 @@ class RoutingStatistics:
             num_experts=[experts] * num_layers,
             top_k=[top_k] * num_layers if isinstance(top_k, int) else top_k,
             scalars=scalars,
-            planes=stacked,
+            metrics=stacked,
             sequence_scalars=np.zeros((3, num_groups, num_layers, len(SEQUENCE_SCALARS)), np.int64),
             sequence_sums={},
             entropy=False,
@@ -160,12 +166,12 @@ class RoutingStatistics:
 
     # ---- token sums
 
-    def token_sum(self, plane: str, phase: Phase | None = None) -> np.ndarray:
-        """Sum over tokens of one plane, ``[G, L, E]``: int64 for ``counts`` and ``natural_counts``, float64 in units
-        of one token for ``mass``, ``weight`` and ``share``. Raises ``ValueError`` for a plane that was not recorded.
+    def token_sum(self, metric: str, phase: Phase | None = None) -> np.ndarray:
+        """Sum over tokens of one metric, ``[G, L, E]``: int64 for ``counts`` and ``natural_counts``, float64 in units
+        of one token for ``probability``, ``weight`` and ``weight_share``. Raises ``ValueError`` for a metric that was not recorded.
         """
-        table = self._plane(plane)
-        if plane in _COUNTED:
+        table = self._metric(metric)
+        if metric in _COUNTED:
             return table.sum(0) if phase is None else table[_phase_index(phase)].copy()
         scaled = table * FIXED_POINT
         return scaled.sum(0) if phase is None else scaled[_phase_index(phase)]
@@ -204,14 +210,14 @@ class RoutingStatistics:
         """Mean routing distribution, float64 ``[G, L, E]``; rows sum to 1, NaN where nothing was seen.
 
         ``kind``: ``full`` scores over all experts, ``topk`` = ``topk_renorm`` weights of the chosen divided by their
-        sum (per token the two are the same once normalised), ``count`` selections. ``by="sequence"`` is the mean of
+        sum (per token the two are the same once normalized), ``count`` selections. ``by="sequence"`` is the mean of
         q_i (arXiv 2510.04694 eq. 1), ``by="token"`` weighs every token alike. Sequences and tokens with an all-zero
         row are left out (``sequence_scalar``, ``scalar("unscored")`` tell how many).
         """
-        if kind not in KIND_PLANE or kind == "frequency":
+        if kind not in KIND_METRIC or kind == "frequency":
             raise ValueError(f"no distribution kind {kind!r}: full, topk, topk_renorm or count")
         sums = (
-            self._sequence_sum(kind, phase) if _check_by(by) == "sequence" else self.token_sum(KIND_PLANE[kind], phase)
+            self._sequence_sum(kind, phase) if _check_by(by) == "sequence" else self.token_sum(KIND_METRIC[kind], phase)
         )
         return _ratio(sums, sums.sum(-1, keepdims=True))
 
@@ -268,7 +274,7 @@ class RoutingStatistics:
             num_experts=[self.num_experts[i] for i in columns],
             top_k=[self.top_k[i] for i in columns],
             scalars=part(self._scalars),
-            planes={name: part(table, widest) for name, table in self._planes.items()},
+            metrics={name: part(table, widest) for name, table in self._metrics.items()},
             sequence_scalars=part(self._sequence_scalars),
             sequence_sums={kind: part(table, widest) for kind, table in self._sequence_sums.items()},
             entropy=self.has_entropy,
@@ -279,10 +285,10 @@ class RoutingStatistics:
     def merge(self, other: RoutingStatistics) -> RoutingStatistics:
         """Both runs in one, exactly: integers are added, groups are united. The same as ``self + other``.
 
-        Raises ``MergeError`` for another model, other layers or planes, and ``RecordingError`` where a sum
+        Raises ``MergeError`` for another model, other layers or metrics, and ``RecordingError`` where a sum
         would overflow.
         """
-        if "natural_counts" in {*self.planes} ^ {*other.planes}:
+        if "natural_counts" in {*self.metrics} ^ {*other.metrics}:
             return self._with_natural_counts().merge(other._with_natural_counts())
         _check_mergeable(self, other)
         groups = self.groups + tuple(group for group in other.groups if group not in self.groups)
@@ -296,7 +302,7 @@ class RoutingStatistics:
             num_experts=self.num_experts,
             top_k=self.top_k,
             scalars=added["scalars"],
-            planes={name: added[f"plane.{name}"] for name in PLANES if f"plane.{name}" in added},
+            metrics={name: added[f"metric.{name}"] for name in METRICS if f"metric.{name}" in added},
             sequence_scalars=added["sequence_scalars"],
             sequence_sums={kind: added[f"sequence.{kind}"] for kind in SEQUENCE_KINDS if f"sequence.{kind}" in added},
             entropy=self.has_entropy,
@@ -315,7 +321,7 @@ class RoutingStatistics:
         not compared."""
         if not isinstance(other, RoutingStatistics):
             return NotImplemented
-        shape = ("layers", "num_experts", "top_k", "planes", "has_entropy")
+        shape = ("layers", "num_experts", "top_k", "metrics", "has_entropy")
         if any(getattr(self, name) != getattr(other, name) for name in shape) or set(self.groups) != set(other.groups):
             return False
         if any(self.metadata.get(key) != other.metadata.get(key) for key in ("fingerprint", "plans", "masked")):
@@ -354,7 +360,7 @@ class RoutingStatistics:
     def load(cls, path: str | os.PathLike[str], *, sequences: bool = True) -> RoutingStatistics:
         """Read what ``save`` wrote, with its sequence store unless ``sequences=False``.
 
-        Raises ``files.FileRefused`` for a missing, truncated, altered or foreign file or folder, ``RecordingError``
+        Raises ``files.FileRefusedError`` for a missing, truncated, altered or foreign file or folder, ``RecordingError``
         for sums that break conservation.
         """
         tensors, header = files.read(path, _FILE_KIND)
@@ -365,7 +371,7 @@ class RoutingStatistics:
             num_experts=header["num_experts"],
             top_k=header["top_k"],
             scalars=tensors["scalars"],
-            planes={name: tensors[f"plane.{name}"] for name in PLANES if f"plane.{name}" in tensors},
+            metrics={name: tensors[f"metric.{name}"] for name in METRICS if f"metric.{name}" in tensors},
             sequence_scalars=tensors["sequence_scalars"],
             sequence_sums={
                 kind: tensors[f"sequence.{kind}"] for kind in SEQUENCE_KINDS if f"sequence.{kind}" in tensors
@@ -378,8 +384,8 @@ class RoutingStatistics:
         return statistics
 
     def to_pandas(self) -> pd.DataFrame:
-        """Tidy token sums, a row per (group, phase, layer, expert): ``site`` (module name), ``tokens`` of the (group,
-        phase, layer), then one column per plane and ``frequency`` (counts / tokens, NaN where nothing was seen).
+        """Tidy token sums, a row per (group, phase, layer, expert): ``router`` (module name), ``tokens`` of the (group,
+        phase, layer), then one column per metric and ``frequency`` (counts / tokens, NaN where nothing was seen).
         Padding experts are left out.
         """
         pandas = _pandas()
@@ -388,12 +394,12 @@ class RoutingStatistics:
             names=["group", "phase", "layer", "expert"],
         )
         # arrays are [phase, group, layer, expert]; rows are group first
-        columns = {name: np.stack([self.token_sum(name, p) for p in PHASES], 1).reshape(-1) for name in self.planes}
+        columns = {name: np.stack([self.token_sum(name, p) for p in PHASES], 1).reshape(-1) for name in self.metrics}
         frame = pandas.DataFrame(columns, index=index).reset_index()
         tokens = np.stack([self.tokens(p) for p in PHASES], 1).reshape(-1)
         frame.insert(4, "tokens", np.repeat(tokens, max(self.num_experts, default=0)))
-        frame.insert(3, "site", np.asarray(self.layers, dtype=object)[frame["layer"]])
-        if "counts" in self.planes:
+        frame.insert(3, "router", np.asarray(self.layers, dtype=object)[frame["layer"]])
+        if "counts" in self.metrics:
             frame["frequency"] = _ratio(frame["counts"].to_numpy(), frame["tokens"].to_numpy())
         return frame[frame["expert"] < np.asarray(self.num_experts)[frame["layer"]]].reset_index(drop=True)
 
@@ -428,7 +434,7 @@ class RoutingStatistics:
         """
         integers = [i for i, name in enumerate(SCALARS) if name not in ("entropy", "moved")]
         signed = {"scalars": self._scalars[..., integers]}
-        signed |= {name: table for name, table in self._arrays().items() if name.removeprefix("plane.") in _COUNTED}
+        signed |= {name: table for name, table in self._arrays().items() if name.removeprefix("metric.") in _COUNTED}
         if self._scalars[..., SCALARS.index("tokens")].max(initial=0) >= _OVERFLOW_TOKENS:
             signed = self._arrays()
         for name, array in signed.items():
@@ -439,18 +445,18 @@ class RoutingStatistics:
 
     def _verify_phase(self, phase: Phase) -> None:
         tokens = self.tokens(phase)
-        if "counts" in self._planes:
+        if "counts" in self._metrics:
             chosen = self.token_sum("counts", phase).sum(-1) + self.scalar("empty", phase)
             self._require(
                 chosen == self.scalar("slots", phase), phase, "counts and empty slots do not add up to the slots"
             )
         widest = max(self.num_experts, default=1)
         rounding = tokens * (widest * FIXED_POINT + _SCORE_ROUNDING)
-        if "mass" in self._planes:
-            error = np.abs(self.token_sum("mass", phase).sum(-1) - (tokens - self.scalar("unscored", phase)))
+        if "probability" in self._metrics:
+            error = np.abs(self.token_sum("probability", phase).sum(-1) - (tokens - self.scalar("unscored", phase)))
             self._require(error <= rounding, phase, "probability mass does not add up to the scored tokens")
-        if "share" in self._planes:
-            excess = self.token_sum("share", phase).sum(-1) - tokens
+        if "weight_share" in self._metrics:
+            excess = self.token_sum("weight_share", phase).sum(-1) - tokens
             self._require(excess <= rounding, phase, "shares of weight add up to more than the tokens")
 
     def _require(self, holds: np.ndarray, phase: str, what: str) -> None:
@@ -476,7 +482,7 @@ class RoutingStatistics:
             "experts, "
             f"top-{'/'.join(map(str, sorted(set(self.top_k))))}",
             f"  groups: {', '.join(shown)}{f' and {more} more' if more > 0 else ''}",
-            f"  planes: {', '.join(self.planes)}{', entropy' if self.has_entropy else ''}",
+            f"  metrics: {', '.join(self.metrics)}{', entropy' if self.has_entropy else ''}",
         ]
         model = self.metadata.get("model") or {}
         if model.get("name") or model.get("class"):
@@ -490,18 +496,18 @@ class RoutingStatistics:
     # ---- inside
 
     def _with_natural_counts(self) -> RoutingStatistics:
-        """The same with the natural choice as a plane: where no plan steered it is the choice itself."""
-        if "natural_counts" in self.planes:
+        """The same with the natural choice as a metric: where no plan steered it is the choice itself."""
+        if "natural_counts" in self.metrics:
             return self
-        if self.metadata.get("plans") or "counts" not in self.planes:
-            raise MergeError("only one of the two runs recorded natural_counts: record both with the same planes")
+        if self.metadata.get("plans") or "counts" not in self.metrics:
+            raise MergeError("only one of the two runs recorded natural_counts: record both with the same metrics")
         return RoutingStatistics(
             groups=self.groups,
             layers=self.layers,
             num_experts=self.num_experts,
             top_k=self.top_k,
             scalars=self._scalars,
-            planes={**self._planes, "natural_counts": self._planes["counts"]},
+            metrics={**self._metrics, "natural_counts": self._metrics["counts"]},
             sequence_scalars=self._sequence_scalars,
             sequence_sums=self._sequence_sums,
             entropy=self.has_entropy,
@@ -509,18 +515,18 @@ class RoutingStatistics:
             store=self.store,
         )
 
-    def _plane(self, name: str) -> np.ndarray:
-        if name not in self._planes:
-            if name not in PLANES:
-                raise ValueError(f"no plane {name!r}: one of {', '.join(PLANES)}")
-            raise ValueError(f"plane {name!r} was not recorded: record(planes={[*self.planes, name]!r})")
-        return self._planes[name]
+    def _metric(self, name: str) -> np.ndarray:
+        if name not in self._metrics:
+            if name not in METRICS:
+                raise ValueError(f"no metric {name!r}: one of {', '.join(METRICS)}")
+            raise ValueError(f"metric {name!r} was not recorded: record(metrics={[*self.metrics, name]!r})")
+        return self._metrics[name]
 
     def _sequence_sum(self, kind: str, phase: Phase | None) -> np.ndarray:
         kind = "topk" if kind == "topk_renorm" else kind
         if kind not in self._sequence_sums:
             if self._sequence_sums or not self._scalars.any():
-                self._plane(KIND_PLANE[kind])
+                self._metric(KIND_METRIC[kind])
             raise ValueError('these statistics hold sums over tokens only, no sequences: pass by="token"')
         return self._sequence_sums[kind][_view_index(phase)]
 
@@ -533,7 +539,7 @@ class RoutingStatistics:
 
     def _arrays(self) -> dict[str, np.ndarray]:
         arrays = {"scalars": self._scalars, "sequence_scalars": self._sequence_scalars}
-        arrays |= {f"plane.{name}": table for name, table in self._planes.items()}
+        arrays |= {f"metric.{name}": table for name, table in self._metrics.items()}
         return arrays | {f"sequence.{kind}": table for kind, table in self._sequence_sums.items()}
 
     def _spread(self, groups: Sequence[str]) -> dict[str, np.ndarray]:
@@ -563,11 +569,11 @@ def _check_mergeable(a: RoutingStatistics, b: RoutingStatistics) -> None:
     mine, other = set(a._arrays()), set(b._arrays())
     if mine != other or a.has_entropy != b.has_entropy:
         different = sorted(mine ^ other) or ["entropy"]
-        raise MergeError(f"only one of the two runs recorded {', '.join(different)}: record both with the same planes")
+        raise MergeError(f"only one of the two runs recorded {', '.join(different)}: record both with the same metrics")
 
 
-def _check_axes(statistics: RoutingStatistics, planes: Iterable[str], kinds: Iterable[str]) -> None:
-    for name, known in ((set(planes) - set(PLANES), PLANES), (set(kinds) - set(SEQUENCE_KINDS), SEQUENCE_KINDS)):
+def _check_axes(statistics: RoutingStatistics, metrics: Iterable[str], kinds: Iterable[str]) -> None:
+    for name, known in ((set(metrics) - set(METRICS), METRICS), (set(kinds) - set(SEQUENCE_KINDS), SEQUENCE_KINDS)):
         if name:
             raise ValueError(f"unknown {sorted(name)}: one of {', '.join(known)}")
     if len(set(statistics.groups)) != len(statistics.groups):
@@ -636,12 +642,12 @@ def _load_store(path: str | os.PathLike[str], entry: Mapping[str, Any]) -> Seque
 
     folder = Path(path).parent / entry["folder"]
     if not folder.is_dir():
-        raise files.FileRefused(
+        raise files.FileRefusedError(
             f"{folder}, the sequences of {path}, is missing: put it back beside the file, or load(..., sequences=False)"
         )
     store = SequenceStore.load(folder)
     if store.files_hash() != entry["hash"]:
-        raise files.FileRefused(
+        raise files.FileRefusedError(
             f"{folder} does not hold the sequences that belong to {path}: put the right folder back, or load(..., "
             "sequences=False)"
         )

@@ -35,7 +35,7 @@ _UNNAMED = "#"  # items without an id are "#0", "#1", ...: they pair with nothin
 class SequenceShard:
     """Some sequences of one store: ``keys`` of length n; ``tokens`` int64 ``[n, L]`` (L_i); ``counts`` int32 ``[n, L,
     E]`` (a_i); ``full`` and ``topk`` float32 ``[n, L, E]`` (q_i; NaN where a layer saw nothing), each present where
-    its plane was recorded.
+    its metric was recorded.
     """
 
     keys: tuple[Key, ...]
@@ -136,7 +136,7 @@ class SequenceStore:
         """q_i of one sequence, float64 ``[L, E]``: rows sum to 1 (to float32 rounding), NaN where the layer saw no
         token of it.
 
-        Raises ``KeyError`` for a key that was not recorded, ``ValueError`` for a kind whose plane was not.
+        Raises ``KeyError`` for a key that was not recorded, ``ValueError`` for a kind whose metric was not.
         """
         shard, row = self._locate(item, group)
         return _distribution(shard, kind)[row].astype(np.float64)
@@ -336,13 +336,13 @@ class SequenceStore:
     def load(cls, folder: str | os.PathLike[str]) -> SequenceStore:
         """A store over the shards of a folder; sequences are read when asked for.
 
-        Raises ``files.FileRefused`` for a folder without shards or a shard that is damaged or of another model (each
+        Raises ``files.FileRefusedError`` for a folder without shards or a shard that is damaged or of another model (each
         shard is verified when it is first read).
         """
         path = Path(folder)
         found = sorted(path.glob("sequences-*.safetensors"))
         if not found:
-            raise files.FileRefused(f"{path} holds no sequence shards: give the folder of a recording")
+            raise files.FileRefusedError(f"{path} holds no sequence shards: give the folder of a recording")
         headers = [files.read_header(shard, _FILE_KIND) for shard in found]
         first = headers[0]["header"]
         store = cls(first["layers"], first["num_experts"])
@@ -350,13 +350,13 @@ class SequenceStore:
         for shard, envelope in zip(found, headers, strict=True):
             header = envelope["header"]
             if (header["layers"], header["num_experts"]) != (first["layers"], first["num_experts"]):
-                raise files.FileRefused(
+                raise files.FileRefusedError(
                     f"{shard} is of another model than {found[0].name}: keep one recording in a folder"
                 )
             keys = tuple(zip(header["items"], header["groups"], strict=True))
             store._add(_ShardFile(home, shard.name, keys, envelope["sha256"]))
         if len(store) != sum(len(shard.keys) for shard in store._shards):
-            raise files.FileRefused(f"{path} holds a sequence twice: keep one recording in a folder")
+            raise files.FileRefusedError(f"{path} holds a sequence twice: keep one recording in a folder")
         store._unnamed = sum(is_unnamed(item) for item, _ in store._index)
         return store
 
@@ -383,8 +383,8 @@ def _distribution(shard: SequenceShard, kind: str) -> np.ndarray:
 
 def _array(shard: SequenceShard, name: str) -> np.ndarray:
     if name not in shard.arrays:
-        plane = {"full": "mass", "topk": "share", "counts": "counts"}[name]
-        raise ValueError(f"{name!r} was not recorded: record(planes=...) with {plane!r}")
+        metric = {"full": "probability", "topk": "weight_share", "counts": "counts"}[name]
+        raise ValueError(f"{name!r} was not recorded: record(metrics=...) with {metric!r}")
     return shard.arrays[name]
 
 

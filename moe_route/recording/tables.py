@@ -13,17 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_route.calls.call import PHASES
+from moe_route.contract.tables import METRICS, SCALARS, StatisticsTables
 from moe_route.devices import finish
-from moe_route.ops import PLANES, SCALARS, StatisticsTables
-from moe_route.recording.statistics import PHASES, RecordingError
+from moe_route.recording.statistics import RecordingError
 
-__all__ = ["RecordedSite", "TableSet", "TableSums", "device_of"]
+__all__ = ["RecordedRouter", "TableSet", "TableSums", "device_of"]
 
 _FIRST_SEGMENTS = 8
 
 
-class RecordedSite(Protocol):
-    """What the recorder needs to know of a router (`patching.RouterSite`)."""
+class RecordedRouter(Protocol):
+    """What the recorder needs to know of a router (`patching.RouterInfo`)."""
 
     name: str
     num_experts: int
@@ -35,13 +36,13 @@ class RecordedSite(Protocol):
 
 
 class TableSums:
-    """Sums read from tables: ``scalars`` int64 ``[2, n, L, 8]`` and ``planes`` name -> int64 ``[2, n, L, E]``, E the
+    """Sums read from tables: ``scalars`` int64 ``[2, n, L, 8]`` and ``metrics`` name -> int64 ``[2, n, L, E]``, E the
     widest layer."""
 
-    def __init__(self, rows: int, layers: int, widest: int, planes: Sequence[str]):
+    def __init__(self, rows: int, layers: int, widest: int, metrics: Sequence[str]):
         self.scalars = np.zeros((len(PHASES), rows, layers, len(SCALARS)), np.int64)
-        self.planes: Mapping[str, np.ndarray] = {
-            name: np.zeros((len(PHASES), rows, layers, widest), np.int64) for name in planes
+        self.metrics: Mapping[str, np.ndarray] = {
+            name: np.zeros((len(PHASES), rows, layers, widest), np.int64) for name in metrics
         }
 
     def scalar(self, name: str) -> np.ndarray:
@@ -52,22 +53,22 @@ class TableSums:
 class TableSet:
     """One ``StatisticsTables`` per layer, each on its router's device."""
 
-    def __init__(self, sites: Sequence[RecordedSite], *, groups: int, planes: Sequence[str], entropy: bool):
-        self.sites = tuple(sites)
-        self.planes = tuple(name for name in PLANES if name in planes)
+    def __init__(self, routers: Sequence[RecordedRouter], *, groups: int, metrics: Sequence[str], entropy: bool):
+        self.routers = tuple(routers)
+        self.metrics = tuple(name for name in METRICS if name in metrics)
         self.entropy = entropy
         self.group_capacity = max(groups, 1)
         self.segment_capacity = _FIRST_SEGMENTS
         self.fixed = False  # a CUDA graph adds to these very tables
-        self.layers = [self._new(site, device_of(site)) for site in self.sites]
+        self.layers = [self._new(router, device_of(router)) for router in self.routers]
 
     @torch.inference_mode(False)  # tables outlive the inference mode that a model may be called in
-    def _new(self, site: RecordedSite, device: torch.device) -> StatisticsTables:
+    def _new(self, router: RecordedRouter, device: torch.device) -> StatisticsTables:
         return StatisticsTables.zeros(
-            site.num_experts,
+            router.num_experts,
             groups=len(PHASES) * self.group_capacity,
             segments=len(PHASES) * self.segment_capacity,
-            planes=self.planes,
+            metrics=self.metrics,
             entropy=self.entropy,
             device=device,
         )
@@ -75,11 +76,11 @@ class TableSet:
     def follow(self) -> bool:
         """Take the tables to where the routers are now; True where one moved."""
         moved = False
-        for layer, (site, table) in enumerate(zip(self.sites, self.layers, strict=True)):
-            device = device_of(site)
+        for layer, (router, table) in enumerate(zip(self.routers, self.layers, strict=True)):
+            device = device_of(router)
             if table.device != device:
                 self._refuse_if_fixed("moving to another device")
-                self.layers[layer] = wide = self._new(site, device)
+                self.layers[layer] = wide = self._new(router, device)
                 wide.groups.copy_(table.groups)
                 _segments(wide).copy_(_segments(table))
                 moved = True
@@ -102,8 +103,8 @@ class TableSet:
         self.group_capacity = _doubled(self.group_capacity, groups)
         self.segment_capacity = _doubled(self.segment_capacity, segments)
         old, self.layers = self.layers, []
-        for site, table in zip(self.sites, old, strict=True):
-            wide = self._new(site, table.device)
+        for router, table in zip(self.routers, old, strict=True):
+            wide = self._new(router, table.device)
             _by_phase(wide.groups)[:, : before[0]] = _by_phase(table.groups)
             _by_phase(_segments(wide))[:, : before[1]] = _by_phase(_segments(table))
             self.layers.append(wide)
@@ -122,19 +123,19 @@ class TableSet:
     def add_natural_counts(self) -> bool:
         """Begin to count the natural choice beside the steered one; so far nothing was steered, so they are the same.
         True where the tables were replaced."""
-        if "natural_counts" in self.planes or "counts" not in self.planes:
+        if "natural_counts" in self.metrics or "counts" not in self.metrics:
             return False
         self._refuse_if_fixed("counting the natural choice too")
-        kept = self.planes
-        self.planes = tuple(name for name in PLANES if name in {*kept, "natural_counts"})
+        kept = self.metrics
+        self.metrics = tuple(name for name in METRICS if name in {*kept, "natural_counts"})
         old, self.layers = self.layers, []
-        for site, table in zip(self.sites, old, strict=True):
-            wide = self._new(site, table.device)
+        for router, table in zip(self.routers, old, strict=True):
+            wide = self._new(router, table.device)
             for of in ("groups", "segments"):
                 getattr(wide, of)[:, : len(SCALARS)] = getattr(table, of)[:, : len(SCALARS)]
                 for name in kept:
-                    wide.plane(name, of=of).copy_(table.plane(name, of=of))
-                wide.plane("natural_counts", of=of).copy_(table.plane("counts", of=of))
+                    wide.metric(name, of=of).copy_(table.metric(name, of=of))
+                wide.metric("natural_counts", of=of).copy_(table.metric("counts", of=of))
             self.layers.append(wide)
         return True
 
@@ -154,27 +155,27 @@ class TableSet:
         return sums
 
     def _read(self, views: Sequence[Tensor], rows: int) -> TableSums:
-        widest = max((site.num_experts for site in self.sites), default=0)
-        sums = TableSums(rows, len(self.sites), widest, self.planes)
+        widest = max((router.num_experts for router in self.routers), default=0)
+        sums = TableSums(rows, len(self.routers), widest, self.metrics)
         alike: dict[tuple[torch.device, int], list[int]] = {}
         for layer, view in enumerate(views):
-            alike.setdefault((view.device, self.sites[layer].num_experts), []).append(layer)
+            alike.setdefault((view.device, self.routers[layer].num_experts), []).append(layer)
         for (device, experts), layers in alike.items():
             finish(device)  # the calls may have been made on other streams
             table = torch.stack([views[layer] for layer in layers], dim=2).cpu().numpy()
             sums.scalars[:, :, layers] = table[..., : len(SCALARS)]
-            for position, name in enumerate(self.planes):
+            for position, name in enumerate(self.metrics):
                 start = len(SCALARS) + position * experts
-                sums.planes[name][:, :, layers, :experts] = table[..., start : start + experts]
+                sums.metrics[name][:, :, layers, :experts] = table[..., start : start + experts]
         return sums
 
 
-def device_of(site: RecordedSite) -> torch.device:
+def device_of(router: RecordedRouter) -> torch.device:
     """Where a router runs: its parameters' device, or where accelerate brings them when it is called."""
-    parameter = site.parameter
+    parameter = router.parameter
     if parameter is not None and parameter.device.type != "meta":
         return parameter.device
-    hook = getattr(getattr(site, "module", None), "_hf_hook", None)
+    hook = getattr(getattr(router, "module", None), "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     return torch.device("cpu" if device is None else device)
 

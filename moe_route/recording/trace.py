@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from moe_route import files
-from moe_route.recording.labels import ModelCall
-from moe_route.recording.statistics import PHASES, RecordingError
+from moe_route.calls.call import PHASES, Call
+from moe_route.recording.statistics import RecordingError
 from moe_route.recording.store import Item
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Trace:
     ``sequence`` int32 [N] (into ``items``; beams of one sequence share it), ``group`` int32 [N] (into ``groups``),
     ``position`` int32 [N] (padding not counted; of an encoder's text or of its decoder's), ``phase`` uint8 [N] (into
     ``PHASES``), ``ids`` int8 or int16 ``[N, L, k]`` (-1: empty slot), ``weights`` float16 or float32 ``[N, L, k]``, L
-    the traced ``layers`` (site names).
+    the traced ``layers`` (router names).
     ``truncated``: the limit on tokens was reached and later tokens are missing.
     """
 
@@ -59,7 +59,7 @@ class Trace:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:
-        """Read what ``save`` wrote; raises ``files.FileRefused`` for a missing, truncated, altered or foreign file."""
+        """Read what ``save`` wrote; raises ``files.FileRefusedError`` for a missing, truncated, altered or foreign file."""
         tensors, header = files.read(path, _FILE_KIND)
         return cls.of(header["layers"], header["groups"], header["items"], tensors, header["truncated"])
 
@@ -136,22 +136,24 @@ class TraceWriter:
     """Collects the choices of the traced layers while a recorder is on."""
 
     def __init__(
-        self, sites: Sequence[Any], layers: Iterable[int] | bool, *, limit: int, weights: str = "float16"
+        self, routers: Sequence[Any], layers: Iterable[int] | bool, *, limit: int, weights: str = "float16"
     ) -> None:
         """``layers``: 0-based MoE layers, or True for all; ``limit``: tokens kept; ``weights``: "float16" or
         "float32"."""
         if weights not in ("float16", "float32"):
             raise ValueError(f'trace weights are "float16" or "float32", not {weights!r}')
-        chosen = range(len(sites)) if layers is True else sorted(set(layers)) if layers else []
-        outside = [layer for layer in chosen if not 0 <= layer < len(sites)]
+        chosen = range(len(routers)) if layers is True else sorted(set(layers)) if layers else []
+        outside = [layer for layer in chosen if not 0 <= layer < len(routers)]
         if outside:
-            raise ValueError(f"there is no layer {outside[0]} to trace: the model has MoE layers 0 to {len(sites) - 1}")
+            raise ValueError(
+                f"there is no layer {outside[0]} to trace: the model has MoE layers 0 to {len(routers) - 1}"
+            )
         self.layers = tuple(chosen)
-        self.names = tuple(sites[layer].name for layer in chosen)
+        self.names = tuple(routers[layer].name for layer in chosen)
         self.limit = limit
-        self.slots = max((sites[layer].top_k for layer in chosen), default=0)
+        self.slots = max((routers[layer].top_k for layer in chosen), default=0)
         self._ids_dtype = (
-            torch.int8 if max((sites[layer].num_experts for layer in chosen), default=0) <= 128 else torch.int16
+            torch.int8 if max((routers[layer].num_experts for layer in chosen), default=0) <= 128 else torch.int16
         )
         self._weights_dtype = torch.float16 if weights == "float16" else torch.float32
         self._current: _TracedCall | None = None
@@ -171,7 +173,7 @@ class TraceWriter:
         self._items.extend(items)
         self._reached = {}
 
-    def begin_call(self, call: ModelCall, group: int | Tensor) -> None:
+    def begin_call(self, call: Call, group: int | Tensor) -> None:
         """``group``: index of the group of every token, int, ``[N]`` or ``[N, length]``; -1 is not traced."""
         shape, phase = (call.batch, call.length), PHASES.index(call.phase)
         goes_on = call.past_length and not self._reached and not self._waiting  # what came before was not traced

@@ -1,4 +1,4 @@
-"""route, observe, route_weights: score, select and weigh (steering and counting are the neighbours' work)."""
+"""route, observe, route_weights: score, select and weigh (steering and counting are the neighbors' work)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_route.ops.spec import RouterSpec
-from moe_route.ops.tables import StatisticsTables, SteeringTables
+from moe_route.contract.spec import RouterSpec
+from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.reference.dispatch import in_range
 from moe_route.reference.statistics import Choice, count
 from moe_route.reference.steering import INF, Steering, read_steering, read_tokens, steer
@@ -88,7 +88,7 @@ def _selection_value(z: Tensor, spec: RouterSpec, correction_bias: Tensor | None
     """What experts are compared by, NaN where the logit is NaN. Where it would be a rising function of the logit
     alone, it is the logit itself: scores that collide after rounding never decide."""
     allowed = ~steering.forbidden
-    score_bias = steering.planes.get("score_bias")
+    score_bias = steering.metrics.get("score_bias")
     value = z
     if spec.order == "score_then_topk" and (correction_bias is not None or score_bias is not None or spec.groups > 1):
         scores = torch.where(torch.isnan(z), z, _score(z, spec.score, allowed))
@@ -127,15 +127,15 @@ def _slots(ids: Tensor, steering: Steering) -> Tensor:
     return torch.where(asked > 0, asked.clamp(max=ids.shape[1]), slots)
 
 
-def _renormalise(weights: Tensor, spec: RouterSpec) -> Tensor:
+def _renormalize(weights: Tensor, spec: RouterSpec) -> Tensor:
     """A divisor of 0 leaves the weights 0; infinite weights share equally, and the rest get 0."""
-    if spec.renormalise == "none":
+    if spec.renormalize == "none":
         return weights
     infinite = (weights == INF).to(weights.dtype) - (weights == -INF).to(weights.dtype)
     weights = torch.where((infinite != 0).any(1, keepdim=True), infinite, weights)
-    if spec.renormalise == "sum":
+    if spec.renormalize == "sum":
         divisor = weights.sum(1, keepdim=True) + spec.eps
-    elif spec.renormalise == "clamp":
+    elif spec.renormalize == "clamp":
         divisor = weights.sum(1, keepdim=True).clamp(min=spec.eps)
     else:
         zero = (weights == 0).all(1, keepdim=True)  # the norm of a zero row has no gradient
@@ -145,17 +145,17 @@ def _renormalise(weights: Tensor, spec: RouterSpec) -> Tensor:
 
 
 def _cancels(spec: RouterSpec, steering: Steering) -> bool:
-    """Softmax, then renormalising by the plain sum: the sum over all experts cancels, so it is never formed and
+    """Softmax, then renormalizing by the plain sum: the sum over all experts cancels, so it is never formed and
     cannot underflow. Not where a weighing score bias is added in between."""
-    plain = spec.score == "softmax" and spec.renormalise == "sum" and spec.eps == 0
-    return plain and not ("score_bias" in steering.planes and "score_bias_weighs" in steering.params)
+    plain = spec.score == "softmax" and spec.renormalize == "sum" and spec.eps == 0
+    return plain and not ("score_bias" in steering.metrics and "score_bias_weighs" in steering.params)
 
 
 def _weighing_bias(steering: Steering, at: Tensor) -> Tensor | float:
     """The score bias of the experts `at` [T, k], in rows where it changes the weight too."""
-    if "score_bias" not in steering.planes or "score_bias_weighs" not in steering.params:
+    if "score_bias" not in steering.metrics or "score_bias_weighs" not in steering.params:
         return 0.0
-    weighing = torch.where(steering.params["score_bias_weighs"] != 0, steering.planes["score_bias"], 0.0)
+    weighing = torch.where(steering.params["score_bias_weighs"] != 0, steering.metrics["score_bias"], 0.0)
     return weighing.gather(1, at)
 
 
@@ -176,14 +176,14 @@ def _weigh(z: Tensor, ids: Tensor, spec: RouterSpec, expert_scale: Tensor | None
     else:
         weights = _score(z, spec.score, allowed).gather(1, at) + _weighing_bias(steering, at)
     weights = torch.where(filled & _scored(z, allowed).gather(1, at), weights, 0.0)
-    planes, params = steering.planes, steering.params
+    planes, params = steering.metrics, steering.params
     before: Tensor | float = 1.0
     after: Tensor | float = 1.0
     if "weight_scale" in planes:
         factor = planes["weight_scale"].gather(1, at)
         late = params["weight_scale_after"] != 0 if "weight_scale_after" in params else torch.zeros_like(filled)
         before, after = torch.where(late, 1.0, factor), torch.where(late, factor, 1.0)
-    weights = _renormalise(weights * before, spec) * spec.scale * after
+    weights = _renormalize(weights * before, spec) * spec.scale * after
     if expert_scale is not None:
         weights = weights * expert_scale.to(weights)[at]
     return torch.where(filled, weights, 0.0)
@@ -228,8 +228,8 @@ def route(
     expert_scale: Tensor | None = None,
     steering: SteeringTables | None = None,
     tokens: Tensor | None = None,
-    given_ids: Tensor | None = None,
-    given_weights: Tensor | None = None,
+    choice: Tensor | None = None,
+    choice_weights: Tensor | None = None,
     given: Literal["natural", "replay"] = "natural",
     statistics: StatisticsTables | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -247,22 +247,22 @@ def route(
     weights = _weigh(z, ids, spec, expert_scale, row)
     ids, weights = _remap(ids, weights, row)
     natural_ids = None
-    if statistics is not None and "natural_counts" in statistics.planes:
+    if statistics is not None and "natural_counts" in statistics.metrics:
         unsteered = read_steering(None, token, raw)
         natural_ids, _ = _select(raw, k, spec, correction_bias, unsteered)
-    if given_ids is not None:
-        if given_ids.shape != ids.shape or given not in ("natural", "replay"):
+    if choice is not None:
+        if choice.shape != ids.shape or given not in ("natural", "replay"):
             raise ValueError(
-                f"given ids must be {list(ids.shape)}, natural or replay, got {list(given_ids.shape)}, {given}"
+                f"given ids must be {list(ids.shape)}, natural or replay, got {list(choice.shape)}, {given}"
             )
-        known = in_range(given_ids, logits.shape[1])
-        taken = given_ids[:, :1] != -1  # rows whose choice is the given one
+        known = in_range(choice, logits.shape[1])
+        taken = choice[:, :1] != -1  # rows whose choice is the given one
         kept = _weigh(z, known, spec, expert_scale, row)
         if given == "natural":
             natural_ids = None if natural_ids is None else torch.where(taken, known, natural_ids)
             taken = taken & ~row.changed & (slots == k)
-            if given_weights is not None:
-                kept = torch.where(known >= 0, given_weights.to(weights), 0.0)
+            if choice_weights is not None:
+                kept = torch.where(known >= 0, choice_weights.to(weights), 0.0)
         ids, weights = torch.where(taken, known, ids), torch.where(taken, kept, weights)
         slots = torch.where(taken, k, slots)
     scores = _score(z, spec.score, ~row.forbidden)
@@ -291,8 +291,8 @@ def observe(
         spec,
         expert_scale=expert_scale,
         tokens=tokens,
-        given_ids=torch.where(ids < 0, -2, ids),  # a row that starts with -1 was chosen too: its token was dropped
-        given_weights=weights,
+        choice=torch.where(ids < 0, -2, ids),  # a row that starts with -1 was chosen too: its token was dropped
+        choice_weights=weights,
         statistics=statistics,
     )
 
@@ -309,7 +309,7 @@ def observe_steered(
     tokens: Tensor | None = None,
     statistics: StatisticsTables,
 ) -> None:
-    """Count a steered choice that a model changed after its router chose (a capacity, a joint normalisation).
+    """Count a steered choice that a model changed after its router chose (a capacity, a joint normalization).
 
     ids, natural_ids [T, k]: what the experts got, and would have got without steering; -1 is an empty slot, which
     counts as a slot of the token.

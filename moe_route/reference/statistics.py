@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_route.ops.tables import FIXED_POINT, SCALARS, StatisticsTables
+from moe_route.contract.tables import FIXED_POINT, SCALARS, StatisticsTables
 from moe_route.reference.steering import Tokens
 
 
@@ -38,32 +38,32 @@ def _per_token(choice: Choice, scores: Tensor, steered: Tensor, statistics: Stat
     ids, weights, num_experts = choice.ids, choice.weights, scores.shape[1]
     ones = torch.ones_like(ids)
     scalars = {name: torch.zeros_like(choice.slots) for name in SCALARS}
-    planes: dict[str, Tensor] = {}
+    metrics: dict[str, Tensor] = {}
     scalars["tokens"] += 1
     scalars["slots"] = choice.slots
     scalars["empty"] = choice.slots - (ids >= 0).sum(1, keepdim=True)
     scalars["steered"] = steered.to(torch.int64)
-    planes["counts"] = _on_experts(ids, ones, num_experts)
-    planes["weight"] = _on_experts(ids, fixed(weights), num_experts)
+    metrics["counts"] = _on_experts(ids, ones, num_experts)
+    metrics["weight"] = _on_experts(ids, fixed(weights), num_experts)
     total = weights.sum(1, keepdim=True)
     shared = (total != 0) & torch.isfinite(total)
     share = torch.where(shared, weights / torch.where(shared, total, 1.0), 0.0)
-    planes["share"] = _on_experts(ids, fixed(share), num_experts)
-    if "mass" in statistics.planes or statistics.entropy:
+    metrics["weight_share"] = _on_experts(ids, fixed(share), num_experts)
+    if "probability" in statistics.metrics or statistics.entropy:
         total = scores.sum(1, keepdim=True)
         scored = (total >= torch.finfo(torch.float32).tiny) & torch.isfinite(total) & (scores >= 0).all(1, keepdim=True)
         p = torch.where(scored, scores / torch.where(scored, total, 1.0), 0.0)
-        planes["mass"] = fixed(p)
+        metrics["probability"] = fixed(p)
         scalars["unscored"] = (~scored).to(torch.int64)
         if statistics.entropy:
             plogp = torch.where(p > 0, p * torch.where(p > 0, p, 1.0).log(), 0.0)
             scalars["entropy"] = fixed(-plogp.sum(1, keepdim=True))
     if choice.natural_ids is not None:
-        planes["natural_counts"] = _on_experts(choice.natural_ids, torch.ones_like(choice.natural_ids), num_experts)
+        metrics["natural_counts"] = _on_experts(choice.natural_ids, torch.ones_like(choice.natural_ids), num_experts)
         moved = (ids >= 0) & ~(ids[:, :, None] == choice.natural_ids[:, None, :]).any(2)
         scalars["flipped"] = moved.sum(1, keepdim=True)
         scalars["moved"] = fixed(torch.where(moved, share, 0.0).sum(1, keepdim=True))
-    columns = [scalars[name] for name in SCALARS] + [planes[name] for name in statistics.planes]
+    columns = [scalars[name] for name in SCALARS] + [metrics[name] for name in statistics.metrics]
     return torch.cat(columns, 1)
 
 

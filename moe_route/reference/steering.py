@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moe_route.ops.tables import NEUTRAL, ROW_PARAMETERS, STEERING_PLANES, Force, SteeringTables
+from moe_route.contract.tables import NEUTRAL, ROW_PARAMETERS, STEERING_PLANES, Force, SteeringTables
 
 INF = float("inf")
 
@@ -47,7 +47,7 @@ class Steering:
 
     @property
     def force(self) -> Tensor | None:
-        return self.planes.get("force")
+        return self.metrics.get("force")
 
 
 def read_steering(steering: SteeringTables | None, tokens: Tokens, logits: Tensor) -> Steering:
@@ -103,8 +103,8 @@ def _std(logits: Tensor, allowed: Tensor, correction: Tensor | float) -> Tensor:
     used = allowed & torch.isfinite(logits)
     count = used.sum(1, keepdim=True)
     # Centred on one of the row's own values: a constant row has a deviation of exactly 0.
-    centre = logits.masked_fill(~used, -INF).amax(1, keepdim=True).detach()
-    shifted = torch.where(used, logits - torch.where(count > 0, centre, 0.0), 0.0)
+    center = logits.masked_fill(~used, -INF).amax(1, keepdim=True).detach()
+    shifted = torch.where(used, logits - torch.where(count > 0, center, 0.0), 0.0)
     mean = shifted.sum(1, keepdim=True) / count.clamp(min=1)
     squares = torch.where(used, (shifted - mean) ** 2, 0.0).sum(1, keepdim=True)
     divisor = count - correction
@@ -115,7 +115,7 @@ def _std(logits: Tensor, allowed: Tensor, correction: Tensor | float) -> Tensor:
 
 def steer(logits: Tensor, steering: Steering) -> Tensor:
     """z' = z * scale / temperature + bias + std * std(z) + magnitude * |z|, then the forced values. [T, E]"""
-    allowed, planes, params = ~steering.forbidden, steering.planes, steering.params
+    allowed, planes, params = ~steering.forbidden, steering.metrics, steering.params
     z = logits
     if "scale" in planes:
         z = z * planes["scale"]

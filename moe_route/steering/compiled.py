@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from moe_route.ops import Force, SteeringTables
-from moe_route.ops.tables import NEUTRAL, ROW_PARAMETERS
-from moe_route.steering.around import MARK, Part, TokenSteering
+from moe_route.calls.call import PHASES
+from moe_route.contract.tables import NEUTRAL, ROW_PARAMETERS, Force, SteeringTables
 from moe_route.steering.model import PlanError
-from moe_route.steering.rule import LAYER_KINDS, OPERATIONS, PHASES, Rule
+from moe_route.steering.rule import LAYER_KINDS, OPERATIONS, Rule
+from moe_route.steering.token_steering import MARK, Part, TokenSteering
 
 __all__ = ["CompiledPlan", "HasExperts", "LayerShape", "compile_rules"]
 
@@ -54,7 +54,7 @@ _ROW_MODES = {
 
 
 class HasExperts(Protocol):
-    """What a plan needs to know of a layer; ``patching.RouterSite`` and ``LayerShape`` have it."""
+    """What a plan needs to know of a layer; ``patching.RouterInfo`` and ``LayerShape`` have it."""
 
     @property
     def num_experts(self) -> int: ...
@@ -119,13 +119,13 @@ _Cell = dict[tuple[_View, str], "np.ndarray | float"]
 
 
 def compile_rules(
-    rules: Sequence[Rule], sites: Sequence[HasExperts], groups: tuple[str, ...], plan_hash: str
+    rules: Sequence[Rule], routers: Sequence[HasExperts], groups: tuple[str, ...], plan_hash: str
 ) -> CompiledPlan:
     """See ``Plan.compile``."""
     if len(set(groups)) != len(groups):
         raise PlanError(f"group names repeat: {', '.join(groups)}")
     for rule in rules:
-        _check_fits(rule, sites, groups)
+        _check_fits(rule, routers, groups)
     found: dict[tuple[object, ...], int] = {}
     kept: list[list[_Cell]] = []
     known: dict[tuple[int, ...], int] = {}
@@ -137,10 +137,10 @@ def compile_rules(
         active = tuple(i for i, rule in enumerate(rules) if rule.applies(phase, group, first))
         if active not in known:
             known[active] = _row(
-                found, kept, [_cell([rules[i] for i in active], layer, site) for layer, site in enumerate(sites)]
+                found, kept, [_cell([rules[i] for i in active], layer, router) for layer, router in enumerate(routers)]
             )
         rows[p, g, c] = known[active]
-    tables = [_tables([row[layer] for row in kept], layer, site) for layer, site in enumerate(sites)]
+    tables = [_tables([row[layer] for row in kept], layer, router) for layer, router in enumerate(routers)]
     draws = any(rule.draw is not None for rule in rules)
     return CompiledPlan(tables, torch.from_numpy(rows), groups, plan_hash, bounds, draws)
 
@@ -166,7 +166,7 @@ def _row(found: dict[tuple[object, ...], int], kept: list[list[_Cell]], cells: l
     return found[key]
 
 
-def _check_fits(rule: Rule, sites: Sequence[HasExperts], groups: tuple[str, ...]) -> None:
+def _check_fits(rule: Rule, routers: Sequence[HasExperts], groups: tuple[str, ...]) -> None:
     unknown = [group for group in rule.groups or () if group not in groups]
     if unknown:
         raise PlanError(
@@ -174,12 +174,12 @@ def _check_fits(rule: Rule, sites: Sequence[HasExperts], groups: tuple[str, ...]
             f"({', '.join(groups) or 'none'}): name it when recording starts, or use plan.only(groups=...) with these"
         )
     for layer in rule.touched_layers or ():
-        if layer >= len(sites):
+        if layer >= len(routers):
             raise PlanError(
-                f"the plan steers layer {layer}, but the model has {len(sites)} MoE layers (0-{len(sites) - 1}): "
+                f"the plan steers layer {layer}, but the model has {len(routers)} MoE layers (0-{len(routers) - 1}): "
                 "restrict it with plan.only(layers=...), or use layer_base=1 for numbers that count from 1"
             )
-        size = sites[layer].num_experts
+        size = routers[layer].num_experts
         wrong = [expert for expert, target in rule.in_layer(layer) if expert >= size]
         wrong += [int(target) for _, target in rule.in_layer(layer) if rule.kind == "remap" and target >= size]
         if wrong:
@@ -189,7 +189,7 @@ def _check_fits(rule: Rule, sites: Sequence[HasExperts], groups: tuple[str, ...]
             )
 
 
-def _cell(rules: Sequence[Rule], layer: int, site: HasExperts) -> _Cell:
+def _cell(rules: Sequence[Rule], layer: int, router: HasExperts) -> _Cell:
     """What the rules together do in one layer."""
     here = [rule for rule in rules if _touches(rule, layer)]
     cell: _Cell = {}
@@ -197,22 +197,22 @@ def _cell(rules: Sequence[Rule], layer: int, site: HasExperts) -> _Cell:
     for view in sorted(views, key=repr):
         seen = [rule for rule in here if _view(rule) == view]
         for name in dict.fromkeys(_plane(rule) for rule in seen if rule.kind in _PLANES):
-            plane = _sum_plane([rule for rule in seen if _plane(rule) == name], name, layer, site.num_experts)
+            plane = _sum_plane([rule for rule in seen if _plane(rule) == name], name, layer, router.num_experts)
             if (plane != NEUTRAL[name]).any():
                 cell[view, name] = plane
                 for mode, value in _row_mode([rule for rule in here if _plane(rule) == name], layer).items():
                     cell[_PLAIN, mode] = value
-        force = _force(seen, layer, site)
+        force = _force(seen, layer, router)
         if force.any():
             cell[view, "force"] = force
-    _check_forces(here, views, layer, site)
-    for name, value in _layer_parameters(here, layer, site).items():
+    _check_forces(here, views, layer, router)
+    for name, value in _layer_parameters(here, layer, router).items():
         cell[_PLAIN, name] = value
-    remap = _remap(here, layer, site.num_experts)
-    if (remap != np.arange(site.num_experts)).any():
+    remap = _remap(here, layer, router.num_experts)
+    if (remap != np.arange(router.num_experts)).any():
         cell[_PLAIN, "remap"] = remap
-    cell.update(_by_name(here, layer, site))
-    _check_by_name(cell, layer, site)
+    cell.update(_by_name(here, layer, router))
+    _check_by_name(cell, layer, router)
     return cell
 
 
@@ -220,7 +220,7 @@ def _view(rule: Rule) -> _View:
     return rule.absent, rule.draw
 
 
-def _check_forces(rules: Sequence[Rule], views: set[_View], layer: int, site: HasExperts) -> None:
+def _check_forces(rules: Sequence[Rule], views: set[_View], layer: int, router: HasExperts) -> None:
     """``PlanError`` where experts that are drawn, or left out where chosen, might meet others on one expert and no rule
     says what then."""
     forced = [rule for rule in rules if (rule.kind, rule.mode) in _FORCES]
@@ -234,11 +234,11 @@ def _check_forces(rules: Sequence[Rule], views: set[_View], layer: int, site: Ha
                 "use one weight"
             )
     forbidden = sum(len(rule.in_layer(layer)) for rule in forced if rule.kind == "forbid")
-    if forbidden >= site.num_experts:
-        raise PlanError(f"the plan may forbid all {site.num_experts} experts of layer {layer}: leave at least one")
+    if forbidden >= router.num_experts:
+        raise PlanError(f"the plan may forbid all {router.num_experts} experts of layer {layer}: leave at least one")
 
 
-def _by_name(rules: Sequence[Rule], layer: int, site: HasExperts) -> _Cell:
+def _by_name(rules: Sequence[Rule], layer: int, router: HasExperts) -> _Cell:
     """What replaces scores, and what chooses experts by name."""
     cell: _Cell = {}
     for kind, named in (("scores", "replaced scores"), ("slot", "own experts"), ("replay", "replayed choices")):
@@ -248,34 +248,34 @@ def _by_name(rules: Sequence[Rule], layer: int, site: HasExperts) -> _Cell:
                 f"a token of layer {layer} gets two {named}: keep one, or separate them with plan.only(...)"
             )
         for draw, pairs in asked:
-            cell[(False, draw), kind] = _named(kind, pairs, layer, site)
+            cell[(False, draw), kind] = _named(kind, pairs, layer, router)
     return cell
 
 
-def _named(kind: str, pairs: Sequence[tuple[int, float]], layer: int, site: HasExperts) -> np.ndarray | float:
+def _named(kind: str, pairs: Sequence[tuple[int, float]], layer: int, router: HasExperts) -> np.ndarray | float:
     if kind == "slot":
         return pairs[0][0]
     if kind == "scores":
-        scores = np.zeros(site.num_experts, dtype=np.float32)
+        scores = np.zeros(router.num_experts, dtype=np.float32)
         for expert, score in pairs:
             scores[expert] = score
         return scores
-    if len(pairs) > site.top_k:
-        raise PlanError(f"{len(pairs)} experts are replayed in layer {layer}, which has {site.top_k} slots")
-    ids = np.full(site.top_k, -1, dtype=np.int64)
+    if len(pairs) > router.top_k:
+        raise PlanError(f"{len(pairs)} experts are replayed in layer {layer}, which has {router.top_k} slots")
+    ids = np.full(router.top_k, -1, dtype=np.int64)
     for expert, slot in pairs:
         ids[int(slot)] = expert
     return ids
 
 
-def _check_by_name(cell: _Cell, layer: int, site: HasExperts) -> None:
+def _check_by_name(cell: _Cell, layer: int, router: HasExperts) -> None:
     by_name = sorted({name for _, name in cell if name in ("slot", "replay")})
     if not by_name:
         return
     other = "a remap" if (_PLAIN, "remap") in cell else ""
     top_k = cell.get((_PLAIN, "top_k"), 0)
     other = other or (
-        "a top_k above the router's own" if not isinstance(top_k, np.ndarray) and top_k > site.top_k else ""
+        "a top_k above the router's own" if not isinstance(top_k, np.ndarray) and top_k > router.top_k else ""
     )
     if other:
         raise PlanError(f"a {by_name[0]} rule and {other} meet on layer {layer}: separate them with plan.only(...)")
@@ -319,23 +319,25 @@ def _row_mode(rules: Sequence[Rule], layer: int) -> dict[str, float]:
     return {name: value for name, value in modes if value != NEUTRAL[name]}
 
 
-def _force(rules: Sequence[Rule], layer: int, site: HasExperts) -> np.ndarray:
+def _force(rules: Sequence[Rule], layer: int, router: HasExperts) -> np.ndarray:
     """float32 [E] of ``Force`` codes: forbid over off over on."""
     asked: dict[int, set[Force]] = {}
     for rule in rules:
         if (rule.kind, rule.mode) in _FORCES:
             for expert, _ in rule.in_layer(layer):
                 asked.setdefault(expert, set()).add(_FORCES[rule.kind, rule.mode])
-    force = np.zeros(site.num_experts, dtype=np.float32)
+    force = np.zeros(router.num_experts, dtype=np.float32)
     for expert, codes in asked.items():
         force[expert] = _strongest(codes, layer, expert)
     allowed = int((force != Force.FORBID).sum())
     if allowed == 0:
-        raise PlanError(f"the plan forbids all {site.num_experts} experts of layer {layer}: leave at least one")
-    if allowed < site.top_k:
-        _log.warning("layer %d: %d experts are allowed for %d slots; the others stay empty", layer, allowed, site.top_k)
-    if int((force > 0).sum()) > site.top_k:
-        _log.warning("layer %d: more experts are forced on than its top-%d can choose", layer, site.top_k)
+        raise PlanError(f"the plan forbids all {router.num_experts} experts of layer {layer}: leave at least one")
+    if allowed < router.top_k:
+        _log.warning(
+            "layer %d: %d experts are allowed for %d slots; the others stay empty", layer, allowed, router.top_k
+        )
+    if int((force > 0).sum()) > router.top_k:
+        _log.warning("layer %d: more experts are forced on than its top-%d can choose", layer, router.top_k)
     return force
 
 
@@ -349,7 +351,7 @@ def _strongest(codes: set[Force], layer: int, expert: int) -> Force:
     return min(strongest)
 
 
-def _layer_parameters(rules: Iterable[Rule], layer: int, site: HasExperts) -> dict[str, float]:
+def _layer_parameters(rules: Iterable[Rule], layer: int, router: HasExperts) -> dict[str, float]:
     rules = list(rules)
     found: dict[str, float] = {}
     temperature = math.prod(sorted(r.effective(r.value) for r in rules if r.kind == "temperature" and r.value))
@@ -359,9 +361,9 @@ def _layer_parameters(rules: Iterable[Rule], layer: int, site: HasExperts) -> di
     if len(wanted) > 1:
         raise PlanError(f"layer {layer} is asked for top-{min(wanted)} and top-{max(wanted)} at once: keep one of them")
     for k in wanted:
-        if k > min(site.num_experts, MOST_SLOTS):
-            raise PlanError(f"top_k {k} is more than the {min(site.num_experts, MOST_SLOTS)} of layer {layer}")
-        if k != site.top_k:
+        if k > min(router.num_experts, MOST_SLOTS):
+            raise PlanError(f"top_k {k} is more than the {min(router.num_experts, MOST_SLOTS)} of layer {layer}")
+        if k != router.top_k:
             found["top_k"] = float(k)
     return found
 
@@ -377,7 +379,7 @@ def _remap(rules: Iterable[Rule], layer: int, num_experts: int) -> np.ndarray:
     return remap
 
 
-def _tables(cells: Sequence[_Cell], layer: int, site: HasExperts) -> SteeringTables | TokenSteering | None:
+def _tables(cells: Sequence[_Cell], layer: int, router: HasExperts) -> SteeringTables | TokenSteering | None:
     """One layer's cells, a row each, as tables with the planes that any of them uses."""
     names: dict[_View, list[str]] = {}
     for view, name in dict.fromkeys(key for cell in cells for key in cell):
@@ -385,41 +387,41 @@ def _tables(cells: Sequence[_Cell], layer: int, site: HasExperts) -> SteeringTab
     if not names:
         return None
     wide = int(max((cell.get((_PLAIN, "top_k"), 0.0) for cell in cells), default=0.0))  # type: ignore[type-var]
-    wide = wide if wide > site.top_k else 0
+    wide = wide if wide > router.top_k else 0
     plain = names.pop(_PLAIN, [])
     by_name = [name for name in plain if name in _BY_NAME]
     if not names and not by_name and not wide:
-        whole: dict[str, Any] = _stacked(cells, _PLAIN, plain, site)
-        return SteeringTables(len(cells), site.num_experts, **whole)
+        whole: dict[str, Any] = _stacked(cells, _PLAIN, plain, router)
+        return SteeringTables(len(cells), router.num_experts, **whole)
     base: dict[str, Any] = {"temperature": torch.ones(len(cells))}
-    base |= _stacked(cells, _PLAIN, [name for name in plain if name not in _BY_NAME], site)
-    anew = [_routed_anew(cell, site) for cell in cells]
+    base |= _stacked(cells, _PLAIN, [name for name in plain if name not in _BY_NAME], router)
+    anew = [_routed_anew(cell, router) for cell in cells]
     if any(anew):
-        bias = base.get("bias", torch.zeros(len(cells), site.num_experts))
+        bias = base.get("bias", torch.zeros(len(cells), router.num_experts))
         base["bias"] = torch.where(torch.tensor(anew)[:, None] & (bias == 0), MARK, bias)
-    parts = [_part(cells, _PLAIN, by_name, site)] if by_name else []
-    parts += [_part(cells, view, of_view, site) for view, of_view in sorted(names.items(), key=repr)]
-    tables = SteeringTables(len(cells), site.num_experts, **base)
-    return TokenSteering(layer, len(cells), site.num_experts, tables, parts, wide)
+    parts = [_part(cells, _PLAIN, by_name, router)] if by_name else []
+    parts += [_part(cells, view, of_view, router) for view, of_view in sorted(names.items(), key=repr)]
+    tables = SteeringTables(len(cells), router.num_experts, **base)
+    return TokenSteering(layer, len(cells), router.num_experts, tables, parts, wide)
 
 
-def _routed_anew(cell: _Cell, site: HasExperts) -> bool:
+def _routed_anew(cell: _Cell, router: HasExperts) -> bool:
     """Whether tokens of this row are routed anew though their logits are steered by nothing else."""
     top_k = cell.get((_PLAIN, "top_k"), 0.0)
-    return any(name == "scores" for _, name in cell) or (not isinstance(top_k, np.ndarray) and top_k > site.top_k)
+    return any(name == "scores" for _, name in cell) or (not isinstance(top_k, np.ndarray) and top_k > router.top_k)
 
 
-def _part(cells: Sequence[_Cell], view: _View, names: Sequence[str], site: HasExperts) -> Part:
-    tables = _stacked(cells, view, names, site)
+def _part(cells: Sequence[_Cell], view: _View, names: Sequence[str], router: HasExperts) -> Part:
+    tables = _stacked(cells, view, names, router)
     scores, slot, replay = (tables.pop(name, None) for name in _BY_NAME)
     return Part(*view, tables, scores, slot, replay)
 
 
-def _stacked(cells: Sequence[_Cell], view: _View, names: Sequence[str], site: HasExperts) -> dict[str, torch.Tensor]:
+def _stacked(cells: Sequence[_Cell], view: _View, names: Sequence[str], router: HasExperts) -> dict[str, torch.Tensor]:
     """Tables by name, a row for each cell."""
     stacked = {}
     for name in names:
-        neutral = _neutral(name, site)
+        neutral = _neutral(name, router)
         rows = [np.asarray(cell.get((view, name), neutral), neutral.dtype) for cell in cells]
         stacked[name] = torch.from_numpy(np.stack(rows))
     return stacked
@@ -428,12 +430,12 @@ def _stacked(cells: Sequence[_Cell], view: _View, names: Sequence[str], site: Ha
 _BY_NAME = ("scores", "slot", "replay")
 
 
-def _neutral(name: str, site: HasExperts) -> np.ndarray:
+def _neutral(name: str, router: HasExperts) -> np.ndarray:
     if name == "remap":
-        return np.arange(site.num_experts, dtype=np.int32)
+        return np.arange(router.num_experts, dtype=np.int32)
     if name == "slot":
         return np.asarray(-1, dtype=np.int64)
     if name == "replay":
-        return np.full(site.top_k, -1, dtype=np.int64)
+        return np.full(router.top_k, -1, dtype=np.int64)
     value = np.nan if name == "scores" else NEUTRAL[name]
-    return np.asarray(value, np.float32) if name in ROW_PARAMETERS else np.full(site.num_experts, value, np.float32)
+    return np.asarray(value, np.float32) if name in ROW_PARAMETERS else np.full(router.num_experts, value, np.float32)

@@ -176,7 +176,7 @@ class Plan:
         when: str = "before",
         layer_base: int = 0,
     ) -> Plan:
-        """``w_e *= factor`` after selection, "before" or "after" the weights are renormalised. ``plan * x`` gives
+        """``w_e *= factor`` after selection, "before" or "after" the weights are renormalized. ``plan * x`` gives
         ``factor ** x``.
         """
         return cls._of("scale_weights", experts, layers, layer_base, factor=factor, mode=when)
@@ -367,7 +367,7 @@ class Plan:
         if shape is None:
             raise PlanError("how many experts the layers have is not known: pass num_experts")
 
-        def relabelled(rule: Rule) -> Rule:
+        def relabeled(rule: Rule) -> Rule:
             # a permutation keeps what distinguishes rules and experts from each other and only draws which experts they
             # are
             experts = []
@@ -375,11 +375,11 @@ class Plan:
                 size = shape if isinstance(shape, int) else shape[layer] if layer < len(shape) else 0
                 _check_experts(layer, pairs, size)
                 order = random_permutation(seed, layer, size)
-                new = {int(order[e]): _relabelled_target(c, order) if rule.kind == "remap" else c for e, c in pairs}
+                new = {int(order[e]): _relabeled_target(c, order) if rule.kind == "remap" else c for e, c in pairs}
                 experts.append((layer, tuple(sorted(new.items()))))
             return replace(rule, experts=tuple(experts))
 
-        return self._with(map(relabelled, self.rules))
+        return self._with(map(relabeled, self.rules))
 
     def _in_layers(self, layers: Iterable[int] | int | None) -> Plan:
         if layers is None:
@@ -426,15 +426,15 @@ class Plan:
         same = self.model.config_hash is not None and self.model.config_hash == config_hash
         self.model.merged(PlanModel(None if same else name, config_hash, shape))
 
-    def compile(self, sites: Sequence[HasExperts], groups: Sequence[str] = ()) -> CompiledPlan:
+    def compile(self, routers: Sequence[HasExperts], groups: Sequence[str] = ()) -> CompiledPlan:
         """The plan as steering tables, one per layer, and the row of each (phase, group).
 
-        ``sites`` gives the experts and top-k of each MoE layer in order (``RouterSite`` or ``LayerShape``); ``groups``
+        ``routers`` gives the experts and top-k of each MoE layer in order (``RouterInfo`` or ``LayerShape``); ``groups``
         the names of the groups, by index. Raises ``PlanError`` for layers, experts or groups that are not there, and
         for rules that contradict each other.
         """
-        self.check_model(num_experts=[site.num_experts for site in sites])
-        return compile_rules(self.rules, sites, tuple(groups), self.hash)
+        self.check_model(num_experts=[router.num_experts for router in routers])
+        return compile_rules(self.rules, routers, tuple(groups), self.hash)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content: ``from_dict`` gives an equal plan."""
@@ -459,7 +459,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read what ``save`` wrote; raises ``files.FileRefused`` for anything else."""
+        """Read what ``save`` wrote; raises ``files.FileRefusedError`` for anything else."""
         return cls.from_dict(files.read(path, _KIND)[1])
 
     def describe(self) -> str:
@@ -484,5 +484,5 @@ def _check_experts(layer: int, pairs: tuple[tuple[int, float], ...], size: int) 
         raise PlanError(f"layer {layer} has {size} experts, the plan names expert {pairs[-1][0]}: check num_experts")
 
 
-def _relabelled_target(target: float, order: np.ndarray) -> float:
+def _relabeled_target(target: float, order: np.ndarray) -> float:
     return target if target < 0 else float(order[int(target)])

@@ -36,7 +36,7 @@ OPERATIONS = {
     "bias": Operation("add", ("logit", "score", "choice"), "{mode} + {x}"),
     "magnitude": Operation("add", ("",), "logit + {x} * |logit|"),
     "scale_logits": Operation("multiply", ("",), "logit * {x}"),
-    "scale_weights": Operation("multiply", ("before", "after"), "weight * {x} ({mode} renormalisation)"),
+    "scale_weights": Operation("multiply", ("before", "after"), "weight * {x} ({mode} renormalization)"),
     "temperature": Operation("multiply", ("",), "logits / {x}"),
     "force_on": Operation("", ("paper", "steermoe", "natural"), "chosen first, weight as {mode}"),
     "force_off": Operation("", ("paper", "steermoe", "natural"), "chosen last, weight as {mode}"),

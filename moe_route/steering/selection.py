@@ -22,7 +22,7 @@ _SHOWN = 16  # layers that repr lists
 def random_permutation(seed: int, layer: int, num_experts: int) -> np.ndarray:
     """int64 [num_experts]: a permutation that depends on nothing but seed, layer and number of experts.
 
-    Relabelling experts by it draws, for any set of n experts, a uniformly random set of n experts of the layer.
+    Relabeling experts by it draws, for any set of n experts, a uniformly random set of n experts of the layer.
     """
     return np.random.Generator(np.random.PCG64([index(seed), layer, num_experts])).permutation(num_experts)
 
@@ -255,7 +255,7 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExpertSelection:
-        """Read what ``save`` wrote; raises ``files.FileRefused`` for anything else."""
+        """Read what ``save`` wrote; raises ``files.FileRefusedError`` for anything else."""
         return cls.from_dict(files.read(path, _KIND)[1])
 
     def __repr__(self) -> str:

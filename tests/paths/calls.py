@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import moe_route as mr
-from moe_route.patching import RouterSite
-from paths.oracle import Valid, assert_counted, assert_forbidden, favourites, same_outputs, watching
+from moe_route.routers import RouterInfo
+from paths.oracle import Valid, assert_counted, assert_forbidden, favorites, same_outputs, watching
 from paths.registry import path
-from paths.subject import NotApplicable, Subject, by_transformers, run
+from paths.subject import NotApplicableError, Subject, by_transformers, run
 
 LENGTHS = (4, 7)
 
@@ -28,8 +28,8 @@ def padding(side: str, lengths: tuple[int, ...] = LENGTHS) -> Tensor:
 def tokens_of(mask: Tensor) -> Valid:
     """The tokens of `mask` count in the encoder, or where there is none; all of the decoder's do."""
 
-    def valid(site: RouterSite, number: int) -> Tensor | None:
-        return None if site.part == "decoder" else mask.bool()
+    def valid(router: RouterInfo, number: int) -> Tensor | None:
+        return None if router.part == "decoder" else mask.bool()
 
     return valid
 
@@ -39,16 +39,16 @@ def check_call(subject: Subject, given: dict[str, Any], valid: Valid) -> None:
     model = subject.model
     plain = by_transformers(lambda: run(model, given))
     with mr.attach(model) as routed:
-        with watching(routed.sites) as seen, routed.record(sequences=True) as recorder:
+        with watching(routed.routers) as seen, routed.record(sequences=True) as recorder:
             same_outputs(run(model, given), plain)
-        assert_counted(recorder.statistics(), routed.sites, seen, valid)
-        experts = favourites(routed.sites, seen)
+        assert_counted(recorder.statistics(), routed.routers, seen, valid)
+        experts = favorites(routed.routers, seen)
         if not experts:
             return
-        with watching(routed.sites) as steered, routed.record() as recorder, routed.steer(mr.Plan.forbid(experts)):
+        with watching(routed.routers) as steered, routed.record() as recorder, routed.steer(mr.Plan.forbid(experts)):
             changed = run(model, given)
-        assert_counted(recorder.statistics(), routed.sites, steered, valid)
-        assert_forbidden(routed.sites, steered, experts, valid)
+        assert_counted(recorder.statistics(), routed.routers, steered, valid)
+        assert_forbidden(routed.routers, steered, experts, valid)
         assert not torch.equal(changed, plain)
         number = recorder.statistics().scalar("steered").sum(0)
         tokens = recorder.statistics().tokens().sum(0)
@@ -63,7 +63,7 @@ def masked(subject: Subject, mask: Any) -> dict[str, Any]:
 
 @path("Calls", "no padding", "a batch of texts of one length, recorded and steered, no bit changed while recording")
 def no_padding(subject: Subject) -> None:
-    check_call(subject, subject.inputs(subject.model), lambda site, number: None)
+    check_call(subject, subject.inputs(subject.model), lambda router, number: None)
 
 
 @path("Calls", "left padding", "a 2-D mask: padding in front is neither counted nor steered")
@@ -106,13 +106,13 @@ def packed(subject: Subject) -> None:
     model, first = subject.model, 4
     given = subject.inputs(model, 1, 7)
     if subject.encodes:
-        raise NotApplicable("texts cannot be packed beside an encoder")
+        raise NotApplicableError("texts cannot be packed beside an encoder")
     given["position_ids"] = torch.cat([torch.arange(first), torch.arange(7 - first)])[None]
     plain = by_transformers(lambda: run(model, given))
     labels = [["x"] * first + ["y"] * (7 - first)]
     with (
         mr.attach(model) as routed,
-        watching(routed.sites) as seen,
+        watching(routed.routers) as seen,
         routed.record(groups=["x", "y"], sequences=True) as recorder,
         recorder.labels(labels, items=[0]),
     ):
@@ -121,6 +121,6 @@ def packed(subject: Subject) -> None:
     for group, keep in (("x", slice(0, first)), ("y", slice(first, None))):
         mask = torch.zeros(7, dtype=torch.bool)
         mask[keep] = True
-        assert_counted(statistics.select(groups=[group]), routed.sites, seen, tokens_of(mask))
+        assert_counted(statistics.select(groups=[group]), routed.routers, seen, tokens_of(mask))
     assert statistics.sequences().tolist() == [1, 1]
     np.testing.assert_array_equal(statistics.tokens().max(1), [first, 7 - first])

@@ -67,14 +67,14 @@ def check(subject: Subject, first: str) -> None:
 
 
 def eager(model: Any, given: dict[str, Tensor]) -> np.ndarray:
-    with mr.attach(model) as routed, watching(routed.sites) as seen, routed.record() as recorder:
+    with mr.attach(model) as routed, watching(routed.routers) as seen, routed.record() as recorder:
         run(model, given)
-    assert_counted(recorder.statistics(), routed.sites, seen, everything)
+    assert_counted(recorder.statistics(), routed.routers, seen, everything)
     return recorder.statistics().token_sum("counts").sum(0)
 
 
-def check_steered(routed: mr.Routed, given: dict[str, Tensor], counts: np.ndarray) -> None:
-    chosen = {site.layer: [int(counts[site.layer].argmax())] for site in routed.sites if site.steerable}
+def check_steered(routed: mr.RoutedModel, given: dict[str, Tensor], counts: np.ndarray) -> None:
+    chosen = {router.layer: [int(counts[router.layer].argmax())] for router in routed.routers if router.steerable}
     chosen = {layer: experts for layer, experts in chosen.items() if counts[layer].any()}
     if not chosen:
         return

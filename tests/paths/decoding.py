@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from tiny_models import tokens
+from harness.tiny_models import tokens
 from torch import Tensor, nn
 from transformers import DynamicCache, StoppingCriteria
 
 import moe_route as mr
-from moe_route.patching import RouterSite
+from moe_route.routers import RouterInfo
 from paths.generation import GREEDY, generated, of_prompts, prompts
-from paths.oracle import Valid, assert_counted, assert_forbidden, counts, favourites, same_outputs, watching
+from paths.oracle import Valid, assert_counted, assert_forbidden, counts, favorites, same_outputs, watching
 from paths.registry import path
-from paths.subject import NotApplicable, Subject, by_transformers
+from paths.subject import NotApplicableError, Subject, by_transformers
 
 CHUNK = 2  # of prompts of five columns, so that the last chunk is one token long
 TEXT = tokens(1, 4).repeat(1, 3)  # says everything three times, so that looking it up finds drafts
@@ -26,7 +26,7 @@ TEXT = tokens(1, 4).repeat(1, 3)  # says everything three times, so that looking
 def needs_decoder(subject: Subject) -> None:
     subject.needs_generate()
     if subject.encodes:
-        raise NotApplicable("beside an encoder a prompt is a decoder's first token")
+        raise NotApplicableError("beside an encoder a prompt is a decoder's first token")
 
 
 @path(
@@ -46,29 +46,29 @@ def prompt_lookup(subject: Subject) -> None:
     with calls_of(model) as fed:
         plain = by_transformers(drafted)
     with mr.attach(model) as routed:
-        with watching(routed.sites) as seen, routed.record(sequences=True, trace=True) as recorder:
+        with watching(routed.routers) as seen, routed.record(sequences=True, trace=True) as recorder:
             same_outputs(drafted(), plain)
         prefill, decode = parts(fed, plain[0])
         statistics, trace = recorder.statistics(), recorder.trace()
-        assert_both(statistics, routed.sites, seen, prefill, decode)
+        assert_both(statistics, routed.routers, seen, prefill, decode)
         assert statistics.tokens().max() == plain.shape[1] - 1
         assert statistics.sequences().tolist() == [1]
         np.testing.assert_array_equal(trace.position, np.arange(plain.shape[1] - 1))
         np.testing.assert_array_equal(trace.phase, trace.position >= TEXT.shape[1])
-        experts = favourites(routed.sites, seen)
+        experts = favorites(routed.routers, seen)
         if not experts:
             return
         plan = mr.Plan.forbid(experts).only(phase="decode")
         with (
-            watching(routed.sites) as steered,
+            watching(routed.routers) as steered,
             routed.record() as recorder,
             routed.steer(plan),
             calls_of(model) as fed,
         ):
             text = drafted()
         prefill, decode = parts(fed, text[0])
-        assert_both(recorder.statistics(), routed.sites, steered, prefill, decode)
-        assert_forbidden(routed.sites, steered, experts, decode)
+        assert_both(recorder.statistics(), routed.routers, steered, prefill, decode)
+        assert_forbidden(routed.routers, steered, experts, decode)
         assert not recorder.statistics().scalar("steered", "prefill").any()
 
 
@@ -96,15 +96,15 @@ def parts(fed: list[Tensor], text: Tensor) -> tuple[Valid, Valid]:
     assert at == len(text) - 1
 
     def of(part: int) -> Valid:
-        return lambda site, number: masks[number][part]
+        return lambda router, number: masks[number][part]
 
     return of(0), of(1)
 
 
-def assert_both(statistics: mr.RoutingStatistics, sites: Any, seen: Any, prefill: Valid, decode: Valid) -> None:
+def assert_both(statistics: mr.RoutingStatistics, routers: Any, seen: Any, prefill: Valid, decode: Valid) -> None:
     for phase, valid in (("prefill", prefill), ("decode", decode)):
         recorded = statistics.token_sum("counts", phase).sum(0)
-        np.testing.assert_array_equal(recorded, counts(sites, seen, valid), err_msg=phase)
+        np.testing.assert_array_equal(recorded, counts(routers, seen, valid), err_msg=phase)
 
 
 @path("Decoding", "prompt in chunks", "generate with prefill_chunk_size, its last chunk one token long, is all prefill")
@@ -114,20 +114,20 @@ def prompt_in_chunks(subject: Subject) -> None:
     plain = by_transformers(lambda: generated(model, given))
     chunks = mask.split(CHUNK, 1)
 
-    def prompt(site: RouterSite, number: int) -> Tensor | None:
+    def prompt(router: RouterInfo, number: int) -> Tensor | None:
         return chunks[number] if number < len(chunks) else torch.zeros(2, 1, dtype=torch.bool)
 
-    def text(site: RouterSite, number: int) -> Tensor | None:
+    def text(router: RouterInfo, number: int) -> Tensor | None:
         return torch.zeros_like(chunks[number]) if number < len(chunks) else None
 
     with (
         mr.attach(model) as routed,
-        watching(routed.sites) as seen,
+        watching(routed.routers) as seen,
         routed.record(sequences=True) as recorder,
         recorder.labels(["x", "y"], items=[0, 0]),
     ):
         same_outputs(generated(model, given), plain)
-    assert_both(recorder.statistics(), routed.sites, seen, prompt, text)
+    assert_both(recorder.statistics(), routed.routers, seen, prompt, text)
     assert recorder.statistics().sequences().tolist() == [1, 1]
 
 
@@ -143,10 +143,10 @@ def second_turn(subject: Subject) -> None:
         return model.generate(torch.cat([first, more], 1), past_key_values=cache, **GREEDY)
 
     plain = by_transformers(turns)
-    with mr.attach(model) as routed, watching(routed.sites) as seen, routed.record(sequences=True) as recorder:
+    with mr.attach(model) as routed, watching(routed.routers) as seen, routed.record(sequences=True) as recorder:
         same_outputs(turns(), plain)
     statistics = recorder.statistics()
-    assert_counted(statistics, routed.sites, seen)
+    assert_counted(statistics, routed.routers, seen)
     # the last token of an answer is fed with the next question
     assert statistics.tokens("prefill").max() == 4 + 1 + 3
     assert statistics.tokens().max() == plain.shape[1] - 1
@@ -173,15 +173,15 @@ def stopping_criteria(subject: Subject) -> None:
     plain = by_transformers(lambda: generated(model, given))
     assert not plain[0, columns + 2 :].any()
 
-    def running(site: RouterSite, number: int) -> Tensor | None:
-        return torch.tensor([[number < 2], [True]]) if number else of_prompts()(site, 0)
+    def running(router: RouterInfo, number: int) -> Tensor | None:
+        return torch.tensor([[number < 2], [True]]) if number else of_prompts()(router, 0)
 
     with (
         mr.attach(model) as routed,
-        watching(routed.sites) as seen,
+        watching(routed.routers) as seen,
         routed.record(sequences=True) as recorder,
         recorder.labels(["x", "y"], items=[0, 0]),
     ):
         same_outputs(generated(model, given), plain)
-    assert_counted(recorder.statistics(), routed.sites, seen, running)
+    assert_counted(recorder.statistics(), routed.routers, seen, running)
     assert recorder.statistics().tokens("decode").max(1).tolist() == [1, 3]

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tiny_models import tokens
+from harness.tiny_models import tokens
 from torch import Tensor
 
 import moe_route as mr
-from moe_route.patching import RouterSite
+from moe_route.routers import RouterInfo
 from paths.calls import padding
 from paths.oracle import (
     Runs,
@@ -18,13 +18,13 @@ from paths.oracle import (
     assert_counted,
     assert_forbidden,
     assert_phases,
-    favourites,
+    favorites,
     first_run,
     same_outputs,
     watching,
 )
 from paths.registry import path
-from paths.subject import NotApplicable, Subject, by_transformers, run
+from paths.subject import NotApplicableError, Subject, by_transformers, run
 
 PROMPTS = (3, 5)
 NEW = 4
@@ -41,10 +41,10 @@ def of_prompts(ways: int = 1) -> Valid:
     """All tokens but the padding of the prompts; a decoder beside an encoder is given no prompt."""
     mask = padding("left", PROMPTS).bool()
 
-    def valid(site: RouterSite, number: int) -> Tensor | None:
-        if number or site.part == "decoder":
+    def valid(router: RouterInfo, number: int) -> Tensor | None:
+        if number or router.part == "decoder":
             return None
-        return mask if site.part == "encoder" else mask.repeat_interleave(ways, 0)
+        return mask if router.part == "encoder" else mask.repeat_interleave(ways, 0)
 
     return valid
 
@@ -60,41 +60,41 @@ def generated(model: Any, given: dict[str, Any]) -> Tensor:
 def prefill_of(subject: Subject) -> Runs:
     """The first run of each router; where blocks are denoised, all runs of the encoder, which reads them when they are
     settled."""
-    return (lambda site, number: site.part == "encoder") if subject.denoises else first_run
+    return (lambda router, number: router.part == "encoder") if subject.denoises else first_run
 
 
 def check_generation(subject: Subject, given: dict[str, Any], ways: int = 1, valid: Valid | None = None) -> None:
     """The same text as unattached; prefill and decode counted apart, for the sequence that they belong to."""
     subject.needs_generate()
     if subject.denoises and ways > 1:
-        raise NotApplicable("blocks are denoised, one text a prompt")
+        raise NotApplicableError("blocks are denoised, one text a prompt")
     model, valid = subject.model, valid or of_prompts(ways)
     plain = by_transformers(lambda: generated(model, given))
     with mr.attach(model) as routed:
         with (
-            watching(routed.sites) as seen,
+            watching(routed.routers) as seen,
             routed.record(sequences=True) as recorder,
             recorder.labels(["x", "y"], items=[0, 0]),
         ):
             same_outputs(generated(model, given), plain)
         statistics = recorder.statistics()
-        assert_phases(statistics, routed.sites, seen, valid, prefill_of(subject))
-        check_groups(statistics, routed.sites, seen, valid, ways)
+        assert_phases(statistics, routed.routers, seen, valid, prefill_of(subject))
+        check_groups(statistics, routed.routers, seen, valid, ways)
         assert statistics.sequences().tolist() == [1, 1]
 
 
-def check_groups(statistics: mr.RoutingStatistics, sites: Any, seen: Any, valid: Valid, ways: int) -> None:
+def check_groups(statistics: mr.RoutingStatistics, routers: Any, seen: Any, valid: Valid, ways: int) -> None:
     """The first rows of the batch belong to the first sequence, the others to the second."""
     for row, group in enumerate("xy"):
 
-        def of_group(site: RouterSite, number: int, row: int = row) -> Tensor:
-            rows, repeats = len(seen[site.layer][number][0]), 1 if site.part == "encoder" else ways
+        def of_group(router: RouterInfo, number: int, row: int = row) -> Tensor:
+            rows, repeats = len(seen[router.layer][number][0]), 1 if router.part == "encoder" else ways
             mine = torch.arange(2 * repeats)[:, None] // repeats == row
-            keep = valid(site, number)
+            keep = valid(router, number)
             mine = mine.expand(-1, rows // (2 * repeats))
             return mine if keep is None else mine & keep
 
-        assert_counted(statistics.select(groups=[group]), sites, seen, of_group)
+        assert_counted(statistics.select(groups=[group]), routers, seen, of_group)
 
 
 @path(
@@ -104,23 +104,23 @@ def dynamic_cache(subject: Subject) -> None:
     check_generation(subject, GREEDY)
     model, prefill = subject.model, prefill_of(subject)
 
-    def decode(site: RouterSite, number: int) -> bool:
-        return not prefill(site, number)
+    def decode(router: RouterInfo, number: int) -> bool:
+        return not prefill(router, number)
 
     with mr.attach(model) as routed:
-        with watching(routed.sites) as seen:
+        with watching(routed.routers) as seen:
             generated(model, GREEDY)
-        experts = favourites(routed.sites, seen)
+        experts = favorites(routed.routers, seen)
         if not experts:
             return
         plan = mr.Plan.forbid(experts).only(phase="decode")
-        with watching(routed.sites) as steered, routed.record() as recorder, routed.steer(plan):
+        with watching(routed.routers) as steered, routed.record() as recorder, routed.steer(plan):
             generated(model, GREEDY)
-        assert_phases(recorder.statistics(), routed.sites, steered, of_prompts(), prefill)
-        assert_forbidden(routed.sites, steered, experts, of_prompts(), decode)
+        assert_phases(recorder.statistics(), routed.routers, steered, of_prompts(), prefill)
+        assert_forbidden(routed.routers, steered, experts, of_prompts(), decode)
         assert not recorder.statistics().scalar("steered", "prefill").any()
-        for site, before, after in zip(routed.sites, seen, steered, strict=True):
-            if before and prefill(site, 0):  # which is not steered
+        for router, before, after in zip(routed.routers, seen, steered, strict=True):
+            if before and prefill(router, 0):  # which is not steered
                 same_outputs(before[0][0], after[0][0])
 
 
@@ -143,7 +143,7 @@ def returned_sequences(subject: Subject) -> None:
 def chunked_prefill(subject: Subject) -> None:
     subject.needs_text()
     if subject.encodes:
-        raise NotApplicable("an encoder reads its text in one call")
+        raise NotApplicableError("an encoder reads its text in one call")
     model, given = subject.fresh(), prompts()  # fresh: positions of an earlier text stay with some models
     subject.needs("attention_mask")
 
@@ -158,14 +158,14 @@ def chunked_prefill(subject: Subject) -> None:
     mask = given["attention_mask"].bool()
     with (
         mr.attach(model) as routed,
-        watching(routed.sites) as seen,
+        watching(routed.routers) as seen,
         routed.record(sequences=True) as recorder,
         recorder.labels(["x", "y"], items=[0, 0]),
     ):
         same_outputs(chunked(), plain)
     statistics = recorder.statistics()
     parts = (mask[:, :3], mask[:, 3:])
-    assert_counted(statistics, routed.sites, seen, lambda site, number: parts[number])
+    assert_counted(statistics, routed.routers, seen, lambda router, number: parts[number])
     assert not statistics.tokens("decode").any()
     assert statistics.sequences().tolist() == [1, 1]
 
@@ -228,27 +228,27 @@ def check_ended_blocks(subject: Subject) -> None:
 def without_cache(subject: Subject) -> None:
     subject.needs_generate()
     if subject.denoises:
-        raise NotApplicable("blocks are denoised beside a cache")
+        raise NotApplicableError("blocks are denoised beside a cache")
     model, given = subject.model, GREEDY | {"use_cache": False}
     plain = by_transformers(lambda: generated(model, given))
 
-    def new(site: RouterSite, number: int) -> Tensor | None:
+    def new(router: RouterInfo, number: int) -> Tensor | None:
         if not number:
-            return of_prompts()(site, 0)
-        if site.part == "encoder":
+            return of_prompts()(router, 0)
+        if router.part == "encoder":
             return None
-        keep = torch.zeros(2, len(seen[site.layer][number][0]) // 2, dtype=torch.bool)
+        keep = torch.zeros(2, len(seen[router.layer][number][0]) // 2, dtype=torch.bool)
         keep[:, -1] = True
         return keep
 
     with (
         mr.attach(model) as routed,
-        watching(routed.sites) as seen,
+        watching(routed.routers) as seen,
         routed.record(sequences=True) as recorder,
         recorder.labels(["x", "y"], items=[0, 0]),
     ):
         same_outputs(generated(model, given), plain)
-    assert_phases(recorder.statistics(), routed.sites, seen, new)
+    assert_phases(recorder.statistics(), routed.routers, seen, new)
     assert recorder.statistics().sequences().tolist() == [1, 1]
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import moe_route as mr
-from moe_route.patching import AlreadyAttached
+from moe_route.patching import AlreadyAttachedError
 from paths.oracle import assert_counted, everything, same_outputs, watching
 from paths.registry import path
-from paths.subject import RefusedByName, Subject, by_transformers, first_sentence, refusal, run
+from paths.subject import RefusedByNameError, Subject, by_transformers, first_sentence, refusal, run
 
 
 @path("Objects", "side by side", "two attached models in one process, each with its own counts", cost="alike")
@@ -22,13 +22,13 @@ def side_by_side(subject: Subject) -> None:
     models = [subject.model, subject.fresh(seed=1)]
     given = subject.inputs(models[0])
     with mr.attach(models[0]) as one, mr.attach(models[1]) as other:
-        watched = watching(one.sites), one.record(), watching(other.sites), other.record()
+        watched = watching(one.routers), one.record(), watching(other.routers), other.record()
         with watched[0] as first, watched[1] as recorder, watched[2] as second, watched[3] as beside:
             run(models[0], given)
             run(models[1], given)
             run(models[1], given)
-    assert_counted(recorder.statistics(), one.sites, first, everything)
-    assert_counted(beside.statistics(), other.sites, second, everything)
+    assert_counted(recorder.statistics(), one.routers, first, everything)
+    assert_counted(beside.statistics(), other.routers, second, everything)
     assert (beside.statistics().tokens() == 2 * recorder.statistics().tokens()).all()
 
 
@@ -44,9 +44,9 @@ def deep_copy(subject: Subject) -> None:
     with mr.attach(model, engine="fused") as routed, routed.record() as recorder:
         other = by_transformers(lambda: copy.deepcopy(model))
         same_outputs(run(other, given), plain)
-        with mr.attach(other) as beside, watching(beside.sites) as seen, beside.record() as second:
+        with mr.attach(other) as beside, watching(beside.routers) as seen, beside.record() as second:
             run(other, given)
-        assert_counted(second.statistics(), beside.sites, seen, everything)
+        assert_counted(second.statistics(), beside.routers, seen, everything)
         assert [type(m) for m in other.modules()] == [type(m) for m in subject.model.modules()]
     with pytest.raises(RuntimeError, match="nothing was recorded"):  # the calls of the copy are not the original's
         recorder.statistics()
@@ -79,19 +79,19 @@ def second_thread(subject: Subject) -> None:
         thread.join()
 
     with mr.attach(model) as routed:
-        with watching(routed.sites) as seen, routed.record() as recorder:
-            stop: Any = routed.sites[0].module.register_forward_pre_hook(elsewhere)
+        with watching(routed.routers) as seen, routed.record() as recorder:
+            stop: Any = routed.routers[0].module.register_forward_pre_hook(elsewhere)
             try:
                 run(model, given)
             finally:
                 stop.remove()
         assert len(failures) == 1, "nothing was refused"
         assert "thread" in str(failures[0])
-        assert_counted(recorder.statistics(), routed.sites, seen, everything)
-    raise RefusedByName(first_sentence(failures[0]))
+        assert_counted(recorder.statistics(), routed.routers, seen, everything)
+    raise RefusedByNameError(first_sentence(failures[0]))
 
 
 @path("Objects", "attached twice", "a second attachment to the same model", cost="alike")
 def attached_twice(subject: Subject) -> None:
-    with mr.attach(subject.model), refusal(AlreadyAttached, naming="detach()"):
+    with mr.attach(subject.model), refusal(AlreadyAttachedError, naming="detach()"):
         mr.attach(subject.model)

@@ -5,21 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from harness.whole_models import CANVAS, IMAGE, PATCHES, WHOLE, picture_inputs
 from torch import Tensor
-from whole_models import CANVAS, IMAGE, PATCHES, WHOLE, picture_inputs
 
 import moe_route as mr
-from moe_route.patching import RouterSite
+from moe_route.routers import RouterInfo
 from paths.calls import check_call
 from paths.generation import GREEDY, check_generation
-from paths.oracle import Valid, assert_counted, assert_forbidden, favourites, same_outputs, watching
+from paths.oracle import Valid, assert_counted, assert_forbidden, favorites, same_outputs, watching
 from paths.registry import path
-from paths.subject import NotApplicable, Subject, by_transformers, run
+from paths.subject import NotApplicableError, Subject, by_transformers, run
 
 
 def with_pictures(subject: Subject) -> dict[str, Any]:
     if subject.name not in WHOLE:
-        raise NotApplicable("the model takes text alone")
+        raise NotApplicableError("the model takes text alone")
     return picture_inputs(subject.name, subject.model)
 
 
@@ -28,15 +28,15 @@ def of_tokens(given: dict[str, Any], tokens: Tensor) -> Valid:
     the text, as many as there are, like the last of them."""
     image = given["input_ids"] == IMAGE
 
-    def valid(site: RouterSite, number: int) -> Tensor | None:
-        if site.part == "decoder":
+    def valid(router: RouterInfo, number: int) -> Tensor | None:
+        if router.part == "decoder":
             return tokens[:, -1:].expand(-1, CANVAS)
         if number:
             return None
-        if site.adapter.patches:
+        if router.adapter.patches:
             return tokens[image].repeat_interleave(PATCHES).view(len(tokens), -1)
-        if site.part in ("text", "vision"):  # of one modality
-            return tokens[image if site.part == "vision" else ~image].view(len(tokens), -1)
+        if router.part in ("text", "vision"):  # of one modality
+            return tokens[image if router.part == "vision" else ~image].view(len(tokens), -1)
         return tokens
 
     return valid
@@ -57,15 +57,15 @@ def told_apart(subject: Subject) -> None:
     labels = [["picture" if is_image else "text" for is_image in row] for row in image.tolist()]
     plain = by_transformers(lambda: run(model, given))
     with mr.attach(model) as routed:
-        with watching(routed.sites) as seen, routed.record() as recorder, recorder.labels(labels):
+        with watching(routed.routers) as seen, routed.record() as recorder, recorder.labels(labels):
             same_outputs(run(model, given), plain)
         statistics = recorder.statistics()
         for group, tokens in (("picture", image), ("text", real & ~image)):
-            assert_counted(statistics.select(groups=[group]), routed.sites, seen, of_tokens(given, tokens))
-        experts = favourites(routed.sites, seen)
+            assert_counted(statistics.select(groups=[group]), routed.routers, seen, of_tokens(given, tokens))
+        experts = favorites(routed.routers, seen)
         plan = mr.Plan.forbid(experts).only(groups=["picture"])
         with (
-            watching(routed.sites) as steered,
+            watching(routed.routers) as steered,
             routed.record() as recorder,
             recorder.labels(labels),
             routed.steer(plan),
@@ -73,8 +73,8 @@ def told_apart(subject: Subject) -> None:
             changed = run(model, given)
         assert not torch.equal(changed, plain)
         statistics = recorder.statistics()
-        assert_counted(statistics, routed.sites, steered, of_tokens(given, real))
-        assert_forbidden(routed.sites, steered, experts, of_tokens(given, image))
+        assert_counted(statistics, routed.routers, steered, of_tokens(given, real))
+        assert_forbidden(routed.routers, steered, experts, of_tokens(given, image))
         assert not statistics.select(groups=["text"]).scalar("steered").any()
 
 

@@ -11,7 +11,7 @@ import torch
 import moe_route as mr
 from paths.oracle import assert_recorded_and_steered
 from paths.registry import path
-from paths.subject import NotApplicable, Subject, by_transformers, run
+from paths.subject import NotApplicableError, Subject, by_transformers, run
 
 CPU = torch.device("cpu")
 
@@ -56,7 +56,7 @@ def check(subject: Subject, place: Callable[[Any], None], first: str) -> None:
 
     plain = by_transformers(placed)
     if not torch.allclose(plain, run(reference, given), rtol=1e-3, atol=1e-4):
-        raise NotApplicable("transformers computes something else when its weights are offloaded")
+        raise NotApplicableError("transformers computes something else when its weights are offloaded")
     model = subject.fresh()
     if first == "place":
         place(model)

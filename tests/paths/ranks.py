@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from harness.whole_models import ROWS
 from torch import Tensor, distributed
-from whole_models import ROWS
 
 import moe_route as mr
-from moe_route.recording import MergeError, sum_over_ranks
-from paths.oracle import assert_counted, assert_forbidden, everything, favourites, watching
+from moe_route.recording import MergeError, all_reduce
+from paths.oracle import assert_counted, assert_forbidden, everything, favorites, watching
 from paths.registry import FAMILIES, QUICK, path
-from paths.subject import NotApplicable, Subject, by_transformers, first_sentence, run
+from paths.subject import NotApplicableError, Subject, by_transformers, first_sentence, run
 
 RANKS = 2
 PATIENCE = timedelta(seconds=120)
@@ -41,17 +41,17 @@ def batch_of(subject: Subject, model: Any, rank: int) -> dict[str, Tensor]:
     return {name: value[2 * rank : 2 * rank + 2] for name, value in given.items()}
 
 
-def recorded(routed: mr.Routed, given: dict[str, Tensor]) -> mr.RoutingStatistics:
+def recorded(routed: mr.RoutedModel, given: dict[str, Tensor]) -> mr.RoutingStatistics:
     """One call, recorded and compared with what the experts were given on this rank; and a steered one."""
-    with watching(routed.sites) as seen, routed.record(sequences=True) as recorder:
+    with watching(routed.routers) as seen, routed.record(sequences=True) as recorder:
         run(routed.model, given)
-    assert_counted(recorder.statistics(), routed.sites, seen, everything)
-    experts = favourites(routed.sites, seen)
+    assert_counted(recorder.statistics(), routed.routers, seen, everything)
+    experts = favorites(routed.routers, seen)
     if experts:
-        with watching(routed.sites) as steered, routed.record() as again, routed.steer(mr.Plan.forbid(experts)):
+        with watching(routed.routers) as steered, routed.record() as again, routed.steer(mr.Plan.forbid(experts)):
             run(routed.model, given)
-        assert_counted(again.statistics(), routed.sites, steered, everything)
-        assert_forbidden(routed.sites, steered, experts, everything)
+        assert_counted(again.statistics(), routed.routers, steered, everything)
+        assert_forbidden(routed.routers, steered, experts, everything)
     return recorder.statistics()
 
 
@@ -68,7 +68,7 @@ def fully_sharded(subject: Subject, rank: int, folder: File) -> None:
 
     whole = subject.model
     if "input_ids" not in subject.inputs(whole):
-        raise NotApplicable("the model takes no token ids")
+        raise NotApplicableError("the model takes no token ids")
     given = batch_of(subject, whole, rank)
     plain = by_transformers(lambda: run(sharded(), given))
     expected = np.zeros(())
@@ -80,7 +80,7 @@ def fully_sharded(subject: Subject, rank: int, folder: File) -> None:
     with mr.attach(model) as routed:
         mine = recorded(routed, given)
         assert torch.equal(run(model, given), plain)
-    total = sum_over_ranks(mine)
+    total = all_reduce(mine)
     np.testing.assert_array_equal(total.token_sum("counts"), expected.token_sum("counts"))
     assert total.metadata["fingerprint"] == expected.metadata["fingerprint"]
     assert total.sequences().tolist() == [2 * RANKS]
@@ -95,7 +95,7 @@ def parallel(subject: Subject, folder: File, **sizes: int) -> None:
     whole = subject.model
     plan = getattr(whole, "_ep_plan" if "ep_size" in sizes else "_tp_plan", None)
     if not plan:
-        raise NotApplicable("transformers has no plan for it")
+        raise NotApplicableError("transformers has no plan for it")
     place = folder / subject.name
     if distributed.get_rank() == 0 and not place.exists():
         whole.save_pretrained(place)
@@ -112,9 +112,9 @@ def parallel(subject: Subject, folder: File, **sizes: int) -> None:
         mine = recorded(routed, given)
         torch.testing.assert_close(run(model, given), plain)
     alone = [distributed.new_group([each]) for each in range(RANKS)][distributed.get_rank()]
-    assert sum_over_ranks(mine, alone) == mine
+    assert all_reduce(mine, alone) == mine
     with pytest.raises(MergeError, match="same tokens"):
-        sum_over_ranks(mine)
+        all_reduce(mine)
 
 
 MODES: dict[str, Callable[[Subject, int, File], None]] = {
@@ -141,7 +141,7 @@ def one_rank(rank: int, names: Sequence[str], folder: str) -> None:
             try:
                 walk(subject, rank, File(folder))
                 found[f"{name}, {mode}"] = ("passed", "")
-            except NotApplicable as reason:
+            except NotApplicableError as reason:
                 found[f"{name}, {mode}"] = ("none", str(reason))
             except Exception as error:  # told to the test, which fails
                 found[f"{name}, {mode}"] = ("failed", f"{first_sentence(error)}\n{traceback.format_exc()}")
@@ -173,18 +173,18 @@ def tier_of(name: str) -> tuple[str, ...]:
 
 def check(subject: Subject, mode: str) -> None:
     if sys.platform == "win32":
-        raise NotApplicable("transformers distributes on Linux")
+        raise NotApplicableError("transformers distributes on Linux")
     for rank, found in enumerate(walked(tier_of(subject.name))):
         kind, reason = found[f"{subject.name}, {mode}"]
         if kind == "none":
-            raise NotApplicable(reason)
+            raise NotApplicableError(reason)
         assert kind == "passed", f"rank {rank}: {reason}"
 
 
 @path(
     "Ranks",
     "FSDP",
-    "torch's fully_shard over two gloo ranks: `sum_over_ranks` is the count of one process",
+    "torch's fully_shard over two gloo ranks: `all_reduce` is the count of one process",
     cost="costly",
 )
 def fsdp(subject: Subject) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module, util
 from typing import Literal
 
-from paths.subject import PASSED, NotApplicable, Outcome, RefusedByName, Subject
+from paths.subject import PASSED, NotApplicableError, Outcome, RefusedByNameError, Subject
 
 # What costly paths are run on: in every test run, with the slow tests (one of each routing family and form of router
 # output), and else in the matrix only.
@@ -43,7 +43,7 @@ _MODULES = (
     "objects",
     "compiled",
     "wrapped",
-    "quantised",
+    "quantized",
     "ranks",
 )
 SECTIONS = tuple(module.capitalize() for module in _MODULES)
@@ -69,9 +69,9 @@ class Path:
         """Walk it. A failure is raised as it is."""
         try:
             self.check(subject)
-        except NotApplicable as reason:
+        except NotApplicableError as reason:
             return Outcome("none", str(reason))
-        except RefusedByName as reason:
+        except RefusedByNameError as reason:
             return Outcome("refused", str(reason))
         return PASSED
 

@@ -12,9 +12,9 @@ from typing import Any, Literal, TypeVar
 
 import pytest
 import torch
-from tiny_models import inputs, tiny_model
+from harness.tiny_models import inputs, tiny_model
+from harness.whole_models import WHOLE, text_inputs, whole_model
 from torch import Tensor, nn
-from whole_models import WHOLE, text_inputs, whole_model
 
 T = TypeVar("T")
 
@@ -30,11 +30,11 @@ class Outcome:
 PASSED = Outcome("passed")
 
 
-class NotApplicable(Exception):  # noqa: N818 (a state)
+class NotApplicableError(Exception):
     """There is no such path for this architecture, or transformers itself fails on it."""
 
 
-class RefusedByName(Exception):  # noqa: N818 (a state)
+class RefusedByNameError(Exception):
     """The library refused, with an error that names what and why."""
 
 
@@ -52,10 +52,10 @@ def by_transformers(call: Callable[[], T]) -> T:
     """What `call` gives without moe-route in it. Where that fails, there is nothing to attach to."""
     try:
         return call()
-    except NotApplicable:
+    except NotApplicableError:
         raise
     except Exception as error:
-        raise NotApplicable(
+        raise NotApplicableError(
             f"fails unattached, {type(error).__name__}: {first_sentence(error)}".rstrip(": ")
         ) from error
 
@@ -65,7 +65,7 @@ def refusal(*kinds: type[BaseException], naming: str) -> Any:
     """The body must be refused with an error of one of `kinds` that contains `naming`; that is the path's end."""
     with pytest.raises(kinds, match=re.escape(naming)) as found:
         yield
-    raise RefusedByName(first_sentence(found.value)) from found.value
+    raise RefusedByNameError(first_sentence(found.value)) from found.value
 
 
 class Subject:
@@ -109,18 +109,18 @@ class Subject:
         return argument in inspect.signature(type(self.model).forward).parameters
 
     def needs(self, *arguments: str) -> None:
-        """Raise `NotApplicable` unless the model takes every one of `arguments`."""
+        """Raise `NotApplicableError` unless the model takes every one of `arguments`."""
         for argument in arguments:
             if not self.takes(argument):
-                raise NotApplicable(f"the model takes no {argument}")
+                raise NotApplicableError(f"the model takes no {argument}")
 
     def needs_text(self) -> None:
         if "input_ids" not in self.inputs(self.model):
-            raise NotApplicable("the model takes no token ids")
+            raise NotApplicableError("the model takes no token ids")
 
     def needs_generate(self) -> None:
         if not (hasattr(self.model, "can_generate") and self.model.can_generate()):
-            raise NotApplicable("a part of other models, without generate")
+            raise NotApplicableError("a part of other models, without generate")
         self.needs_text()
 
 

@@ -14,8 +14,8 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from support import TABLE, Cells, read_table
-from whole_models import ROWS
+from harness.whole_models import ROWS
+from support_table import TABLE, Cells, read_table
 
 from paths.registry import FAMILIES, QUICK, Path, all_paths
 from paths.subject import Subject
@@ -52,7 +52,7 @@ def _cases() -> list[object]:
 @pytest.mark.parametrize(("name", "path"), _cases())
 def test_path(name: str, path: Path) -> None:
     found = path.outcome(subject_of(name))
-    assert found == committed()[name, path.name], "if so, write it: python tests/support.py"
+    assert found == committed()[name, path.name], "if so, write it: python tests/support_table.py"
 
 
 def test_every_cell_is_filled_and_nothing_is_refused_that_need_not_be() -> None:

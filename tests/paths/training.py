@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 import moe_route as mr
+from moe_route.calls import Labels
 from moe_route.ops import SteeringTables
-from moe_route.patching import Attachment, Labels
+from moe_route.patching import Attachment
 from paths.oracle import assert_counted, everything, watching
 from paths.registry import path
-from paths.subject import NotApplicable, Subject, by_transformers
+from paths.subject import NotApplicableError, Subject, by_transformers
 
 
 def gradients(model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -32,7 +33,7 @@ def training(subject: Subject) -> None:
 def checkpointing(subject: Subject) -> None:
     model = subject.fresh().train()
     if not getattr(model, "supports_gradient_checkpointing", False):
-        raise NotApplicable("the model has no gradient checkpointing")
+        raise NotApplicableError("the model has no gradient checkpointing")
     by_transformers(lambda: model.gradient_checkpointing_enable({"use_reentrant": False}))
     model.config.use_cache = False
     check_step(subject, model)
@@ -42,10 +43,10 @@ def check_step(subject: Subject, model: Any) -> None:
     given = subject.inputs(model)
     plain = by_transformers(lambda: gradients(model, given))
     with mr.attach(model) as routed:
-        with watching(routed.sites) as seen, routed.record() as recorder:
+        with watching(routed.routers) as seen, routed.record() as recorder:
             now = gradients(model, given)
         # a recomputed layer shows its router's choice once more
-        assert_counted(recorder.statistics(), routed.sites, [runs[:1] for runs in seen], everything)
+        assert_counted(recorder.statistics(), routed.routers, [runs[:1] for runs in seen], everything)
     assert now.keys() == plain.keys()
     for name, gradient in plain.items():
         assert torch.equal(now[name], gradient) or bool(gradient.isnan().any()), name
@@ -59,17 +60,17 @@ def trained_table(subject: Subject) -> None:
     attachment = Attachment(model)
     torch.manual_seed(2)  # with others, hardly a token of a sparsemixer has a second expert in reach
     tables = {
-        site.layer: (torch.randn(1, site.num_experts) * 0.1).requires_grad_()
-        for site in attachment.sites
-        if site.steerable
+        router.layer: (torch.randn(1, router.num_experts) * 0.1).requires_grad_()
+        for router in attachment.routers
+        if router.steerable
     }
     if not tables:
-        raise NotApplicable(f"the model's choice cannot be changed ({attachment.sites[0].family.unsteerable})")
+        raise NotApplicableError(f"the model's choice cannot be changed ({attachment.routers[0].family.unsteerable})")
     attachment.label = lambda call: Labels(steering_row=0)
     attachment.set_steering(
         [
-            SteeringTables(1, site.num_experts, bias=tables[site.layer]) if site.layer in tables else None
-            for site in attachment.sites
+            SteeringTables(1, router.num_experts, bias=tables[router.layer]) if router.layer in tables else None
+            for router in attachment.routers
         ]
     )
     gradients(model, given)

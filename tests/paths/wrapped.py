@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import moe_route as mr
-from moe_route.patching import RouterSite, find_sites
+from moe_route.routers import RouterInfo, find_routers
 from paths.oracle import assert_recorded_and_steered
 from paths.registry import path
-from paths.subject import NotApplicable, Subject, by_transformers, run
+from paths.subject import NotApplicableError, Subject, by_transformers, run
 
 
 def wrap(model: Any, **options: Any) -> Any:
@@ -40,25 +40,25 @@ def check(subject: Subject, options: Callable[[Any], dict[str, Any]]) -> None:
     inner = subject.fresh()
     with mr.attach(inner) as routed:
         outer = wrap(inner, **chosen)
-        if "modules_to_save" in chosen or hasattr(getattr(routed.sites[0].module, "router_gate", None), "base_layer"):
+        if "modules_to_save" in chosen or hasattr(getattr(routed.routers[0].module, "router_gate", None), "base_layer"):
             check_gate_elsewhere(routed, outer, given)
         else:
             assert_recorded_and_steered(routed, outer, given, plain)
 
 
-def check_gate_elsewhere(routed: mr.Routed, model: nn.Module, given: dict[str, Tensor]) -> None:
+def check_gate_elsewhere(routed: mr.RoutedModel, model: nn.Module, given: dict[str, Tensor]) -> None:
     """PEFT runs a copy of the gate, or adds to a gate inside its block, which the attachment does not see: said."""
     with pytest.raises(RuntimeError, match="attach"), routed.record():
         run(model, given)
 
 
-def experts_of(site: RouterSite) -> tuple[str, nn.Module]:
+def experts_of(router: RouterInfo) -> tuple[str, nn.Module]:
     """Name and module of the experts of a router."""
-    name = "experts" if hasattr(site.block, "experts") else ""
-    above = site.name.rpartition(".")[0] if site.block is not site.module else site.name
+    name = "experts" if hasattr(router.block, "experts") else ""
+    above = router.name.rpartition(".")[0] if router.block is not router.module else router.name
     if not name:
-        raise NotApplicable("the experts are no module of their own")
-    return f"{above}.{name}", site.block.experts
+        raise NotApplicableError("the experts are no module of their own")
+    return f"{above}.{name}", router.block.experts
 
 
 @path(
@@ -71,11 +71,11 @@ def experts_of(site: RouterSite) -> tuple[str, nn.Module]:
 def lora_on_experts(subject: Subject) -> None:
     def options(model: Any) -> dict[str, Any]:
         found: set[str] = set()
-        for site in find_sites(model):
-            name, experts = experts_of(site)
+        for router in find_routers(model):
+            name, experts = experts_of(router)
             found |= {f"{name}.{p}" for p, tensor in experts.named_parameters(recurse=False) if tensor.dim() == 3}
         if not found:
-            raise NotApplicable("the experts are no 3-D tensors")
+            raise NotApplicableError("the experts are no 3-D tensors")
         return {"target_modules": [], "target_parameters": sorted(found)}
 
     check(subject, options)
@@ -91,13 +91,13 @@ def lora_on_experts(subject: Subject) -> None:
 def lora_on_gate(subject: Subject) -> None:
     def options(model: Any) -> dict[str, Any]:
         found = [
-            f"{site.name}.{name}"
-            for site in find_sites(model)
-            for name, tensor in site.module.named_parameters(recurse=False)
+            f"{router.name}.{name}"
+            for router in find_routers(model)
+            for name, tensor in router.module.named_parameters(recurse=False)
             if tensor.dim() == 2
         ]
         if not found:
-            raise NotApplicable("the gate is a module of its own (LoRA on modules)")
+            raise NotApplicableError("the gate is a module of its own (LoRA on modules)")
         return {"target_modules": [], "target_parameters": found}
 
     check(subject, options)
@@ -123,9 +123,9 @@ def lora_on_modules(subject: Subject) -> None:
 )
 def modules_to_save(subject: Subject) -> None:
     def options(model: Any) -> dict[str, Any]:
-        sites = find_sites(model)
-        inside = {module for site in sites for module in site.module.modules()} | {model.get_output_embeddings()}
+        routers = find_routers(model)
+        inside = {module for router in routers for module in router.module.modules()} | {model.get_output_embeddings()}
         outside = [n for n, module in model.named_modules() if type(module) is nn.Linear and module not in inside]
-        return {"target_modules": outside, "modules_to_save": sorted({site.name for site in sites})}
+        return {"target_modules": outside, "modules_to_save": sorted({router.name for router in routers})}
 
     check(subject, options)

@@ -1,0 +1,106 @@
+"""`moe-route analyze`: statistics files to numbers; task experts to a plan."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from moe_route.cli.answer import Answer
+from moe_route.cli.inputs import command, layers, merged_statistics
+
+KINDS = ("activate", "deactivate", "force-on", "force-off", "forbid")
+
+
+def add(verbs: Any) -> None:
+    verb = verbs.add_parser(
+        "analyze", help="turn statistics into numbers and plans", description="Turn statistics into numbers."
+    )
+    questions = verb.add_subparsers(title="questions", metavar="QUESTION", required=True)
+    parser = command(questions, "divergence", divergence, "how far each group's routing is from a reference, by layer")
+    _files(parser)
+    parser.add_argument(
+        "--reference", default="eng_Latn", metavar="GROUP", help="group to compare with (default: eng_Latn)"
+    )
+    parser.add_argument("--measure", default="normalized_jsd", choices=("normalized_jsd", "jsd", "cosine", "jaccard"))
+    parser.add_argument("--pairing", default="auto", choices=("auto", "paired", "pooled"))
+    parser.add_argument("--phase", choices=("prefill", "decode"), help="tokens of this phase only")
+
+    parser = command(questions, "entropy", entropy, "how spread the routing is, by group and layer")
+    _files(parser)
+    parser.add_argument("--phase", choices=("prefill", "decode"), help="tokens of this phase only")
+
+    parser = command(questions, "experts", experts, "experts that a task uses more than a baseline does")
+    parser.add_argument("--task", type=Path, nargs="+", required=True, metavar="FILE", help="statistics of task texts")
+    parser.add_argument(
+        "--baseline", type=Path, nargs="+", required=True, metavar="FILE", help="statistics of general texts"
+    )
+    parser.add_argument("--group", metavar="GROUP", help="compare this group alone, such as eng_Latn")
+    parser.add_argument(
+        "--threshold", type=float, default=0.3, metavar="X", help="difference of frequency (default: 0.3)"
+    )
+    parser.add_argument("--layers", type=layers, metavar="A-B", help="MoE layers to look at, counted from 0")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write a plan for these experts")
+    parser.add_argument(
+        "--kind", default="activate", choices=KINDS, help="what the plan does to them (default: activate)"
+    )
+    parser.add_argument(
+        "--strength", type=float, default=0.5, metavar="X", help="in standard deviations of the logits (default: 0.5)"
+    )
+
+
+def _files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="statistics; several are added up")
+
+
+def divergence(options: argparse.Namespace) -> Answer:
+    from moe_route import analysis
+
+    found = analysis.divergence(
+        merged_statistics(options.files),
+        options.reference,
+        pairing=options.pairing,
+        measure=options.measure,
+        phase=options.phase,
+    )
+    return Answer(found.to_dict(), repr(found))
+
+
+def entropy(options: argparse.Namespace) -> Answer:
+    from moe_route import analysis
+
+    found = analysis.entropy(merged_statistics(options.files), phase=options.phase)
+    return Answer(found.to_dict(), repr(found))
+
+
+def experts(options: argparse.Namespace) -> Answer:
+    from moe_route import analysis
+
+    task = merged_statistics(options.task)
+    selection = analysis.task_experts(
+        task,
+        merged_statistics(options.baseline),
+        threshold=options.threshold,
+        group=options.group,
+        layers=options.layers,
+    )
+    data, text = selection.to_dict(), repr(selection)
+    if options.out is not None:
+        plan = _plan(options.kind, selection, options.strength)
+        model = task.metadata.get("model") or {}
+        plan = plan.for_model(config_hash=model.get("config_hash"), num_experts=task.num_experts)
+        plan.save(options.out)
+        data, text = (
+            {**data, "out": options.out, "plan": plan.hash},
+            f"{text}\n{plan.describe()}\nwritten to {options.out}",
+        )
+    return Answer(data, text)
+
+
+def _plan(kind: str, selection: Any, strength: float) -> Any:
+    from moe_route.steering import Plan
+
+    if not selection:
+        raise ValueError("no expert passes the threshold, so there is no plan to write: take a smaller --threshold")
+    make = getattr(Plan, kind.replace("-", "_"))
+    return make(selection, strength=strength) if kind in ("activate", "deactivate") else make(selection)

@@ -1,0 +1,398 @@
+"""Tables that the gate reads (steering, tokens) and adds to (statistics)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from enum import IntEnum
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moe_route.devices import upload
+
+__all__ = ["FIXED_POINT", "METRICS", "SCALARS", "Force", "StatisticsTables", "SteeringTables", "token_table"]
+
+METRICS = ("counts", "probability", "weight", "weight_share", "natural_counts")
+"""Metrics of a statistics table; the place of a name is its bit of ``StatPlane`` in gate.h."""
+SCALARS = ("tokens", "slots", "empty", "unscored", "entropy", "steered", "flipped", "moved")
+"""Scalars at the head of every statistics row, in their order."""
+FIXED_POINT = 2.0**-32
+"""Unit of the metrics probability, weight, weight_share and the scalars entropy (nats) and moved."""
+
+STEERING_PLANES = ("scale", "bias", "std", "magnitude", "score_bias", "weight_scale", "force")
+ROW_PARAMETERS = ("temperature", "top_k", "std_correction", "score_bias_weighs", "weight_scale_after")
+NEUTRAL: Mapping[str, float] = MappingProxyType(
+    dict.fromkeys(STEERING_PLANES + ROW_PARAMETERS, 0.0) | {"scale": 1.0, "weight_scale": 1.0, "temperature": 1.0}
+)
+
+PackedSteering = tuple[Tensor | None, int, Tensor | None, Tensor | None]
+
+
+class Force(IntEnum):
+    """Codes of the ``force`` table. They decide the choice; the suffix says what the weight is made of.
+
+    PAPER: the logit becomes the row's natural max / min over allowed experts before scoring (arXiv 2510.04694 eq. 5).
+    STEERMOE: max + 0.01 / min - 0.01 of the row's log-softmax (arXiv 2509.09660). NATURAL: the expert's own logit.
+    FORBID: never chosen, and left out of max, min, std and the scores.
+    """
+
+    NONE = 0
+    ON_PAPER = 1
+    ON_STEERMOE = 2
+    ON_NATURAL = 3
+    OFF_PAPER = -1
+    OFF_STEERMOE = -2
+    OFF_NATURAL = -3
+    FORBID = -4
+
+
+class SteeringTables:
+    """What steering does to a router, in rows; the token table names the row of each token (-1: none).
+
+    ``z' = z * scale / temperature + bias + std * std(z) + magnitude * |z|``, with std and |z| of the raw logits over
+    allowed experts (arXiv 2510.04694 eq. 4; arXiv 2601.14050). Absent tables are neutral.
+
+    Args:
+        rows: number of steering rows.
+        num_experts: E.
+        scale, bias, std, magnitude: on the logits, float [rows, E].
+        score_bias: added on the score scale, float [rows, E].
+        weight_scale: factor on the weights of the chosen, float [rows, E].
+        force: `Force` codes [rows, E].
+        temperature: float [rows] or a number, > 0.
+        top_k: experts per token, [rows] or a number; 0 = the model's own k, more than that k counts as k.
+        std_correction: 0 population, 1 sample standard deviation, [rows] or a number.
+        score_bias_weighs: 0 = ``score_bias`` chooses only, 1 = it changes the weight too, [rows] or a number.
+        weight_scale_after: 0 = ``weight_scale`` acts before renormalization, 1 = after, [rows] or a number.
+        remap: integer [rows, E]: expert e is replaced by remap[e] after selection (-1: dropped); duplicates merge.
+        device: where the packed tables live; default: where the first table given lies, else the CPU.
+
+    Tables without gradient are copied here: later changes to them are not seen. Tables that require grad are packed
+    anew for each call, so they can be trained through ``route_weights``.
+
+    Raises:
+        ValueError: a wrong shape or a value out of its range.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        num_experts: int,
+        *,
+        scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        std: Tensor | None = None,
+        magnitude: Tensor | None = None,
+        score_bias: Tensor | None = None,
+        weight_scale: Tensor | None = None,
+        force: Tensor | None = None,
+        temperature: Tensor | float | None = None,
+        top_k: Tensor | int | None = None,
+        std_correction: Tensor | int | None = None,
+        score_bias_weighs: Tensor | int | None = None,
+        weight_scale_after: Tensor | int | None = None,
+        remap: Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if rows < 1 or num_experts < 1:
+            raise ValueError(f"SteeringTables need at least one row and one expert, got {rows} and {num_experts}")
+        planes = dict(zip(STEERING_PLANES, (scale, bias, std, magnitude, score_bias, weight_scale, force), strict=True))
+        params = dict(
+            zip(
+                ROW_PARAMETERS,
+                (temperature, top_k, std_correction, score_bias_weighs, weight_scale_after),
+                strict=True,
+            )
+        )
+        tensors = [value for value in (*planes.values(), *params.values(), remap) if isinstance(value, Tensor)]
+        self.rows, self.num_experts = rows, num_experts
+        self.device = _place(device, tensors)
+        self._planes = {name: self._plane(name, table) for name, table in planes.items() if table is not None}
+        self._params = {name: self._parameter(name, value) for name, value in params.items() if value is not None}
+        self._remap = None if remap is None else self._remap_table(remap)
+        self._check_values()
+        trained = any(table.requires_grad for table in (*self._planes.values(), *self._params.values()))
+        self._packed: PackedSteering | None = None if trained else self._pack()
+
+    @classmethod
+    def from_packed(
+        cls, tables: Tensor | None, planes: int, row_params: Tensor | None, remap: Tensor | None, num_experts: int
+    ) -> SteeringTables:
+        """The tables that pack to these, without a copy: gradients flow into what is given."""
+        made = cls.__new__(cls)
+        parts = [part for part in (tables, row_params, remap) if part is not None]
+        made.rows = parts[0].shape[0] if parts else 1
+        made.num_experts = num_experts
+        made.device = parts[0].device if parts else torch.device("cpu")
+        names = [name for bit, name in enumerate(STEERING_PLANES) if planes >> bit & 1]
+        made._planes = {} if tables is None else {name: tables[:, p] for p, name in enumerate(names)}
+        made._params = {} if row_params is None else dict(zip(ROW_PARAMETERS, row_params.unbind(1), strict=True))
+        made._remap = remap
+        made._packed = (tables, planes, row_params, remap)
+        return made
+
+    @property
+    def packed(self) -> PackedSteering:
+        """(tables float32 [rows, P, E] or None, plane bits, row_params float32 [rows, 5] or None, remap int32 or None).
+
+        Differentiable in the tables that require grad.
+        """
+        return self._pack() if self._packed is None else self._packed
+
+    @property
+    def trained(self) -> bool:
+        """Whether a table requires grad, so that they are packed anew for each call."""
+        return self._packed is None
+
+    @property
+    def tables(self) -> Mapping[str, Tensor]:
+        """The tables that were given, by name: float32 [rows, E], row parameters [rows], ``remap`` int32 [rows, E]."""
+        remap = {} if self._remap is None else {"remap": self._remap}
+        return MappingProxyType({**self._planes, **self._params, **remap})
+
+    @property
+    def is_null(self) -> bool:
+        """True if no row changes anything: every value is neutral. Reads the tables (synchronizes with a device)."""
+        for name, table in (*self._planes.items(), *self._params.items()):
+            if name in ("std_correction", "score_bias_weighs", "weight_scale_after"):
+                continue  # they only say how another table acts
+            if not bool((table == NEUTRAL[name]).all()):
+                return False
+        if self._remap is None:
+            return True
+        return bool((self._remap == torch.arange(self.num_experts, device=self.device)).all())
+
+    def to(self, device: torch.device | str) -> SteeringTables:
+        """The same tables on another device; the host does not wait for it, unless they are trained."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        if self._packed is None:
+            planes = {name: table.to(device) for name, table in self._planes.items()}
+            params = {name: table.to(device) for name, table in self._params.items()}
+            remap = None if self._remap is None else self._remap.to(device)
+            return SteeringTables(self.rows, self.num_experts, **planes, **params, remap=remap, device=device)
+        tables, bits, row_params, targets = self._packed
+        there = [None if part is None else upload(part, device) for part in (tables, row_params, targets)]
+        moved = SteeringTables.from_packed(there[0], bits, there[1], there[2], self.num_experts)
+        moved.rows = self.rows
+        return moved
+
+    def __repr__(self) -> str:
+        names = ", ".join(self.tables) or "nothing"
+        return f"SteeringTables({self.rows} rows, {self.num_experts} experts: {names})"
+
+    def _plane(self, name: str, table: Tensor) -> Tensor:
+        self._check_shape(name, table, (self.rows, self.num_experts))
+        return self._kept(table)
+
+    def _parameter(self, name: str, value: Tensor | float) -> Tensor:
+        if not isinstance(value, Tensor):
+            return torch.full((self.rows,), float(value), device=self.device)
+        if value.dim() == 0:
+            value = value.expand(self.rows)
+        self._check_shape(name, value, (self.rows,))
+        return self._kept(value)
+
+    def _kept(self, table: Tensor) -> Tensor:
+        """float32 on the device: a copy, or, where it is trained, the table itself."""
+        return table.to(device=self.device, dtype=torch.float32, copy=not table.requires_grad)
+
+    def _remap_table(self, remap: Tensor) -> Tensor:
+        self._check_shape("remap", remap, (self.rows, self.num_experts))
+        if remap.is_floating_point():
+            raise ValueError(f"steering table remap must be integer, got {remap.dtype}")
+        return remap.to(device=self.device, dtype=torch.int32, copy=True).contiguous()
+
+    @staticmethod
+    def _check_shape(name: str, table: Tensor, shape: tuple[int, ...]) -> None:
+        if tuple(table.shape) != shape:
+            raise ValueError(f"steering table {name} must have shape {list(shape)}, got {list(table.shape)}")
+
+    def _check_values(self) -> None:
+        codes = [int(code) for code in Force]
+        bounds = {
+            "force": (min(codes), max(codes)),
+            "top_k": (0, None),
+            "std_correction": (0, 1),
+            "score_bias_weighs": (0, 1),
+            "weight_scale_after": (0, 1),
+        }
+        for name, table in {**self._planes, **self._params}.items():
+            if name in bounds:
+                low, high = bounds[name]
+                whole = table.detach() == table.detach().round()
+                if not bool((whole & (table >= low) & (True if high is None else table <= high)).all()):
+                    limit = f"{low} or more" if high is None else f"{low}..{high}"
+                    raise ValueError(f"steering table {name} holds a value that is not a whole number {limit}")
+        if "temperature" in self._params and not bool((self._params["temperature"] > 0).all()):
+            raise ValueError("steering temperature must be positive in every row")
+        if self._remap is not None and not bool(((self._remap >= -1) & (self._remap < self.num_experts)).all()):
+            raise ValueError(f"steering table remap holds an expert outside -1..{self.num_experts - 1}")
+
+    def _pack(self) -> PackedSteering:
+        bits = sum(1 << bit for bit, name in enumerate(STEERING_PLANES) if name in self._planes)
+        tables = torch.stack([self._planes[n] for n in STEERING_PLANES if n in self._planes], 1) if bits else None
+        params = None
+        if self._params:
+            neutral = {name: torch.full((self.rows,), NEUTRAL[name], device=self.device) for name in ROW_PARAMETERS}
+            params = torch.stack([{**neutral, **self._params}[name] for name in ROW_PARAMETERS], 1)
+        return tables, bits, params, self._remap
+
+
+def _place(device: torch.device | str | None, tensors: Iterable[Tensor]) -> torch.device:
+    """The device asked for, else that of the first tensor, else the CPU."""
+    if device is not None:
+        return torch.device(device)
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def token_table(
+    num_tokens: int,
+    *,
+    steering_row: Tensor | int | None = None,
+    group: Tensor | int | None = None,
+    segment: Tensor | int | None = None,
+    valid: Tensor | bool | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """What the gate knows of each token: int32 [T, 4] with columns steering row, group, segment, valid.
+
+    Args:
+        num_tokens: T.
+        steering_row: row of the steering tables, -1 (default) = leave this token alone.
+        group: row of the group statistics, default 0, -1 = not counted.
+        segment: row of the segment statistics, default -1 = not counted.
+        valid: False for padding (default True): ids -1, weights 0, in no statistic, its logits are never read.
+        device: default: where the first tensor given lies, else the CPU.
+
+    Each is a number or a tensor of T elements (any shape, read in row-major order).
+
+    Raises:
+        ValueError: a tensor that does not have T elements.
+    """
+    columns = {"steering_row": steering_row, "group": group, "segment": segment, "valid": valid}
+    device = _place(device, (value for value in columns.values() if isinstance(value, Tensor)))
+    made = []
+    for (name, value), default in zip(columns.items(), (-1, 0, -1, 1), strict=True):
+        if isinstance(value, Tensor):
+            if value.numel() not in (1, num_tokens):
+                raise ValueError(f"{name} has {value.numel()} elements for {num_tokens} tokens")
+            made.append(value.to(device=device, dtype=torch.int32).reshape(-1).expand(num_tokens))
+        else:
+            number = default if value is None else int(value)
+            made.append(torch.full((num_tokens,), number, dtype=torch.int32, device=device))
+    return torch.stack(made, 1)
+
+
+class StatisticsTables:
+    """int64 tables that `route` and `observe` add to: one row per group, and one per segment (sequence) if wanted.
+
+    A row is the `SCALARS`, then one metric of E per name in ``metrics``. Sums are of integers (fixed point where
+    fractional, unit `FIXED_POINT`, each token's term rounded once), so they do not depend on threads or batch splits
+    and tables of two runs add up exactly.
+
+    Args:
+        groups: int64 [G, 8 + P * E], contiguous.
+        segments: int64 [S, 8 + P * E], contiguous, or None.
+        num_experts: E.
+        metrics: names of `METRICS`.
+        entropy: whether the scalar ``entropy`` is accumulated.
+
+    Raises:
+        ValueError: unknown metric, wrong shape or dtype.
+    """
+
+    __slots__ = ("arguments", "entropy", "num_experts", "metrics")
+
+    def __init__(
+        self,
+        groups: Tensor,
+        segments: Tensor | None,
+        num_experts: int,
+        metrics: Iterable[str] = ("counts", "probability", "weight"),
+        entropy: bool = True,
+    ) -> None:
+        wanted = tuple(metrics)
+        unknown = [name for name in wanted if name not in METRICS]
+        if unknown:
+            raise ValueError(f"no statistics metric {unknown[0]!r}; there are {', '.join(METRICS)}")
+        self.metrics = tuple(name for name in METRICS if name in wanted)
+        self.num_experts, self.entropy = num_experts, bool(entropy)
+        width = len(SCALARS) + len(self.metrics) * num_experts
+        for name, table in (("groups", groups), ("segments", segments)):
+            if table is None:
+                continue
+            if table.dim() != 2 or table.shape[1] != width or table.dtype != torch.int64 or not table.is_contiguous():
+                raise ValueError(f"statistics {name} must be contiguous int64 [rows, {width}], got {list(table.shape)}")
+        bits = sum(1 << bit for bit, name in enumerate(METRICS) if name in self.metrics)
+        # What the operators take, packed once: building it would cost more than a decode step's counting.
+        self.arguments = (groups, bits | self.entropy << 16, segments)
+
+    @classmethod
+    def zeros(
+        cls,
+        num_experts: int,
+        *,
+        groups: int,
+        segments: int = 0,
+        metrics: Iterable[str] = ("counts", "probability", "weight"),
+        entropy: bool = True,
+        device: torch.device | str | None = None,
+    ) -> StatisticsTables:
+        """Tables of zeros for ``groups`` groups and ``segments`` segments."""
+        if num_experts < 1 or groups < 0 or segments < 0:
+            raise ValueError(f"cannot make statistics of {num_experts} experts, {groups} groups, {segments} segments")
+        names = tuple(metrics)
+        width = len(SCALARS) + len({name for name in names if name in METRICS}) * num_experts
+        made = [torch.zeros(rows, width, dtype=torch.int64, device=device) for rows in (groups, segments)]
+        return cls(made[0], made[1] if segments else None, num_experts, names, entropy)
+
+    @property
+    def groups(self) -> Tensor:
+        """int64 [G, 8 + P * E]."""
+        return self.arguments[0]
+
+    @property
+    def segments(self) -> Tensor | None:
+        """int64 [S, 8 + P * E], or None."""
+        return self.arguments[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.groups.device
+
+    def metric(self, name: str, of: Literal["groups", "segments"] = "groups") -> Tensor:
+        """A view, int64 [rows, E], of one metric."""
+        if name not in self.metrics:
+            raise ValueError(f"these statistics have no metric {name!r}; they have {', '.join(self.metrics) or 'none'}")
+        start = len(SCALARS) + self.metrics.index(name) * self.num_experts
+        return self._table(of)[:, start : start + self.num_experts]
+
+    def scalar(self, name: str, of: Literal["groups", "segments"] = "groups") -> Tensor:
+        """A view, int64 [rows], of one scalar."""
+        if name not in SCALARS:
+            raise ValueError(f"no scalar {name!r}; there are {', '.join(SCALARS)}")
+        return self._table(of)[:, SCALARS.index(name)]
+
+    def zero_(self) -> StatisticsTables:
+        """Set everything to zero, in place."""
+        self.groups.zero_()
+        if self.segments is not None:
+            self.segments.zero_()
+        return self
+
+    def _table(self, of: str) -> Tensor:
+        table = self.groups if of == "groups" else self.segments
+        if of not in ("groups", "segments") or table is None:
+            raise ValueError(f"these statistics have no {of}")
+        return table
+
+    def __repr__(self) -> str:
+        segments = 0 if self.segments is None else self.segments.shape[0]
+        return (
+            f"StatisticsTables({self.groups.shape[0]} groups, {segments} segments, {self.num_experts} experts, "
+            f"metrics {', '.join(self.metrics) or 'none'}, entropy {self.entropy})"
+        )

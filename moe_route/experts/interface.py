@@ -1,0 +1,228 @@
+"""moe-route as an experts implementation of transformers: registered by name, and switched on for a model.
+
+transformers keeps two registries. Experts in floating point are run by `expert_layouts.experts_forward`; those that it
+quantized to FP8 hold packed weights with scales, so there the name stands for the FP8 implementation that transformers
+would have used, and the log says so.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_route.experts.forward import DEFAULTS, UNKNOWN_FLAGS, experts_forward, obstacle
+from moe_route.routers.discovery import ModelNotSupportedError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Held:
+    """A configuration that says "moe_route" now: what it said before, and how many attached models share it."""
+
+    before: str | None
+    forget: weakref.finalize[..., Any]
+    holders: int = 0
+
+
+NAME = "moe_route"
+OWN_FORWARD = "own forward"
+_SETTING = "_experts_implementation_internal"  # of a configuration: what the experts read at every call
+_BEFORE = "_moe_route_before"  # of an FP8 module: the name it ran under
+_KNOWN = {*DEFAULTS, "experts_class", "experts_interface"}
+_said: set[str] = set()
+_held: dict[int, _Held] = {}  # by id of the configuration
+
+
+def register_experts() -> None:
+    """Register "moe_route" with transformers, for `model.set_experts_implementation("moe_route")` and
+    `from_pretrained(..., experts_implementation="moe_route")`. Harmless twice.
+
+    Raises `ImportError` without transformers, or with one that has no experts interface (before 5.0).
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            "experts_implementation='moe_route' needs transformers: pip install 'moe-route[hf]'"
+        ) from error
+    try:
+        interface = import_module("transformers.integrations.moe")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"transformers {transformers.__version__} has no experts interface; install transformers 5.0 or later"
+        ) from error
+    parameters = inspect.signature(interface.use_experts_implementation).parameters
+    UNKNOWN_FLAGS.clear()
+    UNKNOWN_FLAGS.update({name: p.default for name, p in parameters.items() if name not in _KNOWN})
+    interface.ExpertsInterface.register(NAME, experts_forward)
+    fp8 = _fp8("FP8ExpertsInterface")
+    if fp8 is not None:  # where FP8 experts have no registry, no name reaches them
+        fp8.register(NAME, fp8_forward)
+
+
+def experts_implementations(block: nn.Module) -> tuple[str, ...]:
+    """What runs the experts inside a block now, each once: names of transformers' experts interface ("eager",
+    "grouped_mm", "moe_route", ...), or "own forward" where none of them goes through it."""
+    found = {_runs_as(module) for module in block.modules() if _decorated(module)}
+    return tuple(sorted(found)) or (OWN_FORWARD,)
+
+
+class ExpertsSwitch:
+    """A model's experts run as "moe_route" from here to `restore`, which puts back what was set before.
+
+    Raises `ModelNotSupportedError` where a module cannot be run so, or where none goes through the experts interface;
+    nothing is changed then. FP8 experts keep the implementation they had.
+
+    The setting lives in the model's configuration: models built on the same configuration object are switched together,
+    until the last of them is restored.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        register_experts()
+        modules = [(name, module) for name, module in model.named_modules() if _decorated(module)]
+        self._configurations = _configurations(model)
+        _refuse(model, modules, [getattr(config, _SETTING) for config in self._configurations])
+        for kind in _undecorated(model):
+            said = "%s have a forward of their own and keep it: %r runs what goes through transformers' interface"
+            logger.warning(said, kind, NAME)
+        self._delegating = [module for _, module in modules if _is_fp8(module)]
+        for module in self._delegating:
+            held = _held.get(id(module.config))
+            setattr(module, _BEFORE, held.before if held else getattr(module.config, _SETTING))
+        for config in self._configurations:
+            _hold(config)
+
+    def restore(self) -> None:
+        """Put back what was set before. Harmless twice."""
+        for config in self._configurations:
+            _let_go(config)
+        for module in self._delegating:
+            delattr(module, _BEFORE)
+        self._configurations, self._delegating = [], []
+
+
+def fp8_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """FP8 experts under the name "moe_route": what they ran as before `attach`, else what transformers takes by
+    itself (grouped_mm; eager where the activations have static scales, which grouped_mm refuses)."""
+    name = _fp8_runs_as(module)
+    if not torch.compiler.is_compiling() and name not in _said:
+        _said.add(name)
+        logger.warning(
+            "%s hold FP8 weights with scales, which %r does not multiply: transformers' %r runs them",
+            type(module).__name__,
+            NAME,
+            name,
+        )
+    if name == "eager":
+        forward: Callable[..., Tensor] = inspect.unwrap(type(module).forward)
+    else:
+        forward = _fp8("ALL_FP8_EXPERTS_FUNCTIONS")[name]
+    return forward(module, hidden_states, top_k_index, top_k_weights)
+
+
+def _fp8_runs_as(module: nn.Module) -> str:
+    static = getattr(module, "activation_scheme", None) == "static"
+    return getattr(module, _BEFORE, None) or ("eager" if static else "grouped_mm")
+
+
+def _runs_as(module: Any) -> str:
+    """The implementation that a decorated module's next call takes; nothing set is eager to transformers."""
+    name = getattr(module.config, _SETTING) or "eager"
+    return _fp8_runs_as(module) if name == NAME and _is_fp8(module) else name
+
+
+def _hold(config: Any) -> None:
+    key = id(config)
+    if key not in _held:
+        forget = weakref.finalize(config, _held.pop, key)  # for a model that goes without being restored
+        _held[key] = _Held(getattr(config, _SETTING), forget)
+    _held[key].holders += 1
+    setattr(config, _SETTING, NAME)
+
+
+def _let_go(config: Any) -> None:
+    held = _held[id(config)]
+    held.holders -= 1
+    if held.holders == 0:
+        setattr(config, _SETTING, held.before)
+        held.forget.detach()
+        del _held[id(config)]
+
+
+def _refuse(model: nn.Module, modules: list[tuple[str, Any]], settings: list[str | None]) -> None:
+    """Raise `ModelNotSupportedError` where the experts of a model cannot be switched."""
+    if not modules:
+        raise ModelNotSupportedError(_without_interface(model))
+    for name, module in modules:
+        why = None if _is_fp8(module) or _sharded(module) else obstacle(module)
+        if why is not None:
+            raise ModelNotSupportedError(
+                f"{type(module).__name__} at {name!r} cannot run as {NAME!r}: {why}. Attach with experts_implementation=None."
+            )
+    if "deepgemm_megamoe" in settings:
+        raise ModelNotSupportedError(
+            "the experts run as 'deepgemm_megamoe', which rewrites their weights and cannot be left at run time. "
+            "Attach with experts_implementation=None, or load the model with another experts_implementation."
+        )
+
+
+def _without_interface(model: nn.Module) -> str:
+    found = _undecorated(model)
+    what = f"its experts ({', '.join(found)}) have a forward of their own" if found else "it has no experts"
+    return (
+        f"{type(model).__name__} cannot run its experts as {NAME!r}: nothing of it goes through transformers' experts "
+        f"interface; {what}. Attach with experts_implementation=None."
+    )
+
+
+def _undecorated(model: nn.Module) -> list[str]:
+    """Classes of the experts that do not ask the registry."""
+    experts = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"]
+    return sorted({type(module).__name__ for module in experts if not _decorated(module)})
+
+
+def _decorated(module: nn.Module) -> bool:
+    """Whether a module's forward asks the registry, as `use_experts_implementation` makes it."""
+    mine = vars(module)
+    return "is_transposed" in mine and "has_bias" in mine and hasattr(mine.get("config"), _SETTING)
+
+
+def _sharded(module: nn.Module) -> bool:
+    """Whether the weights are shards at rest (tensor and expert parallelism, FSDP). Its forward is given plain tensors,
+    and looks at them at every call."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False))
+
+
+def _configurations(model: nn.Module) -> list[Any]:
+    """Every configuration object of a model and of its parts, once."""
+    found: dict[int, Any] = {}
+    waiting = [vars(module).get("config") for module in model.modules()]
+    while waiting:
+        config: Any = waiting.pop()
+        if hasattr(config, _SETTING) and id(config) not in found:
+            found[id(config)] = config
+            waiting += [getattr(config, name, None) for name in config.sub_configs]
+    return list(found.values())
+
+
+def _fp8(name: str) -> Any:
+    """Something of transformers' FP8 integration, or None where this version has no such thing."""
+    return getattr(import_module("transformers.integrations.finegrained_fp8"), name, None)
+
+
+def _is_fp8(module: nn.Module) -> bool:
+    kind = _fp8("FP8Experts")
+    return kind is not None and isinstance(module, kind)

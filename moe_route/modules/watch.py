@@ -1,0 +1,135 @@
+"""Seeing what a module computes on its way, where neither its arguments nor what it returns say it.
+
+A `TorchFunctionMode` is in force while the module's forward runs and sees every call of a torch function. Nothing of
+the module is replaced, so this goes together with whatever else wraps it: offloading, checkpointing, quantized gates,
+LoRA. Outside of that forward nothing is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+
+_SCORES = frozenset(("softmax", "sigmoid", "topk", "max"))  # functions that a router gives its logits to
+_CHOICE = "one_hot"  # what a block makes of its choice
+
+
+class NothingScoredError(RuntimeError):
+    """The forward that was watched ended without a score."""
+
+
+class Scored(TorchFunctionMode):
+    """Keeps what is scored first: router logits over `experts` experts."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.experts = experts
+        self.seen: Tensor | None = None
+
+    def logits(self) -> Tensor:
+        """Router logits [T, E]. Raises `NothingScoredError`."""
+        if self.seen is None:
+            raise NothingScoredError(
+                f"no logits over {self.experts} experts were scored: the router's forward was changed after attach. "
+                "Detach, and attach again"
+            )
+        return self.seen
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call the function; keep the first argument of the first one that scores."""
+        kwargs = kwargs or {}
+        if self.seen is None and func.__name__ in _SCORES:
+            scored = args[0] if args else kwargs.get("input")
+            if isinstance(scored, Tensor) and scored.shape[-1:] == (self.experts,):
+                self.seen = scored.flatten(0, -2)
+        return func(*args, **kwargs)
+
+
+class Decided(Scored):
+    """Sees a choice that is made among other things: its ids on their way into `one_hot`, and its weights, the last
+    tensor of their shape made before that.
+
+    `decide` is given logits [T, E], weights [T, k] and ids [T, k], once. What it returns is taken for the ids, and it
+    may change the weights in place.
+    """
+
+    def __init__(self, experts: int, top_k: int, decide: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__(experts)
+        self.top_k, self.decide = top_k, decide
+        self.weights: Tensor | None = None
+        self.decided = False
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call the function, `one_hot` with the ids as they are decided."""
+        kwargs = kwargs or {}
+        if self.decided:
+            return func(*args, **kwargs)
+        if func.__name__ == _CHOICE and args and self.weights is not None:
+            self.decided = True
+            return func(self.decide(self.logits(), self.weights, args[0]), *args[1:], **kwargs)
+        result = super().__torch_function__(func, types, args, kwargs)
+        if self.seen is not None:
+            shape = (self.seen.shape[0], self.top_k)
+            for part in result if isinstance(result, tuple) else (result,):
+                if isinstance(part, Tensor) and part.is_floating_point() and part.shape == shape:
+                    self.weights = part
+        return result
+
+
+class WatchedForward:
+    """The forward of `module` runs under the mode that `make` gives (None: as it is), from here to `remove`.
+
+    `see` has the module's arguments, its output and that mode afterwards; what else than None it returns is the output.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        make: Callable[[], Scored | None],
+        see: Callable[[nn.Module, tuple[Any, ...], Any, Any], Any],
+    ) -> None:
+        self._make, self._see = make, see
+        self._entered: list[Scored | None] = []
+        self._handles = (
+            module.register_forward_pre_hook(self._enter),
+            module.register_forward_hook(self._leave, always_call=True),
+        )
+
+    def remove(self) -> None:
+        """Take the watch away."""
+        self._drop_interrupted()
+        for handle in self._handles:
+            handle.remove()
+
+    def _drop_interrupted(self) -> None:
+        """Take modes off the stack whose forward was interrupted: torch runs no hook after a KeyboardInterrupt."""
+        if not self._entered:
+            return
+        left, self._entered = [mode for mode in self._entered if mode is not None], []
+        stack = _get_current_function_mode_stack()
+        for _ in stack:
+            _pop_mode()
+        for mode in stack:
+            if not any(mode is one for one in left):
+                _push_mode(mode)
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._drop_interrupted()
+        mode = self._make()
+        self._entered.append(mode)
+        if mode is not None:
+            mode.__enter__()
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        mode = self._entered.pop()
+        if mode is None:
+            return None
+        mode.__exit__(None, None, None)
+        return None if output is None else self._see(module, args, output, mode)  # None: the forward raised

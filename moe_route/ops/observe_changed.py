@@ -1,0 +1,69 @@
+"""Counting a steered choice that a model changed after its router chose, as one operator: torch.compile does not trace
+through the reference, which compares and indexes with values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_route import reference
+from moe_route.contract.spec import RouterSpec
+from moe_route.contract.tables import METRICS, StatisticsTables, SteeringTables
+
+_ENTROPY = 16  # bit beside the metrics
+
+
+def observe_changed(
+    logits: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    spec: RouterSpec,
+    *,
+    natural_ids: Tensor,
+    steering: SteeringTables,
+    tokens: Tensor,
+    statistics: StatisticsTables,
+) -> None:
+    """`reference.observe_steered`, without gradients."""
+    groups, metrics, segments = statistics.arguments
+    tables, mask, row_params, remap = (
+        value.detach() if isinstance(value, Tensor) else value for value in steering.packed
+    )
+    given = (logits.detach(), ids, weights.detach(), natural_ids, tokens, tables, row_params, remap, mask)
+    _observe_changed(*given, spec.policy, list(spec.numbers), metrics, groups, segments)
+
+
+@torch.library.custom_op("moe_route::observe_changed", mutates_args=("groups", "segments"))
+def _observe_changed(
+    logits: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    natural_ids: Tensor,
+    tokens: Tensor,
+    tables: Tensor | None,
+    row_params: Tensor | None,
+    remap: Tensor | None,
+    steering_metrics: int,
+    policy: int,
+    numbers: list[float],
+    metrics: int,
+    groups: Tensor,
+    segments: Tensor | None,
+) -> None:
+    experts = logits.shape[1]
+    names = [name for bit, name in enumerate(METRICS) if metrics >> bit & 1]
+    reference.observe_steered(
+        logits,
+        ids,
+        weights,
+        RouterSpec.from_packed(policy, *numbers),
+        natural_ids=natural_ids,
+        steering=SteeringTables.from_packed(tables, steering_metrics, row_params, remap, experts),
+        tokens=tokens,
+        statistics=StatisticsTables(groups, segments, experts, names, bool(metrics >> _ENTROPY & 1)),
+    )
+
+
+@_observe_changed.register_fake
+def _observe_changed_fake(*_: object) -> None:
+    return None

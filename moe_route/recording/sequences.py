@@ -1,0 +1,143 @@
+"""The sequences of the label block that is running: which rows of the tables they add to, and what they are made of."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_route import files
+from moe_route.calls.call import Call
+from moe_route.calls.token_rows import columns, rows_on_device
+from moe_route.devices import upload
+from moe_route.recording.labels import LabelBlock
+from moe_route.recording.store import Item
+
+__all__ = ["RunningSequences"]
+
+_HASH_BYTES = 16
+_PADDING = torch.iinfo(torch.int32).min  # stands for a token id where there is padding
+
+
+class RunningSequences:
+    """N sequences from their first call to the end of their block.
+
+    A *part* is what one sequence has in one group: the unit of the segment tables and of the sequence store. A
+    sequence labeled per token has as many parts as groups. A batch that is a multiple of N (beams, several returned
+    sequences) continues sequence i in rows i * n to i * n + n - 1.
+    """
+
+    def __init__(self, block: LabelBlock, batch: int, group_index: Mapping[str, int]):
+        self.block = block
+        self.count = block.sequences or batch
+        self.groups: np.ndarray = block.values([group_index[name] for name in block.names])  # [], [N] or [N, S]
+        self._find_parts(len(group_index))
+        self.broken = False  # a call did not go through
+        self._rows: dict[tuple[str, int, torch.device], int | Tensor] = {}
+        self._tokens: list[tuple[Tensor | None, int]] = []
+
+    def _find_parts(self, num_groups: int) -> None:
+        self.part_of: np.ndarray = np.arange(self.count)
+        self.part_sequence: np.ndarray = self.part_of
+        self.part_group: np.ndarray = self.groups
+        if self.groups.ndim == 0:
+            self.part_group = np.full(self.count, self.groups)
+        elif self.groups.ndim == 2:
+            pairs, part_of = np.unique(self.part_of[:, None] * num_groups + self.groups, return_inverse=True)
+            self.part_sequence, self.part_group = np.divmod(pairs, num_groups)
+            self.part_of = part_of.reshape(self.groups.shape)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a call of them went to the model: a vision tower may fail before."""
+        return bool(self._tokens)
+
+    @property
+    def parts(self) -> int:
+        return len(self.part_sequence)
+
+    def item(self, sequence: int) -> Item | None:
+        return None if self.block.items is None else self.block.items[sequence]
+
+    def fits(self, batch: int) -> bool:
+        """Whether a call of this batch can continue these sequences."""
+        return batch % self.count == 0
+
+    def group_rows(self, call: Call, offset: int) -> int | Tensor:
+        """Row of the group tables for each token: an int, ``[N]`` or ``[N, length]``; -1 where the mask says that a
+        token does not count."""
+        return self._masked(self._row("group", self.groups, call, offset), call)
+
+    def segment_rows(self, call: Call, offset: int) -> int | Tensor:
+        """Row of the segment tables, like ``group_rows``."""
+        return self._masked(self._row("segment", self.part_of, call, offset), call)
+
+    def _row(self, what: str, rows: np.ndarray, call: Call, offset: int) -> int | Tensor:
+        key = (what, offset, call.device)
+        if key not in self._rows:
+            self._rows[key] = rows_on_device(rows + offset, call.device)
+        return columns(self._rows[key], call)
+
+    def _masked(self, rows: int | Tensor, call: Call) -> int | Tensor:
+        if self.block.mask is None:
+            return rows
+        key = ("mask", 0, call.device)
+        if key not in self._rows:
+            self._rows[key] = upload(self.block.mask, call.device)
+        counted = columns(self._rows[key], call, after=False)
+        assert isinstance(counted, Tensor)
+        if isinstance(rows, int):
+            return torch.where(counted, rows, -1)
+        return torch.where(counted, rows if rows.dim() == 2 else rows[:, None], -1)
+
+    def keep_tokens(self, call: Call, first: int, end: int) -> None:
+        """Remember the token ids of a call's columns `first` to `end` for the fingerprint, without waiting for the
+        device."""
+        ids = call.input_ids
+        if ids is not None and ids.shape == (call.batch, call.length):
+            # a copy: callers may reuse their input buffer for the next step
+            kept = ids.clone() if call.valid is None else torch.where(call.valid, ids, _PADDING)
+            self._tokens.append((kept[:, first:end], end - first))
+        else:
+            self._tokens.append((None, end - first))
+
+    def take_back(self, columns: int) -> None:
+        """The last ``columns`` of the latest call are in no text."""
+        ids, length = self._tokens[-1]
+        self._tokens[-1] = (None if ids is None else ids[:, : ids.shape[1] - columns], length - columns)
+
+    def fingerprint(self) -> int:
+        """128-bit hash of every sequence's item, groups and token ids (padding left out; the number of columns where
+        the call had embeddings), added up.
+
+        Chunks hash like the whole; sums of fingerprints do not depend on the order of the sequences.
+        """
+        hashes = [hashlib.blake2b(self._identity(i), digest_size=_HASH_BYTES) for i in range(self.count)]
+        for _, calls in itertools.groupby(self._tokens, key=_alike):
+            for sequence, tokens in self._tokens_of(list(calls)):
+                hashes[sequence].update(tokens)
+        return sum(int.from_bytes(h.digest(), "big") for h in hashes)
+
+    def _identity(self, sequence: int) -> bytes:
+        codes = self.block.codes if self.block.codes.ndim == 0 else self.block.codes[sequence]
+        names = [self.block.names[code] for code in np.atleast_1d(codes)]
+        return files.canonical_json([self.item(sequence), names]).encode()
+
+    def _tokens_of(self, calls: list[tuple[Tensor | None, int]]) -> list[tuple[int, bytes]]:
+        kept = [ids for ids, _ in calls if ids is not None]
+        if not kept:
+            lengths = np.asarray([length for _, length in calls], np.int32).tobytes()
+            return [(sequence, lengths) for sequence in range(self.count)]
+        tokens = torch.cat(kept, dim=1).to(torch.int32).cpu().numpy()
+        repeats = tokens.shape[0] // self.count
+        return [(i // repeats, row[row != _PADDING].tobytes()) for i, row in enumerate(tokens)]
+
+
+def _alike(call: tuple[Tensor | None, int]) -> object:
+    """What calls have in common whose token ids can be laid side by side."""
+    ids, _ = call
+    return None if ids is None else (ids.shape[0], ids.device)

@@ -1,0 +1,79 @@
+"""Doge: product keys. Expert (x, y) has the logit x + y; the block chooses inside its forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from moe_route.routers.output import Decision, Output
+from torch import Tensor, nn
+
+from moe_route.contract.spec import RouterSpec
+from moe_route.modules.intercept import Removable
+from moe_route.routers.adapter import Adapter, Hook
+from moe_route.routers.family import Family
+
+MOST_EXPERTS, MOST_SLOTS = 4096, 64  # of the operators
+
+
+class Doge(Adapter):
+    """The block stands for the router. Its gate's output [B, S, 2 * keys] is seen, and the block's choice, which is
+    made of nothing else, is made again from it."""
+
+    keeps = False
+
+    def obstacle(self) -> str | None:
+        """Tables of counts have a limited width."""
+        experts, slots = self.module.num_experts, self.module.top_k
+        if experts > MOST_EXPERTS or slots > MOST_SLOTS:
+            return (
+                f"it has {experts} experts and chooses {slots}; up to {MOST_EXPERTS} and {MOST_SLOTS} can be recorded. "
+                "Attach to another model"
+            )
+        return None
+
+    def defects(self) -> Iterable[str]:
+        """What its own code says of itself."""
+        yield "the halves of the gate's output are split across tokens: a token's experts depend on other tokens"
+
+    def listen(self, hook: Hook) -> Sequence[Removable]:
+        """See the output of the gate."""
+        self.hook = hook
+        return (self.module.router_gate.register_forward_hook(self._see),)
+
+    def _see(self, gate: nn.Module, args: tuple[object, ...], output: Tensor) -> None:
+        if self.module.router_gate is not gate:
+            raise RuntimeError(
+                f"the gate of {self.place.name!r} was wrapped after attach (LoRA), and what it adds is not seen: "
+                "detach, and attach again"
+            )
+        self.hook(self.module, args, (output,))
+
+    def read(self, args: tuple[object, ...], output: Output) -> Decision:
+        """The block's own steps: the best sums of the best keys, in the block's order."""
+        block, keys = self.module, int(self.module.num_keys)
+        halves = output[0].reshape(2, -1, keys)
+        values, places = halves.topk(keys, dim=-1)
+        sums = (values[0][:, :, None] + values[1][:, None, :]).flatten(1)
+        experts = (places[0][:, :, None] * keys + places[1][:, None, :]).flatten(1)
+        best, position = sums.topk(int(block.top_k), dim=-1)
+        weights = best.softmax(-1)
+        if block.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        logits = sums.new_full((len(sums), int(block.num_experts)), float("-inf"))
+        return Decision(logits.scatter(1, experts, sums), weights, experts.gather(1, position))
+
+    def probe(self, hidden: Tensor, arguments: tuple[Tensor, ...]) -> tuple[tuple[object, ...], Output]:
+        """The gate by itself."""
+        return (), (self.module.router_gate.forward(hidden.clone()),)
+
+
+FAMILY = Family(
+    "softmax over the chosen product keys",
+    ("DogeCDMoE",),
+    RouterSpec(score="softmax", order="topk_then_score"),
+    low_precision=True,
+    input_rank=3,
+    unfused="product keys choose inside the block",
+    adapter=Doge,
+    unsteerable="its block chooses inside its forward, where nothing can be put in between",
+)

@@ -1,0 +1,57 @@
+"""Inkling: the chosen experts and the shared ones are normalized together.
+
+With sigmoids r of the chosen, s of the shared experts and a constant c: weights c * r / (R + S), shared gammas
+c * s / (R + S), R and S being the sums. The logits of the shared experts are not returned, but S = R * sum(gammas) /
+sum(weights).
+"""
+
+from __future__ import annotations
+
+import torch
+from moe_route.routers.output import Decision, Output
+from torch import Tensor
+
+from moe_route.contract.spec import RouterSpec
+from moe_route.routers.adapter import Adapter
+from moe_route.routers.family import Family
+
+
+class Inkling(Adapter):
+    """Output: (logits of the routed experts, weights, ids, gammas of the shared experts [T, n])."""
+
+    settles = True
+
+    def chosen(self, args: tuple[object, ...], output: Output, decision: Decision) -> Decision:
+        """The sigmoids of the chosen, before they are normalized."""
+        return decision._replace(weights=decision.logits.gather(1, decision.ids).sigmoid())
+
+    def write(
+        self, args: tuple[object, ...], output: Output, decision: Decision, weights: Tensor, ids: Tensor
+    ) -> tuple[Output, Tensor, Tensor]:
+        """Normalize the new sigmoids with the shared experts', and give the shared experts what is left.
+
+        Tokens whose choice and sigmoids are the router's own keep its weights.
+        """
+        logits, own, own_ids, gammas = output
+        sigmoids = self.chosen(args, output, decision).weights
+        routed, shared = own.float().sum(1, keepdim=True), gammas.float().sum(1, keepdim=True)
+        before = sigmoids.sum(1, keepdim=True)
+        others = before * shared / routed
+        after = weights.float().sum(1, keepdim=True) + others
+        changed = weights * (routed + shared) / after
+        same = (ids == own_ids).all(1, keepdim=True) & (weights == sigmoids).all(1, keepdim=True)
+        changed = torch.where(same, own, changed.to(own.dtype))
+        gammas = torch.where(same, gammas, (gammas.float() * (before + others) / after).to(gammas.dtype))
+        return (logits, changed, self.filled(ids).to(own_ids.dtype), gammas), changed, ids
+
+
+FAMILY = Family(
+    "sigmoid with correction bias, normalized with the shared experts",
+    ("InklingTopkRouter",),
+    RouterSpec(score="sigmoid"),
+    correction_bias="e_score_correction_bias",
+    weights="input",
+    unfused="it normalizes jointly with the shared experts",
+    adapter=Inkling,
+    notes=("a steered choice changes the weight of the shared experts too: they are normalized together",),
+)

@@ -1,0 +1,70 @@
+"""JetMoE, and the Granite models of older versions: tokens come grouped by expert. JetMoE has two kinds of router: one
+chooses feed-forward experts, one chooses the heads of attention (a query and an output projection each)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from moe_route.routers.output import Decision, Output
+from torch import Tensor
+
+from moe_route.contract.spec import RouterSpec
+from moe_route.modules.attributes import modeling_of
+from moe_route.routers.adapter import Adapter
+from moe_route.routers.family import Family
+
+
+class JetMoe(Adapter):
+    """Output: (order of the T * k slots by expert, their tokens, their weights, slots per expert (a list), logits)."""
+
+    keeps = False
+
+    @property
+    def part(self) -> str:
+        """The mixture of attention heads is no mixture of feed-forward experts."""
+        kinds = {"JetMoeMoA": "attention", "JetMoeMoE": "feed-forward"}
+        return kinds.get(type(self.block).__name__, super().part)
+
+    def notes(self) -> Iterable[str]:
+        """Say what the experts of the attention are."""
+        if self.part == "attention":
+            yield "its experts are attention heads; an emptied slot keeps its query and has weight 0"
+
+    def read(self, args: tuple[object, ...], output: Output) -> Decision:
+        """Back into token order: slot j of token t is at place t * k + j before the grouping."""
+        order, _, gates, sizes, logits = output
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        experts = torch.arange(len(sizes), device=order.device)
+        grouped = experts.repeat_interleave(torch.tensor(sizes, device=order.device), output_size=len(order))
+        shape = (logits.shape[0], int(self.module.top_k))
+        return Decision(logits, gates[place].view(shape), grouped[place].view(shape))
+
+    def write(
+        self, args: tuple[object, ...], output: Output, decision: Decision, weights: Tensor, ids: Tensor
+    ) -> tuple[Output, Tensor, Tensor]:
+        """Group the slots by their new experts."""
+        flat = self.filled(ids).long().flatten()
+        order = flat.sort(0).indices
+        tokens = order.div(ids.shape[1], rounding_mode="trunc")
+        experts = torch.arange(decision.logits.shape[1], device=flat.device)
+        sizes = (flat[:, None] == experts).sum(0).tolist()  # bincount would break the graph of a compiled model
+        return (order, tokens, weights.flatten()[order], sizes, output[4]), weights, ids
+
+    def defects(self) -> Iterable[str]:
+        """The routers of the attention are hooked twice, as routers and in the attention's own output."""
+        model = getattr(modeling_of(self.block), "JetMoePreTrainedModel", None)
+        recorders = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
+        if isinstance(recorders, list) and len(recorders) > 1:
+            yield "output_router_logits and the balancing loss count the routers of the attention twice"
+
+
+FAMILY = Family(
+    "softmax over the chosen, grouped by expert",
+    ("JetMoeTopKGating",),
+    RouterSpec(score="softmax", order="topk_then_score"),
+    weights="input",
+    unfused="it groups the tokens by expert",
+    adapter=JetMoe,
+)

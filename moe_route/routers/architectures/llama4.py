@@ -1,0 +1,45 @@
+"""Llama 4: top-k over the logits, then a sigmoid; dense scores [T, E] that weigh the experts' inputs.
+
+Every expert is run on every token, with an input of zero where it was not chosen.
+"""
+
+from __future__ import annotations
+
+import torch
+from moe_route.routers.output import Decision, Output
+from torch import Tensor
+
+from moe_route.contract.spec import RouterSpec
+from moe_route.routers.adapter import Adapter
+from moe_route.routers.family import Family
+
+
+class Llama4(Adapter):
+    """Output: (scores [T, E], zero where not chosen; logits [T, E])."""
+
+    keeps = False
+
+    def read(self, args: tuple[object, ...], output: Output) -> Decision:
+        """The ids are those of the router's own top-k; a sigmoid may have underflowed to zero."""
+        scores, logits = output
+        ids = torch.topk(logits, int(self.module.top_k), dim=1).indices
+        return Decision(logits, scores.gather(1, ids), ids)
+
+    def write(
+        self, args: tuple[object, ...], output: Output, decision: Decision, weights: Tensor, ids: Tensor
+    ) -> tuple[Output, Tensor, Tensor]:
+        """Scores with the weights at the chosen; an empty slot adds nothing anywhere."""
+        scores = torch.zeros_like(output[0]).scatter_add(1, ids.clamp(min=0).long(), weights)
+        return (scores, *output[1:]), weights, ids
+
+
+FAMILY = Family(
+    "sigmoid over the chosen, on the experts' inputs",
+    ("Llama4Router",),
+    RouterSpec(score="sigmoid", order="topk_then_score"),
+    unfused="it returns dense scores",
+    adapter=Llama4,
+    notes=(
+        "the weights scale what goes into the experts, not what comes out: twice the weight is not twice the output",
+    ),
+)

@@ -1,0 +1,131 @@
+"""Blocks that choose themselves: the module they call gate or router gives logits and no more.
+
+The block stands for the router. Some choose in a method, which is replaced; others, of transformers 4, inside their
+forward, which is watched. Either way the choice is read and written as (logits, weights, ids).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+from moe_route.routers.output import Output
+from torch import Tensor, nn
+
+from moe_route.modules.attributes import number
+from moe_route.modules.intercept import Removable, ReplacedMethod
+from moe_route.modules.watch import Decided, WatchedForward
+from moe_route.routers.adapter import Adapter, Hook, as_scores
+
+METHOD = "route_tokens_to_experts"
+
+
+class ByMethod(Adapter):
+    """The block's method makes the decision of logits, its last argument."""
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Whether it has the method."""
+        return callable(getattr(type(module), METHOD, None))
+
+    def listen(self, hook: Hook) -> Sequence[Removable]:
+        """Put a method of this object before the block's own."""
+        self.hook = hook
+        return (ReplacedMethod(self.module, METHOD, self.route_tokens_to_experts),)
+
+    def route_tokens_to_experts(self, *args: Tensor) -> tuple[Tensor, Tensor]:
+        """The block's own weights and ids, in its own order and form, as the hook leaves them."""
+        own = self._own(args)
+        output = _triple(args, own)
+        changed = self.hook(self.module, (), output)
+        if changed is None:
+            return own
+        _, weights, ids = changed
+        first = own[0].is_floating_point()
+        dense = own[0] if first else own[1]
+        if dense.shape != own[1 if first else 0].shape:
+            weights, ids = as_scores(dense, weights, ids)
+        return (weights, ids) if first else (ids, weights)
+
+    def _own(self, args: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        chosen: tuple[Tensor, Tensor] = getattr(type(self.module), METHOD)(self.module, *args)
+        return chosen
+
+    def probe(self, hidden: Tensor, arguments: tuple[Tensor, ...]) -> tuple[tuple[object, ...], Output]:
+        """The block's choice of random logits, of the dtype of its gate's."""
+        generator = torch.Generator().manual_seed(3)
+        experts = self.family.num_experts_of(self.module)
+        logits = torch.randn((*hidden.shape[:-1], experts), generator=generator, device="cpu").to(hidden)
+        if self.family.weights == "float32":
+            logits = logits.float()
+        places = len(inspect.signature(getattr(type(self.module), METHOD)).parameters) - 1  # beside self
+        args = (hidden, logits)[-places:]
+        return (), _triple(args, self._own(args))
+
+
+def _triple(args: tuple[Tensor, ...], own: tuple[Tensor, Tensor]) -> Output:
+    """(logits, weights, ids) of what the method was given and returned."""
+    weights, ids = own if own[0].is_floating_point() else own[::-1]
+    if weights.shape != ids.shape:
+        weights = weights.gather(1, ids)
+    return args[-1].flatten(0, -2), weights, ids
+
+
+class InForward(Adapter):
+    """The block chooses inside its forward and loops over a list of experts."""
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Whether it loops."""
+        return type(module._modules.get("experts")) is nn.ModuleList
+
+    @property
+    def widens(self) -> bool:
+        """The weights are changed where they are."""
+        return False
+
+    def listen(self, hook: Hook) -> Sequence[Removable]:
+        """Watch the block's forward."""
+        self.hook = hook
+        return (WatchedForward(self.module, self._watch, _seen),)
+
+    def _watch(self) -> Decided | None:
+        return None if self.idle else self._mode(self._decide)
+
+    def _mode(self, decide: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Decided:
+        family, module = self.family, self.module
+        return Decided(family.num_experts_of(module), number(module, family.top_k), decide)
+
+    def _decide(self, logits: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        changed = self.hook(self.module, (), (logits, weights, ids))
+        if changed is None:
+            return ids
+        weights.copy_(changed[1])
+        steered: Tensor = changed[2]
+        return steered
+
+    def probe(self, hidden: Tensor, arguments: tuple[Tensor, ...]) -> tuple[tuple[object, ...], Output]:
+        """The block, up to its choice."""
+        try:
+            with self._mode(_stop):
+                self.module.forward(hidden.clone().reshape(1, -1, hidden.shape[-1]))
+        except _Chosen as choice:
+            return (), choice.output
+        raise AttributeError("its forward ended without a choice")
+
+
+class _Chosen(Exception):
+    """Ends a block's forward where it has chosen."""
+
+    def __init__(self, output: Output) -> None:
+        self.output = output
+
+
+def _stop(logits: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    raise _Chosen((logits, weights, ids))
+
+
+def _seen(module: nn.Module, args: tuple[object, ...], output: object, watched: Decided) -> None:
+    if not watched.decided:
+        raise RuntimeError(f"{type(module).__name__} made no choice that is seen: its forward was changed. Detach")

@@ -1,0 +1,55 @@
+"""Zaya: a router with a state that goes from layer to layer, and one class more than there are experts: "skip".
+
+Skipping is returned as expert 0 with weight 0; here it is id E, so that it can be counted and steered like an expert.
+"""
+
+from __future__ import annotations
+
+import torch
+from moe_route.routers.output import Decision, Output
+from torch import Tensor
+
+from moe_route.contract.spec import RouterSpec
+from moe_route.routers.adapter import Adapter
+from moe_route.routers.family import Family
+
+
+class Zaya(Adapter):
+    """Output: (logits [T, E + 1], weights, ids, the state for the next layer)."""
+
+    keeps = False
+    settles = True
+
+    def read(self, args: tuple[object, ...], output: Output) -> Decision:
+        """A token of expert 0 and weight 0 skips."""
+        logits, weights, ids = output[:3]
+        return Decision(logits, weights, torch.where((ids == 0) & (weights == 0), logits.shape[1] - 1, ids))
+
+    def chosen(self, args: tuple[object, ...], output: Output, decision: Decision) -> Decision:
+        """The probability of skipping stands in the logits."""
+        probabilities = decision.logits.softmax(-1).gather(1, decision.ids)
+        skipped = decision.ids == decision.logits.shape[1] - 1
+        return decision._replace(weights=torch.where(skipped, probabilities, decision.weights))
+
+    def write(
+        self, args: tuple[object, ...], output: Output, decision: Decision, weights: Tensor, ids: Tensor
+    ) -> tuple[Output, Tensor, Tensor]:
+        """Skipping, and an empty slot, are expert 0 with weight 0. The state goes on as it is."""
+        idle = (ids < 0) | (ids == decision.logits.shape[1] - 1)
+        weights = weights.masked_fill(idle, 0)
+        chosen = ids.masked_fill(idle, 0).to(output[2].dtype)
+        return (output[0], weights, chosen, *output[3:]), weights, ids
+
+
+FAMILY = Family(
+    "softmax with correction bias, may skip",
+    ("ZayaRouter",),
+    RouterSpec(score="softmax"),
+    num_experts="num_router_classes",
+    correction_bias="balancing_biases",
+    low_precision=True,
+    input_rank=3,
+    unfused="it is a small network with a state",
+    adapter=Zaya,
+    notes=("the last id skips the experts: its weight is 0",),
+)

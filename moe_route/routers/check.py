@@ -1,0 +1,192 @@
+"""The check on attach: does a router do what its row of the table says?
+
+The router's own forward is run on random hidden states, in evaluation mode and without touching any random state, and
+its decision is recomputed from its own logits. Ids must be the same wherever scores are not tied: a differing row is
+excused only where moving the logits by a few units in the last place changes the choice. Weights must agree to the
+last bits of the precision they were computed in.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from moe_route.routers.output import Decision, Output
+from torch import Tensor, nn
+
+from moe_route import ops
+from moe_route.modules.attributes import at, resident
+from moe_route.modules.watch import NothingScoredError
+from moe_route.routers.discovery import ModelNotSupportedError, RouterInfo
+from moe_route.routers.family import gate_logits, weight_dtype
+from moe_route.routers.probe import PROBES, undisturbed
+
+ULPS = 16  # room for another order of summation
+NUDGES = 16
+_OTHER = "It is from another version of transformers, or changed; install transformers 5.23, which is tested."
+
+
+def unreadable(router: RouterInfo) -> str | None:
+    """Why the router cannot be run by itself now, or None."""
+    for parameter in router.module.parameters():
+        if parameter.is_meta and not hasattr(router.module, "_hf_hook"):
+            return "its weights are on the meta device"
+        if type(parameter).__name__ == "DTensor":
+            return "its weights are sharded (DTensor)"
+    return None
+
+
+def check_router(router: RouterInfo) -> str:
+    """Compare the router with its specification. Raises `ModelNotSupportedError` where they disagree.
+
+    Returns why the fused engine cannot be used after all, or an empty string.
+    """
+    with undisturbed(router.module), torch.no_grad():
+        hidden, arguments = _probes(router)
+        args, output = _probed(router, hidden, arguments)
+        decision = _read(router, args, output)
+        start = router.adapter.chosen(args, output, decision)
+        _compare(router, "its own logits", start, (hidden, *arguments))
+        _compare_settled(router, args, output, decision, start)
+        if router.engine != "fused":
+            return ""
+        fused = gate_logits(router.module, router.family.gate, hidden)
+        dtype = weight_dtype(router.family.weights, hidden, fused)
+        if fused.dtype != decision.logits.dtype or dtype != decision.weights.dtype:
+            own = f"{decision.logits.dtype} and {decision.weights.dtype}"
+            return f"its logits and weights are {own}, the fused ones {fused.dtype} and {dtype}"
+        try:
+            _compare(router, "fused logits", decision._replace(logits=fused), (hidden, *arguments))
+        except ModelNotSupportedError as difference:
+            return str(difference)
+    return ""
+
+
+def _probed(router: RouterInfo, hidden: Tensor, arguments: tuple[Tensor, ...]) -> tuple[tuple[object, ...], Output]:
+    try:
+        return router.adapter.probe(hidden, arguments)
+    except (TypeError, ValueError, AttributeError, IndexError, NothingScoredError) as error:
+        raise ModelNotSupportedError(
+            f"{type(router.module).__name__} at {router.name!r} cannot be run on hidden states as its family says "
+            f"({type(error).__name__}: {error}). {_OTHER}"
+        ) from error
+
+
+def _read(router: RouterInfo, args: tuple[object, ...], output: object) -> Decision:
+    """The decision in what a router returned, where it has the form that its family says."""
+    kind, mend = type(router.module).__name__, "Install transformers 5.23, or a version whose routers return the same."
+    wrong = ModelNotSupportedError(f"{kind} at {router.name!r} does not return what its family says. {mend}")
+    if not isinstance(output, tuple):
+        raise wrong
+    try:
+        decision = router.adapter.read(args, output)
+    except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        raise wrong from error
+    if not all(isinstance(tensor, Tensor) for tensor in decision):
+        raise wrong
+    logits, weights, ids = decision
+    shapes = (tuple(logits.shape), tuple(weights.shape), tuple(ids.shape))
+    expected = ((PROBES, router.num_experts), (PROBES, router.top_k), (PROBES, router.top_k))
+    if shapes != expected or ids.is_floating_point() or not weights.is_floating_point():
+        raise ModelNotSupportedError(
+            f"{kind} at {router.name!r} returns shapes {shapes} (ids {ids.dtype}), not {expected}. {mend}"
+        )
+    return decision
+
+
+def _compare_settled(
+    router: RouterInfo, args: tuple[object, ...], output: Output, decision: Decision, start: Decision
+) -> None:
+    """Raise `ModelNotSupportedError` unless writing the router's own choice gives its own output again."""
+    if not router.adapter.settles:
+        return
+    _, weights, ids = router.adapter.write(args, output, decision, start.weights, start.ids)
+    room = 4 * torch.finfo(decision.weights.dtype).eps
+    if not torch.equal(ids, decision.ids) or not torch.allclose(weights, decision.weights, rtol=room, atol=room):
+        raise ModelNotSupportedError(
+            f"{type(router.module).__name__} at {router.name!r} does not drop tokens or share weight as its family says. "
+            f"{_OTHER}"
+        )
+
+
+def _probes(router: RouterInfo) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Random hidden states, and the correction bias where the block passes one."""
+    family, block = router.family, router.block
+    name = "weight" if family.gate is None else family.gate.weight
+    weight = at(router.module, name)
+    if not isinstance(weight, Tensor):
+        matrices = chain(router.module.parameters(), router.block.parameters())
+        weight = next(p for p in matrices if p.dim() == 2)
+    generator = torch.Generator().manual_seed(0)
+    size = _hidden_size(router, weight)
+    shape = (1, PROBES, size) if family.input_rank == 3 else (PROBES, size)
+    hidden = torch.randn(shape, generator=generator, device="cpu").to(
+        weight.device if not weight.is_meta else "cpu", _model_dtype(router)
+    )
+    if family.correction_bias is None or not family.correction_bias.startswith("argument:"):
+        return hidden, ()
+    biases = (resident(block, name) for name in ("e_score_correction_bias", "expert_bias"))
+    found = next((bias for bias in biases if bias is not None), None)
+    return hidden, (() if found is None else (found,))
+
+
+def _model_dtype(router: RouterInfo) -> torch.dtype:
+    """The dtype of the hidden states the router is given: that of the experts (a gate may be kept in float32)."""
+    experts = (
+        at(owner, "experts") for owner in (router.block, router.module)
+    )  # a block that chooses is the module itself
+    inside = chain.from_iterable(each.parameters() for each in experts if isinstance(each, nn.Module))
+    parameters = chain(inside, router.module.parameters(), router.block.parameters())  # some may be quantized
+    floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    return next((parameter.dtype for parameter in parameters if parameter.dtype in floats), torch.float32)
+
+
+def _hidden_size(router: RouterInfo, weight: Tensor) -> int:
+    """What the router's first matrix takes; a linear layer says so itself, since its weight may be packed."""
+    linear = next((module for module in router.module.modules() if hasattr(module, "in_features")), None)
+    return int(weight.shape[1] if linear is None else getattr(linear, "in_features"))  # noqa: B009 (no known attribute)
+
+
+def _compare(router: RouterInfo, source: str, decision: Decision, inputs: tuple[Tensor, ...]) -> None:
+    """Raise `ModelNotSupportedError` unless the decision recomputed from its logits is its weights and ids."""
+    logits, weights, ids = decision
+    family, k = router.family, ids.shape[1]
+    scale = family.scale_of(router.module)
+    bias = family.bias_of(router.module, inputs)
+    again, chosen = ops.route(logits, k, router.spec, correction_bias=bias, expert_scale=scale)
+    kind = f"{type(router.module).__name__} at {router.name!r}"
+    differ = (chosen.long().sort(1).values != ids.sort(1).values).any(1)
+    unit = torch.finfo(torch.float32).eps
+    if family.low_precision:
+        unit = max(torch.finfo(tensor.dtype).eps for tensor in (logits, weights))
+    if family.chosen_by == "logits" and bool(differ.any()):
+        clear = differ & ~_tied(router, logits, k, bias, scale, ULPS * unit)
+        if bool(clear.any()):
+            raise ModelNotSupportedError(
+                f"{kind} does not choose as its specification says: {int(clear.sum())} of {len(ids)} probes differ "
+                f"when recomputed from {source} ({router.spec}). {_OTHER}"
+            )
+    again, _ = ops.route(
+        logits, k, router.spec, choice=ids, choice_mode="replay", correction_bias=bias, expert_scale=scale
+    )
+    error = (again - weights.float()).abs() / weights.float().abs().clamp(min=torch.finfo(torch.float32).tiny)
+    room = ULPS * unit + torch.finfo(weights.dtype).eps * 2
+    worst = float(error.nan_to_num(0.0, posinf=0.0).max())  # a router full of NaN gives nothing to compare
+    if worst > room:
+        raise ModelNotSupportedError(
+            f"{kind} does not weigh as its specification says: weights recomputed from {source} are off by {worst:.2g} "
+            f"(room {room:.2g}, {router.spec}). {_OTHER}"
+        )
+
+
+def _tied(router: RouterInfo, logits: Tensor, k: int, bias: Tensor | None, scale: Tensor | None, size: float) -> Tensor:
+    """bool [T]: rows whose choice changes when their logits are nudged by `size`, relative to 1 + |z|."""
+    generator = torch.Generator().manual_seed(1)
+    first = ops.route(logits.float(), k, router.spec, correction_bias=bias, expert_scale=scale)[1].sort(1).values
+    tied = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    for _ in range(NUDGES):
+        nudge = torch.rand(logits.shape, generator=generator, device="cpu").to(logits.device) * 2 - 1
+        moved = logits.float() + nudge * size * (1 + logits.float().abs())
+        ids = ops.route(moved, k, router.spec, correction_bias=bias, expert_scale=scale)[1]
+        tied |= (ids.sort(1).values != first).any(1)
+    return tied

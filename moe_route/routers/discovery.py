@@ -1,0 +1,181 @@
+"""Router routers: every place of a model where tokens are routed, in forward order."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moe_route.contract.spec import RouterSpec
+from moe_route.modules.attributes import number
+from moe_route.modules.wrappers import in_use, outermost
+from moe_route.routers.adapter import Adapter, Place
+from moe_route.routers.catalog import REFUSED, family_of, refused_name
+from moe_route.routers.family import Family
+from moe_route.routers.known_issues import known_defects
+from moe_route.routers.probe import as_returned
+from moe_route.routers.recognize import recognize
+
+# Names of classes that route, or hold what does.
+_ROUTING = re.compile(r"Router|Gating|TopKGate|SparseMoe|MoE$")
+
+
+class ModelNotSupportedError(ValueError):
+    """The model has no router that can be attached to, or one that cannot; says what was found and the mend."""
+
+
+@dataclass(slots=True, eq=False)
+class RouterInfo:
+    """One router of a live model.
+
+    `engine` is "hook" (a forward hook) or "fused" (gate matrix and one `route` call), `reason` says why that one.
+    `steerable` is False where the model's choice cannot be changed; `notes` are known peculiarities, what cannot be
+    steered and why, and defects of transformers. `part` tells several kinds of router of one model apart ("text",
+    "vision", "encoder", "attention"), "" where there is one kind.
+    """
+
+    name: str  # dotted name of the router in the model
+    layer: int  # 0-based among the MoE layers
+    module: nn.Module
+    block: nn.Module  # the module that owns the router
+    family: Family
+    adapter: Adapter
+    num_experts: int
+    top_k: int
+    spec: RouterSpec
+    engine: str = "hook"
+    reason: str = ""
+    part: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def steerable(self) -> bool:
+        """Whether the model's choice can be changed here; `notes` say why not."""
+        return not self.family.unsteerable
+
+    @property
+    def parameter(self) -> torch.Tensor | None:
+        """The gate matrix, where the router keeps one as a plain parameter (possibly on the meta device)."""
+        return next(self.module.parameters(), None)
+
+
+def find_routers(model: nn.Module) -> list[RouterInfo]:
+    """The routers of `model` in forward order; where it has several kinds (`RouterInfo.part`), one kind after the
+    other.
+
+    Raises `ModelNotSupportedError` where there is none, where one is of a kind that cannot be attached to, or where a block
+    goes round its router; the message names what was found and the mend.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a torch.nn.Module is needed, not {type(model).__name__}")
+    modules = dict(model.named_modules())
+    families = _known_families(modules)
+    families |= _unknown_families(model, modules, families)
+    routers = [
+        _router(_place(name, modules, families[name])) for name in modules if name in families and in_use(name, modules)
+    ]
+    if not routers:
+        raise ModelNotSupportedError(_without_router(model, modules))
+    return _in_order(routers)
+
+
+def _without_router(model: nn.Module, modules: dict[str, nn.Module]) -> str:
+    unknown = next((name for name, m in modules.items() if name and _ROUTING.search(type(m).__name__)), None)
+    if unknown is not None:
+        return (
+            f"{type(model).__name__} has no known router, though {type(modules[unknown]).__name__} at {unknown!r} "
+            "seems to route. Use the model class of transformers 5 (transformers 4 and remote code decide in another "
+            "form)."
+        )
+    return (
+        f"{type(model).__name__} has no router: none of its {len(modules)} modules is a known router and none owns "
+        "experts, so it looks like a dense model. Attach to a Mixture-of-Experts model, such as Qwen3-MoE or OLMoE."
+    )
+
+
+def _in_order(routers: list[RouterInfo]) -> list[RouterInfo]:
+    parts = list(dict.fromkeys(router.part for router in routers))
+    routers = sorted(routers, key=lambda router: parts.index(router.part))  # stable
+    for layer, router in enumerate(routers):
+        router.layer = layer
+    return routers
+
+
+def _place(name: str, modules: dict[str, nn.Module], family: Family) -> Place:
+    """Where the router `name` lives. A router that is the model itself owns itself."""
+    above = outermost(name, modules).rpartition(".")[0]
+    block = modules[above]
+    return Place(family, name, modules[name], block, modules[above.rpartition(".")[0]] if above else None)
+
+
+def _router(place: Place) -> RouterInfo:
+    family, module, name = place.family, place.module, place.name
+    kind = type(module).__name__
+    adapter = family.adapter(place)
+    obstacle = adapter.obstacle()
+    if obstacle is not None:
+        raise ModelNotSupportedError(f"{kind} at {name!r} cannot be attached to: {obstacle}.")
+    num_experts, top_k = family.num_experts_of(module), number(module, family.top_k)
+    if not isinstance(num_experts, int) or not isinstance(top_k, int):
+        raise ModelNotSupportedError(
+            f"{kind} at {name!r} does not say its number of experts ({family.num_experts}) and top-k ({family.top_k}): "
+            "another version of transformers lays it out otherwise. Install transformers 5.23."
+        )
+    try:
+        spec = family.spec_of(module)
+    except ValueError as error:
+        raise ModelNotSupportedError(f"router at {name!r}: {error}. It cannot be attached to.") from error
+    unsteerable = (f"cannot be steered: {family.unsteerable}",) if family.unsteerable else ()
+    notes = (*unsteerable, *family.notes, *adapter.notes(), *known_defects(adapter, spec))
+    return RouterInfo(
+        name, 0, module, place.block, family, adapter, num_experts, top_k, spec, "hook", "", adapter.part, notes
+    )
+
+
+def _known_families(modules: dict[str, nn.Module]) -> dict[str, Family]:
+    """Rows for the routers that the table names, by their name; a block that decides stands for its router."""
+    found: dict[str, Family] = {}
+    for name, module in modules.items():  # a block comes before what is in it
+        family = family_of(module)
+        if family is not None and not any(name.startswith(above and f"{above}.") for above in found):
+            found[name] = as_returned(family, module)
+    return found
+
+
+def _unknown_families(model: nn.Module, modules: dict[str, nn.Module], known: dict[str, Family]) -> dict[str, Family]:
+    """Rows for routers that no row names, by their name. Raises `ModelNotSupportedError` where one is not recognized."""
+    found: dict[str, Family] = {}
+    seen: dict[type[nn.Module], Family | str] = {}
+    owners = {outermost(name, modules).rpartition(".")[0] for name in known} | set(known)
+    strangers = [name for name, m in modules.items() if name not in owners and _routes_unknown(m)]
+    for name in strangers:
+        block = modules[name]
+        refused = refused_name(block)
+        if refused is not None:
+            raise ModelNotSupportedError(
+                f"{type(model).__name__}: {refused} at {name!r} cannot be attached to: {REFUSED[refused]}. "
+                f"{len(strangers)} such module(s). Use a model with a router."
+            )
+        of_gate = "gate" if block._modules.get("gate") is not None else "router"
+        gate = block.get_submodule(of_gate)
+        if type(gate) not in seen:
+            seen[type(gate)] = recognize(gate, block)
+        family = seen[type(gate)]
+        if isinstance(family, str):
+            raise ModelNotSupportedError(
+                f"{type(model).__name__}: {type(block).__name__} at {name!r} owns experts, but its gate "
+                f"{type(gate).__name__} is no known router, and {family}. {len(strangers)} such module(s). Use the "
+                "model class of transformers 5 (transformers 4 and remote code decide in another form)."
+            )
+        found[f"{name}.{of_gate}" if name else of_gate] = family
+    return found
+
+
+def _routes_unknown(module: nn.Module) -> bool:
+    """Whether a module owns experts, or is known to be refused, and so must route somewhere."""
+    if refused_name(module) is not None:
+        return True
+    gate = module._modules.get("gate") or module._modules.get("router")
+    return module._modules.get("experts") is not None and gate is not None

@@ -1,0 +1,179 @@
+"""Routers of classes that the table does not name, recognized by what they do.
+
+Two things must hold. The router, run in float32 on random hidden states, returns logits [T, E], weights [T, k] and ids
+[T, k] in some order, and one specification, made of the facts that the router holds, gives those very ids and weights
+again. And the block follows it: other ids and weights give another output. Else the router stays unknown.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from moe_route.routers.output import Part
+from torch import Tensor, nn
+
+from moe_route import ops
+from moe_route.contract.spec import RouterSpec
+from moe_route.modules.attributes import at
+from moe_route.routers.family import Family
+from moe_route.routers.probe import PROBES, parts_of, undisturbed
+
+_BIASES = ("e_score_correction_bias", "expert_bias", "correction_bias")
+_SCALES = ("routed_scaling_factor", "router_scaling_factor", "route_scale")
+_GROUPS = (("num_group", "topk_group"), ("n_group", "topk_group"))
+_EPS = (0.0, 1e-20)
+_ROOM = 1e-5
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a router returned for some probes, and in which order."""
+
+    logits: Tensor  # or probabilities
+    weights: Tensor
+    ids: Tensor
+    returns: tuple[Part, ...]
+
+
+def recognize(router: nn.Module, block: nn.Module) -> Family | str:
+    """A row for the one class of `router`, or why it is not recognized."""
+    if any(p.is_meta or type(p).__name__ == "DTensor" for p in block.parameters()) or hasattr(router, "_hf_hook"):
+        return "its weights cannot be read here"
+    samples = _samples(router)
+    if isinstance(samples, str):
+        return samples
+    family = next((row for row in _candidates(router, samples) if _reproduces(row, router, samples)), None)
+    if family is None:
+        return "no known way of routing gives the ids and weights that it returns"
+    return _not_followed(family, router, block) or family
+
+
+def _samples(router: nn.Module) -> list[Sample] | str:
+    """Two runs of a float32 copy, on probes of different size."""
+    with undisturbed(router), torch.no_grad():
+        alone = copy.deepcopy(router).float()
+    alone._forward_hooks.clear()
+    matrix = next((p for p in alone.parameters() if p.dim() == 2), None)
+    if matrix is None:
+        return "it has no gate matrix"
+    generator = torch.Generator().manual_seed(0)
+    found: list[Sample] = []
+    for size in (1.0, 8.0):
+        hidden = torch.randn((PROBES, matrix.shape[1]), generator=generator, device="cpu").to(matrix.device) * size
+        try:
+            with undisturbed(alone), torch.no_grad():
+                output = alone.forward(hidden)
+        except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+            return f"it cannot be run by itself on hidden states [tokens, hidden size] ({type(error).__name__})"
+        sample = _sample(output)
+        if sample is None:
+            return "it does not return logits [tokens, experts], weights [tokens, k] and ids [tokens, k]"
+        found.append(sample)
+    return found
+
+
+def _sample(output: Any) -> Sample | None:
+    returns = parts_of(output)
+    if returns is None or len(returns) != 3 or len(output[0]) != PROBES:
+        return None
+    logits = next(part for part, name in zip(output, returns, strict=True) if name in ("logits", "probabilities"))
+    weights, ids = output[returns.index("weights")], output[returns.index("ids")]
+    if not bool(((ids >= 0) & (ids < logits.shape[1])).all()):
+        return None
+    return Sample(logits, weights, ids, returns)
+
+
+def _candidates(router: nn.Module, samples: list[Sample]) -> Iterator[Family]:
+    """Rows to try: every way of routing, with and without each fact that the router holds."""
+    bias = next((name for name in _BIASES if isinstance(at(router, name), Tensor)), None)
+    scale = next((float(at(router, name)) for name in _SCALES if isinstance(at(router, name), (int, float))), 1.0)
+    groups = next(((at(router, a), at(router, b)) for a, b in _GROUPS if isinstance(at(router, a), int)), (1, 1))
+    orders, limits = ("score_then_topk", "topk_then_score"), (float("-inf"), 0.0)
+    for score, order, eps, renormalize, with_bias, factor, grouped, of_group, fill in product(
+        ("softmax", "sigmoid", "sqrt_softplus"),
+        orders,
+        _EPS,
+        ("none", "sum"),
+        (False, True) if bias else (False,),
+        dict.fromkeys((1.0, scale)),
+        (False, True) if groups[0] > 1 else (False,),
+        ("top2_sum", "max"),
+        limits,
+    ):
+        if not grouped and (of_group, fill) != ("top2_sum", limits[0]):
+            continue
+        spec = RouterSpec(
+            score=score,
+            order=order,
+            groups=groups[0] if grouped else 1,
+            top_groups=groups[1] if grouped else 1,
+            group_score=of_group,
+            group_fill=fill,
+            renormalize=renormalize,
+            eps=eps if renormalize == "sum" else 0.0,
+            scale=factor,
+        )
+        yield _row(router, samples[0], spec, bias if with_bias else None)
+
+
+def _row(router: nn.Module, sample: Sample, spec: RouterSpec, bias: str | None) -> Family:
+    of_chosen = " over the chosen" if spec.order == "topk_then_score" else ""
+    name = f"{spec.score.replace('_', '-')}{of_chosen}{' with correction bias' if bias else ''}"
+    return Family(
+        f"recognized: {name}{', group-limited' if spec.groups > 1 else ''}",
+        (type(router).__name__,),
+        spec,
+        top_k=sample.ids.shape[1],
+        num_experts=sample.logits.shape[1],
+        correction_bias=bias,
+        returns=sample.returns,
+        low_precision=True,  # what it computes in is not known
+        unfused="it is known by what it does only",
+        notes=(f"no class of the table of routers: recognized by what it does ({name})",),
+    )
+
+
+def _reproduces(family: Family, router: nn.Module, samples: list[Sample]) -> bool:
+    bias = family.bias_of(router)
+    for sample in samples:
+        logits = sample.logits.log() if "probabilities" in sample.returns else sample.logits
+        weights, ids = ops.route(logits, sample.ids.shape[1], family.spec, correction_bias=bias)
+        order, own = ids.long().sort(1), sample.ids.sort(1)
+        if not torch.equal(order.values, own.values):
+            return False
+        own_weights = sample.weights.gather(1, own.indices).float()
+        if not torch.allclose(weights.gather(1, order.indices), own_weights, rtol=_ROOM, atol=1e-12):
+            return False
+    return True
+
+
+def _not_followed(family: Family, router: nn.Module, block: nn.Module) -> str:
+    """Why the block's output does not hang on what the router returns, or an empty string."""
+    matrix = next(p for p in router.parameters() if p.dim() == 2)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn((1, 8, matrix.shape[1]), generator=generator, device="cpu").to(matrix.device, matrix.dtype)
+
+    def run(change: bool) -> Any:
+        def turn(module: nn.Module, args: Any, output: Any) -> Any:
+            ids_at, experts = family.returns.index("ids"), family.num_experts_of(router)
+            return (*output[:ids_at], (output[ids_at] + 1) % experts, *output[ids_at + 1 :])
+
+        handle = router.register_forward_hook(turn) if change else None
+        try:
+            output = block.forward(hidden.clone())
+        finally:
+            if handle is not None:
+                handle.remove()
+        return output[0] if isinstance(output, tuple) else output
+
+    try:
+        with undisturbed(block), torch.no_grad():
+            same = torch.equal(run(False), run(True))
+    except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+        return f"its block cannot be run by itself, to see whether it follows its router ({type(error).__name__})"
+    return "its block does not follow it: other ids give the same output" if same else ""

@@ -1,0 +1,708 @@
+"""moe_route.analysis: formulae against plain rewritings, laws of divergence, published figures, clear refusals."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+import torch
+from harness.routing_data import FOLDER, esft, esft_ids, needs_data, published_routing
+from harness.tiny_models import tiny_model, tokens
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import moe_route as mr
+from moe_route import analysis
+from moe_route.analysis import AnalysisError, Divergence
+from moe_route.analysis.measures import cosine_distance, jaccard_distance
+from moe_route.recording import RoutingStatistics
+from moe_route.recording.store import SequenceStore
+from moe_route.steering import Plan
+
+GROUPS = ("en", "sw", "bn")
+SIZES = (6, 4)  # the second layer has fewer experts: its rows are padded with zeros
+LAYERS, WIDEST, TOP_K = 2, 6, 2
+ITEMS = 12
+
+
+def entropy_of(q):
+    return -sum(x * np.log(x) for x in q if x > 0)
+
+
+def divergence_of(q1, q2, num_experts):
+    """Equation 2 as it is written."""
+    middle, mean = entropy_of((q1 + q2) / 2), (entropy_of(q1) + entropy_of(q2)) / 2
+    return (middle - mean) / (np.log(num_experts) - mean)
+
+
+def sequences(seed=0, groups=GROUPS, items=ITEMS):
+    """(item, group) -> counts int64 [L, E]: each sequence has 10 to 39 tokens that choose two experts a layer."""
+    rng = np.random.default_rng(seed)
+    found = {}
+    for g, group in enumerate(groups):
+        for item in range(items):
+            counts = np.zeros((LAYERS, WIDEST), dtype=np.int64)
+            tokens = rng.integers(10, 40)
+            for layer, size in enumerate(SIZES):
+                taste = rng.dirichlet(np.ones(size) * 3) + 0.4 * g * np.eye(size)[g]
+                for _ in range(tokens):
+                    counts[layer, rng.choice(size, TOP_K, replace=False, p=taste / taste.sum())] += 1
+            found[item, group] = counts
+    return found
+
+
+def statistics(found, groups=GROUPS, keep=True):
+    """Real ``RoutingStatistics`` of these sequences, whose router mass is their share of selections."""
+    counts = np.stack([sum(c for (_, g), c in found.items() if g == group) for group in groups])
+    tokens = counts.sum(-1)[:, 0] // TOP_K
+    mass = np.stack([sum(c / TOP_K for (_, g), c in found.items() if g == group) for group in groups])
+    stats = RoutingStatistics.from_token_sums(
+        groups,
+        counts=counts,
+        tokens=tokens,
+        top_k=TOP_K,
+        probability=mass,
+        metadata={"model": {"name": "demo", "config_hash": "abc"}},
+    )
+    stats.num_experts = SIZES
+    if keep:
+        store = SequenceStore(stats.layers, SIZES)
+        arrays = {
+            "tokens": np.stack([c.sum(-1) // TOP_K for c in found.values()]),
+            "counts": np.stack(list(found.values())).astype(np.int32),
+            "full": np.stack([c / c.sum(-1, keepdims=True) for c in found.values()]).astype(np.float32),
+        }
+        store.append([(f"s{item}", group) for item, group in found], arrays)
+        stats.store = store
+    return stats
+
+
+@pytest.fixture(scope="module")
+def found():
+    return sequences()
+
+
+@pytest.fixture(scope="module")
+def stats(found):
+    return statistics(found)
+
+
+# -- measures
+
+MEASURES = {
+    "normalized_jsd": lambda a, b: analysis.normalized_jensen_shannon(a, b, a.shape[-1]),
+    "jsd": analysis.jensen_shannon,
+    "cosine": cosine_distance,
+    "jaccard": lambda a, b: jaccard_distance(a, b, 2),
+}
+positive = st.floats(1e-12, 1e6)
+pairs = (
+    st.integers(2, 12)
+    .flatmap(
+        lambda size: st.tuples(
+            hnp.arrays(np.float64, size, elements=st.just(0.0) | positive),
+            hnp.arrays(np.float64, size, elements=st.just(0.0) | positive),
+        )
+    )
+    .filter(lambda pair: min(pair[0].sum(), pair[1].sum()) > 0)
+)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@given(pair=pairs)
+def test_measures_are_symmetric_bounded_and_zero_on_equal(measure, pair):
+    one, two = (q / q.sum() for q in pair)
+    value = MEASURES[measure](one, two)
+    np.testing.assert_array_equal(value, MEASURES[measure](two, one))
+    assert np.isnan(value) or 0 <= value <= 1
+    same = MEASURES[measure](one, one)
+    assert same == 0 or np.isnan(same)
+    if measure == "jsd":
+        assert value <= np.log(2) + 1e-12
+
+
+@given(pair=pairs)
+def test_normalized_divergence_is_equation_two(pair):
+    one, two = (q / q.sum() for q in pair)
+    bound = np.log(len(one)) - (entropy_of(one) + entropy_of(two)) / 2
+    value = analysis.normalized_jensen_shannon(one, two, len(one))
+    if bound > 1e-6:
+        assert value == pytest.approx(divergence_of(one, two, len(one)), abs=1e-9 / bound)
+    assert analysis.entropy_of(one) == pytest.approx(entropy_of(one), abs=1e-12)
+    assert analysis.jensen_shannon(one, two) == pytest.approx(
+        scipy.stats.entropy(one, (one + two) / 2) / 2 + scipy.stats.entropy(two, (one + two) / 2) / 2, abs=1e-12
+    )
+
+
+@given(pair=pairs, scale=st.floats(0.01, 100))
+def test_rows_need_not_be_normalized(pair, scale):
+    one, two = pair
+    value = analysis.divergence(one[None], two[None]).values
+    np.testing.assert_allclose(value, analysis.divergence(one[None] * scale, two[None]).values, rtol=1e-6, atol=1e-12)
+
+
+def test_extremes_of_normalized_divergence():
+    one, two = np.eye(4)[0], np.eye(4)[1]
+    assert analysis.normalized_jensen_shannon(one, one, 4) == 0
+    # two sharp routers that share nothing: log 2 over log E, the bound the paper names
+    assert analysis.normalized_jensen_shannon(one, two, 4) == pytest.approx(np.log(2) / np.log(4))
+    assert analysis.normalized_jensen_shannon(
+        np.array([0.5, 0.5, 0, 0]), np.array([0, 0, 0.5, 0.5]), 4
+    ) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("size", range(2, 40, 2))
+def test_uniform_halves_never_pass_one(size):
+    halves = np.repeat(np.eye(2), size // 2, axis=1) / (size // 2)
+    value = analysis.normalized_jensen_shannon(halves[0], halves[1], size)
+    assert 1 - 1e-12 < value <= 1
+
+
+def test_uniform_but_for_rounding_is_undefined():
+    rng = np.random.default_rng(0)
+    for size in (8, 128, 1000):
+        stored = (np.full((2, size), 1 / size) * (1 + rng.uniform(-1, 1, (2, size)) * 2.0**-24)).astype(np.float32)
+        assert np.isnan(analysis.divergence(stored[:1], stored[1:]).values).all()
+        almost = np.full((1, size), 1000.0)
+        other = almost.copy()
+        other[0, 0] += 1
+        assert np.isfinite(analysis.divergence(almost, other).values).all()
+
+
+def test_both_uniform_is_undefined_and_counted():
+    uniform = np.full((1, 4), 0.25)
+    both = analysis.divergence(uniform, uniform)
+    assert np.isnan(both.values).all()
+    assert both.undefined.tolist() == [[1]]
+    stored = (np.full(100, 1 / 100, dtype=np.float32)).astype(np.float64)[None]
+    assert np.isnan(analysis.divergence(stored, stored).values).all()
+    assert np.isnan(analysis.divergence(np.ones((1, 1)), np.ones((1, 1))).values).all(), "one expert is always uniform"
+    pairs = analysis.divergence(np.stack([uniform, np.eye(4)[:1]]), np.stack([uniform, np.eye(4)[1:2]]))
+    assert pairs.values[0, 0] == pytest.approx(0.5)
+    assert pairs.undefined.tolist() == [[1]]
+    assert "1 undefined" in repr(pairs)
+
+
+def test_jaccard_takes_the_lower_index_of_equals():
+    assert jaccard_distance(np.array([0.4, 0.2, 0.2, 0.2]), np.array([0.4, 0.2, 0.2, 0.2]), 2) == 0
+    assert jaccard_distance(np.array([0.4, 0.3, 0.2, 0.1]), np.array([0.4, 0.1, 0.2, 0.3]), 2) == pytest.approx(2 / 3)
+
+
+# -- divergence of recordings
+
+
+def test_paired_divergence_is_the_mean_over_parallel_sequences(found, stats):
+    result = analysis.divergence(stats, reference="en")
+    assert (result.pairing, result.groups, result.reference, result.pairs) == (
+        "paired",
+        ("sw", "bn"),
+        "en",
+        (ITEMS, ITEMS),
+    )
+    for g, group in enumerate(result.groups):
+        for layer, size in enumerate(SIZES):
+            expected = []
+            for item in range(ITEMS):
+                one, two = (found[item, name][layer] for name in ("en", group))
+                expected.append(divergence_of(one / one.sum(), two / two.sum(), size))
+            assert result.values[g, layer] == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def test_pooled_divergence_is_of_the_mean_distributions(found, stats):
+    result = analysis.divergence(stats, "en", pairing="pooled", by="token")
+    for g, group in enumerate(result.groups):
+        for layer, size in enumerate(SIZES):
+            one, two = (sum(c[layer] for (_, name), c in found.items() if name == n) for n in ("en", group))
+            assert result.values[g, layer] == pytest.approx(divergence_of(one / one.sum(), two / two.sum(), size))
+    assert (result.pairs, result.pair_values) == ((), ())
+
+
+def test_auto_pools_where_sequences_do_not_pair(stats, caplog):
+    with caplog.at_level("INFO"):
+        result = analysis.divergence(stats, "en", by="token")
+    assert result.pairing == "pooled"
+    assert "pooled divergence" in caplog.text
+    assert analysis.divergence(stats, "en", phase="prefill", kind="count", by="token").pairing == "pooled"
+
+
+def test_any_reference_any_groups_and_every_measure(stats):
+    for measure in analysis.MEASURES:
+        result = analysis.divergence(stats, "sw", groups=["en"], measure=measure)
+        assert result.groups == ("en",)
+        np.testing.assert_allclose(result.values, analysis.divergence(stats, "en", groups="sw", measure=measure).values)
+        assert np.isfinite(result.values).all()
+    assert (analysis.divergence(stats, "en", groups=["en"]).values == 0).all()
+
+
+def test_matrix_agrees_with_each_divergence(stats):
+    matrix = analysis.divergence_matrix(stats)
+    assert matrix.pairing == "paired"
+    assert matrix.values.shape == (LAYERS, 3, 3)
+    np.testing.assert_array_equal(matrix.values, matrix.values.transpose(0, 2, 1))
+    assert (matrix.values[:, range(3), range(3)] == 0).all()
+    for i, reference in enumerate(GROUPS):
+        one = analysis.divergence(stats, reference)
+        for group in one.groups:
+            np.testing.assert_allclose(matrix.values[:, i, GROUPS.index(group)], one.of(group))
+    np.testing.assert_allclose(matrix.mean([1]), matrix.values[1])
+    pooled = analysis.divergence_matrix(stats, by="token")
+    assert pooled.pairing == "pooled"
+
+
+def test_interval_holds_the_mean_and_is_seeded(stats):
+    result = analysis.divergence(stats, "en")
+    low, high = result.interval(0.95, seed=1)
+    assert (low < result.values).all()
+    assert (result.values < high).all()
+    np.testing.assert_array_equal(low, result.interval(0.95, seed=1)[0])
+    narrow = result.interval(0.5, seed=1)
+    assert (narrow[0] >= low).all()
+    assert (narrow[1] <= high).all()
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        values = rng.beta(2, 5, (40, 1))
+        result = Divergence(
+            values.mean(0)[None], ("g",), "en", ("0",), pairing="paired", pairs=(40,), pair_values=(values,)
+        )
+        low, high = result.interval(0.9, resamples=300)
+        covered += low[0, 0] <= 2 / 7 <= high[0, 0]
+    assert 165 <= covered <= 195
+
+
+def test_u_shape_takes_the_ends_and_the_middle():
+    layers = 48
+    values = np.abs(np.linspace(-1, 1, layers))[None]
+    shape = analysis.u_shape(Divergence(values, ("sw",), "en", tuple(map(str, range(layers)))))
+    assert (shape.first_layers, shape.middle_layers, shape.last_layers) == (
+        (0, 1, 2, 3),
+        tuple(range(16, 32)),
+        (44, 45, 46, 47),
+    )
+    assert shape.first[0] == pytest.approx(values[0, :4].mean())
+    assert shape.depth[0] == pytest.approx((shape.first[0] + shape.last[0]) / 2 - shape.middle[0])
+    assert shape.depth[0] > 0
+    one = analysis.u_shape(Divergence(values[:, :1], ("sw",), "en", ("0",)))
+    assert one.first == one.middle == one.last
+
+
+def test_layers_that_saw_nothing_are_nan_and_counted(found):
+    blank = {key: counts.copy() for key, counts in found.items()}
+    for (item, group), counts in blank.items():
+        if group == "sw" and item < 5:
+            counts[1] = 0
+    with np.errstate(invalid="ignore"):
+        result = analysis.divergence(statistics(blank), "en")
+    assert result.undefined.tolist() == [[0, 5], [0, 0]]
+    assert np.isfinite(result.values).all()
+    with np.errstate(invalid="ignore"):
+        rest = analysis.divergence(statistics({k: v for k, v in found.items() if k[0] >= 5}), "en")
+    assert result.of("sw")[1] == pytest.approx(rest.of("sw")[1])
+
+
+def test_divergence_refuses_with_the_mend(found, stats):
+    pooled = statistics(found, keep=False)
+    empty = statistics(
+        {**found, **{(i, "xx"): np.zeros((LAYERS, WIDEST), np.int64) for i in range(2)}}, (*GROUPS, "xx"), keep=False
+    )
+    lonely = statistics(found)
+    lonely.store = SequenceStore(lonely.layers, SIZES)
+    cases = [
+        (
+            lambda: analysis.divergence(stats, "fr"),
+            r"no reference group 'fr' was recorded: these statistics hold 'en', 'sw', 'bn'",
+        ),
+        (lambda: analysis.divergence(stats, "en", groups=["fr"]), "no group 'fr'"),
+        (lambda: analysis.divergence(empty, "en", by="token"), "group 'xx' is empty"),
+        (lambda: analysis.divergence(empty, "xx", by="token"), "reference group 'xx' is empty"),
+        (lambda: analysis.divergence(pooled, "en", pairing="paired"), r"record\(sequences=True\)"),
+        (lambda: analysis.divergence(lonely, "en", pairing="paired"), "pairs with 'en'"),
+        (lambda: analysis.divergence(stats, "en", pairing="paired", phase="decode"), "leave phase out"),
+        (lambda: analysis.divergence(stats, "en", pairing="best"), "pairing must be"),
+        (lambda: analysis.divergence(stats, "en", measure="kl"), "no measure 'kl'"),
+        (lambda: analysis.divergence(stats, np.ones((2, 6))), "name the reference group"),
+        (lambda: analysis.divergence(np.ones((2, 6)), "en"), "two arrays"),
+        (lambda: analysis.divergence(np.ones((2, 6)), np.ones((2, 5))), "one shape"),
+        (lambda: analysis.divergence(np.ones(6), np.ones(6)), "layer, expert"),
+        (lambda: analysis.divergence(-np.ones((2, 6)), np.ones((2, 6))), "not logits"),
+        (lambda: analysis.divergence(np.ones((2, 6)), np.ones((2, 6)), num_experts=4), "beyond num_experts"),
+        (lambda: analysis.divergence(np.ones((2, 6)), np.ones((2, 6)), num_experts=9), "between 1 and 6"),
+        (lambda: analysis.divergence(np.ones((2, 6)), np.ones((2, 6)), measure="jaccard"), "needs top"),
+        (lambda: analysis.divergence(stats, "en", measure="jaccard", top=0), "top must be"),
+        (lambda: analysis.divergence(pooled, "en", by="token").interval(), "needs paired"),
+        (lambda: analysis.divergence(stats, "en").interval(1.5), "between 0 and 1"),
+        (lambda: analysis.divergence(stats, "en").of("fr"), "no group 'fr'"),
+        (lambda: analysis.divergence_matrix(stats, groups=["en"]), "two groups"),
+        (lambda: analysis.divergence(stats.select(["en"]), "en"), "nothing to compare"),
+        (lambda: analysis.u_shape(analysis.divergence(stats, "en"), middle=range(1, 9)), "of the 2 layers"),
+    ]
+    for make, message in cases:
+        with pytest.raises(AnalysisError, match=message):
+            make()
+
+
+# -- entropy, consistency
+
+
+class WithEntropy:
+    """What ``entropy`` reads of statistics, with known values."""
+
+    groups, layers, num_experts, top_k, store, metadata = ("en", "sw"), ("a", "b"), (4, 2), (1, 1), None, {}
+
+    def tokens(self, phase=None):
+        return np.array([[5, 5], [7, 7]])
+
+    def mean_distribution(self, kind="full", phase=None, by="sequence"):
+        return np.full((2, 2, 4), 0.25)
+
+    def frequency(self, phase=None, by="sequence"):
+        return np.full((2, 2, 4), 0.25)
+
+    def entropy(self, of="token", phase=None):
+        return np.array([[0.5, 0.25], [0.4, 0.2]]) * (2 if of == "sequence" else 1)
+
+
+def test_entropy_of_tokens_and_sequences_and_their_gap():
+    result = analysis.entropy(WithEntropy())
+    np.testing.assert_allclose(result.gap, result.token)
+    np.testing.assert_allclose(result.normalized("sequence"), result.sequence / np.log([4, 2]))
+    assert "token entropy" in repr(result)
+    assert "sequence entropy" in repr(result)
+    only = analysis.entropy(WithEntropy(), of="token", groups=["sw"])
+    assert only.groups == ("sw",)
+    assert only.to_dict()["token"] == [[0.4, 0.2]]
+    assert list(result.to_pandas().columns) == ["group", "layer", "router", "token", "sequence"]
+    with pytest.raises(AnalysisError, match="both"):
+        _ = only.gap
+    with pytest.raises(AnalysisError, match="no sequence entropy"):
+        only.normalized("sequence")
+    with pytest.raises(AnalysisError, match="of must be"):
+        analysis.entropy(WithEntropy(), of="word")
+
+
+@given(st.lists(st.sets(st.integers(0, 6), min_size=0, max_size=3), min_size=2, max_size=9), st.integers(1, 4))
+def test_consistency_is_the_mean_jaccard_of_all_pairs(sets, chunk):
+    ids = np.array([[*chosen, *[-1] * (3 - len(chosen))] for chosen in sets])
+    expected = np.mean([len(a & b) / len(a | b) if a | b else 0.0 for a, b in combinations(sets, 2)])
+    assert analysis.consistency(ids, chunk=chunk) == pytest.approx(expected, abs=1e-6)
+
+
+def test_consistency_of_one_token_is_undefined():
+    assert np.isnan(analysis.consistency(np.array([[1, 2]])))
+    with pytest.raises(AnalysisError, match="integers"):
+        analysis.consistency(np.ones((3, 2)))
+
+
+# -- experts
+
+
+def test_expert_difference_is_equation_three(found, stats):
+    frequencies = {
+        g: np.stack([c / (c.sum(-1, keepdims=True) / TOP_K) for (_, n), c in found.items() if n == g]) for g in GROUPS
+    }
+    delta = analysis.expert_difference(frequencies["sw"], frequencies["en"])
+    np.testing.assert_allclose(delta, frequencies["sw"].mean(0) - frequencies["en"].mean(0))
+    np.testing.assert_allclose(delta.sum(-1), 0, atol=1e-12)
+    of_tokens = analysis.expert_difference(stats, stats, group="sw", baseline_group="en", by="token")
+    pooled = [sum(c for (_, n), c in found.items() if n == g) for g in ("sw", "en")]
+    np.testing.assert_allclose(
+        of_tokens, TOP_K * (pooled[0] / pooled[0].sum(-1, keepdims=True) - pooled[1] / pooled[1].sum(-1, keepdims=True))
+    )
+    assert (np.abs(delta) <= 1).all()
+
+
+@given(
+    hnp.arrays(np.float64, (3, 5), elements=st.floats(0, 1)),
+    hnp.arrays(np.float64, (3, 5), elements=st.floats(0, 1)),
+    st.floats(0, 0.9),
+)
+def test_task_experts_are_those_above_the_threshold(task, base, threshold):
+    selection = analysis.task_experts(task, base, threshold=threshold)
+    expected = [tuple(pair) for pair in np.argwhere(task - base > threshold).tolist()]
+    assert list(selection.pairs) == expected
+    assert all(
+        selection.scores[layer][expert] == task[layer, expert] - base[layer, expert] for layer, expert in expected
+    )
+    assert selection.num_experts == (5, 5, 5)
+    top = analysis.task_experts(task, base, threshold=threshold, top=2, layers=[1, 2])
+    assert set(top.pairs) <= set(expected)
+    assert max(top.counts.values(), default=0) <= 2
+    assert 0 not in top
+    lower = analysis.task_experts(task, base, threshold=threshold / 2)
+    assert set(selection.pairs) <= set(lower.pairs)
+
+
+def test_task_experts_carry_model_and_layers_into_a_plan(stats):
+    selection = analysis.task_experts(stats, stats, threshold=0.1, group="sw", baseline_group="en", by="token")
+    assert 1 in selection[0]
+    plan = Plan.activate(selection)
+    assert (plan.model.name, plan.model.config_hash, plan.model.num_experts) == ("demo", "abc", SIZES)
+    assert analysis.task_experts(
+        stats, stats, threshold=0.1, group="sw", baseline_group="en", by="token", layers=[1], layer_base=1
+    ) == (selection.restrict([0]))
+
+
+def test_multilingual_experts_are_above_the_threshold_in_any_language(stats):
+    delta = [analysis.expert_difference(stats, stats, group=g, baseline_group="en", by="token") for g in ("sw", "bn")]
+    selection = analysis.multilingual_experts(stats, "en", threshold=0.1, by="token")
+    assert list(selection.pairs) == [tuple(pair) for pair in np.argwhere(np.maximum(*delta) > 0.1).tolist()]
+    one = analysis.multilingual_experts(stats, "en", threshold=0.1, groups=["sw"], by="token")
+    assert set(one.pairs) <= set(selection.pairs)
+    assert "multilingual experts against en" in repr(selection)
+
+
+def test_risk_experts_rank_by_absolute_difference_with_room_per_layer():
+    positive = np.array([[0.9, 0.8, 0.7, 0.0], [0.5, 0.1, 0.2, 0.2]])
+    negative = np.array([[0.1, 0.1, 0.1, 0.95], [0.4, 0.3, 0.2, 0.3]])
+    result = analysis.risk_experts(positive, negative, number=4, per_layer=2)
+    assert result.activate == {0: (0, 1)}
+    assert result.deactivate == {0: (3,), 1: (1,)}
+    assert analysis.risk_experts(positive, negative, number=99, per_layer=9).deactivate == {0: (3,), 1: (1, 3)}
+    assert "deactivate" in repr(result)
+
+
+def test_risk_experts_of_statistics_use_the_models_top_k(stats):
+    result = analysis.risk_experts(stats, stats, number=12, group="bn", baseline_group="en")
+    assert max(result.activate.counts.values()) <= TOP_K
+    np.testing.assert_allclose(
+        result.values, analysis.expert_difference(stats, stats, group="bn", baseline_group="en", by="token")
+    )
+
+
+def table(frequency, groups=GROUPS):
+    """Statistics in which tokens of a group choose experts with these frequencies [G, L, E] (multiples of 1 / 1000)."""
+    counts = np.rint(np.asarray(frequency) * 1000).astype(np.int64)
+    return RoutingStatistics.from_token_sums(groups, counts=counts, tokens=np.full(len(groups), 1000), top_k=TOP_K)
+
+
+def test_frequency_share_rule():
+    stats = table([[[0.8, 0.6, 0.5, 0.1]], [[0.1, 0.6, 0.7, 0.6]], [[0.1, 0.6, 0.1, 1.0]]])
+    result = analysis.frequency_share_experts(stats, top=2, threshold=0.6)
+    # kept: en 0, 1; sw 1 and 2; bn 3 and 1. Expert 1 is shared by three, the others have a share of 1
+    assert result["en"] == {0: (0,)}
+    assert result["sw"] == {0: (2,)}
+    assert result["bn"] == {0: (3,)}
+    assert result.shared == {0: (1,)}
+    assert list(result) == list(GROUPS)
+    assert "(shared)" in repr(result)
+
+
+def test_equal_count_entropy_rule():
+    frequency = np.full((3, 1, 8), 0.01)
+    frequency[0, 0, 1] = frequency[1, 0, 2] = frequency[2, 0, 3] = 0.9
+    frequency[:, 0, 5] = 0.9
+    result = analysis.entropy_experts(table(frequency), number=1, percentile=75)
+    assert {group: dict(found) for group, found in result.items()} == {
+        "en": {0: (1,)},
+        "sw": {0: (2,)},
+        "bn": {0: (3,)},
+    }
+    assert len(analysis.entropy_experts(table(frequency), number=2, percentile=70)["en"]) == 2
+    json.dumps(result.to_dict())
+
+
+def test_esft_rule_is_the_shortest_prefix():
+    selection = analysis.esft_experts(np.array([[0.1, 0.5, 0.3, 0.1], [0.25, 0.25, 0.25, 0.25]]), top_p=0.5)
+    assert selection == {0: (1,), 1: (0, 1)}
+    assert analysis.esft_experts(np.array([[0.1, 0.5, 0.4, 0.0]]), top_p=1.0) == {0: (0, 1, 2)}
+
+
+def test_finding_experts_refuses_with_the_mend(stats):
+    ones = np.ones((2, 6))
+    cases = [
+        (lambda: analysis.task_experts(stats, stats, threshold=0.1, by="token"), "name the task group"),
+        (lambda: analysis.task_experts(stats, stats, threshold=0.1, group="fr", by="token"), "no task group 'fr'"),
+        (lambda: analysis.task_experts(ones, np.ones((3, 6)), threshold=0.1), "same layers"),
+        (lambda: analysis.task_experts(ones, ones, threshold=float("nan")), "threshold must be"),
+        (lambda: analysis.task_experts(ones, ones, threshold=0.1, top=0), "top must be"),
+        (lambda: analysis.task_experts(ones, ones, threshold=0.1, layers=[7]), "some of the 2 layers"),
+        (lambda: analysis.multilingual_experts(stats, "fr", threshold=0.1, by="token"), "no reference group 'fr'"),
+        (lambda: analysis.risk_experts(ones, ones, number=3), "per_layer is needed"),
+        (lambda: analysis.risk_experts(ones, ones, number=0, per_layer=2), "number must be"),
+        (lambda: analysis.frequency_share_experts(stats, top=2, threshold=1.5), "between 0 and 1"),
+        (lambda: analysis.entropy_experts(stats, number=0), "number must be"),
+        (lambda: analysis.esft_experts(ones, top_p=0), "top_p must be"),
+        (lambda: analysis.esft_experts(np.ones((1, 2, 6))), "layer, expert"),
+    ]
+    for make, message in cases:
+        with pytest.raises(AnalysisError, match=message):
+            make()
+    with pytest.raises(ValueError, match='by="token"'):
+        analysis.task_experts(stats, stats, threshold=0.1, group="sw")
+
+
+# -- correlation
+
+
+def some_divergence(values):
+    groups = tuple(f"g{i}" for i in range(len(values)))
+    return Divergence(np.asarray(values), groups, "en", tuple(map(str, range(np.shape(values)[1]))))
+
+
+@given(
+    hnp.arrays(np.float64, (6, 2), elements=st.integers(0, 20).map(lambda n: n / 20)),
+    st.lists(st.integers(0, 20).map(lambda n: n / 20), min_size=6, max_size=6),
+)
+@pytest.mark.filterwarnings("ignore:An input array is constant")
+def test_correlation_is_scipys(values, scores):
+    result = analysis.correlation(some_divergence(values), {f"g{i}": s for i, s in enumerate(scores)}, permutations=10)
+    for layer in range(2):
+        expected = scipy.stats.pearsonr(values[:, layer], scores).statistic
+        np.testing.assert_allclose(result.pearson[layer], expected, atol=1e-9)
+        np.testing.assert_allclose(
+            result.spearman[layer], scipy.stats.spearmanr(values[:, layer], scores).statistic, atol=1e-9
+        )
+
+
+def test_permutation_p_value_is_exact_for_few_groups_and_close_for_drawn_orders():
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(2, 6))
+    scores = {f"g{i}": value for i, value in enumerate(y)}
+    exact = analysis.correlation(some_divergence(x[:, None]), scores, permutations=1000).p_value[0]
+    expected = scipy.stats.permutation_test(
+        (x,),
+        lambda a: np.abs(scipy.stats.pearsonr(a, y).statistic),
+        permutation_type="pairings",
+        n_resamples=np.inf,
+        alternative="greater",
+    ).pvalue
+    assert exact == pytest.approx(expected)
+    drawn = analysis.correlation(some_divergence(x[:, None]), scores, permutations=700).p_value[0]
+    assert drawn == pytest.approx(exact, abs=0.06)
+
+
+def test_correlation_finds_a_perfect_line_and_leaves_nan_out():
+    values = np.array([[0.1, 0.5, np.nan], [0.2, 0.5, 0.3], [0.3, 0.5, 0.2], [0.4, 0.5, np.nan]])
+    scores = {"g0": 0.9, "g1": 0.8, "g2": 0.7, "g3": 0.6, "unused": 1.0}
+    result = analysis.correlation(some_divergence(values), scores)
+    assert result.pearson[0] == pytest.approx(-1)
+    assert result.spearman[0] == pytest.approx(-1)
+    assert result.p_value[0] == pytest.approx(2 / 24)
+    assert np.isnan(result.pearson[1:]).all(), "a constant layer, and a layer with two groups"
+    assert result.number.tolist() == [4, 4, 2]
+    assert "Pearson r" in repr(result)
+    with pytest.raises(AnalysisError, match="no score for g1, g2"):
+        analysis.correlation(some_divergence(values), {"g0": 1, "g3": 2})
+    with pytest.raises(AnalysisError, match="at least three"):
+        analysis.correlation(some_divergence(values), scores, groups=["g0", "g1"])
+    with pytest.raises(AnalysisError, match="finite"):
+        analysis.correlation(some_divergence(values), {**scores, "g1": float("nan")})
+
+
+# -- results show themselves
+
+
+def test_results_are_jsonable_and_tidy(stats):
+    div = analysis.divergence(stats, "en")
+    results = [
+        div,
+        analysis.divergence_matrix(stats),
+        analysis.u_shape(div),
+        analysis.correlation(
+            some_divergence(np.random.default_rng(0).random((4, 2))),
+            dict.fromkeys(("g0", "g1", "g2"), 0.5) | {"g3": 0.7},
+        ),
+    ]
+    for result in results:
+        json.dumps(result.to_dict(), allow_nan=False)
+        assert isinstance(result.to_pandas(), pd.DataFrame)
+        assert len(repr(result).splitlines()) > 2
+    frame = div.to_pandas()
+    assert list(frame.columns) == ["group", "reference", "layer", "router", "divergence", "undefined"]
+    assert frame.loc[(frame.group == "bn") & (frame.layer == 1), "divergence"].item() == div.of("bn")[1]
+    many = Divergence(np.random.default_rng(0).random((2, 48)), ("a", "b"), "en", tuple(map(str, range(48))))
+    assert max(map(len, repr(many).splitlines())) < 100
+
+
+# -- published and measured figures
+
+
+@needs_data
+def test_divergence_of_qwen3_on_mgsm():
+    stats = published_routing().read(FOLDER)
+    gates = stats.token_sum("weight_share")
+    shape = analysis.u_shape(analysis.divergence(stats, "en", kind="topk", by="token"))
+    assert shape.groups == ("de", "zh", "bn", "sw")
+    np.testing.assert_allclose(shape.first, [0.164, 0.260, 0.313, 0.326], atol=5e-4)
+    np.testing.assert_allclose(shape.middle, [0.051, 0.061, 0.139, 0.139], atol=5e-4)
+    np.testing.assert_allclose(shape.last, [0.234, 0.392, 0.298, 0.298], atol=5e-4)
+    for g in range(1, 5):  # the same from two arrays
+        np.testing.assert_allclose(
+            analysis.u_shape(analysis.divergence(gates[g], gates[0])).middle, shape.middle[g - 1], atol=1e-9
+        )
+
+
+@needs_data
+def test_the_published_routing_is_printed_and_drawn(tmp_path, capsys):
+    picture = tmp_path / "divergence.png"
+    published_routing().main(["--data", str(FOLDER), "--out", str(picture)])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["de", "0.164", "0.051", "0.234", "0.148"] in rows
+    assert ["sw", "0.326", "0.139", "0.298", "0.173"] in rows
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "mgsm_en.json cannot be read"),
+        ('{"0": {"0": 1}}', "not a whole recording"),
+        ("{", "not a whole recording"),
+    ],
+)
+def test_the_published_routing_is_refused_where_it_is_not_whole(content, message, tmp_path):
+    recording = tmp_path / "routing" / "qwen3_30b_a3b_mgsm" / "mgsm_en.json"
+    if content is not None:
+        recording.parent.mkdir(parents=True)
+        recording.write_text(content)
+    with pytest.raises(SystemExit, match=message):
+        published_routing().main(["--data", str(tmp_path), "--out", str(tmp_path / "divergence.png")])
+    assert not (tmp_path / "divergence.png").exists()
+
+
+@needs_data
+@pytest.mark.parametrize("task", ["intent", "translation"])
+def test_esft_experts_are_the_published_ones(task):
+    scores, published = esft(task)
+    selection = analysis.esft_experts(scores, top_p=0.2)
+    assert {layer + 1: set(experts) for layer, experts in selection.items()} == {
+        layer: set(e) for layer, e in published.items()
+    }
+
+
+@needs_data
+@pytest.mark.parametrize("layer", [1, 14, 26])
+def test_esft_experts_come_out_of_the_recorded_ids(layer):
+    scores, published = esft("translation")
+    ids = esft_ids("translation", layer)
+    counts = np.bincount(ids.reshape(-1), minlength=64)[None, None]
+    stats = RoutingStatistics.from_token_sums(["translation"], counts=counts, tokens=np.array([len(ids)]), top_k=6)
+    np.testing.assert_allclose(stats.mean_distribution("count", by="token")[0, 0], scores[layer - 1], atol=5.1e-5)
+    assert set(analysis.esft_experts(stats)[0]) == set(published[layer])
+
+
+# -- from a model
+
+
+def test_paired_divergence_of_a_model_is_that_of_its_own_router_logits():
+    model, batches = tiny_model("qwen3_moe", head=True), [tokens(2, 9, seed) for seed in range(4)]
+    expected = []
+    with mr.attach(model) as routed, routed.record(groups=["en", "sw"], sequences=True) as recorder:
+        for item, ids in enumerate(batches):
+            with recorder.labels(groups=["en", "sw"], items=[item, item]), torch.no_grad():
+                logits = model(input_ids=ids, output_router_logits=True).router_logits
+            q = [layer.double().softmax(-1).reshape(2, 9, -1).mean(1).numpy() for layer in logits]
+            expected.append([divergence_of(one, two, len(one)) for one, two in q])
+    result = analysis.divergence(recorder.statistics(), "en")
+    assert (result.pairing, result.pairs) == ("paired", (4,))
+    np.testing.assert_allclose(result.values[0], np.mean(expected, axis=0), rtol=1e-4)
+    found = analysis.entropy(recorder.statistics())
+    assert (found.gap > 0).all()

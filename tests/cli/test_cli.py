@@ -1,0 +1,298 @@
+"""The command line on the demo model: every verb, `--json`, and what a user can get wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import moe_route as mr
+from moe_route.cli import main
+
+SMALL = ("--languages", "eng_Latn,deu_Latn,swh_Latn", "--limit", "4", "--batch-size", "4")
+
+
+@pytest.fixture
+def moe_route(capsys: pytest.CaptureFixture[str]):
+    """Run one command in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as leaving:  # argparse leaves by itself
+            code = int(leaving.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def answer(moe_route):
+    """Run one command with --json and parse what it printed."""
+
+    def run(*arguments: object) -> dict[str, Any]:
+        code, out, err = moe_route(*arguments, "--json")
+        assert code == 0, err
+        parsed: dict[str, Any] = json.loads(out)
+        return parsed
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Statistics of general and of task texts, and a plan made from them, through the command line."""
+    folder = tmp_path_factory.mktemp("files")
+    made = {name: folder / f"{name}.safetensors" for name in ("general", "task", "plan")}
+    assert main(["record", "--out", str(made["general"]), *SMALL]) == 0
+    assert main(["record", "--data", "arithmetic", "--out", str(made["task"]), *SMALL]) == 0
+    experts = ["--task", str(made["task"]), "--baseline", str(made["general"]), "--group", "eng_Latn"]
+    assert (
+        main(["analyze", "experts", *experts, "--threshold", "0.05", "--layers", "2-5", "--out", str(made["plan"])])
+        == 0
+    )
+    return made
+
+
+def refused(result: tuple[int, str, str], *words: str) -> None:
+    """Exit code 2, nothing on standard output, one short line that says what is wrong."""
+    code, out, err = result
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in err
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("moe-route: ")
+    for word in words:
+        assert word in err
+
+
+class TestDescribe:
+    def test_names_every_layer(self, answer):
+        described = answer("describe")
+        assert [layer["layer"] for layer in described["layers"]] == list(range(8))
+        assert {layer["experts"] for layer in described["layers"]} == {16}
+        assert {layer["engine"] for layer in described["layers"]} == {"hook"}
+
+    def test_engine_is_shown(self, answer):
+        assert {layer["engine"] for layer in answer("describe", "--engine", "fused")["layers"]} == {"fused"}
+
+    def test_text(self, moe_route):
+        code, out, _ = moe_route("describe")
+        assert code == 0
+        assert "8 MoE layers" in out
+
+
+class TestRecord:
+    def test_counts_what_the_model_routed(self, answer, tmp_path: Path):
+        out = tmp_path / "statistics.safetensors"
+        recorded = answer("record", "--out", out, *SMALL)
+        statistics = mr.RoutingStatistics.load(out)
+        assert statistics.groups == ("eng_Latn", "deu_Latn", "swh_Latn")
+        assert recorded["groups"] == dict(zip(statistics.groups, statistics.tokens()[:, 0].tolist(), strict=True))
+        assert recorded["sequences"] == [4, 4, 4]
+        chosen = statistics.token_sum("counts").sum(-1)
+        assert (chosen == statistics.tokens() * np.array(statistics.top_k)).all()
+
+    def test_batches_do_not_change_what_is_counted(self, answer, tmp_path: Path):
+        counts = []
+        for size in (1, 4):
+            out = tmp_path / f"{size}.safetensors"
+            answer("record", "--out", out, *SMALL, "--batch-size", size)
+            counts.append(mr.RoutingStatistics.load(out))
+        assert (counts[0].tokens() == counts[1].tokens()).all()
+        # another batch shape is another matrix product: a near tie may fall the other way, and nothing more
+        moved = np.abs(counts[0].token_sum("counts") - counts[1].token_sum("counts")).sum()
+        assert moved <= 0.01 * counts[0].token_sum("counts").sum()
+
+    def test_reads_a_folder_like_flores(self, answer, tmp_path: Path):
+        split = tmp_path / "flores" / "devtest"
+        split.mkdir(parents=True)
+        (split / "eng_Latn.devtest").write_text("A sentence.\nAnother sentence.\n", encoding="utf-8")
+        (split / "deu_Latn.devtest").write_text("Ein Satz.\nNoch ein Satz.\n", encoding="utf-8")
+        recorded = answer("record", "--data", tmp_path / "flores", "--out", tmp_path / "s.safetensors")
+        assert list(recorded["groups"]) == ["eng_Latn", "deu_Latn"]
+
+    def test_steered_recording_says_so(self, answer, files, tmp_path: Path):
+        out = tmp_path / "steered.safetensors"
+        answer("record", "--out", out, "--plan", files["plan"], *SMALL)
+        statistics = mr.RoutingStatistics.load(out)
+        assert statistics.metadata["plans"] == [mr.Plan.load(files["plan"]).hash]
+        assert statistics.scalar("steered").sum() > 0
+
+
+class TestAnalyze:
+    def test_divergence(self, answer, files):
+        result = answer("analyze", "divergence", files["general"], "--reference", "eng_Latn")
+        assert result["groups"] == ["deu_Latn", "swh_Latn"]
+        assert result["pairs"] == [4, 4]
+        values = np.array(result["values"])
+        assert values.shape == (2, 8)
+        assert ((values > 0) & (values < 1)).all()
+
+    def test_entropy(self, answer, files):
+        result = answer("analyze", "entropy", files["general"])
+        token, sequence = np.array(result["token"]), np.array(result["sequence"])
+        assert ((token > 0) & (token < sequence) & (sequence < np.log(16))).all()
+
+    def test_experts_make_a_plan_for_the_layers_asked_for(self, answer, files, tmp_path: Path):
+        out = tmp_path / "plan.safetensors"
+        given = ("--task", files["task"], "--baseline", files["general"], "--group", "eng_Latn", "--threshold", "0.05")
+        result = answer("analyze", "experts", *given, "--layers", "2-5", "--out", out)
+        assert set(map(int, result["experts"])) <= {2, 3, 4, 5}
+        assert mr.Plan.load(out)
+
+    def test_statistics_of_two_files_add_up(self, answer, files):
+        both = answer("analyze", "entropy", files["general"], files["task"])
+        assert both["groups"] == ["eng_Latn", "deu_Latn", "swh_Latn"]
+        one, other = answer("analyze", "entropy", files["general"]), answer("analyze", "entropy", files["task"])
+        low, high = np.minimum(one["token"], other["token"]), np.maximum(one["token"], other["token"])
+        assert ((low <= both["token"]) & (both["token"] <= high)).all()
+
+
+class TestPlot:
+    @pytest.mark.parametrize("kind", ["divergence", "entropy", "experts"])
+    @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+    def test_writes_a_picture(self, answer, files, tmp_path: Path, kind: str, suffix: str):
+        out = tmp_path / f"{kind}.{suffix}"
+        answer("plot", kind, files["general"], "--out", out)
+        start = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix]
+        assert out.read_bytes().startswith(start)
+
+
+class TestSteer:
+    def test_losses_by_language(self, answer, files):
+        result = answer("steer", "--plan", files["plan"], *SMALL)
+        assert [row["language"] for row in result["languages"]] == ["eng_Latn", "deu_Latn", "swh_Latn"]
+        for row in result["languages"]:
+            assert row["low"] <= row["change"] <= row["high"]
+            assert row["steered"] == pytest.approx(row["loss"] + row["change"])
+        assert any(row["change"] != 0 for row in result["languages"])
+
+    def test_a_plan_of_strength_zero_changes_nothing(self, answer, files):
+        result = answer("steer", "--plan", files["plan"], "--strength", "0", *SMALL)
+        assert [row["change"] for row in result["languages"]] == [0, 0, 0]
+
+    def test_prompt(self, answer, files):
+        result = answer("steer", "--plan", files["plan"], "--prompt", "Anna has five", "--max-new-tokens", "4")
+        assert result["natural"]
+        assert result["steered"]
+
+
+class TestDoctor:
+    def test_is_well(self, answer):
+        result = answer("doctor")
+        assert all(check["ok"] for check in result["checks"])
+
+
+class TestWhatAUserGetsWrong:
+    def test_a_folder_that_is_not_there(self, moe_route, tmp_path: Path):
+        refused(moe_route("describe", "--model", tmp_path / "nothing"), "nothing")
+
+    def test_statistics_that_are_not_there(self, moe_route, tmp_path: Path):
+        refused(moe_route("analyze", "entropy", tmp_path / "no.safetensors"), "no.safetensors", "does not exist")
+
+    def test_a_truncated_file(self, moe_route, files, tmp_path: Path):
+        cut = tmp_path / "cut.safetensors"
+        cut.write_bytes(files["general"].read_bytes()[:-100])
+        refused(moe_route("analyze", "entropy", cut), "truncated")
+
+    def test_a_file_of_another_kind(self, moe_route, files):
+        refused(moe_route("analyze", "entropy", files["plan"]), "plan", "statistics")
+
+    def test_a_dense_model(self, moe_route, tmp_path: Path):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        _, tokenizer = mr.data.load_demo_model()
+        tokenizer.save_pretrained(tmp_path)
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        LlamaForCausalLM(LlamaConfig(vocab_size=4096, **sizes)).save_pretrained(tmp_path)
+        refused(moe_route("describe", "--model", tmp_path), "LlamaForCausalLM", "no router")
+
+    def test_a_plan_for_another_model(self, moe_route, tmp_path: Path):
+        plan = mr.Plan.activate({70: [3]}, strength=0.5)
+        plan.save(tmp_path / "plan.safetensors")
+        refused(moe_route("steer", "--plan", tmp_path / "plan.safetensors", *SMALL), "70")
+
+    def test_a_language_that_is_not_there(self, moe_route, tmp_path: Path):
+        result = moe_route("record", "--out", tmp_path / "s.safetensors", "--languages", "eng_Latn,xxx_Xxxx")
+        refused(result, "xxx_Xxxx", "eng_Latn")
+        assert not list(tmp_path.iterdir())
+
+    def test_a_group_that_was_not_recorded(self, moe_route, files):
+        refused(moe_route("analyze", "divergence", files["general"], "--reference", "fra_Latn"), "fra_Latn")
+
+    def test_a_corpus_that_is_ragged(self, moe_route, tmp_path: Path):
+        (tmp_path / "texts.tsv").write_text("item\teng_Latn\tdeu_Latn\n1\tonly one\n", encoding="utf-8")
+        refused(moe_route("record", "--data", tmp_path / "texts.tsv", "--out", tmp_path / "s.safetensors"), "line 2")
+
+    def test_a_device_that_is_not_there(self, moe_route):
+        refused(moe_route("describe", "--device", "cuda:99"), "cuda:99", "cpu")
+        refused(moe_route("describe", "--device", "abacus"), "abacus")
+
+    def test_a_dtype_that_is_none(self, moe_route):
+        refused(moe_route("describe", "--dtype", "bfloat15"), "bfloat15", "bfloat16")
+
+    def test_a_device_without_kernels(self, moe_route, tmp_path: Path):
+        refused(moe_route("record", "--device", "meta", "--out", tmp_path / "s.safetensors", *SMALL), "meta", "CPU")
+
+    def test_a_picture_of_no_known_kind(self, moe_route, files, tmp_path: Path):
+        refused(moe_route("plot", "entropy", files["general"], "--out", tmp_path / "x.gif"), "x.gif", ".png")
+
+    def test_layers_written_wrong(self, moe_route, files):
+        code, out, err = moe_route("plot", "divergence", files["general"], "--out", "x.png", "--layers", "two")
+        assert (code, out) == (2, "")
+        assert "two" in err
+
+    def test_traceback_on_demand(self, moe_route, tmp_path: Path):
+        with pytest.raises(mr.files.FileRefusedError):
+            moe_route("analyze", "entropy", tmp_path / "no.safetensors", "--traceback")
+
+
+class TestTheProgram:
+    def test_version(self, moe_route):
+        assert moe_route("--version")[:2] == (0, f"moe-route {mr.__version__}\n")
+
+    def test_every_command_has_help(self, moe_route):
+        _, out, _ = moe_route("--help")
+        for verb in ("describe", "record", "analyze", "plot", "steer", "demo", "doctor"):
+            assert verb in out
+            assert moe_route(verb, "--help")[0] == 0
+
+    def test_help_loads_neither_transformers_nor_matplotlib(self):
+        heavy = "{'transformers', 'matplotlib', 'pandas', 'scipy'}"
+        code = f"import sys; from moe_route.cli import parser; parser(); print({heavy} & set(sys.modules))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "set()"
+
+    def test_standard_output_of_a_process_is_json_alone(self, tmp_path: Path):
+        command = [
+            sys.executable,
+            "-m",
+            "moe_route",
+            "record",
+            "--out",
+            str(tmp_path / "s.safetensors"),
+            *SMALL,
+            "--json",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout)["sequences"] == [4, 4, 4]
+
+    def test_a_reader_that_goes_away(self):
+        done = subprocess.run(
+            f"{sys.executable} -m moe_route describe --json | head -c 1",
+            shell=True,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout == "{"
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,237 @@
+"""The backends every operator test runs on, each with the same functions.
+
+Tests that have no meaning on one of them say so in `HARD_CASES.md`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from moe_route import _C, ops, reference
+from moe_route.ops import Dispatch, RouterSpec, StatisticsTables, SteeringTables
+from moe_route.ops.registration import register
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the operators.
+
+    Attributes:
+        name: what test ids show.
+        module: has the functions.
+        native: computes with the project's own numerics; all native backends give the same bits.
+        missing: why it cannot run here, or None.
+        within: makes the context that every call runs in.
+        instruction_set: the one in force during a call; None: the library's own choice.
+        float64: takes float64 logits.
+        emulated: runs kernels on an emulated device, thread by thread.
+    """
+
+    name: str
+    module: Any
+    native: bool
+    missing: str | None = None
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext
+    instruction_set: str | None = None
+    float64: bool = True
+    emulated: bool = False
+
+    def times(self, wanted: int) -> int:
+        """How often a test does again what costs time: an emulated device does a fifth of it."""
+        return max(1, wanted // 5) if self.emulated else wanted
+
+    def _call(self, function: str, *args: Any, **kwargs: Any) -> Any:
+        with self.within():
+            return getattr(self.module, function)(*args, **kwargs)
+
+    def route(self, logits: Tensor, k: int, spec: RouterSpec, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self._call("route", logits, k, spec, **kwargs)
+
+    def observe(
+        self,
+        logits: Tensor,
+        ids: Tensor,
+        weights: Tensor | None,
+        spec: RouterSpec,
+        *,
+        statistics: StatisticsTables,
+        **kwargs: Any,
+    ) -> None:
+        self._call("observe", logits, ids, weights, spec, statistics=statistics, **kwargs)
+
+    def observe_layers(
+        self,
+        logits: Sequence[Tensor],
+        ids: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        spec: RouterSpec,
+        *,
+        statistics: Sequence[StatisticsTables],
+        **kwargs: Any,
+    ) -> None:
+        self._call("observe_layers", logits, ids, weights, spec, statistics=statistics, **kwargs)
+
+    def route_weights(self, logits: Tensor, ids: Tensor, spec: RouterSpec, **kwargs: Any) -> Tensor:
+        return self._call("route_weights", logits, ids, spec, **kwargs)
+
+    def dispatch(self, ids: Tensor, num_experts: int, *, block: int = 1) -> Dispatch:
+        return self._call("dispatch", ids, num_experts, block=block)
+
+    def permute(self, x: Tensor, dispatch: Dispatch) -> Tensor:
+        return self._call("permute", x, dispatch)
+
+    def combine(self, rows: Tensor, weights: Tensor, dispatch: Dispatch, residual: Tensor | None = None) -> Tensor:
+        return self._call("combine", rows, weights, dispatch, residual)
+
+
+# ---- one instruction set ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _instruction_set(name: str) -> Iterator[None]:
+    before = _C.instruction_set()
+    _C.set_instruction_set(name)
+    try:
+        yield
+    finally:
+        _C.set_instruction_set(before)
+
+
+def _cpu(name: str) -> Backend:
+    missing = None if name in _C.supported_instruction_sets() else f"this processor or build has no {name}"
+    return Backend(
+        name, ops, native=True, missing=missing, within=partial(_instruction_set, name), instruction_set=name
+    )
+
+
+# ---- the CUDA kernels, emulated ---------------------------------------------------------------------------------
+
+EMULATED = Path(os.environ.get("MOE_ROUTE_EMULATED") or ROOT / "build" / "cpp" / "moe_route_emulated.so")
+_EMULATED_SOURCES = ("csrc/cuda", "csrc/include", "csrc/torch", "tests/emulated", "tests/emulator/source")
+
+
+def _why_not_emulated() -> str | None:
+    """Why the emulated kernels cannot be tested, or None. MOE_ROUTE_REQUIRE_EMULATED=1 makes that an error."""
+    why = None
+    if not EMULATED.is_file():
+        why = f"the emulated CUDA kernels are not built ({EMULATED.name}): make emulated"
+    elif "MOE_ROUTE_EMULATED" not in os.environ:
+        files = [path for folder in _EMULATED_SOURCES for path in (ROOT / folder).rglob("*") if path.is_file()]
+        newer = [path for path in files if path.stat().st_mtime > EMULATED.stat().st_mtime]
+        if newer:
+            why = f"the emulated CUDA kernels are older than {newer[0].relative_to(ROOT)}: make emulated"
+    if why and os.environ.get("MOE_ROUTE_REQUIRE_EMULATED") == "1":
+        raise RuntimeError(why)
+    return why
+
+
+@cache
+def _emulated_operators() -> Any:
+    torch.ops.load_library(str(EMULATED))
+    register("moe_route_emulated")
+    return torch.ops.moe_route_emulated
+
+
+@contextmanager
+def emulated() -> Iterator[None]:
+    """`moe_route.ops` calls the emulated operators. One thread at a time."""
+    operators = _emulated_operators()
+    gate, dispatch = sys.modules["moe_route.ops.gate"], sys.modules["moe_route.ops.dispatch"]
+    of_gate = {f"_{name}": getattr(operators, name).default for name in _GATE_OPERATORS}
+    of_dispatch = {f"_{name}": getattr(operators, name).default for name in _DISPATCH_OPERATORS}
+    with mock.patch.multiple(gate, **of_gate), mock.patch.multiple(dispatch, **of_dispatch):
+        yield
+
+
+_GATE_OPERATORS = ("route", "observe", "observe_layers", "route_weights")
+_DISPATCH_OPERATORS = ("dispatch", "permute", "combine")
+
+
+# ---- a real device ----------------------------------------------------------------------------------------------
+
+
+class MovedTo:
+    """The operators with their tensors moved to a device, each in its own layout, and the results moved back."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def __getattr__(self, function: str) -> Callable[..., Any]:
+        return partial(self._call, getattr(ops, function))
+
+    def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        there = {name: self._moved(value) for name, value in kwargs.items()}
+        result = function(*(self._moved(value) for value in args), **there)
+        self._bring_back(kwargs.get("statistics"), there.get("statistics"))
+        return self._returned(result)
+
+    def _moved(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._moved_tensor(value)
+        if isinstance(value, SteeringTables):
+            return value.to(self.device)
+        if isinstance(value, StatisticsTables):
+            tables = [None if table is None else table.to(self.device) for table in (value.groups, value.segments)]
+            return StatisticsTables(*tables, value.num_experts, value.metrics, value.entropy)
+        if isinstance(value, Dispatch):
+            return Dispatch(*(self._moved_tensor(tensor) for tensor in value))
+        return [self._moved(one) for one in value] if isinstance(value, list) else value
+
+    def _moved_tensor(self, tensor: Tensor) -> Tensor:
+        if tensor.requires_grad or (tensor.is_contiguous() and tensor.storage_offset() == 0):
+            return tensor.to(self.device)
+        storage = tensor.untyped_storage().to(device=self.device)
+        empty = torch.empty(0, dtype=tensor.dtype, device=self.device)
+        return empty.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    def _bring_back(self, here: Any, there: Any) -> None:
+        if isinstance(here, list):
+            for one, other in zip(here, there, strict=True):
+                self._bring_back(one, other)
+        elif here is not None:
+            here.groups.copy_(there.groups)
+            if here.segments is not None:
+                here.segments.copy_(there.segments)
+
+    def _returned(self, result: Any) -> Any:
+        if isinstance(result, Dispatch):
+            return Dispatch(*(tensor.cpu() for tensor in result))
+        if isinstance(result, tuple):
+            return tuple(tensor.cpu() for tensor in result)
+        return None if result is None else result.cpu()
+
+
+def _why_no_cuda() -> str | None:
+    if not _C.build_info()["cuda"]:
+        return "this build has no CUDA kernels"
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+BACKENDS: tuple[Backend, ...] = (
+    Backend("reference", reference, native=False),
+    _cpu("portable"),
+    _cpu("avx2"),
+    _cpu("avx512"),
+    # The operators as a user calls them: the instruction set the library chose for this processor.
+    Backend("operators", ops, native=True),
+    Backend("emulated", ops, native=True, missing=_why_not_emulated(), within=emulated, float64=False, emulated=True),
+    Backend("cuda", MovedTo("cuda"), native=True, missing=_why_no_cuda(), float64=False),
+)
+
+
+def available(choose: Callable[[Backend], bool] = lambda backend: True) -> list[Backend]:
+    """The backends that can run here and that `choose` accepts."""
+    return [backend for backend in BACKENDS if backend.missing is None and choose(backend)]

@@ -1,0 +1,81 @@
+"""The CUDA kernels on the emulated device: in whatever order its threads run, the bits are those of the CPU."""
+
+from __future__ import annotations
+
+import os
+from unittest import mock
+
+import pytest
+import torch
+from harness.backends import BACKENDS, Backend
+from harness.problems import Problem, assert_same_bits, problems
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_route import ops
+
+EMULATED = next(backend for backend in BACKENDS if backend.emulated)
+CPU = next(backend for backend in BACKENDS if backend.name == "operators")
+pytestmark = pytest.mark.skipif(EMULATED.missing is not None, reason=str(EMULATED.missing))
+
+# Threads first to last, last to first, or shuffled by a seed; multiprocessors decide the grid.
+DEVICES = st.fixed_dictionaries(
+    {
+        "MOE_ROUTE_EMULATOR_ORDER": st.sampled_from(["reverse"]) | st.integers(0, 2**31).map(str),
+        "MOE_ROUTE_EMULATOR_MULTIPROCESSORS": st.integers(1, 9).map(str),
+        "MOE_ROUTE_EMULATOR_THREADS": st.sampled_from(["1", "2"]),
+    }
+)
+
+
+def device(settings: dict[str, str]) -> mock._patch_dict:
+    return mock.patch.dict(os.environ, settings)
+
+
+def test_the_emulated_kernels_are_what_runs() -> None:
+    logits = torch.randn(3, 8)
+    with device({"MOE_ROUTE_EMULATOR_ORDER": "sideways"}):
+        with pytest.raises(ValueError, match="MOE_ROUTE_EMULATOR_ORDER is 'sideways'"):
+            EMULATED.route(logits, 2, ops.RouterSpec())
+        ops.route(logits, 2, ops.RouterSpec())  # and the operators are themselves again
+
+
+@given(problem=problems(), settings=DEVICES)
+def test_route_in_every_order(problem: Problem, settings: dict[str, str]) -> None:
+    expected = problem.run(CPU)
+    with device(settings):
+        assert_same_bits(problem.run(EMULATED), expected, str(settings))
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    num_tokens=st.integers(0, 200),
+    k=st.integers(1, 9),
+    num_experts=st.sampled_from([1, 5, 60, 300, 4096]),
+    hidden=st.sampled_from([1, 8, 40, 257]),
+    block=st.sampled_from([1, 16]),
+    settings=DEVICES,
+)
+def test_dispatch_and_combine_in_every_order(
+    seed: int, num_tokens: int, k: int, num_experts: int, hidden: int, block: int, settings: dict[str, str]
+) -> None:
+    make = torch.Generator().manual_seed(seed)
+    ids = torch.randint(-1, num_experts + 1, (num_tokens, k), generator=make)
+    x, weights = torch.randn(num_tokens, hidden, generator=make), torch.rand(num_tokens, k, generator=make)
+
+    def run(backend: Backend) -> list[torch.Tensor]:
+        slots = backend.dispatch(ids, num_experts, block=block)
+        rows = backend.permute(x, slots)
+        return [*slots, rows, backend.combine(rows, weights, slots, x)]
+
+    expected = run(CPU)
+    with device(settings):
+        assert all(torch.equal(one, other) for one, other in zip(run(EMULATED), expected, strict=True))
+
+
+def test_many_tokens_and_experts() -> None:
+    """Several rounds of a whole grid, and rows too long for registers."""
+    for num_tokens, num_experts, k in ((1500, 128, 8), (60, 1537, 33), (9, 4096, 64)):
+        tokens = ops.token_table(num_tokens, group=torch.arange(num_tokens) % 3, segment=torch.arange(num_tokens) % 4)
+        problem = Problem(torch.randn(num_tokens, num_experts), k, ops.RouterSpec(renormalize="sum"), tokens=tokens)
+        assert_same_bits(problem.run(EMULATED), problem.run(CPU))

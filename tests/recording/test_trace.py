@@ -1,0 +1,146 @@
+"""The trace: every counted token's experts and weights, who it was, and the bound on how many are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from harness.tiny_models import tiny_model, tokens
+
+import moe_route as mr
+from moe_route import files
+from moe_route.recording import RecordingError, Trace
+
+
+@pytest.fixture(scope="module")
+def routed() -> Iterator[mr.RoutedModel]:
+    with mr.attach(tiny_model("qwen3_moe", head=True)) as routed:
+        yield routed
+
+
+def recorded(routed: mr.RoutedModel, **options: object) -> tuple[Trace, mr.RoutingStatistics, torch.Tensor]:
+    """Two left-padded sequences of 6 and 4 tokens that generate 3 more."""
+    mask = torch.ones(2, 6, dtype=torch.int64)
+    mask[1, :2] = 0
+    with routed.record(**options) as rec, rec.labels(["x", "y"], items=["a", 7]):
+        out = routed.model.generate(
+            tokens(2, 6) * mask, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False
+        )
+    return rec.trace(), rec.statistics(), out
+
+
+def test_a_trace_holds_what_was_counted(routed: mr.RoutedModel) -> None:
+    trace, statistics, _ = recorded(routed, trace=True)
+    assert len(trace) == 6 + 4 + 2 * 2
+    assert trace.layers == statistics.layers
+    assert (trace.ids.dtype, trace.weights.dtype) == (np.int8, np.float16)
+    for layer in range(3):
+        for group in range(2):
+            kept = trace.group == group
+            counts = np.bincount(trace.ids[kept, layer].reshape(-1), minlength=8)
+            np.testing.assert_array_equal(counts, statistics.token_sum("counts")[group, layer])
+            weight = np.zeros(8)
+            np.add.at(weight, trace.ids[kept, layer], trace.weights[kept, layer])
+            np.testing.assert_allclose(weight, statistics.token_sum("weight")[group, layer], atol=1e-2)
+
+
+def test_tokens_know_who_they_are(routed: mr.RoutedModel) -> None:
+    trace, _, _ = recorded(routed, trace=True)
+    assert trace.items == ("a", 7)
+    assert trace.groups == ("x", "y")
+    for sequence, length in ((0, 6), (1, 4)):
+        kept = trace.sequence == sequence
+        assert trace.position[kept].tolist() == list(range(length + 2))
+        assert trace.phase[kept].tolist() == [0] * length + [1] * 2
+        assert (trace.group[kept] == sequence).all()
+
+
+def test_positions_go_on_over_chunks(routed: mr.RoutedModel) -> None:
+    ids = tokens(2, 6)
+    with routed.record(trace=[1], trace_weights="float32") as rec:
+        first = routed.model(ids[:, :4], use_cache=True)
+        routed.model(ids[:, 4:], past_key_values=first.past_key_values)
+        routed.model(ids[:1])
+    trace = rec.trace()
+    assert trace.items == (None,) * 3
+    assert [trace.position[trace.sequence == s].tolist() for s in range(3)] == [[*range(6)]] * 3
+    assert trace.ids.shape == (18, 1, 2)
+    assert trace.weights.dtype == np.float32
+    np.testing.assert_array_equal(trace.ids[trace.sequence == 0], trace.ids[trace.sequence == 2])
+
+
+def test_positions_are_those_of_the_text_where_its_beginning_is_not_traced(routed: mr.RoutedModel) -> None:
+    ids, mask = tokens(2, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with routed.record(trace=True, phases=["decode"]) as rec, rec.labels("x", items=[1, 2]):
+        routed.model.generate(ids, attention_mask=mask, **options)
+    trace = rec.trace()
+    assert [trace.position[trace.sequence == s].tolist() for s in range(2)] == [[4, 5, 6], [6, 7, 8]]
+
+
+def test_beams_share_their_sequence(routed: mr.RoutedModel) -> None:
+    with routed.record(trace=True) as rec, rec.labels("x", items=[1, 2]):
+        routed.model.generate(tokens(2, 4), num_beams=3, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    trace = rec.trace()
+    assert len(trace) == 2 * 3 * (4 + 2)
+    assert np.bincount(trace.sequence).tolist() == [18, 18]
+    assert trace.position.max() == 5
+
+
+def test_the_limit_is_kept_and_said(routed: mr.RoutedModel, caplog: pytest.LogCaptureFixture) -> None:
+    trace, statistics, _ = recorded(routed, trace=True, trace_limit=7)
+    assert len(trace) == 7
+    assert trace.truncated
+    assert "the trace is full (7 tokens)" in caplog.text
+    assert statistics.tokens()[:, 0].tolist() == [8, 6]
+
+
+def test_paused_and_masked_tokens_are_not_traced(routed: mr.RoutedModel) -> None:
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 1]], dtype=torch.bool)
+    with routed.record(trace=True) as rec, rec.labels("x", count_mask=mask):
+        routed.model(tokens(2, 4))
+        with rec.pause():
+            routed.model(tokens(2, 4))
+    assert rec.trace().position.tolist() == [0, 1, 3]
+
+
+def test_a_call_that_failed_leaves_no_trace(routed: mr.RoutedModel) -> None:
+    model = routed.model
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    with routed.record(trace=True) as rec:
+        handle = model.model.layers[1].register_forward_hook(fail)
+        with pytest.raises(ZeroDivisionError):
+            model(tokens(2, 4))
+        handle.remove()
+        model(tokens(2, 4))
+    assert len(rec.trace()) == 8
+    assert (rec.trace().ids >= 0).all()
+
+
+def test_files_and_frames(routed: mr.RoutedModel, tmp_path: Path) -> None:
+    trace, _, _ = recorded(routed, trace=[2, 0])
+    trace.save(tmp_path / "t.safetensors")
+    again = Trace.load(tmp_path / "t.safetensors")
+    assert (again.layers, again.groups, again.items) == (trace.layers, trace.groups, trace.items)
+    for name in ("sequence", "group", "position", "phase", "ids", "weights"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(trace, name))
+    frame = again.to_pandas()
+    assert len(frame) == len(trace) * 2 * 2
+    row = frame[(frame["item"] == 7) & (frame["position"] == 5) & (frame["layer"] == trace.layers[1])]
+    assert row["phase"].unique().tolist() == ["decode"]
+    assert row["weight"].sum() == pytest.approx(1, abs=1e-3)
+    with pytest.raises(files.FileRefusedError, match="'trace', not 'statistics'"):
+        mr.RoutingStatistics.load(tmp_path / "t.safetensors")
+
+
+def test_a_trace_must_be_asked_for(routed: mr.RoutedModel) -> None:
+    with routed.record() as rec:
+        routed.model(tokens(1, 4))
+    with pytest.raises(RecordingError, match="no trace was asked for"):
+        rec.trace()
