@@ -81,13 +81,13 @@ class Gate:
         self.torch_counts += torch.bincount(ids.flatten(), minlength=self.shape.experts)
 
     def routed(
-        self, *, planes: Sequence[str] = (), entropy: bool = False, steering: ops.SteeringTables | None = None
+        self, *, metrics: Sequence[str] = (), entropy: bool = False, steering: ops.SteeringTables | None = None
     ) -> Contender:
-        """`ops.route` with these statistics (none where `planes` is empty) and every token steered, if at all."""
+        """`ops.route` with these statistics (none where `metrics` is empty) and every token steered, if at all."""
         statistics = None
-        if planes:
+        if metrics:
             statistics = ops.StatisticsTables.zeros(
-                self.shape.experts, groups=1, planes=tuple(planes), entropy=entropy, device=self.device
+                self.shape.experts, groups=1, metrics=tuple(metrics), entropy=entropy, device=self.device
             )
         tokens = None if steering is None else ops.token_table(self.shape.tokens, steering_row=0, device=self.device)
 
@@ -123,7 +123,7 @@ class Gate:
             "route": self.routed(),
             "route + counts": self.routed(metrics=("counts",)),
             "route + counts + mass": self.routed(metrics=("counts", "probability")),
-            "route + counts + mass + weight + entropy": self.routed(planes=full, entropy=True),
+            "route + counts + mass + weight + entropy": self.routed(metrics=full, entropy=True),
             "route + counts, soft steering": self.routed(metrics=("counts",), steering=self.soft_steering()),
             "route + counts, forced": self.routed(metrics=("counts",), steering=self.forced_steering()),
         }

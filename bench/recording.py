@@ -148,7 +148,7 @@ class HookClock:
 
 @contextmanager
 def recorded(decoding: Decoding) -> Iterator[None]:
-    """Attached and recording counts, probability, weight, weight_share and entropy of one labeled sequence, past its first step."""
+    """Attached and recording every metric and the entropy of one labeled sequence, past its first step."""
     routed = mr.attach(decoding.model, verify=False)
     try:
         with routed.record(groups=["text"]) as recorder, recorder.labels(groups="text"):

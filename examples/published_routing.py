@@ -31,7 +31,7 @@ CAPTION = (
 
 
 def read(data: Path) -> RoutingStatistics:
-    """The recordings of the five languages as statistics: metrics ``counts`` and ``weight_share``, each [5, 48, 128]."""
+    """The recordings of the five languages as statistics: ``counts`` and ``weight_share``, each [5, 48, 128]."""
     counts, share = np.zeros((2, len(LANGUAGES), LAYERS, EXPERTS))
     tokens = np.zeros((len(LANGUAGES), LAYERS), dtype=np.int64)
     for g, language in enumerate(LANGUAGES):

@@ -17,9 +17,24 @@ from moe_route import ops
 from moe_route._C import __version__
 
 if TYPE_CHECKING:
-    from moe_route import analysis, data, doctor, files, nn, patching, plots, recording, reference, steering
+    from moe_route import (
+        analysis,
+        calls,
+        contract,
+        data,
+        doctor,
+        experts,
+        files,
+        nn,
+        patching,
+        plots,
+        recording,
+        reference,
+        routers,
+        steering,
+    )
     from moe_route.description import describe
-    from moe_route.experts.interface import register_experts
+    from moe_route.experts import register_experts
     from moe_route.recording import Recorder, RoutingStatistics
     from moe_route.routed import RoutedModel, attach
     from moe_route.routers import ModelNotSupportedError, find_routers
@@ -27,8 +42,11 @@ if TYPE_CHECKING:
 
 _MODULES = (
     "analysis",
+    "calls",
+    "contract",
     "data",
     "doctor",
+    "experts",
     "files",
     "nn",
     "patching",
@@ -36,19 +54,20 @@ _MODULES = (
     "recording",
     "reference",
     "routed",
+    "routers",
     "steering",
 )
 _HOMES = {
     "ExpertSelection": "steering",
-    "ModelNotSupportedError": "patching",
+    "ModelNotSupportedError": "routers",
     "Plan": "steering",
     "Recorder": "recording",
     "RoutedModel": "routed",
     "RoutingStatistics": "recording",
     "attach": "routed",
-    "describe": "routed",
-    "find_routers": "patching",
-    "register_experts": "patching.experts",
+    "describe": "description",
+    "find_routers": "routers",
+    "register_experts": "experts",
 }
 
 __all__ = [
@@ -61,9 +80,12 @@ __all__ = [
     "__version__",
     "analysis",
     "attach",
+    "calls",
+    "contract",
     "data",
     "describe",
     "doctor",
+    "experts",
     "files",
     "find_routers",
     "nn",
@@ -73,6 +95,7 @@ __all__ = [
     "recording",
     "reference",
     "register_experts",
+    "routers",
     "steering",
 ]
 

@@ -14,39 +14,30 @@ sequences, the plan's tables say which steering row a (phase, group) takes.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
-import platform
-import sys
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from moe_route import __version__, files
-from moe_route.calls import Call, Labels
-from moe_route.calls.call import PHASES
-from moe_route.calls.token_rows import columns, in_phases, rows_on_device, spread
+from moe_route.calls.call import PHASES, Call, Phase
+from moe_route.calls.token_rows import broadcast_rows, columns, in_phases, rows_on_device
+from moe_route.calls.token_table import Labels
 from moe_route.experts.interface import experts_implementations
-from moe_route.patching import Attachment, attachment_of
+from moe_route.identity import identity_of, library_versions
+from moe_route.patching.attachment import Attachment
+from moe_route.patching.context import CallListener
 from moe_route.recording import LabelBlock, Recorder, RoutingStatistics
 from moe_route.recording.recorder import RecordOptions
-from moe_route.routers import RouterInfo, find_routers
+from moe_route.routers.discovery import RouterInfo
 from moe_route.steering import CompiledPlan, Plan
 from moe_route.steering.draw import token_counter
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Description", "LayerDescription", "RoutedModel", "attach", "config_hash", "describe"]
-
-# parts of a configuration that say how a model is run, not what it is
-_RUN_OPTIONS = ("transformers_version", "dtype", "torch_dtype", "use_cache", "return_dict", "architectures")
-_LIBRARIES = ("torch", "transformers", "accelerate", "numpy")
+__all__ = ["RoutedModel", "attach"]
 
 
 def attach(
@@ -56,12 +47,16 @@ def attach(
     experts_implementation: Literal["moe_route"] | None = None,
     verify: bool = True,
 ) -> RoutedModel:
-    """Attach to a loaded model; its outputs stay bit for bit what they were until something steers (see
-    ``patching.Attachment`` for the engines), unless ``experts_implementation="moe_route"`` runs its experts by this package's
-    dispatch and combine (equal within bounds; ``detach`` puts back what was set before).
+    """Attach to a loaded model. Its outputs stay bit for bit what they were until something steers.
 
-    Raises ``ModelNotSupportedError`` for a model without routers that can be attached to, ``AlreadyAttachedError`` for one that
-    is attached; nothing is changed then.
+    Args:
+        engine: ``"hook"`` or ``"fused"``, see ``patching.Attachment``.
+        experts_implementation: ``None`` keeps the model's own; ``"moe_route"`` runs its experts by this package's
+            dispatch and combine (equal within bounds), until ``detach`` puts back what was set before.
+        verify: check every kind of router against its specification on random hidden states first.
+
+    Raises ``ModelNotSupportedError`` for a model without routers that can be attached to, ``AlreadyAttachedError`` for
+    one that is attached; nothing is changed then.
     """
     return RoutedModel(Attachment(model, engine=engine, experts_implementation=experts_implementation, verify=verify))
 
@@ -76,10 +71,7 @@ class RoutedModel:
         self._block: LabelBlock | None = None  # labels without a recording
         self._plans: list[Plan] = []  # of the steer blocks that are on
         self._steering: _Steering | None = None
-        # a compiled model calls these as they are: what they do is bookkeeping in Python, no part of a graph
-        attachment.label = torch.compiler.disable(self._label)
-        attachment.after_call = torch.compiler.disable(self._after_call)
-        attachment.settle = self._settle
+        attachment.listener = _Listener(self)
 
     @property
     def routers(self) -> Sequence[RouterInfo]:
@@ -116,17 +108,17 @@ class RoutedModel:
         return self._recorder.statistics()
 
     def labels(
-        self, groups: Any = None, items: Any = None, *, mask: Any = None
+        self, groups: Any = None, items: Any = None, *, count_mask: Any = None
     ) -> contextlib.AbstractContextManager[None]:
         """Say what the sequences of a batch are, as ``Recorder.labels`` does; without a recording only steering by
         group uses it, and groups are names."""
         self._require_attached("labels")
         if self._recording:
             assert self._recorder is not None
-            return self._recorder.labels(groups, items, count_mask=mask)
+            return self._recorder.labels(groups, items, count_mask=count_mask)
         if groups is None:
             raise ValueError("labels() without a recording needs groups: the names that the plan steers by")
-        return self._labeled(LabelBlock.parse(groups, items, mask, None))
+        return self._labeled(LabelBlock.parse(groups, items, count_mask, None))
 
     @contextlib.contextmanager
     def _labeled(self, block: LabelBlock) -> Iterator[None]:
@@ -180,7 +172,6 @@ class RoutedModel:
             what = "record()" if self._recording else "steer()"
             raise RuntimeError(f"detach() inside a {what} block: leave the block first")
         self.attachment.detach()
-        self.attachment.label = self.attachment.after_call = self.attachment.settle = None
 
     def __enter__(self) -> RoutedModel:
         self._require_attached("use")
@@ -196,7 +187,8 @@ class RoutedModel:
 
     # ---- what the attachment asks
 
-    def _label(self, call: Call) -> Labels:
+    def labels_of(self, call: Call) -> Labels:
+        """Steering row, group and segment of the tokens of a call that is about to run."""
         group, segment = self._recorder.rows(call) if self._recording and self._recorder else (-1, -1)
         if self._steering is None:
             return Labels(-1, group, segment)
@@ -204,13 +196,15 @@ class RoutedModel:
         row = self._steering.rows(call, recorded or self._block)
         return Labels(row, group, segment, self._steering.counter(call))
 
-    def _after_call(self, call: Call) -> None:
+    def after_call(self, call: Call) -> None:
+        """The call went through."""
         if self._recording and self._recorder is not None:
             self._recorder.after_call()
 
-    def _settle(self, refused: int) -> None:
+    def reject_drafts(self, count: int) -> None:
+        """The last ``count`` drafted tokens of the latest call were rejected."""
         if self._recorder is not None:
-            self._recorder.settle(refused)
+            self._recorder.reject_drafts(count)
 
     # ---- inside
 
@@ -234,8 +228,8 @@ class RoutedModel:
 
     def _metadata(self) -> dict[str, Any]:
         return {
-            "model": _identity(self.model),
-            "versions": _versions(),
+            "model": identity_of(self.model),
+            "versions": library_versions(),
             "engines": sorted({s.engine for s in self.routers}),
             "experts": sorted({name for s in self.routers for name in experts_implementations(s.block)}),
         }
@@ -243,6 +237,16 @@ class RoutedModel:
 
 def _added(plans: list[Plan]) -> Plan | None:
     return sum(plans[1:], plans[0]) or None if plans else None
+
+
+class _Listener(CallListener):
+    """Passes what the attachment asks on to its ``RoutedModel``. A compiled model calls it as it is: bookkeeping in
+    Python is no part of a graph."""
+
+    def __init__(self, routed: RoutedModel) -> None:
+        self.labels_of = torch.compiler.disable(routed.labels_of)  # type: ignore[method-assign]
+        self.after_call = torch.compiler.disable(routed.after_call)  # type: ignore[method-assign]
+        self.reject_drafts = routed.reject_drafts  # type: ignore[method-assign]
 
 
 class _RoutedRecorder(Recorder):
@@ -266,7 +270,7 @@ class _Steering:
     """A plan compiled for the live model, and the steering row of every token of a call."""
 
     def __init__(self, plan: Plan, routed: RoutedModel):
-        identity = _identity(routed.model)
+        identity = identity_of(routed.model)
         experts = [router.num_experts for router in routed.routers]
         plan.check_model(identity["name"], config_hash=identity["config_hash"], num_experts=experts)
         # groups that the plan does not name take the row of tokens without a group
@@ -283,16 +287,16 @@ class _Steering:
             return self._rows_in(call.phase, call, block)
         return in_phases(self._rows_in("prefill", call, block), self._rows_in("decode", call, block), call)
 
-    def _rows_in(self, phase_name: Literal["prefill", "decode"], call: Call, block: LabelBlock | None) -> int | Tensor:
+    def _rows_in(self, phase_name: Phase, call: Call, block: LabelBlock | None) -> int | Tensor:
         if block is not self._block:
             self._block, self._cache = block, {}
         phase, bounds = PHASES.index(phase_name), self.compiled.bounds
         found = self._rows_at(0, phase, call, block)
         if not bounds:
             return found
-        position, found = call.positions(), spread(found, call, "steering_row")
+        position, found = call.positions(), broadcast_rows(found, call, "steering_row")
         for at, bound in enumerate(bounds, 1):
-            after = spread(self._rows_at(at, phase, call, block), call, "steering_row")
+            after = broadcast_rows(self._rows_at(at, phase, call, block), call, "steering_row")
             found = torch.where(position >= bound, after, found)
         assert isinstance(found, Tensor)
         return found.expand(call.batch, call.length)
@@ -314,139 +318,3 @@ class _Steering:
         ids = call.input_ids
         shaped = ids is not None and ids.shape == (call.batch, call.length)
         return token_counter(call.positions(), ids if shaped else None)
-
-
-# ---- what a model is
-
-
-def config_hash(model: nn.Module) -> str:
-    """SHA-256 (hex) of the model's configuration without what only says how it is run (dtype, caching, library
-    version, names); of its class and shapes where there is no configuration. The same for the same architecture and
-    sizes, on any machine.
-    """
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "to_dict"):
-        content: Any = _what_it_is(config.to_dict())
-    else:
-        content = [[name, list(parameter.shape)] for name, parameter in model.named_parameters()]
-    text = files.canonical_json([type(model).__name__, content])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _what_it_is(value: Any) -> Any:
-    if isinstance(value, dict):
-        kept = {
-            str(k): v for k, v in value.items() if not str(k).startswith(("_", "output_")) and k not in _RUN_OPTIONS
-        }
-        return {key: _what_it_is(item) for key, item in kept.items()}
-    if isinstance(value, (list, tuple)):
-        return [_what_it_is(item) for item in value]
-    # infinities are not JSON
-    return value if value is None or isinstance(value, (str, bool, int)) else repr(value)
-
-
-def _identity(model: nn.Module) -> dict[str, Any]:
-    name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    return {"name": name, "class": type(model).__name__, "config_hash": config_hash(model)}
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "moe-route": __version__}
-    for name in _LIBRARIES:
-        if name in sys.modules:
-            versions[name] = importlib.metadata.version(name)
-    return versions
-
-
-# ---- describe
-
-
-@dataclass(frozen=True)
-class LayerDescription:
-    """One MoE layer of a model: what routes there and how moe-route would attach."""
-
-    layer: int
-    name: str
-    router: str
-    part: str  # which of the model's kinds of router: "text", "vision", "encoder", ...; "" where there is one
-    experts: int
-    top_k: int
-    family: str
-    score: str
-    order: str
-    engine: str
-    experts_implementation: str  # what runs the block's experts: "grouped_mm", "moe_route", ...; or "own forward"
-    reason: str
-    steerable: bool
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Description:
-    """What ``describe`` found; prints as a table, ``to_dict()`` is JSON."""
-
-    model: str
-    name: str | None
-    config_hash: str
-    attached: bool
-    layers: tuple[LayerDescription, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        name = f" ({self.name})" if self.name else ""
-        title = f"{self.model}{name}: {len(self.layers)} MoE layers, configuration {self.config_hash[:12]}"
-        rows = [("layers", "router", "experts", "top-k", "routing", "engine", "experts run by", "steerable", "why")]
-        notes: dict[str, list[str]] = {}  # of which layers
-        for _, alike in groupby(self.layers, key=_kind_of_layer):
-            layers = list(alike)
-            first, last = layers[0], layers[-1]
-            span = f"{first.layer}" if first is last else f"{first.layer}-{last.layer}"
-            router = f"{first.router} ({first.part})" if first.part else first.router
-            shown = (span, router, str(first.experts), str(first.top_k), first.family)
-            rows.append(
-                (*shown, first.engine, first.experts_implementation, "yes" if first.steerable else "no", first.reason)
-            )
-            for note in first.notes:
-                notes.setdefault(note, []).append(span)
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        said = [f"{_layers(spans)}: {note}" for note, spans in notes.items()]
-        return "\n".join([title, *table, *said])
-
-
-def _layers(spans: Sequence[str]) -> str:
-    return f"layer {spans[0]}" if len(spans) == 1 and spans[0].isdecimal() else f"layers {', '.join(spans)}"
-
-
-def _kind_of_layer(layer: LayerDescription) -> tuple[Any, ...]:
-    return tuple(value for key, value in asdict(layer).items() if key not in ("layer", "name"))
-
-
-def describe(model: nn.Module) -> Description:
-    """What moe-route finds in a model, attached or not; changes nothing. Raises ``ModelNotSupportedError`` like
-    ``attach``."""
-    attachment = attachment_of(model)
-    routers = find_routers(model) if attachment is None else attachment.routers
-    identity = _identity(model)
-    layers = tuple(
-        LayerDescription(
-            layer=router.layer,
-            name=router.name,
-            router=type(router.module).__name__,
-            part=router.part,
-            experts=router.num_experts,
-            top_k=router.top_k,
-            family=router.family.name,
-            score=router.spec.score,
-            order=router.spec.order,
-            engine=router.engine,
-            experts_implementation=", ".join(experts_implementations(router.block)),
-            reason=router.reason or "keeps every bit of the model's own choice",
-            steerable=router.steerable,
-            notes=tuple(router.notes),
-        )
-        for router in routers
-    )
-    return Description(identity["class"], identity["name"], identity["config_hash"], attachment is not None, layers)

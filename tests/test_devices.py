@@ -308,7 +308,7 @@ def test_a_wait_is_seen(away: Place) -> None:
     with away.on():
         attachment = Attachment(away.move(model_of("qwen3_moe")), verify=False)
         attachment.set_statistics(zeros(attachment))
-        attachment.label = lambda call: Labels(group=int(_item(call.input_ids)))
+        attachment.listener.labels_of = lambda call: Labels(group=int(_item(call.input_ids)))
         with torch.no_grad(), pytest.raises(HostWaitedError, match="moe_route"):
             attachment.model(input_ids=away.put(tokens()))
 
@@ -583,7 +583,7 @@ def test_the_length_of_a_static_cache_is_followed(away: Place, inference: bool) 
         model = away.move(model_of("qwen3_moe"))
         attachment = Attachment(model, verify=False)
         seen: list[int] = []
-        attachment.after_call = lambda call: seen.append(call.past_length)
+        attachment.listener.after_call = lambda call: seen.append(call.past_length)
         cache = StaticCache(config=model.config, max_cache_len=64)
 
         def call(length: int) -> None:
@@ -611,7 +611,7 @@ def test_the_length_of_a_static_cache_is_followed(away: Place, inference: bool) 
 def test_steering_tables_that_lie_elsewhere_are_brought_once(away: Place) -> None:
     with away.on(), torch.no_grad():
         attachment = Attachment(away.move(model_of("olmoe")), verify=False)
-        attachment.label = lambda call: Labels(steering_row=0)
+        attachment.listener.labels_of = lambda call: Labels(steering_row=0)
         attachment.set_steering([SteeringTables(1, 8, bias=torch.randn(1, 8))] * 3)
         attachment.model(input_ids=away.put(tokens()))
         first = [engine.steering for engine in attachment._engines]

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from harness.tiny_models import MAIN, tiny_model, tokens
-from moe_route.identity import config_hash
 from torch import nn
 
 import moe_route as mr
+from moe_route.identity import config_hash
 from moe_route.patching import AlreadyAttachedError
 from moe_route.recording import RecordingError
 from moe_route.steering import PlanError

@@ -29,7 +29,7 @@ from paths.oracle import assert_counted, assert_phases, watching
 from paths.subject import run
 
 import moe_route as mr
-from moe_route.calls.images import placeholders_of, tokens_of_patches
+from moe_route.calls.images import placeholder_ids, tokens_of_patches
 from moe_route.routers import RouterInfo
 
 # ---- Qwen3-Omni
@@ -71,7 +71,7 @@ def speaker() -> Speaker:
 def test_thinker_and_talker_are_parts_of_one_recording(speaker: Speaker) -> None:
     plain = speaker.speak()
     with mr.attach(speaker.model) as routed:
-        assert [router.part for router in routed.routers] == ["thinker"] * 3 + ["talker"] * 3
+        assert [router.role for router in routed.routers] == ["thinker"] * 3 + ["talker"] * 3
         assert "(talker)" in str(mr.describe(speaker.model))
         with (
             watching(routed.routers) as seen,
@@ -84,7 +84,7 @@ def test_thinker_and_talker_are_parts_of_one_recording(speaker: Speaker) -> None
     assert not masks["talker"].all()
 
     def valid(router: RouterInfo, number: int) -> Tensor | None:
-        return None if number else masks[router.part]
+        return None if number else masks[router.role]
 
     statistics = recorder.statistics()
     assert_phases(statistics, routed.routers, seen, valid)
@@ -94,7 +94,7 @@ def test_thinker_and_talker_are_parts_of_one_recording(speaker: Speaker) -> None
         def of_row(router: RouterInfo, number: int, row: int = row) -> Tensor:
             mine = torch.zeros(2, len(seen[router.layer][number][0]) // 2, dtype=torch.bool)
             mine[row] = True
-            return mine if number else mine & masks[router.part]
+            return mine if number else mine & masks[router.role]
 
         assert_counted(statistics.select(groups=[group]), routed.routers, seen, of_row)
 
@@ -106,7 +106,7 @@ def test_the_talker_is_not_counted_past_the_end_of_a_speech(speaker: Speaker) ->
     stop = next(stop for stop, length in lengths.items() if len(length.unique()) > 1)
     with mr.attach(speaker.model) as routed, routed.record() as recorder, recorder.labels(["x", "y"]):
         speaker.speak(talker_eos_token_id=stop)
-    talked = recorder.statistics().tokens("decode")[:, [router.part == "talker" for router in routed.routers]]
+    talked = recorder.statistics().tokens("decode")[:, [router.role == "talker" for router in routed.routers]]
     np.testing.assert_array_equal(talked, np.broadcast_to(lengths[stop][:, None], talked.shape))
 
 
@@ -128,7 +128,7 @@ def test_a_patch_has_the_labels_of_its_token(seeing: tuple[Any, dict[str, Tensor
     with mr.attach(model) as routed:
         with watching(routed.routers) as seen, routed.record() as recorder, recorder.labels(labels):
             run(model, given)
-        vision = [router.layer for router in routed.routers if router.part == "vision"]
+        vision = [router.layer for router in routed.routers if router.role == "vision"]
         statistics = recorder.statistics()
         assert statistics.groups == ("rest", "first", "last")
         rest = (len(of_pictures) - 2) * PATCHES
@@ -159,7 +159,7 @@ def test_a_tower_that_fails_ahead_of_the_prompt_leaves_its_sequences_out(seeing:
         raise ZeroDivisionError
 
     with mr.attach(model) as routed:
-        last = [router for router in routed.routers if router.part == "vision"][-1].block
+        last = [router for router in routed.routers if router.role == "vision"][-1].block
         with routed.record(sequences=True) as recorder:
             handle = last.register_forward_hook(fail)
             with pytest.raises(ZeroDivisionError):
@@ -185,7 +185,7 @@ def test_a_picture_in_a_second_turn_continues_the_first(seeing: tuple[Any, dict[
     statistics = recorder.statistics()
     assert statistics.sequences().tolist() == [2]
     text = int(given["attention_mask"].sum())
-    vision = [router.part == "vision" for router in routed.routers]
+    vision = [router.role == "vision" for router in routed.routers]
     assert statistics.tokens()[0].tolist() == [2 * 4 * PATCHES if sees else 2 * 5 + text for sees in vision]
 
 
@@ -206,8 +206,8 @@ def test_pictures_and_videos_beside_each_other() -> None:
     assert tokens_of_patches(ids, (IMAGE, VIDEO), 12) is None
     assert tokens_of_patches(ids, (IMAGE, VIDEO), 5) is None
     assert tokens_of_patches(None, (IMAGE,), 4) is None
-    assert placeholders_of(whole_model("dots3_note_with_vision")) == (IMAGE, VIDEO)
-    assert placeholders_of(torch.nn.Linear(1, 1)) == ()
+    assert placeholder_ids(whole_model("dots3_note_with_vision")) == (IMAGE, VIDEO)
+    assert placeholder_ids(torch.nn.Linear(1, 1)) == ()
 
 
 def test_a_tower_that_is_shown_nothing_is_no_surprise(

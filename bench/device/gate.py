@@ -57,12 +57,12 @@ class DeviceGate(Gate):
             super().count(ids)
 
     def bare(
-        self, *, planes: Sequence[str], entropy: bool = False, steering: ops.SteeringTables | None = None
+        self, *, metrics: Sequence[str], entropy: bool = False, steering: ops.SteeringTables | None = None
     ) -> Contender:
         """The same as `routed`, launched from prepared arguments into tensors that exist: the kernel and its launch."""
         shape = self.shape
         tables = ops.StatisticsTables.zeros(
-            shape.experts, groups=1, planes=tuple(planes), entropy=entropy, device=self.device
+            shape.experts, groups=1, metrics=tuple(metrics), entropy=entropy, device=self.device
         )
         groups, layout, _ = tables.arguments
         more: dict[str, int] = {
@@ -95,14 +95,14 @@ class DeviceGate(Gate):
             "torch, soft steering": self.torch_soft,
             ROUTE: self.routed(),
             COUNTED: self.routed(metrics=("counts",)),
-            ALL: self.routed(planes=FULL, entropy=True),
+            ALL: self.routed(metrics=FULL, entropy=True),
             SOFT: self.routed(metrics=("counts",), steering=soft),
             FORCED: self.routed(metrics=("counts",), steering=self.forced_steering()),
-            ALL_SOFT: self.routed(planes=FULL, entropy=True, steering=soft),
+            ALL_SOFT: self.routed(metrics=FULL, entropy=True, steering=soft),
         }
         if not self.captured:  # a graph holds no dispatcher anyway
             out[COUNTED + BARE] = self.bare(metrics=("counts",))
-            out[ALL_SOFT + BARE] = self.bare(planes=FULL, entropy=True, steering=soft)
+            out[ALL_SOFT + BARE] = self.bare(metrics=FULL, entropy=True, steering=soft)
         return out
 
     def race(self, mode: str, rounds: int) -> Race:

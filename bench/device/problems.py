@@ -33,7 +33,7 @@ class Problem:
 
     def statistics(self) -> ops.StatisticsTables:
         experts = self.logits.shape[1]
-        return ops.StatisticsTables.zeros(experts, groups=3, segments=4, planes=ops.METRICS, device=self.logits.device)
+        return ops.StatisticsTables.zeros(experts, groups=3, segments=4, metrics=ops.METRICS, device=self.logits.device)
 
     def route(self, statistics: ops.StatisticsTables) -> tuple[Tensor, Tensor]:
         return ops.route(

@@ -1,8 +1,8 @@
-"""How many tokens a cache holds, where the cache itself says so in a tensor of the device.
+"""Follow the length of a cache that keeps it in a tensor on the device.
 
-Reading that tensor in every call would make the host wait in every call. What it holds is known here from the calls
-that were seen; its version counter tells whether anything else changed it. Tensors of inference mode have no such
-counter: theirs is read at every call of more than one token, and at the first one after calls that were not seen.
+Reading that tensor in every call would make the host wait in every call. Its value is known here from the calls that
+were seen; its version counter tells whether anything else changed it. Tensors of inference mode have no such counter:
+theirs are read at every call of more than one token, and at the first call after calls that were not seen.
 """
 
 from __future__ import annotations

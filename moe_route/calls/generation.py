@@ -1,53 +1,27 @@
-"""What `generate` knows and the calls it makes do not say: which tokens are the prompt, which sequences of a batch have
-ended, what is only drafted, and, without a cache, which tokens of a text ran in earlier steps.
+"""What only `generate` knows of its calls: prompt length, finished sequences, drafted tokens.
 
-All of that is told by the objects that `generate` makes for itself: its stopping criteria (asked once a token was
-chosen), its logits processors (which may run the model beside the text, as guidance does) and its generator of
-candidates. `listen_to_generate` lets them tell, through methods of the model that make them.
+Without a cache it also tells which tokens of a text ran in earlier steps. `patching.generate` feeds it.
 """
 
 from __future__ import annotations
 
-import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from moe_route.modules.intercept import ReplacedMethod, taken
-
-if TYPE_CHECKING:
-    from moe_route.calls.call import Call
+from moe_route.calls.call import Call
 
 _IDS = ("pad_token_id", "eos_token_id")
-_DRAFTS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
-_PAGED = (
-    "continuous batching (generate_batch, a ContinuousBatchingManager, cache_implementation='paged') packs several "
-    "requests into one row and does not say which token is whose, so they cannot be recorded or steered apart. Use "
-    "generate() with a padded batch, or run it outside record() and steer()"
-)
-
-
-class Listener(Protocol):
-    """Who is told of the generations that run (`RunningCall`)."""
-
-    idle: bool
-
-    @property
-    def generation(self) -> Generation | None: ...
-    def begin_generation(self, generation: Generation) -> None: ...
-    def end_generation(self, generation: Generation) -> None: ...
-    def take_back(self, tokens: int) -> None: ...
 
 
 class Prompt(NamedTuple):
-    """What a generation was given: ids [batch, length], the mask, and the cache that holds the first of them."""
+    """What `generate` was given: ids [batch, length], the mask, and the cache that holds the first of them."""
 
     ids: Tensor
     mask: object
@@ -62,12 +36,19 @@ class _Text:
 
 
 class Generation:
-    """One run of `generate`. What it is given is prefill, what it makes is decode. A sequence of its batch has ended
-    when the stopping criteria say so; where rows are beams, which change places, when it is fed one of the ids `ends`.
+    """One run of `generate`. Prompt tokens count as prefill and generated tokens as decode.
 
-    `chunked`: the prompt may come in several calls. `beside`: all of it is run for another text, as its draft.
-    `continues`: it is an assistant's, and goes on with what an earlier one made. `prompt`: what the model will be
-    called with first; vision towers may run before that."""
+    A sequence of the batch has ended when the stopping criteria say so. Beams change places, so there a row has ended
+    when it is fed one of the ids `ends`.
+
+    Args:
+        ends: ids that end a sequence.
+        beams: whether rows are beams.
+        chunked: whether the prompt may come in several calls.
+        beside: whether all of it runs as the draft of another text.
+        continues: whether it is an assistant's run that continues an earlier one.
+        prompt: what the model will be called with first; vision towers may run before that.
+    """
 
     def __init__(
         self,
@@ -93,8 +74,13 @@ class Generation:
         """Itself: copies of its stopping criteria tell it too."""
         return self
 
-    def follow(self, module: nn.Module, call: Call) -> None:
-        """Say of a call what `generate` knows of it."""
+    def follow(self, module: nn.Module, call: Call) -> Call:
+        """The call that is about to run on `module`, with what `generate` knows of it."""
+        call = replace(call)
+        self._mark(module, call)
+        return call
+
+    def _mark(self, module: nn.Module, call: Call) -> None:
         if self.beside:
             call.beside = True
             return
@@ -150,7 +136,7 @@ class Generation:
         self._add(ended)
         return self._ended
 
-    # ---- what its parts tell
+    # ---- told by the objects of `generate`
 
     def chose(self, ended: Tensor) -> None:
         """A token was chosen for every row; those of bool [batch] `ended` have ended with it."""
@@ -171,9 +157,9 @@ class Generation:
         finally:
             self.beside = before
 
-    def draft_with(self, candidates: Any, take_back: Callable[[int], None]) -> None:
+    def draft_with(self, candidates: Any, reject_drafts: Callable[[int], None]) -> None:
         """Follow a generator of candidates (of the class `CandidateGenerator`): what it drafts, and, by way of
-        `take_back`, how many of the drafted tokens the model refused."""
+        `reject_drafts`, how many of the drafted tokens the model refused."""
         kind, generator = type(candidates), weakref.ref(candidates)
 
         def get_candidates(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -183,7 +169,7 @@ class Generation:
             return found
 
         def update_candidate_strategy(input_ids: Tensor, scores: Tensor, num_matches: int) -> Any:
-            take_back(self._drafted - int(num_matches))
+            reject_drafts(self._drafted - int(num_matches))
             self._drafted = 0
             return kind.update_candidate_strategy(generator(), input_ids, scores, num_matches)
 
@@ -191,141 +177,19 @@ class Generation:
         candidates.update_candidate_strategy = update_candidate_strategy
 
 
-def listen_to_generate(model: nn.Module, listener: Listener) -> list[ReplacedMethod]:
-    """Let `listener` know of every `generate` of `model` and of the modules in it, until they are removed."""
-    told = {
-        "generate": _generate,
-        "_get_stopping_criteria": _stopping_criteria,
-        "_get_logits_processor": _logits_processor,
-        "_get_candidate_generator": _candidate_generator,
-        "init_continuous_batching": _refuse_batches,
-    }
-    return [
-        ReplacedMethod(module, name, partial(function, module, listener))
-        for module in model.modules()
-        if callable(getattr(type(module), "generate", None))
-        for name, function in told.items()
-        if callable(getattr(type(module), name, None)) and not taken(module, name)
-    ]
-
-
-def refuse_paged(kwargs: Mapping[str, object]) -> None:
-    """Raise `RuntimeError` for a call of continuous batching."""
-    if type(kwargs.get("cache")).__name__ == "PagedAttentionCache":
-        raise RuntimeError(_PAGED)
-
-
-def _generate(module: Any, listener: Listener, *args: Any, **kwargs: Any) -> Any:
-    given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-    configs = (given, getattr(module, "generation_config", None))
-    ends, beams, chunk = (
-        _setting(name, kwargs, *configs) for name in ("eos_token_id", "num_beams", "prefill_chunk_size")
-    )
-    outer = listener.generation
-    generation = Generation(
-        _once(ends),
-        beams=beams not in ([], [1]),
-        chunked=bool(chunk),
-        beside=outer is not None and outer.beside,
-        continues=bool(getattr(given, "is_assistant", False)),
-        prompt=_prompt(args, kwargs),
-    )
-    drafts = any(kwargs.get(name) or any(getattr(config, name, None) for config in configs) for name in _DRAFTS)
-    if not listener.idle and drafts and not callable(getattr(type(module), "_get_candidate_generator", None)):
-        raise RuntimeError(
-            f"{type(module).__name__} makes its drafts in a way that this version of moe-route does not know: which of "
-            "them become text cannot be told. Generate without an assistant and without prompt lookup"
-        )
-    if not listener.idle and hasattr(module, "_compile_functions"):
-        kwargs["disable_compile"] = True  # each half of a diffusion would be one graph, which asks for no labels
-    listener.begin_generation(generation)
-    try:
-        return type(module).generate(module, *args, **kwargs)
-    finally:
-        listener.end_generation(generation)
-
-
-def _prompt(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Prompt | None:
-    found = (kwargs.get("input_ids"), kwargs.get("inputs"), args[0] if args else None)
-    ids = next((value for value in found if isinstance(value, Tensor) and value.dim() == 2), None)
-    if ids is None or ids.is_floating_point():
-        return None
-    return Prompt(ids, kwargs.get("attention_mask"), kwargs.get("past_key_values"))
-
-
-def _stopping_criteria(module: Any, listener: Listener, *args: Any, **kwargs: Any) -> Any:
-    criteria = type(module)._get_stopping_criteria(module, *args, **kwargs)
-    return _telling(criteria, listener.generation, _Criteria)
-
-
-def _logits_processor(module: Any, listener: Listener, *args: Any, **kwargs: Any) -> Any:
-    processors = type(module)._get_logits_processor(module, *args, **kwargs)
-    return _telling(processors, listener.generation, _Processors)
-
-
-def _candidate_generator(module: Any, listener: Listener, *args: Any, **kwargs: Any) -> Any:
-    candidates = type(module)._get_candidate_generator(module, *args, **kwargs)
-    generation = listener.generation
-    if generation is not None:
-        generation.draft_with(candidates, listener.take_back)
-    return candidates
-
-
-def _refuse_batches(module: Any, listener: Listener, *args: Any, **kwargs: Any) -> Any:
-    if not listener.idle:
-        raise RuntimeError(_PAGED)
-    return type(module).init_continuous_batching(module, *args, **kwargs)
-
-
-class _Criteria:
-    """Stopping criteria that tell a generation what they said."""
-
-    generation: Generation
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        ended = super().__call__(*args, **kwargs)  # type: ignore[misc]
-        if isinstance(ended, Tensor):
-            self.generation.chose(ended)
-        return ended
-
-
-class _Processors:
-    """Logits processors whose calls of the model, if any, are beside the text."""
-
-    generation: Generation
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.generation.aside():
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
-
-
-def _telling(parts: Any, generation: Generation | None, kind: type) -> Any:
-    """A list of criteria or processors, in a class that tells `generation` of its calls."""
-    if generation is not None:
-        parts = copy.copy(parts)  # it may be a list of the user's own
-        parts.__class__ = _mixed(kind, parts.__class__)
-        parts.generation = generation
-    return parts
-
-
-@cache
-def _mixed(kind: type, original: type) -> type:
-    return type(original.__name__, (kind, original), {"__module__": original.__module__})
-
-
 def finished_tokens(model: nn.Module) -> tuple[int, ...]:
     """Token ids that sequences of a batch are fed when they have ended, by the model's own configuration: padding, and
     the end itself (which a sequence that runs alone is never fed, so that a batch counts the same as its sequences one
     by one)."""
     config = getattr(model, "generation_config", None)
-    return _once([token for name in _IDS for token in _setting(name, {}, config)])
+    return without_repeats([token for name in _IDS for token in setting(name, {}, config)])
 
 
-def _once(ids: list[int]) -> tuple[int, ...]:
+def without_repeats(ids: list[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _setting(name: str, kwargs: Mapping[str, Any], *configs: Any) -> list[int]:
+def setting(name: str, kwargs: Mapping[str, Any], *configs: Any) -> list[int]:
     """Ids as `generate` resolves them: its own argument, then the configuration it was given, then the model's."""
     found = [kwargs[name]] if name in kwargs else [getattr(config, name, None) for config in configs]
     value = next((value for value in found if value is not None), None)

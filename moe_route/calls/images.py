@@ -1,5 +1,4 @@
-"""Which token of a call a patch of a picture becomes part of, so that the routers of a vision tower can tell whose
-patches they are given."""
+"""Map each image patch to the token it is merged into, so that vision-tower routers can use that token's labels."""
 
 from __future__ import annotations
 
@@ -8,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["placeholders_of", "tokens_of_patches"]
+__all__ = ["placeholder_ids", "tokens_of_patches"]
 
 _NAMES = ("image_token_id", "video_token_id")
 
 
-def placeholders_of(model: nn.Module) -> tuple[int, ...]:
+def placeholder_ids(model: nn.Module) -> tuple[int, ...]:
     """Ids that stand among those of the text for the tokens of pictures and of videos, by the model's configuration."""
     config = getattr(model, "config", None)
     found = (getattr(config, name, None) for name in _NAMES)

@@ -21,6 +21,9 @@ SCALARS = ("tokens", "slots", "empty", "unscored", "entropy", "steered", "flippe
 FIXED_POINT = 2.0**-32
 """Unit of the metrics probability, weight, weight_share and the scalars entropy (nats) and moved."""
 
+ENTROPY_BIT = 16
+"""Bit beside those of the metrics that says whether the scalar entropy is accumulated (`gate.h`)."""
+
 STEERING_PLANES = ("scale", "bias", "std", "magnitude", "score_bias", "weight_scale", "force")
 ROW_PARAMETERS = ("temperature", "top_k", "std_correction", "score_bias_weighs", "weight_scale_after")
 NEUTRAL: Mapping[str, float] = MappingProxyType(
@@ -329,7 +332,13 @@ class StatisticsTables:
                 raise ValueError(f"statistics {name} must be contiguous int64 [rows, {width}], got {list(table.shape)}")
         bits = sum(1 << bit for bit, name in enumerate(METRICS) if name in self.metrics)
         # What the operators take, packed once: building it would cost more than a decode step's counting.
-        self.arguments = (groups, bits | self.entropy << 16, segments)
+        self.arguments = (groups, bits | self.entropy << ENTROPY_BIT, segments)
+
+    @classmethod
+    def from_packed(cls, groups: Tensor, bits: int, segments: Tensor | None, num_experts: int) -> StatisticsTables:
+        """The tables that pack to these ``arguments``, without a copy."""
+        names = [name for bit, name in enumerate(METRICS) if bits >> bit & 1]
+        return cls(groups, segments, num_experts, names, bool(bits >> ENTROPY_BIT & 1))
 
     @classmethod
     def zeros(

@@ -1,0 +1,5 @@
+"""moe-route as an experts implementation of transformers: its own dispatch, grouped products and combine."""
+
+from moe_route.experts.interface import ExpertsSwitch, experts_implementations, register_experts
+
+__all__ = ["ExpertsSwitch", "experts_implementations", "register_experts"]

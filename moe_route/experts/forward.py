@@ -22,10 +22,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from moe_route.contract.dispatch import Dispatch
 from torch import Tensor, nn
 
 from moe_route import ops
+from moe_route.contract.dispatch import Dispatch
 from moe_route.nn import grouped_linear
 from moe_route.routers.discovery import ModelNotSupportedError
 

@@ -1,8 +1,8 @@
-"""moe-route as an experts implementation of transformers: registered by name, and switched on for a model.
+"""Register moe-route as an experts implementation of transformers, and switch a model to it.
 
-transformers keeps two registries. Experts in floating point are run by `expert_layouts.experts_forward`; those that it
-quantized to FP8 hold packed weights with scales, so there the name stands for the FP8 implementation that transformers
-would have used, and the log says so.
+transformers keeps two registries. Experts in floating point are run by `forward.experts_forward`. Experts that
+transformers quantized to FP8 hold packed weights with scales; under the name "moe_route" they run the FP8
+implementation that transformers would have used, and the log says so.
 """
 
 from __future__ import annotations
@@ -166,7 +166,8 @@ def _refuse(model: nn.Module, modules: list[tuple[str, Any]], settings: list[str
         why = None if _is_fp8(module) or _sharded(module) else obstacle(module)
         if why is not None:
             raise ModelNotSupportedError(
-                f"{type(module).__name__} at {name!r} cannot run as {NAME!r}: {why}. Attach with experts_implementation=None."
+                f"{type(module).__name__} at {name!r} cannot run as {NAME!r}: {why}. "
+                "Attach with experts_implementation=None."
             )
     if "deepgemm_megamoe" in settings:
         raise ModelNotSupportedError(

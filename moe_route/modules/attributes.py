@@ -1,18 +1,48 @@
-"""Tensors that accelerate keeps on the CPU or on disk, and brings to their module only while its forward runs."""
+"""Read attributes of other people's modules by dotted path, wherever accelerate keeps the tensors.
+
+accelerate may keep a tensor on the CPU or on disk and bring it to its module only while its forward runs.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+
+def at(root: Any, path: str) -> Any:
+    """The attribute at a dotted path, or None where there is none."""
+    for name in path.split("."):
+        root = getattr(root, name, None)
+    return root
+
+
+def number(root: Any, value: str | int) -> Any:
+    """A number, or the attribute at a dotted path; of a matrix there, its rows."""
+    found = at(root, value) if isinstance(value, str) else value
+    return len(found) if isinstance(found, Tensor) else found
+
+
+def modeling_of(module: nn.Module) -> ModuleType | None:
+    """The modeling file of transformers that defines the class of `module`, or None."""
+    return next(
+        (sys.modules.get(c.__module__) for c in type(module).__mro__ if c.__module__.startswith("transformers.")), None
+    )
+
+
+# What other libraries put on one module in place of what its class has.
+PUT_BY_OTHERS = ("forward", "_hf_hook", "_old_forward")
 
 
 def resident(root: Any, path: str) -> Any:
-    """The value at a dotted path on a live module, None where there is none; of a tensor that is offloaded now, what
-    its module would be given.
+    """The value at a dotted path, None where there is none; for an offloaded tensor, the value that accelerate loads
+    before the forward pass.
 
-    Raises `RuntimeError` for a tensor on the meta device that nobody offloaded.
+    Raises `RuntimeError` for a tensor on the meta device that accelerate does not offload.
     """
     *above, name = path.split(".")
     owner = root
@@ -21,14 +51,32 @@ def resident(root: Any, path: str) -> Any:
     value = getattr(owner, name, None)
     if not isinstance(value, Tensor) or not value.is_meta:
         return value
-    for hook in _hooks(owner):
+    for hook in _accelerate_hooks(owner):
         weights = getattr(hook, "weights_map", None)
         if weights is not None and name in weights:
             return weights[name].to(hook.execution_device)
     raise RuntimeError(f"{path} of {type(root).__name__} is on the meta device: load the weights before attaching")
 
 
-def _hooks(module: Any) -> Iterator[Any]:
-    """accelerate's hooks on a module."""
+def managed_by_accelerate(module: nn.Module) -> bool:
+    """Whether accelerate has put a hook on the module."""
+    return hasattr(module, "_hf_hook")
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module runs: the device of its first parameter, or the one that accelerate moves it to."""
+    parameter = next(module.parameters(), None)
+    if parameter is not None and not parameter.is_meta:
+        return parameter.device
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return torch.device("cpu" if device is None else device)
+
+
+def forward_attribute(module: nn.Module) -> str:
+    """The name of the attribute that holds the module's own forward: accelerate keeps the one it found elsewhere."""
+    return "_old_forward" if managed_by_accelerate(module) else "forward"
+
+
+def _accelerate_hooks(module: Any) -> Iterator[Any]:
     hook = getattr(module, "_hf_hook", None)
     yield from getattr(hook, "hooks", (hook,))

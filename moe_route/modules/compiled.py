@@ -1,4 +1,4 @@
-"""Graphs that torch.compile made of a model before it was attached to."""
+"""Drop the graphs that torch.compile made of a model before `attach`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 
-def forget_graphs(model: nn.Module) -> None:
-    """Where `model` or a part of it was compiled in place, forget every graph of the process: none of them guards on
-    hooks, so that those of `model` would go round the routers. They are made anew when they are needed next.
+def drop_graphs(model: nn.Module) -> None:
+    """Drop every compiled graph of the process where `model` or a part of it was compiled in place.
 
-    A graph that only another object holds (`compiled = torch.compile(model)`) is not seen from here.
+    Dynamo does not guard on hooks, so graphs compiled earlier would bypass ours. They are compiled again at the next
+    call. A graph that only another object holds (`compiled = torch.compile(model)`) cannot be found from here.
     """
     if "torch._dynamo" in sys.modules and any(_compiled(module) for module in model.modules()):
         logger.info("%s was compiled before it was attached to: its graphs are made anew", type(model).__name__)

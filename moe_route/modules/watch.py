@@ -1,8 +1,7 @@
-"""Seeing what a module computes on its way, where neither its arguments nor what it returns say it.
+"""Capture intermediate tensors of a forward pass that appear in neither its inputs nor its outputs.
 
-A `TorchFunctionMode` is in force while the module's forward runs and sees every call of a torch function. Nothing of
-the module is replaced, so this goes together with whatever else wraps it: offloading, checkpointing, quantized gates,
-LoRA. Outside of that forward nothing is seen.
+A `TorchFunctionMode` is active while the module's forward runs and sees every call of a torch function. Nothing of the
+module is replaced, so this works together with offloading, checkpointing, quantized gates and LoRA.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-_SCORES = frozenset(("softmax", "sigmoid", "topk", "max"))  # functions that a router gives its logits to
-_CHOICE = "one_hot"  # what a block makes of its choice
+_SCORES = frozenset(("softmax", "sigmoid", "topk", "max"))  # functions that take a router's logits
+_CHOICE = "one_hot"  # the function that takes a block's chosen ids
 
 
 class NothingScoredError(RuntimeError):

@@ -1,5 +1,8 @@
-"""Modules that other libraries put around a router (PEFT's adapters, torch.compile, FSDP), told by the name under which
-they hold it. The router belongs to the module above all of them."""
+"""Find the modules that other libraries wrap around a router (PEFT's adapters, torch.compile, FSDP).
+
+A wrapper is told by the attribute name under which it holds the module. The router's owner is the module above all
+wrappers.
+"""
 
 from __future__ import annotations
 

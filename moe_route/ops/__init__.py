@@ -14,6 +14,7 @@ the build has no CUDA kernels raise RuntimeError.
 import torch  # noqa: F401  (loads the libraries that _C is linked with)
 
 from moe_route import _C  # noqa: F401  (registers the operators)
+from moe_route.contract.dispatch import Dispatch
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import (
     FIXED_POINT,
@@ -24,7 +25,7 @@ from moe_route.contract.tables import (
     SteeringTables,
     token_table,
 )
-from moe_route.ops.dispatch import Dispatch, combine, dispatch, permute
+from moe_route.ops.dispatch import combine, dispatch, permute
 from moe_route.ops.gate import observe, observe_layers, route, route_weights
 from moe_route.ops.registration import register as _register
 

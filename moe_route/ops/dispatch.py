@@ -5,33 +5,16 @@ On the CPU or a CUDA device, wherever the first tensor lies.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-__all__ = ["Dispatch", "combine", "dispatch", "permute"]
+from moe_route.contract.dispatch import Dispatch
+
+__all__ = ["combine", "dispatch", "permute"]
 
 _dispatch = torch.ops.moe_route.dispatch.default
 _permute = torch.ops.moe_route.permute.default
 _combine = torch.ops.moe_route.combine.default
-
-
-class Dispatch(NamedTuple):
-    """Where every routed slot goes; int64.
-
-    The number of rows R depends on shapes alone, never on the ids (no host synchronization): T * k with block 1, at
-    most E * (block - 1) more with padding. Rows from ``offsets[E]`` on are not in use.
-    """
-
-    offsets: Tensor
-    """[E + 1]: the row where expert e starts, a multiple of ``block``; offsets[E]: rows in use."""
-    counts: Tensor
-    """[E]: real rows of expert e."""
-    order: Tensor
-    """[R]: the slot t * k + j that a row serves, or -1."""
-    inverse: Tensor
-    """[T, k]: the row of a slot, or -1 if it is skipped."""
 
 
 def dispatch(ids: Tensor, num_experts: int, *, block: int = 1) -> Dispatch:

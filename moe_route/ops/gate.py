@@ -22,7 +22,7 @@ _observe = torch.ops.moe_route.observe.default
 _observe_layers = torch.ops.moe_route.observe_layers.default
 _route_weights = torch.ops.moe_route.route_weights.default
 
-_GIVEN_MODES = {"natural": 1, "replay": 2}
+_CHOICE_MODES = {"natural": 1, "replay": 2}
 _NO_STATISTICS = (None, 0, None)
 _NO_STEERING = (None, 0, None, None)
 
@@ -38,7 +38,7 @@ def route(
     tokens: Tensor | None = None,
     choice: Tensor | None = None,
     choice_weights: Tensor | None = None,
-    given: Literal["natural", "replay"] = "natural",
+    choice_mode: Literal["natural", "replay"] = "natural",
     statistics: StatisticsTables | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose k experts per token, and count. No gradient: with gradients take the weights from `route_weights`.
@@ -56,8 +56,8 @@ def route(
         tokens: int32 [T, 4] from `token_table`; None: row -1, group 0, segment -1, valid.
         choice: integer [T, k], a choice that exists already; a row that starts with -1 has none.
         choice_weights: [T, k], its weights; None: recomputed from the logits.
-        given: ``natural``: unsteered rows return the given choice, steered rows are compared with it;
-            ``replay``: every row returns the given ids, weights are recomputed from the (steered) scores.
+        choice_mode: ``natural``: unsteered rows return the given choice, steered rows are compared with it;
+            ``replay``: every row returns the ids of ``choice``, weights are recomputed from the (steered) scores.
         statistics: tables that are added to in place.
 
     Returns:
@@ -77,9 +77,9 @@ def route(
         return _route(logits, k, spec.policy, tokens)
     mode = 0
     if choice is not None:
-        if given not in _GIVEN_MODES:
-            raise ValueError(f"given = {given!r} is not one of natural, replay")
-        mode = _GIVEN_MODES[given]
+        if choice_mode not in _CHOICE_MODES:
+            raise ValueError(f"choice_mode = {choice_mode!r} is not one of natural, replay")
+        mode = _CHOICE_MODES[choice_mode]
     return _route(
         logits,
         k,
@@ -146,7 +146,7 @@ def observe_layers(
         logits, ids, weights: as for `observe`, one per layer; the weights are those that the model uses.
         spec: how all of them route.
         tokens: int32 [T, 4] from `token_table`, or None; the same for all.
-        statistics: one per layer, all with the same planes, with segments in all of them or in none.
+        statistics: one per layer, all with the same metrics, with segments in all of them or in none.
 
     Raises:
         ValueError: lists of different lengths, tables that differ, or what `observe` refuses.
@@ -156,7 +156,7 @@ def observe_layers(
         return
     layout = tables[0][1]
     if any(table[1] != layout for table in tables):
-        raise ValueError("the statistics of the layers have different planes; count those layers with observe()")
+        raise ValueError("the statistics of the layers have different metrics; count those layers with observe()")
     groups = [table[0] for table in tables]
     segments = [table[2] for table in tables if table[2] is not None]
     _observe_layers(logits, ids, weights, spec.policy, tokens, groups, layout, segments, *spec.unusual)

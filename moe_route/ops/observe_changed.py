@@ -1,5 +1,7 @@
-"""Counting a steered choice that a model changed after its router chose, as one operator: torch.compile does not trace
-through the reference, which compares and indexes with values."""
+"""Count a steered choice that the model changed after routing (capacity limits, joint normalization).
+
+A custom operator, so that torch.compile does not trace into the reference, which branches on tensor values.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,7 @@ from torch import Tensor
 
 from moe_route import reference
 from moe_route.contract.spec import RouterSpec
-from moe_route.contract.tables import METRICS, StatisticsTables, SteeringTables
-
-_ENTROPY = 16  # bit beside the metrics
+from moe_route.contract.tables import StatisticsTables, SteeringTables
 
 
 def observe_changed(
@@ -51,7 +51,6 @@ def _observe_changed(
     segments: Tensor | None,
 ) -> None:
     experts = logits.shape[1]
-    names = [name for bit, name in enumerate(METRICS) if metrics >> bit & 1]
     reference.observe_steered(
         logits,
         ids,
@@ -60,7 +59,7 @@ def _observe_changed(
         natural_ids=natural_ids,
         steering=SteeringTables.from_packed(tables, steering_metrics, row_params, remap, experts),
         tokens=tokens,
-        statistics=StatisticsTables(groups, segments, experts, names, bool(metrics >> _ENTROPY & 1)),
+        statistics=StatisticsTables.from_packed(groups, metrics, segments, experts),
     )
 
 

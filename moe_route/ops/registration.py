@@ -180,13 +180,13 @@ def _route_weights_backward_fake(
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     logits, ids, policy, tokens, *numbers, expert_scale, steering, planes, row_params = inputs
     ctx.save_for_backward(logits, ids, tokens, expert_scale, steering, row_params)
-    ctx.policy, ctx.numbers, ctx.metrics = policy, tuple(numbers), planes
+    ctx.policy, ctx.numbers, ctx.planes = policy, tuple(numbers), planes
 
 
 def _weights_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     logits, ids, tokens, *optional = ctx.saved_tensors
     of_logits, *made = _route_weights_backward(
-        grad.contiguous(), logits, ids, ctx.policy, tokens, *ctx.numbers, *optional[:2], ctx.metrics, optional[2]
+        grad.contiguous(), logits, ids, ctx.policy, tokens, *ctx.numbers, *optional[:2], ctx.planes, optional[2]
     )
     of_scale, of_steering, of_params = (
         None if value is None else found for value, found in zip(optional, made, strict=True)

@@ -1,39 +1,39 @@
-"""The attachment: the only object that touches the modules of a live model."""
+"""Put hooks on a live model, and take them away again. Nothing else changes the modules of a model."""
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import nn
 
-from moe_route.calls.call import Call
 from moe_route.calls.generation import finished_tokens
-from moe_route.calls.images import placeholders_of
+from moe_route.calls.images import placeholder_ids
 from moe_route.calls.reader import CallReader
 from moe_route.calls.token_table import Labels
 from moe_route.contract.tables import StatisticsTables, SteeringTables
-from moe_route.devices import capturing, finish
+from moe_route.devices import finish
 from moe_route.experts.interface import ExpertsSwitch
 from moe_route.modules.attributes import at
-from moe_route.modules.compiled import forget_graphs
+from moe_route.modules.compiled import drop_graphs
 from moe_route.modules.intercept import Removable
-from moe_route.patching.context import RunningCall
-from moe_route.patching.engine import Engine, Steers, Trace
+from moe_route.patching.context import CallListener, RunningCall
+from moe_route.patching.engine import ChoiceCallback, Engine, Steers
 from moe_route.patching.fused import FusedEngine
 from moe_route.patching.generate import listen_to_generate
 from moe_route.patching.hook import HookEngine
-from moe_route.routers.check import check_router, unreadable
+from moe_route.routers.check import check_router
 from moe_route.routers.discovery import RouterInfo, find_routers
+from moe_route.routers.probe import unreadable
 
 logger = logging.getLogger(__name__)
 
-ENGINES = ("auto", "hook", "fused")
-EXPERTS = ("keep", "moe_route")
+ENGINES: Mapping[str, type[Engine]] = {"hook": HookEngine, "fused": FusedEngine}
+EXPERTS_IMPLEMENTATIONS = (None, "moe_route")
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
 
@@ -46,17 +46,17 @@ class Attachment:
     """Hooks on a live model that count and steer its routers.
 
     Args:
-        engine: "hook" (a forward hook; every bit of an unsteered model stays), "fused" (gate matrix and one `route`
-            call; same ids where scores differ by more than 4 units in the last place, weights within 4), or "auto",
-            which is "hook". A router that cannot be fused is observed; its router says why.
-        experts: "keep" the model's own, or "moe_route": run by this package's dispatch and combine until `detach`
-            (`patching.experts`; equal within the bounds of docs/experts.md, not bit for bit).
-        check: compare every kind of router with its specification on random probes first.
+        engine: "hook" (a forward hook; every bit of an unsteered model stays) or "fused" (gate matrix and one `route`
+            call; same ids where scores differ by more than 4 units in the last place, weights within 4). A router that
+            cannot be fused gets a hook; its `RouterInfo` says why.
+        experts_implementation: None keeps the model's own; "moe_route" runs the experts by this package's dispatch and
+            combine until `detach` (equal within the bounds of docs/experts.md, not bit for bit).
+        verify: compare every kind of router with its specification on random probes first.
 
     Raises `ModelNotSupportedError`, or `AlreadyAttachedError`; nothing of the model is changed then.
 
     The hooks stay from here to `detach`, so that a model compiled in between sees what is set later; they do nothing,
-    beyond one test, while neither statistics, steering nor trace is set.
+    beyond one test, while neither statistics nor steering nor `on_choice` is set.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class Attachment:
         experts_implementation: Literal["moe_route"] | None = None,
         verify: bool = True,
     ) -> None:
-        _choose("engine", engine, ENGINES)
-        _choose("experts", experts, EXPERTS)
+        _check_option("engine", engine, tuple(ENGINES))
+        _check_option("experts_implementation", experts_implementation, EXPERTS_IMPLEMENTATIONS)
         self.model = model
         self.routers: list[RouterInfo] = find_routers(model)
         for router in self.routers:
@@ -80,19 +80,15 @@ class Attachment:
             _choose_engine(router, engine)
         if verify:
             _check(self.routers)
-        self.label: Callable[[Call], Labels | None] | None = None
-        self.after_call: Callable[[Call], None] | None = None
-        self.settle: Callable[[int], None] | None = None  # told of the drafts of a call that were refused
-        self._trace: Trace | None = None
+        self._on_choice: ChoiceCallback | None = None
         self._steering: list[Steers | None] | None = None
         self._statistics: list[StatisticsTables] | None = None
         self._captured: list[object] = []
-        self._context = RunningCall(self._labels, self._after, partial(finished_tokens, model), self._settle)
-        self._context.placeholders = placeholders_of(model)
-        kinds = {"hook": HookEngine, "fused": FusedEngine}
-        self._engines: list[Engine] = [kinds[router.engine](router, self._context) for router in self.routers]
+        self._context = RunningCall(finished=partial(finished_tokens, model), on_capture=self._keep_for_graph)
+        self._context.placeholders = placeholder_ids(model)
+        self._engines = [ENGINES[router.engine](router, self._context) for router in self.routers]
         self._handles: list[Removable] = []
-        self._experts = ExpertsSwitch(model) if experts == "moe_route" else None
+        self._experts = ExpertsSwitch(model) if experts_implementation == "moe_route" else None
         self._install()
 
     @property
@@ -101,13 +97,22 @@ class Attachment:
         return bool(self._handles)
 
     @property
-    def trace(self) -> Trace | None:
-        """Called by every router with its layer, ids [T, k] (-1 = empty slot) and weights [T, k], after steering."""
-        return self._trace
+    def listener(self) -> CallListener:
+        """Is asked for the labels of every call, and told when it went through."""
+        return self._context.listener
 
-    @trace.setter
-    def trace(self, trace: Trace | None) -> None:
-        self._trace = trace
+    @listener.setter
+    def listener(self, listener: CallListener) -> None:
+        self._context.listener = listener
+
+    @property
+    def on_choice(self) -> ChoiceCallback | None:
+        """Called by every router with its layer, ids [T, k] (-1 = empty slot) and weights [T, k], after steering."""
+        return self._on_choice
+
+    @on_choice.setter
+    def on_choice(self, callback: ChoiceCallback | None) -> None:
+        self._on_choice = callback
         self._configure()
 
     def set_steering(self, tables: Sequence[Steers | None] | None) -> None:
@@ -121,8 +126,8 @@ class Attachment:
             for router, table in zip(self.routers, tables, strict=True):
                 if table is not None and not router.steerable:
                     raise ValueError(
-                        f"router {router.name!r} (layer {router.layer}) cannot be steered: {router.family.unsteerable}. "
-                        "Leave that layer out: plan.only(layers=[...])"
+                        f"router {router.name!r} (layer {router.layer}) cannot be steered: "
+                        f"{router.family.unsteerable}. Leave that layer out: plan.only(layers=[...])"
                     )
             tables = [None if t is None or _steers_nothing(t) else t for t in tables]
             tables = [_fitted(table, router) for table, router in zip(tables, self.routers, strict=True)]
@@ -168,7 +173,7 @@ class Attachment:
         self._context.release()
 
     def _install(self) -> None:
-        forget_graphs(self.model)
+        drop_graphs(self.model)
         for module, reader in call_readers(self.model, self.routers):
             enter = partial(_enter, self._context, reader)
             self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
@@ -184,12 +189,12 @@ class Attachment:
         columns = (self._engines, self._statistics or nothing, self._steering or nothing)
         kinds: dict[object, int] = {}
         for engine, statistics, steering in zip(*columns, strict=True):
-            engine.configure(statistics, steering, self._trace)
+            engine.configure(statistics, steering, self._on_choice)
             if statistics is not None:
                 layout = (statistics.metrics, statistics.entropy, statistics.segments is None)
                 kind = (engine.spec, *layout, statistics.device)
                 engine.cohort = kinds.setdefault(kind, len(kinds))
-        idle = self._statistics is None and self._steering is None and self._trace is None
+        idle = self._statistics is None and self._steering is None and self._on_choice is None
         if self._context.idle and not idle:
             self._context.lengths.forget()  # calls went by unseen
         self._context.idle = idle
@@ -202,7 +207,7 @@ class Attachment:
         for router in self.routers:
             if router.module not in present:
                 raise RuntimeError(
-                    f"router {router.name!r} is no part of the model any more (its layer was replaced after attach): "
+                    f"router {router.name!r} is not part of the model any more (its layer was replaced after attach): "
                     "detach(), and attach(model) again"
                 )
 
@@ -216,19 +221,9 @@ class Attachment:
                     f"{router.num_experts}"
                 )
 
-    def _labels(self, call: Call) -> Labels | None:
-        labels = None if self.label is None else self.label(call)
-        if capturing(call.device):  # the graph reads and writes these as long as it is replayed
-            self._captured.append((labels, self._statistics, [engine.steering for engine in self._engines]))
-        return labels
-
-    def _after(self, call: Call) -> None:
-        if self.after_call is not None:
-            self.after_call(call)
-
-    def _settle(self, refused: int) -> None:
-        if self.settle is not None:
-            self.settle(refused)
+    def _keep_for_graph(self, labels: Labels) -> None:
+        """A CUDA graph reads and writes these as long as it is replayed."""
+        self._captured.append((labels, self._statistics, [engine.steering for engine in self._engines]))
 
 
 def attachment_of(module: nn.Module) -> Attachment | None:
@@ -264,7 +259,7 @@ def _leave(context: RunningCall, module: nn.Module, args: tuple[object, ...], ou
     context.leave(module, output)
 
 
-def _choose(what: str, given: str, choices: tuple[str, ...]) -> None:
+def _check_option(what: str, given: str | None, choices: tuple[str | None, ...]) -> None:
     if given not in choices:
         raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}, not {given!r}")
 
@@ -299,7 +294,7 @@ def _not_fusable(router: RouterInfo) -> str | None:
 def _check(routers: list[RouterInfo]) -> None:
     seen: dict[object, str] = {}
     for router in routers:
-        why = unreadable(router)
+        why = unreadable(router.module)
         if why is not None:
             router.notes = (*router.notes, f"not checked: {why}")
             continue
@@ -318,8 +313,8 @@ def _fitted(tables: Steers | None, router: RouterInfo) -> Steers | None:
         return tables
     if tables.wide and not router.adapter.widens:
         raise ValueError(
-            f"router {router.name!r} (layer {router.layer}) cannot take a top_k above its own: {type(router.module).__name__}"
-            " has no more slots. Leave that layer out: plan.only(layers=[...])"
+            f"router {router.name!r} (layer {router.layer}) cannot take a top_k above its own: "
+            f"{type(router.module).__name__} has no more slots. Leave that layer out: plan.only(layers=[...])"
         )
     return tables.fitted(router.name, router.spec)
 

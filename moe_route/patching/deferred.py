@@ -1,7 +1,7 @@
-"""Counting the routers of small calls together, after the calls.
+"""Count the routers of small calls together, after the calls.
 
-At a decode step the weights of a whole layer pass through the caches between two routers, so that whatever runs there
-meets cold caches and costs up to ten times what it costs in a loop. Here the hooks of a step only keep references; all
+At a decode step the weights of a whole layer pass through the caches between two routers, so whatever runs there meets
+cold caches and costs up to ten times what it costs in a loop. Here the hooks of a step only keep references; all
 layers, and those of a few steps, are counted in one operator call.
 
 A router's output may be kept only if nobody changes it in place after the router ran. The first small call, which is
@@ -31,7 +31,7 @@ Output = tuple[Tensor, ...]
 
 
 class Counted(Protocol):
-    """A router whose output may be counted after the call (`engines.HookEngine`)."""
+    """A router whose output may be counted after the call (`hook.HookEngine`)."""
 
     router: RouterInfo
     spec: RouterSpec
@@ -41,7 +41,7 @@ class Counted(Protocol):
     def parts(self, output: Output) -> tuple[Tensor, Tensor, Tensor]:
         """Router logits, weights and ids."""
 
-    def settle(self, keeps_output: bool) -> None:
+    def may_defer(self, keeps_output: bool) -> None:
         """It is known now whether the router's outputs may be kept."""
 
 
@@ -113,7 +113,7 @@ class DeferredCounts:
         if self._watched:
             self._judge(tokens)
         if self._judged:
-            self._settle()
+            self._tell_engines()
         if not self.kept:
             return
         self._calls.append(KeptCall(self.kept, table_on))
@@ -129,13 +129,13 @@ class DeferredCounts:
             if watched.fits(tokens):
                 alike.setdefault(watched.output[0].device, []).append(watched)
             else:
-                watched.engine.settle(False)
+                watched.engine.may_defer(False)
         self._watched.clear()
         for watched_there in alike.values():
             answers = Answers(torch.stack([watched.unchanged() for watched in watched_there]))
             self._judged.append(Judged([watched.engine for watched in watched_there], answers))
 
-    def _settle(self) -> None:
+    def _tell_engines(self) -> None:
         """Tell the engines whose answers have arrived."""
         waiting = []
         for judged in self._judged:
@@ -144,7 +144,7 @@ class DeferredCounts:
                 waiting.append(judged)
                 continue
             for engine, unchanged in zip(judged.engines, found, strict=True):
-                engine.settle(unchanged)
+                engine.may_defer(unchanged)
         self._judged = waiting
 
     def drop_call(self) -> None:
@@ -162,10 +162,10 @@ class DeferredCounts:
             for engine, whole, before in kept:
                 if versions(whole) != before:
                     for other, _, _ in kept:
-                        other.settle(False)
+                        other.may_defer(False)
                     raise RuntimeError(
-                        f"the output of router {engine.router.name!r} was changed in place after the router ran, though "
-                        f"not in the first small call; {len(calls)} calls are not counted. Record again: later calls "
+                        f"the output of router {engine.router.name!r} was changed in place after the router ran, "
+                        f"though not in the first small call; {len(calls)} calls are not counted. Record again: later calls "
                         "are counted router by router."
                     )
                 output = engine.parts(whole)

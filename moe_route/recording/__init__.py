@@ -1,7 +1,6 @@
 """Evidence: what the routers of a model did, as integer sums per (group, layer, expert), sequence by sequence, or
 token by token."""
 
-from moe_route.calls.call import PHASES
 from moe_route.recording.labels import LabelBlock
 from moe_route.recording.ranks import all_reduce
 from moe_route.recording.recorder import DEFAULT_METRICS, Recorder
@@ -11,7 +10,6 @@ from moe_route.recording.trace import Trace
 
 __all__ = [
     "DEFAULT_METRICS",
-    "PHASES",
     "LabelBlock",
     "Recorder",
     "RecordingError",

@@ -1,38 +1,18 @@
-"""What the user says about the sequences of a batch: their groups, their items, which tokens count."""
+"""Labels of the sequences of a batch, as the user gives them: groups, items, which tokens count."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moe_route.devices import upload
 from moe_route.recording.store import Item, is_unnamed
 
-__all__ = ["LabelBlock", "Call", "as_table", "columns", "in_phases", "on_device"]
-
-
-class Call(Protocol):
-    """What the recorder needs to know of one forward of the model (`patching.Call`)."""
-
-    batch: int
-    length: int
-    past_length: int
-    valid: Tensor | None
-    phase: Any
-    device: torch.device
-    input_ids: Tensor | None
-    continues: bool
-    prompt: int
-    drafted: int
-    beside: bool
-    ahead: bool
-
-    def positions(self) -> Tensor: ...
+__all__ = ["LabelBlock"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,46 +63,6 @@ class LabelBlock:
     def values(self, of_name: Sequence[int]) -> np.ndarray:
         """``codes`` translated: int64 of the same shape, ``of_name[i]`` for ``names[i]``."""
         return np.asarray(of_name, dtype=np.int64)[self.codes]
-
-
-def on_device(rows: np.ndarray, device: torch.device) -> int | Tensor:
-    """Rows as an int where all are the same (the token context keeps such tables), else an int32 tensor on `device`,
-    which the host does not wait for."""
-    if rows.size and (rows == rows.flat[0]).all():
-        return int(rows.reshape(-1)[0])
-    return upload(torch.from_numpy(rows.astype(np.int32)), device)
-
-
-def columns(rows: int | Tensor, call: Call, *, after: bool | None = None) -> int | Tensor:
-    """The part of per-token rows ``[N, S]`` that a call covers, ``[N, length]``; an int or ``[N]`` is returned as it
-    is.
-
-    Tokens past the last column (tokens being generated) take the last column's row, or ``after`` where that is given.
-    """
-    if isinstance(rows, int) or rows.dim() < 2:
-        return rows
-    part = rows[:, call.past_length : call.past_length + call.length]
-    missing = call.length - part.shape[1]
-    if not missing:
-        return part
-    last = rows[:, -1:] if after is None else torch.full_like(rows[:, -1:], after)
-    return torch.cat([part, last.expand(-1, missing)], dim=1)
-
-
-def as_table(rows: int | Tensor, call: Call) -> Tensor:
-    """Rows of a call's tokens as ``[N or 1, length]``."""
-    if isinstance(rows, int):
-        return torch.full((1, call.length), rows, dtype=torch.int32, device=call.device)  # waits for no device
-    table = rows.to(device=call.device, dtype=torch.int32)
-    return (table[:, None] if table.dim() == 1 else table).expand(-1 if table.dim() else 1, call.length)
-
-
-def in_phases(before: int | Tensor, now: int | Tensor, call: Call) -> int | Tensor:
-    """Rows of a call whose first ``prompt`` columns are prefill: theirs are ``before``, those of the others ``now``."""
-    if isinstance(before, int) and isinstance(now, int) and before == now:
-        return before
-    prompt = torch.arange(call.length, device=call.device) < call.prompt
-    return torch.where(prompt, as_table(before, call), as_table(now, call))
 
 
 def _listed(value: Any) -> Any:
@@ -183,5 +123,5 @@ def _read_items(items: Any) -> tuple[Item, ...]:
 def _read_mask(mask: Any) -> Tensor:
     tensor = torch.as_tensor(mask)
     if tensor.dim() != 2 or tensor.is_floating_point():
-        raise ValueError(f"mask must be bool [sequences, tokens], not {tensor.dtype} {list(tensor.shape)}")
+        raise ValueError(f"count_mask must be bool [sequences, tokens], not {tensor.dtype} {list(tensor.shape)}")
     return tensor.bool()

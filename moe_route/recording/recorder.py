@@ -60,7 +60,7 @@ LAG = 31
 class RecordedModel(Protocol):
     """What the recorder needs of an attachment (`patching.Attachment`)."""
 
-    trace: Callable[[int, Tensor, Tensor], None] | None
+    on_choice: Callable[[int, Tensor, Tensor], None] | None
 
     @property
     def routers(self) -> Sequence[RecordedRouter]: ...
@@ -184,13 +184,13 @@ class Recorder:
         return self._block
 
     @contextlib.contextmanager
-    def labels(self, groups: Any = None, items: Any = None, *, mask: Any = None) -> Iterator[None]:
+    def labels(self, groups: Any = None, items: Any = None, *, count_mask: Any = None) -> Iterator[None]:
         """Say what the sequences of a batch are, for all calls of the model inside: chunks of a prefill, the steps of
         ``generate``.
 
         ``groups``: one name for all, a name (or id) per sequence ``[B]``, or per token ``[B, S]``. ``items``: an id
-        per sequence that pairs it with its translations. ``mask``: bool ``[B, S]``, count only these tokens (tokens
-        past its columns are not counted). Columns are positions from the start, padding included (an encoder and its
+        per sequence that pairs it with its translations. ``count_mask``: bool ``[B, S]``, count only these
+        tokens (tokens past its columns are not counted). Columns are positions from the start, padding included (an encoder and its
         decoder begin with the first each); tokens past the columns of ``groups`` keep the last one. Beams and several
         returned sequences belong to the sequence they grew from.
 
@@ -204,7 +204,7 @@ class Recorder:
             raise RecordingError(
                 "labels() inside labels(): leave the first block first, a sequence has one set of labels"
             )
-        block = LabelBlock.parse(self._default_group() if groups is None else groups, items, mask, self._known)
+        block = LabelBlock.parse(self._default_group() if groups is None else groups, items, count_mask, self._known)
         self._refuse_repeats(block)
         self._end_sequences()
         self._block = block
@@ -283,7 +283,7 @@ class Recorder:
             return -1, -1
         if self._trace is not None:
             self._trace.drop_call()
-        self.settle()
+        self.reject_drafts()
         self._note_failure()
         first, end = self._columns(call)
         if not self._on or self._paused or first == end:
@@ -292,7 +292,7 @@ class Recorder:
         if capturing(call.device):
             self._note_capture()
         if call.drafted:
-            self._make_room(len(self._groups) + call.drafted, running.parts)
+            self._make_room(len(self._groups) + call.drafted, running.segments)
         if self._trace is not None:
             self._trace.begin_call(call, self._by_phase(call, partial(running.group_rows, call), 0))
         groups = self._by_phase(call, partial(running.group_rows, call), self._tables.group_capacity)
@@ -339,18 +339,18 @@ class Recorder:
         groups[0, -call.drafted :], segments[0, -call.drafted :] = held, -1
         return groups, segments
 
-    def settle(self, refused: int | None = None) -> None:
-        """The last ``refused`` drafts of the latest call are in no text, those before them are; None: it is not known
-        of any of them, so none is counted."""
+    def reject_drafts(self, count: int | None = None) -> None:
+        """The last ``count`` drafted tokens of the latest call were rejected, those before them are text; None: it is
+        not known of any of them, so none is counted."""
         drafts, self._drafts = self._drafts, None
         if drafts is None:
             return
-        refused = len(drafts.groups) if refused is None else refused
+        refused = len(drafts.groups) if count is None else count
         self._counted().hand_over(drafts.first, drafts.groups, drafts.segments, len(drafts.groups) - refused)
         if refused and self._running is not None:
-            self._running.take_back(refused)
+            self._running.drop_last(refused)
         if refused and self._trace is not None:
-            self._trace.take_back(refused)
+            self._trace.drop_last(refused)
 
     def _note_failure(self) -> None:
         """The sequences of a call that did not go through are not whole."""
@@ -389,11 +389,11 @@ class Recorder:
     def _connect(self) -> None:
         self._tables.follow()
         self._model.set_statistics(self._tables.layers, lag=LAG)
-        self._model.trace = None if self._trace is None else torch.compiler.disable(self._trace.add)
+        self._model.on_choice = None if self._trace is None else torch.compiler.disable(self._trace.add)
 
     def _disconnect(self) -> None:
         self._model.set_statistics(None)
-        self._model.trace = None
+        self._model.on_choice = None
 
     def _sequences_of(self, call: Call) -> RunningSequences:
         """The running sequences that this call continues, or new ones."""
@@ -417,7 +417,7 @@ class Recorder:
             self._groups.setdefault(name, len(self._groups))
         self._pool.reserve(len(self._groups))
         running = RunningSequences(block, call.batch, self._groups)
-        self._make_room(len(self._groups), running.parts)
+        self._make_room(len(self._groups), running.segments)
         if block.mask is not None:
             self._masked.add("tokens outside the masks of the labels")
         if self._trace is not None:
@@ -431,19 +431,19 @@ class Recorder:
 
     def _end_sequences(self, *, finished: bool = True) -> None:
         """Fold the running sequences into the pool and the store, or leave them out where they broke off."""
-        self.settle()
+        self.reject_drafts()
         self._note_failure()
         running, self._running = self._running, None
         if running is None:
             return
-        sums = self._counted().take_segments(running.parts)
+        sums = self._counted().take_segments(running.segments)
         if not finished or running.broken or not running.begun:
             self._abandoned += running.count
             logger.warning(
                 "%d sequences broke off and are left out; their tokens were counted up to there", running.count
             )
             return
-        averages = self._pool.add(sums, running.part_group)
+        averages = self._pool.add(sums, running.segment_group)
         self._fingerprint = add_fingerprints(self._fingerprint, f"{running.fingerprint():x}")
         if self._store is not None:
             self._keep(running, averages)
@@ -453,13 +453,13 @@ class Recorder:
         assert self._store is not None
         seen = np.flatnonzero(averages.tokens.any(axis=1))  # parts that a mask left empty are no sequences
         names = list(self._groups)
-        sequences = dict.fromkeys(running.part_sequence[seen])
+        sequences = dict.fromkeys(running.segment_sequence[seen])
         unnamed = {sequence: self._store.next_unnamed() for sequence in sequences if running.item(sequence) is None}
         keys: list[tuple[Item, str]] = []
         for part in seen:
-            sequence = running.part_sequence[part]
+            sequence = running.segment_sequence[part]
             item = running.item(sequence)
-            keys.append((unnamed[sequence] if item is None else item, names[running.part_group[part]]))
+            keys.append((unnamed[sequence] if item is None else item, names[running.segment_group[part]]))
         arrays: dict[str, np.ndarray] = {"tokens": averages.tokens[seen]}
         if averages.counts is not None:
             arrays["counts"] = averages.counts[seen].astype(np.int32)
@@ -502,8 +502,8 @@ class Recorder:
                 "engines, attach() again after the last change to the model"
             )
         routers = list(zip(self._model.routers, tokens, strict=True))
-        reached = {router.part for router, count in routers if count}  # a tower without a picture is silent as a whole
-        silent = [router.name for router, count in routers if not count and router.part in reached]
+        reached = {router.role for router, count in routers if count}  # a tower without a picture is silent as a whole
+        silent = [router.name for router, count in routers if not count and router.role in reached]
         if silent:
             logger.warning("%d of %d layers counted no token: %s", len(silent), len(tokens), ", ".join(silent[:4]))
 

@@ -1,4 +1,4 @@
-"""The sequences of the label block that is running: which rows of the tables they add to, and what they are made of."""
+"""Sequences in progress: the table rows they count into, and the fingerprint of their tokens."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _PADDING = torch.iinfo(torch.int32).min  # stands for a token id where there is 
 class RunningSequences:
     """N sequences from their first call to the end of their block.
 
-    A *part* is what one sequence has in one group: the unit of the segment tables and of the sequence store. A
-    sequence labeled per token has as many parts as groups. A batch that is a multiple of N (beams, several returned
+    A *segment* is what one sequence has in one group: the unit of the segment tables and of the sequence store. A
+    sequence labeled per token has as many segments as groups. A batch that is a multiple of N (beams, several returned
     sequences) continues sequence i in rows i * n to i * n + n - 1.
     """
 
@@ -35,21 +35,21 @@ class RunningSequences:
         self.block = block
         self.count = block.sequences or batch
         self.groups: np.ndarray = block.values([group_index[name] for name in block.names])  # [], [N] or [N, S]
-        self._find_parts(len(group_index))
+        self._find_segments(len(group_index))
         self.broken = False  # a call did not go through
         self._rows: dict[tuple[str, int, torch.device], int | Tensor] = {}
         self._tokens: list[tuple[Tensor | None, int]] = []
 
-    def _find_parts(self, num_groups: int) -> None:
-        self.part_of: np.ndarray = np.arange(self.count)
-        self.part_sequence: np.ndarray = self.part_of
-        self.part_group: np.ndarray = self.groups
+    def _find_segments(self, num_groups: int) -> None:
+        self.segment_of: np.ndarray = np.arange(self.count)
+        self.segment_sequence: np.ndarray = self.segment_of
+        self.segment_group: np.ndarray = self.groups
         if self.groups.ndim == 0:
-            self.part_group = np.full(self.count, self.groups)
+            self.segment_group = np.full(self.count, self.groups)
         elif self.groups.ndim == 2:
-            pairs, part_of = np.unique(self.part_of[:, None] * num_groups + self.groups, return_inverse=True)
-            self.part_sequence, self.part_group = np.divmod(pairs, num_groups)
-            self.part_of = part_of.reshape(self.groups.shape)
+            pairs, segment_of = np.unique(self.segment_of[:, None] * num_groups + self.groups, return_inverse=True)
+            self.segment_sequence, self.segment_group = np.divmod(pairs, num_groups)
+            self.segment_of = segment_of.reshape(self.groups.shape)
 
     @property
     def begun(self) -> bool:
@@ -57,8 +57,8 @@ class RunningSequences:
         return bool(self._tokens)
 
     @property
-    def parts(self) -> int:
-        return len(self.part_sequence)
+    def segments(self) -> int:
+        return len(self.segment_sequence)
 
     def item(self, sequence: int) -> Item | None:
         return None if self.block.items is None else self.block.items[sequence]
@@ -74,7 +74,7 @@ class RunningSequences:
 
     def segment_rows(self, call: Call, offset: int) -> int | Tensor:
         """Row of the segment tables, like ``group_rows``."""
-        return self._masked(self._row("segment", self.part_of, call, offset), call)
+        return self._masked(self._row("segment", self.segment_of, call, offset), call)
 
     def _row(self, what: str, rows: np.ndarray, call: Call, offset: int) -> int | Tensor:
         key = (what, offset, call.device)
@@ -105,7 +105,7 @@ class RunningSequences:
         else:
             self._tokens.append((None, end - first))
 
-    def take_back(self, columns: int) -> None:
+    def drop_last(self, columns: int) -> None:
         """The last ``columns`` of the latest call are in no text."""
         ids, length = self._tokens[-1]
         self._tokens[-1] = (None if ids is None else ids[:, : ids.shape[1] - columns], length - columns)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from moe_route import files
+from moe_route.calls.call import PHASES, Phase
 from moe_route.contract.tables import FIXED_POINT, METRICS, SCALARS
 from moe_route.recording.metadata import config_hash_of, merge_metadata
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from moe_route.recording.store import SequenceStore
 
 __all__ = [
-    "PHASES",
     "SEQUENCE_KINDS",
     "SEQUENCE_SCALARS",
     "VIEWS",
@@ -35,11 +35,9 @@ __all__ = [
     "MergeError",
 ]
 
-Phase = Literal["prefill", "decode"]
 Kind = Literal["full", "topk", "topk_renorm", "count"]
 By = Literal["sequence", "token"]
 
-PHASES: tuple[Phase, ...] = ("prefill", "decode")  # axis 0 of the token sums
 # Axis 0 of the sequence sums: a sequence's average over both phases is no sum of two averages.
 VIEWS = ("prefill", "decode", "all")
 SEQUENCE_KINDS = ("full", "topk", "count", "frequency")

@@ -18,21 +18,21 @@ from moe_route.contract.tables import METRICS, SCALARS, StatisticsTables
 from moe_route.devices import finish
 from moe_route.recording.statistics import RecordingError
 
-__all__ = ["RecordedRouter", "TableSet", "TableSums", "device_of"]
+__all__ = ["RecordedRouter", "TableSet", "TableSums"]
 
 _FIRST_SEGMENTS = 8
 
 
 class RecordedRouter(Protocol):
-    """What the recorder needs to know of a router (`patching.RouterInfo`)."""
+    """What the recorder needs to know of a router (`routers.RouterInfo` has it)."""
 
     name: str
     num_experts: int
     top_k: int
-    part: str
+    role: str
 
     @property
-    def parameter(self) -> Tensor | None: ...
+    def device(self) -> torch.device: ...
 
 
 class TableSums:
@@ -60,7 +60,7 @@ class TableSet:
         self.group_capacity = max(groups, 1)
         self.segment_capacity = _FIRST_SEGMENTS
         self.fixed = False  # a CUDA graph adds to these very tables
-        self.layers = [self._new(router, device_of(router)) for router in self.routers]
+        self.layers = [self._new(router, router.device) for router in self.routers]
 
     @torch.inference_mode(False)  # tables outlive the inference mode that a model may be called in
     def _new(self, router: RecordedRouter, device: torch.device) -> StatisticsTables:
@@ -77,7 +77,7 @@ class TableSet:
         """Take the tables to where the routers are now; True where one moved."""
         moved = False
         for layer, (router, table) in enumerate(zip(self.routers, self.layers, strict=True)):
-            device = device_of(router)
+            device = router.device
             if table.device != device:
                 self._refuse_if_fixed("moving to another device")
                 self.layers[layer] = wide = self._new(router, device)
@@ -168,16 +168,6 @@ class TableSet:
                 start = len(SCALARS) + position * experts
                 sums.metrics[name][:, :, layers, :experts] = table[..., start : start + experts]
         return sums
-
-
-def device_of(router: RecordedRouter) -> torch.device:
-    """Where a router runs: its parameters' device, or where accelerate brings them when it is called."""
-    parameter = router.parameter
-    if parameter is not None and parameter.device.type != "meta":
-        return parameter.device
-    hook = getattr(getattr(router, "module", None), "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    return torch.device("cpu" if device is None else device)
 
 
 def _by_phase(table: Tensor) -> Tensor:

@@ -210,7 +210,7 @@ class TraceWriter:
         if sum(call.batch * call.length for call in self._waiting) >= _FLUSH_TOKENS:
             self.flush()
 
-    def take_back(self, columns: int) -> None:
+    def drop_last(self, columns: int) -> None:
         """The last ``columns`` of the latest call are in no text."""
         if self._waiting and self._waiting[-1].drafted:
             call = self._waiting[-1]

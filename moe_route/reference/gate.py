@@ -88,7 +88,7 @@ def _selection_value(z: Tensor, spec: RouterSpec, correction_bias: Tensor | None
     """What experts are compared by, NaN where the logit is NaN. Where it would be a rising function of the logit
     alone, it is the logit itself: scores that collide after rounding never decide."""
     allowed = ~steering.forbidden
-    score_bias = steering.metrics.get("score_bias")
+    score_bias = steering.planes.get("score_bias")
     value = z
     if spec.order == "score_then_topk" and (correction_bias is not None or score_bias is not None or spec.groups > 1):
         scores = torch.where(torch.isnan(z), z, _score(z, spec.score, allowed))
@@ -148,14 +148,14 @@ def _cancels(spec: RouterSpec, steering: Steering) -> bool:
     """Softmax, then renormalizing by the plain sum: the sum over all experts cancels, so it is never formed and
     cannot underflow. Not where a weighing score bias is added in between."""
     plain = spec.score == "softmax" and spec.renormalize == "sum" and spec.eps == 0
-    return plain and not ("score_bias" in steering.metrics and "score_bias_weighs" in steering.params)
+    return plain and not ("score_bias" in steering.planes and "score_bias_weighs" in steering.params)
 
 
 def _weighing_bias(steering: Steering, at: Tensor) -> Tensor | float:
     """The score bias of the experts `at` [T, k], in rows where it changes the weight too."""
-    if "score_bias" not in steering.metrics or "score_bias_weighs" not in steering.params:
+    if "score_bias" not in steering.planes or "score_bias_weighs" not in steering.params:
         return 0.0
-    weighing = torch.where(steering.params["score_bias_weighs"] != 0, steering.metrics["score_bias"], 0.0)
+    weighing = torch.where(steering.params["score_bias_weighs"] != 0, steering.planes["score_bias"], 0.0)
     return weighing.gather(1, at)
 
 
@@ -176,7 +176,7 @@ def _weigh(z: Tensor, ids: Tensor, spec: RouterSpec, expert_scale: Tensor | None
     else:
         weights = _score(z, spec.score, allowed).gather(1, at) + _weighing_bias(steering, at)
     weights = torch.where(filled & _scored(z, allowed).gather(1, at), weights, 0.0)
-    planes, params = steering.metrics, steering.params
+    planes, params = steering.planes, steering.params
     before: Tensor | float = 1.0
     after: Tensor | float = 1.0
     if "weight_scale" in planes:
@@ -230,7 +230,7 @@ def route(
     tokens: Tensor | None = None,
     choice: Tensor | None = None,
     choice_weights: Tensor | None = None,
-    given: Literal["natural", "replay"] = "natural",
+    choice_mode: Literal["natural", "replay"] = "natural",
     statistics: StatisticsTables | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Score, steer, select, weigh and count; see `moe_route.ops.route`.
@@ -251,14 +251,14 @@ def route(
         unsteered = read_steering(None, token, raw)
         natural_ids, _ = _select(raw, k, spec, correction_bias, unsteered)
     if choice is not None:
-        if choice.shape != ids.shape or given not in ("natural", "replay"):
+        if choice.shape != ids.shape or choice_mode not in ("natural", "replay"):
             raise ValueError(
-                f"given ids must be {list(ids.shape)}, natural or replay, got {list(choice.shape)}, {given}"
+                f"choice must be {list(ids.shape)}, natural or replay, got {list(choice.shape)}, {choice_mode}"
             )
         known = in_range(choice, logits.shape[1])
         taken = choice[:, :1] != -1  # rows whose choice is the given one
         kept = _weigh(z, known, spec, expert_scale, row)
-        if given == "natural":
+        if choice_mode == "natural":
             natural_ids = None if natural_ids is None else torch.where(taken, known, natural_ids)
             taken = taken & ~row.changed & (slots == k)
             if choice_weights is not None:

@@ -47,7 +47,7 @@ class Steering:
 
     @property
     def force(self) -> Tensor | None:
-        return self.metrics.get("force")
+        return self.planes.get("force")
 
 
 def read_steering(steering: SteeringTables | None, tokens: Tokens, logits: Tensor) -> Steering:
@@ -115,7 +115,7 @@ def _std(logits: Tensor, allowed: Tensor, correction: Tensor | float) -> Tensor:
 
 def steer(logits: Tensor, steering: Steering) -> Tensor:
     """z' = z * scale / temperature + bias + std * std(z) + magnitude * |z|, then the forced values. [T, E]"""
-    allowed, planes, params = ~steering.forbidden, steering.metrics, steering.params
+    allowed, planes, params = ~steering.forbidden, steering.planes, steering.params
     z = logits
     if "scale" in planes:
         z = z * planes["scale"]

@@ -1,9 +1,9 @@
-"""Router families: which router classes exist, and how each one turns logits into weights and ids.
+"""The table of router families: which router classes exist, and how each turns logits into weights and ids.
 
-The table is data. A row names the router classes it covers and says where a `RouterSpec` is read from on a live
-router, where the decision lies in the router's output, and, where the router computes its logits with one plain matrix
-product, in which dtype. Routers whose output has another form have a file each in `specials`, with their row; what only
-older versions of transformers have is in `older`.
+The table is data. A row names the router classes it covers, says where a `RouterSpec` is read from on a live router and
+in which form the router returns its decision, and, where the router computes its logits with one plain matrix product,
+in which dtype. Routers that return another form have a file each in `architectures`, with their row; rows that only
+older versions of transformers need are in `legacy`.
 
 Facts were read from, and are tested against, transformers 5.23.
 """
@@ -17,9 +17,7 @@ from typing import Any
 from torch import nn
 
 from moe_route.contract.spec import RouterSpec
-from moe_route.routers.architectures import SPECIAL_FAMILIES
-from moe_route.routers.architectures.ernie import Ernie
-from moe_route.routers.architectures.gpt_oss import GptOss
+from moe_route.routers.architectures import ARCHITECTURES
 from moe_route.routers.family import (
     GROUPED_SOFTMAX,
     PLAIN_SOFTMAX,
@@ -30,7 +28,7 @@ from moe_route.routers.family import (
     score_function,
     without_groups_unless,
 )
-from moe_route.routers.legacy import OLDER_FAMILIES
+from moe_route.routers.legacy import LEGACY_FAMILIES
 
 
 def _mean_over_top_k(router: Any, spec: RouterSpec) -> RouterSpec:
@@ -87,7 +85,7 @@ FAMILIES: tuple[Family, ...] = (
         weights="float32",
         returns=("probabilities", "weights", "ids"),
         unfused="it normalizes and scales its hidden states first",
-        defects=("the softmax stands in the place of the router logits; statistics and steering use its log",),
+        known_issues=("the softmax stands in the place of the router logits; statistics and steering use its log",),
     ),
     Family(
         "softmax, group-limited",
@@ -99,14 +97,6 @@ FAMILIES: tuple[Family, ...] = (
         gate=_IN_FLOAT32,
     ),
     # B: top-k over the logits -> softmax over the chosen
-    Family(
-        "softmax over the chosen",
-        ("GptOssTopKRouter",),
-        _SELECTED_SOFTMAX,
-        low_precision=True,
-        gate=Gate(bias="bias"),
-        adapter=GptOss,
-    ),
     Family("softmax over the chosen", ("AriaTextTopKRouter",), _SELECTED_SOFTMAX, low_precision=True, gate=Gate()),
     Family(
         "softmax over the chosen",
@@ -184,7 +174,7 @@ FAMILIES: tuple[Family, ...] = (
         ("HYV3TopKRouter", "Dots3NoteVisionTopKRouter"),
         _SIGMOID_EPS,
         read={"scale": "router_scaling_factor"},
-        correction_bias="argument:1",
+        bias_argument=1,
         weights="float32",
         gate=_IN_FLOAT32,
     ),
@@ -192,7 +182,7 @@ FAMILIES: tuple[Family, ...] = (
         "sigmoid with correction bias",
         ("MiniMaxM2TopKRouter",),
         _SIGMOID,
-        correction_bias="argument:1",
+        bias_argument=1,
         weights="float32",
         gate=Gate(compute="weight"),
     ),
@@ -209,7 +199,7 @@ FAMILIES: tuple[Family, ...] = (
         ("AfmoeTokenChoiceRouter",),
         _SIGMOID_EPS,
         read={"scale": "route_scale"},
-        correction_bias="argument:1",
+        bias_argument=1,
         weights="float32",
         input_rank=3,
         gate=Gate(weight="gate.weight", result="float32"),
@@ -265,7 +255,7 @@ FAMILIES: tuple[Family, ...] = (
         RouterSpec(score="sigmoid", renormalize="sum", eps=1e-6),
         read={"scale": "routed_scaling_factor"},
         renormalize_if="norm_topk_prob",
-        correction_bias="argument:1",
+        bias_argument=1,
         low_precision=True,
         gate=Gate(),
     ),
@@ -279,17 +269,6 @@ FAMILIES: tuple[Family, ...] = (
         unfused="it scales its logits",
     ),
     # D: softmax over all experts + correction bias and / or groups
-    Family(
-        "softmax with correction bias",
-        ("Ernie4_5_MoeTopKRouter", "Ernie4_5_VLMoeMoeTopKRouter"),
-        RouterSpec(score="softmax", renormalize="clamp"),
-        read={"eps": "norm_min"},
-        num_experts="weight",
-        correction_bias="moe_statics.e_score_correction_bias",
-        weights="input",
-        unfused="it switches autocast off",
-        adapter=Ernie,
-    ),
     Family(
         "softmax, group-limited",
         ("Mistral4TopkRouter",),
@@ -330,7 +309,7 @@ FAMILIES: tuple[Family, ...] = (
         unfused="it samples its experts in training mode",
         notes=("samples its experts in training mode: unsteered tokens keep the sample, steered ones are greedy",),
     ),
-    *SPECIAL_FAMILIES,
+    *ARCHITECTURES,
     # this library's own router, whose spec is an attribute
     Family("moe_route", ("TopKRouter",), adjust=_own_spec, correction_bias="correction_bias", gate=Gate(bias="bias")),
 )
@@ -343,7 +322,7 @@ REFUSED: Mapping[str, str] = {
 
 def family_of(router: nn.Module) -> Family | None:
     """The row that covers `router`, or None."""
-    return next((family for family in (*FAMILIES, *OLDER_FAMILIES) if family.covers(router)), None)
+    return next((family for family in (*FAMILIES, *LEGACY_FAMILIES) if family.covers(router)), None)
 
 
 def refused_name(module: nn.Module) -> str | None:

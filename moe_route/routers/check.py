@@ -1,4 +1,4 @@
-"""The check on attach: does a router do what its row of the table says?
+"""Check at attach that a router does what its row of the table says.
 
 The router's own forward is run on random hidden states, in evaluation mode and without touching any random state, and
 its decision is recomputed from its own logits. Ids must be the same wherever scores are not tied: a differing row is
@@ -11,7 +11,6 @@ from __future__ import annotations
 from itertools import chain
 
 import torch
-from moe_route.routers.output import Decision, Output
 from torch import Tensor, nn
 
 from moe_route import ops
@@ -19,21 +18,12 @@ from moe_route.modules.attributes import at, resident
 from moe_route.modules.watch import NothingScoredError
 from moe_route.routers.discovery import ModelNotSupportedError, RouterInfo
 from moe_route.routers.family import gate_logits, weight_dtype
-from moe_route.routers.probe import PROBES, undisturbed
+from moe_route.routers.output import Decision, Output
+from moe_route.routers.probe import PROBES, random_states, undisturbed
 
 ULPS = 16  # room for another order of summation
 NUDGES = 16
 _OTHER = "It is from another version of transformers, or changed; install transformers 5.23, which is tested."
-
-
-def unreadable(router: RouterInfo) -> str | None:
-    """Why the router cannot be run by itself now, or None."""
-    for parameter in router.module.parameters():
-        if parameter.is_meta and not hasattr(router.module, "_hf_hook"):
-            return "its weights are on the meta device"
-        if type(parameter).__name__ == "DTensor":
-            return "its weights are sharded (DTensor)"
-    return None
 
 
 def check_router(router: RouterInfo) -> str:
@@ -47,7 +37,7 @@ def check_router(router: RouterInfo) -> str:
         decision = _read(router, args, output)
         start = router.adapter.chosen(args, output, decision)
         _compare(router, "its own logits", start, (hidden, *arguments))
-        _compare_settled(router, args, output, decision, start)
+        _compare_rewritten(router, args, output, decision, start)
         if router.engine != "fused":
             return ""
         fused = gate_logits(router.module, router.family.gate, hidden)
@@ -94,18 +84,18 @@ def _read(router: RouterInfo, args: tuple[object, ...], output: object) -> Decis
     return decision
 
 
-def _compare_settled(
+def _compare_rewritten(
     router: RouterInfo, args: tuple[object, ...], output: Output, decision: Decision, start: Decision
 ) -> None:
     """Raise `ModelNotSupportedError` unless writing the router's own choice gives its own output again."""
-    if not router.adapter.settles:
+    if not router.adapter.changes_choice:
         return
     _, weights, ids = router.adapter.write(args, output, decision, start.weights, start.ids)
     room = 4 * torch.finfo(decision.weights.dtype).eps
     if not torch.equal(ids, decision.ids) or not torch.allclose(weights, decision.weights, rtol=room, atol=room):
         raise ModelNotSupportedError(
-            f"{type(router.module).__name__} at {router.name!r} does not drop tokens or share weight as its family says. "
-            f"{_OTHER}"
+            f"{type(router.module).__name__} at {router.name!r} does not drop tokens or share weight as its "
+            f"family says. {_OTHER}"
         )
 
 
@@ -117,13 +107,10 @@ def _probes(router: RouterInfo) -> tuple[Tensor, tuple[Tensor, ...]]:
     if not isinstance(weight, Tensor):
         matrices = chain(router.module.parameters(), router.block.parameters())
         weight = next(p for p in matrices if p.dim() == 2)
-    generator = torch.Generator().manual_seed(0)
     size = _hidden_size(router, weight)
     shape = (1, PROBES, size) if family.input_rank == 3 else (PROBES, size)
-    hidden = torch.randn(shape, generator=generator, device="cpu").to(
-        weight.device if not weight.is_meta else "cpu", _model_dtype(router)
-    )
-    if family.correction_bias is None or not family.correction_bias.startswith("argument:"):
+    hidden = random_states(shape, 0).to(weight.device if not weight.is_meta else "cpu", _model_dtype(router))
+    if family.bias_argument is None:
         return hidden, ()
     biases = (resident(block, name) for name in ("e_score_correction_bias", "expert_bias"))
     found = next((bias for bias in biases if bias is not None), None)

@@ -1,4 +1,4 @@
-"""Router routers: every place of a model where tokens are routed, in forward order."""
+"""Find the routers of a model, in forward order."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from moe_route.contract.spec import RouterSpec
-from moe_route.modules.attributes import number
+from moe_route.modules.attributes import device_of
 from moe_route.modules.wrappers import in_use, outermost
 from moe_route.routers.adapter import Adapter, Place
 from moe_route.routers.catalog import REFUSED, family_of, refused_name
 from moe_route.routers.family import Family
-from moe_route.routers.known_issues import known_defects
+from moe_route.routers.known_issues import known_issues
 from moe_route.routers.probe import as_returned
 from moe_route.routers.recognize import recognize
 
@@ -23,32 +23,26 @@ _ROUTING = re.compile(r"Router|Gating|TopKGate|SparseMoe|MoE$")
 
 
 class ModelNotSupportedError(ValueError):
-    """The model has no router that can be attached to, or one that cannot; says what was found and the mend."""
+    """The model has no router that can be attached to, or one that cannot; says what was found and how to fix it."""
 
 
 @dataclass(slots=True, eq=False)
 class RouterInfo:
-    """One router of a live model.
-
-    `engine` is "hook" (a forward hook) or "fused" (gate matrix and one `route` call), `reason` says why that one.
-    `steerable` is False where the model's choice cannot be changed; `notes` are known peculiarities, what cannot be
-    steered and why, and defects of transformers. `part` tells several kinds of router of one model apart ("text",
-    "vision", "encoder", "attention"), "" where there is one kind.
-    """
+    """One router of a live model."""
 
     name: str  # dotted name of the router in the model
     layer: int  # 0-based among the MoE layers
     module: nn.Module
     block: nn.Module  # the module that owns the router
-    family: Family
+    family: Family  # its row of the table
     adapter: Adapter
     num_experts: int
     top_k: int
     spec: RouterSpec
-    engine: str = "hook"
-    reason: str = ""
-    part: str = ""
-    notes: tuple[str, ...] = ()
+    engine: str = "hook"  # "hook" (a forward hook) or "fused" (gate matrix and one `route` call)
+    reason: str = ""  # why that engine
+    role: str = ""  # "text", "vision", "encoder", "attention" where a model has several kinds of router, else ""
+    notes: tuple[str, ...] = ()  # peculiarities, what cannot be steered and why, known bugs of transformers
 
     @property
     def steerable(self) -> bool:
@@ -60,13 +54,18 @@ class RouterInfo:
         """The gate matrix, where the router keeps one as a plain parameter (possibly on the meta device)."""
         return next(self.module.parameters(), None)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the router runs."""
+        return device_of(self.module)
+
 
 def find_routers(model: nn.Module) -> list[RouterInfo]:
-    """The routers of `model` in forward order; where it has several kinds (`RouterInfo.part`), one kind after the
-    other.
+    """Find the routers of `model` in forward order; where it has several kinds (`RouterInfo.role`), one kind after
+    the other.
 
-    Raises `ModelNotSupportedError` where there is none, where one is of a kind that cannot be attached to, or where a block
-    goes round its router; the message names what was found and the mend.
+    Raises `ModelNotSupportedError` where there is none, where one is of a kind that cannot be attached to, or where a
+    block bypasses its router; the message names what was found and how to fix it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"a torch.nn.Module is needed, not {type(model).__name__}")
@@ -74,7 +73,7 @@ def find_routers(model: nn.Module) -> list[RouterInfo]:
     families = _known_families(modules)
     families |= _unknown_families(model, modules, families)
     routers = [
-        _router(_place(name, modules, families[name])) for name in modules if name in families and in_use(name, modules)
+        _described(name, modules, families[name]) for name in modules if name in families and in_use(name, modules)
     ]
     if not routers:
         raise ModelNotSupportedError(_without_router(model, modules))
@@ -96,29 +95,24 @@ def _without_router(model: nn.Module, modules: dict[str, nn.Module]) -> str:
 
 
 def _in_order(routers: list[RouterInfo]) -> list[RouterInfo]:
-    parts = list(dict.fromkeys(router.part for router in routers))
-    routers = sorted(routers, key=lambda router: parts.index(router.part))  # stable
+    roles = list(dict.fromkeys(router.role for router in routers))
+    routers = sorted(routers, key=lambda router: roles.index(router.role))  # stable
     for layer, router in enumerate(routers):
         router.layer = layer
     return routers
 
 
-def _place(name: str, modules: dict[str, nn.Module], family: Family) -> Place:
-    """Where the router `name` lives. A router that is the model itself owns itself."""
+def _described(name: str, modules: dict[str, nn.Module], family: Family) -> RouterInfo:
+    """The router `name`. A router that is the model itself owns itself."""
     above = outermost(name, modules).rpartition(".")[0]
-    block = modules[above]
-    return Place(family, name, modules[name], block, modules[above.rpartition(".")[0]] if above else None)
-
-
-def _router(place: Place) -> RouterInfo:
-    family, module, name = place.family, place.module, place.name
+    module, block, higher = modules[name], modules[above], modules[above.rpartition(".")[0]] if above else None
     kind = type(module).__name__
-    adapter = family.adapter(place)
+    form = family.form_of(module)
+    adapter = family.adapter(Place(form, name, module, block, higher))
     obstacle = adapter.obstacle()
     if obstacle is not None:
         raise ModelNotSupportedError(f"{kind} at {name!r} cannot be attached to: {obstacle}.")
-    num_experts, top_k = family.num_experts_of(module), number(module, family.top_k)
-    if not isinstance(num_experts, int) or not isinstance(top_k, int):
+    if not isinstance(form.num_experts, int) or not isinstance(form.top_k, int):
         raise ModelNotSupportedError(
             f"{kind} at {name!r} does not say its number of experts ({family.num_experts}) and top-k ({family.top_k}): "
             "another version of transformers lays it out otherwise. Install transformers 5.23."
@@ -128,9 +122,19 @@ def _router(place: Place) -> RouterInfo:
     except ValueError as error:
         raise ModelNotSupportedError(f"router at {name!r}: {error}. It cannot be attached to.") from error
     unsteerable = (f"cannot be steered: {family.unsteerable}",) if family.unsteerable else ()
-    notes = (*unsteerable, *family.notes, *adapter.notes(), *known_defects(adapter, spec))
+    notes = (*unsteerable, *family.notes, *adapter.notes(), *known_issues(family, adapter, spec))
     return RouterInfo(
-        name, 0, module, place.block, family, adapter, num_experts, top_k, spec, "hook", "", adapter.part, notes
+        name=name,
+        layer=0,
+        module=module,
+        block=block,
+        family=family,
+        adapter=adapter,
+        num_experts=form.num_experts,
+        top_k=form.top_k,
+        spec=spec,
+        role=adapter.role,
+        notes=notes,
     )
 
 
@@ -145,7 +149,10 @@ def _known_families(modules: dict[str, nn.Module]) -> dict[str, Family]:
 
 
 def _unknown_families(model: nn.Module, modules: dict[str, nn.Module], known: dict[str, Family]) -> dict[str, Family]:
-    """Rows for routers that no row names, by their name. Raises `ModelNotSupportedError` where one is not recognized."""
+    """Rows for routers that no row names, by their name.
+
+    Raises `ModelNotSupportedError` where one is not recognized.
+    """
     found: dict[str, Family] = {}
     seen: dict[type[nn.Module], Family | str] = {}
     owners = {outermost(name, modules).rpartition(".")[0] for name in known} | set(known)

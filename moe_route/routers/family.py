@@ -1,4 +1,4 @@
-"""What a row of the table of router families says, and how it is read on a live router.
+"""One row of the table of router families, and how it is read from a live router.
 
 Reading a row imports nothing but torch: classes are matched by name along the MRO, among classes defined in
 `transformers` or `moe_route.nn` only (a class of the same name in remote code may return its decision in another form).
@@ -7,18 +7,18 @@ Reading a row imports nothing but torch: classes are matched by name along the M
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_route.contract.spec import RouterSpec
-from moe_route.modules.attributes import resident
+from moe_route.modules.attributes import at, number, resident
 from moe_route.routers.adapter import Adapter
+from moe_route.routers.output import OutputForm, OutputPart
 
 PLAIN_SOFTMAX = RouterSpec(score="softmax")
 GROUPED_SOFTMAX = RouterSpec(score="softmax", group_score="max", group_fill=0.0)
@@ -28,9 +28,6 @@ SCALED_GROUPS: dict[str, str | tuple[str, ...]] = {
     "top_groups": "topk_group",
     "scale": "routed_scaling_factor",
 }
-# What a router returns: "logits" [T, E], or "probabilities" [T, E], their softmax, in their place; "weights" [T, k], or
-# "scores" [T, E], weights that are zero where an expert was not chosen; "ids" [T, k].
-Part = Literal["logits", "probabilities", "weights", "scores", "ids"]
 _CHOOSING = ("forward", "get_topk_indices", "route_tokens_to_experts")  # methods in which a choice is made
 # The modules whose classes the table speaks about.
 HOMES = ("transformers.", "moe_route.nn")
@@ -63,10 +60,15 @@ class Family:
     adjust: Callable[[nn.Module, RouterSpec], RouterSpec] | None = None  # what no attribute alone says
     top_k: str | int = "top_k"  # a number where no attribute says it
     num_experts: str | int = "num_experts"  # of a matrix: its rows
-    correction_bias: str | None = None  # attribute, or "argument:1" where the block passes it to the router
+    correction_bias: str | None = None  # attribute
+    bias_argument: int | None = None  # where the block passes the correction bias to the router: which argument
     expert_scale: str | None = None  # factor per expert on the final weight
     weights: Literal["logits", "input", "float32"] = "logits"  # dtype of the weights the router returns
-    returns: tuple[Part, ...] = ("logits", "weights", "ids")  # without logits, they are caught where they are scored
+    returns: tuple[OutputPart, ...] = (
+        "logits",
+        "weights",
+        "ids",
+    )  # without logits, they are caught where they are scored
     fixed_slots: bool = False  # what takes the choice has room for top_k experts a token and no more
     low_precision: bool = False  # scores are computed in the dtype of the logits, not in float32
     chosen_by: Literal["logits", "token ids"] = "logits"
@@ -76,7 +78,7 @@ class Family:
     adapter: type[Adapter] = Adapter
     unsteerable: str = ""  # why its choice cannot be changed; "" = it can
     notes: tuple[str, ...] = ()
-    defects: tuple[str, ...] = ()  # what transformers does wrong with these routers
+    known_issues: tuple[str, ...] = ()  # what transformers does wrong with these routers
 
     def covers(self, router: nn.Module) -> bool:
         """Whether `router` is, or derives from, a class of this row, and has the form that its adapter reads."""
@@ -102,40 +104,28 @@ class Family:
         """How many experts `router` chooses among, None where it does not say so."""
         return number(router, self.num_experts)
 
+    def form_of(self, router: nn.Module) -> OutputForm:
+        """How `router` returns its decision."""
+        num_experts, top_k = self.num_experts_of(router), number(router, self.top_k)
+        return OutputForm(self.returns, num_experts, top_k, self.weights == "float32", self.fixed_slots)
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether a correction bias takes part in the choice."""
+        return self.correction_bias is not None or self.bias_argument is not None
+
     def bias_of(self, router: nn.Module, arguments: tuple[object, ...] = ()) -> Tensor | None:
         """The correction bias in force, float32 [E], or None."""
-        if self.correction_bias is None:
-            return None
-        if self.correction_bias.startswith("argument:"):
-            place = int(self.correction_bias.removeprefix("argument:"))
-            found = arguments[place] if len(arguments) > place else None
-        else:
+        found: object = None
+        if self.bias_argument is not None:
+            found = arguments[self.bias_argument] if len(arguments) > self.bias_argument else None
+        elif self.correction_bias is not None:
             found = resident(router, self.correction_bias)
         return found.detach().reshape(-1).float() if isinstance(found, Tensor) else None
 
     def scale_of(self, router: nn.Module) -> Tensor | None:
         """The factor per expert on the final weights, float32 [E], or None."""
         return None if self.expert_scale is None else resident(router, self.expert_scale).float()
-
-
-def at(root: Any, path: str) -> Any:
-    """The attribute at a dotted path, or None where there is none."""
-    for name in path.split("."):
-        root = getattr(root, name, None)
-    return root
-
-
-def number(root: Any, value: str | int) -> Any:
-    """A number, or the attribute at a dotted path; of a matrix there, its rows."""
-    found = at(root, value) if isinstance(value, str) else value
-    return len(found) if isinstance(found, Tensor) else found
-
-
-def modeling_of(module: nn.Module) -> ModuleType | None:
-    """The file of transformers that the class of `module` comes from, or None."""
-    return next(
-        (sys.modules.get(c.__module__) for c in type(module).__mro__ if c.__module__.startswith(HOMES[0])), None
-    )
 
 
 def score_function(router: Any, spec: RouterSpec) -> RouterSpec:
@@ -163,3 +153,22 @@ def fill_of_left_out(router: nn.Module, spec: RouterSpec) -> RouterSpec:
     code = next((m.__code__ for m in methods if "masked_fill" in m.__code__.co_names), None)
     infinite = code is not None and ("-inf" in code.co_consts or {"inf", "finfo"} & {*code.co_names})
     return spec if code is None or infinite else replace(spec, group_fill=0.0)
+
+
+def gate_logits(module: nn.Module, gate: Gate | None, hidden: Tensor) -> Tensor:
+    """Router logits [T, E] of hidden states [..., H], in the dtypes the model itself uses."""
+    if gate is None:
+        raise ValueError(f"{type(module).__name__} is more than a gate matrix")
+    weight, bias = at(module, gate.weight), None if gate.bias is None else at(module, gate.bias)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    if gate.compute == "float32":
+        hidden, weight, bias = hidden.float(), weight.float(), None if bias is None else bias.float()
+    elif gate.compute == "weight":
+        hidden = hidden.to(weight.dtype)
+    logits = F.linear(hidden, weight, bias)
+    return logits.float() if gate.result == "float32" else logits
+
+
+def weight_dtype(rule: str, hidden: Tensor, logits: Tensor) -> torch.dtype:
+    """The dtype of the weights that a router returns, by `Family.weights`."""
+    return {"logits": logits.dtype, "input": hidden.dtype, "float32": torch.float32}[rule]

@@ -1,4 +1,4 @@
-"""What the installed transformers is known to do wrong with a router; said in the router's notes, with the version."""
+"""Known bugs of the installed transformers that concern a router; `describe` shows them with the version."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ import sys
 from moe_route.contract.spec import RouterSpec
 from moe_route.modules.attributes import modeling_of
 from moe_route.routers.adapter import Adapter
+from moe_route.routers.family import Family
 
 
-def known_defects(adapter: Adapter, spec: RouterSpec) -> tuple[str, ...]:
+def known_issues(family: Family, adapter: Adapter, spec: RouterSpec) -> tuple[str, ...]:
     """One sentence each, beginning with the version; none for a router that is not of transformers."""
     modeling = modeling_of(adapter.module)
     if modeling is None:
         return ()
-    texts = [*adapter.family.defects, *adapter.defects()]
+    texts = [*family.known_issues, *adapter.known_issues()]
     loss = getattr(modeling, "load_balancing_loss_func", None)
     if loss is not None and "gate_logits" in loss.__code__.co_varnames:  # that of Switch is given what was chosen
-        texts.append(_balancing_loss(adapter, spec))
+        texts.append(_balancing_loss(family, spec))
     version = sys.modules["transformers"].__version__
     return tuple(f"transformers {version}: {text}" for text in texts)
 
 
-def _balancing_loss(adapter: Adapter, spec: RouterSpec) -> str:
+def _balancing_loss(family: Family, spec: RouterSpec) -> str:
     """The loss takes a softmax of the logits and the k largest, whatever the router did."""
     unseen = ["steering"]
-    if adapter.family.correction_bias is not None:
+    if family.has_bias:
         unseen.append("the correction bias")
     if spec.groups > 1:
         unseen.append("the groups")

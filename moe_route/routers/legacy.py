@@ -1,7 +1,7 @@
-"""Families that only older versions of transformers have: blocks that choose themselves, and routers of other names.
+"""Rows that only older versions of transformers need: blocks that choose themselves, and routers of other names.
 
-Routers of the table's names that return their decision in another form need no row here: `forms` sees it. Facts were
-read from, and are tested against, transformers 4.57.6, 5.0.0 and 5.6.2.
+Router classes already in the table that merely return their outputs in another order need no row here; `probe` detects
+the order. Facts were read from, and are tested against, transformers 4.57.6, 5.0.0 and 5.6.2.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moe_route.routers.family import (
 _CHOSEN = "the block chooses, not the router"
 _BY_BLOCK: tuple[type[Adapter], ...] = (ByMethod, InForward)  # which of them, a version's class tells
 
-OLDER_FAMILIES: tuple[Family, ...] = (
+LEGACY_FAMILIES: tuple[Family, ...] = (
     Family(
         "softmax, chosen by the block",
         (

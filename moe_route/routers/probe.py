@@ -1,30 +1,79 @@
-"""In which form a router of a known class returns its decision: versions of transformers differ.
+"""Run a router by itself on random hidden states: the order of its output, and whether it can be read at all.
 
-A copy of the router with random weights is run on random hidden states. So it does not matter where the weights of the
-live one are, or whether they are there at all.
+Versions of transformers return a decision in different orders. The order is found by running a copy of the router with
+random weights, so it does not matter where the live weights are, or whether they are loaded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from moe_route.routers.output import Part
 from torch import Tensor, nn
 
+from moe_route.modules.attributes import PUT_BY_OTHERS, managed_by_accelerate
 from moe_route.routers.adapter import Adapter
 from moe_route.routers.family import Family
+from moe_route.routers.output import OutputPart, order_of
 
+PROBES = 64  # random tokens that a router is checked with
 TOKENS = 8
 _OTHER_FORM = "this version of transformers returns the decision in another form"
-_OF_INSTANCES = ("forward", "_hf_hook", "_old_forward")  # what other libraries put on one module
-_returns: WeakKeyDictionary[type[nn.Module], tuple[Part, ...]] = WeakKeyDictionary()
+_returns: WeakKeyDictionary[type[nn.Module], tuple[OutputPart, ...]] = WeakKeyDictionary()
+
+
+def random_states(shape: Sequence[int], seed: int) -> Tensor:
+    """Standard normal float32 numbers on the CPU, the same for every run; no global random state is touched."""
+    return _normal(shape, torch.Generator().manual_seed(seed))
+
+
+def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(tuple(shape), generator=generator, device="cpu")
+
+
+def unreadable(module: nn.Module) -> str | None:
+    """Why a module cannot be run by itself now, or None."""
+    for parameter in module.parameters():
+        if parameter.is_meta and not managed_by_accelerate(module):
+            return "its weights are on the meta device"
+        if type(parameter).__name__ == "DTensor":
+            return "its weights are sharded (DTensor)"
+    return None
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Run a module in evaluation mode inside, and leave no trace of it.
+
+    Afterwards training flags, random states, plain attributes that the module set in its forward and the dtype of
+    parameters that it cast are what they were.
+    """
+    flags = [(inner, inner.training) for inner in module.modules()]
+    kept = [(vars(inner), {k: v for k, v in vars(inner).items() if not k.startswith("_")}) for inner, _ in flags]
+    data = [(parameter, parameter.data) for parameter in module.parameters()]
+    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=sorted(d.index for d in devices)):
+            for inner, _ in flags:
+                inner.training = False
+            yield
+    finally:
+        for attributes, values in kept:
+            for name in [name for name in attributes if not name.startswith("_") and name not in values]:
+                del attributes[name]
+            attributes.update(values)
+        for parameter, before in data:
+            if parameter.dtype != before.dtype:
+                parameter.data = before
+        for inner, training in flags:
+            inner.training = training
 
 
 def as_returned(family: Family, router: nn.Module) -> Family:
-    """`family`, with the form in which the class of `router` returns its decision."""
+    """`family` with the order in which the class of `router` returns its decision."""
     if family.adapter.read is not Adapter.read or family.adapter.probe is not Adapter.probe:
         return family  # a form of its own
     returns = _returns.get(type(router)) or _form(family, router)
@@ -36,23 +85,21 @@ def as_returned(family: Family, router: nn.Module) -> Family:
     return replace(family, returns=returns, gate=None, unfused=_OTHER_FORM)
 
 
-def _form(family: Family, router: nn.Module) -> tuple[Part, ...] | None:
-    """What the class returns, in order; None where that cannot be told (`selfcheck` then has the word)."""
+def _form(family: Family, router: nn.Module) -> tuple[OutputPart, ...] | None:
+    """What the class returns, in order; None where that cannot be told (`check` then decides)."""
     experts = family.num_experts_of(router)
     width = next((p.shape[-1] for p in router.parameters() if p.dim() == 2), None)
     if experts is None or width is None:
         return None
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(
-        (1, TOKENS, width) if family.input_rank == 3 else (TOKENS, width), generator=generator, device="cpu"
-    )
-    bias = (torch.zeros(experts),) if (family.correction_bias or "").startswith("argument:") else ()
+    hidden = _normal((1, TOKENS, width) if family.input_rank == 3 else (TOKENS, width), generator)
+    bias = () if family.bias_argument is None else (torch.zeros(experts),)
     try:
         with torch.no_grad():
             output = _like(router, generator).forward(hidden, *bias)
     except (TypeError, ValueError, LookupError, RuntimeError, AttributeError, AssertionError):
         return None
-    return parts_of(output)
+    return order_of(output)
 
 
 def _like(module: nn.Module, generator: torch.Generator) -> nn.Module:
@@ -60,7 +107,7 @@ def _like(module: nn.Module, generator: torch.Generator) -> nn.Module:
     other = type(module).__new__(type(module))
     nn.Module.__init__(other)
     for name, value in vars(module).items():
-        if name not in vars(other) and name not in _OF_INSTANCES:
+        if name not in vars(other) and name not in PUT_BY_OTHERS:
             setattr(other, name, value)
     for name, parameter in module._parameters.items():
         other.register_parameter(name, None if parameter is None else nn.Parameter(_random(parameter, generator)))
@@ -72,29 +119,4 @@ def _like(module: nn.Module, generator: torch.Generator) -> nn.Module:
 
 
 def _random(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(tensor.shape, generator=generator, device="cpu") * max(tensor.shape[-1:], default=1) ** -0.5
-
-
-def parts_of(output: Any) -> tuple[Part, ...] | None:
-    """What the tensors are that a router returned for some tokens, in order; None where they cannot be told apart."""
-    if not isinstance(output, tuple) or not all(isinstance(part, Tensor) and part.dim() == 2 for part in output):
-        return None
-    top_k = [part.shape[1] for part in output if not part.is_floating_point()]
-    if len(top_k) != 1 or len({len(part) for part in output}) != 1:
-        return None
-    if min(part.shape[1] for part in output) < top_k[0]:
-        return None
-    found = tuple(_part(part, top_k[0], len(output)) for part in output)
-    known = ({"weights", "ids"}, {"scores", "ids"}, {"logits", "weights", "ids"}, {"probabilities", "weights", "ids"})
-    return found if len(set(found)) == len(found) and set(found) in known else None
-
-
-def _part(part: Tensor, top_k: int, of: int) -> Part:
-    if not part.is_floating_point():
-        return "ids"
-    if part.shape[1] == top_k:
-        return "weights"
-    if of == 2:
-        return "scores"  # beside ids alone
-    sums = bool((part >= 0).all()) and torch.allclose(part.float().sum(1), torch.ones(len(part), device=part.device))
-    return "probabilities" if sums else "logits"
+    return _normal(tensor.shape, generator) * max(tensor.shape[-1:], default=1) ** -0.5

@@ -1,8 +1,8 @@
-"""Routers of classes that the table does not name, recognized by what they do.
+"""Recognize a router whose class the table does not name, by what it does.
 
 Two things must hold. The router, run in float32 on random hidden states, returns logits [T, E], weights [T, k] and ids
 [T, k] in some order, and one specification, made of the facts that the router holds, gives those very ids and weights
-again. And the block follows it: other ids and weights give another output. Else the router stays unknown.
+again. And the block follows it: other ids and weights give another output. Otherwise the router stays unknown.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from itertools import product
 from typing import Any
 
 import torch
-from moe_route.routers.output import Part
 from torch import Tensor, nn
 
 from moe_route import ops
 from moe_route.contract.spec import RouterSpec
-from moe_route.modules.attributes import at
+from moe_route.modules.attributes import at, managed_by_accelerate
 from moe_route.routers.family import Family
-from moe_route.routers.probe import PROBES, parts_of, undisturbed
+from moe_route.routers.output import OutputPart, order_of
+from moe_route.routers.probe import PROBES, random_states, undisturbed, unreadable
 
 _BIASES = ("e_score_correction_bias", "expert_bias", "correction_bias")
 _SCALES = ("routed_scaling_factor", "router_scaling_factor", "route_scale")
@@ -37,12 +37,12 @@ class Sample:
     logits: Tensor  # or probabilities
     weights: Tensor
     ids: Tensor
-    returns: tuple[Part, ...]
+    returns: tuple[OutputPart, ...]
 
 
 def recognize(router: nn.Module, block: nn.Module) -> Family | str:
     """A row for the one class of `router`, or why it is not recognized."""
-    if any(p.is_meta or type(p).__name__ == "DTensor" for p in block.parameters()) or hasattr(router, "_hf_hook"):
+    if unreadable(block) or any(p.is_meta for p in block.parameters()) or managed_by_accelerate(router):
         return "its weights cannot be read here"
     samples = _samples(router)
     if isinstance(samples, str):
@@ -61,10 +61,9 @@ def _samples(router: nn.Module) -> list[Sample] | str:
     matrix = next((p for p in alone.parameters() if p.dim() == 2), None)
     if matrix is None:
         return "it has no gate matrix"
-    generator = torch.Generator().manual_seed(0)
     found: list[Sample] = []
-    for size in (1.0, 8.0):
-        hidden = torch.randn((PROBES, matrix.shape[1]), generator=generator, device="cpu").to(matrix.device) * size
+    for seed, size in enumerate((1.0, 8.0)):
+        hidden = random_states((PROBES, matrix.shape[1]), seed).to(matrix.device) * size
         try:
             with undisturbed(alone), torch.no_grad():
                 output = alone.forward(hidden)
@@ -78,7 +77,7 @@ def _samples(router: nn.Module) -> list[Sample] | str:
 
 
 def _sample(output: Any) -> Sample | None:
-    returns = parts_of(output)
+    returns = order_of(output)
     if returns is None or len(returns) != 3 or len(output[0]) != PROBES:
         return None
     logits = next(part for part, name in zip(output, returns, strict=True) if name in ("logits", "probabilities"))
@@ -91,34 +90,34 @@ def _sample(output: Any) -> Sample | None:
 def _candidates(router: nn.Module, samples: list[Sample]) -> Iterator[Family]:
     """Rows to try: every way of routing, with and without each fact that the router holds."""
     bias = next((name for name in _BIASES if isinstance(at(router, name), Tensor)), None)
+    for scored, chosen, weighed in product(_scores(), _groups(router), _weights(router)):
+        spec = RouterSpec(**scored, **chosen, **weighed)
+        yield _row(router, samples[0], spec, None)
+        if bias is not None:
+            yield _row(router, samples[0], spec, bias)
+
+
+def _scores() -> Iterator[dict[str, Any]]:
+    for score, order in product(("softmax", "sigmoid", "sqrt_softplus"), ("score_then_topk", "topk_then_score")):
+        yield {"score": score, "order": order}
+
+
+def _groups(router: nn.Module) -> Iterator[dict[str, Any]]:
+    """Without groups, and with those that the router names."""
+    yield {}
+    sizes = next(((at(router, a), at(router, b)) for a, b in _GROUPS if isinstance(at(router, a), int)), (1, 1))
+    if sizes[0] > 1:
+        for of_group, fill in product(("top2_sum", "max"), (float("-inf"), 0.0)):
+            yield {"groups": sizes[0], "top_groups": sizes[1], "group_score": of_group, "group_fill": fill}
+
+
+def _weights(router: nn.Module) -> Iterator[dict[str, Any]]:
+    """Left as they are scored or renormalized, with and without the factor that the router names."""
     scale = next((float(at(router, name)) for name in _SCALES if isinstance(at(router, name), (int, float))), 1.0)
-    groups = next(((at(router, a), at(router, b)) for a, b in _GROUPS if isinstance(at(router, a), int)), (1, 1))
-    orders, limits = ("score_then_topk", "topk_then_score"), (float("-inf"), 0.0)
-    for score, order, eps, renormalize, with_bias, factor, grouped, of_group, fill in product(
-        ("softmax", "sigmoid", "sqrt_softplus"),
-        orders,
-        _EPS,
-        ("none", "sum"),
-        (False, True) if bias else (False,),
-        dict.fromkeys((1.0, scale)),
-        (False, True) if groups[0] > 1 else (False,),
-        ("top2_sum", "max"),
-        limits,
-    ):
-        if not grouped and (of_group, fill) != ("top2_sum", limits[0]):
-            continue
-        spec = RouterSpec(
-            score=score,
-            order=order,
-            groups=groups[0] if grouped else 1,
-            top_groups=groups[1] if grouped else 1,
-            group_score=of_group,
-            group_fill=fill,
-            renormalize=renormalize,
-            eps=eps if renormalize == "sum" else 0.0,
-            scale=factor,
-        )
-        yield _row(router, samples[0], spec, bias if with_bias else None)
+    for factor in dict.fromkeys((1.0, scale)):
+        yield {"renormalize": "none", "scale": factor}
+        for eps in _EPS:
+            yield {"renormalize": "sum", "eps": eps, "scale": factor}
 
 
 def _row(router: nn.Module, sample: Sample, spec: RouterSpec, bias: str | None) -> Family:
@@ -155,8 +154,7 @@ def _reproduces(family: Family, router: nn.Module, samples: list[Sample]) -> boo
 def _not_followed(family: Family, router: nn.Module, block: nn.Module) -> str:
     """Why the block's output does not hang on what the router returns, or an empty string."""
     matrix = next(p for p in router.parameters() if p.dim() == 2)
-    generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn((1, 8, matrix.shape[1]), generator=generator, device="cpu").to(matrix.device, matrix.dtype)
+    hidden = random_states((1, 8, matrix.shape[1]), 1).to(matrix.device, matrix.dtype)
 
     def run(change: bool) -> Any:
         def turn(module: nn.Module, args: Any, output: Any) -> Any:

@@ -5,7 +5,6 @@ into one ``SteeringTables`` per layer (``TokenSteering`` where a rule looks at m
 from (phase, group, position) to the row of a token.
 """
 
-from moe_route.calls.call import PHASES
 from moe_route.steering.compiled import CompiledPlan, LayerShape
 from moe_route.steering.model import PlanError, PlanModel
 from moe_route.steering.plan import Plan
@@ -14,7 +13,6 @@ from moe_route.steering.selection import ExpertSelection
 from moe_route.steering.token_steering import TokenSteering
 
 __all__ = [
-    "PHASES",
     "CompiledPlan",
     "ExpertSelection",
     "LayerShape",

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from operator import index
 from typing import Any, Literal, NamedTuple
 
+from moe_route.calls.call import PHASES
 from moe_route.steering.layers import as_layers, show_numbers
 from moe_route.steering.model import PlanError
 
-__all__ = ["OPERATIONS", "PHASES", "Operation", "PlanError", "Rule", "rule_from_dict"]
+__all__ = ["OPERATIONS", "Operation", "PlanError", "Rule", "rule_from_dict"]
 
-PHASES = ("prefill", "decode")
 Experts = Mapping[int, Iterable[int] | Mapping[int, float]] | Iterable[int]
 
 

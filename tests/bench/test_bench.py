@@ -19,7 +19,7 @@ import torch
 from harness.standin_cuda import Counting, standin_cuda
 from harness.standin_device import move
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "gpu.sh"
 pytestmark = pytest.mark.skipif(not SCRIPT.is_file(), reason="needs the source tree")
 if SCRIPT.is_file():

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from moe_route.calls.call import Call
 from moe_route.calls.padding import valid_tokens
 from moe_route.calls.reader import CallReader
-from moe_route.calls.token_rows import spread
+from moe_route.calls.token_rows import broadcast_rows
 from moe_route.calls.token_table import Labels
-from torch import Tensor, nn
-
 from moe_route.patching.context import RunningCall
 
 
@@ -131,7 +131,8 @@ def call_of(batch: int, length: int, valid: Tensor | None = None) -> Call:
 
 
 def context(labels: Labels | None) -> RunningCall:
-    made = RunningCall(lambda call: labels, lambda call: None)
+    made = RunningCall()
+    made.listener.labels_of = lambda call: labels
     made.idle = False
     return made
 
@@ -171,7 +172,7 @@ def test_uniform_tables_are_made_once() -> None:
 
 @pytest.mark.parametrize("values", [[1, 2], torch.tensor([1, 2])])
 def test_beams_repeat_their_sequences_labels(values: Any) -> None:
-    assert spread(values, call_of(6, 1), "group")[:, 0].tolist() == [1, 1, 1, 2, 2, 2]
+    assert broadcast_rows(values, call_of(6, 1), "group")[:, 0].tolist() == [1, 1, 1, 2, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +187,7 @@ def test_beams_repeat_their_sequences_labels(values: Any) -> None:
 )
 def test_labels_that_do_not_fit(value: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        spread(value, call_of(6, 3), "group")
+        broadcast_rows(value, call_of(6, 3), "group")
 
 
 def test_steers_only_where_a_row_is_given() -> None:
@@ -198,8 +199,8 @@ def test_steers_only_where_a_row_is_given() -> None:
 
 def test_nested_and_failed_calls() -> None:
     ended: list[Call] = []
-    made = RunningCall(lambda call: Labels(), ended.append)
-    made.idle = False
+    made = context(Labels())
+    made.listener.after_call = ended.append
     outer, inner = Model(), Model()
     reader = CallReader(outer)
     made.enter(reader, outer, (IDS,), {})

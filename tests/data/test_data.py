@@ -30,7 +30,7 @@ LANGUAGES = (
 )
 PARAMETERS = 3_295_872
 UNIFORM = math.log(4096)  # nats per token of a model that knows nothing
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")

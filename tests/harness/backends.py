@@ -22,7 +22,7 @@ from moe_route import _C, ops, reference
 from moe_route.ops import Dispatch, RouterSpec, StatisticsTables, SteeringTables
 from moe_route.ops.registration import register
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ class Problem:
     expert_scale: Tensor | None = None
     choice: Tensor | None = None
     choice_weights: Tensor | None = None
-    given: Literal["natural", "replay"] = "natural"
-    planes: tuple[str, ...] = METRICS
+    choice_mode: Literal["natural", "replay"] = "natural"
+    metrics: tuple[str, ...] = METRICS
 
     @property
     def num_experts(self) -> int:
@@ -69,7 +69,7 @@ class Problem:
             "expert_scale": self.expert_scale,
             "choice": self.choice,
             "choice_weights": self.choice_weights,
-            "given": self.given,
+            "choice_mode": self.choice_mode,
         }
 
     def run(self, backend: Backend, statistics: StatisticsTables | None = None) -> RoutedModel:
@@ -234,10 +234,10 @@ def problems(draw: st.DrawFn, wild: bool = True) -> Problem:
         ids = torch.rand(num_tokens, num_experts, generator=make).argsort(1)[:, :k].contiguous()
         ids[torch.rand(num_tokens, generator=make) < 0.2, 0] = -1
         extra["choice"] = ids.to(draw(st.sampled_from([torch.int32, torch.int64])))
-        extra["given"] = draw(st.sampled_from(["natural", "replay"]))
-        if extra["given"] == "natural" and draw(st.booleans()):
+        extra["choice_mode"] = draw(st.sampled_from(["natural", "replay"]))
+        if extra["choice_mode"] == "natural" and draw(st.booleans()):
             choice_weights = torch.rand(num_tokens, k, generator=make)
             extra["choice_weights"] = choice_weights.to(draw(st.sampled_from([torch.float32, torch.bfloat16])))
     logits = _draw_logits(draw, num_tokens, num_experts, make, wild)
-    planes = tuple(sorted(draw(st.sets(st.sampled_from(METRICS), min_size=1)) | {"counts"}, key=METRICS.index))
-    return Problem(logits, k, spec, steering, tokens, planes=planes, **extra)
+    metrics = tuple(sorted(draw(st.sets(st.sampled_from(METRICS), min_size=1)) | {"counts"}, key=METRICS.index))
+    return Problem(logits, k, spec, steering, tokens, metrics=metrics, **extra)

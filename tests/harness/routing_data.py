@@ -25,7 +25,7 @@ def routing(*parts: str) -> Path:
 
 def published_routing() -> ModuleType:
     """The example that reads and draws the recorded routing of Qwen3-30B-A3B: the reader has its home there."""
-    path = Path(__file__).parents[1] / "examples" / "published_routing.py"
+    path = Path(__file__).parents[2] / "examples" / "published_routing.py"
     if not path.is_file():
         pytest.skip("examples/published_routing.py is not here (a source checkout has it)")
     pytest.importorskip("matplotlib", reason="the example draws with matplotlib")

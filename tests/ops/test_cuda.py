@@ -30,7 +30,7 @@ class Layer:
         self.bias = torch.empty(2, 1, E, device=device)
         self.steering = SteeringTables.from_packed(self.bias, 2, None, None, E)
         self.tokens = torch.empty(T, 4, dtype=torch.int32, device=device)
-        self.statistics = StatisticsTables.zeros(E, groups=3, segments=4, planes=ops.METRICS, device=device)
+        self.statistics = StatisticsTables.zeros(E, groups=3, segments=4, metrics=ops.METRICS, device=device)
 
     def fill(self, seed: int) -> Layer:
         """New inputs, tables and masks in the same memory."""

@@ -112,12 +112,12 @@ def test_identity_scores_that_are_no_distribution_are_unscored(backend: Backend)
 def test_planes_and_entropy_are_optional(backend: Backend) -> None:
     logits = torch.randn(20, 16)
     full = Problem(logits, 4, SUM).run(backend).statistics
-    for planes in (("counts",), ("counts", "weight_share"), ("probability", "natural_counts"), ()):
+    for metrics in (("counts",), ("counts", "weight_share"), ("probability", "natural_counts"), ()):
         for entropy in (True, False):
-            table = StatisticsTables.zeros(16, groups=1, planes=planes, entropy=entropy)
+            table = StatisticsTables.zeros(16, groups=1, metrics=metrics, entropy=entropy)
             backend.route(logits, 4, SUM, statistics=table)
-            assert table.groups.shape[1] == 8 + len(planes) * 16
-            for name in planes:
+            assert table.groups.shape[1] == 8 + len(metrics) * 16
+            for name in metrics:
                 assert torch.equal(table.metric(name)[0], full.metric(name)[0])
             assert table.scalar("entropy").item() == (full.scalar("entropy")[0].item() if entropy else 0)
             assert table.scalar("slots").item() == 80

@@ -52,14 +52,14 @@ def tokens_of_all_kinds() -> Tensor:
 
 def layer_lists() -> tuple[list[Tensor], int, list[Tensor]]:
     """Statistics arguments of two layers."""
-    layers = [StatisticsTables.zeros(E, groups=2, segments=3, planes=ops.METRICS) for _ in range(2)]
+    layers = [StatisticsTables.zeros(E, groups=2, segments=3, metrics=ops.METRICS) for _ in range(2)]
     return [table.groups for table in layers], layers[0].arguments[1], [table.segments for table in layers]
 
 
 def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     op, spec = torch.ops.moe_route, SPECS["softmax"]
     logits, tokens = torch.randn(T, E), tokens_of_all_kinds()
-    tables, scale = StatisticsTables.zeros(E, groups=2, segments=3, planes=ops.METRICS), torch.rand(E)
+    tables, scale = StatisticsTables.zeros(E, groups=2, segments=3, metrics=ops.METRICS), torch.rand(E)
     packed = steering_tables(remap=torch.arange(E).expand(2, E)).packed
     ids = torch.stack([torch.randperm(E)[:K] for _ in range(T)])
     slots = ops.dispatch(ids, E, block=2)
@@ -111,7 +111,7 @@ def test_27_compile_with_counting(compiler: str, dynamic: bool) -> None:
     torch.compiler.reset()
     compiled = torch.compile(block, fullgraph=True, backend=compiler, dynamic=dynamic)
     x, tokens, steering = torch.randn(T, 6), tokens_of_all_kinds(), steering_tables()
-    tables = [StatisticsTables.zeros(E, groups=2, segments=3, planes=ops.METRICS) for _ in range(2)]
+    tables = [StatisticsTables.zeros(E, groups=2, segments=3, metrics=ops.METRICS) for _ in range(2)]
     for length in (T, T, T - 3):
         part = x[:length], SPECS["deepseek"], tokens[:length], steering
         torch.testing.assert_close(compiled(*part, tables[0]), block(*part, tables[1]))
@@ -286,7 +286,7 @@ def test_23_the_same_bits_for_any_number_of_threads(tokens: int, segments: int) 
     found = []
     for threads in (1, 2, 3, 7, 1):
         torch.set_num_threads(threads)
-        tables = StatisticsTables.zeros(128, groups=3, segments=segments, planes=ops.METRICS)
+        tables = StatisticsTables.zeros(128, groups=3, segments=segments, metrics=ops.METRICS)
         weights, ids = ops.route(logits, 8, spec, tokens=table, statistics=tables)
         found.append((weights, ids, tables.groups, *([] if tables.segments is None else [tables.segments])))
     for other in found[1:]:
@@ -333,7 +333,7 @@ def bad_calls() -> dict[str, tuple[Callable[[], Any], str]]:
         "statistics experts": (lambda: ops.route(x, 2, spec, statistics=wrong), "group_statistics"),
         "given ids shape": (lambda: ops.route(x, 2, spec, choice=ids), "given ids"),
         "given ids dtype": (lambda: ops.route(x, K, spec, choice=ids.float()), "given ids"),
-        "given word": (lambda: ops.route(x, K, spec, choice=ids, given="once"), "given"),  # type: ignore[arg-type]
+        "choice mode": (lambda: ops.route(x, K, spec, choice=ids, choice_mode="once"), "choice_mode"),  # type: ignore[arg-type]
         "given weights alone": (lambda: ops.route(x, 2, spec, choice_weights=torch.zeros(T, 2)), "given"),
         "observe weights": (lambda: ops.observe(x, ids, torch.zeros(T, 2), spec, statistics=tables), "given weights"),
         "observe ids": (lambda: ops.observe(x, ids[0], None, spec, statistics=tables), "ids have shape"),
@@ -563,7 +563,7 @@ def test_observe_layers_is_observe_for_each(native: Backend, segments: int) -> N
     weights, ids = [w.bfloat16() for w, _ in routed], [i.long() for _, i in routed]
 
     def tables() -> list[StatisticsTables]:
-        return [StatisticsTables.zeros(E, groups=2, segments=segments, planes=ops.METRICS) for _ in logits]
+        return [StatisticsTables.zeros(E, groups=2, segments=segments, metrics=ops.METRICS) for _ in logits]
 
     together, apart = tables(), tables()
     native.observe_layers(logits, ids, weights, spec, tokens=tokens, statistics=together)
@@ -579,8 +579,10 @@ def test_observe_layers_is_observe_for_each(native: Backend, segments: int) -> N
 def test_observe_layers_refuses_layers_that_do_not_go_together() -> None:
     spec, logits = SPECS["softmax"], [torch.randn(T, E)] * 2
     weights, ids = ops.route(logits[0], K, spec)
-    tables = [StatisticsTables.zeros(E, groups=1, planes=planes) for planes in (("counts",), ("counts", "probability"))]
-    with pytest.raises(ValueError, match="different planes"):
+    tables = [
+        StatisticsTables.zeros(E, groups=1, metrics=metrics) for metrics in (("counts",), ("counts", "probability"))
+    ]
+    with pytest.raises(ValueError, match="different metrics"):
         ops.observe_layers(logits, [ids] * 2, [weights] * 2, spec, statistics=tables)
     with pytest.raises(ValueError, match="2 layers of logits, but a list of 1"):
         ops.observe_layers(logits, [ids], [weights] * 2, spec, statistics=[tables[0]] * 2)

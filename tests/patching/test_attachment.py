@@ -68,7 +68,7 @@ def test_counting_changes_no_bit_and_counts_what_the_routers_chose(name: str, dt
         given.index_add_(0, chosen.reshape(-1), weights.reshape(-1).double())
         torch.testing.assert_close(table.metric("weight")[0].double() * FIXED_POINT, given, atol=1e-6, rtol=1e-6)
     null = SteeringTables(1, attachment.routers[0].num_experts, bias=torch.zeros(1, attachment.routers[0].num_experts))
-    attachment.label = lambda call: Labels(steering_row=0)
+    attachment.listener.labels_of = lambda call: Labels(steering_row=0)
     attachment.set_steering([null] * len(attachment.routers))
     assert torch.equal(run(model, input_ids=ids), plain)
     attachment.detach()
@@ -154,8 +154,8 @@ def test_choices_are_named() -> None:
     model = tiny_model("olmoe")
     with pytest.raises(ValueError, match="engine must be one of 'hook', 'fused', not 'fast'"):
         Attachment(model, engine="fast")
-    with pytest.raises(ValueError, match="experts must be one of 'keep', 'moe_route', not 'mine'"):
-        Attachment(model, experts="mine")
+    with pytest.raises(ValueError, match="experts_implementation must be one of None, 'moe_route', not 'mine'"):
+        Attachment(model, experts_implementation="mine")
 
 
 def test_tables_that_do_not_fit() -> None:
@@ -192,7 +192,7 @@ def test_groups_segments_and_tokens_apart() -> None:
     tables, seen = zeros(attachment, groups=3, segments=2), capture(model, attachment)
     attachment.set_statistics(tables)
     group = torch.tensor([[0, 1, -1], [2, 2, 1]])
-    attachment.label = lambda call: Labels(group=group, segment=torch.tensor([1, 0]))
+    attachment.listener.labels_of = lambda call: Labels(group=group, segment=torch.tensor([1, 0]))
     run(model, input_ids=ids)
     for table, (_, _, chosen, *_) in zip(tables, seen, strict=True):
         for row in range(3):
@@ -219,8 +219,8 @@ def test_generate_counts_prefill_and_decode_apart(name: str, cache: str | None) 
     attachment = Attachment(model)
     tables, calls = zeros(attachment, groups=2), []
     attachment.set_statistics(tables)
-    attachment.label = lambda call: Labels(group=int(call.phase == "decode"))
-    attachment.after_call = calls.append
+    attachment.listener.labels_of = lambda call: Labels(group=int(call.phase == "decode"))
+    attachment.listener.after_call = calls.append
     assert torch.equal(model.generate(ids, attention_mask=mask, **options), plain)
     assert [(call.phase, call.length, call.past_length) for call in calls] == [
         ("prefill", 5, 0),
@@ -260,7 +260,7 @@ def test_beams_take_their_sequences_labels() -> None:
     attachment = Attachment(model)
     tables = zeros(attachment, groups=2)
     attachment.set_statistics(tables)
-    attachment.label = lambda call: Labels(group=torch.tensor([0, 1]))
+    attachment.listener.labels_of = lambda call: Labels(group=torch.tensor([0, 1]))
     model.generate(
         ids, attention_mask=torch.ones_like(ids), num_beams=3, max_new_tokens=2, do_sample=False, eos_token_id=None
     )
@@ -273,7 +273,7 @@ def test_inner_model_called_directly_and_nested_calls_count_once() -> None:
     calls: list[Call] = []
     tables = zeros(attachment)
     attachment.set_statistics(tables)
-    attachment.after_call = calls.append
+    attachment.listener.after_call = calls.append
     run(model, ids)
     run(model.model, ids)
     run(model.model, inputs_embeds=model.model.embed_tokens(ids))
@@ -288,7 +288,7 @@ def test_a_call_that_fails_leaves_the_next_one_right() -> None:
     attachment = Attachment(model)
     tables, calls = zeros(attachment), []
     attachment.set_statistics(tables)
-    attachment.after_call = calls.append
+    attachment.listener.after_call = calls.append
     stop = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(input_ids=ids)
@@ -307,9 +307,9 @@ def test_a_call_that_fails_leaves_the_next_one_right() -> None:
 def small_calls(model: nn.Module, calls: int = 3) -> list[StatisticsTables]:
     """Statistics of small calls; from the second on they are counted at the end of the call."""
     attachment = Attachment(model)
-    tables = zeros(attachment, segments=1, planes=ops.METRICS)
+    tables = zeros(attachment, segments=1, metrics=ops.METRICS)
     attachment.set_statistics(tables)
-    attachment.label = lambda call: Labels(segment=0)
+    attachment.listener.labels_of = lambda call: Labels(segment=0)
     for seed in range(calls):
         run(model, input_ids=tokens(1, 2, seed=seed))
     attachment.detach()
@@ -337,8 +337,8 @@ def test_counting_at_the_end_of_a_call_is_counting_at_once(
 
 def test_calls_that_wait_are_counted_by_flush_and_when_there_are_enough() -> None:
     model = tiny_model("qwen3_moe")
-    attachment, at_once = Attachment(model), zeros(Attachment(tiny_model("qwen3_moe")), planes=ops.METRICS)
-    tables = zeros(attachment, planes=ops.METRICS)
+    attachment, at_once = Attachment(model), zeros(Attachment(tiny_model("qwen3_moe")), metrics=ops.METRICS)
+    tables = zeros(attachment, metrics=ops.METRICS)
     attachment.set_statistics(tables, lag=3)
     seen = []
     for seed in range(7):
@@ -442,7 +442,7 @@ def test_an_interrupt_leaves_the_next_call_right(length: int) -> None:
     tables = zeros(attachment, groups=3)
     attachment.set_statistics(tables)
     group = 0
-    attachment.label = lambda call: Labels(group=group)
+    attachment.listener.labels_of = lambda call: Labels(group=group)
     run(model, input_ids=tokens(1, length))
     before = [table.groups.clone() for table in tables]
 
@@ -501,7 +501,7 @@ def test_a_failed_small_call_is_forgotten() -> None:
 def test_nothing_is_asked_while_nothing_is_set() -> None:
     model = tiny_model("qwen3_moe")
     attachment = Attachment(model)
-    attachment.label = attachment.after_call = lambda call: pytest.fail("asked")
+    attachment.listener.labels_of = attachment.listener.after_call = lambda call: pytest.fail("asked")
     run(model, input_ids=tokens())
     attachment.set_statistics(zeros(attachment))
     attachment.set_statistics(None)
@@ -518,7 +518,7 @@ def test_statistics_may_grow_while_labels_are_asked() -> None:
         attachment.set_statistics(grown)
         return Labels(segment=torch.arange(2))
 
-    attachment.label = label
+    attachment.listener.labels_of = label
     run(model, input_ids=tokens(2, 3))
     assert grown[0].scalar("tokens", of="segments").tolist() == [3, 3]
 
@@ -528,9 +528,9 @@ def test_trace(engine: str) -> None:
     model, ids = tiny_model("qwen3_moe"), tokens()
     attachment = Attachment(model, engine=engine)
     seen, rows = capture(model, attachment), []
-    attachment.trace = lambda layer, ids, weights: rows.append((layer, ids, weights))
+    attachment.on_choice = lambda layer, ids, weights: rows.append((layer, ids, weights))
     run(model, input_ids=ids)
-    attachment.trace = None
+    attachment.on_choice = None
     run(model, input_ids=ids)
     assert [row[0] for row in rows] == [0, 1, 2]
     for (_, chosen, weights), (_, own_weights, own, *_) in zip(rows, seen[:3], strict=True):
@@ -575,7 +575,7 @@ def check_steering(model: nn.Module, kind: str) -> None:
     after = capture(model, attachment)
     tables = [steering_tables(router.num_experts)[kind] for router in attachment.routers]
     counted = zeros(attachment, metrics=("counts", "natural_counts"))
-    attachment.label = lambda call: Labels(steering_row=rows)
+    attachment.listener.labels_of = lambda call: Labels(steering_row=rows)
     attachment.set_steering(tables)
     attachment.set_statistics(counted)
     run(model, input_ids=ids)
@@ -613,7 +613,7 @@ def test_empty_slots_are_safe_for_every_experts_implementation(experts: str) -> 
     model.set_experts_implementation(experts)
     attachment = Attachment(model)
     forbid = torch.full((1, 8), float(Force.FORBID))
-    attachment.label = lambda call: Labels(steering_row=0)
+    attachment.listener.labels_of = lambda call: Labels(steering_row=0)
     attachment.set_steering([SteeringTables(1, 8, force=forbid)] * 3)
     seen = capture(model, attachment)
     out = run(model, input_ids=ids)
@@ -627,7 +627,7 @@ def test_steering_can_leave_layers_alone_and_end() -> None:
     model, ids = tiny_model("olmoe"), tokens()
     plain = run(model, input_ids=ids)
     attachment = Attachment(model)
-    attachment.label = lambda call: Labels(steering_row=0)
+    attachment.listener.labels_of = lambda call: Labels(steering_row=0)
     table = SteeringTables(1, 8, bias=torch.randn(1, 8) * 9)
     attachment.set_steering([None, None, table])
     seen = capture(model, attachment)
@@ -708,7 +708,7 @@ def test_fused_and_observed_steer_alike(kind: str) -> None:
     for engine in ("hook", "fused"):
         attachment = Attachment(model, engine=engine)
         tables = zeros(attachment, metrics=("counts", "natural_counts"))
-        attachment.label = lambda call: Labels(steering_row=rows)
+        attachment.listener.labels_of = lambda call: Labels(steering_row=rows)
         attachment.set_steering([steering_tables(8)[kind]] * 3)
         attachment.set_statistics(tables)
         outputs.append(run(model, input_ids=ids))
@@ -750,7 +750,7 @@ def test_gradient_through_steered_weights(engine: str) -> None:
     model = tiny_model("qwen3_moe")
     attachment = Attachment(model, engine=engine)
     rows, router, spec = torch.tensor([[0, -1, 0, 0, -1, 1]]), attachment.routers[0].module, attachment.routers[0].spec
-    attachment.label = lambda call: Labels(steering_row=rows)
+    attachment.listener.labels_of = lambda call: Labels(steering_row=rows)
     bias = torch.randn(2, 8, requires_grad=True)
     steering = SteeringTables(2, 8, bias=bias)
     attachment.set_steering([steering] * 3)
@@ -777,13 +777,13 @@ def test_gradient_checkpointing_counts_once(engine: str, reentrant: bool) -> Non
     model, ids = tiny_model("qwen3_moe", head=True).train(), tokens()
     model.config.use_cache = False
     attachment = Attachment(model, engine=engine)
-    attachment.label = lambda call: Labels(steering_row=torch.tensor([0, -1]))
+    attachment.listener.labels_of = lambda call: Labels(steering_row=torch.tensor([0, -1]))
     attachment.set_steering([steering_tables(8)["bias"]] * 3)
     plain = gradients(model, ids)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     tables, rows = zeros(attachment), []
     attachment.set_statistics(tables)
-    attachment.trace = lambda *row: rows.append(row)
+    attachment.on_choice = lambda *row: rows.append(row)
     again = gradients(model, ids)
     assert [table.scalar("tokens").item() for table in tables] == [ids.numel()] * 3
     assert len(rows) == 3
@@ -824,7 +824,7 @@ def test_own_modules() -> None:
     attachment = Attachment(model)
     tables = zeros(attachment, groups=2)
     attachment.set_statistics(tables)
-    attachment.label = lambda call: Labels(group=torch.tensor([0, 1]))
+    attachment.listener.labels_of = lambda call: Labels(group=torch.tensor([0, 1]))
     with torch.no_grad():
         model(torch.randn(2, 5, 16))
     assert tables[1].scalar("tokens").tolist() == [5, 5]
@@ -856,7 +856,7 @@ def test_compiled_after_attaching(engine: str) -> None:
     assert [table.scalar("tokens").item() for table in tables] == [ids.numel()] * 2
     run(model, input_ids=tokens(seed=9))
     assert tables[1].scalar("tokens").item() == 2 * ids.numel()
-    attachment.label = lambda call: Labels(steering_row=0)
+    attachment.listener.labels_of = lambda call: Labels(steering_row=0)
     attachment.set_steering([SteeringTables(1, 8, bias=torch.randn(1, 8) * 9)] * 2)
     assert not torch.allclose(run(model, input_ids=ids), plain, atol=1e-3)
     attachment.set_steering(None)
@@ -883,7 +883,7 @@ def test_a_layer_that_was_replaced_is_not_counted_as_nothing() -> None:
     bias = SteeringTables(1, 8, bias=torch.ones(1, 8))
     for begin in (lambda: attachment.set_statistics(zeros(attachment)), lambda: attachment.set_steering([bias] * 3)):
         with pytest.raises(
-            RuntimeError, match=r"'layers\.1\.mlp\.gate' is no part of the model any more.*attach\(model\)"
+            RuntimeError, match=r"'layers\.1\.mlp\.gate' is not part of the model any more.*attach\(model\)"
         ):
             begin()
     attachment.detach()

@@ -29,7 +29,7 @@ def tokens_of(mask: Tensor) -> Valid:
     """The tokens of `mask` count in the encoder, or where there is none; all of the decoder's do."""
 
     def valid(router: RouterInfo, number: int) -> Tensor | None:
-        return None if router.part == "decoder" else mask.bool()
+        return None if router.role == "decoder" else mask.bool()
 
     return valid
 

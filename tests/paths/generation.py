@@ -42,9 +42,9 @@ def of_prompts(ways: int = 1) -> Valid:
     mask = padding("left", PROMPTS).bool()
 
     def valid(router: RouterInfo, number: int) -> Tensor | None:
-        if number or router.part == "decoder":
+        if number or router.role == "decoder":
             return None
-        return mask if router.part == "encoder" else mask.repeat_interleave(ways, 0)
+        return mask if router.role == "encoder" else mask.repeat_interleave(ways, 0)
 
     return valid
 
@@ -60,7 +60,7 @@ def generated(model: Any, given: dict[str, Any]) -> Tensor:
 def prefill_of(subject: Subject) -> Runs:
     """The first run of each router; where blocks are denoised, all runs of the encoder, which reads them when they are
     settled."""
-    return (lambda router, number: router.part == "encoder") if subject.denoises else first_run
+    return (lambda router, number: router.role == "encoder") if subject.denoises else first_run
 
 
 def check_generation(subject: Subject, given: dict[str, Any], ways: int = 1, valid: Valid | None = None) -> None:
@@ -88,7 +88,7 @@ def check_groups(statistics: mr.RoutingStatistics, routers: Any, seen: Any, vali
     for row, group in enumerate("xy"):
 
         def of_group(router: RouterInfo, number: int, row: int = row) -> Tensor:
-            rows, repeats = len(seen[router.layer][number][0]), 1 if router.part == "encoder" else ways
+            rows, repeats = len(seen[router.layer][number][0]), 1 if router.role == "encoder" else ways
             mine = torch.arange(2 * repeats)[:, None] // repeats == row
             keep = valid(router, number)
             mine = mine.expand(-1, rows // (2 * repeats))
@@ -235,7 +235,7 @@ def without_cache(subject: Subject) -> None:
     def new(router: RouterInfo, number: int) -> Tensor | None:
         if not number:
             return of_prompts()(router, 0)
-        if router.part == "encoder":
+        if router.role == "encoder":
             return None
         keep = torch.zeros(2, len(seen[router.layer][number][0]) // 2, dtype=torch.bool)
         keep[:, -1] = True

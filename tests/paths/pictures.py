@@ -29,14 +29,14 @@ def of_tokens(given: dict[str, Any], tokens: Tensor) -> Valid:
     image = given["input_ids"] == IMAGE
 
     def valid(router: RouterInfo, number: int) -> Tensor | None:
-        if router.part == "decoder":
+        if router.role == "decoder":
             return tokens[:, -1:].expand(-1, CANVAS)
         if number:
             return None
         if router.adapter.patches:
             return tokens[image].repeat_interleave(PATCHES).view(len(tokens), -1)
-        if router.part in ("text", "vision"):  # of one modality
-            return tokens[image if router.part == "vision" else ~image].view(len(tokens), -1)
+        if router.role in ("text", "vision"):  # of one modality
+            return tokens[image if router.role == "vision" else ~image].view(len(tokens), -1)
         return tokens
 
     return valid

@@ -66,7 +66,7 @@ def trained_table(subject: Subject) -> None:
     }
     if not tables:
         raise NotApplicableError(f"the model's choice cannot be changed ({attachment.routers[0].family.unsteerable})")
-    attachment.label = lambda call: Labels(steering_row=0)
+    attachment.listener.labels_of = lambda call: Labels(steering_row=0)
     attachment.set_steering(
         [
             SteeringTables(1, router.num_experts, bias=tables[router.layer]) if router.layer in tables else None

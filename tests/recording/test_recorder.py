@@ -577,7 +577,7 @@ class Stub:
 
     def __init__(self, experts: list[int], silent: bool = False):
         self.routers = [
-            SimpleNamespace(name=f"layers.{i}", num_experts=n, top_k=2, part="", parameter=None)
+            SimpleNamespace(name=f"layers.{i}", num_experts=n, top_k=2, role="", device=torch.device("cpu"))
             for i, n in enumerate(experts)
         ]
         self.trace = None

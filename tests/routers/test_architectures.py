@@ -59,13 +59,13 @@ class Case:
         return {"decoder": 0 if decoder is None else decoder.numel(), "vision": 0, "": tokens}
 
     def tokens_of(self, router: RouterInfo) -> int:
-        return self.num_tokens.get(router.part, self.num_tokens[""])
+        return self.num_tokens.get(router.role, self.num_tokens[""])
 
     def attach(self, **options: Any) -> Attachment:
         """Attached, with a trace."""
         attachment = Attachment(self.model, **options)
         self.traced.clear()
-        attachment.trace = lambda layer, ids, weights: self.traced.append((layer, ids.clone(), weights.clone()))
+        attachment.on_choice = lambda layer, ids, weights: self.traced.append((layer, ids.clone(), weights.clone()))
         return attachment
 
     def decisions(self) -> dict[int, Dense]:
@@ -154,7 +154,7 @@ def test_a_plan_changes_exactly_what_the_reference_says(case: Case, kind: str) -
         return
     tables = counted(attachment, metrics=("counts", "weight", "natural_counts"))
     sequences = torch.tensor([0, -1]) if "grid_thw" not in case.inputs else torch.tensor([0])
-    attachment.label = lambda call: Labels(steering_row=sequences)
+    attachment.listener.labels_of = lambda call: Labels(steering_row=sequences)
     attachment.set_steering([plan(kind, s.num_experts) if s.steerable else None for s in attachment.routers])
     given = {router.layer: watch_experts(router) for router in attachment.routers}
     changed = case.run()
@@ -193,7 +193,7 @@ def test_detaching_leaves_no_trace_and_saving_writes_a_clean_checkpoint(case: Ca
     whole = saved(case.model, tmp_path / "before") if case.dtype is torch.float32 else {}
     attachment = case.attach(verify=False)
     counted(attachment)
-    attachment.label = lambda call: Labels(steering_row=0)
+    attachment.listener.labels_of = lambda call: Labels(steering_row=0)
     attachment.set_steering([plan("hard", s.num_experts) if s.steerable else None for s in attachment.routers])
     case.run()
     assert list(case.model.state_dict()) == keys

@@ -178,7 +178,7 @@ def test_unknown_routers_are_recognized_by_what_they_do(kind: str, score: str, r
         assert torch.equal(model(input_ids=ids)[0], plain)
         for table, chosen in zip(tables, seen, strict=True):
             assert torch.equal(table.metric("counts")[0], torch.bincount(chosen.flatten(), minlength=8))
-        attachment.label = lambda call: Labels(steering_row=0)
+        attachment.listener.labels_of = lambda call: Labels(steering_row=0)
         force = torch.zeros(1, 8)
         force[0, 3] = Force.FORBID
         attachment.set_steering([SteeringTables(1, 8, force=force)] * 3)

@@ -25,7 +25,7 @@ from moe_route.ops import StatisticsTables, SteeringTables
 from moe_route.patching import Attachment
 from moe_route.routers import ModelNotSupportedError, find_routers
 from moe_route.routers.check import check_router
-from moe_route.routers.probe import parts_of
+from moe_route.routers.output import order_of
 from moe_route.steering import LayerShape
 
 E, K, H = 8, 2, 16
@@ -100,7 +100,7 @@ def test_a_known_router_is_read_in_the_form_that_its_class_returns(kind: str) ->
             attachment = Attachment(each, engine="hook" if each is usual else "fused")
             tables = counted(attachment)
             assert torch.equal(each(input_ids=ids)[0], plain)
-            attachment.label = lambda call: Labels(steering_row=0)
+            attachment.listener.labels_of = lambda call: Labels(steering_row=0)
             attachment.set_steering([bias(router) for router in attachment.routers])
             steered = each(input_ids=ids)[0]
             attachment.flush()
@@ -135,11 +135,11 @@ def test_looking_at_the_form_disturbs_nothing() -> None:
 
 def test_parts_that_cannot_be_told_apart() -> None:
     logits, weights, ids = torch.randn(5, E), torch.rand(5, K), torch.zeros(5, K, dtype=torch.int64)
-    assert parts_of((ids, logits, weights)) == ("ids", "logits", "weights")
-    assert parts_of((weights, ids)) == ("weights", "ids")
-    assert parts_of((logits, ids)) == ("scores", "ids")
+    assert order_of((ids, logits, weights)) == ("ids", "logits", "weights")
+    assert order_of((weights, ids)) == ("weights", "ids")
+    assert order_of((logits, ids)) == ("scores", "ids")
     for output in (logits, (logits, weights), (ids, ids), (weights, weights, ids), (logits, weights, ids[None])):
-        assert parts_of(output) is None
+        assert order_of(output) is None
 
 
 def test_more_choices_than_the_routers_own_where_nothing_stands_against_it() -> None:
@@ -357,7 +357,7 @@ def test_a_block_is_steered_as_the_reference_says(model: nn.Module, plan: mr.Pla
 
 def test_a_gradient_goes_through_a_steered_block(model: nn.Module) -> None:
     attachment = Attachment(model.train())
-    attachment.label = lambda call: Labels(steering_row=0)
+    attachment.listener.labels_of = lambda call: Labels(steering_row=0)
     learned = torch.zeros(1, E, requires_grad=True)
     attachment.set_steering([SteeringTables(1, E, bias=learned)] * 2)
     model(tokens(2, 7) % 64).square().sum().backward()

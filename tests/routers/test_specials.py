@@ -19,6 +19,7 @@ import moe_route as mr
 from moe_route.calls import Call, Labels
 from moe_route.ops import Force, StatisticsTables, SteeringTables
 from moe_route.patching import Attachment
+from moe_route.patching.context import CallListener
 from moe_route.routers import ModelNotSupportedError, find_routers
 from moe_route.routers.architectures.nllb import experts_called
 
@@ -65,13 +66,13 @@ def test_generating_counts_prefill_and_decode_apart_and_can_be_steered(name: str
     plain = model.generate(ids, attention_mask=mask, **options)
     attachment = Attachment(model)
     tables = counted(attachment, groups=2)
-    attachment.label = lambda call: Labels(group=int(call.phase == "decode"))
+    attachment.listener.labels_of = lambda call: Labels(group=int(call.phase == "decode"))
     assert torch.equal(model.generate(ids, attention_mask=mask, **options), plain)
     attachment.flush()
     for router, table in zip(attachment.routers, tables, strict=True):
         assert table.scalar("tokens").tolist() == [8, 6]
         assert (table.metric("counts").sum(1) + table.scalar("empty")).tolist() == [8 * router.top_k, 6 * router.top_k]
-    attachment.label = lambda call: Labels(steering_row=0)
+    attachment.listener.labels_of = lambda call: Labels(steering_row=0)
     attachment.set_steering([bias(router, 6.0) if router.steerable else None for router in attachment.routers])
     assert not torch.equal(model.generate(ids, attention_mask=mask, **options), plain)
     attachment.detach()
@@ -83,13 +84,13 @@ def test_encoder_and_decoder_are_calls_of_their_own(name: str) -> None:
     model = tiny_model(name)
     attachment = Attachment(model)
     tables, calls = counted(attachment), []
-    attachment.after_call = calls.append
+    attachment.listener.after_call = calls.append
     ids, mask = tokens(2, 6), torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
     with torch.no_grad():
         model(input_ids=ids, attention_mask=mask, decoder_input_ids=tokens(2, 3))
     assert [(call.length, call.continues) for call in calls] == [(6, False), (3, True)]
     assert {
-        (router.part, table.scalar("tokens").item()) for router, table in zip(attachment.routers, tables, strict=True)
+        (router.role, table.scalar("tokens").item()) for router, table in zip(attachment.routers, tables, strict=True)
     } == {
         ("encoder", 10),
         ("decoder", 6),
@@ -106,7 +107,7 @@ def test_generating_with_an_encoder(name: str) -> None:
         with routed.record(groups=["a", "b"], sequences=True) as rec, rec.labels(groups=["a", "b"], items=[1, 1]):
             assert torch.equal(model.generate(ids, **options), plain)
         statistics = rec.statistics()
-        part = [router.part for router in routed.routers]
+        part = [router.role for router in routed.routers]
         assert {p: set(row) for p, row in zip(part, statistics.tokens().T.tolist(), strict=True)} == {
             "encoder": {6},
             "decoder": {4},
@@ -127,7 +128,7 @@ def test_positions_of_a_trace_begin_anew_with_the_decoder(name: str) -> None:
     with mr.attach(model) as routed:
         with routed.record(trace=True) as rec, rec.labels(["a", "b"]):
             model.generate(ids, attention_mask=mask, max_new_tokens=4, num_beams=2, suppress_tokens=[0])
-        trace, decoder = rec.trace(), [router.part == "decoder" for router in routed.routers]
+        trace, decoder = rec.trace(), [router.role == "decoder" for router in routed.routers]
     of_decoder = (trace.ids[:, decoder] >= 0).any((1, 2))
     for sequence, length in ((0, 4), (1, 6)):
         mine = trace.sequence == sequence
@@ -139,7 +140,7 @@ def test_positions_of_a_trace_begin_anew_with_the_decoder(name: str) -> None:
 def test_recording_with_everything_on(name: str) -> None:
     model = tiny_model(name)
     with mr.attach(model) as routed, torch.no_grad():
-        with routed.record(sequences=True, trace=True, planes=mr.ops.METRICS) as rec:
+        with routed.record(sequences=True, trace=True, metrics=mr.ops.METRICS) as rec:
             model(**inputs(name, model))
         statistics, trace = rec.statistics(), rec.trace()
     assert statistics.num_experts == tuple(router.num_experts for router in routed.routers)
@@ -150,7 +151,7 @@ def test_recording_with_everything_on(name: str) -> None:
 def test_gradients_reach_steering_tables(name: str) -> None:
     model = tiny_model(name)
     attachment = Attachment(model, verify=False)
-    attachment.label = lambda call: Labels(steering_row=0)
+    attachment.listener.labels_of = lambda call: Labels(steering_row=0)
     learned = torch.zeros(1, attachment.routers[0].num_experts, requires_grad=True)
     tables = SteeringTables(1, attachment.routers[0].num_experts, bias=learned)
     attachment.set_steering([tables] * len(attachment.routers))
@@ -166,7 +167,7 @@ def test_gradients_reach_steering_tables(name: str) -> None:
 
 def test_jetmoe_keeps_its_two_kinds_apart() -> None:
     routers = find_routers(tiny_model("jetmoe"))
-    assert [router.part for router in routers] == ["feed-forward"] * 3 + ["attention"] * 3
+    assert [router.role for router in routers] == ["feed-forward"] * 3 + ["attention"] * 3
     assert [router.name for router in routers[2:4]] == ["layers.2.mlp.router", "layers.0.self_attention.experts.router"]
     assert any("counts the routers" in note or "count the routers" in note for note in routers[0].notes)
 
@@ -177,7 +178,7 @@ def test_dropped_tokens_are_empty_slots(name: str) -> None:
     attachment = Attachment(model)
     tables = counted(attachment)
     traced: list[tuple[int, Tensor]] = []
-    attachment.trace = lambda layer, ids, weights: traced.append((layer, ids))
+    attachment.on_choice = lambda layer, ids, weights: traced.append((layer, ids))
     with torch.no_grad():
         model(**inputs(name, model, 2, 12))
     assert sum(table.scalar("empty").item() for table in tables) > 0
@@ -193,7 +194,7 @@ def test_switch_steering_admits_and_drops_others() -> None:
     tables = counted(attachment)
     force = torch.full((1, 8), float(Force.FORBID))
     force[0, 5] = 0
-    attachment.label = lambda call: Labels(steering_row=0)
+    attachment.listener.labels_of = lambda call: Labels(steering_row=0)
     attachment.set_steering([SteeringTables(1, 8, force=force)] * len(tables))
     given = [watch_experts(router) for router in attachment.routers]
     with torch.no_grad():
@@ -273,26 +274,26 @@ def test_ernie_modalities_see_their_own_tokens() -> None:
         tables = [StatisticsTables.zeros(8, groups=2) for _ in attachment.routers]
         attachment.set_statistics(tables)
         traced: dict[int, Tensor] = {}
-        attachment.trace = lambda layer, chosen, weights: traced.update({layer: chosen})
-        attachment.label = lambda call: Labels(group=torch.tensor([0, 1]))
+        attachment.on_choice = lambda layer, chosen, weights: traced.update({layer: chosen})
+        attachment.listener.labels_of = lambda call: Labels(group=torch.tensor([0, 1]))
         given = [watch_experts(router) for router in attachment.routers]
         assert torch.equal(model(**options)[0], plain)
         for router, table, ((chosen, _),) in zip(attachment.routers, tables, given, strict=True):
-            mine = (image > 0) == (router.part == "vision")
+            mine = (image > 0) == (router.role == "vision")
             assert table.scalar("tokens").tolist() == mine.sum(1).tolist()
             rows = torch.tensor([0, 1]).repeat_interleave(6)[mine.flatten()]
             assert torch.equal(table.metric("counts")[0], chosen[rows == 0].sum(0))
             assert torch.equal((traced[router.layer] >= 0).all(1), mine.flatten())
         rows = torch.tensor([[-1, -1, 0, 0, 0, -1], [-1] * 6])
-        attachment.label = lambda call: Labels(steering_row=rows)
+        attachment.listener.labels_of = lambda call: Labels(steering_row=rows)
         only = torch.full((1, 8), float(Force.FORBID))
         only[0, 6] = 0
         attachment.set_steering([SteeringTables(1, 8, force=only)] * 4)
         model(**options)
         for router in attachment.routers:
-            mine = ((image > 0) == (router.part == "vision")) & (rows >= 0)
+            mine = ((image > 0) == (router.role == "vision")) & (rows >= 0)
             assert set(traced[router.layer][mine.flatten()].flatten().tolist()) == {6, -1}
-            other = ((image > 0) == (router.part == "vision")) & (rows < 0)
+            other = ((image > 0) == (router.role == "vision")) & (rows < 0)
             assert -1 not in traced[router.layer][other.flatten()]
         attachment.set_steering(None)
         model(input_ids=ids)  # text alone: the ordinary way
@@ -319,19 +320,19 @@ def test_patches_of_a_vision_tower_are_no_tokens() -> None:
     model = Seeing().eval()
     given = inputs("dots3_note_with_vision", model.vision_tower) | {"input_ids": tokens(2, 8)}  # 16 patches, 16 tokens
     attachment = Attachment(model)
-    assert [router.part for router in attachment.routers] == ["vision"] * 2 + [""] * 3
+    assert [router.role for router in attachment.routers] == ["vision"] * 2 + [""] * 3
     for group, counted_patches in ((0, 16), (torch.tensor([0, 0]), 0)):
         tables = counted(attachment)
         traced: list[int] = []
-        attachment.trace = lambda layer, ids, weights, traced=traced: traced.append(layer)
-        attachment.label = lambda call, group=group: Labels(group=group)
+        attachment.on_choice = lambda layer, ids, weights, traced=traced: traced.append(layer)
+        attachment.listener.labels_of = lambda call, group=group: Labels(group=group)
         with torch.no_grad():
             for _ in range(2):
                 model(**given)
         attachment.flush()
         assert [table.scalar("tokens").item() for table in tables] == [2 * counted_patches] * 2 + [32] * 3
         assert traced == [2, 3, 4] * 2
-    tables, attachment.label = counted(attachment), None
+    tables, attachment.listener = counted(attachment), CallListener()
     with torch.no_grad():  # the tower by itself: its patches are what the call is about
         model.vision_tower(**{key: given[key] for key in ("pixel_values", "grid_thw")})
     assert tables[0].scalar("tokens").item() == 16
@@ -353,7 +354,7 @@ def test_inkling_shared_experts_are_weighed_anew() -> None:
     """Weights and gammas go on to sum to the router's constant."""
     model = tiny_model("inkling_text")
     attachment = Attachment(model)
-    attachment.label = lambda call: Labels(steering_row=0)
+    attachment.listener.labels_of = lambda call: Labels(steering_row=0)
     attachment.set_steering([bias(router) for router in attachment.routers])
     counted(attachment)
     seen: list[tuple[Tensor, ...]] = []
@@ -374,7 +375,7 @@ def test_zaya_can_be_made_to_skip() -> None:
     model = tiny_model("zaya")
     attachment = Attachment(model)
     tables = counted(attachment)
-    attachment.label = lambda call: Labels(steering_row=0)
+    attachment.listener.labels_of = lambda call: Labels(steering_row=0)
     force = torch.zeros(1, 9)
     force[0, 8] = Force.ON_NATURAL
     attachment.set_steering([SteeringTables(1, 9, force=force)] * 3)
@@ -451,7 +452,7 @@ def test_mxfp4_blocks_are_led_through_their_router(monkeypatch: pytest.MonkeyPat
         tables = counted(attachment)
         torch.testing.assert_close(model(input_ids=ids)[0], plain)
         assert [table.scalar("tokens").item() for table in tables] == [ids.numel()] * 3
-        attachment.label = lambda call: Labels(steering_row=0)
+        attachment.listener.labels_of = lambda call: Labels(steering_row=0)
         attachment.set_steering([bias(router) for router in attachment.routers])
         assert not torch.allclose(model(input_ids=ids)[0], plain)
         assert model.layers[0].mlp.experts.kernel_calls == 1
@@ -504,7 +505,7 @@ def test_kernelized_blocks_are_led_through_their_router(monkeypatch: pytest.Monk
         tables = counted(attachment)
         torch.testing.assert_close(model(input_ids=ids)[0], plain)
         assert [table.scalar("tokens").item() for table in tables] == [ids.numel()] * 3
-        attachment.label = lambda call: Labels(steering_row=0)
+        attachment.listener.labels_of = lambda call: Labels(steering_row=0)
         attachment.set_steering([bias(router) for router in attachment.routers])
         assert not torch.allclose(model(input_ids=ids)[0], plain)
         assert len(calls) == 3
@@ -546,7 +547,7 @@ def test_offloaded_specials(name: str) -> None:
         attachment = Attachment(model)
         counted(attachment)
         assert torch.equal(model(**given)[0], plain)
-        attachment.label = lambda call: Labels(steering_row=0)
+        attachment.listener.labels_of = lambda call: Labels(steering_row=0)
         attachment.set_steering([bias(router) for router in attachment.routers])
         assert not torch.equal(model(**given)[0], plain)
 

@@ -91,7 +91,7 @@ def check(
     **more: Any,
 ) -> None:
     """Every token is chosen and weighed as `literal(z, natural ids, token)` says, and counted so."""
-    statistics = StatisticsTables.zeros(E, groups=1, planes=ops.METRICS)
+    statistics = StatisticsTables.zeros(E, groups=1, metrics=ops.METRICS)
     weights, ids, natural = routed(plan, logits, spec, statistics=statistics, **more)
     counts, flipped = np.zeros(E), 0
     for token, z in enumerate(logits.numpy()):
@@ -310,7 +310,7 @@ def test_more_experts_a_token(logits, spec, k):
 
 def test_only_the_tokens_of_the_row_get_more(logits):
     rows = torch.where(torch.arange(T) % 2 == 0, 0, -1)
-    statistics = StatisticsTables.zeros(E, groups=1, planes=ops.METRICS)
+    statistics = StatisticsTables.zeros(E, groups=1, metrics=ops.METRICS)
     weights, ids, natural = routed(Plan.top_k(5, layers=0), logits, rows=rows, statistics=statistics)
     own, _ = ops.route(logits, K, SOFTMAX)
     odd = rows < 0

@@ -1,9 +1,21 @@
-"""Routers that return their decision in a form of their own: a row of the table and an adapter in one file each."""
+"""Routers that return their decision in a form of their own: one file per model family, with row and adapter."""
 
-from moe_route.routers.architectures import dbrx, deepseek_v4, doge, inkling, jetmoe, llama4, nllb, switch, zaya
+from moe_route.routers.architectures import (
+    dbrx,
+    deepseek_v4,
+    doge,
+    ernie,
+    gpt_oss,
+    inkling,
+    jetmoe,
+    llama4,
+    nllb,
+    switch,
+    zaya,
+)
 from moe_route.routers.family import Family
 
-SPECIAL_FAMILIES: tuple[Family, ...] = (
+ARCHITECTURES: tuple[Family, ...] = (
     llama4.FAMILY,
     jetmoe.FAMILY,
     dbrx.FAMILY,
@@ -13,4 +25,6 @@ SPECIAL_FAMILIES: tuple[Family, ...] = (
     inkling.FAMILY,
     zaya.FAMILY,
     doge.FAMILY,
+    ernie.FAMILY,
+    gpt_oss.FAMILY,
 )

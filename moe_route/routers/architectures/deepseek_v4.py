@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from moe_route.routers.output import Output
 from torch import Tensor
 
 from moe_route.contract.spec import RouterSpec
 from moe_route.routers.adapter import Adapter
 from moe_route.routers.family import Family, score_function
+from moe_route.routers.output import Output
 
 
 class Hash(Adapter):
@@ -33,5 +33,5 @@ FAMILY = Family(
     unfused="a table of token ids chooses",
     adapter=Hash,
     unsteerable="a frozen table of token ids names its experts, so there is no choice to steer",
-    defects=("output_router_logits leaves its layers out",),
+    known_issues=("output_router_logits leaves its layers out",),
 )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from moe_route.routers.output import Decision, Output
 from torch import Tensor, nn
 
 from moe_route.contract.spec import RouterSpec
 from moe_route.modules.intercept import Removable
-from moe_route.routers.adapter import Adapter, Hook
+from moe_route.routers.adapter import Adapter, OutputHook
 from moe_route.routers.family import Family
+from moe_route.routers.output import Decision, Output
 
 MOST_EXPERTS, MOST_SLOTS = 4096, 64  # of the operators
 
@@ -19,7 +19,7 @@ class Doge(Adapter):
     """The block stands for the router. Its gate's output [B, S, 2 * keys] is seen, and the block's choice, which is
     made of nothing else, is made again from it."""
 
-    keeps = False
+    output_is_complete = False
 
     def obstacle(self) -> str | None:
         """Tables of counts have a limited width."""
@@ -31,11 +31,11 @@ class Doge(Adapter):
             )
         return None
 
-    def defects(self) -> Iterable[str]:
+    def known_issues(self) -> Iterable[str]:
         """What its own code says of itself."""
         yield "the halves of the gate's output are split across tokens: a token's experts depend on other tokens"
 
-    def listen(self, hook: Hook) -> Sequence[Removable]:
+    def install(self, hook: OutputHook) -> Sequence[Removable]:
         """See the output of the gate."""
         self.hook = hook
         return (self.module.router_gate.register_forward_hook(self._see),)

@@ -1,4 +1,7 @@
-"""Ernie 4.5 VL: a text router and a vision router in each layer, each given only the tokens of its modality."""
+"""Ernie 4.5: in the vision-language model a text router and a vision router per layer; elsewhere one ordinary router.
+
+Each of the two is given only the tokens of its modality.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from moe_route.contract.spec import RouterSpec
 from moe_route.modules.intercept import Removable
-from moe_route.routers.adapter import Adapter, Hook, Place
+from moe_route.routers.adapter import Adapter, OutputHook, Place
+from moe_route.routers.family import Family
 
-_PARTS = {"text_moe": "text", "vision_moe": "vision"}
+_ROLES = {"text_moe": "text", "vision_moe": "vision"}
 _MASK = "moe_mm_token_type_ids"  # second argument of the module above the two: nonzero for tokens of an image or video
 
 
@@ -19,24 +24,24 @@ class Ernie(Adapter):
     def __init__(self, place: Place) -> None:
         super().__init__(place)
         above = place.above
-        self._part = next((part for piece, part in _PARTS.items() if getattr(above, piece, None) is self.block), "")
-        self.keeps = not self._part
+        self._role = next((role for piece, role in _ROLES.items() if getattr(above, piece, None) is self.block), "")
+        self.output_is_complete = not self._role
         self._image: Tensor | None = None  # the mask by which the running layer splits its tokens
 
     @property
-    def part(self) -> str:
+    def role(self) -> str:
         """The modality."""
-        return self._part
+        return self._role
 
     @property
     def patches(self) -> bool:
         """The vision router is given tokens of the call."""
-        return not self._part and super().patches
+        return not self._role and super().patches
 
-    def listen(self, hook: Hook) -> Sequence[Removable]:
+    def install(self, hook: OutputHook) -> Sequence[Removable]:
         """See the mask of modalities too."""
-        above, listening = self.place.above, list(super().listen(hook))
-        if self._part and above is not None:
+        above, listening = self.place.above, list(super().install(hook))
+        if self._role and above is not None:
             listening.append(above.register_forward_pre_hook(self._enter, with_kwargs=True))
             listening.append(above.register_forward_hook(self._leave, always_call=True))
         return listening
@@ -48,9 +53,22 @@ class Ernie(Adapter):
     def _leave(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         self._image = None
 
-    def rows(self) -> Tensor | None:
+    def token_subset(self) -> Tensor | None:
         """The tokens of this modality, where there are others in the call."""
         if self._image is None:
             return None
         image = self._image.flatten().bool()
-        return (image if self._part == "vision" else ~image).nonzero().flatten()
+        return (image if self._role == "vision" else ~image).nonzero().flatten()
+
+
+FAMILY = Family(
+    "softmax with correction bias",
+    ("Ernie4_5_MoeTopKRouter", "Ernie4_5_VLMoeMoeTopKRouter"),
+    RouterSpec(score="softmax", renormalize="clamp"),
+    read={"eps": "norm_min"},
+    num_experts="weight",
+    correction_bias="moe_statics.e_score_correction_bias",
+    weights="input",
+    unfused="it switches autocast off",
+    adapter=Ernie,
+)

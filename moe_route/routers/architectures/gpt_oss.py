@@ -1,4 +1,4 @@
-"""gpt-oss: an ordinary router, under blocks that may go round it.
+"""gpt-oss: an ordinary router, under blocks that may bypass it.
 
 In MXFP4 the block computes the logits itself and routes inside a triton kernel. transformers has a way through the
 router for expert parallelism, which a flag on the experts switches on: an attached block takes that way. A kernelized
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import MethodType
-from typing import Any
 
 from torch import nn
 
-from moe_route.modules.intercept import Removable
-from moe_route.routers.adapter import Adapter, Hook
+from moe_route.contract.spec import RouterSpec
+from moe_route.modules.attributes import forward_attribute
+from moe_route.modules.intercept import Removable, ReplacedAttribute, is_overridden
+from moe_route.routers.adapter import Adapter, OutputHook
+from moe_route.routers.family import Family, Gate
 
 _FLAG = "_is_hooked"
 _KERNELIZABLE = "kernel_layer_name"  # what the `kernels` package leaves on classes whose forward it may replace
@@ -30,7 +32,7 @@ class GptOss(Adapter):
     def obstacle(self) -> str | None:
         """A block that never calls its router, and has no other way."""
         kind = type(self.block).__name__
-        if replaced_forward(self.block) and not hasattr(self.block, _KERNELIZABLE):
+        if _is_kernelized(self.block) and not hasattr(self.block, _KERNELIZABLE):
             return f"the forward of {kind} was replaced, and nothing says that it calls its router. Undo that first"
         if self._packed and _FLAG not in type(self.block).forward.__code__.co_consts:
             return (
@@ -46,45 +48,33 @@ class GptOss(Adapter):
                 "the MXFP4 block routes inside a kernel that cannot be seen into: while attached it takes its way "
                 "through the router (that of expert parallelism), equal up to the kernel's rounding"
             )
-        if replaced_forward(self.block):
+        if _is_kernelized(self.block):
             yield (
                 "the kernel of use_kernels=True goes round the router: while attached the block runs the forward of "
                 "its class, equal up to the kernel's rounding"
             )
 
-    def listen(self, hook: Hook) -> Sequence[Removable]:
+    def install(self, hook: OutputHook) -> Sequence[Removable]:
         """Lead the block through its router."""
-        handles: list[Removable] = [*super().listen(hook)]
+        handles: list[Removable] = [*super().install(hook)]
         if self._packed:
-            handles.append(_Set(self.block.experts, _FLAG, True))
-        if replaced_forward(self.block):
+            handles.append(ReplacedAttribute(self.block.experts, _FLAG, True))
+        if _is_kernelized(self.block):
             own = MethodType(type(self.block).forward, self.block)
-            handles.append(_Set(self.block, _forward_of(self.block), own))
+            handles.append(ReplacedAttribute(self.block, forward_attribute(self.block), own))
         return handles
 
 
-class _Set:
-    """Another value of an attribute of one module, from here to `remove`."""
-
-    def __init__(self, owner: nn.Module, name: str, value: object) -> None:
-        self.owner, self.name = owner, name
-        self.before = vars(owner).get(name)
-        setattr(owner, name, value)
-
-    def remove(self) -> None:
-        """Put back what was there."""
-        if self.before is None:
-            delattr(self.owner, self.name)
-        else:
-            setattr(self.owner, self.name, self.before)
+def _is_kernelized(block: nn.Module) -> bool:
+    """Whether the block runs another forward than its class's."""
+    return is_overridden(block, "forward", forward_attribute(block))
 
 
-def _forward_of(block: nn.Module) -> str:
-    """The attribute that holds a block's forward: accelerate keeps the one it found."""
-    return "_old_forward" if hasattr(block, "_hf_hook") else "forward"
-
-
-def replaced_forward(block: nn.Module) -> bool:
-    """Whether the block has a forward of its own that is not its class's."""
-    own: Any = vars(block).get(_forward_of(block))
-    return own is not None and getattr(own, "__func__", None) is not type(block).forward
+FAMILY = Family(
+    "softmax over the chosen",
+    ("GptOssTopKRouter",),
+    RouterSpec(score="softmax", order="topk_then_score"),
+    low_precision=True,
+    gate=Gate(bias="bias"),
+    adapter=GptOss,
+)

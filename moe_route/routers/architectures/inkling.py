@@ -8,18 +8,18 @@ sum(weights).
 from __future__ import annotations
 
 import torch
-from moe_route.routers.output import Decision, Output
 from torch import Tensor
 
 from moe_route.contract.spec import RouterSpec
 from moe_route.routers.adapter import Adapter
 from moe_route.routers.family import Family
+from moe_route.routers.output import Decision, Output
 
 
 class Inkling(Adapter):
     """Output: (logits of the routed experts, weights, ids, gammas of the shared experts [T, n])."""
 
-    settles = True
+    changes_choice = True
 
     def chosen(self, args: tuple[object, ...], output: Output, decision: Decision) -> Decision:
         """The sigmoids of the chosen, before they are normalized."""

@@ -6,29 +6,29 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from moe_route.routers.output import Decision, Output
 from torch import Tensor
 
 from moe_route.contract.spec import RouterSpec
 from moe_route.modules.attributes import modeling_of
 from moe_route.routers.adapter import Adapter
 from moe_route.routers.family import Family
+from moe_route.routers.output import Decision, Output
 
 
 class JetMoe(Adapter):
     """Output: (order of the T * k slots by expert, their tokens, their weights, slots per expert (a list), logits)."""
 
-    keeps = False
+    output_is_complete = False
 
     @property
-    def part(self) -> str:
+    def role(self) -> str:
         """The mixture of attention heads is no mixture of feed-forward experts."""
         kinds = {"JetMoeMoA": "attention", "JetMoeMoE": "feed-forward"}
-        return kinds.get(type(self.block).__name__, super().part)
+        return kinds.get(type(self.block).__name__, super().role)
 
     def notes(self) -> Iterable[str]:
         """Say what the experts of the attention are."""
-        if self.part == "attention":
+        if self.role == "attention":
             yield "its experts are attention heads; an emptied slot keeps its query and has weight 0"
 
     def read(self, args: tuple[object, ...], output: Output) -> Decision:
@@ -52,7 +52,7 @@ class JetMoe(Adapter):
         sizes = (flat[:, None] == experts).sum(0).tolist()  # bincount would break the graph of a compiled model
         return (order, tokens, weights.flatten()[order], sizes, output[4]), weights, ids
 
-    def defects(self) -> Iterable[str]:
+    def known_issues(self) -> Iterable[str]:
         """The routers of the attention are hooked twice, as routers and in the attention's own output."""
         model = getattr(modeling_of(self.block), "JetMoePreTrainedModel", None)
         recorders = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")

@@ -6,18 +6,18 @@ Every expert is run on every token, with an input of zero where it was not chose
 from __future__ import annotations
 
 import torch
-from moe_route.routers.output import Decision, Output
 from torch import Tensor
 
 from moe_route.contract.spec import RouterSpec
 from moe_route.routers.adapter import Adapter
 from moe_route.routers.family import Family
+from moe_route.routers.output import Decision, Output
 
 
 class Llama4(Adapter):
     """Output: (scores [T, E], zero where not chosen; logits [T, E])."""
 
-    keeps = False
+    output_is_complete = False
 
     def read(self, args: tuple[object, ...], output: Output) -> Decision:
         """The ids are those of the router's own top-k; a sigmoid may have underflowed to zero."""

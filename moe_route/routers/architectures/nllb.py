@@ -8,22 +8,22 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from moe_route.routers.output import Decision, Output
 from torch import Tensor, nn
 
 from moe_route.contract.spec import RouterSpec
-from moe_route.routers.adapter import Adapter, empty_ids
+from moe_route.routers.adapter import Adapter
 from moe_route.routers.family import Family
+from moe_route.routers.output import Decision, Output, empty_ids
 
 
 class Nllb(Adapter):
     """Output: (one-hot first choice [T, E], weights of both choices [T, E], logits [T, E]), after the capacity."""
 
-    keeps = False
-    settles = True
+    output_is_complete = False
+    changes_choice = True
 
     @property
-    def part(self) -> str:
+    def role(self) -> str:
         """Encoder and decoder see different tokens."""
         return "decoder" if "decoder." in self.place.name else "encoder"
 
@@ -100,7 +100,7 @@ class Nllb(Adapter):
             return math.ceil(router.moe_eval_capacity_token_fraction * num_tokens)
         return int(router.expert_capacity)
 
-    def defects(self) -> Iterable[str]:
+    def known_issues(self) -> Iterable[str]:
         """Run the class's own loop over experts that only note that they were called."""
         kind = type(self.block.experts)
         called = {2} if kind is nn.ModuleDict else experts_called(kind)  # before transformers 5 the block runs them

@@ -10,13 +10,12 @@ import inspect
 from collections.abc import Callable, Sequence
 
 import torch
-from moe_route.routers.output import Output
 from torch import Tensor, nn
 
-from moe_route.modules.attributes import number
 from moe_route.modules.intercept import Removable, ReplacedMethod
 from moe_route.modules.watch import Decided, WatchedForward
-from moe_route.routers.adapter import Adapter, Hook, as_scores
+from moe_route.routers.adapter import Adapter, OutputHook
+from moe_route.routers.output import Output, as_scores
 
 METHOD = "route_tokens_to_experts"
 
@@ -29,7 +28,7 @@ class ByMethod(Adapter):
         """Whether it has the method."""
         return callable(getattr(type(module), METHOD, None))
 
-    def listen(self, hook: Hook) -> Sequence[Removable]:
+    def install(self, hook: OutputHook) -> Sequence[Removable]:
         """Put a method of this object before the block's own."""
         self.hook = hook
         return (ReplacedMethod(self.module, METHOD, self.route_tokens_to_experts),)
@@ -55,9 +54,9 @@ class ByMethod(Adapter):
     def probe(self, hidden: Tensor, arguments: tuple[Tensor, ...]) -> tuple[tuple[object, ...], Output]:
         """The block's choice of random logits, of the dtype of its gate's."""
         generator = torch.Generator().manual_seed(3)
-        experts = self.family.num_experts_of(self.module)
+        experts = self.form.num_experts
         logits = torch.randn((*hidden.shape[:-1], experts), generator=generator, device="cpu").to(hidden)
-        if self.family.weights == "float32":
+        if self.form.float32_weights:
             logits = logits.float()
         places = len(inspect.signature(getattr(type(self.module), METHOD)).parameters) - 1  # beside self
         args = (hidden, logits)[-places:]
@@ -85,7 +84,7 @@ class InForward(Adapter):
         """The weights are changed where they are."""
         return False
 
-    def listen(self, hook: Hook) -> Sequence[Removable]:
+    def install(self, hook: OutputHook) -> Sequence[Removable]:
         """Watch the block's forward."""
         self.hook = hook
         return (WatchedForward(self.module, self._watch, _seen),)
@@ -94,8 +93,7 @@ class InForward(Adapter):
         return None if self.idle else self._mode(self._decide)
 
     def _mode(self, decide: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Decided:
-        family, module = self.family, self.module
-        return Decided(family.num_experts_of(module), number(module, family.top_k), decide)
+        return Decided(self.form.num_experts, self.form.top_k, decide)
 
     def _decide(self, logits: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         changed = self.hook(self.module, (), (logits, weights, ids))
@@ -115,7 +113,7 @@ class InForward(Adapter):
         raise AttributeError("its forward ended without a choice")
 
 
-class _Chosen(Exception):
+class _Chosen(Exception):  # noqa: N818 (control flow, no error)
     """Ends a block's forward where it has chosen."""
 
     def __init__(self, output: Output) -> None:

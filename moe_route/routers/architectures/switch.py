@@ -5,22 +5,22 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from moe_route.routers.output import Decision, Output
 from torch import Tensor
 
 from moe_route.contract.spec import RouterSpec
-from moe_route.routers.adapter import Adapter, empty_ids
+from moe_route.routers.adapter import Adapter
 from moe_route.routers.family import Family
+from moe_route.routers.output import Decision, Output, empty_ids
 
 
 class Switch(Adapter):
     """Output: (one-hot choice after the capacity [B, S, E], probability [B, S, 1], logits [B, S, E])."""
 
-    keeps = False
-    settles = True
+    output_is_complete = False
+    changes_choice = True
 
     @property
-    def part(self) -> str:
+    def role(self) -> str:
         """Encoder and decoder see different tokens."""
         return "decoder" if "decoder." in self.place.name else "encoder"
 

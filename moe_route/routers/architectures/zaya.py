@@ -6,19 +6,19 @@ Skipping is returned as expert 0 with weight 0; here it is id E, so that it can 
 from __future__ import annotations
 
 import torch
-from moe_route.routers.output import Decision, Output
 from torch import Tensor
 
 from moe_route.contract.spec import RouterSpec
 from moe_route.routers.adapter import Adapter
 from moe_route.routers.family import Family
+from moe_route.routers.output import Decision, Output
 
 
 class Zaya(Adapter):
     """Output: (logits [T, E + 1], weights, ids, the state for the next layer)."""
 
-    keeps = False
-    settles = True
+    output_is_complete = False
+    changes_choice = True
 
     def read(self, args: tuple[object, ...], output: Output) -> Decision:
         """A token of expert 0 and weight 0 skips."""

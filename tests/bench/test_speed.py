@@ -1,4 +1,7 @@
-"""The gate under pytest-benchmark: `python -m pytest bench`. Interleaved ratios come from `python -m bench`."""
+"""Gate, dispatch, permute and combine under pytest-benchmark: `python -m pytest tests/bench/test_speed.py`.
+
+Interleaved ratios come from `python -m bench`.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,13 @@ from itertools import count
 import pytest
 import torch
 
+from bench.dispatch import SHAPES as DISPATCH_SHAPES
+from bench.dispatch import Dispatching
+from bench.dispatch import Shape as DispatchShape
 from bench.gate import SHAPES, Gate, Shape
 from bench.timing import Contender
 
+DISPATCH_NAMES = tuple(Dispatching(DispatchShape(8, 8, experts=8, k=2)).contenders())
 NAMES = tuple(Gate(Shape(8, 2, tokens=8)).contenders())
 
 
@@ -58,3 +65,21 @@ def test_steering_does_the_same_work():
         chosen = gate.routed(steering=gate.forced_steering())(index)[1]
         assert (chosen == 1).any(dim=1).all()
         assert not (chosen == 2).any()
+
+
+@pytest.mark.parametrize("name", DISPATCH_NAMES)
+@pytest.mark.parametrize("shape", DISPATCH_SHAPES, ids=lambda shape: shape.title.replace(" ", "-"))
+def test_dispatch(benchmark, shape: DispatchShape, name: str):
+    benchmark.group = shape.title
+    benchmark.pedantic(rotating(Dispatching(shape).contenders()[name]), rounds=10, warmup_rounds=2)
+
+
+def test_the_contenders_of_dispatch_do_the_same_work():
+    work = Dispatching(DispatchShape(64, 32, experts=16, k=4))
+    order, counts, inverse = work.torch_dispatch(0)
+    plan = work.dispatch(0)
+    assert torch.equal(plan.order, order)
+    assert torch.equal(plan.counts, counts)
+    assert torch.equal(plan.inverse.flatten(), inverse)
+    assert torch.equal(work.permute(0), work.torch_permute(0))
+    torch.testing.assert_close(work.combine(0), work.torch_combine(0), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,72 @@
+"""Build the int32 [T, 4] token table that the gate reads: steering row, group, segment, valid.
+
+Padding tokens are routed (the model routes them too) but neither counted nor steered: steering row, group and segment
+-1, valid 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_route.calls.call import Call
+from moe_route.calls.token_rows import IntLike, broadcast_rows
+from moe_route.devices import upload
+
+
+@dataclass(slots=True, eq=False)
+class Labels:
+    """What is said about the tokens of a call: an int for all tokens, or integers [B] or [B, S].
+
+    Fewer rows than the batch (beams, several returned sequences) are repeated where they divide it. `steering_row` is
+    a row of the steering tables, `group` and `segment` rows of the statistics tables; -1 is none. `counter` tells the
+    tokens apart for what is drawn for each of them.
+    """
+
+    steering_row: IntLike = -1
+    group: IntLike = 0
+    segment: IntLike = -1
+    counter: Tensor | None = None
+
+    @property
+    def columns(self) -> tuple[IntLike, IntLike, IntLike]:
+        """Steering row, group and segment."""
+        return self.steering_row, self.group, self.segment
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all tokens share them."""
+        return all(isinstance(value, int) for value in self.columns)
+
+
+Tables = dict[torch.device, Tensor]
+"""One tensor of a call, on each device that asked for it."""
+
+
+def on_device(tables: Tables, device: torch.device) -> Tensor:
+    """The tensor on `device`; it is copied there once."""
+    if device not in tables:
+        tables[device] = upload(next(iter(tables.values())), device)
+    return tables[device]
+
+
+def build_table(call: Call, labels: Labels, steering_row: int | Tensor) -> Tensor:
+    """The token table of a call, int32 [T, 4] on its device; `steering_row` is that of `labels`, broadcast already."""
+    group, segment = (broadcast_rows(labels.group, call, "group"), broadcast_rows(labels.segment, call, "segment"))
+    table = torch.empty((call.batch, call.length, 4), dtype=torch.int32, device=call.device)
+    for column, value in enumerate((steering_row, group, segment, 1)):
+        table[..., column] = value
+    if call.valid is not None:
+        table[..., 1:3].masked_fill_(~call.valid[..., None], -1)
+        steered = call.valid if call.again is None else call.valid | call.again
+        table[..., 0].masked_fill_(~steered, -1)
+    return table.view(-1, 4)
+
+
+def any_row(row: int | Tensor) -> bool:
+    """Whether a token can have a steering row, as far as that can be told without waiting for a device."""
+    if isinstance(row, int):
+        return row >= 0
+    return row.device.type != "cpu" or bool((row >= 0).any())

@@ -1,0 +1,108 @@
+"""Describe what moe-route finds in a model: its routers, how they decide, how they would be attached to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+from torch import nn
+
+from moe_route.experts.interface import experts_implementations
+from moe_route.identity import identity_of
+from moe_route.patching.attachment import attachment_of
+from moe_route.routers.discovery import find_routers
+
+__all__ = ["Description", "LayerDescription", "describe"]
+
+
+@dataclass(frozen=True)
+class LayerDescription:
+    """One MoE layer of a model: what routes there and how moe-route would attach."""
+
+    layer: int
+    name: str
+    router: str
+    role: str  # which of the model's kinds of router: "text", "vision", "encoder", ...; "" where there is one
+    experts: int
+    top_k: int
+    family: str
+    score: str
+    order: str
+    engine: str
+    experts_implementation: str  # what runs the block's experts: "grouped_mm", "moe_route", ...; or "own forward"
+    reason: str
+    steerable: bool
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What ``describe`` found; prints as a table, ``to_dict()`` is JSON."""
+
+    model: str
+    name: str | None
+    config_hash: str
+    attached: bool
+    layers: tuple[LayerDescription, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        name = f" ({self.name})" if self.name else ""
+        title = f"{self.model}{name}: {len(self.layers)} MoE layers, configuration {self.config_hash[:12]}"
+        rows = [("layers", "router", "experts", "top-k", "routing", "engine", "experts run by", "steerable", "why")]
+        notes: dict[str, list[str]] = {}  # of which layers
+        for _, alike in groupby(self.layers, key=_kind_of_layer):
+            layers = list(alike)
+            first, last = layers[0], layers[-1]
+            span = f"{first.layer}" if first is last else f"{first.layer}-{last.layer}"
+            router = f"{first.router} ({first.role})" if first.role else first.router
+            shown = (span, router, str(first.experts), str(first.top_k), first.family)
+            rows.append(
+                (*shown, first.engine, first.experts_implementation, "yes" if first.steerable else "no", first.reason)
+            )
+            for note in first.notes:
+                notes.setdefault(note, []).append(span)
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        said = [f"{_layers(spans)}: {note}" for note, spans in notes.items()]
+        return "\n".join([title, *table, *said])
+
+
+def _layers(spans: Sequence[str]) -> str:
+    return f"layer {spans[0]}" if len(spans) == 1 and spans[0].isdecimal() else f"layers {', '.join(spans)}"
+
+
+def _kind_of_layer(layer: LayerDescription) -> tuple[Any, ...]:
+    return tuple(value for key, value in asdict(layer).items() if key not in ("layer", "name"))
+
+
+def describe(model: nn.Module) -> Description:
+    """What moe-route finds in a model, attached or not; changes nothing. Raises ``ModelNotSupportedError`` like
+    ``attach``."""
+    attachment = attachment_of(model)
+    routers = find_routers(model) if attachment is None else attachment.routers
+    identity = identity_of(model)
+    layers = tuple(
+        LayerDescription(
+            layer=router.layer,
+            name=router.name,
+            router=type(router.module).__name__,
+            role=router.role,
+            experts=router.num_experts,
+            top_k=router.top_k,
+            family=router.family.name,
+            score=router.spec.score,
+            order=router.spec.order,
+            engine=router.engine,
+            experts_implementation=", ".join(experts_implementations(router.block)),
+            reason=router.reason or "keeps every bit of the model's own choice",
+            steerable=router.steerable,
+            notes=tuple(router.notes),
+        )
+        for router in routers
+    )
+    return Description(identity["class"], identity["name"], identity["config_hash"], attachment is not None, layers)

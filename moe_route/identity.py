@@ -1,0 +1,61 @@
+"""Which model this is: name, class, hash of its configuration, versions of the libraries that run it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import sys
+from typing import Any
+
+from torch import nn
+
+from moe_route import files
+from moe_route._C import __version__
+
+__all__ = ["config_hash", "identity_of", "library_versions"]
+
+# parts of a configuration that say how a model is run, not what it is
+_RUN_OPTIONS = ("transformers_version", "dtype", "torch_dtype", "use_cache", "return_dict", "architectures")
+_LIBRARIES = ("torch", "transformers", "accelerate", "numpy")
+
+
+def config_hash(model: nn.Module) -> str:
+    """SHA-256 (hex) of the model's configuration without what only says how it is run (dtype, caching, library
+    version, names); of its class and shapes where there is no configuration. The same for the same architecture and
+    sizes, on any machine.
+    """
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "to_dict"):
+        content: Any = _what_it_is(config.to_dict())
+    else:
+        content = [[name, list(parameter.shape)] for name, parameter in model.named_parameters()]
+    text = files.canonical_json([type(model).__name__, content])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _what_it_is(value: Any) -> Any:
+    if isinstance(value, dict):
+        kept = {
+            str(k): v for k, v in value.items() if not str(k).startswith(("_", "output_")) and k not in _RUN_OPTIONS
+        }
+        return {key: _what_it_is(item) for key, item in kept.items()}
+    if isinstance(value, (list, tuple)):
+        return [_what_it_is(item) for item in value]
+    # infinities are not JSON
+    return value if value is None or isinstance(value, (str, bool, int)) else repr(value)
+
+
+def identity_of(model: nn.Module) -> dict[str, Any]:
+    """``name`` (None where the model was not loaded by one), ``class`` and ``config_hash``."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    return {"name": name, "class": type(model).__name__, "config_hash": config_hash(model)}
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of python, moe-route and of the libraries that are loaded."""
+    versions = {"python": platform.python_version(), "moe-route": __version__}
+    for name in _LIBRARIES:
+        if name in sys.modules:
+            versions[name] = importlib.metadata.version(name)
+    return versions

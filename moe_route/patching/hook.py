@@ -1,0 +1,129 @@
+"""The engine that observes a router through a forward hook."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_route import ops
+from moe_route.contract.tables import StatisticsTables, SteeringTables
+from moe_route.ops.observe_changed import observe_changed
+from moe_route.patching.context import RunningCall, recomputing
+from moe_route.patching.deferred import versions
+from moe_route.patching.engine import ChoiceCallback, Engine, Steers
+from moe_route.routers.discovery import RouterInfo
+from moe_route.routers.output import Decision, Output
+
+
+class HookEngine(Engine):
+    """A forward hook on the router.
+
+    `keeps_output`: whether the model leaves what the router returned as it is (None: not seen yet).
+    `defers`: whether the hook only keeps the output of a small call, to be counted after the call.
+    """
+
+    def __init__(self, router: RouterInfo, context: RunningCall) -> None:
+        super().__init__(router, context)
+        self.keeps_output: bool | None = None if self.adapter.output_is_complete and not self.adapter.patches else False
+        self.defers = False
+
+    def configure(
+        self, statistics: StatisticsTables | None, steering: Steers | None, on_choice: ChoiceCallback | None
+    ) -> None:
+        """Set what is counted into, what steers, and who is told."""
+        super().configure(statistics, steering, on_choice)
+        only_counts = statistics is not None and steering is None and on_choice is None
+        self.defers = only_counts and self.keeps_output is True
+
+    def may_defer(self, keeps_output: bool) -> None:
+        """It is known now whether the model leaves the router's output as it is."""
+        self.keeps_output = keeps_output
+        self.configure(self.statistics, self.steering, self.on_choice)
+
+    def install(self) -> None:
+        """Register the hook."""
+        self._handles = self.adapter.install(self.hook)
+
+    def remove(self) -> None:
+        """Remove the hook."""
+        for handle in self._handles:
+            handle.remove()
+
+    def parts(self, output: Output) -> Decision:
+        """Router logits [T, E], weights [T, k] and ids [T, k] of what the router returned."""
+        return self.adapter.read((), output)
+
+    def hook(self, module: nn.Module, args: tuple[object, ...], output: Output) -> Output | None:
+        """Count the router's output; return a new one only where a token is steered."""
+        context = self.context
+        if context.small and self.defers and not torch.compiler.is_compiling():
+            context.deferred.kept.append((self, output, versions(output)))
+            return None
+        if context.idle:
+            return None
+        again = context.table is None and recomputing()
+        if again and self.steering is None:
+            return None
+        # what only counts leaves nothing for a backward: a checkpointed layer that runs again does not count again
+        with torch.set_grad_enabled(self.steering is not None and torch.is_grad_enabled()):
+            decision = self.adapter.read(args, output)
+        table = self.table(decision.logits)  # which begins a call where there is none
+        if self.steering is not None and context.steers:
+            steering = self.steering_on(decision.logits.device)
+            return self._reroute(args, output, decision, table, steering, counted=not again)
+        if again:
+            return None
+        if self.statistics is not None:
+            if context.small and self.keeps_output is None and not torch.compiler.is_compiling():
+                context.deferred.watch(self, decision)
+            logits, weights, ids = decision
+            ops.observe(logits, ids, weights, self.spec, tokens=table, statistics=self.statistics)
+        self.tell(decision.ids, decision.weights)
+        return None
+
+    def _reroute(
+        self,
+        args: tuple[object, ...],
+        output: Output,
+        decision: Decision,
+        tokens: Tensor,
+        given: Steers,
+        counted: bool,
+    ) -> Output:
+        adapter = self.adapter
+        logits, own_weights, own_ids = adapter.chosen(args, output, decision) if adapter.changes_choice else decision
+        statistics = self.statistics if counted and not adapter.changes_choice else None
+        routed = self.route(logits, own_ids.shape[1], tokens, given, args, statistics, (own_weights, own_ids))
+        weights, ids, logits, steering, table = routed
+        assert steering is not None  # it was given, and the table too
+        assert table is not None
+        if counted and not adapter.changes_choice:
+            self.tell(ids, weights)
+        weights = self.weights_for(logits, ids, weights, table, steering).to(own_weights.dtype)
+        if weights.requires_grad or own_weights.requires_grad:
+            # the tokens left alone keep the model's own weights, gradient and all
+            steered = (table[:, :1] >= 0) & (table[:, :1] < steering.rows)
+            own_weights = F.pad(own_weights, (0, weights.shape[1] - own_weights.shape[1]))
+            weights = torch.where(steered, weights, own_weights)
+        changed, weights, ids = adapter.write(args, output, decision, weights, ids)
+        if counted and adapter.changes_choice:
+            self._count_changed(decision._replace(logits=logits), weights, ids, table, steering)
+        return changed
+
+    def _count_changed(
+        self, decision: Decision, weights: Tensor, ids: Tensor, table: Tensor, steering: SteeringTables
+    ) -> None:
+        """Count what the experts get of a steered choice, beside what they would have got without steering."""
+        if self.statistics is not None:
+            observe_changed(
+                decision.logits,
+                ids,
+                weights,
+                self.spec,
+                natural_ids=decision.ids,
+                steering=steering,
+                tokens=table,
+                statistics=self.statistics,
+            )
+        self.tell(ids, weights)

@@ -1,0 +1,116 @@
+"""What routers return: one decision per token, and the order and form in which it comes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Output = tuple[Any, ...]
+"""What a router returns: tensors; some routers return lists of numbers beside them."""
+
+OutputPart = Literal["logits", "probabilities", "weights", "scores", "ids"]
+"""One tensor that a router returns: "logits" [T, E], or "probabilities" [T, E], their softmax, in their place;
+"weights" [T, k], or "scores" [T, E], weights that are zero where an expert was not chosen; "ids" [T, k]."""
+
+
+class Decision(NamedTuple):
+    """One decision: router logits [T, E], weights [T, k] and ids, integer [T, k]; -1 is an empty slot of weight 0."""
+
+    logits: Tensor
+    weights: Tensor
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class OutputForm:
+    """How one router returns its decision.
+
+    Attributes:
+        returns: its tensors in order. Where they hold neither logits nor probabilities, the logits are captured while
+            the router scores them and are read as if they were returned last.
+        num_experts: E, or None where the router does not say it.
+        top_k: k, or None where the router does not say it.
+        float32_weights: whether the weights are float32 whatever the dtype of the hidden states.
+        fixed_slots: whether what takes the choice has room for k experts per token and no more.
+    """
+
+    returns: tuple[OutputPart, ...] = ("logits", "weights", "ids")
+    num_experts: Any = None
+    top_k: Any = None
+    float32_weights: bool = False
+    fixed_slots: bool = False
+
+    @property
+    def probabilities(self) -> bool:
+        """Whether probabilities stand in the place of the logits."""
+        return "probabilities" in self.returns
+
+    @property
+    def dense(self) -> bool:
+        """Whether the weights are scores over all experts."""
+        return "scores" in self.returns
+
+    @cached_property
+    def captured(self) -> bool:
+        """Whether the router keeps its logits to itself."""
+        return not self.probabilities and "logits" not in self.returns
+
+    @cached_property
+    def logits_at(self) -> int:
+        """Index of the logits or probabilities; captured logits come last."""
+        return len(self.returns) if self.captured else self._first("logits", "probabilities")
+
+    @cached_property
+    def weights_at(self) -> int:
+        """Index of the weights or scores."""
+        return self._first("weights", "scores")
+
+    @cached_property
+    def ids_at(self) -> int:
+        """Index of the ids."""
+        return self._first("ids")
+
+    def _first(self, *names: OutputPart) -> int:
+        return next(self.returns.index(name) for name in names if name in self.returns)
+
+
+def order_of(output: Any) -> tuple[OutputPart, ...] | None:
+    """The parts that a router returned for some tokens, in order; None where they cannot be told apart."""
+    if not isinstance(output, tuple) or not all(isinstance(part, Tensor) and part.dim() == 2 for part in output):
+        return None
+    top_k = [part.shape[1] for part in output if not part.is_floating_point()]
+    if len(top_k) != 1 or len({len(part) for part in output}) != 1:
+        return None
+    if min(part.shape[1] for part in output) < top_k[0]:
+        return None
+    found = tuple(_part(part, top_k[0], len(output)) for part in output)
+    known = ({"weights", "ids"}, {"scores", "ids"}, {"logits", "weights", "ids"}, {"probabilities", "weights", "ids"})
+    return found if len(set(found)) == len(found) and set(found) in known else None
+
+
+def _part(part: Tensor, top_k: int, of: int) -> OutputPart:
+    if not part.is_floating_point():
+        return "ids"
+    if part.shape[1] == top_k:
+        return "weights"
+    if of == 2:
+        return "scores"  # beside ids alone
+    sums = bool((part >= 0).all()) and torch.allclose(part.float().sum(1), torch.ones(len(part), device=part.device))
+    return "probabilities" if sums else "logits"
+
+
+def empty_ids(ids: Tensor, empty: Tensor) -> Tensor:
+    """`ids` with -1 where `empty`."""
+    return torch.where(empty, -1, ids)
+
+
+def as_scores(own: Tensor, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [T, k] of `ids` [T, k] as scores like `own` [T, E], and the ids that go with them: every slot takes the
+    score of its id, so a slot of weight 0 names an expert that has none."""
+    scores = torch.zeros_like(own).scatter_add(1, ids.long(), weights)
+    unused = (scores == 0).to(torch.uint8).argmax(1, keepdim=True)
+    return scores, torch.where(weights == 0, unused.to(ids.dtype), ids)
