@@ -76,8 +76,8 @@ class ByHand:
 
     def __init__(self, decoding: Decoding):
         self.decoding, model = decoding, decoding.model
-        self.routers = [router.module for router in mr.patching.find_routers(model)]
-        experts = mr.patching.find_routers(model)[0].num_experts
+        self.routers = [router.module for router in mr.find_routers(model)]
+        experts = mr.find_routers(model)[0].num_experts
         self.counts = torch.zeros(len(self.routers), experts, dtype=torch.int64, device=model.device)
         self.mass, self.weight = torch.zeros(2, len(self.routers), experts, dtype=torch.float64, device=model.device)
         self.entropy = torch.zeros(len(self.routers), dtype=torch.float64, device=model.device)
@@ -107,7 +107,7 @@ class ByHand:
 @contextmanager
 def empty_hooks(decoding: Decoding) -> Iterator[None]:
     """A hook on every router that does nothing: what any recorder pays."""
-    routers = mr.patching.find_routers(decoding.model)
+    routers = mr.find_routers(decoding.model)
     handles = [router.module.register_forward_hook(lambda *_: None) for router in routers]
     try:
         decoding.step(0)

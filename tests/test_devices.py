@@ -293,7 +293,7 @@ def test_the_host_waits_for_nothing_between_label_blocks(
             routed = mr.attach(model)
         counted = away.put(torch.tensor([[1, 1, 0, 1, 1, 1, 1]] * 3).bool())
         recorder = routed.record(groups=["x", "y"])
-        labels = recorder.labels(away.put(torch.tensor([0, 1, 1])), mask=counted)
+        labels = recorder.labels(away.put(torch.tensor([0, 1, 1])), count_mask=counted)
         with routed.steer(plan), away.block(recorder, labels):
             for padding in (None, "left", "right"):
                 routed.model(**put_all(away, inputs(padding)))

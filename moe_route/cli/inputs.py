@@ -46,9 +46,7 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype", default="auto", help="dtype of the weights, such as bfloat16 (default: the checkpoint's)"
     )
-    group.add_argument(
-        "--engine", default="auto", choices=("auto", "hook", "fused"), help="how to attach (default: auto)"
-    )
+    group.add_argument("--engine", default="hook", choices=("hook", "fused"), help="how to attach (default: hook)")
 
 
 def text_arguments(parser: argparse.ArgumentParser) -> None:

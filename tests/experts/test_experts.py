@@ -493,8 +493,8 @@ def test_recording_and_steering():
     model, x = tiny_model("qwen3_moe", head=True), tokens(2, 12)
     plan = mr.Plan.forbid({0: [0, 1, 2, 3, 4, 5, 6]}, layers=[0])  # one expert left for two slots
     results = []
-    for experts in ("keep", "moe_route"):
-        with torch.no_grad(), mr.attach(model, experts=experts) as routed:
+    for experts in (None, "moe_route"):
+        with torch.no_grad(), mr.attach(model, experts_implementation=experts) as routed:
             with routed.record() as recorder:
                 model(input_ids=x)
             with routed.steer(plan):
@@ -511,11 +511,11 @@ def test_recording_and_steering():
 def test_describe_says_what_runs_the_experts():
     model = tiny_model("qwen3_moe", head=True)
     assert {layer.experts_implementation for layer in mr.describe(model).layers} == {"grouped_mm"}
-    assert "engine    experts run by  steerable" in str(mr.describe(model))
+    assert "engine  experts run by  steerable" in str(mr.describe(model))
     with mr.attach(model, experts_implementation="moe_route"):
         described = mr.describe(model)
         assert [layer["experts_implementation"] for layer in described.to_dict()["layers"]] == [NAME] * 3
-        assert f"observed  {NAME} " in str(described)
+        assert f"hook    {NAME} " in str(described)
     assert NAME not in str(mr.describe(model))
     model.config._experts_implementation = None  # transformers runs eager then
     assert {layer.experts_implementation for layer in mr.describe(model).layers} == {"eager"}
@@ -541,8 +541,8 @@ def test_experts_beside_the_interface_are_said_to_be():
 
 def test_recordings_say_what_ran_the_experts_and_older_ones_load(tmp_path: Path):
     model, recorded = tiny_model("qwen3_moe", head=True), []
-    for experts in ("keep", "moe_route"):
-        with mr.attach(model, experts=experts) as routed, routed.record() as recorder:
+    for experts in (None, "moe_route"):
+        with mr.attach(model, experts_implementation=experts) as routed, routed.record() as recorder:
             model(input_ids=tokens())
         recorded.append(recorder.statistics())
     kept, ours = recorded

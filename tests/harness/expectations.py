@@ -50,8 +50,8 @@ class Oracle:
         # The largest number that went into a steered logit: what its rounding error is relative to.
         terms = raw.abs() + self.z.abs()
         for name in ("bias", "std", "magnitude"):
-            if name in row.metrics:
-                terms = terms + row.metrics[name].abs() * (raw.abs() + 1)
+            if name in row.planes:
+                terms = terms + row.planes[name].abs() * (raw.abs() + 1)
         terms = torch.where(terms.isfinite(), terms, 0.0)
         self.rounding = EPS * terms.amax(1, keepdim=True) if terms.numel() else terms[:, :1]
         # Tokens whose scores nearly all underflow in float32 may be left unscored there.

@@ -334,7 +334,7 @@ def test_no_gradient_comes_out_of_route(backend: Backend) -> None:
         ({"spec": RouterSpec(groups=3)}, "groups"),
         ({"statistics": StatisticsTables.zeros(9, groups=1)}, "statistics"),
         ({"steering": SteeringTables(1, 9, bias=torch.zeros(1, 9))}, "steering"),
-        ({"choice": torch.zeros(4, 3, dtype=torch.int64)}, "given"),
+        ({"choice": torch.zeros(4, 3, dtype=torch.int64)}, "choice"),
     ],
 )
 def test_arguments_that_do_not_fit(backend: Backend, arguments: dict[str, Any], word: str) -> None:

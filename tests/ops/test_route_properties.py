@@ -69,7 +69,7 @@ def test_null_steering_changes_no_bit(problem: Problem) -> None:
     for backend in available():
         weights, ids = backend.route(plain.logits, plain.k, plain.spec, **plain.arguments())
         steered = replace(plain, steering=null)
-        if plain.choice is not None and plain.given == "natural":
+        if plain.choice is not None and plain.choice_mode == "natural":
             continue  # a steered row chooses anew, an unsteered one returns what was given
         null_weights, null_ids = backend.route(plain.logits, plain.k, plain.spec, **steered.arguments())
         assert torch.equal(ids, null_ids)

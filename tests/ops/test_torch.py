@@ -334,7 +334,7 @@ def bad_calls() -> dict[str, tuple[Callable[[], Any], str]]:
         "given ids shape": (lambda: ops.route(x, 2, spec, choice=ids), "given ids"),
         "given ids dtype": (lambda: ops.route(x, K, spec, choice=ids.float()), "given ids"),
         "choice mode": (lambda: ops.route(x, K, spec, choice=ids, choice_mode="once"), "choice_mode"),  # type: ignore[arg-type]
-        "given weights alone": (lambda: ops.route(x, 2, spec, choice_weights=torch.zeros(T, 2)), "given"),
+        "choice weights alone": (lambda: ops.route(x, 2, spec, choice_weights=torch.zeros(T, 2)), "choice"),
         "observe weights": (lambda: ops.observe(x, ids, torch.zeros(T, 2), spec, statistics=tables), "given weights"),
         "observe ids": (lambda: ops.observe(x, ids[0], None, spec, statistics=tables), "ids have shape"),
         "weights ids": (lambda: ops.route_weights(x, ids[:-1], spec), "given ids"),
