@@ -121,7 +121,7 @@ class Recorder:
         self._phases = tuple(phases)
         self._tables = TableSet(model.routers, groups=len(self._groups), metrics=metrics, entropy=entropy)
         widest = max(router.num_experts for router in model.routers)
-        self._pool = SequencePool(len(self._groups), len(model.routers), widest, self._tables.metrics)
+        self._pool = SequencePool(len(self._groups), len(model.routers), widest, self._tables.metrics, entropy=entropy)
         self._store = self._new_store(sequences, memory_bytes)
         layers = trace if isinstance(trace, bool) else tuple(trace)
         self._trace = TraceWriter(model.routers, layers, limit=trace_limit, weights=trace_weights) if trace else None

@@ -2,8 +2,8 @@
 
 Two kinds of sums, both int64. *Token sums* are the tables of the gate (`csrc/include/moe_route/gate.h`), one set per
 phase. *Sequence sums* add up, over finished sequences, the sequence's own averages: q_i (arXiv 2510.04694 eq. 1), a_i
-/ L_i (its eq. 3) and H(q_i), each rounded once to a multiple of 2^-32. Sums of integers do not depend on order, so
-two runs merge exactly.
+/ L_i (its eq. 3), H(q_i) and the mean over its tokens of H(p_t), each rounded once to a multiple of 2^-32. Sums of
+integers do not depend on order, so two runs merge exactly.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")  # axis 0 of the token sums
 # Axis 0 of the sequence sums: a sequence's average over both phases is no sum of two averages.
 VIEWS = ("prefill", "decode", "all")
 SEQUENCE_KINDS = ("full", "topk", "count", "frequency")
-# Finished sequences seen by a layer; those with a q_i of each kind (an all-zero row has none); fixed-point sum of
-# H(q_i), nats.
-SEQUENCE_SCALARS = ("sequences", "full", "topk", "count", "entropy")
+# Finished sequences seen by a layer; those with a q_i of each kind (an all-zero row has none); fixed-point sums, nats:
+# of H(q_i), and of the mean over the scored tokens t of a sequence of H(p_t). Both have a term per sequence of "full".
+SEQUENCE_SCALARS = ("sequences", "full", "topk", "count", "entropy", "mean_token_entropy")
+_SEQUENCE_NATS = ("entropy", "mean_token_entropy")
 KIND_METRIC = {
     "full": "probability",
     "topk": "weight_share",
@@ -92,7 +93,7 @@ class RoutingStatistics:
         store: SequenceStore | None = None,
     ):
         """Take int64 arrays: ``scalars [2, G, L, 8]`` (``ops.SCALARS``), ``metrics`` name -> ``[2, G, L, E]``,
-        ``sequence_scalars [3, G, L, 5]`` (``SEQUENCE_SCALARS``), ``sequence_sums`` kind -> ``[3, G, L, E]``; axis 0
+        ``sequence_scalars [3, G, L, 6]`` (``SEQUENCE_SCALARS``), ``sequence_sums`` kind -> ``[3, G, L, E]``; axis 0
         is ``PHASES`` or ``VIEWS``, E the widest layer.
 
         Raises ``ValueError`` for a wrong shape, an unknown metric or a group named twice.
@@ -197,12 +198,12 @@ class RoutingStatistics:
         return seen.max(axis=1, initial=0)
 
     def sequence_scalar(self, name: str, phase: Phase | None = None) -> np.ndarray:
-        """One of ``SEQUENCE_SCALARS``, ``[G, L]``: int64 numbers of sequences, or float64 ``entropy`` (sum of H(q_i),
-        nats)."""
+        """One of ``SEQUENCE_SCALARS``, ``[G, L]``: int64 numbers of sequences, or float64 nats, summed over sequences:
+        ``entropy`` (H(q_i)) and ``mean_token_entropy`` (the mean over a sequence's tokens of H(p_t))."""
         if name not in SEQUENCE_SCALARS:
             raise ValueError(f"no sequence scalar {name!r}: one of {', '.join(SEQUENCE_SCALARS)}")
         values = self._sequence_scalars[_view_index(phase), ..., SEQUENCE_SCALARS.index(name)]
-        return values * FIXED_POINT if name == "entropy" else values.copy()
+        return values * FIXED_POINT if name in _SEQUENCE_NATS else values.copy()
 
     # ---- averages
 
@@ -233,9 +234,14 @@ class RoutingStatistics:
         sums = self._sequence_sum("frequency", phase)
         return _ratio(sums * FIXED_POINT, self.sequence_scalar("sequences", phase)[..., None])
 
-    def entropy(self, of: Literal["token", "sequence"] = "token", phase: Phase | None = None) -> np.ndarray:
-        """Mean entropy in nats, float64 ``[G, L]``: ``token`` mean over tokens of H(p_t), ``sequence`` mean over
-        sequences of H(q_i).
+    def entropy(
+        self, of: Literal["token", "sequence"] = "token", phase: Phase | None = None, by: By = "token"
+    ) -> np.ndarray:
+        """Mean entropy in nats, float64 ``[G, L]``.
+
+        ``of="token"`` is the mean of H(p_t): over all tokens alike (``by="token"``), or over the tokens of each
+        sequence and then over sequences (``by="sequence"``), which is what H(q_i) compares with. ``of="sequence"`` is
+        the mean over sequences of H(q_i), whatever ``by``.
 
         NaN where nothing was seen. Raises ``ValueError`` when it was not recorded.
         """
@@ -246,6 +252,8 @@ class RoutingStatistics:
             raise ValueError(f'entropy of "token" or "sequence", not {of!r}')
         if not self.has_entropy:
             raise ValueError("token entropy was not recorded: record(entropy=True)")
+        if _check_by(by) == "sequence":
+            return _ratio(self.sequence_scalar("mean_token_entropy", phase), self.sequence_scalar("full", phase))
         return _ratio(self.scalar("entropy", phase), self.tokens(phase) - self.scalar("unscored", phase))
 
     # ---- parts and wholes
