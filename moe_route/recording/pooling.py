@@ -46,7 +46,7 @@ class SequenceAverages:
             table = metrics[KIND_METRIC[kind]].astype(np.float64)
             divisor = tokens[..., None] if kind == "frequency" else table.sum(-1, keepdims=True)
             values[kind] = table / np.where(divisor > 0, divisor, np.nan)
-        columns = {"sequences": tokens > 0}
+        columns: dict[str, np.ndarray] = {"sequences": tokens > 0}
         columns |= {kind: ~np.isnan(table[..., 0]) for kind, table in values.items() if kind in SEQUENCE_SCALARS}
         if "full" in values:
             q = values["full"]

@@ -241,8 +241,7 @@ class Recorder:
         if not self._calls:
             raise RecordingError(
                 "nothing was recorded: the attached model was not called inside the recording; call that very object "
-                "(a model that was compiled, "
-                "wrapped or replaced after attach() is another one)"
+                "(a model that was compiled, wrapped or replaced after attach() is another one)"
             )
         count = len(self._groups)
         sums = self._counted().read_groups(count)
@@ -258,7 +257,7 @@ class Recorder:
             sequence_scalars=self._pool.scalars,
             sequence_sums=self._pool.sums,
             entropy=self._tables.entropy,
-            metadata=self._all_metadata(),
+            metadata={**self._all_metadata(), "running_sequences": 0 if self._running is None else self._running.count},
             store=None if self._store is None else self._store.snapshot(),
         )
         statistics.verify()

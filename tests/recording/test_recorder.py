@@ -180,9 +180,11 @@ def test_without_labels_a_call_with_a_past_goes_on_and_one_without_begins_anew(r
         first = run(routed, {"input_ids": ids}, use_cache=True)
         run(routed, {"input_ids": ids[:, :1]}, past_key_values=first.past_key_values)
         assert rec.statistics().sequences().tolist() == [0]  # not finished yet
+        assert "2 sequences still running: tokens so far are counted" in repr(rec.statistics())
         run(routed, {"input_ids": ids})
         assert rec.statistics().sequences().tolist() == [2]
     assert rec.statistics().sequences().tolist() == [4]
+    assert "running" not in repr(rec.statistics())
     assert rec.statistics().sequences("decode").tolist() == [2]
 
 
@@ -453,12 +455,20 @@ def test_sequences_in_a_folder(routed: mr.RoutedModel, tmp_path: Path) -> None:
     assert again.content_hash() == store.content_hash()
     with pytest.raises(FileExistsError, match="another recording"):
         routed.record(sequences=tmp_path / "run")
+    with pytest.raises(ValueError, match="names no folder"):
+        routed.record(sequences="")
+    with pytest.raises(FileNotFoundError, match=f"there is no folder {tmp_path / 'mistyped'}"):
+        routed.record(sequences=tmp_path / "mistyped" / "run")
+    first = routed.record(sequences=tmp_path / "two")
+    with pytest.raises(FileExistsError, match="another recording writes its sequences to"):
+        routed.record(sequences=tmp_path / "two")
+    assert not first.on
 
 
 def test_a_full_disk_ends_the_recording_and_loses_nothing(
     routed: mr.RoutedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> str:
+    def full(*_: object, **__: object) -> str:
         raise OSError(28, "No space left on device")
 
     def record() -> None:
@@ -475,8 +485,11 @@ def test_a_full_disk_ends_the_recording_and_loses_nothing(
     store = rec.statistics().store
     assert store is not None
     assert store.tokens(2, "x").tolist() == [4] * 3
-    store.save(tmp_path / "elsewhere")
-    assert SequenceStore.load(tmp_path / "elsewhere").keys() == [(1, "x"), (2, "x")]
+    rec.statistics().save(tmp_path / "elsewhere")
+    kept = mr.RoutingStatistics.load(tmp_path / "elsewhere").store
+    assert kept is not None
+    assert kept.keys() == [(1, "x"), (2, "x")]
+    assert kept.content_hash() == store.content_hash()
 
 
 def test_embeddings_in_place_of_ids(model: nn.Module, routed: mr.RoutedModel) -> None:
