@@ -174,7 +174,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def _raw_bytes(tensor: torch.Tensor) -> memoryview:
     if not tensor.numel():  # an empty tensor's strides cannot be viewed as bytes
         return memoryview(b"")
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    # as_strided: a single element is contiguous with any stride, and is viewed as bytes with stride 1 only
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def _as_tensor(name: str, value: torch.Tensor | np.ndarray) -> torch.Tensor:

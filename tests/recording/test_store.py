@@ -288,3 +288,10 @@ def test_a_folder_may_be_a_link(tmp_path: Path) -> None:
     filled(KEYS, folder=tmp_path / "link").close()
     assert (tmp_path / "link").is_symlink()
     assert SequenceStore.load(tmp_path / "real").keys() == KEYS
+
+
+def test_a_killed_save_leaves_the_old_or_the_new_recording(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("killed_saves.py")
+    subprocess.run(
+        [sys.executable, script, tmp_path, "23"], check=True, env={**os.environ, "PYTHONPATH": str(script.parents[1])}
+    )
