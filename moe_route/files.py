@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import math
 import os
 import secrets
 import socket
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +29,6 @@ import numpy as np
 import torch
 
 from moe_route._C import __version__
-
-if sys.platform != "win32":
-    import fcntl
 
 __all__ = [
     "SCHEMA",
@@ -293,8 +290,6 @@ def _remove_leftovers(target: Path) -> None:
 def lock(descriptor: int) -> bool | None:
     """Lock an open file or folder until it is closed or its process ends. False where another has locked it, None where
     the file system knows no locks."""
-    if sys.platform == "win32":
-        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -305,9 +300,7 @@ def lock(descriptor: int) -> bool | None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself last through a power cut, where the system can sync a folder."""
-    if os.name != "posix":
-        return
+    """Make the rename itself last through a power cut."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except PermissionError:  # it may be written to, and not be opened

@@ -2,6 +2,7 @@
 token by token."""
 
 from moe_route.calls.call import PHASES
+from moe_route.recording.conservation import Conservation
 from moe_route.recording.labels import LabelBlock
 from moe_route.recording.ranks import all_reduce
 from moe_route.recording.recorder import DEFAULT_METRICS, Recorder
@@ -12,6 +13,7 @@ from moe_route.recording.trace import Trace
 __all__ = [
     "DEFAULT_METRICS",
     "PHASES",
+    "Conservation",
     "LabelBlock",
     "Recorder",
     "RecordingError",

@@ -32,7 +32,7 @@ Item = str | int
 Key = tuple[Item, str]
 _FILE_KIND = "sequences"
 _SHARD_BYTES = 8 << 20  # sequences are kept, written and read this much at a time
-_OPEN_SHARDS = 4  # shards from disk held in memory for reading
+_OPEN_SHARDS = 16  # shards from disk held in memory for reading
 _UNNAMED = "#"  # items without an id are "#0", "#1", ...: they pair with nothing
 
 
