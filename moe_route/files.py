@@ -75,7 +75,7 @@ _DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _FULL_DISK = {
     errno.ENOSPC: "free some space, or choose a path on another disk",
     errno.EDQUOT: "free some space, or choose a path outside of this quota",
-    errno.EFBIG: "choose a path where a file may be as large",
+    errno.EFBIG: "choose a path on a disk that takes files of this size",
     errno.EIO: "check the disk, or choose a path on another one",
 }
 _NOT_ALLOWED = {
@@ -253,8 +253,8 @@ def _explained(target: Path, advice: Mapping[int, str]) -> Iterator[None]:
             raise
         raise OSError(
             error.errno,
-            f"{target} was not written ({os.strerror(error.errno).lower()}), what was there before is as it was: "
-            f"{advice[error.errno]}",
+            f"{target} was not written ({os.strerror(error.errno).lower()}): {advice[error.errno]} "
+            "(an older file there is unchanged)",
         ) from error
 
 
@@ -280,11 +280,11 @@ def _new_temporary(target: Path) -> tuple[IO[bytes], Path]:
 
 def _remove_leftovers(target: Path) -> None:
     """Remove temporary files for ``target`` whose process is gone."""
-    with contextlib.suppress(PermissionError):  # a folder may be written to, and not be listed
-        for leftover in target.parent.glob(f"{_temporary_prefix(target)}*.tmp"):
-            with contextlib.suppress(FileNotFoundError), open(leftover, "rb") as stream:
-                if lock(stream.fileno()):
-                    leftover.unlink()
+    for leftover in target.parent.glob(f"{_temporary_prefix(target)}*.tmp"):
+        # gone by now, or of another user
+        with contextlib.suppress(FileNotFoundError, PermissionError), open(leftover, "rb") as stream:
+            if lock(stream.fileno()):
+                leftover.unlink()
 
 
 def lock(descriptor: int) -> bool | None:

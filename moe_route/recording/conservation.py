@@ -3,6 +3,7 @@ probabilities of a token add up to 1, and its shares of weight to at most 1."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -52,10 +53,11 @@ class Conservation:
         return self.largest_gap <= self.tolerance
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able content."""
+        """JSON-able content; ``largest_gap`` is None where slots were found and none expected."""
         sums = {name: getattr(self, name).tolist() for name in ("tokens", "expected", "found")}
         axes = {"groups": list(self.groups), "layers": list(self.layers)}
-        return axes | sums | {"largest_gap": self.largest_gap, "tolerance": self.tolerance}
+        largest = self.largest_gap if math.isfinite(self.largest_gap) else None
+        return axes | sums | {"largest_gap": largest, "tolerance": self.tolerance}
 
     def __repr__(self) -> str:
         gap = np.abs(self.gap)

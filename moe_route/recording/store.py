@@ -48,13 +48,16 @@ class SequenceShard:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the arrays."""
         return sum(array.nbytes for array in self.arrays.values())
 
     @property
     def rows(self) -> int:
+        """n."""
         return len(self.keys)
 
     def read(self) -> Mapping[str, np.ndarray]:
+        """The arrays, as `files.Block` has it."""
         return self.arrays
 
 
