@@ -19,11 +19,10 @@ from moe_route import files
 from moe_route.contract.tables import FIXED_POINT, METRICS, SCALARS
 from moe_route.recording.conservation import Conservation, broken_law, conservation
 from moe_route.recording.metadata import config_hash_of, merge_metadata
+from moe_route.recording.store import SequenceStore
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from moe_route.recording.store import SequenceStore
 
 __all__ = [
     "PHASES",
@@ -673,8 +672,6 @@ def _position(name: str, names: Sequence[str], what: str) -> int:
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any], SequenceStore | None]:
     """Arrays, header and sequences of a file."""
-    from moe_route.recording.store import SequenceStore
-
     tensors, header, blocks = files.read_blocks(path, _FILE_KIND)
     with files.expected_content(path):
         names = header["sequences"]
