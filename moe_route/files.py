@@ -4,35 +4,142 @@ A file holds named tensors and one JSON header. The header travels in the safete
 ``moe_route`` together with the file's kind ("statistics", "plan", ...), the schema version, the library version and a
 SHA-256 over all of it, so any safetensors reader can open the file and this one can tell a truncated, altered, foreign
 or newer file from a good one. Nothing is ever unpickled or executed.
+
+Tensors that may not fit into memory have a name that begins with ``rows.``. They are written and read as *blocks* of
+rows, each with a SHA-256 of its own in the header, which is compared when the block is read.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
+import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, overload
+from typing import IO, Any, Literal, Protocol, overload
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 
 from moe_route._C import __version__
 
-__all__ = ["SCHEMA", "FileRefusedError", "canonical_json", "content_hash", "read", "read_header", "replacing", "write"]
+__all__ = [
+    "SCHEMA",
+    "Block",
+    "FileRefusedError",
+    "StoredBlock",
+    "canonical_json",
+    "check_writable",
+    "content_hash",
+    "expected_content",
+    "lock",
+    "read",
+    "read_blocks",
+    "read_header",
+    "replacing",
+    "write",
+]
 
-SCHEMA = 1  # raised when a reader of the previous schema could misread a file
+SCHEMA = 2  # raised when a reader of the previous schema could misread a file
 _KEY = "moe_route"
+_ROWS = "rows."  # the tensors that are written in blocks
 _LENGTH_BYTES = 8  # a safetensors file: header length (uint64, little endian), header (JSON), data
+_LONGEST_HEADER = 100_000_000  # bytes; safetensors readers refuse more
+_NO_HASH = "0" * 64  # stands where a hash will be
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+_DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_FULL_DISK = {
+    errno.ENOSPC: "free some space, or choose a path on another disk",
+    errno.EDQUOT: "free some space, or choose a path outside of this quota",
+    errno.EFBIG: "choose a path on a disk that takes files of this size",
+    errno.EIO: "check the disk, or choose a path on another one",
+}
+_NOT_ALLOWED = {
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to",
+    errno.EROFS: "choose a folder that you may write to",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 
 
 class FileRefusedError(ValueError):
     """A file that cannot be trusted or understood; the message says what is wrong and what to do."""
+
+
+class Block(Protocol):
+    """Some rows of tensors that are written and read a part at a time."""
+
+    @property
+    def rows(self) -> int:
+        """How many rows."""
+        ...
+
+    def read(self) -> Mapping[str, np.ndarray]:
+        """Name -> array ``[rows, ...]``; names, dtypes and shapes of a row are the same in all blocks of a file."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredBlock:
+    """A block of a file. It is read, and its hash compared, each time it is asked for."""
+
+    path: Path
+    rows: int
+    sha256: str
+    entries: Mapping[str, _Entry]  # name -> where its rows lie
+
+    def read(self) -> dict[str, np.ndarray]:
+        """Name -> array ``[rows, ...]``. Raises ``FileRefusedError`` where the file is gone or is no longer the one
+        that was opened."""
+        with _reading(self.path), open(self.path, "rb") as stream:
+            tensors = {name: _read_tensor(self.path, stream, entry) for name, entry in self.entries.items()}
+        if _digest(tensors, None) != self.sha256:
+            raise FileRefusedError(
+                f"{self.path} was altered or replaced since it was opened: open it again, or restore it from a copy"
+            )
+        return {name: _as_array(os.fspath(self.path), name, tensor) for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor lies in a file, in bytes from the file's beginning."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def part(self, first: int, rows: int) -> _Entry:
+        """These rows of it."""
+        row = _Entry(self.dtype, self.shape[1:], 0).nbytes
+        return _Entry(self.dtype, (rows, *self.shape[1:]), self.start + first * row)
 
 
 def canonical_json(value: object) -> str:
@@ -64,7 +171,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def _raw_bytes(tensor: torch.Tensor) -> memoryview:
     if not tensor.numel():  # an empty tensor's strides cannot be viewed as bytes
         return memoryview(b"")
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    # as_strided: a single element is contiguous with any stride, and is viewed as bytes with stride 1 only
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def _as_tensor(name: str, value: torch.Tensor | np.ndarray) -> torch.Tensor:
@@ -80,38 +188,130 @@ def _as_tensor(name: str, value: torch.Tensor | np.ndarray) -> torch.Tensor:
         ) from error
 
 
+# ---- replacing a file
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A binary file to write to that takes the place of ``path`` only when the block ends well.
 
-    It is written under a temporary name in the same folder (made if missing), synced to disk and renamed. When the
-    block raises, ``path`` is what it was before and the temporary file is gone.
+    It is written under a temporary name in the same folder, synced to disk and renamed. When the block raises, ``path``
+    is what it was before and the temporary file is gone. What a killed process left of an earlier attempt is removed.
+
+    Raises ``OSError`` naming the file and what to do: where the folder is missing or may not be written to, the path
+    is a folder, its name is too long, or the disk is full.
     """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise IsADirectoryError(f"{target} is a folder: give the name of a file in it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    target = _target(path)
+    _remove_leftovers(target)
+    with _explained(target, _NOT_ALLOWED | _FULL_DISK):
+        stream, temporary = _new_temporary(target)
     try:
-        with open(temporary, "xb") as stream:
+        with _explained(target, _FULL_DISK), stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, target)
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(target.parent)
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Try whether ``path`` can be written, before the work whose result will go there; nothing is changed.
+
+    Raises what ``replacing`` would raise, but for a disk that is full by then.
+    """
+    target = _target(path)
+    with _explained(target, _NOT_ALLOWED | _FULL_DISK):
+        stream, temporary = _new_temporary(target)
+    stream.close()
+    temporary.unlink()
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    """The file that ``path`` leads to, in a folder that exists."""
+    target = Path(os.path.realpath(path))
+    with _explained(target, _NOT_ALLOWED), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.stat(target)
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"{target} is a folder: give the name of a file in it")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            errno.ENOENT,
+            f"{target} cannot be written: there is no folder {target.parent}; make it first, or correct the path",
+        )
+    return target
+
+
+@contextlib.contextmanager
+def _explained(target: Path, advice: Mapping[int, str]) -> Iterator[None]:
+    """Make a system error that there is advice for name the file and the advice."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.errno not in advice:
+            raise
+        raise OSError(
+            error.errno,
+            f"{target} was not written ({os.strerror(error.errno).lower()}): {advice[error.errno]} "
+            "(an older file there is unchanged)",
+        ) from error
+
+
+def _temporary_prefix(target: Path) -> str:
+    """Begins the name of every temporary file for ``target``; short for any name. Hosts that share a folder may not see
+    each other's locks, so each removes only its own leftovers."""
+    owner = f"{socket.gethostname()}\0{target.name}".encode(errors="surrogateescape")
+    return f".moe-route-{hashlib.blake2b(owner, digest_size=8).hexdigest()}-"
+
+
+def _new_temporary(target: Path) -> tuple[IO[bytes], Path]:
+    """A new file for ``target``, open and locked: a lock goes with its process, so a leftover is known by having
+    none."""
+    while True:
+        temporary = target.with_name(f"{_temporary_prefix(target)}{secrets.token_hex(8)}.tmp")
+        stream = open(temporary, "xb")  # noqa: SIM115  (handed to the caller)
+        lock(stream.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(temporary), os.fstat(stream.fileno())):
+                return stream, temporary
+        stream.close()  # taken for a leftover between its making and its locking
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove temporary files for ``target`` whose process is gone."""
+    for leftover in target.parent.glob(f"{_temporary_prefix(target)}*.tmp"):
+        # gone by now, or of another user
+        with contextlib.suppress(FileNotFoundError, PermissionError), open(leftover, "rb") as stream:
+            if lock(stream.fileno()):
+                leftover.unlink()
+
+
+def lock(descriptor: int) -> bool | None:
+    """Lock an open file or folder until it is closed or its process ends. False where another has locked it, None where
+    the file system knows no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself last through a power cut, where the system can sync a folder."""
-    if os.name != "posix":
+    """Make the rename itself last through a power cut."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # it may be written to, and not be opened
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# ---- writing
 
 
 def write(
@@ -119,24 +319,99 @@ def write(
     tensors: Mapping[str, torch.Tensor | np.ndarray],
     header: Mapping[str, Any],
     kind: str,
+    *,
+    blocks: Sequence[Block] = (),
 ) -> str:
     """Write ``tensors`` and ``header`` to ``path`` as a file of this ``kind``; returns the content hash.
 
     Tensors may be torch (any device, any dtype safetensors knows) or numpy arrays. The header is JSON: strings,
-    numbers, booleans, None, lists and string-keyed mappings, no NaN. Raises ``TypeError`` / ``ValueError`` for a header
-    or tensor that a file cannot hold, before anything is written.
+    numbers, booleans, None, lists and string-keyed mappings, no NaN. The rows of ``blocks`` follow each other in
+    tensors named ``rows.NAME``; one block at a time is in memory.
+
+    Raises ``TypeError`` / ``ValueError`` for a header, a tensor or blocks that a file cannot hold, and ``OSError``
+    where ``path`` cannot be written; ``path`` is then what it was before.
     """
     held = {name: _as_tensor(name, value) for name, value in tensors.items()}
-    envelope = {"schema": SCHEMA, "kind": kind, "library_version": __version__, "header": _checked_header(header)}
-    digest = _digest(held, envelope)
-    # clones: safetensors refuses tensors that share memory, such as a view next to its base
-    data = safetensors.torch.save(
-        {name: tensor.clone() for name, tensor in held.items()},
-        metadata={_KEY: canonical_json({**envelope, "sha256": digest})},
-    )
+    reserved = [name for name in held if name.startswith(_ROWS)]
+    if reserved:
+        raise ValueError(f"tensor names beginning with {_ROWS!r} are those of blocks: rename {reserved[0]!r}")
+    envelope: dict[str, Any] = {"schema": SCHEMA, "kind": kind, "library_version": __version__}
+    envelope["header"] = _checked_header(header)
+    if blocks:
+        envelope["blocks"] = {"rows": [block.rows for block in blocks], "sha256": [_NO_HASH] * len(blocks)}
+    entries = _laid_out({**{name: (held[name].dtype, held[name].shape) for name in held}, **_shapes_of_rows(blocks)})
+    start = len(_head(entries, {**envelope, "sha256": _NO_HASH}))  # hashes are known, and put in, at the end
     with replacing(path) as stream:
-        stream.write(data)
+        for name, tensor in held.items():
+            _write_tensor(stream, start + entries[name].start, tensor)
+        first = 0
+        for number, block in enumerate(blocks):
+            envelope["blocks"]["sha256"][number] = _write_block(stream, start, entries, block, first)
+            first += block.rows
+        digest = _digest(held, envelope)
+        stream.seek(0)
+        stream.write(_head(entries, {**envelope, "sha256": digest}))
     return digest
+
+
+def _shapes_of_rows(blocks: Sequence[Block]) -> dict[str, tuple[torch.dtype, Sequence[int]]]:
+    """Dtypes and shapes of the tensors that the rows of all blocks make."""
+    if not blocks:
+        return {}
+    rows = sum(block.rows for block in blocks)
+    first = {name: _as_tensor(name, array) for name, array in blocks[0].read().items()}
+    return {_ROWS + name: (tensor.dtype, (rows, *tensor.shape[1:])) for name, tensor in first.items()}
+
+
+def _laid_out(shapes: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> dict[str, _Entry]:
+    """A place for each tensor, counted from the first one: wide dtypes first, so that all are aligned."""
+    entries, start = {}, 0
+    for name in sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name)):
+        dtype, shape = shapes[name]
+        if dtype not in _DTYPE_CODES:
+            raise TypeError(
+                f"tensor {name!r} has dtype {_dtype_name(dtype)}, which a file cannot hold: convert it first"
+            )
+        entries[name] = _Entry(dtype, tuple(shape), start)
+        start += entries[name].nbytes
+    return entries
+
+
+def _head(entries: Mapping[str, _Entry], envelope: Mapping[str, Any]) -> bytes:
+    """What a file begins with: the length of the safetensors header, and the header."""
+    layout: dict[str, Any] = {"__metadata__": {_KEY: canonical_json(envelope)}}
+    for name, entry in entries.items():
+        offsets = [entry.start, entry.start + entry.nbytes]
+        layout[name] = {"dtype": _DTYPE_CODES[entry.dtype], "shape": entry.shape, "data_offsets": offsets}
+    text = json.dumps(layout, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)
+    if len(text) > _LONGEST_HEADER:
+        raise ValueError(
+            f"the header has {len(text)} bytes, and safetensors readers take {_LONGEST_HEADER}: keep parts in files of "
+            "their own"
+        )
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+
+def _write_tensor(stream: IO[bytes], start: int, tensor: torch.Tensor) -> None:
+    stream.seek(start)
+    stream.write(_raw_bytes(tensor))
+
+
+def _write_block(stream: IO[bytes], start: int, entries: Mapping[str, _Entry], block: Block, first: int) -> str:
+    """Write a block whose first row is row ``first`` of the file's; returns its hash."""
+    tensors = {name: _as_tensor(name, array) for name, array in block.read().items()}
+    places = {
+        name.removeprefix(_ROWS): entry.part(first, block.rows)
+        for name, entry in entries.items()
+        if name.startswith(_ROWS)
+    }
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    if found != {name: (place.dtype, place.shape) for name, place in places.items()}:
+        raise ValueError(f"the blocks of a file hold the same tensors: {sorted(found)} differ from {sorted(places)}")
+    for name, tensor in tensors.items():
+        _write_tensor(stream, start + places[name].start, tensor)
+    return _digest(tensors, None)
 
 
 def _checked_header(header: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,6 +432,9 @@ def _tuples_as_lists(value: Any) -> Any:
     return value
 
 
+# ---- reading
+
+
 @overload
 def read(
     path: str | os.PathLike[str], kind: str, *, framework: Literal["numpy"] = "numpy"
@@ -168,30 +446,81 @@ def read(
 def read(
     path: str | os.PathLike[str], kind: str, *, framework: Literal["numpy", "torch"] = "numpy"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tensors and header of a file that ``write`` made with the same ``kind``.
+    """Tensors and header of a file that ``write`` made with the same ``kind``, but for the tensors of blocks.
 
     ``framework`` is what the tensors come back as; bfloat16 and float8 need "torch". Raises ``FileRefusedError`` for a
-    missing, empty, truncated, altered, foreign (a pickle, another program's file, another kind) or newer file.
+    missing, empty, truncated, altered, foreign (a pickle, another program's file, another kind) or newer file; a
+    foreign file is told by its header, before its data is read.
     """
     if framework not in ("numpy", "torch"):
         raise ValueError(f'framework must be "numpy" or "torch", not {framework!r}')
-    name = os.fspath(path)
-    with _reading(Path(path)):
-        data = Path(path).read_bytes()
-    envelope = _envelope(name, data, len(data), kind)
+    tensors, header, _ = _read(Path(path), kind)
+    if framework == "torch":
+        return tensors, header
+    return {name: _as_array(os.fspath(path), name, tensor) for name, tensor in tensors.items()}, header
+
+
+def read_blocks(
+    path: str | os.PathLike[str], kind: str
+) -> tuple[dict[str, np.ndarray], dict[str, Any], list[StoredBlock]]:
+    """What ``read`` gives, and the blocks of the file; a block's rows are read when it is asked for them."""
+    tensors, header, blocks = _read(Path(path), kind)
+    return {name: _as_array(os.fspath(path), name, tensor) for name, tensor in tensors.items()}, header, blocks
+
+
+def _read(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any], list[StoredBlock]]:
+    with _reading(path), open(path, "rb") as stream:
+        layout, start = _layout(path, stream)
+        envelope = _envelope(path, layout, kind)
+        entries = _entries(path, layout, start)
+        tensors = {
+            name: _read_tensor(path, stream, entry) for name, entry in entries.items() if not name.startswith(_ROWS)
+        }
     expected = envelope.pop("sha256", None)
-    try:
-        tensors = safetensors.torch.load(data)
-    except (safetensors.SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        raise FileRefusedError(f"{name} is damaged ({error}): restore it from a copy or make it again") from error
     if _digest(tensors, envelope) != expected:
         raise FileRefusedError(
-            f"{name} was altered after it was written (its contents do not match its SHA-256): "
+            f"{path} was altered after it was written (its contents do not match its SHA-256): "
             "restore it from a copy or make it again"
         )
-    if framework == "torch":
-        return tensors, envelope["header"]
-    return {key: _as_array(name, key, tensor) for key, tensor in tensors.items()}, envelope["header"]
+    with expected_content(path):
+        return tensors, envelope["header"], _blocks(path, entries, envelope.get("blocks"))
+
+
+def _blocks(path: Path, entries: Mapping[str, _Entry], said: Mapping[str, Any] | None) -> list[StoredBlock]:
+    rows = {name.removeprefix(_ROWS): entry for name, entry in entries.items() if name.startswith(_ROWS)}
+    blocks, first = [], 0
+    for count, sha256 in zip(said["rows"], said["sha256"], strict=True) if said else ():
+        of_block = {name: entry.part(first, count) for name, entry in rows.items()}
+        blocks.append(StoredBlock(Path(os.path.abspath(path)), count, sha256, of_block))
+        first += count
+    if any(entry.shape[0] != first for entry in rows.values()):
+        raise ValueError("blocks and rows differ in number")
+    return blocks
+
+
+@contextlib.contextmanager
+def expected_content(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns the errors of taking a file's content apart into ``FileRefusedError``: another version, or another program,
+    wrote it whole, but with other fields."""
+    try:
+        yield
+    except FileRefusedError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise FileRefusedError(
+            f"{os.fspath(path)} is whole, but does not hold what this version of moe-route reads ({error}): another "
+            "version wrote it; make it again"
+        ) from error
+
+
+def _read_tensor(path: Path, stream: IO[bytes], entry: _Entry) -> torch.Tensor:
+    if not entry.nbytes:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    data = bytearray(entry.nbytes)
+    stream.seek(entry.start)
+    if stream.readinto(data) != len(data):  # type: ignore[attr-defined]
+        raise FileRefusedError(f"{path} is truncated: copy it again or make it again")
+    return torch.frombuffer(data, dtype=entry.dtype).reshape(entry.shape)
 
 
 def _as_array(path: str, name: str, tensor: torch.Tensor) -> np.ndarray:
@@ -212,10 +541,7 @@ def read_header(path: str | os.PathLike[str], kind: str | None = None) -> dict[s
     """
     source = Path(path)
     with _reading(source), open(source, "rb") as stream:
-        head = stream.read(_LENGTH_BYTES)
-        size = os.fstat(stream.fileno()).st_size
-        head += stream.read(min(int.from_bytes(head, "little"), size))
-    return _envelope(os.fspath(path), head, size, kind)
+        return _envelope(source, _layout(source, stream)[0], kind)
 
 
 @contextlib.contextmanager
@@ -231,64 +557,87 @@ def _reading(path: Path) -> Iterator[None]:
         raise FileRefusedError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
 
 
-def _envelope(name: str, head: bytes, size: int, kind: str | None) -> dict[str, Any]:
-    """The checked metadata in a file's first bytes; refuses everything that is not a whole file of ``kind``."""
-    layout = _layout(name, head, size)
+def _envelope(path: Path, layout: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
+    """The checked metadata of a file; refuses everything that is not a file of ``kind``."""
     try:
         envelope: dict[str, Any] = json.loads(layout.get("__metadata__", {})[_KEY])
+        canonical_json(envelope)  # as deep as can be read is not always as deep as can be hashed
         schema, found, header = envelope["schema"], envelope["kind"], envelope["header"]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise FileRefusedError(
-            f"{name} is a safetensors file, but not one that moe-route wrote: give a moe-route file"
+            f"{path} is a safetensors file, but not one that moe-route wrote: give a moe-route file"
         ) from error
     if not isinstance(schema, int) or not isinstance(header, dict):
         raise FileRefusedError(
-            f"{name} is damaged (its metadata has the wrong shape): restore it from a copy or make it again"
+            f"{path} is damaged (its metadata has the wrong shape): restore it from a copy or make it again"
         )
     if schema > SCHEMA:
         raise FileRefusedError(
-            f"{name} has schema {schema}, written by moe-route {envelope.get('library_version')}; "
+            f"{path} has schema {schema}, written by moe-route {envelope.get('library_version')}; "
             f"this version reads up to {SCHEMA}: upgrade moe-route"
         )
     if kind is not None and found != kind:
-        raise FileRefusedError(f"{name} holds {found!r}, not {kind!r}: give a file of the right kind")
+        raise FileRefusedError(f"{path} holds {found!r}, not {kind!r}: give a file of the right kind")
     return envelope
 
 
-def _layout(name: str, head: bytes, size: int) -> dict[str, Any]:
-    """The safetensors header, after the file's length was checked against it."""
+def _layout(path: Path, stream: IO[bytes]) -> tuple[dict[str, Any], int]:
+    """The safetensors header, after the file's length was checked against it, and where the data begins."""
+    size = os.fstat(stream.fileno()).st_size
     if not size:
-        raise FileRefusedError(f"{name} is empty: its writing was cut off or it is the wrong file; make it again")
-    truncated = f"{name} is truncated ({size} bytes): copy it again or make it again"
-    _refuse_pickles(name, head)
-    if head[_LENGTH_BYTES : _LENGTH_BYTES + 1] not in (b"{", b""):
-        raise FileRefusedError(f"{name} is not a moe-route file (not safetensors at all): give a moe-route file")
+        raise FileRefusedError(f"{path} is empty: its writing was cut off or it is the wrong file; make it again")
+    head = stream.read(_LENGTH_BYTES + 1)
+    truncated = f"{path} is truncated ({size} bytes): copy it again or make it again"
+    _refuse_pickles(path, head)
+    if head[_LENGTH_BYTES:] not in (b"{", b""):
+        raise FileRefusedError(f"{path} is not a moe-route file (not safetensors at all): give a moe-route file")
     start = _LENGTH_BYTES + int.from_bytes(head[:_LENGTH_BYTES], "little")
     if size <= _LENGTH_BYTES or start > size:
         raise FileRefusedError(truncated)
+    if start - _LENGTH_BYTES > _LONGEST_HEADER:
+        raise FileRefusedError(f"{path} is not a moe-route file (its header is too long): give a moe-route file")
     try:
-        layout: dict[str, Any] = json.loads(head[_LENGTH_BYTES:start])
+        layout: dict[str, Any] = json.loads(head[_LENGTH_BYTES:] + stream.read(start - len(head)))
         end = max((entry["data_offsets"][1] for key, entry in layout.items() if key != "__metadata__"), default=0)
         missing = start + end - size
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise FileRefusedError(
-            f"{name} is damaged (its header is not valid): restore it from a copy or make it again"
+            f"{path} is damaged (its header is not valid): restore it from a copy or make it again"
         ) from error
     if missing > 0:
         raise FileRefusedError(truncated)
     if missing < 0:
         raise FileRefusedError(
-            f"{name} was altered ({-missing} bytes after its end): restore it from a copy or make it again"
+            f"{path} was altered ({-missing} bytes after its end): restore it from a copy or make it again"
         )
-    return layout
+    return layout, start
 
 
-def _refuse_pickles(name: str, head: bytes) -> None:
+def _entries(path: Path, layout: Mapping[str, Any], start: int) -> dict[str, _Entry]:
+    """Where the tensors of a file lie."""
+    entries = {}
+    try:
+        for name, said in layout.items():
+            if name == "__metadata__":
+                continue
+            first, last = said["data_offsets"]
+            shape = tuple(said["shape"])
+            entries[name] = entry = _Entry(_DTYPES[said["dtype"]], shape, start + first)
+            if not all(isinstance(n, int) and n >= 0 for n in (first, last, *shape)) or entry.nbytes != last - first:
+                raise ValueError(name)
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileRefusedError(
+            f"{path} is damaged (its header is not valid): restore it from a copy or make it again"
+        ) from error
+    return entries
+
+
+def _refuse_pickles(path: Path, head: bytes) -> None:
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and head[8:9] != b"{":
         raise FileRefusedError(
-            f"{name} is a pickle, which could run code: moe-route never loads one; give a moe-route file"
+            f"{path} is a pickle, which could run code: moe-route never loads one; give a moe-route file"
         )
     if head[:4] == b"PK\x03\x04":
         raise FileRefusedError(
-            f"{name} is a zip archive (torch.save or npz): moe-route never loads one; give a moe-route file"
+            f"{path} is a zip archive (torch.save or npz): moe-route never loads one; give a moe-route file"
         )

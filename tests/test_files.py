@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import pickle
+import resource
+import subprocess
+import sys
+import tracemalloc
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -156,10 +162,10 @@ def test_foreign_files_are_refused_by_name(tmp_path):
 
 
 def test_newer_schema_is_refused(good, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "SCHEMA", 2)
+    monkeypatch.setattr(files, "SCHEMA", 3)
     files.write(tmp_path / "newer", {}, {}, "plan")
-    monkeypatch.setattr(files, "SCHEMA", 1)
-    with pytest.raises(FileRefusedError, match=r"schema 2, .* upgrade moe-route"):
+    monkeypatch.undo()
+    with pytest.raises(FileRefusedError, match=r"schema 3, .* upgrade moe-route"):
         files.read(tmp_path / "newer", "plan")
 
 
@@ -206,16 +212,216 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(good, monkeypatch,
     assert [entry.name for entry in good.parent.iterdir()] == [good.name]
 
 
-def test_overwriting_a_link_changes_its_target_and_folders_are_made(tmp_path):
-    real = tmp_path / "a" / "b" / "real"
+def test_overwriting_a_link_changes_its_target(tmp_path):
+    (tmp_path / "a").mkdir()
+    real = tmp_path / "a" / "real"
     files.write(real, {}, {"n": 1}, "any")
     link = tmp_path / "link"
     link.symlink_to(real)
     files.write(link, {}, {"n": 2}, "any")
     assert link.is_symlink()
     assert files.read(real, "any")[1] == {"n": 2}
-    with pytest.raises(IsADirectoryError):
-        files.write(tmp_path, {}, {}, "any")
+
+
+def test_a_path_that_cannot_be_written_is_named_before_the_work(tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    path.write_bytes(b"mine")
+    files.check_writable(path)
+    files.check_writable(tmp_path / "new")
+    (tmp_path / "file").write_bytes(b"")
+    cases = [
+        (tmp_path / "mistyped" / "run", FileNotFoundError, f"no folder {tmp_path / 'mistyped'}; make it first"),
+        (tmp_path / "file" / "run", FileNotFoundError, f"no folder {tmp_path / 'file'}"),
+        (tmp_path, IsADirectoryError, "is a folder: give the name of a file in it"),
+        ("", IsADirectoryError, "is a folder"),
+        (tmp_path / ("n" * 256), OSError, "name too long.*choose a shorter name"),
+    ]
+    for wrong, error, why in cases:
+        for attempt in (files.check_writable, lambda path: files.write(path, {}, {}, "any")):
+            with pytest.raises(error, match=why):
+                attempt(wrong)
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("builtins.open", read_only)
+    with pytest.raises(OSError, match=r"run was not written \(read-only file system\).*choose a folder"):
+        files.check_writable(path)
+    monkeypatch.undo()
+    assert path.read_bytes() == b"mine"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "run"]
+
+
+class Rows(NamedTuple):
+    """A block whose arrays are in memory."""
+
+    arrays: dict[str, np.ndarray]
+
+    @property
+    def rows(self):
+        return len(self.arrays["tokens"])
+
+    def read(self):
+        return self.arrays
+
+
+def three_blocks():
+    rng = np.random.default_rng(0)
+    return [Rows({"tokens": rng.integers(0, 9, (n, 2)), "q": rng.random((n, 2, 3), np.float32)}) for n in (4, 1, 3)]
+
+
+@pytest.mark.parametrize("size", [100, 5000, 20_000, 70_000])
+def test_a_full_disk_keeps_the_old_file_and_names_it(good, size):
+    """The disk is full after so many bytes: the system itself refuses to write more."""
+    before = good.read_bytes()
+    rows = [Rows({"tokens": np.ones((500, 8), np.int64)}) for _ in range(3)]
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, unlimited[1]))
+    try:
+        with pytest.raises(OSError, match=r"good\.safetensors was not written \(file too large\)"):
+            files.write(good, {"x": np.ones(100)}, {}, "statistics", blocks=rows)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert good.read_bytes() == before
+    assert [entry.name for entry in good.parent.iterdir()] == [good.name]
+
+
+def test_only_what_a_killed_process_left_is_removed(tmp_path):
+    path, other = tmp_path / "run", tmp_path / "other"
+    write = f"import os; from moe_route import files; from pathlib import Path; p = Path({str(path)!r})\n"
+    kill = "with files.replacing(p) as stream: stream.write(b'half'); stream.flush(); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", write + kill], check=False)
+    (left,) = tmp_path.iterdir()
+    with files.replacing(other) as stream:  # another file: leftovers of its own
+        stream.write(b"other")
+    assert left.exists()
+    with files.replacing(path) as first, files.replacing(path) as second:  # neither is a leftover
+        assert not left.exists()
+        first.write(b"first")
+        second.write(b"second")
+    assert path.read_bytes() == b"first"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["other", "run"]
+
+
+def test_blocks_come_back_and_are_ordinary_tensors_for_others(tmp_path):
+    path, blocks = tmp_path / "x.safetensors", three_blocks()
+    files.write(path, {"plain": np.arange(3)}, {"n": 1}, "any", blocks=blocks)
+    tensors, header, found = files.read_blocks(path, "any")
+    assert header == {"n": 1}
+    assert list(tensors) == ["plain"] == list(files.read(path, "any")[0])
+    assert [block.rows for block in found] == [4, 1, 3]
+    for one, other in zip(blocks, found, strict=True):
+        for name, array in one.arrays.items():
+            np.testing.assert_array_equal(other.read()[name], array)
+            assert other.read()[name].dtype == array.dtype
+    whole = safetensors.numpy.load_file(path)
+    assert sorted(whole) == ["plain", "rows.q", "rows.tokens"]
+    np.testing.assert_array_equal(whole["rows.q"], np.concatenate([block.arrays["q"] for block in blocks]))
+    files.write(tmp_path / "copy", tensors, header, "any", blocks=found)
+    assert (tmp_path / "copy").read_bytes() == path.read_bytes()
+
+
+def test_any_changed_byte_of_a_file_with_blocks_is_refused(tmp_path):
+    path = tmp_path / "x"
+    files.write(path, {"plain": np.arange(3)}, {}, "any", blocks=three_blocks())
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        altered = bytearray(whole)
+        altered[position] ^= 1
+        path.write_bytes(altered)
+        try:
+            found = [block.read() for block in files.read_blocks(path, "any")[2]]
+        except FileRefusedError:
+            continue
+        for one, other in zip(three_blocks(), found, strict=True):  # a space that pads the header
+            assert all((other[name] == array).all() for name, array in one.arrays.items())
+
+
+def test_a_file_that_is_replaced_or_cut_after_it_was_opened_is_refused(tmp_path):
+    path, blocks = tmp_path / "x", three_blocks()
+    files.write(path, {}, {}, "any", blocks=blocks)
+    found = files.read_blocks(path, "any")[2]
+    files.write(path, {}, {}, "any", blocks=blocks[::-1])
+    with pytest.raises(FileRefusedError, match="altered or replaced since it was opened"):
+        found[0].read()
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(FileRefusedError, match="truncated"):
+        files.read_blocks(path, "any")
+    files.write(path, {}, {}, "any", blocks=blocks)
+    os.truncate(path, 400)
+    with pytest.raises(FileRefusedError, match="truncated"):
+        found[2].read()
+
+
+def test_blocks_that_differ_are_refused_and_nothing_is_lost(good):
+    before = good.read_bytes()
+    blocks = three_blocks()
+    for other in (
+        Rows({"tokens": np.ones((2, 3), np.int64), "q": np.ones((2, 2, 3), np.float32)}),
+        Rows({"tokens": np.ones((2, 2), np.int64)}),
+    ):
+        with pytest.raises(ValueError, match="blocks of a file hold the same tensors"):
+            files.write(good, {}, {}, "statistics", blocks=[*blocks, other])
+    with pytest.raises(ValueError, match=r"rename 'rows\.q'"):
+        files.write(good, {"rows.q": np.ones(2)}, {}, "statistics")
+    assert good.read_bytes() == before
+    assert [entry.name for entry in good.parent.iterdir()] == [good.name]
+
+
+def test_a_header_longer_than_readers_take_is_refused(good, monkeypatch):
+    monkeypatch.setattr(files, "_LONGEST_HEADER", 1000)
+    with pytest.raises(ValueError, match="safetensors readers take 1000"):
+        files.write(good, {}, {"text": "x" * 1000}, "statistics")
+
+
+def test_a_large_foreign_file_is_refused_by_its_header(tmp_path):
+    """A checkpoint of 1 GiB, sparse: only its header is read."""
+    path, size = tmp_path / "model.safetensors", 1 << 30
+    layout = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    path.write_bytes(len(layout).to_bytes(8, "little") + layout)
+    os.truncate(path, 8 + len(layout) + size)
+    tracemalloc.start()
+    with pytest.raises(FileRefusedError, match="not one that moe-route wrote"):
+        files.read(path, "statistics")
+    path.write_bytes((1 << 29).to_bytes(8, "little") + b"{")  # a header of half a GiB
+    os.truncate(path, size)
+    with pytest.raises(FileRefusedError, match="header is too long"):
+        files.read(path, "statistics")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+@pytest.mark.parametrize("depth", [990, 3000, 200_000])
+def test_nesting_without_end_is_refused(tmp_path, depth):
+    path = tmp_path / "deep"
+    nested = "[" * depth + "]" * depth
+    for text in (nested, f'{{"schema":1,"kind":"plan","header":{{"x":{nested}}}}}'):
+        path.write_bytes(safetensors.numpy.save({}, metadata={"moe_route": text}))
+        with pytest.raises(FileRefusedError):
+            files.read(path, "plan")
+        with pytest.raises(FileRefusedError):
+            files.read_blocks(path, "plan")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "U8", "shape": [4], "data_offsets": [-4, 0]},
+        {"dtype": "F32", "shape": [4], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]},
+        {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]},
+        {"dtype": "U8", "shape": [-4], "data_offsets": [0, 4]},
+    ],
+)
+def test_tensors_that_lie_nowhere_are_refused(tmp_path, entry):
+    path = tmp_path / "x"
+    envelope = json.dumps({"schema": 1, "kind": "plan", "header": {}})
+    end = max(entry["data_offsets"][1], 0)
+    layout = json.dumps({"__metadata__": {"moe_route": envelope}, "w": entry}).encode()
+    path.write_bytes(len(layout).to_bytes(8, "little") + layout + b"\0" * end)
+    with pytest.raises(FileRefusedError, match="header is not valid"):
+        files.read(path, "plan")
 
 
 def test_big_endian_and_read_only_arrays(tmp_path):

@@ -60,11 +60,14 @@ def demo(
     the shipped one).
 
     `languages` and `limit` cut the corpus down; English must be among them, since everything is compared with it. `out`
-    is a folder for the pictures (none without it). The task texts are the shipped arithmetic problems, in the languages
-    they have in common with the corpus. Raises `ValueError` for a corpus that leaves nothing to compare, and what
-    loading and attaching raise.
+    is a folder for the pictures, made if missing (none without it). The task texts are the shipped arithmetic problems,
+    in the languages they have in common with the corpus. Raises `ValueError` for a corpus that leaves nothing to
+    compare, and what loading and attaching raise.
     """
     start = time.perf_counter()
+    if out is not None:
+        Path(out).mkdir(exist_ok=True)
+        files.check_writable(Path(out) / "report.json")
     corpus = read_corpus(data, languages=languages, limit=limit)
     if PIVOT not in corpus.languages or len(corpus.languages) < 2:
         found = ", ".join(corpus.languages)

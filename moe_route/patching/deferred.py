@@ -165,8 +165,8 @@ class DeferredCounts:
                         other.may_defer(False)
                     raise RuntimeError(
                         f"the output of router {engine.router.name!r} was changed in place after the router ran, "
-                        f"though not in the first small call; {len(calls)} calls are not counted. Record again: later calls "
-                        "are counted router by router."
+                        f"though not in the first small call; {len(calls)} calls are not counted. Record again: "
+                        "later calls are counted router by router."
                     )
                 output = engine.parts(whole)
                 table = table_on(output[0].device)

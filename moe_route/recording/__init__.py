@@ -1,6 +1,7 @@
 """Evidence: what the routers of a model did, as integer sums per (group, layer, expert), sequence by sequence, or
 token by token."""
 
+from moe_route.recording.conservation import Conservation
 from moe_route.recording.labels import LabelBlock
 from moe_route.recording.ranks import all_reduce
 from moe_route.recording.recorder import DEFAULT_METRICS, Recorder
@@ -10,6 +11,7 @@ from moe_route.recording.trace import Trace
 
 __all__ = [
     "DEFAULT_METRICS",
+    "Conservation",
     "LabelBlock",
     "Recorder",
     "RecordingError",

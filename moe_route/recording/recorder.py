@@ -121,7 +121,7 @@ class Recorder:
         self._phases = tuple(phases)
         self._tables = TableSet(model.routers, groups=len(self._groups), metrics=metrics, entropy=entropy)
         widest = max(router.num_experts for router in model.routers)
-        self._pool = SequencePool(len(self._groups), len(model.routers), widest, self._tables.metrics)
+        self._pool = SequencePool(len(self._groups), len(model.routers), widest, self._tables.metrics, entropy=entropy)
         self._store = self._new_store(sequences, memory_bytes)
         layers = trace if isinstance(trace, bool) else tuple(trace)
         self._trace = TraceWriter(model.routers, layers, limit=trace_limit, weights=trace_weights) if trace else None
@@ -190,8 +190,8 @@ class Recorder:
 
         ``groups``: one name for all, a name (or id) per sequence ``[B]``, or per token ``[B, S]``. ``items``: an id
         per sequence that pairs it with its translations. ``count_mask``: bool ``[B, S]``, count only these
-        tokens (tokens past its columns are not counted). Columns are positions from the start, padding included (an encoder and its
-        decoder begin with the first each); tokens past the columns of ``groups`` keep the last one. Beams and several
+        tokens (tokens past its columns are not counted). Columns are positions from the start, padding included
+        (an encoder and its decoder begin with the first each); tokens past the columns of ``groups`` keep the last one. Beams and several
         returned sequences belong to the sequence they grew from.
 
         Raises ``ValueError`` for unknown groups, lengths that do not agree, or a sequence that the store holds
@@ -241,8 +241,7 @@ class Recorder:
         if not self._calls:
             raise RecordingError(
                 "nothing was recorded: the attached model was not called inside the recording; call that very object "
-                "(a model that was compiled, "
-                "wrapped or replaced after attach() is another one)"
+                "(a model that was compiled, wrapped or replaced after attach() is another one)"
             )
         count = len(self._groups)
         sums = self._counted().read_groups(count)
@@ -258,7 +257,7 @@ class Recorder:
             sequence_scalars=self._pool.scalars,
             sequence_sums=self._pool.sums,
             entropy=self._tables.entropy,
-            metadata=self._all_metadata(),
+            metadata={**self._all_metadata(), "running_sequences": 0 if self._running is None else self._running.count},
             store=None if self._store is None else self._store.snapshot(),
         )
         statistics.verify()

@@ -2,8 +2,8 @@
 
 Two kinds of sums, both int64. *Token sums* are the tables of the gate (`csrc/include/moe_route/gate.h`), one set per
 phase. *Sequence sums* add up, over finished sequences, the sequence's own averages: q_i (arXiv 2510.04694 eq. 1), a_i
-/ L_i (its eq. 3) and H(q_i), each rounded once to a multiple of 2^-32. Sums of integers do not depend on order, so
-two runs merge exactly.
+/ L_i (its eq. 3), H(q_i) and the mean over its tokens of H(p_t), each rounded once to a multiple of 2^-32. Sums of
+integers do not depend on order, so two runs merge exactly.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -19,12 +18,12 @@ import numpy as np
 from moe_route import files
 from moe_route.calls.call import PHASES, Phase
 from moe_route.contract.tables import FIXED_POINT, METRICS, SCALARS
+from moe_route.recording.conservation import Conservation, broken_law, conservation
 from moe_route.recording.metadata import config_hash_of, merge_metadata
+from moe_route.recording.store import SequenceStore
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from moe_route.recording.store import SequenceStore
 
 __all__ = [
     "SEQUENCE_KINDS",
@@ -41,9 +40,10 @@ By = Literal["sequence", "token"]
 # Axis 0 of the sequence sums: a sequence's average over both phases is no sum of two averages.
 VIEWS = ("prefill", "decode", "all")
 SEQUENCE_KINDS = ("full", "topk", "count", "frequency")
-# Finished sequences seen by a layer; those with a q_i of each kind (an all-zero row has none); fixed-point sum of
-# H(q_i), nats.
-SEQUENCE_SCALARS = ("sequences", "full", "topk", "count", "entropy")
+# Finished sequences seen by a layer; those with a q_i of each kind (an all-zero row has none); fixed-point sums, nats:
+# of H(q_i), and of the mean over the scored tokens t of a sequence of H(p_t). Both have a term per sequence of "full".
+SEQUENCE_SCALARS = ("sequences", "full", "topk", "count", "entropy", "mean_token_entropy")
+_SEQUENCE_NATS = ("entropy", "mean_token_entropy")
 KIND_METRIC = {
     "full": "probability",
     "topk": "weight_share",
@@ -52,8 +52,7 @@ KIND_METRIC = {
     "frequency": "counts",
 }
 _COUNTED = ("counts", "natural_counts")  # metrics that are plain integers, not fixed point
-_OVERFLOW_TOKENS = 1 << 27  # fewer tokens cannot bring terms up to 16 (entropies, weights) past 63 bits
-_SCORE_ROUNDING = 1e-6  # scores are float32: how far a token's normalized scores may add up beside 1
+IMPORTED = "imported"  # metadata["source"] of sums that another recorder kept
 _FILE_KIND = "statistics"
 logger = logging.getLogger(__name__)
 
@@ -87,11 +86,12 @@ class RoutingStatistics:
         sequence_sums: Mapping[str, np.ndarray],
         entropy: bool = True,
         metadata: Mapping[str, Any] | None = None,
+        tolerance: float = 0.0,
         store: SequenceStore | None = None,
     ):
         """Take int64 arrays: ``scalars [2, G, L, 8]`` (``ops.SCALARS``), ``metrics`` name -> ``[2, G, L, E]``,
-        ``sequence_scalars [3, G, L, 5]`` (``SEQUENCE_SCALARS``), ``sequence_sums`` kind -> ``[3, G, L, E]``; axis 0
-        is ``PHASES`` or ``VIEWS``, E the widest layer.
+        ``sequence_scalars [3, G, L, 6]`` (``SEQUENCE_SCALARS``), ``sequence_sums`` kind -> ``[3, G, L, E]``; axis 0
+        is ``PHASES`` or ``VIEWS``, E the widest layer. ``tolerance``: the relative gap that ``verify`` lets pass.
 
         Raises ``ValueError`` for a wrong shape, an unknown metric or a group named twice.
         """
@@ -103,6 +103,7 @@ class RoutingStatistics:
         self.metrics = tuple(name for name in METRICS if name in metrics)
         self.has_entropy = bool(entropy)
         self.metadata: dict[str, Any] = dict(metadata or {})
+        self.tolerance = float(tolerance)
         self.store = store
         _check_axes(self, metrics, sequence_sums)
         cell = (len(self.groups), len(self.layers))
@@ -125,48 +126,66 @@ class RoutingStatistics:
         tokens: np.ndarray,
         top_k: int | Sequence[int],
         layers: Sequence[str] | None = None,
+        num_experts: int | Sequence[int] | None = None,
         phase: Phase = "prefill",
+        tolerance: float = 1e-3,
         metadata: Mapping[str, Any] | None = None,
         **metrics: np.ndarray,
     ) -> RoutingStatistics:
         """Statistics from sums that another recorder kept: ``counts`` int ``[G, L, E]``, ``tokens`` int ``[G]`` or
-        ``[G, L]``, and optionally ``probability``, ``weight``, ``weight_share`` as float ``[G, L, E]`` sums over tokens. They hold
-        no sequences, so accessors need ``by="token"``.
+        ``[G, L]``, and optionally ``probability``, ``weight``, ``weight_share`` as float ``[G, L, E]`` sums over
+        tokens. They hold no sequences, so accessors need ``by="token"``.
+
+        ``num_experts``: of each layer, where some have fewer than E; without it, experts at the end of a layer that no
+        group chose are counted as experts, with a warning. ``tolerance``: how far the sums may miss what the tokens
+        must add up to, relative, such as by rounding to bfloat16; it is kept with the statistics, as is
+        ``metadata["source"] = "imported"``. ``conservation()`` shows the gaps.
+
+        Raises ``RecordingError`` for sums that miss by more, ``ValueError`` for wrong shapes.
         """
-        counts = np.asarray(counts)
-        num_groups, num_layers, experts = counts.shape
-        of_phase = PHASES.index(phase)
-        tables = {
-            "counts": np.rint(counts),
-            **{name: np.rint(np.asarray(p) / FIXED_POINT) for name, p in metrics.items()},
-        }
-        scalars = np.zeros((2, num_groups, num_layers, len(SCALARS)), np.int64)
+        counts = np.rint(np.asarray(counts)).astype(np.int64)
         tokens = np.asarray(tokens)
-        scalars[of_phase, ..., SCALARS.index("tokens")] = tokens if tokens.ndim == 2 else tokens[:, None]
-        scalars[of_phase, ..., SCALARS.index("slots")] = np.rint(counts).sum(-1)
+        num_groups, num_layers, _ = counts.shape
+        names = list(layers or [str(layer) for layer in range(num_layers)])
+        ks = [top_k] * num_layers if isinstance(top_k, int) else list(top_k)
+        widths = _widths(counts, names, num_experts)
+        of_phase = PHASES.index(phase)
+        columns = np.zeros((num_groups, num_layers, len(SCALARS)), np.int64)
+        columns[..., SCALARS.index("tokens")] = tokens if tokens.ndim == 2 else tokens[:, None]
+        columns[..., SCALARS.index("slots")] = columns[..., SCALARS.index("tokens")] * np.asarray(ks)
         if "probability" not in metrics:
-            scalars[of_phase, ..., SCALARS.index("unscored")] = scalars[of_phase, ..., SCALARS.index("tokens")]
-        stacked = {name: np.zeros((2, *counts.shape), np.int64) for name in tables}
+            columns[..., SCALARS.index("unscored")] = columns[..., SCALARS.index("tokens")]
+        scalars = np.zeros((len(PHASES), *columns.shape), np.int64)
+        scalars[of_phase] = columns
+        tables = {"counts": counts} | {
+            name: np.rint(np.asarray(metric) / FIXED_POINT) for name, metric in metrics.items()
+        }
+        stacked = {}
         for name, table in tables.items():
-            stacked[name][of_phase] = table
-        return cls(
+            stacked[name] = np.zeros((len(PHASES), num_groups, num_layers, max(widths, default=0)), np.int64)
+            stacked[name][of_phase] = table[..., : max(widths, default=0)]
+        statistics = cls(
             groups=groups,
-            layers=layers or [str(layer) for layer in range(num_layers)],
-            num_experts=[experts] * num_layers,
-            top_k=[top_k] * num_layers if isinstance(top_k, int) else top_k,
+            layers=names,
+            num_experts=widths,
+            top_k=ks,
             scalars=scalars,
             metrics=stacked,
-            sequence_scalars=np.zeros((3, num_groups, num_layers, len(SEQUENCE_SCALARS)), np.int64),
+            sequence_scalars=np.zeros((len(VIEWS), num_groups, num_layers, len(SEQUENCE_SCALARS)), np.int64),
             sequence_sums={},
             entropy=False,
-            metadata=metadata,
+            tolerance=tolerance,
+            metadata={"source": IMPORTED, **(metadata or {})},
         )
+        statistics.verify()
+        return statistics
 
     # ---- token sums
 
     def token_sum(self, metric: str, phase: Phase | None = None) -> np.ndarray:
         """Sum over tokens of one metric, ``[G, L, E]``: int64 for ``counts`` and ``natural_counts``, float64 in units
-        of one token for ``probability``, ``weight`` and ``weight_share``. Raises ``ValueError`` for a metric that was not recorded.
+        of one token for ``probability``, ``weight`` and ``weight_share``. Raises
+        ``ValueError`` for a metric that was not recorded.
         """
         table = self._metric(metric)
         if metric in _COUNTED:
@@ -195,12 +214,12 @@ class RoutingStatistics:
         return seen.max(axis=1, initial=0)
 
     def sequence_scalar(self, name: str, phase: Phase | None = None) -> np.ndarray:
-        """One of ``SEQUENCE_SCALARS``, ``[G, L]``: int64 numbers of sequences, or float64 ``entropy`` (sum of H(q_i),
-        nats)."""
+        """One of ``SEQUENCE_SCALARS``, ``[G, L]``: int64 numbers of sequences, or float64 nats, summed over sequences:
+        ``entropy`` (H(q_i)) and ``mean_token_entropy`` (the mean over a sequence's tokens of H(p_t))."""
         if name not in SEQUENCE_SCALARS:
             raise ValueError(f"no sequence scalar {name!r}: one of {', '.join(SEQUENCE_SCALARS)}")
         values = self._sequence_scalars[_view_index(phase), ..., SEQUENCE_SCALARS.index(name)]
-        return values * FIXED_POINT if name == "entropy" else values.copy()
+        return values * FIXED_POINT if name in _SEQUENCE_NATS else values.copy()
 
     # ---- averages
 
@@ -231,9 +250,14 @@ class RoutingStatistics:
         sums = self._sequence_sum("frequency", phase)
         return _ratio(sums * FIXED_POINT, self.sequence_scalar("sequences", phase)[..., None])
 
-    def entropy(self, of: Literal["token", "sequence"] = "token", phase: Phase | None = None) -> np.ndarray:
-        """Mean entropy in nats, float64 ``[G, L]``: ``token`` mean over tokens of H(p_t), ``sequence`` mean over
-        sequences of H(q_i).
+    def entropy(
+        self, of: Literal["token", "sequence"] = "token", phase: Phase | None = None, by: By = "token"
+    ) -> np.ndarray:
+        """Mean entropy in nats, float64 ``[G, L]``.
+
+        ``of="token"`` is the mean of H(p_t): over all tokens alike (``by="token"``), or over the tokens of each
+        sequence and then over sequences (``by="sequence"``), which is what H(q_i) compares with. ``of="sequence"`` is
+        the mean over sequences of H(q_i), whatever ``by``.
 
         NaN where nothing was seen. Raises ``ValueError`` when it was not recorded.
         """
@@ -244,6 +268,8 @@ class RoutingStatistics:
             raise ValueError(f'entropy of "token" or "sequence", not {of!r}')
         if not self.has_entropy:
             raise ValueError("token entropy was not recorded: record(entropy=True)")
+        if _check_by(by) == "sequence":
+            return _ratio(self.sequence_scalar("mean_token_entropy", phase), self.sequence_scalar("full", phase))
         return _ratio(self.scalar("entropy", phase), self.tokens(phase) - self.scalar("unscored", phase))
 
     # ---- parts and wholes
@@ -251,8 +277,8 @@ class RoutingStatistics:
     def select(
         self, groups: Sequence[str] | None = None, layers: Sequence[str | int] | range | None = None
     ) -> RoutingStatistics:
-        """These groups (by name) and layers (by name or index), in the order given. The store, if any, is kept only
-        with all layers."""
+        """These groups (by name) and layers (by name or index), in the order given. The store, if any, keeps the
+        sequences of all groups, in these layers."""
         rows = (
             list(range(len(self.groups)))
             if groups is None
@@ -266,7 +292,7 @@ class RoutingStatistics:
         def part(array: np.ndarray, width: int | None = None) -> np.ndarray:
             return array[:, rows][:, :, columns][..., :width]
 
-        return RoutingStatistics(
+        return self._with(
             groups=[self.groups[i] for i in rows],
             layers=[self.layers[i] for i in columns],
             num_experts=[self.num_experts[i] for i in columns],
@@ -275,9 +301,7 @@ class RoutingStatistics:
             metrics={name: part(table, widest) for name, table in self._metrics.items()},
             sequence_scalars=part(self._sequence_scalars),
             sequence_sums={kind: part(table, widest) for kind, table in self._sequence_sums.items()},
-            entropy=self.has_entropy,
-            metadata=self.metadata,
-            store=self.store if columns == list(range(len(self.layers))) else None,
+            store=self.store if self.store is None or layers is None else self.store.select(columns),
         )
 
     def merge(self, other: RoutingStatistics) -> RoutingStatistics:
@@ -294,17 +318,14 @@ class RoutingStatistics:
         added = {name: _checked_sum(mine[name], theirs[name], name) for name in mine}
         if (self.store is None) != (other.store is None):
             logger.warning("only one of the two runs kept its sequences: the merged statistics have no store")
-        return RoutingStatistics(
+        return self._with(
             groups=groups,
-            layers=self.layers,
-            num_experts=self.num_experts,
-            top_k=self.top_k,
             scalars=added["scalars"],
             metrics={name: added[f"metric.{name}"] for name in METRICS if f"metric.{name}" in added},
             sequence_scalars=added["sequence_scalars"],
             sequence_sums={kind: added[f"sequence.{kind}"] for kind in SEQUENCE_KINDS if f"sequence.{kind}" in added},
-            entropy=self.has_entropy,
             metadata=merge_metadata(self.metadata, other.metadata),
+            tolerance=max(self.tolerance, other.tolerance),
             store=None if self.store is None or other.store is None else self.store.merge(other.store),
         )
 
@@ -334,11 +355,11 @@ class RoutingStatistics:
     # ---- what the user keeps
 
     def save(self, path: str | os.PathLike[str], *, sequences: bool = True) -> None:
-        """Write one file (`moe_route.files`, kind "statistics"); a sequence store goes to the folder ``<path without
-        suffix>.sequences`` beside it.
+        """Write one file (`moe_route.files`, kind "statistics"), with the sequence store in it unless
+        ``sequences=False``; docs/files.md says how other programs read it.
 
-        An existing file is replaced whole; an existing folder of another recording is refused (``FileExistsError``)
-        before anything is written.
+        The file appears, or an existing one is replaced, whole or not at all. What other statistics still read from
+        the file that is replaced is refused from then on. Raises ``OSError`` where ``path`` cannot be written.
         """
         header: dict[str, Any] = {
             "groups": list(self.groups),
@@ -346,38 +367,45 @@ class RoutingStatistics:
             "num_experts": list(self.num_experts),
             "top_k": list(self.top_k),
             "entropy": self.has_entropy,
+            "tolerance": self.tolerance,
             "metadata": self.metadata,
             "sequences": None,
         }
+        blocks: Sequence[files.Block] = ()
         if sequences and self.store is not None:
-            folder = _store_folder(path)
-            header["sequences"] = {"folder": folder.name, "hash": self.store.save(folder), "keys": len(self.store)}
-        files.write(path, self._arrays(), header, _FILE_KIND)
+            header["sequences"], blocks = self.store.content()
+        files.write(path, self._arrays(), header, _FILE_KIND, blocks=blocks)
+        if self.store is not None and blocks and self.store.lies_in(path):
+            saved = _read(path)[2]
+            assert saved is not None
+            self.store.read_from(saved)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, sequences: bool = True) -> RoutingStatistics:
-        """Read what ``save`` wrote, with its sequence store unless ``sequences=False``.
+        """Read what ``save`` wrote. Sequences are read from the file when the store is asked for them; with
+        ``sequences=False`` there is no store.
 
-        Raises ``files.FileRefusedError`` for a missing, truncated, altered or foreign file or folder, ``RecordingError``
+        Raises ``files.FileRefusedError`` for a missing, truncated, altered or foreign file, ``RecordingError``
         for sums that break conservation.
         """
-        tensors, header = files.read(path, _FILE_KIND)
-        store = _load_store(path, header["sequences"]) if sequences and header["sequences"] else None
-        statistics = cls(
-            groups=header["groups"],
-            layers=header["layers"],
-            num_experts=header["num_experts"],
-            top_k=header["top_k"],
-            scalars=tensors["scalars"],
-            metrics={name: tensors[f"metric.{name}"] for name in METRICS if f"metric.{name}" in tensors},
-            sequence_scalars=tensors["sequence_scalars"],
-            sequence_sums={
-                kind: tensors[f"sequence.{kind}"] for kind in SEQUENCE_KINDS if f"sequence.{kind}" in tensors
-            },
-            entropy=header["entropy"],
-            metadata=header["metadata"],
-            store=store,
-        )
+        tensors, header, store = _read(path)
+        with files.expected_content(path):
+            statistics = cls(
+                groups=header["groups"],
+                layers=header["layers"],
+                num_experts=header["num_experts"],
+                top_k=header["top_k"],
+                scalars=tensors["scalars"],
+                metrics={name: tensors[f"metric.{name}"] for name in METRICS if f"metric.{name}" in tensors},
+                sequence_scalars=tensors["sequence_scalars"],
+                sequence_sums={
+                    kind: tensors[f"sequence.{kind}"] for kind in SEQUENCE_KINDS if f"sequence.{kind}" in tensors
+                },
+                entropy=header["entropy"],
+                tolerance=header["tolerance"],
+                metadata=header["metadata"],
+                store=store if sequences else None,
+            )
         statistics.verify()
         return statistics
 
@@ -415,80 +443,58 @@ class RoutingStatistics:
             columns["sequence_entropy"] = np.stack([self.entropy("sequence", p) for p in PHASES], 1).reshape(-1)
         return pandas.DataFrame(columns, index=index).reset_index()
 
+    def conservation(self, phase: Phase | None = None) -> Conservation:
+        """Slots that the tokens must fill and slots found (choices and empty ones), by group and layer, with the
+        largest relative gap. Raises ``ValueError`` where counts were not recorded."""
+        return conservation(self, phase)
+
     def verify(self) -> None:
         """Check what must hold whatever was recorded; raises ``RecordingError`` naming the first (group, layer) where
         it does not.
 
         Counts + empty slots = slots; nothing negative (an overflow); mass = scored tokens within rounding; share at
-        most one per token.
+        most one per token. ``tolerance`` is a relative gap that is let pass: that of ``from_token_sums``.
         """
-        self._verify_signs()
-        for phase in PHASES:
-            self._verify_phase(phase)
-
-    def _verify_signs(self) -> None:
-        """Sums of integers are never negative; fixed-point sums may be a little (rounding, negative weights) until
-        there are so many tokens that a sum of terms up to 16 could have passed 2^63.
-        """
-        integers = [i for i, name in enumerate(SCALARS) if name not in ("entropy", "moved")]
-        signed = {"scalars": self._scalars[..., integers]}
-        signed |= {name: table for name, table in self._arrays().items() if name.removeprefix("metric.") in _COUNTED}
-        if self._scalars[..., SCALARS.index("tokens")].max(initial=0) >= _OVERFLOW_TOKENS:
-            signed = self._arrays()
-        for name, array in signed.items():
-            if (array < 0).any():
-                raise RecordingError(
-                    f"{name} holds a negative sum: it passed 63 bits; record in several runs and keep them apart"
-                )
-
-    def _verify_phase(self, phase: Phase) -> None:
-        tokens = self.tokens(phase)
-        if "counts" in self._metrics:
-            chosen = self.token_sum("counts", phase).sum(-1) + self.scalar("empty", phase)
-            self._require(
-                chosen == self.scalar("slots", phase), phase, "counts and empty slots do not add up to the slots"
-            )
-        widest = max(self.num_experts, default=1)
-        rounding = tokens * (widest * FIXED_POINT + _SCORE_ROUNDING)
-        if "probability" in self._metrics:
-            error = np.abs(self.token_sum("probability", phase).sum(-1) - (tokens - self.scalar("unscored", phase)))
-            self._require(error <= rounding, phase, "probability mass does not add up to the scored tokens")
-        if "weight_share" in self._metrics:
-            excess = self.token_sum("weight_share", phase).sum(-1) - tokens
-            self._require(excess <= rounding, phase, "shares of weight add up to more than the tokens")
-
-    def _require(self, holds: np.ndarray, phase: str, what: str) -> None:
-        if holds.all():
+        broken = broken_law(self, self._arrays())
+        if broken is None:
             return
-        group, layer = np.argwhere(~holds)[0]
+        if self.metadata.get("source") == IMPORTED:
+            raise RecordingError(
+                f"{broken}, beyond the tolerance of {self.tolerance:g}: check the sums (statistics.conservation()), or "
+                "allow what the other recorder loses by from_token_sums(tolerance=...)"
+            )
         raise RecordingError(
-            f"{what} (group {self.groups[group]!r}, layer {self.layers[layer]}, {phase}): the tables were written by "
-            "something else, "
-            "or the model was interrupted inside a layer; record again"
+            f"{broken}: the tables were written by something else, or the model was interrupted inside a layer; "
+            "record again"
         )
 
     def __repr__(self) -> str:
         tokens = self.tokens().max(axis=1, initial=0)
         shown = [
-            f"{group} ({int(sequences)} sequences, {int(count)} tokens)"
+            f"{group} ({_number(sequences, 'sequence')}, {_number(count, 'token')})"
             for group, sequences, count in list(zip(self.groups, self.sequences(), tokens, strict=True))[:8]
         ]
         more = len(self.groups) - len(shown)
-        experts = sorted(set(self.num_experts))
+        experts = "/".join(map(str, sorted(set(self.num_experts))))
+        chosen = "/".join(map(str, sorted(set(self.top_k))))
+        size = f"{_number(len(self.groups), 'group')} x {_number(len(self.layers), 'layer')} x {experts} experts"
         lines = [
-            f"RoutingStatistics: {len(self.groups)} groups x {len(self.layers)} layers x {'/'.join(map(str, experts))} "
-            "experts, "
-            f"top-{'/'.join(map(str, sorted(set(self.top_k))))}",
+            f"RoutingStatistics: {size}, top-{chosen}",
             f"  groups: {', '.join(shown)}{f' and {more} more' if more > 0 else ''}",
             f"  metrics: {', '.join(self.metrics)}{', entropy' if self.has_entropy else ''}",
         ]
+        running = self.metadata.get("running_sequences")
+        if running:
+            lines.append(
+                f"  {_number(running, 'sequence')} still running: tokens so far are counted, the sequences are not"
+            )
         model = self.metadata.get("model") or {}
         if model.get("name") or model.get("class"):
             lines.append(f"  model: {model.get('name') or model.get('class')}")
         if self.metadata.get("plans"):
             lines.append(f"  steered by: {', '.join(self.metadata['plans'])}")
         if self.store is not None:
-            lines.append(f"  store: {len(self.store)} sequences")
+            lines.append(f"  store: {_number(len(self.store), 'sequence')}")
         return "\n".join(lines)
 
     # ---- inside
@@ -499,18 +505,26 @@ class RoutingStatistics:
             return self
         if self.metadata.get("plans") or "counts" not in self.metrics:
             raise MergeError("only one of the two runs recorded natural_counts: record both with the same metrics")
+        return self._with(metrics={**self._metrics, "natural_counts": self._metrics["counts"]})
+
+    def _with(self, **changes: Any) -> RoutingStatistics:
+        """The same but for these arguments of the constructor."""
         return RoutingStatistics(
-            groups=self.groups,
-            layers=self.layers,
-            num_experts=self.num_experts,
-            top_k=self.top_k,
-            scalars=self._scalars,
-            metrics={**self._metrics, "natural_counts": self._metrics["counts"]},
-            sequence_scalars=self._sequence_scalars,
-            sequence_sums=self._sequence_sums,
-            entropy=self.has_entropy,
-            metadata=self.metadata,
-            store=self.store,
+            **{
+                "groups": self.groups,
+                "layers": self.layers,
+                "num_experts": self.num_experts,
+                "top_k": self.top_k,
+                "scalars": self._scalars,
+                "metrics": self._metrics,
+                "sequence_scalars": self._sequence_scalars,
+                "sequence_sums": self._sequence_sums,
+                "entropy": self.has_entropy,
+                "metadata": self.metadata,
+                "tolerance": self.tolerance,
+                "store": self.store,
+                **changes,
+            }
         )
 
     def _metric(self, name: str) -> np.ndarray:
@@ -581,6 +595,30 @@ def _check_axes(statistics: RoutingStatistics, metrics: Iterable[str], kinds: It
         raise ValueError("layers, num_experts and top_k must have one entry per layer")
 
 
+def _widths(counts: np.ndarray, layers: Sequence[str], num_experts: int | Sequence[int] | None) -> list[int]:
+    """Experts of each layer of ``counts [G, L, E]``."""
+    width = counts.shape[-1]
+    numbers = np.arange(1, width + 1)
+    used = (counts.any(axis=0) * numbers).max(axis=-1, initial=0).tolist()  # up to the last that was chosen
+    if num_experts is None:
+        padded = [f"{name} ({last} of {width})" for name, last in zip(layers, used, strict=True) if 0 < last < width]
+        if padded:
+            logger.warning(
+                "no group chose the last experts of %d of %d layers, such as %s: if that is padding, pass num_experts",
+                len(padded),
+                len(layers),
+                ", ".join(padded[:3]),
+            )
+        return [width] * len(layers)
+    widths = [num_experts] * len(layers) if isinstance(num_experts, int) else [int(n) for n in num_experts]
+    if len(widths) != len(layers) or max(widths, default=0) > width:
+        raise ValueError(f"num_experts is one number, or one for each of {len(layers)} layers, up to {width}")
+    for name, last, experts in zip(layers, used, widths, strict=True):
+        if last > experts:
+            raise ValueError(f"layer {name} has {experts} experts, and counts of expert {last - 1}: check num_experts")
+    return widths
+
+
 def _frozen(array: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
     if array.shape != shape:
         raise ValueError(f"{name} has shape {list(array.shape)}, not {list(shape)}")
@@ -631,25 +669,17 @@ def _position(name: str, names: Sequence[str], what: str) -> int:
     return list(names).index(name)
 
 
-def _store_folder(path: str | os.PathLike[str]) -> Path:
-    return Path(path).with_suffix(".sequences")
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any], SequenceStore | None]:
+    """Arrays, header and sequences of a file."""
+    tensors, header, blocks = files.read_blocks(path, _FILE_KIND)
+    with files.expected_content(path):
+        names = header["sequences"]
+        store = None if names is None else SequenceStore.of_file(header["layers"], header["num_experts"], names, blocks)
+    return tensors, header, store
 
 
-def _load_store(path: str | os.PathLike[str], entry: Mapping[str, Any]) -> SequenceStore:
-    from moe_route.recording.store import SequenceStore
-
-    folder = Path(path).parent / entry["folder"]
-    if not folder.is_dir():
-        raise files.FileRefusedError(
-            f"{folder}, the sequences of {path}, is missing: put it back beside the file, or load(..., sequences=False)"
-        )
-    store = SequenceStore.load(folder)
-    if store.files_hash() != entry["hash"]:
-        raise files.FileRefusedError(
-            f"{folder} does not hold the sequences that belong to {path}: put the right folder back, or load(..., "
-            "sequences=False)"
-        )
-    return store
+def _number(count: int, what: str) -> str:
+    return f"{int(count)} {what}{'' if count == 1 else 's'}"
 
 
 def _pandas() -> Any:

@@ -1,22 +1,26 @@
-"""Sequence by sequence: q_i, a_i and L_i keyed by (item, group), in memory up to a bound, then in shards on disk.
+"""Sequence by sequence: q_i, a_i and L_i keyed by (item, group), in memory up to a bound, then on disk.
 
-The item id pairs a sentence with its translations; paired divergence and the bootstrap read from here. Shards are
-`moe_route.files` of kind "sequences".
+The item id pairs a sentence with its translations; paired divergence and the bootstrap read from here. While a
+recording runs, sequences past the bound go to files of kind "sequences" in a folder. What the user keeps is one file:
+`RoutingStatistics.save` writes the sequences into it, as blocks (`moe_route.files`), and reads them from there.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,7 +31,8 @@ __all__ = ["Item", "SequenceShard", "SequenceStore", "is_unnamed"]
 Item = str | int
 Key = tuple[Item, str]
 _FILE_KIND = "sequences"
-_OPEN_SHARDS = 4  # shards from disk held in memory for reading
+_SHARD_BYTES = 8 << 20  # sequences are kept, written and read this much at a time
+_OPEN_SHARDS = 16  # shards from disk held in memory for reading
 _UNNAMED = "#"  # items without an id are "#0", "#1", ...: they pair with nothing
 
 
@@ -43,34 +48,86 @@ class SequenceShard:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the arrays."""
         return sum(array.nbytes for array in self.arrays.values())
 
+    @property
+    def rows(self) -> int:
+        """n."""
+        return len(self.keys)
 
-@dataclass
+    def read(self) -> Mapping[str, np.ndarray]:
+        """The arrays, as `files.Block` has it."""
+        return self.arrays
+
+
+class _Growing:
+    """The latest sequences, in arrays with room for more: what a label block leaves is copied in, so that no small
+    array outlives it and keeps the heap from shrinking."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], capacity: int):
+        self.keys: list[Key] = []
+        self._arrays = {name: np.empty((capacity, *array.shape[1:]), array.dtype) for name, array in arrays.items()}
+        self._capacity = capacity
+
+    def take(self, keys: Sequence[Key], arrays: Mapping[str, np.ndarray]) -> bool:
+        """Append these, if there is room."""
+        first, last = len(self.keys), len(self.keys) + len(keys)
+        if last > self._capacity:
+            return False
+        if arrays.keys() != self._arrays.keys():
+            raise ValueError(f"sequences with {sorted(arrays)} after some with {sorted(self._arrays)}: record alike")
+        for name, array in arrays.items():
+            self._arrays[name][first:last] = array
+        self.keys.extend(keys)
+        return True
+
+    def shard(self) -> SequenceShard:
+        """What is here now; sequences that come later lie beyond it."""
+        return SequenceShard(tuple(self.keys), {name: array[: len(self.keys)] for name, array in self._arrays.items()})
+
+
 class _Folder:
-    """Where shards lie; a temporary one is removed when nothing refers to it any more."""
+    """A folder that one recording writes its shards to, locked as long as anything refers to it. A temporary one is
+    removed then, by the process that made it alone: a forked one has this object too."""
 
-    path: Path
-    temporary: bool
-    removal: weakref.finalize | None = field(default=None, repr=False)
+    def __init__(self, path: Path | None):
+        self.temporary = path is None
+        self.path, descriptor = _temporary_folder() if path is None else _claimed(path)
+        self._release = weakref.finalize(self, _leave, descriptor, self.path if self.temporary else None, os.getpid())
 
-    def __post_init__(self) -> None:
-        if self.temporary:
-            self.removal = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+def _leave(descriptor: int, temporary: Path | None, owner: int) -> None:
+    if temporary is not None and os.getpid() == owner:
+        shutil.rmtree(temporary, ignore_errors=True)
+    os.close(descriptor)
 
 
 @dataclass(frozen=True)
-class _ShardFile:
-    """A shard on disk. ``renamed`` replaces the keys in the file (unnamed items of merged stores are numbered anew)."""
+class _Shard:
+    """A shard of a store, in memory or in a file."""
 
-    folder: _Folder
-    name: str
-    keys: tuple[Key, ...]
-    hash: str
+    keys: tuple[Key, ...]  # those of merged stores differ from the file's: unnamed items are numbered anew
+    block: SequenceShard | files.StoredBlock
+    layers: tuple[int, ...] | None = None  # of the block's, where some were selected
+    widest: int | None = None  # experts of the widest of these
+    folder: _Folder | None = None  # is there as long as it is referred to
 
-    def read(self) -> SequenceShard:
-        arrays, _ = files.read(self.folder.path / self.name, _FILE_KIND)
-        return SequenceShard(self.keys, arrays)
+    @property
+    def in_memory(self) -> int:
+        """Bytes."""
+        return self.block.nbytes if isinstance(self.block, SequenceShard) else 0
+
+    @property
+    def rows(self) -> int:
+        return len(self.keys)
+
+    def read(self) -> Mapping[str, np.ndarray]:
+        arrays = self.block.read()
+        if self.layers is None:
+            return arrays
+        axes = (slice(None), list(self.layers), slice(self.widest))
+        return {name: array[axes[: array.ndim]] for name, array in arrays.items()}
 
 
 class SequenceStore:
@@ -88,15 +145,20 @@ class SequenceStore:
         folder: str | os.PathLike[str] | None = None,
         memory_bytes: int = 256 << 20,
     ):
-        """An empty store. ``folder``: where shards go (made if missing; refused with ``FileExistsError`` if it holds
-        shards already); without one a temporary folder is made once ``memory_bytes`` are passed, and removed with the
-        last object that reads it.
+        """An empty store. ``folder``: where sequences go once ``memory_bytes`` are passed, and all of them when the
+        recording ends (made if missing, in a folder that exists); without one it is a temporary folder, removed with
+        the last object that reads it.
+
+        Raises ``FileExistsError`` for a folder that holds sequences already, or that another recording writes to.
         """
         self.layers = tuple(layers)
         self.num_experts = tuple(num_experts)
         self.memory_bytes = memory_bytes
-        self._folder = None if folder is None else _claimed(Path(folder))
-        self._shards: list[SequenceShard | _ShardFile] = []
+        if folder is not None and not os.fspath(folder):
+            raise ValueError('sequences="" names no folder: give its name, or True for a temporary one')
+        self._folder = None if folder is None else _Folder(Path(folder))
+        self._shards: list[_Shard] = []
+        self._growing: _Growing | None = None  # becomes the shard after these
         self._index: dict[Key, tuple[int, int]] = {}
         self._in_memory = 0
         self._unnamed = self._written = 0
@@ -149,7 +211,7 @@ class SequenceStore:
     def tokens(self, item: Item, group: str) -> np.ndarray:
         """L_i: tokens of the sequence that each layer counted, int64 ``[L]``."""
         shard, row = self._locate(item, group)
-        return shard.arrays["tokens"][row]
+        return shard.arrays["tokens"][row].copy()
 
     def frequency(self, item: Item, group: str) -> np.ndarray:
         """a_i / L_i, float64 ``[L, E]``; NaN where the layer saw no token."""
@@ -158,8 +220,13 @@ class SequenceStore:
 
     def shards(self) -> Iterator[SequenceShard]:
         """All sequences, a shard at a time: memory stays bounded whatever the size of the store."""
-        for shard in list(self._shards):
-            yield shard if isinstance(shard, SequenceShard) else shard.read()
+        for shard in self._blocks():
+            yield SequenceShard(shard.keys, shard.read())
+
+    def _blocks(self) -> list[_Shard]:
+        """Everything, in the order recorded."""
+        latest = [] if self._growing is None else [_held(self._growing.shard())]
+        return [*self._shards, *latest]
 
     def _locate(self, item: Item, group: str) -> tuple[SequenceShard, int]:
         if (item, group) not in self._index:
@@ -171,11 +238,14 @@ class SequenceStore:
         return self._open(number), row
 
     def _open(self, number: int) -> SequenceShard:
+        if number == len(self._shards):
+            assert self._growing is not None
+            return self._growing.shard()
         shard = self._shards[number]
-        if isinstance(shard, SequenceShard):
-            return shard
+        if isinstance(shard.block, SequenceShard) and shard.layers is None:
+            return shard.block
         if number not in self._opened:
-            self._opened[number] = shard.read()
+            self._opened[number] = SequenceShard(shard.keys, shard.read())
             if len(self._opened) > _OPEN_SHARDS:
                 self._opened.popitem(last=False)
         self._opened.move_to_end(number)
@@ -189,49 +259,72 @@ class SequenceStore:
         return f"{_UNNAMED}{self._unnamed - 1}"
 
     def append(self, keys: Sequence[Key], arrays: Mapping[str, np.ndarray]) -> None:
-        """Add sequences; ``arrays`` as in ``SequenceShard``. Raises ``ValueError`` for a key that is there already,
-        and adds nothing then."""
-        repeated = [key for position, key in enumerate(keys) if key in self._index or key in keys[:position]]
-        if repeated:
-            raise ValueError(
-                f"item {repeated[0][0]!r} of group {repeated[0][1]!r} was recorded already: every sequence needs an "
-                "item id of its own"
-            )
+        """Add sequences; ``arrays`` as in ``SequenceShard``, which are copied. Raises ``ValueError`` for a key that is
+        there already, and adds nothing then."""
+        given: set[Key] = set()
+        for key in keys:
+            if key in self._index or key in given:
+                raise ValueError(
+                    f"item {key[0]!r} of group {key[1]!r} was recorded already: every sequence needs an item id of "
+                    "its own"
+                )
+            given.add(key)
         if not keys:
             return
-        shard = SequenceShard(tuple(keys), dict(arrays))
-        self._add(shard)
-        self._in_memory += shard.nbytes
+        if self._growing is None or not self._growing.take(keys, arrays):
+            self._end_growing()
+            one = max(sum(array[:1].nbytes for array in arrays.values()), 1)
+            self._growing = _Growing(arrays, max(len(keys), min(_SHARD_BYTES, self.memory_bytes) // one))
+            self._growing.take(keys, arrays)
+        number, first = len(self._shards), len(self._growing.keys) - len(keys)
+        self._index.update({key: (number, first + row) for row, key in enumerate(keys)})
+        self._in_memory += sum(array.nbytes for array in arrays.values())
         if self._in_memory > self.memory_bytes:
             self.flush()
 
+    def _end_growing(self) -> None:
+        self._shards, self._growing = self._blocks(), None
+
     def flush(self) -> None:
-        """Write what is in memory to the folder, as one shard per ``memory_bytes``."""
-        batch: list[SequenceShard] = []
-        kept: list[SequenceShard | _ShardFile] = []
-        for shard in self._shards:
-            if isinstance(shard, _ShardFile):
-                kept.append(shard)
-                continue
-            if batch and sum(s.nbytes for s in batch) + shard.nbytes > self.memory_bytes:
-                kept.append(self._write(_joined(batch)))
-                batch = []
-            batch.append(shard)
-        if batch:
-            kept.append(self._write(_joined(batch)))
-        self._replace(kept)
+        """Write what is in memory to the folder, as one file."""
+        self._end_growing()
+        held = [number for number, shard in enumerate(self._shards) if shard.in_memory]
+        if not held:
+            return
+        if self._folder is None:
+            self._folder = _Folder(None)
+        path = self._folder.path / f"sequences-{self._written:05d}-{secrets.token_hex(4)}.safetensors"
+        content = [self._shards[number] for number in held]
+        files.write(path, {}, self._header(content), _FILE_KIND, blocks=content)
+        self._written += 1
+        for number, block in zip(held, files.read_blocks(path, _FILE_KIND)[2], strict=True):
+            self._shards[number] = _Shard(self._shards[number].keys, block, folder=self._folder)
+        self._in_memory = 0
+
+    def _header(self, shards: Sequence[_Shard]) -> dict[str, Any]:
+        return {"layers": list(self.layers), "num_experts": list(self.num_experts), **_names(shards)}
 
     def close(self) -> None:
         """End of a recording: a folder that the user named then holds everything."""
         if self._folder is not None and not self._folder.temporary:
             self.flush()
 
+    # ---- parts and wholes
+
     def snapshot(self) -> SequenceStore:
         """A store with what is here now; both share shards, later additions to one are not seen by the other."""
-        copy = SequenceStore(self.layers, self.num_experts, memory_bytes=self.memory_bytes)
-        copy._replace(list(self._shards))
-        copy._unnamed = self._unnamed
-        return copy
+        return self._of(self._blocks())
+
+    def select(self, layers: Sequence[int]) -> SequenceStore:
+        """These layers, by index, in the order given; sequences are shared, not copied."""
+        columns = tuple(int(layer) for layer in layers)
+        part = SequenceStore([self.layers[i] for i in columns], [self.num_experts[i] for i in columns])
+        widest = max(part.num_experts, default=0)
+        for shard in self._blocks():
+            chosen = columns if shard.layers is None else tuple(shard.layers[i] for i in columns)
+            part._add(replace(shard, layers=chosen, widest=widest))
+        part.memory_bytes, part._unnamed = self.memory_bytes, self._unnamed
+        return part
 
     def merge(self, other: SequenceStore) -> SequenceStore:
         """Both stores as one, sharing their shards. Unnamed items of ``other`` are numbered anew. Raises
@@ -239,51 +332,31 @@ class SequenceStore:
         if (self.layers, self.num_experts) != (other.layers, other.num_experts):
             raise ValueError("the two stores are of different models: merge runs of the same model only")
         merged = self.snapshot()
-        for shard in other._shards:
+        for shard in other._blocks():
             keys = tuple((merged.next_unnamed() if is_unnamed(item) else item, group) for item, group in shard.keys)
             repeated = [key for key in keys if key in merged._index]
             if repeated:
                 raise ValueError(
                     f"both stores hold item {repeated[0][0]!r} of group {repeated[0][1]!r}: merge disjoint recordings"
                 )
-            renamed = (
-                SequenceShard(keys, shard.arrays)
-                if isinstance(shard, SequenceShard)
-                else _ShardFile(shard.folder, shard.name, keys, shard.hash)
-            )
-            merged._add(renamed)
-        merged._in_memory = sum(s.nbytes for s in merged._shards if isinstance(s, SequenceShard))
+            merged._add(replace(shard, keys=keys))
         return merged
 
-    def _add(self, shard: SequenceShard | _ShardFile) -> None:
+    def _of(self, shards: Sequence[_Shard]) -> SequenceStore:
+        """A store of these shards."""
+        store = SequenceStore(self.layers, self.num_experts, memory_bytes=self.memory_bytes)
+        for shard in shards:
+            store._add(shard)
+        store._unnamed = self._unnamed
+        return store
+
+    def _add(self, shard: _Shard) -> None:
         number = len(self._shards)
         self._shards.append(shard)
         self._index.update({key: (number, row) for row, key in enumerate(shard.keys)})
+        self._in_memory += shard.in_memory
 
-    def _replace(self, shards: list[SequenceShard | _ShardFile]) -> None:
-        self._shards, self._index = [], {}
-        self._opened.clear()
-        for shard in shards:
-            self._add(shard)
-        self._in_memory = sum(s.nbytes for s in shards if isinstance(s, SequenceShard))
-
-    def _write(self, shard: SequenceShard) -> _ShardFile:
-        if self._folder is None:
-            self._folder = _Folder(Path(tempfile.mkdtemp(prefix="moe-route-sequences-")), temporary=True)
-        name = f"sequences-{self._written:05d}-{secrets.token_hex(4)}.safetensors"  # read back in the order written
-        self._written += 1
-        digest = files.write(self._folder.path / name, shard.arrays, self._header(shard.keys), _FILE_KIND)
-        return _ShardFile(self._folder, name, shard.keys, digest)
-
-    def _header(self, keys: Sequence[Key]) -> dict[str, object]:
-        return {
-            "layers": list(self.layers),
-            "num_experts": list(self.num_experts),
-            "items": [item for item, _ in keys],
-            "groups": [group for _, group in keys],
-        }
-
-    # ---- folders
+    # ---- files
 
     def content_hash(self) -> str:
         """SHA-256 over keys and contents, whatever the shards they lie in. Reads everything."""
@@ -294,75 +367,78 @@ class SequenceStore:
                 digests.append(files.content_hash(parts, list(key)))
         return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 
-    def files_hash(self) -> str:
-        """SHA-256 over the hashes that the shard files carry, each of which is verified when its shard is read."""
-        hashes = sorted(shard.hash for shard in self._shards if isinstance(shard, _ShardFile))
-        return hashlib.sha256("".join(hashes).encode()).hexdigest()
+    def content(self) -> tuple[dict[str, Any], list[files.Block]]:
+        """What `RoutingStatistics.save` writes: the names of the sequences for the header, and the blocks."""
+        shards = self._blocks()
+        return _names(shards), list(shards)
 
-    def save(self, folder: str | os.PathLike[str]) -> str:
-        """Copy everything into ``folder``, which appears whole or not at all; returns the copy's ``files_hash()``.
+    @classmethod
+    def of_file(
+        cls,
+        layers: Sequence[str],
+        num_experts: Sequence[int],
+        names: Mapping[str, Any],
+        blocks: Sequence[files.StoredBlock],
+    ) -> SequenceStore:
+        """The store that ``content`` described, over the blocks of a file; sequences are read when asked for."""
+        store = cls(layers, num_experts)
+        for shard in _named(names, blocks):
+            store._add(shard)
+        return store._counted()
 
-        An existing folder is replaced if it is a store; anything else there is refused with ``FileExistsError``.
-        """
-        target = Path(folder)
-        if self._folder is not None and target.resolve() == self._folder.path.resolve():
-            self.flush()
-            return self.files_hash()
-        _check_replaceable(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        building = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-        try:
-            self._save_into(building)
-            _replace_folder(building, target)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-        copy = SequenceStore.load(target)
-        if any(isinstance(s, _ShardFile) and s.folder.path.resolve() == target.resolve() for s in self._shards):
-            self._replace(list(copy._shards))  # it was read from the folder that is gone
-        return copy.files_hash()
+    def lies_in(self, path: str | os.PathLike[str]) -> bool:
+        """Whether some of the sequences are read from this file."""
+        paths = {os.path.realpath(s.block.path) for s in self._shards if isinstance(s.block, files.StoredBlock)}
+        return os.path.realpath(path) in paths
 
-    def _save_into(self, folder: Path) -> None:
-        copy = SequenceStore(self.layers, self.num_experts, folder=folder, memory_bytes=self.memory_bytes)
-        for shard in self.shards():
-            copy._add(shard)
-            copy._in_memory += shard.nbytes
-            if copy._in_memory > copy.memory_bytes:
-                copy.flush()
-        copy.flush()
-        if not len(copy):
-            files.write(folder / "sequences-00000-empty.safetensors", {}, copy._header([]), _FILE_KIND)
+    def read_from(self, saved: SequenceStore) -> None:
+        """Read the sequences, which are the same, from where ``saved`` has them: their file was replaced."""
+        self._shards, self._growing, self._index, self._in_memory = [], None, {}, 0
+        self._opened.clear()
+        for shard in saved._shards:
+            self._add(shard)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> SequenceStore:
-        """A store over the shards of a folder; sequences are read when asked for.
+        """What a recording wrote to a folder of its own (``record(sequences=folder)``), also if it was killed since;
+        sequences are read when asked for.
 
-        Raises ``files.FileRefusedError`` for a folder without shards or a shard that is damaged or of another model (each
-        shard is verified when it is first read).
+        Raises ``files.FileRefusedError`` for a folder without sequences, or with files that are damaged or of two
+        recordings.
         """
         path = Path(folder)
         found = sorted(path.glob("sequences-*.safetensors"))
         if not found:
-            raise files.FileRefusedError(f"{path} holds no sequence shards: give the folder of a recording")
-        headers = [files.read_header(shard, _FILE_KIND) for shard in found]
-        first = headers[0]["header"]
-        store = cls(first["layers"], first["num_experts"])
-        home = _Folder(path, temporary=False)
-        for shard, envelope in zip(found, headers, strict=True):
-            header = envelope["header"]
-            if (header["layers"], header["num_experts"]) != (first["layers"], first["num_experts"]):
+            raise files.FileRefusedError(
+                f"{path} holds no sequences: give the folder of record(sequences=folder), or read a file with "
+                "RoutingStatistics.load"
+            )
+        store: SequenceStore | None = None
+        for file in found:
+            _, header, blocks = files.read_blocks(file, _FILE_KIND)
+            with files.expected_content(file):
+                of_model = tuple(header["layers"]), tuple(header["num_experts"])
+                shards = _named(header, blocks)
+            store = store or cls(*of_model)
+            if of_model != (store.layers, store.num_experts):
                 raise files.FileRefusedError(
-                    f"{shard} is of another model than {found[0].name}: keep one recording in a folder"
+                    f"{file} is of another model than {found[0].name}: keep one recording in a folder"
                 )
-            keys = tuple(zip(header["items"], header["groups"], strict=True))
-            store._add(_ShardFile(home, shard.name, keys, envelope["sha256"]))
-        if len(store) != sum(len(shard.keys) for shard in store._shards):
-            raise files.FileRefusedError(f"{path} holds a sequence twice: keep one recording in a folder")
-        store._unnamed = sum(is_unnamed(item) for item, _ in store._index)
-        return store
+            if any(key in store for shard in shards for key in shard.keys):
+                raise files.FileRefusedError(f"{path} holds a sequence twice: keep one recording in a folder")
+            for shard in shards:
+                store._add(shard)
+        assert store is not None
+        return store._counted()
+
+    def _counted(self) -> SequenceStore:
+        """This store, which numbers its next unnamed sequence after those that it holds."""
+        self._unnamed = sum(is_unnamed(item) for item, _ in self._index)
+        return self
 
     def __repr__(self) -> str:
-        shards = sum(isinstance(shard, _ShardFile) for shard in self._shards)
-        place = f", {shards} shards in {self._folder.path}" if shards and self._folder else ""
+        stored = sum(isinstance(shard.block, files.StoredBlock) for shard in self._shards)
+        place = f", {stored} shards on disk" if stored else ""
         return f"SequenceStore({len(self)} sequences of {len(self.groups())} groups, {len(self.layers)} layers{place})"
 
 
@@ -388,34 +464,65 @@ def _array(shard: SequenceShard, name: str) -> np.ndarray:
     return shard.arrays[name]
 
 
-def _joined(shards: Sequence[SequenceShard]) -> SequenceShard:
-    keys = tuple(key for shard in shards for key in shard.keys)
-    return SequenceShard(keys, {name: np.concatenate([s.arrays[name] for s in shards]) for name in shards[0].arrays})
+def _held(shard: SequenceShard) -> _Shard:
+    return _Shard(shard.keys, shard)
 
 
-def _claimed(path: Path) -> _Folder:
-    path.mkdir(parents=True, exist_ok=True)
-    if any(path.glob("sequences-*.safetensors")):
-        raise FileExistsError(f"{path} holds the sequences of another recording: name an empty folder")
-    return _Folder(path, temporary=False)
+def _names(shards: Sequence[_Shard]) -> dict[str, list[Any]]:
+    """Items and groups of the rows of these shards."""
+    keys = [key for shard in shards for key in shard.keys]
+    return {"items": [item for item, _ in keys], "groups": [group for _, group in keys]}
 
 
-def _check_replaceable(target: Path) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir() or any(not entry.match("sequences-*.safetensors") for entry in target.iterdir()):
-        raise FileExistsError(f"{target} is there and is not a sequence store: name another path")
+def _named(names: Mapping[str, Any], blocks: Sequence[files.StoredBlock]) -> list[_Shard]:
+    """The blocks of a file with the items and groups of their rows."""
+    keys = list(zip(names["items"], names["groups"], strict=True))
+    shards, first = [], 0
+    for block in blocks:
+        shards.append(_Shard(tuple(keys[first : first + block.rows]), block))
+        first += block.rows
+    if first != len(keys):
+        raise ValueError(f"{len(keys)} names for {first} sequences")
+    return shards
 
 
-def _replace_folder(building: Path, target: Path) -> None:
-    retired = target.with_name(f".{target.name}.{secrets.token_hex(8)}.old")
-    replaces = target.exists()
-    if replaces:
-        os.replace(target, retired)
+# ---- folders that recordings write to
+
+
+def _claimed(path: Path) -> tuple[Path, int]:
+    """The folder, made if missing and locked, and the lock's descriptor."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            errno.ENOENT, f"there is no folder {path.parent} to make {path.name} in: make it first, or correct the path"
+        )
+    path = Path(os.path.abspath(path))
+    path.mkdir(exist_ok=True)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.replace(building, target)
-    except OSError:
-        if replaces:
-            os.replace(retired, target)
+        if files.lock(descriptor) is False:
+            raise FileExistsError(f"another recording writes its sequences to {path}: name a folder of its own")
+        if any(path.glob("sequences-*.safetensors")):
+            raise FileExistsError(f"{path} holds the sequences of another recording: name an empty folder")
+    except BaseException:
+        os.close(descriptor)
         raise
-    shutil.rmtree(retired, ignore_errors=True)
+    return path, descriptor
+
+
+def _temporary_folder() -> tuple[Path, int]:
+    """A new temporary folder, locked, and the lock's descriptor. Those of killed processes are removed."""
+    # hosts that share a folder may not see each other's locks
+    prefix = f"moe-route-{hashlib.blake2b(socket.gethostname().encode(), digest_size=6).hexdigest()}-"
+    for leftover in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # gone by now, or of another user
+            descriptor = os.open(leftover, os.O_RDONLY)
+            if files.lock(descriptor):
+                shutil.rmtree(leftover, ignore_errors=True)
+            os.close(descriptor)
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=prefix))
+        descriptor = os.open(path, os.O_RDONLY)
+        files.lock(descriptor)
+        if path.is_dir():
+            return path, descriptor
+        os.close(descriptor)  # taken for a leftover between its making and its locking

@@ -59,9 +59,13 @@ class Trace:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:
-        """Read what ``save`` wrote; raises ``files.FileRefusedError`` for a missing, truncated, altered or foreign file."""
+        """Read what ``save`` wrote.
+
+        Raises ``files.FileRefusedError`` for a missing, truncated, altered or foreign file.
+        """
         tensors, header = files.read(path, _FILE_KIND)
-        return cls.of(header["layers"], header["groups"], header["items"], tensors, header["truncated"])
+        with files.expected_content(path):
+            return cls.of(header["layers"], header["groups"], header["items"], tensors, header["truncated"])
 
     @classmethod
     def of(
@@ -188,8 +192,7 @@ class TraceWriter:
         if ids.shape[0] != call.batch * call.length:
             raise RecordingError(
                 f"layer {layer} routed {ids.shape[0]} of {call.batch * call.length} tokens, so its trace cannot be "
-                "told apart: "
-                f"leave it out, record(trace=[...])"
+                "told apart: leave it out, record(trace=[...])"
             )
         call.ids[layer] = ids.detach().to(self._ids_dtype, copy=True)
         call.weights[layer] = weights.detach().to(self._weights_dtype, copy=True)

@@ -59,7 +59,7 @@ def sequences(seed=0, groups=GROUPS, items=ITEMS):
 def statistics(found, groups=GROUPS, keep=True):
     """Real ``RoutingStatistics`` of these sequences, whose router mass is their share of selections."""
     counts = np.stack([sum(c for (_, g), c in found.items() if g == group) for group in groups])
-    tokens = counts.sum(-1)[:, 0] // TOP_K
+    tokens = counts.sum(-1) // TOP_K
     mass = np.stack([sum(c / TOP_K for (_, g), c in found.items() if g == group) for group in groups])
     stats = RoutingStatistics.from_token_sums(
         groups,
@@ -67,9 +67,9 @@ def statistics(found, groups=GROUPS, keep=True):
         tokens=tokens,
         top_k=TOP_K,
         probability=mass,
+        num_experts=SIZES,
         metadata={"model": {"name": "demo", "config_hash": "abc"}},
     )
-    stats.num_experts = SIZES
     if keep:
         store = SequenceStore(stats.layers, SIZES)
         arrays = {
@@ -480,7 +480,8 @@ def test_risk_experts_of_statistics_use_the_models_top_k(stats):
 def table(frequency, groups=GROUPS):
     """Statistics in which tokens of a group choose experts with these frequencies [G, L, E] (multiples of 1 / 1000)."""
     counts = np.rint(np.asarray(frequency) * 1000).astype(np.int64)
-    return RoutingStatistics.from_token_sums(groups, counts=counts, tokens=np.full(len(groups), 1000), top_k=TOP_K)
+    tokens = np.full(len(groups), 1000)
+    return RoutingStatistics.from_token_sums(groups, counts=counts, tokens=tokens, top_k=TOP_K, tolerance=1)
 
 
 def test_frequency_share_rule():

@@ -117,7 +117,7 @@ def test_sequence_distribution_is_equation_1(routed: mr.RoutedModel, side: str) 
         run(routed, inputs)
     statistics = rec.statistics()
     assert statistics.store is not None
-    qs, frequencies, entropies = [], [], []
+    qs, frequencies, entropies, token_entropies = [], [], [], []
     for row, item in enumerate([10, 11, 12]):
         keep = inputs["attention_mask"].bool().numpy().copy()
         keep[np.arange(3) != row] = False
@@ -132,9 +132,11 @@ def test_sequence_distribution_is_equation_1(routed: mr.RoutedModel, side: str) 
         qs.append(q)
         frequencies.append(sums["counts"] / length)
         entropies.append(-(q * np.log(q)).sum(-1))
+        token_entropies.append(hand.entropy(keep) / length)
     np.testing.assert_allclose(statistics.mean_distribution()[0], np.mean(qs, 0), atol=1e-6)
     np.testing.assert_allclose(statistics.frequency()[0], np.mean(frequencies, 0), atol=1e-9)
     np.testing.assert_allclose(statistics.entropy("sequence")[0], np.mean(entropies, 0), atol=1e-5)
+    np.testing.assert_allclose(statistics.entropy(by="sequence")[0], np.mean(token_entropies, 0), atol=1e-5)
     assert statistics.sequences().tolist() == [3]
 
 
@@ -178,9 +180,11 @@ def test_without_labels_a_call_with_a_past_goes_on_and_one_without_begins_anew(r
         first = run(routed, {"input_ids": ids}, use_cache=True)
         run(routed, {"input_ids": ids[:, :1]}, past_key_values=first.past_key_values)
         assert rec.statistics().sequences().tolist() == [0]  # not finished yet
+        assert "2 sequences still running: tokens so far are counted" in repr(rec.statistics())
         run(routed, {"input_ids": ids})
         assert rec.statistics().sequences().tolist() == [2]
     assert rec.statistics().sequences().tolist() == [4]
+    assert "running" not in repr(rec.statistics())
     assert rec.statistics().sequences("decode").tolist() == [2]
 
 
@@ -451,12 +455,20 @@ def test_sequences_in_a_folder(routed: mr.RoutedModel, tmp_path: Path) -> None:
     assert again.content_hash() == store.content_hash()
     with pytest.raises(FileExistsError, match="another recording"):
         routed.record(sequences=tmp_path / "run")
+    with pytest.raises(ValueError, match="names no folder"):
+        routed.record(sequences="")
+    with pytest.raises(FileNotFoundError, match=f"there is no folder {tmp_path / 'mistyped'}"):
+        routed.record(sequences=tmp_path / "mistyped" / "run")
+    first = routed.record(sequences=tmp_path / "two")
+    with pytest.raises(FileExistsError, match="another recording writes its sequences to"):
+        routed.record(sequences=tmp_path / "two")
+    assert not first.on
 
 
 def test_a_full_disk_ends_the_recording_and_loses_nothing(
     routed: mr.RoutedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> str:
+    def full(*_: object, **__: object) -> str:
         raise OSError(28, "No space left on device")
 
     def record() -> None:
@@ -473,14 +485,32 @@ def test_a_full_disk_ends_the_recording_and_loses_nothing(
     store = rec.statistics().store
     assert store is not None
     assert store.tokens(2, "x").tolist() == [4] * 3
-    store.save(tmp_path / "elsewhere")
-    assert SequenceStore.load(tmp_path / "elsewhere").keys() == [(1, "x"), (2, "x")]
+    rec.statistics().save(tmp_path / "elsewhere")
+    kept = mr.RoutingStatistics.load(tmp_path / "elsewhere").store
+    assert kept is not None
+    assert kept.keys() == [(1, "x"), (2, "x")]
+    assert kept.content_hash() == store.content_hash()
 
 
 def test_embeddings_in_place_of_ids(model: nn.Module, routed: mr.RoutedModel) -> None:
     with routed.record() as rec:
         run(routed, {"inputs_embeds": model.get_input_embeddings()(tokens(2, 6))})
     assert (rec.statistics().tokens() == 12).all()
+
+
+def test_the_entropy_of_tokens_is_kept_by_sequence_without_the_scores_of_all_experts(routed: mr.RoutedModel) -> None:
+    inputs = padded([7, 2])
+    with ByHand(routed.model) as hand, routed.record(metrics=["counts"]) as rec:
+        run(routed, inputs)
+    keep = inputs["attention_mask"].bool().numpy()
+    means = [hand.entropy(keep & (np.arange(2) == row)[:, None]) / keep[row].sum() for row in range(2)]
+    np.testing.assert_allclose(rec.statistics().entropy(by="sequence")[0], np.mean(means, 0), atol=1e-5)
+    assert (rec.statistics().sequence_scalar("full") == 2).all()
+    with routed.record(entropy=False) as rec:
+        run(routed, inputs)
+    assert not rec.statistics().sequence_scalar("mean_token_entropy").any()
+    with pytest.raises(ValueError, match="token entropy was not recorded"):
+        rec.statistics().entropy(by="sequence")
 
 
 def test_planes_that_were_not_recorded_are_named(routed: mr.RoutedModel) -> None:

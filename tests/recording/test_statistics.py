@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from moe_route import files
 from moe_route.ops import FIXED_POINT, SCALARS
-from moe_route.recording import MergeError, RecordingError, RoutingStatistics
+from moe_route.recording import MergeError, RecordingError, RoutingStatistics, SequenceStore
+from moe_route.recording.pooling import SequencePool
 from moe_route.recording.statistics import SEQUENCE_KINDS, SEQUENCE_SCALARS
+from moe_route.recording.tables import TableSums
 
 LAYERS, EXPERTS, TOP_K = ("a.gate", "b.gate"), (3, 4), (1, 2)
 UNIT = 1 << 32
@@ -164,6 +166,38 @@ def test_averages_follow_their_definitions() -> None:
     np.testing.assert_array_equal(a.token_sum("counts", "prefill") + a.token_sum("counts", "decode"), counts)
 
 
+def test_sequences_of_any_length_weigh_alike_in_the_entropy_of_tokens() -> None:
+    """99 tokens that are all of one mind, and a sequence of one token: there is no gap within any of them."""
+    sums = TableSums(2, 1, 4, ["probability"])
+    for row, (tokens, p) in enumerate(((99, [0.25] * 4), (1, [0.5, 0.5, 0.0, 0.0]))):
+        entropy = -sum(x * np.log(x) for x in p if x)
+        sums.metrics["probability"][0, row, 0] = np.array(p) * tokens * UNIT
+        for name, value in (
+            ("tokens", tokens),
+            ("slots", tokens),
+            ("empty", tokens),
+            ("entropy", tokens * entropy * UNIT),
+        ):
+            sums.scalars[0, row, 0, SCALARS.index(name)] = round(value)
+    pool = SequencePool(1, 1, 4, ["probability"], entropy=True)
+    pool.add(sums, np.zeros(2, int))
+    one = RoutingStatistics(
+        groups=["eng"],
+        layers=["a"],
+        num_experts=[4],
+        top_k=[1],
+        scalars=sums.scalars.sum(1, keepdims=True),
+        metrics={"probability": sums.metrics["probability"].sum(1, keepdims=True)},
+        sequence_scalars=pool.scalars,
+        sequence_sums=pool.sums,
+    )
+    for statistics in (one, one + one):
+        np.testing.assert_allclose(statistics.entropy("sequence"), statistics.entropy("token", by="sequence"))
+        np.testing.assert_allclose(statistics.entropy("sequence", "prefill"), (np.log(4) + np.log(2)) / 2)
+        np.testing.assert_allclose(statistics.entropy("token"), (99 * np.log(4) + np.log(2)) / 100)
+        assert np.isnan(statistics.entropy("token", "decode", by="sequence")).all()
+
+
 def test_nothing_seen_is_nan_without_a_warning() -> None:
     empty = statistics(("eng", "swh"), 3)
     scalars, metrics = empty._scalars.copy(), {n: t.copy() for n, t in empty._metrics.items()}
@@ -192,6 +226,64 @@ def test_token_sums_of_another_recorder() -> None:
     without.verify()
     with pytest.raises(ValueError, match="'probability' was not recorded"):
         without.mean_distribution(by="token")
+
+
+def lossy(missing: int = 3, weight: float = 1.0003, **options: Any) -> RoutingStatistics:
+    """Sums of a recorder that lost some choices of 10000 tokens and rounded weights to bfloat16."""
+    counts = np.array([[[6000, 4000 - missing]]])
+    return RoutingStatistics.from_token_sums(
+        ["eng"], counts=counts, tokens=np.array([10_000]), top_k=1, weight_share=counts * weight, **options
+    )
+
+
+def test_sums_of_a_lossy_recorder_are_saved_and_loaded_with_their_tolerance(tmp_path: Path) -> None:
+    imported = lossy()
+    imported.save(tmp_path / "s")
+    again = RoutingStatistics.load(tmp_path / "s")
+    assert again == imported
+    assert again.tolerance == imported.tolerance == 1e-3
+    assert again.metadata["source"] == (again + again).metadata["source"] == "imported"
+    assert (again + lossy(30, tolerance=0.01)).tolerance == 0.01
+    for options, what in (({"missing": 30}, "counts and empty slots"), ({"weight": 1.01}, "shares of weight")):
+        with pytest.raises(RecordingError, match=rf"{what}.*beyond the tolerance of 0\.001.*tolerance=\.\.\."):
+            lossy(**options)
+        assert lossy(**options, tolerance=0.02).tolerance == 0.02
+    assert statistics(("eng",), 1).tolerance == 0  # what this library records holds to the last slot
+
+
+def test_conservation_shows_how_many_slots_are_missing() -> None:
+    found = lossy().conservation()
+    assert (found.tokens.tolist(), found.expected.tolist(), found.found.tolist()) == ([[10_000]], [[10_000]], [[9997]])
+    assert found.largest_gap == pytest.approx(3e-4)
+    assert found.holds
+    assert "largest gap 3.00e-04, within the tolerance of 0.001" in repr(found)
+    assert found.to_dict()["largest_gap"] == found.largest_gap
+    whole = statistics(("eng", "swh"), 5).conservation("prefill")
+    assert whole.largest_gap == 0
+    assert whole.gap.shape == (2, 2)
+    more = statistics(("eng",), 5)
+    scalars = more._scalars.copy()
+    scalars[..., SCALARS.index("slots")] = 0
+    none_expected = statistics(("eng",), 5, scalars=scalars, tolerance=0.5).conservation()
+    assert not none_expected.holds
+    assert none_expected.to_dict()["largest_gap"] is None
+
+
+def test_experts_that_pad_a_narrow_layer_are_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    counts = np.array([[[3, 1, 0, 0], [2, 1, 1, 0]]])
+    given: dict[str, Any] = {"groups": ["eng"], "counts": counts, "tokens": np.array([4]), "top_k": 1}
+    assert RoutingStatistics.from_token_sums(**given).num_experts == (4, 4)
+    assert "no group chose the last experts of 2 of 2 layers, such as 0 (2 of 4), 1 (3 of 4)" in caplog.text
+    caplog.clear()
+    narrow = RoutingStatistics.from_token_sums(**given, num_experts=(2, 3))
+    assert not caplog.text
+    np.testing.assert_array_equal(narrow.token_sum("counts"), counts[..., :3])
+    assert RoutingStatistics.from_token_sums(**given, num_experts=4).num_experts == (4, 4)
+    with pytest.raises(ValueError, match="layer 1 has 2 experts, and counts of expert 2"):
+        RoutingStatistics.from_token_sums(**given, num_experts=2)
+    for wrong in ((4,), 5):
+        with pytest.raises(ValueError, match="one for each of 2 layers, up to 4"):
+            RoutingStatistics.from_token_sums(**given, num_experts=wrong)
 
 
 def test_arrays_are_read_only_and_copied() -> None:
@@ -242,6 +334,8 @@ def test_repr_says_what_it_holds() -> None:
     assert "2 groups x 2 layers x 3/4 experts, top-1/2" in text
     assert "counts, probability, entropy" in text
     assert "and 2 more" in repr(statistics(tuple("abcdefghij"), 4))
+    one = repr(statistics(("eng",), 4).select(layers=[0]))
+    assert "1 group x 1 layer x 3 experts" in one
 
 
 # ---- files
@@ -251,6 +345,70 @@ def test_repr_says_what_it_holds() -> None:
 def saved(tmp_path: Path) -> Path:
     statistics(("eng", "swh"), 5).save(tmp_path / "s.safetensors")
     return tmp_path / "s.safetensors"
+
+
+def with_sequences(seed: int, items: range) -> RoutingStatistics:
+    store = SequenceStore(LAYERS, EXPERTS, memory_bytes=300)
+    rng = np.random.default_rng(seed)
+    for item in items:
+        store.append([(item, "eng")], {"tokens": rng.integers(1, 9, (1, 2)), "full": rng.random((1, 2, 4), np.float32)})
+    return statistics(("eng",), seed, store=store.snapshot())
+
+
+def test_a_recording_with_sequences_is_one_file_and_may_replace_itself(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    with_sequences(1, range(9)).save(path)
+    loaded = RoutingStatistics.load(path)
+    both = loaded + with_sequences(2, range(9, 12))
+    content = both.store.content_hash()
+    both.save(path)  # over the file that nine of the sequences are read from
+    assert both.store.content_hash() == content
+    with pytest.raises(files.FileRefusedError, match="altered or replaced since it was opened"):
+        loaded.store.content_hash()
+    again = RoutingStatistics.load(path)
+    assert again == both
+    assert again.store.keys() == both.store.keys()
+    assert again.store.content_hash() == content
+    again.save(path)
+    assert again.store.content_hash() == content
+    again.save(path, sequences=False)
+    assert RoutingStatistics.load(path).store is None
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    empty = statistics(("eng",), 3, store=SequenceStore(LAYERS, EXPERTS))
+    empty.save(path)
+    assert RoutingStatistics.load(path).store.keys() == []
+
+
+def test_unnamed_sequences_of_files_are_numbered_anew_when_they_merge(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run = with_sequences(1, range(0))
+        run.store.append([("#0", "eng")], {"tokens": np.ones((1, 2), np.int64)})
+        run.save(tmp_path / name)
+    both = RoutingStatistics.load(tmp_path / "a") + RoutingStatistics.load(tmp_path / "b")
+    assert both.store.keys() == [("#0", "eng"), ("#1", "eng")]
+
+
+def test_selected_layers_keep_their_sequences(tmp_path: Path) -> None:
+    whole = with_sequences(1, range(4))
+    part = whole.select(layers=[1])
+    assert part.store is not None
+    np.testing.assert_array_equal(part.store.distributions(2, "eng"), whole.store.distributions(2, "eng")[[1]])
+    part.save(tmp_path / "part")
+    again = RoutingStatistics.load(tmp_path / "part")
+    assert again == part
+    assert again.store.content_hash() == part.store.content_hash()
+    assert whole.select(groups=["eng"]).store is whole.store
+
+
+def test_a_file_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    a = statistics(("eng",), 1)
+    header = {"groups": ["eng"], "layers": LAYERS, "num_experts": EXPERTS, "top_k": TOP_K, "entropy": True}
+    header |= {"metadata": {}, "sequences": {"folder": "s.sequences", "hash": "0", "keys": 1}}
+    files.write(tmp_path / "s", a._arrays(), header, "statistics")
+    with pytest.raises(
+        files.FileRefusedError, match=r"does not hold what this version of moe-route reads.*make it again"
+    ):
+        RoutingStatistics.load(tmp_path / "s")
 
 
 def test_truncated_files_are_refused(saved: Path) -> None:

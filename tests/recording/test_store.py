@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,25 +99,6 @@ def test_a_named_folder_holds_everything_at_the_end(tmp_path: Path) -> None:
         SequenceStore(LAYERS, EXPERTS, folder=tmp_path / "run")
 
 
-def test_saving_replaces_a_store_and_nothing_else(tmp_path: Path) -> None:
-    folder = tmp_path / "kept"
-    filled(KEYS, memory_bytes=300).save(folder)
-    assert SequenceStore.load(folder).keys() == KEYS
-    filled(KEYS[:2]).save(folder)
-    assert SequenceStore.load(folder).keys() == KEYS[:2]
-    SequenceStore(LAYERS, EXPERTS).save(tmp_path / "empty")
-    assert SequenceStore.load(tmp_path / "empty").keys() == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "kept"]
-    reread = SequenceStore.load(folder)
-    assert reread.save(folder) == reread.files_hash()
-    np.testing.assert_array_equal(reread.counts(*KEYS[1]), arrays(2)["counts"][1])
-    (folder / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="is not a sequence store"):
-        filled(KEYS).save(folder)
-    assert (folder / "notes.txt").read_text() == "mine"
-    assert SequenceStore.load(folder).keys() == KEYS[:2]
-
-
 def test_merging_unites_keys_and_numbers_the_unnamed_anew() -> None:
     one = filled([("#0", "eng"), (1, "eng")], 1)
     one.next_unnamed()
@@ -147,10 +131,10 @@ def test_what_is_not_there_is_named() -> None:
 
 
 def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(files.FileRefusedError, match="holds no sequence shards"):
+    with pytest.raises(files.FileRefusedError, match="holds no sequences"):
         SequenceStore.load(tmp_path)
     folder = tmp_path / "run"
-    filled(KEYS).save(folder)
+    filled(KEYS, folder=folder).close()
     (shard,) = folder.iterdir()
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-3] + b"abc")
@@ -170,3 +154,144 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     (folder / "sequences-00001-again.safetensors").write_bytes(next((tmp_path / "other").iterdir()).read_bytes())
     with pytest.raises(files.FileRefusedError, match="another model"):
         SequenceStore.load(folder)
+
+
+def test_any_changed_byte_of_a_shard_is_refused(tmp_path: Path) -> None:
+    filled(KEYS[:2], folder=tmp_path / "run").close()
+    (shard,) = (tmp_path / "run").iterdir()
+    whole, expected = shard.read_bytes(), filled(KEYS[:2]).content_hash()
+    for position in range(len(whole)):
+        altered = bytearray(whole)
+        altered[position] ^= 1
+        shard.write_bytes(altered)
+        try:
+            found = SequenceStore.load(tmp_path / "run").content_hash()
+        except files.FileRefusedError:
+            continue
+        assert found == expected  # a space that pads the header and reads the same
+
+
+def test_a_shard_that_is_exchanged_after_loading_is_refused(tmp_path: Path) -> None:
+    for name, seed in (("one", 1), ("two", 2)):
+        filled(KEYS, seed, folder=tmp_path / name).close()
+    store = SequenceStore.load(tmp_path / "one")
+    (one,), (two,) = (tmp_path / "one").iterdir(), (tmp_path / "two").iterdir()
+    one.write_bytes(two.read_bytes())  # valid, with the same keys
+    with pytest.raises(files.FileRefusedError, match="altered or replaced since it was opened"):
+        store.counts(1, "eng")
+    one.unlink()
+    with pytest.raises(files.FileRefusedError, match="does not exist"):
+        store.counts(1, "eng")
+
+
+def test_a_file_with_other_fields_is_refused(tmp_path: Path) -> None:
+    files.write(tmp_path / "sequences-0.safetensors", {}, {"layers": ["a"], "items": [], "groups": []}, "sequences")
+    with pytest.raises(files.FileRefusedError, match="does not hold what this version of moe-route reads"):
+        SequenceStore.load(tmp_path)
+
+
+def test_selected_layers_are_those_of_the_whole() -> None:
+    for memory_bytes in (0, 300, 1 << 20):
+        store = SequenceStore(("a", "b", "c"), (2, 4, 3), memory_bytes=memory_bytes)
+        held = {"tokens": np.arange(6).reshape(2, 3), "counts": np.arange(24, dtype=np.int32).reshape(2, 3, 4)}
+        store.append([(1, "x"), ("#0", "x")], held)
+        store.next_unnamed()
+        part = store.select([2, 0])
+        assert (part.layers, part.num_experts, part.keys()) == (("c", "a"), (3, 2), store.keys())
+        np.testing.assert_array_equal(part.counts(1, "x"), store.counts(1, "x")[[2, 0], :3])
+        np.testing.assert_array_equal(part.tokens("#0", "x"), store.tokens("#0", "x")[[2, 0]])
+        last = part.select([1])
+        np.testing.assert_array_equal(last.counts("#0", "x"), store.counts("#0", "x")[[0], :2])
+        part.flush()
+        np.testing.assert_array_equal(part.counts(1, "x"), store.counts(1, "x")[[2, 0], :3])
+        assert part.next_unnamed() == "#1"
+
+
+def test_small_appends_share_few_arrays() -> None:
+    store = SequenceStore(LAYERS, EXPERTS)
+    for item in range(5000):
+        store.append([(item, "eng")], arrays(1, item))
+    assert len(list(store.shards())) == 1
+    one = sum(array.nbytes for array in arrays(1).values())
+    assert store._in_memory == 5000 * one
+    assert store._growing is not None
+    assert sum(array.nbytes for array in store._growing._arrays.values()) <= 8 << 20
+    for item in (0, 77, 4999):
+        np.testing.assert_array_equal(store.counts(item, "eng"), arrays(1, item)["counts"][0])
+
+
+def test_sequences_with_other_arrays_are_refused() -> None:
+    store = filled(KEYS[:1])
+    with pytest.raises(ValueError, match="record alike"):
+        store.append([KEYS[1]], {"tokens": np.ones((1, 2), np.int64)})
+
+
+def in_a_child(work: str, folder: Path) -> None:
+    """Run lines of Python, with a store that keeps everything in a temporary folder, in a process of their own."""
+    given = f"""
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from moe_route.recording import RoutingStatistics, SequenceStore
+folder = Path({str(folder)!r})
+store = SequenceStore(("a",), (4,), memory_bytes=0)
+store.append([(1, "x")], {{"tokens": np.ones((1, 1), np.int64)}})
+"""
+    subprocess.run([sys.executable, "-c", given + work], check=True, env={**os.environ, "TMPDIR": str(folder)})
+
+
+def test_a_forked_child_that_ends_leaves_the_sequences_of_its_parent(tmp_path: Path) -> None:
+    in_a_child(
+        """
+child = os.fork()
+if not child:
+    sys.exit(0)
+os.waitpid(child, 0)
+assert store.tokens(1, "x") == 1
+del store
+assert not list(folder.iterdir())
+""",
+        tmp_path,
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_in_the_temporary_folder_is_removed_by_the_next(tmp_path: Path) -> None:
+    kill = "child = os.fork()\nif not child:\n    os.kill(os.getpid(), signal.SIGKILL)\nos.waitpid(child, 0)\n"
+    with pytest.raises(subprocess.CalledProcessError):
+        in_a_child("os.kill(os.getpid(), signal.SIGKILL)", tmp_path)
+    (left,) = tmp_path.iterdir()
+    in_a_child(kill + "assert len(list(folder.iterdir())) == 1 and store.tokens(1, 'x') == 1", tmp_path)
+    assert not left.exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_recording_leaves_what_it_wrote_and_no_lock(tmp_path: Path) -> None:
+    with pytest.raises(subprocess.CalledProcessError):
+        in_a_child(
+            """
+kept = SequenceStore(("a",), (4,), folder=folder / "run", memory_bytes=0)
+kept.append([(1, "x")], {"tokens": np.ones((1, 1), np.int64)})
+os.kill(os.getpid(), signal.SIGKILL)
+""",
+            tmp_path,
+        )
+    assert SequenceStore.load(tmp_path / "run").keys() == [(1, "x")]
+    for entry in (tmp_path / "run").iterdir():
+        entry.unlink()
+    SequenceStore(LAYERS, EXPERTS, folder=tmp_path / "run")
+
+
+def test_a_folder_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    filled(KEYS, folder=tmp_path / "link").close()
+    assert (tmp_path / "link").is_symlink()
+    assert SequenceStore.load(tmp_path / "real").keys() == KEYS
+
+
+def test_a_killed_save_leaves_the_old_or_the_new_recording(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("killed_saves.py")
+    subprocess.run(
+        [sys.executable, script, tmp_path, "23"], check=True, env={**os.environ, "PYTHONPATH": str(script.parents[1])}
+    )

@@ -1,0 +1,131 @@
+"""What must hold of token sums, whatever was recorded: every slot of every token is either a choice or empty, the
+probabilities of a token add up to 1, and its shares of weight to at most 1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_route.contract.tables import FIXED_POINT, SCALARS
+from moe_route.texttable import table
+
+if TYPE_CHECKING:
+    from moe_route.calls.call import Phase
+    from moe_route.recording.statistics import RoutingStatistics
+
+__all__ = ["Conservation", "broken_law", "conservation"]
+
+_COUNTED = ("counts", "natural_counts")  # metrics that are plain integers, not fixed point
+_OVERFLOW_TOKENS = 1 << 27  # fewer tokens cannot bring terms up to 16 (entropies, weights) past 63 bits
+_SCORE_ROUNDING = 1e-6  # scores are float32: how far a token's normalized scores may add up beside 1
+
+
+@dataclass(frozen=True, eq=False)
+class Conservation:
+    """Slots that a recording must hold, and those that it does; int64 ``[G, L]``."""
+
+    groups: tuple[str, ...]
+    layers: tuple[str, ...]
+    tokens: np.ndarray
+    expected: np.ndarray  # sum over tokens of k
+    found: np.ndarray  # choices and empty slots
+    tolerance: float  # the relative gap that is allowed: 0 for what this library recorded
+
+    @property
+    def gap(self) -> np.ndarray:
+        """found / expected - 1, float64 ``[G, L]``; 0 where both are 0, infinite where only the former is not."""
+        difference = (self.found - self.expected).astype(np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(difference == 0, 0.0, difference / self.expected)
+
+    @property
+    def largest_gap(self) -> float:
+        """The largest relative gap of any group and layer, without its sign."""
+        return float(np.abs(self.gap).max(initial=0.0))
+
+    @property
+    def holds(self) -> bool:
+        """Whether every gap is within the tolerance."""
+        return self.largest_gap <= self.tolerance
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able content; ``largest_gap`` is None where slots were found and none expected."""
+        sums = {name: getattr(self, name).tolist() for name in ("tokens", "expected", "found")}
+        axes = {"groups": list(self.groups), "layers": list(self.layers)}
+        largest = self.largest_gap if math.isfinite(self.largest_gap) else None
+        return axes | sums | {"largest_gap": largest, "tolerance": self.tolerance}
+
+    def __repr__(self) -> str:
+        gap = np.abs(self.gap)
+        worst = gap.argmax(axis=0) if len(self.groups) else np.zeros(len(self.layers), int)
+        rows = [
+            [layer, *(f"{int(sums[:, i].sum())}" for sums in (self.tokens, self.expected, self.found))]
+            + ([f"{self.gap[worst[i], i]:+.2e}", self.groups[worst[i]]] if len(self.groups) else ["", ""])
+            for i, layer in enumerate(self.layers)
+        ]
+        verdict = "within" if self.holds else "beyond"
+        title = f"slots of tokens: largest gap {self.largest_gap:.2e}, {verdict} the tolerance of {self.tolerance:g}"
+        return f"{title}\n{table(['layer', 'tokens', 'slots', 'found', 'largest gap', 'in group'], rows)}"
+
+
+def conservation(statistics: RoutingStatistics, phase: Phase | None) -> Conservation:
+    """The slots of ``statistics``, which hold counts."""
+    found = statistics.token_sum("counts", phase).sum(-1) + statistics.scalar("empty", phase)
+    return Conservation(
+        statistics.groups,
+        statistics.layers,
+        statistics.tokens(phase),
+        statistics.scalar("slots", phase),
+        found,
+        statistics.tolerance,
+    )
+
+
+def broken_law(statistics: RoutingStatistics, arrays: Mapping[str, np.ndarray]) -> str | None:
+    """The first law that the sums break, and where; None where all hold. ``arrays``: all that they are made of."""
+    broken = _negative(arrays)
+    for phase in statistics.phases:
+        broken = broken or _broken_in(statistics, phase)
+    return broken
+
+
+def _negative(arrays: Mapping[str, np.ndarray]) -> str | None:
+    """Sums of integers are never negative; fixed-point sums may be a little (rounding, negative weights) until there
+    are so many tokens that a sum of terms up to 16 could have passed 2^63.
+    """
+    scalars = arrays["scalars"]
+    signed = {"scalars": scalars[..., [i for i, name in enumerate(SCALARS) if name not in ("entropy", "moved")]]}
+    signed |= {name: array for name, array in arrays.items() if name.removeprefix("metric.") in _COUNTED}
+    if scalars[..., SCALARS.index("tokens")].max(initial=0) >= _OVERFLOW_TOKENS:
+        signed = dict(arrays)
+    for name, array in signed.items():
+        if (array < 0).any():
+            return f"{name} holds a negative sum: it passed 63 bits; record in several runs and keep them apart"
+    return None
+
+
+def _broken_in(statistics: RoutingStatistics, phase: Phase) -> str | None:
+    tokens = statistics.tokens(phase)
+    widest = max(statistics.num_experts, default=1)
+    # units of one token: rounding to fixed point and float32, and what another recorder's arithmetic loses
+    allowed = tokens * (widest * FIXED_POINT + _SCORE_ROUNDING + statistics.tolerance)
+    laws = []
+    if "counts" in statistics.metrics:
+        slots = conservation(statistics, phase)
+        laws.append((np.abs(slots.gap) <= slots.tolerance, "counts and empty slots do not add up to the slots"))
+    if "probability" in statistics.metrics:
+        scored = tokens - statistics.scalar("unscored", phase)
+        error = np.abs(statistics.token_sum("probability", phase).sum(-1) - scored)
+        laws.append((error <= allowed, "probability mass does not add up to the scored tokens"))
+    if "weight_share" in statistics.metrics:
+        excess = statistics.token_sum("weight_share", phase).sum(-1) - tokens
+        laws.append((excess <= allowed, "shares of weight add up to more than the tokens"))
+    for holds, what in laws:
+        if not holds.all():
+            group, layer = np.argwhere(~holds)[0]
+            return f"{what} (group {statistics.groups[group]!r}, layer {statistics.layers[layer]}, {phase})"
+    return None
