@@ -31,8 +31,8 @@ def gate_rows(section: str, races: dict[gate.Shape, Race]) -> list[Row]:
     out = []
     for shape, run in races.items():
         peers = {name: "torch" for name in run.seconds if name.startswith("route")}
-        peers["route + counts + mass"] = "torch + p.sum(0)"
-        peers["route + counts + mass + weight + entropy"] = "torch + p.sum(0)"
+        peers["route + counts + probability"] = "torch + p.sum(0)"
+        peers["route + counts + probability + weight + entropy"] = "torch + p.sum(0)"
         peers["route + counts, soft steering"] = "torch, soft steering"
         peers["route + counts, forced"] = "torch, forced"
         out += results.rows(section, shape.title, run, peers=peers, floors=dict.fromkeys(peers, "read the logits"))
@@ -42,7 +42,7 @@ def gate_rows(section: str, races: dict[gate.Shape, Race]) -> list[Row]:
 def gate_targets(run: Race, instruction_set: str) -> list[Target]:
     wanted = {"avx512": 8.0, "avx2": 4.0}.get(instruction_set)
     counts = run.ratio("torch", "route + counts")
-    mass = run.ratio("torch + p.sum(0)", "route + counts + mass")
+    mass = run.ratio("torch + p.sum(0)", "route + counts + probability")
     out = []
     case = gate.Shape().title
     if wanted is not None:
@@ -58,7 +58,7 @@ def gate_targets(run: Race, instruction_set: str) -> list[Target]:
     for what, name, limit in (
         ("soft steering adds", "route + counts, soft steering", 0.10),
         ("forcing adds", "route + counts, forced", 0.10),
-        ("mass, weight and entropy add", "route + counts + mass + weight + entropy", 0.20),
+        ("mass, weight and entropy add", "route + counts + probability + weight + entropy", 0.20),
     ):
         extra = run.ratio(name, "route + counts") - 1
         out.append(Target(f"{case}: {what} to route with counts", f"<= {limit:.0%}", f"{extra:.1%}", extra <= limit))

@@ -122,8 +122,8 @@ class Gate:
             "torch, forced": self.torch_forced,
             "route": self.routed(),
             "route + counts": self.routed(metrics=("counts",)),
-            "route + counts + mass": self.routed(metrics=("counts", "probability")),
-            "route + counts + mass + weight + entropy": self.routed(metrics=full, entropy=True),
+            "route + counts + probability": self.routed(metrics=("counts", "probability")),
+            "route + counts + probability + weight + entropy": self.routed(metrics=full, entropy=True),
             "route + counts, soft steering": self.routed(metrics=("counts",), steering=self.soft_steering()),
             "route + counts, forced": self.routed(metrics=("counts",), steering=self.forced_steering()),
         }

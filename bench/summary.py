@@ -1,4 +1,8 @@
-"""The figures of the README, from a results file: `python -m bench.summary bench/results/cpu-avx512.json`."""
+"""The figures of README and docs/figures.md, from results files.
+
+`python -m bench.summary bench/results/cpu-avx512.json` prints the main figures of one file; without a file, the committed
+ones.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ def summary(content: Mapping[str, Any]) -> str:
     intro = (
         f"One thread of a shared {machine['processor']} machine (kernels {machine['instruction set of the kernels']}, "
         f"torch {machine['torch']}), medians, against what one would write in torch, timed in the same run with inputs "
-        "that never repeat ([how](bench/README.md)). 128 experts, top-8, 4096 rows of float32 logits:\n"
+        "that never repeat ([how](../bench/README.md)). 128 experts, top-8, 4096 rows of float32 logits:\n"
     )
     parts = [
         intro,
@@ -53,7 +57,7 @@ def experts_summary(content: Mapping[str, Any]) -> str:
         "The experts of one layer in bfloat16 (one thread, random weights), by the implementations of transformers "
         f"{content['machine']['transformers']} and ours; the floor is reading the weights of the experts hit, "
         "or as many multiplications in dense products, whichever takes longer "
-        "([all of them](bench/results/cpu-avx512-experts.md)):\n"
+        "([all of them](../bench/results/cpu-avx512-experts.md)):\n"
     )
     head = ("", "eager", "grouped_mm", "moe_route", "times as fast as grouped_mm", "share of the floor")
     return f"{intro}\n{table(head, _experts(content))}"
@@ -68,9 +72,39 @@ def _experts(content: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def committed() -> str:
-    """What the README shows."""
+    """Everything that the page of figures shows."""
     kernels, experts = (json.loads(path.read_text()) for path in (COMMITTED, COMMITTED_EXPERTS))
     return f"{summary(kernels)}\n{experts_summary(experts)}"
+
+
+def headline() -> str:
+    """The few figures of the README: what a user feels, and what an engineer compares."""
+    kernels, experts = (json.loads(path.read_text()) for path in (COMMITTED, COMMITTED_EXPERTS))
+    rows = [
+        (f"`{name}`, a row of 128 experts, top-8", a_row, f"{times} x as fast as torch operations")
+        for name, _, a_row, _, times in _gate(kernels)
+        if name
+        in ("route + counts", "route + counts + probability + weight + entropy", "route + counts, soft steering")
+    ]
+    recording = {name: (inside, share) for name, inside, share in _recording(kernels)}
+    for dtype in ("float32", "bfloat16"):
+        (inside, share), (_, by_hand) = recording[f"moe-route, {dtype}"], recording[f"by hand in torch, {dtype}"]
+        rows.append(
+            (
+                f"recording a 16-layer model at decode, batch 1, {dtype}",
+                f"{inside} a step",
+                f"{share} of the step (by hand in torch {by_hand})",
+            )
+        )
+    times = [float(row[4]) for row in _experts(experts)]
+    rows.append(
+        (
+            f"experts of {len(times)} layer shapes of public models, bfloat16",
+            "",
+            f"{min(times):.2f} to {max(times):.2f} x `grouped_mm` of transformers",
+        )
+    )
+    return table(("one thread of a shared " + kernels["machine"]["processor"], "time", "against"), rows)
 
 
 def _rows(content: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:

@@ -14,7 +14,7 @@ from moe_route import _C, ops
 from moe_route.contract.spec import ORDERS, RENORMALIZATIONS, SCORES
 
 FULL = ("counts", "probability", "weight")
-ROUTE, COUNTED, ALL = "route", "route + counts", "route + counts + mass + weight + entropy"
+ROUTE, COUNTED, ALL = "route", "route + counts", "route + counts + probability + weight + entropy"
 SOFT, FORCED, ALL_SOFT = f"{COUNTED}, soft steering", f"{COUNTED}, forced", f"{ALL}, soft steering"
 BARE = ", without the dispatcher"
 PEERS = {
