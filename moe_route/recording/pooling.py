@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_route.calls.call import PHASES
-from moe_route.contract.tables import FIXED_POINT
+from moe_route.contract.tables import FIXED_POINT, SCALARS
 from moe_route.recording.statistics import KIND_METRIC, SEQUENCE_KINDS, SEQUENCE_SCALARS, VIEWS
 from moe_route.recording.tables import TableSums
 
@@ -22,20 +22,23 @@ _ALL = VIEWS.index("all")
 class SequenceAverages:
     """Averages of n sequences: ``tokens`` int64 ``[n, L]`` (L_i), ``counts`` int64 ``[n, L, E]`` (a_i) where
     recorded, ``values`` kind -> float64 ``[n, L, E]`` (q_i of each kind and a_i / L_i; NaN rows where there is none),
-    ``entropy`` float64 ``[n, L]`` (H(q_i), nats, NaN where there is none).
+    ``scalars`` name -> ``[n, L]``, by the names of ``SEQUENCE_SCALARS``: bool for those that count sequences, float64
+    nats for ``entropy`` (H(q_i)) and ``mean_token_entropy`` (mean over t of H(p_t)), NaN where there is none.
     """
 
     tokens: np.ndarray
     counts: np.ndarray | None
     values: Mapping[str, np.ndarray]
-    entropy: np.ndarray | None
+    scalars: Mapping[str, np.ndarray]
 
     @classmethod
-    def of(cls, tokens: np.ndarray, metrics: Mapping[str, np.ndarray]) -> SequenceAverages:
-        """From sums over the tokens of each sequence, ``tokens [n, L]`` and ``metrics`` name -> ``[n, L, E]``.
+    def of(cls, scalars: np.ndarray, metrics: Mapping[str, np.ndarray], *, entropy: bool) -> SequenceAverages:
+        """From sums over the tokens of each sequence, ``scalars [n, L, 8]`` (``ops.SCALARS``) and ``metrics`` name ->
+        ``[n, L, E]``; ``entropy`` says whether the entropy of tokens was recorded.
 
         q_i (arXiv 2510.04694 eq. 1) is a metric over its own sum, so that tokens with an all-zero row are left out.
         """
+        tokens, unscored, summed = (scalars[..., SCALARS.index(name)] for name in ("tokens", "unscored", "entropy"))
         values = {}
         for kind in SEQUENCE_KINDS:
             if KIND_METRIC[kind] not in metrics:
@@ -43,17 +46,23 @@ class SequenceAverages:
             table = metrics[KIND_METRIC[kind]].astype(np.float64)
             divisor = tokens[..., None] if kind == "frequency" else table.sum(-1, keepdims=True)
             values[kind] = table / np.where(divisor > 0, divisor, np.nan)
-        entropy = None
+        columns = {"sequences": tokens > 0}
+        columns |= {kind: ~np.isnan(table[..., 0]) for kind, table in values.items() if kind in SEQUENCE_SCALARS}
         if "full" in values:
             q = values["full"]
-            entropy = -(q * np.log(np.where(q > 0, q, 1.0))).sum(-1)
-        return cls(tokens, metrics.get("counts"), values, entropy)
+            columns["entropy"] = -(q * np.log(np.where(q > 0, q, 1.0))).sum(-1)
+        if entropy:
+            scored = tokens - unscored
+            columns["full"] = scored > 0  # every scored token adds 1 to q_i
+            columns["mean_token_entropy"] = summed * FIXED_POINT / np.where(scored > 0, scored, np.nan)
+        return cls(tokens, metrics.get("counts"), values, columns)
 
 
 class SequencePool:
     """Sums over finished sequences per (view, group, layer, expert), int64; views are prefill, decode and all."""
 
-    def __init__(self, groups: int, layers: int, widest: int, metrics: Sequence[str]):
+    def __init__(self, groups: int, layers: int, widest: int, metrics: Sequence[str], *, entropy: bool):
+        self._entropy = entropy
         kinds = [kind for kind in SEQUENCE_KINDS if KIND_METRIC[kind] in metrics]
         self.scalars = np.zeros((len(VIEWS), groups, layers, len(SEQUENCE_SCALARS)), np.int64)
         self.sums = {kind: np.zeros((len(VIEWS), groups, layers, widest), np.int64) for kind in kinds}
@@ -77,25 +86,24 @@ class SequencePool:
         ran = [phase for phase in range(len(PHASES)) if tokens[phase].any()]
         averages = None
         for phase in ran:
-            averages = SequenceAverages.of(tokens[phase], {name: table[phase] for name, table in sums.metrics.items()})
+            averages = self._averages(sums.scalars[phase], {name: table[phase] for name, table in sums.metrics.items()})
             # what ran in one phase only is the same over all phases
             self._add((phase,) if len(ran) > 1 else (phase, _ALL), averages, groups)
         if averages is None or len(ran) > 1:
-            averages = SequenceAverages.of(tokens.sum(0), {name: table.sum(0) for name, table in sums.metrics.items()})
+            averages = self._averages(sums.scalars.sum(0), {name: table.sum(0) for name, table in sums.metrics.items()})
             self._add((_ALL,), averages, groups)
         return averages
 
+    def _averages(self, scalars: np.ndarray, metrics: Mapping[str, np.ndarray]) -> SequenceAverages:
+        return SequenceAverages.of(scalars, metrics, entropy=self._entropy)
+
     def _add(self, views: tuple[int, ...], averages: SequenceAverages, groups: np.ndarray) -> None:
-        columns = {"sequences": averages.tokens > 0}
         for kind, values in averages.values.items():
             _add_rows([self.sums[kind][view] for view in views], groups, _fixed(values))
-            columns[kind] = ~np.isnan(values[..., 0])
-        if averages.entropy is not None:
-            columns["entropy"] = _fixed(averages.entropy)
-        for name, column in columns.items():
-            if name in SEQUENCE_SCALARS:
-                place = SEQUENCE_SCALARS.index(name)
-                _add_rows([self.scalars[view, ..., place] for view in views], groups, column.astype(np.int64))
+        for name, column in averages.scalars.items():
+            rows = column.astype(np.int64) if column.dtype == bool else _fixed(column)
+            place = SEQUENCE_SCALARS.index(name)
+            _add_rows([self.scalars[view, ..., place] for view in views], groups, rows)
 
 
 def _add_rows(targets: Sequence[np.ndarray], groups: np.ndarray, rows: np.ndarray) -> None:

@@ -2,8 +2,8 @@
 
 Two kinds of sums, both int64. *Token sums* are the tables of the gate (`csrc/include/moe_route/gate.h`), one set per
 phase. *Sequence sums* add up, over finished sequences, the sequence's own averages: q_i (arXiv 2510.04694 eq. 1), a_i
-/ L_i (its eq. 3) and H(q_i), each rounded once to a multiple of 2^-32. Sums of integers do not depend on order, so
-two runs merge exactly.
+/ L_i (its eq. 3), H(q_i) and the mean over its tokens of H(p_t), each rounded once to a multiple of 2^-32. Sums of
+integers do not depend on order, so two runs merge exactly.
 """
 
 from __future__ import annotations
@@ -36,23 +36,18 @@ __all__ = [
 ]
 
 Phase = Literal["prefill", "decode"]
-Kind = Literal["full", "topk", "topk_renorm", "count"]
+Kind = Literal["full", "topk", "count"]
 By = Literal["sequence", "token"]
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")  # axis 0 of the token sums
 # Axis 0 of the sequence sums: a sequence's average over both phases is no sum of two averages.
 VIEWS = ("prefill", "decode", "all")
 SEQUENCE_KINDS = ("full", "topk", "count", "frequency")
-# Finished sequences seen by a layer; those with a q_i of each kind (an all-zero row has none); fixed-point sum of
-# H(q_i), nats.
-SEQUENCE_SCALARS = ("sequences", "full", "topk", "count", "entropy")
-KIND_METRIC = {
-    "full": "probability",
-    "topk": "weight_share",
-    "topk_renorm": "weight_share",
-    "count": "counts",
-    "frequency": "counts",
-}
+# Finished sequences seen by a layer; those with a q_i of each kind (an all-zero row has none); fixed-point sums, nats:
+# of H(q_i), and of the mean over the scored tokens t of a sequence of H(p_t). Both have a term per sequence of "full".
+SEQUENCE_SCALARS = ("sequences", "full", "topk", "count", "entropy", "mean_token_entropy")
+_SEQUENCE_NATS = ("entropy", "mean_token_entropy")
+KIND_METRIC = {"full": "probability", "topk": "weight_share", "count": "counts", "frequency": "counts"}
 _COUNTED = ("counts", "natural_counts")  # metrics that are plain integers, not fixed point
 _OVERFLOW_TOKENS = 1 << 27  # fewer tokens cannot bring terms up to 16 (entropies, weights) past 63 bits
 _SCORE_ROUNDING = 1e-6  # scores are float32: how far a token's normalized scores may add up beside 1
@@ -92,7 +87,7 @@ class RoutingStatistics:
         store: SequenceStore | None = None,
     ):
         """Take int64 arrays: ``scalars [2, G, L, 8]`` (``ops.SCALARS``), ``metrics`` name -> ``[2, G, L, E]``,
-        ``sequence_scalars [3, G, L, 5]`` (``SEQUENCE_SCALARS``), ``sequence_sums`` kind -> ``[3, G, L, E]``; axis 0
+        ``sequence_scalars [3, G, L, 6]`` (``SEQUENCE_SCALARS``), ``sequence_sums`` kind -> ``[3, G, L, E]``; axis 0
         is ``PHASES`` or ``VIEWS``, E the widest layer.
 
         Raises ``ValueError`` for a wrong shape, an unknown metric or a group named twice.
@@ -197,25 +192,25 @@ class RoutingStatistics:
         return seen.max(axis=1, initial=0)
 
     def sequence_scalar(self, name: str, phase: Phase | None = None) -> np.ndarray:
-        """One of ``SEQUENCE_SCALARS``, ``[G, L]``: int64 numbers of sequences, or float64 ``entropy`` (sum of H(q_i),
-        nats)."""
+        """One of ``SEQUENCE_SCALARS``, ``[G, L]``: int64 numbers of sequences, or float64 nats, summed over sequences:
+        ``entropy`` (H(q_i)) and ``mean_token_entropy`` (the mean over a sequence's tokens of H(p_t))."""
         if name not in SEQUENCE_SCALARS:
             raise ValueError(f"no sequence scalar {name!r}: one of {', '.join(SEQUENCE_SCALARS)}")
         values = self._sequence_scalars[_view_index(phase), ..., SEQUENCE_SCALARS.index(name)]
-        return values * FIXED_POINT if name == "entropy" else values.copy()
+        return values * FIXED_POINT if name in _SEQUENCE_NATS else values.copy()
 
     # ---- averages
 
     def mean_distribution(self, kind: Kind = "full", phase: Phase | None = None, by: By = "sequence") -> np.ndarray:
         """Mean routing distribution, float64 ``[G, L, E]``; rows sum to 1, NaN where nothing was seen.
 
-        ``kind``: ``full`` scores over all experts, ``topk`` = ``topk_renorm`` weights of the chosen divided by their
-        sum (per token the two are the same once normalized), ``count`` selections. ``by="sequence"`` is the mean of
-        q_i (arXiv 2510.04694 eq. 1), ``by="token"`` weighs every token alike. Sequences and tokens with an all-zero
-        row are left out (``sequence_scalar``, ``scalar("unscored")`` tell how many).
+        ``kind``: ``full`` scores over all experts, ``topk`` weights of the chosen divided by their sum, ``count``
+        selections. ``by="sequence"`` is the mean of q_i (arXiv 2510.04694 eq. 1), ``by="token"`` weighs every token
+        alike. Sequences and tokens with an all-zero row are left out (``sequence_scalar``, ``scalar("unscored")`` tell
+        how many).
         """
         if kind not in KIND_METRIC or kind == "frequency":
-            raise ValueError(f"no distribution kind {kind!r}: full, topk, topk_renorm or count")
+            raise ValueError(f"no distribution kind {kind!r}: full, topk or count")
         sums = (
             self._sequence_sum(kind, phase) if _check_by(by) == "sequence" else self.token_sum(KIND_METRIC[kind], phase)
         )
@@ -233,9 +228,14 @@ class RoutingStatistics:
         sums = self._sequence_sum("frequency", phase)
         return _ratio(sums * FIXED_POINT, self.sequence_scalar("sequences", phase)[..., None])
 
-    def entropy(self, of: Literal["token", "sequence"] = "token", phase: Phase | None = None) -> np.ndarray:
-        """Mean entropy in nats, float64 ``[G, L]``: ``token`` mean over tokens of H(p_t), ``sequence`` mean over
-        sequences of H(q_i).
+    def entropy(
+        self, of: Literal["token", "sequence"] = "token", phase: Phase | None = None, by: By = "token"
+    ) -> np.ndarray:
+        """Mean entropy in nats, float64 ``[G, L]``.
+
+        ``of="token"`` is the mean of H(p_t): over all tokens alike (``by="token"``), or over the tokens of each
+        sequence and then over sequences (``by="sequence"``), which is what H(q_i) compares with. ``of="sequence"`` is
+        the mean over sequences of H(q_i), whatever ``by``.
 
         NaN where nothing was seen. Raises ``ValueError`` when it was not recorded.
         """
@@ -246,6 +246,8 @@ class RoutingStatistics:
             raise ValueError(f'entropy of "token" or "sequence", not {of!r}')
         if not self.has_entropy:
             raise ValueError("token entropy was not recorded: record(entropy=True)")
+        if _check_by(by) == "sequence":
+            return _ratio(self.sequence_scalar("mean_token_entropy", phase), self.sequence_scalar("full", phase))
         return _ratio(self.scalar("entropy", phase), self.tokens(phase) - self.scalar("unscored", phase))
 
     # ---- parts and wholes
@@ -489,6 +491,9 @@ class RoutingStatistics:
             lines.append(f"  model: {model.get('name') or model.get('class')}")
         if self.metadata.get("plans"):
             lines.append(f"  steered by: {', '.join(self.metadata['plans'])}")
+        if self.metadata.get("cut_texts"):
+            limits = "/".join(map(str, self.metadata["cut_to_tokens"]))
+            lines.append(f"  cut: {self.metadata['cut_texts']} texts to {limits} tokens")
         if self.store is not None:
             lines.append(f"  store: {len(self.store)} sequences")
         return "\n".join(lines)
@@ -523,7 +528,6 @@ class RoutingStatistics:
         return self._metrics[name]
 
     def _sequence_sum(self, kind: str, phase: Phase | None) -> np.ndarray:
-        kind = "topk" if kind == "topk_renorm" else kind
         if kind not in self._sequence_sums:
             if self._sequence_sums or not self._scalars.any():
                 self._metric(KIND_METRIC[kind])

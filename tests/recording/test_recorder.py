@@ -117,7 +117,7 @@ def test_sequence_distribution_is_equation_1(routed: mr.RoutedModel, side: str) 
         run(routed, inputs)
     statistics = rec.statistics()
     assert statistics.store is not None
-    qs, frequencies, entropies = [], [], []
+    qs, frequencies, entropies, token_entropies = [], [], [], []
     for row, item in enumerate([10, 11, 12]):
         keep = inputs["attention_mask"].bool().numpy().copy()
         keep[np.arange(3) != row] = False
@@ -132,9 +132,11 @@ def test_sequence_distribution_is_equation_1(routed: mr.RoutedModel, side: str) 
         qs.append(q)
         frequencies.append(sums["counts"] / length)
         entropies.append(-(q * np.log(q)).sum(-1))
+        token_entropies.append(hand.entropy(keep) / length)
     np.testing.assert_allclose(statistics.mean_distribution()[0], np.mean(qs, 0), atol=1e-6)
     np.testing.assert_allclose(statistics.frequency()[0], np.mean(frequencies, 0), atol=1e-9)
     np.testing.assert_allclose(statistics.entropy("sequence")[0], np.mean(entropies, 0), atol=1e-5)
+    np.testing.assert_allclose(statistics.entropy(by="sequence")[0], np.mean(token_entropies, 0), atol=1e-5)
     assert statistics.sequences().tolist() == [3]
 
 
@@ -481,6 +483,21 @@ def test_embeddings_in_place_of_ids(model: nn.Module, routed: mr.RoutedModel) ->
     with routed.record() as rec:
         run(routed, {"inputs_embeds": model.get_input_embeddings()(tokens(2, 6))})
     assert (rec.statistics().tokens() == 12).all()
+
+
+def test_the_entropy_of_tokens_is_kept_by_sequence_without_the_scores_of_all_experts(routed: mr.RoutedModel) -> None:
+    inputs = padded([7, 2])
+    with ByHand(routed.model) as hand, routed.record(metrics=["counts"]) as rec:
+        run(routed, inputs)
+    keep = inputs["attention_mask"].bool().numpy()
+    means = [hand.entropy(keep & (np.arange(2) == row)[:, None]) / keep[row].sum() for row in range(2)]
+    np.testing.assert_allclose(rec.statistics().entropy(by="sequence")[0], np.mean(means, 0), atol=1e-5)
+    assert (rec.statistics().sequence_scalar("full") == 2).all()
+    with routed.record(entropy=False) as rec:
+        run(routed, inputs)
+    assert not rec.statistics().sequence_scalar("mean_token_entropy").any()
+    with pytest.raises(ValueError, match="token entropy was not recorded"):
+        rec.statistics().entropy(by="sequence")
 
 
 def test_planes_that_were_not_recorded_are_named(routed: mr.RoutedModel) -> None:

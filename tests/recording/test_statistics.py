@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from moe_route import files
 from moe_route.ops import FIXED_POINT, SCALARS
 from moe_route.recording import MergeError, RecordingError, RoutingStatistics
+from moe_route.recording.pooling import SequencePool
 from moe_route.recording.statistics import SEQUENCE_KINDS, SEQUENCE_SCALARS
+from moe_route.recording.tables import TableSums
 
 LAYERS, EXPERTS, TOP_K = ("a.gate", "b.gate"), (3, 4), (1, 2)
 UNIT = 1 << 32
@@ -162,6 +164,38 @@ def test_averages_follow_their_definitions() -> None:
     assert a.token_sum("counts").dtype == a.tokens().dtype == np.int64
     assert a.token_sum("probability").dtype == np.float64
     np.testing.assert_array_equal(a.token_sum("counts", "prefill") + a.token_sum("counts", "decode"), counts)
+
+
+def test_sequences_of_any_length_weigh_alike_in_the_entropy_of_tokens() -> None:
+    """99 tokens that are all of one mind, and a sequence of one token: there is no gap within any of them."""
+    sums = TableSums(2, 1, 4, ["probability"])
+    for row, (tokens, p) in enumerate(((99, [0.25] * 4), (1, [0.5, 0.5, 0.0, 0.0]))):
+        entropy = -sum(x * np.log(x) for x in p if x)
+        sums.metrics["probability"][0, row, 0] = np.array(p) * tokens * UNIT
+        for name, value in (
+            ("tokens", tokens),
+            ("slots", tokens),
+            ("empty", tokens),
+            ("entropy", tokens * entropy * UNIT),
+        ):
+            sums.scalars[0, row, 0, SCALARS.index(name)] = round(value)
+    pool = SequencePool(1, 1, 4, ["probability"], entropy=True)
+    pool.add(sums, np.zeros(2, int))
+    one = RoutingStatistics(
+        groups=["eng"],
+        layers=["a"],
+        num_experts=[4],
+        top_k=[1],
+        scalars=sums.scalars.sum(1, keepdims=True),
+        metrics={"probability": sums.metrics["probability"].sum(1, keepdims=True)},
+        sequence_scalars=pool.scalars,
+        sequence_sums=pool.sums,
+    )
+    for statistics in (one, one + one):
+        np.testing.assert_allclose(statistics.entropy("sequence"), statistics.entropy("token", by="sequence"))
+        np.testing.assert_allclose(statistics.entropy("sequence", "prefill"), (np.log(4) + np.log(2)) / 2)
+        np.testing.assert_allclose(statistics.entropy("token"), (99 * np.log(4) + np.log(2)) / 100)
+        assert np.isnan(statistics.entropy("token", "decode", by="sequence")).all()
 
 
 def test_nothing_seen_is_nan_without_a_warning() -> None:
