@@ -1,12 +1,14 @@
 """Pictures of analysis results, ready for a paper: each function draws on one matplotlib ``Axes`` and returns it.
 
 Nothing global changes: no style, no current figure, no ``show``. Colors can be told apart with any color vision;
-lines that share a color differ in dashes, and every line carries its name or a legend in the order of the lines.
+lines that share a color differ in dashes, and every line carries its name or a legend in the order of the lines. A
+language has the same color in every picture (:func:`styles`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +24,17 @@ if TYPE_CHECKING:
 
     from moe_route.recording import RoutingStatistics
 
-__all__ = ["correlation", "divergence", "divergence_matrix", "entropy", "expert_counts", "heat_map", "save"]
+__all__ = ["correlation", "divergence", "divergence_matrix", "entropy", "expert_counts", "heat_map", "save", "styles"]
 
 # Okabe and Ito's set for every color vision (2008), without its yellow, which is too light for lines on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.4, 1.2, 1.4)))
+# Languages by their code in ISO 639-3 and 639-1: the place is the style. The seven with solid lines come first.
+_LANGUAGES = (
+    "zho zh cmn|swh sw swa|deu de|jpn ja|hin hi|arb ar ara|eng en|fra fr|rus ru|ind id|ben bn|spa es|por pt|kor ko|"
+    "tha th|tel te|vie vi|tur tr|urd ur|yor yo|ita it|nld nl|pol pl|ukr uk|pes fa fas|tam ta|amh am|ell el"
+)
+_PLACES = {code: place for place, codes in enumerate(_LANGUAGES.split("|")) for code in codes.split()}
 _GRID = "#d9d9d9"
 _INK = "#333333"
 _MEASURES = {
@@ -47,12 +55,32 @@ def save(ax: Axes, path: Path) -> Path:
     return path
 
 
+def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """A line style for each name, as keyword arguments of ``Axes.plot``; it depends on the set of names alone.
+
+    A language that is named by a usual code ("swh_Latn", "swh", "sw") has a style of its own, whatever other names
+    there are. All other names take the styles that are left, in alphabetical order. Pictures call this with all groups
+    of a result; pass ``styles=styles(names)`` to draw results with other groups alike. From the 29th name on styles
+    repeat.
+    """
+    places: dict[str, int] = {}
+    for name in sorted(set(names)):
+        place = _PLACES.get(re.split("[_-]", name.lower())[0])
+        if place is not None and place not in places.values():
+            places[name] = place
+    others = [name for name in sorted(set(names)) if name not in places]
+    free = [place for place in range(len(_COLOURS) * len(_DASHES)) if place not in places.values()] or [0]
+    places |= {name: free[i % len(free)] for i, name in enumerate(others)}
+    return {name: _style(places[name]) for name in names}
+
+
 def divergence(
     found: Divergence,
     *,
     ax: Axes | None = None,
     groups: Sequence[str] | None = None,
     labels: Mapping[str, str] | None = None,
+    styles: Mapping[str, Any] | None = None,
     interval: float | None = None,
     middle: Sequence[int] | range | None = None,
     title: str | None = None,
@@ -64,7 +92,8 @@ def divergence(
         ax: where to draw; a new figure by default.
         groups: the groups to draw; all by default. The legend lists them from the most divergent to the least.
         labels: group -> the name to show.
-        interval: level of a bootstrap band around each line (such as 0.95), for paired divergence.
+        styles: group -> a color, or keyword arguments of ``Axes.plot``, in place of what ``styles`` gives it.
+        interval: level of a bootstrap band around each line (such as 0.95), for paired divergence. The title names it.
         middle: layers to shade, such as those a plan steers.
         title: over the axes; none by default.
     """
@@ -74,11 +103,15 @@ def divergence(
     if middle is not None:
         _shade(ax, middle)
     low, high = found.interval(interval) if interval is not None else (None, None)
-    for name, style in zip(names, _styles(len(names)), strict=True):
+    chosen = _chosen_styles((*found.groups, found.reference), styles)
+    for name in names:
+        style = chosen[name]
         ax.plot(layers, found.of(name), label=_label(name, labels), **style)
         if low is not None and high is not None:
             row = found.groups.index(name)
             ax.fill_between(layers, low[row], high[row], color=style["color"], alpha=0.15, linewidth=0)
+    band = None if interval is None else f"bands: {interval * 100:g} % interval, bootstrap over {found.pairs} items"
+    title = "\n".join(line for line in (title, band) if line) or None
     _finish(ax, layers, f"{_MEASURES[found.measure]} from {_label(found.reference, labels)}", title)
     ax.set_ylim(bottom=0)
     _legend(ax, len(names))
@@ -92,16 +125,17 @@ def entropy(
     ax: Axes | None = None,
     groups: Sequence[str] | None = None,
     labels: Mapping[str, str] | None = None,
+    styles: Mapping[str, Any] | None = None,
     normalized: bool = True,
     title: str | None = None,
 ) -> Axes:
     """Routing entropy by layer, a line per group: of tokens, of "sequence"s, or the "gap" between the two.
 
     ``normalized`` divides by log E, so that 1 is uniform routing; the gap is always in nats. The legend is in falling
-    order of the mean.
+    order of the mean. The other arguments are those of ``divergence``.
     """
     if of == "gap":
-        values, name = found.gap, "sequence - token entropy (nats)"
+        values, name = found.gap, "entropy gap within sequences (nats)"
     elif of in ("token", "sequence"):
         values = found.normalized(of) if normalized else found._values(of)  # type: ignore[arg-type]
         name = f"{of} entropy / log E" if normalized else f"{of} entropy (nats)"
@@ -111,8 +145,9 @@ def entropy(
     names = sorted(names, key=lambda group: -_mean(values[found.groups.index(group)]))
     ax = _axes(ax, (6.4, 3.6))
     layers = np.arange(values.shape[1])
-    for group, style in zip(names, _styles(len(names)), strict=True):
-        ax.plot(layers, values[found.groups.index(group)], label=_label(group, labels), **style)
+    chosen = _chosen_styles(found.groups, styles)
+    for group in names:
+        ax.plot(layers, values[found.groups.index(group)], label=_label(group, labels), **chosen[group])
     _finish(ax, layers, name, title)
     _legend(ax, len(names))
     return ax
@@ -120,16 +155,21 @@ def entropy(
 
 def correlation(found: Correlation, *, ax: Axes | None = None, alpha: float = 0.05, title: str | None = None) -> Axes:
     """Correlation of scores with divergence by layer: Pearson r and Spearman rho; filled points where the permutation p
-    is below ``alpha``.
+    of Pearson r, corrected for the number of layers, is below ``alpha``.
     """
     ax = _axes(ax, (6.4, 3.2))
     layers = np.arange(len(found.layers))
-    pearson, spearman = _styles(2)
+    pearson, spearman = _style(0), _style(1)
     ax.axhline(0, color=_INK, linewidth=0.8)
     ax.plot(layers, found.pearson, label="Pearson r", **pearson)
     ax.plot(layers, found.spearman, label="Spearman ρ", **(spearman | {"linestyle": _DASHES[1]}))
-    significant = found.p_value < alpha
-    for chosen, fill in ((significant, pearson["color"]), (~significant & ~np.isnan(found.pearson), "white")):
+    significant = found.p_corrected < alpha
+    others = ~significant & ~np.isnan(found.pearson)
+    kinds = (
+        (significant, pearson["color"], f"p < {alpha:g}, all layers"),
+        (others, "white", f"p ≥ {alpha:g}"),
+    )
+    for chosen, fill, label in kinds:
         ax.plot(
             layers[chosen],
             found.pearson[chosen],
@@ -138,11 +178,11 @@ def correlation(found: Correlation, *, ax: Axes | None = None, alpha: float = 0.
             markersize=4,
             markeredgecolor=pearson["color"],
             markerfacecolor=fill,
-            label=f"p < {alpha:g}" if fill != "white" and chosen.any() else None,
+            label=label if chosen.any() else None,
         )
     _finish(ax, layers, f"correlation with divergence\nfrom {found.reference} ({len(found.groups)} groups)", title)
     ax.set_ylim(-1.05, 1.05)
-    _legend(ax, 3)
+    _legend(ax, 4)
     return ax
 
 
@@ -165,8 +205,9 @@ def expert_counts(
     named = _named(selections)
     ax = _axes(ax, (6.4, 3.2))
     layers = np.arange(num_layers if num_layers is not None else max(map(_num_layers, named.values())))
-    for (name, found), style in zip(named.items(), _styles(len(named)), strict=True):
-        ax.step(layers, _counts(found, len(layers)), where="mid", label=f"{name} ({len(found)})", **style)
+    for number, (name, found) in enumerate(named.items()):
+        counts = _counts(found, len(layers))
+        ax.step(layers, counts, where="mid", label=f"{name} ({len(found)})", **_style(number))
     if overlap:
         if len(named) != 2:
             raise ValueError(f"overlap needs two selections, not {len(named)}")
@@ -205,6 +246,8 @@ def heat_map(
     values, sizes, name = _heat_values(found, group, reference, phase, by)
     ax = _axes(ax, (6.4, 4.4))
     values = np.where(np.arange(values.shape[1]) < np.asarray(sizes)[:, None], values, np.nan)
+    if np.isnan(values).all():
+        raise ValueError("there is nothing to draw: no token of this group was counted")
     difference = bool(np.nanmin(values) < 0)
     limit = float(np.nanmax(np.abs(values))) or 1.0
     image = ax.imshow(
@@ -240,10 +283,11 @@ def divergence_matrix(
     """
     values = found.mean(layers)
     size = len(found.groups)
+    limit = float(np.nanmax(values)) or 1.0  # the diagonal is 0, so there is always one
     ax = _axes(ax, (1.6 + 0.5 * size, 1.2 + 0.5 * size))
     shown = np.where(np.eye(size, dtype=bool), np.nan, values)
     ax.set_facecolor("white")
-    image = ax.imshow(shown, cmap="cividis_r", vmin=0.0, vmax=float(np.nanmax(shown)) or 1.0)
+    image = ax.imshow(shown, cmap="cividis_r", vmin=0.0, vmax=limit)
     names = [_label(group, labels) for group in found.groups]
     ax.set_xticks(range(size), names, rotation=45, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(size), names)
@@ -251,7 +295,7 @@ def divergence_matrix(
     for side in ax.spines.values():
         side.set_visible(False)
     for row, column in np.argwhere(~np.isnan(shown)) if size <= 16 else ():
-        dark = shown[row, column] > 0.55 * np.nanmax(shown)
+        dark = shown[row, column] > 0.55 * limit
         text = f"{shown[row, column]:.2f}"
         ax.text(column, row, text, ha="center", va="center", fontsize="small", color="white" if dark else "black")
     bar = ax.figure.colorbar(image, ax=ax, shrink=0.8, pad=0.03)
@@ -279,17 +323,26 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
     return figure.add_subplot()
 
 
-def _styles(number: int) -> list[dict[str, Any]]:
-    """A style per line: colors first, then the same colors with other dashes."""
-    return [
-        {
-            "color": _COLOURS[i % len(_COLOURS)],
-            "linestyle": _DASHES[(i // len(_COLOURS)) % len(_DASHES)],
-            "linewidth": 1.6,
-            "solid_capstyle": "round",
-        }
-        for i in range(number)
-    ]
+def _style(number: int) -> dict[str, Any]:
+    """The style of that number: colors first, then the same colors with other dashes."""
+    return {
+        "color": _COLOURS[number % len(_COLOURS)],
+        "linestyle": _DASHES[(number // len(_COLOURS)) % len(_DASHES)],
+        "linewidth": 1.6,
+        "solid_capstyle": "round",
+    }
+
+
+_default_styles = styles  # pictures have an argument of that name
+
+
+def _chosen_styles(groups: Sequence[str], given: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """The style of each group of a result; ``given`` are colors or keyword arguments that take precedence."""
+    chosen = _default_styles(groups)
+    for group, style in (given or {}).items():
+        if group in chosen:
+            chosen[group] |= {"color": style} if isinstance(style, str) else dict(style)
+    return chosen
 
 
 def _finish(ax: Axes, layers: np.ndarray, name: str, title: str | None) -> None:
@@ -387,7 +440,7 @@ def _heat_values(
     if isinstance(found, np.ndarray):
         if found.ndim != 2 or group is not None or reference is not None:
             raise ValueError("an array must be [layer, expert], without group and reference")
-        return found, [found.shape[1]] * len(found), "difference of frequency" if np.nanmin(found) < 0 else "frequency"
+        return found, [found.shape[1]] * len(found), "difference of frequency" if (found < 0).any() else "frequency"
     frequency = found.frequency(phase, by)
     index = [_group_row(found, name) for name in (group, reference) if name is not None or name is group]
     if reference is None:

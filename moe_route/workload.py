@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEMO_MODEL",
     "Batch",
+    "EncodedTexts",
     "LanguageModel",
     "ModelNotFoundError",
     "Text",
@@ -70,6 +71,33 @@ def texts_of(corpus: Corpus) -> list[Text]:
 
 
 @dataclass(frozen=True, slots=True)
+class EncodedTexts:
+    """Texts as tokens, and how many of them were too long.
+
+    Attributes:
+        texts: the texts, n of them.
+        ids: token ids of each.
+        cut: number of texts that had more than ``limit`` tokens and lost the rest.
+        limit: tokens a text may have, None for any number.
+    """
+
+    texts: tuple[Text, ...]
+    ids: tuple[tuple[int, ...], ...]
+    cut: int
+    limit: int | None
+
+    @property
+    def note(self) -> str:
+        """What was cut, in a few words; "" where nothing was."""
+        return f"{self.cut} of {len(self.texts)} texts cut to {self.limit} tokens" if self.cut else ""
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The same as metadata of a recording, which merges with that of others; empty where nothing was cut."""
+        return {"cut_texts": self.cut, "cut_to_tokens": [self.limit]} if self.cut else {}
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Padded texts: `inputs` are `input_ids` and `attention_mask`, int64 [B, S], padded on the right."""
 
@@ -115,24 +143,46 @@ class LanguageModel:
             )
         return attach(self.model, engine=engine)
 
+    def encode(self, texts: Sequence[Text] | EncodedTexts, *, max_length: int | None = None) -> EncodedTexts:
+        """`texts` as tokens. Those longer than `max_length` tokens (default: what the model was made for) are cut and
+        counted. Texts that are encoded already stay as they are; `max_length` is then refused with `ValueError`."""
+        if isinstance(texts, EncodedTexts):
+            if max_length is not None:
+                raise ValueError("these texts are encoded already: pass max_length to encode()")
+            return texts
+        limit = max_length or getattr(self.model.config, "max_position_embeddings", None)
+        ids = [tuple(row) for row in self._ids(texts)]
+        long = [] if limit is None else [i for i, row in enumerate(ids) if len(row) > limit]
+        # the tokenizer cuts, since it knows which tokens belong at the end
+        for i, row in zip(long, self._ids([texts[i] for i in long], truncation=True, max_length=limit), strict=True):
+            ids[i] = tuple(row)
+        return EncodedTexts(tuple(texts), tuple(ids), len(long), limit)
+
+    def _ids(self, texts: Sequence[Text], **options: Any) -> list[list[int]]:
+        # not verbose: it warns of texts that are too long, which are cut here
+        found = self.tokenizer([text.text for text in texts], verbose=False, **options) if texts else {"input_ids": []}
+        ids: list[list[int]] = found["input_ids"]
+        return ids
+
     def batches(
-        self, texts: Sequence[Text], *, batch_size: int = 16, max_length: int | None = None, progress: str | None = None
+        self,
+        texts: Sequence[Text] | EncodedTexts,
+        *,
+        batch_size: int = 16,
+        max_length: int | None = None,
+        progress: str | None = None,
     ) -> Iterator[Batch]:
         """`texts` in padded batches, texts of like length together so that little is padding.
 
-        Texts longer than `max_length` tokens (default: what the model was made for) are cut. `progress` is the
-        caption of a progress bar on standard error.
+        `max_length` is that of `encode`. `progress` is the caption of a progress bar on standard error.
         """
-        limit = max_length or getattr(self.model.config, "max_position_embeddings", None)
-        encoded = self.tokenizer([text.text for text in texts], truncation=limit is not None, max_length=limit)[
-            "input_ids"
-        ]
-        order = sorted(range(len(texts)), key=lambda i: -len(encoded[i]))
+        encoded = self.encode(texts, max_length=max_length)
+        order = sorted(range(len(encoded.ids)), key=lambda i: -len(encoded.ids[i]))
         chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         for chunk in tqdm(chunks, desc=progress, disable=progress is None, leave=False):
-            inputs = self.tokenizer.pad({"input_ids": [encoded[i] for i in chunk]}, return_tensors="pt")
+            inputs = self.tokenizer.pad({"input_ids": [list(encoded.ids[i]) for i in chunk]}, return_tensors="pt")
             on_device = {k: inputs[k].to(self.model.device) for k in ("input_ids", "attention_mask")}
-            yield Batch(tuple(texts[i] for i in chunk), tuple(chunk), on_device)
+            yield Batch(tuple(encoded.texts[i] for i in chunk), tuple(chunk), on_device)
 
     def run(self, batch: Batch) -> torch.Tensor:
         """Logits over the vocabulary, [B, S, V]."""
@@ -154,17 +204,24 @@ class LanguageModel:
         return new
 
     def losses(
-        self, texts: Sequence[Text], *, batch_size: int = 16, max_length: int | None = None, progress: str | None = None
+        self,
+        texts: Sequence[Text] | EncodedTexts,
+        *,
+        batch_size: int = 16,
+        max_length: int | None = None,
+        progress: str | None = None,
     ) -> np.ndarray:
         """float64 [len(texts), 2]: for each text the summed loss in nats of its predicted tokens, and their number.
 
-        Every token but the first is predicted from those before it; padding is never predicted.
+        Every token but the first is predicted from those before it; padding is never predicted. To know how many texts
+        were cut, pass what `encode` gives.
         """
-        found = np.zeros((len(texts), 2))
-        for batch in self.batches(texts, batch_size=batch_size, max_length=max_length, progress=progress):
+        encoded = self.encode(texts, max_length=max_length)
+        found = np.zeros((len(encoded.texts), 2))
+        for batch in self.batches(encoded, batch_size=batch_size, progress=progress):
             ids, mask = batch.inputs["input_ids"][:, 1:], batch.inputs["attention_mask"][:, 1:]
-            logits = self.run(batch)[:, :-1].float()
-            nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids, reduction="none") * mask
+            logits = self.run(batch)[:, :-1].float().flatten(0, 1)
+            nats = torch.nn.functional.cross_entropy(logits, ids.flatten(), reduction="none").view(mask.shape) * mask
             found[list(batch.positions), 0] = nats.double().sum(1).cpu().numpy()
             found[list(batch.positions), 1] = mask.sum(1).cpu().numpy()
         return found
@@ -173,17 +230,24 @@ class LanguageModel:
 def record_texts(
     recorder: Recorder,
     language_model: LanguageModel,
-    texts: Sequence[Text],
+    texts: Sequence[Text] | EncodedTexts,
     *,
     batch_size: int = 16,
     max_length: int | None = None,
     progress: str | None = None,
-) -> None:
-    """Run every text under its labels: its group, and its item as the key that pairs translations."""
-    for batch in language_model.batches(texts, batch_size=batch_size, max_length=max_length, progress=progress):
+) -> EncodedTexts:
+    """Run every text under its labels: its group, and its item as the key that pairs translations.
+
+    Returns the texts as they were run. How many were cut goes into the metadata of the recording: `cut_texts`, their
+    number, and `cut_to_tokens`, the limits they were cut to.
+    """
+    encoded = language_model.encode(texts, max_length=max_length)
+    for batch in language_model.batches(encoded, batch_size=batch_size, progress=progress):
         groups, items = [text.group for text in batch.texts], [text.item for text in batch.texts]
         with recorder.labels(groups=groups, items=items):
             language_model.run(batch)
+    recorder.add_metadata(encoded.metadata)
+    return encoded
 
 
 def _device(name: str | torch.device | None) -> torch.device | None:

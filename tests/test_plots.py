@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from itertools import combinations
 
 import matplotlib as mpl
@@ -27,14 +28,14 @@ LAYERS = 12
 def div():
     rng = np.random.default_rng(0)
     height = rng.permutation(10)[:, None] * 0.05
-    pairs = tuple(np.clip(0.3 + h + rng.normal(0, 0.02, (20, LAYERS)), 0, 1) for h in height)
+    pairs = np.stack([np.clip(0.3 + h + rng.normal(0, 0.02, (20, LAYERS)), 0, 1) for h in height])
     return Divergence(
-        np.stack([values.mean(0) for values in pairs]),
+        pairs.mean(1),
         GROUPS,
         "eng",
         tuple(map(str, range(LAYERS))),
         pairing="paired",
-        pairs=(20,) * 10,
+        pairs=20,
         undefined=np.zeros((10, LAYERS), int),
         pair_values=pairs,
     )
@@ -52,10 +53,12 @@ def stats():
 
 
 @pytest.fixture(autouse=True)
-def nothing_global_changes():
+def nothing_global_changes_and_nothing_is_warned_of():
     before = mpl.rcParams.copy()
     plt.close("all")
-    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
     assert mpl.rcParams == before
     assert plt.get_fignums() == []
 
@@ -110,8 +113,44 @@ def test_divergence_draws_on_the_axes_given_with_names_and_bands(div):
     low, high = div.interval(0.9)
     band = next(c for c in ax.collections if np.isclose(c.get_paths()[0].vertices[:, 1].min(), low[1].min()))
     assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(high[1].max())
+    assert ax.get_title() == "bands: 90 % interval, bootstrap over 20 items"
+    assert plots.divergence(div, interval=0.95, title="all").get_title().splitlines()[0] == "all"
     with pytest.raises(ValueError, match="no group 'xx'"):
         plots.divergence(div, groups=["xx"])
+
+
+def colors(ax):
+    return {line.get_label(): line.get_color() for line in ax.get_lines()}
+
+
+def test_a_language_has_one_color_in_every_picture():
+    """Whatever its rank, whatever other groups there are, in pictures of divergence and of entropy."""
+    codes = ("eng_Latn", "swh_Latn", "zho_Hans", "hin_Deva")
+    values = np.random.default_rng(0).random((3, LAYERS))
+    layers = tuple(map(str, range(LAYERS)))
+    one = colors(plots.divergence(Divergence(values, codes[1:], codes[0], layers)))
+    turned = colors(plots.divergence(Divergence(values[::-1], codes[1:], codes[0], layers)))
+    fewer = colors(plots.divergence(Divergence(values[:1], codes[1:2], codes[0], layers)))
+    entropies = colors(plots.entropy(Entropy(values, None, codes[1:], layers, (16,) * LAYERS)))
+    assert one == turned == entropies == one | fewer
+    assert len(set(one.values())) == 3
+    assert plots.styles(["sw"])["sw"] == plots.styles(["en", "swh_Latn"])["swh_Latn"]
+
+
+def test_styles_differ_and_depend_on_the_set_of_names_only():
+    names = ["eng_Latn", "zho_Hans", "zho_Hant", "math", "law", *(f"group {i}" for i in range(23))]
+    found = plots.styles(names)
+    assert len({(style["color"], str(style["linestyle"])) for style in found.values()}) == len(names) == 28
+    assert plots.styles(names[::-1]) == found
+    assert len(plots.styles([f"group {i}" for i in range(40)])) == 40
+
+
+def test_styles_can_be_given(div):
+    ax = plots.divergence(div, styles={"lang3": "red", "lang4": {"linewidth": 9}, "elsewhere": "blue"})
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    assert lines["lang3"].get_color() == "red"
+    assert lines["lang4"].get_linewidth() == 9
+    assert lines["lang4"].get_color() == colors(plots.divergence(div))["lang4"]
 
 
 def test_nan_layers_leave_gaps(div):
@@ -126,7 +165,7 @@ def test_nan_layers_leave_gaps(div):
 def test_entropy_of_tokens_sequences_and_gap():
     rng = np.random.default_rng(0)
     token = rng.uniform(1, 2, (3, LAYERS))
-    found = Entropy(token, token + 0.5, GROUPS[:3], tuple(map(str, range(LAYERS))), (16,) * LAYERS)
+    found = Entropy(token, token + 0.5, GROUPS[:3], tuple(map(str, range(LAYERS))), (16,) * LAYERS, within=token)
     ax = plots.entropy(found)
     by_name = {line.get_label(): line.get_ydata() for line in ax.get_lines()}
     np.testing.assert_allclose(by_name["lang1"], token[1] / np.log(16))
@@ -138,14 +177,14 @@ def test_entropy_of_tokens_sequences_and_gap():
 
 def test_correlation_marks_what_is_significant():
     r = np.linspace(-0.9, 0.2, LAYERS)
-    p = np.where(np.arange(LAYERS) < 5, 0.01, 0.5)
+    alone, corrected = (np.where(np.arange(LAYERS) < layers, 0.01, 0.5) for layers in (8, 5))
     r[-1] = np.nan
     ax = plots.correlation(
-        Correlation(r, r / 2, p, np.full(LAYERS, 9), GROUPS[:9], tuple(map(str, range(LAYERS))), "eng")
+        Correlation(r, r / 2, alone, corrected, np.full(LAYERS, 9), GROUPS[:9], tuple(map(str, range(LAYERS))), "eng")
     )
     points = [line for line in ax.get_lines() if line.get_marker() == "o"]
     assert [len(line.get_xdata()) for line in points] == [5, LAYERS - 6]
-    assert legend(ax) == ["Pearson r", "Spearman ρ", "p < 0.05"]
+    assert legend(ax) == ["Pearson r", "Spearman ρ", "p < 0.05, all layers", "p ≥ 0.05"]
     assert ax.get_ylim() == (-1.05, 1.05)
     assert rendered(ax)
 
@@ -184,6 +223,8 @@ def test_heat_map_of_a_group_and_of_a_difference(stats):
     assert rendered(change)
     with pytest.raises(ValueError, match="name one of the groups: en, sw"):
         plots.heat_map(stats, by="token")
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plots.heat_map(np.full((2, 3), np.nan))
     with pytest.raises(ValueError, match="without group"):
         plots.heat_map(delta, "sw")
 

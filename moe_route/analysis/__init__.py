@@ -11,6 +11,7 @@ from moe_route.analysis.divergence import (
     UShape,
     divergence,
     divergence_matrix,
+    middle_layers,
     u_shape,
 )
 from moe_route.analysis.entropy import Entropy, consistency, entropy
@@ -27,7 +28,7 @@ from moe_route.analysis.experts import (
 )
 from moe_route.analysis.inputs import AnalysisError
 from moe_route.analysis.measures import entropy_of, jensen_shannon, normalized_jensen_shannon
-from moe_route.analysis.paired import Difference, paired_difference
+from moe_route.analysis.paired import Difference, RandomControl, paired_difference, random_control
 
 __all__ = [
     "MEASURES",
@@ -38,6 +39,7 @@ __all__ = [
     "DivergenceMatrix",
     "Entropy",
     "LanguageExperts",
+    "RandomControl",
     "RiskExperts",
     "UShape",
     "consistency",
@@ -51,9 +53,11 @@ __all__ = [
     "expert_difference",
     "frequency_share_experts",
     "jensen_shannon",
+    "middle_layers",
     "multilingual_experts",
     "normalized_jensen_shannon",
     "paired_difference",
+    "random_control",
     "risk_experts",
     "task_experts",
     "u_shape",

@@ -1,12 +1,13 @@
 """Routing divergence between groups, layer by layer [arXiv 2510.04694, eq. 2 and appendix A.4].
 
-Paired, as in the paper: D of each sentence and its translation, then the mean over sentences. Pooled: D of the groups'
-mean distributions.
+Two estimators, which estimate two different things. Paired, as in the paper: D of each sentence and its translation,
+then the mean over sentences. Pooled: D of the groups' mean distributions, in which what differs from sentence to
+sentence averages out.
 """
 
 from __future__ import annotations
 
-import logging
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,20 +23,30 @@ from moe_route.analysis.inputs import (
     normalized,
     pick_groups,
     shape_of,
+    warn_of_padding,
 )
 from moe_route.analysis.measures import cosine_distance, jaccard_distance, jensen_shannon, normalized_jensen_shannon
-from moe_route.analysis.result import by_depth, data_frame, plain
-from moe_route.texttable import table
+from moe_route.analysis.resampling import draw_items, interval_of, resampled_means
+from moe_route.analysis.result import by_depth, data_frame, mean_of_seen, plain
+from moe_route.steering.layers import show_numbers
+from moe_route.texttable import ShownAsTables, Table
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["MEASURES", "Divergence", "DivergenceMatrix", "UShape", "divergence", "divergence_matrix", "u_shape"]
-
-_log = logging.getLogger(__name__)
+__all__ = [
+    "MEASURES",
+    "Divergence",
+    "DivergenceMatrix",
+    "UShape",
+    "divergence",
+    "divergence_matrix",
+    "middle_layers",
+    "u_shape",
+]
 
 Measure = Literal["normalized_jsd", "jsd", "cosine", "jaccard"]
-Pairing = Literal["auto", "paired", "pooled"]
+Pairing = Literal["paired", "pooled", "auto"]
 MEASURES = ("normalized_jsd", "jsd", "cosine", "jaccard")
 _MEASURE_NAMES = {
     "normalized_jsd": "entropy-normalized Jensen-Shannon divergence",
@@ -45,8 +56,8 @@ _MEASURE_NAMES = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Divergence:
+@dataclass(frozen=True, eq=False, repr=False)
+class Divergence(ShownAsTables):
     """Divergence of groups from one reference.
 
     Attributes:
@@ -55,10 +66,10 @@ class Divergence:
         reference: the group they are compared with.
         layers: names of the L layers.
         measure: "normalized_jsd" (in [0, 1]), "jsd" (nats), "cosine" or "jaccard" (in [0, 1]).
-        pairing: "paired" (mean over parallel sequences) or "pooled" (of mean distributions).
-        pairs: for each group the number of parallel sequences; empty when pooled.
+        pairing: the estimator: "paired" (mean over parallel sequences) or "pooled" (of mean distributions).
+        pairs: number of items compared, the same ones for every group; 0 when pooled.
         undefined: int64 [G, L], pairs (or 1 when pooled) left out of ``values`` because the measure is undefined.
-        pair_values: for each group float64 [pairs, L], what ``values`` averages; empty when pooled.
+        pair_values: float64 [G, pairs, L], what ``values`` averages; None when pooled.
     """
 
     values: np.ndarray
@@ -67,9 +78,9 @@ class Divergence:
     layers: tuple[str, ...]
     measure: str = "normalized_jsd"
     pairing: str = "pooled"
-    pairs: tuple[int, ...] = ()
+    pairs: int = 0
     undefined: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
-    pair_values: tuple[np.ndarray, ...] = ()
+    pair_values: np.ndarray | None = None
 
     def of(self, group: str) -> np.ndarray:
         """float64 [L]: the divergence of one group."""
@@ -78,25 +89,19 @@ class Divergence:
         return self.values[self.groups.index(group)]
 
     def interval(self, level: float = 0.95, *, resamples: int = 1000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Percentile bootstrap interval (low, high) of the mean over pairs, each float64 [G, L].
+        """Bootstrap interval (low, high) of the mean over pairs, each float64 [G, L].
 
-        Parallel sequences are drawn with replacement; all layers of a sequence together. Seeded. Needs paired
-        divergence.
+        Parallel sequences are drawn with replacement; all groups and layers of an item together. Seeded. It holds for
+        other sentences in the same languages. NaN with a single pair. Needs paired divergence.
         """
-        if not self.pair_values:
+        if self.pair_values is None:
             raise AnalysisError(
                 "an interval needs paired divergence: record(sequences=True) with items that pair sentences"
             )
-        if not 0 < level < 1:
-            raise AnalysisError(f"level must lie between 0 and 1, not {level}")
-        tails = [(1 - level) / 2, (1 + level) / 2]
-        ends = np.full((2, *self.values.shape), np.nan)
-        for g, pairs in enumerate(self.pair_values):
-            rng = np.random.default_rng(seed)  # one seed: groups with the same items are resampled alike
-            means = _bootstrap_means(pairs, resamples, rng)
-            seen = ~np.isnan(means).any(0)
-            ends[:, g, seen] = np.quantile(means[:, seen], tails, axis=0)
-        return ends[0], ends[1]
+        weights = draw_items(self.pairs, resamples, seed)
+        ends = [interval_of(resampled_means(weights, values), self.pairs, level) for values in self.pair_values]
+        low, high = np.stack(ends, axis=1)
+        return low, high
 
     def to_pandas(self) -> pd.DataFrame:
         """Tidy: a row per (group, layer) with ``divergence``, ``undefined``, ``router`` (the layer's name) and
@@ -119,46 +124,49 @@ class Divergence:
         return {
             "measure": self.measure,
             "pairing": self.pairing,
+            "pairs": self.pairs,
             "reference": self.reference,
             "groups": list(self.groups),
             "layers": list(self.layers),
-            "pairs": list(self.pairs),
             "values": plain(self.values),
             "undefined": plain(self.undefined),
         }
 
-    def __repr__(self) -> str:
-        pairs = ""
-        if self.pairs:
-            few, many = min(self.pairs), max(self.pairs)
-            pairs = f" over {few if few == many else f'{few} to {many}'} parallel sequences"
+    def tables(self) -> list[Table]:
         missing = int(self.undefined.sum())
-        note = f"\n{missing} undefined (both uniform, or nothing seen), left out" if missing else ""
-        title = f"{_MEASURE_NAMES[self.measure]} from {self.reference}, {self.pairing}{pairs}"
-        return f"{title}\n{by_depth(self.groups, self.values)}{note}"
+        note = f"{missing} undefined (both uniform, or nothing seen), left out" if missing else ""
+        title = f"{_MEASURE_NAMES[self.measure]} from {self.reference}, {_estimator(self.pairing, self.pairs)}"
+        return [by_depth(self.groups, self.values, title=title, note=note)]
 
 
-@dataclass(frozen=True, eq=False)
-class DivergenceMatrix:
-    """Divergence of all pairs of groups: ``values`` float64 [L, G, G], symmetric, 0 on the diagonal."""
+def _estimator(pairing: str, pairs: int) -> str:
+    return f"paired over {pairs} items" if pairing == "paired" else "pooled"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DivergenceMatrix(ShownAsTables):
+    """Divergence of all pairs of groups: ``values`` float64 [L, G, G], symmetric, 0 on the diagonal; ``pairs`` is the
+    number of items compared, the same ones for all, 0 when pooled."""
 
     values: np.ndarray
     groups: tuple[str, ...]
     layers: tuple[str, ...]
     measure: str = "normalized_jsd"
     pairing: str = "pooled"
+    pairs: int = 0
 
     def mean(self, layers: Sequence[int] | None = None) -> np.ndarray:
         """float64 [G, G]: the mean over these layers (all by default), NaN where no layer is defined."""
-        return _mean_of_seen(self.values if layers is None else self.values[list(layers)])[0]
+        return mean_of_seen(self.values if layers is None else self.values[list(layers)])[0]
 
     def to_pandas(self) -> pd.DataFrame:
-        """Tidy: a row per (layer, group, other) with ``divergence``."""
+        """Tidy: a row per (layer, group, other) with ``divergence`` and ``router`` (the layer's name)."""
         layers, size, _ = self.values.shape
         names = np.asarray(self.groups, dtype=object)
         return data_frame(
             {
                 "layer": np.repeat(np.arange(layers), size * size),
+                "router": np.repeat(np.asarray(self.layers, dtype=object), size * size),
                 "group": np.tile(np.repeat(names, size), layers),
                 "other": np.tile(names, layers * size),
                 "divergence": self.values.reshape(-1),
@@ -170,22 +178,29 @@ class DivergenceMatrix:
         return {
             "measure": self.measure,
             "pairing": self.pairing,
+            "pairs": self.pairs,
             "groups": list(self.groups),
             "layers": list(self.layers),
             "values": plain(self.values),
         }
 
-    def __repr__(self) -> str:
-        body = [[name, *map(float, row)] for name, row in zip(self.groups, self.mean(), strict=True)]
-        title = f"{_MEASURE_NAMES[self.measure]} of all pairs, {self.pairing}, mean over {len(self.layers)} layers"
-        return f"{title}\n{table(['', *self.groups], body)}"
+    def tables(self) -> list[Table]:
+        rows = [[name, *map(float, row)] for name, row in zip(self.groups, self.mean(), strict=True)]
+        how = f"{_estimator(self.pairing, self.pairs)}, mean over {len(self.layers)} layers"
+        return [Table(["", *self.groups], rows, f"{_MEASURE_NAMES[self.measure]} of all pairs, {how}")]
 
 
-@dataclass(frozen=True, eq=False)
-class UShape:
-    """Mean divergence in the first, middle and last layers, float64 [G] each: the U of multilingual routing.
+@dataclass(frozen=True, eq=False, repr=False)
+class UShape(ShownAsTables):
+    """Mean divergence in the first, middle and last layers, float64 [G] each: the U of multilingual routing [arXiv
+    2510.04694, section 4.3].
 
-    ``depth`` [G] is (first + last) / 2 - middle: above 0 for a U, below for a cap.
+    Attributes:
+        groups: the G groups.
+        first, middle, last: float64 [G].
+        first_layers, middle_layers, last_layers: the layers that each is the mean of.
+        pairs: number of parallel sequences that divergence was measured on, 0 when pooled.
+        resampled: float64 [resamples, G], ``depth`` under a bootstrap over these items; None when pooled.
     """
 
     groups: tuple[str, ...]
@@ -195,35 +210,62 @@ class UShape:
     first_layers: tuple[int, ...]
     middle_layers: tuple[int, ...]
     last_layers: tuple[int, ...]
+    pairs: int = 0
+    resampled: np.ndarray | None = None
 
     @property
     def depth(self) -> np.ndarray:
+        """float64 [G]: (first + last) / 2 - middle. Above 0 for a U, below for a cap."""
         return (self.first + self.last) / 2 - self.middle
 
+    def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+        """Interval (low, high) of ``depth``, float64 [G] each, for other sentences: a bootstrap over items. Needs
+        paired divergence."""
+        return interval_of(self._resampled(), self.pairs, level)
+
+    def mean_interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Interval (low, high) of the mean of ``depth`` over these groups (not over others)."""
+        low, high = interval_of(self._resampled().mean(1), self.pairs, level)
+        return float(low), float(high)
+
+    def _resampled(self) -> np.ndarray:
+        if self.resampled is None:
+            raise AnalysisError(
+                "an interval needs paired divergence: record(sequences=True) with items that pair sentences"
+            )
+        return self.resampled
+
     def to_pandas(self) -> pd.DataFrame:
-        """A row per group with ``first``, ``middle``, ``last``, ``depth``."""
+        """A row per group with ``first``, ``middle``, ``last``, ``depth`` and, when paired, ``low`` and ``high`` (95 %
+        interval of the depth)."""
         return data_frame({"group": self.groups, **self._columns()})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content (NaN as None)."""
         layers = {name: list(getattr(self, f"{name}_layers")) for name in ("first", "middle", "last")}
-        return {"groups": list(self.groups), "layers": layers, **plain(self._columns())}
+        return {"groups": list(self.groups), "layers": layers, "pairs": self.pairs, **plain(self._columns())}
 
     def _columns(self) -> dict[str, np.ndarray]:
-        return {"first": self.first, "middle": self.middle, "last": self.last, "depth": self.depth}
+        columns = {"first": self.first, "middle": self.middle, "last": self.last, "depth": self.depth}
+        if self.resampled is not None:
+            columns["low"], columns["high"] = self.interval()
+        return columns
 
-    def __repr__(self) -> str:
-        head = [
-            "group",
-            *(f"{n} {p[0]}-{p[-1]}" for n, p in zip(("first", "middle", "last"), self._parts, strict=True)),
-            "depth",
-        ]
-        columns = [column.tolist() for column in self._columns().values()]
-        return table(head, [list(row) for row in zip(self.groups, *columns, strict=True)])
+    def tables(self) -> list[Table]:
+        parts = {"first": self.first_layers, "middle": self.middle_layers, "last": self.last_layers}
+        head = ["group", *(f"{name} {show_numbers(part)}" for name, part in parts.items()), "depth"]
+        columns = [self.first, self.middle, self.last, self.depth]
+        rows = [[group, *map(float, row)] for group, *row in zip(self.groups, *columns, strict=True)]
+        if self.resampled is None:
+            return [Table(head, rows, note="pooled: the depth has no interval")]
+        ends = np.stack(self.interval(), axis=1).tolist()
+        rows = [[*row, low, high, _depth_verdict(low, high)] for row, (low, high) in zip(rows, ends, strict=True)]
+        note = f"low, high: 95 % interval of the depth (bootstrap over {self.pairs} items)"
+        return [Table([*head, "low", "high", "the middle is"], rows, note=note)]
 
-    @property
-    def _parts(self) -> tuple[tuple[int, ...], ...]:
-        return self.first_layers, self.middle_layers, self.last_layers
+
+def _depth_verdict(low: float, high: float) -> str:
+    return "lower" if low > 0 else "higher" if high < 0 else "unclear"
 
 
 def divergence(
@@ -231,7 +273,8 @@ def divergence(
     reference: str | Frequencies,
     *,
     groups: Sequence[str] | str | None = None,
-    pairing: Pairing = "auto",
+    pairing: Pairing = "paired",
+    min_common: float = 0.5,
     measure: Measure = "normalized_jsd",
     kind: str = "full",
     phase: str | None = None,
@@ -246,32 +289,34 @@ def divergence(
             items pair with those of ``reference`` (rows need not be normalized).
         reference: the name of the reference group; or an array of the same shape.
         groups: groups to compare; all others by default.
-        pairing: "paired": D of every parallel sequence, then the mean (needs ``record(sequences=True)``); "pooled": D
-            of the mean distributions; "auto": paired where every group has sequences parallel to the reference's, no
-            phase is named and ``by`` is "sequence".
+        pairing: of statistics. "paired": D of every parallel sequence, then the mean, over the items that all of these
+            groups have (needs ``record(sequences=True)``). "pooled": D of the mean distributions, another estimand,
+            mostly lower. "auto": paired where that can be done, else pooled with a warning that says why.
+        min_common: least share of common items, in (0, 1]: those that all groups have, over the sequences of the
+            largest group. Below it there is no paired divergence.
         measure: "normalized_jsd" (the paper's, in [0, 1]), "jsd" (nats), "cosine" (1 - cos), "jaccard" (of the ``top``
             experts).
-        kind: which router scores: "full", "topk", "topk_renorm" or "count".
+        kind: which router scores: "full", "topk" or "count".
         phase, by: of the pooled distributions: "prefill", "decode" or both; mean over "sequence" or "token".
         top: experts a side for "jaccard"; the layer's top-k by default.
-        num_experts: for arrays, experts of each layer where layers are zero-padded.
+        num_experts: for arrays, experts of each layer where layers are zero-padded; experts at the end that are never
+            used give a warning without it.
 
     Raises ``AnalysisError`` for unknown or empty groups, sequences that do not pair, and values that are no
     distribution.
     """
     if measure not in MEASURES:
         raise AnalysisError(f"no measure {measure!r}: use one of {', '.join(MEASURES)}")
-    if isinstance(statistics, Statistics):
-        if not isinstance(reference, str):
-            raise AnalysisError("name the reference group of the statistics, or pass two arrays")
-        group_index(statistics, reference, "reference group")
-        names = pick_groups(statistics, groups, leave_out=reference)
-        how = _how_paired(statistics, (reference, *names), pairing, phase, by)
-        compare = _comparison(measure, np.asarray(statistics.num_experts), top, statistics.top_k)
-        if how == "paired":
-            return _paired(statistics, reference, names, measure, kind, compare)
-        return _pooled(statistics, reference, names, measure, kind, phase, by, compare)
-    return _of_arrays(statistics, reference, measure, top, num_experts)
+    if not isinstance(statistics, Statistics):
+        return _of_arrays(statistics, reference, measure, top, num_experts)
+    if not isinstance(reference, str):
+        raise AnalysisError("name the reference group of the statistics, or pass two arrays")
+    group_index(statistics, reference, "reference group")
+    names = pick_groups(statistics, groups, leave_out=reference)
+    items = _common_items(statistics, (reference, *names), pairing, min_common, phase, by)
+    if items is None:
+        return _pooled(statistics, reference, names, measure, kind, phase, by, top)
+    return _paired(statistics, reference, names, items, measure, kind, top)
 
 
 Comparison = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -291,60 +336,70 @@ def _comparison(measure: str, sizes: np.ndarray, top: int | None, top_k: Sequenc
     return jensen_shannon if measure == "jsd" else cosine_distance
 
 
-def _how_paired(statistics: Statistics, groups: Sequence[str], pairing: str, phase: str | None, by: str) -> str:
-    if pairing not in ("auto", "paired", "pooled"):
-        raise AnalysisError(f'pairing must be "auto", "paired" or "pooled", not {pairing!r}')
+def _common_items(
+    statistics: Statistics, groups: Sequence[str], pairing: str, min_common: float, phase: str | None, by: str
+) -> list[Any] | None:
+    """The items to pair by, those that every group has; None where divergence is to be pooled."""
+    if pairing not in ("paired", "pooled", "auto"):
+        raise AnalysisError(f'pairing must be "paired", "pooled" or "auto", not {pairing!r}')
+    if not 0 < min_common <= 1:
+        raise AnalysisError(f"min_common must be above 0 and at most 1, not {min_common}")
     if pairing == "pooled":
-        return pairing
-    reason = _why_not_paired(statistics, groups, phase, by)
-    if not reason:
-        return "paired"
-    if pairing == "paired":
-        raise AnalysisError(f"no paired divergence: {reason}; or use pairing='pooled'")
-    _log.info("pooled divergence: %s", reason)
-    return "pooled"
+        return None
+    try:
+        return _paired_items(statistics, groups, min_common, phase, by)
+    except AnalysisError as error:
+        if pairing == "paired":
+            raise AnalysisError(f"no paired divergence: {error}; or pass pairing='pooled', another estimand") from None
+        warnings.warn(f"pooled divergence, not paired: {error}", stacklevel=3)
+        return None
 
 
-def _why_not_paired(statistics: Statistics, groups: Sequence[str], phase: str | None, by: str) -> str:
-    """What stands in the way of pairing, "" for nothing."""
-    if statistics.store is None:
-        return "sequences were not kept: record(sequences=True)"
+def _paired_items(
+    statistics: Statistics, groups: Sequence[str], min_common: float, phase: str | None, by: str
+) -> list[Any]:
+    """The items that every group has; ``AnalysisError`` says what stands in the way of pairing by them."""
+    store = statistics.store
+    if store is None:
+        raise AnalysisError("sequences were not kept: record(sequences=True)")
     if phase is not None:
-        return "kept sequences join prefill and decode: leave phase out"
+        raise AnalysisError("kept sequences join prefill and decode: leave phase out")
     if by != "sequence":
-        return 'pairs weigh sequences alike: leave by at "sequence"'
-    for group in groups[1:]:
-        if not statistics.store.paired_items(groups[0], group):
-            return (
-                f"no item of {group!r} pairs with {groups[0]!r}: "
-                "give labels(items=...) one id for a sentence and its translations"
-            )
-    return ""
+        raise AnalysisError('pairs weigh sequences alike: leave by at "sequence"')
+    items: list[Any] = store.paired_items(*groups)
+    sizes = {group: len(store.items(group)) for group in groups}
+    largest = max(sizes, key=sizes.__getitem__)
+    share = len(items) / max(sizes[largest], 1)
+    if items and share >= min_common:
+        return items
+    shares = {group: len(store.paired_items(groups[0], group)) for group in groups[1:]}
+    fewest = min(shares, key=shares.__getitem__)
+    raise AnalysisError(
+        f"{len(items)} items are common to all groups, {share:.0%} of the {sizes[largest]} sequences of {largest!r}, "
+        f"and min_common asks for {min_common:.0%}; {fewest!r} has the fewest in common with {groups[0]!r} "
+        f"({shares[fewest]}): give labels(items=...) one id for a sentence and its translations, leave groups out "
+        "with groups=, or pass a smaller min_common"
+    )
 
 
 def _paired(
-    statistics: Statistics, reference: str, groups: tuple[str, ...], measure: str, kind: str, compare: Comparison
+    statistics: Statistics,
+    reference: str,
+    groups: tuple[str, ...],
+    items: Sequence[Any],
+    measure: str,
+    kind: str,
+    top: int | None,
 ) -> Divergence:
-    pair_values = []
-    for group in groups:
-        items = statistics.store.paired_items(reference, group)
-        values = np.empty((len(items), len(statistics.layers)))
-        for i, item in enumerate(items):
-            q1, q2 = (normalized(statistics.store.distributions(item, name, kind)) for name in (reference, group))
-            values[i] = compare(q1, q2)
-        pair_values.append(values)
-    means = [_mean_of_seen(values) for values in pair_values]
-    return Divergence(
-        values=np.stack([mean for mean, _ in means]),
-        groups=groups,
-        reference=reference,
-        layers=tuple(statistics.layers),
-        measure=measure,
-        pairing="paired",
-        pairs=tuple(len(values) for values in pair_values),
-        undefined=np.stack([undefined for _, undefined in means]),
-        pair_values=tuple(pair_values),
-    )
+    compare = _comparison(measure, np.asarray(statistics.num_experts), top, statistics.top_k)
+    pair_values = np.empty((len(groups), len(items), len(statistics.layers)))
+    for i, item in enumerate(items):
+        base = normalized(statistics.store.distributions(item, reference, kind))
+        for g, group in enumerate(groups):
+            pair_values[g, i] = compare(base, normalized(statistics.store.distributions(item, group, kind)))
+    values, undefined = mean_of_seen(pair_values, 1)
+    layers = tuple(statistics.layers)
+    return Divergence(values, groups, reference, layers, measure, "paired", len(items), undefined, pair_values)
 
 
 def _pooled(
@@ -355,13 +410,14 @@ def _pooled(
     kind: str,
     phase: str | None,
     by: str,
-    compare: Comparison,
+    top: int | None,
 ) -> Divergence:
+    compare = _comparison(measure, np.asarray(statistics.num_experts), top, statistics.top_k)
     q = normalized(statistics.mean_distribution(kind, phase, by))
     rows = [statistics.groups.index(group) for group in groups]
     values = compare(q[statistics.groups.index(reference)][None], q[rows])
     undefined = np.isnan(values).astype(np.int64)
-    return Divergence(values, groups, reference, tuple(statistics.layers), measure, "pooled", (), undefined)
+    return Divergence(values, groups, reference, tuple(statistics.layers), measure, "pooled", 0, undefined)
 
 
 def _of_arrays(
@@ -374,70 +430,77 @@ def _of_arrays(
         raise AnalysisError(f"the arrays must have one shape, not {list(q1.shape)} and {list(q2.shape)}")
     sizes = shape_of(q1, num_experts)
     shape_of(q2, num_experts)
+    if num_experts is None:
+        warn_of_padding((q1, q2), stacklevel=3)
     values = _comparison(measure, sizes, top, None)(normalized(q1), normalized(q2))
-    layers = tuple(map(str, range(q1.shape[-2])))
+    names = (("first",), "second", tuple(map(str, range(q1.shape[-2]))), measure)
     if q1.ndim == 2:
-        undefined = np.isnan(values)[None].astype(np.int64)
-        return Divergence(values[None], ("first",), "second", layers, measure, "pooled", (), undefined)
-    mean, undefined = _mean_of_seen(values)
-    return Divergence(
-        mean[None], ("first",), "second", layers, measure, "paired", (len(values),), undefined[None], (values,)
-    )
-
-
-def _mean_of_seen(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over axis 0 of what is not NaN (NaN where nothing is), and how many were NaN."""
-    seen = ~np.isnan(values)
-    count = seen.sum(0)
-    total = np.where(seen, values, 0.0).sum(0)
-    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0), len(values) - count
-
-
-def _bootstrap_means(values: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """float64 [resamples, L]: means over items drawn with replacement, NaN left out."""
-    drawn = rng.integers(0, len(values), (resamples, len(values)))
-    weights = np.zeros((resamples, len(values)))
-    np.add.at(weights, (np.arange(resamples)[:, None], drawn), 1.0)
-    seen = ~np.isnan(values)
-    total, count = weights @ np.where(seen, values, 0.0), weights @ seen
-    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+        return Divergence(values[None], *names, "pooled", 0, np.isnan(values)[None].astype(np.int64))
+    mean, undefined = mean_of_seen(values)
+    return Divergence(mean[None], *names, "paired", len(values), undefined[None], values[None])
 
 
 def divergence_matrix(
     statistics: Statistics,
     *,
     groups: Sequence[str] | None = None,
-    pairing: Pairing = "auto",
+    pairing: Pairing = "paired",
+    min_common: float = 0.5,
     measure: Measure = "normalized_jsd",
-    **options: Any,
+    kind: str = "full",
+    phase: str | None = None,
+    by: str = "sequence",
+    top: int | None = None,
 ) -> DivergenceMatrix:
-    """Divergence of all pairs of groups, with the options of ``divergence``; "auto": paired where every pair can be."""
+    """Divergence of all pairs of groups, with the arguments and errors of ``divergence``. Paired, it is over the items
+    that all groups have."""
+    if measure not in MEASURES:
+        raise AnalysisError(f"no measure {measure!r}: use one of {', '.join(MEASURES)}")
     names = pick_groups(statistics, groups)
     if len(names) < 2:
         raise AnalysisError("a matrix needs two groups or more")
-    if pairing == "auto":
-        phase, by = options.get("phase"), options.get("by", "sequence")
-        whys = [_why_not_paired(statistics, names[i:], phase, by) for i in range(len(names))]
-        pairing = "pooled" if any(whys) else "paired"
+    items = _common_items(statistics, names, pairing, min_common, phase, by)
     values = np.zeros((len(statistics.layers), len(names), len(names)))
     for i, reference in enumerate(names[:-1]):
         rest = names[i + 1 :]
-        found = divergence(statistics, reference, groups=rest, pairing=pairing, measure=measure, **options)
+        if items is None:
+            found = _pooled(statistics, reference, rest, measure, kind, phase, by, top)
+        else:
+            found = _paired(statistics, reference, rest, items, measure, kind, top)
         values[:, i, i + 1 :] = values[:, i + 1 :, i] = found.values.T
-    return DivergenceMatrix(values, names, tuple(statistics.layers), measure, pairing)
+    return DivergenceMatrix(values, names, tuple(statistics.layers), measure, found.pairing, found.pairs)
 
 
-def u_shape(found: Divergence, *, edge: int | None = None, middle: Sequence[int] | range | None = None) -> UShape:
+def middle_layers(layers: int) -> tuple[int, ...]:
+    """The middle third of the layers, rounded so that both ends keep as many: 16 to 31 of 48, 2 to 5 of 8."""
+    return tuple(range(layers // 3, layers - layers // 3))
+
+
+def u_shape(
+    found: Divergence,
+    *,
+    edge: int | None = None,
+    middle: Sequence[int] | range | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> UShape:
     """Mean divergence of the first ``edge``, the ``middle`` and the last ``edge`` layers.
 
-    By default ``edge`` is a twelfth of the layers (at least one) and ``middle`` the middle third: 0-3, 16-31 and 44-47
-    of 48.
+    By default ``edge`` is a twelfth of the layers (at least one) and ``middle`` is ``middle_layers``: 0-3, 16-31 and
+    44-47 of 48. Of paired divergence, the depth has an interval: items are drawn with replacement, all groups and
+    layers of an item together.
     """
     layers = found.values.shape[1]
     size = max(1, layers // 12) if edge is None else edge
-    inner = range(layers // 3, max(2 * layers // 3, layers // 3 + 1)) if middle is None else middle
+    inner = middle_layers(layers) if middle is None else middle
     parts = [tuple(range(size)), tuple(inner), tuple(range(layers - size, layers))]
     if not 1 <= size <= layers or not parts[1] or min(parts[1]) < 0 or max(parts[1]) >= layers:
         raise AnalysisError(f"edge and middle must name some of the {layers} layers (0-{layers - 1})")
-    means = [_mean_of_seen(found.values[:, list(part)].T)[0] for part in parts]
-    return UShape(found.groups, means[0], means[1], means[2], parts[0], parts[1], parts[2])
+    first, middle_mean, last = (mean_of_seen(found.values[:, list(part)], 1)[0] for part in parts)
+    resampled = None
+    if found.pair_values is not None:
+        weights = draw_items(found.pairs, resamples, seed)
+        drawn = np.stack([resampled_means(weights, values) for values in found.pair_values], axis=1)
+        ends_and_middle = [mean_of_seen(drawn[..., list(part)], 2)[0] for part in parts]
+        resampled = (ends_and_middle[0] + ends_and_middle[2]) / 2 - ends_and_middle[1]
+    return UShape(found.groups, first, middle_mean, last, parts[0], parts[1], parts[2], found.pairs, resampled)

@@ -9,6 +9,7 @@ import numpy as np
 
 from moe_route.analysis.inputs import AnalysisError, pick_groups
 from moe_route.analysis.result import by_depth, data_frame, plain
+from moe_route.texttable import ShownAsTables, Table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,15 +19,17 @@ if TYPE_CHECKING:
 __all__ = ["Entropy", "consistency", "entropy"]
 
 
-@dataclass(frozen=True, eq=False)
-class Entropy:
+@dataclass(frozen=True, eq=False, repr=False)
+class Entropy(ShownAsTables):
     """Mean routing entropy in nats, float64 [G, L].
 
     Attributes:
-        token: mean over tokens of H(p_t); None where it was not asked for.
+        token: mean over tokens of H(p_t), every token alike; None where it was not asked for.
         sequence: mean over sequences of H(q_i), q_i the sequence's mean distribution; None where it was not asked for.
         groups, layers: names of the axes.
         num_experts: experts of each layer; log of it is the most entropy there can be.
+        within: mean over sequences of the mean over a sequence's tokens of H(p_t), every sequence alike; None where
+            only one of the two above was asked for.
     """
 
     token: np.ndarray | None
@@ -34,15 +37,19 @@ class Entropy:
     groups: tuple[str, ...]
     layers: tuple[str, ...]
     num_experts: tuple[int, ...]
+    within: np.ndarray | None = None
 
     @property
     def gap(self) -> np.ndarray:
-        """sequence - token: how much tokens of one sequence differ. With tokens weighed alike within each sequence and
-        sequences of one length it is the mean Jensen-Shannon divergence of a sequence's tokens.
+        """float64 [G, L], nats: how much the tokens of one sequence differ, the mean over sequences of the
+        Jensen-Shannon divergence of its tokens.
+
+        It is ``sequence - within``, which weigh every sequence alike; 0 or more but for rounding (1e-6). ``sequence -
+        token`` is not it, since ``token`` gives long sequences more weight.
         """
-        if self.token is None or self.sequence is None:
+        if self.within is None or self.sequence is None:
             raise AnalysisError('the gap needs both entropies: entropy(statistics, of="both")')
-        return self.sequence - self.token
+        return self.sequence - self.within
 
     def normalized(self, of: Literal["token", "sequence"] = "token") -> np.ndarray:
         """Entropy divided by log E, float64 [G, L], in [0, 1]; NaN for a layer with one expert."""
@@ -72,12 +79,19 @@ class Entropy:
         return axes | {name: plain(values) for name, values in self._present()}
 
     def _present(self) -> list[tuple[str, np.ndarray]]:
-        both = [("token", self.token), ("sequence", self.sequence)]
+        both = [("token", self.token), ("sequence", self.sequence), ("within", self.within)]
         return [(name, values) for name, values in both if values is not None]
 
-    def __repr__(self) -> str:
-        parts = [f"{name} entropy (nats)\n{by_depth(self.groups, values)}" for name, values in self._present()]
-        return "\n".join(parts)
+    def tables(self) -> list[Table]:
+        shown = [
+            by_depth(self.groups, values, title=f"{name} entropy (nats)")
+            for name, values in self._present()
+            if name != "within"
+        ]
+        if self.within is None:
+            return shown
+        title = "gap (nats): how much the tokens of one sequence differ"
+        return [*shown, by_depth(self.groups, self.gap, title=title)]
 
 
 def entropy(
@@ -89,6 +103,9 @@ def entropy(
 ) -> Entropy:
     """Mean entropy of tokens' and sequences' routing, by group and layer.
 
+    The gap between the two needs ``of="both"`` and statistics that kept sequence sums, as every recording does and
+    imported token sums do not.
+
     Raises ``AnalysisError`` for unknown or empty groups, ``ValueError`` for an entropy that was not recorded.
     """
     if of not in ("both", "token", "sequence"):
@@ -97,7 +114,8 @@ def entropy(
     rows = [statistics.groups.index(name) for name in names]
     token = statistics.entropy("token", phase)[rows] if of in ("both", "token") else None
     sequence = statistics.entropy("sequence", phase)[rows] if of in ("both", "sequence") else None
-    return Entropy(token, sequence, names, tuple(statistics.layers), tuple(statistics.num_experts))
+    within = statistics.entropy("token", phase, by="sequence")[rows] if of == "both" else None
+    return Entropy(token, sequence, names, tuple(statistics.layers), tuple(statistics.num_experts), within)
 
 
 def consistency(ids: np.ndarray, *, chunk: int = 1024) -> float:

@@ -19,8 +19,10 @@ from moe_route.analysis.inputs import (
     pick_groups,
     selection,
 )
+from moe_route.analysis.measures import places
+from moe_route.analysis.result import mean_of_seen
 from moe_route.steering.layers import as_layers
-from moe_route.texttable import table
+from moe_route.texttable import ShownAsTables, Table
 
 if TYPE_CHECKING:
     from moe_route.steering import ExpertSelection
@@ -37,6 +39,8 @@ __all__ = [
     "task_experts",
 ]
 
+_ROUNDING = 1e-12  # more than sums of shares of float64 are off by
+
 
 def _frequency(given: Frequencies, group: str | None, role: str, phase: str | None, by: str) -> np.ndarray:
     """float64 [L, E]: how often a token of the group chooses each expert. Arrays with items are averaged over them."""
@@ -45,9 +49,7 @@ def _frequency(given: Frequencies, group: str | None, role: str, phase: str | No
     values = as_array(given, f"the {role}")
     if values.ndim == 2:
         return values
-    seen = ~np.isnan(values)
-    count = seen.sum(0)
-    return np.divide(np.where(seen, values, 0.0).sum(0), count, out=np.full(count.shape, np.nan), where=count > 0)
+    return mean_of_seen(values)[0]
 
 
 def expert_difference(
@@ -104,7 +106,7 @@ def task_experts(
     by: str = "sequence",
 ) -> ExpertSelection:
     """Experts of a task: ``Delta > threshold`` between in-task and general text of one language [arXiv 2510.04694,
-    section 4.2].
+    section 5.2].
 
     Takes what ``expert_difference`` takes.
 
@@ -158,10 +160,7 @@ def _above(values: np.ndarray, threshold: float, top: int | None) -> np.ndarray:
 def _largest(values: np.ndarray, top: int) -> np.ndarray:
     if top < 1:
         raise AnalysisError(f"top must be 1 or more, not {top}")
-    order = np.argsort(-np.nan_to_num(values, nan=-np.inf), axis=-1, kind="stable")
-    kept = np.zeros(values.shape, dtype=bool)
-    np.put_along_axis(kept, order[..., :top], True, axis=-1)
-    return kept
+    return places(np.nan_to_num(values, nan=-np.inf)) < top
 
 
 def _in_layers(values: np.ndarray, layers: Iterable[int] | None, layer_base: int) -> np.ndarray:
@@ -189,48 +188,71 @@ class RiskExperts(NamedTuple):
     def __repr__(self) -> str:
         return f"activate: {self.activate}\ndeactivate: {self.deactivate}"
 
+    def _repr_html_(self) -> str:
+        return "".join(
+            f"<p>{name}</p>{found._repr_html_()}"
+            for name, found in (("activate", self.activate), ("deactivate", self.deactivate))
+        )
+
 
 def risk_experts(
     positive: Frequencies,
     negative: Frequencies,
     *,
-    number: int,
+    top_n: int | None = None,
+    activations: int | None = None,
+    deactivations: int | None = None,
     per_layer: int | None = None,
     group: str | None = None,
     baseline_group: str | None = None,
     phase: str | None = None,
 ) -> RiskExperts:
-    """SteerMoE's experts: ranked by absolute risk difference, the difference of token-pooled frequencies [arXiv
-    2509.09660].
+    """SteerMoE's experts: ranked by risk difference, the difference of token-pooled frequencies [arXiv 2509.09660].
+
+    Say how many in one of two ways: ``activations`` and ``deactivations``, as SteerMoE does (published settings are 15
+    and 0, or 5 and 480), or ``top_n``. Those numbers are taken over all layers first. Of the activations, those beyond
+    ``per_layer`` in their layer are then dropped, and no others take their place, so fewer may be left.
 
     Args:
         positive, negative: routing on tokens that show the behavior and that do not (as in ``expert_difference``).
-        number: experts in all, activated and deactivated together.
+        top_n: experts in all, those with the largest absolute difference.
+        activations: experts with the largest positive difference; none by default.
+        deactivations: experts with the largest negative difference; none by default.
         per_layer: at most so many activations in a layer; the layer's top-k by default, since no more can be forced on.
 
     Activate holds those with a positive difference, deactivate those with a negative one. Ties go to the lower layer
-    and expert.
+    and expert. Raises ``AnalysisError`` where the numbers are not given in one of the two ways.
     """
     values = expert_difference(positive, negative, group=group, baseline_group=baseline_group, phase=phase, by="token")
     limits = _activation_limits(positive, per_layer, len(values))
-    if number < 1:
-        raise AnalysisError(f"number must be 1 or more, not {number}")
-    order = np.argsort(-np.abs(np.nan_to_num(values)).reshape(-1), kind="stable")
-    chosen, activations = np.zeros(values.shape, dtype=bool), np.zeros(len(values), dtype=np.int64)
-    left = number
-    for layer, expert in zip(*np.unravel_index(order, values.shape), strict=True):
-        difference = values[layer, expert]
-        if left == 0 or np.nan_to_num(difference) == 0:
-            break
-        if difference > 0 and activations[layer] >= limits[layer]:
-            continue
-        activations[layer] += difference > 0
-        chosen[layer, expert] = True
-        left -= 1
-    text = f"risk difference, {number} largest"
-    parts = [chosen & (values > 0), chosen & (values < 0)]
-    on, off = (selection(part, values, positive, threshold=None, description=text) for part in parts)
-    return RiskExperts(on, off, values)
+    signed = np.nan_to_num(values)
+    if (top_n is None) == (activations is None and deactivations is None):
+        raise AnalysisError("say how many experts in one of two ways: activations= and deactivations=, or top_n=")
+    if top_n is None:
+        on = _first(signed, _count(activations or 0, "activations", 0))
+        off = _first(-signed, _count(deactivations or 0, "deactivations", 0))
+        text = f"risk difference, {activations or 0} activations and {deactivations or 0} deactivations"
+    else:
+        largest = _first(np.abs(signed), _count(top_n, "top_n", 1))
+        on, off = largest & (signed > 0), largest & (signed < 0)
+        text = f"risk difference, {top_n} largest"
+    on &= places(signed) < limits[:, None]
+    raised, lowered = (selection(part, values, positive, threshold=None, description=text) for part in (on, off))
+    return RiskExperts(raised, lowered, values)
+
+
+def _count(number: int, name: str, least: int) -> int:
+    if number < least:
+        raise AnalysisError(f"{name} must be {least} or more, not {number}")
+    return number
+
+
+def _first(values: np.ndarray, count: int) -> np.ndarray:
+    """bool [L, E]: the ``count`` largest positive values of all layers, ties to the lower layer and expert."""
+    order = np.argsort(-values, axis=None, kind="stable")[:count]
+    chosen = np.zeros(values.size, dtype=bool)
+    chosen[order] = True
+    return chosen.reshape(values.shape) & (values > 0)
 
 
 def _activation_limits(given: Frequencies, per_layer: int | None, layers: int) -> np.ndarray:
@@ -241,8 +263,8 @@ def _activation_limits(given: Frequencies, per_layer: int | None, layers: int) -
     return np.asarray(given.top_k)
 
 
-@dataclass(frozen=True, eq=False)
-class LanguageExperts(Mapping[str, "ExpertSelection"]):
+@dataclass(frozen=True, eq=False, repr=False)
+class LanguageExperts(ShownAsTables, Mapping[str, "ExpertSelection"]):
     """Experts of each group, as a mapping from group to selection; ``shared`` are those that belong to none alone."""
 
     by_group: dict[str, ExpertSelection]
@@ -262,9 +284,10 @@ class LanguageExperts(Mapping[str, "ExpertSelection"]):
         groups = {group: found.to_dict() for group, found in self.by_group.items()}
         return {"groups": groups, "shared": None if self.shared is None else self.shared.to_dict()}
 
-    def __repr__(self) -> str:
+    def tables(self) -> list[Table]:
         rows = [[group, len(found)] for group, found in self.by_group.items()]
-        return table(["group", "experts"], rows + ([] if self.shared is None else [["(shared)", len(self.shared)]]))
+        shared = [] if self.shared is None else [["(shared)", len(self.shared)]]
+        return [Table(["group", "experts"], [*rows, *shared])]
 
 
 def frequency_share_experts(
@@ -304,21 +327,21 @@ def frequency_share_experts(
 def entropy_experts(
     statistics: Statistics,
     *,
-    number: int,
+    top_n: int,
     percentile: float = 95.0,
     groups: Sequence[str] | None = None,
     phase: str | None = None,
     by: str = "token",
 ) -> LanguageExperts:
-    """The ``number`` most language-specific experts of each group: lowest entropy over groups among the frequently
+    """The ``top_n`` most language-specific experts of each group: lowest entropy over groups among the frequently
     used.
 
     After LAPE: an expert's frequencies are divided by their sum over groups; low entropy means few groups use it. A
     group's candidates are the experts it uses more often than the ``percentile`` of all frequencies. Ties go to the
     lower layer and expert.
     """
-    if not 0 <= percentile <= 100 or number < 1:
-        raise AnalysisError("number must be 1 or more and percentile between 0 and 100")
+    if not 0 <= percentile <= 100 or top_n < 1:
+        raise AnalysisError("top_n must be 1 or more and percentile between 0 and 100")
     names = pick_groups(statistics, groups)
     frequency = _rows(statistics, names, phase, by)
     real = np.arange(frequency.shape[-1]) < np.asarray(statistics.num_experts)[:, None]
@@ -331,7 +354,7 @@ def entropy_experts(
     found = {}
     for i, name in enumerate(names):
         candidates = seen[i] & (frequency[i] > cut)
-        order = np.argsort(np.where(candidates, spread, np.inf).reshape(-1), kind="stable")[:number]
+        order = np.argsort(np.where(candidates, spread, np.inf).reshape(-1), kind="stable")[:top_n]
         chosen = np.zeros(candidates.size, dtype=bool)
         chosen[order] = True
         chosen = chosen.reshape(candidates.shape) & candidates
@@ -360,10 +383,12 @@ def esft_experts(scores: Frequencies, *, top_p: float = 0.2, group: str | None =
         values = as_array(scores, "the scores")
     if values.ndim != 2:
         raise AnalysisError("ESFT scores must be [layer, expert]")
-    order = np.argsort(-np.nan_to_num(values), axis=-1, kind="stable")
-    before = np.cumsum(np.take_along_axis(np.nan_to_num(values), order, -1), -1)
-    before = np.concatenate([np.zeros((len(values), 1)), before[:, :-1]], axis=1)
+    known = np.nan_to_num(values)
+    order = np.argsort(-known, axis=-1, kind="stable")
+    reached = np.cumsum(np.take_along_axis(known, order, -1), -1)
+    before = np.concatenate([np.zeros((len(values), 1)), reached[:, :-1]], axis=1)
     chosen = np.zeros(values.shape, dtype=bool)
-    np.put_along_axis(chosen, order, before < top_p, axis=-1)
-    chosen &= np.nan_to_num(values) > 0
+    # 0.7 + 0.1 is a rounding error below 0.8, and reaches it
+    np.put_along_axis(chosen, order, before < top_p - _ROUNDING, axis=-1)
+    chosen &= known > 0
     return selection(chosen, values, scores, threshold=top_p, description=f"ESFT experts{_of(group)}, top_p {top_p:g}")

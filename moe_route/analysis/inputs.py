@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -18,6 +19,7 @@ __all__ = [
     "pick_groups",
     "selection",
     "shape_of",
+    "warn_of_padding",
 ]
 
 
@@ -104,6 +106,20 @@ def shape_of(values: np.ndarray, num_experts: int | Sequence[int] | None) -> np.
     if np.nansum(np.where(padding, values, 0.0)) > 0:
         raise AnalysisError("there are values beyond num_experts: check num_experts")
     return sizes
+
+
+def warn_of_padding(arrays: Sequence[np.ndarray], *, stacklevel: int) -> None:
+    """Warn where the last experts of a layer, an eighth of them and at least two, are used in none of these arrays: if
+    they are padding, measures that depend on the number of experts come out wrong."""
+    used = np.any([np.nan_to_num(a).reshape(-1, *a.shape[-2:]).any(0) for a in arrays], axis=0)
+    sizes = np.where(used.any(1), used.shape[1] - used[:, ::-1].argmax(1), used.shape[1])
+    layer = int(sizes.argmin())
+    if used.shape[1] - sizes[layer] >= max(2, used.shape[1] // 8):
+        warnings.warn(
+            f"experts {sizes[layer]} to {used.shape[1] - 1} of layer {layer} are never used: if that layer has fewer "
+            "experts than the widest one, pass num_experts",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def selection(

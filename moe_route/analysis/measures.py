@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["cosine_distance", "entropy_of", "jaccard_distance", "jensen_shannon", "normalized_jensen_shannon"]
+__all__ = ["cosine_distance", "entropy_of", "jaccard_distance", "jensen_shannon", "normalized_jensen_shannon", "places"]
 
 # Below this, ``log E - H`` is rounding: both distributions are uniform and D is 0 / 0. A distribution stored in float32
 # is off the uniform one by about 1e-15 here; one expert in a million tokens too many, by about 1e-12.
@@ -40,7 +40,8 @@ def jensen_shannon(q1: np.ndarray, q2: np.ndarray) -> np.ndarray:
 
 
 def normalized_jensen_shannon(q1: np.ndarray, q2: np.ndarray, num_experts: np.ndarray | int) -> np.ndarray:
-    """D = (H(m) - Hbar) / (log E - Hbar), Hbar = (H(q1) + H(q2)) / 2, in [0, 1] [arXiv 2510.04694, eq. 2].
+    """D = (H(m) - Hbar) / (log E - Hbar), Hbar = (H(q1) + H(q2)) / 2, in [0, 1] [arXiv 2510.04694, appendix A.4,
+    eq. 6 to 8].
 
     NaN where both are uniform (0 / 0), which includes a layer with one expert. ``log E - Hbar`` is computed as the mean
     relative entropy to the uniform distribution.
@@ -63,13 +64,13 @@ def jaccard_distance(q1: np.ndarray, q2: np.ndarray, top: np.ndarray | int) -> n
     """1 - |A & B| / |A | B| for A, B the ``top`` most used experts of each; ties go to the lower index."""
     top = np.asarray(top)
     seen = ~(np.isnan(q1).any(-1) | np.isnan(q2).any(-1))
-    chosen = [_rank(q) < top[..., None] for q in (q1, q2)]
+    chosen = [places(q) < top[..., None] for q in (q1, q2)]
     shared = (chosen[0] & chosen[1]).sum(-1)
     joined = (chosen[0] | chosen[1]).sum(-1)
     return np.where(seen, 1.0 - shared / np.maximum(joined, 1), np.nan)
 
 
-def _rank(q: np.ndarray) -> np.ndarray:
-    """Place of each expert in falling order of q, 0 first."""
+def places(q: np.ndarray) -> np.ndarray:
+    """int64, the shape of q: place of each expert in falling order of q, 0 first; ties to the lower index."""
     order = np.argsort(-q, axis=-1, kind="stable")
     return np.argsort(order, axis=-1, kind="stable")

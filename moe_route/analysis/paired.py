@@ -1,19 +1,22 @@
-"""Whether a change of the loss is more than the choice of texts: a paired bootstrap over items."""
+"""Whether a change of the loss is more than the choice of texts, and more than steering random experts brings."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-__all__ = ["Difference", "paired_difference"]
+from moe_route.analysis.inputs import AnalysisError
+from moe_route.analysis.resampling import RESAMPLES, draw_items, interval_of
+from moe_route.analysis.result import plain
 
-RESAMPLES = 4000
+__all__ = ["Difference", "RandomControl", "paired_difference", "random_control"]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean change of the loss, nats a token, with the 95 % interval of a paired bootstrap over items; NaN ends where
+    """Mean change of the loss, nats per token, with the 95 % interval of a paired bootstrap over items; NaN ends where
     there was a single item, whose change says nothing of others."""
 
     value: float
@@ -21,7 +24,8 @@ class Difference:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}] ({self.verdict})"
+        interval = "no interval" if np.isnan(self.low) else f"[{self.low:+.4f}, {self.high:+.4f}]"
+        return f"{self.value:+.4f} {interval} ({self.verdict})"
 
     @property
     def verdict(self) -> str:
@@ -32,18 +36,106 @@ class Difference:
 def paired_difference(
     nats: np.ndarray, base: np.ndarray, tokens: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Difference:
-    """Change of the loss per token between two runs over the same texts, with its 95 % percentile bootstrap interval.
+    """Change of the loss per token between two runs over the same texts, with its 95 % bootstrap interval.
 
     Arrays are [items] or [items, languages]: summed loss of a text under the plan and without it, and its number of
     predicted tokens. Items are drawn with replacement, all languages of an item together, since they are translations
     of one another. With several languages the value is the mean over languages.
     """
-    nats, base, tokens = (np.atleast_2d(np.asarray(a, float).T).T for a in (nats, base, tokens))
+    nats, base, tokens = (_columns(array) for array in (nats, base, tokens))
+    weights = draw_items(len(tokens), resamples, seed)
     change = nats - base
-    value = float((change.sum(0) / tokens.sum(0)).mean())
-    if len(change) < 2:
-        return Difference(value, float("nan"), float("nan"))
-    drawn = np.random.default_rng(seed).integers(0, len(change), (resamples, len(change)))
-    means = (change[drawn].sum(1) / tokens[drawn].sum(1)).mean(-1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Difference(value, float(low), float(high))
+    low, high = interval_of(_per_token(weights @ change, weights @ tokens), len(tokens), 0.95)
+    return Difference(float(_per_token(change.sum(0), tokens.sum(0))), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class RandomControl:
+    """A plan held against the same plan on random experts. Changes are of the loss, nats per token; lower is better.
+
+    Attributes:
+        plan: change that the plan brings, against no plan.
+        random: change that each random set of experts brings, against no plan.
+        difference: the plan's change minus the mean of the random ones. Its 95 % interval holds for other items and,
+            where random sets were drawn, for other draws.
+        enumerated: whether ``random`` are all other sets of experts that there are, instead of draws.
+    """
+
+    plan: float
+    random: tuple[float, ...]
+    difference: Difference
+    enumerated: bool
+
+    @property
+    def rank(self) -> int:
+        """Place of the plan among itself and the random sets, 1 for the lowest loss; equal changes count against it."""
+        return 1 + sum(change <= self.plan for change in self.random)
+
+    @property
+    def p_value(self) -> float:
+        """How likely a random set lowers the loss as much as the plan does, one-sided: rank / (number of random sets +
+        1), so never below 1 / (number + 1)."""
+        return self.rank / (len(self.random) + 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able content (NaN as None)."""
+        difference = {"value": self.difference.value, "low": self.difference.low, "high": self.difference.high}
+        return plain(
+            {
+                "plan": self.plan,
+                "random": self.random,
+                "enumerated": self.enumerated,
+                "difference": {**difference, "verdict": self.difference.verdict},
+                "rank": self.rank,
+                "p_value": self.p_value,
+            }
+        )
+
+
+def random_control(
+    nats: np.ndarray,
+    random: np.ndarray,
+    base: np.ndarray,
+    tokens: np.ndarray,
+    *,
+    enumerated: bool = False,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> RandomControl:
+    """Hold a plan against the same plan on random experts, over the same texts.
+
+    Args:
+        nats, base, tokens: as in ``paired_difference``: the plan, no plan, and the predicted tokens.
+        random: summed loss of every text under each random set of experts, [sets, items] or [sets, items, languages].
+        enumerated: ``random`` are all other sets of experts; if not, they are draws, and the interval holds for other
+            draws too: sets are drawn with replacement like items, independently of them.
+
+    Raises ``AnalysisError`` where there is no random set.
+    """
+    nats, base, tokens = (_columns(array) for array in (nats, base, tokens))
+    sets = np.asarray(random, float).reshape(-1, *tokens.shape)
+    if not len(sets):
+        raise AnalysisError("there is no random set to compare with: measure the plan on other experts of its layers")
+    of_items = draw_items(len(tokens), resamples, seed)
+    of_sets = np.ones((resamples, len(sets))) if enumerated else draw_items(len(sets), resamples, seed + 1)
+    tokens_drawn = of_items @ tokens
+    plan = _per_token(of_items @ (nats - base), tokens_drawn)
+    others = np.stack([_per_token(of_items @ (one - base), tokens_drawn) for one in sets], axis=1)
+    drawn = plan - (of_sets * others).sum(1) / of_sets.sum(1)
+    fewest = len(tokens) if enumerated else min(len(tokens), len(sets))
+    low, high = interval_of(drawn, fewest, 0.95)
+    change = float(_per_token((nats - base).sum(0), tokens.sum(0)))
+    changes = tuple(_per_token((sets - base).sum(1), tokens.sum(0)).tolist())
+    difference = Difference(change - float(np.mean(changes)), float(low), float(high))
+    return RandomControl(change, changes, difference, enumerated)
+
+
+def _columns(values: np.ndarray) -> np.ndarray:
+    """float64 [items, languages]."""
+    array = np.asarray(values, float)
+    return array[:, None] if array.ndim == 1 else array
+
+
+def _per_token(nats: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Mean over languages, the last axis, of nats per token."""
+    return (nats / tokens).mean(-1)

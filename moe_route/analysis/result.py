@@ -1,4 +1,4 @@
-"""How results show themselves: tables in plain text, JSON-able values, tidy data frames."""
+"""How results show themselves: tables by depth, JSON-able values, tidy data frames."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_route.steering.layers import show_numbers
-from moe_route.texttable import table
+from moe_route.texttable import Table
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["by_depth", "data_frame", "plain"]
+__all__ = ["by_depth", "data_frame", "mean_of_seen", "plain"]
 
 _COLUMNS = 9
 
@@ -29,18 +29,22 @@ def plain(values: Any) -> Any:
     return None if isinstance(values, float) and not np.isfinite(values) else values
 
 
-def by_depth(rows: Sequence[str], values: np.ndarray) -> str:
+def by_depth(rows: Sequence[str], values: np.ndarray, *, title: str = "", note: str = "") -> Table:
     """A table of values [row, layer]: a column per layer, or the mean of runs of layers where there are many."""
     layers = values.shape[1]
     parts = np.array_split(np.arange(layers), min(layers, _COLUMNS))
     head = ["layer", *(show_numbers(part.tolist()) for part in parts)]
-    body = [[name, *(_mean(values[i, part]) for part in parts)] for i, name in enumerate(rows)]
-    return table(head, body)
+    columns = [mean_of_seen(values[:, part], 1)[0].tolist() for part in parts]
+    return Table(head, [[name, *row] for name, *row in zip(rows, *columns, strict=True)], title, note)
 
 
-def _mean(values: np.ndarray) -> float | None:
-    seen = values[~np.isnan(values)]
-    return float(seen.mean()) if seen.size else None
+def mean_of_seen(values: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over an axis of what is not NaN (NaN where nothing is), and how many were NaN."""
+    seen = ~np.isnan(values)
+    count = seen.sum(axis)
+    total = np.where(seen, values, 0.0).sum(axis)
+    mean = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    return mean, values.shape[axis] - count
 
 
 def data_frame(columns: Mapping[str, Any]) -> pd.DataFrame:

@@ -23,7 +23,7 @@ def add(verbs: Any) -> None:
         "--reference", default="eng_Latn", metavar="GROUP", help="group to compare with (default: eng_Latn)"
     )
     parser.add_argument("--measure", default="normalized_jsd", choices=("normalized_jsd", "jsd", "cosine", "jaccard"))
-    parser.add_argument("--pairing", default="auto", choices=("auto", "paired", "pooled"))
+    parser.add_argument("--pairing", default="paired", choices=("paired", "pooled", "auto"))
     parser.add_argument("--phase", choices=("prefill", "decode"), help="tokens of this phase only")
 
     parser = command(questions, "entropy", entropy, "how spread the routing is, by group and layer")

@@ -58,6 +58,9 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.items)
 
+    def __repr__(self) -> str:
+        return f"Corpus({self.name}: {len(self)} items x {len(self.languages)} languages)"
+
     def __getitem__(self, language: str) -> tuple[str, ...]:
         """The texts of one language, in the order of ``items``. Raises ``KeyError`` with the languages there are."""
         if language not in self.texts:

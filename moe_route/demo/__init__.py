@@ -1,6 +1,6 @@
 """The demonstration: the whole circle on a small real model in a minute or two. See `demo`."""
 
-from moe_route.demo.circle import demo, middle_layers
+from moe_route.demo.circle import demo
 from moe_route.demo.report import DemoReport, Outcome
 
-__all__ = ["DemoReport", "Outcome", "demo", "middle_layers"]
+__all__ = ["DemoReport", "Outcome", "demo"]

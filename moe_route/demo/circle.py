@@ -5,7 +5,7 @@ It follows "Multilingual Routing in Mixture-of-Experts" (arXiv 2510.04694): dive
 by layer (eq. 2), the experts of a task found in English text alone (eq. 3), those experts raised in the middle layers
 for every language (eq. 4), and the same done to other layers, to random experts and in reverse. What is measured is
 the loss on task texts that had no part in finding the experts. A paired bootstrap says which differences are more
-than the choice of texts; the report says what came out, whichever way it fell.
+than the choice of texts, and of random experts; the report says what came out, whichever way it fell.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
+from itertools import combinations, product
+from math import comb, prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,27 +23,30 @@ import numpy as np
 import torch
 
 from moe_route import files
-from moe_route.analysis import Difference, divergence, expert_difference, paired_difference, task_experts
+from moe_route.analysis import (
+    Difference,
+    divergence,
+    expert_difference,
+    middle_layers,
+    paired_difference,
+    random_control,
+    task_experts,
+)
 from moe_route.data import Corpus, demo_task
 from moe_route.demo.pictures import draw
 from moe_route.demo.report import DemoReport, Outcome
 from moe_route.recording import RoutingStatistics
 from moe_route.routed import RoutedModel
 from moe_route.steering import ExpertSelection, Plan
-from moe_route.workload import LanguageModel, Text, read_corpus, record_texts, texts_of
+from moe_route.workload import EncodedTexts, LanguageModel, Text, read_corpus, record_texts, texts_of
 
-__all__ = ["THRESHOLDS", "choose_threshold", "demo", "middle_layers", "plans"]
+__all__ = ["RANDOM_SETS", "THRESHOLDS", "choose_threshold", "demo", "plans", "random_plans"]
 
 # The published thresholds lie between 0.25 and 0.5.
 THRESHOLDS = (0.5, 0.4, 0.3, 0.2, 0.1)
 STRENGTHS = (0.5, 1.0)  # of soft steering, in standard deviations of the logits; the first is the published one
-RANDOM_SEEDS = (0, 1, 2, 3, 4)
+RANDOM_SETS = 19  # drawn: a plan that is better than all of them has p = 0.05. Where there are no more, all are taken
 PIVOT = "eng_Latn"
-
-
-def middle_layers(layers: int) -> tuple[int, ...]:
-    """The middle half of the layers, where languages share experts [arXiv 2510.04694]: of 8 layers 2 to 5."""
-    return tuple(range(layers // 4, layers - layers // 4))
 
 
 def demo(
@@ -73,8 +78,7 @@ def demo(
         found = ", ".join(corpus.languages)
         raise ValueError(f"the demo compares languages with {PIVOT}: take it and at least one more, not {found}")
     spoken = spoken or LanguageModel.load()
-    options = {"batch_size": batch_size, "max_length": max_length}
-    run = _Run(spoken, corpus, demo_task(), options, progress)
+    run = _Run(spoken, corpus, demo_task(), batch_size, max_length, progress)
     before = run.fingerprint()
     routed = spoken.attach(engine)
     try:
@@ -92,13 +96,22 @@ class _Run:
     """The steps of one demonstration."""
 
     def __init__(
-        self, spoken: LanguageModel, corpus: Corpus, task: Corpus, options: dict[str, Any], progress: bool
+        self,
+        spoken: LanguageModel,
+        corpus: Corpus,
+        task: Corpus,
+        batch_size: int,
+        max_length: int | None,
+        progress: bool,
     ) -> None:
-        self.spoken, self.corpus, self._options, self.progress = spoken, corpus, options, progress
+        self.spoken, self.corpus, self.batch_size, self.progress = spoken, corpus, batch_size, progress
         shared = tuple(language for language in task.languages if language in corpus.languages)
         # Every other problem finds the experts, in English; the rest measures, in every language.
-        self.finding = _items(task.subset([PIVOT]), slice(0, None, 2))
+        finding = _items(task.subset([PIVOT]), slice(0, None, 2))
         self.evaluation = _items(task.subset(shared), slice(1, None, 2))
+        self.general, self.finding, self.measured = (
+            spoken.encode(texts_of(part), max_length=max_length) for part in (corpus, finding, self.evaluation)
+        )
 
     def fingerprint(self) -> str:
         """SHA-256 over every tensor of the model and over its output on one text: equal bits, equal fingerprint."""
@@ -111,7 +124,7 @@ class _Run:
         return digest.hexdigest()
 
     def report(self, routed: RoutedModel, out: Path | None) -> DemoReport:
-        general = self.record(routed, self.corpus, "general texts")
+        general = self.record(routed, self.general, "general texts")
         task = self.record(routed, self.finding, "task texts")
         measured = divergence(general, reference=PIVOT)
         middle = middle_layers(len(general.layers))
@@ -132,50 +145,69 @@ class _Run:
             middle=middle,
             base=dict(zip(self.evaluation.languages, base[..., 0].sum(0) / base[..., 1].sum(0), strict=True)),
             evaluated=len(self.evaluation),
+            cut=[part.note for part in (self.general, self.finding, self.measured) if part.note],
         )
         self.steer(routed, report, found[threshold], base)
         if out is not None:
             report.pictures = draw(report, expert_difference(task, general, group=PIVOT), out)
         return report
 
-    def record(self, routed: RoutedModel, corpus: Corpus, what: str) -> RoutingStatistics:
-        with routed.record(groups=list(corpus.languages), sequences=True) as recorder:
-            record_texts(recorder, self.spoken, texts_of(corpus), **self.options(what))
+    def record(self, routed: RoutedModel, texts: EncodedTexts, what: str) -> RoutingStatistics:
+        groups = list(dict.fromkeys(text.group for text in texts.texts))
+        with routed.record(groups=groups, sequences=True) as recorder:
+            record_texts(recorder, self.spoken, texts, **self.options(what))
         return recorder.statistics()
 
     def losses(self, what: str) -> np.ndarray:
         """[items, languages, 2]: summed loss and predicted tokens of every task text kept for measuring."""
-        found = self.spoken.losses(texts_of(self.evaluation), **self.options(what))
+        found = self.spoken.losses(self.measured, **self.options(what))
         return found.reshape(len(self.evaluation.languages), len(self.evaluation), 2).transpose(1, 0, 2)
 
+    def losses_under(self, routed: RoutedModel, plan: Plan, what: str) -> np.ndarray:
+        """[items, languages]: summed loss of the same texts under a plan."""
+        with routed.steer(plan):
+            return self.losses(what)[..., 0]
+
     def options(self, what: str) -> dict[str, Any]:
-        return {**self._options, "progress": what if self.progress else None}
+        return {"batch_size": self.batch_size, "progress": what if self.progress else None}
 
     def steer(self, routed: RoutedModel, report: DemoReport, everywhere: ExpertSelection, base: np.ndarray) -> None:
-        """Measure every plan, and the published one against the random control."""
-        changed = {}
-        for name, plan in plans(everywhere, report.middle, report.layers).items():
-            with routed.steer(plan):
-                changed[name] = self.losses(name)[..., 0]
-        if not changed:
+        """Measure every plan, and the published one against random experts."""
+        asked = plans(everywhere, report.middle, report.layers)
+        if not asked:
             return
-        report.by_threshold = self.sweep(routed, report, base)
-        draws = [changed.pop(name) for name in list(changed) if name.startswith("random")]
-        first, random = next(iter(changed.values())), np.mean(draws, axis=0)
-        changed[f"random (mean of {len(draws)})"] = random
+        changed = {name: self.losses_under(routed, plan, name) for name, plan in asked.items()}
         report.outcomes = [self.outcome(name, nats, base) for name, nats in changed.items()]
-        report.random = [paired_difference(nats, base[..., 0], base[..., 1]) for nats in draws]
-        report.against_random = paired_difference(first, random, base[..., 1])
+        report.by_threshold = self.sweep(routed, report, base)
+        others, enumerated = random_plans(everywhere, report.middle)
+        if others:
+            random = np.stack([self.losses_under(routed, plan, f"random {i}") for i, plan in enumerate(others, 1)])
+            self.against_random(report, next(iter(changed.values())), random, base, enumerated)
+
+    def against_random(
+        self, report: DemoReport, nats: np.ndarray, random: np.ndarray, base: np.ndarray, enumerated: bool
+    ) -> None:
+        """Hold the published plan's losses against those of random experts, [sets, items, languages]."""
+
+        def change(columns: slice) -> Difference:
+            """Mean change that the random sets bring; the interval holds what the comparison with them holds."""
+            before, tokens = base[:, columns, 0], base[:, columns, 1]
+            found = random_control(before, random[..., columns], before, tokens, enumerated=enumerated).difference
+            return Difference(-found.value, -found.high, -found.low)
+
+        report.control = random_control(nats, random, base[..., 0], base[..., 1], enumerated=enumerated)
+        by_language = {name: change(slice(i, i + 1)) for i, name in enumerate(self.evaluation.languages)}
+        report.outcomes.append(Outcome(f"random (mean of {len(random)})", by_language, change(slice(None))))
 
     def sweep(self, routed: RoutedModel, report: DemoReport, base: np.ndarray) -> dict[float, Difference]:
         """The published plan at every threshold that finds a task expert in the middle layers."""
-        swept = {}
+        measured = {report.selection: report.outcomes[0].mean}
         for threshold, selection in report.found.items():
-            if selection:
-                with routed.steer(Plan.activate(selection, report.middle, STRENGTHS[0])):
-                    nats = self.losses(f"threshold {threshold:g}")[..., 0]
-                swept[threshold] = paired_difference(nats, base[..., 0], base[..., 1])
-        return swept
+            if selection and selection not in measured:
+                plan = Plan.activate(selection, report.middle, STRENGTHS[0])
+                nats = self.losses_under(routed, plan, f"threshold {threshold:g}")
+                measured[selection] = paired_difference(nats, base[..., 0], base[..., 1])
+        return {threshold: measured[selection] for threshold, selection in report.found.items() if selection}
 
     def outcome(self, name: str, nats: np.ndarray, base: np.ndarray) -> Outcome:
         by_language = {
@@ -187,10 +219,12 @@ class _Run:
 
 def unrelated_divergence(statistics: RoutingStatistics) -> np.ndarray:
     """[layers]: divergence of each English sentence from the one after it, the same language with another content: what
-    the divergence of a translation is to be held against."""
+    the divergence of a translation is to be held against. NaN where there is one sentence only."""
     store = statistics.store
     assert store is not None
     q = np.stack([store.distributions(item, PIVOT, "full") for item in store.items(PIVOT)])
+    if len(q) < 2:
+        return np.full(len(statistics.layers), np.nan)
     return divergence(q, np.roll(q, 1, axis=0), num_experts=statistics.num_experts).values[0]
 
 
@@ -204,7 +238,7 @@ def choose_threshold(found: Mapping[float, ExpertSelection], middle: Sequence[in
 
 def plans(experts: ExpertSelection, middle: Sequence[int], layers: int) -> dict[str, Plan]:
     """The plans to measure, the published one first: task experts of the middle layers raised, then harder, then the
-    controls.
+    controls but for random experts (:func:`random_plans`).
 
     Empty where no task expert lies in the middle layers. The control in the other layers is left out where no task
     expert lies there.
@@ -219,7 +253,26 @@ def plans(experts: ExpertSelection, middle: Sequence[int], layers: int) -> dict[
     if experts.restrict(others):
         found[f"other layers +{STRENGTHS[0]:g}"] = activate.control("layers", others)
     found[f"task -{STRENGTHS[0]:g}"] = activate.control("deactivate")
-    return found | {f"random {seed}": activate.control("random", seed) for seed in RANDOM_SEEDS}
+    return found
+
+
+def random_plans(experts: ExpertSelection, middle: Sequence[int]) -> tuple[list[Plan], bool]:
+    """The published plan on as many other experts of each middle layer, and whether these are all such sets.
+
+    They are all where there are no more than ``RANDOM_SETS`` of them; else so many are drawn, with seeds from 0 on.
+    """
+    steered = experts.restrict(middle)
+    sizes: dict[int, int] = {}
+    for layer in steered:
+        size = steered.experts_in(layer)
+        assert size is not None, "the selection comes from a recording, which knows"
+        sizes[layer] = size
+    if prod(comb(sizes[layer], len(ids)) for layer, ids in steered.items()) - 1 > RANDOM_SETS:
+        activate = Plan.activate(experts, middle, STRENGTHS[0])
+        return [activate.control("random", seed) for seed in range(RANDOM_SETS)], False
+    sets = product(*(combinations(range(sizes[layer]), len(ids)) for layer, ids in steered.items()))
+    others = (ExpertSelection(dict(zip(steered, ids, strict=True)), model=steered.model) for ids in sets)
+    return [Plan.activate(other, middle, STRENGTHS[0]) for other in others if other != steered], True
 
 
 def _items(corpus: Corpus, which: slice) -> Corpus:

@@ -62,10 +62,10 @@ def steering_table(report: DemoReport) -> Axes:
     ax.set_yticks(range(len(rows)), rows)
     ax.axhline(len(rows) - 1.5, color="black", linewidth=0.8)  # the mean stands apart
     ax.set_title(
-        f"task experts of layers {span(report.middle)}; bold: zero lies outside the interval", fontsize="medium"
+        f"task experts of layers {span(report.middle)}; bold: zero lies outside the 95 % interval", fontsize="medium"
     )
     ax.tick_params(length=0)
     for side in ax.spines.values():
         side.set_visible(False)
-    figure.colorbar(image, ax=ax, pad=0.02).set_label("change of the loss (nats a token)")
+    figure.colorbar(image, ax=ax, pad=0.02).set_label("change of the loss (nats per token)")
     return ax

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_route.analysis import Difference
+from moe_route.analysis import Difference, RandomControl, u_shape
+from moe_route.analysis.result import mean_of_seen, plain
 from moe_route.steering import ExpertSelection
 from moe_route.texttable import table
 
@@ -43,12 +44,12 @@ class DemoReport:
     all_found: dict[float, ExpertSelection]  # threshold -> task experts of all layers
     threshold: float  # the one that is steered with
     middle: tuple[int, ...]
-    base: dict[str, float]  # loss of the task texts without steering, nats a token
+    base: dict[str, float]  # loss of the task texts without steering, nats per token
     evaluated: int  # task texts a language
+    cut: list[str]  # which texts were cut, in words
     outcomes: list[Outcome] = field(default_factory=list)
-    random: list[Difference] = field(default_factory=list)  # the random controls one by one, mean over languages
-    by_threshold: dict[float, Difference] = field(default_factory=dict)  # the first outcome at other thresholds
-    against_random: Difference | None = None  # the first outcome minus the mean of the random controls
+    by_threshold: dict[float, Difference] = field(default_factory=dict)  # the first outcome at each threshold
+    control: RandomControl | None = None  # the first outcome against random experts, mean over languages
     restored: bool = False
     pictures: list[Path] = field(default_factory=list)
     seconds: float = 0.0
@@ -60,24 +61,41 @@ class DemoReport:
     def _divergence(self) -> str:
         values = self.divergence.values
         rows = [(group, *map(float, row)) for group, row in zip(self.divergence.groups, values, strict=True)]
-        rows.append(("mean", *map(float, np.nanmean(values, axis=0))))
+        rows.append(("mean", *map(float, mean_of_seen(values)[0])))
         rows.append(("another sentence", *map(float, self.unrelated)))
-        outer = [layer for layer in range(self.layers) if layer not in self.middle]
-        inside, outside = np.nanmean(values[:, list(self.middle)]), np.nanmean(values[:, outer])
-        shape = "lower, as in large models" if inside < outside else "not lower, unlike large models"
         return "\n".join(
             (
                 f"Model {self.model}: {self.layers} MoE layers of {self.experts} experts, top-{self.top_k}. "
                 f"{self.sentences} sentences in {len(self.languages)} languages.",
+                *(f"{note[0].upper()}{note[1:]}." for note in self.cut),
                 "",
                 f"Divergence of the routing from {self.divergence.reference} by MoE layer (0 the same, 1 disjoint);",
                 "last line: of an English sentence from another one.",
                 "",
                 table(("language", *map(str, range(self.layers))), rows),
-                "",
-                f"Mean over layers {span(self.middle)} {inside:.3f}, over the others {outside:.3f}: {shape}.",
+                *self._shape(),
             )
         )
+
+    def _shape(self) -> list[str]:
+        """Whether the middle layers differ from the others, where there are others and an interval to say so."""
+        outside = self.middle[0]
+        if not outside:
+            return []
+        shape = u_shape(self.divergence, edge=outside, middle=self.middle)
+        low, high = shape.mean_interval()
+        inner, outer = float(shape.middle.mean()), float((shape.first + shape.last).mean() / 2)
+        if not np.isfinite([low, high, inner, outer]).all():
+            return []
+        says = "lower in the middle, as in large models" if low > 0 else "higher in the middle, unlike large models"
+        if low <= 0 <= high:
+            says = "no difference that these sentences can show"
+        return [
+            "",
+            f"Mean over layers {span(self.middle)} {inner:.3f}, over the others {outer:.3f}, which is "
+            f"{outer - inner:+.3f} [{low:+.3f}, {high:+.3f}]: {says}.",
+            "In brackets: 95 % interval for other sentences in these languages (bootstrap over sentences).",
+        ]
 
     @property
     def found(self) -> dict[float, ExpertSelection]:
@@ -92,7 +110,8 @@ class DemoReport:
     def _experts(self) -> str:
         counts = ", ".join(f"{len(selection)} above {threshold:g}" for threshold, selection in self.found.items())
         lines = [
-            "Task experts: chosen more often in English arithmetic than in general English, by this much (frequency).",
+            "Task experts: chosen more often in English arithmetic problems than in general English, by this much",
+            "(frequency). The problems share a few wordings: these may be experts of the wording, not of arithmetic.",
             f"In layers {span(self.middle)}: {counts}.",
         ]
         if not self.selection:
@@ -111,11 +130,12 @@ class DemoReport:
         rows.append(("mean", float(np.mean(list(self.base.values()))), *(_marked(o.mean) for o in self.outcomes)))
         return "\n".join(
             (
-                f"Loss of {self.evaluated} other arithmetic problems a language, nats a token, and what plans change:",
+                f"Loss of {self.evaluated} other arithmetic problems per language, nats per token, and its changes:",
                 "",
                 table(("language", "loss", *(outcome.name for outcome in self.outcomes)), rows),
                 "",
-                "* zero lies outside the 95 % interval (paired bootstrap over problems; each language by itself).",
+                "* zero lies outside the 95 % interval (paired bootstrap over problems; each language and plan by",
+                "itself, without a correction for their number).",
                 "",
                 *self._findings(),
             )
@@ -134,23 +154,38 @@ class DemoReport:
             for threshold, difference in self.by_threshold.items()
             if threshold != self.threshold
         ]
-        if self.against_random is not None:
-            seeds = ", ".join(f"{difference.value:+.4f}" for difference in self.random)
-            lines.append(f"{len(self.random)} draws of as many random experts: {seeds}.")
-            lines.append(f"Task experts minus the mean of the random ones: {self.against_random}.")
+        if self.control is not None:
+            lines += self._control(self.control)
         return [*lines, f"So on this model and this task, {self.conclusion}."]
+
+    def _control(self, control: RandomControl) -> list[str]:
+        sets = len(control.random)
+        what = "all other sets there are" if control.enumerated else "drawn at random"
+        over = "problems" if control.enumerated else "problems and for other draws"
+        low, high = min(control.random), max(control.random)
+        return [
+            f"As many other experts of the same layers raised ({sets} sets, {what}): {low:+.4f} to {high:+.4f}.",
+            f"Task experts minus the mean of those sets: {control.difference}; the interval holds for other {over}.",
+            f"By loss, the lowest first, the task experts come {_ordinal(control.rank)} of {sets + 1}: "
+            f"p = {control.p_value:.3f} that as many random experts do as well.",
+        ]
 
     @property
     def conclusion(self) -> str:
         """What the first outcome and its random control say together."""
         raised = self.outcomes[0].mean.verdict
-        against = self.against_random.verdict if self.against_random is not None else "unclear"
         if raised == "lower":
-            over = "more than random experts do" if against == "lower" else "though not more than random experts do"
-            return f"raising the task experts lowers the loss, {over}"
+            return f"raising the task experts lowers the loss, {self._beyond_random()}"
         if raised == "higher":
             return "raising the task experts does not help: the loss rises"
         return "raising the task experts makes no difference that these texts can show"
+
+    def _beyond_random(self) -> str:
+        if self.control is None:
+            return "and there are no other experts to compare with"
+        if self.control.difference.verdict != "lower":
+            return "though not clearly more than the mean of as many random experts"
+        return f"more than the mean of as many random experts (p = {self.control.p_value:.3f} for one such set)"
 
     def _end(self) -> str:
         lines = [f"Pictures: {', '.join(map(str, self.pictures))}"] if self.pictures else []
@@ -175,15 +210,17 @@ class DemoReport:
         )
         return {name: getattr(self, name) for name in same} | {
             "divergence": self.divergence.to_dict(),
-            "unrelated_divergence": self.unrelated.tolist(),
+            "unrelated_divergence": plain(self.unrelated),
+            "cut": self.cut,
             "task_experts": {
                 f"{threshold:g}": {layer: list(experts) for layer, experts in selection.items()}
                 for threshold, selection in self.found.items()
             },
-            "outcomes": [asdict(outcome) for outcome in self.outcomes],
-            "by_threshold": {f"{threshold:g}": asdict(change) for threshold, change in self.by_threshold.items()},
-            "random": [asdict(difference) for difference in self.random],
-            "against_random": asdict(self.against_random) if self.against_random is not None else None,
+            "outcomes": [plain(asdict(outcome)) for outcome in self.outcomes],
+            "by_threshold": {
+                f"{threshold:g}": plain(asdict(change)) for threshold, change in self.by_threshold.items()
+            },
+            "random_control": self.control.to_dict() if self.control is not None else None,
             "conclusion": self.conclusion if self.outcomes else None,
             "pictures": [str(path) for path in self.pictures],
         }
@@ -191,6 +228,11 @@ class DemoReport:
 
 def _number(experts: ExpertSelection) -> str:
     return f"{len(experts)} expert{'' if len(experts) == 1 else 's'}"
+
+
+def _ordinal(place: int) -> str:
+    ending = "th" if place % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(place % 10, "th")
+    return f"{place}{ending}"
 
 
 def _marked(difference: Difference) -> str:

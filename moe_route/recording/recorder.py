@@ -24,7 +24,7 @@ from moe_route.calls.token_rows import as_table, in_phases
 from moe_route.contract.tables import METRICS, StatisticsTables
 from moe_route.devices import capturing, refuse_capture
 from moe_route.recording.labels import LabelBlock
-from moe_route.recording.metadata import add_fingerprints
+from moe_route.recording.metadata import add_fingerprints, merge_metadata
 from moe_route.recording.pooling import SequenceAverages, SequencePool
 from moe_route.recording.sequences import RunningSequences
 from moe_route.recording.statistics import RecordingError, RoutingStatistics
@@ -231,6 +231,10 @@ class Recorder:
             self._paused = before
             if self._on and not self._paused:
                 self._connect()
+
+    def add_metadata(self, entries: Mapping[str, Any]) -> None:
+        """Keep more about the recording with its statistics; merged with what is there as that of two runs is."""
+        self._metadata = merge_metadata(self._metadata, entries)
 
     def statistics(self) -> RoutingStatistics:
         """A snapshot: tokens of all calls so far, sums over finished sequences (those of a block that is still on are

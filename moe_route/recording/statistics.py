@@ -34,7 +34,7 @@ __all__ = [
     "MergeError",
 ]
 
-Kind = Literal["full", "topk", "topk_renorm", "count"]
+Kind = Literal["full", "topk", "count"]
 By = Literal["sequence", "token"]
 
 # Axis 0 of the sequence sums: a sequence's average over both phases is no sum of two averages.
@@ -44,13 +44,7 @@ SEQUENCE_KINDS = ("full", "topk", "count", "frequency")
 # of H(q_i), and of the mean over the scored tokens t of a sequence of H(p_t). Both have a term per sequence of "full".
 SEQUENCE_SCALARS = ("sequences", "full", "topk", "count", "entropy", "mean_token_entropy")
 _SEQUENCE_NATS = ("entropy", "mean_token_entropy")
-KIND_METRIC = {
-    "full": "probability",
-    "topk": "weight_share",
-    "topk_renorm": "weight_share",
-    "count": "counts",
-    "frequency": "counts",
-}
+KIND_METRIC = {"full": "probability", "topk": "weight_share", "count": "counts", "frequency": "counts"}
 _COUNTED = ("counts", "natural_counts")  # metrics that are plain integers, not fixed point
 IMPORTED = "imported"  # metadata["source"] of sums that another recorder kept
 _FILE_KIND = "statistics"
@@ -226,13 +220,13 @@ class RoutingStatistics:
     def mean_distribution(self, kind: Kind = "full", phase: Phase | None = None, by: By = "sequence") -> np.ndarray:
         """Mean routing distribution, float64 ``[G, L, E]``; rows sum to 1, NaN where nothing was seen.
 
-        ``kind``: ``full`` scores over all experts, ``topk`` = ``topk_renorm`` weights of the chosen divided by their
-        sum (per token the two are the same once normalized), ``count`` selections. ``by="sequence"`` is the mean of
-        q_i (arXiv 2510.04694 eq. 1), ``by="token"`` weighs every token alike. Sequences and tokens with an all-zero
-        row are left out (``sequence_scalar``, ``scalar("unscored")`` tell how many).
+        ``kind``: ``full`` scores over all experts, ``topk`` weights of the chosen divided by their sum, ``count``
+        selections. ``by="sequence"`` is the mean of q_i (arXiv 2510.04694 eq. 1), ``by="token"`` weighs every token
+        alike. Sequences and tokens with an all-zero row are left out (``sequence_scalar``, ``scalar("unscored")`` tell
+        how many).
         """
         if kind not in KIND_METRIC or kind == "frequency":
-            raise ValueError(f"no distribution kind {kind!r}: full, topk, topk_renorm or count")
+            raise ValueError(f"no distribution kind {kind!r}: full, topk or count")
         sums = (
             self._sequence_sum(kind, phase) if _check_by(by) == "sequence" else self.token_sum(KIND_METRIC[kind], phase)
         )
@@ -493,6 +487,9 @@ class RoutingStatistics:
             lines.append(f"  model: {model.get('name') or model.get('class')}")
         if self.metadata.get("plans"):
             lines.append(f"  steered by: {', '.join(self.metadata['plans'])}")
+        if self.metadata.get("cut_texts"):
+            limits = "/".join(map(str, self.metadata["cut_to_tokens"]))
+            lines.append(f"  cut: {self.metadata['cut_texts']} texts to {limits} tokens")
         if self.store is not None:
             lines.append(f"  store: {_number(len(self.store), 'sequence')}")
         return "\n".join(lines)
@@ -535,7 +532,6 @@ class RoutingStatistics:
         return self._metrics[name]
 
     def _sequence_sum(self, kind: str, phase: Phase | None) -> np.ndarray:
-        kind = "topk" if kind == "topk_renorm" else kind
         if kind not in self._sequence_sums:
             if self._sequence_sums or not self._scalars.any():
                 self._metric(KIND_METRIC[kind])

@@ -192,9 +192,7 @@ class SequenceStore:
     def __iter__(self) -> Iterator[Key]:
         return iter(list(self._index))
 
-    def distributions(
-        self, item: Item, group: str, kind: Literal["full", "topk", "topk_renorm", "count"] = "full"
-    ) -> np.ndarray:
+    def distributions(self, item: Item, group: str, kind: Literal["full", "topk", "count"] = "full") -> np.ndarray:
         """q_i of one sequence, float64 ``[L, E]``: rows sum to 1 (to float32 rounding), NaN where the layer saw no
         token of it.
 
@@ -452,9 +450,9 @@ def _distribution(shard: SequenceShard, kind: str) -> np.ndarray:
         counts = _array(shard, "counts").astype(np.float64)
         totals = counts.sum(-1, keepdims=True)
         return counts / np.where(totals > 0, totals, np.nan)
-    if kind not in ("full", "topk", "topk_renorm"):
-        raise ValueError(f"no distribution kind {kind!r}: full, topk, topk_renorm or count")
-    return _array(shard, kind.removesuffix("_renorm"))
+    if kind not in ("full", "topk"):
+        raise ValueError(f"no distribution kind {kind!r}: full, topk or count")
+    return _array(shard, kind)
 
 
 def _array(shard: SequenceShard, name: str) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 from moe_route import files
 from moe_route.steering.layers import as_layers, show_numbers
 from moe_route.steering.model import PlanModel
+from moe_route.texttable import Table
 
 __all__ = ["ExpertSelection", "random_permutation"]
 
@@ -259,15 +260,29 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
         return cls.from_dict(files.read(path, _KIND)[1])
 
     def __repr__(self) -> str:
+        title, rows, rest = self._shown()
+        return "\n".join(
+            [title, *(f"  layer {layer}: {experts}" for layer, experts in rows), *([f"  {rest}"] if rest else [])]
+        )
+
+    def _repr_html_(self) -> str:
+        title, rows, rest = self._shown()
+        return Table(("layer", "experts (score)"), rows, title, rest)._repr_html_()
+
+    def _shown(self) -> tuple[str, list[tuple[str, str]], str]:
+        """What to show: a title, (layer, its experts with their scores) for the first layers, and what is left out."""
         if not self:
-            return f"ExpertSelection(empty{_note(self)})"
-        lines = [f"ExpertSelection({len(self)} experts in layers {show_numbers(self.layers)}{_note(self)})"]
-        for layer, ids in list(self.items())[:_SHOWN]:
-            scored = (f"{e} ({self._scores[layer, e]:.3f})" if (layer, e) in self._scores else str(e) for e in ids)
-            lines.append(f"  layer {layer}: " + ", ".join(scored))
-        if len(self.layers) > _SHOWN:
-            lines.append(f"  and {len(self.layers) - _SHOWN} more layers")
-        return "\n".join(lines)
+            return f"ExpertSelection(empty{_note(self)})", [], ""
+        title = f"ExpertSelection({len(self)} experts in layers {show_numbers(self.layers)}{_note(self)})"
+        rows = [
+            (
+                str(layer),
+                ", ".join(f"{e} ({self._scores[layer, e]:.3f})" if (layer, e) in self._scores else str(e) for e in ids),
+            )
+            for layer, ids in list(self.items())[:_SHOWN]
+        ]
+        rest = len(self.layers) - _SHOWN
+        return title, rows, f"and {rest} more layers" if rest > 0 else ""
 
 
 def _note(selection: ExpertSelection) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from itertools import combinations
+import warnings
+from itertools import combinations, permutations
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -20,9 +22,12 @@ import moe_route as mr
 from moe_route import analysis
 from moe_route.analysis import AnalysisError, Divergence
 from moe_route.analysis.measures import cosine_distance, jaccard_distance
+from moe_route.ops import SCALARS
 from moe_route.recording import RoutingStatistics
+from moe_route.recording.pooling import SequencePool
 from moe_route.recording.store import SequenceStore
-from moe_route.steering import Plan
+from moe_route.recording.tables import TableSums
+from moe_route.steering import ExpertSelection, Plan
 
 GROUPS = ("en", "sw", "bn")
 SIZES = (6, 4)  # the second layer has fewer experts: its rows are padded with zeros
@@ -35,7 +40,7 @@ def entropy_of(q):
 
 
 def divergence_of(q1, q2, num_experts):
-    """Equation 2 as it is written."""
+    """Appendix A.4 as it is written."""
     middle, mean = entropy_of((q1 + q2) / 2), (entropy_of(q1) + entropy_of(q2)) / 2
     return (middle - mean) / (np.log(num_experts) - mean)
 
@@ -57,7 +62,7 @@ def sequences(seed=0, groups=GROUPS, items=ITEMS):
 
 
 def statistics(found, groups=GROUPS, keep=True):
-    """Real ``RoutingStatistics`` of these sequences, whose router mass is their share of selections."""
+    """Real ``RoutingStatistics`` of these sequences (item, group), whose router mass is their share of selections."""
     counts = np.stack([sum(c for (_, g), c in found.items() if g == group) for group in groups])
     tokens = counts.sum(-1) // TOP_K
     mass = np.stack([sum(c / TOP_K for (_, g), c in found.items() if g == group) for group in groups])
@@ -77,7 +82,7 @@ def statistics(found, groups=GROUPS, keep=True):
             "counts": np.stack(list(found.values())).astype(np.int32),
             "full": np.stack([c / c.sum(-1, keepdims=True) for c in found.values()]).astype(np.float32),
         }
-        store.append([(f"s{item}", group) for item, group in found], arrays)
+        store.append([(item if isinstance(item, str) else f"s{item}", group) for item, group in found], arrays)
         stats.store = store
     return stats
 
@@ -140,6 +145,7 @@ def test_normalized_divergence_is_equation_two(pair):
 
 
 @given(pair=pairs, scale=st.floats(0.01, 100))
+@pytest.mark.filterwarnings("ignore:experts .* are never used")
 def test_rows_need_not_be_normalized(pair, scale):
     one, two = pair
     value = analysis.divergence(one[None], two[None]).values
@@ -193,17 +199,29 @@ def test_jaccard_takes_the_lower_index_of_equals():
     assert jaccard_distance(np.array([0.4, 0.3, 0.2, 0.1]), np.array([0.4, 0.1, 0.2, 0.3]), 2) == pytest.approx(2 / 3)
 
 
+def test_padding_that_is_not_named_is_warned_of():
+    """Zeros at the end of a narrow layer change D, which depends on the number of experts."""
+    rng = np.random.default_rng(0)
+    q = rng.dirichlet(np.ones(8), (2, 3, 2))
+    q[..., 1, 4:] = 0
+    with pytest.warns(UserWarning, match="experts 4 to 7 of layer 1 are never used.*pass num_experts") as warned:
+        padded = analysis.divergence(q[0], q[1])
+    assert warned[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        named = analysis.divergence(q[0], q[1], num_experts=[8, 4])
+        q[0, 0, 1, 6] = 1e-9
+        analysis.divergence(q[0], q[1])  # one unused expert at the end is nothing unusual
+    assert padded.values[0, 1] < named.values[0, 1]
+
+
 # -- divergence of recordings
 
 
 def test_paired_divergence_is_the_mean_over_parallel_sequences(found, stats):
     result = analysis.divergence(stats, reference="en")
-    assert (result.pairing, result.groups, result.reference, result.pairs) == (
-        "paired",
-        ("sw", "bn"),
-        "en",
-        (ITEMS, ITEMS),
-    )
+    assert (result.pairing, result.groups, result.reference, result.pairs) == ("paired", ("sw", "bn"), "en", ITEMS)
+    assert f"paired over {ITEMS} items" in repr(result)
     for g, group in enumerate(result.groups):
         for layer, size in enumerate(SIZES):
             expected = []
@@ -219,15 +237,52 @@ def test_pooled_divergence_is_of_the_mean_distributions(found, stats):
         for layer, size in enumerate(SIZES):
             one, two = (sum(c[layer] for (_, name), c in found.items() if name == n) for n in ("en", group))
             assert result.values[g, layer] == pytest.approx(divergence_of(one / one.sum(), two / two.sum(), size))
-    assert (result.pairs, result.pair_values) == ((), ())
+    assert (result.pairs, result.pair_values) == (0, None)
+    assert "pooled" in repr(result)
 
 
-def test_auto_pools_where_sequences_do_not_pair(stats, caplog):
-    with caplog.at_level("INFO"):
-        result = analysis.divergence(stats, "en", by="token")
+def test_divergence_is_paired_unless_another_estimand_is_asked_for(found, stats):
+    pooled = statistics(found, keep=False)
+    with pytest.raises(AnalysisError, match=r"sequences were not kept.*pairing='pooled'"):
+        analysis.divergence(pooled, "en")
+    with pytest.raises(AnalysisError, match="leave phase out"):
+        analysis.divergence(stats, "en", phase="prefill")
+
+
+def test_auto_warns_where_it_pools(found, stats):
+    with pytest.warns(UserWarning, match=r"pooled divergence.*leave by at") as warned:
+        result = analysis.divergence(stats, "en", by="token", pairing="auto")
     assert result.pairing == "pooled"
-    assert "pooled divergence" in caplog.text
-    assert analysis.divergence(stats, "en", phase="prefill", kind="count", by="token").pairing == "pooled"
+    assert warned[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"sequences were not kept: record\(sequences=True\)"):
+        analysis.divergence_matrix(statistics(found, keep=False), by="token", pairing="auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert analysis.divergence(stats, "en", pairing="auto").pairing == "paired"
+
+
+def test_groups_are_compared_over_the_items_that_all_of_them_have(found):
+    """Swahili has other sentences than Bengali: each is compared with English over what all three have."""
+    part = {(i, g): c for (i, g), c in found.items() if not (g == "sw" and i < 3) and not (g == "bn" and i > 9)}
+    result = analysis.divergence(statistics(part), "en")
+    assert result.pairs == 7
+    common = statistics({(i, g): c for (i, g), c in found.items() if 3 <= i <= 9})
+    np.testing.assert_array_equal(result.values, analysis.divergence(common, "en").values)
+    assert analysis.divergence(statistics(part), "en", groups=["sw"]).pairs == 9
+    matrix, expected = analysis.divergence_matrix(statistics(part)), analysis.divergence_matrix(common)
+    assert matrix.pairs == 7
+    np.testing.assert_array_equal(matrix.values, expected.values)
+
+
+def test_too_few_common_items_are_refused_with_the_share(found):
+    few = {(i if g == "en" or i < 2 else f"own {i}", g): c for (i, g), c in found.items() if g != "sw" or i > 0}
+    stats = statistics(few)
+    message = r"1 items are common to all groups, 8% of the 12 sequences of 'en', and min_common asks for 50%; 'sw' has"
+    with pytest.raises(AnalysisError, match=message):
+        analysis.divergence(stats, "en")
+    assert analysis.divergence(stats, "en", min_common=0.05).pairs == 1
+    with pytest.raises(AnalysisError, match="min_common must be above 0"):
+        analysis.divergence(stats, "en", min_common=0)
 
 
 def test_any_reference_any_groups_and_every_measure(stats):
@@ -250,7 +305,7 @@ def test_matrix_agrees_with_each_divergence(stats):
         for group in one.groups:
             np.testing.assert_allclose(matrix.values[:, i, GROUPS.index(group)], one.of(group))
     np.testing.assert_allclose(matrix.mean([1]), matrix.values[1])
-    pooled = analysis.divergence_matrix(stats, by="token")
+    pooled = analysis.divergence_matrix(stats, by="token", pairing="pooled")
     assert pooled.pairing == "pooled"
 
 
@@ -271,7 +326,7 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
     for _ in range(200):
         values = rng.beta(2, 5, (40, 1))
         result = Divergence(
-            values.mean(0)[None], ("g",), "en", ("0",), pairing="paired", pairs=(40,), pair_values=(values,)
+            values.mean(0)[None], ("g",), "en", ("0",), pairing="paired", pairs=40, pair_values=values[None]
         )
         low, high = result.interval(0.9, resamples=300)
         covered += low[0, 0] <= 2 / 7 <= high[0, 0]
@@ -292,6 +347,53 @@ def test_u_shape_takes_the_ends_and_the_middle():
     assert shape.depth[0] > 0
     one = analysis.u_shape(Divergence(values[:, :1], ("sw",), "en", ("0",)))
     assert one.first == one.middle == one.last
+    assert "no interval" in repr(shape)
+    assert "lower" not in repr(shape)
+    with pytest.raises(AnalysisError, match="needs paired"):
+        shape.interval()
+
+
+def test_the_middle_is_the_middle_third_with_ends_of_one_size():
+    assert [analysis.middle_layers(layers) for layers in (1, 2, 3, 4, 8)] == [(0,), (0, 1), (1,), (1, 2), (2, 3, 4, 5)]
+    assert analysis.middle_layers(48) == tuple(range(16, 32))
+    assert all(
+        layers - 1 - analysis.middle_layers(layers)[-1] == analysis.middle_layers(layers)[0] for layers in range(1, 70)
+    )
+
+
+def paired_u(depth, items, seed=0, spread=0.05):
+    """Paired divergence of two groups over 12 layers with this much of a U, of noisy items that the groups share."""
+    rng = np.random.default_rng(seed)
+    middle = np.isin(np.arange(12), analysis.middle_layers(12))
+    values = 0.4 - depth * middle + rng.normal(0, spread, (items, 12))
+    pairs = np.stack([values, values + 0.1])
+    return Divergence(
+        pairs.mean(1), ("sw", "bn"), "en", tuple("abcdefghijkl"), "jsd", "paired", items, pair_values=pairs
+    )
+
+
+def test_the_depth_of_the_u_has_an_interval_over_items():
+    shape = analysis.u_shape(paired_u(0.1, 30))
+    low, high = shape.interval()
+    assert ((low < shape.depth) & (shape.depth < high) & (low > 0)).all()
+    np.testing.assert_allclose(shape.mean_interval(), (low[0], high[0]))  # the groups differ by a constant
+    assert repr(shape).count("lower") == 2
+    assert repr(analysis.u_shape(paired_u(0.0, 30))).count("unclear") == 2
+    assert repr(analysis.u_shape(paired_u(-0.1, 30))).count("higher") == 2
+    json.dumps(shape.to_dict(), allow_nan=False)
+    assert list(shape.to_pandas().columns) == ["group", "first", "middle", "last", "depth", "low", "high"]
+    missing = paired_u(0.1, 30)
+    missing.pair_values[0, 3, :] = np.nan
+    assert np.isfinite(analysis.u_shape(missing).interval()).all()
+    assert np.isnan(analysis.u_shape(paired_u(0.1, 1)).interval()).all(), "a single item says nothing of others"
+
+
+def test_the_interval_of_the_depth_covers_the_truth():
+    held = sum(
+        low <= 0.1 <= high
+        for low, high in (analysis.u_shape(paired_u(0.1, 10, seed)).mean_interval(0.9) for seed in range(200))
+    )
+    assert 166 <= held <= 194
 
 
 def test_layers_that_saw_nothing_are_nan_and_counted(found):
@@ -321,10 +423,10 @@ def test_divergence_refuses_with_the_mend(found, stats):
             r"no reference group 'fr' was recorded: these statistics hold 'en', 'sw', 'bn'",
         ),
         (lambda: analysis.divergence(stats, "en", groups=["fr"]), "no group 'fr'"),
-        (lambda: analysis.divergence(empty, "en", by="token"), "group 'xx' is empty"),
-        (lambda: analysis.divergence(empty, "xx", by="token"), "reference group 'xx' is empty"),
+        (lambda: analysis.divergence(empty, "en", pairing="pooled"), "group 'xx' is empty"),
+        (lambda: analysis.divergence(empty, "xx", pairing="pooled"), "reference group 'xx' is empty"),
         (lambda: analysis.divergence(pooled, "en", pairing="paired"), r"record\(sequences=True\)"),
-        (lambda: analysis.divergence(lonely, "en", pairing="paired"), "pairs with 'en'"),
+        (lambda: analysis.divergence(lonely, "en", pairing="paired"), "0 items are common to all groups"),
         (lambda: analysis.divergence(stats, "en", pairing="paired", phase="decode"), "leave phase out"),
         (lambda: analysis.divergence(stats, "en", pairing="best"), "pairing must be"),
         (lambda: analysis.divergence(stats, "en", measure="kl"), "no measure 'kl'"),
@@ -337,7 +439,8 @@ def test_divergence_refuses_with_the_mend(found, stats):
         (lambda: analysis.divergence(np.ones((2, 6)), np.ones((2, 6)), num_experts=9), "between 1 and 6"),
         (lambda: analysis.divergence(np.ones((2, 6)), np.ones((2, 6)), measure="jaccard"), "needs top"),
         (lambda: analysis.divergence(stats, "en", measure="jaccard", top=0), "top must be"),
-        (lambda: analysis.divergence(pooled, "en", by="token").interval(), "needs paired"),
+        (lambda: analysis.divergence(pooled, "en", by="token", pairing="pooled").interval(), "needs paired"),
+        (lambda: analysis.divergence_matrix(stats, measure="kl"), "no measure 'kl'"),
         (lambda: analysis.divergence(stats, "en").interval(1.5), "between 0 and 1"),
         (lambda: analysis.divergence(stats, "en").of("fr"), "no group 'fr'"),
         (lambda: analysis.divergence_matrix(stats, groups=["en"]), "two groups"),
@@ -366,26 +469,73 @@ class WithEntropy:
     def frequency(self, phase=None, by="sequence"):
         return np.full((2, 2, 4), 0.25)
 
-    def entropy(self, of="token", phase=None):
-        return np.array([[0.5, 0.25], [0.4, 0.2]]) * (2 if of == "sequence" else 1)
+    def entropy(self, of="token", phase=None, by="token"):
+        """Long sequences are the sharper ones: a token is sharper than a sequence's mean token."""
+        return np.array([[0.5, 0.25], [0.4, 0.2]]) * (2 if of == "sequence" else 1.5 if by == "sequence" else 1)
 
 
 def test_entropy_of_tokens_and_sequences_and_their_gap():
     result = analysis.entropy(WithEntropy())
-    np.testing.assert_allclose(result.gap, result.token)
+    np.testing.assert_allclose(result.gap, 0.5 * result.token)
     np.testing.assert_allclose(result.normalized("sequence"), result.sequence / np.log([4, 2]))
     assert "token entropy" in repr(result)
     assert "sequence entropy" in repr(result)
     only = analysis.entropy(WithEntropy(), of="token", groups=["sw"])
     assert only.groups == ("sw",)
     assert only.to_dict()["token"] == [[0.4, 0.2]]
-    assert list(result.to_pandas().columns) == ["group", "layer", "router", "token", "sequence"]
+    assert list(result.to_pandas().columns) == ["group", "layer", "router", "token", "sequence", "within"]
     with pytest.raises(AnalysisError, match="both"):
         _ = only.gap
     with pytest.raises(AnalysisError, match="no sequence entropy"):
         only.normalized("sequence")
     with pytest.raises(AnalysisError, match="of must be"):
         analysis.entropy(WithEntropy(), of="word")
+
+
+def of_sequences(tokens):
+    """Statistics of one group from sequences of known distributions, [tokens, experts] each, one layer."""
+    num_experts = tokens[0].shape[-1]
+    unit = 1 << 32
+    sums = TableSums(len(tokens), 1, num_experts, ["probability"])
+    for row, p in enumerate(tokens):
+        nats = sum(entropy_of(q) for q in p)
+        sums.metrics["probability"][0, row, 0] = np.rint(p * unit).sum(0)
+        for name, value in (("tokens", len(p)), ("slots", len(p)), ("empty", len(p)), ("entropy", round(nats * unit))):
+            sums.scalars[0, row, 0, SCALARS.index(name)] = value
+    pool = SequencePool(1, 1, num_experts, ["probability"], entropy=True)
+    pool.add(sums, np.zeros(len(tokens), int))
+    return RoutingStatistics(
+        groups=["en"],
+        layers=["a"],
+        num_experts=[num_experts],
+        top_k=[1],
+        scalars=sums.scalars.sum(1, keepdims=True),
+        metrics={"probability": sums.metrics["probability"].sum(1, keepdims=True)},
+        sequence_scalars=pool.scalars,
+        sequence_sums=pool.sums,
+    )
+
+
+def test_the_gap_is_zero_where_the_tokens_of_each_sequence_are_alike():
+    """99 identical uniform tokens and a sequence of one sharp token: weighing tokens alike gives -0.68 for it."""
+    found = analysis.entropy(of_sequences([np.full((99, 4), 0.25), np.eye(4)[:1]]))
+    assert found.gap[0, 0] == 0
+    assert found.sequence[0, 0] - found.token[0, 0] == pytest.approx(-0.679, abs=1e-3)
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(0, 2**16))
+def test_the_gap_is_the_mean_divergence_within_sequences(lengths, seed):
+    rng = np.random.default_rng(seed)
+    tokens = [rng.dirichlet(np.ones(5), size) for size in lengths]
+    expected = np.mean([entropy_of(p.mean(0)) - np.mean([entropy_of(q) for q in p]) for p in tokens])
+    gap = analysis.entropy(of_sequences(tokens)).gap[0, 0]
+    assert gap == pytest.approx(expected, abs=1e-8)
+    assert gap > -1e-8
+
+
+def test_the_gap_of_imported_sums_is_refused(found):
+    with pytest.raises(ValueError, match="token"):
+        analysis.entropy(statistics(found, keep=False))
 
 
 @given(st.lists(st.sets(st.integers(0, 6), min_size=0, max_size=3), min_size=2, max_size=9), st.integers(1, 4))
@@ -462,15 +612,27 @@ def test_multilingual_experts_are_above_the_threshold_in_any_language(stats):
 def test_risk_experts_rank_by_absolute_difference_with_room_per_layer():
     positive = np.array([[0.9, 0.8, 0.7, 0.0], [0.5, 0.1, 0.2, 0.2]])
     negative = np.array([[0.1, 0.1, 0.1, 0.95], [0.4, 0.3, 0.2, 0.3]])
-    result = analysis.risk_experts(positive, negative, number=4, per_layer=2)
+    result = analysis.risk_experts(positive, negative, top_n=5, per_layer=2)
+    # the largest five are 3, 0, 1, 2 of layer 0 and 1 of layer 1; of three activations in layer 0 the last is dropped
     assert result.activate == {0: (0, 1)}
     assert result.deactivate == {0: (3,), 1: (1,)}
-    assert analysis.risk_experts(positive, negative, number=99, per_layer=9).deactivate == {0: (3,), 1: (1, 3)}
+    assert analysis.risk_experts(positive, negative, top_n=99, per_layer=9).deactivate == {0: (3,), 1: (1, 3)}
     assert "deactivate" in repr(result)
 
 
+def test_risk_experts_takes_the_settings_of_steermoe():
+    """The first n of each sign over all layers; what a layer has too many of is dropped, not refilled."""
+    positive = np.array([[0.9, 0.8, 0.7, 0.0], [0.5, 0.1, 0.2, 0.2]])
+    negative = np.array([[0.1, 0.1, 0.1, 0.95], [0.4, 0.3, 0.2, 0.3]])
+    only = analysis.risk_experts(positive, negative, activations=3, deactivations=0, per_layer=2)
+    assert (only.activate, only.deactivate) == ({0: (0, 1)}, {}), "layer 1 does not take the place of expert 2"
+    both = analysis.risk_experts(positive, negative, activations=4, deactivations=2, per_layer=2)
+    assert (both.activate, both.deactivate) == ({0: (0, 1), 1: (0,)}, {0: (3,), 1: (1,)})
+    assert analysis.risk_experts(positive, negative, deactivations=480, per_layer=2).activate == {}
+
+
 def test_risk_experts_of_statistics_use_the_models_top_k(stats):
-    result = analysis.risk_experts(stats, stats, number=12, group="bn", baseline_group="en")
+    result = analysis.risk_experts(stats, stats, top_n=12, group="bn", baseline_group="en")
     assert max(result.activate.counts.values()) <= TOP_K
     np.testing.assert_allclose(
         result.values, analysis.expert_difference(stats, stats, group="bn", baseline_group="en", by="token")
@@ -500,13 +662,13 @@ def test_equal_count_entropy_rule():
     frequency = np.full((3, 1, 8), 0.01)
     frequency[0, 0, 1] = frequency[1, 0, 2] = frequency[2, 0, 3] = 0.9
     frequency[:, 0, 5] = 0.9
-    result = analysis.entropy_experts(table(frequency), number=1, percentile=75)
+    result = analysis.entropy_experts(table(frequency), top_n=1, percentile=75)
     assert {group: dict(found) for group, found in result.items()} == {
         "en": {0: (1,)},
         "sw": {0: (2,)},
         "bn": {0: (3,)},
     }
-    assert len(analysis.entropy_experts(table(frequency), number=2, percentile=70)["en"]) == 2
+    assert len(analysis.entropy_experts(table(frequency), top_n=2, percentile=70)["en"]) == 2
     json.dumps(result.to_dict())
 
 
@@ -514,6 +676,8 @@ def test_esft_rule_is_the_shortest_prefix():
     selection = analysis.esft_experts(np.array([[0.1, 0.5, 0.3, 0.1], [0.25, 0.25, 0.25, 0.25]]), top_p=0.5)
     assert selection == {0: (1,), 1: (0, 1)}
     assert analysis.esft_experts(np.array([[0.1, 0.5, 0.4, 0.0]]), top_p=1.0) == {0: (0, 1, 2)}
+    # 0.7 + 0.1 is 0.7999999999999999
+    assert analysis.esft_experts(np.array([[0.7, 0.1, 0.1, 0.1]]), top_p=0.8) == {0: (0, 1)}
 
 
 def test_finding_experts_refuses_with_the_mend(stats):
@@ -526,10 +690,13 @@ def test_finding_experts_refuses_with_the_mend(stats):
         (lambda: analysis.task_experts(ones, ones, threshold=0.1, top=0), "top must be"),
         (lambda: analysis.task_experts(ones, ones, threshold=0.1, layers=[7]), "some of the 2 layers"),
         (lambda: analysis.multilingual_experts(stats, "fr", threshold=0.1, by="token"), "no reference group 'fr'"),
-        (lambda: analysis.risk_experts(ones, ones, number=3), "per_layer is needed"),
-        (lambda: analysis.risk_experts(ones, ones, number=0, per_layer=2), "number must be"),
+        (lambda: analysis.risk_experts(ones, ones, top_n=3), "per_layer is needed"),
+        (lambda: analysis.risk_experts(ones, ones, top_n=0, per_layer=2), "top_n must be"),
+        (lambda: analysis.risk_experts(ones, ones, per_layer=2), "say how many"),
+        (lambda: analysis.risk_experts(ones, ones, top_n=1, activations=1, per_layer=2), "one of two ways"),
+        (lambda: analysis.risk_experts(ones, ones, activations=-1, per_layer=2), "activations must be 0 or more"),
         (lambda: analysis.frequency_share_experts(stats, top=2, threshold=1.5), "between 0 and 1"),
-        (lambda: analysis.entropy_experts(stats, number=0), "number must be"),
+        (lambda: analysis.entropy_experts(stats, top_n=0), "top_n must be"),
         (lambda: analysis.esft_experts(ones, top_p=0), "top_p must be"),
         (lambda: analysis.esft_experts(np.ones((1, 2, 6))), "layer, expert"),
     ]
@@ -589,6 +756,8 @@ def test_correlation_finds_a_perfect_line_and_leaves_nan_out():
     assert result.p_value[0] == pytest.approx(2 / 24)
     assert np.isnan(result.pearson[1:]).all(), "a constant layer, and a layer with two groups"
     assert result.number.tolist() == [4, 4, 2]
+    assert result.p_corrected[0] == pytest.approx(2 / 24), "only one layer is defined"
+    assert np.isnan(result.p_corrected[1:]).all()
     assert "Pearson r" in repr(result)
     with pytest.raises(AnalysisError, match="no score for g1, g2"):
         analysis.correlation(some_divergence(values), {"g0": 1, "g3": 2})
@@ -596,6 +765,41 @@ def test_correlation_finds_a_perfect_line_and_leaves_nan_out():
         analysis.correlation(some_divergence(values), scores, groups=["g0", "g1"])
     with pytest.raises(AnalysisError, match="finite"):
         analysis.correlation(some_divergence(values), {**scores, "g1": float("nan")})
+
+
+def test_the_corrected_p_value_is_of_the_largest_r_of_all_layers():
+    """By hand, over all 120 orders of the scores; a layer with a missing group takes part with the others."""
+    rng = np.random.default_rng(5)
+    values, y = rng.random((5, 3)), rng.random(5)
+    values[2, 1] = np.nan
+    scores = {f"g{i}": value for i, value in enumerate(y)}
+    result = analysis.correlation(some_divergence(values), scores, permutations=120)
+
+    def r(layer, order):
+        seen = ~np.isnan(values[:, layer])
+        return abs(scipy.stats.pearsonr(values[seen, layer], y[list(order)][seen]).statistic)
+
+    largest = [[r(layer, order) for layer in range(3)] for order in permutations(range(5))]
+    for layer in range(3):
+        observed = abs(result.pearson[layer]) - 1e-12
+        assert result.p_value[layer] == pytest.approx(np.mean([row[layer] >= observed for row in largest]))
+        assert result.p_corrected[layer] == pytest.approx(np.mean([max(row) >= observed for row in largest]))
+    assert (result.p_corrected >= result.p_value).all()
+
+
+def test_the_corrected_p_value_keeps_its_promise_over_correlated_layers():
+    """Nine languages and 24 layers without any effect: some layer is below 0.05 about half the time, uncorrected."""
+    rng = np.random.default_rng(0)
+    alone = corrected = 0
+    for seed in range(60):
+        shared = rng.normal(size=(9, 4))
+        values = shared @ rng.normal(size=(4, 24)) + 0.3 * rng.normal(size=(9, 24))
+        scores = {f"g{i}": value for i, value in enumerate(rng.normal(size=9))}
+        result = analysis.correlation(some_divergence(values), scores, permutations=400, seed=seed)
+        alone += (result.p_value < 0.05).any()
+        corrected += (result.p_corrected < 0.05).any()
+    assert alone >= 15
+    assert corrected <= 7
 
 
 # -- results show themselves
@@ -619,8 +823,41 @@ def test_results_are_jsonable_and_tidy(stats):
     frame = div.to_pandas()
     assert list(frame.columns) == ["group", "reference", "layer", "router", "divergence", "undefined"]
     assert frame.loc[(frame.group == "bn") & (frame.layer == 1), "divergence"].item() == div.of("bn")[1]
+    matrix = analysis.divergence_matrix(stats).to_pandas()
+    assert matrix.layer.tolist() == [layer for layer in range(LAYERS) for _ in range(9)]
+    assert set(matrix.router) == set(stats.layers)
     many = Divergence(np.random.default_rng(0).random((2, 48)), ("a", "b"), "en", tuple(map(str, range(48))))
     assert max(map(len, repr(many).splitlines())) < 100
+
+
+def test_results_show_themselves_in_a_notebook(stats):
+    """As HTML with the numbers of the text, whatever characters the names are made of."""
+    named = RoutingStatistics.from_token_sums(
+        ["<en>", "a&b"], counts=np.array([[[3, 1]], [[1, 3]]]), tokens=np.array([4, 4]), top_k=1
+    )
+    html = analysis.divergence(named, "<en>", pairing="pooled", kind="count", by="token")._repr_html_()
+    assert "&lt;en&gt;" in html
+    assert "a&amp;b" in html
+    assert "<en>" not in html
+    div = analysis.divergence(stats, "en")
+    scores = dict(zip(("g0", "g1", "g2", "g3"), (0.1, 0.4, 0.2, 0.3), strict=True))
+    shown = [
+        div,
+        analysis.divergence_matrix(stats),
+        analysis.u_shape(div),
+        analysis.entropy(WithEntropy()),
+        analysis.correlation(some_divergence(np.random.default_rng(0).random((4, 2))), scores),
+        analysis.task_experts(stats, stats, threshold=0.1, group="sw", baseline_group="en", by="token"),
+        analysis.risk_experts(stats, stats, top_n=4, group="sw", baseline_group="en"),
+        analysis.frequency_share_experts(stats, top=2, threshold=0.6),
+    ]
+    for result in shown:
+        html = result._repr_html_()
+        tree = ElementTree.fromstring(f"<div>{html.replace('<br>', '')}</div>")  # every tag is closed
+        cells = [cell.text for cell in tree.iter("td")]
+        assert cells
+        assert all(cell in repr(result) for cell in cells if cell)
+    assert "ExpertSelection(empty" in ExpertSelection({})._repr_html_()
 
 
 # -- published and measured figures
@@ -630,7 +867,7 @@ def test_results_are_jsonable_and_tidy(stats):
 def test_divergence_of_qwen3_on_mgsm():
     stats = published_routing().read(FOLDER)
     gates = stats.token_sum("weight_share")
-    shape = analysis.u_shape(analysis.divergence(stats, "en", kind="topk", by="token"))
+    shape = analysis.u_shape(analysis.divergence(stats, "en", pairing="pooled", kind="topk", by="token"))
     assert shape.groups == ("de", "zh", "bn", "sw")
     np.testing.assert_allclose(shape.first, [0.164, 0.260, 0.313, 0.326], atol=5e-4)
     np.testing.assert_allclose(shape.middle, [0.051, 0.061, 0.139, 0.139], atol=5e-4)
@@ -703,7 +940,7 @@ def test_paired_divergence_of_a_model_is_that_of_its_own_router_logits():
             q = [layer.double().softmax(-1).reshape(2, 9, -1).mean(1).numpy() for layer in logits]
             expected.append([divergence_of(one, two, len(one)) for one, two in q])
     result = analysis.divergence(recorder.statistics(), "en")
-    assert (result.pairing, result.pairs) == ("paired", (4,))
+    assert (result.pairing, result.pairs) == ("paired", 4)
     np.testing.assert_allclose(result.values[0], np.mean(expected, axis=0), rtol=1e-4)
     found = analysis.entropy(recorder.statistics())
     assert (found.gap > 0).all()

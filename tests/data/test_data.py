@@ -176,6 +176,9 @@ class TestCorpus:
         with pytest.raises(CorpusError, match="2 texts in eng_Latn for 1 items"):
             Corpus(("eng_Latn",), ("a",), {"eng_Latn": ("One.", "Two.")})
 
+    def test_shows_itself_in_one_line(self):
+        assert repr(demo_corpus()) == str(demo_corpus()) == "Corpus(general.tsv: 72 items x 10 languages)"
+
 
 class TestFlores:
     @pytest.fixture

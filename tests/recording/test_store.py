@@ -50,7 +50,7 @@ def test_sequences_come_back_whether_in_memory_or_on_disk(memory_bytes: int) -> 
     for row in (0, 8, 3, 1):
         item, group = KEYS[row]
         np.testing.assert_array_equal(store.distributions(item, group), held["full"][row])
-        np.testing.assert_array_equal(store.distributions(item, group, "topk_renorm"), held["topk"][row])
+        np.testing.assert_array_equal(store.distributions(item, group, "topk"), held["topk"][row])
         np.testing.assert_array_equal(store.counts(item, group), held["counts"][row])
         np.testing.assert_allclose(store.frequency(item, group).sum(-1), 2)
         np.testing.assert_allclose(store.distributions(item, group, "count").sum(-1), 1)

@@ -1,0 +1,62 @@
+"""Bootstrap over items: how often each is drawn, and intervals that are not too narrow where there are few."""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+
+import numpy as np
+
+from moe_route.analysis.inputs import AnalysisError
+
+__all__ = ["RESAMPLES", "draw_items", "interval_of", "resampled_means"]
+
+RESAMPLES = 4000
+
+
+def draw_items(items: int, resamples: int, seed: int) -> np.ndarray:
+    """float64 [resamples, items]: how often each item is drawn when as many as there are are drawn with replacement."""
+    drawn = np.random.default_rng(seed).integers(0, items, (resamples, items))
+    weights = np.zeros((resamples, items))
+    np.add.at(weights, (np.arange(resamples)[:, None], drawn), 1.0)
+    return weights
+
+
+def resampled_means(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Means of ``values`` [items, ...] under each row of ``weights`` [resamples, items]: [resamples, ...], NaN left
+    out."""
+    flat = values.reshape(len(values), -1)
+    seen = ~np.isnan(flat)
+    total, count = weights @ np.where(seen, flat, 0.0), weights @ seen
+    means = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    return means.reshape(len(weights), *values.shape[1:])
+
+
+def interval_of(resampled: np.ndarray, items: int, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile interval (low, high) over axis 0 of a statistic computed from resampled items.
+
+    The tails are taken a little further out than the level says, by as much as a t interval is wider than a normal one
+    with the standard deviation of the resampled values (the expanded percentile interval of Hesterberg 2015, arXiv
+    1411.5279): plain percentiles hold the truth in about 92 of 100 cases with 25 items. NaN where a resample is
+    undefined, or with a single item, which says nothing of others.
+    """
+    if not 0 < level < 1:
+        raise AnalysisError(f"level must lie between 0 and 1, not {level}")
+    ends = np.full((2, *resampled.shape[1:]), np.nan)
+    if items > 1:
+        tail = NormalDist().cdf(-_t_quantile((1 + level) / 2, items - 1) * np.sqrt(items / (items - 1)))
+        seen = ~np.isnan(resampled).any(0)
+        ends[:, seen] = np.quantile(resampled[:, seen], [tail, 1 - tail], axis=0)
+    return ends[0], ends[1]
+
+
+def _t_quantile(probability: float, freedom: int) -> float:
+    """Quantile of Student's t by its expansion around the normal one (Abramowitz and Stegun 26.7.5): within 0.1 percent
+    from five degrees of freedom on, for the usual levels."""
+    z = NormalDist().inv_cdf(probability)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
