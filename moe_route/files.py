@@ -22,7 +22,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from moe_route._C import __version__
+from moe_route import __version__
 
 __all__ = ["SCHEMA", "FileRefusedError", "canonical_json", "content_hash", "read", "read_header", "replacing", "write"]
 

@@ -3,10 +3,14 @@ losses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import random
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import numpy as np
 import torch
@@ -31,6 +35,8 @@ __all__ = [
 ]
 
 DEMO_MODEL = "demo"
+_HTTPS = 443
+_CONNECT_SECONDS = 5.0
 SHIPPED = {"general": demo_corpus, "arithmetic": demo_task}
 
 
@@ -120,6 +126,9 @@ class LanguageModel:
     ) -> Iterator[Batch]:
         """`texts` in padded batches, texts of like length together so that little is padding.
 
+        The longest texts come first, since they show whether the memory suffices; the other batches come in a fixed
+        random order, so that work that is ended early has seen texts of every length.
+
         Texts longer than `max_length` tokens (default: what the model was made for) are cut. `progress` is the
         caption of a progress bar on standard error.
         """
@@ -129,6 +138,7 @@ class LanguageModel:
         ]
         order = sorted(range(len(texts)), key=lambda i: -len(encoded[i]))
         chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        chunks[1:] = random.Random(0).sample(chunks[1:], len(chunks[1:]))
         for chunk in tqdm(chunks, desc=progress, disable=progress is None, leave=False):
             inputs = self.tokenizer.pad({"input_ids": [encoded[i] for i in chunk]}, return_tensors="pt")
             on_device = {k: inputs[k].to(self.model.device) for k in ("input_ids", "attention_mask")}
@@ -178,12 +188,22 @@ def record_texts(
     batch_size: int = 16,
     max_length: int | None = None,
     progress: str | None = None,
-) -> None:
-    """Run every text under its labels: its group, and its item as the key that pairs translations."""
+    stop: Callable[[], bool] = lambda: False,
+) -> int:
+    """Run every text under its labels: its group, and its item as the key that pairs translations.
+
+    `stop` is asked before each batch; where it answers True, the texts that are left do not run. Returns how many
+    ran.
+    """
+    done = 0
     for batch in language_model.batches(texts, batch_size=batch_size, max_length=max_length, progress=progress):
+        if stop():
+            break
         groups, items = [text.group for text in batch.texts], [text.item for text in batch.texts]
         with recorder.labels(groups=groups, items=items):
             language_model.run(batch)
+        done += len(batch.texts)
+    return done
 
 
 def _device(name: str | torch.device | None) -> torch.device | None:
@@ -210,15 +230,16 @@ def _from_pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
     except ImportError as error:
         raise ImportError("a model by name needs transformers: pip install 'moe-route[hf]'") from error
     what = "model"
+    local = {"local_files_only": not _hub_answers(name)}
     try:
-        AutoConfig.from_pretrained(name)
+        AutoConfig.from_pretrained(name, **local)
         what = "tokenizer"
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **local)
         # transformers makes up an empty one where there are no files of it
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ValueError("it has no vocabulary")
         what = "model"
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **local), tokenizer
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         mend = (
@@ -227,3 +248,17 @@ def _from_pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
             else "save the checkpoint's tokenizer beside its weights (tokenizer.save_pretrained)"
         )
         raise ModelNotFoundError(f"no {what} can be loaded from {name!r} ({reason}): {mend}") from error
+
+
+def _hub_answers(name: str) -> bool:
+    """Whether it is worth asking the hub for the files of ``name``: without a network it is asked for half a minute."""
+    from huggingface_hub import constants
+
+    hub = urlsplit(constants.ENDPOINT)
+    if Path(name).exists() or getproxies() or hub.hostname is None:  # a proxy may reach what cannot be seen from here
+        return True
+    try:
+        socket.create_connection((hub.hostname, hub.port or _HTTPS), timeout=_CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
