@@ -1,43 +1,53 @@
-# make demo | test | test-matrix | emulated | bench | lint | clean. Needs Python >= 3.10 with venv, make and a C++20 compiler.
+# make demo | test | test-matrix | emulated | bench | lint | docs | clean
+# Needs Python >= 3.10 with venv, make and a C++20 compiler.
 #   make TORCH="torch==2.13.0 --index-url URL"   another torch build        make PYTHON=python3.12   another Python
+#   make test JOBS=1                             tests in one process
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+JOBS ?= $(shell nproc)
 BIN := $(VENV)/bin
+# Errors only: neither progress nor warnings about the configuration of indexes.
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install
 TORCH_DIR = $(shell $(BIN)/python -c "from importlib.util import find_spec; print(*find_spec('torch').submodule_search_locations)")
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
-CODE := moe_route tests bench examples setup.py
+CODE := moe_route tests bench examples docs/site.py setup.py
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # A spinning OpenMP team costs milliseconds a region when another process has the second core.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: build demo test test-matrix emulated bench lint clean
+.PHONY: build demo test test-matrix emulated bench lint docs clean
 
 build: $(VENV)/.built
 
 $(VENV)/.torch:
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	touch $@
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip
+	@$(PIP) $(TORCH)
+	@touch $@
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $@
+	@$(PIP) --editable '.[all]'
+	@touch $@
+
+# What an extra (test, docs, dev) adds to the build: its packages alone, the C++ code is not built again.
+$(VENV)/.with-%: $(VENV)/.built
+	@$(PIP) 'moe-route[$*]'
+	@touch $@
 
 demo: build
-	$(BIN)/moe-route demo --out demo
+	@$(BIN)/moe-route demo --out demo
 
-test: build emulated
-	MOE_ROUTE_REQUIRE_EMULATED=1 $(BIN)/python -m pytest -m "not slow" tests
+test: $(VENV)/.with-test emulated
+	MOE_ROUTE_REQUIRE_EMULATED=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile tests
 
 # Every path on every architecture, the costly ones too, under several versions of transformers: hours.
-test-matrix: build
+test-matrix: $(VENV)/.with-test
 	$(BIN)/python tests/matrix.py
 
 # The CUDA kernels and the operators over them, on an emulated device. Touched, since nothing to do is up to date too.
-emulated: build
+emulated: $(VENV)/.with-test
 	$(BIN)/cmake -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 	  -DMOE_ROUTE_TESTS=ON -DMOE_ROUTE_TORCH_DIR=$(TORCH_DIR)
 	$(BIN)/cmake --build build/cpp --target emulated
@@ -46,11 +56,15 @@ emulated: build
 bench: build
 	$(BIN)/python -m bench
 
-lint: build
+lint: $(VENV)/.with-dev
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
+
+docs: $(VENV)/.with-docs
+	$(BIN)/python docs/site.py build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file build/mkdocs.yml
 
 clean:
 	rm -rf build demo dist *.egg-info .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.built

@@ -1,7 +1,7 @@
 """The figures of README and docs/figures.md, from results files.
 
-`python -m bench.summary bench/results/cpu-avx512.json` prints the main figures of one file; without a file, the committed
-ones.
+`python -m bench.summary bench/results/cpu-avx512.json` prints the main figures of one file; without a file,
+the committed ones.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -29,7 +30,9 @@ import numpy as np
 import torch
 from arithmetic_problems import LANGUAGES, render, sample_problems
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm import tqdm, trange
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 # FLORES code -> the code in the Tatoeba file name, from the most to the fewest sentences.
 TATOEBA = {
@@ -191,9 +194,9 @@ def train(model: Qwen3MoeForCausalLM, stream: Stream, args: argparse.Namespace, 
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
     bf16 = args.device.startswith("cuda")
-    started = time.monotonic()
     model.train()
-    for step in range(args.steps):
+    bar = trange(args.steps, desc="training", unit=" steps", disable=not sys.stderr.isatty())
+    for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.learning_rate)
         ids = stream.batch(args.batch).to(args.device)
@@ -206,9 +209,7 @@ def train(model: Qwen3MoeForCausalLM, stream: Stream, args: argparse.Namespace, 
         if (step + 1) % 25 == 0:
             balance = float(output.aux_loss.detach())
             loss = float(output.loss.detach()) - model.config.router_aux_loss_coef * balance
-            rate = (step + 1) * args.batch * WINDOW / (time.monotonic() - started)
-            figures = f"loss {loss:.3f}  balance {balance:.3f}  {rate:.0f} tokens/s"
-            print(f"step {step + 1}/{args.steps}  {figures}", flush=True)
+            bar.set_postfix(loss=f"{loss:.3f}", balance=f"{balance:.3f}")
         if (step + 1) % args.save_every == 0:
             save(args.out / "checkpoint")
             model.train()
@@ -276,6 +277,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -296,7 +299,8 @@ def main() -> None:
 
     # Judged as it is shipped: rounded to bfloat16.
     shipped = Qwen3MoeForCausalLM.from_pretrained(args.out, dtype=torch.float32).to(args.device)
-    losses = {language: held_out_loss(shipped, tokenizer, held[language], args.device) for language in LANGUAGES}
+    languages = tqdm(LANGUAGES, desc="held-out sentences", disable=not sys.stderr.isatty())
+    losses = {language: held_out_loss(shipped, tokenizer, held[language], args.device) for language in languages}
     problems = list(sample_problems(100, seed=args.seed + 99, held_out=True))
     task = {}
     for language in LANGUAGES:

@@ -3,7 +3,8 @@
     import moe_route as mr
     routed = mr.attach(model)
 
-Importing needs torch, numpy, safetensors and tqdm; the rest loads where it is used.
+Importing this package loads nothing else: each name loads its module, and torch with it, when it is first asked for.
+Asking for ``moe_route.ops`` registers the operators ``torch.ops.moe_route.*``.
 """
 
 from __future__ import annotations
@@ -11,10 +12,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import torch  # noqa: F401  (loads the libraries that _C is linked with)
-
-from moe_route import ops
-from moe_route._C import __version__
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from moe_route import (
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
         experts,
         files,
         nn,
+        ops,
         patching,
         plots,
         recording,
@@ -49,6 +48,7 @@ _MODULES = (
     "experts",
     "files",
     "nn",
+    "ops",
     "patching",
     "plots",
     "recording",
@@ -101,6 +101,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "_C":
+        import torch  # noqa: F401  (loads the libraries that _C is linked with)
+
+        return import_module("moe_route._C")
     if name in _MODULES:
         return import_module(f"moe_route.{name}")
     if name in _HOMES:

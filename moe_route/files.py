@@ -28,7 +28,7 @@ from typing import IO, Any, Literal, Protocol, overload
 import numpy as np
 import torch
 
-from moe_route._C import __version__
+from moe_route import __version__
 
 __all__ = [
     "SCHEMA",

@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_route import files
-from moe_route._C import __version__
+from moe_route import __version__, files
 
 __all__ = ["config_hash", "identity_of", "library_versions"]
 

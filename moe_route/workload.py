@@ -3,10 +3,14 @@ losses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import random
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import numpy as np
 import torch
@@ -32,6 +36,8 @@ __all__ = [
 ]
 
 DEMO_MODEL = "demo"
+_HTTPS = 443
+_CONNECT_SECONDS = 5.0
 SHIPPED = {"general": demo_corpus, "arithmetic": demo_task}
 
 
@@ -77,14 +83,27 @@ class EncodedTexts:
     Attributes:
         texts: the texts, n of them.
         ids: token ids of each.
-        cut: number of texts that had more than ``limit`` tokens and lost the rest.
+        shortened: which of them had more than ``limit`` tokens and lost the rest, positions in rising order.
         limit: tokens a text may have, None for any number.
     """
 
     texts: tuple[Text, ...]
     ids: tuple[tuple[int, ...], ...]
-    cut: int
+    shortened: tuple[int, ...]
     limit: int | None
+
+    @property
+    def cut(self) -> int:
+        """How many texts were cut."""
+        return len(self.shortened)
+
+    def only(self, positions: Sequence[int]) -> EncodedTexts:
+        """The texts at these positions."""
+        place = {position: new for new, position in enumerate(positions)}
+        shortened = tuple(place[i] for i in self.shortened if i in place)
+        return EncodedTexts(
+            tuple(self.texts[i] for i in positions), tuple(self.ids[i] for i in positions), shortened, self.limit
+        )
 
     @property
     def note(self) -> str:
@@ -156,7 +175,7 @@ class LanguageModel:
         # the tokenizer cuts, since it knows which tokens belong at the end
         for i, row in zip(long, self._ids([texts[i] for i in long], truncation=True, max_length=limit), strict=True):
             ids[i] = tuple(row)
-        return EncodedTexts(tuple(texts), tuple(ids), len(long), limit)
+        return EncodedTexts(tuple(texts), tuple(ids), tuple(long), limit)
 
     def _ids(self, texts: Sequence[Text], **options: Any) -> list[list[int]]:
         # not verbose: it warns of texts that are too long, which are cut here
@@ -174,11 +193,15 @@ class LanguageModel:
     ) -> Iterator[Batch]:
         """`texts` in padded batches, texts of like length together so that little is padding.
 
+        The longest texts come first, since they show whether the memory suffices; the other batches come in a fixed
+        random order, so that work that is ended early has seen texts of every length.
+
         `max_length` is that of `encode`. `progress` is the caption of a progress bar on standard error.
         """
         encoded = self.encode(texts, max_length=max_length)
         order = sorted(range(len(encoded.ids)), key=lambda i: -len(encoded.ids[i]))
         chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        chunks[1:] = random.Random(0).sample(chunks[1:], len(chunks[1:]))
         for chunk in tqdm(chunks, desc=progress, disable=progress is None, leave=False):
             inputs = self.tokenizer.pad({"input_ids": [list(encoded.ids[i]) for i in chunk]}, return_tensors="pt")
             on_device = {k: inputs[k].to(self.model.device) for k in ("input_ids", "attention_mask")}
@@ -235,19 +258,26 @@ def record_texts(
     batch_size: int = 16,
     max_length: int | None = None,
     progress: str | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> EncodedTexts:
     """Run every text under its labels: its group, and its item as the key that pairs translations.
 
-    Returns the texts as they were run. How many were cut goes into the metadata of the recording: `cut_texts`, their
-    number, and `cut_to_tokens`, the limits they were cut to.
+    `stop` is asked before each batch; where it answers True, the texts that are left do not run. Returns the texts that
+    ran. How many of them were cut goes into the metadata of the recording: `cut_texts`, their number, and
+    `cut_to_tokens`, the limits they were cut to.
     """
     encoded = language_model.encode(texts, max_length=max_length)
+    done: list[int] = []
     for batch in language_model.batches(encoded, batch_size=batch_size, progress=progress):
+        if stop():
+            break
         groups, items = [text.group for text in batch.texts], [text.item for text in batch.texts]
         with recorder.labels(groups=groups, items=items):
             language_model.run(batch)
-    recorder.add_metadata(encoded.metadata)
-    return encoded
+        done.extend(batch.positions)
+    ran = encoded.only(sorted(done))
+    recorder.add_metadata(ran.metadata)
+    return ran
 
 
 def _device(name: str | torch.device | None) -> torch.device | None:
@@ -274,15 +304,16 @@ def _from_pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
     except ImportError as error:
         raise ImportError("a model by name needs transformers: pip install 'moe-route[hf]'") from error
     what = "model"
+    local = {"local_files_only": not _hub_answers(name)}
     try:
-        AutoConfig.from_pretrained(name)
+        AutoConfig.from_pretrained(name, **local)
         what = "tokenizer"
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **local)
         # transformers makes up an empty one where there are no files of it
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ValueError("it has no vocabulary")
         what = "model"
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **local), tokenizer
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         mend = (
@@ -291,3 +322,17 @@ def _from_pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
             else "save the checkpoint's tokenizer beside its weights (tokenizer.save_pretrained)"
         )
         raise ModelNotFoundError(f"no {what} can be loaded from {name!r} ({reason}): {mend}") from error
+
+
+def _hub_answers(name: str) -> bool:
+    """Whether it is worth asking the hub for the files of ``name``: without a network it is asked for half a minute."""
+    from huggingface_hub import constants
+
+    hub = urlsplit(constants.ENDPOINT)
+    if Path(name).exists() or getproxies() or hub.hostname is None:  # a proxy may reach what cannot be seen from here
+        return True
+    try:
+        socket.create_connection((hub.hostname, hub.port or _HTTPS), timeout=_CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True

@@ -1,8 +1,9 @@
-"""What all tests share: the hypothesis profiles and the fixtures that run a test on several backends."""
+"""What all tests share: hypothesis profiles, fixtures that run a test on several backends, the summary of skips."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,15 @@ _FIXTURES: dict[str, Callable[[Backend], bool]] = {
 }
 
 
+def pytest_configure() -> None:
+    """Several test processes share the cores: each takes its part for torch and for the programs that tests start."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Fixtures that run a test on several backends; what cannot run here is skipped with the reason.
 
@@ -42,6 +52,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _marks(backend: Backend) -> list[pytest.MarkDecorator]:
     marks = [pytest.mark.cuda] if backend.name == "cuda" else []
     return [*marks, pytest.mark.skip(reason=backend.missing)] if backend.missing else marks
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Why tests were skipped: a line per reason, however many tests have it."""
+    reasons: Counter[str] = Counter()
+    for report in terminalreporter.getreports("skipped"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reasons[reason.removeprefix("Skipped: ")] += 1
+    if reasons:
+        terminalreporter.section("skipped")
+    for reason, number in reasons.most_common():
+        terminalreporter.write_line(f"{number:5} {reason}")
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import shlex
+import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,7 +23,7 @@ import pytest
 from moe_route.cli import main
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^(?P<skip><!-- not run -->\n)?```(?P<language>python|console)\n(?P<body>.*?)^```$", re.M | re.S)
 
 
@@ -39,9 +42,8 @@ def commands(body: str) -> Iterator[list[str]]:
             yield shlex.split(line)[2:]
 
 
-# The architecture page holds signatures, which are no examples.
 FENCED = re.compile(r"^```(?P<language>\w+)\n(?P<body>.*?)^```$", re.M | re.S)
-WITH_EXAMPLES = [page for page in PAGES if page.name != "architecture.md" and any(True for _ in blocks(page))]
+WITH_EXAMPLES = [page for page in PAGES if any(True for _ in blocks(page))]
 
 
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -118,8 +120,48 @@ def test_the_pages_have_examples():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_within_the_repository_lead_somewhere(page: Path):
-    for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", page.read_text(encoding="utf-8")):
+    for target in re.findall(r"\]\((?!https?://|#|api/)([^)#\s]+)", page.read_text(encoding="utf-8")):  # api/ is made
         assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documentation site, built as `make docs` does."""
+    pytest.importorskip("mkdocs", reason="needs the extra docs")
+    folder = tmp_path_factory.mktemp("docs")
+    subprocess.run([sys.executable, ROOT / "docs" / "site.py", folder], check=True)
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", folder / "mkdocs.yml"]
+    done = subprocess.run(
+        build, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "site"
+
+
+def test_the_site_has_every_page_and_every_public_name(site: Path):
+    import moe_route
+
+    for page in PAGES:
+        name = "overview" if page.name == "README.md" else page.stem
+        assert (site / f"{name}.html").is_file()
+    reference = {path.stem: path.read_text(encoding="utf-8") for path in (site / "api").glob("*.html")}
+    for name in moe_route.__all__:
+        member = getattr(moe_route, name)
+        if isinstance(member, types.ModuleType):
+            missing = [each for each in getattr(member, "__all__", ()) if f">{each}<" not in reference[name]]
+            assert missing == [], f"moe_route.{name}"
+        elif not name.startswith("_"):
+            assert f'id="moe_route.{name}"' in reference["index"]
+
+
+def test_the_site_loads_nothing_from_elsewhere(site: Path):
+    loaded = re.compile(r"<(?:script|img|iframe|source)[^>]*\ssrc=\"?(?:https?:)?//|<link[^>]*\shref=\"?(?:https?:)?//")
+    pages = {path.relative_to(site): path.read_text(encoding="utf-8") for path in site.rglob("*.html")}
+    assert len(pages) > len(PAGES)
+    assert [name for name, text in pages.items() if loaded.search(text)] == []
+    styles = [path.read_text(encoding="utf-8") for path in site.rglob("*.css")]
+    assert styles
+    assert not any(re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", text) for text in styles)
 
 
 class Refresher:

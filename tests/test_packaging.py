@@ -39,7 +39,7 @@ def test_metadata() -> None:
     assert found["Requires-Python"] == ">=3.10"
     needs = [line for line in metadata.requires("moe-route") or [] if "extra ==" not in line]
     assert {re.split(r"[<>=]", need)[0] for need in needs} == {"torch", "numpy", "safetensors", "tqdm"}
-    extras = {"hf", "analysis", "plot", "all", "dev"}
+    extras = {"hf", "analysis", "plot", "all", "test", "docs", "dev"}
     assert set(found.get_all("Provides-Extra") or []) == extras
     scripts = {point.name: point.value for point in metadata.entry_points(group="console_scripts")}
     assert scripts["moe-route"] == "moe_route.cli:main"
@@ -68,6 +68,24 @@ print(json.dumps([sorted(after), heavy]))
     after, heavy = json.loads(python("-c", program))
     assert [name for name in after if not name.startswith("__editable__")] == ["moe_route"]
     assert heavy == []
+
+
+def test_import_alone_does_not_load_torch() -> None:
+    program = """
+import sys, moe_route as mr
+print(mr.__version__, sorted({'torch', 'numpy'} & set(sys.modules)))
+from moe_route import _C
+import torch
+torch.ops.moe_route.route
+"""
+    assert python("-c", program).strip() == f"{moe_route.__version__} []"
+
+
+@in_tree
+def test_the_citation_is_of_this_version() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.findall(r"^version: (.*)$", citation, re.M) == [moe_route.__version__]
+    assert f"## {moe_route.__version__} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_rooms_load_when_they_are_asked_for() -> None:
@@ -102,6 +120,55 @@ def test_the_module_uses_the_stable_abi_alone() -> None:
     symbols = [line.split()[-1] for line in table.splitlines()]
     assert [symbol for symbol in symbols if re.match(r"_Z.*(2at|3c10|5torch|9moe_route)", symbol)] == []
     assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
+
+
+# ---- what the demo needs ----------------------------------------------------------------------------------------
+
+
+def installed_by(extra: str) -> set[str]:
+    """The distributions that ``pip install moe-route[extra]`` brings here, with all that they need."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    found: set[str] = set()
+    waiting = [Requirement(f"moe-route[{extra}]")]
+    seen: set[str] = set()
+    while waiting:
+        wanted = waiting.pop()
+        if str(wanted) in seen:
+            continue
+        seen.add(str(wanted))
+        found.add(canonicalize_name(wanted.name))
+        for line in metadata.requires(wanted.name) or []:
+            need = Requirement(line)
+            if need.marker is None or any(need.marker.evaluate({"extra": each}) for each in ("", *wanted.extras)):
+                waiting.append(need)
+    return found
+
+
+def test_the_demo_prints_nothing_else(tmp_path: Path) -> None:
+    """Where only what the extra `all` brings is installed, nothing goes to standard error."""
+    site = tmp_path / "site"
+    site.mkdir()
+    for name in installed_by("all") - {"moe-route"}:
+        distribution = metadata.distribution(name)
+        for top in {Path(str(file)).parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(Path(str(distribution.locate_file(top))))
+    (site / "moe_route").symlink_to(Path(moe_route.__file__).parent)
+    small = ["--limit", "4", "--languages", "eng_Latn,deu_Latn"]
+    command = [sys.executable, "-S", "-m", "moe_route", "demo", *small]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**environment, "PYTHONPATH": str(site)},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Model demo: 8 MoE layers")
 
 
 # ---- the sdist --------------------------------------------------------------------------------------------------
@@ -140,11 +207,11 @@ def test_isolated_build_of_the_sdist(sdist: Path, tmp_path: Path) -> None:
     for name in ("moe_route/py.typed", "moe_route/_C.pyi", *(name for name in data if "__pycache__" not in name)):
         assert name in names
     assert [name for name in names if name.startswith(("tests/", "csrc/", "bench/", "docs/"))] == []
-    python("-m", "pip", "install", "--no-deps", "--target", str(tmp_path / "router"), str(wheel))
+    python("-m", "pip", "install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel))
     program = "import moe_route.doctor as d; print(d.__file__); print(all(c['ok'] for c in d.report()['checks']))"
     script = tmp_path / "check.py"  # a script, since -c would find the package of the working directory first
     script.write_text(program, encoding="utf-8")
-    place, healthy = python(str(script), PYTHONPATH=str(tmp_path / "router")).split()
+    place, healthy = python(str(script), PYTHONPATH=str(tmp_path / "site")).split()
     assert place.startswith(str(tmp_path))
     assert healthy == "True"
 
@@ -266,9 +333,9 @@ def test_a_module_with_cuda_kernels_beside_this_torch(tmp_path: Path) -> None:
     """The build that a CUDA user gets loads beside a CPU torch too, works there, and says why there is no device."""
     folder = os.environ.get("MOE_ROUTE_CUDA_BUILD_DIR", str(tmp_path / "cmake"))
     build = {"MOE_ROUTE_CUDA": "ON", "MOE_ROUTE_BUILD_DIR": folder, "MAX_JOBS": "2"}
-    router, program = tmp_path / "router", tmp_path / "check.py"
+    site, program = tmp_path / "site", tmp_path / "check.py"
     done = subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "build", "--build-base", str(tmp_path), "--build-lib", str(router)],
+        [sys.executable, "setup.py", "--quiet", "build", "--build-base", str(tmp_path), "--build-lib", str(site)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -279,7 +346,7 @@ def test_a_module_with_cuda_kernels_beside_this_torch(tmp_path: Path) -> None:
     program.write_text(
         "import json\nfrom moe_route import doctor\nprint(json.dumps(doctor.report()))\n", encoding="utf-8"
     )
-    report = json.loads(python(str(program), PYTHONPATH=str(router)))
+    report = json.loads(python(str(program), PYTHONPATH=str(site)))
     assert report["build"]["cuda"]
     assert report["build"]["cuda_architectures"] == ["80-real", "90"]
     assert all(check["ok"] for check in report["checks"])
@@ -294,7 +361,7 @@ def test_a_module_with_cuda_kernels_beside_this_torch(tmp_path: Path) -> None:
             "except RuntimeError as error:\n    print(error)\n",
             encoding="utf-8",
         )
-        said = python(str(program), PYTHONPATH=os.pathsep.join([str(router), str(ROOT / "tests")]))
+        said = python(str(program), PYTHONPATH=os.pathsep.join([str(site), str(ROOT / "tests")]))
         assert said.strip() == (
             "logits on cuda:0, but this torch was built without CUDA; install a CUDA build of torch"
         )

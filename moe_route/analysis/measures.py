@@ -40,7 +40,7 @@ def jensen_shannon(q1: np.ndarray, q2: np.ndarray) -> np.ndarray:
 
 
 def normalized_jensen_shannon(q1: np.ndarray, q2: np.ndarray, num_experts: np.ndarray | int) -> np.ndarray:
-    """D = (H(m) - Hbar) / (log E - Hbar), Hbar = (H(q1) + H(q2)) / 2, in [0, 1] [arXiv 2510.04694, appendix A.4,
+    """D = (H(m) - Hbar) / (log E - Hbar), Hbar = (H(q1) + H(q2)) / 2, from 0 to 1 [arXiv 2510.04694, appendix A.4,
     eq. 6 to 8].
 
     NaN where both are uniform (0 / 0), which includes a layer with one expert. ``log E - Hbar`` is computed as the mean

@@ -1,8 +1,10 @@
-"""The command line: `moe-route describe | record | analyze | plot | steer | demo | doctor`.
+"""The command line: `moe-route describe | record | analyze | plot | steer | demo | doctor | completion`.
 
 The verbs are those of Python. Standard output carries the answer (with `--json` one JSON document and nothing else);
 progress and errors go to standard error. Exit codes: 0 done, 1 a check of `doctor` failed or the reader of the output
-went away, 2 the input cannot be used.
+went away, 2 the input cannot be used, 130 ended by Ctrl-C.
+
+Parsing loads neither torch nor numpy: a verb imports what it needs when it runs.
 """
 
 from __future__ import annotations
@@ -19,17 +21,20 @@ __all__ = ["main", "parser"]
 def parser() -> argparse.ArgumentParser:
     """The whole command line, each verb added by the module of its name."""
     from moe_route import __version__
-    from moe_route.cli import analyze, demo, describe, doctor, plot, record, steer
+    from moe_route.cli import analyze, completion, demo, describe, doctor, plot, record, steer
 
     whole = argparse.ArgumentParser(
         prog="moe-route",
         description="Record, analyze and steer expert routing in Mixture-of-Experts language models.",
-        epilog="Every command takes --json. Without --model, the demo model that moe-route brings along is used.",
+        epilog="Every command takes --json. Without --model, the demo model that moe-route brings along is used.\n"
+        "`moe-route COMMAND --help` shows an example.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     whole.add_argument("--version", action="version", version=f"moe-route {__version__}")
     verbs = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (describe, record, analyze, plot, steer, demo, doctor):
         module.add(verbs)
+    completion.add(verbs, whole)
     return whole
 
 
@@ -39,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     from moe_route.cli.answer import one_line
     from moe_route.cli.inputs import USER_ERRORS
+    from moe_route.cli.interrupt import INTERRUPTED
 
     try:
         answer = options.run(options)
@@ -53,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("moe-route: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return int(answer.code)
 
 

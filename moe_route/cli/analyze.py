@@ -7,17 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, layers, merged_statistics
+from moe_route.cli.inputs import command, layers, merged_statistics, output
 
 KINDS = ("activate", "deactivate", "force-on", "force-off", "forbid")
 
 
 def add(verbs: Any) -> None:
     verb = verbs.add_parser(
-        "analyze", help="turn statistics into numbers and plans", description="Turn statistics into numbers."
+        "analyze",
+        help="turn statistics into numbers and plans",
+        description="Turn statistics into numbers.",
+        epilog="example:\n  moe-route analyze divergence general.safetensors --reference eng_Latn",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     questions = verb.add_subparsers(title="questions", metavar="QUESTION", required=True)
-    parser = command(questions, "divergence", divergence, "how far each group's routing is from a reference, by layer")
+    parser = command(
+        questions,
+        "divergence",
+        divergence,
+        "how far each group's routing is from a reference, by layer",
+        "moe-route analyze divergence general.safetensors --reference eng_Latn",
+    )
     _files(parser)
     parser.add_argument(
         "--reference", default="eng_Latn", metavar="GROUP", help="group to compare with (default: eng_Latn)"
@@ -26,11 +36,24 @@ def add(verbs: Any) -> None:
     parser.add_argument("--pairing", default="paired", choices=("paired", "pooled", "auto"))
     parser.add_argument("--phase", choices=("prefill", "decode"), help="tokens of this phase only")
 
-    parser = command(questions, "entropy", entropy, "how spread the routing is, by group and layer")
+    parser = command(
+        questions,
+        "entropy",
+        entropy,
+        "how spread the routing is, by group and layer",
+        "moe-route analyze entropy general.safetensors",
+    )
     _files(parser)
     parser.add_argument("--phase", choices=("prefill", "decode"), help="tokens of this phase only")
 
-    parser = command(questions, "experts", experts, "experts that a task uses more than a baseline does")
+    parser = command(
+        questions,
+        "experts",
+        experts,
+        "experts that a task uses more than a baseline does",
+        "moe-route analyze experts --task task.safetensors --baseline general.safetensors \\\n"
+        "    --group eng_Latn --layers 2-5 --out plan.safetensors",
+    )
     parser.add_argument("--task", type=Path, nargs="+", required=True, metavar="FILE", help="statistics of task texts")
     parser.add_argument(
         "--baseline", type=Path, nargs="+", required=True, metavar="FILE", help="statistics of general texts"
@@ -76,6 +99,7 @@ def entropy(options: argparse.Namespace) -> Answer:
 def experts(options: argparse.Namespace) -> Answer:
     from moe_route import analysis
 
+    output(options.out)
     task = merged_statistics(options.task)
     selection = analysis.task_experts(
         task,

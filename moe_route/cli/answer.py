@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 __all__ = ["Answer", "one_line", "plain"]
 
 
@@ -30,12 +28,10 @@ def plain(value: Any) -> Any:
     """`value` as JSON types: arrays as lists, tuples as lists, keys as strings, NaN and infinity as null."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
+    if hasattr(value, "tolist"):  # numpy's arrays and numbers
         return plain(value.tolist())
     if isinstance(value, (list, tuple, set, frozenset, range)):
         return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        return plain(value.item())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if value is None or isinstance(value, (bool, int, float, str)):

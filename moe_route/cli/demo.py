@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, model_arguments, text_arguments
+from moe_route.cli.inputs import command, language_model, model_arguments, output, text_arguments
 
 
 def add(verbs: Any) -> None:
     parser = command(
-        verbs, "demo", run, "record, analyze, steer and restore a model, with the controls (a minute or two)"
+        verbs,
+        "demo",
+        run,
+        "record, analyze, steer and restore a model, with the controls (a minute or two)",
+        "moe-route demo --out demo",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="folder for the pictures and report.json (default: none)"
@@ -23,9 +27,11 @@ def add(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> Answer:
-    from moe_route.cli.inputs import language_model
     from moe_route.demo import demo
 
+    if options.out is not None:
+        options.out.mkdir(exist_ok=True)
+        output(options.out / "report.json")
     report = demo(
         language_model(options),
         data=options.data,

@@ -10,7 +10,13 @@ from moe_route.cli.inputs import command, language_model, model_arguments
 
 
 def add(verbs: Any) -> None:
-    parser = command(verbs, "describe", run, "show a model's routers and how they are attached to")
+    parser = command(
+        verbs,
+        "describe",
+        run,
+        "show a model's routers and how they are attached to",
+        "moe-route describe --model Qwen/Qwen3-30B-A3B",
+    )
     model_arguments(parser)
 
 

@@ -10,7 +10,7 @@ from moe_route.cli.inputs import command
 
 
 def add(verbs: Any) -> None:
-    command(verbs, "doctor", run, "say which kernels are at work and why, and check them")
+    command(verbs, "doctor", run, "say which kernels are at work and why, and check them", "moe-route doctor --json")
 
 
 def run(options: argparse.Namespace) -> Answer:

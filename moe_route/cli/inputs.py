@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
+import textwrap
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,8 @@ __all__ = [
     "layers",
     "merged_statistics",
     "model_arguments",
+    "output",
+    "positive",
     "text_arguments",
     "texts",
 ]
@@ -28,9 +30,15 @@ __all__ = [
 USER_ERRORS = (ValueError, KeyError, OSError, ImportError)
 
 
-def command(verbs: Any, name: str, run: Any, help: str, **more: Any) -> argparse.ArgumentParser:
-    """A verb of the command line with what every verb takes."""
-    parser: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=help, **more)
+def command(verbs: Any, name: str, run: Any, help: str, example: str) -> argparse.ArgumentParser:
+    """A verb of the command line with what every verb takes; `example` is shown at the end of its help."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=help,
+        description=help,
+        epilog=f"example:\n{textwrap.indent(example, '  ')}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     parser.set_defaults(run=run)
@@ -59,21 +67,23 @@ def text_arguments(parser: argparse.ArgumentParser) -> None:
         "moe-route brings (default: general)",
     )
     group.add_argument("--languages", type=_names, metavar="A,B", help="languages to take (default: all)")
-    group.add_argument("--limit", type=_positive, metavar="N", help="sentences per language (default: all)")
-    group.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="texts a batch (default: 16)")
+    group.add_argument("--limit", type=positive, metavar="N", help="sentences per language (default: all)")
+    group.add_argument("--batch-size", type=positive, default=16, metavar="N", help="texts a batch (default: 16)")
     group.add_argument(
-        "--max-length", type=_positive, metavar="N", help="cut texts to N tokens (default: the model's limit)"
+        "--max-length", type=positive, metavar="N", help="cut texts to N tokens (default: the model's limit)"
     )
 
 
 def language_model(options: argparse.Namespace) -> LanguageModel:
     from moe_route.workload import LanguageModel
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the error that ends them is shown
-    if not sys.stderr.isatty() and find_spec("transformers"):
+    if find_spec("transformers"):
+        from huggingface_hub.utils.logging import set_verbosity_error
         from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()
+        set_verbosity_error()  # its retries; the error that ends them is shown
+        if not sys.stderr.isatty():
+            disable_progress_bar()
     return LanguageModel.load(options.model, dtype=options.dtype, device=options.device)
 
 
@@ -93,15 +103,24 @@ def merged_statistics(paths: Sequence[Path]) -> RoutingStatistics:
     return first
 
 
+def output(path: Path | None) -> None:
+    """Refuse a file that cannot be written (``OSError``), before the work whose result goes there."""
+    from moe_route import files
+
+    if path is not None:
+        files.check_writable(path)
+
+
 def layers(text: str) -> tuple[int, ...]:
     """Layers as written on the command line, both ends included: "2-5", "0,3,8-11"."""
     found: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        try:
-            found.update(range(int(first), int(last or first) + 1))
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is no list of layers: write them as 2-5 or 0,3,8-11") from error
+        ends = [int(end) for end in part.split("-") if end.strip().isdecimal()]
+        if len(ends) != part.count("-") + 1 or len(ends) > 2:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of layers: write them as 2-5 or 0,3,8-11")
+        if ends[0] > ends[-1]:
+            raise argparse.ArgumentTypeError(f"{part.strip()!r} runs backwards: write {ends[-1]}-{ends[0]}")
+        found.update(range(ends[0], ends[-1] + 1))
     return tuple(sorted(found))
 
 
@@ -109,8 +128,8 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
+def positive(text: str) -> int:
+    """A whole number from 1, as written on the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)

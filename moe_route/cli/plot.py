@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, layers, merged_statistics
+from moe_route.cli.inputs import command, layers, merged_statistics, output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,20 +16,36 @@ if TYPE_CHECKING:
 
 
 def add(verbs: Any) -> None:
-    parser = command(verbs, "plot", run, "draw statistics")
+    parser = command(
+        verbs, "plot", run, "draw statistics", "moe-route plot divergence general.safetensors --out divergence.png"
+    )
     parser.add_argument("what", choices=tuple(PICTURES), metavar="|".join(PICTURES), help="the picture to draw")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="statistics; several are added up")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf")
-    parser.add_argument("--reference", metavar="GROUP", help="group to compare with (divergence: eng_Latn by default)")
+    parser.add_argument(
+        "--reference",
+        metavar="GROUP",
+        help="divergence, experts: group to compare with (divergence: eng_Latn by default)",
+    )
     parser.add_argument("--group", metavar="GROUP", help="experts: the group to draw (default: the first)")
-    parser.add_argument("--layers", type=layers, metavar="A-B", help="divergence: layers to shade")
+    parser.add_argument(
+        "--layers", type=layers, metavar="A-B", help="divergence: layers to shade; matrix: layers to average over"
+    )
     parser.add_argument("--title", help="title of the picture (default: none)")
 
 
 def run(options: argparse.Namespace) -> Answer:
     from moe_route import plots
 
-    ax = PICTURES[options.what](merged_statistics(options.files), options)
+    draw, takes = PICTURES[options.what]
+    for name in sorted({"reference", "group", "layers"} - takes):
+        if getattr(options, name) is not None:
+            raise ValueError(f"the picture {options.what} takes no --{name}: leave it out")
+    output(options.out)
+    statistics = merged_statistics(options.files)
+    if options.layers is not None and options.layers[-1] >= len(statistics.layers):
+        raise ValueError(f"--layers must name some of the {len(statistics.layers)} layers, counted from 0")
+    ax = draw(statistics, options)
     plots.save(ax, options.out)
     return Answer({"out": options.out, "picture": options.what}, f"written to {options.out}")
 
@@ -60,4 +76,10 @@ def _matrix(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
     return plots.divergence_matrix(analysis.divergence_matrix(statistics), layers=options.layers, title=options.title)
 
 
-PICTURES = {"divergence": _divergence, "entropy": _entropy, "experts": _experts, "matrix": _matrix}
+# The picture -> how it is drawn, and which of --reference, --group and --layers it takes.
+PICTURES = {
+    "divergence": (_divergence, {"reference", "layers"}),
+    "entropy": (_entropy, set[str]()),
+    "experts": (_experts, {"reference", "group"}),
+    "matrix": (_matrix, {"layers"}),
+}

@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, language_model, model_arguments, text_arguments, texts
+from moe_route.cli.inputs import command, language_model, model_arguments, output, text_arguments, texts
+from moe_route.cli.interrupt import INTERRUPTED, deferred_interrupt
 
 
 def add(verbs: Any) -> None:
-    parser = command(verbs, "record", run, "record the routing of a model over texts, by language")
+    parser = command(
+        verbs,
+        "record",
+        run,
+        "record the routing of a model over texts, by language",
+        "moe-route record --data texts.tsv --languages eng_Latn,deu_Latn --out general.safetensors",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="statistics file to write")
     parser.add_argument(
         "--no-sequences", action="store_true", help="keep sums only, not each sentence (no paired divergence)"
@@ -28,20 +35,24 @@ def run(options: argparse.Namespace) -> Answer:
     from moe_route.steering import Plan
     from moe_route.workload import record_texts
 
+    output(options.out)
     plan = None if options.plan is None else Plan.load(options.plan)
     work = texts(options)
     spoken = language_model(options)
     groups = list(dict.fromkeys(text.group for text in work))
+    shown = "recording" if sys.stderr.isatty() else None
+    given: dict[str, Any] = {"batch_size": options.batch_size, "max_length": options.max_length, "progress": shown}
     routed = spoken.attach(options.engine)
     try:
         with ExitStack() as stack:
             if plan is not None:
                 stack.enter_context(routed.steer(plan))
             recorder = stack.enter_context(routed.record(groups=groups, sequences=not options.no_sequences))
-            progress = "recording" if sys.stderr.isatty() else None
-            record_texts(
-                recorder, spoken, work, batch_size=options.batch_size, max_length=options.max_length, progress=progress
-            )
+            stop = stack.enter_context(deferred_interrupt())
+            ran = record_texts(recorder, spoken, work, stop=stop, **given)
+        done = len(ran.texts)
+        if not done:
+            raise KeyboardInterrupt  # before the first batch: there is nothing to keep
         statistics = recorder.statistics()
     finally:
         routed.detach()
@@ -53,5 +64,11 @@ def run(options: argparse.Namespace) -> Answer:
         "layers": len(statistics.layers),
         "experts": list(statistics.num_experts),
         "sequences": statistics.sequences().tolist(),
+        "texts": done,
+        "cut": ran.cut,
+        "interrupted": done < len(work),
     }
-    return Answer(data, f"{statistics!r}\nwritten to {options.out}")
+    text = "\n".join(filter(None, (repr(statistics), ran.note, f"written to {options.out}")))
+    if done < len(work):
+        text += f"\ninterrupted: these are {done} of {len(work)} texts"
+    return Answer(data, text, code=INTERRUPTED if done < len(work) else 0)

@@ -9,17 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, language_model, model_arguments, text_arguments, texts
+from moe_route.cli.inputs import command, language_model, model_arguments, positive, text_arguments, texts
 
 
 def add(verbs: Any) -> None:
-    parser = command(verbs, "steer", run, "compare a model with and without a plan")
+    parser = command(
+        verbs,
+        "steer",
+        run,
+        "compare a model with and without a plan",
+        "moe-route steer --plan plan.safetensors --languages eng_Latn,deu_Latn --limit 30",
+    )
     parser.add_argument(
         "--plan", type=Path, required=True, metavar="FILE", help="plan file, as `analyze experts --out` writes"
     )
     parser.add_argument("--strength", type=float, default=1.0, metavar="X", help="multiply the plan by X (default: 1)")
     parser.add_argument("--prompt", metavar="TEXT", help="generate from this text instead of measuring losses")
-    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="tokens to generate (default: 32)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=32, metavar="N", help="tokens to generate (default: 32)"
+    )
     model_arguments(parser)
     text_arguments(parser)
 

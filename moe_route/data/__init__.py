@@ -42,11 +42,18 @@ def load_demo_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
     except ImportError as error:
         raise ImportError("the demonstration model needs transformers: pip install 'moe-route[hf]'") from error
     folder = demo_model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a file of 7 MB is loaded at once
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     model.config._name_or_path = "demo"  # goes into statistics files: not the folder this happens to be installed in
     return model.eval(), tokenizer
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,9 @@ import numpy as np
 import pytest
 
 import moe_route as mr
-from moe_route.cli import main
+from moe_route.cli import main, parser
+from moe_route.cli.completion import SCRIPTS, candidates
+from moe_route.workload import LanguageModel, Text
 
 SMALL = ("--languages", "eng_Latn,deu_Latn,swh_Latn", "--limit", "4", "--batch-size", "4")
 
@@ -127,6 +133,46 @@ class TestRecord:
         assert statistics.metadata["plans"] == [mr.Plan.load(files["plan"]).hash]
         assert statistics.scalar("steered").sum() > 0
 
+    def test_what_was_recorded_before_ctrl_c_is_kept(self, moe_route, monkeypatch, tmp_path: Path):
+        out = tmp_path / "statistics.safetensors"
+        interrupt_in_call(monkeypatch, 2)
+        code, text, _ = moe_route("record", "--out", out, *SMALL)
+        assert code == 130
+        assert "interrupted: these are 8 of 12 texts" in text
+        statistics = mr.RoutingStatistics.load(out)
+        assert statistics.sequences().sum() == 8  # the call that ran went through to its end
+        statistics.verify()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def test_a_second_ctrl_c_ends_at_once(self, moe_route, monkeypatch, tmp_path: Path):
+        interrupt_in_call(monkeypatch, 2, times=2)
+        code, out, err = moe_route("record", "--out", tmp_path / "s.safetensors", *SMALL)
+        assert (code, out) == (130, "")
+        assert "interrupted" in err
+        assert not list(tmp_path.iterdir())
+
+    def test_texts_of_every_length_come_early(self):
+        model = LanguageModel.load()
+        texts = [Text("g", str(n), "word " * (n + 1)) for n in range(64)]
+        lengths = [batch.inputs["input_ids"].shape[1] for batch in model.batches(texts, batch_size=4)]
+        assert lengths[0] == max(lengths)
+        assert lengths != sorted(lengths, reverse=True)
+        assert min(lengths[1:6]) < np.median(lengths) < max(lengths[1:6])
+
+
+def interrupt_in_call(monkeypatch: pytest.MonkeyPatch, number: int, times: int = 1) -> None:
+    """Press Ctrl-C while the model runs its batch of that number."""
+    run, calls = LanguageModel.run, []
+
+    def interrupted(self: LanguageModel, batch: Any) -> Any:
+        calls.append(batch)
+        if len(calls) == number:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+        return run(self, batch)
+
+    monkeypatch.setattr(LanguageModel, "run", interrupted)
+
 
 class TestAnalyze:
     def test_divergence(self, answer, files):
@@ -166,6 +212,13 @@ class TestPlot:
         start = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix]
         assert out.read_bytes().startswith(start)
 
+    def test_options_that_the_picture_does_not_take_are_refused(self, moe_route, files, tmp_path: Path):
+        out = ("--out", tmp_path / "x.png")
+        refused(moe_route("plot", "experts", files["general"], *out, "--layers", "2-5"), "experts", "--layers")
+        refused(moe_route("plot", "entropy", files["general"], *out, "--group", "deu_Latn"), "entropy", "--group")
+        refused(moe_route("plot", "matrix", files["general"], *out, "--layers", "2-9"), "8 layers")
+        assert not list(tmp_path.iterdir())
+
 
 class TestSteer:
     def test_losses_by_language(self, answer, files):
@@ -193,6 +246,27 @@ class TestDoctor:
 
 
 class TestWhatAUserGetsWrong:
+    @pytest.mark.parametrize(
+        "verb",
+        [
+            ("record", *SMALL),
+            ("plot", "entropy", "none.safetensors"),
+            ("analyze", "experts", "--task", "none.safetensors", "--baseline", "none.safetensors"),
+        ],
+        ids=lambda verb: verb[0],
+    )
+    def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+        self, moe_route, monkeypatch, tmp_path: Path, verb: tuple[str, ...]
+    ):
+        monkeypatch.setattr(LanguageModel, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+        refused(moe_route(*verb, "--out", tmp_path / "missing" / "x.png"), "missing")
+        assert not list(tmp_path.iterdir())
+
+    def test_a_demo_whose_folder_is_a_file(self, moe_route, monkeypatch, tmp_path: Path):
+        monkeypatch.setattr(LanguageModel, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+        (tmp_path / "demo").write_text("", encoding="utf-8")
+        refused(moe_route("demo", "--out", tmp_path / "demo"), "demo")
+
     def test_a_folder_that_is_not_there(self, moe_route, tmp_path: Path):
         refused(moe_route("describe", "--model", tmp_path / "nothing"), "nothing")
 
@@ -246,10 +320,27 @@ class TestWhatAUserGetsWrong:
     def test_a_picture_of_no_known_kind(self, moe_route, files, tmp_path: Path):
         refused(moe_route("plot", "entropy", files["general"], "--out", tmp_path / "x.gif"), "x.gif", ".png")
 
-    def test_layers_written_wrong(self, moe_route, files):
-        code, out, err = moe_route("plot", "divergence", files["general"], "--out", "x.png", "--layers", "two")
+    @pytest.mark.parametrize(
+        ("layers", "problem"),
+        [("two", "write them as 2-5"), ("5-2", "write 2-5"), ("2-", "write them as"), ("1-2-3", "write them as")],
+    )
+    def test_layers_written_wrong(self, moe_route, files, layers: str, problem: str):
+        code, out, err = moe_route("plot", "divergence", files["general"], "--out", "x.png", "--layers", layers)
         assert (code, out) == (2, "")
-        assert "two" in err
+        assert f"{layers!r}" in err
+        assert problem in err
+
+    @pytest.mark.parametrize("number", ["x", "0", "-1", "1.5"])
+    def test_a_number_written_wrong(self, moe_route, number: str):
+        code, out, err = moe_route("record", "--out", "x", f"--limit={number}")
+        assert (code, out) == (2, "")
+        assert f"argument --limit: {number!r} is not a whole number from 1" in err
+
+    def test_a_model_on_the_hub_without_a_network(self, moe_route, monkeypatch):
+        pytest.importorskip("huggingface_hub")
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+        monkeypatch.setattr("moe_route.workload.getproxies", dict)
+        refused(moe_route("describe", "--model", "nobody/nothing"), "nobody/nothing")
 
     def test_traceback_on_demand(self, moe_route, tmp_path: Path):
         with pytest.raises(mr.files.FileRefusedError):
@@ -261,13 +352,16 @@ class TestTheProgram:
         assert moe_route("--version")[:2] == (0, f"moe-route {mr.__version__}\n")
 
     def test_every_command_has_help(self, moe_route):
-        _, out, _ = moe_route("--help")
-        for verb in ("describe", "record", "analyze", "plot", "steer", "demo", "doctor"):
-            assert verb in out
-            assert moe_route(verb, "--help")[0] == 0
+        _, whole, _ = moe_route("--help")
+        for verb in ("describe", "record", "analyze", "plot", "steer", "demo", "doctor", "completion"):
+            assert verb in whole
+            code, out, _ = moe_route(verb, "--help")
+            assert code == 0
+            assert "\nexample:\n  " in out
+            assert "moe-route " in out.partition("example:")[2]
 
-    def test_help_loads_neither_transformers_nor_matplotlib(self):
-        heavy = "{'transformers', 'matplotlib', 'pandas', 'scipy'}"
+    def test_help_loads_neither_torch_nor_numpy(self):
+        heavy = "{'torch', 'numpy', 'transformers', 'matplotlib', 'pandas', 'scipy'}"
         code = f"import sys; from moe_route.cli import parser; parser(); print({heavy} & set(sys.modules))"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "set()"
@@ -296,3 +390,107 @@ class TestTheProgram:
         )
         assert done.stdout == "{"
         assert "Traceback" not in done.stderr
+
+
+class TestCompletion:
+    @pytest.fixture
+    def command_named_moe_route(self, tmp_path: Path) -> dict[str, str]:
+        """An environment in which the command is this interpreter and this package."""
+        program = tmp_path / "bin" / "moe-route"
+        program.parent.mkdir()
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} -m moe_route "$@"\n', encoding="utf-8")
+        program.chmod(0o755)
+        package = str(Path(mr.__file__).parents[1])
+        return {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": package}
+
+    @pytest.mark.parametrize(
+        ("line", "expected"),
+        [
+            ("de", ["describe", "demo"]),
+            ("analyze ", ["divergence", "entropy", "experts"]),
+            ("plot m", ["matrix"]),
+            ("plot matrix ", []),  # a file
+            ("plot matrix a.safetensors --la", ["--layers"]),
+            ("record --engine ", ["auto", "hook", "fused"]),
+            ("record --engine fused --no", ["--no-sequences"]),
+            ("record --out ", []),
+            ("record --json --eng", ["--engine"]),
+            ("analyze divergence x --pairing p", ["paired", "pooled"]),
+            ("analyze experts --task a b --gr", ["--group"]),
+            ("analyze experts --task a ", []),
+            ("completion ", ["bash", "zsh", "fish"]),
+            ("nothing ", []),
+        ],
+    )
+    def test_what_may_come_next(self, line: str, expected: list[str]):
+        assert candidates(parser(), line.split(" ")) == expected
+
+    @pytest.mark.parametrize("shell", SCRIPTS)
+    def test_the_shell_takes_the_code(self, moe_route, shell: str):
+        if shutil.which(shell) is None:
+            pytest.skip(f"needs {shell}")
+        code, out, _ = moe_route("completion", shell)
+        assert code == 0
+        checked = subprocess.run([shell, "-n"], input=out, capture_output=True, text=True, check=False)
+        assert (checked.returncode, checked.stderr) == (0, "")
+
+    def test_fish_completes(self, command_named_moe_route: dict[str, str], tmp_path: Path):
+        if shutil.which("fish") is None:
+            pytest.skip("needs fish")
+        (tmp_path / "x.safetensors").touch()
+        asked = (
+            "moe-route completion fish | source; complete -C 'moe-route plot m'; complete -C 'moe-route plot matrix x'"
+        )
+        done = subprocess.run(
+            ["fish", "-c", asked],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**command_named_moe_route, "HOME": str(tmp_path)},
+            check=True,
+        )
+        assert done.stdout.split() == ["matrix", "x.safetensors"]
+
+    def test_bash_completes(self, command_named_moe_route: dict[str, str]):
+        if shutil.which("bash") is None:
+            pytest.skip("needs bash")
+        asked = """eval "$(moe-route completion bash)"
+complete -p moe-route
+COMP_WORDS=(moe-route plot experts x.safetensors --re); COMP_CWORD=4; _moe_route; echo "${COMPREPLY[@]}"
+COMP_WORDS=(moe-route record ''); COMP_CWORD=2; _moe_route; echo "none: ${COMPREPLY[*]}"
+"""
+        done = subprocess.run(
+            ["bash", "-c", asked], capture_output=True, text=True, env=command_named_moe_route, check=True
+        )
+        assert done.stdout.splitlines() == ["complete -o default -F _moe_route moe-route", "--reference", "none: "]
+
+
+class TestDeferredInterrupt:
+    def test_another_handler_stays(self):
+        from moe_route.cli.interrupt import deferred_interrupt
+
+        def ignored(*_: object) -> None:
+            pass
+
+        before = signal.signal(signal.SIGINT, ignored)
+        try:
+            with deferred_interrupt() as stop:
+                signal.raise_signal(signal.SIGINT)
+                assert not stop()
+                assert signal.getsignal(signal.SIGINT) is ignored
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def test_other_threads_change_nothing(self):
+        from moe_route.cli.interrupt import deferred_interrupt
+
+        found = []
+
+        def work() -> None:
+            with deferred_interrupt() as stop:
+                found.append((stop(), signal.getsignal(signal.SIGINT)))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert found == [(False, signal.default_int_handler)]

@@ -58,6 +58,14 @@ def table(path: Path, text: str, encoding: str = "utf-8") -> Path:
     return path
 
 
+def test_the_demonstration_model_loads_in_silence(capfd: pytest.CaptureFixture[str]):
+    logging = pytest.importorskip("transformers.utils.logging", reason="the demonstration model needs transformers")
+    logging.enable_progress_bar()
+    load_demo_model()
+    assert "Loading weights" not in capfd.readouterr().err
+    assert logging.is_progress_bar_enabled()
+
+
 class TestShippedText:
     @pytest.mark.parametrize(("read", "least"), [(demo_corpus, 64), (demo_task, 40)])
     def test_is_complete(self, read, least):

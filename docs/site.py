@@ -1,0 +1,102 @@
+"""Gather the pages of the documentation site: `python docs/site.py FOLDER` writes FOLDER/pages and FOLDER/mkdocs.yml.
+
+The pages are docs/, the other Markdown files of the repository, and the API reference. That is made from the public
+names as the source has them: ``moe_route.__all__`` on one page, and a page for each public module with the names of its
+``__all__``. Links between files become links between pages.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import griffe
+import yaml
+
+ROOT = Path(__file__).parents[1]
+OTHERS = ("*.md", "bench/**/*.md", "examples/**/*.md", "moe_route/data/**/*.md", "tests/*.md")
+LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)")
+
+
+def gather(folder: Path) -> None:
+    pages = folder / "pages"
+    shutil.rmtree(pages, ignore_errors=True)
+    shutil.copytree(ROOT / "docs" / "images", pages / "images")
+    texts = {place(path): linked(path) for path in sources()}
+    api = api_pages()
+    for name, text in {**texts, **api}.items():
+        target = pages / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
+    config = yaml.safe_load((ROOT / "docs" / "site.yml").read_text(encoding="utf-8"))
+    for entry in config["nav"]:
+        if "API" in entry:
+            entry["API"] = list(api)
+    (folder / "mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+def sources() -> list[Path]:
+    """The Markdown files of the repository that are pages."""
+    others = {path for pattern in OTHERS for path in ROOT.glob(pattern)}
+    return sorted({*(ROOT / "docs").glob("*.md"), *others})
+
+
+def place(path: Path) -> str:
+    """Where a file of the repository stands among the pages. A README is the page of its folder, docs/ is the root."""
+    name = path.relative_to(ROOT).as_posix()
+    return "overview.md" if name == "README.md" else name.removeprefix("docs/")
+
+
+def linked(path: Path) -> str:
+    """The text of a page, its links leading to pages; of a link to a file that is no page the text stays."""
+    known, here = {place(source): source for source in sources()}, posixpath.dirname(place(path))
+
+    def link(match: re.Match[str]) -> str:
+        target = (path.parent / match["target"]).resolve()
+        if not target.is_file():
+            return match[0]
+        name = place(target)
+        if name not in known and not name.startswith("images/"):
+            return match["text"]
+        return f"[{match['text']}]({posixpath.relpath(name, here or '.')}{match['anchor'] or ''})"
+
+    return LINK.sub(link, path.read_text(encoding="utf-8"))
+
+
+def api_pages() -> dict[str, str]:
+    """File name -> Markdown: the first page has what `moe_route` exports itself, each of the others a public module."""
+    package = griffe.load("moe_route", search_paths=[ROOT], allow_inspection=False)
+    exports = [str(name) for name in package.exports or ()]
+    modules = [name for name in exports if name in package.members and package[name].is_module]
+    listed = "\n".join(f"- [`moe_route.{name}`]({name}.md): {summary(package[name])}" for name in modules)
+    own = [name for name in exports if name not in modules and not name.startswith("_")]
+    pages = {"api/index.md": "\n\n".join(["# moe_route", listed, *(directive(package, name) for name in own)])}
+    for name in modules:
+        module = package[name]
+        text = f"::: moe_route.{name}\n    options: {{members: false, show_root_heading: false}}"
+        members = [directive(module, str(member)) for member in module.exports or ()]
+        pages[f"api/{name}.md"] = "\n\n".join([f"# moe_route.{name}", text, *members])
+    return pages
+
+
+def directive(module: griffe.Object | griffe.Alias, name: str) -> str:
+    """What mkdocstrings replaces by the documentation of a name of a module.
+
+    A function may have the name of the file that it is imported from (`analysis.divergence`); it is what is meant.
+    """
+    found = module.members.get(name)
+    path = module.imports[name] if found is None or found.is_module else f"{module.path}.{name}"
+    return f"::: {path}"
+
+
+def summary(member: griffe.Object | griffe.Alias) -> str:
+    """The first sentence of a docstring."""
+    text = " ".join(member.docstring.value.split("\n\n")[0].split()) if member.docstring else ""
+    return re.split(r"(?<=[.])\s", text, maxsplit=1)[0].removesuffix(":")
+
+
+if __name__ == "__main__":
+    gather(Path(sys.argv[1]))
