@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moe_route.routed import RoutedModel, attach
     from moe_route.routers import ModelNotSupportedError, find_routers
     from moe_route.steering import ExpertSelection, Plan
+    from moe_route.steering.layers import layers
 
 _MODULES = (
     "analysis",
@@ -48,6 +49,7 @@ _HOMES = {
     "attach": "routed",
     "describe": "routed",
     "find_routers": "patching",
+    "layers": "steering.layers",
     "register_experts": "patching.experts",
 }
 
@@ -66,6 +68,7 @@ __all__ = [
     "doctor",
     "files",
     "find_routers",
+    "layers",
     "nn",
     "ops",
     "patching",

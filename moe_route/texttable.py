@@ -1,11 +1,59 @@
-"""Tables in plain text, for the command line and the demonstration."""
+"""Tables as plain text, for terminals, and as HTML, for notebooks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
 
-__all__ = ["number", "table"]
+__all__ = ["ShownAsTables", "Table", "number", "table"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with a line above it and lines below it: ``str`` gives plain text, a notebook shows HTML.
+
+    Attributes:
+        head: names of the columns.
+        rows: the cells of each row, one for each column; numbers are formatted by :func:`number`.
+        title, note: text above and below, "" for none.
+    """
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    title: str = ""
+    note: str = ""
+
+    def __str__(self) -> str:
+        return "\n".join(part for part in (self.title, table(self.head, self.rows), self.note) if part)
+
+    def _repr_html_(self) -> str:
+        right = _right_columns(self.head, self.rows)
+        lines = [_html_row("th", self.head, right), *(_html_row("td", row, right) for row in self.rows)]
+        title = f"<caption>{_html_lines(self.title)}</caption>" if self.title else ""
+        note = f"<p>{_html_lines(self.note)}</p>" if self.note else ""
+        return f"<table>{title}<thead>{lines[0]}</thead><tbody>{''.join(lines[1:])}</tbody></table>{note}"
+
+
+class ShownAsTables:
+    """A result that is its tables: ``repr`` gives them as text, a notebook shows them as HTML.
+
+    A class that derives from it defines :meth:`tables`. A dataclass says ``repr=False``, or it makes a ``repr`` of its
+    own.
+    """
+
+    __slots__ = ()
+
+    def tables(self) -> Sequence[Table]:
+        """What to show, from top to bottom."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its tables are: define tables()")
+
+    def __repr__(self) -> str:
+        return "\n".join(map(str, self.tables()))
+
+    def _repr_html_(self) -> str:
+        return "".join(part._repr_html_() for part in self.tables())
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -14,7 +62,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     body = [[number(cell) for cell in row] for row in raw]
     columns = range(len(head))
     widths = [max(len(line[column]) for line in [list(head), *body]) for column in columns]
-    right = [bool(raw) and all(_numeric(row[column]) for row in raw) for column in columns]
+    right = _right_columns(head, raw)
     lines = ["  ".join(_pad(line[c], widths[c], right[c]) for c in columns).rstrip() for line in [list(head), *body]]
     return "\n".join(lines)
 
@@ -26,6 +74,11 @@ def number(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
+def _right_columns(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[bool]:
+    """Whether each column holds numbers, which are set to the right."""
+    return [bool(rows) and all(_numeric(row[column]) for row in rows) for column in range(len(head))]
+
+
 def _numeric(cell: object) -> bool:
     if isinstance(cell, str):
         return not cell or cell[0] in "+-0123456789"
@@ -34,3 +87,16 @@ def _numeric(cell: object) -> bool:
 
 def _pad(text: str, width: int, right: bool) -> str:
     return text.rjust(width) if right else text.ljust(width)
+
+
+def _html_row(tag: str, cells: Sequence[object], right: Sequence[bool]) -> str:
+    sides = ["right" if to_right else "left" for to_right in right]
+    shown = [
+        f'<{tag} style="text-align: {side}">{escape(number(cell))}</{tag}>'
+        for cell, side in zip(cells, sides, strict=True)
+    ]
+    return f"<tr>{''.join(shown)}</tr>"
+
+
+def _html_lines(text: str) -> str:
+    return "<br>".join(escape(line) for line in text.splitlines())

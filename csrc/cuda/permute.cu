@@ -39,7 +39,7 @@ __device__ __forceinline__ void copy_token(const PermuteArgs& args, const RowGri
   }
 }
 
-// Block b looks after rows b, b + blocks, ...: neighbouring empty rows fall to different blocks. Every warp
+// Block b looks after rows b, b + blocks, ...: neighboring empty rows fall to different blocks. Every warp
 // looks at the same 32 rows and clears its part of each empty one.
 template <int Bytes>
 __device__ __forceinline__ void clear_empty_rows(const PermuteArgs& args, const RowGrid& grid) {

@@ -49,7 +49,7 @@ Tensor packed(const Tensor& tensor);
 // torch's code for the dtype of `tensor`, as `allocate` takes it.
 int32_t dtype_of(const Tensor& tensor);
 
-// Uninitialised, contiguous.
+// Uninitialized, contiguous.
 Tensor allocate(Shape shape, int32_t dtype, const Place& place);
 
 }  // namespace moe_route

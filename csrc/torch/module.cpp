@@ -90,8 +90,8 @@ void set_field(GateArgs& args, const std::string& name, const py::handle& value)
     args.spec.order = static_cast<Order>(integer());
   else if (name == "group_score")
     args.spec.group_score = static_cast<GroupScore>(integer());
-  else if (name == "renormalise")
-    args.spec.renormalise = static_cast<Renormalise>(integer());
+  else if (name == "renormalize")
+    args.spec.renormalize = static_cast<Renormalize>(integer());
   else if (name == "groups")
     args.spec.groups = value.cast<int32_t>();
   else if (name == "top_groups")

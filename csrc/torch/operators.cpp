@@ -27,20 +27,20 @@ Place leading_place(const char* name, const Tensor& tensor) {
 // ---------------------------------------------------------------------------------------------------
 
 // `policy` packs the discrete part of a RouterSpec (moe_route/ops/spec.py packs it):
-//   bits 0-3 score, 4 order, 5 group_score, 6-8 renormalise, 16-31 groups, 32-47 top_groups
+//   bits 0-3 score, 4 order, 5 group_score, 6-8 renormalize, 16-31 groups, 32-47 top_groups
 GateSpec unpack_spec(int64_t policy, int64_t experts, double group_fill, double eps, double norm_p,
                      double scale, double jitter) {
   GateSpec spec;
   const auto bits = static_cast<uint64_t>(policy);
-  const uint64_t score = bits & 15, renormalise = bits >> 6 & 7;
+  const uint64_t score = bits & 15, renormalize = bits >> 6 & 7;
   if (score > static_cast<uint64_t>(Score::kSparseMixer) ||
-      renormalise > static_cast<uint64_t>(Renormalise::kNorm)) {
+      renormalize > static_cast<uint64_t>(Renormalize::kNorm)) {
     refuse("policy ", policy, " is not one that RouterSpec packs");
   }
   spec.score = static_cast<Score>(score);
   spec.order = static_cast<Order>(bits >> 4 & 1);
   spec.group_score = static_cast<GroupScore>(bits >> 5 & 1);
-  spec.renormalise = static_cast<Renormalise>(renormalise);
+  spec.renormalize = static_cast<Renormalize>(renormalize);
   spec.groups = static_cast<int32_t>(bits >> 16 & 0xffff);
   spec.top_groups = static_cast<int32_t>(bits >> 32 & 0xffff);
   if (spec.groups < 1 || experts % spec.groups != 0) {

@@ -169,7 +169,7 @@ class _Run:
         swept = {}
         for threshold, selection in report.found.items():
             if selection:
-                with routed.steer(Plan.activate(selection, report.middle, STRENGTHS[0])):
+                with routed.steer(Plan.activate(selection, report.middle, strength=STRENGTHS[0])):
                     nats = self.losses(f"threshold {threshold:g}")[..., 0]
                 swept[threshold] = paired_difference(nats, base[..., 0], base[..., 1])
         return swept
@@ -208,15 +208,15 @@ def plans(experts: ExpertSelection, middle: Sequence[int], layers: int) -> dict[
     """
     if not experts.restrict(middle):
         return {}
-    activate = Plan.activate(experts, middle, STRENGTHS[0])
+    activate = Plan.activate(experts, middle, strength=STRENGTHS[0])
     found = {f"task +{STRENGTHS[0]:g}": activate}
-    found |= {f"task +{strength:g}": Plan.activate(experts, middle, strength) for strength in STRENGTHS[1:]}
+    found |= {f"task +{strength:g}": Plan.activate(experts, middle, strength=strength) for strength in STRENGTHS[1:]}
     found["task forced on"] = Plan.force_on(experts, middle)
     others = sorted(set(range(layers)) - set(middle))
     if experts.restrict(others):
-        found[f"other layers +{STRENGTHS[0]:g}"] = activate.control("layers", others)
-    found[f"task -{STRENGTHS[0]:g}"] = activate.control("deactivate")
-    return found | {f"random {seed}": activate.control("random", seed) for seed in RANDOM_SEEDS}
+        found[f"other layers +{STRENGTHS[0]:g}"] = activate.in_layers(others)
+    found[f"task -{STRENGTHS[0]:g}"] = -activate
+    return found | {f"random {seed}": activate.random(seed) for seed in RANDOM_SEEDS}
 
 
 def _items(corpus: Corpus, which: slice) -> Corpus:

@@ -69,20 +69,33 @@ class Call:
         here = torch.arange(self.length, device=self.device)[None]
         return here + (self.past_length if self.counter is None else self.counter)
 
+    def tokens_before(self) -> Tensor:
+        """int64 [batch or 1, length]: how many real tokens of its row come before each token, which is what a trace
+        calls its position. Unlike `positions` it goes on where texts are packed into one row. To be asked before the
+        model runs."""
+        if self.past_length or self.counter is not None:
+            return self.positions()
+        if self.valid is None:
+            return torch.arange(self.length, device=self.device)[None]
+        real = self.valid if self.again is None else self.valid | self.again
+        return (real.cumsum(1) - 1).clamp(min=0)
+
 
 @dataclass(slots=True, eq=False)
 class Labels:
     """What the token table is built from: an int for all tokens, or integers [B] or [B, S].
 
     Fewer rows than the batch (beams, several returned sequences) are repeated where they divide it. `steering_row` is
-    a row of the steering tables, `group` and `segment` rows of the statistics tables; -1 is none. `counter` tells the
-    tokens apart for what is drawn for each of them.
+    a row of the steering tables, `group` and `segment` rows of the statistics tables; -1 is none. `counter` [B, S]
+    tells the tokens apart for what is drawn for each of them; `entries` [B, S, M] says which entry of each of M tables
+    of recorded choices is a token's, -1 for none.
     """
 
     steering_row: IntLike = -1
     group: IntLike = 0
     segment: IntLike = -1
     counter: Tensor | None = None
+    entries: Tensor | None = None
 
 
 class CallReader:
@@ -316,6 +329,7 @@ class RunningCall:
         "counters",
         "deferred",
         "device",
+        "entries",
         "generations",
         "idle",
         "label",
@@ -362,6 +376,7 @@ class RunningCall:
         self.last: Tensor | None = None
         self.tables: Tables = {}
         self.counters: Tables = {}
+        self.entries: Tables = {}
         self.num_tokens = 0
         self.device: torch.device | None = None
         self.steers = False
@@ -470,6 +485,7 @@ class RunningCall:
         labels = self.label(call) or Labels()
         self.tables = self._build(call, labels)
         self.counters = {} if labels.counter is None else {call.device: _one_a_token(labels.counter, call)}
+        self.entries = {} if labels.entries is None else {call.device: _one_a_token(labels.entries, call)}
         self.table = self.last = self.tables[call.device]
         self.num_tokens, self.device, self.call = call.batch * call.length, call.device, call
 
@@ -562,7 +578,8 @@ class RunningCall:
     def _build(self, call: Call, labels: Labels) -> Tables:
         columns = (labels.steering_row, labels.group, labels.segment)
         self._columns, self._patches = columns, {}
-        self._uniform = call.valid is None and all(isinstance(value, int) for value in columns)
+        alike = call.valid is None and labels.entries is None
+        self._uniform = alike and all(isinstance(value, int) for value in columns)
         key = (*columns, call.batch * call.length, call.device) if self._uniform else None
         row = spread(columns[0], call, "steering_row")
         self.steers = _any_row(row)
@@ -592,9 +609,10 @@ def _nothing(call: Call) -> None:
     """Nobody asks about the call."""
 
 
-def _one_a_token(counter: Tensor, call: Call) -> Tensor:
-    """int64 [T] from integers that broadcast to [B, S]."""
-    return upload(counter, call.device).expand(call.batch, call.length).reshape(-1)
+def _one_a_token(values: Tensor, call: Call) -> Tensor:
+    """int64 [T] from integers that broadcast to [B, S]; [T, M] from those that broadcast to [B, S, M]."""
+    more = values.shape[2:]
+    return upload(values, call.device).expand(call.batch, call.length, *more).reshape(-1, *more)
 
 
 def _any_row(row: int | Tensor) -> bool:

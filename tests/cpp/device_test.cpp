@@ -119,7 +119,7 @@ std::string describe(const GateArgs& a) {
                            {"stride", a.row_stride},
                            {"score", int(s.score)},
                            {"order", int(s.order)},
-                           {"renormalise", int(s.renormalise)},
+                           {"renormalize", int(s.renormalize)},
                            {"groups", s.groups},
                            {"top_groups", s.top_groups},
                            {"group_score", int(s.group_score)},
@@ -176,7 +176,7 @@ std::vector<GateWish> gate_wishes() {
   }
   for (int i = 0; i < 5 * 2 * 4; ++i) {
     GateWish& wish = add();
-    wish.score = Score(i % 5), wish.order = Order(i / 5 % 2), wish.renormalise = Renormalise(i / 10);
+    wish.score = Score(i % 5), wish.order = Order(i / 5 % 2), wish.renormalize = Renormalize(i / 10);
   }
   for (uint32_t plane = 1; plane <= kForce; plane <<= 1) add().planes = plane;
   for (int force = kForbid; force <= kOnNatural + 1; ++force) {
@@ -215,10 +215,10 @@ struct DispatchProblem {
 
 DispatchProblem draw_dispatch(Random& g, int experts, int64_t slots) {
   DispatchProblem p;
-  const int kind = g.below(4), favourite = g.below(experts);
+  const int kind = g.below(4), favorite = g.below(experts);
   for (int64_t s = 0; s < slots; ++s) {
     int64_t id = g.below(experts);
-    if (kind == 1 || (kind == 2 && !g.one_in(8))) id = favourite;
+    if (kind == 1 || (kind == 2 && !g.one_in(8))) id = favorite;
     if (kind != 1 && g.one_in(6)) id = g.one_in(2) ? -1 - g.below(3) : experts + g.below(3);
     p.ids.push_back(static_cast<int32_t>(id));
     p.ids64.push_back(id >= experts ? id << 32 : id);

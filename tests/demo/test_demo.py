@@ -73,14 +73,14 @@ class TestPlans:
 
     def test_the_published_plan_comes_first(self):
         found = plans(self.experts, (2, 3, 4, 5), 8)
-        assert next(iter(found.values())) == Plan.activate(self.experts, (2, 3, 4, 5), 0.5)
+        assert next(iter(found.values())) == Plan.activate(self.experts, (2, 3, 4, 5), strength=0.5)
 
     def test_controls_are_there(self):
         found = plans(self.experts, (2, 3, 4, 5), 8)
         assert [name for name in found if name.startswith("random")] == [f"random {seed}" for seed in range(5)]
         layers = {rule.layers for rule in found["other layers +0.5"].rules}
         assert layers == {(0, 1, 6, 7)}
-        assert found["task -0.5"] == Plan.deactivate(self.experts, (2, 3, 4, 5), 0.5)
+        assert found["task -0.5"] == Plan.deactivate(self.experts, (2, 3, 4, 5), strength=0.5)
 
     def test_nothing_in_the_middle_is_nothing_to_steer(self):
         assert plans(ExpertSelection({0: [1]}, num_experts=[16] * 8), (2, 3, 4, 5), 8) == {}

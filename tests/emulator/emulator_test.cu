@@ -108,7 +108,7 @@ void test_collectives() {
     is(kUp, value(lane < 3 ? lane : lane - 3), "up");
     is(kDown, value(lane > 28 ? lane : lane + 3), "down");
     is(kShuffleOf8, value(eighth + 2), "shuffle of 8");
-    // 12 = 8 + 4: into the neighbouring piece. Only an earlier piece may be read.
+    // 12 = 8 + 4: into the neighboring piece. Only an earlier piece may be read.
     is(kXorOf8, value((lane ^ 12) > (lane | 7) ? lane : lane ^ 12), "xor of 8");
     is(kUpOf8, value(in_eighth < 2 ? lane : lane - 2), "up of 8");
     is(kDownOf8, value(in_eighth > 5 ? lane : lane + 2), "down of 8");

@@ -22,7 +22,7 @@ using Stream = CUstream_st*;  // cudaStream_t
 
 void gate(const GateArgs& args, Stream stream);
 
-// DispatchArgs::workspace holds this many bytes, uninitialised.
+// DispatchArgs::workspace holds this many bytes, uninitialized.
 int64_t dispatch_workspace_bytes(int64_t slots, int32_t experts);
 void dispatch(const DispatchArgs& args, Stream stream);
 void permute(const PermuteArgs& args, Stream stream);

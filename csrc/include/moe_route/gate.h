@@ -16,7 +16,7 @@
 // - NaN logit: ranks last, its score and weight are 0. An all-NaN row chooses 0..k-1 with weights 0.
 // - +inf logit: under softmax the +inf share the weight equally and the rest get 0.
 // - -inf logit: score exp(-inf) = 0. A row of nothing else chooses 0..k-1 with weights 0.
-// - Renormalising: a sum of 0 leaves the weights 0; infinite weights (identity or sqrt-softplus of +inf)
+// - Renormalizing: a sum of 0 leaves the weights 0; infinite weights (identity or sqrt-softplus of +inf)
 //   share equally and the rest get 0. NaN weights come from infinite steering entries alone.
 // - Unscored: a token whose scores have no finite positive sum, or (identity) a negative one among them, is
 //   left out of mass and entropy and counted in kStatUnscored.
@@ -45,21 +45,21 @@ enum class Score : int32_t { kSoftmax = 0, kSigmoid = 1, kSqrtSoftplus = 2, kIde
 enum class Order : int32_t { kScoreThenTopK = 0, kTopKThenScore = 1 };
 enum class GroupScore : int32_t { kMax = 0, kTopTwoSum = 1 };
 // kSum: w / (sum + eps).  kClamp: w / max(sum, eps).  kNorm: w / (sum |w|^p)^(1/p), p = GateSpec::norm_p.
-enum class Renormalise : int32_t { kNone = 0, kSum = 1, kClamp = 2, kNorm = 3 };
+enum class Renormalize : int32_t { kNone = 0, kSum = 1, kClamp = 2, kNorm = 3 };
 
 // How the model routes. Plain data, one per router.
 struct GateSpec {
   Score score = Score::kSoftmax;
   Order order = Order::kScoreThenTopK;
   GroupScore group_score = GroupScore::kTopTwoSum;
-  Renormalise renormalise = Renormalise::kNone;
+  Renormalize renormalize = Renormalize::kNone;
   int32_t groups = 1;       // expert groups; E % groups == 0
   int32_t top_groups = 1;   // groups that stay eligible
   float group_fill = 0.0f;  // what an excluded group's selection values become (NaN stays NaN): -inf, or 0 in
                             // some models, then still selectable
   float eps = 0.0f;
   float norm_p = 1.0f;
-  float scale = 1.0f;  // routed scaling factor, after renormalisation
+  float scale = 1.0f;  // routed scaling factor, after renormalization
   // SparseMixer (Phi, evaluation): slot j weighs exp(z - m) / sum exp(z - m) over the experts not chosen
   // before it with (m - z) / max(|z|, m) <= 2 * jitter, where m is the largest of those not chosen before; 0
   // where the chosen itself fails the test (possible only if forced or replayed).
@@ -80,7 +80,7 @@ enum SteeringPlane : uint32_t {
   // Added to what selection compares (the score, or the logit under kTopKThenScore), neutral 0. Choosing
   // only, or, with kRowScoreBiasWeighs, weighing too. Mass and entropy never see it.
   kScoreBias = 1u << 4,
-  // Factor on the weight of the chosen, neutral 1. Before or after renormalisation: kRowWeightScaleAfter.
+  // Factor on the weight of the chosen, neutral 1. Before or after renormalization: kRowWeightScaleAfter.
   kWeightScale = 1u << 5,
   kForce = 1u << 6,  // a Force code, neutral 0 (as is anything that is no code)
 };
@@ -109,7 +109,7 @@ enum RowParam : int32_t {
   kRowTopK = 1,              // 0 = the model's k, else 1..k: later slots stay empty (id -1)
   kRowStdCorrection = 2,     // 0 population, 1 sample
   kRowScoreBiasWeighs = 3,   // 0 = kScoreBias chooses only, 1 = it also changes the weight
-  kRowWeightScaleAfter = 4,  // 0 = kWeightScale before renormalisation, 1 = after
+  kRowWeightScaleAfter = 4,  // 0 = kWeightScale before renormalization, 1 = after
   kRowParams = 5,
 };
 struct GateSteering {
@@ -164,7 +164,7 @@ enum StatScalar : int32_t {
   kStatSlots = 1,     // sum over tokens of k(token)
   kStatEmpty = 2,     // slots that stayed empty: sum of counts + empty = slots
   kStatUnscored = 3,  // tokens left out of mass and entropy
-  kStatEntropy = 4,   // fixed point, nats: entropy of the normalised scores
+  kStatEntropy = 4,   // fixed point, nats: entropy of the normalized scores
   kStatSteered = 5,   // tokens with a steering row (a neutral one too)
   kStatFlipped = 6,   // chosen slots outside the natural choice (needs kNaturalCounts)
   kStatMoved = 7,     // fixed point: share of the weight on such slots (needs kNaturalCounts)
@@ -176,7 +176,7 @@ struct GateStatistics {
   int64_t num_groups = 0;
   int64_t num_segments = 0;
   uint32_t planes = 0;   // the same for both
-  bool entropy = false;  // accumulate kStatEntropy (with kMass's normalised scores)
+  bool entropy = false;  // accumulate kStatEntropy (with kMass's normalized scores)
 };
 
 struct GateArgs {
@@ -209,7 +209,7 @@ InstructionSet instruction_set();
 void set_instruction_set(InstructionSet);
 
 // Rows [begin, end) on the calling thread, with statistics added to `args.statistics` without
-// synchronisation. Workers pass tables of their own and add them up: sums are integers, so the result is the
+// synchronization. Workers pass tables of their own and add them up: sums are integers, so the result is the
 // same bits.
 void gate_rows(const GateArgs& args, int64_t begin, int64_t end);
 
