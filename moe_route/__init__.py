@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from moe_route.routed import RoutedModel, attach
     from moe_route.routers import ModelNotSupportedError, find_routers
     from moe_route.steering import ExpertSelection, Plan
+    from moe_route.steering.layers import layers
 
 _MODULES = (
     "analysis",
@@ -67,6 +68,7 @@ _HOMES = {
     "attach": "routed",
     "describe": "description",
     "find_routers": "routers",
+    "layers": "steering.layers",
     "register_experts": "experts",
 }
 
@@ -88,6 +90,7 @@ __all__ = [
     "experts",
     "files",
     "find_routers",
+    "layers",
     "nn",
     "ops",
     "patching",

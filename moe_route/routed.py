@@ -18,18 +18,20 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from moe_route.calls.call import PHASES, Call, Phase
 from moe_route.calls.token_rows import broadcast_rows, columns, in_phases, rows_on_device
 from moe_route.calls.token_table import Labels
+from moe_route.devices import upload
 from moe_route.experts.interface import experts_implementations
 from moe_route.identity import identity_of, library_versions
 from moe_route.patching.attachment import Attachment
 from moe_route.patching.context import CallListener
 from moe_route.recording import LabelBlock, Recorder, RoutingStatistics
-from moe_route.recording.recorder import RecordOptions
+from moe_route.recording.recorder import DEFAULT_GROUP, RecordOptions
 from moe_route.routers.discovery import RouterInfo
 from moe_route.steering import CompiledPlan, Plan
 from moe_route.steering.draw import token_counter
@@ -111,14 +113,17 @@ class RoutedModel:
         self, groups: Any = None, items: Any = None, *, count_mask: Any = None
     ) -> contextlib.AbstractContextManager[None]:
         """Say what the sequences of a batch are, as ``Recorder.labels`` does; without a recording only steering by
-        group uses it, and groups are names."""
+        group and replays by item use it, and groups are names."""
         self._require_attached("labels")
         if self._recording:
             assert self._recorder is not None
             return self._recorder.labels(groups, items, count_mask=count_mask)
-        if groups is None:
-            raise ValueError("labels() without a recording needs groups: the names that the plan steers by")
-        return self._labeled(LabelBlock.parse(groups, items, count_mask, None))
+        if groups is None and items is None:
+            raise ValueError(
+                "labels() without a recording needs groups, the names that the plan steers by, or items, those that it "
+                "replays"
+            )
+        return self._labeled(LabelBlock.parse(DEFAULT_GROUP if groups is None else groups, items, count_mask, None))
 
     @contextlib.contextmanager
     def _labeled(self, block: LabelBlock) -> Iterator[None]:
@@ -193,8 +198,9 @@ class RoutedModel:
         if self._steering is None:
             return Labels(-1, group, segment)
         recorded = self._recorder.block if self._recording and self._recorder else None
-        row = self._steering.rows(call, recorded or self._block)
-        return Labels(row, group, segment, self._steering.counter(call))
+        block = recorded or self._block
+        row = self._steering.rows(call, block)
+        return Labels(row, group, segment, self._steering.counter(call), self._steering.entries(call, block))
 
     def after_call(self, call: Call) -> None:
         """The call went through."""
@@ -280,6 +286,7 @@ class _Steering:
         self._rows = self.compiled.rows.tolist()
         self._block: LabelBlock | None = None
         self._cache: dict[tuple[int, int, torch.device], int | Tensor] = {}
+        self._starts: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def rows(self, call: Call, block: LabelBlock | None) -> int | Tensor:
         """Steering row of the tokens of a call: an int, ``[N]`` or ``[N, length]``; -1 leaves a token alone."""
@@ -288,8 +295,7 @@ class _Steering:
         return in_phases(self._rows_in("prefill", call, block), self._rows_in("decode", call, block), call)
 
     def _rows_in(self, phase_name: Phase, call: Call, block: LabelBlock | None) -> int | Tensor:
-        if block is not self._block:
-            self._block, self._cache = block, {}
+        self._follow(block)
         phase, bounds = PHASES.index(phase_name), self.compiled.bounds
         found = self._rows_at(0, phase, call, block)
         if not bounds:
@@ -300,6 +306,11 @@ class _Steering:
             found = torch.where(position >= bound, after, found)
         assert isinstance(found, Tensor)
         return found.expand(call.batch, call.length)
+
+    def _follow(self, block: LabelBlock | None) -> None:
+        """What is kept on a device is of one label block."""
+        if block is not self._block:
+            self._block, self._cache, self._starts = block, {}, {}
 
     def _rows_at(self, at: int, phase: int, call: Call, block: LabelBlock | None) -> int | Tensor:
         """Rows by the group of the token, for the class of positions ``at``."""
@@ -318,3 +329,30 @@ class _Steering:
         ids = call.input_ids
         shaped = ids is not None and ids.shape == (call.batch, call.length)
         return token_counter(call.positions(), ids if shaped else None)
+
+    def entries(self, call: Call, block: LabelBlock | None) -> Tensor | None:
+        """int64 ``[batch, length, M]``: which entry of each replayed table is a token's, -1 for none.
+
+        None where the plan replays nothing. What runs beside a text (guidance, an assistant) has none.
+        """
+        tables = self.compiled.replays
+        if not tables:
+            return None
+        if call.beside:
+            return torch.full((1, 1, len(tables)), -1, device=call.device)
+        self._follow(block)
+        key = (call.batch, call.device)
+        if key not in self._starts:
+            self._starts[key] = self._starts_of(call, block)
+        first, length = self._starts[key]
+        place = call.tokens_before()[..., None]
+        return torch.where(place < length, first + place, -1)
+
+    def _starts_of(self, call: Call, block: LabelBlock | None) -> tuple[Tensor, Tensor]:
+        """int64 ``[batch, 1, M]`` twice: where each row's sequence begins in each table, and how long it is."""
+        items, groups = (None, None) if block is None else (block.items, block.sequence_groups)
+        rows = [table.sequences(call.batch, items, groups) for table in self.compiled.replays]
+        first = [table.first[row] for table, row in zip(self.compiled.replays, rows, strict=True)]
+        length = [np.asarray(table.lengths)[row] for table, row in zip(self.compiled.replays, rows, strict=True)]
+        starts, lengths = (torch.from_numpy(np.stack(of, 1))[:, None] for of in (first, length))
+        return upload(starts, call.device), upload(lengths, call.device)

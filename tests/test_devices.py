@@ -253,20 +253,24 @@ def test_generating_on_a_device(place: Place, name: str, padding: str | None, ca
 PLAN = (
     mr.Plan.activate({0: [1, 2], 1: [5]}, strength=1.0)
     + mr.Plan.force_on({1: [3]}).only(groups="y")
-    + mr.Plan.bias({1: [0]}, value=0.25, on="choice").only(phase="decode")
+    + mr.Plan.bias({1: [0]}, strength=0.25, on="choice").only(phase="decode")
 )
 
 
 # rules worked out token by token, around `route`
 AROUND = (
     mr.Plan.activate({0: [1, 2]}, strength=1.0).only(absent=True, positions=slice(2, None))
-    + mr.Plan.force_on({0: [0]}).control("tokens", 3)
-    + mr.Plan.slot({1: [3]}).only(groups="y")
-    + mr.Plan.scores({1: {2: 0.5, 4: 0.25, 5: 0.125}}).only(phase="decode")
+    + mr.Plan.force_on({0: [0]}).random_per_token(3)
+    + mr.Plan.reserve_slot({1: [3]}).only(groups="y")
+    + mr.Plan.replace_scores({1: {2: 0.5, 4: 0.25, 5: 0.125}}).only(phase="decode")
 )
 
+# three sequences, the end of whose texts was not recorded
+RECORDED = torch.rand(3, 8, 2, 8, generator=torch.Generator().manual_seed(4)).topk(2).indices
+REPLAY = mr.Plan.replay(RECORDED, layers=[0, 1])
 
-@pytest.mark.parametrize("plan", [PLAN, AROUND], ids=["rows", "around"])
+
+@pytest.mark.parametrize("plan", [PLAN, AROUND, REPLAY], ids=["rows", "around", "replay"])
 @pytest.mark.parametrize("engine", ["hook", "fused"])
 @pytest.mark.parametrize("name", NAMES)
 def test_steering_on_a_device(place: Place, name: str, engine: str, plan: mr.Plan) -> None:
@@ -278,7 +282,7 @@ def test_steering_on_a_device(place: Place, name: str, engine: str, plan: mr.Pla
     compared(place, name, work, engine=engine)
 
 
-@pytest.mark.parametrize("plan", [PLAN, AROUND], ids=["rows", "around"])
+@pytest.mark.parametrize("plan", [PLAN, AROUND, REPLAY], ids=["rows", "around", "replay"])
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_the_host_waits_for_nothing_between_label_blocks(
@@ -387,7 +391,7 @@ def spread_over_two(place: Place, model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("plan", [PLAN, AROUND], ids=["rows", "around"])
+@pytest.mark.parametrize("plan", [PLAN, AROUND, REPLAY], ids=["rows", "around", "replay"])
 @pytest.mark.parametrize("engine", ["hook", "fused"])
 def test_layers_on_two_devices(away: Place, engine: str, plan: mr.Plan) -> None:
     with torch.no_grad():
@@ -515,7 +519,10 @@ def decode(place: Place, routed: mr.RoutedModel, graph: bool, plan: mr.Plan | No
         return recorder.statistics()
 
 
-@pytest.mark.parametrize("plan", [None, PLAN, AROUND], ids=["recorded", "steered", "around"])
+TWO = mr.Plan.replay(RECORDED[:2], layers=[0, 1])
+
+
+@pytest.mark.parametrize("plan", [None, PLAN, AROUND, TWO], ids=["recorded", "steered", "around", "replay"])
 def test_a_graph_of_a_decode_step_counts_every_replay(away: Place, plan: mr.Plan | None) -> None:
     with away.on(), torch.no_grad():
         model = away.move(model_of("qwen3_moe"))

@@ -191,7 +191,7 @@ def test_a_picture_in_a_second_turn_continues_the_first(seeing: tuple[Any, dict[
 
 def test_a_drawn_plan_steers_patches_too(seeing: tuple[Any, dict[str, Tensor]]) -> None:
     model, given = seeing
-    plan = mr.Plan.forbid({layer: [0] for layer in range(4)}).control("tokens", 5)
+    plan = mr.Plan.forbid({layer: [0] for layer in range(4)}).random_per_token(5)
     with mr.attach(model) as routed, routed.record() as recorder, routed.steer(plan):
         run(model, given)
     statistics = recorder.statistics()

@@ -101,7 +101,6 @@ def task_experts(
     baseline_group: str | None = None,
     layers: Iterable[int] | None = None,
     top: int | None = None,
-    layer_base: int = 0,
     phase: str | None = None,
     by: str = "sequence",
 ) -> ExpertSelection:
@@ -112,12 +111,11 @@ def task_experts(
 
     Args:
         threshold: published settings lie between 0.25 and 0.5.
-        layers: only these layers (counted from ``layer_base``). Leave it out to keep the experts of other layers for
-            controls.
+        layers: only these layers (0-based). Leave it out to keep the experts of other layers for controls.
         top: at most so many experts of a layer, those with the largest difference.
     """
     delta = expert_difference(task, baseline, group=group, baseline_group=baseline_group, phase=phase, by=by)
-    chosen = _above(delta, threshold, top) & _in_layers(delta, layers, layer_base)
+    chosen = _above(delta, threshold, top) & _in_layers(delta, layers)
     return selection(chosen, delta, task, threshold=threshold, description=f"task experts{_of(group)}")
 
 
@@ -129,7 +127,6 @@ def multilingual_experts(
     groups: Sequence[str] | None = None,
     layers: Iterable[int] | None = None,
     top: int | None = None,
-    layer_base: int = 0,
     phase: str | None = None,
     by: str = "sequence",
 ) -> ExpertSelection:
@@ -144,7 +141,7 @@ def multilingual_experts(
     rows = [statistics.groups.index(name) for name in pick_groups(statistics, groups, leave_out=reference)]
     delta = frequency[rows] - base
     largest = np.where(np.isnan(delta).all(0), np.nan, np.nanmax(np.where(np.isnan(delta), -np.inf, delta), axis=0))
-    chosen = _above(largest, threshold, top) & _in_layers(largest, layers, layer_base)
+    chosen = _above(largest, threshold, top) & _in_layers(largest, layers)
     text = f"multilingual experts against {reference}"
     return selection(chosen, largest, statistics, threshold=threshold, description=text)
 
@@ -163,10 +160,10 @@ def _largest(values: np.ndarray, top: int) -> np.ndarray:
     return places(np.nan_to_num(values, nan=-np.inf)) < top
 
 
-def _in_layers(values: np.ndarray, layers: Iterable[int] | None, layer_base: int) -> np.ndarray:
+def _in_layers(values: np.ndarray, layers: Iterable[int] | None) -> np.ndarray:
     kept = np.ones((len(values), 1), dtype=bool)
     if layers is not None:
-        numbers = as_layers(layers, layer_base)
+        numbers = as_layers(layers)
         if not numbers or numbers[-1] >= len(values):
             raise AnalysisError(f"layers must name some of the {len(values)} layers (0-{len(values) - 1})")
         kept[:] = False

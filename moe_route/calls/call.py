@@ -45,3 +45,16 @@ class Call:
             return (mask.bool().cumsum(1) - 1).clamp(min=0)[:, mask.shape[1] - self.length :]
         here = torch.arange(self.length, device=self.device)[None]
         return here + (self.past_length if self.counter is None else self.counter)
+
+    def tokens_before(self) -> Tensor:
+        """int64 [batch or 1, length]: how many real tokens of its row come before each token.
+
+        A trace calls this the position. Unlike `positions` it counts on where texts are packed into one row. To be
+        asked before the model runs.
+        """
+        if self.past_length or self.counter is not None:
+            return self.positions()
+        if self.valid is None:
+            return torch.arange(self.length, device=self.device)[None]
+        real = self.valid if self.again is None else self.valid | self.again
+        return (real.cumsum(1) - 1).clamp(min=0)

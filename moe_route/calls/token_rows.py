@@ -42,9 +42,10 @@ def broadcast_rows(value: IntLike, call: Call, what: str) -> int | Tensor:
     return labels
 
 
-def one_per_token(rows: Tensor, call: Call) -> Tensor:
-    """int64 [T] from integers that broadcast to [B, S]."""
-    return upload(rows, call.device).expand(call.batch, call.length).reshape(-1)
+def one_per_token(values: Tensor, call: Call) -> Tensor:
+    """int64 [T] from integers that broadcast to [B, S]; [T, M] from those that broadcast to [B, S, M]."""
+    more = values.shape[2:]
+    return upload(values, call.device).expand(call.batch, call.length, *more).reshape(-1, *more)
 
 
 def rows_on_device(rows: np.ndarray, device: torch.device) -> int | Tensor:

@@ -20,15 +20,14 @@ from moe_route.devices import upload
 class Labels:
     """What is said about the tokens of a call: an int for all tokens, or integers [B] or [B, S].
 
-    Fewer rows than the batch (beams, several returned sequences) are repeated where they divide it. `steering_row` is
-    a row of the steering tables, `group` and `segment` rows of the statistics tables; -1 is none. `counter` tells the
-    tokens apart for what is drawn for each of them.
+    Fewer rows than the batch (beams, several returned sequences) are repeated where they divide it.
     """
 
-    steering_row: IntLike = -1
-    group: IntLike = 0
-    segment: IntLike = -1
-    counter: Tensor | None = None
+    steering_row: IntLike = -1  # row of the steering tables; -1: none
+    group: IntLike = 0  # row of the group tables; -1: not counted
+    segment: IntLike = -1  # row of the segment tables; -1: none
+    counter: Tensor | None = None  # int64 [B, S]: tells tokens apart for what is drawn for each of them
+    entries: Tensor | None = None  # int64 [B, S, M]: a token's entry in each of M tables of recorded choices; -1: none
 
     @property
     def columns(self) -> tuple[IntLike, IntLike, IntLike]:
@@ -38,7 +37,7 @@ class Labels:
     @property
     def uniform(self) -> bool:
         """Whether all tokens share them."""
-        return all(isinstance(value, int) for value in self.columns)
+        return self.entries is None and all(isinstance(value, int) for value in self.columns)
 
 
 Tables = dict[torch.device, Tensor]

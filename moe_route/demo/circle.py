@@ -204,7 +204,7 @@ class _Run:
         measured = {report.selection: report.outcomes[0].mean}
         for threshold, selection in report.found.items():
             if selection and selection not in measured:
-                plan = Plan.activate(selection, report.middle, STRENGTHS[0])
+                plan = Plan.activate(selection, report.middle, strength=STRENGTHS[0])
                 nats = self.losses_under(routed, plan, f"threshold {threshold:g}")
                 measured[selection] = paired_difference(nats, base[..., 0], base[..., 1])
         return {threshold: measured[selection] for threshold, selection in report.found.items() if selection}
@@ -245,14 +245,14 @@ def plans(experts: ExpertSelection, middle: Sequence[int], layers: int) -> dict[
     """
     if not experts.restrict(middle):
         return {}
-    activate = Plan.activate(experts, middle, STRENGTHS[0])
+    activate = Plan.activate(experts, middle, strength=STRENGTHS[0])
     found = {f"task +{STRENGTHS[0]:g}": activate}
-    found |= {f"task +{strength:g}": Plan.activate(experts, middle, strength) for strength in STRENGTHS[1:]}
+    found |= {f"task +{strength:g}": Plan.activate(experts, middle, strength=strength) for strength in STRENGTHS[1:]}
     found["task forced on"] = Plan.force_on(experts, middle)
     others = sorted(set(range(layers)) - set(middle))
     if experts.restrict(others):
-        found[f"other layers +{STRENGTHS[0]:g}"] = activate.control("layers", others)
-    found[f"task -{STRENGTHS[0]:g}"] = activate.control("deactivate")
+        found[f"other layers +{STRENGTHS[0]:g}"] = activate.in_layers(others)
+    found[f"task -{STRENGTHS[0]:g}"] = -activate
     return found
 
 
@@ -268,11 +268,11 @@ def random_plans(experts: ExpertSelection, middle: Sequence[int]) -> tuple[list[
         assert size is not None, "the selection comes from a recording, which knows"
         sizes[layer] = size
     if prod(comb(sizes[layer], len(ids)) for layer, ids in steered.items()) - 1 > RANDOM_SETS:
-        activate = Plan.activate(experts, middle, STRENGTHS[0])
-        return [activate.control("random", seed) for seed in range(RANDOM_SETS)], False
+        activate = Plan.activate(experts, middle, strength=STRENGTHS[0])
+        return [activate.random(seed) for seed in range(RANDOM_SETS)], False
     sets = product(*(combinations(range(sizes[layer]), len(ids)) for layer, ids in steered.items()))
     others = (ExpertSelection(dict(zip(steered, ids, strict=True)), model=steered.model) for ids in sets)
-    return [Plan.activate(other, middle, STRENGTHS[0]) for other in others if other != steered], True
+    return [Plan.activate(other, middle, strength=STRENGTHS[0]) for other in others if other != steered], True
 
 
 def _items(corpus: Corpus, which: slice) -> Corpus:

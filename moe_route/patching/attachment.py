@@ -316,6 +316,11 @@ def _fitted(tables: Steers | None, router: RouterInfo) -> Steers | None:
             f"router {router.name!r} (layer {router.layer}) cannot take a top_k above its own: "
             f"{type(router.module).__name__} has no more slots. Leave that layer out: plan.only(layers=[...])"
         )
+    if tables.replays and router.adapter.patches:
+        raise ValueError(
+            f"router {router.name!r} (layer {router.layer}) routes patches of images, whose choices no replay "
+            "names: leave the layer out, plan.only(layers=[...])"
+        )
     return tables.fitted(router.name, router.spec)
 
 

@@ -55,6 +55,7 @@ class RunningCall:
         "counters",
         "deferred",
         "device",
+        "entries",
         "generations",
         "idle",
         "last",
@@ -103,6 +104,7 @@ class RunningCall:
         self.last: Tensor | None = None
         self.tables: Tables = {}
         self.counters: Tables = {}
+        self.entries: Tables = {}
         self.num_tokens = 0
         self.device: torch.device | None = None
         self.steers = False
@@ -213,6 +215,7 @@ class RunningCall:
             self._on_capture(labels)
         self.tables = self._build(call, labels)
         self.counters = {} if labels.counter is None else {call.device: one_per_token(labels.counter, call)}
+        self.entries = {} if labels.entries is None else {call.device: one_per_token(labels.entries, call)}
         self.table = self.last = self.tables[call.device]
         self.num_tokens, self.device, self.call = call.batch * call.length, call.device, call
 

@@ -42,6 +42,9 @@ class SteersTokens(Protocol):
     wide: int  # slots where a row has more than the router, else 0
 
     @property
+    def replays(self) -> bool: ...
+
+    @property
     def device(self) -> torch.device: ...
     @property
     def tables(self) -> Mapping[str, object]: ...
@@ -138,7 +141,8 @@ class Engine(ABC):
             return Choice(weights, ids, logits, steering, table)
         if own is None:
             given = {"choice": ops.route(logits, k, self.spec, **model)[1]}
-        given |= {"tokens": table, "counter": self.counter(logits), "statistics": statistics}
+        given |= {"tokens": table, "counter": self.counter(logits), "entries": self.entries(logits)}
+        given |= {"statistics": statistics}
         weights, ids, steered = steering.route(logits, k, self.spec, **model, **given)
         return Choice(weights, ids, *steered)
 
@@ -153,6 +157,14 @@ class Engine(ABC):
             if rows is None:
                 return torch.arange(len(logits), device=device)
         return counter if rows is None else counter[rows.to(device)]
+
+    def entries(self, logits: Tensor) -> Tensor | None:
+        """Which recorded choices are those of the router's tokens, [T, M], where the labels say it."""
+        entries, rows, device = self.context.entries, self.adapter.token_subset(), logits.device
+        if not entries:
+            return None
+        found = on_device(entries, device)
+        return found if rows is None else found[rows.to(device)]
 
     def steering_on(self, device: torch.device) -> Steers:
         """What steers, on the router's device: moved there once; trained tables, with their gradient, in every call."""

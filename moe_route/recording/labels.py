@@ -60,6 +60,14 @@ class LabelBlock:
             return self.mask.shape[0]
         return self.codes.shape[0] if self.codes.ndim else None
 
+    @property
+    def sequence_groups(self) -> tuple[str, ...] | None:
+        """The group of each of the N sequences (of its first token, where tokens have their own); None where nothing
+        says how many sequences there are."""
+        if self.codes.ndim:
+            return tuple(self.names[code] for code in self.codes.reshape(len(self.codes), -1)[:, 0])
+        return None if self.sequences is None else self.names * self.sequences
+
     def values(self, of_name: Sequence[int]) -> np.ndarray:
         """``codes`` translated: int64 of the same shape, ``of_name[i]`` for ``names[i]``."""
         return np.asarray(of_name, dtype=np.int64)[self.codes]

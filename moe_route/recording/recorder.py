@@ -191,8 +191,8 @@ class Recorder:
         ``groups``: one name for all, a name (or id) per sequence ``[B]``, or per token ``[B, S]``. ``items``: an id
         per sequence that pairs it with its translations. ``count_mask``: bool ``[B, S]``, count only these
         tokens (tokens past its columns are not counted). Columns are positions from the start, padding included
-        (an encoder and its decoder begin with the first each); tokens past the columns of ``groups`` keep the last one. Beams
-        and several returned sequences belong to the sequence they grew from.
+        (an encoder and its decoder begin with the first each); tokens past the columns of ``groups`` keep the last one.
+        Beams and several returned sequences belong to the sequence they grew from.
 
         Raises ``ValueError`` for unknown groups, lengths that do not agree, or a sequence that the store holds
         already, ``RecordingError`` outside the ``with`` block or inside another label block. A block left by an

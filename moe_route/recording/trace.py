@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,32 +29,27 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """N counted tokens in the order they were run.
+    """N counted tokens in the order they were run."""
 
-    ``sequence`` int32 [N] (into ``items``; beams of one sequence share it), ``group`` int32 [N] (into ``groups``),
-    ``position`` int32 [N] (padding not counted; of an encoder's text or of its decoder's), ``phase`` uint8 [N] (into
-    ``PHASES``), ``ids`` int8 or int16 ``[N, L, k]`` (-1: empty slot), ``weights`` float16 or float32 ``[N, L, k]``, L
-    the traced ``layers`` (router names).
-    ``truncated``: the limit on tokens was reached and later tokens are missing.
-    """
-
-    layers: tuple[str, ...]
+    layers: tuple[str, ...]  # the L traced layers, by the name of the router's module
+    layer_numbers: tuple[int, ...]  # the same, 0-based among the MoE layers of the model
     groups: tuple[str, ...]
-    items: tuple[Item | None, ...]
-    sequence: np.ndarray
-    group: np.ndarray
-    position: np.ndarray
-    phase: np.ndarray
-    ids: np.ndarray
-    weights: np.ndarray
-    truncated: bool = False
+    items: tuple[Item | None, ...]  # of each sequence
+    sequence: np.ndarray  # int32 [N], into `items`; beams of one sequence share it
+    group: np.ndarray  # int32 [N], into `groups`
+    position: np.ndarray  # int32 [N], padding not counted; of an encoder's text or of its decoder's
+    token: np.ndarray  # int32 [N], the token's id, -1 where the model was called with embeddings
+    phase: np.ndarray  # uint8 [N], into `PHASES`
+    ids: np.ndarray  # int8 or int16 [N, L, k], the experts; -1 is an empty slot
+    weights: np.ndarray  # float16 or float32 [N, L, k]
+    truncated: bool = False  # the limit on tokens was reached and later tokens are missing
 
     def __len__(self) -> int:
         return len(self.sequence)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one file (`moe_route.files`, kind "trace")."""
-        header = {"layers": self.layers, "groups": self.groups, "items": self.items, "truncated": self.truncated}
+        header = {name: getattr(self, name) for name in _HEADER}
         files.write(path, {name: getattr(self, name) for name in _COLUMNS}, header, _FILE_KIND)
 
     @classmethod
@@ -63,35 +58,20 @@ class Trace:
 
         Raises ``files.FileRefusedError`` for a missing, truncated, altered or foreign file.
         """
-        tensors, header = files.read(path, _FILE_KIND)
+        columns, header = files.read(path, _FILE_KIND)
         with files.expected_content(path):
-            return cls.of(header["layers"], header["groups"], header["items"], tensors, header["truncated"])
-
-    @classmethod
-    def of(
-        cls,
-        layers: Iterable[str],
-        groups: Iterable[str],
-        items: Iterable[Item | None],
-        columns: Mapping[str, np.ndarray],
-        truncated: bool,
-    ) -> Trace:
-        """From the arrays by name."""
-        return cls(
-            layers=tuple(layers),
-            groups=tuple(groups),
-            items=tuple(items),
-            sequence=columns["sequence"],
-            group=columns["group"],
-            position=columns["position"],
-            phase=columns["phase"],
-            ids=columns["ids"],
-            weights=columns["weights"],
-            truncated=truncated,
-        )
+            return cls(
+                layers=tuple(header["layers"]),
+                layer_numbers=tuple(header["layer_numbers"]),
+                groups=tuple(header["groups"]),
+                items=tuple(header["items"]),
+                truncated=header["truncated"],
+                **{name: columns[name] for name in _COLUMNS},
+            )
 
     def to_pandas(self) -> pd.DataFrame:
-        """Tidy, a row per (token, layer, slot): item, group, sequence, position, phase, layer, slot, expert, weight."""
+        """Tidy, a row per (token, layer, slot): item, group, sequence, position, token (its id), phase, layer (0-based
+        among the MoE layers), router (module name), slot, expert, weight."""
         try:
             import pandas
         except ImportError as error:
@@ -103,8 +83,10 @@ class Trace:
             "group": np.asarray(self.groups, dtype=object)[self.group[tokens]],
             "sequence": sequence,
             "position": self.position[tokens],
+            "token": self.token[tokens],
             "phase": np.asarray(PHASES, dtype=object)[self.phase[tokens]],
-            "layer": np.asarray(self.layers, dtype=object)[layers],
+            "layer": np.asarray(self.layer_numbers, dtype=np.int64)[layers],
+            "router": np.asarray(self.layers, dtype=object)[layers],
             "slot": slots,
             "expert": self.ids.reshape(-1),
             "weight": self.weights.reshape(-1).astype(np.float32),
@@ -117,7 +99,8 @@ class Trace:
         return f"Trace({size}, top-{self.ids.shape[-1]}{cut})"
 
 
-_COLUMNS = ("sequence", "group", "position", "phase", "ids", "weights")
+_COLUMNS = ("sequence", "group", "position", "token", "phase", "ids", "weights")
+_HEADER = ("layers", "layer_numbers", "groups", "items", "truncated")
 
 
 @dataclass
@@ -132,6 +115,7 @@ class _TracedCall:
     valid: Tensor | None
     group: int | Tensor  # index of the group, -1 not counted
     past: Tensor | None  # [batch or 1] how long the sequences were before, where that was not traced
+    tokens: Tensor | None  # [batch, length] token ids
     ids: dict[int, Tensor]
     weights: dict[int, Tensor]
 
@@ -181,8 +165,11 @@ class TraceWriter:
         """``group``: index of the group of every token, int, ``[N]`` or ``[N, length]``; -1 is not traced."""
         shape, phase = (call.batch, call.length), PHASES.index(call.phase)
         goes_on = call.past_length and not self._reached and not self._waiting  # what came before was not traced
-        past = call.positions()[:, 0] if goes_on else None
-        self._current = _TracedCall(*shape, phase, call.prompt, call.drafted, call.valid, group, past, {}, {})
+        past = call.tokens_before()[:, 0] if goes_on else None
+        ids = call.input_ids
+        # a copy: callers may reuse their input buffer for the next step
+        tokens = None if ids is None or ids.shape != shape else ids.to(torch.int32, copy=True)
+        self._current = _TracedCall(*shape, phase, call.prompt, call.drafted, call.valid, group, past, tokens, {}, {})
 
     def add(self, layer: int, ids: Tensor, weights: Tensor) -> None:
         """Take the choice of one layer, ids ``[T, k]`` and weights ``[T, k]``; does not wait for the device."""
@@ -247,12 +234,14 @@ class TraceWriter:
         self._kept += counted
         sequence = np.broadcast_to((self._first + rows // repeats)[:, None], shape)
         phase = np.broadcast_to(np.where(np.arange(call.length) < call.prompt, 0, call.phase), shape)
+        token = np.full(shape, -1) if call.tokens is None else call.tokens.cpu().numpy()
         ids, weights = self._choices(call, kept)
         self._chunks.append(
             {
                 "sequence": sequence.reshape(-1)[kept].astype(np.int32),
                 "group": group.reshape(-1)[kept].astype(np.int32),
                 "position": position.reshape(-1)[kept].astype(np.int32),
+                "token": token.reshape(-1)[kept].astype(np.int32),
                 "phase": phase.reshape(-1)[kept].astype(np.uint8),
                 "ids": ids,
                 "weights": weights,
@@ -300,13 +289,21 @@ class TraceWriter:
             "sequence": np.zeros(0, np.int32),
             "group": np.zeros(0, np.int32),
             "position": np.zeros(0, np.int32),
+            "token": np.zeros(0, np.int32),
             "phase": np.zeros(0, np.uint8),
             "ids": self._empty(0, self._ids_dtype, -1),
             "weights": self._empty(0, self._weights_dtype, 0),
         }
         chunks = [empty, *(self._widened(chunk) for chunk in self._chunks)]
         columns = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in _COLUMNS}
-        return Trace.of(self.names, groups, self._items, columns, self.truncated)
+        return Trace(
+            layers=self.names,
+            layer_numbers=self.layers,
+            groups=tuple(groups),
+            items=tuple(self._items),
+            **columns,
+            truncated=self.truncated,
+        )
 
 
 def _spread(group: int | Tensor, shape: tuple[int, int]) -> np.ndarray:

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import bisect
-import itertools
 import logging
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from moe_route.calls.call import PHASES
-from moe_route.contract.tables import NEUTRAL, ROW_PARAMETERS, Force, SteeringTables
+from moe_route.contract.tables import NEUTRAL, Force, SteeringTables
 from moe_route.steering.model import PlanError
-from moe_route.steering.rule import LAYER_KINDS, OPERATIONS, Rule
-from moe_route.steering.token_steering import MARK, Part, TokenSteering
+from moe_route.steering.replay import ReplayTable
+from moe_route.steering.rule import MOST_SLOTS, OPERATIONS, Rule
+from moe_route.steering.token_steering import Part, TokenSteering
 
 __all__ = ["CompiledPlan", "HasExperts", "LayerShape", "compile_rules"]
-
-MOST_SLOTS = 64  # what the operators can fill
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +33,7 @@ _FORCES = {
     ("force_off", "natural"): Force.OFF_NATURAL,
     ("forbid", ""): Force.FORBID,
 }
+_FORCED = {kind for kind, _ in _FORCES}
 # kind -> the plane of SteeringTables it fills; "bias" on a score goes to score_bias
 _PLANES = {
     "activate": "std",
@@ -82,6 +82,7 @@ class CompiledPlan:
         plan_hash: ``Plan.hash`` of the plan.
         bounds: the C - 1 positions at which a new class of positions begins.
         draws: whether a rule draws experts for each token.
+        replays: tables of recorded choices, in the order in which tokens name their entries in them.
     """
 
     tables: list[SteeringTables | TokenSteering | None]
@@ -90,6 +91,7 @@ class CompiledPlan:
     plan_hash: str
     bounds: tuple[int, ...] = ()
     draws: bool = False
+    replays: tuple[ReplayTable, ...] = ()
 
     @property
     def is_null(self) -> bool:
@@ -107,15 +109,43 @@ class CompiledPlan:
         """The same tables on another device."""
         device = torch.device(device)
         tables = [None if table is None else table.to(device) for table in self.tables]
-        return CompiledPlan(tables, self.rows.to(device), self.groups, self.plan_hash, self.bounds, self.draws)
+        return replace(self, tables=tables, rows=self.rows.to(device))
 
 
 # how rules look at a token: (only where the router did not choose the expert, seed of a draw)
 _View = tuple[bool, "int | None"]
 _PLAIN: _View = (False, None)
-# what one row does in one layer, by view and name: plane -> float32 [E], row parameter -> float, "remap" -> int32 [E],
-# "scores" -> float32 [E], "slot" -> int, "replay" -> int64 [k]; empty for nothing
-_Cell = dict[tuple[_View, str], "np.ndarray | float"]
+
+
+@dataclass(slots=True)
+class _Cell:
+    """What one row does in one layer; nothing where both are empty.
+
+    ``tables``: by view and name, a plane float32 [E], "remap" int32 [E], "replace_scores" float32 [E], "fix_choice"
+    int64 [k], "reserve_slot" and "replay" int64 [] (an expert, a table of ``CompiledPlan.replays``).
+    ``parameters``: row parameters by name.
+    """
+
+    tables: dict[tuple[_View, str], np.ndarray] = field(default_factory=dict)
+    parameters: dict[str, float] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.tables or self.parameters)
+
+    @property
+    def slots(self) -> int:
+        """Slots that a top_k asks for; 0 for the router's own."""
+        return int(self.parameters.get("top_k", 0))
+
+    @property
+    def names(self) -> set[str]:
+        return {name for _, name in self.tables} | self.parameters.keys()
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for cells that do the same."""
+        tables = sorted((repr(at), table.tobytes()) for at, table in self.tables.items())
+        return tuple(tables), tuple(sorted(self.parameters.items()))
 
 
 def compile_rules(
@@ -126,23 +156,23 @@ def compile_rules(
         raise PlanError(f"group names repeat: {', '.join(groups)}")
     for rule in rules:
         _check_fits(rule, routers, groups)
+    replays = tuple(dict.fromkeys(rule.table for rule in rules if rule.table is not None))
     found: dict[tuple[object, ...], int] = {}
     kept: list[list[_Cell]] = []
     known: dict[tuple[int, ...], int] = {}
     bounds = _bounds(rules)
     rows = np.full((len(PHASES), len(groups) + 1, len(bounds) + 1), -1, dtype=np.int32)
-    for (p, phase), (g, group), (c, first) in itertools.product(
-        enumerate(PHASES), enumerate((None, *groups)), enumerate((0, *bounds))
-    ):
-        active = tuple(i for i, rule in enumerate(rules) if rule.applies(phase, group, first))
-        if active not in known:
-            known[active] = _row(
-                found, kept, [_cell([rules[i] for i in active], layer, router) for layer, router in enumerate(routers)]
-            )
-        rows[p, g, c] = known[active]
-    tables = [_tables([row[layer] for row in kept], layer, router) for layer, router in enumerate(routers)]
+    for p, phase in enumerate(PHASES):
+        for g, group in enumerate((None, *groups)):
+            for c, active in enumerate(_active(rules, phase, group, bounds)):
+                if active not in known:
+                    here = [rules[i] for i in active]
+                    cells = [_cell(here, layer, router, replays) for layer, router in enumerate(routers)]
+                    known[active] = _row(found, kept, cells)
+                rows[p, g, c] = known[active]
+    tables = [_tables([row[layer] for row in kept], layer, router, replays) for layer, router in enumerate(routers)]
     draws = any(rule.draw is not None for rule in rules)
-    return CompiledPlan(tables, torch.from_numpy(rows), groups, plan_hash, bounds, draws)
+    return CompiledPlan(tables, torch.from_numpy(rows), groups, plan_hash, bounds, draws, replays)
 
 
 def _bounds(rules: Sequence[Rule]) -> tuple[int, ...]:
@@ -151,15 +181,25 @@ def _bounds(rules: Sequence[Rule]) -> tuple[int, ...]:
     return tuple(sorted(ends))
 
 
+def _active(rules: Sequence[Rule], phase: str, group: str | None, bounds: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """The rules that hold in each class of positions, by number, in rising order."""
+    begin, end = defaultdict(set), defaultdict(set)
+    for number, rule in enumerate(rules):
+        if rule.applies(phase, group):
+            for start, stop in ((0, None),) if rule.positions is None else rule.positions:
+                begin[start].add(number)
+                end[stop].add(number)
+    active: set[int] = set()
+    for first in (0, *bounds):
+        active = (active - end[first]) | begin[first]
+        yield tuple(sorted(active))
+
+
 def _row(found: dict[tuple[object, ...], int], kept: list[list[_Cell]], cells: list[_Cell]) -> int:
     """Index of the row with these cells, a new one if there is none yet; -1 where no cell does anything."""
     if not any(cells):
         return -1
-    key = tuple(
-        (name, value.tobytes() if isinstance(value, np.ndarray) else value)
-        for cell in cells
-        for name, value in [("layer", 0.0), *sorted(cell.items(), key=lambda entry: repr(entry[0]))]
-    )
+    key = tuple(cell.key for cell in cells)
     if key not in found:
         found[key] = len(kept)
         kept.append(cells)
@@ -177,7 +217,7 @@ def _check_fits(rule: Rule, routers: Sequence[HasExperts], groups: tuple[str, ..
         if layer >= len(routers):
             raise PlanError(
                 f"the plan steers layer {layer}, but the model has {len(routers)} MoE layers (0-{len(routers) - 1}): "
-                "restrict it with plan.only(layers=...), or use layer_base=1 for numbers that count from 1"
+                "restrict it with plan.only(layers=...); numbers that count from 1: moe_route.layers(8, 35, base=1)"
             )
         size = routers[layer].num_experts
         wrong = [expert for expert, target in rule.in_layer(layer) if expert >= size]
@@ -187,31 +227,56 @@ def _check_fits(rule: Rule, routers: Sequence[HasExperts], groups: tuple[str, ..
                 f"the plan names expert {wrong[0]} of layer {layer}, which has {size} experts (0-{size - 1}): "
                 "make it from statistics of this model"
             )
+    if rule.table is not None:
+        _check_table(rule, rule.table, routers)
 
 
-def _cell(rules: Sequence[Rule], layer: int, router: HasExperts) -> _Cell:
+def _check_table(rule: Rule, table: ReplayTable, routers: Sequence[HasExperts]) -> None:
+    """``PlanError`` for recorded choices that the layers do not have."""
+    if table.layers is None and table.ids.shape[1] != len(routers):
+        raise PlanError(
+            f"the replayed ids are of {table.ids.shape[1]} layers, the model has {len(routers)} MoE layers: leave "
+            "dense layers out of the ids, or say which layers they are of, Plan.replay(ids, layers=[...])"
+        )
+    for layer in range(len(routers)):
+        ids = table.layer_ids(layer) if rule.touches(layer) else None
+        if ids is None:
+            continue
+        size, slots = routers[layer].num_experts, routers[layer].top_k
+        if int(ids.max()) >= size:
+            raise PlanError(
+                f"the plan replays expert {int(ids.max())} of layer {layer}, which has {size} experts (0-{size - 1}): "
+                "replay what was recorded with this model"
+            )
+        if (ids[:, slots:] >= 0).any():
+            raise PlanError(
+                f"the plan replays more than {slots} experts for a token of layer {layer}, which has {slots} slots: "
+                "replay what was recorded with the model's own top-k, or leave the layer out, plan.only(layers=[...])"
+            )
+
+
+def _cell(rules: Sequence[Rule], layer: int, router: HasExperts, replays: Sequence[ReplayTable]) -> _Cell:
     """What the rules together do in one layer."""
-    here = [rule for rule in rules if _touches(rule, layer)]
-    cell: _Cell = {}
+    here = [rule for rule in rules if rule.touches(layer)]
+    if not here:
+        return _Cell()
+    cell = _Cell(parameters=_layer_parameters(here, layer, router))
     views = {_view(rule) for rule in here}
     for view in sorted(views, key=repr):
         seen = [rule for rule in here if _view(rule) == view]
         for name in dict.fromkeys(_plane(rule) for rule in seen if rule.kind in _PLANES):
             plane = _sum_plane([rule for rule in seen if _plane(rule) == name], name, layer, router.num_experts)
             if (plane != NEUTRAL[name]).any():
-                cell[view, name] = plane
-                for mode, value in _row_mode([rule for rule in here if _plane(rule) == name], layer).items():
-                    cell[_PLAIN, mode] = value
-        force = _force(seen, layer, router)
-        if force.any():
-            cell[view, "force"] = force
+                cell.tables[view, name] = plane
+                cell.parameters |= _row_mode([rule for rule in here if _plane(rule) == name], layer)
+        if any(rule.kind in _FORCED for rule in seen):
+            cell.tables[view, "force"] = _force(seen, layer, router)
     _check_forces(here, views, layer, router)
-    for name, value in _layer_parameters(here, layer, router).items():
-        cell[_PLAIN, name] = value
-    remap = _remap(here, layer, router.num_experts)
-    if (remap != np.arange(router.num_experts)).any():
-        cell[_PLAIN, "remap"] = remap
-    cell.update(_by_name(here, layer, router))
+    if any(rule.kind == "remap" for rule in here):
+        remap = _remap(here, layer, router.num_experts)
+        if (remap != np.arange(router.num_experts)).any():
+            cell.tables[_PLAIN, "remap"] = remap
+    cell.tables |= _by_name(here, layer, router, replays)
     _check_by_name(cell, layer, router)
     return cell
 
@@ -238,30 +303,48 @@ def _check_forces(rules: Sequence[Rule], views: set[_View], layer: int, router: 
         raise PlanError(f"the plan may forbid all {router.num_experts} experts of layer {layer}: leave at least one")
 
 
-def _by_name(rules: Sequence[Rule], layer: int, router: HasExperts) -> _Cell:
+# kinds that replace scores or choose experts by name, and what a token can have one of
+_BY_NAME = {
+    "replace_scores": "replaced scores",
+    "reserve_slot": "own experts",
+    "fix_choice": "fixed or replayed choices",
+    "replay": "fixed or replayed choices",
+}
+
+
+def _by_name(
+    rules: Sequence[Rule], layer: int, router: HasExperts, replays: Sequence[ReplayTable]
+) -> dict[tuple[_View, str], np.ndarray]:
     """What replaces scores, and what chooses experts by name."""
-    cell: _Cell = {}
-    for kind, named in (("scores", "replaced scores"), ("slot", "own experts"), ("replay", "replayed choices")):
-        asked = {(rule.draw, rule.in_layer(layer)) for rule in rules if rule.kind == kind}
-        if len(asked) > 1 or any(kind == "slot" and len(pairs) > 1 for _, pairs in asked):
+    tables: dict[tuple[_View, str], np.ndarray] = {}
+    asked: dict[str, set[tuple[object, ...]]] = defaultdict(set)
+    for rule in rules:
+        if rule.kind not in _BY_NAME:
+            continue
+        pairs, what = rule.in_layer(layer), _BY_NAME[rule.kind]
+        asked[what].add((rule.kind, rule.draw, pairs, rule.table))
+        if len(asked[what]) > 1 or (rule.kind == "reserve_slot" and len(pairs) > 1):
             raise PlanError(
-                f"a token of layer {layer} gets two {named}: keep one, or separate them with plan.only(...)"
+                f"a token of layer {layer} gets two {what}: keep one, or separate them with plan.only(...) (choices of "
+                "several sequences go into one Plan.replay, by item)"
             )
-        for draw, pairs in asked:
-            cell[(False, draw), kind] = _named(kind, pairs, layer, router)
-    return cell
+        number = -1 if rule.table is None else replays.index(rule.table)
+        tables[(False, rule.draw), rule.kind] = _named(rule.kind, pairs, number, layer, router)
+    return tables
 
 
-def _named(kind: str, pairs: Sequence[tuple[int, float]], layer: int, router: HasExperts) -> np.ndarray | float:
-    if kind == "slot":
-        return pairs[0][0]
-    if kind == "scores":
+def _named(kind: str, pairs: Sequence[tuple[int, float]], table: int, layer: int, router: HasExperts) -> np.ndarray:
+    if kind == "replay":
+        return np.asarray(table, np.int64)
+    if kind == "reserve_slot":
+        return np.asarray(pairs[0][0], np.int64)
+    if kind == "replace_scores":
         scores = np.zeros(router.num_experts, dtype=np.float32)
         for expert, score in pairs:
             scores[expert] = score
         return scores
     if len(pairs) > router.top_k:
-        raise PlanError(f"{len(pairs)} experts are replayed in layer {layer}, which has {router.top_k} slots")
+        raise PlanError(f"{len(pairs)} experts are fixed in layer {layer}, which has {router.top_k} slots")
     ids = np.full(router.top_k, -1, dtype=np.int64)
     for expert, slot in pairs:
         ids[int(slot)] = expert
@@ -269,22 +352,13 @@ def _named(kind: str, pairs: Sequence[tuple[int, float]], layer: int, router: Ha
 
 
 def _check_by_name(cell: _Cell, layer: int, router: HasExperts) -> None:
-    by_name = sorted({name for _, name in cell if name in ("slot", "replay")})
+    by_name = sorted(cell.names & {"reserve_slot", "fix_choice", "replay"})
     if not by_name:
         return
-    other = "a remap" if (_PLAIN, "remap") in cell else ""
-    top_k = cell.get((_PLAIN, "top_k"), 0)
-    other = other or (
-        "a top_k above the router's own" if not isinstance(top_k, np.ndarray) and top_k > router.top_k else ""
-    )
+    other = "a remap" if "remap" in cell.names else ""
+    other = other or ("a top_k above the router's own" if cell.slots > router.top_k else "")
     if other:
         raise PlanError(f"a {by_name[0]} rule and {other} meet on layer {layer}: separate them with plan.only(...)")
-
-
-def _touches(rule: Rule, layer: int) -> bool:
-    if rule.kind in LAYER_KINDS:
-        return rule.layers is None or layer in rule.layers
-    return bool(rule.in_layer(layer))
 
 
 def _plane(rule: Rule) -> str:
@@ -379,63 +453,73 @@ def _remap(rules: Iterable[Rule], layer: int, num_experts: int) -> np.ndarray:
     return remap
 
 
-def _tables(cells: Sequence[_Cell], layer: int, router: HasExperts) -> SteeringTables | TokenSteering | None:
-    """One layer's cells, a row each, as tables with the planes that any of them uses."""
-    names: dict[_View, list[str]] = {}
-    for view, name in dict.fromkeys(key for cell in cells for key in cell):
-        names.setdefault(view, []).append(name)
-    if not names:
+def _tables(
+    cells: Sequence[_Cell], layer: int, router: HasExperts, replays: Sequence[ReplayTable]
+) -> SteeringTables | TokenSteering | None:
+    """One layer's cells, a row each, as tables with what any of them uses."""
+    if not any(cells):
         return None
-    wide = int(max((cell.get((_PLAIN, "top_k"), 0.0) for cell in cells), default=0.0))  # type: ignore[type-var]
-    wide = wide if wide > router.top_k else 0
-    plain = names.pop(_PLAIN, [])
+    names: dict[_View, list[str]] = {_PLAIN: []}
+    for view, name in dict.fromkeys(key for cell in cells for key in cell.tables):
+        names.setdefault(view, []).append(name)
+    plain = names.pop(_PLAIN)
     by_name = [name for name in plain if name in _BY_NAME]
+    given: dict[str, Any] = _stacked(cells, _PLAIN, [name for name in plain if name not in _BY_NAME], router)
+    for name in dict.fromkeys(name for cell in cells for name in cell.parameters):
+        given[name] = torch.tensor([cell.parameters.get(name, NEUTRAL[name]) for cell in cells])
+    wide = max(cell.slots for cell in cells)
+    wide = wide if wide > router.top_k else 0
     if not names and not by_name and not wide:
-        whole: dict[str, Any] = _stacked(cells, _PLAIN, plain, router)
-        return SteeringTables(len(cells), router.num_experts, **whole)
-    base: dict[str, Any] = {"temperature": torch.ones(len(cells))}
-    base |= _stacked(cells, _PLAIN, [name for name in plain if name not in _BY_NAME], router)
-    anew = [_routed_anew(cell, router) for cell in cells]
-    if any(anew):
-        bias = base.get("bias", torch.zeros(len(cells), router.num_experts))
-        base["bias"] = torch.where(torch.tensor(anew)[:, None] & (bias == 0), MARK, bias)
+        return SteeringTables(len(cells), router.num_experts, **given)
     parts = [_part(cells, _PLAIN, by_name, router)] if by_name else []
     parts += [_part(cells, view, of_view, router) for view, of_view in sorted(names.items(), key=repr)]
-    tables = SteeringTables(len(cells), router.num_experts, **base)
-    return TokenSteering(layer, len(cells), router.num_experts, tables, parts, wide)
+    used = {int(table) for cell in cells for (_, name), table in cell.tables.items() if name == "replay"}
+    return TokenSteering(
+        layer,
+        router.num_experts,
+        SteeringTables(len(cells), router.num_experts, **{"temperature": torch.ones(len(cells))} | given),
+        parts,
+        recorded={number: _recorded(replays[number], layer, router) for number in sorted(used)},
+        anew=_flags("replace_scores" in cell.names or cell.slots > router.top_k for cell in cells),
+        replays_only=_flags(cell.names == {"replay"} for cell in cells),
+        wide=wide,
+    )
 
 
-def _routed_anew(cell: _Cell, router: HasExperts) -> bool:
-    """Whether tokens of this row are routed anew though their logits are steered by nothing else."""
-    top_k = cell.get((_PLAIN, "top_k"), 0.0)
-    return any(name == "scores" for _, name in cell) or (not isinstance(top_k, np.ndarray) and top_k > router.top_k)
+def _recorded(table: ReplayTable, layer: int, router: HasExperts) -> torch.Tensor:
+    """int16 [n, k]: recorded choices of a layer, with as many slots as it has."""
+    ids = table.layer_ids(layer)
+    assert ids is not None  # the rule touches the layer
+    room = ((0, 0), (0, max(router.top_k - ids.shape[1], 0)))
+    return torch.from_numpy(np.pad(ids[:, : router.top_k], room, constant_values=-1))
+
+
+def _flags(rows: Iterable[bool]) -> torch.Tensor | None:
+    """bool [rows], None where it is true of none."""
+    flags = list(rows)
+    return torch.tensor(flags) if any(flags) else None
 
 
 def _part(cells: Sequence[_Cell], view: _View, names: Sequence[str], router: HasExperts) -> Part:
     tables = _stacked(cells, view, names, router)
-    scores, slot, replay = (tables.pop(name, None) for name in _BY_NAME)
-    return Part(*view, tables, scores, slot, replay)
+    named = {name: tables.pop(name) for name in _BY_NAME if name in tables}
+    return Part(*view, tables, named)
 
 
 def _stacked(cells: Sequence[_Cell], view: _View, names: Sequence[str], router: HasExperts) -> dict[str, torch.Tensor]:
     """Tables by name, a row for each cell."""
-    stacked = {}
-    for name in names:
-        neutral = _neutral(name, router)
-        rows = [np.asarray(cell.get((view, name), neutral), neutral.dtype) for cell in cells]
-        stacked[name] = torch.from_numpy(np.stack(rows))
-    return stacked
-
-
-_BY_NAME = ("scores", "slot", "replay")
+    neutral = {name: _neutral(name, router) for name in names}
+    return {
+        name: torch.from_numpy(np.stack([cell.tables.get((view, name), neutral[name]) for cell in cells]))
+        for name in names
+    }
 
 
 def _neutral(name: str, router: HasExperts) -> np.ndarray:
     if name == "remap":
         return np.arange(router.num_experts, dtype=np.int32)
-    if name == "slot":
+    if name in ("reserve_slot", "replay"):
         return np.asarray(-1, dtype=np.int64)
-    if name == "replay":
+    if name == "fix_choice":
         return np.full(router.top_k, -1, dtype=np.int64)
-    value = np.nan if name == "scores" else NEUTRAL[name]
-    return np.asarray(value, np.float32) if name in ROW_PARAMETERS else np.full(router.num_experts, value, np.float32)
+    return np.full(router.num_experts, np.nan if name == "replace_scores" else NEUTRAL[name], np.float32)

@@ -1,28 +1,41 @@
-"""How a user names layers: 0-based MoE layers, a recipe's own base, and short printing ("8-35")."""
+"""How a user names layers: 0-based MoE layers, published ranges, and short printing ("8-35")."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from operator import index
 
-__all__ = ["as_layers", "show_numbers"]
+__all__ = ["as_layers", "layers", "show_numbers"]
 
 
-def as_layers(layers: Iterable[int] | int, layer_base: int = 0) -> tuple[int, ...]:
-    """Sorted 0-based MoE layers from numbers counted from ``layer_base`` (0 or 1).
+def layers(first: int, last: int | None = None, *, base: int = 0) -> range:
+    """0-based MoE layers from a published range, both ends included: ``layers(8, 35)`` is ``range(8, 36)``.
 
-    Published recipes often do not say whether "layers 8-35" counts from 0 or 1; ``layer_base`` says it. Raises
-    ``ValueError`` for a number below the base and ``TypeError`` for what is not a whole number.
+    Args:
+        first: the first layer.
+        last: the last layer; without it the range is ``first`` alone.
+        base: the number that the publication gives the first MoE layer, 0 or 1. ``layers(9, 36, base=1)`` is
+            ``range(8, 36)`` too.
+
+    Raises ``ValueError`` for another base, a layer below it, and a range that ends before it begins.
     """
-    if layer_base not in (0, 1):
-        raise ValueError(f"layer_base must be 0 or 1, not {layer_base!r}")
-    numbers = [layers] if isinstance(layers, int) else layers
-    found = sorted({index(number) for number in numbers})
-    if found and found[0] < layer_base:
-        raise ValueError(
-            f"layer {found[0]} is below layer_base={layer_base}: layers count upwards from the first MoE layer"
-        )
-    return tuple(number - layer_base for number in found)
+    if base not in (0, 1):
+        raise ValueError(f"base must be 0 or 1, the number of the first MoE layer, not {base!r}")
+    start, end = index(first), index(first if last is None else last)
+    if start < base or end < start:
+        raise ValueError(f"there are no layers {start} to {end}: they count upwards from {base}, both ends included")
+    return range(start - base, end - base + 1)
+
+
+def as_layers(numbers: Iterable[int] | int) -> tuple[int, ...]:
+    """Sorted 0-based MoE layers without repeats; one number may be given alone.
+
+    Raises ``ValueError`` for a number below 0 and ``TypeError`` for what is not a whole number.
+    """
+    found = sorted({index(number) for number in ([numbers] if isinstance(numbers, int) else numbers)})
+    if found and found[0] < 0:
+        raise ValueError(f"there is no layer {found[0]}: MoE layers count from 0")
+    return tuple(found)
 
 
 def show_numbers(numbers: Iterable[int]) -> str:

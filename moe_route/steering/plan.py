@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import index
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from moe_route import files
 from moe_route.steering.compiled import CompiledPlan, HasExperts, compile_rules
 from moe_route.steering.model import PlanError, PlanModel
+from moe_route.steering.replay import RecordedChoices, ReplayTable
 from moe_route.steering.rule import (
-    LAYER_KINDS,
-    VALUED_KINDS,
     Experts,
     Rule,
     as_groups,
@@ -27,10 +30,13 @@ from moe_route.steering.rule import (
     rule_from_dict,
 )
 from moe_route.steering.selection import ExpertSelection, random_permutation
+from moe_route.texttable import Table
 
 __all__ = ["Plan"]
 
 _KIND = "plan"
+_SHOWN, _SHOWN_IN_HTML = 8, 50  # rules that repr and notebooks list
+_log = logging.getLogger(__name__)
 
 
 class Plan:
@@ -39,8 +45,8 @@ class Plan:
     Made by the class methods below, each of which gives a plan of one rule; combined with ``+`` (any order is the same
     plan), scaled with ``*``, narrowed with ``only``. Experts are a mapping from layer (0-based among MoE layers) to
     expert ids, such as an ``ExpertSelection``, or to {expert: coefficient}; or ids alone, meant for each of ``layers``.
-    ``layers`` restricts the rule to some layers and is counted from ``layer_base`` (0 or 1), since published recipes
-    differ; the keys of a mapping always count from 0.
+    ``layers`` restricts the rule to some layers; for the numbers of a publication, which may count from 1 and include
+    both ends, there is ``moe_route.layers(8, 35, base=1)``. How much is done is ``strength`` in all of them.
 
     Where rules meet on one expert: strengths add, factors multiply, off wins over on, forbid wins over all.
 
@@ -48,17 +54,26 @@ class Plan:
     order and description. Bad values raise ``PlanError``.
     """
 
-    __slots__ = ("description", "model", "rules")
-    rules: tuple[Rule, ...]
+    __slots__ = ("_ordered", "_rules", "description", "model")
+    _rules: tuple[Rule, ...]
+    _ordered: bool
     model: PlanModel
     description: str
 
     def __init__(self, rules: Iterable[Rule] = (), *, model: PlanModel | None = None, description: str = "") -> None:
-        # one order for one plan: a sum does not depend on the order of its terms
-        ordered = sorted(rules, key=lambda rule: files.canonical_json(rule.to_dict()))
-        self.rules = tuple(ordered)
+        self._rules = tuple(rules)
+        self._ordered = len(self._rules) < 2
         self.model = model or PlanModel()
         self.description = str(description)
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules, in one order for one plan: a sum does not depend on the order of its terms."""
+        if not self._ordered:  # put in order when they are first asked for, so that a sum of many plans does it once
+            ordered = sorted(self._rules, key=lambda rule: files.canonical_json(rule.to_dict()))
+            object.__setattr__(self, "_rules", tuple(ordered))
+            object.__setattr__(self, "_ordered", True)
+        return self._rules
 
     def __setattr__(self, name: str, value: object) -> None:
         if hasattr(self, name):
@@ -72,181 +87,195 @@ class Plan:
         cls,
         experts: Experts,
         layers: Iterable[int] | int | None = None,
-        strength: float = 0.5,
         *,
-        std: str = "population",
-        layer_base: int = 0,
+        strength: float = 0.5,
+        correction: int = 0,
     ) -> Plan:
         """Soft activation: ``z_e += strength * std(z)``, std over the allowed logits of the token [arXiv 2510.04694,
         eq. 4].
 
-        ``std`` is "population" (default) or "sample".
+        ``correction`` is that of ``torch.std``: 0 for the population (default), 1 for a sample.
         """
-        return cls._of("activate", experts, layers, layer_base, strength=strength, mode=std)
+        if correction not in (0, 1):
+            raise PlanError(f"correction must be 0 (population) or 1 (sample), as for torch.std, not {correction!r}")
+        mode = "sample" if correction else "population"
+        return cls._of("activate", experts, layers, strength=strength, mode=mode)
 
     @classmethod
     def deactivate(
         cls,
         experts: Experts,
         layers: Iterable[int] | int | None = None,
-        strength: float = 0.5,
         *,
-        std: str = "population",
-        layer_base: int = 0,
+        strength: float = 0.5,
+        correction: int = 0,
     ) -> Plan:
         """Soft deactivation: ``z_e -= strength * std(z)``; the opposite of ``activate``."""
-        return cls.activate(experts, layers, -strength, std=std, layer_base=layer_base)
+        return cls.activate(experts, layers, strength=-strength, correction=correction)
 
     @classmethod
     def force_on(
         cls,
         experts: Experts,
         layers: Iterable[int] | int | None = None,
-        weight: str = "paper",
         *,
-        layer_base: int = 0,
+        weight: str = "paper",
     ) -> Plan:
         """Choose the experts first. ``weight`` says what they weigh.
 
         "paper": their logit becomes the largest of the row [arXiv 2510.04694, eq. 5]; "steermoe": the largest
         log-softmax plus 0.01 [arXiv 2509.09660]; "natural": their own.
         """
-        return cls._of("force_on", experts, layers, layer_base, mode=weight)
+        return cls._of("force_on", experts, layers, mode=weight)
 
     @classmethod
     def force_off(
         cls,
         experts: Experts,
         layers: Iterable[int] | int | None = None,
-        weight: str = "paper",
         *,
-        layer_base: int = 0,
+        weight: str = "paper",
     ) -> Plan:
         """Choose the experts last: only where fewer than k others are left. ``weight`` as in ``force_on``, with the
         row's smallest logit.
         """
-        return cls._of("force_off", experts, layers, layer_base, mode=weight)
+        return cls._of("force_off", experts, layers, mode=weight)
 
     @classmethod
-    def forbid(cls, experts: Experts, layers: Iterable[int] | int | None = None, *, layer_base: int = 0) -> Plan:
+    def forbid(cls, experts: Experts, layers: Iterable[int] | int | None = None) -> Plan:
         """Never choose the experts (ablation, ``z_e = -inf``); a slot with nothing left to choose stays empty."""
-        return cls._of("forbid", experts, layers, layer_base)
+        return cls._of("forbid", experts, layers)
 
     @classmethod
     def bias(
         cls,
         experts: Experts,
         layers: Iterable[int] | int | None = None,
-        value: float = 1.0,
         *,
+        strength: float = 1.0,
         on: str = "logit",
-        layer_base: int = 0,
     ) -> Plan:
-        """Add ``value`` (times each expert's coefficient): to the "logit", to the "score", or to the score for the
+        """Add ``strength`` (times each expert's coefficient): to the "logit", to the "score", or to the score for the
         "choice" alone.
         """
-        return cls._of("bias", experts, layers, layer_base, strength=value, mode=on)
+        return cls._of("bias", experts, layers, strength=strength, mode=on)
 
     @classmethod
-    def magnitude(
-        cls,
-        experts: Experts,
-        layers: Iterable[int] | int | None = None,
-        strength: float = 0.5,
-        *,
-        layer_base: int = 0,
-    ) -> Plan:
+    def magnitude(cls, experts: Experts, layers: Iterable[int] | int | None = None, *, strength: float = 0.5) -> Plan:
         """``z_e += strength * c_e * |z_e|``, c_e the expert's coefficient, 1 unless given [arXiv 2601.14050]."""
-        return cls._of("magnitude", experts, layers, layer_base, strength=strength)
+        return cls._of("magnitude", experts, layers, strength=strength)
 
     @classmethod
     def scale_logits(
-        cls, experts: Experts, layers: Iterable[int] | int | None = None, factor: float = 1.0, *, layer_base: int = 0
+        cls, experts: Experts, layers: Iterable[int] | int | None = None, *, strength: float = 1.0
     ) -> Plan:
-        """``z_e *= factor`` (times each expert's coefficient). ``plan * x`` gives ``factor ** x``."""
-        return cls._of("scale_logits", experts, layers, layer_base, factor=factor)
+        """``z_e *= strength`` (times each expert's coefficient). ``plan * x`` gives ``strength ** x``."""
+        return cls._of("scale_logits", experts, layers, factor=strength)
 
     @classmethod
     def scale_weights(
         cls,
         experts: Experts,
         layers: Iterable[int] | int | None = None,
-        factor: float = 1.0,
         *,
+        strength: float = 1.0,
         when: str = "before",
-        layer_base: int = 0,
     ) -> Plan:
-        """``w_e *= factor`` after selection, "before" or "after" the weights are renormalized. ``plan * x`` gives
-        ``factor ** x``.
+        """``w_e *= strength`` after selection, "before" or "after" the weights are renormalized. ``plan * x`` gives
+        ``strength ** x``.
         """
-        return cls._of("scale_weights", experts, layers, layer_base, factor=factor, mode=when)
+        return cls._of("scale_weights", experts, layers, factor=strength, mode=when)
 
     @classmethod
-    def temperature(cls, value: float, layers: Iterable[int] | int | None = None, *, layer_base: int = 0) -> Plan:
-        """``z /= value`` for all experts of the layers (every layer by default). ``plan * x`` gives ``value ** x``."""
-        return cls._of("temperature", None, layers, layer_base, value=value)
-
-    @classmethod
-    def top_k(cls, k: int, layers: Iterable[int] | int | None = None, *, layer_base: int = 0) -> Plan:
-        """Fewer or more experts a token: the first ``k`` slots are filled, the rest stay empty; from 1 to the layer's
-        number of experts. More than the model's own k costs those layers that many slots for every token.
+    def temperature(cls, strength: float, /, layers: Iterable[int] | int | None = None) -> Plan:
+        """``z /= strength`` for all experts of the layers (every layer by default). ``plan * x`` gives
+        ``strength ** x``.
         """
-        return cls._of("top_k", None, layers, layer_base, value=k)
+        return cls._of("temperature", None, layers, value=strength)
 
     @classmethod
-    def scores(
-        cls,
-        scores: Mapping[int, Mapping[int, float]],
-        layers: Iterable[int] | int | None = None,
-        *,
-        layer_base: int = 0,
+    def top_k(cls, k: int, /, layers: Iterable[int] | int | None = None) -> Plan:
+        """Fewer or more experts per token: the first ``k`` slots are filled, the rest stay empty; from 1 to the layer's
+        number of experts (at most 64). More than the model's own k costs those layers that many slots for every token.
+        """
+        return cls._of("top_k", None, layers, value=k)
+
+    @classmethod
+    def replace_scores(
+        cls, scores: Mapping[int, Mapping[int, float]], layers: Iterable[int] | int | None = None
     ) -> Plan:
         """Put ``scores[layer][expert]`` in the place of the router's scores (0 for experts not named), then choose and
         weigh as ever [arXiv 2504.07964]. Scores of a softmax are shares, whatever their sum; other rules act on them
         as on the router's own. ``only`` says at which tokens. ``ValueError`` when steering a SparseMixer router.
         """
-        return cls._of("scores", scores, layers, layer_base)
+        return cls._of("replace_scores", scores, layers)
 
     @classmethod
-    def slot(cls, experts: Experts, layers: Iterable[int] | int | None = None, *, layer_base: int = 0) -> Plan:
-        """The last slot goes to this expert (one a layer) where the router did not choose it: a group's own expert,
+    def reserve_slot(cls, experts: Experts, layers: Iterable[int] | int | None = None) -> Plan:
+        """The last slot goes to this expert (one per layer) where the router did not choose it: a group's own expert,
         with ``only(groups=...)`` [hybrid-k, arXiv 2410.10626]. It weighs by its own score; forbid and force_off win
         over it.
         """
-        return cls._of("slot", experts, layers, layer_base)
+        return cls._of("reserve_slot", experts, layers)
+
+    @classmethod
+    def fix_choice(cls, experts: Mapping[int, Sequence[int]], layers: Iterable[int] | int | None = None) -> Plan:
+        """Exactly these experts for every token, in this order, weighed by the model's own scores; slots beyond them
+        stay empty. Tokens that other conditions leave out are routed as ever. ``replay`` is the same token by token.
+        """
+        placed = {layer: {expert: slot for slot, expert in enumerate(ids)} for layer, ids in experts.items()}
+        return cls._of("fix_choice", placed, layers)
 
     @classmethod
     def replay(
         cls,
-        experts: Mapping[int, Sequence[int]],
+        recorded: RecordedChoices | Tensor | np.ndarray,
         layers: Iterable[int] | int | None = None,
         *,
-        layer_base: int = 0,
+        items: Sequence[str | int] | None = None,
     ) -> Plan:
-        """Exactly these experts, in this order, weighed by the model's own scores [arXiv 2510.11370]; slots beyond them
-        stay empty. Tokens that other conditions leave out are routed as ever.
+        """Send each token to the experts that were recorded for it, weighed by the model's own scores, with a gradient
+        to the router (routing replay) [arXiv 2510.11370].
+
+        Args:
+            recorded: a ``Trace``, or integer ids ``[B, T, L, k]`` (``[T, L, k]`` of one sequence). Tokens are found by
+                their sequence and their position in it, padding not counted, in prefill and decode alike. Sequences of
+                a trace are found by their item (and group, where an item was recorded in several), so that the steered
+                run names them with ``labels(items=...)``, in any batch. Sequences without items, and ids, are found by
+                batch row; a batch of n times B has n rows (beams, returned sequences) for each.
+            layers: of a trace, only these; of ids, the MoE layers that the L stand for, in their order (default: every
+                layer of the model).
+            items: an item for each of the B sequences of ids, to find them by.
+
+        A token whose ids begin with -1, and tokens past the end of their sequence, keep the router's own choice, every
+        bit of it; a -1 further on leaves that slot empty.
+
+        Raises ``PlanError`` for what holds no choices (a wrong shape, experts twice, a cut trace), when compiled for
+        layers or experts that the model lacks; inside ``steer``, for a call with a sequence that was not recorded.
         """
-        placed = {layer: {expert: slot for slot, expert in enumerate(ids)} for layer, ids in experts.items()}
-        return cls._of("replay", placed, layers, layer_base)
+        if isinstance(recorded, Mapping):
+            raise PlanError("a mapping from layer to experts is one choice for all tokens: use Plan.fix_choice")
+        if isinstance(recorded, (list, tuple)):
+            recorded = np.asarray(recorded)
+        if isinstance(recorded, (Tensor, np.ndarray)):
+            named = None if layers is None else [layers] if isinstance(layers, int) else list(layers)
+            return cls([make_rule("replay", None, None, table=ReplayTable.of_ids(recorded, named, items))])
+        if not hasattr(recorded, "layer_numbers"):
+            raise PlanError(f"replay takes a Trace or ids, not {type(recorded).__name__}: recorder.trace()")
+        if items is not None:
+            raise PlanError("a trace has its own items: leave items= out")
+        return cls([make_rule("replay", None, layers, table=ReplayTable.of_trace(recorded))])
 
     @classmethod
-    def remap(
-        cls,
-        experts: Mapping[int, Mapping[int, int]],
-        layers: Iterable[int] | int | None = None,
-        *,
-        layer_base: int = 0,
-    ) -> Plan:
+    def remap(cls, experts: Mapping[int, Mapping[int, int]], layers: Iterable[int] | int | None = None) -> Plan:
         """After selection expert e of a layer becomes ``experts[layer][e]`` (-1: dropped); duplicates merge, their
         weights add up.
         """
-        return cls._of("remap", experts, layers, layer_base)
+        return cls._of("remap", experts, layers)
 
     @classmethod
-    def _of(
-        cls, kind: str, experts: Experts | None, layers: Iterable[int] | int | None, layer_base: int, **values: Any
-    ) -> Plan:
-        rule = make_rule(kind, experts, layers, layer_base=layer_base, **values)
+    def _of(cls, kind: str, experts: Experts | None, layers: Iterable[int] | int | None, **values: Any) -> Plan:
+        rule = make_rule(kind, experts, layers, **values)
         if not isinstance(experts, ExpertSelection):
             return cls([rule])
         return cls([rule], model=experts.model, description=experts.description)
@@ -261,7 +290,6 @@ class Plan:
         positions: Any = None,
         *,
         absent: bool = False,
-        layer_base: int = 0,
     ) -> Plan:
         """The plan where these conditions hold too: group of the token, "prefill" or "decode", layers, positions of the
         token in its sequence (padding not counted: a number, a range, or several), and, with ``absent``, only for
@@ -271,9 +299,7 @@ class Plan:
         plan.
         """
         names, at, where = as_groups(groups), as_phase(phase), as_positions(positions)
-        numbers = (
-            None if layers is None else make_rule("temperature", None, layers, layer_base=layer_base, value=1).layers
-        )
+        numbers = None if layers is None else make_rule("temperature", None, layers, value=1).layers
         narrowed = (rule.restricted(names, at, numbers, where, absent) for rule in self.rules)
         return self._with(rule for rule in narrowed if rule is not None)
 
@@ -286,7 +312,7 @@ class Plan:
             return NotImplemented
         texts = [text for text in dict.fromkeys([self.description, other.description]) if text]
         return Plan(
-            self.rules + other.rules, model=self.model.merged(other.model), description=" + ".join(sorted(texts))
+            self._rules + other._rules, model=self.model.merged(other.model), description=" + ".join(sorted(texts))
         )
 
     def __radd__(self, other: object) -> Plan:
@@ -304,14 +330,18 @@ class Plan:
     __rmul__ = __mul__
 
     def __neg__(self) -> Plan:
-        return self * -1.0
+        """The opposite: strengths negated, on and off exchanged; ``PlanError`` for what has none, such as ``forbid``.
+        As a control: deactivation in place of activation [the ablations of arXiv 2510.04694].
+        """
+        return self._derived((rule.opposite() for rule in self.rules), "opposite")
 
     def __sub__(self, other: Plan) -> Plan:
+        """``plan + other * -1``: the strengths of ``other`` are taken away."""
         return self + other * -1.0 if isinstance(other, Plan) else NotImplemented
 
     def __bool__(self) -> bool:
         """False for the plan without rules."""
-        return bool(self.rules)
+        return bool(self._rules)
 
     def __eq__(self, other: object) -> bool:
         return self._content() == other._content() if isinstance(other, Plan) else NotImplemented
@@ -327,84 +357,54 @@ class Plan:
         """SHA-256 (hex) of the rules and the model: the same for equal plans, on any machine. Part of any cache key of
         steered results.
         """
-        content = self.to_dict()
+        content = self._content_dict()
         del content["description"]
         return hashlib.sha256(files.canonical_json(content).encode()).hexdigest()
 
     # -- controls
 
-    def control(self, kind: str, value: Any = None, *, num_experts: int | Sequence[int] | None = None) -> Plan:
-        """The plan's control experiment, one argument away [the ablations of arXiv 2510.04694].
+    def random(self, seed: int = 0, *, num_experts: int | Sequence[int] | None = None) -> Plan:
+        """The random control: as many experts of each layer, drawn by ``seed``, under the same rules.
 
-        Args:
-            kind: "random": as many experts of each layer, drawn at random by the seed ``value`` (default 0); "tokens":
-                the same, drawn anew for each token, from the seed, its position and its id, whatever the batch;
-                "layers": the same selection in other layers, ``value`` (its experts there, which the plan has kept);
-                "experts": other experts, ``value`` (a mapping from layer to ids), under the same rules; "deactivate":
-                strengths negated, on and off exchanged.
-            value: what the kind needs.
-            num_experts: experts per layer for "random", where the plan does not know its model.
-
-        Raises ``PlanError`` for what cannot be done, such as layers in which the selection has no expert.
+        ``num_experts``: experts per layer, for all (int) or one by one, where the plan does not know its model.
+        Raises ``PlanError`` where neither is known.
         """
-        controls: dict[str, Callable[[], Plan]] = {
-            "random": lambda: self._random(0 if value is None else value, num_experts),
-            "tokens": lambda: self._with(
-                checked(replace(rule, draw=index(0 if value is None else value))) for rule in self.rules
-            ),
-            "layers": lambda: self._in_layers(value),
-            "experts": lambda: self._with_experts(value),
-            "deactivate": lambda: self._with(rule.opposite() for rule in self.rules),
-        }
-        if kind not in controls:
-            raise PlanError(f"there is no control {kind!r}: use one of {', '.join(map(repr, controls))}")
-        made = controls[kind]()
-        shown = f"{kind} {value!r}" if kind in ("random", "tokens") and value is not None else kind
-        return Plan(made.rules, model=made.model, description=f"control ({shown}) of {self.description or 'a plan'}")
-
-    def _random(self, seed: int, num_experts: int | Sequence[int] | None) -> Plan:
         shape = num_experts if num_experts is not None else self.model.num_experts
         if shape is None:
             raise PlanError("how many experts the layers have is not known: pass num_experts")
 
-        def relabeled(rule: Rule) -> Rule:
+        def order(layer: int, largest: int) -> np.ndarray:
             # a permutation keeps what distinguishes rules and experts from each other and only draws which experts they
             # are
-            experts = []
-            for layer, pairs in rule.experts:
-                size = shape if isinstance(shape, int) else shape[layer] if layer < len(shape) else 0
-                _check_experts(layer, pairs, size)
-                order = random_permutation(seed, layer, size)
-                new = {int(order[e]): _relabeled_target(c, order) if rule.kind == "remap" else c for e, c in pairs}
-                experts.append((layer, tuple(sorted(new.items()))))
-            return replace(rule, experts=tuple(experts))
+            size = shape if isinstance(shape, int) else shape[layer] if layer < len(shape) else 0
+            if largest >= size:
+                raise PlanError(f"layer {layer} has {size} experts, the plan names expert {largest}: check num_experts")
+            return random_permutation(seed, layer, size)
 
-        return self._with(map(relabeled, self.rules))
+        return self._derived((rule.relabeled(order) for rule in self.rules), f"random {seed}")
 
-    def _in_layers(self, layers: Iterable[int] | int | None) -> Plan:
-        if layers is None:
-            raise PlanError('control("layers") needs the layers to steer: control("layers", range(0, 8))')
-        rules = []
-        for rule in self.rules:
-            experts = None if rule.kind in LAYER_KINDS else {layer: dict(pairs) for layer, pairs in rule.experts}
-            moved = make_rule(rule.kind, experts, layers, value=rule.value, mode=rule.mode)
-            rules.append(_as_before(moved, rule))
-        return self._with(rules)
+    def random_per_token(self, seed: int = 0) -> Plan:
+        """The random control drawn anew for each token: as many experts, others for each, by ``seed``, layer, and the
+        token's position and id, whatever the batch it is in. Raises ``PlanError`` for rules that name no experts.
+        """
+        return self._derived(
+            (checked(replace(rule, draw=index(seed))) for rule in self.rules), f"random {seed}, per token"
+        )
 
-    def _with_experts(self, experts: Experts | None) -> Plan:
-        if experts is None:
-            raise PlanError('control("experts") needs the other experts: control("experts", multilingual)')
-        rules = []
-        for rule in self.rules:
-            if rule.kind in LAYER_KINDS or rule.kind == "remap":
-                rules.append(rule)
-                continue
-            factors = {coefficient for _, pairs in rule.experts for _, coefficient in pairs}
-            if len(factors) > 1 or rule.kind in VALUED_KINDS:
-                raise PlanError(f"a {rule.kind} rule with a coefficient for each expert has no other experts to go to")
-            other = make_rule(rule.kind, experts, rule.layers, factor=min(factors), mode=rule.mode)
-            rules.append(_as_before(other, rule))
-        return self._with(rules)
+    def in_layers(self, layers: Iterable[int] | int) -> Plan:
+        """The control in other layers: the same rules there, on the experts that the selection has in those layers,
+        which a plan keeps. Raises ``PlanError`` for layers in which the selection has no expert.
+        """
+        return self._derived((rule.moved(layers) for rule in self.rules), "other layers")
+
+    def with_experts(self, experts: Experts) -> Plan:
+        """The control with other experts (a mapping from layer to ids) under the same rules. Raises ``PlanError`` for
+        rules with a coefficient for each expert. Rules of whole layers stay.
+        """
+        return self._derived((rule.with_experts(experts) for rule in self.rules), "other experts")
+
+    def _derived(self, rules: Iterable[Rule], what: str) -> Plan:
+        return Plan(rules, model=self.model, description=f"control ({what}) of {self.description or 'a plan'}")
 
     # -- the model, tables, files
 
@@ -429,8 +429,8 @@ class Plan:
     def compile(self, routers: Sequence[HasExperts], groups: Sequence[str] = ()) -> CompiledPlan:
         """The plan as steering tables, one per layer, and the row of each (phase, group).
 
-        ``routers`` gives the experts and top-k of each MoE layer in order (``RouterInfo`` or ``LayerShape``); ``groups``
-        the names of the groups, by index. Raises ``PlanError`` for layers, experts or groups that are not there, and
+        ``routers`` gives the experts and top-k of each MoE layer in order (``RouterInfo`` or ``LayerShape``);
+        ``groups`` the names of the groups, by index. Raises ``PlanError`` for layers, experts or groups that are not there, and
         for rules that contradict each other.
         """
         self.check_model(num_experts=[router.num_experts for router in routers])
@@ -438,51 +438,100 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content: ``from_dict`` gives an equal plan."""
+        tables = {name: {**table.header(), "ids": table.ids.tolist()} for name, table in self._tables().items()}
+        return self._content_dict() | ({"tables": tables} if tables else {})
+
+    def _content_dict(self) -> dict[str, Any]:
+        """``to_dict`` without the tables of replays, which the rules name by their digests."""
         return {
             "rules": [rule.to_dict() for rule in self.rules],
             "model": self.model.to_dict(),
             "description": self.description,
         }
 
+    def _tables(self) -> dict[str, ReplayTable]:
+        """The tables of replays, by digest."""
+        return {rule.table.digest: rule.table for rule in self.rules if rule.table is not None}
+
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Plan:
         """The plan that ``to_dict`` described; ``PlanError`` for anything else."""
         try:
-            rules = [rule_from_dict(rule) for rule in content["rules"]]
+            headers = content.get("tables", {})
+            tables = {name: ReplayTable.of_header(header["ids"], header) for name, header in headers.items()}
+            rules = [rule_from_dict(rule, tables) for rule in content["rules"]]
             return cls(rules, model=PlanModel(**content.get("model", {})), description=content.get("description", ""))
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"this is not a plan ({error!r}): pass what Plan.to_dict gave") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan to ``path``, whole or not at all."""
-        files.write(path, {}, {**self.to_dict(), "hash": self.hash}, _KIND)
+        """Write the plan to ``path``, whole or not at all: as JSON, to read, compare and edit, where the name ends in
+        ".json", else as safetensors."""
+        if _is_json(path):
+            content = {"moe_route": _KIND, "schema": files.SCHEMA, "hash": self.hash, **self.to_dict()}
+            with files.replacing(path) as stream:
+                stream.write(f"{json.dumps(content, indent=2, allow_nan=False)}\n".encode())
+            return
+        tables = self._tables()
+        headers = {name: table.header() for name, table in tables.items()}
+        header = {**self._content_dict(), "tables": headers, "hash": self.hash}
+        files.write(path, {name: table.ids for name, table in tables.items()}, header, _KIND)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read what ``save`` wrote; raises ``files.FileRefusedError`` for anything else."""
-        return cls.from_dict(files.read(path, _KIND)[1])
+        """Read what ``save`` wrote, by the name of the file, JSON that was edited since included (the log says so).
+
+        Raises ``files.FileRefusedError`` for a file that is no plan, ``PlanError`` for JSON whose rules cannot be.
+        """
+        if _is_json(path):
+            return cls._load_json(path)
+        tensors, header = files.read(path, _KIND)
+        tables = {name: {**table, "ids": tensors[name]} for name, table in header.get("tables", {}).items()}
+        return cls.from_dict({**header, "tables": tables})
+
+    @classmethod
+    def _load_json(cls, path: str | os.PathLike[str]) -> Plan:
+        try:
+            content = json.loads(Path(path).read_bytes())
+        except FileNotFoundError:
+            raise files.FileRefusedError(f"{path} does not exist") from None
+        except (ValueError, RecursionError) as error:
+            raise files.FileRefusedError(f"{path} is not JSON ({error}): save the plan again") from error
+        if not isinstance(content, dict) or content.get("moe_route") != _KIND:
+            raise files.FileRefusedError(
+                f'{path} is not a plan: it lacks "moe_route": "{_KIND}"; write it with plan.save'
+            )
+        if content.get("schema") != files.SCHEMA:
+            raise files.FileRefusedError(
+                f"{path} has schema {content.get('schema')!r}, this version reads {files.SCHEMA}: upgrade moe-route"
+            )
+        plan = cls.from_dict(content)
+        if content.get("hash") != plan.hash:
+            _log.warning("%s was edited since it was saved: its hash is now %s", path, plan.hash)
+        return plan
 
     def describe(self) -> str:
         """What the plan does, a line for each rule."""
-        count = f"{len(self.rules)} rule{'' if len(self.rules) == 1 else 's'}"
-        first = f"Plan of {count} for {self.model}, hash {self.hash[:12]}"
         note = [f"  {self.description}"] if self.description else []
-        return "\n".join([first, *note, *(f"  {number}. {rule}" for number, rule in enumerate(self.rules, 1))])
+        return "\n".join([self._title(), *note, *(f"  {number}. {rule}" for number, rule in enumerate(self.rules, 1))])
+
+    def _title(self) -> str:
+        count = f"{len(self.rules)} rule{'' if len(self.rules) == 1 else 's'}"
+        return f"Plan of {count} for {self.model}, hash {self.hash[:12]}"
+
+    def _repr_html_(self) -> str:
+        """The rules as a table, for notebooks."""
+        rows = [(number, *rule.shown) for number, rule in enumerate(self.rules[:_SHOWN_IN_HTML], 1)]
+        more = len(self.rules) - len(rows)
+        notes = [self.description, f"and {more} more rules: plan.describe()" if more else ""]
+        table = Table(("", "rule", "does", "where"), rows, self._title(), "\n".join(note for note in notes if note))
+        return table._repr_html_()
 
     def __repr__(self) -> str:
-        return f"Plan({'; '.join(map(str, self.rules)) or 'nothing'})"
+        shown = "; ".join(map(str, self.rules[:_SHOWN])) or "nothing"
+        more = len(self.rules) - _SHOWN
+        return f"Plan({shown}{f'; and {more} more rules' if more > 0 else ''})"
 
 
-def _as_before(rule: Rule, before: Rule) -> Rule:
-    """``rule`` with the strength and the conditions of ``before`` but for its layers."""
-    kept = ("strength", "groups", "phase", "positions", "absent", "draw")
-    return replace(rule, **{name: getattr(before, name) for name in kept})
-
-
-def _check_experts(layer: int, pairs: tuple[tuple[int, float], ...], size: int) -> None:
-    if not size or pairs[-1][0] >= size:
-        raise PlanError(f"layer {layer} has {size} experts, the plan names expert {pairs[-1][0]}: check num_experts")
-
-
-def _relabeled_target(target: float, order: np.ndarray) -> float:
-    return target if target < 0 else float(order[int(target)])
+def _is_json(path: str | os.PathLike[str]) -> bool:
+    return Path(path).suffix == ".json"

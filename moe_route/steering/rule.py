@@ -7,14 +7,17 @@ What each kind of rule means is one line of ``OPERATIONS``; ``compiled.py`` turn
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import index
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from moe_route.calls.call import PHASES
 from moe_route.steering.layers import as_layers, show_numbers
 from moe_route.steering.model import PlanError
+from moe_route.steering.replay import ReplayTable
 
 __all__ = ["OPERATIONS", "Operation", "PlanError", "Rule", "rule_from_dict"]
 
@@ -43,14 +46,16 @@ OPERATIONS = {
     "forbid": Operation("", ("",), "never chosen"),
     "top_k": Operation("", ("",), "{x} experts a token"),
     "remap": Operation("", ("",), "chosen expert replaced"),
-    "scores": Operation("", ("",), "router scores replaced by {x}"),
-    "slot": Operation("", ("",), "takes the last slot where not chosen"),
-    "replay": Operation("", ("",), "exactly these experts chosen, in this order"),
+    "replace_scores": Operation("", ("",), "router scores replaced by {x}"),
+    "reserve_slot": Operation("", ("",), "takes the last slot where not chosen"),
+    "fix_choice": Operation("", ("",), "exactly these experts chosen, in this order"),
+    "replay": Operation("", ("",), "exactly the recorded experts of {x}"),
 }
+MOST_SLOTS = 64  # what the operators can fill
 # rules on a whole layer, with a value in place of experts
 LAYER_KINDS = ("temperature", "top_k")
 # rules whose coefficients are not factors of a strength: scores, and places among the chosen
-VALUED_KINDS = ("scores", "replay")
+VALUED_KINDS = ("replace_scores", "fix_choice")
 # rules that act expert by expert, so that they can be left out for some
 EXPERT_KINDS = (
     "activate",
@@ -72,8 +77,9 @@ class Rule:
     Attributes:
         kind: a key of ``OPERATIONS``.
         experts: ((layer, ((expert, coefficient), ...)), ...) in rising order; the coefficient multiplies an additive
-            strength, is the factor of a multiplicative rule, the target expert of "remap", the score of "scores", the
-            slot (from 0) of "replay", and 1 otherwise. Empty for the kinds of a whole layer.
+            strength, is the factor of a multiplicative rule, the target expert of "remap", the score of
+            "replace_scores", the slot (from 0) of "fix_choice", and 1 otherwise. Empty for the kinds of a whole layer
+            and for "replay".
         strength: an additive rule uses strength * coefficient, a multiplicative one coefficient ** strength; so
             multiplying a plan by a number multiplies ``strength`` alone.
         value: temperature, or experts a token, of the kinds of a whole layer.
@@ -83,6 +89,7 @@ class Rule:
         positions: spans of positions in the sequence (padding not counted), None for any.
         absent: only experts that the router does not choose by itself.
         draw: seed of a random control: as many experts, others for each token.
+        table: the choices of "replay".
     """
 
     kind: str
@@ -96,6 +103,7 @@ class Rule:
     positions: Spans | None = None
     absent: bool = False
     draw: int | None = None
+    table: ReplayTable | None = None
 
     def in_layer(self, layer: int) -> tuple[tuple[int, float], ...]:
         """(expert, coefficient) pairs the rule touches in ``layer``."""
@@ -106,15 +114,22 @@ class Rule:
     @property
     def touched_layers(self) -> tuple[int, ...] | None:
         """Layers the rule touches; None for every layer."""
-        if self.kind in LAYER_KINDS:
+        if self.kind in LAYER_KINDS or (self.table is not None and self.table.layers is None):
             return self.layers
-        return tuple(layer for layer, _ in self.experts if self.layers is None or layer in self.layers)
+        named = [layer for layer, _ in self.experts] if self.table is None else self.table.layers or ()
+        return tuple(layer for layer in named if self.layers is None or layer in self.layers)
 
-    def applies(self, phase: str, group: str | None, position: int = 0) -> bool:
-        if self.phase not in (None, phase) or not (self.groups is None or group in self.groups):
+    def touches(self, layer: int) -> bool:
+        """Whether the rule does anything in ``layer``."""
+        if self.layers is not None and layer not in self.layers:
             return False
-        spans = ((0, None),) if self.positions is None else self.positions
-        return any(start <= position and (stop is None or position < stop) for start, stop in spans)
+        if self.table is not None:
+            return self.table.layer_ids(layer) is not None
+        return self.kind in LAYER_KINDS or any(layer == named for named, _ in self.experts)
+
+    def applies(self, phase: str, group: str | None) -> bool:
+        """Whether the rule holds for tokens of ``group`` in ``phase``, at some position."""
+        return self.phase in (None, phase) and (self.groups is None or group in self.groups)
 
     def effective(self, coefficient: float) -> float:
         """The number that is added, multiplied by or divided by: strength and coefficient together."""
@@ -140,6 +155,40 @@ class Rule:
             raise PlanError(f"a {self.kind} rule has no opposite: leave it out of the control")
         return self.scaled(-1.0)
 
+    def relabeled(self, order: Callable[[int, int], np.ndarray]) -> Rule:
+        """The rule with expert e of each layer replaced by ``order(layer, largest)[e]``, ``largest`` being the largest
+        expert that the rule names there."""
+        if self.table is not None:
+            return replace(self, table=self.table.relabeled(order))
+        experts = []
+        for layer, pairs in self.experts:
+            to = order(layer, pairs[-1][0])
+            remaps = self.kind == "remap"
+            new = {int(to[e]): float(to[int(c)]) if remaps and c >= 0 else c for e, c in pairs}
+            experts.append((layer, tuple(sorted(new.items()))))
+        return replace(self, experts=tuple(experts))
+
+    def moved(self, layers: Iterable[int] | int) -> Rule:
+        """The rule in other layers, on the experts that it keeps there."""
+        if self.table is not None:
+            raise PlanError("a replay cannot move to other layers: leave it out of the control")
+        experts = None if self.kind in LAYER_KINDS else {layer: dict(pairs) for layer, pairs in self.experts}
+        return self._as_before(make_rule(self.kind, experts, layers, value=self.value, mode=self.mode))
+
+    def with_experts(self, experts: Experts) -> Rule:
+        """The rule on other experts; itself where it names none."""
+        if self.kind in LAYER_KINDS or self.kind == "remap":
+            return self
+        factors = {coefficient for _, pairs in self.experts for _, coefficient in pairs}
+        if len(factors) != 1 or self.kind in VALUED_KINDS:
+            raise PlanError(f"a {self.kind} rule with a coefficient for each expert has no other experts to go to")
+        return self._as_before(make_rule(self.kind, experts, self.layers, factor=min(factors), mode=self.mode))
+
+    def _as_before(self, rule: Rule) -> Rule:
+        """``rule`` with the strength and the conditions of this one but for its layers."""
+        kept = ("strength", "groups", "phase", "positions", "absent", "draw")
+        return replace(rule, **{name: getattr(self, name) for name in kept})
+
     def restricted(
         self,
         groups: tuple[str, ...] | None,
@@ -162,7 +211,7 @@ class Rule:
         return None if () in (narrowed.groups, narrowed.layers, narrowed.positions) else checked(narrowed)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able content, without what is at its default."""
+        """JSON-able content, without what is at its default; a replay names its table by its digest."""
         content: dict[str, Any] = {"kind": self.kind}
         if self.experts:
             plain = self.kind not in VALUED_KINDS and all(c == 1.0 for _, pairs in self.experts for _, c in pairs)
@@ -179,17 +228,25 @@ class Rule:
         for field in ("layers", "groups"):
             if getattr(self, field) is not None:
                 content[field] = list(getattr(self, field))
+        if self.table is not None:
+            content["table"] = self.table.digest
         return content
 
     def __str__(self) -> str:
-        return f"{self._what()}: {self._how()}{self._when()}"
+        what, how, when = self.shown
+        return f"{what}: {how}{f' [{when}]' if when else ''}"
+
+    @property
+    def shown(self) -> tuple[str, str, str]:
+        """In words: what it is done to, how, and under which conditions ("" for none)."""
+        return self._what(), self._how(), self._when()
 
     def _what(self) -> str:
         layers = self.touched_layers
         where = "every layer" if layers is None else f"layers {show_numbers(layers)}" if len(layers) > 1 else ""
         where = where or (f"layer {layers[0]}" if layers else "no layer")
         name = self.kind.replace("_", " ")
-        if self.kind in LAYER_KINDS:
+        if self.kind in LAYER_KINDS or self.table is not None:
             return f"{name} in {where}"
         if self.kind == "activate" and self.strength < 0:
             name = "deactivate"
@@ -200,11 +257,13 @@ class Rule:
         operation = OPERATIONS[self.kind]
         if self.kind == "top_k":
             return operation.shows.format(x=f"{self.value:g}")
+        if self.table is not None:
+            return operation.shows.format(x=str(self.table))
         values = {self.effective(self.value)} if self.value is not None else set()
         coefficients = {c for layer in self.touched_layers or () for _, c in self.in_layer(layer)}
         if operation.combine and self.value is None:
             values = {self.effective(c) for c in coefficients}
-        elif self.kind == "scores":
+        elif self.kind == "replace_scores":
             values = coefficients
         ends = [f"{value:g}" for value in sorted({min(values), max(values)})] if values else []
         shown = operation.shows.format(x=" to ".join(ends), mode=self.mode).replace("+ -", "- ")
@@ -216,7 +275,7 @@ class Rule:
         conditions += [] if self.positions is None else [f"positions {_show_spans(self.positions)}"]
         conditions += ["only experts not chosen already"] if self.absent else []
         conditions += [] if self.draw is None else [f"other experts for each token, drawn with seed {self.draw}"]
-        return f" [{'; '.join(conditions)}]" if conditions else ""
+        return "; ".join(conditions)
 
 
 def make_rule(
@@ -224,14 +283,14 @@ def make_rule(
     experts: Experts | None,
     layers: Iterable[int] | int | None,
     *,
-    layer_base: int = 0,
     strength: float = 1.0,
     factor: float = 1.0,
     value: float | None = None,
     mode: str = "",
+    table: ReplayTable | None = None,
 ) -> Rule:
     """A checked rule from what a user wrote. ``factor`` multiplies every expert's coefficient."""
-    chosen = None if layers is None else _layers(layers, layer_base)
+    chosen = None if layers is None else _layers(layers)
     if chosen == ():
         raise PlanError(f"a {kind} rule for no layer: name at least one layer")
     normal = () if experts is None else _experts(experts, chosen, factor)
@@ -246,6 +305,7 @@ def make_rule(
             value=None if value is None else _finite(value, kind),
             mode=mode or OPERATIONS[kind].modes[0],
             layers=chosen,
+            table=table,
         )
     )
 
@@ -255,12 +315,14 @@ def checked(rule: Rule) -> Rule:
     operation = OPERATIONS[rule.kind]
     if rule.mode not in operation.modes:
         raise PlanError(f"{rule.kind} has no mode {rule.mode!r}: use one of {', '.join(map(repr, operation.modes))}")
-    if (rule.value is None) == (rule.kind in LAYER_KINDS) or bool(rule.experts) == (rule.kind in LAYER_KINDS):
-        raise PlanError(
-            f"a {rule.kind} rule needs {'a value' if rule.kind in LAYER_KINDS else 'experts'} and nothing else"
-        )
+    given = {"a value": rule.value is not None, "experts": bool(rule.experts), "a table": rule.table is not None}
+    needed = "a value" if rule.kind in LAYER_KINDS else "a table" if rule.kind == "replay" else "experts"
+    if [name for name, present in given.items() if present] != [needed]:
+        raise PlanError(f"a {rule.kind} rule needs {needed} and nothing else")
     if rule.kind == "top_k" and (rule.value is None or rule.value < 1 or rule.value != int(rule.value)):
-        raise PlanError(f"top_k must be a whole number from 1 to the model's own k, not {rule.value}")
+        raise PlanError(
+            f"top_k must be a whole number from 1 to the experts of the layer (at most {MOST_SLOTS}), not {rule.value}"
+        )
     if rule.kind == "temperature" and (rule.value is None or rule.value <= 0):
         raise PlanError(f"temperature must be above 0, not {rule.value}")
     _check_values(rule)
@@ -281,10 +343,10 @@ def _check_values(rule: Rule) -> None:
     """``PlanError`` for scores that are none, and for places that are not 0, 1, 2, ... ."""
     for layer, pairs in rule.experts:
         values = sorted(value for _, value in pairs)
-        if rule.kind == "scores" and (values[0] < 0 or values[-1] <= 0):
+        if rule.kind == "replace_scores" and (values[0] < 0 or values[-1] <= 0):
             raise PlanError(f"the scores of layer {layer} must be 0 or more, and one of them above 0")
-        if rule.kind == "replay" and values != list(range(len(values))):
-            raise PlanError(f"the experts replayed in layer {layer} need the slots 0 to {len(values) - 1}, one each")
+        if rule.kind == "fix_choice" and values != list(range(len(values))):
+            raise PlanError(f"the fixed experts of layer {layer} need the slots 0 to {len(values) - 1}, one each")
 
 
 def _power(factor: float, strength: float, kind: str) -> float:
@@ -325,9 +387,9 @@ def _coefficients(of_layer: Iterable[int] | Mapping[int, float], factor: float) 
     return tuple(sorted(found.items()))
 
 
-def _layers(layers: Iterable[int] | int, layer_base: int) -> tuple[int, ...]:
+def _layers(layers: Iterable[int] | int) -> tuple[int, ...]:
     try:
-        return as_layers(layers, layer_base)
+        return as_layers(layers)
     except (TypeError, ValueError) as error:
         raise PlanError(str(error)) from error
 
@@ -424,20 +486,25 @@ def as_phase(phase: str | None) -> str | None:
     return phase
 
 
-def rule_from_dict(content: Mapping[str, Any]) -> Rule:
-    """The rule that ``Rule.to_dict`` described, checked like one a user made; ``PlanError`` for anything else."""
+def rule_from_dict(content: Mapping[str, Any], tables: Mapping[str, ReplayTable] | None = None) -> Rule:
+    """The rule that ``Rule.to_dict`` described, checked like one a user made; ``PlanError`` for anything else.
+
+    ``tables``: those of replays, by the name that the content gives them.
+    """
     try:
         kind = content["kind"]
         if kind not in OPERATIONS:
             raise PlanError(f"this version knows no {kind!r} rule: upgrade moe-route")
+        table = (tables or {})[content["table"]] if kind == "replay" else None
         experts = {
             int(layer): {int(expert): c for expert, c in of.items()} if isinstance(of, Mapping) else of
             for layer, of in content.get("experts", {}).items()
         }
         made = make_rule(
             kind,
-            experts if kind not in LAYER_KINDS else None,
+            experts if kind not in LAYER_KINDS and table is None else None,
             None,
+            table=table,
             strength=content.get("strength", 1.0),
             value=content.get("value"),
             mode=content.get("mode", ""),
@@ -447,7 +514,7 @@ def rule_from_dict(content: Mapping[str, Any]) -> Rule:
         return checked(
             replace(
                 made,
-                layers=None if layers is None else _layers(layers, 0),
+                layers=None if layers is None else _layers(layers),
                 groups=as_groups(content.get("groups")),
                 phase=phase,
                 positions=as_positions(content.get("positions")),

@@ -42,7 +42,6 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
         num_experts: experts per layer, for all layers (int) or one by one (a sequence over layers). Needed by
             ``random_like``; ids are checked against it.
         model: the model the selection was made for; plans made from the selection take it over.
-        layer_base: 0, or 1 when the keys of ``experts`` and ``scores`` count layers from 1.
 
     Raises ``ValueError`` for a layer or expert out of range.
     """
@@ -64,16 +63,15 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
         description: str = "",
         num_experts: int | Sequence[int] | None = None,
         model: PlanModel | None = None,
-        layer_base: int = 0,
     ) -> None:
-        chosen = {as_layers(layer, layer_base)[0]: {index(expert) for expert in ids} for layer, ids in experts.items()}
+        chosen = {as_layers(layer)[0]: {index(expert) for expert in ids} for layer, ids in experts.items()}
         self._experts = {layer: tuple(sorted(chosen[layer])) for layer in sorted(chosen) if chosen[layer]}
         self.model = _model(model, num_experts)
         self.num_experts = self.model.num_experts if num_experts is None else _shape(num_experts)
         self.threshold = None if threshold is None else float(threshold)
         self.description = str(description)
         self._check_range()
-        given = {as_layers(layer, layer_base)[0]: of_layer for layer, of_layer in (scores or {}).items()}
+        given = {as_layers(layer)[0]: of_layer for layer, of_layer in (scores or {}).items()}
         self._scores = {
             (layer, expert): float(given[layer][expert])
             for layer, expert in self.pairs
@@ -102,7 +100,7 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
         if layer >= len(self.num_experts):
             raise ValueError(
                 f"there is no layer {layer}: the model has {len(self.num_experts)} MoE layers "
-                f"(0-{len(self.num_experts) - 1}); use layer_base=1 for numbers that count from 1"
+                f"(0-{len(self.num_experts) - 1}); numbers of a publication may count from 1"
             )
         return self.num_experts[layer]
 
@@ -201,9 +199,9 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
             model=self.model,
         )
 
-    def restrict(self, layers: Iterable[int], *, layer_base: int = 0) -> ExpertSelection:
-        """The part of the selection that lies in ``layers`` (counted from ``layer_base``)."""
-        kept = set(as_layers(layers, layer_base))
+    def restrict(self, layers: Iterable[int]) -> ExpertSelection:
+        """The part of the selection that lies in ``layers``."""
+        kept = set(as_layers(layers))
         return self._with({layer: ids for layer, ids in self.items() if layer in kept}, self.description)
 
     def random_like(self, seed: int = 0, *, num_experts: int | Sequence[int] | None = None) -> ExpertSelection:

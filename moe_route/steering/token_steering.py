@@ -1,17 +1,18 @@
-"""Steering that a table of rows cannot hold: worked out for each token, in torch operations around ``route``.
+"""Per-token steering, for rules that per-row tables cannot express: torch operations before and after ``route``.
 
 Four kinds of rules need more than their token's row: those that ask what the router chose by itself (only-if-absent),
-those drawn anew for each token, scores put in the place of the router's, and choices that are made by name (replay, the
-last slot), besides more experts than the router has slots. The first three become tables with a row for each token, so
-that one ``route`` steers, chooses, weighs and counts as ever. Tokens whose choice is made here are left out of that
-count and counted by themselves, into the same tables. Nothing here waits for a device.
+those drawn anew for each token, scores put in the place of the router's, and choices that are made by name (a fixed
+choice, a replay, the last slot), besides more experts than the router has slots. The first three become tables with a
+row for each token, so that one ``route`` steers, chooses and weighs as ever, and counts what it decides by itself.
+Tokens whose choice is made here, or that are routed anew whatever they had, are left out of that count and counted by
+themselves, into the same tables. Nothing here waits for a device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +23,8 @@ from moe_route.contract.tables import NEUTRAL, STEERING_PLANES, Force, Statistic
 from moe_route.devices import upload
 from moe_route.steering.draw import permutations
 
-__all__ = ["MARK", "Part", "Steered", "TokenSteering", "logits_of_scores"]
+__all__ = ["Part", "Steered", "TokenSteering", "logits_of_scores"]
 
-# A bias too small to change any logit: it says that a row is to be routed anew.
-MARK = 2.0**-120
 _FACTORS = ("scale", "weight_scale")
 
 
@@ -33,23 +32,24 @@ _FACTORS = ("scale", "weight_scale")
 class Part:
     """Rules of one layer that look at a token in the same way, by row of the plan.
 
-    ``planes``: float32 [rows, E] by name; ``scores``: float32 [rows, E], NaN in rows that replace none; ``slot``: int64
-    [rows], -1 for none; ``replay``: int64 [rows, k], -1 where a slot stays empty, in every slot for none.
-    ``absent`` leaves out what the router chose by itself, ``seed`` draws other experts for each token.
+    absent: leaves out what the router chose by itself.
+    seed: draws other experts for each token.
+    planes: float32 [rows, E] by name.
+    named: by kind of rule. "replace_scores": float32 [rows, E], NaN in rows that replace none. "reserve_slot": int64
+        [rows], an expert, -1 for none. "fix_choice": int64 [rows, k], -1 where a slot stays empty, in every slot for
+        none. "replay": int64 [rows], the number of a table of recorded choices, -1 for none.
     """
 
     absent: bool = False
     seed: int | None = None
     planes: Mapping[str, Tensor] = field(default_factory=dict)
-    scores: Tensor | None = None
-    slot: Tensor | None = None
-    replay: Tensor | None = None
+    named: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Part:
-        planes = {name: upload(plane, device) for name, plane in self.planes.items()}
-        moved = {name: getattr(self, name) for name in ("scores", "slot", "replay")}
-        moved = {name: None if table is None else upload(table, device) for name, table in moved.items()}
-        return replace(self, planes=planes, **moved)
+        planes, named = (
+            {name: upload(table, device) for name, table in of.items()} for of in (self.planes, self.named)
+        )
+        return replace(self, planes=planes, named=named)
 
 
 class Steered(NamedTuple):
@@ -63,8 +63,16 @@ class Steered(NamedTuple):
 class TokenSteering:
     """The steering of one layer where some rule looks at more than its token's row.
 
-    ``base`` holds the other rules and the rows' parameters; ``wide`` is the number of slots where a row has more than
-    the router (else 0).
+    Args:
+        layer: which MoE layer, for what is drawn.
+        num_experts: E.
+        base: the rules that need only the row, and the rows' parameters.
+        parts: the other rules.
+        recorded: int16 [n, k] by number of the table, the choices of n tokens in this layer; -1 in the first slot for
+            none, -1 further on for a slot that stays empty.
+        anew: bool [rows], rows whose tokens are routed anew though no plane changes their logits; None for no row.
+        replays_only: bool [rows], rows that do nothing to a token without a recorded choice; None for no row.
+        wide: the number of slots where a row has more than the router, else 0.
     """
 
     trained = False
@@ -73,28 +81,30 @@ class TokenSteering:
     def __init__(
         self,
         layer: int,
-        rows: int,
         num_experts: int,
         base: SteeringTables,
         parts: Sequence[Part],
-        wide: int = 0,
+        *,
+        recorded: Mapping[int, Tensor],
+        anew: Tensor | None,
+        replays_only: Tensor | None,
+        wide: int,
     ) -> None:
-        self.layer, self.rows, self.num_experts, self.wide = layer, rows, num_experts, wide
-        self.base, self.parts = base, tuple(parts)
-        self.names = self._used_names()
-
-    def _used_names(self) -> frozenset[str]:
-        names = set(self.base.tables)
-        for part in self.parts:
-            names |= part.planes.keys()
-            names |= {name for name in ("scores", "slot", "replay") if getattr(part, name) is not None}
-        return frozenset(names)
+        self.layer, self.rows, self.num_experts, self.wide = layer, base.rows, num_experts, wide
+        self.base, self.parts, self.recorded = base, tuple(parts), dict(recorded)
+        self.anew, self.replays_only = anew, replays_only
 
     @property
     def tables(self) -> Mapping[str, None]:
-        """Names of what steers; slots may stay empty under ``top_k`` and ``replay``, which counts as such."""
-        empty = {"top_k"} if self.wide or "replay" in self.names else set()
-        return dict.fromkeys(self.names | empty)
+        """Names of what steers; slots may stay empty where choices are made by name, which counts as ``top_k``."""
+        names = set(self.base.tables).union(*(part.planes.keys() | part.named.keys() for part in self.parts))
+        empty = {"top_k"} if self.wide or names & {"fix_choice", "replay"} else set()
+        return dict.fromkeys(names | empty)
+
+    @property
+    def replays(self) -> bool:
+        """Whether tokens are sent to experts that were recorded for them."""
+        return bool(self.recorded)
 
     @property
     def device(self) -> torch.device:
@@ -102,18 +112,25 @@ class TokenSteering:
 
     def to(self, device: torch.device) -> TokenSteering:
         """The same on another device, which the host does not wait for."""
-        return self._with(self.base.to(device), [part.to(device) for part in self.parts])
+        anew, only = (None if rows is None else upload(rows, device) for rows in (self.anew, self.replays_only))
+        recorded = {number: upload(ids, device) for number, ids in self.recorded.items()}
+        parts = [part.to(device) for part in self.parts]
+        return self._with(base=self.base.to(device), parts=parts, recorded=recorded, anew=anew, replays_only=only)
 
     def fitted(self, name: str, spec: RouterSpec) -> TokenSteering:
         """The same for a router that scores by ``spec``; ``ValueError`` naming the router where it cannot be done."""
-        parts = [
-            part if part.scores is None else replace(part, scores=logits_of_scores(part.scores, name, spec))
-            for part in self.parts
-        ]
-        return self._with(self.base, parts)
 
-    def _with(self, base: SteeringTables, parts: Sequence[Part]) -> TokenSteering:
-        return TokenSteering(self.layer, self.rows, self.num_experts, base, parts, self.wide)
+        def fit(part: Part) -> Part:
+            scores = part.named.get("replace_scores")
+            if scores is None:
+                return part
+            return replace(part, named={**part.named, "replace_scores": logits_of_scores(scores, name, spec)})
+
+        return self._with(parts=[fit(part) for part in self.parts])
+
+    def _with(self, **changed: Any) -> TokenSteering:
+        names = ("layer", "num_experts", "base", "parts", "recorded", "anew", "replays_only", "wide")
+        return TokenSteering(**{name: getattr(self, name) for name in names} | changed)
 
     def route(
         self,
@@ -123,6 +140,7 @@ class TokenSteering:
         *,
         tokens: Tensor,
         counter: Tensor | None,
+        entries: Tensor | None = None,
         choice: Tensor,
         choice_weights: Tensor | None = None,
         correction_bias: Tensor | None = None,
@@ -130,13 +148,20 @@ class TokenSteering:
         statistics: StatisticsTables | None = None,
     ) -> tuple[Tensor, Tensor, Steered]:
         """``ops.route`` with these rules: weights and ids [T, k] (wider where rows have more slots), and what it was
-        given. ``choice`` is the router's own choice; ``counter`` [T] tells tokens apart for what is drawn."""
-        steered = self.steer(logits, tokens, choice, counter)
+        given. ``choice`` is the router's own choice; ``counter`` [T] tells tokens apart for what is drawn;
+        ``entries`` int64 [T, M] says which entry of each table of recorded choices is the token's (-1: none)."""
         row = _rows(tokens, self.rows)
-        named = self._named(row)
-        more = self._more(row, k)
+        replayed = self._choice(row, entries, counter, k)
+        if replayed is not None and self.replays_only is not None:
+            row = torch.where(self.replays_only[row.clamp(min=0)] & (replayed[:, 0] < 0), -1, row)
+        steered = self.steer(logits, tokens, row, choice, counter)
+        more = self._holds(row, self.base.tables["top_k"] > k) if self.wide else None
+        anew = None if self.anew is None else self._holds(row, self.anew)
+        named = self._named(row, replayed)
+        apart = _either(named, anew)
+        own = choice if anew is None else torch.where(anew[:, None], -1, choice)  # -1: no choice to keep
 
-        def routed(slots: int, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+        def routed(slots: int, table: Tensor, statistics: StatisticsTables | None = None) -> tuple[Tensor, Tensor]:
             return ops.route(
                 steered.logits,
                 slots,
@@ -144,44 +169,51 @@ class TokenSteering:
                 correction_bias=correction_bias,
                 expert_scale=expert_scale,
                 steering=steered.tables,
-                tokens=steered.tokens if counted is None else _only(steered.tokens, counted),
-                choice=_padded(choice, slots, -1),
+                tokens=table,
+                choice=_padded(own, slots, -1),
                 choice_weights=None if choice_weights is None else _padded(choice_weights, slots, 0),
                 statistics=statistics,
             )
 
-        weights, ids = routed(k, _neither(named, more))
+        weights, ids = routed(k, steered.tokens if apart is None else _only(steered.tokens, ~apart), statistics)
         if more is not None:
-            wider_weights, wider_ids = routed(self.wide, more)
+            wider_weights, wider_ids = routed(self.wide, steered.tokens)
             ids = torch.where(more[:, None], wider_ids, _padded(ids, self.wide, -1))
             weights = torch.where(more[:, None], wider_weights, _padded(weights, self.wide, 0))
         if named is not None:
-            ids, weights = self._choose(ids, weights, named, row, steered, spec, counter, expert_scale)
-            if statistics is not None:
-                reference.observe_steered(
-                    steered.logits,
-                    ids[:, :k],
-                    weights[:, :k],
-                    spec,
-                    natural_ids=choice,
-                    steering=steered.tables,
-                    tokens=_only(steered.tokens, named),
-                    statistics=statistics,
-                )
+            ids, weights = self._choose(ids, weights, replayed, named, row, steered, spec, counter, expert_scale)
+        if statistics is not None and apart is not None:
+            usual = apart if more is None else apart & ~more
+            for counted, slots in ((usual, k), (more, self.wide)):
+                if counted is not None:
+                    reference.observe_steered(
+                        steered.logits,
+                        ids[:, :slots],
+                        weights[:, :slots],
+                        spec,
+                        natural_ids=_padded(choice, slots, -1),
+                        steering=steered.tables,
+                        tokens=_only(steered.tokens, counted),
+                        statistics=statistics,
+                    )
         return weights, ids, steered
+
+    def _holds(self, row: Tensor, rows: Tensor) -> Tensor:
+        """bool [T]: what is said of its row holds for the token."""
+        return (row >= 0) & rows[row.clamp(min=0)]
 
     # ---- what is asked for in tables
 
-    def steer(self, logits: Tensor, tokens: Tensor, chosen: Tensor, counter: Tensor | None) -> Steered:
-        """Logits, and a table with a row for each token."""
-        row = _rows(tokens, self.rows)
+    def steer(self, logits: Tensor, tokens: Tensor, row: Tensor, chosen: Tensor, counter: Tensor | None) -> Steered:
+        """Logits, and tables with a row for each token."""
         steered, at = row >= 0, row.clamp(min=0)
         planes, row_params, remap = _gathered(self.base, at)
         own = _marked(chosen, self.num_experts)
         for part in self.parts:
             order = self._order(part, counter)
-            if part.scores is not None:
-                logits = _with_scores(logits, _drawn(part.scores[at], order), steered)
+            scores = part.named.get("replace_scores")
+            if scores is not None:
+                logits = _with_scores(logits, _drawn(scores[at], order), steered)
             for name, plane in part.planes.items():
                 found = _drawn(plane[at], order)
                 if part.absent:
@@ -208,26 +240,46 @@ class TokenSteering:
 
     # ---- what is chosen by name
 
-    def _named(self, row: Tensor) -> Tensor | None:
-        """bool [T]: tokens whose choice a replay or a slot makes; None where there is no such rule."""
+    def _choice(self, row: Tensor, entries: Tensor | None, counter: Tensor | None, k: int) -> Tensor | None:
+        """int64 [T, k]: the experts that a fixed choice or a replay names, -1 in the first slot for none; None where
+        there is no such rule."""
         found = None
+        at = row.clamp(min=0)
         for part in self.parts:
-            for table in (part.slot if part.slot is None else part.slot[:, None], part.replay):
-                if table is not None:
-                    here = (row >= 0) & (table >= 0).any(1)[row.clamp(min=0)]
-                    found = here if found is None else found | here
+            for named in self._named_choices(part, at, entries):
+                ids = self._drawn_ids(part, torch.where((row >= 0)[:, None], named.to(torch.int64), -1), counter)
+                ids = _padded(ids, k, -1)
+                found = ids if found is None else torch.where(ids[:, :1] >= 0, ids, found)
         return found
 
-    def _more(self, row: Tensor, k: int) -> Tensor | None:
-        """bool [T]: tokens with more slots than the router's; None where no row has."""
-        if not self.wide:
-            return None
-        return (row >= 0) & (self.base.tables["top_k"] > k)[row.clamp(min=0)]
+    def _named_choices(self, part: Part, at: Tensor, entries: Tensor | None) -> Iterator[Tensor]:
+        """Ids [T, k] of a part's fixed choices and of each of its tables, -1 in the first slot for none."""
+        if "fix_choice" in part.named:
+            yield part.named["fix_choice"][at]
+        if "replay" not in part.named:
+            return
+        if entries is None:
+            raise RuntimeError(
+                "a plan replays recorded choices, but the call does not say which token is where: steer with "
+                "RoutedModel.steer, which knows the sequences"
+            )
+        for number, recorded in self.recorded.items():
+            entry = torch.where(part.named["replay"][at] == number, entries[:, number], -1)
+            yield torch.where((entry >= 0)[:, None], recorded[entry.clamp(min=0)], -1)
+
+    def _named(self, row: Tensor, choice: Tensor | None) -> Tensor | None:
+        """bool [T]: tokens whose choice is made by name; None where there is no such rule."""
+        found = None if choice is None else choice[:, 0] >= 0
+        for part in self.parts:
+            if "reserve_slot" in part.named:
+                found = _either(found, self._holds(row, part.named["reserve_slot"] >= 0))
+        return found
 
     def _choose(
         self,
         ids: Tensor,
         weights: Tensor,
+        choice: Tensor | None,
         named: Tensor,
         row: Tensor,
         steered: Steered,
@@ -236,16 +288,13 @@ class TokenSteering:
         expert_scale: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Ids with the named experts in their slots, and the weights that the steered scores give them."""
-        at = row.clamp(min=0)
         wanted = ids
+        if choice is not None:
+            wanted = torch.where(choice[:, :1] >= 0, _padded(choice, ids.shape[1], -1).to(ids.dtype), ids)
         for part in self.parts:
-            if part.replay is not None:
-                replay = _padded(self._drawn_ids(part, part.replay[at], counter), ids.shape[1], -1).to(ids.dtype)
-                wanted = torch.where((row >= 0)[:, None] & (replay >= 0).any(1, keepdim=True), replay, wanted)
-        for part in self.parts:
-            if part.slot is not None:
-                expert = self._drawn_ids(part, part.slot[at][:, None], counter).to(ids.dtype)
-                expert = torch.where((row >= 0)[:, None], expert, -1)
+            if "reserve_slot" in part.named:
+                reserved = torch.where(row >= 0, part.named["reserve_slot"][row.clamp(min=0)], -1)[:, None]
+                expert = self._drawn_ids(part, reserved, counter).to(ids.dtype)
                 wanted = _last_slot(wanted, expert, _off(steered, expert, self.num_experts))
         found = ops.route_weights(
             steered.logits, wanted, spec, expert_scale=expert_scale, steering=steered.tables, tokens=steered.tokens
@@ -324,11 +373,10 @@ def _padded(table: Tensor, width: int, value: float) -> Tensor:
     return table if missing <= 0 else torch.nn.functional.pad(table, (0, missing), value=value)
 
 
-def _neither(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
-        only = a if b is None else b
-        return None if only is None else ~only
-    return ~(a | b)
+        return a if b is None else b
+    return a | b
 
 
 def _only(tokens: Tensor, counted: Tensor) -> Tensor:

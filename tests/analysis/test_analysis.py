@@ -596,7 +596,7 @@ def test_task_experts_carry_model_and_layers_into_a_plan(stats):
     plan = Plan.activate(selection)
     assert (plan.model.name, plan.model.config_hash, plan.model.num_experts) == ("demo", "abc", SIZES)
     assert analysis.task_experts(
-        stats, stats, threshold=0.1, group="sw", baseline_group="en", by="token", layers=[1], layer_base=1
+        stats, stats, threshold=0.1, group="sw", baseline_group="en", by="token", layers=[0]
     ) == (selection.restrict([0]))
 
 

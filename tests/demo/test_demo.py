@@ -133,13 +133,13 @@ class TestPlans:
 
     def test_the_published_plan_comes_first(self):
         found = plans(self.experts, (2, 3, 4, 5), 8)
-        assert next(iter(found.values())) == Plan.activate(self.experts, (2, 3, 4, 5), 0.5)
+        assert next(iter(found.values())) == Plan.activate(self.experts, (2, 3, 4, 5), strength=0.5)
 
     def test_controls_are_there(self):
         found = plans(self.experts, (2, 3, 4, 5), 8)
         layers = {rule.layers for rule in found["other layers +0.5"].rules}
         assert layers == {(0, 1, 6, 7)}
-        assert found["task -0.5"] == Plan.deactivate(self.experts, (2, 3, 4, 5), 0.5)
+        assert found["task -0.5"] == Plan.deactivate(self.experts, (2, 3, 4, 5), strength=0.5)
 
     def test_all_other_experts_are_taken_where_they_are_few(self):
         one = ExpertSelection({1: [0], 4: [7]}, num_experts=[16] * 8)

@@ -127,16 +127,52 @@ def test_files_and_frames(routed: mr.RoutedModel, tmp_path: Path) -> None:
     trace, _, _ = recorded(routed, trace=[2, 0])
     trace.save(tmp_path / "t.safetensors")
     again = Trace.load(tmp_path / "t.safetensors")
-    assert (again.layers, again.groups, again.items) == (trace.layers, trace.groups, trace.items)
-    for name in ("sequence", "group", "position", "phase", "ids", "weights"):
+    for name in ("layers", "layer_numbers", "groups", "items", "truncated"):
+        assert getattr(again, name) == getattr(trace, name)
+    assert trace.layer_numbers == (0, 2)
+    for name in ("sequence", "group", "position", "token", "phase", "ids", "weights"):
         np.testing.assert_array_equal(getattr(again, name), getattr(trace, name))
     frame = again.to_pandas()
     assert len(frame) == len(trace) * 2 * 2
-    row = frame[(frame["item"] == 7) & (frame["position"] == 5) & (frame["layer"] == trace.layers[1])]
+    row = frame[(frame["item"] == 7) & (frame["position"] == 5) & (frame["layer"] == 2)]
+    assert row["router"].unique().tolist() == [trace.layers[1]]
     assert row["phase"].unique().tolist() == ["decode"]
     assert row["weight"].sum() == pytest.approx(1, abs=1e-3)
     with pytest.raises(files.FileRefusedError, match="'trace', not 'statistics'"):
         mr.RoutingStatistics.load(tmp_path / "t.safetensors")
+
+
+def test_frames_of_a_trace_join_those_of_the_statistics(routed: mr.RoutedModel) -> None:
+    trace, statistics, _ = recorded(routed, trace=True)
+    frame, sums = trace.to_pandas(), statistics.to_pandas()
+    keys = ["group", "phase", "layer", "router", "expert"]
+    counts = frame.groupby(keys).size().rename("traced").reset_index()
+    joined = sums.merge(counts, on=keys, how="left").fillna({"traced": 0})
+    assert len(joined) == len(sums)
+    assert (joined["traced"] == joined["counts"]).all()
+    assert frame["layer"].unique().tolist() == [0, 1, 2]
+
+
+def test_tokens_have_their_ids(routed: mr.RoutedModel) -> None:
+    """Left-padded prompts and what was generated after them: the ids of the text, without the padding."""
+    trace, _, texts = recorded(routed, trace=True)
+    for sequence, first in ((0, 0), (1, 2)):
+        kept = trace.sequence == sequence
+        assert trace.token[kept].tolist() == texts[sequence, first:-1].tolist()
+    frame = trace.to_pandas()
+    sent = frame[(frame["layer"] == 1) & (frame["expert"] == 7)]
+    expected = np.bincount(trace.token[(trace.ids[:, 1] == 7).any(1)], minlength=128)
+    assert np.bincount(sent["token"], minlength=128).tolist() == expected.tolist()
+
+
+def test_ids_of_tokens_are_copied_and_may_be_unknown(routed: mr.RoutedModel) -> None:
+    ids = tokens(1, 4)
+    given = ids.clone()
+    with routed.record(trace=True) as rec:
+        routed.model(given)
+        given.zero_()  # callers may reuse their buffer
+        routed.model(inputs_embeds=routed.model.get_input_embeddings()(ids).detach())
+    assert rec.trace().token.tolist() == [*ids[0].tolist(), -1, -1, -1, -1]
 
 
 def test_a_trace_must_be_asked_for(routed: mr.RoutedModel) -> None:

@@ -322,11 +322,11 @@ def test_a_block_of_mixed_precision() -> None:
 
 
 PLANS = {
-    "bias": mr.Plan.bias({0: [1], 1: [2]}, value=4.0),
+    "bias": mr.Plan.bias({0: [1], 1: [2]}, strength=4.0),
     "forbid": mr.Plan.forbid({0: [1, 2, 3], 1: [2]}),
     "force on": mr.Plan.force_on({0: [5], 1: [6]}),
     "weights": mr.Plan.scale_weights(
-        {0: [0, 1, 2, 3], 1: [4, 5]}, factor=3.0, when="after"
+        {0: [0, 1, 2, 3], 1: [4, 5]}, strength=3.0, when="after"
     ),  # which no normalization takes back
     "one slot": mr.Plan.top_k(1),
 }

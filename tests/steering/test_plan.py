@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moe_route as mr
 from moe_route import files
 from moe_route.ops import Force, RouterSpec, token_table
 from moe_route.steering import ExpertSelection, LayerShape, Plan, PlanError, PlanModel
@@ -107,7 +108,6 @@ def test_selection_keeps_scores_through_operations():
     kept = SELECTION & {2: [3], 5: [0]}
     assert kept.scores == {2: {3: 0.5}}
     assert SELECTION.restrict([2]).scores == {2: {1: 0.45, 3: 0.5}}
-    assert SELECTION.restrict([3], layer_base=1) == {2: (1, 3)}
     assert (SELECTION | SELECTION).threshold == 0.4
     assert (SELECTION | {1: [1]}).threshold is None
 
@@ -135,7 +135,7 @@ def test_selection_saves_loads_and_shows_itself(tmp_path):
         (lambda: ExpertSelection({0: [9]}, num_experts=8), "layer 0 has 8 experts"),
         (lambda: ExpertSelection({0: [-1]}), "no expert -1"),
         (lambda: ExpertSelection({7: [1]}, num_experts=[8] * 6), "there is no layer 7"),
-        (lambda: ExpertSelection({0: [1]}, layer_base=1), "below layer_base=1"),
+        (lambda: ExpertSelection({-1: [1]}), "no layer -1"),
         (lambda: ExpertSelection({0: [1]}).random_like(), "pass num_experts"),
         (lambda: SELECTION | ExpertSelection({0: [1]}, num_experts=[4, 4]), "another model"),
         (lambda: ExpertSelection.from_dict({"rules": []}), "not an expert selection"),
@@ -173,13 +173,13 @@ def test_deactivate_is_activate_with_the_sign_turned():
 @pytest.mark.parametrize(
     ("plan", "name", "value"),
     [
-        (Plan.bias({0: [3]}, value=2.0), "bias", 2.0),
-        (Plan.bias({0: {3: 0.5}}, value=2.0), "bias", 1.0),
+        (Plan.bias({0: [3]}, strength=2.0), "bias", 2.0),
+        (Plan.bias({0: {3: 0.5}}, strength=2.0), "bias", 1.0),
         (Plan.magnitude({0: {3: 0.25}}, strength=2.0), "magnitude", 0.5),
-        (Plan.scale_logits({0: [3]}, factor=3.0), "scale", 3.0),
+        (Plan.scale_logits({0: [3]}, strength=3.0), "scale", 3.0),
         (Plan.scale_logits({0: {3: 4.0}}) * 0.5, "scale", 2.0),
-        (Plan.scale_weights({0: [3]}, factor=0.0), "weight_scale", 0.0),
-        (Plan.bias({0: [3]}, value=0.1, on="choice"), "score_bias", 0.1),
+        (Plan.scale_weights({0: [3]}, strength=0.0), "weight_scale", 0.0),
+        (Plan.bias({0: [3]}, strength=0.1, on="choice"), "score_bias", 0.1),
         (Plan.force_on({0: [3]}), "force", Force.ON_PAPER),
         (Plan.force_on({0: [3]}, weight="steermoe"), "force", Force.ON_STEERMOE),
         (Plan.force_on({0: [3]}, weight="natural"), "force", Force.ON_NATURAL),
@@ -206,9 +206,9 @@ def test_every_rule_fills_its_plane_with_its_value(plan, name, value):
         (Plan.temperature(2.0), "temperature", 2.0),
         (Plan.temperature(2.0) * 2, "temperature", 4.0),
         (Plan.top_k(1), "top_k", 1.0),
-        (Plan.activate({0: [1]}, std="sample"), "std_correction", 1.0),
+        (Plan.activate({0: [1]}, correction=1), "std_correction", 1.0),
         (Plan.bias({0: [1]}, on="score"), "score_bias_weighs", 1.0),
-        (Plan.scale_weights({0: [1]}, factor=2, when="after"), "weight_scale_after", 1.0),
+        (Plan.scale_weights({0: [1]}, strength=2, when="after"), "weight_scale_after", 1.0),
     ],
 )
 def test_row_parameters(plan, name, value):
@@ -233,12 +233,12 @@ def test_off_wins_over_on_and_forbid_wins_over_all():
 def test_strengths_add_and_factors_multiply():
     plan = Plan.activate({0: [1]}, strength=0.5) + Plan.activate({0: [1, 2]}, strength=0.25)
     assert plane(plan.compile(SITES), 0, "std")[0, 1:3].tolist() == [0.75, 0.25]
-    scaled = Plan.scale_logits({0: [1]}, factor=2.0) + Plan.scale_logits({0: [1]}, factor=3.0)
+    scaled = Plan.scale_logits({0: [1]}, strength=2.0) + Plan.scale_logits({0: [1]}, strength=3.0)
     assert plane(scaled.compile(SITES), 0, "scale")[0, 1] == 6.0
 
 
 def test_strengths_of_any_size_add_exactly():
-    plan = sum(Plan.bias({0: [1]}, value=value) for value in (1e16, 1.5, -5e15, -5e15))
+    plan = sum(Plan.bias({0: [1]}, strength=value) for value in (1e16, 1.5, -5e15, -5e15))
     assert plane(plan.compile(SITES), 0, "bias")[0, 1] == 1.5
 
 
@@ -290,15 +290,20 @@ def test_layers_of_different_sizes():
         Plan.activate({0: [7]}).compile(routers)
 
 
-def test_layer_base_counts_layers_from_one():
-    assert Plan.activate([1], layers=range(1, 4), layer_base=1) == Plan.activate([1], layers=range(3))
-    assert Plan.activate(SELECTION).only(layers=3, layer_base=1) == Plan.activate(SELECTION, layers=2)
+def test_layers_of_a_publication():
+    assert mr.layers(8, 35) == range(8, 36)
+    assert mr.layers(8, 35, base=1) == range(7, 35)
+    assert mr.layers(3, base=1) == range(2, 3)
+    assert Plan.activate([1], layers=mr.layers(1, 3, base=1)) == Plan.activate([1], layers=range(3))
+    for first, last, base in ((0, 3, 1), (4, 3, 0), (-1, None, 0), (1, 3, 2)):
+        with pytest.raises(ValueError, match=r"base must be 0 or 1|count upwards from"):
+            mr.layers(first, last, base=base)
 
 
 REFUSED = [
     (
         lambda: Plan.activate({48: [1]}).compile(SITES),
-        r"layer 48, but the model has 6 MoE layers \(0-5\).*layer_base=1",
+        r"layer 48, but the model has 6 MoE layers \(0-5\).*base=1",
     ),
     (lambda: Plan.activate({0: [8]}).compile(SITES), r"expert 8 of layer 0, which has 8 experts \(0-7\)"),
     (lambda: Plan.remap({0: {1: 8}}).compile(SITES), "expert 8 of layer 0"),
@@ -311,11 +316,11 @@ REFUSED = [
     (lambda: (Plan.top_k(1) + Plan.top_k(2)).compile(SITES), "top-1 and top-2 at once"),
     (lambda: (Plan.force_on({0: [1]}) + Plan.force_on({0: [1]}, weight="natural")).compile(SITES), "two weights"),
     (
-        lambda: (Plan.activate({0: [1]}) + Plan.activate({0: [2]}, std="sample")).compile(SITES),
+        lambda: (Plan.activate({0: [1]}) + Plan.activate({0: [2]}, correction=1)).compile(SITES),
         "'population' and 'sample'",
     ),
     (lambda: (Plan.remap({0: {1: 2}}) + Plan.remap({0: {1: 3}})).compile(SITES), "remapped to two experts"),
-    (lambda: (Plan.bias({0: [1]}, value=3e38) * 2).compile(SITES), "more than float32 holds"),
+    (lambda: (Plan.bias({0: [1]}, strength=3e38) * 2).compile(SITES), "more than float32 holds"),
     (lambda: Plan.activate({}), "no experts: lower its threshold"),
     (lambda: Plan.activate(SELECTION, layers=[3]), "no experts in layers 3"),
     (lambda: Plan.activate([1, 2]), "experts without layers"),
@@ -324,27 +329,25 @@ REFUSED = [
     (lambda: Plan.activate({0: [-1]}), "no expert -1"),
     (lambda: Plan.activate({-1: [1]}), "no layer -1"),
     (lambda: Plan.activate({0: [1]}, layers=[]), "no layer"),
-    (lambda: Plan.activate([1], layers=[0], layer_base=1), "below layer_base=1"),
+    (lambda: Plan.activate([1], layers=[-1]), "no layer -1"),
+    (lambda: Plan.activate({0: [1]}, correction=2), "correction must be 0"),
     (lambda: Plan.activate({0: [1]}, strength=float("nan")), "strength must be finite"),
     (lambda: Plan.activate({0: [1]}, strength="much"), "strength must be a number"),
-    (lambda: Plan.bias({0: [1]}, value=float("-inf")), "use Plan.forbid"),
+    (lambda: Plan.bias({0: [1]}, strength=float("-inf")), "use Plan.forbid"),
     (lambda: Plan.force_on({0: [1]}, weight="hard"), "no mode 'hard': use one of 'paper', 'steermoe', 'natural'"),
     (lambda: Plan.temperature(0), "above 0"),
-    (lambda: Plan.top_k(0), "from 1"),
+    (lambda: Plan.top_k(0), r"from 1 to the experts of the layer \(at most 64\)"),
     (lambda: Plan.top_k(1.5), "whole number"),
-    (lambda: Plan.scale_logits({0: [1]}, factor=-1), "0 or more"),
-    (lambda: Plan.scale_weights({0: [1]}, factor=0) * -1, "cannot be inverted"),
+    (lambda: Plan.scale_logits({0: [1]}, strength=-1), "0 or more"),
+    (lambda: Plan.scale_weights({0: [1]}, strength=0) * -1, "cannot be inverted"),
     (lambda: Plan.force_on({0: [1]}) * 0.5, "no strength to scale"),
     (lambda: Plan.forbid({0: [1]}) * 0.5, "no strength to scale"),
     (lambda: Plan.top_k(1) * 0.5, "no strength to scale"),
     (lambda: Plan.activate({0: [1]}).only(phase="training"), "no phase 'training'"),
     (lambda: Plan.activate({0: [1]}).only(groups=[]), "at least one"),
-    (lambda: Plan.activate({0: [1]}).control("worse"), "no control 'worse'"),
-    (lambda: Plan.activate({0: [1]}).control("random"), "pass num_experts"),
-    (lambda: Plan.activate({0: [1]}).control("layers"), "needs the layers"),
-    (lambda: Plan.activate({0: [1]}).control("layers", range(3, 5)), "no experts in layers 3-4"),
-    (lambda: Plan.activate({0: [1]}).control("experts"), "needs the other experts"),
-    (lambda: Plan.forbid({0: [1]}).control("deactivate"), "no opposite"),
+    (lambda: Plan.activate({0: [1]}).random(), "pass num_experts"),
+    (lambda: Plan.activate({0: [1]}).in_layers(range(3, 5)), "no experts in layers 3-4"),
+    (lambda: -Plan.forbid({0: [1]}), "no opposite"),
     (lambda: Plan.from_dict({"experts": {}}), "not a plan"),
     (lambda: Plan.from_dict({"rules": [{"kind": "shout"}]}), "no 'shout' rule: upgrade"),
     (lambda: Plan.from_dict({"rules": [{"kind": "activate", "experts": [1]}]}), "not a rule"),
@@ -373,9 +376,9 @@ some_experts = st.dictionaries(
 strengths = st.floats(-8, 8, allow_nan=False).map(lambda value: round(value, 3))
 soft_plans = st.one_of(
     st.builds(Plan.activate, some_experts, strength=strengths),
-    st.builds(Plan.bias, some_experts, value=strengths),
+    st.builds(Plan.bias, some_experts, strength=strengths),
     st.builds(Plan.magnitude, some_experts, strength=strengths),
-    st.builds(Plan.scale_logits, some_experts, factor=st.floats(0.1, 8)),
+    st.builds(Plan.scale_logits, some_experts, strength=st.floats(0.1, 8)),
     st.builds(Plan.temperature, st.floats(0.1, 8)),
 )
 conditions = st.fixed_dictionaries(
@@ -497,8 +500,8 @@ def test_a_truncated_plan_file_is_refused(tmp_path):
 
 def test_random_control_keeps_numbers_strengths_and_conditions():
     plan = Plan.activate(SELECTION, layers=range(1, 5)).only(groups="sw") + Plan.force_off({5: [0, 1]})
-    control = plan.control("random", 3)
-    assert control == plan.control("random", 3)
+    control = plan.random(3)
+    assert control == plan.random(3)
     assert control != plan
     for rule, drawn in zip(
         sorted(plan.rules, key=lambda r: r.kind), sorted(control.rules, key=lambda r: r.kind), strict=True
@@ -518,21 +521,19 @@ def test_random_control_keeps_numbers_strengths_and_conditions():
 
 def test_layer_control_uses_the_experts_found_there():
     middle = Plan.activate(SELECTION, layers=[2], strength=0.25)
-    assert middle.control("layers", [0, 4]) == Plan.activate(SELECTION, layers=[0, 4], strength=0.25)
-    assert "control (layers) of math" in middle.control("layers", [0]).describe()
+    assert middle.in_layers([0, 4]) == Plan.activate(SELECTION, layers=[0, 4], strength=0.25)
+    assert "control (other layers) of math" in middle.in_layers([0]).describe()
 
 
 def test_other_controls():
     plan = Plan.activate(SELECTION, layers=range(5), strength=0.5) + Plan.force_on({5: [1]})
-    assert plan.control("deactivate") == Plan.deactivate(SELECTION, layers=range(5), strength=0.5) + Plan.force_off(
-        {5: [1]}
-    )
+    assert -plan == Plan.deactivate(SELECTION, layers=range(5), strength=0.5) + Plan.force_off({5: [1]})
     soft_only = Plan.activate(SELECTION, layers=range(5), strength=0.5)
-    other = soft_only.control("experts", {3: [6]})
+    other = soft_only.with_experts({3: [6]})
     assert other.rules == Plan.activate({3: [6]}, layers=range(5), strength=0.5).rules
     assert (
-        Plan.scale_weights({0: [1]}, factor=2).control("experts", {1: [2]}).rules
-        == Plan.scale_weights({1: [2]}, factor=2).rules
+        Plan.scale_weights({0: [1]}, strength=2).with_experts({1: [2]}).rules
+        == Plan.scale_weights({1: [2]}, strength=2).rules
     )
 
 
@@ -550,6 +551,32 @@ def test_a_plan_knows_its_model():
         marked + plan.for_model("else")
     assert (marked + Plan.temperature(2.0)).model == marked.model
     marked.for_model().check_model("else", num_experts=[4])
+
+
+def test_a_sum_of_many_plans_puts_them_in_order_once(monkeypatch):
+    plans = [Plan.bias({0: [1]}, strength=float(n)).only(positions=n) for n in range(1, 300)]
+    asked, canonical = [], files.canonical_json
+    monkeypatch.setattr(files, "canonical_json", lambda value: asked.append(1) or canonical(value))
+    plan = sum(plans)
+    assert len(plan.rules) == 299
+    assert len(asked) == 299
+    assert plan == sum(reversed(plans))
+
+
+def test_how_much_is_strength_and_cannot_be_taken_for_layers():
+    for make in (Plan.activate, Plan.deactivate, Plan.bias, Plan.magnitude, Plan.scale_logits, Plan.scale_weights):
+        assert make({0: [1]}, strength=2.0)
+        with pytest.raises(TypeError):
+            make({0: [1]}, None, 2.0)
+
+
+def test_notebooks_show_the_rules_as_a_table():
+    shown = (Plan.activate(SELECTION).only(groups="<sw>") + Plan.forbid({0: [1]}))._repr_html_()
+    assert shown.count("<tr>") == 3
+    assert "activate 4 experts in layers 0, 2, 4" in shown
+    assert "groups &lt;sw&gt;" in shown
+    many = sum(Plan.bias({0: [1]}, strength=float(n)) for n in range(1, 60))
+    assert "and 9 more rules" in many._repr_html_()
 
 
 def test_plans_describe_themselves():
@@ -596,11 +623,13 @@ def logits():
     return torch.randn(64, EXPERTS, generator=torch.Generator().manual_seed(3)) * 2
 
 
-@pytest.mark.parametrize("std", ["population", "sample"])
-def test_soft_steering_is_equation_four(backend, logits, std):
+@pytest.mark.parametrize("correction", [0, 1])
+def test_soft_steering_is_equation_four(backend, logits, correction):
     expected = logits.clone()
-    expected[:, [1, 5]] += 0.7 * logits.std(-1, correction=std == "sample", keepdim=True)
-    assert_same(steered(backend, Plan.activate({0: [1, 5]}, strength=0.7, std=std), logits), natural(expected))
+    expected[:, [1, 5]] += 0.7 * logits.std(-1, correction=correction, keepdim=True)
+    assert_same(
+        steered(backend, Plan.activate({0: [1, 5]}, strength=0.7, correction=correction), logits), natural(expected)
+    )
 
 
 def test_forced_experts_are_chosen_first_and_weigh_as_the_largest(backend, logits):
@@ -627,13 +656,13 @@ def test_off_and_forbidden_experts_are_not_chosen_while_there_are_others(backend
 def test_other_rules_through_the_gate(backend, logits):
     raised = logits.clone()
     raised[:, 2] += 1.5
-    assert_same(steered(backend, Plan.bias({0: [2]}, value=1.5), logits), natural(raised))
+    assert_same(steered(backend, Plan.bias({0: [2]}, strength=1.5), logits), natural(raised))
     grown = logits.clone()
     grown[:, 2] += 0.5 * logits[:, 2].abs()
     assert_same(steered(backend, Plan.magnitude({0: [2]}, strength=0.5), logits), natural(grown))
     scaled = logits.clone()
     scaled[:, 2] *= 3
-    assert_same(steered(backend, Plan.scale_logits({0: [2]}, factor=3), logits), natural(scaled))
+    assert_same(steered(backend, Plan.scale_logits({0: [2]}, strength=3), logits), natural(scaled))
     assert_same(steered(backend, Plan.temperature(2.5), logits), natural(logits / 2.5))
     weights, ids = steered(backend, Plan.top_k(1), logits)
     assert (ids[:, 1] == -1).all()
@@ -648,5 +677,5 @@ def test_conditions_through_the_gate(backend, logits):
 
 
 def test_an_opposite_plan_cancels(backend, logits):
-    plan = Plan.activate({0: [1]}, strength=0.7) + Plan.bias({0: [2]}, value=2.0)
+    plan = Plan.activate({0: [1]}, strength=0.7) + Plan.bias({0: [2]}, strength=2.0)
     assert_same(steered(backend, plan - plan, logits), natural(logits))

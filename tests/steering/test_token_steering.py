@@ -135,10 +135,10 @@ def absent_literal(change: Callable[[np.ndarray, int], float]) -> Any:
     ("plan", "change"),
     [
         (Plan.activate({0: CHOSEN}, strength=SOFT), lambda z, e: z[e] + SOFT * z.std()),
-        (Plan.activate({0: CHOSEN}, strength=SOFT, std="sample"), lambda z, e: z[e] + SOFT * z.std(ddof=1)),
-        (Plan.bias({0: CHOSEN}, value=1.5), lambda z, e: z[e] + 1.5),
+        (Plan.activate({0: CHOSEN}, strength=SOFT, correction=1), lambda z, e: z[e] + SOFT * z.std(ddof=1)),
+        (Plan.bias({0: CHOSEN}, strength=1.5), lambda z, e: z[e] + 1.5),
         (Plan.magnitude({0: CHOSEN}, strength=0.5), lambda z, e: z[e] + 0.5 * abs(z[e])),
-        (Plan.scale_logits({0: CHOSEN}, factor=2.0), lambda z, e: z[e] * 2),
+        (Plan.scale_logits({0: CHOSEN}, strength=2.0), lambda z, e: z[e] * 2),
         (Plan.force_off({0: CHOSEN}), lambda z, e: z.min()),
     ],
 )
@@ -159,7 +159,7 @@ def test_forced_only_if_absent(logits):
 
 def test_absent_rules_beside_others(logits):
     """A bias on all tokens, and one more only where the expert was not the router's own choice."""
-    plan = Plan.bias({0: [1, 2]}, value=0.5) + Plan.bias({0: [1]}, value=1.0).only(absent=True)
+    plan = Plan.bias({0: [1, 2]}, strength=0.5) + Plan.bias({0: [1]}, strength=1.0).only(absent=True)
 
     def literal(z, own, token):
         steered = z.copy()
@@ -172,7 +172,7 @@ def test_absent_rules_beside_others(logits):
 
 
 def test_a_token_whose_condition_never_holds_keeps_its_bits(logits):
-    weights, ids, natural = routed(Plan.bias({0: [1]}, value=4.0).only(absent=True), logits)
+    weights, ids, natural = routed(Plan.bias({0: [1]}, strength=4.0).only(absent=True), logits)
     own, _ = ops.route(logits, K, SOFTMAX)
     kept = (natural == 1).any(1)
     assert kept.any()
@@ -206,7 +206,7 @@ def test_replaced_scores(logits, spec):
         ids = best(p)
         return ids, weighed(p / p.sum() if spec.score == "softmax" else p, ids, spec)
 
-    check(Plan.scores({0: SCORES}), logits, literal, spec, rtol=1e-5)
+    check(Plan.replace_scores({0: SCORES}), logits, literal, spec, rtol=1e-5)
 
 
 def test_replaced_scores_are_chosen_and_steered_as_the_routers_own(logits):
@@ -218,7 +218,7 @@ def test_replaced_scores_are_chosen_and_steered_as_the_routers_own(logits):
         ids = best(p + correction.numpy())
         return ids, weighed(p, ids, SIGMOID)
 
-    check(Plan.scores({0: SCORES}), logits, corrected, SIGMOID, rtol=1e-5, bias=correction)
+    check(Plan.replace_scores({0: SCORES}), logits, corrected, SIGMOID, rtol=1e-5, bias=correction)
 
     def steered(z, own, token):
         with np.errstate(divide="ignore"):
@@ -227,7 +227,7 @@ def test_replaced_scores_are_chosen_and_steered_as_the_routers_own(logits):
         ids = best(z)
         return ids, weighed(scored(z, SOFTMAX), ids, SOFTMAX)
 
-    plan = Plan.scores({0: SCORES}) + Plan.bias({0: [3]}, value=1.0) + Plan.temperature(2.0, layers=0)
+    plan = Plan.replace_scores({0: SCORES}) + Plan.bias({0: [3]}, strength=1.0) + Plan.temperature(2.0, layers=0)
     check(plan, logits, steered, rtol=1e-5)
 
 
@@ -238,9 +238,9 @@ def test_replaced_scores_are_refused_by_the_name_of_the_router():
         steering.fitted("layers.0.gate", RouterSpec(**spec))
 
     with pytest.raises(ValueError, match=r"'layers\.0\.gate' cannot take replaced scores: SparseMixer"):
-        fit(Plan.scores({0: {1: 1.0}}), score="sparsemixer")
+        fit(Plan.replace_scores({0: {1: 1.0}}), score="sparsemixer")
     with pytest.raises(ValueError, match="between 0 and 1"):
-        fit(Plan.scores({0: {1: 1.5}}), score="sigmoid")
+        fit(Plan.replace_scores({0: {1: 1.5}}), score="sigmoid")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -253,12 +253,12 @@ def test_the_last_slot_goes_to_the_expert_if_absent(logits, spec):
         ids = list(own) if 4 in own else [*own[:-1], 4]
         return ids, weighed(scored(z, spec), ids, spec)
 
-    check(Plan.slot({0: [4]}), logits, literal, spec)
+    check(Plan.reserve_slot({0: [4]}), logits, literal, spec)
 
 
 def test_the_last_slot_after_other_rules(logits):
     """The slot looks at the steered choice; forbidden experts do not take it; fewer slots have another last one."""
-    plan = Plan.bias({0: [2]}, value=2.0) + Plan.slot({0: [4]}) + Plan.top_k(2, layers=0)
+    plan = Plan.bias({0: [2]}, strength=2.0) + Plan.reserve_slot({0: [4]}) + Plan.top_k(2, layers=0)
 
     def literal(z, own, token):
         z = z + np.eye(E)[2] * 2.0
@@ -268,7 +268,7 @@ def test_the_last_slot_after_other_rules(logits):
 
     check(plan, logits, literal)
     for off in (Plan.forbid({0: [4]}), Plan.force_off({0: [4]})):
-        _, ids, _ = routed(Plan.slot({0: [4]}) + off, logits)
+        _, ids, _ = routed(Plan.reserve_slot({0: [4]}) + off, logits)
         assert not (ids == 4).any()
 
 
@@ -276,15 +276,15 @@ def test_replayed_experts_weigh_by_the_routers_own_scores(logits):
     def literal(z, own, token):
         return [6, 0, 3], weighed(scored(z, SOFTMAX), [6, 0, 3], SOFTMAX)
 
-    check(Plan.replay({0: [6, 0, 3]}), logits, literal)
+    check(Plan.fix_choice({0: [6, 0, 3]}), logits, literal)
 
     def fewer(z, own, token):
         return [5], weighed(scored(z, SOFTMAX), [5], SOFTMAX)
 
-    check(Plan.replay({0: [5]}), logits, fewer)
+    check(Plan.fix_choice({0: [5]}), logits, fewer)
 
 
-@pytest.mark.parametrize("plan", [Plan.slot({0: [4]}), Plan.replay({0: [6, 0, 3]})], ids=str)
+@pytest.mark.parametrize("plan", [Plan.reserve_slot({0: [4]}), Plan.fix_choice({0: [6, 0, 3]})], ids=str)
 def test_sparsemixer_weighs_choices_by_name_slot_by_slot(logits, plan):
     spec = RouterSpec(score="sparsemixer", jitter=0.2)
     weights, ids, natural = routed(plan, logits, spec)
@@ -348,7 +348,7 @@ def test_the_draw_is_splitmix_of_seed_layer_and_token():
 
 
 def test_every_token_draws_its_own_experts(logits):
-    plan = Plan.force_on({0: CHOSEN}).control("tokens", 5)
+    plan = Plan.force_on({0: CHOSEN}).random_per_token(5)
     counter = torch.arange(T)
     orders = permutations(5, 0, counter, E)
 
@@ -378,12 +378,12 @@ def test_the_draw_is_uniform_seeded_and_the_same_for_any_batch():
 
 @pytest.mark.parametrize(
     ("plan", "where"),
-    [(Plan.slot({0: [4]}), -1), (Plan.replay({0: [4]}), 0), (Plan.scores({0: {4: 1.0}}), 0)],
+    [(Plan.reserve_slot({0: [4]}), -1), (Plan.fix_choice({0: [4]}), 0), (Plan.replace_scores({0: {4: 1.0}}), 0)],
     ids=str,
 )
 def test_named_experts_can_be_drawn_too(logits, plan, where):
     orders = permutations(9, 0, torch.arange(T), E)
-    _, ids, natural = routed(plan.control("tokens", 9), logits, counter=torch.arange(T))
+    _, ids, natural = routed(plan.random_per_token(9), logits, counter=torch.arange(T))
     drawn = (orders == 4).int().argmax(1)
     absent = ~(natural == drawn[:, None]).any(1)
     assert torch.equal(ids[absent, where], drawn[absent])
@@ -391,7 +391,7 @@ def test_named_experts_can_be_drawn_too(logits, plan, where):
 
 
 def test_drawn_and_absent_together(logits):
-    plan = Plan.bias({0: [2]}, value=3.0).only(absent=True).control("tokens", 4)
+    plan = Plan.bias({0: [2]}, strength=3.0).only(absent=True).random_per_token(4)
     orders = permutations(4, 0, torch.arange(T), E)
 
     def literal(z, own, token):
@@ -409,10 +409,10 @@ def test_drawn_and_absent_together(logits):
 
 RULES = [
     Plan.activate({0: [1]}).only(absent=True),
-    Plan.scores({0: {1: 0.25, 2: 0.75}}),
-    Plan.slot({0: [3]}),
-    Plan.replay({0: [5, 2]}),
-    Plan.force_on({0: [1]}).control("tokens", 3),
+    Plan.replace_scores({0: {1: 0.25, 2: 0.75}}),
+    Plan.reserve_slot({0: [3]}),
+    Plan.fix_choice({0: [5, 2]}),
+    Plan.force_on({0: [1]}).random_per_token(3),
     Plan.bias({0: [1]}).only(positions=[0, 2, range(5, 9)]),
     Plan.bias({0: [1]}).only(positions=slice(4, None)),
     Plan.top_k(4, layers=0),
@@ -435,9 +435,9 @@ def test_rules_are_saved_hashed_and_compiled_alike(plan, tmp_path):
     ("plan", "words"),
     [
         (RULES[0], "activate 1 expert in layer 0: logit + 0.5 * std(logits) [only experts not chosen already]"),
-        (RULES[1], "scores 2 experts in layer 0: router scores replaced by 0.25 to 0.75"),
-        (RULES[2], "slot 1 expert in layer 0: takes the last slot where not chosen"),
-        (RULES[3], "replay 2 experts in layer 0: exactly these experts chosen, in this order"),
+        (RULES[1], "replace scores 2 experts in layer 0: router scores replaced by 0.25 to 0.75"),
+        (RULES[2], "reserve slot 1 expert in layer 0: takes the last slot where not chosen"),
+        (RULES[3], "fix choice 2 experts in layer 0: exactly these experts chosen, in this order"),
         (RULES[4], "[other experts for each token, drawn with seed 3]"),
         (RULES[5], "[positions 0, 2, 5-8]"),
         (RULES[6], "[positions from 4]"),
@@ -452,19 +452,25 @@ def test_rules_say_themselves_in_words(plan, words):
     ("make", "message"),
     [
         (lambda: Plan.temperature(2).only(absent=True), "cannot be left out for experts that are chosen already"),
-        (lambda: Plan.slot({0: [1]}).only(absent=True), "cannot be left out"),
-        (lambda: Plan.top_k(1).control("tokens"), "names no experts that could be drawn"),
-        (lambda: Plan.remap({0: {1: 2}}).control("tokens"), "names no experts that could be drawn"),
-        (lambda: Plan.scores({0: {1: -0.5}}), "0 or more"),
-        (lambda: Plan.scores({0: {1: 0.0}}), "one of them above 0"),
-        (lambda: Plan.replay({0: [1, 1]}), "slots 0 to 0"),
-        (lambda: Plan.replay({0: [1, 2, 3, 4]}).compile(SITES), "4 experts are replayed in layer 0, which has 3"),
-        (lambda: Plan.slot({0: [1, 2]}).compile(SITES), "two own experts"),
-        (lambda: (Plan.slot({0: [1]}) + Plan.slot({0: [2]})).compile(SITES), "two own experts"),
-        (lambda: (Plan.scores({0: {1: 1}}) + Plan.scores({0: {2: 1}})).compile(SITES), "two replaced scores"),
-        (lambda: (Plan.slot({0: [1]}) + Plan.remap({0: {1: 2}})).compile(SITES), "a slot rule and a remap meet"),
-        (lambda: (Plan.replay({0: [1]}) + Plan.top_k(5)).compile(SITES), "a replay rule and a top_k above"),
-        (lambda: Plan.slot({0: [1]}) * 2, "no strength to scale"),
+        (lambda: Plan.reserve_slot({0: [1]}).only(absent=True), "cannot be left out"),
+        (lambda: Plan.top_k(1).random_per_token(), "names no experts that could be drawn"),
+        (lambda: Plan.remap({0: {1: 2}}).random_per_token(), "names no experts that could be drawn"),
+        (lambda: Plan.replace_scores({0: {1: -0.5}}), "0 or more"),
+        (lambda: Plan.replace_scores({0: {1: 0.0}}), "one of them above 0"),
+        (lambda: Plan.fix_choice({0: [1, 1]}), "slots 0 to 0"),
+        (lambda: Plan.fix_choice({0: [1, 2, 3, 4]}).compile(SITES), "4 experts are fixed in layer 0, which has 3"),
+        (lambda: Plan.reserve_slot({0: [1, 2]}).compile(SITES), "two own experts"),
+        (lambda: (Plan.reserve_slot({0: [1]}) + Plan.reserve_slot({0: [2]})).compile(SITES), "two own experts"),
+        (
+            lambda: (Plan.replace_scores({0: {1: 1}}) + Plan.replace_scores({0: {2: 1}})).compile(SITES),
+            "two replaced scores",
+        ),
+        (
+            lambda: (Plan.reserve_slot({0: [1]}) + Plan.remap({0: {1: 2}})).compile(SITES),
+            "a reserve_slot rule and a remap meet",
+        ),
+        (lambda: (Plan.fix_choice({0: [1]}) + Plan.top_k(5)).compile(SITES), "a fix_choice rule and a top_k above"),
+        (lambda: Plan.reserve_slot({0: [1]}) * 2, "no strength to scale"),
         (lambda: Plan.bias({0: [1]}).only(positions=[]), "at least one"),
         (lambda: Plan.bias({0: [1]}).only(positions=-1), "count from 0"),
         (lambda: Plan.bias({0: [1]}).only(positions=range(0, 9, 2)), "steps of 1"),
@@ -476,10 +482,10 @@ def test_rules_say_themselves_in_words(plan, words):
             "may meet on one expert",
         ),
         (
-            lambda: (Plan.forbid([0, 1, 2, 3], 0) + Plan.forbid([4, 5, 6, 7], 0).control("tokens")).compile(SITES),
+            lambda: (Plan.forbid([0, 1, 2, 3], 0) + Plan.forbid([4, 5, 6, 7], 0).random_per_token()).compile(SITES),
             "may forbid all 8",
         ),
-        (lambda: Plan.scores({0: {1: 0.5}}).control("experts", {0: [2]}), "coefficient for each expert"),
+        (lambda: Plan.replace_scores({0: {1: 0.5}}).with_experts({0: [2]}), "coefficient for each expert"),
     ],
 )
 def test_what_cannot_be_is_refused(make, message):
@@ -510,10 +516,10 @@ from moe_route.routers.adapter import Adapter  # noqa: E402
 
 PLANS = {
     "absent": Plan.activate({0: [1, 2], 1: [5]}, strength=1.5).only(absent=True),
-    "slot": Plan.slot({0: [3], 1: [4]}),
-    "replay": Plan.replay({0: [3, 1], 1: [4, 0]}),
-    "scores": Plan.scores({0: {3: 0.5, 1: 0.25, 6: 0.125}}),
-    "drawn": Plan.force_on({0: [1], 1: [2]}).control("tokens", 11),
+    "slot": Plan.reserve_slot({0: [3], 1: [4]}),
+    "replay": Plan.fix_choice({0: [3, 1], 1: [4, 0]}),
+    "scores": Plan.replace_scores({0: {3: 0.5, 1: 0.25, 6: 0.125}}),
+    "drawn": Plan.force_on({0: [1], 1: [2]}).random_per_token(11),
     "more": Plan.top_k(4, layers=[0, 1]),
 }
 
@@ -666,11 +672,11 @@ def test_every_architecture_takes_the_rules_or_refuses_them_by_name(name):
         first = next((router for router in routed.routers if router.steerable), None)
         if first is None:
             with pytest.raises(ValueError, match="cannot be steered"):
-                routed.steer(Plan.slot({0: [1]})).__enter__()
+                routed.steer(Plan.reserve_slot({0: [1]})).__enter__()
             return
         at = first.layer
-        plan = Plan.bias({at: [1]}, value=2.0).only(absent=True) + Plan.bias({at: [2]}).control("tokens", 1)
-        with routed.steer(plan + Plan.slot({at: [3]})), routed.record() as recorder:
+        plan = Plan.bias({at: [1]}, strength=2.0).only(absent=True) + Plan.bias({at: [2]}).random_per_token(1)
+        with routed.steer(plan + Plan.reserve_slot({at: [3]})), routed.record() as recorder:
             model(**given)
         statistics = recorder.statistics()  # which checks the laws of conservation
         assert statistics.scalar("steered")[0, at] > 0
