@@ -46,9 +46,13 @@ def name_of(path: Path) -> str:
 NAMES = {name_of(path) for path in modules()} | {"_C"}
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Modules of this package that a file imports anywhere, also inside functions."""
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+def imported(path: Path, *, for_types: bool = True) -> Iterator[str]:
+    """Modules of this package that a file imports anywhere, also inside functions; with or without those that only a
+    type checker reads."""
+    tree = ast.parse(path.read_text("utf-8"))
+    if not for_types:
+        tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and _is_for_types(node.test))]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (_known(alias.name) for alias in node.names if alias.name.startswith("moe_route."))
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "moe_route":
@@ -56,6 +60,10 @@ def imported(path: Path) -> Iterator[str]:
             for alias in node.names:
                 if (node.module, alias.name) != ("moe_route", "__version__"):
                     yield _known(f"{node.module}.{alias.name}")
+
+
+def _is_for_types(test: ast.expr) -> bool:
+    return isinstance(test, ast.Name) and test.id == "TYPE_CHECKING"
 
 
 def _known(dotted: str) -> str:
@@ -82,7 +90,7 @@ def test_imports_go_down() -> None:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    graph = {name_of(path): {other for other in imported(path) if other != name_of(path)} for path in modules()}
+    graph = {name_of(path): set(imported(path, for_types=False)) - {name_of(path)} for path in modules()}
     for package in {name for name in graph if any(other.startswith(f"{name}.") for other in graph)}:
         # a package imports its modules to show their names; a module that imports a sibling runs the package first
         graph[package] = {other for other in graph[package] if not other.startswith(f"{package}.")}

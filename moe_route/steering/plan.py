@@ -430,7 +430,8 @@ class Plan:
         """The plan as steering tables, one per layer, and the row of each (phase, group).
 
         ``routers`` gives the experts and top-k of each MoE layer in order (``RouterInfo`` or ``LayerShape``);
-        ``groups`` the names of the groups, by index. Raises ``PlanError`` for layers, experts or groups that are not there, and
+        ``groups`` the names of the groups, by index. Raises ``PlanError`` for layers, experts or groups that are not
+        there, and
         for rules that contradict each other.
         """
         self.check_model(num_experts=[router.num_experts for router in routers])
@@ -501,9 +502,10 @@ class Plan:
             raise files.FileRefusedError(
                 f'{path} is not a plan: it lacks "moe_route": "{_KIND}"; write it with plan.save'
             )
-        if content.get("schema") != files.SCHEMA:
+        schema = content.get("schema")
+        if schema not in range(1, files.SCHEMA + 1):
             raise files.FileRefusedError(
-                f"{path} has schema {content.get('schema')!r}, this version reads {files.SCHEMA}: upgrade moe-route"
+                f"{path} has schema {schema!r}, this version reads up to {files.SCHEMA}: upgrade moe-route"
             )
         plan = cls.from_dict(content)
         if content.get("hash") != plan.hash:

@@ -44,7 +44,7 @@ def test_a_layer_replays_as_the_operator_does(spec):
     entries = torch.arange(T)[:, None].clone()
     entries[T // 2] = -1  # a token that was not recorded
     natural_weights, natural = ops.route(logits, K, spec)
-    statistics = StatisticsTables.zeros(E, groups=1, planes=ops.METRICS)
+    statistics = StatisticsTables.zeros(E, groups=1, metrics=ops.METRICS)
     weights, found, _ = steering.fitted("here", spec).route(
         logits,
         K,
@@ -56,7 +56,7 @@ def test_a_layer_replays_as_the_operator_does(spec):
         statistics=statistics,
     )
     wanted = torch.where(entries >= 0, ids[:, 0], -1)
-    counted = StatisticsTables.zeros(E, groups=1, planes=ops.METRICS)
+    counted = StatisticsTables.zeros(E, groups=1, metrics=ops.METRICS)
     expected_weights, expected = ops.route(logits, K, spec, choice=wanted, choice_mode="replay", statistics=counted)
     assert torch.equal(found, expected)
     torch.testing.assert_close(weights, expected_weights, rtol=1e-12, atol=0)

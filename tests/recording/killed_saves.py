@@ -36,7 +36,7 @@ def recording(seed: int) -> RoutingStatistics:
         num_experts=[4],
         top_k=[1],
         scalars=np.zeros((2, 1, 1, len(SCALARS)), np.int64),
-        planes={},
+        metrics={},
         sequence_scalars=np.full((3, 1, 1, 6), seed),
         sequence_sums={"full": rng.integers(0, 1 << 40, (3, 1, 1, 4))},
         store=store,
