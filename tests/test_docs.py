@@ -85,18 +85,18 @@ def test_the_support_page_says_what_the_table_says():
 FIGURES = re.compile(r"(?<=<!-- figures -->\n).*?(?=<!-- end of figures -->)", re.S)
 
 
-def figures() -> str:
-    """The README's figures, from the committed results."""
-    from bench.summary import committed
+def figures(page: str) -> str:
+    """The figures of a page, from the committed results."""
+    from bench import summary
 
-    return committed()
+    return {"README.md": summary.headline, "docs/figures.md": summary.committed}[page]()
 
 
-def test_the_figures_are_those_of_the_committed_results(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    found = FIGURES.search((ROOT / "README.md").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("page", ["README.md", "docs/figures.md"])
+def test_the_figures_are_those_of_the_committed_results(page: str):
+    found = FIGURES.search((ROOT / page).read_text(encoding="utf-8"))
     assert found
-    assert found[0] == figures(), "run `python tests/test_docs.py README.md` to write the figures anew"
+    assert found[0] == figures(page), f"run `python tests/test_docs.py {page}` to write the figures anew"
 
 
 @pytest.mark.parametrize("name", ["describe.md", "experts.md"])
@@ -204,9 +204,9 @@ def refresh() -> None:
     target = ROOT / "docs" / "models.md"
     beginning = target.read_text(encoding="utf-8").partition("<!-- table -->\n")[0]
     target.write_text(f"{beginning}<!-- table -->\n{support_table()}\n", encoding="utf-8")
-    readme = ROOT / "README.md"
-    sys.path.insert(0, str(ROOT))
-    readme.write_text(FIGURES.sub(lambda _: figures(), readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for name in ("README.md", "docs/figures.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        (ROOT / name).write_text(FIGURES.sub(lambda _, name=name: figures(name), text), encoding="utf-8")
     wanted = [Path(name).resolve() for name in sys.argv[1:]] or WITH_EXAMPLES
     for page in wanted:
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
@@ -214,4 +214,5 @@ def refresh() -> None:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     refresh()
