@@ -17,8 +17,9 @@ from moe_route import ops
 from moe_route._C import __version__
 
 if TYPE_CHECKING:
-    from moe_route import analysis, data, doctor, files, nn, patching, plots, recording, reference, steering
+    from moe_route import analysis, data, diagnosis, files, nn, patching, plots, recording, reference, steering
     from moe_route.description import describe
+    from moe_route.diagnosis import doctor
     from moe_route.experts.interface import register_experts
     from moe_route.recording import Recorder, RoutingStatistics
     from moe_route.routed import RoutedModel, attach
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _MODULES = (
     "analysis",
     "data",
-    "doctor",
+    "diagnosis",
     "files",
     "nn",
     "patching",
@@ -47,6 +48,7 @@ _HOMES = {
     "RoutingStatistics": "recording",
     "attach": "routed",
     "describe": "routed",
+    "doctor": "diagnosis",
     "find_routers": "patching",
     "register_experts": "patching.experts",
 }
@@ -63,6 +65,7 @@ __all__ = [
     "attach",
     "data",
     "describe",
+    "diagnosis",
     "doctor",
     "files",
     "find_routers",

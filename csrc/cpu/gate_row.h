@@ -5,7 +5,7 @@
 // rows are never read. Work that nobody asked for (weights, scores of all experts, the natural choice) is not
 // done. O(E / 16) a row.
 //
-// A row is a chain of short dependent steps (fold, list, rank, look up, normalise), each of which waits for
+// A row is a chain of short dependent steps (fold, list, rank, look up, normalize), each of which waits for
 // the one before. So rows go through in blocks, step by step: while one row waits, the processor works on the
 // next.
 #pragma once

@@ -65,9 +65,9 @@ inline void divide(Choice<F>& c, typename F::Scalar by) {
 template <class F>
 inline typename F::Scalar norm_of(const GateSpec& spec, const Choice<F>& c) {
   using T = typename F::Scalar;
-  if (spec.renormalise == Renormalise::kNorm) return p_norm(c.weights, c.count, T(spec.norm_p));
+  if (spec.renormalize == Renormalize::kNorm) return p_norm(c.weights, c.count, T(spec.norm_p));
   const T sum = sum_in_order(c.weights, c.count), eps = spec.eps;
-  if (spec.renormalise == Renormalise::kSum) return sum + eps;
+  if (spec.renormalize == Renormalize::kSum) return sum + eps;
   return sum < eps && sum > -infinity<T>() ? eps : sum;
 }
 
@@ -84,9 +84,9 @@ inline void tame(Choice<F>& c) {
 }
 
 template <class F>
-inline void renormalise(const GateSpec& spec, Choice<F>& c) {
+inline void renormalize(const GateSpec& spec, Choice<F>& c) {
   using T = typename F::Scalar;
-  if (spec.renormalise == Renormalise::kNone) return;
+  if (spec.renormalize == Renormalize::kNone) return;
   T norm = norm_of(spec, c);
   if (!(abs(norm) < infinity<T>())) {
     tame(c);
@@ -130,12 +130,12 @@ inline void sparsemixer(const Workspace<F>& w, const GateSpec& spec, const typen
   }
 }
 
-// True where the sum over all experts cancels in renormalising.
+// True where the sum over all experts cancels in renormalizing.
 template <class F>
 inline bool softmax_over_chosen(const GateSpec& spec, const SteeringRow<F>* row) {
   if (spec.score != Score::kSoftmax) return false;
   if (spec.order == Order::kTopKThenScore) return true;
-  return spec.renormalise == Renormalise::kSum && spec.eps == 0.0f &&
+  return spec.renormalize == Renormalize::kSum && spec.eps == 0.0f &&
          !(row && row->score_bias && row->score_bias_weighs);
 }
 
@@ -160,7 +160,7 @@ inline void finish_weights(const GateArgs& args, const SteeringRow<F>* row, bool
   }
   const auto steered_scale = [&](int id) { return T(row->weight_scale[id]); };
   if (row && row->weight_scale && !row->weight_scale_after) multiply(c, steered_scale);
-  renormalise(spec, c);
+  renormalize(spec, c);
   if (spec.scale != 1.0f) multiply(c, [&](int) { return T(spec.scale); });
   if (row && row->weight_scale && row->weight_scale_after) multiply(c, steered_scale);
   if (args.expert_scale) multiply(c, [&](int id) { return T(args.expert_scale[id]); });

@@ -91,7 +91,7 @@ __device__ __forceinline__ RowScores score_all(Score score, const Values<kVector
   return r;
 }
 
-// Entropy of the normalised scores, in nats.
+// Entropy of the normalized scores, in nats.
 __device__ __forceinline__ float entropy_of(const RowScores& r) {
   const float h = math::log(r.total) - r.entropy_sum * r.inverse;
   return h > 0.0f ? h : 0.0f;

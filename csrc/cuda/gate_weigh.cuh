@@ -52,9 +52,9 @@ __device__ __forceinline__ void divide(Slots slots, int count, float by) {
 }
 
 __device__ __forceinline__ float norm_of(const GateSpec& spec, Slots slots, int count) {
-  if (spec.renormalise == Renormalise::kNorm) return p_norm(slots.weights, count, spec.norm_p);
+  if (spec.renormalize == Renormalize::kNorm) return p_norm(slots.weights, count, spec.norm_p);
   const float sum = sum_in_order(slots.weights, count);
-  if (spec.renormalise == Renormalise::kSum) return sum + spec.eps;
+  if (spec.renormalize == Renormalize::kSum) return sum + spec.eps;
   return sum < spec.eps && sum > -infinity() ? spec.eps : sum;
 }
 
@@ -72,8 +72,8 @@ __device__ __forceinline__ void tame(Slots slots, int count, bool wild) {
   __syncwarp();
 }
 
-__device__ __forceinline__ void renormalise(const GateSpec& spec, Slots slots, int count) {
-  if (spec.renormalise == Renormalise::kNone) return;
+__device__ __forceinline__ void renormalize(const GateSpec& spec, Slots slots, int count) {
+  if (spec.renormalize == Renormalize::kNone) return;
   float norm = norm_of(spec, slots, count);
   const bool wild = !(fabsf(norm) < infinity());
   if (any(wild)) {
@@ -84,11 +84,11 @@ __device__ __forceinline__ void renormalise(const GateSpec& spec, Slots slots, i
   divide(slots, count, norm);
 }
 
-// Does the sum over all experts cancel in renormalising?
+// Does the sum over all experts cancel in renormalizing?
 __device__ __forceinline__ bool softmax_over_chosen(const GateSpec& spec, const SteeringRow& row) {
   if (spec.score != Score::kSoftmax) return false;
   if (spec.order == Order::kTopKThenScore) return true;
-  return spec.renormalise == Renormalise::kSum && spec.eps == 0.0f &&
+  return spec.renormalize == Renormalize::kSum && spec.eps == 0.0f &&
          !(row.score_bias && row.score_bias_weighs);
 }
 
@@ -160,7 +160,7 @@ __device__ __forceinline__ void finish_weights(const GateArgs& args, const Steer
   const auto steered_scale = [&](int id) { return entry(args, row, kWeightScale, id, 1.0f); };
   if (rescales && !row.weight_scale_after) multiply(slots, count, steered_scale);
   __syncwarp();
-  renormalise(spec, slots, count);
+  renormalize(spec, slots, count);
   if (spec.scale != 1.0f) multiply(slots, count, [&](int) { return spec.scale; });
   if (rescales && row.weight_scale_after) multiply(slots, count, steered_scale);
   if (args.expert_scale != nullptr)

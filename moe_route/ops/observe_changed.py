@@ -8,9 +8,7 @@ from torch import Tensor
 
 from moe_route import reference
 from moe_route.contract.spec import RouterSpec
-from moe_route.contract.tables import METRICS, StatisticsTables, SteeringTables
-
-_ENTROPY = 16  # bit beside the metrics
+from moe_route.contract.tables import StatisticsTables, SteeringTables
 
 
 def observe_changed(
@@ -51,7 +49,6 @@ def _observe_changed(
     segments: Tensor | None,
 ) -> None:
     experts = logits.shape[1]
-    names = [name for bit, name in enumerate(METRICS) if metrics >> bit & 1]
     reference.observe_steered(
         logits,
         ids,
@@ -60,7 +57,7 @@ def _observe_changed(
         natural_ids=natural_ids,
         steering=SteeringTables.from_packed(tables, steering_metrics, row_params, remap, experts),
         tokens=tokens,
-        statistics=StatisticsTables(groups, segments, experts, names, bool(metrics >> _ENTROPY & 1)),
+        statistics=StatisticsTables.from_packed(groups, metrics, segments, experts),
     )
 
 

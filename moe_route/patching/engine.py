@@ -82,6 +82,9 @@ class Engine(ABC):
     def configure(self, statistics: StatisticsTables | None, steering: Steers | None, trace: Trace | None) -> None:
         """Set what is counted into, what steers, and who is told."""
         self.statistics, self.steering, self.trace = statistics, steering, trace
+        for tables in (statistics, steering):
+            if tables is not None:
+                ops.load_kernels(self.router.num_experts, tables.device)
         self.adapter.idle = statistics is None and steering is None and trace is None
         self.adapter.may_leave_empty = steering is not None and not EMPTYING.isdisjoint(steering.tables)
 
@@ -127,7 +130,8 @@ class Engine(ABC):
         statistics: StatisticsTables | None,
         own: tuple[Tensor, Tensor] | None = None,
     ) -> Choice:
-        """Choose k experts a token and count them; `own` are the weights and ids that the router chose itself."""
+        """Choose k experts per token and count them; `own` are the weights and ids that the router chose itself. The
+        weights have a gradient where one is asked for; tokens left alone keep that of the router's own weights."""
         module, family = self.router.module, self.family
         model: dict[str, Any] = {
             "correction_bias": family.bias_of(module, args),
@@ -139,7 +143,8 @@ class Engine(ABC):
             weights, ids = ops.route(logits, k, self.spec, **model, **given)
             return Choice(weights, ids, logits, steering, table)
         if own is None:
-            given = {"choice": ops.route(logits, k, self.spec, **model)[1]}
+            with torch.no_grad():
+                given = {"choice": ops.route(logits, k, self.spec, **model)[1]}
         given |= {"tokens": table, "counter": self.counter(logits), "statistics": statistics}
         weights, ids, steered = steering.route(logits, k, self.spec, **model, **given)
         return Choice(weights, ids, *steered)
@@ -166,18 +171,6 @@ class Engine(ABC):
         if not moved.trained:
             self.steering = moved
         return moved
-
-    def weights_for(
-        self, logits: Tensor, ids: Tensor, weights: Tensor, table: Tensor | None, steering: SteeringTables | None
-    ) -> Tensor:
-        """Weights [T, k] of the choice, with a gradient where one is asked for.
-
-        Experts merged by a remap have no differentiable weight: theirs come from `route`, without a gradient.
-        """
-        if not torch.is_grad_enabled() or (steering is not None and steering.packed[3] is not None):
-            return weights
-        scale = self.family.scale_of(self.router.module)
-        return ops.route_weights(logits, ids, self.spec, expert_scale=scale, steering=steering, tokens=table)
 
 
 class HookEngine(Engine):
@@ -262,13 +255,7 @@ class HookEngine(Engine):
         assert table is not None
         if counted and not adapter.settles:
             self.tell(ids, weights)
-        weights = self.weights_for(logits, ids, weights, table, steering).to(own_weights.dtype)
-        if weights.requires_grad or own_weights.requires_grad:
-            # the tokens left alone keep the model's own weights, gradient and all
-            steered = (table[:, :1] >= 0) & (table[:, :1] < steering.rows)
-            own_weights = F.pad(own_weights, (0, weights.shape[1] - own_weights.shape[1]))
-            weights = torch.where(steered, weights, own_weights)
-        changed, weights, ids = adapter.write(args, output, decision, weights, ids)
+        changed, weights, ids = adapter.write(args, output, decision, weights.to(own_weights.dtype), ids)
         if counted and adapter.settles:
             self._count_settled(decision._replace(logits=logits), weights, ids, table, steering)
         return changed
@@ -333,8 +320,8 @@ class FusedEngine(Engine):
         routed = self.route(logits, number(module, family.top_k), table, steering, args, statistics)
         if not again:
             self.tell(routed.ids, routed.weights)
-        weights = self.weights_for(routed.logits, routed.ids, routed.weights, routed.table, routed.steering)
-        return logits, weights.to(weight_dtype(family.weights, hidden, logits)), self.adapter.filled(routed.ids).long()
+        weights = routed.weights.to(weight_dtype(family.weights, hidden, logits))
+        return logits, weights, self.adapter.filled(routed.ids).long()
 
 
 def gate_logits(module: nn.Module, gate: Gate | None, hidden: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from moe_route import _C
 from moe_route.calls.call import PHASES
 from moe_route.contract.tables import NEUTRAL, ROW_PARAMETERS, Force, SteeringTables
 from moe_route.steering.model import PlanError
@@ -21,7 +22,7 @@ from moe_route.steering.token_steering import MARK, Part, TokenSteering
 
 __all__ = ["CompiledPlan", "HasExperts", "LayerShape", "compile_rules"]
 
-MOST_SLOTS = 64  # what the operators can fill
+MOST_SLOTS = _C.MAX_CHOSEN
 
 _log = logging.getLogger(__name__)
 

@@ -63,8 +63,14 @@ void enqueue(const DispatchArgs& a, cuda::Stream stream) { cuda::dispatch(a, str
 void enqueue(const PermuteArgs& a, cuda::Stream stream) { cuda::permute(a, stream); }
 void enqueue(const CombineArgs& a, cuda::Stream stream) { cuda::combine(a, stream); }
 
-// ---- one call on both sides
-// -------------------------------------------------------------------------------------
+// What load_kernels has to be told for a call: with MOE_ROUTE_EMULATOR_LOADED_ONLY a kernel that it leaves
+// out fails.
+int32_t experts_of(const GateArgs& a) { return a.experts; }
+int32_t experts_of(const DispatchArgs& a) { return a.experts; }
+int32_t experts_of(const PermuteArgs&) { return 1; }
+int32_t experts_of(const CombineArgs&) { return 1; }
+
+// ---- one call on both sides -----------------------------------------------------------------------------
 
 // Half of the problems have guards behind their outputs; shift is of the first input.
 template <class Args>
@@ -73,6 +79,7 @@ std::string compare(const Args& asked, bool guarded, int64_t shift, void* worksp
   run_on_cpu(host.args);
   DeviceCall<Args> device(asked, guarded, shift);
   if constexpr (std::is_same_v<Args, DispatchArgs>) device.args.workspace = workspace;
+  cuda::load_kernels(experts_of(asked));
   for (int i = 0; i < options.determinism; ++i) {
     if (i > 0) device.reset();
     enqueue(device.args, nullptr);
@@ -107,8 +114,7 @@ std::string about(const char* test, int number) {
          std::to_string(options.seed);
 }
 
-// ---- gate
-// -------------------------------------------------------------------------------------------------------
+// ---- gate -----------------------------------------------------------------------------------------------
 
 std::string describe(const GateArgs& a) {
   const GateSpec& s = a.spec;
@@ -119,7 +125,7 @@ std::string describe(const GateArgs& a) {
                            {"stride", a.row_stride},
                            {"score", int(s.score)},
                            {"order", int(s.order)},
-                           {"renormalise", int(s.renormalise)},
+                           {"renormalize", int(s.renormalize)},
                            {"groups", s.groups},
                            {"top_groups", s.top_groups},
                            {"group_score", int(s.group_score)},
@@ -176,7 +182,7 @@ std::vector<GateWish> gate_wishes() {
   }
   for (int i = 0; i < 5 * 2 * 4; ++i) {
     GateWish& wish = add();
-    wish.score = Score(i % 5), wish.order = Order(i / 5 % 2), wish.renormalise = Renormalise(i / 10);
+    wish.score = Score(i % 5), wish.order = Order(i / 5 % 2), wish.renormalize = Renormalize(i / 10);
   }
   for (uint32_t plane = 1; plane <= kForce; plane <<= 1) add().planes = plane;
   for (int force = kForbid; force <= kOnNatural + 1; ++force) {
@@ -204,8 +210,7 @@ void test_gate() {
   }
 }
 
-// ---- dispatch
-// ---------------------------------------------------------------------------------------------------
+// ---- dispatch -------------------------------------------------------------------------------------------
 
 struct DispatchProblem {
   DispatchArgs args;
@@ -215,10 +220,10 @@ struct DispatchProblem {
 
 DispatchProblem draw_dispatch(Random& g, int experts, int64_t slots) {
   DispatchProblem p;
-  const int kind = g.below(4), favourite = g.below(experts);
+  const int kind = g.below(4), favorite = g.below(experts);
   for (int64_t s = 0; s < slots; ++s) {
     int64_t id = g.below(experts);
-    if (kind == 1 || (kind == 2 && !g.one_in(8))) id = favourite;
+    if (kind == 1 || (kind == 2 && !g.one_in(8))) id = favorite;
     if (kind != 1 && g.one_in(6)) id = g.one_in(2) ? -1 - g.below(3) : experts + g.below(3);
     p.ids.push_back(static_cast<int32_t>(id));
     p.ids64.push_back(id >= experts ? id << 32 : id);
@@ -260,8 +265,7 @@ void test_dispatch() {
   }
 }
 
-// ---- permute and combine
-// ----------------------------------------------------------------------------------------
+// ---- permute and combine --------------------------------------------------------------------------------
 
 // A dispatch that was made: what permute and combine read.
 struct Rows {
@@ -365,8 +369,7 @@ void test_combine() {
   }
 }
 
-// ---- gate, dispatch, permute, combine in a row
-// ------------------------------------------------------------------
+// ---- gate, dispatch, permute, combine in a row ----------------------------------------------------------
 
 // The inputs of a chain; its shape is that of `wish`.
 struct ChainProblem {
@@ -447,7 +450,10 @@ struct DeviceChain : Chain<DeviceCall, bool> {
     dispatch.args.workspace = workspace.data();
   }
   void start(cuda::Stream stream) {
-    each([&](auto& call) { enqueue(call.args, stream); });
+    each([&](auto& call) {
+      cuda::load_kernels(experts_of(call.args));
+      enqueue(call.args, stream);
+    });
   }
   void upload(const ChainProblem& p) {
     gate.upload(with_outputs(p.gate));
@@ -489,8 +495,7 @@ void test_chain() {
            about("chain", number) + describe(with_outputs(problem.gate)));
   }
 }
-// ---- what only a real device can show
-// ---------------------------------------------------------------------------
+// ---- what only a real device can show -------------------------------------------------------------------
 
 #if !defined(MOE_ROUTE_EMULATOR)
 
@@ -562,8 +567,7 @@ void test_streams() {
 
 #endif
 
-// ---- the program
-// ------------------------------------------------------------------------------------------------
+// ---- the program ----------------------------------------------------------------------------------------
 
 bool read_options(int argc, char** argv) {
   for (int i = 1; i < argc; i += 2) {

@@ -55,7 +55,7 @@ struct GateWish {
   std::optional<DType> type;
   std::optional<Score> score;
   std::optional<Order> order;
-  std::optional<Renormalise> renormalise;
+  std::optional<Renormalize> renormalize;
   std::optional<uint32_t> planes;  // of the steering tables
   std::optional<GivenMode> given;
 };
@@ -118,7 +118,7 @@ class GateDraw {
     GateSpec& s = a_.spec;
     s.score = wish_.score ? *wish_.score : static_cast<Score>(g_.below(5));
     s.order = wish_.order ? *wish_.order : static_cast<Order>(g_.below(2));
-    s.renormalise = wish_.renormalise ? *wish_.renormalise : static_cast<Renormalise>(g_.below(4));
+    s.renormalize = wish_.renormalize ? *wish_.renormalize : static_cast<Renormalize>(g_.below(4));
     static constexpr float kNorms[] = {1.0f, 2.0f, 3.0f, 0.5f, kInf};
     s.norm_p = g_.pick(kNorms);
     if (g_.one_in(2)) s.eps = 1e-6f;

@@ -234,7 +234,7 @@ void add_spec(Problem& p, Random& g) {
   GateSpec& s = a.spec;
   s.score = Score(below(g, 5));
   s.order = Order(below(g, 2));
-  s.renormalise = Renormalise(below(g, 4));
+  s.renormalize = Renormalize(below(g, 4));
   const float norms[] = {1.0f, 2.0f, 3.0f, 0.5f, kInf};
   s.norm_p = norms[below(g, 5)];
   if (one_in(g, 2)) s.eps = 1e-6f;
@@ -539,7 +539,7 @@ std::vector<double> oracle_weights(const GateArgs& a, const OracleRow& o, const 
   if (s.score == Score::kSparseMixer) w = oracle_sparsemixer(a, o, ids);
   const bool bias_on_score = weighs && s.order == Order::kScoreThenTopK;
   // Where the sum over all experts cancels, underflow of single terms must not matter.
-  if (s.score == Score::kSoftmax && s.renormalise == Renormalise::kSum && s.eps == 0 && !bias_on_score)
+  if (s.score == Score::kSoftmax && s.renormalize == Renormalize::kSum && s.eps == 0 && !bias_on_score)
     w = oracle_softmax(a, chosen);
   const auto scaled = [&](size_t j) {
     return steered && o.plane[5] && ids[j] >= 0 ? double(o.plane[5][ids[j]]) : 1.0;
@@ -550,15 +550,15 @@ std::vector<double> oracle_weights(const GateArgs& a, const OracleRow& o, const 
   }
   const bool infinite = std::any_of(w.begin(), w.end(), [](double x) { return std::isinf(x); });
   for (double& x : w)
-    x = infinite && s.renormalise != Renormalise::kNone ? double(x == INFINITY) - double(x == -INFINITY) : x;
+    x = infinite && s.renormalize != Renormalize::kNone ? double(x == INFINITY) - double(x == -INFINITY) : x;
   double sum = 0, largest = 0, powers = 0, by = 1, magnitude = 0;
   for (double x : w) sum += x, largest = std::max(largest, std::abs(x)), magnitude += std::abs(x);
   for (double x : w) powers += largest > 0 ? std::pow(std::abs(x) / largest, double(s.norm_p)) : 0;
-  if (s.renormalise == Renormalise::kSum) by = sum + double(s.eps);
-  if (s.renormalise == Renormalise::kClamp) by = std::max(sum, double(s.eps));
-  if (s.renormalise == Renormalise::kNorm)
+  if (s.renormalize == Renormalize::kSum) by = sum + double(s.eps);
+  if (s.renormalize == Renormalize::kClamp) by = std::max(sum, double(s.eps));
+  if (s.renormalize == Renormalize::kNorm)
     by = std::isinf(s.norm_p) ? largest : largest * std::pow(powers, 1 / double(s.norm_p));
-  condition = s.renormalise == Renormalise::kNone || by == 0 ? 1 : std::max(1.0, magnitude / std::abs(by));
+  condition = s.renormalize == Renormalize::kNone || by == 0 ? 1 : std::max(1.0, magnitude / std::abs(by));
   const bool subnormal = largest > 0 && largest < 1e-30 && a.logits_type != DType::kFloat64;
   const bool vanishing = std::abs(sum) < 0.05 * magnitude;  // shares of such a sum mean nothing
   if (subnormal || vanishing) condition = INFINITY;
@@ -800,7 +800,7 @@ void test_against_oracle(int problems) {
     context = "oracle problem " + std::to_string(i) + " E=" + std::to_string(p.args.experts) +
               " k=" + std::to_string(p.args.k) + " score=" + std::to_string(int(p.args.spec.score)) +
               " order=" + std::to_string(int(p.args.spec.order)) +
-              " renorm=" + std::to_string(int(p.args.spec.renormalise)) +
+              " renorm=" + std::to_string(int(p.args.spec.renormalize)) +
               " planes=" + std::to_string(p.args.steering.planes);
     const bool exact = p.args.steering.rows == 0 && !p.args.correction_bias && p.args.spec.groups == 1;
     compare_with_oracle(p, 1e-5, exact);
@@ -869,11 +869,11 @@ void on_every_set(const char* name, Test test) {
   }
 }
 
-Problem one_row(std::vector<float> logits, int k, Renormalise renormalise = Renormalise::kSum) {
+Problem one_row(std::vector<float> logits, int k, Renormalize renormalize = Renormalize::kSum) {
   Problem p;
   p.logits = std::move(logits);
   p.args.tokens = 1, p.args.experts = int(p.logits.size()), p.args.k = k;
-  p.args.spec.renormalise = renormalise;
+  p.args.spec.renormalize = renormalize;
   p.args.statistics.num_groups = 1;
   p.args.statistics.planes = kCounts | kMass | kWeight;
   p.args.statistics.entropy = true;
@@ -897,14 +897,14 @@ void test_hard_logits(cpu::InstructionSet set) {
   expect(run(one_row(lowest, 3), set), {0, 1, 2}, {0, 0, 0});
   expect(run(one_row(equal, 4), set), {0, 1, 2, 3}, {0.25, 0.25, 0.25, 0.25});
   expect(run(one_row({kNaN, 0, kNaN, 0, -kInf}, 5), set), {1, 3, 4, 0, 2}, {0.5, 0.5, 0, 0, 0});
-  for (auto renormalise : {Renormalise::kNone, Renormalise::kSum}) {
-    expect(run(one_row({1, kInf, 2, kInf, kNaN}, 3, renormalise), set), {1, 3, 2}, {0.5, 0.5, 0});
+  for (auto renormalize : {Renormalize::kNone, Renormalize::kSum}) {
+    expect(run(one_row({1, kInf, 2, kInf, kNaN}, 3, renormalize), set), {1, 3, 2}, {0.5, 0.5, 0});
   }
   Problem infinite = one_row({1, kInf, 2, kInf, kNaN}, 3);
   infinite.args.spec.score = Score::kSqrtSoftplus;
   expect(run(infinite, set), {1, 3, 2}, {0.5, 0.5, 0});
   expect(run(one_row({-0.0f, 0.0f, -0.0f, 0.0f}, 2), set), {0, 1}, {0.5, 0.5});
-  expect(run(one_row({-200, -200, 0, -200}, 2, Renormalise::kNone), set), {2, 0}, {1, 0});
+  expect(run(one_row({-200, -200, 0, -200}, 2, Renormalize::kNone), set), {2, 0}, {1, 0});
   expect(run(one_row({5}, 1), set), {0}, {1});
 }
 
@@ -919,7 +919,7 @@ void test_long_rows(cpu::InstructionSet set) {
   expect(run(one_row(logits, 64), set), ids, {});
 }
 
-// Softmax, top-k, renormalise has the bits of top-k, softmax.
+// Softmax, top-k, renormalize has the bits of top-k, softmax.
 void test_cancelling_softmax(cpu::InstructionSet set) {
   Random g(3);
   for (int i = 0; i < 50; ++i) {
@@ -927,7 +927,7 @@ void test_cancelling_softmax(cpu::InstructionSet set) {
     for (int e = 0; e < 100; ++e) logits.push_back(3 * normal(g));
     Problem p = one_row(logits, 8);
     const Result a = run(p, set);
-    p.args.spec.order = Order::kTopKThenScore, p.args.spec.renormalise = Renormalise::kNone;
+    p.args.spec.order = Order::kTopKThenScore, p.args.spec.renormalize = Renormalize::kNone;
     check(run(p, set) == a, "bits of top-k then softmax");
   }
 }
@@ -1051,7 +1051,7 @@ void test_padding_and_empty(cpu::InstructionSet set) {
 }
 
 void test_remap(cpu::InstructionSet set) {
-  Problem p = one_row({4, 3, 2, 1}, 3, Renormalise::kNone);
+  Problem p = one_row({4, 3, 2, 1}, 3, Renormalize::kNone);
   p.args.spec.score = Score::kIdentity;
   p.remap = {1, 1, -1, 3};
   p.tokens = {0, 0, -1, 1};

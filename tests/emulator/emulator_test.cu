@@ -33,8 +33,7 @@ cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(Pa
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// ---- warp collectives
-// -------------------------------------------------------------------------------------------
+// ---- warp collectives -----------------------------------------------------------------------------------
 
 enum Column {
   kShuffle,
@@ -108,7 +107,7 @@ void test_collectives() {
     is(kUp, value(lane < 3 ? lane : lane - 3), "up");
     is(kDown, value(lane > 28 ? lane : lane + 3), "down");
     is(kShuffleOf8, value(eighth + 2), "shuffle of 8");
-    // 12 = 8 + 4: into the neighbouring piece. Only an earlier piece may be read.
+    // 12 = 8 + 4: into the neighboring piece. Only an earlier piece may be read.
     is(kXorOf8, value((lane ^ 12) > (lane | 7) ? lane : lane ^ 12), "xor of 8");
     is(kUpOf8, value(in_eighth < 2 ? lane : lane - 2), "up of 8");
     is(kDownOf8, value(in_eighth > 5 ? lane : lane + 2), "down of 8");
@@ -131,8 +130,7 @@ void test_collectives() {
   }
 }
 
-// ---- barriers, shared memory, atomics, indices
-// -------------------------------------------------------------------
+// ---- barriers, shared memory, atomics, indices ----------------------------------------------------------
 
 __global__ void votes(int* out) {
   const int t = static_cast<int>(threadIdx.x);
@@ -190,8 +188,7 @@ void test_atomics() {
   check(atomicExch(&cell, 2u) == 9 && atomicSub(&cell, 3u) == 2 && cell == 0xffffffffu, "exchange, subtract");
 }
 
-// ---- arithmetic
-// --------------------------------------------------------------------------------------------------
+// ---- arithmetic -----------------------------------------------------------------------------------------
 
 void test_bits() {
   check(__brev(1) == 0x80000000u && __brev(0x12345678u) == 0x1e6a2c48u && __brevll(2) == 1ull << 62, "brev");
@@ -265,8 +262,7 @@ void test_halves() {
   check(both.x == 1.5f && both.y == -2.0f, "two at a time");
 }
 
-// ---- what is refused
-// ---------------------------------------------------------------------------------------------
+// ---- what is refused ------------------------------------------------------------------------------------
 
 __global__ void nothing() {}
 

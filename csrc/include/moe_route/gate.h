@@ -16,7 +16,7 @@
 // - NaN logit: ranks last, its score and weight are 0. An all-NaN row chooses 0..k-1 with weights 0.
 // - +inf logit: under softmax the +inf share the weight equally and the rest get 0.
 // - -inf logit: score exp(-inf) = 0. A row of nothing else chooses 0..k-1 with weights 0.
-// - Renormalising: a sum of 0 leaves the weights 0; infinite weights (identity or sqrt-softplus of +inf)
+// - Renormalizing: a sum of 0 leaves the weights 0; infinite weights (identity or sqrt-softplus of +inf)
 //   share equally and the rest get 0. NaN weights come from infinite steering entries alone.
 // - Unscored: a token whose scores have no finite positive sum, or (identity) a negative one among them, is
 //   left out of mass and entropy and counted in kStatUnscored.
@@ -26,8 +26,13 @@
 // sum over all experts cancels, so it is never formed and cannot underflow.
 #pragma once
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 namespace moe_route {
+
+inline constexpr int32_t kMaxExperts = 4096;  // E
+inline constexpr int32_t kMaxChosen = 64;     // k
 
 enum class DType : int32_t {
   kFloat32 = 0,
@@ -45,21 +50,21 @@ enum class Score : int32_t { kSoftmax = 0, kSigmoid = 1, kSqrtSoftplus = 2, kIde
 enum class Order : int32_t { kScoreThenTopK = 0, kTopKThenScore = 1 };
 enum class GroupScore : int32_t { kMax = 0, kTopTwoSum = 1 };
 // kSum: w / (sum + eps).  kClamp: w / max(sum, eps).  kNorm: w / (sum |w|^p)^(1/p), p = GateSpec::norm_p.
-enum class Renormalise : int32_t { kNone = 0, kSum = 1, kClamp = 2, kNorm = 3 };
+enum class Renormalize : int32_t { kNone = 0, kSum = 1, kClamp = 2, kNorm = 3 };
 
 // How the model routes. Plain data, one per router.
 struct GateSpec {
   Score score = Score::kSoftmax;
   Order order = Order::kScoreThenTopK;
   GroupScore group_score = GroupScore::kTopTwoSum;
-  Renormalise renormalise = Renormalise::kNone;
+  Renormalize renormalize = Renormalize::kNone;
   int32_t groups = 1;       // expert groups; E % groups == 0
   int32_t top_groups = 1;   // groups that stay eligible
   float group_fill = 0.0f;  // what an excluded group's selection values become (NaN stays NaN): -inf, or 0 in
                             // some models, then still selectable
   float eps = 0.0f;
   float norm_p = 1.0f;
-  float scale = 1.0f;  // routed scaling factor, after renormalisation
+  float scale = 1.0f;  // routed scaling factor, after renormalization
   // SparseMixer (Phi, evaluation): slot j weighs exp(z - m) / sum exp(z - m) over the experts not chosen
   // before it with (m - z) / max(|z|, m) <= 2 * jitter, where m is the largest of those not chosen before; 0
   // where the chosen itself fails the test (possible only if forced or replayed).
@@ -69,9 +74,10 @@ struct GateSpec {
 // Steering tables: float32 [rows, planes present, E], planes in the order of their bits. A token picks a row,
 // or -1 for none.
 //   z' = z * kScale / temperature + kBias + kStd * std(z) + kMagnitude * |z|     (std, |z| of the raw z)
-// std is taken over the finite logits of allowed experts, 0 where there are too few of them. An entry with
-// its neutral value leaves its logit bit for bit alone (0 x infinity never arises), and a row of neutral
-// entries is no steering at all. Then force, then score.
+// std is taken over the finite logits of allowed experts, 0 where there are too few of them; however large
+// they are, it does not overflow on the way. An entry with its neutral value leaves its logit bit for bit
+// alone (0 x infinity never arises), and a row of neutral entries is no steering at all. Then force, then
+// score.
 enum SteeringPlane : uint32_t {
   kScale = 1u << 0,      // factor on the logit, neutral 1
   kBias = 1u << 1,       // added, neutral 0
@@ -80,7 +86,7 @@ enum SteeringPlane : uint32_t {
   // Added to what selection compares (the score, or the logit under kTopKThenScore), neutral 0. Choosing
   // only, or, with kRowScoreBiasWeighs, weighing too. Mass and entropy never see it.
   kScoreBias = 1u << 4,
-  // Factor on the weight of the chosen, neutral 1. Before or after renormalisation: kRowWeightScaleAfter.
+  // Factor on the weight of the chosen, neutral 1. Before or after renormalization: kRowWeightScaleAfter.
   kWeightScale = 1u << 5,
   kForce = 1u << 6,  // a Force code, neutral 0 (as is anything that is no code)
 };
@@ -109,7 +115,7 @@ enum RowParam : int32_t {
   kRowTopK = 1,              // 0 = the model's k, else 1..k: later slots stay empty (id -1)
   kRowStdCorrection = 2,     // 0 population, 1 sample
   kRowScoreBiasWeighs = 3,   // 0 = kScoreBias chooses only, 1 = it also changes the weight
-  kRowWeightScaleAfter = 4,  // 0 = kWeightScale before renormalisation, 1 = after
+  kRowWeightScaleAfter = 4,  // 0 = kWeightScale before renormalization, 1 = after
   kRowParams = 5,
 };
 struct GateSteering {
@@ -137,12 +143,11 @@ enum TokenColumn : int32_t {
 // - kNatural, the model's own: unsteered rows return it unchanged; for steered rows it is the natural choice
 //   that kNaturalCounts and flips compare with.
 // - kReplay: every row returns these ids; weights are always recomputed from the (steered) scores, and
-// kRowTopK
-//   has no say.
+//   kRowTopK has no say.
 enum class GivenMode : int32_t { kNone = 0, kNatural = 1, kReplay = 2 };
 struct GateGiven {
   const void* ids = nullptr;      // kInt32 or kInt64
-  const void* weights = nullptr;  // null: recomputed from the logits; else kFloat32, kBFloat16 or kFloat16
+  const void* weights = nullptr;  // null: recomputed from the logits; else of a floating type
   DType ids_type = DType::kInt32;
   DType weights_type = DType::kFloat32;
   GivenMode mode = GivenMode::kNone;
@@ -164,7 +169,7 @@ enum StatScalar : int32_t {
   kStatSlots = 1,     // sum over tokens of k(token)
   kStatEmpty = 2,     // slots that stayed empty: sum of counts + empty = slots
   kStatUnscored = 3,  // tokens left out of mass and entropy
-  kStatEntropy = 4,   // fixed point, nats: entropy of the normalised scores
+  kStatEntropy = 4,   // fixed point, nats: entropy of the normalized scores
   kStatSteered = 5,   // tokens with a steering row (a neutral one too)
   kStatFlipped = 6,   // chosen slots outside the natural choice (needs kNaturalCounts)
   kStatMoved = 7,     // fixed point: share of the weight on such slots (needs kNaturalCounts)
@@ -176,7 +181,7 @@ struct GateStatistics {
   int64_t num_groups = 0;
   int64_t num_segments = 0;
   uint32_t planes = 0;   // the same for both
-  bool entropy = false;  // accumulate kStatEntropy (with kMass's normalised scores)
+  bool entropy = false;  // accumulate kStatEntropy (with kMass's normalized scores)
 };
 
 struct GateArgs {
@@ -184,8 +189,8 @@ struct GateArgs {
   int64_t row_stride = 0;               // elements
   int64_t tokens = 0;                   // T
   DType logits_type = DType::kFloat32;  // kFloat64 computes in double on CPU (portable only)
-  int32_t experts = 0;                  // E, 1..4096
-  int32_t k = 0;                        // 1..min(E, 64)
+  int32_t experts = 0;                  // E, 1..kMaxExperts
+  int32_t k = 0;                        // 1..min(E, kMaxChosen)
   GateSpec spec;
   const float* correction_bias = nullptr;  // [E], for choosing only
   const float* expert_scale = nullptr;     // [E], factor on the final weight of the chosen
@@ -196,6 +201,22 @@ struct GateArgs {
   void* weights = nullptr;  // [T, k] float32 (float64 for kFloat64 logits); null: not wanted (counting only)
   int32_t* ids = nullptr;   // [T, k]; null: not wanted (counting only)
 };
+
+// Refuses what a kernel would turn into stray reads and writes: std::invalid_argument. Static, since files
+// that are compiled for different instruction sets must not share one symbol.
+[[maybe_unused]] static inline void check(const GateArgs& args) {
+  const auto require = [](bool holds, const char* message) {
+    if (!holds) throw std::invalid_argument(std::string("moe_route gate: ") + message);
+  };
+  const GateSpec& spec = args.spec;
+  require(args.experts >= 1 && args.experts <= kMaxExperts, "experts must lie in 1..kMaxExperts");
+  require(args.k >= 1 && args.k <= args.experts && args.k <= kMaxChosen,
+          "k must lie in 1..min(experts, kMaxChosen)");
+  require(spec.groups >= 1 && args.experts % spec.groups == 0, "experts must divide into groups");
+  require(spec.top_groups >= 1 && spec.top_groups <= spec.groups, "top_groups must lie in 1..groups");
+  require(args.logits != nullptr || args.given.mode == GivenMode::kNatural, "logits are missing");
+  require(args.given.mode == GivenMode::kNone || args.given.ids != nullptr, "a given choice needs ids");
+}
 
 namespace cpu {
 
@@ -209,7 +230,7 @@ InstructionSet instruction_set();
 void set_instruction_set(InstructionSet);
 
 // Rows [begin, end) on the calling thread, with statistics added to `args.statistics` without
-// synchronisation. Workers pass tables of their own and add them up: sums are integers, so the result is the
+// synchronization. Workers pass tables of their own and add them up: sums are integers, so the result is the
 // same bits.
 void gate_rows(const GateArgs& args, int64_t begin, int64_t end);
 

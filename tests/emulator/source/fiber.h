@@ -16,7 +16,7 @@
 namespace emulator {
 
 // Equally long stacks in one mapping, with a page between them that faults: an overflow never reaches a
-// neighbour.
+// neighbor.
 class Stacks {
  public:
   static constexpr size_t kBytes = sanitizer::kAddress ? 256 * 1024 : 64 * 1024;
