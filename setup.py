@@ -1,8 +1,8 @@
 """Builds ``moe_route._C`` with CMake against the torch of the environment that is installed into.
 
 Environment: ``MOE_ROUTE_CUDA`` = AUTO (CUDA kernels where that torch is a CUDA build and nvcc is found) | ON | OFF,
-``CUDACXX`` (nvcc), ``CUDAARCHS`` (default ``80-real;90``), ``MOE_ROUTE_BUILD_DIR`` (default ``build/cmake``; kept, so a
-rebuild compiles only what changed), ``MAX_JOBS``, ``CXX``.
+``CUDACXX`` (nvcc), ``CUDAARCHS`` (default ``80-real;90``, from CUDA 12.8 on ``100-real;120-real`` too),
+``MOE_ROUTE_BUILD_DIR`` (default ``build/cmake``; kept, so a rebuild compiles only what changed), ``MAX_JOBS``, ``CXX``.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 root="$PWD"
 
-stages=(environment build import tests same-bits-as-cpu determinism graph-replay two-streams no-waiting experts past-2-31
+stages=(environment build import tests same-bits-as-cpu determinism graph-replay capture-at-once two-streams no-waiting experts past-2-31
   gate dispatch layers model expert-layers device-test-build device-test memcheck racecheck initcheck synccheck
   memcheck-operators)
 readonly not_here=77 # exit code of what this machine cannot do, as stages.py has it
@@ -217,7 +217,7 @@ stage tests 150 bash -c run_tests
 
 device=(--device cuda)
 [ -z "$dry" ] || device=(--device cpu)
-for name in same-bits-as-cpu determinism graph-replay two-streams no-waiting experts past-2-31; do
+for name in same-bits-as-cpu determinism graph-replay capture-at-once two-streams no-waiting experts past-2-31; do
   stage "$name" 60 "$python" -m bench.device.checks "${device[@]}" --only "$name" --out "$out/checks.json"
 done
 

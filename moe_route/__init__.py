@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         calls,
         contract,
         data,
-        doctor,
+        diagnosis,
         experts,
         files,
         nn,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         steering,
     )
     from moe_route.description import describe
+    from moe_route.diagnosis import doctor
     from moe_route.experts import register_experts
     from moe_route.recording import Recorder, RoutingStatistics
     from moe_route.routed import RoutedModel, attach
@@ -45,7 +46,7 @@ _MODULES = (
     "calls",
     "contract",
     "data",
-    "doctor",
+    "diagnosis",
     "experts",
     "files",
     "nn",
@@ -67,6 +68,7 @@ _HOMES = {
     "RoutingStatistics": "recording",
     "attach": "routed",
     "describe": "description",
+    "doctor": "diagnosis",
     "find_routers": "routers",
     "layers": "steering.layers",
     "register_experts": "experts",
@@ -86,6 +88,7 @@ __all__ = [
     "contract",
     "data",
     "describe",
+    "diagnosis",
     "doctor",
     "experts",
     "files",

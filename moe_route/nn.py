@@ -10,15 +10,17 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from moe_route import ops
 from moe_route.contract.dispatch import Dispatch
 from moe_route.contract.spec import RouterSpec
+from moe_route.ops.arguments import refuse_types
 
 __all__ = ["ACTIVATIONS", "Experts", "SparseMoE", "TopKRouter", "load_balancing_loss"]
 
@@ -44,17 +46,18 @@ class TopKRouter(nn.Module):
 
     def __init__(
         self,
+        *,
         hidden_size: int,
         num_experts: int,
         top_k: int,
         spec: RouterSpec,
-        *,
         bias: bool = False,
         correction_bias: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        refuse_types(spec=spec)
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k must be between 1 and num_experts = {num_experts}, got {top_k}")
         self.hidden_size, self.num_experts, self.top_k, self.spec = hidden_size, num_experts, top_k, spec
@@ -72,13 +75,10 @@ class TopKRouter(nn.Module):
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [..., H] -> router_logits [T, E], weights [T, k], ids int64 [T, k].
 
-        The weights have spec.weight_dtype, else the dtype of the logits. With gradients on, ids come from `ops.route`
-        and weights from the differentiable `ops.route_weights`.
+        The weights have spec.weight_dtype, else the dtype of the logits.
         """
         logits = F.linear(hidden.reshape(-1, self.hidden_size), self.weight, self.bias)
-        weights, ids = ops.route(logits.detach(), self.top_k, self.spec, correction_bias=self.correction_bias)
-        if torch.is_grad_enabled() and logits.requires_grad:
-            weights = ops.route_weights(logits, ids, self.spec)
+        weights, ids = ops.route(logits, self.top_k, self.spec, correction_bias=self.correction_bias)
         return logits, weights.to(self.spec.weight_dtype or logits.dtype), ids.long()
 
     def extra_repr(self) -> str:
@@ -88,19 +88,21 @@ class TopKRouter(nn.Module):
 class Experts(nn.Module):
     """E feed-forward networks over the rows that are routed to them: dispatch, permute, products, combine.
 
+    On CUDA no size depends on the routing, so the host never waits and the forward can be captured into a graph.
+
     gated: `down(activation(gate(x)) * up(x))` with `gate_up_proj` [E, 2I, H], gate first (arXiv 2002.05202 eq. 5);
     otherwise `down(activation(up(x)))` with `up_proj` [E, I, H]. `down_proj` is [E, H, I]. bias adds one per product.
     """
 
     def __init__(
         self,
+        *,
         num_experts: int,
         hidden_size: int,
         intermediate_size: int,
         activation: str = "silu",
         gated: bool = True,
         bias: bool = False,
-        *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -158,18 +160,20 @@ class SparseMoE(nn.Module):
     """Router, experts and an optional shared expert that every token passes.
 
     Args:
+        hidden_size: H. num_experts: E. top_k: experts per token. intermediate_size: width of each expert.
+        spec: how the router's logits become a choice; default `RouterSpec()`, softmax.
         shared_expert: any module [T, H] -> [T, H]; its output is the residual the routed sum is added to.
     """
 
     def __init__(
         self,
+        *,
         hidden_size: int,
         num_experts: int,
         top_k: int,
         intermediate_size: int,
         spec: RouterSpec | None = None,
         shared_expert: nn.Module | None = None,
-        *,
         activation: str = "silu",
         gated: bool = True,
         bias: bool = False,
@@ -182,9 +186,23 @@ class SparseMoE(nn.Module):
         place: dict[str, Any] = {"dtype": dtype, "device": device}
         spec = RouterSpec() if spec is None else spec
         self.router = TopKRouter(
-            hidden_size, num_experts, top_k, spec, bias=router_bias, correction_bias=correction_bias, **place
+            hidden_size=hidden_size,
+            num_experts=num_experts,
+            top_k=top_k,
+            spec=spec,
+            bias=router_bias,
+            correction_bias=correction_bias,
+            **place,
         )
-        self.experts = Experts(num_experts, hidden_size, intermediate_size, activation, gated, bias, **place)
+        self.experts = Experts(
+            num_experts=num_experts,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            activation=activation,
+            gated=gated,
+            bias=bias,
+            **place,
+        )
         self.shared_expert = shared_expert
 
     def forward(self, hidden: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
@@ -236,8 +254,13 @@ def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, slots: Dis
     cast first, as for `torch.nn.functional.linear`.
 
     Rows behind the last expert's range (slots that were skipped) may come out undefined: combine never reads them,
-    and neither does the backward of permute.
+    and neither does the backward of permute. There is no forward-mode derivative (NotImplementedError).
     """
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "products of experts have no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); use "
+            "backward() or torch.func.vjp"
+        )
     if torch.is_autocast_enabled(rows.device.type) and rows.dtype != torch.float64:
         rows = rows.to(torch.get_autocast_dtype(rows.device.type))
     out = _grouped_product(rows, weight, slots.offsets)
@@ -257,7 +280,14 @@ def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, slots: Dis
 @torch.library.custom_op("moe_route::grouped_product", mutates_args=())
 def _grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """rows[offsets[e]:offsets[e + 1]] @ weight[e].T for every expert e: [R, in], [E, out, in] -> [R, out]."""
-    if _grouped_mm_takes(rows, weight.shape[1:]) or _grouped_mm_pays(rows, weight):
+    return _product(rows, weight, offsets)
+
+
+def _product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    takes = _grouped_mm_takes(rows, weight.shape[1:])
+    if rows.is_cuda and not takes:
+        return _product_by_tiles(rows, weight, offsets)
+    if takes or _grouped_mm_pays(rows, weight):
         weight = weight.to(rows.dtype)
         return F.grouped_mm(rows, weight.transpose(-2, -1), offs=offsets[1:].to(torch.int32))
     out = rows.new_zeros(rows.shape[0], weight.shape[1])
@@ -271,8 +301,14 @@ def _grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 @torch.library.custom_op("moe_route::grouped_outer", mutates_args=())
 def _grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     """left[range e].T @ right[range e] for every expert e: [R, out], [R, in] -> [E, out, in]."""
+    return _outer(left, right, offsets)
+
+
+def _outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     if _grouped_mm_takes(left, (left.shape[1], right.shape[1])):
         return F.grouped_mm(left.T, right, offs=offsets[1:].to(torch.int32))
+    if left.is_cuda:
+        return _outer_by_tiles(left, right, offsets)
     out = left.new_zeros(offsets.shape[0] - 1, left.shape[1], right.shape[1])
     for matrix, (begin, end) in zip(out.unbind(0), _ranges(offsets), strict=True):
         if begin < end:
@@ -281,8 +317,15 @@ def _grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _grouped_mm_takes(rows: Tensor, sizes: Sequence[int]) -> bool:
-    """bfloat16 on CUDA with rows of a multiple of 16 bytes."""
-    return rows.is_cuda and _aligned(rows, sizes) and rows.dtype == torch.bfloat16 and rows.shape[0] > 0
+    """Whether torch multiplies all groups in one CUDA kernel: bfloat16, rows of a multiple of 16 bytes, and a device
+    of compute capability 9 or 10. On others it waits for the offsets and loops (pytorch issue 186620)."""
+    plain = rows.is_cuda and rows.dtype == torch.bfloat16 and rows.shape[0] > 0 and _aligned(rows, sizes)
+    return plain and _groups_in_one_kernel(rows.device)
+
+
+@cache
+def _groups_in_one_kernel(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _grouped_mm_pays(rows: Tensor, weight: Tensor) -> bool:
@@ -302,6 +345,70 @@ def _on_cpu(dtype: torch.dtype) -> bool:
     except (AttributeError, RuntimeError):
         return False
     return True
+
+
+# ---- on CUDA where torch has no kernel for groups: by tiles ---------------------------------------------------------
+# Rows are cut into tiles that belong to one expert each. How many tiles there are depends on shapes alone, which expert
+# a tile belongs to is worked out on the device: nothing waits for the host, and a graph that is captured holds for
+# every routing. The price is a copy of each tile's matrix, about two for each expert.
+
+_MOST_TILE_ROWS = 256
+_COPIED_BYTES = 1 << 28  # of matrices at a time
+
+
+class _Tiles(NamedTuple):
+    expert: Tensor  # [tiles]; of a tile without rows: any
+    row: Tensor  # [tiles, size]: the rows of a tile; of a place without a row: any
+    used: Tensor  # bool [tiles, size]
+    place: Tensor  # [R]: where a row is in [tiles * size]; of a row that no expert owns: any
+
+
+def _tiles(offsets: Tensor, num_rows: int) -> _Tiles:
+    """As many rows to a tile as an expert has on average, so that places at most double the rows."""
+    experts, device = offsets.shape[0] - 1, offsets.device
+    size = min(1 << max(num_rows // experts - 1, 0).bit_length(), _MOST_TILE_ROWS)
+    tiles = (num_rows + min(experts, num_rows) * (size - 1)) // size
+    begin, end = offsets[:-1], offsets[1:]
+    after = ((end - begin + size - 1) // size).cumsum(0)  # of each expert: the tile behind its last
+    numbers = torch.arange(tiles, device=device)
+    expert = torch.searchsorted(after, numbers, right=True).clamp(max=experts - 1)
+    first = after - (end - begin + size - 1) // size
+    row = (begin[expert] + (numbers - first[expert]) * size)[:, None] + torch.arange(size, device=device)
+    used = row < end[expert][:, None]
+    rows = torch.arange(num_rows, device=device)
+    owner = torch.searchsorted(end, rows, right=True).clamp(max=experts - 1)
+    place = first[owner] * size + rows - begin[owner]
+    return _Tiles(expert, row.clamp(max=num_rows - 1), used, place.clamp(max=tiles * size - 1))
+
+
+def _product_by_tiles(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """`grouped_product`."""
+    if rows.shape[0] == 0:
+        return rows.new_zeros(0, weight.shape[1])
+    tiles = _tiles(offsets, rows.shape[0])
+    made = [
+        torch.bmm(rows[row], weight[expert].transpose(-2, -1).to(rows.dtype))
+        for expert, row in zip(*(part.split(_at_a_time(weight)) for part in (tiles.expert, tiles.row)), strict=True)
+    ]
+    return torch.cat(made).flatten(0, 1)[tiles.place]
+
+
+def _outer_by_tiles(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    """`grouped_outer`. The tiles of an expert are added in any order, unless torch.use_deterministic_algorithms."""
+    wide = torch.promote_types(left.dtype, torch.float32)
+    out = left.new_zeros(offsets.shape[0] - 1, left.shape[1], right.shape[1], dtype=wide)
+    if left.shape[0] == 0:
+        return out.to(left.dtype)
+    tiles = _tiles(offsets, left.shape[0])
+    parts = (part.split(_at_a_time(out)) for part in (tiles.expert, tiles.row, tiles.used))
+    for expert, row, used in zip(*parts, strict=True):
+        one, other = (torch.where(used[:, :, None], side[row], 0.0) for side in (left, right))
+        out.index_add_(0, expert, torch.bmm(one.transpose(-2, -1), other).to(wide))
+    return out.to(left.dtype)
+
+
+def _at_a_time(matrices: Tensor) -> int:
+    return max(1, _COPIED_BYTES // max(matrices[0].numel() * matrices.element_size(), 1))
 
 
 def _aligned(rows: Tensor, sizes: Sequence[int]) -> bool:

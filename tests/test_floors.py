@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("description", "plots"),
     ("patching", "analysis"),
     ("experts",),
-    ("recording", "routers", "steering", "nn", "doctor"),
+    ("recording", "routers", "steering", "nn", "diagnosis"),
     ("ops",),
     ("calls", "reference"),
     ("contract", "modules", "data", "identity"),

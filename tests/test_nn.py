@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from harness.standin_device import HostWaitedError, StandInDevices, StandInGraph, to_device
 from torch import Tensor, nn
 
+from moe_route import nn as layers
 from moe_route import ops
 from moe_route.nn import ACTIVATIONS, Experts, SparseMoE, TopKRouter, load_balancing_loss
 from moe_route.ops import RouterSpec
@@ -74,7 +76,9 @@ def loop(block: SparseMoE, hidden: Tensor) -> Tensor:
 
 
 def block_of(spec: RouterSpec, hidden: int = 24, dtype: torch.dtype = torch.float32, **kwargs: Any) -> SparseMoE:
-    return SparseMoE(hidden, 16, 2, 20, spec, dtype=dtype, **kwargs)
+    return SparseMoE(
+        hidden_size=hidden, num_experts=16, top_k=2, intermediate_size=20, spec=spec, dtype=dtype, **kwargs
+    )
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -115,7 +119,7 @@ def test_float32_is_within_bounds_of_the_loop() -> None:
 
 
 def test_correction_bias_moves_the_choice_and_not_the_weights() -> None:
-    router = TopKRouter(24, 16, 2, RouterSpec("sigmoid"), correction_bias=True)
+    router = TopKRouter(hidden_size=24, num_experts=16, top_k=2, spec=RouterSpec("sigmoid"), correction_bias=True)
     x = torch.randn(30, 24)
     logits, _, before = router(x)
     router.correction_bias[5] = 10.0
@@ -128,19 +132,21 @@ def test_correction_bias_moves_the_choice_and_not_the_weights() -> None:
 
 
 def test_router_returns_the_tuple_of_transformers() -> None:
-    router = TopKRouter(24, 16, 2, RouterSpec(weight_dtype=torch.float32), dtype=torch.bfloat16)
+    router = TopKRouter(
+        hidden_size=24, num_experts=16, top_k=2, spec=RouterSpec(weight_dtype=torch.float32), dtype=torch.bfloat16
+    )
     logits, weights, ids = router(torch.randn(2, 5, 24).to(torch.bfloat16))
     assert (logits.shape, logits.dtype) == ((10, 16), torch.bfloat16)
     assert (weights.shape, weights.dtype) == ((10, 2), torch.float32)
     assert (ids.shape, ids.dtype) == ((10, 2), torch.int64)
-    router = TopKRouter(24, 16, 2, SUM, dtype=torch.bfloat16)
+    router = TopKRouter(hidden_size=24, num_experts=16, top_k=2, spec=SUM, dtype=torch.bfloat16)
     assert router(torch.randn(1, 24).to(torch.bfloat16))[1].dtype == torch.bfloat16
     with torch.no_grad():
         assert not router(torch.randn(1, 24).to(torch.bfloat16))[1].requires_grad
 
 
 def test_gradients_or_not_the_weights_are_the_same_bits() -> None:
-    router = TopKRouter(24, 16, 4, SUM)
+    router = TopKRouter(hidden_size=24, num_experts=16, top_k=4, spec=SUM)
     x = torch.randn(50, 24)
     with torch.no_grad():
         _, quiet, _ = router(x)
@@ -158,7 +164,7 @@ def test_trains_a_toy_task() -> None:
         offset = torch.randn(size, 16)
         return centers[which] + offset, torch.einsum("tij,tj->ti", maps[which], offset)
 
-    block = SparseMoE(16, 8, 2, 32, SUM)
+    block = SparseMoE(hidden_size=16, num_experts=8, top_k=2, intermediate_size=32, spec=SUM)
     optimizer = torch.optim.Adam(block.parameters(), lr=1e-2)
     losses = []
     for _ in range(100):
@@ -219,7 +225,7 @@ def test_no_tokens() -> None:
 
 
 def test_skipped_slots_and_unused_experts() -> None:
-    experts = Experts(6, 8, 12, bias=True)
+    experts = Experts(num_experts=6, hidden_size=8, intermediate_size=12, bias=True)
     hidden = torch.randn(5, 8, requires_grad=True)
     ids = torch.tensor([[1, -1], [-1, -1], [1, 4], [99, 4], [4, -1]])
     weights = torch.rand(5, 2, requires_grad=True)
@@ -246,7 +252,7 @@ def test_skipped_slots_and_unused_experts() -> None:
 
 
 def test_residual_is_added_once() -> None:
-    experts = Experts(4, 8, 8)
+    experts = Experts(num_experts=4, hidden_size=8, intermediate_size=8)
     hidden, residual = torch.randn(3, 8), torch.randn(3, 8)
     ids, weights = torch.tensor([[0], [2], [-1]]), torch.rand(3, 1)
     out = experts(hidden, ids, weights, residual)
@@ -300,13 +306,127 @@ def test_load_balancing_loss_is_that_of_transformers() -> None:
 
 def test_arguments_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="top_k"):
-        TopKRouter(8, 4, 5, SUM)
+        TopKRouter(hidden_size=8, num_experts=4, top_k=5, spec=SUM)
     with pytest.raises(ValueError, match="silu"):
-        Experts(4, 8, 8, activation="swish")
+        Experts(num_experts=4, hidden_size=8, intermediate_size=8, activation="swish")
     with pytest.raises(ValueError, match="convert"):
-        Experts(4, 8, 8, dtype=torch.bfloat16)(
+        Experts(num_experts=4, hidden_size=8, intermediate_size=8, dtype=torch.bfloat16)(
             torch.randn(2, 8), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
         )
+
+
+def test_sizes_are_named() -> None:
+    for call in (lambda: SparseMoE(64, 96, 8, 2), lambda: Experts(8, 64, 32), lambda: TopKRouter(8, 4, 2, SUM)):
+        with pytest.raises(TypeError, match="positional argument"):
+            call()
+    with pytest.raises(TypeError, match=r"spec must be a RouterSpec.*score='sigmoid'"):
+        SparseMoE(hidden_size=8, num_experts=4, top_k=2, intermediate_size=8, spec="sigmoid")  # type: ignore[arg-type]
+
+
+# ---- products on a device where torch has no kernel for groups --------------------------------------------------
+
+
+def offsets_of(counts: list[int]) -> Tensor:
+    return torch.tensor([0, *counts]).cumsum(0)
+
+
+COUNTS = {
+    "decode": [0, 1, 0, 0, 2, 0, 1, 0],
+    "even": [4] * 8,
+    "all on one": [0, 0, 37, 0, 0, 0, 0, 0],
+    "uneven": [1, 90, 3, 0, 17, 2, 0, 33],
+    "one expert": [5],
+    "many rows": [700, 0, 1100, 1],
+    "none": [0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("skipped", [0, 3])
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=list(COUNTS))
+def test_tiles_give_the_products_of_the_loop(counts: list[int], skipped: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that no expert owns, and hold NaN, reach nothing; matrices are copied a few at a time."""
+    offsets, rows = offsets_of(counts), sum(counts)
+    monkeypatch.setattr(layers, "_COPIED_BYTES", 5 * 11 * 8 * 3)
+    x, grad = torch.randn(rows + skipped, 11, dtype=torch.float64), torch.randn(rows + skipped, 5, dtype=torch.float64)
+    x[rows:] = grad[rows:] = float("nan")
+    weight = torch.randn(len(counts), 5, 11, dtype=torch.float64)
+    expected, outer = layers._product(x, weight, offsets), layers._outer(grad, x, offsets)
+    torch.testing.assert_close(layers._product_by_tiles(x, weight, offsets)[:rows], expected[:rows])
+    torch.testing.assert_close(layers._outer_by_tiles(grad, x, offsets), outer)
+    assert outer.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_tiles_in_narrow_types(dtype: torch.dtype) -> None:
+    """Weights of another dtype are converted; gradients of an expert are added up in float32."""
+    offsets = offsets_of(COUNTS["uneven"])
+    x, weight = torch.randn(146, 16).to(dtype), torch.randn(8, 24, 16)
+    found = layers._product_by_tiles(x, weight, offsets)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, layers._product(x, weight, offsets))
+    grad = torch.randn(146, 24).to(dtype)
+    exact = layers._outer(grad.double(), x.double(), offsets)
+    error = (layers._outer_by_tiles(grad, x, offsets) - exact).abs().max() / exact.abs().max()
+    assert error <= torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "takes"),
+    [
+        ((8, 0), torch.bfloat16, False),
+        ((8, 9), torch.bfloat16, False),
+        ((9, 0), torch.bfloat16, True),
+        ((10, 0), torch.bfloat16, True),
+        ((12, 0), torch.bfloat16, False),
+        ((9, 0), torch.float16, False),
+        ((9, 0), torch.float32, False),
+    ],
+)
+def test_products_on_a_device_never_wait(
+    capability: tuple[int, int], dtype: torch.dtype, takes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's grouped_mm waits on all but two capabilities, and for all but one dtype: it is not called there. What is
+    called instead makes the host wait for nothing, and a graph of it holds for other offsets."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    layers._groups_in_one_kernel.cache_clear()
+    called = []
+    monkeypatch.setattr(F, "grouped_mm", lambda rows, *args, **kwargs: called.append(args) or rows)
+    x, weight = torch.randn(146, 16).to(dtype), torch.randn(8, 24, 16).to(dtype)
+    offsets = offsets_of(COUNTS["uneven"])
+    with StandInDevices():
+        there = [to_device(tensor, "cuda:0") for tensor in (x, weight, offsets, x @ weight[0].T)]
+        if takes:
+            layers._product(*there[:3])
+            layers._outer(there[3], there[0], there[2])
+            assert len(called) == 2
+        else:
+            graph = StandInGraph()
+            with graph.capture():
+                made = layers._product(*there[:3])
+                outer = layers._outer(there[3], there[0], there[2])
+            other = offsets_of(COUNTS["uneven"][::-1])
+            there[2].inner.copy_(other)
+            graph.replay()
+            assert not called
+            for found, exact in (
+                (made.inner, layers._product(x.double(), weight.double(), other)),
+                (outer.inner, layers._outer(there[3].inner.double(), x.double(), other)),
+            ):
+                assert (found - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+    layers._groups_in_one_kernel.cache_clear()
+
+
+def test_a_loop_over_experts_would_wait() -> None:
+    """The stand-in device sees what the products avoid."""
+    with StandInDevices(), pytest.raises(HostWaitedError):
+        layers._ranges(to_device(offsets_of([2, 3]), "cuda:0"))
+
+
+def test_forward_mode_is_refused_by_the_experts() -> None:
+    experts = Experts(num_experts=4, hidden_size=8, intermediate_size=8)
+    ids, weights, x = torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), torch.randn(3, 8)
+    with pytest.raises(NotImplementedError, match=r"backward\(\) or torch.func.vjp"):
+        torch.func.jvp(lambda hidden: experts(hidden, ids, weights), (x,), (x,))
 
 
 def test_representation_says_what_it_is() -> None:

@@ -123,6 +123,41 @@ def graph_replay(device: torch.device, small: bool) -> Facts:
     return {"replays": 2 * replays}
 
 
+def capture_at_once(device: torch.device, small: bool) -> Facts:
+    """After `load_kernels`, the first call of everything is captured: in a process of its own no kernel was launched
+    before. Experts too, in a dtype that torch has no grouped product for."""
+    require_cuda(device, "CUDA graphs")
+    tokens, experts, hidden_size = 64, 128, 64
+    generator = torch.Generator().manual_seed(0)
+    steering, table = tables(experts, generator), token_table(tokens, generator)
+    logits = torch.randn(tokens, experts, generator=generator)
+    here = Problem("capture", logits, 8, SPECS[0], steering, table)
+    there, hidden = here.on(device), torch.randn(tokens, hidden_size, generator=generator).half()
+    sizes = {"num_experts": experts, "hidden_size": hidden_size, "intermediate_size": 32}
+    block, on_device = (nn.Experts(**sizes, dtype=torch.float16, device=place) for place in ("cpu", device))
+    with torch.no_grad():
+        for parameter, value in zip(on_device.parameters(), block.parameters(), strict=True):
+            parameter.copy_(value)
+    moved_there = hidden.to(device)
+    statistics = [there.statistics(), here.statistics()]
+    torch.zeros(1, 1, device=device).half() @ torch.zeros(1, 1, device=device).half()  # torch's own library is loaded
+    ops.load_kernels(experts, device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        weights, ids = there.route(statistics[0])
+        out = on_device(moved_there, ids, weights)
+    statistics[0].zero_()
+    graph.replay()
+    with torch.no_grad():
+        wanted = here.route(statistics[1])
+        expected = block(hidden, wanted[1], wanted[0])
+    counted = (statistics[0].groups, statistics[1].groups)
+    same((weights, ids, counted[0]), (*wanted, counted[1]), "captured at once", NAMES[:3])
+    error = float((out.cpu().double() - expected.double()).norm() / expected.double().norm())
+    assert error < 0.005, f"experts are off by {error:.2%} in the norm"  # float16 rounds to 0.05 %
+    return {"replays": 1}
+
+
 def two_streams(device: torch.device, small: bool) -> Facts:
     """Work follows the current stream, and two streams at once, counting into one table, get what one gets alone."""
     require_cuda(device, "streams")
@@ -195,11 +230,13 @@ def experts(device: torch.device, small: bool) -> Facts:
     """`nn.Experts` in bfloat16, on a device through grouped products: values and gradients near those in float64."""
     tokens, count, k, hidden_size, width = (24, 4, 2, 16, 24) if small else (512, 32, 4, 256, 384)
     generator = torch.Generator().manual_seed(0)
-    exact = nn.Experts(count, hidden_size, width, dtype=torch.float64)
+    exact = nn.Experts(num_experts=count, hidden_size=hidden_size, intermediate_size=width, dtype=torch.float64)
     with torch.no_grad():
         for parameter in exact.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator).to(torch.bfloat16) / 16)
-    rough = nn.Experts(count, hidden_size, width, dtype=torch.bfloat16, device=device)
+    rough = nn.Experts(
+        num_experts=count, hidden_size=hidden_size, intermediate_size=width, dtype=torch.bfloat16, device=device
+    )
     rough.load_state_dict(exact.state_dict())
     hidden = torch.randn(tokens, hidden_size, generator=generator).to(torch.bfloat16)
     ids = torch.randn(tokens, count - 1, generator=generator).topk(k).indices  # the last expert gets no token
@@ -223,12 +260,14 @@ def with_gradients(block: nn.Experts, hidden: Tensor, ids: Tensor, weights: Tens
 
 
 def no_waiting(device: torch.device, small: bool) -> Facts:
-    """No operator makes the host wait for the device."""
+    """No operator makes the host wait for the device, nor do experts of any dtype."""
     require_cuda(device, "waiting for a device")
     generator = torch.Generator().manual_seed(0)
     steering, table = tables(128, generator), token_table(64, generator)
     problem = Problem("waiting", torch.randn(64, 128, generator=generator), 8, SPECS[0], steering, table).on(device)
     hidden, statistics = torch.randn(64, 32, device=device), problem.statistics()
+    sizes = {"num_experts": 128, "hidden_size": 32, "intermediate_size": 32}
+    blocks = [nn.Experts(**sizes, dtype=t, device=device) for t in (torch.bfloat16, torch.float16, torch.float32)]
 
     def all_operators() -> None:
         weights, ids = problem.route(statistics)
@@ -238,6 +277,9 @@ def no_waiting(device: torch.device, small: bool) -> Facts:
         ops.route_weights(problem.logits, ids, problem.spec, steering=problem.steering, tokens=problem.tokens)
         plan = ops.dispatch(ids, 128)
         ops.combine(ops.permute(hidden, plan), weights, plan)
+        with torch.no_grad():
+            for block in blocks:
+                block(hidden.to(block.down_proj.dtype), ids, weights)
 
     all_operators()  # what is loaded at the first call may wait
     torch.cuda.synchronize()
@@ -247,7 +289,7 @@ def no_waiting(device: torch.device, small: bool) -> Facts:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
-    return {"operators": 7}
+    return {"operators": 7, "dtypes of experts": len(blocks)}
 
 
 def require_cuda(device: torch.device, what: str) -> None:
@@ -266,6 +308,7 @@ CHECKS: dict[str, Callable[[torch.device, bool], Facts]] = {
     "same-bits-as-cpu": same_bits_as_cpu,
     "determinism": determinism,
     "graph-replay": graph_replay,
+    "capture-at-once": capture_at_once,
     "two-streams": two_streams,
     "past-2-31": past_2_31,
     "no-waiting": no_waiting,

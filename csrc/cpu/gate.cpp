@@ -2,27 +2,11 @@
 // to the instruction set in force. One allocation a call, whatever the number of rows.
 #include <memory>
 #include <new>
-#include <stdexcept>
-#include <string>
 
 #include "gate_backend.h"
 
 namespace moe_route::cpu {
 namespace {
-
-void require(bool holds, const char* message) {
-  if (!holds) throw std::invalid_argument(std::string("gate_rows: ") + message);
-}
-
-void check(const GateArgs& args) {
-  const GateSpec& spec = args.spec;
-  require(args.experts >= 1 && args.experts <= 4096, "experts must lie in 1..4096");
-  require(args.k >= 1 && args.k <= args.experts && args.k <= 64, "k must lie in 1..min(experts, 64)");
-  require(spec.groups >= 1 && args.experts % spec.groups == 0, "experts must divide into groups");
-  require(spec.top_groups >= 1 && spec.top_groups <= spec.groups, "top_groups must lie in 1..groups");
-  require(args.logits != nullptr || args.given.mode == GivenMode::kNatural, "logits are missing");
-  require(args.given.mode == GivenMode::kNone || args.given.ids != nullptr, "a given choice needs ids");
-}
 
 GateBackend backend_for(DType logits) {
   if (logits == DType::kFloat64) return gate_portable_double();

@@ -123,30 +123,50 @@ inline SteeringRow<F> read_steering_row(const GateArgs& args, int64_t index, con
   return row;
 }
 
-// Over the numbers in z that are finite; 0 where there are too few.
-template <class F>
-inline typename F::Scalar standard_deviation(const typename F::Scalar* z, int experts, bool sample) {
+// The finite numbers of a row, each passed through `scaled`: how many there are, and the sum of their squared
+// distances from the mean.
+template <class T>
+struct Spread {
+  int count;
+  T squares;
+};
+template <class F, class Scaled>
+inline Spread<typename F::Scalar> spread_of(const typename F::Scalar* z, int end, Scaled scaled) {
   using T = typename F::Scalar;
-  const int end = kLanes * vectors_of(experts);
   const F limit(infinity<T>()), zero(T(0));
   F sum = zero;
   int count = 0;
   for (int e = 0; e < end; e += kLanes) {
     const F x = F::load(z + e);
     const auto finite = abs(x) < limit;
-    sum = sum + select(finite, x, zero);
+    sum = sum + select(finite, scaled(x), zero);
     count += __builtin_popcount(bits(finite));
   }
-  const int degrees = count - (sample ? 1 : 0);
-  if (count == 0 || degrees == 0) return T(0);
-  const F mean(fold_add(sum) / T(count));
+  const F mean(fold_add(sum) / T(count > 0 ? count : 1));
   F squares = zero;
   for (int e = 0; e < end; e += kLanes) {
     const F x = F::load(z + e);
-    const F d = select(abs(x) < limit, x - mean, zero);
+    const F d = select(abs(x) < limit, scaled(x) - mean, zero);
     squares = fma(d, d, squares);
   }
-  return sqrt(fold_add(squares) / T(degrees));
+  return {count, fold_add(squares)};
+}
+
+// A power of two that brings the squares of all numbers into range, and their sums over all experts.
+template <class T>
+inline constexpr T kShrink = sizeof(T) == 4 ? T(0x1p-96) : T(0x1p-600);
+
+// Over the numbers in z that are finite; 0 where there are too few.
+template <class F>
+inline typename F::Scalar standard_deviation(const typename F::Scalar* z, int experts, bool sample) {
+  using T = typename F::Scalar;
+  const int end = kLanes * vectors_of(experts);
+  const auto [count, squares] = spread_of<F>(z, end, [](F x) { return x; });
+  const int degrees = count - (sample ? 1 : 0);
+  if (count == 0 || degrees == 0) return T(0);
+  if (squares < infinity<T>()) return sqrt(squares / T(degrees));
+  const F factor(kShrink<T>);  // huge logits
+  return sqrt(spread_of<F>(z, end, [factor](F x) { return x * factor; }).squares / T(degrees)) / kShrink<T>;
 }
 
 // to[e] = op(from[e], e), a vector at a time; from and to may be the same row.

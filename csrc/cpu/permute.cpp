@@ -35,8 +35,9 @@ void copy_tokens(int64_t begin, int64_t end, void* context) {
   const char* source = static_cast<const char*>(args.x);
   for (int64_t t = begin; t < end; ++t) {
     for (int64_t j = 0; j < args.k; ++j) {
-      const int64_t r = args.inverse[t * args.k + j];
-      if (r >= 0 && r < args.capacity) Copy(row(args, r), source + t * args.row_bytes, args.row_bytes);
+      const int64_t slot = t * args.k + j, r = args.inverse[slot];
+      if (r >= 0 && r < args.capacity && args.order[r] == slot)
+        Copy(row(args, r), source + t * args.row_bytes, args.row_bytes);
     }
   }
 #if defined(__SSE2__)
@@ -57,7 +58,9 @@ ParallelBody copy_for(const PermuteArgs& args) {
 void clear_empty_rows(int64_t begin, int64_t end, void* context) {
   const auto& args = *static_cast<const PermuteArgs*>(context);
   for (int64_t r = begin; r < end; ++r) {
-    if (args.order[r] < 0) std::memset(row(args, r), 0, args.row_bytes);
+    const int64_t slot = args.order[r];
+    const bool served = slot >= 0 && slot < args.tokens * args.k && args.inverse[slot] == r;
+    if (!served) std::memset(row(args, r), 0, args.row_bytes);
   }
 }
 

@@ -230,6 +230,14 @@ void combine_as(const CombineArgs& args, Stream stream) {
   throw std::runtime_error("moe_route: combine needs addresses that are multiples of the element size");
 }
 
+template <class Type>
+void load_combine() {
+  load(combine_rows<Type, 16, 2, 2>), load(combine_rows<Type, 16, 4, 1>), load(combine_rows<Type, 16, 8, 1>);
+  load(combine_rows<Type, 8, 4, 2>);
+  if constexpr (Type::kBytes <= 4) load(combine_rows<Type, 4, 4, 2>);
+  if constexpr (Type::kBytes <= 2) load(combine_rows<Type, 2, 4, 2>);
+}
+
 }  // namespace
 
 void combine(const CombineArgs& args, Stream stream) {
@@ -244,6 +252,10 @@ void combine(const CombineArgs& args, Stream stream) {
     default:
       return combine_as<Float32>(args, stream);
   }
+}
+
+void load_combine_kernels() {
+  load_combine<BFloat16>(), load_combine<Float16>(), load_combine<Float32>(), load_combine<Float64>();
 }
 
 }  // namespace moe_route::cuda

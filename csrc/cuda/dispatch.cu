@@ -332,6 +332,8 @@ __global__ void __launch_bounds__(kThreads, 2) place_slots(const Problem problem
   mark_tail(problem, rows_in_use);
 }
 
+constexpr int32_t kFewExperts = 256;  // their ids have 8 bits
+
 bool one_launch(int64_t slots) { return slots <= kSlotsOfOneLaunch; }
 
 // A block of place_slots reads spans * E counts and up to slots / spans ids, which cost about twice as much
@@ -389,8 +391,20 @@ void sort(const Problem& problem, Stream stream) {
 
 template <class Id>
 void sort(const Problem& problem, Stream stream) {
-  if (problem.args.experts <= 256) return sort<Id, 8>(problem, stream);
+  if (problem.args.experts <= kFewExperts) return sort<Id, 8>(problem, stream);
   return sort<Id, 12>(problem, stream);
+}
+
+template <class Id, int kBits>
+void load_sort() {
+  load(count_spans<Id>);
+  load(place_slots<Id, kBits, false>);
+  load(place_slots<Id, kBits, true>);
+}
+
+template <class Id>
+void load_sort(int32_t experts) {
+  return experts <= kFewExperts ? load_sort<Id, 8>() : load_sort<Id, 12>();
 }
 
 }  // namespace
@@ -403,6 +417,11 @@ void dispatch(const DispatchArgs& args, Stream stream) {
   const Problem problem = plan(args);
   if (args.ids_type == DType::kInt64) return sort<int64_t>(problem, stream);
   sort<int32_t>(problem, stream);
+}
+
+void load_dispatch_kernels(int32_t experts) {
+  load_sort<int32_t>(experts);
+  load_sort<int64_t>(experts);
 }
 
 }  // namespace moe_route::cuda

@@ -63,39 +63,32 @@ GateLayout layout_of(const GateArgs& args, bool in_registers, int teams, int mos
   return layout;
 }
 
-using LaunchFunction = void (*)(const GateLaunch&, Stream);
+// What the files in gate_instances have for one width of rows.
+struct Width {
+  void (*launch)(const GateLaunch&, Stream);
+  void (*load)(Level);
+};
+template <int kVectors>
+constexpr Width kWidth = {launch_gate<kVectors>, load_gate<kVectors>};
 
-LaunchFunction launch_for(int experts, bool in_registers) {
-  if (!in_registers) return launch_gate<0>;
-  if (experts <= 16) return launch_gate<1>;
-  if (experts <= 32) return launch_gate<2>;
-  if (experts <= 64) return launch_gate<4>;
-  if (experts <= 128) return launch_gate<8>;
-  if (experts <= 256) return launch_gate<16>;
-  if (experts <= 384) return launch_gate<24>;
-  return launch_gate<32>;
-}
-
-void require(bool holds, const char* message) {
-  if (!holds) throw std::invalid_argument(std::string("cuda::gate: ") + message);
-}
-
-void check_arguments(const GateArgs& args) {
-  const GateSpec& spec = args.spec;
-  require(args.logits_type != DType::kFloat64, "float64 logits are computed on the CPU only");
-  require(args.experts >= 1 && args.experts <= 4096, "experts must lie in 1..4096");
-  require(args.k >= 1 && args.k <= args.experts && args.k <= 64, "k must lie in 1..min(experts, 64)");
-  require(spec.groups >= 1 && args.experts % spec.groups == 0, "experts must divide into groups");
-  require(spec.top_groups >= 1 && spec.top_groups <= spec.groups, "top_groups must lie in 1..groups");
-  require(args.logits != nullptr || args.given.mode == GivenMode::kNatural, "logits are missing");
-  require(args.given.mode == GivenMode::kNone || args.given.ids != nullptr, "a given choice needs ids");
+Width width_for(int experts, Level level) {
+  if (experts > register_experts(level)) return kWidth<0>;
+  if (experts <= 16) return kWidth<1>;
+  if (experts <= 32) return kWidth<2>;
+  if (experts <= 64) return kWidth<4>;
+  if (experts <= 128) return kWidth<8>;
+  if (experts <= 256) return kWidth<16>;
+  if (experts <= 384) return kWidth<24>;
+  return kWidth<32>;
 }
 
 }  // namespace
 
 void gate(const GateArgs& args, Stream stream) {
   if (args.tokens <= 0) return;
-  check_arguments(args);
+  check(args);
+  if (args.logits_type == DType::kFloat64)
+    throw std::invalid_argument("moe_route gate: float64 logits are computed on the CPU only");
   const Level level = level_of(args);
   const bool in_registers = args.experts <= register_experts(level);
   const int teams = (in_registers ? kGateThreads : kGateThreadsAboveRegisters) / kTeam;
@@ -108,7 +101,18 @@ void gate(const GateArgs& args, Stream stream) {
   const int64_t steps = (args.tokens + teams - 1) / teams;
   gate.rows_per_block = (steps + most_blocks - 1) / most_blocks * teams;
   gate.blocks = (args.tokens + gate.rows_per_block - 1) / gate.rows_per_block;
-  launch_for(args.experts, in_registers)(gate, stream);
+  width_for(args.experts, level).launch(gate, stream);
+}
+
+void load_gate_kernels(int32_t experts) {
+  for (Level level : {Level::kPlain, Level::kScored, Level::kFull}) width_for(experts, level).load(level);
+}
+
+void load_kernels(int32_t experts) {
+  load_gate_kernels(experts);
+  load_dispatch_kernels(experts);
+  load_permute_kernels();
+  load_combine_kernels();
 }
 
 }  // namespace moe_route::cuda

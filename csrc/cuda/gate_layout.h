@@ -61,4 +61,8 @@ struct GateLaunch {
 template <int kVectors>
 void launch_gate(const GateLaunch& gate, Stream stream);
 
+// Loads the kernel that such a launch needs.
+template <int kVectors>
+void load_gate(Level level);
+
 }  // namespace moe_route::cuda

@@ -147,6 +147,8 @@ class RowGate {
             int32_t(uint32_t{__ldg(static_cast<const uint16_t*>(args_.given.weights) + slot)} << 16));
       case DType::kFloat16:
         return __half2float(static_cast<const __half*>(args_.given.weights)[slot]);
+      case DType::kFloat64:
+        return static_cast<float>(__ldg(static_cast<const double*>(args_.given.weights) + slot));
       default:
         return __ldg(static_cast<const float*>(args_.given.weights) + slot);
     }
@@ -489,6 +491,13 @@ __global__ void __launch_bounds__(kVectors > 0 ? kGateThreads : kGateThreadsAbov
 }
 
 }  // namespace
+
+template <int kVectors>
+void load_gate(Level level) {
+  if (level == Level::kPlain) return load(gate_kernel<kVectors, Level::kPlain>);
+  if (level == Level::kScored) return load(gate_kernel<kVectors, Level::kScored>);
+  if constexpr (kTeam * kVectors <= register_experts(Level::kFull)) load(gate_kernel<kVectors, Level::kFull>);
+}
 
 template <int kVectors>
 void launch_gate(const GateLaunch& gate, Stream stream) {

@@ -122,25 +122,44 @@ __device__ __forceinline__ SteeringRow read_steering(const GateArgs& args, int32
   return row;
 }
 
-// Over the numbers in z that are finite; 0 where there are too few.
-template <int kVectors>
-__device__ __forceinline__ float standard_deviation(const Values<kVectors>& z, int experts, bool sample) {
+// The finite numbers of a row, each passed through `scaled`: how many there are, and the sum of their squared
+// distances from the mean.
+struct Spread {
+  int count;
+  float squares;
+};
+template <int kVectors, class Scaled>
+__device__ __forceinline__ Spread spread_of(const Values<kVectors>& z, int experts, Scaled scaled) {
   float sum = 0, squares = 0;
   int mine = 0;
   for_each_expert<kVectors>(experts, [&](int i, int) {
     const bool finite = fabsf(z[i]) < infinity();
-    sum = sum + (finite ? z[i] : 0.0f);
+    sum = sum + (finite ? scaled(z[i]) : 0.0f);
     mine += finite ? 1 : 0;
   });
   const int count = fold_add(mine);
-  const int degrees = count - (sample ? 1 : 0);
   const float mean = fold_add(sum) / float(count > 0 ? count : 1);
   for_each_expert<kVectors>(experts, [&](int i, int) {
-    const float d = fabsf(z[i]) < infinity() ? z[i] - mean : 0.0f;
+    const float d = fabsf(z[i]) < infinity() ? scaled(z[i]) - mean : 0.0f;
     squares = math::fma(d, d, squares);
   });
-  const float variance = fold_add(squares) / float(degrees > 0 ? degrees : 1);
-  return count == 0 || degrees == 0 ? 0.0f : math::sqrt(variance);
+  return {count, fold_add(squares)};
+}
+
+// Over the numbers in z that are finite; 0 where there are too few.
+template <int kVectors>
+__device__ __forceinline__ float standard_deviation(const Values<kVectors>& z, int experts, bool sample) {
+  constexpr float kShrink = 0x1p-96f;  // see csrc/cpu/gate_steer.h
+  const Spread spread = spread_of<kVectors>(z, experts, [](float x) { return x; });
+  const int degrees = spread.count - (sample ? 1 : 0);
+  const float divisor = float(degrees > 0 ? degrees : 1);
+  float std = math::sqrt(spread.squares / divisor);
+  const bool overflowed = !(spread.squares < infinity());
+  if (any(overflowed)) {  // huge logits in one of the warp's rows
+    const Spread shrunk = spread_of<kVectors>(z, experts, [](float x) { return x * kShrink; });
+    if (overflowed) std = math::sqrt(shrunk.squares / divisor) / kShrink;
+  }
+  return spread.count == 0 || degrees == 0 ? 0.0f : std;
 }
 
 // Natural extremes of the allowed experts. Of equal values (zeros of either sign) the CPU keeps the one in

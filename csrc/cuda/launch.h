@@ -35,6 +35,13 @@ inline int most_shared_bytes() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kStaticSharedBytes;
 }
 
+// Loads a kernel onto the current device; otherwise its first launch does.
+template <class... Parameters>
+void load(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes facts;
+  check(cudaFuncGetAttributes(&facts, kernel), "loading of a kernel");
+}
+
 template <class... Parameters, class... Arguments>
 void launch(const char* what, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
             Stream stream, const Arguments&... arguments) {

@@ -27,8 +27,10 @@ __device__ __forceinline__ void copy_token(const PermuteArgs& args, const RowGri
   for (int u = 0; u < kUnroll; ++u) piece[u] = source[part.load(u)];
   const int lane = threadIdx.x & 31;
   for (int64_t group = 0; group < args.k; group += 32) {
-    const int64_t mine = group + lane < args.k ? args.inverse[token * args.k + group + lane] : -1;
-    unsigned routed = __ballot_sync(kWarp, mine >= 0 && mine < args.capacity);
+    const int64_t slot = token * args.k + group + lane;
+    const int64_t mine = group + lane < args.k ? args.inverse[slot] : -1;
+    const bool serves = mine >= 0 && mine < args.capacity && args.order[mine] == slot;
+    unsigned routed = __ballot_sync(kWarp, serves);
     for (; routed != 0; routed &= routed - 1) {
       V* row = rows + __shfl_sync(kWarp, mine, __ffs(routed) - 1) * grid.vectors;
 #pragma unroll
@@ -40,14 +42,16 @@ __device__ __forceinline__ void copy_token(const PermuteArgs& args, const RowGri
 }
 
 // Block b looks after rows b, b + blocks, ...: neighboring empty rows fall to different blocks. Every warp
-// looks at the same 32 rows and clears its part of each empty one.
+// looks at the same 32 rows and clears its part of each empty one: every row that copy_token does not write.
 template <int Bytes>
 __device__ __forceinline__ void clear_empty_rows(const PermuteArgs& args, const RowGrid& grid) {
   using V = Vector<Bytes>;
-  const int64_t blocks = gridDim.x;
+  const int64_t blocks = gridDim.x, slots = args.tokens * args.k;
   for (int64_t first = blockIdx.x; first < args.capacity; first += 32 * blocks) {
     const int64_t r = first + (threadIdx.x & 31) * blocks;
-    unsigned empty = __ballot_sync(kWarp, r < args.capacity && args.order[r] < 0);
+    const int64_t slot = r < args.capacity ? args.order[r] : 0;
+    const bool served = slot >= 0 && slot < slots && args.inverse[slot] == r;
+    unsigned empty = __ballot_sync(kWarp, r < args.capacity && !served);
     for (; empty != 0; empty &= empty - 1) {
       V* row = static_cast<V*>(args.rows) + (first + (__ffs(empty) - 1) * blocks) * grid.vectors;
       for (int64_t v = threadIdx.x; v < grid.vectors; v += blockDim.x) row[v] = V{};
@@ -87,6 +91,11 @@ void permute(const PermuteArgs& args, Stream stream) {
     default:
       return launch_permute<1>(args, stream);
   }
+}
+
+void load_permute_kernels() {
+  load(permute_rows<16>), load(permute_rows<8>), load(permute_rows<4>), load(permute_rows<2>),
+      load(permute_rows<1>);
 }
 
 }  // namespace moe_route::cuda

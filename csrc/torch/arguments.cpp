@@ -68,11 +68,22 @@ Place place_of(const char* name, const Tensor& tensor) {
   return place;
 }
 
+void check_storage(const char* name, const Tensor& tensor) {
+  int64_t bytes = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  if (bytes == 0 && tensor.numel() > 0) {
+    refuse(name,
+           " has no memory: its storage was freed (untyped_storage().resize_(0), as FSDP does with shards); "
+           "use it before it is freed, or make it anew");
+  }
+}
+
 void check_tensor(const char* name, const Tensor& tensor, Shape shape, const Place& place) {
   if (!fits(tensor, shape))
     refuse(name, " has shape ", shape_text(tensor), "; it must be ", shape_text(shape));
   check_place(name, tensor, place);
   if (!tensor.is_contiguous()) refuse(name, " is not contiguous; call .contiguous() on it first");
+  check_storage(name, tensor);
 }
 
 void check_dtype(const char* name, const Tensor& tensor, ScalarType want, const char* want_name) {
@@ -133,7 +144,8 @@ int64_t element_size(DType type) {
   }
 }
 
-Tensor packed(const Tensor& tensor) {
+Tensor packed(const char* name, const Tensor& tensor) {
+  check_storage(name, tensor);
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 

@@ -31,7 +31,10 @@ std::string shape_text(const Tensor& tensor);
 // Where `tensor`, the argument `name`, lies.
 Place place_of(const char* name, const Tensor& tensor);
 
-// Shape, contiguity and place of the tensor `name`.
+// A tensor whose storage was freed has a shape and no memory: it is refused, and not taken for an absent one.
+void check_storage(const char* name, const Tensor& tensor);
+
+// Shape, contiguity, place and memory of the tensor `name`.
 void check_tensor(const char* name, const Tensor& tensor, Shape shape, const Place& place);
 void check_dtype(const char* name, const Tensor& tensor, ScalarType want, const char* want_name);
 
@@ -43,8 +46,8 @@ DType index_type(const char* name, const Tensor& tensor);
 DType float_type(const char* name, const Tensor& tensor);
 int64_t element_size(DType type);
 
-// The tensor itself, or a contiguous copy.
-Tensor packed(const Tensor& tensor);
+// The tensor `name` itself, or a contiguous copy.
+Tensor packed(const char* name, const Tensor& tensor);
 
 // torch's code for the dtype of `tensor`, as `allocate` takes it.
 int32_t dtype_of(const Tensor& tensor);

@@ -68,4 +68,11 @@ void combine(const CombineArgs& args, const Place& place) {
   cuda::combine(args, OnDevice(place).stream());
 }
 
+void load_kernels(int32_t index, int32_t experts) {
+  cuda::require_kernels();
+  const torch::stable::accelerator::DeviceGuard guard(index);
+  cuda::make_current(index);
+  cuda::load_kernels(experts);
+}
+
 }  // namespace moe_route::launch

@@ -6,10 +6,12 @@
 
 #include <sstream>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cpu_threads.h"
 #include "cuda/device.h"
+#include "launch.h"
 #include "moe_route/cuda.h"
 
 namespace py = pybind11;
@@ -77,77 +79,65 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Keyword arguments of gate(), set on a GateArgs by name; an unknown name is refused.
-void set_field(GateArgs& args, const std::string& name, const py::handle& value) {
-  const auto integer = [&] { return value.cast<int64_t>(); };
-  const auto address = [&] { return value.cast<uintptr_t>(); };
-  const auto number = [&] { return value.cast<float>(); };
-  if (name == "row_stride")
-    args.row_stride = integer();
-  else if (name == "score")
-    args.spec.score = static_cast<Score>(integer());
-  else if (name == "order")
-    args.spec.order = static_cast<Order>(integer());
-  else if (name == "group_score")
-    args.spec.group_score = static_cast<GroupScore>(integer());
-  else if (name == "renormalize")
-    args.spec.renormalize = static_cast<Renormalize>(integer());
-  else if (name == "groups")
-    args.spec.groups = value.cast<int32_t>();
-  else if (name == "top_groups")
-    args.spec.top_groups = value.cast<int32_t>();
-  else if (name == "group_fill")
-    args.spec.group_fill = number();
-  else if (name == "eps")
-    args.spec.eps = number();
-  else if (name == "norm_p")
-    args.spec.norm_p = number();
-  else if (name == "scale")
-    args.spec.scale = number();
-  else if (name == "jitter")
-    args.spec.jitter = number();
-  else if (name == "correction_bias")
-    args.correction_bias = at<float>(address());
-  else if (name == "expert_scale")
-    args.expert_scale = at<float>(address());
-  else if (name == "steering")
-    args.steering.tables = at<float>(address());
-  else if (name == "steering_planes")
-    args.steering.planes = value.cast<uint32_t>();
-  else if (name == "steering_rows")
-    args.steering.rows = integer();
-  else if (name == "row_params")
-    args.steering.row_params = at<float>(address());
-  else if (name == "remap")
-    args.steering.remap = at<int32_t>(address());
-  else if (name == "token_table")
-    args.token_table = at<int32_t>(address());
-  else if (name == "given_ids")
-    args.given.ids = at<void>(address());
-  else if (name == "given_ids_type")
-    args.given.ids_type = static_cast<DType>(integer());
-  else if (name == "given_weights")
-    args.given.weights = at<void>(address());
-  else if (name == "given_weights_type")
-    args.given.weights_type = static_cast<DType>(integer());
-  else if (name == "given_mode")
-    args.given.mode = static_cast<GivenMode>(integer());
-  else if (name == "given_every_row")
-    args.given.every_row = value.cast<bool>();
-  else if (name == "group_statistics")
-    args.statistics.groups = at<int64_t>(address());
-  else if (name == "num_groups")
-    args.statistics.num_groups = integer();
-  else if (name == "segment_statistics")
-    args.statistics.segments = at<int64_t>(address());
-  else if (name == "num_segments")
-    args.statistics.num_segments = integer();
-  else if (name == "statistics_planes")
-    args.statistics.planes = value.cast<uint32_t>();
-  else if (name == "entropy")
-    args.statistics.entropy = value.cast<bool>();
-  else
-    throw py::type_error("gate() has no argument '" + name + "'");
+using Value = const py::handle&;
+
+// An address into a pointer, a number into an enum or a number.
+template <class T>
+void set(T& field, Value value) {
+  if constexpr (std::is_pointer_v<T>) {
+    field = reinterpret_cast<T>(value.cast<uintptr_t>());
+  } else if constexpr (std::is_enum_v<T>) {
+    field = static_cast<T>(value.cast<int64_t>());
+  } else {
+    field = value.cast<T>();
+  }
+}
+
+// Keyword arguments of GateArgs.
+struct Field {
+  const char* name;
+  void (*set)(GateArgs&, Value);
+};
+constexpr Field kFields[] = {
+    {"row_stride", [](GateArgs& a, Value v) { set(a.row_stride, v); }},
+    {"score", [](GateArgs& a, Value v) { set(a.spec.score, v); }},
+    {"order", [](GateArgs& a, Value v) { set(a.spec.order, v); }},
+    {"group_score", [](GateArgs& a, Value v) { set(a.spec.group_score, v); }},
+    {"renormalize", [](GateArgs& a, Value v) { set(a.spec.renormalize, v); }},
+    {"groups", [](GateArgs& a, Value v) { set(a.spec.groups, v); }},
+    {"top_groups", [](GateArgs& a, Value v) { set(a.spec.top_groups, v); }},
+    {"group_fill", [](GateArgs& a, Value v) { set(a.spec.group_fill, v); }},
+    {"eps", [](GateArgs& a, Value v) { set(a.spec.eps, v); }},
+    {"norm_p", [](GateArgs& a, Value v) { set(a.spec.norm_p, v); }},
+    {"scale", [](GateArgs& a, Value v) { set(a.spec.scale, v); }},
+    {"jitter", [](GateArgs& a, Value v) { set(a.spec.jitter, v); }},
+    {"correction_bias", [](GateArgs& a, Value v) { set(a.correction_bias, v); }},
+    {"expert_scale", [](GateArgs& a, Value v) { set(a.expert_scale, v); }},
+    {"steering", [](GateArgs& a, Value v) { set(a.steering.tables, v); }},
+    {"steering_planes", [](GateArgs& a, Value v) { set(a.steering.planes, v); }},
+    {"steering_rows", [](GateArgs& a, Value v) { set(a.steering.rows, v); }},
+    {"row_params", [](GateArgs& a, Value v) { set(a.steering.row_params, v); }},
+    {"remap", [](GateArgs& a, Value v) { set(a.steering.remap, v); }},
+    {"token_table", [](GateArgs& a, Value v) { set(a.token_table, v); }},
+    {"choice_ids", [](GateArgs& a, Value v) { set(a.given.ids, v); }},
+    {"choice_ids_type", [](GateArgs& a, Value v) { set(a.given.ids_type, v); }},
+    {"choice_weights", [](GateArgs& a, Value v) { set(a.given.weights, v); }},
+    {"choice_weights_type", [](GateArgs& a, Value v) { set(a.given.weights_type, v); }},
+    {"choice_mode", [](GateArgs& a, Value v) { set(a.given.mode, v); }},
+    {"choice_in_every_row", [](GateArgs& a, Value v) { set(a.given.every_row, v); }},
+    {"group_statistics", [](GateArgs& a, Value v) { set(a.statistics.groups, v); }},
+    {"num_groups", [](GateArgs& a, Value v) { set(a.statistics.num_groups, v); }},
+    {"segment_statistics", [](GateArgs& a, Value v) { set(a.statistics.segments, v); }},
+    {"num_segments", [](GateArgs& a, Value v) { set(a.statistics.num_segments, v); }},
+    {"statistics_planes", [](GateArgs& a, Value v) { set(a.statistics.planes, v); }},
+    {"entropy", [](GateArgs& a, Value v) { set(a.statistics.entropy, v); }},
+};
+
+void set_field(GateArgs& args, const std::string& name, Value value) {
+  for (const Field& field : kFields) {
+    if (name == field.name) return field.set(args, value);
+  }
+  throw py::type_error("GateArgs has no argument '" + name + "'");
 }
 
 GateArgs gate_args(uintptr_t logits, int dtype, int64_t tokens, int32_t experts, int32_t k, uintptr_t weights,
@@ -264,8 +254,12 @@ PYBIND11_MODULE(_C, m) {
   using py::arg;
   m.doc() = "Compiled part of moe_route. The operators are torch.ops.moe_route.*; see moe_route.ops.";
   m.attr("__version__") = MOE_ROUTE_VERSION;
+  m.attr("MAX_EXPERTS") = mr::kMaxExperts;
+  m.attr("MAX_CHOSEN") = mr::kMaxChosen;
   m.def("build_info", &mr::build_info, "What this module was built with.");
   m.def("cuda_runtime", &mr::cuda_runtime, "CUDA versions, devices, or the problem. Needs no driver.");
+  m.def("load_kernels", &mr::launch::load_kernels, arg("device"), arg("experts"),
+        "Load the CUDA kernels that calls with this many experts may launch on a device.");
   m.def("instruction_set", [] { return std::string(mr::cpu::name(mr::cpu::instruction_set())); });
   m.def("best_instruction_set", [] { return std::string(mr::cpu::name(mr::cpu::best_instruction_set())); });
   m.def("supported_instruction_sets", &mr::supported_instruction_sets);

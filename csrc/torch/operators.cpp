@@ -13,8 +13,9 @@
 namespace moe_route {
 namespace {
 
-constexpr int64_t kMaxExperts = 4096;
-constexpr int64_t kMaxChosen = 64;
+// Of the argument `statistics`: whether entropy is accumulated. The planes have the bits below it
+// (moe_route/ops/tables.py packs both).
+constexpr int kEntropyBit = 16;
 
 // The device of the call, by its leading tensor.
 Place leading_place(const char* name, const Tensor& tensor) {
@@ -23,8 +24,7 @@ Place leading_place(const char* name, const Tensor& tensor) {
   return place;
 }
 
-// ---- the gate
-// ---------------------------------------------------------------------------------------------------
+// ---- the gate -------------------------------------------------------------------------------------------
 
 // `policy` packs the discrete part of a RouterSpec (moe_route/ops/spec.py packs it):
 //   bits 0-3 score, 4 order, 5 group_score, 6-8 renormalize, 16-31 groups, 32-47 top_groups
@@ -79,13 +79,15 @@ Tensor fill_logits(GateArgs& args, const Tensor& logits, int64_t k, const MaybeT
   const int64_t experts = logits.size(1);
   if (experts < 1 || experts > kMaxExperts)
     refuse("logits have ", experts, " experts; 1..", kMaxExperts, " are supported");
-  if (k < 1 || k > std::min(experts, kMaxChosen)) {
-    refuse("k = ", k, " is outside 1..", std::min(experts, kMaxChosen), " (at most the ", experts,
-           " experts, at most ", kMaxChosen, ")");
+  const int64_t most = std::min<int64_t>(experts, kMaxChosen);
+  if (k < 1 || k > most) {
+    refuse("k = ", k, " is outside 1..", most, " (at most the ", experts, " experts, at most ", kMaxChosen,
+           ")");
   }
   args.experts = static_cast<int32_t>(experts);
   args.k = static_cast<int32_t>(k);
   args.token_table = int_table("tokens", tokens, {args.tokens, kTokenColumns}, place);
+  check_storage("logits", logits);
   Tensor rows = logits.stride(1) == 1 || experts == 1 ? logits : torch::stable::contiguous(logits);
   args.logits = rows.const_data_ptr();
   args.row_stride = args.tokens > 1 ? rows.stride(0) : experts;
@@ -116,16 +118,16 @@ int64_t* statistics_table(const char* name, const MaybeTensor& table, int64_t wi
   return static_cast<int64_t*>(table->mutable_data_ptr());
 }
 
-// `layout` is the planes' bits, and bit 16 for entropy (moe_route/ops/tables.py packs it).
+// `layout` is the planes' bits and kEntropyBit.
 GateStatistics statistics_of(const MaybeTensor& groups, const MaybeTensor& segments, int64_t layout,
                              int64_t experts, const Place& place) {
   GateStatistics statistics;
-  const int64_t planes = layout & 0xffff;
-  if (layout < 0 || layout >= 1 << 17 || planes >= int64_t{kNaturalCounts} * 2) {
+  const int64_t planes = layout & ((1 << kEntropyBit) - 1);
+  if (layout < 0 || layout >= 2 << kEntropyBit || planes >= int64_t{kNaturalCounts} * 2) {
     refuse("statistics = ", layout, " has bits of no plane");
   }
   statistics.planes = static_cast<uint32_t>(planes);
-  statistics.entropy = (layout >> 16) != 0;
+  statistics.entropy = (layout >> kEntropyBit) != 0;
   const int64_t width = kStatScalars + int64_t{std::popcount(statistics.planes)} * experts;
   statistics.groups = statistics_table("group_statistics", groups, width, place);
   statistics.segments = statistics_table("segment_statistics", segments, width, place);
@@ -143,22 +145,21 @@ GateGiven given_of(GivenTensors& keep, const MaybeTensor& ids, const MaybeTensor
                    int64_t tokens, int64_t k, const Place& place) {
   GateGiven given;
   if (mode < 0 || mode > static_cast<int64_t>(GivenMode::kReplay))
-    refuse("given_mode = ", mode, " is outside 0..2");
-  if (ids.has_value() != (mode != 0)) refuse("given ids and given_mode must come together");
+    refuse("choice_mode = ", mode, " is outside 0..2");
+  if (ids.has_value() != (mode != 0)) refuse("choice and choice_mode must come together");
   if (!ids) {
-    if (weights) refuse("given weights need given ids");
+    if (weights) refuse("choice weights need choice");
     return given;
   }
   given.mode = static_cast<GivenMode>(mode);
-  keep.ids = packed(*ids);
-  check_tensor("given ids", *keep.ids, {tokens, k}, place);
-  given.ids_type = index_type("given ids", *keep.ids);
+  keep.ids = packed("choice ids", *ids);
+  check_tensor("choice ids", *keep.ids, {tokens, k}, place);
+  given.ids_type = index_type("choice ids", *keep.ids);
   given.ids = keep.ids->const_data_ptr();
   if (!weights) return given;
-  keep.weights = packed(*weights);
-  check_tensor("given weights", *keep.weights, {tokens, k}, place);
-  given.weights_type = float_type("given weights", *keep.weights);
-  if (given.weights_type == DType::kFloat64) refuse("given weights must be float32, bfloat16 or float16");
+  keep.weights = packed("choice weights", *weights);
+  check_tensor("choice weights", *keep.weights, {tokens, k}, place);
+  given.weights_type = float_type("choice weights", *keep.weights);
   given.weights = keep.weights->const_data_ptr();
   return given;
 }
@@ -176,8 +177,8 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t k, int64_t policy
                                  const MaybeTensor& correction_bias, const MaybeTensor& expert_scale,
                                  const MaybeTensor& steering, int64_t steering_planes,
                                  const MaybeTensor& row_params, const MaybeTensor& remap,
-                                 const MaybeTensor& given_ids, const MaybeTensor& given_weights,
-                                 int64_t given_mode) {
+                                 const MaybeTensor& choice_ids, const MaybeTensor& choice_weights,
+                                 int64_t choice_mode) {
   GateArgs args;
   GivenTensors given;
   const Place place = leading_place("logits", logits);
@@ -187,7 +188,7 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t k, int64_t policy
   args.correction_bias = float_table("correction_bias", correction_bias, {experts}, place);
   args.expert_scale = float_table("expert_scale", expert_scale, {experts}, place);
   args.steering = steering_of(steering, steering_planes, row_params, remap, experts, place);
-  args.given = given_of(given, given_ids, given_weights, given_mode, args.tokens, k, place);
+  args.given = given_of(given, choice_ids, choice_weights, choice_mode, args.tokens, k, place);
   args.statistics = statistics_of(group_statistics, segment_statistics, statistics, experts, place);
   Tensor weights = allocate_weights(args, place);
   Tensor ids = allocate({args.tokens, k}, aoti_torch_dtype_int32(), place);
@@ -259,11 +260,9 @@ Tensor route_weights(const Tensor& logits, const Tensor& ids, int64_t policy, co
   return weights;
 }
 
-// ---- dispatch, permute, combine
-// ---------------------------------------------------------------------------------
+// ---- dispatch, permute, combine -------------------------------------------------------------------------
 
-// torch's allocator hands freed memory out again in the order of the stream, so it may go when the call
-// returns.
+// torch's allocator hands freed memory out again in the order of the stream: it may go when the call returns.
 MaybeTensor dispatch_workspace(const DispatchArgs& args, const Place& place) {
   const int64_t bytes = launch::dispatch_workspace_bytes(args, place);
   if (bytes == 0) return std::nullopt;
@@ -276,7 +275,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dispatch(const Tensor& ids, int64_t n
   if (num_experts < 1 || num_experts > kMaxExperts)
     refuse("num_experts = ", num_experts, " is outside 1..", kMaxExperts);
   if (block < 1 || block > 65536) refuse("block = ", block, " is outside 1..65536");
-  const Tensor source = packed(ids);
+  const Tensor source = packed("ids", ids);
   DispatchArgs args;
   args.ids_type = index_type("ids", ids);
   args.ids = source.const_data_ptr();
@@ -306,7 +305,7 @@ Tensor permute(const Tensor& x, const Tensor& order, const Tensor& inverse) {
   check_dtype("inverse", inverse, ScalarType::Long, "int64");
   check_tensor("order", order, {-1}, place);
   check_dtype("order", order, ScalarType::Long, "int64");
-  const Tensor source = packed(x);
+  const Tensor source = packed("x", x);
   Tensor rows = allocate({order.size(0), x.size(1)}, dtype_of(x), place);
   PermuteArgs args;
   args.x = source.const_data_ptr();
@@ -329,8 +328,9 @@ Tensor combine(const Tensor& rows, const Tensor& weights, const Tensor& order, c
   check_tensor("inverse", inverse, {-1, -1}, place);
   check_dtype("inverse", inverse, ScalarType::Long, "int64");
   check_tensor("order", order, {rows.size(0)}, place);
+  check_dtype("order", order, ScalarType::Long, "int64");
   const int64_t tokens = inverse.size(0), k = inverse.size(1), hidden = rows.size(1);
-  const Tensor source = packed(rows), factors = packed(weights);
+  const Tensor source = packed("rows", rows), factors = packed("weights", weights);
   CombineArgs args;
   args.type = float_type("rows", rows);
   const bool wide = args.type == DType::kFloat64;
@@ -339,7 +339,7 @@ Tensor combine(const Tensor& rows, const Tensor& weights, const Tensor& order, c
               wide ? "float64" : "float32");
   MaybeTensor added;
   if (residual) {
-    added = packed(*residual);
+    added = packed("residual", *residual);
     check_tensor("residual", *added, {tokens, hidden}, place);
     if (added->scalar_type() != rows.scalar_type()) refuse("residual must have the dtype of rows");
     args.residual = added->const_data_ptr();
@@ -385,11 +385,10 @@ MOE_ROUTE_LIBRARY(MOE_ROUTE_NAMESPACE, m) {
   m.def(
       "route(Tensor logits, int k, int policy, Tensor? tokens=None, Tensor(a!)? group_statistics=None, "
       "int statistics=0, Tensor(b!)? segment_statistics=None, float group_fill=0.0, float eps=0.0, "
-      "float norm_p=1.0, float scale=1.0, float jitter=0.0, Tensor? correction_bias=None, Tensor? "
-      "expert_scale=None, "
-      "Tensor? steering=None, int steering_planes=0, Tensor? row_params=None, Tensor? remap=None, "
-      "Tensor? given_ids=None, Tensor? given_weights=None, int given_mode=0) -> (Tensor weights, Tensor "
-      "ids)");
+      "float norm_p=1.0, float scale=1.0, float jitter=0.0, Tensor? correction_bias=None, "
+      "Tensor? expert_scale=None, Tensor? steering=None, int steering_planes=0, Tensor? row_params=None, "
+      "Tensor? remap=None, Tensor? choice_ids=None, Tensor? choice_weights=None, int choice_mode=0) "
+      "-> (Tensor weights, Tensor ids)");
   m.def(
       "observe(Tensor logits, Tensor ids, Tensor? weights, int policy, Tensor? tokens=None, "
       "Tensor(a!)? group_statistics=None, int statistics=0, Tensor(b!)? segment_statistics=None, "
@@ -404,9 +403,8 @@ MOE_ROUTE_LIBRARY(MOE_ROUTE_NAMESPACE, m) {
       "float eps=0.0, float norm_p=1.0, float scale=1.0, float jitter=0.0, Tensor? expert_scale=None, "
       "Tensor? steering=None, int steering_planes=0, Tensor? row_params=None) -> Tensor");
   m.def(
-      "dispatch(Tensor ids, int num_experts, int block) -> (Tensor offsets, Tensor counts, Tensor order, "
-      "Tensor "
-      "inverse)");
+      "dispatch(Tensor ids, int num_experts, int block) "
+      "-> (Tensor offsets, Tensor counts, Tensor order, Tensor inverse)");
   m.def("permute(Tensor x, Tensor order, Tensor inverse) -> Tensor");
   m.def(
       "combine(Tensor rows, Tensor weights, Tensor order, Tensor inverse, Tensor? residual=None) -> Tensor");

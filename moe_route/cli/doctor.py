@@ -14,7 +14,7 @@ def add(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> Answer:
-    from moe_route import doctor
+    from moe_route.diagnosis import doctor
 
-    found = doctor.report()
-    return Answer(found, doctor.text(found), code=0 if all(check["ok"] for check in found["checks"]) else 1)
+    found = doctor()
+    return Answer(found.to_dict(), str(found), code=0 if found.ok else 1)

@@ -19,7 +19,7 @@ SCORES: tuple[str, ...] = get_args(Score)
 ORDERS: tuple[str, ...] = get_args(Order)
 GROUP_SCORES: tuple[str, ...] = get_args(GroupScore)
 RENORMALIZATIONS: tuple[str, ...] = get_args(Renormalize)
-_MAX_GROUPS = 4096
+_MAX_GROUPS = (1 << 16) - 1  # bits of the policy
 
 
 # eps, norm_p, scale, jitter: the defaults of the operators' schemas. group_fill matters with more than one group only.

@@ -18,6 +18,8 @@ METRICS = ("counts", "probability", "weight", "weight_share", "natural_counts")
 """Metrics of a statistics table; the place of a name is its bit of ``StatPlane`` in gate.h."""
 SCALARS = ("tokens", "slots", "empty", "unscored", "entropy", "steered", "flipped", "moved")
 """Scalars at the head of every statistics row, in their order."""
+ENTROPY_BIT = 16
+"""Beside the bits of the planes: whether entropy is accumulated (``kEntropyBit`` in csrc/torch/operators.cpp)."""
 FIXED_POINT = 2.0**-32
 """Unit of the metrics probability, weight, weight_share and the scalars entropy (nats) and moved."""
 
@@ -145,9 +147,23 @@ class SteeringTables:
         return self._pack() if self._packed is None else self._packed
 
     @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient reaches a table."""
+        if self._packed is None:
+            return True
+        return any(part is not None and part.requires_grad for part in (self._packed[0], self._packed[2]))
+
+    @property
     def trained(self) -> bool:
         """Whether a table requires grad, so that they are packed anew for each call."""
         return self._packed is None
+
+    def without_remap(self) -> SteeringTables | None:
+        """The same tables but for ``remap``, sharing their memory; None where nothing is left."""
+        tables, planes, row_params, _ = self.packed
+        if tables is None and row_params is None:
+            return None
+        return SteeringTables.from_packed(tables, planes, row_params, None, self.num_experts)
 
     @property
     def tables(self) -> Mapping[str, Tensor]:
@@ -211,6 +227,10 @@ class SteeringTables:
 
     @staticmethod
     def _check_shape(name: str, table: Tensor, shape: tuple[int, ...]) -> None:
+        if not isinstance(table, Tensor):
+            raise TypeError(
+                f"steering table {name} must be a torch.Tensor, not {type(table).__name__}: torch.as_tensor(...)"
+            )
         if tuple(table.shape) != shape:
             raise ValueError(f"steering table {name} must have shape {list(shape)}, got {list(table.shape)}")
 
@@ -285,7 +305,13 @@ def token_table(
                 raise ValueError(f"{name} has {value.numel()} elements for {num_tokens} tokens")
             made.append(value.to(device=device, dtype=torch.int32).reshape(-1).expand(num_tokens))
         else:
-            number = default if value is None else int(value)
+            try:
+                number = default if value is None else int(value)
+            except TypeError:
+                kind = type(value).__name__
+                raise TypeError(
+                    f"{name} must be a number or a torch.Tensor, not {kind}: torch.as_tensor(...)"
+                ) from None
             made.append(torch.full((num_tokens,), number, dtype=torch.int32, device=device))
     return torch.stack(made, 1)
 
@@ -328,6 +354,8 @@ class StatisticsTables:
         for name, table in (("groups", groups), ("segments", segments)):
             if table is None:
                 continue
+            if not isinstance(table, Tensor):
+                raise TypeError(f"statistics {name} must be a torch.Tensor, not {type(table).__name__}: use zeros()")
             if table.dim() != 2 or table.shape[1] != width or table.dtype != torch.int64 or not table.is_contiguous():
                 raise ValueError(f"statistics {name} must be contiguous int64 [rows, {width}], got {list(table.shape)}")
         bits = sum(1 << bit for bit, name in enumerate(METRICS) if name in self.metrics)
@@ -335,10 +363,10 @@ class StatisticsTables:
         self.arguments = (groups, bits | self.entropy << ENTROPY_BIT, segments)
 
     @classmethod
-    def from_packed(cls, groups: Tensor, bits: int, segments: Tensor | None, num_experts: int) -> StatisticsTables:
-        """The tables that pack to these ``arguments``, without a copy."""
-        names = [name for bit, name in enumerate(METRICS) if bits >> bit & 1]
-        return cls(groups, segments, num_experts, names, bool(bits >> ENTROPY_BIT & 1))
+    def from_packed(cls, groups: Tensor, layout: int, segments: Tensor | None, num_experts: int) -> StatisticsTables:
+        """The tables whose ``arguments`` are these, without a copy."""
+        names = [name for bit, name in enumerate(METRICS) if layout >> bit & 1]
+        return cls(groups, segments, num_experts, names, bool(layout >> ENTROPY_BIT & 1))
 
     @classmethod
     def zeros(

@@ -4,11 +4,12 @@ They are registered as ``torch.ops.moe_route.*``, so the dispatcher, ``torch.com
 them. `moe_route.reference` has the same functions in plain torch.
 
 Device: that of the first tensor, CPU or CUDA; all others must be there too. Results have the same bits on both. On CUDA
-a call only enqueues on torch's current stream of that device and never waits, so it may be captured into a graph. There
-float64 logits are refused. Autocast casts none of the arguments.
+a call only enqueues on torch's current stream of that device and never waits, so it may be captured into a graph
+(`load_kernels` first, since a first launch loads its kernel). There float64 logits are refused. Autocast casts none of
+the arguments.
 
-Errors: a value or tensor that does not fit raises ValueError with the argument's name and the mend; CUDA tensors where
-the build has no CUDA kernels raise RuntimeError.
+Errors: an argument of a wrong type raises TypeError, a value or tensor that does not fit ValueError, with its name and
+how to fix it; CUDA tensors where the build has no CUDA kernels raise RuntimeError.
 """
 
 import torch  # noqa: F401  (loads the libraries that _C is linked with)
@@ -27,6 +28,7 @@ from moe_route.contract.tables import (
 )
 from moe_route.ops.dispatch import combine, dispatch, permute
 from moe_route.ops.gate import observe, observe_layers, route, route_weights
+from moe_route.ops.kernels import load_kernels
 from moe_route.ops.registration import register as _register
 
 _register("moe_route")
@@ -42,6 +44,7 @@ __all__ = [
     "SteeringTables",
     "combine",
     "dispatch",
+    "load_kernels",
     "observe",
     "observe_layers",
     "permute",

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from moe_route.contract.dispatch import Dispatch
+from moe_route.ops.arguments import FAILURES, refuse_types
 
 __all__ = ["combine", "dispatch", "permute"]
 
@@ -26,9 +28,14 @@ def dispatch(ids: Tensor, num_experts: int, *, block: int = 1) -> Dispatch:
         block: every expert's rows start at a multiple of this.
 
     Raises:
-        ValueError: an argument with a wrong shape, dtype or range.
+        TypeError: an argument of a wrong type.
+        ValueError: an argument with a wrong shape, dtype or range, or without memory.
     """
-    return Dispatch(*_dispatch(ids, num_experts, block))
+    try:
+        return Dispatch(*_dispatch(ids, num_experts, block))
+    except FAILURES:
+        refuse_types(ids=ids, num_experts=num_experts, block=block)
+        raise
 
 
 def permute(x: Tensor, dispatch: Dispatch) -> Tensor:
@@ -39,12 +46,22 @@ def permute(x: Tensor, dispatch: Dispatch) -> Tensor:
         dispatch: of the same T tokens.
 
     Returns:
-        [R, H] in the dtype of x; rows that serve no slot are zero.
+        [R, H] in the dtype of x; rows that serve no slot are zero, as are those on which ``order`` and ``inverse`` of
+        an altered dispatch disagree.
 
     Raises:
-        ValueError: an argument with a wrong shape or dtype.
+        TypeError: an argument of a wrong type.
+        ValueError: an argument with a wrong shape or dtype, or without memory.
     """
-    return _permute(x, dispatch.order, dispatch.inverse)
+    try:
+        if forward_ad._current_level >= 0:  # the operator has no forward-mode derivative
+            from moe_route import reference
+
+            return reference.permute(x, dispatch)
+        return _permute(x, dispatch.order, dispatch.inverse)
+    except FAILURES:
+        refuse_types(x=x, dispatch=dispatch)
+        raise
 
 
 def combine(rows: Tensor, weights: Tensor, dispatch: Dispatch, residual: Tensor | None = None) -> Tensor:
@@ -63,9 +80,18 @@ def combine(rows: Tensor, weights: Tensor, dispatch: Dispatch, residual: Tensor 
         [T, H] in the dtype of rows.
 
     Raises:
-        ValueError: an argument with a wrong shape or dtype.
+        TypeError: an argument of a wrong type.
+        ValueError: an argument with a wrong shape or dtype, or without memory.
     """
-    wide = torch.float64 if rows.dtype is torch.float64 else torch.float32
-    if weights.dtype is not wide:
-        weights = weights.to(wide)
-    return _combine(rows, weights, dispatch.order, dispatch.inverse, residual)
+    try:
+        if forward_ad._current_level >= 0:  # the operator has no forward-mode derivative
+            from moe_route import reference
+
+            return reference.combine(rows, weights, dispatch, residual)
+        wide = torch.float64 if rows.dtype is torch.float64 else torch.float32
+        if weights.dtype is not wide:
+            weights = weights.to(wide)
+        return _combine(rows, weights, dispatch.order, dispatch.inverse, residual)
+    except FAILURES:
+        refuse_types(("residual",), rows=rows, weights=weights, dispatch=dispatch, residual=residual)
+        raise

@@ -11,9 +11,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import StatisticsTables, SteeringTables
+from moe_route.ops.arguments import FAILURES, refuse_types
 
 __all__ = ["observe", "observe_layers", "route", "route_weights"]
 
@@ -25,6 +27,7 @@ _route_weights = torch.ops.moe_route.route_weights.default
 _CHOICE_MODES = {"natural": 1, "replay": 2}
 _NO_STATISTICS = (None, 0, None)
 _NO_STEERING = (None, 0, None, None)
+_OPTIONAL = ("correction_bias", "expert_scale", "steering", "tokens", "choice", "choice_weights", "statistics")
 
 
 def route(
@@ -41,9 +44,13 @@ def route(
     choice_mode: Literal["natural", "replay"] = "natural",
     statistics: StatisticsTables | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Choose k experts per token, and count. No gradient: with gradients take the weights from `route_weights`.
+    """Choose k experts per token, and count. The weights are differentiable, the choice is not.
 
     Order of choice: forced-on experts, then the larger value, then the lower index; NaN ranks below every number.
+
+    Gradients reach logits, expert_scale, choice_weights and trained steering tables wherever one of them requires grad
+    and grad mode is on; the weights are then those of `route_weights` for the chosen ids, which costs a second pass.
+    Pass ``logits.detach()``, or call inside ``torch.no_grad()``, where the choice alone is wanted.
 
     Args:
         logits: router logits [T, E], float32, bfloat16, float16 (same bits as ``logits.float()``) or, on the CPU,
@@ -55,7 +62,7 @@ def route(
         steering: steering tables; a token's row is in ``tokens``.
         tokens: int32 [T, 4] from `token_table`; None: row -1, group 0, segment -1, valid.
         choice: integer [T, k], a choice that exists already; a row that starts with -1 has none.
-        choice_weights: [T, k], its weights; None: recomputed from the logits.
+        choice_weights: floating [T, k], its weights; None: recomputed from the logits.
         choice_mode: ``natural``: unsteered rows return the given choice, steered rows are compared with it;
             ``replay``: every row returns the ids of ``choice``, weights are recomputed from the (steered) scores.
         statistics: tables that are added to in place.
@@ -65,21 +72,74 @@ def route(
         ids of a row are unique.
 
     Raises:
-        ValueError: an argument with a wrong shape, dtype, place or range.
+        TypeError: an argument of a wrong type.
+        ValueError: an argument with a wrong shape, dtype, place or range, or without memory.
     """
-    if correction_bias is None and expert_scale is None and steering is None and choice is None:
-        if choice_weights is not None:
-            raise ValueError("choice_weights need choice")
-        if statistics is not None:
-            return _route(logits, k, spec.policy, tokens, *statistics.arguments, *spec.unusual)
-        if spec.unusual:
-            return _route(logits, k, spec.policy, tokens, *_NO_STATISTICS, *spec.unusual)
-        return _route(logits, k, spec.policy, tokens)
+    try:
+        if forward_ad._current_level >= 0 or (
+            torch.is_grad_enabled() and _requires_grad(logits, expert_scale, steering, choice_weights)
+        ):
+            rest = (tokens, choice, choice_weights, choice_mode, statistics)
+            return _route_with_gradient(logits, k, spec, correction_bias, expert_scale, steering, *rest)
+        if correction_bias is None and expert_scale is None and steering is None and choice is None:
+            if choice_weights is not None:
+                raise ValueError("choice_weights need choice")
+            if statistics is not None:
+                return _route(logits, k, spec.policy, tokens, *statistics.arguments, *spec.unusual)
+            if spec.unusual:
+                return _route(logits, k, spec.policy, tokens, *_NO_STATISTICS, *spec.unusual)
+            return _route(logits, k, spec.policy, tokens)
+        rest = (tokens, choice, choice_weights, choice_mode, statistics)
+        return _route_with_everything(logits, k, spec, correction_bias, expert_scale, steering, *rest)
+    except FAILURES:
+        refuse_types(
+            _OPTIONAL,
+            logits=logits,
+            k=k,
+            spec=spec,
+            correction_bias=correction_bias,
+            expert_scale=expert_scale,
+            steering=steering,
+            tokens=tokens,
+            choice=choice,
+            choice_weights=choice_weights,
+            statistics=statistics,
+        )
+        raise
+
+
+def _requires_grad(
+    logits: Tensor, expert_scale: Tensor | None, steering: SteeringTables | None, choice_weights: Tensor | None
+) -> bool:
+    return (
+        logits.requires_grad
+        or (expert_scale is not None and expert_scale.requires_grad)
+        or (steering is not None and steering.requires_grad)
+        or (choice_weights is not None and choice_weights.requires_grad)
+    )
+
+
+def _route_with_everything(
+    logits: Tensor,
+    k: int,
+    spec: RouterSpec,
+    correction_bias: Tensor | None,
+    expert_scale: Tensor | None,
+    steering: SteeringTables | None,
+    tokens: Tensor | None,
+    choice: Tensor | None,
+    choice_weights: Tensor | None,
+    choice_mode: str,
+    statistics: StatisticsTables | None,
+) -> tuple[Tensor, Tensor]:
+    """The operator with every argument; no gradient."""
     mode = 0
     if choice is not None:
         if choice_mode not in _CHOICE_MODES:
             raise ValueError(f"choice_mode = {choice_mode!r} is not one of natural, replay")
         mode = _CHOICE_MODES[choice_mode]
+    elif choice_weights is not None:
+        raise ValueError("choice_weights need choice")
     return _route(
         logits,
         k,
@@ -91,9 +151,58 @@ def route(
         _as_float32(expert_scale),
         *(_NO_STEERING if steering is None else steering.packed),
         choice,
-        _narrow(choice_weights),
+        choice_weights,
         mode,
     )
+
+
+def _route_with_gradient(
+    logits: Tensor,
+    k: int,
+    spec: RouterSpec,
+    correction_bias: Tensor | None,
+    expert_scale: Tensor | None,
+    steering: SteeringTables | None,
+    tokens: Tensor | None,
+    choice: Tensor | None,
+    choice_weights: Tensor | None,
+    choice_mode: str,
+    statistics: StatisticsTables | None,
+) -> tuple[Tensor, Tensor]:
+    """The same choice, its weights differentiable: recomputed where `route` computes them, given where it was given
+    them."""
+    made = (choice, choice_weights, choice_mode)
+    model = (logits, k, spec, correction_bias, expert_scale)
+    _, ids = _route_with_everything(*model, steering, tokens, *made, statistics)
+    chosen, before, remap = ids, steering, None
+    if steering is not None and tokens is not None and (choice is None or choice_mode == "natural"):
+        remap = steering.packed[3]
+        if remap is not None:
+            before = steering.without_remap()
+            _, chosen = _route_with_everything(*model, before, tokens, *made, None)
+    weights = route_weights(logits, chosen, spec, expert_scale=expert_scale, steering=before, tokens=tokens)
+    if choice is not None and choice_weights is not None and choice_mode == "natural":
+        own = (choice[:, :1] != -1) & (chosen >= 0)
+        if steering is not None and tokens is not None:
+            own = own & ~_in_table(tokens, steering.rows)
+        weights = torch.where(own, choice_weights.to(weights.dtype), weights)
+    if remap is not None and tokens is not None:
+        weights = _merged(weights, chosen, ids, remap, tokens)
+    return weights, ids
+
+
+def _in_table(tokens: Tensor, rows: int) -> Tensor:
+    """bool [T, 1]: tokens that have a steering row."""
+    return (tokens[:, :1] >= 0) & (tokens[:, :1] < rows)
+
+
+def _merged(weights: Tensor, chosen: Tensor, ids: Tensor, remap: Tensor, tokens: Tensor) -> Tensor:
+    """Weights [T, k] of the ids that a remap made of the chosen ones: duplicates add up."""
+    rows = remap.shape[0]
+    targets = remap[tokens[:, 0].clamp(0, rows - 1).long()].gather(1, chosen.clamp(min=0).long())
+    targets = torch.where(_in_table(tokens, rows), targets, chosen)
+    same = (ids[:, :, None] == targets[:, None, :]) & (ids >= 0)[:, :, None] & (chosen >= 0)[:, None, :]
+    return torch.where(same, weights[:, None, :], 0.0).sum(2)
 
 
 def observe(
@@ -111,22 +220,34 @@ def observe(
     Args:
         logits: router logits [T, E].
         ids: int32 or int64 [T, k], what was chosen; an id outside 0..E-1 is an empty slot (a dropped token has k).
-        weights: [T, k], the weights that the model uses; None: recomputed from the logits.
+        weights: floating [T, k], the weights that the model uses; None: recomputed from the logits.
         spec: how the model routes (its score function makes mass and entropy).
         expert_scale: [E], only for recomputed weights.
         tokens: int32 [T, 4] from `token_table`, or None.
         statistics: tables that are added to in place.
 
     Raises:
-        ValueError: an argument with a wrong shape, dtype, place or range.
+        TypeError: an argument of a wrong type.
+        ValueError: an argument with a wrong shape, dtype, place or range, or without memory.
     """
-    if weights is not None and weights.dtype is torch.float64:
-        weights = weights.float()
-    if expert_scale is None:
-        _observe(logits, ids, weights, spec.policy, tokens, *statistics.arguments, *spec.unusual)
-    else:
-        scale = _as_float32(expert_scale)
-        _observe(logits, ids, weights, spec.policy, tokens, *statistics.arguments, *spec.numbers, scale)
+    try:
+        if expert_scale is None:
+            _observe(logits, ids, weights, spec.policy, tokens, *statistics.arguments, *spec.unusual)
+        else:
+            scale = _as_float32(expert_scale)
+            _observe(logits, ids, weights, spec.policy, tokens, *statistics.arguments, *spec.numbers, scale)
+    except FAILURES:
+        refuse_types(
+            ("weights", "expert_scale", "tokens"),
+            logits=logits,
+            ids=ids,
+            weights=weights,
+            spec=spec,
+            expert_scale=expert_scale,
+            tokens=tokens,
+            statistics=statistics,
+        )
+        raise
 
 
 def observe_layers(
@@ -149,17 +270,31 @@ def observe_layers(
         statistics: one per layer, all with the same metrics, with segments in all of them or in none.
 
     Raises:
+        TypeError: an argument of a wrong type.
         ValueError: lists of different lengths, tables that differ, or what `observe` refuses.
     """
-    tables = [table.arguments for table in statistics]
-    if not tables:
-        return
-    layout = tables[0][1]
-    if any(table[1] != layout for table in tables):
-        raise ValueError("the statistics of the layers have different metrics; count those layers with observe()")
-    groups = [table[0] for table in tables]
-    segments = [table[2] for table in tables if table[2] is not None]
-    _observe_layers(logits, ids, weights, spec.policy, tokens, groups, layout, segments, *spec.unusual)
+    try:
+        tables = [table.arguments for table in statistics]
+        if not tables:
+            return
+        layout = tables[0][1]
+        if any(table[1] != layout for table in tables):
+            raise ValueError("the statistics of the layers have different metrics; count those layers with observe()")
+        groups = [table[0] for table in tables]
+        segments = [table[2] for table in tables if table[2] is not None]
+        _observe_layers(logits, ids, weights, spec.policy, tokens, groups, layout, segments, *spec.unusual)
+    except FAILURES:
+        refuse_types(
+            ("tokens",),
+            layers=True,
+            logits=logits,
+            ids=ids,
+            weights=weights,
+            spec=spec,
+            tokens=tokens,
+            statistics=statistics,
+        )
+        raise
 
 
 def route_weights(
@@ -172,6 +307,8 @@ def route_weights(
     tokens: Tensor | None = None,
 ) -> Tensor:
     """Weights of a given choice, differentiable in logits, steering tables, temperature and expert_scale.
+
+    Forward-mode derivatives (``torch.func.jvp``) are taken through `moe_route.reference`.
 
     Args:
         logits: router logits [T, E].
@@ -186,16 +323,31 @@ def route_weights(
         float32 [T, k] (float64 for float64 logits).
 
     Raises:
-        ValueError: an argument with a wrong shape, dtype, place or range.
+        TypeError: an argument of a wrong type.
+        ValueError: an argument with a wrong shape, dtype, place or range, or without memory.
     """
-    tables, planes, row_params, _ = _NO_STEERING if steering is None else steering.packed
-    scale = _as_float32(expert_scale)
-    return _route_weights(logits, ids, spec.policy, tokens, *spec.numbers, scale, tables, planes, row_params)
+    try:
+        if forward_ad._current_level >= 0:  # the operator has no forward-mode derivative
+            from moe_route import reference
+
+            return reference.route_weights(
+                logits, ids, spec, expert_scale=expert_scale, steering=steering, tokens=tokens
+            )
+        tables, planes, row_params, _ = _NO_STEERING if steering is None else steering.packed
+        scale = _as_float32(expert_scale)
+        return _route_weights(logits, ids, spec.policy, tokens, *spec.numbers, scale, tables, planes, row_params)
+    except FAILURES:
+        refuse_types(
+            _OPTIONAL,
+            logits=logits,
+            ids=ids,
+            spec=spec,
+            expert_scale=expert_scale,
+            steering=steering,
+            tokens=tokens,
+        )
+        raise
 
 
 def _as_float32(table: Tensor | None) -> Tensor | None:
     return table if table is None or table.dtype is torch.float32 else table.float()
-
-
-def _narrow(weights: Tensor | None) -> Tensor | None:
-    return weights.float() if weights is not None and weights.dtype is torch.float64 else weights

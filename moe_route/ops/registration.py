@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_route import _C
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import SteeringTables
 
@@ -40,7 +41,7 @@ def register(namespace: str) -> None:
     for name, fake in fakes.items():
         torch.library.register_fake(f"{namespace}::{name}", _on_one_device(name, fake))
     # route and observe have no gradient (a schema that mutates cannot have one): autograd passes through, and what they
-    # return does not require grad.
+    # return does not require grad. `ops.route` takes the weights from route_weights where one is wanted.
     library = torch.library.Library(namespace, "IMPL")
     for name in ("route", "observe", "observe_layers"):
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
@@ -79,7 +80,9 @@ def _new_weights(logits: Tensor, k: Any) -> Tensor:
 
 def _route_fake(logits: Tensor, k: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     torch._check_value(logits.dim() == 2, lambda: f"logits must be [tokens, experts], got {list(logits.shape)}")
-    torch._check_value(1 <= k <= min(logits.shape[1], 64), lambda: f"k = {k} is outside 1..min(experts, 64)")
+    torch._check_value(
+        1 <= k <= min(logits.shape[1], _C.MAX_CHOSEN), lambda: f"k = {k} is outside 1..min(experts, {_C.MAX_CHOSEN})"
+    )
     return _new_weights(logits, k), logits.new_empty((logits.shape[0], k), dtype=torch.int32)
 
 

@@ -83,6 +83,9 @@ class Engine(ABC):
     ) -> None:
         """Set what is counted into, what steers, and who is told."""
         self.statistics, self.steering, self.on_choice = statistics, steering, on_choice
+        for tables in (statistics, steering):
+            if tables is not None:
+                ops.load_kernels(self.router.num_experts, tables.device)
         self.adapter.idle = statistics is None and steering is None and on_choice is None
         self.adapter.may_leave_empty = steering is not None and not EMPTYING.isdisjoint(steering.tables)
 
@@ -128,7 +131,8 @@ class Engine(ABC):
         statistics: StatisticsTables | None,
         own: tuple[Tensor, Tensor] | None = None,
     ) -> Choice:
-        """Choose k experts a token and count them; `own` are the weights and ids that the router chose itself."""
+        """Choose k experts per token and count them; `own` are the weights and ids that the router chose itself. The
+        weights have a gradient where one is asked for; tokens left alone keep that of the router's own weights."""
         module, family = self.router.module, self.family
         model: dict[str, Any] = {
             "correction_bias": family.bias_of(module, args),
@@ -140,7 +144,8 @@ class Engine(ABC):
             weights, ids = ops.route(logits, k, self.spec, **model, **given)
             return Choice(weights, ids, logits, steering, table)
         if own is None:
-            given = {"choice": ops.route(logits, k, self.spec, **model)[1]}
+            with torch.no_grad():
+                given = {"choice": ops.route(logits, k, self.spec, **model)[1]}
         given |= {"tokens": table, "counter": self.counter(logits), "entries": self.entries(logits)}
         given |= {"statistics": statistics}
         weights, ids, steered = steering.route(logits, k, self.spec, **model, **given)
@@ -176,15 +181,3 @@ class Engine(ABC):
         if not moved.trained:
             self.steering = moved
         return moved
-
-    def weights_for(
-        self, logits: Tensor, ids: Tensor, weights: Tensor, table: Tensor | None, steering: SteeringTables | None
-    ) -> Tensor:
-        """Weights [T, k] of the choice, with a gradient where one is asked for.
-
-        Experts merged by a remap have no differentiable weight: theirs come from `route`, without a gradient.
-        """
-        if not torch.is_grad_enabled() or (steering is not None and steering.packed[3] is not None):
-            return weights
-        scale = self.family.scale_of(self.router.module)
-        return ops.route_weights(logits, ids, self.spec, expert_scale=scale, steering=steering, tokens=table)

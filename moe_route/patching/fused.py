@@ -54,5 +54,5 @@ class FusedEngine(Engine):
         routed = self.route(logits, number(module, family.top_k), table, steering, args, statistics)
         if not again:
             self.tell(routed.ids, routed.weights)
-        weights = self.weights_for(routed.logits, routed.ids, routed.weights, routed.table, routed.steering)
-        return logits, weights.to(weight_dtype(family.weights, hidden, logits)), self.adapter.filled(routed.ids).long()
+        weights = routed.weights.to(weight_dtype(family.weights, hidden, logits))
+        return logits, weights, self.adapter.filled(routed.ids).long()

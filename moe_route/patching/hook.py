@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_route import ops
@@ -100,13 +99,7 @@ class HookEngine(Engine):
         assert table is not None
         if counted and not adapter.changes_choice:
             self.tell(ids, weights)
-        weights = self.weights_for(logits, ids, weights, table, steering).to(own_weights.dtype)
-        if weights.requires_grad or own_weights.requires_grad:
-            # the tokens left alone keep the model's own weights, gradient and all
-            steered = (table[:, :1] >= 0) & (table[:, :1] < steering.rows)
-            own_weights = F.pad(own_weights, (0, weights.shape[1] - own_weights.shape[1]))
-            weights = torch.where(steered, weights, own_weights)
-        changed, weights, ids = adapter.write(args, output, decision, weights, ids)
+        changed, weights, ids = adapter.write(args, output, decision, weights.to(own_weights.dtype), ids)
         if counted and adapter.changes_choice:
             self._count_changed(decision._replace(logits=logits), weights, ids, table, steering)
         return changed

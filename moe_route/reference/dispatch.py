@@ -35,12 +35,14 @@ def dispatch(ids: Tensor, num_experts: int, *, block: int = 1) -> Dispatch:
 
 
 def permute(x: Tensor, dispatch: Dispatch) -> Tensor:
-    """Rows [R, H] of x [T, H] in the order of their experts; rows that serve no slot are zero. Differentiable."""
-    used = dispatch.order >= 0
-    source = dispatch.order.clamp(min=0) // max(dispatch.inverse.shape[1], 1)
-    if x.shape[0] == 0:
-        return x.new_zeros(dispatch.order.shape[0], x.shape[1])
-    return torch.where(used[:, None], x[source], 0)
+    """Rows [R, H] of x [T, H] in the order of their experts; rows that serve no slot, or on which order and inverse
+    disagree, are zero. Differentiable."""
+    order, inverse = dispatch.order, dispatch.inverse
+    if inverse.numel() == 0:
+        return x.new_zeros(order.shape[0], x.shape[1])
+    slot = torch.where((order >= 0) & (order < inverse.numel()), order, 0)
+    used = (slot == order) & (inverse.reshape(-1)[slot] == torch.arange(order.shape[0], device=order.device))
+    return torch.where(used[:, None], x[slot // inverse.shape[1]], 0)
 
 
 def combine(rows: Tensor, weights: Tensor, dispatch: Dispatch, residual: Tensor | None = None) -> Tensor:

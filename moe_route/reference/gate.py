@@ -218,7 +218,6 @@ def _compute(logits: Tensor) -> Tensor:
     return (logits if logits.dtype == torch.float64 else logits.float()).contiguous()
 
 
-@torch.no_grad()
 def route(
     logits: Tensor,
     k: int,
@@ -233,7 +232,7 @@ def route(
     choice_mode: Literal["natural", "replay"] = "natural",
     statistics: StatisticsTables | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Score, steer, select, weigh and count; see `moe_route.ops.route`.
+    """Score, steer, select, weigh and count; see `moe_route.ops.route`. The weights are differentiable.
 
     Returns:
         weights float32 (float64 for float64 logits) [T, k] and ids int32 [T, k]; an empty slot is id -1, weight 0.
@@ -272,6 +271,7 @@ def route(
     return weights, ids.to(torch.int32)
 
 
+@torch.no_grad()
 def observe(
     logits: Tensor,
     ids: Tensor,

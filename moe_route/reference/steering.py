@@ -102,15 +102,24 @@ def _std(logits: Tensor, allowed: Tensor, correction: Tensor | float) -> Tensor:
     """Standard deviation [T, 1] over the allowed experts with a finite logit; 0 where there are too few."""
     used = allowed & torch.isfinite(logits)
     count = used.sum(1, keepdim=True)
+    scale = _shrink(torch.where(used, logits, 0.0))
+    scaled = logits * scale
     # Centred on one of the row's own values: a constant row has a deviation of exactly 0.
-    center = logits.masked_fill(~used, -INF).amax(1, keepdim=True).detach()
-    shifted = torch.where(used, logits - torch.where(count > 0, center, 0.0), 0.0)
+    center = scaled.masked_fill(~used, -INF).amax(1, keepdim=True).detach()
+    shifted = torch.where(used, scaled - torch.where(count > 0, center, 0.0), 0.0)
     mean = shifted.sum(1, keepdim=True) / count.clamp(min=1)
     squares = torch.where(used, (shifted - mean) ** 2, 0.0).sum(1, keepdim=True)
     divisor = count - correction
     variance = squares / torch.where(divisor > 0, divisor, 1.0)
     positive = (variance > 0) & (divisor > 0)
-    return torch.where(positive, torch.where(positive, variance, 1.0).sqrt(), 0.0)
+    return torch.where(positive, torch.where(positive, variance, 1.0).sqrt(), 0.0) / scale
+
+
+def _shrink(values: Tensor) -> Tensor:
+    """A power of two [T, 1] under which the squares of the values [T, E] do not overflow; 1 for all but huge ones."""
+    large, factor = (500, -600) if values.dtype is torch.float64 else (60, -96)
+    huge = values.detach().abs().amax(1, keepdim=True) > 2.0**large
+    return torch.where(huge, values.new_full((), 2.0**factor), values.new_ones(()))
 
 
 def steer(logits: Tensor, steering: Steering) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from moe_route import _C
 from moe_route.calls.call import PHASES
 from moe_route.steering.layers import as_layers, show_numbers
 from moe_route.steering.model import PlanError
@@ -51,7 +52,7 @@ OPERATIONS = {
     "fix_choice": Operation("", ("",), "exactly these experts chosen, in this order"),
     "replay": Operation("", ("",), "exactly the recorded experts of {x}"),
 }
-MOST_SLOTS = 64  # what the operators can fill
+MOST_SLOTS = _C.MAX_CHOSEN  # what the operators can fill
 # rules on a whole layer, with a value in place of experts
 LAYER_KINDS = ("temperature", "top_k")
 # rules whose coefficients are not factors of a strength: scores, and places among the chosen

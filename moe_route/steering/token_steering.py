@@ -189,7 +189,7 @@ class TokenSteering:
                     reference.observe_steered(
                         steered.logits,
                         ids[:, :slots],
-                        weights[:, :slots],
+                        weights[:, :slots].detach(),
                         spec,
                         natural_ids=_padded(choice, slots, -1),
                         steering=steered.tables,
@@ -300,7 +300,7 @@ class TokenSteering:
             steered.logits, wanted, spec, expert_scale=expert_scale, steering=steered.tables, tokens=steered.tokens
         )
         moved = named[:, None] & (wanted != ids).any(1, keepdim=True)  # the others keep the weights they have
-        return torch.where(moved, wanted, ids), torch.where(moved, found.detach(), weights)
+        return torch.where(moved, wanted, ids), torch.where(moved, found, weights)
 
     def _drawn_ids(self, part: Part, ids: Tensor, counter: Tensor | None) -> Tensor:
         """Ids [T, n] (-1 stays) under the part's permutation of each token's experts."""

@@ -519,7 +519,7 @@ def test_checks_that_the_cpu_can_rehearse(name: str) -> None:
     assert found["status"] == "ok", found
 
 
-@pytest.mark.parametrize("name", ["graph-replay", "two-streams", "no-waiting"])
+@pytest.mark.parametrize("name", ["graph-replay", "capture-at-once", "two-streams", "no-waiting"])
 def test_checks_of_a_device_are_refused_by_name(name: str, tmp_path: Path) -> None:
     found = outcome(name)
     assert found["status"] == "needs a device"
@@ -528,7 +528,8 @@ def test_checks_of_a_device_are_refused_by_name(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["same-bits-as-cpu", "determinism", "graph-replay", "two-streams", "past-2-31", "no-waiting"]
+    "name",
+    ["same-bits-as-cpu", "determinism", "graph-replay", "capture-at-once", "two-streams", "past-2-31", "no-waiting"],
 )
 def test_checks_pass_on_a_stand_in(cuda: Counting, name: str) -> None:
     found = outcome(name, "cuda:0")

@@ -39,8 +39,7 @@ inline int64_t bytes_of(Element type) {
   }
 }
 
-// ---- what calls read and write
-// ----------------------------------------------------------------------------------
+// ---- what calls read and write --------------------------------------------------------------------------
 
 enum class Start { kPoison, kNumbers };  // what an output holds before the call
 
@@ -104,8 +103,7 @@ void outputs(CombineArgs& a, Visit visit) {
   visit("out", a.out, a.type, a.tokens * a.hidden, Start::kPoison);
 }
 
-// ---- outputs as bytes
-// -------------------------------------------------------------------------------------------
+// ---- outputs as bytes -----------------------------------------------------------------------------------
 
 struct Output {
   const char* name;
@@ -183,8 +181,7 @@ inline std::string difference(const std::vector<Output>& got, const std::vector<
   return "";
 }
 
-// ---- calls
-// ------------------------------------------------------------------------------------------------------
+// ---- calls ----------------------------------------------------------------------------------------------
 
 // A call on host memory. A pointer of an output that is not wanted is null in `asked`; elsewhere it says
 // no more than that.

@@ -63,8 +63,14 @@ void enqueue(const DispatchArgs& a, cuda::Stream stream) { cuda::dispatch(a, str
 void enqueue(const PermuteArgs& a, cuda::Stream stream) { cuda::permute(a, stream); }
 void enqueue(const CombineArgs& a, cuda::Stream stream) { cuda::combine(a, stream); }
 
-// ---- one call on both sides
-// -------------------------------------------------------------------------------------
+// What load_kernels has to be told for a call: with MOE_ROUTE_EMULATOR_LOADED_ONLY a kernel that it leaves
+// out fails.
+int32_t experts_of(const GateArgs& a) { return a.experts; }
+int32_t experts_of(const DispatchArgs& a) { return a.experts; }
+int32_t experts_of(const PermuteArgs&) { return 1; }
+int32_t experts_of(const CombineArgs&) { return 1; }
+
+// ---- one call on both sides -----------------------------------------------------------------------------
 
 // Half of the problems have guards behind their outputs; shift is of the first input.
 template <class Args>
@@ -73,6 +79,7 @@ std::string compare(const Args& asked, bool guarded, int64_t shift, void* worksp
   run_on_cpu(host.args);
   DeviceCall<Args> device(asked, guarded, shift);
   if constexpr (std::is_same_v<Args, DispatchArgs>) device.args.workspace = workspace;
+  cuda::load_kernels(experts_of(asked));
   for (int i = 0; i < options.determinism; ++i) {
     if (i > 0) device.reset();
     enqueue(device.args, nullptr);
@@ -107,8 +114,7 @@ std::string about(const char* test, int number) {
          std::to_string(options.seed);
 }
 
-// ---- gate
-// -------------------------------------------------------------------------------------------------------
+// ---- gate -----------------------------------------------------------------------------------------------
 
 std::string describe(const GateArgs& a) {
   const GateSpec& s = a.spec;
@@ -204,8 +210,7 @@ void test_gate() {
   }
 }
 
-// ---- dispatch
-// ---------------------------------------------------------------------------------------------------
+// ---- dispatch -------------------------------------------------------------------------------------------
 
 struct DispatchProblem {
   DispatchArgs args;
@@ -260,8 +265,7 @@ void test_dispatch() {
   }
 }
 
-// ---- permute and combine
-// ----------------------------------------------------------------------------------------
+// ---- permute and combine --------------------------------------------------------------------------------
 
 // A dispatch that was made: what permute and combine read.
 struct Rows {
@@ -365,8 +369,7 @@ void test_combine() {
   }
 }
 
-// ---- gate, dispatch, permute, combine in a row
-// ------------------------------------------------------------------
+// ---- gate, dispatch, permute, combine in a row ----------------------------------------------------------
 
 // The inputs of a chain; its shape is that of `wish`.
 struct ChainProblem {
@@ -447,7 +450,10 @@ struct DeviceChain : Chain<DeviceCall, bool> {
     dispatch.args.workspace = workspace.data();
   }
   void start(cuda::Stream stream) {
-    each([&](auto& call) { enqueue(call.args, stream); });
+    each([&](auto& call) {
+      cuda::load_kernels(experts_of(call.args));
+      enqueue(call.args, stream);
+    });
   }
   void upload(const ChainProblem& p) {
     gate.upload(with_outputs(p.gate));
@@ -489,8 +495,7 @@ void test_chain() {
            about("chain", number) + describe(with_outputs(problem.gate)));
   }
 }
-// ---- what only a real device can show
-// ---------------------------------------------------------------------------
+// ---- what only a real device can show -------------------------------------------------------------------
 
 #if !defined(MOE_ROUTE_EMULATOR)
 
@@ -562,8 +567,7 @@ void test_streams() {
 
 #endif
 
-// ---- the program
-// ------------------------------------------------------------------------------------------------
+// ---- the program ----------------------------------------------------------------------------------------
 
 bool read_options(int argc, char** argv) {
   for (int i = 1; i < argc; i += 2) {

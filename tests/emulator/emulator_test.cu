@@ -33,8 +33,7 @@ cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(Pa
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// ---- warp collectives
-// -------------------------------------------------------------------------------------------
+// ---- warp collectives -----------------------------------------------------------------------------------
 
 enum Column {
   kShuffle,
@@ -131,8 +130,7 @@ void test_collectives() {
   }
 }
 
-// ---- barriers, shared memory, atomics, indices
-// -------------------------------------------------------------------
+// ---- barriers, shared memory, atomics, indices ----------------------------------------------------------
 
 __global__ void votes(int* out) {
   const int t = static_cast<int>(threadIdx.x);
@@ -190,8 +188,7 @@ void test_atomics() {
   check(atomicExch(&cell, 2u) == 9 && atomicSub(&cell, 3u) == 2 && cell == 0xffffffffu, "exchange, subtract");
 }
 
-// ---- arithmetic
-// --------------------------------------------------------------------------------------------------
+// ---- arithmetic -----------------------------------------------------------------------------------------
 
 void test_bits() {
   check(__brev(1) == 0x80000000u && __brev(0x12345678u) == 0x1e6a2c48u && __brevll(2) == 1ull << 62, "brev");
@@ -265,8 +262,7 @@ void test_halves() {
   check(both.x == 1.5f && both.y == -2.0f, "two at a time");
 }
 
-// ---- what is refused
-// ---------------------------------------------------------------------------------------------
+// ---- what is refused ------------------------------------------------------------------------------------
 
 __global__ void nothing() {}
 

@@ -684,7 +684,7 @@ def test_a_model_without_the_interface():
 def test_experts_beside_the_interface_are_mentioned(caplog: pytest.LogCaptureFixture):
     model = tiny_model("qwen3_moe")
     block = model.layers[1].mlp
-    block.experts = mr.nn.Experts(8, 64, 32)
+    block.experts = mr.nn.Experts(num_experts=8, hidden_size=64, intermediate_size=32)
     with caplog.at_level(logging.WARNING, "moe_route"), mr.attach(model, experts_implementation="moe_route"):
         assert gap(*(run_layers(model, each) for each in ("eager", "moe_route"))) < 1e-5
     assert [record.message for record in caplog.records] == [

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,6 +83,22 @@ def test_24_graph_replay_with_changed_inputs() -> None:
         graph.replay()
         assert_same(results, expected.fill(seed).run())
     assert_same(layer.counted(), expected.counted())
+
+
+def test_24_the_first_call_can_be_captured() -> None:
+    """In a process of its own, where nothing was launched before."""
+    program = (
+        "import torch\nfrom test_cuda import E, Layer, assert_same\nfrom moe_route import ops\n"
+        "layer = Layer('cuda').fill(0)\nops.load_kernels(E, 'cuda')\ngraph = torch.cuda.CUDAGraph()\n"
+        "with torch.cuda.graph(graph):\n    results = layer.run()\ngraph.replay()\n"
+        "expected = Layer('cpu').fill(0)\nassert_same(results, expected.run())\n"
+        "assert_same(layer.counted(), expected.counted())\nprint('same')\n"
+    )
+    for loading in ("LAZY", "EAGER"):
+        environment = {**os.environ, "CUDA_MODULE_LOADING": loading}
+        command, here = [sys.executable, "-c", program], Path(__file__).parent
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, env=environment, check=False)
+        assert done.stdout == "same\n", done.stderr
 
 
 def test_the_host_never_waits() -> None:

@@ -245,6 +245,8 @@ def test_gradients_equal_those_of_the_reference(dtype: torch.dtype) -> None:
         (lambda s: ops.combine(torch.zeros(8, 5), torch.zeros(4, 2), s, torch.zeros(4, 6)), "residual"),
         (lambda s: ops.combine(torch.zeros(8, 5), torch.zeros(4, 2), s, torch.zeros(4, 5).half()), "residual"),
         (lambda s: ops.permute(torch.zeros(4, 5), s._replace(inverse=s.inverse.int())), "inverse"),
+        (lambda s: ops.combine(torch.zeros(8, 5), torch.zeros(4, 2), s._replace(order=s.order.double())), "order"),
+        (lambda s: ops.combine(torch.zeros(8, 5), torch.zeros(4, 2), s._replace(order=s.order.int())), "order"),
     ],
 )
 def test_bad_arguments_are_named(call, names: str) -> None:
@@ -260,3 +262,20 @@ def test_rows_out_of_range_are_never_touched(native: Backend) -> None:
     rows = native.permute(torch.ones(1, 4), forged)
     assert rows[1].tolist() == [1.0] * 4
     assert native.combine(torch.ones(2, 4), torch.ones(1, 2), forged).tolist() == [[1.0] * 4]
+
+
+def test_an_order_of_another_dispatch_leaves_no_row_unwritten(backend: Backend) -> None:
+    """Rows on which order and inverse disagree are zero, whatever was in that memory before."""
+    ids = torch.randint(-1, 5, (9, 3))
+    slots = backend.dispatch(ids, 5, block=2)
+    x = torch.randn(9, 40)
+    forged = slots.order.clone()
+    forged[:20] = forged[:20].flip(0)
+    forged[21], forged[22] = 27, 2**40
+    used = [r for r, slot in enumerate(forged.tolist()) if 0 <= slot < 27 and slots.inverse.view(-1)[slot] == r]
+    expected = torch.zeros(len(forged), 40)
+    expected[used] = x[forged[used] // 3]
+    assert 0 < len(used) < 20
+    for _ in range(3):
+        torch.full((len(forged), 40), float("nan"))  # memory that the allocator hands out again
+        assert torch.equal(backend.permute(x, slots._replace(order=forged)), expected)

@@ -79,3 +79,9 @@ def test_many_tokens_and_experts() -> None:
         tokens = ops.token_table(num_tokens, group=torch.arange(num_tokens) % 3, segment=torch.arange(num_tokens) % 4)
         problem = Problem(torch.randn(num_tokens, num_experts), k, ops.RouterSpec(renormalize="sum"), tokens=tokens)
         assert_same_bits(problem.run(EMULATED), problem.run(CPU))
+
+
+def test_a_launch_whose_kernel_was_not_loaded_is_seen() -> None:
+    """What `load_kernels` is for: a capture can refuse it (emulated_device_test.loaded_only runs with it)."""
+    with device({"MOE_ROUTE_EMULATOR_LOADED_ONLY": "1"}), pytest.raises(RuntimeError, match="the CUDA gate failed"):
+        EMULATED.route(torch.randn(3, 8), 2, ops.RouterSpec())

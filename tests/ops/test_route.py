@@ -320,9 +320,16 @@ def test_dtypes(backend: Backend, dtype: torch.dtype) -> None:
     assert ids.dtype == torch.int32
 
 
-def test_no_gradient_comes_out_of_route(backend: Backend) -> None:
-    weights, _ = backend.route(torch.randn(3, 8, requires_grad=True), 2, SUM)
-    assert not weights.requires_grad
+def test_the_gradient_of_the_weights_reaches_the_logits(backend: Backend) -> None:
+    logits, upstream = torch.randn(3, 8, requires_grad=True), torch.randn(3, 2)
+    weights, ids = backend.route(logits, 2, SUM)
+    plain = torch.softmax(logits.gather(1, ids.long()), 1)
+    torch.testing.assert_close(weights, plain)
+    (found,), (expected,) = (torch.autograd.grad(made, logits, upstream) for made in (weights, plain))
+    torch.testing.assert_close(found, expected)
+    assert not ids.requires_grad
+    with torch.no_grad():
+        assert not backend.route(logits, 2, SUM)[0].requires_grad
 
 
 @pytest.mark.parametrize(

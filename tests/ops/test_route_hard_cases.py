@@ -442,6 +442,41 @@ def test_15_standard_deviation(backend: Backend, correction: int) -> None:
     assert ids.flatten().tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("num_experts", [4, 67, 300, 1537])
+@pytest.mark.parametrize("correction", [0, 1])
+def test_15_standard_deviation_of_huge_logits(backend: Backend, correction: int, num_experts: int) -> None:
+    """It does not overflow on the way while it is itself a float32, beside rows of usual logits and of infinities."""
+    largest = torch.finfo(torch.float32).max
+    logits = torch.randn(7, num_experts)
+    logits[0, 0] = 3e19
+    logits[1] *= 1e30
+    logits[2] = torch.where(torch.arange(num_experts) % 2 == 0, largest / 2, -largest / 2)
+    logits[3, 1:3] = torch.tensor([INF, 2e38])
+    logits[4] = largest
+    step = torch.full((num_experts,), 0.125)
+    step[0] = 0
+    everyone = torch.arange(2, dtype=torch.int32).expand(7, 2).contiguous()
+    steering = steer_all(7, num_experts, std=step, std_correction=correction)
+    weights = backend.route_weights(logits, everyone, RouterSpec("identity"), **steering)
+    for t in range(7):
+        z = logits[t].double()
+        expected = torch.stack([z[0], z[1] + 0.125 * z[z.isfinite()].std(correction=correction)])
+        expected = torch.where(expected.abs() > largest, expected.sign() * INF, expected)
+        torch.testing.assert_close(weights[t].double(), expected, rtol=1e-5, atol=0)
+    _, ids = backend.route(
+        torch.tensor([[3e19, 1.0, 2.0, 0.0]]), 2, RouterSpec(), **steer_all(1, 4, std=torch.tensor([0, 0.5, 0.5, 0]))
+    )
+    assert ids.tolist() == [[0, 1]]  # the second becomes 1.5e19 / sqrt(12) + 1, as large as the third
+
+
+def test_15_standard_deviation_of_huge_float64_logits(wide: Backend) -> None:
+    logits = torch.tensor([[1e300, -1e300, 3.0, 1e-3]], dtype=torch.float64)
+    everyone = torch.arange(2, dtype=torch.int32).expand(1, 2).contiguous()
+    steering = steer_all(1, 4, std=torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    weights = wide.route_weights(logits, everyone, RouterSpec("identity"), **steering)
+    torch.testing.assert_close(weights[0, 1], -1e300 + torch.tensor(1e300 / 2**0.5, dtype=torch.float64))
+
+
 def test_16_indices_out_of_range(backend: Backend) -> None:
     logits = torch.randn(8, 12)
     codes = force_codes(12, {4: Force.ON_PAPER})[None].repeat(2, 1)

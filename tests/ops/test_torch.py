@@ -7,6 +7,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -213,13 +214,106 @@ def test_26_slots_without_an_expert_weigh_nothing() -> None:
             assert (weights != 0).tolist() == [[False, False], [True, False], [False, True]]
 
 
-def test_route_has_no_gradient_and_says_so() -> None:
-    logits = torch.randn(T, E, requires_grad=True)
-    weights, ids = ops.route(
-        logits, K, SPECS["softmax"], steering=steering_tables(bias=torch.zeros(2, E).requires_grad_())
+def given_choices() -> dict[str, dict[str, Any]]:
+    """Ways to call `route` under which its weights are made differently."""
+    ids = torch.stack([torch.randperm(E)[:K] for _ in range(T)])
+    none = ids.clone()
+    none[::2, 0] = -1
+    remap = torch.randint(-1, E, (2, E))
+    return {
+        "own choice": {},
+        "steered": {"steering": steering_tables()},
+        "remapped": {"steering": steering_tables(remap=remap, top_k=torch.tensor([2, 0]))},
+        "only remapped": {"steering": SteeringTables(2, E, remap=remap)},
+        "natural choice": {"steering": steering_tables(), "choice": none},
+        "natural choice with weights": {"steering": steering_tables(), "choice": none, "choice_weights": True},
+        "given without steering": {"choice": none, "choice_weights": True},
+        "replay": {"steering": steering_tables(remap=remap), "choice": ids, "given": "replay"},
+    }
+
+
+@pytest.mark.parametrize("name", list(given_choices()))
+def test_26_the_weights_of_route_have_the_gradients_of_the_reference(name: str) -> None:
+    """Through everything that requires grad, with the bits that there are without gradients."""
+    logits, scale, choice_weights = torch.randn(T, E), torch.rand(E) + 0.5, torch.rand(T, K)
+    choices, bias = given_choices()[name], torch.randn(2, E)
+    upstream, found = torch.randn(T, K), []
+    for module in (ops, reference):
+        leaves, options = [logits.clone().requires_grad_(), scale.clone().requires_grad_()], dict(choices)
+        if options.get("choice_weights") is not None:
+            leaves.append(choice_weights.clone().requires_grad_())
+            options["choice_weights"] = leaves[-1]
+        if "steering" in options:
+            trained = {**options["steering"].tables, "bias": bias.clone().requires_grad_()}
+            options["steering"] = SteeringTables(2, E, **trained)
+            leaves.append(trained["bias"])
+        call = partial(module.route, k=K, spec=SPECS["softmax"], tokens=tokens_of_all_kinds(), **options)
+        tables = [StatisticsTables.zeros(E, groups=2, planes=ops.METRICS) for _ in range(2)]
+        weights, ids = call(leaves[0], expert_scale=leaves[1], statistics=tables[0])
+        with torch.no_grad():
+            quiet, quiet_ids = call(leaves[0], expert_scale=leaves[1], statistics=tables[1])
+        assert torch.equal(ids, quiet_ids)
+        assert not ids.requires_grad
+        torch.testing.assert_close(weights, quiet, rtol=1e-6, atol=1e-7)
+        if module is ops and name in ("own choice", "steered", "replay"):
+            assert torch.equal(weights, quiet)
+        assert torch.equal(tables[0].groups, tables[1].groups)  # counted once
+        grads = torch.autograd.grad(weights, leaves, upstream, allow_unused=True, materialize_grads=True)
+        found.append((weights, ids, *grads))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
+    assert float(found[0][2].abs().max()) > 0
+
+
+def test_26_route_has_a_gradient_only_where_one_is_asked_for() -> None:
+    logits, spec = torch.randn(T, E, requires_grad=True), SPECS["softmax"]
+    assert ops.route(logits, K, spec)[0].requires_grad
+    assert ops.route(logits.detach(), K, spec, expert_scale=torch.ones(E, requires_grad=True))[0].requires_grad
+    trained = SteeringTables(2, E, bias=torch.zeros(2, E, requires_grad=True))
+    assert ops.route(logits.detach(), K, spec, steering=trained, tokens=tokens_of_all_kinds())[0].requires_grad
+    packed = SteeringTables.from_packed(torch.zeros(2, 1, E, requires_grad=True), 2, None, None, E)
+    assert ops.route(logits.detach(), K, spec, steering=packed, tokens=tokens_of_all_kinds())[0].requires_grad
+    assert not ops.route(logits.detach(), K, spec)[0].requires_grad
+    with torch.no_grad():
+        assert not ops.route(logits, K, spec)[0].requires_grad
+
+
+def test_26_a_router_of_its_own_learns() -> None:
+    """Weights of `route` in a loss: the router's matrix gets a gradient, compiled and not."""
+    x, matrix = torch.randn(T, 6), torch.randn(6, E, requires_grad=True)
+
+    def loss(matrix: Tensor) -> Tensor:
+        weights, ids = ops.route(x @ matrix, K, SPECS["gpt-oss"])
+        slots = ops.dispatch(ids, E)
+        return ops.combine(ops.permute(x, slots) * slots.order[:, None], weights, slots).square().sum()
+
+    (want,) = torch.autograd.grad(loss(matrix), matrix)
+    torch.compiler.reset()
+    (got,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(matrix), matrix)
+    torch.testing.assert_close(got, want)
+    assert float(want.abs().max()) > 0
+
+
+def test_26_forward_mode_is_right_too() -> None:
+    """torch.func.jvp through every operator with a gradient: the directional derivative, not silent zeros."""
+    spec = SPECS["deepseek"]
+    logits, x = torch.randn(T, E, dtype=torch.float64), torch.randn(T, 5, dtype=torch.float64)
+
+    def run(logits: Tensor, x: Tensor) -> Tensor:
+        weights, ids = ops.route(logits, K, spec)
+        slots = ops.dispatch(ids, E)
+        return ops.combine(ops.permute(x, slots).tanh(), ops.route_weights(logits, ids, spec) + weights, slots, x)
+
+    directions = torch.randn_like(logits), torch.randn_like(x)
+    _, tangent = torch.func.jvp(run, (logits, x), directions)
+    step = 1e-6
+    ahead, behind = (run(logits + sign * step * directions[0], x + sign * step * directions[1]) for sign in (1, -1))
+    torch.testing.assert_close(tangent, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-8)
+    leaves = [logits.clone().requires_grad_(), x.clone().requires_grad_()]
+    backward = torch.autograd.grad(run(*leaves).sum(), leaves)
+    torch.testing.assert_close(
+        tangent.sum(), sum((one * other).sum() for one, other in zip(backward, directions, strict=True))
     )
-    assert not weights.requires_grad
-    assert not ids.requires_grad
 
 
 def test_trained_tables_are_packed_anew() -> None:
@@ -331,13 +425,13 @@ def bad_calls() -> dict[str, tuple[Callable[[], Any], str]]:
             "steering",
         ),
         "statistics experts": (lambda: ops.route(x, 2, spec, statistics=wrong), "group_statistics"),
-        "given ids shape": (lambda: ops.route(x, 2, spec, choice=ids), "given ids"),
-        "given ids dtype": (lambda: ops.route(x, K, spec, choice=ids.float()), "given ids"),
+        "given ids shape": (lambda: ops.route(x, 2, spec, choice=ids), "choice ids"),
+        "given ids dtype": (lambda: ops.route(x, K, spec, choice=ids.float()), "choice ids"),
         "choice mode": (lambda: ops.route(x, K, spec, choice=ids, choice_mode="once"), "choice_mode"),  # type: ignore[arg-type]
         "choice weights alone": (lambda: ops.route(x, 2, spec, choice_weights=torch.zeros(T, 2)), "choice"),
-        "observe weights": (lambda: ops.observe(x, ids, torch.zeros(T, 2), spec, statistics=tables), "given weights"),
+        "observe weights": (lambda: ops.observe(x, ids, torch.zeros(T, 2), spec, statistics=tables), "choice weights"),
         "observe ids": (lambda: ops.observe(x, ids[0], None, spec, statistics=tables), "ids have shape"),
-        "weights ids": (lambda: ops.route_weights(x, ids[:-1], spec), "given ids"),
+        "weights ids": (lambda: ops.route_weights(x, ids[:-1], spec), "choice ids"),
         "table not contiguous": (
             lambda: op.route(x, 2, policy, None, torch.zeros(44, 1, dtype=torch.int64).t().expand(2, -1), 7),
             "contiguous",
@@ -356,6 +450,123 @@ def test_bad_arguments_are_named(name: str) -> None:
     call, message = bad_calls()[name]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def calls_of_wrong_types() -> dict[str, tuple[Callable[[], Any], str]]:
+    x, spec, ids = torch.randn(T, E), RouterSpec(), torch.zeros(T, K, dtype=torch.int64)
+    tables, weights, slots = StatisticsTables.zeros(E, groups=1), torch.ones(T, K), ops.dispatch(ids, E)
+    untyped: Any = ops
+    return {
+        "numpy logits": (
+            lambda: untyped.route(x.numpy(), 2, spec),
+            r"logits must be a torch.Tensor, not numpy.ndarray",
+        ),
+        "mend": (lambda: untyped.route(x.numpy(), 2, spec), r"torch.as_tensor\(logits\)"),
+        "list of logits": (lambda: untyped.route(x.tolist(), 2, spec), "logits must be a torch.Tensor, not list"),
+        "name for a spec": (lambda: untyped.route(x, 2, "sigmoid"), r"spec must be a RouterSpec.*score='sigmoid'"),
+        "other name": (lambda: untyped.route(x, 2, "topk"), r"spec must be a RouterSpec.*score='softmax'"),
+        "fraction": (lambda: untyped.route(x, 2.5, spec), "k must be an integer, not float"),
+        "numpy bias": (
+            lambda: untyped.route(x, 2, spec, correction_bias=torch.zeros(E).numpy()),
+            "correction_bias must be a torch.Tensor",
+        ),
+        "list of tokens": (
+            lambda: untyped.route(x, 2, spec, tokens=[0] * T),
+            "tokens must be a torch.Tensor, not list",
+        ),
+        "tensor for steering": (lambda: untyped.route(x, 2, spec, steering=x), "steering must be SteeringTables"),
+        "tensor for statistics": (
+            lambda: untyped.route(x, 2, spec, statistics=x),
+            "statistics must be StatisticsTables",
+        ),
+        "no spec": (lambda: untyped.route_weights(x, ids, None), "spec must be a RouterSpec, not NoneType"),
+        "numpy ids": (lambda: untyped.route_weights(x, ids.numpy(), spec), "ids must be a torch.Tensor"),
+        "no statistics": (lambda: untyped.observe(x, ids, None, spec, statistics=None), "statistics must be"),
+        "numpy weights": (
+            lambda: untyped.observe(x, ids, weights.numpy(), spec, statistics=tables),
+            "weights must be a torch.Tensor",
+        ),
+        "one layer": (
+            lambda: untyped.observe_layers(x.numpy(), [ids], [weights], spec, statistics=[tables]),
+            "logits must be a list of torch.Tensor, not numpy.ndarray: one per layer",
+        ),
+        "one table": (
+            lambda: untyped.observe_layers([x], [ids], [weights], spec, statistics=tables),
+            "statistics must be a list of StatisticsTables",
+        ),
+        "dispatch": (lambda: untyped.dispatch(ids.tolist(), E), "ids must be a torch.Tensor, not list"),
+        "experts": (lambda: untyped.dispatch(ids, "8"), "num_experts must be an integer, not str"),
+        "permute": (lambda: untyped.permute(x.numpy(), slots), "x must be a torch.Tensor"),
+        "no dispatch": (lambda: untyped.permute(x, ids), "dispatch must be a Dispatch, not torch.Tensor"),
+        "combine": (lambda: untyped.combine(x, weights.numpy(), slots), "weights must be a torch.Tensor"),
+        "numpy table": (lambda: SteeringTables(1, E, bias=x[:1].numpy()), "bias must be a torch.Tensor"),  # type: ignore[arg-type]
+        "list of groups": (lambda: token_table(2, group=[0, 1]), "group must be a number or a torch.Tensor, not list"),  # type: ignore[arg-type]
+        "numpy counts": (lambda: StatisticsTables(x.numpy(), None, E), "groups must be a torch.Tensor"),  # type: ignore[arg-type]
+    }
+
+
+@pytest.mark.parametrize("name", list(calls_of_wrong_types()))
+def test_arguments_of_a_wrong_type_are_named(name: str) -> None:
+    call, message = calls_of_wrong_types()[name]
+    with pytest.raises(TypeError, match=message) as caught:
+        call()
+    assert len(str(caught.value)) < 200
+
+
+def calls_without_memory() -> dict[str, Callable[[], Any]]:
+    """Each with one tensor whose storage was freed, as FSDP and offloading do."""
+    x, spec, ids = torch.randn(T, E), RouterSpec(), torch.zeros(T, K, dtype=torch.int64)
+    slots, weights = ops.dispatch(ids, E), torch.ones(T, K)
+    tables = StatisticsTables.zeros(E, groups=1, segments=2)
+
+    def freed(tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        tensor.untyped_storage().resize_(0)
+        return tensor
+
+    def part(tensor: Tensor) -> Tensor:
+        second = torch.cat([tensor, tensor])[len(tensor) :]
+        second.untyped_storage().resize_(0)
+        return second
+
+    def counted(**changed: Tensor) -> StatisticsTables:
+        parts = {"groups": tables.groups, "segments": tables.segments, **changed}
+        return StatisticsTables(parts["groups"], parts["segments"], E)
+
+    return {
+        "logits": lambda: ops.route(freed(x), K, spec),
+        "tokens": lambda: ops.route(x, K, spec, tokens=freed(token_table(T))),
+        "tokens ": lambda: ops.route(x, K, spec, tokens=part(token_table(T))),
+        "group_statistics": lambda: ops.route(x, K, spec, statistics=counted(groups=freed(tables.groups))),
+        "segment_statistics": lambda: ops.route(
+            x, K, spec, statistics=counted(segments=freed(torch.clone(tables.groups)))
+        ),
+        "correction_bias": lambda: ops.route(x, K, spec, correction_bias=freed(torch.zeros(E))),
+        "choice ids": lambda: ops.route_weights(x, freed(ids), spec),
+        "choice weights": lambda: ops.observe(x, ids, freed(weights), spec, statistics=tables),
+        "ids": lambda: ops.dispatch(freed(ids), E),
+        "x": lambda: ops.permute(freed(x), slots),
+        "order": lambda: ops.permute(x, slots._replace(order=freed(slots.order))),
+        "rows": lambda: ops.combine(freed(ops.permute(x, slots)), weights, slots),
+        "residual": lambda: ops.combine(ops.permute(x, slots), weights, slots, freed(x)),
+    }
+
+
+@pytest.mark.parametrize("name", list(calls_without_memory()))
+def test_a_tensor_whose_storage_was_freed_is_not_an_absent_one(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name.strip()} has no memory: its storage was freed"):
+        calls_without_memory()[name]()
+
+
+def test_limits_are_those_of_the_kernels() -> None:
+    logits = torch.randn(2, _C.MAX_EXPERTS)
+    assert ops.route(logits, _C.MAX_CHOSEN, RouterSpec())[1].shape == (2, _C.MAX_CHOSEN)
+    with pytest.raises(ValueError, match=f"k = {_C.MAX_CHOSEN + 1} is outside 1..{_C.MAX_CHOSEN}"):
+        ops.route(logits, _C.MAX_CHOSEN + 1, RouterSpec())
+    with pytest.raises(ValueError, match=f"outside 1..min.experts, {_C.MAX_CHOSEN}"):
+        ops.route(logits.to("meta"), _C.MAX_CHOSEN + 1, RouterSpec())
+    with pytest.raises(ValueError, match=f"{_C.MAX_EXPERTS + 1} experts"):
+        ops.route(torch.randn(2, _C.MAX_EXPERTS + 1), 2, RouterSpec())
 
 
 def test_no_kernel_for_the_device() -> None:
@@ -393,7 +604,7 @@ def calls_with_a_tensor_elsewhere() -> dict[str, Callable[[], Any]]:
             x, K, spec.policy, steering=claimed_cuda(zeros(1, 1, E)), steering_planes=2
         ),
         "group_statistics": lambda: ops.observe(x, ids, None, spec, statistics=tables),
-        "given ids": lambda: ops.route_weights(x, claimed_cuda(ids), spec),
+        "choice ids": lambda: ops.route_weights(x, claimed_cuda(ids), spec),
         "inverse": lambda: ops.permute(zeros(T, 6), slots._replace(inverse=claimed_cuda(slots.inverse))),
         "weights": lambda: ops.combine(rows, claimed_cuda(zeros(T, K)), slots),
         "residual": lambda: ops.combine(rows, zeros(T, K), slots, claimed_cuda(zeros(T, 6))),
@@ -429,6 +640,16 @@ def test_bare_cuda_launches_without_kernels_say_so() -> None:
     for call in (lambda: args.run_cuda(0), lambda: _C.dispatch_workspace_bytes(4, 4)):
         with pytest.raises(RuntimeError, match="no CUDA kernels"):
             call()
+
+
+def test_kernels_are_loaded_for_cuda_devices_alone() -> None:
+    ops.load_kernels(128, "cpu")
+    ops.load_kernels(128, torch.device("cuda"))  # a torch that has used no device has none to load them on
+    with pytest.raises(ValueError, match=f"num_experts = 0 is outside 1..{_C.MAX_EXPERTS}"):
+        ops.load_kernels(0, "cpu")
+    if not _C.build_info()["cuda"]:
+        with pytest.raises(RuntimeError, match="no CUDA kernels"):
+            _C.load_kernels(0, 128)
 
 
 # ---- the objects ----------------------------------------------------------------------------------------------
@@ -574,6 +795,34 @@ def test_observe_layers_is_observe_for_each(native: Backend, segments: int) -> N
         assert torch.equal(one.groups, other.groups)
         assert segments == 0 or torch.equal(one.segments, other.segments)
     native.observe_layers([], [], [], spec, statistics=[])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weights_of_any_dtype_count_alike(wide: Backend, dtype: torch.dtype) -> None:
+    """float64 weights of float64 logits are counted with their own bits, one layer or several at a time."""
+    logits, spec, planes = (
+        torch.randn(T, E, dtype=torch.float64),
+        SPECS["deepseek"],
+        ("counts", "weight", "weight_share"),
+    )
+    tables = [StatisticsTables.zeros(E, groups=1, planes=planes) for _ in range(4)]
+    weights, ids = wide.route(logits, K, spec, statistics=tables[0])
+    given = weights.to(dtype)
+    wide.observe(logits, ids, given, spec, statistics=tables[1])
+    if wide.native:
+        wide.observe_layers([logits], [ids], [given], spec, statistics=[tables[2]])
+        assert torch.equal(tables[1].groups, tables[2].groups)
+    back, _ = wide.route(logits, K, spec, choice=ids, choice_weights=given, statistics=tables[3])
+    assert torch.equal(back, given.double())
+    assert torch.equal(tables[3].groups, tables[1].groups)
+    if dtype is torch.float64:
+        assert torch.equal(tables[1].groups, tables[0].groups)
+
+
+def test_float64_weights_of_narrow_logits_are_rounded_once(native: Backend) -> None:
+    logits, spec = torch.randn(T, E), SPECS["softmax"]
+    ids, given = native.route(logits, K, spec)[1], torch.rand(T, K, dtype=torch.float64)
+    assert torch.equal(native.route(logits, K, spec, choice=ids, choice_weights=given)[0], given.float())
 
 
 def test_observe_layers_refuses_layers_that_do_not_go_together() -> None:

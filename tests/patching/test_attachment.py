@@ -820,7 +820,7 @@ def test_router_called_outside_the_model() -> None:
 def test_own_modules() -> None:
     from moe_route.nn import SparseMoE
 
-    model = nn.Sequential(SparseMoE(16, 8, 2, 8), SparseMoE(16, 8, 2, 8))
+    model = nn.Sequential(*(SparseMoE(hidden_size=16, num_experts=8, top_k=2, intermediate_size=8) for _ in range(2)))
     attachment = Attachment(model)
     tables = zeros(attachment, groups=2)
     attachment.set_statistics(tables)

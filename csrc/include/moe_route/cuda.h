@@ -2,10 +2,11 @@
 // csrc/cuda, without torch headers.
 //
 // Every pointer of an argument struct is a device address of the current device. A call only enqueues work on
-// `stream`: it allocates nothing, copies nothing and never waits (but for the first call of each kernel,
-// which loads it), so it may be captured into a CUDA graph; what it reads is read when the work runs. Results
-// have the bits of the CPU backend (a NaN is a NaN), whatever the grid: rows depend on nothing but themselves
-// and statistics are sums of integers. float64 logits are left to the CPU.
+// `stream`: it allocates nothing, copies nothing and never waits, so it may be captured into a CUDA graph;
+// what it reads is read when the work runs. The first launch of each kernel loads it, which may wait;
+// load_kernels does that beforehand. Results have the bits of the CPU backend (a NaN is a NaN), whatever the
+// grid: rows depend on nothing but themselves and statistics are sums of integers. float64 logits are left to
+// the CPU.
 //
 // Errors: std::runtime_error with CUDA's own message where a launch is refused.
 #pragma once
@@ -27,5 +28,15 @@ int64_t dispatch_workspace_bytes(int64_t slots, int32_t experts);
 void dispatch(const DispatchArgs& args, Stream stream);
 void permute(const PermuteArgs& args, Stream stream);
 void combine(const CombineArgs& args, Stream stream);
+
+// Loads every kernel that a later call with this many experts may launch, on the current device: all levels
+// of the gate, dispatch, permute and combine. A few microseconds where they are loaded already.
+void load_kernels(int32_t experts);
+
+// The parts of load_kernels, one for each file.
+void load_gate_kernels(int32_t experts);
+void load_dispatch_kernels(int32_t experts);
+void load_permute_kernels();
+void load_combine_kernels();
 
 }  // namespace moe_route::cuda

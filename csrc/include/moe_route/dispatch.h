@@ -35,7 +35,8 @@ inline int64_t dispatch_capacity(int64_t slots, int64_t experts, int64_t block) 
   return slots + experts * (block - 1);
 }
 
-// rows[inverse[t * k + j]] = x[t]. Each source row is read once. Rows that serve no slot are set to zero.
+// rows[inverse[t * k + j]] = x[t]. Each source row is read once. Rows that serve no slot are set to zero, and
+// so are those on which `order` and `inverse` disagree: every row is written, and written once.
 struct PermuteArgs {
   const void* x = nullptr;           // [T, H], contiguous rows of `row_bytes`
   const int64_t* inverse = nullptr;  // [T, k]

@@ -26,8 +26,13 @@
 // sum over all experts cancels, so it is never formed and cannot underflow.
 #pragma once
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 namespace moe_route {
+
+inline constexpr int32_t kMaxExperts = 4096;  // E
+inline constexpr int32_t kMaxChosen = 64;     // k
 
 enum class DType : int32_t {
   kFloat32 = 0,
@@ -69,9 +74,10 @@ struct GateSpec {
 // Steering tables: float32 [rows, planes present, E], planes in the order of their bits. A token picks a row,
 // or -1 for none.
 //   z' = z * kScale / temperature + kBias + kStd * std(z) + kMagnitude * |z|     (std, |z| of the raw z)
-// std is taken over the finite logits of allowed experts, 0 where there are too few of them. An entry with
-// its neutral value leaves its logit bit for bit alone (0 x infinity never arises), and a row of neutral
-// entries is no steering at all. Then force, then score.
+// std is taken over the finite logits of allowed experts, 0 where there are too few of them; however large
+// they are, it does not overflow on the way. An entry with its neutral value leaves its logit bit for bit
+// alone (0 x infinity never arises), and a row of neutral entries is no steering at all. Then force, then
+// score.
 enum SteeringPlane : uint32_t {
   kScale = 1u << 0,      // factor on the logit, neutral 1
   kBias = 1u << 1,       // added, neutral 0
@@ -137,12 +143,11 @@ enum TokenColumn : int32_t {
 // - kNatural, the model's own: unsteered rows return it unchanged; for steered rows it is the natural choice
 //   that kNaturalCounts and flips compare with.
 // - kReplay: every row returns these ids; weights are always recomputed from the (steered) scores, and
-// kRowTopK
-//   has no say.
+//   kRowTopK has no say.
 enum class GivenMode : int32_t { kNone = 0, kNatural = 1, kReplay = 2 };
 struct GateGiven {
   const void* ids = nullptr;      // kInt32 or kInt64
-  const void* weights = nullptr;  // null: recomputed from the logits; else kFloat32, kBFloat16 or kFloat16
+  const void* weights = nullptr;  // null: recomputed from the logits; else of a floating type
   DType ids_type = DType::kInt32;
   DType weights_type = DType::kFloat32;
   GivenMode mode = GivenMode::kNone;
@@ -184,8 +189,8 @@ struct GateArgs {
   int64_t row_stride = 0;               // elements
   int64_t tokens = 0;                   // T
   DType logits_type = DType::kFloat32;  // kFloat64 computes in double on CPU (portable only)
-  int32_t experts = 0;                  // E, 1..4096
-  int32_t k = 0;                        // 1..min(E, 64)
+  int32_t experts = 0;                  // E, 1..kMaxExperts
+  int32_t k = 0;                        // 1..min(E, kMaxChosen)
   GateSpec spec;
   const float* correction_bias = nullptr;  // [E], for choosing only
   const float* expert_scale = nullptr;     // [E], factor on the final weight of the chosen
@@ -196,6 +201,22 @@ struct GateArgs {
   void* weights = nullptr;  // [T, k] float32 (float64 for kFloat64 logits); null: not wanted (counting only)
   int32_t* ids = nullptr;   // [T, k]; null: not wanted (counting only)
 };
+
+// Refuses what a kernel would turn into stray reads and writes: std::invalid_argument. Static, since files
+// that are compiled for different instruction sets must not share one symbol.
+[[maybe_unused]] static inline void check(const GateArgs& args) {
+  const auto require = [](bool holds, const char* message) {
+    if (!holds) throw std::invalid_argument(std::string("moe_route gate: ") + message);
+  };
+  const GateSpec& spec = args.spec;
+  require(args.experts >= 1 && args.experts <= kMaxExperts, "experts must lie in 1..kMaxExperts");
+  require(args.k >= 1 && args.k <= args.experts && args.k <= kMaxChosen,
+          "k must lie in 1..min(experts, kMaxChosen)");
+  require(spec.groups >= 1 && args.experts % spec.groups == 0, "experts must divide into groups");
+  require(spec.top_groups >= 1 && spec.top_groups <= spec.groups, "top_groups must lie in 1..groups");
+  require(args.logits != nullptr || args.given.mode == GivenMode::kNatural, "logits are missing");
+  require(args.given.mode == GivenMode::kNone || args.given.ids != nullptr, "a given choice needs ids");
+}
 
 namespace cpu {
 

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
+from moe_route import _C
 from moe_route.contract.spec import RouterSpec
 from moe_route.modules.intercept import Removable
 from moe_route.routers.adapter import Adapter, OutputHook
 from moe_route.routers.family import Family
 from moe_route.routers.output import Decision, Output
 
-MOST_EXPERTS, MOST_SLOTS = 4096, 64  # of the operators
+MOST_EXPERTS, MOST_SLOTS = _C.MAX_EXPERTS, _C.MAX_CHOSEN
 
 
 class Doge(Adapter):

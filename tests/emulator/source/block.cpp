@@ -47,8 +47,7 @@ uint3 index_in(uint64_t number, const Size& size) {
 
 }  // namespace
 
-// ---- a block from beginning to end
-// ------------------------------------------------------------------------------
+// ---- a block from beginning to end ----------------------------------------------------------------------
 
 Block& this_thread_block() {
   static constinit thread_local Block* block = nullptr;
@@ -159,8 +158,7 @@ std::string Block::where_all_stand() const {
   return all;
 }
 
-// ---- whose turn it is
-// -------------------------------------------------------------------------------------------
+// ---- whose turn it is -----------------------------------------------------------------------------------
 
 int Block::take_next() {
   if (ready_count_ == 0) {
@@ -208,8 +206,7 @@ void Block::wait_for_turn() {
   suspend();
 }
 
-// ---- what orders memory
-// -----------------------------------------------------------------------------------------
+// ---- what orders memory ---------------------------------------------------------------------------------
 
 template <class Condition>
 void Block::order_where(Condition condition, void* token) {
@@ -228,8 +225,7 @@ void Block::begin_or_end() {
   Fiber::order(meeting_fibers_, this);
 }
 
-// ---- the barrier of the block
-// -----------------------------------------------------------------------------------
+// ---- the barrier of the block ---------------------------------------------------------------------------
 
 uint32_t Block::wait_at_barrier(Vote vote, bool predicate, const Place& place) {
   Thread& me = threads_[running_];
@@ -258,8 +254,7 @@ void Block::open_barrier() {
   });
 }
 
-// ---- collectives of a warp
-// --------------------------------------------------------------------------------------
+// ---- collectives of a warp ------------------------------------------------------------------------------
 
 namespace {
 
@@ -372,8 +367,7 @@ void Block::conclude(Warp& warp, const Meeting& meeting) {
   }
 }
 
-// ---- what the headers call
-// --------------------------------------------------------------------------------------
+// ---- what the headers call ------------------------------------------------------------------------------
 
 uint32_t block_barrier(Vote vote, bool predicate, const Place& place) {
   return this_thread_block().wait_at_barrier(vote, predicate, place);

@@ -9,8 +9,7 @@
 
 namespace emulator {
 
-// ---- stacks
-// -----------------------------------------------------------------------------------------------------
+// ---- stacks ---------------------------------------------------------------------------------------------
 
 Stacks::Stacks() : page_(static_cast<size_t>(sysconf(_SC_PAGESIZE))) {
   void* mapping =
@@ -36,8 +35,7 @@ void Stacks::forget_frames() {
   for (int i = 0; i < in_use_; ++i) sanitizer::unpoison(stack(i), kBytes);
 }
 
-// ---- switching
-// --------------------------------------------------------------------------------------------------
+// ---- switching ------------------------------------------------------------------------------------------
 
 #if !EMULATOR_UCONTEXT
 // Saves what the x86-64 ABI lets a callee keep (six registers and the two control words of floating point) on
@@ -111,8 +109,7 @@ void Fiber::arrive(Fiber& caller_of_all) {
                            known ? nullptr : &caller_of_all.stack_bytes_);
 }
 
-// ---- ThreadSanitizer
-// --------------------------------------------------------------------------------------------
+// ---- ThreadSanitizer ------------------------------------------------------------------------------------
 
 void Fiber::adopt() { thread_ = sanitizer::this_thread(); }
 

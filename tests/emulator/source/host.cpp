@@ -13,8 +13,7 @@ struct CUevent_st {
   std::chrono::steady_clock::time_point time;
 };
 
-// ---- errors
-// -----------------------------------------------------------------------------------------------------
+// ---- errors ---------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -64,8 +63,7 @@ cudaError_t cudaGetLastError() {
   return error;
 }
 
-// ---- device
-// -----------------------------------------------------------------------------------------------------
+// ---- device ---------------------------------------------------------------------------------------------
 
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
@@ -106,8 +104,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
   return remember(cudaErrorInvalidValue);
 }
 
-// ---- memory
-// -----------------------------------------------------------------------------------------------------
+// ---- memory ---------------------------------------------------------------------------------------------
 
 namespace emulator {
 
@@ -137,8 +134,7 @@ cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t
   return cudaMemset(address, value, bytes);
 }
 
-// ---- streams and events
-// -----------------------------------------------------------------------------------------
+// ---- streams and events ---------------------------------------------------------------------------------
 
 cudaError_t cudaStreamCreate(cudaStream_t* stream) { return *stream = new CUstream_st, cudaSuccess; }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return cudaStreamCreate(stream); }

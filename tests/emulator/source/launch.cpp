@@ -9,6 +9,7 @@
 #include <random>
 #include <thread>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "block.h"
@@ -23,6 +24,18 @@ std::mutex limits_mutex;
 std::unordered_map<const void*, size_t>& limits() {
   static std::unordered_map<const void*, size_t> map;
   return map;
+}
+
+// Kernels that cudaFuncGetAttributes has loaded.
+std::mutex loaded_mutex;
+std::unordered_set<const void*>& loaded() {
+  static std::unordered_set<const void*> set;
+  return set;
+}
+
+bool is_loaded(const void* kernel) {
+  const std::lock_guard lock(loaded_mutex);
+  return loaded().count(kernel) > 0;
 }
 
 size_t shared_limit(const void* kernel) {
@@ -97,6 +110,15 @@ void run(const Grid& grid) {
 
 }  // namespace
 
+cudaError_t load(cudaFuncAttributes* facts, const void* kernel) {
+  if (facts == nullptr) return remember(cudaErrorInvalidValue);
+  if (kernel == nullptr) return remember(cudaErrorInvalidDeviceFunction);
+  facts->maxThreadsPerBlock = 1024;
+  const std::lock_guard lock(loaded_mutex);
+  loaded().insert(kernel);
+  return cudaSuccess;
+}
+
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (kernel == nullptr) return remember(cudaErrorInvalidDeviceFunction);
   if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) {
@@ -123,7 +145,9 @@ cudaError_t max_active_blocks(int* blocks, int threads, size_t shared_bytes) {
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*), void* context) {
   const cudaError_t refused = check(config, kernel);
   if (refused != cudaSuccess) return remember(refused);
-  run(Grid{config.gridDim, config.blockDim, config.dynamicSmemBytes, read_settings(), body, context});
+  const Settings settings = read_settings();
+  if (settings.loaded_only && !is_loaded(kernel)) return remember(cudaErrorStreamCaptureUnsupported);
+  run(Grid{config.gridDim, config.blockDim, config.dynamicSmemBytes, settings, body, context});
   return cudaSuccess;
 }
 

@@ -33,6 +33,8 @@ Settings read_settings() {
   Settings settings;
   settings.os_threads = read_count("MOE_ROUTE_EMULATOR_THREADS", settings.os_threads);
   settings.multiprocessors = read_count("MOE_ROUTE_EMULATOR_MULTIPROCESSORS", settings.multiprocessors);
+  const char* loaded_only = std::getenv("MOE_ROUTE_EMULATOR_LOADED_ONLY");
+  settings.loaded_only = loaded_only != nullptr && std::string_view(loaded_only) == "1";
   const char* name = "MOE_ROUTE_EMULATOR_ORDER";
   const char* value = std::getenv(name);
   const std::string_view order = value == nullptr ? "" : value;

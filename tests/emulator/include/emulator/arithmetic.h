@@ -9,8 +9,7 @@
 
 #include "fault.h"
 
-// ---- bits
-// -------------------------------------------------------------------------------------------------------
+// ---- bits -----------------------------------------------------------------------------------------------
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __popcll(unsigned long long x) { return std::popcount(x); }
 inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
@@ -51,8 +50,7 @@ inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b)
   return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
 }
 
-// ---- the same bits as another type
-// ------------------------------------------------------------------------------
+// ---- the same bits as another type ----------------------------------------------------------------------
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
@@ -60,8 +58,7 @@ inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline long long __double_as_longlong(double x) { return std::bit_cast<long long>(x); }
 inline double __longlong_as_double(long long x) { return std::bit_cast<double>(x); }
 
-// ---- conversions
-// ------------------------------------------------------------------------------------------------
+// ---- conversions ----------------------------------------------------------------------------------------
 namespace emulator {
 
 // Out of range saturates. NaN is 0, but the top bit alone where either side has 64 bits (PTX ISA, cvt).
@@ -104,8 +101,7 @@ inline double __ll2double_rn(long long x) { return static_cast<double>(x); }
 inline double __ull2double_rn(unsigned long long x) { return static_cast<double>(x); }
 inline float __double2float_rn(double x) { return static_cast<float>(x); }
 
-// ---- arithmetic, each operation rounded once
-// --------------------------------------------------------------------
+// ---- arithmetic, each operation rounded once ------------------------------------------------------------
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }

@@ -13,6 +13,7 @@ enum cudaError {
   cudaErrorInvalidDeviceFunction = 98,
   cudaErrorInvalidDevice = 101,
   cudaErrorNotSupported = 801,
+  cudaErrorStreamCaptureUnsupported = 900,
 };
 using cudaError_t = cudaError;
 const char* cudaGetErrorString(cudaError_t error);

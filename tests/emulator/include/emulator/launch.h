@@ -33,8 +33,13 @@ enum cudaFuncAttribute {
   cudaFuncAttributePreferredSharedMemoryCarveout = 9,
 };
 
+struct cudaFuncAttributes {
+  int maxThreadsPerBlock;
+};
+
 namespace emulator {
 
+cudaError_t load(cudaFuncAttributes* facts, const void* kernel);
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t max_active_blocks(int* blocks, int threads, size_t shared_bytes);
 // Runs body(context) once for each thread of the grid.
@@ -46,6 +51,12 @@ const void* address_of(void (*kernel)(Parameters...)) {
 }
 
 }  // namespace emulator
+
+// Loads the kernel, as on a device that loads lazily.
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* facts, Kernel* kernel) {
+  return emulator::load(facts, emulator::address_of(kernel));
+}
 
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {

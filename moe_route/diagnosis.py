@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from dataclasses import asdict, dataclass
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from moe_route import _C, ops
 
-__all__ = ["EXTRAS", "report", "text"]
+__all__ = ["EXTRAS", "Diagnosis", "doctor"]
 
 EXTRAS: dict[str, dict[str, str]] = {
     "hf": {"transformers": "transformers", "accelerate": "accelerate"},
@@ -30,47 +31,71 @@ _FLAGS = {
 }
 
 
-def report() -> dict[str, Any]:
-    """Everything that `text` shows, as plain data: versions, build, instruction_set, threads, cuda, extras, checks."""
+@dataclass(frozen=True, repr=False)
+class Diagnosis:
+    """What `doctor` found; prints as lines, `to_dict()` is plain data for JSON."""
+
+    versions: dict[str, str | None]
+    platform: dict[str, str]
+    build: dict[str, Any]
+    instruction_set: dict[str, Any]
+    threads: dict[str, Any]
+    cuda: dict[str, Any]
+    extras: dict[str, dict[str, Any]]
+    checks: list[dict[str, Any]]  # name, ok, detail
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check passed."""
+        return all(check["ok"] for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        isa, threads = self.instruction_set, self.threads
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items() if version)
+        sets = ", ".join(self.build["instruction_sets"])
+        lines = [
+            f"versions      {versions}",
+            f"platform      {self.platform['system']}",
+            f"build         {self.build['compiler']}, against torch {self.build['torch']}, instruction sets {sets}",
+            f"kernels       {isa['in_use']}: {isa['why']}",
+            f"threads       {threads['torch']} of {threads['usable']} usable processors",
+            f"cuda          {self.cuda['why']}",
+        ]
+        lines += [f"extra         {_extra_line(name, extra)}" for name, extra in self.extras.items()]
+        for check in self.checks:
+            lines.append(f"check         {'ok    ' if check['ok'] else 'FAILED'}  {check['name']}: {check['detail']}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def doctor() -> Diagnosis:
+    """Say what this installation is made of, which kernels are at work and why, and check what they compute.
+
+    Takes a few milliseconds, and on a CUDA device the start of the runtime. Changes nothing.
+    """
     extras = {name: _extra(modules) for name, modules in EXTRAS.items()}
     versions = {name: _version(name) for name in _REQUIRED}
     versions |= {name: extra["versions"][name] for extra in extras.values() for name in extra["versions"]}
-    return {
-        "versions": {"moe-route": _C.__version__, "python": platform.python_version(), **versions},
-        "platform": {"system": platform.platform(), "machine": platform.machine(), "executable": sys.executable},
-        "build": dict(_C.build_info()),
-        "instruction_set": _instruction_set(),
-        "threads": {
+    return Diagnosis(
+        versions={"moe-route": _C.__version__, "python": platform.python_version(), **versions},
+        platform={"system": platform.platform(), "machine": platform.machine(), "executable": sys.executable},
+        build=dict(_C.build_info()),
+        instruction_set=_instruction_set(),
+        threads={
             "torch": torch.get_num_threads(),
             "processors": os.cpu_count(),
             "usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
         },
-        "cuda": _cuda(),
-        "extras": extras,
-        "checks": _checks(),
-    }
-
-
-def text(found: dict[str, Any] | None = None) -> str:
-    """`report` for a reader. ``found``: what `report` returned; default: ask it."""
-    found = report() if found is None else found
-    build, isa, threads = found["build"], found["instruction_set"], found["threads"]
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
-    sets = ", ".join(build["instruction_sets"])
-    lines = [
-        f"versions      {versions}",
-        f"platform      {found['platform']['system']}",
-        f"build         {build['compiler']}, against torch {build['torch']}, instruction sets {sets}",
-        f"kernels       {isa['in_use']}: {isa['why']}",
-        f"threads       {threads['torch']} of {threads['usable']} usable processors",
-        f"cuda          {found['cuda']['why']}",
-    ]
-    lines += [f"extra         {line}" for line in map(_extra_line, found["extras"], found["extras"].values())]
-    for check in found["checks"]:
-        lines.append(f"check         {'ok    ' if check['ok'] else 'FAILED'}  {check['name']}: {check['detail']}")
-    return "\n".join(lines)
+        cuda=_cuda(),
+        extras=extras,
+        checks=_checks(),
+    )
 
 
 def _extra_line(name: str, extra: dict[str, Any]) -> str:
@@ -123,11 +148,12 @@ def _lacking_flags(flags: tuple[str, ...]) -> list[str]:
 
 def _cuda() -> dict[str, Any]:
     build, runtime = _C.build_info(), _C.cuda_runtime()
+    toolkit, driver = runtime["runtime"], runtime["driver"]
     devices = [
         {
             "name": device["name"],
             "capability": list(device["capability"]),
-            "covered": _covers(build["cuda_architectures"], device["capability"]),
+            "covered": _covers(build["cuda_architectures"], device["capability"], ptx=driver >= toolkit),
         }
         for device in runtime["devices"]
     ]
@@ -135,8 +161,10 @@ def _cuda() -> dict[str, Any]:
         "built": build["cuda"],
         "architectures": build["cuda_architectures"],
         "nvcc": build["nvcc"],
-        "runtime": _cuda_version(runtime["runtime"]),
-        "driver": _cuda_version(runtime["driver"]),
+        "runtime": _cuda_version(toolkit),
+        "driver": _cuda_version(driver),
+        "driver_too_old": toolkit // 1000 > driver // 1000 > 0,  # of an earlier major version, it refuses every launch
+        "driver_compiles_ptx": driver >= toolkit,
         "torch_cuda": torch.version.cuda,
         "available": torch.cuda.is_available(),
         "devices": devices,
@@ -150,21 +178,20 @@ def _cuda_version(number: int) -> str | None:
     return f"{number // 1000}.{number % 1000 // 10}" if number else None
 
 
-def _covers(architectures: list[str], capability: tuple[int, int]) -> bool:
+def _covers(architectures: list[str], capability: tuple[int, int], *, ptx: bool = True) -> bool:
     """Whether code for ``architectures`` (as CMake names them) runs on a device of this compute capability.
 
-    Machine code runs on later devices of the same major number, PTX on every later device; what is made for one
-    architecture alone (90a) on that one.
+    Machine code runs on later devices of the same major number; PTX on every later device, where the driver compiles it
+    (``ptx``: not one that is older than the toolkit); what is made for one architecture alone (90a) on that one.
     """
     for architecture in architectures:
         number, _, kind = architecture.partition("-")
         major, minor = divmod(int(number.rstrip("af")), 10)
         if not number.isdecimal():
             covered = tuple(capability) == (major, minor)
-        elif kind == "real":
-            covered = capability[0] == major and capability[1] >= minor
         else:
-            covered = tuple(capability) >= (major, minor)
+            machine_code = kind != "virtual" and capability[0] == major and capability[1] >= minor
+            covered = machine_code or (ptx and kind != "real" and tuple(capability) >= (major, minor))
         if covered:
             return True
     return False
@@ -188,13 +215,20 @@ def _why_cuda(found: dict[str, Any]) -> str:
     if found["torch_cuda"] is None:
         seen = names or f"no device ({found['problem']})"
         return f"{built}, but torch is a CPU build: install a CUDA build of torch; seen without it: {seen}"
+    if found["driver_too_old"]:
+        return (
+            f"{built}, which need a driver of CUDA {found['runtime']} or newer, and this one is of CUDA "
+            f"{found['driver']}: update the driver, or install again with CUDACXX naming the nvcc of a CUDA "
+            f"{found['driver'].partition('.')[0]}.x toolkit and MOE_ROUTE_CUDA=ON"
+        )
     if not found["devices"] or not found["available"]:
         return f"{built}, but there is no device: {found['problem'] or 'torch sees none'}"
     alien = [device["name"] for device in found["devices"] if not device["covered"]]
     if alien:
+        old = "" if found["driver_compiles_ptx"] else f" (a driver of CUDA {found['driver']} cannot compile their PTX)"
         return (
-            f"{built}, which do not run on {', '.join(alien)}: install again with CUDAARCHS=native MOE_ROUTE_CUDA=ON "
-            "(compute capability 8.0 or higher)"
+            f"{built}, which do not run on {', '.join(alien)}{old}: install again with CUDAARCHS=native "
+            "MOE_ROUTE_CUDA=ON (compute capability 8.0 or higher)"
         )
     return f"{built}, {len(found['devices'])} device(s): {names}"
 
