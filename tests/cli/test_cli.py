@@ -411,7 +411,7 @@ class TestCompletion:
             ("plot m", ["matrix"]),
             ("plot matrix ", []),  # a file
             ("plot matrix a.safetensors --la", ["--layers"]),
-            ("record --engine ", ["auto", "hook", "fused"]),
+            ("record --engine ", ["hook", "fused"]),
             ("record --engine fused --no", ["--no-sequences"]),
             ("record --out ", []),
             ("record --json --eng", ["--engine"]),

@@ -146,14 +146,14 @@ class TestPlans:
         found, enumerated = random_plans(one, (2, 3, 4, 5))
         assert enumerated
         expected = [ExpertSelection({4: [expert]}, num_experts=[16] * 8) for expert in range(16) if expert != 7]
-        assert found == [Plan.activate(other, (2, 3, 4, 5), 0.5) for other in expected]
+        assert found == [Plan.activate(other, (2, 3, 4, 5), strength=0.5) for other in expected]
 
     def test_so_many_are_drawn_that_p_can_be_small(self):
         found, enumerated = random_plans(self.experts, (2, 3, 4, 5))
         assert not enumerated
         assert len(found) == RANDOM_SETS >= 19
-        activate = Plan.activate(self.experts, (2, 3, 4, 5), 0.5)
-        assert found[:3] == [activate.control("random", seed) for seed in range(3)]
+        activate = Plan.activate(self.experts, (2, 3, 4, 5), strength=0.5)
+        assert found[:3] == [activate.random(seed) for seed in range(3)]
 
     def test_a_layer_whose_experts_are_all_steered_leaves_nothing_else(self):
         assert random_plans(ExpertSelection({2: range(4)}, num_experts=[4] * 8), (2, 3, 4, 5)) == ([], True)
