@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -36,7 +37,7 @@ class Table:
         return f"<table>{title}<thead>{lines[0]}</thead><tbody>{''.join(lines[1:])}</tbody></table>{note}"
 
 
-class ShownAsTables:
+class ShownAsTables(ABC):
     """A result that is its tables: ``repr`` gives them as text, a notebook shows them as HTML.
 
     A class that derives from it defines :meth:`tables`. A dataclass says ``repr=False``, or it makes a ``repr`` of its
@@ -45,9 +46,9 @@ class ShownAsTables:
 
     __slots__ = ()
 
+    @abstractmethod
     def tables(self) -> Sequence[Table]:
         """What to show, from top to bottom."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what its tables are: define tables()")
 
     def __repr__(self) -> str:
         return "\n".join(map(str, self.tables()))

@@ -14,7 +14,8 @@ import numpy as np
 
 from moe_route.analysis.divergence import Divergence
 from moe_route.analysis.inputs import AnalysisError
-from moe_route.analysis.result import data_frame, plain
+from moe_route.analysis.result import plain
+from moe_route.recording.frames import data_frame
 from moe_route.texttable import ShownAsTables, Table
 
 if TYPE_CHECKING:

@@ -27,7 +27,8 @@ from moe_route.analysis.inputs import (
 )
 from moe_route.analysis.measures import cosine_distance, jaccard_distance, jensen_shannon, normalized_jensen_shannon
 from moe_route.analysis.resampling import draw_items, interval_of, resampled_means
-from moe_route.analysis.result import by_depth, data_frame, mean_of_seen, plain
+from moe_route.analysis.result import by_depth, mean_of_seen, plain
+from moe_route.recording.frames import data_frame
 from moe_route.steering.layers import show_numbers
 from moe_route.texttable import ShownAsTables, Table
 

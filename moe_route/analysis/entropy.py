@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from moe_route.analysis.inputs import AnalysisError, pick_groups
-from moe_route.analysis.result import by_depth, data_frame, plain
+from moe_route.analysis.result import by_depth, plain
+from moe_route.recording.frames import data_frame
 from moe_route.texttable import ShownAsTables, Table
 
 if TYPE_CHECKING:

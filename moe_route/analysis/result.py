@@ -1,19 +1,16 @@
-"""How results show themselves: tables by depth, JSON-able values, tidy data frames."""
+"""Show results: tables by depth, JSON-able values."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from moe_route.steering.layers import show_numbers
 from moe_route.texttable import Table
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-__all__ = ["by_depth", "data_frame", "mean_of_seen", "plain"]
+__all__ = ["by_depth", "mean_of_seen", "plain"]
 
 _COLUMNS = 9
 
@@ -45,12 +42,3 @@ def mean_of_seen(values: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np.ndar
     total = np.where(seen, values, 0.0).sum(axis)
     mean = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
     return mean, values.shape[axis] - count
-
-
-def data_frame(columns: Mapping[str, Any]) -> pd.DataFrame:
-    """A data frame; ``ImportError`` names the extra to install where pandas is missing."""
-    try:
-        import pandas
-    except ImportError as error:
-        raise ImportError("data frames need pandas: pip install 'moe-route[analysis]'") from error
-    return pandas.DataFrame(dict(columns))

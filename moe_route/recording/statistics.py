@@ -19,6 +19,7 @@ from moe_route import files
 from moe_route.calls.call import PHASES, Phase
 from moe_route.contract.tables import FIXED_POINT, METRICS, SCALARS
 from moe_route.recording.conservation import Conservation, broken_law, conservation
+from moe_route.recording.frames import data_frame
 from moe_route.recording.metadata import config_hash_of, merge_metadata
 from moe_route.recording.store import SequenceStore
 
@@ -408,16 +409,12 @@ class RoutingStatistics:
         phase, layer), then one column per metric and ``frequency`` (counts / tokens, NaN where nothing was seen).
         Padding experts are left out.
         """
-        pandas = _pandas()
-        index = pandas.MultiIndex.from_product(
-            [self.groups, self.phases, range(len(self.layers)), range(max(self.num_experts, default=0))],
-            names=["group", "phase", "layer", "expert"],
-        )
+        experts = range(max(self.num_experts, default=0))
         # arrays are [phase, group, layer, expert]; rows are group first
         columns = {name: np.stack([self.token_sum(name, p) for p in PHASES], 1).reshape(-1) for name in self.metrics}
-        frame = pandas.DataFrame(columns, index=index).reset_index()
+        frame = data_frame(columns, {**self._axes, "expert": experts})
         tokens = np.stack([self.tokens(p) for p in PHASES], 1).reshape(-1)
-        frame.insert(4, "tokens", np.repeat(tokens, max(self.num_experts, default=0)))
+        frame.insert(4, "tokens", np.repeat(tokens, len(experts)))
         frame.insert(3, "router", np.asarray(self.layers, dtype=object)[frame["layer"]])
         if "counts" in self.metrics:
             frame["frequency"] = _ratio(frame["counts"].to_numpy(), frame["tokens"].to_numpy())
@@ -426,16 +423,16 @@ class RoutingStatistics:
     def scalars_to_pandas(self) -> pd.DataFrame:
         """Tidy scalars, a row per (group, phase, layer): every name of ``ops.SCALARS`` summed over tokens,
         ``sequences``, ``sequence_entropy`` (mean)."""
-        pandas = _pandas()
-        index = pandas.MultiIndex.from_product(
-            [self.groups, self.phases, range(len(self.layers))], names=["group", "phase", "layer"]
-        )
         columns = {name: np.stack([self.scalar(name, p) for p in PHASES], 1).reshape(-1) for name in SCALARS}
         counted = [self.sequence_scalar("sequences", p) for p in PHASES]
         columns["sequences"] = np.stack(counted, 1).reshape(-1)
         if "full" in self._sequence_sums:
             columns["sequence_entropy"] = np.stack([self.entropy("sequence", p) for p in PHASES], 1).reshape(-1)
-        return pandas.DataFrame(columns, index=index).reset_index()
+        return data_frame(columns, self._axes)
+
+    @property
+    def _axes(self) -> dict[str, Sequence[Any]]:
+        return {"group": self.groups, "phase": self.phases, "layer": range(len(self.layers))}
 
     def conservation(self, phase: Phase | None = None) -> Conservation:
         """Slots that the tokens must fill and slots found (choices and empty ones), by group and layer, with the
@@ -676,11 +673,3 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str
 
 def _number(count: int, what: str) -> str:
     return f"{int(count)} {what}{'' if count == 1 else 's'}"
-
-
-def _pandas() -> Any:
-    try:
-        import pandas
-    except ImportError as error:
-        raise ImportError("data frames need pandas: pip install 'moe-route[analysis]'") from error
-    return pandas

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_route import files
 from moe_route.calls.call import PHASES, Call
+from moe_route.recording.frames import data_frame
 from moe_route.recording.statistics import RecordingError
 from moe_route.recording.store import Item
 
@@ -72,10 +73,6 @@ class Trace:
     def to_pandas(self) -> pd.DataFrame:
         """Tidy, a row per (token, layer, slot): item, group, sequence, position, token (its id), phase, layer (0-based
         among the MoE layers), router (module name), slot, expert, weight."""
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError("data frames need pandas: pip install 'moe-route[analysis]'") from error
         tokens, layers, slots = np.indices(self.ids.shape).reshape(3, -1)
         sequence = self.sequence[tokens]
         columns = {
@@ -91,7 +88,7 @@ class Trace:
             "expert": self.ids.reshape(-1),
             "weight": self.weights.reshape(-1).astype(np.float32),
         }
-        return pandas.DataFrame(columns)
+        return data_frame(columns)
 
     def __repr__(self) -> str:
         cut = ", truncated" if self.truncated else ""

@@ -17,13 +17,13 @@ from moe_route import ops
 from moe_route.modules.attributes import at, resident
 from moe_route.modules.watch import NothingScoredError
 from moe_route.routers.discovery import ModelNotSupportedError, RouterInfo
-from moe_route.routers.family import gate_logits, weight_dtype
+from moe_route.routers.family import TESTED, gate_logits, weight_dtype
 from moe_route.routers.output import Decision, Output
 from moe_route.routers.probe import PROBES, random_states, undisturbed
 
 ULPS = 16  # room for another order of summation
 NUDGES = 16
-_OTHER = "It is from another version of transformers, or changed; install transformers 5.23, which is tested."
+_OTHER = f"It is from another version of transformers, or changed; install {TESTED}, which is tested."
 
 
 def check_router(router: RouterInfo) -> str:
@@ -64,7 +64,7 @@ def _probed(router: RouterInfo, hidden: Tensor, arguments: tuple[Tensor, ...]) -
 
 def _read(router: RouterInfo, args: tuple[object, ...], output: object) -> Decision:
     """The decision in what a router returned, where it has the form that its family says."""
-    kind, mend = type(router.module).__name__, "Install transformers 5.23, or a version whose routers return the same."
+    kind, mend = type(router.module).__name__, f"Install {TESTED}, or a version whose routers return the same."
     wrong = ModelNotSupportedError(f"{kind} at {router.name!r} does not return what its family says. {mend}")
     if not isinstance(output, tuple):
         raise wrong

@@ -13,7 +13,7 @@ from moe_route.modules.attributes import device_of
 from moe_route.modules.wrappers import in_use, outermost
 from moe_route.routers.adapter import Adapter, Place
 from moe_route.routers.catalog import REFUSED, family_of, refused_name
-from moe_route.routers.family import Family
+from moe_route.routers.family import TESTED, Family
 from moe_route.routers.known_issues import known_issues
 from moe_route.routers.probe import as_returned
 from moe_route.routers.recognize import recognize
@@ -115,7 +115,7 @@ def _described(name: str, modules: dict[str, nn.Module], family: Family) -> Rout
     if not isinstance(form.num_experts, int) or not isinstance(form.top_k, int):
         raise ModelNotSupportedError(
             f"{kind} at {name!r} does not say its number of experts ({family.num_experts}) and top-k ({family.top_k}): "
-            "another version of transformers lays it out otherwise. Install transformers 5.23."
+            f"another version of transformers lays it out otherwise. Install {TESTED}."
         )
     try:
         spec = family.spec_of(module)

@@ -29,6 +29,7 @@ SCALED_GROUPS: dict[str, str | tuple[str, ...]] = {
     "scale": "routed_scaling_factor",
 }
 _CHOOSING = ("forward", "get_topk_indices", "route_tokens_to_experts")  # methods in which a choice is made
+TESTED = "transformers 5.23"  # what the table was read from and is tested against
 # The modules whose classes the table speaks about.
 HOMES = ("transformers.", "moe_route.nn")
 

@@ -248,7 +248,7 @@ def test_26_the_weights_of_route_have_the_gradients_of_the_reference(name: str) 
             options["steering"] = SteeringTables(2, E, **trained)
             leaves.append(trained["bias"])
         call = partial(module.route, k=K, spec=SPECS["softmax"], tokens=tokens_of_all_kinds(), **options)
-        tables = [StatisticsTables.zeros(E, groups=2, planes=ops.METRICS) for _ in range(2)]
+        tables = [StatisticsTables.zeros(E, groups=2, metrics=ops.METRICS) for _ in range(2)]
         weights, ids = call(leaves[0], expert_scale=leaves[1], statistics=tables[0])
         with torch.no_grad():
             quiet, quiet_ids = call(leaves[0], expert_scale=leaves[1], statistics=tables[1])
@@ -601,7 +601,7 @@ def calls_with_a_tensor_elsewhere() -> dict[str, Callable[[], Any]]:
         "correction_bias": lambda: ops.route(x, K, spec, correction_bias=claimed_cuda(zeros(E))),
         "expert_scale": lambda: ops.route_weights(x, ids, spec, expert_scale=claimed_cuda(zeros(E))),
         "steering": lambda: torch.ops.moe_route.route(
-            x, K, spec.policy, steering=claimed_cuda(zeros(1, 1, E)), steering_planes=2
+            x, K, spec.policy, steering=claimed_cuda(zeros(1, 1, E)), steering_metrics=2
         ),
         "group_statistics": lambda: ops.observe(x, ids, None, spec, statistics=tables),
         "choice ids": lambda: ops.route_weights(x, claimed_cuda(ids), spec),
@@ -800,12 +800,12 @@ def test_observe_layers_is_observe_for_each(native: Backend, segments: int) -> N
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_weights_of_any_dtype_count_alike(wide: Backend, dtype: torch.dtype) -> None:
     """float64 weights of float64 logits are counted with their own bits, one layer or several at a time."""
-    logits, spec, planes = (
+    logits, spec, metrics = (
         torch.randn(T, E, dtype=torch.float64),
         SPECS["deepseek"],
         ("counts", "weight", "weight_share"),
     )
-    tables = [StatisticsTables.zeros(E, groups=1, planes=planes) for _ in range(4)]
+    tables = [StatisticsTables.zeros(E, groups=1, metrics=metrics) for _ in range(4)]
     weights, ids = wide.route(logits, K, spec, statistics=tables[0])
     given = weights.to(dtype)
     wide.observe(logits, ids, given, spec, statistics=tables[1])

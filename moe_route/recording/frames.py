@@ -1,0 +1,27 @@
+"""Make data frames: the one place that imports pandas."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["data_frame"]
+
+
+def data_frame(columns: Mapping[str, Any], axes: Mapping[str, Sequence[Any]] | None = None) -> pd.DataFrame:
+    """A data frame of columns by name.
+
+    With ``axes``, the columns are flattened arrays over those axes, the last one fastest, and the frame begins with a
+    column per axis. Raises ``ImportError`` where pandas is missing, naming the extra to install.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError("data frames need pandas: pip install 'moe-route[analysis]'") from error
+    if axes is None:
+        return pandas.DataFrame(dict(columns))
+    index = pandas.MultiIndex.from_product(list(axes.values()), names=list(axes))
+    return pandas.DataFrame(dict(columns), index=index).reset_index()
