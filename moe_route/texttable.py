@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-__all__ = ["number", "table"]
+__all__ = ["number", "number_of", "table"]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -24,6 +24,11 @@ def number(value: object) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def number_of(count: int, noun: str) -> str:
+    """The count with its noun: "1 group", "2 groups"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _numeric(cell: object) -> bool:
