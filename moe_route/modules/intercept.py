@@ -20,7 +20,7 @@ class Change(Protocol):
         """Make the change."""
 
     def remove(self) -> None:
-        """Take the change back. May be called at any time: twice, or after an interrupt broke off `install` or `remove`.
+        """Take the change back. May be called at any time: twice, or after an interrupt in `install` or `remove`.
 
         What another tool has put in the place of the change stays.
         """
@@ -58,7 +58,7 @@ class ForwardPreHook:
 
 
 def _take_out(hook: Callable[..., Any], hooks: dict[int, Callable[..., Any]], flags: dict[int, bool]) -> None:
-    """Remove `hook` by identity: the handle that torch returns is lost where an interrupt breaks off the registration."""
+    """Remove `hook` by identity: the handle that torch returns is lost where an interrupt comes before it."""
     for number in [number for number, other in hooks.items() if other is hook]:
         flags.pop(number, None)  # first: the hook tells its number
         hooks.pop(number, None)

@@ -158,8 +158,10 @@ class WatchedForward:
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not self._entered:
             return None  # `_enter` was not reached: an earlier hook raised
-        mode = self._entered.pop()
+        mode = self._entered[-1]
+        if mode is not None:
+            mode.__exit__(None, None, None)
+        self._entered.pop()  # last, so that an interrupted one is dropped later
         if mode is None:
             return None
-        mode.__exit__(None, None, None)
         return None if output is None else self._see(module, args, output, mode)  # None: the forward raised

@@ -166,10 +166,10 @@ class Attachment:
         finally:
             self._undo()
 
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
+    def __deepcopy__(self, memo: dict[int, object]) -> NoReturn:
         raise TypeError(
-            "what holds the hooks of a model (a RoutedModel, a Recorder, an Attachment) cannot be copied or pickled. Copy "
-            "the model itself, which gives a model without hooks, and attach to the copy; statistics can be saved"
+            "a RoutedModel, Recorder or Attachment holds the hooks of one model and cannot be copied. Copy the model "
+            "itself, which gives a model without hooks, and attach to the copy"
         )
 
     def _own_changes(self) -> Iterator[Change]:
