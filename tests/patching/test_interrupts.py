@@ -49,7 +49,7 @@ MODELS = {
 
 
 def small(name: str) -> nn.Module:
-    return tiny_model(name, head=True, num_hidden_layers=1)
+    return tiny_model(name, head=True, num_hidden_layers=2 if name.startswith("ernie") else 1)
 
 
 def sampled(lines: int, each: int) -> range:
@@ -208,6 +208,8 @@ ENTERS_AND_EXITS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # interrupted before it was entered
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # interrupted in a __del__
 @pytest.mark.parametrize("where", ENTERS_AND_EXITS)
 def test_leaving_a_block_by_an_interrupt_lets_go(where: str) -> None:
     act, root = ENTERS_AND_EXITS[where]
