@@ -286,10 +286,13 @@ class Recorder:
 
     def __repr__(self) -> str:
         state = "off" if self._entered else "not entered yet"
-        state = state if not self._on else "paused" if self._paused else "on"
-        parts = [(self._calls, "call"), (len(self._groups), "group"), (len(self._model.routers), "layer")]
-        running = f", {number_of(self._running.count, 'sequence')} running" if self._running is not None else ""
-        return f"Recorder({', '.join([state, *(number_of(*part) for part in parts)])}{running})"
+        if self._on:
+            state = "paused" if self._paused else "on"
+        counts = [(self._calls, "call"), (len(self._groups), "group"), (len(self._model.routers), "layer")]
+        parts = [state, *(number_of(count, noun) for count, noun in counts)]
+        if self._running is not None:
+            parts.append(f"{number_of(self._running.count, 'sequence')} not ended yet")
+        return f"Recorder({', '.join(parts)})"
 
     # ---- what the owner of the attachment asks
 
@@ -492,8 +495,9 @@ class Recorder:
         if not finished or running.broken or not running.begun:
             self._abandoned += running.count
             logger.warning(
-                "%s broke off, not in the averages over sequences; their tokens were counted up to there",
+                "%s broke off, and %s left out of the averages; the tokens were counted up to there",
                 number_of(running.count, "sequence"),
+                "is" if running.count == 1 else "are",
             )
             return
         averages = self._pool.add(sums, running.segment_group)
@@ -569,7 +573,6 @@ class Recorder:
             "calls": self._calls,
             "captured_calls": self._captured,
             "abandoned_sequences": self._abandoned,
-            **({} if self._running is None else {"running_sequences": self._running.count}),
         }
 
 

@@ -20,7 +20,6 @@ from moe_route import files
 from moe_route.calls.call import PHASES, Phase
 from moe_route.contract.tables import FIXED_POINT, METRICS, SCALARS
 from moe_route.recording.metadata import config_hash_of, merge_metadata
-from moe_route.texttable import number_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -471,14 +470,15 @@ class RoutingStatistics:
     def __repr__(self) -> str:
         tokens = self.tokens().max(axis=1, initial=0)
         shown = [
-            f"{group} ({number_of(int(sequences), 'sequence')}, {number_of(int(count), 'token')})"
+            f"{group} ({int(sequences)} sequences, {int(count)} tokens)"
             for group, sequences, count in list(zip(self.groups, self.sequences(), tokens, strict=True))[:8]
         ]
         more = len(self.groups) - len(shown)
         experts = sorted(set(self.num_experts))
         lines = [
-            f"RoutingStatistics: {number_of(len(self.groups), 'group')} x {number_of(len(self.layers), 'layer')} x "
-            f"{'/'.join(map(str, experts))} experts, top-{'/'.join(map(str, sorted(set(self.top_k))))}",
+            f"RoutingStatistics: {len(self.groups)} groups x {len(self.layers)} layers x {'/'.join(map(str, experts))} "
+            "experts, "
+            f"top-{'/'.join(map(str, sorted(set(self.top_k))))}",
             f"  groups: {', '.join(shown)}{f' and {more} more' if more > 0 else ''}",
             f"  metrics: {', '.join(self.metrics)}{', entropy' if self.has_entropy else ''}",
         ]
@@ -487,10 +487,8 @@ class RoutingStatistics:
             lines.append(f"  model: {model.get('name') or model.get('class')}")
         if self.metadata.get("plans"):
             lines.append(f"  steered by: {', '.join(self.metadata['plans'])}")
-        if running := self.metadata.get("running_sequences"):
-            lines.append(f"  {number_of(running, 'sequence')} not ended yet: tokens are in, sequences are not")
         if self.store is not None:
-            lines.append(f"  store: {number_of(len(self.store), 'sequence')}")
+            lines.append(f"  store: {len(self.store)} sequences")
         return "\n".join(lines)
 
     # ---- inside
