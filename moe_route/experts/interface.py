@@ -31,7 +31,7 @@ class _Held:
 
     before: str | None
     forget: weakref.finalize[..., Any]
-    holders: set[ExpertsSwitch] = field(default_factory=set)
+    holders: weakref.WeakSet[ExpertsSwitch] = field(default_factory=weakref.WeakSet)
 
 
 NAME = "moe_route"
