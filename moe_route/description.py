@@ -13,6 +13,7 @@ from moe_route.experts.interface import experts_implementations
 from moe_route.identity import identity_of
 from moe_route.patching.attachment import attachment_of
 from moe_route.routers.discovery import find_routers
+from moe_route.texttable import Table
 
 __all__ = ["Description", "LayerDescription", "describe"]
 
@@ -51,25 +52,29 @@ class Description:
         return asdict(self)
 
     def __str__(self) -> str:
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
+
+    def _table(self) -> Table:
+        """A row for each run of layers that are alike; below, what is particular to some of them."""
         name = f" ({self.name})" if self.name else ""
         title = f"{self.model}{name}: {len(self.layers)} MoE layers, configuration {self.config_hash[:12]}"
-        rows = [("layers", "router", "experts", "top-k", "routing", "engine", "experts run by", "steerable", "why")]
+        head = ("layers", "router", "experts", "top-k", "routing", "engine", "experts run by", "steerable", "why")
+        rows = []
         notes: dict[str, list[str]] = {}  # of which layers
         for _, alike in groupby(self.layers, key=_kind_of_layer):
             layers = list(alike)
             first, last = layers[0], layers[-1]
             span = f"{first.layer}" if first is last else f"{first.layer}-{last.layer}"
             router = f"{first.router} ({first.role})" if first.role else first.router
-            shown = (span, router, str(first.experts), str(first.top_k), first.family)
-            rows.append(
-                (*shown, first.engine, first.experts_implementation, "yes" if first.steerable else "no", first.reason)
-            )
+            steerable = "yes" if first.steerable else "no"
+            routing = (first.family, first.engine, first.experts_implementation, steerable, first.reason)
+            rows.append((span, router, first.experts, first.top_k, *routing))
             for note in first.notes:
                 notes.setdefault(note, []).append(span)
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        said = [f"{_layers(spans)}: {note}" for note, spans in notes.items()]
-        return "\n".join([title, *table, *said])
+        return Table(head, rows, title, "\n".join(f"{_layers(spans)}: {note}" for note, spans in notes.items()))
 
 
 def _layers(spans: Sequence[str]) -> str:

@@ -14,14 +14,17 @@ sequences, the plan's tables say which steering row a (phase, group) takes.
 from __future__ import annotations
 
 import contextlib
+import os
+import warnings
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moe_route.blocks import Block
 from moe_route.calls.call import PHASES, Call, Phase
 from moe_route.calls.token_rows import broadcast_rows, columns, in_phases, rows_on_device
 from moe_route.calls.token_table import Labels
@@ -31,13 +34,10 @@ from moe_route.identity import identity_of, library_versions
 from moe_route.patching.attachment import Attachment
 from moe_route.patching.context import CallListener
 from moe_route.recording import LabelBlock, Recorder, RoutingStatistics
-from moe_route.recording.recorder import DEFAULT_GROUP, RecordOptions
+from moe_route.recording.recorder import DEFAULT_GROUP, DEFAULT_METRICS
 from moe_route.routers.discovery import RouterInfo
 from moe_route.steering import CompiledPlan, Plan
 from moe_route.steering.draw import token_counter
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = ["RoutedModel", "attach"]
 
@@ -51,6 +51,8 @@ def attach(
 ) -> RoutedModel:
     """Attach to a loaded model. Its outputs stay bit for bit what they were until something steers.
 
+    Where it fails or is interrupted, nothing of the model is changed.
+
     Args:
         engine: ``"hook"`` or ``"fused"``, see ``patching.Attachment``.
         experts_implementation: ``None`` keeps the model's own; ``"moe_route"`` runs its experts by this package's
@@ -58,9 +60,16 @@ def attach(
         verify: check every kind of router against its specification on random hidden states first.
 
     Raises ``ModelNotSupportedError`` for a model without routers that can be attached to, ``AlreadyAttachedError`` for
-    one that is attached; nothing is changed then.
+    one that is attached.
     """
-    return RoutedModel(Attachment(model, engine=engine, experts_implementation=experts_implementation, verify=verify))
+    attachment = None
+    try:
+        attachment = Attachment(model, engine=engine, experts_implementation=experts_implementation, verify=verify)
+        return RoutedModel(attachment)
+    except BaseException:
+        if attachment is not None:
+            attachment.detach()
+        raise
 
 
 class RoutedModel:
@@ -71,8 +80,9 @@ class RoutedModel:
         self.model = attachment.model
         self._recorder: Recorder | None = None  # the one that is on, or was last
         self._block: LabelBlock | None = None  # labels without a recording
-        self._plans: list[Plan] = []  # of the steer blocks that are on
+        self._plans: dict[object, Plan] = {}  # of the steer blocks that are on
         self._steering: _Steering | None = None
+        self._applied = True  # whether the attachment steers by them
         attachment.listener = _Listener(self)
 
     @property
@@ -83,7 +93,7 @@ class RoutedModel:
     @property
     def plan(self) -> Plan | None:
         """The plan that steers now (nested plans added up), or None."""
-        return _added(self._plans)
+        return _added(self._plans.values())
 
     @property
     def recorder(self) -> Recorder | None:
@@ -92,15 +102,54 @@ class RoutedModel:
 
     # ---- record
 
-    def record(self, groups: Sequence[str] | None = None, **options: Unpack[RecordOptions]) -> Recorder:
-        """A ``Recorder`` for this model, on inside its ``with`` block; ``options`` are the recorder's: ``sequences``,
-        ``trace``, ``metrics``, ``entropy``, ``phases``, ``progress``, ``trace_limit``, ``trace_weights``,
-        ``memory_bytes``.
+    def record(
+        self,
+        groups: Sequence[str] | None = None,
+        *,
+        sequences: bool | str | os.PathLike[str] = False,
+        trace: bool | Iterable[int] = False,
+        metrics: Sequence[str] = DEFAULT_METRICS,
+        entropy: bool = True,
+        phases: Sequence[Phase] = PHASES,
+        progress: bool = False,
+        trace_limit: int = 1_000_000,
+        trace_weights: Literal["float16", "float32"] = "float16",
+        memory_bytes: int = 256 << 20,
+    ) -> Recorder:
+        """A ``Recorder`` for this model, on inside its ``with`` block. It may be entered again to go on.
 
-        Entering it raises ``RuntimeError`` while another recording is on, or after ``detach``.
+        Args:
+            groups: the only names that labels may give, in this order; None takes names as they come ("all" where
+                there is none).
+            sequences: keep the averages of every sequence by (item, group): True (in memory, past ``memory_bytes`` in
+                a temporary folder) or the path of a folder.
+            trace: keep the experts and weights of every token: True, or 0-based layers.
+            metrics: some of ``ops.METRICS``.
+            entropy: whether to sum the entropy of the router's distribution.
+            phases: count only the tokens of these, "prefill" and "decode".
+            progress: show a bar of finished sequences.
+            trace_limit: most tokens that a trace takes.
+            trace_weights: dtype of a trace's weights.
+            memory_bytes: size of the sequences that are kept in memory.
+
+        Raises ``ValueError`` for names that do not exist, ``RuntimeError`` after ``detach``. Entering it raises
+        ``RuntimeError`` while another recording is on.
         """
         self._require_attached("record")
-        return _RoutedRecorder(self, groups=groups, metadata=self._metadata(), **options)
+        return _RoutedRecorder(
+            self,
+            groups=groups,
+            sequences=sequences,
+            trace=trace,
+            metrics=metrics,
+            entropy=entropy,
+            phases=phases,
+            progress=progress,
+            trace_limit=trace_limit,
+            trace_weights=trace_weights,
+            memory_bytes=memory_bytes,
+            metadata=self._metadata(),
+        )
 
     def statistics(self) -> RoutingStatistics:
         """``Recorder.statistics()`` of the recording that is on, or was last. Raises ``RuntimeError`` where there was
@@ -109,9 +158,7 @@ class RoutedModel:
             raise RuntimeError("nothing was recorded yet: `with routed.record() as rec:` and call the model inside")
         return self._recorder.statistics()
 
-    def labels(
-        self, groups: Any = None, items: Any = None, *, count_mask: Any = None
-    ) -> contextlib.AbstractContextManager[None]:
+    def labels(self, groups: Any = None, items: Any = None, *, count_mask: Any = None) -> Block[None]:
         """Say what the sequences of a batch are, as ``Recorder.labels`` does; without a recording only steering by
         group and replays by item use it, and groups are names."""
         self._require_attached("labels")
@@ -123,7 +170,8 @@ class RoutedModel:
                 "labels() without a recording needs groups, the names that the plan steers by, or items, those that it "
                 "replays"
             )
-        return self._labeled(LabelBlock.parse(DEFAULT_GROUP if groups is None else groups, items, count_mask, None))
+        block = LabelBlock.parse(DEFAULT_GROUP if groups is None else groups, items, count_mask, None)
+        return Block("labels(...)", self._labeled(block))
 
     @contextlib.contextmanager
     def _labeled(self, block: LabelBlock) -> Iterator[None]:
@@ -131,52 +179,80 @@ class RoutedModel:
             raise RuntimeError(
                 "labels() inside labels(): leave the first block first, a sequence has one set of labels"
             )
-        self._block = block
         try:
-            yield
+            try:
+                self._block = block
+                yield
+            finally:
+                self._block = None
         finally:
-            self._block = None
+            self._block = None  # again, where an interrupt broke off the first
 
     # ---- steer
 
-    @contextlib.contextmanager
-    def steer(self, plan: Plan) -> Iterator[RoutedModel]:
+    def steer(self, plan: Plan) -> Block[RoutedModel]:
         """Route by ``plan`` inside; plans of nested blocks add up. What is recorded meanwhile carries the plan's hash
         and counts the natural choice beside the steered one.
 
-        Raises ``steering.PlanError`` for a plan that was made for another model or names layers and experts that this
-        one lacks, ``ValueError`` for a router that cannot be steered, ``RuntimeError`` after ``detach``; the model is
-        then steered as before.
+        Entering it raises ``steering.PlanError`` for a plan that was made for another model or names layers and experts
+        that this one lacks, ``ValueError`` for a router that cannot be steered, ``RuntimeError`` after ``detach``; the
+        model is then steered as before.
         """
-        self._require_attached("steer")
         if not isinstance(plan, Plan):
             raise TypeError(f"steer takes a Plan, not {type(plan).__name__}: Plan.activate(experts), Plan.load(path)")
-        self._apply([*self._plans, plan])
-        try:
-            yield self
-        finally:  # blocks may end in any order
-            left = list(self._plans)
-            left.remove(plan)
-            self._apply(left)
+        return Block("routed.steer(plan)", self._steered(plan))
 
-    def _apply(self, plans: list[Plan]) -> None:
-        plan = _added(plans)
-        steering = _Steering(plan, self) if plan else None
-        self.attachment.set_steering(None if steering is None else steering.compiled.tables)
-        self._plans, self._steering = plans, steering
+    @contextlib.contextmanager
+    def _steered(self, plan: Plan) -> Iterator[RoutedModel]:
+        self._require_attached("steer")
+        block = object()  # blocks may end in any order
+        try:
+            try:
+                self._apply({**self._plans, block: plan})
+                yield self
+            finally:
+                self._end_steering(block)
+        finally:
+            self._end_steering(block)  # goes on where an interrupt broke off the first
+
+    def _end_steering(self, block: object) -> None:
+        if block in self._plans or not self._applied:
+            self._apply({other: plan for other, plan in self._plans.items() if other is not block})
+
+    def _apply(self, plans: Mapping[object, Plan]) -> None:
+        plan = _added(plans.values())
+        steering = None if plan is None else _Steering(plan, self)
+        tables = None if steering is None else steering.compiled.tables
+        self._applied = False
+        self.attachment.set_steering(tables)
+        self._plans, self._steering = dict(plans), steering
         if steering is not None and self._recording:
             assert self._recorder is not None
-            self._recorder.note_plan(steering.compiled.plan_hash)
+            self._recorder._note_plan(steering.compiled.plan_hash)
+        self._applied = True
 
     # ---- let go
 
     def detach(self) -> None:
-        """Take every hook away; the model is bit for bit what it was. Harmless twice. Raises ``RuntimeError`` inside
-        ``record`` or ``steer``."""
-        if self._recording or self._plans:
-            what = "record()" if self._recording else "steer()"
-            raise RuntimeError(f"detach() inside a {what} block: leave the block first")
-        self.attachment.detach()
+        """Take every hook away; the model is bit for bit what it was. Harmless twice, and after an interrupt.
+
+        A recording or a steering that is on ends here, as by an exception, with a ``RuntimeWarning``.
+        """
+        try:
+            self._end_blocks()
+        finally:
+            self.attachment.detach()
+
+    def _end_blocks(self) -> None:
+        on = [what for what, on in (("record()", self._recording), ("steer()", bool(self._plans))) if on]
+        if on:
+            warnings.warn(f"detach() inside {' and '.join(on)}: it ends here", RuntimeWarning, stacklevel=3)
+        try:
+            if self._recording and self._recorder is not None:
+                self._recorder._end(finished=False)
+        finally:
+            if self._plans or not self._applied:
+                self._apply({})
 
     def __enter__(self) -> RoutedModel:
         self._require_attached("use")
@@ -192,41 +268,31 @@ class RoutedModel:
 
     # ---- what the attachment asks
 
-    def labels_of(self, call: Call) -> Labels:
+    def _labels_of(self, call: Call) -> Labels:
         """Steering row, group and segment of the tokens of a call that is about to run."""
-        group, segment = self._recorder.rows(call) if self._recording and self._recorder else (-1, -1)
+        recorder = self._recorder if self._recording else None
+        group, segment = (-1, -1) if recorder is None else recorder._rows(call)
         if self._steering is None:
             return Labels(-1, group, segment)
-        recorded = self._recorder.block if self._recording and self._recorder else None
-        block = recorded or self._block
-        row = self._steering.rows(call, block)
-        return Labels(row, group, segment, self._steering.counter(call), self._steering.entries(call, block))
+        block = (None if recorder is None else recorder._block) or self._block
+        row, entries = self._steering.rows(call, block), self._steering.entries(call, block)
+        return Labels(row, group, segment, self._steering.counter(call), entries)
 
-    def after_call(self, call: Call) -> None:
+    def _after_call(self, call: Call) -> None:
         """The call went through."""
         if self._recording and self._recorder is not None:
-            self._recorder.after_call()
+            self._recorder._after_call()
 
-    def reject_drafts(self, count: int) -> None:
+    def _reject_drafts(self, count: int) -> None:
         """The last ``count`` drafted tokens of the latest call were rejected."""
         if self._recorder is not None:
-            self._recorder.reject_drafts(count)
+            self._recorder._reject_drafts(count)
 
     # ---- inside
 
     @property
     def _recording(self) -> bool:
         return self._recorder is not None and self._recorder.on
-
-    def _begin(self, recorder: Recorder) -> None:
-        self._require_attached("record")
-        if self._recording:
-            raise RuntimeError("a recording is on already: leave its block first, or give it more groups")
-        self._recorder = recorder
-
-    def _note_plan(self, recorder: Recorder) -> None:
-        if self._steering is not None:
-            recorder.note_plan(self._steering.compiled.plan_hash)
 
     def _require_attached(self, verb: str) -> None:
         if not self.attachment.attached:
@@ -241,8 +307,9 @@ class RoutedModel:
         }
 
 
-def _added(plans: list[Plan]) -> Plan | None:
-    return sum(plans[1:], plans[0]) or None if plans else None
+def _added(plans: Iterable[Plan]) -> Plan | None:
+    """The sum of plans; None where there is none, or where they cancel out."""
+    return sum(plans) or None
 
 
 class _Listener(CallListener):
@@ -250,9 +317,9 @@ class _Listener(CallListener):
     Python is no part of a graph."""
 
     def __init__(self, routed: RoutedModel) -> None:
-        self.labels_of = torch.compiler.disable(routed.labels_of)  # type: ignore[method-assign]
-        self.after_call = torch.compiler.disable(routed.after_call)  # type: ignore[method-assign]
-        self.reject_drafts = routed.reject_drafts  # type: ignore[method-assign]
+        self.labels_of = torch.compiler.disable(routed._labels_of)  # type: ignore[method-assign]
+        self.after_call = torch.compiler.disable(routed._after_call)  # type: ignore[method-assign]
+        self.reject_drafts = routed._reject_drafts  # type: ignore[method-assign]
 
 
 class _RoutedRecorder(Recorder):
@@ -262,14 +329,22 @@ class _RoutedRecorder(Recorder):
         super().__init__(routed.attachment, **options)
         self._routed = weakref.ref(routed)  # which knows this one: no cycle keeps a model alive
 
-    def __enter__(self) -> Recorder:
+    def _refuse_entry(self) -> None:
+        super()._refuse_entry()
         routed = self._routed()
         if routed is None:
             raise RuntimeError("cannot record: this model was detached; attach(model) again")
-        if not self.on:
-            routed._begin(self)
-            routed._note_plan(self)
-        return super().__enter__()
+        routed._require_attached("record")
+        if routed._recording:
+            raise RuntimeError("a recording is on already: leave its block first, or give it more groups")
+
+    def _begin(self) -> None:
+        routed = self._routed()
+        assert routed is not None  # it was asked
+        if routed._steering is not None:
+            self._note_plan(routed._steering.compiled.plan_hash)
+        super()._begin()
+        routed._recorder = self
 
 
 class _Steering:

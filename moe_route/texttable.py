@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["ShownAsTables", "Table", "number", "table"]
+__all__ = ["ShownAsTables", "Table", "number", "number_of", "table"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,11 @@ def number(value: object) -> str:
 def _right_columns(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[bool]:
     """Whether each column holds numbers, which are set to the right."""
     return [bool(rows) and all(_numeric(row[column]) for row in rows) for column in range(len(head))]
+
+
+def number_of(count: int, noun: str) -> str:
+    """The count with its noun: "1 group", "2 groups"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _numeric(cell: object) -> bool:

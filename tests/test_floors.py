@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("calls", "reference"),
     ("contract", "modules", "data", "identity"),
-    ("files", "devices", "texttable"),
+    ("blocks", "files", "devices", "texttable"),
     ("_C",),
 )
 HEIGHT = {name: len(FLOORS) - number for number, floor in enumerate(FLOORS) for name in floor}

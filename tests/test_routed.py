@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import gc
+import inspect
 import json
+import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -288,12 +295,8 @@ def test_one_attachment_and_one_recording_at_a_time(model: nn.Module, routed: mr
     assert rec.statistics().tokens()[0, 0] == 4
 
 
-def test_detach_waits_for_the_blocks_and_is_final(model: nn.Module) -> None:
+def test_detach_is_final(model: nn.Module) -> None:
     routed = mr.attach(model)
-    with routed.record(), pytest.raises(RuntimeError, match=r"inside a record\(\) block"):
-        routed.detach()
-    with routed.steer(ON), pytest.raises(RuntimeError, match=r"inside a steer\(\) block"):
-        routed.detach()
     late = routed.record()
     routed.detach()
     routed.detach()
@@ -347,3 +350,140 @@ def test_plans_may_end_in_any_order() -> None:
     second.__exit__(None, None, None)
     assert routed.plan is None
     routed.detach()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Blocks: entered, forgotten, copied.
+
+
+def test_a_forgotten_with_says_so(model: nn.Module, routed: mr.RoutedModel) -> None:
+    with pytest.warns(RuntimeWarning, match=r"labels\(\.\.\.\) was never entered.*write `with labels"):
+        routed.labels("x")
+    with pytest.warns(RuntimeWarning, match=r"routed\.steer\(plan\) was never entered"):
+        routed.steer(ON)
+    with pytest.warns(RuntimeWarning, match=r"routed\.record\(\.\.\.\) was never entered"):
+        routed.record()
+    with routed.record() as rec:
+        with pytest.warns(RuntimeWarning, match="labels"):
+            rec.labels("x")
+        with pytest.warns(RuntimeWarning, match="pause"):
+            rec.pause()
+        logits(model, tokens(1, 4))
+    assert rec.statistics().groups == ("all",)
+    late = routed.record()
+    logits(model, tokens(1, 4))
+    with pytest.raises(RecordingError, match=r"never entered; write `with routed\.record"):
+        late.statistics()
+    with pytest.warns(RuntimeWarning, match="never entered"):
+        del late
+
+
+def test_blocks_that_are_entered_are_quiet(model: nn.Module, routed: mr.RoutedModel, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with contextlib.ExitStack() as stack:
+            rec = stack.enter_context(routed.record(groups=["x"]))
+            stack.enter_context(routed.steer(ON))
+            stack.enter_context(rec.labels("x"))
+            logits(model, tokens(1, 4))
+        with rec, rec.pause(), pytest.raises(RecordingError, match="on already"), rec:
+            pytest.fail("the block was entered")
+        with pytest.raises(ValueError, match="metrics are some of"):
+            routed.record(metrics=["beauty"])
+        with pytest.raises(PlanError), routed.steer(mr.Plan.force_on({99: [3]})):
+            pytest.fail("the block was entered")
+        del rec
+        gc.collect()
+
+
+def test_the_options_of_record_are_in_its_signature(routed: mr.RoutedModel) -> None:
+    """They are those of Recorder, with its defaults, and nothing internal is in the way of completion."""
+    of_routed = dict(inspect.signature(mr.RoutedModel.record).parameters)
+    of_recorder = dict(inspect.signature(mr.Recorder.__init__).parameters)
+    del of_routed["self"], of_recorder["self"], of_recorder["model"], of_recorder["metadata"]
+    assert {name: (p.default, p.annotation) for name, p in of_routed.items()} == {
+        name: (p.default, p.annotation) for name, p in of_recorder.items()
+    }
+    with pytest.warns(RuntimeWarning):
+        shown = {name for name in dir(routed.record()) if not name.startswith("_")}
+    assert shown == {"groups", "labels", "on", "pause", "statistics", "trace"}
+    verbs = {"record", "steer", "labels", "statistics", "detach"}
+    assert {name for name in dir(routed) if not name.startswith("_")} == verbs | {
+        "attachment",
+        "model",
+        "plan",
+        "recorder",
+        "routers",
+    }
+
+
+def test_copies_are_of_models_not_of_what_is_attached(model: nn.Module, routed: mr.RoutedModel) -> None:
+    with routed.record() as rec:
+        for thing in (routed, rec, routed.attachment):
+            with pytest.raises(TypeError, match=r"cannot be copied\. Copy the model itself"):
+                copy.deepcopy(thing)
+        other = copy.deepcopy(model)
+        logits(other, tokens(1, 4))
+        logits(model, tokens(1, 4))
+    assert rec.statistics().tokens()[0, 0] == 4
+
+
+def test_a_recorder_says_what_it_is_doing(model: nn.Module, routed: mr.RoutedModel) -> None:
+    waiting = routed.record()
+    assert repr(waiting).startswith("Recorder(not entered yet, 0 calls, 0 groups, 3 layers")
+    with waiting as rec:
+        logits(model, tokens(1, 6))
+        assert repr(rec) == "Recorder(on, 1 call, 1 group, 3 layers, 1 sequence not ended yet)"
+        with rec.pause():
+            assert repr(rec).startswith("Recorder(paused, 1 call")
+    assert repr(rec) == "Recorder(off, 1 call, 1 group, 3 layers)"
+
+
+def test_threads_are_refused_with_the_reason_and_disturb_nobody(model: nn.Module, routed: mr.RoutedModel) -> None:
+    """The refused call neither ends the one that runs nor leaves tokens in the sums."""
+    refused: list[str] = []
+    went = 0
+    gate = threading.Barrier(4)
+
+    def call(seed: int) -> None:
+        nonlocal went
+        gate.wait()
+        for _ in range(6):
+            try:
+                logits(model, tokens(1, 5, seed))
+                went += 1
+            except RuntimeError as failure:
+                refused.append(str(failure))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with routed.record() as rec:
+            threads = [threading.Thread(target=call, args=(seed,)) for seed in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert refused
+    assert {text.split(":")[0] for text in refused} == {
+        "the model was called in one thread while another was running it (or was interrupted in it)"
+    }
+    assert rec.statistics().tokens()[0, 0] == 5 * went
+
+
+def test_detach_ends_what_is_on(model: nn.Module) -> None:
+    before = logits(model, tokens(1, 4))
+    routed = mr.attach(model)
+    with routed.record() as rec, routed.steer(ON):
+        with rec.labels("done"):
+            logits(model, tokens(1, 4))
+        with rec.labels("running"):
+            logits(model, tokens(1, 4))
+            with pytest.warns(RuntimeWarning, match=r"detach\(\) inside record\(\) and steer\(\): it ends here"):
+                routed.detach()
+            assert torch.equal(logits(model, tokens(1, 4)), before)
+    assert rec.statistics().sequences().tolist() == [1, 0]
+    assert rec.statistics().tokens()[:, 0].tolist() == [4, 4]
+    assert "detached" in repr(routed)

@@ -193,5 +193,8 @@ def setting(name: str, kwargs: Mapping[str, Any], *configs: Any) -> list[int]:
     """Ids as `generate` resolves them: its own argument, then the configuration it was given, then the model's."""
     found = [kwargs[name]] if name in kwargs else [getattr(config, name, None) for config in configs]
     value = next((value for value in found if value is not None), None)
-    value = value.tolist() if isinstance(value, Tensor) else value
-    return [] if value is None else [int(v) for v in value] if isinstance(value, (list, tuple)) else [int(value)]
+    if value is None:
+        return []
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    return [int(one) for one in value] if isinstance(value, (list, tuple)) else [int(value)]

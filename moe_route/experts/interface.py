@@ -11,7 +11,7 @@ import inspect
 import logging
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_route.experts.forward import DEFAULTS, UNKNOWN_FLAGS, experts_forward, obstacle
+from moe_route.modules.intercept import ReplacedAttribute
 from moe_route.routers.discovery import ModelNotSupportedError
 
 logger = logging.getLogger(__name__)
@@ -26,11 +27,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Held:
-    """A configuration that says "moe_route" now: what it said before, and how many attached models share it."""
+    """A configuration that says "moe_route" now: what it said before, and which switches share it."""
 
     before: str | None
     forget: weakref.finalize[..., Any]
-    holders: int = 0
+    holders: weakref.WeakSet[ExpertsSwitch] = field(default_factory=weakref.WeakSet)
 
 
 NAME = "moe_route"
@@ -77,13 +78,12 @@ def experts_implementations(block: nn.Module) -> tuple[str, ...]:
 
 
 class ExpertsSwitch:
-    """A model's experts run as "moe_route" from here to `restore`, which puts back what was set before.
-
-    Raises `ModelNotSupportedError` where a module cannot be run so, or where none goes through the experts interface;
-    nothing is changed then. FP8 experts keep the implementation they had.
+    """A model's experts run as "moe_route" from `install` to `remove`. FP8 experts keep the implementation they had.
 
     The setting lives in the model's configuration: models built on the same configuration object are switched together,
-    until the last of them is restored.
+    until the last of them is switched back.
+
+    Raises `ModelNotSupportedError` where a module cannot be run so, or where none goes through the experts interface.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -94,20 +94,23 @@ class ExpertsSwitch:
         for kind in _undecorated(model):
             said = "%s have a forward of their own and keep it: %r runs what goes through transformers' interface"
             logger.warning(said, kind, NAME)
-        self._delegating = [module for _, module in modules if _is_fp8(module)]
-        for module in self._delegating:
-            held = _held.get(id(module.config))
-            setattr(module, _BEFORE, held.before if held else getattr(module.config, _SETTING))
-        for config in self._configurations:
-            _hold(config)
+        self._names = [
+            ReplacedAttribute(module, _BEFORE, _before(module.config)) for _, module in modules if _is_fp8(module)
+        ]
 
-    def restore(self) -> None:
-        """Put back what was set before. Harmless twice."""
+    def install(self) -> None:
+        """Set "moe_route"."""
+        for name in self._names:
+            name.install()
         for config in self._configurations:
-            _let_go(config)
-        for module in self._delegating:
-            delattr(module, _BEFORE)
-        self._configurations, self._delegating = [], []
+            _hold(config, self)
+
+    def remove(self) -> None:
+        """Put back what was set before. What somebody else set meanwhile stays. Harmless twice."""
+        for config in self._configurations:
+            _let_go(config, self)
+        for name in self._names:
+            name.remove()
 
 
 def fp8_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -140,20 +143,30 @@ def _runs_as(module: Any) -> str:
     return _fp8_runs_as(module) if name == NAME and _is_fp8(module) else name
 
 
-def _hold(config: Any) -> None:
+def _before(config: Any) -> str | None:
+    """The implementation that was set before any switch."""
+    held = _held.get(id(config))
+    before: str | None = held.before if held else getattr(config, _SETTING)
+    return before
+
+
+def _hold(config: Any, switch: ExpertsSwitch) -> None:
     key = id(config)
     if key not in _held:
-        forget = weakref.finalize(config, _held.pop, key)  # for a model that goes without being restored
+        forget = weakref.finalize(config, _held.pop, key, None)  # for a model that goes without being switched back
         _held[key] = _Held(getattr(config, _SETTING), forget)
-    _held[key].holders += 1
+    _held[key].holders.add(switch)
     setattr(config, _SETTING, NAME)
 
 
-def _let_go(config: Any) -> None:
-    held = _held[id(config)]
-    held.holders -= 1
-    if held.holders == 0:
-        setattr(config, _SETTING, held.before)
+def _let_go(config: Any, switch: ExpertsSwitch) -> None:
+    held = _held.get(id(config))
+    if held is None:
+        return
+    held.holders.discard(switch)
+    if not held.holders:
+        if getattr(config, _SETTING) == NAME:
+            setattr(config, _SETTING, held.before)
         held.forget.detach()
         del _held[id(config)]
 

@@ -6,11 +6,16 @@ module is replaced, so this works together with offloading, checkpointing, quant
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+
+from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook
 
 _SCORES = frozenset(("softmax", "sigmoid", "topk", "max"))  # functions that take a router's logits
 _CHOICE = "one_hot"  # the function that takes a block's chosen ids
@@ -21,12 +26,26 @@ class NothingScoredError(RuntimeError):
 
 
 class Scored(TorchFunctionMode):
-    """Keeps what is scored first: router logits over `experts` experts."""
+    """Keeps what is scored first: router logits over `experts` experts.
+
+    `caller` is the frame that runs the watched forward, where there is one. An interrupt leaves the mode on torch's
+    stack; it sees nothing there, once that frame is gone.
+    """
 
     def __init__(self, experts: int) -> None:
         super().__init__()
         self.experts = experts
         self.seen: Tensor | None = None
+        self.caller: FrameType | None = None
+
+    def runs(self) -> bool:
+        """Whether the forward that is watched has not ended."""
+        if self.caller is None or torch.compiler.is_compiling():
+            return True
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame is not self.caller:
+            frame = frame.f_back
+        return frame is not None
 
     def logits(self) -> Tensor:
         """Router logits [T, E]. Raises `NothingScoredError`."""
@@ -44,7 +63,7 @@ class Scored(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.seen is None and func.__name__ in _SCORES:
             scored = args[0] if args else kwargs.get("input")
-            if isinstance(scored, Tensor) and scored.shape[-1:] == (self.experts,):
+            if isinstance(scored, Tensor) and scored.shape[-1:] == (self.experts,) and self.runs():
                 self.seen = scored.flatten(0, -2)
         return func(*args, **kwargs)
 
@@ -70,7 +89,7 @@ class Decided(Scored):
         kwargs = kwargs or {}
         if self.decided:
             return func(*args, **kwargs)
-        if func.__name__ == _CHOICE and args and self.weights is not None:
+        if func.__name__ == _CHOICE and args and self.weights is not None and self.runs():
             self.decided = True
             return func(self.decide(self.logits(), self.weights, args[0]), *args[1:], **kwargs)
         result = super().__torch_function__(func, types, args, kwargs)
@@ -83,7 +102,7 @@ class Decided(Scored):
 
 
 class WatchedForward:
-    """The forward of `module` runs under the mode that `make` gives (None: as it is), from here to `remove`.
+    """The forward of `module` runs under the mode that `make` gives (None: as it is), from `install` to `remove`.
 
     `see` has the module's arguments, its output and that mode afterwards; what else than None it returns is the output.
     """
@@ -94,41 +113,55 @@ class WatchedForward:
         make: Callable[[], Scored | None],
         see: Callable[[nn.Module, tuple[Any, ...], Any, Any], Any],
     ) -> None:
-        self._make, self._see = make, see
+        self._module, self._make, self._see = module, make, see
         self._entered: list[Scored | None] = []
-        self._handles = (
-            module.register_forward_pre_hook(self._enter),
-            module.register_forward_hook(self._leave, always_call=True),
+        self._hooks: tuple[Change, ...] = ()
+
+    def install(self) -> None:
+        """Put the watch on."""
+        self._hooks = (
+            ForwardPreHook(self._module, self._enter),
+            ForwardHook(self._module, self._leave, always_call=True),
         )
+        for hook in self._hooks:
+            hook.install()
 
     def remove(self) -> None:
         """Take the watch away."""
         self._drop_interrupted()
-        for handle in self._handles:
-            handle.remove()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = ()  # which hold this object
 
     def _drop_interrupted(self) -> None:
         """Take modes off the stack whose forward was interrupted: torch runs no hook after a KeyboardInterrupt."""
         if not self._entered:
             return
-        left, self._entered = [mode for mode in self._entered if mode is not None], []
-        stack = _get_current_function_mode_stack()
-        for _ in stack:
-            _pop_mode()
-        for mode in stack:
+        left, above = [mode for mode in self._entered if mode is not None], []
+        while any(mode is one for mode in _get_current_function_mode_stack() for one in left):
+            mode = _pop_mode()
             if not any(mode is one for one in left):
-                _push_mode(mode)
+                above.append(mode)
+        for mode in reversed(above):
+            _push_mode(mode)
+        self._entered = []
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._drop_interrupted()
         mode = self._make()
         self._entered.append(mode)
         if mode is not None:
+            if not torch.compiler.is_compiling():
+                mode.caller = sys._getframe(1)
             mode.__enter__()
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        mode = self._entered.pop()
+        if not self._entered:
+            return None  # `_enter` was not reached: an earlier hook raised
+        mode = self._entered[-1]
+        if mode is not None:
+            mode.__exit__(None, None, None)
+        self._entered.pop()  # last, so that an interrupted one is dropped later
         if mode is None:
             return None
-        mode.__exit__(None, None, None)
         return None if output is None else self._see(module, args, output, mode)  # None: the forward raised

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from moe_route.devices import finish
 from moe_route.experts.interface import ExpertsSwitch
 from moe_route.modules.attributes import at
 from moe_route.modules.compiled import drop_graphs
-from moe_route.modules.intercept import Removable
+from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook
 from moe_route.patching.context import CallListener, RunningCall
 from moe_route.patching.engine import ChoiceCallback, Engine, Steers
 from moe_route.patching.fused import FusedEngine
@@ -87,14 +87,14 @@ class Attachment:
         self._context = RunningCall(finished=partial(finished_tokens, model), on_capture=self._keep_for_graph)
         self._context.placeholders = placeholder_ids(model)
         self._engines = [ENGINES[router.engine](router, self._context) for router in self.routers]
-        self._handles: list[Removable] = []
-        self._experts = ExpertsSwitch(model) if experts_implementation == "moe_route" else None
-        self._install()
+        self._changes: list[Change] = []
+        experts = (ExpertsSwitch(model),) if experts_implementation == "moe_route" else ()
+        self._install((*experts, *self._own_changes()))
 
     @property
     def attached(self) -> bool:
         """Whether the hooks are in place."""
-        return bool(self._handles)
+        return bool(self._changes)
 
     @property
     def listener(self) -> CallListener:
@@ -159,30 +159,53 @@ class Attachment:
         self._context.deferred.count()
 
     def detach(self) -> None:
-        """Take every hook away and restore every class. The model is bit for bit what it was. Harmless twice."""
-        self.flush()
-        for handle in self._handles:
-            handle.remove()
-        if self._handles:
-            for engine in self._engines:
-                engine.remove()
-                _attached.pop(engine.router.module, None)
-        if self._experts is not None:
-            self._experts.restore()
-        self._handles = []
-        self._context.release()
+        """Take every hook away and restore every class. The model is bit for bit what it was, but for what other tools
+        have replaced since. Harmless twice, and after an interrupt."""
+        try:
+            self.flush()
+        finally:
+            self._undo()
 
-    def _install(self) -> None:
-        drop_graphs(self.model)
-        for module, reader in call_readers(self.model, self.routers):
-            enter = partial(_enter, self._context, reader)
-            self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            leave = partial(_leave, self._context)
-            self._handles.append(module.register_forward_hook(leave, always_call=True))
-        self._handles.extend(listen_to_generate(self.model, self._context))
+    def __deepcopy__(self, memo: dict[int, object]) -> NoReturn:
+        raise TypeError(
+            "a RoutedModel, Recorder or Attachment holds the hooks of one model and cannot be copied. Copy the model "
+            "itself, which gives a model without hooks, and attach to the copy"
+        )
+
+    def _own_changes(self) -> Iterator[Change]:
+        """All changes to the model but the switch of its experts, in the order in which they are made."""
         for engine in self._engines:
-            engine.install()
-            _attached[engine.router.module] = weakref.ref(self)
+            yield _Registered(engine.router.module, self)
+        for module, reader in call_readers(self.model, self.routers):
+            yield ForwardPreHook(module, partial(_enter, self._context, reader), with_kwargs=True)
+            yield ForwardHook(module, partial(_leave, self._context), always_call=True)
+        yield from listen_to_generate(self.model, self._context)
+        for engine in self._engines:
+            yield from engine.changes()
+
+    def _install(self, changes: Iterable[Change]) -> None:
+        """Make all changes, or none where one fails or an interrupt comes."""
+        try:
+            drop_graphs(self.model)
+            for change in changes:
+                self._changes.append(change)  # first, so that a change that breaks off is taken back too
+                change.install()
+        except BaseException:
+            self._undo()
+            raise
+
+    def _undo(self) -> None:
+        """Take all changes back, the last first."""
+        try:
+            self._take_back()
+        finally:
+            self._take_back()  # goes on where an interrupt broke off the first
+
+    def _take_back(self) -> None:
+        while self._changes:
+            self._changes[-1].remove()
+            self._changes.pop()
+        self._context.release()
 
     def _configure(self) -> None:
         nothing = [None] * len(self.routers)
@@ -224,6 +247,20 @@ class Attachment:
     def _keep_for_graph(self, labels: Labels) -> None:
         """A CUDA graph reads and writes these as long as it is replayed."""
         self._captured.append((labels, self._statistics, [engine.steering for engine in self._engines]))
+
+
+class _Registered:
+    """The entry of a router by which `attachment_of` finds its attachment."""
+
+    def __init__(self, module: nn.Module, attachment: Attachment) -> None:
+        self.module, self.attachment = module, weakref.ref(attachment)
+
+    def install(self) -> None:
+        _attached[self.module] = self.attachment
+
+    def remove(self) -> None:
+        if _attached.get(self.module) is self.attachment:
+            _attached.pop(self.module, None)
 
 
 def attachment_of(module: nn.Module) -> Attachment | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import NoReturn
 
@@ -74,6 +75,7 @@ class RunningCall:
         "_finished",
         "_key",
         "_labels",
+        "_lock",
         "_on_capture",
         "_patches",
         "_thread",
@@ -115,6 +117,7 @@ class RunningCall:
         self._cached: Tables = {}
         self._uniform = False
         self._thread = 0
+        self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, object]) -> RunningCall:
         """Of a copied model, whose hooks have nothing to do."""
@@ -149,15 +152,13 @@ class RunningCall:
             return
         _refuse_export()
         refuse_paged(kwargs)
-        if self.owner is not None:
-            self._refuse_other_threads()
-            if self.owner is not module:
-                return
-            self.forget_call()  # the last call was interrupted: torch runs no hook then
+        if not self._claim(module):
+            return
         generation = self.generation
         finished = self._finished if generation is None else tuple
         call = reader(args, kwargs, finished, self.lengths)
         if call is None:
+            self.owner = None
             return
         if generation is not None:
             call = generation.follow(module, call)
@@ -165,9 +166,20 @@ class RunningCall:
             call.continues = call.continues or self._ahead is generation
             self._ahead = None
         self.begin(call)
-        self.owner, self.reached, self._thread = module, False, _thread()
+        self.reached = False
         # a graph that is captured counts in itself, not after it
         self.small = self.num_tokens <= MOST_TOKENS and not capturing(call.device)
+
+    def _claim(self, module: nn.Module) -> bool:
+        """Make the call of `module` the one that runs; False inside another one of this thread."""
+        with nullcontext() if torch.compiler.is_compiling() else self._lock:
+            if self.owner is not None:
+                self._refuse_other_threads()
+                if self.owner is not module:
+                    return False
+                self.forget_call()  # the last call was interrupted: torch runs no hook then
+            self.owner, self._thread = module, _thread()
+            return True
 
     @property
     def generation(self) -> Generation | None:
@@ -200,13 +212,16 @@ class RunningCall:
             self.listener.reject_drafts(count)
 
     def _refuse_other_threads(self) -> None:
-        here = _thread()
-        if here != self._thread and 0 not in (here, self._thread):
+        if self._is_of_other_thread():
             raise RuntimeError(
                 "the model was called in one thread while another was running it (or was interrupted in it): an "
                 "attached model records and steers one call at a time. Use one thread, or a copy of the model for "
                 "each; after an interrupt, begin the recording or steering anew."
             )
+
+    def _is_of_other_thread(self) -> bool:
+        here = _thread()
+        return here != self._thread and 0 not in (here, self._thread)
 
     def begin(self, call: Call) -> None:
         """Ask for the labels of `call` and build its table."""
@@ -221,7 +236,7 @@ class RunningCall:
 
     def leave(self, module: nn.Module, output: object) -> None:
         """End the call that `module` began; an output of None means that it failed."""
-        if self.owner is not module:
+        if self.owner is not module or self._is_of_other_thread():  # whose own call was refused
             return
         call, table, small = self.call, self.table, self.small
         if output is None or call is None or table is None:

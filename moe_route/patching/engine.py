@@ -14,7 +14,7 @@ none) with weight 0, since the experts of transformers cannot take -1. It is cou
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -24,6 +24,7 @@ from moe_route import ops
 from moe_route.calls.token_table import on_device
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import StatisticsTables, SteeringTables
+from moe_route.modules.intercept import Change
 from moe_route.patching.context import RunningCall
 from moe_route.routers.discovery import RouterInfo
 
@@ -90,12 +91,8 @@ class Engine(ABC):
         self.adapter.may_leave_empty = steering is not None and not EMPTYING.isdisjoint(steering.tables)
 
     @abstractmethod
-    def install(self) -> None:
-        """Change the router."""
-
-    @abstractmethod
-    def remove(self) -> None:
-        """Undo `install`."""
+    def changes(self) -> Sequence[Change]:
+        """The changes to the model by which this engine sees the router, or takes its place."""
 
     def table(self, logits: Tensor) -> Tensor:
         """The token table for the rows of `logits`."""

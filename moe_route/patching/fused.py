@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, SupportsIndex
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from moe_route.modules.attributes import number
+from moe_route.modules.intercept import Change, ReplacedForward
 from moe_route.patching.context import recomputing
 from moe_route.patching.engine import Engine
 from moe_route.routers.family import gate_logits, weight_dtype
@@ -15,30 +16,13 @@ from moe_route.routers.family import gate_logits, weight_dtype
 class FusedEngine(Engine):
     """The router's forward as gate matrix and one `route` call."""
 
-    def install(self) -> None:
-        """Give the router a class of its own that routes through this engine."""
-        original = type(self.router.module)
+    def changes(self) -> Sequence[Change]:
+        """A forward of this engine in place of the router's."""
 
         def forward(module: nn.Module, hidden: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return self.forward(module, hidden, arguments)
 
-        def reduce(module: nn.Module, protocol: SupportsIndex) -> object:
-            reduced: Any = original.__reduce_ex__(module, protocol)
-            function, (_, *arguments), *rest = reduced
-            return function, (original, *arguments), *rest  # a copy is of the original class
-
-        names = {
-            "forward": forward,
-            "__reduce_ex__": reduce,
-            "__module__": original.__module__,
-            "__doc__": original.__doc__,
-        }
-        self._original = original
-        self.router.module.__class__ = type(original.__name__, (original,), names)
-
-    def remove(self) -> None:
-        """Give the router its own class back."""
-        self.router.module.__class__ = self._original
+        return (ReplacedForward(self.router.module, forward),)
 
     def forward(
         self, module: nn.Module, hidden: Tensor, arguments: tuple[Tensor, ...]

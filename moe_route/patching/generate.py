@@ -37,7 +37,7 @@ class Listener(Protocol):
 
 
 def listen_to_generate(model: nn.Module, listener: Listener) -> list[ReplacedMethod]:
-    """Let `listener` know of every `generate` of `model` and of the modules in it, until they are removed."""
+    """The changes by which `listener` knows of every `generate` of `model` and of the modules in it."""
     told = {
         "generate": _generate,
         "_get_stopping_criteria": _stopping_criteria,

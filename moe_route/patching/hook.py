@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from moe_route import ops
 from moe_route.contract.tables import StatisticsTables, SteeringTables
+from moe_route.modules.intercept import Change
 from moe_route.ops.observe_changed import observe_changed
 from moe_route.patching.context import RunningCall, recomputing
 from moe_route.patching.deferred import versions
@@ -40,14 +43,9 @@ class HookEngine(Engine):
         self.keeps_output = keeps_output
         self.configure(self.statistics, self.steering, self.on_choice)
 
-    def install(self) -> None:
-        """Register the hook."""
-        self._handles = self.adapter.install(self.hook)
-
-    def remove(self) -> None:
-        """Remove the hook."""
-        for handle in self._handles:
-            handle.remove()
+    def changes(self) -> Sequence[Change]:
+        """The hook, as the router's adapter puts it on."""
+        return self.adapter.changes(self.hook)
 
     def parts(self, output: Output) -> Decision:
         """Router logits [T, E], weights [T, k] and ids [T, k] of what the router returned."""

@@ -7,18 +7,21 @@ gate, the gate adds to int64 tables. Nothing is copied to the host before a labe
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, TypedDict
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from moe_route.blocks import Block, warn_never_entered
 from moe_route.calls.call import PHASES, Call, Phase
 from moe_route.calls.token_rows import as_table, in_phases
 from moe_route.contract.tables import METRICS, StatisticsTables
@@ -31,26 +34,13 @@ from moe_route.recording.statistics import RecordingError, RoutingStatistics
 from moe_route.recording.store import Item, SequenceStore
 from moe_route.recording.tables import RecordedRouter, TableSet
 from moe_route.recording.trace import Trace, TraceWriter
+from moe_route.texttable import number_of
 
-__all__ = ["DEFAULT_METRICS", "RecordOptions", "RecordedModel", "Recorder"]
+__all__ = ["DEFAULT_METRICS", "RecordedModel", "Recorder"]
 
 DEFAULT_METRICS = ("counts", "probability", "weight", "weight_share")
 DEFAULT_GROUP = "all"
 logger = logging.getLogger(__name__)
-
-
-class RecordOptions(TypedDict, total=False):
-    """Options of ``Recorder`` besides ``groups``; what they mean is said there."""
-
-    sequences: bool | str | os.PathLike[str]
-    trace: bool | Iterable[int]
-    metrics: Sequence[str]
-    entropy: bool
-    phases: Sequence[Phase]
-    progress: bool
-    trace_limit: int
-    trace_weights: Literal["float16", "float32"]
-    memory_bytes: int
 
 
 # Decode steps that wait to be counted together (`Attachment.set_statistics`).
@@ -83,10 +73,14 @@ class Recorder:
     """Counts what the routers of one attached model do, while its ``with`` block is on; it may be entered again to go
     on.
 
+    Where the program ends inside the block, the recording ends as if by an exception: finished sequences are kept.
+
     Groups are named by ``labels``; a sequence lasts from its first call to the end of its label block. Where a block
     says nothing per sequence (one name for all, or no block), every call without a past begins new sequences. Padding
     is never counted.
     """
+
+    _entered = True  # of an object that was not made
 
     def __init__(
         self,
@@ -137,6 +131,8 @@ class Recorder:
         self._on = self._paused = False
         self._progress = progress
         self._bar: tqdm = tqdm(disable=True)
+        self._process = os.getpid()  # that entered the block
+        self._entered = False
 
     def _new_store(self, sequences: bool | str | os.PathLike[str], memory_bytes: int) -> SequenceStore | None:
         if sequences is False or sequences is None:
@@ -149,24 +145,25 @@ class Recorder:
     # ---- the user's verbs
 
     def __enter__(self) -> Recorder:
-        if self._on:
-            raise RecordingError("this recorder is on already: one with block at a time")
-        self._connect()
-        self._on, self._open = True, False
-        self._bar = tqdm(unit=" sequences", desc="recording", disable=not self._progress)
-        return self
+        self._entered = True
+        self._refuse_entry()
+        try:
+            self._begin()
+            return self
+        except BaseException:
+            self._let_go()
+            raise
 
     def __exit__(self, *failure: object) -> None:
-        if not self._on:
-            return
-        try:
-            self._end_sequences(finished=failure[0] is None)
-            if self._store is not None:
-                self._store.close()
-        finally:
-            self._disconnect()
-            self._on, self._block = False, None
-            self._bar.close()
+        if self._on:
+            try:
+                self._end(finished=failure[0] is None)
+            finally:
+                self._end(finished=False)  # goes on where an interrupt broke off the first
+
+    def __del__(self) -> None:
+        if not self._entered:
+            warn_never_entered("routed.record(...)")
 
     @property
     def on(self) -> bool:
@@ -178,13 +175,7 @@ class Recorder:
         """Names of the groups so far."""
         return tuple(self._groups)
 
-    @property
-    def block(self) -> LabelBlock | None:
-        """Labels of the running block, if any."""
-        return self._block
-
-    @contextlib.contextmanager
-    def labels(self, groups: Any = None, items: Any = None, *, count_mask: Any = None) -> Iterator[None]:
+    def labels(self, groups: Any = None, items: Any = None, *, count_mask: Any = None) -> Block[None]:
         """Say what the sequences of a batch are, for all calls of the model inside: chunks of a prefill, the steps of
         ``generate``.
 
@@ -198,6 +189,10 @@ class Recorder:
         already, ``RecordingError`` outside the ``with`` block or inside another label block. A block left by an
         exception leaves its sequences out.
         """
+        return Block("labels(...)", self._labeled(groups, items, count_mask))
+
+    @contextlib.contextmanager
+    def _labeled(self, groups: Any, items: Any, count_mask: Any) -> Iterator[None]:
         if not self._on:
             raise RecordingError("labels() outside the recording: use it inside `with routed.record(...) as rec:`")
         if self._block is not None:
@@ -207,30 +202,45 @@ class Recorder:
         block = LabelBlock.parse(self._default_group() if groups is None else groups, items, count_mask, self._known)
         self._refuse_repeats(block)
         self._end_sequences()
-        self._block = block
+        finished = False
         try:
-            yield
-        except BaseException:
-            self._end_sequences(finished=False)
-            raise
-        finally:
             try:
-                self._end_sequences()
+                self._block = block
+                yield
+                finished = True
             finally:
-                self._block = None
+                self._end_labels(finished)
+        finally:
+            self._end_labels(False)  # goes on where an interrupt broke off the first
+
+    def _end_labels(self, finished: bool) -> None:
+        try:
+            self._end_sequences(finished=finished)
+        finally:
+            self._block = None
+
+    def pause(self) -> Block[None]:
+        """Count nothing inside; running sequences go on afterwards."""
+        return Block("pause()", self._pausing())
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Count nothing inside; running sequences go on afterwards."""
-        before, self._paused = self._paused, True
-        if self._on:
-            self._disconnect()
+    def _pausing(self) -> Iterator[None]:
+        before = self._paused
         try:
-            yield
+            try:
+                self._set_paused(True)
+                yield
+            finally:
+                self._set_paused(before)
         finally:
-            self._paused = before
-            if self._on and not self._paused:
-                self._connect()
+            self._set_paused(before)  # goes on where an interrupt broke off the first
+
+    def _set_paused(self, paused: bool) -> None:
+        self._paused = paused
+        if self._on and paused:
+            self._disconnect()
+        elif self._on:
+            self._connect()
 
     def add_metadata(self, entries: Mapping[str, Any]) -> None:
         """Keep more about the recording with its statistics; merged with what is there as that of two runs is."""
@@ -242,6 +252,11 @@ class Recorder:
 
         Raises ``RecordingError`` where nothing was counted although the model ran, or a conservation law is broken.
         """
+        if not self._entered:
+            raise RecordingError(
+                "nothing was recorded: this recording was never entered; write `with routed.record(...) as rec:` and "
+                "call the model inside"
+            )
         if not self._calls:
             raise RecordingError(
                 "nothing was recorded: the attached model was not called inside the recording; call that very object "
@@ -274,19 +289,25 @@ class Recorder:
         return self._trace.snapshot(self.groups)
 
     def __repr__(self) -> str:
-        state = "paused" if self._paused else "on" if self._on else "off"
-        return f"Recorder({state}, {self._calls} calls, {len(self._groups)} groups, {len(self._model.routers)} layers)"
+        state = "off" if self._entered else "not entered yet"
+        if self._on:
+            state = "paused" if self._paused else "on"
+        counts = [(self._calls, "call"), (len(self._groups), "group"), (len(self._model.routers), "layer")]
+        parts = [state, *(number_of(count, noun) for count, noun in counts)]
+        if self._running is not None:
+            parts.append(f"{number_of(self._running.count, 'sequence')} not ended yet")
+        return f"Recorder({', '.join(parts)})"
 
-    # ---- what the attachment asks
+    # ---- what the owner of the attachment asks
 
-    def rows(self, call: Call) -> tuple[int | Tensor, int | Tensor]:
+    def _rows(self, call: Call) -> tuple[int | Tensor, int | Tensor]:
         """Rows of the group and of the segment tables for the tokens of a call that is about to run; ``(-1, -1)``
         counts nothing."""
         if call.beside:
             return -1, -1
         if self._trace is not None:
             self._trace.drop_call()
-        self.reject_drafts()
+        self._reject_drafts()
         self._note_failure()
         first, end = self._columns(call)
         if not self._on or self._paused or first == end:
@@ -342,7 +363,7 @@ class Recorder:
         groups[0, -call.drafted :], segments[0, -call.drafted :] = held, -1
         return groups, segments
 
-    def reject_drafts(self, count: int | None = None) -> None:
+    def _reject_drafts(self, count: int | None = None) -> None:
         """The last ``count`` drafted tokens of the latest call were rejected, those before them are text; None: it is
         not known of any of them, so none is counted."""
         drafts, self._drafts = self._drafts, None
@@ -370,19 +391,53 @@ class Recorder:
         self._captured += 1
         self._tables.fixed = True
 
-    def after_call(self) -> None:
-        """The call that ``rows`` was asked for went through."""
+    def _after_call(self) -> None:
+        """The call that ``_rows`` was asked for went through."""
         self._open = False
         if self._trace is not None:
             self._trace.end_call()
 
-    def note_plan(self, plan_hash: str, *, steers: bool = True) -> None:
+    def _note_plan(self, plan_hash: str, *, steers: bool = True) -> None:
         """A plan steers what is recorded from now on: keep its hash, and count the natural choice too."""
         self._plans.add(plan_hash)
         if steers and self._counted().add_natural_counts() and self._on and not self._paused:
             self._connect()
 
     # ---- inside
+
+    def _refuse_entry(self) -> None:
+        """Raise where the block cannot be entered now."""
+        if self._on:
+            raise RecordingError("this recorder is on already: one with block at a time")
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
+        _on_now.add(self)
+        self._on, self._open = True, False
+        self._connect()
+        self._bar = tqdm(unit=" sequences", desc="recording", disable=not self._progress)
+
+    def _end(self, *, finished: bool) -> None:
+        """Fold what runs, and stop counting. Harmless twice."""
+        try:
+            self._end_sequences(finished=finished)
+            if self._store is not None:
+                self._store.close()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self._on, self._block = False, None
+        self._disconnect()
+        self._bar.close()
+        _on_now.discard(self)
+
+    def _end_with_program(self) -> None:
+        """End while the interpreter is whole: once it goes, counting on tensors aborts the process."""
+        if self._process == os.getpid():
+            self._end(finished=False)
+        else:  # a forked child: the recording, and the folder of its sequences, are its parent's
+            self._on, self._running, self._drafts = False, None, None
 
     def _counted(self) -> TableSet:
         """The tables, with every call that went through counted."""
@@ -434,16 +489,19 @@ class Recorder:
 
     def _end_sequences(self, *, finished: bool = True) -> None:
         """Fold the running sequences into the pool and the store, or leave them out where they broke off."""
-        self.reject_drafts()
+        self._reject_drafts()
         self._note_failure()
-        running, self._running = self._running, None
+        running = self._running
         if running is None:
             return
         sums = self._counted().take_segments(running.segments)
+        self._running = None  # only now: where an interrupt comes before, they are ended again
         if not finished or running.broken or not running.begun:
             self._abandoned += running.count
             logger.warning(
-                "%d sequences broke off and are left out; their tokens were counted up to there", running.count
+                "%s broke off, and %s left out of the averages; the tokens were counted up to there",
+                number_of(running.count, "sequence"),
+                "is" if running.count == 1 else "are",
             )
             return
         averages = self._pool.add(sums, running.segment_group)
@@ -520,6 +578,15 @@ class Recorder:
             "captured_calls": self._captured,
             "abandoned_sequences": self._abandoned,
         }
+
+
+_on_now: weakref.WeakSet[Recorder] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_recordings() -> None:
+    for recorder in list(_on_now):
+        recorder._end_with_program()
 
 
 def _check_names(given: Sequence[str], known: Sequence[str], what: str) -> None:

@@ -25,6 +25,7 @@ from moe_route.recording.store import SequenceStore
 
 if TYPE_CHECKING:
     import pandas as pd
+from moe_route.texttable import Table, number_of
 
 __all__ = [
     "SEQUENCE_KINDS",
@@ -460,36 +461,49 @@ class RoutingStatistics:
         )
 
     def __repr__(self) -> str:
-        tokens = self.tokens().max(axis=1, initial=0)
         shown = [
-            f"{group} ({_number(sequences, 'sequence')}, {_number(count, 'token')})"
-            for group, sequences, count in list(zip(self.groups, self.sequences(), tokens, strict=True))[:8]
+            f"{group} ({number_of(sequences, 'sequence')}, {number_of(tokens, 'token')})"
+            for group, sequences, tokens in self._sizes()[:8]
         ]
         more = len(self.groups) - len(shown)
+        groups = f"  groups: {', '.join(shown)}{f' and {more} more' if more > 0 else ''}"
+        title, *facts = self._facts()
+        return "\n".join([title, groups, *(f"  {fact}" for fact in facts)])
+
+    def _repr_html_(self) -> str:
+        title, *facts = self._facts()
+        return Table(("group", "sequences", "tokens"), self._sizes(), title, "\n".join(facts))._repr_html_()
+
+    def _sizes(self) -> list[tuple[str, int, int]]:
+        """Group, its sequences, and its tokens in the layer that counted most."""
+        tokens = self.tokens().max(axis=1, initial=0)
+        return list(zip(self.groups, self.sequences().tolist(), tokens.tolist(), strict=True))
+
+    def _facts(self) -> list[str]:
+        """What a reader wants to know, a line each, the size first."""
         experts = "/".join(map(str, sorted(set(self.num_experts))))
         chosen = "/".join(map(str, sorted(set(self.top_k))))
-        size = f"{_number(len(self.groups), 'group')} x {_number(len(self.layers), 'layer')} x {experts} experts"
+        size = f"{number_of(len(self.groups), 'group')} x {number_of(len(self.layers), 'layer')} x {experts} experts"
         lines = [
             f"RoutingStatistics: {size}, top-{chosen}",
-            f"  groups: {', '.join(shown)}{f' and {more} more' if more > 0 else ''}",
-            f"  metrics: {', '.join(self.metrics)}{', entropy' if self.has_entropy else ''}",
+            f"metrics: {', '.join(self.metrics)}{', entropy' if self.has_entropy else ''}",
         ]
         running = self.metadata.get("running_sequences")
         if running:
             lines.append(
-                f"  {_number(running, 'sequence')} still running: tokens so far are counted, the sequences are not"
+                f"{number_of(running, 'sequence')} still running: tokens so far are counted, the sequences are not"
             )
         model = self.metadata.get("model") or {}
         if model.get("name") or model.get("class"):
-            lines.append(f"  model: {model.get('name') or model.get('class')}")
+            lines.append(f"model: {model.get('name') or model.get('class')}")
         if self.metadata.get("plans"):
-            lines.append(f"  steered by: {', '.join(self.metadata['plans'])}")
+            lines.append(f"steered by: {', '.join(self.metadata['plans'])}")
         if self.metadata.get("cut_texts"):
             limits = "/".join(map(str, self.metadata["cut_to_tokens"]))
-            lines.append(f"  cut: {self.metadata['cut_texts']} texts to {limits} tokens")
+            lines.append(f"cut: {self.metadata['cut_texts']} texts to {limits} tokens")
         if self.store is not None:
-            lines.append(f"  store: {_number(len(self.store), 'sequence')}")
-        return "\n".join(lines)
+            lines.append(f"store: {number_of(len(self.store), 'sequence')}")
+        return lines
 
     # ---- inside
 
@@ -669,7 +683,3 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str
         names = header["sequences"]
         store = None if names is None else SequenceStore.of_file(header["layers"], header["num_experts"], names, blocks)
     return tensors, header, store
-
-
-def _number(count: int, what: str) -> str:
-    return f"{int(count)} {what}{'' if count == 1 else 's'}"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_route.modules.intercept import Removable
+from moe_route.modules.intercept import Change, ForwardHook
 from moe_route.modules.watch import Scored, WatchedForward
 from moe_route.routers.output import Decision, Output, OutputForm, as_scores
 
@@ -96,10 +96,10 @@ class Adapter:
         """What the installed transformers does wrong here."""
         return ()
 
-    def install(self, hook: OutputHook) -> Sequence[Removable]:
-        """Let `hook` see, and replace, every output of the router."""
+    def changes(self, hook: OutputHook) -> Sequence[Change]:
+        """The changes to the model by which `hook` sees, and may replace, every output of the router."""
         if not self.form.captured:
-            return (self.module.register_forward_hook(hook),)
+            return (ForwardHook(self.module, hook),)
         self.hook = hook
         return (WatchedForward(self.module, self._scored, self._see_scored),)
 

@@ -117,15 +117,17 @@ class Speaker:
 def test_a_replaced_method_ends_and_is_no_part_of_copies() -> None:
     one = Speaker()
     replaced = ReplacedMethod(one, "speak", lambda: "other")
+    replaced.install()
     assert one.speak() == "other"
     other = copy.deepcopy(one)
     assert other.speak() == "own"
     assert other.speak.__self__ is other
     with pytest.raises(RuntimeError, match="speak of Speaker was replaced already"):
-        ReplacedMethod(one, "speak", lambda: "third")
+        ReplacedMethod(one, "speak", lambda: "third").install()
     replaced.remove()
     assert vars(one) == {}
-    again = ReplacedMethod(other, "speak", lambda: "other")  # its own method lies on the instance
+    again = ReplacedMethod(other, "speak", lambda: "other")
+    again.install()  # its own method lies on the instance
     assert other.speak() == "other"
     again.remove()
     assert isinstance(other.speak, MethodType)

@@ -460,11 +460,15 @@ def test_an_interrupt_leaves_the_next_call_right(length: int) -> None:
         assert table.scalar("tokens")[2] == length
 
 
-def test_a_second_thread_is_refused() -> None:
+@pytest.mark.parametrize("length", [3, 80])
+@pytest.mark.parametrize("meanwhile", ["its labels are asked", "a layer runs"])
+def test_a_second_thread_is_refused_and_the_first_goes_on(meanwhile: str, length: int) -> None:
     model = tiny_model("qwen3_moe")
     attachment = Attachment(model)
-    attachment.set_statistics(zeros(attachment))
+    tables = zeros(attachment)
+    attachment.set_statistics(tables)
     failures: list[BaseException] = []
+    asked: list[Call] = []
 
     def call_too() -> None:
         try:
@@ -477,11 +481,19 @@ def test_a_second_thread_is_refused() -> None:
         thread.start()
         thread.join()
 
-    stop = model.layers[1].register_forward_pre_hook(elsewhere)
-    run(model, input_ids=tokens(1, 3))
-    stop.remove()
-    assert len(failures) == 1
-    assert "thread" in str(failures[0])
+    def labels_of(call: Call) -> Labels:
+        asked.append(call)
+        if meanwhile == "its labels are asked" and len(asked) == 1:
+            elsewhere()
+        return Labels(group=0)
+
+    attachment.listener.labels_of = labels_of
+    if meanwhile == "a layer runs":
+        model.layers[1].register_forward_pre_hook(elsewhere)
+    run(model, input_ids=tokens(1, length))
+    assert len(failures) == len(asked) == 1
+    assert "the model was called in one thread while another was running it" in str(failures[0])
+    assert [table.scalar("tokens").item() for table in tables] == [length] * 3
 
 
 def test_a_failed_small_call_is_forgotten() -> None:

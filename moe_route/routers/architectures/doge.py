@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moe_route import _C
 from moe_route.contract.spec import RouterSpec
-from moe_route.modules.intercept import Removable
+from moe_route.modules.intercept import Change, ForwardHook
 from moe_route.routers.adapter import Adapter, OutputHook
 from moe_route.routers.family import Family
 from moe_route.routers.output import Decision, Output
@@ -36,10 +36,10 @@ class Doge(Adapter):
         """What its own code says of itself."""
         yield "the halves of the gate's output are split across tokens: a token's experts depend on other tokens"
 
-    def install(self, hook: OutputHook) -> Sequence[Removable]:
-        """See the output of the gate."""
+    def changes(self, hook: OutputHook) -> Sequence[Change]:
+        """A hook that sees the output of the gate."""
         self.hook = hook
-        return (self.module.router_gate.register_forward_hook(self._see),)
+        return (ForwardHook(self.module.router_gate, self._see),)
 
     def _see(self, gate: nn.Module, args: tuple[object, ...], output: Tensor) -> None:
         if self.module.router_gate is not gate:

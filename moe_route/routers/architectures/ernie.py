@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from moe_route.contract.spec import RouterSpec
-from moe_route.modules.intercept import Removable
+from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook
 from moe_route.routers.adapter import Adapter, OutputHook, Place
 from moe_route.routers.family import Family
 
@@ -38,13 +38,13 @@ class Ernie(Adapter):
         """The vision router is given tokens of the call."""
         return not self._role and super().patches
 
-    def install(self, hook: OutputHook) -> Sequence[Removable]:
-        """See the mask of modalities too."""
-        above, listening = self.place.above, list(super().install(hook))
+    def changes(self, hook: OutputHook) -> Sequence[Change]:
+        """Hooks that see the mask of modalities too."""
+        above, changes = self.place.above, list(super().changes(hook))
         if self._role and above is not None:
-            listening.append(above.register_forward_pre_hook(self._enter, with_kwargs=True))
-            listening.append(above.register_forward_hook(self._leave, always_call=True))
-        return listening
+            changes.append(ForwardPreHook(above, self._enter, with_kwargs=True))
+            changes.append(ForwardHook(above, self._leave, always_call=True))
+        return changes
 
     def _enter(self, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         mask = args[1] if len(args) > 1 else kwargs.get(_MASK)

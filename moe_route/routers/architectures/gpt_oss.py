@@ -14,7 +14,7 @@ from torch import nn
 
 from moe_route.contract.spec import RouterSpec
 from moe_route.modules.attributes import forward_attribute
-from moe_route.modules.intercept import Removable, ReplacedAttribute, is_overridden
+from moe_route.modules.intercept import Change, ReplacedAttribute, is_overridden
 from moe_route.routers.adapter import Adapter, OutputHook
 from moe_route.routers.family import Family, Gate
 
@@ -54,15 +54,15 @@ class GptOss(Adapter):
                 "its class, equal up to the kernel's rounding"
             )
 
-    def install(self, hook: OutputHook) -> Sequence[Removable]:
-        """Lead the block through its router."""
-        handles: list[Removable] = [*super().install(hook)]
+    def changes(self, hook: OutputHook) -> Sequence[Change]:
+        """Changes that lead the block through its router too."""
+        changes = [*super().changes(hook)]
         if self._packed:
-            handles.append(ReplacedAttribute(self.block.experts, _FLAG, True))
+            changes.append(ReplacedAttribute(self.block.experts, _FLAG, True))
         if _is_kernelized(self.block):
             own = MethodType(type(self.block).forward, self.block)
-            handles.append(ReplacedAttribute(self.block, forward_attribute(self.block), own))
-        return handles
+            changes.append(ReplacedAttribute(self.block, forward_attribute(self.block), own))
+        return changes
 
 
 def _is_kernelized(block: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from moe_route.modules.intercept import Removable, ReplacedMethod
+from moe_route.modules.intercept import Change, ReplacedMethod
 from moe_route.modules.watch import Decided, WatchedForward
 from moe_route.routers.adapter import Adapter, OutputHook
 from moe_route.routers.output import Output, as_scores
@@ -28,8 +28,8 @@ class ByMethod(Adapter):
         """Whether it has the method."""
         return callable(getattr(type(module), METHOD, None))
 
-    def install(self, hook: OutputHook) -> Sequence[Removable]:
-        """Put a method of this object before the block's own."""
+    def changes(self, hook: OutputHook) -> Sequence[Change]:
+        """A method of this object in place of the block's own."""
         self.hook = hook
         return (ReplacedMethod(self.module, METHOD, self.route_tokens_to_experts),)
 
@@ -84,8 +84,8 @@ class InForward(Adapter):
         """The weights are changed where they are."""
         return False
 
-    def install(self, hook: OutputHook) -> Sequence[Removable]:
-        """Watch the block's forward."""
+    def changes(self, hook: OutputHook) -> Sequence[Change]:
+        """A watch over the block's forward."""
         self.hook = hook
         return (WatchedForward(self.module, self._watch, _seen),)
 
