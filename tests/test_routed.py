@@ -270,7 +270,7 @@ def test_describe_prints_and_is_json(model: nn.Module) -> None:
     found = mr.describe(model)
     text = str(found)
     assert "Qwen3MoeForCausalLM: 3 MoE layers" in text
-    assert "0-2     Qwen3MoeTopKRouter  8        2      softmax" in text
+    assert "0-2  Qwen3MoeTopKRouter        8      2  softmax  hook" in text
     content = json.loads(json.dumps(found.to_dict()))
     assert [layer["layer"] for layer in content["layers"]] == [0, 1, 2]
     assert content["layers"][0]["engine"] == "hook"
@@ -406,7 +406,7 @@ def test_the_options_of_record_are_in_its_signature(routed: mr.RoutedModel) -> N
     }
     with pytest.warns(RuntimeWarning):
         shown = {name for name in dir(routed.record()) if not name.startswith("_")}
-    assert shown == {"groups", "labels", "on", "pause", "statistics", "trace"}
+    assert shown == {"add_metadata", "groups", "labels", "on", "pause", "statistics", "trace"}
     verbs = {"record", "steer", "labels", "statistics", "detach"}
     assert {name for name in dir(routed) if not name.startswith("_")} == verbs | {
         "attachment",
