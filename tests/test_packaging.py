@@ -346,7 +346,8 @@ def test_an_nvcc_that_is_newer_than_the_cuda_of_torch_is_warned_of(tmp_path: Pat
 def test_a_module_with_cuda_kernels_beside_this_torch(tmp_path: Path) -> None:
     """The build that a CUDA user gets loads beside a CPU torch too, works there, and says why there is no device."""
     folder = os.environ.get("MOE_ROUTE_CUDA_BUILD_DIR", str(tmp_path / "cmake"))
-    build = {"MOE_ROUTE_CUDA": "ON", "MOE_ROUTE_BUILD_DIR": folder, "MAX_JOBS": "2"}
+    # two architectures of four: each takes ptxas minutes, and the others compile the same source
+    build = {"MOE_ROUTE_CUDA": "ON", "MOE_ROUTE_BUILD_DIR": folder, "MAX_JOBS": "2", "CUDAARCHS": "80-real;90"}
     site, program = tmp_path / "site", tmp_path / "check.py"
     done = subprocess.run(
         [sys.executable, "setup.py", "--quiet", "build", "--build-base", str(tmp_path), "--build-lib", str(site)],
@@ -362,7 +363,7 @@ def test_a_module_with_cuda_kernels_beside_this_torch(tmp_path: Path) -> None:
     )
     report = json.loads(python(str(program), PYTHONPATH=str(site)))
     assert report["build"]["cuda"]
-    assert report["build"]["cuda_architectures"][:2] == ["80-real", "90"]
+    assert report["build"]["cuda_architectures"] == ["80-real", "90"]
     assert all(check["ok"] for check in report["checks"])
     cuda = report["cuda"]
     assert cuda["runtime"] is not None

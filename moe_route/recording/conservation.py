@@ -6,22 +6,34 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from moe_route.calls.call import Phase
 from moe_route.contract.tables import FIXED_POINT, SCALARS
 from moe_route.texttable import table
-
-if TYPE_CHECKING:
-    from moe_route.calls.call import Phase
-    from moe_route.recording.statistics import RoutingStatistics
 
 __all__ = ["Conservation", "broken_law", "conservation"]
 
 _COUNTED = ("counts", "natural_counts")  # metrics that are plain integers, not fixed point
 _OVERFLOW_TOKENS = 1 << 27  # fewer tokens cannot bring terms up to 16 (entropies, weights) past 63 bits
 _SCORE_ROUNDING = 1e-6  # scores are float32: how far a token's normalized scores may add up beside 1
+
+
+class TokenSums(Protocol):
+    """Sums over tokens by group and layer; `RoutingStatistics` is one."""
+
+    groups: tuple[str, ...]
+    layers: tuple[str, ...]
+    num_experts: tuple[int, ...]
+    phases: tuple[Phase, ...]
+    metrics: tuple[str, ...]
+    tolerance: float
+
+    def token_sum(self, metric: str, phase: Phase | None = None) -> np.ndarray: ...
+    def tokens(self, phase: Phase | None = None) -> np.ndarray: ...
+    def scalar(self, name: str, phase: Phase | None = None) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +84,7 @@ class Conservation:
         return f"{title}\n{table(['layer', 'tokens', 'slots', 'found', 'largest gap', 'in group'], rows)}"
 
 
-def conservation(statistics: RoutingStatistics, phase: Phase | None) -> Conservation:
+def conservation(statistics: TokenSums, phase: Phase | None) -> Conservation:
     """The slots of ``statistics``, which hold counts."""
     found = statistics.token_sum("counts", phase).sum(-1) + statistics.scalar("empty", phase)
     return Conservation(
@@ -85,7 +97,7 @@ def conservation(statistics: RoutingStatistics, phase: Phase | None) -> Conserva
     )
 
 
-def broken_law(statistics: RoutingStatistics, arrays: Mapping[str, np.ndarray]) -> str | None:
+def broken_law(statistics: TokenSums, arrays: Mapping[str, np.ndarray]) -> str | None:
     """The first law that the sums break, and where; None where all hold. ``arrays``: all that they are made of."""
     broken = _negative(arrays)
     for phase in statistics.phases:
@@ -108,7 +120,7 @@ def _negative(arrays: Mapping[str, np.ndarray]) -> str | None:
     return None
 
 
-def _broken_in(statistics: RoutingStatistics, phase: Phase) -> str | None:
+def _broken_in(statistics: TokenSums, phase: Phase) -> str | None:
     tokens = statistics.tokens(phase)
     widest = max(statistics.num_experts, default=1)
     # units of one token: rounding to fixed point and float32, and what another recorder's arithmetic loses
