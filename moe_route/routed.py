@@ -231,7 +231,7 @@ class RoutedModel:
             self._recorder._note_plan(steering.compiled.plan_hash)
         self._applied = True
 
-    # ---- let go
+    # ---- detach
 
     def detach(self) -> None:
         """Take every hook away; the model is bit for bit what it was. Harmless twice, and after an interrupt.

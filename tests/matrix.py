@@ -3,7 +3,7 @@
 python tests/matrix.py [--folder build/matrix] [VERSION ...]
 
 Each version gets an environment of its own that reads torch and everything else from the one this runs in. Under the
-newest, all paths are walked, and docs/support.md is what was found; under the others the cheap ones. docs/versions.md
+newest, all paths are tested, and docs/support.md is what was found; under the others the cheap ones. docs/versions.md
 sums all of them up, with the day.
 """
 
@@ -43,7 +43,7 @@ moe-route works with transformers 4.57 and later, and sets no upper bound: route
 return, and what cannot be recognized is refused by name. This is what `make test-matrix` found: under each version, how
 many of the paths of [the support table](support.md) that there are for an architecture it passes (or is refused on by
 name). `refused`: attaching raises an error that names the reason, below; `-`: that version has no such model, or cannot
-run it. Paths that are costly to walk are walked under the newest version alone.
+run it. Costly paths are tested under the newest version alone.
 """
 
 
@@ -64,7 +64,7 @@ def environment(version: str, folder: File) -> File:
     return python
 
 
-def walk_in(version: str, folder: File) -> bool:
+def tested_in(version: str, folder: File) -> bool:
     """Whether every path was passed under one version. What was found is left in RESULTS, or in the support table."""
     python = environment(version, folder)
     settings = os.environ | {"PYTHONPATH": str(HERE.parent), "PYTHONWARNINGS": "ignore"}
@@ -84,7 +84,7 @@ def walk_in(version: str, folder: File) -> bool:
 
 
 def inside(out: File) -> None:
-    """Walk, and write what was found."""
+    """Run the paths, and write what was found."""
     import torch
     import transformers
 
@@ -92,12 +92,12 @@ def inside(out: File) -> None:
     transformers.logging.set_verbosity_error()
     from harness.whole_models import ROWS
     from paths.registry import all_paths
-    from support_table import walk
+    from support_table import run_paths
 
     began = time.monotonic()
     paths = [each for each in all_paths().values() if not each.missing and each.cost != "costly"]
     first: dict[str, str] = {name: entry(name) for name in ROWS}
-    cells, failures = walk(paths, [name for name, how in first.items() if how == "attached"])
+    cells, failures = run_paths(paths, [name for name, how in first.items() if how == "attached"])
     failures += [f"{name}, attaching" for name, how in first.items() if how == "failed"]
     found = {name: how if how != "attached" else _share(name, cells, failures) for name, how in first.items()}
     out.write_text(
@@ -209,7 +209,7 @@ def main() -> int:
         inside(options.inside)
         return 0
     options.folder.mkdir(parents=True, exist_ok=True)
-    passed = [walk_in(version, options.folder) for version in options.versions]
+    passed = [tested_in(version, options.folder) for version in options.versions]
     older = [json.loads(file.read_text()) for file in RESULTS.glob("transformers-*.json")]
     older.sort(key=lambda result: [int(part) for part in result["transformers"].split(".") if part.isdigit()])
     PAGE.write_text(page([*older, newest()]))

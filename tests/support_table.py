@@ -1,8 +1,8 @@
-"""docs/support.md: every architecture on every path, written by walking the paths and read by their tests.
+"""docs/support.md: every architecture on every path, written by running the paths and read by their tests.
 
 python tests/support_table.py [--check] [--paths NAME,...] [--only NAME,...]
 
-walks all paths whose packages are installed (costly ones too; most of an hour on two cores), keeps the committed
+runs all paths whose packages are installed (costly ones too; most of an hour on two cores), keeps the committed
 cells of the others, and writes the table. With --check it writes nothing and fails where the table differs.
 """
 
@@ -35,12 +35,12 @@ _HEAD = """\
 # What works on which model
 
 Each row is an architecture of transformers, as a tiny random model of its own configuration class; each column is a way
-in which models are run. The tests walk these paths and compare what they find with this page (`tests/paths`), and
+in which models are run. The tests run these paths and compare what they find with this page (`tests/paths`), and
 `python tests/support_table.py` writes it. What passing a path means is said above its table.
 
-Last walked on {day}, with transformers {transformers} and torch {torch}.
+Last tested on {day}, with transformers {transformers} and torch {torch}.
 
-Classes that take more than text are walked whole, with their towers: {whole}.
+Classes that take more than text are tested whole, with their towers: {whole}.
 
 `yes`: passed. `R` and a number: refused, by an error that names the reason. `-` and a number: there is no such path
 here, or the model fails on it without moe-route.
@@ -56,7 +56,7 @@ def head() -> dict[str, str]:
 def read_head(text: str) -> dict[str, str]:
     """The same, of a page that `render` wrote."""
     said = re.search(
-        r"walked on (?P<day>\S+), with transformers (?P<transformers>\S+) and torch (?P<torch>\S+)\.", text
+        r"tested on (?P<day>\S+), with transformers (?P<transformers>\S+) and torch (?P<torch>\S+)\.", text
     )
     assert said is not None, "the support table does not say when it was made"
     return said.groupdict()
@@ -114,7 +114,7 @@ def read_table(text: str) -> Cells:
     return cells
 
 
-def walk(
+def run_paths(
     paths: Iterable[Path], names: Iterable[str], keep: Callable[[Cells], None] = lambda found: None
 ) -> tuple[Cells, list[str]]:
     """What is found, and where a path failed; `keep` is given what was found so far after each architecture."""
@@ -154,7 +154,7 @@ def main() -> int:
         if not options.check:
             TABLE.write_text(render(kept | found, known.values(), ROWS))
 
-    found, failures = walk(chosen, names, write)
+    found, failures = run_paths(chosen, names, write)
     print("\n".join(failures), file=sys.stderr)  # noqa: T201
     if options.check:
         differing = [key for key, value in found.items() if committed.get(key) != value]

@@ -18,13 +18,11 @@ METRICS = ("counts", "probability", "weight", "weight_share", "natural_counts")
 """Metrics of a statistics table; the place of a name is its bit of ``StatPlane`` in gate.h."""
 SCALARS = ("tokens", "slots", "empty", "unscored", "entropy", "steered", "flipped", "moved")
 """Scalars at the head of every statistics row, in their order."""
-ENTROPY_BIT = 16
-"""Beside the bits of the planes: whether entropy is accumulated (``kEntropyBit`` in csrc/torch/operators.cpp)."""
 FIXED_POINT = 2.0**-32
 """Unit of the metrics probability, weight, weight_share and the scalars entropy (nats) and moved."""
 
 ENTROPY_BIT = 16
-"""Bit beside those of the metrics that says whether the scalar entropy is accumulated (`gate.h`)."""
+"""Bit beside those of the metrics that says whether entropy is accumulated (``kEntropyBit`` in operators.cpp)."""
 
 STEERING_PLANES = ("scale", "bias", "std", "magnitude", "score_bias", "weight_scale", "force")
 ROW_PARAMETERS = ("temperature", "top_k", "std_correction", "score_bias_weighs", "weight_scale_after")
