@@ -43,7 +43,7 @@ def _observe_changed(
     tables: Tensor | None,
     row_params: Tensor | None,
     remap: Tensor | None,
-    steering_metrics: int,
+    steering_planes: int,
     policy: int,
     numbers: list[float],
     metrics: int,
@@ -57,7 +57,7 @@ def _observe_changed(
         weights,
         RouterSpec.from_packed(policy, *numbers),
         natural_ids=natural_ids,
-        steering=SteeringTables.from_packed(tables, steering_metrics, row_params, remap, experts),
+        steering=SteeringTables.from_packed(tables, steering_planes, row_params, remap, experts),
         tokens=tokens,
         statistics=StatisticsTables.from_packed(groups, metrics, segments, experts),
     )

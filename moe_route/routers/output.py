@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -44,35 +43,27 @@ class OutputForm:
     float32_weights: bool = False
     fixed_slots: bool = False
 
-    @property
-    def probabilities(self) -> bool:
-        """Whether probabilities stand in the place of the logits."""
-        return "probabilities" in self.returns
+    probabilities: bool = field(init=False)  # probabilities stand in the place of the logits
+    dense: bool = field(init=False)  # the weights are scores over all experts
+    captured: bool = field(init=False)  # the router keeps its logits to itself
+    logits_at: int = field(init=False)  # index of the logits or probabilities; captured logits come last
+    weights_at: int = field(init=False)  # index of the weights or scores
+    ids_at: int = field(init=False)
 
-    @property
-    def dense(self) -> bool:
-        """Whether the weights are scores over all experts."""
-        return "scores" in self.returns
-
-    @cached_property
-    def captured(self) -> bool:
-        """Whether the router keeps its logits to itself."""
-        return not self.probabilities and "logits" not in self.returns
-
-    @cached_property
-    def logits_at(self) -> int:
-        """Index of the logits or probabilities; captured logits come last."""
-        return len(self.returns) if self.captured else self._first("logits", "probabilities")
-
-    @cached_property
-    def weights_at(self) -> int:
-        """Index of the weights or scores."""
-        return self._first("weights", "scores")
-
-    @cached_property
-    def ids_at(self) -> int:
-        """Index of the ids."""
-        return self._first("ids")
+    def __post_init__(self) -> None:
+        # plain attributes, which torch.compile reads in a hook
+        probabilities, dense = "probabilities" in self.returns, "scores" in self.returns
+        captured = not probabilities and "logits" not in self.returns
+        found = {
+            "probabilities": probabilities,
+            "dense": dense,
+            "captured": captured,
+            "logits_at": len(self.returns) if captured else self._first("logits", "probabilities"),
+            "weights_at": self._first("weights", "scores"),
+            "ids_at": self._first("ids"),
+        }
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
     def _first(self, *names: OutputPart) -> int:
         return next(self.returns.index(name) for name in names if name in self.returns)

@@ -228,7 +228,7 @@ def given_choices() -> dict[str, dict[str, Any]]:
         "natural choice": {"steering": steering_tables(), "choice": none},
         "natural choice with weights": {"steering": steering_tables(), "choice": none, "choice_weights": True},
         "given without steering": {"choice": none, "choice_weights": True},
-        "replay": {"steering": steering_tables(remap=remap), "choice": ids, "given": "replay"},
+        "replay": {"steering": steering_tables(remap=remap), "choice": ids, "choice_mode": "replay"},
     }
 
 
@@ -601,7 +601,7 @@ def calls_with_a_tensor_elsewhere() -> dict[str, Callable[[], Any]]:
         "correction_bias": lambda: ops.route(x, K, spec, correction_bias=claimed_cuda(zeros(E))),
         "expert_scale": lambda: ops.route_weights(x, ids, spec, expert_scale=claimed_cuda(zeros(E))),
         "steering": lambda: torch.ops.moe_route.route(
-            x, K, spec.policy, steering=claimed_cuda(zeros(1, 1, E)), steering_metrics=2
+            x, K, spec.policy, steering=claimed_cuda(zeros(1, 1, E)), steering_planes=2
         ),
         "group_statistics": lambda: ops.observe(x, ids, None, spec, statistics=tables),
         "choice ids": lambda: ops.route_weights(x, claimed_cuda(ids), spec),

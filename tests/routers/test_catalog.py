@@ -89,7 +89,7 @@ def test_decision_on_the_models_own_hidden_states(name: str) -> None:
 
 def test_own_router() -> None:
     spec = RouterSpec(score="sigmoid", renormalize="sum", scale=2.5)
-    model = nn.Sequential(TopKRouter(16, 8, 3, spec, correction_bias=True))
+    model = nn.Sequential(TopKRouter(hidden_size=16, num_experts=8, top_k=3, spec=spec, correction_bias=True))
     (router,) = find_routers(model)
     assert (router.num_experts, router.top_k, router.spec) == (8, 3, spec)
     assert check_router(router) == ""

@@ -116,7 +116,7 @@ def test_generating_with_an_encoder(name: str) -> None:
         with routed.record() as rec:
             model.generate(ids, **options)
         assert rec.statistics().sequences().tolist() == [2]  # not one for the encoder and one for the decoder
-        with routed.steer(mr.Plan.bias({layer: [0, 3] for layer in range(len(part))}, value=30.0)):
+        with routed.steer(mr.Plan.bias({layer: [0, 3] for layer in range(len(part))}, strength=30.0)):
             model.generate(ids, **options)
 
 
