@@ -81,7 +81,7 @@ class RoutedModel:
         self._recorder: Recorder | None = None  # the one that is on, or was last
         self._block: LabelBlock | None = None  # labels without a recording
         self._plans: dict[object, Plan] = {}  # of the steer blocks that are on
-        self._steering: _Steering | None = None
+        self._steering: _ActivePlan | None = None
         self._applied = True  # whether the attachment steers by them
         attachment.listener = _Listener(self)
 
@@ -221,7 +221,7 @@ class RoutedModel:
 
     def _apply(self, plans: Mapping[object, Plan]) -> None:
         plan = _added(plans.values())
-        steering = None if plan is None else _Steering(plan, self)
+        steering = None if plan is None else _ActivePlan(plan, self)
         tables = None if steering is None else steering.compiled.tables
         self._applied = False
         self.attachment.set_steering(tables)
@@ -347,7 +347,7 @@ class _RoutedRecorder(Recorder):
         routed._recorder = self
 
 
-class _Steering:
+class _ActivePlan:
     """A plan compiled for the live model, and the steering row of every token of a call."""
 
     def __init__(self, plan: Plan, routed: RoutedModel):

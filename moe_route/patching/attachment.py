@@ -22,7 +22,7 @@ from moe_route.modules.attributes import at
 from moe_route.modules.compiled import drop_graphs
 from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook
 from moe_route.patching.context import CallListener, RunningCall
-from moe_route.patching.engine import ChoiceCallback, Engine, Steers
+from moe_route.patching.engine import ChoiceCallback, Engine, LayerSteering
 from moe_route.patching.fused import FusedEngine
 from moe_route.patching.generate import listen_to_generate
 from moe_route.patching.hook import HookEngine
@@ -81,7 +81,7 @@ class Attachment:
         if verify:
             _check(self.routers)
         self._on_choice: ChoiceCallback | None = None
-        self._steering: list[Steers | None] | None = None
+        self._steering: list[LayerSteering | None] | None = None
         self._statistics: list[StatisticsTables] | None = None
         self._captured: list[object] = []
         self._context = RunningCall(finished=partial(finished_tokens, model), on_capture=self._keep_for_graph)
@@ -115,7 +115,7 @@ class Attachment:
         self._on_choice = callback
         self._configure()
 
-    def set_steering(self, tables: Sequence[Steers | None] | None) -> None:
+    def set_steering(self, tables: Sequence[LayerSteering | None] | None) -> None:
         """Steer with one table per router (None = leave that router alone), or with none at all.
 
         Tables that steer nothing count as None. Raises `ValueError` where number or shape does not fit the model.
@@ -234,7 +234,7 @@ class Attachment:
                     "detach(), and attach(model) again"
                 )
 
-    def _fits(self, what: str, tables: Sequence[Steers | StatisticsTables | None]) -> None:
+    def _fits(self, what: str, tables: Sequence[LayerSteering | StatisticsTables | None]) -> None:
         if len(tables) != len(self.routers):
             raise ValueError(f"{len(tables)} {what} for {len(self.routers)} routers; give one per router")
         for router, table in zip(self.routers, tables, strict=True):
@@ -344,7 +344,7 @@ def _check(routers: list[RouterInfo]) -> None:
     logger.debug("checked %d kinds of router of %d", len(seen), len(routers))
 
 
-def _fitted(tables: Steers | None, router: RouterInfo) -> Steers | None:
+def _fitted(tables: LayerSteering | None, router: RouterInfo) -> LayerSteering | None:
     """The steering for this very router. Raises `ValueError` where it cannot do it."""
     if tables is None or isinstance(tables, SteeringTables):
         return tables
@@ -361,5 +361,5 @@ def _fitted(tables: Steers | None, router: RouterInfo) -> Steers | None:
     return tables.fitted(router.name, router.spec)
 
 
-def _steers_nothing(tables: Steers) -> bool:
+def _steers_nothing(tables: LayerSteering) -> bool:
     return not tables.trained and tables.is_null

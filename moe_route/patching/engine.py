@@ -34,7 +34,7 @@ ChoiceCallback = Callable[[int, Tensor, Tensor], None]
 EMPTYING = frozenset(("force", "top_k", "remap"))  # steering tables that can leave a slot empty
 
 
-class SteersTokens(Protocol):
+class PerTokenSteering(Protocol):
     """Steering that looks at more than a token's row (`steering.TokenSteering`)."""
 
     trained: bool
@@ -49,13 +49,13 @@ class SteersTokens(Protocol):
     def device(self) -> torch.device: ...
     @property
     def tables(self) -> Mapping[str, object]: ...
-    def to(self, device: torch.device) -> SteersTokens: ...
-    def fitted(self, name: str, spec: RouterSpec) -> SteersTokens: ...
+    def to(self, device: torch.device) -> PerTokenSteering: ...
+    def fitted(self, name: str, spec: RouterSpec) -> PerTokenSteering: ...
     @property
     def route(self) -> Callable[..., tuple[Tensor, Tensor, tuple[Tensor, SteeringTables, Tensor]]]: ...
 
 
-Steers = SteeringTables | SteersTokens
+LayerSteering = SteeringTables | PerTokenSteering
 
 
 class Choice(NamedTuple):
@@ -75,12 +75,12 @@ class Engine(ABC):
         self.router, self.context = router, context
         self.spec, self.family, self.adapter, self.layer = router.spec, router.family, router.adapter, router.layer
         self.statistics: StatisticsTables | None = None
-        self.steering: Steers | None = None
+        self.steering: LayerSteering | None = None
         self.on_choice: ChoiceCallback | None = None
         self.cohort = -1  # engines with an equal one are counted together (`deferred`)
 
     def configure(
-        self, statistics: StatisticsTables | None, steering: Steers | None, on_choice: ChoiceCallback | None
+        self, statistics: StatisticsTables | None, steering: LayerSteering | None, on_choice: ChoiceCallback | None
     ) -> None:
         """Set what is counted into, what steers, and who is told."""
         self.statistics, self.steering, self.on_choice = statistics, steering, on_choice
@@ -123,7 +123,7 @@ class Engine(ABC):
         logits: Tensor,
         k: int,
         table: Tensor | None,
-        steering: Steers | None,
+        steering: LayerSteering | None,
         args: tuple[object, ...],
         statistics: StatisticsTables | None,
         own: tuple[Tensor, Tensor] | None = None,
@@ -168,7 +168,7 @@ class Engine(ABC):
         found = on_device(entries, device)
         return found if rows is None else found[rows.to(device)]
 
-    def steering_on(self, device: torch.device) -> Steers:
+    def steering_on(self, device: torch.device) -> LayerSteering:
         """What steers, on the router's device: moved there once; trained tables, with their gradient, in every call."""
         steering = self.steering
         assert steering is not None

@@ -13,7 +13,7 @@ from moe_route.modules.intercept import Change
 from moe_route.ops.observe_changed import observe_changed
 from moe_route.patching.context import RunningCall, recomputing
 from moe_route.patching.deferred import versions
-from moe_route.patching.engine import ChoiceCallback, Engine, Steers
+from moe_route.patching.engine import ChoiceCallback, Engine, LayerSteering
 from moe_route.routers.discovery import RouterInfo
 from moe_route.routers.output import Decision, Output
 
@@ -31,7 +31,7 @@ class HookEngine(Engine):
         self.defers = False
 
     def configure(
-        self, statistics: StatisticsTables | None, steering: Steers | None, on_choice: ChoiceCallback | None
+        self, statistics: StatisticsTables | None, steering: LayerSteering | None, on_choice: ChoiceCallback | None
     ) -> None:
         """Set what is counted into, what steers, and who is told."""
         super().configure(statistics, steering, on_choice)
@@ -85,7 +85,7 @@ class HookEngine(Engine):
         output: Output,
         decision: Decision,
         tokens: Tensor,
-        given: Steers,
+        given: LayerSteering,
         counted: bool,
     ) -> Output:
         adapter = self.adapter

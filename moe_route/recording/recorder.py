@@ -558,7 +558,7 @@ class Recorder:
         """``tokens``: counted by each layer, ``[L]``."""
         if self._countable_calls and not tokens.any():
             raise RecordingError(
-                f"{self._calls} calls of the model reached no router: something goes round them (a kernel, "
+                f"{self._calls} calls of the model reached no router: something bypasses them (a kernel, "
                 "torch.compile before attach, an inner model that was replaced); mr.describe(model) shows the "
                 "engines, attach() again after the last change to the model"
             )

@@ -12,7 +12,7 @@ from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.reference.dispatch import in_range
 from moe_route.reference.statistics import Choice, count
-from moe_route.reference.steering import INF, Steering, read_steering, read_tokens, steer
+from moe_route.reference.steering import INF, SteeredRows, read_steering, read_tokens, steer
 
 
 def _scored(z: Tensor, allowed: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def _order(value: Tensor, rank: Tensor) -> Tensor:
     return by_value.gather(1, torch.argsort(key, dim=1, descending=True, stable=True))
 
 
-def _selection_value(z: Tensor, spec: RouterSpec, correction_bias: Tensor | None, steering: Steering) -> Tensor:
+def _selection_value(z: Tensor, spec: RouterSpec, correction_bias: Tensor | None, steering: SteeredRows) -> Tensor:
     """What experts are compared by, NaN where the logit is NaN. Where it would be a rising function of the logit
     alone, it is the logit itself: scores that collide after rounding never decide."""
     allowed = ~steering.forbidden
@@ -105,7 +105,7 @@ def _selection_value(z: Tensor, spec: RouterSpec, correction_bias: Tensor | None
 
 
 def _select(
-    z: Tensor, k: int, spec: RouterSpec, correction_bias: Tensor | None, steering: Steering
+    z: Tensor, k: int, spec: RouterSpec, correction_bias: Tensor | None, steering: SteeredRows
 ) -> tuple[Tensor, Tensor]:
     """Ids int64 [T, k] (-1 = empty slot) and the number of slots int64 [T, 1] of each token."""
     rank = torch.full_like(steering.forbidden, 2, dtype=torch.int64)
@@ -118,7 +118,7 @@ def _select(
     return torch.where(filled, ids, -1), slots
 
 
-def _slots(ids: Tensor, steering: Steering) -> Tensor:
+def _slots(ids: Tensor, steering: SteeredRows) -> Tensor:
     """int64 [T, 1]: how many of the k slots each token fills."""
     slots = torch.full_like(ids[:, :1], ids.shape[1])
     if "top_k" not in steering.params:
@@ -144,14 +144,14 @@ def _renormalize(weights: Tensor, spec: RouterSpec) -> Tensor:
     return torch.where(divisor == 0, 0.0, weights / torch.where(divisor == 0, 1.0, divisor))
 
 
-def _cancels(spec: RouterSpec, steering: Steering) -> bool:
+def _cancels(spec: RouterSpec, steering: SteeredRows) -> bool:
     """Softmax, then renormalizing by the plain sum: the sum over all experts cancels, so it is never formed and
     cannot underflow. Not where a weighing score bias is added in between."""
     plain = spec.score == "softmax" and spec.renormalize == "sum" and spec.eps == 0
     return plain and not ("score_bias" in steering.planes and "score_bias_weighs" in steering.params)
 
 
-def _weighing_bias(steering: Steering, at: Tensor) -> Tensor | float:
+def _weighing_bias(steering: SteeredRows, at: Tensor) -> Tensor | float:
     """The score bias of the experts `at` [T, k], in rows where it changes the weight too."""
     if "score_bias" not in steering.planes or "score_bias_weighs" not in steering.params:
         return 0.0
@@ -159,7 +159,7 @@ def _weighing_bias(steering: Steering, at: Tensor) -> Tensor | float:
     return weighing.gather(1, at)
 
 
-def _weigh(z: Tensor, ids: Tensor, spec: RouterSpec, expert_scale: Tensor | None, steering: Steering) -> Tensor:
+def _weigh(z: Tensor, ids: Tensor, spec: RouterSpec, expert_scale: Tensor | None, steering: SteeredRows) -> Tensor:
     """Weights [T, k] of the chosen ids int64 [T, k] from the steered logits; 0 for empty slots."""
     allowed = ~steering.forbidden
     filled = ids >= 0
@@ -189,7 +189,7 @@ def _weigh(z: Tensor, ids: Tensor, spec: RouterSpec, expert_scale: Tensor | None
     return torch.where(filled, weights, 0.0)
 
 
-def _remap(ids: Tensor, weights: Tensor, steering: Steering) -> tuple[Tensor, Tensor]:
+def _remap(ids: Tensor, weights: Tensor, steering: SteeredRows) -> tuple[Tensor, Tensor]:
     """Experts renamed once weights are final; slots that meet on one expert merge into the first, weights added up,
     and the slots that become free are the row's last."""
     if steering.remap is None:

@@ -35,7 +35,7 @@ def read_tokens(tokens: Tensor | None, num_tokens: int, device: torch.device) ->
 
 
 @dataclass(frozen=True)
-class Steering:
+class SteeredRows:
     """The steering of each token: planes [T, E] (absent = neutral), row parameters [T, 1]."""
 
     steered: Tensor  # bool [T, 1]: has a steering row
@@ -50,13 +50,13 @@ class Steering:
         return self.planes.get("force")
 
 
-def read_steering(steering: SteeringTables | None, tokens: Tokens, logits: Tensor) -> Steering:
+def read_steering(steering: SteeringTables | None, tokens: Tokens, logits: Tensor) -> SteeredRows:
     """Gather each token's row; tokens without one get neutral values. Differentiable in the tables."""
     rows = 0 if steering is None else steering.rows
     steered = ((tokens.row >= 0) & (tokens.row < rows) & tokens.valid)[:, None]
     forbidden = torch.zeros_like(logits, dtype=torch.bool)
     if steering is None or rows == 0:
-        return Steering(steered, torch.zeros_like(steered), forbidden)
+        return SteeredRows(steered, torch.zeros_like(steered), forbidden)
     if steering.num_experts != logits.shape[1]:
         raise ValueError(f"steering has {steering.num_experts} experts, the logits have {logits.shape[1]}")
     tables, mask, row_params, remap = steering.packed
@@ -83,7 +83,7 @@ def read_steering(steering: SteeringTables | None, tokens: Tokens, logits: Tenso
         changed = changed | (params["temperature"] != NEUTRAL["temperature"])
     if remap is not None:
         changed = changed | (remap != identity).any(1, keepdim=True)
-    return Steering(steered, changed, forbidden, planes, params, remap)
+    return SteeredRows(steered, changed, forbidden, planes, params, remap)
 
 
 def _force_codes(values: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def _shrink(values: Tensor) -> Tensor:
     return torch.where(huge, values.new_full((), 2.0**factor), values.new_ones(()))
 
 
-def steer(logits: Tensor, steering: Steering) -> Tensor:
+def steer(logits: Tensor, steering: SteeredRows) -> Tensor:
     """z' = z * scale / temperature + bias + std * std(z) + magnitude * |z|, then the forced values. [T, E]"""
     allowed, planes, params = ~steering.forbidden, steering.planes, steering.params
     z = logits
