@@ -82,7 +82,7 @@ def as_table(rows: int | Tensor, call: Call) -> Tensor:
 
 
 def in_phases(before: int | Tensor, now: int | Tensor, call: Call) -> int | Tensor:
-    """Combine the rows of a call: ``before`` for its first ``prompt`` columns, which are prefill, ``now`` for the rest."""
+    """Combine rows of a call: ``before`` for its first ``prompt`` columns, which are prefill, ``now`` for the rest."""
     if isinstance(before, int) and isinstance(now, int) and before == now:
         return before
     prompt = torch.arange(call.length, device=call.device) < call.prompt
