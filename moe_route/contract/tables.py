@@ -19,7 +19,7 @@ METRICS = ("counts", "probability", "weight", "weight_share", "natural_counts")
 SCALARS = ("tokens", "slots", "empty", "unscored", "entropy", "steered", "flipped", "moved")
 """Scalars at the start of every statistics row, in order."""
 ENTROPY_BIT = 16
-"""Bit, beside those of the metrics, that turns on the sum of entropies (``kEntropyBit`` in gate.h)."""
+"""Bit, beside those of the metrics, that turns on the sum of entropies (``kEntropyBit`` in operators.cpp)."""
 FIXED_POINT = 2.0**-32
 """Unit of the metrics probability, weight, weight_share and the scalars entropy (nats) and moved."""
 
