@@ -257,9 +257,9 @@ class Plan:
                 (by default all layers of the model).
             items: an item for each of the B sequences of ids, by which they are matched.
 
-        Raises ``PlanError`` for invalid choices (a wrong shape, an expert twice for one token, a truncated trace). Compiling
-        raises it for layers or experts that the model lacks. A call inside ``steer`` raises it for a sequence that was
-        not recorded.
+        Raises ``PlanError`` for invalid choices (a wrong shape, an expert twice for one token, a truncated trace).
+        Compiling raises it for layers or experts that the model lacks. A call inside ``steer`` raises it for a sequence
+        that was not recorded.
         """
         if isinstance(recorded, Mapping):
             raise PlanError("a mapping from layer to experts is one choice for all tokens: use Plan.fix_choice")
