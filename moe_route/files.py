@@ -260,7 +260,7 @@ def _explained(target: Path, advice: Mapping[int, str]) -> Iterator[None]:
 def _temporary_prefix(target: Path) -> str:
     """Prefix of the names of all temporary files for ``target``; short for any name.
 
-    It contains the host's name. Hosts that share a folder may not see each other's locks, so each deletes only its own
+    It depends on the host: hosts that share a folder may not see each other's locks, so each deletes only its own
     temporary files.
     """
     owner = f"{socket.gethostname()}\0{target.name}".encode(errors="surrogateescape")

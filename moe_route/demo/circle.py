@@ -241,8 +241,8 @@ def plans(experts: ExpertSelection, middle: Sequence[int], layers: int) -> dict[
     """The plans to measure, the published one first.
 
     They are soft activation of task experts in the middle layers (the published plan), a stronger one, and the
-    controls, except random experts (:func:`random_plans`).
-    expert.
+    controls, except random experts (:func:`random_plans`). Empty if the middle layers have no task expert. The control
+    in the other layers is omitted if those have no task expert.
     """
     if not experts.restrict(middle):
         return {}
