@@ -297,7 +297,7 @@ def _dtype(name: str | torch.dtype) -> Any:
     """The dtype with this name; "auto" is kept."""
     found = getattr(torch, name, None) if isinstance(name, str) and name != "auto" else name
     if found != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise ValueError(f"{name!r} is no dtype for weights: use auto, float32, bfloat16 or float16")
+        raise ValueError(f"{name!r} is not a dtype for weights: use auto, float32, bfloat16 or float16")
     return found
 
 
@@ -319,12 +319,12 @@ def _from_pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **local), tokenizer
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        mend = (
+        fix = (
             "give a folder with a checkpoint, or a name on the hub"
             if what == "model"
             else "save the checkpoint's tokenizer beside its weights (tokenizer.save_pretrained)"
         )
-        raise ModelNotFoundError(f"no {what} can be loaded from {name!r} ({reason}): {mend}") from error
+        raise ModelNotFoundError(f"no {what} can be loaded from {name!r} ({reason}): {fix}") from error
 
 
 def _hub_answers(name: str) -> bool:

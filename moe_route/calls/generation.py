@@ -125,8 +125,8 @@ class Generation:
         """
         if call.batch == 1:
             return
-        told = self._chose and not self._beams
-        ended = self._ended if told else self._fed_their_end(latest)
+        reported = self._chose and not self._beams
+        ended = self._ended if reported else self._fed_their_end(latest)
         if ended is not None and call.batch % len(ended) == 0:
             running = ~ended.repeat_interleave(call.batch // len(ended))[:, None].expand(-1, call.length)
             call.valid = running if call.valid is None else call.valid & running

@@ -117,7 +117,7 @@ def layers(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         ends = [int(end) for end in part.split("-") if end.strip().isdecimal()]
         if len(ends) != part.count("-") + 1 or len(ends) > 2:
-            raise argparse.ArgumentTypeError(f"{text!r} is no list of layers: write them as 2-5 or 0,3,8-11")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers: write them as 2-5 or 0,3,8-11")
         if ends[0] > ends[-1]:
             raise argparse.ArgumentTypeError(f"{part.strip()!r} runs backwards: write {ends[-1]}-{ends[0]}")
         found.update(range(ends[0], ends[-1] + 1))

@@ -104,5 +104,5 @@ def _losses(options: argparse.Namespace, spoken: Any, routed: Any, plan: Any, wo
         )
         for r in rows
     ]
-    text = f"Loss in nats a token, without and with the plan\n{table(head, shown_rows)}"
+    text = f"Loss in nats per token, without and with the plan\n{table(head, shown_rows)}"
     return Answer({"plan": plan.hash, "unit": "nats per token", "languages": rows}, text)

@@ -120,7 +120,7 @@ def _unfit(weight: object) -> str | None:
     if not isinstance(weight, Tensor):
         return f"a {type(weight).__name__}, no tensor"
     if type(weight) not in (nn.Parameter, Tensor):
-        return f"a {type(weight).__name__} (sharded or quantized), no plain tensor"
+        return f"a {type(weight).__name__} (sharded or quantized), not a plain tensor"
     if weight.dtype not in FLOATS:
         return f"{weight.dtype} (packed or quantized)"
     if weight.dim() != 3:

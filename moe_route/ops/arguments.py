@@ -24,7 +24,7 @@ FAILURES = (AttributeError, RuntimeError, TypeError)
 class _Kind(NamedTuple):
     fits: Callable[[Any], bool]
     name: str
-    mend: str
+    fix: str
 
 
 def _whole(value: Any) -> bool:
@@ -86,8 +86,8 @@ def refuse_types(optional: Sequence[str] = (), *, layers: bool = False, **argume
         if kind.fits(value) or (value is None and name in optional):
             continue
         score = value if isinstance(value, str) and value in SCORES else "softmax"
-        mend = kind.mend.format(name=name, score=score)
-        raise TypeError(f"{name} must be {kind.name}, not {_name_of(type(value))}: {mend}") from None
+        fix = kind.fix.format(name=name, score=score)
+        raise TypeError(f"{name} must be {kind.name}, not {_name_of(type(value))}: {fix}") from None
 
 
 def _name_of(kind: type) -> str:

@@ -38,7 +38,7 @@ class Listener(Protocol):
 
 def listen_to_generate(model: nn.Module, listener: Listener) -> list[ReplacedMethod]:
     """Changes that report every `generate` of `model`, and of the modules in it, to `listener`."""
-    told = {
+    replacements = {
         "generate": _generate,
         "_get_stopping_criteria": _stopping_criteria,
         "_get_logits_processor": _logits_processor,
@@ -49,7 +49,7 @@ def listen_to_generate(model: nn.Module, listener: Listener) -> list[ReplacedMet
         ReplacedMethod(module, name, partial(function, module, listener))
         for module in model.modules()
         if callable(getattr(type(module), "generate", None))
-        for name, function in told.items()
+        for name, function in replacements.items()
         if callable(getattr(type(module), name, None)) and not is_overridden(module, name)
     ]
 
@@ -79,7 +79,7 @@ def _generate(module: Any, listener: Listener, *args: Any, **kwargs: Any) -> Any
     if not listener.idle and drafts and not callable(getattr(type(module), "_get_candidate_generator", None)):
         raise RuntimeError(
             f"{type(module).__name__} makes its drafts in a way that this version of moe-route does not know: which of "
-            "them become text cannot be told. Generate without an assistant and without prompt lookup"
+            "them become text is unknown. Generate without an assistant and without prompt lookup"
         )
     if not listener.idle and hasattr(module, "_compile_functions"):
         kwargs["disable_compile"] = True  # a compiled half of a diffusion is one graph, without labels

@@ -87,7 +87,7 @@ class Adapter:
         """Peculiarities of this one router, in addition to those of its family."""
         if self.patches:
             yield (
-                "routes patches of images, which are no tokens of the call: each has the labels of the token that it "
+                "routes patches of images, which are not tokens of the call: each has the labels of the token that it "
                 "becomes part of; where the ids do not say which, labels that differ within the call leave patches "
                 "uncounted and unsteered; they are never traced"
             )

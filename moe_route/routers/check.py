@@ -65,8 +65,8 @@ def _probed(router: RouterInfo, hidden: Tensor, arguments: tuple[Tensor, ...]) -
 
 def _read(router: RouterInfo, args: tuple[object, ...], output: object) -> Decision:
     """Read the decision from a router's output; raises `ModelNotSupportedError` where the output has another form."""
-    kind, mend = type(router.module).__name__, f"Install {TESTED}, or a version whose routers return the same."
-    wrong = ModelNotSupportedError(f"{kind} at {router.name!r} does not return what its family says. {mend}")
+    kind, fix = type(router.module).__name__, f"Install {TESTED}, or a version whose routers return the same."
+    wrong = ModelNotSupportedError(f"{kind} at {router.name!r} does not return what its family says. {fix}")
     if not isinstance(output, tuple):
         raise wrong
     try:
@@ -80,7 +80,7 @@ def _read(router: RouterInfo, args: tuple[object, ...], output: object) -> Decis
     expected = ((PROBES, router.num_experts), (PROBES, router.top_k), (PROBES, router.top_k))
     if shapes != expected or ids.is_floating_point() or not weights.is_floating_point():
         raise ModelNotSupportedError(
-            f"{kind} at {router.name!r} returns shapes {shapes} (ids {ids.dtype}), not {expected}. {mend}"
+            f"{kind} at {router.name!r} returns shapes {shapes} (ids {ids.dtype}), not {expected}. {fix}"
         )
     return decision
 

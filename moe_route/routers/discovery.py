@@ -176,7 +176,7 @@ def _unknown_families(model: nn.Module, modules: dict[str, nn.Module], known: di
         if isinstance(family, str):
             raise ModelNotSupportedError(
                 f"{type(model).__name__}: {type(block).__name__} at {name!r} owns experts, but its gate "
-                f"{type(gate).__name__} is no known router, and {family}. {len(strangers)} such module(s). Use the "
+                f"{type(gate).__name__} is not a known router, and {family}. {len(strangers)} such module(s). Use the "
                 "model class of transformers 5 (transformers 4 and remote code decide in another form)."
             )
         found[f"{name}.{of_gate}" if name else of_gate] = family

@@ -231,7 +231,7 @@ def _checked_ids(ids: np.ndarray) -> np.ndarray:
         )
     if ids.min() < -1 or ids.max() > np.iinfo(np.int16).max:
         wrong = int(ids.min() if ids.min() < -1 else ids.max())
-        raise PlanError(f"{wrong} is no expert: ids count from 0, and -1 is a slot without one")
+        raise PlanError(f"{wrong} is not an expert: ids count from 0, and -1 is a slot without one")
     kept = ids.astype(np.int16, order="C")
     kept[kept[:, :, 0] < 0] = -1
     sorted_ids = np.sort(kept, axis=2)
@@ -240,7 +240,7 @@ def _checked_ids(ids: np.ndarray) -> np.ndarray:
         token, layer, slot = np.argwhere(twice)[0]
         raise PlanError(
             f"expert {sorted_ids[token, layer, slot + 1]} is in two slots of token {token}, in layer {layer} of the "
-            "ids: a token is sent to an expert once"
+            "ids: a token can choose an expert only once"
         )
     kept.flags.writeable = False
     return kept

@@ -45,7 +45,7 @@ OPERATIONS = {
     "force_on": Operation("", ("paper", "steermoe", "natural"), "chosen first, weight as {mode}"),
     "force_off": Operation("", ("paper", "steermoe", "natural"), "chosen last, weight as {mode}"),
     "forbid": Operation("", ("",), "never chosen"),
-    "top_k": Operation("", ("",), "{x} experts a token"),
+    "top_k": Operation("", ("",), "{x} experts per token"),
     "remap": Operation("", ("",), "chosen expert replaced"),
     "replace_scores": Operation("", ("",), "router scores replaced by {x}"),
     "reserve_slot": Operation("", ("",), "takes the last slot where not chosen"),
