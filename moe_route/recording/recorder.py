@@ -74,9 +74,9 @@ class _Drafts(NamedTuple):
 class Recorder:
     """Counts the routing of one attached model inside its ``with`` block. It can be re-entered to continue recording.
 
-    ``labels`` names the groups. A sequence lasts from its first call to the end of its label block. If a block labels
-    no single sequences (one name for all, or no block), every call without cached tokens begins new sequences. Padding
-    is never counted.
+    ``labels`` names the groups. A sequence lasts from its first call to the end of its label block. If no
+    label is given per sequence (one name for all, or no block), every call without cached tokens begins new sequences.
+    Padding is never counted.
 
     If the program ends inside the block, the recording ends as after an exception: finished sequences are kept.
     """
