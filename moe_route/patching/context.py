@@ -196,7 +196,7 @@ class RunningCall:
         return None
 
     def begin_generation(self, generation: Generation) -> None:
-        """Start to follow `generation`; raises `RuntimeError` if another thread generates during a recording."""
+        """Follow `generation`. Raises `RuntimeError` if another thread generates during recording or steering."""
         if not self.idle and any(other.thread != generation.thread for other in self.generations):
             raise RuntimeError(
                 "generate was called in one thread while it runs in another: an attached model records and steers one "
