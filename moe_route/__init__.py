@@ -3,8 +3,8 @@
     import moe_route as mr
     routed = mr.attach(model)
 
-Importing this package loads nothing else: each name loads its module, and torch with it, when it is first asked for.
-Asking for ``moe_route.ops`` registers the operators ``torch.ops.moe_route.*``.
+Importing this package loads nothing else: each name loads its module, and torch with it, on first use. The first use of
+``moe_route.ops`` registers the operators ``torch.ops.moe_route.*``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m moe_route` is `moe-route`."""
+"""Run the command line: `python -m moe_route` is the same as `moe-route`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Blocks of `with` that say so where they were never entered."""
+"""Context managers that warn if they were never entered."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ T = TypeVar("T")
 
 
 class Block(AbstractContextManager[T]):
-    """A `with` block around `manager`. Warns where it goes without having been entered, as Python does for a coroutine
-    that was never awaited. `call` is what the user wrote, such as "routed.steer(plan)"."""
+    """A `with` block around `manager` that warns if it is deleted without having been entered.
+
+    Python warns in the same way of a coroutine that was never awaited. `call` is the user's code that made the block,
+    such as "routed.steer(plan)".
+    """
 
     def __init__(self, call: str, manager: AbstractContextManager[T]) -> None:
         self._call, self._manager, self._entered = call, manager, False

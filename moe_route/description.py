@@ -1,4 +1,4 @@
-"""Describe what moe-route finds in a model: its routers, how they decide, how they would be attached to."""
+"""Describe the routers of a model: how they decide, and how moe-route would attach to them."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ __all__ = ["Description", "LayerDescription", "describe"]
 
 @dataclass(frozen=True)
 class LayerDescription:
-    """One MoE layer of a model: what routes there and how moe-route would attach."""
+    """One MoE layer of a model: its router, and how moe-route would attach to it."""
 
     layer: int
     name: str
     router: str
-    role: str  # which of the model's kinds of router: "text", "vision", "encoder", ...; "" where there is one
+    role: str  # kind of router: "text", "vision", "encoder", ...; "" in a model with one kind
     experts: int
     top_k: int
     family: str
     score: str
     order: str
     engine: str
-    experts_implementation: str  # what runs the block's experts: "grouped_mm", "moe_route", ...; or "own forward"
+    experts_implementation: str  # what runs the experts: "grouped_mm", "moe_route", ...; or "own forward"
     reason: str
     steerable: bool
     notes: tuple[str, ...]
@@ -40,7 +40,7 @@ class LayerDescription:
 
 @dataclass(frozen=True)
 class Description:
-    """What ``describe`` found; prints as a table, ``to_dict()`` is JSON."""
+    """The result of ``describe``; prints as a table, and ``to_dict()`` is JSON-able."""
 
     model: str
     name: str | None
@@ -58,12 +58,12 @@ class Description:
         return self._table()._repr_html_()
 
     def _table(self) -> Table:
-        """A row for each run of layers that are alike; below, what is particular to some of them."""
+        """A row for each run of equal layers; below the rows, notes on single layers."""
         name = f" ({self.name})" if self.name else ""
         title = f"{self.model}{name}: {len(self.layers)} MoE layers, configuration {self.config_hash[:12]}"
         head = ("layers", "router", "experts", "top-k", "routing", "engine", "experts run by", "steerable", "why")
         rows = []
-        notes: dict[str, list[str]] = {}  # of which layers
+        notes: dict[str, list[str]] = {}  # note -> the layers that it is about
         for _, alike in groupby(self.layers, key=_kind_of_layer):
             layers = list(alike)
             first, last = layers[0], layers[-1]
@@ -86,8 +86,10 @@ def _kind_of_layer(layer: LayerDescription) -> tuple[Any, ...]:
 
 
 def describe(model: nn.Module) -> Description:
-    """What moe-route finds in a model, attached or not; changes nothing. Raises ``ModelNotSupportedError`` like
-    ``attach``."""
+    """Describe the routers of a model, attached or not, without changing it.
+
+    Raises ``ModelNotSupportedError`` like ``attach``.
+    """
     attachment = attachment_of(model)
     routers = find_routers(model) if attachment is None else attachment.routers
     identity = identity_of(model)

@@ -1,8 +1,8 @@
-"""Small things that go between the host and a device without making the host wait for it.
+"""Transfers between host and device that do not make the host wait.
 
-A host that waits in every layer, or in every call, leaves the device idle in between. So what goes up goes from pinned
-memory, what comes back is asked for and looked at later, and nothing is uploaded while a CUDA graph is captured: the
-graph would copy from host memory that is long gone when it is replayed.
+A host that waits in every layer, or in every call, leaves the device idle meanwhile. So uploads come from pinned
+memory, and results are requested early and read later. Nothing is uploaded while a CUDA graph is captured, because
+replays would copy from host memory that is no longer valid.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _UNKNOWN = 2  # neither 0 nor 1: not arrived yet
 
 
 class CaptureRefusedError(RuntimeError):
-    """A CUDA graph is being captured, and what is needed for it was not prepared before."""
+    """Raised if a CUDA graph is being captured and something that it needs was not prepared before."""
 
 
 def capturing(device: torch.device) -> bool:
@@ -27,7 +27,7 @@ def capturing(device: torch.device) -> bool:
 
 
 def refuse_capture(device: torch.device, what: str) -> None:
-    """Raise `CaptureRefusedError` while a CUDA graph is captured; `what` has to be done before."""
+    """Raise `CaptureRefusedError` while a CUDA graph is captured, because `what` has to be done before."""
     if capturing(device):
         raise CaptureRefusedError(
             f"a CUDA graph is being captured, and {what} cannot be part of it: run the same step once before the "
@@ -36,9 +36,9 @@ def refuse_capture(device: torch.device, what: str) -> None:
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
-    """A small table of the host on `device`; a tensor of another device is copied over. The host waits for neither.
+    """Copy a small tensor of the host, or of another device, to `device`, without making the host wait.
 
-    Raises `CaptureRefusedError` where a table of the host is needed while a CUDA graph is captured.
+    Raises `CaptureRefusedError` if the tensor is on the host and a CUDA graph is being captured.
     """
     if values.device == device:
         return values
@@ -49,13 +49,13 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
 
 
 def finish(device: torch.device) -> None:
-    """Wait until everything a CUDA device was given is done, on whatever stream: before results are read."""
+    """Wait until a CUDA device has finished all its work on all streams. Call this before reading results."""
     if device.type == "cuda" and torch.cuda.is_initialized():
         torch.cuda.synchronize(device)
 
 
 class Answers:
-    """Yes or no, [n] times, that a device works out: asked for now, read when they have arrived."""
+    """n bool values computed by a device, requested now and read once they have arrived."""
 
     def __init__(self, values: Tensor) -> None:
         pinned = values.device.type == "cuda"
@@ -63,6 +63,6 @@ class Answers:
         self._host.copy_(values.to(torch.uint8), non_blocking=pinned)
 
     def read(self) -> list[bool] | None:
-        """The answers, or None where they have not all arrived. Does not wait for a device of CUDA."""
+        """The values, or None if some have not arrived. Does not wait for a CUDA device."""
         arrived = self._host.tolist()
         return None if _UNKNOWN in arrived else [value == 1 for value in arrived]

@@ -1,4 +1,4 @@
-"""What this installation is made of, which code is at work and why, and whether it computes what it should."""
+"""Diagnose an installation: its versions, the kernels in use and why, and whether they compute correct results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXTRAS: dict[str, dict[str, str]] = {
     "analysis": {"pandas": "pandas", "pyarrow": "pyarrow", "scipy": "scipy"},
     "plot": {"matplotlib": "matplotlib"},
 }
-"""Extra -> importable module -> the distribution that brings it."""
+"""Extra -> importable module -> the distribution that contains it."""
 
 _REQUIRED = ("torch", "numpy", "safetensors", "tqdm")
 _CPUINFO = Path("/proc/cpuinfo")
@@ -33,7 +33,7 @@ _FLAGS = {
 
 @dataclass(frozen=True, repr=False)
 class Diagnosis:
-    """What `doctor` found; prints as lines, `to_dict()` is plain data for JSON."""
+    """The result of `doctor`; prints as lines, and `to_dict` is plain data for JSON."""
 
     versions: dict[str, str | None]
     platform: dict[str, str]
@@ -73,9 +73,9 @@ class Diagnosis:
 
 
 def doctor() -> Diagnosis:
-    """Say what this installation is made of, which kernels are at work and why, and check what they compute.
+    """Report the versions of this installation and the kernels in use with the reason, and check their results.
 
-    Takes a few milliseconds, and on a CUDA device the start of the runtime. Changes nothing.
+    Takes a few milliseconds, and on a CUDA device the time to start the runtime. Changes nothing.
     """
     extras = {name: _extra(modules) for name, modules in EXTRAS.items()}
     versions = {name: _version(name) for name in _REQUIRED}
@@ -138,7 +138,7 @@ def _instruction_set() -> dict[str, Any]:
 
 
 def _lacking_flags(flags: tuple[str, ...]) -> list[str]:
-    """Those of ``flags`` that the processor does not name; empty where the system does not say."""
+    """The ``flags`` that the processor does not report; empty if the system reports none."""
     if not _CPUINFO.is_file():
         return []
     lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -163,7 +163,7 @@ def _cuda() -> dict[str, Any]:
         "nvcc": build["nvcc"],
         "runtime": _cuda_version(toolkit),
         "driver": _cuda_version(driver),
-        "driver_too_old": toolkit // 1000 > driver // 1000 > 0,  # of an earlier major version, it refuses every launch
+        "driver_too_old": toolkit // 1000 > driver // 1000 > 0,  # an older major version refuses every launch
         "driver_compiles_ptx": driver >= toolkit,
         "torch_cuda": torch.version.cuda,
         "available": torch.cuda.is_available(),
@@ -174,15 +174,16 @@ def _cuda() -> dict[str, Any]:
 
 
 def _cuda_version(number: int) -> str | None:
-    """CUDA's 1000 * major + 10 * minor as a reader writes it; None for 0."""
+    """A CUDA version number (1000 * major + 10 * minor) as text; None for 0."""
     return f"{number // 1000}.{number % 1000 // 10}" if number else None
 
 
 def _covers(architectures: list[str], capability: tuple[int, int], *, ptx: bool = True) -> bool:
-    """Whether code for ``architectures`` (as CMake names them) runs on a device of this compute capability.
+    """Whether code for ``architectures`` (CMake names) runs on a device of this compute capability.
 
-    Machine code runs on later devices of the same major number; PTX on every later device, where the driver compiles it
-    (``ptx``: not one that is older than the toolkit); what is made for one architecture alone (90a) on that one.
+    Machine code runs on later devices with the same major number. PTX runs on every later device whose driver can
+    compile it (``ptx`` is False if the driver is older than the toolkit). Code for a single architecture (90a) runs on
+    that one only.
     """
     for architecture in architectures:
         number, _, kind = architecture.partition("-")
@@ -234,7 +235,7 @@ def _why_cuda(found: dict[str, Any]) -> str:
 
 
 def _checks() -> list[dict[str, Any]]:
-    """Small problems with known answers, run on the spot."""
+    """Run small problems with known answers."""
     checks = [_check_route(), _check_bits(), _check_round_trip()]
     return [*checks, _check_device("cuda")] if _cuda_usable(_cuda()) else checks
 
@@ -288,7 +289,7 @@ def _check_round_trip() -> dict[str, Any]:
 
 
 def _check_device(device: str) -> dict[str, Any]:
-    """The same bits there as on the CPU."""
+    """Check that the device gives the same bits as the CPU."""
     logits, spec = _problem()
     results = []
     for place in ("cpu", device):

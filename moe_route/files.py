@@ -1,12 +1,12 @@
 """Files the user keeps: safetensors with a JSON header, written whole and verified when read.
 
-A file holds named tensors and one JSON header. The header travels in the safetensors metadata under the key
-``moe_route`` together with the file's kind ("statistics", "plan", ...), the schema version, the library version and a
-SHA-256 over all of it, so any safetensors reader can open the file and this one can tell a truncated, altered, foreign
-or newer file from a good one. Nothing is ever unpickled or executed.
+A file holds named tensors and one JSON header. The safetensors metadata contains the header under the key
+``moe_route``, with the kind of file ("statistics", "plan", ...), the schema version, the library version, and a SHA-256
+over all of it. So any safetensors reader can open the file, and this module detects truncated, altered, foreign or
+newer files. Nothing is ever unpickled or executed.
 
-Tensors that may not fit into memory have a name that begins with ``rows.``. They are written and read as *blocks* of
-rows, each with a SHA-256 of its own in the header, which is compared when the block is read.
+Tensors that may not fit into memory have names that begin with ``rows.``. They are written and read as *blocks* of
+rows. The header has a SHA-256 for each block, which is verified when the block is read.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ __all__ = [
 
 SCHEMA = 2  # raised when a reader of the previous schema could misread a file
 _KEY = "moe_route"
-_ROWS = "rows."  # the tensors that are written in blocks
-_LENGTH_BYTES = 8  # a safetensors file: header length (uint64, little endian), header (JSON), data
+_ROWS = "rows."  # prefix of tensors that are written in blocks
+_LENGTH_BYTES = 8  # layout of safetensors: header length (uint64, little endian), header (JSON), data
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors readers refuse more
-_NO_HASH = "0" * 64  # stands where a hash will be
+_NO_HASH = "0" * 64  # placeholder for a hash
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -87,34 +87,33 @@ _NOT_ALLOWED = {
 
 
 class FileRefusedError(ValueError):
-    """A file that cannot be trusted or understood; the message says what is wrong and what to do."""
+    """Raised for a file that is damaged, foreign or too new; the message says what is wrong and what to do."""
 
 
 class Block(Protocol):
-    """Some rows of tensors that are written and read a part at a time."""
+    """A portion of the rows of some tensors, written and read at once."""
 
     @property
     def rows(self) -> int:
-        """How many rows."""
+        """Number of rows."""
         ...
 
     def read(self) -> Mapping[str, np.ndarray]:
-        """Name -> array ``[rows, ...]``; names, dtypes and shapes of a row are the same in all blocks of a file."""
+        """Name -> array ``[rows, ...]``; all blocks of a file have the same names, dtypes and row shapes."""
         ...
 
 
 @dataclass(frozen=True)
 class StoredBlock:
-    """A block of a file. It is read, and its hash compared, each time it is asked for."""
+    """A block of a file. Each call of `read` reads it and verifies its hash."""
 
     path: Path
     rows: int
     sha256: str
-    entries: Mapping[str, _Entry]  # name -> where its rows lie
+    entries: Mapping[str, _Entry]  # name -> position of its rows in the file
 
     def read(self) -> dict[str, np.ndarray]:
-        """Name -> array ``[rows, ...]``. Raises ``FileRefusedError`` where the file is gone or is no longer the one
-        that was opened."""
+        """Name -> array ``[rows, ...]``. Raises ``FileRefusedError`` if the file is missing or has been replaced."""
         with _reading(self.path), open(self.path, "rb") as stream:
             tensors = {name: _read_tensor(self.path, stream, entry) for name, entry in self.entries.items()}
         if _digest(tensors, None) != self.sha256:
@@ -126,7 +125,7 @@ class StoredBlock:
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where a tensor lies in a file, in bytes from the file's beginning."""
+    """The position of a tensor in a file, in bytes from the start of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -137,15 +136,15 @@ class _Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def part(self, first: int, rows: int) -> _Entry:
-        """These rows of it."""
+        """The position of some of its rows."""
         row = _Entry(self.dtype, self.shape[1:], 0).nbytes
         return _Entry(self.dtype, (rows, *self.shape[1:]), self.start + first * row)
 
 
 def canonical_json(value: object) -> str:
-    """JSON with sorted keys, no spaces and no NaN or infinity: equal content gives equal text.
+    """JSON with sorted keys, without spaces, NaN and infinity; equal content gives equal text.
 
-    Raises ``TypeError`` for what JSON cannot hold and ``ValueError`` for NaN or infinity.
+    Raises ``TypeError`` for values that JSON cannot hold and ``ValueError`` for NaN or infinity.
     """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
@@ -169,9 +168,9 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _raw_bytes(tensor: torch.Tensor) -> memoryview:
-    if not tensor.numel():  # an empty tensor's strides cannot be viewed as bytes
+    if not tensor.numel():  # the strides of an empty tensor cannot be viewed as bytes
         return memoryview(b"")
-    # as_strided: a single element is contiguous with any stride, and is viewed as bytes with stride 1 only
+    # as_strided: a single element is contiguous with any stride, but can be viewed as bytes with stride 1 only
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
@@ -180,7 +179,7 @@ def _as_tensor(name: str, value: torch.Tensor | np.ndarray) -> torch.Tensor:
         return value.detach().cpu().contiguous()
     array = np.asarray(value)
     try:
-        # astype: torch knows only the machine's own byte order; copy: torch warns about arrays it may not write to
+        # astype: torch supports the native byte order only; copy: torch warns about read-only arrays
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C", copy=not array.flags.writeable))
     except TypeError as error:
         raise TypeError(
@@ -193,13 +192,13 @@ def _as_tensor(name: str, value: torch.Tensor | np.ndarray) -> torch.Tensor:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A binary file to write to that takes the place of ``path`` only when the block ends well.
+    """Open a binary file that replaces ``path`` only when the block ends without an exception.
 
-    It is written under a temporary name in the same folder, synced to disk and renamed. When the block raises, ``path``
-    is what it was before and the temporary file is gone. What a killed process left of an earlier attempt is removed.
+    It is written under a temporary name in the same folder, synced to disk and renamed. If the block raises, ``path``
+    stays as it was and the temporary file is deleted. Temporary files of killed processes are deleted too.
 
-    Raises ``OSError`` naming the file and what to do: where the folder is missing or may not be written to, the path
-    is a folder, its name is too long, or the disk is full.
+    Raises ``OSError`` with the file and the remedy if the folder is missing or not writable, the path is a folder, its
+    name is too long, or the disk is full.
     """
     target = _target(path)
     _remove_leftovers(target)
@@ -217,9 +216,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Try whether ``path`` can be written, before the work whose result will go there; nothing is changed.
+    """Check that ``path`` can be written, before long work whose result goes there. Changes nothing.
 
-    Raises what ``replacing`` would raise, but for a disk that is full by then.
+    Raises the errors of ``replacing``, except that of a full disk.
     """
     target = _target(path)
     with _explained(target, _NOT_ALLOWED | _FULL_DISK):
@@ -229,7 +228,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
-    """The file that ``path`` leads to, in a folder that exists."""
+    """The file that ``path`` resolves to, in a folder that exists."""
     target = Path(os.path.realpath(path))
     with _explained(target, _NOT_ALLOWED), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         os.stat(target)
@@ -245,7 +244,7 @@ def _target(path: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def _explained(target: Path, advice: Mapping[int, str]) -> Iterator[None]:
-    """Make a system error that there is advice for name the file and the advice."""
+    """Add the file and the advice to the message of a system error for which there is advice."""
     try:
         yield
     except OSError as error:
@@ -259,15 +258,20 @@ def _explained(target: Path, advice: Mapping[int, str]) -> Iterator[None]:
 
 
 def _temporary_prefix(target: Path) -> str:
-    """Begins the name of every temporary file for ``target``; short for any name. Hosts that share a folder may not see
-    each other's locks, so each removes only its own leftovers."""
+    """Prefix of the names of all temporary files for ``target``; short for any name.
+
+    It depends on the host: hosts that share a folder may not see each other's locks, so each deletes only its own
+    temporary files.
+    """
     owner = f"{socket.gethostname()}\0{target.name}".encode(errors="surrogateescape")
     return f".moe-route-{hashlib.blake2b(owner, digest_size=8).hexdigest()}-"
 
 
 def _new_temporary(target: Path) -> tuple[IO[bytes], Path]:
-    """A new file for ``target``, open and locked: a lock goes with its process, so a leftover is known by having
-    none."""
+    """Create a temporary file for ``target``, open and locked.
+
+    The lock ends with the process, so an unlocked file is a leftover.
+    """
     while True:
         temporary = target.with_name(f"{_temporary_prefix(target)}{secrets.token_hex(8)}.tmp")
         stream = open(temporary, "xb")  # noqa: SIM115  (handed to the caller)
@@ -275,21 +279,23 @@ def _new_temporary(target: Path) -> tuple[IO[bytes], Path]:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(temporary), os.fstat(stream.fileno())):
                 return stream, temporary
-        stream.close()  # taken for a leftover between its making and its locking
+        stream.close()  # another process deleted it before it was locked
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove temporary files for ``target`` whose process is gone."""
+    """Delete temporary files for ``target`` whose process has ended."""
     for leftover in target.parent.glob(f"{_temporary_prefix(target)}*.tmp"):
-        # gone by now, or of another user
+        # the file may be gone by now, or belong to another user
         with contextlib.suppress(FileNotFoundError, PermissionError), open(leftover, "rb") as stream:
             if lock(stream.fileno()):
                 leftover.unlink()
 
 
 def lock(descriptor: int) -> bool | None:
-    """Lock an open file or folder until it is closed or its process ends. False where another has locked it, None where
-    the file system knows no locks."""
+    """Lock an open file or folder until it is closed or the process ends.
+
+    Returns False if another process has locked it, and None if the file system has no locks.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -300,10 +306,10 @@ def lock(descriptor: int) -> bool | None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself last through a power cut."""
+    """Sync the folder, so that the rename survives a power failure."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # it may be written to, and not be opened
+    except PermissionError:  # the folder is writable but cannot be opened
         return
     try:
         os.fsync(descriptor)
@@ -324,12 +330,12 @@ def write(
 ) -> str:
     """Write ``tensors`` and ``header`` to ``path`` as a file of this ``kind``; returns the content hash.
 
-    Tensors may be torch (any device, any dtype safetensors knows) or numpy arrays. The header is JSON: strings,
-    numbers, booleans, None, lists and string-keyed mappings, no NaN. The rows of ``blocks`` follow each other in
-    tensors named ``rows.NAME``; one block at a time is in memory.
+    Tensors may be torch (any device, any dtype of safetensors) or numpy. The header is JSON: strings, numbers,
+    booleans, None, lists and string-keyed mappings, without NaN. The rows of all ``blocks`` form tensors named
+    ``rows.NAME``; one block at a time is in memory.
 
-    Raises ``TypeError`` / ``ValueError`` for a header, a tensor or blocks that a file cannot hold, and ``OSError``
-    where ``path`` cannot be written; ``path`` is then what it was before.
+    Raises ``TypeError`` / ``ValueError`` for a header, tensor or block that a file cannot hold, and ``OSError`` if
+    ``path`` cannot be written. ``path`` then stays as it was.
     """
     held = {name: _as_tensor(name, value) for name, value in tensors.items()}
     reserved = [name for name in held if name.startswith(_ROWS)]
@@ -340,7 +346,7 @@ def write(
     if blocks:
         envelope["blocks"] = {"rows": [block.rows for block in blocks], "sha256": [_NO_HASH] * len(blocks)}
     entries = _laid_out({**{name: (held[name].dtype, held[name].shape) for name in held}, **_shapes_of_rows(blocks)})
-    start = len(_head(entries, {**envelope, "sha256": _NO_HASH}))  # hashes are known, and put in, at the end
+    start = len(_head(entries, {**envelope, "sha256": _NO_HASH}))  # hashes are filled in at the end
     with replacing(path) as stream:
         for name, tensor in held.items():
             _write_tensor(stream, start + entries[name].start, tensor)
@@ -355,7 +361,7 @@ def write(
 
 
 def _shapes_of_rows(blocks: Sequence[Block]) -> dict[str, tuple[torch.dtype, Sequence[int]]]:
-    """Dtypes and shapes of the tensors that the rows of all blocks make."""
+    """Dtypes and shapes of the tensors that the rows of all blocks form."""
     if not blocks:
         return {}
     rows = sum(block.rows for block in blocks)
@@ -364,7 +370,7 @@ def _shapes_of_rows(blocks: Sequence[Block]) -> dict[str, tuple[torch.dtype, Seq
 
 
 def _laid_out(shapes: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> dict[str, _Entry]:
-    """A place for each tensor, counted from the first one: wide dtypes first, so that all are aligned."""
+    """Assign positions to tensors, relative to the first one: wide dtypes first, so that all are aligned."""
     entries, start = {}, 0
     for name in sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name)):
         dtype, shape = shapes[name]
@@ -378,7 +384,7 @@ def _laid_out(shapes: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> dict[s
 
 
 def _head(entries: Mapping[str, _Entry], envelope: Mapping[str, Any]) -> bytes:
-    """What a file begins with: the length of the safetensors header, and the header."""
+    """The start of a file: the length of the safetensors header, and the header."""
     layout: dict[str, Any] = {"__metadata__": {_KEY: canonical_json(envelope)}}
     for name, entry in entries.items():
         offsets = [entry.start, entry.start + entry.nbytes]
@@ -399,7 +405,7 @@ def _write_tensor(stream: IO[bytes], start: int, tensor: torch.Tensor) -> None:
 
 
 def _write_block(stream: IO[bytes], start: int, entries: Mapping[str, _Entry], block: Block, first: int) -> str:
-    """Write a block whose first row is row ``first`` of the file's; returns its hash."""
+    """Write a block whose first row has index ``first`` in the file; returns its hash."""
     tensors = {name: _as_tensor(name, array) for name, array in block.read().items()}
     places = {
         name.removeprefix(_ROWS): entry.part(first, block.rows)
@@ -446,11 +452,11 @@ def read(
 def read(
     path: str | os.PathLike[str], kind: str, *, framework: Literal["numpy", "torch"] = "numpy"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tensors and header of a file that ``write`` made with the same ``kind``, but for the tensors of blocks.
+    """Read tensors and header of a file that ``write`` made with the same ``kind``, without the tensors of blocks.
 
-    ``framework`` is what the tensors come back as; bfloat16 and float8 need "torch". Raises ``FileRefusedError`` for a
-    missing, empty, truncated, altered, foreign (a pickle, another program's file, another kind) or newer file; a
-    foreign file is told by its header, before its data is read.
+    ``framework`` is the type of the returned tensors; bfloat16 and float8 need "torch". Raises ``FileRefusedError`` for
+    a missing, empty, truncated, altered, foreign (a pickle, another program's file, another kind) or newer file. A
+    foreign file is detected by its header, before its data is read.
     """
     if framework not in ("numpy", "torch"):
         raise ValueError(f'framework must be "numpy" or "torch", not {framework!r}')
@@ -463,7 +469,7 @@ def read(
 def read_blocks(
     path: str | os.PathLike[str], kind: str
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], list[StoredBlock]]:
-    """What ``read`` gives, and the blocks of the file; a block's rows are read when it is asked for them."""
+    """Read a file like ``read``, and return its blocks too; the rows of a block are read by its ``read``."""
     tensors, header, blocks = _read(Path(path), kind)
     return {name: _as_array(os.fspath(path), name, tensor) for name, tensor in tensors.items()}, header, blocks
 
@@ -500,8 +506,10 @@ def _blocks(path: Path, entries: Mapping[str, _Entry], said: Mapping[str, Any] |
 
 @contextlib.contextmanager
 def expected_content(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns the errors of taking a file's content apart into ``FileRefusedError``: another version, or another program,
-    wrote it whole, but with other fields."""
+    """Turn errors from unpacking a file's content into ``FileRefusedError``.
+
+    They mean that another version, or another program, wrote an intact file with other fields.
+    """
     try:
         yield
     except FileRefusedError:
@@ -534,10 +542,10 @@ def _as_array(path: str, name: str, tensor: torch.Tensor) -> np.ndarray:
 
 
 def read_header(path: str | os.PathLike[str], kind: str | None = None) -> dict[str, Any]:
-    """What a file says about itself, without its tensors and without verifying the hash: schema, kind, library_version,
-    sha256, header.
+    """Metadata of a file, without its tensors and without verifying the hash.
 
-    With ``kind=None`` any kind is taken: for listings and for the message that tells a user what a file is.
+    Keys: schema, kind, library_version, sha256, header. With ``kind=None`` any kind is accepted, for listings and for
+    messages that name the kind of a file.
     """
     source = Path(path)
     with _reading(source), open(source, "rb") as stream:
@@ -546,7 +554,7 @@ def read_header(path: str | os.PathLike[str], kind: str | None = None) -> dict[s
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turns what the system says when a file cannot be read into ``FileRefusedError``."""
+    """Turn system errors from reading a file into ``FileRefusedError``."""
     if path.is_dir():
         raise FileRefusedError(f"{path} is a folder: give the name of a file in it")
     try:
@@ -561,7 +569,7 @@ def _envelope(path: Path, layout: Mapping[str, Any], kind: str | None) -> dict[s
     """The checked metadata of a file; refuses everything that is not a file of ``kind``."""
     try:
         envelope: dict[str, Any] = json.loads(layout.get("__metadata__", {})[_KEY])
-        canonical_json(envelope)  # as deep as can be read is not always as deep as can be hashed
+        canonical_json(envelope)  # nesting that can be parsed may still be too deep to serialize
         schema, found, header = envelope["schema"], envelope["kind"], envelope["header"]
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise FileRefusedError(
@@ -582,7 +590,7 @@ def _envelope(path: Path, layout: Mapping[str, Any], kind: str | None) -> dict[s
 
 
 def _layout(path: Path, stream: IO[bytes]) -> tuple[dict[str, Any], int]:
-    """The safetensors header, after the file's length was checked against it, and where the data begins."""
+    """The safetensors header, and the position of the data; checks the file's length against the header."""
     size = os.fstat(stream.fileno()).st_size
     if not size:
         raise FileRefusedError(f"{path} is empty: its writing was cut off or it is the wrong file; make it again")
@@ -614,7 +622,7 @@ def _layout(path: Path, stream: IO[bytes]) -> tuple[dict[str, Any], int]:
 
 
 def _entries(path: Path, layout: Mapping[str, Any], start: int) -> dict[str, _Entry]:
-    """Where the tensors of a file lie."""
+    """The positions of the tensors of a file."""
     entries = {}
     try:
         for name, said in layout.items():

@@ -1,4 +1,4 @@
-"""Which model this is: name, class, hash of its configuration, versions of the libraries that run it."""
+"""Identity of a model: name, class, hash of its configuration, and versions of the libraries that run it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from moe_route import __version__, files
 
 __all__ = ["config_hash", "identity_of", "library_versions"]
 
-# parts of a configuration that say how a model is run, not what it is
+# settings of a configuration that affect how a model is run, not which model it is
 _RUN_OPTIONS = ("transformers_version", "dtype", "torch_dtype", "use_cache", "return_dict", "architectures")
 _LIBRARIES = ("torch", "transformers", "accelerate", "numpy")
 
 
 def config_hash(model: nn.Module) -> str:
-    """SHA-256 (hex) of the model's configuration without what only says how it is run (dtype, caching, library
-    version, names); of its class and shapes where there is no configuration. The same for the same architecture and
-    sizes, on any machine.
+    """SHA-256 (hex) of the model's configuration, the same for the same architecture and sizes on any machine.
+
+    Settings that only affect how the model is run (dtype, caching, library version, names) are left out. Without a
+    configuration, class and parameter shapes are hashed.
     """
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):
@@ -41,18 +42,18 @@ def _what_it_is(value: Any) -> Any:
         return {key: _what_it_is(item) for key, item in kept.items()}
     if isinstance(value, (list, tuple)):
         return [_what_it_is(item) for item in value]
-    # infinities are not JSON
+    # JSON has no infinities
     return value if value is None or isinstance(value, (str, bool, int)) else repr(value)
 
 
 def identity_of(model: nn.Module) -> dict[str, Any]:
-    """``name`` (None where the model was not loaded by one), ``class`` and ``config_hash``."""
+    """``name`` (None if the model was not loaded by name), ``class`` and ``config_hash``."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     return {"name": name, "class": type(model).__name__, "config_hash": config_hash(model)}
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of python, moe-route and of the libraries that are loaded."""
+    """Versions of python, moe-route, and the related libraries that are loaded."""
     versions = {"python": platform.python_version(), "moe-route": __version__}
     for name in _LIBRARIES:
         if name in sys.modules:

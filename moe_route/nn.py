@@ -1,7 +1,7 @@
-"""Router, experts and the whole sparse block as `torch.nn` modules, usable and trainable without transformers.
+"""Router, experts and a whole sparse block as `torch.nn` modules, usable and trainable without transformers.
 
-Parameter names and shapes are those of today's checkpoints (`weight` [E, H]; `gate_up_proj` [E, 2I, H];
-`down_proj` [E, H, I]), and `TopKRouter` returns the tuple of a transformers router: logits, weights, ids.
+Parameter names and shapes are those of current checkpoints (`weight` [E, H]; `gate_up_proj` [E, 2I, H]; `down_proj`
+[E, H, I]). `TopKRouter` returns the tuple of a transformers router: logits, weights, ids.
 """
 
 from __future__ import annotations
@@ -33,15 +33,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class TopKRouter(nn.Module):
-    """Gate matrix and one `route` call.
-
-    Args:
-        hidden_size: H. num_experts: E. top_k: experts per token. spec: how the logits become a choice.
-        bias: add a bias [E] to the logits.
-        correction_bias: hold a float32 buffer `correction_bias` [E], added for choosing only (DeepSeek-V3,
-            arXiv 2412.19437 section 2.1.2). It is not trained by gradient; a trainer updates it.
+    """Routes with a gate matrix and one `route` call.
 
     SparseMixer specs use the inference weights in training too (no Gumbel sampling).
+
+    Args:
+        hidden_size: H.
+        num_experts: E.
+        top_k: experts per token.
+        spec: the routing function.
+        bias: add a bias [E] to the logits.
+        correction_bias: keep a float32 buffer `correction_bias` [E], added for the choice only (DeepSeek-V3, arXiv
+            2412.19437 section 2.1.2; `e_score_correction_bias`). Gradients do not train it; a trainer updates it.
     """
 
     def __init__(
@@ -69,13 +72,13 @@ class TopKRouter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform in +-1/sqrt(H), as `nn.Linear`."""
+        """Initialize uniformly in +-1/sqrt(H), as `nn.Linear` does."""
         _reset(self.hidden_size, self.weight, self.bias)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden [..., H] -> router_logits [T, E], weights [T, k], ids int64 [T, k].
+        """Route hidden [..., H]: returns router_logits [T, E], weights [T, k], ids int64 [T, k].
 
-        The weights have spec.weight_dtype, else the dtype of the logits.
+        The weights have the dtype spec.weight_dtype, or that of the logits if it is None.
         """
         logits = F.linear(hidden.reshape(-1, self.hidden_size), self.weight, self.bias)
         weights, ids = ops.route(logits, self.top_k, self.spec, correction_bias=self.correction_bias)
@@ -86,12 +89,13 @@ class TopKRouter(nn.Module):
 
 
 class Experts(nn.Module):
-    """E feed-forward networks over the rows that are routed to them: dispatch, permute, products, combine.
+    """E feed-forward networks, each run on the rows that are routed to it: dispatch, permute, products, combine.
 
     On CUDA no size depends on the routing, so the host never waits and the forward can be captured into a graph.
 
-    gated: `down(activation(gate(x)) * up(x))` with `gate_up_proj` [E, 2I, H], gate first (arXiv 2002.05202 eq. 5);
-    otherwise `down(activation(up(x)))` with `up_proj` [E, I, H]. `down_proj` is [E, H, I]. bias adds one per product.
+    With `gated`, an expert is `down(activation(gate(x)) * up(x))`, and `gate_up_proj` [E, 2I, H] holds the gate first
+    (arXiv 2002.05202 eq. 5). Otherwise it is `down(activation(up(x)))` with `up_proj` [E, I, H]. `down_proj` is [E, H,
+    I]. `bias` adds a bias to each product.
     """
 
     def __init__(
@@ -126,14 +130,14 @@ class Experts(nn.Module):
         return getattr(self, self._up_name), getattr(self, f"{self._up_name}_bias")
 
     def reset_parameters(self) -> None:
-        """Uniform in +-1/sqrt(fan in), as `nn.Linear`."""
+        """Initialize uniformly in +-1/sqrt(fan in), as `nn.Linear` does."""
         _reset(self.hidden_size, *self.up)
         _reset(self.intermediate_size, self.down_proj, self.down_proj_bias)
 
     def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None = None) -> Tensor:
-        """hidden [T, H], ids [T, k] and weights [T, k] -> residual + sum of weight * expert(hidden), [T, H].
+        """Run hidden [T, H] with ids [T, k] and weights [T, k]: residual + sum of weight * expert(hidden), [T, H].
 
-        Slots with a negative id or one >= E are skipped: no expert sees them and their weight is never read.
+        A slot whose id is negative or >= E is skipped: no expert runs for it and its weight is never read.
         """
         dtype = self.down_proj.dtype
         if hidden.dtype != dtype and not torch.is_autocast_enabled(hidden.device.type):
@@ -157,12 +161,15 @@ class Experts(nn.Module):
 
 
 class SparseMoE(nn.Module):
-    """Router, experts and an optional shared expert that every token passes.
+    """Router, experts, and an optional shared expert that runs on every token.
 
     Args:
-        hidden_size: H. num_experts: E. top_k: experts per token. intermediate_size: width of each expert.
-        spec: how the router's logits become a choice; default `RouterSpec()`, softmax.
-        shared_expert: any module [T, H] -> [T, H]; its output is the residual the routed sum is added to.
+        hidden_size: H.
+        num_experts: E.
+        top_k: experts per token.
+        intermediate_size: width of each expert.
+        spec: the routing function; default `RouterSpec()`, softmax.
+        shared_expert: any module [T, H] -> [T, H]; its output is added to the sum over routed experts.
     """
 
     def __init__(
@@ -206,7 +213,7 @@ class SparseMoE(nn.Module):
         self.shared_expert = shared_expert
 
     def forward(self, hidden: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
-        """hidden [..., H] -> [..., H]; with return_routing also the router's (logits, weights, ids)."""
+        """Run the block on hidden [..., H]; with return_routing, also return the router's (logits, weights, ids)."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         logits, weights, ids = self.router(flat)
         residual = None if self.shared_expert is None else self.shared_expert(flat)
@@ -217,12 +224,13 @@ class SparseMoE(nn.Module):
 def load_balancing_loss(router_logits: Tensor, ids: Tensor, valid: Tensor | None = None) -> Tensor:
     """Auxiliary loss `E * sum_e f_e * P_e` of the Switch Transformer (arXiv 2101.03961 eq. 4-6), without its alpha.
 
-    f_e is how many of the token's k choices fell on expert e, averaged over the tokens (so the f_e sum to k, and a
-    uniform router has loss k); P_e is the softmax probability of e averaged over the tokens. Gradient flows through P.
+    f_e is the number of a token's k choices that are expert e, averaged over tokens, so the f_e sum to k and a uniform
+    router has loss k. P_e is the softmax probability of e, averaged over tokens. The gradient flows through P.
 
     Args:
-        router_logits: [T, E]. ids: the choice [T, k]; negative or >= E is an empty slot.
-        valid: bool [T]; padding counts in neither average.
+        router_logits: [T, E].
+        ids: the choice [T, k]; an id that is negative or >= E is an empty slot.
+        valid: bool [T]; False for padding, which is in neither average.
     """
     num_tokens, num_experts = router_logits.shape
     probability = torch.softmax(router_logits.float(), dim=-1)
@@ -248,13 +256,13 @@ def _reset(fan_in: int, *parameters: Tensor | None) -> None:
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, slots: Dispatch) -> Tensor:
-    """rows [R, in] times its expert's weight [out, in], plus its bias: [R, out], in the dtype of the rows.
+    """Multiply rows [R, in] by the weight [out, in] of their expert and add its bias: [R, out] in the rows' dtype.
 
-    Weights [E, out, in] and biases of another dtype are converted, on CPU expert by expert. Under autocast rows are
-    cast first, as for `torch.nn.functional.linear`.
+    Weights [E, out, in] and biases of another dtype are converted, on the CPU one expert at a time. Under autocast rows
+    are cast first, as in `torch.nn.functional.linear`.
 
-    Rows behind the last expert's range (slots that were skipped) may come out undefined: combine never reads them,
-    and neither does the backward of permute. There is no forward-mode derivative (NotImplementedError).
+    Rows behind the range of the last expert (skipped slots) may be undefined: neither combine nor the backward of
+    permute reads them. There is no forward-mode derivative (NotImplementedError).
     """
     if forward_ad._current_level >= 0:
         raise NotImplementedError(
@@ -266,15 +274,15 @@ def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, slots: Dis
     out = _grouped_product(rows, weight, slots.offsets)
     if bias is None:
         return out
-    # One more row of zeros for the rows no expert owns, so that their undefined gradient goes to no expert.
+    # Rows that no expert owns use an extra bias row of zeros, so that their undefined gradient reaches no expert.
     padded = torch.cat([bias, bias.new_zeros(1, bias.shape[1])]).to(out.dtype)
     row = torch.arange(rows.shape[0], device=rows.device)
     return out + padded[torch.searchsorted(slots.offsets[1:], row, right=True)]
 
 
 # ---- grouped matrix products ------------------------------------------------------------------------------------
-# Operators of their own, so that torch.compile sees through neither the loop nor torch.nn.functional.grouped_mm (which
-# it knows only in bfloat16).
+# Operators of their own, because torch.compile can trace neither the loop nor torch.nn.functional.grouped_mm, which it
+# supports in bfloat16 only.
 
 
 @torch.library.custom_op("moe_route::grouped_product", mutates_args=())
@@ -317,8 +325,11 @@ def _outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _grouped_mm_takes(rows: Tensor, sizes: Sequence[int]) -> bool:
-    """Whether torch multiplies all groups in one CUDA kernel: bfloat16, rows of a multiple of 16 bytes, and a device
-    of compute capability 9 or 10. On others it waits for the offsets and loops (pytorch issue 186620)."""
+    """Whether torch multiplies all groups in one CUDA kernel.
+
+    This needs bfloat16, rows of a multiple of 16 bytes, and compute capability 9 or 10. Other devices wait for the
+    offsets and loop (pytorch issue 186620).
+    """
     plain = rows.is_cuda and rows.dtype == torch.bfloat16 and rows.shape[0] > 0 and _aligned(rows, sizes)
     return plain and _groups_in_one_kernel(rows.device)
 
@@ -329,8 +340,11 @@ def _groups_in_one_kernel(device: torch.device) -> bool:
 
 
 def _grouped_mm_pays(rows: Tensor, weight: Tensor) -> bool:
-    """On CPU it is our loop in C++, with the same bits, over the experts without rows too: of use where there are as
-    many rows as experts, and where it takes the weights as they lie."""
+    """Whether `grouped_mm` is faster than our loop on the CPU, where it gives the same bits.
+
+    It loops in C++, over experts without rows too. So it pays if there are at least as many rows as experts and it
+    accepts the layout of the weights.
+    """
     plain = rows.dtype == weight.dtype != torch.float64 and _aligned(rows, weight.shape[1:]) and rows.is_contiguous()
     whole = weight.is_contiguous() or weight.transpose(-2, -1).is_contiguous()
     return rows.is_cpu and plain and whole and rows.shape[0] >= weight.shape[0] and _on_cpu(rows.dtype)
@@ -338,7 +352,7 @@ def _grouped_mm_pays(rows: Tensor, weight: Tensor) -> bool:
 
 @cache
 def _on_cpu(dtype: torch.dtype) -> bool:
-    """Whether this version of torch has `grouped_mm` for tensors of a dtype on the CPU."""
+    """Whether this version of torch has `grouped_mm` for this dtype on the CPU."""
     rows, weight = torch.ones(1, 16, dtype=dtype, device="cpu"), torch.ones(1, 16, 16, dtype=dtype, device="cpu")
     try:
         F.grouped_mm(rows, weight, offs=torch.ones(1, dtype=torch.int32, device="cpu"))
@@ -347,29 +361,29 @@ def _on_cpu(dtype: torch.dtype) -> bool:
     return True
 
 
-# ---- on CUDA where torch has no kernel for groups: by tiles ---------------------------------------------------------
-# Rows are cut into tiles that belong to one expert each. How many tiles there are depends on shapes alone, which expert
-# a tile belongs to is worked out on the device: nothing waits for the host, and a graph that is captured holds for
-# every routing. The price is a copy of each tile's matrix, about two for each expert.
+# ---- on CUDA devices for which torch has no kernel for groups: tiles ------------------------------------------------
+# Rows are divided into tiles, each of which belongs to one expert. The number of tiles depends on shapes only, and the
+# device computes the expert of each tile. So the host never waits, and a captured graph is valid for every routing. The
+# cost is a copy of each tile's matrix, about two per expert.
 
 _MOST_TILE_ROWS = 256
-_COPIED_BYTES = 1 << 28  # of matrices at a time
+_COPIED_BYTES = 1 << 28  # largest size of matrices copied at a time
 
 
 class _Tiles(NamedTuple):
-    expert: Tensor  # [tiles]; of a tile without rows: any
-    row: Tensor  # [tiles, size]: the rows of a tile; of a place without a row: any
-    used: Tensor  # bool [tiles, size]
-    place: Tensor  # [R]: where a row is in [tiles * size]; of a row that no expert owns: any
+    expert: Tensor  # [tiles]; any value for a tile without rows
+    row: Tensor  # [tiles, size]: the rows of a tile; any value where there is no row
+    used: Tensor  # bool [tiles, size]: whether there is a row
+    place: Tensor  # [R]: index of a row in [tiles * size]; any value for a row that no expert owns
 
 
 def _tiles(offsets: Tensor, num_rows: int) -> _Tiles:
-    """As many rows to a tile as an expert has on average, so that places at most double the rows."""
+    """Choose the tile size as the mean number of rows per expert, so that tiles hold at most twice the rows."""
     experts, device = offsets.shape[0] - 1, offsets.device
     size = min(1 << max(num_rows // experts - 1, 0).bit_length(), _MOST_TILE_ROWS)
     tiles = (num_rows + min(experts, num_rows) * (size - 1)) // size
     begin, end = offsets[:-1], offsets[1:]
-    after = ((end - begin + size - 1) // size).cumsum(0)  # of each expert: the tile behind its last
+    after = ((end - begin + size - 1) // size).cumsum(0)  # per expert: index after its last tile
     numbers = torch.arange(tiles, device=device)
     expert = torch.searchsorted(after, numbers, right=True).clamp(max=experts - 1)
     first = after - (end - begin + size - 1) // size
@@ -382,7 +396,7 @@ def _tiles(offsets: Tensor, num_rows: int) -> _Tiles:
 
 
 def _product_by_tiles(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """`grouped_product`."""
+    """Compute `grouped_product` by tiles."""
     if rows.shape[0] == 0:
         return rows.new_zeros(0, weight.shape[1])
     tiles = _tiles(offsets, rows.shape[0])
@@ -394,7 +408,7 @@ def _product_by_tiles(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _outer_by_tiles(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    """`grouped_outer`. The tiles of an expert are added in any order, unless torch.use_deterministic_algorithms."""
+    """Compute `grouped_outer` by tiles. The order of addition varies, unless torch is set to be deterministic."""
     wide = torch.promote_types(left.dtype, torch.float32)
     out = left.new_zeros(offsets.shape[0] - 1, left.shape[1], right.shape[1], dtype=wide)
     if left.shape[0] == 0:

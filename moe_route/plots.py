@@ -1,8 +1,8 @@
-"""Pictures of analysis results, ready for a paper: each function draws on one matplotlib ``Axes`` and returns it.
+"""Figures of analysis results, ready for a paper. Each function draws on one matplotlib ``Axes`` and returns it.
 
-Nothing global changes: no style, no current figure, no ``show``. Colors can be told apart with any color vision;
-lines that share a color differ in dashes, and every line carries its name or a legend in the order of the lines. A
-language has the same color in every picture (:func:`styles`).
+No global state changes: no style, no current figure, no ``show``. Colors can be distinguished with any color vision.
+Lines that share a color differ in dashes, and every line has a label or a legend in the order of the lines. A language
+has the same color in all figures (:func:`styles`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["correlation", "divergence", "divergence_matrix", "entropy", "expert_
 # Okabe and Ito's set for every color vision (2008), without its yellow, which is too light for lines on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.4, 1.2, 1.4)))
-# Languages by their code in ISO 639-3 and 639-1: the place is the style. The seven with solid lines come first.
+# Languages by their codes in ISO 639-3 and 639-1; the index determines the style. The first seven have solid lines.
 _LANGUAGES = (
     "zho zh cmn|swh sw swa|deu de|jpn ja|hin hi|arb ar ara|eng en|fra fr|rus ru|ind id|ben bn|spa es|por pt|kor ko|"
     "tha th|tel te|vie vi|tur tr|urd ur|yor yo|ita it|nld nl|pol pl|ukr uk|pes fa fas|tam ta|amh am|ell el"
@@ -46,7 +46,7 @@ _MEASURES = {
 
 
 def save(ax: Axes, path: Path) -> Path:
-    """Write the figure of `ax` to `path`, whole or not at all; the suffix (png, svg, pdf) says as what."""
+    """Write the figure of `ax` to `path`, whole or not at all; the suffix (png, svg, pdf) is the format."""
     suffix = path.suffix.removeprefix(".").lower()
     if suffix not in ("png", "svg", "pdf"):
         raise ValueError(f"{path} has no suffix of a picture: name it .png, .svg or .pdf")
@@ -56,12 +56,11 @@ def save(ax: Axes, path: Path) -> Path:
 
 
 def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """A line style for each name, as keyword arguments of ``Axes.plot``; it depends on the set of names alone.
+    """Assign a line style to each name, as keyword arguments of ``Axes.plot``; it depends on the set of names only.
 
-    A language that is named by a usual code ("swh_Latn", "swh", "sw") has a style of its own, whatever other names
-    there are. All other names take the styles that are left, in alphabetical order. Pictures call this with all groups
-    of a result; pass ``styles=styles(names)`` to draw results with other groups alike. From the 29th name on styles
-    repeat.
+    A language with a usual code ("swh_Latn", "swh", "sw") always has the same style. Other names take the remaining
+    styles in alphabetical order. Figures call this with all groups of a result; pass ``styles=styles(names)`` to draw
+    results with other groups in the same styles. From the 29th name on, styles repeat.
     """
     places: dict[str, int] = {}
     for name in sorted(set(names)):
@@ -85,17 +84,17 @@ def divergence(
     middle: Sequence[int] | range | None = None,
     title: str | None = None,
 ) -> Axes:
-    """Divergence by layer, a line per group: the U of multilingual routing [arXiv 2510.04694, fig. 1].
+    """Draw divergence by layer, a line per group: the U of multilingual routing [arXiv 2510.04694, fig. 1].
 
     Args:
-        found: from ``analysis.divergence``.
-        ax: where to draw; a new figure by default.
-        groups: the groups to draw; all by default. The legend lists them from the most divergent to the least.
-        labels: group -> the name to show.
-        styles: group -> a color, or keyword arguments of ``Axes.plot``, in place of what ``styles`` gives it.
-        interval: level of a bootstrap band around each line (such as 0.95), for paired divergence. The title names it.
-        middle: layers to shade, such as those a plan steers.
-        title: over the axes; none by default.
+        found: the result of ``analysis.divergence``.
+        ax: axes to draw on; by default those of a new figure.
+        groups: the groups to draw; by default all. The legend lists them from the most divergent to the least.
+        labels: group -> label.
+        styles: group -> a color, or keyword arguments of ``Axes.plot``, in place of the default from ``styles``.
+        interval: level of a bootstrap band around each line (such as 0.95), for paired divergence; the title names it.
+        middle: layers to shade, such as those that a plan steers.
+        title: title above the axes; none by default.
     """
     names = _order(found, groups)
     ax = _axes(ax, (6.4, 3.6))
@@ -129,10 +128,10 @@ def entropy(
     normalized: bool = True,
     title: str | None = None,
 ) -> Axes:
-    """Routing entropy by layer, a line per group: of tokens, of "sequence"s, or the "gap" between the two.
+    """Draw routing entropy by layer, a line per group: of tokens, of sequences, or the "gap" between the two.
 
-    ``normalized`` divides by log E, so that 1 is uniform routing; the gap is always in nats. The legend is in falling
-    order of the mean. The other arguments are those of ``divergence``.
+    ``normalized`` divides by log E, so that uniform routing is 1; the gap is always in nats. The legend is in
+    decreasing order of the mean. The other arguments are those of ``divergence``.
     """
     if of == "gap":
         values, name = found.gap, "entropy gap within sequences (nats)"
@@ -154,8 +153,10 @@ def entropy(
 
 
 def correlation(found: Correlation, *, ax: Axes | None = None, alpha: float = 0.05, title: str | None = None) -> Axes:
-    """Correlation of scores with divergence by layer: Pearson r and Spearman rho; filled points where the permutation p
-    of Pearson r, corrected for the number of layers, is below ``alpha``.
+    """Draw the correlation of scores with divergence by layer: Pearson r and Spearman rho.
+
+    Points are filled where the permutation p-value of Pearson r, corrected for the number of layers, is below
+    ``alpha``.
     """
     ax = _axes(ax, (6.4, 3.2))
     layers = np.arange(len(found.layers))
@@ -194,12 +195,11 @@ def expert_counts(
     overlap: bool = False,
     title: str | None = None,
 ) -> Axes:
-    """Number of selected experts by layer, a line per selection (task and multilingual experts, or one kind at several
-    thresholds).
+    """Draw the number of selected experts by layer, a line per selection.
 
     Args:
-        selections: name -> selection; or selections alone, named by description and threshold.
-        num_layers: layers of the model; from the selections by default.
+        selections: name -> selection; or selections without names, labeled by description and threshold.
+        num_layers: number of layers of the model; by default taken from the selections.
         overlap: with two selections, also fill the number of experts that are in both.
     """
     named = _named(selections)
@@ -233,15 +233,14 @@ def heat_map(
     title: str | None = None,
     colorbar: bool = True,
 ) -> Axes:
-    """Experts by layer: how often a token of the group chooses each expert, or how much more often than one of the
-    reference.
+    """Draw experts by layer as a heat map: how often tokens of a group choose each expert.
 
     Args:
-        found: ``RoutingStatistics``, or an array [layer, expert] (such as ``analysis.expert_difference`` gives; with
-            values below 0 it is drawn as a difference).
-        group: of the statistics; the only one by default.
-        reference: show the difference to this group.
-        phase, by: of the frequencies, as in ``RoutingStatistics.frequency``.
+        found: ``RoutingStatistics``, or an array [layer, expert], such as the result of ``analysis.expert_difference``.
+            An array with negative values is drawn as a difference.
+        group: group of the statistics; by default the only one.
+        reference: show the difference from this group.
+        phase, by: as in ``RoutingStatistics.frequency``.
     """
     values, sizes, name = _heat_values(found, group, reference, phase, by)
     ax = _axes(ax, (6.4, 4.4))
@@ -259,7 +258,7 @@ def heat_map(
         vmin=-limit if difference else 0.0,
         vmax=limit,
     )
-    ax.set_facecolor(_GRID)  # experts a layer does not have, and layers that saw nothing
+    ax.set_facecolor(_GRID)  # shows missing experts, and layers without tokens
     ax.set_xlabel("MoE layer")
     ax.set_ylabel("expert")
     ax.set_title(title if title is not None else "", fontsize="medium", color=_INK)
@@ -278,12 +277,13 @@ def divergence_matrix(
     labels: Mapping[str, str] | None = None,
     title: str | None = None,
 ) -> Axes:
-    """Divergence of all pairs of groups, the mean over ``layers`` (all by default), written into the cells where there
-    is room.
+    """Draw the divergence of all pairs of groups, the mean over ``layers`` (by default all).
+
+    The values are written into the cells if there is room.
     """
     values = found.mean(layers)
     size = len(found.groups)
-    limit = float(np.nanmax(values)) or 1.0  # the diagonal is 0, so there is always one
+    limit = float(np.nanmax(values)) or 1.0  # the diagonal is 0, so not all values are NaN
     ax = _axes(ax, (1.6 + 0.5 * size, 1.2 + 0.5 * size))
     shown = np.where(np.eye(size, dtype=bool), np.nan, values)
     ax.set_facecolor("white")
@@ -310,7 +310,7 @@ def divergence_matrix(
 
 
 def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    """The axes given, or those of a new figure that no global state knows of."""
+    """The given axes, or those of a new figure outside matplotlib's global state."""
     if ax is not None:
         return ax
     try:
@@ -324,7 +324,7 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
 
 
 def _style(number: int) -> dict[str, Any]:
-    """The style of that number: colors first, then the same colors with other dashes."""
+    """The style with this number: first all colors, then the same colors with other dashes."""
     return {
         "color": _COLOURS[number % len(_COLOURS)],
         "linestyle": _DASHES[(number // len(_COLOURS)) % len(_DASHES)],
@@ -333,11 +333,11 @@ def _style(number: int) -> dict[str, Any]:
     }
 
 
-_default_styles = styles  # pictures have an argument of that name
+_default_styles = styles  # some functions have an argument named `styles`
 
 
 def _chosen_styles(groups: Sequence[str], given: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """The style of each group of a result; ``given`` are colors or keyword arguments that take precedence."""
+    """The style of each group of a result; ``given`` colors or keyword arguments take precedence."""
     chosen = _default_styles(groups)
     for group, style in (given or {}).items():
         if group in chosen:
@@ -365,7 +365,7 @@ def _whole_ticks(axis: Axis) -> None:
 
 
 def _legend(ax: Axes, lines: int) -> None:
-    """Beside the axes where it would cover many lines, inside where there are few."""
+    """Place the legend beside the axes if it would cover many lines, inside if there are few."""
     if lines > 4:
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, handlelength=2.6)
     else:
@@ -373,7 +373,7 @@ def _legend(ax: Axes, lines: int) -> None:
 
 
 def _shade(ax: Axes, layers: Sequence[int] | range) -> None:
-    """Runs of neighboring layers as grey bands."""
+    """Shade runs of adjacent layers as grey bands."""
     numbers = sorted(set(layers))
     starts = [n for n in numbers if n - 1 not in numbers]
     ends = [n for n in numbers if n + 1 not in numbers]
@@ -389,7 +389,7 @@ def _known(groups: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
 
 
 def _order(found: Divergence, groups: Sequence[str] | None) -> list[str]:
-    """Groups from the most divergent to the least: the legend reads like the picture."""
+    """Groups from the most divergent to the least, so that the legend has the order of the lines."""
     return sorted(_known(found.groups, groups), key=lambda group: -_mean(found.of(group)))
 
 

@@ -1,4 +1,4 @@
-"""The user's object: an attached model that records, steers and lets go.
+"""``RoutedModel``: an attached model that records, steers and detaches.
 
     routed = attach(model)
     with routed.record(groups=["eng_Latn", "swh_Latn"]) as rec, rec.labels(groups=languages, items=sentences):
@@ -7,8 +7,8 @@
         model.generate(**inputs)
     routed.detach()
 
-It joins the floors below: the attachment asks it for the labels of every call, the recorder knows groups and
-sequences, the plan's tables say which steering row a (phase, group) takes.
+It connects the packages: the attachment asks it for the labels of every call, the recorder holds groups and sequences,
+and the compiled plan gives the steering row of each (phase, group, position).
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ def attach(
     experts_implementation: Literal["moe_route"] | None = None,
     verify: bool = True,
 ) -> RoutedModel:
-    """Attach to a loaded model. Its outputs stay bit for bit what they were until something steers.
+    """Attach to a loaded model. Its outputs stay bit for bit the same until a plan steers it.
 
-    Where it fails or is interrupted, nothing of the model is changed.
+    If attaching fails or is interrupted, the model is unchanged.
 
     Args:
         engine: ``"hook"`` or ``"fused"``, see ``patching.Attachment``.
         experts_implementation: ``None`` keeps the model's own; ``"moe_route"`` runs its experts by this package's
-            dispatch and combine (equal within bounds), until ``detach`` puts back what was set before.
-        verify: check every kind of router against its specification on random hidden states first.
+            dispatch and combine (equal within bounds), until ``detach`` restores the former one.
+        verify: first check every kind of router against its specification on random hidden states.
 
     Raises ``ModelNotSupportedError`` for a model without routers that can be attached to, ``AlreadyAttachedError`` for
-    one that is attached.
+    one that is attached already.
     """
     attachment = None
     try:
@@ -78,11 +78,11 @@ class RoutedModel:
     def __init__(self, attachment: Attachment):
         self.attachment = attachment
         self.model = attachment.model
-        self._recorder: Recorder | None = None  # the one that is on, or was last
-        self._block: LabelBlock | None = None  # labels without a recording
-        self._plans: dict[object, Plan] = {}  # of the steer blocks that are on
-        self._steering: _Steering | None = None
-        self._applied = True  # whether the attachment steers by them
+        self._recorder: Recorder | None = None  # the active recorder, or the last one
+        self._block: LabelBlock | None = None  # labels given without a recording
+        self._plans: dict[object, Plan] = {}  # plans of the active steer blocks
+        self._steering: _ActivePlan | None = None
+        self._applied = True  # whether the attachment steers by these plans
         attachment.listener = _Listener(self)
 
     @property
@@ -92,12 +92,12 @@ class RoutedModel:
 
     @property
     def plan(self) -> Plan | None:
-        """The plan that steers now (nested plans added up), or None."""
+        """The plan that steers now (the sum of nested plans), or None."""
         return _added(self._plans.values())
 
     @property
     def recorder(self) -> Recorder | None:
-        """The recorder that is on, or was last."""
+        """The active recorder, or the last one."""
         return self._recorder
 
     # ---- record
@@ -116,24 +116,23 @@ class RoutedModel:
         trace_weights: Literal["float16", "float32"] = "float16",
         memory_bytes: int = 256 << 20,
     ) -> Recorder:
-        """A ``Recorder`` for this model, on inside its ``with`` block. It may be entered again to go on.
+        """Make a ``Recorder`` for this model, active inside its ``with`` block. It can be re-entered to continue.
 
         Args:
-            groups: the only names that labels may give, in this order; None takes names as they come ("all" where
-                there is none).
-            sequences: keep the averages of every sequence by (item, group): True (in memory, past ``memory_bytes`` in
-                a temporary folder) or the path of a folder.
-            trace: keep the experts and weights of every token: True, or 0-based layers.
-            metrics: some of ``ops.METRICS``.
+            groups: the only names that labels may use, in this order; None accepts any names ("all" if there are none).
+            sequences: keep the averages of every sequence by (item, group): True (in memory, beyond ``memory_bytes`` in
+                a temporary folder), or the path of a folder.
+            trace: keep the experts and weights of every token: True, or layers as indices from 0.
+            metrics: names from ``ops.METRICS``.
             entropy: whether to sum the entropy of the router's distribution.
-            phases: count only the tokens of these, "prefill" and "decode".
+            phases: count only the tokens of these phases, "prefill" and "decode".
             progress: show a bar of finished sequences.
-            trace_limit: most tokens that a trace takes.
-            trace_weights: dtype of a trace's weights.
-            memory_bytes: size of the sequences that are kept in memory.
+            trace_limit: largest number of tokens in a trace.
+            trace_weights: dtype of the weights in a trace.
+            memory_bytes: limit for sequences kept in memory.
 
-        Raises ``ValueError`` for names that do not exist, ``RuntimeError`` after ``detach``. Entering it raises
-        ``RuntimeError`` while another recording is on.
+        Raises ``ValueError`` for unknown names, ``RuntimeError`` after ``detach``. Entering it raises ``RuntimeError``
+        while another recording is active.
         """
         self._require_attached("record")
         return _RoutedRecorder(
@@ -152,15 +151,19 @@ class RoutedModel:
         )
 
     def statistics(self) -> RoutingStatistics:
-        """``Recorder.statistics()`` of the recording that is on, or was last. Raises ``RuntimeError`` where there was
-        none."""
+        """Return ``Recorder.statistics()`` of the active recorder, or of the last one.
+
+        Raises ``RuntimeError`` if there was none.
+        """
         if self._recorder is None:
             raise RuntimeError("nothing was recorded yet: `with routed.record() as rec:` and call the model inside")
         return self._recorder.statistics()
 
     def labels(self, groups: Any = None, items: Any = None, *, count_mask: Any = None) -> Block[None]:
-        """Say what the sequences of a batch are, as ``Recorder.labels`` does; without a recording only steering by
-        group and replays by item use it, and groups are names."""
+        """Label the sequences of a batch; see ``Recorder.labels``.
+
+        Without a recording, only steering by group and replays by item use the labels, and groups are names.
+        """
         self._require_attached("labels")
         if self._recording:
             assert self._recorder is not None
@@ -186,17 +189,18 @@ class RoutedModel:
             finally:
                 self._block = None
         finally:
-            self._block = None  # again, where an interrupt broke off the first
+            self._block = None  # again, if an interrupt stopped the first attempt
 
     # ---- steer
 
     def steer(self, plan: Plan) -> Block[RoutedModel]:
-        """Route by ``plan`` inside; plans of nested blocks add up. What is recorded meanwhile carries the plan's hash
-        and counts the natural choice beside the steered one.
+        """Steer by ``plan`` inside the block; plans of nested blocks add up.
 
-        Entering it raises ``steering.PlanError`` for a plan that was made for another model or names layers and experts
-        that this one lacks, ``ValueError`` for a router that cannot be steered, ``RuntimeError`` after ``detach``; the
-        model is then steered as before.
+        A recording meanwhile keeps the plan's hash, and counts the natural choice beside the steered one.
+
+        Entering the block raises ``steering.PlanError`` for a plan that was made for another model or names layers and
+        experts that this one lacks, ``ValueError`` for a router that cannot be steered, and ``RuntimeError`` after
+        ``detach``. The model is then steered as before.
         """
         if not isinstance(plan, Plan):
             raise TypeError(f"steer takes a Plan, not {type(plan).__name__}: Plan.activate(experts), Plan.load(path)")
@@ -205,7 +209,7 @@ class RoutedModel:
     @contextlib.contextmanager
     def _steered(self, plan: Plan) -> Iterator[RoutedModel]:
         self._require_attached("steer")
-        block = object()  # blocks may end in any order
+        block = object()  # a key per block, since blocks may end in any order
         try:
             try:
                 self._apply({**self._plans, block: plan})
@@ -213,7 +217,7 @@ class RoutedModel:
             finally:
                 self._end_steering(block)
         finally:
-            self._end_steering(block)  # goes on where an interrupt broke off the first
+            self._end_steering(block)  # continues where an interrupt stopped the first attempt
 
     def _end_steering(self, block: object) -> None:
         if block in self._plans or not self._applied:
@@ -221,7 +225,7 @@ class RoutedModel:
 
     def _apply(self, plans: Mapping[object, Plan]) -> None:
         plan = _added(plans.values())
-        steering = None if plan is None else _Steering(plan, self)
+        steering = None if plan is None else _ActivePlan(plan, self)
         tables = None if steering is None else steering.compiled.tables
         self._applied = False
         self.attachment.set_steering(tables)
@@ -234,9 +238,9 @@ class RoutedModel:
     # ---- detach
 
     def detach(self) -> None:
-        """Take every hook away; the model is bit for bit what it was. Harmless twice, and after an interrupt.
+        """Remove every hook; the model is then bit for bit what it was. Safe to call twice, and after an interrupt.
 
-        A recording or a steering that is on ends here, as by an exception, with a ``RuntimeWarning``.
+        An active recording or steering ends here as after an exception, with a ``RuntimeWarning``.
         """
         try:
             self._end_blocks()
@@ -266,7 +270,7 @@ class RoutedModel:
         doing = [what for what, on in (("recording", self._recording), ("steering", bool(self._plans))) if on]
         return f"RoutedModel({type(self.model).__name__}, {len(self.routers)} MoE layers, {', '.join([state, *doing])})"
 
-    # ---- what the attachment asks
+    # ---- called by the attachment
 
     def _labels_of(self, call: Call) -> Labels:
         """Steering row, group and segment of the tokens of a call that is about to run."""
@@ -279,16 +283,16 @@ class RoutedModel:
         return Labels(row, group, segment, self._steering.counter(call), entries)
 
     def _after_call(self, call: Call) -> None:
-        """The call went through."""
+        """Called when a call has completed."""
         if self._recording and self._recorder is not None:
             self._recorder._after_call()
 
     def _reject_drafts(self, count: int) -> None:
-        """The last ``count`` drafted tokens of the latest call were rejected."""
+        """Called when the last ``count`` drafted tokens of the latest call were rejected."""
         if self._recorder is not None:
             self._recorder._reject_drafts(count)
 
-    # ---- inside
+    # ---- internal
 
     @property
     def _recording(self) -> bool:
@@ -308,13 +312,15 @@ class RoutedModel:
 
 
 def _added(plans: Iterable[Plan]) -> Plan | None:
-    """The sum of plans; None where there is none, or where they cancel out."""
+    """The sum of plans, or None if there are none or they cancel out."""
     return sum(plans) or None
 
 
 class _Listener(CallListener):
-    """Passes what the attachment asks on to its ``RoutedModel``. A compiled model calls it as it is: bookkeeping in
-    Python is no part of a graph."""
+    """Passes the questions of the attachment to its ``RoutedModel``.
+
+    torch.compile calls these methods without tracing them, because bookkeeping in Python cannot be part of a graph.
+    """
 
     def __init__(self, routed: RoutedModel) -> None:
         self.labels_of = torch.compiler.disable(routed._labels_of)  # type: ignore[method-assign]
@@ -323,11 +329,11 @@ class _Listener(CallListener):
 
 
 class _RoutedRecorder(Recorder):
-    """A recorder that its ``RoutedModel`` knows of while it is on."""
+    """A recorder that registers with its ``RoutedModel`` while it is active."""
 
     def __init__(self, routed: RoutedModel, **options: Any):
         super().__init__(routed.attachment, **options)
-        self._routed = weakref.ref(routed)  # which knows this one: no cycle keeps a model alive
+        self._routed = weakref.ref(routed)  # weak, since a cycle would keep the model alive
 
     def _refuse_entry(self) -> None:
         super()._refuse_entry()
@@ -340,21 +346,21 @@ class _RoutedRecorder(Recorder):
 
     def _begin(self) -> None:
         routed = self._routed()
-        assert routed is not None  # it was asked
+        assert routed is not None  # `_refuse_entry` ran before
         if routed._steering is not None:
             self._note_plan(routed._steering.compiled.plan_hash)
         super()._begin()
         routed._recorder = self
 
 
-class _Steering:
-    """A plan compiled for the live model, and the steering row of every token of a call."""
+class _ActivePlan:
+    """A plan compiled for the live model, with the steering row of every token of a call."""
 
     def __init__(self, plan: Plan, routed: RoutedModel):
         identity = identity_of(routed.model)
         experts = [router.num_experts for router in routed.routers]
         plan.check_model(identity["name"], config_hash=identity["config_hash"], num_experts=experts)
-        # groups that the plan does not name take the row of tokens without a group
+        # tokens of groups that the plan does not name take the row of tokens without a group
         groups = tuple(dict.fromkeys(group for rule in plan.rules for group in rule.groups or ()))
         self.compiled: CompiledPlan = plan.compile(routed.routers, groups)
         self._index = {group: index for index, group in enumerate(groups)}
@@ -364,7 +370,7 @@ class _Steering:
         self._starts: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def rows(self, call: Call, block: LabelBlock | None) -> int | Tensor:
-        """Steering row of the tokens of a call: an int, ``[N]`` or ``[N, length]``; -1 leaves a token alone."""
+        """Steering row of the tokens of a call: an int, ``[N]`` or ``[N, length]``; -1: not steered."""
         if not call.prompt:
             return self._rows_in(call.phase, call, block)
         return in_phases(self._rows_in("prefill", call, block), self._rows_in("decode", call, block), call)
@@ -383,12 +389,12 @@ class _Steering:
         return found.expand(call.batch, call.length)
 
     def _follow(self, block: LabelBlock | None) -> None:
-        """What is kept on a device is of one label block."""
+        """Drop the tensors kept for another label block."""
         if block is not self._block:
             self._block, self._cache, self._starts = block, {}, {}
 
     def _rows_at(self, at: int, phase: int, call: Call, block: LabelBlock | None) -> int | Tensor:
-        """Rows by the group of the token, for the class of positions ``at``."""
+        """Rows by the group of the token, for the class ``at`` of positions."""
         if block is None:
             return self._rows[phase][0][at]
         key = (phase, at, call.device)
@@ -398,7 +404,7 @@ class _Steering:
         return columns(self._cache[key], call)
 
     def counter(self, call: Call) -> Tensor | None:
-        """What tells tokens apart, where the plan draws experts for each."""
+        """A number per token that seeds its random draws, or None if the plan draws none."""
         if not self.compiled.draws:
             return None
         ids = call.input_ids
@@ -406,9 +412,9 @@ class _Steering:
         return token_counter(call.positions(), ids if shaped else None)
 
     def entries(self, call: Call, block: LabelBlock | None) -> Tensor | None:
-        """int64 ``[batch, length, M]``: which entry of each replayed table is a token's, -1 for none.
+        """int64 ``[batch, length, M]``: row of each token in each of M replayed tables, -1 for none.
 
-        None where the plan replays nothing. What runs beside a text (guidance, an assistant) has none.
+        None if the plan replays nothing. Calls that are not part of a text (guidance, an assistant model) have no rows.
         """
         tables = self.compiled.replays
         if not tables:
@@ -424,7 +430,7 @@ class _Steering:
         return torch.where(place < length, first + place, -1)
 
     def _starts_of(self, call: Call, block: LabelBlock | None) -> tuple[Tensor, Tensor]:
-        """int64 ``[batch, 1, M]`` twice: where each row's sequence begins in each table, and how long it is."""
+        """int64 ``[batch, 1, M]`` twice: the start of each batch row's sequence in each table, and its length."""
         items, groups = (None, None) if block is None else (block.items, block.sequence_groups)
         rows = [table.sequences(call.batch, items, groups) for table in self.compiled.replays]
         first = [table.first[row] for table, row in zip(self.compiled.replays, rows, strict=True)]

@@ -38,17 +38,17 @@ class Table:
 
 
 class ShownAsTables(ABC):
-    """A result that is its tables: ``repr`` gives them as text, a notebook shows them as HTML.
+    """Base of results that are shown as tables: ``repr`` gives text, a notebook shows HTML.
 
-    A class that derives from it defines :meth:`tables`. A dataclass says ``repr=False``, or it makes a ``repr`` of its
-    own.
+    A subclass defines :meth:`tables`. If it is a dataclass, it needs ``repr=False``, since a dataclass otherwise
+    generates a ``repr`` of its own.
     """
 
     __slots__ = ()
 
     @abstractmethod
     def tables(self) -> Sequence[Table]:
-        """What to show, from top to bottom."""
+        """The tables to show, from top to bottom."""
 
     def __repr__(self) -> str:
         return "\n".join(map(str, self.tables()))
@@ -58,7 +58,7 @@ class ShownAsTables(ABC):
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Columns with two spaces between: to the right where every cell is a number or empty, else to the left."""
+    """Format columns with two spaces between; columns of numbers (and empty cells) are aligned to the right."""
     raw = [list(row) for row in rows]
     body = [[number(cell) for cell in row] for row in raw]
     columns = range(len(head))
@@ -69,14 +69,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def number(value: object) -> str:
-    """Three digits after the point for a float, '-' for None and for one that is undefined."""
+    """Format a float with three decimals; None and NaN become '-'."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _right_columns(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[bool]:
-    """Whether each column holds numbers, which are set to the right."""
+    """Whether each column holds numbers, which are aligned to the right."""
     return [bool(rows) and all(_numeric(row[column]) for row in rows) for column in range(len(head))]
 
 

@@ -1,5 +1,4 @@
-"""A causal language model at work on texts: loading it, padding batches, recording what its routers do, token
-losses."""
+"""Run a causal language model on texts: load it, pad batches, record its routing, compute token losses."""
 
 from __future__ import annotations
 
@@ -42,12 +41,12 @@ SHIPPED = {"general": demo_corpus, "arithmetic": demo_task}
 
 
 class ModelNotFoundError(ValueError):
-    """No model could be loaded under that name; the message says why and what to do."""
+    """Raised if no model can be loaded under a name; the message gives the reason and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """One sequence to run: its group (a language, a task) and its item, which pairs it with its translations."""
+    """One sequence to run: its text, its group (a language, a task), and the item that pairs it with translations."""
 
     group: str
     item: str
@@ -57,10 +56,10 @@ class Text:
 def read_corpus(
     path: str | Path | None = None, *, languages: Sequence[str] | None = None, limit: int | None = None
 ) -> Corpus:
-    """The corpus at `path`: a table of tab-separated texts, a folder laid out like FLORES, or the name of one that
-    moe-route brings ("general", which is the default, or "arithmetic").
+    """Read the corpus at `path`: a tab-separated table, a folder in the layout of FLORES, or the name of a shipped one.
 
-    `languages` takes these only, `limit` the first so many items. Raises as `Corpus.read` does.
+    The shipped ones are "general" (the default) and "arithmetic". `languages` selects languages, and `limit` the first
+    items. Raises the errors of `Corpus.read`.
     """
     shipped = SHIPPED.get(str(path or "general"))
     corpus = shipped() if shipped is not None else Corpus.read(path or "", languages)
@@ -68,7 +67,7 @@ def read_corpus(
 
 
 def texts_of(corpus: Corpus) -> list[Text]:
-    """Every text of a corpus, language by language; the language is its group."""
+    """All texts of a corpus, language by language; the language is the group."""
     return [
         Text(language, item, text)
         for language in corpus.languages
@@ -78,13 +77,13 @@ def texts_of(corpus: Corpus) -> list[Text]:
 
 @dataclass(frozen=True, slots=True)
 class EncodedTexts:
-    """Texts as tokens, and how many of them were too long.
+    """Texts as tokens, with those that were too long.
 
     Attributes:
-        texts: the texts, n of them.
-        ids: token ids of each.
-        shortened: which of them had more than ``limit`` tokens and lost the rest, positions in rising order.
-        limit: tokens a text may have, None for any number.
+        texts: the n texts.
+        ids: token ids of each text.
+        shortened: indices, in increasing order, of the texts that were cut after ``limit`` tokens.
+        limit: largest number of tokens per text, None for any number.
     """
 
     texts: tuple[Text, ...]
@@ -94,11 +93,11 @@ class EncodedTexts:
 
     @property
     def cut(self) -> int:
-        """How many texts were cut."""
+        """Number of texts that were cut."""
         return len(self.shortened)
 
     def only(self, positions: Sequence[int]) -> EncodedTexts:
-        """The texts at these positions."""
+        """The texts at these indices."""
         place = {position: new for new, position in enumerate(positions)}
         shortened = tuple(place[i] for i in self.shortened if i in place)
         return EncodedTexts(
@@ -107,12 +106,12 @@ class EncodedTexts:
 
     @property
     def note(self) -> str:
-        """What was cut, in a few words; "" where nothing was."""
+        """A short sentence on the texts that were cut; "" if none was."""
         return f"{self.cut} of {len(self.texts)} texts cut to {self.limit} tokens" if self.cut else ""
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The same as metadata of a recording, which merges with that of others; empty where nothing was cut."""
+        """The same as metadata of a recording, which merges with other metadata; empty if no text was cut."""
         return {"cut_texts": self.cut, "cut_to_tokens": [self.limit]} if self.cut else {}
 
 
@@ -121,7 +120,7 @@ class Batch:
     """Padded texts: `inputs` are `input_ids` and `attention_mask`, int64 [B, S], padded on the right."""
 
     texts: tuple[Text, ...]
-    positions: tuple[int, ...]  # where each text stands among the texts that were batched
+    positions: tuple[int, ...]  # index of each text among the texts that were batched
     inputs: Mapping[str, torch.Tensor]
 
 
@@ -137,9 +136,9 @@ class LanguageModel:
     def load(
         cls, name: str = DEMO_MODEL, *, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None
     ) -> LanguageModel:
-        """The model in folder `name`, on the Hugging Face hub under `name`, or the one moe-route brings ("demo").
+        """Load the model in folder `name`, or on the Hugging Face hub under `name`, or the shipped one ("demo").
 
-        Code that comes with a checkpoint is never run. Raises `ModelNotFoundError` where nothing can be loaded.
+        Code that comes with a checkpoint is never run. Raises `ModelNotFoundError` if nothing can be loaded.
         """
         place, precision = _device(device), _dtype(dtype)
         if name == DEMO_MODEL:
@@ -153,8 +152,10 @@ class LanguageModel:
         return cls(name, model.eval() if place is None else model.to(place).eval(), tokenizer)
 
     def attach(self, engine: Literal["hook", "fused"] = "hook") -> RoutedModel:
-        """Attach to the model. Raises `ValueError` where this build has no kernels for its device, and what
-        `moe_route.attach` raises."""
+        """Attach to the model.
+
+        Raises `ValueError` if this build has no kernels for its device, and the errors of `moe_route.attach`.
+        """
         device = self.model.device
         if device.type != "cpu" and not (device.type == "cuda" and _C.build_info()["cuda"]):
             raise ValueError(
@@ -163,8 +164,10 @@ class LanguageModel:
         return attach(self.model, engine=engine)
 
     def encode(self, texts: Sequence[Text] | EncodedTexts, *, max_length: int | None = None) -> EncodedTexts:
-        """`texts` as tokens. Those longer than `max_length` tokens (default: what the model was made for) are cut and
-        counted. Texts that are encoded already stay as they are; `max_length` is then refused with `ValueError`."""
+        """Convert texts to tokens, and cut those longer than `max_length` tokens (by default the model's maximum).
+
+        Encoded texts are returned unchanged; `max_length` is then refused with `ValueError`.
+        """
         if isinstance(texts, EncodedTexts):
             if max_length is not None:
                 raise ValueError("these texts are encoded already: pass max_length to encode()")
@@ -172,13 +175,13 @@ class LanguageModel:
         limit = max_length or getattr(self.model.config, "max_position_embeddings", None)
         ids = [tuple(row) for row in self._ids(texts)]
         long = [] if limit is None else [i for i, row in enumerate(ids) if len(row) > limit]
-        # the tokenizer cuts, since it knows which tokens belong at the end
+        # the tokenizer cuts the texts, because it knows which tokens belong at the end
         for i, row in zip(long, self._ids([texts[i] for i in long], truncation=True, max_length=limit), strict=True):
             ids[i] = tuple(row)
         return EncodedTexts(tuple(texts), tuple(ids), tuple(long), limit)
 
     def _ids(self, texts: Sequence[Text], **options: Any) -> list[list[int]]:
-        # not verbose: it warns of texts that are too long, which are cut here
+        # not verbose, because it would warn about long texts, which are cut here
         found = self.tokenizer([text.text for text in texts], verbose=False, **options) if texts else {"input_ids": []}
         ids: list[list[int]] = found["input_ids"]
         return ids
@@ -191,12 +194,12 @@ class LanguageModel:
         max_length: int | None = None,
         progress: str | None = None,
     ) -> Iterator[Batch]:
-        """`texts` in padded batches, texts of like length together so that little is padding.
+        """Yield padded batches of `texts`, with texts of similar length together to save padding.
 
-        The longest texts come first, since they show whether the memory suffices; the other batches come in a fixed
-        random order, so that work that is ended early has seen texts of every length.
+        The longest texts come first, to show whether memory suffices. The other batches come in a fixed random order,
+        so that work that ends early has seen texts of every length.
 
-        `max_length` is that of `encode`. `progress` is the caption of a progress bar on standard error.
+        `max_length` is as in `encode`. `progress` is the caption of a progress bar on standard error.
         """
         encoded = self.encode(texts, max_length=max_length)
         order = sorted(range(len(encoded.ids)), key=lambda i: -len(encoded.ids[i]))
@@ -208,12 +211,12 @@ class LanguageModel:
             yield Batch(tuple(encoded.texts[i] for i in chunk), tuple(chunk), on_device)
 
     def run(self, batch: Batch) -> torch.Tensor:
-        """Logits over the vocabulary, [B, S, V]."""
+        """Compute logits over the vocabulary, [B, S, V]."""
         with torch.inference_mode():
             return self.model(**batch.inputs, use_cache=False).logits
 
     def generate(self, prompt: str, max_new_tokens: int) -> str:
-        """What the model adds to `prompt` by greedy search, at most `max_new_tokens` tokens."""
+        """Continue `prompt` by greedy search, with at most `max_new_tokens` tokens; returns the continuation."""
         inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
         with torch.inference_mode():
             ids = self.model.generate(
@@ -234,10 +237,10 @@ class LanguageModel:
         max_length: int | None = None,
         progress: str | None = None,
     ) -> np.ndarray:
-        """float64 [len(texts), 2]: for each text the summed loss in nats of its predicted tokens, and their number.
+        """Loss of each text, float64 [len(texts), 2]: the sum in nats over its predicted tokens, and their number.
 
-        Every token but the first is predicted from those before it; padding is never predicted. To know how many texts
-        were cut, pass what `encode` gives.
+        Every token but the first is predicted from those before it; padding is never predicted. To learn how many texts
+        were cut, pass the result of `encode`.
         """
         encoded = self.encode(texts, max_length=max_length)
         found = np.zeros((len(encoded.texts), 2))
@@ -262,9 +265,9 @@ def record_texts(
 ) -> EncodedTexts:
     """Run every text under its labels: its group, and its item as the key that pairs translations.
 
-    `stop` is asked before each batch; where it answers True, the texts that are left do not run. Returns the texts that
-    ran. How many of them were cut goes into the metadata of the recording: `cut_texts`, their number, and
-    `cut_to_tokens`, the limits they were cut to.
+    `stop` is called before each batch; if it returns True, the remaining texts do not run. Returns the texts that ran.
+    The metadata of the recording gets `cut_texts`, the number of texts that were cut, and `cut_to_tokens`, the limits
+    used.
     """
     encoded = language_model.encode(texts, max_length=max_length)
     done: list[int] = []
@@ -281,20 +284,20 @@ def record_texts(
 
 
 def _device(name: str | torch.device | None) -> torch.device | None:
-    """The device of that name, checked by putting something there."""
+    """The device with this name, tested by allocating a tensor on it."""
     if name is None:
         return None
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         raise ValueError(f"there is no device {str(name)!r} here ({str(error).splitlines()[0]}): use cpu") from error
 
 
 def _dtype(name: str | torch.dtype) -> Any:
-    """The dtype of that name; "auto" stays."""
+    """The dtype with this name; "auto" is kept."""
     found = getattr(torch, name, None) if isinstance(name, str) and name != "auto" else name
     if found != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise ValueError(f"{name!r} is no dtype for weights: use auto, float32, bfloat16 or float16")
+        raise ValueError(f"{name!r} is not a dtype for weights: use auto, float32, bfloat16 or float16")
     return found
 
 
@@ -309,27 +312,27 @@ def _from_pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
         AutoConfig.from_pretrained(name, **local)
         what = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(name, **local)
-        # transformers makes up an empty one where there are no files of it
+        # without tokenizer files, transformers makes an empty tokenizer
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ValueError("it has no vocabulary")
         what = "model"
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **local), tokenizer
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        mend = (
+        fix = (
             "give a folder with a checkpoint, or a name on the hub"
             if what == "model"
             else "save the checkpoint's tokenizer beside its weights (tokenizer.save_pretrained)"
         )
-        raise ModelNotFoundError(f"no {what} can be loaded from {name!r} ({reason}): {mend}") from error
+        raise ModelNotFoundError(f"no {what} can be loaded from {name!r} ({reason}): {fix}") from error
 
 
 def _hub_answers(name: str) -> bool:
-    """Whether it is worth asking the hub for the files of ``name``: without a network it is asked for half a minute."""
+    """Whether the hub can be reached for files of ``name``; without a network, requests would take half a minute."""
     from huggingface_hub import constants
 
     hub = urlsplit(constants.ENDPOINT)
-    if Path(name).exists() or getproxies() or hub.hostname is None:  # a proxy may reach what cannot be seen from here
+    if Path(name).exists() or getproxies() or hub.hostname is None:  # a proxy may reach other hosts
         return True
     try:
         socket.create_connection((hub.hostname, hub.port or _HTTPS), timeout=_CONNECT_SECONDS).close()

@@ -28,7 +28,7 @@ NEWEST = "latest"
 VERSIONS = ("4.57.6", "5.0.0", "5.6.2", "5.17.0", NEWEST)
 _OTHER_FORM = "the router returns its decision in another form"
 _REFUSALS = {  # a part of the error, and what it says of a version
-    "is no known router": "the block decides, and its gate is no more than a matrix product",
+    "is not a known router": "the block decides, and its gate is no more than a matrix product",
     "does not say its number": "the block decides, and its router does not know the number of experts or of choices",
     "has no known router": "no class of the block is known, and its parts have other names",
     "does not weigh": "what the router returns as logits is not what its weights follow from",

@@ -1,6 +1,7 @@
-"""Analysis: from recorded routing to numbers. numpy float64; no model, no torch.
+"""Analysis: compute divergence, entropy, correlations and experts from recorded routing.
 
-Every function takes ``RoutingStatistics`` (or anything with its accessors), and arrays where arrays are all it needs.
+It works in numpy float64, without a model and without torch. Every function takes ``RoutingStatistics`` (or an object
+with the same accessors), or arrays where these suffice.
 """
 
 from moe_route.analysis.correlation import Correlation, correlation

@@ -1,5 +1,6 @@
-"""Does routing like English go with doing well? Correlation over languages, layer by layer [arXiv 2510.04694, section
-4.3].
+"""Correlation over languages, per layer, between performance and similarity of routing to English.
+
+See arXiv 2510.04694, section 4.3.
 """
 
 from __future__ import annotations
@@ -26,19 +27,17 @@ __all__ = ["Correlation", "correlation"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Correlation(ShownAsTables):
-    """Correlation over groups between a score of each group and its divergence, float64 [L] each.
+    """Correlation over groups between the score of each group and its divergence, float64 [L] each.
 
     Attributes:
-        pearson, spearman: in [-1, 1]; NaN where divergence or scores do not vary, or fewer than three groups are
-            defined.
-        p_value: two-sided permutation p-value of ``pearson``, of each layer by itself; NaN where ``pearson`` is.
-        p_corrected: the same, corrected for looking at all of the layers: how often the largest |r| of any layer
-            reaches this layer's. At most 5 of 100 divergences that have nothing to do with the scores have a layer
-            below 0.05.
-        number: int64 [L], groups that went in.
+        pearson, spearman: in [-1, 1]; NaN where divergence or scores do not vary, or with fewer than three groups.
+        p_value: two-sided permutation p-value of ``pearson``, for each layer alone; NaN where ``pearson`` is.
+        p_corrected: the same, corrected for testing all layers: how often the largest |r| of any layer reaches that of
+            this layer. If divergence is unrelated to the scores, at most 5 of 100 results have a layer below 0.05.
+        number: int64 [L], number of groups used.
         groups: their names.
         layers: names of the layers.
-        reference: what divergence was measured from.
+        reference: the group from which divergence was measured.
     """
 
     pearson: np.ndarray
@@ -64,7 +63,7 @@ class Correlation(ShownAsTables):
         return {name: getattr(self, name) for name in names}
 
     def tables(self) -> list[Table]:
-        """A row per layer: means of p-values over runs of layers would say nothing."""
+        """A row per layer; p-values are not averaged over layers."""
         columns = [values.tolist() for values in self._columns().values()]
         rows = [[layer, *row] for layer, row in enumerate(zip(*columns, strict=True))]
         return [
@@ -85,17 +84,17 @@ def correlation(
     permutations: int = 10_000,
     seed: int = 0,
 ) -> Correlation:
-    """Per layer, Pearson r and Spearman rho over groups between ``scores`` (such as accuracy) and divergence.
+    """Compute Pearson r and Spearman rho over groups between ``scores`` (such as accuracy) and divergence, per layer.
+
+    The p-values treat groups as exchangeable, which languages of one family or script are only approximately.
 
     Args:
-        found: divergence of the groups from a reference (which itself takes no part).
-        scores: group -> score; must name every group compared, others are ignored.
-        groups: the groups to correlate; all of ``found`` by default.
-        permutations: orders of the scores drawn for the p-values; all orders are used where there are no more than
-            that. The same orders serve every layer.
-        seed: of the drawn orders.
-
-    The p-values take groups as exchangeable, which languages of one family or script are not quite.
+        found: divergence of the groups from a reference; the reference itself takes no part.
+        scores: group -> score; must name every group compared. Others are ignored.
+        groups: the groups to correlate; by default all of ``found``.
+        permutations: number of random orders of the scores for the p-values. If there are no more orders than that, all
+            are used. All layers share the same orders.
+        seed: seed of the random orders.
 
     Raises ``AnalysisError`` for a group without score, scores that are not finite, or fewer than three groups.
     """
@@ -120,7 +119,7 @@ def correlation(
 
 
 def _centered(values: np.ndarray) -> np.ndarray:
-    """Zero mean and unit length; all zero for values that do not vary beyond rounding."""
+    """Scale to zero mean and unit length; all zero for values that vary by rounding only."""
     moved = values - values.mean(-1, keepdims=True)
     length = np.sqrt((moved * moved).sum(-1, keepdims=True))
     varies = length > 1e-12 * np.abs(values).max(-1, keepdims=True)
@@ -133,7 +132,7 @@ def _pearson(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1; equal values share the mean of their ranks."""
+    """Ranks from 1; equal values get the mean of their ranks."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2.0)[inverse]
@@ -142,8 +141,10 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 def _permutation_p(
     x: np.ndarray, y: np.ndarray, observed: np.ndarray, draws: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """p-values of the layers' r, each by itself and against the largest of all layers (single-step max-T of Westfall
-    and Young 1993), float64 [L] each; NaN where r is.
+    """p-values of the layers' r, float64 [L] each; NaN where r is.
+
+    The first is for each layer alone, the second against the largest |r| of all layers (single-step max-T of Westfall
+    and Young 1993).
 
     Args:
         x, y: divergence [G, L] and scores [G].
@@ -158,13 +159,13 @@ def _permutation_p(
     reach = np.abs(observed[defined])[:, None] - 1e-12
     for target, values in ((p_value, drawn), (p_corrected, drawn.max(0)[None])):
         reached = (values >= reach).sum(1)
-        # among drawn orders the observed one counts too
+        # with random orders, the observed order counts too
         target[defined] = reached / len(orders) if exact else (reached + 1) / (len(orders) + 1)
     return p_value, p_corrected
 
 
 def _orders(size: int, draws: int, seed: int) -> tuple[np.ndarray, bool]:
-    """Orders of ``size`` things, int64 [number, size], and whether they are all there are."""
+    """Orders of ``size`` elements, int64 [number, size], and whether these are all orders."""
     if factorial(size) <= draws:
         return np.array(list(all_orders(range(size)))), True
     rng = np.random.default_rng(seed)
@@ -172,6 +173,6 @@ def _orders(size: int, draws: int, seed: int) -> tuple[np.ndarray, bool]:
 
 
 def _absolute_r(x: np.ndarray, y: np.ndarray, orders: np.ndarray) -> np.ndarray:
-    """|r| of x with every order of y, float64 [number]; over the groups where x is defined."""
+    """|r| of x with every order of y, float64 [number], over the groups for which x is defined."""
     seen = ~np.isnan(x)
     return np.abs(_centered(y[orders][:, seen]) @ _centered(x[seen]))

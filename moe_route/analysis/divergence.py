@@ -1,8 +1,8 @@
-"""Routing divergence between groups, layer by layer [arXiv 2510.04694, eq. 2 and appendix A.4].
+"""Routing divergence between groups, per layer [arXiv 2510.04694, eq. 2 and appendix A.4].
 
-Two estimators, which estimate two different things. Paired, as in the paper: D of each sentence and its translation,
-then the mean over sentences. Pooled: D of the groups' mean distributions, in which what differs from sentence to
-sentence averages out.
+The two estimators estimate different quantities. Paired, as in the paper: D of each sentence and its translation, then
+the mean over sentences. Pooled: D of the groups' mean distributions, in which differences between single sentences
+average out.
 """
 
 from __future__ import annotations
@@ -62,15 +62,15 @@ class Divergence(ShownAsTables):
     """Divergence of groups from one reference.
 
     Attributes:
-        values: float64 [G, L]; 0 = routed alike. NaN where it is undefined (both uniform, or a layer that saw nothing).
+        values: float64 [G, L]; 0 = routed alike. NaN where undefined (both uniform, or a layer without tokens).
         groups: the G groups compared, without the reference.
         reference: the group they are compared with.
         layers: names of the L layers.
-        measure: "normalized_jsd" (in [0, 1]), "jsd" (nats), "cosine" or "jaccard" (in [0, 1]).
+        measure: "normalized_jsd" (in [0, 1]), "jsd" (nats), "cosine" or "jaccard" (both in [0, 1]).
         pairing: the estimator: "paired" (mean over parallel sequences) or "pooled" (of mean distributions).
-        pairs: number of items compared, the same ones for every group; 0 when pooled.
-        undefined: int64 [G, L], pairs (or 1 when pooled) left out of ``values`` because the measure is undefined.
-        pair_values: float64 [G, pairs, L], what ``values`` averages; None when pooled.
+        pairs: number of items compared, the same items for every group; 0 when pooled.
+        undefined: int64 [G, L], number of pairs (at most 1 when pooled) left out because the measure is undefined.
+        pair_values: float64 [G, pairs, L], of which ``values`` is the mean; None when pooled.
     """
 
     values: np.ndarray
@@ -92,8 +92,8 @@ class Divergence(ShownAsTables):
     def interval(self, level: float = 0.95, *, resamples: int = 1000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Bootstrap interval (low, high) of the mean over pairs, each float64 [G, L].
 
-        Parallel sequences are drawn with replacement; all groups and layers of an item together. Seeded. It holds for
-        other sentences in the same languages. NaN with a single pair. Needs paired divergence.
+        Items are drawn with replacement, with all groups and layers of an item together. The interval holds for other
+        sentences in the same languages. NaN with a single pair. Needs paired divergence.
         """
         if self.pair_values is None:
             raise AnalysisError(
@@ -105,8 +105,9 @@ class Divergence(ShownAsTables):
         return low, high
 
     def to_pandas(self) -> pd.DataFrame:
-        """Tidy: a row per (group, layer) with ``divergence``, ``undefined``, ``router`` (the layer's name) and
-        ``reference``.
+        """Return a tidy data frame with a row per (group, layer).
+
+        Columns: ``divergence``, ``undefined``, ``router`` (the layer's name) and ``reference``.
         """
         groups, layers = self.values.shape
         return data_frame(
@@ -146,8 +147,11 @@ def _estimator(pairing: str, pairs: int) -> str:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DivergenceMatrix(ShownAsTables):
-    """Divergence of all pairs of groups: ``values`` float64 [L, G, G], symmetric, 0 on the diagonal; ``pairs`` is the
-    number of items compared, the same ones for all, 0 when pooled."""
+    """Divergence of all pairs of groups.
+
+    ``values`` is float64 [L, G, G], symmetric, 0 on the diagonal. ``pairs`` is the number of items compared, the same
+    items for all pairs; 0 when pooled.
+    """
 
     values: np.ndarray
     groups: tuple[str, ...]
@@ -157,11 +161,11 @@ class DivergenceMatrix(ShownAsTables):
     pairs: int = 0
 
     def mean(self, layers: Sequence[int] | None = None) -> np.ndarray:
-        """float64 [G, G]: the mean over these layers (all by default), NaN where no layer is defined."""
+        """float64 [G, G]: the mean over these layers (by default all), NaN where no layer is defined."""
         return mean_of_seen(self.values if layers is None else self.values[list(layers)])[0]
 
     def to_pandas(self) -> pd.DataFrame:
-        """Tidy: a row per (layer, group, other) with ``divergence`` and ``router`` (the layer's name)."""
+        """Return a tidy data frame with a row per (layer, group, other): ``divergence`` and ``router`` (layer name)."""
         layers, size, _ = self.values.shape
         names = np.asarray(self.groups, dtype=object)
         return data_frame(
@@ -193,14 +197,15 @@ class DivergenceMatrix(ShownAsTables):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class UShape(ShownAsTables):
-    """Mean divergence in the first, middle and last layers, float64 [G] each: the U of multilingual routing [arXiv
-    2510.04694, section 4.3].
+    """Mean divergence in the first, middle and last layers, whose U shape is typical of multilingual routing.
+
+    See arXiv 2510.04694, section 4.3.
 
     Attributes:
         groups: the G groups.
         first, middle, last: float64 [G].
-        first_layers, middle_layers, last_layers: the layers that each is the mean of.
-        pairs: number of parallel sequences that divergence was measured on, 0 when pooled.
+        first_layers, middle_layers, last_layers: the layers of each mean.
+        pairs: number of parallel sequences on which divergence was measured; 0 when pooled.
         resampled: float64 [resamples, G], ``depth`` under a bootstrap over these items; None when pooled.
     """
 
@@ -216,16 +221,18 @@ class UShape(ShownAsTables):
 
     @property
     def depth(self) -> np.ndarray:
-        """float64 [G]: (first + last) / 2 - middle. Above 0 for a U, below for a cap."""
+        """float64 [G]: (first + last) / 2 - middle. Positive for a U, negative for an inverted U."""
         return (self.first + self.last) / 2 - self.middle
 
     def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-        """Interval (low, high) of ``depth``, float64 [G] each, for other sentences: a bootstrap over items. Needs
-        paired divergence."""
+        """Interval (low, high) of ``depth`` for other sentences, float64 [G] each, from a bootstrap over items.
+
+        Needs paired divergence.
+        """
         return interval_of(self._resampled(), self.pairs, level)
 
     def mean_interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Interval (low, high) of the mean of ``depth`` over these groups (not over others)."""
+        """Interval (low, high) of the mean of ``depth`` over these groups; it does not hold for other groups."""
         low, high = interval_of(self._resampled().mean(1), self.pairs, level)
         return float(low), float(high)
 
@@ -237,8 +244,10 @@ class UShape(ShownAsTables):
         return self.resampled
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row per group with ``first``, ``middle``, ``last``, ``depth`` and, when paired, ``low`` and ``high`` (95 %
-        interval of the depth)."""
+        """Return a data frame with a row per group: ``first``, ``middle``, ``last``, ``depth``.
+
+        If paired, also ``low`` and ``high``, the 95 % interval of the depth.
+        """
         return data_frame({"group": self.groups, **self._columns()})
 
     def to_dict(self) -> dict[str, Any]:
@@ -283,27 +292,28 @@ def divergence(
     top: int | None = None,
     num_experts: int | Sequence[int] | None = None,
 ) -> Divergence:
-    """Divergence of groups from a reference, layer by layer [arXiv 2510.04694, eq. 2].
+    """Measure the divergence of groups from a reference, per layer [arXiv 2510.04694, eq. 2].
 
     Args:
-        statistics: ``RoutingStatistics``; or an array [layer, expert] of router mass, or [item, layer, expert] whose
-            items pair with those of ``reference`` (rows need not be normalized).
+        statistics: ``RoutingStatistics``; or an array [layer, expert] of probability, or [item, layer, expert] whose
+            items pair with those of ``reference``. Rows need not be normalized.
         reference: the name of the reference group; or an array of the same shape.
-        groups: groups to compare; all others by default.
-        pairing: of statistics. "paired": D of every parallel sequence, then the mean, over the items that all of these
-            groups have (needs ``record(sequences=True)``). "pooled": D of the mean distributions, another estimand,
-            mostly lower. "auto": paired where that can be done, else pooled with a warning that says why.
-        min_common: least share of common items, in (0, 1]: those that all groups have, over the sequences of the
-            largest group. Below it there is no paired divergence.
+        groups: groups to compare; by default all others.
+        pairing: for statistics. "paired": D of every parallel sequence, then the mean, over the items that all of these
+            groups have (needs ``record(sequences=True)``). "pooled": D of the mean distributions, which estimates
+            another quantity and is mostly lower. "auto": paired if possible, else pooled with a warning that gives the
+            reason.
+        min_common: smallest allowed share of common items, in (0, 1]: the number of items that all groups have, divided
+            by the number of sequences of the largest group. Below it there is no paired divergence.
         measure: "normalized_jsd" (the paper's, in [0, 1]), "jsd" (nats), "cosine" (1 - cos), "jaccard" (of the ``top``
             experts).
-        kind: which router scores: "full", "topk" or "count".
-        phase, by: of the pooled distributions: "prefill", "decode" or both; mean over "sequence" or "token".
-        top: experts a side for "jaccard"; the layer's top-k by default.
-        num_experts: for arrays, experts of each layer where layers are zero-padded; experts at the end that are never
-            used give a warning without it.
+        kind: the router scores used: "full", "topk" or "count".
+        phase, by: for pooled distributions: "prefill", "decode" or both; mean over "sequence" or "token".
+        top: number of experts per group for "jaccard"; by default the layer's top-k.
+        num_experts: for arrays, experts of each layer if layers are zero-padded. Without it, experts at the end that
+            are never used cause a warning.
 
-    Raises ``AnalysisError`` for unknown or empty groups, sequences that do not pair, and values that are no
+    Raises ``AnalysisError`` for unknown or empty groups, sequences that do not pair, and values that are not a
     distribution.
     """
     if measure not in MEASURES:
@@ -324,7 +334,7 @@ Comparison = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def _comparison(measure: str, sizes: np.ndarray, top: int | None, top_k: Sequence[int] | None) -> Comparison:
-    """The measure as a function of two arrays of distributions [..., L, E]."""
+    """The measure, as a function of two arrays of distributions [..., L, E]."""
     if measure == "normalized_jsd":
         return lambda q1, q2: normalized_jensen_shannon(q1, q2, sizes)
     if measure == "jaccard":
@@ -340,7 +350,7 @@ def _comparison(measure: str, sizes: np.ndarray, top: int | None, top_k: Sequenc
 def _common_items(
     statistics: Statistics, groups: Sequence[str], pairing: str, min_common: float, phase: str | None, by: str
 ) -> list[Any] | None:
-    """The items to pair by, those that every group has; None where divergence is to be pooled."""
+    """The items that every group has, by which to pair; None if divergence is to be pooled."""
     if pairing not in ("paired", "pooled", "auto"):
         raise AnalysisError(f'pairing must be "paired", "pooled" or "auto", not {pairing!r}')
     if not 0 < min_common <= 1:
@@ -359,7 +369,7 @@ def _common_items(
 def _paired_items(
     statistics: Statistics, groups: Sequence[str], min_common: float, phase: str | None, by: str
 ) -> list[Any]:
-    """The items that every group has; ``AnalysisError`` says what stands in the way of pairing by them."""
+    """The items that every group has; raises ``AnalysisError`` with the reason if pairing is impossible."""
     store = statistics.store
     if store is None:
         raise AnalysisError("sequences were not kept: record(sequences=True)")
@@ -453,8 +463,10 @@ def divergence_matrix(
     by: str = "sequence",
     top: int | None = None,
 ) -> DivergenceMatrix:
-    """Divergence of all pairs of groups, with the arguments and errors of ``divergence``. Paired, it is over the items
-    that all groups have."""
+    """Measure the divergence of all pairs of groups, with the arguments and errors of ``divergence``.
+
+    Paired divergence uses the items that all groups have.
+    """
     if measure not in MEASURES:
         raise AnalysisError(f"no measure {measure!r}: use one of {', '.join(MEASURES)}")
     names = pick_groups(statistics, groups)
@@ -473,7 +485,7 @@ def divergence_matrix(
 
 
 def middle_layers(layers: int) -> tuple[int, ...]:
-    """The middle third of the layers, rounded so that both ends keep as many: 16 to 31 of 48, 2 to 5 of 8."""
+    """The middle third of the layers, rounded so that both ends are equal: 16 to 31 of 48, 2 to 5 of 8."""
     return tuple(range(layers // 3, layers - layers // 3))
 
 
@@ -485,10 +497,10 @@ def u_shape(
     resamples: int = 1000,
     seed: int = 0,
 ) -> UShape:
-    """Mean divergence of the first ``edge``, the ``middle`` and the last ``edge`` layers.
+    """Compute the mean divergence of the first ``edge``, the ``middle`` and the last ``edge`` layers.
 
     By default ``edge`` is a twelfth of the layers (at least one) and ``middle`` is ``middle_layers``: 0-3, 16-31 and
-    44-47 of 48. Of paired divergence, the depth has an interval: items are drawn with replacement, all groups and
+    44-47 of 48. With paired divergence, the depth has an interval from a bootstrap over items, with all groups and
     layers of an item together.
     """
     layers = found.values.shape[1]

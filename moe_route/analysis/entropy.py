@@ -1,4 +1,4 @@
-"""How sharp and how consistent routing is: entropy of tokens and of sequences, overlap of the sets tokens choose."""
+"""Sharpness and consistency of routing: entropy of tokens and sequences, and overlap of the experts of tokens."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Entropy(ShownAsTables):
     """Mean routing entropy in nats, float64 [G, L].
 
     Attributes:
-        token: mean over tokens of H(p_t), every token alike; None where it was not asked for.
-        sequence: mean over sequences of H(q_i), q_i the sequence's mean distribution; None where it was not asked for.
+        token: mean of H(p_t) over tokens, all with equal weight; None if not requested.
+        sequence: mean over sequences of H(q_i), with q_i the mean distribution of a sequence; None if not requested.
         groups, layers: names of the axes.
-        num_experts: experts of each layer; log of it is the most entropy there can be.
-        within: mean over sequences of the mean over a sequence's tokens of H(p_t), every sequence alike; None where
-            only one of the two above was asked for.
+        num_experts: experts of each layer; its logarithm is the largest possible entropy.
+        within: mean over sequences of the mean of H(p_t) over a sequence's tokens, all sequences with equal weight;
+            None unless both of the above were requested.
     """
 
     token: np.ndarray | None
@@ -42,11 +42,11 @@ class Entropy(ShownAsTables):
 
     @property
     def gap(self) -> np.ndarray:
-        """float64 [G, L], nats: how much the tokens of one sequence differ, the mean over sequences of the
-        Jensen-Shannon divergence of its tokens.
+        """Differences between the tokens of one sequence, float64 [G, L], in nats.
 
-        It is ``sequence - within``, which weigh every sequence alike; 0 or more but for rounding (1e-6). ``sequence -
-        token`` is not it, since ``token`` gives long sequences more weight.
+        It is ``sequence - within``: the mean over sequences of the Jensen-Shannon divergence of their tokens. It is not
+        negative, except for rounding (1e-6). ``sequence - token`` would be another quantity, since ``token`` gives long
+        sequences more weight.
         """
         if self.within is None or self.sequence is None:
             raise AnalysisError('the gap needs both entropies: entropy(statistics, of="both")')
@@ -65,7 +65,7 @@ class Entropy(ShownAsTables):
         return values
 
     def to_pandas(self) -> pd.DataFrame:
-        """Tidy: a row per (group, layer) with the entropies there are."""
+        """Return a tidy data frame with a row per (group, layer) and a column per entropy."""
         layers = len(self.layers)
         columns: dict[str, Any] = {
             "group": np.repeat(np.asarray(self.groups, dtype=object), layers),
@@ -102,10 +102,9 @@ def entropy(
     groups: list[str] | None = None,
     phase: Literal["prefill", "decode"] | None = None,
 ) -> Entropy:
-    """Mean entropy of tokens' and sequences' routing, by group and layer.
+    """Mean routing entropy of tokens and of sequences, by group and layer.
 
-    The gap between the two needs ``of="both"`` and statistics that kept sequence sums, as every recording does and
-    imported token sums do not.
+    The gap between them needs ``of="both"`` and sequence sums. Every recording has these; imported token sums do not.
 
     Raises ``AnalysisError`` for unknown or empty groups, ``ValueError`` for an entropy that was not recorded.
     """
@@ -120,16 +119,16 @@ def entropy(
 
 
 def consistency(ids: np.ndarray, *, chunk: int = 1024) -> float:
-    """Mean Jaccard index of the selected sets over all pairs of tokens of one sequence and layer, exact.
+    """Mean Jaccard index of the chosen experts over all pairs of tokens of one sequence and layer, exact.
 
-    With N_m the pairs whose sets share m experts it is ``sum_m N_m * m / (2 K - m) / N``; tokens are compared in
+    With N_m the number of pairs that share m experts, it is ``sum_m N_m * m / (2 K - m) / N``. Tokens are compared in
     chunks, so memory stays at chunk x T.
 
     Args:
-        ids: int [T, K], the experts each token chose; -1 marks an empty slot.
-        chunk: tokens compared at once.
+        ids: int [T, K], the experts that each token chose; -1 is an empty slot.
+        chunk: number of tokens compared at once.
 
-    Returns NaN for fewer than two tokens. Pairs of tokens without any expert count 0.
+    Returns NaN for fewer than two tokens. Pairs of tokens without any expert count as 0.
     """
     chosen = np.asarray(ids)
     if chosen.ndim != 2 or not np.issubdtype(chosen.dtype, np.integer) or chunk < 1:

@@ -1,6 +1,4 @@
-"""Finding experts: which ones a task, a language or a data set uses more than another. Every rule gives
-``ExpertSelection``s.
-"""
+"""Find the experts that a task, a language or a data set uses more than another. Each rule gives selections."""
 
 from __future__ import annotations
 
@@ -39,11 +37,11 @@ __all__ = [
     "task_experts",
 ]
 
-_ROUNDING = 1e-12  # more than sums of shares of float64 are off by
+_ROUNDING = 1e-12  # larger than the rounding error of a float64 sum of shares
 
 
 def _frequency(given: Frequencies, group: str | None, role: str, phase: str | None, by: str) -> np.ndarray:
-    """float64 [L, E]: how often a token of the group chooses each expert. Arrays with items are averaged over them."""
+    """Mean number of times that a token of the group chooses each expert, float64 [L, E]; arrays average over items."""
     if isinstance(given, Statistics):
         return given.frequency(phase, by)[group_index(given, group, role)]
     values = as_array(given, f"the {role}")
@@ -61,17 +59,18 @@ def expert_difference(
     phase: str | None = None,
     by: str = "sequence",
 ) -> np.ndarray:
-    """How much more often tokens choose an expert in the task than in the baseline [arXiv 2510.04694, eq. 3].
+    """Difference in how often tokens choose each expert, task minus baseline [arXiv 2510.04694, eq. 3].
 
     ``Delta = mean_i(a_i / L_i | task) - mean_j(a_j / L_j | baseline)``, in [-1, 1].
 
     Args:
         task, baseline: ``RoutingStatistics``, or frequencies [L, E] or [sequence, L, E] (each in [0, 1]).
-        group: the task's group, where the statistics hold several; also the baseline's unless ``baseline_group`` is
-            given.
-        phase: "prefill", "decode" or both; ``by``: mean over "sequence" (the paper's) or "token".
+        group: the group of the task, if the statistics hold several; also that of the baseline unless
+            ``baseline_group`` is given.
+        phase: "prefill", "decode" or both.
+        by: mean over "sequence" (the paper's) or "token".
 
-    Returns float64 [L, E], NaN for a layer that saw nothing, 0 for padding.
+    Returns float64 [L, E], NaN in layers without tokens, 0 for padding experts.
     """
     ours = _frequency(task, group, "task group", phase, by)
     theirs = _frequency(baseline, _other_group(baseline, group, baseline_group), "baseline group", phase, by)
@@ -104,15 +103,14 @@ def task_experts(
     phase: str | None = None,
     by: str = "sequence",
 ) -> ExpertSelection:
-    """Experts of a task: ``Delta > threshold`` between in-task and general text of one language [arXiv 2510.04694,
-    section 5.2].
+    """Select the experts of a task: ``Delta > threshold`` between task text and general text of one language.
 
-    Takes what ``expert_difference`` takes.
+    See arXiv 2510.04694, section 5.2. Takes the arguments of ``expert_difference``, and these:
 
     Args:
-        threshold: published settings lie between 0.25 and 0.5.
-        layers: only these layers (0-based). Leave it out to keep the experts of other layers for controls.
-        top: at most so many experts of a layer, those with the largest difference.
+        threshold: published settings are between 0.25 and 0.5.
+        layers: only these layers (indices from 0). Leave it out to keep the experts of other layers for controls.
+        top: largest number of experts per layer, those with the largest difference.
     """
     delta = expert_difference(task, baseline, group=group, baseline_group=baseline_group, phase=phase, by=by)
     chosen = _above(delta, threshold, top) & _in_layers(delta, layers)
@@ -130,10 +128,9 @@ def multilingual_experts(
     phase: str | None = None,
     by: str = "sequence",
 ) -> ExpertSelection:
-    """Experts used more in another language than in the reference: ``Delta > threshold`` for any language [arXiv
-    2510.04694].
+    """Select experts used more in some other language than in the reference: ``Delta > threshold`` [arXiv 2510.04694].
 
-    The groups must hold the same text in each language. The score of an expert is its largest difference over the
+    The groups must hold the same text in each language. The score of an expert is its largest difference over
     languages.
     """
     frequency = statistics.frequency(phase, by)
@@ -147,7 +144,7 @@ def multilingual_experts(
 
 
 def _above(values: np.ndarray, threshold: float, top: int | None) -> np.ndarray:
-    """bool [L, E]: above the threshold and, with ``top``, among the layer's largest (ties to the lower index)."""
+    """bool [L, E]: above the threshold and, with ``top``, among the largest of the layer (ties: the lower index)."""
     if not np.isfinite(threshold):
         raise AnalysisError(f"threshold must be a number, not {threshold}")
     chosen = np.nan_to_num(values, nan=-np.inf) > threshold
@@ -176,7 +173,7 @@ def _of(group: str | None) -> str:
 
 
 class RiskExperts(NamedTuple):
-    """Experts to activate and to deactivate, and the risk differences [L, E] they were ranked by."""
+    """Experts to activate and to deactivate, and the risk differences [L, E] by which they were ranked."""
 
     activate: ExpertSelection
     deactivate: ExpertSelection
@@ -204,21 +201,23 @@ def risk_experts(
     baseline_group: str | None = None,
     phase: str | None = None,
 ) -> RiskExperts:
-    """SteerMoE's experts: ranked by risk difference, the difference of token-pooled frequencies [arXiv 2509.09660].
+    """Select SteerMoE's experts by risk difference, the difference of token-pooled frequencies [arXiv 2509.09660].
 
-    Say how many in one of two ways: ``activations`` and ``deactivations``, as SteerMoE does (published settings are 15
-    and 0, or 5 and 480), or ``top_n``. Those numbers are taken over all layers first. Of the activations, those beyond
-    ``per_layer`` in their layer are then dropped, and no others take their place, so fewer may be left.
+    Give either ``activations`` and ``deactivations``, as SteerMoE does (published settings are 15 and 0, or 5 and 480),
+    or ``top_n``. These numbers are for all layers together. Activations beyond ``per_layer`` in a layer are then
+    dropped without replacement, so fewer may remain.
 
     Args:
-        positive, negative: routing on tokens that show the behavior and that do not (as in ``expert_difference``).
-        top_n: experts in all, those with the largest absolute difference.
-        activations: experts with the largest positive difference; none by default.
-        deactivations: experts with the largest negative difference; none by default.
-        per_layer: at most so many activations in a layer; the layer's top-k by default, since no more can be forced on.
+        positive, negative: routing on tokens that show the behavior and on tokens that do not (as in
+            ``expert_difference``).
+        top_n: number of experts with the largest absolute difference.
+        activations: number of experts with the largest positive difference; none by default.
+        deactivations: number of experts with the largest negative difference; none by default.
+        per_layer: largest number of activations per layer; by default the layer's top-k, since no more can be forced
+            on.
 
-    Activate holds those with a positive difference, deactivate those with a negative one. Ties go to the lower layer
-    and expert. Raises ``AnalysisError`` where the numbers are not given in one of the two ways.
+    Activated experts have a positive difference, deactivated ones a negative one. Ties go to the lower layer and
+    expert. Raises ``AnalysisError`` if the numbers are given in neither of the two ways.
     """
     values = expert_difference(positive, negative, group=group, baseline_group=baseline_group, phase=phase, by="token")
     limits = _activation_limits(positive, per_layer, len(values))
@@ -245,7 +244,7 @@ def _count(number: int, name: str, least: int) -> int:
 
 
 def _first(values: np.ndarray, count: int) -> np.ndarray:
-    """bool [L, E]: the ``count`` largest positive values of all layers, ties to the lower layer and expert."""
+    """bool [L, E]: the ``count`` largest positive values of all layers; ties go to the lower layer and expert."""
     order = np.argsort(-values, axis=None, kind="stable")[:count]
     chosen = np.zeros(values.size, dtype=bool)
     chosen[order] = True
@@ -262,7 +261,7 @@ def _activation_limits(given: Frequencies, per_layer: int | None, layers: int) -
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LanguageExperts(ShownAsTables, Mapping[str, "ExpertSelection"]):
-    """Experts of each group, as a mapping from group to selection; ``shared`` are those that belong to none alone."""
+    """Mapping from group to the selection of its experts; ``shared`` holds the experts that are exclusive to none."""
 
     by_group: dict[str, ExpertSelection]
     shared: ExpertSelection | None = None
@@ -296,12 +295,11 @@ def frequency_share_experts(
     phase: str | None = None,
     by: str = "token",
 ) -> LanguageExperts:
-    """Exclusive and shared experts by share of frequency [arXiv 2601.14050].
+    """Select exclusive and shared experts by share of frequency [arXiv 2601.14050].
 
-    Of each layer and language the ``top`` most frequent experts are kept and their frequencies divided by the sum over
-    languages.
-    An expert is exclusive to a language whose share is above ``threshold``, and shared when it is kept but no
-    language's share is. From 0.5 on an expert is exclusive to one language at most.
+    In each layer and language the ``top`` most frequent experts are kept, and their frequencies are divided by the sum
+    over languages. An expert is exclusive to a language whose share is above ``threshold``. It is shared if it is kept
+    but no language has such a share. From a threshold of 0.5 on, an expert is exclusive to at most one language.
     """
     if not 0 < threshold < 1:
         raise AnalysisError(f"threshold must lie between 0 and 1, not {threshold}")
@@ -330,12 +328,11 @@ def entropy_experts(
     phase: str | None = None,
     by: str = "token",
 ) -> LanguageExperts:
-    """The ``top_n`` most language-specific experts of each group: lowest entropy over groups among the frequently
-    used.
+    """Select the ``top_n`` most language-specific experts of each group, by lowest entropy over groups.
 
-    After LAPE: an expert's frequencies are divided by their sum over groups; low entropy means few groups use it. A
-    group's candidates are the experts it uses more often than the ``percentile`` of all frequencies. Ties go to the
-    lower layer and expert.
+    This follows LAPE: an expert's frequencies are divided by their sum over groups; low entropy means that few groups
+    use it. Candidates of a group are the experts it uses more often than the ``percentile`` of all frequencies. Ties go
+    to the lower layer and expert.
     """
     if not 0 <= percentile <= 100 or top_n < 1:
         raise AnalysisError("top_n must be 1 or more and percentile between 0 and 100")
@@ -365,12 +362,13 @@ def _rows(statistics: Statistics, names: Sequence[str], phase: str | None, by: s
 
 
 def esft_experts(scores: Frequencies, *, top_p: float = 0.2, group: str | None = None) -> ExpertSelection:
-    """ESFT's experts of a task: of each layer the fewest, most used first, whose scores reach ``top_p`` in all.
+    """Select ESFT's experts of a task: in each layer the fewest, most used first, whose scores add up to ``top_p``.
 
     Args:
-        scores: token scores [L, E] (selections divided by k times tokens, so that a layer sums to 1), or
-            ``RoutingStatistics``, from which they are taken for ``group``.
+        scores: token scores [L, E] (selections divided by k * tokens, so that a layer sums to 1), or
+            ``RoutingStatistics``, from which the scores of ``group`` are taken.
         top_p: share of the selections to cover, in (0, 1].
+        group: the group of the statistics; by default the only one.
     """
     if not 0 < top_p <= 1:
         raise AnalysisError(f"top_p must be above 0 and at most 1, not {top_p}")
@@ -385,7 +383,7 @@ def esft_experts(scores: Frequencies, *, top_p: float = 0.2, group: str | None =
     reached = np.cumsum(np.take_along_axis(known, order, -1), -1)
     before = np.concatenate([np.zeros((len(values), 1)), reached[:, :-1]], axis=1)
     chosen = np.zeros(values.shape, dtype=bool)
-    # 0.7 + 0.1 is a rounding error below 0.8, and reaches it
+    # 0.7 + 0.1 is below 0.8 by a rounding error only, and counts as reaching it
     np.put_along_axis(chosen, order, before < top_p - _ROUNDING, axis=-1)
     chosen &= known > 0
     return selection(chosen, values, scores, threshold=top_p, description=f"ESFT experts{_of(group)}, top_p {top_p:g}")

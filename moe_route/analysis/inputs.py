@@ -1,4 +1,4 @@
-"""What analysis takes: statistics or arrays, checked once, with errors that name the mend."""
+"""Check the inputs of analysis (statistics or arrays) once, with errors that name the fix."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 
 
 class AnalysisError(ValueError):
-    """Numbers that cannot be worked out from what was given; the message names the mend."""
+    """Raised if a result cannot be computed from the given inputs; the message names the fix."""
 
 
 @runtime_checkable
@@ -47,7 +47,7 @@ Frequencies: TypeAlias = "Statistics | np.ndarray | Sequence[Any]"
 
 
 def group_index(statistics: Statistics, group: str | None, role: str = "group") -> int:
-    """Index of a group, with tokens; the only group there is when none is named."""
+    """Index of a group that has tokens; if no group is named, that of the only group."""
     if group is None:
         if len(statistics.groups) != 1:
             raise AnalysisError(f"name the {role}: these statistics hold {_names(statistics.groups)}")
@@ -63,7 +63,7 @@ def group_index(statistics: Statistics, group: str | None, role: str = "group") 
 def pick_groups(
     statistics: Statistics, groups: Sequence[str] | str | None, leave_out: str | None = None
 ) -> tuple[str, ...]:
-    """These groups (all but ``leave_out`` by default), each checked to have tokens."""
+    """These groups (by default all but ``leave_out``), each checked to have tokens."""
     names = (groups,) if isinstance(groups, str) else groups
     chosen = tuple(statistics.groups if names is None else names)
     chosen = tuple(group for group in chosen if group != leave_out or names is not None)
@@ -79,7 +79,7 @@ def _names(groups: Sequence[str]) -> str:
 
 
 def as_array(values: Any, name: str) -> np.ndarray:
-    """float64 [layer, expert] or [item, layer, expert], not negative; NaN and all-zero rows stand for "not seen"."""
+    """Convert to float64 [layer, expert] or [item, layer, expert], not negative; NaN and all-zero rows: no tokens."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim not in (2, 3):
         raise AnalysisError(
@@ -91,7 +91,7 @@ def as_array(values: Any, name: str) -> np.ndarray:
 
 
 def normalized(values: np.ndarray) -> np.ndarray:
-    """Rows divided by their sum; NaN for a row that sums to zero."""
+    """Divide rows by their sum; NaN for a row that sums to zero."""
     total = values.sum(-1, keepdims=True)
     return np.divide(values, total, out=np.full(values.shape, np.nan), where=total > 0)
 
@@ -109,8 +109,10 @@ def shape_of(values: np.ndarray, num_experts: int | Sequence[int] | None) -> np.
 
 
 def warn_of_padding(arrays: Sequence[np.ndarray], *, stacklevel: int) -> None:
-    """Warn where the last experts of a layer, an eighth of them and at least two, are used in none of these arrays: if
-    they are padding, measures that depend on the number of experts come out wrong."""
+    """Warn if the last experts of a layer, an eighth of them and at least two, are used in none of these arrays.
+
+    They may be padding, and then measures that depend on the number of experts are wrong.
+    """
     used = np.any([np.nan_to_num(a).reshape(-1, *a.shape[-2:]).any(0) for a in arrays], axis=0)
     sizes = np.where(used.any(1), used.shape[1] - used[:, ::-1].argmax(1), used.shape[1])
     layer = int(sizes.argmin())
@@ -125,7 +127,7 @@ def warn_of_padding(arrays: Sequence[np.ndarray], *, stacklevel: int) -> None:
 def selection(
     chosen: np.ndarray, scores: np.ndarray, statistics: Any, *, threshold: float | None, description: str
 ) -> ExpertSelection:
-    """The experts where ``chosen`` [layer, expert] is true, with their scores."""
+    """The experts for which ``chosen`` [layer, expert] is true, with their scores."""
     layers, experts = np.nonzero(chosen)
     found: dict[int, dict[int, float]] = {}
     for layer, expert in zip(layers.tolist(), experts.tolist(), strict=True):

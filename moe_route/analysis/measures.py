@@ -1,8 +1,8 @@
-"""Measures on distributions over experts: entropy, Jensen-Shannon divergence and its neighbors. Natural logarithm.
+"""Measures on distributions over experts: entropy, Jensen-Shannon divergence, cosine, Jaccard. Natural logarithm.
 
-All take float64 arrays whose last axis is the expert, already normalized (`inputs.normalized`), zero-padded where a
-layer has fewer experts than the widest one; ``num_experts`` (broadcast against the leading axes) says how many are
-real. NaN rows give NaN.
+All take float64 arrays whose last axis is the expert, already normalized (`inputs.normalized`). Layers with fewer
+experts than the widest one are zero-padded; ``num_experts`` (broadcast against the leading axes) is the real number.
+NaN rows give NaN.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import numpy as np
 
 __all__ = ["cosine_distance", "entropy_of", "jaccard_distance", "jensen_shannon", "normalized_jensen_shannon", "places"]
 
-# Below this, ``log E - H`` is rounding: both distributions are uniform and D is 0 / 0. A distribution stored in float32
-# is off the uniform one by about 1e-15 here; one expert in a million tokens too many, by about 1e-12.
+# Below this, ``log E - H`` is rounding: both distributions are uniform and D is 0 / 0. Storing a uniform distribution
+# in float32 gives about 1e-15 here; one expert chosen once too often in a million tokens gives about 1e-12.
 _UNIFORM = 1e-13
 
 
@@ -30,8 +30,8 @@ def entropy_of(q: np.ndarray) -> np.ndarray:
 def jensen_shannon(q1: np.ndarray, q2: np.ndarray) -> np.ndarray:
     """JSD = H(m) - (H(q1) + H(q2)) / 2 with m = (q1 + q2) / 2, in nats, in [0, log 2].
 
-    Computed as the mean of the two relative entropies to m, which is never below zero by cancellation and exactly 0 for
-    equal inputs.
+    Computed as the mean of the two relative entropies to m. So it is never negative from cancellation, and exactly 0
+    for equal inputs.
     """
     total = q1 + q2
     safe = np.where(total > 0, total, 1.0)
@@ -40,11 +40,10 @@ def jensen_shannon(q1: np.ndarray, q2: np.ndarray) -> np.ndarray:
 
 
 def normalized_jensen_shannon(q1: np.ndarray, q2: np.ndarray, num_experts: np.ndarray | int) -> np.ndarray:
-    """D = (H(m) - Hbar) / (log E - Hbar), Hbar = (H(q1) + H(q2)) / 2, from 0 to 1 [arXiv 2510.04694, appendix A.4,
-    eq. 6 to 8].
+    """D = (H(m) - Hbar) / (log E - Hbar), Hbar = (H(q1) + H(q2)) / 2, from 0 to 1.
 
-    NaN where both are uniform (0 / 0), which includes a layer with one expert. ``log E - Hbar`` is computed as the mean
-    relative entropy to the uniform distribution.
+    See arXiv 2510.04694, appendix A.4, eq. 6 to 8. NaN where both are uniform (0 / 0), which includes layers with one
+    expert. ``log E - Hbar`` is computed as the mean relative entropy to the uniform distribution.
     """
     experts = np.asarray(num_experts, dtype=np.float64)[..., None]
     bound = 0.5 * (_times_log(q1, q1 * experts).sum(-1) + _times_log(q2, q2 * experts).sum(-1))
@@ -71,6 +70,6 @@ def jaccard_distance(q1: np.ndarray, q2: np.ndarray, top: np.ndarray | int) -> n
 
 
 def places(q: np.ndarray) -> np.ndarray:
-    """int64, the shape of q: place of each expert in falling order of q, 0 first; ties to the lower index."""
+    """Rank of each expert in decreasing order of q, from 0, int64 of the shape of q; ties go to the lower index."""
     order = np.argsort(-q, axis=-1, kind="stable")
     return np.argsort(order, axis=-1, kind="stable")

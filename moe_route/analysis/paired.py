@@ -1,4 +1,4 @@
-"""Whether a change of the loss is more than the choice of texts, and more than steering random experts brings."""
+"""Tests of a change of the loss: against the choice of texts, and against steering random experts."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ __all__ = ["Difference", "RandomControl", "paired_difference", "random_control"]
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean change of the loss, nats per token, with the 95 % interval of a paired bootstrap over items; NaN ends where
-    there was a single item, whose change says nothing of others."""
+    """Mean change of the loss in nats per token, with the 95 % interval of a paired bootstrap over items.
+
+    The interval is NaN with a single item, whose change says nothing about others.
+    """
 
     value: float
     low: float
@@ -29,18 +31,18 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """ "lower", "higher", or "unclear" where the interval holds zero or there is none."""
+        """ "lower", "higher", or "unclear" if the interval contains zero or does not exist."""
         return "lower" if self.high < 0 else "higher" if self.low > 0 else "unclear"
 
 
 def paired_difference(
     nats: np.ndarray, base: np.ndarray, tokens: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Difference:
-    """Change of the loss per token between two runs over the same texts, with its 95 % bootstrap interval.
+    """Change of the loss per token between two runs on the same texts, with its 95 % bootstrap interval.
 
-    Arrays are [items] or [items, languages]: summed loss of a text under the plan and without it, and its number of
-    predicted tokens. Items are drawn with replacement, all languages of an item together, since they are translations
-    of one another. With several languages the value is the mean over languages.
+    Arrays are [items] or [items, languages]: the summed loss of a text with the plan (``nats``) and without it
+    (``base``), and its number of predicted tokens. Items are drawn with replacement, with all languages of an item
+    together, because they are translations of one another. With several languages the value is the mean over languages.
     """
     nats, base, tokens = (_columns(array) for array in (nats, base, tokens))
     weights = draw_items(len(tokens), resamples, seed)
@@ -51,14 +53,14 @@ def paired_difference(
 
 @dataclass(frozen=True)
 class RandomControl:
-    """A plan held against the same plan on random experts. Changes are of the loss, nats per token; lower is better.
+    """Comparison of a plan with the same plan on random experts. Changes are in nats per token; lower is better.
 
     Attributes:
-        plan: change that the plan brings, against no plan.
-        random: change that each random set of experts brings, against no plan.
-        difference: the plan's change minus the mean of the random ones. Its 95 % interval holds for other items and,
-            where random sets were drawn, for other draws.
-        enumerated: whether ``random`` are all other sets of experts that there are, instead of draws.
+        plan: change of the loss by the plan, against no plan.
+        random: change of the loss by each random set of experts, against no plan.
+        difference: the plan's change minus the mean of the random ones. Its 95 % interval holds for other items and, if
+            random sets were drawn, for other draws.
+        enumerated: whether ``random`` are all other sets of experts, not draws.
     """
 
     plan: float
@@ -68,13 +70,15 @@ class RandomControl:
 
     @property
     def rank(self) -> int:
-        """Place of the plan among itself and the random sets, 1 for the lowest loss; equal changes count against it."""
+        """Rank of the plan among itself and the random sets, 1 for the lowest loss; ties count against the plan."""
         return 1 + sum(change <= self.plan for change in self.random)
 
     @property
     def p_value(self) -> float:
-        """How likely a random set lowers the loss as much as the plan does, one-sided: rank / (number of random sets +
-        1), so never below 1 / (number + 1)."""
+        """One-sided p-value: probability that a random set lowers the loss as much as the plan.
+
+        It is rank / (number of random sets + 1), so at least 1 / (number + 1).
+        """
         return self.rank / (len(self.random) + 1)
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,15 +106,15 @@ def random_control(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> RandomControl:
-    """Hold a plan against the same plan on random experts, over the same texts.
+    """Compare a plan with the same plan on random experts, on the same texts.
 
     Args:
-        nats, base, tokens: as in ``paired_difference``: the plan, no plan, and the predicted tokens.
+        nats, base, tokens: as in ``paired_difference``: losses with the plan and without, and predicted tokens.
         random: summed loss of every text under each random set of experts, [sets, items] or [sets, items, languages].
-        enumerated: ``random`` are all other sets of experts; if not, they are draws, and the interval holds for other
-            draws too: sets are drawn with replacement like items, independently of them.
+        enumerated: whether ``random`` are all other sets of experts. If not, they are draws, and the interval holds for
+            other draws too: sets are drawn with replacement, independently of the items.
 
-    Raises ``AnalysisError`` where there is no random set.
+    Raises ``AnalysisError`` if there is no random set.
     """
     nats, base, tokens = (_columns(array) for array in (nats, base, tokens))
     sets = np.asarray(random, float).reshape(-1, *tokens.shape)
@@ -137,5 +141,5 @@ def _columns(values: np.ndarray) -> np.ndarray:
 
 
 def _per_token(nats: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Mean over languages, the last axis, of nats per token."""
+    """Nats per token, averaged over languages (the last axis)."""
     return (nats / tokens).mean(-1)

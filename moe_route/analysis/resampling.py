@@ -1,4 +1,4 @@
-"""Bootstrap over items: how often each is drawn, and intervals that are not too narrow where there are few."""
+"""Bootstrap over items: resampling weights, and intervals that are wide enough for few items."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RESAMPLES = 4000
 
 
 def draw_items(items: int, resamples: int, seed: int) -> np.ndarray:
-    """float64 [resamples, items]: how often each item is drawn when as many as there are are drawn with replacement."""
+    """float64 [resamples, items]: how often each item is drawn in a sample with replacement of the same size."""
     drawn = np.random.default_rng(seed).integers(0, items, (resamples, items))
     weights = np.zeros((resamples, items))
     np.add.at(weights, (np.arange(resamples)[:, None], drawn), 1.0)
@@ -22,8 +22,10 @@ def draw_items(items: int, resamples: int, seed: int) -> np.ndarray:
 
 
 def resampled_means(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Means of ``values`` [items, ...] under each row of ``weights`` [resamples, items]: [resamples, ...], NaN left
-    out."""
+    """Means of ``values`` [items, ...] under each row of ``weights`` [resamples, items]: [resamples, ...].
+
+    NaN values are left out.
+    """
     flat = values.reshape(len(values), -1)
     seen = ~np.isnan(flat)
     total, count = weights @ np.where(seen, flat, 0.0), weights @ seen
@@ -34,10 +36,10 @@ def resampled_means(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
 def interval_of(resampled: np.ndarray, items: int, level: float) -> tuple[np.ndarray, np.ndarray]:
     """Percentile interval (low, high) over axis 0 of a statistic computed from resampled items.
 
-    The tails are taken a little further out than the level says, by as much as a t interval is wider than a normal one
-    with the standard deviation of the resampled values (the expanded percentile interval of Hesterberg 2015, arXiv
-    1411.5279): plain percentiles hold the truth in about 92 of 100 cases with 25 items. NaN where a resample is
-    undefined, or with a single item, which says nothing of others.
+    The percentiles are moved outwards, by as much as a t interval is wider than a normal one with the standard
+    deviation of the resampled values (the expanded percentile interval of Hesterberg 2015, arXiv 1411.5279). Plain 95 %
+    percentile intervals contain the truth in about 92 of 100 cases with 25 items. NaN where a resample is undefined, or
+    with a single item.
     """
     if not 0 < level < 1:
         raise AnalysisError(f"level must lie between 0 and 1, not {level}")
@@ -50,8 +52,10 @@ def interval_of(resampled: np.ndarray, items: int, level: float) -> tuple[np.nda
 
 
 def _t_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t by its expansion around the normal one (Abramowitz and Stegun 26.7.5): within 0.1 percent
-    from five degrees of freedom on, for the usual levels."""
+    """Quantile of Student's t, by its expansion around the normal quantile (Abramowitz and Stegun 26.7.5).
+
+    For the usual levels it is within 0.1 percent from five degrees of freedom on.
+    """
     z = NormalDist().inv_cdf(probability)
     terms = (
         (z**3 + z) / 4,

@@ -1,4 +1,4 @@
-"""Show results: tables by depth, JSON-able values."""
+"""Display of results: tables by layer, and JSON-able values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COLUMNS = 9
 
 
 def plain(values: Any) -> Any:
-    """Lists and numbers that JSON holds: NaN becomes None."""
+    """Convert to lists and numbers that JSON can hold; NaN becomes None."""
     if isinstance(values, np.ndarray):
         return plain(values.tolist())
     if isinstance(values, Mapping):
@@ -27,7 +27,7 @@ def plain(values: Any) -> Any:
 
 
 def by_depth(rows: Sequence[str], values: np.ndarray, *, title: str = "", note: str = "") -> Table:
-    """A table of values [row, layer]: a column per layer, or the mean of runs of layers where there are many."""
+    """A table of values [row, layer], with a column per layer, or per run of layers (their mean) if there are many."""
     layers = values.shape[1]
     parts = np.array_split(np.arange(layers), min(layers, _COLUMNS))
     head = ["layer", *(show_numbers(part.tolist()) for part in parts)]
@@ -36,7 +36,7 @@ def by_depth(rows: Sequence[str], values: np.ndarray, *, title: str = "", note: 
 
 
 def mean_of_seen(values: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over an axis of what is not NaN (NaN where nothing is), and how many were NaN."""
+    """Mean over an axis of the values that are not NaN (NaN if there are none), and the number of NaN values."""
     seen = ~np.isnan(values)
     count = seen.sum(axis)
     total = np.where(seen, values, 0.0).sum(axis)

@@ -1,8 +1,9 @@
-"""Follow the length of a cache that keeps it in a tensor on the device.
+"""Follow the length of a static cache, which keeps its length in a tensor on the device.
 
-Reading that tensor in every call would make the host wait in every call. Its value is known here from the calls that
-were seen; its version counter tells whether anything else changed it. Tensors of inference mode have no such counter:
-theirs are read at every call of more than one token, and at the first call after calls that were not seen.
+Reading that tensor in every call would make the host wait in every call. The length is instead computed from the calls
+seen so far. The tensor's version counter shows whether anything else changed it. Tensors made in inference mode have no
+version counter. They are read at every call of more than one token, and at the first call after calls that were not
+seen.
 """
 
 from __future__ import annotations
@@ -19,23 +20,23 @@ __all__ = ["CacheLengths"]
 
 
 class _Known(NamedTuple):
-    past: int  # tokens in the cache before the last call that was seen
+    past: int  # tokens in the cache before the latest call seen
     added: int  # tokens of that call
-    version: int | None  # of the counter before that call; None in inference mode
-    replayed: bool = False  # a CUDA graph was captured with it: replays add tokens that are not seen
+    version: int | None  # version counter before that call; None in inference mode
+    replayed: bool = False  # captured in a CUDA graph, whose replays add tokens that are not seen
 
 
 class CacheLengths:
-    """Lengths of static caches."""
+    """The lengths of the static caches of one model."""
 
     def __init__(self) -> None:
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     @torch.compiler.disable
     def before(self, cache: object, counter: int | Tensor, added: int) -> int:
-        """Tokens in `cache` before a call that adds `added`; `counter` is what the cache says of itself."""
+        """Tokens in `cache` before a call that adds `added`; `counter` is the length that the cache reports."""
         if not isinstance(counter, Tensor):
-            if counter == 0:  # a static cache makes its counter in its first call
+            if counter == 0:  # a static cache creates its counter in its first call
                 self._known[cache] = _Known(0, added, None if torch.is_inference_mode_enabled() else 0)
             return int(counter)
         if counter.device.type == "cpu":
@@ -51,18 +52,18 @@ class CacheLengths:
         return past
 
     def forget(self) -> None:
-        """Calls were made that were not seen, or one broke off: what has no version counter is not known any more."""
+        """Drop the lengths of caches without version counter, after calls that were not seen or that failed."""
         for cache in [cache for cache, known in self._known.items() if known.version is None]:
             del self._known[cache]
 
 
 def _follow(known: _Known | None, version: int | None, added: int, captured: bool) -> int | None:
-    """The length that follows from the last call, or None where it has to be read."""
+    """The length computed from the latest call, or None where it has to be read."""
     if known is None or (known.replayed and not captured):
         return None
     after = known.past + known.added
     if captured:
-        return after  # after replays a lower bound; a graph has one length for all of its replays
+        return after  # a lower bound after replays: a graph has one length for all of them
     if version is not None and known.version is not None:
-        return after if version == known.version + 1 else None  # a forward adds to it once
+        return after if version == known.version + 1 else None  # a forward increments it once
     return after if version is None and added == 1 else None

@@ -1,6 +1,7 @@
-"""What only `generate` knows of its calls: prompt length, finished sequences, drafted tokens.
+"""Information that only `generate` has about its calls: prompt length, finished sequences, drafted tokens.
 
-Without a cache it also tells which tokens of a text ran in earlier steps. `patching.generate` feeds it.
+For generation without a cache, it also marks the tokens that earlier steps already ran. `patching.generate` supplies
+the information.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _IDS = ("pad_token_id", "eos_token_id")
 
 
 class Prompt(NamedTuple):
-    """What `generate` was given: ids [batch, length], the mask, and the cache that holds the first of them."""
+    """The prompt of `generate`: ids [batch, length], the mask, and the cache that may already hold the first ids."""
 
     ids: Tensor
     mask: object
@@ -38,16 +39,16 @@ class _Text:
 class Generation:
     """One run of `generate`. Prompt tokens count as prefill and generated tokens as decode.
 
-    A sequence of the batch has ended when the stopping criteria say so. Beams change places, so there a row has ended
-    when it is fed one of the ids `ends`.
+    A sequence of the batch has ended when the stopping criteria say so. With beam search, beams move between rows, so a
+    row has ended once one of the ids `ends` is fed to it.
 
     Args:
         ends: ids that end a sequence.
-        beams: whether rows are beams.
-        chunked: whether the prompt may come in several calls.
-        beside: whether all of it runs as the draft of another text.
-        continues: whether it is an assistant's run that continues an earlier one.
-        prompt: what the model will be called with first; vision towers may run before that.
+        beams: whether the rows are beams.
+        chunked: whether the prompt may arrive in several calls.
+        beside: whether the whole run only drafts tokens for another text, and is not counted.
+        continues: whether an assistant model continues an earlier run.
+        prompt: ids with which the model will be called first; vision towers may run before that.
     """
 
     def __init__(
@@ -65,17 +66,17 @@ class Generation:
         self._ends, self._beams, self._chunked, self._continues = ends, beams, chunked, continues
         self._begun: set[nn.Module] = set()
         self._chose = False
-        self._drafted = 0  # candidates at the end of the call that comes next
+        self._drafted = 0  # drafted tokens at the end of the next call
         self._texts: dict[nn.Module, _Text] = {}
         self._ended: Tensor | None = None  # bool [batch]
         self._denoises = False
 
     def __deepcopy__(self, memo: dict[int, object]) -> Generation:
-        """Itself: copies of its stopping criteria tell it too."""
+        """Return the object itself, because copies of its stopping criteria report to it too."""
         return self
 
     def follow(self, module: nn.Module, call: Call) -> Call:
-        """The call that is about to run on `module`, with what `generate` knows of it."""
+        """A copy of `call`, about to run on `module`, completed with the information that `generate` has."""
         call = replace(call)
         self._mark(module, call)
         return call
@@ -89,7 +90,7 @@ class Generation:
         if call.denoises:
             self._denoises = True
             if call.input_ids is not None:
-                self._leave_out_ended(call, call.input_ids[:, :0])  # not settled yet
+                self._leave_out_ended(call, call.input_ids[:, :0])  # the tokens of this call are not final yet
             return
         if call.phase == "decode" and not self._chose and (first or self._chunked):
             call.phase = "prefill"
@@ -100,7 +101,7 @@ class Generation:
             self._follow_ids(module, call, call.input_ids)
 
     def _follow_ids(self, module: nn.Module, call: Call, ids: Tensor) -> None:
-        """Mark the tokens of a call that an earlier call ran already: without a cache, the text so far runs again."""
+        """Mark tokens that an earlier call already ran: without a cache, every step runs the whole text again."""
         if call.past_length:
             if call.phase == "decode" or self._denoises:
                 self._leave_out_ended(call, ids)
@@ -118,11 +119,14 @@ class Generation:
         text.length = call.length
 
     def _leave_out_ended(self, call: Call, latest: Tensor) -> None:
-        """A sequence that runs alone is never fed its end: a batch counts the same as its sequences one by one."""
+        """Exclude ended sequences, so that a batch counts the same as its sequences run one by one.
+
+        A sequence that runs alone is never fed its end token.
+        """
         if call.batch == 1:
             return
-        told = self._chose and not self._beams
-        ended = self._ended if told else self._fed_their_end(latest)
+        reported = self._chose and not self._beams
+        ended = self._ended if reported else self._fed_their_end(latest)
         if ended is not None and call.batch % len(ended) == 0:
             running = ~ended.repeat_interleave(call.batch // len(ended))[:, None].expand(-1, call.length)
             call.valid = running if call.valid is None else call.valid & running
@@ -136,21 +140,21 @@ class Generation:
         self._add(ended)
         return self._ended
 
-    # ---- told by the objects of `generate`
+    # ---- reported by the objects of `generate`
 
     def chose(self, ended: Tensor) -> None:
-        """A token was chosen for every row; those of bool [batch] `ended` have ended with it."""
+        """Record that a token was chosen for every row; bool [batch] `ended` marks the rows that ended with it."""
         self._chose = True
         if not self._beams and len(ended) > 1:
             self._add(ended)
 
     def _add(self, ended: Tensor) -> None:
-        before = self._ended  # of other rows where a loop of somebody else's asks about several candidates each
+        before = self._ended  # of another size where a custom loop asks about several candidates per row
         self._ended = ended if before is None or len(before) != len(ended) else before | ended
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """What runs inside is no part of the text."""
+        """Treat the calls inside as not part of the text."""
         before, self.beside = self.beside, True
         try:
             yield
@@ -158,8 +162,10 @@ class Generation:
             self.beside = before
 
     def draft_with(self, candidates: Any, reject_drafts: Callable[[int], None]) -> None:
-        """Follow a generator of candidates (of the class `CandidateGenerator`): what it drafts, and, by way of
-        `reject_drafts`, how many of the drafted tokens the model refused."""
+        """Follow a `CandidateGenerator`: how many tokens it drafts, and how many of them the model rejects.
+
+        `reject_drafts` is called with the number of rejected tokens.
+        """
         kind, generator = type(candidates), weakref.ref(candidates)
 
         def get_candidates(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -178,9 +184,11 @@ class Generation:
 
 
 def finished_tokens(model: nn.Module) -> tuple[int, ...]:
-    """Token ids that sequences of a batch are fed when they have ended, by the model's own configuration: padding, and
-    the end itself (which a sequence that runs alone is never fed, so that a batch counts the same as its sequences one
-    by one)."""
+    """Token ids that ended sequences of a batch are fed, by the model's configuration: padding and end of sequence.
+
+    A sequence that runs alone is never fed its end, so these ids do not count; a batch then counts the same as its
+    sequences one by one.
+    """
     config = getattr(model, "generation_config", None)
     return without_repeats([token for name in _IDS for token in setting(name, {}, config)])
 
@@ -190,7 +198,7 @@ def without_repeats(ids: list[int]) -> tuple[int, ...]:
 
 
 def setting(name: str, kwargs: Mapping[str, Any], *configs: Any) -> list[int]:
-    """Ids as `generate` resolves them: its own argument, then the configuration it was given, then the model's."""
+    """Token ids of a setting as `generate` resolves it: its argument, the configuration passed to it, the model's."""
     found = [kwargs[name]] if name in kwargs else [getattr(config, name, None) for config in configs]
     value = next((value for value in found if value is not None), None)
     if value is None:

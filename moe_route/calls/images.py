@@ -13,17 +13,17 @@ _NAMES = ("image_token_id", "video_token_id")
 
 
 def placeholder_ids(model: nn.Module) -> tuple[int, ...]:
-    """Ids that stand among those of the text for the tokens of pictures and of videos, by the model's configuration."""
+    """Token ids that stand for pictures and videos in a text, from the model's configuration."""
     config = getattr(model, "config", None)
     found = (getattr(config, name, None) for name in _NAMES)
     return tuple(token for token in found if isinstance(token, int))
 
 
 def tokens_of_patches(ids: Tensor | None, placeholders: Sequence[int], num_patches: int) -> Tensor | None:
-    """int64 [P]: the token of the call, in flatten order, that each of P patches becomes part of.
+    """int64 [P]: for each of P patches, the index of the call's token that it becomes part of, in row-major order.
 
-    Patches come in the order of the tokens that stand for them in `ids`, as many for each. None where that does not
-    come out even for one kind of placeholder alone.
+    Patches come in the order of the placeholder tokens in `ids`, equally many for each. None unless exactly one kind of
+    placeholder divides the number of patches evenly.
     """
     if ids is None:
         return None

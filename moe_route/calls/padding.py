@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def valid_tokens(mask: object, batch: int, length: int, past: int) -> Tensor | None:
-    """bool [B, S]: which tokens are real, from any form of attention mask; None where the mask says nothing.
+    """bool [B, S]: which tokens are real, from any form of attention mask; None where the mask excludes none.
 
     Forms: None; [B, past + S]; 4-D bool or additive float; a dict of those by kind of attention. Raises `ValueError`
-    for a mask that cannot be read.
+    for any other mask.
     """
     if isinstance(mask, Mapping):
         mask = _full_attention(mask)
@@ -32,19 +32,19 @@ def valid_tokens(mask: object, batch: int, length: int, past: int) -> Tensor | N
             )
         return _rows(mask[:, mask.shape[1] - length :].bool(), batch)
     if length == 1 and past > 0:
-        return None  # a token that is being generated attends at least to itself
+        return None  # a generated token attends at least to itself
     allowed = mask if mask.dtype == torch.bool else mask == 0
     if allowed.dim() == 4:
         allowed = allowed[:, 0]
     keys = allowed.shape[-1]
     first = past if past + length <= keys else keys - length
-    # A real token attends to itself; the row of a padding token is masked at its own column, in full and sliding
-    # attention alike.
+    # A real token attends to itself, and a padding token is masked in its own column. This holds for full and for
+    # sliding attention.
     return _rows(allowed[:, :, first : first + length].diagonal(dim1=1, dim2=2), batch)
 
 
 def _full_attention(masks: Mapping[str, object]) -> object:
-    """The mask of a dict by kind of attention that says most about padding."""
+    """From a dict of masks by kind of attention, the mask that shows padding best."""
     flat = next((m for m in masks.values() if isinstance(m, Tensor) and m.dim() == 2), None)
     if flat is not None:
         return flat
@@ -57,7 +57,7 @@ def _rows(valid: Tensor, batch: int) -> Tensor:
 
 
 def all_or_mask(valid: Tensor | None) -> Tensor | None:
-    """None for a mask that is all true, where that can be told without waiting for a device."""
+    """None for a mask that is all true, if that can be found without waiting for a device."""
     if valid is not None and valid.device.type == "cpu" and bool(valid.all()):
         return None
     return valid

@@ -16,8 +16,8 @@ from moe_route.calls.padding import all_or_mask, valid_tokens
 class CallReader:
     """Reads a `Call` from the arguments of one module's forward, positional or by name.
 
-    With `first_tensor`, the first tensor argument stands for the tokens: integers [B, S], floats [B, S, H] or, one
-    token a row, [T, H].
+    With `first_tensor`, the first tensor argument stands for the tokens: integers [B, S], floats [B, S, H], or floats
+    [T, H] with one token per row.
     """
 
     NAMES = (
@@ -35,15 +35,15 @@ class CallReader:
         self.first_tensor = first_tensor
         parameters = list(inspect.signature(type(module).forward).parameters)[1:]
         decodes = "decoder_input_ids" in parameters
-        # a decoder that denoises blocks has names of its own for what is its
+        # a decoder that denoises blocks has argument names of its own
         self.denoises = decodes and "input_ids" not in parameters
-        # an encoder and a decoder inside, which see different tokens: each is a call of its own
+        # a model with an encoder and a decoder, which see different tokens, so each makes a call of its own
         self.holds_two = decodes and not self.denoises
         self.names = {name.removeprefix("decoder_") if self.denoises else name: name for name in parameters}
         self.places = {name: place for place, name in enumerate(self.names) if name in self.NAMES}
 
     def argument(self, name: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
-        """The argument `name` of the call, None where it was not given."""
+        """The argument `name` of a call, or None if it was not passed."""
         given = self.names.get(name, name)
         if given in kwargs:
             return kwargs[given]
@@ -57,11 +57,11 @@ class CallReader:
         finished: Callable[[], Sequence[int]] = tuple,
         lengths: CacheLengths | None = None,
     ) -> Call | None:
-        """The call, or None where the arguments hold neither token ids nor embeddings.
+        """Read the call; None where the arguments hold neither token ids nor embeddings.
 
-        `finished` gives the token ids that a sequence of a batch is fed after its end (padding and end of sequence):
-        `generate` marks them valid in its mask, here they count as padding. `lengths` knows the caches of earlier
-        calls.
+        `finished` returns the token ids that ended sequences of a batch are fed (padding and end of sequence).
+        `generate` marks them valid in its mask; here they count as padding. `lengths` holds the cache lengths of
+        earlier calls.
         """
         ids = self.argument("input_ids", args, kwargs)
         shaped = ids if isinstance(ids, Tensor) else self.argument("inputs_embeds", args, kwargs)
@@ -101,7 +101,7 @@ class CallReader:
         )
 
     def _counter(self, args: tuple[object, ...], kwargs: Mapping[str, object], device: torch.device) -> Tensor | None:
-        """The length of the cache, where the cache keeps it on the device."""
+        """The length of the cache, if the cache keeps it on the device."""
         cache = self.argument("past_key_values", args, kwargs)
         if device.type == "cpu" or not hasattr(cache, "get_seq_length"):
             return None
@@ -124,15 +124,15 @@ class CallReader:
             if cache is not None and hasattr(cache, "get_seq_length"):
                 try:
                     past = cache.get_seq_length()
-                    # a number above 0 needs no following; a static cache says 0 until it has its counter
+                    # a number above 0 is the length itself; a static cache reports 0 until it has its counter
                     return lengths.before(cache, past, length) if isinstance(past, Tensor) or not past else int(past)
-                except ValueError:  # a cache of linear attention alone has no length; the mask may say it
+                except ValueError:  # caches of linear attention have no length; the mask may show it
                     continue
             if isinstance(cache, (tuple, list)) and cache:
                 return int(cache[0][0].shape[-2])
         position = self.argument("cache_position", args, kwargs)
         if isinstance(position, Tensor) and position.numel():
-            return int(position.reshape(-1)[0])  # waits for a device; transformers 5 passes the cache instead
+            return int(position.reshape(-1)[0])  # waits for the device; transformers 5 passes the cache instead
         if isinstance(mask, Tensor) and mask.dim() == 2:
             return max(mask.shape[1] - length, 0)
         return 0

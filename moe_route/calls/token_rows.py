@@ -1,6 +1,6 @@
-"""Labels as one integer per token: the rows of tables that the tokens of a call belong to.
+"""Labels as one integer per token: the table row that each token of a call belongs to.
 
-A value is an int for all tokens, integers [N] for N sequences, or integers [N, S] for their tokens.
+A label is an int for all tokens, integers [N] for N sequences, or integers [N, S] for their tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ IntLike = int | Tensor | Sequence[int]
 
 
 def broadcast_rows(value: IntLike, call: Call, what: str) -> int | Tensor:
-    """A label as an int, or as integers that broadcast to [B, S]."""
+    """A label as an int, or as integers that broadcast to [B, S]; `what` names it in error messages."""
     if isinstance(value, int):
         return value
     labels = upload(torch.as_tensor(value), call.device)
@@ -43,24 +43,25 @@ def broadcast_rows(value: IntLike, call: Call, what: str) -> int | Tensor:
 
 
 def one_per_token(values: Tensor, call: Call) -> Tensor:
-    """int64 [T] from integers that broadcast to [B, S]; [T, M] from those that broadcast to [B, S, M]."""
+    """int64 [T] from integers that broadcast to [B, S], or [T, M] from integers that broadcast to [B, S, M]."""
     more = values.shape[2:]
     return upload(values, call.device).expand(call.batch, call.length, *more).reshape(-1, *more)
 
 
 def rows_on_device(rows: np.ndarray, device: torch.device) -> int | Tensor:
-    """Rows as an int where all are the same (such tables are kept from call to call), else an int32 tensor on `device`,
-    without waiting for it."""
+    """Rows as an int if all are equal, else as an int32 tensor on `device`, without waiting for the device.
+
+    Token tables of equal rows are reused from call to call.
+    """
     if rows.size and (rows == rows.flat[0]).all():
         return int(rows.reshape(-1)[0])
     return upload(torch.from_numpy(rows.astype(np.int32)), device)
 
 
 def columns(rows: int | Tensor, call: Call, *, after: bool | None = None) -> int | Tensor:
-    """The part of per-token rows ``[N, S]`` that a call covers, ``[N, length]``; an int or ``[N]`` is returned as it
-    is.
+    """The columns of per-token rows ``[N, S]`` that a call covers, ``[N, length]``; an int or ``[N]`` stays as is.
 
-    Tokens past the last column (tokens being generated) take the last column's row, or ``after`` where that is given.
+    Tokens past the last column (generated tokens) take the row of the last column, or ``after`` if it is given.
     """
     if isinstance(rows, int) or rows.dim() < 2:
         return rows
@@ -73,15 +74,15 @@ def columns(rows: int | Tensor, call: Call, *, after: bool | None = None) -> int
 
 
 def as_table(rows: int | Tensor, call: Call) -> Tensor:
-    """Rows of a call's tokens as ``[N or 1, length]``."""
+    """Rows of a call's tokens as an int32 tensor ``[N or 1, length]``."""
     if isinstance(rows, int):
-        return torch.full((1, call.length), rows, dtype=torch.int32, device=call.device)  # waits for no device
+        return torch.full((1, call.length), rows, dtype=torch.int32, device=call.device)  # does not wait for a device
     table = rows.to(device=call.device, dtype=torch.int32)
     return (table[:, None] if table.dim() == 1 else table).expand(-1 if table.dim() else 1, call.length)
 
 
 def in_phases(before: int | Tensor, now: int | Tensor, call: Call) -> int | Tensor:
-    """Rows of a call whose first ``prompt`` columns are prefill: theirs are ``before``, those of the others ``now``."""
+    """Combine rows of a call: ``before`` for its first ``prompt`` columns, which are prefill, ``now`` for the rest."""
     if isinstance(before, int) and isinstance(now, int) and before == now:
         return before
     prompt = torch.arange(call.length, device=call.device) < call.prompt

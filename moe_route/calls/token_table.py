@@ -1,7 +1,7 @@
-"""Build the int32 [T, 4] token table that the gate reads: steering row, group, segment, valid.
+"""Build the token table that the gate reads: int32 [T, 4] with columns steering row, group, segment, valid.
 
-Padding tokens are routed (the model routes them too) but neither counted nor steered: steering row, group and segment
--1, valid 1.
+A segment is the part of one sequence that lies in one group. Padding tokens are routed, because the model routes them
+too, but they are neither counted nor steered: their steering row, group and segment are -1.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from moe_route.devices import upload
 
 @dataclass(slots=True, eq=False)
 class Labels:
-    """What is said about the tokens of a call: an int for all tokens, or integers [B] or [B, S].
+    """Labels of the tokens of a call: each an int for all tokens, or integers [B] or [B, S].
 
-    Fewer rows than the batch (beams, several returned sequences) are repeated where they divide it.
+    If the batch is a multiple of the labeled rows (beams, several returned sequences), each row is repeated.
     """
 
-    steering_row: IntLike = -1  # row of the steering tables; -1: none
+    steering_row: IntLike = -1  # row of the steering tables; -1: not steered
     group: IntLike = 0  # row of the group tables; -1: not counted
-    segment: IntLike = -1  # row of the segment tables; -1: none
-    counter: Tensor | None = None  # int64 [B, S]: tells tokens apart for what is drawn for each of them
-    entries: Tensor | None = None  # int64 [B, S, M]: a token's entry in each of M tables of recorded choices; -1: none
+    segment: IntLike = -1  # row of the segment tables; -1: not counted
+    counter: Tensor | None = None  # int64 [B, S]: a number per token that seeds its random draws
+    entries: Tensor | None = None  # int64 [B, S, M]: each token's row in M tables of recorded choices; -1: none
 
     @property
     def columns(self) -> tuple[IntLike, IntLike, IntLike]:
-        """Steering row, group and segment."""
+        """The labels steering row, group and segment."""
         return self.steering_row, self.group, self.segment
 
     @property
     def uniform(self) -> bool:
-        """Whether all tokens share them."""
+        """Whether all tokens have the same labels."""
         return self.entries is None and all(isinstance(value, int) for value in self.columns)
 
 
 Tables = dict[torch.device, Tensor]
-"""One tensor of a call, on each device that asked for it."""
+"""One tensor of a call, copied to each device that needs it."""
 
 
 def on_device(tables: Tables, device: torch.device) -> Tensor:
@@ -52,7 +52,7 @@ def on_device(tables: Tables, device: torch.device) -> Tensor:
 
 
 def build_table(call: Call, labels: Labels, steering_row: int | Tensor) -> Tensor:
-    """The token table of a call, int32 [T, 4] on its device; `steering_row` is that of `labels`, broadcast already."""
+    """Build int32 [T, 4] on the call's device; `steering_row` is the label of that name, already broadcast."""
     group, segment = (broadcast_rows(labels.group, call, "group"), broadcast_rows(labels.segment, call, "segment"))
     table = torch.empty((call.batch, call.length, 4), dtype=torch.int32, device=call.device)
     for column, value in enumerate((steering_row, group, segment, 1)):
@@ -65,7 +65,7 @@ def build_table(call: Call, labels: Labels, steering_row: int | Tensor) -> Tenso
 
 
 def any_row(row: int | Tensor) -> bool:
-    """Whether a token can have a steering row, as far as that can be told without waiting for a device."""
+    """Whether some token may have a steering row, as far as that is known without waiting for a device."""
     if isinstance(row, int):
         return row >= 0
     return row.device.type != "cpu" or bool((row >= 0).any())

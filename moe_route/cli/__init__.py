@@ -1,10 +1,10 @@
 """The command line: `moe-route describe | record | analyze | plot | steer | demo | doctor | completion`.
 
-The verbs are those of Python. Standard output carries the answer (with `--json` one JSON document and nothing else);
-progress and errors go to standard error. Exit codes: 0 done, 1 a check of `doctor` failed or the reader of the output
-went away, 2 the input cannot be used, 130 ended by Ctrl-C.
+The commands are named after the functions in Python. Standard output carries the result (with `--json` exactly one JSON
+document); progress and errors go to standard error. Exit codes: 0 success, 1 a check of `doctor` failed or the reader
+of the output has closed it, 2 the input cannot be used, 130 interrupted by Ctrl-C.
 
-Parsing loads neither torch nor numpy: a verb imports what it needs when it runs.
+Parsing imports neither torch nor numpy: each command imports its modules when it runs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["main", "parser"]
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line, each verb added by the module of its name."""
+    """The parser of the whole command line; the module of each command adds its own part."""
     from moe_route import __version__
     from moe_route.cli import analyze, completion, demo, describe, doctor, plot, record, steer
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         answer = options.run(options)
         print(answer.as_json() if options.json else answer.text, flush=True)
-    except BrokenPipeError:  # `moe-route ... | head`: nobody reads on, and the flush at exit would complain again
+    except BrokenPipeError:  # `moe-route ... | head`: the reader is gone, and the flush at exit would fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except USER_ERRORS as error:
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _log_to_standard_error() -> None:
-    """What the library warns of, one line each; other libraries keep their own loggers."""
+    """Print the library's warnings on standard error, one line each; loggers of other libraries are left alone."""
     log = logging.getLogger("moe_route")
     if not log.handlers:
         handler = logging.StreamHandler()

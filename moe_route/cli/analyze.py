@@ -1,4 +1,4 @@
-"""`moe-route analyze`: statistics files to numbers; task experts to a plan."""
+"""`moe-route analyze`: compute numbers from statistics files, and make a plan from task experts."""
 
 from __future__ import annotations
 

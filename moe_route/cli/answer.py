@@ -1,4 +1,4 @@
-"""What a command gives back: the same answer as JSON and as text."""
+"""The result of a command, as JSON and as text."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ __all__ = ["Answer", "one_line", "plain"]
 
 @dataclass(frozen=True)
 class Answer:
-    """`data` is printed with `--json`, `text` without; `code` is the exit code."""
+    """The result of a command: `data` is printed with `--json`, `text` without; `code` is the exit code."""
 
     data: Mapping[str, Any]
     text: str
     code: int = 0
 
     def as_json(self) -> str:
-        """Strict JSON: what is not a finite number becomes null."""
+        """Strict JSON, in which numbers that are not finite become null."""
         return json.dumps(plain(self.data), ensure_ascii=False, indent=2, allow_nan=False)
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON types: arrays as lists, tuples as lists, keys as strings, NaN and infinity as null."""
+    """Convert `value` to JSON types: arrays and tuples to lists, keys to strings, NaN and infinity to null."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
-    if hasattr(value, "tolist"):  # numpy's arrays and numbers
+    if hasattr(value, "tolist"):  # arrays and numbers of numpy
         return plain(value.tolist())
     if isinstance(value, (list, tuple, set, frozenset, range)):
         return [plain(item) for item in value]
@@ -41,5 +41,5 @@ def plain(value: Any) -> Any:
 
 def one_line(error: BaseException) -> str:
     """The message of an error on one line."""
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error  # str(KeyError) has quotes around it
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error  # str(KeyError) puts quotes around it
     return " ".join(str(text).split()) or type(error).__name__

@@ -1,7 +1,7 @@
-"""`moe-route completion`: completion of verbs, options and their choices for bash, zsh and fish.
+"""`moe-route completion`: completion of commands, options and their choices for bash, zsh and fish.
 
-The code asks ``moe-route completion SHELL --words WORD...`` at each press of the key, so that it always completes what
-is installed. Where that prints nothing, the shell completes the names of files.
+The shell code calls ``moe-route completion SHELL --words WORD...`` at each key press, so completions always match the
+installed version. If that prints nothing, the shell completes file names.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ complete -c moe-route -f -a '(__moe_route_complete)'""",
 
 
 def add(verbs: Any, whole: argparse.ArgumentParser) -> None:
-    """``whole``: the parser of the program, whose words are completed."""
+    """Add the command. ``whole`` is the parser of the program, whose words are completed."""
     parser = command(
         verbs,
         "completion",
@@ -64,13 +64,13 @@ def run(options: argparse.Namespace) -> Answer:
 
 
 def candidates(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
-    """What may stand for the last of ``words``, which are those after the program's name; it may be empty.
+    """Completions of the last of ``words``, which follow the program's name; the last word may be empty.
 
-    Nothing where a value without fixed choices is expected, such as a file.
+    There are none if a value without fixed choices is expected, such as a file.
     """
     *before, current = words or [""]
     positionals = [action for action in parser._actions if not action.option_strings]
-    awaiting: argparse.Action | None = None  # the option whose value comes next
+    awaiting: argparse.Action | None = None  # the option whose value is expected next
     for index, word in enumerate(before):
         if awaiting is not None and not word.startswith("-"):
             awaiting = awaiting if awaiting.nargs in ("+", "*") else None

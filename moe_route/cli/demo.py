@@ -1,4 +1,4 @@
-"""`moe-route demo`: the whole circle on the demo model, or on a model and texts of your own."""
+"""`moe-route demo`: run the demonstration on the demo model, or on a model and texts of your own."""
 
 from __future__ import annotations
 

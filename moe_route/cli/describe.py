@@ -1,4 +1,4 @@
-"""`moe-route describe`: the routers of a model, how each one routes, and how it would be attached to."""
+"""`moe-route describe`: show the routers of a model, how each one decides, and how moe-route would attach to it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ def run(options: argparse.Namespace) -> Answer:
     from moe_route.routed import attach
 
     model = language_model(options).model
-    with attach(model, engine=options.engine):  # attaching checks every router, so what is shown is what would happen
+    with attach(model, engine=options.engine):  # attaching checks every router, so the result is reliable
         description = describe(model)
     return Answer(description.to_dict(), str(description))

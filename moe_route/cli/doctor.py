@@ -1,4 +1,4 @@
-"""`moe-route doctor`: what is installed, which code is at work and why, and whether it computes what it should."""
+"""`moe-route doctor`: show the installation and the kernels in use, and check their results."""
 
 from __future__ import annotations
 

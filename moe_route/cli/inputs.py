@@ -1,4 +1,4 @@
-"""What several commands take: the model, the texts, statistics files, layers; and which errors are the user's."""
+"""Inputs that several commands share (model, texts, statistics files, layers), and the errors caused by the user."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ __all__ = [
     "texts",
 ]
 
-# The library says what is wrong and the mend in these; anything else is a fault of moe-route and keeps its traceback.
+# Errors whose message names the problem and the fix. Any other error is a bug of moe-route and keeps its traceback.
 USER_ERRORS = (ValueError, KeyError, OSError, ImportError)
 
 
 def command(verbs: Any, name: str, run: Any, help: str, example: str) -> argparse.ArgumentParser:
-    """A verb of the command line with what every verb takes; `example` is shown at the end of its help."""
+    """Add a command with the options that all commands have; `example` is shown at the end of its help."""
     parser: argparse.ArgumentParser = verbs.add_parser(
         name,
         help=help,
@@ -81,7 +81,7 @@ def language_model(options: argparse.Namespace) -> LanguageModel:
         from huggingface_hub.utils.logging import set_verbosity_error
         from transformers.utils.logging import disable_progress_bar
 
-        set_verbosity_error()  # its retries; the error that ends them is shown
+        set_verbosity_error()  # hides its retries; the final error is shown
         if not sys.stderr.isatty():
             disable_progress_bar()
     return LanguageModel.load(options.model, dtype=options.dtype, device=options.device)
@@ -94,7 +94,7 @@ def texts(options: argparse.Namespace) -> list[Text]:
 
 
 def merged_statistics(paths: Sequence[Path]) -> RoutingStatistics:
-    """The statistics in `paths`, added up."""
+    """The sum of the statistics in `paths`."""
     from moe_route.recording import RoutingStatistics
 
     first, *others = [RoutingStatistics.load(path) for path in paths]
@@ -104,7 +104,7 @@ def merged_statistics(paths: Sequence[Path]) -> RoutingStatistics:
 
 
 def output(path: Path | None) -> None:
-    """Refuse a file that cannot be written (``OSError``), before the work whose result goes there."""
+    """Refuse a file that cannot be written (``OSError``) before the work whose result goes there."""
     from moe_route import files
 
     if path is not None:
@@ -112,12 +112,12 @@ def output(path: Path | None) -> None:
 
 
 def layers(text: str) -> tuple[int, ...]:
-    """Layers as written on the command line, both ends included: "2-5", "0,3,8-11"."""
+    """Parse layers from the command line, both ends included: "2-5", "0,3,8-11"."""
     found: set[int] = set()
     for part in text.split(","):
         ends = [int(end) for end in part.split("-") if end.strip().isdecimal()]
         if len(ends) != part.count("-") + 1 or len(ends) > 2:
-            raise argparse.ArgumentTypeError(f"{text!r} is no list of layers: write them as 2-5 or 0,3,8-11")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers: write them as 2-5 or 0,3,8-11")
         if ends[0] > ends[-1]:
             raise argparse.ArgumentTypeError(f"{part.strip()!r} runs backwards: write {ends[-1]}-{ends[0]}")
         found.update(range(ends[0], ends[-1] + 1))
@@ -129,7 +129,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1, as written on the command line."""
+    """Parse a whole number from 1 from the command line."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)

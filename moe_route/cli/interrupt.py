@@ -1,4 +1,4 @@
-"""Ctrl-C during long work: the first ends it after the step at hand, so that what was done can be kept."""
+"""Ctrl-C during long work: the first one ends it after the current step, so that its results so far are kept."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from types import FrameType
 __all__ = ["INTERRUPTED", "deferred_interrupt"]
 
 INTERRUPTED = 130
-"""Exit code of a command that Ctrl-C ended: 128 + SIGINT, as shells have it."""
+"""Exit code of a command ended by Ctrl-C: 128 + SIGINT, as in shells."""
 
 _STANDARD_ERROR = 2
 
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Give a function that says whether Ctrl-C was pressed in the block; a second Ctrl-C raises KeyboardInterrupt.
+    """Yield a function that returns whether Ctrl-C was pressed in the block; a second Ctrl-C raises KeyboardInterrupt.
 
-    Work that asks it between its steps never stops within one. Outside the main thread, and where Ctrl-C is ignored or
-    handled by another program around this one, nothing changes and the function always answers False.
+    Work that calls it between steps is never interrupted within a step. Outside the main thread, or if Ctrl-C is
+    ignored or handled by a surrounding program, nothing changes and the function always returns False.
     """
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
@@ -35,7 +35,7 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        # not print: the handler may run while the stream is being written to
+        # print must not be used here, because the handler may run while the stream is being written to
         os.write(_STANDARD_ERROR, b"\nmoe-route: ending after this batch; Ctrl-C again drops what was done\n")
 
     signal.signal(signal.SIGINT, on_interrupt)

@@ -1,4 +1,4 @@
-"""`moe-route plot`: statistics files to pictures."""
+"""`moe-route plot`: draw figures from statistics files."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _matrix(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
     return plots.divergence_matrix(analysis.divergence_matrix(statistics), layers=options.layers, title=options.title)
 
 
-# The picture -> how it is drawn, and which of --reference, --group and --layers it takes.
+# Name of the figure -> how it is drawn, and which of --reference, --group and --layers it accepts.
 PICTURES = {
     "divergence": (_divergence, {"reference", "layers"}),
     "entropy": (_entropy, set[str]()),

@@ -1,4 +1,4 @@
-"""`moe-route record`: run texts through a model and keep what its routers did."""
+"""`moe-route record`: run texts through a model and save statistics of its routing."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> Answer:
             ran = record_texts(recorder, spoken, work, stop=stop, **given)
         done = len(ran.texts)
         if not done:
-            raise KeyboardInterrupt  # before the first batch: there is nothing to keep
+            raise KeyboardInterrupt  # before the first batch there is nothing to save
         statistics = recorder.statistics()
     finally:
         routed.detach()

@@ -1,4 +1,4 @@
-"""`moe-route steer`: what a plan does to a model, as the loss of texts by language or as generated text."""
+"""`moe-route steer`: show the effect of a plan on a model, as the loss of texts by language or as generated text."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> Answer:
     routed = spoken.attach(options.engine)
     try:
         with routed.steer(plan):
-            pass  # a plan that does not fit is refused before the first, long run without it
+            pass  # refuse a plan that does not fit before the long run without it
         return (
             _prompt(options, spoken, routed, plan)
             if options.prompt is not None

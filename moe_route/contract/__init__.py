@@ -1,6 +1,6 @@
-"""The data that router, kernels and reference agree on: specifications and tables, no operator.
+"""Data that routers, kernels and the reference share: specifications and tables, but no operators.
 
-Mirrors the structs of `csrc/include/moe_route`. Importing needs torch and nothing of the compiled extension.
+Mirrors the structs of `csrc/include/moe_route`. Importing it needs torch, but not the compiled extension.
 """
 
 from moe_route.contract.dispatch import Dispatch

@@ -1,4 +1,4 @@
-"""Where every routed slot goes: what `dispatch` returns and `permute` and `combine` read."""
+"""The row assignment that `dispatch` returns and that `permute` and `combine` read."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ __all__ = ["Dispatch"]
 
 
 class Dispatch(NamedTuple):
-    """Where every routed slot goes; int64.
+    """Assigns each routed slot (one chosen expert of one token) to a row; rows are grouped by expert. All int64.
 
-    The number of rows R depends on shapes alone, never on the ids (no host synchronization): T * k with block 1, at
-    most E * (block - 1) more with padding. Rows from ``offsets[E]`` on are not in use.
+    The number of rows R depends on shapes only, never on the ids, so the host does not wait for a device. It is T * k
+    with block 1, and at most E * (block - 1) more with larger blocks. Rows from ``offsets[E]`` on are unused.
     """
 
     offsets: Tensor
-    """[E + 1]: the row where expert e starts, a multiple of ``block``; offsets[E]: rows in use."""
+    """[E + 1]: first row of each expert, a multiple of ``block``; offsets[E] is the number of rows in use."""
     counts: Tensor
-    """[E]: real rows of expert e."""
+    """[E]: number of rows of each expert that serve a slot."""
     order: Tensor
-    """[R]: the slot t * k + j that a row serves, or -1."""
+    """[R]: the slot, t * k + j, that each row serves, or -1."""
     inverse: Tensor
-    """[T, k]: the row of a slot, or -1 if it is skipped."""
+    """[T, k]: the row of each slot, or -1 for a skipped slot."""

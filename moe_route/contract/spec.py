@@ -1,4 +1,4 @@
-"""How a model routes, as data."""
+"""The routing function of a model, as data."""
 
 from __future__ import annotations
 
@@ -14,54 +14,59 @@ Order = Literal["score_then_topk", "topk_then_score"]
 GroupScore = Literal["max", "top2_sum"]
 Renormalize = Literal["none", "sum", "clamp", "norm"]
 
-# A name's place in its Literal is its code in csrc/include/moe_route/gate.h.
+# The position of a name in its Literal is its code in csrc/include/moe_route/gate.h.
 SCORES: tuple[str, ...] = get_args(Score)
 ORDERS: tuple[str, ...] = get_args(Order)
 GROUP_SCORES: tuple[str, ...] = get_args(GroupScore)
 RENORMALIZATIONS: tuple[str, ...] = get_args(Renormalize)
-_MAX_GROUPS = (1 << 16) - 1  # bits of the policy
+_MAX_GROUPS = (1 << 16) - 1  # 16 bits of the packed policy
 
 
-# eps, norm_p, scale, jitter: the defaults of the operators' schemas. group_fill matters with more than one group only.
+# Defaults of eps, norm_p, scale and jitter in the operators' schemas. group_fill matters only with several groups.
 _USUAL = (0.0, 1.0, 1.0, 0.0)
 
 
 class _Packed:
-    """Room for what the operators take, packed once."""
+    """Holds the operators' arguments, which are packed once."""
 
     __slots__ = ("numbers", "policy", "unusual")
     policy: int
-    """The names and group sizes as bits; see ``unpack_spec`` in csrc/torch/operators.cpp."""
+    """Names and group sizes as bits; see ``unpack_spec`` in csrc/torch/operators.cpp."""
     numbers: tuple[float, ...]
     """(group_fill, eps, norm_p, scale, jitter)."""
     unusual: tuple[float, ...]
-    """The same, or empty where all have the defaults: an argument left out costs nothing."""
+    """``numbers``, or empty if all are defaults, because an omitted argument costs nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class RouterSpec(_Packed):
-    """The routing function of a model; data only. Tensors that belong to the model are passed at each call.
+    """The routing function of a model, as data. Tensors that belong to the model are passed at each call.
+
+    Where Hugging Face configurations have another name for a field, it is given in parentheses.
 
     Args:
-        score: function from router logits [E] to scores [E]. ``softmax``; ``sigmoid`` (DeepSeek-V3, arXiv 2412.19437
-            eq. 15); ``sqrt_softplus``; ``identity``; ``sparsemixer`` (arXiv 2310.00811; at most two experts).
-        order: ``score_then_topk`` selects on the scores, ``topk_then_score`` selects on the logits and scores
-            the chosen.
-        groups: expert groups of equal size; ``top_groups`` of them stay eligible (DeepSeek-V2, arXiv 2405.04434).
-        top_groups: groups that stay eligible, 1..groups.
-        group_score: value of a group: its ``max`` or the sum of its two best, ``top2_sum``.
-        group_fill: what the selection value of an excluded group becomes (``-inf``, or 0 in some models: then its
-            experts are still selectable).
+        score: function from router logits [E] to scores [E] (`scoring_func`). ``softmax``; ``sigmoid`` (DeepSeek-V3,
+            arXiv 2412.19437 eq. 15); ``sqrt_softplus``; ``identity``; ``sparsemixer`` (arXiv 2310.00811; at most two
+            experts).
+        order: ``score_then_topk`` selects by score. ``topk_then_score`` selects by logit and scores the chosen only.
+        groups: number of expert groups of equal size (`n_group`). Only the best ``top_groups`` of them stay eligible
+            (DeepSeek-V2, arXiv 2405.04434).
+        top_groups: number of groups that stay eligible, 1..groups (`topk_group`).
+        group_score: value of a group: its largest score (``max``), or the sum of its two largest (``top2_sum``).
+        group_fill: selection value of experts in excluded groups. ``-inf``, or 0 in some models, where such experts can
+            still be selected.
         renormalize: weights w become w (``none``), w / (sum + eps) (``sum``), w / max(sum, eps) (``clamp``) or
-            w / (sum |w|^p)^(1/p) with p = ``norm_p`` (``norm``).
+            w / (sum |w|^p)^(1/p) with p = ``norm_p`` (``norm``). Models switch it with `norm_topk_prob`.
         eps: see ``renormalize``.
         norm_p: see ``renormalize``, > 0.
-        scale: factor on the weights after renormalization (routed scaling factor).
-        jitter: SparseMixer's jitter epsilon; the masking threshold is 2 * jitter.
-        weight_dtype: dtype that the model casts its weights to; None: that of the logits. Operators return float32.
+        scale: factor on the weights after renormalization (`routed_scaling_factor`).
+        jitter: SparseMixer's jitter epsilon (`router_jitter_noise`); the masking threshold is 2 * jitter.
+        weight_dtype: dtype to which the model casts its weights; None: dtype of the logits. Operators return float32.
+
+    The correction bias of a router (`e_score_correction_bias`) is a tensor, so it is an argument of ``route``.
 
     Raises:
-        ValueError: a name that is not one of those above, or a number out of its range.
+        ValueError: an unknown name, or a number outside its range.
     """
 
     score: Score = "softmax"
@@ -98,14 +103,14 @@ class RouterSpec(_Packed):
         object.__setattr__(self, "numbers", numbers)
         object.__setattr__(self, "unusual", () if self.groups == 1 and numbers[1:] == _USUAL else numbers)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles are made anew, with their packed arguments
+    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles are rebuilt, with their packed arguments
         return (RouterSpec, tuple(getattr(self, field.name) for field in fields(self)))
 
     @staticmethod
     def from_packed(
         policy: int, group_fill: float, eps: float, norm_p: float, scale: float, jitter: float
     ) -> RouterSpec:
-        """The spec with this ``policy`` and ``numbers`` (but for ``weight_dtype``, which operators do not take)."""
+        """Rebuild a spec from its ``policy`` and ``numbers``; operators do not take ``weight_dtype``, so it is lost."""
         return RouterSpec(
             score=SCORES[policy & 15],  # type: ignore[arg-type]
             order=ORDERS[policy >> 4 & 1],  # type: ignore[arg-type]

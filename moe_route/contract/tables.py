@@ -1,4 +1,4 @@
-"""Tables that the gate reads (steering, tokens) and adds to (statistics)."""
+"""Tables that the gate reads (steering rows, tokens) and tables that it adds to (statistics)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from moe_route.devices import upload
 __all__ = ["FIXED_POINT", "METRICS", "SCALARS", "Force", "StatisticsTables", "SteeringTables", "token_table"]
 
 METRICS = ("counts", "probability", "weight", "weight_share", "natural_counts")
-"""Metrics of a statistics table; the place of a name is its bit of ``StatPlane`` in gate.h."""
+"""Metrics of a statistics table; the index of a name is its bit of ``StatPlane`` in gate.h."""
 SCALARS = ("tokens", "slots", "empty", "unscored", "entropy", "steered", "flipped", "moved")
-"""Scalars at the head of every statistics row, in their order."""
+"""Scalars at the start of every statistics row, in order."""
+ENTROPY_BIT = 16
+"""Bit, beside those of the metrics, that turns on the sum of entropies (``kEntropyBit`` in operators.cpp)."""
 FIXED_POINT = 2.0**-32
 """Unit of the metrics probability, weight, weight_share and the scalars entropy (nats) and moved."""
-
-ENTROPY_BIT = 16
-"""Bit beside those of the metrics that says whether entropy is accumulated (``kEntropyBit`` in operators.cpp)."""
 
 STEERING_PLANES = ("scale", "bias", "std", "magnitude", "score_bias", "weight_scale", "force")
 ROW_PARAMETERS = ("temperature", "top_k", "std_correction", "score_bias_weighs", "weight_scale_after")
@@ -34,11 +33,12 @@ PackedSteering = tuple[Tensor | None, int, Tensor | None, Tensor | None]
 
 
 class Force(IntEnum):
-    """Codes of the ``force`` table. They decide the choice; the suffix says what the weight is made of.
+    """Codes of the ``force`` table: an expert is chosen first (ON), last (OFF) or never (FORBID).
 
-    PAPER: the logit becomes the row's natural max / min over allowed experts before scoring (arXiv 2510.04694 eq. 5).
-    STEERMOE: max + 0.01 / min - 0.01 of the row's log-softmax (arXiv 2509.09660). NATURAL: the expert's own logit.
-    FORBID: never chosen, and left out of max, min, std and the scores.
+    The suffix says which logit a forced expert is weighed by. PAPER: the row's natural maximum or minimum over allowed
+    experts, set before scoring (arXiv 2510.04694 eq. 5). STEERMOE: maximum + 0.01 or minimum - 0.01 of the row's
+    log-softmax (arXiv 2509.09660). NATURAL: the expert's own logit. FORBID also leaves the expert out of maximum,
+    minimum, standard deviation and scores.
     """
 
     NONE = 0
@@ -52,31 +52,32 @@ class Force(IntEnum):
 
 
 class SteeringTables:
-    """What steering does to a router, in rows; the token table names the row of each token (-1: none).
+    """Changes to the logits, choice and weights of a router, one set per row.
 
+    The token table gives each token its row (-1: not steered). The steered logits are
     ``z' = z * scale / temperature + bias + std * std(z) + magnitude * |z|``, with std and |z| of the raw logits over
-    allowed experts (arXiv 2510.04694 eq. 4; arXiv 2601.14050). Absent tables are neutral.
+    allowed experts (arXiv 2510.04694 eq. 4; arXiv 2601.14050). An omitted table is neutral.
 
     Args:
         rows: number of steering rows.
         num_experts: E.
-        scale, bias, std, magnitude: on the logits, float [rows, E].
-        score_bias: added on the score scale, float [rows, E].
-        weight_scale: factor on the weights of the chosen, float [rows, E].
+        scale, bias, std, magnitude: coefficients of the formula above, float [rows, E].
+        score_bias: added to the scores, float [rows, E].
+        weight_scale: factor on the weights of the chosen experts, float [rows, E].
         force: `Force` codes [rows, E].
         temperature: float [rows] or a number, > 0.
-        top_k: experts per token, [rows] or a number; 0 = the model's own k, more than that k counts as k.
-        std_correction: 0 population, 1 sample standard deviation, [rows] or a number.
-        score_bias_weighs: 0 = ``score_bias`` chooses only, 1 = it changes the weight too, [rows] or a number.
-        weight_scale_after: 0 = ``weight_scale`` acts before renormalization, 1 = after, [rows] or a number.
-        remap: integer [rows, E]: expert e is replaced by remap[e] after selection (-1: dropped); duplicates merge.
-        device: where the packed tables live; default: where the first table given lies, else the CPU.
+        top_k: experts per token, [rows] or a number; 0 = the model's own k. More than that k counts as k.
+        std_correction: 0 = population standard deviation, 1 = sample standard deviation, [rows] or a number.
+        score_bias_weighs: 0 = ``score_bias`` affects the choice only, 1 = also the weights, [rows] or a number.
+        weight_scale_after: 0 = ``weight_scale`` acts before renormalization, 1 = after it, [rows] or a number.
+        remap: integer [rows, E]: a chosen expert e is replaced by remap[e] (-1: dropped). Duplicates merge.
+        device: device of the packed tables; by default that of the first table given, else the CPU.
 
-    Tables without gradient are copied here: later changes to them are not seen. Tables that require grad are packed
-    anew for each call, so they can be trained through ``route_weights``.
+    Tables that need no gradient are copied: later changes to them have no effect. Tables that require grad are packed
+    again in each call, so they can be trained through ``route_weights``.
 
     Raises:
-        ValueError: a wrong shape or a value out of its range.
+        ValueError: a wrong shape, or a value outside its range.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class SteeringTables:
     def from_packed(
         cls, tables: Tensor | None, planes: int, row_params: Tensor | None, remap: Tensor | None, num_experts: int
     ) -> SteeringTables:
-        """The tables that pack to these, without a copy: gradients flow into what is given."""
+        """Wrap tables that are packed already, without a copy, so that gradients flow into them."""
         made = cls.__new__(cls)
         parts = [part for part in (tables, row_params, remap) if part is not None]
         made.rows = parts[0].shape[0] if parts else 1
@@ -146,18 +147,18 @@ class SteeringTables:
 
     @property
     def requires_grad(self) -> bool:
-        """Whether a gradient reaches a table."""
+        """Whether some table receives a gradient."""
         if self._packed is None:
             return True
         return any(part is not None and part.requires_grad for part in (self._packed[0], self._packed[2]))
 
     @property
     def trained(self) -> bool:
-        """Whether a table requires grad, so that they are packed anew for each call."""
+        """Whether some table requires grad; such tables are packed again in each call."""
         return self._packed is None
 
     def without_remap(self) -> SteeringTables | None:
-        """The same tables but for ``remap``, sharing their memory; None where nothing is left."""
+        """The same tables without ``remap``, sharing memory; None if nothing else is set."""
         tables, planes, row_params, _ = self.packed
         if tables is None and row_params is None:
             return None
@@ -171,10 +172,10 @@ class SteeringTables:
 
     @property
     def is_null(self) -> bool:
-        """True if no row changes anything: every value is neutral. Reads the tables (synchronizes with a device)."""
+        """Whether every value is neutral. Reads the tables, which waits for a device."""
         for name, table in (*self._planes.items(), *self._params.items()):
             if name in ("std_correction", "score_bias_weighs", "weight_scale_after"):
-                continue  # they only say how another table acts
+                continue  # this parameter only modifies the effect of another table
             if not bool((table == NEUTRAL[name]).all()):
                 return False
         if self._remap is None:
@@ -182,7 +183,7 @@ class SteeringTables:
         return bool((self._remap == torch.arange(self.num_experts, device=self.device)).all())
 
     def to(self, device: torch.device | str) -> SteeringTables:
-        """The same tables on another device; the host does not wait for it, unless they are trained."""
+        """Copy the tables to another device. The host does not wait for it, unless the tables are trained."""
         device = torch.device(device)
         if device == self.device:
             return self
@@ -214,7 +215,7 @@ class SteeringTables:
         return self._kept(value)
 
     def _kept(self, table: Tensor) -> Tensor:
-        """float32 on the device: a copy, or, where it is trained, the table itself."""
+        """`table` as float32 on the device: a copy, or the table itself if it is trained."""
         return table.to(device=self.device, dtype=torch.float32, copy=not table.requires_grad)
 
     def _remap_table(self, remap: Tensor) -> Tensor:
@@ -264,7 +265,7 @@ class SteeringTables:
 
 
 def _place(device: torch.device | str | None, tensors: Iterable[Tensor]) -> torch.device:
-    """The device asked for, else that of the first tensor, else the CPU."""
+    """`device` if given, else that of the first tensor, else the CPU."""
     if device is not None:
         return torch.device(device)
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
@@ -279,17 +280,18 @@ def token_table(
     valid: Tensor | bool | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """What the gate knows of each token: int32 [T, 4] with columns steering row, group, segment, valid.
+    """Build the token table, int32 [T, 4], with columns steering row, group, segment, valid.
+
+    A segment is the part of one sequence that lies in one group. Each argument is a number, or a tensor of T elements
+    of any shape, read in row-major order.
 
     Args:
         num_tokens: T.
-        steering_row: row of the steering tables, -1 (default) = leave this token alone.
-        group: row of the group statistics, default 0, -1 = not counted.
-        segment: row of the segment statistics, default -1 = not counted.
-        valid: False for padding (default True): ids -1, weights 0, in no statistic, its logits are never read.
-        device: default: where the first tensor given lies, else the CPU.
-
-    Each is a number or a tensor of T elements (any shape, read in row-major order).
+        steering_row: row of the steering tables; -1 (default) = not steered.
+        group: row of the group statistics; default 0, -1 = not counted.
+        segment: row of the segment statistics; default -1 = not counted.
+        valid: False for padding (default True). Padding gets ids -1 and weights 0, and its logits are never read.
+        device: by default that of the first tensor given, else the CPU.
 
     Raises:
         ValueError: a tensor that does not have T elements.
@@ -315,21 +317,21 @@ def token_table(
 
 
 class StatisticsTables:
-    """int64 tables that `route` and `observe` add to: one row per group, and one per segment (sequence) if wanted.
+    """int64 tables that `route` and `observe` add to: one row per group and, optionally, one per segment.
 
-    A row is the `SCALARS`, then one metric of E per name in ``metrics``. Sums are of integers (fixed point where
-    fractional, unit `FIXED_POINT`, each token's term rounded once), so they do not depend on threads or batch splits
-    and tables of two runs add up exactly.
+    A segment is the part of one sequence that lies in one group. A row holds the `SCALARS`, then E values for each name
+    in ``metrics``. All sums are of integers; fractions are in fixed point with the unit `FIXED_POINT`, and each token's
+    term is rounded once. So sums do not depend on threads or batch splits, and the tables of two runs add up exactly.
 
     Args:
-        groups: int64 [G, 8 + P * E], contiguous.
+        groups: int64 [G, 8 + P * E], contiguous; P is the number of metrics.
         segments: int64 [S, 8 + P * E], contiguous, or None.
         num_experts: E.
-        metrics: names of `METRICS`.
+        metrics: names from `METRICS`.
         entropy: whether the scalar ``entropy`` is accumulated.
 
     Raises:
-        ValueError: unknown metric, wrong shape or dtype.
+        ValueError: an unknown metric, or a wrong shape or dtype.
     """
 
     __slots__ = ("arguments", "entropy", "num_experts", "metrics")
@@ -357,12 +359,12 @@ class StatisticsTables:
             if table.dim() != 2 or table.shape[1] != width or table.dtype != torch.int64 or not table.is_contiguous():
                 raise ValueError(f"statistics {name} must be contiguous int64 [rows, {width}], got {list(table.shape)}")
         bits = sum(1 << bit for bit, name in enumerate(METRICS) if name in self.metrics)
-        # What the operators take, packed once: building it would cost more than a decode step's counting.
+        # The operators' arguments, packed once: packing them in every decode step would cost more than the counting.
         self.arguments = (groups, bits | self.entropy << ENTROPY_BIT, segments)
 
     @classmethod
     def from_packed(cls, groups: Tensor, layout: int, segments: Tensor | None, num_experts: int) -> StatisticsTables:
-        """The tables whose ``arguments`` are these, without a copy."""
+        """Wrap tables whose ``arguments`` are these, without a copy."""
         names = [name for bit, name in enumerate(METRICS) if layout >> bit & 1]
         return cls(groups, segments, num_experts, names, bool(layout >> ENTROPY_BIT & 1))
 
@@ -377,7 +379,7 @@ class StatisticsTables:
         entropy: bool = True,
         device: torch.device | str | None = None,
     ) -> StatisticsTables:
-        """Tables of zeros for ``groups`` groups and ``segments`` segments."""
+        """Allocate zeroed tables for ``groups`` groups and ``segments`` segments."""
         if num_experts < 1 or groups < 0 or segments < 0:
             raise ValueError(f"cannot make statistics of {num_experts} experts, {groups} groups, {segments} segments")
         names = tuple(metrics)
@@ -400,20 +402,20 @@ class StatisticsTables:
         return self.groups.device
 
     def metric(self, name: str, of: Literal["groups", "segments"] = "groups") -> Tensor:
-        """A view, int64 [rows, E], of one metric."""
+        """One metric as a view, int64 [rows, E]."""
         if name not in self.metrics:
             raise ValueError(f"these statistics have no metric {name!r}; they have {', '.join(self.metrics) or 'none'}")
         start = len(SCALARS) + self.metrics.index(name) * self.num_experts
         return self._table(of)[:, start : start + self.num_experts]
 
     def scalar(self, name: str, of: Literal["groups", "segments"] = "groups") -> Tensor:
-        """A view, int64 [rows], of one scalar."""
+        """One scalar as a view, int64 [rows]."""
         if name not in SCALARS:
             raise ValueError(f"no scalar {name!r}; there are {', '.join(SCALARS)}")
         return self._table(of)[:, SCALARS.index(name)]
 
     def zero_(self) -> StatisticsTables:
-        """Set everything to zero, in place."""
+        """Set all values to zero, in place."""
         self.groups.zero_()
         if self.segments is not None:
             self.segments.zero_()

@@ -1,7 +1,7 @@
-"""What moe-route brings along to try things on: a small Mixture-of-Experts model and two parallel corpora.
+"""Demonstration data shipped with moe-route: a small Mixture-of-Experts model and two parallel corpora.
 
-The model is a real one, trained by ``examples/train_demo_model.py``; ``model/MODEL_CARD.md`` beside this file says on
-what and how well. The corpora (ten languages, from English to Swahili) were written for this project.
+The model was trained by ``examples/train_demo_model.py``; ``model/MODEL_CARD.md`` in this folder describes its training
+and quality. The corpora (ten languages, from English to Swahili) were written for this project.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _HERE = Path(__file__).resolve().parent
 
 
 def demo_model_folder() -> Path:
-    """The folder of the demonstration checkpoint, as ``AutoModelForCausalLM.from_pretrained`` takes it.
+    """The folder of the demonstration checkpoint, for ``AutoModelForCausalLM.from_pretrained``.
 
-    Raises ``FileNotFoundError`` where the installation came without it.
+    Raises ``FileNotFoundError`` if the installation does not contain it.
     """
     folder = _HERE / "model"
     if not (folder / "model.safetensors").is_file():
@@ -35,10 +35,10 @@ def demo_model_folder() -> Path:
 
 
 def load_demo_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The demonstration model (on the CPU, in evaluation mode) and its tokenizer.
+    """Load the demonstration model (on the CPU, in evaluation mode) and its tokenizer.
 
-    A Qwen3-MoE with 8 sparse layers of 16 experts, 2 of them selected, hidden size 128 and 4096 tokens. It is stored
-    in bfloat16; ``dtype`` is what it computes in. Raises ``ImportError`` where transformers is missing.
+    It is a Qwen3-MoE with 8 sparse layers of 16 experts, 2 experts per token, hidden size 128 and 4096 tokens. It is
+    stored in bfloat16 and computes in ``dtype``. Raises ``ImportError`` if transformers is missing.
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -48,21 +48,21 @@ def load_demo_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel
     folder = demo_model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # a file of 7 MB is loaded at once
+    logging.disable_progress_bar()  # loading 7 MB needs no progress bar
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     finally:
         if shown:
             logging.enable_progress_bar()
-    model.config._name_or_path = "demo"  # goes into statistics files: not the folder this happens to be installed in
+    model.config._name_or_path = "demo"  # the name goes into statistics files, in place of the installation folder
     return model.eval(), tokenizer
 
 
 def demo_corpus() -> Corpus:
-    """Everyday sentences in ten languages: English, then from the most to the least text that the model has seen."""
+    """Everyday sentences in ten languages: English, then by decreasing amount of text in the model's training data."""
     return Corpus.read_tsv(_HERE / "corpus" / "general.tsv")
 
 
 def demo_task() -> Corpus:
-    """Arithmetic word problems and solutions in the same ten languages; the model was trained on none of them."""
+    """Arithmetic word problems with solutions in the same ten languages; the model was trained on none of them."""
     return Corpus.read_tsv(_HERE / "corpus" / "arithmetic.tsv")

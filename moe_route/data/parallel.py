@@ -11,17 +11,17 @@ __all__ = ["Corpus", "CorpusError"]
 
 
 class CorpusError(ValueError):
-    """A corpus that cannot be read as it is; the message says where and what to do."""
+    """Raised for a corpus that cannot be read; the message says where the problem is and what to do."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts aligned by item: ``texts[language][i]`` says in ``language`` what every other language says at ``i``.
+    """Texts aligned by item: ``texts[language][i]`` has the same meaning in all languages.
 
-    ``languages`` are codes in the order of the source (FLORES codes such as ``eng_Latn`` in the corpora that ship with
-    moe-route) and ``items`` the ids that pair a text with its translations. ``len(corpus)`` is the number of items and
-    ``corpus[language]`` the texts of one language. Raises :class:`CorpusError` where texts are missing, empty or too
-    many, or where a language or an item comes twice.
+    ``languages`` are codes in the order of the source (FLORES codes such as ``eng_Latn`` in the shipped corpora).
+    ``items`` are the ids that pair a text with its translations. ``len(corpus)`` is the number of items, and
+    ``corpus[language]`` gives the texts of one language. Raises :class:`CorpusError` if texts are missing, empty or too
+    many, or if a language or an item occurs twice.
     """
 
     languages: tuple[str, ...]
@@ -62,15 +62,15 @@ class Corpus:
         return f"Corpus({self.name}: {len(self)} items x {len(self.languages)} languages)"
 
     def __getitem__(self, language: str) -> tuple[str, ...]:
-        """The texts of one language, in the order of ``items``. Raises ``KeyError`` with the languages there are."""
+        """The texts of one language, in the order of ``items``. Raises ``KeyError`` naming the available languages."""
         if language not in self.texts:
             raise KeyError(self._unknown(language))
         return self.texts[language]
 
     def subset(self, languages: Iterable[str] | None = None, limit: int | None = None) -> Corpus:
-        """Only ``languages`` (in the order given; ``None`` for all) and the first ``limit`` items (``None`` for all).
+        """Select ``languages`` (in the given order; ``None`` for all) and the first ``limit`` items (``None`` for all).
 
-        Raises ``KeyError`` for a language that is not there and ``ValueError`` for a limit below 1.
+        Raises ``KeyError`` for an unknown language and ``ValueError`` for a limit below 1.
         """
         if isinstance(languages, str):
             languages = (languages,)
@@ -81,7 +81,7 @@ class Corpus:
 
     @classmethod
     def read(cls, path: str | Path, languages: Iterable[str] | None = None) -> Corpus:
-        """What ``path`` is: a folder as FLORES has it (:meth:`read_flores`) or a table (:meth:`read_tsv`)."""
+        """Read a folder in the layout of FLORES (:meth:`read_flores`) or a table (:meth:`read_tsv`)."""
         if Path(path).is_dir():
             return cls.read_flores(path, languages)
         corpus = cls.read_tsv(path)
@@ -89,10 +89,10 @@ class Corpus:
 
     @classmethod
     def read_tsv(cls, path: str | Path) -> Corpus:
-        """A tab-separated UTF-8 table: a header (any name, then the languages), then an item a row, its id first.
+        """Read a tab-separated UTF-8 table: a header (any name, then the languages), then an item per row, id first.
 
-        Fields are not quoted: a text holds no tab and no line break. Blank lines at the end are left out. Raises
-        ``FileNotFoundError`` where there is no such file, and :class:`CorpusError` naming the line that is wrong.
+        Fields are not quoted, so texts contain no tabs and line breaks. Blank lines at the end are ignored. Raises
+        ``FileNotFoundError`` if there is no such file, and :class:`CorpusError` naming the faulty line.
         """
         path = Path(path)
         lines = _read_lines(path)
@@ -113,12 +113,12 @@ class Corpus:
 
     @classmethod
     def read_flores(cls, folder: str | Path, languages: Iterable[str] | None = None, split: str = "devtest") -> Corpus:
-        """FLORES-200 as it is distributed: ``<folder>/<split>/<code>.<split>``, line *i* the same sentence in all.
+        """Read FLORES-200 as distributed: ``<folder>/<split>/<code>.<split>``, line *i* the same sentence in all.
 
         ``languages`` are the codes to read, in that order; ``None`` reads every file, English first. ``folder`` may
-        also be the split's own folder. Items are named ``<split>-0001`` and so on. Raises ``FileNotFoundError`` where
-        the folder has no such files, ``KeyError`` for a code without a file, and :class:`CorpusError` where the files
-        differ in length.
+        also be the split's own folder. Items are named ``<split>-0001`` and so on. Raises ``FileNotFoundError`` if the
+        folder has no such files, ``KeyError`` for a code without a file, and :class:`CorpusError` if the files differ
+        in length.
         """
         folder = Path(folder)
         inner = folder / split if (folder / split).is_dir() else folder
@@ -159,7 +159,7 @@ def _repeated(names: Iterable[str]) -> str | None:
 
 
 def _read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file but for blank ones at its end. Only line feeds split: texts may hold other breaks."""
+    """The lines of a UTF-8 file without blank ones at its end; only line feeds end a line."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     try:

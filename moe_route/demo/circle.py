@@ -1,11 +1,10 @@
-"""The demonstration: record, analyze, steer and restore a model, with the controls, on two CPU cores in a minute or
-two.
+"""The demonstration: record, analyze, steer and restore a model, with controls, in a minute or two on two CPU cores.
 
-It follows "Multilingual Routing in Mixture-of-Experts" (arXiv 2510.04694): divergence of every language from English
-by layer (eq. 2), the experts of a task found in English text alone (eq. 3), those experts raised in the middle layers
-for every language (eq. 4), and the same done to other layers, to random experts and in reverse. What is measured is
-the loss on task texts that had no part in finding the experts. A paired bootstrap says which differences are more
-than the choice of texts, and of random experts; the report says what came out, whichever way it fell.
+It follows "Multilingual Routing in Mixture-of-Experts" (arXiv 2510.04694): divergence of every language from English by
+layer (eq. 2), the experts of a task found in English text alone (eq. 3), and soft activation of those experts in the
+middle layers for every language (eq. 4). Controls steer other layers, random experts, and in the opposite direction.
+The loss is measured on task texts that were not used to find the experts. A paired bootstrap tells which differences
+exceed those from the choice of texts and of random experts. The report gives the result, whatever it is.
 """
 
 from __future__ import annotations
@@ -42,10 +41,10 @@ from moe_route.workload import EncodedTexts, LanguageModel, Text, read_corpus, r
 
 __all__ = ["RANDOM_SETS", "THRESHOLDS", "choose_threshold", "demo", "plans", "random_plans"]
 
-# The published thresholds lie between 0.25 and 0.5.
+# Published thresholds are between 0.25 and 0.5.
 THRESHOLDS = (0.5, 0.4, 0.3, 0.2, 0.1)
-STRENGTHS = (0.5, 1.0)  # of soft steering, in standard deviations of the logits; the first is the published one
-RANDOM_SETS = 19  # drawn: a plan that is better than all of them has p = 0.05. Where there are no more, all are taken
+STRENGTHS = (0.5, 1.0)  # of soft steering, in standard deviations of the logits; 0.5 is the published one
+RANDOM_SETS = 19  # a plan better than 19 draws has p = 0.05; if there are fewer sets, all are used
 PIVOT = "eng_Latn"
 
 
@@ -61,13 +60,12 @@ def demo(
     engine: Literal["hook", "fused"] = "hook",
     progress: bool = False,
 ) -> DemoReport:
-    """Run the whole circle on a language model (default: the one moe-route brings) over the corpus at `data` (default:
-    the shipped one).
+    """Run the demonstration on a language model (by default the shipped one) and the corpus at `data` (likewise).
 
-    `languages` and `limit` cut the corpus down; English must be among them, since everything is compared with it. `out`
-    is a folder for the pictures, made if missing (none without it). The task texts are the shipped arithmetic problems,
-    in the languages they have in common with the corpus. Raises `ValueError` for a corpus that leaves nothing to
-    compare, and what loading and attaching raise.
+    `languages` and `limit` select a part of the corpus. English must be included, because all languages are compared
+    with it. `out` is a folder for the figures, created if missing (none without it). The task texts are the shipped
+    arithmetic problems, in the languages that they share with the corpus. Raises `ValueError` for a corpus that leaves
+    nothing to compare, and the errors of loading and attaching.
     """
     start = time.perf_counter()
     if out is not None:
@@ -106,7 +104,8 @@ class _Run:
     ) -> None:
         self.spoken, self.corpus, self.batch_size, self.progress = spoken, corpus, batch_size, progress
         shared = tuple(language for language in task.languages if language in corpus.languages)
-        # Every other problem finds the experts, in English; the rest measures, in every language.
+        # Every second problem, in English, is used to find the experts; the rest, in every language, to measure the
+        # loss.
         finding = _items(task.subset([PIVOT]), slice(0, None, 2))
         self.evaluation = _items(task.subset(shared), slice(1, None, 2))
         self.general, self.finding, self.measured = (
@@ -114,7 +113,7 @@ class _Run:
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 over every tensor of the model and over its output on one text: equal bits, equal fingerprint."""
+        """SHA-256 over every tensor of the model and over its output on one text; equal only if all bits are equal."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.spoken.model.state_dict().items()):
             digest.update(name.encode())
@@ -159,7 +158,7 @@ class _Run:
         return recorder.statistics()
 
     def losses(self, what: str) -> np.ndarray:
-        """[items, languages, 2]: summed loss and predicted tokens of every task text kept for measuring."""
+        """[items, languages, 2]: summed loss, and number of predicted tokens, of every task text used for measuring."""
         found = self.spoken.losses(self.measured, **self.options(what))
         return found.reshape(len(self.evaluation.languages), len(self.evaluation), 2).transpose(1, 0, 2)
 
@@ -187,10 +186,10 @@ class _Run:
     def against_random(
         self, report: DemoReport, nats: np.ndarray, random: np.ndarray, base: np.ndarray, enumerated: bool
     ) -> None:
-        """Hold the published plan's losses against those of random experts, [sets, items, languages]."""
+        """Compare the published plan's losses with those of random experts, [sets, items, languages]."""
 
         def change(columns: slice) -> Difference:
-            """Mean change that the random sets bring; the interval holds what the comparison with them holds."""
+            """Mean change of the loss by the random sets, with the interval of the comparison with them."""
             before, tokens = base[:, columns, 0], base[:, columns, 1]
             found = random_control(before, random[..., columns], before, tokens, enumerated=enumerated).difference
             return Difference(-found.value, -found.high, -found.low)
@@ -200,7 +199,7 @@ class _Run:
         report.outcomes.append(Outcome(f"random (mean of {len(random)})", by_language, change(slice(None))))
 
     def sweep(self, routed: RoutedModel, report: DemoReport, base: np.ndarray) -> dict[float, Difference]:
-        """The published plan at every threshold that finds a task expert in the middle layers."""
+        """Measure the published plan at every threshold that finds a task expert in the middle layers."""
         measured = {report.selection: report.outcomes[0].mean}
         for threshold, selection in report.found.items():
             if selection and selection not in measured:
@@ -218,8 +217,10 @@ class _Run:
 
 
 def unrelated_divergence(statistics: RoutingStatistics) -> np.ndarray:
-    """[layers]: divergence of each English sentence from the one after it, the same language with another content: what
-    the divergence of a translation is to be held against. NaN where there is one sentence only."""
+    """[layers]: divergence of each English sentence from the next one, which has the same language and another content.
+
+    It serves as a baseline for the divergence of translations. NaN if there is one sentence only.
+    """
     store = statistics.store
     assert store is not None
     q = np.stack([store.distributions(item, PIVOT, "full") for item in store.items(PIVOT)])
@@ -231,17 +232,17 @@ def unrelated_divergence(statistics: RoutingStatistics) -> np.ndarray:
 def choose_threshold(found: Mapping[float, ExpertSelection], middle: Sequence[int]) -> float:
     """The largest threshold that finds a task expert in the middle layers; the smallest one if none does.
 
-    It looks at how English text is routed and at nothing else, so no loss has a say in what is steered.
+    It depends only on the routing of English text, so no loss influences which experts are steered.
     """
     return next((threshold for threshold, selection in found.items() if selection.restrict(middle)), THRESHOLDS[-1])
 
 
 def plans(experts: ExpertSelection, middle: Sequence[int], layers: int) -> dict[str, Plan]:
-    """The plans to measure, the published one first: task experts of the middle layers raised, then harder, then the
-    controls but for random experts (:func:`random_plans`).
+    """The plans to measure, the published one first.
 
-    Empty where no task expert lies in the middle layers. The control in the other layers is left out where no task
-    expert lies there.
+    They are soft activation of task experts in the middle layers (the published plan), a stronger one, and the
+    controls, except random experts (:func:`random_plans`). Empty if the middle layers have no task expert. The control
+    in the other layers is omitted if those have no task expert.
     """
     if not experts.restrict(middle):
         return {}
@@ -259,7 +260,7 @@ def plans(experts: ExpertSelection, middle: Sequence[int], layers: int) -> dict[
 def random_plans(experts: ExpertSelection, middle: Sequence[int]) -> tuple[list[Plan], bool]:
     """The published plan on as many other experts of each middle layer, and whether these are all such sets.
 
-    They are all where there are no more than ``RANDOM_SETS`` of them; else so many are drawn, with seeds from 0 on.
+    All sets are used if there are at most ``RANDOM_SETS`` of them; otherwise that many are drawn, with seeds from 0 on.
     """
     steered = experts.restrict(middle)
     sizes: dict[int, int] = {}
@@ -286,7 +287,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 
 def _write(folder: Path, report: DemoReport) -> None:
-    """The report beside its pictures, as text and as JSON."""
+    """Write the report beside its figures, as text and as JSON."""
     for name, text in (("report.txt", str(report)), ("report.json", json.dumps(report.to_dict(), indent=1))):
         with files.replacing(folder / name) as stream:
             stream.write(f"{text}\n".encode())

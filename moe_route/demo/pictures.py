@@ -1,4 +1,4 @@
-"""The pictures of the demonstration."""
+"""The figures of the demonstration."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["draw", "steering_table"]
 
 
 def draw(report: DemoReport, difference: np.ndarray, folder: Path) -> list[Path]:
-    """Divergence by layer, the task's use of experts, task experts by threshold, and the steering table, as PNG files.
+    """Draw divergence by layer, the task's use of experts, task experts by threshold, and the steering table, as PNG.
 
-    `difference` is [layers, experts]: how much more often English task text chooses an expert than general text does.
+    `difference` [layers, experts] is how much more often English task text chooses an expert than general text does.
     """
     from moe_route import plots
 
@@ -34,7 +34,7 @@ def draw(report: DemoReport, difference: np.ndarray, folder: Path) -> list[Path]
 
 
 def steering_table(report: DemoReport) -> Axes:
-    """Change of the loss by language and plan: color and number, bold where zero lies outside the interval."""
+    """Draw the change of the loss by language and plan, in color and number, bold where the interval excludes zero."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -52,7 +52,7 @@ def steering_table(report: DemoReport) -> Axes:
         ax.text(
             column,
             row,
-            f"{round(value, 3) + 0.0:+.3f}",  # + 0.0: no minus zero
+            f"{round(value, 3) + 0.0:+.3f}",  # + 0.0 avoids a minus zero
             ha="center",
             va="center",
             color="white" if abs(value) > 0.6 * limit else "black",
@@ -60,7 +60,7 @@ def steering_table(report: DemoReport) -> Axes:
         )
     ax.set_xticks(range(len(report.outcomes)), [o.name.replace(" (", "\n(") for o in report.outcomes], fontsize="small")
     ax.set_yticks(range(len(rows)), rows)
-    ax.axhline(len(rows) - 1.5, color="black", linewidth=0.8)  # the mean stands apart
+    ax.axhline(len(rows) - 1.5, color="black", linewidth=0.8)  # separates the mean
     ax.set_title(
         f"task experts of layers {span(report.middle)}; bold: zero lies outside the 95 % interval", fontsize="medium"
     )

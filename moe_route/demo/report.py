@@ -1,4 +1,4 @@
-"""What the demonstration found, as text, as data and as pictures."""
+"""The results of the demonstration, as text and as data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["DemoReport", "Outcome", "span"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one plan did to the task texts: by language, and the mean over languages."""
+    """The effect of one plan on the task texts: by language, and the mean over languages."""
 
     name: str
     by_language: Mapping[str, Difference]
@@ -31,7 +31,7 @@ class Outcome:
 
 @dataclass
 class DemoReport:
-    """Everything the demonstration found. `str(report)` is what the command prints, `to_dict` what it gives as JSON."""
+    """All results of the demonstration. `str(report)` is the printed text, `to_dict` the JSON content."""
 
     model: str
     layers: int
@@ -42,14 +42,14 @@ class DemoReport:
     divergence: Divergence
     unrelated: np.ndarray  # [layers]: divergence of an English sentence from another one
     all_found: dict[float, ExpertSelection]  # threshold -> task experts of all layers
-    threshold: float  # the one that is steered with
+    threshold: float  # the threshold used for steering
     middle: tuple[int, ...]
     base: dict[str, float]  # loss of the task texts without steering, nats per token
-    evaluated: int  # task texts a language
-    cut: list[str]  # which texts were cut, in words
+    evaluated: int  # number of task texts per language
+    cut: list[str]  # sentences on the texts that were cut
     outcomes: list[Outcome] = field(default_factory=list)
-    by_threshold: dict[float, Difference] = field(default_factory=dict)  # the first outcome at each threshold
-    control: RandomControl | None = None  # the first outcome against random experts, mean over languages
+    by_threshold: dict[float, Difference] = field(default_factory=dict)  # the published plan at each threshold
+    control: RandomControl | None = None  # the published plan against random experts, mean over languages
     restored: bool = False
     pictures: list[Path] = field(default_factory=list)
     seconds: float = 0.0
@@ -78,7 +78,7 @@ class DemoReport:
         )
 
     def _shape(self) -> list[str]:
-        """Whether the middle layers differ from the others, where there are others and an interval to say so."""
+        """Sentences on whether the middle layers differ from the others, if there are others and an interval."""
         outside = self.middle[0]
         if not outside:
             return []
@@ -172,7 +172,7 @@ class DemoReport:
 
     @property
     def conclusion(self) -> str:
-        """What the first outcome and its random control say together."""
+        """The conclusion from the first plan and its random control together."""
         raised = self.outcomes[0].mean.verdict
         if raised == "lower":
             return f"raising the task experts lowers the loss, {self._beyond_random()}"
@@ -240,5 +240,5 @@ def _marked(difference: Difference) -> str:
 
 
 def span(layers: Sequence[int]) -> str:
-    """Neighbouring layers as "2-5"."""
+    """Format adjacent layers, such as "2-5"."""
     return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"

@@ -1,4 +1,4 @@
-"""moe-route as an experts implementation of transformers: its own dispatch, grouped products and combine."""
+"""An experts implementation for transformers, made of this library's dispatch, grouped products and combine."""
 
 from moe_route.experts.interface import ExpertsSwitch, experts_implementations, register_experts
 

@@ -1,19 +1,19 @@
-"""The experts of transformers, run by our dispatch, grouped products and combine.
+"""Run the experts of transformers by this library's dispatch, grouped products and combine.
 
-`experts_forward` has the signature of transformers' experts implementations and reads the layout from the flags that
-`use_experts_implementation` leaves on a module:
+`experts_forward` has the signature of transformers' experts implementations. It reads the layout of the weights from
+the flags that `use_experts_implementation` sets on a module:
 
-| flag | says |
+| flag | meaning |
 |---|---|
-| `has_gate` | `gate_up_proj` and `_apply_gate`, or `up_proj` and `act_fn` |
-| `has_bias` | one bias per product |
+| `has_gate` | the first product is `gate_up_proj` with `_apply_gate`; otherwise `up_proj` with `act_fn` |
+| `has_bias` | each product has a bias |
 | `is_transposed` | weights are [E, in, out] instead of [E, out, in] |
-| `is_concatenated` | gate and up lie one after the other; interleaved, `_apply_gate` takes them apart |
-| `has_post_expert_norm` | `post_expert_norm` over every row before it is weighted |
+| `is_concatenated` | gate and up are two halves; otherwise they alternate, and `_apply_gate` separates them |
+| `has_post_expert_norm` | `post_expert_norm` is applied to every row before it is weighted |
 
-A version of transformers that lacks a flag means the value in `DEFAULTS`. A flag that is not in the table is refused
-where it is set, and so are weights that are no plain floating-point tensors: `refuse` says why and what to do.
-Expert parallelism needs no flag: an expert that this rank does not hold has id `num_experts`, and such slots are
+If a version of transformers lacks a flag, it means the value in `DEFAULTS`. A module that sets a flag outside this
+table is refused, and so are weights other than plain floating-point tensors; `refuse` gives the reason and the fix.
+Expert parallelism needs no flag: an expert that this rank does not hold has the id `num_experts`, and its slots are
 skipped.
 """
 
@@ -36,22 +36,21 @@ DEFAULTS: dict[str, bool] = {
     "is_concatenated": True,
     "has_post_expert_norm": False,
 }
-# Flags of a later transformers that nobody here knows, with their defaults: filled in by `register_experts`.
+# Flags of later versions of transformers that are not in the table, with their defaults; set by `register_experts`.
 UNKNOWN_FLAGS: dict[str, Any] = {}
 
-# Experts whose own forward multiplies in float32, whatever the weights are kept in.
+# Experts whose own forward multiplies in float32, whatever the dtype of the weights.
 COMPUTES_IN_FLOAT32 = frozenset(("OpenAIPrivacyFilterExperts",))
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """hidden_states [T, H], top_k_index int32 or int64 [T, k], top_k_weights [T, k] -> [T, H], in the dtype of
-    hidden_states.
+    """Run the experts: hidden_states [T, H], top_k_index int32 or int64 [T, k], top_k_weights [T, k] -> [T, H].
 
-    A slot whose id is negative or at least the number of experts is skipped, whatever its weight. Products are taken in
-    the dtype of the expert weights (of autocast, where it is on); the weighted sum is accumulated in float32 (float64
-    for float64) in the order of the slots and rounded once.
+    The result has the dtype of hidden_states. A slot whose id is negative, or at least the number of experts, is
+    skipped whatever its weight. Products are computed in the dtype of the expert weights (under autocast, in its
+    dtype). The weighted sum is accumulated in float32 (float64 for float64) in the order of the slots and rounded once.
     """
     refuse(module)
     dtype = compute_dtype(module)
@@ -70,17 +69,17 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
 
 def flag(module: Any, name: str) -> bool:
-    """A layout flag of an experts module."""
+    """The value of a layout flag of an experts module."""
     return getattr(module, name, DEFAULTS[name])
 
 
 def up_projection(module: Any) -> str:
-    """Name of the first product's weights."""
+    """Name of the weights of the first product."""
     return "gate_up_proj" if flag(module, "has_gate") else "up_proj"
 
 
 def compute_dtype(module: Any) -> torch.dtype:
-    """The dtype that products are taken in."""
+    """The dtype in which products are computed."""
     dtype = module.down_proj.dtype
     if any(kind.__name__ in COMPUTES_IN_FLOAT32 for kind in type(module).__mro__):
         return torch.promote_types(dtype, torch.float32)
@@ -88,7 +87,7 @@ def compute_dtype(module: Any) -> torch.dtype:
 
 
 def refuse(module: Any) -> None:
-    """Raise `ModelNotSupportedError` where a module's experts cannot be run here."""
+    """Raise `ModelNotSupportedError` if a module's experts cannot be run here."""
     why = obstacle(module)
     if why is not None:
         raise ModelNotSupportedError(
@@ -117,11 +116,11 @@ def obstacle(module: Any) -> str | None:
 
 
 def _unfit(weight: object) -> str | None:
-    """Why these weights cannot be multiplied as they lie, or None."""
+    """Why these weights cannot be multiplied in their stored form, or None."""
     if not isinstance(weight, Tensor):
         return f"a {type(weight).__name__}, no tensor"
     if type(weight) not in (nn.Parameter, Tensor):
-        return f"a {type(weight).__name__} (sharded or quantized), no plain tensor"
+        return f"a {type(weight).__name__} (sharded or quantized), not a plain tensor"
     if weight.dtype not in FLOATS:
         return f"{weight.dtype} (packed or quantized)"
     if weight.dim() != 3:
@@ -130,7 +129,7 @@ def _unfit(weight: object) -> str | None:
 
 
 def _default_gate(module: Any) -> bool:
-    """Whether the gate is the one that the decorator gives to classes without their own."""
+    """Whether the gate is the default one, which transformers' decorator gives to classes without their own."""
     gate = getattr(type(module), "_apply_gate", None)
     return gate is None or gate.__module__.startswith("transformers.integrations")
 
@@ -144,8 +143,10 @@ def _product(module: Any, name: str, rows: Tensor, slots: Dispatch) -> Tensor:
 
 
 def _defined(rows: Tensor, slots: Dispatch, reader: object) -> Tensor:
-    """Rows that no expert owns set to zero, where `reader` has parameters: its backward sums over every row, and on a
-    device those may hold anything."""
+    """Set rows that no expert owns to zero, if `reader` has parameters.
+
+    The backward of `reader` sums over every row, and on a device unowned rows may hold any value.
+    """
     if isinstance(reader, nn.Module) and next(reader.parameters(), None) is not None:
         return torch.where((slots.order >= 0)[:, None], rows, 0.0)
     return rows

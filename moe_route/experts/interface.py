@@ -1,8 +1,8 @@
 """Register moe-route as an experts implementation of transformers, and switch a model to it.
 
-transformers keeps two registries. Experts in floating point are run by `forward.experts_forward`. Experts that
-transformers quantized to FP8 hold packed weights with scales; under the name "moe_route" they run the FP8
-implementation that transformers would have used, and the log says so.
+transformers has two registries. Floating-point experts run in `forward.experts_forward`. Experts that transformers
+quantized to FP8 hold packed weights with scales. Under the name "moe_route" they run the FP8 implementation that
+transformers would have used, and the log reports that.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Held:
-    """A configuration that says "moe_route" now: what it said before, and which switches share it."""
+    """A configuration set to "moe_route" now: its former value, and the switches that share it."""
 
     before: str | None
     forget: weakref.finalize[..., Any]
@@ -36,18 +36,20 @@ class _Held:
 
 NAME = "moe_route"
 OWN_FORWARD = "own forward"
-_SETTING = "_experts_implementation_internal"  # of a configuration: what the experts read at every call
-_BEFORE = "_moe_route_before"  # of an FP8 module: the name it ran under
+_SETTING = "_experts_implementation_internal"  # configuration attribute that the experts read in every call
+_BEFORE = "_moe_route_before"  # attribute of an FP8 module: its former implementation
 _KNOWN = {*DEFAULTS, "experts_class", "experts_interface"}
 _said: set[str] = set()
 _held: dict[int, _Held] = {}  # by id of the configuration
 
 
 def register_experts() -> None:
-    """Register "moe_route" with transformers, for `model.set_experts_implementation("moe_route")` and
-    `from_pretrained(..., experts_implementation="moe_route")`. Harmless twice.
+    """Register "moe_route" with transformers. Safe to call twice.
 
-    Raises `ImportError` without transformers, or with one that has no experts interface (before 5.0).
+    `model.set_experts_implementation("moe_route")` and `from_pretrained(..., experts_implementation="moe_route")` then
+    work.
+
+    Raises `ImportError` without transformers, or with a version without the experts interface (before 5.0).
     """
     try:
         import transformers
@@ -66,24 +68,27 @@ def register_experts() -> None:
     UNKNOWN_FLAGS.update({name: p.default for name, p in parameters.items() if name not in _KNOWN})
     interface.ExpertsInterface.register(NAME, experts_forward)
     fp8 = _fp8("FP8ExpertsInterface")
-    if fp8 is not None:  # where FP8 experts have no registry, no name reaches them
+    if fp8 is not None:  # without a registry for FP8 experts, the name does not reach them
         fp8.register(NAME, fp8_forward)
 
 
 def experts_implementations(block: nn.Module) -> tuple[str, ...]:
-    """What runs the experts inside a block now, each once: names of transformers' experts interface ("eager",
-    "grouped_mm", "moe_route", ...), or "own forward" where none of them goes through it."""
+    """The implementations that run the experts inside a block now, each once.
+
+    They are names of transformers' experts interface ("eager", "grouped_mm", "moe_route", ...), or "own forward" if no
+    experts module uses the interface.
+    """
     found = {_runs_as(module) for module in block.modules() if _decorated(module)}
     return tuple(sorted(found)) or (OWN_FORWARD,)
 
 
 class ExpertsSwitch:
-    """A model's experts run as "moe_route" from `install` to `remove`. FP8 experts keep the implementation they had.
+    """Runs a model's experts as "moe_route" from `install` to `remove`. FP8 experts keep their implementation.
 
-    The setting lives in the model's configuration: models built on the same configuration object are switched together,
-    until the last of them is switched back.
+    The setting is stored in the model's configuration. Models built on the same configuration object are switched
+    together, until the last of them is switched back.
 
-    Raises `ModelNotSupportedError` where a module cannot be run so, or where none goes through the experts interface.
+    Raises `ModelNotSupportedError` if a module cannot be run so, or if no module uses the experts interface.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -106,7 +111,7 @@ class ExpertsSwitch:
             _hold(config, self)
 
     def remove(self) -> None:
-        """Put back what was set before. What somebody else set meanwhile stays. Harmless twice."""
+        """Restore the former setting. A setting that somebody else made meanwhile stays. Safe to call twice."""
         for config in self._configurations:
             _let_go(config, self)
         for name in self._names:
@@ -114,8 +119,10 @@ class ExpertsSwitch:
 
 
 def fp8_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """FP8 experts under the name "moe_route": what they ran as before `attach`, else what transformers takes by
-    itself (grouped_mm; eager where the activations have static scales, which grouped_mm refuses)."""
+    """Run FP8 experts under the name "moe_route": with their implementation before `attach`, else the default.
+
+    The default is grouped_mm, or eager if the activations have static scales, which grouped_mm refuses.
+    """
     name = _fp8_runs_as(module)
     if not torch.compiler.is_compiling() and name not in _said:
         _said.add(name)
@@ -138,7 +145,7 @@ def _fp8_runs_as(module: nn.Module) -> str:
 
 
 def _runs_as(module: Any) -> str:
-    """The implementation that a decorated module's next call takes; nothing set is eager to transformers."""
+    """The implementation that a decorated module's next call uses; transformers takes "eager" if none is set."""
     name = getattr(module.config, _SETTING) or "eager"
     return _fp8_runs_as(module) if name == NAME and _is_fp8(module) else name
 
@@ -153,7 +160,7 @@ def _before(config: Any) -> str | None:
 def _hold(config: Any, switch: ExpertsSwitch) -> None:
     key = id(config)
     if key not in _held:
-        forget = weakref.finalize(config, _held.pop, key, None)  # for a model that goes without being switched back
+        forget = weakref.finalize(config, _held.pop, key, None)  # if the model goes unswitched
         _held[key] = _Held(getattr(config, _SETTING), forget)
     _held[key].holders.add(switch)
     setattr(config, _SETTING, NAME)
@@ -172,7 +179,7 @@ def _let_go(config: Any, switch: ExpertsSwitch) -> None:
 
 
 def _refuse(model: nn.Module, modules: list[tuple[str, Any]], settings: list[str | None]) -> None:
-    """Raise `ModelNotSupportedError` where the experts of a model cannot be switched."""
+    """Raise `ModelNotSupportedError` if the experts of a model cannot be switched."""
     if not modules:
         raise ModelNotSupportedError(_without_interface(model))
     for name, module in modules:
@@ -199,20 +206,22 @@ def _without_interface(model: nn.Module) -> str:
 
 
 def _undecorated(model: nn.Module) -> list[str]:
-    """Classes of the experts that do not ask the registry."""
+    """Class names of the experts that do not use the registry."""
     experts = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"]
     return sorted({type(module).__name__ for module in experts if not _decorated(module)})
 
 
 def _decorated(module: nn.Module) -> bool:
-    """Whether a module's forward asks the registry, as `use_experts_implementation` makes it."""
+    """Whether a module's forward uses the registry; `use_experts_implementation` makes such forwards."""
     mine = vars(module)
     return "is_transposed" in mine and "has_bias" in mine and hasattr(mine.get("config"), _SETTING)
 
 
 def _sharded(module: nn.Module) -> bool:
-    """Whether the weights are shards at rest (tensor and expert parallelism, FSDP). Its forward is given plain tensors,
-    and looks at them at every call."""
+    """Whether the weights are stored as shards (tensor and expert parallelism, FSDP).
+
+    The forward of such a module is given plain tensors, and checks them in every call.
+    """
     if not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor
@@ -233,7 +242,7 @@ def _configurations(model: nn.Module) -> list[Any]:
 
 
 def _fp8(name: str) -> Any:
-    """Something of transformers' FP8 integration, or None where this version has no such thing."""
+    """An object of transformers' FP8 integration, or None if this version does not have it."""
     return getattr(import_module("transformers.integrations.finegrained_fp8"), name, None)
 
 

@@ -1,1 +1,1 @@
-"""Tools for other people's modules: attributes, wrappers, replaced methods, watched forwards. They know no router."""
+"""Tools for any `nn.Module`: attributes, wrappers, replaced methods, watched forwards. This package knows no router."""

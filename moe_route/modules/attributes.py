@@ -1,6 +1,6 @@
-"""Read attributes of other people's modules by dotted path, wherever accelerate keeps the tensors.
+"""Read attributes of a module by dotted path, wherever accelerate keeps the tensors.
 
-accelerate may keep a tensor on the CPU or on disk and bring it to its module only while its forward runs.
+accelerate may keep a tensor on the CPU or on disk and move it to its device only while the module's forward runs.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 
 def at(root: Any, path: str) -> Any:
-    """The attribute at a dotted path, or None where there is none."""
+    """The attribute at a dotted path, or None if there is none."""
     for name in path.split("."):
         root = getattr(root, name, None)
     return root
 
 
 def number(root: Any, value: str | int) -> Any:
-    """A number, or the attribute at a dotted path; of a matrix there, its rows."""
+    """`value` if it is a number, else the attribute at that dotted path; of a matrix there, the number of rows."""
     found = at(root, value) if isinstance(value, str) else value
     return len(found) if isinstance(found, Tensor) else found
 
@@ -34,15 +34,15 @@ def modeling_of(module: nn.Module) -> ModuleType | None:
     )
 
 
-# What other libraries put on one module in place of what its class has.
+# Instance attributes with which other libraries replace those of the class.
 PUT_BY_OTHERS = ("forward", "_hf_hook", "_old_forward")
 
 
 def resident(root: Any, path: str) -> Any:
-    """The value at a dotted path, None where there is none; for an offloaded tensor, the value that accelerate loads
-    before the forward pass.
+    """The value at a dotted path, or None if there is none.
 
-    Raises `RuntimeError` for a tensor on the meta device that accelerate does not offload.
+    For an offloaded tensor this is the value that accelerate loads before the forward pass. Raises `RuntimeError` for a
+    tensor on the meta device that accelerate does not offload.
     """
     *above, name = path.split(".")
     owner = root
@@ -64,7 +64,7 @@ def managed_by_accelerate(module: nn.Module) -> bool:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where the module runs: the device of its first parameter, or the one that accelerate moves it to."""
+    """The device on which the module runs: that of its first parameter, or the one that accelerate moves it to."""
     parameter = next(module.parameters(), None)
     if parameter is not None and not parameter.is_meta:
         return parameter.device
@@ -73,7 +73,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def forward_attribute(module: nn.Module) -> str:
-    """The name of the attribute that holds the module's own forward: accelerate keeps the one it found elsewhere."""
+    """Name of the attribute that holds the module's forward; accelerate moves the original to another attribute."""
     return "_old_forward" if managed_by_accelerate(module) else "forward"
 
 

@@ -26,5 +26,5 @@ def _compiled(module: nn.Module) -> bool:
     own = vars(module)
     if type(module).__name__ == "OptimizedModule" or own.get("_compiled_call_impl") is not None:
         return True
-    called = (own.get("forward"), own.get("_compiled_call"))  # the second is what `generate` keeps
+    called = (own.get("forward"), own.get("_compiled_call"))  # `generate` stores its compiled forward in the second
     return any(hasattr(function, "_torchdynamo_orig_callable") for function in called)

@@ -1,4 +1,4 @@
-"""Changes to other people's modules that can be taken back: hooks, attributes, methods, classes."""
+"""Reversible changes to a module: hooks, attributes, methods, classes."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any, Protocol, SupportsIndex
 
 from torch import nn
 
-_ABSENT = object()  # the object has no attribute of that name of its own
-_UNKNOWN = object()  # `install` has not looked yet
+_ABSENT = object()  # marks an object without an own attribute of that name
+_UNKNOWN = object()  # the state before `install`
 
 
 class Change(Protocol):
-    """A change to a model, made by `install` and taken back by `remove`."""
+    """A change to a model. `install` makes it and `remove` reverts it."""
 
     def install(self) -> None:
         """Make the change."""
 
     def remove(self) -> None:
-        """Take the change back. May be called at any time: twice, or after an interrupt in `install` or `remove`.
+        """Revert the change. Safe at any time: a second time, or after an interrupt in `install` or `remove`.
 
-        What another tool has put in the place of the change stays.
+        A value that another tool has put in the place of this change stays.
         """
 
 
 class ForwardHook:
-    """`hook` as a forward hook of `module`."""
+    """Registers `hook` as a forward hook of `module`."""
 
     def __init__(self, module: nn.Module, hook: Callable[..., Any], *, always_call: bool = False) -> None:
         self.module, self.hook, self.always_call = module, hook, always_call
@@ -43,7 +43,7 @@ class ForwardHook:
 
 
 class ForwardPreHook:
-    """`hook` as a forward pre-hook of `module`."""
+    """Registers `hook` as a forward pre-hook of `module`."""
 
     def __init__(self, module: nn.Module, hook: Callable[..., Any], *, with_kwargs: bool = False) -> None:
         self.module, self.hook, self.with_kwargs = module, hook, with_kwargs
@@ -58,14 +58,14 @@ class ForwardPreHook:
 
 
 def _take_out(hook: Callable[..., Any], hooks: dict[int, Callable[..., Any]], flags: dict[int, bool]) -> None:
-    """Remove `hook` by identity: the handle that torch returns is lost where an interrupt comes before it."""
+    """Remove `hook` by identity, because an interrupt during registration loses the handle that torch returns."""
     for number in [number for number, other in hooks.items() if other is hook]:
-        flags.pop(number, None)  # first: the hook tells its number
+        flags.pop(number, None)  # before the hook, which supplies the number
         hooks.pop(number, None)
 
 
 class ReplacedAttribute:
-    """Another value of one object's attribute, from `install` to `remove`."""
+    """Gives one attribute of one object another value, from `install` to `remove`."""
 
     def __init__(self, owner: Any, name: str, value: Any) -> None:
         self.owner, self.name, self.value = owner, name, value
@@ -77,7 +77,7 @@ class ReplacedAttribute:
         setattr(self.owner, self.name, self.value)
 
     def remove(self) -> None:
-        """Put back what was there before. A value that somebody else set meanwhile stays."""
+        """Restore the former value, unless another tool has set the attribute meanwhile."""
         if self._before is _UNKNOWN or vars(self.owner).get(self.name, _ABSENT) is not self.value:
             return
         if self._before is _ABSENT:
@@ -87,15 +87,17 @@ class ReplacedAttribute:
 
 
 class ReplacedMethod(ReplacedAttribute):
-    """`function` in place of a method of one object, from `install` to `remove`. Deep copies of the object have the
-    method of their class."""
+    """Replaces a method of one object by `function`, from `install` to `remove`.
+
+    Deep copies of the object have the method of their class.
+    """
 
     def __init__(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
         self.function = function
         super().__init__(owner, name, self)
 
     def install(self) -> None:
-        """Set the function. Raises `RuntimeError` where the object has a method of its own already."""
+        """Set the function. Raises `RuntimeError` if the object's method is already replaced."""
         if is_overridden(self.owner, self.name):
             raise RuntimeError(f"{self.name} of {type(self.owner).__name__} was replaced already; undo that first")
         super().install()
@@ -110,11 +112,11 @@ class ReplacedMethod(ReplacedAttribute):
 
 
 class ReplacedForward:
-    """`forward(module, *args)` in place of the forward of one module's class, through a subclass for that module alone,
-    from `install` to `remove`. Copies of the module are of the original class.
+    """Replaces the forward of one module by `forward(module, *args)`, from `install` to `remove`.
 
-    A tool that derives a class from the subclass meanwhile (FSDP) keeps it; its forward is the original one from
-    `remove` on.
+    The module is given a subclass of its class; other modules of that class are untouched. Copies of the module have
+    the original class. A tool that derives a class from the subclass meanwhile (FSDP) keeps it; after `remove`, its
+    forward is the original one.
     """
 
     def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -139,13 +141,13 @@ class ReplacedForward:
         self.module.__class__ = self.own
 
     def remove(self) -> None:
-        """Give the module its own class back."""
+        """Give the module its original class back."""
         self.installed = False
         if type(self.module) is self.own:
             self.module.__class__ = self.original
 
 
 def is_overridden(owner: Any, method: str, attribute: str | None = None) -> bool:
-    """Whether an object holds something else than its class's `method`, under that name or in another `attribute`."""
+    """Whether an object holds another function than its class's `method`, under that name or in `attribute`."""
     own = vars(owner).get(attribute or method)
     return own is not None and getattr(own, "__func__", None) is not getattr(type(owner), method)

@@ -1,7 +1,7 @@
 """Capture intermediate tensors of a forward pass that appear in neither its inputs nor its outputs.
 
-A `TorchFunctionMode` is active while the module's forward runs and sees every call of a torch function. Nothing of the
-module is replaced, so this works together with offloading, checkpointing, quantized gates and LoRA.
+A `TorchFunctionMode` sees every call of a torch function while the module's forward runs. Nothing in the module is
+replaced, so this works together with offloading, checkpointing, quantized gates and LoRA.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 
 from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook
 
-_SCORES = frozenset(("softmax", "sigmoid", "topk", "max"))  # functions that take a router's logits
-_CHOICE = "one_hot"  # the function that takes a block's chosen ids
+_SCORES = frozenset(("softmax", "sigmoid", "topk", "max"))  # functions that are called on a router's logits
+_CHOICE = "one_hot"  # function that is called on a block's chosen ids
 
 
 class NothingScoredError(RuntimeError):
-    """The forward that was watched ended without a score."""
+    """Raised when the watched forward ended without scoring any logits."""
 
 
 class Scored(TorchFunctionMode):
-    """Keeps what is scored first: router logits over `experts` experts.
+    """Captures the first tensor that is scored and has `experts` columns: the router logits.
 
-    `caller` is the frame that runs the watched forward, where there is one. An interrupt leaves the mode on torch's
-    stack; it sees nothing there, once that frame is gone.
+    `caller` is the frame that runs the watched forward, if known. An interrupt can leave this mode on torch's stack; it
+    then captures nothing, because that frame is gone.
     """
 
     def __init__(self, experts: int) -> None:
@@ -39,7 +39,7 @@ class Scored(TorchFunctionMode):
         self.caller: FrameType | None = None
 
     def runs(self) -> bool:
-        """Whether the forward that is watched has not ended."""
+        """Whether the watched forward is still running."""
         if self.caller is None or torch.compiler.is_compiling():
             return True
         frame: FrameType | None = sys._getframe()
@@ -48,7 +48,7 @@ class Scored(TorchFunctionMode):
         return frame is not None
 
     def logits(self) -> Tensor:
-        """Router logits [T, E]. Raises `NothingScoredError`."""
+        """The router logits [T, E]. Raises `NothingScoredError`."""
         if self.seen is None:
             raise NothingScoredError(
                 f"no logits over {self.experts} experts were scored: the router's forward was changed after attach. "
@@ -59,7 +59,7 @@ class Scored(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Call the function; keep the first argument of the first one that scores."""
+        """Call the function, and keep the first argument of the first scoring function."""
         kwargs = kwargs or {}
         if self.seen is None and func.__name__ in _SCORES:
             scored = args[0] if args else kwargs.get("input")
@@ -69,10 +69,10 @@ class Scored(TorchFunctionMode):
 
 
 class Decided(Scored):
-    """Sees a choice that is made among other things: its ids on their way into `one_hot`, and its weights, the last
-    tensor of their shape made before that.
+    """Captures a choice that a block makes in the middle of its forward, and can replace it.
 
-    `decide` is given logits [T, E], weights [T, k] and ids [T, k], once. What it returns is taken for the ids, and it
+    The ids are captured when they are passed to `one_hot`. The weights are the last tensor of the same shape made
+    before. `decide` is called once with logits [T, E], weights [T, k] and ids [T, k]. It returns the ids to use, and
     may change the weights in place.
     """
 
@@ -85,7 +85,7 @@ class Decided(Scored):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Call the function, `one_hot` with the ids as they are decided."""
+        """Call the function; give `one_hot` the ids that `decide` returned."""
         kwargs = kwargs or {}
         if self.decided:
             return func(*args, **kwargs)
@@ -102,9 +102,10 @@ class Decided(Scored):
 
 
 class WatchedForward:
-    """The forward of `module` runs under the mode that `make` gives (None: as it is), from `install` to `remove`.
+    """Runs the forward of `module` under a mode made by `make`, from `install` to `remove`.
 
-    `see` has the module's arguments, its output and that mode afterwards; what else than None it returns is the output.
+    If `make` returns None, the forward runs unwatched. Afterwards `see` is called with the module, its arguments, its
+    output and the mode. A result other than None replaces the output.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class WatchedForward:
         self._hooks: tuple[Change, ...] = ()
 
     def install(self) -> None:
-        """Put the watch on."""
+        """Begin watching."""
         self._hooks = (
             ForwardPreHook(self._module, self._enter),
             ForwardHook(self._module, self._leave, always_call=True),
@@ -127,14 +128,14 @@ class WatchedForward:
             hook.install()
 
     def remove(self) -> None:
-        """Take the watch away."""
+        """Stop watching."""
         self._drop_interrupted()
         for hook in self._hooks:
             hook.remove()
-        self._hooks = ()  # which hold this object
+        self._hooks = ()  # the hooks hold this object
 
     def _drop_interrupted(self) -> None:
-        """Take modes off the stack whose forward was interrupted: torch runs no hook after a KeyboardInterrupt."""
+        """Pop modes whose forward was interrupted, because torch runs no hook after a KeyboardInterrupt."""
         if not self._entered:
             return
         left, above = [mode for mode in self._entered if mode is not None], []
@@ -157,11 +158,11 @@ class WatchedForward:
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not self._entered:
-            return None  # `_enter` was not reached: an earlier hook raised
+            return None  # an earlier hook raised, so `_enter` did not run
         mode = self._entered[-1]
         if mode is not None:
             mode.__exit__(None, None, None)
-        self._entered.pop()  # last, so that an interrupted one is dropped later
+        self._entered.pop()  # last, so that an interrupted mode is dropped later
         if mode is None:
             return None
         return None if output is None else self._see(module, args, output, mode)  # None: the forward raised

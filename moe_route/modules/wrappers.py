@@ -1,7 +1,7 @@
 """Find the modules that other libraries wrap around a router (PEFT's adapters, torch.compile, FSDP).
 
-A wrapper is told by the attribute name under which it holds the module. The router's owner is the module above all
-wrappers.
+A wrapper is recognized by the attribute name under which it holds the wrapped module. The router's owner is the module
+above all wrappers.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 from torch import nn
 
 _HOLDS_ONE = frozenset(("base_layer", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
-_HOLDS_ORIGINAL = "original_module"  # of PEFT's modules_to_save, beside the copies that it trains
+_HOLDS_ORIGINAL = "original_module"  # used by PEFT's modules_to_save, beside the trained copies
 _HOLDS_COPIES = "modules_to_save"
 
 
 def outermost(name: str, modules: Mapping[str, nn.Module]) -> str:
-    """Name of the last wrapper around the module `name`, or `name` itself where there is none."""
+    """Name of the outermost wrapper around the module `name`, or `name` itself if there is none."""
     above, _, last = name.rpartition(".")
     if last in _HOLDS_ONE or (last == _HOLDS_ORIGINAL and _has_copies(modules[above])):
         return outermost(above, modules)
@@ -28,7 +28,7 @@ def outermost(name: str, modules: Mapping[str, nn.Module]) -> str:
 
 
 def in_use(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether the module `name` is what a wrapper around it runs now."""
+    """Whether the wrappers around the module `name` run it now."""
     above, _, last = name.rpartition(".")
     if not above:
         return True
@@ -45,7 +45,7 @@ def _has_copies(module: nn.Module) -> bool:
 
 
 def _active(wrapper: Any) -> list[str]:
-    """Copies that the wrapper runs in place of the original."""
+    """Names of the copies that the wrapper runs in place of the original."""
     if getattr(wrapper, "disable_adapters", False):
         return []
     return [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]

@@ -1,15 +1,15 @@
 """Typed operators of expert routing: router logits -> `route` -> `dispatch` -> experts -> `combine`.
 
-They are registered as ``torch.ops.moe_route.*``, so the dispatcher, ``torch.compile``, fake tensors and autograd know
-them. `moe_route.reference` has the same functions in plain torch.
+They are registered as ``torch.ops.moe_route.*``, so they work with the dispatcher, ``torch.compile``, fake tensors and
+autograd. `moe_route.reference` has the same functions in plain torch.
 
-Device: that of the first tensor, CPU or CUDA; all others must be there too. Results have the same bits on both. On CUDA
-a call only enqueues on torch's current stream of that device and never waits, so it may be captured into a graph
-(`load_kernels` first, since a first launch loads its kernel). There float64 logits are refused. Autocast casts none of
-the arguments.
+Devices: an operator runs where its first tensor is, on the CPU or a CUDA device; all other tensors must be there too.
+Results have the same bits on both. On CUDA a call only enqueues work on torch's current stream and never waits, so it
+can be captured into a CUDA graph. Call `load_kernels` before a capture, since the first launch of a kernel loads it.
+CUDA refuses float64 logits. Autocast casts no argument.
 
-Errors: an argument of a wrong type raises TypeError, a value or tensor that does not fit ValueError, with its name and
-how to fix it; CUDA tensors where the build has no CUDA kernels raise RuntimeError.
+Errors: an argument of a wrong type raises TypeError. A value or tensor that does not fit raises ValueError. Both name
+the argument and how to fix it. CUDA tensors raise RuntimeError if this build has no CUDA kernels.
 """
 
 import torch  # noqa: F401  (loads the libraries that _C is linked with)

@@ -1,7 +1,7 @@
-"""Arguments of the wrong type, said in the words of the caller.
+"""Explain arguments of the wrong type in terms of the Python functions.
 
-An operator of torch answers them with its whole schema and what the arguments hold. So where a call has failed, and
-only there, its arguments are looked at; a call that works pays nothing.
+torch reports such an argument with the operator's whole schema. So when a call has failed, its arguments are checked
+here. A call that succeeds pays nothing.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from moe_route.contract.tables import StatisticsTables, SteeringTables
 __all__ = ["FAILURES", "refuse_types"]
 
 FAILURES = (AttributeError, RuntimeError, TypeError)
-"""What arguments of the wrong type raise inside torch and Python."""
+"""Exceptions that torch and Python raise for arguments of the wrong type."""
 
 
 class _Kind(NamedTuple):
     fits: Callable[[Any], bool]
     name: str
-    mend: str
+    fix: str
 
 
 def _whole(value: Any) -> bool:
@@ -74,20 +74,20 @@ _LISTS: Mapping[str, _Kind] = {"statistics": _STATISTICS_LIST, "spec": _SPEC, "t
 
 
 def refuse_types(optional: Sequence[str] = (), *, layers: bool = False, **arguments: Any) -> None:
-    """Raise TypeError naming the first argument that is not of the type of its name, and what to write.
+    """Raise TypeError for the first argument of the wrong type, and name the expected one.
 
     Args:
-        optional: names whose argument may be None.
-        layers: whether arguments other than spec and tokens are lists with one entry per layer.
-        arguments: the arguments of the call that failed.
+        optional: names of arguments that may be None.
+        layers: whether the arguments other than spec and tokens are lists with one entry per layer.
+        arguments: the arguments of the failed call.
     """
     for name, value in arguments.items():
         kind = _LISTS.get(name, _TENSORS) if layers else _KINDS.get(name, _TENSOR)
         if kind.fits(value) or (value is None and name in optional):
             continue
         score = value if isinstance(value, str) and value in SCORES else "softmax"
-        mend = kind.mend.format(name=name, score=score)
-        raise TypeError(f"{name} must be {kind.name}, not {_name_of(type(value))}: {mend}") from None
+        fix = kind.fix.format(name=name, score=score)
+        raise TypeError(f"{name} must be {kind.name}, not {_name_of(type(value))}: {fix}") from None
 
 
 def _name_of(kind: type) -> str:

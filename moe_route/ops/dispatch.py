@@ -1,6 +1,6 @@
-"""Dispatch, permute and combine: token rows to their experts and back (contract: csrc/include/moe_route/dispatch.h).
+"""Dispatch, permute and combine: move token rows to their experts and back (see csrc/include/moe_route/dispatch.h).
 
-On the CPU or a CUDA device, wherever the first tensor lies.
+They run on the CPU or a CUDA device, wherever the first tensor is.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ _combine = torch.ops.moe_route.combine.default
 
 
 def dispatch(ids: Tensor, num_experts: int, *, block: int = 1) -> Dispatch:
-    """Sort routed slots by expert, stably: a counting sort, the same for any number of threads.
+    """Sort routed slots by expert, stably: a counting sort whose result does not depend on the number of threads.
+
+    A slot is one chosen expert of one token.
 
     Args:
         ids: int32 or int64 [T, k]; a slot with an id outside 0..E-1 is skipped.
         num_experts: E, 1..4096.
-        block: every expert's rows start at a multiple of this.
+        block: the first row of every expert is a multiple of this.
 
     Raises:
         TypeError: an argument of a wrong type.
-        ValueError: an argument with a wrong shape, dtype or range, or without memory.
+        ValueError: an argument with a wrong shape, dtype or range, or a tensor without memory.
     """
     try:
         return Dispatch(*_dispatch(ids, num_experts, block))
@@ -39,19 +41,19 @@ def dispatch(ids: Tensor, num_experts: int, *, block: int = 1) -> Dispatch:
 
 
 def permute(x: Tensor, dispatch: Dispatch) -> Tensor:
-    """Rows of the tokens in the order of their experts. Differentiable in x.
+    """Copy token rows into the order of their experts. Differentiable in x.
 
     Args:
         x: [T, H], float32, bfloat16, float16 or float64.
-        dispatch: of the same T tokens.
+        dispatch: the result of `dispatch` for the same T tokens.
 
     Returns:
-        [R, H] in the dtype of x; rows that serve no slot are zero, as are those on which ``order`` and ``inverse`` of
-        an altered dispatch disagree.
+        [R, H] in the dtype of x. Rows that serve no slot are zero. So are rows for which ``order`` and ``inverse`` of a
+        modified dispatch disagree.
 
     Raises:
         TypeError: an argument of a wrong type.
-        ValueError: an argument with a wrong shape or dtype, or without memory.
+        ValueError: an argument with a wrong shape or dtype, or a tensor without memory.
     """
     try:
         if forward_ad._current_level >= 0:  # the operator has no forward-mode derivative
@@ -65,15 +67,15 @@ def permute(x: Tensor, dispatch: Dispatch) -> Tensor:
 
 
 def combine(rows: Tensor, weights: Tensor, dispatch: Dispatch, residual: Tensor | None = None) -> Tensor:
-    """``residual + sum_j weights[t, j] * rows[inverse[t, j]]``. Differentiable in rows, weights and residual.
+    """Compute ``residual + sum_j weights[t, j] * rows[inverse[t, j]]``. Differentiable in rows, weights and residual.
 
-    Accumulated in float32 (float64 for float64 rows) in the order of j and rounded once. Skipped slots are left out:
-    their rows are never read.
+    Accumulates in float32 (float64 for float64 rows) in the order of j, and rounds once. Rows of skipped slots are
+    never read.
 
     Args:
         rows: [R, H], float32, bfloat16, float16 or float64.
         weights: [T, k]; converted to float32 (float64 for float64 rows).
-        dispatch: what ``rows`` was laid out by.
+        dispatch: the dispatch by which ``rows`` was laid out.
         residual: [T, H] in the dtype of rows, or None.
 
     Returns:
@@ -81,7 +83,7 @@ def combine(rows: Tensor, weights: Tensor, dispatch: Dispatch, residual: Tensor 
 
     Raises:
         TypeError: an argument of a wrong type.
-        ValueError: an argument with a wrong shape or dtype, or without memory.
+        ValueError: an argument with a wrong shape or dtype, or a tensor without memory.
     """
     try:
         if forward_ad._current_level >= 0:  # the operator has no forward-mode derivative

@@ -1,7 +1,7 @@
-"""The gate: score, steer, select, weigh and count router logits in one pass (contract: csrc/include/moe_route/gate.h).
+"""The gate: score, steer, select, weigh and count router logits in one pass (see csrc/include/moe_route/gate.h).
 
-On the CPU or a CUDA device, wherever the logits lie. A bad argument raises ValueError naming it; tensors of any other
-device raise torch's NotImplementedError.
+It runs on the CPU or a CUDA device, wherever the logits are. A bad argument raises ValueError naming it. Tensors on any
+other device raise torch's NotImplementedError.
 """
 
 from __future__ import annotations
@@ -44,36 +44,36 @@ def route(
     choice_mode: Literal["natural", "replay"] = "natural",
     statistics: StatisticsTables | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Choose k experts per token, and count. The weights are differentiable, the choice is not.
+    """Choose k experts per token and count the choice. The weights are differentiable, the choice is not.
 
-    Order of choice: forced-on experts, then the larger value, then the lower index; NaN ranks below every number.
+    Order of choice: forced-on experts first, then the larger value, then the lower index. NaN ranks below every number.
 
-    Gradients reach logits, expert_scale, choice_weights and trained steering tables wherever one of them requires grad
-    and grad mode is on; the weights are then those of `route_weights` for the chosen ids, which costs a second pass.
-    Pass ``logits.detach()``, or call inside ``torch.no_grad()``, where the choice alone is wanted.
+    Gradients reach logits, expert_scale, choice_weights and trained steering tables, if one of them requires grad and
+    grad mode is on. The weights then come from `route_weights` for the chosen ids, which costs a second pass. To get
+    the choice without that pass, pass ``logits.detach()`` or call inside ``torch.no_grad()``.
 
     Args:
         logits: router logits [T, E], float32, bfloat16, float16 (same bits as ``logits.float()``) or, on the CPU,
-            float64; unit stride inside a row, else a copy is made. E <= 4096.
+            float64. A copy is made unless the stride inside a row is one. E <= 4096.
         k: experts per token, 1..min(E, 64).
-        spec: how the model routes.
-        correction_bias: [E], added for choosing only.
-        expert_scale: [E], factor on the final weight of the chosen.
-        steering: steering tables; a token's row is in ``tokens``.
-        tokens: int32 [T, 4] from `token_table`; None: row -1, group 0, segment -1, valid.
-        choice: integer [T, k], a choice that exists already; a row that starts with -1 has none.
-        choice_weights: floating [T, k], its weights; None: recomputed from the logits.
-        choice_mode: ``natural``: unsteered rows return the given choice, steered rows are compared with it;
-            ``replay``: every row returns the ids of ``choice``, weights are recomputed from the (steered) scores.
-        statistics: tables that are added to in place.
+        spec: the routing function of the model.
+        correction_bias: [E], added to the scores for the choice only (`e_score_correction_bias`).
+        expert_scale: [E], factor on the final weights of the chosen experts.
+        steering: steering tables; ``tokens`` gives each token its row.
+        tokens: int32 [T, 4] from `token_table`; None: every token is unsteered, in group 0, in no segment, and valid.
+        choice: integer [T, k], a choice that was already made; a row that starts with -1 has none.
+        choice_weights: floating [T, k], weights of that choice; None: recomputed from the logits.
+        choice_mode: ``natural``: unsteered rows return ``choice``, and steered rows are compared with it. ``replay``:
+            every row returns the ids of ``choice``, with weights recomputed from the (steered) scores.
+        statistics: tables to add to, in place.
 
     Returns:
-        weights float32 [T, k] (float64 for float64 logits), ids int32 [T, k]. An empty slot has id -1 and weight 0;
+        weights float32 [T, k] (float64 for float64 logits), ids int32 [T, k]. An empty slot has id -1 and weight 0. The
         ids of a row are unique.
 
     Raises:
         TypeError: an argument of a wrong type.
-        ValueError: an argument with a wrong shape, dtype, place or range, or without memory.
+        ValueError: an argument with a wrong shape, dtype, device or range, or a tensor without memory.
     """
     try:
         if forward_ad._current_level >= 0 or (
@@ -132,7 +132,7 @@ def _route_with_everything(
     choice_mode: str,
     statistics: StatisticsTables | None,
 ) -> tuple[Tensor, Tensor]:
-    """The operator with every argument; no gradient."""
+    """Call the operator with every argument, without gradient."""
     mode = 0
     if choice is not None:
         if choice_mode not in _CHOICE_MODES:
@@ -169,8 +169,10 @@ def _route_with_gradient(
     choice_mode: str,
     statistics: StatisticsTables | None,
 ) -> tuple[Tensor, Tensor]:
-    """The same choice, its weights differentiable: recomputed where `route` computes them, given where it was given
-    them."""
+    """Make the same choice with differentiable weights.
+
+    Weights that `route` computes are recomputed; weights that it was given are used as they are.
+    """
     made = (choice, choice_weights, choice_mode)
     model = (logits, k, spec, correction_bias, expert_scale)
     _, ids = _route_with_everything(*model, steering, tokens, *made, statistics)
@@ -197,7 +199,7 @@ def _in_table(tokens: Tensor, rows: int) -> Tensor:
 
 
 def _merged(weights: Tensor, chosen: Tensor, ids: Tensor, remap: Tensor, tokens: Tensor) -> Tensor:
-    """Weights [T, k] of the ids that a remap made of the chosen ones: duplicates add up."""
+    """Weights [T, k] of the ids that a remap made of the chosen ids: the weights of duplicates add up."""
     rows = remap.shape[0]
     targets = remap[tokens[:, 0].clamp(0, rows - 1).long()].gather(1, chosen.clamp(min=0).long())
     targets = torch.where(_in_table(tokens, rows), targets, chosen)
@@ -219,16 +221,18 @@ def observe(
 
     Args:
         logits: router logits [T, E].
-        ids: int32 or int64 [T, k], what was chosen; an id outside 0..E-1 is an empty slot (a dropped token has k).
+        ids: int32 or int64 [T, k], the chosen experts; an id outside 0..E-1 is an empty slot.
         weights: floating [T, k], the weights that the model uses; None: recomputed from the logits.
-        spec: how the model routes (its score function makes mass and entropy).
-        expert_scale: [E], only for recomputed weights.
+        spec: the routing function of the model; its scores give probability and entropy.
+        expert_scale: [E], used for recomputed weights only.
         tokens: int32 [T, 4] from `token_table`, or None.
-        statistics: tables that are added to in place.
+        statistics: tables to add to, in place.
+
+    A token without any expert (dropped by the model) counts as k empty slots.
 
     Raises:
         TypeError: an argument of a wrong type.
-        ValueError: an argument with a wrong shape, dtype, place or range, or without memory.
+        ValueError: an argument with a wrong shape, dtype, device or range, or a tensor without memory.
     """
     try:
         if expert_scale is None:
@@ -259,19 +263,20 @@ def observe_layers(
     tokens: Tensor | None = None,
     statistics: Sequence[StatisticsTables],
 ) -> None:
-    """`observe` for several layers that route alike, in one call of the operator.
+    """Count the choices of several layers with the same spec in one operator call, like `observe`.
 
-    At a decode step every operator is called with cold caches, so one call for 16 layers costs little more than one.
+    In a decode step every operator call meets cold caches, so one call for 16 layers costs little more than one for a
+    single layer.
 
     Args:
-        logits, ids, weights: as for `observe`, one per layer; the weights are those that the model uses.
-        spec: how all of them route.
-        tokens: int32 [T, 4] from `token_table`, or None; the same for all.
-        statistics: one per layer, all with the same metrics, with segments in all of them or in none.
+        logits, ids, weights: as for `observe`, one per layer. The weights are required.
+        spec: the routing function of all these layers.
+        tokens: int32 [T, 4] from `token_table`, or None; shared by all layers.
+        statistics: one per layer, all with the same metrics, and all with or all without segments.
 
     Raises:
         TypeError: an argument of a wrong type.
-        ValueError: lists of different lengths, tables that differ, or what `observe` refuses.
+        ValueError: lists of different lengths, tables that differ, or an argument that `observe` refuses.
     """
     try:
         tables = [table.arguments for table in statistics]
@@ -306,17 +311,17 @@ def route_weights(
     steering: SteeringTables | None = None,
     tokens: Tensor | None = None,
 ) -> Tensor:
-    """Weights of a given choice, differentiable in logits, steering tables, temperature and expert_scale.
+    """Compute the weights of a given choice, differentiable in logits, steering tables, temperature and expert_scale.
 
-    Forward-mode derivatives (``torch.func.jvp``) are taken through `moe_route.reference`.
+    Forward-mode derivatives (``torch.func.jvp``) are computed by `moe_route.reference`.
 
     Args:
         logits: router logits [T, E].
-        ids: int32 or int64 [T, k]; an id outside 0..E-1 is an empty slot of weight 0. Taken as they are: neither
-            ``remap`` nor ``top_k`` of the steering tables acts here.
-        spec: how the model routes.
+        ids: int32 or int64 [T, k]; an id outside 0..E-1 is an empty slot of weight 0. The ids are used as given:
+            ``remap`` and ``top_k`` of the steering tables have no effect here.
+        spec: the routing function of the model.
         expert_scale: [E].
-        steering: steering tables; trained tables (requires_grad) get gradients.
+        steering: steering tables; tables that require grad receive gradients.
         tokens: int32 [T, 4] from `token_table`, or None.
 
     Returns:
@@ -324,7 +329,7 @@ def route_weights(
 
     Raises:
         TypeError: an argument of a wrong type.
-        ValueError: an argument with a wrong shape, dtype, place or range, or without memory.
+        ValueError: an argument with a wrong shape, dtype, device or range, or a tensor without memory.
     """
     try:
         if forward_ad._current_level >= 0:  # the operator has no forward-mode derivative

@@ -1,4 +1,4 @@
-"""Loading CUDA kernels before they are needed."""
+"""Load CUDA kernels before they are needed."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ __all__ = ["load_kernels"]
 
 
 def load_kernels(num_experts: int, device: torch.device | str) -> None:
-    """Load every CUDA kernel that a later call with this many experts may launch, so that its first call can be
-    captured into a CUDA graph.
+    """Load every CUDA kernel that a later call with this many experts may launch.
 
-    A kernel is otherwise loaded by its first launch, which may wait for the device or be refused during a capture, and
-    which of them a call launches depends on what it steers and counts. Recording and steering an attached model do
-    this by themselves. Takes milliseconds the first time, and nothing where it was done for this device before.
+    Its first call can then be captured into a CUDA graph. Otherwise the first launch loads a kernel, which may wait for
+    the device or be refused during a capture, and which kernels a call launches depends on what it steers and counts.
+    Recording and steering an attached model call this function themselves. It takes milliseconds the first time for a
+    device, and nothing afterwards.
 
     Args:
         num_experts: E, 1..4096.
-        device: a CUDA device; for any other, and in a build without CUDA kernels, there is nothing to load.
+        device: a CUDA device. For other devices, and in a build without CUDA kernels, this does nothing.
 
     Raises:
-        ValueError: num_experts out of its range.
+        ValueError: num_experts is out of range.
         RuntimeError: the device cannot be used.
     """
     if not 1 <= num_experts <= _C.MAX_EXPERTS:

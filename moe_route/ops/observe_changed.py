@@ -1,6 +1,6 @@
 """Count a steered choice that the model changed after routing (capacity limits, joint normalization).
 
-A custom operator, so that torch.compile does not trace into the reference, which branches on tensor values.
+This is a custom operator so that torch.compile does not trace into the reference, which branches on tensor values.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def observe_changed(
     tokens: Tensor,
     statistics: StatisticsTables,
 ) -> None:
-    """`reference.observe_steered`, without gradients."""
+    """Call `reference.observe_steered` without gradients."""
     groups, metrics, segments = statistics.arguments
     tables, mask, row_params, remap = (
         value.detach() if isinstance(value, Tensor) else value for value in steering.packed

@@ -1,7 +1,7 @@
-"""What torch must know of the operators besides their kernels: the shapes of their results, and their gradients.
+"""Register the operators with torch: the shapes of their results, and their gradients.
 
-`register` does it for one namespace of operators, so that another library of the same operators (in the tests: the CUDA
-kernels on an emulated device) is the same to torch.
+`register` does this for one operator namespace, so that another library with the same operators can be registered in
+the same way. The tests do so for the CUDA kernels on an emulated device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moe_route.contract.tables import SteeringTables
 
 __all__ = ["register"]
 
-_LIBRARIES: list[torch.library.Library] = []  # what they registered lives as long as they do
+_LIBRARIES: list[torch.library.Library] = []  # the registrations live as long as these objects
 _AUTOGRAD_KEYS = [
     torch._C.DispatchKey.__members__[name]
     for name in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView")
@@ -28,7 +28,7 @@ _AUTOGRAD_KEYS = [
 
 
 def register(namespace: str) -> None:
-    """Fake tensors and gradients for the operators of ``torch.ops.<namespace>``, whose library is loaded."""
+    """Register fake tensors and gradients for the operators of ``torch.ops.<namespace>``, whose library is loaded."""
     fakes: dict[str, Callable[..., Any]] = {
         "route": _route_fake,
         "observe": _observe_fake,
@@ -40,8 +40,9 @@ def register(namespace: str) -> None:
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"{namespace}::{name}", _on_one_device(name, fake))
-    # route and observe have no gradient (a schema that mutates cannot have one): autograd passes through, and what they
-    # return does not require grad. `ops.route` takes the weights from route_weights where one is wanted.
+    # route and observe have no gradient, since an operator that mutates an argument cannot have one. Autograd passes
+    # them through, and their results do not require grad. If a gradient is wanted, `ops.route` uses the weights of
+    # route_weights.
     library = torch.library.Library(namespace, "IMPL")
     for name in ("route", "observe", "observe_layers"):
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
@@ -60,8 +61,11 @@ def register(namespace: str) -> None:
 
 
 def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """`fake`, which torch calls as soon as one tensor is on the meta device, wherever the others are: it would make a
-    result on a device whose tensors somebody reads."""
+    """Refuse tensors on different devices before calling `fake`.
+
+    torch calls the fake function as soon as one tensor is on the meta device. The result would then be on a device
+    whose values are read.
+    """
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         lists = [value if isinstance(value, (list, tuple)) else [value] for value in (*args, *kwargs.values())]
@@ -122,7 +126,7 @@ def _combine_fake(rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor,
 
 @contextmanager
 def _recording() -> Iterator[None]:
-    """Record gradients inside an operator's kernel, where torch has masked the autograd keys."""
+    """Record gradients inside an operator's kernel, where torch has disabled the autograd keys."""
     keys = torch._C._dispatch_tls_local_exclude_set()
     for key in _AUTOGRAD_KEYS:
         keys = keys.remove(key)
@@ -148,10 +152,10 @@ def _route_weights_backward(
     steering_planes: int,
     row_params: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `route_weights` in logits, expert_scale, steering and row_params; empty where there is none.
+    """Gradients of `route_weights` in logits, expert_scale, steering and row_params; empty tensors for missing inputs.
 
-    Recomputed through the reference under autograd: nothing but the inputs is kept from the forward pass. An operator
-    of its own, so that torch.compile does not trace through the reference, which may look at values.
+    They are recomputed through the reference under autograd, so the forward pass keeps only its inputs. This is an
+    operator of its own so that torch.compile does not trace into the reference, which may read tensor values.
     """
     from moe_route import reference
 
@@ -206,7 +210,7 @@ def _keep_order(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _permute_backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """A token's gradient is the sum over its rows: combine with weights of one."""
+    """Sum the gradients of a token's rows: combine with weights of one."""
     order, inverse = ctx.saved_tensors
     dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
     ones = torch.ones(inverse.shape, dtype=dtype, device=grad.device)
@@ -220,7 +224,7 @@ def _keep_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _combine_backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """A row's gradient is its weight times its token's; a weight's is the product of its row with its token's."""
+    """Gradient of a row: its weight times its token's gradient. Gradient of a weight: inner product of the two."""
     rows, weights, order, inverse = ctx.saved_tensors
     of_rows = of_weights = None
     if ctx.needs_input_grad[0]:
@@ -241,7 +245,7 @@ def _by_row(weights: Tensor, order: Tensor) -> Tensor:
 
 
 def _product(rows: Tensor, grad: Tensor, at: Tensor) -> Tensor:
-    """Inner products [T] of the rows at ``at`` with grad [T, H]; 0 where ``at`` is -1 (that row may hold anything)."""
+    """Inner products [T] of the rows at ``at`` with grad [T, H]; 0 where ``at`` is -1, without reading a row."""
     if rows.shape[0] == 0:
         return grad.new_zeros(at.shape)
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32

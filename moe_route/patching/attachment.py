@@ -1,4 +1,4 @@
-"""Put hooks on a live model, and take them away again. Nothing else changes the modules of a model."""
+"""Install hooks on a live model, and remove them. Nothing else in this library changes the modules of a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from moe_route.modules.attributes import at
 from moe_route.modules.compiled import drop_graphs
 from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook
 from moe_route.patching.context import CallListener, RunningCall
-from moe_route.patching.engine import ChoiceCallback, Engine, Steers
+from moe_route.patching.engine import ChoiceCallback, Engine, LayerSteering
 from moe_route.patching.fused import FusedEngine
 from moe_route.patching.generate import listen_to_generate
 from moe_route.patching.hook import HookEngine
@@ -39,24 +39,24 @@ _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = weakr
 
 
 class AlreadyAttachedError(RuntimeError):
-    """A router of the model has an attachment already."""
+    """Raised for a model one of whose routers is attached already."""
 
 
 class Attachment:
     """Hooks on a live model that count and steer its routers.
 
+    The hooks stay until `detach`, so that a model compiled meanwhile responds to later settings. While neither
+    statistics nor steering nor `on_choice` is set, they only test for that and do nothing else.
+
     Args:
-        engine: "hook" (a forward hook; every bit of an unsteered model stays) or "fused" (gate matrix and one `route`
-            call; same ids where scores differ by more than 4 units in the last place, weights within 4). A router that
-            cannot be fused gets a hook; its `RouterInfo` says why.
-        experts_implementation: None keeps the model's own; "moe_route" runs the experts by this package's dispatch and
+        engine: "hook" installs a forward hook and keeps every bit of an unsteered model. "fused" replaces the router by
+            its gate matrix and one `route` call: same ids where scores differ by more than 4 units in the last place,
+            weights within 4 units. A router that cannot be fused gets a hook; its `RouterInfo` gives the reason.
+        experts_implementation: None keeps the model's own. "moe_route" runs the experts by this package's dispatch and
             combine until `detach` (equal within the bounds of docs/experts.md, not bit for bit).
-        verify: compare every kind of router with its specification on random probes first.
+        verify: first compare every kind of router with its specification on random probes.
 
-    Raises `ModelNotSupportedError`, or `AlreadyAttachedError`; nothing of the model is changed then.
-
-    The hooks stay from here to `detach`, so that a model compiled in between sees what is set later; they do nothing,
-    beyond one test, while neither statistics nor steering nor `on_choice` is set.
+    Raises `ModelNotSupportedError` or `AlreadyAttachedError`, and then leaves the model unchanged.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Attachment:
         if verify:
             _check(self.routers)
         self._on_choice: ChoiceCallback | None = None
-        self._steering: list[Steers | None] | None = None
+        self._steering: list[LayerSteering | None] | None = None
         self._statistics: list[StatisticsTables] | None = None
         self._captured: list[object] = []
         self._context = RunningCall(finished=partial(finished_tokens, model), on_capture=self._keep_for_graph)
@@ -93,12 +93,12 @@ class Attachment:
 
     @property
     def attached(self) -> bool:
-        """Whether the hooks are in place."""
+        """Whether the hooks are installed."""
         return bool(self._changes)
 
     @property
     def listener(self) -> CallListener:
-        """Is asked for the labels of every call, and told when it went through."""
+        """The object that gives the labels of every call and is notified after each call."""
         return self._context.listener
 
     @listener.setter
@@ -115,10 +115,10 @@ class Attachment:
         self._on_choice = callback
         self._configure()
 
-    def set_steering(self, tables: Sequence[Steers | None] | None) -> None:
-        """Steer with one table per router (None = leave that router alone), or with none at all.
+    def set_steering(self, tables: Sequence[LayerSteering | None] | None) -> None:
+        """Steer with one table per router, where None leaves a router unsteered; or stop steering, with None alone.
 
-        Tables that steer nothing count as None. Raises `ValueError` where number or shape does not fit the model.
+        Tables without effect count as None. Raises `ValueError` if their number or a shape does not fit the model.
         """
         if tables is not None:
             self._refuse_replaced()
@@ -136,31 +136,35 @@ class Attachment:
         self._configure()
 
     def set_statistics(self, tables: Sequence[StatisticsTables] | None, *, lag: int = 0) -> None:
-        """Count into one table per router, or not at all. Raises `ValueError` where number or shape does not fit.
+        """Count into one table per router, or stop counting. Raises `ValueError` if number or shape does not fit.
 
-        Small calls (decode steps) are counted together, up to `lag` of them behind: `flush` before the tables are read.
+        Small calls (decode steps) are counted together, up to `lag` calls late. Call `flush` before reading the tables.
         """
         if tables is not None:
             self._refuse_replaced()
             self._fits("statistics tables", tables)
         self.flush()
-        if self._statistics is None or tables is None:  # a recording begins or ends: no call is running
+        if self._statistics is None or tables is None:  # recording starts or stops: no call is running
             self._context.forget_call()
         self._context.deferred.lag = lag
         self._statistics = None if tables is None else list(tables)
         self._configure()
 
     def flush(self) -> None:
-        """Count the calls that wait, so that the statistics tables hold every call that went through. Waits for the
-        devices where there are such calls: they may have been made on other streams."""
+        """Count the calls that are waiting, so that the statistics tables include every completed call.
+
+        Waits for the devices if there are such calls, because these may have run on other streams.
+        """
         if self._context.deferred.waits:
             for device in {table.device for table in self._statistics or ()}:
                 finish(device)
         self._context.deferred.count()
 
     def detach(self) -> None:
-        """Take every hook away and restore every class. The model is bit for bit what it was, but for what other tools
-        have replaced since. Harmless twice, and after an interrupt."""
+        """Remove every hook and restore every class. The model is then bit for bit what it was before.
+
+        Attributes that other tools have replaced meanwhile stay. Safe to call twice, and after an interrupt.
+        """
         try:
             self.flush()
         finally:
@@ -173,7 +177,7 @@ class Attachment:
         )
 
     def _own_changes(self) -> Iterator[Change]:
-        """All changes to the model but the switch of its experts, in the order in which they are made."""
+        """Yield all changes to the model in the order of installation, except the switch of its experts."""
         for engine in self._engines:
             yield _Registered(engine.router.module, self)
         for module, reader in call_readers(self.model, self.routers):
@@ -184,22 +188,22 @@ class Attachment:
             yield from engine.changes()
 
     def _install(self, changes: Iterable[Change]) -> None:
-        """Make all changes, or none where one fails or an interrupt comes."""
+        """Make all changes, or none of them if one fails or an interrupt comes."""
         try:
             drop_graphs(self.model)
             for change in changes:
-                self._changes.append(change)  # first, so that a change that breaks off is taken back too
+                self._changes.append(change)  # before installing, so that a change interrupted halfway is reverted too
                 change.install()
         except BaseException:
             self._undo()
             raise
 
     def _undo(self) -> None:
-        """Take all changes back, the last first."""
+        """Revert all changes, the latest first."""
         try:
             self._take_back()
         finally:
-            self._take_back()  # goes on where an interrupt broke off the first
+            self._take_back()  # continues where an interrupt stopped the first attempt
 
     def _take_back(self) -> None:
         while self._changes:
@@ -219,11 +223,11 @@ class Attachment:
                 engine.cohort = kinds.setdefault(kind, len(kinds))
         idle = self._statistics is None and self._steering is None and self._on_choice is None
         if self._context.idle and not idle:
-            self._context.lengths.forget()  # calls went by unseen
+            self._context.lengths.forget()  # calls went by that were not seen
         self._context.idle = idle
 
     def _refuse_replaced(self) -> None:
-        """Raise `RuntimeError` where a router has left the model: it would count and steer nothing."""
+        """Raise `RuntimeError` if a router is no longer part of the model, since it would count and steer nothing."""
         if not self._context.idle:
             return
         present = set(self.model.modules())
@@ -234,7 +238,7 @@ class Attachment:
                     "detach(), and attach(model) again"
                 )
 
-    def _fits(self, what: str, tables: Sequence[Steers | StatisticsTables | None]) -> None:
+    def _fits(self, what: str, tables: Sequence[LayerSteering | StatisticsTables | None]) -> None:
         if len(tables) != len(self.routers):
             raise ValueError(f"{len(tables)} {what} for {len(self.routers)} routers; give one per router")
         for router, table in zip(self.routers, tables, strict=True):
@@ -245,12 +249,12 @@ class Attachment:
                 )
 
     def _keep_for_graph(self, labels: Labels) -> None:
-        """A CUDA graph reads and writes these as long as it is replayed."""
+        """Keep these labels alive, since a CUDA graph reads and writes their tensors in every replay."""
         self._captured.append((labels, self._statistics, [engine.steering for engine in self._engines]))
 
 
 class _Registered:
-    """The entry of a router by which `attachment_of` finds its attachment."""
+    """Marks a router as attached, so that `attachment_of` finds its attachment."""
 
     def __init__(self, module: nn.Module, attachment: Attachment) -> None:
         self.module, self.attachment = module, weakref.ref(attachment)
@@ -264,7 +268,7 @@ class _Registered:
 
 
 def attachment_of(module: nn.Module) -> Attachment | None:
-    """The attachment that holds `module` (a router, or a model with routers), or None."""
+    """The attachment of `module` (a router, or a model with routers), or None."""
     for inner in module.modules():
         found = _attached.get(inner)
         attachment = None if found is None else found()
@@ -274,9 +278,11 @@ def attachment_of(module: nn.Module) -> Attachment | None:
 
 
 def call_readers(model: nn.Module, routers: list[RouterInfo]) -> list[tuple[nn.Module, CallReader]]:
-    """The modules above the routers that are given token ids or embeddings by name: any of them may be what is called.
-    Of a model with an encoder and a decoder, those two. Where there is none, `model` itself, whose first tensor
-    argument then says what the tokens are."""
+    """The modules whose calls are read: those above the routers that are given token ids or embeddings by name.
+
+    Any of them may be the one that is called. In a model with an encoder and a decoder, these are the two. If there is
+    none, it is `model` itself, whose first tensor argument then stands for the tokens.
+    """
     found = []
     for name, module in model.named_modules():
         if not name or any(router.name.startswith(name + ".") for router in routers):
@@ -344,8 +350,8 @@ def _check(routers: list[RouterInfo]) -> None:
     logger.debug("checked %d kinds of router of %d", len(seen), len(routers))
 
 
-def _fitted(tables: Steers | None, router: RouterInfo) -> Steers | None:
-    """The steering for this very router. Raises `ValueError` where it cannot do it."""
+def _fitted(tables: LayerSteering | None, router: RouterInfo) -> LayerSteering | None:
+    """Fit the steering to this router. Raises `ValueError` if the router cannot be steered so."""
     if tables is None or isinstance(tables, SteeringTables):
         return tables
     if tables.wide and not router.adapter.widens:
@@ -361,5 +367,5 @@ def _fitted(tables: Steers | None, router: RouterInfo) -> Steers | None:
     return tables.fitted(router.name, router.spec)
 
 
-def _steers_nothing(tables: Steers) -> bool:
+def _steers_nothing(tables: LayerSteering) -> bool:
     return not tables.trained and tables.is_null

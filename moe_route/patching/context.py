@@ -26,29 +26,29 @@ from moe_route.patching.generate import refuse_paged
 
 
 class CallListener:
-    """Is asked about the calls of an attached model. This one knows nothing of them."""
+    """Receives the calls of an attached model. This base class gives no labels and ignores all notifications."""
 
     def labels_of(self, call: Call) -> Labels | None:
-        """What the tokens of a call that is about to run are; None: nothing is known."""
+        """Labels of the tokens of a call that is about to run, or None for no labels."""
 
     def after_call(self, call: Call) -> None:
-        """The call went through."""
+        """Called when a call has completed."""
 
     def reject_drafts(self, count: int) -> None:
-        """The last `count` drafted tokens of the latest call were rejected: they are part of no text."""
+        """Called when the last `count` drafted tokens of the latest call were rejected and belong to no text."""
 
 
 class RunningCall:
-    """The call that is running and its token table, shared by all routers.
+    """The running call and its token table, shared by all routers.
 
     Plain attributes, so that a compiled model can read them:
-        idle: nothing is counted, steered or traced now.
-        table: int32 [T, 4]; None outside a call.
-        last: the table of the latest call, for checkpointed layers that run again in the backward.
-        tables: the table on each device that has a router.
-        small: inside a call whose routers may be counted after it (`deferred`).
-        steers: whether a token of the call can have a steering row.
-        reached: whether a router was run in the call.
+        idle: whether nothing is counted, steered or traced now.
+        table: int32 [T, 4], the token table; None outside a call.
+        last: the table of the latest call, for checkpointed layers that run again in the backward pass.
+        tables: the token table on each device that has a router.
+        small: whether a call runs whose routers may be counted after it (`deferred`).
+        steers: whether some token of the call may have a steering row.
+        reached: whether some router ran in the call.
     """
 
     __slots__ = (
@@ -89,16 +89,21 @@ class RunningCall:
         finished: Callable[[], Sequence[int]] = tuple,
         on_capture: Callable[[Labels], None] | None = None,
     ) -> None:
-        """`finished` gives the ids that ended sequences of a batch are fed; `on_capture` is told of the labels of a
-        call that becomes part of a CUDA graph."""
+        """Create the context of one attached model.
+
+        Args:
+            listener: gives the labels of each call.
+            finished: returns the ids that ended sequences of a batch are fed.
+            on_capture: called with the labels of each call that is captured into a CUDA graph.
+        """
         self.listener = CallListener() if listener is None else listener
         self.deferred = DeferredCounts()
-        self.placeholders: tuple[int, ...] = ()  # ids that stand for pictures among those of a text
-        self._ahead: Generation | None = None  # whose prompt's pictures were seen before the model was called
+        self.placeholders: tuple[int, ...] = ()  # token ids that stand for pictures in a text
+        self._ahead: Generation | None = None  # a generation whose pictures were processed before the model was called
         self._labels = Labels(-1, -1, -1)
-        self._patches: dict[int, Tensor | None] = {}  # by their number, which tokens patches become part of
+        self._patches: dict[int, Tensor | None] = {}  # by number of patches: the token that each patch becomes part of
         self.lengths = CacheLengths()
-        self.generations: list[Generation] = []  # that are running, one inside the other
+        self.generations: list[Generation] = []  # running generations, the innermost last
         self.idle = True
         self.owner: nn.Module | None = None
         self.call: Call | None = None
@@ -120,7 +125,7 @@ class RunningCall:
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, object]) -> RunningCall:
-        """Of a copied model, whose hooks have nothing to do."""
+        """A new context without listener, for a copied model, whose hooks do nothing."""
         return RunningCall()
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
@@ -130,12 +135,12 @@ class RunningCall:
         )
 
     def release(self) -> None:
-        """Stop listening: no cycle keeps the model alive."""
+        """Drop the listener, so that no reference cycle keeps the model alive."""
         self.listener, self._finished, self._on_capture = CallListener(), tuple, None
         self.forget_call()
 
     def forget_call(self) -> None:
-        """No call is running, whatever an interrupt left behind."""
+        """End the running call, whatever an interrupt left behind."""
         self.deferred.drop_call()
         self.lengths.forget()
         self.call = self.table = self.owner = None
@@ -144,9 +149,9 @@ class RunningCall:
     def enter(
         self, reader: CallReader, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> None:
-        """Begin a call, unless it is an inner part of one that is running.
+        """Begin a call, unless one is running and this is an inner part of it.
 
-        Raises `RuntimeError` where another thread runs the model: one token table serves all routers.
+        Raises `RuntimeError` if another thread runs the model, because one token table serves all routers.
         """
         if self.idle or recomputing():
             return
@@ -167,23 +172,23 @@ class RunningCall:
             self._ahead = None
         self.begin(call)
         self.reached = False
-        # a graph that is captured counts in itself, not after it
+        # a captured graph does its own counting, since nothing can be counted after its replays
         self.small = self.num_tokens <= MOST_TOKENS and not capturing(call.device)
 
     def _claim(self, module: nn.Module) -> bool:
-        """Make the call of `module` the one that runs; False inside another one of this thread."""
+        """Make the call of `module` the running one; False if this thread already runs an outer call."""
         with nullcontext() if torch.compiler.is_compiling() else self._lock:
             if self.owner is not None:
                 self._refuse_other_threads()
                 if self.owner is not module:
                     return False
-                self.forget_call()  # the last call was interrupted: torch runs no hook then
+                self.forget_call()  # the last call was interrupted, and torch runs no hook then
             self.owner, self._thread = module, _thread()
             return True
 
     @property
     def generation(self) -> Generation | None:
-        """The innermost `generate` of this thread that is running."""
+        """The innermost `generate` that this thread is running."""
         here = _thread()
         for generation in reversed(self.generations):
             if here in (0, generation.thread):
@@ -191,7 +196,7 @@ class RunningCall:
         return None
 
     def begin_generation(self, generation: Generation) -> None:
-        """Raises `RuntimeError` where another thread generates while something records or steers."""
+        """Follow `generation`. Raises `RuntimeError` if another thread generates during recording or steering."""
         if not self.idle and any(other.thread != generation.thread for other in self.generations):
             raise RuntimeError(
                 "generate was called in one thread while it runs in another: an attached model records and steers one "
@@ -200,14 +205,14 @@ class RunningCall:
         self.generations.append(generation)
 
     def end_generation(self, generation: Generation) -> None:
-        """It returned, or failed."""
+        """Stop following `generation`, which returned or failed."""
         self.generations.remove(generation)
         if self._ahead is generation:
             self.forget_call()
             self._ahead = None
 
     def reject_drafts(self, count: int) -> None:
-        """The last `count` drafted tokens of the latest call were rejected."""
+        """Report that the last `count` drafted tokens of the latest call were rejected."""
         if not self.idle:
             self.listener.reject_drafts(count)
 
@@ -224,7 +229,7 @@ class RunningCall:
         return here != self._thread and 0 not in (here, self._thread)
 
     def begin(self, call: Call) -> None:
-        """Ask for the labels of `call` and build its table."""
+        """Get the labels of `call` and build its token table."""
         labels = self.listener.labels_of(call) or Labels()
         if self._on_capture is not None and capturing(call.device):
             self._on_capture(labels)
@@ -236,7 +241,7 @@ class RunningCall:
 
     def leave(self, module: nn.Module, output: object) -> None:
         """End the call that `module` began; an output of None means that it failed."""
-        if self.owner is not module or self._is_of_other_thread():  # whose own call was refused
+        if self.owner is not module or self._is_of_other_thread():  # that thread's own call was refused
             return
         call, table, small = self.call, self.table, self.small
         if output is None or call is None or table is None:
@@ -256,12 +261,14 @@ class RunningCall:
         self.listener.after_call(call)
 
     def table_for(self, num_tokens: int, device: torch.device, name: str) -> Tensor:
-        """The table for a router that the common case does not fit: called outside a model call, on another device,
-        or with only some of the tokens."""
+        """The token table for the less common cases.
+
+        These are a router called outside a model call, on another device, or with only some of the tokens.
+        """
         if self.table is None and not recomputing():
             call = Call(1, num_tokens, 0, None, "prefill", device)
             self.begin(call)
-            self.listener.after_call(call)  # its end is not seen
+            self.listener.after_call(call)  # the end of the call cannot be observed
             table, self.table, self.call = self.table, None, None
         else:
             table = self.last
@@ -279,15 +286,18 @@ class RunningCall:
         return on_device(self.tables, device)
 
     def table_of(self, rows: Tensor, device: torch.device, name: str) -> Tensor:
-        """The table for a router that is given only the tokens `rows` [T] of the call."""
+        """The token table for a router that is given only the tokens with indices `rows` [T]."""
         table = self.table if self.table is not None else self.last
         if table is None or (self.table is None and not recomputing()):
             return self.table_for(len(rows), device, name)
         return on_device(self.tables, device)[rows.to(device)]
 
     def table_of_patches(self, num_patches: int, device: torch.device) -> Tensor:
-        """The table for a router of a vision tower: each patch has the labels of the token that it becomes part of;
-        where that is not known, those that all tokens of the call share, -1 for the others."""
+        """The token table for a router of a vision tower, one row per patch.
+
+        Each patch has the labels of the token that it becomes part of. If that is unknown, it has the labels that all
+        tokens of the call share, and -1 for the others.
+        """
         if self.table is None and not recomputing() and not self._begin_ahead():
             return self.table_for(num_patches, device, "of a vision tower")
         rows = self.rows_of_patches(num_patches)
@@ -297,8 +307,10 @@ class RunningCall:
         return token_table(num_patches, steering_row=row, group=group, segment=segment, device=device)
 
     def _begin_ahead(self) -> bool:
-        """Begin the call of the prompt whose pictures `generate` lets a tower see before the model is called; False
-        where there is none."""
+        """Begin the call of the prompt whose pictures `generate` passes to a vision tower before it calls the model.
+
+        Returns False if there is no such prompt.
+        """
         generation = self.generation
         if generation is None or generation.prompt is None:
             return False
@@ -313,7 +325,7 @@ class RunningCall:
         return True
 
     def rows_of_patches(self, num_patches: int) -> Tensor | None:
-        """The token of the call that each patch becomes part of, int64 [P], where tokens differ and it is known."""
+        """int64 [P]: the token that each patch becomes part of; None if unknown or if all labels are equal."""
         if num_patches not in self._patches:
             alike = not self.counters and self._labels.uniform
             ids = None if alike or self.call is None else self.call.input_ids
@@ -326,7 +338,7 @@ class RunningCall:
         key = (*labels.columns, call.batch * call.length, call.device) if self._uniform else None
         row = broadcast_rows(labels.steering_row, call, "steering_row")
         self.steers = any_row(row)
-        # what a graph fills in when it is replayed holds nothing yet, and what it reads must stay where it is
+        # memory of a captured graph has no content yet, and the tensors that it reads must keep their address
         keeps = key is not None and not capturing(call.device)
         if keeps and key == self._key:
             return self._cached
@@ -337,7 +349,7 @@ class RunningCall:
 
 
 def _thread() -> int:
-    """Which thread this is; 0 while compiling, where a call is one graph."""
+    """Id of this thread; 0 while compiling, where a whole call is one graph."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
@@ -350,5 +362,5 @@ def _refuse_export() -> None:
 
 
 def recomputing() -> bool:
-    """Whether this is a checkpointed layer run again inside the backward, whose tokens were counted already."""
+    """Whether a checkpointed layer is running again in the backward pass; its tokens were counted already."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0

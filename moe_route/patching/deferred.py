@@ -1,13 +1,13 @@
 """Count the routers of small calls together, after the calls.
 
-At a decode step the weights of a whole layer pass through the caches between two routers, so whatever runs there meets
-cold caches and costs up to ten times what it costs in a loop. Here the hooks of a step only keep references; all
-layers, and those of a few steps, are counted in one operator call.
+In a decode step the weights of a whole layer pass through the caches between two routers. Counting code that runs there
+meets cold caches and takes up to ten times as long as in a loop. So in small calls the hooks only keep references, and
+the layers of one or several steps are counted in one operator call.
 
-A router's output may be kept only if nobody changes it in place after the router ran. The first small call, which is
-counted router by router, tells: its tensors must be unchanged at its end. On a device the answer is not waited for:
-calls are counted router by router until it has arrived. From then on the tensors' version counters are checked
-whenever kept ones are counted (tensors of inference mode have none).
+This is possible only if nothing changes a router's output in place after the router ran. The first small call is
+counted router by router and tests this: at its end the tensors must be unchanged. The host does not wait for a device's
+answer; until it has arrived, calls are counted router by router. From then on the version counters of kept tensors are
+checked whenever they are counted. Tensors of inference mode have no version counter.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moe_route.contract.tables import StatisticsTables
 from moe_route.devices import Answers
 from moe_route.routers.discovery import RouterInfo
 
-# Tokens of a small call: above, counting costs more than calling. Nor are more kept, over several calls.
+# Tokens of a small call; with more, counting costs more than the call itself. Also the most tokens kept over calls.
 MOST_TOKENS = 64
 
 Output = tuple[Tensor, ...]
@@ -36,30 +36,32 @@ class Counted(Protocol):
     router: RouterInfo
     spec: RouterSpec
     statistics: StatisticsTables | None
-    cohort: int  # routers with an equal one are counted together
+    cohort: int  # routers with equal numbers are counted together
 
     def parts(self, output: Output) -> tuple[Tensor, Tensor, Tensor]:
-        """Router logits, weights and ids."""
+        """Router logits, weights and ids of an output."""
 
     def may_defer(self, keeps_output: bool) -> None:
-        """It is known now whether the router's outputs may be kept."""
+        """Called once it is known whether the router's outputs may be kept."""
 
 
 class Watched(NamedTuple):
-    """The output of one router in the first small call, and what it was when the router returned it."""
+    """The output of one router in the first small call, with a copy from when the router returned it."""
 
     engine: Counted
     output: Output
     copies: Output
 
     def fits(self, tokens: int) -> bool:
-        """Whether the call's token table speaks of this output's rows, and an operator for several layers takes it
-        (there is none for float64 weights)."""
+        """Whether the output has one row per token of the call and a form that the operator for several layers takes.
+
+        That operator takes no float64 weights.
+        """
         logits, weights, _ = self.output
         return logits.shape[0] == tokens and weights.dtype is not torch.float64
 
     def unchanged(self) -> Tensor:
-        """0-dimensional: whether the model left the output as it was."""
+        """0-dimensional bool tensor: whether the model left the output unchanged."""
         return torch.stack([_same(now, then) for now, then in zip(self.output, self.copies, strict=True)]).all()
 
 
@@ -68,27 +70,27 @@ def _same(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Judged(NamedTuple):
-    """Engines whose outputs were compared, and whether those were left as they were."""
+    """Engines whose outputs were compared, and the answers, whether those are unchanged."""
 
     engines: list[Counted]
     answers: Answers
 
 
 class KeptCall(NamedTuple):
-    """Router outputs of one call, and its token table on each device."""
+    """The router outputs of one call, and its token table on each device."""
 
     outputs: list[tuple[Counted, Output, int]]
     table_on: Callable[[torch.device], Tensor]
 
 
 class DeferredCounts:
-    """Router outputs that are not counted yet: `kept` are those of the running call, to which the hooks add."""
+    """Router outputs that are not counted yet; hooks add those of the running call to `kept`."""
 
     __slots__ = ("_calls", "_judged", "_tokens", "_watched", "kept", "lag")
 
     def __init__(self) -> None:
-        self.lag = 0  # calls that may wait after the call that was just made
-        self.kept: list[tuple[Counted, Output, int]] = []  # engine, what the router returned, its `versions` then
+        self.lag = 0  # number of calls that may wait after the latest one
+        self.kept: list[tuple[Counted, Output, int]] = []  # engine, output of its router, `versions` of that output
         self._calls: list[KeptCall] = []
         self._tokens = 0
         self._watched: list[Watched] = []
@@ -96,19 +98,19 @@ class DeferredCounts:
 
     @property
     def waits(self) -> bool:
-        """Whether calls wait to be counted."""
+        """Whether calls are waiting to be counted."""
         return bool(self._calls)
 
     def watch(self, engine: Counted, output: Output) -> None:
-        """See whether the model leaves this output as it is until the call ends."""
+        """Check at the end of the call whether the model has left this output unchanged."""
         if any(engine is other for judged in self._judged for other in judged.engines):
-            return  # an earlier call is asked about it
+            return  # an earlier call is still being checked
         self._watched.append(Watched(engine, output, tuple(tensor.detach().clone() for tensor in output)))
 
     def end_call(self, tokens: int, table_on: Callable[[torch.device], Tensor]) -> None:
-        """The call of so many tokens went through: count it, or let it wait for more. `table_on` gives its token table.
+        """End a call of `tokens` tokens: count it, or let it wait. `table_on` returns its token table on a device.
 
-        Raises what `count` raises.
+        Raises the errors of `count`.
         """
         if self._watched:
             self._judge(tokens)
@@ -123,7 +125,7 @@ class DeferredCounts:
             self.count()
 
     def _judge(self, tokens: int) -> None:
-        """Ask each device whether the outputs that lie on it are what they were."""
+        """Ask each device whether the outputs on it are unchanged."""
         alike: dict[torch.device, list[Watched]] = {}
         for watched in self._watched:
             if watched.fits(tokens):
@@ -136,7 +138,7 @@ class DeferredCounts:
             self._judged.append(Judged([watched.engine for watched in watched_there], answers))
 
     def _tell_engines(self) -> None:
-        """Tell the engines whose answers have arrived."""
+        """Notify the engines whose answers have arrived."""
         waiting = []
         for judged in self._judged:
             found = judged.answers.read()
@@ -148,12 +150,12 @@ class DeferredCounts:
         self._judged = waiting
 
     def drop_call(self) -> None:
-        """Forget what the running call kept: it failed."""
+        """Drop the outputs of the running call, which failed."""
         self.kept.clear()
         self._watched.clear()
 
     def count(self) -> None:
-        """Count all calls that wait. Raises `RuntimeError` where a router's output was changed meanwhile."""
+        """Count all waiting calls. Raises `RuntimeError` if a router's output was changed meanwhile."""
         if not self._calls:
             return
         calls, self._calls, self._tokens = self._calls, [], 0
@@ -180,7 +182,7 @@ class DeferredCounts:
 
 
 def versions(output: Output) -> int:
-    """How often the first three tensors were changed in place, in all; 0 for tensors of inference mode."""
+    """Number of in-place changes of the first three tensors, in total; 0 for tensors of inference mode."""
     first, second, third = output[:3]
     if first.is_inference() or second.is_inference() or third.is_inference():
         return 0

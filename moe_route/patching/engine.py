@@ -1,14 +1,14 @@
-"""What both engines share: what is counted, what steers, and how a steered choice is put into the model's form.
+"""The base of both engines: where choices are counted, what steers them, and how a steered choice is written back.
 
-**hook** (`hook.HookEngine`) is a forward hook. With nothing to steer it only counts and returns None, so every bit of
-the model's output stays. With steering, tokens that have a steering row are routed again from the router's own logits;
-all others keep the model's own ids and weights. The router's adapter reads and writes its output.
+**hook** (`hook.HookEngine`) is a forward hook. Without steering it only counts and returns None, so every bit of the
+model's output stays. With steering, tokens that have a steering row are routed again from the router's own logits; all
+others keep the model's own ids and weights. The router's adapter reads and writes its output.
 
-**fused** (`fused.FusedEngine`) replaces the router's forward by its gate matrix and one `route` call, through a
-subclass made for the one module, so that `isinstance`, `state_dict` and recorders of router logits live on.
+**fused** (`fused.FusedEngine`) replaces the router's forward by its gate matrix and one `route` call. It does so with a
+subclass made for the one module, so that `isinstance`, `state_dict` and recorders of router logits still work.
 
-A slot that steering leaves empty (id -1) is handed to the experts as the largest id of its row (0 where the row has
-none) with weight 0, since the experts of transformers cannot take -1. It is counted as empty, never as a selection.
+The experts of transformers cannot take id -1. So a slot that steering leaves empty is passed to them with weight 0 and
+the largest id of its row, or 0 if the row has none. It is counted as empty, never as a selection.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ ChoiceCallback = Callable[[int, Tensor, Tensor], None]
 EMPTYING = frozenset(("force", "top_k", "remap"))  # steering tables that can leave a slot empty
 
 
-class SteersTokens(Protocol):
-    """Steering that looks at more than a token's row (`steering.TokenSteering`)."""
+class PerTokenSteering(Protocol):
+    """Steering that depends on more than a token's row (`steering.TokenSteering`)."""
 
     trained: bool
     is_null: bool
     num_experts: int
-    wide: int  # slots where a row has more than the router, else 0
+    wide: int  # number of slots, if some row has more than the router; else 0
 
     @property
     def replays(self) -> bool: ...
@@ -49,17 +49,17 @@ class SteersTokens(Protocol):
     def device(self) -> torch.device: ...
     @property
     def tables(self) -> Mapping[str, object]: ...
-    def to(self, device: torch.device) -> SteersTokens: ...
-    def fitted(self, name: str, spec: RouterSpec) -> SteersTokens: ...
+    def to(self, device: torch.device) -> PerTokenSteering: ...
+    def fitted(self, name: str, spec: RouterSpec) -> PerTokenSteering: ...
     @property
     def route(self) -> Callable[..., tuple[Tensor, Tensor, tuple[Tensor, SteeringTables, Tensor]]]: ...
 
 
-Steers = SteeringTables | SteersTokens
+LayerSteering = SteeringTables | PerTokenSteering
 
 
 class Choice(NamedTuple):
-    """A choice, and what it was made from: tables whose rows `table` names."""
+    """A choice, and its inputs: logits, and tables whose rows `table` gives per token."""
 
     weights: Tensor
     ids: Tensor
@@ -69,20 +69,20 @@ class Choice(NamedTuple):
 
 
 class Engine(ABC):
-    """What both engines share: what is set at the moment, and how a steered choice is put into the model's form."""
+    """The base of both engines: holds the current settings and writes a steered choice in the model's form."""
 
     def __init__(self, router: RouterInfo, context: RunningCall) -> None:
         self.router, self.context = router, context
         self.spec, self.family, self.adapter, self.layer = router.spec, router.family, router.adapter, router.layer
         self.statistics: StatisticsTables | None = None
-        self.steering: Steers | None = None
+        self.steering: LayerSteering | None = None
         self.on_choice: ChoiceCallback | None = None
-        self.cohort = -1  # engines with an equal one are counted together (`deferred`)
+        self.cohort = -1  # engines with equal numbers are counted together (`deferred`)
 
     def configure(
-        self, statistics: StatisticsTables | None, steering: Steers | None, on_choice: ChoiceCallback | None
+        self, statistics: StatisticsTables | None, steering: LayerSteering | None, on_choice: ChoiceCallback | None
     ) -> None:
-        """Set what is counted into, what steers, and who is told."""
+        """Set the tables to count into, the steering, and the callback for choices."""
         self.statistics, self.steering, self.on_choice = statistics, steering, on_choice
         for tables in (statistics, steering):
             if tables is not None:
@@ -92,7 +92,7 @@ class Engine(ABC):
 
     @abstractmethod
     def changes(self) -> Sequence[Change]:
-        """The changes to the model by which this engine sees the router, or takes its place."""
+        """Changes to the model through which this engine observes the router, or replaces it."""
 
     def table(self, logits: Tensor) -> Tensor:
         """The token table for the rows of `logits`."""
@@ -108,7 +108,7 @@ class Engine(ABC):
         return context.table_for(logits.shape[0], logits.device, self.router.name)
 
     def tell(self, ids: Tensor, weights: Tensor) -> None:
-        """Give a choice to the trace, which is of tokens; those that the router was not given have none (ids -1)."""
+        """Pass a choice to the trace, with ids -1 for tokens that this router was not given."""
         if self.on_choice is None or self.adapter.patches:
             return
         weights, rows = weights.detach(), self.adapter.token_subset()
@@ -123,13 +123,16 @@ class Engine(ABC):
         logits: Tensor,
         k: int,
         table: Tensor | None,
-        steering: Steers | None,
+        steering: LayerSteering | None,
         args: tuple[object, ...],
         statistics: StatisticsTables | None,
         own: tuple[Tensor, Tensor] | None = None,
     ) -> Choice:
-        """Choose k experts per token and count them; `own` are the weights and ids that the router chose itself. The
-        weights have a gradient where one is asked for; tokens left alone keep that of the router's own weights."""
+        """Choose k experts per token and count them; `own` are the weights and ids that the router chose itself.
+
+        If gradients are needed, the weights have one; tokens that are not steered keep the gradient of the router's
+        weights.
+        """
         module, family = self.router.module, self.family
         model: dict[str, Any] = {
             "correction_bias": family.bias_of(module, args),
@@ -149,7 +152,7 @@ class Engine(ABC):
         return Choice(weights, ids, *steered)
 
     def counter(self, logits: Tensor) -> Tensor | None:
-        """What tells the tokens of the router apart, where the labels say it."""
+        """A number per token of the router that seeds its random draws, or None if the labels have none."""
         counters, rows, device = self.context.counters, self.adapter.token_subset(), logits.device
         if not counters:
             return None
@@ -161,15 +164,15 @@ class Engine(ABC):
         return counter if rows is None else counter[rows.to(device)]
 
     def entries(self, logits: Tensor) -> Tensor | None:
-        """Which recorded choices are those of the router's tokens, [T, M], where the labels say it."""
+        """Row in each table of recorded choices per token of the router, [T, M], or None if the labels have none."""
         entries, rows, device = self.context.entries, self.adapter.token_subset(), logits.device
         if not entries:
             return None
         found = on_device(entries, device)
         return found if rows is None else found[rows.to(device)]
 
-    def steering_on(self, device: torch.device) -> Steers:
-        """What steers, on the router's device: moved there once; trained tables, with their gradient, in every call."""
+    def steering_on(self, device: torch.device) -> LayerSteering:
+        """The steering on the router's device: moved there once, or in every call, with gradient, if it is trained."""
         steering = self.steering
         assert steering is not None
         if steering.device == device:

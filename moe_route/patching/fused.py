@@ -14,10 +14,10 @@ from moe_route.routers.family import gate_logits, weight_dtype
 
 
 class FusedEngine(Engine):
-    """The router's forward as gate matrix and one `route` call."""
+    """Runs the router's forward as gate matrix and one `route` call."""
 
     def changes(self) -> Sequence[Change]:
-        """A forward of this engine in place of the router's."""
+        """Replace the router's forward by the one of this engine."""
 
         def forward(module: nn.Module, hidden: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return self.forward(module, hidden, arguments)
@@ -27,7 +27,7 @@ class FusedEngine(Engine):
     def forward(
         self, module: nn.Module, hidden: Tensor, arguments: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden [..., H] -> router logits [T, E], weights [T, k], ids int64 [T, k]."""
+        """Route hidden [..., H]: returns router logits [T, E], weights [T, k], ids int64 [T, k]."""
         context, family = self.context, self.family
         logits = gate_logits(module, family.gate, hidden)
         again = recomputing()

@@ -1,7 +1,7 @@
-"""Listen to `generate`: its stopping criteria, logits processors and generators of candidates tell a `Generation` what
-the calls of the model do not say.
+"""Listen to `generate`: report to a `Generation` the information that the calls of the model do not carry.
 
-`generate` makes these objects in methods of the model; those methods are replaced while a model is attached.
+The reports come from its stopping criteria, logits processors and candidate generators. `generate` makes these objects
+in methods of the model, and those methods are replaced while a model is attached.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PAGED = (
 
 
 class Listener(Protocol):
-    """Is told of the generations that run (`context.RunningCall`)."""
+    """Follows the running generations (`context.RunningCall`)."""
 
     idle: bool
 
@@ -37,8 +37,8 @@ class Listener(Protocol):
 
 
 def listen_to_generate(model: nn.Module, listener: Listener) -> list[ReplacedMethod]:
-    """The changes by which `listener` knows of every `generate` of `model` and of the modules in it."""
-    told = {
+    """Changes that report every `generate` of `model`, and of the modules in it, to `listener`."""
+    replacements = {
         "generate": _generate,
         "_get_stopping_criteria": _stopping_criteria,
         "_get_logits_processor": _logits_processor,
@@ -49,7 +49,7 @@ def listen_to_generate(model: nn.Module, listener: Listener) -> list[ReplacedMet
         ReplacedMethod(module, name, partial(function, module, listener))
         for module in model.modules()
         if callable(getattr(type(module), "generate", None))
-        for name, function in told.items()
+        for name, function in replacements.items()
         if callable(getattr(type(module), name, None)) and not is_overridden(module, name)
     ]
 
@@ -79,10 +79,10 @@ def _generate(module: Any, listener: Listener, *args: Any, **kwargs: Any) -> Any
     if not listener.idle and drafts and not callable(getattr(type(module), "_get_candidate_generator", None)):
         raise RuntimeError(
             f"{type(module).__name__} makes its drafts in a way that this version of moe-route does not know: which of "
-            "them become text cannot be told. Generate without an assistant and without prompt lookup"
+            "them become text is unknown. Generate without an assistant and without prompt lookup"
         )
     if not listener.idle and hasattr(module, "_compile_functions"):
-        kwargs["disable_compile"] = True  # each half of a diffusion would be one graph, which asks for no labels
+        kwargs["disable_compile"] = True  # a compiled half of a diffusion is one graph, without labels
     listener.begin_generation(generation)
     try:
         return type(module).generate(module, *args, **kwargs)
@@ -123,7 +123,7 @@ def _refuse_batches(module: Any, listener: Listener, *args: Any, **kwargs: Any) 
 
 
 class _Criteria:
-    """Stopping criteria that tell a generation what they said."""
+    """Stopping criteria that report their result to a generation."""
 
     generation: Generation
 
@@ -135,7 +135,7 @@ class _Criteria:
 
 
 class _Processors:
-    """Logits processors whose calls of the model, if any, are beside the text."""
+    """Logits processors whose own calls of the model, if any, do not count as part of the text."""
 
     generation: Generation
 
@@ -145,9 +145,9 @@ class _Processors:
 
 
 def _telling(parts: Any, generation: Generation | None, kind: type) -> Any:
-    """A list of criteria or processors, in a class that tells `generation` of its calls."""
+    """A list of criteria or processors, copied and given a class that reports to `generation`."""
     if generation is not None:
-        parts = copy.copy(parts)  # it may be a list of the user's own
+        parts = copy.copy(parts)  # the list may belong to the user
         parts.__class__ = _mixed(kind, parts.__class__)
         parts.generation = generation
     return parts

@@ -13,16 +13,16 @@ from moe_route.modules.intercept import Change
 from moe_route.ops.observe_changed import observe_changed
 from moe_route.patching.context import RunningCall, recomputing
 from moe_route.patching.deferred import versions
-from moe_route.patching.engine import ChoiceCallback, Engine, Steers
+from moe_route.patching.engine import ChoiceCallback, Engine, LayerSteering
 from moe_route.routers.discovery import RouterInfo
 from moe_route.routers.output import Decision, Output
 
 
 class HookEngine(Engine):
-    """A forward hook on the router.
+    """Counts and steers a router in a forward hook.
 
-    `keeps_output`: whether the model leaves what the router returned as it is (None: not seen yet).
-    `defers`: whether the hook only keeps the output of a small call, to be counted after the call.
+    `keeps_output`: whether the model leaves the router's output unchanged (None: not known yet).
+    `defers`: whether the hook only keeps the output of a small call, which is counted after the call.
     """
 
     def __init__(self, router: RouterInfo, context: RunningCall) -> None:
@@ -31,28 +31,28 @@ class HookEngine(Engine):
         self.defers = False
 
     def configure(
-        self, statistics: StatisticsTables | None, steering: Steers | None, on_choice: ChoiceCallback | None
+        self, statistics: StatisticsTables | None, steering: LayerSteering | None, on_choice: ChoiceCallback | None
     ) -> None:
-        """Set what is counted into, what steers, and who is told."""
+        """Set the tables to count into, the steering, and the callback for choices."""
         super().configure(statistics, steering, on_choice)
         only_counts = statistics is not None and steering is None and on_choice is None
         self.defers = only_counts and self.keeps_output is True
 
     def may_defer(self, keeps_output: bool) -> None:
-        """It is known now whether the model leaves the router's output as it is."""
+        """Called once it is known whether the model leaves the router's output unchanged."""
         self.keeps_output = keeps_output
         self.configure(self.statistics, self.steering, self.on_choice)
 
     def changes(self) -> Sequence[Change]:
-        """The hook, as the router's adapter puts it on."""
+        """The hook, as the router's adapter installs it."""
         return self.adapter.changes(self.hook)
 
     def parts(self, output: Output) -> Decision:
-        """Router logits [T, E], weights [T, k] and ids [T, k] of what the router returned."""
+        """Read router logits [T, E], weights [T, k] and ids [T, k] from the router's output."""
         return self.adapter.read((), output)
 
     def hook(self, module: nn.Module, args: tuple[object, ...], output: Output) -> Output | None:
-        """Count the router's output; return a new one only where a token is steered."""
+        """Count the router's output; return a new output only if some token is steered."""
         context = self.context
         if context.small and self.defers and not torch.compiler.is_compiling():
             context.deferred.kept.append((self, output, versions(output)))
@@ -62,10 +62,11 @@ class HookEngine(Engine):
         again = context.table is None and recomputing()
         if again and self.steering is None:
             return None
-        # what only counts leaves nothing for a backward: a checkpointed layer that runs again does not count again
+        # without steering nothing is kept for the backward pass, so that a checkpointed layer that runs again is not
+        # counted
         with torch.set_grad_enabled(self.steering is not None and torch.is_grad_enabled()):
             decision = self.adapter.read(args, output)
-        table = self.table(decision.logits)  # which begins a call where there is none
+        table = self.table(decision.logits)  # begins a call if none is running
         if self.steering is not None and context.steers:
             steering = self.steering_on(decision.logits.device)
             return self._reroute(args, output, decision, table, steering, counted=not again)
@@ -85,7 +86,7 @@ class HookEngine(Engine):
         output: Output,
         decision: Decision,
         tokens: Tensor,
-        given: Steers,
+        given: LayerSteering,
         counted: bool,
     ) -> Output:
         adapter = self.adapter
@@ -93,7 +94,7 @@ class HookEngine(Engine):
         statistics = self.statistics if counted and not adapter.changes_choice else None
         routed = self.route(logits, own_ids.shape[1], tokens, given, args, statistics, (own_weights, own_ids))
         weights, ids, logits, steering, table = routed
-        assert steering is not None  # it was given, and the table too
+        assert steering is not None  # there is steering, and so a table
         assert table is not None
         if counted and not adapter.changes_choice:
             self.tell(ids, weights)
@@ -105,7 +106,7 @@ class HookEngine(Engine):
     def _count_changed(
         self, decision: Decision, weights: Tensor, ids: Tensor, table: Tensor, steering: SteeringTables
     ) -> None:
-        """Count what the experts get of a steered choice, beside what they would have got without steering."""
+        """Count the steered choice that the experts used, and compare it with the one without steering."""
         if self.statistics is not None:
             observe_changed(
                 decision.logits,

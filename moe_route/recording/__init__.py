@@ -1,5 +1,4 @@
-"""Evidence: what the routers of a model did, as integer sums per (group, layer, expert), sequence by sequence, or
-token by token."""
+"""Record the routing of a model: integer sums per (group, layer, expert), single sequences, or single tokens."""
 
 from moe_route.recording.conservation import Conservation
 from moe_route.recording.labels import LabelBlock

@@ -1,5 +1,8 @@
-"""What must hold of token sums, whatever was recorded: every slot of every token is either a choice or empty, the
-probabilities of a token add up to 1, and its shares of weight to at most 1."""
+"""Conservation laws of token sums, which hold for every correct recording.
+
+Every slot of every token is either a choice or empty. The probabilities of a token add up to 1. Its shares of weight
+add up to at most 1.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,9 @@ from moe_route.texttable import table
 
 __all__ = ["Conservation", "broken_law", "conservation"]
 
-_COUNTED = ("counts", "natural_counts")  # metrics that are plain integers, not fixed point
-_OVERFLOW_TOKENS = 1 << 27  # fewer tokens cannot bring terms up to 16 (entropies, weights) past 63 bits
-_SCORE_ROUNDING = 1e-6  # scores are float32: how far a token's normalized scores may add up beside 1
+_COUNTED = ("counts", "natural_counts")  # metrics that are integers, not fixed point
+_OVERFLOW_TOKENS = 1 << 27  # with fewer tokens, terms up to 16 (entropies, weights) cannot exceed 63 bits
+_SCORE_ROUNDING = 1e-6  # scores are float32, so the normalized scores of a token may miss 1 by this much
 
 
 class TokenSums(Protocol):
@@ -38,25 +41,25 @@ class TokenSums(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Conservation:
-    """Slots that a recording must hold, and those that it does; int64 ``[G, L]``."""
+    """The number of slots that a recording should hold and the number it holds, int64 ``[G, L]``."""
 
     groups: tuple[str, ...]
     layers: tuple[str, ...]
     tokens: np.ndarray
-    expected: np.ndarray  # sum over tokens of k
-    found: np.ndarray  # choices and empty slots
-    tolerance: float  # the relative gap that is allowed: 0 for what this library recorded
+    expected: np.ndarray  # sum of k over tokens
+    found: np.ndarray  # number of choices and empty slots
+    tolerance: float  # allowed relative gap; 0 for recordings of this library
 
     @property
     def gap(self) -> np.ndarray:
-        """found / expected - 1, float64 ``[G, L]``; 0 where both are 0, infinite where only the former is not."""
+        """found / expected - 1, float64 ``[G, L]``; 0 if both are 0, infinite if only ``expected`` is."""
         difference = (self.found - self.expected).astype(np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(difference == 0, 0.0, difference / self.expected)
 
     @property
     def largest_gap(self) -> float:
-        """The largest relative gap of any group and layer, without its sign."""
+        """The largest absolute value of the gaps of all groups and layers."""
         return float(np.abs(self.gap).max(initial=0.0))
 
     @property
@@ -65,7 +68,7 @@ class Conservation:
         return self.largest_gap <= self.tolerance
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able content; ``largest_gap`` is None where slots were found and none expected."""
+        """JSON-able content; ``largest_gap`` is None if slots were found where none were expected."""
         sums = {name: getattr(self, name).tolist() for name in ("tokens", "expected", "found")}
         axes = {"groups": list(self.groups), "layers": list(self.layers)}
         largest = self.largest_gap if math.isfinite(self.largest_gap) else None
@@ -85,7 +88,7 @@ class Conservation:
 
 
 def conservation(statistics: TokenSums, phase: Phase | None) -> Conservation:
-    """The slots of ``statistics``, which hold counts."""
+    """Compare the slots of ``statistics`` with those its tokens need; the statistics must hold counts."""
     found = statistics.token_sum("counts", phase).sum(-1) + statistics.scalar("empty", phase)
     return Conservation(
         statistics.groups,
@@ -98,7 +101,7 @@ def conservation(statistics: TokenSums, phase: Phase | None) -> Conservation:
 
 
 def broken_law(statistics: TokenSums, arrays: Mapping[str, np.ndarray]) -> str | None:
-    """The first law that the sums break, and where; None where all hold. ``arrays``: all that they are made of."""
+    """The first law that the sums break, and where, or None. ``arrays`` holds all sums."""
     broken = _negative(arrays)
     for phase in statistics.phases:
         broken = broken or _broken_in(statistics, phase)
@@ -106,8 +109,10 @@ def broken_law(statistics: TokenSums, arrays: Mapping[str, np.ndarray]) -> str |
 
 
 def _negative(arrays: Mapping[str, np.ndarray]) -> str | None:
-    """Sums of integers are never negative; fixed-point sums may be a little (rounding, negative weights) until there
-    are so many tokens that a sum of terms up to 16 could have passed 2^63.
+    """Find a negative sum, which an overflow causes.
+
+    Sums of integers are never negative. Fixed-point sums may be slightly negative (rounding, negative weights), unless
+    there are so many tokens that a sum of terms up to 16 could have passed 2^63.
     """
     scalars = arrays["scalars"]
     signed = {"scalars": scalars[..., [i for i, name in enumerate(SCALARS) if name not in ("entropy", "moved")]]}
@@ -123,7 +128,7 @@ def _negative(arrays: Mapping[str, np.ndarray]) -> str | None:
 def _broken_in(statistics: TokenSums, phase: Phase) -> str | None:
     tokens = statistics.tokens(phase)
     widest = max(statistics.num_experts, default=1)
-    # units of one token: rounding to fixed point and float32, and what another recorder's arithmetic loses
+    # in units of one token: rounding to fixed point and float32, and the error of another recorder's arithmetic
     allowed = tokens * (widest * FIXED_POINT + _SCORE_ROUNDING + statistics.tolerance)
     laws = []
     if "counts" in statistics.metrics:

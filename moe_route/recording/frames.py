@@ -1,4 +1,4 @@
-"""Make data frames: the one place that imports pandas."""
+"""Build data frames; the only module that imports pandas."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["data_frame"]
 
 
 def data_frame(columns: Mapping[str, Any], axes: Mapping[str, Sequence[Any]] | None = None) -> pd.DataFrame:
-    """A data frame of columns by name.
+    """Build a data frame of columns by name.
 
-    With ``axes``, the columns are flattened arrays over those axes, the last one fastest, and the frame begins with a
-    column per axis. Raises ``ImportError`` where pandas is missing, naming the extra to install.
+    With ``axes``, the columns are flattened arrays over those axes, the last axis fastest, and the frame starts with a
+    column per axis. Raises ``ImportError`` if pandas is missing, and names the extra to install.
     """
     try:
         import pandas

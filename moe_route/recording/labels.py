@@ -1,4 +1,4 @@
-"""Labels of the sequences of a batch, as the user gives them: groups, items, which tokens count."""
+"""Labels of the sequences of a batch, as the user passes them: groups, items, and which tokens count."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ __all__ = ["LabelBlock"]
 
 @dataclass(frozen=True, eq=False)
 class LabelBlock:
-    """Labels of N sequences, over one or more calls of the model.
+    """Labels of N sequences, for one or more calls. Columns are positions from the start, padding included.
 
-    ``names``: the groups that occur; ``codes``: int64, an index into ``names`` for all sequences ``[]``, per sequence
-    ``[N]`` or per token ``[N, S]``; ``items``: N item ids or None; ``mask``: bool ``[N, S]``, which tokens count, or
-    None. Columns are positions from the start of the sequence, padding included.
+    An item is the id that pairs a sentence with its translations.
+
+    Attributes:
+        names: the groups that occur.
+        codes: int64, indices into ``names``, for all sequences ``[]``, per sequence ``[N]`` or per token ``[N, S]``.
+        items: N item ids, or None.
+        mask: bool ``[N, S]``, which tokens count, or None for all.
     """
 
     names: tuple[str, ...]
@@ -31,12 +35,17 @@ class LabelBlock:
 
     @classmethod
     def parse(cls, groups: Any, items: Any, mask: Any, known: Sequence[str] | None) -> LabelBlock:
-        """Read what a user passes.
+        """Read the labels that a user passes as lists, tuples, numpy arrays, tensors or pandas series.
 
-        ``groups``: one name, N names, or ``[N, S]`` names per token; ids (positions in ``known``) may stand for
-        names. Lists, tuples, numpy arrays, tensors and pandas series are taken. ``known`` are the only groups
-        allowed; None allows any name. Raises ``ValueError`` for an unknown group (naming the known ones) and for
-        lengths that do not agree, ``TypeError`` for what is neither a name nor an id.
+        Args:
+            groups: one name, N names, or ``[N, S]`` names per token. Indices into ``known`` may stand for names.
+            items: N item ids, or None.
+            mask: bool ``[N, S]``, or None.
+            known: the only groups allowed; None allows any name.
+
+        Raises:
+            ValueError: an unknown group (the message names the known ones), or lengths that do not agree.
+            TypeError: a label that is neither a name nor an index.
         """
         names, codes = _read_groups(groups, known)
         parsed_items = None if items is None else _read_items(items)
@@ -53,7 +62,7 @@ class LabelBlock:
 
     @property
     def sequences(self) -> int | None:
-        """N where something was said per sequence; None where one name stands for whatever is run."""
+        """N if some label is given per sequence; None if one name applies to all."""
         if self.items is not None:
             return len(self.items)
         if self.mask is not None:
@@ -62,14 +71,16 @@ class LabelBlock:
 
     @property
     def sequence_groups(self) -> tuple[str, ...] | None:
-        """The group of each of the N sequences (of its first token, where tokens have their own); None where nothing
-        says how many sequences there are."""
+        """The group of each of the N sequences, or None if their number is unknown.
+
+        With groups per token, the group of the first token counts.
+        """
         if self.codes.ndim:
             return tuple(self.names[code] for code in self.codes.reshape(len(self.codes), -1)[:, 0])
         return None if self.sequences is None else self.names * self.sequences
 
     def values(self, of_name: Sequence[int]) -> np.ndarray:
-        """``codes`` translated: int64 of the same shape, ``of_name[i]`` for ``names[i]``."""
+        """``codes`` translated to other integers: ``of_name[i]`` stands for ``names[i]``. int64 of the same shape."""
         return np.asarray(of_name, dtype=np.int64)[self.codes]
 
 

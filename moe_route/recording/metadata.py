@@ -1,4 +1,4 @@
-"""What a recording says about itself (model, data, versions, plans), and how that merges."""
+"""Metadata of a recording (model, data, versions, plans), and how the metadata of two runs are merged."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ _FINGERPRINT_BITS = 128
 
 
 def merge_metadata(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata of two merged runs: numbers add up, fingerprints add up modulo 2^128 (so order does not matter), lists
-    unite, versions that differ are listed, anything else is kept where both agree.
+    """Merge the metadata of two runs.
+
+    Numbers add up. Fingerprints add up modulo 2^128, so their order does not matter. Lists are united. Versions that
+    differ are listed. Any other entry is kept if both agree.
     """
     merged: dict[str, Any] = {}
     for key in [*a, *(key for key in b if key not in a)]:
@@ -37,7 +39,7 @@ def merge_metadata(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]
 
 
 def add_fingerprints(a: str | None, b: str | None) -> str:
-    """Sum modulo 2^128 of two hexadecimal fingerprints (None counts as nothing)."""
+    """Sum of two hexadecimal fingerprints modulo 2^128; None counts as zero."""
     total = (int(a or "0", 16) + int(b or "0", 16)) % (1 << _FINGERPRINT_BITS)
     return f"{total:032x}"
 
@@ -53,5 +55,5 @@ def _merge_versions(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, str
 
 
 def config_hash_of(metadata: Mapping[str, Any]) -> str | None:
-    """Hash of the model's configuration, where it is known."""
+    """Hash of the model's configuration, or None if unknown."""
     return (metadata.get("model") or {}).get("config_hash")

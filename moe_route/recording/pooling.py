@@ -1,5 +1,4 @@
-"""Sums over finished sequences: every sequence's own averages, rounded once to a multiple of 2^-32 and added as
-integers."""
+"""Sums over finished sequences: the averages of each sequence, rounded once to a multiple of 2^-32, as integers."""
 
 from __future__ import annotations
 
@@ -20,10 +19,14 @@ _ALL = VIEWS.index("all")
 
 @dataclass(frozen=True)
 class SequenceAverages:
-    """Averages of n sequences: ``tokens`` int64 ``[n, L]`` (L_i), ``counts`` int64 ``[n, L, E]`` (a_i) where
-    recorded, ``values`` kind -> float64 ``[n, L, E]`` (q_i of each kind and a_i / L_i; NaN rows where there is none),
-    ``scalars`` name -> ``[n, L]``, by the names of ``SEQUENCE_SCALARS``: bool for those that count sequences, float64
-    nats for ``entropy`` (H(q_i)) and ``mean_token_entropy`` (mean over t of H(p_t)), NaN where there is none.
+    """Averages of n sequences.
+
+    Attributes:
+        tokens: int64 ``[n, L]``, number of tokens L_i of each sequence.
+        counts: int64 ``[n, L, E]``, number of tokens a_i that chose each expert; None if not recorded.
+        values: kind -> float64 ``[n, L, E]``: q_i of each kind, and a_i / L_i. Rows without tokens are NaN.
+        scalars: name from ``SEQUENCE_SCALARS`` -> ``[n, L]``. Those that count sequences are bool. ``entropy`` (H(q_i))
+            and ``mean_token_entropy`` (mean over tokens t of H(p_t)) are float64 in nats, NaN without tokens.
     """
 
     tokens: np.ndarray
@@ -33,10 +36,11 @@ class SequenceAverages:
 
     @classmethod
     def of(cls, scalars: np.ndarray, metrics: Mapping[str, np.ndarray], *, entropy: bool) -> SequenceAverages:
-        """From sums over the tokens of each sequence, ``scalars [n, L, 8]`` (``ops.SCALARS``) and ``metrics`` name ->
-        ``[n, L, E]``; ``entropy`` says whether the entropy of tokens was recorded.
+        """Compute the averages from sums over the tokens of each sequence.
 
-        q_i (arXiv 2510.04694 eq. 1) is a metric over its own sum, so that tokens with an all-zero row are left out.
+        ``scalars [n, L, 8]`` are ``ops.SCALARS``; ``metrics`` maps a name to ``[n, L, E]``; ``entropy`` says whether
+        token entropies were recorded. q_i (arXiv 2510.04694 eq. 1) is a metric divided by its own sum, so tokens with
+        an all-zero row are left out.
         """
         tokens, unscored, summed = (scalars[..., SCALARS.index(name)] for name in ("tokens", "unscored", "entropy"))
         values = {}
@@ -59,7 +63,7 @@ class SequenceAverages:
 
 
 class SequencePool:
-    """Sums over finished sequences per (view, group, layer, expert), int64; views are prefill, decode and all."""
+    """int64 sums over finished sequences per (view, group, layer, expert); the views are prefill, decode and all."""
 
     def __init__(self, groups: int, layers: int, widest: int, metrics: Sequence[str], *, entropy: bool):
         self._entropy = entropy
@@ -80,14 +84,13 @@ class SequencePool:
         self.sums = {kind: widened(table) for kind, table in self.sums.items()}
 
     def add(self, sums: TableSums, groups: np.ndarray) -> SequenceAverages:
-        """Fold n finished sequences in, sequence i belonging to ``groups[i]``; returns their averages over all
-        phases."""
+        """Add n finished sequences, sequence i to group ``groups[i]``; returns their averages over all phases."""
         tokens = sums.scalar("tokens")
         ran = [phase for phase in range(len(PHASES)) if tokens[phase].any()]
         averages = None
         for phase in ran:
             averages = self._averages(sums.scalars[phase], {name: table[phase] for name, table in sums.metrics.items()})
-            # what ran in one phase only is the same over all phases
+            # sequences that ran in one phase only have the same averages over all phases
             self._add((phase,) if len(ran) > 1 else (phase, _ALL), averages, groups)
         if averages is None or len(ran) > 1:
             averages = self._averages(sums.scalars.sum(0), {name: table.sum(0) for name, table in sums.metrics.items()})
@@ -107,7 +110,7 @@ class SequencePool:
 
 
 def _add_rows(targets: Sequence[np.ndarray], groups: np.ndarray, rows: np.ndarray) -> None:
-    """Add every row i of ``rows`` to row ``groups[i]`` of each target."""
+    """Add row i of ``rows`` to row ``groups[i]`` of each target."""
     for group in np.unique(groups):
         total = rows[groups == group].sum(0)
         for target in targets:
@@ -115,6 +118,6 @@ def _add_rows(targets: Sequence[np.ndarray], groups: np.ndarray, rows: np.ndarra
 
 
 def _fixed(values: np.ndarray) -> np.ndarray:
-    """Multiples of 2^-32, int64; NaN (nothing seen) adds nothing."""
+    """Round to multiples of 2^-32, as int64; NaN (no tokens) becomes 0."""
     scaled = np.nan_to_num(values / FIXED_POINT, copy=False, nan=0.0)
     return np.rint(scaled, out=scaled).astype(np.int64)

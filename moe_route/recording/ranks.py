@@ -1,7 +1,8 @@
-"""Statistics of a run on several ranks, added up.
+"""Add up the statistics of a run on several ranks.
 
-Each rank counts the tokens that it routed. Ranks of data parallelism (FSDP too) route different tokens, so their sum is
-the run; ranks of tensor and expert parallelism all route the same tokens, so any one of them is the run.
+Each rank counts the tokens that it routed. Ranks of data parallelism (also FSDP) route different tokens, so the sum
+over ranks describes the run. Ranks of tensor and expert parallelism all route the same tokens, so any one of them
+describes the run.
 """
 
 from __future__ import annotations
@@ -24,15 +25,20 @@ _Part = tuple[RoutingStatistics, list[SequenceShard] | None]
 
 
 def all_reduce(statistics: RoutingStatistics | None, group: ProcessGroup | None = None) -> RoutingStatistics:
-    """The sum of what the ranks of ``group`` recorded, the same on every one of them; all of them must call this.
+    """Add up the statistics of the ranks of ``group``; every rank gets the same sum, and all of them must call this.
 
-    ``statistics``: this rank's, or None where it recorded nothing. ``group``: the ranks that were given different
-    tokens, such as ``model.device_mesh["fsdp"].get_group()``; None for all ranks. Sums are of integers: exact.
-    Sequences that ranks kept are sent along.
+    The sums are of integers, so they are exact. Recorded sequences are exchanged too.
 
-    Raises ``RuntimeError`` without an initialized process group, ``ValueError`` where this rank is not in ``group``,
-    ``MergeError`` where two ranks recorded the same tokens (they share a batch: leave one out of the group) or nothing
-    was recorded at all.
+    Args:
+        statistics: those of this rank, or None if it recorded nothing.
+        group: the ranks that were given different tokens, such as ``model.device_mesh["fsdp"].get_group()``; None for
+            all ranks.
+
+    Raises:
+        RuntimeError: there is no initialized process group.
+        ValueError: this rank is not in ``group``.
+        MergeError: two ranks recorded the same tokens (leave one of the ranks that share a batch out of the group), or
+            no rank recorded anything.
     """
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized():
@@ -64,7 +70,7 @@ def _unpacked(part: _Part) -> RoutingStatistics:
     statistics, shards = part
     if shards is not None:
         statistics.store = store = SequenceStore(statistics.layers, statistics.num_experts)
-        for shard in shards:  # unnamed items are numbered as the store counts them
+        for shard in shards:  # sequences without item are numbered as the store numbers them
             keys = [(store.next_unnamed() if is_unnamed(item) else item, group) for item, group in shard.keys]
             store.append(keys, dict(shard.arrays))
     return statistics

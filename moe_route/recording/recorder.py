@@ -1,8 +1,7 @@
-"""``Recorder``: owns the tables that the gate counts into, knows which sequences are running, and folds them when
-they end.
+"""``Recorder``: owns the tables that the gate counts into, tracks running sequences, and adds them up when they end.
 
-The way of a token: the label block says which group and sequence it belongs to, the token table carries that to the
-gate, the gate adds to int64 tables. Nothing is copied to the host before a label block ends.
+The label block assigns each token to a group and a sequence. The token table carries this to the gate, and the gate
+adds to int64 tables on the device. Nothing is copied to the host before a label block ends.
 """
 
 from __future__ import annotations
@@ -43,12 +42,12 @@ DEFAULT_GROUP = "all"
 logger = logging.getLogger(__name__)
 
 
-# Decode steps that wait to be counted together (`Attachment.set_statistics`).
+# Number of decode steps that may wait to be counted together (`Attachment.set_statistics`).
 LAG = 31
 
 
 class RecordedModel(Protocol):
-    """What the recorder needs of an attachment (`patching.Attachment`)."""
+    """The part of an attachment that the recorder uses (`patching.Attachment`)."""
 
     on_choice: Callable[[int, Tensor, Tensor], None] | None
 
@@ -61,8 +60,11 @@ class RecordedModel(Protocol):
 
 
 class _Drafts(NamedTuple):
-    """Tokens of one call that are counted by themselves, token i in row ``first + i`` of the group tables, and the rows
-    that they belong to, ``[drafts]``, -1 for none."""
+    """Drafted tokens of one call, counted apart from the groups until it is known which of them are text.
+
+    Token i is counted in row ``first + i`` of the group tables. The rows that it belongs to are ``[drafts]``, -1 for
+    none.
+    """
 
     first: int
     groups: Tensor
@@ -70,17 +72,16 @@ class _Drafts(NamedTuple):
 
 
 class Recorder:
-    """Counts what the routers of one attached model do, while its ``with`` block is on; it may be entered again to go
-    on.
+    """Counts the routing of one attached model inside its ``with`` block. It can be re-entered to continue recording.
 
-    Where the program ends inside the block, the recording ends as if by an exception: finished sequences are kept.
+    ``labels`` names the groups. A sequence lasts from its first call to the end of its label block. If no
+    label is given per sequence (one name for all, or no block), every call without cached tokens begins new sequences.
+    Padding is never counted.
 
-    Groups are named by ``labels``; a sequence lasts from its first call to the end of its label block. Where a block
-    says nothing per sequence (one name for all, or no block), every call without a past begins new sequences. Padding
-    is never counted.
+    If the program ends inside the block, the recording ends as after an exception: finished sequences are kept.
     """
 
-    _entered = True  # of an object that was not made
+    _entered = True  # the value if __init__ raised
 
     def __init__(
         self,
@@ -98,12 +99,21 @@ class Recorder:
         memory_bytes: int = 256 << 20,
         metadata: Mapping[str, Any] | None = None,
     ):
-        """``groups``: the only names allowed, in this order; None takes names as they come ("all" where there is none).
+        """Prepare a recording; nothing is counted before the ``with`` block.
 
-        ``sequences``: keep every sequence's q_i and a_i by (item, group): True (shards go to a temporary folder past
-        ``memory_bytes``) or a folder. ``trace``: ids and weights token by token, True or 0-based layers, at most
-        ``trace_limit`` tokens. ``metrics``: of ``ops.METRICS``. ``phases``: count only these. ``progress``: a tqdm bar
-        of finished sequences. ``metadata`` is kept with the statistics.
+        Args:
+            groups: the only names allowed, in this order; None accepts any names ("all" if there are none).
+            sequences: keep q_i and a_i of every sequence by (item, group): True (in memory, beyond ``memory_bytes`` in
+                a temporary folder), or the path of a folder.
+            trace: keep ids and weights token by token: True, or layers as indices from 0.
+            metrics: names from ``ops.METRICS``.
+            entropy: whether to sum the entropy of the router's distribution.
+            phases: count the tokens of these phases only.
+            progress: show a tqdm bar of finished sequences.
+            trace_limit: largest number of tokens in a trace.
+            trace_weights: dtype of the weights in a trace.
+            memory_bytes: limit for sequences kept in memory.
+            metadata: entries to keep with the statistics.
         """
         _check_names(metrics, METRICS, "metric")
         _check_names(phases, PHASES, "phase")
@@ -127,11 +137,11 @@ class Recorder:
         self._block: LabelBlock | None = None
         self._running: RunningSequences | None = None
         self._open = False  # a call was begun and has not gone through
-        self._drafts: _Drafts | None = None  # of the latest call
+        self._drafts: _Drafts | None = None  # drafts of the latest call
         self._on = self._paused = False
         self._progress = progress
         self._bar: tqdm = tqdm(disable=True)
-        self._process = os.getpid()  # that entered the block
+        self._process = os.getpid()  # the process that entered the block
         self._entered = False
 
     def _new_store(self, sequences: bool | str | os.PathLike[str], memory_bytes: int) -> SequenceStore | None:
@@ -159,7 +169,7 @@ class Recorder:
             try:
                 self._end(finished=failure[0] is None)
             finally:
-                self._end(finished=False)  # goes on where an interrupt broke off the first
+                self._end(finished=False)  # continues where an interrupt stopped the first attempt
 
     def __del__(self) -> None:
         if not self._entered:
@@ -167,7 +177,7 @@ class Recorder:
 
     @property
     def on(self) -> bool:
-        """Whether the ``with`` block is on."""
+        """Whether the ``with`` block is active."""
         return self._on
 
     @property
@@ -176,18 +186,21 @@ class Recorder:
         return tuple(self._groups)
 
     def labels(self, groups: Any = None, items: Any = None, *, count_mask: Any = None) -> Block[None]:
-        """Say what the sequences of a batch are, for all calls of the model inside: chunks of a prefill, the steps of
-        ``generate``.
+        """Label the sequences of a batch, for all calls inside: chunks of a prefill, steps of ``generate``.
 
-        ``groups``: one name for all, a name (or id) per sequence ``[B]``, or per token ``[B, S]``. ``items``: an id
-        per sequence that pairs it with its translations. ``count_mask``: bool ``[B, S]``, count only these
-        tokens (tokens past its columns are not counted). Columns are positions from the start, padding included
-        (an encoder and its decoder begin with the first each); tokens past the columns of ``groups`` keep the last one.
-        Beams and several returned sequences belong to the sequence they grew from.
+        Columns are positions from the start of the sequence, padding included. An encoder and its decoder each start at
+        column 0. Beams and several returned sequences belong to the sequence that they come from. A block left by an
+        exception discards its sequences.
 
-        Raises ``ValueError`` for unknown groups, lengths that do not agree, or a sequence that the store holds
-        already, ``RecordingError`` outside the ``with`` block or inside another label block. A block left by an
-        exception leaves its sequences out.
+        Args:
+            groups: one name for all, a name (or index) per sequence ``[B]``, or per token ``[B, S]``. Tokens past the
+                last column take the group of the last column.
+            items: an id per sequence, which pairs it with its translations.
+            count_mask: bool ``[B, S]``: count these tokens only. Tokens past the last column are not counted.
+
+        Raises:
+            ValueError: unknown groups, lengths that do not agree, or a sequence that the store already holds.
+            RecordingError: outside the ``with`` block, or inside another label block.
         """
         return Block("labels(...)", self._labeled(groups, items, count_mask))
 
@@ -211,7 +224,7 @@ class Recorder:
             finally:
                 self._end_labels(finished)
         finally:
-            self._end_labels(False)  # goes on where an interrupt broke off the first
+            self._end_labels(False)  # continues where an interrupt stopped the first attempt
 
     def _end_labels(self, finished: bool) -> None:
         try:
@@ -220,7 +233,7 @@ class Recorder:
             self._block = None
 
     def pause(self) -> Block[None]:
-        """Count nothing inside; running sequences go on afterwards."""
+        """Stop counting inside; running sequences continue afterwards."""
         return Block("pause()", self._pausing())
 
     @contextlib.contextmanager
@@ -233,7 +246,7 @@ class Recorder:
             finally:
                 self._set_paused(before)
         finally:
-            self._set_paused(before)  # goes on where an interrupt broke off the first
+            self._set_paused(before)  # continues where an interrupt stopped the first attempt
 
     def _set_paused(self, paused: bool) -> None:
         self._paused = paused
@@ -243,14 +256,14 @@ class Recorder:
             self._connect()
 
     def add_metadata(self, entries: Mapping[str, Any]) -> None:
-        """Keep more about the recording with its statistics; merged with what is there as that of two runs is."""
+        """Add entries to the metadata of the statistics; they merge like the metadata of two runs."""
         self._metadata = merge_metadata(self._metadata, entries)
 
     def statistics(self) -> RoutingStatistics:
-        """A snapshot: tokens of all calls so far, sums over finished sequences (those of a block that is still on are
-        not in yet).
+        """Take a snapshot: token sums of all calls so far, and sequence sums of the finished sequences.
 
-        Raises ``RecordingError`` where nothing was counted although the model ran, or a conservation law is broken.
+        Sequences of a label block that is still active are not included. Raises ``RecordingError`` if nothing was
+        counted although the model ran, or if a conservation law is broken.
         """
         if not self._entered:
             raise RecordingError(
@@ -283,7 +296,7 @@ class Recorder:
         return statistics
 
     def trace(self) -> Trace:
-        """The tokens traced so far. Raises ``RecordingError`` where ``trace`` was not asked for."""
+        """Return the tokens traced so far. Raises ``RecordingError`` if ``trace`` was not requested."""
         if self._trace is None:
             raise RecordingError("no trace was asked for: record(trace=True) or record(trace=[layers])")
         return self._trace.snapshot(self.groups)
@@ -298,11 +311,10 @@ class Recorder:
             parts.append(f"{number_of(self._running.count, 'sequence')} not ended yet")
         return f"Recorder({', '.join(parts)})"
 
-    # ---- what the owner of the attachment asks
+    # ---- called by the owner of the attachment
 
     def _rows(self, call: Call) -> tuple[int | Tensor, int | Tensor]:
-        """Rows of the group and of the segment tables for the tokens of a call that is about to run; ``(-1, -1)``
-        counts nothing."""
+        """Rows of the group tables and of the segment tables for the tokens of a call about to run; -1: not counted."""
         if call.beside:
             return -1, -1
         if self._trace is not None:
@@ -333,13 +345,13 @@ class Recorder:
         return groups, segments
 
     def _columns(self, call: Call) -> tuple[int, int]:
-        """The columns of a call that are in a phase to be counted: the first of them, and where they end."""
+        """The columns of a call that are in a recorded phase: index of the first, and index after the last."""
         prompt = call.prompt if call.drafted else 0
         first = 0 if prompt and "prefill" in self._phases else prompt
         return first, call.length if call.phase in self._phases else max(first, prompt)
 
     def _by_phase(self, call: Call, rows_at: Callable[[int], int | Tensor], capacity: int) -> int | Tensor:
-        """Rows of a call's tokens, those of each phase further down by ``capacity``."""
+        """Rows of a call's tokens, offset by ``capacity`` for the second phase."""
         now = rows_at(PHASES.index(call.phase) * capacity) if call.phase in self._phases else -1
         if not (call.drafted and call.prompt):
             return now
@@ -349,7 +361,7 @@ class Recorder:
     def _hold_drafts(
         self, call: Call, groups: int | Tensor, segments: int | Tensor
     ) -> tuple[int | Tensor, int | Tensor]:
-        """Count each drafted token by itself, into rows of no group, until it is known which of them are text."""
+        """Count each drafted token in a row of its own, outside all groups, until it is known to be text or not."""
         if call.batch != 1:
             raise RecordingError(
                 f"drafts of a batch of {call.batch}: which of them become text is known for one sequence at a time"
@@ -364,8 +376,10 @@ class Recorder:
         return groups, segments
 
     def _reject_drafts(self, count: int | None = None) -> None:
-        """The last ``count`` drafted tokens of the latest call were rejected, those before them are text; None: it is
-        not known of any of them, so none is counted."""
+        """Assign the drafted tokens of the latest call: the last ``count`` were rejected, those before them are text.
+
+        With None, nothing is known about any of them, so none is counted.
+        """
         drafts, self._drafts = self._drafts, None
         if drafts is None:
             return
@@ -377,13 +391,13 @@ class Recorder:
             self._trace.drop_last(refused)
 
     def _note_failure(self) -> None:
-        """The sequences of a call that did not go through are not whole."""
+        """Mark the sequences of a failed call as incomplete."""
         if self._open and self._running is not None:
             self._running.broken = True
         self._open = False
 
     def _note_capture(self) -> None:
-        """The call becomes part of a CUDA graph, whose replays count into these very tables."""
+        """Fix the tables in place, because the call is captured into a CUDA graph whose replays count into them."""
         if self._trace is not None:
             raise RecordingError(
                 "a CUDA graph is being captured, and a trace is kept call by call: record without trace=, or pause()"
@@ -392,21 +406,21 @@ class Recorder:
         self._tables.fixed = True
 
     def _after_call(self) -> None:
-        """The call that ``_rows`` was asked for went through."""
+        """Complete the call for which ``_rows`` was called."""
         self._open = False
         if self._trace is not None:
             self._trace.end_call()
 
     def _note_plan(self, plan_hash: str, *, steers: bool = True) -> None:
-        """A plan steers what is recorded from now on: keep its hash, and count the natural choice too."""
+        """Keep the hash of a plan that steers from now on, and count the natural choice too."""
         self._plans.add(plan_hash)
         if steers and self._counted().add_natural_counts() and self._on and not self._paused:
             self._connect()
 
-    # ---- inside
+    # ---- internal
 
     def _refuse_entry(self) -> None:
-        """Raise where the block cannot be entered now."""
+        """Raise if the block cannot be entered now."""
         if self._on:
             raise RecordingError("this recorder is on already: one with block at a time")
 
@@ -418,7 +432,7 @@ class Recorder:
         self._bar = tqdm(unit=" sequences", desc="recording", disable=not self._progress)
 
     def _end(self, *, finished: bool) -> None:
-        """Fold what runs, and stop counting. Harmless twice."""
+        """Add up the running sequences, and stop counting. Safe to call twice."""
         try:
             self._end_sequences(finished=finished)
             if self._store is not None:
@@ -433,14 +447,14 @@ class Recorder:
         _on_now.discard(self)
 
     def _end_with_program(self) -> None:
-        """End while the interpreter is whole: once it goes, counting on tensors aborts the process."""
+        """End the recording before the interpreter shuts down, since counting during shutdown aborts the process."""
         if self._process == os.getpid():
             self._end(finished=False)
-        else:  # a forked child: the recording, and the folder of its sequences, are its parent's
+        else:  # in a forked child, the recording and the folder of its sequences belong to the parent
             self._on, self._running, self._drafts = False, None, None
 
     def _counted(self) -> TableSet:
-        """The tables, with every call that went through counted."""
+        """The tables, after counting every completed call."""
         self._model.flush()
         return self._tables
 
@@ -488,14 +502,14 @@ class Recorder:
             self._connect()
 
     def _end_sequences(self, *, finished: bool = True) -> None:
-        """Fold the running sequences into the pool and the store, or leave them out where they broke off."""
+        """Add the running sequences to the pool and the store, or discard them if they are incomplete."""
         self._reject_drafts()
         self._note_failure()
         running = self._running
         if running is None:
             return
         sums = self._counted().take_segments(running.segments)
-        self._running = None  # only now: where an interrupt comes before, they are ended again
+        self._running = None  # last, so that after an earlier interrupt they are ended again
         if not finished or running.broken or not running.begun:
             self._abandoned += running.count
             logger.warning(
@@ -512,7 +526,7 @@ class Recorder:
 
     def _keep(self, running: RunningSequences, averages: SequenceAverages) -> None:
         assert self._store is not None
-        seen = np.flatnonzero(averages.tokens.any(axis=1))  # parts that a mask left empty are no sequences
+        seen = np.flatnonzero(averages.tokens.any(axis=1))  # segments without a counted token are not kept
         names = list(self._groups)
         sequences = dict.fromkeys(running.segment_sequence[seen])
         unnamed = {sequence: self._store.next_unnamed() for sequence in sequences if running.item(sequence) is None}
@@ -530,7 +544,7 @@ class Recorder:
         self._store.append(keys, arrays)
 
     def _refuse_repeats(self, block: LabelBlock) -> None:
-        """Raise before the model runs where the store could not take the sequences of a block."""
+        """Raise, before the model runs, if the store could not accept the sequences of a block."""
         if self._store is None or block.items is None:
             return
         codes = np.broadcast_to(block.codes, len(block.items)) if block.codes.ndim == 0 else block.codes
@@ -555,15 +569,15 @@ class Recorder:
         )
 
     def _refuse_silence(self, tokens: np.ndarray) -> None:
-        """``tokens``: counted by each layer, ``[L]``."""
+        """Raise if a layer counted nothing although the model ran. ``tokens [L]``: number counted by each layer."""
         if self._countable_calls and not tokens.any():
             raise RecordingError(
-                f"{self._calls} calls of the model reached no router: something goes round them (a kernel, "
+                f"{self._calls} calls of the model reached no router: something bypasses them (a kernel, "
                 "torch.compile before attach, an inner model that was replaced); mr.describe(model) shows the "
                 "engines, attach() again after the last change to the model"
             )
         routers = list(zip(self._model.routers, tokens, strict=True))
-        reached = {router.role for router, count in routers if count}  # a tower without a picture is silent as a whole
+        reached = {router.role for router, count in routers if count}  # a vision tower may count nothing
         silent = [router.name for router, count in routers if not count and router.role in reached]
         if silent:
             logger.warning("%d of %d layers counted no token: %s", len(silent), len(tokens), ", ".join(silent[:4]))

@@ -20,23 +20,23 @@ from moe_route.recording.store import Item
 __all__ = ["RunningSequences"]
 
 _HASH_BYTES = 16
-_PADDING = torch.iinfo(torch.int32).min  # stands for a token id where there is padding
+_PADDING = torch.iinfo(torch.int32).min  # stands for the token id of padding
 
 
 class RunningSequences:
-    """N sequences from their first call to the end of their block.
+    """N sequences, from their first call to the end of their label block.
 
-    A *segment* is what one sequence has in one group: the unit of the segment tables and of the sequence store. A
-    sequence labeled per token has as many segments as groups. A batch that is a multiple of N (beams, several returned
-    sequences) continues sequence i in rows i * n to i * n + n - 1.
+    A *segment* is the part of one sequence that lies in one group. Segment tables and the sequence store have one row
+    per segment. A sequence labeled per token has as many segments as groups. If the batch is n * N (beams, several
+    returned sequences), rows i * n to i * n + n - 1 continue sequence i.
     """
 
     def __init__(self, block: LabelBlock, batch: int, group_index: Mapping[str, int]):
         self.block = block
         self.count = block.sequences or batch
-        self.groups: np.ndarray = block.values([group_index[name] for name in block.names])  # [], [N] or [N, S]
+        self.groups: np.ndarray = block.values([group_index[name] for name in block.names])  # shape [], [N] or [N, S]
         self._find_segments(len(group_index))
-        self.broken = False  # a call did not go through
+        self.broken = False  # whether a call failed
         self._rows: dict[tuple[str, int, torch.device], int | Tensor] = {}
         self._tokens: list[tuple[Tensor | None, int]] = []
 
@@ -53,7 +53,7 @@ class RunningSequences:
 
     @property
     def begun(self) -> bool:
-        """Whether a call of them went to the model: a vision tower may fail before."""
+        """Whether one of their calls reached the model itself; before that, a vision tower may fail."""
         return bool(self._tokens)
 
     @property
@@ -64,16 +64,15 @@ class RunningSequences:
         return None if self.block.items is None else self.block.items[sequence]
 
     def fits(self, batch: int) -> bool:
-        """Whether a call of this batch can continue these sequences."""
+        """Whether a call of this batch size can continue these sequences."""
         return batch % self.count == 0
 
     def group_rows(self, call: Call, offset: int) -> int | Tensor:
-        """Row of the group tables for each token: an int, ``[N]`` or ``[N, length]``; -1 where the mask says that a
-        token does not count."""
+        """Row of the group tables for each token: an int, ``[N]`` or ``[N, length]``; -1 where it is not counted."""
         return self._masked(self._row("group", self.groups, call, offset), call)
 
     def segment_rows(self, call: Call, offset: int) -> int | Tensor:
-        """Row of the segment tables, like ``group_rows``."""
+        """Row of the segment tables for each token, in the form of ``group_rows``."""
         return self._masked(self._row("segment", self.segment_of, call, offset), call)
 
     def _row(self, what: str, rows: np.ndarray, call: Call, offset: int) -> int | Tensor:
@@ -95,26 +94,25 @@ class RunningSequences:
         return torch.where(counted, rows if rows.dim() == 2 else rows[:, None], -1)
 
     def keep_tokens(self, call: Call, first: int, end: int) -> None:
-        """Remember the token ids of a call's columns `first` to `end` for the fingerprint, without waiting for the
-        device."""
+        """Keep the token ids of a call's columns `first` to `end` for the fingerprint, without waiting for a device."""
         ids = call.input_ids
         if ids is not None and ids.shape == (call.batch, call.length):
-            # a copy: callers may reuse their input buffer for the next step
+            # a copy, because callers may reuse their input buffer for the next step
             kept = ids.clone() if call.valid is None else torch.where(call.valid, ids, _PADDING)
             self._tokens.append((kept[:, first:end], end - first))
         else:
             self._tokens.append((None, end - first))
 
     def drop_last(self, columns: int) -> None:
-        """The last ``columns`` of the latest call are in no text."""
+        """Drop the last ``columns`` of the latest call, which belong to no text."""
         ids, length = self._tokens[-1]
         self._tokens[-1] = (None if ids is None else ids[:, : ids.shape[1] - columns], length - columns)
 
     def fingerprint(self) -> int:
-        """128-bit hash of every sequence's item, groups and token ids (padding left out; the number of columns where
-        the call had embeddings), added up.
+        """128-bit hash of the item, groups and token ids of every sequence, added up.
 
-        Chunks hash like the whole; sums of fingerprints do not depend on the order of the sequences.
+        Padding is left out. If a call was given embeddings, its number of columns is hashed in place of ids. Chunks
+        give the same hash as the whole sequence, and the sum does not depend on the order of the sequences.
         """
         hashes = [hashlib.blake2b(self._identity(i), digest_size=_HASH_BYTES) for i in range(self.count)]
         for _, calls in itertools.groupby(self._tokens, key=_alike):
@@ -138,6 +136,6 @@ class RunningSequences:
 
 
 def _alike(call: tuple[Tensor | None, int]) -> object:
-    """What calls have in common whose token ids can be laid side by side."""
+    """Properties that calls must share so that their token ids can be concatenated."""
     ids, _ = call
     return None if ids is None else (ids.shape[0], ids.device)

@@ -1,8 +1,8 @@
-"""What a recording leaves behind: integer sums per (group, layer, expert), immutable, mergeable to the last bit.
+"""The result of a recording: immutable integer sums per (group, layer, expert), which merge exactly.
 
-Two kinds of sums, both int64. *Token sums* are the tables of the gate (`csrc/include/moe_route/gate.h`), one set per
-phase. *Sequence sums* add up, over finished sequences, the sequence's own averages: q_i (arXiv 2510.04694 eq. 1), a_i
-/ L_i (its eq. 3), H(q_i) and the mean over its tokens of H(p_t), each rounded once to a multiple of 2^-32. Sums of
+There are two kinds of sums, both int64. *Token sums* are the tables of the gate (`csrc/include/moe_route/gate.h`), one
+set per phase. *Sequence sums* add up the averages of finished sequences, each rounded once to a multiple of 2^-32: q_i
+(arXiv 2510.04694 eq. 1), a_i / L_i (its eq. 3), H(q_i), and the mean of H(p_t) over the tokens of the sequence. Sums of
 integers do not depend on order, so two runs merge exactly.
 """
 
@@ -39,33 +39,32 @@ __all__ = [
 Kind = Literal["full", "topk", "count"]
 By = Literal["sequence", "token"]
 
-# Axis 0 of the sequence sums: a sequence's average over both phases is no sum of two averages.
+# Axis 0 of the sequence sums. "all" is needed because an average over both phases is not the sum of two averages.
 VIEWS = ("prefill", "decode", "all")
 SEQUENCE_KINDS = ("full", "topk", "count", "frequency")
-# Finished sequences seen by a layer; those with a q_i of each kind (an all-zero row has none); fixed-point sums, nats:
-# of H(q_i), and of the mean over the scored tokens t of a sequence of H(p_t). Both have a term per sequence of "full".
+# Number of finished sequences seen by a layer; of those with a q_i of each kind (an all-zero row has none); fixed-point
+# sums in nats of H(q_i), and of the mean of H(p_t) over the scored tokens. Both sums have a term per "full" sequence.
 SEQUENCE_SCALARS = ("sequences", "full", "topk", "count", "entropy", "mean_token_entropy")
 _SEQUENCE_NATS = ("entropy", "mean_token_entropy")
 KIND_METRIC = {"full": "probability", "topk": "weight_share", "count": "counts", "frequency": "counts"}
-_COUNTED = ("counts", "natural_counts")  # metrics that are plain integers, not fixed point
-IMPORTED = "imported"  # metadata["source"] of sums that another recorder kept
+_COUNTED = ("counts", "natural_counts")  # metrics that are integers, not fixed point
+IMPORTED = "imported"  # metadata["source"] of sums from another recorder
 _FILE_KIND = "statistics"
 logger = logging.getLogger(__name__)
 
 
 class RecordingError(RuntimeError):
-    """A recording that broke a conservation law, or was used in a way that would spoil it; the message names the
-    mend."""
+    """Raised for a recording that breaks a conservation law, or for misuse that would spoil it; names the fix."""
 
 
 class MergeError(ValueError):
-    """Two statistics that cannot be merged: another model, other layers, other metrics."""
+    """Raised for statistics that cannot be merged because model, layers or metrics differ."""
 
 
 class RoutingStatistics:
     """Routing of one or more runs as integer sums, with named accessors over ``[group, layer, expert]``.
 
-    Made by ``Recorder.statistics()``, ``load`` and ``from_token_sums``. Arrays are read-only. ``a + b`` merges
+    Built by ``Recorder.statistics()``, ``load`` and ``from_token_sums``. Arrays are read-only. ``a + b`` merges
     exactly, in any order. Layers with fewer experts than the widest one are padded with zeros.
     """
 
@@ -85,11 +84,13 @@ class RoutingStatistics:
         tolerance: float = 0.0,
         store: SequenceStore | None = None,
     ):
-        """Take int64 arrays: ``scalars [2, G, L, 8]`` (``ops.SCALARS``), ``metrics`` name -> ``[2, G, L, E]``,
-        ``sequence_scalars [3, G, L, 6]`` (``SEQUENCE_SCALARS``), ``sequence_sums`` kind -> ``[3, G, L, E]``; axis 0
-        is ``PHASES`` or ``VIEWS``, E the widest layer. ``tolerance``: the relative gap that ``verify`` lets pass.
+        """Store int64 arrays. Axis 0 is ``PHASES`` or ``VIEWS``, and E is the size of the widest layer.
 
-        Raises ``ValueError`` for a wrong shape, an unknown metric or a group named twice.
+        ``scalars [2, G, L, 8]`` are ``ops.SCALARS``; ``metrics`` maps a name to ``[2, G, L, E]``; ``sequence_scalars
+        [3, G, L, 6]`` are ``SEQUENCE_SCALARS``; ``sequence_sums`` maps a kind to ``[3, G, L, E]``. ``tolerance`` is the
+        relative gap that ``verify`` accepts.
+
+        Raises ``ValueError`` for a wrong shape, an unknown metric, or a group named twice.
         """
         self.groups = tuple(groups)
         self.layers = tuple(layers)
@@ -128,16 +129,20 @@ class RoutingStatistics:
         metadata: Mapping[str, Any] | None = None,
         **metrics: np.ndarray,
     ) -> RoutingStatistics:
-        """Statistics from sums that another recorder kept: ``counts`` int ``[G, L, E]``, ``tokens`` int ``[G]`` or
-        ``[G, L]``, and optionally ``probability``, ``weight``, ``weight_share`` as float ``[G, L, E]`` sums over
-        tokens. They hold no sequences, so accessors need ``by="token"``.
+        """Build statistics from the token sums of another recorder, without sequences; use ``by="token"`` with them.
 
-        ``num_experts``: of each layer, where some have fewer than E; without it, experts at the end of a layer that no
-        group chose are counted as experts, with a warning. ``tolerance``: how far the sums may miss what the tokens
-        must add up to, relative, such as by rounding to bfloat16; it is kept with the statistics, as is
-        ``metadata["source"] = "imported"``. ``conservation()`` shows the gaps.
+        Args:
+            counts: int ``[G, L, E]``, how many tokens chose each expert.
+            tokens: int ``[G]`` or ``[G, L]``, number of tokens.
+            probability, weight, weight_share: optional float ``[G, L, E]`` sums over tokens.
+            num_experts: experts of each layer, if some layers have fewer than E. Without it, experts at the end of a
+                layer that no group chose count as experts, with a warning.
+            tolerance: relative error that the sums may have, such as from rounding to bfloat16. It is kept with the
+                statistics, as is ``metadata["source"] = "imported"``. ``conservation()`` shows the gaps.
 
-        Raises ``RecordingError`` for sums that miss by more, ``ValueError`` for wrong shapes.
+        Raises:
+            RecordingError: the sums miss by more than the tolerance.
+            ValueError: a wrong shape.
         """
         counts = np.rint(np.asarray(counts)).astype(np.int64)
         tokens = np.asarray(tokens)
@@ -179,9 +184,10 @@ class RoutingStatistics:
     # ---- token sums
 
     def token_sum(self, metric: str, phase: Phase | None = None) -> np.ndarray:
-        """Sum over tokens of one metric, ``[G, L, E]``: int64 for ``counts`` and ``natural_counts``, float64 in units
-        of one token for ``probability``, ``weight`` and ``weight_share``. Raises
-        ``ValueError`` for a metric that was not recorded.
+        """Sum of one metric over tokens, ``[G, L, E]``.
+
+        int64 for ``counts`` and ``natural_counts``; float64 in units of one token for ``probability``, ``weight`` and
+        ``weight_share``. Raises ``ValueError`` for a metric that was not recorded.
         """
         table = self._metric(metric)
         if metric in _COUNTED:
@@ -190,8 +196,10 @@ class RoutingStatistics:
         return scaled.sum(0) if phase is None else scaled[_phase_index(phase)]
 
     def scalar(self, name: str, phase: Phase | None = None) -> np.ndarray:
-        """One of ``ops.SCALARS`` summed over tokens, ``[G, L]``: int64, or float64 for ``entropy`` (nats) and
-        ``moved`` (share of weight)."""
+        """Sum of one of ``ops.SCALARS`` over tokens, ``[G, L]``.
+
+        int64, or float64 for ``entropy`` (nats) and ``moved`` (share of weight).
+        """
         if name not in SCALARS:
             raise ValueError(f"no scalar {name!r}: one of {', '.join(SCALARS)}")
         column = self._scalars[..., SCALARS.index(name)]
@@ -199,19 +207,21 @@ class RoutingStatistics:
         return values.sum(0) if phase is None else values[_phase_index(phase)].copy()
 
     def tokens(self, phase: Phase | None = None) -> np.ndarray:
-        """Tokens counted, int64 ``[G, L]``."""
+        """Number of tokens counted, int64 ``[G, L]``."""
         return self.scalar("tokens", phase)
 
     # ---- sequence sums
 
     def sequences(self, phase: Phase | None = None) -> np.ndarray:
-        """Finished sequences, int64 ``[G]``: those with at least one counted token in this phase, in any layer."""
+        """Number of finished sequences, int64 ``[G]``: those with a counted token in this phase, in any layer."""
         seen = self.sequence_scalar("sequences", phase)
         return seen.max(axis=1, initial=0)
 
     def sequence_scalar(self, name: str, phase: Phase | None = None) -> np.ndarray:
-        """One of ``SEQUENCE_SCALARS``, ``[G, L]``: int64 numbers of sequences, or float64 nats, summed over sequences:
-        ``entropy`` (H(q_i)) and ``mean_token_entropy`` (the mean over a sequence's tokens of H(p_t))."""
+        """One of ``SEQUENCE_SCALARS``, ``[G, L]``: int64 numbers of sequences, or float64 sums over sequences, in nats.
+
+        The latter are ``entropy`` (H(q_i)) and ``mean_token_entropy`` (mean of H(p_t) over the tokens of a sequence).
+        """
         if name not in SEQUENCE_SCALARS:
             raise ValueError(f"no sequence scalar {name!r}: one of {', '.join(SEQUENCE_SCALARS)}")
         values = self._sequence_scalars[_view_index(phase), ..., SEQUENCE_SCALARS.index(name)]
@@ -220,12 +230,12 @@ class RoutingStatistics:
     # ---- averages
 
     def mean_distribution(self, kind: Kind = "full", phase: Phase | None = None, by: By = "sequence") -> np.ndarray:
-        """Mean routing distribution, float64 ``[G, L, E]``; rows sum to 1, NaN where nothing was seen.
+        """Mean routing distribution, float64 ``[G, L, E]``; rows sum to 1 and are NaN without tokens.
 
-        ``kind``: ``full`` scores over all experts, ``topk`` weights of the chosen divided by their sum, ``count``
-        selections. ``by="sequence"`` is the mean of q_i (arXiv 2510.04694 eq. 1), ``by="token"`` weighs every token
-        alike. Sequences and tokens with an all-zero row are left out (``sequence_scalar``, ``scalar("unscored")`` tell
-        how many).
+        ``kind``: ``full`` uses the scores over all experts, ``topk`` the weights of the chosen experts divided by their
+        sum, ``count`` the selections. ``by="sequence"`` is the mean of q_i (arXiv 2510.04694 eq. 1); ``by="token"``
+        weighs every token equally. Sequences and tokens with an all-zero row are left out; ``sequence_scalar`` and
+        ``scalar("unscored")`` give their number.
         """
         if kind not in KIND_METRIC or kind == "frequency":
             raise ValueError(f"no distribution kind {kind!r}: full, topk or count")
@@ -235,11 +245,10 @@ class RoutingStatistics:
         return _ratio(sums, sums.sum(-1, keepdims=True))
 
     def frequency(self, phase: Phase | None = None, by: By = "sequence") -> np.ndarray:
-        """How often a token chooses each expert, float64 ``[G, L, E]``: rows sum to k (less the slots that stayed
-        empty).
+        """Mean number of times that a token chooses each expert, float64 ``[G, L, E]``; NaN without tokens.
 
-        ``by="sequence"``: mean of a_i / L_i (the terms of arXiv 2510.04694 eq. 3); ``by="token"``: counts / tokens.
-        NaN where nothing was seen.
+        Rows sum to k, minus the mean number of empty slots. ``by="sequence"`` is the mean of a_i / L_i (the terms of
+        arXiv 2510.04694 eq. 3); ``by="token"`` is counts / tokens.
         """
         if _check_by(by) == "token":
             return _ratio(self.token_sum("counts", phase), self.tokens(phase)[..., None])
@@ -249,13 +258,13 @@ class RoutingStatistics:
     def entropy(
         self, of: Literal["token", "sequence"] = "token", phase: Phase | None = None, by: By = "token"
     ) -> np.ndarray:
-        """Mean entropy in nats, float64 ``[G, L]``.
+        """Mean entropy in nats, float64 ``[G, L]``; NaN without tokens.
 
-        ``of="token"`` is the mean of H(p_t): over all tokens alike (``by="token"``), or over the tokens of each
-        sequence and then over sequences (``by="sequence"``), which is what H(q_i) compares with. ``of="sequence"`` is
-        the mean over sequences of H(q_i), whatever ``by``.
+        ``of="token"`` is the mean of H(p_t). With ``by="token"`` all tokens have equal weight. With ``by="sequence"``
+        the mean is over the tokens of each sequence, then over sequences, which is comparable with H(q_i).
+        ``of="sequence"`` is the mean of H(q_i) over sequences, whatever ``by``.
 
-        NaN where nothing was seen. Raises ``ValueError`` when it was not recorded.
+        Raises ``ValueError`` if the entropy was not recorded.
         """
         if of == "sequence":
             self._sequence_sum("full", phase)
@@ -268,13 +277,15 @@ class RoutingStatistics:
             return _ratio(self.sequence_scalar("mean_token_entropy", phase), self.sequence_scalar("full", phase))
         return _ratio(self.scalar("entropy", phase), self.tokens(phase) - self.scalar("unscored", phase))
 
-    # ---- parts and wholes
+    # ---- selecting and merging
 
     def select(
         self, groups: Sequence[str] | None = None, layers: Sequence[str | int] | range | None = None
     ) -> RoutingStatistics:
-        """These groups (by name) and layers (by name or index), in the order given. The store, if any, keeps the
-        sequences of all groups, in these layers."""
+        """Select groups by name, and layers by name or index, in the given order.
+
+        The store, if any, keeps the sequences of all groups, in the selected layers.
+        """
         rows = (
             list(range(len(self.groups)))
             if groups is None
@@ -301,10 +312,9 @@ class RoutingStatistics:
         )
 
     def merge(self, other: RoutingStatistics) -> RoutingStatistics:
-        """Both runs in one, exactly: integers are added, groups are united. The same as ``self + other``.
+        """Merge two runs exactly: integers are added and groups are united. The same as ``self + other``.
 
-        Raises ``MergeError`` for another model, other layers or metrics, and ``RecordingError`` where a sum
-        would overflow.
+        Raises ``MergeError`` if model, layers or metrics differ, and ``RecordingError`` if a sum would overflow.
         """
         if "natural_counts" in {*self.metrics} ^ {*other.metrics}:
             return self._with_natural_counts().merge(other._with_natural_counts())
@@ -332,8 +342,10 @@ class RoutingStatistics:
         return self if isinstance(other, int) and other == 0 else NotImplemented  # sum([a, b, c]) starts from 0
 
     def __eq__(self, other: object) -> bool:
-        """The same evidence: layers, sums, model and data, whatever the order of the groups. Stores and versions are
-        not compared."""
+        """Whether layers, sums, model and data are equal, whatever the order of the groups.
+
+        Stores and versions are not compared.
+        """
         if not isinstance(other, RoutingStatistics):
             return NotImplemented
         shape = ("layers", "num_experts", "top_k", "metrics", "has_entropy")
@@ -348,14 +360,14 @@ class RoutingStatistics:
 
     __hash__ = None  # type: ignore[assignment]  # compared by content, which is large
 
-    # ---- what the user keeps
+    # ---- files and data frames
 
     def save(self, path: str | os.PathLike[str], *, sequences: bool = True) -> None:
-        """Write one file (`moe_route.files`, kind "statistics"), with the sequence store in it unless
-        ``sequences=False``; docs/files.md says how other programs read it.
+        """Write one file (`moe_route.files`, kind "statistics"), with the sequence store unless ``sequences=False``.
 
-        The file appears, or an existing one is replaced, whole or not at all. What other statistics still read from
-        the file that is replaced is refused from then on. Raises ``OSError`` where ``path`` cannot be written.
+        docs/files.md describes the format for other programs. The file is written, or replaced, whole or not at all.
+        Other statistics that still read sequences from a replaced file are refused from then on. Raises ``OSError`` if
+        ``path`` cannot be written.
         """
         header: dict[str, Any] = {
             "groups": list(self.groups),
@@ -378,11 +390,10 @@ class RoutingStatistics:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, sequences: bool = True) -> RoutingStatistics:
-        """Read what ``save`` wrote. Sequences are read from the file when the store is asked for them; with
-        ``sequences=False`` there is no store.
+        """Read a file that ``save`` wrote. Sequences are read when they are used; ``sequences=False`` omits them.
 
-        Raises ``files.FileRefusedError`` for a missing, truncated, altered or foreign file, ``RecordingError``
-        for sums that break conservation.
+        Raises ``files.FileRefusedError`` for a missing, truncated, altered or foreign file, and ``RecordingError`` for
+        sums that break a conservation law.
         """
         tensors, header, store = _read(path)
         with files.expected_content(path):
@@ -406,12 +417,13 @@ class RoutingStatistics:
         return statistics
 
     def to_pandas(self) -> pd.DataFrame:
-        """Tidy token sums, a row per (group, phase, layer, expert): ``router`` (module name), ``tokens`` of the (group,
-        phase, layer), then one column per metric and ``frequency`` (counts / tokens, NaN where nothing was seen).
-        Padding experts are left out.
+        """Return token sums as a tidy data frame with a row per (group, phase, layer, expert).
+
+        Columns: ``router`` (module name), ``tokens`` of the (group, phase, layer), one per metric, and ``frequency``
+        (counts / tokens, NaN without tokens). Padding experts are left out.
         """
         experts = range(max(self.num_experts, default=0))
-        # arrays are [phase, group, layer, expert]; rows are group first
+        # arrays are [phase, group, layer, expert]; rows of the frame start with the group
         columns = {name: np.stack([self.token_sum(name, p) for p in PHASES], 1).reshape(-1) for name in self.metrics}
         frame = data_frame(columns, {**self._axes, "expert": experts})
         tokens = np.stack([self.tokens(p) for p in PHASES], 1).reshape(-1)
@@ -422,8 +434,10 @@ class RoutingStatistics:
         return frame[frame["expert"] < np.asarray(self.num_experts)[frame["layer"]]].reset_index(drop=True)
 
     def scalars_to_pandas(self) -> pd.DataFrame:
-        """Tidy scalars, a row per (group, phase, layer): every name of ``ops.SCALARS`` summed over tokens,
-        ``sequences``, ``sequence_entropy`` (mean)."""
+        """Return scalars as a tidy data frame with a row per (group, phase, layer).
+
+        Columns: every name of ``ops.SCALARS`` summed over tokens, ``sequences``, and ``sequence_entropy`` (mean).
+        """
         columns = {name: np.stack([self.scalar(name, p) for p in PHASES], 1).reshape(-1) for name in SCALARS}
         counted = [self.sequence_scalar("sequences", p) for p in PHASES]
         columns["sequences"] = np.stack(counted, 1).reshape(-1)
@@ -436,16 +450,18 @@ class RoutingStatistics:
         return {"group": self.groups, "phase": self.phases, "layer": range(len(self.layers))}
 
     def conservation(self, phase: Phase | None = None) -> Conservation:
-        """Slots that the tokens must fill and slots found (choices and empty ones), by group and layer, with the
-        largest relative gap. Raises ``ValueError`` where counts were not recorded."""
+        """Compare the slots that the tokens need with the slots found (choices and empty ones), by group and layer.
+
+        The result gives the largest relative gap. Raises ``ValueError`` if counts were not recorded.
+        """
         return conservation(self, phase)
 
     def verify(self) -> None:
-        """Check what must hold whatever was recorded; raises ``RecordingError`` naming the first (group, layer) where
-        it does not.
+        """Check the conservation laws; raises ``RecordingError`` naming the first (group, layer) that breaks one.
 
-        Counts + empty slots = slots; nothing negative (an overflow); mass = scored tokens within rounding; share at
-        most one per token. ``tolerance`` is a relative gap that is let pass: that of ``from_token_sums``.
+        Counts + empty slots = slots. No sum is negative (an overflow). Probabilities add up to the number of scored
+        tokens within rounding. Weight shares add up to at most one per token. ``tolerance`` is an accepted relative
+        gap, set by ``from_token_sums``.
         """
         broken = broken_law(self, self._arrays())
         if broken is None:
@@ -475,12 +491,12 @@ class RoutingStatistics:
         return Table(("group", "sequences", "tokens"), self._sizes(), title, "\n".join(facts))._repr_html_()
 
     def _sizes(self) -> list[tuple[str, int, int]]:
-        """Group, its sequences, and its tokens in the layer that counted most."""
+        """Each group's name, number of sequences, and number of tokens in the layer that counted most."""
         tokens = self.tokens().max(axis=1, initial=0)
         return list(zip(self.groups, self.sequences().tolist(), tokens.tolist(), strict=True))
 
     def _facts(self) -> list[str]:
-        """What a reader wants to know, a line each, the size first."""
+        """Facts for a reader, one line each, the size first."""
         experts = "/".join(map(str, sorted(set(self.num_experts))))
         chosen = "/".join(map(str, sorted(set(self.top_k))))
         size = f"{number_of(len(self.groups), 'group')} x {number_of(len(self.layers), 'layer')} x {experts} experts"
@@ -505,10 +521,10 @@ class RoutingStatistics:
             lines.append(f"store: {number_of(len(self.store), 'sequence')}")
         return lines
 
-    # ---- inside
+    # ---- internal
 
     def _with_natural_counts(self) -> RoutingStatistics:
-        """The same with the natural choice as a metric: where no plan steered it is the choice itself."""
+        """The same statistics with the natural choice as a metric; if no plan steered, it is the choice itself."""
         if "natural_counts" in self.metrics:
             return self
         if self.metadata.get("plans") or "counts" not in self.metrics:
@@ -516,7 +532,7 @@ class RoutingStatistics:
         return self._with(metrics={**self._metrics, "natural_counts": self._metrics["counts"]})
 
     def _with(self, **changes: Any) -> RoutingStatistics:
-        """The same but for these arguments of the constructor."""
+        """A copy with other values for these arguments of the constructor."""
         return RoutingStatistics(
             **{
                 "groups": self.groups,
@@ -562,7 +578,7 @@ class RoutingStatistics:
         return arrays | {f"sequence.{kind}": table for kind, table in self._sequence_sums.items()}
 
     def _spread(self, groups: Sequence[str]) -> dict[str, np.ndarray]:
-        """The arrays with their group axis laid out as ``groups``, zero where this one has none."""
+        """The arrays with a row per name in ``groups``, zero for groups that these statistics lack."""
         place = {group: index for index, group in enumerate(groups)}
         rows = [place[group] for group in self.groups]
         spread = {}
@@ -603,10 +619,10 @@ def _check_axes(statistics: RoutingStatistics, metrics: Iterable[str], kinds: It
 
 
 def _widths(counts: np.ndarray, layers: Sequence[str], num_experts: int | Sequence[int] | None) -> list[int]:
-    """Experts of each layer of ``counts [G, L, E]``."""
+    """Number of experts of each layer of ``counts [G, L, E]``."""
     width = counts.shape[-1]
     numbers = np.arange(1, width + 1)
-    used = (counts.any(axis=0) * numbers).max(axis=-1, initial=0).tolist()  # up to the last that was chosen
+    used = (counts.any(axis=0) * numbers).max(axis=-1, initial=0).tolist()  # up to the last expert that was chosen
     if num_experts is None:
         padded = [f"{name} ({last} of {width})" for name, last in zip(layers, used, strict=True) if 0 < last < width]
         if padded:
@@ -644,7 +660,7 @@ def _checked_sum(a: np.ndarray, b: np.ndarray, name: str) -> np.ndarray:
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Division that gives NaN, without a warning, where the denominator is zero."""
+    """Divide, with NaN and no warning where the denominator is zero."""
     shape = np.broadcast_shapes(numerator.shape, denominator.shape)
     out = np.full(shape, np.nan)
     return np.divide(numerator, denominator, out=out, where=np.broadcast_to(denominator, shape) != 0)
@@ -677,7 +693,7 @@ def _position(name: str, names: Sequence[str], what: str) -> int:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any], SequenceStore | None]:
-    """Arrays, header and sequences of a file."""
+    """Read the arrays, header and sequences of a file."""
     tensors, header, blocks = files.read_blocks(path, _FILE_KIND)
     with files.expected_content(path):
         names = header["sequences"]

@@ -1,8 +1,8 @@
-"""Sequence by sequence: q_i, a_i and L_i keyed by (item, group), in memory up to a bound, then on disk.
+"""Routing of single sequences (q_i, a_i and L_i), keyed by (item, group), in memory up to a limit, then on disk.
 
-The item id pairs a sentence with its translations; paired divergence and the bootstrap read from here. While a
-recording runs, sequences past the bound go to files of kind "sequences" in a folder. What the user keeps is one file:
-`RoutingStatistics.save` writes the sequences into it, as blocks (`moe_route.files`), and reads them from there.
+The item id pairs a sentence with its translations. Paired divergence and the bootstrap read from here. While a
+recording runs, sequences beyond the limit go to files of kind "sequences" in a folder. The file that the user keeps is
+one: `RoutingStatistics.save` writes the sequences into it as blocks (`moe_route.files`) and reads them from there.
 """
 
 from __future__ import annotations
@@ -31,16 +31,20 @@ __all__ = ["Item", "SequenceShard", "SequenceStore", "is_unnamed"]
 Item = str | int
 Key = tuple[Item, str]
 _FILE_KIND = "sequences"
-_SHARD_BYTES = 8 << 20  # sequences are kept, written and read this much at a time
-_OPEN_SHARDS = 16  # shards from disk held in memory for reading
-_UNNAMED = "#"  # items without an id are "#0", "#1", ...: they pair with nothing
+_SHARD_BYTES = 8 << 20  # sequences are kept, written and read in portions of this size
+_OPEN_SHARDS = 16  # number of shards from disk that are held in memory for reading
+_UNNAMED = "#"  # sequences without an item id are "#0", "#1", ... and are never paired
 
 
 @dataclass(frozen=True)
 class SequenceShard:
-    """Some sequences of one store: ``keys`` of length n; ``tokens`` int64 ``[n, L]`` (L_i); ``counts`` int32 ``[n, L,
-    E]`` (a_i); ``full`` and ``topk`` float32 ``[n, L, E]`` (q_i; NaN where a layer saw nothing), each present where
-    its metric was recorded.
+    """A portion of the sequences of one store.
+
+    Attributes:
+        keys: n (item, group) pairs.
+        tokens: int64 ``[n, L]`` (L_i).
+        counts: int32 ``[n, L, E]`` (a_i), if its metric was recorded.
+        full, topk: float32 ``[n, L, E]`` (q_i; NaN in layers without tokens), each if its metric was recorded.
     """
 
     keys: tuple[Key, ...]
@@ -48,22 +52,24 @@ class SequenceShard:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays."""
+        """Size of the arrays in bytes."""
         return sum(array.nbytes for array in self.arrays.values())
 
     @property
     def rows(self) -> int:
-        """n."""
+        """Number of sequences, n."""
         return len(self.keys)
 
     def read(self) -> Mapping[str, np.ndarray]:
-        """The arrays, as `files.Block` has it."""
+        """The arrays by name, as `files.Block` requires."""
         return self.arrays
 
 
 class _Growing:
-    """The latest sequences, in arrays with room for more: what a label block leaves is copied in, so that no small
-    array outlives it and keeps the heap from shrinking."""
+    """The latest sequences, in arrays with spare room.
+
+    The arrays of each label block are copied in. Keeping those small arrays would fragment the heap.
+    """
 
     def __init__(self, arrays: Mapping[str, np.ndarray], capacity: int):
         self.keys: list[Key] = []
@@ -71,7 +77,7 @@ class _Growing:
         self._capacity = capacity
 
     def take(self, keys: Sequence[Key], arrays: Mapping[str, np.ndarray]) -> bool:
-        """Append these, if there is room."""
+        """Append sequences; False if there is not enough room."""
         first, last = len(self.keys), len(self.keys) + len(keys)
         if last > self._capacity:
             return False
@@ -83,13 +89,16 @@ class _Growing:
         return True
 
     def shard(self) -> SequenceShard:
-        """What is here now; sequences that come later lie beyond it."""
+        """The present sequences, as a view; later ones are outside it."""
         return SequenceShard(tuple(self.keys), {name: array[: len(self.keys)] for name, array in self._arrays.items()})
 
 
 class _Folder:
-    """A folder that one recording writes its shards to, locked as long as anything refers to it. A temporary one is
-    removed then, by the process that made it alone: a forked one has this object too."""
+    """The folder that one recording writes its shards to, locked as long as an object refers to it.
+
+    A temporary folder is then removed, but only by the process that made it, since a forked process has this object
+    too.
+    """
 
     def __init__(self, path: Path | None):
         self.temporary = path is None
@@ -107,15 +116,15 @@ def _leave(descriptor: int, temporary: Path | None, owner: int) -> None:
 class _Shard:
     """A shard of a store, in memory or in a file."""
 
-    keys: tuple[Key, ...]  # those of merged stores differ from the file's: unnamed items are numbered anew
+    keys: tuple[Key, ...]  # differ from the file's in merged stores, where sequences without item are renumbered
     block: SequenceShard | files.StoredBlock
-    layers: tuple[int, ...] | None = None  # of the block's, where some were selected
-    widest: int | None = None  # experts of the widest of these
-    folder: _Folder | None = None  # is there as long as it is referred to
+    layers: tuple[int, ...] | None = None  # indices of the block's layers, if some were selected
+    widest: int | None = None  # experts of the widest of these layers
+    folder: _Folder | None = None  # kept alive by this reference
 
     @property
     def in_memory(self) -> int:
-        """Bytes."""
+        """Bytes held in memory."""
         return self.block.nbytes if isinstance(self.block, SequenceShard) else 0
 
     @property
@@ -131,10 +140,10 @@ class _Shard:
 
 
 class SequenceStore:
-    """Routing distributions and counts of single sequences, keyed by (item, group), for all phases together.
+    """Routing distributions and counts of single sequences, keyed by (item, group), over all phases together.
 
-    A key is recorded once: a second time is an error when the label block begins, before the model runs. Sequences
-    without an item id are named "#0", "#1", ... and pair with nothing. Values are exact sums rounded once to float32.
+    A key can be recorded once. A second time is an error when the label block begins, before the model runs. Sequences
+    without an item id are named "#0", "#1", ... and are never paired. Values are exact sums, rounded once to float32.
     """
 
     def __init__(
@@ -145,11 +154,13 @@ class SequenceStore:
         folder: str | os.PathLike[str] | None = None,
         memory_bytes: int = 256 << 20,
     ):
-        """An empty store. ``folder``: where sequences go once ``memory_bytes`` are passed, and all of them when the
-        recording ends (made if missing, in a folder that exists); without one it is a temporary folder, removed with
+        """Create an empty store.
+
+        ``folder``: sequences are written there once they exceed ``memory_bytes``, and all of them when the recording
+        ends. It is created if missing, in a folder that exists. Without it, a temporary folder is used and removed with
         the last object that reads it.
 
-        Raises ``FileExistsError`` for a folder that holds sequences already, or that another recording writes to.
+        Raises ``FileExistsError`` for a folder that already holds sequences, or that another recording writes to.
         """
         self.layers = tuple(layers)
         self.num_experts = tuple(num_experts)
@@ -158,7 +169,7 @@ class SequenceStore:
             raise ValueError('sequences="" names no folder: give its name, or True for a temporary one')
         self._folder = None if folder is None else _Folder(Path(folder))
         self._shards: list[_Shard] = []
-        self._growing: _Growing | None = None  # becomes the shard after these
+        self._growing: _Growing | None = None  # becomes the next shard
         self._index: dict[Key, tuple[int, int]] = {}
         self._in_memory = 0
         self._unnamed = self._written = 0
@@ -175,11 +186,11 @@ class SequenceStore:
         return tuple(dict.fromkeys(group for _, group in self._index))
 
     def items(self, group: str) -> list[Item]:
-        """Items recorded for one group, in the order recorded."""
+        """Items recorded for one group, in the order of recording."""
         return [item for item, of in self._index if of == group]
 
     def paired_items(self, *groups: str) -> list[Item]:
-        """Items with an id of their own that every one of these groups has, in the order of the first."""
+        """Items with an id that every one of these groups has, in the order of the first group."""
         rest = [set(self.items(group)) for group in groups[1:]]
         return [i for i in self.items(groups[0]) if not is_unnamed(i) and all(i in items for items in rest)]
 
@@ -193,36 +204,36 @@ class SequenceStore:
         return iter(list(self._index))
 
     def distributions(self, item: Item, group: str, kind: Literal["full", "topk", "count"] = "full") -> np.ndarray:
-        """q_i of one sequence, float64 ``[L, E]``: rows sum to 1 (to float32 rounding), NaN where the layer saw no
-        token of it.
+        """q_i of one sequence, float64 ``[L, E]``; rows sum to 1 (to float32 rounding) and are NaN without tokens.
 
-        Raises ``KeyError`` for a key that was not recorded, ``ValueError`` for a kind whose metric was not.
+        Raises ``KeyError`` for a key that was not recorded, and ``ValueError`` for a kind whose metric was not
+        recorded.
         """
         shard, row = self._locate(item, group)
         return _distribution(shard, kind)[row].astype(np.float64)
 
     def counts(self, item: Item, group: str) -> np.ndarray:
-        """a_i: tokens of the sequence that chose each expert, int64 ``[L, E]``."""
+        """Number of tokens of the sequence that chose each expert (a_i), int64 ``[L, E]``."""
         shard, row = self._locate(item, group)
         return _array(shard, "counts")[row].astype(np.int64)
 
     def tokens(self, item: Item, group: str) -> np.ndarray:
-        """L_i: tokens of the sequence that each layer counted, int64 ``[L]``."""
+        """Number of tokens of the sequence that each layer counted (L_i), int64 ``[L]``."""
         shard, row = self._locate(item, group)
         return shard.arrays["tokens"][row].copy()
 
     def frequency(self, item: Item, group: str) -> np.ndarray:
-        """a_i / L_i, float64 ``[L, E]``; NaN where the layer saw no token."""
+        """a_i / L_i, float64 ``[L, E]``; NaN in layers without tokens."""
         tokens = self.tokens(item, group)[:, None].astype(np.float64)
         return self.counts(item, group) / np.where(tokens > 0, tokens, np.nan)
 
     def shards(self) -> Iterator[SequenceShard]:
-        """All sequences, a shard at a time: memory stays bounded whatever the size of the store."""
+        """Yield all sequences, one shard at a time, so that memory stays bounded whatever the size of the store."""
         for shard in self._blocks():
             yield SequenceShard(shard.keys, shard.read())
 
     def _blocks(self) -> list[_Shard]:
-        """Everything, in the order recorded."""
+        """All shards, in the order of recording."""
         latest = [] if self._growing is None else [_held(self._growing.shard())]
         return [*self._shards, *latest]
 
@@ -252,13 +263,15 @@ class SequenceStore:
     # ---- writing
 
     def next_unnamed(self) -> str:
-        """The next item id for a sequence that was given none."""
+        """The item id for the next sequence without one."""
         self._unnamed += 1
         return f"{_UNNAMED}{self._unnamed - 1}"
 
     def append(self, keys: Sequence[Key], arrays: Mapping[str, np.ndarray]) -> None:
-        """Add sequences; ``arrays`` as in ``SequenceShard``, which are copied. Raises ``ValueError`` for a key that is
-        there already, and adds nothing then."""
+        """Add sequences. ``arrays`` are those of ``SequenceShard`` and are copied.
+
+        Raises ``ValueError`` for a key that exists already, and then adds nothing.
+        """
         given: set[Key] = set()
         for key in keys:
             if key in self._index or key in given:
@@ -284,7 +297,7 @@ class SequenceStore:
         self._shards, self._growing = self._blocks(), None
 
     def flush(self) -> None:
-        """Write what is in memory to the folder, as one file."""
+        """Write the sequences in memory to the folder, as one file."""
         self._end_growing()
         held = [number for number, shard in enumerate(self._shards) if shard.in_memory]
         if not held:
@@ -303,18 +316,18 @@ class SequenceStore:
         return {"layers": list(self.layers), "num_experts": list(self.num_experts), **_names(shards)}
 
     def close(self) -> None:
-        """End of a recording: a folder that the user named then holds everything."""
+        """End a recording; a folder that the user named then holds all sequences."""
         if self._folder is not None and not self._folder.temporary:
             self.flush()
 
-    # ---- parts and wholes
+    # ---- selecting and merging
 
     def snapshot(self) -> SequenceStore:
-        """A store with what is here now; both share shards, later additions to one are not seen by the other."""
+        """A store with the present sequences. Both share shards; later additions to one do not appear in the other."""
         return self._of(self._blocks())
 
     def select(self, layers: Sequence[int]) -> SequenceStore:
-        """These layers, by index, in the order given; sequences are shared, not copied."""
+        """Select layers by index, in the given order; sequences are shared, not copied."""
         columns = tuple(int(layer) for layer in layers)
         part = SequenceStore([self.layers[i] for i in columns], [self.num_experts[i] for i in columns])
         widest = max(part.num_experts, default=0)
@@ -325,8 +338,10 @@ class SequenceStore:
         return part
 
     def merge(self, other: SequenceStore) -> SequenceStore:
-        """Both stores as one, sharing their shards. Unnamed items of ``other`` are numbered anew. Raises
-        ``ValueError`` for a key that both have."""
+        """Merge two stores, sharing their shards. Sequences of ``other`` without item are renumbered.
+
+        Raises ``ValueError`` for a key that both have.
+        """
         if (self.layers, self.num_experts) != (other.layers, other.num_experts):
             raise ValueError("the two stores are of different models: merge runs of the same model only")
         merged = self.snapshot()
@@ -341,7 +356,7 @@ class SequenceStore:
         return merged
 
     def _of(self, shards: Sequence[_Shard]) -> SequenceStore:
-        """A store of these shards."""
+        """A store made of these shards."""
         store = SequenceStore(self.layers, self.num_experts, memory_bytes=self.memory_bytes)
         for shard in shards:
             store._add(shard)
@@ -357,7 +372,7 @@ class SequenceStore:
     # ---- files
 
     def content_hash(self) -> str:
-        """SHA-256 over keys and contents, whatever the shards they lie in. Reads everything."""
+        """SHA-256 over keys and contents, independent of the division into shards. Reads all sequences."""
         digests = []
         for shard in self.shards():
             for row, key in enumerate(shard.keys):
@@ -366,7 +381,7 @@ class SequenceStore:
         return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 
     def content(self) -> tuple[dict[str, Any], list[files.Block]]:
-        """What `RoutingStatistics.save` writes: the names of the sequences for the header, and the blocks."""
+        """The content that `RoutingStatistics.save` writes: names of the sequences, for the header, and the blocks."""
         shards = self._blocks()
         return _names(shards), list(shards)
 
@@ -378,7 +393,7 @@ class SequenceStore:
         names: Mapping[str, Any],
         blocks: Sequence[files.StoredBlock],
     ) -> SequenceStore:
-        """The store that ``content`` described, over the blocks of a file; sequences are read when asked for."""
+        """The store that ``content`` described, over the blocks of a file; sequences are read when they are used."""
         store = cls(layers, num_experts)
         for shard in _named(names, blocks):
             store._add(shard)
@@ -390,7 +405,7 @@ class SequenceStore:
         return os.path.realpath(path) in paths
 
     def read_from(self, saved: SequenceStore) -> None:
-        """Read the sequences, which are the same, from where ``saved`` has them: their file was replaced."""
+        """Read the sequences from the file of ``saved``, which holds the same ones; their own was replaced."""
         self._shards, self._growing, self._index, self._in_memory = [], None, {}, 0
         self._opened.clear()
         for shard in saved._shards:
@@ -398,11 +413,10 @@ class SequenceStore:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> SequenceStore:
-        """What a recording wrote to a folder of its own (``record(sequences=folder)``), also if it was killed since;
-        sequences are read when asked for.
+        """Open a folder that ``record(sequences=folder)`` wrote, also if the recording was killed.
 
-        Raises ``files.FileRefusedError`` for a folder without sequences, or with files that are damaged or of two
-        recordings.
+        Sequences are read when they are used. Raises ``files.FileRefusedError`` for a folder without sequences, or with
+        files that are damaged or come from two recordings.
         """
         path = Path(folder)
         found = sorted(path.glob("sequences-*.safetensors"))
@@ -430,7 +444,7 @@ class SequenceStore:
         return store._counted()
 
     def _counted(self) -> SequenceStore:
-        """This store, which numbers its next unnamed sequence after those that it holds."""
+        """This store, set to number its next sequence without item after those that it holds."""
         self._unnamed = sum(is_unnamed(item) for item, _ in self._index)
         return self
 
@@ -441,7 +455,7 @@ class SequenceStore:
 
 
 def is_unnamed(item: Item) -> bool:
-    """Whether this is the name of a sequence that was given none."""
+    """Whether this is the name of a sequence without item id."""
     return isinstance(item, str) and item.startswith(_UNNAMED) and item[1:].isdigit()
 
 
@@ -467,13 +481,13 @@ def _held(shard: SequenceShard) -> _Shard:
 
 
 def _names(shards: Sequence[_Shard]) -> dict[str, list[Any]]:
-    """Items and groups of the rows of these shards."""
+    """Items and groups of the sequences of these shards."""
     keys = [key for shard in shards for key in shard.keys]
     return {"items": [item for item, _ in keys], "groups": [group for _, group in keys]}
 
 
 def _named(names: Mapping[str, Any], blocks: Sequence[files.StoredBlock]) -> list[_Shard]:
-    """The blocks of a file with the items and groups of their rows."""
+    """The blocks of a file, with the items and groups of their sequences."""
     keys = list(zip(names["items"], names["groups"], strict=True))
     shards, first = [], 0
     for block in blocks:
@@ -484,7 +498,7 @@ def _named(names: Mapping[str, Any], blocks: Sequence[files.StoredBlock]) -> lis
     return shards
 
 
-# ---- folders that recordings write to
+# ---- folders of recordings
 
 
 def _claimed(path: Path) -> tuple[Path, int]:

@@ -1,7 +1,7 @@
-"""The integer tables that the gate adds to while a recorder is on, one per layer, and how they are read.
+"""The integer tables that the gate adds to while a recorder is active, one per layer, and how they are read.
 
-A table has rows ``phase * capacity + index`` for groups and for segments (the sequences of the running label block).
-Capacities double when needed.
+A table has rows ``phase * capacity + index``, for groups and for segments. A segment is the part of one sequence that
+lies in one group; the segments are those of the running label block. Capacities double when more rows are needed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FIRST_SEGMENTS = 8
 
 
 class RecordedRouter(Protocol):
-    """What the recorder needs to know of a router (`routers.RouterInfo` has it)."""
+    """The part of a router's description that the recorder uses (`routers.RouterInfo` has it)."""
 
     name: str
     num_experts: int
@@ -36,8 +36,10 @@ class RecordedRouter(Protocol):
 
 
 class TableSums:
-    """Sums read from tables: ``scalars`` int64 ``[2, n, L, 8]`` and ``metrics`` name -> int64 ``[2, n, L, E]``, E the
-    widest layer."""
+    """Sums read from tables: ``scalars`` int64 ``[2, n, L, 8]``, and ``metrics`` name -> int64 ``[2, n, L, E]``.
+
+    E is the size of the widest layer.
+    """
 
     def __init__(self, rows: int, layers: int, widest: int, metrics: Sequence[str]):
         self.scalars = np.zeros((len(PHASES), rows, layers, len(SCALARS)), np.int64)
@@ -46,12 +48,12 @@ class TableSums:
         }
 
     def scalar(self, name: str) -> np.ndarray:
-        """int64 ``[2, n, L]``."""
+        """One scalar, int64 ``[2, n, L]``."""
         return self.scalars[..., SCALARS.index(name)]
 
 
 class TableSet:
-    """One ``StatisticsTables`` per layer, each on its router's device."""
+    """One ``StatisticsTables`` per layer, on the device of its router."""
 
     def __init__(self, routers: Sequence[RecordedRouter], *, groups: int, metrics: Sequence[str], entropy: bool):
         self.routers = tuple(routers)
@@ -59,10 +61,10 @@ class TableSet:
         self.entropy = entropy
         self.group_capacity = max(groups, 1)
         self.segment_capacity = _FIRST_SEGMENTS
-        self.fixed = False  # a CUDA graph adds to these very tables
+        self.fixed = False  # a CUDA graph adds to these very tables, so they may not be replaced
         self.layers = [self._new(router, router.device) for router in self.routers]
 
-    @torch.inference_mode(False)  # tables outlive the inference mode that a model may be called in
+    @torch.inference_mode(False)  # the tables outlive the inference mode in which a model may be called
     def _new(self, router: RecordedRouter, device: torch.device) -> StatisticsTables:
         return StatisticsTables.zeros(
             router.num_experts,
@@ -74,7 +76,7 @@ class TableSet:
         )
 
     def follow(self) -> bool:
-        """Take the tables to where the routers are now; True where one moved."""
+        """Move the tables to the present devices of the routers; True if one moved."""
         moved = False
         for layer, (router, table) in enumerate(zip(self.routers, self.layers, strict=True)):
             device = router.device
@@ -95,7 +97,7 @@ class TableSet:
             )
 
     def reserve(self, *, groups: int, segments: int) -> bool:
-        """Make room; True where the tables were replaced. Sums are kept."""
+        """Make room for more rows, keeping all sums; True if the tables were replaced."""
         if groups <= self.group_capacity and segments <= self.segment_capacity:
             return False
         self._refuse_if_fixed("growing")
@@ -111,8 +113,10 @@ class TableSet:
         return True
 
     def hand_over(self, first: int, groups: Tensor, segments: Tensor, count: int) -> None:
-        """Add group rows ``first`` to ``first + count - 1`` to the rows ``groups`` and ``segments`` (-1: to none), and
-        empty all ``len(groups)`` of them."""
+        """Move ``count`` group rows from ``first`` on into the rows ``groups`` and ``segments`` (-1: nowhere).
+
+        Then set all ``len(groups)`` rows from ``first`` on to zero.
+        """
         for table in self.layers:
             held = table.groups[first : first + len(groups)]
             for target, rows in ((table.groups, groups), (_segments(table), segments)):
@@ -121,8 +125,10 @@ class TableSet:
             held.zero_()
 
     def add_natural_counts(self) -> bool:
-        """Begin to count the natural choice beside the steered one; so far nothing was steered, so they are the same.
-        True where the tables were replaced."""
+        """Begin to count the natural choice beside the steered one; True if the tables were replaced.
+
+        Nothing was steered before, so both counts start out equal.
+        """
         if "natural_counts" in self.metrics or "counts" not in self.metrics:
             return False
         self._refuse_if_fixed("counting the natural choice too")
@@ -140,12 +146,14 @@ class TableSet:
         return True
 
     def read_groups(self, count: int) -> TableSums:
-        """Sums of the first ``count`` groups. Waits for the device."""
+        """Read the sums of the first ``count`` groups. Waits for the device."""
         return self._read([_by_phase(table.groups)[:, :count] for table in self.layers], count)
 
     def take_segments(self, count: int) -> TableSums:
-        """Sums of the first ``count`` segments, which are zero afterwards. Waits for the device: one copy per device
-        and width of table."""
+        """Read the sums of the first ``count`` segments and set them to zero.
+
+        Waits for the device, with one copy per device and table width.
+        """
         views = [_by_phase(_segments(table))[:, :count] for table in self.layers]
         sums = self._read(views, count)
         for view in views:
@@ -161,7 +169,7 @@ class TableSet:
         for layer, view in enumerate(views):
             alike.setdefault((view.device, self.routers[layer].num_experts), []).append(layer)
         for (device, experts), layers in alike.items():
-            finish(device)  # the calls may have been made on other streams
+            finish(device)  # the calls may have run on other streams
             table = torch.stack([views[layer] for layer in layers], dim=2).cpu().numpy()
             sums.scalars[:, :, layers] = table[..., : len(SCALARS)]
             for position, name in enumerate(self.metrics):
@@ -175,7 +183,7 @@ def _by_phase(table: Tensor) -> Tensor:
 
 
 def _segments(table: StatisticsTables) -> Tensor:
-    assert table.segments is not None  # made with segments, see _new
+    assert table.segments is not None  # `_new` makes tables with segments
     return table.segments
 
 

@@ -1,4 +1,4 @@
-"""Token by token: which experts every token chose, with which weight, for the layers asked for."""
+"""Record the experts and weights that every single token chose, in selected layers."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
 __all__ = ["Trace", "TraceWriter"]
 
 _FILE_KIND = "trace"
-_FLUSH_TOKENS = 1 << 14  # tokens that may wait on the device
+_FLUSH_TOKENS = 1 << 14  # number of tokens that may wait on the device
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """N counted tokens in the order they were run."""
+    """The choices of N counted tokens, in the order in which they ran."""
 
     layers: tuple[str, ...]  # the L traced layers, by the name of the router's module
-    layer_numbers: tuple[int, ...]  # the same, 0-based among the MoE layers of the model
+    layer_numbers: tuple[int, ...]  # the same layers, as indices among the MoE layers
     groups: tuple[str, ...]
-    items: tuple[Item | None, ...]  # of each sequence
-    sequence: np.ndarray  # int32 [N], into `items`; beams of one sequence share it
-    group: np.ndarray  # int32 [N], into `groups`
-    position: np.ndarray  # int32 [N], padding not counted; of an encoder's text or of its decoder's
-    token: np.ndarray  # int32 [N], the token's id, -1 where the model was called with embeddings
-    phase: np.ndarray  # uint8 [N], into `PHASES`
-    ids: np.ndarray  # int8 or int16 [N, L, k], the experts; -1 is an empty slot
+    items: tuple[Item | None, ...]  # item of each sequence
+    sequence: np.ndarray  # int32 [N], index into `items`; beams of one sequence share it
+    group: np.ndarray  # int32 [N], index into `groups`
+    position: np.ndarray  # int32 [N], padding not counted; an encoder's text and its decoder's are numbered apart
+    token: np.ndarray  # int32 [N], token id; -1 if the model was called with embeddings
+    phase: np.ndarray  # uint8 [N], index into `PHASES`
+    ids: np.ndarray  # int8 or int16 [N, L, k], the chosen experts; -1 is an empty slot
     weights: np.ndarray  # float16 or float32 [N, L, k]
-    truncated: bool = False  # the limit on tokens was reached and later tokens are missing
+    truncated: bool = False  # whether tokens are missing because the limit was reached
 
     def __len__(self) -> int:
         return len(self.sequence)
@@ -55,7 +55,7 @@ class Trace:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:
-        """Read what ``save`` wrote.
+        """Read a file that ``save`` wrote.
 
         Raises ``files.FileRefusedError`` for a missing, truncated, altered or foreign file.
         """
@@ -71,8 +71,11 @@ class Trace:
             )
 
     def to_pandas(self) -> pd.DataFrame:
-        """Tidy, a row per (token, layer, slot): item, group, sequence, position, token (its id), phase, layer (0-based
-        among the MoE layers), router (module name), slot, expert, weight."""
+        """Return a tidy data frame with a row per (token, layer, slot).
+
+        Columns: item, group, sequence, position, token (its id), phase, layer (index among the MoE layers), router
+        (module name), slot, expert, weight.
+        """
         tokens, layers, slots = np.indices(self.ids.shape).reshape(3, -1)
         sequence = self.sequence[tokens]
         columns = {
@@ -102,29 +105,34 @@ _HEADER = ("layers", "layer_numbers", "groups", "items", "truncated")
 
 @dataclass
 class _TracedCall:
-    """What one call left: ids and weights by layer on the device, and who its tokens are."""
+    """Data of one call: ids and weights by layer, on the device, and the labels of its tokens."""
 
     batch: int
     length: int
     phase: int
-    prompt: int  # columns that are prefill, whatever the phase of the others
+    prompt: int  # number of leading columns that are prefill, whatever the phase of the rest
     drafted: int
     valid: Tensor | None
-    group: int | Tensor  # index of the group, -1 not counted
-    past: Tensor | None  # [batch or 1] how long the sequences were before, where that was not traced
+    group: int | Tensor  # index of the group; -1: not counted
+    past: Tensor | None  # [batch or 1], earlier length of the sequences, if those tokens were not traced
     tokens: Tensor | None  # [batch, length] token ids
     ids: dict[int, Tensor]
     weights: dict[int, Tensor]
 
 
 class TraceWriter:
-    """Collects the choices of the traced layers while a recorder is on."""
+    """Collects the choices of the traced layers while a recorder is active."""
 
     def __init__(
         self, routers: Sequence[Any], layers: Iterable[int] | bool, *, limit: int, weights: str = "float16"
     ) -> None:
-        """``layers``: 0-based MoE layers, or True for all; ``limit``: tokens kept; ``weights``: "float16" or
-        "float32"."""
+        """Prepare a trace.
+
+        Args:
+            layers: indices among the MoE layers, or True for all.
+            limit: largest number of tokens to keep.
+            weights: "float16" or "float32".
+        """
         if weights not in ("float16", "float32"):
             raise ValueError(f'trace weights are "float16" or "float32", not {weights!r}')
         chosen = range(len(routers)) if layers is True else sorted(set(layers)) if layers else []
@@ -146,30 +154,30 @@ class TraceWriter:
         self._chunks: list[dict[str, np.ndarray]] = []
         self._items: list[Item | None] = []
         self._first = 0  # number of the first sequence of the running block
-        # tokens so far of each row of the running block, by layers that run together (an encoder's, its decoder's)
+        # tokens of each row of the running block so far, by layers that run together (an encoder's, its decoder's)
         self._reached: dict[tuple[int, ...], np.ndarray] = {}
         self._kept = 0
         self.truncated = False
 
     def begin_sequences(self, items: Sequence[Item | None]) -> None:
-        """A new block of sequences; the former one has ended."""
+        """Begin a new block of sequences; the former one has ended."""
         self.flush()
         self._first = len(self._items)
         self._items.extend(items)
         self._reached = {}
 
     def begin_call(self, call: Call, group: int | Tensor) -> None:
-        """``group``: index of the group of every token, int, ``[N]`` or ``[N, length]``; -1 is not traced."""
+        """Begin a call. ``group``: index of the group per token, int, ``[N]`` or ``[N, length]``; -1: not traced."""
         shape, phase = (call.batch, call.length), PHASES.index(call.phase)
-        goes_on = call.past_length and not self._reached and not self._waiting  # what came before was not traced
+        goes_on = call.past_length and not self._reached and not self._waiting  # earlier tokens were not traced
         past = call.tokens_before()[:, 0] if goes_on else None
         ids = call.input_ids
-        # a copy: callers may reuse their input buffer for the next step
+        # a copy, because callers may reuse their input buffer for the next step
         tokens = None if ids is None or ids.shape != shape else ids.to(torch.int32, copy=True)
         self._current = _TracedCall(*shape, phase, call.prompt, call.drafted, call.valid, group, past, tokens, {}, {})
 
     def add(self, layer: int, ids: Tensor, weights: Tensor) -> None:
-        """Take the choice of one layer, ids ``[T, k]`` and weights ``[T, k]``; does not wait for the device."""
+        """Add the choice of one layer, ids ``[T, k]`` and weights ``[T, k]``, without waiting for the device."""
         call = self._current
         if call is None or layer not in self.layers or self.truncated:
             return
@@ -182,30 +190,30 @@ class TraceWriter:
         call.weights[layer] = weights.detach().to(self._weights_dtype, copy=True)
 
     def drop_call(self) -> None:
-        """A new call begins: one that failed before its end leaves nothing."""
+        """Drop the data of a call that failed before its end."""
         self._current = None
 
     def end_call(self) -> None:
-        """The call went through."""
+        """Complete the running call."""
         call, self._current = self._current, None
         if call is None:
             return
         if call.ids:
             self._waiting.append(call)
         if call.drafted:
-            return  # which of its tokens are text is told yet
+            return  # it is not known yet which of its tokens are text
         if sum(call.batch * call.length for call in self._waiting) >= _FLUSH_TOKENS:
             self.flush()
 
     def drop_last(self, columns: int) -> None:
-        """The last ``columns`` of the latest call are in no text."""
+        """Drop the last ``columns`` of the latest call, which belong to no text."""
         if self._waiting and self._waiting[-1].drafted:
             call = self._waiting[-1]
             text = (torch.arange(call.length) < call.length - columns).expand(call.batch, -1)
             call.valid = text if call.valid is None else text & call.valid.cpu()
 
     def flush(self) -> None:
-        """Bring what waits on the device to the host."""
+        """Copy the waiting data from the device to the host."""
         for call in self._waiting:
             self._take(call)
         self._waiting = []
@@ -246,13 +254,13 @@ class TraceWriter:
         )
 
     def _choices(self, call: _TracedCall, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        self.slots = max(self.slots, *(chosen.shape[1] for chosen in call.ids.values()))  # a plan may give more
+        self.slots = max(self.slots, *(chosen.shape[1] for chosen in call.ids.values()))  # a plan may give more slots
         ids = self._empty(int(kept.sum()), self._ids_dtype, -1)
         weights = self._empty(int(kept.sum()), self._weights_dtype, 0)
         alike: dict[tuple[torch.device, int], list[int]] = {}
         for layer, chosen in call.ids.items():
             alike.setdefault((chosen.device, chosen.shape[1]), []).append(layer)
-        for (_, width), layers in alike.items():  # one copy of each for a device
+        for (_, width), layers in alike.items():  # one copy of each, per device
             places = [self.layers.index(layer) for layer in layers]
             for target, source in ((ids, call.ids), (weights, call.weights)):
                 target[:, places, :width] = torch.stack([source[n] for n in layers], 1).cpu().numpy()[kept]
@@ -262,7 +270,7 @@ class TraceWriter:
         return torch.full((tokens, len(self.layers), self.slots), value, dtype=dtype).numpy()
 
     def _widened(self, chunk: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """A chunk with as many slots as the widest one; those it lacks are empty."""
+        """A chunk widened to the largest number of slots; added slots are empty."""
         missing = self.slots - chunk["ids"].shape[2]
         if not missing:
             return chunk
@@ -280,7 +288,7 @@ class TraceWriter:
         )
 
     def snapshot(self, groups: Sequence[str]) -> Trace:
-        """What was traced so far."""
+        """The tokens traced so far."""
         self.flush()
         empty: dict[str, np.ndarray] = {
             "sequence": np.zeros(0, np.int32),

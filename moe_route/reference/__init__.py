@@ -1,9 +1,10 @@
-"""The operators of `moe_route.ops` in plain torch: the oracle the native backends are tested against.
+"""The operators of `moe_route.ops` in plain torch, against which the native backends are tested.
 
-Same functions, same signatures, any device. float64 logits are computed in float64 (the oracle proper), every other
-floating dtype in float32. Written to be read against `csrc/include/moe_route/gate.h`; speed is no concern here.
-`route_weights` is differentiable by plain autograd, and the native operator's backward recomputes through it.
-`observe_steered` has no native twin: it is for the few models that change a choice after their router.
+The functions have the same signatures and run on any device. float64 logits are computed in float64, which makes this
+the oracle of the tests; every other floating dtype is computed in float32. The code follows
+`csrc/include/moe_route/gate.h` and is not optimized. `route_weights` is differentiable by plain autograd, and the
+native operator's backward recomputes through it. `observe_steered` has no native counterpart: it serves the few models
+that change a choice after their router.
 """
 
 from moe_route.reference.dispatch import combine, dispatch, permute

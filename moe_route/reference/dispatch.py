@@ -1,4 +1,4 @@
-"""dispatch, permute, combine."""
+"""Reference for dispatch, permute and combine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moe_route.contract.dispatch import Dispatch
 
 
 def in_range(ids: Tensor, num_experts: int) -> Tensor:
-    """ids as int64, with -1 for those that name no expert."""
+    """ids as int64, with -1 in place of ids outside 0..E-1."""
     ids = ids.to(torch.int64)
     return torch.where((ids >= 0) & (ids < num_experts), ids, -1)
 
@@ -35,8 +35,10 @@ def dispatch(ids: Tensor, num_experts: int, *, block: int = 1) -> Dispatch:
 
 
 def permute(x: Tensor, dispatch: Dispatch) -> Tensor:
-    """Rows [R, H] of x [T, H] in the order of their experts; rows that serve no slot, or on which order and inverse
-    disagree, are zero. Differentiable."""
+    """Copy rows of x [T, H] into the order of their experts, [R, H]. Differentiable.
+
+    Rows that serve no slot, or for which order and inverse disagree, are zero.
+    """
     order, inverse = dispatch.order, dispatch.inverse
     if inverse.numel() == 0:
         return x.new_zeros(order.shape[0], x.shape[1])
@@ -46,8 +48,10 @@ def permute(x: Tensor, dispatch: Dispatch) -> Tensor:
 
 
 def combine(rows: Tensor, weights: Tensor, dispatch: Dispatch, residual: Tensor | None = None) -> Tensor:
-    """residual + sum over slots of weights * rows, [T, H], summed in slot order in float32 (float64 for float64)
-    and rounded once. Rows of skipped slots are never read. Differentiable in rows, weights and residual."""
+    """Compute residual + sum over slots of weights * rows, [T, H]. Differentiable in rows, weights and residual.
+
+    Summed in slot order in float32 (float64 for float64) and rounded once. Rows of skipped slots are never read.
+    """
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     num_tokens, k = dispatch.inverse.shape
     total = rows.new_zeros(num_tokens, rows.shape[1], dtype=wide) if residual is None else residual.to(wide)

@@ -1,4 +1,4 @@
-"""route, observe, route_weights: score, select and weigh (steering and counting are the neighbors' work)."""
+"""Reference for route, observe and route_weights: score, select and weigh. Steering and counting are in other files."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.reference.dispatch import in_range
 from moe_route.reference.statistics import Choice, count
-from moe_route.reference.steering import INF, Steering, read_steering, read_tokens, steer
+from moe_route.reference.steering import INF, SteeredRows, read_steering, read_tokens, steer
 
 
 def _scored(z: Tensor, allowed: Tensor) -> Tensor:
-    """Experts that have a score at all: allowed, with a logit that is a number."""
+    """Mask of the experts that have a score: allowed, and with a logit that is not NaN."""
     return allowed & ~torch.isnan(z)
 
 
 def _softmax(z: Tensor, usable: Tensor) -> Tensor:
-    """Softmax over the usable entries, 0 elsewhere. +inf entries share the row; a row of -inf scores 0."""
+    """Softmax over the usable entries, 0 elsewhere. Entries of +inf share the row; a row of -inf has score 0."""
     clean = torch.where(usable, z, -INF)
     top = clean.amax(-1, keepdim=True)
     clean = torch.where(top == INF, torch.where(clean == INF, 0.0, -INF), clean)
@@ -48,8 +48,11 @@ def _score(z: Tensor, kind: str, allowed: Tensor) -> Tensor:
 
 
 def _sparsemixer(z: Tensor, ids: Tensor, allowed: Tensor, jitter: float) -> Tensor:
-    """Weights of SparseMixer-v2 at inference [arXiv 2409.12136]: slot by slot, a softmax over the experts still in
-    the running whose distance to the best, relative to the larger of |z| and the best, is at most 2 * jitter."""
+    """Weights of SparseMixer-v2 at inference [arXiv 2409.12136].
+
+    Each slot takes a softmax over the experts not chosen yet whose distance to the best, relative to the larger of |z|
+    and the best, is at most 2 * jitter.
+    """
     running = _scored(z, allowed)
     weights = []
     for slot in ids.unbind(1):
@@ -63,13 +66,13 @@ def _sparsemixer(z: Tensor, ids: Tensor, allowed: Tensor, jitter: float) -> Tens
 
 
 def _limit_groups(value: Tensor, allowed: Tensor, spec: RouterSpec) -> Tensor:
-    """Values with those of experts outside the row's best groups replaced by the spec's fill value."""
+    """`value`, with the spec's fill value for experts outside the row's best groups."""
     num_tokens, num_experts = value.shape
     number = allowed & ~torch.isnan(value)
     members = torch.where(number, value, -INF).view(num_tokens, spec.groups, num_experts // spec.groups)
     best = members.sort(dim=-1, descending=True, stable=True).values
     group_value = best[..., 0] if spec.group_score == "max" else best[..., :2].sum(-1)
-    group_value = torch.where(torch.isnan(group_value), -INF, group_value)  # infinities of both signs
+    group_value = torch.where(torch.isnan(group_value), -INF, group_value)  # inf - inf
     group_order = _order(group_value, torch.ones_like(group_value, dtype=torch.int64))
     keep = torch.zeros_like(group_value, dtype=torch.bool).scatter_(1, group_order[:, : spec.top_groups], True)
     keep = keep[..., None].expand(members.shape).reshape(num_tokens, num_experts)
@@ -77,23 +80,26 @@ def _limit_groups(value: Tensor, allowed: Tensor, spec: RouterSpec) -> Tensor:
 
 
 def _order(value: Tensor, rank: Tensor) -> Tensor:
-    """Indices of each row in order of choice: higher rank, then numbers before NaN, then larger value, then index."""
+    """Indices of each row in order of choice: higher rank, then numbers before NaN, then larger value, lower index."""
     nan = torch.isnan(value)
     by_value = torch.argsort(torch.where(nan, -INF, value), dim=1, descending=True, stable=True)
     key = (2 * rank + ~nan).gather(1, by_value)
     return by_value.gather(1, torch.argsort(key, dim=1, descending=True, stable=True))
 
 
-def _selection_value(z: Tensor, spec: RouterSpec, correction_bias: Tensor | None, steering: Steering) -> Tensor:
-    """What experts are compared by, NaN where the logit is NaN. Where it would be a rising function of the logit
-    alone, it is the logit itself: scores that collide after rounding never decide."""
+def _selection_value(z: Tensor, spec: RouterSpec, correction_bias: Tensor | None, steering: SteeredRows) -> Tensor:
+    """The value by which experts are compared, NaN where the logit is NaN.
+
+    Where it would be an increasing function of the logit alone, it is the logit itself, so that scores that become
+    equal by rounding never decide.
+    """
     allowed = ~steering.forbidden
     score_bias = steering.planes.get("score_bias")
     value = z
     if spec.order == "score_then_topk" and (correction_bias is not None or score_bias is not None or spec.groups > 1):
         scores = torch.where(torch.isnan(z), z, _score(z, spec.score, allowed))
         value = scores
-        if correction_bias is None and spec.groups == 1 and score_bias is not None:  # rows without a bias: the logits
+        if correction_bias is None and spec.groups == 1 and score_bias is not None:  # without bias: the logits
             value = torch.where((score_bias != 0).any(1, keepdim=True), scores, z)
     if correction_bias is not None:
         value = value + correction_bias.to(value)
@@ -105,9 +111,9 @@ def _selection_value(z: Tensor, spec: RouterSpec, correction_bias: Tensor | None
 
 
 def _select(
-    z: Tensor, k: int, spec: RouterSpec, correction_bias: Tensor | None, steering: Steering
+    z: Tensor, k: int, spec: RouterSpec, correction_bias: Tensor | None, steering: SteeredRows
 ) -> tuple[Tensor, Tensor]:
-    """Ids int64 [T, k] (-1 = empty slot) and the number of slots int64 [T, 1] of each token."""
+    """Ids int64 [T, k] (-1 = empty slot), and the number of slots of each token, int64 [T, 1]."""
     rank = torch.full_like(steering.forbidden, 2, dtype=torch.int64)
     if steering.force is not None:
         rank = rank + (steering.force > 0) - (steering.force < 0).to(torch.int64)
@@ -118,8 +124,8 @@ def _select(
     return torch.where(filled, ids, -1), slots
 
 
-def _slots(ids: Tensor, steering: Steering) -> Tensor:
-    """int64 [T, 1]: how many of the k slots each token fills."""
+def _slots(ids: Tensor, steering: SteeredRows) -> Tensor:
+    """int64 [T, 1]: the number of slots, up to k, that each token fills."""
     slots = torch.full_like(ids[:, :1], ids.shape[1])
     if "top_k" not in steering.params:
         return slots
@@ -128,7 +134,7 @@ def _slots(ids: Tensor, steering: Steering) -> Tensor:
 
 
 def _renormalize(weights: Tensor, spec: RouterSpec) -> Tensor:
-    """A divisor of 0 leaves the weights 0; infinite weights share equally, and the rest get 0."""
+    """Renormalize the weights. A divisor of 0 leaves them 0; infinite weights share equally, and the rest get 0."""
     if spec.renormalize == "none":
         return weights
     infinite = (weights == INF).to(weights.dtype) - (weights == -INF).to(weights.dtype)
@@ -144,22 +150,24 @@ def _renormalize(weights: Tensor, spec: RouterSpec) -> Tensor:
     return torch.where(divisor == 0, 0.0, weights / torch.where(divisor == 0, 1.0, divisor))
 
 
-def _cancels(spec: RouterSpec, steering: Steering) -> bool:
-    """Softmax, then renormalizing by the plain sum: the sum over all experts cancels, so it is never formed and
-    cannot underflow. Not where a weighing score bias is added in between."""
+def _cancels(spec: RouterSpec, steering: SteeredRows) -> bool:
+    """Whether the softmax is followed by renormalization with the plain sum, without a score bias in between.
+
+    The sum over all experts then cancels, so it is never formed and cannot underflow.
+    """
     plain = spec.score == "softmax" and spec.renormalize == "sum" and spec.eps == 0
     return plain and not ("score_bias" in steering.planes and "score_bias_weighs" in steering.params)
 
 
-def _weighing_bias(steering: Steering, at: Tensor) -> Tensor | float:
-    """The score bias of the experts `at` [T, k], in rows where it changes the weight too."""
+def _weighing_bias(steering: SteeredRows, at: Tensor) -> Tensor | float:
+    """Score bias of the experts `at` [T, k], in rows where it also changes the weight."""
     if "score_bias" not in steering.planes or "score_bias_weighs" not in steering.params:
         return 0.0
     weighing = torch.where(steering.params["score_bias_weighs"] != 0, steering.planes["score_bias"], 0.0)
     return weighing.gather(1, at)
 
 
-def _weigh(z: Tensor, ids: Tensor, spec: RouterSpec, expert_scale: Tensor | None, steering: Steering) -> Tensor:
+def _weigh(z: Tensor, ids: Tensor, spec: RouterSpec, expert_scale: Tensor | None, steering: SteeredRows) -> Tensor:
     """Weights [T, k] of the chosen ids int64 [T, k] from the steered logits; 0 for empty slots."""
     allowed = ~steering.forbidden
     filled = ids >= 0
@@ -189,9 +197,12 @@ def _weigh(z: Tensor, ids: Tensor, spec: RouterSpec, expert_scale: Tensor | None
     return torch.where(filled, weights, 0.0)
 
 
-def _remap(ids: Tensor, weights: Tensor, steering: Steering) -> tuple[Tensor, Tensor]:
-    """Experts renamed once weights are final; slots that meet on one expert merge into the first, weights added up,
-    and the slots that become free are the row's last."""
+def _remap(ids: Tensor, weights: Tensor, steering: SteeredRows) -> tuple[Tensor, Tensor]:
+    """Replace experts after their weights are final.
+
+    Slots that end up with the same expert merge into the first one, and their weights add up. Freed slots move to the
+    end of the row.
+    """
     if steering.remap is None:
         return ids, weights
     target = in_range(torch.where(ids >= 0, steering.remap.gather(1, ids.clamp(min=0)), -1), steering.remap.shape[1])
@@ -239,7 +250,7 @@ def route(
     """
     _check(logits, k, spec)
     token = read_tokens(tokens, logits.shape[0], logits.device)
-    raw = torch.where(token.valid[:, None], _compute(logits), 0.0)  # garbage in padding reaches nothing
+    raw = torch.where(token.valid[:, None], _compute(logits), 0.0)  # values in padding reach no result
     row = read_steering(steering, token, raw)
     z = steer(raw, row)
     ids, slots = _select(z, k, spec, correction_bias, row)
@@ -291,7 +302,7 @@ def observe(
         spec,
         expert_scale=expert_scale,
         tokens=tokens,
-        choice=torch.where(ids < 0, -2, ids),  # a row that starts with -1 was chosen too: its token was dropped
+        choice=torch.where(ids < 0, -2, ids),  # a row that starts with -1 is a choice too: the model dropped its token
         choice_weights=weights,
         statistics=statistics,
     )
@@ -309,10 +320,10 @@ def observe_steered(
     tokens: Tensor | None = None,
     statistics: StatisticsTables,
 ) -> None:
-    """Count a steered choice that a model changed after its router chose (a capacity, a joint normalization).
+    """Count a steered choice that the model changed after routing (capacity limits, joint normalization).
 
-    ids, natural_ids [T, k]: what the experts got, and would have got without steering; -1 is an empty slot, which
-    counts as a slot of the token.
+    `ids` [T, k] are the experts that the model used; `natural_ids` [T, k] are those it would have used without
+    steering. An empty slot (-1) counts as a slot of the token.
     """
     token = read_tokens(tokens, logits.shape[0], logits.device)
     raw = torch.where(token.valid[:, None], _compute(logits), 0.0)

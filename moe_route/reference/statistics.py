@@ -1,4 +1,4 @@
-"""What each routed token adds to the statistics tables."""
+"""Reference for counting: the terms that each routed token adds to the statistics tables."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from moe_route.reference.steering import Tokens
 
 
 def fixed(value: Tensor) -> Tensor:
-    """int64 in units of 2^-32, rounded to nearest even; clamped to +-2^19, NaN adds 0."""
+    """Convert to int64 in units of 2^-32, rounded to nearest even, clamped to +-2^19; NaN becomes 0."""
     value = torch.where(torch.isnan(value), 0.0, value.double()).clamp(-(2.0**19), 2.0**19)
     return (value / FIXED_POINT).round().to(torch.int64)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A routed batch, as statistics see it."""
+    """The choice of a batch of tokens, ready to be counted."""
 
     ids: Tensor  # int64 [T, k], -1 = empty
     weights: Tensor  # [T, k]
@@ -28,13 +28,13 @@ class Choice:
 
 
 def _on_experts(ids: Tensor, value: Tensor, num_experts: int) -> Tensor:
-    """Sum of int64 values [T, k] by expert: [T, E]. Empty slots fall away."""
+    """Sum int64 values [T, k] by expert: [T, E]. Empty slots add nothing."""
     rows = torch.zeros(ids.shape[0], num_experts + 1, dtype=torch.int64, device=ids.device)
     return rows.scatter_add_(1, torch.where(ids >= 0, ids, num_experts), value.expand_as(ids))[:, :num_experts]
 
 
 def _per_token(choice: Choice, scores: Tensor, steered: Tensor, statistics: StatisticsTables) -> Tensor:
-    """What each token adds to its row of the statistics: int64 [T, 8 + P * E]."""
+    """The terms that each token adds to its row of the statistics, int64 [T, 8 + P * E]."""
     ids, weights, num_experts = choice.ids, choice.weights, scores.shape[1]
     ones = torch.ones_like(ids)
     scalars = {name: torch.zeros_like(choice.slots) for name in SCALARS}
@@ -76,5 +76,5 @@ def count(choice: Choice, scores: Tensor, steered: Tensor, tokens: Tokens, stati
     for table, index in ((statistics.groups, tokens.group), (statistics.segments, tokens.segment)):
         if table is not None:
             counted = tokens.valid & (index >= 0) & (index < table.shape[0])
-            if table.shape[0]:  # by weight 0, not by leaving rows out: that would wait for a device
+            if table.shape[0]:  # uncounted rows add 0: leaving them out would wait for a device
                 table.index_add_(0, torch.where(counted, index, 0), torch.where(counted[:, None], additions, 0))

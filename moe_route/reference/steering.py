@@ -1,4 +1,4 @@
-"""What a token brings: its token-table row, its row of the steering tables, and the logits those make."""
+"""Reference for steering: each token's row of the token table and of the steering tables, and the steered logits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INF = float("inf")
 
 @dataclass(frozen=True)
 class Tokens:
-    """Columns of the token table, int64 [T]; an index outside its table is -1."""
+    """Columns of the token table, int64 [T]; an index outside its table becomes -1."""
 
     row: Tensor
     group: Tensor
@@ -35,11 +35,11 @@ def read_tokens(tokens: Tensor | None, num_tokens: int, device: torch.device) ->
 
 
 @dataclass(frozen=True)
-class Steering:
-    """The steering of each token: planes [T, E] (absent = neutral), row parameters [T, 1]."""
+class SteeredRows:
+    """The steering row of each token: planes [T, E] (omitted = neutral), row parameters [T, 1]."""
 
-    steered: Tensor  # bool [T, 1]: has a steering row
-    changed: Tensor  # bool [T, 1]: that row is not neutral (its top_k left aside, which depends on the model's k)
+    steered: Tensor  # bool [T, 1]: the token has a steering row
+    changed: Tensor  # bool [T, 1]: that row is not neutral (except for top_k, which depends on the model's k)
     forbidden: Tensor  # bool [T, E]
     planes: dict[str, Tensor] = field(default_factory=dict)
     params: dict[str, Tensor] = field(default_factory=dict)
@@ -50,13 +50,13 @@ class Steering:
         return self.planes.get("force")
 
 
-def read_steering(steering: SteeringTables | None, tokens: Tokens, logits: Tensor) -> Steering:
-    """Gather each token's row; tokens without one get neutral values. Differentiable in the tables."""
+def read_steering(steering: SteeringTables | None, tokens: Tokens, logits: Tensor) -> SteeredRows:
+    """Gather each token's row; tokens without a row get neutral values. Differentiable in the tables."""
     rows = 0 if steering is None else steering.rows
     steered = ((tokens.row >= 0) & (tokens.row < rows) & tokens.valid)[:, None]
     forbidden = torch.zeros_like(logits, dtype=torch.bool)
     if steering is None or rows == 0:
-        return Steering(steered, torch.zeros_like(steered), forbidden)
+        return SteeredRows(steered, torch.zeros_like(steered), forbidden)
     if steering.num_experts != logits.shape[1]:
         raise ValueError(f"steering has {steering.num_experts} experts, the logits have {logits.shape[1]}")
     tables, mask, row_params, remap = steering.packed
@@ -83,28 +83,28 @@ def read_steering(steering: SteeringTables | None, tokens: Tokens, logits: Tenso
         changed = changed | (params["temperature"] != NEUTRAL["temperature"])
     if remap is not None:
         changed = changed | (remap != identity).any(1, keepdim=True)
-    return Steering(steered, changed, forbidden, planes, params, remap)
+    return SteeredRows(steered, changed, forbidden, planes, params, remap)
 
 
 def _force_codes(values: Tensor) -> Tensor:
-    """`Force` codes as int64; a value that is no code is neutral."""
+    """`Force` codes as int64; unknown values become neutral."""
     is_code = (values == values.round()) & (values >= min(Force)) & (values <= max(Force))
     return torch.where(is_code, values.detach(), 0.0).to(torch.int64)
 
 
 def _times(coefficient: Tensor, factor: Tensor) -> Tensor:
-    """coefficient * factor, where a coefficient of exactly 0 adds nothing even to an infinite or NaN factor."""
+    """coefficient * factor; a coefficient of exactly 0 gives 0 even for an infinite or NaN factor."""
     idle = (coefficient == 0) & ~torch.isfinite(factor)
     return coefficient * torch.where(idle, torch.zeros_like(factor), factor)
 
 
 def _std(logits: Tensor, allowed: Tensor, correction: Tensor | float) -> Tensor:
-    """Standard deviation [T, 1] over the allowed experts with a finite logit; 0 where there are too few."""
+    """Standard deviation [T, 1] over the allowed experts with a finite logit; 0 if there are too few of them."""
     used = allowed & torch.isfinite(logits)
     count = used.sum(1, keepdim=True)
     scale = _shrink(torch.where(used, logits, 0.0))
     scaled = logits * scale
-    # Centred on one of the row's own values: a constant row has a deviation of exactly 0.
+    # Centered on one of the row's own values, so that a constant row has a deviation of exactly 0.
     center = scaled.masked_fill(~used, -INF).amax(1, keepdim=True).detach()
     shifted = torch.where(used, scaled - torch.where(count > 0, center, 0.0), 0.0)
     mean = shifted.sum(1, keepdim=True) / count.clamp(min=1)
@@ -116,14 +116,14 @@ def _std(logits: Tensor, allowed: Tensor, correction: Tensor | float) -> Tensor:
 
 
 def _shrink(values: Tensor) -> Tensor:
-    """A power of two [T, 1] under which the squares of the values [T, E] do not overflow; 1 for all but huge ones."""
+    """A power of two [T, 1] that keeps the squares of the values [T, E] from overflowing; 1 for all but huge values."""
     large, factor = (500, -600) if values.dtype is torch.float64 else (60, -96)
     huge = values.detach().abs().amax(1, keepdim=True) > 2.0**large
     return torch.where(huge, values.new_full((), 2.0**factor), values.new_ones(()))
 
 
-def steer(logits: Tensor, steering: Steering) -> Tensor:
-    """z' = z * scale / temperature + bias + std * std(z) + magnitude * |z|, then the forced values. [T, E]"""
+def steer(logits: Tensor, steering: SteeredRows) -> Tensor:
+    """Steered logits [T, E]: z * scale / temperature + bias + std * std(z) + magnitude * |z|, then forced values."""
     allowed, planes, params = ~steering.forbidden, steering.planes, steering.params
     z = logits
     if "scale" in planes:
@@ -142,8 +142,10 @@ def steer(logits: Tensor, steering: Steering) -> Tensor:
 
 
 def _force(z: Tensor, logits: Tensor, force: Tensor, allowed: Tensor) -> Tensor:
-    """Forced experts take their value from the row's raw logits; a row with a SteerMoE code becomes log-softmax.
-    A row without a single number stays as it is."""
+    """Give forced experts their value, computed from the row's raw logits.
+
+    A row with a SteerMoE code becomes a log-softmax. A row in which every logit is NaN stays as it is.
+    """
     known = allowed & ~torch.isnan(logits)
     force = torch.where(known.any(1, keepdim=True), force, Force.NONE)
     natural = torch.where(known, logits, -INF)

@@ -1,6 +1,6 @@
-"""Routers: which classes exist, how each one decides, and where they are in a model.
+"""Routers of a model: which classes are known, how each one decides, and where they sit.
 
-Modules are read here, never changed, except through `Adapter.install`.
+This package only reads modules. The one way it changes a model is `Adapter.changes`, which an engine installs.
 """
 
 from moe_route.routers.catalog import FAMILIES, REFUSED, family_of

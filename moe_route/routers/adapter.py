@@ -1,7 +1,7 @@
-"""Read the decision in what a router returns, and put another one in its place.
+"""Read the routing decision from a router's output, and write another decision into it.
 
-Most routers return (logits, weights, ids) in one order or another, or all but the logits: `Adapter` itself reads them
-by their `OutputForm`. The others have a subclass each in `architectures`.
+Most routers return (logits, weights, ids), or a part of that, in some order. `Adapter` itself reads those by their
+`OutputForm`. Every other form has a subclass in `architectures`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from moe_route.modules.intercept import Change, ForwardHook
 from moe_route.modules.watch import Scored, WatchedForward
 from moe_route.routers.output import Decision, Output, OutputForm, as_scores
 
-# Modules of a whole model that run by themselves, by the names that transformers gives them.
+# Parts of a whole model that run by themselves, by the attribute names that transformers gives them.
 _ROLES = frozenset(("encoder", "decoder", "thinker", "talker"))
 
 OutputHook = Callable[[nn.Module, tuple[object, ...], Output], Output | None]
-"""Called with a router, its arguments and its output; returns another output, or None to leave it."""
+"""Called with a router, its arguments and its output; returns a new output, or None to keep the router's own."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Place:
-    """Where a router lives: the form of its output, its dotted name, the module that owns it, and that one's owner."""
+    """The place of a router in its model: output form, dotted name, owning module (`block`), and the owner of that."""
 
     form: OutputForm
     name: str
@@ -39,12 +39,12 @@ class Adapter:
     """Reads and writes the output of one live router.
 
     Attributes:
-        output_is_complete: the router's output can be read later, without its arguments, so that it may be counted
-            after the call (`patching.deferred`).
+        output_is_complete: whether the decision can be read from the output alone, without the router's arguments. Then
+            it may be counted after the call (`patching.deferred`).
         changes_choice: the model alters the routing decision after the router (capacity, shared experts), so steered
             choices are counted from the result of `write`.
-        may_leave_empty: the steering in force can leave a slot empty (set by the engine).
-        idle: nothing is counted, steered or traced here now (set by the engine).
+        may_leave_empty: whether the steering in force can leave a slot empty. Set by the engine.
+        idle: whether nothing is counted, steered or traced here now. Set by the engine.
     """
 
     output_is_complete = True
@@ -54,50 +54,50 @@ class Adapter:
 
     def __init__(self, place: Place) -> None:
         self.place, self.form = place, place.form
-        # attributes of transformers' classes are not known to the type checker
+        # the type checker does not know the attributes of transformers' classes
         self.module: Any = place.module
         self.block: Any = place.block
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """Whether a module of a known class has the form that this adapter reads: versions of a class differ."""
+        """Whether this adapter can read `module`; versions of one class return their decision in different forms."""
         return True
 
     @property
     def widens(self) -> bool:
-        """Whether the experts can be given more choices a token than the router makes."""
+        """Whether the experts accept more choices per token than the router makes."""
         return type(self).write is Adapter.write and not self.form.fixed_slots
 
     @property
     def role(self) -> str:
-        """Which of the model's several kinds of router this is ("attention", "vision"), "" where there is one."""
+        """The kind of router ("attention", "vision", "encoder"), or "" where the model has one kind only."""
         pieces = self.place.name.split(".")
         return "vision" if self.patches else next((piece for piece in pieces if piece in _ROLES), "")
 
     @property
     def patches(self) -> bool:
-        """Whether this is a router of a vision tower: what it is given are patches, no tokens of the call."""
+        """Whether this router belongs to a vision tower, which is given image patches instead of the call's tokens."""
         return any(piece.startswith(("vision", "visual")) for piece in self.place.name.split("."))
 
     def obstacle(self) -> str | None:
-        """Why this router cannot be attached to, with the mend, or None."""
+        """Why this router cannot be attached to and how to fix it, or None."""
         return None
 
     def notes(self) -> Iterable[str]:
-        """Peculiarities of this one router, besides those of its family."""
+        """Peculiarities of this one router, in addition to those of its family."""
         if self.patches:
             yield (
-                "routes patches of images, which are no tokens of the call: each has the labels of the token that it "
+                "routes patches of images, which are not tokens of the call: each has the labels of the token that it "
                 "becomes part of; where the ids do not say which, labels that differ within the call leave patches "
                 "uncounted and unsteered; they are never traced"
             )
 
     def known_issues(self) -> Iterable[str]:
-        """What the installed transformers does wrong here."""
+        """Known bugs of the installed transformers that concern this router."""
         return ()
 
     def changes(self, hook: OutputHook) -> Sequence[Change]:
-        """The changes to the model by which `hook` sees, and may replace, every output of the router."""
+        """Changes to the model through which `hook` sees, and may replace, every output of the router."""
         if not self.form.captured:
             return (ForwardHook(self.module, hook),)
         self.hook = hook
@@ -111,28 +111,36 @@ class Adapter:
         return None if self.idle else Scored(self.form.num_experts)
 
     def token_subset(self) -> Tensor | None:
-        """Rows of the call's tokens that the router was given, int64 [T]; None: all of them, in order."""
+        """Indices of the call's tokens that the router was given, int64 [T]; None: all of them, in order."""
         return None
 
     def read(self, args: tuple[object, ...], output: Output) -> Decision:
-        """The decision that the experts get."""
+        """The decision that the experts receive."""
         logits, weights, ids = output[self.form.logits_at], output[self.form.weights_at], output[self.form.ids_at]
         if self.form.probabilities:
-            logits = logits.log()  # a softmax of either is the same
+            logits = logits.log()  # the softmax of logits and the softmax of log-probabilities are equal
         if self.form.dense:
             weights = weights.gather(1, ids)
         return Decision(logits, weights, ids)
 
     def chosen(self, args: tuple[object, ...], output: Output, decision: Decision) -> Decision:
-        """The choice that the scores alone give, before the model changes it (`changes_choice`)."""
+        """The choice that follows from the scores alone, before the model alters it (`changes_choice`)."""
         return decision
 
     def write(
         self, args: tuple[object, ...], output: Output, decision: Decision, weights: Tensor, ids: Tensor
     ) -> tuple[Output, Tensor, Tensor]:
-        """The output with another choice in it, and the weights and ids that the experts get then.
+        """Put another choice into the output.
 
-        `weights` are in the dtype of those of `chosen`, `ids` int32 [T, k]; an empty slot has id -1 and weight 0.
+        Args:
+            args: the router's arguments.
+            output: the router's own output.
+            decision: the decision read from that output.
+            weights: new weights [T, k] in the dtype of those of `chosen`; 0 in an empty slot.
+            ids: new ids, int32 [T, k]; -1 in an empty slot.
+
+        Returns:
+            The new output, and the weights and ids that the experts receive with it.
         """
         changed, filled = list(output), self.filled(ids).to(decision.ids.dtype)
         weights_at, ids_at = self.form.weights_at, self.form.ids_at
@@ -142,13 +150,13 @@ class Adapter:
         return tuple(changed), weights, ids
 
     def filled(self, ids: Tensor) -> Tensor:
-        """Ids [T, k] that experts can take: -1 becomes the largest id of its row, or 0."""
+        """Replace -1 in ids [T, k] by the largest id of the row, or 0, because experts cannot take -1."""
         if self.may_leave_empty:
             ids = torch.where(ids < 0, ids.amax(dim=1, keepdim=True).clamp_(min=0), ids)
         return ids
 
     def probe(self, hidden: Tensor, arguments: tuple[Tensor, ...]) -> tuple[tuple[object, ...], Output]:
-        """Run the router by itself on `hidden`: its arguments, and what it returned, with its logits."""
+        """Run the router alone on `hidden`. Returns its arguments and its output, logits included."""
         args = (hidden, *arguments)
         if not self.form.captured:
             return args, self.module.forward(hidden.clone(), *arguments)

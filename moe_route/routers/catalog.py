@@ -1,11 +1,11 @@
 """The table of router families: which router classes exist, and how each turns logits into weights and ids.
 
-The table is data. A row names the router classes it covers, says where a `RouterSpec` is read from on a live router and
-in which form the router returns its decision, and, where the router computes its logits with one plain matrix product,
-in which dtype. Routers that return another form have a file each in `architectures`, with their row; rows that only
-older versions of transformers need are in `legacy`.
+The table is data. A row (`Family`) names the router classes that it covers, the attributes of a live router that a
+`RouterSpec` is read from, and the form in which the router returns its decision. Where the logits are one plain matrix
+product, the row gives its dtypes. A router with another form has a file in `architectures`, with its row. Rows that
+only older versions of transformers need are in `legacy`.
 
-Facts were read from, and are tested against, transformers 5.23.
+The facts were read from transformers 5.23 and are tested against it.
 """
 
 from __future__ import annotations
@@ -310,21 +310,21 @@ FAMILIES: tuple[Family, ...] = (
         notes=("samples its experts in training mode: unsteered tokens keep the sample, steered ones are greedy",),
     ),
     *ARCHITECTURES,
-    # this library's own router, whose spec is an attribute
+    # moe_route.nn.TopKRouter, whose spec is an attribute
     Family("moe_route", ("TopKRouter",), adjust=_own_spec, correction_bias="correction_bias", gate=Gate(bias="bias")),
 )
 
-# Modules that hold experts and cannot be attached to; the sentence says why.
+# Modules that hold experts but cannot be attached to, each with the reason.
 REFUSED: Mapping[str, str] = {
     "VitPoseBackboneMoeMLP": "nothing is routed: the caller's dataset_index names one expert for a whole image",
 }
 
 
 def family_of(router: nn.Module) -> Family | None:
-    """The row that covers `router`, or None."""
+    """The row of the table that covers `router`, or None."""
     return next((family for family in (*FAMILIES, *LEGACY_FAMILIES) if family.covers(router)), None)
 
 
 def refused_name(module: nn.Module) -> str | None:
-    """The name under which `REFUSED` knows `module`, or None."""
+    """The class name under which `REFUSED` lists `module`, or None."""
     return next((c.__name__ for c in type(module).__mro__ if c.__name__ in REFUSED), None)

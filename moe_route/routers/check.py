@@ -1,9 +1,9 @@
 """Check at attach that a router does what its row of the table says.
 
-The router's own forward is run on random hidden states, in evaluation mode and without touching any random state, and
-its decision is recomputed from its own logits. Ids must be the same wherever scores are not tied: a differing row is
-excused only where moving the logits by a few units in the last place changes the choice. Weights must agree to the
-last bits of the precision they were computed in.
+The router's own forward runs on random hidden states, in evaluation mode, without touching any random state. Its
+decision is then recomputed from its own logits. Ids must be equal wherever scores are not tied: a row may differ only
+if nudging its logits by a few units in the last place changes the choice. Weights must agree to the last bits of the
+precision in which they were computed.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from moe_route.routers.family import TESTED, gate_logits, weight_dtype
 from moe_route.routers.output import Decision, Output
 from moe_route.routers.probe import PROBES, random_states, undisturbed
 
-ULPS = 16  # room for another order of summation
+ULPS = 16  # tolerance, in units in the last place, for another order of summation
 NUDGES = 16
 _OTHER = f"It is from another version of transformers, or changed; install {TESTED}, which is tested."
 
 
 def check_router(router: RouterInfo) -> str:
-    """Compare the router with its specification. Raises `ModelNotSupportedError` where they disagree.
+    """Compare the router with its specification.
 
-    Returns why the fused engine cannot be used after all, or an empty string.
+    Returns why the fused engine cannot be used after all, or an empty string. Raises `ModelNotSupportedError` where
+    router and specification disagree.
     """
     with undisturbed(router.module), torch.no_grad():
         hidden, arguments = _probes(router)
@@ -63,9 +64,9 @@ def _probed(router: RouterInfo, hidden: Tensor, arguments: tuple[Tensor, ...]) -
 
 
 def _read(router: RouterInfo, args: tuple[object, ...], output: object) -> Decision:
-    """The decision in what a router returned, where it has the form that its family says."""
-    kind, mend = type(router.module).__name__, f"Install {TESTED}, or a version whose routers return the same."
-    wrong = ModelNotSupportedError(f"{kind} at {router.name!r} does not return what its family says. {mend}")
+    """Read the decision from a router's output; raises `ModelNotSupportedError` where the output has another form."""
+    kind, fix = type(router.module).__name__, f"Install {TESTED}, or a version whose routers return the same."
+    wrong = ModelNotSupportedError(f"{kind} at {router.name!r} does not return what its family says. {fix}")
     if not isinstance(output, tuple):
         raise wrong
     try:
@@ -79,7 +80,7 @@ def _read(router: RouterInfo, args: tuple[object, ...], output: object) -> Decis
     expected = ((PROBES, router.num_experts), (PROBES, router.top_k), (PROBES, router.top_k))
     if shapes != expected or ids.is_floating_point() or not weights.is_floating_point():
         raise ModelNotSupportedError(
-            f"{kind} at {router.name!r} returns shapes {shapes} (ids {ids.dtype}), not {expected}. {mend}"
+            f"{kind} at {router.name!r} returns shapes {shapes} (ids {ids.dtype}), not {expected}. {fix}"
         )
     return decision
 
@@ -87,7 +88,7 @@ def _read(router: RouterInfo, args: tuple[object, ...], output: object) -> Decis
 def _compare_rewritten(
     router: RouterInfo, args: tuple[object, ...], output: Output, decision: Decision, start: Decision
 ) -> None:
-    """Raise `ModelNotSupportedError` unless writing the router's own choice gives its own output again."""
+    """Raise `ModelNotSupportedError` unless writing the router's own choice reproduces its own output."""
     if not router.adapter.changes_choice:
         return
     _, weights, ids = router.adapter.write(args, output, decision, start.weights, start.ids)
@@ -100,7 +101,7 @@ def _compare_rewritten(
 
 
 def _probes(router: RouterInfo) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Random hidden states, and the correction bias where the block passes one."""
+    """Random hidden states, and the correction bias where the block passes one as an argument."""
     family, block = router.family, router.block
     name = "weight" if family.gate is None else family.gate.weight
     weight = at(router.module, name)
@@ -118,7 +119,7 @@ def _probes(router: RouterInfo) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 
 def _model_dtype(router: RouterInfo) -> torch.dtype:
-    """The dtype of the hidden states the router is given: that of the experts (a gate may be kept in float32)."""
+    """The dtype of the hidden states, taken from the experts, because a gate may be kept in float32."""
     experts = (
         at(owner, "experts") for owner in (router.block, router.module)
     )  # a block that chooses is the module itself
@@ -129,13 +130,13 @@ def _model_dtype(router: RouterInfo) -> torch.dtype:
 
 
 def _hidden_size(router: RouterInfo, weight: Tensor) -> int:
-    """What the router's first matrix takes; a linear layer says so itself, since its weight may be packed."""
+    """Width of the router's first matrix. A linear layer states it, because its weight may be packed."""
     linear = next((module for module in router.module.modules() if hasattr(module, "in_features")), None)
     return int(weight.shape[1] if linear is None else getattr(linear, "in_features"))  # noqa: B009 (no known attribute)
 
 
 def _compare(router: RouterInfo, source: str, decision: Decision, inputs: tuple[Tensor, ...]) -> None:
-    """Raise `ModelNotSupportedError` unless the decision recomputed from its logits is its weights and ids."""
+    """Raise `ModelNotSupportedError` unless recomputing from the logits gives the router's weights and ids."""
     logits, weights, ids = decision
     family, k = router.family, ids.shape[1]
     scale = family.scale_of(router.module)
@@ -158,7 +159,7 @@ def _compare(router: RouterInfo, source: str, decision: Decision, inputs: tuple[
     )
     error = (again - weights.float()).abs() / weights.float().abs().clamp(min=torch.finfo(torch.float32).tiny)
     room = ULPS * unit + torch.finfo(weights.dtype).eps * 2
-    worst = float(error.nan_to_num(0.0, posinf=0.0).max())  # a router full of NaN gives nothing to compare
+    worst = float(error.nan_to_num(0.0, posinf=0.0).max())  # weights that are all NaN leave nothing to compare
     if worst > room:
         raise ModelNotSupportedError(
             f"{kind} does not weigh as its specification says: weights recomputed from {source} are off by {worst:.2g} "

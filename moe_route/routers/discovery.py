@@ -18,12 +18,12 @@ from moe_route.routers.known_issues import known_issues
 from moe_route.routers.probe import as_returned
 from moe_route.routers.recognize import recognize
 
-# Names of classes that route, or hold what does.
+# Class names of modules that route, or that own a module that routes.
 _ROUTING = re.compile(r"Router|Gating|TopKGate|SparseMoe|MoE$")
 
 
 class ModelNotSupportedError(ValueError):
-    """The model has no router that can be attached to, or one that cannot; says what was found and how to fix it."""
+    """Raised for a model without routers, or with one that cannot be attached to; names what was found and the fix."""
 
 
 @dataclass(slots=True, eq=False)
@@ -31,22 +31,22 @@ class RouterInfo:
     """One router of a live model."""
 
     name: str  # dotted name of the router in the model
-    layer: int  # 0-based among the MoE layers
+    layer: int  # index among the MoE layers, from 0
     module: nn.Module
     block: nn.Module  # the module that owns the router
-    family: Family  # its row of the table
+    family: Family  # row of the table that describes the router
     adapter: Adapter
     num_experts: int
     top_k: int
     spec: RouterSpec
     engine: str = "hook"  # "hook" (a forward hook) or "fused" (gate matrix and one `route` call)
-    reason: str = ""  # why that engine
-    role: str = ""  # "text", "vision", "encoder", "attention" where a model has several kinds of router, else ""
-    notes: tuple[str, ...] = ()  # peculiarities, what cannot be steered and why, known bugs of transformers
+    reason: str = ""  # why this engine is used
+    role: str = ""  # "text", "vision", "encoder", "attention", ...; "" in a model with one kind of router
+    notes: tuple[str, ...] = ()  # peculiarities, why it cannot be steered, known bugs of transformers
 
     @property
     def steerable(self) -> bool:
-        """Whether the model's choice can be changed here; `notes` say why not."""
+        """Whether the model's choice can be changed here; if not, `notes` give the reason."""
         return not self.family.unsteerable
 
     @property
@@ -56,16 +56,19 @@ class RouterInfo:
 
     @property
     def device(self) -> torch.device:
-        """Where the router runs."""
+        """The device on which the router runs."""
         return device_of(self.module)
 
 
 def find_routers(model: nn.Module) -> list[RouterInfo]:
-    """Find the routers of `model` in forward order; where it has several kinds (`RouterInfo.role`), one kind after
-    the other.
+    """Find the routers of `model` in forward order.
 
-    Raises `ModelNotSupportedError` where there is none, where one is of a kind that cannot be attached to, or where a
-    block bypasses its router; the message names what was found and how to fix it.
+    A model with several kinds of router (`RouterInfo.role`) yields one kind after the other.
+
+    Raises:
+        TypeError: `model` is not a module.
+            ModelNotSupportedError: there is no router, a router is of a kind that cannot be attached to, or a block
+                bypasses its router. The message names what was found and how to fix it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"a torch.nn.Module is needed, not {type(model).__name__}")
@@ -103,7 +106,7 @@ def _in_order(routers: list[RouterInfo]) -> list[RouterInfo]:
 
 
 def _described(name: str, modules: dict[str, nn.Module], family: Family) -> RouterInfo:
-    """The router `name`. A router that is the model itself owns itself."""
+    """Describe the router `name`. A router that is the whole model counts as its own block."""
     above = outermost(name, modules).rpartition(".")[0]
     module, block, higher = modules[name], modules[above], modules[above.rpartition(".")[0]] if above else None
     kind = type(module).__name__
@@ -139,9 +142,9 @@ def _described(name: str, modules: dict[str, nn.Module], family: Family) -> Rout
 
 
 def _known_families(modules: dict[str, nn.Module]) -> dict[str, Family]:
-    """Rows for the routers that the table names, by their name; a block that decides stands for its router."""
+    """Map the name of every router in the table to its row. A block that makes the choice counts as a router."""
     found: dict[str, Family] = {}
-    for name, module in modules.items():  # a block comes before what is in it
+    for name, module in modules.items():  # a block comes before the modules inside it
         family = family_of(module)
         if family is not None and not any(name.startswith(above and f"{above}.") for above in found):
             found[name] = as_returned(family, module)
@@ -149,9 +152,9 @@ def _known_families(modules: dict[str, nn.Module]) -> dict[str, Family]:
 
 
 def _unknown_families(model: nn.Module, modules: dict[str, nn.Module], known: dict[str, Family]) -> dict[str, Family]:
-    """Rows for routers that no row names, by their name.
+    """Map the name of every router that is not in the table to a row made for it.
 
-    Raises `ModelNotSupportedError` where one is not recognized.
+    Raises `ModelNotSupportedError` for a router that is not recognized.
     """
     found: dict[str, Family] = {}
     seen: dict[type[nn.Module], Family | str] = {}
@@ -173,7 +176,7 @@ def _unknown_families(model: nn.Module, modules: dict[str, nn.Module], known: di
         if isinstance(family, str):
             raise ModelNotSupportedError(
                 f"{type(model).__name__}: {type(block).__name__} at {name!r} owns experts, but its gate "
-                f"{type(gate).__name__} is no known router, and {family}. {len(strangers)} such module(s). Use the "
+                f"{type(gate).__name__} is not a known router, and {family}. {len(strangers)} such module(s). Use the "
                 "model class of transformers 5 (transformers 4 and remote code decide in another form)."
             )
         found[f"{name}.{of_gate}" if name else of_gate] = family
@@ -181,7 +184,7 @@ def _unknown_families(model: nn.Module, modules: dict[str, nn.Module], known: di
 
 
 def _routes_unknown(module: nn.Module) -> bool:
-    """Whether a module owns experts, or is known to be refused, and so must route somewhere."""
+    """Whether a module owns experts, or is in `REFUSED`, so that routing must happen in it."""
     if refused_name(module) is not None:
         return True
     gate = module._modules.get("gate") or module._modules.get("router")

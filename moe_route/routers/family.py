@@ -1,7 +1,8 @@
-"""One row of the table of router families, and how it is read from a live router.
+"""One row of the table of router families, and how its facts are read from a live router.
 
-Reading a row imports nothing but torch: classes are matched by name along the MRO, among classes defined in
-`transformers` or `moe_route.nn` only (a class of the same name in remote code may return its decision in another form).
+This module imports no transformers. Classes are matched by name along the method resolution order, and only classes
+defined in `transformers` or `moe_route.nn` count: a class of the same name in remote code may return its decision in
+another form.
 """
 
 from __future__ import annotations
@@ -22,24 +23,25 @@ from moe_route.routers.output import OutputForm, OutputPart
 
 PLAIN_SOFTMAX = RouterSpec(score="softmax")
 GROUPED_SOFTMAX = RouterSpec(score="softmax", group_score="max", group_fill=0.0)
-# Where routers that choose among groups first keep what they go by (`Family.read`).
+# Attributes that hold the group settings of most group-limited routers (`Family.read`).
 SCALED_GROUPS: dict[str, str | tuple[str, ...]] = {
     "groups": ("num_group", "n_group"),
     "top_groups": "topk_group",
     "scale": "routed_scaling_factor",
 }
 _CHOOSING = ("forward", "get_topk_indices", "route_tokens_to_experts")  # methods in which a choice is made
-TESTED = "transformers 5.23"  # what the table was read from and is tested against
-# The modules whose classes the table speaks about.
+TESTED = "transformers 5.23"  # the version that the table was read from and is tested against
+# Modules whose classes the table may cover.
 HOMES = ("transformers.", "moe_route.nn")
 
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """How a router computes its logits with one matrix product, so that the fused engine may do it instead.
+    """How a router computes its logits with one matrix product, which the fused engine can then compute itself.
 
-    `compute`: "native" = dtype of the hidden states, "weight" = hidden states cast to the weight's dtype, "float32" =
-    both cast to float32. `result`: "native" = as computed, "float32" = logits cast to float32.
+    `compute` is the dtype of the product: "native" = dtype of the hidden states, "weight" = hidden states cast to the
+    weight's dtype, "float32" = both cast to float32. `result` is the dtype of the logits: "native" = as computed,
+    "float32" = cast to float32.
     """
 
     weight: str = "weight"
@@ -50,44 +52,44 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One row of the table. Strings that name a place are dotted attribute paths on the router."""
+    """One row of the table. A string that names an attribute is a dotted path, read from the router."""
 
-    name: str  # letter of the routing family and what it does, for people
+    name: str  # what the family does, for people
     routers: tuple[str, ...]
-    spec: RouterSpec = PLAIN_SOFTMAX  # what is the same for every router of the row
-    # RouterSpec field <- attribute of the router, or the names it had in several versions
+    spec: RouterSpec = PLAIN_SOFTMAX  # the facts that all routers of the row share
+    # RouterSpec field <- attribute of the router, or a tuple of the names that it had in several versions
     read: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
-    renormalize_if: str | None = None  # attribute that switches spec.renormalize on; None = always as in spec
-    adjust: Callable[[nn.Module, RouterSpec], RouterSpec] | None = None  # what no attribute alone says
-    top_k: str | int = "top_k"  # a number where no attribute says it
-    num_experts: str | int = "num_experts"  # of a matrix: its rows
-    correction_bias: str | None = None  # attribute
-    bias_argument: int | None = None  # where the block passes the correction bias to the router: which argument
-    expert_scale: str | None = None  # factor per expert on the final weight
+    renormalize_if: str | None = None  # attribute that switches spec.renormalize on; None: always as in `spec`
+    adjust: Callable[[nn.Module, RouterSpec], RouterSpec] | None = None  # reads what needs more than one attribute
+    top_k: str | int = "top_k"  # attribute, or a number where there is none
+    num_experts: str | int = "num_experts"  # attribute; the number of rows where it is a matrix
+    correction_bias: str | None = None  # attribute that holds the bias
+    bias_argument: int | None = None  # index of the argument in which the block passes the correction bias
+    expert_scale: str | None = None  # attribute that holds a factor per expert on the final weights
     weights: Literal["logits", "input", "float32"] = "logits"  # dtype of the weights the router returns
     returns: tuple[OutputPart, ...] = (
         "logits",
         "weights",
         "ids",
-    )  # without logits, they are caught where they are scored
-    fixed_slots: bool = False  # what takes the choice has room for top_k experts a token and no more
-    low_precision: bool = False  # scores are computed in the dtype of the logits, not in float32
+    )  # without logits among them, the logits are captured while the router scores them
+    fixed_slots: bool = False  # whether the experts have room for exactly top_k choices per token
+    low_precision: bool = False  # whether scores are computed in the dtype of the logits, not in float32
     chosen_by: Literal["logits", "token ids"] = "logits"
     input_rank: int = 2
     gate: Gate | None = None
-    unfused: str = ""  # why there is no `gate`: what the router does besides one matrix product
+    unfused: str = ""  # why there is no `gate`: what the router does in addition to one matrix product
     adapter: type[Adapter] = Adapter
-    unsteerable: str = ""  # why its choice cannot be changed; "" = it can
+    unsteerable: str = ""  # why its choice cannot be changed; "" if it can
     notes: tuple[str, ...] = ()
-    known_issues: tuple[str, ...] = ()  # what transformers does wrong with these routers
+    known_issues: tuple[str, ...] = ()  # known bugs of transformers with these routers
 
     def covers(self, router: nn.Module) -> bool:
-        """Whether `router` is, or derives from, a class of this row, and has the form that its adapter reads."""
+        """Whether `router` belongs to a class of this row (or a subclass) and returns a form that the adapter reads."""
         known = any(c.__name__ in self.routers and c.__module__.startswith(HOMES) for c in type(router).__mro__)
         return known and self.adapter.fits(router)
 
     def spec_of(self, router: nn.Module) -> RouterSpec:
-        """The `RouterSpec` of a live router."""
+        """Read the `RouterSpec` of a live router."""
         values = {name: getattr(self.spec, name) for name in RouterSpec.__dataclass_fields__}
         for name, paths in self.read.items():
             found = (at(router, path) for path in ((paths,) if isinstance(paths, str) else paths))
@@ -102,21 +104,21 @@ class Family:
         return spec if self.adjust is None else self.adjust(router, spec)
 
     def num_experts_of(self, router: nn.Module) -> Any:
-        """How many experts `router` chooses among, None where it does not say so."""
+        """Number of experts that `router` chooses among, or None where the router does not hold it."""
         return number(router, self.num_experts)
 
     def form_of(self, router: nn.Module) -> OutputForm:
-        """How `router` returns its decision."""
+        """The form in which `router` returns its decision."""
         num_experts, top_k = self.num_experts_of(router), number(router, self.top_k)
         return OutputForm(self.returns, num_experts, top_k, self.weights == "float32", self.fixed_slots)
 
     @property
     def has_bias(self) -> bool:
-        """Whether a correction bias takes part in the choice."""
+        """Whether the routers of this row choose with a correction bias."""
         return self.correction_bias is not None or self.bias_argument is not None
 
     def bias_of(self, router: nn.Module, arguments: tuple[object, ...] = ()) -> Tensor | None:
-        """The correction bias in force, float32 [E], or None."""
+        """The correction bias that the router uses now, float32 [E], or None."""
         found: object = None
         if self.bias_argument is not None:
             found = arguments[self.bias_argument] if len(arguments) > self.bias_argument else None
@@ -130,7 +132,7 @@ class Family:
 
 
 def score_function(router: Any, spec: RouterSpec) -> RouterSpec:
-    """`spec` with the score that the router holds as a module (`Family.adjust`)."""
+    """`spec` with the score function that the router holds as a module. Serves as `Family.adjust`."""
     name = type(router.score_fn).__name__
     score = {"SqrtSoftplusActivation": "sqrt_softplus", "Sigmoid": "sigmoid"}.get(name)
     if score is None:
@@ -139,7 +141,7 @@ def score_function(router: Any, spec: RouterSpec) -> RouterSpec:
 
 
 def without_groups_unless(method: str) -> Callable[[nn.Module, RouterSpec], RouterSpec]:
-    """Groups count only where the router's `topk_method` is `method` (`Family.adjust`)."""
+    """Make a `Family.adjust` that drops the groups unless the router's `topk_method` is `method`."""
 
     def adjust(router: nn.Module, spec: RouterSpec) -> RouterSpec:
         return spec if at(router, "topk_method") == method else replace(spec, groups=1, top_groups=1)
@@ -148,8 +150,10 @@ def without_groups_unless(method: str) -> Callable[[nn.Module, RouterSpec], Rout
 
 
 def fill_of_left_out(router: nn.Module, spec: RouterSpec) -> RouterSpec:
-    """`spec` with the score that experts of groups left out are given: 0 in older versions of a class, minus infinity
-    in later ones (`Family.adjust`). Its code says which."""
+    """`spec` with the score that experts of excluded groups get. Serves as `Family.adjust`.
+
+    Older versions of a class use 0, later ones minus infinity; the constants in its code tell which.
+    """
     methods = (inspect.unwrap(getattr(type(router), name)) for name in _CHOOSING if hasattr(type(router), name))
     code = next((m.__code__ for m in methods if "masked_fill" in m.__code__.co_names), None)
     infinite = code is not None and ("-inf" in code.co_consts or {"inf", "finfo"} & {*code.co_names})
@@ -157,7 +161,7 @@ def fill_of_left_out(router: nn.Module, spec: RouterSpec) -> RouterSpec:
 
 
 def gate_logits(module: nn.Module, gate: Gate | None, hidden: Tensor) -> Tensor:
-    """Router logits [T, E] of hidden states [..., H], in the dtypes the model itself uses."""
+    """Compute router logits [T, E] from hidden states [..., H], in the dtypes that the model uses."""
     if gate is None:
         raise ValueError(f"{type(module).__name__} is more than a gate matrix")
     weight, bias = at(module, gate.weight), None if gate.bias is None else at(module, gate.bias)
@@ -171,5 +175,5 @@ def gate_logits(module: nn.Module, gate: Gate | None, hidden: Tensor) -> Tensor:
 
 
 def weight_dtype(rule: str, hidden: Tensor, logits: Tensor) -> torch.dtype:
-    """The dtype of the weights that a router returns, by `Family.weights`."""
+    """The dtype of the weights that a router returns, by the rule in `Family.weights`."""
     return {"logits": logits.dtype, "input": hidden.dtype, "float32": torch.float32}[rule]

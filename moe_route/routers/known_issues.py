@@ -11,20 +11,20 @@ from moe_route.routers.family import Family
 
 
 def known_issues(family: Family, adapter: Adapter, spec: RouterSpec) -> tuple[str, ...]:
-    """One sentence each, beginning with the version; none for a router that is not of transformers."""
+    """One sentence per bug, opening with the version; empty for a router that is not from transformers."""
     modeling = modeling_of(adapter.module)
     if modeling is None:
         return ()
     texts = [*family.known_issues, *adapter.known_issues()]
     loss = getattr(modeling, "load_balancing_loss_func", None)
-    if loss is not None and "gate_logits" in loss.__code__.co_varnames:  # that of Switch is given what was chosen
+    if loss is not None and "gate_logits" in loss.__code__.co_varnames:  # Switch's loss takes the choice
         texts.append(_balancing_loss(family, spec))
     version = sys.modules["transformers"].__version__
     return tuple(f"transformers {version}: {text}" for text in texts)
 
 
 def _balancing_loss(family: Family, spec: RouterSpec) -> str:
-    """The loss takes a softmax of the logits and the k largest, whatever the router did."""
+    """Describe the loss: it takes the softmax of the logits and its k largest, whatever the router did."""
     unseen = ["steering"]
     if family.has_bias:
         unseen.append("the correction bias")

@@ -1,7 +1,7 @@
-"""Rows that only older versions of transformers need: blocks that choose themselves, and routers of other names.
+"""Rows that only older versions of transformers need: blocks that choose themselves, and renamed router classes.
 
 Router classes already in the table that merely return their outputs in another order need no row here; `probe` detects
-the order. Facts were read from, and are tested against, transformers 4.57.6, 5.0.0 and 5.6.2.
+the order. The facts were read from transformers 4.57.6, 5.0.0 and 5.6.2 and are tested against them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moe_route.routers.family import (
 )
 
 _CHOSEN = "the block chooses, not the router"
-_BY_BLOCK: tuple[type[Adapter], ...] = (ByMethod, InForward)  # which of them, a version's class tells
+_BY_BLOCK: tuple[type[Adapter], ...] = (ByMethod, InForward)  # `fits` picks one for the version
 
 LEGACY_FAMILIES: tuple[Family, ...] = (
     Family(

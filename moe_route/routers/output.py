@@ -1,4 +1,4 @@
-"""What routers return: one decision per token, and the order and form in which it comes."""
+"""Forms of router output: the decision per token, and the tensors in which a router returns it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 Output = tuple[Any, ...]
-"""What a router returns: tensors; some routers return lists of numbers beside them."""
+"""The value that a router returns: tensors, in some models with lists of numbers beside them."""
 
 OutputPart = Literal["logits", "probabilities", "weights", "scores", "ids"]
-"""One tensor that a router returns: "logits" [T, E], or "probabilities" [T, E], their softmax, in their place;
-"weights" [T, k], or "scores" [T, E], weights that are zero where an expert was not chosen; "ids" [T, k]."""
+"""The meaning of one tensor that a router returns.
+
+"logits" [T, E]; "probabilities" [T, E], the softmax of the logits, returned in their place; "weights" [T, k]; "scores"
+[T, E], weights that are zero where an expert was not chosen; "ids" [T, k].
+"""
 
 
 class Decision(NamedTuple):
-    """One decision: router logits [T, E], weights [T, k] and ids, integer [T, k]; -1 is an empty slot of weight 0."""
+    """Router logits [T, E], weights [T, k] and integer ids [T, k] of T tokens; id -1 is an empty slot of weight 0."""
 
     logits: Tensor
     weights: Tensor
@@ -26,15 +29,15 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True)
 class OutputForm:
-    """How one router returns its decision.
+    """The form in which one router returns its decision.
 
     Attributes:
-        returns: its tensors in order. Where they hold neither logits nor probabilities, the logits are captured while
-            the router scores them and are read as if they were returned last.
-        num_experts: E, or None where the router does not say it.
-        top_k: k, or None where the router does not say it.
+        returns: meaning of the tensors, in order. Without logits and probabilities among them, the logits are captured
+            while the router scores them and are appended as the last tensor.
+        num_experts: E, or None where the router does not hold it.
+        top_k: k, or None where the router does not hold it.
         float32_weights: whether the weights are float32 whatever the dtype of the hidden states.
-        fixed_slots: whether what takes the choice has room for k experts per token and no more.
+        fixed_slots: whether the experts have room for exactly k choices per token.
     """
 
     returns: tuple[OutputPart, ...] = ("logits", "weights", "ids")
@@ -70,7 +73,7 @@ class OutputForm:
 
 
 def order_of(output: Any) -> tuple[OutputPart, ...] | None:
-    """The parts that a router returned for some tokens, in order; None where they cannot be told apart."""
+    """The meaning of the tensors that a router returned, in order; None where it is ambiguous."""
     if not isinstance(output, tuple) or not all(isinstance(part, Tensor) and part.dim() == 2 for part in output):
         return None
     top_k = [part.shape[1] for part in output if not part.is_floating_point()]
@@ -89,19 +92,22 @@ def _part(part: Tensor, top_k: int, of: int) -> OutputPart:
     if part.shape[1] == top_k:
         return "weights"
     if of == 2:
-        return "scores"  # beside ids alone
+        return "scores"  # a second tensor beside ids only
     sums = bool((part >= 0).all()) and torch.allclose(part.float().sum(1), torch.ones(len(part), device=part.device))
     return "probabilities" if sums else "logits"
 
 
 def empty_ids(ids: Tensor, empty: Tensor) -> Tensor:
-    """`ids` with -1 where `empty`."""
+    """`ids` with -1 wherever `empty` is true."""
     return torch.where(empty, -1, ids)
 
 
 def as_scores(own: Tensor, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [T, k] of `ids` [T, k] as scores like `own` [T, E], and the ids that go with them: every slot takes the
-    score of its id, so a slot of weight 0 names an expert that has none."""
+    """Convert weights [T, k] of `ids` [T, k] to dense scores like `own` [T, E].
+
+    Returns the scores and the ids that match them. Every slot receives the score of its id, so a slot of weight 0 is
+    given an id whose score is zero.
+    """
     scores = torch.zeros_like(own).scatter_add(1, ids.long(), weights)
     unused = (scores == 0).to(torch.uint8).argmax(1, keepdim=True)
     return scores, torch.where(weights == 0, unused.to(ids.dtype), ids)

@@ -1,7 +1,7 @@
-"""Run a router by itself on random hidden states: the order of its output, and whether it can be read at all.
+"""Run a router alone on random hidden states, to learn the order of its output and whether it can be read at all.
 
-Versions of transformers return a decision in different orders. The order is found by running a copy of the router with
-random weights, so it does not matter where the live weights are, or whether they are loaded.
+Versions of transformers return a decision in different orders. The order is found on a copy of the router with random
+weights. So it does not matter on which device the live weights are, or whether they are loaded.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from moe_route.routers.adapter import Adapter
 from moe_route.routers.family import Family
 from moe_route.routers.output import OutputPart, order_of
 
-PROBES = 64  # random tokens that a router is checked with
+PROBES = 64  # random tokens with which a router is checked
 TOKENS = 8
 _OTHER_FORM = "this version of transformers returns the decision in another form"
 _returns: WeakKeyDictionary[type[nn.Module], tuple[OutputPart, ...]] = WeakKeyDictionary()
 
 
 def random_states(shape: Sequence[int], seed: int) -> Tensor:
-    """Standard normal float32 numbers on the CPU, the same for every run; no global random state is touched."""
+    """Standard normal float32 numbers on the CPU, equal in every run; leaves global random states alone."""
     return _normal(shape, torch.Generator().manual_seed(seed))
 
 
@@ -35,7 +35,7 @@ def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 
 def unreadable(module: nn.Module) -> str | None:
-    """Why a module cannot be run by itself now, or None."""
+    """Why a module cannot run alone now, or None."""
     for parameter in module.parameters():
         if parameter.is_meta and not managed_by_accelerate(module):
             return "its weights are on the meta device"
@@ -46,10 +46,10 @@ def unreadable(module: nn.Module) -> str | None:
 
 @contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Run a module in evaluation mode inside, and leave no trace of it.
+    """Run a module in evaluation mode, and restore it afterwards.
 
-    Afterwards training flags, random states, plain attributes that the module set in its forward and the dtype of
-    parameters that it cast are what they were.
+    Restores training flags, random states, plain attributes that its forward set, and the dtype of parameters that its
+    forward cast.
     """
     flags = [(inner, inner.training) for inner in module.modules()]
     kept = [(vars(inner), {k: v for k, v in vars(inner).items() if not k.startswith("_")}) for inner, _ in flags]
@@ -75,7 +75,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
 def as_returned(family: Family, router: nn.Module) -> Family:
     """`family` with the order in which the class of `router` returns its decision."""
     if family.adapter.read is not Adapter.read or family.adapter.probe is not Adapter.probe:
-        return family  # a form of its own
+        return family  # the adapter reads a form of its own
     returns = _returns.get(type(router)) or _form(family, router)
     if returns is None:
         return family
@@ -86,7 +86,7 @@ def as_returned(family: Family, router: nn.Module) -> Family:
 
 
 def _form(family: Family, router: nn.Module) -> tuple[OutputPart, ...] | None:
-    """What the class returns, in order; None where that cannot be told (`check` then decides)."""
+    """The meaning of the tensors that the class returns, or None where it cannot be found; `check` then decides."""
     experts = family.num_experts_of(router)
     width = next((p.shape[-1] for p in router.parameters() if p.dim() == 2), None)
     if experts is None or width is None:

@@ -1,8 +1,8 @@
-"""Recognize a router whose class the table does not name, by what it does.
+"""Recognize, by its behavior, a router whose class is not in the table.
 
-Two things must hold. The router, run in float32 on random hidden states, returns logits [T, E], weights [T, k] and ids
-[T, k] in some order, and one specification, made of the facts that the router holds, gives those very ids and weights
-again. And the block follows it: other ids and weights give another output. Otherwise the router stays unknown.
+Two conditions must hold. First, the router, run in float32 on random hidden states, returns logits [T, E], weights
+[T, k] and ids [T, k] in some order, and one specification built from its attributes reproduces exactly those ids and
+weights. Second, the block uses them: changing ids and weights changes its output. Otherwise the router stays unknown.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ROOM = 1e-5
 
 @dataclass(frozen=True)
 class Sample:
-    """What a router returned for some probes, and in which order."""
+    """Output of a router for some probes, sorted into its parts."""
 
     logits: Tensor  # or probabilities
     weights: Tensor
@@ -41,7 +41,7 @@ class Sample:
 
 
 def recognize(router: nn.Module, block: nn.Module) -> Family | str:
-    """A row for the one class of `router`, or why it is not recognized."""
+    """A row for the class of `router`, or a sentence that says why it is not recognized."""
     if unreadable(block) or any(p.is_meta for p in block.parameters()) or managed_by_accelerate(router):
         return "its weights cannot be read here"
     samples = _samples(router)
@@ -54,7 +54,7 @@ def recognize(router: nn.Module, block: nn.Module) -> Family | str:
 
 
 def _samples(router: nn.Module) -> list[Sample] | str:
-    """Two runs of a float32 copy, on probes of different size."""
+    """Outputs of a float32 copy for two batches of different size."""
     with undisturbed(router), torch.no_grad():
         alone = copy.deepcopy(router).float()
     alone._forward_hooks.clear()
@@ -88,7 +88,7 @@ def _sample(output: Any) -> Sample | None:
 
 
 def _candidates(router: nn.Module, samples: list[Sample]) -> Iterator[Family]:
-    """Rows to try: every way of routing, with and without each fact that the router holds."""
+    """Rows to try: every way of routing, with and without each setting that the router holds."""
     bias = next((name for name in _BIASES if isinstance(at(router, name), Tensor)), None)
     for scored, chosen, weighed in product(_scores(), _groups(router), _weights(router)):
         spec = RouterSpec(**scored, **chosen, **weighed)
@@ -103,7 +103,7 @@ def _scores() -> Iterator[dict[str, Any]]:
 
 
 def _groups(router: nn.Module) -> Iterator[dict[str, Any]]:
-    """Without groups, and with those that the router names."""
+    """No groups, then the groups that the router's attributes name."""
     yield {}
     sizes = next(((at(router, a), at(router, b)) for a, b in _GROUPS if isinstance(at(router, a), int)), (1, 1))
     if sizes[0] > 1:
@@ -112,7 +112,7 @@ def _groups(router: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 def _weights(router: nn.Module) -> Iterator[dict[str, Any]]:
-    """Left as they are scored or renormalized, with and without the factor that the router names."""
+    """No renormalization and each kind of it, with and without the factor that the router's attributes name."""
     scale = next((float(at(router, name)) for name in _SCALES if isinstance(at(router, name), (int, float))), 1.0)
     for factor in dict.fromkeys((1.0, scale)):
         yield {"renormalize": "none", "scale": factor}
@@ -131,7 +131,7 @@ def _row(router: nn.Module, sample: Sample, spec: RouterSpec, bias: str | None) 
         num_experts=sample.logits.shape[1],
         correction_bias=bias,
         returns=sample.returns,
-        low_precision=True,  # what it computes in is not known
+        low_precision=True,  # the precision of its scores is unknown
         unfused="it is known by what it does only",
         notes=(f"no class of the table of routers: recognized by what it does ({name})",),
     )
@@ -152,7 +152,7 @@ def _reproduces(family: Family, router: nn.Module, samples: list[Sample]) -> boo
 
 
 def _not_followed(family: Family, router: nn.Module, block: nn.Module) -> str:
-    """Why the block's output does not hang on what the router returns, or an empty string."""
+    """Why the block's output does not depend on what the router returns, or an empty string."""
     matrix = next(p for p in router.parameters() if p.dim() == 2)
     hidden = random_states((1, 8, matrix.shape[1]), 1).to(matrix.device, matrix.dtype)
 

@@ -1,8 +1,8 @@
-"""Steering: which experts, what is done to them, and the tables that carry it into ``route``.
+"""Steering: experts, the changes made to them, and the tables that carry these changes into ``route``.
 
-``ExpertSelection`` says which experts; ``Plan`` says what is done to them, where and when; ``Plan.compile`` turns it
-into one ``SteeringTables`` per layer (``TokenSteering`` where a rule looks at more than a token's row) and a lookup
-from (phase, group, position) to the row of a token.
+``ExpertSelection`` is a set of experts. ``Plan`` says what is done to them, where and when. ``Plan.compile`` makes one
+``SteeringTables`` per layer, or ``TokenSteering`` where a rule depends on more than a token's row. It also makes the
+lookup from (phase, group, position) to the row of a token.
 """
 
 from moe_route.steering.compiled import CompiledPlan, LayerShape

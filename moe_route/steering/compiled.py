@@ -1,4 +1,4 @@
-"""From rules to steering tables: what each layer does for each row, and which row a token takes."""
+"""Compile rules into steering tables: the effect of each row in each layer, and the row that each token takes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _FORCES = {
     ("forbid", ""): Force.FORBID,
 }
 _FORCED = {kind for kind, _ in _FORCES}
-# kind -> the plane of SteeringTables it fills; "bias" on a score goes to score_bias
+# kind of rule -> plane of SteeringTables; "bias" on a score becomes score_bias
 _PLANES = {
     "activate": "std",
     "bias": "bias",
@@ -42,7 +42,7 @@ _PLANES = {
     "scale_logits": "scale",
     "scale_weights": "weight_scale",
 }
-# mode of a rule -> the row parameter that carries it: one value for all experts of a row
+# mode of a rule -> row parameter that carries it, one value for all experts of a row
 _ROW_MODES = {
     ("activate", "sample"): ("std_correction", 1.0),
     ("activate", "population"): ("std_correction", 0.0),
@@ -54,7 +54,7 @@ _ROW_MODES = {
 
 
 class HasExperts(Protocol):
-    """What a plan needs to know of a layer; ``patching.RouterInfo`` and ``LayerShape`` have it."""
+    """The part of a layer's description that a plan uses; ``RouterInfo`` and ``LayerShape`` have it."""
 
     @property
     def num_experts(self) -> int: ...
@@ -63,7 +63,7 @@ class HasExperts(Protocol):
 
 
 class LayerShape(NamedTuple):
-    """Number of experts of one MoE layer, and experts a token is sent to."""
+    """Number of experts of one MoE layer, and number of experts per token."""
 
     num_experts: int
     top_k: int
@@ -74,15 +74,15 @@ class CompiledPlan:
     """A plan as tables.
 
     Attributes:
-        tables: one ``SteeringTables`` per MoE layer (``TokenSteering`` where a rule looks at more than the token's
-            row), None where the plan leaves the layer alone. All have the same number of rows.
-        rows: int32 [2, G + 1, C]: the steering row of a token by phase ("prefill", "decode"), group and class of
-            positions; column 0 is for tokens without a group, column g + 1 for group g. -1 where nothing applies.
+        tables: one ``SteeringTables`` per MoE layer, or ``TokenSteering`` where a rule depends on more than the token's
+            row, or None where the plan leaves the layer alone. All have the same number of rows.
+        rows: int32 [2, G + 1, C]: the steering row of a token by phase ("prefill", "decode"), group, and class of
+            positions. Column 0 is for tokens without a group, column g + 1 for group g. -1 where no rule applies.
         groups: names of the G groups.
         plan_hash: ``Plan.hash`` of the plan.
         bounds: the C - 1 positions at which a new class of positions begins.
-        draws: whether a rule draws experts for each token.
-        replays: tables of recorded choices, in the order in which tokens name their entries in them.
+        draws: whether a rule draws experts per token.
+        replays: tables of recorded choices, in the order of the columns of ``Labels.entries``.
     """
 
     tables: list[SteeringTables | TokenSteering | None]
@@ -95,12 +95,11 @@ class CompiledPlan:
 
     @property
     def is_null(self) -> bool:
-        """True when no token of any layer is steered."""
+        """Whether no token of any layer is steered."""
         return all(table is None for table in self.tables)
 
     def row(self, phase: str, group: int = -1, position: int = 0) -> int:
-        """The steering row of a token of ``group`` (-1: none) at ``position`` in ``phase``; -1 where nothing
-        applies."""
+        """The steering row of a token of ``group`` (-1: none) at ``position`` in ``phase``; -1 where none applies."""
         if phase not in PHASES or not -1 <= group < len(self.groups):
             raise PlanError(f"no row for phase {phase!r}, group {group}: there are {len(self.groups)} groups")
         return int(self.rows[PHASES.index(phase), group + 1, bisect.bisect_right(self.bounds, position)])
@@ -112,18 +111,19 @@ class CompiledPlan:
         return replace(self, tables=tables, rows=self.rows.to(device))
 
 
-# how rules look at a token: (only where the router did not choose the expert, seed of a draw)
+# what a rule depends on per token: (only experts that the router did not choose, seed of a random draw)
 _View = tuple[bool, "int | None"]
 _PLAIN: _View = (False, None)
 
 
 @dataclass(slots=True)
 class _Cell:
-    """What one row does in one layer; nothing where both are empty.
+    """The effect of one row in one layer; falsy if there is none.
 
-    ``tables``: by view and name, a plane float32 [E], "remap" int32 [E], "replace_scores" float32 [E], "fix_choice"
-    int64 [k], "reserve_slot" and "replay" int64 [] (an expert, a table of ``CompiledPlan.replays``).
-    ``parameters``: row parameters by name.
+    Attributes:
+        tables: by view and name: a plane float32 [E], "remap" int32 [E], "replace_scores" float32 [E], "fix_choice"
+            int64 [k], "reserve_slot" int64 [] (an expert), "replay" int64 [] (index into ``CompiledPlan.replays``).
+        parameters: row parameters by name.
     """
 
     tables: dict[tuple[_View, str], np.ndarray] = field(default_factory=dict)
@@ -134,7 +134,7 @@ class _Cell:
 
     @property
     def slots(self) -> int:
-        """Slots that a top_k asks for; 0 for the router's own."""
+        """Number of slots that a top_k asks for; 0 for the router's own k."""
         return int(self.parameters.get("top_k", 0))
 
     @property
@@ -143,7 +143,7 @@ class _Cell:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Equal for cells that do the same."""
+        """A key that is equal for cells with the same effect."""
         tables = sorted((repr(at), table.tobytes()) for at, table in self.tables.items())
         return tuple(tables), tuple(sorted(self.parameters.items()))
 
@@ -151,7 +151,7 @@ class _Cell:
 def compile_rules(
     rules: Sequence[Rule], routers: Sequence[HasExperts], groups: tuple[str, ...], plan_hash: str
 ) -> CompiledPlan:
-    """See ``Plan.compile``."""
+    """Compile rules to tables; see ``Plan.compile``."""
     if len(set(groups)) != len(groups):
         raise PlanError(f"group names repeat: {', '.join(groups)}")
     for rule in rules:
@@ -176,13 +176,13 @@ def compile_rules(
 
 
 def _bounds(rules: Sequence[Rule]) -> tuple[int, ...]:
-    """Positions above 0 at which some rule begins or ends to hold."""
+    """Positions above 0 at which some rule begins or ends to apply."""
     ends = {end for rule in rules for span in rule.positions or () for end in span if end}
     return tuple(sorted(ends))
 
 
 def _active(rules: Sequence[Rule], phase: str, group: str | None, bounds: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """The rules that hold in each class of positions, by number, in rising order."""
+    """For each class of positions, the indices of the rules that apply, in increasing order."""
     begin, end = defaultdict(set), defaultdict(set)
     for number, rule in enumerate(rules):
         if rule.applies(phase, group):
@@ -196,7 +196,7 @@ def _active(rules: Sequence[Rule], phase: str, group: str | None, bounds: Sequen
 
 
 def _row(found: dict[tuple[object, ...], int], kept: list[list[_Cell]], cells: list[_Cell]) -> int:
-    """Index of the row with these cells, a new one if there is none yet; -1 where no cell does anything."""
+    """Index of the row with these cells, added if it is new; -1 if no cell has an effect."""
     if not any(cells):
         return -1
     key = tuple(cell.key for cell in cells)
@@ -232,7 +232,7 @@ def _check_fits(rule: Rule, routers: Sequence[HasExperts], groups: tuple[str, ..
 
 
 def _check_table(rule: Rule, table: ReplayTable, routers: Sequence[HasExperts]) -> None:
-    """``PlanError`` for recorded choices that the layers do not have."""
+    """Raise ``PlanError`` for recorded choices of layers or experts that the model lacks."""
     if table.layers is None and table.ids.shape[1] != len(routers):
         raise PlanError(
             f"the replayed ids are of {table.ids.shape[1]} layers, the model has {len(routers)} MoE layers: leave "
@@ -256,7 +256,7 @@ def _check_table(rule: Rule, table: ReplayTable, routers: Sequence[HasExperts]) 
 
 
 def _cell(rules: Sequence[Rule], layer: int, router: HasExperts, replays: Sequence[ReplayTable]) -> _Cell:
-    """What the rules together do in one layer."""
+    """The combined effect of the rules in one layer."""
     here = [rule for rule in rules if rule.touches(layer)]
     if not here:
         return _Cell()
@@ -286,8 +286,10 @@ def _view(rule: Rule) -> _View:
 
 
 def _check_forces(rules: Sequence[Rule], views: set[_View], layer: int, router: HasExperts) -> None:
-    """``PlanError`` where experts that are drawn, or left out where chosen, might meet others on one expert and no rule
-    says what then."""
+    """Raise ``PlanError`` if rules may meet on one expert with an undefined result.
+
+    This can happen where experts are drawn at random, or left out when the router chose them.
+    """
     forced = [rule for rule in rules if (rule.kind, rule.mode) in _FORCES]
     if len({_view(rule) for rule in forced}) < 2:
         return
@@ -303,7 +305,7 @@ def _check_forces(rules: Sequence[Rule], views: set[_View], layer: int, router: 
         raise PlanError(f"the plan may forbid all {router.num_experts} experts of layer {layer}: leave at least one")
 
 
-# kinds that replace scores or choose experts by name, and what a token can have one of
+# kinds that replace scores or choose experts by id, and the name of what a token can have only one of
 _BY_NAME = {
     "replace_scores": "replaced scores",
     "reserve_slot": "own experts",
@@ -315,7 +317,7 @@ _BY_NAME = {
 def _by_name(
     rules: Sequence[Rule], layer: int, router: HasExperts, replays: Sequence[ReplayTable]
 ) -> dict[tuple[_View, str], np.ndarray]:
-    """What replaces scores, and what chooses experts by name."""
+    """The replaced scores, and the choices made by expert id."""
     tables: dict[tuple[_View, str], np.ndarray] = {}
     asked: dict[str, set[tuple[object, ...]]] = defaultdict(set)
     for rule in rules:
@@ -366,7 +368,7 @@ def _plane(rule: Rule) -> str:
 
 
 def _sum_plane(rules: Sequence[Rule], name: str, layer: int, num_experts: int) -> np.ndarray:
-    """float32 [E]. Terms are added exactly (multiplied in rising order), so the order of the rules cannot matter."""
+    """float32 [E]. Terms are added exactly (and factors multiplied in increasing order), so the order has no effect."""
     terms: dict[int, list[float]] = {}
     for rule in rules:
         for expert, coefficient in rule.in_layer(layer):
@@ -394,7 +396,7 @@ def _row_mode(rules: Sequence[Rule], layer: int) -> dict[str, float]:
 
 
 def _force(rules: Sequence[Rule], layer: int, router: HasExperts) -> np.ndarray:
-    """float32 [E] of ``Force`` codes: forbid over off over on."""
+    """``Force`` codes, float32 [E]; forbid wins over off, and off over on."""
     asked: dict[int, set[Force]] = {}
     for rule in rules:
         if (rule.kind, rule.mode) in _FORCES:
@@ -456,7 +458,7 @@ def _remap(rules: Iterable[Rule], layer: int, num_experts: int) -> np.ndarray:
 def _tables(
     cells: Sequence[_Cell], layer: int, router: HasExperts, replays: Sequence[ReplayTable]
 ) -> SteeringTables | TokenSteering | None:
-    """One layer's cells, a row each, as tables with what any of them uses."""
+    """One layer's cells as tables, one row per cell, with those tables that some cell uses."""
     if not any(cells):
         return None
     names: dict[_View, list[str]] = {_PLAIN: []}
@@ -487,15 +489,15 @@ def _tables(
 
 
 def _recorded(table: ReplayTable, layer: int, router: HasExperts) -> torch.Tensor:
-    """int16 [n, k]: recorded choices of a layer, with as many slots as it has."""
+    """int16 [n, k]: recorded choices of a layer, with as many slots as the layer has."""
     ids = table.layer_ids(layer)
-    assert ids is not None  # the rule touches the layer
+    assert ids is not None  # the rule applies to the layer, so it has ids
     room = ((0, 0), (0, max(router.top_k - ids.shape[1], 0)))
     return torch.from_numpy(np.pad(ids[:, : router.top_k], room, constant_values=-1))
 
 
 def _flags(rows: Iterable[bool]) -> torch.Tensor | None:
-    """bool [rows], None where it is true of none."""
+    """bool [rows], or None if false for all rows."""
     flags = list(rows)
     return torch.tensor(flags) if any(flags) else None
 
@@ -507,7 +509,7 @@ def _part(cells: Sequence[_Cell], view: _View, names: Sequence[str], router: Has
 
 
 def _stacked(cells: Sequence[_Cell], view: _View, names: Sequence[str], router: HasExperts) -> dict[str, torch.Tensor]:
-    """Tables by name, a row for each cell."""
+    """Tables by name, one row per cell."""
     neutral = {name: _neutral(name, router) for name in names}
     return {
         name: torch.from_numpy(np.stack([cell.tables.get((view, name), neutral[name]) for cell in cells]))

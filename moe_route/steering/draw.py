@@ -1,7 +1,7 @@
-"""Random experts for each token, by counting: the same on every device and for every split into batches.
+"""Counter-based random permutations (SplitMix64), reproducible across devices and batch splits.
 
-What is drawn depends on the seed, the layer, and the token (its position in the sequence and its id), not on the state
-of a generator or on what else is in the batch.
+A draw depends on the seed, the layer, and the token (its position in the sequence and its id). It depends neither on
+the state of a generator nor on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from torch import Tensor
 
 __all__ = ["permutations", "token_counter"]
 
-# the constants of SplitMix64, as signed numbers
+# constants of SplitMix64, as signed numbers
 _FIRST, _SECOND, _STEP = (c - (1 << 64) for c in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0x9E3779B97F4A7C15))
 
 
 def token_counter(position: Tensor, token_ids: Tensor | None) -> Tensor:
-    """int64: what tells the tokens apart, from their positions and, where they are known, their ids (both of one shape,
-    or of shapes that broadcast)."""
+    """int64: a number per token, made of its position and, if known, its id. The two shapes must broadcast."""
     counter = position.to(torch.int64) << 32
     return counter if token_ids is None else counter | (token_ids.to(torch.int64) & 0xFFFFFFFF)
 
@@ -25,7 +24,7 @@ def token_counter(position: Tensor, token_ids: Tensor | None) -> Tensor:
 def permutations(seed: int, layer: int, counter: Tensor, num_experts: int) -> Tensor:
     """int64 [T, E]: a permutation of the experts for each token of ``counter`` [T].
 
-    Taking a table's entries by it gives any set of n experts the places of a uniformly random set of n experts.
+    Indexing a table by it moves any set of n experts onto a uniformly random set of n experts.
     """
     experts = torch.arange(1, num_experts + 1, device=counter.device) * _STEP
     token = _mixed(counter ^ _number(seed, layer))
@@ -33,18 +32,18 @@ def permutations(seed: int, layer: int, counter: Tensor, num_experts: int) -> Te
 
 
 def _number(seed: int, layer: int) -> int:
-    """64 bits of seed and layer, as a signed number."""
+    """Seed and layer mixed into 64 bits, as a signed number."""
     bits = (seed * 0xD1342543DE82EF95 + (layer + 1) * 0x9E3779B97F4A7C15) & ((1 << 64) - 1)
     return bits - (1 << 64) if bits >> 63 else bits
 
 
 def _mixed(bits: Tensor) -> Tensor:
-    """SplitMix64's last step; int64 wraps around like its unsigned twin."""
+    """The final step of SplitMix64; int64 wraps around like its unsigned counterpart."""
     bits = (bits ^ _shifted(bits, 30)) * _FIRST
     bits = (bits ^ _shifted(bits, 27)) * _SECOND
     return bits ^ _shifted(bits, 31)
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
-    """A shift to the right that brings zeros in."""
+    """Shift to the right, filling with zeros."""
     return (bits >> by) & ((1 << (64 - by)) - 1)

@@ -1,4 +1,4 @@
-"""How a user names layers: 0-based MoE layers, published ranges, and short printing ("8-35")."""
+"""Names of layers: indices from 0 among the MoE layers, published ranges, and short printing ("8-35")."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ __all__ = ["as_layers", "layers", "show_numbers"]
 
 
 def layers(first: int, last: int | None = None, *, base: int = 0) -> range:
-    """0-based MoE layers from a published range, both ends included: ``layers(8, 35)`` is ``range(8, 36)``.
+    """Layer indices from a published range, both ends included: ``layers(8, 35)`` is ``range(8, 36)``.
 
     Args:
         first: the first layer.
-        last: the last layer; without it the range is ``first`` alone.
-        base: the number that the publication gives the first MoE layer, 0 or 1. ``layers(9, 36, base=1)`` is
-            ``range(8, 36)`` too.
+        last: the last layer; by default the range is ``first`` alone.
+        base: the number that the publication gives the first MoE layer, 0 or 1. ``layers(9, 36, base=1)`` is also
+            ``range(8, 36)``.
 
     Raises ``ValueError`` for another base, a layer below it, and a range that ends before it begins.
     """
@@ -28,9 +28,9 @@ def layers(first: int, last: int | None = None, *, base: int = 0) -> range:
 
 
 def as_layers(numbers: Iterable[int] | int) -> tuple[int, ...]:
-    """Sorted 0-based MoE layers without repeats; one number may be given alone.
+    """Sort layer indices and remove repeats; a single number may be given alone.
 
-    Raises ``ValueError`` for a number below 0 and ``TypeError`` for what is not a whole number.
+    Raises ``ValueError`` for a number below 0 and ``TypeError`` for anything but whole numbers.
     """
     found = sorted({index(number) for number in ([numbers] if isinstance(numbers, int) else numbers)})
     if found and found[0] < 0:
@@ -39,7 +39,7 @@ def as_layers(numbers: Iterable[int] | int) -> tuple[int, ...]:
 
 
 def show_numbers(numbers: Iterable[int]) -> str:
-    """``[1, 2, 3, 7]`` as ``"1-3, 7"``."""
+    """Print ``[1, 2, 3, 7]`` as ``"1-3, 7"``."""
     runs: list[list[int]] = []
     for number in sorted(set(numbers)):
         if runs and number == runs[-1][1] + 1:

@@ -1,4 +1,4 @@
-"""``PlanModel``: which model a selection or a plan was made for."""
+"""``PlanModel``: identity of the model that a selection or a plan was made for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["PlanError", "PlanModel"]
 
 
 class PlanError(ValueError):
-    """A plan that cannot be made, or that does not fit the model; the message names the mend."""
+    """Raised for an invalid plan, or one that does not fit the model; the message names the fix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +35,12 @@ class PlanModel:
 
     @classmethod
     def of_recording(cls, metadata: Mapping[str, Any], num_experts: tuple[int, ...]) -> PlanModel:
-        """The model that statistics with this ``metadata`` were recorded from."""
+        """The model from which statistics with this ``metadata`` were recorded."""
         model = metadata.get("model") or {}
         return cls(model.get("name"), model.get("config_hash"), num_experts)
 
     def merged(self, other: PlanModel) -> PlanModel:
-        """What both say; ``PlanError`` where they contradict each other."""
+        """Combine what is known of both models; raises ``PlanError`` if they contradict each other."""
         fields = {}
         for field, shown in (("name", "name"), ("config_hash", "configuration"), ("num_experts", "layers and experts")):
             mine, theirs = getattr(self, field), getattr(other, field)

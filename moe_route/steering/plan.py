@@ -1,4 +1,4 @@
-"""``Plan``: what is done to which experts, where and when. Immutable; plans add up and scale."""
+"""``Plan``: changes to experts, with their layers, tokens and strengths. Plans are immutable, add up and scale."""
 
 from __future__ import annotations
 
@@ -35,23 +35,25 @@ from moe_route.texttable import Table
 __all__ = ["Plan"]
 
 _KIND = "plan"
-_SHOWN, _SHOWN_IN_HTML = 8, 50  # rules that repr and notebooks list
+_SHOWN, _SHOWN_IN_HTML = 8, 50  # number of rules that repr and notebooks list
 _log = logging.getLogger(__name__)
 
 
 class Plan:
     """An immutable collection of steering rules.
 
-    Made by the class methods below, each of which gives a plan of one rule; combined with ``+`` (any order is the same
-    plan), scaled with ``*``, narrowed with ``only``. Experts are a mapping from layer (0-based among MoE layers) to
-    expert ids, such as an ``ExpertSelection``, or to {expert: coefficient}; or ids alone, meant for each of ``layers``.
-    ``layers`` restricts the rule to some layers; for the numbers of a publication, which may count from 1 and include
-    both ends, there is ``moe_route.layers(8, 35, base=1)``. How much is done is ``strength`` in all of them.
+    The class methods below each make a plan of one rule. Plans are combined with ``+`` (in any order), scaled with
+    ``*`` and narrowed with ``only``.
 
-    Where rules meet on one expert: strengths add, factors multiply, off wins over on, forbid wins over all.
+    Experts are a mapping from layer (index among the MoE layers) to expert ids, such as an ``ExpertSelection``, or to
+    {expert: coefficient}. They may also be ids alone, used in each of ``layers``. ``layers`` restricts a rule to some
+    layers. The layer numbers of a publication may count from 1 and include both ends;
+    ``moe_route.layers(8, 35, base=1)`` converts them. ``strength`` is the size of the change in all methods.
 
-    Two plans are equal, and have the same ``hash``, when they hold the same rules for the same model, whatever their
-    order and description. Bad values raise ``PlanError``.
+    If rules meet on one expert, strengths add, factors multiply, off wins over on, and forbid wins over everything.
+
+    Two plans are equal, and have the same ``hash``, if they hold the same rules for the same model, whatever their
+    order and description. Invalid values raise ``PlanError``.
     """
 
     __slots__ = ("_ordered", "_rules", "description", "model")
@@ -68,8 +70,8 @@ class Plan:
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """The rules, in one order for one plan: a sum does not depend on the order of its terms."""
-        if not self._ordered:  # put in order when they are first asked for, so that a sum of many plans does it once
+        """The rules in a canonical order, independent of the order in which they were added."""
+        if not self._ordered:  # sorted on first use, so that a sum of many plans sorts once
             ordered = sorted(self._rules, key=lambda rule: files.canonical_json(rule.to_dict()))
             object.__setattr__(self, "_rules", tuple(ordered))
             object.__setattr__(self, "_ordered", True)
@@ -80,7 +82,7 @@ class Plan:
             raise AttributeError("a plan is immutable: make a new one")
         object.__setattr__(self, name, value)
 
-    # -- what can be done to experts
+    # -- rules
 
     @classmethod
     def activate(
@@ -91,8 +93,7 @@ class Plan:
         strength: float = 0.5,
         correction: int = 0,
     ) -> Plan:
-        """Soft activation: ``z_e += strength * std(z)``, std over the allowed logits of the token [arXiv 2510.04694,
-        eq. 4].
+        """Soft activation: ``z_e += strength * std(z)``, std over the token's allowed logits [arXiv 2510.04694, eq. 4].
 
         ``correction`` is that of ``torch.std``: 0 for the population (default), 1 for a sample.
         """
@@ -110,7 +111,7 @@ class Plan:
         strength: float = 0.5,
         correction: int = 0,
     ) -> Plan:
-        """Soft deactivation: ``z_e -= strength * std(z)``; the opposite of ``activate``."""
+        """Soft deactivation: ``z_e -= strength * std(z)``, the opposite of ``activate``."""
         return cls.activate(experts, layers, strength=-strength, correction=correction)
 
     @classmethod
@@ -121,10 +122,10 @@ class Plan:
         *,
         weight: str = "paper",
     ) -> Plan:
-        """Choose the experts first. ``weight`` says what they weigh.
+        """Choose these experts before all others. ``weight`` determines their weights.
 
-        "paper": their logit becomes the largest of the row [arXiv 2510.04694, eq. 5]; "steermoe": the largest
-        log-softmax plus 0.01 [arXiv 2509.09660]; "natural": their own.
+        "paper": their logit becomes the largest of the row [arXiv 2510.04694, eq. 5]. "steermoe": their logit becomes
+        the largest log-softmax plus 0.01 [arXiv 2509.09660]. "natural": they keep their own logit.
         """
         return cls._of("force_on", experts, layers, mode=weight)
 
@@ -136,14 +137,15 @@ class Plan:
         *,
         weight: str = "paper",
     ) -> Plan:
-        """Choose the experts last: only where fewer than k others are left. ``weight`` as in ``force_on``, with the
-        row's smallest logit.
+        """Choose these experts last, only if fewer than k others are left.
+
+        ``weight`` is as in ``force_on``, with the smallest logit of the row.
         """
         return cls._of("force_off", experts, layers, mode=weight)
 
     @classmethod
     def forbid(cls, experts: Experts, layers: Iterable[int] | int | None = None) -> Plan:
-        """Never choose the experts (ablation, ``z_e = -inf``); a slot with nothing left to choose stays empty."""
+        """Never choose these experts (ablation, ``z_e = -inf``); a slot without any eligible expert stays empty."""
         return cls._of("forbid", experts, layers)
 
     @classmethod
@@ -155,21 +157,23 @@ class Plan:
         strength: float = 1.0,
         on: str = "logit",
     ) -> Plan:
-        """Add ``strength`` (times each expert's coefficient): to the "logit", to the "score", or to the score for the
-        "choice" alone.
+        """Add ``strength`` times the expert's coefficient (1 by default).
+
+        ``on="logit"`` adds it to the logit, ``"score"`` to the score, and ``"choice"`` to the score for the choice
+        only.
         """
         return cls._of("bias", experts, layers, strength=strength, mode=on)
 
     @classmethod
     def magnitude(cls, experts: Experts, layers: Iterable[int] | int | None = None, *, strength: float = 0.5) -> Plan:
-        """``z_e += strength * c_e * |z_e|``, c_e the expert's coefficient, 1 unless given [arXiv 2601.14050]."""
+        """``z_e += strength * c_e * |z_e|``, with the expert's coefficient c_e (1 by default) [arXiv 2601.14050]."""
         return cls._of("magnitude", experts, layers, strength=strength)
 
     @classmethod
     def scale_logits(
         cls, experts: Experts, layers: Iterable[int] | int | None = None, *, strength: float = 1.0
     ) -> Plan:
-        """``z_e *= strength`` (times each expert's coefficient). ``plan * x`` gives ``strength ** x``."""
+        """``z_e *= strength``, times the expert's coefficient. ``plan * x`` gives ``strength ** x``."""
         return cls._of("scale_logits", experts, layers, factor=strength)
 
     @classmethod
@@ -181,22 +185,20 @@ class Plan:
         strength: float = 1.0,
         when: str = "before",
     ) -> Plan:
-        """``w_e *= strength`` after selection, "before" or "after" the weights are renormalized. ``plan * x`` gives
-        ``strength ** x``.
-        """
+        """``w_e *= strength`` after selection, "before" or "after" renormalization. ``plan * x``: ``strength ** x``."""
         return cls._of("scale_weights", experts, layers, factor=strength, mode=when)
 
     @classmethod
     def temperature(cls, strength: float, /, layers: Iterable[int] | int | None = None) -> Plan:
-        """``z /= strength`` for all experts of the layers (every layer by default). ``plan * x`` gives
-        ``strength ** x``.
-        """
+        """``z /= strength`` for all experts of the layers (default: all layers). ``plan * x``: ``strength ** x``."""
         return cls._of("temperature", None, layers, value=strength)
 
     @classmethod
     def top_k(cls, k: int, /, layers: Iterable[int] | int | None = None) -> Plan:
-        """Fewer or more experts per token: the first ``k`` slots are filled, the rest stay empty; from 1 to the layer's
-        number of experts (at most 64). More than the model's own k costs those layers that many slots for every token.
+        """Choose ``k`` experts per token: the first ``k`` slots are filled, the rest stay empty.
+
+        ``k`` is from 1 to the layer's number of experts (at most 64). With more than the model's own k, those layers
+        compute that many slots for every token.
         """
         return cls._of("top_k", None, layers, value=k)
 
@@ -204,24 +206,29 @@ class Plan:
     def replace_scores(
         cls, scores: Mapping[int, Mapping[int, float]], layers: Iterable[int] | int | None = None
     ) -> Plan:
-        """Put ``scores[layer][expert]`` in the place of the router's scores (0 for experts not named), then choose and
-        weigh as ever [arXiv 2504.07964]. Scores of a softmax are shares, whatever their sum; other rules act on them
-        as on the router's own. ``only`` says at which tokens. ``ValueError`` when steering a SparseMixer router.
+        """Replace the router's scores by ``scores[layer][expert]`` (0 for others) before the choice [arXiv 2504.07964].
+
+        Choosing and weighing work as for the router's own scores, and so do other rules. Scores of a softmax are
+        relative: only their ratios matter. ``only`` restricts the tokens. Steering a SparseMixer router raises
+        ``ValueError``.
         """
         return cls._of("replace_scores", scores, layers)
 
     @classmethod
     def reserve_slot(cls, experts: Experts, layers: Iterable[int] | int | None = None) -> Plan:
-        """The last slot goes to this expert (one per layer) where the router did not choose it: a group's own expert,
-        with ``only(groups=...)`` [hybrid-k, arXiv 2410.10626]. It weighs by its own score; forbid and force_off win
-        over it.
+        """Give the last slot to this expert (one per layer) unless the router chose it [hybrid-k, arXiv 2410.10626].
+
+        With ``only(groups=...)`` a group gets an expert of its own. The expert is weighed by its own score. forbid and
+        force_off win over this rule.
         """
         return cls._of("reserve_slot", experts, layers)
 
     @classmethod
     def fix_choice(cls, experts: Mapping[int, Sequence[int]], layers: Iterable[int] | int | None = None) -> Plan:
-        """Exactly these experts for every token, in this order, weighed by the model's own scores; slots beyond them
-        stay empty. Tokens that other conditions leave out are routed as ever. ``replay`` is the same token by token.
+        """Choose exactly these experts for every token, in this order, weighed by the model's own scores.
+
+        Further slots stay empty. Tokens outside the conditions of the plan are routed as usual. ``replay`` does the
+        same with a separate choice per token.
         """
         placed = {layer: {expert: slot for slot, expert in enumerate(ids)} for layer, ids in experts.items()}
         return cls._of("fix_choice", placed, layers)
@@ -234,24 +241,25 @@ class Plan:
         *,
         items: Sequence[str | int] | None = None,
     ) -> Plan:
-        """Send each token to the experts that were recorded for it, weighed by the model's own scores, with a gradient
-        to the router (routing replay) [arXiv 2510.11370].
+        """Choose for each token the experts that were recorded for it (routing replay) [arXiv 2510.11370].
+
+        They are weighed by the model's own scores, with a gradient to the router. A token whose ids begin with -1, or
+        that lies past the end of its recorded sequence, keeps the router's own choice bit for bit. A later -1 leaves
+        that slot empty.
 
         Args:
-            recorded: a ``Trace``, or integer ids ``[B, T, L, k]`` (``[T, L, k]`` of one sequence). Tokens are found by
-                their sequence and their position in it, padding not counted, in prefill and decode alike. Sequences of
-                a trace are found by their item (and group, where an item was recorded in several), so that the steered
-                run names them with ``labels(items=...)``, in any batch. Sequences without items, and ids, are found by
-                batch row; a batch of n times B has n rows (beams, returned sequences) for each.
-            layers: of a trace, only these; of ids, the MoE layers that the L stand for, in their order (default: every
-                layer of the model).
-            items: an item for each of the B sequences of ids, to find them by.
+            recorded: a ``Trace``, or integer ids ``[B, T, L, k]`` (``[T, L, k]`` for one sequence). Tokens are matched
+                by sequence and position, padding not counted, in prefill and decode alike. Sequences of a trace are
+                matched by item (and group, if an item was recorded in several), so the steered run names them with
+                ``labels(items=...)``, in any batch. Sequences without items, and ids, are matched by batch row. In a
+                batch of n * B rows (beams, returned sequences), each sequence has n rows.
+            layers: for a trace, use these layers only. For ids, the MoE layers that the L entries stand for, in order
+                (by default all layers of the model).
+            items: an item for each of the B sequences of ids, by which they are matched.
 
-        A token whose ids begin with -1, and tokens past the end of their sequence, keep the router's own choice, every
-        bit of it; a -1 further on leaves that slot empty.
-
-        Raises ``PlanError`` for what holds no choices (a wrong shape, experts twice, a cut trace), when compiled for
-        layers or experts that the model lacks; inside ``steer``, for a call with a sequence that was not recorded.
+        Raises ``PlanError`` for invalid choices (a wrong shape, an expert twice for one token, a truncated trace).
+        Compiling raises it for layers or experts that the model lacks. A call inside ``steer`` raises it for a sequence
+        that was not recorded.
         """
         if isinstance(recorded, Mapping):
             raise PlanError("a mapping from layer to experts is one choice for all tokens: use Plan.fix_choice")
@@ -268,8 +276,9 @@ class Plan:
 
     @classmethod
     def remap(cls, experts: Mapping[int, Mapping[int, int]], layers: Iterable[int] | int | None = None) -> Plan:
-        """After selection expert e of a layer becomes ``experts[layer][e]`` (-1: dropped); duplicates merge, their
-        weights add up.
+        """After selection, replace expert e of a layer by ``experts[layer][e]`` (-1: drop it).
+
+        Duplicates merge, and their weights add up.
         """
         return cls._of("remap", experts, layers)
 
@@ -291,11 +300,13 @@ class Plan:
         *,
         absent: bool = False,
     ) -> Plan:
-        """The plan where these conditions hold too: group of the token, "prefill" or "decode", layers, positions of the
-        token in its sequence (padding not counted: a number, a range, or several), and, with ``absent``, only for
-        experts that the router does not choose by itself. Conditions narrow each other.
+        """Restrict the plan to tokens, layers and experts that also meet these conditions.
 
-        Rules that can then never hold are left out, so ``p.only(phase="prefill").only(phase="decode")`` is the empty
+        ``groups``: groups of the token. ``phase``: "prefill" or "decode". ``layers``: indices from 0. ``positions``: of
+        the token in its sequence, padding not counted; a number, a range, or several. ``absent``: only experts that the
+        router does not choose itself.
+
+        Rules that can then never apply are left out, so ``p.only(phase="prefill").only(phase="decode")`` is the empty
         plan.
         """
         names, at, where = as_groups(groups), as_phase(phase), as_positions(positions)
@@ -307,7 +318,7 @@ class Plan:
         return Plan(rules, model=self.model, description=self.description)
 
     def __add__(self, other: Plan) -> Plan:
-        """Both plans at once; ``PlanError`` when they were made for different models."""
+        """Combine two plans; raises ``PlanError`` if they were made for different models."""
         if not isinstance(other, Plan):
             return NotImplemented
         texts = [text for text in dict.fromkeys([self.description, other.description]) if text]
@@ -316,12 +327,13 @@ class Plan:
         )
 
     def __radd__(self, other: object) -> Plan:
-        """Lets ``sum`` start from 0."""
+        """Let ``sum`` start from 0."""
         return self if other == 0 and not isinstance(other, Plan) else NotImplemented
 
     def __mul__(self, factor: float) -> Plan:
-        """Every strength times ``factor`` (factors of multiplicative rules to that power); ``PlanError`` for forced and
-        forbidden experts.
+        """Multiply every strength by ``factor``; factors of multiplicative rules are raised to that power.
+
+        Raises ``PlanError`` for forced and forbidden experts.
         """
         if isinstance(factor, bool) or not hasattr(factor, "__float__") or isinstance(factor, Plan):
             return NotImplemented
@@ -330,17 +342,19 @@ class Plan:
     __rmul__ = __mul__
 
     def __neg__(self) -> Plan:
-        """The opposite: strengths negated, on and off exchanged; ``PlanError`` for what has none, such as ``forbid``.
-        As a control: deactivation in place of activation [the ablations of arXiv 2510.04694].
+        """Reverse the plan: strengths are negated, on and off exchanged.
+
+        As a control, this deactivates in place of activating [the ablations of arXiv 2510.04694]. Raises ``PlanError``
+        for rules without an opposite, such as ``forbid``.
         """
         return self._derived((rule.opposite() for rule in self.rules), "opposite")
 
     def __sub__(self, other: Plan) -> Plan:
-        """``plan + other * -1``: the strengths of ``other`` are taken away."""
+        """``plan + other * -1``: subtract the strengths of ``other``."""
         return self + other * -1.0 if isinstance(other, Plan) else NotImplemented
 
     def __bool__(self) -> bool:
-        """False for the plan without rules."""
+        """False for a plan without rules."""
         return bool(self._rules)
 
     def __eq__(self, other: object) -> bool:
@@ -354,8 +368,9 @@ class Plan:
 
     @property
     def hash(self) -> str:
-        """SHA-256 (hex) of the rules and the model: the same for equal plans, on any machine. Part of any cache key of
-        steered results.
+        """SHA-256 (hex) of the rules and the model, the same for equal plans on any machine.
+
+        Include it in the cache key of steered results.
         """
         content = self._content_dict()
         del content["description"]
@@ -364,18 +379,17 @@ class Plan:
     # -- controls
 
     def random(self, seed: int = 0, *, num_experts: int | Sequence[int] | None = None) -> Plan:
-        """The random control: as many experts of each layer, drawn by ``seed``, under the same rules.
+        """Random control: as many experts in each layer, drawn with ``seed``, under the same rules.
 
-        ``num_experts``: experts per layer, for all (int) or one by one, where the plan does not know its model.
-        Raises ``PlanError`` where neither is known.
+        ``num_experts`` is the number of experts per layer, one int or one per layer, if the plan does not know its
+        model. Raises ``PlanError`` if neither gives it.
         """
         shape = num_experts if num_experts is not None else self.model.num_experts
         if shape is None:
             raise PlanError("how many experts the layers have is not known: pass num_experts")
 
         def order(layer: int, largest: int) -> np.ndarray:
-            # a permutation keeps what distinguishes rules and experts from each other and only draws which experts they
-            # are
+            # a permutation changes which experts are meant, but keeps rules and experts distinct
             size = shape if isinstance(shape, int) else shape[layer] if layer < len(shape) else 0
             if largest >= size:
                 raise PlanError(f"layer {layer} has {size} experts, the plan names expert {largest}: check num_experts")
@@ -384,22 +398,26 @@ class Plan:
         return self._derived((rule.relabeled(order) for rule in self.rules), f"random {seed}")
 
     def random_per_token(self, seed: int = 0) -> Plan:
-        """The random control drawn anew for each token: as many experts, others for each, by ``seed``, layer, and the
-        token's position and id, whatever the batch it is in. Raises ``PlanError`` for rules that name no experts.
+        """Random control with a new draw per token: as many experts, but other ones for each token.
+
+        The draw depends on ``seed``, layer, and the token's position and id, not on the batch. Raises ``PlanError`` for
+        rules without experts.
         """
         return self._derived(
             (checked(replace(rule, draw=index(seed))) for rule in self.rules), f"random {seed}, per token"
         )
 
     def in_layers(self, layers: Iterable[int] | int) -> Plan:
-        """The control in other layers: the same rules there, on the experts that the selection has in those layers,
-        which a plan keeps. Raises ``PlanError`` for layers in which the selection has no expert.
+        """Control in other layers: the same rules there, on the experts that the selection has in those layers.
+
+        A plan keeps those experts. Raises ``PlanError`` for layers in which the selection has no expert.
         """
         return self._derived((rule.moved(layers) for rule in self.rules), "other layers")
 
     def with_experts(self, experts: Experts) -> Plan:
-        """The control with other experts (a mapping from layer to ids) under the same rules. Raises ``PlanError`` for
-        rules with a coefficient for each expert. Rules of whole layers stay.
+        """Control with other experts (a mapping from layer to ids) under the same rules; rules of whole layers stay.
+
+        Raises ``PlanError`` for rules with a coefficient per expert.
         """
         return self._derived((rule.with_experts(experts) for rule in self.rules), "other experts")
 
@@ -411,39 +429,37 @@ class Plan:
     def for_model(
         self, name: str | None = None, *, config_hash: str | None = None, num_experts: Sequence[int] | None = None
     ) -> Plan:
-        """The plan marked as made for this model; without arguments for any model."""
+        """Mark the plan as made for this model; without arguments, for any model."""
         shape = None if num_experts is None else tuple(num_experts)
         return Plan(self.rules, model=PlanModel(name, config_hash, shape), description=self.description)
 
     def check_model(
         self, name: str | None = None, *, config_hash: str | None = None, num_experts: Sequence[int] | None = None
     ) -> None:
-        """Raises ``PlanError`` when the plan was made for another model than this; what either side does not say is not
-        compared.
-        """
+        """Raise ``PlanError`` if the plan was made for another model. Unknown properties are not compared."""
         shape = None if num_experts is None else tuple(num_experts)
-        # names of the same weights differ (a hub id, a local folder), so a matching configuration decides over the name
+        # the same weights may have several names (a hub id, a local folder), so an equal configuration decides over the
+        # name
         same = self.model.config_hash is not None and self.model.config_hash == config_hash
         self.model.merged(PlanModel(None if same else name, config_hash, shape))
 
     def compile(self, routers: Sequence[HasExperts], groups: Sequence[str] = ()) -> CompiledPlan:
-        """The plan as steering tables, one per layer, and the row of each (phase, group).
+        """Compile the plan to steering tables, one per layer, and the row of each (phase, group, position).
 
-        ``routers`` gives the experts and top-k of each MoE layer in order (``RouterInfo`` or ``LayerShape``);
-        ``groups`` the names of the groups, by index. Raises ``PlanError`` for layers, experts or groups that are not
-        there, and
-        for rules that contradict each other.
+        ``routers`` gives number of experts and top-k of each MoE layer in order (``RouterInfo`` or ``LayerShape``).
+        ``groups`` are the names of the groups, by index. Raises ``PlanError`` for layers, experts or groups that do not
+        exist, and for rules that contradict each other.
         """
         self.check_model(num_experts=[router.num_experts for router in routers])
         return compile_rules(self.rules, routers, tuple(groups), self.hash)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able content: ``from_dict`` gives an equal plan."""
+        """JSON-able content, from which ``from_dict`` makes an equal plan."""
         tables = {name: {**table.header(), "ids": table.ids.tolist()} for name, table in self._tables().items()}
         return self._content_dict() | ({"tables": tables} if tables else {})
 
     def _content_dict(self) -> dict[str, Any]:
-        """``to_dict`` without the tables of replays, which the rules name by their digests."""
+        """``to_dict`` without the replay tables, which rules name by digest."""
         return {
             "rules": [rule.to_dict() for rule in self.rules],
             "model": self.model.to_dict(),
@@ -451,12 +467,12 @@ class Plan:
         }
 
     def _tables(self) -> dict[str, ReplayTable]:
-        """The tables of replays, by digest."""
+        """The replay tables, by digest."""
         return {rule.table.digest: rule.table for rule in self.rules if rule.table is not None}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Plan:
-        """The plan that ``to_dict`` described; ``PlanError`` for anything else."""
+        """Rebuild a plan from ``to_dict``; raises ``PlanError`` for anything else."""
         try:
             headers = content.get("tables", {})
             tables = {name: ReplayTable.of_header(header["ids"], header) for name, header in headers.items()}
@@ -466,8 +482,10 @@ class Plan:
             raise PlanError(f"this is not a plan ({error!r}): pass what Plan.to_dict gave") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan to ``path``, whole or not at all: as JSON, to read, compare and edit, where the name ends in
-        ".json", else as safetensors."""
+        """Write the plan to ``path``, whole or not at all.
+
+        A name that ends in ".json" gives JSON, to read, compare and edit; any other name gives safetensors.
+        """
         if _is_json(path):
             content = {"moe_route": _KIND, "schema": files.SCHEMA, "hash": self.hash, **self.to_dict()}
             with files.replacing(path) as stream:
@@ -480,9 +498,10 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read what ``save`` wrote, by the name of the file, JSON that was edited since included (the log says so).
+        """Read a file that ``save`` wrote; its name tells the format.
 
-        Raises ``files.FileRefusedError`` for a file that is no plan, ``PlanError`` for JSON whose rules cannot be.
+        JSON that was edited is accepted, and the log reports it. Raises ``files.FileRefusedError`` for a file that is
+        not a plan, and ``PlanError`` for JSON with invalid rules.
         """
         if _is_json(path):
             return cls._load_json(path)
@@ -513,7 +532,7 @@ class Plan:
         return plan
 
     def describe(self) -> str:
-        """What the plan does, a line for each rule."""
+        """Describe the rules in words, one line each."""
         note = [f"  {self.description}"] if self.description else []
         return "\n".join([self._title(), *note, *(f"  {number}. {rule}" for number, rule in enumerate(self.rules, 1))])
 
@@ -522,7 +541,7 @@ class Plan:
         return f"Plan of {count} for {self.model}, hash {self.hash[:12]}"
 
     def _repr_html_(self) -> str:
-        """The rules as a table, for notebooks."""
+        """The rules as an HTML table, for notebooks."""
         rows = [(number, *rule.shown) for number, rule in enumerate(self.rules[:_SHOWN_IN_HTML], 1)]
         more = len(self.rules) - len(rows)
         notes = [self.description, f"and {more} more rules: plan.describe()" if more else ""]

@@ -1,4 +1,4 @@
-"""``ReplayTable``: the experts that each token of some sequences was sent to, to be chosen again (routing replay)."""
+"""``ReplayTable``: the recorded experts of each token of some sequences, to be chosen again (routing replay)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Key = tuple[Item, str | None]
 
 
 class RecordedChoices(Protocol):
-    """What a replay needs of a trace (``recording.Trace``)."""
+    """The part of a trace that a replay uses (``recording.Trace``)."""
 
     @property
     def layer_numbers(self) -> Sequence[int]: ...
@@ -40,18 +40,18 @@ class RecordedChoices(Protocol):
 
 
 class ReplayTable:
-    """Choices of n tokens, one sequence after the other. Immutable; equal where the content is.
+    """Choices of n tokens, one sequence after another. Immutable; tables with equal content are equal.
 
     Attributes:
-        ids: int16 ``[n, L, k]``, the experts of each token in the order of their slots. A row that begins with -1
-            has no choice, a -1 further on is an empty slot.
-        lengths: tokens of each of the N sequences, from position 0.
-        layers: the L MoE layers (0-based, rising); None for every layer of the model.
-        keys: (item, group) of each sequence, group None where the item alone says which it is; None where sequence
-            i is row i of the batch.
-        digest: SHA-256 (hex) of all of that.
+        ids: int16 ``[n, L, k]``, the experts of each token in the order of their slots. A row that begins with -1 has
+            no choice; a later -1 is an empty slot.
+        lengths: number of tokens of each of the N sequences, from position 0.
+        layers: indices of the L MoE layers, in increasing order; None for all layers of the model.
+        keys: (item, group) of each sequence, with group None where the item alone identifies it. None if sequence i is
+            row i of the batch.
+        digest: SHA-256 (hex) of all fields above.
 
-    Raises ``PlanError`` for a shape, an id or a key that cannot be.
+    Raises ``PlanError`` for an invalid shape, id or key.
     """
 
     __slots__ = ("_chosen", "digest", "ids", "keys", "layers", "lengths")
@@ -73,21 +73,24 @@ class ReplayTable:
             raise PlanError(f"the ids are of {self.ids.shape[1]} layers, {len(self.layers)} layers are named")
         if self.keys is not None:
             _check_keys(self.keys, len(self.lengths))
-        # bool [L]: whether a token has a choice there
+        # bool [L]: whether some token has a choice in the layer
         self._chosen: np.ndarray = np.any(self.ids[:, :, 0] >= 0, axis=0)
         self.digest = files.content_hash({"ids": self.ids}, self.header())
 
     @classmethod
     def of_trace(cls, trace: RecordedChoices) -> ReplayTable:
-        """The choices of a trace, found again by item (by item and group where an item was recorded in several groups);
-        by batch row where the sequences have no items."""
+        """The choices of a trace.
+
+        Sequences are matched by item, or by item and group if an item was recorded in several groups. Sequences without
+        items are matched by batch row.
+        """
         if trace.truncated:
             raise PlanError("the trace is cut, its later tokens are missing: record with a larger trace_limit")
         sequence, position = trace.sequence.astype(np.int64), trace.position.astype(np.int64)
         lengths = np.zeros(len(trace.items), np.int64)
         np.maximum.at(lengths, sequence, position + 1)
         place = (np.cumsum(lengths) - lengths)[sequence] + position
-        # an empty slot of a trace is no sentinel: the experts that were chosen come first
+        # moves empty slots behind the chosen experts, since a leading -1 would mean that there is no choice
         recorded = np.take_along_axis(trace.ids, np.argsort(trace.ids < 0, axis=2, kind="stable"), axis=2)
         ids = np.full((int(lengths.sum()), *recorded.shape[1:]), -1, np.int16)
         chosen = recorded[:, :, :1] >= 0 if recorded.shape[2] else np.zeros((*recorded.shape[:2], 1), bool)
@@ -104,7 +107,7 @@ class ReplayTable:
 
     @classmethod
     def of_ids(cls, ids: Any, layers: Sequence[int] | None = None, items: Sequence[Item] | None = None) -> ReplayTable:
-        """The choices of a batch: integers ``[B, T, L, k]``, or ``[T, L, k]`` of one sequence."""
+        """The choices of a batch, as integers ``[B, T, L, k]``, or ``[T, L, k]`` for one sequence."""
         array = np.asarray(ids.detach().cpu() if hasattr(ids, "detach") else ids)
         if array.dtype.kind not in "iu" or array.ndim not in (3, 4):
             raise PlanError(
@@ -127,13 +130,13 @@ class ReplayTable:
             keys = [(item.item() if hasattr(item, "item") else item, None) for item in items]
         return cls(flat, [length] * batch, names, keys)
 
-    # ---- which sequence a token belongs to
+    # ---- matching sequences
 
     def sequences(self, batch: int, items: Sequence[Item] | None, groups: Sequence[str | None] | None) -> np.ndarray:
-        """int64 ``[batch]``: the sequence of each row of a batch, whose N sequences have these ``items`` and
-        ``groups`` (of length N or None; rows beyond N are beams or returned sequences of them).
+        """int64 ``[batch]``: the recorded sequence of each row of a batch.
 
-        Raises ``PlanError`` where a row has none.
+        ``items`` and ``groups`` are those of the N sequences of the batch (or None). Rows beyond N are beams or
+        returned sequences of them. Raises ``PlanError`` for a row without a recorded sequence.
         """
         if self.keys is None:
             return _spread(np.arange(len(self.lengths)), batch)
@@ -162,21 +165,21 @@ class ReplayTable:
 
     @property
     def first(self) -> np.ndarray:
-        """int64 ``[N]``: where each sequence begins in ``ids``."""
+        """int64 ``[N]``: index in ``ids`` at which each sequence begins."""
         lengths = np.asarray(self.lengths, np.int64)
         return np.cumsum(lengths) - lengths
 
     # ---- one layer
 
     def layer_ids(self, layer: int) -> np.ndarray | None:
-        """int16 ``[n, k]`` of one MoE layer, None where the table says nothing of it."""
+        """int16 ``[n, k]``: the ids of one MoE layer, or None if the table has none."""
         if self.layers is not None and layer not in self.layers:
             return None
         place = layer if self.layers is None else self.layers.index(layer)
         return self.ids[:, place] if self._chosen[place] else None
 
     def relabeled(self, order: Callable[[int, int], np.ndarray]) -> ReplayTable:
-        """Expert e of each layer becomes ``order(layer, largest)[e]``, see ``Rule.relabeled``."""
+        """Rename expert e of each layer to ``order(layer, largest)[e]``; see ``Rule.relabeled``."""
         ids = self.ids.copy()
         for place, layer in enumerate(range(ids.shape[1]) if self.layers is None else self.layers):
             before = self.ids[:, place]
@@ -188,7 +191,7 @@ class ReplayTable:
     # ---- content
 
     def header(self) -> dict[str, Any]:
-        """JSON-able: all but the ids."""
+        """JSON-able content without the ids."""
         return {
             "lengths": list(self.lengths),
             "layers": None if self.layers is None else list(self.layers),
@@ -197,7 +200,7 @@ class ReplayTable:
 
     @classmethod
     def of_header(cls, ids: Any, header: Mapping[str, Any]) -> ReplayTable:
-        """From ``ids`` (an array, or lists) and what ``header`` gave."""
+        """Rebuild a table from ``ids`` (an array, or lists) and its ``header``."""
         return cls(np.asarray(ids), header["lengths"], header["layers"], header["keys"])
 
     def __eq__(self, other: object) -> bool:
@@ -220,7 +223,7 @@ class ReplayTable:
 
 
 def _checked_ids(ids: np.ndarray) -> np.ndarray:
-    """int16 and contiguous, with sentinel rows all -1."""
+    """Check and convert ids: int16, contiguous, with rows that begin with -1 filled with -1."""
     if ids.ndim != 3 or ids.dtype.kind not in "iu" or not ids.size:
         raise PlanError(
             f"there is nothing to replay: the ids must be integers of tokens, layers and slots, not {ids.dtype} "
@@ -228,7 +231,7 @@ def _checked_ids(ids: np.ndarray) -> np.ndarray:
         )
     if ids.min() < -1 or ids.max() > np.iinfo(np.int16).max:
         wrong = int(ids.min() if ids.min() < -1 else ids.max())
-        raise PlanError(f"{wrong} is no expert: ids count from 0, and -1 is a slot without one")
+        raise PlanError(f"{wrong} is not an expert: ids count from 0, and -1 is a slot without one")
     kept = ids.astype(np.int16, order="C")
     kept[kept[:, :, 0] < 0] = -1
     sorted_ids = np.sort(kept, axis=2)
@@ -237,7 +240,7 @@ def _checked_ids(ids: np.ndarray) -> np.ndarray:
         token, layer, slot = np.argwhere(twice)[0]
         raise PlanError(
             f"expert {sorted_ids[token, layer, slot + 1]} is in two slots of token {token}, in layer {layer} of the "
-            "ids: a token is sent to an expert once"
+            "ids: a token can choose an expert only once"
         )
     kept.flags.writeable = False
     return kept
@@ -256,7 +259,7 @@ def _check_keys(keys: Sequence[Key], sequences: int) -> None:
 
 
 def _trace_keys(trace: RecordedChoices) -> list[Key] | None:
-    """(item, group) of each sequence; the group is that of its first token, None where the item is in no other."""
+    """(item, group) of each sequence; the group is that of its first token, None if the item has one group only."""
     items = [item for item in trace.items if item is not None]
     if not items:
         return None

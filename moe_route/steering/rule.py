@@ -1,7 +1,6 @@
-"""``Rule``: one thing done to some experts' logits or weights, with its conditions. A plan is a collection of rules.
+"""``Rule``: one operation on some experts' logits or weights, with its conditions. A plan is a collection of rules.
 
-What each kind of rule means is one line of ``OPERATIONS``; ``compiled.py`` turns rules into the planes of
-``SteeringTables``.
+``OPERATIONS`` has one line per kind of rule. ``compiled.py`` turns rules into the planes of ``SteeringTables``.
 """
 
 from __future__ import annotations
@@ -26,8 +25,9 @@ Experts = Mapping[int, Iterable[int] | Mapping[int, float]] | Iterable[int]
 
 
 class Operation(NamedTuple):
-    """What a kind of rule does: how strengths combine ("add", "multiply" or not at all) and which modes it knows (the
-    first is the default).
+    """Properties of a kind of rule: how strengths combine ("add", "multiply" or not at all), and its modes.
+
+    The first mode is the default.
     """
 
     combine: Literal["add", "multiply", ""]
@@ -45,19 +45,19 @@ OPERATIONS = {
     "force_on": Operation("", ("paper", "steermoe", "natural"), "chosen first, weight as {mode}"),
     "force_off": Operation("", ("paper", "steermoe", "natural"), "chosen last, weight as {mode}"),
     "forbid": Operation("", ("",), "never chosen"),
-    "top_k": Operation("", ("",), "{x} experts a token"),
+    "top_k": Operation("", ("",), "{x} experts per token"),
     "remap": Operation("", ("",), "chosen expert replaced"),
     "replace_scores": Operation("", ("",), "router scores replaced by {x}"),
     "reserve_slot": Operation("", ("",), "takes the last slot where not chosen"),
     "fix_choice": Operation("", ("",), "exactly these experts chosen, in this order"),
     "replay": Operation("", ("",), "exactly the recorded experts of {x}"),
 }
-MOST_SLOTS = _C.MAX_CHOSEN  # what the operators can fill
-# rules on a whole layer, with a value in place of experts
+MOST_SLOTS = _C.MAX_CHOSEN  # the limit of the operators
+# rules that apply to a whole layer, with a value in place of experts
 LAYER_KINDS = ("temperature", "top_k")
-# rules whose coefficients are not factors of a strength: scores, and places among the chosen
+# rules whose coefficients are values (scores, or indices of slots), not factors of a strength
 VALUED_KINDS = ("replace_scores", "fix_choice")
-# rules that act expert by expert, so that they can be left out for some
+# rules that act on each expert separately, so that single experts can be left out
 EXPERT_KINDS = (
     "activate",
     "bias",
@@ -68,7 +68,7 @@ EXPERT_KINDS = (
     "force_off",
     "forbid",
 )
-Spans = tuple[tuple[int, int | None], ...]  # half-open, in rising order, not touching; None: to the end
+Spans = tuple[tuple[int, int | None], ...]  # half-open, increasing, not adjacent; None: to the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +77,19 @@ class Rule:
 
     Attributes:
         kind: a key of ``OPERATIONS``.
-        experts: ((layer, ((expert, coefficient), ...)), ...) in rising order; the coefficient multiplies an additive
-            strength, is the factor of a multiplicative rule, the target expert of "remap", the score of
-            "replace_scores", the slot (from 0) of "fix_choice", and 1 otherwise. Empty for the kinds of a whole layer
-            and for "replay".
-        strength: an additive rule uses strength * coefficient, a multiplicative one coefficient ** strength; so
-            multiplying a plan by a number multiplies ``strength`` alone.
-        value: temperature, or experts a token, of the kinds of a whole layer.
+        experts: ((layer, ((expert, coefficient), ...)), ...) in increasing order; empty for "replay" and for kinds of a
+            whole layer. The coefficient multiplies the strength of an additive rule and is the factor of a
+            multiplicative rule. It is the target expert of "remap", the score of "replace_scores", the slot (from 0) of
+            "fix_choice", and 1 otherwise.
+        strength: an additive rule uses strength * coefficient, a multiplicative rule coefficient ** strength. So
+            multiplying a plan by a number multiplies ``strength`` only.
+        value: temperature, or experts per token, for kinds of a whole layer.
         mode: a mode of the operation.
-        layers, groups, phase: conditions, None for any. Experts of layers outside ``layers`` are kept but not touched,
+        layers, groups, phase: conditions, None for any. Experts of layers outside ``layers`` are kept but not changed,
             so that a control can move the rule to other layers.
-        positions: spans of positions in the sequence (padding not counted), None for any.
-        absent: only experts that the router does not choose by itself.
-        draw: seed of a random control: as many experts, others for each token.
+        positions: spans of positions in the sequence, padding not counted; None for any.
+        absent: only experts that the router does not choose itself.
+        draw: seed of a random control with as many experts, drawn per token.
         table: the choices of "replay".
     """
 
@@ -107,21 +107,21 @@ class Rule:
     table: ReplayTable | None = None
 
     def in_layer(self, layer: int) -> tuple[tuple[int, float], ...]:
-        """(expert, coefficient) pairs the rule touches in ``layer``."""
+        """(expert, coefficient) pairs that the rule changes in ``layer``."""
         if self.layers is not None and layer not in self.layers:
             return ()
         return dict(self.experts).get(layer, ())
 
     @property
     def touched_layers(self) -> tuple[int, ...] | None:
-        """Layers the rule touches; None for every layer."""
+        """Layers that the rule changes; None for every layer."""
         if self.kind in LAYER_KINDS or (self.table is not None and self.table.layers is None):
             return self.layers
         named = [layer for layer, _ in self.experts] if self.table is None else self.table.layers or ()
         return tuple(layer for layer in named if self.layers is None or layer in self.layers)
 
     def touches(self, layer: int) -> bool:
-        """Whether the rule does anything in ``layer``."""
+        """Whether the rule changes ``layer``."""
         if self.layers is not None and layer not in self.layers:
             return False
         if self.table is not None:
@@ -129,17 +129,17 @@ class Rule:
         return self.kind in LAYER_KINDS or any(layer == named for named, _ in self.experts)
 
     def applies(self, phase: str, group: str | None) -> bool:
-        """Whether the rule holds for tokens of ``group`` in ``phase``, at some position."""
+        """Whether the rule applies to tokens of ``group`` in ``phase``, at some position."""
         return self.phase in (None, phase) and (self.groups is None or group in self.groups)
 
     def effective(self, coefficient: float) -> float:
-        """The number that is added, multiplied by or divided by: strength and coefficient together."""
+        """The number that is added, or multiplied or divided by, computed from strength and coefficient."""
         if OPERATIONS[self.kind].combine == "add":
             return self.strength * coefficient
         return _power(coefficient, self.strength, self.kind)
 
     def scaled(self, factor: float) -> Rule:
-        """The rule with its strength multiplied; ``PlanError`` for kinds that have none."""
+        """The rule with its strength multiplied; raises ``PlanError`` for kinds without strength."""
         if not OPERATIONS[self.kind].combine:
             raise PlanError(
                 f"a {self.kind} rule has no strength to scale: it holds or it does not. "
@@ -148,7 +148,7 @@ class Rule:
         return checked(replace(self, strength=_finite(self.strength * factor, "strength")))
 
     def opposite(self) -> Rule:
-        """Deactivation in place of activation: the strength negated, on and off exchanged."""
+        """The opposite rule: the strength negated, on and off exchanged."""
         flipped = {"force_on": "force_off", "force_off": "force_on"}
         if self.kind in flipped:
             return replace(self, kind=flipped[self.kind])
@@ -157,8 +157,10 @@ class Rule:
         return self.scaled(-1.0)
 
     def relabeled(self, order: Callable[[int, int], np.ndarray]) -> Rule:
-        """The rule with expert e of each layer replaced by ``order(layer, largest)[e]``, ``largest`` being the largest
-        expert that the rule names there."""
+        """The rule with expert e of each layer renamed to ``order(layer, largest)[e]``.
+
+        ``largest`` is the largest expert that the rule names in the layer.
+        """
         if self.table is not None:
             return replace(self, table=self.table.relabeled(order))
         experts = []
@@ -177,7 +179,7 @@ class Rule:
         return self._as_before(make_rule(self.kind, experts, layers, value=self.value, mode=self.mode))
 
     def with_experts(self, experts: Experts) -> Rule:
-        """The rule on other experts; itself where it names none."""
+        """The rule with other experts; unchanged if it names none."""
         if self.kind in LAYER_KINDS or self.kind == "remap":
             return self
         factors = {coefficient for _, pairs in self.experts for _, coefficient in pairs}
@@ -186,7 +188,7 @@ class Rule:
         return self._as_before(make_rule(self.kind, experts, self.layers, factor=min(factors), mode=self.mode))
 
     def _as_before(self, rule: Rule) -> Rule:
-        """``rule`` with the strength and the conditions of this one but for its layers."""
+        """``rule`` with the strength and conditions of this rule, except for its layers."""
         kept = ("strength", "groups", "phase", "positions", "absent", "draw")
         return replace(rule, **{name: getattr(self, name) for name in kept})
 
@@ -198,7 +200,7 @@ class Rule:
         positions: Spans | None = None,
         absent: bool = False,
     ) -> Rule | None:
-        """The rule under further conditions; None where they can never hold."""
+        """The rule under further conditions, or None if it can then never apply."""
         if phase is not None and self.phase not in (None, phase):
             return None
         narrowed = replace(
@@ -212,7 +214,7 @@ class Rule:
         return None if () in (narrowed.groups, narrowed.layers, narrowed.positions) else checked(narrowed)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able content, without what is at its default; a replay names its table by its digest."""
+        """JSON-able content without default values; a replay names its table by digest."""
         content: dict[str, Any] = {"kind": self.kind}
         if self.experts:
             plain = self.kind not in VALUED_KINDS and all(c == 1.0 for _, pairs in self.experts for _, c in pairs)
@@ -239,7 +241,7 @@ class Rule:
 
     @property
     def shown(self) -> tuple[str, str, str]:
-        """In words: what it is done to, how, and under which conditions ("" for none)."""
+        """The rule in words: its target, its effect, and its conditions ("" for none)."""
         return self._what(), self._how(), self._when()
 
     def _what(self) -> str:
@@ -290,7 +292,7 @@ def make_rule(
     mode: str = "",
     table: ReplayTable | None = None,
 ) -> Rule:
-    """A checked rule from what a user wrote. ``factor`` multiplies every expert's coefficient."""
+    """Make a checked rule from a user's arguments. ``factor`` multiplies the coefficient of every expert."""
     chosen = None if layers is None else _layers(layers)
     if chosen == ():
         raise PlanError(f"a {kind} rule for no layer: name at least one layer")
@@ -312,7 +314,7 @@ def make_rule(
 
 
 def checked(rule: Rule) -> Rule:
-    """The rule itself, or ``PlanError`` for values its operation cannot take."""
+    """The rule itself; raises ``PlanError`` for values that its operation does not accept."""
     operation = OPERATIONS[rule.kind]
     if rule.mode not in operation.modes:
         raise PlanError(f"{rule.kind} has no mode {rule.mode!r}: use one of {', '.join(map(repr, operation.modes))}")
@@ -341,7 +343,7 @@ def checked(rule: Rule) -> Rule:
 
 
 def _check_values(rule: Rule) -> None:
-    """``PlanError`` for scores that are none, and for places that are not 0, 1, 2, ... ."""
+    """Raise ``PlanError`` for invalid scores, and for slots other than 0, 1, 2, ... ."""
     for layer, pairs in rule.experts:
         values = sorted(value for _, value in pairs)
         if rule.kind == "replace_scores" and (values[0] < 0 or values[-1] <= 0):
@@ -397,7 +399,7 @@ def _layers(layers: Iterable[int] | int) -> tuple[int, ...]:
 
 def _finite(value: float, name: str) -> float:
     try:
-        number = float(value) + 0.0  # + 0.0: -0.0 and 0.0 are one strength, with one hash
+        number = float(value) + 0.0  # + 0.0 makes -0.0 and 0.0 one strength, with one hash
     except (TypeError, ValueError) as error:
         raise PlanError(f"{name} must be a number, not {value!r}") from error
     if not math.isfinite(number):
@@ -412,7 +414,7 @@ def _both(mine: tuple[Any, ...] | None, theirs: tuple[Any, ...] | None) -> tuple
 
 
 def as_groups(groups: Sequence[str] | str | None) -> tuple[str, ...] | None:
-    """Group names as a sorted tuple without repeats; a single name may be given alone."""
+    """Sort group names and remove repeats; a single name may be given alone."""
     if groups is None:
         return None
     names = (groups,) if isinstance(groups, str) else tuple(groups)
@@ -422,8 +424,10 @@ def as_groups(groups: Sequence[str] | str | None) -> tuple[str, ...] | None:
 
 
 def as_positions(positions: Any) -> Spans | None:
-    """Spans from what a user wrote: a position, positions, a range, a slice, or pairs (start, stop) with stop None for
-    the end."""
+    """Spans from a user's positions: a position, positions, a range, a slice, or pairs (start, stop).
+
+    A stop of None means the end of the sequence.
+    """
     if positions is None:
         return None
     if isinstance(positions, (int, slice, range)):
@@ -452,7 +456,7 @@ def _span(entry: Any) -> tuple[int, int | None]:
 
 
 def _united(spans: Iterable[tuple[int, int | None]]) -> Spans:
-    """The spans in rising order, those that touch made one."""
+    """Sort spans and join those that overlap or are adjacent."""
     found: list[tuple[int, int | None]] = []
     for start, stop in sorted(spans, key=lambda span: span[0]):
         last = found[-1][1] if found else -1
@@ -464,7 +468,7 @@ def _united(spans: Iterable[tuple[int, int | None]]) -> Spans:
 
 
 def _meeting(mine: Spans | None, theirs: Spans | None) -> Spans | None:
-    """Positions in both."""
+    """The positions that are in both."""
     if mine is None or theirs is None:
         return theirs if mine is None else mine
     found = []
@@ -488,9 +492,9 @@ def as_phase(phase: str | None) -> str | None:
 
 
 def rule_from_dict(content: Mapping[str, Any], tables: Mapping[str, ReplayTable] | None = None) -> Rule:
-    """The rule that ``Rule.to_dict`` described, checked like one a user made; ``PlanError`` for anything else.
+    """Rebuild a rule from ``Rule.to_dict`` and check it; raises ``PlanError`` for anything else.
 
-    ``tables``: those of replays, by the name that the content gives them.
+    ``tables``: the tables of replays, by the names that the content uses.
     """
     try:
         kind = content["kind"]

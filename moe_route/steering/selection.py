@@ -1,4 +1,4 @@
-"""``ExpertSelection``: a set of (layer, expert) pairs with the scores they were found by."""
+"""``ExpertSelection``: a set of (layer, expert) pairs, with the scores by which they were selected."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from moe_route.texttable import Table
 __all__ = ["ExpertSelection", "random_permutation"]
 
 _KIND = "selection"
-_SHOWN = 16  # layers that repr lists
+_SHOWN = 16  # number of layers that repr lists
 
 
 def random_permutation(seed: int, layer: int, num_experts: int) -> np.ndarray:
-    """int64 [num_experts]: a permutation that depends on nothing but seed, layer and number of experts.
+    """int64 [num_experts]: a permutation that depends only on seed, layer and number of experts.
 
-    Relabeling experts by it draws, for any set of n experts, a uniformly random set of n experts of the layer.
+    Renaming experts by it maps any set of n experts to a uniformly random set of n experts of the layer.
     """
     return np.random.Generator(np.random.PCG64([index(seed), layer, num_experts])).permutation(num_experts)
 
 
 class ExpertSelection(Mapping[int, tuple[int, ...]]):
-    """Immutable mapping from layer (0-based among MoE layers) to the selected experts, in rising order.
+    """Immutable mapping from layer (index among the MoE layers) to the selected experts, in increasing order.
 
-    As a mapping it iterates over layers that have at least one expert; ``len`` is the number of *experts* selected.
-    Selections combine like sets of (layer, expert) pairs: ``|``, ``&``, ``-``, ``^``.
+    Iterating yields the layers with at least one expert; ``len`` is the number of selected *experts*. Selections
+    combine like sets of (layer, expert) pairs: ``|``, ``&``, ``-``, ``^``.
 
     Args:
         experts: layer -> expert ids.
-        scores: layer -> {expert: score}, the values experts were selected by; may be absent or partial.
+        scores: layer -> {expert: score}, the values by which experts were selected; may be missing or partial.
         threshold: the threshold that was applied to the scores.
-        description: one line on where the selection comes from.
-        num_experts: experts per layer, for all layers (int) or one by one (a sequence over layers). Needed by
-            ``random_like``; ids are checked against it.
-        model: the model the selection was made for; plans made from the selection take it over.
+        description: the origin of the selection, on one line.
+        num_experts: experts per layer, one int for all layers or a sequence over layers. ``random_like`` needs it, and
+            ids are checked against it.
+        model: the model that the selection was made for; plans made from the selection inherit it.
 
     Raises ``ValueError`` for a layer or expert out of range.
     """
@@ -92,9 +92,7 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
                 raise ValueError(f"layer {layer} has no expert {wrong}{limit}")
 
     def experts_in(self, layer: int) -> int | None:
-        """Number of experts ``layer`` has in the model, or None where that is not known; ``ValueError`` for a layer it
-        lacks.
-        """
+        """Number of experts of ``layer``, or None if unknown; ``ValueError`` for a layer that the model lacks."""
         if self.num_experts is None or isinstance(self.num_experts, int):
             return self.num_experts
         if layer >= len(self.num_experts):
@@ -116,12 +114,12 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
 
     @property
     def counts(self) -> dict[int, int]:
-        """Number of selected experts by layer."""
+        """Number of selected experts per layer."""
         return {layer: len(ids) for layer, ids in self._experts.items()}
 
     @property
     def scores(self) -> dict[int, dict[int, float]]:
-        """layer -> {expert: score} of the selected experts that have one."""
+        """layer -> {expert: score}, for the selected experts that have a score."""
         found: dict[int, dict[int, float]] = {}
         for (layer, expert), score in self._scores.items():
             found.setdefault(layer, {})[expert] = score
@@ -136,7 +134,7 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
     def __len__(self) -> int:
         return sum(map(len, self._experts.values()))
 
-    # the views of the plain dict, because Mapping's own take their length from __len__
+    # the views of a plain dict, because those of Mapping take their length from __len__
     def keys(self) -> KeysView[int]:
         return self._experts.keys()
 
@@ -147,7 +145,7 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
         return self._experts.items()
 
     def __eq__(self, other: object) -> bool:
-        """Equal experts; scores, threshold and description do not count."""
+        """Whether the experts are equal; scores, threshold and description are ignored."""
         if isinstance(other, ExpertSelection):
             return self._experts == other._experts
         return self._experts == other
@@ -200,16 +198,15 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
         )
 
     def restrict(self, layers: Iterable[int]) -> ExpertSelection:
-        """The part of the selection that lies in ``layers``."""
+        """The part of the selection in ``layers``."""
         kept = set(as_layers(layers))
         return self._with({layer: ids for layer, ids in self.items() if layer in kept}, self.description)
 
     def random_like(self, seed: int = 0, *, num_experts: int | Sequence[int] | None = None) -> ExpertSelection:
-        """The random control: as many experts in each layer, drawn without replacement among all of the layer's
-        experts.
+        """Random control: as many experts in each layer, drawn without replacement from all experts of the layer.
 
-        The draw of a layer depends on ``seed``, the layer and its number of experts only. ``num_experts`` is needed
-        where the selection does not know it.
+        The draw of a layer depends only on ``seed``, the layer and its number of experts. ``num_experts`` is needed if
+        the selection does not hold it.
         """
         known = self if num_experts is None else ExpertSelection(self, num_experts=num_experts)
         drawn = {}
@@ -221,7 +218,7 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
         return known._with(drawn, f"random control (seed {seed}) of: {self.description or 'a selection'}", False)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able content: ``from_dict`` gives an equal selection."""
+        """JSON-able content, from which ``from_dict`` makes an equal selection."""
         return {
             "experts": {str(layer): list(ids) for layer, ids in self.items()},
             "scores": {str(layer): {str(e): s for e, s in of.items()} for layer, of in self.scores.items()},
@@ -233,7 +230,7 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ExpertSelection:
-        """The selection that ``to_dict`` described; raises ``ValueError`` for anything else."""
+        """Rebuild a selection from ``to_dict``; raises ``ValueError`` for anything else."""
         try:
             return cls(
                 {int(layer): ids for layer, ids in content["experts"].items()},
@@ -254,7 +251,7 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExpertSelection:
-        """Read what ``save`` wrote; raises ``files.FileRefusedError`` for anything else."""
+        """Read a file that ``save`` wrote; raises ``files.FileRefusedError`` for anything else."""
         return cls.from_dict(files.read(path, _KIND)[1])
 
     def __repr__(self) -> str:
@@ -268,7 +265,7 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
         return Table(("layer", "experts (score)"), rows, title, rest)._repr_html_()
 
     def _shown(self) -> tuple[str, list[tuple[str, str]], str]:
-        """What to show: a title, (layer, its experts with their scores) for the first layers, and what is left out."""
+        """Content to show: title, (layer, experts with scores) for the first layers, and a note on omitted ones."""
         if not self:
             return f"ExpertSelection(empty{_note(self)})", [], ""
         title = f"ExpertSelection({len(self)} experts in layers {show_numbers(self.layers)}{_note(self)})"
@@ -295,7 +292,7 @@ def _shape(num_experts: int | Sequence[int]) -> int | tuple[int, ...]:
 
 
 def _model(model: PlanModel | None, num_experts: int | Sequence[int] | None) -> PlanModel:
-    """The model with the experts of its layers where they are given one by one."""
+    """The model, with the experts of its layers if they are given one by one."""
     shape = None if num_experts is None else _shape(num_experts)
     return (model or PlanModel()).merged(PlanModel(num_experts=shape if isinstance(shape, tuple) else None))
 

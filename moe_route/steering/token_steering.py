@@ -1,11 +1,11 @@
-"""Per-token steering, for rules that per-row tables cannot express: torch operations before and after ``route``.
+"""Per-token steering, for rules that per-row tables cannot express; computed in torch before and after ``route``.
 
-Four kinds of rules need more than their token's row: those that ask what the router chose by itself (only-if-absent),
-those drawn anew for each token, scores put in the place of the router's, and choices that are made by name (a fixed
-choice, a replay, the last slot), besides more experts than the router has slots. The first three become tables with a
-row for each token, so that one ``route`` steers, chooses and weighs as ever, and counts what it decides by itself.
-Tokens whose choice is made here, or that are routed anew whatever they had, are left out of that count and counted by
-themselves, into the same tables. Nothing here waits for a device.
+Five kinds of rules need more than a token's row: rules that depend on the router's own choice (only if absent), random
+draws per token, replaced scores, choices by expert id (a fixed choice, a replay, the reserved slot), and more experts
+than the router has slots. The first three become tables with a row for each token. One ``route`` call then steers,
+chooses and weighs with them, and counts the tokens whose choice it makes. Tokens whose choice is made here, or that are
+routed again whatever their own choice, are excluded from that count. They are counted separately into the same tables.
+Nothing here waits for a device.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ _FACTORS = ("scale", "weight_scale")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """Rules of one layer that look at a token in the same way, by row of the plan.
+    """Rules of one layer that depend on a token in the same way, by row of the plan.
 
-    absent: leaves out what the router chose by itself.
-    seed: draws other experts for each token.
-    planes: float32 [rows, E] by name.
-    named: by kind of rule. "replace_scores": float32 [rows, E], NaN in rows that replace none. "reserve_slot": int64
-        [rows], an expert, -1 for none. "fix_choice": int64 [rows, k], -1 where a slot stays empty, in every slot for
-        none. "replay": int64 [rows], the number of a table of recorded choices, -1 for none.
+    Attributes:
+        absent: whether to leave out experts that the router chose itself.
+        seed: seed of the random experts that are drawn per token, or None.
+        planes: float32 [rows, E] by name.
+        named: by kind of rule. "replace_scores": float32 [rows, E], NaN in rows without it. "reserve_slot": int64
+            [rows], an expert, or -1. "fix_choice": int64 [rows, k], -1 in empty slots, and in all slots of rows without
+            it. "replay": int64 [rows], the index of a table of recorded choices, or -1.
     """
 
     absent: bool = False
@@ -53,7 +54,7 @@ class Part:
 
 
 class Steered(NamedTuple):
-    """What ``route`` is given in place of a layer's logits, tables and token table; the tables have a row a token."""
+    """Inputs of ``route`` in place of a layer's logits, tables and token table; the tables have a row per token."""
 
     logits: Tensor
     tables: SteeringTables
@@ -61,18 +62,18 @@ class Steered(NamedTuple):
 
 
 class TokenSteering:
-    """The steering of one layer where some rule looks at more than its token's row.
+    """The steering of one layer in which some rule depends on more than a token's row.
 
     Args:
-        layer: which MoE layer, for what is drawn.
+        layer: index of the MoE layer, used in random draws.
         num_experts: E.
-        base: the rules that need only the row, and the rows' parameters.
+        base: the rules that depend on the row only, and the row parameters.
         parts: the other rules.
-        recorded: int16 [n, k] by number of the table, the choices of n tokens in this layer; -1 in the first slot for
-            none, -1 further on for a slot that stays empty.
-        anew: bool [rows], rows whose tokens are routed anew though no plane changes their logits; None for no row.
-        replays_only: bool [rows], rows that do nothing to a token without a recorded choice; None for no row.
-        wide: the number of slots where a row has more than the router, else 0.
+        recorded: by index of the table, int16 [n, k], the choices of n tokens in this layer. -1 in the first slot: no
+            choice; a later -1: an empty slot.
+        anew: bool [rows], rows whose tokens are routed again although no plane changes their logits; None for no row.
+        replays_only: bool [rows], rows that have no effect on a token without a recorded choice; None for no row.
+        wide: number of slots, if some row has more than the router; else 0.
     """
 
     trained = False
@@ -96,14 +97,14 @@ class TokenSteering:
 
     @property
     def tables(self) -> Mapping[str, None]:
-        """Names of what steers; slots may stay empty where choices are made by name, which counts as ``top_k``."""
+        """Names of the tables in use. Choices by expert id may leave slots empty, so they count as ``top_k``."""
         names = set(self.base.tables).union(*(part.planes.keys() | part.named.keys() for part in self.parts))
         empty = {"top_k"} if self.wide or names & {"fix_choice", "replay"} else set()
         return dict.fromkeys(names | empty)
 
     @property
     def replays(self) -> bool:
-        """Whether tokens are sent to experts that were recorded for them."""
+        """Whether some tokens are sent to experts that were recorded for them."""
         return bool(self.recorded)
 
     @property
@@ -111,14 +112,14 @@ class TokenSteering:
         return self.base.device
 
     def to(self, device: torch.device) -> TokenSteering:
-        """The same on another device, which the host does not wait for."""
+        """Copy the steering to another device, without waiting for it."""
         anew, only = (None if rows is None else upload(rows, device) for rows in (self.anew, self.replays_only))
         recorded = {number: upload(ids, device) for number, ids in self.recorded.items()}
         parts = [part.to(device) for part in self.parts]
         return self._with(base=self.base.to(device), parts=parts, recorded=recorded, anew=anew, replays_only=only)
 
     def fitted(self, name: str, spec: RouterSpec) -> TokenSteering:
-        """The same for a router that scores by ``spec``; ``ValueError`` naming the router where it cannot be done."""
+        """Fit the steering to a router that scores by ``spec``; ``ValueError`` naming the router if it cannot be."""
 
         def fit(part: Part) -> Part:
             scores = part.named.get("replace_scores")
@@ -147,9 +148,16 @@ class TokenSteering:
         expert_scale: Tensor | None = None,
         statistics: StatisticsTables | None = None,
     ) -> tuple[Tensor, Tensor, Steered]:
-        """``ops.route`` with these rules: weights and ids [T, k] (wider where rows have more slots), and what it was
-        given. ``choice`` is the router's own choice; ``counter`` [T] tells tokens apart for what is drawn;
-        ``entries`` int64 [T, M] says which entry of each table of recorded choices is the token's (-1: none)."""
+        """Run ``ops.route`` with these rules.
+
+        Args:
+            choice: the router's own choice.
+            counter: [T], a number per token that seeds its random draws.
+            entries: int64 [T, M], each token's row in each table of recorded choices (-1: none).
+
+        Returns:
+            weights and ids [T, k] (wider if rows have more slots), and the inputs that ``ops.route`` was given.
+        """
         row = _rows(tokens, self.rows)
         replayed = self._choice(row, entries, counter, k)
         if replayed is not None and self.replays_only is not None:
@@ -199,13 +207,13 @@ class TokenSteering:
         return weights, ids, steered
 
     def _holds(self, row: Tensor, rows: Tensor) -> Tensor:
-        """bool [T]: what is said of its row holds for the token."""
+        """bool [T]: the flag of each token's row, False for tokens without a row."""
         return (row >= 0) & rows[row.clamp(min=0)]
 
-    # ---- what is asked for in tables
+    # ---- rules that become tables
 
     def steer(self, logits: Tensor, tokens: Tensor, row: Tensor, chosen: Tensor, counter: Tensor | None) -> Steered:
-        """Logits, and tables with a row for each token."""
+        """Logits, and tables with a row per token."""
         steered, at = row >= 0, row.clamp(min=0)
         planes, row_params, remap = _gathered(self.base, at)
         own = _marked(chosen, self.num_experts)
@@ -228,7 +236,7 @@ class TokenSteering:
         return Steered(logits, tables, table)
 
     def _order(self, part: Part, counter: Tensor | None) -> Tensor | None:
-        """The permutation of each token's experts, where this part is drawn."""
+        """A permutation of the experts per token, or None if this part is not drawn."""
         if part.seed is None:
             return None
         if counter is None:
@@ -238,11 +246,13 @@ class TokenSteering:
             )
         return permutations(part.seed, self.layer, counter, self.num_experts)
 
-    # ---- what is chosen by name
+    # ---- choices by expert id
 
     def _choice(self, row: Tensor, entries: Tensor | None, counter: Tensor | None, k: int) -> Tensor | None:
-        """int64 [T, k]: the experts that a fixed choice or a replay names, -1 in the first slot for none; None where
-        there is no such rule."""
+        """int64 [T, k]: the experts of a fixed choice or a replay, -1 in the first slot for none.
+
+        None if there is no such rule.
+        """
         found = None
         at = row.clamp(min=0)
         for part in self.parts:
@@ -253,7 +263,7 @@ class TokenSteering:
         return found
 
     def _named_choices(self, part: Part, at: Tensor, entries: Tensor | None) -> Iterator[Tensor]:
-        """Ids [T, k] of a part's fixed choices and of each of its tables, -1 in the first slot for none."""
+        """Ids [T, k] of a part's fixed choices and of each of its recorded tables, -1 in the first slot for none."""
         if "fix_choice" in part.named:
             yield part.named["fix_choice"][at]
         if "replay" not in part.named:
@@ -268,7 +278,7 @@ class TokenSteering:
             yield torch.where((entry >= 0)[:, None], recorded[entry.clamp(min=0)], -1)
 
     def _named(self, row: Tensor, choice: Tensor | None) -> Tensor | None:
-        """bool [T]: tokens whose choice is made by name; None where there is no such rule."""
+        """bool [T]: tokens whose choice is made by expert id; None if there is no such rule."""
         found = None if choice is None else choice[:, 0] >= 0
         for part in self.parts:
             if "reserve_slot" in part.named:
@@ -287,7 +297,7 @@ class TokenSteering:
         counter: Tensor | None,
         expert_scale: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Ids with the named experts in their slots, and the weights that the steered scores give them."""
+        """Put the named experts into their slots, and weigh them by the steered scores."""
         wanted = ids
         if choice is not None:
             wanted = torch.where(choice[:, :1] >= 0, _padded(choice, ids.shape[1], -1).to(ids.dtype), ids)
@@ -299,11 +309,11 @@ class TokenSteering:
         found = ops.route_weights(
             steered.logits, wanted, spec, expert_scale=expert_scale, steering=steered.tables, tokens=steered.tokens
         )
-        moved = named[:, None] & (wanted != ids).any(1, keepdim=True)  # the others keep the weights they have
+        moved = named[:, None] & (wanted != ids).any(1, keepdim=True)  # other tokens keep their weights
         return torch.where(moved, wanted, ids), torch.where(moved, found, weights)
 
     def _drawn_ids(self, part: Part, ids: Tensor, counter: Tensor | None) -> Tensor:
-        """Ids [T, n] (-1 stays) under the part's permutation of each token's experts."""
+        """Apply the part's permutation of each token's experts to ids [T, n]; -1 stays."""
         order = self._order(part, counter)
         if order is None:
             return ids
@@ -311,7 +321,7 @@ class TokenSteering:
 
 
 def logits_of_scores(scores: Tensor, name: str, spec: RouterSpec) -> Tensor:
-    """Logits [rows, E] that the router ``name`` scores as ``scores`` says; NaN rows stay."""
+    """Logits [rows, E] from which the router ``name`` computes ``scores``; NaN rows stay."""
     if spec.score == "sparsemixer":
         raise ValueError(
             f"router {name!r} cannot take replaced scores: SparseMixer weighs by distances between logits, which "
@@ -330,7 +340,7 @@ def logits_of_scores(scores: Tensor, name: str, spec: RouterSpec) -> Tensor:
 
 
 def _rows(tokens: Tensor, rows: int) -> Tensor:
-    """int64 [T]: each token's row of the plan, -1 where it has none."""
+    """int64 [T]: each token's row of the plan, or -1."""
     row = tokens[:, 0].to(torch.int64)
     return torch.where((row >= 0) & (row < rows) & (tokens[:, 3] != 0), row, -1)
 
@@ -344,7 +354,7 @@ def _gathered(base: SteeringTables, at: Tensor) -> tuple[dict[str, Tensor], Tens
 
 
 def _marked(ids: Tensor, num_experts: int) -> Tensor:
-    """bool [T, E]: the experts among ids [T, k]."""
+    """bool [T, E]: whether an expert is among ids [T, k]."""
     slots = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(torch.int64)
     marks = torch.zeros(len(ids), num_experts + 1, dtype=torch.bool, device=ids.device)
     return marks.scatter_(1, slots, True)[:, :num_experts]
@@ -355,14 +365,14 @@ def _drawn(plane: Tensor, order: Tensor | None) -> Tensor:
 
 
 def _joined(name: str, a: Tensor, b: Tensor) -> Tensor:
-    """Two planes as one: strengths add, factors multiply, forbid over off over on."""
+    """Combine two planes: strengths add, factors multiply; forbid wins over off, and off over on."""
     if name == "force":
         return torch.where((a < 0) | (b < 0), torch.minimum(a, b), torch.maximum(a, b))
     return a * b if name in _FACTORS else a + b
 
 
 def _with_scores(logits: Tensor, replaced: Tensor, steered: Tensor) -> Tensor:
-    """Logits with those of replaced scores in the rows that have them (the others are NaN)."""
+    """Replace the logits in rows with replaced scores; the other rows of ``replaced`` are NaN."""
     wide = logits if logits.dtype is torch.float64 else logits.float()
     here = steered[:, None] & ~torch.isnan(replaced[:, :1])
     return torch.where(here, replaced.to(wide.dtype), wide)
@@ -380,13 +390,13 @@ def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _only(tokens: Tensor, counted: Tensor) -> Tensor:
-    """The token table with only some of the tokens in a statistic."""
+    """The token table, with only the tokens ``counted`` in any statistic."""
     statistics = torch.where(counted[:, None], tokens[:, 1:3], -1)
     return torch.cat([tokens[:, :1], statistics, tokens[:, 3:]], 1)
 
 
 def _off(steered: Steered, expert: Tensor, num_experts: int) -> Tensor:
-    """bool [T, 1]: the token's steering keeps this expert out."""
+    """bool [T, 1]: whether the token's steering excludes this expert."""
     force = steered.tables.tables.get("force")
     if force is None:
         return torch.zeros_like(expert, dtype=torch.bool)
@@ -394,7 +404,7 @@ def _off(steered: Steered, expert: Tensor, num_experts: int) -> Tensor:
 
 
 def _last_slot(ids: Tensor, expert: Tensor, off: Tensor) -> Tensor:
-    """Ids with ``expert`` [T, 1] in the last slot that is filled, where it is in none (-1, or kept out: nothing)."""
+    """Put ``expert`` [T, 1] into the last filled slot, unless it is -1, is excluded, or has a slot already."""
     last = (ids >= 0).sum(1, keepdim=True) - 1
     takes = (expert >= 0) & ~off & ~(ids == expert).any(1, keepdim=True) & (last >= 0)
     slots = torch.arange(ids.shape[1], device=ids.device)

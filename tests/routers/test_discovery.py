@@ -191,7 +191,7 @@ def test_unknown_routers_are_recognized_by_what_they_do(kind: str, score: str, r
 
 def test_unknown_routers_of_an_unknown_kind_are_refused() -> None:
     with pytest.raises(
-        ModelNotSupportedError, match=r"gate Stranger is no known router, and no known way of routing gives"
+        ModelNotSupportedError, match=r"gate Stranger is not a known router, and no known way of routing gives"
     ):
         find_routers(strange_model("absolute"))
     with pytest.raises(ModelNotSupportedError, match="its block does not follow it: other ids give the same output"):

@@ -501,7 +501,7 @@ def test_kernelized_blocks_are_led_through_their_router(monkeypatch: pytest.Monk
         plain = model(input_ids=ids)[0]
         assert len(calls) == 3
         attachment = Attachment(model)
-        assert any("use_kernels=True goes round the router" in note for note in attachment.routers[0].notes)
+        assert any("use_kernels=True bypasses the router" in note for note in attachment.routers[0].notes)
         tables = counted(attachment)
         torch.testing.assert_close(model(input_ids=ids)[0], plain)
         assert [table.scalar("tokens").item() for table in tables] == [ids.numel()] * 3

@@ -592,7 +592,7 @@ def test_plans_describe_themselves():
     assert repr(Plan()) == "Plan(nothing)"
     assert "activate 4 experts" in repr(plan)
     assert "weight * 0.5 to 2 (before renormalization)" in repr(Plan.scale_weights({0: {1: 0.5, 2: 2.0}}))
-    assert "top k in every layer: 2 experts a token" in repr(Plan.top_k(2))
+    assert "top k in every layer: 2 experts per token" in repr(Plan.top_k(2))
 
 
 # -- through the gate: a plan does to routing what its equations say

@@ -441,7 +441,7 @@ def test_rules_are_saved_hashed_and_compiled_alike(plan, tmp_path):
         (RULES[4], "[other experts for each token, drawn with seed 3]"),
         (RULES[5], "[positions 0, 2, 5-8]"),
         (RULES[6], "[positions from 4]"),
-        (RULES[7], "top k in layer 0: 4 experts a token"),
+        (RULES[7], "top k in layer 0: 4 experts per token"),
     ],
 )
 def test_rules_say_themselves_in_words(plan, words):

@@ -1,4 +1,4 @@
-"""Routers that return their decision in a form of their own: one file per model family, with row and adapter."""
+"""Routers whose output has a form of its own: one file per model family, with its table row and its adapter."""
 
 from moe_route.routers.architectures import (
     dbrx,

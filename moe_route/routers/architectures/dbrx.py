@@ -1,4 +1,4 @@
-"""DBRX: the router returns logits only; the block chooses, in `route_tokens_to_experts`."""
+"""DBRX: the router returns logits only, and the block chooses in its method `route_tokens_to_experts`."""
 
 from __future__ import annotations
 

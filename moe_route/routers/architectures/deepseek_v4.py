@@ -1,4 +1,4 @@
-"""DeepSeek-V4's first layers: a frozen table of token ids names the experts; the logits only weigh them."""
+"""DeepSeek-V4's first layers: a frozen table maps each token id to its experts. The logits only weigh them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from moe_route.routers.output import Output
 
 
 class Hash(Adapter):
-    """Output as usual: (logits, weights, ids)."""
+    """Reads the usual output (logits, weights, ids) of a router that also needs token ids to run."""
 
     def probe(self, hidden: Tensor, arguments: tuple[Tensor, ...]) -> tuple[tuple[object, ...], Output]:
-        """Random token ids go with the hidden states."""
+        """Run the router on random token ids together with the hidden states."""
         hidden = hidden.reshape(1, -1, hidden.shape[-1])
         generator = torch.Generator().manual_seed(2)
         tokens = torch.randint(len(self.module.tid2eid), hidden.shape[:2], generator=generator).to(hidden.device)

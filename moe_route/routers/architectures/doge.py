@@ -1,4 +1,4 @@
-"""Doge: product keys. Expert (x, y) has the logit x + y; the block chooses inside its forward."""
+"""Doge: product keys. Expert (x, y) has the logit x + y, and the block chooses inside its forward."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ MOST_EXPERTS, MOST_SLOTS = _C.MAX_EXPERTS, _C.MAX_CHOSEN
 
 
 class Doge(Adapter):
-    """The block stands for the router. Its gate's output [B, S, 2 * keys] is seen, and the block's choice, which is
-    made of nothing else, is made again from it."""
+    """Treats the block as the router.
+
+    Only the output of its gate [B, S, 2 * keys] can be observed. The block's choice depends on nothing else and is
+    recomputed from it.
+    """
 
     output_is_complete = False
 
     def obstacle(self) -> str | None:
-        """Tables of counts have a limited width."""
+        """Refuse models with more experts or slots than the statistics tables can hold."""
         experts, slots = self.module.num_experts, self.module.top_k
         if experts > MOST_EXPERTS or slots > MOST_SLOTS:
             return (
@@ -33,11 +36,11 @@ class Doge(Adapter):
         return None
 
     def known_issues(self) -> Iterable[str]:
-        """What its own code says of itself."""
+        """The bug that a comment in the model's own code names."""
         yield "the halves of the gate's output are split across tokens: a token's experts depend on other tokens"
 
     def changes(self, hook: OutputHook) -> Sequence[Change]:
-        """A hook that sees the output of the gate."""
+        """A hook on the gate inside the block."""
         self.hook = hook
         return (ForwardHook(self.module.router_gate, self._see),)
 
@@ -50,7 +53,7 @@ class Doge(Adapter):
         self.hook(self.module, args, (output,))
 
     def read(self, args: tuple[object, ...], output: Output) -> Decision:
-        """The block's own steps: the best sums of the best keys, in the block's order."""
+        """Repeat the block's own steps: the largest sums of the best keys of each half, in the block's order."""
         block, keys = self.module, int(self.module.num_keys)
         halves = output[0].reshape(2, -1, keys)
         values, places = halves.topk(keys, dim=-1)
@@ -64,7 +67,7 @@ class Doge(Adapter):
         return Decision(logits.scatter(1, experts, sums), weights, experts.gather(1, position))
 
     def probe(self, hidden: Tensor, arguments: tuple[Tensor, ...]) -> tuple[tuple[object, ...], Output]:
-        """The gate by itself."""
+        """Run the gate alone."""
         return (), (self.module.router_gate.forward(hidden.clone()),)
 
 

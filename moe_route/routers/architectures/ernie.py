@@ -1,6 +1,6 @@
-"""Ernie 4.5: in the vision-language model a text router and a vision router per layer; elsewhere one ordinary router.
+"""Ernie 4.5: the vision-language model has a text router and a vision router per layer, the text model one router.
 
-Each of the two is given only the tokens of its modality.
+Each of the two routers is given only the tokens of its modality.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from moe_route.routers.adapter import Adapter, OutputHook, Place
 from moe_route.routers.family import Family
 
 _ROLES = {"text_moe": "text", "vision_moe": "vision"}
-_MASK = "moe_mm_token_type_ids"  # second argument of the module above the two: nonzero for tokens of an image or video
+_MASK = "moe_mm_token_type_ids"  # argument of the module that owns both routers: nonzero for image and video tokens
 
 
 class Ernie(Adapter):
-    """(logits, weights, ids) as usual, of some of the tokens. Where the model has one modality, an ordinary router."""
+    """Reads (logits, weights, ids) for the tokens of one modality, or for all tokens in a model with one modality."""
 
     def __init__(self, place: Place) -> None:
         super().__init__(place)
@@ -30,16 +30,16 @@ class Ernie(Adapter):
 
     @property
     def role(self) -> str:
-        """The modality."""
+        """The modality of the router, "text" or "vision"; "" in a model with one modality."""
         return self._role
 
     @property
     def patches(self) -> bool:
-        """The vision router is given tokens of the call."""
+        """False for the vision router: it is given image tokens of the call, not patches."""
         return not self._role and super().patches
 
     def changes(self, hook: OutputHook) -> Sequence[Change]:
-        """Hooks that see the mask of modalities too."""
+        """The usual changes, and hooks that read the modality mask of each layer."""
         above, changes = self.place.above, list(super().changes(hook))
         if self._role and above is not None:
             changes.append(ForwardPreHook(above, self._enter, with_kwargs=True))
@@ -54,7 +54,7 @@ class Ernie(Adapter):
         self._image = None
 
     def token_subset(self) -> Tensor | None:
-        """The tokens of this modality, where there are others in the call."""
+        """Indices of the tokens of this modality, int64 [T], or None where no modality mask was passed."""
         if self._image is None:
             return None
         image = self._image.flatten().bool()

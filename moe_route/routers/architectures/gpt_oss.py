@@ -1,8 +1,8 @@
 """gpt-oss: an ordinary router, under blocks that may bypass it.
 
-In MXFP4 the block computes the logits itself and routes inside a triton kernel. transformers has a way through the
-router for expert parallelism, which a flag on the experts switches on: an attached block takes that way. A kernelized
-block (`use_kernels=True`) has a forward of its own; an attached one runs that of its class.
+In MXFP4 the block computes the logits itself and routes inside a Triton kernel. For expert parallelism, transformers
+has a second path, which calls the router; a flag on the experts selects it. An attached block takes that path. A
+kernelized block (`use_kernels=True`) runs a replaced forward; while attached it runs the forward of its class.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _KERNELIZABLE = "kernel_layer_name"  # what the `kernels` package leaves on clas
 
 
 class GptOss(Adapter):
-    """(logits, weights, ids) as usual."""
+    """Reads the usual output (logits, weights, ids), and makes the block call its router."""
 
     @property
     def _packed(self) -> bool:
         return type(self.block).__name__ == "Mxfp4GptOssMLP" and not getattr(self.block.experts, _FLAG, False)
 
     def obstacle(self) -> str | None:
-        """A block that never calls its router, and has no other way."""
+        """Refuse a block that never calls its router and has no path that does."""
         kind = type(self.block).__name__
         if _is_kernelized(self.block) and not hasattr(self.block, _KERNELIZABLE):
             return f"the forward of {kind} was replaced, and nothing says that it calls its router. Undo that first"
@@ -42,7 +42,7 @@ class GptOss(Adapter):
         return None
 
     def notes(self) -> Iterable[str]:
-        """Say that a block takes another way while it is attached."""
+        """A sentence for each way in which an attached block computes differently."""
         if self._packed:
             yield (
                 "the MXFP4 block routes inside a kernel that cannot be seen into: while attached it takes its way "
@@ -50,12 +50,12 @@ class GptOss(Adapter):
             )
         if _is_kernelized(self.block):
             yield (
-                "the kernel of use_kernels=True goes round the router: while attached the block runs the forward of "
+                "the kernel of use_kernels=True bypasses the router: while attached the block runs the forward of "
                 "its class, equal up to the kernel's rounding"
             )
 
     def changes(self, hook: OutputHook) -> Sequence[Change]:
-        """Changes that lead the block through its router too."""
+        """The usual changes, and those that make the block call its router."""
         changes = [*super().changes(hook)]
         if self._packed:
             changes.append(ReplacedAttribute(self.block.experts, _FLAG, True))
@@ -66,7 +66,7 @@ class GptOss(Adapter):
 
 
 def _is_kernelized(block: nn.Module) -> bool:
-    """Whether the block runs another forward than its class's."""
+    """Whether the block runs a forward other than that of its class."""
     return is_overridden(block, "forward", forward_attribute(block))
 
 

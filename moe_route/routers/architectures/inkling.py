@@ -1,8 +1,8 @@
-"""Inkling: the chosen experts and the shared ones are normalized together.
+"""Inkling: the chosen experts and the shared experts are normalized together.
 
-With sigmoids r of the chosen, s of the shared experts and a constant c: weights c * r / (R + S), shared gammas
-c * s / (R + S), R and S being the sums. The logits of the shared experts are not returned, but S = R * sum(gammas) /
-sum(weights).
+Let r be the sigmoids of the chosen experts, s those of the shared experts, R and S their sums, and c a constant. The
+weights are c * r / (R + S) and the gammas (weights of the shared experts) c * s / (R + S). The router does not return
+the logits of the shared experts, but S = R * sum(gammas) / sum(weights).
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from moe_route.routers.output import Decision, Output
 
 
 class Inkling(Adapter):
-    """Output: (logits of the routed experts, weights, ids, gammas of the shared experts [T, n])."""
+    """Reads the output (logits of the routed experts, weights, ids, gammas of the shared experts [T, n])."""
 
     changes_choice = True
 
     def chosen(self, args: tuple[object, ...], output: Output, decision: Decision) -> Decision:
-        """The sigmoids of the chosen, before they are normalized."""
+        """The router's choice, with the sigmoids of the chosen experts before normalization as weights."""
         return decision._replace(weights=decision.logits.gather(1, decision.ids).sigmoid())
 
     def write(
         self, args: tuple[object, ...], output: Output, decision: Decision, weights: Tensor, ids: Tensor
     ) -> tuple[Output, Tensor, Tensor]:
-        """Normalize the new sigmoids with the shared experts', and give the shared experts what is left.
+        """Normalize the new sigmoids jointly with those of the shared experts.
 
-        Tokens whose choice and sigmoids are the router's own keep its weights.
+        Tokens whose choice and sigmoids are unchanged keep the router's own weights.
         """
         logits, own, own_ids, gammas = output
         sigmoids = self.chosen(args, output, decision).weights

@@ -1,5 +1,8 @@
-"""JetMoE, and the Granite models of older versions: tokens come grouped by expert. JetMoE has two kinds of router: one
-chooses feed-forward experts, one chooses the heads of attention (a query and an output projection each)."""
+"""JetMoE, and Granite models of older transformers: routers that return tokens grouped by expert.
+
+JetMoE has two kinds of router. One chooses feed-forward experts. The other chooses attention experts, each of which
+is a query and an output projection.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +19,23 @@ from moe_route.routers.output import Decision, Output
 
 
 class JetMoe(Adapter):
-    """Output: (order of the T * k slots by expert, their tokens, their weights, slots per expert (a list), logits)."""
+    """Reads the output (order of the T * k slots by expert, their tokens, their weights, slots per expert, logits)."""
 
     output_is_complete = False
 
     @property
     def role(self) -> str:
-        """The mixture of attention heads is no mixture of feed-forward experts."""
+        """The kind of router: "attention" or "feed-forward" in JetMoE."""
         kinds = {"JetMoeMoA": "attention", "JetMoeMoE": "feed-forward"}
         return kinds.get(type(self.block).__name__, super().role)
 
     def notes(self) -> Iterable[str]:
-        """Say what the experts of the attention are."""
+        """A sentence that says what an attention expert is."""
         if self.role == "attention":
             yield "its experts are attention heads; an emptied slot keeps its query and has weight 0"
 
     def read(self, args: tuple[object, ...], output: Output) -> Decision:
-        """Back into token order: slot j of token t is at place t * k + j before the grouping."""
+        """Undo the grouping: slot j of token t has index t * k + j before it."""
         order, _, gates, sizes, logits = output
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
@@ -49,11 +52,11 @@ class JetMoe(Adapter):
         order = flat.sort(0).indices
         tokens = order.div(ids.shape[1], rounding_mode="trunc")
         experts = torch.arange(decision.logits.shape[1], device=flat.device)
-        sizes = (flat[:, None] == experts).sum(0).tolist()  # bincount would break the graph of a compiled model
+        sizes = (flat[:, None] == experts).sum(0).tolist()  # torch.bincount would break the graph of a compiled model
         return (order, tokens, weights.flatten()[order], sizes, output[4]), weights, ids
 
     def known_issues(self) -> Iterable[str]:
-        """The routers of the attention are hooked twice, as routers and in the attention's own output."""
+        """The routers of the attention experts are hooked twice: as routers, and in the output of the attention."""
         model = getattr(modeling_of(self.block), "JetMoePreTrainedModel", None)
         recorders = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
         if isinstance(recorders, list) and len(recorders) > 1:

@@ -1,6 +1,6 @@
-"""Llama 4: top-k over the logits, then a sigmoid; dense scores [T, E] that weigh the experts' inputs.
+"""Llama 4: top-k over the logits, then a sigmoid. Dense scores [T, E] weigh the inputs of the experts.
 
-Every expert is run on every token, with an input of zero where it was not chosen.
+Every expert runs on every token. Its input is zero for tokens that did not choose it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from moe_route.routers.output import Decision, Output
 
 
 class Llama4(Adapter):
-    """Output: (scores [T, E], zero where not chosen; logits [T, E])."""
+    """Reads the output (scores [T, E], zero where not chosen; logits [T, E])."""
 
     output_is_complete = False
 
     def read(self, args: tuple[object, ...], output: Output) -> Decision:
-        """The ids are those of the router's own top-k; a sigmoid may have underflowed to zero."""
+        """Repeat the router's own top-k for the ids; nonzero scores would miss a sigmoid that underflowed to zero."""
         scores, logits = output
         ids = torch.topk(logits, int(self.module.top_k), dim=1).indices
         return Decision(logits, scores.gather(1, ids), ids)
@@ -28,7 +28,7 @@ class Llama4(Adapter):
     def write(
         self, args: tuple[object, ...], output: Output, decision: Decision, weights: Tensor, ids: Tensor
     ) -> tuple[Output, Tensor, Tensor]:
-        """Scores with the weights at the chosen; an empty slot adds nothing anywhere."""
+        """Build dense scores that hold the weights at the chosen experts and zero elsewhere."""
         scores = torch.zeros_like(output[0]).scatter_add(1, ids.clamp(min=0).long(), weights)
         return (scores, *output[1:]), weights, ids
 

@@ -1,5 +1,7 @@
-"""NLLB-MoE: the two best experts, until they are full: each takes `fraction * T` tokens of the batch in evaluation.
-Tokens that the attention masks take no expert."""
+"""NLLB-MoE: the two best experts of each token, as long as they have room.
+
+In evaluation an expert takes `fraction * T` tokens of the batch. Tokens that the attention mask excludes get no expert.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +19,18 @@ from moe_route.routers.output import Decision, Output, empty_ids
 
 
 class Nllb(Adapter):
-    """Output: (one-hot first choice [T, E], weights of both choices [T, E], logits [T, E]), after the capacity."""
+    """Reads the output (one-hot first choice [T, E], weights of both choices [T, E], logits [T, E]), after dropping."""
 
     output_is_complete = False
     changes_choice = True
 
     @property
     def role(self) -> str:
-        """Encoder and decoder see different tokens."""
+        """The stack that the router is in: "encoder" or "decoder", which see different tokens."""
         return "decoder" if "decoder." in self.place.name else "encoder"
 
     def obstacle(self) -> str | None:
-        """Policies that draw the second expert at random leave no trace of what was drawn."""
+        """Refuse policies that draw the second expert at random, because the draw cannot be read from the output."""
         policy = self.module.second_expert_policy
         if policy == "all":
             return None
@@ -38,7 +40,7 @@ class Nllb(Adapter):
         )
 
     def read(self, args: tuple[object, ...], output: Output) -> Decision:
-        """First and second choice; one without weight was dropped."""
+        """The first and second choice; a choice without weight was dropped and is an empty slot."""
         first, combined, logits = output
         both = self._best_two(logits, combined.dtype)
         second = combined.gather(1, both[:, 1:]) != 0
@@ -46,7 +48,7 @@ class Nllb(Adapter):
         return Decision(logits, combined.gather(1, both) * kept, empty_ids(both, ~kept))
 
     def chosen(self, args: tuple[object, ...], output: Output, decision: Decision) -> Decision:
-        """The two best, before any is dropped."""
+        """The two best experts, before any is dropped."""
         logits, dtype = decision.logits, output[1].dtype
         ids = self._best_two(logits, dtype)
         probabilities = self._probabilities(logits, dtype).gather(1, ids)
@@ -56,7 +58,7 @@ class Nllb(Adapter):
     def write(
         self, args: tuple[object, ...], output: Output, decision: Decision, weights: Tensor, ids: Tensor
     ) -> tuple[Output, Tensor, Tensor]:
-        """Fill the experts anew, first choices before second ones."""
+        """Assign tokens to experts up to their capacity, first choices before second ones."""
         first, combined, logits = output
         filled = ids >= 0
         asked = F.one_hot(ids.long().clamp(min=0), logits.shape[1]) * filled[..., None]  # [T, 2, E]
@@ -74,12 +76,12 @@ class Nllb(Adapter):
         return logits.softmax(-1, dtype=self.module.dtype).to(dtype)
 
     def _best_two(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
-        """[T, 2]: the best by probability in the model's precision, and the best logit of the others."""
+        """[T, 2]: the expert with the largest probability in the model's precision, and the largest other logit."""
         first = self._probabilities(logits, dtype).argmax(-1, keepdim=True)
         return torch.cat((first, logits.scatter(1, first, float("-inf")).argmax(-1, keepdim=True)), 1)
 
     def _granted(self, asked: Tensor, probabilities: Tensor, args: tuple[object, ...]) -> Tensor:
-        """bool [T, 2]: which of the choices asked [T, 2, E] fit into the experts."""
+        """bool [T, 2]: which of the requested choices [T, 2, E] fit into the experts' capacity."""
         padding = args[1] if len(args) > 1 else None
         if isinstance(padding, Tensor) and not self.module.router_ignore_padding_tokens:
             if padding.dim() == 4:
@@ -94,14 +96,14 @@ class Nllb(Adapter):
         return (asked.bool() & (place <= self._capacity(len(asked)))).any(-1)
 
     def _capacity(self, num_tokens: int) -> int:
-        """How many choices an expert takes of this batch."""
+        """How many tokens of this batch an expert takes."""
         router = self.module
         if not router.training and router.moe_eval_capacity_token_fraction > 0:
             return math.ceil(router.moe_eval_capacity_token_fraction * num_tokens)
         return int(router.expert_capacity)
 
     def known_issues(self) -> Iterable[str]:
-        """Run the class's own loop over experts that only note that they were called."""
+        """Find known bugs by running the class's own loop over experts that only record that they were called."""
         kind = type(self.block.experts)
         called = {2} if kind is nn.ModuleDict else experts_called(kind)  # before transformers 5 the block runs them
         if called != {2}:
@@ -113,14 +115,14 @@ class Nllb(Adapter):
 
 
 class _Noted(nn.Module):
-    """An expert that notes its number."""
+    """An expert that records its number when it is called."""
 
     def __init__(self, number: int, called: set[int]) -> None:
         super().__init__()
         self.number, self.called = number, called
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """The hidden states as they are."""
+        """Return the hidden states unchanged."""
         self.called.add(self.number)
         return hidden
 

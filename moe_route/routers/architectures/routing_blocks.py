@@ -1,7 +1,7 @@
-"""Blocks that choose themselves: the module they call gate or router gives logits and no more.
+"""Blocks that make the choice themselves: their gate (or router) module returns logits only.
 
-The block stands for the router. Some choose in a method, which is replaced; others, of transformers 4, inside their
-forward, which is watched. Either way the choice is read and written as (logits, weights, ids).
+The block takes the place of the router. Some blocks choose in a method, which is replaced. Blocks of transformers 4
+choose inside their forward, which is watched. Either way the choice is read and written as (logits, weights, ids).
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ METHOD = "route_tokens_to_experts"
 
 
 class ByMethod(Adapter):
-    """The block's method makes the decision of logits, its last argument."""
+    """Reads a block that chooses in a method, whose last argument are the logits."""
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """Whether it has the method."""
+        """Whether the block has that method."""
         return callable(getattr(type(module), METHOD, None))
 
     def changes(self, hook: OutputHook) -> Sequence[Change]:
-        """A method of this object in place of the block's own."""
+        """Replace the method on this one block."""
         self.hook = hook
         return (ReplacedMethod(self.module, METHOD, self.route_tokens_to_experts),)
 
     def route_tokens_to_experts(self, *args: Tensor) -> tuple[Tensor, Tensor]:
-        """The block's own weights and ids, in its own order and form, as the hook leaves them."""
+        """Weights and ids after the hook, in the order and form in which the block's own method returns them."""
         own = self._own(args)
         output = _triple(args, own)
         changed = self.hook(self.module, (), output)
@@ -52,7 +52,7 @@ class ByMethod(Adapter):
         return chosen
 
     def probe(self, hidden: Tensor, arguments: tuple[Tensor, ...]) -> tuple[tuple[object, ...], Output]:
-        """The block's choice of random logits, of the dtype of its gate's."""
+        """Run the block's method on random logits in the dtype of its gate's output."""
         generator = torch.Generator().manual_seed(3)
         experts = self.form.num_experts
         logits = torch.randn((*hidden.shape[:-1], experts), generator=generator, device="cpu").to(hidden)
@@ -64,7 +64,7 @@ class ByMethod(Adapter):
 
 
 def _triple(args: tuple[Tensor, ...], own: tuple[Tensor, Tensor]) -> Output:
-    """(logits, weights, ids) of what the method was given and returned."""
+    """(logits, weights, ids) from the arguments of the method and its result."""
     weights, ids = own if own[0].is_floating_point() else own[::-1]
     if weights.shape != ids.shape:
         weights = weights.gather(1, ids)
@@ -72,20 +72,20 @@ def _triple(args: tuple[Tensor, ...], own: tuple[Tensor, Tensor]) -> Output:
 
 
 class InForward(Adapter):
-    """The block chooses inside its forward and loops over a list of experts."""
+    """Reads a block that chooses inside its forward and loops over a list of experts."""
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """Whether it loops."""
+        """Whether the experts are a list."""
         return type(module._modules.get("experts")) is nn.ModuleList
 
     @property
     def widens(self) -> bool:
-        """The weights are changed where they are."""
+        """False: the weights are changed in place, so their number per token is fixed."""
         return False
 
     def changes(self, hook: OutputHook) -> Sequence[Change]:
-        """A watch over the block's forward."""
+        """Watch the block's forward."""
         self.hook = hook
         return (WatchedForward(self.module, self._watch, _seen),)
 
@@ -104,7 +104,7 @@ class InForward(Adapter):
         return steered
 
     def probe(self, hidden: Tensor, arguments: tuple[Tensor, ...]) -> tuple[tuple[object, ...], Output]:
-        """The block, up to its choice."""
+        """Run the block until it has chosen."""
         try:
             with self._mode(_stop):
                 self.module.forward(hidden.clone().reshape(1, -1, hidden.shape[-1]))
@@ -113,8 +113,8 @@ class InForward(Adapter):
         raise AttributeError("its forward ended without a choice")
 
 
-class _Chosen(Exception):  # noqa: N818 (control flow, no error)
-    """Ends a block's forward where it has chosen."""
+class _Chosen(Exception):  # noqa: N818 (control flow, not an error)
+    """Stops a block's forward once it has chosen."""
 
     def __init__(self, output: Output) -> None:
         self.output = output

@@ -1,5 +1,8 @@
-"""Switch Transformers: the best expert, until that is full: of each sequence it takes `expert_capacity` tokens, in
-order. A dropped token goes round the experts; its slot is empty."""
+"""Switch Transformers: the best expert of each token, as long as it has room.
+
+Of each sequence an expert takes `expert_capacity` tokens, in order. A dropped token bypasses the experts; its slot is
+empty.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +17,25 @@ from moe_route.routers.output import Decision, Output, empty_ids
 
 
 class Switch(Adapter):
-    """Output: (one-hot choice after the capacity [B, S, E], probability [B, S, 1], logits [B, S, E])."""
+    """Reads the output (one-hot choice after dropping [B, S, E], probability [B, S, 1], logits [B, S, E])."""
 
     output_is_complete = False
     changes_choice = True
 
     @property
     def role(self) -> str:
-        """Encoder and decoder see different tokens."""
+        """The stack that the router is in: "encoder" or "decoder", which see different tokens."""
         return "decoder" if "decoder." in self.place.name else "encoder"
 
     def read(self, args: tuple[object, ...], output: Output) -> Decision:
-        """A row without a one is a dropped token."""
+        """The choice of each token; a row of zeros is a dropped token."""
         taken, probability, logits = (tensor.flatten(0, 1) for tensor in output)
         dropped = ~taken.any(1, keepdim=True)
         ids = empty_ids(taken.argmax(1, keepdim=True), dropped)
         return Decision(logits, probability.masked_fill(dropped, 0), ids)
 
     def chosen(self, args: tuple[object, ...], output: Output, decision: Decision) -> Decision:
-        """What dropped tokens had chosen: the best of the probabilities, in the precision of the router."""
+        """The choice before dropping: the largest probability, in the precision of the router."""
         probabilities = decision.logits.softmax(-1, dtype=self.module.dtype).to(output[1].dtype)
         best = probabilities.argmax(-1, keepdim=True)
         ids = torch.where(decision.ids < 0, best, decision.ids)
@@ -41,7 +44,7 @@ class Switch(Adapter):
     def write(
         self, args: tuple[object, ...], output: Output, decision: Decision, weights: Tensor, ids: Tensor
     ) -> tuple[Output, Tensor, Tensor]:
-        """Fill the experts anew, in the order of each sequence."""
+        """Assign tokens to experts up to their capacity, in the order of each sequence."""
         taken = output[0]
         asked = F.one_hot(ids.long().clamp(min=0), taken.shape[-1]) * (ids >= 0)[..., None]
         asked = asked.view(taken.shape).to(taken.dtype)

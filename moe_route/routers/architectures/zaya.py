@@ -1,6 +1,7 @@
-"""Zaya: a router with a state that goes from layer to layer, and one class more than there are experts: "skip".
+"""Zaya: a router with a state that passes from layer to layer, and one class more than there are experts: "skip".
 
-Skipping is returned as expert 0 with weight 0; here it is id E, so that it can be counted and steered like an expert.
+The model returns a skipped token as expert 0 with weight 0. Here skipping is the id E, so that it can be counted and
+steered like an expert.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from moe_route.routers.output import Decision, Output
 
 
 class Zaya(Adapter):
-    """Output: (logits [T, E + 1], weights, ids, the state for the next layer)."""
+    """Reads the output (logits [T, E + 1], weights, ids, state for the next layer)."""
 
     output_is_complete = False
     changes_choice = True
 
     def read(self, args: tuple[object, ...], output: Output) -> Decision:
-        """A token of expert 0 and weight 0 skips."""
+        """The decision, with id E where the model returned expert 0 with weight 0."""
         logits, weights, ids = output[:3]
         return Decision(logits, weights, torch.where((ids == 0) & (weights == 0), logits.shape[1] - 1, ids))
 
     def chosen(self, args: tuple[object, ...], output: Output, decision: Decision) -> Decision:
-        """The probability of skipping stands in the logits."""
+        """The router's choice, with the probability of skipping as the weight of a skipped token."""
         probabilities = decision.logits.softmax(-1).gather(1, decision.ids)
         skipped = decision.ids == decision.logits.shape[1] - 1
         return decision._replace(weights=torch.where(skipped, probabilities, decision.weights))
@@ -34,7 +35,7 @@ class Zaya(Adapter):
     def write(
         self, args: tuple[object, ...], output: Output, decision: Decision, weights: Tensor, ids: Tensor
     ) -> tuple[Output, Tensor, Tensor]:
-        """Skipping, and an empty slot, are expert 0 with weight 0. The state goes on as it is."""
+        """Write skipped tokens and empty slots as expert 0 with weight 0. The state is passed on unchanged."""
         idle = (ids < 0) | (ids == decision.logits.shape[1] - 1)
         weights = weights.masked_fill(idle, 0)
         chosen = ids.masked_fill(idle, 0).to(output[2].dtype)
