@@ -52,7 +52,7 @@ class Gate:
 class Family:
     """One row of the table. Strings that name a place are dotted attribute paths on the router."""
 
-    name: str  # letter of the routing family and what it does, for people
+    name: str  # what it does, for people; rows of one name share a line of docs/models.md
     routers: tuple[str, ...]
     spec: RouterSpec = PLAIN_SOFTMAX  # what is the same for every router of the row
     # RouterSpec field <- attribute of the router, or the names it had in several versions

@@ -17,6 +17,7 @@ from moe_route import files
 from moe_route.ops import Force, RouterSpec, token_table
 from moe_route.steering import ExpertSelection, LayerShape, Plan, PlanError, PlanModel
 from moe_route.steering.layers import show_numbers
+from moe_route.steering.rule import OPERATIONS
 
 LAYERS, EXPERTS, TOP_K = 6, 8, 2
 SITES = [LayerShape(EXPERTS, TOP_K)] * LAYERS
@@ -215,6 +216,37 @@ def test_row_parameters(plan, name, value):
     compiled = plan.compile(SITES)
     assert parameter(compiled, 0, name) == [value]
     assert Plan.from_dict(plan.to_dict()) == plan
+
+
+# a plan of each kind of rule: a new kind takes its place here
+OF_EACH_KIND = {
+    "activate": Plan.activate({0: [1]}),
+    "bias": Plan.bias({0: [1]}),
+    "magnitude": Plan.magnitude({0: [1]}),
+    "scale_logits": Plan.scale_logits({0: [1]}, strength=2),
+    "scale_weights": Plan.scale_weights({0: [1]}, strength=2),
+    "temperature": Plan.temperature(2),
+    "force_on": Plan.force_on({0: [1]}),
+    "force_off": Plan.force_off({0: [1]}),
+    "forbid": Plan.forbid({0: [1]}),
+    "top_k": Plan.top_k(1),
+    "remap": Plan.remap({0: {1: 2}}),
+    "replace_scores": Plan.replace_scores({0: {1: 0.5}}),
+    "reserve_slot": Plan.reserve_slot({0: [1]}),
+    "fix_choice": Plan.fix_choice({0: [1, 2]}),
+    "replay": Plan.replay(torch.zeros(1, 4, LAYERS, 1, dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("kind", OPERATIONS)
+def test_every_kind_of_rule_steers_is_written_and_shown(kind, tmp_path):
+    plan = OF_EACH_KIND[kind]
+    assert [rule.kind for rule in plan.rules] == [kind]
+    assert not plan.compile(SITES).is_null
+    for name in ("plan.json", "plan.safetensors"):
+        plan.save(tmp_path / name)
+        assert Plan.load(tmp_path / name) == plan
+    assert all(plan.rules[0].shown[:2])
 
 
 def test_remap_and_dropping():
