@@ -54,7 +54,7 @@ _ROW_MODES = {
 
 
 class HasExperts(Protocol):
-    """What a plan needs to know of a layer; ``patching.RouterInfo`` and ``LayerShape`` have it."""
+    """What a plan needs to know of a layer; ``routers.discovery.RouterInfo`` and ``LayerShape`` have it."""
 
     @property
     def num_experts(self) -> int: ...
