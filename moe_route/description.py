@@ -13,7 +13,7 @@ from moe_route.experts.interface import experts_implementations
 from moe_route.identity import identity_of
 from moe_route.patching.attachment import attachment_of
 from moe_route.routers.discovery import find_routers
-from moe_route.texttable import Table
+from moe_route.texttable import ShownAsTables, Table
 
 __all__ = ["Description", "LayerDescription", "describe"]
 
@@ -38,8 +38,8 @@ class LayerDescription:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Description:
+@dataclass(frozen=True, repr=False)
+class Description(ShownAsTables):
     """The result of ``describe``; prints as a table, and ``to_dict()`` is JSON-able."""
 
     model: str
@@ -51,13 +51,7 @@ class Description:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def __str__(self) -> str:
-        return str(self._table())
-
-    def _repr_html_(self) -> str:
-        return self._table()._repr_html_()
-
-    def _table(self) -> Table:
+    def tables(self) -> Sequence[Table]:
         """A row for each run of equal layers; below the rows, notes on single layers."""
         name = f" ({self.name})" if self.name else ""
         title = f"{self.model}{name}: {len(self.layers)} MoE layers, configuration {self.config_hash[:12]}"
@@ -74,7 +68,8 @@ class Description:
             rows.append((span, router, first.experts, first.top_k, *routing))
             for note in first.notes:
                 notes.setdefault(note, []).append(span)
-        return Table(head, rows, title, "\n".join(f"{_layers(spans)}: {note}" for note, spans in notes.items()))
+        below = "\n".join(f"{_layers(spans)}: {note}" for note, spans in notes.items())
+        return [Table(head, rows, title, below)]
 
 
 def _layers(spans: Sequence[str]) -> str:

@@ -82,6 +82,7 @@ _NOT_ALLOWED = {
     errno.EACCES: "choose a folder that you may write to",
     errno.EPERM: "choose a folder that you may write to",
     errno.EROFS: "choose a folder that you may write to",
+    errno.ENOENT: "choose a folder in which files can be made",  # the folder is there: /proc, or removed since
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 

@@ -77,7 +77,8 @@ def number(value: object) -> str:
 
 def _right_columns(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[bool]:
     """Whether each column holds numbers, which are aligned to the right."""
-    return [bool(rows) and all(_numeric(row[column]) for row in rows) for column in range(len(head))]
+    columns = [[row[column] for row in rows if row[column] != ""] for column in range(len(head))]
+    return [bool(cells) and all(map(_numeric, cells)) for cells in columns]
 
 
 def number_of(count: int, noun: str) -> str:
@@ -86,8 +87,8 @@ def number_of(count: int, noun: str) -> str:
 
 
 def _numeric(cell: object) -> bool:
-    if isinstance(cell, str):
-        return not cell or cell[0] in "+-0123456789"
+    if isinstance(cell, str):  # a sign or a digit begins a number; what has words behind it is text
+        return cell[0] in "+-0123456789" and " " not in cell
     return cell is None or isinstance(cell, (int, float))
 
 

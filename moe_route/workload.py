@@ -306,6 +306,8 @@ def _from_pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise ImportError("a model by name needs transformers: pip install 'moe-route[hf]'") from error
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():  # the hub has no such names
+        raise ModelNotFoundError(f"there is no folder {name!r}: give a folder with a checkpoint, or a name on the hub")
     what = "model"
     local = {"local_files_only": not _hub_answers(name)}
     try:

@@ -42,7 +42,7 @@ def commands(body: str) -> Iterator[list[str]]:
             yield shlex.split(line)[2:]
 
 
-FENCED = re.compile(r"^```(?P<language>\w+)\n(?P<body>.*?)^```$", re.M | re.S)
+FENCED = re.compile(r"^(?P<skip><!-- not run -->\n)?```(?P<language>\w+)\n(?P<body>.*?)^```$", re.M | re.S)
 WITH_EXAMPLES = [page for page in PAGES if any(True for _ in blocks(page))]
 
 
@@ -177,6 +177,8 @@ class Refresher:
 
     def block(self, match: re.Match[str]) -> str:
         language, body = match["language"], match["body"]
+        if match["skip"]:
+            return match[0]
         if language == "python":
             self.printed = captured(lambda: exec(body, self.namespace))
         elif language == "text" and self.printed:

@@ -248,6 +248,8 @@ def test_a_path_that_cannot_be_written_is_named_before_the_work(tmp_path, monkey
     with pytest.raises(OSError, match=r"run was not written \(read-only file system\).*choose a folder"):
         files.check_writable(path)
     monkeypatch.undo()
+    with pytest.raises(OSError, match=r"/proc/run was not written .*choose a folder in which files can be made"):
+        files.check_writable("/proc/run")
     assert path.read_bytes() == b"mine"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "run"]
 

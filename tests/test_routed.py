@@ -269,8 +269,9 @@ def test_the_configuration_hash_is_of_what_the_model_is(model: nn.Module) -> Non
 def test_describe_prints_and_is_json(model: nn.Module) -> None:
     found = mr.describe(model)
     text = str(found)
+    assert text == repr(found)
     assert "Qwen3MoeForCausalLM: 3 MoE layers" in text
-    assert "0-2  Qwen3MoeTopKRouter        8      2  softmax  hook" in text
+    assert "   0-2  Qwen3MoeTopKRouter        8      2  softmax" in text
     content = json.loads(json.dumps(found.to_dict()))
     assert [layer["layer"] for layer in content["layers"]] == [0, 1, 2]
     assert content["layers"][0]["engine"] == "hook"

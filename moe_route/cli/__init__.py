@@ -14,6 +14,8 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import NoReturn
 
 __all__ = ["main", "parser"]
 
@@ -41,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     _log_to_standard_error()
-    options = parser().parse_args(argv)
+    options, unknown = parser().parse_known_args(argv)
+    if unknown:
+        refuse_unknown(options.verb, unknown)
     from moe_route.cli.answer import one_line
     from moe_route.cli.inputs import USER_ERRORS
     from moe_route.cli.interrupt import INTERRUPTED
@@ -61,6 +65,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("moe-route: interrupted", file=sys.stderr)
         return INTERRUPTED
     return int(answer.code)
+
+
+def refuse_unknown(verb: argparse.ArgumentParser, words: Sequence[str]) -> NoReturn:
+    """End with the usage of the verb (argparse shows that of the program), and the options that may have been meant."""
+    from moe_route.cli.completion import options_of
+
+    written = (word.partition("=")[0] for word in words if word.startswith("--"))
+    meant = [match for word in written for match in get_close_matches(word, options_of(verb), n=1)]
+    hint = f" (did you mean {', '.join(meant)}?)" if meant else ""
+    verb.error(f"unrecognized arguments: {' '.join(words)}{hint}")
 
 
 def _log_to_standard_error() -> None:

@@ -16,7 +16,7 @@ def add(verbs: Any) -> None:
     verb = verbs.add_parser(
         "analyze",
         help="turn statistics into numbers and plans",
-        description="Turn statistics into numbers.",
+        description="Turn statistics into numbers and plans.",
         epilog="example:\n  moe-route analyze divergence general.safetensors --reference eng_Latn",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -32,8 +32,19 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--reference", default="eng_Latn", metavar="GROUP", help="group to compare with (default: eng_Latn)"
     )
-    parser.add_argument("--measure", default="normalized_jsd", choices=("normalized_jsd", "jsd", "cosine", "jaccard"))
-    parser.add_argument("--pairing", default="paired", choices=("paired", "pooled", "auto"))
+    parser.add_argument(
+        "--measure",
+        default="normalized_jsd",
+        choices=("normalized_jsd", "jsd", "cosine", "jaccard"),
+        help="how two distributions over experts are compared (default: normalized_jsd)",
+    )
+    parser.add_argument(
+        "--pairing",
+        default="paired",
+        choices=("paired", "pooled", "auto"),
+        help="compare each text with its translation, or whole groups; auto: paired where that can be done "
+        "(default: paired)",
+    )
     parser.add_argument("--phase", choices=("prefill", "decode"), help="tokens of this phase only")
 
     parser = command(
@@ -58,7 +69,7 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--baseline", type=Path, nargs="+", required=True, metavar="FILE", help="statistics of general texts"
     )
-    parser.add_argument("--group", metavar="GROUP", help="compare this group alone, such as eng_Latn")
+    parser.add_argument("--group", metavar="GROUP", help="group to compare, such as eng_Latn (default: the only one)")
     parser.add_argument(
         "--threshold", type=float, default=0.3, metavar="X", help="difference of frequency (default: 0.3)"
     )
@@ -101,6 +112,8 @@ def experts(options: argparse.Namespace) -> Answer:
 
     output(options.out)
     task = merged_statistics(options.task)
+    if options.group is None and len(task.groups) != 1:
+        raise ValueError(f"the task statistics hold {len(task.groups)} groups ({', '.join(task.groups)}): pass --group")
     selection = analysis.task_experts(
         task,
         merged_statistics(options.baseline),

@@ -41,5 +41,9 @@ def plain(value: Any) -> Any:
 
 def one_line(error: BaseException) -> str:
     """The message of an error on one line."""
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error  # str(KeyError) puts quotes around it
+    text: object = error
+    if isinstance(error, KeyError) and error.args:
+        text = error.args[0]  # str(KeyError) has quotes around it
+    elif isinstance(error, OSError) and error.strerror and error.filename is None:
+        text = error.strerror  # str(OSError) begins with "[Errno 2]"
     return " ".join(str(text).split()) or type(error).__name__

@@ -63,6 +63,12 @@ def run(options: argparse.Namespace) -> Answer:
     return Answer({"shell": options.shell, "script": script}, script)
 
 
+def options_of(parser: argparse.ArgumentParser) -> list[str]:
+    """The long options that the help of ``parser`` shows."""
+    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    return [name for action in shown for name in action.option_strings if name.startswith("--")]
+
+
 def candidates(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
     """Completions of the last of ``words``, which follow the program's name; the last word may be empty.
 
@@ -86,8 +92,7 @@ def candidates(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[st
     if awaiting is not None and not current.startswith("-"):
         found = awaiting.choices or ()
     elif current.startswith("-"):
-        shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
-        found = [name for action in shown for name in action.option_strings if name.startswith("--")]
+        found = options_of(parser)
     else:
         found = positionals[0].choices or () if positionals else ()
     return [str(name) for name in found if str(name).startswith(current)]

@@ -41,7 +41,7 @@ def command(verbs: Any, name: str, run: Any, help: str, example: str) -> argpars
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, verb=parser)
     return parser
 
 

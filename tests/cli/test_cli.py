@@ -259,7 +259,9 @@ class TestWhatAUserGetsWrong:
         self, moe_route, monkeypatch, tmp_path: Path, verb: tuple[str, ...]
     ):
         monkeypatch.setattr(LanguageModel, "load", lambda *_, **__: pytest.fail("the model was loaded"))
-        refused(moe_route(*verb, "--out", tmp_path / "missing" / "x.png"), "missing")
+        result = moe_route(*verb, "--out", tmp_path / "missing" / "x.png")
+        refused(result, "missing")
+        assert "Errno" not in result[2]
         assert not list(tmp_path.iterdir())
 
     def test_a_demo_whose_folder_is_a_file(self, moe_route, monkeypatch, tmp_path: Path):
@@ -268,7 +270,20 @@ class TestWhatAUserGetsWrong:
         refused(moe_route("demo", "--out", tmp_path / "demo"), "demo")
 
     def test_a_folder_that_is_not_there(self, moe_route, tmp_path: Path):
-        refused(moe_route("describe", "--model", tmp_path / "nothing"), "nothing")
+        refused(moe_route("describe", "--model", tmp_path / "nothing"), "there is no folder", "nothing")
+
+    def test_an_option_that_is_not_there(self, moe_route, tmp_path: Path):
+        code, out, err = moe_route("record", "--langages=eng_Latn", "-x", "--out", tmp_path / "s.safetensors")
+        assert (code, out) == (2, "")
+        assert "usage: moe-route record" in err
+        assert "unrecognized arguments: --langages=eng_Latn -x (did you mean --languages?)" in err
+        code, _, err = moe_route("analyze", "divergence", "none.safetensors", "--zzz")
+        assert code == 2
+        assert err.endswith("moe-route analyze divergence: error: unrecognized arguments: --zzz\n")
+
+    def test_task_experts_of_several_groups_without_a_name(self, moe_route, files):
+        given = ("analyze", "experts", "--task", files["task"], "--baseline", files["general"])
+        refused(moe_route(*given), "3 groups", "swh_Latn", "--group")
 
     def test_statistics_that_are_not_there(self, moe_route, tmp_path: Path):
         refused(moe_route("analyze", "entropy", tmp_path / "no.safetensors"), "no.safetensors", "does not exist")

@@ -17,11 +17,12 @@ from moe_route import files
 from moe_route.ops import Force, RouterSpec, token_table
 from moe_route.steering import ExpertSelection, LayerShape, Plan, PlanError, PlanModel
 from moe_route.steering.layers import show_numbers
+from moe_route.steering.rule import OPERATIONS
 
 LAYERS, EXPERTS, TOP_K = 6, 8, 2
 SITES = [LayerShape(EXPERTS, TOP_K)] * LAYERS
 GROUPS = ("en", "sw", "bn")
-METRICS = ("scale", "bias", "std", "magnitude", "score_bias", "weight_scale", "force")
+STEERED = ("scale", "bias", "std", "magnitude", "score_bias", "weight_scale", "force")
 PARAMETERS = ("temperature", "top_k", "std_correction", "score_bias_weighs", "weight_scale_after")
 SELECTION = ExpertSelection(
     {0: [7], 2: [3, 1], 4: [5]},
@@ -35,7 +36,7 @@ SELECTION = ExpertSelection(
 def plane(compiled, layer, name):
     """One plane [rows, E] of a layer's packed tables, or None where it is not there."""
     tables, mask, _, _ = compiled.tables[layer].packed
-    present = [entry for bit, entry in enumerate(METRICS) if mask >> bit & 1]
+    present = [entry for bit, entry in enumerate(STEERED) if mask >> bit & 1]
     return tables[:, present.index(name)].numpy() if name in present else None
 
 
@@ -196,7 +197,7 @@ def test_every_rule_fills_its_plane_with_its_value(plan, name, value):
     assert found.shape == (1, EXPERTS)
     assert found[0, 3] == np.float32(value)
     assert (np.delete(found[0], 3) == neutral).all()
-    assert [entry for entry in METRICS if plane(compiled, 0, entry) is not None] == [name]
+    assert [entry for entry in STEERED if plane(compiled, 0, entry) is not None] == [name]
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
@@ -215,6 +216,37 @@ def test_row_parameters(plan, name, value):
     compiled = plan.compile(SITES)
     assert parameter(compiled, 0, name) == [value]
     assert Plan.from_dict(plan.to_dict()) == plan
+
+
+# a plan of each kind of rule: a new kind takes its place here
+OF_EACH_KIND = {
+    "activate": Plan.activate({0: [1]}),
+    "bias": Plan.bias({0: [1]}),
+    "magnitude": Plan.magnitude({0: [1]}),
+    "scale_logits": Plan.scale_logits({0: [1]}, strength=2),
+    "scale_weights": Plan.scale_weights({0: [1]}, strength=2),
+    "temperature": Plan.temperature(2),
+    "force_on": Plan.force_on({0: [1]}),
+    "force_off": Plan.force_off({0: [1]}),
+    "forbid": Plan.forbid({0: [1]}),
+    "top_k": Plan.top_k(1),
+    "remap": Plan.remap({0: {1: 2}}),
+    "replace_scores": Plan.replace_scores({0: {1: 0.5}}),
+    "reserve_slot": Plan.reserve_slot({0: [1]}),
+    "fix_choice": Plan.fix_choice({0: [1, 2]}),
+    "replay": Plan.replay(torch.zeros(1, 4, LAYERS, 1, dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("kind", OPERATIONS)
+def test_every_kind_of_rule_steers_is_written_and_shown(kind, tmp_path):
+    plan = OF_EACH_KIND[kind]
+    assert [rule.kind for rule in plan.rules] == [kind]
+    assert not plan.compile(SITES).is_null
+    for name in ("plan.json", "plan.safetensors"):
+        plan.save(tmp_path / name)
+        assert Plan.load(tmp_path / name) == plan
+    assert all(plan.rules[0].shown[:2])
 
 
 def test_remap_and_dropping():
