@@ -25,7 +25,7 @@ from moe_route.recording import RoutingStatistics
 LANGUAGES = {"en": "English", "de": "German", "zh": "Chinese", "bn": "Bengali", "sw": "Swahili"}
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
 CAPTION = (
-    "Gate weight of the 8 chosen of 128 experts, pooled over the tokens of 250 prompts a language; grey: middle third\n"
+    "Gate weight of the 8 chosen of 128 experts, pooled over the tokens of 250 prompts per language; grey: middle third\n"
     "of the layers. Routing recorded by github.com/conctsai/Multilingualism-in-Mixture-of-Experts-LLMs (MIT)."
 )
 

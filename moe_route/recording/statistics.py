@@ -518,7 +518,7 @@ class RoutingStatistics:
             limits = "/".join(map(str, self.metadata["cut_to_tokens"]))
             lines.append(f"cut: {self.metadata['cut_texts']} texts to {limits} tokens")
         if self.store is not None:
-            lines.append(f"store: {number_of(len(self.store), 'sequence')}")
+            lines.append(f"kept one by one: {number_of(len(self.store), 'sequence')}")
         return lines
 
     # ---- internal
