@@ -361,7 +361,10 @@ def _common_items(
         return _paired_items(statistics, groups, min_common, phase, by)
     except AnalysisError as error:
         if pairing == "paired":
-            raise AnalysisError(f"no paired divergence: {error}; or pass pairing='pooled' (--pairing pooled), which estimates something else") from None
+            raise AnalysisError(
+                f"no paired divergence: {error}; or pass pairing='pooled' (--pairing pooled), which estimates "
+                "something else"
+            ) from None
         warnings.warn(f"pooled divergence, not paired: {error}", stacklevel=3)
         return None
 
