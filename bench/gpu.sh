@@ -131,7 +131,8 @@ build_module() {
     path="$build/stand-in"
   fi
   cd "$root" || return 1
-  PYTHONPATH="$path" MOE_ROUTE_CUDA=ON MOE_ROUTE_BUILD_DIR="$build/cmake" \
+  # half of what a build for users compiles, since the time on a device is short
+  PYTHONPATH="$path" MOE_ROUTE_CUDA=ON MOE_ROUTE_BUILD_DIR="$build/cmake" CUDAARCHS="${CUDAARCHS:-80-real;90}" \
     "$python" setup.py --quiet build --build-base "$build/setuptools" --build-lib "$site"
 }
 
