@@ -56,9 +56,9 @@ def environment(version: str, folder: File) -> File:
     python = place / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", place], check=True)
-        [packages] = place.glob("lib/python*/router-packages")
+        [packages] = place.glob("lib/python*/site-packages")
         shared = sysconfig.get_paths()["purelib"]
-        (packages / "shared.pth").write_text(f"import router; router.addsitedir({shared!r})\n")
+        (packages / "shared.pth").write_text(f"import site; site.addsitedir({shared!r})\n")
         wanted = "transformers" if version == NEWEST else f"transformers=={version}"
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--upgrade", wanted], check=True)
     return python

@@ -748,5 +748,5 @@ def test_a_dry_run_builds_the_module_with_its_kernels(tmp_path: Path) -> None:
     environ = {**os.environ, **variables, "MOE_ROUTE_GPU_SECONDS": "1500"}
     done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
     assert statuses(tmp_path) == dict.fromkeys(names, "ok"), done.stdout + done.stderr
-    assert (build / "router" / "moe_route" / "data").is_dir()
+    assert (build / "site" / "moe_route" / "data").is_dir()
     assert not list((ROOT / "moe_route").glob("*.new"))
