@@ -64,7 +64,7 @@ lint: $(VENV)/.with-dev
 
 docs: $(VENV)/.with-docs
 	$(BIN)/python docs/site.py build
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file build/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file build/mkdocs.yml
 
 clean:
 	rm -rf build demo dist *.egg-info .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.built
