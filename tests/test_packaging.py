@@ -371,7 +371,7 @@ def test_a_module_with_cuda_kernels_beside_this_torch(tmp_path: Path) -> None:
         assert not cuda["usable"]
         assert "torch is a CPU build: install a CUDA build of torch" in cuda["why"]
         program.write_text(
-            "import torch\nfrom claimed_cuda import claimed_cuda\nfrom moe_route import ops\n"
+            "import torch\nfrom harness.claimed_cuda import claimed_cuda\nfrom moe_route import ops\n"
             "try:\n    ops.route(claimed_cuda(torch.zeros(2, 4)), 1, ops.RouterSpec())\n"
             "except RuntimeError as error:\n    print(error)\n",
             encoding="utf-8",
