@@ -25,8 +25,8 @@ from moe_route.recording import RoutingStatistics
 LANGUAGES = {"en": "English", "de": "German", "zh": "Chinese", "bn": "Bengali", "sw": "Swahili"}
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
 CAPTION = (
-    "Gate weight of the 8 chosen of 128 experts, pooled over the tokens of 250 prompts per language; grey: middle third\n"
-    "of the layers. Routing recorded by github.com/conctsai/Multilingualism-in-Mixture-of-Experts-LLMs (MIT)."
+    "Gate weight of the 8 chosen of 128 experts, pooled over the tokens of 250 prompts per language; grey: middle\n"
+    "third of the layers. Routing recorded by github.com/conctsai/Multilingualism-in-Mixture-of-Experts-LLMs (MIT)."
 )
 
 
