@@ -1,4 +1,4 @@
-"""`moe-route analyze`: compute numbers from statistics files, and make a plan from task experts."""
+"""`moe-route analyze experts`: find experts, and write a plan for them."""
 
 from __future__ import annotations
 
@@ -12,55 +12,11 @@ from moe_route.cli.inputs import command, layers, merged_statistics, output
 KINDS = ("activate", "deactivate", "force-on", "force-off", "forbid")
 
 
-def add(verbs: Any) -> None:
-    verb = verbs.add_parser(
-        "analyze",
-        help="turn statistics into numbers and plans",
-        description="Turn statistics into numbers and plans.",
-        epilog="example:\n  moe-route analyze divergence general.safetensors --reference eng_Latn",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    questions = verb.add_subparsers(title="questions", metavar="QUESTION", required=True)
-    parser = command(
-        questions,
-        "divergence",
-        divergence,
-        "how far each group's routing is from a reference, by layer",
-        "moe-route analyze divergence general.safetensors --reference eng_Latn",
-    )
-    _files(parser)
-    parser.add_argument(
-        "--reference", default="eng_Latn", metavar="GROUP", help="group to compare with (default: eng_Latn)"
-    )
-    parser.add_argument(
-        "--measure",
-        default="normalized_jsd",
-        choices=("normalized_jsd", "jsd", "cosine", "jaccard"),
-        help="how two distributions over experts are compared (default: normalized_jsd)",
-    )
-    parser.add_argument(
-        "--pairing",
-        default="paired",
-        choices=("paired", "pooled", "auto"),
-        help="compare each text with its translation, or whole groups; auto: paired where that can be done "
-        "(default: paired)",
-    )
-    parser.add_argument("--phase", choices=("prefill", "decode"), help="tokens of this phase only")
-
-    parser = command(
-        questions,
-        "entropy",
-        entropy,
-        "how spread the routing is, by group and layer",
-        "moe-route analyze entropy general.safetensors",
-    )
-    _files(parser)
-    parser.add_argument("--phase", choices=("prefill", "decode"), help="tokens of this phase only")
-
+def add(questions: Any) -> None:
     parser = command(
         questions,
         "experts",
-        experts,
+        run,
         "experts that a task uses more than a baseline does",
         "moe-route analyze experts --task task.safetensors --baseline general.safetensors \\\n"
         "    --group eng_Latn --layers 2-5 --out plan.safetensors",
@@ -83,31 +39,7 @@ def add(verbs: Any) -> None:
     )
 
 
-def _files(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="statistics; several are added up")
-
-
-def divergence(options: argparse.Namespace) -> Answer:
-    from moe_route import analysis
-
-    found = analysis.divergence(
-        merged_statistics(options.files),
-        options.reference,
-        pairing=options.pairing,
-        measure=options.measure,
-        phase=options.phase,
-    )
-    return Answer(found.to_dict(), repr(found))
-
-
-def entropy(options: argparse.Namespace) -> Answer:
-    from moe_route import analysis
-
-    found = analysis.entropy(merged_statistics(options.files), phase=options.phase)
-    return Answer(found.to_dict(), repr(found))
-
-
-def experts(options: argparse.Namespace) -> Answer:
+def run(options: argparse.Namespace) -> Answer:
     from moe_route import analysis
 
     output(options.out)

@@ -1,0 +1,22 @@
+"""Arguments that several questions share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+__all__ = ["phase_argument", "reference_argument", "statistics_argument"]
+
+
+def statistics_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="statistics; several are added up")
+
+
+def reference_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--reference", default="eng_Latn", metavar="GROUP", help="group to compare with (default: eng_Latn)"
+    )
+
+
+def phase_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--phase", choices=("prefill", "decode"), help="tokens of this phase only")
