@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_route import files
-from moe_route.analysis import Correlation, Divergence, DivergenceMatrix, Entropy
+from moe_route.analysis import Consistency, Correlation, Divergence, DivergenceMatrix, Entropy
 from moe_route.steering import ExpertSelection
 
 if TYPE_CHECKING:
@@ -24,7 +24,17 @@ if TYPE_CHECKING:
 
     from moe_route.recording import RoutingStatistics
 
-__all__ = ["correlation", "divergence", "divergence_matrix", "entropy", "expert_counts", "heat_map", "save", "styles"]
+__all__ = [
+    "consistency",
+    "correlation",
+    "divergence",
+    "divergence_matrix",
+    "entropy",
+    "expert_counts",
+    "heat_map",
+    "save",
+    "styles",
+]
 
 # Okabe and Ito's set for every color vision (2008), without its yellow, which is too light for lines on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -148,6 +158,40 @@ def entropy(
     for group in names:
         ax.plot(layers, values[found.groups.index(group)], label=_label(group, labels), **chosen[group])
     _finish(ax, layers, name, title)
+    _legend(ax, len(names))
+    return ax
+
+
+def consistency(
+    found: Consistency,
+    *,
+    ax: Axes | None = None,
+    groups: Sequence[str] | None = None,
+    labels: Mapping[str, str] | None = None,
+    styles: Mapping[str, Any] | None = None,
+    interval: float | None = None,
+    title: str | None = None,
+) -> Axes:
+    """Draw the consistency of routing by layer, a line per group [arXiv 2510.04694, section 4].
+
+    ``interval`` is the level of a bootstrap band over sequences around each line, such as 0.95; the title names it. The
+    legend is in decreasing order of the mean. The other arguments are those of ``divergence``.
+    """
+    names = _known(found.groups, groups)
+    names = sorted(names, key=lambda group: -_mean(found.values[found.groups.index(group)]))
+    ax = _axes(ax, (6.4, 3.6))
+    layers = np.arange(found.values.shape[1])
+    low, high = found.interval(interval) if interval is not None else (None, None)
+    chosen = _chosen_styles(found.groups, styles)
+    for group in names:
+        row, style = found.groups.index(group), chosen[group]
+        ax.plot(layers, found.values[row], label=_label(group, labels), **style)
+        if low is not None and high is not None:
+            ax.fill_between(layers, low[row], high[row], color=style["color"], alpha=0.15, linewidth=0)
+    band = None if interval is None else f"bands: {interval * 100:g} % interval, bootstrap over sequences"
+    title = "\n".join(line for line in (title, band) if line) or None
+    _finish(ax, layers, "Jaccard index of two tokens' experts", title)
+    ax.set_ylim(bottom=0)
     _legend(ax, len(names))
     return ax
 

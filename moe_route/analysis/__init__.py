@@ -4,6 +4,7 @@ It works in numpy float64, without a model and without torch. Every function tak
 with the same accessors), or arrays where these suffice.
 """
 
+from moe_route.analysis.consistency import Consistency, consistency
 from moe_route.analysis.correlation import Correlation, correlation
 from moe_route.analysis.divergence import (
     MEASURES,
@@ -15,7 +16,7 @@ from moe_route.analysis.divergence import (
     middle_layers,
     u_shape,
 )
-from moe_route.analysis.entropy import Entropy, consistency, entropy
+from moe_route.analysis.entropy import Entropy, entropy
 from moe_route.analysis.experts import (
     LanguageExperts,
     RiskExperts,
@@ -34,6 +35,7 @@ from moe_route.analysis.paired import Difference, RandomControl, paired_differen
 __all__ = [
     "MEASURES",
     "AnalysisError",
+    "Consistency",
     "Correlation",
     "Difference",
     "Divergence",

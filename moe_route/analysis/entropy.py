@@ -1,4 +1,4 @@
-"""Sharpness and consistency of routing: entropy of tokens and sequences, and overlap of the experts of tokens."""
+"""Sharpness of routing: entropy of tokens and of sequences."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from moe_route.recording import RoutingStatistics
 
-__all__ = ["Entropy", "consistency", "entropy"]
+__all__ = ["Entropy", "entropy"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -116,35 +116,3 @@ def entropy(
     sequence = statistics.entropy("sequence", phase)[rows] if of in ("both", "sequence") else None
     within = statistics.entropy("token", phase, by="sequence")[rows] if of == "both" else None
     return Entropy(token, sequence, names, tuple(statistics.layers), tuple(statistics.num_experts), within)
-
-
-def consistency(ids: np.ndarray, *, chunk: int = 1024) -> float:
-    """Mean Jaccard index of the chosen experts over all pairs of tokens of one sequence and layer, exact.
-
-    With N_m the number of pairs that share m experts, it is ``sum_m N_m * m / (2 K - m) / N``. Tokens are compared in
-    chunks, so memory stays at chunk x T.
-
-    Args:
-        ids: int [T, K], the experts that each token chose; -1 is an empty slot.
-        chunk: number of tokens compared at once.
-
-    Returns NaN for fewer than two tokens. Pairs of tokens without any expert count as 0.
-    """
-    chosen = np.asarray(ids)
-    if chosen.ndim != 2 or not np.issubdtype(chosen.dtype, np.integer) or chunk < 1:
-        raise AnalysisError("ids must be integers [tokens, k], and chunk 1 or more")
-    tokens = len(chosen)
-    if tokens < 2:
-        return float("nan")
-    member = np.zeros((tokens, int(chosen.max(initial=0)) + 1), dtype=np.float32)
-    rows, slots = np.nonzero(chosen >= 0)
-    member[rows, chosen[rows, slots]] = 1.0
-    sizes = member.sum(1)
-    total = 0.0
-    for start in range(0, tokens, chunk):
-        part = slice(start, start + chunk)
-        shared = member[part] @ member.T
-        joined = sizes[part, None] + sizes[None] - shared
-        total += float(np.divide(shared, joined, out=np.zeros_like(shared), where=joined > 0).sum(dtype=np.float64))
-    itself = float((sizes > 0).sum())
-    return (total - itself) / (tokens * (tokens - 1))

@@ -63,6 +63,13 @@ def _entropy(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes
     return plots.entropy(analysis.entropy(statistics), title=options.title)
 
 
+def _consistency(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
+    from moe_route import analysis, plots
+
+    interval = None if statistics.store is None else 0.95
+    return plots.consistency(analysis.consistency(statistics), interval=interval, title=options.title)
+
+
 def _experts(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
     from moe_route import plots
 
@@ -80,6 +87,7 @@ def _matrix(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
 PICTURES = {
     "divergence": (_divergence, {"reference", "layers"}),
     "entropy": (_entropy, set[str]()),
+    "consistency": (_consistency, set[str]()),
     "experts": (_experts, {"reference", "group"}),
     "matrix": (_matrix, {"layers"}),
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, language_model, model_arguments, output, text_arguments, texts
+from moe_route.cli.inputs import command, language_model, model_arguments, output, positive, text_arguments, texts
 from moe_route.cli.interrupt import INTERRUPTED, deferred_interrupt
 
 
@@ -23,6 +23,19 @@ def add(verbs: Any) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="statistics file to write")
     parser.add_argument(
         "--no-sequences", action="store_true", help="keep sums only, not each sentence (no paired divergence)"
+    )
+    parser.add_argument(
+        "--consistency",
+        type=positive,
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="N",
+        help="average the overlap of the experts of two tokens over each sequence, by all pairs or N drawn ones",
+    )
+    parser.add_argument("--pairs", action="store_true", help="count pairs of experts, within and across layers")
+    parser.add_argument(
+        "--no-special-tokens", action="store_true", help="leave out the tokenizer's special tokens (begin, end, ...)"
     )
     parser.add_argument("--plan", type=Path, metavar="FILE", help="steer with this plan while recording")
     model_arguments(parser)
@@ -47,7 +60,7 @@ def run(options: argparse.Namespace) -> Answer:
         with ExitStack() as stack:
             if plan is not None:
                 stack.enter_context(routed.steer(plan))
-            recorder = stack.enter_context(routed.record(groups=groups, sequences=not options.no_sequences))
+            recorder = stack.enter_context(routed.record(groups, **_asked_for(options, spoken.tokenizer)))
             stop = stack.enter_context(deferred_interrupt())
             ran = record_texts(recorder, spoken, work, stop=stop, **given)
         done = len(ran.texts)
@@ -72,3 +85,13 @@ def run(options: argparse.Namespace) -> Answer:
     if done < len(work):
         text += f"\ninterrupted: these are {done} of {len(work)} texts"
     return Answer(data, text, code=INTERRUPTED if done < len(work) else 0)
+
+
+def _asked_for(options: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
+    """What to record, as arguments of `record`."""
+    return {
+        "sequences": not options.no_sequences,
+        "consistency": options.consistency,
+        "pairs": options.pairs,
+        "special_tokens": list(tokenizer.all_special_ids) if options.no_special_tokens else True,
+    }

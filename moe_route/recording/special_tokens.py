@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -40,14 +41,14 @@ class SpecialTokens:
 
     def __init__(self, ids: object) -> None:
         """Keep these ids. Raises ``ValueError`` unless they are token ids, at least one."""
-        listed: list[Any] = list(ids) if isinstance(ids, Iterable) else [ids]
-        wrong = [one for one in listed if isinstance(one, bool) or not isinstance(one, int) or one < 0]
+        listed: list[Any] = list(ids) if isinstance(ids, Iterable) else []
+        wrong = [one for one in listed if isinstance(one, bool) or not isinstance(one, Integral) or one < 0]
         if wrong or not listed:
             raise ValueError(
                 "special_tokens is True (count all tokens), False (leave out those of the model's configuration), or "
                 f"the token ids to leave out, such as tokenizer.all_special_ids; not {ids!r}"
             )
-        self.ids = tuple(sorted(set(listed)))
+        self.ids = tuple(sorted({int(one) for one in listed}))
         self._on: dict[torch.device, Tensor] = {}
         self._latest: tuple[Call, Tensor] | None = None  # a call, and which of its tokens are special
 

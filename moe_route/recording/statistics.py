@@ -527,10 +527,10 @@ class RoutingStatistics:
         )
 
     def __repr__(self) -> str:
-        shown = [
-            f"{group} ({number_of(sequences, 'sequence')}, {number_of(tokens, 'token')})"
-            for group, sequences, tokens in self._sizes()[:8]
-        ]
+        shown = []
+        for group, sequences, tokens in self._sizes()[:8]:
+            each = f", {tokens / sequences:.1f} each" if sequences and self._complete else ""
+            shown.append(f"{group} ({number_of(sequences, 'sequence')}, {number_of(tokens, 'token')}{each})")
         more = len(self.groups) - len(shown)
         groups = f"  groups: {', '.join(shown)}{f' and {more} more' if more > 0 else ''}"
         title, *facts = self._facts()
@@ -538,7 +538,13 @@ class RoutingStatistics:
 
     def _repr_html_(self) -> str:
         title, *facts = self._facts()
-        return Table(("group", "sequences", "tokens"), self._sizes(), title, "\n".join(facts))._repr_html_()
+        rows = [[*size, f"{size[2] / size[1]:.1f}" if size[1] and self._complete else ""] for size in self._sizes()]
+        return Table(("group", "sequences", "tokens", "tokens each"), rows, title, "\n".join(facts))._repr_html_()
+
+    @property
+    def _complete(self) -> bool:
+        """Whether all tokens belong to finished sequences, so that their ratio is the mean length of a sequence."""
+        return not any(self.metadata.get(key) for key in ("running_sequences", "abandoned_sequences"))
 
     def _sizes(self) -> list[tuple[str, int, int]]:
         """Each group's name, number of sequences, and number of tokens in the layer that counted most."""
