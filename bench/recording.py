@@ -1,4 +1,7 @@
-"""What recording costs a model that decodes: 16 layers of 64 experts, batch 1, by moe-route and by hand in torch."""
+"""What recording costs a model that decodes: 16 layers of 64 experts, batch 1, by moe-route and by hand in torch.
+
+`python -m bench.recording` prints what each option of `record` adds, as ratios of times taken in turns.
+"""
 
 from __future__ import annotations
 
@@ -147,11 +150,11 @@ class HookClock:
 
 
 @contextmanager
-def recorded(decoding: Decoding) -> Iterator[None]:
+def recorded(decoding: Decoding, **options: Any) -> Iterator[None]:
     """Attached and recording every metric and the entropy of one labeled sequence, past its first step."""
     routed = mr.attach(decoding.model, verify=False)
     try:
-        with routed.record(groups=["text"]) as recorder, recorder.labels(groups="text"):
+        with routed.record(groups=["text"], **options) as recorder, recorder.labels(groups="text"):
             decoding.step(0)
             yield
     finally:
@@ -173,3 +176,63 @@ def seconds_in_hooks(decoding: Decoding, recording: Callable[[], Any], steps: in
                 decoding.step(turn * WINDOW + step)
             took.append(clock.seconds / WINDOW)
     return statistics.median(took[1:]), hooks
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "nothing else": {},
+    "special_tokens=[...]": {"special_tokens": list(range(16))},
+    "trace=True": {"trace": True},
+    "consistency=1000": {"consistency": 1000},
+    "consistency=True": {"consistency": True},
+    "pairs=True": {"pairs": True},
+}
+
+
+def prefill_seconds(model: Any, ids: torch.Tensor, options: dict[str, Any] | None) -> float:
+    """Time of one call on ``ids [B, S]``, with its label block and the end of its sequences; None: not attached."""
+    if options is None:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=False)
+        return time.perf_counter() - start
+    with mr.attach(model, verify=False) as routed, routed.record(groups=["text"], **options) as recorder:
+        start = time.perf_counter()
+        with recorder.labels(groups="text", items=range(len(ids))), torch.inference_mode():
+            model(input_ids=ids, use_cache=False)
+        return time.perf_counter() - start
+
+
+def decode_seconds(decoding: Decoding, options: dict[str, Any] | None) -> float:
+    """Time of a step, counting included, the better of two windows; None: not attached."""
+    took = []
+    with decoding.alone() if options is None else recorded(decoding, **options):
+        for _ in range(2):
+            start = time.perf_counter()
+            for step in range(WINDOW):
+                decoding.step(step)
+            took.append((time.perf_counter() - start) / WINDOW)
+    return min(took)
+
+
+def cost_of_options(rounds: int, length: int, dtype: torch.dtype = torch.float32) -> list[tuple[str, float, float]]:
+    """Each option -> median ratio to the model alone of a prefill of ``length`` tokens, and of a decode step."""
+    model = decoder(dtype)
+    decoding = Decoding(model)
+    ids = torch.randint(0, SIZES["vocab_size"], (1, length), generator=torch.Generator().manual_seed(2))
+    kinds: dict[str, dict[str, Any] | None] = {"alone": None, **OPTIONS}
+    prefill: dict[str, list[float]] = {name: [] for name in kinds}
+    decode: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(rounds):
+        for name, options in kinds.items():
+            prefill[name].append(prefill_seconds(model, ids, options))
+            decode[name].append(decode_seconds(decoding, options))
+
+    def ratio(of: dict[str, list[float]], name: str) -> float:
+        return statistics.median(a / b for a, b in zip(of[name], of["alone"], strict=True))
+
+    return [(name, ratio(prefill, name), ratio(decode, name)) for name in OPTIONS]
+
+
+if __name__ == "__main__":
+    for option, at_prefill, at_decode in cost_of_options(rounds=7, length=512):
+        print(f"{option:24} prefill of 512 tokens x {at_prefill:.3f}   decode step x {at_decode:.3f}")
