@@ -4,6 +4,8 @@ It works in numpy float64, without a model and without torch. Every function tak
 with the same accessors), or arrays where these suffice.
 """
 
+from moe_route.analysis.coactivation import Coactivation, ExpertPair, Transitions, coactivation, transitions
+from moe_route.analysis.committee import Committee, committee
 from moe_route.analysis.correlation import Correlation, correlation
 from moe_route.analysis.divergence import (
     MEASURES,
@@ -28,8 +30,13 @@ from moe_route.analysis.experts import (
     task_experts,
 )
 from moe_route.analysis.inputs import AnalysisError
+from moe_route.analysis.load import LoadBalance, load_balance
+from moe_route.analysis.locality import LocalConsistency, local_consistency
 from moe_route.analysis.measures import entropy_of, jensen_shannon, normalized_jensen_shannon
 from moe_route.analysis.paired import Difference, RandomControl, paired_difference, random_control
+from moe_route.analysis.paths import Paths, PathWindow, RoutingPath, paths
+from moe_route.analysis.saturation import Saturation, saturation
+from moe_route.analysis.vocabulary import ClassRouting, TokenShare, Vocabulary, class_routing, token_classes, vocabulary
 
 __all__ = [
     "MEASURES",
@@ -62,4 +69,27 @@ __all__ = [
     "risk_experts",
     "task_experts",
     "u_shape",
+    "Coactivation",
+    "ExpertPair",
+    "Transitions",
+    "coactivation",
+    "transitions",
+    "Committee",
+    "committee",
+    "LoadBalance",
+    "load_balance",
+    "LocalConsistency",
+    "local_consistency",
+    "PathWindow",
+    "Paths",
+    "RoutingPath",
+    "paths",
+    "Saturation",
+    "saturation",
+    "ClassRouting",
+    "TokenShare",
+    "Vocabulary",
+    "class_routing",
+    "token_classes",
+    "vocabulary",
 ]
