@@ -71,9 +71,9 @@ def local_consistency(
 ) -> LocalConsistency:
     """Measure how well one set of experts can serve m consecutive tokens: SRP [arXiv 2505.16056, eq. 3 to 6].
 
-    A segment router chooses, for every run of m consecutive tokens of a sequence, experts that it uses for all m. SRP is
-    the largest F1 score that such a router can reach against the model's own choices. With f the number of tokens in a
-    run that chose an expert, it is reached by choosing the experts with f of at least some threshold a:
+    A segment router chooses, for every run of m consecutive tokens of a sequence, experts that it uses for all m. SRP
+    is the largest F1 score that such a router can reach against the model's own choices. With f the number of tokens in
+    a run that chose an expert, it is reached by choosing the experts with f of at least some threshold a:
 
     ``SRP = max_a 2 sum_{f >= a} f / (sum_{f >= a} m + sum f)``, sums over runs and experts.
 

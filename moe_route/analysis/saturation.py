@@ -80,8 +80,9 @@ def saturation(
 ) -> Saturation:
     """Compare the routing of one text by two checkpoints, token by token [arXiv 2409.02060, section 5.1].
 
-    ``saturation = mean over tokens of |A & B| / k``, where A and B are the token's top-k experts (those with the largest
-    weights) in the earlier and in the final checkpoint. Two routers that draw k of E experts at random have k / E.
+    ``saturation = mean over tokens of |A & B| / k``, where A and B are the token's top-k experts (those with the
+    largest weights) in the earlier and in the final checkpoint. Two routers that draw k of E experts at random have
+    k / E.
 
     Args:
         early, final: traces of the same texts in the same order.

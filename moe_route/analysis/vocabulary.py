@@ -349,9 +349,8 @@ def token_classes(
         raise AnalysisError(f'by must be "script" or "start", not {by!r}')
     apart = set(special)
     sort = _script if by == "script" else _start
-    return tuple(
-        "special" if i in apart else sort(text.replace("▁", " ").replace("Ġ", " ")) for i, text in enumerate(tokens)
-    )
+    spaced = (text.replace("▁", " ").replace("Ġ", " ") for text in tokens)
+    return tuple("special" if i in apart else sort(text) for i, text in enumerate(spaced))
 
 
 def _start(text: str) -> str:
