@@ -7,8 +7,8 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-
 from harness.traces import GROUPS, trace
+
 from moe_route import analysis
 from moe_route.analysis import AnalysisError
 
@@ -17,9 +17,6 @@ EXPERTS = 6
 
 class Pairs:
     """The accessors of statistics that these measures read, with tables counted from a trace."""
-
-    metadata: dict = {}
-    store = None
 
     def __init__(self, found):
         layers = found.ids.shape[1]
