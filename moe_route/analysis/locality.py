@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["LocalConsistency", "local_consistency"]
 
 
+_CHUNK = 1 << 12  # number of runs that are counted together
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class LocalConsistency(ShownAsTables):
     """Segment routing best performance (SRP) of each layer and expert.
@@ -89,9 +92,9 @@ def local_consistency(
     if segment < 1:
         raise AnalysisError(f"segment must be 1 token or more, not {segment}")
     numbers, places = layer_places(trace, layers)
-    sizes = expert_numbers(trace, num_experts)
+    sizes = expert_numbers(trace, places, num_experts)
     rows = token_rows(trace, groups, phase)
-    histograms = np.zeros((len(numbers), max(sizes[place] for place in places), segment + 1), np.int64)
+    histograms = np.zeros((len(numbers), max(sizes), segment + 1), np.int64)
     for row, place in enumerate(places):
         ordered = text_order(trace, rows[(trace.ids[rows, place] >= 0).any(-1)])
         if len(ordered) >= segment:
@@ -122,11 +125,12 @@ def _histogram(trace: Trace, ordered: np.ndarray, place: int, segment: int, expe
     )
     found = np.zeros(experts * (segment + 1), np.int64)
     offset = np.arange(experts) * (segment + 1)
-    for starts in chunks(np.arange(last)):
+    for starts in chunks(np.arange(last), _CHUNK):
         tokens = ordered[starts[0] : starts[-1] + segment]
         member = np.zeros((len(tokens) + 1, experts), np.int32)
-        of_token, slots = np.nonzero(trace.ids[tokens, place] >= 0)
-        member[of_token + 1, trace.ids[tokens[of_token], place, slots]] = 1
+        ids = trace.ids[tokens, place]
+        of_token, slots = np.nonzero(ids >= 0)
+        member[of_token + 1, ids[of_token, slots]] = 1
         before = np.cumsum(member, axis=0, dtype=np.int32)
         f = (before[segment:] - before[: len(starts)])[unbroken[starts]]
         found += np.bincount((f + offset).reshape(-1), minlength=found.size)

@@ -100,17 +100,18 @@ def saturation(
         check_k(early, number)
         check_k(final, number)
     shared = [layer for layer in final.layer_numbers if layer in early.layer_numbers] if layers is None else layers
-    numbers, ours = layer_places(early, shared)
-    _, theirs = layer_places(final, shared)
+    numbers, early_places = layer_places(early, shared)
+    _, final_places = layer_places(final, shared)
     rows = token_rows(final, groups)
     cells = (len(ks), len(final.groups), len(numbers))
     total, seen = np.zeros(cells), np.zeros(cells)
     for part in chunks(rows):
         group = final.group[part]
-        for column, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        for column, (one, other) in enumerate(zip(early_places, final_places, strict=True)):
+            ours = early.ids[part, one], early.weights[part, one]
+            theirs = final.ids[part, other], final.weights[part, other]
             for row, number in enumerate(ks):
-                a = strongest_experts(early.ids[part, one], early.weights[part, one], number)
-                b = strongest_experts(final.ids[part, other], final.weights[part, other], number)
+                a, b = strongest_experts(*ours, number), strongest_experts(*theirs, number)
                 size = (b >= 0).sum(-1)
                 share = _shared(a, b) / np.maximum(size, 1)
                 total[row, :, column] += np.bincount(group, share, cells[1])
@@ -126,8 +127,13 @@ def saturation(
 
 
 def _shared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Number of experts in both rows, int64 [n]; the experts of a row differ, -1 is empty."""
-    return ((a[:, :, None] == b[:, None, :]) & (a >= 0)[:, :, None]).sum((1, 2))
+    """Number of experts in both rows, int16 [n]; the experts of a row differ, -1 is empty."""
+    found = np.zeros(len(a), np.int16)
+    ours, theirs = np.ascontiguousarray(a.T), np.ascontiguousarray(np.where(b >= 0, b, -2).T)
+    for one in ours:  # a loop over pairs of slots: each comparison runs over all tokens
+        for other in theirs:
+            found += one == other
+    return found
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:

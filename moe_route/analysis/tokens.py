@@ -25,8 +25,6 @@ __all__ = [
     "token_rows",
 ]
 
-_CHUNK = 1 << 15  # number of tokens that are looked at together
-
 
 def token_rows(trace: Trace, groups: Sequence[str] | str | None = None, phase: str | None = None) -> np.ndarray:
     """int64 [n]: the tokens of these groups (by default all) and this phase.
@@ -60,18 +58,21 @@ def layer_places(trace: Trace, layers: Iterable[int] | int | None) -> tuple[tupl
     return tuple(numbers), [trace.layer_numbers.index(number) for number in numbers]
 
 
-def expert_numbers(trace: Trace, num_experts: int | Sequence[int] | None) -> tuple[int, ...]:
-    """Number of experts of every traced layer: as given, or up to the largest id in the layer."""
-    largest = [int(trace.ids[:, place].max(initial=-1)) + 1 for place in range(trace.ids.shape[1])]
+def expert_numbers(trace: Trace, places: Sequence[int], num_experts: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Number of experts of the layers at these places: as given for all traced layers, or up to the largest id."""
+    largest = [int(trace.ids[:, place].max(initial=-1)) + 1 for place in places]
     if num_experts is None:
         return tuple(max(number, 1) for number in largest)
-    sizes = [num_experts] * len(largest) if isinstance(num_experts, int) else [int(size) for size in num_experts]
-    if len(sizes) != len(largest):
-        raise AnalysisError(f"num_experts must be one number, or one for each of the {len(largest)} traced layers")
-    for layer, size, found in zip(trace.layer_numbers, sizes, largest, strict=True):
+    traced = len(trace.layer_numbers)
+    given = [num_experts] * traced if isinstance(num_experts, int) else [int(size) for size in num_experts]
+    if len(given) != traced:
+        raise AnalysisError(f"num_experts must be one number, or one for each of the {traced} traced layers")
+    sizes = tuple(given[place] for place in places)
+    for place, size, found in zip(places, sizes, largest, strict=True):
         if size < max(found, 1):
+            layer = trace.layer_numbers[place]
             raise AnalysisError(f"the trace holds expert {found - 1} of layer {layer}: num_experts is not {size}")
-    return tuple(sizes)
+    return sizes
 
 
 def strongest_experts(ids: np.ndarray, weights: np.ndarray, k: int | None) -> np.ndarray:
@@ -85,10 +86,10 @@ def strongest_experts(ids: np.ndarray, weights: np.ndarray, k: int | None) -> np
     return np.take_along_axis(ids, order, -1)
 
 
-def chunks(rows: np.ndarray) -> Iterator[np.ndarray]:
-    """The rows, some at a time, so that memory does not grow with the trace."""
-    for start in range(0, len(rows), _CHUNK):
-        yield rows[start : start + _CHUNK]
+def chunks(rows: np.ndarray, size: int = 1 << 15) -> Iterator[np.ndarray]:
+    """The rows, ``size`` at a time, so that memory does not grow with the trace."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
 
 
 def check_k(trace: Trace, k: int | None) -> None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ClassRouting", "TokenShare", "Vocabulary", "class_routing", "token_classes", "vocabulary"]
 
+_CHUNK = 1 << 18  # number of tokens that are counted together
 _SHOWN = 16  # number of experts that the text lists
 
 
@@ -154,7 +155,7 @@ def vocabulary(
         raise AnalysisError('order must be "share" or "tokens", min_tokens 1 or more, keep 0 or more')
     check_k(trace, k)
     numbers, places = layer_places(trace, layers)
-    width = max(expert_numbers(trace, num_experts)[place] for place in places)
+    width = max(expert_numbers(trace, places, num_experts))
     rows, index, ids = _counted(trace, token_rows(trace, groups, phase), of, min_tokens)
     random = np.random.Generator(np.random.PCG64(0))
     by_layer, chance = np.empty(len(places)), np.empty(len(places))
@@ -225,10 +226,10 @@ def _routed(
 ) -> np.ndarray:
     """int64 [size, E]: number of tokens of each index that chose each expert."""
     found = np.zeros(size * experts, np.int64)
-    for part, of in zip(chunks(rows), chunks(index), strict=True):
+    for part, of in zip(chunks(rows, _CHUNK), chunks(index, _CHUNK), strict=True):
         chosen = strongest_experts(trace.ids[part, place], trace.weights[part, place], k)
         cells = of[:, None] * experts + chosen
-        np.add.at(found, cells[chosen >= 0], 1)
+        found += np.bincount(cells[chosen >= 0], minlength=found.size)
     return found.reshape(size, experts)
 
 
@@ -315,7 +316,7 @@ def class_routing(
     """
     check_k(trace, k)
     numbers, places = layer_places(trace, layers)
-    sizes = tuple(expert_numbers(trace, num_experts)[place] for place in places)
+    sizes = expert_numbers(trace, places, num_experts)
     rows = token_rows(trace, groups, phase)
     index, names = class_index(trace, rows, classes)
     tokens = np.bincount(index, minlength=len(names))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, language_model, model_arguments, output, text_arguments, texts
+from moe_route.cli.inputs import command, language_model, layers, model_arguments, output, text_arguments, texts
 from moe_route.cli.interrupt import INTERRUPTED, deferred_interrupt
 
 
@@ -25,6 +25,10 @@ def add(verbs: Any) -> None:
         "--no-sequences", action="store_true", help="keep sums only, not each sentence (no paired divergence)"
     )
     parser.add_argument("--plan", type=Path, metavar="FILE", help="steer with this plan while recording")
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="also write the experts of every token, up to a million tokens"
+    )
+    parser.add_argument("--trace-layers", type=layers, metavar="A-B", help="MoE layers to trace (default: all)")
     model_arguments(parser)
     text_arguments(parser)
 
@@ -36,6 +40,10 @@ def run(options: argparse.Namespace) -> Answer:
     from moe_route.workload import record_texts
 
     output(options.out)
+    output(options.trace)
+    if options.trace_layers is not None and options.trace is None:
+        raise ValueError("--trace-layers chooses the layers of a trace: name its file with --trace")
+    trace = options.trace is not None and (options.trace_layers or True)
     plan = None if options.plan is None else Plan.load(options.plan)
     work = texts(options)
     spoken = language_model(options)
@@ -47,7 +55,9 @@ def run(options: argparse.Namespace) -> Answer:
         with ExitStack() as stack:
             if plan is not None:
                 stack.enter_context(routed.steer(plan))
-            recorder = stack.enter_context(routed.record(groups=groups, sequences=not options.no_sequences))
+            recorder = stack.enter_context(
+                routed.record(groups=groups, sequences=not options.no_sequences, trace=trace)
+            )
             stop = stack.enter_context(deferred_interrupt())
             ran = record_texts(recorder, spoken, work, stop=stop, **given)
         done = len(ran.texts)
@@ -57,6 +67,8 @@ def run(options: argparse.Namespace) -> Answer:
     finally:
         routed.detach()
     statistics.save(options.out)
+    if trace:
+        recorder.trace().save(options.trace)
     tokens = statistics.tokens().max(axis=1)
     data = {
         "out": options.out,
@@ -66,9 +78,11 @@ def run(options: argparse.Namespace) -> Answer:
         "sequences": statistics.sequences().tolist(),
         "texts": done,
         "cut": ran.cut,
+        "trace": options.trace,
         "interrupted": done < len(work),
     }
-    text = "\n".join(filter(None, (repr(statistics), ran.note, f"written to {options.out}")))
+    written = f"written to {options.out}" + (f" and {options.trace}" if trace else "")
+    text = "\n".join(filter(None, (repr(statistics), ran.note, written)))
     if done < len(work):
         text += f"\ninterrupted: these are {done} of {len(work)} texts"
     return Answer(data, text, code=INTERRUPTED if done < len(work) else 0)
