@@ -35,6 +35,7 @@ from moe_route.patching.attachment import Attachment
 from moe_route.patching.context import CallListener
 from moe_route.recording import LabelBlock, Recorder, RoutingStatistics
 from moe_route.recording.recorder import DEFAULT_GROUP, DEFAULT_METRICS
+from moe_route.recording.special_tokens import special_ids_of
 from moe_route.routers.discovery import RouterInfo
 from moe_route.steering import CompiledPlan, Plan
 from moe_route.steering.draw import token_counter
@@ -110,6 +111,9 @@ class RoutedModel:
         trace: bool | Iterable[int] = False,
         metrics: Sequence[str] = DEFAULT_METRICS,
         entropy: bool = True,
+        consistency: bool | int = False,
+        pairs: bool = False,
+        special_tokens: bool | Iterable[int] = True,
         phases: Sequence[Phase] = PHASES,
         progress: bool = False,
         trace_limit: int = 1_000_000,
@@ -125,6 +129,12 @@ class RoutedModel:
             trace: keep the experts and weights of every token: True, or layers as indices from 0.
             metrics: names from ``ops.METRICS``.
             entropy: whether to sum the entropy of the router's distribution.
+            consistency: average the Jaccard index of the experts of two tokens over each sequence: True for all pairs
+                of tokens, or a number of pairs to draw per sequence.
+            pairs: count pairs of experts that a token chose in one layer, and in two neighboring layers (twice
+                E x E x 8 bytes per group and layer).
+            special_tokens: True counts them. False leaves out those that the model's configuration names (beginning,
+                end, padding). Ids, such as ``tokenizer.all_special_ids``, name the tokens to leave out.
             phases: count only the tokens of these phases, "prefill" and "decode".
             progress: show a bar of finished sequences.
             trace_limit: largest number of tokens in a trace.
@@ -142,6 +152,9 @@ class RoutedModel:
             trace=trace,
             metrics=metrics,
             entropy=entropy,
+            consistency=consistency,
+            pairs=pairs,
+            special_tokens=special_ids_of(self.model) if special_tokens is False else special_tokens,
             phases=phases,
             progress=progress,
             trace_limit=trace_limit,

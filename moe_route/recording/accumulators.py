@@ -22,8 +22,8 @@ __all__ = ["Accumulator"]
 class Accumulator(ChoiceObserver):
     """Adds up arrays per group from the choices of every call.
 
-    A subclass names its arrays, adds to the tensors that ``table`` gives in ``take`` (token sums) or ``end_sequences``
-    (sums over finished sequences), and does not wait for the device before ``sequence_values``.
+    A subclass names its arrays. Token sums are added in ``take``, to the tensors that ``table`` gives, without waiting
+    for the device. Sums over finished sequences are added in ``end_sequences``, by ``add_rows``.
     """
 
     def __init__(self, routers: Sequence[RecordedRouter], groups: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -32,6 +32,7 @@ class Accumulator(ChoiceObserver):
         self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self._capacity = groups
         self._tables: dict[tuple[str, int], Tensor] = {}
+        self._rows: dict[str, np.ndarray] = {}  # sums that are on the host, [groups, L, ...]
 
     def begin_sequences(self, sequences: RunningSequences, groups: int) -> None:
         self._reserve(groups)
@@ -53,6 +54,14 @@ class Accumulator(ChoiceObserver):
     def _zeros(self, name: str, groups: int, device: torch.device) -> Tensor:
         return torch.zeros((groups, *self._shapes[name]), dtype=_DTYPES[ACCUMULATED[name].dtype], device=device)
 
+    def add_rows(self, name: str, groups: np.ndarray, rows: np.ndarray) -> None:
+        """Add row i of ``rows [n, L, ...]``, which are on the host, to group ``groups[i]``."""
+        of = ACCUMULATED[name]
+        if name not in self._rows:
+            shape = (self._capacity, of.rows(len(self.routers)), *self._shapes[name])
+            self._rows[name] = np.zeros(shape, of.dtype)
+        (np.maximum if of.merge == "max" else np.add).at(self._rows[name], groups, rows)
+
     def _reserve(self, groups: int) -> None:
         if groups <= self._capacity:
             return
@@ -60,6 +69,9 @@ class Accumulator(ChoiceObserver):
             wide = self._zeros(name, groups, table.device)
             wide[: len(table)] = table
             self._tables[name, layer] = wide
+        for name, sums in self._rows.items():
+            room = np.zeros((groups - len(sums), *sums.shape[1:]), sums.dtype)
+            self._rows[name] = np.concatenate([sums, room])
         self._capacity = groups
 
     def arrays(self, groups: int) -> dict[str, np.ndarray]:
@@ -71,6 +83,8 @@ class Accumulator(ChoiceObserver):
         for (name, layer), table in self._tables.items():
             known = min(groups, len(table))
             found[name][:known, layer] = table[:known].cpu().numpy()
+        for name, sums in self._rows.items():
+            found[name][:] = sums[:groups]
         return found
 
 

@@ -27,10 +27,13 @@ from moe_route.contract.tables import METRICS, StatisticsTables
 from moe_route.devices import capturing, refuse_capture
 from moe_route.recording.accumulators import Accumulator
 from moe_route.recording.choices import ChoiceCollector
+from moe_route.recording.consistency import SequenceConsistency
 from moe_route.recording.labels import LabelBlock
 from moe_route.recording.metadata import add_fingerprints, merge_metadata
+from moe_route.recording.pairs import PairCounts
 from moe_route.recording.pooling import SequenceAverages, SequencePool
 from moe_route.recording.sequences import RunningSequences
+from moe_route.recording.special_tokens import SpecialTokens
 from moe_route.recording.statistics import RecordingError, RoutingStatistics
 from moe_route.recording.store import Item, SequenceStore
 from moe_route.recording.tables import RecordedRouter, TableSet
@@ -94,6 +97,9 @@ class Recorder:
         trace: bool | Iterable[int] = False,
         metrics: Sequence[str] = DEFAULT_METRICS,
         entropy: bool = True,
+        consistency: bool | int = False,
+        pairs: bool = False,
+        special_tokens: bool | Iterable[int] = True,
         phases: Sequence[Phase] = PHASES,
         progress: bool = False,
         trace_limit: int = 1_000_000,
@@ -110,6 +116,10 @@ class Recorder:
             trace: keep ids and weights token by token: True, or layers as indices from 0.
             metrics: names from ``ops.METRICS``.
             entropy: whether to sum the entropy of the router's distribution.
+            consistency: average the Jaccard index of the experts of two tokens over each sequence: True for all pairs
+                of tokens, or a number of pairs to draw per sequence.
+            pairs: count pairs of experts that a token chose in one layer, and in two neighboring layers.
+            special_tokens: True counts all tokens; ids name tokens that are not counted.
             phases: count the tokens of these phases only.
             progress: show a tqdm bar of finished sequences.
             trace_limit: largest number of tokens in a trace.
@@ -131,11 +141,15 @@ class Recorder:
         self._store = self._new_store(sequences, memory_bytes)
         layers = trace if isinstance(trace, bool) else tuple(trace)
         self._trace = TraceWriter(model.routers, layers, limit=trace_limit, weights=trace_weights) if trace else None
-        self._accumulators = self._new_accumulators()
+        self._accumulators = self._new_accumulators(consistency, pairs)
         observers = [*self._accumulators, *([] if self._trace is None else [self._trace])]
         self._choices = ChoiceCollector(model.routers, observers) if observers else None
         self._metadata = dict(metadata or {})
+        self._special = None if special_tokens is True else SpecialTokens(special_tokens)
         self._masked = {"padding"} | {f"{phase} tokens" for phase in PHASES if phase not in self._phases}
+        if self._special is not None:
+            self._masked.add("special tokens")
+            self._metadata["special_tokens"] = list(self._special.ids)
         self._plans: set[str] = set()
         self._fingerprint: str | None = None
         self._calls = self._countable_calls = self._abandoned = self._captured = 0
@@ -157,9 +171,15 @@ class Recorder:
         names, experts = [router.name for router in routers], [router.num_experts for router in routers]
         return SequenceStore(names, experts, folder=folder, memory_bytes=memory_bytes)
 
-    def _new_accumulators(self) -> tuple[Accumulator, ...]:
+    def _new_accumulators(self, consistency: bool | int, pairs: bool) -> tuple[Accumulator, ...]:
         """What is added up beside the tables of the gate."""
-        return ()
+        routers, groups = self._model.routers, len(self._groups)
+        chosen: list[Accumulator] = []
+        if consistency is not False:
+            chosen.append(SequenceConsistency(routers, groups, _number_of_pairs(consistency)))
+        if pairs:
+            chosen.append(PairCounts(routers, groups))
+        return tuple(chosen)
 
     # ---- the user's verbs
 
@@ -353,7 +373,7 @@ class Recorder:
         if not capturing(call.device):
             running.keep_tokens(call, first, end)
         self._calls += 1
-        self._countable_calls += running.block.mask is None
+        self._countable_calls += running.block.mask is None and self._special is None
         self._open = True
         return groups, segments
 
@@ -502,7 +522,7 @@ class Recorder:
         for name in block.names:
             self._groups.setdefault(name, len(self._groups))
         self._pool.reserve(len(self._groups))
-        running = RunningSequences(block, call.batch, self._groups)
+        running = RunningSequences(block, call.batch, self._groups, self._special)
         self._make_room(len(self._groups), running.segments)
         if block.mask is not None:
             self._masked.add("tokens outside the masks of the labels")
@@ -620,6 +640,17 @@ _on_now: weakref.WeakSet[Recorder] = weakref.WeakSet()
 def _end_recordings() -> None:
     for recorder in list(_on_now):
         recorder._end_with_program()
+
+
+def _number_of_pairs(consistency: bool | int) -> int | None:
+    """Number of pairs to draw per sequence, None for all."""
+    if consistency is True:
+        return None
+    if not isinstance(consistency, int) or consistency < 1:
+        raise ValueError(
+            f"consistency is True for all pairs of tokens, or a number of pairs from 1, not {consistency!r}"
+        )
+    return consistency
 
 
 def _check_names(given: Sequence[str], known: Sequence[str], what: str) -> None:

@@ -15,6 +15,7 @@ from moe_route.calls.call import Call
 from moe_route.calls.token_rows import columns, rows_on_device
 from moe_route.devices import upload
 from moe_route.recording.labels import LabelBlock
+from moe_route.recording.special_tokens import SpecialTokens
 from moe_route.recording.store import Item
 
 __all__ = ["RunningSequences"]
@@ -31,8 +32,12 @@ class RunningSequences:
     returned sequences), rows i * n to i * n + n - 1 continue sequence i.
     """
 
-    def __init__(self, block: LabelBlock, batch: int, group_index: Mapping[str, int]):
+    def __init__(
+        self, block: LabelBlock, batch: int, group_index: Mapping[str, int], special: SpecialTokens | None = None
+    ):
+        """Begin the sequences of a block. ``special``: tokens that are not counted."""
         self.block = block
+        self._special = special
         self.count = block.sequences or batch
         self.groups: np.ndarray = block.values([group_index[name] for name in block.names])  # shape [], [N] or [N, S]
         self._find_segments(len(group_index))
@@ -82,6 +87,10 @@ class RunningSequences:
         return columns(self._rows[key], call)
 
     def _masked(self, rows: int | Tensor, call: Call) -> int | Tensor:
+        rows = self._in_mask(rows, call)
+        return rows if self._special is None else self._special.left_out(rows, call)
+
+    def _in_mask(self, rows: int | Tensor, call: Call) -> int | Tensor:
         if self.block.mask is None:
             return rows
         key = ("mask", 0, call.device)
@@ -114,13 +123,14 @@ class RunningSequences:
         Padding is left out. If a call was given embeddings, its number of columns is hashed in place of ids. Chunks
         give the same hash as the whole sequence, and the sum does not depend on the order of the sequences.
         """
-        hashes = [hashlib.blake2b(self._identity(i), digest_size=_HASH_BYTES) for i in range(self.count)]
+        hashes = [hashlib.blake2b(self.identity(i), digest_size=_HASH_BYTES) for i in range(self.count)]
         for _, calls in itertools.groupby(self._tokens, key=_alike):
             for sequence, tokens in self._tokens_of(list(calls)):
                 hashes[sequence].update(tokens)
         return sum(int.from_bytes(h.digest(), "big") for h in hashes)
 
-    def _identity(self, sequence: int) -> bytes:
+    def identity(self, sequence: int) -> bytes:
+        """The item and groups of a sequence; the same in every batch."""
         codes = self.block.codes if self.block.codes.ndim == 0 else self.block.codes[sequence]
         names = [self.block.names[code] for code in np.atleast_1d(codes)]
         return files.canonical_json([self.item(sequence), names]).encode()
