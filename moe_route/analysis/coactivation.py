@@ -139,16 +139,19 @@ class Coactivation(ShownAsTables):
 class Transitions(ShownAsTables):
     """How the expert of a layer determines the expert of the next one, over the tokens of some groups.
 
-    A token counts once for each pair of an expert of layer l and an expert of layer l + 1 that it chose.
+    A token counts once for each pair of an expert of layer l and an expert of layer l + 1 that it chose. Entropies are
+    those of a pair drawn from all of these.
 
     Attributes:
         counts: int64 [L-1, E, E], number of tokens that chose expert e in layer l and f in layer l + 1.
+        chosen: int64 [L-1, E], number of tokens that chose expert e in layer l.
         tokens: int64 [L-1], number of tokens of layer l.
         groups: the groups whose tokens are counted, together.
         layers, num_experts: names and sizes of the L layers.
     """
 
     counts: np.ndarray
+    chosen: np.ndarray
     tokens: np.ndarray
     groups: tuple[str, ...]
     layers: tuple[str, ...]
@@ -156,8 +159,11 @@ class Transitions(ShownAsTables):
 
     @property
     def conditional(self) -> np.ndarray:
-        """``P(f | e)``, float64 [L-1, E, E]: rows sum to 1, NaN for an expert that no token chose."""
-        total = self.counts.sum(-1, keepdims=True)
+        """``P(f | e)``, float64 [L-1, E, E]: share of the tokens of e that chose f in the next layer.
+
+        Rows sum to the number of experts that a token chooses; NaN for an expert that no token chose.
+        """
+        total = self.chosen[..., None]
         return np.divide(self.counts, total, out=np.full(self.counts.shape, np.nan), where=total > 0)
 
     @property
@@ -179,7 +185,7 @@ class Transitions(ShownAsTables):
 
     @property
     def next_entropy(self) -> np.ndarray:
-        """``H(next | expert) = sum_e P(e) H(P(. | e))``, float64 [L-1], in nats."""
+        """``H(next | expert)``, float64 [L-1], in nats: entropy of the next expert where the expert is known."""
         joint = self._joint
         return entropy_of(joint.reshape(len(joint), -1)) - entropy_of(joint.sum(2))
 
@@ -261,8 +267,9 @@ def transitions(
     if len(statistics.layers) < 2:
         raise AnalysisError("transitions need two layers or more: leave layers out of select()")
     counts = _summed(statistics.transitions, rows)
+    chosen = np.diagonal(statistics.co_selection, axis1=2, axis2=3)[rows, :-1].sum(0)
     tokens = statistics.tokens()[rows].sum(0)[:-1]
-    return Transitions(counts, tokens, names, tuple(statistics.layers), tuple(statistics.num_experts))
+    return Transitions(counts, chosen, tokens, names, tuple(statistics.layers), tuple(statistics.num_experts))
 
 
 def _groups(

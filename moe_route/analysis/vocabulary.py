@@ -115,11 +115,11 @@ class Vocabulary(ShownAsTables):
 
     def _listed(self, layer: int, expert: int) -> str:
         shares = self.top[layer, expert][:6]
-        return "  ".join(f"{self._text(share.token) or share.token!s} ({share.share:.2f})" for share in shares)
+        names = [repr(self._text(share.token)) if self.names else str(share.token) for share in shares]
+        return ", ".join(f"{name} ({share.share:.2f})" for name, share in zip(names, shares, strict=True))
 
     def _text(self, token: int) -> str:
-        known = self.names is not None and 0 <= token < len(self.names)
-        return repr(self.names[token])[1:-1] if known and self.names is not None else ""
+        return self.names[token] if self.names is not None and 0 <= token < len(self.names) else ""
 
 
 def vocabulary(
