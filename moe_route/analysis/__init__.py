@@ -1,7 +1,7 @@
-"""Analysis: compute divergence, entropy, correlations and experts from recorded routing.
+"""Analysis: compute divergence, entropy, correlations, experts and the structure of routing from recordings.
 
 It works in numpy float64, without a model and without torch. Every function takes ``RoutingStatistics`` (or an object
-with the same accessors), or arrays where these suffice.
+with the same accessors), a ``Trace``, or arrays where these suffice.
 """
 
 from moe_route.analysis.coactivation import Coactivation, ExpertPair, Transitions, coactivation, transitions

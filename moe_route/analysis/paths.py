@@ -123,7 +123,8 @@ class Paths(ShownAsTables):
             for w in self.windows
         ]
         kind = "all chosen experts" if self.k is None else f"top-{self.k}"
-        title = f"Routing paths ({kind}) of {number_of(len(self.groups), 'group')}"
+        groups = max(int((window.distinct_by_group > 0).sum()) for window in self.windows)
+        title = f"Routing paths ({kind}) of {number_of(groups, 'group')}"
         note = f"purity, chance, groups per path: over tokens on paths with {self.min_tokens} tokens or more (covered)"
         shown = [Table(head, rows, title, note)]
         if len(self.windows) == 1 and self.windows[0].frequent:
@@ -131,7 +132,7 @@ class Paths(ShownAsTables):
             shown.append(
                 Table(
                     ["tokens", "groups", "most frequent class", "path"],
-                    [[path.tokens, len(path.by_group), _first(path.by_class), str(path)] for path in window.frequent],
+                    [[path.tokens, len(path.by_group), _leading(path), str(path)] for path in window.frequent],
                     f"most frequent paths through layers {show_numbers(window.layers)}",
                 )
             )
@@ -296,5 +297,7 @@ def _share(part: Any, total: int) -> float:
     return float(part) / total if total else float("nan")
 
 
-def _first(counts: dict[str, int]) -> str:
-    return next(iter(counts), "")
+def _leading(path: RoutingPath) -> str:
+    """The most frequent class of a path, with its share of the path's tokens."""
+    name, tokens = next(iter(path.by_class.items()))
+    return f"{name} ({tokens / path.tokens:.2f})"

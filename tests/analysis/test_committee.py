@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
+from harness.routing_data import needs_data, routing
 
 from moe_route import analysis
 from moe_route.analysis import AnalysisError
@@ -61,6 +64,24 @@ def test_an_expert_that_a_group_never_chose_is_no_member():
 def test_top_is_an_option():
     assert analysis.committee(statistics(), top=1).sizes.tolist() == [0, 1, 0]
     assert analysis.committee(statistics(), top=1).top == (1, 1, 1)
+
+
+@needs_data
+def test_the_domains_of_olmoe_share_experts():
+    domains = ("arxiv", "c4", "github")
+    files = [json.loads(routing("olmoe", "olmoe", "expert_counts", f"{name}.json").read_text()) for name in domains]
+    layers = ("0", "7", "15")
+    counts = np.array([[[of[layer].get(str(e), 0) for e in range(64)] for layer in layers] for of in files])
+    statistics = RoutingStatistics.from_token_sums(
+        domains, counts=counts, tokens=counts.sum(-1) // 8, top_k=8, layers=layers, num_experts=64
+    )
+    found = analysis.committee(statistics)
+    for row in range(3):
+        leading = [set(sorted(range(64), key=lambda e, c=of[row]: (-c[e], e))[:8]) for of in counts]
+        assert set(found.experts.get(row, ())) == set.intersection(*leading)
+        assert found.gini[0, row] == pytest.approx(gini(counts[0, row].tolist()))
+    balance = analysis.load_balance(statistics)
+    assert balance.max_violation[:, 1] == pytest.approx(counts[:, 1].max(-1) * 64 / counts[:, 1].sum(-1) - 1)
 
 
 @pytest.mark.parametrize(

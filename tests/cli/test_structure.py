@@ -11,7 +11,9 @@ from harness.commands import SMALL, refused
 
 import moe_route as mr
 from moe_route.cli import main
+from moe_route.data import demo_corpus
 from moe_route.recording import RoutingStatistics, Trace
+from moe_route.workload import LanguageModel, record_texts, texts_of
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +21,18 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("traced")
     out = folder / "trace.safetensors"
     assert main(["record", "--out", str(folder / "statistics.safetensors"), "--trace", str(out), *SMALL]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def paired(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Statistics with pairs of experts."""
+    out = tmp_path_factory.mktemp("paired") / "pairs.safetensors"
+    language_model = LanguageModel.load()
+    texts = texts_of(demo_corpus().subset(["eng_Latn", "deu_Latn"], limit=4))
+    with language_model.attach() as routed, routed.record(pairs=True) as recorder:
+        record_texts(recorder, language_model, texts)
+    recorder.statistics().save(out)
     return out
 
 
@@ -57,6 +71,14 @@ def test_committee(answer, files):
     expected = mr.analysis.committee(RoutingStatistics.load(files["general"]), top=4, by="sequence")
     assert found == plain(expected)
     assert expected.experts
+
+
+@pytest.mark.parametrize("question", ["coactivation", "transitions"])
+def test_pairs(answer, paired, question):
+    measure = getattr(mr.analysis, question)
+    found = answer("analyze", question, paired, "--groups", "deu_Latn")
+    assert found == plain(measure(RoutingStatistics.load(paired), group="deu_Latn"))
+    assert found["strongest"]
 
 
 def test_paths(answer, traced):
