@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_route import files
-from moe_route.analysis import Consistency, Correlation, Divergence, DivergenceMatrix, Entropy
+from moe_route.analysis import (
+    Coactivation,
+    Consistency,
+    Correlation,
+    Divergence,
+    DivergenceMatrix,
+    Entropy,
+    LoadBalance,
+    Transitions,
+)
 from moe_route.steering import ExpertSelection
 
 if TYPE_CHECKING:
@@ -31,7 +40,9 @@ __all__ = [
     "divergence_matrix",
     "entropy",
     "expert_counts",
+    "expert_pairs",
     "heat_map",
+    "load_balance",
     "save",
     "styles",
 ]
@@ -47,6 +58,15 @@ _LANGUAGES = (
 _PLACES = {code: place for place, codes in enumerate(_LANGUAGES.split("|")) for code in codes.split()}
 _GRID = "#d9d9d9"
 _INK = "#333333"
+_LOAD = {
+    "entropy": "entropy of the load / log E",
+    "max_share": "largest share of the load",
+    "max_violation": "largest load / mean load - 1",
+    "variation": "coefficient of variation of the load",
+    "dead": "share of experts never chosen",
+    "rare": "share of rarely chosen experts",
+    "effective": "effective number of experts",
+}
 _MEASURES = {
     "normalized_jsd": "routing divergence",
     "jsd": "Jensen-Shannon divergence (nats)",
@@ -346,6 +366,65 @@ def divergence_matrix(
     bar.set_label(_MEASURES[found.measure])
     bar.outline.set_visible(False)
     ax.set_title(title if title is not None else "", fontsize="medium", color=_INK)
+    return ax
+
+
+def load_balance(
+    found: LoadBalance,
+    *,
+    of: str = "entropy",
+    ax: Axes | None = None,
+    groups: Sequence[str] | None = None,
+    labels: Mapping[str, str] | None = None,
+    styles: Mapping[str, Any] | None = None,
+    title: str | None = None,
+) -> Axes:
+    """Draw one measure of the balance of the load by layer, a line per group.
+
+    ``of`` is "entropy", "max_share", "max_violation", "variation", "dead", "rare" or "effective". The legend is in
+    decreasing order of the mean. The other arguments are those of ``divergence``.
+    """
+    if of not in _LOAD:
+        raise ValueError(f"of must be one of {', '.join(_LOAD)}, not {of!r}")
+    values = getattr(found, of)
+    names = sorted(_known(found.groups, groups), key=lambda group: -_mean(values[found.groups.index(group)]))
+    ax = _axes(ax, (6.4, 3.6))
+    layers = np.arange(values.shape[1])
+    chosen = _chosen_styles(found.groups, styles)
+    for group in names:
+        ax.plot(layers, values[found.groups.index(group)], label=_label(group, labels), **chosen[group])
+    _finish(ax, layers, _LOAD[of], title)
+    ax.set_ylim(bottom=0)
+    _legend(ax, len(names))
+    return ax
+
+
+def expert_pairs(
+    found: Coactivation | Transitions, layer: int, *, ax: Axes | None = None, title: str | None = None
+) -> Axes:
+    """Draw how experts go together in a layer, or from it to the next, as a matrix of P(other | expert).
+
+    Args:
+        found: the result of ``analysis.coactivation`` or ``analysis.transitions``.
+        layer: the layer, as an index from 0.
+    """
+    after = isinstance(found, Transitions)
+    values = found.conditional if isinstance(found, Transitions) else found.values("conditional")
+    if not 0 <= layer < len(values):
+        raise ValueError(f"there is no layer {layer} to draw: 0 to {len(values) - 1}")
+    rows, columns = found.num_experts[layer], found.num_experts[layer + after]
+    ax = _axes(ax, (4.6, 4.0))
+    shown = values[layer, :rows, :columns]
+    if np.isnan(shown).all():
+        raise ValueError("there is nothing to draw: no token of these groups was counted in this layer")
+    ax.set_facecolor(_GRID)
+    image = ax.imshow(shown, origin="lower", interpolation="nearest", cmap="Blues", vmin=0.0)
+    ax.set_ylabel(f"expert of layer {layer}")
+    ax.set_xlabel(f"expert of layer {layer + after}")
+    ax.set_title(title if title is not None else "", fontsize="medium", color=_INK)
+    bar = ax.figure.colorbar(image, ax=ax, pad=0.015)
+    bar.set_label("share of the row's tokens")
+    bar.outline.set_visible(False)
     return ax
 
 

@@ -1,9 +1,11 @@
-"""Analysis: compute divergence, entropy, correlations and experts from recorded routing.
+"""Analysis: compute divergence, entropy, correlations, experts and the structure of routing from recordings.
 
 It works in numpy float64, without a model and without torch. Every function takes ``RoutingStatistics`` (or an object
-with the same accessors), or arrays where these suffice.
+with the same accessors), a ``Trace``, or arrays where these suffice.
 """
 
+from moe_route.analysis.coactivation import Coactivation, ExpertPair, Transitions, coactivation, transitions
+from moe_route.analysis.committee import Committee, committee
 from moe_route.analysis.consistency import Consistency, consistency
 from moe_route.analysis.correlation import Correlation, correlation
 from moe_route.analysis.divergence import (
@@ -29,22 +31,43 @@ from moe_route.analysis.experts import (
     task_experts,
 )
 from moe_route.analysis.inputs import AnalysisError
+from moe_route.analysis.load import LoadBalance, load_balance
+from moe_route.analysis.locality import LocalConsistency, local_consistency
 from moe_route.analysis.measures import entropy_of, jensen_shannon, normalized_jensen_shannon
 from moe_route.analysis.paired import Difference, RandomControl, paired_difference, random_control
+from moe_route.analysis.paths import Paths, PathWindow, RoutingPath, paths
+from moe_route.analysis.saturation import Saturation, saturation
+from moe_route.analysis.vocabulary import ClassRouting, TokenShare, Vocabulary, class_routing, token_classes, vocabulary
 
 __all__ = [
     "MEASURES",
     "AnalysisError",
+    "ClassRouting",
+    "Coactivation",
+    "Committee",
     "Consistency",
     "Correlation",
     "Difference",
     "Divergence",
     "DivergenceMatrix",
     "Entropy",
+    "ExpertPair",
     "LanguageExperts",
+    "LoadBalance",
+    "LocalConsistency",
+    "PathWindow",
+    "Paths",
     "RandomControl",
     "RiskExperts",
+    "RoutingPath",
+    "Saturation",
+    "TokenShare",
+    "Transitions",
     "UShape",
+    "Vocabulary",
+    "class_routing",
+    "coactivation",
+    "committee",
     "consistency",
     "correlation",
     "divergence",
@@ -56,12 +79,19 @@ __all__ = [
     "expert_difference",
     "frequency_share_experts",
     "jensen_shannon",
+    "load_balance",
+    "local_consistency",
     "middle_layers",
     "multilingual_experts",
     "normalized_jensen_shannon",
     "paired_difference",
+    "paths",
     "random_control",
     "risk_experts",
+    "saturation",
     "task_experts",
+    "token_classes",
+    "transitions",
     "u_shape",
+    "vocabulary",
 ]

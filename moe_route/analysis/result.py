@@ -26,11 +26,21 @@ def plain(values: Any) -> Any:
     return None if isinstance(values, float) and not np.isfinite(values) else values
 
 
-def by_depth(rows: Sequence[str], values: np.ndarray, *, title: str = "", note: str = "") -> Table:
-    """A table of values [row, layer], with a column per layer, or per run of layers (their mean) if there are many."""
-    layers = values.shape[1]
-    parts = np.array_split(np.arange(layers), min(layers, _COLUMNS))
-    head = ["layer", *(show_numbers(part.tolist()) for part in parts)]
+def by_depth(
+    rows: Sequence[str],
+    values: np.ndarray,
+    *,
+    layers: Sequence[int] | None = None,
+    title: str = "",
+    note: str = "",
+) -> Table:
+    """A table of values [row, layer], with a column per layer, or per run of layers (their mean) if there are many.
+
+    ``layers`` are the numbers of the layers, by default counted from 0.
+    """
+    numbers = np.arange(values.shape[1]) if layers is None else np.asarray(layers)
+    parts = np.array_split(np.arange(values.shape[1]), min(values.shape[1], _COLUMNS))
+    head = ["layer", *(show_numbers(numbers[part].tolist()) for part in parts)]
     columns = [mean_of_seen(values[:, part], 1)[0].tolist() for part in parts]
     return Table(head, [[name, *row] for name, *row in zip(rows, *columns, strict=True)], title, note)
 

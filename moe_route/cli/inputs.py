@@ -20,10 +20,13 @@ __all__ = [
     "layers",
     "merged_statistics",
     "model_arguments",
+    "names",
     "output",
     "positive",
     "text_arguments",
     "texts",
+    "token_texts",
+    "tokenizer_argument",
 ]
 
 # Errors whose message names the problem and the fix. Any other error is a bug of moe-route and keeps its traceback.
@@ -66,7 +69,7 @@ def text_arguments(parser: argparse.ArgumentParser) -> None:
         help="table of tab-separated texts, folder with devtest/LANGUAGE.devtest, or general or arithmetic, which "
         "moe-route brings (default: general)",
     )
-    group.add_argument("--languages", type=_names, metavar="A,B", help="languages to take (default: all)")
+    group.add_argument("--languages", type=names, metavar="A,B", help="languages to take (default: all)")
     group.add_argument("--limit", type=positive, metavar="N", help="sentences per language (default: all)")
     group.add_argument("--batch-size", type=positive, default=16, metavar="N", help="texts a batch (default: 16)")
     group.add_argument(
@@ -91,6 +94,24 @@ def texts(options: argparse.Namespace) -> list[Text]:
     from moe_route.workload import read_corpus, texts_of
 
     return texts_of(read_corpus(options.data, languages=options.languages, limit=options.limit))
+
+
+def tokenizer_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokenizer", metavar="NAME", help="tokenizer for the texts of token ids: folder, hub name, or demo"
+    )
+
+
+def token_texts(name: str) -> tuple[list[str], list[int]]:
+    """The text of every token id, and the ids of special tokens."""
+    from moe_route.data import demo_model_folder
+
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ImportError("reading a tokenizer needs transformers: pip install 'moe-route[hf]'") from error
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_folder() if name == "demo" else name)
+    return [tokenizer.decode([number]) for number in range(len(tokenizer))], list(tokenizer.all_special_ids)
 
 
 def merged_statistics(paths: Sequence[Path]) -> RoutingStatistics:
@@ -124,7 +145,8 @@ def layers(text: str) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _names(text: str) -> tuple[str, ...]:
+def names(text: str) -> tuple[str, ...]:
+    """Parse names from the command line: "eng_Latn,deu_Latn"."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 

@@ -83,6 +83,12 @@ def _matrix(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
     return plots.divergence_matrix(analysis.divergence_matrix(statistics), layers=options.layers, title=options.title)
 
 
+def _balance(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
+    from moe_route import analysis, plots
+
+    return plots.load_balance(analysis.load_balance(statistics), title=options.title)
+
+
 # Name of the figure -> how it is drawn, and which of --reference, --group and --layers it accepts.
 PICTURES = {
     "divergence": (_divergence, {"reference", "layers"}),
@@ -90,4 +96,5 @@ PICTURES = {
     "consistency": (_consistency, set[str]()),
     "experts": (_experts, {"reference", "group"}),
     "matrix": (_matrix, {"layers"}),
+    "balance": (_balance, set[str]()),
 }

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, language_model, model_arguments, output, positive, text_arguments, texts
+from moe_route.cli.inputs import (
+    command,
+    language_model,
+    layers,
+    model_arguments,
+    output,
+    positive,
+    text_arguments,
+    texts,
+)
 from moe_route.cli.interrupt import INTERRUPTED, deferred_interrupt
 
 
@@ -38,6 +47,10 @@ def add(verbs: Any) -> None:
         "--no-special-tokens", action="store_true", help="leave out the tokenizer's special tokens (begin, end, ...)"
     )
     parser.add_argument("--plan", type=Path, metavar="FILE", help="steer with this plan while recording")
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="also write the experts of every token, up to a million tokens"
+    )
+    parser.add_argument("--trace-layers", type=layers, metavar="A-B", help="MoE layers to trace (default: all)")
     model_arguments(parser)
     text_arguments(parser)
 
@@ -49,6 +62,9 @@ def run(options: argparse.Namespace) -> Answer:
     from moe_route.workload import record_texts
 
     output(options.out)
+    output(options.trace)
+    if options.trace_layers is not None and options.trace is None:
+        raise ValueError("--trace-layers chooses the layers of a trace: name its file with --trace")
     plan = None if options.plan is None else Plan.load(options.plan)
     work = texts(options)
     spoken = language_model(options)
@@ -70,6 +86,8 @@ def run(options: argparse.Namespace) -> Answer:
     finally:
         routed.detach()
     statistics.save(options.out)
+    if options.trace is not None:
+        recorder.trace().save(options.trace)
     tokens = statistics.tokens().max(axis=1)
     data = {
         "out": options.out,
@@ -79,9 +97,11 @@ def run(options: argparse.Namespace) -> Answer:
         "sequences": statistics.sequences().tolist(),
         "texts": done,
         "cut": ran.cut,
+        "trace": options.trace,
         "interrupted": done < len(work),
     }
-    text = "\n".join(filter(None, (repr(statistics), ran.note, f"written to {options.out}")))
+    written = f"written to {options.out}" + (f" and {options.trace}" if options.trace is not None else "")
+    text = "\n".join(filter(None, (repr(statistics), ran.note, written)))
     if done < len(work):
         text += f"\ninterrupted: these are {done} of {len(work)} texts"
     return Answer(data, text, code=INTERRUPTED if done < len(work) else 0)
@@ -91,6 +111,7 @@ def _asked_for(options: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     """What to record, as arguments of `record`."""
     return {
         "sequences": not options.no_sequences,
+        "trace": options.trace is not None and (options.trace_layers or True),
         "consistency": options.consistency,
         "pairs": options.pairs,
         "special_tokens": list(tokenizer.all_special_ids) if options.no_special_tokens else True,

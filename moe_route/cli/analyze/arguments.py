@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-__all__ = ["phase_argument", "reference_argument", "statistics_argument"]
+from moe_route.cli.inputs import names
+
+__all__ = ["groups_argument", "phase_argument", "reference_argument", "statistics_argument"]
 
 
 def statistics_argument(parser: argparse.ArgumentParser) -> None:
@@ -20,3 +22,7 @@ def reference_argument(parser: argparse.ArgumentParser) -> None:
 
 def phase_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--phase", choices=("prefill", "decode"), help="tokens of this phase only")
+
+
+def groups_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--groups", type=names, metavar="A,B", help="groups to look at (default: all)")

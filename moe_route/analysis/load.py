@@ -1,0 +1,197 @@
+"""Balance of the load: how evenly the choices of a layer are spread over its experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from moe_route.analysis.inputs import AnalysisError, pick_groups
+from moe_route.analysis.measures import entropy_of
+from moe_route.analysis.result import by_depth, plain
+from moe_route.recording.frames import data_frame
+from moe_route.texttable import ShownAsTables, Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moe_route.recording import RoutingStatistics
+
+__all__ = ["LoadBalance", "load_balance"]
+
+_POOLED = "all groups"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LoadBalance(ShownAsTables):
+    """Balance of the load by group and layer, float64 [G, L]; NaN where a group has no tokens.
+
+    With ``p_e`` the share of a layer's choices that go to expert e, and E experts:
+
+    Attributes:
+        load: ``p``, float64 [G, L, E]; 0 for padding experts.
+        entropy: ``H(p) / log E``, in [0, 1]; 1 is an even load. NaN for a layer with one expert.
+        max_share: ``max_e p_e``.
+        max_violation: ``E * max_e p_e - 1``: by how much the largest load exceeds the mean load, relative to the mean
+            (MaxVio, arXiv 2408.15664).
+        variation: coefficient of variation, the standard deviation of the loads over their mean.
+        dead: share of the experts that were never chosen.
+        rare: share of the experts whose load is below ``rare_below`` times the mean load; dead experts are among them.
+        effective: ``exp(H(p))``, the number of equally loaded experts with the same entropy.
+        groups, layers: names of the axes.
+        num_experts: E of each layer.
+        rare_below: see ``rare``.
+    """
+
+    load: np.ndarray
+    entropy: np.ndarray
+    max_share: np.ndarray
+    max_violation: np.ndarray
+    variation: np.ndarray
+    dead: np.ndarray
+    rare: np.ndarray
+    effective: np.ndarray
+    groups: tuple[str, ...]
+    layers: tuple[str, ...]
+    num_experts: tuple[int, ...]
+    rare_below: float
+
+    def scalars(self, group: str | None = None, *, by_layer: bool = False) -> dict[str, float]:
+        """Scalars of one group under the names that training logs use, for a logger.
+
+        ``moe/normalized_entropy_mean`` and ``_min``, ``moe/max_share_mean`` and ``_max``, ``moe/expert_diversity``
+        (mean of ``effective / E``) and ``moe/max_vio`` (mean) are over layers. ``moe/dead_expert_frac`` is over the
+        experts of all layers. All but ``moe/max_vio`` lie in [0, 1].
+
+        Args:
+            group: by default the only one.
+            by_layer: add ``moe/normalized_entropy_layer_<n>`` and ``moe/max_share_layer_<n>``.
+
+        Layers without tokens are left out. Raises ``AnalysisError`` if no layer has tokens.
+        """
+        row = self._row(group)
+        sizes = np.asarray(self.num_experts, dtype=np.float64)
+        seen = ~np.isnan(self.max_share[row])
+        if not seen.any():
+            raise AnalysisError(f"group {self.groups[row]!r} has no tokens in this phase: leave phase out")
+        entropy, share = self.entropy[row], self.max_share[row]
+        found = {
+            "moe/normalized_entropy_mean": _or_nan(np.mean, entropy),
+            "moe/normalized_entropy_min": _or_nan(np.min, entropy),
+            "moe/max_share_mean": float(share[seen].mean()),
+            "moe/max_share_max": float(share[seen].max()),
+            "moe/dead_expert_frac": float((self.dead[row] * sizes)[seen].sum() / sizes[seen].sum()),
+            "moe/expert_diversity": float((self.effective[row] / sizes)[seen].mean()),
+            "moe/max_vio": float(self.max_violation[row][seen].mean()),
+        }
+        if by_layer:
+            for layer in np.flatnonzero(seen).tolist():
+                found[f"moe/normalized_entropy_layer_{layer}"] = float(entropy[layer])
+                found[f"moe/max_share_layer_{layer}"] = float(share[layer])
+        return found
+
+    def _row(self, group: str | None) -> int:
+        names = ", ".join(map(repr, self.groups))
+        if group is None and len(self.groups) != 1:
+            raise AnalysisError(f"name the group, one of {names}; load_balance(pool=True) joins them")
+        if group is not None and group not in self.groups:
+            raise AnalysisError(f"no group {group!r} here: one of {names}")
+        return 0 if group is None else self.groups.index(group)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a tidy data frame with a row per (group, layer) and a column per measure."""
+        columns: dict[str, Any] = {"router": np.tile(np.asarray(self.layers, dtype=object), len(self.groups))}
+        columns |= {name: values.reshape(-1) for name, values in self._measures().items()}
+        return data_frame(columns, {"group": self.groups, "layer": range(len(self.layers))})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able content (NaN as None), without the loads of single experts."""
+        axes = {"groups": list(self.groups), "layers": list(self.layers), "num_experts": list(self.num_experts)}
+        return axes | {"rare_below": self.rare_below} | {k: plain(v) for k, v in self._measures().items()}
+
+    def _measures(self) -> dict[str, np.ndarray]:
+        names = ("entropy", "max_share", "max_violation", "variation", "dead", "rare", "effective")
+        return {name: getattr(self, name) for name in names}
+
+    def tables(self) -> list[Table]:
+        shown = (
+            ("entropy", "entropy of the load / log E"),
+            ("max_violation", "largest load over the mean load, minus 1"),
+            ("variation", "coefficient of variation of the load"),
+            ("dead", "share of experts that were never chosen"),
+            ("rare", f"share of experts below {self.rare_below:g} of the mean load"),
+        )
+        return [by_depth(self.groups, getattr(self, name), title=title) for name, title in shown]
+
+
+def load_balance(
+    statistics: RoutingStatistics,
+    *,
+    groups: Sequence[str] | None = None,
+    phase: Literal["prefill", "decode"] | None = None,
+    by: Literal["token", "sequence"] = "token",
+    pool: bool = False,
+    rare_below: float = 0.1,
+) -> LoadBalance:
+    """Measure how evenly the choices of each group are spread over the experts of each layer.
+
+    Args:
+        groups: by default all.
+        phase: "prefill", "decode" or both.
+        by: the load is a share of all choices ("token"), or the mean over sequences of such shares ("sequence").
+        pool: join the groups into one, all choices with equal weight; needs ``by="token"``.
+        rare_below: an expert is rare below this share of the mean load.
+
+    Raises ``AnalysisError`` for unknown or empty groups, ``ValueError`` if counts were not recorded.
+    """
+    if not 0 < rare_below < 1:
+        raise AnalysisError(f"rare_below must lie between 0 and 1, not {rare_below}")
+    names = pick_groups(statistics, groups)
+    rows = [statistics.groups.index(name) for name in names]
+    if pool:
+        if by != "token":
+            raise AnalysisError('pooling adds up choices: leave by at "token"')
+        counts = statistics.token_sum("counts", phase)[rows].sum(0, keepdims=True).astype(np.float64)
+        total = counts.sum(-1, keepdims=True)
+        load = np.divide(counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
+        names = names if len(names) == 1 else (_POOLED,)
+    else:
+        load = statistics.mean_distribution("count", phase, by)[rows]
+    return _balance(load, names, statistics, rare_below)
+
+
+def _balance(
+    load: np.ndarray, groups: tuple[str, ...], statistics: RoutingStatistics, rare_below: float
+) -> LoadBalance:
+    sizes = np.asarray(statistics.num_experts, dtype=np.float64)
+    real = np.arange(load.shape[-1]) < sizes[:, None]
+    seen = ~np.isnan(load).any(-1)
+    entropy = entropy_of(load)
+    most = np.log(sizes)
+    relative = load * sizes[:, None]  # 1 is the mean load
+
+    def share(chosen: np.ndarray) -> np.ndarray:
+        return np.where(seen, (chosen & real).sum(-1) / sizes, np.nan)
+
+    return LoadBalance(
+        load=load,
+        entropy=np.divide(entropy, most, out=np.full(entropy.shape, np.nan), where=most > 0),
+        max_share=load.max(-1),
+        max_violation=relative.max(-1) - 1.0,
+        variation=np.sqrt(np.where(real, (relative - 1.0) ** 2, 0.0).sum(-1) / sizes),
+        dead=share(load == 0),
+        rare=share(relative < rare_below),
+        effective=np.exp(entropy),
+        groups=groups,
+        layers=tuple(statistics.layers),
+        num_experts=tuple(statistics.num_experts),
+        rare_below=float(rare_below),
+    )
+
+
+def _or_nan(reduce: Any, values: np.ndarray) -> float:
+    """A reduction of the values that are not NaN; NaN if there are none."""
+    kept = values[~np.isnan(values)]
+    return float(reduce(kept)) if kept.size else float("nan")
