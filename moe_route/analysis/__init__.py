@@ -27,9 +27,13 @@ from moe_route.analysis.experts import (
     risk_experts,
     task_experts,
 )
+from moe_route.analysis.geometry import Geometry, geometry
 from moe_route.analysis.inputs import AnalysisError
 from moe_route.analysis.measures import entropy_of, jensen_shannon, normalized_jensen_shannon
 from moe_route.analysis.paired import Difference, RandomControl, paired_difference, random_control
+from moe_route.analysis.pruning import PruningStability, prune, pruning_stability
+from moe_route.analysis.saliency import Saliency, saliency
+from moe_route.analysis.super_experts import SuperExperts, super_experts
 
 __all__ = [
     "MEASURES",
@@ -39,9 +43,13 @@ __all__ = [
     "Divergence",
     "DivergenceMatrix",
     "Entropy",
+    "Geometry",
     "LanguageExperts",
+    "PruningStability",
     "RandomControl",
     "RiskExperts",
+    "Saliency",
+    "SuperExperts",
     "UShape",
     "consistency",
     "correlation",
@@ -53,13 +61,18 @@ __all__ = [
     "esft_experts",
     "expert_difference",
     "frequency_share_experts",
+    "geometry",
     "jensen_shannon",
     "middle_layers",
     "multilingual_experts",
     "normalized_jensen_shannon",
     "paired_difference",
+    "prune",
+    "pruning_stability",
     "random_control",
     "risk_experts",
+    "saliency",
+    "super_experts",
     "task_experts",
     "u_shape",
 ]
