@@ -25,6 +25,8 @@ from moe_route.calls.call import PHASES, Call, Phase
 from moe_route.calls.token_rows import as_table, in_phases
 from moe_route.contract.tables import METRICS, StatisticsTables
 from moe_route.devices import capturing, refuse_capture
+from moe_route.recording.accumulators import Accumulator
+from moe_route.recording.choices import ChoiceCollector
 from moe_route.recording.labels import LabelBlock
 from moe_route.recording.metadata import add_fingerprints, merge_metadata
 from moe_route.recording.pooling import SequenceAverages, SequencePool
@@ -129,6 +131,9 @@ class Recorder:
         self._store = self._new_store(sequences, memory_bytes)
         layers = trace if isinstance(trace, bool) else tuple(trace)
         self._trace = TraceWriter(model.routers, layers, limit=trace_limit, weights=trace_weights) if trace else None
+        self._accumulators = self._new_accumulators()
+        observers = [*self._accumulators, *([] if self._trace is None else [self._trace])]
+        self._choices = ChoiceCollector(model.routers, observers) if observers else None
         self._metadata = dict(metadata or {})
         self._masked = {"padding"} | {f"{phase} tokens" for phase in PHASES if phase not in self._phases}
         self._plans: set[str] = set()
@@ -151,6 +156,10 @@ class Recorder:
         folder = None if sequences is True else sequences
         names, experts = [router.name for router in routers], [router.num_experts for router in routers]
         return SequenceStore(names, experts, folder=folder, memory_bytes=memory_bytes)
+
+    def _new_accumulators(self) -> tuple[Accumulator, ...]:
+        """What is added up beside the tables of the gate."""
+        return ()
 
     # ---- the user's verbs
 
@@ -291,6 +300,7 @@ class Recorder:
             entropy=self._tables.entropy,
             metadata={**self._all_metadata(), "running_sequences": 0 if self._running is None else self._running.count},
             store=None if self._store is None else self._store.snapshot(),
+            accumulated={name: array for part in self._accumulators for name, array in part.arrays(count).items()},
         )
         statistics.verify()
         return statistics
@@ -317,8 +327,8 @@ class Recorder:
         """Rows of the group tables and of the segment tables for the tokens of a call about to run; -1: not counted."""
         if call.beside:
             return -1, -1
-        if self._trace is not None:
-            self._trace.drop_call()
+        if self._choices is not None:
+            self._choices.drop_call()
         self._reject_drafts()
         self._note_failure()
         first, end = self._columns(call)
@@ -329,11 +339,14 @@ class Recorder:
             self._note_capture()
         if call.drafted:
             self._make_room(len(self._groups) + call.drafted, running.segments)
-        if self._trace is not None:
-            self._trace.begin_call(call, self._by_phase(call, partial(running.group_rows, call), 0))
+        decided = not call.drafted or end < call.length
+        if self._choices is not None:
+            group = self._by_phase(call, partial(running.group_rows, call), 0)
+            segment = self._by_phase(call, partial(running.segment_rows, call), 0)
+            self._choices.begin_call(call, group, segment, drafted=0 if decided else call.drafted)
         groups = self._by_phase(call, partial(running.group_rows, call), self._tables.group_capacity)
         segments = self._by_phase(call, partial(running.segment_rows, call), self._tables.segment_capacity)
-        if call.drafted and end == call.length:
+        if not decided:
             groups, segments = self._hold_drafts(call, groups, segments)
         if call.ahead:
             return groups, segments
@@ -387,8 +400,8 @@ class Recorder:
         self._counted().hand_over(drafts.first, drafts.groups, drafts.segments, len(drafts.groups) - refused)
         if refused and self._running is not None:
             self._running.drop_last(refused)
-        if refused and self._trace is not None:
-            self._trace.drop_last(refused)
+        if self._choices is not None:
+            self._choices.reject_drafts(refused)
 
     def _note_failure(self) -> None:
         """Mark the sequences of a failed call as incomplete."""
@@ -398,9 +411,10 @@ class Recorder:
 
     def _note_capture(self) -> None:
         """Fix the tables in place, because the call is captured into a CUDA graph whose replays count into them."""
-        if self._trace is not None:
+        if self._choices is not None:
             raise RecordingError(
-                "a CUDA graph is being captured, and a trace is kept call by call: record without trace=, or pause()"
+                f"a CUDA graph is being captured, and {self._choices.options} is read call by call: record without, "
+                "or pause()"
             )
         self._captured += 1
         self._tables.fixed = True
@@ -408,8 +422,8 @@ class Recorder:
     def _after_call(self) -> None:
         """Complete the call for which ``_rows`` was called."""
         self._open = False
-        if self._trace is not None:
-            self._trace.end_call()
+        if self._choices is not None:
+            self._choices.end_call()
 
     def _note_plan(self, plan_hash: str, *, steers: bool = True) -> None:
         """Keep the hash of a plan that steers from now on, and count the natural choice too."""
@@ -461,7 +475,7 @@ class Recorder:
     def _connect(self) -> None:
         self._tables.follow()
         self._model.set_statistics(self._tables.layers, lag=LAG)
-        self._model.on_choice = None if self._trace is None else torch.compiler.disable(self._trace.add)
+        self._model.on_choice = None if self._choices is None else torch.compiler.disable(self._choices.add)
 
     def _disconnect(self) -> None:
         self._model.set_statistics(None)
@@ -492,8 +506,8 @@ class Recorder:
         self._make_room(len(self._groups), running.segments)
         if block.mask is not None:
             self._masked.add("tokens outside the masks of the labels")
-        if self._trace is not None:
-            self._trace.begin_sequences([running.item(i) for i in range(running.count)])
+        if self._choices is not None:
+            self._choices.begin_sequences(running, len(self._groups))
         self._running = running
         return running
 
@@ -508,9 +522,13 @@ class Recorder:
         running = self._running
         if running is None:
             return
+        complete = finished and not running.broken and running.begun
+        values = self._choices.sequence_values(running) if complete and self._choices is not None else {}
         sums = self._counted().take_segments(running.segments)
         self._running = None  # last, so that after an earlier interrupt they are ended again
-        if not finished or running.broken or not running.begun:
+        if self._choices is not None:
+            self._choices.end_sequences(running, values if complete else None)
+        if not complete:
             self._abandoned += running.count
             logger.warning(
                 "%s broke off, and %s left out of the averages; the tokens were counted up to there",
@@ -521,10 +539,10 @@ class Recorder:
         averages = self._pool.add(sums, running.segment_group)
         self._fingerprint = add_fingerprints(self._fingerprint, f"{running.fingerprint():x}")
         if self._store is not None:
-            self._keep(running, averages)
+            self._keep(running, averages, values)
         self._bar.update(running.count)
 
-    def _keep(self, running: RunningSequences, averages: SequenceAverages) -> None:
+    def _keep(self, running: RunningSequences, averages: SequenceAverages, values: Mapping[str, np.ndarray]) -> None:
         assert self._store is not None
         seen = np.flatnonzero(averages.tokens.any(axis=1))  # segments without a counted token are not kept
         names = list(self._groups)
@@ -541,6 +559,7 @@ class Recorder:
         arrays |= {
             kind: averages.values[kind][seen].astype(np.float32) for kind in ("full", "topk") if kind in averages.values
         }
+        arrays |= {name: array[seen] for name, array in values.items()}
         self._store.append(keys, arrays)
 
     def _refuse_repeats(self, block: LabelBlock) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from moe_route import files
 from moe_route.calls.call import PHASES, Phase
 from moe_route.contract.tables import FIXED_POINT, METRICS, SCALARS
+from moe_route.recording.accumulated import ACCUMULATED, broken_array, checked_array, selected_array
 from moe_route.recording.conservation import Conservation, broken_law, conservation
 from moe_route.recording.frames import data_frame
 from moe_route.recording.metadata import config_hash_of, merge_metadata
@@ -50,6 +51,7 @@ KIND_METRIC = {"full": "probability", "topk": "weight_share", "count": "counts",
 _COUNTED = ("counts", "natural_counts")  # metrics that are integers, not fixed point
 IMPORTED = "imported"  # metadata["source"] of sums from another recorder
 _FILE_KIND = "statistics"
+_ACCUMULATED = "accumulated."  # prefix of accumulated arrays in a file
 logger = logging.getLogger(__name__)
 
 
@@ -83,12 +85,14 @@ class RoutingStatistics:
         metadata: Mapping[str, Any] | None = None,
         tolerance: float = 0.0,
         store: SequenceStore | None = None,
+        accumulated: Mapping[str, np.ndarray] | None = None,
     ):
         """Store int64 arrays. Axis 0 is ``PHASES`` or ``VIEWS``, and E is the size of the widest layer.
 
         ``scalars [2, G, L, 8]`` are ``ops.SCALARS``; ``metrics`` maps a name to ``[2, G, L, E]``; ``sequence_scalars
-        [3, G, L, 6]`` are ``SEQUENCE_SCALARS``; ``sequence_sums`` maps a kind to ``[3, G, L, E]``. ``tolerance`` is the
-        relative gap that ``verify`` accepts.
+        [3, G, L, 6]`` are ``SEQUENCE_SCALARS``; ``sequence_sums`` maps a kind to ``[3, G, L, E]``. ``accumulated`` maps
+        a name from ``accumulated.ACCUMULATED`` to an array of the axes and dtype that are given there. ``tolerance`` is
+        the relative gap that ``verify`` accepts.
 
         Raises ``ValueError`` for a wrong shape, an unknown metric, or a group named twice.
         """
@@ -112,6 +116,9 @@ class RoutingStatistics:
             kind: _frozen(sequence_sums[kind], (3, *cell, widest), kind)
             for kind in SEQUENCE_KINDS
             if kind in sequence_sums
+        }
+        self.accumulated: Mapping[str, np.ndarray] = {
+            name: checked_array(name, array, *cell, widest) for name, array in (accumulated or {}).items()
         }
 
     @classmethod
@@ -277,6 +284,42 @@ class RoutingStatistics:
             return _ratio(self.sequence_scalar("mean_token_entropy", phase), self.sequence_scalar("full", phase))
         return _ratio(self.scalar("entropy", phase), self.tokens(phase) - self.scalar("unscored", phase))
 
+    # ---- what was asked for beside the tables
+
+    def consistency(self) -> np.ndarray:
+        """Mean Jaccard index of the experts of two tokens of one sequence, float64 ``[G, L]``, over both phases.
+
+        It is the mean over finished sequences; NaN without sequences of two tokens. Raises ``ValueError`` without
+        ``record(consistency=...)``.
+        """
+        return _ratio(self._accumulated("consistency") * FIXED_POINT, self._accumulated("consistency_sequences"))
+
+    @property
+    def co_selection(self) -> np.ndarray:
+        """Number of tokens that chose both experts, int64 ``[G, L, E, E]``; the diagonal counts those that chose one.
+
+        Raises ``ValueError`` without ``record(pairs=True)``.
+        """
+        return self._accumulated("co_selection")
+
+    @property
+    def transitions(self) -> np.ndarray:
+        """Number of tokens that chose expert e in layer l and e' in layer l + 1, int64 ``[G, L-1, E, E]``.
+
+        Zeros where the two layers are routers of two kinds (an encoder's and its decoder's). Raises ``ValueError``
+        without ``record(pairs=True)``, and after ``select`` of layers that are not neighbors.
+        """
+        return self._accumulated("transitions")
+
+    def _accumulated(self, name: str) -> np.ndarray:
+        if name not in self.accumulated:
+            of = ACCUMULATED[name]
+            lost = (
+                "; select(layers=...) keeps them for a run of neighboring layers only" if of.axes[0] == "pair" else ""
+            )
+            raise ValueError(f"{name} was not recorded: record({of.option}){lost}")
+        return self.accumulated[name]
+
     # ---- selecting and merging
 
     def select(
@@ -296,6 +339,8 @@ class RoutingStatistics:
         )
         widest = max((self.num_experts[i] for i in columns), default=0)
 
+        chosen = {name: selected_array(name, array, rows, columns, widest) for name, array in self.accumulated.items()}
+
         def part(array: np.ndarray, width: int | None = None) -> np.ndarray:
             return array[:, rows][:, :, columns][..., :width]
 
@@ -309,6 +354,7 @@ class RoutingStatistics:
             sequence_scalars=part(self._sequence_scalars),
             sequence_sums={kind: part(table, widest) for kind, table in self._sequence_sums.items()},
             store=self.store if self.store is None or layers is None else self.store.select(columns),
+            accumulated={name: array for name, array in chosen.items() if array is not None},
         )
 
     def merge(self, other: RoutingStatistics) -> RoutingStatistics:
@@ -321,7 +367,7 @@ class RoutingStatistics:
         _check_mergeable(self, other)
         groups = self.groups + tuple(group for group in other.groups if group not in self.groups)
         mine, theirs = self._spread(groups), other._spread(groups)
-        added = {name: _checked_sum(mine[name], theirs[name], name) for name in mine}
+        added = {name: _merged(mine[name], theirs[name], name) for name in mine}
         if (self.store is None) != (other.store is None):
             logger.warning("only one of the two runs kept its sequences: the merged statistics have no store")
         return self._with(
@@ -333,6 +379,7 @@ class RoutingStatistics:
             metadata=merge_metadata(self.metadata, other.metadata),
             tolerance=max(self.tolerance, other.tolerance),
             store=None if self.store is None or other.store is None else self.store.merge(other.store),
+            accumulated={name: added[_ACCUMULATED + name] for name in self.accumulated},
         )
 
     def __add__(self, other: object) -> RoutingStatistics:
@@ -412,6 +459,9 @@ class RoutingStatistics:
                 tolerance=header["tolerance"],
                 metadata=header["metadata"],
                 store=store if sequences else None,
+                accumulated={
+                    name: tensors[_ACCUMULATED + name] for name in ACCUMULATED if _ACCUMULATED + name in tensors
+                },
             )
         statistics.verify()
         return statistics
@@ -463,7 +513,7 @@ class RoutingStatistics:
         tokens within rounding. Weight shares add up to at most one per token. ``tolerance`` is an accepted relative
         gap, set by ``from_token_sums``.
         """
-        broken = broken_law(self, self._arrays())
+        broken = broken_law(self, self._tables()) or broken_array(self.accumulated)
         if broken is None:
             return
         if self.metadata.get("source") == IMPORTED:
@@ -547,6 +597,7 @@ class RoutingStatistics:
                 "metadata": self.metadata,
                 "tolerance": self.tolerance,
                 "store": self.store,
+                "accumulated": self.accumulated,
                 **changes,
             }
         )
@@ -573,6 +624,11 @@ class RoutingStatistics:
         return int(layer) % len(self.layers)
 
     def _arrays(self) -> dict[str, np.ndarray]:
+        """All arrays, by their names in a file."""
+        return self._tables() | {_ACCUMULATED + name: array for name, array in self.accumulated.items()}
+
+    def _tables(self) -> dict[str, np.ndarray]:
+        """The arrays that have an axis before the groups."""
         arrays = {"scalars": self._scalars, "sequence_scalars": self._sequence_scalars}
         arrays |= {f"metric.{name}": table for name, table in self._metrics.items()}
         return arrays | {f"sequence.{kind}": table for kind, table in self._sequence_sums.items()}
@@ -583,8 +639,9 @@ class RoutingStatistics:
         rows = [place[group] for group in self.groups]
         spread = {}
         for name, array in self._arrays().items():
-            wide = np.zeros((array.shape[0], len(groups), *array.shape[2:]), np.int64)
-            wide[:, rows] = array
+            axis = 0 if name.startswith(_ACCUMULATED) else 1
+            wide = np.zeros((*array.shape[:axis], len(groups), *array.shape[axis + 1 :]), array.dtype)
+            wide[(slice(None),) * axis + (rows,)] = array
             spread[name] = wide
         return spread
 
@@ -650,6 +707,14 @@ def _frozen(array: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
     owned = np.array(array, dtype=np.int64)
     owned.setflags(write=False)
     return owned
+
+
+def _merged(a: np.ndarray, b: np.ndarray, name: str) -> np.ndarray:
+    """The array ``name`` of two runs together."""
+    rule = ACCUMULATED.get(name.removeprefix(_ACCUMULATED)) if name.startswith(_ACCUMULATED) else None
+    if rule is not None and rule.merge == "max":
+        return np.maximum(a, b)
+    return a + b if a.dtype == np.float64 else _checked_sum(a, b, name)
 
 
 def _checked_sum(a: np.ndarray, b: np.ndarray, name: str) -> np.ndarray:

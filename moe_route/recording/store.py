@@ -33,6 +33,14 @@ Key = tuple[Item, str]
 _FILE_KIND = "sequences"
 _SHARD_BYTES = 8 << 20  # sequences are kept, written and read in portions of this size
 _OPEN_SHARDS = 16  # number of shards from disk that are held in memory for reading
+_OVER_EXPERTS = ("counts", "full", "topk")  # arrays [n, L, E]; those of others are [n, L, ...]
+# array -> the arguments of `record` that keep it
+_RECORDED_BY = {
+    "counts": "record(metrics=...) with 'counts'",
+    "full": "record(metrics=...) with 'probability'",
+    "topk": "record(metrics=...) with 'weight_share'",
+    "consistency": "record(sequences=True, consistency=True)",
+}
 _UNNAMED = "#"  # sequences without an item id are "#0", "#1", ... and are never paired
 
 
@@ -45,6 +53,7 @@ class SequenceShard:
         tokens: int64 ``[n, L]`` (L_i).
         counts: int32 ``[n, L, E]`` (a_i), if its metric was recorded.
         full, topk: float32 ``[n, L, E]`` (q_i; NaN in layers without tokens), each if its metric was recorded.
+        consistency: float64 ``[n, L]``, if asked for.
     """
 
     keys: tuple[Key, ...]
@@ -136,7 +145,9 @@ class _Shard:
         if self.layers is None:
             return arrays
         axes = (slice(None), list(self.layers), slice(self.widest))
-        return {name: array[axes[: array.ndim]] for name, array in arrays.items()}
+        return {
+            name: array[axes[: array.ndim] if name in _OVER_EXPERTS else axes[:2]] for name, array in arrays.items()
+        }
 
 
 class SequenceStore:
@@ -226,6 +237,14 @@ class SequenceStore:
         """a_i / L_i, float64 ``[L, E]``; NaN in layers without tokens."""
         tokens = self.tokens(item, group)[:, None].astype(np.float64)
         return self.counts(item, group) / np.where(tokens > 0, tokens, np.nan)
+
+    def consistency(self, item: Item, group: str) -> np.ndarray:
+        """Mean Jaccard index of the experts of two tokens of the sequence, float64 ``[L]``; NaN for fewer than two.
+
+        Raises ``ValueError`` without ``record(sequences=True, consistency=...)``.
+        """
+        shard, row = self._locate(item, group)
+        return _array(shard, "consistency")[row].copy()
 
     def shards(self) -> Iterator[SequenceShard]:
         """Yield all sequences, one shard at a time, so that memory stays bounded whatever the size of the store."""
@@ -471,8 +490,7 @@ def _distribution(shard: SequenceShard, kind: str) -> np.ndarray:
 
 def _array(shard: SequenceShard, name: str) -> np.ndarray:
     if name not in shard.arrays:
-        metric = {"full": "probability", "topk": "weight_share", "counts": "counts"}[name]
-        raise ValueError(f"{name!r} was not recorded: record(metrics=...) with {metric!r}")
+        raise ValueError(f"{name!r} was not recorded: {_RECORDED_BY[name]}")
     return shard.arrays[name]
 
 

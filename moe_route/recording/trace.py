@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from moe_route import files
-from moe_route.calls.call import PHASES, Call
+from moe_route.calls.call import PHASES
+from moe_route.recording.choices import ChoiceObserver, ObservedCall
 from moe_route.recording.frames import data_frame
-from moe_route.recording.statistics import RecordingError
+from moe_route.recording.sequences import RunningSequences
 from moe_route.recording.store import Item
 
 if TYPE_CHECKING:
@@ -105,22 +106,18 @@ _HEADER = ("layers", "layer_numbers", "groups", "items", "truncated")
 
 @dataclass
 class _TracedCall:
-    """Data of one call: ids and weights by layer, on the device, and the labels of its tokens."""
+    """One call, with what must be read before it runs."""
 
-    batch: int
-    length: int
-    phase: int
-    prompt: int  # number of leading columns that are prefill, whatever the phase of the rest
-    drafted: int
-    valid: Tensor | None
-    group: int | Tensor  # index of the group; -1: not counted
+    observed: ObservedCall
     past: Tensor | None  # [batch or 1], earlier length of the sequences, if those tokens were not traced
     tokens: Tensor | None  # [batch, length] token ids
-    ids: dict[int, Tensor]
-    weights: dict[int, Tensor]
+
+    @property
+    def size(self) -> int:
+        return self.observed.batch * self.observed.length
 
 
-class TraceWriter:
+class TraceWriter(ChoiceObserver):
     """Collects the choices of the traced layers while a recorder is active."""
 
     def __init__(
@@ -148,7 +145,7 @@ class TraceWriter:
         self._ids_dtype = (
             torch.int8 if max((routers[layer].num_experts for layer in chosen), default=0) <= 128 else torch.int16
         )
-        self._weights_dtype = torch.float16 if weights == "float16" else torch.float32
+        self._weights_dtype = self.weights_dtype = torch.float16 if weights == "float16" else torch.float32
         self._current: _TracedCall | None = None
         self._waiting: list[_TracedCall] = []
         self._chunks: list[dict[str, np.ndarray]] = []
@@ -159,58 +156,40 @@ class TraceWriter:
         self._kept = 0
         self.truncated = False
 
-    def begin_sequences(self, items: Sequence[Item | None]) -> None:
+    def needs(self, layer: int) -> bool:
+        """Whether this layer is traced, and there is room."""
+        return layer in self.layers and not self.truncated
+
+    def begin_sequences(self, sequences: RunningSequences, groups: int) -> None:
         """Begin a new block of sequences; the former one has ended."""
         self.flush()
         self._first = len(self._items)
-        self._items.extend(items)
+        self._items.extend(sequences.item(i) for i in range(sequences.count))
         self._reached = {}
 
-    def begin_call(self, call: Call, group: int | Tensor) -> None:
-        """Begin a call. ``group``: index of the group per token, int, ``[N]`` or ``[N, length]``; -1: not traced."""
-        shape, phase = (call.batch, call.length), PHASES.index(call.phase)
+    def begin_call(self, observed: ObservedCall) -> None:
+        """Begin a call."""
+        call = observed.call
         goes_on = call.past_length and not self._reached and not self._waiting  # earlier tokens were not traced
         past = call.tokens_before()[:, 0] if goes_on else None
         ids = call.input_ids
+        shaped = ids is not None and ids.shape == (call.batch, call.length)
         # a copy, because callers may reuse their input buffer for the next step
-        tokens = None if ids is None or ids.shape != shape else ids.to(torch.int32, copy=True)
-        self._current = _TracedCall(*shape, phase, call.prompt, call.drafted, call.valid, group, past, tokens, {}, {})
-
-    def add(self, layer: int, ids: Tensor, weights: Tensor) -> None:
-        """Add the choice of one layer, ids ``[T, k]`` and weights ``[T, k]``, without waiting for the device."""
-        call = self._current
-        if call is None or layer not in self.layers or self.truncated:
-            return
-        if ids.shape[0] != call.batch * call.length:
-            raise RecordingError(
-                f"layer {layer} routed {ids.shape[0]} of {call.batch * call.length} tokens, so its trace cannot be "
-                "told apart: leave it out, record(trace=[...])"
-            )
-        call.ids[layer] = ids.detach().to(self._ids_dtype, copy=True)
-        call.weights[layer] = weights.detach().to(self._weights_dtype, copy=True)
+        tokens = ids.to(torch.int32, copy=True) if ids is not None and shaped else None
+        self._current = _TracedCall(observed, past, tokens)
 
     def drop_call(self) -> None:
-        """Drop the data of a call that failed before its end."""
+        """Drop the data of a call that failed."""
         self._current = None
 
-    def end_call(self) -> None:
-        """Complete the running call."""
+    def take(self, observed: ObservedCall) -> None:
+        """Keep the choices of a completed call."""
         call, self._current = self._current, None
-        if call is None:
+        if call is None or not any(self.needs(layer) for layer in observed.ids):
             return
-        if call.ids:
-            self._waiting.append(call)
-        if call.drafted:
-            return  # it is not known yet which of its tokens are text
-        if sum(call.batch * call.length for call in self._waiting) >= _FLUSH_TOKENS:
+        self._waiting.append(call)
+        if sum(call.size for call in self._waiting) >= _FLUSH_TOKENS:
             self.flush()
-
-    def drop_last(self, columns: int) -> None:
-        """Drop the last ``columns`` of the latest call, which belong to no text."""
-        if self._waiting and self._waiting[-1].drafted:
-            call = self._waiting[-1]
-            text = (torch.arange(call.length) < call.length - columns).expand(call.batch, -1)
-            call.valid = text if call.valid is None else text & call.valid.cpu()
 
     def flush(self) -> None:
         """Copy the waiting data from the device to the host."""
@@ -219,32 +198,34 @@ class TraceWriter:
         self._waiting = []
 
     def _take(self, call: _TracedCall) -> None:
-        rows = np.arange(call.batch)
-        shape = (call.batch, call.length)
-        valid = np.ones(shape, bool) if call.valid is None else call.valid.cpu().numpy()
-        repeats = call.batch // max(len(self._items) - self._first, 1)
-        together = tuple(sorted(call.ids))
+        observed = call.observed
+        rows = np.arange(observed.batch)
+        shape = (observed.batch, observed.length)
+        valid = np.ones(shape, bool) if observed.valid is None else observed.valid.cpu().numpy()
+        repeats = observed.batch // max(len(self._items) - self._first, 1)
+        together = tuple(sorted(observed.ids))
         reached = self._reached.get(together)
         if reached is None:
             reached = np.zeros(1, np.int64) if call.past is None else call.past.cpu().numpy()
-        reached = np.repeat(reached, call.batch // len(reached))
+        reached = np.repeat(reached, observed.batch // len(reached))
         position = reached[:, None] + np.cumsum(valid, axis=1) - 1
         self._reached[together] = reached + valid.sum(1)
-        group = _spread(call.group, shape)
-        kept = (valid & (group >= 0)).reshape(-1)
-        kept &= np.cumsum(kept) <= self.limit - self._kept
+        group = observed.groups(observed.call.device).cpu().numpy()
+        wanted = group >= 0
+        kept = wanted & (np.cumsum(wanted) <= self.limit - self._kept)
         counted = int(kept.sum())
-        if counted < int((valid & (group >= 0)).sum()):
+        if counted < int(wanted.sum()):
             self._stop()
         self._kept += counted
         sequence = np.broadcast_to((self._first + rows // repeats)[:, None], shape)
-        phase = np.broadcast_to(np.where(np.arange(call.length) < call.prompt, 0, call.phase), shape)
+        running = PHASES.index(observed.call.phase)
+        phase = np.broadcast_to(np.where(np.arange(observed.length) < observed.call.prompt, 0, running), shape)
         token = np.full(shape, -1) if call.tokens is None else call.tokens.cpu().numpy()
-        ids, weights = self._choices(call, kept)
+        ids, weights = self._choices(observed, kept)
         self._chunks.append(
             {
                 "sequence": sequence.reshape(-1)[kept].astype(np.int32),
-                "group": group.reshape(-1)[kept].astype(np.int32),
+                "group": group[kept].astype(np.int32),
                 "position": position.reshape(-1)[kept].astype(np.int32),
                 "token": token.reshape(-1)[kept].astype(np.int32),
                 "phase": phase.reshape(-1)[kept].astype(np.uint8),
@@ -253,17 +234,19 @@ class TraceWriter:
             }
         )
 
-    def _choices(self, call: _TracedCall, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        self.slots = max(self.slots, *(chosen.shape[1] for chosen in call.ids.values()))  # a plan may give more slots
+    def _choices(self, call: ObservedCall, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        traced = {layer: chosen for layer, chosen in call.ids.items() if layer in self.layers}
+        self.slots = max(self.slots, *(chosen.shape[1] for chosen in traced.values()))  # a plan may give more slots
         ids = self._empty(int(kept.sum()), self._ids_dtype, -1)
         weights = self._empty(int(kept.sum()), self._weights_dtype, 0)
         alike: dict[tuple[torch.device, int], list[int]] = {}
-        for layer, chosen in call.ids.items():
+        for layer, chosen in traced.items():
             alike.setdefault((chosen.device, chosen.shape[1]), []).append(layer)
         for (_, width), layers in alike.items():  # one copy of each, per device
             places = [self.layers.index(layer) for layer in layers]
-            for target, source in ((ids, call.ids), (weights, call.weights)):
-                target[:, places, :width] = torch.stack([source[n] for n in layers], 1).cpu().numpy()[kept]
+            for target, source in ((ids, call.ids), (weights, call.weights)):  # a dtype that all observers can use
+                found = torch.stack([source[n] for n in layers], 1).cpu().numpy()[kept]
+                target[:, places, :width] = found.astype(target.dtype)
         return ids, weights
 
     def _empty(self, tokens: int, dtype: torch.dtype, value: int) -> np.ndarray:
@@ -309,11 +292,3 @@ class TraceWriter:
             **columns,
             truncated=self.truncated,
         )
-
-
-def _spread(group: int | Tensor, shape: tuple[int, int]) -> np.ndarray:
-    if isinstance(group, int):
-        return np.full(shape, group)
-    rows = group.cpu().numpy()
-    rows = np.repeat(rows, shape[0] // rows.shape[0], axis=0)
-    return np.broadcast_to(rows[:, None] if rows.ndim == 1 else rows, shape)

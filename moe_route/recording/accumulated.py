@@ -1,0 +1,84 @@
+"""The arrays that a recording can add up beside the tables of the gate: their axes, and how those of two runs merge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+__all__ = ["ACCUMULATED", "AccumulatedArray", "broken_array", "checked_array", "selected_array"]
+
+Axis = Literal["layer", "pair", "expert", "hidden"]
+
+
+class AccumulatedArray(NamedTuple):
+    """One array with the groups as axis 0; an entry of `ACCUMULATED`."""
+
+    axes: tuple[Axis, ...]  # the axes after the group; "pair" is layer l with layer l + 1
+    option: str  # how `record` is asked for it
+    merge: Literal["sum", "max"] = "sum"
+    dtype: Literal["int64", "float64"] = "int64"  # sums in int64 merge exactly in any order
+    signed: bool = False  # whether an element may be negative
+
+    def rows(self, layers: int) -> int:
+        """Length of axis 1."""
+        return max(layers - 1, 0) if self.axes[0] == "pair" else layers
+
+    def shape(self, groups: int, layers: int, experts: int, hidden: int) -> tuple[int, ...]:
+        """Shape of the whole array; E is that of the widest layer."""
+        sizes = {"layer": layers, "pair": self.rows(layers), "expert": experts, "hidden": hidden}
+        return (groups, *(sizes[axis] for axis in self.axes))
+
+
+ACCUMULATED: Mapping[str, AccumulatedArray] = {
+    # sums over finished sequences of the mean Jaccard index of their tokens, in multiples of 2^-32, and their number
+    "consistency": AccumulatedArray(("layer",), "consistency=True"),
+    "consistency_sequences": AccumulatedArray(("layer",), "consistency=True"),
+    # tokens that chose both experts; tokens that chose expert e in layer l and e' in layer l + 1
+    "co_selection": AccumulatedArray(("layer", "expert", "expert"), "pairs=True"),
+    "transitions": AccumulatedArray(("pair", "expert", "expert"), "pairs=True"),
+}
+
+
+def checked_array(name: str, array: np.ndarray, groups: int, layers: int, experts: int) -> np.ndarray:
+    """A read-only copy of an array. Raises ``ValueError`` for an unknown name, or a wrong shape or dtype."""
+    if name not in ACCUMULATED:
+        raise ValueError(f"unknown array {name!r}: one of {', '.join(ACCUMULATED)}")
+    of = ACCUMULATED[name]
+    hidden = array.shape[-1] if of.axes[-1] == "hidden" and array.ndim else 0
+    if array.shape != of.shape(groups, layers, experts, hidden):
+        raise ValueError(f"{name} has shape {list(array.shape)}, not {list(of.shape(groups, layers, experts, hidden))}")
+    if array.dtype != of.dtype:
+        raise ValueError(f"{name} must hold {of.dtype}, not {array.dtype}")
+    owned = np.array(array)
+    owned.setflags(write=False)
+    return owned
+
+
+def selected_array(
+    name: str, array: np.ndarray, groups: Sequence[int], layers: Sequence[int], experts: int
+) -> np.ndarray | None:
+    """The rows of some groups and layers by index, with ``experts`` experts.
+
+    None if the array holds pairs of layers, and two layers that were not neighbors would become neighbors.
+    """
+    of = ACCUMULATED[name]
+    rows = list(layers)
+    if of.axes[0] == "pair":
+        rows = rows[:-1]
+        if any(after != before + 1 for before, after in zip(rows, layers[1:], strict=True)):
+            return None
+    ends = tuple(slice(experts) if axis == "expert" else slice(None) for axis in of.axes[1:])
+    everything: tuple[slice, ...] = (slice(None), slice(None))
+    return array[list(groups)][:, rows][everything + ends]
+
+
+def broken_array(arrays: Mapping[str, np.ndarray]) -> str | None:
+    """What is wrong with these arrays, or None: a value that is not finite, or negative where it cannot be."""
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            return f"{name} holds a value that is not finite"
+        if not ACCUMULATED[name].signed and (array < 0).any():
+            return f"{name} holds a negative sum"
+    return None
