@@ -116,6 +116,8 @@ class RoutedModel:
         trace_limit: int = 1_000_000,
         trace_weights: Literal["float16", "float32"] = "float16",
         memory_bytes: int = 256 << 20,
+        expert_outputs: bool = False,
+        hidden: bool = False,
     ) -> Recorder:
         """Make a ``Recorder`` for this model, active inside its ``with`` block. It can be re-entered to continue.
 
@@ -131,9 +133,15 @@ class RoutedModel:
             trace_limit: largest number of tokens in a trace.
             trace_weights: dtype of the weights in a trace.
             memory_bytes: limit for sequences kept in memory.
+            expert_outputs: add up norms and peaks of the outputs of chosen experts
+                (``RoutingStatistics.expert_outputs``). The experts run once more, and outputs stay bit for bit the
+                same.
+            hidden: average the inputs of the routers, by sequence (with ``sequences``) and group
+                (``RoutingStatistics.hidden``).
 
         Raises ``ValueError`` for unknown names, ``RuntimeError`` after ``detach``. Entering it raises ``RuntimeError``
-        while another recording is active.
+        while another recording is active, and ``experts.NoExpertOutputsError`` for experts whose outputs cannot be
+        seen.
         """
         self._require_attached("record")
         return _RoutedRecorder(
@@ -148,6 +156,8 @@ class RoutedModel:
             trace_limit=trace_limit,
             trace_weights=trace_weights,
             memory_bytes=memory_bytes,
+            expert_outputs=expert_outputs,
+            hidden=hidden,
             metadata=self._metadata(),
         )
 

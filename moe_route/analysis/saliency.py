@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -45,7 +45,7 @@ class Saliency(ShownAsTables):
     groups: tuple[str, ...]
     layers: tuple[str, ...]
     num_experts: tuple[int, ...]
-    model: PlanModel = PlanModel()
+    model: PlanModel = field(default_factory=PlanModel)
 
     def least(self, number: int, group: str | None = None) -> ExpertSelection:
         """Select the ``number`` least salient experts of each layer; experts that no token chose come first."""

@@ -58,7 +58,8 @@ class SuperExperts(ShownAsTables):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content."""
-        experts = [dict(zip(self._columns, row, strict=True)) for row in zip(*map(plain, self._columns.values()))]
+        rows = zip(*map(plain, self._columns.values()), strict=True)
+        experts = [dict(zip(self._columns, row, strict=True)) for row in rows]
         return {"super_experts": experts, "threshold": self.threshold, "largest": self.largest}
 
     def tables(self) -> list[Table]:

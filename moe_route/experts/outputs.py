@@ -164,8 +164,9 @@ class _OneByOne:
 
     def __init__(self, router: RouterInfo, experts: nn.ModuleList | nn.ModuleDict, sink: OutputSink) -> None:
         self.router, self.experts, self.sink = router, experts, sink
-        # a plain list has no forward of its own
-        self.caller = router.block if type(experts) is nn.ModuleList else experts
+        # a plain list has no forward of its own, and its owner's is given the hidden states
+        owner = next(each for each in (router.module, router.block) if each._modules.get("experts") is experts)
+        self.caller = owner if type(experts) is nn.ModuleList else experts
         self.hidden: Tensor | None = None
         self.chosen: Tensor | None = None
         self.seen: SeenOutputs | None = None
@@ -192,7 +193,7 @@ class _OneByOne:
             self.chosen = self.sink.awaits(self.router.layer)
         if self.chosen is None or self.hidden is None:
             return
-        slots, tokens = (self.chosen.T == expert).nonzero(as_tuple=True)
+        slots, tokens = torch.nonzero(torch.eq(self.chosen.T, expert), as_tuple=True)
         rows = args[0].reshape(-1, args[0].shape[-1])
         if len(rows) != len(tokens) or not torch.equal(rows, self.hidden[tokens]):
             raise RuntimeError(

@@ -8,22 +8,20 @@ import torch
 from torch import Tensor
 
 from moe_route.contract.outputs import SeenOutputs
+from moe_route.recording.accumulated import SIZE_UNIT
 from moe_route.recording.accumulators import Accumulator
 from moe_route.recording.choices import ObservedCall
 from moe_route.recording.statistics import RecordingError
 from moe_route.recording.tables import RecordedRouter
 
-__all__ = ["OUTPUT_UNIT", "ExpertOutputs"]
-
-# Norms are added up in multiples of this. A token's term is rounded by at most 3e-8; sums may reach 5e11.
-OUTPUT_UNIT = 2.0**-24
+__all__ = ["ExpertOutputs"]
 
 
 class ExpertOutputs(Accumulator):
     """Per (group, layer, expert), over the tokens t that chose expert e with routing weight g_e(t):
 
-    - ``weighted_norm``: sum of g_e(t) * |f_e(x_t)|, in multiples of `OUTPUT_UNIT`;
-    - ``norm``: sum of |f_e(x_t)|, in multiples of `OUTPUT_UNIT`;
+    - ``weighted_norm``: sum of g_e(t) * |f_e(x_t)|, in multiples of `SIZE_UNIT`;
+    - ``norm``: sum of |f_e(x_t)|, in multiples of `SIZE_UNIT`;
     - ``peak``: largest absolute element of any f_e(x_t);
     - ``first``: number of first tokens of a sequence (position 0) that chose e.
     """
@@ -77,7 +75,12 @@ class ExpertOutputs(Accumulator):
 
         norms = torch.where(counted, seen.norms.double(), 0.0)
         for name, values in (("weighted_norm", norms * weights.double()), ("norm", norms)):
-            table(name).index_add_(0, place, (values / OUTPUT_UNIT).round().long().reshape(-1))
+            table(name).index_add_(0, place, _as_units(values).reshape(-1))
         peaks = torch.where(counted, seen.peaks.double(), 0.0).reshape(-1)
         table("peak").scatter_reduce_(0, place, peaks, "amax")
         table("first").index_add_(0, place, (counted & first[:, None]).long().reshape(-1))
+
+
+def _as_units(values: Tensor) -> Tensor:
+    """Round to multiples of `SIZE_UNIT`, as int64. Values that are not finite become 0; the peaks keep them."""
+    return torch.nan_to_num(values / SIZE_UNIT, nan=0.0, posinf=0.0, neginf=0.0).round().long()

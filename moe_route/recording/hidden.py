@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_route.recording.accumulated import SIZE_UNIT
 from moe_route.recording.accumulators import Accumulator
 from moe_route.recording.choices import ObservedCall
-from moe_route.recording.expert_outputs import OUTPUT_UNIT
 from moe_route.recording.sequences import RunningSequences
 from moe_route.recording.statistics import RecordingError
 from moe_route.recording.tables import RecordedRouter
@@ -21,7 +21,7 @@ __all__ = ["HiddenStates"]
 class HiddenStates(Accumulator):
     """Mean router input of each sequence, and its sum over the finished sequences of a group.
 
-    - ``hidden``: sum over sequences of the mean over tokens, in multiples of `OUTPUT_UNIT`;
+    - ``hidden``: sum over sequences of the mean over tokens, in multiples of `SIZE_UNIT`;
     - ``hidden_sequences``: number of sequences with a token in the layer.
 
     Sums over tokens are float64 on the device. The number of elements H is that of the first router that runs.
@@ -102,7 +102,7 @@ class HiddenStates(Accumulator):
             return
         means = values["hidden"].astype(np.float64)
         seen = ~np.isnan(means[..., 0])
-        terms = np.rint(np.nan_to_num(means) / OUTPUT_UNIT).astype(np.int64)
+        terms = np.rint(np.nan_to_num(means) / SIZE_UNIT).astype(np.int64)
         totals = self._grown()
         np.add.at(totals["hidden"], sequences.segment_group, terms)
         np.add.at(totals["hidden_sequences"], sequences.segment_group, seen.astype(np.int64))
