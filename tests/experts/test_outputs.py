@@ -240,7 +240,9 @@ def test_chunks_and_runs_add_up_exactly(tmp_path: Any) -> None:
 
     whole, parts = record(ids), record(ids[:1]) + record(ids[1:])
     for name in whole.accumulated:
-        np.testing.assert_array_equal(whole.accumulated[name], parts.accumulated[name], err_msg=name)
+        # peaks are as the model computed them, and its products round by the size of the batch
+        equal = np.testing.assert_allclose if name == "peak" else np.testing.assert_array_equal
+        equal(whole.accumulated[name], parts.accumulated[name], err_msg=name)
     whole.save(tmp_path / "s.safetensors")
     loaded = RoutingStatistics.load(tmp_path / "s.safetensors")
     np.testing.assert_array_equal(loaded.expert_outputs("peak"), whole.expert_outputs("peak"))
