@@ -89,5 +89,5 @@ def test_geometry_of_the_shipped_model(language_model, statistics) -> None:
 def test_weights_of_a_router_that_is_more_than_a_matrix() -> None:
     from harness.tiny_models import tiny_model
 
-    with mr.attach(tiny_model("phimoe")) as routed, pytest.raises(ValueError, match="PhimoeTopKRouter.*samples"):
+    with mr.attach(tiny_model("phimoe")) as routed, pytest.raises(ValueError, match=r"PhimoeTopKRouter.*samples"):
         router_weights(routed)
