@@ -24,6 +24,10 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--no-sequences", action="store_true", help="keep sums only, not each sentence (no paired divergence)"
     )
+    parser.add_argument(
+        "--expert-outputs", action="store_true", help="add up the sizes of the experts' outputs (runs experts twice)"
+    )
+    parser.add_argument("--hidden", action="store_true", help="average the inputs of the routers")
     parser.add_argument("--plan", type=Path, metavar="FILE", help="steer with this plan while recording")
     model_arguments(parser)
     text_arguments(parser)
@@ -47,7 +51,8 @@ def run(options: argparse.Namespace) -> Answer:
         with ExitStack() as stack:
             if plan is not None:
                 stack.enter_context(routed.steer(plan))
-            recorder = stack.enter_context(routed.record(groups=groups, sequences=not options.no_sequences))
+            more = {"expert_outputs": options.expert_outputs, "hidden": options.hidden}
+            recorder = stack.enter_context(routed.record(groups, sequences=not options.no_sequences, **more))
             stop = stack.enter_context(deferred_interrupt())
             ran = record_texts(recorder, spoken, work, stop=stop, **given)
         done = len(ran.texts)
