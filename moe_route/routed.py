@@ -37,7 +37,7 @@ from moe_route.recording import LabelBlock, Recorder, RoutingStatistics
 from moe_route.recording.recorder import DEFAULT_GROUP, DEFAULT_METRICS
 from moe_route.recording.special_tokens import special_ids_of
 from moe_route.routers.discovery import RouterInfo
-from moe_route.steering import CompiledPlan, Plan
+from moe_route.steering import CompiledPlan, ExpertSelection, Plan
 from moe_route.steering.draw import token_counter
 
 __all__ = ["RoutedModel", "attach"]
@@ -82,6 +82,7 @@ class RoutedModel:
         self._recorder: Recorder | None = None  # the active recorder, or the last one
         self._block: LabelBlock | None = None  # labels given without a recording
         self._plans: dict[object, Plan] = {}  # plans of the active steer blocks
+        self._protected: ExpertSelection | None = None
         self._steering: _ActivePlan | None = None
         self._applied = True  # whether the attachment steers by these plans
         attachment.listener = _Listener(self)
@@ -119,6 +120,8 @@ class RoutedModel:
         trace_limit: int = 1_000_000,
         trace_weights: Literal["float16", "float32"] = "float16",
         memory_bytes: int = 256 << 20,
+        expert_outputs: bool = False,
+        hidden: bool = False,
     ) -> Recorder:
         """Make a ``Recorder`` for this model, active inside its ``with`` block. It can be re-entered to continue.
 
@@ -140,9 +143,15 @@ class RoutedModel:
             trace_limit: largest number of tokens in a trace.
             trace_weights: dtype of the weights in a trace.
             memory_bytes: limit for sequences kept in memory.
+            expert_outputs: add up norms and peaks of the outputs of chosen experts
+                (``RoutingStatistics.expert_outputs``). The experts run once more, and outputs stay bit for bit the
+                same.
+            hidden: average the inputs of the routers, by sequence (with ``sequences``) and group
+                (``RoutingStatistics.hidden``).
 
         Raises ``ValueError`` for unknown names, ``RuntimeError`` after ``detach``. Entering it raises ``RuntimeError``
-        while another recording is active.
+        while another recording is active, and ``experts.NoExpertOutputsError`` for experts whose outputs cannot be
+        seen.
         """
         self._require_attached("record")
         return _RoutedRecorder(
@@ -160,6 +169,8 @@ class RoutedModel:
             trace_limit=trace_limit,
             trace_weights=trace_weights,
             memory_bytes=memory_bytes,
+            expert_outputs=expert_outputs,
+            hidden=hidden,
             metadata=self._metadata(),
         )
 
@@ -217,7 +228,27 @@ class RoutedModel:
         """
         if not isinstance(plan, Plan):
             raise TypeError(f"steer takes a Plan, not {type(plan).__name__}: Plan.activate(experts), Plan.load(path)")
+        self._warn_of_protected(plan)
         return Block("routed.steer(plan)", self._steered(plan))
+
+    def protect(self, experts: Mapping[int, Iterable[int]] | None) -> None:
+        """Warn from now on when a plan names one of these experts (layer -> ids); None ends it.
+
+        Meant for super experts (``analysis.super_experts(statistics).selection``), whose change breaks the model on any
+        text. ``steer`` then gives a ``RuntimeWarning`` that lists them, and steers all the same.
+        """
+        self._protected = None if experts is None else ExpertSelection(experts)
+
+    def _warn_of_protected(self, plan: Plan) -> None:
+        touched = self._protected and plan.touching(self._protected)
+        if touched:
+            listed = ", ".join(f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in touched.items())
+            warnings.warn(
+                f"this plan names protected experts ({listed}): leave them out (experts - protected, or "
+                "plan.random(seed, exclude=protected))",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     @contextlib.contextmanager
     def _steered(self, plan: Plan) -> Iterator[RoutedModel]:

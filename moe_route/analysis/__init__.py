@@ -30,13 +30,17 @@ from moe_route.analysis.experts import (
     risk_experts,
     task_experts,
 )
+from moe_route.analysis.geometry import Geometry, geometry
 from moe_route.analysis.inputs import AnalysisError
 from moe_route.analysis.load import LoadBalance, load_balance
 from moe_route.analysis.locality import LocalConsistency, local_consistency
 from moe_route.analysis.measures import entropy_of, jensen_shannon, normalized_jensen_shannon
 from moe_route.analysis.paired import Difference, RandomControl, paired_difference, random_control
 from moe_route.analysis.paths import Paths, PathWindow, RoutingPath, paths
+from moe_route.analysis.pruning import PruningStability, prune, pruning_stability
+from moe_route.analysis.saliency import Saliency, saliency
 from moe_route.analysis.saturation import Saturation, saturation
+from moe_route.analysis.super_experts import SuperExperts, super_experts
 from moe_route.analysis.vocabulary import ClassRouting, TokenShare, Vocabulary, class_routing, token_classes, vocabulary
 
 __all__ = [
@@ -52,15 +56,19 @@ __all__ = [
     "DivergenceMatrix",
     "Entropy",
     "ExpertPair",
+    "Geometry",
     "LanguageExperts",
     "LoadBalance",
     "LocalConsistency",
     "PathWindow",
     "Paths",
+    "PruningStability",
     "RandomControl",
     "RiskExperts",
     "RoutingPath",
+    "Saliency",
     "Saturation",
+    "SuperExperts",
     "TokenShare",
     "Transitions",
     "UShape",
@@ -78,6 +86,7 @@ __all__ = [
     "esft_experts",
     "expert_difference",
     "frequency_share_experts",
+    "geometry",
     "jensen_shannon",
     "load_balance",
     "local_consistency",
@@ -86,9 +95,13 @@ __all__ = [
     "normalized_jensen_shannon",
     "paired_difference",
     "paths",
+    "prune",
+    "pruning_stability",
     "random_control",
     "risk_experts",
+    "saliency",
     "saturation",
+    "super_experts",
     "task_experts",
     "token_classes",
     "transitions",

@@ -46,6 +46,10 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--no-special-tokens", action="store_true", help="leave out the tokenizer's special tokens (begin, end, ...)"
     )
+    parser.add_argument(
+        "--expert-outputs", action="store_true", help="add up the sizes of the experts' outputs (runs experts twice)"
+    )
+    parser.add_argument("--hidden", action="store_true", help="average the inputs of the routers")
     parser.add_argument("--plan", type=Path, metavar="FILE", help="steer with this plan while recording")
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="also write the experts of every token, up to a million tokens"
@@ -114,5 +118,7 @@ def _asked_for(options: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
         "trace": options.trace is not None and (options.trace_layers or True),
         "consistency": options.consistency,
         "pairs": options.pairs,
+        "expert_outputs": options.expert_outputs,
+        "hidden": options.hidden,
         "special_tokens": list(tokenizer.all_special_ids) if options.no_special_tokens else True,
     }

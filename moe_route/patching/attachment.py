@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moe_route.calls.generation import finished_tokens
 from moe_route.calls.images import placeholder_ids
@@ -18,6 +18,7 @@ from moe_route.calls.token_table import Labels
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.devices import finish
 from moe_route.experts.interface import ExpertsSwitch
+from moe_route.experts.outputs import OutputSink, watch_experts
 from moe_route.modules.attributes import at
 from moe_route.modules.compiled import drop_graphs
 from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook
@@ -36,6 +37,13 @@ ENGINES: Mapping[str, type[Engine]] = {"hook": HookEngine, "fused": FusedEngine}
 EXPERTS_IMPLEMENTATIONS = (None, "moe_route")
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
+
+
+class InputSink(Protocol):
+    """What receives the inputs of the routers (`Attachment.watch`)."""
+
+    def add_input(self, layer: int, hidden: Tensor) -> None:
+        """Receive the hidden states [..., H] that a router is given."""
 
 
 class AlreadyAttachedError(RuntimeError):
@@ -88,6 +96,8 @@ class Attachment:
         self._context.placeholders = placeholder_ids(model)
         self._engines = [ENGINES[router.engine](router, self._context) for router in self.routers]
         self._changes: list[Change] = []
+        self._watching: list[Change] = []
+        self._sinks: tuple[OutputSink | None, InputSink | None] = (None, None)
         experts = (ExpertsSwitch(model),) if experts_implementation == "moe_route" else ()
         self._install((*experts, *self._own_changes()))
 
@@ -150,6 +160,44 @@ class Attachment:
         self._statistics = None if tables is None else list(tables)
         self._configure()
 
+    def watch(self, *, outputs: OutputSink | None = None, inputs: InputSink | None = None) -> None:
+        """Show the outputs of chosen experts, or the inputs of the routers, to these objects; with neither, stop.
+
+        The hooks stay only meanwhile, and graphs that torch.compile made of the model are dropped when they come and
+        go. Routers of a vision tower are left out, since their patches are not tokens of the call.
+
+        Raises `NoExpertOutputsError` for experts whose single outputs cannot be seen, and then watches nothing.
+        """
+        if (outputs, inputs) == self._sinks and self.attached:
+            return
+        self._end_watch()
+        if outputs is None and inputs is None:
+            return
+        routers = [router for router in self.routers if not router.adapter.patches]
+        changes: list[Change] = []
+        for router in routers:
+            changes += (
+                [] if inputs is None else [ForwardPreHook(router.module, _input_hook(router, inputs), with_kwargs=True)]
+            )
+            changes += [] if outputs is None else watch_experts(router, outputs)
+        self._sinks = (outputs, inputs)
+        drop_graphs(self.model)
+        try:
+            for change in changes:
+                self._watching.append(change)  # before installing, as in `_install`
+                change.install()
+        except BaseException:
+            self._end_watch()
+            raise
+
+    def _end_watch(self) -> None:
+        if self._watching:
+            drop_graphs(self.model)
+        while self._watching:
+            self._watching[-1].remove()
+            self._watching.pop()
+        self._sinks = (None, None)
+
     def flush(self) -> None:
         """Count the calls that are waiting, so that the statistics tables include every completed call.
 
@@ -206,6 +254,7 @@ class Attachment:
             self._take_back()  # continues where an interrupt stopped the first attempt
 
     def _take_back(self) -> None:
+        self._end_watch()
         while self._changes:
             self._changes[-1].remove()
             self._changes.pop()
@@ -290,6 +339,14 @@ def call_readers(model: nn.Module, routers: list[RouterInfo]) -> list[tuple[nn.M
             if reader.places.keys() & {"input_ids", "inputs_embeds"} and not reader.holds_two:
                 found.append((module, reader))
     return found or [(model, CallReader(model, first_tensor=True))]
+
+
+def _input_hook(router: RouterInfo, sink: InputSink) -> Callable[..., None]:
+    @torch.compiler.disable
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sink.add_input(router.layer, (*args, *kwargs.values())[0])
+
+    return hook
 
 
 def _enter(

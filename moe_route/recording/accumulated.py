@@ -7,8 +7,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-__all__ = ["ACCUMULATED", "AccumulatedArray", "broken_array", "checked_array", "selected_array"]
+__all__ = ["ACCUMULATED", "SIZE_UNIT", "AccumulatedArray", "broken_array", "checked_array", "selected_array"]
 
+# Sizes of hidden states and outputs are added up in multiples of this: a term is rounded by 3e-8, sums may reach 5e11.
+SIZE_UNIT = 2.0**-24
 Axis = Literal["layer", "pair", "expert", "hidden"]
 
 
@@ -38,6 +40,15 @@ ACCUMULATED: Mapping[str, AccumulatedArray] = {
     # tokens that chose both experts; tokens that chose expert e in layer l and e' in layer l + 1
     "co_selection": AccumulatedArray(("layer", "expert", "expert"), "pairs=True"),
     "transitions": AccumulatedArray(("pair", "expert", "expert"), "pairs=True"),
+    # over the tokens t that chose expert e with weight g_e(t): sums of g_e(t) * |f_e(x_t)| and of |f_e(x_t)| in
+    # multiples of `SIZE_UNIT`, largest absolute element of any f_e(x_t), number of first tokens (position 0)
+    "weighted_norm": AccumulatedArray(("layer", "expert"), "expert_outputs=True"),
+    "norm": AccumulatedArray(("layer", "expert"), "expert_outputs=True"),
+    "peak": AccumulatedArray(("layer", "expert"), "expert_outputs=True", merge="max", dtype="float64"),
+    "first": AccumulatedArray(("layer", "expert"), "expert_outputs=True"),
+    # sum over finished sequences of the mean router input, in multiples of `SIZE_UNIT`, and the number of sequences
+    "hidden": AccumulatedArray(("layer", "hidden"), "hidden=True", signed=True),
+    "hidden_sequences": AccumulatedArray(("layer",), "hidden=True"),
 }
 
 

@@ -28,6 +28,8 @@ from moe_route.devices import capturing, refuse_capture
 from moe_route.recording.accumulators import Accumulator
 from moe_route.recording.choices import ChoiceCollector
 from moe_route.recording.consistency import SequenceConsistency
+from moe_route.recording.expert_outputs import ExpertOutputs
+from moe_route.recording.hidden import HiddenStates
 from moe_route.recording.labels import LabelBlock
 from moe_route.recording.metadata import add_fingerprints, merge_metadata
 from moe_route.recording.pairs import PairCounts
@@ -62,6 +64,8 @@ class RecordedModel(Protocol):
     def set_statistics(self, tables: Sequence[StatisticsTables] | None, *, lag: int = 0) -> None: ...
 
     def flush(self) -> None: ...
+
+    def watch(self, *, outputs: ExpertOutputs | None = None, inputs: HiddenStates | None = None) -> None: ...
 
 
 class _Drafts(NamedTuple):
@@ -105,6 +109,8 @@ class Recorder:
         trace_limit: int = 1_000_000,
         trace_weights: Literal["float16", "float32"] = "float16",
         memory_bytes: int = 256 << 20,
+        expert_outputs: bool = False,
+        hidden: bool = False,
         metadata: Mapping[str, Any] | None = None,
     ):
         """Prepare a recording; nothing is counted before the ``with`` block.
@@ -125,6 +131,8 @@ class Recorder:
             trace_limit: largest number of tokens in a trace.
             trace_weights: dtype of the weights in a trace.
             memory_bytes: limit for sequences kept in memory.
+            expert_outputs: add up the sizes of the outputs of chosen experts.
+            hidden: average the inputs of the routers.
             metadata: entries to keep with the statistics.
         """
         _check_names(metrics, METRICS, "metric")
@@ -141,6 +149,8 @@ class Recorder:
         self._store = self._new_store(sequences, memory_bytes)
         layers = trace if isinstance(trace, bool) else tuple(trace)
         self._trace = TraceWriter(model.routers, layers, limit=trace_limit, weights=trace_weights) if trace else None
+        self._outputs = ExpertOutputs(model.routers, len(self._groups)) if expert_outputs else None
+        self._hidden = HiddenStates(model.routers, len(self._groups)) if hidden else None
         self._accumulators = self._new_accumulators(consistency, pairs)
         observers = [*self._accumulators, *([] if self._trace is None else [self._trace])]
         self._choices = ChoiceCollector(model.routers, observers) if observers else None
@@ -174,7 +184,7 @@ class Recorder:
     def _new_accumulators(self, consistency: bool | int, pairs: bool) -> tuple[Accumulator, ...]:
         """What is added up beside the tables of the gate."""
         routers, groups = self._model.routers, len(self._groups)
-        chosen: list[Accumulator] = []
+        chosen: list[Accumulator] = [part for part in (self._outputs, self._hidden) if part is not None]
         if consistency is not False:
             chosen.append(SequenceConsistency(routers, groups, _number_of_pairs(consistency)))
         if pairs:
@@ -496,10 +506,19 @@ class Recorder:
         self._tables.follow()
         self._model.set_statistics(self._tables.layers, lag=LAG)
         self._model.on_choice = None if self._choices is None else torch.compiler.disable(self._choices.add)
+        if self._watches:
+            self._model.watch(outputs=self._outputs, inputs=self._hidden)
 
     def _disconnect(self) -> None:
         self._model.set_statistics(None)
         self._model.on_choice = None
+        if self._watches:
+            self._model.watch()
+
+    @property
+    def _watches(self) -> bool:
+        """Whether more is seen of the model than its choices."""
+        return self._outputs is not None or self._hidden is not None
 
     def _sequences_of(self, call: Call) -> RunningSequences:
         """The running sequences that this call continues, or new ones."""

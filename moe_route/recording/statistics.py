@@ -18,7 +18,7 @@ import numpy as np
 from moe_route import files
 from moe_route.calls.call import PHASES, Phase
 from moe_route.contract.tables import FIXED_POINT, METRICS, SCALARS
-from moe_route.recording.accumulated import ACCUMULATED, broken_array, checked_array, selected_array
+from moe_route.recording.accumulated import ACCUMULATED, SIZE_UNIT, broken_array, checked_array, selected_array
 from moe_route.recording.conservation import Conservation, broken_law, conservation
 from moe_route.recording.frames import data_frame
 from moe_route.recording.metadata import config_hash_of, merge_metadata
@@ -310,6 +310,27 @@ class RoutingStatistics:
         without ``record(pairs=True)``, and after ``select`` of layers that are not neighbors.
         """
         return self._accumulated("transitions")
+
+    def expert_outputs(self, name: Literal["weighted_norm", "norm", "peak", "first"]) -> np.ndarray:
+        """Sizes of the outputs f_e(x_t) of experts over the tokens t that chose them, ``[G, L, E]``, over both phases.
+
+        "weighted_norm" is the sum of g_e(t) * |f_e(x_t)|, with the routing weight g_e; "norm" the sum of |f_e(x_t)|;
+        "peak" the largest absolute element (float64, in units of the hidden states). "first" is the number of first
+        tokens of a sequence that chose e (int64). Zeros where no token chose e. Raises ``ValueError`` without
+        ``record(expert_outputs=True)``.
+        """
+        if name not in ("weighted_norm", "norm", "peak", "first"):
+            raise ValueError(f"no expert outputs {name!r}: weighted_norm, norm, peak or first")
+        values = self._accumulated(name)
+        return values * SIZE_UNIT if name in ("weighted_norm", "norm") else values
+
+    @property
+    def hidden(self) -> np.ndarray:
+        """Mean over finished sequences of the mean router input, float64 ``[G, L, H]``; NaN without sequences.
+
+        Raises ``ValueError`` without ``record(hidden=True)``.
+        """
+        return _ratio(self._accumulated("hidden") * SIZE_UNIT, self._accumulated("hidden_sequences")[..., None])
 
     def _accumulated(self, name: str) -> np.ndarray:
         if name not in self.accumulated:

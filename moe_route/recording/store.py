@@ -40,6 +40,7 @@ _RECORDED_BY = {
     "full": "record(metrics=...) with 'probability'",
     "topk": "record(metrics=...) with 'weight_share'",
     "consistency": "record(sequences=True, consistency=True)",
+    "hidden": "record(sequences=True, hidden=True)",
 }
 _UNNAMED = "#"  # sequences without an item id are "#0", "#1", ... and are never paired
 
@@ -53,6 +54,7 @@ class SequenceShard:
         tokens: int64 ``[n, L]`` (L_i).
         counts: int32 ``[n, L, E]`` (a_i), if its metric was recorded.
         full, topk: float32 ``[n, L, E]`` (q_i; NaN in layers without tokens), each if its metric was recorded.
+        hidden: float32 ``[n, L, H]``, if asked for.
         consistency: float64 ``[n, L]``, if asked for.
     """
 
@@ -245,6 +247,14 @@ class SequenceStore:
         """
         shard, row = self._locate(item, group)
         return _array(shard, "consistency")[row].copy()
+
+    def hidden(self, item: Item, group: str) -> np.ndarray:
+        """Mean router input of the sequence, float32 ``[L, H]``; NaN in layers without tokens.
+
+        Raises ``ValueError`` without ``record(sequences=True, hidden=True)``.
+        """
+        shard, row = self._locate(item, group)
+        return _array(shard, "hidden")[row].copy()
 
     def shards(self) -> Iterator[SequenceShard]:
         """Yield all sequences, one shard at a time, so that memory stays bounded whatever the size of the store."""

@@ -378,11 +378,27 @@ class Plan:
 
     # -- controls
 
-    def random(self, seed: int = 0, *, num_experts: int | Sequence[int] | None = None) -> Plan:
+    def touching(self, experts: Mapping[int, Iterable[int]]) -> ExpertSelection:
+        """The part of ``experts`` (layer -> ids) that some rule of the plan names in a layer where it acts.
+
+        Rules of a whole layer, and replays, name no expert.
+        """
+        whole = experts if isinstance(experts, ExpertSelection) else ExpertSelection(experts)
+        acting = [rule for rule in self.rules if rule.experts]
+        return whole & {layer: _named([rule for rule in acting if rule.in_layer(layer)], layer) for layer in whole}
+
+    def random(
+        self,
+        seed: int = 0,
+        *,
+        num_experts: int | Sequence[int] | None = None,
+        exclude: Mapping[int, Iterable[int]] | None = None,
+    ) -> Plan:
         """Random control: as many experts in each layer, drawn with ``seed``, under the same rules.
 
         ``num_experts`` is the number of experts per layer, one int or one per layer, if the plan does not know its
-        model. Raises ``PlanError`` if neither gives it.
+        model. ``exclude`` (layer -> ids) are never drawn: a model fails without its super experts, whatever the plan.
+        Raises ``PlanError`` if the number of experts is unknown, or fewer are left in a layer than the plan names.
         """
         shape = num_experts if num_experts is not None else self.model.num_experts
         if shape is None:
@@ -393,9 +409,22 @@ class Plan:
             size = shape if isinstance(shape, int) else shape[layer] if layer < len(shape) else 0
             if largest >= size:
                 raise PlanError(f"layer {layer} has {size} experts, the plan names expert {largest}: check num_experts")
-            return random_permutation(seed, layer, size)
+            drawn = random_permutation(seed, layer, size)
+            return drawn if exclude is None else self._drawn_outside(drawn, layer, set(exclude.get(layer, ())))
 
         return self._derived((rule.relabeled(order) for rule in self.rules), f"random {seed}")
+
+    def _drawn_outside(self, drawn: np.ndarray, layer: int, excluded: set[int]) -> np.ndarray:
+        """A permutation of the layer's experts that maps those that the plan names to none of ``excluded``."""
+        named = sorted(_named(self.rules, layer))
+        rest = [expert for expert in range(len(drawn)) if expert not in set(named)]
+        free = [expert for expert in drawn.tolist() if expert not in excluded]
+        if len(named) > len(free):
+            raise PlanError(f"layer {layer} has {len(free)} experts outside exclude, and the plan names {len(named)}")
+        kept = [expert for expert in drawn.tolist() if expert in excluded]
+        order = np.empty_like(drawn)
+        order[named + rest] = free + kept
+        return order
 
     def random_per_token(self, seed: int = 0) -> Plan:
         """Random control with a new draw per token: as many experts, but other ones for each token.
@@ -552,6 +581,17 @@ class Plan:
         shown = "; ".join(map(str, self.rules[:_SHOWN])) or "nothing"
         more = len(self.rules) - _SHOWN
         return f"Plan({shown}{f'; and {more} more rules' if more > 0 else ''})"
+
+
+def _named(rules: Iterable[Rule], layer: int) -> set[int]:
+    """The experts of one layer that the rules name, targets of "remap" included."""
+    found: set[int] = set()
+    for rule in rules:
+        pairs = dict(rule.experts).get(layer, ())
+        found.update(expert for expert, _ in pairs)
+        if rule.kind == "remap":
+            found.update(int(to) for _, to in pairs if to >= 0)
+    return found
 
 
 def _is_json(path: str | os.PathLike[str]) -> bool:

@@ -7,7 +7,18 @@ from typing import Any
 
 
 def add(verbs: Any) -> None:
-    from moe_route.cli.analyze import balance, coactivation, consistency, divergence, entropy, experts, tokens
+    from moe_route.cli.analyze import (
+        balance,
+        coactivation,
+        consistency,
+        divergence,
+        entropy,
+        experts,
+        geometry,
+        pruning,
+        saliency,
+        tokens,
+    )
 
     verb = verbs.add_parser(
         "analyze",
@@ -17,5 +28,16 @@ def add(verbs: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     questions = verb.add_subparsers(title="questions", metavar="QUESTION", required=True)
-    for module in (divergence, entropy, consistency, experts, balance, coactivation, tokens):
+    for module in (
+        divergence,
+        entropy,
+        consistency,
+        experts,
+        balance,
+        coactivation,
+        tokens,
+        saliency,
+        pruning,
+        geometry,
+    ):
         module.add(questions)

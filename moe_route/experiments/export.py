@@ -1,0 +1,183 @@
+"""Write a pruned model as a smaller checkpoint of the same class."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_route.modules.attributes import modeling_of
+from moe_route.routers.discovery import RouterInfo, find_routers
+
+__all__ = ["CannotExportError", "export_pruned"]
+
+# Names under which configurations hold the number of experts.
+_SIZES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+
+
+class CannotExportError(ValueError):
+    """Raised for a selection or a model that cannot be written as a smaller checkpoint; names the fix."""
+
+
+def export_pruned(
+    model: nn.Module,
+    selection: Mapping[int, Iterable[int]],
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+) -> None:
+    """Write ``model`` without the experts of ``selection`` to ``folder``, for ``from_pretrained``.
+
+    The tensors of these experts and their rows in the routers (gate matrix, biases) are cut, and the configuration gets
+    the new number of experts. Routing weights follow as usual from the remaining scores, so the outputs are those of
+    the whole model under ``Plan.forbid(selection)``, up to the rounding of other matrix shapes.
+
+    Args:
+        model: a model of transformers in memory, attached to or not; it is not changed.
+        selection: layer -> experts to drop (``analysis.prune``).
+        tokenizer: saved beside the model, if given.
+
+    A configuration has one number of experts, so every layer must drop equally many, and every router group of a
+    group-limited router too. Raises ``CannotExportError`` otherwise, and for layouts that cannot be cut: quantized or
+    offloaded weights, experts without a tensor axis of their own.
+    """
+    if modeling_of(model) is None or not hasattr(model, "save_pretrained"):
+        raise CannotExportError(f"{type(model).__name__} is not a model of transformers, so it has no format to write")
+    routers = find_routers(model)
+    kept = _kept_experts(routers, selection)
+    config, whole = _smaller_config(model, routers, len(kept[0]))
+    state = dict(model.state_dict())
+    for router, experts in zip(routers, kept, strict=True):
+        for name, tensor in _tensors_of(model, router, whole):
+            axis = 0 if tensor.shape[0] == whole else 1
+            state[name] = tensor.index_select(axis, torch.tensor(experts, device=tensor.device))
+    with torch.device("meta"):
+        smaller: Any = type(model)(config)
+    try:
+        smaller.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise CannotExportError(
+            f"{type(model).__name__} of {len(kept[0])} experts has other tensors than those that were cut "
+            f"({str(error).splitlines()[-1].strip()}): it cannot be exported; steer with Plan.forbid(selection)"
+        ) from error
+    smaller.tie_weights()
+    smaller.generation_config = getattr(model, "generation_config", None)
+    smaller.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _kept_experts(routers: list[RouterInfo], selection: Mapping[int, Iterable[int]]) -> list[list[int]]:
+    """The experts that stay in each layer."""
+    dropped = {layer: set(experts) for layer, experts in selection.items()}
+    for layer, experts in dropped.items():
+        if layer >= len(routers) or any(not 0 <= expert < routers[layer].num_experts for expert in experts):
+            raise CannotExportError(
+                f"the model lacks experts {sorted(experts)} in layer {layer}: prune with its statistics"
+            )
+    kept = [[e for e in range(r.num_experts) if e not in dropped.get(r.layer, ())] for r in routers]
+    sizes = {len(experts) for experts in kept}
+    if len(sizes) != 1:
+        raise CannotExportError(
+            f"layers would keep {', '.join(map(str, sorted(sizes)))} experts, and a configuration has one number for "
+            'all: prune with allocation="uniform", or steer with Plan.forbid(selection)'
+        )
+    for router, experts in zip(routers, kept, strict=True):
+        _refuse_layer(router, experts)
+    return kept
+
+
+def _refuse_layer(router: RouterInfo, kept: list[int]) -> None:
+    if len(kept) < router.top_k:
+        raise CannotExportError(
+            f"layer {router.layer} would keep {len(kept)} experts, and its tokens choose {router.top_k}"
+        )
+    if router.family.chosen_by != "logits" or router.role:
+        what = "chooses by token id" if router.family.chosen_by != "logits" else f"is one of a {router.role} part"
+        raise CannotExportError(
+            f"{type(router.module).__name__} of layer {router.layer} {what}, which cannot be cut: steer with "
+            "Plan.forbid(selection)"
+        )
+    groups = router.spec.groups
+    if groups > 1:
+        size = router.num_experts // groups
+        counts = [sum(first <= e < first + size for e in kept) for first in range(0, router.num_experts, size)]
+        if len(set(counts)) != 1:
+            raise CannotExportError(
+                f"the router groups of layer {router.layer} would keep {', '.join(map(str, counts))} experts, and they "
+                f"must be equally many: prune(..., n_group={groups}, topk_group={router.spec.top_groups})"
+            )
+
+
+def _smaller_config(model: Any, routers: list[RouterInfo], kept: int) -> tuple[Any, int]:
+    """A copy of the configuration with ``kept`` experts, and the number of experts before."""
+    sizes = {router.num_experts for router in routers}
+    whole = sizes.pop()
+    if sizes:
+        raise CannotExportError("its layers have different numbers of experts: steer with Plan.forbid(selection)")
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    names = [name for name in _SIZES if getattr(text, name, None) == whole]
+    if not names:
+        raise CannotExportError(
+            f"{type(text).__name__} holds no number of experts ({whole}) under {', '.join(_SIZES)}: steer with "
+            "Plan.forbid(selection)"
+        )
+    for name in names:
+        setattr(text, name, kept)
+    return config, whole
+
+
+def _tensors_of(model: nn.Module, router: RouterInfo, whole: int) -> Iterable[tuple[str, Tensor]]:
+    """Names and tensors of one layer with an entry per expert: [E, ...], or [1, E] in a router."""
+    names = {id(module): name for name, module in model.named_modules()}
+    experts = next((o._modules["experts"] for o in (router.module, router.block) if o._modules.get("experts")), None)
+    if (
+        experts is None
+        or isinstance(experts, (nn.ModuleList, nn.ModuleDict))
+        or next(experts.parameters(), None) is None
+    ):
+        raise CannotExportError(
+            f"the experts of {type(router.block).__name__} are not tensors with an axis of experts: steer with "
+            "Plan.forbid(selection)"
+        )
+    for module, recurse in ((experts, True), (router.module, True), (router.block, False)):
+        if module is router.block and module is router.module:
+            continue
+        prefix = names[id(module)]
+        for name, tensor in _own(module, recurse):
+            full = f"{prefix}.{name}" if prefix else name
+            _refuse_tensor(full, tensor)
+            if module is experts and tensor.shape[:1] != (whole,):
+                raise CannotExportError(
+                    f"{full} of {type(experts).__name__} has shape {list(tensor.shape)}, whose first axis is not the "
+                    f"{whole} experts: steer with Plan.forbid(selection)"
+                )
+            if tensor.shape[:1] == (whole,) or tensor.shape == (1, whole):
+                yield full, tensor
+
+
+def _own(module: nn.Module, recurse: bool) -> Iterable[tuple[str, Tensor]]:
+    kept = (
+        module.state_dict()
+        if recurse
+        else {
+            **{name: value for name, value in module._parameters.items() if value is not None},
+            **{
+                name: value
+                for name, value in module._buffers.items()
+                if value is not None and name not in module._non_persistent_buffers_set
+            },
+        }
+    )
+    return kept.items()
+
+
+def _refuse_tensor(name: str, tensor: Tensor) -> None:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or not tensor.is_floating_point():
+        what = "offloaded" if tensor.is_meta else f"a {type(tensor).__name__} of {tensor.dtype}"
+        raise CannotExportError(f"{name} is {what}: load the model in memory in floating point to export it")

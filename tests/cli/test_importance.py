@@ -1,0 +1,70 @@
+"""Commands about which experts matter: saliency, super experts, pruning and its export, geometry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harness.commands import SMALL, refused
+
+pytest.importorskip("transformers")
+
+from moe_route import analysis
+from moe_route.cli import main
+from moe_route.recording import RoutingStatistics
+from moe_route.steering import ExpertSelection, Plan
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recorded") / "general.safetensors"
+    assert main(["record", "--expert-outputs", "--hidden", "--out", str(path), *SMALL]) == 0
+    return path
+
+
+def test_saliency_and_super_experts(answer, moe_route, recorded: Path) -> None:
+    found = answer("analyze", "saliency", recorded, "--by", "all")
+    want = analysis.saliency(RoutingStatistics.load(recorded), by="all")
+    np.testing.assert_array_equal(np.array(found["saliency"], dtype=float), want.values)
+    assert "most salient" in moe_route("analyze", "saliency", recorded)[1]
+    found = answer("analyze", "super-experts", recorded, "--quantile", 0.9)
+    assert found["super_experts"]
+    assert all(expert["peak"] > found["threshold"] for expert in found["super_experts"])
+    refused(moe_route("analyze", "super-experts", recorded, "--share", 2), "share")
+
+
+def test_prune_to_a_smaller_checkpoint(answer, moe_route, recorded: Path, tmp_path: Path) -> None:
+    dropped, plan, folder = tmp_path / "dropped.safetensors", tmp_path / "plan.json", tmp_path / "smaller"
+    out = ("--out", dropped, "--plan", plan, "--resamples", 5)
+    found = answer("analyze", "prune", recorded, "--keep", 0.5, *out)
+    selection = ExpertSelection.load(dropped)
+    assert found["dropped"]["experts"] == selection.to_dict()["experts"]
+    assert found["stability"]["resamples"] == 5
+    assert Plan.load(plan) == Plan.forbid(selection)
+    written = answer("prune", "--selection", dropped, "--out", folder)
+    assert written["dropped"] == len(selection)
+    small = ("--languages", "eng_Latn", "--limit", 4)
+    smaller = answer("record", "--model", folder, "--out", tmp_path / "s.safetensors", *small)
+    assert set(smaller["experts"]) == {8}
+    refused(moe_route("prune", "--selection", dropped, "--out", folder), "not empty")
+    refused(moe_route("analyze", "prune", recorded, "--keep", 0.01), "keep at least")
+
+
+def test_a_pruning_curve(answer, moe_route, recorded: Path) -> None:
+    small = ("--languages", "eng_Latn", "--limit", 2)
+    options = ("--statistics", recorded, "--criteria", "reap,random", "--keep", "0.75,0.5")
+    found = answer("pruning-curve", *options, *small)
+    assert np.shape(found["loss"]) == (2, 2, 1)
+    code, _, err = moe_route("pruning-curve", "--statistics", recorded, "--keep", "half")
+    assert code == 2
+    assert "list of shares" in err
+
+
+def test_geometry(answer, moe_route, recorded: Path, files: dict[str, Path]) -> None:
+    found = answer("analyze", "geometry", recorded, "--weights")
+    assert found["groups"] == ["deu_Latn", "swh_Latn"]
+    assert 0 < found["row_share"][0][0] < 1
+    assert "row_share" not in answer("analyze", "geometry", recorded)
+    refused(moe_route("analyze", "geometry", files["general"]), "hidden=True")
+    refused(moe_route("analyze", "saliency", files["general"]), "expert_outputs=True")
