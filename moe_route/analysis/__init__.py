@@ -5,6 +5,7 @@ with the same accessors), or arrays where these suffice.
 """
 
 from moe_route.analysis.correlation import Correlation, correlation
+from moe_route.analysis.difference import ExpertDifference, expert_difference, expert_difference_interval
 from moe_route.analysis.divergence import (
     MEASURES,
     Divergence,
@@ -16,20 +17,17 @@ from moe_route.analysis.divergence import (
     u_shape,
 )
 from moe_route.analysis.entropy import Entropy, consistency, entropy
-from moe_route.analysis.experts import (
-    LanguageExperts,
-    RiskExperts,
-    entropy_experts,
-    esft_experts,
-    expert_difference,
-    frequency_share_experts,
-    multilingual_experts,
-    risk_experts,
-    task_experts,
-)
+from moe_route.analysis.esft import esft_experts, esft_scores
+from moe_route.analysis.experts import multilingual_experts, task_experts
 from moe_route.analysis.inputs import AnalysisError
+from moe_route.analysis.language_experts import LanguageExperts, entropy_experts, frequency_share_experts
 from moe_route.analysis.measures import entropy_of, jensen_shannon, normalized_jensen_shannon
+from moe_route.analysis.overlap import Overlap, overlap
 from moe_route.analysis.paired import Difference, RandomControl, paired_difference, random_control
+from moe_route.analysis.rise import RiseExperts, rise_experts
+from moe_route.analysis.risk import RiskExperts, risk_experts
+from moe_route.analysis.stability import Stability, stability_selection
+from moe_route.analysis.sweep import Sweep, sweep
 
 __all__ = [
     "MEASURES",
@@ -39,9 +37,14 @@ __all__ = [
     "Divergence",
     "DivergenceMatrix",
     "Entropy",
+    "ExpertDifference",
     "LanguageExperts",
+    "Overlap",
     "RandomControl",
+    "RiseExperts",
     "RiskExperts",
+    "Stability",
+    "Sweep",
     "UShape",
     "consistency",
     "correlation",
@@ -51,15 +54,21 @@ __all__ = [
     "entropy_experts",
     "entropy_of",
     "esft_experts",
+    "esft_scores",
     "expert_difference",
+    "expert_difference_interval",
     "frequency_share_experts",
     "jensen_shannon",
     "middle_layers",
     "multilingual_experts",
     "normalized_jensen_shannon",
+    "overlap",
     "paired_difference",
     "random_control",
+    "rise_experts",
     "risk_experts",
+    "stability_selection",
+    "sweep",
     "task_experts",
     "u_shape",
 ]

@@ -246,13 +246,23 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
             ) from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the selection to ``path``, whole or not at all."""
-        files.write(path, {}, self.to_dict(), _KIND)
+        """Write the selection to ``path``, whole or not at all.
+
+        A name that ends in ".json" gives JSON, to read, compare and edit; any other name gives safetensors.
+        """
+        if files.is_json(path):
+            files.write_json(path, self.to_dict(), _KIND)
+        else:
+            files.write(path, {}, self.to_dict(), _KIND)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExpertSelection:
-        """Read a file that ``save`` wrote; raises ``files.FileRefusedError`` for anything else."""
-        return cls.from_dict(files.read(path, _KIND)[1])
+        """Read a file that ``save`` wrote; its name tells the format. JSON may have been edited.
+
+        Experts that were added by hand have no score. Raises ``files.FileRefusedError`` for a file that is not a
+        selection, and ``ValueError`` for experts that the model does not have.
+        """
+        return cls.from_dict(files.read_json(path, _KIND) if files.is_json(path) else files.read(path, _KIND)[1])
 
     def __repr__(self) -> str:
         title, rows, rest = self._shown()
