@@ -233,8 +233,11 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
         """Rebuild a selection from ``to_dict``; raises ``ValueError`` for anything else."""
         try:
             return cls(
-                {int(layer): ids for layer, ids in content["experts"].items()},
-                scores={int(k): {int(e): s for e, s in of.items()} for k, of in content.get("scores", {}).items()},
+                {_whole(layer): ids for layer, ids in content["experts"].items()},
+                scores={
+                    _whole(layer): {_whole(expert): score for expert, score in of.items()}
+                    for layer, of in content.get("scores", {}).items()
+                },
                 threshold=content.get("threshold"),
                 description=content.get("description", ""),
                 num_experts=content.get("num_experts"),
@@ -293,6 +296,14 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
 def _note(selection: ExpertSelection) -> str:
     threshold = "" if selection.threshold is None else f", threshold {selection.threshold:g}"
     return threshold + (f", {selection.description}" if selection.description else "")
+
+
+def _whole(text: str) -> int:
+    """A layer or an expert from a key of JSON."""
+    try:
+        return int(text)
+    except ValueError:
+        raise TypeError(f"{text!r} is not the number of a layer or an expert") from None
 
 
 def _shape(num_experts: int | Sequence[int]) -> int | tuple[int, ...]:
