@@ -122,4 +122,5 @@ def sweep(
     expected, p_more, p_fewer = np.array(chance).T
     smaller = np.minimum(*(np.nan_to_num(values, nan=-np.inf) for values in (ours, others)))
     separate_from = max(float(smaller[kept[:, 0]].max()), 0.0)
-    return Sweep(taus, *counts, expected, p_more, p_fewer, separate_from, tuple(np.flatnonzero(kept[:, 0]).tolist()))
+    looked_at = tuple(np.flatnonzero(kept[:, 0]).tolist())
+    return Sweep(taus, counts[0], counts[1], counts[2], expected, p_more, p_fewer, separate_from, looked_at)

@@ -224,13 +224,14 @@ def _in_layers(found: Any, kept: tuple[int, ...] | None) -> Any:
     """The part of a result in these layers."""
     from dataclasses import replace
 
+    from moe_route.analysis import RiskExperts
     from moe_route.steering import ExpertSelection
 
     if kept is None:
         return found
     if isinstance(found, ExpertSelection):
         return found.restrict(kept)
-    if isinstance(found, tuple):  # RiskExperts
+    if isinstance(found, RiskExperts):
         return found._replace(activate=found.activate.restrict(kept), deactivate=found.deactivate.restrict(kept))
     return replace(found, by_group={group: experts.restrict(kept) for group, experts in found.items()})
 
@@ -248,11 +249,12 @@ def _language(options: argparse.Namespace) -> str:
 
 def _signed(found: Any, options: argparse.Namespace) -> tuple[ExpertSelection, ExpertSelection | None]:
     """The experts to write, and for risk those of the opposite sign."""
+    from moe_route.analysis import RiskExperts
     from moe_route.steering import ExpertSelection
 
     if isinstance(found, ExpertSelection):
         return found, None
-    if isinstance(found, tuple):
+    if isinstance(found, RiskExperts):
         return found.activate, found.deactivate
     if hasattr(found, "selection"):
         return found.selection, None
