@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +46,7 @@ __all__ = [
     "read_blocks",
     "read_header",
     "read_json",
+    "readable_json",
     "replacing",
     "write",
     "write_json",
@@ -55,6 +57,7 @@ _KEY = "moe_route"
 _ROWS = "rows."  # prefix of tensors that are written in blocks
 _LENGTH_BYTES = 8  # layout of safetensors: header length (uint64, little endian), header (JSON), data
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors readers refuse more
+_NUMBERS = re.compile(r"\[(\n[^\[\]{}\"]*\n *)\]")  # strings hold no line breaks, so this finds none of them
 _NO_HASH = "0" * 64  # placeholder for a hash
 _DTYPES = {
     "BOOL": torch.bool,
@@ -552,9 +555,14 @@ def is_json(path: str | os.PathLike[str]) -> bool:
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any], kind: str) -> None:
     """Write JSON of a ``kind`` to ``path``, to read and edit, whole or not at all. It has no hash."""
-    text = json.dumps({_KEY: kind, "schema": SCHEMA, **content}, indent=2, allow_nan=False)
     with replacing(path) as stream:
-        stream.write(f"{text}\n".encode())
+        stream.write(readable_json({_KEY: kind, "schema": SCHEMA, **content}).encode())
+
+
+def readable_json(content: Mapping[str, Any]) -> str:
+    """JSON with a line per entry, and lists of numbers on one line. Raises ``ValueError`` for NaN and infinity."""
+    text = json.dumps(content, indent=2, allow_nan=False)
+    return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
 def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:

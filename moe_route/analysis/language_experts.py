@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +48,7 @@ class LanguageExperts(ShownAsTables, Mapping[str, "ExpertSelection"]):
     def save_ids(self, path: str | os.PathLike[str]) -> None:
         """Write ``ids()`` to ``path`` as JSON, whole or not at all."""
         with files.replacing(path) as stream:
-            stream.write(f"{json.dumps(self.ids(), indent=2)}\n".encode())
+            stream.write(files.readable_json(self.ids()).encode())
 
     def tables(self) -> list[Table]:
         rows = [[group, len(found)] for group, found in self.by_group.items()]

@@ -147,11 +147,14 @@ def _experts_of(selections: Mapping[str, ExpertSelection], given: int | Sequence
         except ValueError as error:
             raise AnalysisError(f"selection {name!r} is of another model: {error}") from None
     if given is None:
-        known = [found.num_experts for found in selections.values() if found.num_experts is not None]
-        given = model.num_experts or (known[0] if known else None)
+        given = model.num_experts
     if given is None:
-        raise AnalysisError("how many experts the layers have is not known: pass num_experts")
-    if isinstance(given, int):
+        known = {found.num_experts for found in selections.values() if found.num_experts is not None}
+        if len(known) != 1:
+            said = "is not known" if not known else f"differs ({', '.join(sorted(map(str, known)))})"
+            raise AnalysisError(f"how many experts the layers have {said}: pass num_experts")
+        given = known.pop()
+    if isinstance(given, (int, np.integer)):
         last = max((found.layers[-1] for found in selections.values() if found), default=0)
         return np.full(last + 1, given, dtype=np.int64)
     return np.asarray(given, dtype=np.int64)

@@ -36,12 +36,6 @@ class Sequences:
     counts: np.ndarray
     tokens: np.ndarray
 
-    def __post_init__(self) -> None:
-        if len(self.items) < FEWEST_ITEMS:
-            raise AnalysisError(
-                f"{len(self.items)} items are too few to resample: record at least {FEWEST_ITEMS} in each group"
-            )
-
     @classmethod
     def of_group(cls, statistics: Statistics, group: str, owner: Hashable) -> Sequences:
         """The sequences of a group; raises ``AnalysisError`` if they were not kept, or are too few."""
@@ -49,8 +43,11 @@ class Sequences:
         if store is None:
             raise AnalysisError("resampling needs single sequences, which were not kept: record(sequences=True)")
         items = store.items(group)
-        if not items:
-            raise AnalysisError(f"no sequence of group {group!r} was kept: record it with sequences=True")
+        if len(items) < FEWEST_ITEMS:
+            raise AnalysisError(
+                f"{len(items)} kept items of group {group!r} are too few to resample: record {FEWEST_ITEMS} or more "
+                "with sequences=True, or leave the group out with statistics.select(groups=...)"
+            )
         counts = np.stack([store.counts(item, group) for item in items]).astype(np.float64)
         tokens = np.stack([store.tokens(item, group) for item in items]).astype(np.float64)
         return cls(tuple((owner, item) if is_unnamed(item) else item for item in items), counts, tokens)
@@ -58,6 +55,10 @@ class Sequences:
     @classmethod
     def of_array(cls, frequencies: np.ndarray, owner: Hashable) -> Sequences:
         """The items of an array [item, layer, expert] of frequencies; NaN and all-zero rows hold no tokens."""
+        if len(frequencies) < FEWEST_ITEMS:
+            raise AnalysisError(
+                f"{len(frequencies)} items of the {owner} are too few to resample: give {FEWEST_ITEMS} or more"
+            )
         seen = (np.nan_to_num(frequencies) > 0).any(-1)
         items = tuple((owner, number) for number in range(len(frequencies)))
         return cls(items, np.where(seen[..., None], np.nan_to_num(frequencies), 0.0), seen.astype(np.float64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -71,27 +72,36 @@ def risk_experts(
     Activated experts have a positive difference, deactivated ones a negative one. Ties go to the lower layer and
     expert. Raises ``AnalysisError`` if the numbers are given in neither of the two ways.
     """
-
-    def found(positive: Frequencies, negative: Frequencies) -> RiskExperts:
-        return _risk_experts(
-            positive, negative, top_n, activations, deactivations, per_layer, group, baseline_group, phase
-        )
-
-    whole = found(positive, negative)
+    rule = partial(
+        _of_all_items,
+        top_n=top_n,
+        activations=activations,
+        deactivations=deactivations,
+        per_layer=per_layer,
+        group=group,
+        baseline_group=baseline_group,
+        phase=phase,
+    )
+    whole = rule(positive, negative)
     if resamples is None:
         return whole
     if not isinstance(positive, Statistics) or not isinstance(negative, Statistics):
         raise AnalysisError("resamples need statistics with kept sequences: record(sequences=True)")
     on, off = (
-        stability_selection(rule, positive, negative, resamples=resamples, keep=keep, seed=seed).selection
-        for rule in (lambda p, n: found(p, n).activate, lambda p, n: found(p, n).deactivate)
+        stability_selection(one, positive, negative, resamples=resamples, keep=keep, seed=seed)
+        for one in (lambda p, n: rule(p, n).activate, lambda p, n: rule(p, n).deactivate)
     )
-    return RiskExperts(on, off, whole.values)
+    # resamples that activate different experts of a layer may together keep more than can be forced on
+    room = places(on.share) < _activation_limits(positive, per_layer, len(on.share))[:, None]
+    text = on.selection.description
+    kept = selection((on.share >= keep) & room, on.share, positive, threshold=keep, description=text)
+    return RiskExperts(kept, off.selection, whole.values)
 
 
-def _risk_experts(
+def _of_all_items(
     positive: Frequencies,
     negative: Frequencies,
+    *,
     top_n: int | None,
     activations: int | None,
     deactivations: int | None,
@@ -100,6 +110,7 @@ def _risk_experts(
     baseline_group: str | None,
     phase: str | None,
 ) -> RiskExperts:
+    """``risk_experts`` without resamples."""
     values = expert_difference(positive, negative, group=group, baseline_group=baseline_group, phase=phase, by="token")
     limits = _activation_limits(positive, per_layer, len(values))
     signed = np.nan_to_num(values)

@@ -50,13 +50,13 @@ class Stability(ShownAsTables):
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per expert that any resample or the whole recording selects."""
-        cells = self._cells()
+        cells, whole, kept = self._cells(), set(self.whole.pairs), set(self.selection.pairs)
         columns = {
             "layer": [layer for layer, _ in cells],
             "expert": [expert for _, expert in cells],
             "share": [float(self.share[cell]) for cell in cells],
-            "whole": [cell in set(self.whole.pairs) for cell in cells],
-            "kept": [cell in set(self.selection.pairs) for cell in cells],
+            "whole": [cell in whole for cell in cells],
+            "kept": [cell in kept for cell in cells],
         }
         return data_frame(columns)
 

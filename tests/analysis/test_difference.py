@@ -175,8 +175,8 @@ def test_intervals_refuse_with_the_mend(task, general):
     pooled.store = None
     cases = [
         (lambda: interval(array[0], array), "single items"),
-        (lambda: interval(array[:4], array), "4 items are too few"),
-        (lambda: interval(few, general, group="en"), "2 items are too few"),
+        (lambda: interval(array[:4], array), "4 items of the task are too few"),
+        (lambda: interval(few, general, group="en"), "2 kept items of group 'en' are too few"),
         (lambda: interval(pooled, general, group="en"), r"record\(sequences=True\)"),
         (lambda: interval(general, general), "name the task group"),
         (lambda: interval(general, general, group="bn"), "no task group 'bn'"),

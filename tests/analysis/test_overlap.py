@@ -66,6 +66,12 @@ def test_overlap_refuses_with_the_mend():
         (lambda: analysis.overlap({"a": A, "b": other}), "'b' is of another model"),
         (lambda: analysis.overlap({"a": unknown, "b": unknown}), "pass num_experts"),
         (lambda: analysis.overlap({"a": A, "b": ExpertSelection({4: [1]})}), "layer 4"),
+        (
+            lambda: analysis.overlap(
+                {"a": ExpertSelection({0: [1]}, num_experts=8), "b": ExpertSelection({0: [1]}, num_experts=16)}
+            ),
+            "differs",
+        ),
         (lambda: analysis.overlap({"a": A, "b": B}, layers=[2]), "some of the 2 layers"),
     ]
     for make, message in cases:

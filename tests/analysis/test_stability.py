@@ -95,6 +95,20 @@ def test_risk_experts_that_are_stable(shown, plain):
     assert (0, 0) in found.activate.pairs
 
 
+def test_stable_activations_stay_within_what_can_be_forced_on(shown, plain):
+    """Each resample activates one expert of the layer; two are kept at this share, and the first stays."""
+    tie = np.array([[1, 1, 1e-9, 1e-9, 1e-9, 1e-9], [1, 1, 1, 1, 0, 0]])
+    ours = statistics_of(random_counts(ITEMS, "en", np.where(tie == 1, [[30], [1]], tie), seed=8), 2, SIZES)
+    one = {"activations": 2, "per_layer": 1, "resamples": 60}
+    often = analysis.risk_experts(ours, plain, **one, keep=0.05)
+    assert often.activate.counts[0] == 1
+    share = analysis.stability_selection(
+        lambda a, b: analysis.risk_experts(a, b, activations=2, per_layer=1).activate, ours, plain, resamples=60
+    ).share
+    assert (share[0] >= 0.05).sum() == 2
+    assert often.activate[0] == (int(share[0].argmax()),)
+
+
 def test_stability_refuses_with_the_mend(shown, plain):
     pooled = statistics_of(random_counts(ITEMS, "en", FLAT), 2, SIZES)
     pooled.store = None
@@ -102,7 +116,7 @@ def test_stability_refuses_with_the_mend(shown, plain):
     stable = analysis.stability_selection
     cases = [
         (lambda: stable(rule, shown, pooled), r"record\(sequences=True\)"),
-        (lambda: stable(rule, shown, few), "3 items are too few"),
+        (lambda: stable(rule, shown, few), "3 kept items of group 'en' are too few"),
         (lambda: stable(rule, shown, plain, keep=0), "keep must"),
         (lambda: stable(rule, shown, plain, resamples=1), "resamples must"),
         (lambda: stable(rule), "pass the statistics"),

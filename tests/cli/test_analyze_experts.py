@@ -174,7 +174,7 @@ def test_what_a_user_gets_wrong(moe_route, recorded, files, both, tmp_path: Path
         (("analyze", "sweep", *both, "--reference", "fra_Latn"), ("no baseline group 'fra_Latn'",)),
         (
             ("analyze", "difference", "--task", files["task"], "--baseline", files["general"], "--group", "eng_Latn"),
-            ("4 items are too few",),
+            ("4 kept items of group 'eng_Latn' are too few",),
         ),
     ]
     for arguments, words in cases:

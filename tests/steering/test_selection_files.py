@@ -21,6 +21,7 @@ SELECTION = ExpertSelection(
 def test_json_is_read_as_it_was_written_and_as_it_was_edited(tmp_path):
     path = tmp_path / "experts.json"
     SELECTION.save(path)
+    assert '    "2": [1, 3],\n' in path.read_text()
     assert ExpertSelection.load(path).to_dict() == SELECTION.to_dict()
     content = json.loads(path.read_text())
     content["experts"] = {"2": [1, 7], "0": [4]}
