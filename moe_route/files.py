@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,12 +40,16 @@ __all__ = [
     "check_writable",
     "content_hash",
     "expected_content",
+    "is_json",
     "lock",
     "read",
     "read_blocks",
     "read_header",
+    "read_json",
+    "readable_json",
     "replacing",
     "write",
+    "write_json",
 ]
 
 SCHEMA = 2  # raised when a reader of the previous schema could misread a file
@@ -52,6 +57,7 @@ _KEY = "moe_route"
 _ROWS = "rows."  # prefix of tensors that are written in blocks
 _LENGTH_BYTES = 8  # layout of safetensors: header length (uint64, little endian), header (JSON), data
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors readers refuse more
+_NUMBERS = re.compile(r"\[(\n[^\[\]{}\"]*\n *)\]")  # strings hold no line breaks, so this finds none of them
 _NO_HASH = "0" * 64  # placeholder for a hash
 _DTYPES = {
     "BOOL": torch.bool,
@@ -540,6 +546,44 @@ def _as_array(path: str, name: str, tensor: torch.Tensor) -> np.ndarray:
             f"tensor {name!r} of {path} is {_dtype_name(tensor.dtype)}, which numpy does not have: "
             'read with framework="torch"'
         ) from error
+
+
+def is_json(path: str | os.PathLike[str]) -> bool:
+    """Whether a name asks for JSON, to read and edit, in place of safetensors."""
+    return Path(path).suffix == ".json"
+
+
+def write_json(path: str | os.PathLike[str], content: Mapping[str, Any], kind: str) -> None:
+    """Write JSON of a ``kind`` to ``path``, to read and edit, whole or not at all. It has no hash."""
+    with replacing(path) as stream:
+        stream.write(readable_json({_KEY: kind, "schema": SCHEMA, **content}).encode())
+
+
+def readable_json(content: Mapping[str, Any]) -> str:
+    """JSON with a line per entry, and lists of numbers on one line. Raises ``ValueError`` for NaN and infinity."""
+    text = json.dumps(content, indent=2, allow_nan=False)
+    return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
+
+
+def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    """Read a file that ``write_json`` wrote with the same ``kind``; it may have been edited.
+
+    Raises ``FileRefusedError`` for a missing file, one that is not JSON, another kind, or a newer schema.
+    """
+    source = Path(path)
+    with _reading(source):
+        text = source.read_bytes()
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileRefusedError(f"{path} is not JSON ({error}): correct it there, or save it again") from error
+    if not isinstance(content, dict) or content.get(_KEY) != kind:
+        raise FileRefusedError(f'{path} is not a {kind}: it lacks "{_KEY}": "{kind}"; write it with {kind}.save')
+    if content.get("schema") not in range(1, SCHEMA + 1):
+        raise FileRefusedError(
+            f"{path} has schema {content.get('schema')!r}, this version reads up to {SCHEMA}: upgrade moe-route"
+        )
+    return content
 
 
 def read_header(path: str | os.PathLike[str], kind: str | None = None) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from moe_route.analysis import (
     DivergenceMatrix,
     Entropy,
     LoadBalance,
+    Overlap,
+    Sweep,
     Transitions,
 )
 from moe_route.steering import ExpertSelection
@@ -41,8 +43,11 @@ __all__ = [
     "entropy",
     "expert_counts",
     "expert_pairs",
+    "expert_sweep",
     "heat_map",
     "load_balance",
+    "overlap",
+    "overlap_by_threshold",
     "save",
     "styles",
 ]
@@ -286,6 +291,59 @@ def expert_counts(
     return ax
 
 
+def expert_sweep(
+    found: Sweep, *, of: str = "task", ax: Axes | None = None, title: str | None = None, colorbar: bool = True
+) -> Axes:
+    """Draw the number of experts by layer and threshold as a heat map: "task", "multilingual" or "both"."""
+    names = {"task": "task experts", "multilingual": "multilingual experts", "both": "experts in both sets"}
+    if of not in names:
+        raise ValueError(f'of must be "task", "multilingual" or "both", not {of!r}')
+    values = getattr(found, of)[:, list(found.layers)].astype(np.float64)
+    ax = _axes(ax, (6.4, 3.2))
+    image = ax.imshow(
+        np.where(values > 0, values, np.nan),
+        aspect="auto",
+        origin="lower",
+        interpolation="nearest",
+        cmap="cividis_r",
+        vmin=0.0,
+        vmax=float(values.max()) or 1.0,
+    )
+    ax.set_xlabel("MoE layer")
+    ax.set_ylabel("threshold")
+    ax.set_xticks(*_few(list(map(str, found.layers)), 16))
+    ax.set_yticks(range(len(found.thresholds)), [f"{threshold:g}" for threshold in found.thresholds])
+    ax.set_title(title if title is not None else "", fontsize="medium", color=_INK)
+    if colorbar:
+        bar = ax.figure.colorbar(image, ax=ax, pad=0.015)
+        bar.set_label(names[of])
+        bar.outline.set_visible(False)
+    return ax
+
+
+def overlap_by_threshold(found: Sweep, *, ax: Axes | None = None, title: str | None = None) -> Axes:
+    """Draw the number of task experts, of multilingual experts and of both by threshold, and what chance would share.
+
+    A vertical line marks the threshold from which on no expert is in both sets. The axis of numbers is logarithmic
+    from 1 on.
+    """
+    ax = _axes(ax, (6.4, 3.2))
+    both = found.both.sum(1)
+    lines = (("task experts", found.task.sum(1)), ("multilingual experts", found.multilingual.sum(1)), ("both", both))
+    for number, (name, values) in enumerate(lines):
+        ax.plot(found.thresholds, values, label=name, marker="o", markersize=3, **_style(number))
+    chance = _style(2) | {"linestyle": _DASHES[2]}
+    ax.plot(found.thresholds, found.expected, label="both, by chance", **chance)
+    ax.axvline(found.separate_from, color=_INK, linewidth=0.8)
+    ax.set_yscale("symlog", linthresh=1.0)
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("threshold")
+    ax.set_ylabel("experts")
+    _plain_frame(ax, title)
+    _legend(ax, 4)
+    return ax
+
+
 def heat_map(
     found: RoutingStatistics | np.ndarray,
     group: str | None = None,
@@ -346,27 +404,21 @@ def divergence_matrix(
     The values are written into the cells if there is room.
     """
     values = found.mean(layers)
-    size = len(found.groups)
     limit = float(np.nanmax(values)) or 1.0  # the diagonal is 0, so not all values are NaN
-    ax = _axes(ax, (1.6 + 0.5 * size, 1.2 + 0.5 * size))
-    shown = np.where(np.eye(size, dtype=bool), np.nan, values)
-    ax.set_facecolor("white")
-    image = ax.imshow(shown, cmap="cividis_r", vmin=0.0, vmax=limit)
     names = [_label(group, labels) for group in found.groups]
-    ax.set_xticks(range(size), names, rotation=45, ha="right", rotation_mode="anchor")
-    ax.set_yticks(range(size), names)
-    ax.tick_params(length=0)
-    for side in ax.spines.values():
-        side.set_visible(False)
-    for row, column in np.argwhere(~np.isnan(shown)) if size <= 16 else ():
-        dark = shown[row, column] > 0.55 * limit
-        text = f"{shown[row, column]:.2f}"
-        ax.text(column, row, text, ha="center", va="center", fontsize="small", color="white" if dark else "black")
-    bar = ax.figure.colorbar(image, ax=ax, shrink=0.8, pad=0.03)
-    bar.set_label(_MEASURES[found.measure])
-    bar.outline.set_visible(False)
-    ax.set_title(title if title is not None else "", fontsize="medium", color=_INK)
-    return ax
+    return _matrix(values, names, limit, _MEASURES[found.measure], ax, title)
+
+
+def overlap(found: Overlap, *, of: str = "jaccard", ax: Axes | None = None, title: str | None = None) -> Axes:
+    """Draw the overlap of all pairs of selections over all layers: "jaccard", or "containment" of the row's experts.
+
+    The values are written into the cells if there is room.
+    """
+    if of not in ("jaccard", "containment"):
+        raise ValueError(f'of must be "jaccard" or "containment", not {of!r}')
+    values = found.jaccard() if of == "jaccard" else found.containment()
+    name = "Jaccard index" if of == "jaccard" else "share of the row's experts in the column's"
+    return _matrix(values, found.names, 1.0, name, ax, title)
 
 
 def load_balance(
@@ -446,6 +498,37 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
     return figure.add_subplot()
 
 
+def _matrix(
+    values: np.ndarray, names: Sequence[str], limit: float, name: str, ax: Axes | None, title: str | None
+) -> Axes:
+    """Draw values of all pairs [row, column], from 0 to ``limit``, without the diagonal."""
+    size = len(names)
+    ax = _axes(ax, (1.6 + 0.5 * size, 1.2 + 0.5 * size))
+    shown = np.where(np.eye(size, dtype=bool), np.nan, values)
+    ax.set_facecolor("white")
+    image = ax.imshow(shown, cmap="cividis_r", vmin=0.0, vmax=limit)
+    ax.set_xticks(range(size), names, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(size), names)
+    ax.tick_params(length=0)
+    for side in ax.spines.values():
+        side.set_visible(False)
+    for row, column in np.argwhere(~np.isnan(shown)) if size <= 16 else ():
+        dark = shown[row, column] > 0.55 * limit
+        text = f"{shown[row, column]:.2f}"
+        ax.text(column, row, text, ha="center", va="center", fontsize="small", color="white" if dark else "black")
+    bar = ax.figure.colorbar(image, ax=ax, shrink=0.8, pad=0.03)
+    bar.set_label(name)
+    bar.outline.set_visible(False)
+    ax.set_title(title if title is not None else "", fontsize="medium", color=_INK)
+    return ax
+
+
+def _few(names: Sequence[str], most: int) -> tuple[list[int], list[str]]:
+    """Positions and names of at most ``most`` ticks, evenly spaced."""
+    step = -(-len(names) // most)
+    return list(range(0, len(names), step)), list(names[::step])
+
+
 def _style(number: int) -> dict[str, Any]:
     """The style with this number: first all colors, then the same colors with other dashes."""
     return {
@@ -473,6 +556,11 @@ def _finish(ax: Axes, layers: np.ndarray, name: str, title: str | None) -> None:
     ax.set_ylabel(name)
     ax.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
     _whole_ticks(ax.xaxis)
+    _plain_frame(ax, title)
+
+
+def _plain_frame(ax: Axes, title: str | None) -> None:
+    """Faint lines across, and no frame at the top and at the right."""
     ax.grid(axis="y", color=_GRID, linewidth=0.6)
     ax.set_axisbelow(True)
     for side in ("top", "right"):

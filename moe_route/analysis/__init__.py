@@ -8,6 +8,7 @@ from moe_route.analysis.coactivation import Coactivation, ExpertPair, Transition
 from moe_route.analysis.committee import Committee, committee
 from moe_route.analysis.consistency import Consistency, consistency
 from moe_route.analysis.correlation import Correlation, correlation
+from moe_route.analysis.difference import ExpertDifference, expert_difference, expert_difference_interval
 from moe_route.analysis.divergence import (
     MEASURES,
     Divergence,
@@ -19,28 +20,25 @@ from moe_route.analysis.divergence import (
     u_shape,
 )
 from moe_route.analysis.entropy import Entropy, entropy
-from moe_route.analysis.experts import (
-    LanguageExperts,
-    RiskExperts,
-    entropy_experts,
-    esft_experts,
-    expert_difference,
-    frequency_share_experts,
-    multilingual_experts,
-    risk_experts,
-    task_experts,
-)
+from moe_route.analysis.esft import esft_experts, esft_scores
+from moe_route.analysis.experts import multilingual_experts, task_experts
 from moe_route.analysis.geometry import Geometry, geometry
 from moe_route.analysis.inputs import AnalysisError
+from moe_route.analysis.language_experts import LanguageExperts, entropy_experts, frequency_share_experts
 from moe_route.analysis.load import LoadBalance, load_balance
 from moe_route.analysis.locality import LocalConsistency, local_consistency
 from moe_route.analysis.measures import entropy_of, jensen_shannon, normalized_jensen_shannon
+from moe_route.analysis.overlap import Overlap, overlap
 from moe_route.analysis.paired import Difference, RandomControl, paired_difference, random_control
 from moe_route.analysis.paths import Paths, PathWindow, RoutingPath, paths
 from moe_route.analysis.pruning import PruningStability, prune, pruning_stability
+from moe_route.analysis.rise import RiseExperts, rise_experts
+from moe_route.analysis.risk import RiskExperts, risk_experts
 from moe_route.analysis.saliency import Saliency, saliency
 from moe_route.analysis.saturation import Saturation, saturation
+from moe_route.analysis.stability import Stability, stability_selection
 from moe_route.analysis.super_experts import SuperExperts, super_experts
+from moe_route.analysis.sweep import Sweep, sweep
 from moe_route.analysis.vocabulary import ClassRouting, TokenShare, Vocabulary, class_routing, token_classes, vocabulary
 
 __all__ = [
@@ -55,20 +53,25 @@ __all__ = [
     "Divergence",
     "DivergenceMatrix",
     "Entropy",
+    "ExpertDifference",
     "ExpertPair",
     "Geometry",
     "LanguageExperts",
     "LoadBalance",
     "LocalConsistency",
+    "Overlap",
     "PathWindow",
     "Paths",
     "PruningStability",
     "RandomControl",
+    "RiseExperts",
     "RiskExperts",
     "RoutingPath",
     "Saliency",
     "Saturation",
+    "Stability",
     "SuperExperts",
+    "Sweep",
     "TokenShare",
     "Transitions",
     "UShape",
@@ -84,7 +87,9 @@ __all__ = [
     "entropy_experts",
     "entropy_of",
     "esft_experts",
+    "esft_scores",
     "expert_difference",
+    "expert_difference_interval",
     "frequency_share_experts",
     "geometry",
     "jensen_shannon",
@@ -93,15 +98,19 @@ __all__ = [
     "middle_layers",
     "multilingual_experts",
     "normalized_jensen_shannon",
+    "overlap",
     "paired_difference",
     "paths",
     "prune",
     "pruning_stability",
     "random_control",
+    "rise_experts",
     "risk_experts",
     "saliency",
     "saturation",
+    "stability_selection",
     "super_experts",
+    "sweep",
     "task_experts",
     "token_classes",
     "transitions",

@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_route.analysis.inputs import AnalysisError
 
-__all__ = ["RESAMPLES", "draw_items", "interval_of", "resampled_means"]
+__all__ = ["RESAMPLES", "draw_items", "interval_of", "resampled_means", "t_of_normal"]
 
 RESAMPLES = 4000
 
@@ -52,15 +52,22 @@ def interval_of(resampled: np.ndarray, items: int, level: float) -> tuple[np.nda
 
 
 def _t_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t, by its expansion around the normal quantile (Abramowitz and Stegun 26.7.5).
+    """Quantile of Student's t."""
+    return float(t_of_normal(np.asarray(NormalDist().inv_cdf(probability)), freedom))
+
+
+def t_of_normal(z: np.ndarray, freedom: int) -> np.ndarray:
+    """Quantile of Student's t at the probability of each normal quantile (Abramowitz and Stegun 26.7.5).
 
     For the usual levels it is within 0.1 percent from five degrees of freedom on.
     """
-    z = NormalDist().inv_cdf(probability)
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
+    widened = np.array(z, dtype=np.float64)
+    for power, term in enumerate(terms, 1):
+        widened = widened + term / freedom**power
+    return widened

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import index
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -515,10 +513,8 @@ class Plan:
 
         A name that ends in ".json" gives JSON, to read, compare and edit; any other name gives safetensors.
         """
-        if _is_json(path):
-            content = {"moe_route": _KIND, "schema": files.SCHEMA, "hash": self.hash, **self.to_dict()}
-            with files.replacing(path) as stream:
-                stream.write(f"{json.dumps(content, indent=2, allow_nan=False)}\n".encode())
+        if files.is_json(path):
+            files.write_json(path, {"hash": self.hash, **self.to_dict()}, _KIND)
             return
         tables = self._tables()
         headers = {name: table.header() for name, table in tables.items()}
@@ -532,7 +528,7 @@ class Plan:
         JSON that was edited is accepted, and the log reports it. Raises ``files.FileRefusedError`` for a file that is
         not a plan, and ``PlanError`` for JSON with invalid rules.
         """
-        if _is_json(path):
+        if files.is_json(path):
             return cls._load_json(path)
         tensors, header = files.read(path, _KIND)
         tables = {name: {**table, "ids": tensors[name]} for name, table in header.get("tables", {}).items()}
@@ -540,21 +536,7 @@ class Plan:
 
     @classmethod
     def _load_json(cls, path: str | os.PathLike[str]) -> Plan:
-        try:
-            content = json.loads(Path(path).read_bytes())
-        except FileNotFoundError:
-            raise files.FileRefusedError(f"{path} does not exist") from None
-        except (ValueError, RecursionError) as error:
-            raise files.FileRefusedError(f"{path} is not JSON ({error}): save the plan again") from error
-        if not isinstance(content, dict) or content.get("moe_route") != _KIND:
-            raise files.FileRefusedError(
-                f'{path} is not a plan: it lacks "moe_route": "{_KIND}"; write it with plan.save'
-            )
-        schema = content.get("schema")
-        if schema not in range(1, files.SCHEMA + 1):
-            raise files.FileRefusedError(
-                f"{path} has schema {schema!r}, this version reads up to {files.SCHEMA}: upgrade moe-route"
-            )
+        content = files.read_json(path, _KIND)
         plan = cls.from_dict(content)
         if content.get("hash") != plan.hash:
             _log.warning("%s was edited since it was saved: its hash is now %s", path, plan.hash)
@@ -592,7 +574,3 @@ def _named(rules: Iterable[Rule], layer: int) -> set[int]:
         if rule.kind == "remap":
             found.update(int(to) for _, to in pairs if to >= 0)
     return found
-
-
-def _is_json(path: str | os.PathLike[str]) -> bool:
-    return Path(path).suffix == ".json"

@@ -233,8 +233,11 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
         """Rebuild a selection from ``to_dict``; raises ``ValueError`` for anything else."""
         try:
             return cls(
-                {int(layer): ids for layer, ids in content["experts"].items()},
-                scores={int(k): {int(e): s for e, s in of.items()} for k, of in content.get("scores", {}).items()},
+                {_whole(layer): ids for layer, ids in content["experts"].items()},
+                scores={
+                    _whole(layer): {_whole(expert): score for expert, score in of.items()}
+                    for layer, of in content.get("scores", {}).items()
+                },
                 threshold=content.get("threshold"),
                 description=content.get("description", ""),
                 num_experts=content.get("num_experts"),
@@ -246,13 +249,23 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
             ) from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the selection to ``path``, whole or not at all."""
-        files.write(path, {}, self.to_dict(), _KIND)
+        """Write the selection to ``path``, whole or not at all.
+
+        A name that ends in ".json" gives JSON, to read, compare and edit; any other name gives safetensors.
+        """
+        if files.is_json(path):
+            files.write_json(path, self.to_dict(), _KIND)
+        else:
+            files.write(path, {}, self.to_dict(), _KIND)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExpertSelection:
-        """Read a file that ``save`` wrote; raises ``files.FileRefusedError`` for anything else."""
-        return cls.from_dict(files.read(path, _KIND)[1])
+        """Read a file that ``save`` wrote; its name tells the format. JSON may have been edited.
+
+        Experts that were added by hand have no score. Raises ``files.FileRefusedError`` for a file that is not a
+        selection, and ``ValueError`` for experts that the model does not have.
+        """
+        return cls.from_dict(files.read_json(path, _KIND) if files.is_json(path) else files.read(path, _KIND)[1])
 
     def __repr__(self) -> str:
         title, rows, rest = self._shown()
@@ -283,6 +296,14 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
 def _note(selection: ExpertSelection) -> str:
     threshold = "" if selection.threshold is None else f", threshold {selection.threshold:g}"
     return threshold + (f", {selection.description}" if selection.description else "")
+
+
+def _whole(text: str) -> int:
+    """A layer or an expert from a key of JSON."""
+    try:
+        return int(text)
+    except ValueError:
+        raise TypeError(f"{text!r} is not the number of a layer or an expert") from None
 
 
 def _shape(num_experts: int | Sequence[int]) -> int | tuple[int, ...]:

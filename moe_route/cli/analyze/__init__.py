@@ -11,12 +11,15 @@ def add(verbs: Any) -> None:
         balance,
         coactivation,
         consistency,
+        difference,
         divergence,
         entropy,
         experts,
         geometry,
+        overlap,
         pruning,
         saliency,
+        sweep,
         tokens,
     )
 
@@ -39,5 +42,8 @@ def add(verbs: Any) -> None:
         saliency,
         pruning,
         geometry,
+        difference,
+        overlap,
+        sweep,
     ):
         module.add(questions)

@@ -7,7 +7,14 @@ from pathlib import Path
 
 from moe_route.cli.inputs import names
 
-__all__ = ["groups_argument", "phase_argument", "reference_argument", "statistics_argument"]
+__all__ = [
+    "by_argument",
+    "compared_arguments",
+    "groups_argument",
+    "phase_argument",
+    "reference_argument",
+    "statistics_argument",
+]
 
 
 def statistics_argument(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +27,21 @@ def reference_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def phase_argument(parser: argparse.ArgumentParser) -> None:
+def compared_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", type=Path, nargs="+", required=True, metavar="FILE", help="statistics of task texts")
+    parser.add_argument(
+        "--baseline", type=Path, nargs="+", required=True, metavar="FILE", help="statistics of general texts"
+    )
+    parser.add_argument("--group", metavar="GROUP", help="group of the task, such as eng_Latn (default: the only one)")
+
+
+def by_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--by", default="sequence", choices=("sequence", "token"), help="mean over these (default: sequence)"
+    )
+
+
+def phase_argument(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--phase", choices=("prefill", "decode"), help="tokens of this phase only")
 
 

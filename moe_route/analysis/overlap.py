@@ -1,0 +1,194 @@
+"""How far sets of experts overlap, by layer and over all layers, and against sets drawn at random."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import comb
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_route.analysis.choosing import in_layers
+from moe_route.analysis.inputs import AnalysisError
+from moe_route.analysis.result import plain
+from moe_route.recording.frames import data_frame
+from moe_route.steering import ExpertSelection, PlanModel
+from moe_route.texttable import ShownAsTables, Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Overlap", "chance_of_overlap", "overlap", "share"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Overlap(ShownAsTables):
+    """Overlap of every pair of selections.
+
+    Attributes:
+        names: the selections.
+        sizes: int64 [name, layer], experts of a selection.
+        shared: int64 [name, name, layer], experts that both selections have.
+        num_experts: int64 [layer], experts of the model; 0 in layers that were left out.
+        expected: float64 [name, name], mean number of shared experts of random selections with as many experts in each
+            layer.
+        p_more: float64 [name, name], probability that such random selections share as many experts, or more.
+        p_fewer: float64 [name, name], probability that they share as few, or fewer.
+    """
+
+    names: tuple[str, ...]
+    sizes: np.ndarray
+    shared: np.ndarray
+    num_experts: np.ndarray
+    expected: np.ndarray
+    p_more: np.ndarray
+    p_fewer: np.ndarray
+
+    def jaccard(self, *, by_layer: bool = False) -> np.ndarray:
+        """|A & B| / |A | B|, float64 [name, name], or [name, name, layer]; NaN for two empty selections."""
+        shared, sizes = self._counts(by_layer)
+        return share(shared, sizes[:, None] + sizes - shared)
+
+    def containment(self, *, by_layer: bool = False) -> np.ndarray:
+        """|A & B| / |A|, the share of A (the first axis) that B has too; NaN for an empty A."""
+        shared, sizes = self._counts(by_layer)
+        return share(shared, np.broadcast_to(sizes[:, None], shared.shape))
+
+    def _counts(self, by_layer: bool) -> tuple[np.ndarray, np.ndarray]:
+        return (self.shared, self.sizes) if by_layer else (self.shared.sum(-1), self.sizes.sum(-1))
+
+    def _pairs(self) -> list[tuple[int, int]]:
+        count = len(self.names)
+        return [(first, second) for first in range(count) for second in range(first + 1, count)]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per pair of selections and layer."""
+        jaccard = self.jaccard(by_layer=True)
+        rows = [(a, b, layer) for a, b in self._pairs() for layer in np.flatnonzero(self.num_experts).tolist()]
+        columns = {
+            "first": [self.names[a] for a, _, _ in rows],
+            "second": [self.names[b] for _, b, _ in rows],
+            "layer": [layer for _, _, layer in rows],
+            "first_size": [int(self.sizes[a, layer]) for a, _, layer in rows],
+            "second_size": [int(self.sizes[b, layer]) for _, b, layer in rows],
+            "shared": [int(self.shared[row]) for row in rows],
+            "jaccard": [float(jaccard[row]) for row in rows],
+        }
+        return data_frame(columns)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able content (NaN as None)."""
+        names = ("names", "sizes", "shared", "num_experts", "expected", "p_more", "p_fewer")
+        found = {name: getattr(self, name) for name in names}
+        return plain({**found, "jaccard": self.jaccard(), "containment": self.containment()})  # type: ignore[no-any-return]
+
+    def tables(self) -> list[Table]:
+        jaccard, shared, sizes = self.jaccard(), self.shared.sum(-1), self.sizes.sum(-1)
+        rows = [
+            [
+                self.names[a],
+                self.names[b],
+                int(sizes[a]),
+                int(sizes[b]),
+                int(shared[a, b]),
+                *(float(values[a, b]) for values in (self.expected, jaccard, self.p_more, self.p_fewer)),
+            ]
+            for a, b in self._pairs()
+        ]
+        head = ("first", "second", "experts", "experts", "shared", "by chance", "Jaccard", "p (more)", "p (fewer)")
+        title = f"Overlap of {len(self.names)} selections in {np.count_nonzero(self.num_experts)} layers"
+        note = "by chance: selections with as many experts in each layer, drawn at random"
+        return [Table(head, rows, title, note)]
+
+
+def overlap(
+    selections: Mapping[str, ExpertSelection],
+    *,
+    layers: Iterable[int] | None = None,
+    num_experts: int | Sequence[int] | None = None,
+) -> Overlap:
+    """Compare sets of experts: how many experts each pair shares, by layer and overall, and against chance.
+
+    By chance, each selection holds any experts of a layer with equal probability, as many as it has there. The number
+    of shared experts of a layer is then hypergeometric, and layers are independent; the distribution of their sum is
+    computed exactly.
+
+    Args:
+        selections: name -> selection.
+        layers: compare these layers only, such as those that a plan steers.
+        num_experts: experts per layer of the model, for selections that do not hold it.
+
+    Raises ``AnalysisError`` for fewer than two selections, selections of different models, and an unknown number of
+    experts.
+    """
+    if isinstance(selections, ExpertSelection) or len(selections) < 2:
+        raise AnalysisError("an overlap needs two selections or more: pass {name: selection, ...}")
+    width = _experts_of(selections, num_experts)
+    kept = in_layers(len(width), layers)[:, 0]
+    masks = np.stack([_mask(found, width, name) for name, found in selections.items()]) & kept[:, None]
+    shared = (masks[:, None] & masks[None]).sum(-1)
+    sizes = masks.sum(-1)
+    count = len(selections)
+    expected, p_more, p_fewer = np.zeros((3, count, count))
+    for a in range(count):
+        for b in range(a, count):
+            found = chance_of_overlap(width, sizes[a], sizes[b], int(shared[a, b].sum()))
+            expected[[a, b], [b, a]], p_more[[a, b], [b, a]], p_fewer[[a, b], [b, a]] = found
+    return Overlap(tuple(selections), sizes, shared, np.where(kept, width, 0), expected, p_more, p_fewer)
+
+
+def _experts_of(selections: Mapping[str, ExpertSelection], given: int | Sequence[int] | None) -> np.ndarray:
+    """int64 [layer]: experts of each layer of the model that all selections are of."""
+    model = PlanModel()
+    for name, found in selections.items():
+        try:
+            model = model.merged(found.model)
+        except ValueError as error:
+            raise AnalysisError(f"selection {name!r} is of another model: {error}") from None
+    if given is None:
+        given = model.num_experts
+    if given is None:
+        known = {found.num_experts for found in selections.values() if found.num_experts is not None}
+        if len(known) != 1:
+            said = "is not known" if not known else f"differs ({', '.join(sorted(map(str, known)))})"
+            raise AnalysisError(f"how many experts the layers have {said}: pass num_experts")
+        given = known.pop()
+    if isinstance(given, (int, np.integer)):
+        last = max((found.layers[-1] for found in selections.values() if found), default=0)
+        return np.full(last + 1, given, dtype=np.int64)
+    return np.asarray(given, dtype=np.int64)
+
+
+def _mask(found: ExpertSelection, width: np.ndarray, name: str) -> np.ndarray:
+    """bool [layer, expert]."""
+    mask = np.zeros((len(width), int(width.max(initial=1))), dtype=bool)
+    for layer, expert in found.pairs:
+        if layer >= len(width) or expert >= width[layer]:
+            raise AnalysisError(f"selection {name!r} has expert {expert} of layer {layer}, which num_experts rules out")
+        mask[layer, expert] = True
+    return mask
+
+
+def chance_of_overlap(
+    num_experts: np.ndarray, first: np.ndarray, second: np.ndarray, shared: int
+) -> tuple[float, float, float]:
+    """Expected number of shared experts of two random selections, P(shared or more) and P(shared or fewer).
+
+    Args:
+        num_experts, first, second: int64 [layer], experts of the model and of each selection.
+        shared: number of experts that were found in both, over all layers.
+    """
+    probability = np.ones(1)
+    for width, a, b in zip(num_experts.tolist(), first.tolist(), second.tolist(), strict=True):
+        if a and b:
+            ways = [comb(a, n) * comb(width - a, b - n) / comb(width, b) for n in range(min(a, b) + 1)]
+            probability = np.convolve(probability, ways)
+    expected = float(np.divide(first * second, num_experts, where=num_experts > 0, out=np.zeros(len(first))).sum())
+    at_most = float(probability[: shared + 1].sum())
+    return expected, min(float(probability[shared:].sum()), 1.0), min(at_most, 1.0)
+
+
+def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """part / whole; NaN where the whole is 0."""
+    return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)
