@@ -111,7 +111,7 @@ def token_texts(name: str) -> tuple[list[str], list[int]]:
     except ImportError as error:
         raise ImportError("reading a tokenizer needs transformers: pip install 'moe-route[hf]'") from error
     tokenizer = AutoTokenizer.from_pretrained(demo_model_folder() if name == "demo" else name)
-    return [tokenizer.decode([number]) for number in range(len(tokenizer))], list(tokenizer.all_special_ids)
+    return [str(tokenizer.decode([number])) for number in range(len(tokenizer))], list(tokenizer.all_special_ids)
 
 
 def merged_statistics(paths: Sequence[Path]) -> RoutingStatistics:

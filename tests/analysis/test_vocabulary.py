@@ -52,7 +52,9 @@ def test_the_leading_ids_are_kept():
     everything = analysis.vocabulary(traced, order="tokens", keep=9)
     leading = analysis.vocabulary(traced, order="tokens", keep=2)
     assert all(leading.top[key] == shares[:2] for key, shares in everything.top.items())
-    assert analysis.vocabulary(traced, keep=0).top == {}
+    nothing = analysis.vocabulary(traced, keep=0)
+    assert nothing.top == {}
+    assert "shuffled" in repr(nothing)
 
 
 def test_the_next_token_is_that_of_the_same_text():
