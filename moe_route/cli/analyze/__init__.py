@@ -17,5 +17,5 @@ def add(verbs: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     questions = verb.add_subparsers(title="questions", metavar="QUESTION", required=True)
-    for module in (divergence, entropy, experts, difference, overlap, sweep):
+    for module in (difference, divergence, entropy, experts, overlap, sweep):
         module.add(questions)
