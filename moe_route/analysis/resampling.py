@@ -61,13 +61,13 @@ def t_of_normal(z: np.ndarray, freedom: int) -> np.ndarray:
 
     For the usual levels it is within 0.1 percent from five degrees of freedom on.
     """
+    square = np.asarray(z, dtype=np.float64) ** 2
     terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+        (square + 1) / 4,
+        ((5 * square + 16) * square + 3) / 96,
+        (((3 * square + 19) * square + 17) * square - 15) / 384,
+        ((((79 * square + 776) * square + 1482) * square - 1920) * square - 945) / 92160,
     )
-    widened = np.array(z, dtype=np.float64)
-    for power, term in enumerate(terms, 1):
-        widened = widened + term / freedom**power
+    factor = 1 + sum(term / freedom**power for power, term in enumerate(terms, 1))
+    widened: np.ndarray = z * factor
     return widened

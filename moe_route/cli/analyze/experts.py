@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 KINDS = ("activate", "deactivate", "force-on", "force-off", "forbid")
 _OPPOSITE = {"activate": "deactivate", "deactivate": "activate", "force-on": "force-off", "force-off": "force-on"}
-_GROUPS = ("by", "phase")
 
 
 @dataclass(frozen=True)
