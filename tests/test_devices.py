@@ -556,7 +556,7 @@ def test_what_a_graph_cannot_hold_is_refused(away: Place) -> None:
         recorder = routed.record(trace=True)
         with away.block(recorder, recorder.labels(["all"] * 3)):
             model(**given, use_cache=False)
-            with pytest.raises(RecordingError, match="a trace is kept call by call"):
+            with pytest.raises(RecordingError, match="trace= is read call by call"):
                 away.graph(lambda: model(**given, use_cache=False))
 
 

@@ -120,6 +120,8 @@ class _TracedCall:
 class TraceWriter(ChoiceObserver):
     """Collects the choices of the traced layers while a recorder is active."""
 
+    option = "trace"
+
     def __init__(
         self, routers: Sequence[Any], layers: Iterable[int] | bool, *, limit: int, weights: str = "float16"
     ) -> None:

@@ -314,3 +314,14 @@ def test_a_captured_graph_is_refused(routed: mr.RoutedModel, monkeypatch: pytest
         monkeypatch.setattr("moe_route.recording.recorder.capturing", lambda device: True)
         with pytest.raises(RecordingError, match="consistency=, pairs= is read call by call"):
             rec._note_capture()
+
+
+def test_the_mean_length_of_a_sequence_is_said(routed: mr.RoutedModel) -> None:
+    with routed.record() as rec:
+        with rec.labels("x"):
+            routed.model(tokens(2, 5))
+        assert "x (2 sequences, 10 tokens, 5.0 each)" in repr(rec.statistics())
+        assert "<td>5.0</td>" in rec.statistics()._repr_html_().replace(' align="right"', "")
+        with rec.labels("x"):
+            routed.model(tokens(1, 3))
+            assert "x (2 sequences, 13 tokens)" in repr(rec.statistics())  # one of them has not ended
