@@ -17,7 +17,7 @@ from moe_route.texttable import ShownAsTables, Table
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moe_route.recording import RoutingStatistics
+    from moe_route.recording import RoutingStatistics, SequenceStore
 
 __all__ = ["Geometry", "geometry"]
 
@@ -121,12 +121,14 @@ def geometry(
     and weights of another model, ``ValueError`` if hidden states were not recorded.
     """
     routing = divergence(statistics, reference, groups=groups, min_common=min_common)
-    items = statistics.store.paired_items(reference, *routing.groups)
+    store = statistics.store
+    assert store is not None  # paired divergence needs it
+    items = store.paired_items(reference, *routing.groups)
     bases = _row_spaces(weights, statistics)
-    base = _hidden(statistics, items, reference)
+    base = _hidden(store, items, reference)
     measures: dict[str, list[np.ndarray]] = {name: [] for name in _TITLES if name != "divergence"}
     for group in routing.groups:
-        values = _compare(_hidden(statistics, items, group), base, bases)
+        values = _compare(_hidden(store, items, group), base, bases)
         for name, value in values.items():
             measures[name].append(mean_of_seen(value)[0])
     found = {name: np.array(values) if values else None for name, values in measures.items()}
@@ -136,9 +138,9 @@ def geometry(
     return Geometry(routing.groups, layers, reference, routing.values, cosine, **found, pairs=len(items))
 
 
-def _hidden(statistics: RoutingStatistics, items: Sequence[Any], group: str) -> np.ndarray:
+def _hidden(store: SequenceStore, items: Sequence[Any], group: str) -> np.ndarray:
     """Mean router inputs of these sequences, float64 [items, L, H]."""
-    return np.stack([statistics.store.hidden(item, group) for item in items]).astype(np.float64)
+    return np.stack([store.hidden(item, group) for item in items]).astype(np.float64)
 
 
 def _row_spaces(weights: Sequence[np.ndarray] | None, statistics: RoutingStatistics) -> list[np.ndarray] | None:

@@ -86,8 +86,8 @@ def _kept_experts(routers: list[RouterInfo], selection: Mapping[int, Iterable[in
             f"layers would keep {', '.join(map(str, sorted(sizes)))} experts, and a configuration has one number for "
             'all: prune with allocation="uniform", or steer with Plan.forbid(selection)'
         )
-    for router, experts in zip(routers, kept, strict=True):
-        _refuse_layer(router, experts)
+    for router, remaining in zip(routers, kept, strict=True):
+        _refuse_layer(router, remaining)
     return kept
 
 
@@ -149,7 +149,7 @@ def _tensors_of(model: nn.Module, router: RouterInfo, whole: int) -> Iterable[tu
         if module is router.block and module is router.module:
             continue
         prefix = names[id(module)]
-        for name, tensor in _own(module, recurse):
+        for name, tensor in _own(module, recurse).items():
             full = f"{prefix}.{name}" if prefix else name
             _refuse_tensor(full, tensor)
             if module is experts and tensor.shape[:1] != (whole,):
@@ -161,20 +161,9 @@ def _tensors_of(model: nn.Module, router: RouterInfo, whole: int) -> Iterable[tu
                 yield full, tensor
 
 
-def _own(module: nn.Module, recurse: bool) -> Iterable[tuple[str, Tensor]]:
-    kept = (
-        module.state_dict()
-        if recurse
-        else {
-            **{name: value for name, value in module._parameters.items() if value is not None},
-            **{
-                name: value
-                for name, value in module._buffers.items()
-                if value is not None and name not in module._non_persistent_buffers_set
-            },
-        }
-    )
-    return kept.items()
+def _own(module: nn.Module, recurse: bool) -> dict[str, Tensor]:
+    """Saved tensors of a module, with or without those of the modules inside it."""
+    return {name: tensor for name, tensor in module.state_dict().items() if recurse or "." not in name}
 
 
 def _refuse_tensor(name: str, tensor: Tensor) -> None:

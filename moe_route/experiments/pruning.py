@@ -150,5 +150,5 @@ def _curve(losses: np.ndarray, of_text: Sequence[str], criteria: Sequence[str], 
         for run in range(1, len(losses)):
             change = paired_difference(mine[run, :, 0], mine[0, :, 0], tokens)
             loss[run - 1, g], low[run - 1, g], high[run - 1, g] = base[g] + change.value, change.low, change.high
-    curves = (values.reshape(shape) for values in (loss, low, high))
-    return PruningCurve(*curves, base, tuple(criteria), tuple(keep), groups, texts)
+    loss, low, high = (values.reshape(shape) for values in (loss, low, high))
+    return PruningCurve(loss, low, high, base, tuple(criteria), tuple(keep), groups, texts)

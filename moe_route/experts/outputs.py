@@ -67,7 +67,7 @@ def watch_experts(router: RouterInfo, sink: OutputSink) -> Sequence[Change]:
     experts = _experts_of(router)
     if isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
         return _OneByOne(router, experts, sink).changes()
-    return (ForwardPreHook(experts, _Again(router, sink).hook, with_kwargs=True),)
+    return (ForwardPreHook(experts, _Again(router, sink, _arguments(experts)).hook, with_kwargs=True),)
 
 
 def _experts_of(router: RouterInfo) -> nn.Module:
@@ -85,10 +85,14 @@ def _experts_of(router: RouterInfo) -> nn.Module:
         if len(_modules_of(experts)) != router.num_experts:
             raise _refusal(router, experts, f"it holds {len(experts)} modules for {router.num_experts} experts")
         return experts
-    arguments = tuple(inspect.signature(inspect.unwrap(type(experts).forward)).parameters)[1:4]
-    if arguments not in _ARGUMENTS:
-        raise _refusal(router, experts, f"its forward takes ({', '.join(arguments)}), not a choice per token")
+    if _arguments(experts) not in _ARGUMENTS:
+        raise _refusal(router, experts, f"its forward takes ({', '.join(_arguments(experts))}), not a choice per token")
     return experts
+
+
+def _arguments(experts: nn.Module) -> tuple[str, ...]:
+    """Names of the first three arguments of the forward."""
+    return tuple(inspect.signature(inspect.unwrap(type(experts).forward)).parameters)[1:4]
 
 
 def _modules_of(experts: nn.ModuleList | nn.ModuleDict) -> list[nn.Module]:
@@ -108,8 +112,9 @@ def _refusal(router: RouterInfo, module: nn.Module, why: str) -> NoExpertOutputs
 class _Again:
     """Runs a module of experts once more, so that each slot of each token has an output row of its own."""
 
-    def __init__(self, router: RouterInfo, sink: OutputSink) -> None:
-        self.router, self.sink = router, sink
+    def __init__(self, router: RouterInfo, sink: OutputSink, arguments: tuple[str, ...]) -> None:
+        self.router, self.sink, self.arguments = router, sink, arguments
+        self.checked = False  # once, since it waits for the device
 
     @torch.compiler.disable
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -117,16 +122,22 @@ class _Again:
         chosen = self.sink.awaits(self.router.layer)
         if chosen is None:
             return
-        hidden, ids, weights = (*args, *kwargs.values())[:3]
+        given = dict(zip(self.arguments, args, strict=False)) | kwargs
+        hidden, ids, weights = (given[name] for name in self.arguments)
         hidden = hidden.reshape(-1, hidden.shape[-1])
-        if ids.shape != chosen.shape or len(hidden) != len(chosen):
+        if ids.shape != chosen.shape or len(hidden) != len(chosen) or not self._as_chosen(ids, weights, chosen):
             raise RuntimeError(
-                f"layer {self.router.layer} gave its experts {list(ids.shape)} ids, its router chose "
-                f"{list(chosen.shape)}: {type(module).__name__} is not called as expected. Record without "
-                "expert_outputs."
+                f"the experts of layer {self.router.layer} are not given what its router chose: "
+                f"{type(module).__name__} is not called as expected. Record without expert_outputs."
             )
         # a slot that was emptied, or skips the experts, is passed to them under another id
         self.sink.add_outputs(self.router.layer, _sizes(module, hidden, ids, weights.dtype, ids == chosen))
+
+    def _as_chosen(self, ids: Tensor, weights: Tensor, chosen: Tensor) -> bool:
+        """Whether the experts get the chosen ids, except in slots of weight 0."""
+        if not self.checked:
+            self.checked = not bool(((ids != chosen) & (chosen >= 0) & (weights != 0)).any())
+        return self.checked
 
 
 @torch.no_grad()

@@ -207,6 +207,16 @@ def test_experts_given_their_tokens_in_another_order_are_refused() -> None:
         model(tokens(3, 6))
 
 
+@torch.no_grad()
+def test_experts_that_are_given_another_choice_are_refused() -> None:
+    model = tiny_model("qwen3_moe")
+    with mr.attach(model) as routed:
+        experts = model.layers[1].mlp.experts
+        experts.register_forward_pre_hook(lambda _, args: (args[0], args[1].flip(1), args[2]))
+        with routed.record(expert_outputs=True), pytest.raises(RuntimeError, match="layer 1 are not given"):
+            model(tokens())
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
