@@ -10,7 +10,7 @@ import numpy as np
 from moe_route.steering.layers import show_numbers
 from moe_route.texttable import Table
 
-__all__ = ["by_depth", "mean_of_seen", "plain"]
+__all__ = ["by_depth", "mean_of_seen", "plain", "token_column"]
 
 _COLUMNS = 9
 
@@ -26,13 +26,32 @@ def plain(values: Any) -> Any:
     return None if isinstance(values, float) and not np.isfinite(values) else values
 
 
-def by_depth(rows: Sequence[str], values: np.ndarray, *, title: str = "", note: str = "") -> Table:
-    """A table of values [row, layer], with a column per layer, or per run of layers (their mean) if there are many."""
+def by_depth(
+    rows: Sequence[str],
+    values: np.ndarray,
+    *,
+    title: str = "",
+    note: str = "",
+    before: Mapping[str, Sequence[object]] | None = None,
+    after: Mapping[str, Sequence[object]] | None = None,
+) -> Table:
+    """A table of values [row, layer], with a column per layer, or per run of layers (their mean) if there are many.
+
+    ``before`` and ``after`` are further columns by name, with a value per row.
+    """
     layers = values.shape[1]
     parts = np.array_split(np.arange(layers), min(layers, _COLUMNS))
-    head = ["layer", *(show_numbers(part.tolist()) for part in parts)]
-    columns = [mean_of_seen(values[:, part], 1)[0].tolist() for part in parts]
-    return Table(head, [[name, *row] for name, *row in zip(rows, *columns, strict=True)], title, note)
+    columns = {show_numbers(part.tolist()): mean_of_seen(values[:, part], 1)[0].tolist() for part in parts}
+    shown = {**(before or {}), **columns, **(after or {})}
+    cells = zip(rows, *shown.values(), strict=True)
+    return Table(["layer", *shown], [list(row) for row in cells], title, note)
+
+
+def token_column(tokens: np.ndarray | None) -> dict[str, list[str]]:
+    """The column "tokens" of a table, mean numbers per sequence; empty if none is known."""
+    if tokens is None or np.isnan(tokens).all():
+        return {}
+    return {"tokens": ["-" if np.isnan(value) else f"{value:.1f}" for value in tokens.tolist()]}
 
 
 def mean_of_seen(values: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
