@@ -4,6 +4,7 @@ It works in numpy float64, without a model and without torch. Every function tak
 with the same accessors), or arrays where these suffice.
 """
 
+from moe_route.analysis.corrections import benjamini_hochberg, holm
 from moe_route.analysis.correlation import Correlation, correlation
 from moe_route.analysis.divergence import (
     MEASURES,
@@ -27,9 +28,18 @@ from moe_route.analysis.experts import (
     risk_experts,
     task_experts,
 )
+from moe_route.analysis.finite_sample import jackknife_divergence, jackknife_entropy, miller_madow, rarefied
 from moe_route.analysis.inputs import AnalysisError
 from moe_route.analysis.measures import entropy_of, jensen_shannon, normalized_jensen_shannon
 from moe_route.analysis.paired import Difference, RandomControl, paired_difference, random_control
+from moe_route.analysis.similarity import (
+    MatrixCorrelation,
+    Similarity,
+    average_linkage,
+    matrix_correlation,
+    read_matrix,
+    similarity,
+)
 
 __all__ = [
     "MEASURES",
@@ -40,9 +50,13 @@ __all__ = [
     "DivergenceMatrix",
     "Entropy",
     "LanguageExperts",
+    "MatrixCorrelation",
     "RandomControl",
     "RiskExperts",
+    "Similarity",
     "UShape",
+    "average_linkage",
+    "benjamini_hochberg",
     "consistency",
     "correlation",
     "divergence",
@@ -53,13 +67,21 @@ __all__ = [
     "esft_experts",
     "expert_difference",
     "frequency_share_experts",
+    "holm",
+    "jackknife_divergence",
+    "jackknife_entropy",
     "jensen_shannon",
+    "matrix_correlation",
     "middle_layers",
+    "miller_madow",
     "multilingual_experts",
     "normalized_jensen_shannon",
     "paired_difference",
     "random_control",
+    "rarefied",
+    "read_matrix",
     "risk_experts",
+    "similarity",
     "task_experts",
     "u_shape",
 ]

@@ -36,9 +36,7 @@ def benjamini_hochberg(p_values: Any) -> np.ndarray:
 
     Returns float64 of the same shape, NaN where the input is. Raises ``AnalysisError`` for values outside [0, 1].
     """
-    return _adjusted(
-        p_values, lambda p: np.minimum.accumulate((p * len(p) / np.arange(1, len(p) + 1))[::-1])[::-1]
-    )
+    return _adjusted(p_values, lambda p: np.minimum.accumulate((p * len(p) / np.arange(1, len(p) + 1))[::-1])[::-1])
 
 
 def _adjusted(p_values: Any, of_sorted: Any) -> np.ndarray:

@@ -122,7 +122,9 @@ class Divergence(ShownAsTables):
         It is what two unrelated sentences of such lengths would give without any difference of language.
         """
         if self.floor is None or self.reference_floor is None:
-            raise AnalysisError("a floor needs paired divergence: record(sequences=True) with items that pair sentences")
+            raise AnalysisError(
+                "a floor needs paired divergence: record(sequences=True) with items that pair sentences"
+            )
         return (self.floor + self.reference_floor) / 2
 
     def of(self, group: str) -> np.ndarray:
@@ -248,7 +250,7 @@ class DivergenceMatrix(ShownAsTables):
     def interval(
         self, level: float = 0.95, *, layers: Sequence[int] | None = None, resamples: int = 1000, seed: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Bootstrap interval (low, high) of ``mean(layers)`` for other sentences, float64 [G, G] each; 0 on the diagonal.
+        """Bootstrap interval (low, high) of ``mean(layers)`` for other sentences, float64 [G, G] each.
 
         Items are drawn with replacement, with all groups and layers of an item together. Needs paired divergence.
         """
@@ -498,7 +500,7 @@ def _common_items(
     if pairing == "pooled":
         return None
     try:
-        return _paired_items(statistics, groups, min_common, phase, by)
+        return paired_items(statistics, groups, min_common, phase, by)
     except AnalysisError as error:
         if pairing == "paired":
             raise AnalysisError(
@@ -509,8 +511,8 @@ def _common_items(
         return None
 
 
-def _paired_items(
-    statistics: Statistics, groups: Sequence[str], min_common: float, phase: str | None, by: str
+def paired_items(
+    statistics: Statistics, groups: Sequence[str], min_common: float, phase: str | None = None, by: str = "sequence"
 ) -> list[Any]:
     """The items that every group has; raises ``AnalysisError`` with the reason if pairing is impossible."""
     store = statistics.store

@@ -166,10 +166,8 @@ def entropy(
     tokens = tokens_per_sequence(statistics, names)
     if kind != "full" or correct is not None:
         values = _values_of_kind(statistics, names, of, phase, kind, correct)
-        sequence = np.stack([mean_of_seen(one)[0] for one in values])
-        return Entropy(
-            None, sequence, *axes, kind=kind, correct=correct, tokens=tokens, sequence_values=values
-        )
+        means = np.stack([mean_of_seen(one)[0] for one in values])
+        return Entropy(None, means, *axes, kind=kind, correct=correct, tokens=tokens, sequence_values=values)
     rows = [statistics.groups.index(name) for name in names]
     token = statistics.entropy("token", phase)[rows] if of in ("both", "token") else None
     sequence = statistics.entropy("sequence", phase)[rows] if of in ("both", "sequence") else None
@@ -208,12 +206,14 @@ def _kept_values(statistics: Any, names: Sequence[str]) -> tuple[np.ndarray, ...
 
 def _entropies(statistics: Any, names: Sequence[str], kind: str, correct: str | None) -> tuple[np.ndarray, ...]:
     """Entropies of the kept sequences of each group, float64 [sequences, L]."""
+    items: dict[str, list[Any]] = {name: [] for name in names}
+    for item, group in statistics.store:
+        if group in items:
+            items[group].append(item)
+    if empty := [name for name in names if not items[name]]:
+        raise AnalysisError(f"no sequence of {empty[0]!r} was kept: record it with sequences=True, or leave it out")
     found = []
-    for name in names:
-        items = statistics.store.items(name)
-        if not items:
-            raise AnalysisError(f"no sequence of group {name!r} was kept: record it with sequences=True, or leave it out")
-        one = next(groups_of(statistics, (name,), items, kind))
+    for one in groups_of(statistics, names, items, kind):
         values = np.empty(one.tokens.shape)
         for part in blocks(one.values.shape):
             if correct == "miller_madow":

@@ -147,7 +147,7 @@ class RarefiedEstimator(PlainEstimator):
         layers = np.arange(drawn.shape[1])[:, None]
         for row, item in enumerate(self.items):
             ids = self.tokens_of[item, one.group]
-            ids = ids[rng.choice(len(ids), int(self.selections[row, 0]), replace=False)]
+            ids = ids[rng.permutation(len(ids))[: int(self.selections[row, 0])]]
             slots = np.broadcast_to(layers, ids.shape)
             np.add.at(drawn[row], (slots[ids >= 0], ids[ids >= 0]), 1)
         return drawn
@@ -239,9 +239,9 @@ def _tokens_of(
 def floor_of(measure: PlainEstimator, prepared: Sequence[Prepared], seed: int) -> np.ndarray:
     """Divergence between unrelated sentences of one group, as a value per item, float64 [n, L].
 
-    Each item is compared with up to ``PARTNERS`` others. The mean over items is the floor. The value of an item is twice the
-    mean over its comparisons minus the floor, so that resampled items give the spread of a mean over pairs [the
-    projection of a U-statistic, Hoeffding 1948]. NaN with a single item.
+    Each item is compared with up to ``PARTNERS`` others. The mean over items is the floor. The value of an item is
+    twice the mean over its comparisons minus the floor, so that resampled items give the spread of a mean over pairs
+    [the projection of a U-statistic, Hoeffding 1948]. NaN with a single item.
     """
     items = len(prepared[0].q)
     if items < 2:

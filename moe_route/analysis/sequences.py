@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,11 +43,15 @@ class GroupSequences:
 
 
 def groups_of(
-    statistics: Statistics, groups: Sequence[str], items: Sequence[Any], kind: str
+    statistics: Statistics, groups: Sequence[str], items: Sequence[Any] | Mapping[str, Sequence[Any]], kind: str
 ) -> Iterator[GroupSequences]:
-    """Yield the sequences of these groups, one group at a time, with a row per item in the order of ``items``."""
-    for batch in batches(statistics, groups, len(items)):
-        yield from _read(statistics.store, batch, items, kind)
+    """Yield the sequences of these groups, one group at a time.
+
+    They have a row per item, in the order of ``items``: the same for all groups, or those of each.
+    """
+    wanted = items if isinstance(items, Mapping) else dict.fromkeys(groups, items)
+    for batch in batches(statistics, groups, max(len(wanted[group]) for group in groups)):
+        yield from _read(statistics.store, {group: wanted[group] for group in batch}, kind)
 
 
 def batches(statistics: Statistics, groups: Sequence[str], items: int) -> list[Sequence[str]]:
@@ -57,22 +61,29 @@ def batches(statistics: Statistics, groups: Sequence[str], items: int) -> list[S
     return [groups[start : start + number] for start in range(0, len(groups), number)]
 
 
-def _read(store: SequenceStore, groups: Sequence[str], items: Sequence[Any], kind: str) -> list[GroupSequences]:
-    """The sequences of these groups, read in one pass over the store."""
-    store.distributions(items[0], groups[0], kind)  # type: ignore[arg-type]  # raises for what was not recorded
-    place = {(item, group): (g, i) for g, group in enumerate(groups) for i, item in enumerate(items)}
-    shape = (len(groups), len(items), len(store.layers))
-    tokens = np.zeros(shape, np.int64)
-    widest = max(store.num_experts)
-    values = np.zeros((*shape, widest), np.int32 if kind == "count" else np.float32)
+def _read(store: SequenceStore, items: Mapping[str, Sequence[Any]], kind: str) -> list[GroupSequences]:
+    """The sequences of these items of each group, read in one pass over the store."""
+    group, wanted = next(iter(items.items()))
+    store.distributions(wanted[0], group, kind)  # type: ignore[arg-type]  # raises for what was not recorded
+    layers, widest = len(store.layers), max(store.num_experts)
+    dtype = np.int32 if kind == "count" else np.float32
+    place = {(item, group): row for group, wanted in items.items() for row, item in enumerate(wanted)}
+    found = {
+        group: GroupSequences(
+            group, np.zeros((len(wanted), layers, widest), dtype), np.zeros((len(wanted), layers), np.int64)
+        )
+        for group, wanted in items.items()
+    }
     for shard in store.shards():
-        rows = [(row, place[key]) for row, key in enumerate(shard.keys) if key in place]
-        if rows:
-            here = [row for row, _ in rows]
-            at = tuple(np.array([to for _, to in rows]).T)
-            values[at] = shard.arrays[_ARRAYS[kind]][here]
-            tokens[at] = shard.arrays["tokens"][here]
-    return [GroupSequences(group, values[g], tokens[g]) for g, group in enumerate(groups)]
+        rows: dict[str, list[tuple[int, int]]] = {}
+        for row, key in enumerate(shard.keys):
+            if key in place:
+                rows.setdefault(key[1], []).append((row, place[key]))
+        for group, pairs in rows.items():
+            here, there = (list(part) for part in zip(*pairs, strict=True))
+            found[group].values[there] = shard.arrays[_ARRAYS[kind]][here]
+            found[group].tokens[there] = shard.arrays["tokens"][here]
+    return list(found.values())
 
 
 def blocks(shape: tuple[int, ...]) -> Iterator[slice]:

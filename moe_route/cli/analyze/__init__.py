@@ -7,7 +7,7 @@ from typing import Any
 
 
 def add(verbs: Any) -> None:
-    from moe_route.cli.analyze import divergence, entropy, experts
+    from moe_route.cli.analyze import correlate, divergence, entropy, experts, similarity
 
     verb = verbs.add_parser(
         "analyze",
@@ -17,5 +17,5 @@ def add(verbs: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     questions = verb.add_subparsers(title="questions", metavar="QUESTION", required=True)
-    for module in (divergence, entropy, experts):
+    for module in (divergence, entropy, correlate, similarity, experts):
         module.add(questions)
