@@ -66,6 +66,8 @@ _CORRECTED = {
     "floor": "less the floor",
     "rarefy": "of equally many tokens (rarefied)",
     "jackknife": "by the jackknife",
+    "rarefy+floor": "of equally many tokens (rarefied), less the floor",
+    "jackknife+floor": "by the jackknife, less the floor",
 }
 _MEASURE_NAMES = {
     "normalized_jsd": "entropy-normalized Jensen-Shannon divergence",
@@ -90,7 +92,7 @@ class Divergence(ShownAsTables):
         undefined: int64 [G, L], number of pairs (at most 1 when pooled) left out because the measure is undefined.
         pair_values: float64 [G, pairs, L], of which ``values`` is the mean; None when pooled.
         kind: the router scores compared: "full", "topk" or "count".
-        correct: the correction for short texts in ``values``: "floor", "rarefy", "jackknife", or None.
+        correct: the correction for short texts in ``values``, or None.
         raw: float64 [G, L], the values without the floor's correction; None if that was not asked for.
         floor: float64 [G, L], divergence between unrelated sentences of the group; None when pooled.
         reference_floor: float64 [L], the same of the reference; None when pooled.
@@ -447,7 +449,8 @@ def divergence(
         correct: what to do about short texts, for paired divergence. None: only report the floor. "floor": subtract
             the mean of the two floors, where the floor of a group is the divergence between unrelated sentences of that
             group. "rarefy": compare as many selections of each sequence as the shortest translation of its item has
-            (the mean of 10 draws). "jackknife": remove the bias of first order. The last two need ``kind="count"``.
+            (the mean of 10 draws). "jackknife": remove the bias of first order. The last two need ``kind="count"``;
+            "rarefy+floor" and "jackknife+floor" then subtract the floor, measured in the same way.
         trace: for "rarefy", the trace of the same texts in all layers: whole tokens are drawn. Without it, selections
             are drawn one by one, since sums do not say which belong to one token.
         seed: of the floor's derangements and of the draws.
@@ -562,7 +565,7 @@ def _paired(
     values, undefined = mean_of_seen(pairs, 1)
     floor, reference_floor = mean_of_seen(floors, 1)[0], mean_of_seen(base_floor)[0]
     raw = None
-    if correct == "floor":
+    if correct is not None and "floor" in correct:
         raw, values = values, values - (floor + reference_floor) / 2
         pairs = pairs - (floors + base_floor) / 2
     return Divergence(
@@ -720,7 +723,7 @@ def _paired_matrix(
                 if (name, other) in places:
                     found = how.compare(first, second)
                     i, j = names.index(name), names.index(other)
-                    if correct == "floor":
+                    if correct is not None and "floor" in correct:
                         found -= (floors[i] + floors[j]) / 2
                     values[:, i, j] = values[:, j, i] = mean_of_seen(found)[0]
                     if pairs is not None:

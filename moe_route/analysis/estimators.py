@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CORRECTIONS", "Correct", "PlainEstimator", "compare_distributions", "estimator", "floor_of"]
 
-Correct = Literal["floor", "rarefy", "jackknife"]
-CORRECTIONS = ("floor", "rarefy", "jackknife")
+Correct = Literal["floor", "rarefy", "jackknife", "rarefy+floor", "jackknife+floor"]
+CORRECTIONS = ("floor", "rarefy", "jackknife", "rarefy+floor", "jackknife+floor")
 PARTNERS = 4  # unrelated sentences that each sentence is compared with for the floor, fewer if there are many
 COMPARISONS = 400  # enough for a floor
 DRAWS = 10  # samples of equally many tokens that are averaged
@@ -167,16 +167,16 @@ def estimator(
 ) -> PlainEstimator:
     """The estimator that ``correct`` asks for; raises ``AnalysisError`` if what it needs was not recorded."""
     plain = compare_distributions(measure, np.asarray(statistics.num_experts), top, statistics.top_k)
-    if trace is not None and correct != "rarefy":
+    if trace is not None and (correct is None or "rarefy" not in correct):
         raise AnalysisError('a trace is read only for correct="rarefy": leave trace out')
-    if correct in (None, "floor"):
+    if correct is None or correct == "floor":
         return plain
     if kind != "count":
         raise AnalysisError(
             f'correct="{correct}" works on whole selections, and kind="{kind}" is a mean of router scores: pass '
             'kind="count" (--kind count), or correct="floor", which works for every kind'
         )
-    if correct == "jackknife":
+    if correct.startswith("jackknife"):
         if measure not in ("normalized_jsd", "jsd"):
             raise AnalysisError(f'the jackknife is of "normalized_jsd" and "jsd", not of {measure!r}: use "rarefy"')
         return JackknifeEstimator(plain.measure, plain.sizes)

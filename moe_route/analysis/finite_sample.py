@@ -142,14 +142,14 @@ def _times_log(p: np.ndarray) -> np.ndarray:
 
 def _entropies_without_one(a: np.ndarray) -> np.ndarray:
     """Entropy of the counts without one selection of expert e, for each e: [..., E]; undefined where e has none."""
-    p = a / (a.sum(-1, keepdims=True) - 1)
-    less = np.maximum(a - 1, 0) / (a.sum(-1, keepdims=True) - 1)
+    left = np.maximum(a.sum(-1, keepdims=True) - 1, 1)
+    p, less = a / left, np.maximum(a - 1, 0) / left
     return -(_times_log(p).sum(-1, keepdims=True) - _times_log(p) + _times_log(less))
 
 
 def _middle_entropies_without_one(a: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Entropy of the mean of ``other`` and of the counts without one selection of expert e, for each e: [..., E]."""
-    left = a.sum(-1, keepdims=True) - 1
+    left = np.maximum(a.sum(-1, keepdims=True) - 1, 1)
     m = (a / left + other) / 2
     less = (np.maximum(a - 1, 0) / left + other) / 2
     return -(_times_log(m).sum(-1, keepdims=True) - _times_log(m) + _times_log(less))

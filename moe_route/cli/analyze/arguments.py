@@ -65,9 +65,9 @@ def divergence_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top", type=positive, metavar="N", help="jaccard: experts to compare (default: top-k)")
     parser.add_argument(
         "--correct",
-        choices=("floor", "rarefy", "jackknife"),
+        choices=("floor", "rarefy", "jackknife", "rarefy+floor", "jackknife+floor"),
         help="correct for short texts: subtract the divergence of unrelated sentences of one language, compare equally "
-        "many selections, or remove the bias of first order; the last two need --kind count",
+        "many selections, or remove the bias of first order; all but the first need --kind count",
     )
     phase_argument(parser)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -113,9 +114,7 @@ def read_columns(path: Path) -> dict[str, dict[str, float | str]]:
     columns: dict[str, dict[str, float | str]] = {}
     for place, name in enumerate(head[1:], 1):
         values: dict[str, float | str] = {line[0]: line[place] for line in lines}
-        try:
+        with contextlib.suppress(ValueError):  # labels
             values = {group: float(value) for group, value in values.items()}
-        except ValueError:
-            pass  # labels
         columns[name] = values
     return columns
