@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from harness.short_texts import LAW, LAYERS, E, kept
 
 import moe_route as mr
 from moe_route import analysis
 from moe_route.analysis import AnalysisError
 from moe_route.analysis.finite_sample import random_partners
-from moe_route.recording import RoutingStatistics, Trace
-from moe_route.recording.store import SequenceStore
+from moe_route.recording import Trace
 
-E, LAYERS = 16, 2
-LAW = np.random.default_rng(3).dirichlet(np.ones(E) * 0.6, LAYERS)
 
 
 def plain_entropy(counts):
@@ -109,31 +107,6 @@ def test_partners_are_derangements():
 
 
 # -- the null experiment: all groups are samples of one distribution
-
-
-def kept(lengths, items=120, seed=0, law=LAW, top_k=1):
-    """Statistics of sequences whose tokens all follow one law, group -> tokens of each sequence."""
-    rng = np.random.default_rng(seed)
-    store = SequenceStore([str(layer) for layer in range(LAYERS)], [E] * LAYERS)
-    totals = []
-    for group, tokens in lengths.items():
-        counts = np.stack([rng.multinomial(tokens, one, items) for one in law], axis=1)
-        arrays = {
-            "tokens": np.full((items, LAYERS), tokens),
-            "counts": counts.astype(np.int32),
-            "full": (counts / tokens).astype(np.float32),
-        }
-        store.append([(f"s{item}", group) for item in range(items)], arrays)
-        totals.append(counts.sum(0))
-    found = RoutingStatistics.from_token_sums(
-        tuple(lengths),
-        counts=np.stack(totals),
-        tokens=np.array([[tokens * items] * LAYERS for tokens in lengths.values()]),
-        top_k=top_k,
-        num_experts=E,
-    )
-    found.store = store
-    return found
 
 
 LENGTHS = {"en": 25, "short": 15, "same": 25, "long": 150}
