@@ -98,7 +98,7 @@ def divergence(
         styles: group -> a color, or keyword arguments of ``Axes.plot``, in place of the default from ``styles``.
         interval: level of a bootstrap band around each line (such as 0.95), for paired divergence; the title names it.
         middle: layers to shade, such as those that a plan steers.
-        floor: also draw the mean over groups of ``found.expected_floor``, what unrelated sentences of one language give.
+        floor: also draw the mean over groups of ``found.expected_floor``: what unrelated sentences give.
         order: group -> number, such as the amount of text in the language; the legend then starts with the largest.
         title: title above the axes; none by default.
     """

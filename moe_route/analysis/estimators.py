@@ -143,7 +143,7 @@ class RarefiedEstimator(PlainEstimator):
     def _drawn(self, one: GroupSequences, rng: np.random.Generator) -> np.ndarray:
         if self.tokens_of is None:
             return rarefied(one.values, self.selections, rng)
-        drawn = np.zeros(one.values.shape, np.int64)
+        drawn: np.ndarray = np.zeros(one.values.shape, np.int64)
         layers = np.arange(drawn.shape[1])[:, None]
         for row, item in enumerate(self.items):
             ids = self.tokens_of[item, one.group]

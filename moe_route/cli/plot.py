@@ -38,9 +38,7 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--floor", action="store_true", default=None, help="divergence: also what unrelated sentences give"
     )
-    parser.add_argument(
-        "--cluster", action="store_true", default=None, help="matrix: similar groups side by side"
-    )
+    parser.add_argument("--cluster", action="store_true", default=None, help="matrix: similar groups side by side")
     parser.add_argument("--title", help="title of the picture (default: none)")
 
 

@@ -13,7 +13,6 @@ from moe_route.analysis.finite_sample import random_partners
 from moe_route.recording import Trace
 
 
-
 def plain_entropy(counts):
     total = sum(counts)
     return -sum(a / total * np.log(a / total) for a in counts if a)
@@ -36,8 +35,9 @@ def without(counts, expert):
     return left
 
 
-COUNTS = np.random.default_rng(0).multinomial(14, LAW[0], (3, LAYERS)), np.random.default_rng(1).multinomial(
-    9, LAW[1], (3, LAYERS)
+COUNTS = (
+    np.random.default_rng(0).multinomial(14, LAW[0], (3, LAYERS)),
+    np.random.default_rng(1).multinomial(9, LAW[1], (3, LAYERS)),
 )
 
 

@@ -44,9 +44,7 @@ def test_against_loops(statistics):
                 for b, second in enumerate(names):
                     if a == b:
                         continue
-                    c = np.array(
-                        [[cosine(x, y) for y in vectors[second][:, layer]] for x in vectors[first][:, layer]]
-                    )
+                    c = np.array([[cosine(x, y) for y in vectors[second][:, layer]] for x in vectors[first][:, layer]])
                     row = [all(c[i, i] > c[i, j] for j in range(12) if j != i) for i in range(12)]
                     column = [all(c[i, i] > c[j, i] for j in range(12) if j != i) for i in range(12)]
                     assert found["cosine"][layer, a, b] == pytest.approx(np.diag(c).mean())
