@@ -27,6 +27,7 @@ from moe_route.analysis import (
     Sweep,
     Transitions,
 )
+from moe_route.analysis.result import mean_of_seen
 from moe_route.steering import ExpertSelection
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ _LOAD = {
     "rare": "share of rarely chosen experts",
     "effective": "effective number of experts",
 }
+_FLOOR: dict[str, Any] = {"color": "#777777", "linestyle": (0, (1, 1)), "linewidth": 1.2}
 _MEASURES = {
     "normalized_jsd": "routing divergence",
     "jsd": "Jensen-Shannon divergence (nats)",
@@ -117,6 +119,8 @@ def divergence(
     styles: Mapping[str, Any] | None = None,
     interval: float | None = None,
     middle: Sequence[int] | range | None = None,
+    floor: bool = False,
+    order: Mapping[str, float] | None = None,
     title: str | None = None,
 ) -> Axes:
     """Draw divergence by layer, a line per group: the U of multilingual routing [arXiv 2510.04694, fig. 1].
@@ -129,9 +133,11 @@ def divergence(
         styles: group -> a color, or keyword arguments of ``Axes.plot``, in place of the default from ``styles``.
         interval: level of a bootstrap band around each line (such as 0.95), for paired divergence; the title names it.
         middle: layers to shade, such as those that a plan steers.
+        floor: also draw the mean over groups of ``found.expected_floor``: what unrelated sentences give.
+        order: group -> number, such as the amount of text in the language; the legend then starts with the largest.
         title: title above the axes; none by default.
     """
-    names = _order(found, groups)
+    names = _order(found, groups, order)
     ax = _axes(ax, (6.4, 3.6))
     layers = np.arange(found.values.shape[1])
     if middle is not None:
@@ -144,11 +150,14 @@ def divergence(
         if low is not None and high is not None:
             row = found.groups.index(name)
             ax.fill_between(layers, low[row], high[row], color=style["color"], alpha=0.15, linewidth=0)
+    if floor:
+        ax.plot(layers, mean_of_seen(found.expected_floor)[0], label="floor", **_FLOOR)
     band = None if interval is None else f"bands: {interval * 100:g} % interval, bootstrap over {found.pairs} items"
     title = "\n".join(line for line in (title, band) if line) or None
     _finish(ax, layers, f"{_MEASURES[found.measure]} from {_label(found.reference, labels)}", title)
-    ax.set_ylim(bottom=0)
-    _legend(ax, len(names))
+    if found.correct is None:
+        ax.set_ylim(bottom=0)
+    _legend(ax, len(names) + floor)
     return ax
 
 
@@ -221,16 +230,27 @@ def consistency(
     return ax
 
 
-def correlation(found: Correlation, *, ax: Axes | None = None, alpha: float = 0.05, title: str | None = None) -> Axes:
+def correlation(
+    found: Correlation,
+    *,
+    ax: Axes | None = None,
+    alpha: float = 0.05,
+    interval: float | None = None,
+    title: str | None = None,
+) -> Axes:
     """Draw the correlation of scores with divergence by layer: Pearson r and Spearman rho.
 
     Points are filled where the permutation p-value of Pearson r, corrected for the number of layers, is below
-    ``alpha``.
+    ``alpha``. ``interval`` is the level of a bootstrap band around Pearson r (``Correlation.interval``).
     """
     ax = _axes(ax, (6.4, 3.2))
     layers = np.arange(len(found.layers))
     pearson, spearman = _style(0), _style(1)
     ax.axhline(0, color=_INK, linewidth=0.8)
+    if interval is not None:
+        low, high = found.interval(interval)
+        label = f"{interval * 100:g} % interval of r"
+        ax.fill_between(layers, low, high, color=pearson["color"], alpha=0.15, linewidth=0, label=label)
     ax.plot(layers, found.pearson, label="Pearson r", **pearson)
     ax.plot(layers, found.spearman, label="Spearman ρ", **(spearman | {"linestyle": _DASHES[1]}))
     significant = found.p_corrected < alpha
@@ -252,7 +272,7 @@ def correlation(found: Correlation, *, ax: Axes | None = None, alpha: float = 0.
         )
     _finish(ax, layers, f"correlation with divergence\nfrom {found.reference} ({len(found.groups)} groups)", title)
     ax.set_ylim(-1.05, 1.05)
-    _legend(ax, 4)
+    _legend(ax, 4 + (interval is not None))
     return ax
 
 
@@ -395,17 +415,21 @@ def divergence_matrix(
     found: DivergenceMatrix,
     *,
     layers: Sequence[int] | range | None = None,
+    groups: Sequence[str] | None = None,
     ax: Axes | None = None,
     labels: Mapping[str, str] | None = None,
     title: str | None = None,
 ) -> Axes:
     """Draw the divergence of all pairs of groups, the mean over ``layers`` (by default all).
 
+    ``groups`` are those to draw, in this order: that of ``analysis.Similarity.order`` puts similar ones side by side.
     The values are written into the cells if there is room.
     """
-    values = found.mean(layers)
+    chosen = _known(found.groups, groups)
+    rows = [found.groups.index(group) for group in chosen]
+    values = found.mean(layers)[np.ix_(rows, rows)]
     limit = float(np.nanmax(values)) or 1.0  # the diagonal is 0, so not all values are NaN
-    names = [_label(group, labels) for group in found.groups]
+    names = [_label(group, labels) for group in chosen]
     return _matrix(values, names, limit, _MEASURES[found.measure], ax, title)
 
 
@@ -599,9 +623,13 @@ def _known(groups: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
     return list(groups if wanted is None else wanted)
 
 
-def _order(found: Divergence, groups: Sequence[str] | None) -> list[str]:
-    """Groups from the most divergent to the least, so that the legend has the order of the lines."""
-    return sorted(_known(found.groups, groups), key=lambda group: -_mean(found.of(group)))
+def _order(found: Divergence, groups: Sequence[str] | None, order: Mapping[str, float] | None) -> list[str]:
+    """Groups from the most divergent to the least, so that the legend has the order of the lines; or by ``order``."""
+    names = _known(found.groups, groups)
+    missing = [name for name in names if order is not None and name not in order]
+    if missing:
+        raise ValueError(f"order lacks {', '.join(missing)}: give a number for each group")
+    return sorted(names, key=lambda group: -_mean(found.of(group)) if order is None else -order[group])
 
 
 def _mean(values: np.ndarray) -> float:

@@ -247,3 +247,36 @@ def test_importing_plots_does_not_import_matplotlib():
     code = "import sys, moe_route.plots; print([m for m in ('matplotlib', 'pandas', 'scipy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_floor_and_the_order_of_the_legend():
+    rng = np.random.default_rng(0)
+    found = Divergence(
+        rng.random((3, LAYERS)),
+        ("a", "b", "c"),
+        "eng",
+        tuple(map(str, range(LAYERS))),
+        floor=np.full((3, LAYERS), 0.2),
+        reference_floor=np.full(LAYERS, 0.1),
+    )
+    ax = plots.divergence(found, floor=True, order={"a": 1, "b": 3, "c": 2})
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["b", "c", "a", "floor"]
+    np.testing.assert_allclose(ax.lines[-1].get_ydata(), 0.15)
+    with pytest.raises(ValueError, match="order lacks c"):
+        plots.divergence(found, order={"a": 1, "b": 2})
+
+
+def test_correlation_with_a_band_and_a_matrix_in_another_order():
+    rng = np.random.default_rng(0)
+    pairs = rng.random((6, 10, LAYERS))
+    names = tuple("abcdef")
+    found = Divergence(
+        pairs.mean(1), names, "eng", tuple(map(str, range(LAYERS))), "jsd", "paired", 10, pair_values=pairs
+    )
+    r = analysis.correlation(found, dict(zip(names, range(6), strict=True)), permutations=20)
+    ax = plots.correlation(r, interval=0.9)
+    assert any("90 % interval" in text.get_text() for text in ax.get_legend().get_texts())
+    ax = plots.divergence_matrix(
+        DivergenceMatrix(rng.random((2, 3, 3)), ("a", "b", "c"), ("0", "1")), groups=["c", "a"]
+    )
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["c", "a"]

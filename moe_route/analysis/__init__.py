@@ -7,6 +7,7 @@ with the same accessors), a ``Trace``, or arrays where these suffice.
 from moe_route.analysis.coactivation import Coactivation, ExpertPair, Transitions, coactivation, transitions
 from moe_route.analysis.committee import Committee, committee
 from moe_route.analysis.consistency import Consistency, consistency
+from moe_route.analysis.corrections import benjamini_hochberg, holm
 from moe_route.analysis.correlation import Correlation, correlation
 from moe_route.analysis.difference import ExpertDifference, expert_difference, expert_difference_interval
 from moe_route.analysis.divergence import (
@@ -22,6 +23,7 @@ from moe_route.analysis.divergence import (
 from moe_route.analysis.entropy import Entropy, entropy
 from moe_route.analysis.esft import esft_experts, esft_scores
 from moe_route.analysis.experts import multilingual_experts, task_experts
+from moe_route.analysis.finite_sample import jackknife_divergence, jackknife_entropy, miller_madow, rarefied
 from moe_route.analysis.geometry import Geometry, geometry
 from moe_route.analysis.inputs import AnalysisError
 from moe_route.analysis.language_experts import LanguageExperts, entropy_experts, frequency_share_experts
@@ -36,6 +38,14 @@ from moe_route.analysis.rise import RiseExperts, rise_experts
 from moe_route.analysis.risk import RiskExperts, risk_experts
 from moe_route.analysis.saliency import Saliency, saliency
 from moe_route.analysis.saturation import Saturation, saturation
+from moe_route.analysis.similarity import (
+    MatrixCorrelation,
+    Similarity,
+    average_linkage,
+    matrix_correlation,
+    read_matrix,
+    similarity,
+)
 from moe_route.analysis.stability import Stability, stability_selection
 from moe_route.analysis.super_experts import SuperExperts, super_experts
 from moe_route.analysis.sweep import Sweep, sweep
@@ -59,6 +69,7 @@ __all__ = [
     "LanguageExperts",
     "LoadBalance",
     "LocalConsistency",
+    "MatrixCorrelation",
     "Overlap",
     "PathWindow",
     "Paths",
@@ -69,6 +80,7 @@ __all__ = [
     "RoutingPath",
     "Saliency",
     "Saturation",
+    "Similarity",
     "Stability",
     "SuperExperts",
     "Sweep",
@@ -76,6 +88,8 @@ __all__ = [
     "Transitions",
     "UShape",
     "Vocabulary",
+    "average_linkage",
+    "benjamini_hochberg",
     "class_routing",
     "coactivation",
     "committee",
@@ -92,10 +106,15 @@ __all__ = [
     "expert_difference_interval",
     "frequency_share_experts",
     "geometry",
+    "holm",
+    "jackknife_divergence",
+    "jackknife_entropy",
     "jensen_shannon",
     "load_balance",
     "local_consistency",
+    "matrix_correlation",
     "middle_layers",
+    "miller_madow",
     "multilingual_experts",
     "normalized_jensen_shannon",
     "overlap",
@@ -104,10 +123,13 @@ __all__ = [
     "prune",
     "pruning_stability",
     "random_control",
+    "rarefied",
+    "read_matrix",
     "rise_experts",
     "risk_experts",
     "saliency",
     "saturation",
+    "similarity",
     "stability_selection",
     "super_experts",
     "sweep",

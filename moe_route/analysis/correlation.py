@@ -5,16 +5,18 @@ See arXiv 2510.04694, section 4.3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import permutations as all_orders
-from math import factorial
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from math import factorial, prod
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from moe_route.analysis.divergence import Divergence
 from moe_route.analysis.inputs import AnalysisError
+from moe_route.analysis.resampling import draw_items, interval_of, resampled_means
 from moe_route.analysis.result import plain
 from moe_route.recording.frames import data_frame
 from moe_route.texttable import ShownAsTables, Table
@@ -24,13 +26,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Correlation", "correlation"]
 
+Covariates = Mapping[str, Mapping[str, "float | str"]]
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Correlation(ShownAsTables):
     """Correlation over groups between the score of each group and its divergence, float64 [L] each.
 
     Attributes:
-        pearson, spearman: in [-1, 1]; NaN where divergence or scores do not vary, or with fewer than three groups.
+        pearson, spearman: in [-1, 1]; NaN where divergence or scores do not vary, or with too few groups. Partial
+            correlations if there are covariates.
         p_value: two-sided permutation p-value of ``pearson``, for each layer alone; NaN where ``pearson`` is.
         p_corrected: the same, corrected for testing all layers: how often the largest |r| of any layer reaches that of
             this layer. If divergence is unrelated to the scores, at most 5 of 100 results have a layer below 0.05.
@@ -38,6 +43,10 @@ class Correlation(ShownAsTables):
         groups: their names.
         layers: names of the layers.
         reference: the group from which divergence was measured.
+        spearman_p_value, spearman_p_corrected: the same p-values of ``spearman``.
+        covariates: names of the covariates that are held constant.
+        exchange: what the permutations exchange: "groups", "within blocks" or "blocks".
+        orders: number of orders that the p-values compare with, the observed one included.
     """
 
     pearson: np.ndarray
@@ -48,32 +57,138 @@ class Correlation(ShownAsTables):
     groups: tuple[str, ...]
     layers: tuple[str, ...]
     reference: str
+    spearman_p_value: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    spearman_p_corrected: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    covariates: tuple[str, ...] = ()
+    exchange: str = "groups"
+    orders: int = 0
+    _data: _Data | None = None
+
+    def interval(
+        self,
+        level: float = 0.95,
+        *,
+        of: Literal["pearson", "spearman"] = "pearson",
+        resamples: int = 1000,
+        seed: int = 0,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Bootstrap interval (low, high) for other groups and other sentences, float64 [L] each.
+
+        Groups and sentences are drawn with replacement, independently of each other. Draws with too few different
+        groups for a correlation are drawn anew. Groups count as independent. Needs paired divergence.
+        """
+        if of not in ("pearson", "spearman"):
+            raise AnalysisError(f'of must be "pearson" or "spearman", not {of!r}')
+        if self._data is None or self._data.pairs is None:
+            raise AnalysisError(
+                "an interval needs paired divergence: record(sequences=True) with items that pair sentences"
+            )
+        drawn = self._data.resampled(of == "spearman", resamples, seed)
+        return interval_of(drawn, len(self.groups), level)
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row per layer with ``pearson``, ``spearman``, ``p_value``, ``p_corrected`` and ``number`` of groups."""
+        """A row per layer with ``pearson``, ``spearman``, ``p_value``, ``p_corrected`` and ``number`` of groups.
+
+        Also the p-values of ``spearman``.
+        """
         return data_frame({"layer": np.arange(len(self.layers)), "router": self.layers, **self._columns()})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content (NaN as None)."""
         axes = {"groups": list(self.groups), "layers": list(self.layers), "reference": self.reference}
-        return axes | plain(self._columns())
+        how = {"covariates": list(self.covariates), "exchange": self.exchange, "orders": self.orders}
+        return axes | how | plain(self._columns())
 
     def _columns(self) -> dict[str, np.ndarray]:
-        names = ("pearson", "spearman", "p_value", "p_corrected", "number")
-        return {name: getattr(self, name) for name in names}
+        names = ("pearson", "spearman", "p_value", "p_corrected", "spearman_p_value", "spearman_p_corrected", "number")
+        return {name: values for name in names if len(values := getattr(self, name)) == len(self.layers)}
 
     def tables(self) -> list[Table]:
         """A row per layer; p-values are not averaged over layers."""
-        columns = [values.tolist() for values in self._columns().values()]
-        rows = [[layer, *row] for layer, row in enumerate(zip(*columns, strict=True))]
-        return [
-            Table(
-                ("layer", "Pearson r", "Spearman rho", "p (this layer)", "p (all layers)", "groups"),
-                rows,
-                f"Correlation of scores with divergence from {self.reference} over {len(self.groups)} groups",
-                "p: two-sided, of Pearson r, by permuting scores; all layers: corrected for the number of layers",
-            )
-        ]
+        columns = {
+            "Pearson r": self.pearson,
+            "p (this layer)": self.p_value,
+            "p (all layers)": self.p_corrected,
+            "Spearman rho": self.spearman,
+        }
+        if len(self.spearman_p_corrected) == len(self.layers):
+            columns |= {"p (this layer) ": self.spearman_p_value, "p (all layers) ": self.spearman_p_corrected}
+        columns["groups"] = self.number
+        rows = [[layer, *row] for layer, row in enumerate(zip(*(c.tolist() for c in columns.values()), strict=True))]
+        given = f", given {', '.join(self.covariates)}" if self.covariates else ""
+        title = f"Correlation of scores with divergence from {self.reference} over {len(self.groups)} groups{given}"
+        note = f"p: two-sided, of the column before, by exchanging {_EXCHANGES[self.exchange]}"
+        if self.orders:
+            note += f" ({self.orders} orders)"
+        return [Table(("layer", *columns), rows, title, f"{note}; all layers: corrected for the number of layers")]
+
+
+_EXCHANGES = {"groups": "scores", "within blocks": "scores within blocks", "blocks": "the scores of whole blocks"}
+
+
+@dataclass(frozen=True, eq=False)
+class _Data:
+    """What a correlation is computed from.
+
+    Attributes:
+        x: divergence, float64 [G, L].
+        y: scores, float64 [G].
+        numbers: covariates that are numbers, float64 [G, c].
+        labels: indicators of covariates that are labels, and the constant, float64 [G, c].
+        pairs: values of single sentences, float64 [G, n, L]; None when pooled.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    numbers: np.ndarray
+    labels: np.ndarray
+    pairs: np.ndarray | None
+
+    def design(self, rows: Any, ranked: bool) -> np.ndarray:
+        """The covariates of some groups, float64 [groups, c], with the constant."""
+        numbers = self.numbers[rows]
+        return np.hstack([self.labels[rows], _ranks(numbers.T).T if ranked and numbers.size else numbers])
+
+    def free(self, rows: Any) -> int:
+        """Different groups that are left after the covariates are fitted; a correlation needs 2 or more."""
+        rows = np.unique(rows)
+        return int(len(rows) - np.linalg.matrix_rank(_scaled(self.design(rows, False))))
+
+    def r(self, x: np.ndarray, rows: np.ndarray, ranked: bool) -> float:
+        """The (partial) correlation over some groups, NaN if undefined; ``x`` [groups] is their divergence."""
+        y = self.y[rows]
+        if ranked:
+            x, y = _ranks(x), _ranks(y)
+        left = _residual_maker(self.design(rows, ranked))
+        a, b = _residuals(left, x), _residuals(left, y)
+        return float(np.clip(a @ b, -1.0, 1.0)) if a.any() and b.any() else float("nan")
+
+    def by_layer(self, ranked: bool) -> np.ndarray:
+        found = np.full(self.x.shape[1], np.nan)
+        for layer, column in enumerate(self.x.T):
+            rows = np.flatnonzero(~np.isnan(column))
+            if len(rows) and self.free(rows) >= 2:
+                found[layer] = self.r(column[rows], rows, ranked)
+        return found
+
+    def resampled(self, ranked: bool, resamples: int, seed: int) -> np.ndarray:
+        """``by_layer`` of resampled groups and sentences, float64 [resamples, L]."""
+        assert self.pairs is not None
+        weights = draw_items(self.pairs.shape[1], resamples, seed)
+        means = np.stack([resampled_means(weights, values) for values in self.pairs], axis=1)
+        rng = np.random.default_rng([seed, 1])
+        found = np.full((resamples, self.x.shape[1]), np.nan)
+        for one in range(resamples):
+            rows = rng.integers(0, len(self.y), len(self.y))
+            while self.free(rows) < 2:
+                rows = rng.integers(0, len(self.y), len(self.y))
+            x, y = means[one][rows], self.y[rows]
+            if ranked:
+                x, y = _ranks(x.T).T, _ranks(y)
+            left = _residual_maker(self.design(rows, ranked))
+            found[one] = np.clip(_residuals(left, x.T) @ _residuals(left, y), -1.0, 1.0)
+        found[:, np.isnan(self.x).any(0)] = np.nan
+        return found
 
 
 def correlation(
@@ -81,98 +196,198 @@ def correlation(
     scores: Mapping[str, float],
     *,
     groups: Sequence[str] | None = None,
+    covariates: Covariates | None = None,
+    blocks: Mapping[str, Any] | None = None,
+    exchange: Literal["within", "blocks"] = "within",
     permutations: int = 10_000,
     seed: int = 0,
 ) -> Correlation:
     """Compute Pearson r and Spearman rho over groups between ``scores`` (such as accuracy) and divergence, per layer.
 
-    The p-values treat groups as exchangeable, which languages of one family or script are only approximately.
-
     Args:
         found: divergence of the groups from a reference; the reference itself takes no part.
         scores: group -> score; must name every group compared. Others are ignored.
         groups: the groups to correlate; by default all of ``found``.
+        covariates: name -> (group -> number or label), such as tokens per sequence, script, or the logarithm of the
+            amount of text. The correlations are then partial: between what the covariates leave unexplained by linear
+            regression (for Spearman, of ranks). The p-values permute the residuals of the scores [Freedman and Lane
+            1983].
+        blocks: group -> block, such as its language family. The p-values then hold if groups of one block are alike.
+        exchange: "within" permutes scores inside each block, which leaves differences between blocks out of the test.
+            "blocks" exchanges the scores of whole blocks of equal size, in any order inside.
         permutations: number of random orders of the scores for the p-values. If there are no more orders than that, all
             are used. All layers share the same orders.
         seed: seed of the random orders.
 
-    Raises ``AnalysisError`` for a group without score, scores that are not finite, or fewer than three groups.
+    Without blocks, the p-values treat groups as exchangeable, which languages of one family or script are only
+    approximately.
+
+    Raises ``AnalysisError`` for a group without score, covariate or block, values that are not finite, fewer than three
+    groups or too few for the covariates, and blocks that leave nothing to exchange.
     """
     names = tuple(found.groups if groups is None else groups)
-    missing = [name for name in names if name not in scores]
-    if missing:
-        raise AnalysisError(f"no score for {', '.join(missing)}: add it, or name the groups to correlate with groups=")
     if len(names) < 3:
         raise AnalysisError(f"a correlation over {len(names)} groups says nothing: compare at least three")
-    y = np.asarray([float(scores[name]) for name in names])
-    if not np.isfinite(y).all():
-        raise AnalysisError("scores must be finite numbers")
+    y = _numbers(scores, names, "score")
+    numbers, labels = _designs(covariates or {}, names)
     x = np.stack([found.of(name) for name in names])
-    number = (~np.isnan(x)).sum(0)
-    pearson, spearman = np.full((2, x.shape[1]), np.nan)
-    for layer in np.flatnonzero(number >= 3):
-        seen = ~np.isnan(x[:, layer])
-        pearson[layer] = _pearson(x[seen, layer], y[seen])
-        spearman[layer] = _pearson(_ranks(x[seen, layer]), _ranks(y[seen]))
-    p_value, p_corrected = _permutation_p(x, y, pearson, permutations, seed)
-    return Correlation(pearson, spearman, p_value, p_corrected, number, names, found.layers, found.reference)
+    rows = [found.groups.index(name) for name in names]
+    pairs = None if found.pair_values is None else found.pair_values[rows]
+    data = _Data(x, y, numbers, labels, pairs)
+    if data.free(np.arange(len(names))) < 2:
+        raise AnalysisError(f"{len(names)} groups are too few for these covariates: leave some out, or add groups")
+    kept = ("within blocks" if exchange == "within" else "blocks") if blocks is not None else "groups"
+    orders, exact = _orders(_block_numbers(blocks, names), exchange, permutations, seed)
+    tests = [_permutation_p(data, ranked, orders, exact) for ranked in (False, True)]
+    return Correlation(
+        data.by_layer(False),
+        data.by_layer(True),
+        *tests[0],
+        (~np.isnan(data.x)).sum(0),
+        names,
+        found.layers,
+        found.reference,
+        *tests[1],
+        covariates=tuple(covariates or ()),
+        exchange=kept,
+        orders=len(orders) + (not exact),
+        _data=data,
+    )
 
 
-def _centered(values: np.ndarray) -> np.ndarray:
-    """Scale to zero mean and unit length; all zero for values that vary by rounding only."""
+def _numbers(values: Mapping[str, Any], names: Sequence[str], what: str) -> np.ndarray:
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise AnalysisError(f"no {what} for {', '.join(missing)}: add it, or name the groups to correlate with groups=")
+    found = np.asarray([float(values[name]) for name in names])
+    if not np.isfinite(found).all():
+        raise AnalysisError(f"{what}s must be finite numbers")
+    return found
+
+
+def _designs(covariates: Covariates, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Covariates that are numbers, and indicators of labels with the constant, float64 [G, c] each."""
+    numbers, labels = [np.zeros((len(names), 0))], [np.ones((len(names), 1))]
+    for covariate, values in covariates.items():
+        if any(isinstance(values.get(name), str) for name in names):
+            missing = [name for name in names if name not in values]
+            if missing:
+                raise AnalysisError(f"no {covariate} for {', '.join(missing)}: add it, or leave the covariate out")
+            kinds = sorted({str(values[name]) for name in names})
+            labels.append(np.array([[str(values[name]) == kind for kind in kinds[1:]] for name in names], float))
+        else:
+            numbers.append(_numbers(values, names, covariate)[:, None])
+    return np.hstack(numbers), np.hstack(labels)
+
+
+def _block_numbers(blocks: Mapping[str, Any] | None, names: Sequence[str]) -> np.ndarray:
+    """The number of the block of each group, int64 [G]; a single block if none are given."""
+    if blocks is None:
+        return np.zeros(len(names), np.int64)
+    missing = [name for name in names if name not in blocks]
+    if missing:
+        raise AnalysisError(f"no block for {', '.join(missing)}: add it, such as its language family")
+    kinds = list(dict.fromkeys(blocks[name] for name in names))
+    return np.array([kinds.index(blocks[name]) for name in names])
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    """Columns of length 1, so that the rank does not depend on units."""
+    length = np.sqrt((values * values).sum(0))
+    return values / np.where(length > 0, length, 1.0)
+
+
+def _residual_maker(design: np.ndarray) -> np.ndarray | None:
+    """The matrix [G, G] that takes away what ``design`` explains; None for the constant alone."""
+    if design.shape[1] == 1:
+        return None
+    scaled = _scaled(design)
+    return np.eye(len(design)) - scaled @ np.linalg.pinv(scaled)
+
+
+def _residuals(maker: np.ndarray | None, values: np.ndarray) -> np.ndarray:
+    """What is left of ``values`` [..., G], at unit length; all zero if that is rounding only."""
     moved = values - values.mean(-1, keepdims=True)
+    if maker is not None:
+        moved = moved @ maker
     length = np.sqrt((moved * moved).sum(-1, keepdims=True))
     varies = length > 1e-12 * np.abs(values).max(-1, keepdims=True)
     return np.divide(moved, length, out=np.zeros(moved.shape), where=varies)
 
 
-def _pearson(x: np.ndarray, y: np.ndarray) -> float:
-    a, b = _centered(x), _centered(y)
-    return float(np.clip(a @ b, -1.0, 1.0)) if a.any() and b.any() else float("nan")
-
-
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1; equal values get the mean of their ranks."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2.0)[inverse]
+    """Ranks from 1 along the last axis; equal values get the mean of their ranks."""
+    less = (values[..., None, :] < values[..., :, None]).sum(-1)
+    equal = (values[..., None, :] == values[..., :, None]).sum(-1)
+    return less + (equal + 1) / 2
 
 
-def _permutation_p(
-    x: np.ndarray, y: np.ndarray, observed: np.ndarray, draws: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _permutation_p(data: _Data, ranked: bool, orders: np.ndarray, exact: bool) -> tuple[np.ndarray, np.ndarray]:
     """p-values of the layers' r, float64 [L] each; NaN where r is.
 
     The first is for each layer alone, the second against the largest |r| of all layers (single-step max-T of Westfall
-    and Young 1993).
-
-    Args:
-        x, y: divergence [G, L] and scores [G].
-        observed: r, float64 [L].
+    and Young 1993). With covariates, the residuals of the scores are permuted [Freedman and Lane 1983].
     """
-    orders, exact = _orders(len(y), draws, seed)
-    defined = np.flatnonzero(~np.isnan(observed))
-    if not defined.size:
-        return observed.copy(), observed.copy()
-    drawn = np.stack([_absolute_r(x[:, layer], y, orders) for layer in defined])
-    p_value, p_corrected = np.full((2, len(observed)), np.nan)
-    reach = np.abs(observed[defined])[:, None] - 1e-12
-    for target, values in ((p_value, drawn), (p_corrected, drawn.max(0)[None])):
-        reached = (values >= reach).sum(1)
+    y = _ranks(data.y) if ranked else data.y
+    maker = _residual_maker(data.design(slice(None), ranked))
+    rest = y if maker is None else (y - y.mean()) @ maker
+    here = np.arange(len(y))[None]
+    layers = [layer for layer, r in enumerate(data.by_layer(ranked)) if not np.isnan(r)]
+    p_value, p_corrected = np.full((2, data.x.shape[1]), np.nan)
+    if not layers:
+        return p_value, p_corrected
+    drawn, reach = [], []
+    for layer in layers:
+        rows = np.flatnonzero(~np.isnan(data.x[:, layer]))
+        left = _residual_maker(data.design(rows, ranked))
+        x = data.x[rows, layer]
+        x = _residuals(left, _ranks(x) if ranked else x)
+        drawn.append(np.abs(_residuals(left, rest[orders][:, rows]) @ x))
+        reach.append(np.abs(_residuals(left, rest[here][:, rows]) @ x) - 1e-12)
+    for target, values in ((p_value, np.stack(drawn)), (p_corrected, np.stack(drawn).max(0)[None])):
+        reached = (values >= np.stack(reach)).sum(1)
         # with random orders, the observed order counts too
-        target[defined] = reached / len(orders) if exact else (reached + 1) / (len(orders) + 1)
+        target[layers] = reached / len(orders) if exact else (reached + 1) / (len(orders) + 1)
     return p_value, p_corrected
 
 
-def _orders(size: int, draws: int, seed: int) -> tuple[np.ndarray, bool]:
-    """Orders of ``size`` elements, int64 [number, size], and whether these are all orders."""
-    if factorial(size) <= draws:
-        return np.array(list(all_orders(range(size)))), True
+def _orders(block: np.ndarray, exchange: str, draws: int, seed: int) -> tuple[np.ndarray, bool]:
+    """Orders of the groups, int64 [number, G], and whether these are all that the blocks allow.
+
+    ``block`` int64 [G] is the block of each group; groups move within their block, or whole blocks of one size change
+    places too (``exchange`` "blocks").
+    """
+    if exchange not in ("within", "blocks"):
+        raise AnalysisError(f'exchange must be "within" or "blocks", not {exchange!r}')
+    members = [np.flatnonzero(block == number) for number in range(block.max() + 1)]
+    by_size: dict[int, list[int]] = {}
+    for number, one in enumerate(members):
+        by_size.setdefault(len(one), []).append(number)
+    alike = list(by_size.values()) if exchange == "blocks" else [[number] for number in range(len(members))]
+    number = prod(factorial(len(one)) for one in members) * prod(factorial(len(one)) for one in alike)
+    if number == 1:
+        raise AnalysisError("these blocks leave nothing to exchange: name larger families, or blocks of equal size")
+    if number <= draws:
+        return np.array(list(_all_orders(members, alike))), True
     rng = np.random.default_rng(seed)
-    return rng.permuted(np.tile(np.arange(size), (draws, 1)), axis=1), False
+    if len(members) == 1:
+        return rng.permuted(np.tile(np.arange(len(block)), (draws, 1)), axis=1), False
+    found = np.empty((draws, len(block)), dtype=np.int64)
+    for order in found:
+        for numbers in alike:
+            for to, source in zip(numbers, rng.permutation(numbers), strict=True):
+                order[members[to]] = rng.permutation(members[source])
+    return found, False
 
 
-def _absolute_r(x: np.ndarray, y: np.ndarray, orders: np.ndarray) -> np.ndarray:
-    """|r| of x with every order of y, float64 [number], over the groups for which x is defined."""
-    seen = ~np.isnan(x)
-    return np.abs(_centered(y[orders][:, seen]) @ _centered(x[seen]))
+def _all_orders(members: Sequence[np.ndarray], alike: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+    """Every order in which blocks that are alike change places, and groups move within them."""
+    for places in product(*(all_orders(numbers) for numbers in alike)):
+        source = {
+            to: of for numbers, order in zip(alike, places, strict=True) for to, of in zip(numbers, order, strict=True)
+        }
+        for inside in product(*(all_orders(members[source[number]].tolist()) for number in range(len(members)))):
+            order = np.empty(sum(map(len, members)), dtype=np.int64)
+            for number, groups in enumerate(inside):
+                order[members[number]] = groups
+            yield order

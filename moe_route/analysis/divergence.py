@@ -8,12 +8,21 @@ average out.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import combinations, product
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from moe_route.analysis.estimators import (
+    CORRECTIONS,
+    Correct,
+    PlainEstimator,
+    compare_distributions,
+    estimator,
+    floor_of,
+)
 from moe_route.analysis.inputs import (
     AnalysisError,
     Frequencies,
@@ -25,15 +34,18 @@ from moe_route.analysis.inputs import (
     shape_of,
     warn_of_padding,
 )
-from moe_route.analysis.measures import cosine_distance, jaccard_distance, jensen_shannon, normalized_jensen_shannon
-from moe_route.analysis.resampling import draw_items, interval_of, resampled_means
-from moe_route.analysis.result import by_depth, mean_of_seen, plain
+from moe_route.analysis.paired import Difference
+from moe_route.analysis.resampling import draw_items, interval_of, p_value_of, resampled_means
+from moe_route.analysis.result import by_depth, mean_of_seen, plain, token_column
+from moe_route.analysis.sequences import batches, groups_of, tokens_per_sequence
 from moe_route.recording.frames import data_frame
 from moe_route.steering.layers import show_numbers
 from moe_route.texttable import ShownAsTables, Table
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from moe_route.recording import Trace
 
 __all__ = [
     "MEASURES",
@@ -49,6 +61,14 @@ __all__ = [
 Measure = Literal["normalized_jsd", "jsd", "cosine", "jaccard"]
 Pairing = Literal["paired", "pooled", "auto"]
 MEASURES = ("normalized_jsd", "jsd", "cosine", "jaccard")
+_MATRIX_BYTES = 1 << 30  # the values of single pairs are kept for a matrix up to this size
+_CORRECTED = {
+    "floor": "less the floor",
+    "rarefy": "of equally many tokens (rarefied)",
+    "jackknife": "by the jackknife",
+    "rarefy+floor": "of equally many tokens (rarefied), less the floor",
+    "jackknife+floor": "by the jackknife, less the floor",
+}
 _MEASURE_NAMES = {
     "normalized_jsd": "entropy-normalized Jensen-Shannon divergence",
     "jsd": "Jensen-Shannon divergence (nats)",
@@ -71,6 +91,13 @@ class Divergence(ShownAsTables):
         pairs: number of items compared, the same items for every group; 0 when pooled.
         undefined: int64 [G, L], number of pairs (at most 1 when pooled) left out because the measure is undefined.
         pair_values: float64 [G, pairs, L], of which ``values`` is the mean; None when pooled.
+        kind: the router scores compared: "full", "topk" or "count".
+        correct: the correction for short texts in ``values``, or None.
+        raw: float64 [G, L], the values without the floor's correction; None if that was not asked for.
+        floor: float64 [G, L], divergence between unrelated sentences of the group; None when pooled.
+        reference_floor: float64 [L], the same of the reference; None when pooled.
+        tokens: float64 [G], mean number of tokens per sequence; NaN where sequences were not counted.
+        reference_tokens: the same of the reference.
     """
 
     values: np.ndarray
@@ -82,6 +109,25 @@ class Divergence(ShownAsTables):
     pairs: int = 0
     undefined: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
     pair_values: np.ndarray | None = None
+    kind: str = "full"
+    correct: str | None = None
+    raw: np.ndarray | None = None
+    floor: np.ndarray | None = None
+    reference_floor: np.ndarray | None = None
+    tokens: np.ndarray | None = None
+    reference_tokens: float = float("nan")
+
+    @property
+    def expected_floor(self) -> np.ndarray:
+        """float64 [G, L]: the mean of the floors of each group and of the reference.
+
+        It is what two unrelated sentences of such lengths would give without any difference of language.
+        """
+        if self.floor is None or self.reference_floor is None:
+            raise AnalysisError(
+                "a floor needs paired divergence: record(sequences=True) with items that pair sentences"
+            )
+        return (self.floor + self.reference_floor) / 2
 
     def of(self, group: str) -> np.ndarray:
         """float64 [L]: the divergence of one group."""
@@ -107,9 +153,15 @@ class Divergence(ShownAsTables):
     def to_pandas(self) -> pd.DataFrame:
         """Return a tidy data frame with a row per (group, layer).
 
-        Columns: ``divergence``, ``undefined``, ``router`` (the layer's name) and ``reference``.
+        Columns: ``divergence``, ``undefined``, ``router`` (the layer's name) and ``reference``; if they are known,
+        ``floor``, ``reference_floor``, ``raw`` and ``tokens`` (per sequence of the group).
         """
         groups, layers = self.values.shape
+        further = {"raw": self.raw, "floor": self.floor}
+        if self.reference_floor is not None:
+            further["reference_floor"] = np.broadcast_to(self.reference_floor, self.values.shape)
+        if self.tokens is not None:
+            further["tokens"] = np.repeat(self.tokens[:, None], layers, axis=1)
         return data_frame(
             {
                 "group": np.repeat(np.asarray(self.groups, dtype=object), layers),
@@ -119,6 +171,7 @@ class Divergence(ShownAsTables):
                 "divergence": self.values.reshape(-1),
                 "undefined": self.undefined.reshape(-1),
             }
+            | {name: values.reshape(-1) for name, values in further.items() if values is not None}
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,17 +185,42 @@ class Divergence(ShownAsTables):
             "layers": list(self.layers),
             "values": plain(self.values),
             "undefined": plain(self.undefined),
+            "kind": self.kind,
+            "correct": self.correct,
+            "raw": plain(self.raw),
+            "floor": plain(self.floor),
+            "reference_floor": plain(self.reference_floor),
+            "tokens": plain(self.tokens),
+            "reference_tokens": plain(self.reference_tokens),
         }
 
     def tables(self) -> list[Table]:
         missing = int(self.undefined.sum())
-        note = f"{missing} undefined (both uniform, or nothing seen), left out" if missing else ""
-        title = f"{_MEASURE_NAMES[self.measure]} from {self.reference}, {_estimator(self.pairing, self.pairs)}"
-        return [by_depth(self.groups, self.values, title=title, note=note)]
+        notes = [f"{missing} undefined (both uniform, or nothing seen), left out"] if missing else []
+        how = _estimator(self.pairing, self.pairs, self.kind, self.correct)
+        title = f"{_MEASURE_NAMES[self.measure]} from {self.reference}, {how}"
+        before = token_column(self.tokens)
+        if np.isfinite(self.reference_tokens):
+            notes.append(f"tokens: mean number per sequence; {self.reference_tokens:.1f} in {self.reference}")
+        if self.floor is None:
+            return [by_depth(self.groups, self.values, title=title, note="\n".join(notes), before=before)]
+        after = {"mean": mean_of_seen(self.values, 1)[0].tolist()}
+        if self.raw is None:
+            after["floor"] = mean_of_seen(self.expected_floor, 1)[0].tolist()
+            notes.append("mean, floor: over all layers; floor: between unrelated sentences of one language")
+        shown = [by_depth(self.groups, self.values, title=title, note="\n".join(notes), before=before, after=after)]
+        if self.raw is not None:
+            shown.append(by_depth(self.groups, self.raw, title="as measured"))
+            rows = np.concatenate([self.reference_floor[None], self.floor])  # type: ignore[index]
+            title = "floor: between unrelated sentences of one language"
+            shown.append(by_depth((self.reference, *self.groups), rows, title=title))
+        return shown
 
 
-def _estimator(pairing: str, pairs: int) -> str:
-    return f"paired over {pairs} items" if pairing == "paired" else "pooled"
+def _estimator(pairing: str, pairs: int, kind: str, correct: str | None) -> str:
+    parts = [f"paired over {pairs} items" if pairing == "paired" else "pooled"]
+    parts += [{"topk": "of the chosen experts' weights", "count": "of selections"}[kind]] if kind != "full" else []
+    return ", ".join([*parts, *([_CORRECTED[correct]] if correct else [])])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -150,7 +228,9 @@ class DivergenceMatrix(ShownAsTables):
     """Divergence of all pairs of groups.
 
     ``values`` is float64 [L, G, G], symmetric, 0 on the diagonal. ``pairs`` is the number of items compared, the same
-    items for all pairs; 0 when pooled.
+    items for all pairs; 0 when pooled. ``kind``, ``correct``, ``floor`` [G, L] and ``tokens`` [G] are those of
+    ``Divergence``. ``pair_values`` is float64 [G (G - 1) / 2, pairs, L], of the pairs of groups in the order of
+    ``itertools.combinations``; None when pooled, or if it were larger than 1 GiB.
     """
 
     values: np.ndarray
@@ -159,10 +239,35 @@ class DivergenceMatrix(ShownAsTables):
     measure: str = "normalized_jsd"
     pairing: str = "pooled"
     pairs: int = 0
+    kind: str = "full"
+    correct: str | None = None
+    floor: np.ndarray | None = None
+    tokens: np.ndarray | None = None
+    pair_values: np.ndarray | None = None
 
     def mean(self, layers: Sequence[int] | None = None) -> np.ndarray:
         """float64 [G, G]: the mean over these layers (by default all), NaN where no layer is defined."""
         return mean_of_seen(self.values if layers is None else self.values[list(layers)])[0]
+
+    def interval(
+        self, level: float = 0.95, *, layers: Sequence[int] | None = None, resamples: int = 1000, seed: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Bootstrap interval (low, high) of ``mean(layers)`` for other sentences, float64 [G, G] each.
+
+        Items are drawn with replacement, with all groups and layers of an item together. Needs paired divergence.
+        """
+        if self.pair_values is None:
+            raise AnalysisError(
+                "the values of single sentences are not here: measure paired divergence, of fewer groups or layers "
+                "(statistics.select(layers=)) if it is a large matrix"
+            )
+        columns = list(range(len(self.layers)) if layers is None else layers)
+        means = np.stack([mean_of_seen(values[:, columns], 1)[0] for values in self.pair_values], axis=1)
+        ends = np.zeros((2, len(self.groups), len(self.groups)))
+        found = interval_of(resampled_means(draw_items(self.pairs, resamples, seed), means), self.pairs, level)
+        rows, others = np.triu_indices(len(self.groups), 1)
+        ends[:, rows, others] = ends[:, others, rows] = np.stack(found)
+        return ends[0], ends[1]
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a tidy data frame with a row per (layer, group, other): ``divergence`` and ``router`` (layer name)."""
@@ -187,12 +292,23 @@ class DivergenceMatrix(ShownAsTables):
             "groups": list(self.groups),
             "layers": list(self.layers),
             "values": plain(self.values),
+            "kind": self.kind,
+            "correct": self.correct,
+            "floor": plain(self.floor),
+            "tokens": plain(self.tokens),
         }
 
     def tables(self) -> list[Table]:
-        rows = [[name, *map(float, row)] for name, row in zip(self.groups, self.mean(), strict=True)]
-        how = f"{_estimator(self.pairing, self.pairs)}, mean over {len(self.layers)} layers"
-        return [Table(["", *self.groups], rows, f"{_MEASURE_NAMES[self.measure]} of all pairs, {how}")]
+        how = _estimator(self.pairing, self.pairs, self.kind, self.correct)
+        title = f"{_MEASURE_NAMES[self.measure]} of all pairs, {how}, mean over {len(self.layers)} layers"
+        tokens = token_column(self.tokens)
+        columns: dict[str, list[Any]] = {**dict(zip(self.groups, self.mean().tolist(), strict=True)), **tokens}
+        notes = ["tokens: mean number per sequence"] if tokens else []
+        if self.floor is not None:
+            columns["floor"] = mean_of_seen(self.floor, 1)[0].tolist()
+            notes.append("floor: between unrelated sentences of one language")
+        rows = [list(row) for row in zip(self.groups, *columns.values(), strict=True)]
+        return [Table(["", *columns], rows, title, "; ".join(notes))]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -235,6 +351,21 @@ class UShape(ShownAsTables):
         """Interval (low, high) of the mean of ``depth`` over these groups; it does not hold for other groups."""
         low, high = interval_of(self._resampled().mean(1), self.pairs, level)
         return float(low), float(high)
+
+    def difference(self, group: str, other: str) -> Difference:
+        """Depth of one group minus that of another, with its 95 % interval for other sentences.
+
+        The same items are drawn for both groups. Needs paired divergence.
+        """
+        for name in (group, other):
+            if name not in self.groups:
+                raise AnalysisError(f"no group {name!r}: there are {', '.join(self.groups)}")
+        first, second = self.groups.index(group), self.groups.index(other)
+        resampled = self._resampled()
+        drawn = resampled[:, first] - resampled[:, second]
+        low, high = interval_of(drawn, self.pairs, 0.95)
+        value = float(self.depth[first] - self.depth[second])
+        return Difference(value, float(low), float(high), p_value_of(drawn, self.pairs))
 
     def _resampled(self) -> np.ndarray:
         if self.resampled is None:
@@ -291,6 +422,9 @@ def divergence(
     by: str = "sequence",
     top: int | None = None,
     num_experts: int | Sequence[int] | None = None,
+    correct: Correct | None = None,
+    trace: Trace | None = None,
+    seed: int = 0,
 ) -> Divergence:
     """Measure the divergence of groups from a reference, per layer [arXiv 2510.04694, eq. 2].
 
@@ -312,13 +446,21 @@ def divergence(
         top: number of experts per group for "jaccard"; by default the layer's top-k.
         num_experts: for arrays, experts of each layer if layers are zero-padded. Without it, experts at the end that
             are never used cause a warning.
+        correct: what to do about short texts, for paired divergence. None: only report the floor. "floor": subtract
+            the mean of the two floors, where the floor of a group is the divergence between unrelated sentences of that
+            group. "rarefy": compare as many selections of each sequence as the shortest translation of its item has
+            (the mean of 10 draws). "jackknife": remove the bias of first order. The last two need ``kind="count"``;
+            "rarefy+floor" and "jackknife+floor" then subtract the floor, measured in the same way.
+        trace: for "rarefy", the trace of the same texts in all layers: whole tokens are drawn. Without it, selections
+            are drawn one by one, since sums do not say which belong to one token.
+        seed: of the floor's derangements and of the draws.
 
-    Raises ``AnalysisError`` for unknown or empty groups, sequences that do not pair, and values that are not a
-    distribution.
+    Raises ``AnalysisError`` for unknown or empty groups, sequences that do not pair, values that are not a
+    distribution, and corrections that need what was not recorded.
     """
-    if measure not in MEASURES:
-        raise AnalysisError(f"no measure {measure!r}: use one of {', '.join(MEASURES)}")
+    _check_choices(measure, correct)
     if not isinstance(statistics, Statistics):
+        _refuse_corrections(correct, trace)
         return _of_arrays(statistics, reference, measure, top, num_experts)
     if not isinstance(reference, str):
         raise AnalysisError("name the reference group of the statistics, or pass two arrays")
@@ -326,25 +468,28 @@ def divergence(
     names = pick_groups(statistics, groups, leave_out=reference)
     items = _common_items(statistics, (reference, *names), pairing, min_common, phase, by)
     if items is None:
-        return _pooled(statistics, reference, names, measure, kind, phase, by, top)
-    return _paired(statistics, reference, names, items, measure, kind, top)
+        _refuse_corrections(correct, trace)
+        how = compare_distributions(measure, np.asarray(statistics.num_experts), top, statistics.top_k)
+        return _pooled(statistics, reference, names, how, kind, phase, by)
+    compared = (reference, *names)
+    how = estimator(
+        statistics, compared, items, measure=measure, kind=kind, top=top, correct=correct, trace=trace, seed=seed
+    )
+    return _paired(statistics, reference, names, items, how, kind, correct, seed)
 
 
-Comparison = Callable[[np.ndarray, np.ndarray], np.ndarray]
+def _check_choices(measure: str, correct: str | None) -> None:
+    if measure not in MEASURES:
+        raise AnalysisError(f"no measure {measure!r}: use one of {', '.join(MEASURES)}")
+    if correct not in (None, *CORRECTIONS):
+        raise AnalysisError(f"no correction {correct!r}: use one of {', '.join(CORRECTIONS)}, or None")
 
 
-def _comparison(measure: str, sizes: np.ndarray, top: int | None, top_k: Sequence[int] | None) -> Comparison:
-    """The measure, as a function of two arrays of distributions [..., L, E]."""
-    if measure == "normalized_jsd":
-        return lambda q1, q2: normalized_jensen_shannon(q1, q2, sizes)
-    if measure == "jaccard":
-        if top is None and top_k is None:
-            raise AnalysisError('measure="jaccard" needs top, the number of experts to compare')
-        count = np.minimum(np.asarray(top_k if top is None else top), sizes)
-        if (count < 1).any():
-            raise AnalysisError(f"top must be 1 or more, not {top}")
-        return lambda q1, q2: jaccard_distance(q1, q2, count)
-    return jensen_shannon if measure == "jsd" else cosine_distance
+def _refuse_corrections(correct: str | None, trace: Any) -> None:
+    if correct is not None or trace is not None:
+        raise AnalysisError(
+            "corrections compare single sequences: pass statistics of record(sequences=True), with pairing='paired'"
+        )
 
 
 def _common_items(
@@ -358,7 +503,7 @@ def _common_items(
     if pairing == "pooled":
         return None
     try:
-        return _paired_items(statistics, groups, min_common, phase, by)
+        return paired_items(statistics, groups, min_common, phase, by)
     except AnalysisError as error:
         if pairing == "paired":
             raise AnalysisError(
@@ -369,8 +514,8 @@ def _common_items(
         return None
 
 
-def _paired_items(
-    statistics: Statistics, groups: Sequence[str], min_common: float, phase: str | None, by: str
+def paired_items(
+    statistics: Statistics, groups: Sequence[str], min_common: float, phase: str | None = None, by: str = "sequence"
 ) -> list[Any]:
     """The items that every group has; raises ``AnalysisError`` with the reason if pairing is impossible."""
     store = statistics.store
@@ -401,37 +546,76 @@ def _paired(
     reference: str,
     groups: tuple[str, ...],
     items: Sequence[Any],
-    measure: str,
+    measure: PlainEstimator,
     kind: str,
-    top: int | None,
+    correct: str | None,
+    seed: int,
 ) -> Divergence:
-    compare = _comparison(measure, np.asarray(statistics.num_experts), top, statistics.top_k)
-    pair_values = np.empty((len(groups), len(items), len(statistics.layers)))
-    for i, item in enumerate(items):
-        base = normalized(statistics.store.distributions(item, reference, kind))
-        for g, group in enumerate(groups):
-            pair_values[g, i] = compare(base, normalized(statistics.store.distributions(item, group, kind)))
-    values, undefined = mean_of_seen(pair_values, 1)
     layers = tuple(statistics.layers)
-    return Divergence(values, groups, reference, layers, measure, "paired", len(items), undefined, pair_values)
+    pairs = np.empty((len(groups), len(items), len(layers)))
+    floors, tokens = np.empty_like(pairs), np.empty(len(groups))
+    first = next(groups_of(statistics, (reference,), items, kind))
+    base = measure.prepare(first)
+    base_floor = floor_of(measure, base, seed)
+    for g, one in enumerate(groups_of(statistics, groups, items, kind)):
+        prepared = measure.prepare(one)
+        pairs[g] = measure.compare(base, prepared)
+        floors[g] = floor_of(measure, prepared, seed)
+        tokens[g] = one.mean_tokens
+    values, undefined = mean_of_seen(pairs, 1)
+    floor, reference_floor = mean_of_seen(floors, 1)[0], mean_of_seen(base_floor)[0]
+    raw = None
+    if correct is not None and "floor" in correct:
+        raw, values = values, values - (floor + reference_floor) / 2
+        pairs = pairs - (floors + base_floor) / 2
+    return Divergence(
+        values,
+        groups,
+        reference,
+        layers,
+        measure.measure,
+        "paired",
+        len(items),
+        undefined,
+        pairs,
+        kind=kind,
+        correct=correct,
+        raw=raw,
+        floor=floor,
+        reference_floor=reference_floor,
+        tokens=tokens,
+        reference_tokens=first.mean_tokens,
+    )
 
 
 def _pooled(
     statistics: Statistics,
     reference: str,
     groups: tuple[str, ...],
-    measure: str,
+    measure: PlainEstimator,
     kind: str,
     phase: str | None,
     by: str,
-    top: int | None,
 ) -> Divergence:
-    compare = _comparison(measure, np.asarray(statistics.num_experts), top, statistics.top_k)
     q = normalized(statistics.mean_distribution(kind, phase, by))
     rows = [statistics.groups.index(group) for group in groups]
-    values = compare(q[statistics.groups.index(reference)][None], q[rows])
+    base = q[[statistics.groups.index(reference)] * len(rows)]
+    values = measure.of_pairs(measure.of_distributions(base), measure.of_distributions(q[rows]))
     undefined = np.isnan(values).astype(np.int64)
-    return Divergence(values, groups, reference, tuple(statistics.layers), measure, "pooled", 0, undefined)
+    tokens = tokens_per_sequence(statistics, (reference, *groups))
+    return Divergence(
+        values,
+        groups,
+        reference,
+        tuple(statistics.layers),
+        measure.measure,
+        "pooled",
+        0,
+        undefined,
+        kind=kind,
+        tokens=tokens[1:],
+        reference_tokens=float(tokens[0]),
+    )
 
 
 def _of_arrays(
@@ -446,7 +630,8 @@ def _of_arrays(
     shape_of(q2, num_experts)
     if num_experts is None:
         warn_of_padding((q1, q2), stacklevel=3)
-    values = _comparison(measure, sizes, top, None)(normalized(q1), normalized(q2))
+    how = compare_distributions(measure, sizes, top, None)
+    values = how.of_pairs(how.of_distributions(normalized(q1)), how.of_distributions(normalized(q2)))
     names = (("first",), "second", tuple(map(str, range(q1.shape[-2]))), measure)
     if q1.ndim == 2:
         return Divergence(values[None], *names, "pooled", 0, np.isnan(values)[None].astype(np.int64))
@@ -465,26 +650,97 @@ def divergence_matrix(
     phase: str | None = None,
     by: str = "sequence",
     top: int | None = None,
+    correct: Correct | None = None,
+    trace: Trace | None = None,
+    seed: int = 0,
 ) -> DivergenceMatrix:
     """Measure the divergence of all pairs of groups, with the arguments and errors of ``divergence``.
 
     Paired divergence uses the items that all groups have.
     """
-    if measure not in MEASURES:
-        raise AnalysisError(f"no measure {measure!r}: use one of {', '.join(MEASURES)}")
+    _check_choices(measure, correct)
     names = pick_groups(statistics, groups)
     if len(names) < 2:
         raise AnalysisError("a matrix needs two groups or more")
     items = _common_items(statistics, names, pairing, min_common, phase, by)
+    if items is None:
+        _refuse_corrections(correct, trace)
+        return _pooled_matrix(statistics, names, measure, kind, phase, by, top)
+    how = estimator(
+        statistics, names, items, measure=measure, kind=kind, top=top, correct=correct, trace=trace, seed=seed
+    )
+    return _paired_matrix(statistics, names, items, how, kind, correct, seed)
+
+
+def _pooled_matrix(
+    statistics: Statistics,
+    names: tuple[str, ...],
+    measure: str,
+    kind: str,
+    phase: str | None,
+    by: str,
+    top: int | None,
+) -> DivergenceMatrix:
+    how = compare_distributions(measure, np.asarray(statistics.num_experts), top, statistics.top_k)
     values = np.zeros((len(statistics.layers), len(names), len(names)))
     for i, reference in enumerate(names[:-1]):
-        rest = names[i + 1 :]
-        if items is None:
-            found = _pooled(statistics, reference, rest, measure, kind, phase, by, top)
-        else:
-            found = _paired(statistics, reference, rest, items, measure, kind, top)
+        found = _pooled(statistics, reference, names[i + 1 :], how, kind, phase, by)
         values[:, i, i + 1 :] = values[:, i + 1 :, i] = found.values.T
-    return DivergenceMatrix(values, names, tuple(statistics.layers), measure, found.pairing, found.pairs)
+    tokens = tokens_per_sequence(statistics, names)
+    return DivergenceMatrix(values, names, tuple(statistics.layers), measure, "pooled", kind=kind, tokens=tokens)
+
+
+def _paired_matrix(
+    statistics: Statistics,
+    names: tuple[str, ...],
+    items: Sequence[Any],
+    how: PlainEstimator,
+    kind: str,
+    correct: str | None,
+    seed: int,
+) -> DivergenceMatrix:
+    shape = len(items), len(statistics.layers)
+    values = np.zeros((shape[1], len(names), len(names)))
+    floors, tokens = np.empty((len(names), *shape)), np.empty(len(names))
+    number = len(names) * (len(names) - 1) // 2
+    pairs = np.empty((number, *shape)) if number * shape[0] * shape[1] * 8 <= _MATRIX_BYTES else None
+    places = {(names[i], names[j]): place for place, (i, j) in enumerate(combinations(range(len(names)), 2))}
+
+    def read(portion: Sequence[str]) -> list[tuple[str, Any]]:
+        found = []
+        for one in groups_of(statistics, portion, items, kind):
+            prepared, g = how.prepare(one), names.index(one.group)
+            floors[g], tokens[g] = floor_of(how, prepared, seed), one.mean_tokens
+            found.append((one.group, prepared))
+        return found
+
+    portions = batches(statistics, names, len(items))
+    for number, portion in enumerate(portions):
+        here = read(portion)
+        for later in portions[number:]:
+            others = here if later is portion else read(later)
+            for (name, first), (other, second) in product(here, others):
+                if (name, other) in places:
+                    found = how.compare(first, second)
+                    i, j = names.index(name), names.index(other)
+                    if correct is not None and "floor" in correct:
+                        found -= (floors[i] + floors[j]) / 2
+                    values[:, i, j] = values[:, j, i] = mean_of_seen(found)[0]
+                    if pairs is not None:
+                        pairs[places[name, other]] = found
+    return DivergenceMatrix(
+        values,
+        names,
+        tuple(statistics.layers),
+        how.measure,
+        "paired",
+        len(items),
+        kind=kind,
+        correct=correct,
+        floor=mean_of_seen(floors, 1)[0],
+        tokens=tokens,
+        pair_values=pairs,
+    )
 
 
 def middle_layers(layers: int) -> tuple[int, ...]:

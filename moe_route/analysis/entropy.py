@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from moe_route.analysis.inputs import AnalysisError, pick_groups
-from moe_route.analysis.result import by_depth, plain
+from moe_route.analysis.finite_sample import jackknife_entropy, miller_madow
+from moe_route.analysis.inputs import AnalysisError, normalized, pick_groups
+from moe_route.analysis.measures import entropy_of
+from moe_route.analysis.resampling import draw_items, interval_of, resampled_means
+from moe_route.analysis.result import by_depth, mean_of_seen, plain, token_column
+from moe_route.analysis.sequences import blocks, groups_of, tokens_per_sequence
 from moe_route.recording.frames import data_frame
 from moe_route.texttable import ShownAsTables, Table
 
@@ -31,6 +36,11 @@ class Entropy(ShownAsTables):
         num_experts: experts of each layer; its logarithm is the largest possible entropy.
         within: mean over sequences of the mean of H(p_t) over a sequence's tokens, all sequences with equal weight;
             None unless both of the above were requested.
+        kind: the router scores of ``sequence``: "full", "topk" or "count".
+        correct: the correction for short texts in ``sequence``: "miller_madow", "jackknife" or None.
+        tokens: float64 [G], mean number of tokens per sequence; NaN where sequences were not counted.
+        sequence_values: per group, float64 [sequences, L]: the values of which ``sequence`` is the mean; None if
+            sequences were not kept.
     """
 
     token: np.ndarray | None
@@ -39,6 +49,10 @@ class Entropy(ShownAsTables):
     layers: tuple[str, ...]
     num_experts: tuple[int, ...]
     within: np.ndarray | None = None
+    kind: str = "full"
+    correct: str | None = None
+    tokens: np.ndarray | None = None
+    sequence_values: tuple[np.ndarray, ...] | None = None
 
     @property
     def gap(self) -> np.ndarray:
@@ -57,6 +71,21 @@ class Entropy(ShownAsTables):
         values = self._values(of)
         most = np.log(np.asarray(self.num_experts, dtype=np.float64))
         return np.divide(values, most, out=np.full(values.shape, np.nan), where=most > 0)
+
+    def interval(self, level: float = 0.95, *, resamples: int = 1000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Bootstrap interval (low, high) of ``sequence`` for other sequences, float64 [G, L] each.
+
+        Sequences of each group are drawn with replacement, with all layers together. NaN with a single sequence. The
+        token entropy has none, since its values of single sequences are not kept.
+        """
+        if self.sequence_values is None:
+            raise AnalysisError("an interval needs the sequence entropy of kept sequences: record(sequences=True)")
+        ends = []
+        for values in self.sequence_values:
+            weights = draw_items(len(values), resamples, seed)
+            ends.append(interval_of(resampled_means(weights, values), len(values), level))
+        low, high = np.stack(ends, axis=1)
+        return low, high
 
     def _values(self, of: str) -> np.ndarray:
         values = {"token": self.token, "sequence": self.sequence}.get(of)
@@ -77,15 +106,18 @@ class Entropy(ShownAsTables):
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content (NaN as None)."""
         axes = {"groups": list(self.groups), "layers": list(self.layers), "num_experts": list(self.num_experts)}
-        return axes | {name: plain(values) for name, values in self._present()}
+        how = {"kind": self.kind, "correct": self.correct, "tokens": plain(self.tokens)}
+        return axes | how | {name: plain(values) for name, values in self._present()}
 
     def _present(self) -> list[tuple[str, np.ndarray]]:
         both = [("token", self.token), ("sequence", self.sequence), ("within", self.within)]
         return [(name, values) for name, values in both if values is not None]
 
     def tables(self) -> list[Table]:
+        titles = {"token": "token entropy (nats)", "sequence": f"sequence entropy (nats){self._how()}"}
+        before = token_column(self.tokens)
         shown = [
-            by_depth(self.groups, values, title=f"{name} entropy (nats)")
+            by_depth(self.groups, values, title=titles[name], before=before)
             for name, values in self._present()
             if name != "within"
         ]
@@ -94,25 +126,101 @@ class Entropy(ShownAsTables):
         title = "gap (nats): how much the tokens of one sequence differ"
         return [*shown, by_depth(self.groups, self.gap, title=title)]
 
+    def _how(self) -> str:
+        of = {"full": "", "topk": ", of the chosen experts' weights", "count": ", of selections"}[self.kind]
+        return of + {None: "", "miller_madow": ", corrected (Miller-Madow)", "jackknife": ", jackknife"}[self.correct]
+
 
 def entropy(
     statistics: RoutingStatistics,
     *,
     of: Literal["both", "token", "sequence"] = "both",
-    groups: list[str] | None = None,
+    groups: Sequence[str] | str | None = None,
     phase: Literal["prefill", "decode"] | None = None,
+    kind: Literal["full", "topk", "count"] = "full",
+    correct: Literal["miller_madow", "jackknife"] | None = None,
 ) -> Entropy:
     """Mean routing entropy of tokens and of sequences, by group and layer.
 
     The gap between them needs ``of="both"`` and sequence sums. Every recording has these; imported token sums do not.
 
-    Raises ``AnalysisError`` for unknown or empty groups, ``ValueError`` for an entropy that was not recorded.
+    Args:
+        statistics: ``RoutingStatistics``.
+        of: "token", "sequence" or "both".
+        groups: by default all.
+        phase: "prefill", "decode" or both; for the sums alone.
+        kind: the router scores of the sequence entropy. "topk" and "count" need kept sequences, and give the sequence
+            entropy alone.
+        correct: for ``kind="count"``, remove the bias of short sequences, whose entropy is too low: "miller_madow"
+            (``analysis.miller_madow``) or "jackknife" (``analysis.jackknife_entropy``).
+
+    Raises ``AnalysisError`` for unknown or empty groups and for corrections without counts, ``ValueError`` for an
+    entropy that was not recorded.
     """
     if of not in ("both", "token", "sequence"):
         raise AnalysisError(f'of must be "both", "token" or "sequence", not {of!r}')
+    if correct not in (None, "miller_madow", "jackknife"):
+        raise AnalysisError(f'no correction {correct!r}: use "miller_madow", "jackknife" or None')
     names = pick_groups(statistics, groups)
+    axes = names, tuple(statistics.layers), tuple(statistics.num_experts)
+    tokens = tokens_per_sequence(statistics, names)
+    if kind != "full" or correct is not None:
+        values = _values_of_kind(statistics, names, of, phase, kind, correct)
+        means = np.stack([mean_of_seen(one)[0] for one in values])
+        return Entropy(None, means, *axes, kind=kind, correct=correct, tokens=tokens, sequence_values=values)
     rows = [statistics.groups.index(name) for name in names]
     token = statistics.entropy("token", phase)[rows] if of in ("both", "token") else None
     sequence = statistics.entropy("sequence", phase)[rows] if of in ("both", "sequence") else None
     within = statistics.entropy("token", phase, by="sequence")[rows] if of == "both" else None
-    return Entropy(token, sequence, names, tuple(statistics.layers), tuple(statistics.num_experts), within)
+    kept = None if of == "token" or phase is not None else _kept_values(statistics, names)
+    return Entropy(token, sequence, *axes, within, tokens=tokens, sequence_values=kept)
+
+
+def _values_of_kind(
+    statistics: Any, names: Sequence[str], of: str, phase: str | None, kind: str, correct: str | None
+) -> tuple[np.ndarray, ...]:
+    """The sequence entropies of a kind that sums do not give, corrected; raises ``AnalysisError`` with the reason."""
+    if correct is not None and kind != "count":
+        raise AnalysisError(
+            f'correct="{correct}" works on whole selections, and kind="{kind}" is a mean of router scores: pass '
+            'kind="count" (--kind count)'
+        )
+    if of == "token":
+        raise AnalysisError(f'kind="{kind}" is of sequences: leave of out, or pass of="sequence"')
+    if phase is not None:
+        raise AnalysisError("kept sequences join prefill and decode: leave phase out")
+    if statistics.store is None:
+        raise AnalysisError(f'kind="{kind}" needs kept sequences: record(sequences=True)')
+    return _entropies(statistics, names, kind, correct)
+
+
+def _kept_values(statistics: Any, names: Sequence[str]) -> tuple[np.ndarray, ...] | None:
+    """H(q_i) of every sequence if all were kept, else None."""
+    store = statistics.store
+    if store is None or "probability" not in getattr(statistics, "metrics", ()):
+        return None
+    counted = statistics.sequences()
+    whole = all(len(store.items(name)) == counted[statistics.groups.index(name)] > 0 for name in names)
+    return _entropies(statistics, names, "full", None) if whole else None
+
+
+def _entropies(statistics: Any, names: Sequence[str], kind: str, correct: str | None) -> tuple[np.ndarray, ...]:
+    """Entropies of the kept sequences of each group, float64 [sequences, L]."""
+    items: dict[str, list[Any]] = {name: [] for name in names}
+    for item, group in statistics.store:
+        if group in items:
+            items[group].append(item)
+    if empty := [name for name in names if not items[name]]:
+        raise AnalysisError(f"no sequence of {empty[0]!r} was kept: record it with sequences=True, or leave it out")
+    found = []
+    for one in groups_of(statistics, names, items, kind):
+        values = np.empty(one.tokens.shape)
+        for part in blocks(one.values.shape):
+            if correct == "miller_madow":
+                values[part] = miller_madow(one.values[part], np.asarray(statistics.top_k))
+            elif correct == "jackknife":
+                values[part] = jackknife_entropy(one.values[part])
+            else:
+                values[part] = entropy_of(normalized(one.values[part].astype(np.float64)))
+        found.append(values)
+    return tuple(found)

@@ -14,6 +14,7 @@ __all__ = ["cosine_distance", "entropy_of", "jaccard_distance", "jensen_shannon"
 # Below this, ``log E - H`` is rounding: both distributions are uniform and D is 0 / 0. Storing a uniform distribution
 # in float32 gives about 1e-15 here; one expert chosen once too often in a million tokens gives about 1e-12.
 _UNIFORM = 1e-13
+_SMALLEST = 1e-300  # stands for 0 in a logarithm that is multiplied by 0
 
 
 def _times_log(weight: np.ndarray, ratio: np.ndarray) -> np.ndarray:
@@ -24,7 +25,9 @@ def _times_log(weight: np.ndarray, ratio: np.ndarray) -> np.ndarray:
 def entropy_of(q: np.ndarray) -> np.ndarray:
     """H(q) = -sum q log q in nats over the last axis; 0 log 0 = 0."""
     q = np.asarray(q, dtype=np.float64)
-    return -_times_log(q, q).sum(-1) + 0.0
+    logs = np.log(np.maximum(q, _SMALLEST))
+    logs *= q
+    return -logs.sum(-1) + 0.0
 
 
 def jensen_shannon(q1: np.ndarray, q2: np.ndarray) -> np.ndarray:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from moe_route.analysis.inputs import AnalysisError
-from moe_route.analysis.resampling import RESAMPLES, draw_items, interval_of
+from moe_route.analysis.resampling import RESAMPLES, draw_items, interval_of, p_value_of
 from moe_route.analysis.result import plain
 
 __all__ = ["Difference", "RandomControl", "paired_difference", "random_control"]
@@ -16,14 +16,17 @@ __all__ = ["Difference", "RandomControl", "paired_difference", "random_control"]
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean change of the loss in nats per token, with the 95 % interval of a paired bootstrap over items.
+    """A difference of two means over the same items, with its 95 % interval from a paired bootstrap over items.
 
-    The interval is NaN with a single item, whose change says nothing about others.
+    Differences of losses are in nats per token. ``p_value`` is the two-sided p-value of the same bootstrap, for
+    corrections over many differences (``analysis.holm``). Interval and p-value are NaN with a single item, whose
+    difference says nothing about others.
     """
 
     value: float
     low: float
     high: float
+    p_value: float = float("nan")
 
     def __str__(self) -> str:
         interval = "no interval" if np.isnan(self.low) else f"[{self.low:+.4f}, {self.high:+.4f}]"
@@ -47,8 +50,16 @@ def paired_difference(
     nats, base, tokens = (_columns(array) for array in (nats, base, tokens))
     weights = draw_items(len(tokens), resamples, seed)
     change = nats - base
-    low, high = interval_of(_per_token(weights @ change, weights @ tokens), len(tokens), 0.95)
-    return Difference(float(_per_token(change.sum(0), tokens.sum(0))), float(low), float(high))
+    return _difference(
+        float(_per_token(change.sum(0), tokens.sum(0))),
+        _per_token(weights @ change, weights @ tokens),
+        len(tokens),
+    )
+
+
+def _difference(value: float, resampled: np.ndarray, items: int) -> Difference:
+    low, high = interval_of(resampled, items, 0.95)
+    return Difference(value, float(low), float(high), p_value_of(resampled, items))
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,7 @@ class RandomControl:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content (NaN as None)."""
-        difference = {"value": self.difference.value, "low": self.difference.low, "high": self.difference.high}
+        difference = asdict(self.difference)
         return plain(
             {
                 "plan": self.plan,
@@ -127,10 +138,9 @@ def random_control(
     others = np.stack([_per_token(of_items @ (one - base), tokens_drawn) for one in sets], axis=1)
     drawn = plan - (of_sets * others).sum(1) / of_sets.sum(1)
     fewest = len(tokens) if enumerated else min(len(tokens), len(sets))
-    low, high = interval_of(drawn, fewest, 0.95)
     change = float(_per_token((nats - base).sum(0), tokens.sum(0)))
     changes = tuple(_per_token((sets - base).sum(1), tokens.sum(0)).tolist())
-    difference = Difference(change - float(np.mean(changes)), float(low), float(high))
+    difference = _difference(change - float(np.mean(changes)), drawn, fewest)
     return RandomControl(change, changes, difference, enumerated)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_route.analysis.inputs import AnalysisError
 
-__all__ = ["RESAMPLES", "draw_items", "interval_of", "resampled_means", "t_of_normal"]
+__all__ = ["RESAMPLES", "draw_items", "interval_of", "p_value_of", "resampled_means", "t_of_normal"]
 
 RESAMPLES = 4000
 
@@ -49,6 +49,26 @@ def interval_of(resampled: np.ndarray, items: int, level: float) -> tuple[np.nda
         seen = ~np.isnan(resampled).any(0)
         ends[:, seen] = np.quantile(resampled[:, seen], [tail, 1 - tail], axis=0)
     return ends[0], ends[1]
+
+
+def p_value_of(resampled: np.ndarray, items: int) -> float:
+    """Two-sided p-value of a statistic of items against 0, from its resampled values [resamples].
+
+    It is 1 minus the largest level at which the interval of ``interval_of`` leaves out 0, and at least about
+    2 / (resamples + 1). NaN with a single item, or where a resample is undefined.
+    """
+    if items < 2 or np.isnan(resampled).any():
+        return float("nan")
+    beyond = min(int((resampled <= 0).sum()), int((resampled >= 0).sum()))
+    share = (beyond + 1) / (len(resampled) + 1)
+    if share >= 0.5:
+        return 1.0
+    reach = -NormalDist().inv_cdf(share) * np.sqrt((items - 1) / items)
+    low, high = 1e-12, 1.0  # of the p-value, whose t quantile falls as it grows
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if _t_quantile(1 - middle / 2, items - 1) < reach else (middle, high)
+    return high
 
 
 def _t_quantile(probability: float, freedom: int) -> float:

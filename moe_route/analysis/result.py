@@ -10,7 +10,7 @@ import numpy as np
 from moe_route.steering.layers import show_numbers
 from moe_route.texttable import Table
 
-__all__ = ["by_depth", "mean_of_seen", "plain"]
+__all__ = ["by_depth", "mean_of_seen", "plain", "token_column"]
 
 _COLUMNS = 9
 
@@ -33,16 +33,27 @@ def by_depth(
     layers: Sequence[int] | None = None,
     title: str = "",
     note: str = "",
+    before: Mapping[str, Sequence[object]] | None = None,
+    after: Mapping[str, Sequence[object]] | None = None,
 ) -> Table:
     """A table of values [row, layer], with a column per layer, or per run of layers (their mean) if there are many.
 
-    ``layers`` are the numbers of the layers, by default counted from 0.
+    ``layers`` are the numbers of the layers, by default counted from 0. ``before`` and ``after`` are further columns by
+    name, with a value per row.
     """
     numbers = np.arange(values.shape[1]) if layers is None else np.asarray(layers)
     parts = np.array_split(np.arange(values.shape[1]), min(values.shape[1], _COLUMNS))
-    head = ["layer", *(show_numbers(numbers[part].tolist()) for part in parts)]
-    columns = [mean_of_seen(values[:, part], 1)[0].tolist() for part in parts]
-    return Table(head, [[name, *row] for name, *row in zip(rows, *columns, strict=True)], title, note)
+    columns = {show_numbers(numbers[part].tolist()): mean_of_seen(values[:, part], 1)[0].tolist() for part in parts}
+    shown = {**(before or {}), **columns, **(after or {})}
+    cells = zip(rows, *shown.values(), strict=True)
+    return Table(["layer", *shown], [list(row) for row in cells], title, note)
+
+
+def token_column(tokens: np.ndarray | None) -> dict[str, list[str]]:
+    """The column "tokens" of a table, mean numbers per sequence; empty if none is known."""
+    if tokens is None or np.isnan(tokens).all():
+        return {}
+    return {"tokens": ["-" if np.isnan(value) else f"{value:.1f}" for value in tokens.tolist()]}
 
 
 def mean_of_seen(values: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:

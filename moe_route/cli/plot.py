@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_route.cli.analyze.arguments import level
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import command, layers, merged_statistics, output
 
@@ -31,6 +32,13 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--layers", type=layers, metavar="A-B", help="divergence: layers to shade; matrix: layers to average over"
     )
+    parser.add_argument(
+        "--interval", type=level, metavar="LEVEL", help="divergence: bands of bootstrap intervals, such as 0.95"
+    )
+    parser.add_argument(
+        "--floor", action="store_true", default=None, help="divergence: also what unrelated sentences give"
+    )
+    parser.add_argument("--cluster", action="store_true", default=None, help="matrix: similar groups side by side")
     parser.add_argument("--title", help="title of the picture (default: none)")
 
 
@@ -38,7 +46,7 @@ def run(options: argparse.Namespace) -> Answer:
     from moe_route import plots
 
     draw, takes = PICTURES[options.what]
-    for name in sorted({"reference", "group", "layers"} - takes):
+    for name in sorted({"reference", "group", "layers", "interval", "floor", "cluster"} - takes):
         if getattr(options, name) is not None:
             raise ValueError(f"the picture {options.what} takes no --{name}: leave it out")
     output(options.out)
@@ -54,7 +62,9 @@ def _divergence(statistics: RoutingStatistics, options: argparse.Namespace) -> A
     from moe_route import analysis, plots
 
     found = analysis.divergence(statistics, options.reference or "eng_Latn")
-    return plots.divergence(found, middle=options.layers, title=options.title)
+    return plots.divergence(
+        found, middle=options.layers, interval=options.interval, floor=bool(options.floor), title=options.title
+    )
 
 
 def _entropy(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
@@ -80,7 +90,9 @@ def _experts(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes
 def _matrix(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
     from moe_route import analysis, plots
 
-    return plots.divergence_matrix(analysis.divergence_matrix(statistics), layers=options.layers, title=options.title)
+    groups = analysis.similarity(statistics).order(options.layers) if options.cluster else None
+    found = analysis.divergence_matrix(statistics)
+    return plots.divergence_matrix(found, layers=options.layers, groups=groups, title=options.title)
 
 
 def _balance(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
@@ -89,12 +101,12 @@ def _balance(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes
     return plots.load_balance(analysis.load_balance(statistics), title=options.title)
 
 
-# Name of the figure -> how it is drawn, and which of --reference, --group and --layers it accepts.
+# Name of the figure -> how it is drawn, and which of the options it accepts.
 PICTURES = {
-    "divergence": (_divergence, {"reference", "layers"}),
+    "divergence": (_divergence, {"reference", "layers", "interval", "floor"}),
     "entropy": (_entropy, set[str]()),
     "consistency": (_consistency, set[str]()),
     "experts": (_experts, {"reference", "group"}),
-    "matrix": (_matrix, {"layers"}),
+    "matrix": (_matrix, {"layers", "cluster"}),
     "balance": (_balance, set[str]()),
 }

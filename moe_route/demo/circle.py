@@ -13,8 +13,6 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from itertools import combinations, product
-from math import comb, prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +34,7 @@ from moe_route.demo.pictures import draw
 from moe_route.demo.report import DemoReport, Outcome
 from moe_route.recording import RoutingStatistics
 from moe_route.routed import RoutedModel
-from moe_route.steering import ExpertSelection, Plan
+from moe_route.steering import ExpertSelection, Plan, PlanError
 from moe_route.workload import EncodedTexts, LanguageModel, Text, read_corpus, record_texts, texts_of
 
 __all__ = ["RANDOM_SETS", "THRESHOLDS", "choose_threshold", "demo", "plans", "random_plans"]
@@ -192,7 +190,7 @@ class _Run:
             """Mean change of the loss by the random sets, with the interval of the comparison with them."""
             before, tokens = base[:, columns, 0], base[:, columns, 1]
             found = random_control(before, random[..., columns], before, tokens, enumerated=enumerated).difference
-            return Difference(-found.value, -found.high, -found.low)
+            return Difference(-found.value, -found.high, -found.low, found.p_value)
 
         report.control = random_control(nats, random, base[..., 0], base[..., 1], enumerated=enumerated)
         by_language = {name: change(slice(i, i + 1)) for i, name in enumerate(self.evaluation.languages)}
@@ -262,18 +260,11 @@ def random_plans(experts: ExpertSelection, middle: Sequence[int]) -> tuple[list[
 
     All sets are used if there are at most ``RANDOM_SETS`` of them; otherwise that many are drawn, with seeds from 0 on.
     """
-    steered = experts.restrict(middle)
-    sizes: dict[int, int] = {}
-    for layer in steered:
-        size = steered.experts_in(layer)
-        assert size is not None, "the selection comes from a recording, which knows"
-        sizes[layer] = size
-    if prod(comb(sizes[layer], len(ids)) for layer, ids in steered.items()) - 1 > RANDOM_SETS:
-        activate = Plan.activate(experts, middle, strength=STRENGTHS[0])
+    activate = Plan.activate(experts, middle, strength=STRENGTHS[0])
+    try:
+        return activate.all_random(RANDOM_SETS), True
+    except PlanError:  # more sets than that
         return [activate.random(seed) for seed in range(RANDOM_SETS)], False
-    sets = product(*(combinations(range(sizes[layer]), len(ids)) for layer, ids in steered.items()))
-    others = (ExpertSelection(dict(zip(steered, ids, strict=True)), model=steered.model) for ids in sets)
-    return [Plan.activate(other, middle, strength=STRENGTHS[0]) for other in others if other != steered], True
 
 
 def _items(corpus: Corpus, which: slice) -> Corpus:

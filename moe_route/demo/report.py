@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_route.analysis import Difference, RandomControl, u_shape
+from moe_route.analysis import Difference, RandomControl, holm, u_shape
 from moe_route.analysis.result import mean_of_seen, plain
 from moe_route.steering import ExpertSelection
 from moe_route.texttable import table
@@ -123,19 +123,22 @@ class DemoReport:
         return "\n".join(lines)
 
     def _steering(self) -> str:
+        cells = {name: [outcome.by_language[name] for outcome in self.outcomes] for name in self.base}
+        cells["mean"] = [outcome.mean for outcome in self.outcomes]
+        losses = [*self.base.values(), float(np.mean(list(self.base.values())))]
+        p_values = holm([[cell.p_value for cell in row] for row in cells.values()])
         rows = [
-            (language, loss, *(_marked(outcome.by_language[language]) for outcome in self.outcomes))
-            for language, loss in self.base.items()
+            (name, loss, *(_marked(cell, p < 0.05) for cell, p in zip(row, of_row, strict=True)))
+            for (name, row), loss, of_row in zip(cells.items(), losses, p_values, strict=True)
         ]
-        rows.append(("mean", float(np.mean(list(self.base.values()))), *(_marked(o.mean) for o in self.outcomes)))
         return "\n".join(
             (
                 f"Loss of {self.evaluated} other arithmetic problems per language, nats per token, and its changes:",
                 "",
                 table(("language", "loss", *(outcome.name for outcome in self.outcomes)), rows),
                 "",
-                "* zero lies outside the 95 % interval (paired bootstrap over problems; each language and plan by",
-                "itself, without a correction for their number).",
+                "* zero lies outside the 95 % interval (paired bootstrap over problems), each cell by itself;",
+                f"** also with Holm's correction for all {p_values.size} cells.",
                 "",
                 *self._findings(),
             )
@@ -235,8 +238,9 @@ def _ordinal(place: int) -> str:
     return f"{place}{ending}"
 
 
-def _marked(difference: Difference) -> str:
-    return f"{difference.value:+.4f}{' ' if difference.verdict == 'unclear' else '*'}"
+def _marked(difference: Difference, corrected: bool) -> str:
+    stars = "" if difference.verdict == "unclear" else "**" if corrected else "*"
+    return f"{difference.value:+.4f}{stars:<2}"
 
 
 def span(layers: Sequence[int]) -> str:

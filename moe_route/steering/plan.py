@@ -7,6 +7,8 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations, product
+from math import comb, prod
 from operator import index
 from typing import Any
 
@@ -447,6 +449,36 @@ class Plan:
         Raises ``PlanError`` for rules with a coefficient per expert.
         """
         return self._derived((rule.with_experts(experts) for rule in self.rules), "other experts")
+
+    def all_random(self, limit: int = 1000, *, num_experts: int | Sequence[int] | None = None) -> list[Plan]:
+        """All random controls: the same rules on every other set of as many experts of each layer.
+
+        With them, ``analysis.random_control(..., enumerated=True)`` compares with every set there is, not with draws.
+
+        Raises ``PlanError`` if there are more than ``limit`` sets, if the rules name different experts or give single
+        experts coefficients of their own, and if the number of experts is not known (pass ``num_experts``).
+        """
+        shape = num_experts if num_experts is not None else self.model.num_experts
+        if shape is None:
+            raise PlanError("how many experts the layers have is not known: pass num_experts")
+        named = {
+            tuple((layer, tuple(expert for expert, _ in rule.in_layer(layer))) for layer in rule.touched_layers or ())
+            for rule in self.rules
+            if rule.experts
+        }
+        if len(named) != 1:
+            raise PlanError("all sets are told apart only for rules on the same experts: draw some with random(seed)")
+        layers, own = zip(*named.pop(), strict=True)
+        sizes = [shape if isinstance(shape, int) else shape[layer] for layer in layers]
+        number = prod(comb(size, len(experts)) for size, experts in zip(sizes, own, strict=True)) - 1
+        if number > limit:
+            raise PlanError(f"there are {number} other sets, the limit is {limit}: draw some of them with random(seed)")
+        sets = product(*(combinations(range(size), len(experts)) for size, experts in zip(sizes, own, strict=True)))
+        others = (dict(zip(layers, experts, strict=True)) for experts in sets if experts != own)
+        return [
+            self._derived((rule.with_experts(experts) for rule in self.rules), f"set {place} of {number}")
+            for place, experts in enumerate(others, 1)
+        ]
 
     def _derived(self, rules: Iterable[Rule], what: str) -> Plan:
         return Plan(rules, model=self.model, description=f"control ({what}) of {self.description or 'a plan'}")

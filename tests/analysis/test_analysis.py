@@ -822,7 +822,8 @@ def test_results_are_jsonable_and_tidy(stats):
         assert isinstance(result.to_pandas(), pd.DataFrame)
         assert len(repr(result).splitlines()) > 2
     frame = div.to_pandas()
-    assert list(frame.columns) == ["group", "reference", "layer", "router", "divergence", "undefined"]
+    columns = ["group", "reference", "layer", "router", "divergence", "undefined", "floor", "reference_floor", "tokens"]
+    assert list(frame.columns) == columns
     assert frame.loc[(frame.group == "bn") & (frame.layer == 1), "divergence"].item() == div.of("bn")[1]
     matrix = analysis.divergence_matrix(stats).to_pandas()
     assert matrix.layer.tolist() == [layer for layer in range(LAYERS) for _ in range(9)]

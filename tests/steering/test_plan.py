@@ -711,3 +711,22 @@ def test_conditions_through_the_gate(backend, logits):
 def test_an_opposite_plan_cancels(backend, logits):
     plan = Plan.activate({0: [1]}, strength=0.7) + Plan.bias({0: [2]}, strength=2.0)
     assert_same(steered(backend, plan - plan, logits), natural(logits))
+
+
+def test_all_random_sets_are_enumerated():
+    plan = (
+        Plan.activate({0: [1], 2: [0, 3]}, strength=0.5) + Plan.forbid({0: [1], 2: [0, 3]}).only(phase="decode")
+    ).for_model(num_experts=[3, 3, 4])
+    others = plan.all_random()
+    found = {tuple((layer, tuple(e for e, _ in pairs)) for layer, pairs in other.rules[0].experts) for other in others}
+    assert len(others) == len(found) == 3 * 6 - 1
+    assert ((0, (1,)), (2, (0, 3))) not in found
+    assert all(len({rule.experts for rule in other.rules}) == 1 for other in others)
+    assert all(other.rules[0].strength in (0.5, 1.0) for other in others)
+    with pytest.raises(PlanError, match="17 other sets, the limit is 16"):
+        plan.all_random(16)
+    with pytest.raises(PlanError, match="same experts"):
+        (plan + Plan.activate({1: [0]})).all_random()
+    with pytest.raises(PlanError, match="pass num_experts"):
+        Plan.activate({0: [1]}).all_random()
+    assert len(Plan.activate({0: [1]}).all_random(num_experts=4)) == 3

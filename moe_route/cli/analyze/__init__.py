@@ -11,6 +11,7 @@ def add(verbs: Any) -> None:
         balance,
         coactivation,
         consistency,
+        correlate,
         difference,
         divergence,
         entropy,
@@ -19,6 +20,7 @@ def add(verbs: Any) -> None:
         overlap,
         pruning,
         saliency,
+        similarity,
         sweep,
         tokens,
     )
@@ -45,5 +47,7 @@ def add(verbs: Any) -> None:
         difference,
         overlap,
         sweep,
+        correlate,
+        similarity,
     ):
         module.add(questions)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from moe_route.cli.inputs import names
+from moe_route.cli.inputs import names, positive
 
 __all__ = [
     "by_argument",
     "compared_arguments",
+    "divergence_arguments",
+    "divergence_options",
     "groups_argument",
+    "level",
     "phase_argument",
     "reference_argument",
     "statistics_argument",
@@ -46,4 +50,56 @@ def phase_argument(parser: argparse._ActionsContainer) -> None:
 
 
 def groups_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--groups", type=names, metavar="A,B", help="groups to look at (default: all)")
+    parser.add_argument("--groups", type=names, metavar="A,B", help="groups to take (default: all)")
+
+
+def divergence_arguments(parser: argparse.ArgumentParser) -> None:
+    """How divergence is measured."""
+    groups_argument(parser)
+    parser.add_argument(
+        "--measure",
+        default="normalized_jsd",
+        choices=("normalized_jsd", "jsd", "cosine", "jaccard"),
+        help="how two distributions over experts are compared (default: normalized_jsd)",
+    )
+    parser.add_argument(
+        "--pairing",
+        default="paired",
+        choices=("paired", "pooled", "auto"),
+        help="compare each text with its translation, or whole groups; auto: paired where that can be done "
+        "(default: paired)",
+    )
+    parser.add_argument(
+        "--kind",
+        default="full",
+        choices=("full", "topk", "count"),
+        help="scores over all experts, weights of the chosen ones, or how often they are chosen (default: full)",
+    )
+    parser.add_argument(
+        "--by", default="sequence", choices=("sequence", "token"), help="pooled: what weighs alike (default: sequence)"
+    )
+    parser.add_argument("--top", type=positive, metavar="N", help="jaccard: experts to compare (default: top-k)")
+    parser.add_argument(
+        "--correct",
+        choices=("floor", "rarefy", "jackknife", "rarefy+floor", "jackknife+floor"),
+        help="correct for short texts: subtract the divergence of unrelated sentences of one language, compare equally "
+        "many selections, or remove the bias of first order; all but the first need --kind count",
+    )
+    phase_argument(parser)
+
+
+def divergence_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of ``analysis.divergence`` that ``divergence_arguments`` asks for."""
+    names = ("groups", "measure", "pairing", "kind", "by", "top", "correct", "phase")
+    return {name: getattr(options, name) for name in names}
+
+
+def level(text: str) -> float:
+    """Parse the level of an interval, above 0 and below 1."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a level between 0 and 1, such as 0.95")
+    return found

@@ -1,0 +1,256 @@
+"""Estimators of the divergence of two sequences: plain, by the jackknife, and of equally many tokens (rarefied)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from moe_route.analysis.finite_sample import jackknife_divergence, random_partners, rarefied
+from moe_route.analysis.inputs import AnalysisError, Statistics, normalized
+from moe_route.analysis.measures import (
+    cosine_distance,
+    entropy_of,
+    jaccard_distance,
+    normalized_jensen_shannon,
+)
+from moe_route.analysis.sequences import GroupSequences, blocks, groups_of
+
+if TYPE_CHECKING:
+    from moe_route.recording import Trace
+
+__all__ = ["CORRECTIONS", "Correct", "PlainEstimator", "compare_distributions", "estimator", "floor_of"]
+
+Correct = Literal["floor", "rarefy", "jackknife", "rarefy+floor", "jackknife+floor"]
+CORRECTIONS = ("floor", "rarefy", "jackknife", "rarefy+floor", "jackknife+floor")
+PARTNERS = 4  # unrelated sentences that each sentence is compared with for the floor, fewer if there are many
+COMPARISONS = 400  # enough for a floor
+DRAWS = 10  # samples of equally many tokens that are averaged
+_NEAR_UNIFORM = 1e-4  # below this bound, differences of entropies are too inexact to be divided by it
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is computed once per group: distributions (or counts) float64 [n, L, E], and their entropies [n, L]."""
+
+    q: np.ndarray
+    entropy: np.ndarray | None = None
+
+    def rows(self, which: Any) -> Prepared:
+        return Prepared(self.q[which], None if self.entropy is None else self.entropy[which])
+
+
+def compare_distributions(
+    measure: str, sizes: np.ndarray, top: int | None, top_k: Sequence[int] | None
+) -> PlainEstimator:
+    """The measure, for distributions [..., L, E] of layers with these numbers of experts.
+
+    Raises ``AnalysisError`` if "jaccard" has no number of experts to compare.
+    """
+    chosen = None
+    if measure == "jaccard":
+        if top is None and top_k is None:
+            raise AnalysisError('measure="jaccard" needs top, the number of experts to compare')
+        chosen = np.minimum(np.asarray(top_k if top is None else top), sizes)
+        if (chosen < 1).any():
+            raise AnalysisError(f"top must be 1 or more, not {top}")
+    return PlainEstimator(measure, sizes, chosen)
+
+
+@dataclass(frozen=True)
+class PlainEstimator:
+    """The measure between the recorded distributions of two sequences."""
+
+    measure: str
+    sizes: np.ndarray
+    top: np.ndarray | None = None
+
+    def prepare(self, one: GroupSequences) -> list[Prepared]:
+        """Prepare the sequences of a group: one element per sample whose values are averaged."""
+        return [self.of_distributions(one.distributions())]
+
+    def of_distributions(self, q: np.ndarray) -> Prepared:
+        if self.measure not in ("normalized_jsd", "jsd"):
+            return Prepared(q)
+        entropy = np.empty(q.shape[:-1])
+        for part in blocks(q.shape):
+            entropy[part] = entropy_of(q[part])
+        return Prepared(q, entropy)
+
+    def compare(self, first: Sequence[Prepared], second: Sequence[Prepared], order: Any = None) -> np.ndarray:
+        """The measure of each item of ``first`` and of ``second``, whose items take another order if one is given.
+
+        float64 [n, L], the mean over the samples.
+        """
+        found = np.zeros(first[0].q.shape[:-1])
+        for one, other in zip(first, second, strict=True):
+            for part in blocks(one.q.shape):
+                found[part] += self.of_pairs(one.rows(part), other.rows(part if order is None else order[part]))
+        return found / len(first)
+
+    def of_pairs(self, first: Prepared, second: Prepared) -> np.ndarray:
+        """float64 [n, L] of a few items."""
+        if self.measure == "cosine":
+            return cosine_distance(first.q, second.q)
+        if self.measure == "jaccard":
+            assert self.top is not None
+            return jaccard_distance(first.q, second.q, self.top)
+        assert first.entropy is not None
+        assert second.entropy is not None
+        mean = (first.entropy + second.entropy) / 2
+        found = np.maximum(entropy_of((first.q + second.q) * 0.5) - mean, 0.0)
+        bound = np.log(self.sizes) - mean if self.measure == "normalized_jsd" else np.ones(mean.shape)
+        near = bound < _NEAR_UNIFORM
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = np.minimum(found / bound, 1.0)
+        if near.any():  # here the relative entropies are added up, without cancellation
+            sizes = np.broadcast_to(self.sizes, near.shape)[near]
+            found[near] = normalized_jensen_shannon(first.q[near], second.q[near], sizes)
+        return found
+
+
+@dataclass(frozen=True)
+class JackknifeEstimator(PlainEstimator):
+    """The measure by the jackknife over single selections."""
+
+    def prepare(self, one: GroupSequences) -> list[Prepared]:
+        return [Prepared(one.values.astype(np.float64))]
+
+    def of_pairs(self, first: Prepared, second: Prepared) -> np.ndarray:
+        sizes = np.broadcast_to(self.sizes, first.q.shape[:-1])
+        return jackknife_divergence(first.q, second.q, sizes if self.measure == "normalized_jsd" else None)
+
+
+@dataclass(frozen=True)
+class RarefiedEstimator(PlainEstimator):
+    """The measure between equally many selections of each sequence, the mean over several draws.
+
+    ``selections`` int64 [n, L] is the number drawn of each item. ``tokens_of`` holds the choices of single tokens by
+    (item, group), from a trace; then ``selections`` counts tokens, and whole tokens are drawn.
+    """
+
+    selections: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    seed: int = 0
+    items: tuple[Any, ...] = ()
+    tokens_of: dict[tuple[Any, str], np.ndarray] | None = None
+
+    def prepare(self, one: GroupSequences) -> list[Prepared]:
+        rng = np.random.default_rng([self.seed, *one.group.encode()])
+        return [self.of_distributions(normalized(self._drawn(one, rng).astype(np.float64))) for _ in range(DRAWS)]
+
+    def _drawn(self, one: GroupSequences, rng: np.random.Generator) -> np.ndarray:
+        if self.tokens_of is None:
+            return rarefied(one.values, self.selections, rng)
+        drawn: np.ndarray = np.zeros(one.values.shape, np.int64)
+        layers = np.arange(drawn.shape[1])[:, None]
+        for row, item in enumerate(self.items):
+            ids = self.tokens_of[item, one.group]
+            ids = ids[rng.permutation(len(ids))[: int(self.selections[row, 0])]]
+            slots = np.broadcast_to(layers, ids.shape)
+            np.add.at(drawn[row], (slots[ids >= 0], ids[ids >= 0]), 1)
+        return drawn
+
+
+def estimator(
+    statistics: Statistics,
+    groups: Sequence[str],
+    items: Sequence[Any],
+    *,
+    measure: str,
+    kind: str,
+    top: int | None,
+    correct: str | None,
+    trace: Trace | None,
+    seed: int,
+) -> PlainEstimator:
+    """The estimator that ``correct`` asks for; raises ``AnalysisError`` if what it needs was not recorded."""
+    plain = compare_distributions(measure, np.asarray(statistics.num_experts), top, statistics.top_k)
+    if trace is not None and (correct is None or "rarefy" not in correct):
+        raise AnalysisError('a trace is read only for correct="rarefy": leave trace out')
+    if correct is None or correct == "floor":
+        return plain
+    if kind != "count":
+        raise AnalysisError(
+            f'correct="{correct}" works on whole selections, and kind="{kind}" is a mean of router scores: pass '
+            'kind="count" (--kind count), or correct="floor", which works for every kind'
+        )
+    if correct.startswith("jackknife"):
+        if measure not in ("normalized_jsd", "jsd"):
+            raise AnalysisError(f'the jackknife is of "normalized_jsd" and "jsd", not of {measure!r}: use "rarefy"')
+        return JackknifeEstimator(plain.measure, plain.sizes)
+    tokens_of = None if trace is None else _tokens_of(statistics, trace, groups, items)
+    return RarefiedEstimator(
+        plain.measure,
+        plain.sizes,
+        plain.top,
+        selections=_smallest(statistics, groups, items, tokens_of),
+        seed=seed,
+        items=tuple(items),
+        tokens_of=tokens_of,
+    )
+
+
+def _smallest(
+    statistics: Statistics,
+    groups: Sequence[str],
+    items: Sequence[Any],
+    tokens_of: dict[tuple[Any, str], np.ndarray] | None,
+) -> np.ndarray:
+    """The smallest number of selections that any group has of each item, int64 [n, L]; of tokens with a trace."""
+    if tokens_of is not None:
+        fewest = [min(len(tokens_of[item, group]) for group in groups) for item in items]
+        return np.repeat(np.array(fewest)[:, None], len(statistics.layers), axis=1)
+    found: np.ndarray | None = None
+    for one in groups_of(statistics, groups, items, "count"):
+        here = one.values.sum(-1, dtype=np.int64)
+        found = here if found is None else np.minimum(found, here)
+    assert found is not None
+    return found
+
+
+def _tokens_of(
+    statistics: Statistics, trace: Trace, groups: Sequence[str], items: Sequence[Any]
+) -> dict[tuple[Any, str], np.ndarray]:
+    """(item, group) -> the experts that its tokens chose, int [tokens, L, k], in the layers of the statistics."""
+    if trace.truncated:
+        raise AnalysisError("the trace was cut at its limit: record it again with a larger trace_limit")
+    missing = [layer for layer in statistics.layers if layer not in trace.layers]
+    if missing:
+        raise AnalysisError(f"the trace lacks layer {missing[0]}: record(trace=True) traces all layers")
+    columns = [trace.layers.index(layer) for layer in statistics.layers]
+    place = {name: index for index, name in enumerate(trace.groups)}
+    numbers = {item: number for number, item in enumerate(trace.items)}
+    order = np.lexsort((trace.group, trace.sequence))
+    keys = trace.sequence[order].astype(np.int64) * max(len(trace.groups), 1) + trace.group[order]
+    found = {}
+    for (sequence, item), group in ((pair, group) for pair in enumerate(trace.items) for group in groups):
+        key = sequence * max(len(trace.groups), 1) + place.get(group, -1)
+        rows = order[np.searchsorted(keys, key) : np.searchsorted(keys, key, side="right")]
+        if group in place and len(rows):
+            found[item, group] = trace.ids[rows][:, columns].astype(np.int64)
+    lacking = [(item, group) for item in items for group in groups if (item, group) not in found]
+    if lacking or not numbers:
+        raise AnalysisError(f"the trace lacks item {lacking[0][0]!r} of group {lacking[0][1]!r}: trace the same texts")
+    return found
+
+
+def floor_of(measure: PlainEstimator, prepared: Sequence[Prepared], seed: int) -> np.ndarray:
+    """Divergence between unrelated sentences of one group, as a value per item, float64 [n, L].
+
+    Each item is compared with up to ``PARTNERS`` others. The mean over items is the floor. The value of an item is
+    twice the mean over its comparisons minus the floor, so that resampled items give the spread of a mean over pairs
+    [the projection of a U-statistic, Hoeffding 1948]. NaN with a single item.
+    """
+    items = len(prepared[0].q)
+    if items < 2:
+        return np.full(prepared[0].q.shape[:-1], np.nan)
+    total, count = np.zeros((2, *prepared[0].q.shape[:-1]))
+    for partners in random_partners(items, min(PARTNERS, -(-COMPARISONS // items)), seed):
+        values = measure.compare(prepared, prepared, partners)
+        for rows in (slice(None), partners):  # partners is a permutation: no item comes twice
+            total[rows] += np.nan_to_num(values)
+            count[rows] += ~np.isnan(values)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return 2 * total / count - total.sum(0) / count.sum(0)

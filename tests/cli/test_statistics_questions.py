@@ -1,0 +1,118 @@
+"""`moe-route analyze` divergence, u-shape, entropy, matrix, correlate, similarity, and pictures with intervals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harness.commands import refused
+
+import moe_route as mr
+from moe_route import analysis
+from moe_route.cli import main
+
+LANGUAGES = ("eng_Latn", "deu_Latn", "fra_Latn", "hin_Deva", "swh_Latn")
+
+
+@pytest.fixture(scope="module")
+def general(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("statistics") / "general.safetensors"
+    assert main(["record", "--out", str(out), "--languages", ",".join(LANGUAGES), "--limit", "12"]) == 0
+    return out
+
+
+def test_divergence_takes_every_option(answer, general):
+    statistics = mr.RoutingStatistics.load(general)
+    options = {
+        ("--correct", "floor", "--interval", "0.9"): {"correct": "floor"},
+        ("--kind", "count", "--correct", "jackknife"): {"kind": "count", "correct": "jackknife"},
+        ("--groups", "hin_Deva,swh_Latn", "--reference", "deu_Latn"): {"groups": ["hin_Deva", "swh_Latn"]},
+        ("--measure", "jaccard", "--top", "3"): {"measure": "jaccard", "top": 3},
+        ("--pairing", "pooled", "--by", "token", "--kind", "topk"): {
+            "pairing": "pooled",
+            "by": "token",
+            "kind": "topk",
+        },
+    }
+    for arguments, keywords in options.items():
+        reference = "deu_Latn" if "--reference" in arguments else "eng_Latn"
+        found = answer("analyze", "divergence", general, *arguments)
+        expected = analysis.divergence(statistics, reference, **keywords)
+        assert found["groups"] == list(expected.groups)
+        np.testing.assert_allclose(np.array(found["values"], float), expected.values)
+        if "--interval" in arguments:
+            low, high = expected.interval(0.9)
+            np.testing.assert_allclose(np.array([found["low"], found["high"]], float), [low, high])
+
+
+def test_divergence_prints_tokens_and_floor(moe_route, general):
+    code, out, _ = moe_route("analyze", "divergence", general, "--interval", "0.9")
+    assert code == 0
+    assert "tokens" in out
+    assert "floor" in out
+    assert "low end of the 90 % interval" in out
+
+
+def test_u_shape(answer, general):
+    found = answer("analyze", "u-shape", general, "--middle", "2-5")
+    assert found["groups"] == list(LANGUAGES[1:])
+    assert found["layers"]["middle"] == [2, 3, 4, 5]
+    assert len(found["low"]) == 4
+
+
+def test_entropy(answer, moe_route, general):
+    found = answer("analyze", "entropy", general, "--normalized", "--interval", "0.95")
+    assert np.max(found["normalized"]["token"]) <= 1
+    assert (np.array(found["low"]) <= np.array(found["high"])).all()
+    corrected = answer("analyze", "entropy", general, "--kind", "count", "--correct", "jackknife")
+    assert corrected["correct"] == "jackknife"
+    assert "token" not in corrected
+    refused(moe_route("analyze", "entropy", general, "--correct", "jackknife"), "--kind count")
+
+
+def test_matrix(answer, general):
+    found = answer("analyze", "matrix", general, "--layers", "2-5", "--interval", "0.95")
+    assert np.shape(found["values"]) == (4, 5, 5)
+    assert (np.array(found["low"]) <= np.array(found["mean"])).all()
+
+
+def test_correlate(answer, moe_route, general, tmp_path: Path):
+    scores = dict(zip(LANGUAGES, (0.8, 0.71, 0.69, 0.52, 0.44), strict=True))
+    tsv, as_json, table = tmp_path / "s.tsv", tmp_path / "s.json", tmp_path / "c.tsv"
+    tsv.write_text("group\taccuracy\n" + "".join(f"{group}\t{score}\n" for group, score in scores.items()))
+    as_json.write_text(json.dumps(scores))
+    table.write_text(
+        "code\tlog_size\tfamily\n" + "".join(f"{g}\t{i}\t{'ab'[i % 2]}\n" for i, g in enumerate(LANGUAGES))
+    )
+    plain = answer("analyze", "correlate", general, "--scores", tsv, "--interval", "0.9")
+    assert plain == answer("analyze", "correlate", general, "--scores", as_json, "--interval", "0.9")
+    assert len(plain["low"]) == 8
+    blocks = answer("analyze", "correlate", general, "--scores", tsv, "--covariates", table, "--blocks", "family")
+    assert blocks["covariates"] == ["log_size"]
+    assert (blocks["exchange"], blocks["orders"]) == ("within blocks", 4)
+    given = answer("analyze", "correlate", general, "--scores", tsv, "--fertility")
+    assert given["covariates"] == ["tokens"]
+    refused(moe_route("analyze", "correlate", general, "--scores", tsv, "--blocks", "family"), "--covariates")
+    table.write_text("code\na\n")
+    refused(moe_route("analyze", "correlate", general, "--scores", tsv, "--covariates", table), "tab-separated table")
+
+
+def test_similarity(answer, general, tmp_path: Path):
+    other = tmp_path / "other.tsv"
+    rows = ["\t".join([a, *(str(float(a[-4:] == b[-4:])) for b in LANGUAGES)]) for a in LANGUAGES]
+    other.write_text("\n".join(["\t".join(["", *LANGUAGES]), *rows]))
+    found = answer("analyze", "similarity", general, "--layers", "2-5", "--clusters", "2", "--compare", other)
+    assert sorted(name for cluster in found["clusters"] for name in cluster) == sorted(LANGUAGES)
+    assert found["compared"]["groups"] == 5
+    assert answer("analyze", "similarity", general, "--method", "mexa", "--no-center")["centered"] is False
+
+
+def test_pictures_with_floor_and_intervals(answer, moe_route, general, tmp_path: Path):
+    for what, *arguments in (("divergence", "--interval", "0.9", "--floor"), ("matrix", "--cluster")):
+        out = tmp_path / f"{what}.svg"
+        answer("plot", what, general, "--out", out, *arguments)
+        assert out.stat().st_size > 1000
+    refused(moe_route("plot", "entropy", general, "--out", tmp_path / "e.svg", "--floor"), "takes no --floor")
+    assert moe_route("plot", "divergence", general, "--out", tmp_path / "e.svg", "--interval", "3")[0] == 2
