@@ -4,6 +4,8 @@ It works in numpy float64, without a model and without torch. Every function tak
 with the same accessors), or arrays where these suffice.
 """
 
+from moe_route.analysis.agreement import RankAgreement, rank_agreement
+from moe_route.analysis.corrections import benjamini_hochberg, holm
 from moe_route.analysis.correlation import Correlation, correlation
 from moe_route.analysis.divergence import (
     MEASURES,
@@ -15,6 +17,7 @@ from moe_route.analysis.divergence import (
     middle_layers,
     u_shape,
 )
+from moe_route.analysis.effects import Effects, effects_by_group, mean_effects
 from moe_route.analysis.entropy import Entropy, consistency, entropy
 from moe_route.analysis.experts import (
     LanguageExperts,
@@ -38,27 +41,34 @@ __all__ = [
     "Difference",
     "Divergence",
     "DivergenceMatrix",
+    "Effects",
     "Entropy",
     "LanguageExperts",
     "RandomControl",
+    "RankAgreement",
     "RiskExperts",
     "UShape",
+    "benjamini_hochberg",
     "consistency",
     "correlation",
     "divergence",
     "divergence_matrix",
+    "effects_by_group",
     "entropy",
     "entropy_experts",
     "entropy_of",
     "esft_experts",
     "expert_difference",
     "frequency_share_experts",
+    "holm",
     "jensen_shannon",
+    "mean_effects",
     "middle_layers",
     "multilingual_experts",
     "normalized_jensen_shannon",
     "paired_difference",
     "random_control",
+    "rank_agreement",
     "risk_experts",
     "task_experts",
     "u_shape",
