@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from moe_route.analysis.resampling import RESAMPLES, draw_items, interval_of
 __all__ = ["PERMUTATIONS", "Effects", "effects_by_group", "mean_effects"]
 
 PERMUTATIONS = 10_000
+_ARRAYS = ("mean", "low", "high", "p_value", "tokens", "items")
 _BLOCK = 1 << 22  # largest number of resampled values at a time
 
 
@@ -37,6 +39,11 @@ class Effects:
     tokens: np.ndarray
     items: np.ndarray
     level: float = 0.95
+
+    def part(self, index: Any) -> Effects:
+        """The effects at an index of the arrays."""
+        arrays = (getattr(self, name)[index] for name in _ARRAYS)
+        return Effects(*arrays, level=self.level)
 
     def columns(self, name: str) -> dict[str, np.ndarray]:
         """The arrays by the names that results give them: ``name``, ``name_low``, ``name_high``, ``name_p``."""
@@ -126,8 +133,7 @@ def effects_by_group(
         found.append(mean_effects(*added, level=level, resamples=resamples, permutations=permutations, seed=seed))
     if not found:
         raise AnalysisError("there are no texts: name languages that the corpus has")
-    columns = ("mean", "low", "high", "p_value", "tokens", "items")
-    stacked = (np.stack([getattr(effects, column) for effects in found]) for column in columns)
+    stacked = (np.stack([getattr(effects, name) for effects in found]) for name in _ARRAYS)
     return names, Effects(*stacked, level=level)
 
 

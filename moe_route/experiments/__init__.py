@@ -1,0 +1,12 @@
+"""Experiments: run a model on texts under interventions, and measure what they change.
+
+Every experiment takes a ``LanguageModel`` and texts, attaches for its duration (or uses a model that is attached
+already), and returns a result with intervals. Its arithmetic is in ``moe_route.analysis``.
+"""
+
+from moe_route.experiments.knockout import Knockout, knockout
+
+__all__ = [
+    "Knockout",
+    "knockout",
+]
