@@ -5,6 +5,7 @@ with the same accessors), or arrays where these suffice.
 """
 
 from moe_route.analysis.agreement import RankAgreement, rank_agreement
+from moe_route.analysis.chance import expected_maximum
 from moe_route.analysis.corrections import benjamini_hochberg, holm
 from moe_route.analysis.correlation import Correlation, correlation
 from moe_route.analysis.divergence import (
@@ -58,6 +59,7 @@ __all__ = [
     "entropy_experts",
     "entropy_of",
     "esft_experts",
+    "expected_maximum",
     "expert_difference",
     "frequency_share_experts",
     "holm",

@@ -1,8 +1,8 @@
-"""Correct p-values for the number of tests."""
+"""Corrections of p-values for the number of tests: Holm, and Benjamini and Hochberg."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -11,32 +11,42 @@ from moe_route.analysis.inputs import AnalysisError
 __all__ = ["benjamini_hochberg", "holm"]
 
 
-def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
-    """Adjust p-values so that a limit on them bounds the false discovery rate (Benjamini and Hochberg 1995).
+def holm(p_values: Any) -> np.ndarray:
+    """Adjust p-values so that the chance of any false finding stays below the level [Holm 1979].
 
-    The i-th smallest of m p-values becomes ``min over j >= i of m * p_j / j``, at most 1. The array may have any shape;
-    NaN stays and is not counted as a test. Raises ``AnalysisError`` for values outside [0, 1].
+    With n tests, the k-th smallest p-value becomes the largest of ``(n - j + 1) * p_(j)`` over j <= k, at most 1. It
+    holds whatever the dependence between the tests.
+
+    Args:
+        p_values: array of any shape, in [0, 1]; all its cells are one family of tests. NaN cells are not tests.
+
+    Returns float64 of the same shape, NaN where the input is. Raises ``AnalysisError`` for values outside [0, 1].
     """
-    return _adjusted(p, lambda ordered, rank: np.minimum.accumulate((len(ordered) * ordered / rank)[::-1])[::-1])
+    return _adjusted(p_values, lambda p: np.maximum.accumulate(p * np.arange(len(p), 0, -1)))
 
 
-def holm(p: np.ndarray) -> np.ndarray:
-    """Adjust p-values so that a limit on them bounds the chance of any false discovery (Holm 1979).
+def benjamini_hochberg(p_values: Any) -> np.ndarray:
+    """Adjust p-values so that the expected share of false findings among the findings stays below the level.
 
-    The i-th smallest of m p-values becomes ``max over j <= i of (m - j + 1) * p_j``, at most 1. Shape, NaN and errors
-    are as in ``benjamini_hochberg``.
+    With n tests, the k-th smallest p-value becomes the smallest of ``n / j * p_(j)`` over j >= k, at most 1 [Benjamini
+    and Hochberg 1995]. It holds for tests that are independent or positively dependent.
+
+    Args:
+        p_values: array of any shape, in [0, 1]; all its cells are one family of tests. NaN cells are not tests.
+
+    Returns float64 of the same shape, NaN where the input is. Raises ``AnalysisError`` for values outside [0, 1].
     """
-    return _adjusted(p, lambda ordered, rank: np.maximum.accumulate((len(ordered) - rank + 1) * ordered))
+    return _adjusted(p_values, lambda p: np.minimum.accumulate((p * len(p) / np.arange(1, len(p) + 1))[::-1])[::-1])
 
 
-def _adjusted(p: np.ndarray, rule: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-    values = np.asarray(p, np.float64)
-    seen = ~np.isnan(values)
-    tests = values[seen]
-    if ((tests < 0) | (tests > 1)).any():
-        raise AnalysisError("p-values lie between 0 and 1")
-    order = np.argsort(tests, kind="stable")
-    adjusted, found = np.empty(len(tests)), np.full(values.shape, np.nan)
-    adjusted[order] = np.minimum(rule(tests[order], np.arange(1, len(tests) + 1)), 1.0)
-    found[seen] = adjusted
-    return found
+def _adjusted(p_values: Any, of_sorted: Any) -> np.ndarray:
+    """Apply a correction, given as a function of the p-values in increasing order."""
+    p = np.asarray(p_values, dtype=np.float64)
+    seen = np.flatnonzero(~np.isnan(p))
+    tested = p.reshape(-1)[seen]
+    if ((tested < 0) | (tested > 1)).any():
+        raise AnalysisError("p-values must lie between 0 and 1: pass p-values, not statistics or logarithms")
+    order = np.argsort(tested, kind="stable")
+    adjusted = np.full(p.size, np.nan)
+    adjusted[seen[order]] = np.minimum(of_sorted(tested[order]), 1.0)
+    return adjusted.reshape(p.shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -42,8 +42,7 @@ class Effects:
 
     def part(self, index: Any) -> Effects:
         """The effects at an index of the arrays."""
-        arrays = (getattr(self, name)[index] for name in _ARRAYS)
-        return Effects(*arrays, level=self.level)
+        return _effects((getattr(self, name)[index] for name in _ARRAYS), self.level)
 
     def columns(self, name: str) -> dict[str, np.ndarray]:
         """The arrays by the names that results give them: ``name``, ``name_low``, ``name_high``, ``name_p``."""
@@ -95,8 +94,8 @@ def mean_effects(
         p_value[here] = reached / len(signs) if exact else (reached + 1) / (len(signs) + 1)
     p_value[tokens == 0] = np.nan
     mean = np.divide(total, tokens, out=np.full(len(total), np.nan), where=tokens > 0)
-    arrays = (array.reshape(sums.shape[1:]) for array in (mean, low, high, p_value, tokens, items))
-    return Effects(*arrays, level=level)
+    arrays = (mean, low, high, p_value, tokens, items)
+    return _effects((array.reshape(sums.shape[1:]) for array in arrays), level)
 
 
 def effects_by_group(
@@ -134,7 +133,13 @@ def effects_by_group(
     if not found:
         raise AnalysisError("there are no texts: name languages that the corpus has")
     stacked = (np.stack([getattr(effects, name) for effects in found]) for name in _ARRAYS)
-    return names, Effects(*stacked, level=level)
+    return names, _effects(stacked, level)
+
+
+def _effects(arrays: Iterable[np.ndarray], level: float) -> Effects:
+    """Effects of arrays in the order of ``_ARRAYS``."""
+    mean, low, high, p_value, tokens, items = arrays
+    return Effects(mean, low, high, p_value, tokens, items, level)
 
 
 def _signs(items: int, draws: int, seed: int) -> tuple[np.ndarray, bool]:

@@ -5,8 +5,15 @@ already), and returns a result with intervals. Its arithmetic is in ``moe_route.
 """
 
 from moe_route.experiments.knockout import Knockout, knockout
+from moe_route.experiments.regret import Regret, regret
+from moe_route.experiments.transplant import Transplant, record_trace, transplant
 
 __all__ = [
     "Knockout",
+    "Regret",
+    "Transplant",
     "knockout",
+    "record_trace",
+    "regret",
+    "transplant",
 ]

@@ -12,11 +12,10 @@ from moe_route.analysis import AnalysisError, RankAgreement, benjamini_hochberg,
 from moe_route.analysis.effects import PERMUTATIONS, Effects
 from moe_route.analysis.resampling import RESAMPLES
 from moe_route.analysis.result import plain
-from moe_route.experiments.runs import attached, encoded_texts, natural_run, runs_under
+from moe_route.experiments.runs import attached, encoded_texts, layers_of, natural_run, runs_under
 from moe_route.recording.frames import data_frame
 from moe_route.routed import RoutedModel
 from moe_route.steering import ExpertSelection, Plan, PlanError, PlanModel
-from moe_route.steering.layers import as_layers
 from moe_route.texttable import ShownAsTables, Table
 from moe_route.workload import EncodedTexts, LanguageModel, Text
 
@@ -115,11 +114,9 @@ class Knockout(ShownAsTables):
             at = (g, layer, expert)
             ends = (self.effect.low[at], self.effect.high[at])
             interval = "-" if np.isnan(ends).any() else f"[{ends[0]:+.3f}, {ends[1]:+.3f}]"
-            numbers = [float(values[at]) for values in (self.frequency, self.effect.mean)]
-            rows.append(
-                [self.groups[g], int(layer), int(expert), *numbers, interval]
-                + [float(self.adjusted[at]), float(self.total.mean[at])]
-            )
+            before, after = (self.frequency, self.effect.mean), (self.adjusted, self.total.mean)
+            left, right = ([float(values[at]) for values in part] for part in (before, after))
+            rows.append([self.groups[g], int(layer), int(expert), *left, interval, *right])
         tested = (~np.isnan(self.effect.p_value)).sum((1, 2))
         with np.errstate(invalid="ignore"):
             clear = (self.adjusted <= 0.05).sum((1, 2))
@@ -176,7 +173,7 @@ def knockout(
     encoded = encoded_texts(language_model, texts, max_length)
     with attached(language_model, routed) as routed:
         sizes = tuple(router.num_experts for router in routed.routers)
-        tested = _tested(experts, layers, sizes)
+        tested = _tested(experts, None if layers is None else layers_of(routed, layers), sizes)
         options = {"batch_size": batch_size}
         natural = natural_run(
             language_model, routed, encoded, **options, progress="natural routing" if progress else None
@@ -219,17 +216,16 @@ def _result(
 
 
 def _tested(
-    experts: Mapping[int, Iterable[int]] | None, layers: Iterable[int] | int | None, sizes: Sequence[int]
+    experts: Mapping[int, Iterable[int]] | None, layers: Sequence[int] | None, sizes: Sequence[int]
 ) -> list[tuple[int, int]]:
     """(layer, expert) of every knock-out."""
-    allowed = None if layers is None else as_layers(layers)
     asked: Mapping[int, Iterable[int]] = (
         {layer: range(size) for layer, size in enumerate(sizes)} if experts is None else experts
     )
     found = [
         (layer, int(expert))
         for layer in sorted(asked)
-        if allowed is None or layer in allowed
+        if layers is None or layer in layers
         for expert in sorted(asked[layer])
     ]
     if not found:

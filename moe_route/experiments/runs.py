@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from moe_route.routed import RoutedModel
-from moe_route.steering import Plan
+from moe_route.steering import Plan, PlanError
+from moe_route.steering.layers import as_layers
 from moe_route.workload import Batch, EncodedTexts, LanguageModel, Text
 
-__all__ = ["NaturalRun", "attached", "encoded_texts", "natural_run", "runs_under", "token_losses"]
+__all__ = ["NaturalRun", "attached", "encoded_texts", "layers_of", "natural_run", "runs_under", "token_losses"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +50,14 @@ def attached(language_model: LanguageModel, routed: RoutedModel | None) -> Itera
     if routed.plan is not None:
         raise ValueError("the model is steered already, so there is no natural run: leave the steer block first")
     yield routed
+
+
+def layers_of(routed: RoutedModel, layers: Iterable[int] | int) -> tuple[int, ...]:
+    """Layers as a user gives them, in increasing order; raises ``PlanError`` for layers that the model lacks."""
+    found, number = as_layers(layers), len(routed.routers)
+    if not found or found[-1] >= number:
+        raise PlanError(f"the model has {number} MoE layers, 0 to {number - 1}, and {list(found)} are asked for")
+    return found
 
 
 def encoded_texts(

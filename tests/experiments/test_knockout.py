@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
-from harness.tiny_texts import tiny_language_model, tiny_texts  # noqa: E402
+from harness.tiny_texts import tiny_language_model, tiny_texts
 
-import moe_route as mr  # noqa: E402
-from moe_route.analysis import AnalysisError, benjamini_hochberg, mean_effects  # noqa: E402
-from moe_route.experiments import knockout  # noqa: E402
-from moe_route.steering import Plan, PlanError  # noqa: E402
-from moe_route.workload import LanguageModel, Text, read_corpus, texts_of  # noqa: E402
+import moe_route as mr
+from moe_route.analysis import AnalysisError, benjamini_hochberg, mean_effects
+from moe_route.experiments import knockout
+from moe_route.steering import Plan, PlanError
+from moe_route.workload import LanguageModel, Text, read_corpus, texts_of
 
 FEW = {"resamples": 50, "permutations": 300}
 
@@ -103,7 +105,8 @@ def test_on_the_demo_model():
         ({"experts": {7: [0]}}, PlanError, "3 MoE layers"),
         ({"experts": {0: [8]}}, PlanError, "8 experts"),
         ({"experts": {0: [-1]}}, PlanError, "no expert -1"),
-        ({"layers": [9]}, ValueError, "no expert to switch off"),
+        ({"layers": [9]}, PlanError, "3 MoE layers"),
+        ({"layers": [1], "experts": {0: [1]}}, ValueError, "no expert to switch off"),
         ({"texts": []}, ValueError, "second token"),
         ({"texts": [Text("a", "0", "x")]}, ValueError, "second token"),
         ({"routed": "other"}, ValueError, "another model"),
@@ -117,6 +120,6 @@ def test_bad_input(options, error, message):
     with mr.attach((other if wanted == "other" else language_model).model) as routed:
         if wanted is None:
             routed.detach()
-        with routed.steer(Plan.top_k(1)) if wanted == "steered" else pytest.MonkeyPatch.context():
-            with pytest.raises(error, match=message):
-                knockout(language_model, texts, routed=routed if wanted else None, **given, **FEW)
+        steered = routed.steer(Plan.top_k(1)) if wanted == "steered" else contextlib.nullcontext()
+        with steered, pytest.raises(error, match=message):
+            knockout(language_model, texts, routed=routed if wanted else None, **given, **FEW)
