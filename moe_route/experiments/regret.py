@@ -185,7 +185,8 @@ def _measures(gains: np.ndarray) -> np.ndarray:
     for half in (0, 1):
         elsewhere = gains[:, 1 - half :: 2]
         if elsewhere.shape[1]:
-            held_out[half::2] = gains[elsewhere.sum(1).argmax(), half::2]
+            total = elsewhere.sum(1)
+            held_out[half::2] = gains[(total >= total.max() - ROUNDING).argmax(), half::2]  # of ties, the first route
         else:  # a single token: no evidence for any route
             held_out[half::2] = gains[:, half::2].mean(0)
     return np.stack([best, chance, best - chance, held_out, gains.mean(0), best > ROUNDING], axis=1)

@@ -151,7 +151,7 @@ def transplant(
         where |= {name: layers_of(routed, layers) for name, layers in (bands or {}).items()}
         run = _Run(language_model, routed, encoded, reference, batch_size, progress)
         natural = run.natural()
-        built: dict[str, Plan | None] = {kind: run.route(kind) for kind in kinds} | more
+        built: dict[str, Plan | None] = {**{kind: run.route(kind) for kind in kinds}, **more}
         sums = np.zeros((len(encoded.ids), len(built), len(where)))
         for r, (name, plan) in enumerate(built.items()):
             for b, (band, layers) in enumerate(where.items()):
