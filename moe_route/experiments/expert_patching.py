@@ -145,6 +145,10 @@ def patch_experts(
     """
     if weight not in ("clean", "own") or positions not in ("all", "last"):
         raise ValueError('weight is "clean" or "own", and positions are "all" or "last"')
+    if least_contrast <= 0:
+        raise ValueError(
+            f"least_contrast must be above 0, since shares are divided by the contrast, not {least_contrast}"
+        )
     encoded = [_encoded(language_model, pair) for pair in pairs]
     routers = find_routers(language_model.model)
     tested = range(len(routers)) if layers is None else as_layers(layers)
@@ -175,12 +179,16 @@ def patch_experts(
     restored = effects.part((..., slice(max(sizes))))
     seen = np.stack([chosen[[group == name for group in of_pair], :, :-1].any(0) for name in groups])
     tests = np.where(seen, restored.p_value, np.nan)
-    at = np.array([groups.index(group) for group in of_pair])
-    number = np.bincount(at)
-    clean, corrupt = (np.bincount(at, [found[index][side] for index in kept]) / number for side in (0, 1))
-    adjusted = np.stack([benjamini_hochberg(of_group) for of_group in tests])
+    of_group = np.array([groups.index(group) for group in of_pair])
+    number = np.bincount(of_group)
+    clean_mean, corrupt_mean = (
+        np.bincount(of_group, np.array([found[index][:2][side] for index in kept])) / number for side in (0, 1)
+    )
+    adjusted = np.stack([benjamini_hochberg(p_values) for p_values in tests])
     whole = effects.part((..., max(sizes)))
-    return ExpertPatching(groups, sizes, restored, whole, adjusted, clean, corrupt, number, len(pairs) - len(kept))
+    return ExpertPatching(
+        groups, sizes, restored, whole, adjusted, clean_mean, corrupt_mean, number, len(pairs) - len(kept)
+    )
 
 
 def expert_outputs(experts: nn.Module, hidden: Tensor, ids: Tensor) -> Tensor:
@@ -241,7 +249,7 @@ class _Patcher:
             here = ids if not self.last else ids.view(-1, len(corrupt), ids.shape[1])[:, -1]
             for expert in here[(here >= 0) & (here < size)].unique().tolist():
                 patches[router.layer, expert] = change[expert]
-        keys, patched = list(patches), {}
+        keys, patched = list(patches), dict[tuple[int, int | None], float]()
         for first in range(0, len(keys), self.batch_size):
             part = keys[first : first + self.batch_size]
             found = self._patched(corrupt, [(layer, patches[layer, expert]) for layer, expert in part])
@@ -322,8 +330,8 @@ def _experts_of(router: RouterInfo) -> nn.Module:
 
 def _unsupported(module: nn.Module, why: str) -> ModelNotSupportedError:
     return ModelNotSupportedError(
-        f"single experts of {type(module).__name__} cannot be patched: {why}. Use a model whose experts are one module, "
-        "experts(hidden, ids, weights), as Qwen3-MoE, OLMoE or gpt-oss in transformers 5."
+        f"single experts of {type(module).__name__} cannot be patched: {why}. Use a model whose experts are one "
+        "module, experts(hidden, ids, weights), as Qwen3-MoE, OLMoE or gpt-oss in transformers 5."
     )
 
 

@@ -67,8 +67,11 @@ def by_hand(language_model: LanguageModel, pair: PromptPair, layer: int, expert:
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_is_the_model_with_the_part_replaced(name, weight, positions):
     language_model = tiny_language_model(name)
-    options = {"weight": weight, "positions": positions, "least_contrast": -100.0, "batch_size": 5}
+    options = {"weight": weight, "positions": positions, "least_contrast": 1e-9, "batch_size": 5}
     for pair in PAIRS[:2]:
+        clean, corrupt, _ = by_hand(language_model, pair, 0, None, weight, False)
+        if clean < corrupt:  # the other way round it falls
+            pair = PromptPair(pair.clean, pair.corrupt, pair.other, pair.answer)
         found = patch_experts(language_model, [pair], **options, **FEW)
         layers = len(found.num_experts)
         for layer in range(layers):
@@ -87,7 +90,7 @@ def test_shares_of_several_pairs_are_pooled_and_the_model_is_restored():
         before = language_model.model(ids).logits
     hooks = [len(module._forward_hooks) for module in language_model.model.modules()]
     swapped = [PromptPair(p.clean, p.corrupt, p.other, p.answer, p.group) for p in PAIRS]  # one of the two falls
-    found = patch_experts(language_model, [*PAIRS, *swapped], layers=[0, 2], least_contrast=0.0, **FEW)
+    found = patch_experts(language_model, [*PAIRS, *swapped], layers=[0, 2], least_contrast=1e-9, **FEW)
     assert found.groups == ("all", "other")
     assert found.pairs.tolist() == [2, 1]
     assert found.left_out == 3
@@ -138,6 +141,7 @@ def test_on_the_demo_model():
         ([PromptPair("abc", "abc", "q", "r")], {}, AnalysisError, "no pair of 1"),
         ([], {}, AnalysisError, "no pair of 0"),
         (PAIRS, {"layers": 5}, PlanError, "3 MoE layers"),
+        (PAIRS, {"least_contrast": 0.0}, ValueError, "above 0"),
         (PAIRS, {"weight": "mine"}, ValueError, '"clean" or "own"'),
     ],
 )
