@@ -311,9 +311,9 @@ def _check_forces(rules: Sequence[Rule], views: set[_View], layer: int, router: 
 _BY_NAME = {
     "replace_scores": "replaced scores",
     "reserve_slot": "own experts",
-    "fix_choice": "fixed or replayed choices",
-    "replay": "fixed or replayed choices",
-    "gumbel": "fixed or replayed choices",
+    "fix_choice": "fixed, replayed or drawn choices",
+    "replay": "fixed, replayed or drawn choices",
+    "gumbel": "fixed, replayed or drawn choices",
 }
 _BY_NAME_TABLES = (*_BY_NAME, "gumbel_stream")
 

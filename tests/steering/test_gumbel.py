@@ -142,7 +142,7 @@ def test_it_is_data():
         (lambda: Plan.gumbel(temperature=0.0), "temperature must be above 0"),
         (lambda: Plan.gumbel() * 2.0, "no strength to scale"),
         (lambda: Plan.gumbel().only(absent=True), "cannot be left out"),
-        (lambda: (Plan.gumbel(1) + Plan.gumbel(2)).compile([LayerShape(E, K)]), "two fixed or replayed choices"),
+        (lambda: (Plan.gumbel(1) + Plan.gumbel(2)).compile([LayerShape(E, K)]), "two fixed, replayed or drawn choices"),
         (lambda: (Plan.gumbel(1) + Plan.top_k(4)).compile([LayerShape(E, K)]), "a gumbel rule and a top_k above"),
     ],
 )
