@@ -4,6 +4,8 @@ It works in numpy float64, without a model and without torch. Every function tak
 with the same accessors), a ``Trace``, or arrays where these suffice.
 """
 
+from moe_route.analysis.agreement import RankAgreement, rank_agreement
+from moe_route.analysis.chance import expected_maximum
 from moe_route.analysis.coactivation import Coactivation, ExpertPair, Transitions, coactivation, transitions
 from moe_route.analysis.committee import Committee, committee
 from moe_route.analysis.consistency import Consistency, consistency
@@ -20,6 +22,7 @@ from moe_route.analysis.divergence import (
     middle_layers,
     u_shape,
 )
+from moe_route.analysis.effects import Effects, effects_by_group, mean_effects
 from moe_route.analysis.entropy import Entropy, entropy
 from moe_route.analysis.esft import esft_experts, esft_scores
 from moe_route.analysis.experts import multilingual_experts, task_experts
@@ -62,6 +65,7 @@ __all__ = [
     "Difference",
     "Divergence",
     "DivergenceMatrix",
+    "Effects",
     "Entropy",
     "ExpertDifference",
     "ExpertPair",
@@ -75,6 +79,7 @@ __all__ = [
     "Paths",
     "PruningStability",
     "RandomControl",
+    "RankAgreement",
     "RiseExperts",
     "RiskExperts",
     "RoutingPath",
@@ -97,11 +102,13 @@ __all__ = [
     "correlation",
     "divergence",
     "divergence_matrix",
+    "effects_by_group",
     "entropy",
     "entropy_experts",
     "entropy_of",
     "esft_experts",
     "esft_scores",
+    "expected_maximum",
     "expert_difference",
     "expert_difference_interval",
     "frequency_share_experts",
@@ -113,6 +120,7 @@ __all__ = [
     "load_balance",
     "local_consistency",
     "matrix_correlation",
+    "mean_effects",
     "middle_layers",
     "miller_madow",
     "multilingual_experts",
@@ -123,6 +131,7 @@ __all__ = [
     "prune",
     "pruning_stability",
     "random_control",
+    "rank_agreement",
     "rarefied",
     "read_matrix",
     "rise_experts",

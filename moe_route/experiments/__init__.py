@@ -4,14 +4,28 @@ Every experiment takes a ``LanguageModel`` and texts, attaches for its duration 
 already), and returns a result with intervals. Its arithmetic is in ``moe_route.analysis``.
 """
 
+from moe_route.experiments.expert_patching import ExpertPatching, PromptPair, patch_experts
 from moe_route.experiments.export import CannotExportError, export_pruned
+from moe_route.experiments.knockout import Knockout, knockout
 from moe_route.experiments.pruning import PruningCurve, pruning_curve
+from moe_route.experiments.regret import Regret, regret
+from moe_route.experiments.transplant import Transplant, record_trace, transplant
 from moe_route.experiments.weights import router_weights
 
 __all__ = [
     "CannotExportError",
+    "ExpertPatching",
+    "Knockout",
+    "PromptPair",
     "PruningCurve",
+    "Regret",
+    "Transplant",
     "export_pruned",
+    "knockout",
+    "patch_experts",
     "pruning_curve",
+    "record_trace",
+    "regret",
     "router_weights",
+    "transplant",
 ]

@@ -15,6 +15,7 @@ import torch
 
 from moe_route.calls.call import PHASES
 from moe_route.contract.tables import NEUTRAL, Force, SteeringTables
+from moe_route.steering.draw import stream_of
 from moe_route.steering.model import PlanError
 from moe_route.steering.replay import ReplayTable
 from moe_route.steering.rule import MOST_SLOTS, OPERATIONS, Rule
@@ -122,7 +123,8 @@ class _Cell:
 
     Attributes:
         tables: by view and name: a plane float32 [E], "remap" int32 [E], "replace_scores" float32 [E], "fix_choice"
-            int64 [k], "reserve_slot" int64 [] (an expert), "replay" int64 [] (index into ``CompiledPlan.replays``).
+            int64 [k], "reserve_slot" int64 [] (an expert), "replay" int64 [] (index into ``CompiledPlan.replays``),
+            "gumbel" float64 [] (a temperature), "gumbel_stream" int64 [] (seed and layer of its noise).
         parameters: row parameters by name.
     """
 
@@ -309,9 +311,11 @@ def _check_forces(rules: Sequence[Rule], views: set[_View], layer: int, router: 
 _BY_NAME = {
     "replace_scores": "replaced scores",
     "reserve_slot": "own experts",
-    "fix_choice": "fixed or replayed choices",
-    "replay": "fixed or replayed choices",
+    "fix_choice": "fixed, replayed or drawn choices",
+    "replay": "fixed, replayed or drawn choices",
+    "gumbel": "fixed, replayed or drawn choices",
 }
+_BY_NAME_TABLES = (*_BY_NAME, "gumbel_stream")
 
 
 def _by_name(
@@ -324,12 +328,18 @@ def _by_name(
         if rule.kind not in _BY_NAME:
             continue
         pairs, what = rule.in_layer(layer), _BY_NAME[rule.kind]
-        asked[what].add((rule.kind, rule.draw, pairs, rule.table))
+        asked[what].add((rule.kind, rule.draw, pairs, rule.table, rule.value))
         if len(asked[what]) > 1 or (rule.kind == "reserve_slot" and len(pairs) > 1):
             raise PlanError(
                 f"a token of layer {layer} gets two {what}: keep one, or separate them with plan.only(...) (choices of "
                 "several sequences go into one Plan.replay, by item)"
             )
+        if rule.kind == "gumbel":  # tokens with other seeds share one part, which draws once
+            assert rule.value is not None
+            assert rule.draw is not None
+            tables[_PLAIN, "gumbel"] = np.asarray(rule.value, np.float64)
+            tables[_PLAIN, "gumbel_stream"] = np.asarray(stream_of(rule.draw, layer), np.int64)
+            continue
         number = -1 if rule.table is None else replays.index(rule.table)
         tables[(False, rule.draw), rule.kind] = _named(rule.kind, pairs, number, layer, router)
     return tables
@@ -354,7 +364,7 @@ def _named(kind: str, pairs: Sequence[tuple[int, float]], table: int, layer: int
 
 
 def _check_by_name(cell: _Cell, layer: int, router: HasExperts) -> None:
-    by_name = sorted(cell.names & {"reserve_slot", "fix_choice", "replay"})
+    by_name = sorted(cell.names & {"reserve_slot", "fix_choice", "replay", "gumbel"})
     if not by_name:
         return
     other = "a remap" if "remap" in cell.names else ""
@@ -465,8 +475,8 @@ def _tables(
     for view, name in dict.fromkeys(key for cell in cells for key in cell.tables):
         names.setdefault(view, []).append(name)
     plain = names.pop(_PLAIN)
-    by_name = [name for name in plain if name in _BY_NAME]
-    given: dict[str, Any] = _stacked(cells, _PLAIN, [name for name in plain if name not in _BY_NAME], router)
+    by_name = [name for name in plain if name in _BY_NAME_TABLES]
+    given: dict[str, Any] = _stacked(cells, _PLAIN, [name for name in plain if name not in by_name], router)
     for name in dict.fromkeys(name for cell in cells for name in cell.parameters):
         given[name] = torch.tensor([cell.parameters.get(name, NEUTRAL[name]) for cell in cells])
     wide = max(cell.slots for cell in cells)
@@ -504,7 +514,7 @@ def _flags(rows: Iterable[bool]) -> torch.Tensor | None:
 
 def _part(cells: Sequence[_Cell], view: _View, names: Sequence[str], router: HasExperts) -> Part:
     tables = _stacked(cells, view, names, router)
-    named = {name: tables.pop(name) for name in _BY_NAME if name in tables}
+    named = {name: tables.pop(name) for name in _BY_NAME_TABLES if name in tables}
     return Part(*view, tables, named)
 
 
@@ -522,6 +532,10 @@ def _neutral(name: str, router: HasExperts) -> np.ndarray:
         return np.arange(router.num_experts, dtype=np.int32)
     if name in ("reserve_slot", "replay"):
         return np.asarray(-1, dtype=np.int64)
+    if name == "gumbel":
+        return np.asarray(0.0)
+    if name == "gumbel_stream":
+        return np.asarray(0, dtype=np.int64)
     if name == "fix_choice":
         return np.full(router.top_k, -1, dtype=np.int64)
     return np.full(router.num_experts, np.nan if name == "replace_scores" else NEUTRAL[name], np.float32)

@@ -275,6 +275,19 @@ class Plan:
         return cls([make_rule("replay", None, layers, table=ReplayTable.of_trace(recorded))])
 
     @classmethod
+    def gumbel(cls, seed: int = 0, *, temperature: float = 1.0, layers: Iterable[int] | int | None = None) -> Plan:
+        """Draw each token's experts: the top k of ``z + temperature * Gumbel noise`` [Gumbel-top-k, arXiv 1903.06059].
+
+        For a softmax router this draws k experts without replacement, with probabilities softmax(z / temperature). The
+        router's own correction bias and groups apply as usual. Other rules act on the noisy logits. The chosen experts
+        are weighed by the model's own scores. Several seeds give several routes of the same size [arXiv 2605.07260].
+
+        The draw depends on ``seed``, layer, and the token's position and id, not on the batch. ``layers``: all layers
+        by default.
+        """
+        return cls._of("gumbel", None, layers, value=temperature, draw=seed)
+
+    @classmethod
     def remap(cls, experts: Mapping[int, Mapping[int, int]], layers: Iterable[int] | int | None = None) -> Plan:
         """After selection, replace expert e of a layer by ``experts[layer][e]`` (-1: drop it).
 

@@ -51,10 +51,11 @@ OPERATIONS = {
     "reserve_slot": Operation("", ("",), "takes the last slot where not chosen"),
     "fix_choice": Operation("", ("",), "exactly these experts chosen, in this order"),
     "replay": Operation("", ("",), "exactly the recorded experts of {x}"),
+    "gumbel": Operation("", ("",), "chosen by logit + {x} * Gumbel noise"),
 }
 MOST_SLOTS = _C.MAX_CHOSEN  # the limit of the operators
 # rules that apply to a whole layer, with a value in place of experts
-LAYER_KINDS = ("temperature", "top_k")
+LAYER_KINDS = ("temperature", "top_k", "gumbel")
 # rules whose coefficients are values (scores, or indices of slots), not factors of a strength
 VALUED_KINDS = ("replace_scores", "fix_choice")
 # rules that act on each expert separately, so that single experts can be left out
@@ -83,13 +84,13 @@ class Rule:
             "fix_choice", and 1 otherwise.
         strength: an additive rule uses strength * coefficient, a multiplicative rule coefficient ** strength. So
             multiplying a plan by a number multiplies ``strength`` only.
-        value: temperature, or experts per token, for kinds of a whole layer.
+        value: temperature (also of "gumbel"), or experts per token, for kinds of a whole layer.
         mode: a mode of the operation.
         layers, groups, phase: conditions, None for any. Experts of layers outside ``layers`` are kept but not changed,
             so that a control can move the rule to other layers.
         positions: spans of positions in the sequence, padding not counted; None for any.
         absent: only experts that the router does not choose itself.
-        draw: seed of a random control with as many experts, drawn per token.
+        draw: seed of a random control with as many experts, drawn per token, or of the noise of "gumbel".
         table: the choices of "replay".
     """
 
@@ -176,7 +177,7 @@ class Rule:
         if self.table is not None:
             raise PlanError("a replay cannot move to other layers: leave it out of the control")
         experts = None if self.kind in LAYER_KINDS else {layer: dict(pairs) for layer, pairs in self.experts}
-        return self._as_before(make_rule(self.kind, experts, layers, value=self.value, mode=self.mode))
+        return self._as_before(make_rule(self.kind, experts, layers, value=self.value, mode=self.mode, draw=self.draw))
 
     def with_experts(self, experts: Experts) -> Rule:
         """The rule with other experts; unchanged if it names none."""
@@ -277,7 +278,8 @@ class Rule:
         conditions += [] if self.phase is None else [f"{self.phase} only"]
         conditions += [] if self.positions is None else [f"positions {_show_spans(self.positions)}"]
         conditions += ["only experts not chosen already"] if self.absent else []
-        conditions += [] if self.draw is None else [f"other experts for each token, drawn with seed {self.draw}"]
+        what = "drawn for each token" if self.kind == "gumbel" else "other experts for each token, drawn"
+        conditions += [] if self.draw is None else [f"{what} with seed {self.draw}"]
         return "; ".join(conditions)
 
 
@@ -291,6 +293,7 @@ def make_rule(
     value: float | None = None,
     mode: str = "",
     table: ReplayTable | None = None,
+    draw: int | None = None,
 ) -> Rule:
     """Make a checked rule from a user's arguments. ``factor`` multiplies the coefficient of every expert."""
     chosen = None if layers is None else _layers(layers)
@@ -309,6 +312,7 @@ def make_rule(
             mode=mode or OPERATIONS[kind].modes[0],
             layers=chosen,
             table=table,
+            draw=None if draw is None else index(draw),
         )
     )
 
@@ -326,15 +330,17 @@ def checked(rule: Rule) -> Rule:
         raise PlanError(
             f"top_k must be a whole number from 1 to the experts of the layer (at most {MOST_SLOTS}), not {rule.value}"
         )
-    if rule.kind == "temperature" and (rule.value is None or rule.value <= 0):
+    if rule.kind in ("temperature", "gumbel") and (rule.value is None or rule.value <= 0):
         raise PlanError(f"temperature must be above 0, not {rule.value}")
+    if rule.kind == "gumbel" and rule.draw is None:
+        raise PlanError("a gumbel rule needs the seed of its noise: Plan.gumbel(seed)")
     _check_values(rule)
     if rule.absent and rule.kind not in EXPERT_KINDS:
         raise PlanError(
             f"a {rule.kind} rule cannot be left out for experts that are chosen already: use absent=True with "
             f"{', '.join(EXPERT_KINDS)}"
         )
-    if rule.draw is not None and (rule.kind == "remap" or rule.kind in LAYER_KINDS):
+    if rule.draw is not None and rule.kind in ("remap", "temperature", "top_k"):
         raise PlanError(f"a {rule.kind} rule names no experts that could be drawn for each token: leave it out")
     if operation.combine == "multiply":
         for factor in [c for _, pairs in rule.experts for _, c in pairs] + ([rule.value] if rule.value else []):
@@ -513,9 +519,9 @@ def rule_from_dict(content: Mapping[str, Any], tables: Mapping[str, ReplayTable]
             strength=content.get("strength", 1.0),
             value=content.get("value"),
             mode=content.get("mode", ""),
+            draw=content.get("draw"),
         )
         layers, phase = content.get("layers"), as_phase(content.get("phase"))
-        draw = content.get("draw")
         return checked(
             replace(
                 made,
@@ -524,7 +530,6 @@ def rule_from_dict(content: Mapping[str, Any], tables: Mapping[str, ReplayTable]
                 phase=phase,
                 positions=as_positions(content.get("positions")),
                 absent=bool(content.get("absent", False)),
-                draw=None if draw is None else index(draw),
             )
         )
     except (KeyError, TypeError, AttributeError) as error:

@@ -1,7 +1,7 @@
 """Per-token steering, for rules that per-row tables cannot express; computed in torch before and after ``route``.
 
 Five kinds of rules need more than a token's row: rules that depend on the router's own choice (only if absent), random
-draws per token, replaced scores, choices by expert id (a fixed choice, a replay, the reserved slot), and more experts
+draws per token, replaced scores, choices by expert id (fixed, replayed or drawn, the reserved slot), and more experts
 than the router has slots. The first three become tables with a row for each token. One ``route`` call then steers,
 chooses and weighs with them, and counts the tokens whose choice it makes. Tokens whose choice is made here, or that are
 routed again whatever their own choice, are excluded from that count. They are counted separately into the same tables.
@@ -21,7 +21,7 @@ from moe_route import ops, reference
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import NEUTRAL, STEERING_PLANES, Force, StatisticsTables, SteeringTables
 from moe_route.devices import upload
-from moe_route.steering.draw import permutations
+from moe_route.steering.draw import gumbel_noise, permutations
 
 __all__ = ["Part", "Steered", "TokenSteering", "logits_of_scores"]
 
@@ -38,7 +38,8 @@ class Part:
         planes: float32 [rows, E] by name.
         named: by kind of rule. "replace_scores": float32 [rows, E], NaN in rows without it. "reserve_slot": int64
             [rows], an expert, or -1. "fix_choice": int64 [rows, k], -1 in empty slots, and in all slots of rows without
-            it. "replay": int64 [rows], the index of a table of recorded choices, or -1.
+            it. "replay": int64 [rows], the index of a table of recorded choices, or -1. "gumbel": float64 [rows], the
+            temperature of the noise, or 0, with "gumbel_stream": int64 [rows], the numbers that seed it.
     """
 
     absent: bool = False
@@ -163,6 +164,7 @@ class TokenSteering:
         if replayed is not None and self.replays_only is not None:
             row = torch.where(self.replays_only[row.clamp(min=0)] & (replayed[:, 0] < 0), -1, row)
         steered = self.steer(logits, tokens, row, choice, counter)
+        replayed = self._drawn_choice(replayed, row, steered, k, spec, counter, correction_bias)
         more = self._holds(row, self.base.tables["top_k"] > k) if self.wide else None
         anew = None if self.anew is None else self._holds(row, self.anew)
         named = self._named(row, replayed)
@@ -239,12 +241,7 @@ class TokenSteering:
         """A permutation of the experts per token, or None if this part is not drawn."""
         if part.seed is None:
             return None
-        if counter is None:
-            raise RuntimeError(
-                "a plan draws experts for each token, but the call does not say which token is where: steer with "
-                "RoutedModel.steer, which counts positions"
-            )
-        return permutations(part.seed, self.layer, counter, self.num_experts)
+        return permutations(part.seed, self.layer, _counted(counter), self.num_experts)
 
     # ---- choices by expert id
 
@@ -276,6 +273,40 @@ class TokenSteering:
         for number, recorded in self.recorded.items():
             entry = torch.where(part.named["replay"][at] == number, entries[:, number], -1)
             yield torch.where((entry >= 0)[:, None], recorded[entry.clamp(min=0)], -1)
+
+    def _drawn_choice(
+        self,
+        found: Tensor | None,
+        row: Tensor,
+        steered: Steered,
+        k: int,
+        spec: RouterSpec,
+        counter: Tensor | None,
+        correction_bias: Tensor | None,
+    ) -> Tensor | None:
+        """``found``, int64 [T, k], with the experts drawn by Gumbel noise for the tokens of such rules."""
+        for part in self.parts:
+            if "gumbel" not in part.named:
+                continue
+            at = row.clamp(min=0)
+            temperature = torch.where(row >= 0, part.named["gumbel"][at], 0.0)[:, None]
+            noise = gumbel_noise(part.named["gumbel_stream"][at], _counted(counter), self.num_experts)
+            noisy = steered.logits.detach() + (temperature * noise).to(
+                torch.promote_types(steered.logits.dtype, torch.float32)
+            )
+            natural = torch.full((len(row), k), -1, dtype=torch.int32, device=row.device)  # -1: no choice to keep
+            _, ids = ops.route(
+                noisy,
+                k,
+                spec,
+                correction_bias=correction_bias,
+                steering=steered.tables,
+                tokens=_only(steered.tokens, torch.zeros_like(row, dtype=torch.bool)),
+                choice=natural,
+            )
+            ids = torch.where(temperature > 0, ids.to(torch.int64), -1)
+            found = ids if found is None else torch.where(ids[:, :1] >= 0, ids, found)
+        return found
 
     def _named(self, row: Tensor, choice: Tensor | None) -> Tensor | None:
         """bool [T]: tokens whose choice is made by expert id; None if there is no such rule."""
@@ -337,6 +368,16 @@ def logits_of_scores(scores: Tensor, name: str, spec: RouterSpec) -> Tensor:
         "identity": lambda p: p,
     }
     return inverse[spec.score](p).float()
+
+
+def _counted(counter: Tensor | None) -> Tensor:
+    """The counter that random draws need."""
+    if counter is None:
+        raise RuntimeError(
+            "a plan draws experts for each token, but the call does not say which token is where: steer with "
+            "RoutedModel.steer, which counts positions"
+        )
+    return counter
 
 
 def _rows(tokens: Tensor, rows: int) -> Tensor:

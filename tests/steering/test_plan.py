@@ -235,6 +235,7 @@ OF_EACH_KIND = {
     "reserve_slot": Plan.reserve_slot({0: [1]}),
     "fix_choice": Plan.fix_choice({0: [1, 2]}),
     "replay": Plan.replay(torch.zeros(1, 4, LAYERS, 1, dtype=torch.int64)),
+    "gumbel": Plan.gumbel(1),
 }
 
 

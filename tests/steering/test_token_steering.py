@@ -416,6 +416,7 @@ RULES = [
     Plan.bias({0: [1]}).only(positions=[0, 2, range(5, 9)]),
     Plan.bias({0: [1]}).only(positions=slice(4, None)),
     Plan.top_k(4, layers=0),
+    Plan.gumbel(3, temperature=0.5, layers=0),
 ]
 
 
@@ -521,6 +522,7 @@ PLANS = {
     "scores": Plan.replace_scores({0: {3: 0.5, 1: 0.25, 6: 0.125}}),
     "drawn": Plan.force_on({0: [1], 1: [2]}).random_per_token(11),
     "more": Plan.top_k(4, layers=[0, 1]),
+    "gumbel": Plan.gumbel(3, layers=[0, 1]),
 }
 
 

@@ -1,0 +1,304 @@
+"""Transplants: run texts with routes that were recorded elsewhere, and measure what it costs by group and layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_route.analysis import AnalysisError, effects_by_group
+from moe_route.analysis.effects import PERMUTATIONS, Effects
+from moe_route.analysis.resampling import RESAMPLES
+from moe_route.analysis.result import plain
+from moe_route.experiments.runs import attached, encoded_texts, layers_of, token_losses
+from moe_route.recording.frames import data_frame
+from moe_route.recording.trace import Trace
+from moe_route.routed import RoutedModel
+from moe_route.steering import Plan
+from moe_route.texttable import ShownAsTables, Table
+from moe_route.workload import Batch, EncodedTexts, LanguageModel, Text, record_texts
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moe_route.recording import Recorder
+
+__all__ = ["ROUTES", "Transplant", "record_trace", "transplant"]
+
+ROUTES = ("own", "pooled", "choice", "other", "scores")
+ALL = "all"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Transplant(ShownAsTables):
+    """Change of the loss under transplanted routes, in nats per token; positive: the transplanted route is worse.
+
+    Attributes:
+        groups, routes, bands: names of the G groups, R routes and B bands of layers; the first band is all layers.
+        effect: effects [G, R, B] of the route in the layers of the band, with the model's own routing elsewhere.
+        loss: float64 [G], loss under the model's own routing.
+        layers: the layers of each band.
+        reference: the group that the routes "choice", "other" and "scores" come from.
+        note: which texts were cut, "" if none was.
+    """
+
+    groups: tuple[str, ...]
+    routes: tuple[str, ...]
+    bands: tuple[str, ...]
+    effect: Effects
+    loss: np.ndarray
+    layers: tuple[tuple[int, ...], ...]
+    reference: str
+    note: str = ""
+
+    @property
+    def mediated(self) -> np.ndarray:
+        """float64 [G, R, B]: effect of each band as a share of the total effect; NaN where the total is 0.
+
+        Shares of bands that make up the model need not add up to 1, since the effects of layers interact. Divide only
+        where the interval of the total effect leaves out 0.
+        """
+        total = np.broadcast_to(self.effect.mean[..., :1], self.effect.mean.shape)
+        return np.divide(self.effect.mean, total, out=np.full(total.shape, np.nan), where=total != 0)
+
+    def _columns(self) -> dict[str, np.ndarray]:
+        return {"tokens": self.effect.tokens, **self.effect.columns("effect"), "mediated": self.mediated}
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per group, route and band, with the effect, its interval and p-value, and its share of the total."""
+        index = np.indices(self.effect.mean.shape).reshape(3, -1)
+        names = {"group": self.groups, "route": self.routes, "band": self.bands}
+        keys = {key: np.asarray(of, object)[at] for (key, of), at in zip(names.items(), index, strict=True)}
+        return data_frame(keys | {name: values.reshape(-1) for name, values in self._columns().items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able content (NaN as None)."""
+        names = ("groups", "routes", "bands", "layers", "loss", "reference", "note")
+        return plain({name: getattr(self, name) for name in names} | self._columns())
+
+    def tables(self) -> list[Table]:
+        """A row per route and group, a column per band."""
+        rows = [
+            [route, group, float(self.loss[g]), *(self._cell(g, r, b) for b in range(len(self.bands)))]
+            for r, route in enumerate(self.routes)
+            for g, group in enumerate(self.groups)
+        ]
+        title = "Transplanted routes: change of the loss by the layers that use them, nats per token [95 % interval]"
+        return [Table(("route", "group", "loss", *self.bands), rows, title, self.note)]
+
+    def _cell(self, *at: int) -> str:
+        low, high = self.effect.low[at], self.effect.high[at]
+        interval = "no interval" if np.isnan(low) else f"[{low:+.3f}, {high:+.3f}]"
+        return f"{self.effect.mean[at]:+.3f} {interval}"
+
+
+def transplant(
+    language_model: LanguageModel,
+    texts: Sequence[Text] | EncodedTexts,
+    *,
+    reference: str = "eng_Latn",
+    kinds: Sequence[str] = ROUTES[:4],
+    routes: Mapping[str, Trace | Plan] | None = None,
+    bands: Mapping[str, Iterable[int] | int] | None = None,
+    routed: RoutedModel | None = None,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    resamples: int = RESAMPLES,
+    permutations: int = PERMUTATIONS,
+    seed: int = 0,
+    progress: bool = False,
+) -> Transplant:
+    """Run every text with transplanted routes, and measure the change of its loss.
+
+    The total effect of a route is the change of the loss if all layers use it. If only the layers of a band use it, the
+    change is the part of the effect that these layers mediate. Weights always are the model's own scores of the
+    experts, except for the route "scores".
+
+    | kind | route of a text |
+    |---|---|
+    | "own" | its own experts, token by token: the change is 0, which tests the machinery [R3, arXiv 2510.11370] |
+    | "pooled" | for all tokens, the top k of its own average scores: what one choice per text costs |
+    | "choice" | for all tokens, the top k of the average scores of the item's text in ``reference`` |
+    | "other" | the same of another item, as a control: what the item's content is worth |
+    | "scores" | for all tokens, these average scores instead of the router's, also as weights [arXiv 2504.07964] |
+
+    The effect of "choice" minus that of "pooled" is the cost of the language of the route, that of "other" minus
+    "choice" the worth of the content.
+
+    Args:
+        language_model: the model.
+        texts: every item needs a text in ``reference``, and one text per group at most.
+        reference: a group.
+        kinds: built-in routes, from the table above. SparseMixer routers refuse "scores".
+        routes: more routes by name: a ``Trace`` of the same texts, such as ``record_trace`` of another checkpoint (same
+            tokenizer and shape of MoE layers), or a ``Plan``.
+        bands: name -> layers. The band "all" always comes first.
+        routed, batch_size, max_length, resamples, permutations, seed, progress: as in ``knockout``.
+
+    Raises ``AnalysisError`` for items without a text in ``reference``, ``ValueError`` for unknown kinds, names given
+    twice, and texts that share item and group, and ``PlanError`` for routes or layers that do not fit the model.
+    """
+    encoded = encoded_texts(language_model, texts, max_length)
+    unknown = [kind for kind in kinds if kind not in ROUTES]
+    if unknown or set(kinds) & set(routes or {}) or not (kinds or routes):
+        raise ValueError(f"kinds are different ones of {', '.join(ROUTES)}, and other routes have other names")
+    _check_items(encoded.texts, reference, kinds)
+    more = {name: _plan(name, route) for name, route in (routes or {}).items()}
+    with attached(language_model, routed) as routed:
+        where = {ALL: tuple(range(len(routed.routers)))}
+        where |= {name: layers_of(routed, layers) for name, layers in (bands or {}).items()}
+        run = _Run(language_model, routed, encoded, reference, batch_size, progress)
+        natural = run.natural()
+        built: dict[str, Plan | None] = {**{kind: run.route(kind) for kind in kinds}, **more}
+        sums = np.zeros((len(encoded.ids), len(built), len(where)))
+        for r, (name, plan) in enumerate(built.items()):
+            for b, (band, layers) in enumerate(where.items()):
+                sums[:, r, b] = run.losses(plan, layers, f"route {name}, layers {band}") - natural
+    tokens = np.array([max(len(row) - 1, 0) for row in encoded.ids], float)
+    labels = [text.group for text in encoded.texts], [text.item for text in encoded.texts]
+    groups, effect = effects_by_group(
+        *labels,
+        sums,
+        np.broadcast_to(tokens[:, None, None], sums.shape),
+        resamples=resamples,
+        permutations=permutations,
+        seed=seed,
+    )
+    at = np.array([groups.index(group) for group in labels[0]])
+    counted = np.bincount(at, tokens)
+    loss = np.bincount(at, natural) / np.where(counted > 0, counted, np.nan)
+    return Transplant(groups, tuple(built), tuple(where), effect, loss, tuple(where.values()), reference, encoded.note)
+
+
+def record_trace(
+    language_model: LanguageModel,
+    texts: Sequence[Text] | EncodedTexts,
+    *,
+    routed: RoutedModel | None = None,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    progress: bool = False,
+) -> Trace:
+    """Record the experts of every token of ``texts``, to be transplanted into another checkpoint."""
+    encoded = encoded_texts(language_model, texts, max_length)
+    with attached(language_model, routed) as routed, _recording(routed, encoded) as recorder:
+        caption = "recording routes" if progress else None
+        record_texts(recorder, language_model, encoded, batch_size=batch_size, progress=caption)
+    return recorder.trace()
+
+
+def _recording(routed: RoutedModel, encoded: EncodedTexts) -> Recorder:
+    keys = {(text.group, text.item) for text in encoded.texts}
+    if len(keys) != len(encoded.texts):
+        raise ValueError("two texts share their group and item: give each text of a group an item of its own")
+    return routed.record(sequences=True, trace=True, trace_limit=sum(map(len, encoded.ids)))
+
+
+def _check_items(texts: Sequence[Text], reference: str, kinds: Sequence[str]) -> None:
+    """Raise ``AnalysisError`` for items that lack what the routes are taken from."""
+    if not set(kinds) - {"own", "pooled"}:
+        return
+    known = {text.item for text in texts if text.group == reference}
+    missing = [text.item for text in texts if text.item not in known]
+    if missing:
+        raise AnalysisError(
+            f"item {missing[0]!r} has no text in {reference!r}, from which routes are taken: add it, or name another "
+            "reference="
+        )
+    if "other" in kinds and len(known) < 2:
+        raise AnalysisError('there is one item only, so no "other" one: leave that kind out')
+
+
+def _plan(name: str, route: Trace | Plan) -> Plan:
+    if not isinstance(route, (Trace, Plan)):
+        raise TypeError(f"route {name!r} is a {type(route).__name__}: give a Trace (record_trace) or a Plan")
+    return route if isinstance(route, Plan) else Plan.replay(route)
+
+
+class _Run:
+    """One model and its texts, under one route after the other."""
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        routed: RoutedModel,
+        encoded: EncodedTexts,
+        reference: str,
+        batch_size: int,
+        progress: bool,
+    ) -> None:
+        self.language_model, self.routed, self.encoded = language_model, routed, encoded
+        self.reference, self.batch_size, self.progress = reference, batch_size, progress
+
+    def natural(self) -> np.ndarray:
+        """Record all texts; returns their summed losses, float64 [n]."""
+        with _recording(self.routed, self.encoded) as recorder:
+            found = self._sums("natural routing", recorder.labels)
+        self.trace = recorder.trace()
+        store = recorder.statistics().store
+        assert store is not None
+        self.store = store
+        return found
+
+    def route(self, kind: str) -> Plan | None:
+        """The plan of a built-in route; None for "scores", whose plans are made for each batch."""
+        if kind == "scores":
+            return None
+        if kind == "own":
+            return Plan.replay(self.trace)
+        averages = self._averages(kind)
+        choice = np.full((len(averages), *self.trace.ids.shape[1:]), -1, np.int16)
+        for layer, router in enumerate(self.routed.routers):
+            order = np.argsort(-averages[:, layer, : router.num_experts], axis=1, kind="stable")
+            choice[:, layer, : router.top_k] = order[:, : router.top_k]
+        return Plan.replay(replace(self.trace, ids=choice[self.trace.sequence]))
+
+    def _averages(self, kind: str) -> np.ndarray:
+        """float64 [n, L, E]: the average scores that choose the experts of each sequence of the trace."""
+        items = [str(item) for item in self.trace.items]
+        _, first = np.unique(self.trace.sequence, return_index=True)
+        groups = [self.trace.groups[group] for group in self.trace.group[first]]
+        if kind != "pooled":
+            groups = [self.reference] * len(items)
+        if kind == "other":
+            known = sorted(set(items))
+            items = [known[known.index(item) - 1] for item in items]
+        return np.stack([self.store.distributions(*key, "full") for key in zip(items, groups, strict=True)])
+
+    def losses(self, plan: Plan | None, layers: tuple[int, ...], caption: str) -> np.ndarray:
+        """Summed losses float64 [n] with a route in some layers."""
+        if plan is None:
+            return self._sums(caption, self.routed.labels, layers)
+        with self.routed.steer(plan.only(layers=layers)):
+            return self._sums(caption, self.routed.labels)
+
+    def _sums(self, caption: str, labels: Any, layers: tuple[int, ...] | None = None) -> np.ndarray:
+        """Run all texts; with ``layers``, the average scores of each item replace the router's in these layers."""
+        found = np.zeros(len(self.encoded.ids))
+        shown = caption if self.progress else None
+        for batch in self.language_model.batches(self.encoded, batch_size=self.batch_size, progress=shown):
+            items, groups = [text.item for text in batch.texts], [text.group for text in batch.texts]
+            if layers is None:
+                with labels(groups=groups, items=items):
+                    nats = self._nats(batch)
+            else:
+                with self.routed.steer(self._scores(items, layers)), labels(groups=items):
+                    nats = self._nats(batch)
+            found[list(batch.positions)] = nats
+        return found
+
+    def _nats(self, batch: Batch) -> np.ndarray:
+        nats, _ = token_losses(self.language_model.run(batch), batch.inputs["input_ids"])
+        return (nats * batch.inputs["attention_mask"][:, 1:].cpu()).sum(1).numpy()
+
+    def _scores(self, items: Sequence[str], layers: tuple[int, ...]) -> Plan:
+        """The average scores of each item, for the group that is named after it."""
+        plans = []
+        for item in dict.fromkeys(items):
+            average = self.store.distributions(item, self.reference, "full")
+            sizes = {layer: self.routed.routers[layer].num_experts for layer in layers}
+            by_layer = {layer: dict(enumerate(average[layer, :size].tolist())) for layer, size in sizes.items()}
+            plans.append(Plan.replace_scores(by_layer).only(groups=item))
+        return sum(plans, Plan())

@@ -1,0 +1,91 @@
+"""`moe-route experiment`: its answers as text and JSON, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_route.cli import main
+
+pytest.importorskip("transformers")
+
+SMALL = ("--languages", "eng_Latn,swh_Latn", "--limit", "3")
+PROMPT = "{} has seven books. {} gives away three books. How many books does"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    try:
+        code = main(["experiment", *map(str, arguments)])
+    except SystemExit as leaving:
+        code = int(leaving.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    code, out, err = run(capsys, *arguments, "--json")
+    assert code == 0, err
+    parsed: dict[str, Any] = json.loads(out)
+    return parsed
+
+
+def test_knockout(capsys):
+    found = answer(capsys, "knockout", *SMALL, "--layers", "5")
+    assert found["groups"] == ["eng_Latn", "swh_Latn"]
+    assert found["total"][0][0][0] is None
+    assert sum(value is not None for value in found["total"][0][5]) == 16
+    assert found["agreement"]["metrics"] == ["frequency"]
+
+
+def test_regret(capsys):
+    found = answer(capsys, "regret", *SMALL, "--routes", "2", "--temperature", "0.1", "--layers", "2-5", "--seed", "3")
+    assert (found["routes"], found["temperature"], found["layers"]) == (2, 0.1, [2, 3, 4, 5])
+    assert len(found["regret"]) == 2
+
+
+def test_transplant(capsys):
+    bands = ("--band", "middle=2-5", "--band", "last=6,7")
+    found = answer(capsys, "transplant", *SMALL, "--kinds", "own,choice", "--donor", "demo", *bands)
+    assert found["routes"] == ["own", "choice", "donor"]
+    assert found["bands"] == ["all", "middle", "last"]
+    assert found["effect"][1][0] == found["effect"][1][2] == [0, 0, 0]  # the donor is the same model
+    assert found["effect"][1][1][0] > 0
+
+
+def test_patch(capsys, tmp_path: Path):
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text(f"{PROMPT.format('Anna', 'She')}\t{PROMPT.format('Tom', 'He')}\t she\t he\n\n")
+    found = answer(capsys, "patch", "--pairs", pairs, "--positions", "last", "--layers", "6")
+    assert found["pairs"] == [1]
+    assert found["restored"][0][6][7] > 0.4
+    code, out, _ = run(capsys, "patch", "--pairs", pairs, "--weight", "own", "--layers", "6")
+    assert code == 0
+    assert "Share of the contrast" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("knockout", *SMALL, "--layers", "9"), "8 MoE layers"),
+        (("regret", *SMALL, "--routes", "1"), "at least 2"),
+        (("transplant", *SMALL, "--kinds", "mean"), "kinds are"),
+        (("transplant", *SMALL, "--band", "2-5"), "has no name"),
+        (("patch", "--pairs", "missing.tsv"), "missing.tsv"),
+    ],
+)
+def test_refused(capsys, arguments, words):
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert "Traceback" not in err
+
+
+def test_a_line_of_pairs_needs_four_cells(capsys, tmp_path: Path):
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("clean\tcorrupt\n")
+    code, _, err = run(capsys, "patch", "--pairs", pairs)
+    assert code == 2
+    assert "line 1" in err
