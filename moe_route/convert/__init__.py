@@ -1,0 +1,80 @@
+"""Import and export: read the recordings of other programs, and write what they read.
+
+``read`` gives ``RoutingStatistics``, a ``Trace``, an ``ExpertSelection`` or a ``Plan``; ``FORMATS`` lists what it
+reads, and ``TARGETS`` what ``write`` writes. Files are checked when they are read, and nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from operator import add, or_
+from typing import Any
+
+from moe_route.convert.formats import FORMATS, Format, format_of, options_of, readers
+from moe_route.convert.source import open_source
+from moe_route.convert.tokens import joined, statistics_of
+from moe_route.convert.writers import TARGETS, Target, write
+from moe_route.recording import RoutingStatistics, Trace
+from moe_route.steering import ExpertSelection, Plan
+
+__all__ = ["FORMATS", "TARGETS", "Format", "Target", "read", "statistics_of", "write"]
+
+_MERGED: dict[str, Callable[[Sequence[Any]], Any]] = {
+    "statistics": lambda parts: functools.reduce(add, parts),
+    "trace": joined,
+    "selection": lambda parts: functools.reduce(or_, parts),
+    "plan": lambda parts: functools.reduce(add, parts),
+}
+
+
+def read(
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    format: str | None = None,
+    *,
+    to: str | None = None,
+    **options: Any,
+) -> RoutingStatistics | Trace | ExpertSelection | Plan:
+    """Read a file of another program, or several, which are added up.
+
+    Args:
+        path: a file (or a folder, for "esft-choices"), or several of the same format. Statistics of several files are
+            merged by group, traces put one after another, selections united, plans added.
+        format: one of ``FORMATS``. By default it is found from the content, if only one format fits.
+        to: "statistics", "trace", "selection" or "plan". By default what the format holds. A trace also becomes
+            statistics (its sums), or a plan (its replay); a selection becomes a plan.
+        options: of the format and of the conversion, such as ``top_k`` for counts without tokens. docs/convert.md
+            lists them.
+
+    Raises:
+        files.FileRefusedError: a file that is missing, truncated, of another kind, or whose numbers contradict each
+            other; a pickle that holds anything but arrays, tables and plain containers.
+        ValueError: an unknown format or option, a missing option, files of different models.
+    """
+    paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+    if not paths:
+        raise ValueError("there is no file to read: give one")
+    found = [(source := open_source(os.fspath(one)), format_of(source, format)) for one in paths]
+    names = {name for _, name in found}
+    if len(names) > 1:
+        raise ValueError(f"the files are of different formats ({', '.join(sorted(names))}): convert them one by one")
+    name = names.pop()
+    kind, reader, steps = readers(name, to)
+    accepted = options_of(reader, *steps)
+    unknown = options.keys() - accepted
+    if unknown:
+        known = ", ".join(sorted(accepted - {"metadata"})) or "no options"
+        raise ValueError(f"{name} takes no {', '.join(sorted(unknown))} here: it takes {known}")
+    given = {**{key: value for key, value in FORMATS[name].defaults.items() if key in accepted}, **options}
+    if "metadata" in accepted:
+        given["metadata"] = {"format": name}
+
+    def run(function: Callable[..., Any], value: Any) -> Any:
+        wanted = options_of(function)
+        return function(value, **{key: option for key, option in given.items() if key in wanted})
+
+    result = _MERGED[kind]([run(reader, source) for source, _ in found])
+    for step in steps:
+        result = run(step, result)
+    return result  # type: ignore[no-any-return]
