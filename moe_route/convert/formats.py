@@ -171,7 +171,7 @@ def options_of(*functions: Callable[..., Any]) -> set[str]:
         name
         for function in functions
         for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY or name in ("num_experts", "metadata")
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
 
 

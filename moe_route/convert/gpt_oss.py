@@ -1,8 +1,9 @@
 """Routing of gpt-oss as published by github.com/AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting.
 
 ``*_examples.json`` is one generation: ``router_data`` [{"token_<position>": {"layer_<l>": {"selected_experts",
-"selected_probs"}}}, ...]. ``<split>.json`` has means over generations: {"think_"/"answer_expert_analytics": {"layer_<l>":
-{expert: {"prob_density", "count_frequency"}}}}, in which an expert that was never chosen is absent.
+"selected_probs"}}}, ...]. ``<split>.json`` has means over generations, in ``think_expert_analytics`` and
+``answer_expert_analytics``: {"layer_<l>": {expert: {"prob_density", "count_frequency"}}}, without the experts that were
+never chosen.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ def joined(traces: Sequence[Trace]) -> Trace:
 
 
 def statistics_of(
-    trace: Trace, num_experts: int | None = None, metadata: Mapping[str, Any] | None = None
+    trace: Trace, *, num_experts: int | None = None, metadata: Mapping[str, Any] | None = None
 ) -> RoutingStatistics:
     """The token sums of a trace: counts, and weights where they are known.
 

@@ -116,7 +116,7 @@ def _sglang(statistics: RoutingStatistics, path: Path, *, groups: Sequence[str] 
     numbers = [int(of[0]) for of in found if of]
     if len(numbers) != len(found) or len(set(numbers)) != len(numbers):
         raise ValueError(
-            f"SGLang counts every layer of the model, and {statistics.layers[0]!r} does not say which one it is: rename it"
+            f"SGLang counts every layer of the model, and {statistics.layers[0]!r} and others do not say which they are"
         )
     rows = np.zeros((max(numbers) + 1, max(statistics.num_experts)), np.int64)
     rows[numbers] = _counts(statistics, groups)
