@@ -13,10 +13,11 @@ from operator import add, or_
 from typing import Any
 
 from moe_route.convert.formats import FORMATS, Format, format_of, options_of, readers
-from moe_route.convert.source import open_source
+from moe_route.convert.source import Source, open_source
 from moe_route.convert.tokens import joined, statistics_of
 from moe_route.convert.writers import TARGETS, Target, write
-from moe_route.recording import RoutingStatistics, Trace
+from moe_route.files import FileRefusedError
+from moe_route.recording import RecordingError, RoutingStatistics, Trace
 from moe_route.steering import ExpertSelection, Plan
 
 __all__ = ["FORMATS", "TARGETS", "Format", "Target", "read", "statistics_of", "write"]
@@ -74,7 +75,16 @@ def read(
         wanted = options_of(function)
         return function(value, **{key: option for key, option in given.items() if key in wanted})
 
-    result = _MERGED[kind]([run(reader, source) for source, _ in found])
+    def run_on(source: Source) -> Any:
+        try:
+            return run(reader, source)
+        except RecordingError as error:
+            raise FileRefusedError(f"{source.path}: {error}") from error
+        except (LookupError, TypeError, AttributeError, OverflowError) as error:
+            problem = f"it is not whole, or not {FORMATS[name].holds} ({type(error).__name__}: {error})"
+            raise source.refused(problem, "get it again, or check --from") from error
+
+    result = _MERGED[kind]([run_on(source) for source, _ in found])
     for step in steps:
         result = run(step, result)
     return result  # type: ignore[no-any-return]

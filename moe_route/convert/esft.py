@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_route.analysis import esft_experts
 from moe_route.convert.source import Source
-from moe_route.convert.tables import whole_numbers
+from moe_route.convert.tables import number_table, whole_numbers
 from moe_route.convert.tokens import RoutedSequence, trace_of
 from moe_route.recording import Trace
 from moe_route.steering import ExpertSelection
@@ -103,13 +103,11 @@ def read_summary(source: Source, *, top_p: float = 0.2, score: str = "token", fi
     """
     if score not in _SCORES:
         raise ValueError(f'score must be "token" or "gate", not {score!r}')
-    try:
-        table = source.content[_SCORES[score]]
-        layers = whole_numbers(source, table)
-        experts = whole_numbers(source, table[str(layers[0])])
-        scores = np.array([[table[str(layer)][str(expert)] for expert in experts] for layer in layers], float)
-    except (KeyError, TypeError, ValueError) as error:
-        raise source.refused(f"its scores are not whole ({error!r})", "get it again") from error
+    table = source.content[_SCORES[score]]
+    layers = whole_numbers(source, table)
+    experts = whole_numbers(source, table[str(layers[0])])
+    rows = [[table[str(layer)][str(expert)] for expert in experts] for layer in layers]
+    scores = np.stack([number_table(source, row, "expert") for row in rows])
     if layers[0] < first_layer:
         raise source.refused(f"its layers count from {layers[0]}", f"pass first_layer={layers[0]}")
     found = esft_experts(scores, top_p=top_p)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from moe_route.convert.source import Source
-from moe_route.convert.tables import counted, whole_numbers
+from moe_route.convert.tables import counted, number_table, whole_numbers
 from moe_route.recording import RoutingStatistics
 
 __all__ = ["read", "recognizes"]
@@ -40,10 +40,11 @@ def read(
     width = num_experts or max(ids[-1] for ids in experts) + 1
     if max(ids[-1] for ids in experts) >= width:
         raise ValueError(f"{source.path} counts expert {max(ids[-1] for ids in experts)}: check num_experts {width}")
-    counts = np.zeros((len(tables), width))
+    rows = np.zeros((len(tables), width))
     for row, of in enumerate(tables.values()):
         for expert, count in of.items():
-            counts[row, int(expert)] = count
+            rows[row, int(expert)] = count
+    counts = number_table(source, rows, "layer, expert")
     return counted(
         source, counts, top_k=top_k, format="expert-counts", group=group, layers=[str(layer) for layer in tables]
     )

@@ -149,10 +149,10 @@ def format_of(source: Source, name: str | None = None) -> str:
     if name is not None:
         if name not in FORMATS:
             raise ValueError(f"no format {name!r}: one of {', '.join(FORMATS)}")
-        if not FORMATS[name].recognizes(source):
+        if not _fits(name, source):
             raise source.refused(f"it is not {FORMATS[name].holds}", f"check --from, {_others(source, name)}")
         return name
-    found = [known for known, format in FORMATS.items() if format.recognizes(source)]
+    found = [known for known in FORMATS if _fits(known, source)]
     if len(found) > 1:
         raise ValueError(f"{source.path} may be {' or '.join(found)}: say which (--from, format=)")
     if not found:
@@ -160,8 +160,15 @@ def format_of(source: Source, name: str | None = None) -> str:
     return found[0]
 
 
+def _fits(name: str, source: Source) -> bool:
+    try:
+        return FORMATS[name].recognizes(source)
+    except (LookupError, TypeError, AttributeError):  # a list where the format has a mapping, and the like
+        return False
+
+
 def _others(source: Source, name: str) -> str:
-    found = [known for known, format in FORMATS.items() if known != name and format.recognizes(source)]
+    found = [known for known in FORMATS if known != name and _fits(known, source)]
     return f"it looks like {' or '.join(found)}" if found else "it is of no known format"
 
 

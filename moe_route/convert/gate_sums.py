@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from moe_route.convert.source import Source
-from moe_route.convert.tables import whole_numbers
+from moe_route.convert.tables import number_table, whole_numbers
 from moe_route.recording import RoutingStatistics
 
 __all__ = ["read", "recognizes"]
@@ -41,17 +41,12 @@ def read(
                 f"layer {layer} has {len(of_layer) - 1} experts, layer {layers[0]} has {len(experts)}",
                 "it is not whole; get it again",
             )
-        try:
-            tokens[0, row] = of_layer["total_tokens"]
-            entries = [of_layer[str(expert)] for expert in experts]
-            counts[0, row] = [entry["activation_tokens"] for entry in entries]
-            share[0, row] = [entry["gate_values_sum"] for entry in entries]
-        except (KeyError, TypeError, ValueError) as error:
-            raise source.refused(
-                f"layer {layer} lacks a number ({error!r})", "it is not whole; get it again"
-            ) from error
-    if not (np.isfinite(counts).all() and np.isfinite(share).all() and tokens.min(initial=0) >= 0):
-        raise source.refused("it holds numbers that are not finite, or negative tokens", "record again")
+        tokens[0, row] = of_layer["total_tokens"]
+        entries = [of_layer[str(expert)] for expert in experts]
+        counts[0, row] = number_table(source, [entry["activation_tokens"] for entry in entries], "expert")
+        share[0, row] = number_table(source, [entry["gate_values_sum"] for entry in entries], "expert")
+    if tokens.min(initial=0) < 0:
+        raise source.refused("it has negative numbers of tokens", "record again")
     if top_k is None:
         top_k = round(counts.sum() / max(int(tokens.sum()), 1))
     return RoutingStatistics.from_token_sums(

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from moe_route.contract.tables import FIXED_POINT, SCALARS
-from moe_route.convert.source import Source
+from moe_route.convert.source import Source, as_array
+from moe_route.convert.tables import number_table
 from moe_route.convert.tokens import RoutedSequence, trace_of
 from moe_route.recording import RoutingStatistics, Trace
 from moe_route.recording.statistics import IMPORTED, SEQUENCE_SCALARS, VIEWS
@@ -40,20 +41,19 @@ def _documents(source: Source) -> list[dict[str, Any]]:
 def read_example(source: Source, *, group: str | None = None) -> Trace:
     """A trace of the generated tokens: groups are the datasets, items the row indices; all tokens are decode."""
     sequences, layers = [], 0
-    try:
-        for one in _documents(source):
-            tokens = {int(key.removeprefix("token_")): of for row in one["router_data"] for key, of in row.items()}
-            positions = sorted(tokens)
-            if positions != list(range(positions[0], positions[0] + len(positions))):
-                raise source.refused("some generated tokens are missing", "get it again")
-            layers = len(tokens[positions[0]])
-            chosen = [[tokens[p][f"layer_{layer}"] for layer in range(layers)] for p in positions]
-            ids = np.array([[of["selected_experts"] for of in token] for token in chosen])
-            weights = np.array([[of["selected_probs"] for of in token] for token in chosen], np.float32)
-            name = group or str(one.get("category") or source.name)
-            sequences.append(RoutedSequence(ids, one.get("row_index"), name, weights, prompt=0, first=positions[0]))
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise source.refused(f"its router_data is not whole ({error!r})", "get it again") from error
+    for one in _documents(source):
+        tokens = {int(key.removeprefix("token_")): of for row in one["router_data"] for key, of in row.items()}
+        positions = sorted(tokens)
+        if not positions or positions != list(range(positions[0], positions[0] + len(positions))):
+            raise source.refused("some generated tokens are missing", "get it again")
+        layers = len(tokens[positions[0]])
+        chosen = [[tokens[p][f"layer_{layer}"] for layer in range(layers)] for p in positions]
+        ids = as_array([[of["selected_experts"] for of in token] for token in chosen])
+        weights = as_array([[of["selected_probs"] for of in token] for token in chosen])
+        if ids.ndim != 3 or ids.dtype.kind != "i" or weights.shape != ids.shape or not (np.abs(weights) <= 1).all():
+            raise source.refused("its experts and probabilities are not [tokens, layers, k]", "get it again")
+        name = group or str(one.get("category") or source.name)
+        sequences.append(RoutedSequence(ids, one.get("row_index"), name, weights, prompt=0, first=positions[0]))
     return trace_of(sequences, [str(layer) for layer in range(layers)])
 
 
@@ -64,19 +64,16 @@ def read_analytics(source: Source, *, group: str | None = None) -> RoutingStatis
     ``by="sequence"`` and kind "topk". There are no token sums; tokens are the published means times the generations.
     """
     content = source.content
-    try:
-        samples = int(content["sample_count"])
-        tables = [content[f"{part}_expert_analytics"] for part in _PARTS]
-        tokens = [round(samples * float(content[f"num_{part}_tokens"])) for part in _PARTS]
-        layers = len(tables[0])
-        density, frequency = (
-            np.stack([[_row(table[f"layer_{layer}"], key) for layer in range(layers)] for table in tables])
-            for key in ("prob_density", "count_frequency")
-        )
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise source.refused(f"its analytics are not whole ({error!r})", "get it again") from error
-    if not (np.isfinite(density).all() and np.isfinite(frequency).all() and min(density.min(), frequency.min()) >= 0):
-        raise source.refused("its analytics are negative, or not finite", "get it again")
+    samples = int(content["sample_count"])
+    tables = [content[f"{part}_expert_analytics"] for part in _PARTS]
+    tokens = [round(samples * float(content[f"num_{part}_tokens"])) for part in _PARTS]
+    layers = len(tables[0])
+    density, frequency = (
+        np.stack([[_row(source, table[f"layer_{layer}"], key) for layer in range(layers)] for table in tables])
+        for key in ("prob_density", "count_frequency")
+    )
+    if samples < 1 or min(tokens) < 0 or max(density.max(initial=0), frequency.max(initial=0)) > TOP_K:
+        raise source.refused("its numbers of generations or its means are not possible", "get it again")
     name = group or source.name
     cells = (len(_PARTS), layers)
     scalars = np.zeros((2, *cells, len(SCALARS)), np.int64)
@@ -103,8 +100,8 @@ def read_analytics(source: Source, *, group: str | None = None) -> RoutingStatis
     )
 
 
-def _row(table: dict[str, dict[str, float]], key: str) -> np.ndarray:
+def _row(source: Source, table: dict[str, dict[str, float]], key: str) -> np.ndarray:
     row = np.zeros(EXPERTS)
     for expert, of in table.items():
         row[int(expert)] = of[key]
-    return row
+    return number_table(source, row, "expert")

@@ -12,6 +12,7 @@ import base64
 import binascii
 import io
 from collections.abc import Mapping, Sequence
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -76,9 +77,9 @@ def _traced(
     widths = {one.ids.shape[1] for one in sequences}
     if len(widths) > 1:
         raise source.refused(f"its texts have {sorted(widths)} layers", "convert one model at a time")
-    kept = routed_layers(np.concatenate([one.ids for one in sequences]), layers)
+    kept = routed_layers([one.ids for one in sequences], layers)
     parts = [
-        RoutedSequence(one.ids[:, kept], one.item, one.group, prompt=one.prompt, token_ids=one.token_ids)
+        RoutedSequence(_signed(one.ids)[:, kept], one.item, one.group, prompt=one.prompt, token_ids=one.token_ids)
         for one in sequences
     ]
     found = trace_of(parts, [str(layer) if names is None else names[layer] for layer in kept])
@@ -91,6 +92,11 @@ def _traced(
             "that layer is dense, or the axes are not [tokens, layers, k]: check layers (--layers)",
         )
     return found
+
+
+def _signed(ids: np.ndarray) -> np.ndarray:
+    """Ids of a type that has -1."""
+    return ids.astype(np.int64 if ids.dtype.itemsize > 2 else np.int32) if ids.dtype.kind == "u" else ids
 
 
 def read_replay(source: Source, *, layers: Sequence[int] | None = None, group: str | None = None) -> Trace:
@@ -131,7 +137,7 @@ def read_vllm_response(source: Source, *, layers: Sequence[int] | None = None, g
     sequences = []
     for one in _documents(source):
         choices = one.get("choices") or ()
-        prompt = (one.get("usage") or {}).get("prompt_tokens")
+        prompt = _prompt(one.get("usage"))
         for number, choice in enumerate(choices):
             if choice.get("routed_experts") is None:
                 raise source.refused(f"choice {number} has no routed_experts", "ask for them: return_routed_experts")
@@ -139,6 +145,12 @@ def read_vllm_response(source: Source, *, layers: Sequence[int] | None = None, g
             name = None if one.get("id") is None else f"{one['id']}-{number}" if len(choices) > 1 else str(one["id"])
             sequences.append(RoutedSequence(ids, name, group or "all", prompt=prompt))
     return _traced(source, sequences, layers)
+
+
+def _prompt(about: Mapping[str, Any] | None) -> int | None:
+    """The number of prompt tokens that an answer states."""
+    stated = (about or {}).get("prompt_tokens")
+    return None if stated is None else index(stated)
 
 
 def _npy(source: Source, encoded: Any) -> np.ndarray:
@@ -189,7 +201,7 @@ def read_sglang_response(
                 f"it has the experts of {len(ids)} tokens, and {tokens} were fed", "check num_layers and top_k"
             )
         name = about.get("id")
-        prompt = about.get("prompt_tokens")
+        prompt = _prompt(about)
         sequences.append(RoutedSequence(ids, None if name is None else str(name), group or "all", prompt=prompt))
     return _traced(source, sequences, layers)
 

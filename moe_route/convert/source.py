@@ -7,8 +7,9 @@ one by one when they are asked for.
 from __future__ import annotations
 
 import json
+import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,25 +50,37 @@ class Source:
         return FileRefusedError(f"{self.path}: {problem}: {fix}")
 
 
-class _Safetensors(Mapping[str, np.ndarray]):
-    """The arrays of a safetensors file, each read when it is asked for."""
+class _Arrays(Mapping[str, np.ndarray]):
+    """The arrays of a file by name, each read when it is asked for."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, names: Iterable[str]) -> None:
         self._path = path
-        with safe_open(path, framework="pt") as stream:
-            self._names = list(stream.keys())
+        self._names = list(names)
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._names:
             raise KeyError(name)
-        with safe_open(self._path, framework="pt") as stream:
-            return as_array(stream.get_tensor(name))
+        return self._read(name)
+
+    def _read(self, name: str) -> np.ndarray:
+        raise NotImplementedError
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+class _Safetensors(_Arrays):
+    def _read(self, name: str) -> np.ndarray:
+        with safe_open(self._path, framework="pt") as stream:
+            return as_array(stream.get_tensor(name))
+
+
+class _Npz(_Arrays):
+    def _read(self, name: str) -> np.ndarray:
+        return _numpy(self._path, name)
 
 
 def as_array(value: Any) -> np.ndarray:
@@ -101,7 +114,7 @@ def open_source(path: str | Path) -> Source:
     if head[8:9] == b"{":
         return _safetensors(path)
     if head.startswith(b"\x93NUMPY"):
-        return Source(path, "array", _numpy(path, mmap_mode="r"))
+        return Source(path, "array", _numpy(path))
     if head.startswith(b"PK\x03\x04"):
         return _zip(path)
     if head[:1] == b"\x80" and head[1] in range(2, 6):
@@ -120,21 +133,23 @@ def open_source(path: str | Path) -> Source:
 def _safetensors(path: Path) -> Source:
     try:
         with safe_open(path, framework="pt") as stream:
-            ours = "moe_route" in (stream.metadata() or {})
-        return Source(path, "moe-route", files.read_header(path)["kind"]) if ours else _arrays(path)
+            names, ours = list(stream.keys()), "moe_route" in (stream.metadata() or {})
+        if ours:
+            return Source(path, "moe-route", files.read_header(path)["kind"])
+        return Source(path, "arrays", _Safetensors(path, names))
     except SafetensorError as error:
         raise FileRefusedError(f"{path} is truncated or damaged ({error}): copy it again or make it again") from error
 
 
-def _arrays(path: Path) -> Source:
-    return Source(path, "arrays", _Safetensors(path))
-
-
-def _numpy(path: Path, **options: Any) -> Any:
+def _numpy(path: Path, member: str | None = None) -> np.ndarray:
+    """The array of a ``.npy`` file, mapped, or one array of a ``.npz`` file."""
     try:
-        return np.load(path, allow_pickle=False, **options)
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        fix = "save numbers, not objects" if "pickle" in str(error) else "copy it again or make it again"
+        if member is None:
+            return np.load(path, allow_pickle=False, mmap_mode="r")  # type: ignore[no-any-return]
+        with np.load(path, allow_pickle=False) as archive:
+            return archive[member]  # type: ignore[no-any-return]
+    except Exception as error:  # a damaged file raises errors of any kind
+        fix = "save numbers, not objects" if "bject" in str(error) else "copy it again or make it again"
         raise FileRefusedError(f"{path} is truncated, or is not an array of numbers ({error}): {fix}") from error
 
 
@@ -145,14 +160,18 @@ def _zip(path: Path) -> Source:
     except zipfile.BadZipFile as error:
         raise FileRefusedError(f"{path} is truncated: copy it again or make it again") from error
     if names and all(name.endswith(".npy") for name in names):
-        return Source(path, "arrays", _numpy(path))
+        return Source(path, "arrays", _Npz(path, [name.removesuffix(".npy") for name in names]))
     try:
         return Source(path, "objects", torch.load(str(path), weights_only=True, mmap=True, map_location="cpu"))
     except Exception as error:  # a damaged archive raises errors of any kind
-        named = next((word for word in str(error).split() if word.count(".") and word.isprintable()), "")
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if named is None:
+            raise FileRefusedError(
+                f"{path} is damaged, or not made by torch.save ({type(error).__name__}): copy it again or make it again"
+            ) from error
         raise FileRefusedError(
-            f"{path} was made by torch.save, and holds more than tensors and plain containers ({named}), or is "
-            "damaged; nothing of it ran: save the tensors alone"
+            f"{path} uses {named[1]}, which is not a tensor or a container: it was refused and nothing of it ran; "
+            "save the tensors alone"
         ) from error
 
 

@@ -13,6 +13,7 @@ from moe_route.recording import RoutingStatistics
 
 __all__ = ["counted", "number_table", "whole_numbers"]
 
+_LARGEST = 2.0**53  # floats are whole numbers up to here
 _ROWS = 64  # slices of the first axis that are added up at once
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def number_table(source: Source, value: Any, axes: str) -> np.ndarray:
     total = np.zeros(flat.shape[1:], np.int64 if array.dtype.kind in "biu" else np.float64)
     for start in range(0, len(flat), _ROWS):
         part = flat[start : start + _ROWS]
-        if not np.isfinite(part).all() or (part < 0).any():
+        if not (part >= 0).all() or (part > _LARGEST).any():
             raise source.refused(f"[{axes}] holds negative numbers, or some that are not finite", "record again")
         total += part.sum(axis=0)
     return total

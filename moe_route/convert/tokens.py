@@ -34,22 +34,22 @@ class RoutedSequence:
     first: int = 0  # position of the first token
 
 
-def routed_layers(ids: np.ndarray, layers: Sequence[int] | None = None) -> list[int]:
+def routed_layers(sequences: Sequence[np.ndarray], layers: Sequence[int] | None = None) -> list[int]:
     """Which of the L layers of ids ``[T, L, k]`` are MoE layers: those given, or all that choose.
 
     Recorders keep a row for dense layers, too, filled with -1 or 0; those are left out, with a warning.
     """
-    count = ids.shape[1]
+    _, count, slots = sequences[0].shape
     if layers is not None:
         wrong = [layer for layer in layers if not 0 <= layer < count]
         if wrong:
             raise ValueError(f"there is no layer {wrong[0]}: the ids are of {count} layers, 0 to {count - 1}")
         return list(layers)
-    slots = ids.shape[2]
     dense = [
         layer
         for layer in range(count)
-        if (ids[:, layer] == -1).all() or (slots > 1 and not ids[:, layer].any() and len(ids))
+        if all((ids[:, layer] == -1).all() for ids in sequences)
+        or (slots > 1 and not any(ids[:, layer].any() for ids in sequences))
     ]
     if dense:
         logger.warning(
