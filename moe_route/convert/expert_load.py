@@ -40,7 +40,7 @@ def _holds(source: Source, *names: str) -> bool:
 def _one_array(source: Source) -> Any:
     """The only array of the file, or None."""
     content = source.content
-    if isinstance(content, Mapping) and len(content) == 1 and source.form != "json":
+    if isinstance(content, Mapping) and len(content) == 1 and source.form != "json" and not is_sglang(source):
         content = next(iter(content.values()))
     if source.form == "json" and not (isinstance(content, list) and content and isinstance(content[0], list)):
         return None

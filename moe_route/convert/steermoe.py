@@ -136,35 +136,40 @@ def read_plan(
 
 def read_easysteer(source: Source, *, first_layer: int = 0) -> Plan:
     """EasySteer's configuration as a plan; its layers are those of the model, ``first_layer`` the first MoE layer."""
+    rules: dict[tuple[str, float], dict[int, list[int]]] = {}  # (what is done, strength) -> experts by layer
+    for layer, of in source.content["layer_configs"].items():
+        number = int(layer) - first_layer
+        if number < 0:
+            raise source.refused(f"layer {layer} lies before the first MoE layer {first_layer}", "check first_layer")
+        for rule, ids in _layer_rules(source, layer, of).items():
+            if ids:
+                rules.setdefault(rule, {})[number] = ids
+    if not rules:
+        raise source.refused("it steers no expert", "give a configuration with layers and experts")
     plan = Plan(description=f"EasySteer, {source.name}")
-    try:
-        for layer, of in source.content["layer_configs"].items():
-            number = int(layer) - first_layer
-            if number < 0:
-                raise ValueError(f"layer {layer} lies before the first MoE layer {first_layer}: check first_layer")
-            plan = plan + _layer_plan(number, of)
-    except (TypeError, AttributeError, ValueError) as error:
-        raise source.refused(f"a layer cannot be read ({error})", "change that layer of the file") from error
-    if not plan:
-        raise source.refused("it steers no layer", "give a configuration with layers")
+    for (what, strength), experts in rules.items():
+        if what in ("force_on", "force_off"):
+            plan = plan + getattr(Plan, what)(experts, weight="steermoe")
+        else:
+            soft = Plan.activate(experts, strength=strength, correction=1)
+            plan = plan + (soft.only(absent=True) if what == "soft_topk" else soft)
     return plan
 
 
-def _layer_plan(layer: int, of: Mapping[str, Any]) -> Plan:
+def _layer_rules(source: Source, layer: str, of: Mapping[str, Any]) -> dict[tuple[str, float], list[int]]:
     mode = _MODES.get(of.get("mode", "activate"), of.get("mode", "activate"))
     ids = list(of.get("expert_ids") or ())
-    if mode in ("activate", "deactivate"):
-        if of.get("epsilon", 0.01) != 0.01:
-            raise ValueError(f"epsilon {of['epsilon']} is not SteerMoE's 0.01")
-        on = [*(of.get("activate_ids") or ()), *(ids if mode == "activate" else ())]
-        off = [*(of.get("deactivate_ids") or ()), *(ids if mode == "deactivate" else ())]
-        on = [expert for expert in on if expert not in off]  # deactivation wins there
-        plan = Plan.force_on({layer: on}, weight="steermoe") if on else Plan()
-        return plan + Plan.force_off({layer: off}, weight="steermoe") if off else plan
-    if mode not in ("soft", "soft_topk"):
-        raise ValueError(f"mode {mode!r} draws experts at random; use plan.random() on a plan of its experts")
-    soft = Plan.activate({layer: ids}, strength=float(of.get("lambda", 0.5)), correction=1)
-    return soft.only(absent=True) if mode == "soft_topk" else soft
+    if mode in ("soft", "soft_topk"):
+        return {(mode, float(of.get("lambda", 0.5))): ids}
+    if mode not in ("activate", "deactivate"):
+        fix = "use plan.random() on a plan of its experts" if mode == "soft_random" else "correct the mode"
+        raise source.refused(f"mode {mode!r} of layer {layer} has no rule here", fix)
+    if of.get("epsilon", 0.01) != 0.01:
+        raise source.refused(f"epsilon {of['epsilon']} of layer {layer} is not SteerMoE's 0.01", "take 0.01")
+    on = [*(of.get("activate_ids") or ()), *(ids if mode == "activate" else ())]
+    off = [*(of.get("deactivate_ids") or ()), *(ids if mode == "deactivate" else ())]
+    # deactivation wins there
+    return {("force_on", 0.0): [expert for expert in on if expert not in off], ("force_off", 0.0): off}
 
 
 def easysteer_of(plan: Plan, first_layer: int = 0) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import collections
+import contextlib
 import io
 import json
 import pickle
@@ -528,9 +529,8 @@ def _replaced(content: object, value: object) -> list[object]:
     return made
 
 
-JSON = (
-    "gate-sums expert-counts gpt-oss-example gpt-oss-analytics esft-scores esft-experts vllm-response easysteer".split()
-)
+JSON = ["gate-sums", "expert-counts", "gpt-oss-example", "gpt-oss-analytics", "esft-scores", "esft-experts"]
+JSON += ["vllm-response", "easysteer"]
 
 
 @pytest.mark.parametrize("name", JSON)
@@ -539,9 +539,6 @@ def test_a_json_file_with_a_wrong_entry_meets_a_clear_error_or_is_read(name, val
     make, options = MADE[name]
     path = make(tmp_path)
     for content in _replaced(json.loads(path.read_text()), value):
-        try:
-            found = convert.read(as_json(path, content), name, **options)
-        except ValueError as error:
-            assert str(error)
-        else:
-            assert isinstance(found, (RoutingStatistics, Trace, ExpertSelection, Plan))
+        as_json(path, content)
+        with contextlib.suppress(ValueError):  # any other error would be a fault of the reader
+            assert isinstance(convert.read(path, name, **options), (RoutingStatistics, Trace, ExpertSelection, Plan))
