@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import add, or_
 from typing import Any
 
@@ -56,35 +56,42 @@ def read(
     paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
     if not paths:
         raise ValueError("there is no file to read: give one")
-    found = [(source := open_source(os.fspath(one)), format_of(source, format)) for one in paths]
-    names = {name for _, name in found}
-    if len(names) > 1:
-        raise ValueError(f"the files are of different formats ({', '.join(sorted(names))}): convert them one by one")
-    name = names.pop()
-    kind, reader, steps = readers(name, to)
-    accepted = options_of(reader, *steps)
+    names: set[str] = set()
+    parts = []
+    for one in paths:
+        source = open_source(os.fspath(one))
+        names.add(format_of(source, format))
+        if len(names) > 1:
+            raise ValueError(
+                f"the files are of different formats ({', '.join(sorted(names))}): convert them one by one"
+            )
+        parts.append(_read(source, *names, to, options))
+    (name,) = names
+    kind, _, steps = readers(name, to)
+    result = _MERGED[kind](parts)
+    for step in steps:
+        result = _run(step, result, name, options)
+    return result  # type: ignore[no-any-return]
+
+
+def _read(source: Source, name: str, to: str | None, options: Mapping[str, Any]) -> Any:
+    """Read one file of format ``name``."""
+    _, reader, steps = readers(name, to)
+    accepted = options_of(reader, *steps) - {"metadata"}
     unknown = options.keys() - accepted
     if unknown:
-        known = ", ".join(sorted(accepted - {"metadata"})) or "no options"
+        known = ", ".join(sorted(accepted)) or "no options"
         raise ValueError(f"{name} takes no {', '.join(sorted(unknown))} here: it takes {known}")
-    given = {**{key: value for key, value in FORMATS[name].defaults.items() if key in accepted}, **options}
-    if "metadata" in accepted:
-        given["metadata"] = {"format": name}
+    try:
+        return _run(reader, source, name, options)
+    except RecordingError as error:
+        raise FileRefusedError(f"{source.path}: {error}") from error
+    except (LookupError, TypeError, AttributeError, OverflowError) as error:
+        problem = f"it is not whole, or not {FORMATS[name].holds} ({type(error).__name__}: {error})"
+        raise source.refused(problem, "get it again, or check --from") from error
 
-    def run(function: Callable[..., Any], value: Any) -> Any:
-        wanted = options_of(function)
-        return function(value, **{key: option for key, option in given.items() if key in wanted})
 
-    def run_on(source: Source) -> Any:
-        try:
-            return run(reader, source)
-        except RecordingError as error:
-            raise FileRefusedError(f"{source.path}: {error}") from error
-        except (LookupError, TypeError, AttributeError, OverflowError) as error:
-            problem = f"it is not whole, or not {FORMATS[name].holds} ({type(error).__name__}: {error})"
-            raise source.refused(problem, "get it again, or check --from") from error
-
-    result = _MERGED[kind]([run_on(source) for source, _ in found])
-    for step in steps:
-        result = run(step, result)
-    return result  # type: ignore[no-any-return]
+def _run(function: Callable[..., Any], value: Any, name: str, options: Mapping[str, Any]) -> Any:
+    """Call a reader, or a step after it, with those options that it takes."""
+    given = {**FORMATS[name].defaults, "metadata": {"format": name}, **options}
+    return function(value, **{key: given[key] for key in options_of(function) & given.keys()})

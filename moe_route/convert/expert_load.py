@@ -59,14 +59,16 @@ def read_sglang(source: Source, *, top_k: int | None = None, group: str | None =
         counts = number_table(source, source.content["logical_count"], "layer, expert")
         return counted(source, counts, top_k=top_k, format="sglang", group=group)
     records = source.content["records"]
-    try:
-        loads = [number_table(source, one["global_physical_count"], "layer, physical expert") for one in records]
-        owners = as_array(source.content["last_physical_to_logical_map"])
-    except (KeyError, TypeError) as error:
-        raise source.refused(f"a record lacks {error}", "dump it again") from error
-    if not loads:
+    if not records:
         raise source.refused("it has no records", "start the recording before the requests")
-    return counted(source, _logical(source, np.sum(loads, axis=0), owners), top_k=top_k, format="sglang", group=group)
+    owners = as_array(source.content["last_physical_to_logical_map"])
+    load = np.zeros(owners.shape, np.int64)
+    for one in records:
+        found = number_table(source, one["global_physical_count"], "layer, physical expert")
+        if found.shape != load.shape:
+            raise source.refused(f"a record is {list(found.shape)}, the map {list(load.shape)}", "dump one server")
+        load += found
+    return counted(source, _logical(source, load, owners), top_k=top_k, format="sglang", group=group)
 
 
 def read_vllm(source: Source, *, top_k: int | None = None, group: str | None = None) -> RoutingStatistics:

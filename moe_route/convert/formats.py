@@ -49,7 +49,7 @@ def _ours(kind: str) -> Format:
             source.content == kind if source.form == "moe-route" else plain and source.content.get("moe_route") == kind
         )
 
-    return Format(f"a {kind} of moe-route", recognizes, {kind: lambda source: KINDS[kind].load(source.path)})  # type: ignore[attr-defined]
+    return Format(f"{kind}, saved by moe-route", recognizes, {kind: lambda source: KINDS[kind].load(source.path)})  # type: ignore[attr-defined]
 
 
 FORMATS: Mapping[str, Format] = {

@@ -162,6 +162,8 @@ def _index(args: tuple[Any, ...], state: Any, items: dict[Any, Any]) -> Any:
 def _frame(args: tuple[Any, ...], state: Any, items: dict[Any, Any]) -> dict[str, np.ndarray]:
     """A DataFrame as column -> array."""
     blocks, axes = state["_mgr"]
+    if len(axes[0]) != sum(len(_block_values(values)) for values, *_ in blocks):
+        raise ValueError("a table names other columns than it has")
     names, columns = [str(name) for name in axes[0]], {}
     for values, placement, *_ in blocks:
         places = range(len(names))[placement] if isinstance(placement, slice) else placement
@@ -210,6 +212,13 @@ def _is(value: Any) -> Callable[[tuple[Any, ...], Any, dict[Any, Any]], Any]:
     return lambda args, state, items: value
 
 
+def _bytes(args: tuple[Any, ...], state: Any, items: dict[Any, Any]) -> bytes:
+    data = args[0] if args else b""
+    if isinstance(data, int):
+        raise TypeError("bytes are given, not a number of them")
+    return data.encode("latin-1") if isinstance(data, str) else bytes(data)
+
+
 def _first(args: tuple[Any, ...], state: Any, items: dict[Any, Any]) -> Any:
     return args[0]
 
@@ -231,7 +240,7 @@ _BUILTINS = ("builtins", "__builtin__")
 _PANDAS = ("pandas", "pandas.core.frame", "pandas.core.indexes.base")
 BUILDERS: Mapping[str, Callable[[tuple[Any, ...], Any, dict[Any, Any]], Any]] = {
     **_named(_BUILTINS, "slice", lambda args, state, items: slice(*args)),
-    **_named(_BUILTINS, "bytearray", lambda args, state, items: bytearray(*args)),
+    **_named(_BUILTINS, "bytearray", _bytes),
     **_named(_BUILTINS, "set", lambda args, state, items: set(*args)),
     **_named(_BUILTINS, "frozenset", lambda args, state, items: frozenset(*args)),
     **{f"{module}.{name}": _is(None) for module in _BUILTINS for name in ("int", "long", "float", "list", "dict")},

@@ -24,6 +24,7 @@ from moe_route.files import FileRefusedError
 
 __all__ = ["Source", "as_array", "open_source"]
 
+_OLD_TORCH = 0x1950A86A20F9469CFC6C  # the first pickle in such a file is this number
 _LONGEST_JSON = 1 << 30  # bytes; Python needs about ten times as much memory to parse it
 
 
@@ -118,7 +119,10 @@ def open_source(path: str | Path) -> Source:
     if head.startswith(b"PK\x03\x04"):
         return _zip(path)
     if head[:1] == b"\x80" and head[1] in range(2, 6):
-        return Source(path, "objects", read_pickle(path))
+        content = read_pickle(path)
+        if isinstance(content, int) and content == _OLD_TORCH:
+            raise FileRefusedError(f"{path} was made by torch.save before torch 1.6: load it and save it again")
+        return Source(path, "objects", content)
     if head.lstrip()[:1] in (b"{", b"["):
         return _json(path)
     try:

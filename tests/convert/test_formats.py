@@ -410,9 +410,8 @@ def test_steermoe_takes_the_largest_differences_of_each_sign(tmp_path):
 
 def test_easysteer_rules(tmp_path):
     expected = (
-        Plan.force_off({3: [2, 6]}, weight="steermoe")
+        Plan.force_off({3: [2, 6], 4: [5]}, weight="steermoe")
         + Plan.force_on({4: [1]}, weight="steermoe")
-        + Plan.force_off({4: [5]}, weight="steermoe")
         + Plan.activate({5: [0]}, strength=0.75, correction=1)
         + Plan.activate({6: [0]}, strength=0.5, correction=1).only(absent=True)
     )
