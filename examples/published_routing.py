@@ -3,27 +3,24 @@
     python examples/published_routing.py --data DATA --out divergence.png
 
 DATA/routing/qwen3_30b_a3b_mgsm holds mgsm_en.json, mgsm_de.json, mgsm_zh.json, mgsm_bn.json and mgsm_sw.json, a file a
-language: {layer: {expert: {"activation_tokens": n, "gate_values_sum": w}, "total_tokens": n}}. No model is needed: the
-files hold how many prompt tokens chose each expert, and the sum of its gate weights (those of a token add up to 1).
+language. No model is needed: the files hold how many prompt tokens chose each expert, and the sum of its gate weights.
 Where they come from is told in examples/README.md. Needs `pip install 'moe-route[plot]'`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from matplotlib.figure import Figure
 
+import moe_route as mr
 from moe_route import analysis, plots
 from moe_route.files import replacing
 from moe_route.recording import RoutingStatistics
 
 LANGUAGES = {"en": "English", "de": "German", "zh": "Chinese", "bn": "Bengali", "sw": "Swahili"}
-LAYERS, EXPERTS, TOP_K = 48, 128, 8
 CAPTION = (
     "Gate weight of the 8 chosen of 128 experts, pooled over the tokens of 250 prompts per language; grey: middle\n"
     "third of the layers. Routing recorded by github.com/conctsai/Multilingualism-in-Mixture-of-Experts-LLMs (MIT)."
@@ -32,30 +29,11 @@ CAPTION = (
 
 def read(data: Path) -> RoutingStatistics:
     """The recordings of the five languages as statistics: ``counts`` and ``weight_share``, each [5, 48, 128]."""
-    counts, share = np.zeros((2, len(LANGUAGES), LAYERS, EXPERTS))
-    tokens = np.zeros((len(LANGUAGES), LAYERS), dtype=np.int64)
-    for g, language in enumerate(LANGUAGES):
-        path = data / "routing" / "qwen3_30b_a3b_mgsm" / f"mgsm_{language}.json"
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            for layer in range(LAYERS):
-                of_layer = record[str(layer)]
-                tokens[g, layer] = of_layer["total_tokens"]
-                entries = [of_layer[str(expert)] for expert in range(EXPERTS)]
-                counts[g, layer] = [entry["activation_tokens"] for entry in entries]
-                share[g, layer] = [entry["gate_values_sum"] for entry in entries]
-        except OSError as error:
-            raise SystemExit(f"{path} cannot be read ({error.strerror}): see examples/README.md") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise SystemExit(f"{path} is not a whole recording ({error!r}): get it again") from error
-    return RoutingStatistics.from_token_sums(
-        list(LANGUAGES),
-        counts=counts,
-        tokens=tokens,
-        top_k=TOP_K,
-        weight_share=share,
-        metadata={"model": {"name": "Qwen3-30B-A3B"}},
-    )
+    folder = data / "routing" / "qwen3_30b_a3b_mgsm"
+    try:
+        return mr.convert.read([folder / f"mgsm_{language}.json" for language in LANGUAGES], "gate-sums")
+    except ValueError as error:
+        raise SystemExit(f"{error}; see examples/README.md") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("experiments",),
     ("workload",),
     ("routed",),
-    ("description", "plots"),
+    ("description", "plots", "convert"),
     ("patching", "analysis"),
     ("experts",),
     ("recording", "routers", "steering", "nn", "diagnosis"),

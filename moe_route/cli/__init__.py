@@ -1,4 +1,4 @@
-"""The command line: `moe-route describe | record | analyze | plot | steer | experiment | prune | demo | doctor`.
+"""The command line: `moe-route describe | record | convert | analyze | plot | plan | steer | experiment | prune | ...`.
 
 The commands are named after the functions in Python. Standard output carries the result (with `--json` exactly one JSON
 document); progress and errors go to standard error. Exit codes: 0 success, 1 a check of `doctor` failed or the reader
@@ -23,7 +23,19 @@ __all__ = ["main", "parser"]
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; the module of each command adds its own part."""
     from moe_route import __version__
-    from moe_route.cli import analyze, completion, demo, describe, doctor, experiment, plot, prune, record, steer
+    from moe_route.cli import (
+        analyze,
+        completion,
+        convert,
+        demo,
+        describe,
+        doctor,
+        experiment,
+        plot,
+        prune,
+        record,
+        steer,
+    )
 
     whole = argparse.ArgumentParser(
         prog="moe-route",
@@ -34,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"moe-route {__version__}")
     verbs = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (describe, record, analyze, plot, steer, experiment, prune, demo, doctor):
+    for module in (describe, record, convert, analyze, plot, steer, experiment, prune, demo, doctor):
         module.add(verbs)
     completion.add(verbs, whole)
     return whole

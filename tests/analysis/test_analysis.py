@@ -893,9 +893,9 @@ def test_the_published_routing_is_printed_and_drawn(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "mgsm_en.json cannot be read"),
-        ('{"0": {"0": 1}}', "not a whole recording"),
-        ("{", "not a whole recording"),
+        (None, "mgsm_en.json does not exist"),
+        ('{"0": {"0": 1}}', "it is not counts and gate sums"),
+        ("{", "not whole JSON"),
     ],
 )
 def test_the_published_routing_is_refused_where_it_is_not_whole(content, message, tmp_path):

@@ -1,0 +1,97 @@
+"""Import and export: read the recordings of other programs, and write what they read.
+
+``read`` gives ``RoutingStatistics``, a ``Trace``, an ``ExpertSelection`` or a ``Plan``; ``FORMATS`` lists what it
+reads, and ``TARGETS`` what ``write`` writes. Files are checked when they are read, and nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from operator import add, or_
+from typing import Any
+
+from moe_route.convert.formats import FORMATS, Format, format_of, options_of, readers
+from moe_route.convert.source import Source, open_source
+from moe_route.convert.tokens import joined, statistics_of
+from moe_route.convert.writers import TARGETS, Target, write
+from moe_route.files import FileRefusedError
+from moe_route.recording import RecordingError, RoutingStatistics, Trace
+from moe_route.steering import ExpertSelection, Plan
+
+__all__ = ["FORMATS", "TARGETS", "Format", "Target", "read", "statistics_of", "write"]
+
+_MERGED: dict[str, Callable[[Sequence[Any]], Any]] = {
+    "statistics": lambda parts: functools.reduce(add, parts),
+    "trace": joined,
+    "selection": lambda parts: functools.reduce(or_, parts),
+    "plan": lambda parts: functools.reduce(add, parts),
+}
+
+
+def read(
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    format: str | None = None,
+    *,
+    to: str | None = None,
+    **options: Any,
+) -> RoutingStatistics | Trace | ExpertSelection | Plan:
+    """Read a file of another program, or several, which are added up.
+
+    Args:
+        path: a file (or a folder, for "esft-choices"), or several of the same format. Statistics of several files are
+            merged by group, traces put one after another, selections united, plans added.
+        format: one of ``FORMATS``. By default it is found from the content, if only one format fits.
+        to: "statistics", "trace", "selection" or "plan". By default what the format holds. A trace also becomes
+            statistics (its sums), or a plan (its replay); a selection becomes a plan.
+        options: of the format and of the conversion, such as ``top_k`` for counts without tokens. docs/convert.md
+            lists them.
+
+    Raises:
+        files.FileRefusedError: a file that is missing, truncated, of another kind, or whose numbers contradict each
+            other; a pickle that holds anything but arrays, tables and plain containers.
+        ValueError: an unknown format or option, a missing option, files of different models.
+    """
+    paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+    if not paths:
+        raise ValueError("there is no file to read: give one")
+    names: set[str] = set()
+    parts = []
+    for one in paths:
+        source = open_source(os.fspath(one))
+        names.add(format_of(source, format))
+        if len(names) > 1:
+            raise ValueError(
+                f"the files are of different formats ({', '.join(sorted(names))}): convert them one by one"
+            )
+        parts.append(_read(source, *names, to, options))
+    (name,) = names
+    kind, _, steps = readers(name, to)
+    result = _MERGED[kind](parts)
+    for step in steps:
+        result = _run(step, result, name, options)
+    return result  # type: ignore[no-any-return]
+
+
+def _read(source: Source, name: str, to: str | None, options: Mapping[str, Any]) -> Any:
+    """Read one file of format ``name``."""
+    _, reader, steps = readers(name, to)
+    accepted = options_of(reader, *steps) - {"metadata"}
+    unknown = options.keys() - accepted
+    if unknown:
+        known = ", ".join(sorted(accepted)) or "no options"
+        raise ValueError(f"{name} takes no {', '.join(sorted(unknown))} here: it takes {known}")
+    try:
+        return _run(reader, source, name, options)
+    except RecordingError as error:
+        raise FileRefusedError(f"{source.path}: {error}") from error
+    except (LookupError, TypeError, AttributeError, OverflowError) as error:
+        problem = f"it is not whole, or not {FORMATS[name].holds} ({type(error).__name__}: {error})"
+        raise source.refused(problem, "get it again, or check --from") from error
+
+
+def _run(function: Callable[..., Any], value: Any, name: str, options: Mapping[str, Any]) -> Any:
+    """Call a reader, or a step after it, with those options that it takes."""
+    given = {**FORMATS[name].defaults, "metadata": {"format": name}, **options}
+    return function(value, **{key: given[key] for key in options_of(function) & given.keys()})

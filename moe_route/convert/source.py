@@ -1,0 +1,198 @@
+"""Open a file of any supported kind: sniff what it is, read its content, run nothing of it.
+
+Arrays of ``.npy`` and ``.pt`` files are mapped into memory, not read; those of ``.npz`` and ``.safetensors`` are read
+one by one when they are asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from moe_route import files
+from moe_route.convert.pickles import read_pickle
+from moe_route.files import FileRefusedError
+
+__all__ = ["Source", "as_array", "open_source"]
+
+_OLD_TORCH = 0x1950A86A20F9469CFC6C  # the first pickle in such a file is this number
+_LONGEST_JSON = 1 << 30  # bytes; Python needs about ten times as much memory to parse it
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A file and its content.
+
+    ``form`` is "json" (one document), "lines" (a list of documents, one per line), "array", "arrays" (name -> array),
+    "objects" (what a ``.pt`` or ``.pkl`` file holds), "text" and "folder" (no content), or "moe-route" (the content is
+    the kind of file).
+    """
+
+    path: Path
+    form: str
+    content: Any
+
+    @property
+    def name(self) -> str:
+        """The file's name without its suffix."""
+        return self.path.stem
+
+    def refused(self, problem: str, fix: str) -> FileRefusedError:
+        """The error for content that cannot be used: what is wrong, and what to do."""
+        return FileRefusedError(f"{self.path}: {problem}: {fix}")
+
+
+class _Arrays(Mapping[str, np.ndarray]):
+    """The arrays of a file by name, each read when it is asked for."""
+
+    def __init__(self, path: Path, names: Iterable[str]) -> None:
+        self._path = path
+        self._names = list(names)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def _read(self, name: str) -> np.ndarray:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class _Safetensors(_Arrays):
+    def _read(self, name: str) -> np.ndarray:
+        with safe_open(self._path, framework="pt") as stream:
+            return as_array(stream.get_tensor(name))
+
+
+class _Npz(_Arrays):
+    def _read(self, name: str) -> np.ndarray:
+        return _numpy(self._path, name)
+
+
+def as_array(value: Any) -> np.ndarray:
+    """Numbers of an array, a tensor (bfloat16 as float32) or nested lists; ``ValueError`` for anything else."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError("its rows differ in length") from error
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"it holds {array.dtype}, not numbers")
+    return array
+
+
+def open_source(path: str | Path) -> Source:
+    """Open a file or a folder. Raises ``FileRefusedError`` for a missing, empty, truncated or unknown one."""
+    path = Path(path)
+    if path.is_dir():
+        return Source(path, "folder", None)
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(64)
+    except FileNotFoundError as error:
+        raise FileRefusedError(f"{path} does not exist: check the name") from error
+    except OSError as error:
+        raise FileRefusedError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+    if not head:
+        raise FileRefusedError(f"{path} is empty: its writing was cut off or it is the wrong file; make it again")
+    if head[8:9] == b"{":
+        return _safetensors(path)
+    if head.startswith(b"\x93NUMPY"):
+        return Source(path, "array", _numpy(path))
+    if head.startswith(b"PK\x03\x04"):
+        return _zip(path)
+    if head[:1] == b"\x80" and head[1] in range(2, 6):
+        content = read_pickle(path)
+        if isinstance(content, int) and content == _OLD_TORCH:
+            raise FileRefusedError(f"{path} was made by torch.save before torch 1.6: load it and save it again")
+        return Source(path, "objects", content)
+    if head.lstrip()[:1] in (b"{", b"["):
+        return _json(path)
+    try:
+        head[:-4].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FileRefusedError(
+            f"{path} is of no known kind: give .json, .npy, .npz, .safetensors, .pt, .pkl or text"
+        ) from error
+    return Source(path, "text", None)
+
+
+def _safetensors(path: Path) -> Source:
+    try:
+        with safe_open(path, framework="pt") as stream:
+            names, ours = list(stream.keys()), "moe_route" in (stream.metadata() or {})
+        if ours:
+            return Source(path, "moe-route", files.read_header(path)["kind"])
+        return Source(path, "arrays", _Safetensors(path, names))
+    except SafetensorError as error:
+        raise FileRefusedError(f"{path} is truncated or damaged ({error}): copy it again or make it again") from error
+
+
+def _numpy(path: Path, member: str | None = None) -> np.ndarray:
+    """The array of a ``.npy`` file, mapped, or one array of a ``.npz`` file."""
+    try:
+        if member is None:
+            return np.load(path, allow_pickle=False, mmap_mode="r")  # type: ignore[no-any-return]
+        with np.load(path, allow_pickle=False) as archive:
+            return archive[member]  # type: ignore[no-any-return]
+    except Exception as error:  # a damaged file raises errors of any kind
+        fix = "save numbers, not objects" if "bject" in str(error) else "copy it again or make it again"
+        raise FileRefusedError(f"{path} is truncated, or is not an array of numbers ({error}): {fix}") from error
+
+
+def _zip(path: Path) -> Source:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise FileRefusedError(f"{path} is truncated: copy it again or make it again") from error
+    if names and all(name.endswith(".npy") for name in names):
+        return Source(path, "arrays", _Npz(path, [name.removesuffix(".npy") for name in names]))
+    try:
+        return Source(path, "objects", torch.load(str(path), weights_only=True, mmap=True, map_location="cpu"))
+    except Exception as error:  # a damaged archive raises errors of any kind
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if named is None:
+            raise FileRefusedError(
+                f"{path} is damaged, or not made by torch.save ({type(error).__name__}): copy it again or make it again"
+            ) from error
+        raise FileRefusedError(
+            f"{path} uses {named[1]}, which is not a tensor or a container: it was refused and nothing of it ran; "
+            "save the tensors alone"
+        ) from error
+
+
+def _json(path: Path) -> Source:
+    size = path.stat().st_size
+    if size > _LONGEST_JSON:
+        raise FileRefusedError(
+            f"{path} has {size} bytes of JSON, and at most {_LONGEST_JSON} are read: split it, or save arrays (.npz)"
+        )
+    text = path.read_text("utf-8", errors="replace")
+    try:
+        return Source(path, "json", json.loads(text))
+    except RecursionError as error:
+        raise FileRefusedError(f"{path} is JSON nested too deeply: give another file") from error
+    except ValueError as error:
+        lines = [line for line in text.splitlines() if line.strip()]
+        try:
+            return Source(path, "lines", [json.loads(line) for line in lines])
+        except (ValueError, RecursionError):
+            raise FileRefusedError(f"{path} is not whole JSON ({error}): copy it again or make it again") from error
