@@ -412,11 +412,12 @@ class _ActivePlan:
         return token_counter(call.positions(), ids if shaped else None)
 
     def entries(self, call: Call, block: LabelBlock | None) -> Tensor | None:
-        """int64 ``[batch, length, M]``: row of each token in each of M replayed tables, -1 for none.
+        """int64 ``[batch, length, M]``: row of each token in each of M tables of values per token, -1 for none.
 
-        None if the plan replays nothing. Calls that are not part of a text (guidance, an assistant model) have no rows.
+        None if the plan has no such table. Calls that are not part of a text (guidance, an assistant model) have no
+        rows.
         """
-        tables = self.compiled.replays
+        tables = self.compiled.sequence_tables
         if not tables:
             return None
         if call.beside:
@@ -427,13 +428,17 @@ class _ActivePlan:
             self._starts[key] = self._starts_of(call, block)
         first, length = self._starts[key]
         place = call.tokens_before()[..., None]
+        if any(table.constant for table in tables):  # one row for all tokens of a sequence
+            constant = torch.tensor([table.constant for table in tables], device=call.device)
+            place = torch.where(constant, 0, place)
         return torch.where(place < length, first + place, -1)
 
     def _starts_of(self, call: Call, block: LabelBlock | None) -> tuple[Tensor, Tensor]:
         """int64 ``[batch, 1, M]`` twice: the start of each batch row's sequence in each table, and its length."""
         items, groups = (None, None) if block is None else (block.items, block.sequence_groups)
-        rows = [table.sequences(call.batch, items, groups) for table in self.compiled.replays]
-        first = [table.first[row] for table, row in zip(self.compiled.replays, rows, strict=True)]
-        length = [np.asarray(table.lengths)[row] for table, row in zip(self.compiled.replays, rows, strict=True)]
+        tables = self.compiled.sequence_tables
+        rows = [table.sequences(call.batch, items, groups) for table in tables]
+        first = [table.first[row] for table, row in zip(tables, rows, strict=True)]
+        length = [np.asarray(table.lengths)[row] for table, row in zip(tables, rows, strict=True)]
         starts, lengths = (torch.from_numpy(np.stack(of, 1))[:, None] for of in (first, length))
         return upload(starts, call.device), upload(lengths, call.device)

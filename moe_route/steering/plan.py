@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -29,7 +29,9 @@ from moe_route.steering.rule import (
     make_rule,
     rule_from_dict,
 )
+from moe_route.steering.score_table import ScoreTable
 from moe_route.steering.selection import ExpertSelection, random_permutation
+from moe_route.steering.sequence_table import SequenceTable
 from moe_route.texttable import Table
 
 __all__ = ["Plan"]
@@ -204,15 +206,39 @@ class Plan:
 
     @classmethod
     def replace_scores(
-        cls, scores: Mapping[int, Mapping[int, float]], layers: Iterable[int] | int | None = None
+        cls,
+        scores: Mapping[int, Mapping[int, float]] | Tensor | np.ndarray,
+        layers: Iterable[int] | int | None = None,
+        *,
+        items: Sequence[str | int] | None = None,
+        per: Literal["token", "sequence"] = "token",
     ) -> Plan:
-        """Replace the router's scores by ``scores[layer][expert]`` (0 for others) before the choice [arXiv 2504.07964].
+        """Replace the router's scores before the choice [C3PO, arXiv 2504.07964].
 
         Choosing and weighing work as for the router's own scores, and so do other rules. Scores of a softmax are
         relative: only their ratios matter. ``only`` restricts the tokens. Steering a SparseMixer router raises
         ``ValueError``.
+
+        Args:
+            scores: ``scores[layer][expert]`` for all tokens (0 for experts that it leaves out). Or an array of scores
+                for each token ``[B, T, L, E]`` (``[T, L, E]`` for one sequence), or with ``per="sequence"`` for each
+                sequence ``[B, L, E]``. A token keeps the router's own scores, bit for bit, where its row is NaN, and
+                past the end of its sequence.
+            layers: for a mapping, use these layers only. For an array, the MoE layers that the L entries stand for, in
+                order (by default all layers of the model).
+            items: an item for each of the B sequences of an array, by which they are matched as in ``replay``. Without
+                items they are matched by batch row.
+            per: whether an array has a row for each "token" or each "sequence".
+
+        Raises ``PlanError`` for negative, infinite or all-zero scores and for a wrong shape. Compiling raises it for
+        layers or experts that the model lacks, and a call inside ``steer`` for a sequence without scores.
         """
-        return cls._of("replace_scores", scores, layers)
+        if isinstance(scores, Mapping):
+            if items is not None or per != "token":
+                raise PlanError("a mapping from layer to scores is for all tokens: leave items= and per= out")
+            return cls._of("replace_scores", scores, layers)
+        table = ScoreTable.of_scores(scores, _named_layers(layers), items, per=per)
+        return cls([make_rule("replace_scores", None, None, table=table)])
 
     @classmethod
     def reserve_slot(cls, experts: Experts, layers: Iterable[int] | int | None = None) -> Plan:
@@ -266,8 +292,9 @@ class Plan:
         if isinstance(recorded, (list, tuple)):
             recorded = np.asarray(recorded)
         if isinstance(recorded, (Tensor, np.ndarray)):
-            named = None if layers is None else [layers] if isinstance(layers, int) else list(layers)
-            return cls([make_rule("replay", None, None, table=ReplayTable.of_ids(recorded, named, items))])
+            return cls(
+                [make_rule("replay", None, None, table=ReplayTable.of_ids(recorded, _named_layers(layers), items))]
+            )
         if not hasattr(recorded, "layer_numbers"):
             raise PlanError(f"replay takes a Trace or ids, not {type(recorded).__name__}: recorder.trace()")
         if items is not None:
@@ -455,19 +482,19 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content, from which ``from_dict`` makes an equal plan."""
-        tables = {name: {**table.header(), "ids": table.ids.tolist()} for name, table in self._tables().items()}
+        tables = {name: {**table.header(), table.field: table.to_list()} for name, table in self._tables().items()}
         return self._content_dict() | ({"tables": tables} if tables else {})
 
     def _content_dict(self) -> dict[str, Any]:
-        """``to_dict`` without the replay tables, which rules name by digest."""
+        """``to_dict`` without the tables of values per token, which rules name by digest."""
         return {
             "rules": [rule.to_dict() for rule in self.rules],
             "model": self.model.to_dict(),
             "description": self.description,
         }
 
-    def _tables(self) -> dict[str, ReplayTable]:
-        """The replay tables, by digest."""
+    def _tables(self) -> dict[str, SequenceTable]:
+        """The tables of values per token, by digest."""
         return {rule.table.digest: rule.table for rule in self.rules if rule.table is not None}
 
     @classmethod
@@ -475,7 +502,7 @@ class Plan:
         """Rebuild a plan from ``to_dict``; raises ``PlanError`` for anything else."""
         try:
             headers = content.get("tables", {})
-            tables = {name: ReplayTable.of_header(header["ids"], header) for name, header in headers.items()}
+            tables = {name: _table(header) for name, header in headers.items()}
             rules = [rule_from_dict(rule, tables) for rule in content["rules"]]
             return cls(rules, model=PlanModel(**content.get("model", {})), description=content.get("description", ""))
         except (KeyError, TypeError, AttributeError) as error:
@@ -492,9 +519,9 @@ class Plan:
                 stream.write(f"{json.dumps(content, indent=2, allow_nan=False)}\n".encode())
             return
         tables = self._tables()
-        headers = {name: table.header() for name, table in tables.items()}
+        headers = {name: {**table.header(), "field": table.field} for name, table in tables.items()}
         header = {**self._content_dict(), "tables": headers, "hash": self.hash}
-        files.write(path, {name: table.ids for name, table in tables.items()}, header, _KIND)
+        files.write(path, {name: table.values for name, table in tables.items()}, header, _KIND)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -506,7 +533,8 @@ class Plan:
         if _is_json(path):
             return cls._load_json(path)
         tensors, header = files.read(path, _KIND)
-        tables = {name: {**table, "ids": tensors[name]} for name, table in header.get("tables", {}).items()}
+        headers = header.get("tables", {})
+        tables = {name: {**table, table.get("field", "ids"): tensors[name]} for name, table in headers.items()}
         return cls.from_dict({**header, "tables": tables})
 
     @classmethod
@@ -552,6 +580,16 @@ class Plan:
         shown = "; ".join(map(str, self.rules[:_SHOWN])) or "nothing"
         more = len(self.rules) - _SHOWN
         return f"Plan({shown}{f'; and {more} more rules' if more > 0 else ''})"
+
+
+def _named_layers(layers: Iterable[int] | int | None) -> list[int] | None:
+    return None if layers is None else [layers] if isinstance(layers, int) else list(layers)
+
+
+def _table(header: Mapping[str, Any]) -> SequenceTable:
+    """The table of ``header``, which holds its values by the name of their kind."""
+    kind = ScoreTable if ScoreTable.field in header else ReplayTable
+    return kind.of_header(header[kind.field], header)
 
 
 def _is_json(path: str | os.PathLike[str]) -> bool:
