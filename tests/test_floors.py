@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("demo",),
     ("workload",),
     ("routed",),
-    ("description", "plots"),
+    ("description", "plots", "recipes"),
     ("patching", "analysis"),
     ("experts",),
     ("recording", "routers", "steering", "nn", "diagnosis"),

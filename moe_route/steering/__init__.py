@@ -6,6 +6,8 @@ lookup from (phase, group, position) to the row of a token.
 """
 
 from moe_route.steering.compiled import CompiledPlan, LayerShape
+from moe_route.steering.difference import PlanChange, PlanDifference
+from moe_route.steering.explain import PlanExplanation, RuleEffect
 from moe_route.steering.model import PlanError, PlanModel
 from moe_route.steering.plan import Plan
 from moe_route.steering.rule import Rule
@@ -17,8 +19,12 @@ __all__ = [
     "ExpertSelection",
     "LayerShape",
     "Plan",
+    "PlanChange",
+    "PlanDifference",
     "PlanError",
+    "PlanExplanation",
     "PlanModel",
     "Rule",
+    "RuleEffect",
     "TokenSteering",
 ]

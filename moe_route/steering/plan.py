@@ -17,7 +17,10 @@ from torch import Tensor
 
 from moe_route import files
 from moe_route.steering.compiled import CompiledPlan, HasExperts, compile_rules
+from moe_route.steering.difference import PlanDifference, compare
+from moe_route.steering.explain import PlanExplanation, explain
 from moe_route.steering.model import PlanError, PlanModel
+from moe_route.steering.plan_json import laid_out
 from moe_route.steering.replay import RecordedChoices, ReplayTable
 from moe_route.steering.rule import (
     Experts,
@@ -516,7 +519,7 @@ class Plan:
         if _is_json(path):
             content = {"moe_route": _KIND, "schema": files.SCHEMA, "hash": self.hash, **self.to_dict()}
             with files.replacing(path) as stream:
-                stream.write(f"{json.dumps(content, indent=2, allow_nan=False)}\n".encode())
+                stream.write(f"{laid_out(content)}\n".encode())
             return
         tables = self._tables()
         headers = {name: {**table.header(), "field": table.field} for name, table in tables.items()}
@@ -558,6 +561,31 @@ class Plan:
         if content.get("hash") != plan.hash:
             _log.warning("%s was edited since it was saved: its hash is now %s", path, plan.hash)
         return plan
+
+    def diff(self, other: Plan) -> PlanDifference:
+        """Compare with another plan, expert by expert; the result is false if both do the same."""
+        return compare(self, other)
+
+    def explain(self, given: Any, groups: Sequence[str] | str | None = None) -> PlanExplanation:
+        """Tell what the plan will do to tokens whose natural routing was recorded, without running them.
+
+        For each rule, group and layer: how many choices it changes, which of its experts are saturated (nearly all
+        tokens choose them already, or nearly none where it takes them away), and which rules will do nothing. Each rule
+        and each layer is looked at by itself.
+
+        Forced, forbidden, fixed, reserved and remapped experts are counted exactly. Soft activation is estimated from
+        the experts' frequencies: ``Phi(Phi^-1(f) + strength)`` tokens choose an expert afterwards, if its distance from
+        being chosen is normal with variance 1 (in standard deviations of a token's logits). For other rules only a
+        bound is known ("at most").
+
+        Args:
+            given: ``RoutingStatistics``, or a ``Trace``, which also says how many tokens are touched, and at which
+                positions.
+            groups: explain these groups only.
+
+        Raises ``PlanError`` for a group that was not recorded, and for a recording of another model.
+        """
+        return explain(self, given, groups)
 
     def describe(self) -> str:
         """Describe the rules in words, one line each."""
