@@ -18,6 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
     ("demo",),
+    ("experiments",),
     ("workload",),
     ("routed",),
     ("description", "plots", "recipes"),

@@ -8,6 +8,7 @@ lookup from (phase, group, position) to the row of a token.
 from moe_route.steering.compiled import CompiledPlan, LayerShape
 from moe_route.steering.difference import PlanChange, PlanDifference
 from moe_route.steering.explain import PlanExplanation, RuleEffect
+from moe_route.steering.learned import LearnedRouting
 from moe_route.steering.model import PlanError, PlanModel
 from moe_route.steering.plan import Plan
 from moe_route.steering.rule import Rule
@@ -18,6 +19,7 @@ __all__ = [
     "CompiledPlan",
     "ExpertSelection",
     "LayerShape",
+    "LearnedRouting",
     "Plan",
     "PlanChange",
     "PlanDifference",

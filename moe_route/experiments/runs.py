@@ -1,0 +1,138 @@
+"""Run texts for their losses per token: as the model routes them, and under several plans at once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from moe_route.routed import RoutedModel
+from moe_route.steering import Plan
+from moe_route.workload import Batch, EncodedTexts, LanguageModel, Text
+
+__all__ = ["NaturalRun", "attached", "encoded_texts", "natural_run", "runs_under", "token_losses"]
+
+
+@dataclass(frozen=True, eq=False)
+class NaturalRun:
+    """What n texts gave without steering, a list entry per text of S tokens.
+
+    Attributes:
+        nats: float64 [S - 1], loss of each predicted token; entry t is the prediction at token t, of token t + 1.
+        confidence: float64 [S - 1], probability of the most likely token at the same places.
+        ids: int64 [S, L, k], the experts that each token chose; -1 is an empty slot.
+    """
+
+    nats: list[np.ndarray]
+    confidence: list[np.ndarray]
+    ids: list[np.ndarray]
+
+
+@contextlib.contextmanager
+def attached(language_model: LanguageModel, routed: RoutedModel | None) -> Iterator[RoutedModel]:
+    """The attached model: ``routed`` if given (it stays attached), else attached inside the block only.
+
+    Raises ``ValueError`` if ``routed`` is another model, or steers or records already.
+    """
+    if routed is None:
+        routed = language_model.attach()
+        try:
+            yield routed
+        finally:
+            routed.detach()
+        return
+    if routed.model is not language_model.model:
+        raise ValueError("routed is attached to another model: pass routed=language_model.attach(), or leave it out")
+    if routed.plan is not None:
+        raise ValueError("the model is steered already, so there is no natural run: leave the steer block first")
+    yield routed
+
+
+def encoded_texts(
+    language_model: LanguageModel, texts: Sequence[Text] | EncodedTexts, max_length: int | None
+) -> EncodedTexts:
+    """Convert texts to tokens; raises ``ValueError`` if none of them has a token to predict."""
+    encoded = language_model.encode(texts, max_length=max_length)
+    if not any(len(row) > 1 for row in encoded.ids):
+        raise ValueError("no text has a second token, so there is nothing to predict: give longer texts")
+    return encoded
+
+
+def token_losses(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss in nats of each predicted token, and probability of the most likely one, float64 [B, S - 1] each.
+
+    Args:
+        logits: [B, S, V].
+        ids: token ids, [B, S].
+    """
+    ahead = logits[:, :-1].float()
+    log_total = ahead.logsumexp(-1)
+    nats = log_total - ahead.gather(-1, ids[:, 1:, None])[..., 0]
+    return nats.double().cpu(), (ahead.amax(-1) - log_total).exp().double().cpu()
+
+
+def natural_run(
+    language_model: LanguageModel,
+    routed: RoutedModel,
+    encoded: EncodedTexts,
+    *,
+    batch_size: int,
+    progress: str | None = None,
+) -> NaturalRun:
+    """Run texts without steering, and keep losses and choices of every token."""
+    found = NaturalRun(*([np.zeros(0)] * len(encoded.ids) for _ in range(3)))
+    tokens = sum(map(len, encoded.ids))
+    with routed.record(trace=True, trace_limit=tokens, entropy=False) as recorder:
+        for batch in language_model.batches(encoded, batch_size=batch_size, progress=progress):
+            with recorder.labels(items=list(batch.positions)):
+                nats, confidence = token_losses(language_model.run(batch), batch.inputs["input_ids"])
+            for row, text in enumerate(batch.positions):
+                predicted = slice(max(len(encoded.ids[text]) - 1, 0))
+                found.nats[text], found.confidence[text] = (
+                    values[row, predicted].numpy() for values in (nats, confidence)
+                )
+    trace = recorder.trace()
+    first = np.cumsum([0, *map(len, encoded.ids)])
+    ids = np.full((tokens, *trace.ids.shape[1:]), -1, np.int64)
+    ids[first[np.asarray(trace.items, np.int64)[trace.sequence]] + trace.position] = trace.ids
+    found.ids[:] = np.split(ids, first[1:-1])
+    return found
+
+
+def runs_under(
+    language_model: LanguageModel,
+    routed: RoutedModel,
+    encoded: EncodedTexts,
+    plans: Sequence[Plan],
+    *,
+    batch_size: int,
+    progress: str | None = None,
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yield (index of the plan, index of the text, loss float64 [S - 1] of its predicted tokens) for every pair.
+
+    Rows of a batch hold the same texts under several plans, each as a group of its own, so that ``batch_size`` rows run
+    together also if there are few texts.
+    """
+    alike = max(1, batch_size // len(plans))  # texts per batch
+    together = max(1, batch_size // alike)  # plans per batch
+    starts = range(0, len(plans), together)
+    for number, start in enumerate(starts, 1):
+        names = [str(index) for index in range(start, min(start + together, len(plans)))]
+        plan = sum((plans[int(name)].only(groups=name) for name in names), Plan())
+        caption = None if progress is None else f"{progress} ({number} of {len(starts)})"
+        with routed.steer(plan):
+            for batch in language_model.batches(encoded, batch_size=alike, progress=caption):
+                repeated = _repeated(batch, len(names))
+                with routed.labels(groups=[name for name in names for _ in batch.texts]):
+                    nats, _ = token_losses(language_model.run(repeated), repeated.inputs["input_ids"])
+                for row, values in enumerate(nats.numpy()):
+                    text = batch.positions[row % len(batch.texts)]
+                    yield int(names[row // len(batch.texts)]), text, values[: max(len(encoded.ids[text]) - 1, 0)]
+
+
+def _repeated(batch: Batch, times: int) -> Batch:
+    inputs = {name: values.repeat(times, 1) for name, values in batch.inputs.items()}
+    return Batch(batch.texts * times, batch.positions * times, inputs)
