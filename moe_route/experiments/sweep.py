@@ -119,7 +119,7 @@ def strength_sweep(
     """Measure the loss of texts under ``plan * strength`` for several strengths, in one pass over the texts.
 
     Each text runs once per strength and once without the plan, as rows of the same batch that the plan tells apart by
-    group. So all strengths are compared under the same padding, and a plan that steers nothing changes nothing.
+    group. So all strengths are compared under the same padding.
 
     Args:
         texts: their groups are the languages of the result; conditions of the plan on groups hold.

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from moe_route import files
+from moe_route import files, hub
 from moe_route.steering.compiled import CompiledPlan, HasExperts, compile_rules
 from moe_route.steering.difference import PlanDifference, compare
 from moe_route.steering.explain import PlanExplanation, explain
@@ -561,6 +561,27 @@ class Plan:
         if content.get("hash") != plan.hash:
             _log.warning("%s was edited since it was saved: its hash is now %s", path, plan.hash)
         return plan
+
+    def push_to_hub(self, repo_id: str, filename: str = "plan.safetensors", **options: Any) -> str:
+        """Save the plan in a repository of the Hugging Face hub, and return its address there.
+
+        A repository without README gets one with metadata and the plan in words. ``options`` are those of
+        ``hub.publish``: private, revision, token, commit_message, repo_type. Raises ``hub.HubError``.
+        """
+        use = f'import moe_route as mr\n\nplan = mr.Plan.from_hub("{repo_id}", "{filename}")'
+        readme = hub.card(
+            "Steering plan", self.describe(), use, base_model=self.model.name, tags=("mixture-of-experts", "steering")
+        )
+        return hub.publish(self.save, repo_id, filename, readme, **options)
+
+    @classmethod
+    def from_hub(cls, repo_id: str, filename: str = "plan.safetensors", **options: Any) -> Plan:
+        """Load a plan from the Hugging Face hub, or from the client's cache.
+
+        ``options`` are those of ``hub.fetch``: revision, token, local_files_only, repo_type. Raises ``hub.HubError``,
+        and the errors of ``load``.
+        """
+        return cls.load(hub.fetch(repo_id, filename, **options))
 
     def diff(self, other: Plan) -> PlanDifference:
         """Compare with another plan, expert by expert; the result is false if both do the same."""

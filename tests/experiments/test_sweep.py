@@ -25,7 +25,7 @@ def spoken() -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def texts() -> list[Text]:
-    return texts_of(demo_corpus().subset(["eng_Latn", "swh_Latn"], 5))
+    return texts_of(demo_corpus().subset(["eng_Latn", "swh_Latn"], 3))
 
 
 def test_it_is_one_run_for_each_strength(spoken: LanguageModel, texts: list[Text]) -> None:
@@ -52,7 +52,7 @@ def test_it_is_one_run_for_each_strength(spoken: LanguageModel, texts: list[Text
     assert found.natural == pytest.approx(
         [base[groups == g, 0].sum() / base[groups == g, 1].sum() for g in found.groups]
     )
-    assert found.texts == (5, 5)
+    assert found.texts == (3, 3)
     assert all(len(cell.random) == 2 for row in found.control for cell in row)
     assert len(found.to_pandas()) == 6
     assert json.dumps(found.to_dict(), allow_nan=False)
@@ -60,17 +60,17 @@ def test_it_is_one_run_for_each_strength(spoken: LanguageModel, texts: list[Text
 
 
 def test_a_strength_of_nothing_changes_nothing(spoken: LanguageModel, texts: list[Text]) -> None:
-    found = strength_sweep(spoken, texts[:3], PLAN, [0], batch_size=4)
-    assert found.loss[0, 0] == found.natural[0]
-    assert found.change[0][0].value == 0
+    found = strength_sweep(spoken, texts[:2], PLAN, [0], batch_size=4)
+    assert found.loss[0, 0] == pytest.approx(found.natural[0], rel=1e-6)
+    assert found.change[0][0].value == pytest.approx(0, abs=1e-6)
     assert found.control == ()
 
 
 def test_forced_experts_have_one_strength(spoken: LanguageModel, texts: list[Text]) -> None:
     plan = Plan.force_on({2: [1]})
-    assert strength_sweep(spoken, texts[:3], plan, [1]).loss.shape == (1, 1)
+    assert strength_sweep(spoken, texts[:2], plan, [1]).loss.shape == (1, 1)
     with pytest.raises(PlanError, match="no strength to scale"):
-        strength_sweep(spoken, texts[:3], plan, [1, 2])
+        strength_sweep(spoken, texts[:2], plan, [1, 2])
 
 
 def test_what_it_refuses(spoken: LanguageModel, texts: list[Text]) -> None:
