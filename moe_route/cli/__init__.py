@@ -1,4 +1,4 @@
-"""The command line: `moe-route describe | record | analyze | plot | steer | demo | doctor | completion`.
+"""The command line: `moe-route describe | record | analyze | plot | plan | steer | demo | doctor | completion`.
 
 The commands are named after the functions in Python. Standard output carries the result (with `--json` exactly one JSON
 document); progress and errors go to standard error. Exit codes: 0 success, 1 a check of `doctor` failed or the reader
@@ -23,7 +23,7 @@ __all__ = ["main", "parser"]
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; the module of each command adds its own part."""
     from moe_route import __version__
-    from moe_route.cli import analyze, completion, demo, describe, doctor, plot, record, steer
+    from moe_route.cli import analyze, completion, demo, describe, doctor, plan, plot, record, steer
 
     whole = argparse.ArgumentParser(
         prog="moe-route",
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"moe-route {__version__}")
     verbs = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (describe, record, analyze, plot, steer, demo, doctor):
+    for module in (describe, record, analyze, plot, plan, steer, demo, doctor):
         module.add(verbs)
     completion.add(verbs, whole)
     return whole

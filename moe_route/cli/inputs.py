@@ -20,6 +20,7 @@ __all__ = [
     "layers",
     "merged_statistics",
     "model_arguments",
+    "names",
     "output",
     "positive",
     "text_arguments",
@@ -66,7 +67,7 @@ def text_arguments(parser: argparse.ArgumentParser) -> None:
         help="table of tab-separated texts, folder with devtest/LANGUAGE.devtest, or general or arithmetic, which "
         "moe-route brings (default: general)",
     )
-    group.add_argument("--languages", type=_names, metavar="A,B", help="languages to take (default: all)")
+    group.add_argument("--languages", type=names, metavar="A,B", help="languages to take (default: all)")
     group.add_argument("--limit", type=positive, metavar="N", help="sentences per language (default: all)")
     group.add_argument("--batch-size", type=positive, default=16, metavar="N", help="texts a batch (default: 16)")
     group.add_argument(
@@ -124,7 +125,8 @@ def layers(text: str) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _names(text: str) -> tuple[str, ...]:
+def names(text: str) -> tuple[str, ...]:
+    """Parse names from the command line: "A,B"."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
