@@ -14,70 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from harness.commands import SMALL, refused
 
 import moe_route as mr
-from moe_route.cli import main, parser
+from moe_route.cli import parser
 from moe_route.cli.completion import SCRIPTS, candidates
 from moe_route.workload import LanguageModel, Text
-
-SMALL = ("--languages", "eng_Latn,deu_Latn,swh_Latn", "--limit", "4", "--batch-size", "4")
-
-
-@pytest.fixture
-def moe_route(capsys: pytest.CaptureFixture[str]):
-    """Run one command in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as leaving:  # argparse leaves by itself
-            code = int(leaving.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
-def answer(moe_route):
-    """Run one command with --json and parse what it printed."""
-
-    def run(*arguments: object) -> dict[str, Any]:
-        code, out, err = moe_route(*arguments, "--json")
-        assert code == 0, err
-        parsed: dict[str, Any] = json.loads(out)
-        return parsed
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Statistics of general and of task texts, and a plan made from them, through the command line."""
-    folder = tmp_path_factory.mktemp("files")
-    made = {name: folder / f"{name}.safetensors" for name in ("general", "task", "plan")}
-    assert main(["record", "--out", str(made["general"]), *SMALL]) == 0
-    assert main(["record", "--data", "arithmetic", "--out", str(made["task"]), *SMALL]) == 0
-    experts = ["--task", str(made["task"]), "--baseline", str(made["general"]), "--group", "eng_Latn"]
-    assert (
-        main(["analyze", "experts", *experts, "--threshold", "0.05", "--layers", "2-5", "--out", str(made["plan"])])
-        == 0
-    )
-    return made
-
-
-def refused(result: tuple[int, str, str], *words: str) -> None:
-    """Exit code 2, nothing on standard output, one short line that says what is wrong."""
-    code, out, err = result
-    assert code == 2
-    assert out == ""
-    assert "Traceback" not in err
-    lines = err.strip().splitlines()
-    assert len(lines) == 1, err
-    assert lines[0].startswith("moe-route: ")
-    for word in words:
-        assert word in err
 
 
 class TestDescribe:
