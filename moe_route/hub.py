@@ -116,7 +116,7 @@ def _explained(what: str) -> Iterator[None]:
     """Raise ``HubError`` that names the fix, for every error of the client."""
     from huggingface_hub import errors
 
-    transport = errors.HfHubHTTPError.__bases__[0]  # base of the errors of the HTTP library that the client uses
+    transport: Any = errors.HfHubHTTPError.__bases__[0]  # base of the errors of the HTTP library that the client uses
     try:
         yield
     except HubError:

