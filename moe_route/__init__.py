@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         ops,
         patching,
         plots,
+        recipes,
         recording,
         reference,
         routers,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from moe_route.description import describe
     from moe_route.diagnosis import doctor
     from moe_route.experts import register_experts
+    from moe_route.recipes import recipe
     from moe_route.recording import Recorder, RoutingStatistics
     from moe_route.routed import RoutedModel, attach
     from moe_route.routers import ModelNotSupportedError, find_routers
@@ -57,6 +59,7 @@ _MODULES = (
     "ops",
     "patching",
     "plots",
+    "recipes",
     "recording",
     "reference",
     "routed",
@@ -75,6 +78,7 @@ _HOMES = {
     "doctor": "diagnosis",
     "find_routers": "routers",
     "layers": "steering.layers",
+    "recipe": "recipes",
     "register_experts": "experts",
 }
 
@@ -104,6 +108,8 @@ __all__ = [
     "ops",
     "patching",
     "plots",
+    "recipe",
+    "recipes",
     "recording",
     "reference",
     "register_experts",

@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import secrets
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,7 +56,6 @@ _KEY = "moe_route"
 _ROWS = "rows."  # prefix of tensors that are written in blocks
 _LENGTH_BYTES = 8  # layout of safetensors: header length (uint64, little endian), header (JSON), data
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors readers refuse more
-_NUMBERS = re.compile(r"\[(\n[^\[\]{}\"]*\n *)\]")  # strings hold no line breaks, so this finds none of them
 _NO_HASH = "0" * 64  # placeholder for a hash
 _DTYPES = {
     "BOOL": torch.bool,
@@ -556,13 +554,29 @@ def is_json(path: str | os.PathLike[str]) -> bool:
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any], kind: str) -> None:
     """Write JSON of a ``kind`` to ``path``, to read and edit, whole or not at all. It has no hash."""
     with replacing(path) as stream:
-        stream.write(readable_json({_KEY: kind, "schema": SCHEMA, **content}).encode())
+        stream.write(f"{readable_json({_KEY: kind, 'schema': SCHEMA, **content})}\n".encode())
 
 
-def readable_json(content: Mapping[str, Any]) -> str:
-    """JSON with a line per entry, and lists of numbers on one line. Raises ``ValueError`` for NaN and infinity."""
-    text = json.dumps(content, indent=2, allow_nan=False)
-    return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
+def readable_json(content: Any, indent: str = "") -> str:
+    """JSON in which a list or object without others inside takes one line, and any other a line for each entry.
+
+    Raises ``ValueError`` for NaN and infinity.
+    """
+    if isinstance(content, Mapping):
+        entries, brackets = [(f"{json.dumps(str(key))}: ", entry) for key, entry in content.items()], "{}"
+    elif isinstance(content, Sequence) and not isinstance(content, str):
+        entries, brackets = [("", entry) for entry in content], "[]"
+    else:
+        return json.dumps(content, allow_nan=False)
+    if not any(_holds_others(entry) for _, entry in entries):
+        return brackets[0] + ", ".join(f"{key}{readable_json(entry)}" for key, entry in entries) + brackets[1]
+    deeper = indent + "  "
+    lines = ",\n".join(f"{deeper}{key}{readable_json(entry, deeper)}" for key, entry in entries)
+    return f"{brackets[0]}\n{lines}\n{indent}{brackets[1]}"
+
+
+def _holds_others(value: Any) -> bool:
+    return isinstance(value, Mapping) or (isinstance(value, Sequence) and not isinstance(value, str))
 
 
 def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:

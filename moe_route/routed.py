@@ -17,7 +17,7 @@ import contextlib
 import os
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -37,8 +37,9 @@ from moe_route.recording import LabelBlock, Recorder, RoutingStatistics
 from moe_route.recording.recorder import DEFAULT_GROUP, DEFAULT_METRICS
 from moe_route.recording.special_tokens import special_ids_of
 from moe_route.routers.discovery import RouterInfo
-from moe_route.steering import CompiledPlan, ExpertSelection, Plan
+from moe_route.steering import CompiledPlan, ExpertSelection, LearnedRouting, Plan
 from moe_route.steering.draw import token_counter
+from moe_route.steering.learned import RoutingParameters, fit, frozen
 
 __all__ = ["RoutedModel", "attach"]
 
@@ -269,7 +270,18 @@ class RoutedModel:
 
     def _apply(self, plans: Mapping[object, Plan]) -> None:
         plan = _added(plans.values())
-        steering = None if plan is None else _ActivePlan(plan, self)
+        self._set(plans, None if plan is None else _ActivePlan(self._compiled(plan)))
+
+    def _compiled(self, plan: Plan) -> CompiledPlan:
+        """The plan, checked against the live model and compiled for it."""
+        identity = identity_of(self.model)
+        experts = [router.num_experts for router in self.routers]
+        plan.check_model(identity["name"], config_hash=identity["config_hash"], num_experts=experts)
+        # tokens of groups that the plan does not name take the row of tokens without a group
+        groups = tuple(dict.fromkeys(group for rule in plan.rules for group in rule.groups or ()))
+        return plan.compile(self.routers, groups)
+
+    def _set(self, plans: Mapping[object, Plan], steering: _ActivePlan | None) -> None:
         tables = None if steering is None else steering.compiled.tables
         self._applied = False
         self.attachment.set_steering(tables)
@@ -278,6 +290,57 @@ class RoutedModel:
             assert self._recorder is not None
             self._recorder._note_plan(steering.compiled.plan_hash)
         self._applied = True
+
+    # ---- learn
+
+    def learn(
+        self,
+        loss: Callable[[], Tensor],
+        *,
+        layers: Iterable[int] | int | None = None,
+        what: Literal["bias", "scale", "temperature"] = "bias",
+        groups: Sequence[str] | str | None = None,
+        steps: int = 20,
+        lr: float = 0.01,
+    ) -> LearnedRouting:
+        """Train a few numbers that change the routing, with the model frozen [Rewiring, arXiv 2510.14853].
+
+        ``loss`` is called once per step, with the model steered by the numbers so far. Its gradient reaches them
+        through the weights of the chosen experts; the choice itself has no gradient. The model's weights take none and
+        stay bit for bit the same. Afterwards nothing steers; ``result.plan`` holds what was learned.
+
+        Args:
+            loss: runs the model, and returns a tensor with one number. To train groups apart, it runs the model inside
+                ``routed.labels(groups=...)``.
+            layers: MoE layers to train, from 0; by default all.
+            what: "bias" adds a number per expert to the logits, ``z + delta``. "scale" multiplies them by a positive
+                number per expert. "temperature" divides all logits of a layer by a positive number.
+            groups: groups with numbers of their own; other tokens are then routed as usual. None: all tokens share
+                them.
+            steps: number of updates by Adam.
+            lr: its learning rate, in the unit of logits for a bias, of logarithms of factors otherwise.
+
+        Raises ``PlanError`` for layers that the model lacks or that cannot be steered, and for a loss without gradient
+        or that is not finite; ``RuntimeError`` inside ``steer``, inside ``record``, and after ``detach``.
+        """
+        self._require_attached("learn")
+        if self._plans or self._recording:
+            raise RuntimeError("learn() inside steer() or record(): leave that block first")
+        parameters = RoutingParameters(self.routers, layers, groups, what)
+        try:
+            with frozen(self.model):
+                losses = fit(
+                    parameters, loss, lambda compiled: self._set({}, _ActivePlan(compiled)), steps=steps, lr=lr
+                )
+        finally:
+            self._apply({})
+        identity = identity_of(self.model)
+        plan = parameters.plan().for_model(
+            identity["name"],
+            config_hash=identity["config_hash"],
+            num_experts=[router.num_experts for router in self.routers],
+        )
+        return LearnedRouting(plan, tuple(losses), what, parameters.layers, parameters.groups, parameters.found())
 
     # ---- detach
 
@@ -398,16 +461,11 @@ class _RoutedRecorder(Recorder):
 
 
 class _ActivePlan:
-    """A plan compiled for the live model, with the steering row of every token of a call."""
+    """A compiled plan that steers the live model, with the steering row of every token of a call."""
 
-    def __init__(self, plan: Plan, routed: RoutedModel):
-        identity = identity_of(routed.model)
-        experts = [router.num_experts for router in routed.routers]
-        plan.check_model(identity["name"], config_hash=identity["config_hash"], num_experts=experts)
-        # tokens of groups that the plan does not name take the row of tokens without a group
-        groups = tuple(dict.fromkeys(group for rule in plan.rules for group in rule.groups or ()))
-        self.compiled: CompiledPlan = plan.compile(routed.routers, groups)
-        self._index = {group: index for index, group in enumerate(groups)}
+    def __init__(self, compiled: CompiledPlan):
+        self.compiled = compiled
+        self._index = {group: index for index, group in enumerate(compiled.groups)}
         self._rows = self.compiled.rows.tolist()
         self._block: LabelBlock | None = None
         self._cache: dict[tuple[int, int, torch.device], int | Tensor] = {}
@@ -456,11 +514,12 @@ class _ActivePlan:
         return token_counter(call.positions(), ids if shaped else None)
 
     def entries(self, call: Call, block: LabelBlock | None) -> Tensor | None:
-        """int64 ``[batch, length, M]``: row of each token in each of M replayed tables, -1 for none.
+        """int64 ``[batch, length, M]``: row of each token in each of M tables of values per token, -1 for none.
 
-        None if the plan replays nothing. Calls that are not part of a text (guidance, an assistant model) have no rows.
+        None if the plan has no such table. Calls that are not part of a text (guidance, an assistant model) have no
+        rows.
         """
-        tables = self.compiled.replays
+        tables = self.compiled.sequence_tables
         if not tables:
             return None
         if call.beside:
@@ -471,13 +530,17 @@ class _ActivePlan:
             self._starts[key] = self._starts_of(call, block)
         first, length = self._starts[key]
         place = call.tokens_before()[..., None]
+        if any(table.constant for table in tables):  # one row for all tokens of a sequence
+            constant = torch.tensor([table.constant for table in tables], device=call.device)
+            place = torch.where(constant, 0, place)
         return torch.where(place < length, first + place, -1)
 
     def _starts_of(self, call: Call, block: LabelBlock | None) -> tuple[Tensor, Tensor]:
         """int64 ``[batch, 1, M]`` twice: the start of each batch row's sequence in each table, and its length."""
         items, groups = (None, None) if block is None else (block.items, block.sequence_groups)
-        rows = [table.sequences(call.batch, items, groups) for table in self.compiled.replays]
-        first = [table.first[row] for table, row in zip(self.compiled.replays, rows, strict=True)]
-        length = [np.asarray(table.lengths)[row] for table, row in zip(self.compiled.replays, rows, strict=True)]
+        tables = self.compiled.sequence_tables
+        rows = [table.sequences(call.batch, items, groups) for table in tables]
+        first = [table.first[row] for table, row in zip(tables, rows, strict=True)]
+        length = [np.asarray(table.lengths)[row] for table, row in zip(tables, rows, strict=True)]
         starts, lengths = (torch.from_numpy(np.stack(of, 1))[:, None] for of in (first, length))
         return upload(starts, call.device), upload(lengths, call.device)

@@ -21,14 +21,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("experiments",),
     ("workload",),
     ("routed",),
-    ("description", "plots", "convert"),
+    ("description", "plots", "convert", "recipes"),
     ("patching", "analysis"),
     ("experts",),
     ("recording", "routers", "steering", "nn", "diagnosis"),
     ("ops",),
     ("calls", "reference"),
     ("contract", "modules", "data", "identity"),
-    ("blocks", "files", "devices", "texttable"),
+    ("blocks", "files", "devices", "hub", "texttable"),
     ("_C",),
 )
 HEIGHT = {name: len(FLOORS) - number for number, floor in enumerate(FLOORS) for name in floor}

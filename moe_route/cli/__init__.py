@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
         describe,
         doctor,
         experiment,
+        plan,
         plot,
         prune,
         record,
@@ -46,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"moe-route {__version__}")
     verbs = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (describe, record, convert, analyze, plot, steer, experiment, prune, demo, doctor):
+    for module in (describe, record, convert, analyze, plot, plan, steer, experiment, prune, demo, doctor):
         module.add(verbs)
     completion.add(verbs, whole)
     return whole

@@ -7,8 +7,11 @@ already), and returns a result with intervals. Its arithmetic is in ``moe_route.
 from moe_route.experiments.expert_patching import ExpertPatching, PromptPair, patch_experts
 from moe_route.experiments.export import CannotExportError, export_pruned
 from moe_route.experiments.knockout import Knockout, knockout
+from moe_route.experiments.learn import learn_routing
+from moe_route.experiments.neighbors import NeighborScores, neighbor_scores
 from moe_route.experiments.pruning import PruningCurve, pruning_curve
 from moe_route.experiments.regret import Regret, regret
+from moe_route.experiments.sweep import StrengthSweep, strength_sweep
 from moe_route.experiments.transplant import Transplant, record_trace, transplant
 from moe_route.experiments.weights import router_weights
 
@@ -16,16 +19,21 @@ __all__ = [
     "CannotExportError",
     "ExpertPatching",
     "Knockout",
+    "NeighborScores",
     "PromptPair",
     "PruningCurve",
     "Regret",
+    "StrengthSweep",
     "Transplant",
     "export_pruned",
     "knockout",
+    "learn_routing",
+    "neighbor_scores",
     "patch_experts",
     "pruning_curve",
     "record_trace",
     "regret",
     "router_weights",
+    "strength_sweep",
     "transplant",
 ]

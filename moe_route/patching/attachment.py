@@ -418,8 +418,8 @@ def _fitted(tables: LayerSteering | None, router: RouterInfo) -> LayerSteering |
         )
     if tables.replays and router.adapter.patches:
         raise ValueError(
-            f"router {router.name!r} (layer {router.layer}) routes patches of images, whose choices no replay "
-            "names: leave the layer out, plan.only(layers=[...])"
+            f"router {router.name!r} (layer {router.layer}) routes patches of images, which no table of "
+            "tokens names: leave the layer out, plan.only(layers=[...])"
         )
     return tables.fitted(router.name, router.spec)
 

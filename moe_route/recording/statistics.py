@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from moe_route import files
+from moe_route import files, hub
 from moe_route.calls.call import PHASES, Phase
 from moe_route.contract.tables import FIXED_POINT, METRICS, SCALARS
 from moe_route.recording.accumulated import ACCUMULATED, SIZE_UNIT, broken_array, checked_array, selected_array
@@ -486,6 +486,28 @@ class RoutingStatistics:
             )
         statistics.verify()
         return statistics
+
+    def push_to_hub(self, repo_id: str, filename: str = "statistics.safetensors", **options: Any) -> str:
+        """Save the statistics in a repository of the Hugging Face hub, and return their address there.
+
+        A repository without README gets one with metadata and a summary. ``options`` are those of ``hub.publish``:
+        private, revision, token, commit_message, repo_type. Raises ``hub.HubError``.
+        """
+        use = f'import moe_route as mr\n\nstatistics = mr.RoutingStatistics.from_hub("{repo_id}", "{filename}")'
+        name = (self.metadata.get("model") or {}).get("name")
+        readme = hub.card(
+            "Routing statistics", repr(self), use, base_model=name, tags=("mixture-of-experts", "routing")
+        )
+        return hub.publish(self.save, repo_id, filename, readme, **options)
+
+    @classmethod
+    def from_hub(cls, repo_id: str, filename: str = "statistics.safetensors", **options: Any) -> RoutingStatistics:
+        """Load statistics from the Hugging Face hub, or from the client's cache.
+
+        ``options`` are those of ``hub.fetch``: revision, token, local_files_only, repo_type. Raises ``hub.HubError``,
+        and the errors of ``load``.
+        """
+        return cls.load(hub.fetch(repo_id, filename, **options))
 
     def to_pandas(self) -> pd.DataFrame:
         """Return token sums as a tidy data frame with a row per (group, phase, layer, expert).

@@ -6,6 +6,9 @@ lookup from (phase, group, position) to the row of a token.
 """
 
 from moe_route.steering.compiled import CompiledPlan, LayerShape
+from moe_route.steering.difference import PlanChange, PlanDifference
+from moe_route.steering.explain import PlanExplanation, RuleEffect
+from moe_route.steering.learned import LearnedRouting
 from moe_route.steering.model import PlanError, PlanModel
 from moe_route.steering.plan import Plan
 from moe_route.steering.rule import Rule
@@ -16,9 +19,14 @@ __all__ = [
     "CompiledPlan",
     "ExpertSelection",
     "LayerShape",
+    "LearnedRouting",
     "Plan",
+    "PlanChange",
+    "PlanDifference",
     "PlanError",
+    "PlanExplanation",
     "PlanModel",
     "Rule",
+    "RuleEffect",
     "TokenSteering",
 ]

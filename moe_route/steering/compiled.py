@@ -19,6 +19,8 @@ from moe_route.steering.draw import stream_of
 from moe_route.steering.model import PlanError
 from moe_route.steering.replay import ReplayTable
 from moe_route.steering.rule import MOST_SLOTS, OPERATIONS, Rule
+from moe_route.steering.score_table import ScoreTable
+from moe_route.steering.sequence_table import SequenceTable
 from moe_route.steering.token_steering import Part, TokenSteering
 
 __all__ = ["CompiledPlan", "HasExperts", "LayerShape", "compile_rules"]
@@ -83,7 +85,7 @@ class CompiledPlan:
         plan_hash: ``Plan.hash`` of the plan.
         bounds: the C - 1 positions at which a new class of positions begins.
         draws: whether a rule draws experts per token.
-        replays: tables of recorded choices, in the order of the columns of ``Labels.entries``.
+        sequence_tables: tables of values per token, in the order of the columns of ``Labels.entries``.
     """
 
     tables: list[SteeringTables | TokenSteering | None]
@@ -92,7 +94,7 @@ class CompiledPlan:
     plan_hash: str
     bounds: tuple[int, ...] = ()
     draws: bool = False
-    replays: tuple[ReplayTable, ...] = ()
+    sequence_tables: tuple[SequenceTable, ...] = ()
 
     @property
     def is_null(self) -> bool:
@@ -123,8 +125,9 @@ class _Cell:
 
     Attributes:
         tables: by view and name: a plane float32 [E], "remap" int32 [E], "replace_scores" float32 [E], "fix_choice"
-            int64 [k], "reserve_slot" int64 [] (an expert), "replay" int64 [] (index into ``CompiledPlan.replays``),
-            "gumbel" float64 [] (a temperature), "gumbel_stream" int64 [] (seed and layer of its noise).
+            int64 [k], "reserve_slot" int64 [] (an expert), "replay" and "score_table" int64 [] (index into
+            ``CompiledPlan.sequence_tables``), "gumbel" float64 [] (a temperature), "gumbel_stream" int64 [] (seed and
+            layer of its noise).
         parameters: row parameters by name.
     """
 
@@ -158,7 +161,7 @@ def compile_rules(
         raise PlanError(f"group names repeat: {', '.join(groups)}")
     for rule in rules:
         _check_fits(rule, routers, groups)
-    replays = tuple(dict.fromkeys(rule.table for rule in rules if rule.table is not None))
+    by_token = tuple(dict.fromkeys(rule.table for rule in rules if rule.table is not None))
     found: dict[tuple[object, ...], int] = {}
     kept: list[list[_Cell]] = []
     known: dict[tuple[int, ...], int] = {}
@@ -169,12 +172,12 @@ def compile_rules(
             for c, active in enumerate(_active(rules, phase, group, bounds)):
                 if active not in known:
                     here = [rules[i] for i in active]
-                    cells = [_cell(here, layer, router, replays) for layer, router in enumerate(routers)]
+                    cells = [_cell(here, layer, router, by_token) for layer, router in enumerate(routers)]
                     known[active] = _row(found, kept, cells)
                 rows[p, g, c] = known[active]
-    tables = [_tables([row[layer] for row in kept], layer, router, replays) for layer, router in enumerate(routers)]
+    tables = [_tables([row[layer] for row in kept], layer, router, by_token) for layer, router in enumerate(routers)]
     draws = any(rule.draw is not None for rule in rules)
-    return CompiledPlan(tables, torch.from_numpy(rows), groups, plan_hash, bounds, draws, replays)
+    return CompiledPlan(tables, torch.from_numpy(rows), groups, plan_hash, bounds, draws, by_token)
 
 
 def _bounds(rules: Sequence[Rule]) -> tuple[int, ...]:
@@ -233,31 +236,45 @@ def _check_fits(rule: Rule, routers: Sequence[HasExperts], groups: tuple[str, ..
         _check_table(rule, rule.table, routers)
 
 
-def _check_table(rule: Rule, table: ReplayTable, routers: Sequence[HasExperts]) -> None:
-    """Raise ``PlanError`` for recorded choices of layers or experts that the model lacks."""
-    if table.layers is None and table.ids.shape[1] != len(routers):
+def _check_table(rule: Rule, table: SequenceTable, routers: Sequence[HasExperts]) -> None:
+    """Raise ``PlanError`` for values of layers or experts that the model lacks."""
+    what = "replayed ids" if rule.kind == "replay" else "scores"
+    if table.layers is None and table.values.shape[1] != len(routers):
         raise PlanError(
-            f"the replayed ids are of {table.ids.shape[1]} layers, the model has {len(routers)} MoE layers: leave "
-            "dense layers out of the ids, or say which layers they are of, Plan.replay(ids, layers=[...])"
+            f"the {what} are of {table.values.shape[1]} layers, the model has {len(routers)} MoE layers: leave dense "
+            f"layers out of them, or say which layers they are of, Plan.{rule.kind}(..., layers=[...])"
         )
+    check = _check_ids if isinstance(table, ReplayTable) else _check_scores
     for layer in range(len(routers)):
-        ids = table.layer_ids(layer) if rule.touches(layer) else None
-        if ids is None:
-            continue
-        size, slots = routers[layer].num_experts, routers[layer].top_k
-        if int(ids.max()) >= size:
-            raise PlanError(
-                f"the plan replays expert {int(ids.max())} of layer {layer}, which has {size} experts (0-{size - 1}): "
-                "replay what was recorded with this model"
-            )
-        if (ids[:, slots:] >= 0).any():
-            raise PlanError(
-                f"the plan replays more than {slots} experts for a token of layer {layer}, which has {slots} slots: "
-                "replay what was recorded with the model's own top-k, or leave the layer out, plan.only(layers=[...])"
-            )
+        values = table.in_layer(layer) if rule.touches(layer) else None
+        if values is not None:
+            check(values, layer, routers[layer])
 
 
-def _cell(rules: Sequence[Rule], layer: int, router: HasExperts, replays: Sequence[ReplayTable]) -> _Cell:
+def _check_ids(ids: np.ndarray, layer: int, router: HasExperts) -> None:
+    size, slots = router.num_experts, router.top_k
+    if int(ids.max()) >= size:
+        raise PlanError(
+            f"the plan replays expert {int(ids.max())} of layer {layer}, which has {size} experts (0-{size - 1}): "
+            "replay what was recorded with this model"
+        )
+    if (ids[:, slots:] >= 0).any():
+        raise PlanError(
+            f"the plan replays more than {slots} experts for a token of layer {layer}, which has {slots} slots: "
+            "replay what was recorded with the model's own top-k, or leave the layer out, plan.only(layers=[...])"
+        )
+
+
+def _check_scores(scores: np.ndarray, layer: int, router: HasExperts) -> None:
+    size, width = router.num_experts, scores.shape[1]
+    if width < size or np.nan_to_num(scores[:, size:]).any():
+        raise PlanError(
+            f"the plan has scores of {width} experts for layer {layer}, which has {size}: give scores of all its "
+            "experts, in order, and 0 behind them where another layer has more"
+        )
+
+
+def _cell(rules: Sequence[Rule], layer: int, router: HasExperts, by_token: Sequence[SequenceTable]) -> _Cell:
     """The combined effect of the rules in one layer."""
     here = [rule for rule in rules if rule.touches(layer)]
     if not here:
@@ -278,7 +295,7 @@ def _cell(rules: Sequence[Rule], layer: int, router: HasExperts, replays: Sequen
         remap = _remap(here, layer, router.num_experts)
         if (remap != np.arange(router.num_experts)).any():
             cell.tables[_PLAIN, "remap"] = remap
-    cell.tables |= _by_name(here, layer, router, replays)
+    cell.tables |= _by_name(here, layer, router, by_token)
     _check_by_name(cell, layer, router)
     return cell
 
@@ -310,16 +327,18 @@ def _check_forces(rules: Sequence[Rule], views: set[_View], layer: int, router: 
 # kinds that replace scores or choose experts by id, and the name of what a token can have only one of
 _BY_NAME = {
     "replace_scores": "replaced scores",
+    "score_table": "replaced scores",
     "reserve_slot": "own experts",
     "fix_choice": "fixed, replayed or drawn choices",
     "replay": "fixed, replayed or drawn choices",
     "gumbel": "fixed, replayed or drawn choices",
 }
 _BY_NAME_TABLES = (*_BY_NAME, "gumbel_stream")
+_BY_TOKEN = ("replay", "score_table")  # those that have no effect on a token without an entry in their table
 
 
 def _by_name(
-    rules: Sequence[Rule], layer: int, router: HasExperts, replays: Sequence[ReplayTable]
+    rules: Sequence[Rule], layer: int, router: HasExperts, by_token: Sequence[SequenceTable]
 ) -> dict[tuple[_View, str], np.ndarray]:
     """The replaced scores, and the choices made by expert id."""
     tables: dict[tuple[_View, str], np.ndarray] = {}
@@ -340,13 +359,14 @@ def _by_name(
             tables[_PLAIN, "gumbel"] = np.asarray(rule.value, np.float64)
             tables[_PLAIN, "gumbel_stream"] = np.asarray(stream_of(rule.draw, layer), np.int64)
             continue
-        number = -1 if rule.table is None else replays.index(rule.table)
-        tables[(False, rule.draw), rule.kind] = _named(rule.kind, pairs, number, layer, router)
+        name = "score_table" if isinstance(rule.table, ScoreTable) else rule.kind
+        number = -1 if rule.table is None else by_token.index(rule.table)
+        tables[(False, rule.draw), name] = _named(name, pairs, number, layer, router)
     return tables
 
 
 def _named(kind: str, pairs: Sequence[tuple[int, float]], table: int, layer: int, router: HasExperts) -> np.ndarray:
-    if kind == "replay":
+    if kind in _BY_TOKEN:
         return np.asarray(table, np.int64)
     if kind == "reserve_slot":
         return np.asarray(pairs[0][0], np.int64)
@@ -466,7 +486,7 @@ def _remap(rules: Iterable[Rule], layer: int, num_experts: int) -> np.ndarray:
 
 
 def _tables(
-    cells: Sequence[_Cell], layer: int, router: HasExperts, replays: Sequence[ReplayTable]
+    cells: Sequence[_Cell], layer: int, router: HasExperts, by_token: Sequence[SequenceTable]
 ) -> SteeringTables | TokenSteering | None:
     """One layer's cells as tables, one row per cell, with those tables that some cell uses."""
     if not any(cells):
@@ -485,25 +505,37 @@ def _tables(
         return SteeringTables(len(cells), router.num_experts, **given)
     parts = [_part(cells, _PLAIN, by_name, router)] if by_name else []
     parts += [_part(cells, view, of_view, router) for view, of_view in sorted(names.items(), key=repr)]
-    used = {int(table) for cell in cells for (_, name), table in cell.tables.items() if name == "replay"}
     return TokenSteering(
         layer,
         router.num_experts,
         SteeringTables(len(cells), router.num_experts, **{"temperature": torch.ones(len(cells))} | given),
         parts,
-        recorded={number: _recorded(replays[number], layer, router) for number in sorted(used)},
+        recorded={number: _recorded(by_token[number], layer, router) for number in _used(cells, "replay")},
+        scored={number: _scored(by_token[number], layer, router) for number in _used(cells, "score_table")},
         anew=_flags("replace_scores" in cell.names or cell.slots > router.top_k for cell in cells),
-        replays_only=_flags(cell.names == {"replay"} for cell in cells),
+        by_token_only=_flags(bool(cell.names) and cell.names <= {*_BY_TOKEN} for cell in cells),
         wide=wide,
     )
 
 
-def _recorded(table: ReplayTable, layer: int, router: HasExperts) -> torch.Tensor:
+def _used(cells: Iterable[_Cell], name: str) -> list[int]:
+    """Numbers of the tables of one name."""
+    return sorted({int(table) for cell in cells for (_, found), table in cell.tables.items() if found == name})
+
+
+def _recorded(table: SequenceTable, layer: int, router: HasExperts) -> torch.Tensor:
     """int16 [n, k]: recorded choices of a layer, with as many slots as the layer has."""
-    ids = table.layer_ids(layer)
+    ids = table.in_layer(layer)
     assert ids is not None  # the rule applies to the layer, so it has ids
     room = ((0, 0), (0, max(router.top_k - ids.shape[1], 0)))
     return torch.from_numpy(np.pad(ids[:, : router.top_k], room, constant_values=-1))
+
+
+def _scored(table: SequenceTable, layer: int, router: HasExperts) -> torch.Tensor:
+    """float32 [n, E]: given scores of a layer, NaN for tokens without scores."""
+    scores = table.in_layer(layer)
+    assert scores is not None  # the rule applies to the layer, so it has scores
+    return torch.from_numpy(scores[:, : router.num_experts].copy())
 
 
 def _flags(rows: Iterable[bool]) -> torch.Tensor | None:
@@ -530,7 +562,7 @@ def _stacked(cells: Sequence[_Cell], view: _View, names: Sequence[str], router: 
 def _neutral(name: str, router: HasExperts) -> np.ndarray:
     if name == "remap":
         return np.arange(router.num_experts, dtype=np.int32)
-    if name in ("reserve_slot", "replay"):
+    if name in ("reserve_slot", *_BY_TOKEN):
         return np.asarray(-1, dtype=np.int64)
     if name == "gumbel":
         return np.asarray(0.0)

@@ -10,13 +10,15 @@ from dataclasses import replace
 from itertools import combinations, product
 from math import comb, prod
 from operator import index
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
-from moe_route import files
+from moe_route import files, hub
 from moe_route.steering.compiled import CompiledPlan, HasExperts, compile_rules
+from moe_route.steering.difference import PlanDifference, compare
+from moe_route.steering.explain import PlanExplanation, explain
 from moe_route.steering.model import PlanError, PlanModel
 from moe_route.steering.replay import RecordedChoices, ReplayTable
 from moe_route.steering.rule import (
@@ -29,7 +31,9 @@ from moe_route.steering.rule import (
     make_rule,
     rule_from_dict,
 )
+from moe_route.steering.score_table import ScoreTable
 from moe_route.steering.selection import ExpertSelection, random_permutation
+from moe_route.steering.sequence_table import SequenceTable
 from moe_route.texttable import Table
 
 __all__ = ["Plan"]
@@ -204,15 +208,39 @@ class Plan:
 
     @classmethod
     def replace_scores(
-        cls, scores: Mapping[int, Mapping[int, float]], layers: Iterable[int] | int | None = None
+        cls,
+        scores: Mapping[int, Mapping[int, float]] | Tensor | np.ndarray,
+        layers: Iterable[int] | int | None = None,
+        *,
+        items: Sequence[str | int] | None = None,
+        per: Literal["token", "sequence"] = "token",
     ) -> Plan:
-        """Replace the router's scores by ``scores[layer][expert]`` (0 for others) before the choice [arXiv 2504.07964].
+        """Replace the router's scores before the choice [C3PO, arXiv 2504.07964].
 
         Choosing and weighing work as for the router's own scores, and so do other rules. Scores of a softmax are
         relative: only their ratios matter. ``only`` restricts the tokens. Steering a SparseMixer router raises
         ``ValueError``.
+
+        Args:
+            scores: ``scores[layer][expert]`` for all tokens (0 for experts that it leaves out). Or an array of scores
+                for each token ``[B, T, L, E]`` (``[T, L, E]`` for one sequence), or with ``per="sequence"`` for each
+                sequence ``[B, L, E]``. A token keeps the router's own scores, bit for bit, where its row is NaN, and
+                past the end of its sequence.
+            layers: for a mapping, use these layers only. For an array, the MoE layers that the L entries stand for, in
+                order (by default all layers of the model).
+            items: an item for each of the B sequences of an array, by which they are matched as in ``replay``. Without
+                items they are matched by batch row.
+            per: whether an array has a row for each "token" or each "sequence".
+
+        Raises ``PlanError`` for negative, infinite or all-zero scores and for a wrong shape. Compiling raises it for
+        layers or experts that the model lacks, and a call inside ``steer`` for a sequence without scores.
         """
-        return cls._of("replace_scores", scores, layers)
+        if isinstance(scores, Mapping):
+            if items is not None or per != "token":
+                raise PlanError("a mapping from layer to scores is for all tokens: leave items= and per= out")
+            return cls._of("replace_scores", scores, layers)
+        table = ScoreTable.of_scores(scores, _named_layers(layers), items, per=per)
+        return cls([make_rule("replace_scores", None, None, table=table)])
 
     @classmethod
     def reserve_slot(cls, experts: Experts, layers: Iterable[int] | int | None = None) -> Plan:
@@ -266,8 +294,9 @@ class Plan:
         if isinstance(recorded, (list, tuple)):
             recorded = np.asarray(recorded)
         if isinstance(recorded, (Tensor, np.ndarray)):
-            named = None if layers is None else [layers] if isinstance(layers, int) else list(layers)
-            return cls([make_rule("replay", None, None, table=ReplayTable.of_ids(recorded, named, items))])
+            return cls(
+                [make_rule("replay", None, None, table=ReplayTable.of_ids(recorded, _named_layers(layers), items))]
+            )
         if not hasattr(recorded, "layer_numbers"):
             raise PlanError(f"replay takes a Trace or ids, not {type(recorded).__name__}: recorder.trace()")
         if items is not None:
@@ -527,19 +556,19 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content, from which ``from_dict`` makes an equal plan."""
-        tables = {name: {**table.header(), "ids": table.ids.tolist()} for name, table in self._tables().items()}
+        tables = {name: {**table.header(), table.field: table.to_list()} for name, table in self._tables().items()}
         return self._content_dict() | ({"tables": tables} if tables else {})
 
     def _content_dict(self) -> dict[str, Any]:
-        """``to_dict`` without the replay tables, which rules name by digest."""
+        """``to_dict`` without the tables of values per token, which rules name by digest."""
         return {
             "rules": [rule.to_dict() for rule in self.rules],
             "model": self.model.to_dict(),
             "description": self.description,
         }
 
-    def _tables(self) -> dict[str, ReplayTable]:
-        """The replay tables, by digest."""
+    def _tables(self) -> dict[str, SequenceTable]:
+        """The tables of values per token, by digest."""
         return {rule.table.digest: rule.table for rule in self.rules if rule.table is not None}
 
     @classmethod
@@ -547,7 +576,7 @@ class Plan:
         """Rebuild a plan from ``to_dict``; raises ``PlanError`` for anything else."""
         try:
             headers = content.get("tables", {})
-            tables = {name: ReplayTable.of_header(header["ids"], header) for name, header in headers.items()}
+            tables = {name: _table(header) for name, header in headers.items()}
             rules = [rule_from_dict(rule, tables) for rule in content["rules"]]
             return cls(rules, model=PlanModel(**content.get("model", {})), description=content.get("description", ""))
         except (KeyError, TypeError, AttributeError) as error:
@@ -562,9 +591,9 @@ class Plan:
             files.write_json(path, {"hash": self.hash, **self.to_dict()}, _KIND)
             return
         tables = self._tables()
-        headers = {name: table.header() for name, table in tables.items()}
+        headers = {name: {**table.header(), "field": table.field} for name, table in tables.items()}
         header = {**self._content_dict(), "tables": headers, "hash": self.hash}
-        files.write(path, {name: table.ids for name, table in tables.items()}, header, _KIND)
+        files.write(path, {name: table.values for name, table in tables.items()}, header, _KIND)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -576,7 +605,8 @@ class Plan:
         if files.is_json(path):
             return cls._load_json(path)
         tensors, header = files.read(path, _KIND)
-        tables = {name: {**table, "ids": tensors[name]} for name, table in header.get("tables", {}).items()}
+        headers = header.get("tables", {})
+        tables = {name: {**table, table.get("field", "ids"): tensors[name]} for name, table in headers.items()}
         return cls.from_dict({**header, "tables": tables})
 
     @classmethod
@@ -586,6 +616,52 @@ class Plan:
         if content.get("hash") != plan.hash:
             _log.warning("%s was edited since it was saved: its hash is now %s", path, plan.hash)
         return plan
+
+    def push_to_hub(self, repo_id: str, filename: str = "plan.safetensors", **options: Any) -> str:
+        """Save the plan in a repository of the Hugging Face hub, and return its address there.
+
+        A repository without README gets one with metadata and the plan in words. ``options`` are those of
+        ``hub.publish``: private, revision, token, commit_message, repo_type. Raises ``hub.HubError``.
+        """
+        use = f'import moe_route as mr\n\nplan = mr.Plan.from_hub("{repo_id}", "{filename}")'
+        readme = hub.card(
+            "Steering plan", self.describe(), use, base_model=self.model.name, tags=("mixture-of-experts", "steering")
+        )
+        return hub.publish(self.save, repo_id, filename, readme, **options)
+
+    @classmethod
+    def from_hub(cls, repo_id: str, filename: str = "plan.safetensors", **options: Any) -> Plan:
+        """Load a plan from the Hugging Face hub, or from the client's cache.
+
+        ``options`` are those of ``hub.fetch``: revision, token, local_files_only, repo_type. Raises ``hub.HubError``,
+        and the errors of ``load``.
+        """
+        return cls.load(hub.fetch(repo_id, filename, **options))
+
+    def diff(self, other: Plan) -> PlanDifference:
+        """Compare with another plan, expert by expert; the result is false if both do the same."""
+        return compare(self, other)
+
+    def explain(self, given: Any, groups: Sequence[str] | str | None = None) -> PlanExplanation:
+        """Tell what the plan will do to tokens whose natural routing was recorded, without running them.
+
+        For each rule, group and layer: how many choices it changes, which of its experts are saturated (nearly all
+        tokens choose them already, or nearly none where it takes them away), and which rules will do nothing. Each rule
+        and each layer is looked at by itself.
+
+        Forced, forbidden, fixed, reserved and remapped experts are counted exactly. Soft activation is estimated from
+        the experts' frequencies: ``Phi(Phi^-1(f) + strength)`` tokens choose an expert afterwards, if its distance from
+        being chosen is normal with variance 1 (in standard deviations of a token's logits). For other rules only a
+        bound is known ("at most").
+
+        Args:
+            given: ``RoutingStatistics``, or a ``Trace``, which also says how many tokens are touched, and at which
+                positions.
+            groups: explain these groups only.
+
+        Raises ``PlanError`` for a group that was not recorded, and for a recording of another model.
+        """
+        return explain(self, given, groups)
 
     def describe(self) -> str:
         """Describe the rules in words, one line each."""
@@ -619,3 +695,13 @@ def _named(rules: Iterable[Rule], layer: int) -> set[int]:
         if rule.kind == "remap":
             found.update(int(to) for _, to in pairs if to >= 0)
     return found
+
+
+def _named_layers(layers: Iterable[int] | int | None) -> list[int] | None:
+    return None if layers is None else [layers] if isinstance(layers, int) else list(layers)
+
+
+def _table(header: Mapping[str, Any]) -> SequenceTable:
+    """The table of ``header``, which holds its values by the name of their kind."""
+    kind = ScoreTable if ScoreTable.field in header else ReplayTable
+    return kind.of_header(header[kind.field], header)

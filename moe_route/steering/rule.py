@@ -18,6 +18,8 @@ from moe_route.calls.call import PHASES
 from moe_route.steering.layers import as_layers, show_numbers
 from moe_route.steering.model import PlanError
 from moe_route.steering.replay import ReplayTable
+from moe_route.steering.score_table import ScoreTable
+from moe_route.steering.sequence_table import SequenceTable
 
 __all__ = ["OPERATIONS", "Operation", "PlanError", "Rule", "rule_from_dict"]
 
@@ -58,6 +60,8 @@ MOST_SLOTS = _C.MAX_CHOSEN  # the limit of the operators
 LAYER_KINDS = ("temperature", "top_k", "gumbel")
 # rules whose coefficients are values (scores, or indices of slots), not factors of a strength
 VALUED_KINDS = ("replace_scores", "fix_choice")
+# kinds whose values may be given per token, and the class of the table that holds them
+TABLES: Mapping[str, type[SequenceTable]] = {"replay": ReplayTable, "replace_scores": ScoreTable}
 # rules that act on each expert separately, so that single experts can be left out
 EXPERT_KINDS = (
     "activate",
@@ -91,7 +95,7 @@ class Rule:
         positions: spans of positions in the sequence, padding not counted; None for any.
         absent: only experts that the router does not choose itself.
         draw: seed of a random control with as many experts, drawn per token, or of the noise of "gumbel".
-        table: the choices of "replay".
+        table: values per token: the choices of "replay", or scores of "replace_scores" that depend on the token.
     """
 
     kind: str
@@ -105,7 +109,7 @@ class Rule:
     positions: Spans | None = None
     absent: bool = False
     draw: int | None = None
-    table: ReplayTable | None = None
+    table: SequenceTable | None = None
 
     def in_layer(self, layer: int) -> tuple[tuple[int, float], ...]:
         """(expert, coefficient) pairs that the rule changes in ``layer``."""
@@ -126,7 +130,7 @@ class Rule:
         if self.layers is not None and layer not in self.layers:
             return False
         if self.table is not None:
-            return self.table.layer_ids(layer) is not None
+            return self.table.in_layer(layer) is not None
         return self.kind in LAYER_KINDS or any(layer == named for named, _ in self.experts)
 
     def applies(self, phase: str, group: str | None) -> bool:
@@ -175,7 +179,9 @@ class Rule:
     def moved(self, layers: Iterable[int] | int) -> Rule:
         """The rule in other layers, on the experts that it keeps there."""
         if self.table is not None:
-            raise PlanError("a replay cannot move to other layers: leave it out of the control")
+            raise PlanError(
+                f"a {self.kind} rule of single tokens cannot move to other layers: leave it out of the control"
+            )
         experts = None if self.kind in LAYER_KINDS else {layer: dict(pairs) for layer, pairs in self.experts}
         return self._as_before(make_rule(self.kind, experts, layers, value=self.value, mode=self.mode, draw=self.draw))
 
@@ -215,7 +221,7 @@ class Rule:
         return None if () in (narrowed.groups, narrowed.layers, narrowed.positions) else checked(narrowed)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able content without default values; a replay names its table by digest."""
+        """JSON-able content without default values; a table is named by its digest."""
         content: dict[str, Any] = {"kind": self.kind}
         if self.experts:
             plain = self.kind not in VALUED_KINDS and all(c == 1.0 for _, pairs in self.experts for _, c in pairs)
@@ -262,7 +268,7 @@ class Rule:
         if self.kind == "top_k":
             return operation.shows.format(x=f"{self.value:g}")
         if self.table is not None:
-            return operation.shows.format(x=str(self.table))
+            return operation.shows.format(x=f"{self.table}" if self.kind == "replay" else f"those of {self.table}")
         values = {self.effective(self.value)} if self.value is not None else set()
         coefficients = {c for layer in self.touched_layers or () for _, c in self.in_layer(layer)}
         if operation.combine and self.value is None:
@@ -292,7 +298,7 @@ def make_rule(
     factor: float = 1.0,
     value: float | None = None,
     mode: str = "",
-    table: ReplayTable | None = None,
+    table: SequenceTable | None = None,
     draw: int | None = None,
 ) -> Rule:
     """Make a checked rule from a user's arguments. ``factor`` multiplies the coefficient of every expert."""
@@ -324,7 +330,8 @@ def checked(rule: Rule) -> Rule:
         raise PlanError(f"{rule.kind} has no mode {rule.mode!r}: use one of {', '.join(map(repr, operation.modes))}")
     given = {"a value": rule.value is not None, "experts": bool(rule.experts), "a table": rule.table is not None}
     needed = "a value" if rule.kind in LAYER_KINDS else "a table" if rule.kind == "replay" else "experts"
-    if [name for name, present in given.items() if present] != [needed]:
+    allowed = [[needed]] + ([["a table"]] if rule.kind in TABLES else [])
+    if [name for name, present in given.items() if present] not in allowed:
         raise PlanError(f"a {rule.kind} rule needs {needed} and nothing else")
     if rule.kind == "top_k" and (rule.value is None or rule.value < 1 or rule.value != int(rule.value)):
         raise PlanError(
@@ -497,16 +504,20 @@ def as_phase(phase: str | None) -> str | None:
     return phase
 
 
-def rule_from_dict(content: Mapping[str, Any], tables: Mapping[str, ReplayTable] | None = None) -> Rule:
+def rule_from_dict(content: Mapping[str, Any], tables: Mapping[str, SequenceTable] | None = None) -> Rule:
     """Rebuild a rule from ``Rule.to_dict`` and check it; raises ``PlanError`` for anything else.
 
-    ``tables``: the tables of replays, by the names that the content uses.
+    ``tables``: the tables of values per token, by the names that the content uses.
     """
     try:
         kind = content["kind"]
         if kind not in OPERATIONS:
             raise PlanError(f"this version knows no {kind!r} rule: upgrade moe-route")
-        table = (tables or {})[content["table"]] if kind == "replay" else None
+        table = None
+        if kind == "replay" or "table" in content:
+            table = (tables or {})[content["table"]]
+            if not isinstance(table, TABLES.get(kind, ())):
+                raise PlanError(f"a {kind} rule cannot use a table of {table.field}")
         experts = {
             int(layer): {int(expert): c for expert, c in of.items()} if isinstance(of, Mapping) else of
             for layer, of in content.get("experts", {}).items()

@@ -38,8 +38,9 @@ class Part:
         planes: float32 [rows, E] by name.
         named: by kind of rule. "replace_scores": float32 [rows, E], NaN in rows without it. "reserve_slot": int64
             [rows], an expert, or -1. "fix_choice": int64 [rows, k], -1 in empty slots, and in all slots of rows without
-            it. "replay": int64 [rows], the index of a table of recorded choices, or -1. "gumbel": float64 [rows], the
-            temperature of the noise, or 0, with "gumbel_stream": int64 [rows], the numbers that seed it.
+            it. "replay" and "score_table": int64 [rows], the index of a table of values per token, or -1. "gumbel":
+            float64 [rows], the temperature of the noise, or 0, with "gumbel_stream": int64 [rows], the numbers that
+            seed it.
     """
 
     absent: bool = False
@@ -72,8 +73,10 @@ class TokenSteering:
         parts: the other rules.
         recorded: by index of the table, int16 [n, k], the choices of n tokens in this layer. -1 in the first slot: no
             choice; a later -1: an empty slot.
+        scored: by index of the table, float32 [n, E], scores of n tokens in this layer; a row of NaN: none. ``fitted``
+            turns them into logits.
         anew: bool [rows], rows whose tokens are routed again although no plane changes their logits; None for no row.
-        replays_only: bool [rows], rows that have no effect on a token without a recorded choice; None for no row.
+        by_token_only: bool [rows], rows that have no effect on a token that no table names; None for no row.
         wide: number of slots, if some row has more than the router; else 0.
     """
 
@@ -88,13 +91,15 @@ class TokenSteering:
         parts: Sequence[Part],
         *,
         recorded: Mapping[int, Tensor],
+        scored: Mapping[int, Tensor],
         anew: Tensor | None,
-        replays_only: Tensor | None,
+        by_token_only: Tensor | None,
         wide: int,
     ) -> None:
         self.layer, self.rows, self.num_experts, self.wide = layer, base.rows, num_experts, wide
-        self.base, self.parts, self.recorded = base, tuple(parts), dict(recorded)
-        self.anew, self.replays_only = anew, replays_only
+        self.base, self.parts = base, tuple(parts)
+        self.recorded, self.scored = dict(recorded), dict(scored)
+        self.anew, self.by_token_only = anew, by_token_only
 
     @property
     def tables(self) -> Mapping[str, None]:
@@ -105,8 +110,8 @@ class TokenSteering:
 
     @property
     def replays(self) -> bool:
-        """Whether some tokens are sent to experts that were recorded for them."""
-        return bool(self.recorded)
+        """Whether a table names values of single tokens: recorded experts, or scores."""
+        return bool(self.recorded or self.scored)
 
     @property
     def device(self) -> torch.device:
@@ -114,10 +119,13 @@ class TokenSteering:
 
     def to(self, device: torch.device) -> TokenSteering:
         """Copy the steering to another device, without waiting for it."""
-        anew, only = (None if rows is None else upload(rows, device) for rows in (self.anew, self.replays_only))
-        recorded = {number: upload(ids, device) for number, ids in self.recorded.items()}
+        anew, only = (None if rows is None else upload(rows, device) for rows in (self.anew, self.by_token_only))
+        recorded, scored = (
+            {number: upload(values, device) for number, values in of.items()} for of in (self.recorded, self.scored)
+        )
         parts = [part.to(device) for part in self.parts]
-        return self._with(base=self.base.to(device), parts=parts, recorded=recorded, anew=anew, replays_only=only)
+        tables = {"recorded": recorded, "scored": scored}
+        return self._with(base=self.base.to(device), parts=parts, anew=anew, by_token_only=only, **tables)
 
     def fitted(self, name: str, spec: RouterSpec) -> TokenSteering:
         """Fit the steering to a router that scores by ``spec``; ``ValueError`` naming the router if it cannot be."""
@@ -128,10 +136,11 @@ class TokenSteering:
                 return part
             return replace(part, named={**part.named, "replace_scores": logits_of_scores(scores, name, spec)})
 
-        return self._with(parts=[fit(part) for part in self.parts])
+        scored = {number: logits_of_scores(scores, name, spec) for number, scores in self.scored.items()}
+        return self._with(parts=[fit(part) for part in self.parts], scored=scored)
 
     def _with(self, **changed: Any) -> TokenSteering:
-        names = ("layer", "num_experts", "base", "parts", "recorded", "anew", "replays_only", "wide")
+        names = ("layer", "num_experts", "base", "parts", "recorded", "scored", "anew", "by_token_only", "wide")
         return TokenSteering(**{name: getattr(self, name) for name in names} | changed)
 
     def route(
@@ -154,19 +163,23 @@ class TokenSteering:
         Args:
             choice: the router's own choice.
             counter: [T], a number per token that seeds its random draws.
-            entries: int64 [T, M], each token's row in each table of recorded choices (-1: none).
+            entries: int64 [T, M], each token's row in each table of values per token (-1: none).
 
         Returns:
             weights and ids [T, k] (wider if rows have more slots), and the inputs that ``ops.route`` was given.
         """
         row = _rows(tokens, self.rows)
         replayed = self._choice(row, entries, counter, k)
-        if replayed is not None and self.replays_only is not None:
-            row = torch.where(self.replays_only[row.clamp(min=0)] & (replayed[:, 0] < 0), -1, row)
-        steered = self.steer(logits, tokens, row, choice, counter)
+        given = self._given_scores(row, entries, counter)
+        scored = None if given is None else ~torch.isnan(given[:, 0])
+        if self.by_token_only is not None:
+            found = _either(None if replayed is None else replayed[:, 0] >= 0, scored)
+            assert found is not None  # a row of tables alone has one
+            row = torch.where(self.by_token_only[row.clamp(min=0)] & ~found, -1, row)
+        steered = self.steer(logits, tokens, row, choice, counter, given)
         replayed = self._drawn_choice(replayed, row, steered, k, spec, counter, correction_bias)
         more = self._holds(row, self.base.tables["top_k"] > k) if self.wide else None
-        anew = None if self.anew is None else self._holds(row, self.anew)
+        anew = _either(None if self.anew is None else self._holds(row, self.anew), scored)
         named = self._named(row, replayed)
         apart = _either(named, anew)
         own = choice if anew is None else torch.where(anew[:, None], -1, choice)  # -1: no choice to keep
@@ -214,11 +227,21 @@ class TokenSteering:
 
     # ---- rules that become tables
 
-    def steer(self, logits: Tensor, tokens: Tensor, row: Tensor, chosen: Tensor, counter: Tensor | None) -> Steered:
-        """Logits, and tables with a row per token."""
+    def steer(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        row: Tensor,
+        chosen: Tensor,
+        counter: Tensor | None,
+        given: Tensor | None = None,
+    ) -> Steered:
+        """Logits, and tables with a row per token. ``given``: logits [T, E] of given scores, NaN rows for none."""
         steered, at = row >= 0, row.clamp(min=0)
         planes, row_params, remap = _gathered(self.base, at)
         own = _marked(chosen, self.num_experts)
+        if given is not None:
+            logits = _with_scores(logits, given, steered)
         for part in self.parts:
             order = self._order(part, counter)
             scores = part.named.get("replace_scores")
@@ -263,16 +286,22 @@ class TokenSteering:
         """Ids [T, k] of a part's fixed choices and of each of its recorded tables, -1 in the first slot for none."""
         if "fix_choice" in part.named:
             yield part.named["fix_choice"][at]
-        if "replay" not in part.named:
-            return
-        if entries is None:
-            raise RuntimeError(
-                "a plan replays recorded choices, but the call does not say which token is where: steer with "
-                "RoutedModel.steer, which knows the sequences"
-            )
-        for number, recorded in self.recorded.items():
-            entry = torch.where(part.named["replay"][at] == number, entries[:, number], -1)
-            yield torch.where((entry >= 0)[:, None], recorded[entry.clamp(min=0)], -1)
+        if "replay" in part.named:
+            for number, recorded in self.recorded.items():
+                entry = _entry(part.named["replay"][at], number, entries)
+                yield torch.where((entry >= 0)[:, None], recorded[entry.clamp(min=0)], -1)
+
+    def _given_scores(self, row: Tensor, entries: Tensor | None, counter: Tensor | None) -> Tensor | None:
+        """float32 [T, E]: logits of the scores that tables give, a row of NaN for none; None without such a table."""
+        found = None
+        at = row.clamp(min=0)
+        for part in self.parts:
+            for number, scores in self.scored.items() if "score_table" in part.named else ():
+                entry = torch.where(row >= 0, _entry(part.named["score_table"][at], number, entries), -1)
+                given = torch.where((entry >= 0)[:, None], scores[entry.clamp(min=0)], torch.nan)
+                given = _drawn(given, self._order(part, counter))
+                found = given if found is None else torch.where(torch.isnan(given), found, given)
+        return found
 
     def _drawn_choice(
         self,
@@ -417,6 +446,16 @@ def _with_scores(logits: Tensor, replaced: Tensor, steered: Tensor) -> Tensor:
     wide = logits if logits.dtype is torch.float64 else logits.float()
     here = steered[:, None] & ~torch.isnan(replaced[:, :1])
     return torch.where(here, replaced.to(wide.dtype), wide)
+
+
+def _entry(table: Tensor, number: int, entries: Tensor | None) -> Tensor:
+    """int64 [T]: each token's row in table ``number``, -1 for none; ``table`` is the number of its own table."""
+    if entries is None:
+        raise RuntimeError(
+            "a plan names values of single tokens, but the call does not say which token is where: steer with "
+            "RoutedModel.steer, which knows the sequences"
+        )
+    return torch.where(table == number, entries[:, number], -1)
 
 
 def _padded(table: Tensor, width: int, value: float) -> Tensor:

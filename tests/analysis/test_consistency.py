@@ -21,11 +21,11 @@ mpl.use("Agg")
 def recorded() -> tuple[RoutingStatistics, mr.recording.Trace]:
     model, tokenizer = load_demo_model()
     corpus = demo_corpus().subset(["eng_Latn", "swh_Latn"], limit=5)
-    with mr.attach(model) as routed, torch.no_grad():
-        with routed.record(consistency=True, sequences=True, trace=True) as rec:
-            for language in corpus.languages:
-                with rec.labels(language, items=corpus.items):
-                    model(**tokenizer(list(corpus[language]), padding=True, return_tensors="pt"))
+    options = {"consistency": True, "sequences": True, "trace": True}
+    with mr.attach(model) as routed, torch.no_grad(), routed.record(**options) as rec:
+        for language in corpus.languages:
+            with rec.labels(language, items=corpus.items):
+                model(**tokenizer(list(corpus[language]), padding=True, return_tensors="pt"))
     return rec.statistics(), rec.trace()
 
 

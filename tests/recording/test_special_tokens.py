@@ -46,9 +46,9 @@ def test_real_text_without_its_beginnings() -> None:
     with mr.attach(model) as routed, torch.no_grad():
         ways = ((False, None), (tokenizer.all_special_ids, None), (True, ~special))
         for left_out, mask in ways:
-            with routed.record(special_tokens=left_out, **EVERYTHING) as rec:
-                with rec.labels("english", items=range(6), count_mask=mask):
-                    model(**given)
+            recording = routed.record(special_tokens=left_out, **EVERYTHING)
+            with recording as rec, rec.labels("english", items=range(6), count_mask=mask):
+                model(**given)
             found.append((rec.statistics(), rec.trace()))
     real = given["attention_mask"].bool() & ~special
     for statistics, trace in found:
@@ -70,10 +70,10 @@ def test_with_a_mask_and_groups_by_token_and_chunks(routed: mr.RoutedModel) -> N
     groups = [["a", "b"] * 4, ["b"] * 8]
     found = []
     for left_out, counted in ((special, mask), (True, mask & ~torch.isin(ids, torch.tensor(special)))):
-        with routed.record(special_tokens=left_out, **EVERYTHING) as rec:
-            with rec.labels(groups, items=[1, 2], count_mask=counted):
-                first = routed.model(ids[:, :3], use_cache=True)
-                routed.model(ids[:, 3:], past_key_values=first.past_key_values)
+        recording = routed.record(special_tokens=left_out, **EVERYTHING)
+        with recording as rec, rec.labels(groups, items=[1, 2], count_mask=counted):
+            first = routed.model(ids[:, :3], use_cache=True)
+            routed.model(ids[:, 3:], past_key_values=first.past_key_values)
         found.append(rec.statistics())
     same(*found)
 

@@ -207,10 +207,10 @@ def test_empty_slots_of_a_trace_come_last_and_sentinels_are_whole_rows():
     ids[1, 0] = -1
     table = Plan.replay(a_trace(ids=ids)).rules[0].table
     assert table is not None
-    assert table.layer_ids(0)[[0, 3]].tolist() == [[4, -1, -1], [-1, -1, -1]]
+    assert table.in_layer(0)[[0, 3]].tolist() == [[4, -1, -1], [-1, -1, -1]]
     rows = Plan.replay(torch.from_numpy(ids)).rules[0].table
     assert rows is not None
-    assert rows.layer_ids(0)[:2].tolist() == [[-1, -1, -1], [-1, -1, -1]]
+    assert rows.in_layer(0)[:2].tolist() == [[-1, -1, -1], [-1, -1, -1]]
 
 
 # ---------------------------------------------------------------------------------------------------------------

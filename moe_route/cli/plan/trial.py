@@ -1,0 +1,164 @@
+"""`moe-route plan sweep | learn | neighbors`: try a plan at several strengths, or learn one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from moe_route.cli.answer import Answer
+from moe_route.cli.inputs import (
+    command,
+    language_model,
+    layers,
+    merged_statistics,
+    model_arguments,
+    output,
+    positive,
+    text_arguments,
+    texts,
+)
+from moe_route.cli.plan.make import written
+
+
+def add(parts: Any) -> None:
+    parser = command(
+        parts,
+        "sweep",
+        run_sweep,
+        "loss of texts under a plan at several strengths",
+        "moe-route plan sweep plan.json --strengths 0.5,1,2 --languages eng_Latn,deu_Latn --limit 30",
+    )
+    parser.add_argument("plan", type=Path, metavar="PLAN", help="plan file")
+    parser.add_argument(
+        "--strengths", type=numbers, default=(0.5, 1.0, 2.0), metavar="A,B", help="factors (default: 0.5,1,2)"
+    )
+    parser.add_argument(
+        "--controls", type=int, default=0, metavar="N", help="random sets of experts per strength (default: none)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random sets (default: 0)")
+    model_arguments(parser)
+    text_arguments(parser)
+    parser = command(
+        parts,
+        "learn",
+        run_learn,
+        "train a bias on the routers by the loss of texts, with the model frozen",
+        "moe-route plan learn --languages swh_Latn --limit 60 --steps 20 --out learned.json",
+    )
+    parser.add_argument(
+        "--what", default="bias", choices=("bias", "scale", "temperature"), help="what is trained (default: bias)"
+    )
+    parser.add_argument("--layers", type=layers, metavar="A-B", help="MoE layers to train, from 0 (default: all)")
+    parser.add_argument("--by-language", action="store_true", help="train each language apart")
+    parser.add_argument("--steps", type=positive, default=20, metavar="N", help="updates (default: 20)")
+    parser.add_argument("--lr", type=float, default=0.01, metavar="X", help="learning rate of Adam (default: 0.01)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="plan file to write")
+    model_arguments(parser)
+    text_arguments(parser)
+    parser = command(
+        parts,
+        "neighbors",
+        run_neighbors,
+        "route new items like the most similar solved items",
+        "moe-route plan neighbors --solved solved.safetensors --new new.safetensors \\\n"
+        "    --group eng_Latn --layers 11-15 --out plan.safetensors",
+    )
+    for name, what in (("solved", "statistics of reference items"), ("new", "statistics of items to answer")):
+        parser.add_argument(f"--{name}", type=Path, nargs="+", required=True, metavar="FILE", help=what)
+    parser.add_argument("--successful", type=Path, metavar="FILE", help="solved items to use, one per line (all)")
+    parser.add_argument("--group", metavar="GROUP", help="group to take (default: the only one)")
+    parser.add_argument("--new-group", metavar="GROUP", help="that of the new items (default: the same)")
+    parser.add_argument(
+        "--space", default="routing", choices=("routing", "hidden"), help="what makes items similar (default: routing)"
+    )
+    parser.add_argument("--neighbors", type=positive, default=3, metavar="N", help="nearest items (default: 3)")
+    parser.add_argument("--share", type=float, default=1.0, metavar="X", help="of the neighbors' routing (default: 1)")
+    parser.add_argument("--layers", type=layers, metavar="A-B", help="MoE layers to change, from 0 (default: all)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="plan file to write")
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Parse "0.5,1,2"."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers: write them as 0.5,1,2") from None
+
+
+def run_sweep(options: argparse.Namespace) -> Answer:
+    from moe_route.experiments import strength_sweep
+    from moe_route.steering import Plan
+
+    plan, work = Plan.load(options.plan), texts(options)
+    spoken = language_model(options)
+    routed = spoken.attach(options.engine)
+    try:
+        found = strength_sweep(
+            spoken,
+            work,
+            plan,
+            options.strengths,
+            routed=routed,
+            controls=options.controls,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            max_length=options.max_length,
+            progress="sweep" if sys.stderr.isatty() else None,
+        )
+    finally:
+        routed.detach()
+    return Answer(found.to_dict(), repr(found))
+
+
+def run_learn(options: argparse.Namespace) -> Answer:
+    from moe_route.experiments import learn_routing
+
+    output(options.out)
+    work = texts(options)
+    spoken = language_model(options)
+    routed = spoken.attach(options.engine)
+    try:
+        found = learn_routing(
+            spoken,
+            work,
+            routed=routed,
+            layers=options.layers,
+            what=options.what,
+            by_group=options.by_language,
+            steps=options.steps,
+            lr=options.lr,
+            batch_size=options.batch_size,
+            max_length=options.max_length,
+        )
+    finally:
+        routed.detach()
+    text = repr(found)
+    if options.out is not None:
+        found.plan.save(options.out)
+        text = f"{text}\nwritten to {options.out}"
+    return Answer({**found.to_dict(), "out": options.out}, text)
+
+
+def run_neighbors(options: argparse.Namespace) -> Answer:
+    from moe_route.experiments import neighbor_scores
+
+    output(options.out)
+    listed = None if options.successful is None else options.successful.read_text("utf-8").split("\n")
+    found = neighbor_scores(
+        merged_statistics(options.solved),
+        merged_statistics(options.new),
+        successful=None if listed is None else [line.strip() for line in listed if line.strip()],
+        group=options.group,
+        new_group=options.new_group,
+        space=options.space,
+        neighbors=options.neighbors,
+        share=options.share,
+    )
+    plan = found.plan(options.layers)
+    data, text = {**found.to_dict(), "plan": plan.hash}, repr(found)
+    if options.out is not None:
+        saved = written(plan, options.out)
+        data, text = {**data, "out": options.out}, f"{text}\n{saved.text}"
+    return Answer(data, text)

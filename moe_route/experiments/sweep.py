@@ -1,0 +1,220 @@
+"""Strength sweeps: one plan at several strengths, on the same texts and in the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_route.analysis import Difference, RandomControl, paired_difference, random_control
+from moe_route.analysis.result import plain
+from moe_route.experiments.runs import attached, encoded_texts, token_losses
+from moe_route.recording.frames import data_frame
+from moe_route.routed import RoutedModel
+from moe_route.steering import Plan, PlanError
+from moe_route.texttable import ShownAsTables, Table
+from moe_route.workload import Batch, EncodedTexts, LanguageModel, Text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["StrengthSweep", "strength_sweep"]
+
+_NATURAL = "natural"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class StrengthSweep(ShownAsTables):
+    """Loss of each group at each strength, in nats per token.
+
+    Attributes:
+        groups: names of the G groups (languages).
+        strengths: the S factors by which the plan was multiplied.
+        loss: float64 [G, S].
+        natural: float64 [G], loss without the plan.
+        change: [G][S], change against no plan, with the 95 % interval of a paired bootstrap over texts; intervals of
+            different strengths are not corrected for each other.
+        control: [G][S], comparison with the same plan on random experts; () without controls.
+        texts: [G], number of texts.
+        plan: hash of the plan.
+        note: which texts were cut, "" if none was.
+    """
+
+    groups: tuple[str, ...]
+    strengths: tuple[float, ...]
+    loss: np.ndarray
+    natural: np.ndarray
+    change: tuple[tuple[Difference, ...], ...]
+    control: tuple[tuple[RandomControl, ...], ...]
+    texts: tuple[int, ...]
+    plan: str
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able content."""
+        return plain(
+            {
+                "plan": self.plan,
+                "unit": "nats per token",
+                "strengths": self.strengths,
+                "groups": self.groups,
+                "texts": self.texts,
+                "natural": self.natural,
+                "loss": self.loss,
+                "change": [[vars(cell) | {"verdict": cell.verdict} for cell in row] for row in self.change],
+                "control": [[cell.to_dict() for cell in row] for row in self.control],
+                "note": self.note,
+            }
+        )
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A tidy data frame with a row per (group, strength). Needs pandas."""
+        g, s = np.indices(self.loss.shape).reshape(2, -1)
+        columns = {
+            "group": np.asarray(self.groups, dtype=object)[g],
+            "strength": np.asarray(self.strengths)[s],
+            "loss": self.loss.reshape(-1),
+        }
+        for name in ("value", "low", "high"):
+            columns[f"change_{name}"] = np.array([getattr(cell, name) for row in self.change for cell in row])
+        if self.control:
+            columns["control_p"] = np.array([cell.p_value for row in self.control for cell in row])
+        return data_frame(columns)
+
+    def tables(self) -> list[Table]:
+        head = ["group", "texts", "strength", "loss", "change", "95 % interval", ""]
+        head += ["random experts", "p"] if self.control else []
+        rows = []
+        for g, group in enumerate(self.groups):
+            for s, strength in enumerate(self.strengths):
+                cell = self.change[g][s]
+                interval = "none" if np.isnan(cell.low) else f"[{cell.low:+.4f}, {cell.high:+.4f}]"
+                row: list[object] = [group, self.texts[g], f"{strength:g}", float(self.loss[g, s])]
+                row += [f"{cell.value:+.4f}", interval, cell.verdict]
+                if self.control:
+                    drawn = self.control[g][s]
+                    row += [f"{np.mean(drawn.random):+.4f}", drawn.p_value]
+                rows.append(row)
+        note = "change: against no plan, nats per token; lower is better"
+        if self.control:
+            note += f"; p: of {len(self.control[0][0].random) + 1} sets of experts, the share that does as well"
+        return [Table(head, rows, "Loss in nats per token by strength", "\n".join(filter(None, (note, self.note))))]
+
+
+def strength_sweep(
+    language_model: LanguageModel,
+    texts: Sequence[Text] | EncodedTexts,
+    plan: Plan,
+    strengths: Sequence[float],
+    *,
+    routed: RoutedModel | None = None,
+    controls: int = 0,
+    seed: int = 0,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    progress: str | None = None,
+) -> StrengthSweep:
+    """Measure the loss of texts under ``plan * strength`` for several strengths, in one pass over the texts.
+
+    Each text runs once per strength and once without the plan, as rows of the same batch that the plan tells apart by
+    group. So all strengths are compared under the same padding.
+
+    Args:
+        texts: their groups are the languages of the result; conditions of the plan on groups hold.
+        strengths: factors for the plan; 1 is the plan itself.
+        routed: the attached model; without it, the model is attached for the experiment.
+        controls: number of random controls per strength, ``plan.random(seed + i)``.
+        batch_size: rows of a batch, each text counted once for each strength and control.
+
+    Raises ``PlanError`` for a plan without strength (forced experts) unless its only strength is 1, ``ValueError`` for
+    no strength or no text that has a token to predict.
+    """
+    factors = tuple(float(strength) for strength in strengths)
+    if not factors or len(set(factors)) != len(factors) or not np.isfinite(factors).all():
+        raise ValueError(f"strengths must be different finite numbers, at least one, not {list(strengths)}")
+    if controls < 0:
+        raise ValueError(f"controls must be 0 or more, not {controls}")
+    encoded = encoded_texts(language_model, texts, max_length)
+    with attached(language_model, routed) as model:
+        known = plan if plan.model.num_experts else plan.for_model(num_experts=[r.num_experts for r in model.routers])
+        bases = [plan, *(known.random(seed + draw) for draw in range(controls))]
+        plans = [base if factor == 1 else base * factor for base in bases for factor in factors]
+        nats, tokens = _losses(language_model, model, encoded, plans, batch_size, progress)
+    return _result(encoded, nats, tokens, factors, controls, plan)
+
+
+def _losses(
+    language_model: LanguageModel,
+    routed: RoutedModel,
+    encoded: EncodedTexts,
+    plans: Sequence[Plan],
+    batch_size: int,
+    progress: str | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Summed loss of each text under no plan and under each plan, [1 + plans, texts], and its predicted tokens."""
+    groups = list(dict.fromkeys(text.group for text in encoded.texts))
+    names = [_NATURAL, *map(str, range(len(plans)))]
+    together = sum((_of_copies(plan, name, groups) for plan, name in zip(plans, names[1:], strict=True)), Plan())
+    found = np.zeros((len(names), len(encoded.texts)))
+    tokens = np.zeros(len(encoded.texts))
+    with routed.steer(together):
+        for batch in language_model.batches(encoded, batch_size=max(1, batch_size // len(names)), progress=progress):
+            size = len(batch.texts)
+            rows = {name: values.repeat(len(names), 1) for name, values in batch.inputs.items()}
+            labels = [_copy(name, text.group) for name in names for text in batch.texts]
+            items = [text.item for _ in names for text in batch.texts]
+            with routed.labels(groups=labels, items=items):
+                logits = language_model.run(Batch(batch.texts * len(names), batch.positions * len(names), rows))
+            losses, _ = token_losses(logits, rows["input_ids"])
+            mask = rows["attention_mask"][:, 1:].double().cpu()
+            places = list(batch.positions)
+            found[:, places] = (losses * mask).sum(1).numpy().reshape(len(names), size)
+            tokens[places] = mask[:size].sum(1).numpy()
+    return found, tokens
+
+
+def _copy(name: str, group: str) -> str:
+    """Group of the copies of a text that run under one plan."""
+    return f"{name}\0{group}"
+
+
+def _of_copies(plan: Plan, name: str, groups: Sequence[str]) -> Plan:
+    """The plan for the copies ``name`` only, under its own conditions on groups."""
+    rules = []
+    for rule in plan.rules:
+        kept = [_copy(name, group) for group in groups if rule.groups is None or group in rule.groups]
+        if kept:
+            rules.append(replace(rule, groups=tuple(sorted(kept))))
+    return Plan(rules, model=plan.model)
+
+
+def _result(
+    encoded: EncodedTexts, nats: np.ndarray, tokens: np.ndarray, factors: tuple[float, ...], controls: int, plan: Plan
+) -> StrengthSweep:
+    of_text = np.array([text.group for text in encoded.texts])
+    groups = tuple(dict.fromkeys(of_text.tolist()))
+    base, steered = nats[0], nats[1:].reshape(1 + controls, len(factors), -1)
+    loss, natural, counts = np.zeros((len(groups), len(factors))), np.zeros(len(groups)), []
+    change: list[tuple[Difference, ...]] = []
+    control: list[tuple[RandomControl, ...]] = []
+    for g, group in enumerate(groups):
+        mine = (of_text == group) & (tokens > 0)
+        if not mine.any():
+            raise PlanError(f"no text of {group!r} has a second token, so there is nothing to predict: leave it out")
+        counts.append(int(mine.sum()))
+        natural[g] = base[mine].sum() / tokens[mine].sum()
+        loss[g] = steered[0][:, mine].sum(1) / tokens[mine].sum()
+        cells = range(len(factors))
+        change.append(tuple(paired_difference(steered[0, s, mine], base[mine], tokens[mine]) for s in cells))
+        if controls:
+            control.append(
+                tuple(
+                    random_control(steered[0, s, mine], steered[1:, s][:, mine], base[mine], tokens[mine])
+                    for s in cells
+                )
+            )
+    return StrengthSweep(
+        groups, factors, loss, natural, tuple(change), tuple(control), tuple(counts), plan.hash, encoded.note
+    )

@@ -1,0 +1,402 @@
+"""What a plan will do to tokens whose natural routing is known, before any of them is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from moe_route.calls.call import PHASES
+from moe_route.steering.layers import show_numbers
+from moe_route.steering.model import PlanError, PlanModel
+from moe_route.steering.rule import OPERATIONS, Rule
+from moe_route.texttable import ShownAsTables, Table, number_of
+
+if TYPE_CHECKING:
+    from moe_route.steering.plan import Plan
+
+__all__ = ["PlanExplanation", "RuleEffect", "explain"]
+
+SATURATED = 0.02  # an expert is saturated if it is chosen by fewer, or by more than all but these, of the tokens
+_SHOWN = 40  # rows that are printed
+_ON, _OFF = "gains", "loses"
+
+
+class Counted(Protocol):
+    """The part of ``recording.RoutingStatistics`` that is read."""
+
+    @property
+    def groups(self) -> Sequence[str]: ...
+    @property
+    def num_experts(self) -> Sequence[int]: ...
+    @property
+    def top_k(self) -> Sequence[int]: ...
+    @property
+    def metrics(self) -> Sequence[str]: ...
+    @property
+    def metadata(self) -> dict[str, Any]: ...
+    def tokens(self, phase: Any = None) -> np.ndarray: ...
+    def token_sum(self, metric: str, phase: Any = None) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class RuleEffect:
+    """What one rule does in one layer to the tokens of one group.
+
+    Attributes:
+        rule: index into ``Plan.rules``.
+        group, layer: the tokens and the layer.
+        experts: the experts that the rule changes there; all of the layer for rules without experts.
+        tokens: tokens that the rule's conditions let through.
+        frequency: share of these tokens that choose an expert of the rule, mean over its experts; NaN without tokens.
+        moved: choices that change, summed over the experts: a token that gains or loses one of them counts once for
+            each.
+        moved_tokens: tokens with such a change; None where only sums over tokens are known.
+        certainty: "exact", "estimate", "at most", or "none" if the rule can change no choice there.
+        saturated: experts that nearly all tokens choose already (or nearly none, for a rule that takes them away).
+        note: what limits the effect, or how it was estimated.
+    """
+
+    rule: int
+    group: str
+    layer: int
+    experts: tuple[int, ...]
+    tokens: int
+    frequency: float
+    moved: float
+    moved_tokens: int | None
+    certainty: str
+    saturated: tuple[int, ...]
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able content."""
+        content = asdict(self)
+        content["experts"], content["saturated"] = list(self.experts), list(self.saturated)
+        content["frequency"] = None if np.isnan(self.frequency) else self.frequency
+        return content
+
+
+@dataclass(frozen=True, repr=False)
+class PlanExplanation(ShownAsTables):
+    """What a plan will do, before it runs.
+
+    Each layer is looked at by itself: the tokens are those that arrive there without the plan.
+
+    Attributes:
+        effects: one entry per (rule, group, layer) that the plan reaches.
+        idle: (rule, reason) for rules that will change nothing in these tokens.
+        rules: the rules in words.
+        notes: remarks on the statistics.
+    """
+
+    effects: tuple[RuleEffect, ...]
+    idle: tuple[tuple[int, str], ...]
+    rules: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that the plan reaches."""
+        return tuple(sorted({effect.layer for effect in self.effects}))
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups that the plan reaches."""
+        return tuple(dict.fromkeys(effect.group for effect in self.effects))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able content."""
+        return {
+            "rules": list(self.rules),
+            "effects": [effect.to_dict() for effect in self.effects],
+            "idle": [{"rule": rule, "reason": reason} for rule, reason in self.idle],
+            "layers": list(self.layers),
+            "groups": list(self.groups),
+            "notes": list(self.notes),
+        }
+
+    def to_pandas(self) -> Any:
+        """A data frame with a row per effect; needs pandas."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("data frames need pandas: pip install 'moe-route[analysis]'") from error
+        return pandas.DataFrame([effect.to_dict() for effect in self.effects])
+
+    def tables(self) -> list[Table]:
+        head = ("rule", "group", "layer", "experts", "tokens", "chosen now", "choices moved", "", "saturated")
+        rows = [
+            (
+                effect.rule + 1,
+                effect.group,
+                effect.layer,
+                show_numbers(effect.experts) if len(effect.experts) <= 4 else number_of(len(effect.experts), "expert"),
+                effect.tokens,
+                effect.frequency,
+                round(effect.moved),
+                effect.certainty,
+                show_numbers(effect.saturated) or "none",
+            )
+            for effect in self.effects[:_SHOWN]
+        ]
+        more = len(self.effects) - len(rows)
+        reached = f"Reaches layers {show_numbers(self.layers)}; groups {', '.join(self.groups)}"
+        title = "\n".join(
+            [*(f"{number}. {rule}" for number, rule in enumerate(self.rules, 1)), reached if self.effects else ""]
+        ).rstrip()
+        notes = [f"and {more} more rows: to_pandas()"] if more > 0 else []
+        notes += [f"rule {rule + 1} will do nothing: {reason}" for rule, reason in self.idle]
+        notes += dict.fromkeys(effect.note for effect in self.effects if effect.note)
+        return [Table(head, rows, title, "\n".join([*notes, *self.notes]))]
+
+
+def explain(plan: Plan, given: Any, groups: Sequence[str] | str | None = None) -> PlanExplanation:
+    """See ``Plan.explain``."""
+    source: _Sums | _Tokens
+    if hasattr(given, "layer_numbers"):
+        source = _Tokens(given, plan.model.num_experts)
+    elif hasattr(given, "token_sum"):
+        source = _Sums(given)
+        plan.check_model(
+            config_hash=PlanModel.of_recording(given.metadata, ()).config_hash, num_experts=given.num_experts
+        )
+    else:
+        raise PlanError(
+            f"explain takes RoutingStatistics or a Trace, not {type(given).__name__}: recorder.statistics()"
+        )
+    names = [groups] if isinstance(groups, str) else list(source.groups if groups is None else groups)
+    unknown = [name for name in names if name not in source.groups]
+    if unknown or not names:
+        raise PlanError(
+            f"no group {unknown[0]!r} was recorded: there are {', '.join(map(repr, source.groups))}"
+            if unknown
+            else "there is no group to explain: record some texts"
+        )
+    effects: list[RuleEffect] = []
+    idle: list[tuple[int, str]] = []
+    for number, rule in enumerate(plan.rules):
+        _check_fits(rule, source)
+        found = list(_effects(number, rule, source, names))
+        effects += found
+        if not any(effect.moved for effect in found):
+            idle.append((number, _reason(rule, found, names)))
+    return PlanExplanation(tuple(effects), tuple(idle), tuple(map(str, plan.rules)), tuple(source.notes))
+
+
+def _check_fits(rule: Rule, source: _Sums | _Tokens) -> None:
+    for layer in rule.touched_layers or ():
+        if layer >= source.num_layers:
+            raise PlanError(
+                f"the plan steers layer {layer}, the recording has {source.num_layers} layers: explain it with a "
+                "recording of the model that it was made for"
+            )
+        size = source.size(layer)
+        wrong = [expert for expert, _ in rule.in_layer(layer) if size is not None and expert >= size]
+        if wrong:
+            raise PlanError(
+                f"the plan names expert {wrong[0]} of layer {layer}, which has {size} experts: explain it with a "
+                "recording of the model that it was made for"
+            )
+
+
+def _reason(rule: Rule, effects: Sequence[RuleEffect], names: Sequence[str]) -> str:
+    if rule.groups is not None and not set(rule.groups) & set(names):
+        return f"none of its groups ({', '.join(rule.groups)}) is among these"
+    if not effects:
+        return "it reaches no layer of the recording"
+    if not any(effect.tokens for effect in effects):
+        return "no recorded token meets its conditions"
+    if rule.kind == "scale_weights":
+        return "it changes weights, not the choice"
+    if rule.kind == "temperature":
+        return "it changes weights, and the choice only of routers with a correction bias"
+    if all(set(effect.saturated) == set(effect.experts) for effect in effects):
+        return "its experts are saturated already"
+    return "it leaves every choice as it is"
+
+
+def _effects(number: int, rule: Rule, source: _Sums | _Tokens, names: Sequence[str]) -> Iterator[RuleEffect]:
+    for group in names:
+        if not (rule.groups is None or group in rule.groups):
+            continue
+        for layer in range(source.num_layers):
+            if rule.touches(layer) and source.has(layer):
+                yield _effect(number, rule, group, layer, source)
+
+
+def _effect(number: int, rule: Rule, group: str, layer: int, source: _Sums | _Tokens) -> RuleEffect:
+    tokens, counts = source.counts(rule, group, layer)
+    named = tuple(expert for expert, _ in rule.in_layer(layer))
+    experts = named or tuple(range(len(counts)))
+    chosen = counts[list(experts)]
+    moved, certainty, side = _moved(rule, layer, tokens, counts, source.top_k(layer))
+    note = ""
+    if certainty == "exact" and rule.positions is not None and not source.sees_tokens:
+        certainty, note = "at most", "statistics do not say which tokens are at the rule's positions: all are counted"
+    if rule.kind == "activate" and certainty == "estimate":
+        note = (
+            "estimates: an expert's distance from being chosen, in standard deviations of a token's logits, is taken "
+            "as normal with variance 1 over tokens; the share is Phi(Phi^-1(frequency) + strength)"
+        )
+    if not moved.any() and certainty != "at most":
+        certainty = "none" if certainty == "exact" else certainty
+    share = chosen / tokens if tokens else np.full(len(experts), np.nan)
+    full = share > 1 - SATURATED if side == _ON else share < SATURATED if side == _OFF else np.zeros(len(share), bool)
+    saturated = tuple(expert for expert, is_full in zip(experts, full, strict=True) if is_full)
+    exact = certainty in ("exact", "none")
+    touched = source.touched(rule, group, layer, experts, side) if exact and side and source.sees_tokens else None
+    frequency = float(share.mean()) if len(share) else float("nan")
+    return RuleEffect(
+        number, group, layer, experts, tokens, frequency, float(moved.sum()), touched, certainty, saturated, note
+    )
+
+
+def _moved(rule: Rule, layer: int, tokens: int, counts: np.ndarray, k: int) -> tuple[np.ndarray, str, str]:
+    """Choices that change, per expert of the rule; how sure that is; whether the experts gain or lose tokens."""
+    pairs = rule.in_layer(layer)
+    chosen = counts[[expert for expert, _ in pairs]] if pairs else np.zeros(0)
+    free = tokens - chosen
+    if rule.kind in ("scale_weights", "temperature"):
+        return np.zeros(1), "exact" if rule.kind == "scale_weights" else "estimate", ""
+    if rule.kind == "top_k":
+        return np.array([tokens * abs(int(rule.value or k) - k)]), "exact", ""
+    if rule.table is not None or rule.kind == "replace_scores":
+        return np.array([tokens * k]), "at most", ""
+    if rule.draw is not None:  # as many experts, uniformly drawn for each token
+        share = np.full(len(pairs), k / len(counts))
+        return tokens * (1 - share if _gains(rule, 1.0) else share), "estimate", ""
+    if rule.kind == "remap":
+        return np.where([expert != int(target) for expert, target in pairs], chosen, 0), "exact", _OFF
+    if rule.kind in ("force_on", "reserve_slot", "fix_choice"):
+        return free, "exact" if len(pairs) <= k else "at most", _ON
+    if rule.kind in ("force_off", "forbid"):
+        off = np.zeros(len(pairs)) if rule.absent else chosen
+        enough = len(counts) - len(pairs) >= k or rule.kind == "forbid"
+        return off, "exact" if enough else "at most", _OFF
+    return _soft(rule, pairs, tokens, chosen)
+
+
+def _soft(
+    rule: Rule, pairs: Sequence[tuple[int, float]], tokens: int, chosen: np.ndarray
+) -> tuple[np.ndarray, str, str]:
+    """Rules that shift logits: an estimate where the shift is known in standard deviations, else a bound."""
+    effects = [rule.effective(coefficient) for _, coefficient in pairs]
+    neutral = 1.0 if OPERATIONS[rule.kind].combine == "multiply" else 0.0
+    up = np.array([effect > neutral for effect in effects])
+    still = np.array([effect == neutral for effect in effects]) | (~up & rule.absent)
+    side = _ON if up.all() else _OFF if not up.any() else ""
+    if rule.kind == "scale_logits":  # a positive logit rises with a factor above 1, a negative one falls
+        bound, side = np.maximum(tokens - chosen, chosen), ""
+    else:
+        bound = np.where(up, tokens - chosen, chosen)
+    if rule.kind != "activate":
+        return np.where(still, 0, bound), "at most", side
+    normal = NormalDist()
+    share = (chosen + 0.5) / (tokens + 1)  # never 0 or 1, which no finite strength would change
+    after = np.array([normal.cdf(normal.inv_cdf(float(f)) + by) for f, by in zip(share, effects, strict=True)])
+    return np.where(still, 0, np.minimum(np.abs(after - share) * tokens, bound)), "estimate", side
+
+
+def _gains(rule: Rule, coefficient: float) -> bool:
+    if rule.kind in ("force_off", "forbid"):
+        return False
+    if not OPERATIONS[rule.kind].combine:
+        return True
+    return rule.effective(coefficient) > (1.0 if OPERATIONS[rule.kind].combine == "multiply" else 0.0)
+
+
+class _Sums:
+    """Counts of a recording that kept sums."""
+
+    sees_tokens = False
+
+    def __init__(self, statistics: Counted) -> None:
+        self.statistics = statistics
+        self.groups = tuple(statistics.groups)
+        self.num_layers = len(statistics.num_experts)
+        self.notes: list[str] = []
+        self.metric = "counts"
+        if "natural_counts" in statistics.metrics:
+            self.metric = "natural_counts"
+            self.notes.append("the recording was steered: the natural choice is taken")
+        elif statistics.metadata.get("plans"):
+            self.notes.append("the recording was steered, and only the steered choice was kept")
+        self._counts: dict[str | None, np.ndarray] = {}
+
+    def has(self, layer: int) -> bool:
+        return layer < self.num_layers
+
+    def size(self, layer: int) -> int:
+        return int(self.statistics.num_experts[layer])
+
+    def top_k(self, layer: int) -> int:
+        return int(self.statistics.top_k[layer])
+
+    def counts(self, rule: Rule, group: str, layer: int) -> tuple[int, np.ndarray]:
+        """Tokens of the phase, and how many of them chose each expert."""
+        if rule.phase not in self._counts:
+            self._counts[rule.phase] = self.statistics.token_sum(self.metric, rule.phase)
+        row = self.groups.index(group)
+        found = self._counts[rule.phase][row, layer, : self.size(layer)]
+        return int(self.statistics.tokens(rule.phase)[row, layer]), found
+
+    def touched(self, *_: Any) -> int | None:
+        return None
+
+
+class _Tokens:
+    """Choices of single tokens."""
+
+    sees_tokens = True
+
+    def __init__(self, trace: Any, num_experts: Sequence[int] | None) -> None:
+        self.trace, self.num_experts = trace, num_experts
+        self.groups = tuple(trace.groups)
+        self.layers = tuple(trace.layer_numbers)
+        self.num_layers = max(self.layers, default=-1) + 1
+        self.notes = ["the trace is cut: later tokens are missing"] if trace.truncated else []
+
+    def has(self, layer: int) -> bool:
+        return layer in self.layers
+
+    def size(self, layer: int) -> int | None:
+        return None if self.num_experts is None else self.num_experts[layer]
+
+    def top_k(self, layer: int) -> int:
+        return int(self.trace.ids.shape[2])
+
+    def _ids(self, rule: Rule, group: str, layer: int) -> np.ndarray:
+        """Ids [tokens, k] of the tokens that meet the conditions of the rule."""
+        trace = self.trace
+        kept = trace.group == self.groups.index(group)
+        if rule.phase is not None:
+            kept &= trace.phase == PHASES.index(rule.phase)
+        if rule.positions is not None:
+            inside = [
+                (trace.position >= start) & (trace.position < (np.inf if stop is None else stop))
+                for start, stop in rule.positions
+            ]
+            kept &= np.any(inside, axis=0)
+        ids: np.ndarray = trace.ids[kept, self.layers.index(layer)].astype(np.int64)
+        return ids
+
+    def counts(self, rule: Rule, group: str, layer: int) -> tuple[int, np.ndarray]:
+        ids = self._ids(rule, group, layer)
+        named = [expert for expert, _ in rule.in_layer(layer)]
+        seen = int(self.trace.ids.max(initial=-1))
+        width = max([seen + 1, self.size(layer) or 0, self.top_k(layer), *(expert + 1 for expert in named)])
+        return len(ids), np.bincount(ids[ids >= 0], minlength=width)
+
+    def touched(self, rule: Rule, group: str, layer: int, experts: Sequence[int], side: str) -> int | None:
+        """Tokens that lack one of the experts (a rule that adds them), or have one (a rule that takes them away)."""
+        if rule.absent and side == _OFF:
+            return 0
+        if rule.kind == "remap":
+            experts = [expert for expert, target in rule.in_layer(layer) if expert != int(target)]
+        ids = self._ids(rule, group, layer)
+        has = (ids[:, :, None] == np.asarray(experts, np.int64)).any(1)
+        return int((~has).any(1).sum() if side == _ON else has.any(1).sum())

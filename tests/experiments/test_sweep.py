@@ -1,0 +1,87 @@
+"""Strength sweeps on the shipped model: against one run per strength, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+
+from moe_route.analysis import paired_difference
+from moe_route.data import demo_corpus
+from moe_route.experiments import strength_sweep
+from moe_route.steering import Plan, PlanError
+from moe_route.workload import LanguageModel, Text, texts_of
+
+PLAN = Plan.activate({2: [1, 5], 4: [0]}, strength=1.0)
+
+
+@pytest.fixture(scope="module")
+def spoken() -> LanguageModel:
+    return LanguageModel.load("demo")
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[Text]:
+    return texts_of(demo_corpus().subset(["eng_Latn", "swh_Latn"], 3))
+
+
+def test_it_is_one_run_for_each_strength(spoken: LanguageModel, texts: list[Text]) -> None:
+    plan = PLAN + Plan.bias({3: [2]}, strength=2.0).only(groups="swh_Latn")
+    found = strength_sweep(spoken, texts, plan, [0.5, 1, 2], controls=2, batch_size=20)
+    groups = np.array([text.group for text in texts])
+    base = spoken.losses(texts)
+    with spoken.attach() as routed:
+        for s, strength in enumerate(found.strengths):
+            nats = np.zeros(len(texts))
+            for group in found.groups:
+                mine = [text for text in texts if text.group == group]
+                with routed.steer(plan * strength), routed.labels(groups=group):
+                    nats[groups == group] = spoken.losses(mine, batch_size=len(mine))[:, 0]
+            for g, group in enumerate(found.groups):
+                at = groups == group
+                assert found.loss[g, s] == pytest.approx(nats[at].sum() / base[at, 1].sum(), rel=1e-4)
+                change = paired_difference(nats[at], base[at, 0], base[at, 1])
+                cell = found.change[g][s]
+                assert (cell.value, cell.low, cell.high) == pytest.approx(
+                    (change.value, change.low, change.high), abs=1e-4
+                )
+        assert routed.plan is None
+    assert found.natural == pytest.approx(
+        [base[groups == g, 0].sum() / base[groups == g, 1].sum() for g in found.groups]
+    )
+    assert found.texts == (3, 3)
+    assert all(len(cell.random) == 2 for row in found.control for cell in row)
+    assert len(found.to_pandas()) == 6
+    assert json.dumps(found.to_dict(), allow_nan=False)
+    assert "random experts" in repr(found)
+
+
+def test_a_strength_of_nothing_changes_nothing(spoken: LanguageModel, texts: list[Text]) -> None:
+    found = strength_sweep(spoken, texts[:2], PLAN, [0], batch_size=4)
+    assert found.loss[0, 0] == pytest.approx(found.natural[0], rel=1e-6)
+    assert found.change[0][0].value == pytest.approx(0, abs=1e-6)
+    assert found.control == ()
+
+
+def test_forced_experts_have_one_strength(spoken: LanguageModel, texts: list[Text]) -> None:
+    plan = Plan.force_on({2: [1]})
+    assert strength_sweep(spoken, texts[:2], plan, [1]).loss.shape == (1, 1)
+    with pytest.raises(PlanError, match="no strength to scale"):
+        strength_sweep(spoken, texts[:2], plan, [1, 2])
+
+
+def test_what_it_refuses(spoken: LanguageModel, texts: list[Text]) -> None:
+    for strengths in ([], [1, 1], [float("nan")]):
+        with pytest.raises(ValueError, match="different finite numbers"):
+            strength_sweep(spoken, texts, PLAN, strengths)
+    with pytest.raises(ValueError, match="controls must be 0 or more"):
+        strength_sweep(spoken, texts, PLAN, [1], controls=-1)
+    with pytest.raises(ValueError, match="nothing to predict"):
+        strength_sweep(spoken, [], PLAN, [1])
+    with pytest.raises(PlanError, match="steers layer 9"):
+        strength_sweep(spoken, texts, Plan.forbid({9: [1]}), [1])
+    with spoken.attach() as routed, routed.steer(PLAN), pytest.raises(ValueError, match="steered already"):
+        strength_sweep(spoken, texts, PLAN, [1], routed=routed)
