@@ -47,7 +47,8 @@ class Accumulator(ChoiceObserver):
         if found is None:
             self._tables[key] = found = self._zeros(name, self._capacity, device)
         elif found.device != device:
-            self._tables[key] = found = found.to(device)
+            self._tables[key] = self._zeros(name, len(found), device).copy_(found)
+            found = self._tables[key]
         return found
 
     @torch.inference_mode(False)  # the tables outlive the inference mode in which a model may be called

@@ -27,8 +27,8 @@ __all__ = ["ChoiceCollector", "ChoiceObserver", "ObservedCall"]
 class ObservedCall:
     """One call of the model: the labels of its tokens, and the choices of its layers on their devices.
 
-    Token s of sequence b has the number ``b * length + s``; there are T = batch * length tokens. Every tensor in it is
-    a copy, so it may be kept.
+    Token s of sequence b has the number ``b * length + s``; there are T = batch * length tokens. ``ids`` and
+    ``weights`` are copies, so they may be kept.
     """
 
     call: Call

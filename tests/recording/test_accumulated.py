@@ -321,7 +321,7 @@ def test_the_mean_length_of_a_sequence_is_said(routed: mr.RoutedModel) -> None:
         with rec.labels("x"):
             routed.model(tokens(2, 5))
         assert "x (2 sequences, 10 tokens, 5.0 each)" in repr(rec.statistics())
-        assert "<td>5.0</td>" in rec.statistics()._repr_html_().replace(' align="right"', "")
+        assert ">5.0</td>" in rec.statistics()._repr_html_()
         with rec.labels("x"):
             routed.model(tokens(1, 3))
             assert "x (2 sequences, 13 tokens)" in repr(rec.statistics())  # one of them has not ended
