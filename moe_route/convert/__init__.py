@@ -56,17 +56,15 @@ def read(
     paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
     if not paths:
         raise ValueError("there is no file to read: give one")
-    names: set[str] = set()
+    name = ""
     parts = []
     for one in paths:
         source = open_source(os.fspath(one))
-        names.add(format_of(source, format))
-        if len(names) > 1:
-            raise ValueError(
-                f"the files are of different formats ({', '.join(sorted(names))}): convert them one by one"
-            )
-        parts.append(_read(source, *names, to, options))
-    (name,) = names
+        found = format_of(source, format)
+        name = name or found
+        if found != name:
+            raise ValueError(f"the files are of different formats ({name}, {found}): convert them one by one")
+        parts.append(_read(source, name, to, options))
     kind, _, steps = readers(name, to)
     result = _MERGED[kind](parts)
     for step in steps:

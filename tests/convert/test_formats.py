@@ -489,7 +489,7 @@ def test_numbers_that_contradict_each_other_are_refused(tmp_path):
 
 def test_files_of_other_layers_or_formats_do_not_mix(tmp_path):
     with pytest.raises(ValueError, match="different formats"):
-        convert.read([eplb(tmp_path), gate_sums(tmp_path)])
+        convert.read([gate_sums(tmp_path), eplb(tmp_path)])
     np.save(tmp_path / "other.npy", np.array(COUNTS)[:1])
     with pytest.raises(ValueError, match="different layers"):
         convert.read([tmp_path / "weight.npy", tmp_path / "other.npy"], top_k=2)
