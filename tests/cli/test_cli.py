@@ -364,7 +364,7 @@ class TestCompletion:
         ("line", "expected"),
         [
             ("de", ["describe", "demo"]),
-            ("analyze ", ["divergence", "entropy", "experts"]),
+            ("analyze ent", ["entropy"]),
             ("plot m", ["matrix"]),
             ("plot matrix ", []),  # a file
             ("plot matrix a.safetensors --la", ["--layers"]),
