@@ -105,22 +105,22 @@ class Correlation(ShownAsTables):
 
     def tables(self) -> list[Table]:
         """A row per layer; p-values are not averaged over layers."""
-        columns = {
-            "Pearson r": self.pearson,
-            "p (this layer)": self.p_value,
-            "p (all layers)": self.p_corrected,
-            "Spearman rho": self.spearman,
-        }
+        p_values = ("p (this layer)", "p (all layers)")
+        head, columns = ["Pearson r", *p_values, "Spearman rho"], [self.pearson, self.p_value, self.p_corrected]
+        columns.append(self.spearman)
         if len(self.spearman_p_corrected) == len(self.layers):
-            columns |= {"p (this layer) ": self.spearman_p_value, "p (all layers) ": self.spearman_p_corrected}
-        columns["groups"] = self.number
-        rows = [[layer, *row] for layer, row in enumerate(zip(*(c.tolist() for c in columns.values()), strict=True))]
+            head += p_values
+            columns += [self.spearman_p_value, self.spearman_p_corrected]
+        numbers = zip(*(column.tolist() for column in (*columns, self.number)), strict=True)
+        rows = [[layer, *row] for layer, row in enumerate(numbers)]
         given = f", given {', '.join(self.covariates)}" if self.covariates else ""
         title = f"Correlation of scores with divergence from {self.reference} over {len(self.groups)} groups{given}"
         note = f"p: two-sided, of the column before, by exchanging {_EXCHANGES[self.exchange]}"
         if self.orders:
             note += f" ({self.orders} orders)"
-        return [Table(("layer", *columns), rows, title, f"{note}; all layers: corrected for the number of layers")]
+        return [
+            Table(("layer", *head, "groups"), rows, title, f"{note}; all layers: corrected for the number of layers")
+        ]
 
 
 _EXCHANGES = {"groups": "scores", "within blocks": "scores within blocks", "blocks": "the scores of whole blocks"}
