@@ -247,4 +247,4 @@ def _check_loss(found: Any, step: int) -> None:
     if not found.requires_grad:
         raise PlanError("the loss has no gradient: run the model inside loss() without no_grad and inference_mode")
     if not bool(found.isfinite()):
-        raise PlanError(f"the loss is {float(found)} at step {step}: use a smaller lr")
+        raise PlanError(f"the loss is {float(found.detach())} at step {step}: use a smaller lr")

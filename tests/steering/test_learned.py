@@ -97,7 +97,7 @@ def test_a_known_optimum_is_found() -> None:
         with routed.steer(Plan.bias({0: dict(enumerate(best.tolist()))})), torch.no_grad():
             target = weights()
         learned = routed.learn(
-            lambda: -(target * weights().clamp(min=1e-9).log()).sum(1).mean(), layers=0, steps=60, lr=0.1
+            lambda: -(target * weights().clamp(min=1e-9).log()).sum(1).mean(), layers=0, steps=150, lr=0.1
         )
         handle.remove()
     found = torch.from_numpy(learned.values[0][0])
