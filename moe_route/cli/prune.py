@@ -1,29 +1,20 @@
-"""`moe-route prune` and `moe-route pruning-curve`: write a smaller model, and measure what pruning costs."""
+"""`moe-route prune`: write a smaller model."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from moe_route.cli.analyze.pruning import CRITERIA, prune_arguments
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import (
-    command,
-    language_model,
-    merged_statistics,
-    model_arguments,
-    text_arguments,
-    texts,
-)
+from moe_route.cli.inputs import command, language_model, model_arguments
 
 
 def add(verbs: Any) -> None:
     parser = command(
         verbs,
         "prune",
-        prune,
+        run,
         "write a model without some experts",
         "moe-route analyze prune general.safetensors --keep 0.5 --out dropped.safetensors\n"
         "moe-route prune --selection dropped.safetensors --out smaller",
@@ -33,32 +24,9 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for the checkpoint")
     model_arguments(parser)
-    parser = command(
-        verbs,
-        "pruning-curve",
-        curve,
-        "loss of texts against the share of experts kept",
-        "moe-route pruning-curve --statistics general.safetensors --data arithmetic --keep 0.75,0.5",
-    )
-    parser.add_argument(
-        "--statistics", type=Path, nargs="+", required=True, metavar="FILE", help="by which the experts are chosen"
-    )
-    parser.add_argument(
-        "--criteria",
-        type=_criteria,
-        default=("reap", "frequency", "random"),
-        metavar="A,B",
-        help=f"some of {', '.join(CRITERIA)} (default: reap,frequency,random)",
-    )
-    parser.add_argument(
-        "--keep", type=_shares, default=(0.75, 0.5, 0.25), metavar="X,Y", help="shares (default: 0.75,0.5,0.25)"
-    )
-    prune_arguments(parser)
-    model_arguments(parser)
-    text_arguments(parser)
 
 
-def prune(options: argparse.Namespace) -> Answer:
+def run(options: argparse.Namespace) -> Answer:
     from moe_route.experiments import export_pruned
     from moe_route.steering import ExpertSelection
 
@@ -70,37 +38,3 @@ def prune(options: argparse.Namespace) -> Answer:
     size = sum(file.stat().st_size for file in options.out.glob("*.safetensors"))
     data = {"out": options.out, "dropped": len(selection), "bytes": size}
     return Answer(data, f"{len(selection)} experts dropped; {size / 2**20:.1f} MiB written to {options.out}")
-
-
-def curve(options: argparse.Namespace) -> Answer:
-    from moe_route.experiments import pruning_curve
-
-    found = pruning_curve(
-        language_model(options),
-        texts(options),
-        merged_statistics(options.statistics),
-        criteria=options.criteria,
-        keep=options.keep,
-        group=options.group,
-        reference=options.reference,
-        allocation=options.allocation,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        max_length=options.max_length,
-        progress=sys.stderr.isatty(),
-    )
-    return Answer(found.to_dict(), repr(found))
-
-
-def _criteria(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(","))
-    if not set(names) <= set(CRITERIA):
-        raise argparse.ArgumentTypeError(f"{text!r}: write some of {', '.join(CRITERIA)}")
-    return names
-
-
-def _shares(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(share) for share in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of shares: write them as 0.75,0.5") from None

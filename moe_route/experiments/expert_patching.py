@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +15,7 @@ from moe_route.analysis import AnalysisError, benjamini_hochberg, effects_by_gro
 from moe_route.analysis.effects import PERMUTATIONS, Effects
 from moe_route.analysis.resampling import RESAMPLES
 from moe_route.analysis.result import by_depth, plain
+from moe_route.experts.outputs import expert_outputs, experts_of
 from moe_route.recording.frames import data_frame
 from moe_route.routers.discovery import ModelNotSupportedError, RouterInfo, find_routers
 from moe_route.steering import PlanError
@@ -26,7 +26,7 @@ from moe_route.workload import LanguageModel, Text
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ExpertPatching", "PromptPair", "expert_outputs", "patch_experts"]
+__all__ = ["ExpertPatching", "PromptPair", "patch_experts"]
 
 _SHOWN = 10
 
@@ -191,15 +191,6 @@ def patch_experts(
     )
 
 
-def expert_outputs(experts: nn.Module, hidden: Tensor, ids: Tensor) -> Tensor:
-    """Compute the output of single experts, before weighting: [T, k, H], of hidden states [T, H] and ids [T, k]."""
-    tokens, slots = ids.shape
-    rows, one = hidden.repeat_interleave(slots, 0), torch.ones(tokens * slots, 1, device=hidden.device)
-    forward: Any = experts.forward  # without the hooks of the module
-    found: Tensor = forward(rows, ids.reshape(-1, 1), one.to(hidden.dtype))
-    return found.reshape(tokens, slots, -1)
-
-
 @dataclass(frozen=True, slots=True)
 class _Seen:
     """What the experts of one layer were given in one run: hidden [S, H], ids [S, k], weights [S, k]."""
@@ -319,13 +310,10 @@ def _hooks(hooks: Iterable[tuple[nn.Module, Any]], **options: Any) -> Iterator[N
 
 def _experts_of(router: RouterInfo) -> nn.Module:
     """The module that runs the experts of a router on (hidden, ids, weights)."""
-    for owner in (router.block, router.module):
-        experts = getattr(owner, "experts", None)
-        if isinstance(experts, nn.Module) and not isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
-            if len(inspect.signature(experts.forward).parameters) < 3:
-                raise _unsupported(experts, "it is not given ids and weights of experts")
-            return experts
-    raise _unsupported(router.block, "it has no module of experts")
+    experts = experts_of(router)
+    if isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
+        raise _unsupported(experts, "each of them is a module of its own")
+    return experts
 
 
 def _unsupported(module: nn.Module, why: str) -> ModelNotSupportedError:

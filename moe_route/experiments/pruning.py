@@ -13,6 +13,7 @@ from moe_route.analysis.inputs import AnalysisError
 from moe_route.analysis.paired import paired_difference
 from moe_route.analysis.pruning import CRITERIA, prune
 from moe_route.analysis.result import plain
+from moe_route.experiments.runs import attached
 from moe_route.recording.frames import data_frame
 from moe_route.steering import Plan
 from moe_route.texttable import ShownAsTables, Table
@@ -108,8 +109,8 @@ def pruning_curve(
     unknown = [name for name in criteria if name not in CRITERIA]
     if unknown or not criteria or not keep:
         raise AnalysisError(f"criteria are some of {', '.join(CRITERIA)}, and keep some shares; not {list(criteria)}")
-    with nullcontext(routed) if routed is not None else language_model.attach() as attached:
-        spec = attached.routers[0].spec
+    with attached(language_model, routed) as routed:
+        spec = routed.routers[0].spec
         options: dict[str, Any] = {"group": group, "allocation": allocation, "seed": seed}
         options |= {"n_group": spec.groups, "topk_group": spec.top_groups}
         dropped = [
@@ -126,7 +127,7 @@ def pruning_curve(
         encoded = language_model.encode(texts, max_length=max_length)
         losses = []
         for name, selection in zip(["whole", *_names(criteria, keep)], [None, *dropped], strict=True):
-            with attached.steer(Plan.forbid(selection)) if selection else nullcontext():
+            with routed.steer(Plan.forbid(selection)) if selection else nullcontext():
                 shown = name if progress else None
                 losses.append(language_model.losses(encoded, batch_size=batch_size, progress=shown))
     return _curve(np.stack(losses), [text.group for text in encoded.texts], criteria, keep)

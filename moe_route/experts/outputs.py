@@ -26,7 +26,7 @@ from moe_route.contract.outputs import SeenOutputs
 from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook
 from moe_route.routers.discovery import ModelNotSupportedError, RouterInfo
 
-__all__ = ["NoExpertOutputsError", "OutputSink", "watch_experts"]
+__all__ = ["NoExpertOutputsError", "OutputSink", "expert_outputs", "experts_of", "watch_experts"]
 
 # Arguments of a module of experts: hidden states [T, H], ids [T, k], weights [T, k].
 _ARGUMENTS = (
@@ -59,19 +59,40 @@ class OutputSink(Protocol):
         """Receive the outputs for that choice; `awaits` answers None from then on."""
 
 
+def expert_outputs(experts: nn.Module, hidden: Tensor, ids: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Compute the outputs f_e(x_t) of single experts before weighting, [T, k, H].
+
+    Runs the plain forward of a module of experts, without its hooks, with a row per slot and weight 1.
+
+    Args:
+        experts: a module whose forward takes hidden states, ids and weights.
+        hidden: hidden states, [T, H].
+        ids: ids of experts, [T, k].
+        dtype: dtype of the weights; by default that of ``hidden``.
+    """
+    tokens, slots = ids.shape
+    width = 2 if type(experts).__name__ in _NEEDS_TWO_SLOTS else 1
+    alone = torch.zeros((ids.numel(), width), dtype=hidden.dtype if dtype is None else dtype, device=ids.device)
+    alone[:, 0] = 1
+    forward: Any = experts.forward  # a call would run the hooks
+    rows = hidden.repeat_interleave(slots, dim=0)
+    found: Tensor = forward(rows, ids.reshape(-1, 1).expand(-1, width), alone)
+    return found.reshape(tokens, slots, -1)
+
+
 def watch_experts(router: RouterInfo, sink: OutputSink) -> Sequence[Change]:
     """The hooks that show `sink` the outputs of a router's experts.
 
     Raises `NoExpertOutputsError` for a layout whose outputs cannot be seen.
     """
-    experts = _experts_of(router)
+    experts = experts_of(router)
     if isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
         return _OneByOne(router, experts, sink).changes()
     return (ForwardPreHook(experts, _Again(router, sink, _arguments(experts)).hook, with_kwargs=True),)
 
 
-def _experts_of(router: RouterInfo) -> nn.Module:
-    """The module that holds a router's experts, in a layout whose outputs can be seen."""
+def experts_of(router: RouterInfo) -> nn.Module:
+    """The module that holds a router's experts; raises `NoExpertOutputsError` if their outputs cannot be seen."""
     for owner in (router.module, router.block):
         if type(owner).__name__ in _REFUSED:
             raise _refusal(router, owner, _REFUSED[type(owner).__name__])
@@ -141,20 +162,14 @@ class _Again:
 
 
 @torch.no_grad()
-def _sizes(module: Any, hidden: Tensor, ids: Tensor, weight: torch.dtype, kept: Tensor) -> SeenOutputs:
+def _sizes(module: nn.Module, hidden: Tensor, ids: Tensor, weight: torch.dtype, kept: Tensor) -> SeenOutputs:
     """Norms and peaks of f_e(x_t) for ids [T, k]; 0 where `kept` [T, k] is false."""
     tokens, slots = ids.shape
     many = max(_ELEMENTS // max(slots * hidden.shape[1], 1), 1)
     seen = []
     for first in range(0, tokens, many):
-        part = ids[first : first + many]
-        rows = hidden[first : first + many].repeat_interleave(slots, dim=0)
-        width = 2 if type(module).__name__ in _NEEDS_TWO_SLOTS else 1
-        alone = torch.zeros((part.numel(), width), dtype=weight, device=ids.device)
-        alone[:, 0] = 1
-        # the plain forward, since a call would run this hook again
-        output = module.forward(rows, part.reshape(-1, 1).expand(-1, width), alone)
-        seen.append(_measure(output.reshape(part.numel(), -1)))
+        part = slice(first, first + many)
+        seen.append(_measure(expert_outputs(module, hidden[part], ids[part], dtype=weight).flatten(0, 1)))
     found = [torch.cat(parts).reshape(tokens, slots) for parts in zip(*seen, strict=True)] if seen else []
     norms, peaks = found or [hidden.new_zeros((0, slots), dtype=torch.float32)] * 2
     return SeenOutputs(norms * kept, peaks * kept)

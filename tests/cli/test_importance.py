@@ -54,9 +54,9 @@ def test_prune_to_a_smaller_checkpoint(answer, moe_route, recorded: Path, tmp_pa
 def test_a_pruning_curve(answer, moe_route, recorded: Path) -> None:
     small = ("--languages", "eng_Latn", "--limit", 2)
     options = ("--statistics", recorded, "--criteria", "reap,random", "--keep", "0.75,0.5")
-    found = answer("pruning-curve", *options, *small)
+    found = answer("experiment", "pruning", *options, *small)
     assert np.shape(found["loss"]) == (2, 2, 1)
-    code, _, err = moe_route("pruning-curve", "--statistics", recorded, "--keep", "half")
+    code, _, err = moe_route("experiment", "pruning", "--statistics", recorded, "--keep", "half")
     assert code == 2
     assert "list of shares" in err
 

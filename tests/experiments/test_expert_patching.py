@@ -12,7 +12,7 @@ from harness.tiny_texts import tiny_language_model
 
 from moe_route.analysis import AnalysisError
 from moe_route.experiments import PromptPair, patch_experts
-from moe_route.experiments.expert_patching import expert_outputs
+from moe_route.experts.outputs import expert_outputs
 from moe_route.routers import ModelNotSupportedError, find_routers
 from moe_route.steering import PlanError
 from moe_route.workload import LanguageModel

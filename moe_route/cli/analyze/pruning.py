@@ -37,7 +37,7 @@ def add(questions: Any) -> None:
 
 
 def prune_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of choosing that `analyze prune` and `pruning-curve` share."""
+    """The options of choosing that `analyze prune` and `experiment pruning` share."""
     parser.add_argument("--group", metavar="GROUP", help="tokens that count (default: those of all groups)")
     parser.add_argument("--reference", metavar="GROUP", help="group to subtract, for the criterion difference")
     parser.add_argument(

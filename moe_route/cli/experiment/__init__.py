@@ -7,7 +7,7 @@ from typing import Any
 
 
 def add(verbs: Any) -> None:
-    from moe_route.cli.experiment import knockout, patch, regret, transplant
+    from moe_route.cli.experiment import knockout, patch, pruning, regret, transplant
 
     verb = verbs.add_parser(
         "experiment",
@@ -17,5 +17,5 @@ def add(verbs: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     experiments = verb.add_subparsers(title="experiments", metavar="EXPERIMENT", required=True)
-    for module in (knockout, patch, regret, transplant):
+    for module in (knockout, patch, regret, transplant, pruning):
         module.add(experiments)
