@@ -15,7 +15,7 @@ from moe_route.analysis import AnalysisError, benjamini_hochberg, effects_by_gro
 from moe_route.analysis.effects import PERMUTATIONS, Effects
 from moe_route.analysis.resampling import RESAMPLES
 from moe_route.analysis.result import by_depth, plain
-from moe_route.experts.outputs import expert_outputs, experts_of
+from moe_route.experts.outputs import NoExpertOutputsError, expert_outputs, experts_of
 from moe_route.recording.frames import data_frame
 from moe_route.routers.discovery import ModelNotSupportedError, RouterInfo, find_routers
 from moe_route.steering import PlanError
@@ -310,7 +310,10 @@ def _hooks(hooks: Iterable[tuple[nn.Module, Any]], **options: Any) -> Iterator[N
 
 def _experts_of(router: RouterInfo) -> nn.Module:
     """The module that runs the experts of a router on (hidden, ids, weights)."""
-    experts = experts_of(router)
+    try:
+        experts = experts_of(router)
+    except NoExpertOutputsError as error:
+        raise _unsupported(router.block, str(error)) from None
     if isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
         raise _unsupported(experts, "each of them is a module of its own")
     return experts

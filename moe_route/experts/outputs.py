@@ -85,7 +85,10 @@ def watch_experts(router: RouterInfo, sink: OutputSink) -> Sequence[Change]:
 
     Raises `NoExpertOutputsError` for a layout whose outputs cannot be seen.
     """
-    experts = experts_of(router)
+    try:
+        experts = experts_of(router)
+    except NoExpertOutputsError as error:
+        raise NoExpertOutputsError(f"{error}. Record without expert_outputs.") from None
     if isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
         return _OneByOne(router, experts, sink).changes()
     return (ForwardPreHook(experts, _Again(router, sink, _arguments(experts)).hook, with_kwargs=True),)
@@ -126,7 +129,7 @@ def _modules_of(experts: nn.ModuleList | nn.ModuleDict) -> list[nn.Module]:
 def _refusal(router: RouterInfo, module: nn.Module, why: str) -> NoExpertOutputsError:
     return NoExpertOutputsError(
         f"the outputs of {type(module).__name__} at {router.name!r} (layer {router.layer}) cannot be seen one by one: "
-        f"{why}. Record without expert_outputs."
+        f"{why}"
     )
 
 
