@@ -26,7 +26,7 @@ class NeighborScores(ShownAsTables):
 
     Attributes:
         items: the new items.
-        neighbors: [N][n], the solved items that each was given, nearest first.
+        neighbors: N rows of n solved items that each was given, nearest first.
         distances: float64 [N, n].
         weights: float64 [N, n], the kernel's weights; rows sum to 1.
         scores: float64 [N, L, E], the scores to route by; NaN rows in layers without tokens.

@@ -34,9 +34,9 @@ class StrengthSweep(ShownAsTables):
         strengths: the S factors by which the plan was multiplied.
         loss: float64 [G, S].
         natural: float64 [G], loss without the plan.
-        change: [G][S], change against no plan, with the 95 % interval of a paired bootstrap over texts; intervals of
+        change: G rows of S values, change against no plan, with the 95 % interval of a paired bootstrap over texts; intervals of
             different strengths are not corrected for each other.
-        control: [G][S], comparison with the same plan on random experts; () without controls.
+        control: G rows of S values, comparison with the same plan on random experts; () without controls.
         texts: [G], number of texts.
         plan: hash of the plan.
         note: which texts were cut, "" if none was.

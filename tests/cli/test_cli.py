@@ -369,7 +369,7 @@ class TestCompletion:
             ("plot matrix ", []),  # a file
             ("plot matrix a.safetensors --la", ["--layers"]),
             ("record --engine ", ["hook", "fused"]),
-            ("record --engine fused --no", ["--no-sequences"]),
+            ("record --engine fused --no-se", ["--no-sequences"]),
             ("record --out ", []),
             ("record --json --eng", ["--engine"]),
             ("analyze divergence x --pairing p", ["paired", "pooled"]),

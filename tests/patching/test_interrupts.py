@@ -125,7 +125,8 @@ def test_a_detach_that_is_interrupted_twice_is_completed_by_the_next() -> None:
         interrupt_at(line, routed.detach, Attachment._take_back)
         if not routed.attachment.attached:
             continue
-        assert attachment_of(model) is routed.attachment
+        # the registration is taken back last, and may be gone before its entry is
+        assert attachment_of(model) is routed.attachment or len(routed.attachment._changes) == 1, line
         routed.attachment._undo = undo
         routed.detach()
         assert state(model) == before, line
