@@ -13,7 +13,7 @@ from moe_route.analysis.inputs import AnalysisError, normalized, pick_groups
 from moe_route.analysis.measures import entropy_of
 from moe_route.analysis.resampling import draw_items, interval_of, resampled_means
 from moe_route.analysis.result import by_depth, mean_of_seen, plain, token_column
-from moe_route.analysis.sequences import blocks, groups_of, tokens_per_sequence
+from moe_route.analysis.sequences import GroupSequences, blocks, groups_of, tokens_per_sequence
 from moe_route.recording.frames import data_frame
 from moe_route.texttable import ShownAsTables, Table
 
@@ -41,6 +41,8 @@ class Entropy(ShownAsTables):
         tokens: float64 [G], mean number of tokens per sequence; NaN where sequences were not counted.
         sequence_values: per group, float64 [sequences, L]: the values of which ``sequence`` is the mean; None if
             sequences were not kept.
+        token_values: the same for ``within``; None unless ``within`` and sequences were kept.
+        sequence_tokens: per group, int64 [sequences, L], the tokens of these sequences; None where the above is.
     """
 
     token: np.ndarray | None
@@ -53,6 +55,8 @@ class Entropy(ShownAsTables):
     correct: str | None = None
     tokens: np.ndarray | None = None
     sequence_values: tuple[np.ndarray, ...] | None = None
+    token_values: tuple[np.ndarray, ...] | None = None
+    sequence_tokens: tuple[np.ndarray, ...] | None = None
 
     @property
     def gap(self) -> np.ndarray:
@@ -72,20 +76,50 @@ class Entropy(ShownAsTables):
         most = np.log(np.asarray(self.num_experts, dtype=np.float64))
         return np.divide(values, most, out=np.full(values.shape, np.nan), where=most > 0)
 
-    def interval(self, level: float = 0.95, *, resamples: int = 1000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Bootstrap interval (low, high) of ``sequence`` for other sequences, float64 [G, L] each.
+    def interval(
+        self,
+        level: float = 0.95,
+        *,
+        of: Literal["sequence", "token", "gap"] = "sequence",
+        resamples: int = 1000,
+        seed: int = 0,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Bootstrap interval (low, high) of ``sequence``, ``token`` or ``gap`` over sequences, float64 [G, L] each.
 
-        Sequences of each group are drawn with replacement, with all layers together. NaN with a single sequence. The
-        token entropy has none, since its values of single sequences are not kept.
+        Sequences of each group are drawn with replacement, with all layers together. A drawn sequence counts in the
+        token entropy by its number of tokens. NaN with a single sequence.
         """
+        if of not in ("sequence", "token", "gap"):
+            raise AnalysisError(f'of must be "sequence", "token" or "gap", not {of!r}')
         if self.sequence_values is None:
             raise AnalysisError("an interval needs the sequence entropy of kept sequences: record(sequences=True)")
+        if of != "sequence" and (self.token_values is None or self.sequence_tokens is None):
+            raise AnalysisError(
+                f"an interval of the {of} entropy needs the token entropy of kept sequences: record(sequences=True, "
+                'entropy=True), and entropy(statistics, of="both")'
+            )
         ends = []
-        for values in self.sequence_values:
+        for group, values in enumerate(self.sequence_values):
             weights = draw_items(len(values), resamples, seed)
-            ends.append(interval_of(resampled_means(weights, values), len(values), level))
+            ends.append(interval_of(self._resampled(group, of, weights), len(values), level))
         low, high = np.stack(ends, axis=1)
         return low, high
+
+    def _resampled(self, group: int, of: str, weights: np.ndarray) -> np.ndarray:
+        """Values of one group under weights [R, sequences], float64 [R, L]."""
+        assert self.sequence_values is not None
+        if of == "sequence":
+            return resampled_means(weights, self.sequence_values[group])
+        assert self.token_values is not None
+        assert self.sequence_tokens is not None
+        within = self.token_values[group]
+        if of == "gap":
+            return resampled_means(weights, self.sequence_values[group] - within)
+        tokens = np.where(np.isnan(within), 0, self.sequence_tokens[group])
+        number = weights @ tokens
+        return np.divide(
+            weights @ (tokens * np.nan_to_num(within)), number, out=np.full(number.shape, np.nan), where=number > 0
+        )
 
     def _values(self, of: str) -> np.ndarray:
         values = {"token": self.token, "sequence": self.sequence}.get(of)
@@ -172,8 +206,10 @@ def entropy(
     token = statistics.entropy("token", phase)[rows] if of in ("both", "token") else None
     sequence = statistics.entropy("sequence", phase)[rows] if of in ("both", "sequence") else None
     within = statistics.entropy("token", phase, by="sequence")[rows] if of == "both" else None
-    kept = None if of == "token" or phase is not None else _kept_values(statistics, names)
-    return Entropy(token, sequence, *axes, within, tokens=tokens, sequence_values=kept)
+    kept: dict[str, Any] = {}
+    if of != "token" and phase is None:
+        kept = _kept(statistics, names, with_tokens=within is not None)
+    return Entropy(token, sequence, *axes, within, tokens=tokens, **kept)
 
 
 def _values_of_kind(
@@ -191,36 +227,51 @@ def _values_of_kind(
         raise AnalysisError("kept sequences join prefill and decode: leave phase out")
     if statistics.store is None:
         raise AnalysisError(f'kind="{kind}" needs kept sequences: record(sequences=True)')
-    return _entropies(statistics, names, kind, correct)
+    every = groups_of(statistics, names, _items_of(statistics, names), kind)
+    return tuple(_entropies(one, statistics.top_k, correct) for one in every)
 
 
-def _kept_values(statistics: Any, names: Sequence[str]) -> tuple[np.ndarray, ...] | None:
-    """H(q_i) of every sequence if all were kept, else None."""
+def _kept(statistics: Any, names: Sequence[str], *, with_tokens: bool) -> dict[str, tuple[np.ndarray, ...]]:
+    """The values of every sequence, as attributes of ``Entropy``, if all were kept."""
     store = statistics.store
     if store is None or "probability" not in getattr(statistics, "metrics", ()):
-        return None
+        return {}
     counted = statistics.sequences()
-    whole = all(len(store.items(name)) == counted[statistics.groups.index(name)] > 0 for name in names)
-    return _entropies(statistics, names, "full", None) if whole else None
+    if any(not len(store.items(name)) == counted[statistics.groups.index(name)] > 0 for name in names):
+        return {}
+    values, groups = [], []
+    for one in groups_of(statistics, names, _items_of(statistics, names), "full"):
+        values.append(_entropies(one, statistics.top_k, None))
+        groups.append((one.token_entropy, one.tokens))
+    found = {"sequence_values": tuple(values)}
+    if with_tokens and not any(np.isnan(token[tokens > 0]).all() for token, tokens in groups):
+        found |= {
+            "token_values": tuple(token for token, _ in groups),
+            "sequence_tokens": tuple(tokens for _, tokens in groups),
+        }
+    return found
 
 
-def _entropies(statistics: Any, names: Sequence[str], kind: str, correct: str | None) -> tuple[np.ndarray, ...]:
-    """Entropies of the kept sequences of each group, float64 [sequences, L]."""
+def _items_of(statistics: Any, names: Sequence[str]) -> dict[str, list[Any]]:
+    """The items of the kept sequences of each group."""
     items: dict[str, list[Any]] = {name: [] for name in names}
     for item, group in statistics.store:
         if group in items:
             items[group].append(item)
     if empty := [name for name in names if not items[name]]:
         raise AnalysisError(f"no sequence of {empty[0]!r} was kept: record it with sequences=True, or leave it out")
-    found = []
-    for one in groups_of(statistics, names, items, kind):
-        values = np.empty(one.tokens.shape)
-        for part in blocks(one.values.shape):
-            if correct == "miller_madow":
-                values[part] = miller_madow(one.values[part], np.asarray(statistics.top_k))
-            elif correct == "jackknife":
-                values[part] = jackknife_entropy(one.values[part])
-            else:
-                values[part] = entropy_of(normalized(one.values[part].astype(np.float64)))
-        found.append(values)
-    return tuple(found)
+    return items
+
+
+def _entropies(sequences: GroupSequences, top_k: Sequence[int], correct: str | None) -> np.ndarray:
+    """Entropies of the sequences of one group, float64 [sequences, L]."""
+    found = np.empty(sequences.tokens.shape)
+    for part in blocks(sequences.values.shape):
+        values = sequences.values[part]
+        if correct == "miller_madow":
+            found[part] = miller_madow(values, np.asarray(top_k))
+        elif correct == "jackknife":
+            found[part] = jackknife_entropy(values)
+        else:
+            found[part] = entropy_of(normalized(values.astype(np.float64)))
+    return found

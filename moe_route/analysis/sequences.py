@@ -26,11 +26,13 @@ class GroupSequences:
         group: name of the group.
         values: the stored distributions, float32 [n, L, E], or counts, int32 (kind "count").
         tokens: number of tokens, int64 [n, L].
+        token_entropy: mean of H(p_t) over tokens in nats, float64 [n, L]; NaN where it was not kept.
     """
 
     group: str
     values: np.ndarray
     tokens: np.ndarray
+    token_entropy: np.ndarray
 
     def distributions(self) -> np.ndarray:
         """q_i, float64 [n, L, E]; rows without tokens are NaN."""
@@ -70,7 +72,10 @@ def _read(store: SequenceStore, items: Mapping[str, Sequence[Any]], kind: str) -
     place = {(item, group): row for group, wanted in items.items() for row, item in enumerate(wanted)}
     found = {
         group: GroupSequences(
-            group, np.zeros((len(wanted), layers, widest), dtype), np.zeros((len(wanted), layers), np.int64)
+            group,
+            np.zeros((len(wanted), layers, widest), dtype),
+            np.zeros((len(wanted), layers), np.int64),
+            np.full((len(wanted), layers), np.nan),
         )
         for group, wanted in items.items()
     }
@@ -83,6 +88,8 @@ def _read(store: SequenceStore, items: Mapping[str, Sequence[Any]], kind: str) -
             here, there = (list(part) for part in zip(*pairs, strict=True))
             found[group].values[there] = shard.arrays[_ARRAYS[kind]][here]
             found[group].tokens[there] = shard.arrays["tokens"][here]
+            if "token_entropy" in shard.arrays:  # not in files of earlier recordings
+                found[group].token_entropy[there] = shard.arrays["token_entropy"][here]
     return list(found.values())
 
 

@@ -598,6 +598,8 @@ class Recorder:
         arrays |= {
             kind: averages.values[kind][seen].astype(np.float32) for kind in ("full", "topk") if kind in averages.values
         }
+        if self._tables.entropy:
+            arrays["token_entropy"] = averages.scalars["mean_token_entropy"][seen]
         arrays |= {name: array[seen] for name, array in values.items()}
         self._store.append(keys, arrays)
 

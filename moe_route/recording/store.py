@@ -39,6 +39,7 @@ _RECORDED_BY = {
     "counts": "record(metrics=...) with 'counts'",
     "full": "record(metrics=...) with 'probability'",
     "topk": "record(metrics=...) with 'weight_share'",
+    "token_entropy": "record(sequences=True, entropy=True)",
     "consistency": "record(sequences=True, consistency=True)",
     "hidden": "record(sequences=True, hidden=True)",
 }
@@ -54,6 +55,7 @@ class SequenceShard:
         tokens: int64 ``[n, L]`` (L_i).
         counts: int32 ``[n, L, E]`` (a_i), if its metric was recorded.
         full, topk: float32 ``[n, L, E]`` (q_i; NaN in layers without tokens), each if its metric was recorded.
+        token_entropy: float64 ``[n, L]``, mean of H(p_t) over tokens in nats, if the entropy was recorded.
         hidden: float32 ``[n, L, H]``, if asked for.
         consistency: float64 ``[n, L]``, if asked for.
     """
@@ -239,6 +241,14 @@ class SequenceStore:
         """a_i / L_i, float64 ``[L, E]``; NaN in layers without tokens."""
         tokens = self.tokens(item, group)[:, None].astype(np.float64)
         return self.counts(item, group) / np.where(tokens > 0, tokens, np.nan)
+
+    def token_entropy(self, item: Item, group: str) -> np.ndarray:
+        """Mean of H(p_t) over the tokens of the sequence, float64 ``[L]`` in nats; NaN in layers without tokens.
+
+        Raises ``ValueError`` without ``record(sequences=True, entropy=True)``.
+        """
+        shard, row = self._locate(item, group)
+        return _array(shard, "token_entropy")[row].copy()
 
     def consistency(self, item: Item, group: str) -> np.ndarray:
         """Mean Jaccard index of the experts of two tokens of the sequence, float64 ``[L]``; NaN for fewer than two.

@@ -65,7 +65,8 @@ def test_u_shape(answer, general):
 def test_entropy(answer, moe_route, general):
     found = answer("analyze", "entropy", general, "--normalized", "--interval", "0.95")
     assert np.max(found["normalized"]["token"]) <= 1
-    assert (np.array(found["low"]) <= np.array(found["high"])).all()
+    for of in ("token", "sequence", "gap"):
+        assert (np.array(found[f"{of}_low"]) <= np.array(found[f"{of}_high"])).all()
     corrected = answer("analyze", "entropy", general, "--kind", "count", "--correct", "jackknife")
     assert corrected["correct"] == "jackknife"
     assert "token" not in corrected

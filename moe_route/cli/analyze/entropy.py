@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, Literal
 
 from moe_route.cli.analyze.arguments import groups_argument, level, phase_argument, statistics_argument
 from moe_route.cli.answer import Answer
@@ -31,7 +31,7 @@ def add(questions: Any) -> None:
     )
     parser.add_argument("--normalized", action="store_true", help="divide by log E, so that uniform routing is 1")
     parser.add_argument(
-        "--interval", type=level, metavar="LEVEL", help="add bootstrap intervals of the sequence entropy, such as 0.95"
+        "--interval", type=level, metavar="LEVEL", help="add bootstrap intervals over sequences, such as 0.95"
     )
     phase_argument(parser)
 
@@ -54,9 +54,13 @@ def run(options: argparse.Namespace) -> Answer:
         data["normalized"] = plain(values)
         parts = [str(by_depth(found.groups, rows, title=f"{name} entropy / log E")) for name, rows in values.items()]
     if options.interval is not None:
-        low, high = found.interval(options.interval)
-        data |= {"level": options.interval, "low": plain(low), "high": plain(high)}
-        for name, ends in (("low", low), ("high", high)):
-            title = f"sequence entropy (nats), {name} end of the {options.interval * 100:g} % interval"
-            parts.append(str(by_depth(found.groups, ends, title=title)))
+        data["level"] = options.interval
+        kinds: tuple[Literal["token", "sequence", "gap"], ...] = ("token", "sequence", "gap")
+        for of in kinds if found.token_values is not None else kinds[1:2]:
+            low, high = found.interval(options.interval, of=of)
+            data |= {f"{of}_low": plain(low), f"{of}_high": plain(high)}
+            for name, ends in (("low", low), ("high", high)):
+                what = of if of == "gap" else f"{of} entropy"
+                title = f"{what} (nats), {name} end of the {options.interval * 100:g} % interval"
+                parts.append(str(by_depth(found.groups, ends, title=title)))
     return Answer(data, "\n".join(parts))
