@@ -449,7 +449,7 @@ def divergence(
         correct: what to do about short texts, for paired divergence. None: only report the floor. "floor": subtract
             the mean of the two floors, where the floor of a group is the divergence between unrelated sentences of that
             group. "rarefy": compare as many selections of each sequence as the shortest translation of its item has
-            (the mean of 10 draws). "jackknife": remove the bias of first order. The last two need ``kind="count"``;
+            (mean of up to 10 draws). "jackknife": remove the bias of first order. The last two need ``kind="count"``;
             "rarefy+floor" and "jackknife+floor" then subtract the floor, measured in the same way.
         trace: for "rarefy", the trace of the same texts in all layers: whole tokens are drawn. Without it, selections
             are drawn one by one, since sums do not say which belong to one token.

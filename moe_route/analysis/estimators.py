@@ -26,8 +26,8 @@ __all__ = ["CORRECTIONS", "Correct", "PlainEstimator", "compare_distributions", 
 Correct = Literal["floor", "rarefy", "jackknife", "rarefy+floor", "jackknife+floor"]
 CORRECTIONS = ("floor", "rarefy", "jackknife", "rarefy+floor", "jackknife+floor")
 PARTNERS = 4  # unrelated sentences that each sentence is compared with for the floor, fewer if there are many
-COMPARISONS = 400  # enough for a floor
-DRAWS = 10  # samples of equally many tokens that are averaged
+COMPARISONS = 400  # enough for a mean over sentences
+DRAWS = 10  # samples of equally many tokens that are averaged, fewer if there are many sentences
 _NEAR_UNIFORM = 1e-4  # below this bound, differences of entropies are too inexact to be divided by it
 
 
@@ -138,7 +138,8 @@ class RarefiedEstimator(PlainEstimator):
 
     def prepare(self, one: GroupSequences) -> list[Prepared]:
         rng = np.random.default_rng([self.seed, *one.group.encode()])
-        return [self.of_distributions(normalized(self._drawn(one, rng).astype(np.float64))) for _ in range(DRAWS)]
+        draws = min(DRAWS, -(-COMPARISONS // max(len(one.tokens), 1)))
+        return [self.of_distributions(normalized(self._drawn(one, rng).astype(np.float64))) for _ in range(draws)]
 
     def _drawn(self, one: GroupSequences, rng: np.random.Generator) -> np.ndarray:
         if self.tokens_of is None:
