@@ -34,8 +34,8 @@ class StrengthSweep(ShownAsTables):
         strengths: the S factors by which the plan was multiplied.
         loss: float64 [G, S].
         natural: float64 [G], loss without the plan.
-        change: G rows of S values, change against no plan, with the 95 % interval of a paired bootstrap over texts; intervals of
-            different strengths are not corrected for each other.
+        change: G rows of S values, change against no plan, with the 95 % interval of a paired bootstrap over texts;
+            intervals of different strengths are not corrected for each other.
         control: G rows of S values, comparison with the same plan on random experts; () without controls.
         texts: [G], number of texts.
         plan: hash of the plan.
