@@ -64,7 +64,7 @@ def write(value: Any, path: str | os.PathLike[str], to: str | None = None, **opt
     except TypeError as error:
         if "unexpected keyword" not in str(error):
             raise
-        raise ValueError(f"{name} takes no such option: {', '.join(options)}") from error
+        raise ValueError(f"{name} takes no {', '.join(f'{option}=' for option in options)}: leave it out") from error
 
 
 def _save(value: Any, path: Path) -> None:

@@ -26,7 +26,7 @@ from moe_route.recording.store import SequenceStore
 
 if TYPE_CHECKING:
     import pandas as pd
-from moe_route.texttable import Table, number_of, wrapped
+from moe_route.texttable import WIDTH, Table, number_of, wrapped
 
 __all__ = [
     "SEQUENCE_KINDS",
@@ -578,9 +578,11 @@ class RoutingStatistics:
             each = f", {tokens / sequences:.1f} each" if sequences and self._complete else ""
             shown.append(f"{group} ({number_of(sequences, 'sequence')}, {number_of(tokens, 'token')}{each})")
         more = len(self.groups) - len(shown)
-        groups = f"groups: {', '.join(shown)}{f' and {more} more' if more > 0 else ''}"
+        groups = f"  groups: {', '.join(shown)}{f' and {more} more' if more > 0 else ''}"
+        if len(groups) > WIDTH:
+            groups = "\n    ".join(["  groups:", *shown, *([f"and {more} more"] if more > 0 else [])])
         title, *facts = self._facts()
-        return "\n".join([title, *(wrapped(fact, "  ") for fact in [groups, *facts])])
+        return "\n".join([title, groups, *(wrapped(fact, "  ") for fact in facts)])
 
     def _repr_html_(self) -> str:
         title, *facts = self._facts()
