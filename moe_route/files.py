@@ -593,6 +593,8 @@ def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         raise FileRefusedError(f"{path} is not JSON ({error}): correct it there, or save it again") from error
     if not isinstance(content, dict) or content.get(_KEY) != kind:
         raise FileRefusedError(f'{path} is not a {kind}: it lacks "{_KEY}": "{kind}"; write it with {kind}.save')
+    if "schema" not in content:
+        raise FileRefusedError(f'{path} does not say how it is written: add "schema": {SCHEMA}')
     if content.get("schema") not in range(1, SCHEMA + 1):
         raise FileRefusedError(
             f"{path} has schema {content.get('schema')!r}, this version reads up to {SCHEMA}: upgrade moe-route"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["ShownAsTables", "Table", "number", "number_of", "table"]
+__all__ = ["WIDTH", "ShownAsTables", "Table", "number", "number_of", "table", "wrapped"]
+
+WIDTH = 120  # columns of a terminal that text is broken for
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Table:
     note: str = ""
 
     def __str__(self) -> str:
-        return "\n".join(part for part in (self.title, table(self.head, self.rows), self.note) if part)
+        title, note = wrapped(self.title), wrapped(self.note)
+        return "\n".join(part for part in (title, table(self.head, self.rows), note) if part)
 
     def _repr_html_(self) -> str:
         right = _right_columns(self.head, self.rows)
@@ -79,6 +83,20 @@ def _right_columns(head: Sequence[str], rows: Sequence[Sequence[object]]) -> lis
     """Whether each column holds numbers, which are aligned to the right."""
     columns = [[row[column] for row in rows if row[column] != ""] for column in range(len(head))]
     return [bool(cells) and all(map(_numeric, cells)) for cells in columns]
+
+
+def wrapped(text: str, indent: str = "") -> str:
+    """Indent lines, and break those that are wider than a terminal; what is broken off is indented by four more."""
+    breaker = textwrap.TextWrapper(
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+        drop_whitespace=True,
+    )
+    return "\n".join(part for line in text.splitlines() for part in breaker.wrap(line))
 
 
 def number_of(count: int, noun: str) -> str:

@@ -437,3 +437,12 @@ def test_other_safetensors_readers_can_open_the_file(good):
     with safetensors.safe_open(str(good), framework="np") as reader:
         assert set(reader.keys()) == {"counts", "probability"}
         assert json.loads(reader.metadata()["moe_route"])["kind"] == "statistics"
+
+
+def test_a_json_file_without_schema_is_told_what_to_add(tmp_path) -> None:
+    path = tmp_path / "experts.json"
+    path.write_text('{"moe_route": "selection", "experts": {"3": [1]}}')
+    with pytest.raises(FileRefusedError, match='add "schema": 2'):
+        files.read_json(path, "selection")
+    path.write_text('{"moe_route": "selection", "schema": 2, "experts": {"3": [1]}}')
+    assert files.read_json(path, "selection")["experts"] == {"3": [1]}

@@ -25,3 +25,11 @@ def test_cells_in_notebooks_are_text_not_markup():
     assert '<td style="text-align: left">&lt;b&gt;</td>' in shown
     assert "<caption>a &lt; b</caption>" in shown
     assert "<p>one<br>two</p>" in shown
+
+
+def test_long_lines_around_a_table_are_broken_for_a_terminal():
+    note = "an estimate: " + "word " * 40
+    shown = str(Table(("a",), [(1,)], title=f"{'1. rule ' * 20}\n2. rule", note=note)).splitlines()
+    assert max(map(len, shown)) <= 120
+    assert [line[:4] for line in shown] == ["1. r", "    ", "2. r", "a", "1", "an e", "    "]
+    assert " ".join(line.strip() for line in shown[5:]) == note.strip()

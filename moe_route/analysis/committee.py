@@ -103,7 +103,7 @@ def committee(
 
     Raises ``AnalysisError`` for fewer than two groups, empty groups, and a ``top`` out of range.
     """
-    names = pick_groups(statistics, groups)
+    names = pick_groups(statistics, groups, phase=phase)
     if len(names) < 2:
         raise AnalysisError("a committee is what several groups share: give two groups or more")
     limits = np.asarray(statistics.top_k if top is None else [top] * len(statistics.layers))

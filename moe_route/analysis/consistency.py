@@ -82,15 +82,14 @@ class Consistency(ShownAsTables):
 
     def tables(self) -> list[Table]:
         title = "consistency: mean Jaccard index of the experts of two tokens of a sequence"
-        note = "sequences: " + ", ".join(
-            f"{group} {count}" for group, count in zip(self.groups, self.sequences.tolist(), strict=True)
-        )
+        note = ""
         if self.sequence_values is not None:
             low, high = self.interval()
             widest = np.fmax.reduce((high - low).reshape(-1), initial=np.nan) / 2
             if not np.isnan(widest):
-                note += f"; 95 % intervals up to ± {widest:.3f} (bootstrap over sequences)"
-        return [by_depth(self.groups, self.values, title=title, note=note)]
+                note = f"95 % intervals up to ± {widest:.3f} (bootstrap over sequences)"
+        sequences = {"sequences": self.sequences.tolist()}
+        return [by_depth(self.groups, self.values, title=title, note=note, before=sequences)]
 
 
 @overload

@@ -258,7 +258,9 @@ def correlation(
 def _numbers(values: Mapping[str, Any], names: Sequence[str], what: str) -> np.ndarray:
     missing = [name for name in names if name not in values]
     if missing:
-        raise AnalysisError(f"no {what} for {', '.join(missing)}: add it, or name the groups to correlate with groups=")
+        raise AnalysisError(
+            f"no {what} for {', '.join(missing)}: add it, or name the groups to correlate: groups= (--groups)"
+        )
     found = np.asarray([float(values[name]) for name in names])
     if not np.isfinite(found).all():
         raise AnalysisError(f"{what}s must be finite numbers")

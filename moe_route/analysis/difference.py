@@ -119,7 +119,10 @@ class ExpertDifference(ShownAsTables):
         """The experts with the largest differences."""
         order = np.argsort(-np.abs(np.nan_to_num(self.values)), axis=None, kind="stable")[:_SHOWN]
         cells = [divmod(int(cell), self.values.shape[1]) for cell in order]
-        rows = [[*cell, *(float(values[cell]) for values in self._columns().values())] for cell in cells]
+        rows: list[list[object]] = []
+        for cell in cells:
+            *ends, p, p_of_all = (float(values[cell]) for values in self._columns().values())
+            rows.append([*cell, *ends, f"{p:.4f}", f"{p_of_all:.4f}"])
         head = ("layer", "expert", "difference", "low", "high", "joint low", "joint high", "p", "p (all experts)")
         title = f"Difference of frequency over {self.items[0]} and {self.items[1]} items ({self.shared} shared)"
         note = f"{self.level * 100:g} % intervals; joint: for all {self.values.size} experts together"

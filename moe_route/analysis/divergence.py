@@ -24,6 +24,7 @@ from moe_route.analysis.estimators import (
     floor_of,
 )
 from moe_route.analysis.inputs import (
+    NOT_KEPT,
     AnalysisError,
     Frequencies,
     Statistics,
@@ -465,7 +466,7 @@ def divergence(
     if not isinstance(reference, str):
         raise AnalysisError("name the reference group of the statistics, or pass two arrays")
     group_index(statistics, reference, "reference group")
-    names = pick_groups(statistics, groups, leave_out=reference)
+    names = pick_groups(statistics, groups, leave_out=reference, phase=phase)
     items = _common_items(statistics, (reference, *names), pairing, min_common, phase, by)
     if items is None:
         _refuse_corrections(correct, trace)
@@ -520,7 +521,7 @@ def paired_items(
     """The items that every group has; raises ``AnalysisError`` with the reason if pairing is impossible."""
     store = statistics.store
     if store is None:
-        raise AnalysisError("sequences were not kept: record(sequences=True)")
+        raise AnalysisError(NOT_KEPT)
     if phase is not None:
         raise AnalysisError("kept sequences join prefill and decode: leave phase out")
     if by != "sequence":
@@ -659,7 +660,7 @@ def divergence_matrix(
     Paired divergence uses the items that all groups have.
     """
     _check_choices(measure, correct)
-    names = pick_groups(statistics, groups)
+    names = pick_groups(statistics, groups, phase=phase)
     if len(names) < 2:
         raise AnalysisError("a matrix needs two groups or more")
     items = _common_items(statistics, names, pairing, min_common, phase, by)

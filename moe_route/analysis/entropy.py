@@ -195,7 +195,7 @@ def entropy(
         raise AnalysisError(f'of must be "both", "token" or "sequence", not {of!r}')
     if correct not in (None, "miller_madow", "jackknife"):
         raise AnalysisError(f'no correction {correct!r}: use "miller_madow", "jackknife" or None')
-    names = pick_groups(statistics, groups)
+    names = pick_groups(statistics, groups, phase=phase)
     axes = names, tuple(statistics.layers), tuple(statistics.num_experts)
     tokens = tokens_per_sequence(statistics, names)
     if kind != "full" or correct is not None:

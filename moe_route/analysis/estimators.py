@@ -47,7 +47,7 @@ def compare_distributions(
 ) -> PlainEstimator:
     """The measure, for distributions [..., L, E] of layers with these numbers of experts.
 
-    Raises ``AnalysisError`` if "jaccard" has no number of experts to compare.
+    Raises ``AnalysisError`` if "jaccard" has no number of experts to compare, or one that takes all experts.
     """
     chosen = None
     if measure == "jaccard":
@@ -56,6 +56,10 @@ def compare_distributions(
         chosen = np.minimum(np.asarray(top_k if top is None else top), sizes)
         if (chosen < 1).any():
             raise AnalysisError(f"top must be 1 or more, not {top}")
+        if top is not None and top >= sizes.max():
+            raise AnalysisError(
+                f"top must be below {sizes.max()}, the number of experts, or nothing differs; not {top}"
+            )
     return PlainEstimator(measure, sizes, chosen)
 
 

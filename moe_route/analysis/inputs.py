@@ -11,6 +11,7 @@ import numpy as np
 from moe_route.steering import ExpertSelection, PlanModel
 
 __all__ = [
+    "NOT_KEPT",
     "AnalysisError",
     "Statistics",
     "as_array",
@@ -21,6 +22,9 @@ __all__ = [
     "shape_of",
     "warn_of_padding",
 ]
+
+
+NOT_KEPT = "sequences were not kept: record(sequences=True); in a shell, record without --no-sequences"
 
 
 class AnalysisError(ValueError):
@@ -61,9 +65,12 @@ def group_index(statistics: Statistics, group: str | None, role: str = "group") 
 
 
 def pick_groups(
-    statistics: Statistics, groups: Sequence[str] | str | None, leave_out: str | None = None
+    statistics: Statistics,
+    groups: Sequence[str] | str | None,
+    leave_out: str | None = None,
+    phase: Any = None,
 ) -> tuple[str, ...]:
-    """These groups (by default all but ``leave_out``), each checked to have tokens."""
+    """These groups (by default all but ``leave_out``), each checked to have tokens, and one of them in the phase."""
     names = (groups,) if isinstance(groups, str) else groups
     chosen = tuple(statistics.groups if names is None else names)
     chosen = tuple(group for group in chosen if group != leave_out or names is not None)
@@ -71,6 +78,10 @@ def pick_groups(
         group_index(statistics, group)
     if not chosen:
         raise AnalysisError(f"there is nothing to compare: these statistics hold only {_names(statistics.groups)}")
+    if phase is not None and not any(
+        statistics.tokens(phase)[statistics.groups.index(group)].any() for group in chosen
+    ):
+        raise AnalysisError(f"no token of phase {phase!r} was recorded: leave phase out (--phase)")
     return chosen
 
 

@@ -148,7 +148,7 @@ def load_balance(
     """
     if not 0 < rare_below < 1:
         raise AnalysisError(f"rare_below must lie between 0 and 1, not {rare_below}")
-    names = pick_groups(statistics, groups)
+    names = pick_groups(statistics, groups, phase=phase)
     rows = [statistics.groups.index(name) for name in names]
     if pool:
         if by != "token":

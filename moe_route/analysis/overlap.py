@@ -88,15 +88,15 @@ class Overlap(ShownAsTables):
         rows = [
             [
                 self.names[a],
-                self.names[b],
                 int(sizes[a]),
+                self.names[b],
                 int(sizes[b]),
                 int(shared[a, b]),
                 *(float(values[a, b]) for values in (self.expected, jaccard, self.p_more, self.p_fewer)),
             ]
             for a, b in self._pairs()
         ]
-        head = ("first", "second", "experts", "experts", "shared", "by chance", "Jaccard", "p (more)", "p (fewer)")
+        head = ("first", "experts", "second", "experts", "shared", "by chance", "Jaccard", "p (more)", "p (fewer)")
         title = f"Overlap of {len(self.names)} selections in {np.count_nonzero(self.num_experts)} layers"
         note = "by chance: selections with as many experts in each layer, drawn at random"
         return [Table(head, rows, title, note)]

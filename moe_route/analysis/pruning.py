@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from moe_route.analysis.experts import expert_difference
-from moe_route.analysis.inputs import AnalysisError, group_index, pick_groups, selection
+from moe_route.analysis.inputs import NOT_KEPT, AnalysisError, group_index, pick_groups, selection
 from moe_route.analysis.resampling import draw_items
 from moe_route.analysis.result import by_depth, plain
 from moe_route.analysis.saliency import real_experts, saliency
 from moe_route.recording.frames import data_frame
 from moe_route.steering.selection import random_permutation
-from moe_route.texttable import ShownAsTables, Table
+from moe_route.texttable import ShownAsTables, Table, number_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -114,12 +114,12 @@ def _importance(
         raise AnalysisError(f"no criterion {criterion!r}: use one of {', '.join(CRITERIA)}")
     if (reference is not None) != (criterion == "difference"):
         raise AnalysisError(
-            'reference= names the group to subtract; it belongs to criterion="difference", which needs it'
+            'reference= (--reference) names the group to subtract: criterion="difference" needs it, no other takes it'
         )
     if criterion == "random":
         return _random(statistics, seed)
     if criterion == "reap":
-        return np.nan_to_num(saliency(statistics, by="all", groups=groups or None).values[0])
+        return np.nan_to_num(saliency(statistics, pool=True, groups=groups or None).values[0])
     if criterion == "difference":
         if not groups:
             raise AnalysisError("name the group= whose experts are to stay")
@@ -186,9 +186,9 @@ def _uniform(order: np.ndarray, keep: float, limits: _Limits, safe: np.ndarray) 
 def _refuse_few(number: int, layer: int, limits: _Limits, keep: float, size: int) -> None:
     least = int(limits.least[layer])
     if number < least:
-        what = "a router group" if limits.n_group > 1 else "a layer"
+        what = f"a router group of layer {layer}" if limits.n_group > 1 else f"layer {layer}"
         raise AnalysisError(
-            f"keep={keep:g} leaves {number} experts in {what} of layer {layer}, and its tokens need {least}: "
+            f"keep={keep:g} leaves {number_of(number, 'expert')} in {what}, and the tokens need {least}: "
             f"keep at least {least / size:.3g}"
         )
 
@@ -278,7 +278,7 @@ def pruning_stability(
     Raises ``AnalysisError`` without kept sequences, or with fewer than two items.
     """
     if statistics.store is None:
-        raise AnalysisError("sequences were not kept: record(sequences=True)")
+        raise AnalysisError(NOT_KEPT)
     if resamples < 1:
         raise AnalysisError(f"resamples must be 1 or more, not {resamples}")
     names = pick_groups(statistics, group)

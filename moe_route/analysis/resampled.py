@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_route.analysis.inputs import AnalysisError, Statistics
+from moe_route.analysis.inputs import NOT_KEPT, AnalysisError, Statistics
 from moe_route.analysis.resampling import draw_items
 from moe_route.recording.store import is_unnamed
 
@@ -41,7 +41,7 @@ class Sequences:
         """The sequences of a group; raises ``AnalysisError`` if they were not kept, or are too few."""
         store = statistics.store
         if store is None:
-            raise AnalysisError("resampling needs single sequences, which were not kept: record(sequences=True)")
+            raise AnalysisError(f"resampling needs single sequences: {NOT_KEPT}")
         items = store.items(group)
         if len(items) < FEWEST_ITEMS:
             raise AnalysisError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class Saliency(ShownAsTables):
     Attributes:
         values: float64 [G, L, E]; NaN for experts that no token of the group chose, and for padding experts.
         tokens: int64 [G, L, E], number of tokens that chose the expert.
-        groups: names of the groups, or ("all",) for all of them together.
+        groups: names of the groups, or ("all groups",) for all of them together.
         layers: names of the layers.
         num_experts: experts of each layer.
         model: the model, which selections inherit.
@@ -119,8 +119,8 @@ def _ends(values: np.ndarray) -> tuple[str, str]:
 def saliency(
     statistics: RoutingStatistics,
     *,
-    by: Literal["group", "all"] = "group",
     groups: Sequence[str] | str | None = None,
+    pool: bool = False,
 ) -> Saliency:
     """Measure the saliency of every expert, as REAP does [arXiv 2510.13999, eq. 8].
 
@@ -128,19 +128,17 @@ def saliency(
     receive and the Euclidean norm of the expert's output. It needs ``record(expert_outputs=True)``.
 
     Args:
-        by: "group" for each group by itself, "all" for the tokens of all groups together.
         groups: the groups to use; by default all.
+        pool: join the groups into one, "all groups".
 
     Raises ``AnalysisError`` for unknown or empty groups, ``ValueError`` if expert outputs were not recorded.
     """
-    if by not in ("group", "all"):
-        raise AnalysisError(f'by must be "group" or "all", not {by!r}')
     names = pick_groups(statistics, groups)
     rows = [group_index(statistics, name) for name in names]
     sums = statistics.expert_outputs("weighted_norm")[rows]
     tokens = statistics.token_sum("counts")[rows]
-    if by == "all":
-        sums, tokens, names = sums.sum(0, keepdims=True), tokens.sum(0, keepdims=True), ("all",)
+    if pool:
+        sums, tokens, names = sums.sum(0, keepdims=True), tokens.sum(0, keepdims=True), ("all groups",)
     values = np.divide(sums, tokens, out=np.full(sums.shape, np.nan), where=tokens > 0)
     sizes = tuple(statistics.num_experts)
     model = PlanModel.of_recording(statistics.metadata, sizes)

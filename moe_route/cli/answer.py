@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from errno import ENOENT
 from typing import Any
 
 __all__ = ["Answer", "one_line", "plain"]
@@ -44,6 +45,8 @@ def one_line(error: BaseException) -> str:
     text: object = error
     if isinstance(error, KeyError) and error.args:
         text = error.args[0]  # str(KeyError) has quotes around it
+    elif isinstance(error, FileNotFoundError) and error.filename is not None and error.errno == ENOENT:
+        text = f"{error.filename} does not exist: check the name"  # str(FileNotFoundError) begins with "[Errno 2]"
     elif isinstance(error, OSError) and error.strerror and error.filename is None:
         text = error.strerror  # str(OSError) begins with "[Errno 2]"
     return " ".join(str(text).split()) or type(error).__name__

@@ -6,26 +6,28 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from moe_route.cli.analyze.experts import KINDS
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, layers, output, positive
+from moe_route.cli.inputs import command, layers, names, output, positive
 
 # Options of formats: passed on if they are given. The format refuses those that it does not take.
-_OPTIONS = (
-    "group",
-    "top_k",
-    "num_experts",
-    "num_layers",
-    "layers",
-    "first_layer",
-    "tolerance",
-    "activate",
-    "deactivate",
-    "reverse",
-    "action",
-    "strength",
-    "top_p",
-    "score",
-)
+# option -> keyword of `convert.read`
+_OPTIONS = {
+    "group": "group",
+    "top_k": "top_k",
+    "num_experts": "num_experts",
+    "num_layers": "num_layers",
+    "layers": "layers",
+    "first_layer": "first_layer",
+    "tolerance": "tolerance",
+    "activate": "activate",
+    "deactivate": "deactivate",
+    "reverse": "reverse",
+    "kind": "action",
+    "strength": "strength",
+    "top_p": "top_p",
+    "scores": "score",
+}
 
 
 def add(verbs: Any) -> None:
@@ -45,7 +47,7 @@ def add(verbs: Any) -> None:
         "--to", metavar="FORMAT", help="what to write (default: moe-route's own file of what they hold)"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: only show what they hold)")
-    parser.add_argument("--groups", metavar="A,B", help="eplb, sglang: groups to add up (default: all)")
+    parser.add_argument("--groups", type=names, metavar="A,B", help="eplb, sglang: groups to add up (default: all)")
     read = parser.add_argument_group("options of formats")
     read.add_argument("--group", metavar="NAME", help="name of the group (default: from the file)")
     read.add_argument("--top-k", type=positive, metavar="K", help="experts per token, where the file has no tokens")
@@ -53,14 +55,21 @@ def add(verbs: Any) -> None:
     read.add_argument("--num-layers", type=positive, metavar="N", help="sglang-response: layers of the model")
     read.add_argument("--layers", type=layers, metavar="A-B", help="replay arrays: layers to take, counted from 0")
     read.add_argument("--first-layer", type=int, metavar="N", help="the model's number of the first MoE layer")
-    read.add_argument("--tolerance", type=float, metavar="X", help="gate-sums: relative error of the counts (1e-3)")
+    read.add_argument(
+        "--tolerance", type=float, metavar="X", help="gate-sums: relative error of the counts (default: 0.001)"
+    )
     read.add_argument("--activate", type=int, metavar="N", help="steermoe: experts with the largest risk difference")
     read.add_argument("--deactivate", type=int, metavar="N", help="steermoe: experts with the smallest one")
     read.add_argument("--reverse", action="store_true", default=None, help="steermoe: change the signs")
-    read.add_argument("--action", metavar="NAME", help="selection to plan: activate, force_on, forbid, ...")
-    read.add_argument("--strength", type=float, metavar="X", help="selection to plan: strength (0.5)")
-    read.add_argument("--top-p", type=float, metavar="X", help="esft-scores: share of the scores to cover (0.2)")
-    read.add_argument("--score", choices=("token", "gate"), help="esft-scores: which score (token)")
+    read.add_argument("--kind", choices=KINDS, help="selection to plan: what it does to them (default: activate)")
+    read.add_argument(
+        "--strength",
+        type=float,
+        metavar="X",
+        help="selection to plan: in standard deviations of the logits (default: 0.5)",
+    )
+    read.add_argument("--top-p", type=float, metavar="X", help="esft-scores: sum of scores to reach (default: 0.2)")
+    read.add_argument("--scores", choices=("token", "gate"), help="esft-scores: kind of scores (default: token)")
 
 
 def run(options: argparse.Namespace) -> Answer:
@@ -73,10 +82,14 @@ def run(options: argparse.Namespace) -> Answer:
     if options.to is not None and options.to not in convert.TARGETS:
         raise ValueError(f"no format {options.to!r} to write: one of {', '.join(convert.TARGETS)}")
     output(options.out)
-    given = {name: getattr(options, name) for name in _OPTIONS if getattr(options, name) is not None}
+    given = {
+        name: getattr(options, option) for option, name in _OPTIONS.items() if getattr(options, option) is not None
+    }
+    if "action" in given:
+        given["action"] = given["action"].replace("-", "_")
     written: dict[str, Any] = {}
     if options.groups is not None:
-        written["groups"] = [name.strip() for name in options.groups.split(",")]
+        written["groups"] = options.groups
     if options.to == "easysteer" and "first_layer" in given:
         written["first_layer"] = given.pop("first_layer")
     kinds = () if options.to is None else convert.TARGETS[options.to].kinds
@@ -120,7 +133,8 @@ def _shown(found: Any) -> tuple[dict[str, Any], str]:
         }
         if "counts" in found.metrics:
             data["largest_gap"] = found.conservation().largest_gap
-            text += f"\n  slots of tokens and choices differ by at most {data['largest_gap']:.2e}"
+            gap = data["largest_gap"]
+            text += f"\n  choices fill the slots of the tokens{f', but for {gap:.2%} at most' if gap else ' exactly'}"
         return data, text
     if isinstance(found, Trace):
         sizes = {"tokens": len(found), "sequences": len(found.items), "groups": list(found.groups)}

@@ -32,7 +32,9 @@ def is_choices(source: Source) -> bool:
 
 
 def is_config(source: Source) -> bool:
-    return source.form == "json" and isinstance(source.content, dict) and "experts" in source.content.keys() - {"model"}
+    """Whether these are experts by layer, and not a selection of moe-route, whose layers count otherwise."""
+    content = source.content
+    return source.form == "json" and isinstance(content, dict) and "experts" in content and "moe_route" not in content
 
 
 def is_summary(source: Source) -> bool:

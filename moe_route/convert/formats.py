@@ -44,7 +44,7 @@ class Format:
 
 def _ours(kind: str) -> Format:
     def recognizes(source: Source) -> bool:
-        plain = kind == "plan" and source.form == "json" and isinstance(source.content, dict)
+        plain = kind in ("plan", "selection") and source.form == "json" and isinstance(source.content, dict)
         return (
             source.content == kind if source.form == "moe-route" else plain and source.content.get("moe_route") == kind
         )

@@ -64,7 +64,7 @@ def write(value: Any, path: str | os.PathLike[str], to: str | None = None, **opt
     except TypeError as error:
         if "unexpected keyword" not in str(error):
             raise
-        raise ValueError(f"{name} takes no such option: {', '.join(options)}") from error
+        raise ValueError(f"{name} takes no {', '.join(f'{option}=' for option in options)}: leave it out") from error
 
 
 def _save(value: Any, path: Path) -> None:
@@ -144,7 +144,10 @@ def _replay(trace: Trace, path: Path) -> None:
         for number, part in enumerate(parts)
     }
     if len(named) < len(parts) or "layers" in named:
-        raise ValueError("the names of the items are not clear in a file (one is 'layers', or in several groups)")
+        raise ValueError(
+            "an array is named after its item, and here items are in several groups, or one is called 'layers': record "
+            "a trace of each group by itself (moe-route record --languages eng_Latn --trace FILE)"
+        )
     _arrays(path, named if whole else {**named, "layers": np.array(table.layers, np.int32)})
 
 

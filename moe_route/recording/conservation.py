@@ -15,7 +15,7 @@ import numpy as np
 
 from moe_route.calls.call import Phase
 from moe_route.contract.tables import FIXED_POINT, SCALARS
-from moe_route.texttable import table
+from moe_route.texttable import ShownAsTables, Table
 
 __all__ = ["Conservation", "broken_law", "conservation"]
 
@@ -39,8 +39,8 @@ class TokenSums(Protocol):
     def scalar(self, name: str, phase: Phase | None = None) -> np.ndarray: ...
 
 
-@dataclass(frozen=True, eq=False)
-class Conservation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Conservation(ShownAsTables):
     """The number of slots that a recording should hold and the number it holds, int64 ``[G, L]``."""
 
     groups: tuple[str, ...]
@@ -74,7 +74,7 @@ class Conservation:
         largest = self.largest_gap if math.isfinite(self.largest_gap) else None
         return axes | sums | {"largest_gap": largest, "tolerance": self.tolerance}
 
-    def __repr__(self) -> str:
+    def tables(self) -> list[Table]:
         gap = np.abs(self.gap)
         worst = gap.argmax(axis=0) if len(self.groups) else np.zeros(len(self.layers), int)
         rows = [
@@ -84,7 +84,7 @@ class Conservation:
         ]
         verdict = "within" if self.holds else "beyond"
         title = f"slots of tokens: largest gap {self.largest_gap:.2e}, {verdict} the tolerance of {self.tolerance:g}"
-        return f"{title}\n{table(['layer', 'tokens', 'slots', 'found', 'largest gap', 'in group'], rows)}"
+        return [Table(("layer", "tokens", "slots", "found", "largest gap", "in group"), rows, title)]
 
 
 def conservation(statistics: TokenSums, phase: Phase | None) -> Conservation:

@@ -26,7 +26,7 @@ from moe_route.recording.store import SequenceStore
 
 if TYPE_CHECKING:
     import pandas as pd
-from moe_route.texttable import Table, number_of
+from moe_route.texttable import WIDTH, Table, number_of, wrapped
 
 __all__ = [
     "SEQUENCE_KINDS",
@@ -338,7 +338,10 @@ class RoutingStatistics:
             lost = (
                 "; select(layers=...) keeps them for a run of neighboring layers only" if of.axes[0] == "pair" else ""
             )
-            raise ValueError(f"{name} was not recorded: record({of.option}){lost}")
+            flag = of.option.partition("=")[0].replace("_", "-")
+            raise ValueError(
+                f"{name} was not recorded: record({of.option}), in a shell moe-route record --{flag}{lost}"
+            )
         return self.accumulated[name]
 
     # ---- selecting and merging
@@ -576,8 +579,10 @@ class RoutingStatistics:
             shown.append(f"{group} ({number_of(sequences, 'sequence')}, {number_of(tokens, 'token')}{each})")
         more = len(self.groups) - len(shown)
         groups = f"  groups: {', '.join(shown)}{f' and {more} more' if more > 0 else ''}"
+        if len(groups) > WIDTH:
+            groups = "\n    ".join(["  groups:", *shown, *([f"and {more} more"] if more > 0 else [])])
         title, *facts = self._facts()
-        return "\n".join([title, groups, *(f"  {fact}" for fact in facts)])
+        return "\n".join([title, groups, *(wrapped(fact, "  ") for fact in facts)])
 
     def _repr_html_(self) -> str:
         title, *facts = self._facts()
@@ -709,8 +714,14 @@ def _check_mergeable(a: RoutingStatistics, b: RoutingStatistics) -> None:
             )
     mine, other = set(a._arrays()), set(b._arrays())
     if mine != other or a.has_entropy != b.has_entropy:
-        different = sorted(mine ^ other) or ["entropy"]
-        raise MergeError(f"only one of the two runs recorded {', '.join(different)}: record both with the same metrics")
+        different = sorted({_asked_for(name) for name in mine ^ other}) or ["entropy"]
+        raise MergeError(f"only one of the two runs recorded {', '.join(different)}: record both with the same options")
+
+
+def _asked_for(array: str) -> str:
+    """The option of ``record`` that asks for an array."""
+    kind, _, name = array.partition(".")
+    return ACCUMULATED[name].option if kind == "accumulated" else name or array
 
 
 def _check_axes(statistics: RoutingStatistics, metrics: Iterable[str], kinds: Iterable[str]) -> None:

@@ -144,7 +144,7 @@ class PlanExplanation(ShownAsTables):
             for effect in self.effects[:_SHOWN]
         ]
         more = len(self.effects) - len(rows)
-        reached = f"Reaches layers {show_numbers(self.layers)}; groups {', '.join(self.groups)}"
+        reached = f"Layers reached: {show_numbers(self.layers)}; groups: {', '.join(self.groups)}"
         title = "\n".join(
             [*(f"{number}. {rule}" for number, rule in enumerate(self.rules, 1)), reached if self.effects else ""]
         ).rstrip()

@@ -12,7 +12,7 @@ import numpy as np
 from moe_route import files
 from moe_route.steering.layers import as_layers, show_numbers
 from moe_route.steering.model import PlanModel
-from moe_route.texttable import Table
+from moe_route.texttable import Table, number_of
 
 __all__ = ["ExpertSelection", "random_permutation"]
 
@@ -281,7 +281,7 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
         """Content to show: title, (layer, experts with scores) for the first layers, and a note on omitted ones."""
         if not self:
             return f"ExpertSelection(empty{_note(self)})", [], ""
-        title = f"ExpertSelection({len(self)} experts in layers {show_numbers(self.layers)}{_note(self)})"
+        title = f"ExpertSelection({number_of(len(self), 'expert')} in {_layers(self.layers)}{_note(self)})"
         rows = [
             (
                 str(layer),
@@ -291,6 +291,10 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
         ]
         rest = len(self.layers) - _SHOWN
         return title, rows, f"and {rest} more layers" if rest > 0 else ""
+
+
+def _layers(layers: Sequence[int]) -> str:
+    return f"layer{'' if len(layers) == 1 else 's'} {show_numbers(layers)}"
 
 
 def _note(selection: ExpertSelection) -> str:

@@ -68,7 +68,8 @@ def test_without_single_sequences(recorded) -> None:
 
 def test_shown(recorded) -> None:
     found = analysis.consistency(recorded[0])
-    assert "sequences: eng_Latn 5, swh_Latn 5; 95 % intervals up to" in repr(found)
+    assert found.tables()[0].head[:3] == ["layer", "sequences", "0"]
+    assert "95 % intervals up to" in repr(found)
     frame = found.to_pandas()
     assert list(frame.columns) == ["group", "layer", "router", "consistency", "low", "high"]
     assert len(frame) == 16

@@ -208,4 +208,5 @@ def test_the_result_shows_itself(task, general):
     assert len(frame) == 12
     assert frame.loc[3, "difference"] == found.values[0, 3]
     assert "9 and 12 items (0 shared)" in repr(found)
+    assert all(float(p) > 0 for row in found.tables()[0].rows for p in row[-2:])  # no p-value is shown as 0
     json.dumps(found.to_dict(), allow_nan=False)

@@ -73,12 +73,31 @@ def test_scalars_have_the_names_of_training_logs():
 
 
 def test_a_group_without_tokens_in_a_phase_is_nan():
-    found = analysis.load_balance(statistics(), phase="decode")
-    assert np.isnan(found.entropy).all()
-    assert np.isnan(found.dead).all()
+    generated = RoutingStatistics.from_token_sums(
+        ("deu",), counts=COUNTS[1:], tokens=COUNTS[1:].sum(-1) // 2, top_k=2, num_experts=SIZES, phase="decode"
+    )
+    found = analysis.load_balance(statistics(COUNTS[:1], ("eng",)) + generated, phase="decode")
+    assert np.isnan(found.entropy[0]).all()
+    assert np.isnan(found.dead[0]).all()
+    assert not np.isnan(found.dead[1]).any()
     with pytest.raises(AnalysisError, match="leave phase out"):
         found.scalars("eng")
     assert "-" in repr(found)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        analysis.load_balance,
+        analysis.committee,
+        analysis.entropy,
+        lambda given, phase: analysis.divergence(given, "eng", pairing="pooled", phase=phase),
+        lambda given, phase: analysis.divergence_matrix(given, pairing="pooled", phase=phase),
+    ],
+)
+def test_a_phase_without_any_token_is_refused(question):
+    with pytest.raises(AnalysisError, match=r"no token of phase 'decode' was recorded: leave phase out \(--phase\)"):
+        question(statistics(), phase="decode")
 
 
 def test_one_expert_has_no_entropy():

@@ -88,4 +88,8 @@ def test_the_result_shows_itself():
     frame = found.to_pandas()
     assert frame["shared"].tolist() == [2, 0]
     assert "by chance" in repr(found)
+    assert found.tables()[0].head[:4] == ("first", "experts", "second", "experts")
+    a, b = next(iter(found._pairs()))
+    sizes = found.sizes.sum(-1)
+    assert found.tables()[0].rows[0][:4] == [found.names[a], sizes[a], found.names[b], sizes[b]]
     json.dumps(found.to_dict(), allow_nan=False)

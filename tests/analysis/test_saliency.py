@@ -57,7 +57,7 @@ def statistics(seed: int = 0, store: bool = True, **changed: np.ndarray) -> Rout
 
 def test_saliency_is_the_mean_over_the_tokens_of_an_expert() -> None:
     counts, _, accumulated = arrays()
-    found, pooled = analysis.saliency(statistics()), analysis.saliency(statistics(), by="all")
+    found, pooled = analysis.saliency(statistics()), analysis.saliency(statistics(), pool=True)
     for g, layer, e in itertools.product(range(2), range(3), range(WIDEST)):
         times = sum(int(counts[i, g, layer, e]) for i in range(ITEMS))
         total = float(accumulated["weighted_norm"][g, layer, e]) * SIZE_UNIT
@@ -66,7 +66,7 @@ def test_saliency_is_the_mean_over_the_tokens_of_an_expert() -> None:
             assert np.isclose(found.values[g, layer, e], total / times)
     both, times = accumulated["weighted_norm"].sum(0) * SIZE_UNIT, counts.sum((0, 1))
     np.testing.assert_allclose(pooled.values[0][times > 0], both[times > 0] / times[times > 0])
-    assert pooled.groups == ("all",)
+    assert pooled.groups == ("all groups",)
     least, most = found.least(2, "sw"), found.most(1, "sw")
     values = np.nan_to_num(found.values[1])
     for layer, size in enumerate(SIZES):
@@ -87,8 +87,6 @@ def test_saliency_refuses() -> None:
         found.most(1, "de")
     with pytest.raises(AnalysisError, match="no group 'de'"):
         analysis.saliency(statistics(), groups=["de"])
-    with pytest.raises(AnalysisError, match="by must be"):
-        analysis.saliency(statistics(), by="layer")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expert_outputs=True"):
         analysis.saliency(statistics()._with(accumulated={}))
 

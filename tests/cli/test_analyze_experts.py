@@ -45,7 +45,7 @@ def test_every_rule_finds_what_the_library_finds(answer, recorded, both):
             ),
         ),
         (
-            (*both, "--interval", "--threshold", "0.1"),
+            (*both, "--lower", "--threshold", "0.1"),
             mr.analysis.task_experts(task, general, group="eng_Latn", threshold=0.1, lower=True),
         ),
         (
@@ -136,7 +136,7 @@ def test_ids_of_every_language(answer, moe_route, recorded, tmp_path: Path):
 
 def test_difference_has_intervals(answer, recorded, both):
     task, general = loaded(recorded)
-    result = answer("analyze", "difference", *both, "--resamples", "200", "--level", "0.9")
+    result = answer("analyze", "difference", *both, "--resamples", "200", "--interval", "0.9")
     found = mr.analysis.expert_difference_interval(task, general, group="eng_Latn", resamples=200, level=0.9)
     np.testing.assert_allclose(result["joint_low"], found.joint_low)
     assert result["items"] == [6, 6]
@@ -166,7 +166,11 @@ def test_what_a_user_gets_wrong(moe_route, recorded, files, both, tmp_path: Path
         ((*experts, *both, "--rule", "risk"), ("say how many",)),
         ((*experts, *both, "--threshold", "0.99", "--out", tmp_path / "p"), ("smaller --threshold",)),
         ((*experts, *both, "--ids", tmp_path / "i"), ("every language",)),
-        ((*experts, *both, "--interval", "--phase", "decode"), ("leave phase out",)),
+        ((*experts, *both, "--lower", "--phase", "decode"), ("leave phase out",)),
+        ((*experts, "--selection", tmp_path / "no.json", "--group", "eng_Latn"), ("takes no --group",)),
+        ((*experts, *both, "--baseline-group", "fra_Latn"), ("no baseline group 'fra_Latn'",)),
+        (("analyze", "correlate", files["general"], "--scores", tmp_path / "no.tsv"), ("no.tsv does not exist",)),
+        (("analyze", "divergence", files["general"], "--measure", "jaccard", "--top", "16"), ("below 16",)),
         ((*experts, "--selection", recorded["task"]), ("statistics", "selection")),
         ((*experts, "--selection", tmp_path / "no.json"), ("does not exist",)),
         ((*experts, "--selection", tmp_path / "no.json", "--threshold", "0.2"), ("takes no --threshold",)),
@@ -181,3 +185,14 @@ def test_what_a_user_gets_wrong(moe_route, recorded, files, both, tmp_path: Path
         refused(moe_route(*arguments), *words)
     code, _, err = moe_route("analyze", "sweep", *both, "--thresholds", "a")
     assert (code, "list of numbers" in err) == (2, True)
+
+
+def test_multilingual_experts_of_one_group(answer, files):
+    found = answer(
+        "analyze", "experts", "--task", files["general"], "--rule", "multilingual", "--group", "deu_Latn",
+        "--threshold", "0.1",
+    )  # fmt: skip
+    statistics = mr.RoutingStatistics.load(files["general"])
+    alone = mr.analysis.multilingual_experts(statistics, "eng_Latn", groups=["deu_Latn"], threshold=0.1)
+    assert found["experts"] == alone.to_dict()["experts"]
+    assert alone != mr.analysis.multilingual_experts(statistics, "eng_Latn", threshold=0.1)

@@ -83,6 +83,12 @@ def test_refused(capsys, arguments, words):
     assert "Traceback" not in err
 
 
+def test_files_are_read_before_the_model_is_loaded(capsys):
+    for arguments in (("patch", "--pairs", "missing.tsv"), ("pruning", "--statistics", "missing.tsv")):
+        code, _, err = run(capsys, *arguments, "--model", "no/such/model")
+        assert (code, err) == (2, "moe-route: missing.tsv does not exist: check the name\n")
+
+
 def test_a_line_of_pairs_needs_four_cells(capsys, tmp_path: Path):
     pairs = tmp_path / "pairs.tsv"
     pairs.write_text("clean\tcorrupt\n")

@@ -24,14 +24,34 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_saliency_and_super_experts(answer, moe_route, recorded: Path) -> None:
-    found = answer("analyze", "saliency", recorded, "--by", "all")
-    want = analysis.saliency(RoutingStatistics.load(recorded), by="all")
+    found = answer("analyze", "saliency", recorded, "--pool")
+    want = analysis.saliency(RoutingStatistics.load(recorded), pool=True)
     np.testing.assert_array_equal(np.array(found["saliency"], dtype=float), want.values)
     assert "most salient" in moe_route("analyze", "saliency", recorded)[1]
     found = answer("analyze", "super-experts", recorded, "--quantile", 0.9)
     assert found["super_experts"]
     assert all(expert["peak"] > found["threshold"] for expert in found["super_experts"])
     refused(moe_route("analyze", "super-experts", recorded, "--share", 2), "share")
+
+
+def test_super_experts_of_some_groups_are_written(answer, recorded: Path, tmp_path: Path) -> None:
+    out = tmp_path / "super.safetensors"
+    answer("analyze", "super-experts", recorded, "--quantile", 0.9, "--groups", "deu_Latn", "--out", out)
+    statistics = RoutingStatistics.load(recorded)
+    assert ExpertSelection.load(out) == analysis.super_experts(statistics, quantile=0.9, groups=["deu_Latn"]).selection
+    found = answer("analyze", "saliency", recorded, "--groups", "deu_Latn")
+    assert found["groups"] == ["deu_Latn"]
+
+
+def test_what_was_not_recorded_is_named_as_an_option(moe_route, tmp_path: Path, recorded: Path) -> None:
+    sums = tmp_path / "sums.safetensors"
+    assert moe_route("record", "--no-sequences", "--out", sums, *SMALL)[0] == 0
+    refused(moe_route("analyze", "saliency", sums), "moe-route record --expert-outputs")
+    refused(moe_route("analyze", "coactivation", sums), "moe-route record --pairs")
+    refused(moe_route("analyze", "similarity", sums), "without --no-sequences")
+    refused(moe_route("analyze", "saliency", sums, recorded), "expert_outputs=True, hidden=True", "same options")
+    refused(moe_route("analyze", "prune", recorded, "--keep", 0.5, "--criterion", "difference"), "(--reference)")
+    refused(moe_route("analyze", "prune", recorded, "--keep", 0.01), "leaves 1 expert in layer 0")
 
 
 def test_prune_to_a_smaller_checkpoint(answer, moe_route, recorded: Path, tmp_path: Path) -> None:

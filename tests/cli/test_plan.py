@@ -108,7 +108,7 @@ def test_a_plan_is_swept_and_one_is_learned(answer: Any, files: dict[str, Path],
     assert found["strengths"] == [1, 2]
     assert [len(row) for row in found["loss"]] == [2, 2]
     out = tmp_path / "learned.json"
-    learned = answer("plan", "learn", "--layers", "2-3", "--steps", "2", "--by-language", "--out", out, *TINY)
+    learned = answer("plan", "learn", "--layers", "2-3", "--steps", "2", "--by-group", "--out", out, *TINY)
     assert len(learned["losses"]) == 2
     assert Plan.load(out).hash == learned["plan"]
     assert json.loads(out.read_text())["rules"][0]["groups"]

@@ -66,11 +66,12 @@ def test_balance(answer, files):
     assert pooled == plain(mr.analysis.load_balance(statistics, pool=True, groups=["eng_Latn", "deu_Latn"]))
 
 
-def test_committee(answer, files):
-    found = answer("analyze", "committee", files["general"], "--top", "4", "--by", "sequence")
+def test_committee(answer, files, tmp_path):
+    out = tmp_path / "committee.json"
+    found = answer("analyze", "committee", files["general"], "--top", "4", "--by", "sequence", "--out", out)
     expected = mr.analysis.committee(RoutingStatistics.load(files["general"]), top=4, by="sequence")
-    assert found == plain(expected)
-    assert expected.experts
+    assert found == plain(expected) | {"out": str(out)}
+    assert mr.ExpertSelection.load(out) == expected.experts
 
 
 @pytest.mark.parametrize("question", ["coactivation", "transitions"])
@@ -102,7 +103,7 @@ def test_vocabulary(answer, traced):
 
 
 def test_token_classes(answer, traced):
-    found = answer("analyze", "token-classes", traced, "--tokenizer", "demo", "--by", "start")
+    found = answer("analyze", "token-classes", traced, "--tokenizer", "demo", "--classes", "start")
     assert set(found["classes"]) <= {"word start", "inside", "special", "other"}
     assert sum(found["tokens"]) == len(Trace.load(traced))
 

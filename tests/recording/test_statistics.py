@@ -101,7 +101,7 @@ def test_merging_refuses_what_is_not_of_one_model() -> None:
         (statistics(("eng",), 2, top_k=(1, 1)), "different top-k"),
         (
             statistics(("eng",), 2, metrics=a._metrics | {"weight_share": a._metrics["probability"]}),
-            "only one of the two runs recorded metric.weight_share",
+            "only one of the two runs recorded weight_share",
         ),
         (statistics(("eng",), 2, entropy=False), "entropy"),
     ):
@@ -333,7 +333,9 @@ def test_repr_says_what_it_holds() -> None:
     text = repr(statistics(("eng", "swh"), 4))
     assert "2 groups x 2 layers x 3/4 experts, top-1/2" in text
     assert "counts, probability, entropy" in text
-    assert "and 2 more" in repr(statistics(tuple("abcdefghij"), 4))
+    many = repr(statistics(tuple("abcdefghij"), 4)).splitlines()
+    assert "    and 2 more" in many
+    assert max(map(len, many)) <= 120
     one = repr(statistics(("eng",), 4).select(layers=[0]))
     assert "1 group x 1 layer x 3 experts" in one
 

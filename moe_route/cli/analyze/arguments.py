@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moe_route.cli.inputs import names, positive
+from moe_route.cli.answer import Answer
+from moe_route.cli.inputs import layers, names, positive
+
+if TYPE_CHECKING:
+    from moe_route.steering import ExpertSelection
+    from moe_route.texttable import ShownAsTables
 
 __all__ = [
+    "baseline_group_argument",
     "by_argument",
     "compared_arguments",
     "divergence_arguments",
     "divergence_options",
     "groups_argument",
+    "layers_argument",
     "level",
     "phase_argument",
     "reference_argument",
+    "saved",
+    "selection_argument",
     "statistics_argument",
 ]
 
@@ -39,6 +48,10 @@ def compared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group", metavar="GROUP", help="group of the task, such as eng_Latn (default: the only one)")
 
 
+def baseline_group_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--baseline-group", metavar="GROUP", help="group of the baseline (default: that of the task)")
+
+
 def by_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--by", default="sequence", choices=("sequence", "token"), help="mean over these (default: sequence)"
@@ -51,6 +64,25 @@ def phase_argument(parser: argparse._ActionsContainer) -> None:
 
 def groups_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--groups", type=names, metavar="A,B", help="groups to take (default: all)")
+
+
+def selection_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the selection of these experts")
+
+
+def saved(found: ShownAsTables, selection: ExpertSelection, path: Path | None) -> Answer:
+    """The answer with a result whose experts `--out` writes."""
+    data, text = found.to_dict(), repr(found)  # type: ignore[attr-defined]
+    if path is None:
+        return Answer(data, text)
+    selection.save(path)
+    return Answer({**data, "out": path}, f"{text}\nwritten to {path}")
+
+
+def layers_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--layers", type=layers, metavar="A-B", help="MoE layers to look at, counted from 0 (default: all)"
+    )
 
 
 def divergence_arguments(parser: argparse.ArgumentParser) -> None:

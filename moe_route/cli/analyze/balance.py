@@ -5,9 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from moe_route.cli.analyze.arguments import groups_argument, phase_argument, statistics_argument
+from moe_route.cli.analyze.arguments import (
+    groups_argument,
+    phase_argument,
+    saved,
+    selection_argument,
+    statistics_argument,
+)
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, merged_statistics, positive
+from moe_route.cli.inputs import command, merged_statistics, output, positive
 
 
 def add(questions: Any) -> None:
@@ -30,9 +36,10 @@ def add(questions: Any) -> None:
         groups_argument(parser)
         phase_argument(parser)
         parser.add_argument(
-            "--by", default="token", choices=("token", "sequence"), help="what has equal weight (default: token)"
+            "--by", default="token", choices=("token", "sequence"), help="mean over these (default: token)"
         )
     balance.add_argument("--pool", action="store_true", help="join the groups into one")
+    selection_argument(committee)
     committee.add_argument(
         "--top", type=positive, metavar="N", help="experts per layer that count as most used (default: the top-k)"
     )
@@ -54,7 +61,8 @@ def run_balance(options: argparse.Namespace) -> Answer:
 def run_committee(options: argparse.Namespace) -> Answer:
     from moe_route import analysis
 
+    output(options.out)
     found = analysis.committee(
         merged_statistics(options.files), top=options.top, groups=options.groups, phase=options.phase, by=options.by
     )
-    return Answer(found.to_dict(), repr(found))
+    return saved(found, found.experts, options.out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from moe_route.cli.analyze.arguments import by_argument, compared_arguments
+from moe_route.cli.analyze.arguments import baseline_group_argument, by_argument, compared_arguments, level
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import command, merged_statistics, positive
 
@@ -19,9 +19,11 @@ def add(questions: Any) -> None:
         "moe-route analyze difference --task task.safetensors --baseline general.safetensors --group eng_Latn",
     )
     compared_arguments(parser)
-    parser.add_argument("--baseline-group", metavar="GROUP", help="group of the baseline (default: that of the task)")
+    baseline_group_argument(parser)
     by_argument(parser)
-    parser.add_argument("--level", type=float, default=0.95, metavar="X", help="of the intervals (default: 0.95)")
+    parser.add_argument(
+        "--interval", type=level, default=0.95, metavar="LEVEL", help="level of the intervals (default: 0.95)"
+    )
     parser.add_argument(
         "--resamples", type=positive, default=4000, metavar="N", help="resamples of the items (default: 4000)"
     )
@@ -36,7 +38,7 @@ def run(options: argparse.Namespace) -> Answer:
         group=options.group,
         baseline_group=options.baseline_group,
         by=options.by,
-        level=options.level,
+        level=options.interval,
         resamples=options.resamples,
     )
     return Answer(found.to_dict(), repr(found))

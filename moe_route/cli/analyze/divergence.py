@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from moe_route.cli.analyze.arguments import (
     divergence_arguments,
     divergence_options,
+    layers_argument,
     level,
     reference_argument,
     statistics_argument,
@@ -54,7 +55,7 @@ def add(questions: Any) -> None:
     )
     statistics_argument(parser)
     divergence_arguments(parser)
-    parser.add_argument("--layers", type=layers, metavar="A-B", help="MoE layers to look at (default: all)")
+    layers_argument(parser)
     _interval_argument(parser)
 
 

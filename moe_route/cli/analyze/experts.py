@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_route.cli.analyze.arguments import phase_argument
+from moe_route.cli.analyze.arguments import baseline_group_argument, layers_argument, phase_argument
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, layers, merged_statistics, output, positive
+from moe_route.cli.inputs import command, merged_statistics, output, positive
 
 if TYPE_CHECKING:
     from moe_route.steering import ExpertSelection, Plan
@@ -45,18 +45,18 @@ def _same(*names: str) -> dict[str, str]:
 RULES = {
     "task": Rule(
         "task_experts",
-        _same("threshold", "group", "by", "phase") | {"per_layer": "top", "interval": "lower"},
+        _same("threshold", "group", "baseline_group", "by", "phase") | {"per_layer": "top", "lower": "lower"},
         {"threshold": 0.3},
         baseline=True,
     ),
     "multilingual": Rule(
         "multilingual_experts",
-        _same("threshold", "reference", "by", "phase") | {"per_layer": "top"},
+        _same("threshold", "reference", "by", "phase") | {"per_layer": "top", "group": "groups"},
         {"threshold": 0.3, "reference": "eng_Latn"},
     ),
     "risk": Rule(
         "risk_experts",
-        _same("top_n", "activations", "deactivations", "per_layer", "group", "phase"),
+        _same("top_n", "activations", "deactivations", "per_layer", "group", "baseline_group", "phase"),
         baseline=True,
     ),
     "share": Rule(
@@ -70,8 +70,8 @@ RULES = {
     "rise": Rule("rise_experts", _same("top_n", "alpha", "by", "phase"), {"top_n": 20}, by_language=True),
 }
 _OPTIONS = (
-    "threshold", "interval", "reference", "top_n", "activations", "deactivations", "per_layer", "percentile", "top_p",
-    "scores", "alpha", "by", "phase",
+    "threshold", "lower", "reference", "baseline_group", "top_n", "activations", "deactivations", "per_layer",
+    "percentile", "top_p", "scores", "alpha", "by", "phase",
 )  # fmt: skip
 
 
@@ -93,8 +93,13 @@ def add(questions: Any) -> None:
         "--baseline", type=Path, nargs="+", metavar="FILE", help="task, risk: statistics of texts to compare with"
     )
     parser.add_argument("--rule", default="task", choices=tuple(RULES), help="how experts are found (default: task)")
-    parser.add_argument("--group", metavar="GROUP", help="group to compare, such as eng_Latn (default: the only one)")
-    parser.add_argument("--layers", type=layers, metavar="A-B", help="MoE layers to look at, counted from 0")
+    parser.add_argument(
+        "--group",
+        metavar="GROUP",
+        help="group whose experts are sought, such as eng_Latn (default: the only one; multilingual: any other)",
+    )
+    baseline_group_argument(parser)
+    layers_argument(parser)
     _rule_arguments(parser)
     _output_arguments(parser)
 
@@ -108,7 +113,7 @@ def _rule_arguments(parser: argparse.ArgumentParser) -> None:
         help="task, multilingual: difference of frequency (default: 0.3); share: share of a language (default: 0.5)",
     )
     group.add_argument(
-        "--interval",
+        "--lower",
         action="store_true",
         default=None,
         help="task: ask that the lower end of the joint 95%% interval passes the threshold",
@@ -162,6 +167,8 @@ def run(options: argparse.Namespace) -> Answer:
     output(options.ids)
     if options.selection is not None:
         _refuse(options, "a selection from a file", frozenset())
+        if options.group is not None or options.baseline is not None:
+            raise ValueError("a selection from a file takes no --group and no --baseline: leave them out")
         found: Any = ExpertSelection.load(options.selection)
         if options.layers is not None:
             found = found.restrict(options.layers)
@@ -196,7 +203,7 @@ def _found(options: argparse.Namespace) -> Any:
         need = "needs" if rule.baseline else "takes no"
         raise ValueError(f"the rule {options.rule} {need} --baseline, the statistics to compare with")
     task = merged_statistics(options.task)
-    if options.group is None and len(task.groups) != 1 and "group" in rule.takes:
+    if options.group is None and len(task.groups) != 1 and rule.takes.get("group") == "group":
         raise ValueError(f"the task statistics hold {len(task.groups)} groups ({', '.join(task.groups)}): pass --group")
     if options.layers is not None and options.layers[-1] >= len(task.layers):
         raise ValueError(f"--layers must name some of the {len(task.layers)} layers, counted from 0")

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from moe_route.cli.analyze.arguments import layers_argument
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, layers, output, positive
+from moe_route.cli.inputs import command, output, positive
 
 
 def add(questions: Any) -> None:
@@ -21,7 +22,7 @@ def add(questions: Any) -> None:
     parser.add_argument(
         "files", type=Path, nargs="+", metavar="FILE", help="selections, as `analyze experts --out NAME.json` writes"
     )
-    parser.add_argument("--layers", type=layers, metavar="A-B", help="MoE layers to compare, counted from 0")
+    layers_argument(parser)
     parser.add_argument(
         "--num-experts", type=positive, metavar="N", help="experts per layer, if the selections do not say so"
     )

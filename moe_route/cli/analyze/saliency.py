@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from moe_route.cli.analyze.arguments import statistics_argument
+from moe_route.cli.analyze.arguments import groups_argument, saved, selection_argument, statistics_argument
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, merged_statistics
+from moe_route.cli.inputs import command, merged_statistics, output
 
 
 def add(questions: Any) -> None:
@@ -17,12 +17,11 @@ def add(questions: Any) -> None:
         saliency,
         "how much each expert adds to the tokens routed to it (REAP)",
         "moe-route record --expert-outputs --out general.safetensors\n"
-        "moe-route analyze saliency general.safetensors --by all",
+        "moe-route analyze saliency general.safetensors --pool",
     )
     statistics_argument(parser)
-    parser.add_argument(
-        "--by", default="group", choices=("group", "all"), help="each group, or all together (default: group)"
-    )
+    groups_argument(parser)
+    parser.add_argument("--pool", action="store_true", help="join the groups into one")
     parser = command(
         questions,
         "super-experts",
@@ -32,6 +31,8 @@ def add(questions: Any) -> None:
         "moe-route analyze super-experts general.safetensors",
     )
     statistics_argument(parser)
+    groups_argument(parser)
+    selection_argument(parser)
     parser.add_argument(
         "--quantile", type=float, default=0.995, metavar="X", help="of the peaks of all experts (default: 0.995)"
     )
@@ -41,13 +42,14 @@ def add(questions: Any) -> None:
 def saliency(options: argparse.Namespace) -> Answer:
     from moe_route import analysis
 
-    found = analysis.saliency(merged_statistics(options.files), by=options.by)
+    found = analysis.saliency(merged_statistics(options.files), groups=options.groups, pool=options.pool)
     return Answer(found.to_dict(), repr(found))
 
 
 def super_experts(options: argparse.Namespace) -> Answer:
     from moe_route import analysis
 
+    output(options.out)
     statistics = merged_statistics(options.files)
-    found = analysis.super_experts(statistics, quantile=options.quantile, share=options.share)
-    return Answer(found.to_dict(), repr(found))
+    found = analysis.super_experts(statistics, groups=options.groups, quantile=options.quantile, share=options.share)
+    return saved(found, found.selection, options.out)

@@ -6,9 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from moe_route.cli.analyze.arguments import by_argument, compared_arguments, phase_argument, reference_argument
+from moe_route.cli.analyze.arguments import (
+    by_argument,
+    compared_arguments,
+    layers_argument,
+    phase_argument,
+    reference_argument,
+)
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, layers, merged_statistics, output
+from moe_route.cli.inputs import command, merged_statistics, output
 
 
 def add(questions: Any) -> None:
@@ -22,7 +28,7 @@ def add(questions: Any) -> None:
     compared_arguments(parser)
     reference_argument(parser)
     parser.add_argument("--thresholds", type=_numbers, metavar="X,Y", help="(default: 0.05 to 0.6 in steps of 0.05)")
-    parser.add_argument("--layers", type=layers, metavar="A-B", help="MoE layers to count in, from 0")
+    layers_argument(parser)
     by_argument(parser)
     phase_argument(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the overlap: .png, .svg or .pdf")

@@ -47,9 +47,10 @@ def add(experiments: Any) -> None:
 def run(options: argparse.Namespace) -> Answer:
     from moe_route.experiments import patch_experts
 
+    pairs = _pairs(options.pairs)
     found = patch_experts(
         language_model(options),
-        _pairs(options.pairs),
+        pairs,
         layers=options.layers,
         weight=options.weight,
         positions=options.positions,

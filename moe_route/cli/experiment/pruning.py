@@ -48,10 +48,11 @@ def add(experiments: Any) -> None:
 def run(options: argparse.Namespace) -> Answer:
     from moe_route.experiments import pruning_curve
 
+    statistics, chosen = merged_statistics(options.statistics), texts(options)
     found = pruning_curve(
         language_model(options),
-        texts(options),
-        merged_statistics(options.statistics),
+        chosen,
+        statistics,
         criteria=options.criteria,
         keep=options.keep,
         group=options.group,

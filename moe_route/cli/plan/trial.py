@@ -50,8 +50,10 @@ def add(parts: Any) -> None:
     parser.add_argument(
         "--what", default="bias", choices=("bias", "scale", "temperature"), help="what is trained (default: bias)"
     )
-    parser.add_argument("--layers", type=layers, metavar="A-B", help="MoE layers to train, from 0 (default: all)")
-    parser.add_argument("--by-language", action="store_true", help="train each language apart")
+    parser.add_argument(
+        "--layers", type=layers, metavar="A-B", help="MoE layers to train, counted from 0 (default: all)"
+    )
+    parser.add_argument("--by-group", action="store_true", help="train each language apart")
     parser.add_argument("--steps", type=positive, default=20, metavar="N", help="updates (default: 20)")
     parser.add_argument("--lr", type=float, default=0.01, metavar="X", help="learning rate of Adam (default: 0.01)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="plan file to write")
@@ -75,7 +77,9 @@ def add(parts: Any) -> None:
     )
     parser.add_argument("--neighbors", type=positive, default=3, metavar="N", help="nearest items (default: 3)")
     parser.add_argument("--share", type=float, default=1.0, metavar="X", help="of the neighbors' routing (default: 1)")
-    parser.add_argument("--layers", type=layers, metavar="A-B", help="MoE layers to change, from 0 (default: all)")
+    parser.add_argument(
+        "--layers", type=layers, metavar="A-B", help="MoE layers to change, counted from 0 (default: all)"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="plan file to write")
 
 
@@ -126,7 +130,7 @@ def run_learn(options: argparse.Namespace) -> Answer:
             routed=routed,
             layers=options.layers,
             what=options.what,
-            by_group=options.by_language,
+            by_group=options.by_group,
             steps=options.steps,
             lr=options.lr,
             batch_size=options.batch_size,
