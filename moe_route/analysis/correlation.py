@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from moe_route.analysis.bootstrap import draw_items, interval_of, resampled_means
 from moe_route.analysis.divergence import Divergence
 from moe_route.analysis.inputs import AnalysisError
-from moe_route.analysis.resampling import draw_items, interval_of, resampled_means
 from moe_route.analysis.result import plain
 from moe_route.recording.frames import data_frame
 from moe_route.texttable import ShownAsTables, Table

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from moe_route.analysis.estimators import (
+from moe_route.analysis.bootstrap import draw_items, interval_of, p_value_of, resampled_means
+from moe_route.analysis.divergence_estimators import (
     CORRECTIONS,
     Correct,
     PlainEstimator,
@@ -35,7 +36,6 @@ from moe_route.analysis.inputs import (
     warn_of_padding,
 )
 from moe_route.analysis.paired import Difference
-from moe_route.analysis.resampling import draw_items, interval_of, p_value_of, resampled_means
 from moe_route.analysis.result import by_depth, mean_of_seen, plain, token_column
 from moe_route.analysis.sequences import batches, groups_of, tokens_per_sequence
 from moe_route.recording.frames import data_frame

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from moe_route.analysis.bootstrap import RESAMPLES, draw_items, interval_of, p_value_of
 from moe_route.analysis.inputs import AnalysisError
-from moe_route.analysis.resampling import RESAMPLES, draw_items, interval_of, p_value_of
 from moe_route.analysis.result import plain
 
 __all__ = ["Difference", "RandomControl", "paired_difference", "random_control"]

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from moe_route.analysis.bootstrap import draw_items
 from moe_route.analysis.experts import expert_difference
 from moe_route.analysis.inputs import AnalysisError, group_index, pick_groups, selection
-from moe_route.analysis.resampling import draw_items
 from moe_route.analysis.result import by_depth, plain
 from moe_route.analysis.saliency import real_experts, saliency
 from moe_route.recording.frames import data_frame

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_route.analysis import AnalysisError, benjamini_hochberg, effects_by_group
+from moe_route.analysis.bootstrap import RESAMPLES
 from moe_route.analysis.effects import PERMUTATIONS, Effects
-from moe_route.analysis.resampling import RESAMPLES
 from moe_route.analysis.result import by_depth, plain
 from moe_route.experts.outputs import NoExpertOutputsError, expert_outputs, experts_of
 from moe_route.recording.frames import data_frame

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_route.analysis import effects_by_group
-from moe_route.analysis.chance import expected_maximum
+from moe_route.analysis.bootstrap import RESAMPLES
 from moe_route.analysis.effects import PERMUTATIONS, Effects
-from moe_route.analysis.resampling import RESAMPLES
+from moe_route.analysis.expected_maximum import expected_maximum
 from moe_route.analysis.result import plain
 from moe_route.experiments.runs import attached, encoded_texts, natural_run, runs_under
 from moe_route.recording.frames import data_frame

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_route.analysis import AnalysisError, effects_by_group
+from moe_route.analysis.bootstrap import RESAMPLES
 from moe_route.analysis.effects import PERMUTATIONS, Effects
-from moe_route.analysis.resampling import RESAMPLES
 from moe_route.analysis.result import plain
 from moe_route.experiments.runs import attached, encoded_texts, layers_of, token_losses
 from moe_route.recording.frames import data_frame

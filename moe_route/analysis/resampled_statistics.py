@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from moe_route.analysis.bootstrap import draw_items
 from moe_route.analysis.inputs import AnalysisError, Statistics
-from moe_route.analysis.resampling import draw_items
 from moe_route.recording.store import is_unnamed
 
 __all__ = ["FEWEST_ITEMS", "ResampledStatistics", "Sequences", "draw_together", "resampled_statistics"]
