@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moe_route.analysis import Difference, RandomControl, paired_difference, random_control
 from moe_route.analysis.result import plain
-from moe_route.experiments.runs import attached, encoded_texts, token_losses
+from moe_route.experiments.runs import attached, encoded_texts, runs_under
 from moe_route.recording.frames import data_frame
 from moe_route.routed import RoutedModel
 from moe_route.steering import Plan, PlanError
 from moe_route.texttable import ShownAsTables, Table
-from moe_route.workload import Batch, EncodedTexts, LanguageModel, Text
+from moe_route.workload import EncodedTexts, LanguageModel, Text
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["StrengthSweep", "strength_sweep"]
-
-_NATURAL = "natural"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -34,8 +32,8 @@ class StrengthSweep(ShownAsTables):
         strengths: the S factors by which the plan was multiplied.
         loss: float64 [G, S].
         natural: float64 [G], loss without the plan.
-        change: G rows of S values, change against no plan, with the 95 % interval of a paired bootstrap over texts; intervals of
-            different strengths are not corrected for each other.
+        change: G rows of S values, change against no plan, with the 95 % interval of a paired bootstrap over texts;
+            intervals of different strengths are not corrected for each other.
         control: G rows of S values, comparison with the same plan on random experts; () without controls.
         texts: [G], number of texts.
         plan: hash of the plan.
@@ -154,40 +152,11 @@ def _losses(
     progress: str | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Summed loss of each text under no plan and under each plan, [1 + plans, texts], and its predicted tokens."""
-    groups = list(dict.fromkeys(text.group for text in encoded.texts))
-    names = [_NATURAL, *map(str, range(len(plans)))]
-    together = sum((_of_copies(plan, name, groups) for plan, name in zip(plans, names[1:], strict=True)), Plan())
-    found = np.zeros((len(names), len(encoded.texts)))
-    tokens = np.zeros(len(encoded.texts))
-    with routed.steer(together):
-        for batch in language_model.batches(encoded, batch_size=max(1, batch_size // len(names)), progress=progress):
-            size = len(batch.texts)
-            rows = {name: values.repeat(len(names), 1) for name, values in batch.inputs.items()}
-            labels = [_copy(name, text.group) for name in names for text in batch.texts]
-            items = [text.item for _ in names for text in batch.texts]
-            with routed.labels(groups=labels, items=items):
-                logits = language_model.run(Batch(batch.texts * len(names), batch.positions * len(names), rows))
-            losses, _ = token_losses(logits, rows["input_ids"])
-            mask = rows["attention_mask"][:, 1:].double().cpu()
-            places = list(batch.positions)
-            found[:, places] = (losses * mask).sum(1).numpy().reshape(len(names), size)
-            tokens[places] = mask[:size].sum(1).numpy()
-    return found, tokens
-
-
-def _copy(name: str, group: str) -> str:
-    """Group of the copies of a text that run under one plan."""
-    return f"{name}\0{group}"
-
-
-def _of_copies(plan: Plan, name: str, groups: Sequence[str]) -> Plan:
-    """The plan for the copies ``name`` only, under its own conditions on groups."""
-    rules = []
-    for rule in plan.rules:
-        kept = [_copy(name, group) for group in groups if rule.groups is None or group in rule.groups]
-        if kept:
-            rules.append(replace(rule, groups=tuple(sorted(kept))))
-    return Plan(rules, model=plan.model)
+    found = np.zeros((1 + len(plans), len(encoded.texts)))
+    each = [Plan(), *plans]
+    for plan, text, nats in runs_under(language_model, routed, encoded, each, batch_size=batch_size, progress=progress):
+        found[plan, text] = nats.sum()
+    return found, np.array([max(len(row) - 1, 0) for row in encoded.ids], np.float64)
 
 
 def _result(
