@@ -19,7 +19,7 @@ from moe_route.steering import ExpertSelection, Plan
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recorded") / "general.safetensors"
-    assert main(["record", "--expert-outputs", "--hidden", "--out", str(path), *SMALL]) == 0
+    assert main(["record", "--expert-outputs", "--hidden", "--out", str(path), *SMALL, "--limit", "5"]) == 0
     return path
 
 
