@@ -58,7 +58,7 @@ def test_a_pruning_curve(answer, moe_route, recorded: Path) -> None:
     assert np.shape(found["loss"]) == (2, 2, 1)
     code, _, err = moe_route("experiment", "pruning", "--statistics", recorded, "--keep", "half")
     assert code == 2
-    assert "list of shares" in err
+    assert "list of numbers" in err
 
 
 def test_geometry(answer, moe_route, recorded: Path, files: dict[str, Path]) -> None:

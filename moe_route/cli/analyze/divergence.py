@@ -13,7 +13,7 @@ from moe_route.cli.analyze.arguments import (
     statistics_argument,
 )
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, layers, merged_statistics, positive
+from moe_route.cli.inputs import command, layers, layers_argument, merged_statistics, positive
 
 if TYPE_CHECKING:
     from moe_route.analysis import Divergence
@@ -54,7 +54,7 @@ def add(questions: Any) -> None:
     )
     statistics_argument(parser)
     divergence_arguments(parser)
-    parser.add_argument("--layers", type=layers, metavar="A-B", help="MoE layers to look at (default: all)")
+    layers_argument(parser, "MoE layers to look at (default: all)")
     _interval_argument(parser)
 
 

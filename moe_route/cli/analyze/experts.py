@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_route.cli.analyze.arguments import phase_argument
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, layers, merged_statistics, output, positive
+from moe_route.cli.inputs import command, layers_argument, merged_statistics, output, positive
 
 if TYPE_CHECKING:
     from moe_route.steering import ExpertSelection, Plan
@@ -94,7 +94,7 @@ def add(questions: Any) -> None:
     )
     parser.add_argument("--rule", default="task", choices=tuple(RULES), help="how experts are found (default: task)")
     parser.add_argument("--group", metavar="GROUP", help="group to compare, such as eng_Latn (default: the only one)")
-    parser.add_argument("--layers", type=layers, metavar="A-B", help="MoE layers to look at, counted from 0")
+    layers_argument(parser, "MoE layers to look at, counted from 0")
     _rule_arguments(parser)
     _output_arguments(parser)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, layers, output, positive
+from moe_route.cli.inputs import command, layers_argument, output, positive
 
 
 def add(questions: Any) -> None:
@@ -21,7 +21,7 @@ def add(questions: Any) -> None:
     parser.add_argument(
         "files", type=Path, nargs="+", metavar="FILE", help="selections, as `analyze experts --out NAME.json` writes"
     )
-    parser.add_argument("--layers", type=layers, metavar="A-B", help="MoE layers to compare, counted from 0")
+    layers_argument(parser, "MoE layers to compare, counted from 0")
     parser.add_argument(
         "--num-experts", type=positive, metavar="N", help="experts per layer, if the selections do not say so"
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_route.cli.analyze.arguments import groups_argument, statistics_argument
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, layers, merged_statistics, positive
+from moe_route.cli.inputs import command, layers_argument, merged_statistics, positive
 
 
 def add(questions: Any) -> None:
@@ -34,7 +34,7 @@ def add(questions: Any) -> None:
     parser.add_argument(
         "--no-center", dest="center", action="store_false", help="do not subtract the mean of each group"
     )
-    parser.add_argument("--layers", type=layers, metavar="A-B", help="MoE layers to look at (default: all)")
+    layers_argument(parser, "MoE layers to look at (default: all)")
     parser.add_argument("--clusters", type=positive, metavar="N", help="cut the tree of languages into N clusters")
     parser.add_argument(
         "--compare", type=Path, metavar="FILE", help="correlate with a tab-separated matrix, such as published ones"

@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_route.cli.analyze.arguments import groups_argument, phase_argument
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, layers, positive, token_texts, tokenizer_argument
+from moe_route.cli.inputs import command, layers_argument, positive, token_texts, tokenizer_argument
 
 CLASSES = ("script", "start")
 
@@ -25,7 +25,7 @@ def _question(questions: Any, name: str, run: Any, help: str, example: str) -> a
     """A command on one trace, with the options that choose its tokens and layers."""
     parser = command(questions, name, run, help, f"moe-route analyze {name} {example}")
     parser.add_argument("trace", type=Path, metavar="TRACE", help="trace file, from moe-route record --trace")
-    parser.add_argument("--layers", type=layers, metavar="A-B", help="MoE layers to look at, counted from 0")
+    layers_argument(parser, "MoE layers to look at, counted from 0")
     groups_argument(parser)
     phase_argument(parser)
     return parser
@@ -85,7 +85,7 @@ def _add_saturation(questions: Any) -> None:
     parser.add_argument(
         "--final", type=Path, required=True, metavar="TRACE", help="trace of the final checkpoint over the same texts"
     )
-    parser.add_argument("--layers", type=layers, metavar="A-B", help="MoE layers to look at, counted from 0")
+    layers_argument(parser, "MoE layers to look at, counted from 0")
     groups_argument(parser)
 
 
