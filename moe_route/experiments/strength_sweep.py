@@ -14,7 +14,7 @@ from moe_route.experiments.runs import attached, encoded_texts, runs_under
 from moe_route.recording.frames import data_frame
 from moe_route.routed import RoutedModel
 from moe_route.steering import Plan, PlanError
-from moe_route.texttable import ShownAsTables, Table
+from moe_route.texttable import ShownAsTables, Table, interval
 from moe_route.workload import EncodedTexts, LanguageModel, Text
 
 if TYPE_CHECKING:
@@ -88,9 +88,8 @@ class StrengthSweep(ShownAsTables):
         for g, group in enumerate(self.groups):
             for s, strength in enumerate(self.strengths):
                 cell = self.change[g][s]
-                interval = "none" if np.isnan(cell.low) else f"[{cell.low:+.4f}, {cell.high:+.4f}]"
                 row: list[object] = [group, self.texts[g], f"{strength:g}", float(self.loss[g, s])]
-                row += [f"{cell.value:+.4f}", interval, cell.verdict]
+                row += [f"{cell.value:+.4f}", interval(cell.low, cell.high, digits=4), cell.verdict]
                 if self.control:
                     drawn = self.control[g][s]
                     row += [f"{np.mean(drawn.random):+.4f}", drawn.p_value]

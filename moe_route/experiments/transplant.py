@@ -17,7 +17,7 @@ from moe_route.recording.frames import data_frame
 from moe_route.recording.trace import Trace
 from moe_route.routed import RoutedModel
 from moe_route.steering import Plan
-from moe_route.texttable import ShownAsTables, Table
+from moe_route.texttable import ShownAsTables, Table, interval
 from moe_route.workload import EncodedTexts, LanguageModel, Text, record_texts
 
 if TYPE_CHECKING:
@@ -89,9 +89,8 @@ class Transplant(ShownAsTables):
         return [Table(("route", "group", "loss", *self.bands), rows, title, self.note)]
 
     def _cell(self, *at: int) -> str:
-        low, high = self.effect.low[at], self.effect.high[at]
-        interval = "no interval" if np.isnan(low) else f"[{low:+.3f}, {high:+.3f}]"
-        return f"{self.effect.mean[at]:+.3f} {interval}"
+        ends = interval(self.effect.low[at], self.effect.high[at], none="no interval")
+        return f"{self.effect.mean[at]:+.3f} {ends}"
 
 
 def transplant(
