@@ -9,16 +9,9 @@ from moe_route.analysis.committee import Committee, committee
 from moe_route.analysis.consistency import Consistency, consistency
 from moe_route.analysis.corrections import benjamini_hochberg, holm
 from moe_route.analysis.correlation import Correlation, correlation
-from moe_route.analysis.divergence import (
-    MEASURES,
-    Divergence,
-    DivergenceMatrix,
-    UShape,
-    divergence,
-    divergence_matrix,
-    middle_layers,
-    u_shape,
-)
+from moe_route.analysis.divergence import Divergence, divergence
+from moe_route.analysis.divergence_estimators import MEASURES
+from moe_route.analysis.divergence_matrix import DivergenceMatrix, divergence_matrix
 from moe_route.analysis.effects import Effects, effects_by_group, mean_effects
 from moe_route.analysis.entropy import Entropy, entropy
 from moe_route.analysis.esft import esft_experts, esft_scores
@@ -52,6 +45,7 @@ from moe_route.analysis.similarity import (
 from moe_route.analysis.stability import Stability, stability_selection
 from moe_route.analysis.super_experts import SuperExperts, super_experts
 from moe_route.analysis.threshold_sweep import Sweep, sweep
+from moe_route.analysis.u_shape import UShape, middle_layers, u_shape
 from moe_route.analysis.vocabulary import ClassRouting, TokenShare, Vocabulary, class_routing, token_classes, vocabulary
 
 __all__ = [

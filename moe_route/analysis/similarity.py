@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from moe_route.analysis.coefficients import pearson, ranks
-from moe_route.analysis.divergence import paired_items
 from moe_route.analysis.inputs import AnalysisError, Statistics, pick_groups
-from moe_route.analysis.result import mean_of_seen, plain, token_column
+from moe_route.analysis.pairing import paired_items
+from moe_route.analysis.result import frame_of_pairs, mean_of_seen, plain, token_column
 from moe_route.analysis.sequences import groups_of
-from moe_route.recording.frames import data_frame
 from moe_route.texttable import ShownAsTables, Table
 
 if TYPE_CHECKING:
@@ -107,17 +106,7 @@ class Similarity(ShownAsTables):
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a tidy data frame with a row per (layer, group, other): ``similarity`` and ``router``."""
-        layers, size, _ = self.values.shape
-        names = np.asarray(self.groups, dtype=object)
-        return data_frame(
-            {
-                "layer": np.repeat(np.arange(layers), size * size),
-                "router": np.repeat(np.asarray(self.layers, dtype=object), size * size),
-                "group": np.tile(np.repeat(names, size), layers),
-                "other": np.tile(names, layers * size),
-                "similarity": self.values.reshape(-1),
-            }
-        )
+        return frame_of_pairs(self.values, self.groups, self.layers, "similarity")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content (NaN as None)."""
