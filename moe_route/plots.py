@@ -608,7 +608,7 @@ def _legend(ax: Axes, lines: int) -> None:
 
 
 def _shade(ax: Axes, layers: Sequence[int] | range) -> None:
-    """Shade runs of adjacent layers as grey bands."""
+    """Shade runs of adjacent layers as gray bands."""
     numbers = sorted(set(layers))
     starts = [n for n in numbers if n - 1 not in numbers]
     ends = [n for n in numbers if n + 1 not in numbers]

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from moe_route.analysis.experts import task_experts
 from moe_route.analysis.inputs import AnalysisError, Statistics
-from moe_route.analysis.risk import risk_experts
+from moe_route.analysis.risk_difference import risk_experts
 from moe_route.steering.layers import layers
 from moe_route.steering.plan import Plan
 from moe_route.texttable import ShownAsTables, Table

@@ -469,7 +469,7 @@ class _ActivePlan:
         self._rows = self.compiled.rows.tolist()
         self._block: LabelBlock | None = None
         self._cache: dict[tuple[int, int, torch.device], int | Tensor] = {}
-        self._starts: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._starts: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
 
     def rows(self, call: Call, block: LabelBlock | None) -> int | Tensor:
         """Steering row of the tokens of a call: an int, ``[N]`` or ``[N, length]``; -1: not steered."""
@@ -528,19 +528,20 @@ class _ActivePlan:
         key = (call.batch, call.device)
         if key not in self._starts:
             self._starts[key] = self._starts_of(call, block)
-        first, length = self._starts[key]
-        place = call.tokens_before()[..., None]
-        if any(table.constant for table in tables):  # one row for all tokens of a sequence
-            constant = torch.tensor([table.constant for table in tables], device=call.device)
-            place = torch.where(constant, 0, place)
+        first, length, step = self._starts[key]
+        place = call.tokens_before()[..., None] * step
         return torch.where(place < length, first + place, -1)
 
-    def _starts_of(self, call: Call, block: LabelBlock | None) -> tuple[Tensor, Tensor]:
-        """int64 ``[batch, 1, M]`` twice: the start of each batch row's sequence in each table, and its length."""
+    def _starts_of(self, call: Call, block: LabelBlock | None) -> tuple[Tensor, Tensor, Tensor]:
+        """For each batch row and table, int64 ``[batch, 1, M]``: the start of its sequence in the table, its length,
+        and the number of rows from one token to the next (0 if one row stands for all tokens of a sequence)."""
         items, groups = (None, None) if block is None else (block.items, block.sequence_groups)
         tables = self.compiled.sequence_tables
         rows = [table.sequences(call.batch, items, groups) for table in tables]
         first = [table.first[row] for table, row in zip(tables, rows, strict=True)]
         length = [np.asarray(table.lengths)[row] for table, row in zip(tables, rows, strict=True)]
-        starts, lengths = (torch.from_numpy(np.stack(of, 1))[:, None] for of in (first, length))
-        return upload(starts, call.device), upload(lengths, call.device)
+        step = [np.full(len(row), not table.constant, np.int64) for table, row in zip(tables, rows, strict=True)]
+        starts, lengths, steps = (
+            upload(torch.from_numpy(np.stack(of, 1))[:, None], call.device) for of in (first, length, step)
+        )
+        return starts, lengths, steps

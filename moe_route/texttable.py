@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["WIDTH", "ShownAsTables", "Table", "number", "number_of", "table", "wrapped"]
+__all__ = ["WIDTH", "ShownAsTables", "Table", "interval", "number", "number_of", "table", "wrapped"]
 
 WIDTH = 120  # columns of a terminal that text is broken for
 
@@ -77,6 +77,13 @@ def number(value: object) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def interval(low: float, high: float, *, digits: int = 3, none: str = "-") -> str:
+    """Format the signed ends of an interval: "[-0.012, +0.034]"; ``none`` if an end is NaN."""
+    if math.isnan(low) or math.isnan(high):
+        return none
+    return f"[{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def _right_columns(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[bool]:

@@ -4,27 +4,19 @@ It works in numpy float64, without a model and without torch. Every function tak
 with the same accessors), a ``Trace``, or arrays where these suffice.
 """
 
-from moe_route.analysis.agreement import RankAgreement, rank_agreement
-from moe_route.analysis.chance import expected_maximum
 from moe_route.analysis.coactivation import Coactivation, ExpertPair, Transitions, coactivation, transitions
 from moe_route.analysis.committee import Committee, committee
 from moe_route.analysis.consistency import Consistency, consistency
 from moe_route.analysis.corrections import benjamini_hochberg, holm
 from moe_route.analysis.correlation import Correlation, correlation
-from moe_route.analysis.difference import ExpertDifference, expert_difference, expert_difference_interval
-from moe_route.analysis.divergence import (
-    MEASURES,
-    Divergence,
-    DivergenceMatrix,
-    UShape,
-    divergence,
-    divergence_matrix,
-    middle_layers,
-    u_shape,
-)
+from moe_route.analysis.divergence import Divergence, divergence
+from moe_route.analysis.divergence_estimators import MEASURES
+from moe_route.analysis.divergence_matrix import DivergenceMatrix, divergence_matrix
 from moe_route.analysis.effects import Effects, effects_by_group, mean_effects
 from moe_route.analysis.entropy import Entropy, entropy
 from moe_route.analysis.esft import esft_experts, esft_scores
+from moe_route.analysis.expected_maximum import expected_maximum
+from moe_route.analysis.expert_difference import ExpertDifference, expert_difference, expert_difference_interval
 from moe_route.analysis.experts import multilingual_experts, task_experts
 from moe_route.analysis.finite_sample import jackknife_divergence, jackknife_entropy, miller_madow, rarefied
 from moe_route.analysis.geometry import Geometry, geometry
@@ -37,8 +29,9 @@ from moe_route.analysis.overlap import Overlap, overlap
 from moe_route.analysis.paired import Difference, RandomControl, paired_difference, random_control
 from moe_route.analysis.paths import Paths, PathWindow, RoutingPath, paths
 from moe_route.analysis.pruning import PruningStability, prune, pruning_stability
+from moe_route.analysis.rank_agreement import RankAgreement, rank_agreement
 from moe_route.analysis.rise import RiseExperts, rise_experts
-from moe_route.analysis.risk import RiskExperts, risk_experts
+from moe_route.analysis.risk_difference import RiskExperts, risk_experts
 from moe_route.analysis.saliency import Saliency, saliency
 from moe_route.analysis.saturation import Saturation, saturation
 from moe_route.analysis.similarity import (
@@ -51,7 +44,8 @@ from moe_route.analysis.similarity import (
 )
 from moe_route.analysis.stability import Stability, stability_selection
 from moe_route.analysis.super_experts import SuperExperts, super_experts
-from moe_route.analysis.sweep import Sweep, sweep
+from moe_route.analysis.threshold_sweep import Sweep, sweep
+from moe_route.analysis.u_shape import UShape, middle_layers, u_shape
 from moe_route.analysis.vocabulary import ClassRouting, TokenShare, Vocabulary, class_routing, token_classes, vocabulary
 
 __all__ = [

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from moe_route.analysis.bootstrap import RESAMPLES, draw_items, interval_of, resampled_means
 from moe_route.analysis.inputs import AnalysisError, pick_groups
-from moe_route.analysis.resampling import RESAMPLES, draw_items, interval_of, resampled_means
 from moe_route.analysis.result import by_depth, plain
 from moe_route.recording.frames import data_frame
 from moe_route.texttable import ShownAsTables, Table

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from moe_route.analysis.bootstrap import draw_items, interval_of, resampled_means
+from moe_route.analysis.coefficients import ranks, unit_length
 from moe_route.analysis.divergence import Divergence
 from moe_route.analysis.inputs import AnalysisError
-from moe_route.analysis.resampling import draw_items, interval_of, resampled_means
 from moe_route.analysis.result import plain
 from moe_route.recording.frames import data_frame
 from moe_route.texttable import ShownAsTables, Table
@@ -147,7 +148,7 @@ class _Data:
     def design(self, rows: Any, ranked: bool) -> np.ndarray:
         """The covariates of some groups, float64 [groups, c], with the constant."""
         numbers = self.numbers[rows]
-        return np.hstack([self.labels[rows], _ranks(numbers.T).T if ranked and numbers.size else numbers])
+        return np.hstack([self.labels[rows], ranks(numbers.T).T if ranked and numbers.size else numbers])
 
     def free(self, rows: Any) -> int:
         """Different groups that are left after the covariates are fitted; a correlation needs 2 or more."""
@@ -158,7 +159,7 @@ class _Data:
         """The (partial) correlation over some groups, NaN if undefined; ``x`` [groups] is their divergence."""
         y = self.y[rows]
         if ranked:
-            x, y = _ranks(x), _ranks(y)
+            x, y = ranks(x), ranks(y)
         left = _residual_maker(self.design(rows, ranked))
         a, b = _residuals(left, x), _residuals(left, y)
         return float(np.clip(a @ b, -1.0, 1.0)) if a.any() and b.any() else float("nan")
@@ -184,7 +185,7 @@ class _Data:
                 rows = rng.integers(0, len(self.y), len(self.y))
             x, y = means[one][rows], self.y[rows]
             if ranked:
-                x, y = _ranks(x.T).T, _ranks(y)
+                x, y = ranks(x.T).T, ranks(y)
             left = _residual_maker(self.design(rows, ranked))
             found[one] = np.clip(_residuals(left, x.T) @ _residuals(left, y), -1.0, 1.0)
         found[:, np.isnan(self.x).any(0)] = np.nan
@@ -310,18 +311,7 @@ def _residual_maker(design: np.ndarray) -> np.ndarray | None:
 def _residuals(maker: np.ndarray | None, values: np.ndarray) -> np.ndarray:
     """What is left of ``values`` [..., G], at unit length; all zero if that is rounding only."""
     moved = values - values.mean(-1, keepdims=True)
-    if maker is not None:
-        moved = moved @ maker
-    length = np.sqrt((moved * moved).sum(-1, keepdims=True))
-    varies = length > 1e-12 * np.abs(values).max(-1, keepdims=True)
-    return np.divide(moved, length, out=np.zeros(moved.shape), where=varies)
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1 along the last axis; equal values get the mean of their ranks."""
-    less = (values[..., None, :] < values[..., :, None]).sum(-1)
-    equal = (values[..., None, :] == values[..., :, None]).sum(-1)
-    return less + (equal + 1) / 2
+    return unit_length(moved if maker is None else moved @ maker, values)
 
 
 def _permutation_p(data: _Data, ranked: bool, orders: np.ndarray, exact: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -330,7 +320,7 @@ def _permutation_p(data: _Data, ranked: bool, orders: np.ndarray, exact: bool) -
     The first is for each layer alone, the second against the largest |r| of all layers (single-step max-T of Westfall
     and Young 1993). With covariates, the residuals of the scores are permuted [Freedman and Lane 1983].
     """
-    y = _ranks(data.y) if ranked else data.y
+    y = ranks(data.y) if ranked else data.y
     maker = _residual_maker(data.design(slice(None), ranked))
     rest = y if maker is None else (y - y.mean()) @ maker
     here = np.arange(len(y))[None]
@@ -343,7 +333,7 @@ def _permutation_p(data: _Data, ranked: bool, orders: np.ndarray, exact: bool) -
         rows = np.flatnonzero(~np.isnan(data.x[:, layer]))
         left = _residual_maker(data.design(rows, ranked))
         x = data.x[rows, layer]
-        x = _residuals(left, _ranks(x) if ranked else x)
+        x = _residuals(left, ranks(x) if ranked else x)
         drawn.append(np.abs(_residuals(left, rest[orders][:, rows]) @ x))
         reach.append(np.abs(_residuals(left, rest[here][:, rows]) @ x) - 1e-12)
     for target, values in ((p_value, np.stack(drawn)), (p_corrected, np.stack(drawn).max(0)[None])):

@@ -7,24 +7,27 @@ average out.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, product
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_route.analysis.estimators import (
-    CORRECTIONS,
+from moe_route.analysis.bootstrap import draw_items, interval_of, resampled_means
+from moe_route.analysis.divergence_estimators import (
+    MEASURE_NAMES,
     Correct,
+    Measure,
     PlainEstimator,
+    check_choices,
     compare_distributions,
+    described,
     estimator,
     floor_of,
+    pooled_values,
+    refuse_corrections,
 )
 from moe_route.analysis.inputs import (
-    NOT_KEPT,
     AnalysisError,
     Frequencies,
     Statistics,
@@ -35,12 +38,10 @@ from moe_route.analysis.inputs import (
     shape_of,
     warn_of_padding,
 )
-from moe_route.analysis.paired import Difference
-from moe_route.analysis.resampling import draw_items, interval_of, p_value_of, resampled_means
+from moe_route.analysis.pairing import Pairing, common_items
 from moe_route.analysis.result import by_depth, mean_of_seen, plain, token_column
-from moe_route.analysis.sequences import batches, groups_of, tokens_per_sequence
+from moe_route.analysis.sequences import groups_of, tokens_per_sequence
 from moe_route.recording.frames import data_frame
-from moe_route.steering.layers import show_numbers
 from moe_route.texttable import ShownAsTables, Table
 
 if TYPE_CHECKING:
@@ -48,34 +49,7 @@ if TYPE_CHECKING:
 
     from moe_route.recording import Trace
 
-__all__ = [
-    "MEASURES",
-    "Divergence",
-    "DivergenceMatrix",
-    "UShape",
-    "divergence",
-    "divergence_matrix",
-    "middle_layers",
-    "u_shape",
-]
-
-Measure = Literal["normalized_jsd", "jsd", "cosine", "jaccard"]
-Pairing = Literal["paired", "pooled", "auto"]
-MEASURES = ("normalized_jsd", "jsd", "cosine", "jaccard")
-_MATRIX_BYTES = 1 << 30  # the values of single pairs are kept for a matrix up to this size
-_CORRECTED = {
-    "floor": "less the floor",
-    "rarefy": "of equally many tokens (rarefied)",
-    "jackknife": "by the jackknife",
-    "rarefy+floor": "of equally many tokens (rarefied), less the floor",
-    "jackknife+floor": "by the jackknife, less the floor",
-}
-_MEASURE_NAMES = {
-    "normalized_jsd": "entropy-normalized Jensen-Shannon divergence",
-    "jsd": "Jensen-Shannon divergence (nats)",
-    "cosine": "cosine distance",
-    "jaccard": "Jaccard distance of the top experts",
-}
+__all__ = ["Divergence", "divergence"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -198,8 +172,8 @@ class Divergence(ShownAsTables):
     def tables(self) -> list[Table]:
         missing = int(self.undefined.sum())
         notes = [f"{missing} undefined (both uniform, or nothing seen), left out"] if missing else []
-        how = _estimator(self.pairing, self.pairs, self.kind, self.correct)
-        title = f"{_MEASURE_NAMES[self.measure]} from {self.reference}, {how}"
+        how = described(self.pairing, self.pairs, self.kind, self.correct)
+        title = f"{MEASURE_NAMES[self.measure]} from {self.reference}, {how}"
         before = token_column(self.tokens)
         if np.isfinite(self.reference_tokens):
             notes.append(f"tokens: mean number per sequence; {self.reference_tokens:.1f} in {self.reference}")
@@ -216,198 +190,6 @@ class Divergence(ShownAsTables):
             title = "floor: between unrelated sentences of one language"
             shown.append(by_depth((self.reference, *self.groups), rows, title=title))
         return shown
-
-
-def _estimator(pairing: str, pairs: int, kind: str, correct: str | None) -> str:
-    parts = [f"paired over {pairs} items" if pairing == "paired" else "pooled"]
-    parts += [{"topk": "of the chosen experts' weights", "count": "of selections"}[kind]] if kind != "full" else []
-    return ", ".join([*parts, *([_CORRECTED[correct]] if correct else [])])
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class DivergenceMatrix(ShownAsTables):
-    """Divergence of all pairs of groups.
-
-    ``values`` is float64 [L, G, G], symmetric, 0 on the diagonal. ``pairs`` is the number of items compared, the same
-    items for all pairs; 0 when pooled. ``kind``, ``correct``, ``floor`` [G, L] and ``tokens`` [G] are those of
-    ``Divergence``. ``pair_values`` is float64 [G (G - 1) / 2, pairs, L], of the pairs of groups in the order of
-    ``itertools.combinations``; None when pooled, or if it were larger than 1 GiB.
-    """
-
-    values: np.ndarray
-    groups: tuple[str, ...]
-    layers: tuple[str, ...]
-    measure: str = "normalized_jsd"
-    pairing: str = "pooled"
-    pairs: int = 0
-    kind: str = "full"
-    correct: str | None = None
-    floor: np.ndarray | None = None
-    tokens: np.ndarray | None = None
-    pair_values: np.ndarray | None = None
-
-    def mean(self, layers: Sequence[int] | None = None) -> np.ndarray:
-        """float64 [G, G]: the mean over these layers (by default all), NaN where no layer is defined."""
-        return mean_of_seen(self.values if layers is None else self.values[list(layers)])[0]
-
-    def interval(
-        self, level: float = 0.95, *, layers: Sequence[int] | None = None, resamples: int = 1000, seed: int = 0
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Bootstrap interval (low, high) of ``mean(layers)`` for other sentences, float64 [G, G] each.
-
-        Items are drawn with replacement, with all groups and layers of an item together. Needs paired divergence.
-        """
-        if self.pair_values is None:
-            raise AnalysisError(
-                "the values of single sentences are not here: measure paired divergence, of fewer groups or layers "
-                "(statistics.select(layers=)) if it is a large matrix"
-            )
-        columns = list(range(len(self.layers)) if layers is None else layers)
-        means = np.stack([mean_of_seen(values[:, columns], 1)[0] for values in self.pair_values], axis=1)
-        ends = np.zeros((2, len(self.groups), len(self.groups)))
-        found = interval_of(resampled_means(draw_items(self.pairs, resamples, seed), means), self.pairs, level)
-        rows, others = np.triu_indices(len(self.groups), 1)
-        ends[:, rows, others] = ends[:, others, rows] = np.stack(found)
-        return ends[0], ends[1]
-
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a tidy data frame with a row per (layer, group, other): ``divergence`` and ``router`` (layer name)."""
-        layers, size, _ = self.values.shape
-        names = np.asarray(self.groups, dtype=object)
-        return data_frame(
-            {
-                "layer": np.repeat(np.arange(layers), size * size),
-                "router": np.repeat(np.asarray(self.layers, dtype=object), size * size),
-                "group": np.tile(np.repeat(names, size), layers),
-                "other": np.tile(names, layers * size),
-                "divergence": self.values.reshape(-1),
-            }
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able content (NaN as None)."""
-        return {
-            "measure": self.measure,
-            "pairing": self.pairing,
-            "pairs": self.pairs,
-            "groups": list(self.groups),
-            "layers": list(self.layers),
-            "values": plain(self.values),
-            "kind": self.kind,
-            "correct": self.correct,
-            "floor": plain(self.floor),
-            "tokens": plain(self.tokens),
-        }
-
-    def tables(self) -> list[Table]:
-        how = _estimator(self.pairing, self.pairs, self.kind, self.correct)
-        title = f"{_MEASURE_NAMES[self.measure]} of all pairs, {how}, mean over {len(self.layers)} layers"
-        tokens = token_column(self.tokens)
-        columns: dict[str, list[Any]] = {**dict(zip(self.groups, self.mean().tolist(), strict=True)), **tokens}
-        notes = ["tokens: mean number per sequence"] if tokens else []
-        if self.floor is not None:
-            columns["floor"] = mean_of_seen(self.floor, 1)[0].tolist()
-            notes.append("floor: between unrelated sentences of one language")
-        rows = [list(row) for row in zip(self.groups, *columns.values(), strict=True)]
-        return [Table(["", *columns], rows, title, "; ".join(notes))]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class UShape(ShownAsTables):
-    """Mean divergence in the first, middle and last layers, whose U shape is typical of multilingual routing.
-
-    See arXiv 2510.04694, section 4.3.
-
-    Attributes:
-        groups: the G groups.
-        first, middle, last: float64 [G].
-        first_layers, middle_layers, last_layers: the layers of each mean.
-        pairs: number of parallel sequences on which divergence was measured; 0 when pooled.
-        resampled: float64 [resamples, G], ``depth`` under a bootstrap over these items; None when pooled.
-    """
-
-    groups: tuple[str, ...]
-    first: np.ndarray
-    middle: np.ndarray
-    last: np.ndarray
-    first_layers: tuple[int, ...]
-    middle_layers: tuple[int, ...]
-    last_layers: tuple[int, ...]
-    pairs: int = 0
-    resampled: np.ndarray | None = None
-
-    @property
-    def depth(self) -> np.ndarray:
-        """float64 [G]: (first + last) / 2 - middle. Positive for a U, negative for an inverted U."""
-        return (self.first + self.last) / 2 - self.middle
-
-    def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-        """Interval (low, high) of ``depth`` for other sentences, float64 [G] each, from a bootstrap over items.
-
-        Needs paired divergence.
-        """
-        return interval_of(self._resampled(), self.pairs, level)
-
-    def mean_interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Interval (low, high) of the mean of ``depth`` over these groups; it does not hold for other groups."""
-        low, high = interval_of(self._resampled().mean(1), self.pairs, level)
-        return float(low), float(high)
-
-    def difference(self, group: str, other: str) -> Difference:
-        """Depth of one group minus that of another, with its 95 % interval for other sentences.
-
-        The same items are drawn for both groups. Needs paired divergence.
-        """
-        for name in (group, other):
-            if name not in self.groups:
-                raise AnalysisError(f"no group {name!r}: there are {', '.join(self.groups)}")
-        first, second = self.groups.index(group), self.groups.index(other)
-        resampled = self._resampled()
-        drawn = resampled[:, first] - resampled[:, second]
-        low, high = interval_of(drawn, self.pairs, 0.95)
-        value = float(self.depth[first] - self.depth[second])
-        return Difference(value, float(low), float(high), p_value_of(drawn, self.pairs))
-
-    def _resampled(self) -> np.ndarray:
-        if self.resampled is None:
-            raise AnalysisError(
-                "an interval needs paired divergence: record(sequences=True) with items that pair sentences"
-            )
-        return self.resampled
-
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a data frame with a row per group: ``first``, ``middle``, ``last``, ``depth``.
-
-        If paired, also ``low`` and ``high``, the 95 % interval of the depth.
-        """
-        return data_frame({"group": self.groups, **self._columns()})
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able content (NaN as None)."""
-        layers = {name: list(getattr(self, f"{name}_layers")) for name in ("first", "middle", "last")}
-        return {"groups": list(self.groups), "layers": layers, "pairs": self.pairs, **plain(self._columns())}
-
-    def _columns(self) -> dict[str, np.ndarray]:
-        columns = {"first": self.first, "middle": self.middle, "last": self.last, "depth": self.depth}
-        if self.resampled is not None:
-            columns["low"], columns["high"] = self.interval()
-        return columns
-
-    def tables(self) -> list[Table]:
-        parts = {"first": self.first_layers, "middle": self.middle_layers, "last": self.last_layers}
-        head = ["group", *(f"{name} {show_numbers(part)}" for name, part in parts.items()), "depth"]
-        columns = [self.first, self.middle, self.last, self.depth]
-        rows = [[group, *map(float, row)] for group, *row in zip(self.groups, *columns, strict=True)]
-        if self.resampled is None:
-            return [Table(head, rows, note="pooled: the depth has no interval")]
-        ends = np.stack(self.interval(), axis=1).tolist()
-        rows = [[*row, low, high, _depth_verdict(low, high)] for row, (low, high) in zip(rows, ends, strict=True)]
-        note = f"low, high: 95 % interval of the depth (bootstrap over {self.pairs} items)"
-        return [Table([*head, "low", "high", "the middle is"], rows, note=note)]
-
-
-def _depth_verdict(low: float, high: float) -> str:
-    return "lower" if low > 0 else "higher" if high < 0 else "unclear"
 
 
 def divergence(
@@ -459,17 +241,17 @@ def divergence(
     Raises ``AnalysisError`` for unknown or empty groups, sequences that do not pair, values that are not a
     distribution, and corrections that need what was not recorded.
     """
-    _check_choices(measure, correct)
+    check_choices(measure, correct)
     if not isinstance(statistics, Statistics):
-        _refuse_corrections(correct, trace)
+        refuse_corrections(correct, trace)
         return _of_arrays(statistics, reference, measure, top, num_experts)
     if not isinstance(reference, str):
         raise AnalysisError("name the reference group of the statistics, or pass two arrays")
     group_index(statistics, reference, "reference group")
     names = pick_groups(statistics, groups, leave_out=reference, phase=phase)
-    items = _common_items(statistics, (reference, *names), pairing, min_common, phase, by)
+    items = common_items(statistics, (reference, *names), pairing, min_common, phase, by)
     if items is None:
-        _refuse_corrections(correct, trace)
+        refuse_corrections(correct, trace)
         how = compare_distributions(measure, np.asarray(statistics.num_experts), top, statistics.top_k)
         return _pooled(statistics, reference, names, how, kind, phase, by)
     compared = (reference, *names)
@@ -477,69 +259,6 @@ def divergence(
         statistics, compared, items, measure=measure, kind=kind, top=top, correct=correct, trace=trace, seed=seed
     )
     return _paired(statistics, reference, names, items, how, kind, correct, seed)
-
-
-def _check_choices(measure: str, correct: str | None) -> None:
-    if measure not in MEASURES:
-        raise AnalysisError(f"no measure {measure!r}: use one of {', '.join(MEASURES)}")
-    if correct not in (None, *CORRECTIONS):
-        raise AnalysisError(f"no correction {correct!r}: use one of {', '.join(CORRECTIONS)}, or None")
-
-
-def _refuse_corrections(correct: str | None, trace: Any) -> None:
-    if correct is not None or trace is not None:
-        raise AnalysisError(
-            "corrections compare single sequences: pass statistics of record(sequences=True), with pairing='paired'"
-        )
-
-
-def _common_items(
-    statistics: Statistics, groups: Sequence[str], pairing: str, min_common: float, phase: str | None, by: str
-) -> list[Any] | None:
-    """The items that every group has, by which to pair; None if divergence is to be pooled."""
-    if pairing not in ("paired", "pooled", "auto"):
-        raise AnalysisError(f'pairing must be "paired", "pooled" or "auto", not {pairing!r}')
-    if not 0 < min_common <= 1:
-        raise AnalysisError(f"min_common must be above 0 and at most 1, not {min_common}")
-    if pairing == "pooled":
-        return None
-    try:
-        return paired_items(statistics, groups, min_common, phase, by)
-    except AnalysisError as error:
-        if pairing == "paired":
-            raise AnalysisError(
-                f"no paired divergence: {error}; or pass pairing='pooled' (--pairing pooled), which estimates "
-                "something else"
-            ) from None
-        warnings.warn(f"pooled divergence, not paired: {error}", stacklevel=3)
-        return None
-
-
-def paired_items(
-    statistics: Statistics, groups: Sequence[str], min_common: float, phase: str | None = None, by: str = "sequence"
-) -> list[Any]:
-    """The items that every group has; raises ``AnalysisError`` with the reason if pairing is impossible."""
-    store = statistics.store
-    if store is None:
-        raise AnalysisError(NOT_KEPT)
-    if phase is not None:
-        raise AnalysisError("kept sequences join prefill and decode: leave phase out")
-    if by != "sequence":
-        raise AnalysisError('pairs weigh sequences alike: leave by at "sequence"')
-    items: list[Any] = store.paired_items(*groups)
-    sizes = {group: len(store.items(group)) for group in groups}
-    largest = max(sizes, key=sizes.__getitem__)
-    share = len(items) / max(sizes[largest], 1)
-    if items and share >= min_common:
-        return items
-    shares = {group: len(store.paired_items(groups[0], group)) for group in groups[1:]}
-    fewest = min(shares, key=shares.__getitem__)
-    raise AnalysisError(
-        f"{len(items)} items are common to all groups, {share:.0%} of the {sizes[largest]} sequences of {largest!r}, "
-        f"and min_common asks for {min_common:.0%}; {fewest!r} has the fewest in common with {groups[0]!r} "
-        f"({shares[fewest]}): give labels(items=...) one id for a sentence and its translations, leave groups out "
-        "with groups=, or pass a smaller min_common"
-    )
 
 
 def _paired(
@@ -598,10 +317,7 @@ def _pooled(
     phase: str | None,
     by: str,
 ) -> Divergence:
-    q = normalized(statistics.mean_distribution(kind, phase, by))
-    rows = [statistics.groups.index(group) for group in groups]
-    base = q[[statistics.groups.index(reference)] * len(rows)]
-    values = measure.of_pairs(measure.of_distributions(base), measure.of_distributions(q[rows]))
+    values = pooled_values(statistics, reference, groups, measure, kind, phase, by)
     undefined = np.isnan(values).astype(np.int64)
     tokens = tokens_per_sequence(statistics, (reference, *groups))
     return Divergence(
@@ -638,142 +354,3 @@ def _of_arrays(
         return Divergence(values[None], *names, "pooled", 0, np.isnan(values)[None].astype(np.int64))
     mean, undefined = mean_of_seen(values)
     return Divergence(mean[None], *names, "paired", len(values), undefined[None], values[None])
-
-
-def divergence_matrix(
-    statistics: Statistics,
-    *,
-    groups: Sequence[str] | None = None,
-    pairing: Pairing = "paired",
-    min_common: float = 0.5,
-    measure: Measure = "normalized_jsd",
-    kind: str = "full",
-    phase: str | None = None,
-    by: str = "sequence",
-    top: int | None = None,
-    correct: Correct | None = None,
-    trace: Trace | None = None,
-    seed: int = 0,
-) -> DivergenceMatrix:
-    """Measure the divergence of all pairs of groups, with the arguments and errors of ``divergence``.
-
-    Paired divergence uses the items that all groups have.
-    """
-    _check_choices(measure, correct)
-    names = pick_groups(statistics, groups, phase=phase)
-    if len(names) < 2:
-        raise AnalysisError("a matrix needs two groups or more")
-    items = _common_items(statistics, names, pairing, min_common, phase, by)
-    if items is None:
-        _refuse_corrections(correct, trace)
-        return _pooled_matrix(statistics, names, measure, kind, phase, by, top)
-    how = estimator(
-        statistics, names, items, measure=measure, kind=kind, top=top, correct=correct, trace=trace, seed=seed
-    )
-    return _paired_matrix(statistics, names, items, how, kind, correct, seed)
-
-
-def _pooled_matrix(
-    statistics: Statistics,
-    names: tuple[str, ...],
-    measure: str,
-    kind: str,
-    phase: str | None,
-    by: str,
-    top: int | None,
-) -> DivergenceMatrix:
-    how = compare_distributions(measure, np.asarray(statistics.num_experts), top, statistics.top_k)
-    values = np.zeros((len(statistics.layers), len(names), len(names)))
-    for i, reference in enumerate(names[:-1]):
-        found = _pooled(statistics, reference, names[i + 1 :], how, kind, phase, by)
-        values[:, i, i + 1 :] = values[:, i + 1 :, i] = found.values.T
-    tokens = tokens_per_sequence(statistics, names)
-    return DivergenceMatrix(values, names, tuple(statistics.layers), measure, "pooled", kind=kind, tokens=tokens)
-
-
-def _paired_matrix(
-    statistics: Statistics,
-    names: tuple[str, ...],
-    items: Sequence[Any],
-    how: PlainEstimator,
-    kind: str,
-    correct: str | None,
-    seed: int,
-) -> DivergenceMatrix:
-    shape = len(items), len(statistics.layers)
-    values = np.zeros((shape[1], len(names), len(names)))
-    floors, tokens = np.empty((len(names), *shape)), np.empty(len(names))
-    number = len(names) * (len(names) - 1) // 2
-    pairs = np.empty((number, *shape)) if number * shape[0] * shape[1] * 8 <= _MATRIX_BYTES else None
-    places = {(names[i], names[j]): place for place, (i, j) in enumerate(combinations(range(len(names)), 2))}
-
-    def read(portion: Sequence[str]) -> list[tuple[str, Any]]:
-        found = []
-        for one in groups_of(statistics, portion, items, kind):
-            prepared, g = how.prepare(one), names.index(one.group)
-            floors[g], tokens[g] = floor_of(how, prepared, seed), one.mean_tokens
-            found.append((one.group, prepared))
-        return found
-
-    portions = batches(statistics, names, len(items))
-    for number, portion in enumerate(portions):
-        here = read(portion)
-        for later in portions[number:]:
-            others = here if later is portion else read(later)
-            for (name, first), (other, second) in product(here, others):
-                if (name, other) in places:
-                    found = how.compare(first, second)
-                    i, j = names.index(name), names.index(other)
-                    if correct is not None and "floor" in correct:
-                        found -= (floors[i] + floors[j]) / 2
-                    values[:, i, j] = values[:, j, i] = mean_of_seen(found)[0]
-                    if pairs is not None:
-                        pairs[places[name, other]] = found
-    return DivergenceMatrix(
-        values,
-        names,
-        tuple(statistics.layers),
-        how.measure,
-        "paired",
-        len(items),
-        kind=kind,
-        correct=correct,
-        floor=mean_of_seen(floors, 1)[0],
-        tokens=tokens,
-        pair_values=pairs,
-    )
-
-
-def middle_layers(layers: int) -> tuple[int, ...]:
-    """The middle third of the layers, rounded so that both ends are equal: 16 to 31 of 48, 2 to 5 of 8."""
-    return tuple(range(layers // 3, layers - layers // 3))
-
-
-def u_shape(
-    found: Divergence,
-    *,
-    edge: int | None = None,
-    middle: Sequence[int] | range | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> UShape:
-    """Compute the mean divergence of the first ``edge``, the ``middle`` and the last ``edge`` layers.
-
-    By default ``edge`` is a twelfth of the layers (at least one) and ``middle`` is ``middle_layers``: 0-3, 16-31 and
-    44-47 of 48. With paired divergence, the depth has an interval from a bootstrap over items, with all groups and
-    layers of an item together.
-    """
-    layers = found.values.shape[1]
-    size = max(1, layers // 12) if edge is None else edge
-    inner = middle_layers(layers) if middle is None else middle
-    parts = [tuple(range(size)), tuple(inner), tuple(range(layers - size, layers))]
-    if not 1 <= size <= layers or not parts[1] or min(parts[1]) < 0 or max(parts[1]) >= layers:
-        raise AnalysisError(f"edge and middle must name some of the {layers} layers (0-{layers - 1})")
-    first, middle_mean, last = (mean_of_seen(found.values[:, list(part)], 1)[0] for part in parts)
-    resampled = None
-    if found.pair_values is not None:
-        weights = draw_items(found.pairs, resamples, seed)
-        drawn = np.stack([resampled_means(weights, values) for values in found.pair_values], axis=1)
-        ends_and_middle = [mean_of_seen(drawn[..., list(part)], 2)[0] for part in parts]
-        resampled = (ends_and_middle[0] + ends_and_middle[2]) / 2 - ends_and_middle[1]
-    return UShape(found.groups, first, middle_mean, last, parts[0], parts[1], parts[2], found.pairs, resampled)

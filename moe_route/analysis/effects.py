@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from moe_route.analysis.bootstrap import RESAMPLES, draw_items, interval_of
 from moe_route.analysis.inputs import AnalysisError
-from moe_route.analysis.resampling import RESAMPLES, draw_items, interval_of
 
 __all__ = ["PERMUTATIONS", "Effects", "effects_by_group", "mean_effects"]
 
@@ -60,7 +60,7 @@ def mean_effects(
 ) -> Effects:
     """Compute ``sum of sums / sum of counts`` over items, with its interval and the p-value of no effect.
 
-    The interval is a bootstrap over items of the ratio (see ``resampling.interval_of``). Resamples without a token are
+    The interval is a bootstrap over items of the ratio (see ``bootstrap.interval_of``). Resamples without a token are
     left out. The p-value compares the absolute sum with those after random changes of the items' signs. If there are no
     more than ``permutations`` such changes, all are used.
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from moe_route.analysis.bootstrap import draw_items, interval_of, resampled_means
 from moe_route.analysis.finite_sample import jackknife_entropy, miller_madow
 from moe_route.analysis.inputs import AnalysisError, normalized, pick_groups
 from moe_route.analysis.measures import entropy_of
-from moe_route.analysis.resampling import draw_items, interval_of, resampled_means
 from moe_route.analysis.result import by_depth, mean_of_seen, plain, token_column
 from moe_route.analysis.sequences import GroupSequences, blocks, groups_of, tokens_per_sequence
 from moe_route.recording.frames import data_frame

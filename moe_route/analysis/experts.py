@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moe_route.analysis.choosing import above, in_layers
-from moe_route.analysis.difference import expert_difference, expert_difference_interval
+from moe_route.analysis.expert_difference import expert_difference, expert_difference_interval
+from moe_route.analysis.expert_masks import above, in_layers
 from moe_route.analysis.inputs import AnalysisError, Frequencies, Statistics, group_index, pick_groups, selection
 
 if TYPE_CHECKING:

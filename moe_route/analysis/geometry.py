@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_route.analysis.coefficients import pearson
 from moe_route.analysis.divergence import divergence
 from moe_route.analysis.inputs import AnalysisError
 from moe_route.analysis.result import by_depth, mean_of_seen, plain
@@ -68,9 +69,9 @@ class Geometry(ShownAsTables):
             raise AnalysisError(f"no accuracy is given for {', '.join(missing)}: give one per group, or leave it out")
         if len(self.groups) < 4:
             raise AnalysisError(f"a partial correlation needs 4 groups or more, there are {len(self.groups)}")
-        score = np.array([accuracy[group] for group in self.groups], dtype=np.float64)[:, None]
-        with_d, with_c = _correlation(score, self.divergence), _correlation(score, self.cosine)
-        between = _correlation(self.divergence, self.cosine)
+        score = np.array([accuracy[group] for group in self.groups], dtype=np.float64)
+        with_d, with_c = pearson(score, self.divergence.T), pearson(score, self.cosine.T)
+        between = pearson(self.divergence.T, self.cosine.T)
         rest = np.sqrt(np.clip((1 - with_c**2) * (1 - between**2), 0, None))
         return np.divide(with_d - with_c * between, rest, out=np.full(rest.shape, np.nan), where=rest > 1e-9)
 
@@ -190,8 +191,3 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Cosine over the last axis; NaN for a zero vector."""
     sizes = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
     return np.divide((a * b).sum(-1), sizes, out=np.full(sizes.shape, np.nan), where=sizes > 0)
-
-
-def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Pearson correlation over axis 0; NaN where one of them is constant."""
-    return _cosine((a - a.mean(0)).T, (b - b.mean(0)).T)

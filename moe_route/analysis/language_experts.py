@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_route import files
-from moe_route.analysis.choosing import largest
+from moe_route.analysis.expert_masks import largest
 from moe_route.analysis.inputs import AnalysisError, Statistics, pick_groups, selection
 from moe_route.texttable import ShownAsTables, Table
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_route.analysis.choosing import in_layers
+from moe_route.analysis.expert_masks import in_layers
 from moe_route.analysis.inputs import AnalysisError
 from moe_route.analysis.result import plain
 from moe_route.recording.frames import data_frame

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from moe_route.analysis.bootstrap import RESAMPLES, draw_items, interval_of, p_value_of
 from moe_route.analysis.inputs import AnalysisError
-from moe_route.analysis.resampling import RESAMPLES, draw_items, interval_of, p_value_of
 from moe_route.analysis.result import plain
+from moe_route.texttable import interval
 
 __all__ = ["Difference", "RandomControl", "paired_difference", "random_control"]
 
@@ -29,8 +30,8 @@ class Difference:
     p_value: float = float("nan")
 
     def __str__(self) -> str:
-        interval = "no interval" if np.isnan(self.low) else f"[{self.low:+.4f}, {self.high:+.4f}]"
-        return f"{self.value:+.4f} {interval} ({self.verdict})"
+        ends = interval(self.low, self.high, digits=4, none="no interval")
+        return f"{self.value:+.4f} {ends} ({self.verdict})"
 
     @property
     def verdict(self) -> str:

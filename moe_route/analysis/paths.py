@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_route.analysis.inputs import AnalysisError
 from moe_route.analysis.result import plain
-from moe_route.analysis.tokens import check_k, chunks, class_index, layer_places, strongest_experts, token_rows
+from moe_route.analysis.trace_tokens import check_k, chunks, class_index, layer_places, strongest_experts, token_rows
 from moe_route.recording.frames import data_frame
 from moe_route.steering.layers import show_numbers
 from moe_route.texttable import ShownAsTables, Table, number_of

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from moe_route.analysis.experts import expert_difference
-from moe_route.analysis.inputs import NOT_KEPT, AnalysisError, group_index, pick_groups, selection
-from moe_route.analysis.resampling import draw_items
+from moe_route.analysis.inputs import AnalysisError, group_index, pick_groups, selection
+from moe_route.analysis.resampled_statistics import ResampledStatistics, resampled_statistics
 from moe_route.analysis.result import by_depth, plain
 from moe_route.analysis.saliency import real_experts, saliency
 from moe_route.recording.frames import data_frame
@@ -125,6 +125,11 @@ def _importance(
             raise AnalysisError("name the group= whose experts are to stay")
         given = {"group": groups[0], "baseline_group": reference}
         return np.nan_to_num(expert_difference(statistics, statistics, by="token", **given))
+    return _frequency(statistics, groups)
+
+
+def _frequency(statistics: RoutingStatistics | ResampledStatistics, groups: Sequence[str]) -> np.ndarray:
+    """Tokens of these groups (by default all) that chose each expert, divided by all their tokens, float64 [L, E]."""
     rows = [group_index(statistics, name) for name in pick_groups(statistics, groups or None)]
     counts, tokens = statistics.token_sum("counts")[rows].sum(0), statistics.tokens()[rows].sum(0)[:, None]
     return np.divide(counts, tokens, out=np.zeros(counts.shape), where=tokens > 0)
@@ -272,41 +277,22 @@ def pruning_stability(
 ) -> PruningStability:
     """Measure how much the experts that ``prune`` keeps by frequency depend on the sentences [arXiv 2605.28042].
 
-    Items are drawn with replacement, their counts are added up, and the experts are chosen again. It needs
-    ``record(sequences=True)``. Other arguments are those of ``prune``.
+    Items are drawn with replacement, as in ``stability_selection``, and the experts are chosen again. It needs
+    ``record(sequences=True)`` and at least five items in each group. Other arguments are those of ``prune``.
 
-    Raises ``AnalysisError`` without kept sequences, or with fewer than two items.
+    Raises ``AnalysisError`` without kept sequences, or with too few items.
     """
-    if statistics.store is None:
-        raise AnalysisError(NOT_KEPT)
-    if resamples < 1:
-        raise AnalysisError(f"resamples must be 1 or more, not {resamples}")
     names = pick_groups(statistics, group)
-    counts, tokens = _by_item(statistics, names)
-    if len(counts) < 2:
-        raise AnalysisError(f"{len(counts)} item cannot be resampled: record more sentences")
     limits = _Limits.of(statistics.num_experts, statistics.top_k, n_group, topk_group)
 
-    def chosen_by(weights: np.ndarray) -> np.ndarray:
-        summed, total = np.tensordot(weights, counts, 1), (weights @ tokens)[:, None]
-        frequency = np.divide(summed, total, out=np.zeros(summed.shape), where=total > 0)
-        return _kept(frequency, keep, allocation, limits, None, False)
+    def chosen_from(items: RoutingStatistics | ResampledStatistics) -> np.ndarray:
+        return _kept(_frequency(items, names), keep, allocation, limits, None, False)
 
-    whole = chosen_by(np.ones(len(counts)))
-    drawn = np.stack([chosen_by(weights) for weights in draw_items(len(counts), resamples, seed)])
+    selected = statistics.select(groups=names)
+    samples = [chosen_from(items) for (items,) in resampled_statistics([selected], resamples, seed)]
+    drawn, whole = np.stack(samples), chosen_from(statistics)
     jaccard = ((drawn & whole).sum(2) / (drawn | whole).sum(2)).mean(0)
     layers, sizes = tuple(statistics.layers), tuple(statistics.num_experts)
-    return PruningStability(drawn.mean(0), jaccard, whole, layers, sizes, len(counts), resamples)
-
-
-def _by_item(statistics: RoutingStatistics, groups: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Counts [items, L, E] and tokens [items, L] of each item, over these groups."""
-    store = statistics.store
-    assert store is not None
-    counts: dict[Any, np.ndarray] = {}
-    tokens: dict[Any, np.ndarray] = {}
-    for group in groups:
-        for item in store.items(group):
-            counts[item] = counts.get(item, 0) + store.counts(item, group)
-            tokens[item] = tokens.get(item, 0) + store.tokens(item, group)
-    return np.array(list(counts.values()), dtype=np.float64), np.array(list(tokens.values()), dtype=np.float64)
+    assert statistics.store is not None
+    items = len({item for name in names for item in statistics.store.items(name)})
+    return PruningStability(drawn.mean(0), jaccard, whole, layers, sizes, items, resamples)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_route.recording.frames import data_frame
 from moe_route.steering.layers import show_numbers
 from moe_route.texttable import Table
 
-__all__ = ["by_depth", "mean_of_seen", "plain", "token_column"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["by_depth", "frame_of_pairs", "mean_of_seen", "plain", "token_column"]
 
 _COLUMNS = 9
 
@@ -47,6 +51,21 @@ def by_depth(
     shown = {**(before or {}), **columns, **(after or {})}
     cells = zip(rows, *shown.values(), strict=True)
     return Table(["layer", *shown], [list(row) for row in cells], title, note)
+
+
+def frame_of_pairs(values: np.ndarray, groups: Sequence[str], layers: Sequence[str], name: str) -> pd.DataFrame:
+    """A tidy data frame of values [L, G, G] with a row per (layer, group, other): ``name`` and ``router``."""
+    count, size, _ = values.shape
+    names = np.asarray(groups, dtype=object)
+    return data_frame(
+        {
+            "layer": np.repeat(np.arange(count), size * size),
+            "router": np.repeat(np.asarray(layers, dtype=object), size * size),
+            "group": np.tile(np.repeat(names, size), count),
+            "other": np.tile(names, count * size),
+            name: values.reshape(-1),
+        }
+    )
 
 
 def token_column(tokens: np.ndarray | None) -> dict[str, list[str]]:

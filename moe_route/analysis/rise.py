@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_route.analysis.choosing import first
+from moe_route.analysis.expert_masks import first
 from moe_route.analysis.inputs import AnalysisError, Statistics, pick_groups, selection
 from moe_route.analysis.language_experts import LanguageExperts, frequencies_of
 from moe_route.analysis.result import plain

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from moe_route.analysis.divergence import paired_items
+from moe_route.analysis.coefficients import pearson, ranks
 from moe_route.analysis.inputs import AnalysisError, Statistics, pick_groups
-from moe_route.analysis.result import mean_of_seen, plain, token_column
+from moe_route.analysis.pairing import paired_items
+from moe_route.analysis.result import frame_of_pairs, mean_of_seen, plain, token_column
 from moe_route.analysis.sequences import groups_of
-from moe_route.recording.frames import data_frame
 from moe_route.texttable import ShownAsTables, Table
 
 if TYPE_CHECKING:
@@ -106,17 +106,7 @@ class Similarity(ShownAsTables):
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a tidy data frame with a row per (layer, group, other): ``similarity`` and ``router``."""
-        layers, size, _ = self.values.shape
-        names = np.asarray(self.groups, dtype=object)
-        return data_frame(
-            {
-                "layer": np.repeat(np.arange(layers), size * size),
-                "router": np.repeat(np.asarray(self.layers, dtype=object), size * size),
-                "group": np.tile(np.repeat(names, size), layers),
-                "other": np.tile(names, layers * size),
-                "similarity": self.values.reshape(-1),
-            }
-        )
+        return frame_of_pairs(self.values, self.groups, self.layers, "similarity")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content (NaN as None)."""
@@ -310,10 +300,12 @@ def matrix_correlation(
     if size < 4 or np.isnan(a[beside]).any() or np.isnan(b[beside]).any():
         raise AnalysisError("matrices are correlated over four groups or more, without NaN: leave such groups out")
     a, b = (a + a.T) / 2, (b + b.T) / 2
-    by_row = np.array([_r(a[i, beside[i]], b[i, beside[i]], method) for i in range(size)])
+    scores = ranks if method == "spearman" else np.asarray
+    others = [(scores(a[i, beside[i]]), scores(b[i, beside[i]])) for i in range(size)]
+    by_row = np.array([pearson(x, y) for x, y in others])
     rows, columns = np.triu_indices(size, 1)
-    x, y = (_scores(one[rows, columns], method) for one in (a, b))
-    value = _r(x, y, "pearson")
+    x, y = (scores(one[rows, columns]) for one in (a, b))
+    value = float(pearson(x, y))
     spread = np.zeros((size, size))
     spread[rows, columns] = spread[columns, rows] = y
     exact = factorial(size) <= permutations
@@ -331,20 +323,6 @@ def matrix_correlation(
     return MatrixCorrelation(
         value, float("nan") if np.isnan(value) else p_value, mean, int((~np.isnan(by_row)).sum()), size
     )
-
-
-def _scores(values: np.ndarray, method: str) -> np.ndarray:
-    """The values, or their ranks (equal values get the mean of their ranks)."""
-    if method == "pearson":
-        return values
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-
-def _r(x: np.ndarray, y: np.ndarray, method: str) -> float:
-    a, b = (one - one.mean() for one in (_scores(x, method), _scores(y, method)))
-    length = np.sqrt((a @ a) * (b @ b))
-    return float(np.clip((a @ b) / length, -1, 1)) if length > 1e-14 * max(1.0, np.abs(a).max()) else float("nan")
 
 
 def read_matrix(path: str | os.PathLike[str], groups: Sequence[str]) -> np.ndarray:

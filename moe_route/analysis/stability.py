@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_route.analysis.inputs import AnalysisError, Statistics, selection
-from moe_route.analysis.resampled import resampled_statistics
+from moe_route.analysis.resampled_statistics import resampled_statistics
 from moe_route.analysis.result import plain
 from moe_route.recording.frames import data_frame
 from moe_route.steering import ExpertSelection

@@ -12,7 +12,7 @@ import numpy as np
 from moe_route.analysis.inputs import AnalysisError, normalized
 from moe_route.analysis.measures import normalized_jensen_shannon
 from moe_route.analysis.result import by_depth, plain
-from moe_route.analysis.tokens import (
+from moe_route.analysis.trace_tokens import (
     check_k,
     chunks,
     class_index,

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_route.recording import RoutingStatistics
+    from moe_route.routed import RoutedModel
     from moe_route.workload import LanguageModel, Text
 
 __all__ = [
+    "attached_model",
     "command",
     "language_model",
     "layers",
+    "layers_argument",
     "merged_statistics",
-    "names",
     "model_arguments",
+    "names",
+    "numbers",
     "output",
     "positive",
+    "seed_argument",
     "text_arguments",
+    "text_options",
     "texts",
     "token_texts",
     "tokenizer_argument",
@@ -77,6 +84,16 @@ def text_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def layers_argument(
+    parser: argparse.ArgumentParser, what: str = "MoE layers to look at, counted from 0 (default: all)"
+) -> None:
+    parser.add_argument("--layers", type=layers, metavar="A-B", help=what)
+
+
+def seed_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything that is drawn (default: 0)")
+
+
 def language_model(options: argparse.Namespace) -> LanguageModel:
     from moe_route.workload import LanguageModel
 
@@ -88,6 +105,19 @@ def language_model(options: argparse.Namespace) -> LanguageModel:
         if not sys.stderr.isatty():
             disable_progress_bar()
     return LanguageModel.load(options.model, dtype=options.dtype, device=options.device)
+
+
+def text_options(options: argparse.Namespace) -> dict[str, Any]:
+    """How the texts of `text_arguments` are run, as keyword arguments."""
+    return {"batch_size": options.batch_size, "max_length": options.max_length}
+
+
+@contextlib.contextmanager
+def attached_model(options: argparse.Namespace) -> Iterator[tuple[LanguageModel, RoutedModel]]:
+    """The model of the options, and the attached model, detached at the end."""
+    spoken = language_model(options)
+    with spoken.attach(options.engine) as routed:
+        yield spoken, routed
 
 
 def texts(options: argparse.Namespace) -> list[Text]:
@@ -148,6 +178,14 @@ def layers(text: str) -> tuple[int, ...]:
 def names(text: str) -> tuple[str, ...]:
     """Parse names from the command line: "eng_Latn,deu_Latn"."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Parse numbers from the command line: "0.5,1,2"."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers: write them as 0.5,1,2") from None
 
 
 def positive(text: str) -> int:

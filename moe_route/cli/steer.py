@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ def _losses(options: argparse.Namespace, spoken: Any, routed: Any, plan: Any, wo
     import numpy as np
 
     from moe_route.analysis import paired_difference
-    from moe_route.texttable import table
+    from moe_route.texttable import interval, table
 
     given = {"batch_size": options.batch_size, "max_length": options.max_length}
     shown = sys.stderr.isatty()
@@ -99,7 +98,7 @@ def _losses(options: argparse.Namespace, spoken: Any, routed: Any, plan: Any, wo
             r["loss"],
             r["steered"],
             f"{r['change']:+.4f}",
-            "none" if math.isnan(r["low"]) else f"[{r['low']:+.4f}, {r['high']:+.4f}]",
+            interval(r["low"], r["high"], digits=4),
             r["verdict"],
         )
         for r in rows

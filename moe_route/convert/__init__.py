@@ -14,7 +14,7 @@ from typing import Any
 
 from moe_route.convert.formats import FORMATS, Format, format_of, options_of, readers
 from moe_route.convert.source import Source, open_source
-from moe_route.convert.tokens import joined, statistics_of
+from moe_route.convert.traces import joined, statistics_of
 from moe_route.convert.writers import TARGETS, Target, write
 from moe_route.files import FileRefusedError
 from moe_route.recording import RecordingError, RoutingStatistics, Trace

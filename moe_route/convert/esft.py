@@ -15,7 +15,7 @@ import numpy as np
 from moe_route.analysis import esft_experts
 from moe_route.convert.source import Source
 from moe_route.convert.tables import number_table, whole_numbers
-from moe_route.convert.tokens import RoutedSequence, trace_of
+from moe_route.convert.traces import RoutedSequence, trace_of
 from moe_route.recording import Trace
 from moe_route.steering import ExpertSelection
 

@@ -17,7 +17,7 @@ from moe_route.convert import (
     steermoe,
 )
 from moe_route.convert.source import Source
-from moe_route.convert.tokens import statistics_of
+from moe_route.convert.traces import statistics_of
 from moe_route.recording import RoutingStatistics, Trace
 from moe_route.steering import ExpertSelection, Plan
 

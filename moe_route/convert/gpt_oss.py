@@ -15,7 +15,7 @@ import numpy as np
 from moe_route.contract.tables import FIXED_POINT, SCALARS
 from moe_route.convert.source import Source, as_array
 from moe_route.convert.tables import number_table
-from moe_route.convert.tokens import RoutedSequence, trace_of
+from moe_route.convert.traces import RoutedSequence, trace_of
 from moe_route.recording import RoutingStatistics, Trace
 from moe_route.recording.statistics import IMPORTED, SEQUENCE_SCALARS, VIEWS
 

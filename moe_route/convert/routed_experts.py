@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from moe_route.convert.source import Source, as_array
-from moe_route.convert.tokens import RoutedSequence, routed_layers, trace_of
+from moe_route.convert.traces import RoutedSequence, routed_layers, trace_of
 from moe_route.recording import Trace
 from moe_route.recording.store import Item
 

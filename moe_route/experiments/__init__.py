@@ -11,7 +11,7 @@ from moe_route.experiments.learn import learn_routing
 from moe_route.experiments.neighbors import NeighborScores, neighbor_scores
 from moe_route.experiments.pruning import PruningCurve, pruning_curve
 from moe_route.experiments.regret import Regret, regret
-from moe_route.experiments.sweep import StrengthSweep, strength_sweep
+from moe_route.experiments.strength_sweep import StrengthSweep, strength_sweep
 from moe_route.experiments.transplant import Transplant, record_trace, transplant
 from moe_route.experiments.weights import router_weights
 

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from moe_route.analysis import AnalysisError, benjamini_hochberg, effects_by_group
+from moe_route.analysis.bootstrap import RESAMPLES
 from moe_route.analysis.effects import PERMUTATIONS, Effects
-from moe_route.analysis.resampling import RESAMPLES
 from moe_route.analysis.result import by_depth, plain
 from moe_route.experts.outputs import NoExpertOutputsError, expert_outputs, experts_of
 from moe_route.recording.frames import data_frame
 from moe_route.routers.discovery import ModelNotSupportedError, RouterInfo, find_routers
 from moe_route.steering import PlanError
 from moe_route.steering.layers import as_layers
-from moe_route.texttable import ShownAsTables, Table
+from moe_route.texttable import ShownAsTables, Table, interval
 from moe_route.workload import LanguageModel, Text
 
 if TYPE_CHECKING:
@@ -98,10 +98,9 @@ class ExpertPatching(ShownAsTables):
         rows = []
         for g, layer, expert in zip(*np.unravel_index(largest, self.adjusted.shape), strict=True):
             at = (g, layer, expert)
-            ends = (self.restored.low[at], self.restored.high[at])
-            interval = "-" if np.isnan(ends).any() else f"[{ends[0]:+.3f}, {ends[1]:+.3f}]"
+            ends = interval(self.restored.low[at], self.restored.high[at])
             share, p_value = float(self.restored.mean[at]), float(self.adjusted[at])
-            rows.append([self.groups[g], int(layer), int(expert), share, interval, p_value])
+            rows.append([self.groups[g], int(layer), int(expert), share, ends, p_value])
         head = ("group", "layer", "expert", "restored", "95 % interval", "adjusted p")
         return [
             by_depth(self.groups, self.layers.mean, title=title, note=note),

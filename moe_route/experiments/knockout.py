@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_route.analysis import AnalysisError, RankAgreement, benjamini_hochberg, effects_by_group, rank_agreement
+from moe_route.analysis.bootstrap import RESAMPLES
 from moe_route.analysis.effects import PERMUTATIONS, Effects
-from moe_route.analysis.resampling import RESAMPLES
 from moe_route.analysis.result import plain
 from moe_route.experiments.runs import attached, encoded_texts, layers_of, natural_run, runs_under
 from moe_route.recording.frames import data_frame
 from moe_route.routed import RoutedModel
 from moe_route.steering import ExpertSelection, Plan, PlanError, PlanModel
-from moe_route.texttable import ShownAsTables, Table
+from moe_route.texttable import ShownAsTables, Table, interval
 from moe_route.workload import EncodedTexts, LanguageModel, Text
 
 if TYPE_CHECKING:
@@ -112,11 +112,10 @@ class Knockout(ShownAsTables):
         rows = []
         for g, layer, expert in zip(*np.unravel_index(largest, self.total.mean.shape), strict=True):
             at = (g, layer, expert)
-            ends = (self.effect.low[at], self.effect.high[at])
-            interval = "-" if np.isnan(ends).any() else f"[{ends[0]:+.3f}, {ends[1]:+.3f}]"
+            ends = interval(self.effect.low[at], self.effect.high[at])
             before, after = (self.frequency, self.effect.mean), (self.adjusted, self.total.mean)
             left, right = ([float(values[at]) for values in part] for part in (before, after))
-            rows.append([self.groups[g], int(layer), int(expert), *left, interval, *right])
+            rows.append([self.groups[g], int(layer), int(expert), *left, ends, *right])
         tested = (~np.isnan(self.effect.p_value)).sum((1, 2))
         with np.errstate(invalid="ignore"):
             clear = (self.adjusted <= 0.05).sum((1, 2))

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_route.analysis import effects_by_group
-from moe_route.analysis.chance import expected_maximum
+from moe_route.analysis.bootstrap import RESAMPLES
 from moe_route.analysis.effects import PERMUTATIONS, Effects
-from moe_route.analysis.resampling import RESAMPLES
+from moe_route.analysis.expected_maximum import expected_maximum
 from moe_route.analysis.result import plain
 from moe_route.experiments.runs import attached, encoded_texts, natural_run, runs_under
 from moe_route.recording.frames import data_frame
 from moe_route.routed import RoutedModel
 from moe_route.steering import Plan
-from moe_route.texttable import ShownAsTables, Table
+from moe_route.texttable import ShownAsTables, Table, interval
 from moe_route.workload import EncodedTexts, LanguageModel, Text
 
 if TYPE_CHECKING:
@@ -90,10 +90,9 @@ class Regret(ShownAsTables):
         for g, group in enumerate(self.groups):
             for b, kind in enumerate(self.classes):
                 numbers = [float(getattr(self, name).mean[g, b]) for name in _MEASURES[:-1]]
-                ends = (self.held_out.low[g, b], self.held_out.high[g, b])
-                interval = "-" if np.isnan(ends).any() else f"[{ends[0]:+.3f}, {ends[1]:+.3f}]"
+                ends = interval(self.held_out.low[g, b], self.held_out.high[g, b])
                 gains = float(self.gains.mean[g, b])
-                rows.append([group, kind, int(self.regret.tokens[g, b]), *numbers[:4], interval, numbers[4], gains])
+                rows.append([group, kind, int(self.regret.tokens[g, b]), *numbers[:4], ends, numbers[4], gains])
         names = ("tokens", "regret", "by chance", "excess", "held out", "95 % interval", "random", "gain")
         head = ("group", "confidence", *names)
         where = "all layers" if self.layers is None else f"layers {', '.join(map(str, self.layers))}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -122,24 +122,47 @@ def runs_under(
 ) -> Iterator[tuple[int, int, np.ndarray]]:
     """Yield (index of the plan, index of the text, loss float64 [S - 1] of its predicted tokens) for every pair.
 
-    Rows of a batch hold the same texts under several plans, each as a group of its own, so that ``batch_size`` rows run
-    together also if there are few texts.
+    Rows of a batch hold the same texts under several plans, so that ``batch_size`` rows run together also if there are
+    few texts. Plans act under their own conditions on groups; the plan ``Plan()`` is the natural run. If there are no
+    more plans than ``batch_size``, every text runs under all of them in one batch, so with the same padding.
     """
     alike = max(1, batch_size // len(plans))  # texts per batch
     together = max(1, batch_size // alike)  # plans per batch
+    groups = list(dict.fromkeys(text.group for text in encoded.texts))
     starts = range(0, len(plans), together)
     for number, start in enumerate(starts, 1):
-        names = [str(index) for index in range(start, min(start + together, len(plans)))]
-        plan = sum((plans[int(name)].only(groups=name) for name in names), Plan())
-        caption = None if progress is None else f"{progress} ({number} of {len(starts)})"
+        copies = range(start, min(start + together, len(plans)))
+        plan = sum((_of_copies(plans[copy], copy, groups) for copy in copies), Plan())
+        caption = progress if len(starts) == 1 or progress is None else f"{progress} ({number} of {len(starts)})"
         with routed.steer(plan):
             for batch in language_model.batches(encoded, batch_size=alike, progress=caption):
-                repeated = _repeated(batch, len(names))
-                with routed.labels(groups=[name for name in names for _ in batch.texts]):
+                repeated = _repeated(batch, len(copies))
+                labels = [_copy(copy, text.group) for copy in copies for text in batch.texts]
+                with routed.labels(groups=labels, items=[text.item for text in repeated.texts]):
                     nats, _ = token_losses(language_model.run(repeated), repeated.inputs["input_ids"])
                 for row, values in enumerate(nats.numpy()):
                     text = batch.positions[row % len(batch.texts)]
-                    yield int(names[row // len(batch.texts)]), text, values[: max(len(encoded.ids[text]) - 1, 0)]
+                    yield copies[row // len(batch.texts)], text, values[: max(len(encoded.ids[text]) - 1, 0)]
+
+
+def _copy(number: int, group: str) -> str:
+    """Group of the copies of a text that run under one plan."""
+    return f"{number}\0{group}"
+
+
+def _of_copies(plan: Plan, number: int, groups: Sequence[str]) -> Plan:
+    """The plan for its copies of the texts only, under its own conditions on groups."""
+    rules = []
+    for rule in plan.rules:
+        if rule.table is not None and any(group is not None for _, group in rule.table.keys or ()):
+            raise PlanError(
+                "several plans run as groups of their own, and this one finds its sequences by group: give them items "
+                "only, Plan.replay(ids, items=[...])"
+            )
+        kept = [_copy(number, group) for group in groups if rule.groups is None or group in rule.groups]
+        if kept:
+            rules.append(replace(rule, groups=tuple(sorted(kept))))
+    return Plan(rules, model=plan.model)
 
 
 def _repeated(batch: Batch, times: int) -> Batch:

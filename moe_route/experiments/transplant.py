@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_route.analysis import AnalysisError, effects_by_group
+from moe_route.analysis.bootstrap import RESAMPLES
 from moe_route.analysis.effects import PERMUTATIONS, Effects
-from moe_route.analysis.resampling import RESAMPLES
 from moe_route.analysis.result import plain
 from moe_route.experiments.runs import attached, encoded_texts, layers_of, token_losses
 from moe_route.recording.frames import data_frame
 from moe_route.recording.trace import Trace
 from moe_route.routed import RoutedModel
 from moe_route.steering import Plan
-from moe_route.texttable import ShownAsTables, Table
-from moe_route.workload import Batch, EncodedTexts, LanguageModel, Text, record_texts
+from moe_route.texttable import ShownAsTables, Table, interval
+from moe_route.workload import EncodedTexts, LanguageModel, Text, record_texts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,9 +89,8 @@ class Transplant(ShownAsTables):
         return [Table(("route", "group", "loss", *self.bands), rows, title, self.note)]
 
     def _cell(self, *at: int) -> str:
-        low, high = self.effect.low[at], self.effect.high[at]
-        interval = "no interval" if np.isnan(low) else f"[{low:+.3f}, {high:+.3f}]"
-        return f"{self.effect.mean[at]:+.3f} {interval}"
+        ends = interval(self.effect.low[at], self.effect.high[at], none="no interval")
+        return f"{self.effect.mean[at]:+.3f} {ends}"
 
 
 def transplant(
@@ -151,7 +150,7 @@ def transplant(
         where |= {name: layers_of(routed, layers) for name, layers in (bands or {}).items()}
         run = _Run(language_model, routed, encoded, reference, batch_size, progress)
         natural = run.natural()
-        built: dict[str, Plan | None] = {**{kind: run.route(kind) for kind in kinds}, **more}
+        built = {**{kind: run.route(kind) for kind in kinds}, **more}
         sums = np.zeros((len(encoded.ids), len(built), len(where)))
         for r, (name, plan) in enumerate(built.items()):
             for b, (band, layers) in enumerate(where.items()):
@@ -242,10 +241,12 @@ class _Run:
         self.store = store
         return found
 
-    def route(self, kind: str) -> Plan | None:
-        """The plan of a built-in route; None for "scores", whose plans are made for each batch."""
+    def route(self, kind: str) -> Plan:
+        """The plan of a built-in route."""
         if kind == "scores":
-            return None
+            items = list(dict.fromkeys(text.item for text in self.encoded.texts))
+            scores = np.stack([self.store.distributions(item, self.reference, "full") for item in items])
+            return Plan.replace_scores(scores, items=items, per="sequence")
         if kind == "own":
             return Plan.replay(self.trace)
         averages = self._averages(kind)
@@ -267,38 +268,18 @@ class _Run:
             items = [known[known.index(item) - 1] for item in items]
         return np.stack([self.store.distributions(*key, "full") for key in zip(items, groups, strict=True)])
 
-    def losses(self, plan: Plan | None, layers: tuple[int, ...], caption: str) -> np.ndarray:
+    def losses(self, plan: Plan, layers: tuple[int, ...], caption: str) -> np.ndarray:
         """Summed losses float64 [n] with a route in some layers."""
-        if plan is None:
-            return self._sums(caption, self.routed.labels, layers)
         with self.routed.steer(plan.only(layers=layers)):
             return self._sums(caption, self.routed.labels)
 
-    def _sums(self, caption: str, labels: Any, layers: tuple[int, ...] | None = None) -> np.ndarray:
-        """Run all texts; with ``layers``, the average scores of each item replace the router's in these layers."""
+    def _sums(self, caption: str, labels: Any) -> np.ndarray:
+        """Run all texts under the labels of their groups and items."""
         found = np.zeros(len(self.encoded.ids))
         shown = caption if self.progress else None
         for batch in self.language_model.batches(self.encoded, batch_size=self.batch_size, progress=shown):
-            items, groups = [text.item for text in batch.texts], [text.group for text in batch.texts]
-            if layers is None:
-                with labels(groups=groups, items=items):
-                    nats = self._nats(batch)
-            else:
-                with self.routed.steer(self._scores(items, layers)), labels(groups=items):
-                    nats = self._nats(batch)
-            found[list(batch.positions)] = nats
+            with labels(groups=[text.group for text in batch.texts], items=[text.item for text in batch.texts]):
+                nats, _ = token_losses(self.language_model.run(batch), batch.inputs["input_ids"])
+            mask = batch.inputs["attention_mask"][:, 1:].cpu()
+            found[list(batch.positions)] = (nats * mask).sum(1).numpy()
         return found
-
-    def _nats(self, batch: Batch) -> np.ndarray:
-        nats, _ = token_losses(self.language_model.run(batch), batch.inputs["input_ids"])
-        return (nats * batch.inputs["attention_mask"][:, 1:].cpu()).sum(1).numpy()
-
-    def _scores(self, items: Sequence[str], layers: tuple[int, ...]) -> Plan:
-        """The average scores of each item, for the group that is named after it."""
-        plans = []
-        for item in dict.fromkeys(items):
-            average = self.store.distributions(item, self.reference, "full")
-            sizes = {layer: self.routed.routers[layer].num_experts for layer in layers}
-            by_layer = {layer: dict(enumerate(average[layer, :size].tolist())) for layer, size in sizes.items()}
-            plans.append(Plan.replace_scores(by_layer).only(groups=item))
-        return sum(plans, Plan())

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from moe_route import files, hub
 from moe_route.steering.compiled import CompiledPlan, HasExperts, compile_rules
-from moe_route.steering.difference import PlanDifference, compare
 from moe_route.steering.explain import PlanExplanation, explain
 from moe_route.steering.model import PlanError, PlanModel
+from moe_route.steering.plan_difference import PlanDifference, compare
 from moe_route.steering.replay import RecordedChoices, ReplayTable
 from moe_route.steering.rule import (
     Experts,

@@ -410,7 +410,7 @@ def test_layers_that_saw_nothing_are_nan_and_counted(found):
     assert result.of("sw")[1] == pytest.approx(rest.of("sw")[1])
 
 
-def test_divergence_refuses_with_the_mend(found, stats):
+def test_divergence_refuses_and_says_how_to_fix_it(found, stats):
     pooled = statistics(found, keep=False)
     empty = statistics(
         {**found, **{(i, "xx"): np.zeros((LAYERS, WIDEST), np.int64) for i in range(2)}}, (*GROUPS, "xx"), keep=False
@@ -681,7 +681,7 @@ def test_esft_rule_is_the_shortest_prefix():
     assert analysis.esft_experts(np.array([[0.7, 0.1, 0.1, 0.1]]), top_p=0.8) == {0: (0, 1)}
 
 
-def test_finding_experts_refuses_with_the_mend(stats):
+def test_finding_experts_refuses_and_says_how_to_fix_it(stats):
     ones = np.ones((2, 6))
     cases = [
         (lambda: analysis.task_experts(stats, stats, threshold=0.1, by="token"), "name the task group"),

@@ -13,6 +13,7 @@ from harness.tiny_models import tiny_model, tokens
 import moe_route as mr
 from moe_route import analysis
 from moe_route.analysis import AnalysisError
+from moe_route.analysis.bootstrap import interval_of
 from moe_route.recording import RoutingStatistics
 
 
@@ -52,7 +53,7 @@ def test_intervals_are_those_of_a_plain_bootstrap(statistics: RoutingStatistics)
             by_hand["gap"].append((sequence - token)[rows].mean(0))
         for of, values in by_hand.items():
             low, high = found.interval(0.9, of=of, resamples=300, seed=7)
-            expected = analysis.resampling.interval_of(np.array(values), 5, 0.9)
+            expected = interval_of(np.array(values), 5, 0.9)
             np.testing.assert_allclose([low[g], high[g]], expected, atol=1e-12, err_msg=of)
             estimate = {"sequence": found.sequence, "token": found.token, "gap": found.gap}[of][g]
             assert ((low[g] <= estimate) & (estimate <= high[g])).all()

@@ -41,7 +41,7 @@ def test_the_shortest_prefix_does_not_depend_on_rounding(scores, top_p, experts)
     assert analysis.esft_experts(np.array([scores]), top_p=top_p) == {0: experts}
 
 
-def test_esft_refuses_with_the_mend():
+def test_esft_refuses_and_says_how_to_fix_it():
     statistics = statistics_of({("a", "task"): np.array([[3, 2, 1, 0]])}, 2, (4,))
     cases = [
         (lambda: analysis.esft_scores(statistics, kind="gates"), '"token" or "gate"'),

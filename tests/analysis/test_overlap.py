@@ -57,7 +57,7 @@ def test_chance_in_one_layer_is_hypergeometric():
     assert p_fewer == pytest.approx(law.cdf(7))
 
 
-def test_overlap_refuses_with_the_mend():
+def test_overlap_refuses_and_says_how_to_fix_it():
     other = ExpertSelection({0: [1]}, model=PlanModel("b", num_experts=(8, 8)))
     unknown = ExpertSelection({0: [1]})
     cases = [

@@ -97,7 +97,7 @@ def test_ids_are_written_for_tuning(statistics, tmp_path):
     assert "layers 0-2" in repr(found)
 
 
-def test_rise_refuses_with_the_mend(statistics):
+def test_rise_refuses_and_says_how_to_fix_it(statistics):
     cases = [
         (lambda: analysis.rise_experts(statistics, top_n=4, groups=["en"]), "two groups or more"),
         (lambda: analysis.rise_experts(statistics, top_n=4, groups=["en", "fr"]), "no group 'fr'"),

@@ -11,7 +11,7 @@ from harness.kept_sequences import random_counts, statistics_of
 
 from moe_route import analysis
 from moe_route.analysis import AnalysisError
-from moe_route.analysis.resampled import draw_together
+from moe_route.analysis.resampled_statistics import draw_together
 from moe_route.steering import ExpertSelection
 
 SIZES = (6, 4)
@@ -109,7 +109,7 @@ def test_stable_activations_stay_within_what_can_be_forced_on(shown, plain):
     assert often.activate[0] == (int(share[0].argmax()),)
 
 
-def test_stability_refuses_with_the_mend(shown, plain):
+def test_stability_refuses_and_says_how_to_fix_it(shown, plain):
     pooled = statistics_of(random_counts(ITEMS, "en", FLAT), 2, SIZES)
     pooled.store = None
     few = statistics_of(random_counts(ITEMS[:3], "en", FLAT), 2, SIZES)

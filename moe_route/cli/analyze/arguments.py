@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import layers, names, positive
+from moe_route.cli.inputs import names, positive
 
 if TYPE_CHECKING:
     from moe_route.steering import ExpertSelection
@@ -20,7 +20,6 @@ __all__ = [
     "divergence_arguments",
     "divergence_options",
     "groups_argument",
-    "layers_argument",
     "level",
     "phase_argument",
     "reference_argument",
@@ -77,12 +76,6 @@ def saved(found: ShownAsTables, selection: ExpertSelection, path: Path | None) -
         return Answer(data, text)
     selection.save(path)
     return Answer({**data, "out": path}, f"{text}\nwritten to {path}")
-
-
-def layers_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--layers", type=layers, metavar="A-B", help="MoE layers to look at, counted from 0 (default: all)"
-    )
 
 
 def divergence_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 from moe_route.cli.analyze.arguments import (
     divergence_arguments,
     divergence_options,
-    layers_argument,
     level,
     reference_argument,
     statistics_argument,
 )
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, layers, merged_statistics, positive
+from moe_route.cli.inputs import command, layers, layers_argument, merged_statistics, positive
 
 if TYPE_CHECKING:
     from moe_route.analysis import Divergence

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_route.cli.analyze.arguments import baseline_group_argument, layers_argument, phase_argument
+from moe_route.cli.analyze.arguments import baseline_group_argument, phase_argument
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, merged_statistics, output, positive
+from moe_route.cli.inputs import command, layers_argument, merged_statistics, output, positive
 
 if TYPE_CHECKING:
     from moe_route.steering import ExpertSelection, Plan

@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from moe_route.cli.analyze.arguments import layers_argument
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, output, positive
+from moe_route.cli.inputs import command, layers_argument, output, positive
 
 
 def add(questions: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_route.cli.analyze.arguments import statistics_argument
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, merged_statistics, output, positive
+from moe_route.cli.inputs import command, merged_statistics, output, positive, seed_argument
 
 CRITERIA = ("reap", "frequency", "difference", "random")
 
@@ -46,7 +46,7 @@ def prune_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("uniform", "global"),
         help="the same share in every layer, or one ranking of all layers (default: uniform)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random draws (default: 0)")
+    seed_argument(parser)
 
 
 def run(options: argparse.Namespace) -> Answer:

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moe_route.cli.analyze.arguments import groups_argument, layers_argument, statistics_argument
+from moe_route.cli.analyze.arguments import groups_argument, statistics_argument
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, merged_statistics, positive
+from moe_route.cli.inputs import command, layers_argument, merged_statistics, positive
 
 
 def add(questions: Any) -> None:

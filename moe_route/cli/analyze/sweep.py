@@ -6,15 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from moe_route.cli.analyze.arguments import (
-    by_argument,
-    compared_arguments,
-    layers_argument,
-    phase_argument,
-    reference_argument,
-)
+from moe_route.cli.analyze.arguments import by_argument, compared_arguments, phase_argument, reference_argument
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, merged_statistics, output
+from moe_route.cli.inputs import command, layers_argument, merged_statistics, numbers, output
 
 
 def add(questions: Any) -> None:
@@ -27,18 +21,11 @@ def add(questions: Any) -> None:
     )
     compared_arguments(parser)
     reference_argument(parser)
-    parser.add_argument("--thresholds", type=_numbers, metavar="X,Y", help="(default: 0.05 to 0.6 in steps of 0.05)")
+    parser.add_argument("--thresholds", type=numbers, metavar="X,Y", help="(default: 0.05 to 0.6 in steps of 0.05)")
     layers_argument(parser)
     by_argument(parser)
     phase_argument(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the overlap: .png, .svg or .pdf")
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers: write them as 0.1,0.2,0.3") from None
 
 
 def run(options: argparse.Namespace) -> Answer:

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from moe_route.cli.analyze.arguments import groups_argument, layers_argument, phase_argument
+from moe_route.cli.analyze.arguments import groups_argument, phase_argument
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, positive, token_texts, tokenizer_argument
+from moe_route.cli.inputs import command, layers_argument, positive, token_texts, tokenizer_argument
 
 CLASSES = ("script", "start")
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.experiment.arguments import attached_model, options_of, seed_argument
-from moe_route.cli.inputs import command, layers, model_arguments, text_arguments, texts
+from moe_route.cli.inputs import (
+    attached_model,
+    command,
+    layers_argument,
+    model_arguments,
+    seed_argument,
+    text_arguments,
+    text_options,
+    texts,
+)
 
 
 def add(experiments: Any) -> None:
@@ -18,7 +27,7 @@ def add(experiments: Any) -> None:
         "change of the loss when one expert is switched off, for every expert",
         "moe-route experiment knockout --languages eng_Latn,swh_Latn --limit 20 --layers 5",
     )
-    parser.add_argument("--layers", type=layers, metavar="A-B", help="MoE layers, counted from 0 (default: all)")
+    layers_argument(parser)
     seed_argument(parser)
     model_arguments(parser)
     text_arguments(parser)
@@ -29,6 +38,14 @@ def run(options: argparse.Namespace) -> Answer:
 
     work = texts(options)
     with attached_model(options) as (spoken, routed):
-        found = knockout(spoken, work, layers=options.layers, routed=routed, **options_of(options))
+        found = knockout(
+            spoken,
+            work,
+            layers=options.layers,
+            routed=routed,
+            seed=options.seed,
+            progress=sys.stderr.isatty(),
+            **text_options(options),
+        )
     agreement = found.agreement()
     return Answer({**found.to_dict(), "agreement": agreement.to_dict()}, f"{found!r}\n{agreement!r}")

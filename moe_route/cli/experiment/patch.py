@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.experiment.arguments import seed_argument
-from moe_route.cli.inputs import command, language_model, layers, model_arguments, positive
+from moe_route.cli.inputs import command, language_model, layers_argument, model_arguments, positive, seed_argument
 
 if TYPE_CHECKING:
     from moe_route.experiments import PromptPair
@@ -29,7 +28,7 @@ def add(experiments: Any) -> None:
         metavar="FILE",
         help="tab-separated lines: clean prompt, corrupted prompt, answer, other answer, and optionally a group",
     )
-    parser.add_argument("--layers", type=layers, metavar="A-B", help="MoE layers, counted from 0 (default: all)")
+    layers_argument(parser)
     parser.add_argument(
         "--weight",
         default="clean",

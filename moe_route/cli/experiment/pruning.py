@@ -14,7 +14,10 @@ from moe_route.cli.inputs import (
     language_model,
     merged_statistics,
     model_arguments,
+    names,
+    numbers,
     text_arguments,
+    text_options,
     texts,
 )
 
@@ -38,7 +41,7 @@ def add(experiments: Any) -> None:
         help=f"some of {', '.join(CRITERIA)} (default: reap,frequency,random)",
     )
     parser.add_argument(
-        "--keep", type=_shares, default=(0.75, 0.5, 0.25), metavar="X,Y", help="shares (default: 0.75,0.5,0.25)"
+        "--keep", type=numbers, default=(0.75, 0.5, 0.25), metavar="X,Y", help="shares (default: 0.75,0.5,0.25)"
     )
     prune_arguments(parser)
     model_arguments(parser)
@@ -59,22 +62,14 @@ def run(options: argparse.Namespace) -> Answer:
         reference=options.reference,
         allocation=options.allocation,
         seed=options.seed,
-        batch_size=options.batch_size,
-        max_length=options.max_length,
         progress=sys.stderr.isatty(),
+        **text_options(options),
     )
     return Answer(found.to_dict(), repr(found))
 
 
 def _criteria(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(","))
-    if not set(names) <= set(CRITERIA):
+    found = names(text)
+    if not set(found) <= set(CRITERIA):
         raise argparse.ArgumentTypeError(f"{text!r}: write some of {', '.join(CRITERIA)}")
-    return names
-
-
-def _shares(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(share) for share in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of shares: write them as 0.75,0.5") from None
+    return found

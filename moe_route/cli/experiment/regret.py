@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.experiment.arguments import attached_model, options_of, seed_argument
-from moe_route.cli.inputs import command, layers, model_arguments, positive, text_arguments, texts
+from moe_route.cli.inputs import (
+    attached_model,
+    command,
+    layers_argument,
+    model_arguments,
+    positive,
+    seed_argument,
+    text_arguments,
+    text_options,
+    texts,
+)
 
 
 def add(experiments: Any) -> None:
@@ -22,7 +32,7 @@ def add(experiments: Any) -> None:
     parser.add_argument(
         "--temperature", type=float, default=1.0, metavar="X", help="size of the noise on the logits (default: 1)"
     )
-    parser.add_argument("--layers", type=layers, metavar="A-B", help="MoE layers, counted from 0 (default: all)")
+    layers_argument(parser)
     seed_argument(parser)
     model_arguments(parser)
     text_arguments(parser)
@@ -40,6 +50,8 @@ def run(options: argparse.Namespace) -> Answer:
             temperature=options.temperature,
             layers=options.layers,
             routed=routed,
-            **options_of(options),
+            seed=options.seed,
+            progress=sys.stderr.isatty(),
+            **text_options(options),
         )
     return Answer(found.to_dict(), repr(found))

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.experiment.arguments import attached_model, options_of, seed_argument
-from moe_route.cli.inputs import command, language_model, layers, model_arguments, text_arguments, texts
+from moe_route.cli.inputs import (
+    attached_model,
+    command,
+    language_model,
+    layers,
+    model_arguments,
+    seed_argument,
+    text_arguments,
+    text_options,
+    texts,
+)
 
 KINDS = ("own", "pooled", "choice", "other", "scores")
 
@@ -49,12 +59,11 @@ def run(options: argparse.Namespace) -> Answer:
     from moe_route.experiments import record_trace, transplant
 
     work = texts(options)
-    given = options_of(options)
+    given = {**text_options(options), "progress": sys.stderr.isatty()}
     routes = {}
     if options.donor is not None:
         donor = language_model(argparse.Namespace(**{**vars(options), "model": options.donor}))
-        shared = {name: given[name] for name in ("batch_size", "max_length", "progress")}
-        routes = {"donor": record_trace(donor, work, **shared)}
+        routes = {"donor": record_trace(donor, work, **given)}
         del donor
     with attached_model(options) as (spoken, routed):
         found = transplant(
@@ -65,6 +74,7 @@ def run(options: argparse.Namespace) -> Answer:
             routes=routes,
             bands=dict(options.band or ()),
             routed=routed,
+            seed=options.seed,
             **given,
         )
     return Answer(found.to_dict(), repr(found))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, layers, merged_statistics, names, output
+from moe_route.cli.inputs import command, layers, layers_argument, merged_statistics, names, output
 
 # verb -> (method of Plan, what it does)
 EXPERT_VERBS = {
@@ -50,7 +50,7 @@ def add(parts: Any) -> None:
         parser = command(parts, verb, run_layers, what, example)
         parser.add_argument("value", type=kind, metavar="X", help="the temperature, or the number of experts")
         parser.set_defaults(method=verb.replace("-", "_"))
-        parser.add_argument("--layers", type=layers, metavar="A-B", help="MoE layers, counted from 0 (default: all)")
+        layers_argument(parser)
         _conditions(parser)
     parser = command(
         parts,

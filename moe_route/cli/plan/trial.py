@@ -9,20 +9,29 @@ from typing import Any
 
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import (
+    attached_model,
     command,
-    language_model,
-    layers,
+    layers_argument,
     merged_statistics,
     model_arguments,
+    numbers,
     output,
     positive,
+    seed_argument,
     text_arguments,
+    text_options,
     texts,
 )
 from moe_route.cli.plan.make import written
 
 
 def add(parts: Any) -> None:
+    _add_sweep(parts)
+    _add_learn(parts)
+    _add_neighbors(parts)
+
+
+def _add_sweep(parts: Any) -> None:
     parser = command(
         parts,
         "sweep",
@@ -37,9 +46,12 @@ def add(parts: Any) -> None:
     parser.add_argument(
         "--controls", type=int, default=0, metavar="N", help="random sets of experts per strength (default: none)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random sets (default: 0)")
+    seed_argument(parser)
     model_arguments(parser)
     text_arguments(parser)
+
+
+def _add_learn(parts: Any) -> None:
     parser = command(
         parts,
         "learn",
@@ -50,15 +62,16 @@ def add(parts: Any) -> None:
     parser.add_argument(
         "--what", default="bias", choices=("bias", "scale", "temperature"), help="what is trained (default: bias)"
     )
-    parser.add_argument(
-        "--layers", type=layers, metavar="A-B", help="MoE layers to train, counted from 0 (default: all)"
-    )
+    layers_argument(parser, "MoE layers to train, counted from 0 (default: all)")
     parser.add_argument("--by-group", action="store_true", help="train each language apart")
     parser.add_argument("--steps", type=positive, default=20, metavar="N", help="updates (default: 20)")
     parser.add_argument("--lr", type=float, default=0.01, metavar="X", help="learning rate of Adam (default: 0.01)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="plan file to write")
     model_arguments(parser)
     text_arguments(parser)
+
+
+def _add_neighbors(parts: Any) -> None:
     parser = command(
         parts,
         "neighbors",
@@ -77,18 +90,8 @@ def add(parts: Any) -> None:
     )
     parser.add_argument("--neighbors", type=positive, default=3, metavar="N", help="nearest items (default: 3)")
     parser.add_argument("--share", type=float, default=1.0, metavar="X", help="of the neighbors' routing (default: 1)")
-    parser.add_argument(
-        "--layers", type=layers, metavar="A-B", help="MoE layers to change, counted from 0 (default: all)"
-    )
+    layers_argument(parser, "MoE layers to change, counted from 0 (default: all)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="plan file to write")
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    """Parse "0.5,1,2"."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers: write them as 0.5,1,2") from None
 
 
 def run_sweep(options: argparse.Namespace) -> Answer:
@@ -96,9 +99,7 @@ def run_sweep(options: argparse.Namespace) -> Answer:
     from moe_route.steering import Plan
 
     plan, work = Plan.load(options.plan), texts(options)
-    spoken = language_model(options)
-    routed = spoken.attach(options.engine)
-    try:
+    with attached_model(options) as (spoken, routed):
         found = strength_sweep(
             spoken,
             work,
@@ -107,12 +108,9 @@ def run_sweep(options: argparse.Namespace) -> Answer:
             routed=routed,
             controls=options.controls,
             seed=options.seed,
-            batch_size=options.batch_size,
-            max_length=options.max_length,
             progress="sweep" if sys.stderr.isatty() else None,
+            **text_options(options),
         )
-    finally:
-        routed.detach()
     return Answer(found.to_dict(), repr(found))
 
 
@@ -121,9 +119,7 @@ def run_learn(options: argparse.Namespace) -> Answer:
 
     output(options.out)
     work = texts(options)
-    spoken = language_model(options)
-    routed = spoken.attach(options.engine)
-    try:
+    with attached_model(options) as (spoken, routed):
         found = learn_routing(
             spoken,
             work,
@@ -133,11 +129,8 @@ def run_learn(options: argparse.Namespace) -> Answer:
             by_group=options.by_group,
             steps=options.steps,
             lr=options.lr,
-            batch_size=options.batch_size,
-            max_length=options.max_length,
+            **text_options(options),
         )
-    finally:
-        routed.detach()
     text = repr(found)
     if options.out is not None:
         found.plan.save(options.out)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_route.analysis.coefficients import centered, ranks
 from moe_route.analysis.inputs import AnalysisError
 from moe_route.analysis.result import plain
 from moe_route.recording.frames import data_frame
@@ -123,8 +124,10 @@ def _agreement(
     rho, drawn = np.full(len(metric), np.nan), np.zeros(permutations)
     for layer in range(len(metric)):
         seen = ~np.isnan(metric[layer]) & ~np.isnan(effect[layer])
-        x, y = _unit_ranks(metric[layer, seen]), _unit_ranks(effect[layer, seen])
-        if seen.sum() < 3 or not x.any() or not y.any():
+        if seen.sum() < 3:
+            continue
+        x, y = centered(ranks(metric[layer, seen])), centered(ranks(effect[layer, seen]))
+        if not x.any() or not y.any():
             continue
         rho[layer] = x @ y
         drawn += rng.permuted(np.tile(y, (permutations, 1)), axis=1) @ x
@@ -133,12 +136,3 @@ def _agreement(
         return rho, float("nan")
     reached = np.abs(drawn) >= abs(rho[counted].sum()) - 1e-12
     return rho, float((reached.sum() + 1) / (permutations + 1))
-
-
-def _unit_ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks (ties share their mean), centered and of unit length; all zero if the values do not differ."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2.0)[inverse]
-    centered = ranks - ranks.mean() if len(ranks) else ranks
-    length = float(np.sqrt(centered @ centered))
-    return centered / length if length > 0 else centered

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_route.analysis.choosing import above, in_layers
-from moe_route.analysis.difference import expert_difference
+from moe_route.analysis.expert_difference import expert_difference
+from moe_route.analysis.expert_masks import above, in_layers
 from moe_route.analysis.experts import multilingual_difference
 from moe_route.analysis.inputs import AnalysisError, Frequencies, Statistics
 from moe_route.analysis.overlap import chance_of_overlap, share

@@ -13,7 +13,7 @@ from moe_route.analysis import paired_difference
 from moe_route.data import demo_corpus
 from moe_route.experiments import strength_sweep
 from moe_route.steering import Plan, PlanError
-from moe_route.workload import LanguageModel, Text, texts_of
+from moe_route.workload import LanguageModel, Text, record_texts, texts_of
 
 PLAN = Plan.activate({2: [1, 5], 4: [0]}, strength=1.0)
 
@@ -85,3 +85,24 @@ def test_what_it_refuses(spoken: LanguageModel, texts: list[Text]) -> None:
         strength_sweep(spoken, texts, Plan.forbid({9: [1]}), [1])
     with spoken.attach() as routed, routed.steer(PLAN), pytest.raises(ValueError, match="steered already"):
         strength_sweep(spoken, texts, PLAN, [1], routed=routed)
+
+
+def test_more_strengths_than_rows_give_the_same(spoken: LanguageModel, texts: list[Text]) -> None:
+    strengths = [0.5, 1.0, 1.5, 2.0]
+    found, narrow = (strength_sweep(spoken, texts, PLAN, strengths, batch_size=size) for size in (30, 2))
+    np.testing.assert_allclose(narrow.loss, found.loss, rtol=1e-5)
+    np.testing.assert_allclose(narrow.natural, found.natural, rtol=1e-5)
+
+
+def test_scores_by_item_are_swept_and_choices_by_group_are_refused(spoken: LanguageModel, texts: list[Text]) -> None:
+    items = sorted({text.item for text in texts})
+    scores = np.random.default_rng(0).uniform(0.1, 1, (len(items), 8, 16)).astype(np.float32)
+    plan = Plan.replace_scores(scores, items=items, per="sequence").only(groups="eng_Latn")
+    found = strength_sweep(spoken, texts, plan, [1], batch_size=4)
+    assert found.loss[0, 0] != pytest.approx(found.natural[0], rel=1e-3)
+    assert found.loss[1, 0] == pytest.approx(found.natural[1], rel=1e-5)
+    pair = [text for text in texts if text.item == items[0]]
+    with spoken.attach() as routed, routed.record(trace=True, sequences=True) as recorder:
+        record_texts(recorder, spoken, spoken.encode(pair), batch_size=2)
+    with pytest.raises(PlanError, match="finds its sequences by group"):
+        strength_sweep(spoken, pair, Plan.replay(recorder.trace()), [1])

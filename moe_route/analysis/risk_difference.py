@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from moe_route.analysis.choosing import first
-from moe_route.analysis.difference import expert_difference
+from moe_route.analysis.expert_difference import expert_difference
+from moe_route.analysis.expert_masks import first
 from moe_route.analysis.inputs import AnalysisError, Frequencies, Statistics, selection
 from moe_route.analysis.measures import places
 from moe_route.analysis.stability import stability_selection

@@ -21,14 +21,66 @@ from moe_route.analysis.sequences import GroupSequences, blocks, groups_of
 if TYPE_CHECKING:
     from moe_route.recording import Trace
 
-__all__ = ["CORRECTIONS", "Correct", "PlainEstimator", "compare_distributions", "estimator", "floor_of"]
+__all__ = [
+    "CORRECTIONS",
+    "MEASURES",
+    "MEASURE_NAMES",
+    "Correct",
+    "Measure",
+    "PlainEstimator",
+    "check_choices",
+    "compare_distributions",
+    "described",
+    "estimator",
+    "floor_of",
+    "pooled_values",
+    "refuse_corrections",
+]
 
+Measure = Literal["normalized_jsd", "jsd", "cosine", "jaccard"]
+MEASURES = ("normalized_jsd", "jsd", "cosine", "jaccard")
+_CORRECTED = {
+    "floor": "less the floor",
+    "rarefy": "of equally many tokens (rarefied)",
+    "jackknife": "by the jackknife",
+    "rarefy+floor": "of equally many tokens (rarefied), less the floor",
+    "jackknife+floor": "by the jackknife, less the floor",
+}
+MEASURE_NAMES = {
+    "normalized_jsd": "entropy-normalized Jensen-Shannon divergence",
+    "jsd": "Jensen-Shannon divergence (nats)",
+    "cosine": "cosine distance",
+    "jaccard": "Jaccard distance of the top experts",
+}
 Correct = Literal["floor", "rarefy", "jackknife", "rarefy+floor", "jackknife+floor"]
 CORRECTIONS = ("floor", "rarefy", "jackknife", "rarefy+floor", "jackknife+floor")
 PARTNERS = 4  # unrelated sentences that each sentence is compared with for the floor, fewer if there are many
 COMPARISONS = 400  # enough for a mean over sentences
 DRAWS = 10  # samples of equally many tokens that are averaged, fewer if there are many sentences
 _NEAR_UNIFORM = 1e-4  # below this bound, differences of entropies are too inexact to be divided by it
+
+
+def check_choices(measure: str, correct: str | None) -> None:
+    """Refuse measures and corrections that do not exist."""
+    if measure not in MEASURES:
+        raise AnalysisError(f"no measure {measure!r}: use one of {', '.join(MEASURES)}")
+    if correct not in (None, *CORRECTIONS):
+        raise AnalysisError(f"no correction {correct!r}: use one of {', '.join(CORRECTIONS)}, or None")
+
+
+def refuse_corrections(correct: str | None, trace: Any) -> None:
+    """Refuse corrections where single sequences are not compared."""
+    if correct is not None or trace is not None:
+        raise AnalysisError(
+            "corrections compare single sequences: pass statistics of record(sequences=True), with pairing='paired'"
+        )
+
+
+def described(pairing: str, pairs: int, kind: str, correct: str | None) -> str:
+    """How a divergence was estimated, in words."""
+    parts = [f"paired over {pairs} items" if pairing == "paired" else "pooled"]
+    parts += [{"topk": "of the chosen experts' weights", "count": "of selections"}[kind]] if kind != "full" else []
+    return ", ".join([*parts, *([_CORRECTED[correct]] if correct else [])])
 
 
 @dataclass(frozen=True)
@@ -195,6 +247,22 @@ def estimator(
         items=tuple(items),
         tokens_of=tokens_of,
     )
+
+
+def pooled_values(
+    statistics: Statistics,
+    reference: str,
+    groups: Sequence[str],
+    measure: PlainEstimator,
+    kind: str,
+    phase: str | None,
+    by: str,
+) -> np.ndarray:
+    """The measure between the mean distributions of these groups and of the reference, float64 [G, L]."""
+    q = normalized(statistics.mean_distribution(kind, phase, by))
+    rows = [statistics.groups.index(group) for group in groups]
+    base = q[[statistics.groups.index(reference)] * len(rows)]
+    return measure.of_pairs(measure.of_distributions(base), measure.of_distributions(q[rows]))
 
 
 def _smallest(

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_route.analysis.bootstrap import RESAMPLES, t_of_normal
 from moe_route.analysis.inputs import AnalysisError, Frequencies, Statistics, as_array, group_index
-from moe_route.analysis.resampled import Sequences, draw_together
-from moe_route.analysis.resampling import RESAMPLES, t_of_normal
+from moe_route.analysis.resampled_statistics import Sequences, draw_together
 from moe_route.analysis.result import mean_of_seen, plain
 from moe_route.recording.frames import data_frame
 from moe_route.texttable import ShownAsTables, Table

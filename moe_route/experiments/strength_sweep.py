@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moe_route.analysis import Difference, RandomControl, paired_difference, random_control
 from moe_route.analysis.result import plain
-from moe_route.experiments.runs import attached, encoded_texts, token_losses
+from moe_route.experiments.runs import attached, encoded_texts, runs_under
 from moe_route.recording.frames import data_frame
 from moe_route.routed import RoutedModel
 from moe_route.steering import Plan, PlanError
-from moe_route.texttable import ShownAsTables, Table
-from moe_route.workload import Batch, EncodedTexts, LanguageModel, Text
+from moe_route.texttable import ShownAsTables, Table, interval
+from moe_route.workload import EncodedTexts, LanguageModel, Text
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["StrengthSweep", "strength_sweep"]
-
-_NATURAL = "natural"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -90,9 +88,8 @@ class StrengthSweep(ShownAsTables):
         for g, group in enumerate(self.groups):
             for s, strength in enumerate(self.strengths):
                 cell = self.change[g][s]
-                interval = "none" if np.isnan(cell.low) else f"[{cell.low:+.4f}, {cell.high:+.4f}]"
                 row: list[object] = [group, self.texts[g], f"{strength:g}", float(self.loss[g, s])]
-                row += [f"{cell.value:+.4f}", interval, cell.verdict]
+                row += [f"{cell.value:+.4f}", interval(cell.low, cell.high, digits=4), cell.verdict]
                 if self.control:
                     drawn = self.control[g][s]
                     row += [f"{np.mean(drawn.random):+.4f}", drawn.p_value]
@@ -154,40 +151,11 @@ def _losses(
     progress: str | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Summed loss of each text under no plan and under each plan, [1 + plans, texts], and its predicted tokens."""
-    groups = list(dict.fromkeys(text.group for text in encoded.texts))
-    names = [_NATURAL, *map(str, range(len(plans)))]
-    together = sum((_of_copies(plan, name, groups) for plan, name in zip(plans, names[1:], strict=True)), Plan())
-    found = np.zeros((len(names), len(encoded.texts)))
-    tokens = np.zeros(len(encoded.texts))
-    with routed.steer(together):
-        for batch in language_model.batches(encoded, batch_size=max(1, batch_size // len(names)), progress=progress):
-            size = len(batch.texts)
-            rows = {name: values.repeat(len(names), 1) for name, values in batch.inputs.items()}
-            labels = [_copy(name, text.group) for name in names for text in batch.texts]
-            items = [text.item for _ in names for text in batch.texts]
-            with routed.labels(groups=labels, items=items):
-                logits = language_model.run(Batch(batch.texts * len(names), batch.positions * len(names), rows))
-            losses, _ = token_losses(logits, rows["input_ids"])
-            mask = rows["attention_mask"][:, 1:].double().cpu()
-            places = list(batch.positions)
-            found[:, places] = (losses * mask).sum(1).numpy().reshape(len(names), size)
-            tokens[places] = mask[:size].sum(1).numpy()
-    return found, tokens
-
-
-def _copy(name: str, group: str) -> str:
-    """Group of the copies of a text that run under one plan."""
-    return f"{name}\0{group}"
-
-
-def _of_copies(plan: Plan, name: str, groups: Sequence[str]) -> Plan:
-    """The plan for the copies ``name`` only, under its own conditions on groups."""
-    rules = []
-    for rule in plan.rules:
-        kept = [_copy(name, group) for group in groups if rule.groups is None or group in rule.groups]
-        if kept:
-            rules.append(replace(rule, groups=tuple(sorted(kept))))
-    return Plan(rules, model=plan.model)
+    found = np.zeros((1 + len(plans), len(encoded.texts)))
+    each = [Plan(), *plans]
+    for plan, text, nats in runs_under(language_model, routed, encoded, each, batch_size=batch_size, progress=progress):
+        found[plan, text] = nats.sum()
+    return found, np.array([max(len(row) - 1, 0) for row in encoded.ids], np.float64)
 
 
 def _result(

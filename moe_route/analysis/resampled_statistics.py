@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from moe_route.analysis.bootstrap import draw_items
 from moe_route.analysis.inputs import NOT_KEPT, AnalysisError, Statistics
-from moe_route.analysis.resampling import draw_items
+from moe_route.analysis.sequences import groups_of
 from moe_route.recording.store import is_unnamed
 
 __all__ = ["FEWEST_ITEMS", "ResampledStatistics", "Sequences", "draw_together", "resampled_statistics"]
@@ -48,9 +49,9 @@ class Sequences:
                 f"{len(items)} kept items of group {group!r} are too few to resample: record {FEWEST_ITEMS} or more "
                 "with sequences=True, or leave the group out with statistics.select(groups=...)"
             )
-        counts = np.stack([store.counts(item, group) for item in items]).astype(np.float64)
-        tokens = np.stack([store.tokens(item, group) for item in items]).astype(np.float64)
-        return cls(tuple((owner, item) if is_unnamed(item) else item for item in items), counts, tokens)
+        (read,) = groups_of(statistics, (group,), items, "count")
+        names = tuple((owner, item) if is_unnamed(item) else item for item in items)
+        return cls(names, read.values.astype(np.float64), read.tokens.astype(np.float64))
 
     @classmethod
     def of_array(cls, frequencies: np.ndarray, owner: Hashable) -> Sequences:

@@ -68,7 +68,7 @@ def test_the_separating_threshold_is_the_smallest(task, general):
     assert (apart.task[:, 0] == 0).all()
 
 
-def test_sweep_refuses_with_the_mend(task, general):
+def test_sweep_refuses_and_says_how_to_fix_it(task, general):
     cases = [
         (lambda: analysis.sweep(task, general, reference="en", thresholds=[]), "thresholds must"),
         (lambda: analysis.sweep(task, general, reference="en", thresholds=[-0.1]), "thresholds must"),
