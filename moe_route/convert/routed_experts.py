@@ -65,12 +65,7 @@ def is_replay(source: Source) -> bool:
     return all(name == "layers" or source.content[name].ndim == 3 for name in source.content)
 
 
-def _traced(
-    source: Source,
-    sequences: Sequence[RoutedSequence],
-    layers: Sequence[int] | None,
-    names: Sequence[str] | None = None,
-) -> Trace:
+def _traced(source: Source, sequences: Sequence[RoutedSequence], layers: Sequence[int] | None) -> Trace:
     """A trace of the MoE layers of the sequences; ``layers`` are those to take."""
     if not sequences:
         raise source.refused("it has no routed experts", "ask for them: return_routed_experts")
@@ -82,7 +77,7 @@ def _traced(
         RoutedSequence(_signed(one.ids)[:, kept], one.item, one.group, prompt=one.prompt, token_ids=one.token_ids)
         for one in sequences
     ]
-    found = trace_of(parts, [str(layer) if names is None else names[layer] for layer in kept])
+    found = trace_of(parts, [str(layer) for layer in kept])
     ordered = np.sort(found.ids, axis=2)
     twice = ((ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)).any(axis=2)
     if twice.any():

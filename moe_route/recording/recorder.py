@@ -455,10 +455,10 @@ class Recorder:
         if self._choices is not None:
             self._choices.end_call()
 
-    def _note_plan(self, plan_hash: str, *, steers: bool = True) -> None:
+    def _note_plan(self, plan_hash: str) -> None:
         """Keep the hash of a plan that steers from now on, and count the natural choice too."""
         self._plans.add(plan_hash)
-        if steers and self._counted().add_natural_counts() and self._on and not self._paused:
+        if self._counted().add_natural_counts() and self._on and not self._paused:
             self._connect()
 
     # ---- internal
