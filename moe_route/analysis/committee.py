@@ -101,9 +101,9 @@ def committee(
         groups: by default all; at least two.
         phase, by: as in ``load_balance``.
 
-    Raises ``AnalysisError`` for fewer than two groups, empty groups, and a ``top`` out of range.
+    Raises ``AnalysisError`` for fewer than two groups, groups without tokens of the phase, and a ``top`` out of range.
     """
-    names = pick_groups(statistics, groups)
+    names = pick_groups(statistics, groups, phase=phase)
     if len(names) < 2:
         raise AnalysisError("a committee is what several groups share: give two groups or more")
     limits = np.asarray(statistics.top_k if top is None else [top] * len(statistics.layers))

@@ -23,6 +23,7 @@ from moe_route.analysis.estimators import (
     estimator,
     floor_of,
 )
+from moe_route.analysis.choosing import in_layers
 from moe_route.analysis.inputs import (
     AnalysisError,
     Frequencies,
@@ -247,7 +248,7 @@ class DivergenceMatrix(ShownAsTables):
 
     def mean(self, layers: Sequence[int] | None = None) -> np.ndarray:
         """float64 [G, G]: the mean over these layers (by default all), NaN where no layer is defined."""
-        return mean_of_seen(self.values if layers is None else self.values[list(layers)])[0]
+        return mean_of_seen(self.values[in_layers(len(self.values), layers)[:, 0]])[0]
 
     def interval(
         self, level: float = 0.95, *, layers: Sequence[int] | None = None, resamples: int = 1000, seed: int = 0
@@ -261,7 +262,7 @@ class DivergenceMatrix(ShownAsTables):
                 "the values of single sentences are not here: measure paired divergence, of fewer groups or layers "
                 "(statistics.select(layers=)) if it is a large matrix"
             )
-        columns = list(range(len(self.layers)) if layers is None else layers)
+        columns = np.flatnonzero(in_layers(len(self.layers), layers))
         means = np.stack([mean_of_seen(values[:, columns], 1)[0] for values in self.pair_values], axis=1)
         ends = np.zeros((2, len(self.groups), len(self.groups)))
         found = interval_of(resampled_means(draw_items(self.pairs, resamples, seed), means), self.pairs, level)
@@ -464,13 +465,15 @@ def divergence(
         return _of_arrays(statistics, reference, measure, top, num_experts)
     if not isinstance(reference, str):
         raise AnalysisError("name the reference group of the statistics, or pass two arrays")
-    group_index(statistics, reference, "reference group")
-    names = pick_groups(statistics, groups, leave_out=reference)
+    group_index(statistics, reference, "reference group", phase)
+    names = pick_groups(statistics, groups, reference, phase)
     items = _common_items(statistics, (reference, *names), pairing, min_common, phase, by)
     if items is None:
         _refuse_corrections(correct, trace)
         how = compare_distributions(measure, np.asarray(statistics.num_experts), top, statistics.top_k)
         return _pooled(statistics, reference, names, how, kind, phase, by)
+    if correct is not None and "floor" in correct and len(items) < 2:
+        raise AnalysisError("a floor compares unrelated sentences: record two common items or more, or leave it out")
     compared = (reference, *names)
     how = estimator(
         statistics, compared, items, measure=measure, kind=kind, top=top, correct=correct, trace=trace, seed=seed
@@ -659,7 +662,7 @@ def divergence_matrix(
     Paired divergence uses the items that all groups have.
     """
     _check_choices(measure, correct)
-    names = pick_groups(statistics, groups)
+    names = pick_groups(statistics, groups, phase=phase)
     if len(names) < 2:
         raise AnalysisError("a matrix needs two groups or more")
     items = _common_items(statistics, names, pairing, min_common, phase, by)

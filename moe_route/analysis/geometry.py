@@ -69,6 +69,8 @@ class Geometry(ShownAsTables):
         if len(self.groups) < 4:
             raise AnalysisError(f"a partial correlation needs 4 groups or more, there are {len(self.groups)}")
         score = np.array([accuracy[group] for group in self.groups], dtype=np.float64)[:, None]
+        if not np.isfinite(score).all():
+            raise AnalysisError("accuracies must be finite numbers: leave out groups without one")
         with_d, with_c = _correlation(score, self.divergence), _correlation(score, self.cosine)
         between = _correlation(self.divergence, self.cosine)
         rest = np.sqrt(np.clip((1 - with_c**2) * (1 - between**2), 0, None))
@@ -157,6 +159,8 @@ def _row_spaces(weights: Sequence[np.ndarray] | None, statistics: RoutingStatist
         )
     bases = []
     for weight in weights:
+        if not np.isfinite(weight).all():
+            raise AnalysisError("a weight holds values that are not finite: pass the weights of the recorded model")
         _, sizes, rows = np.linalg.svd(np.asarray(weight, dtype=np.float64), full_matrices=False)
         bases.append(rows[sizes > sizes.max(initial=0) * max(np.shape(weight)) * np.finfo(np.float64).eps])
     return bases
@@ -194,4 +198,8 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Pearson correlation over axis 0; NaN where one of them is constant."""
-    return _cosine((a - a.mean(0)).T, (b - b.mean(0)).T)
+    moved = []
+    for one in (a, b):
+        rest = one - one.mean(0)
+        moved.append(np.where(np.abs(rest).max(0) > 1e-12 * np.abs(one).max(0), rest, 0.0))  # else it is rounding
+    return _cosine(moved[0].T, moved[1].T)
