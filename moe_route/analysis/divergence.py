@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from moe_route.analysis.choosing import in_layers
 from moe_route.analysis.estimators import (
     CORRECTIONS,
     Correct,
@@ -23,7 +24,6 @@ from moe_route.analysis.estimators import (
     estimator,
     floor_of,
 )
-from moe_route.analysis.choosing import in_layers
 from moe_route.analysis.inputs import (
     AnalysisError,
     Frequencies,

@@ -74,7 +74,7 @@ def pick_groups(
     leave_out: str | None = None,
     phase: str | None = None,
 ) -> tuple[str, ...]:
-    """These groups (by default all but ``leave_out``), each checked to be named once and to have tokens (of a phase)."""
+    """These groups (by default all but ``leave_out``); each must be named once and have tokens (of this phase)."""
     if not hasattr(statistics, "groups"):
         raise AnalysisError(f"give RoutingStatistics (recorder.statistics()), not {type(statistics).__name__}")
     names = (groups,) if isinstance(groups, str) else groups

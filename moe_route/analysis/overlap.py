@@ -150,8 +150,9 @@ def _experts_of(selections: Mapping[str, ExpertSelection], given: int | Sequence
             raise AnalysisError(f"selection {name!r} is of another model: {error}") from None
     if given is None:
         given = model.num_experts
-    elif model.num_experts is not None and not np.array_equal(*np.broadcast_arrays(given, model.num_experts)):
-        raise AnalysisError(f"the selections are of a model with other experts than {given}: leave num_experts out")
+    elif model.num_experts is not None:
+        if (tuple(given) if np.ndim(given) else (given,) * len(model.num_experts)) != tuple(model.num_experts):
+            raise AnalysisError(f"the selections are of a model with other experts than {given}: leave num_experts out")
     if given is None:
         known = {found.num_experts for found in selections.values() if found.num_experts is not None}
         if len(known) != 1:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from moe_route.analysis.divergence import paired_items
 from moe_route.analysis.choosing import in_layers
+from moe_route.analysis.divergence import paired_items
 from moe_route.analysis.inputs import AnalysisError, Statistics, check_draws, pick_groups
 from moe_route.analysis.result import mean_of_seen, plain, token_column
 from moe_route.analysis.sequences import groups_of
