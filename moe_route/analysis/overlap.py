@@ -151,7 +151,8 @@ def _experts_of(selections: Mapping[str, ExpertSelection], given: int | Sequence
     if given is None:
         given = model.num_experts
     elif model.num_experts is not None:
-        if (tuple(given) if np.ndim(given) else (given,) * len(model.num_experts)) != tuple(model.num_experts):
+        asked = np.asarray(given).tolist()
+        if (asked if isinstance(asked, list) else [asked] * len(model.num_experts)) != list(model.num_experts):
             raise AnalysisError(f"the selections are of a model with other experts than {given}: leave num_experts out")
     if given is None:
         known = {found.num_experts for found in selections.values() if found.num_experts is not None}
