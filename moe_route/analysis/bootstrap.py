@@ -6,7 +6,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from moe_route.analysis.inputs import AnalysisError
+from moe_route.analysis.inputs import AnalysisError, check_draws
 
 __all__ = ["RESAMPLES", "draw_items", "interval_of", "p_value_of", "resampled_means", "t_of_normal"]
 
@@ -15,6 +15,7 @@ RESAMPLES = 4000
 
 def draw_items(items: int, resamples: int, seed: int) -> np.ndarray:
     """float64 [resamples, items]: how often each item is drawn in a sample with replacement of the same size."""
+    check_draws(resamples, "resamples")
     drawn = np.random.default_rng(seed).integers(0, items, (resamples, items))
     weights = np.zeros((resamples, items))
     np.add.at(weights, (np.arange(resamples)[:, None], drawn), 1.0)

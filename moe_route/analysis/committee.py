@@ -101,7 +101,7 @@ def committee(
         groups: by default all; at least two.
         phase, by: as in ``load_balance``.
 
-    Raises ``AnalysisError`` for fewer than two groups, empty groups, and a ``top`` out of range.
+    Raises ``AnalysisError`` for fewer than two groups, groups without tokens of the phase, and a ``top`` out of range.
     """
     names = pick_groups(statistics, groups, phase=phase)
     if len(names) < 2:

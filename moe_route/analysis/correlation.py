@@ -17,7 +17,7 @@ import numpy as np
 from moe_route.analysis.bootstrap import draw_items, interval_of, resampled_means
 from moe_route.analysis.coefficients import ranks, unit_length
 from moe_route.analysis.divergence import Divergence
-from moe_route.analysis.inputs import AnalysisError
+from moe_route.analysis.inputs import AnalysisError, check_draws
 from moe_route.analysis.result import plain
 from moe_route.recording.frames import data_frame
 from moe_route.texttable import ShownAsTables, Table
@@ -229,6 +229,9 @@ def correlation(
     names = tuple(found.groups if groups is None else groups)
     if len(names) < 3:
         raise AnalysisError(f"a correlation over {len(names)} groups says nothing: compare at least three")
+    if len(set(names)) < len(names):
+        raise AnalysisError("a group is named twice in groups=: it would count as two: name it once")
+    check_draws(permutations, "permutations")
     y = _numbers(scores, names, "score")
     numbers, labels = _designs(covariates or {}, names)
     x = np.stack([found.of(name) for name in names])
@@ -262,9 +265,12 @@ def _numbers(values: Mapping[str, Any], names: Sequence[str], what: str) -> np.n
         raise AnalysisError(
             f"no {what} for {', '.join(missing)}: add it, or name the groups to correlate: groups= (--groups)"
         )
-    found = np.asarray([float(values[name]) for name in names])
+    try:
+        found = np.asarray([float(values[name]) for name in names])
+    except (TypeError, ValueError):
+        found = np.full(1, np.nan)
     if not np.isfinite(found).all():
-        raise AnalysisError(f"{what}s must be finite numbers")
+        raise AnalysisError(f"{what}s must be finite numbers: leave out groups without one, by groups=")
     return found
 
 
@@ -276,6 +282,8 @@ def _designs(covariates: Covariates, names: Sequence[str]) -> tuple[np.ndarray, 
             missing = [name for name in names if name not in values]
             if missing:
                 raise AnalysisError(f"no {covariate} for {', '.join(missing)}: add it, or leave the covariate out")
+            if not all(isinstance(values[name], str) for name in names):
+                raise AnalysisError(f"{covariate} holds labels and numbers: give a label for each group")
             kinds = sorted({str(values[name]) for name in names})
             labels.append(np.array([[str(values[name]) == kind for kind in kinds[1:]] for name in names], float))
         else:

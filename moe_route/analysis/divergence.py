@@ -247,13 +247,15 @@ def divergence(
         return _of_arrays(statistics, reference, measure, top, num_experts)
     if not isinstance(reference, str):
         raise AnalysisError("name the reference group of the statistics, or pass two arrays")
-    group_index(statistics, reference, "reference group")
+    group_index(statistics, reference, "reference group", phase)
     names = pick_groups(statistics, groups, leave_out=reference, phase=phase)
     items = common_items(statistics, (reference, *names), pairing, min_common, phase, by)
     if items is None:
         refuse_corrections(correct, trace)
         how = compare_distributions(measure, np.asarray(statistics.num_experts), top, statistics.top_k)
         return _pooled(statistics, reference, names, how, kind, phase, by)
+    if correct is not None and "floor" in correct and len(items) < 2:
+        raise AnalysisError("a floor compares unrelated sentences: record two common items or more, or leave it out")
     compared = (reference, *names)
     how = estimator(
         statistics, compared, items, measure=measure, kind=kind, top=top, correct=correct, trace=trace, seed=seed

@@ -23,6 +23,7 @@ from moe_route.analysis.divergence_estimators import (
     pooled_values,
     refuse_corrections,
 )
+from moe_route.analysis.expert_masks import in_layers
 from moe_route.analysis.inputs import AnalysisError, Statistics, pick_groups
 from moe_route.analysis.pairing import Pairing, common_items
 from moe_route.analysis.result import frame_of_pairs, mean_of_seen, plain, token_column
@@ -63,7 +64,7 @@ class DivergenceMatrix(ShownAsTables):
 
     def mean(self, layers: Sequence[int] | None = None) -> np.ndarray:
         """float64 [G, G]: the mean over these layers (by default all), NaN where no layer is defined."""
-        return mean_of_seen(self.values if layers is None else self.values[list(layers)])[0]
+        return mean_of_seen(self.values[in_layers(len(self.values), layers)[:, 0]])[0]
 
     def interval(
         self, level: float = 0.95, *, layers: Sequence[int] | None = None, resamples: int = 1000, seed: int = 0
@@ -77,7 +78,7 @@ class DivergenceMatrix(ShownAsTables):
                 "the values of single sentences are not here: measure paired divergence, of fewer groups or layers "
                 "(statistics.select(layers=)) if it is a large matrix"
             )
-        columns = list(range(len(self.layers)) if layers is None else layers)
+        columns = np.flatnonzero(in_layers(len(self.layers), layers))
         means = np.stack([mean_of_seen(values[:, columns], 1)[0] for values in self.pair_values], axis=1)
         ends = np.zeros((2, len(self.groups), len(self.groups)))
         found = interval_of(resampled_means(draw_items(self.pairs, resamples, seed), means), self.pairs, level)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moe_route.analysis.bootstrap import RESAMPLES, draw_items, interval_of
-from moe_route.analysis.inputs import AnalysisError
+from moe_route.analysis.inputs import AnalysisError, check_draws
 
 __all__ = ["PERMUTATIONS", "Effects", "effects_by_group", "mean_effects"]
 
@@ -78,6 +78,7 @@ def mean_effects(
         raise AnalysisError("sums and counts must be finite: give items without a measurement the count 0")
     if (counts < 0).any():
         raise AnalysisError("counts must be 0 or more")
+    check_draws(permutations, "permutations")
     flat_sums, flat_counts = sums.reshape(len(sums), -1), counts.reshape(len(sums), -1)
     total, tokens = flat_sums.sum(0), flat_counts.sum(0)
     items = (flat_counts > 0).sum(0)
@@ -118,8 +119,8 @@ def effects_by_group(
     Returns:
         the G groups in the order of their first text, and effects of shape [G, ...].
     """
-    if not len(groups) == len(items) == len(sums) == len(counts):
-        raise AnalysisError("give a group and an item for each text")
+    if not len(groups) == len(items) == len(sums) or np.shape(sums) != np.shape(counts):
+        raise AnalysisError("give a group and an item for each text, and sums and counts of one shape")
     names = tuple(dict.fromkeys(groups))
     found = []
     for name in names:

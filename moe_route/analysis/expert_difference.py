@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_route.analysis.bootstrap import RESAMPLES, t_of_normal
-from moe_route.analysis.inputs import AnalysisError, Frequencies, Statistics, as_array, group_index
+from moe_route.analysis.inputs import (
+    AnalysisError,
+    Frequencies,
+    Statistics,
+    as_array,
+    check_one_model,
+    group_index,
+)
 from moe_route.analysis.resampled_statistics import Sequences, draw_together
 from moe_route.analysis.result import mean_of_seen, plain
 from moe_route.recording.frames import data_frame
@@ -26,7 +33,7 @@ _SHOWN = 10
 def _frequency(given: Frequencies, group: str | None, role: str, phase: str | None, by: str) -> np.ndarray:
     """Mean number of times that a token of the group chooses each expert, float64 [L, E]; arrays average over items."""
     if isinstance(given, Statistics):
-        return given.frequency(phase, by)[group_index(given, group, role)]
+        return given.frequency(phase, by)[group_index(given, group, role, phase)]
     values = as_array(given, f"the {role}")
     if values.ndim == 2:
         return values
@@ -57,10 +64,12 @@ def expert_difference(
     """
     ours = _frequency(task, group, "task group", phase, by)
     theirs = _frequency(baseline, _other_group(baseline, group, baseline_group), "baseline group", phase, by)
-    if isinstance(task, Statistics) and isinstance(baseline, Statistics) and task.num_experts != baseline.num_experts:
-        raise AnalysisError(
-            "task and baseline come from models with other numbers of experts: record both with one model"
-        )
+    if isinstance(task, Statistics) and isinstance(baseline, Statistics):
+        if task.num_experts != baseline.num_experts:
+            raise AnalysisError(
+                "task and baseline come from models with other numbers of experts: record both with one model"
+            )
+        check_one_model(task, baseline)
     if ours.shape != theirs.shape:
         raise AnalysisError(
             f"task and baseline have shapes {list(ours.shape)} and {list(theirs.shape)}: give the same layers"

@@ -95,7 +95,7 @@ def multilingual_difference(
     float64 [layer, expert]; NaN in layers that saw no token of any other language.
     """
     frequency = statistics.frequency(phase, by)
-    base = frequency[group_index(statistics, reference, "reference group")]
-    rows = [statistics.groups.index(name) for name in pick_groups(statistics, groups, leave_out=reference)]
+    base = frequency[group_index(statistics, reference, "reference group", phase)]
+    rows = [statistics.groups.index(name) for name in pick_groups(statistics, groups, reference, phase)]
     delta = frequency[rows] - base
     return np.where(np.isnan(delta).all(0), np.nan, np.where(np.isnan(delta), -np.inf, delta).max(axis=0))

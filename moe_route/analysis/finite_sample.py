@@ -72,6 +72,10 @@ def jackknife_divergence(first: Any, second: Any, num_experts: Any = None) -> np
     Returns float64 [...]; NaN with fewer than two selections in a sample, or where D is undefined.
     """
     a, b = _checked(first), _checked(second)
+    if a.shape[-1] != b.shape[-1]:
+        raise AnalysisError(f"the samples count {a.shape[-1]} and {b.shape[-1]} experts: give both for the same layer")
+    if num_experts is not None and ((np.maximum(*np.broadcast_arrays(a, b)) > 0).sum(-1) > num_experts).any():
+        raise AnalysisError("more experts were chosen than num_experts: check num_experts")
     totals = [one.sum(-1) for one in (a, b)]
     with np.errstate(invalid="ignore", divide="ignore"):
         p, q = (one / total[..., None] for one, total in zip((a, b), totals, strict=True))
@@ -127,7 +131,7 @@ def random_partners(items: int, number: int, seed: int) -> np.ndarray:
 
 def _checked(counts: Any) -> np.ndarray:
     a = np.asarray(counts, dtype=np.float64)
-    if not a.ndim or (a < 0).any() or not (a == np.rint(a)).all():
+    if not a.ndim or (a < 0).any() or not (a == np.rint(a)).all() or np.isinf(a).any():
         raise AnalysisError("counts must be whole numbers from 0, [..., expert]: pass selections, not shares")
     return a
 

@@ -70,6 +70,8 @@ class Geometry(ShownAsTables):
         if len(self.groups) < 4:
             raise AnalysisError(f"a partial correlation needs 4 groups or more, there are {len(self.groups)}")
         score = np.array([accuracy[group] for group in self.groups], dtype=np.float64)
+        if not np.isfinite(score).all():
+            raise AnalysisError("accuracies must be finite numbers: leave out groups without one")
         with_d, with_c = pearson(score, self.divergence.T), pearson(score, self.cosine.T)
         between = pearson(self.divergence.T, self.cosine.T)
         rest = np.sqrt(np.clip((1 - with_c**2) * (1 - between**2), 0, None))
@@ -158,6 +160,8 @@ def _row_spaces(weights: Sequence[np.ndarray] | None, statistics: RoutingStatist
         )
     bases = []
     for weight in weights:
+        if not np.isfinite(weight).all():
+            raise AnalysisError("a weight holds values that are not finite: pass the weights of the recorded model")
         _, sizes, rows = np.linalg.svd(np.asarray(weight, dtype=np.float64), full_matrices=False)
         bases.append(rows[sizes > sizes.max(initial=0) * max(np.shape(weight)) * np.finfo(np.float64).eps])
     return bases

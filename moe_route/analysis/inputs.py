@@ -15,6 +15,8 @@ __all__ = [
     "AnalysisError",
     "Statistics",
     "as_array",
+    "check_draws",
+    "check_one_model",
     "group_index",
     "normalized",
     "pick_groups",
@@ -50,8 +52,10 @@ class Statistics(Protocol):
 Frequencies: TypeAlias = "Statistics | np.ndarray | Sequence[Any]"
 
 
-def group_index(statistics: Statistics, group: str | None, role: str = "group") -> int:
-    """Index of a group that has tokens; if no group is named, that of the only group."""
+def group_index(statistics: Statistics, group: str | None, role: str = "group", phase: str | None = None) -> int:
+    """Index of a group that has tokens (of this phase); if no group is named, that of the only group."""
+    if not hasattr(statistics, "tokens"):
+        raise AnalysisError(f"give RoutingStatistics (recorder.statistics()), not {type(statistics).__name__}")
     if group is None:
         if len(statistics.groups) != 1:
             raise AnalysisError(f"name the {role}: these statistics hold {_names(statistics.groups)}")
@@ -61,6 +65,10 @@ def group_index(statistics: Statistics, group: str | None, role: str = "group") 
     index = statistics.groups.index(group)
     if not statistics.tokens()[index].any():
         raise AnalysisError(f"{role} {group!r} is empty, no token of it was counted: record it or leave it out")
+    if phase is not None and not statistics.tokens(phase)[index].any():
+        raise AnalysisError(
+            f"{role} {group!r} has no token of phase {phase!r}: leave phase out, or leave the group out"
+        )
     return index
 
 
@@ -68,14 +76,21 @@ def pick_groups(
     statistics: Statistics,
     groups: Sequence[str] | str | None,
     leave_out: str | None = None,
-    phase: Any = None,
+    phase: str | None = None,
 ) -> tuple[str, ...]:
-    """These groups (by default all but ``leave_out``), each checked to have tokens, and one of them in the phase."""
+    """These groups (by default all but ``leave_out``), each named once.
+
+    Each must have tokens; of this phase, each that is named, and one of all groups otherwise.
+    """
+    if not hasattr(statistics, "groups"):
+        raise AnalysisError(f"give RoutingStatistics (recorder.statistics()), not {type(statistics).__name__}")
     names = (groups,) if isinstance(groups, str) else groups
     chosen = tuple(statistics.groups if names is None else names)
     chosen = tuple(group for group in chosen if group != leave_out or names is not None)
     for group in chosen:
-        group_index(statistics, group)
+        group_index(statistics, group, phase=None if names is None else phase)
+    if len(set(chosen)) < len(chosen):
+        raise AnalysisError(f"a group is named twice: {_names(chosen)}")
     if not chosen:
         raise AnalysisError(f"there is nothing to compare: these statistics hold only {_names(statistics.groups)}")
     if phase is not None and not any(
@@ -85,13 +100,23 @@ def pick_groups(
     return chosen
 
 
+def check_one_model(first: Statistics, second: Statistics) -> None:
+    """Refuse recordings of models with different configurations, as far as their metadata tell."""
+    found = {PlanModel.of_recording(one.metadata, ()).config_hash for one in (first, second)} - {None}
+    if len(found) > 1:
+        raise AnalysisError("the recordings come from models with different configurations: record both with one model")
+
+
 def _names(groups: Sequence[str]) -> str:
     return ", ".join(map(repr, groups)) or "no groups"
 
 
 def as_array(values: Any, name: str) -> np.ndarray:
     """Convert to float64 [layer, expert] or [item, layer, expert], not negative; NaN and all-zero rows: no tokens."""
-    array = np.asarray(values, dtype=np.float64)
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise AnalysisError(f"{name} must hold numbers, in rows of one length") from None
     if array.ndim not in (2, 3):
         raise AnalysisError(
             f"{name} must be [layer, expert] or [item, layer, expert], not of shape {list(array.shape)}"
@@ -99,6 +124,12 @@ def as_array(values: Any, name: str) -> np.ndarray:
     if (array < 0).any() or np.isinf(array).any():
         raise AnalysisError(f"{name} must hold finite values of 0 or more: give router scores, not logits")
     return array
+
+
+def check_draws(number: int, name: str) -> None:
+    """Refuse less than one random draw; ``name`` is the argument."""
+    if number < 1:
+        raise AnalysisError(f"{name} must be 1 or more, not {number}")
 
 
 def normalized(values: np.ndarray) -> np.ndarray:

@@ -73,7 +73,7 @@ def frequency_share_experts(
     """
     if not 0 < threshold < 1:
         raise AnalysisError(f"threshold must lie between 0 and 1, not {threshold}")
-    names = pick_groups(statistics, groups)
+    names = pick_groups(statistics, groups, phase=phase)
     frequency = np.nan_to_num(frequencies_of(statistics, names, phase, by))
     kept = np.where(largest(frequency, top), frequency, 0.0)
     total = kept.sum(0)
@@ -106,7 +106,7 @@ def entropy_experts(
     """
     if not 0 <= percentile <= 100 or top_n < 1:
         raise AnalysisError("top_n must be 1 or more and percentile between 0 and 100")
-    names = pick_groups(statistics, groups)
+    names = pick_groups(statistics, groups, phase=phase)
     frequency = frequencies_of(statistics, names, phase, by)
     real = np.arange(frequency.shape[-1]) < np.asarray(statistics.num_experts)[:, None]
     seen = real & ~np.isnan(frequency)

@@ -38,8 +38,12 @@ def jensen_shannon(q1: np.ndarray, q2: np.ndarray) -> np.ndarray:
     """
     total = q1 + q2
     safe = np.where(total > 0, total, 1.0)
-    terms = [_times_log(q, 2.0 * q / safe).sum(-1) for q in (q1, q2)]
-    return np.maximum(0.5 * (terms[0] + terms[1]), 0.0)
+    terms = _times_log(q1, 2.0 * q1 / safe) + _times_log(q2, 2.0 * q2 / safe)
+    x = (q1 - q2) / safe  # q = total (1 ± x) / 2; where x is small, the two terms almost cancel
+    near = np.abs(x) < 0.1
+    x = np.where(near, x, 0.0)
+    terms = np.where(near, 0.5 * total * (np.log1p(-x * x) + 2.0 * x * np.arctanh(x)), terms)
+    return np.maximum(0.5 * terms.sum(-1), 0.0)
 
 
 def normalized_jensen_shannon(q1: np.ndarray, q2: np.ndarray, num_experts: np.ndarray | int) -> np.ndarray:

@@ -119,10 +119,10 @@ def overlap(
         layers: compare these layers only, such as those that a plan steers.
         num_experts: experts per layer of the model, for selections that do not hold it.
 
-    Raises ``AnalysisError`` for fewer than two selections, selections of different models, and an unknown number of
-    experts.
+    Raises ``AnalysisError`` for fewer than two selections, selections of different models, and a number of experts that
+    is unknown or another than that of the model.
     """
-    if isinstance(selections, ExpertSelection) or len(selections) < 2:
+    if not isinstance(selections, Mapping) or isinstance(selections, ExpertSelection) or len(selections) < 2:
         raise AnalysisError("an overlap needs two selections or more: pass {name: selection, ...}")
     width = _experts_of(selections, num_experts)
     kept = in_layers(len(width), layers)[:, 0]
@@ -142,12 +142,18 @@ def _experts_of(selections: Mapping[str, ExpertSelection], given: int | Sequence
     """int64 [layer]: experts of each layer of the model that all selections are of."""
     model = PlanModel()
     for name, found in selections.items():
+        if not isinstance(found, ExpertSelection):
+            raise AnalysisError(f"{name!r} is a {type(found).__name__}, not a selection: make an ExpertSelection of it")
         try:
             model = model.merged(found.model)
         except ValueError as error:
             raise AnalysisError(f"selection {name!r} is of another model: {error}") from None
     if given is None:
         given = model.num_experts
+    elif model.num_experts is not None:
+        asked = np.asarray(given).tolist()
+        if (asked if isinstance(asked, list) else [asked] * len(model.num_experts)) != list(model.num_experts):
+            raise AnalysisError(f"the selections are of a model with other experts than {given}: leave num_experts out")
     if given is None:
         known = {found.num_experts for found in selections.values() if found.num_experts is not None}
         if len(known) != 1:
@@ -157,7 +163,10 @@ def _experts_of(selections: Mapping[str, ExpertSelection], given: int | Sequence
     if isinstance(given, (int, np.integer)):
         last = max((found.layers[-1] for found in selections.values() if found), default=0)
         return np.full(last + 1, given, dtype=np.int64)
-    return np.asarray(given, dtype=np.int64)
+    sizes = np.asarray(given)
+    if sizes.ndim != 1 or not np.issubdtype(sizes.dtype, np.integer):
+        raise AnalysisError("num_experts must be a whole number, or one for each layer")
+    return sizes.astype(np.int64)
 
 
 def _mask(found: ExpertSelection, width: np.ndarray, name: str) -> np.ndarray:

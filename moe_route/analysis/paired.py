@@ -47,8 +47,10 @@ def paired_difference(
     Arrays are [items] or [items, languages]: the summed loss of a text with the plan (``nats``) and without it
     (``base``), and its number of predicted tokens. Items are drawn with replacement, with all languages of an item
     together, because they are translations of one another. With several languages the value is the mean over languages.
+
+    Raises ``AnalysisError`` for shapes that differ, values that are not finite, and a language without a token.
     """
-    nats, base, tokens = (_columns(array) for array in (nats, base, tokens))
+    nats, base, tokens = _checked(nats, base, tokens)
     weights = draw_items(len(tokens), resamples, seed)
     change = nats - base
     return _difference(
@@ -126,12 +128,15 @@ def random_control(
         enumerated: whether ``random`` are all other sets of experts. If not, they are draws, and the interval holds for
             other draws too: sets are drawn with replacement, independently of the items.
 
-    Raises ``AnalysisError`` if there is no random set.
+    Raises ``AnalysisError`` if there is no random set, and as ``paired_difference`` does.
     """
-    nats, base, tokens = (_columns(array) for array in (nats, base, tokens))
-    sets = np.asarray(random, float).reshape(-1, *tokens.shape)
-    if not len(sets):
+    given, shape = np.asarray(random, float), np.shape(tokens)
+    nats, base, tokens = _checked(nats, base, tokens)
+    if not len(given):
         raise AnalysisError("there is no random set to compare with: measure the plan on other experts of its layers")
+    if given.shape[1:] != shape or not np.isfinite(given).all():
+        raise AnalysisError(f"random must be finite, of shape [sets, {str(list(shape))[1:]}, not {list(given.shape)}")
+    sets = given.reshape(-1, *tokens.shape)
     of_items = draw_items(len(tokens), resamples, seed)
     of_sets = np.ones((resamples, len(sets))) if enumerated else draw_items(len(sets), resamples, seed + 1)
     tokens_drawn = of_items @ tokens
@@ -145,10 +150,20 @@ def random_control(
     return RandomControl(change, changes, difference, enumerated)
 
 
-def _columns(values: np.ndarray) -> np.ndarray:
-    """float64 [items, languages]."""
-    array = np.asarray(values, float)
-    return array[:, None] if array.ndim == 1 else array
+def _checked(*given: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Losses with a plan and without, and tokens, float64 [items, languages] each."""
+    nats, base, tokens = (np.asarray(one, float) for one in given)
+    if not nats.shape == base.shape == tokens.shape or nats.ndim not in (1, 2) or not nats.size:
+        raise AnalysisError(
+            "losses and tokens are [items] or [items, languages] alike, not "
+            f"{', '.join(str(list(one.shape)) for one in (nats, base, tokens))}"
+        )
+    if not all(np.isfinite(one).all() for one in (nats, base, tokens)):
+        raise AnalysisError("losses and numbers of tokens must be finite: leave out texts that have none")
+    if (tokens < 0).any() or not (tokens.sum(0) > 0).all():
+        raise AnalysisError("no token was predicted, so there is no loss per token: give longer texts")
+    shape = (len(nats), -1)
+    return nats.reshape(shape), base.reshape(shape), tokens.reshape(shape)
 
 
 def _per_token(nats: np.ndarray, tokens: np.ndarray) -> np.ndarray:

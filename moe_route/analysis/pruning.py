@@ -168,7 +168,8 @@ def _kept(
 def _protected(shape: tuple[int, ...], protect: Mapping[int, Sequence[int]] | None, limits: _Limits) -> np.ndarray:
     safe = np.zeros(shape, dtype=bool)
     for layer, experts in (protect or {}).items():
-        if layer >= len(limits.sizes) or any(expert >= limits.sizes[layer] for expert in experts):
+        known = 0 <= layer < len(limits.sizes)
+        if not known or any(not 0 <= expert < limits.sizes[layer] for expert in experts):
             raise AnalysisError(f"protect names experts of layer {layer} that the model lacks: use its own selection")
         safe[layer, list(experts)] = True
     return safe

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_route.analysis.coefficients import centered, ranks
-from moe_route.analysis.inputs import AnalysisError
+from moe_route.analysis.inputs import AnalysisError, check_draws
 from moe_route.analysis.result import plain
 from moe_route.recording.frames import data_frame
 from moe_route.texttable import ShownAsTables, Table
@@ -94,6 +94,7 @@ def rank_agreement(
         raise AnalysisError(f"there are effects of {len(wide)} groups, and {len(names)} names")
     if not metrics:
         raise AnalysisError("there is no metric to compare with: pass {name: array}")
+    check_draws(permutations, "permutations")
     rng = np.random.default_rng(seed)
     by_layer, p_value = np.full((len(metrics), *wide.shape[:2]), np.nan), np.full((len(metrics), len(wide)), np.nan)
     for m, (metric, values) in enumerate(metrics.items()):

@@ -85,7 +85,9 @@ def draw_together(items: Sequence[Sequence[Hashable]], resamples: int, seed: int
         items: the item ids of each group.
 
     An id that several groups have is drawn once for all of them. Ids that the same groups have are drawn among
-    themselves, so every group keeps its number of items, and groups without common items are drawn independently.
+    themselves, so every group keeps its number of items, and groups without common items are drawn independently. But
+    where fewer than `FEWEST_ITEMS` ids have the same groups, these ids are drawn together with others of that kind,
+    since few ids that replace one another hardly vary; groups then differ in size from draw to draw, and none is empty.
     """
     owners: dict[Hashable, list[tuple[int, int]]] = {}
     for group, ids in enumerate(items):
@@ -94,12 +96,28 @@ def draw_together(items: Sequence[Sequence[Hashable]], resamples: int, seed: int
     strata: dict[tuple[int, ...], list[list[tuple[int, int]]]] = {}
     for places in owners.values():
         strata.setdefault(tuple(group for group, _ in places), []).append(places)
+    large = [members for members in strata.values() if len(members) >= FEWEST_ITEMS]
+    pool = [places for members in strata.values() if len(members) < FEWEST_ITEMS for places in members]
     weights = [np.zeros((resamples, len(ids))) for ids in items]
-    for number, (groups, members) in enumerate(strata.items()):
-        drawn = draw_items(len(members), resamples, seed + number)
-        for column, group in enumerate(groups):
-            weights[group][:, [places[column][1] for places in members]] = drawn
+    rows = np.arange(resamples)
+    for number, members in enumerate(large):
+        _put(weights, rows, members, seed + number)
+    seed += len(large)
+    while pool and len(rows):
+        _put(weights, rows, pool, seed)
+        rows = np.flatnonzero([any(not of_group[row].any() for of_group in weights) for row in range(resamples)])
+        seed += 1
     return weights
+
+
+def _put(
+    weights: Sequence[np.ndarray], rows: np.ndarray, members: Sequence[Sequence[tuple[int, int]]], seed: int
+) -> None:
+    """Draw ids, each given by its (group, position) in the groups that have it, into some rows of the weights."""
+    drawn = draw_items(len(members), len(rows), seed)
+    for column, places in enumerate(members):
+        for group, position in places:
+            weights[group][rows, position] = drawn[:, column]
 
 
 class ResampledStatistics:

@@ -84,7 +84,7 @@ def rise_experts(
     ``top_n`` may remain. Raises ``AnalysisError`` for fewer than two languages, shares that do not add up to 1, and
     more experts than there are.
     """
-    names = pick_groups(statistics, groups)
+    names = pick_groups(statistics, groups, phase=phase)
     if len(names) < 2:
         raise AnalysisError("one language is specific against nothing: give two groups or more")
     if alpha < 0 or not math.isfinite(alpha):
@@ -121,7 +121,7 @@ def _scores(frequency: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray
 
 def _shares(given: Sequence[float], name: str) -> tuple[float, float, float]:
     shares = tuple(float(share) for share in given)
-    if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+    if len(shares) != 3 or min(shares) < 0 or not abs(sum(shares) - 1) <= 1e-6:
         raise AnalysisError(f"{name} must be three shares that add up to 1, not {shares}")
     return shares[0], shares[1], shares[2]
 

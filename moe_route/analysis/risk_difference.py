@@ -137,7 +137,7 @@ def _count(number: int, name: str, least: int) -> int:
 
 def _activation_limits(given: Frequencies, per_layer: int | None, layers: int) -> np.ndarray:
     if per_layer is not None:
-        return np.full(layers, per_layer)
+        return np.full(layers, _count(per_layer, "per_layer", 0))
     if not isinstance(given, Statistics):
         raise AnalysisError("per_layer is needed with arrays: the model's top-k")
     return np.asarray(given.top_k)

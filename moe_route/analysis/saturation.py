@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_route.analysis.inputs import AnalysisError
 from moe_route.analysis.result import by_depth, plain
-from moe_route.analysis.trace_tokens import check_k, chunks, layer_places, strongest_experts, token_rows
+from moe_route.analysis.trace_tokens import check_k, check_trace, chunks, layer_places, strongest_experts, token_rows
 from moe_route.recording.frames import data_frame
 from moe_route.texttable import ShownAsTables, Table
 
@@ -93,9 +93,13 @@ def saturation(
 
     Raises ``AnalysisError`` if the traces hold different tokens, naming the first that differs.
     """
+    for given in (early, final):
+        check_trace(given)
     _check_same_tokens(early, final)
     slots = min(early.ids.shape[-1], final.ids.shape[-1])
-    ks = sorted({1, slots}) if k is None else [k] if isinstance(k, int) else list(k)
+    ks = sorted({1, slots}) if k is None else [k] if isinstance(k, (int, np.integer)) else list(k)
+    if not ks:
+        raise AnalysisError("there is no number of experts to compare: leave k out, or name one")
     for number in ks:
         check_k(early, number)
         check_k(final, number)

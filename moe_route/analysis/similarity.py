@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from moe_route.analysis.coefficients import pearson, ranks
-from moe_route.analysis.inputs import AnalysisError, Statistics, pick_groups
+from moe_route.analysis.expert_masks import in_layers
+from moe_route.analysis.inputs import AnalysisError, Statistics, check_draws, pick_groups
 from moe_route.analysis.pairing import paired_items
 from moe_route.analysis.result import frame_of_pairs, mean_of_seen, plain, token_column
 from moe_route.analysis.sequences import groups_of
@@ -76,7 +77,7 @@ class Similarity(ShownAsTables):
 
     def mean(self, layers: Sequence[int] | None = None) -> np.ndarray:
         """float64 [G, G]: the mean over these layers (by default all)."""
-        return mean_of_seen(self.values if layers is None else self.values[list(layers)])[0]
+        return mean_of_seen(self.values[in_layers(len(self.values), layers)[:, 0]])[0]
 
     def ranking(self, reference: str, layers: Sequence[int] | None = None) -> dict[str, float]:
         """The other groups by their similarity with one, the most similar first [arXiv 2404.11553]."""
@@ -167,6 +168,10 @@ def similarity(
     if len(names) < 2:
         raise AnalysisError("similarity needs two groups or more")
     items = paired_items(statistics, names, min_common)
+    if center and len(items) < 2:
+        raise AnalysisError(
+            "a single item is its group's mean, and nothing is left of it: record more, or center=False"
+        )
     if method != "cosine" and len(items) < _FEWEST:
         raise AnalysisError(f"a share of {len(items)} sentences says little: record at least {_FEWEST} common items")
     units, tokens = [], np.empty(len(names))
@@ -219,8 +224,8 @@ def average_linkage(distance: np.ndarray) -> np.ndarray:
     and the number of groups in the new cluster, which gets the number G + step.
     """
     d = np.array(distance, dtype=np.float64)
-    if d.ndim != 2 or d.shape[0] != d.shape[1] or np.isnan(d).any() or not np.allclose(d, d.T):
-        raise AnalysisError("a tree needs a symmetric matrix of distances without NaN: choose layers that saw tokens")
+    if d.ndim != 2 or d.shape[0] != d.shape[1] or not np.isfinite(d).all() or not np.allclose(d, d.T):
+        raise AnalysisError("a tree needs a symmetric matrix of finite distances: choose layers that saw tokens")
     size = len(d)
     np.fill_diagonal(d, np.inf)
     numbers, members = list(range(size)), [1] * size
@@ -288,17 +293,19 @@ def matrix_correlation(
         permutations: number of random orders; all orders if there are no more than that.
         seed: seed of the random orders.
 
-    Raises ``AnalysisError`` for matrices of different shapes, fewer than four groups, or NaN beside the diagonal.
+    Raises ``AnalysisError`` for matrices of different shapes, fewer than four groups, or values beside the
+    diagonal that are not finite.
     """
     if method not in ("pearson", "spearman"):
         raise AnalysisError(f'method must be "pearson" or "spearman", not {method!r}')
     a, b = (np.array(one, dtype=np.float64) for one in (first, second))
+    check_draws(permutations, "permutations")
     if a.ndim != 2 or a.shape[0] != a.shape[1] or a.shape != b.shape:
         raise AnalysisError(f"the matrices must have one shape [G, G], not {list(a.shape)} and {list(b.shape)}")
     size = len(a)
     beside = ~np.eye(size, dtype=bool)
-    if size < 4 or np.isnan(a[beside]).any() or np.isnan(b[beside]).any():
-        raise AnalysisError("matrices are correlated over four groups or more, without NaN: leave such groups out")
+    if size < 4 or not (np.isfinite(a[beside]).all() and np.isfinite(b[beside]).all()):
+        raise AnalysisError("matrices are correlated over four groups or more, of finite values: leave others out")
     a, b = (a + a.T) / 2, (b + b.T) / 2
     scores = ranks if method == "spearman" else np.asarray
     others = [(scores(a[i, beside[i]]), scores(b[i, beside[i]])) for i in range(size)]
@@ -331,8 +338,11 @@ def read_matrix(path: str | os.PathLike[str], groups: Sequence[str]) -> np.ndarr
     Such are the published similarities of mPLM-Sim. Empty cells are NaN. Raises ``AnalysisError`` for groups that the
     file lacks, and for another format.
     """
-    with open(path, encoding="utf-8") as stream:
-        lines = [line.rstrip("\n").split("\t") for line in stream if line.strip()]
+    try:
+        with open(path, encoding="utf-8") as stream:
+            lines = [line.rstrip("\n").split("\t") for line in stream if line.strip()]
+    except UnicodeDecodeError:
+        raise AnalysisError(f"{path} is not text: give a tab-separated file") from None
     head = {name: column for column, name in enumerate(lines[0])} if lines else {}
     rows = {line[0]: line for line in lines[1:]}
     missing = [group for group in groups if group not in head or group not in rows]

@@ -114,6 +114,8 @@ def stability_selection(
         raise AnalysisError(f"keep must be above 0 and at most 1, not {keep}")
     if not statistics:
         raise AnalysisError("pass the statistics that the rule takes, after the rule")
+    if resamples < 2:
+        raise AnalysisError(f"resamples must be 2 or more, not {resamples}")
     whole = _selected(rule, statistics)
     shape = (len(statistics[0].num_experts), max(statistics[0].num_experts))
     drawn = np.zeros((resamples, *shape), dtype=bool)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_k",
+    "check_trace",
     "chunks",
     "class_index",
     "expert_numbers",
@@ -47,8 +48,15 @@ def token_rows(trace: Trace, groups: Sequence[str] | str | None = None, phase: s
     return rows
 
 
+def check_trace(trace: object) -> None:
+    """Refuse what is no trace."""
+    if not hasattr(trace, "layer_numbers"):
+        raise AnalysisError(f"give a Trace (record(trace=True), recorder.trace()), not {type(trace).__name__}")
+
+
 def layer_places(trace: Trace, layers: Iterable[int] | int | None) -> tuple[tuple[int, ...], list[int]]:
     """The layers (by default all that were traced), and their places along the layer axis of the trace."""
+    check_trace(trace)
     numbers = trace.layer_numbers if layers is None else as_layers(layers)
     missing = [number for number in numbers if number not in trace.layer_numbers]
     if missing or not numbers:
@@ -94,6 +102,7 @@ def chunks(rows: np.ndarray, size: int = 1 << 15) -> Iterator[np.ndarray]:
 
 def check_k(trace: Trace, k: int | None) -> None:
     """Refuse a number of experts per token that the trace does not hold."""
+    check_trace(trace)
     slots = trace.ids.shape[-1]
     if k is not None and not 1 <= k <= slots:
         raise AnalysisError(f"k must be between 1 and {slots}, the experts of a token in this trace, not {k}")

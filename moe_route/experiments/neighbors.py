@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moe_route.analysis import AnalysisError
+from moe_route.analysis.inputs import check_one_model
 from moe_route.analysis.result import plain
 from moe_route.recording import RoutingStatistics
 from moe_route.recording.store import Item, SequenceStore
@@ -112,6 +113,7 @@ def neighbor_scores(
         raise AnalysisError("share must be in (0, 1], bandwidth above 0, and neighbors 1 or more")
     if (solved.num_experts, solved.layers) != (new.num_experts, new.layers):
         raise AnalysisError("the two recordings are of models with other layers or experts: record both with one model")
+    check_one_model(solved, new)
     reference, source = _group(solved, group, "solved")
     asked, target = _group(new, new_group if new_group is not None else group, "new")
     known = _successful(reference, source, successful)

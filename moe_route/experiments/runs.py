@@ -64,6 +64,8 @@ def encoded_texts(
     language_model: LanguageModel, texts: Sequence[Text] | EncodedTexts, max_length: int | None
 ) -> EncodedTexts:
     """Convert texts to tokens; raises ``ValueError`` if none of them has a token to predict."""
+    if not isinstance(texts, EncodedTexts) and not all(isinstance(text, Text) for text in texts):
+        raise ValueError("texts must be Text(group, item, text): texts_of(corpus) makes them")
     encoded = language_model.encode(texts, max_length=max_length)
     if not any(len(row) > 1 for row in encoded.ids):
         raise ValueError("no text has a second token, so there is nothing to predict: give longer texts")

@@ -137,12 +137,15 @@ def transplant(
         routed, batch_size, max_length, resamples, permutations, seed, progress: as in ``knockout``.
 
     Raises ``AnalysisError`` for items without a text in ``reference``, ``ValueError`` for unknown kinds, names given
-    twice, and texts that share item and group, and ``PlanError`` for routes or layers that do not fit the model.
+    twice, a band "all" and texts that share item and group, and ``PlanError`` for routes or layers that do not fit the
+    model.
     """
     encoded = encoded_texts(language_model, texts, max_length)
     unknown = [kind for kind in kinds if kind not in ROUTES]
     if unknown or set(kinds) & set(routes or {}) or not (kinds or routes):
         raise ValueError(f"kinds are different ones of {', '.join(ROUTES)}, and other routes have other names")
+    if ALL in (bands or {}):
+        raise ValueError(f"the band {ALL!r} is all layers already: name yours otherwise")
     _check_items(encoded.texts, reference, kinds)
     more = {name: _plan(name, route) for name, route in (routes or {}).items()}
     with attached(language_model, routed) as routed:

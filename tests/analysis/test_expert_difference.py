@@ -100,10 +100,11 @@ def test_common_items_are_drawn_together_and_others_apart():
     assert (both[0] == both[1][:, [1, 2, 0]]).all()
     part = draw_together([["a", "b", "x"], ["y", "a", "b"]], 50, 0)
     assert (part[0][:, :2] == part[1][:, 1:]).all()
-    assert (part[0][:, 2] == 1).all(), "an item alone in its kind is always drawn"
+    assert part[0][:, 2].std() > 0.5, "an item alone in its kind varies too"
     apart = draw_together([list("abcdef"), list("uvwxyz")], 400, 0)
     assert abs(np.corrcoef(apart[0][:, 0], apart[1][:, 0])[0, 1]) < 0.2
-    assert all((weights.sum(1) == weights.shape[1]).all() for weights in (*both, *part, *apart))
+    assert all((weights.sum(1) == weights.shape[1]).all() for weights in (*both, *apart))
+    assert all(weights.any(1).all() for weights in part)
 
 
 def test_joint_intervals_hold_all_true_differences_about_as_often_as_they_say():

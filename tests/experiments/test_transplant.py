@@ -123,6 +123,8 @@ def test_on_the_demo_model():
         ({"texts": tiny_texts() + tiny_texts()}, ValueError, "share their group and item"),
         ({"texts": [*tiny_texts(), Text("b", "alone", "abcd")]}, AnalysisError, "item 'alone' has no text"),
         ({"bands": {"late": [9]}, "kinds": ["own"]}, PlanError, "3 MoE layers"),
+        ({"bands": {"all": [0]}, "kinds": ["own"]}, ValueError, "all layers already"),
+        ({"texts": ["abcd"]}, ValueError, "must be Text"),
     ],
 )
 def test_bad_input(options, error, message):
