@@ -67,7 +67,7 @@ def group_index(statistics: Statistics, group: str | None, role: str = "group", 
         raise AnalysisError(f"{role} {group!r} is empty, no token of it was counted: record it or leave it out")
     if phase is not None and not statistics.tokens(phase)[index].any():
         raise AnalysisError(
-            f"{role} {group!r} has no token of phase {phase!r}: leave phase out, or leave the group out"
+            f"{role} {group!r} has no token of phase {phase!r}: leave phase out (--phase), or leave the group out"
         )
     return index
 
