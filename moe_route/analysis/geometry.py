@@ -10,7 +10,8 @@ import numpy as np
 
 from moe_route.analysis.coefficients import pearson
 from moe_route.analysis.divergence import divergence
-from moe_route.analysis.inputs import AnalysisError
+from moe_route.analysis.inputs import AnalysisError, pick_groups
+from moe_route.analysis.pairing import paired_items
 from moe_route.analysis.result import by_depth, mean_of_seen, plain
 from moe_route.recording.frames import data_frame
 from moe_route.texttable import ShownAsTables, Table
@@ -123,6 +124,8 @@ def geometry(
     It needs ``record(hidden=True, sequences=True)`` with items. Raises ``AnalysisError`` for sequences that do not pair
     and weights of another model, ``ValueError`` if hidden states were not recorded.
     """
+    compared = (reference, *pick_groups(statistics, groups, leave_out=reference))
+    paired_items(statistics, compared, min_common)  # its message names only what helps here
     routing = divergence(statistics, reference, groups=groups, min_common=min_common)
     store = statistics.store
     assert store is not None  # paired divergence needs it

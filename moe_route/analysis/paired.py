@@ -15,7 +15,7 @@ from moe_route.texttable import interval
 __all__ = ["Difference", "RandomControl", "paired_difference", "random_control"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Difference:
     """A difference of two means over the same items, with its 95 % interval from a paired bootstrap over items.
 
@@ -32,6 +32,12 @@ class Difference:
     def __str__(self) -> str:
         ends = interval(self.low, self.high, digits=4, none="no interval")
         return f"{self.value:+.4f} {ends} ({self.verdict})"
+
+    __repr__ = __str__
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able content with the verdict (NaN as None)."""
+        return plain({**asdict(self), "verdict": self.verdict})
 
     @property
     def verdict(self) -> str:
@@ -65,7 +71,7 @@ def _difference(value: float, resampled: np.ndarray, items: int) -> Difference:
     return Difference(value, float(low), float(high), p_value_of(resampled, items))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RandomControl:
     """Comparison of a plan with the same plan on random experts. Changes are in nats per token; lower is better.
 
@@ -95,15 +101,21 @@ class RandomControl:
         """
         return self.rank / (len(self.random) + 1)
 
+    def __repr__(self) -> str:
+        sets = f"all {len(self.random)} other sets" if self.enumerated else f"{len(self.random)} random sets"
+        return (
+            f"{self.plan:+.4f} nats per token, rank {self.rank} among {sets} of experts (p = {self.p_value:.3f}); "
+            f"minus their mean: {self.difference}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content (NaN as None)."""
-        difference = asdict(self.difference)
         return plain(
             {
                 "plan": self.plan,
                 "random": self.random,
                 "enumerated": self.enumerated,
-                "difference": {**difference, "verdict": self.difference.verdict},
+                "difference": self.difference.to_dict(),
                 "rank": self.rank,
                 "p_value": self.p_value,
             }

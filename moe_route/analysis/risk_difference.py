@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -11,9 +11,13 @@ from moe_route.analysis.expert_difference import expert_difference
 from moe_route.analysis.expert_masks import first
 from moe_route.analysis.inputs import AnalysisError, Frequencies, Statistics, selection
 from moe_route.analysis.measures import places
+from moe_route.analysis.result import plain
 from moe_route.analysis.stability import stability_selection
+from moe_route.recording.frames import data_frame
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from moe_route.steering import ExpertSelection
 
 __all__ = ["RiskExperts", "risk_experts"]
@@ -25,6 +29,21 @@ class RiskExperts(NamedTuple):
     activate: ExpertSelection
     deactivate: ExpertSelection
     values: np.ndarray
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able content (NaN as None)."""
+        both = {"activate": self.activate.to_dict(), "deactivate": self.deactivate.to_dict()}
+        return both | {"values": plain(self.values)}
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per layer and expert: risk difference ``value``, and ``choice``, "activate", "deactivate" or ""."""
+        layer, expert = np.indices(self.values.shape).reshape(2, -1)
+        choice = np.full(self.values.shape, "", object)
+        for name in ("activate", "deactivate"):
+            for number, experts in getattr(self, name).items():
+                choice[number, list(experts)] = name
+        columns = {"layer": layer, "expert": expert, "value": self.values.reshape(-1), "choice": choice.reshape(-1)}
+        return data_frame(columns)
 
     def __repr__(self) -> str:
         return f"activate: {self.activate}\ndeactivate: {self.deactivate}"

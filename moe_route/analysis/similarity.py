@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import permutations as all_orders
 from math import factorial
 from typing import TYPE_CHECKING, Any, Literal
@@ -249,7 +249,7 @@ def _leaves(merges: np.ndarray) -> list[int]:
     return next(iter(of.values()))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MatrixCorrelation:
     """Correlation of two matrices over pairs of groups.
 
@@ -272,6 +272,12 @@ class MatrixCorrelation:
         return (
             f"{self.value:+.3f} over pairs of {self.groups} groups (p = {self.p_value:.4f}), {self.by_row:+.3f} by row"
         )
+
+    __repr__ = __str__
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able content (NaN as None)."""
+        return plain(asdict(self))
 
 
 def matrix_correlation(

@@ -20,7 +20,11 @@ def add(verbs: Any) -> None:
         "moe-route steer --plan plan.safetensors --languages eng_Latn,deu_Latn --limit 30",
     )
     parser.add_argument(
-        "--plan", type=Path, required=True, metavar="FILE", help="plan file, as `analyze experts --out` writes"
+        "--plan",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="plan file, as `analyze experts --plan` writes",
     )
     parser.add_argument("--strength", type=float, default=1.0, metavar="X", help="multiply the plan by X (default: 1)")
     parser.add_argument("--prompt", metavar="TEXT", help="generate from this text instead of measuring losses")

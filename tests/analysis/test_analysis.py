@@ -621,6 +621,24 @@ def test_risk_experts_rank_by_absolute_difference_with_room_per_layer():
     assert "deactivate" in repr(result)
 
 
+def test_risk_experts_become_a_table_and_json():
+    positive, negative = np.array([[0.9, 0.1, 0.2, 0.1]]), np.array([[0.1, 0.8, 0.2, 0.0]])
+    found = analysis.risk_experts(positive, negative, activations=1, deactivations=1, per_layer=1)
+    frame = found.to_pandas()
+    assert frame["choice"].tolist() == ["activate", "deactivate", "", ""]
+    np.testing.assert_allclose(frame["value"], (positive - negative)[0])
+    assert json.loads(json.dumps(found.to_dict()))["values"][0] == pytest.approx((positive - negative)[0].tolist())
+
+
+def test_a_difference_and_a_control_show_themselves():
+    base, tokens = np.array([10.0, 12.0, 9.0]), np.array([5.0, 6.0, 4.0])
+    control = analysis.random_control(base - 1, np.stack([base + 1, base + 2]), base, tokens, enumerated=True)
+    assert repr(control).startswith("-0.2000 nats per token, rank 1 among all 2 other sets of experts (p = 0.333)")
+    assert repr(control.difference) == str(control.difference) in repr(control)
+    assert control.to_dict()["difference"] == control.difference.to_dict()
+    assert control.difference.to_dict()["verdict"] == "lower"
+
+
 def test_risk_experts_takes_the_settings_of_steermoe():
     """The first n of each sign over all layers; what a layer has too many of is dropped, not refilled."""
     positive = np.array([[0.9, 0.8, 0.7, 0.0], [0.5, 0.1, 0.2, 0.2]])

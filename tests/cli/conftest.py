@@ -60,7 +60,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     assert main(["record", "--data", "arithmetic", "--out", str(made["task"]), *SMALL]) == 0
     experts = ["--task", str(made["task"]), "--baseline", str(made["general"]), "--group", "eng_Latn"]
     assert (
-        main(["analyze", "experts", *experts, "--threshold", "0.05", "--layers", "2-5", "--out", str(made["plan"])])
+        main(["analyze", "experts", *experts, "--threshold", "0.05", "--layers", "2-5", "--plan", str(made["plan"])])
         == 0
     )
     return made

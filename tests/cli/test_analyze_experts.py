@@ -104,9 +104,9 @@ def test_a_selection_is_written_edited_and_made_a_plan(answer, both, tmp_path: P
     content = json.loads(selection.read_text())
     content["experts"] = {"3": [1, 5], "9": [2]} if "9" in content["experts"] else {"3": [1, 5]}
     selection.write_text(json.dumps(content))
-    made = answer("analyze", "experts", "--selection", selection, "--kind", "force-off", "--out", out)
+    made = answer("analyze", "experts", "--selection", selection, "--kind", "force-off", "--plan", out)
     plan = mr.Plan.load(out)
-    assert made["plan"] == plan.hash
+    assert made["plan_hash"] == plan.hash
     expected = mr.Plan.force_off(ExpertSelection.load(selection))
     assert plan.rules == expected.rules
     assert plan.model.config_hash == content["model"]["config_hash"]
@@ -116,9 +116,9 @@ def test_a_selection_is_written_edited_and_made_a_plan(answer, both, tmp_path: P
 def test_risk_makes_a_plan_of_both_signs(answer, moe_route, both, tmp_path: Path):
     out = tmp_path / "plan.safetensors"
     risk = (*both, "--rule", "risk", "--activations", "2", "--deactivations", "3")
-    answer("analyze", "experts", *risk, "--kind", "force-on", "--out", out)
+    answer("analyze", "experts", *risk, "--kind", "force-on", "--plan", out)
     assert {rule.kind for rule in mr.Plan.load(out).rules} == {"force_on", "force_off"}
-    refused(moe_route("analyze", "experts", *risk, "--kind", "forbid", "--out", out), "--deactivations 0")
+    refused(moe_route("analyze", "experts", *risk, "--kind", "forbid", "--plan", out), "--deactivations 0")
     refused(moe_route("analyze", "experts", *risk, "--out", tmp_path / "s.json"), "of one sign")
     answer("analyze", "experts", *both, "--rule", "risk", "--deactivations", "3", "--out", tmp_path / "s.json")
     assert len(ExpertSelection.load(tmp_path / "s.json")) == 3
@@ -164,7 +164,7 @@ def test_what_a_user_gets_wrong(moe_route, recorded, files, both, tmp_path: Path
         ((*experts, *both, "--top-p", "0.2"), ("task takes no --top-p",)),
         ((*experts, *both, "--layers", "5-9"), ("8 layers",)),
         ((*experts, *both, "--rule", "risk"), ("say how many",)),
-        ((*experts, *both, "--threshold", "0.99", "--out", tmp_path / "p"), ("smaller --threshold",)),
+        ((*experts, *both, "--threshold", "0.99", "--plan", tmp_path / "p"), ("smaller --threshold",)),
         ((*experts, *both, "--ids", tmp_path / "i"), ("every language",)),
         ((*experts, *both, "--lower", "--phase", "decode"), ("leave phase out",)),
         ((*experts, "--selection", tmp_path / "no.json", "--group", "eng_Latn"), ("takes no --group",)),

@@ -133,7 +133,7 @@ class TestAnalyze:
     def test_experts_make_a_plan_for_the_layers_asked_for(self, answer, files, tmp_path: Path):
         out = tmp_path / "plan.safetensors"
         given = ("--task", files["task"], "--baseline", files["general"], "--group", "eng_Latn", "--threshold", "0.05")
-        result = answer("analyze", "experts", *given, "--layers", "2-5", "--out", out)
+        result = answer("analyze", "experts", *given, "--layers", "2-5", "--plan", out)
         assert set(map(int, result["experts"])) <= {2, 3, 4, 5}
         assert mr.Plan.load(out)
 

@@ -82,7 +82,7 @@ def add(questions: Any) -> None:
         run,
         "experts of a task, a language or a behavior, by one of several rules",
         "moe-route analyze experts --task task.safetensors --baseline general.safetensors \\\n"
-        "    --group eng_Latn --layers 2-5 --out plan.safetensors",
+        "    --group eng_Latn --layers 2-5 --plan plan.safetensors",
     )
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument(
@@ -146,9 +146,8 @@ def _rule_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
-    group.add_argument(
-        "--out", type=Path, metavar="FILE", help="write a plan; or, if the name ends in .json, the selection, to edit"
-    )
+    group.add_argument("--out", type=Path, metavar="FILE", help="write the selection of these experts")
+    group.add_argument("--plan", type=Path, metavar="FILE", help="write a plan for these experts")
     group.add_argument(
         "--kind", default="activate", choices=KINDS, help="what the plan does to them (default: activate)"
     )
@@ -163,8 +162,8 @@ def _output_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Answer:
     from moe_route.steering import ExpertSelection
 
-    output(options.out)
-    output(options.ids)
+    for path in (options.out, options.plan, options.ids):
+        output(path)
     if options.selection is not None:
         _refuse(options, "a selection from a file", frozenset())
         if options.group is not None or options.baseline is not None:
@@ -174,15 +173,20 @@ def run(options: argparse.Namespace) -> Answer:
             found = found.restrict(options.layers)
     else:
         found = _found(options)
-    data, text = found.to_dict() if hasattr(found, "to_dict") else _both(found), repr(found)
+    data, text = found.to_dict(), repr(found)
     if options.ids is not None:
         if not hasattr(found, "save_ids"):
             raise ValueError("--ids is for rules that find experts of every language: use --out, without --stability")
         found.save_ids(options.ids)
         data, text = {**data, "ids": options.ids}, f"{text}\nids written to {options.ids}"
     if options.out is not None:
-        more, line = _write(options, _signed(found, options))
-        data, text = {**data, **more}, f"{text}\n{line}"
+        _selection(*_signed(found, options)).save(options.out)
+        data, text = {**data, "out": options.out}, f"{text}\nwritten to {options.out}"
+    if options.plan is not None:
+        plan = _plan(options, *_signed(found, options))
+        plan.save(options.plan)
+        data |= {"plan": options.plan, "plan_hash": plan.hash}
+        text = f"{text}\n{plan.describe()}\nwritten to {options.plan}"
     return Answer(data, text)
 
 
@@ -242,10 +246,6 @@ def _in_layers(found: Any, kept: tuple[int, ...] | None) -> Any:
     return replace(found, by_group={group: experts.restrict(kept) for group, experts in found.items()})
 
 
-def _both(found: Any) -> dict[str, Any]:
-    return {"activate": found.activate.to_dict(), "deactivate": found.deactivate.to_dict(), "values": found.values}
-
-
 def _language(options: argparse.Namespace) -> str:
     if options.group is None:
         raise ValueError("this rule finds experts of every language: pass --group, the language whose experts to take")
@@ -269,31 +269,26 @@ def _signed(found: Any, options: argparse.Namespace) -> tuple[ExpertSelection, E
     return found[options.group], None
 
 
-def _write(
-    options: argparse.Namespace, signed: tuple[ExpertSelection, ExpertSelection | None]
-) -> tuple[dict[str, Any], str]:
-    """Write the selection or the plan; what to add to the answer."""
-    used, unused = signed
-    if options.out.suffix == ".json":
-        if used and unused:
-            raise ValueError("a selection is of one sign: pass --activations or --deactivations alone, or write a plan")
-        (used or unused or used).save(options.out)
-        return {"out": options.out}, f"written to {options.out}"
+def _selection(used: ExpertSelection, unused: ExpertSelection | None) -> ExpertSelection:
+    if used and unused:
+        raise ValueError("a selection is of one sign: pass --activations or --deactivations alone, or write a --plan")
+    return used or unused or used
+
+
+def _plan(options: argparse.Namespace, used: ExpertSelection, unused: ExpertSelection | None) -> Plan:
+    """The plan of --kind for these experts, and of its opposite for those used less."""
     if not used and not unused:
         raise ValueError("no expert was found, so there is no plan to write: take a smaller --threshold or --keep")
-    plan = _plan(options.kind, used, options.strength) if used else None
+    plans = [_plan_of_kind(options.kind, used, options.strength)] if used else []
     if unused:
         opposite = _OPPOSITE.get(options.kind)
         if opposite is None:
             raise ValueError(f"--kind {options.kind} has no opposite for experts used less: take --deactivations 0")
-        other = _plan(opposite, unused, options.strength)
-        plan = other if plan is None else plan + other
-    assert plan is not None
-    plan.save(options.out)
-    return {"out": options.out, "plan": plan.hash}, f"{plan.describe()}\nwritten to {options.out}"
+        plans.append(_plan_of_kind(opposite, unused, options.strength))
+    return sum(plans[1:], plans[0])
 
 
-def _plan(kind: str, selection: ExpertSelection, strength: float) -> Plan:
+def _plan_of_kind(kind: str, selection: ExpertSelection, strength: float) -> Plan:
     from moe_route.steering import Plan
 
     make = getattr(Plan, kind.replace("-", "_"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +56,6 @@ def run(options: argparse.Namespace) -> Answer:
     if options.compare is not None:
         other = analysis.read_matrix(options.compare, found.groups)
         result = analysis.matrix_correlation(found.mean(), other)
-        data["compared"] = asdict(result)
+        data["compared"] = result.to_dict()
         parts.append(f"correlation with {options.compare.name}: {result}")
     return Answer(data, "\n".join(parts))
