@@ -1,6 +1,6 @@
 """What recording costs a model that decodes: 16 layers of 64 experts, batch 1, by moe-route and by hand in torch.
 
-`python -m bench.recording` prints what each option of `record` adds, as ratios of times taken in turns.
+`python -m bench.recording` prints what each option of `record` adds to a prefill and to a decode step.
 """
 
 from __future__ import annotations
@@ -58,12 +58,6 @@ class Decoding:
         self.cache = DynamicCache(config=model.config)
         with torch.inference_mode():
             model(input_ids=ids[None, :PAST], past_key_values=self.cache, use_cache=True)
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Nothing but the step before, which the recorded steps have too."""
-        self.step(0)
-        yield
 
     def step(self, _: int) -> torch.Tensor:
         token = self.tokens[self.turn % STEPS]
@@ -185,6 +179,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "consistency=1000": {"consistency": 1000},
     "consistency=True": {"consistency": True},
     "pairs=True": {"pairs": True},
+    "hidden=True": {"hidden": True},
 }
 
 
@@ -202,37 +197,43 @@ def prefill_seconds(model: Any, ids: torch.Tensor, options: dict[str, Any] | Non
         return time.perf_counter() - start
 
 
-def decode_seconds(decoding: Decoding, options: dict[str, Any] | None) -> float:
-    """Time of a step, counting included, the better of two windows; None: not attached."""
-    took = []
-    with decoding.alone() if options is None else recorded(decoding, **options):
-        for _ in range(2):
-            start = time.perf_counter()
-            for step in range(WINDOW):
-                decoding.step(step)
-            took.append((time.perf_counter() - start) / WINDOW)
-    return min(took)
+def cost_of_options(
+    rounds: int, length: int, steps: int = 96, dtype: torch.dtype = torch.float32
+) -> list[tuple[str, float, float]]:
+    """What each option costs: (name, prefill, decode).
 
-
-def cost_of_options(rounds: int, length: int, dtype: torch.dtype = torch.float32) -> list[tuple[str, float, float]]:
-    """Each option -> median ratio to the model alone of a prefill of ``length`` tokens, and of a decode step."""
+    ``prefill`` is the median ratio of a call on ``length`` tokens to the model alone, taken in turns. ``decode`` is the
+    time inside hooks as a share of a step, which is exact where ratios of whole steps are noise.
+    """
     model = decoder(dtype)
     decoding = Decoding(model)
     ids = torch.randint(0, SIZES["vocab_size"], (1, length), generator=torch.Generator().manual_seed(2))
     kinds: dict[str, dict[str, Any] | None] = {"alone": None, **OPTIONS}
     prefill: dict[str, list[float]] = {name: [] for name in kinds}
-    decode: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(rounds):
         for name, options in kinds.items():
             prefill[name].append(prefill_seconds(model, ids, options))
-            decode[name].append(decode_seconds(decoding, options))
+    step = step_seconds(decoding, steps)
 
-    def ratio(of: dict[str, list[float]], name: str) -> float:
-        return statistics.median(a / b for a, b in zip(of[name], of["alone"], strict=True))
+    def ratio(name: str) -> float:
+        return statistics.median(a / b for a, b in zip(prefill[name], prefill["alone"], strict=True))
 
-    return [(name, ratio(prefill, name), ratio(decode, name)) for name in OPTIONS]
+    def share(options: dict[str, Any]) -> float:
+        return seconds_in_hooks(decoding, lambda: recorded(decoding, **options), steps)[0] / step
+
+    return [(name, ratio(name), share(options)) for name, options in OPTIONS.items()]
+
+
+def step_seconds(decoding: Decoding, steps: int) -> float:
+    """Median time of a step of the model alone."""
+    took = []
+    for step in range(steps):
+        start = time.perf_counter()
+        decoding.step(step)
+        took.append(time.perf_counter() - start)
+    return statistics.median(took)
 
 
 if __name__ == "__main__":
-    for option, at_prefill, at_decode in cost_of_options(rounds=7, length=512):
-        print(f"{option:24} prefill of 512 tokens x {at_prefill:.3f}   decode step x {at_decode:.3f}")
+    for option, at_prefill, at_decode in cost_of_options(rounds=5, length=512):
+        print(f"{option:24} prefill of 512 tokens x {at_prefill:.3f}   hooks at decode {at_decode:.2%} of a step")
