@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +64,9 @@ class _Arrays(Mapping[str, np.ndarray]):
             raise KeyError(name)
         return self._read(name)
 
+    @abstractmethod
     def _read(self, name: str) -> np.ndarray:
-        raise NotImplementedError
+        """Read one array."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
