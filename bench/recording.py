@@ -59,6 +59,12 @@ class Decoding:
         with torch.inference_mode():
             model(input_ids=ids[None, :PAST], past_key_values=self.cache, use_cache=True)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nothing but the step before, which the recorded steps have too."""
+        self.step(0)
+        yield
+
     def step(self, _: int) -> torch.Tensor:
         token = self.tokens[self.turn % STEPS]
         self.turn += 1
