@@ -154,11 +154,14 @@ def merged_statistics(paths: Sequence[Path]) -> RoutingStatistics:
     return first
 
 
-def output(path: Path | None) -> None:
-    """Refuse a file that cannot be written (``OSError``) before the work whose result goes there."""
+def output(*paths: Path | None) -> None:
+    """Refuse files that cannot be written (``OSError``), or are one file, before the work whose results go there."""
     from moe_route import files
 
-    if path is not None:
+    given = [path for path in paths if path is not None]
+    if len({path.resolve() for path in given}) < len(given):
+        raise ValueError(f"two results would be written to one file ({given[0]}): give each a name of its own")
+    for path in given:
         files.check_writable(path)
 
 

@@ -27,12 +27,11 @@ def add(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> Answer:
-    from moe_route.experiments import export_pruned
+    from moe_route.experiments.export import check_folder, export_pruned
     from moe_route.steering import ExpertSelection
 
     selection = ExpertSelection.load(options.selection)
-    if options.out.exists() and any(options.out.iterdir()):
-        raise FileExistsError(f"{options.out} is not empty: name a new folder")
+    check_folder(options.out)  # before the model is loaded
     spoken = language_model(options)
     export_pruned(spoken.model, selection, options.out, tokenizer=spoken.tokenizer)
     size = sum(file.stat().st_size for file in options.out.glob("*.safetensors"))

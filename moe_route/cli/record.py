@@ -65,8 +65,7 @@ def run(options: argparse.Namespace) -> Answer:
     from moe_route.steering import Plan
     from moe_route.workload import record_texts
 
-    output(options.out)
-    output(options.trace)
+    output(options.out, options.trace)
     if options.trace_layers is not None and options.trace is None:
         raise ValueError("--trace-layers chooses the layers of a trace: name its file with --trace")
     plan = None if options.plan is None else Plan.load(options.plan)

@@ -206,6 +206,13 @@ class TestWhatAUserGetsWrong:
         assert "Errno" not in result[2]
         assert not list(tmp_path.iterdir())
 
+    def test_two_results_in_one_file(self, moe_route, files, tmp_path: Path):
+        one = ("--out", tmp_path / "a.safetensors")
+        refused(moe_route("record", *one, "--trace", tmp_path / "." / "a.safetensors", *SMALL), "one file")
+        found = ("--task", files["task"], "--baseline", files["general"], "--group", "eng_Latn")
+        refused(moe_route("analyze", "experts", *found, *one, "--plan", tmp_path / "a.safetensors"), "one file")
+        assert not list(tmp_path.iterdir())
+
     def test_a_demo_whose_folder_is_a_file(self, moe_route, monkeypatch, tmp_path: Path):
         monkeypatch.setattr(LanguageModel, "load", lambda *_, **__: pytest.fail("the model was loaded"))
         (tmp_path / "demo").write_text("", encoding="utf-8")

@@ -67,7 +67,7 @@ def test_prune_to_a_smaller_checkpoint(answer, moe_route, recorded: Path, tmp_pa
     small = ("--languages", "eng_Latn", "--limit", 4)
     smaller = answer("record", "--model", folder, "--out", tmp_path / "s.safetensors", *small)
     assert set(smaller["experts"]) == {8}
-    refused(moe_route("prune", "--selection", dropped, "--out", folder), "not empty")
+    refused(moe_route("prune", "--selection", dropped, "--out", folder), "not an empty folder")
     refused(moe_route("analyze", "prune", recorded, "--keep", 0.01), "keep at least")
 
 

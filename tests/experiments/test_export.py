@@ -94,3 +94,19 @@ def test_export_refuses(name: str, selection: dict, words: str, tmp_path: Path) 
 def test_a_model_of_ones_own_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CannotExportError, match="not a model of transformers"):
         export_pruned(mr.nn.SparseMoE(hidden_size=8, intermediate_size=8, num_experts=4, top_k=2), {0: [1]}, tmp_path)
+
+
+def test_an_export_that_is_stopped_leaves_no_checkpoint(tmp_path) -> None:
+    model, selection, folder = tiny_model("qwen3_moe", head=True), {0: [1], 1: [0], 2: [7]}, tmp_path / "smaller"
+
+    class Stopped:
+        def save_pretrained(self, path: object) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_pruned(model, selection, folder, tokenizer=Stopped())
+    assert not list(tmp_path.iterdir())
+    export_pruned(model, selection, folder)
+    with pytest.raises(FileExistsError, match="name a new one"):
+        export_pruned(model, selection, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["smaller"]

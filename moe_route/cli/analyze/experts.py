@@ -162,8 +162,7 @@ def _output_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Answer:
     from moe_route.steering import ExpertSelection
 
-    for path in (options.out, options.plan, options.ids):
-        output(path)
+    output(options.out, options.plan, options.ids)
     if options.selection is not None:
         _refuse(options, "a selection from a file", frozenset())
         if options.group is not None or options.baseline is not None:

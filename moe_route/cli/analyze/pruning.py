@@ -53,8 +53,7 @@ def run(options: argparse.Namespace) -> Answer:
     from moe_route import analysis
     from moe_route.steering import Plan
 
-    output(options.out)
-    output(options.plan)
+    output(options.out, options.plan)
     statistics = merged_statistics(options.files)
     shared = {name: getattr(options, name) for name in ("keep", "group", "allocation", "seed", "n_group", "topk_group")}
     found = analysis.prune(statistics, criterion=options.criterion, reference=options.reference, **shared)
