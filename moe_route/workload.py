@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from moe_route import _C
-from moe_route.data import Corpus, demo_corpus, demo_task, load_demo_model
+from moe_route.data import Corpus, Question, demo_corpus, demo_task, load_demo_model
 from moe_route.routed import RoutedModel, attach
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEMO_MODEL",
+    "Answers",
     "Batch",
     "EncodedTexts",
     "LanguageModel",
@@ -122,6 +123,19 @@ class Batch:
     texts: tuple[Text, ...]
     positions: tuple[int, ...]  # index of each text among the texts that were batched
     inputs: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """How a model answers n questions.
+
+    Attributes:
+        correct: bool [n], whether greedy search gives the right answer.
+        nats: float64 [n], negative log-probability of the right answer in nats.
+    """
+
+    correct: np.ndarray
+    nats: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -252,6 +266,39 @@ class LanguageModel:
             found[list(batch.positions), 1] = mask.sum(1).cpu().numpy()
         return found
 
+    def answers(
+        self, questions: Sequence[Question], *, batch_size: int = 64, progress: str | None = None
+    ) -> Answers:
+        """Judge the right answer of each question: whether it is the greedy continuation, and its probability.
+
+        The answer is read after its prompt in one call. It is what greedy search gives if each of its tokens is the
+        most probable one after those before it. Raises `ValueError` for a question that does not fit into the model's
+        context.
+        """
+        prompts = self._ids([Text(q.language, q.item, q.prompt) for q in questions])
+        texts = tuple(Text(q.language, q.item, q.prompt + q.answer) for q in questions)
+        whole = [tuple(row) for row in self._ids(texts)]
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        for question, row in zip(questions, whole, strict=True):
+            if limit is not None and len(row) > limit:
+                raise ValueError(
+                    f"question {question.item!r} in {question.language} has {len(row)} tokens, and the model reads "
+                    f"{limit}: leave it out"
+                )
+        starts = [_common_prefix(prompt, row) for prompt, row in zip(prompts, whole, strict=True)]
+        correct, nats = np.zeros(len(whole), bool), np.zeros(len(whole))
+        encoded = EncodedTexts(texts, tuple(whole), (), None)
+        for batch in self.batches(encoded, batch_size=batch_size, progress=progress):
+            logits = self.run(batch)[:, :-1].float()
+            ids = batch.inputs["input_ids"][:, 1:]
+            position = torch.arange(ids.shape[1], device=ids.device) + 1
+            start = torch.tensor([starts[i] for i in batch.positions], device=ids.device)
+            asked = (position >= start[:, None]) & batch.inputs["attention_mask"][:, 1:].bool()
+            found = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
+            nats[list(batch.positions)] = (found.view(ids.shape) * asked).double().sum(1).cpu().numpy()
+            correct[list(batch.positions)] = ((logits.argmax(-1) == ids) | ~asked).all(1).cpu().numpy()
+        return Answers(correct, nats)
+
 
 def record_texts(
     recorder: Recorder,
@@ -281,6 +328,12 @@ def record_texts(
     ran = encoded.only(sorted(done))
     recorder.add_metadata(ran.metadata)
     return ran
+
+
+def _common_prefix(prompt: Sequence[int], whole: Sequence[int]) -> int:
+    """Number of tokens at the beginning of `whole` that are those of `prompt`; at least 1."""
+    same = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+    return max(1, min(same, len(whole) - 1))
 
 
 def _device(name: str | torch.device | None) -> torch.device | None:

@@ -12,11 +12,22 @@ from typing import TYPE_CHECKING
 import torch
 
 from .parallel import Corpus, CorpusError
+from .tasks import Question, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Corpus", "CorpusError", "demo_corpus", "demo_model_folder", "demo_task", "load_demo_model"]
+__all__ = [
+    "Corpus",
+    "CorpusError",
+    "Question",
+    "Task",
+    "demo_corpus",
+    "demo_model_folder",
+    "demo_problems",
+    "demo_task",
+    "load_demo_model",
+]
 
 _HERE = Path(__file__).resolve().parent
 
@@ -63,6 +74,15 @@ def demo_corpus() -> Corpus:
     return Corpus.read_tsv(_HERE / "corpus" / "general.tsv")
 
 
+def demo_problems() -> Task:
+    """Sums and differences in digits, in the same ten languages, in three subsets of 120 problems.
+
+    Their pairs of numbers were seen in training in every language ("seen"), in English alone ("english_only"), or in
+    none ("unseen").
+    """
+    return Task.read_tsv(_HERE / "corpus" / "problems.tsv")
+
+
 def demo_task() -> Corpus:
-    """Arithmetic word problems with solutions in the same ten languages; the model was trained on none of them."""
-    return Corpus.read_tsv(_HERE / "corpus" / "arithmetic.tsv")
+    """The problems of `demo_problems` that every language saw in training, with their answers, as texts."""
+    return demo_problems().subset("seen").corpus()
