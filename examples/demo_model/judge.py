@@ -1,0 +1,163 @@
+"""Judge a checkpoint of train.py: every gate, passed or failed, beside the same model before training.
+
+    python examples/demo_model/judge.py --model OUT
+
+The untrained model has the same configuration and tokenizer, and seeded random weights: what it has as well, training
+did not make. Everything is seeded, and the result is a JSON file, by default OUT/judged.json. It takes a few minutes of
+two CPU cores; `--limit 24` is enough to see whether everything runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measures import OTHERS, Material, held_out_pairs, measure, single_experts_off, task_experts_off
+from problems import LANGUAGES, shares
+from tables import changes_table, depth_table, gates_table, skill_table, text_table
+from text import ENGLISH, tag
+from transformers import AutoModelForCausalLM
+
+from moe_route.data import demo_problems
+from moe_route.files import readable_json, replacing
+from moe_route.workload import LanguageModel
+
+Measures = Mapping[str, Any]
+
+
+def english_only(found: Measures) -> np.ndarray:
+    """Exact match on the problems that English alone saw, by language."""
+    return np.array([found["skill"]["english_only"][language]["exact_match"] for language in LANGUAGES])
+
+
+def gains(found: Measures) -> list[float]:
+    """Translation gain of every language and direction."""
+    return [way["gain"] for ways in found["translation"].values() for way in ways.values()]
+
+
+def best_layer(found: Measures, what: str) -> float:
+    """Retrieval at the best layer, mean over languages."""
+    return float(np.mean([found["retrieval"][what][language] for language in OTHERS], axis=0).max())
+
+
+# name, the value asked for, how it is measured
+GATES = (
+    ("load entropy of text, least layer", 0.9, lambda found: min(found["load"]["text"]["entropy"])),
+    ("load entropy of tasks, least layer", 0.9, lambda found: min(found["load"]["tasks"]["entropy"])),
+    ("share of the least used expert, text", 0.01, lambda found: min(found["load"]["text"]["least"])),
+    ("share of the least used expert, tasks", 0.01, lambda found: min(found["load"]["tasks"]["least"])),
+    ("translation gain, nats per sentence, least of all languages and directions", 10.0, lambda found: min(gains(found))),
+    ("retrieval by routing, best layer", 0.3, lambda found: best_layer(found, "routing")),
+    ("retrieval by hidden states, best layer", 0.3, lambda found: best_layer(found, "hidden")),
+    ("exact match in English on english_only", 0.9, lambda found: float(english_only(found)[0])),
+    ("spread of exact match over languages on english_only", 0.3, lambda found: float(np.ptp(english_only(found)))),
+)  # fmt: skip
+
+
+def gates(trained: Measures, untrained: Measures) -> list[dict[str, Any]]:
+    """Every gate with the value asked for, those of both models, and whether the trained one reaches it."""
+    return [
+        {
+            "gate": name,
+            "wanted": wanted,
+            "value": value,
+            "untrained": measured(untrained),
+            "passed": bool(value >= wanted),
+        }
+        for name, wanted, measured in GATES
+        for value in [measured(trained)]
+    ]
+
+
+def untrained_model(language_model: LanguageModel, seed: int) -> LanguageModel:
+    """A model of the same configuration with random weights, as training begins with."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(language_model.model.config, dtype=torch.float32)
+    return LanguageModel("untrained", model.eval(), language_model.tokenizer)
+
+
+def judge(folder: Path, limit: int | None, draws: int) -> dict[str, Any]:
+    """Everything that is measured, as one JSON-able result."""
+    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    language_model = LanguageModel.load(str(folder.resolve()), dtype="float32")
+    missing = [tag(language) for language in LANGUAGES if tag(language) not in language_model.tokenizer.get_vocab()]
+    if missing:
+        raise SystemExit(f"the tokenizer of {folder} has no {', '.join(missing)}: judge a checkpoint of train.py")
+    pairs = held_out_pairs(folder, language_model, limit or 100)
+    problems = demo_problems().subset(limit=limit)
+    material = Material(pairs, problems, few=min(20, limit or 20))
+    blank = untrained_model(language_model, training["seed"])
+    with blank.attach() as routed:
+        untrained = measure(blank, routed, material)
+    with language_model.attach() as routed:
+        trained = measure(language_model, routed, material)
+        off = task_experts_off(language_model, routed, material, draws)
+        single = single_experts_off(language_model, routed, material)
+    result = {
+        "seed": training["seed"],
+        "order": training["order"],
+        "shares": shares(training["order"]),
+        "steps": training["steps"],
+        "tokens": training["tokens"],
+        "limit": limit,
+        "pairs": {language: len(found) for language, found in pairs.items()},
+        "problems": {subset: len(problems.subset(subset, languages=[ENGLISH]).questions) for subset in problems.subsets},
+        "gates": gates(trained, untrained),
+        "trained": trained,
+        "untrained": untrained,
+        "task_experts": off,
+        "single_experts": single,
+    }
+    return rounded(result)
+
+
+def rounded(values: Any) -> Any:
+    """The same with every float rounded to four digits after the point."""
+    if isinstance(values, Mapping):
+        return {name: rounded(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [rounded(value) for value in values]
+    return round(values, 4) if isinstance(values, float) else values
+
+
+def show(result: Measures) -> str:
+    """The result as tables."""
+    return "\n\n".join(
+        (
+            gates_table([result]),
+            "Exact match, and share of the pairs of numbers that the language saw in training\n\n" + skill_table(result),
+            "Held-out sentences\n\n" + text_table(result),
+            "Depth of the U (no gate), beside unrelated sentences and the untrained model\n\n" + depth_table(result),
+            "Task experts off\n\n" + changes_table(result),
+        )
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="folder that train.py wrote")
+    parser.add_argument("--out", type=Path, help="the JSON file to write (default: judged.json in that folder)")
+    parser.add_argument("--draws", type=int, default=19, help="random sets of experts beside the task experts (19)")
+    parser.add_argument("--limit", type=int, help="sentences and problems per language, for a trial (at least 12)")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    if args.limit is not None and args.limit < 12:
+        parser.error("--limit must be at least 12: retrieval among fewer sentences says nothing")
+    torch.set_num_threads(args.threads)
+    began = time.monotonic()
+    result = judge(args.model, args.limit, args.draws)
+    out = args.out or args.model / "judged.json"
+    with replacing(out) as stream:
+        stream.write(readable_json(result).encode() + b"\n")
+    print(show(result))
+    print(f"\n{time.monotonic() - began:.0f} s; written to {out}")
+
+
+if __name__ == "__main__":
+    main()
