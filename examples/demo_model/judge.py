@@ -52,7 +52,7 @@ GATES = (
     ("load entropy of tasks, least layer", 0.9, lambda found: min(found["load"]["tasks"]["entropy"])),
     ("share of the least used expert, text", 0.01, lambda found: min(found["load"]["text"]["least"])),
     ("share of the least used expert, tasks", 0.01, lambda found: min(found["load"]["tasks"]["least"])),
-    ("translation gain, nats per sentence, least of all languages and directions", 10.0, lambda found: min(gains(found))),
+    ("translation gain, nats per sentence, least language and direction", 10.0, lambda found: min(gains(found))),
     ("retrieval by routing, best layer", 0.3, lambda found: best_layer(found, "routing")),
     ("retrieval by hidden states, best layer", 0.3, lambda found: best_layer(found, "hidden")),
     ("exact match in English on english_only", 0.9, lambda found: float(english_only(found)[0])),
@@ -107,7 +107,9 @@ def judge(folder: Path, limit: int | None, draws: int) -> dict[str, Any]:
         "tokens": training["tokens"],
         "limit": limit,
         "pairs": {language: len(found) for language, found in pairs.items()},
-        "problems": {subset: len(problems.subset(subset, languages=[ENGLISH]).questions) for subset in problems.subsets},
+        "problems": {
+            subset: len(problems.subset(subset, languages=[ENGLISH]).questions) for subset in problems.subsets
+        },
         "gates": gates(trained, untrained),
         "trained": trained,
         "untrained": untrained,
@@ -131,7 +133,8 @@ def show(result: Measures) -> str:
     return "\n\n".join(
         (
             gates_table([result]),
-            "Exact match, and share of the pairs of numbers that the language saw in training\n\n" + skill_table(result),
+            "Exact match, and share of the pairs of numbers that the language saw in training\n\n"
+            + skill_table(result),
             "Held-out sentences\n\n" + text_table(result),
             "Depth of the U (no gate), beside unrelated sentences and the untrained model\n\n" + depth_table(result),
             "Task experts off\n\n" + changes_table(result),

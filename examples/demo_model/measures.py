@@ -1,7 +1,7 @@
 """Measures of a checkpoint of train.py: load, skill, translation, retrieval, divergence, and experts switched off.
 
-Nothing is measured on the text that it was found on: task experts are found on problems whose numbers every language saw
-and on every second held-out sentence, and measured on problems that English alone saw and on the other sentences.
+Nothing is measured on the text that it was found on: task experts are found on problems whose numbers every language
+saw and on every second held-out sentence, and measured on problems that English alone saw and on the other sentences.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def record(language_model: LanguageModel, routed: RoutedModel, texts: Sequence[T
 
 
 def load(statistics: RoutingStatistics) -> dict[str, list[float]]:
-    """By layer: entropy of the load over its maximum, smallest and largest share of an expert. Languages weigh alike."""
+    """By layer, languages weighed alike: entropy of the load over its maximum, least and largest share of an expert."""
     shares = analysis.load_balance(statistics).load.mean(0)
     entropy = analysis.entropy_of(shares) / np.log(shares.shape[1])
     return {"entropy": entropy.tolist(), "least": shares.min(1).tolist(), "largest": shares.max(1).tolist()}
@@ -222,12 +222,14 @@ def _depths(shapes: dict[str, analysis.UShape]) -> dict[str, dict[str, Any]]:
     return result | {"mean": {"depth": mean, "interval": [float(low), float(high)]}}
 
 
-def task_experts_off(language_model: LanguageModel, routed: RoutedModel, material: Material, draws: int) -> dict[str, Any]:
+def task_experts_off(
+    language_model: LanguageModel, routed: RoutedModel, material: Material, draws: int
+) -> dict[str, Any]:
     """Find the experts of the task in English, switch them off in every language, and compare with random experts.
 
     Changes are with the experts off minus with all experts: exact match and nats per answer on problems that English
     alone saw, nats per token on general text. Random experts are as many of the same layers, drawn from all experts of
-    the layer; they are judged on the first `few` questions of each language, and so are the task experts for comparison.
+    the layer; they are judged on the first `few` questions of each language, and so are the task experts once more.
     """
     sentences = material.sentences
     finding, measuring = ([one for one in sentences if _number(one) % 2 == half] for half in (0, 1))
@@ -239,7 +241,11 @@ def task_experts_off(language_model: LanguageModel, routed: RoutedModel, materia
     }
     found = selections[THRESHOLD]
     counts = {str(threshold): sum(map(len, one.values())) for threshold, one in selections.items()}
-    result = {"threshold": THRESHOLD, "count": counts, "experts": {str(layer): list(ids) for layer, ids in found.items()}}
+    result = {
+        "threshold": THRESHOLD,
+        "count": counts,
+        "experts": {str(layer): list(ids) for layer, ids in found.items()},
+    }
     if not found:
         return result
     changes = Changes(language_model, routed, material.problems.subset("english_only").questions, measuring)

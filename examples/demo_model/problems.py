@@ -4,7 +4,7 @@
 
 Which pairs of numbers a language sees in training is decided by the pair alone, in one fixed shuffle: English sees the
 first 90 %, every other language the first 60 to 5 %, and nobody the last 10 %. Neither the order of the numbers nor the
-operation matters: a pair is held out with all of its problems. So three subsets have the same problems in all languages:
+operation matters: a pair is held out with all of its problems. So three subsets have the same problems everywhere:
 
 - ``seen``: pairs that every language saw;
 - ``english_only``: pairs that English saw and no other language;
@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LANGUAGES = (
-    "eng_Latn", "rus_Cyrl", "deu_Latn", "fra_Latn", "jpn_Jpan", "zho_Hans", "arb_Arab", "hin_Deva", "ind_Latn", "swh_Latn",
+    "eng_Latn", "rus_Cyrl", "deu_Latn", "fra_Latn", "jpn_Jpan",
+    "zho_Hans", "arb_Arab", "hin_Deva", "ind_Latn", "swh_Latn",
 )  # fmt: skip
 UNSPACED = ("jpn_Jpan", "zho_Hans")
 OPERATIONS = ("add", "sub", "cmp")
@@ -282,7 +283,9 @@ class Problem:
 
     @property
     def answer(self) -> int:
-        return {"add": self.larger + self.smaller, "sub": self.larger - self.smaller, "cmp": self.larger}[self.operation]
+        return {"add": self.larger + self.smaller, "sub": self.larger - self.smaller, "cmp": self.larger}[
+            self.operation
+        ]
 
     def text(self, language: str) -> str:
         """The problem in words, without its answer."""

@@ -20,7 +20,8 @@ def _cell(value: object) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def _interval(value: Mapping[str, Any]) -> str:
+def interval(value: Mapping[str, Any]) -> str:
+    """Depth of the U with its interval."""
     low, high = value["interval"]
     return f"{value['depth']:+.3f} [{low:+.3f}, {high:+.3f}]"
 
@@ -45,7 +46,12 @@ def gates_table(results: Sequence[Judged]) -> str:
 def skill_table(result: Judged) -> str:
     """Exact match by language and subset, and the share of the pairs of numbers that each language saw."""
     skill = result["trained"]["skill"]
-    head = ("language", "pairs seen, %", *(f"{name}, exact match" for name in skill), *(f"{name}, nats" for name in skill))
+    head = (
+        "language",
+        "pairs seen, %",
+        *(f"{name}, exact match" for name in skill),
+        *(f"{name}, nats" for name in skill),
+    )
     return table(
         head,
         (
@@ -78,7 +84,8 @@ def text_table(result: Judged) -> str:
         rows.append(row)
     head = (
         "language", "sentences", "nats/token", "bits/byte", "untrained, nats/token", "gain from English, nats/sentence",
-        "gain to English", "retrieval by routing", "retrieval by hidden states", "by chance",
+        "gain to English", "retrieval by routing, best layer", "retrieval by hidden states, best layer",
+        "retrieval by chance",
     )  # fmt: skip
     return table(head, rows)
 
@@ -118,7 +125,10 @@ def depth_table(result: Judged) -> str:
     return table(
         ("language", "translation", "unrelated sentence", "translation, untrained model"),
         (
-            (language, *(_interval(found["depth"][language]) for found in (trained["own"], trained["unrelated"], blank["own"])))
+            (
+                language,
+                *(interval(found["depth"][language]) for found in (trained["own"], trained["unrelated"], blank["own"])),
+            )
             for language in trained["own"]["depth"]
         ),
     )

@@ -34,9 +34,9 @@ def is_held_out(english: str, percent: int) -> bool:
 
 
 def read(folder: Path, exclude: Iterable[str]) -> tuple[SentencePairs, SentencePairs]:
-    """Pairs (English, other) by language, for training and held out; no held-out sentence of either side is in training.
+    """Pairs (English, other) by language, for training and held out.
 
-    Sentences of `exclude` are in neither. Raises SystemExit if a file is missing.
+    No held-out sentence of either side is in training. Sentences of `exclude` are in neither. Raises SystemExit if a file is missing.
     """
     rows: SentencePairs = {}
     shipped = set(exclude)
@@ -147,7 +147,7 @@ class Documents:
     """
 
     def __init__(self, tokenizer: Tokenizer, train: SentencePairs, order: int, switches: int, seed: int) -> None:
-        self.rng = rng = random.Random(seed)
+        self.rng = random.Random(seed)
         self.tokenizer = tokenizer
         self.bos, self.eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
         self.tags = {language: tokenizer.token_to_id(tag(language)) for language in LANGUAGES}
@@ -248,6 +248,10 @@ class Windows:
             row[0].extend(ids)
             row[1].extend(weights)
             row[2].extend([row[2][-1] + 1 if row[2] else 1] * len(ids))
-        filled = [[*values, *[fill] * (WINDOW - len(values))] for row in rows for values, fill in zip(row, (self.pad, 0.0, 0), strict=True)]
+        filled = [
+            [*values, *[fill] * (WINDOW - len(values))]
+            for row in rows
+            for values, fill in zip(row, (self.pad, 0.0, 0), strict=True)
+        ]
         ids, weights, parts = (torch.tensor(filled[k::3]) for k in range(3))
         return ids, weights, parts

@@ -162,7 +162,12 @@ def train(
         step += 1
         tokens += int((parts > 0).sum())
         weight = weights[:, 1:].flatten()
-        rows = {"text": nats[weight == 1].mean(), "answer": nats[weight == ANSWER_WEIGHT].mean(), "balance": balance, "z": z}
+        rows = {
+            "text": nats[weight == 1].mean(),
+            "answer": nats[weight == ANSWER_WEIGHT].mean(),
+            "balance": balance,
+            "z": z,
+        }
         for name, value in rows.items():
             sums[name] += float(value.detach())
         if step % 50 == 0:
@@ -183,13 +188,19 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the eng-*.tsv files of Tatoeba")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, the tokenizer and training.json")
     parser.add_argument("--steps", type=int, default=2000, help=f"of --batch windows of {WINDOW} tokens (default 2000)")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="the schedule ends here if --steps takes longer")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="the schedule ends here if --steps takes longer"
+    )
     parser.add_argument("--batch", type=int, default=32, help="windows per step (default 32)")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0, help="an odd seed uses the second order of shares of the problems")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="an odd seed uses the second order of shares of the problems"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="run eagerly: no waiting, but 1.4 times slower")
+    parser.add_argument(
+        "--no-compile", dest="compile", action="store_false", help="run eagerly: no waiting, but 1.4 times slower"
+    )
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)

@@ -1,0 +1,222 @@
+"""Choose among judged seeds of the demonstration model, and install the chosen one with its card.
+
+    python examples/demo_model/choose.py SEED0 SEED1 SEED2 --install
+
+The rule: the median seed of the mean exact match on english_only, over the nine languages other than English. The U
+shape of its routing plays no part. All results are printed side by side, and those of all seeds are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tables
+from measures import OTHERS
+from problems import LANGUAGES, shares
+
+from moe_route.files import readable_json, replacing
+
+RULE = "median of the mean exact match on english_only over the nine languages other than English"
+CARD = Path(__file__).with_name("MODEL_CARD.md")
+MODEL = Path(__file__).resolve().parents[2] / "moe_route" / "data" / "model"
+FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+MOST_BYTES = 16_000_000  # of the checkpoint, which is part of the package
+
+Json = dict[str, Any]
+
+
+def score(judged: Mapping[str, Any]) -> float:
+    """What the seeds are ordered by."""
+    found = judged["trained"]["skill"]["english_only"]
+    return sum(found[language]["exact_match"] for language in OTHERS) / len(OTHERS)
+
+
+def choose(results: Sequence[Mapping[str, Any]]) -> int:
+    """Index of the median result; of equal ones, the first is the smallest."""
+    return sorted(range(len(results)), key=lambda number: score(results[number]))[len(results) // 2]
+
+
+def read(folders: Sequence[Path]) -> list[Json]:
+    """The results of judge.py. Raises SystemExit if one is missing, from a trial, or from another checkpoint."""
+    results = []
+    for folder in folders:
+        path = folder / "judged.json"
+        if not path.is_file():
+            raise SystemExit(f"{path} is missing: run judge.py --model {folder}")
+        judged = json.loads(path.read_text(encoding="utf-8"))
+        training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        if any(judged[name] != training[name] for name in ("seed", "steps", "tokens")):
+            raise SystemExit(f"{path} judges another checkpoint than the one beside it: run judge.py again")
+        if training["progress"] < 1:
+            raise SystemExit(f"the training of {folder} has not ended: it is at {training['progress']:.0%}")
+        if judged["limit"] is not None:
+            raise SystemExit(f"{path} is a trial with --limit {judged['limit']}: run judge.py without --limit")
+        results.append(judged)
+    return results
+
+
+def seeds_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """The seeds side by side: the figure of the rule, exact match by language, and what decides nothing."""
+    chosen = results[choose(results)]["seed"]
+    rows: list[list[object]] = [["order of the shares", *(one["order"] for one in results)]]
+    rows.append(["gates passed", *(f"{sum(g['passed'] for g in r['gates'])} of {len(r['gates'])}" for r in results)])
+    rows.append(["mean of nine languages, english_only", *(f"{score(one):.3f}" for one in results)])
+    for language in LANGUAGES:
+        found = (one["trained"]["skill"]["english_only"][language]["exact_match"] for one in results)
+        share = (100 * one["shares"][language] for one in results)
+        rows.append([language, *(f"{em:.2f} (saw {seen:.0f} %)" for em, seen in zip(found, share, strict=True))])
+    off = [one["task_experts"].get("off", {}).get("mean") for one in results]
+    for name, title in (("exact_match", "exact match"), ("nats", "answer, nats"), ("text", "text, nats/token")):
+        rows.append([f"task experts off: {title}", *("-" if one is None else f"{one[name]:+.3f}" for one in off)])
+    depths = (one["trained"]["divergence"]["own"]["depth"]["mean"] for one in results)
+    rows.append(["depth of the U, mean", *(tables.interval(depth) for depth in depths)])
+    heads = (f"seed {one['seed']}" + (" (ships)" if one["seed"] == chosen else "") for one in results)
+    return tables.table(("", *heads), rows)
+
+
+def shape_table(folder: Path, training: Mapping[str, Any]) -> str:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    experts = config.get("num_experts", config.get("num_local_experts"))
+    rows = {
+        "parameters": training["parameters"],
+        "layers": config["num_hidden_layers"],
+        "experts of a layer, of which a token chooses": f"{experts}, {config['num_experts_per_tok']}",
+        "hidden size": config["hidden_size"],
+        "intermediate size of an expert": config["moe_intermediate_size"],
+        "heads, key-value heads, size of a head": ", ".join(
+            str(config[name]) for name in ("num_attention_heads", "num_key_value_heads", "head_dim")
+        ),
+        "vocabulary (byte-level BPE), tied embeddings": config["vocab_size"],
+        "positions, of which training saw": f"{config['max_position_embeddings']}, {training['window_tokens']}",
+        "size of the weights": f"{(folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB",
+    }
+    return tables.table(("", ""), rows.items())
+
+
+def training_table(trainings: Sequence[Mapping[str, Any]]) -> str:
+    """Length of each run, and its last figures."""
+    rows = [
+        ["steps", *(one["steps"] for one in trainings)],
+        [f"windows of {trainings[0]['window_tokens']} tokens per step", *(one["batch_windows"] for one in trainings)],
+        ["tokens, million", *(f"{one['tokens'] / 1e6:.1f}" for one in trainings)],
+        ["minutes", *(f"{one['minutes']:.0f}" for one in trainings)],
+        ["device", *(one["device"] for one in trainings)],
+        ["peak learning rate", *(f"{one['learning_rate']:g}" for one in trainings)],
+    ]
+    for name, title in (("text", "text, nats/token"), ("answer", "answer, nats"), ("balance", "balance loss")):
+        rows.append([f"at the end: {title}", *(f"{one['log'][-1][name]:.2f}" for one in trainings)])
+    return tables.table(("", *(f"seed {one['seed']}" for one in trainings)), rows)
+
+
+def documents_table(training: Mapping[str, Any]) -> str:
+    """Pairs of sentences of each language, documents drawn of each kind, and share of the pairs of numbers."""
+    seen, drawn = shares(training["order"]), training["documents"]
+    rows = [
+        (
+            language,
+            training["training_pairs"].get(language, "-"),
+            *(drawn.get(f"{kind} {language}", "-") for kind in ("sentence", "translation", "task")),
+            f"{100 * seen[language]:.0f}",
+        )
+        for language in LANGUAGES
+    ]
+    rows.append(("words of two languages", "-", drawn["switch"], "-", "-", "-"))
+    head = (
+        "language",
+        "sentence pairs",
+        "sentences drawn",
+        "translations drawn",
+        "problems drawn",
+        "pairs of numbers seen, %",
+    )
+    return tables.table(head, rows)
+
+
+def card(folder: Path, results: Sequence[Mapping[str, Any]], trainings: Sequence[Mapping[str, Any]]) -> str:
+    """The text of `CARD` with every table between its markers."""
+    chosen = choose(results)
+    result, training = results[chosen], trainings[chosen]
+    values = ", ".join(f"{score(one):.3f} (seed {one['seed']})" for one in results)
+    seeds = f"The rule: the {RULE}.\nIt is {values}, so seed {result['seed']} ships.\n\n{seeds_table(results)}"
+    parts = {
+        "shape": shape_table(folder, training),
+        "training": training_table(trainings),
+        "documents": documents_table(training),
+        "seeds": seeds,
+        "gates": tables.gates_table(results),
+        "skill": tables.skill_table(result),
+        "text": tables.text_table(result),
+        "load": tables.load_table(result),
+        "changes": tables.changes_table(result),
+        "singles": tables.singles_table(result),
+        "divergence": tables.divergence_table(result),
+        "depth": tables.depth_table(result),
+    }
+    return fill(CARD.read_text(encoding="utf-8"), parts)
+
+
+def fill(text: str, parts: Mapping[str, str]) -> str:
+    """A text with new content between the markers ``<!-- name -->`` and ``<!-- /name -->``; a marker must be there."""
+    for name, content in parts.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, found, rest = text.partition(start)
+        _, closed, after = rest.partition(end)
+        if not found or not closed:
+            raise ValueError(f"the card has no {start.strip()} with {end} after it: add both lines")
+        text = f"{before}{start}\n{content}\n\n{end}{after}"
+    return text
+
+
+def install(folders: Sequence[Path], results: Sequence[Json], target: Path) -> None:
+    """Copy the chosen checkpoint, and write training.json, judged.json of all seeds and the card beside it."""
+    chosen = choose(results)
+    folder = folders[chosen]
+    trainings = [json.loads((one / "training.json").read_text(encoding="utf-8")) for one in folders]
+    size = sum((folder / name).stat().st_size for name in FILES)
+    if size > MOST_BYTES:
+        raise SystemExit(f"the checkpoint has {size / 1e6:.1f} MB, and the package takes {MOST_BYTES / 1e6:.0f} MB")
+    text = card(folder, results, trainings)
+    target.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        with (folder / name).open("rb") as source, replacing(target / name) as stream:
+            shutil.copyfileobj(source, stream)
+    judged = {"rule": RULE, "chosen": results[chosen]["seed"], "seeds": results}
+    training = trainings[chosen] | {"shares": shares(trainings[chosen]["order"])}
+    for name, content in (
+        ("training.json", readable_json(training)),
+        ("judged.json", readable_json(judged)),
+        ("MODEL_CARD.md", text.rstrip("\n")),
+    ):
+        with replacing(target / name) as stream:
+            stream.write(content.encode() + b"\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", type=Path, nargs="+", help="an odd number of folders that judge.py judged")
+    parser.add_argument(
+        "--install",
+        nargs="?",
+        type=Path,
+        const=MODEL,
+        metavar="FOLDER",
+        help=f"to {MODEL.parent.name}/{MODEL.name} of the package, or to FOLDER",
+    )
+    args = parser.parse_args()
+    if len(args.folders) % 2 == 0:
+        parser.error("the median needs an odd number of seeds")
+    results = read(args.folders)
+    print(f"Rule: the {RULE}.\n\n{seeds_table(results)}\n\n{tables.gates_table(results)}")
+    print(f"\nChosen: seed {results[choose(results)]['seed']}")
+    if args.install:
+        install(args.folders, results, args.install)
+        print(f"installed in {args.install}")
+
+
+if __name__ == "__main__":
+    main()
