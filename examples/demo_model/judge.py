@@ -23,6 +23,7 @@ from problems import LANGUAGES, shares
 from tables import changes_table, depth_table, gates_table, skill_table, text_table
 from text import ENGLISH, tag
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from moe_route.data import demo_problems
 from moe_route.files import readable_json, replacing
@@ -153,6 +154,7 @@ def main() -> None:
     if args.limit is not None and args.limit < 12:
         parser.error("--limit must be at least 12: retrieval among fewer sentences says nothing")
     torch.set_num_threads(args.threads)
+    disable_progress_bar()
     began = time.monotonic()
     result = judge(args.model, args.limit, args.draws)
     out = args.out or args.model / "judged.json"

@@ -283,9 +283,8 @@ class Problem:
 
     @property
     def answer(self) -> int:
-        return {"add": self.larger + self.smaller, "sub": self.larger - self.smaller, "cmp": self.larger}[
-            self.operation
-        ]
+        both = {"add": self.larger + self.smaller, "sub": self.larger - self.smaller}
+        return both.get(self.operation, self.larger)
 
     def text(self, language: str) -> str:
         """The problem in words, without its answer."""
@@ -310,7 +309,8 @@ def task_set(count: int, seed: int) -> Iterator[tuple[str, str, Problem]]:
             operation = OPERATIONS[len(made) % 2]
             larger, smaller = available[len(made) // 2 % len(available)]
             template = rng.randrange(len(TEMPLATES["eng_Latn"][operation]))
-            made[Problem(operation, template, larger, smaller, rng.random() < 0.5)] = None
+            swap = rng.random() < 0.5 and operation != "sub"  # a swapped difference would be the same problem
+            made[Problem(operation, template, larger, smaller, swap)] = None
         for number, problem in enumerate(made, start=1):
             yield f"{subset}-{number:03d}", subset, problem
 

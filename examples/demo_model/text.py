@@ -36,7 +36,8 @@ def is_held_out(english: str, percent: int) -> bool:
 def read(folder: Path, exclude: Iterable[str]) -> tuple[SentencePairs, SentencePairs]:
     """Pairs (English, other) by language, for training and held out.
 
-    No held-out sentence of either side is in training. Sentences of `exclude` are in neither. Raises SystemExit if a file is missing.
+    No held-out sentence of either side is in training. Sentences of `exclude` are in neither. Raises SystemExit if a
+    file is missing.
     """
     rows: SentencePairs = {}
     shipped = set(exclude)

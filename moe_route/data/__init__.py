@@ -1,7 +1,7 @@
-"""Demonstration data shipped with moe-route: a small Mixture-of-Experts model and two parallel corpora.
+"""Demonstration data shipped with moe-route: a small Mixture-of-Experts model, a parallel corpus and a task.
 
-The model was trained by ``examples/train_demo_model.py``; ``model/MODEL_CARD.md`` in this folder describes its training
-and quality. The corpora (ten languages, from English to Swahili) were written for this project.
+The model was trained by ``examples/demo_model/train.py``; ``model/MODEL_CARD.md`` in this folder describes its training
+and quality. The corpus and the task (ten languages, from English to Swahili) were written for this project.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def demo_model_folder() -> Path:
     folder = _HERE / "model"
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
-            f"no demonstration model in {folder}: reinstall moe-route, or train one with examples/train_demo_model.py"
+            f"no demonstration model in {folder}: reinstall moe-route, or train one with examples/demo_model/train.py"
         )
     return folder
 
@@ -48,8 +48,9 @@ def demo_model_folder() -> Path:
 def load_demo_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the demonstration model (on the CPU, in evaluation mode) and its tokenizer.
 
-    It is a Qwen3-MoE with 8 sparse layers of 16 experts, 2 experts per token, hidden size 128 and 4096 tokens. It is
-    stored in bfloat16 and computes in ``dtype``. Raises ``ImportError`` if transformers is missing.
+    It is a Qwen3-MoE with 8 sparse layers of 16 experts, 2 experts per token, and hidden size 128. Its tokenizer puts
+    ``<s>`` before every text. It is stored in bfloat16 and computes in ``dtype``. ``MODEL_CARD.md`` in its folder
+    (``demo_model_folder``) says what it learned. Raises ``ImportError`` if transformers is missing.
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -59,7 +60,7 @@ def load_demo_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel
     folder = demo_model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # loading 7 MB needs no progress bar
+    logging.disable_progress_bar()  # loading 11 MB needs no progress bar
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     finally:
