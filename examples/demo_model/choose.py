@@ -108,7 +108,10 @@ def training_table(trainings: Sequence[Mapping[str, Any]]) -> str:
         ["device", *(one["device"] for one in trainings)],
         ["peak learning rate", *(f"{one['learning_rate']:g}" for one in trainings)],
     ]
+    logged = all(one["log"] for one in trainings)  # the first entry comes after 50 steps
     for name, title in (("text", "text, nats/token"), ("answer", "answer, nats"), ("balance", "balance loss")):
+        if not logged:
+            break
         rows.append([f"at the end: {title}", *(f"{one['log'][-1][name]:.2f}" for one in trainings)])
     return tables.table(("", *(f"seed {one['seed']}" for one in trainings)), rows)
 
