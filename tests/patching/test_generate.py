@@ -320,14 +320,14 @@ def test_stop_strings_end_a_sequence_of_a_batch() -> None:
     model, tokenizer = load_demo_model()
     given = tokenizer(["The sun", "A child reads a"], return_tensors="pt", padding=True, padding_side="left")
     options = {"max_new_tokens": 8, "do_sample": False, "tokenizer": tokenizer}
-    free = model.generate(**given, **options)[:, given.input_ids.shape[1] :]
-    words = [[tokenizer.decode(token) for token in row] for row in free]
+    free = model.generate(**given, **options)[:, given.input_ids.shape[1] :].tolist()
+    words = [[tokenizer.decode(token, skip_special_tokens=True) for token in row] for row in free]
     stop = next(word for word in words[0] if len(word.strip()) > 1 and not any(word in w for w in words[1]))
     with mr.attach(model) as routed, routed.record() as recorder, recorder.labels(["x", "y"]):
         text = model.generate(**given, **options, stop_strings=[stop])
     assert (text[0] == tokenizer.pad_token_id).sum() > (given.input_ids[0] == tokenizer.pad_token_id).sum()
     ended = next(i for i, word in enumerate(words[0]) if stop in word)
-    until = words[1].index("</s>") if "</s>" in words[1] else len(words[1]) - 1
+    until = free[1].index(tokenizer.eos_token_id) if tokenizer.eos_token_id in free[1] else len(free[1]) - 1
     assert recorder.statistics().tokens("decode").max(1).tolist() == [ended, until]
 
 
