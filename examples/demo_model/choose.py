@@ -22,7 +22,7 @@ from problems import LANGUAGES, shares
 from moe_route.files import readable_json, replacing
 
 RULE = "median of the mean exact match on english_only over the nine languages other than English"
-CARD = Path(__file__).with_name("MODEL_CARD.md")
+CARD = Path(__file__).with_name("model_card_template.md")
 MODEL = Path(__file__).resolve().parents[2] / "moe_route" / "data" / "model"
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 MOST_BYTES = 16_000_000  # of the checkpoint, which is part of the package
