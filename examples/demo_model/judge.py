@@ -20,7 +20,16 @@ import numpy as np
 import torch
 from measures import OTHERS, Material, held_out_pairs, measure, single_experts_off, task_experts_off
 from problems import LANGUAGES, shares
-from tables import changes_table, depth_table, gates_table, skill_table, text_table
+from tables import (
+    changes_table,
+    depth_table,
+    divergence_table,
+    gates_table,
+    load_table,
+    singles_table,
+    skill_table,
+    text_table,
+)
 from text import ENGLISH, tag
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -137,8 +146,11 @@ def show(result: Measures) -> str:
             "Exact match, and share of the pairs of numbers that the language saw in training\n\n"
             + skill_table(result),
             "Held-out sentences\n\n" + text_table(result),
+            "Load of the experts by layer\n\n" + load_table(result),
+            "Divergence from English by layer\n\n" + divergence_table(result),
             "Depth of the U (no gate), beside unrelated sentences and the untrained model\n\n" + depth_table(result),
             "Task experts off\n\n" + changes_table(result),
+            "Single experts of the first layers off\n\n" + singles_table(result),
         )
     )
 
