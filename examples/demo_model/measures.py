@@ -33,6 +33,7 @@ SINGLE_LAYERS = (0, 1)  # layers whose experts are switched off one by one
 FEW = 20  # questions per language where many runs are made
 TOKENS = (3, 60)  # shortest and longest sentence of the other language
 BATCH = 64
+FEW_COMMON = 1e-6  # English has a sentence for each of the other languages, so few of its items are in a given one
 
 SentencePairs = dict[str, list[tuple[str, str]]]
 
@@ -159,8 +160,8 @@ def routing_retrieval(statistics: RoutingStatistics) -> dict[str, list[float]]:
     """Language -> by layer: share of sentences whose translation routes most alike, mean of both directions."""
     result = {}
     for language in OTHERS:
-        # English has a sentence for each of the other languages, so that few of its items are common
-        found = analysis.similarity(statistics, groups=(ENGLISH, language), method="retrieval", min_common=1e-6).values
+        both = (ENGLISH, language)
+        found = analysis.similarity(statistics, groups=both, method="retrieval", min_common=FEW_COMMON).values
         result[language] = ((found[:, 0, 1] + found[:, 1, 0]) / 2).tolist()
     return result
 
@@ -195,19 +196,23 @@ def _mean_states(language_model: LanguageModel, sentences: Sequence[str]) -> np.
 def divergence(statistics: RoutingStatistics, pairs: SentencePairs) -> dict[str, dict[str, Any]]:
     """Kind -> divergence from English by language and layer, and the depth of the U with its 95 % interval.
 
-    "own" compares a sentence with its translation, "unrelated" with the translation of another sentence.
+    "own" compares a sentence with its translation, "unrelated" with the translation of another sentence; "floor" is the
+    divergence between unrelated sentences of one language, mean of English and the other one.
     """
     store = statistics.store
     found: dict[str, dict[str, analysis.UShape]] = {"own": {}, "unrelated": {}}
-    values: dict[str, dict[str, list[float]]] = {"own": {}, "unrelated": {}}
+    values: dict[str, dict[str, list[float]]] = {"own": {}, "unrelated": {}, "floor": {}}
     for seed, (language, sentences) in enumerate(pairs.items()):
         items = [f"{language}-{number}" for number in range(len(sentences))]
         english, other = (np.stack([store.distributions(i, group) for i in items]) for group in (ENGLISH, language))
-        for kind, reference in (("own", english), ("unrelated", np.roll(english, 1, axis=0))):
-            one = analysis.divergence(other, reference, num_experts=statistics.num_experts)
+        own = analysis.divergence(statistics, ENGLISH, groups=[language], min_common=FEW_COMMON)
+        unrelated = analysis.divergence(other, np.roll(english, 1, axis=0), num_experts=statistics.num_experts)
+        values["floor"][language] = own.expected_floor[0].tolist()
+        for kind, one in (("own", own), ("unrelated", unrelated)):
             values[kind][language] = one.values[0].tolist()
             found[kind][language] = analysis.u_shape(one, seed=seed)
-    return {kind: {"by_layer": values[kind], "depth": _depths(shapes)} for kind, shapes in found.items()}
+    depths = {kind: {"depth": _depths(shapes)} for kind, shapes in found.items()}
+    return {kind: {"by_layer": by_layer} | depths.get(kind, {}) for kind, by_layer in values.items()}
 
 
 def _depths(shapes: dict[str, analysis.UShape]) -> dict[str, dict[str, Any]]:

@@ -105,10 +105,11 @@ def load_table(result: Judged) -> str:
 
 
 def divergence_table(result: Judged) -> str:
-    """Divergence from English by layer: of translations, of unrelated sentences, and of the untrained model."""
+    """Divergence of translations from English by layer, beside unrelated sentences and the untrained model."""
     kinds = {
         "translation": result["trained"]["divergence"]["own"]["by_layer"],
         "unrelated sentence": result["trained"]["divergence"]["unrelated"]["by_layer"],
+        "floor, unrelated sentences of one language": result["trained"]["divergence"]["floor"]["by_layer"],
         "translation, untrained model": result["untrained"]["divergence"]["own"]["by_layer"],
     }
     languages = list(kinds["translation"])
