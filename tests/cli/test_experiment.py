@@ -13,7 +13,7 @@ from moe_route.cli import main
 pytest.importorskip("transformers")
 
 SMALL = ("--languages", "eng_Latn,swh_Latn", "--limit", "3")
-PROMPT = "{} has seven books. {} gives away three books. How many books does"
+PROMPT = "{} said that"
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -57,7 +57,7 @@ def test_transplant(capsys):
 
 def test_patch(capsys, tmp_path: Path):
     pairs = tmp_path / "pairs.tsv"
-    pairs.write_text(f"{PROMPT.format('Anna', 'She')}\t{PROMPT.format('Tom', 'He')}\t she\t he\n\n")
+    pairs.write_text(f"{PROMPT.format('Mary')}\t{PROMPT.format('Tom')}\t she\t he\n\n")
     found = answer(capsys, "patch", "--pairs", pairs, "--positions", "last", "--layers", "6")
     assert found["pairs"] == [1]
     assert [len(layer) for layer in found["restored"][0]] == [16] * 8

@@ -118,11 +118,10 @@ def test_outputs_of_single_experts_add_up():
 
 def test_on_the_demo_model():
     """The pronoun of the answer follows the prompt, and some expert of the last token carries a part of it."""
-    text = "{} has {} books. {} gives away three books. How many books does"
     pairs = [
-        PromptPair(text.format(one, n, "She"), text.format(another, n, "He"), " she", " he")
-        for one, another in (("Anna", "Tom"), ("Mary", "John"))
-        for n in ("seven", "nine")
+        PromptPair(f"{name} {verb} that", f"Tom {verb} that", " she", " he")
+        for name in ("Mary", "Anna")
+        for verb in ("said", "knows")
     ]
     found = patch_experts(LanguageModel.load(), pairs, positions="last", **FEW)
     assert found.clean[0] > found.corrupt[0]
