@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
         describe,
         doctor,
         experiment,
+        lm_eval,
         plan,
         plot,
         prune,
@@ -47,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"moe-route {__version__}")
     verbs = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (describe, record, convert, analyze, plot, plan, steer, experiment, prune, demo, doctor):
+    for module in (describe, record, convert, analyze, plot, plan, steer, experiment, prune, lm_eval, demo, doctor):
         module.add(verbs)
     completion.add(verbs, whole)
     return whole
@@ -65,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         answer = options.run(options)
-        print(answer.as_json() if options.json else answer.text, flush=True)
+        if options.json or answer.text:
+            print(answer.as_json() if options.json else answer.text, flush=True)
     except BrokenPipeError:  # `moe-route ... | head`: the reader is gone, and the flush at exit would fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -1,7 +1,7 @@
 """What an answer of a model depends on beside the request, for the name of lm-eval's cache of answers.
 
-lm-eval keys its cache by type and arguments of a request alone, so one file would serve the answers of one model or plan
-to another (EleutherAI/lm-evaluation-harness, issue 4063).
+lm-eval keys its cache by type and arguments of a request alone, so one file would serve the answers of one model or
+plan to another (EleutherAI/lm-evaluation-harness, issue 4063).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`MoeRouteLM`: lm-eval's model for Hugging Face checkpoints, with a plan that steers it and a recording of its routing.
+"""`MoeRouteLM`: lm-eval's model for Hugging Face checkpoints, with a plan that steers it and a record of its routing.
 
-What differs from ``hf``: padding is masked, so it is neither routed by a plan nor counted; batches have the same content
-in every run (from long to short, then by task, document and request); a sequence that has reached its stop string has
+What differs from ``hf``: padding is masked, so it is neither steered nor counted; batches have the same content in
+every run (from long to short, then by task, document and request); a sequence that has reached its stop string has
 ended, also while others of its batch go on.
 """
 
@@ -117,7 +117,7 @@ class MoeRouteLM(HFLM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Any:
-        """Make a model from the arguments of a command line; ``cache`` names a folder for answers (see `cache_path`)."""
+        """Make a model from the arguments of a command line; ``cache`` is a folder for answers (see `cache_path`)."""
         given = dict(arg_dict) | {k: v for k, v in (additional_config or {}).items() if v is not None}
         folder = given.pop("cache", None)
         model = cls(**given)
@@ -179,8 +179,8 @@ class MoeRouteLM(HFLM):
             if self.cache_key not in used.name:
                 cache_hook.dbdict.close()
                 raise ValueError(
-                    f"the cache {used} would serve answers of other models and plans: leave out use_cache, and name a "
-                    "folder with cache=FOLDER among the model's arguments, or in Python use_cache=model.cache_path(FOLDER)"
+                    f"the cache {used} would serve answers of other models and plans: leave out use_cache, and give "
+                    "cache=FOLDER among the model's arguments, or in Python use_cache=model.cache_path(FOLDER)"
                 )
         super().set_cache_hook(cache_hook)
 

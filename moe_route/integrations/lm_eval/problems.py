@@ -13,7 +13,7 @@ __all__ = ["questions"]
 
 
 def questions(language: str, subset: str | None = None, **_: Any) -> DatasetDict:
-    """The problems in one language, as split "test": columns ``item``, ``language``, ``subset``, ``prompt``, ``answer``.
+    """The problems in one language, as split "test" with columns item, language, subset, prompt and answer.
 
     `subset` takes one part of them; lm-eval passes it from ``--metadata subset=seen``, with other metadata, which is
     not used. Raises ``ValueError`` for an unknown language or part.

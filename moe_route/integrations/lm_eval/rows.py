@@ -14,12 +14,12 @@ Grouping = Literal["task", "language"]
 GROUPS: tuple[Grouping, ...] = ("task", "language")
 
 _FLORES = re.compile(r"(?<![A-Za-z])[a-z]{3}_[A-Z][a-z]{3}(?![A-Za-z])")
-_ISO_639_1 = frozenset(
+_ISO_639_1 = (
     "aa ab ae af ak am an ar as av ay az ba be bg bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee el en eo "
     "es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id ie ig ii ik io is it iu ja jv ka "
     "kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb lg li ln lo lt lu lv mg mh mi mk ml mn mr ms mt my na nb nd ne ng "
     "nl nn no nr nv ny oc oj om or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk sl sm sn so sq sr ss st su "
-    "sv sw ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu".split()
+    "sv sw ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu"
 )
 
 
@@ -36,7 +36,7 @@ def language_of(task: str, document: Any) -> str:
     last = task.rpartition("_")[2]
     if codes:
         return str(codes[-1])
-    if last in _ISO_639_1:
+    if last in _ISO_639_1.split():
         return last
     raise ValueError(
         f"the language of task {task!r} is unknown: its name has no language code at the end and its documents have no "
@@ -110,8 +110,8 @@ def rows_of(
         whole = tuple([*context, *continuation][-(max_length + 1) :])
         if not continuation or len(continuation) > max_length or len(whole) < 2:
             raise ValueError(
-                f"a request of task {place.task} has {len(context)} tokens of context and {len(continuation)} to score, "
-                f"and the model reads 1 to {max_length}: leave the document out"
+                f"a request of task {place.task} has {len(context)} tokens of context and {len(continuation)} to "
+                f"score, and the model reads 1 to {max_length}: leave the document out"
             )
         ids = whole[:-1]
         key: Any = (place.task, place.document, ids) if shared else number
