@@ -42,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(
         prog="moe-route",
         description="Record, analyze and steer expert routing in Mixture-of-Experts language models.",
-        epilog="Every command takes --json. Without --model, the demo model that moe-route brings along is used.\n"
+        epilog="Every command but lm-eval takes --json. Without --model, the demo model that moe-route brings along is "
+        "used.\n"
         "`moe-route COMMAND --help` shows an example.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
