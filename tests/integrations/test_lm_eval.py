@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -387,6 +388,13 @@ class TestTasks:
         task = manager.load(TASKS[:1])["tasks"][TASKS[0]]
         assert {doc["subset"] for doc in task.eval_docs} == {"unseen"}
         assert len(task.eval_docs) == len(demo_problems().subset("unseen", languages=["eng_Latn"]).questions)
+
+
+def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
+    for use in (integration.register, lambda: integration.MoeRouteLM):
+        with pytest.raises(ImportError, match=r"moe-route\[hf,eval\]"):
+            use()
 
 
 class TestCommand:

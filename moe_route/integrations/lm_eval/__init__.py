@@ -26,18 +26,23 @@ def register() -> None:
 
     Raises ``ImportError`` if lm-eval is missing.
     """
+    model = _model()
+    from lm_eval.api.registry import register_model
+
+    register_model(NAME)(model)
+
+
+def _model() -> type[MoeRouteLM]:
     try:
-        from lm_eval.api.registry import register_model
+        import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
-        raise ImportError("evaluation needs lm-eval: pip install 'moe-route[eval]'") from error
+        raise ImportError("evaluation needs lm-eval: pip install 'moe-route[hf,eval]'") from error
     from moe_route.integrations.lm_eval.model import MoeRouteLM
 
-    register_model(NAME)(MoeRouteLM)
+    return MoeRouteLM
 
 
 def __getattr__(name: str) -> Any:
     if name == "MoeRouteLM":
-        from moe_route.integrations.lm_eval.model import MoeRouteLM
-
-        return MoeRouteLM
+        return _model()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

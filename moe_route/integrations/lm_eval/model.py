@@ -269,7 +269,7 @@ class MoeRouteLM(HFLM):
     @contextmanager
     def _fixed_batch_size(self) -> Iterator[None]:
         """A number in place of batch_size=auto, found by trials as the superclass finds it."""
-        asked = self.batch_size_per_gpu
+        asked: Any = self.batch_size
         if asked != "auto":
             yield
             return
