@@ -20,6 +20,7 @@ EXTRAS: dict[str, dict[str, str]] = {
     "hf": {"transformers": "transformers", "accelerate": "accelerate"},
     "analysis": {"pandas": "pandas", "pyarrow": "pyarrow", "scipy": "scipy"},
     "plot": {"matplotlib": "matplotlib"},
+    "eval": {"lm_eval": "lm-eval"},
 }
 """Extra -> importable module -> the distribution that contains it."""
 

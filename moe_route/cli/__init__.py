@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
         describe,
         doctor,
         experiment,
+        lm_eval,
         plan,
         plot,
         prune,
@@ -41,13 +42,14 @@ def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(
         prog="moe-route",
         description="Record, analyze and steer expert routing in Mixture-of-Experts language models.",
-        epilog="Every command takes --json. Without --model, the demo model that moe-route brings along is used.\n"
+        epilog="Every command but lm-eval takes --json. Without --model, the demo model that moe-route brings along is "
+        "used.\n"
         "`moe-route COMMAND --help` shows an example.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     whole.add_argument("--version", action="version", version=f"moe-route {__version__}")
     verbs = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (describe, record, convert, analyze, plot, plan, steer, experiment, prune, demo, doctor):
+    for module in (describe, record, convert, analyze, plot, plan, steer, experiment, prune, lm_eval, demo, doctor):
         module.add(verbs)
     completion.add(verbs, whole)
     return whole
@@ -65,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         answer = options.run(options)
-        print(answer.as_json() if options.json else answer.text, flush=True)
+        if options.json or answer.text:
+            print(answer.as_json() if options.json else answer.text, flush=True)
     except BrokenPipeError:  # `moe-route ... | head`: the reader is gone, and the flush at exit would fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -317,7 +317,7 @@ class TestTheProgram:
 
     def test_every_command_has_help(self, moe_route):
         _, whole, _ = moe_route("--help")
-        for verb in ("describe", "record", "analyze", "plot", "steer", "demo", "doctor", "completion"):
+        for verb in ("describe", "record", "analyze", "plot", "steer", "lm-eval", "demo", "doctor", "completion"):
             assert verb in whole
             code, out, _ = moe_route(verb, "--help")
             assert code == 0

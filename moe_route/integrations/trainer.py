@@ -1,0 +1,148 @@
+"""`RoutingCallback`: the balance of the routing in the logs of a transformers ``Trainer``.
+
+    trainer = Trainer(model, ...)
+    trainer.add_callback(RoutingCallback(trainer, every=100))
+    trainer.train()
+
+The scalars go through ``Trainer.log``, so TensorBoard, W&B and the log history get them as they get the loss.
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import torch
+
+from moe_route.analysis import load_balance
+from moe_route.recording import Recorder, all_reduce
+from moe_route.routed import RoutedModel, attach
+
+try:
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:
+    raise ImportError("the callback for the Trainer needs transformers: pip install 'moe-route[hf]'") from error
+
+__all__ = ["RoutingCallback"]
+
+_Part = Literal["training", "evaluation"]
+
+
+class RoutingCallback(TrainerCallback):
+    """Log how evenly the tokens of the last steps were spread over the experts.
+
+    The names are those of ``LoadBalance.scalars`` ("moe/max_vio", "moe/dead_expert_frac", ...). Each value is of a
+    window of its own: the steps since the last one. An evaluation during training is counted apart, and logged under
+    "eval_moe/...". A layer that gradient checkpointing runs again counts once, every batch of an accumulated step
+    counts, and padding does not count. In several processes, the tokens of all of them are added up.
+
+    The model is attached while it trains; its outputs stay bit for bit the same.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        *,
+        every: int | None = None,
+        by_layer: bool = False,
+        engine: Literal["hook", "fused"] = "hook",
+    ) -> None:
+        """Prepare; add it by ``trainer.add_callback``.
+
+        Args:
+            trainer: the trainer that logs. It is not kept alive.
+            every: steps per window; by default ``logging_steps`` of the trainer.
+            by_layer: also log entropy and largest share of every layer.
+            engine: how to attach, see `moe_route.attach`.
+
+        Raises ``ValueError`` if `every` is less than 1. Training raises the errors of `moe_route.attach`.
+        """
+        if every is not None and every < 1:
+            raise ValueError(f"every={every} is no number of steps: give 1 or more")
+        self._trainer = weakref.ref(trainer)
+        self._every, self._by_layer, self._engine = every, by_layer, engine
+        self._routed: RoutedModel | None = None
+        self._windows: dict[_Part, Recorder] = {}
+        self._part: _Part | None = None  # whose window is open
+        self._block = ExitStack()  # that of the open window
+        self._ran: set[_Part] = set()  # parts with tokens since they were logged
+
+    def detach(self) -> None:
+        """Let go of the model. The end of training does this; call it after a training that an error has ended."""
+        self._stop()
+        routed, self._routed = self._routed, None
+        self._windows, self._ran = {}, set()
+        if routed is not None:
+            routed.detach()
+
+    # ---- events of the trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.detach()
+        self._routed = attach(kwargs["model"], engine=self._engine)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._count("training")
+        self._ran.add("training")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._count("evaluation")  # all other calls until the next step
+        if state.global_step % (self._every or max(1, int(state.logging_steps))) == 0:
+            self._log("training")
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._ran.add("evaluation")
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._log("evaluation")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._log("training")  # the steps of an unfinished window
+        self.detach()
+
+    # ---- windows
+
+    def _count(self, part: _Part) -> None:
+        """Count the calls that follow in the window of `part`."""
+        if self._routed is None:
+            return
+        self._stop()
+        if part not in self._windows:
+            self._windows[part] = self._routed.record(metrics=("counts",), entropy=False)
+        self._block.enter_context(self._windows[part])
+        self._part = part
+
+    def _stop(self) -> None:
+        self._part = None
+        self._block.close()
+
+    def _log(self, part: _Part) -> None:
+        """Log the window of `part`, if it has tokens, and end it."""
+        if self._routed is None:
+            return
+        window, ran, was_open = self._windows.pop(part, None), part in self._ran, part == self._part
+        self._ran.discard(part)
+        if was_open:
+            self._stop()
+        statistics = window.statistics() if window is not None and ran else None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            statistics = all_reduce(statistics)  # on every process, also on one without tokens
+        if was_open:
+            self._count(part)
+        trainer = self._trainer()
+        if statistics is None or trainer is None:
+            return
+        scalars = load_balance(statistics).scalars(by_layer=self._by_layer)
+        prefix = "eval_" if part == "evaluation" else ""
+        control, due = trainer.control, trainer.control.should_log
+        trainer.log({f"{prefix}{name}": value for name, value in scalars.items()})
+        control.should_log = due  # a log ends the request for one, and that of the loss is still to come
