@@ -24,7 +24,7 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument(
         "--draws",
-        type=int,
+        type=positive,
         metavar="N",
         default=99,
         help="random sets of experts beside the first finding (default: 99)",
