@@ -73,8 +73,9 @@ class Association:
         if not self.partial:
             return ""
         held, most = list(self.partial.items())[-1]
-        kept = most.p_corrected[~np.isnan(most.p_corrected)]
-        given = " and ".join(held)
+        layers = most.p_corrected[:-1]  # the last one is the mean
+        kept = layers[~np.isnan(layers)]
+        given = " and ".join(f"the {one}" for one in held)
         if kept.size and kept.min() < 0.05:
             return f", also given {given}"
         return f", but no layer is clear once {given} {'is' if len(held) == 1 else 'are'} held constant"
@@ -96,19 +97,18 @@ class Association:
 
     def _table(self) -> str:
         assert self.raw is not None
-        short = {SHARE: "share", LOSS: "loss"}
-        head = ["layer", "r", "p", "p (all layers)"]
-        columns = [self.raw.pearson, self.raw.p_value, self.raw.p_corrected]
+        short = {(SHARE,): "share", (LOSS,): "loss", (SHARE, LOSS): "both"}
+        head, columns = ["layer", "r", "p", "p (all)"], [self.raw.pearson, self.raw.p_value, self.raw.p_corrected]
         for held, found in self.partial.items():
-            head += [f"given {' and '.join(short[one] for one in held)}", "p (all layers)"]
+            head += [f"r given {short[held]}", "p (all)"]
             columns += [found.pearson, found.p_corrected]
         rows = [
             (layer, *map(float, cells))
             for layer, cells in zip(self.raw.layers, zip(*columns, strict=True), strict=True)
         ]
         note = paragraph(
-            "Pearson r of divergence with exact match, on problems whose numbers English alone saw;",
-            "p by exchanging the scores of languages. mean: of the divergence over layers.",
+            "Pearson r of divergence with exact match, on problems whose numbers English alone saw; p by exchanging",
+            "the scores of languages; all: corrected for all layers. mean: of the divergence over layers.",
             "given: partial correlation; share: of the pairs seen in training; loss: nats per sentence of general text."
             if self.partial
             else "",

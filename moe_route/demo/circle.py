@@ -60,7 +60,8 @@ def demo(
         languages: of the corpus; English must be among them, because all are compared with it. The problems are taken
             in those of the languages that they have.
         limit: use the first sentences, and of each kind of problems the first ones, as many.
-        draws: number of random sets of experts beside the first finding, which take half of the time.
+        draws: number of random sets of experts beside the first finding, which take half of the time; beside others
+            19 at most.
         out: folder for the pictures and the report, created if missing (none without it).
         batch_size: sentences per call; of problems, four times as many.
         max_length: longest sentence in tokens, by default what the model reads.
@@ -133,7 +134,11 @@ class _Study:
             self.draws,
         )
         language_experts_off = switch_language_experts_off(
-            run, find_language_experts(run.record(self.finding, "routing of half of the text")), self.measured, losses
+            run,
+            find_language_experts(run.record(self.finding, "routing of half of the text")),
+            self.measured,
+            losses,
+            self.draws,
         )
         skill = Skill(
             self.problems.languages,
@@ -160,7 +165,9 @@ class _Study:
                 {language: share.value for language, share in skill.match("english_only").items()},
                 {SHARE: skill.shares, LOSS: self.nats_per_sentence(losses)},
             ),
-            raising=raise_task_experts(run, found.experts, len(routers), english_only, self.of(scores, "english_only")),
+            raising=raise_task_experts(
+                run, found.experts, len(routers), english_only, self.of(scores, "english_only"), self.draws
+            ),
         )
 
     def of(self, scores: Scores, *subsets: str) -> Scores:

@@ -23,7 +23,7 @@ __all__ = ["LanguageExpertsOff", "find_language_experts", "switch_language_exper
 
 _SHARE = 20  # a language has one expert of so many
 _PERCENTILE = 80.0  # its experts are among the most frequent fifth of all
-DRAWS = 19  # random sets for each language, on its own text
+DRAWS = 19  # random sets at most for each language, on its own text
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def find_language_experts(statistics: RoutingStatistics) -> dict[str, ExpertSele
 
 
 def switch_language_experts_off(
-    run: Measurement, experts: Mapping[str, ExpertSelection], general: Corpus, before: Losses
+    run: Measurement, experts: Mapping[str, ExpertSelection], general: Corpus, before: Losses, draws: int = DRAWS
 ) -> LanguageExpertsOff:
     """Measure text in every language without the experts of each, and a language's own text without random ones.
 
@@ -182,6 +182,7 @@ def switch_language_experts_off(
         experts: language -> its experts.
         general: other sentences than those that the experts were found in.
         before: their loss.
+        draws: number of random sets for each language, at most `DRAWS`.
     """
     plans = {language: Plan.forbid(found) for language, found in experts.items()}
     after = tuple(run.losses(general, f"experts of {name(of)} off", plan) for of, plan in plans.items())
@@ -189,7 +190,7 @@ def switch_language_experts_off(
     for of, plan in plans.items():
         column = np.array([general.languages.index(of)])
         own, natural = general.subset([of]), before.of(slice(None), column)
-        sets = random_sets(plan, DRAWS)[0]
+        sets = random_sets(plan, min(draws, DRAWS))[0]
         losses = [run.losses(own, f"random experts, {name(of)}", one) for one in sets]
         random.append([float((one.nats - natural.nats).sum() / natural.tokens.sum()) for one in losses])
     fewest = min(map(len, random), default=0)

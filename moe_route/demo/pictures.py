@@ -180,7 +180,7 @@ def depth(found: Depth) -> Axes:
         _load(axes[1, column], profile.load)
         depth = profile.depth
         text = title if depth is None else f"{title}: depth {told(depth, 3)}"
-        axes[0, column].set_headline(text, fontsize="medium", loc="left")
+        axes[0, column].set_title(text, fontsize="medium", loc="left")
     first = axes[0, 0]
     first.set_ylabel(f"divergence from {name(PIVOT)}")
     axes[1, 0].set_ylabel("load entropy\n/ log E")

@@ -19,7 +19,7 @@ from moe_route.texttable import number_of, table
 __all__ = ["DRAWS", "STRENGTHS", "Raising", "raise_task_experts", "raising_plans"]
 
 STRENGTHS = (0.5, 1.0)  # in standard deviations of a token's logits; 0.5 is the published one
-DRAWS = 19  # random sets; a plan better than all of them has p = 0.05
+DRAWS = 19  # random sets at most; a plan better than all of them has p = 0.05
 _SAMPLED = 24  # problems on which they are measured
 
 
@@ -139,7 +139,7 @@ def raising_plans(experts: ExpertSelection, layers: int) -> dict[str, Plan]:
 
 
 def raise_task_experts(
-    run: Measurement, experts: ExpertSelection, layers: int, problems: Task, before: Scores
+    run: Measurement, experts: ExpertSelection, layers: int, problems: Task, before: Scores, draws: int = DRAWS
 ) -> Raising:
     """Measure problems under every plan of `raising_plans`, and under random sets.
 
@@ -149,13 +149,14 @@ def raise_task_experts(
         layers: number of MoE layers.
         problems: other problems than those that the experts were found in.
         before: how these are answered.
+        draws: number of random sets, at most `DRAWS`.
     """
     plans = raising_plans(experts, layers)
     after = {plan: run.answers(problems, f"task experts {plan}", made) for plan, made in plans.items()}
     if not plans:
         return Raising(experts, problems.languages, before)
     first, scores = next(iter(plans.values())), next(iter(after.values()))
-    sets, enumerated = random_sets(first, DRAWS)
+    sets, enumerated = random_sets(first, min(draws, DRAWS))
     if not sets:
         return Raising(experts, problems.languages, before, after)
     few, at = sample_task(problems, _SAMPLED)
