@@ -73,6 +73,8 @@ def task_experts_off(found: TaskExpertsOff) -> Axes | None:
         _cloud(axes[0, 1], found, rows)
     number = len(found.found.experts)
     text = f"general text: {told(found.text_change, 3)} nats per token"
+    if found.sets:
+        text += f"\nbeside random sets of as many experts: {found.sets['exact match'].verdict}"
     _headline(ax, f"{number_of(number, 'task expert')} found in English, off: exact match {told(found.change)}\n{text}")
     return ax
 
@@ -229,9 +231,8 @@ def association(found: Association) -> Axes | None:
         ax.set_title(f"r = {found.explained_by(covariate):+.2f}", fontsize="small", loc="left")
     if not found.covariates:
         axes[0, 1].set_visible(False)
-    _headline(
-        large, f"divergence and exact match: r = {found.raw.pearson[at]:+.2f}, p = {found.raw.p_corrected[at]:.3f}"
-    )
+    r, p = found.raw.pearson[at], found.raw.p_corrected[at]
+    _headline(large, f"divergence and exact match: r = {r:+.2f}, p = {p:.3f} over all layers")
     _name_points(large, values, match, [name(group) for group in found.divergence.groups])
     return large
 
@@ -306,7 +307,11 @@ def raising(found: Raising) -> Axes | None:
         ax.set_xlabel(label)
         _plain(ax)
     number = len(found.sets["exact match"].random) if found.sets else 0
-    sets = [f"{plans[0]}, {number_of(number, 'random set')}\n({found.sampled} problems)"] if number else []
+    sets = (
+        [f"{plans[0]}, {number_of(number, 'random set')}\n(◇ task experts;\n{found.sampled} problems)"]
+        if number
+        else []
+    )
     axes[0].set_yticks(rows, [*plans, *sets])
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
     first: Axes = axes[0]
