@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ class LanguageExpertsOff:
         rows = zip(self.experts, self.own, self.matrix, strict=True)
         return [language for language, own, row in rows if own > 0 and own >= row.max()]
 
-    @property
+    @cached_property
     def selectivity(self) -> Difference:
         """Change of the own text minus the mean change of the others' text, mean over the languages' experts."""
         changes = np.stack([one.nats - self.before.nats for one in self.after])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -99,16 +100,17 @@ class TaskExpertsOff:
     sampled: tuple[int, int] = (0, 0)
     matches: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
 
-    @property
+    @cached_property
     def change(self) -> Difference:
         """Change of exact match, mean over languages."""
         return self.after.change_of_match(self.before)
 
-    @property
+    @cached_property
     def text_change(self) -> Difference:
         """Change of the loss of general text in nats per token, mean over languages."""
         return self.text_after.change(self.text_before)
 
+    @cached_property
     def by_language(self) -> list[tuple[Difference, Difference, Difference]]:
         """Changes of exact match, of nats per answer and of nats per token of text, for each language."""
         items, found = slice(None), []
@@ -152,7 +154,7 @@ class TaskExpertsOff:
 
     def _selectivity(self) -> str:
         answers = self.after.change_of_nats(self.before)
-        hit = verdicts(match for match, _, _ in self.by_language())
+        hit = verdicts(match for match, _, _ in self.by_language)
         return (
             f"By language, exact match is {hit}. Right answers change by {told(answers)} nats, general text by "
             f"{told(self.text_change, 3)} nats per token."
@@ -170,7 +172,7 @@ class TaskExpertsOff:
         )
 
     def _table(self) -> str:
-        columns = zip(self.languages, self.by_language(), range(len(self.languages)), strict=True)
+        columns = zip(self.languages, self.by_language, range(len(self.languages)), strict=True)
         text = self.text_before.nats.sum(0) / self.text_before.tokens.sum(0)
         rows: list[tuple[object, ...]] = []
         for language, (match, nats, loss), i in columns:
@@ -232,7 +234,7 @@ class TaskExpertsOff:
         names = ("exact_match", "answer_nats", "text_nats_per_token")
         by_language = {
             language: {key: change.to_dict() for key, change in zip(names, changes, strict=True)}
-            for language, changes in zip(self.languages, self.by_language(), strict=True)
+            for language, changes in zip(self.languages, self.by_language, strict=True)
         }
         mean = (self.change, self.after.change_of_nats(self.before), self.text_change)
         return content | {

@@ -114,7 +114,7 @@ class TestTaskExpertsOff:
         found = self.outcome(0.2)
         assert found.change.value == pytest.approx(scores(0.2).correct.mean() - scores(0.8).correct.mean())
         assert found.text_change.value == 0
-        by_language = [match.value for match, _, _ in found.by_language()]
+        by_language = [match.value for match, _, _ in found.by_language]
         assert np.mean(by_language) == pytest.approx(found.change.value)
         assert "no other experts" in str(found)
 
