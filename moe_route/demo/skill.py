@@ -115,7 +115,7 @@ class Skill:
         if self.others:
             columns = [self.languages.index(language) for language in self.others]
             means = (f"{self.scores[subset].correct[:, columns].mean():.2f}" for subset in SUBSETS)
-            rows.append((f"mean without {name(PIVOT)}", "", *means, told(self.transfer(*self.others))))
+            rows.append(("mean of the others", "", *means, told(self.transfer(*self.others))))
         head = ("language", "pairs seen", "seen by all", "English only", "never seen", "English only - never")
         number = len(self.scores[SUBSETS[0]].correct)
         note = paragraph(

@@ -177,7 +177,7 @@ class TestSkill:
 
     def test_english_alone(self):
         found = self.skill(0.5, 0.5, LANGUAGES[:1])
-        assert "mean without" not in str(found)
+        assert "mean of the others" not in str(found)
         assert found.to_dict()["mean_transfer"] is None
 
     def test_shares_come_from_the_record_of_the_training(self, tmp_path: Path):
