@@ -156,7 +156,7 @@ def test_the_demo_prints_nothing_else(tmp_path: Path) -> None:
             if not (site / top).exists():
                 (site / top).symlink_to(Path(str(distribution.locate_file(top))))
     (site / "moe_route").symlink_to(Path(moe_route.__file__).parent)
-    small = ["--limit", "4", "--languages", "eng_Latn,deu_Latn"]
+    small = ["--limit", "4", "--draws", "3", "--languages", "eng_Latn,deu_Latn"]
     command = [sys.executable, "-S", "-m", "moe_route", "demo", *small]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(

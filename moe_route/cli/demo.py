@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, language_model, model_arguments, output, text_arguments
+from moe_route.cli.inputs import command, language_model, model_arguments, output, positive, text_arguments
 
 
 def add(verbs: Any) -> None:
@@ -16,11 +16,18 @@ def add(verbs: Any) -> None:
         verbs,
         "demo",
         run,
-        "record, analyze, steer and restore a model, with the controls (a minute or two)",
+        "record, analyze, steer and restore a model, with the controls (a few minutes)",
         "moe-route demo --out demo",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="folder for the pictures and report.json (default: none)"
+    )
+    parser.add_argument(
+        "--draws",
+        type=positive,
+        metavar="N",
+        default=99,
+        help="random sets of experts beside the first finding (default: 99)",
     )
     model_arguments(parser)
     text_arguments(parser)
@@ -37,6 +44,7 @@ def run(options: argparse.Namespace) -> Answer:
         data=options.data,
         languages=options.languages,
         limit=options.limit,
+        draws=options.draws,
         out=options.out,
         batch_size=options.batch_size,
         max_length=options.max_length,

@@ -1,6 +1,6 @@
-"""The demonstration: record, analyze and steer a small real model in a minute or two. See `demo`."""
+"""The demonstration: record, analyze and steer a small real model in a few minutes. See `demo`."""
 
 from moe_route.demo.circle import demo
-from moe_route.demo.report import DemoReport, Outcome
+from moe_route.demo.report import DemoReport, Finding
 
-__all__ = ["DemoReport", "Outcome", "demo"]
+__all__ = ["DemoReport", "Finding", "demo"]

@@ -1,4 +1,4 @@
-"""The demonstration: its statistics on known numbers, its controls, and the whole of it on the demo model."""
+"""The demonstration: its numbers on known data, its words, and the whole of it on the demo model."""
 
 from __future__ import annotations
 
@@ -8,168 +8,185 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from moe_route.analysis import AnalysisError, paired_difference, random_control
+from moe_route.analysis import Difference, Divergence
+from moe_route.data import demo_corpus, demo_problems
 from moe_route.demo import DemoReport, demo
-from moe_route.demo.circle import RANDOM_SETS, THRESHOLDS, choose_threshold, plans, random_plans
-from moe_route.recording import RoutingStatistics
+from moe_route.demo.association import LOSS, SHARE, Association, associate
+from moe_route.demo.depth import Depth, profile_of, untrained_model
+from moe_route.demo.language_experts import LanguageExpertsOff
+from moe_route.demo.measurement import Losses, Measurement, Scores, sample_corpus, sample_task
+from moe_route.demo.raising import Raising, raising_plans
+from moe_route.demo.random_sets import beside_random_sets, random_sets, shares_of
+from moe_route.demo.skill import Share, Skill, shares_in_training
+from moe_route.demo.task_experts import THRESHOLDS, TaskExperts, TaskExpertsOff
+from moe_route.demo.wording import WIDTH
 from moe_route.steering import ExpertSelection, Plan
-from moe_route.workload import (
-    EncodedTexts,
-    LanguageModel,
-    ModelNotFoundError,
-    Text,
-    read_corpus,
-    record_texts,
-    texts_of,
-)
+from moe_route.workload import LanguageModel
+
+LANGUAGES = ("eng_Latn", "deu_Latn", "jpn_Jpan")
+EXPERTS = ExpertSelection({1: [0], 2: [3, 5], 5: [2], 7: [1, 4]}, num_experts=[16] * 8)
 
 
-class TestPairedDifference:
-    def test_value_is_the_change_per_token(self):
-        tokens = np.array([10.0, 30.0])
-        found = paired_difference(np.array([12.0, 33.0]), np.array([10.0, 30.0]), tokens)
-        assert found.value == pytest.approx(5 / 40)
-
-    def test_a_constant_change_has_no_spread(self):
-        base = np.random.default_rng(0).uniform(50, 100, 20)
-        tokens = np.full(20, 10.0)
-        found = paired_difference(base + 1, base, tokens)
-        assert (found.low, found.value, found.high) == pytest.approx((0.1, 0.1, 0.1))
-        assert found.verdict == "higher"
-        assert paired_difference(base - 1, base, tokens).verdict == "lower"
-
-    def test_no_change_is_unclear(self):
-        base = np.ones(20)
-        assert paired_difference(base, base, base).verdict == "unclear"
-
-    def test_one_text_has_no_interval(self):
-        found = paired_difference(np.array([12.0]), np.array([10.0]), np.array([10.0]))
-        assert found.value == pytest.approx(0.2)
-        assert np.isnan([found.low, found.high]).all()
-        assert found.verdict == "unclear"
-        assert str(found) == "+0.2000 no interval (unclear)"
-
-    def test_few_texts_hold_the_truth_as_often_as_said(self):
-        """Plain percentiles of 15 items hold it in about 92 of 100 cases; of 1200, 1118 is four deviations below."""
-        rng = np.random.default_rng(4)
-        change = rng.normal(size=(1200, 15))
-        zeros, ones = np.zeros(15), np.ones(15)
-        found = [paired_difference(row, zeros, ones, resamples=400, seed=i) for i, row in enumerate(change)]
-        assert sum(one.verdict == "unclear" for one in found) >= 1118
-
-    def test_noise_is_mostly_unclear(self):
-        """95 % intervals of differences without an effect leave zero out in about one case of twenty."""
-        rng = np.random.default_rng(1)
-        base, tokens = np.zeros(40), np.ones(40)
-        clear = sum(
-            paired_difference(rng.normal(size=40), base, tokens, resamples=500, seed=i).verdict != "unclear"
-            for i in range(200)
-        )
-        assert 2 <= clear <= 24
-
-    def test_width_is_that_of_the_mean(self):
-        change = np.random.default_rng(2).normal(size=400)
-        found = paired_difference(change, np.zeros(400), np.ones(400))
-        assert found.high - found.low == pytest.approx(2 * 1.96 * change.std() / 20, rel=0.1)
-
-    def test_languages_are_averaged_and_drawn_together(self):
-        """Changes that cancel between the languages of each item leave no spread in the mean."""
-        change = np.random.default_rng(3).normal(size=50)
-        nats = np.stack([change, -change], axis=1)
-        found = paired_difference(nats, np.zeros((50, 2)), np.ones((50, 2)))
-        assert found.high - found.low == pytest.approx(0, abs=1e-12)
+def scores(match: float, languages: int = 3, items: int = 40, seed: int = 0) -> Scores:
+    """Random scores with this probability of an exact match."""
+    rng = np.random.default_rng(seed)
+    return Scores((rng.random((items, languages)) < match).astype(float), rng.exponential(1, (items, languages)))
 
 
-class TestRandomControl:
-    """The plan's change, that of each random set, and the two sources of chance: texts and draws."""
+def losses(change: np.ndarray | float = 0.0, languages: int = 3) -> Losses:
+    """Losses of 20 sentences of 10 tokens each, changed by so many nats per token."""
+    nats = np.random.default_rng(0).uniform(20, 30, (20, languages))
+    return Losses(nats + 10 * np.asarray(change), np.full(nats.shape, 10.0))
 
-    def losses(self, seed, sets=19, items=40, spread=0.0):
-        rng = np.random.default_rng(seed)
-        base, tokens = rng.uniform(20, 30, (items, 2)), np.full((items, 2), 10.0)
-        of_sets = rng.normal(0, spread, sets) if spread else np.zeros(sets)
-        random = base + 10 * of_sets[:, None, None] + rng.normal(0, 0.1, (sets, items, 2))
-        return base, tokens, random
+
+class TestSamples:
+    def test_every_subset_is_drawn_from_in_every_language(self):
+        task = demo_problems().subset("english_only", "unseen")
+        few, places = sample_task(task, 5)
+        assert few.languages == task.languages
+        assert len(places) == 10
+        items = [question.item for question in few.questions]
+        per_language = np.array(items).reshape(len(task.languages), 10)
+        assert (per_language == per_language[0]).all()
+        first = [question.item for question in task.questions[:240]]
+        assert [first[place] for place in places] == list(per_language[0])
+        assert {item.rpartition("-")[0] for item in per_language[0]} == {"english_only", "unseen"}
+        assert sample_task(task, 1000)[0] == task
+
+    def test_sentences(self):
+        corpus, places = sample_corpus(demo_corpus(), 4)
+        assert [demo_corpus().items[place] for place in places] == list(corpus.items)
+        assert len(sample_corpus(demo_corpus(), 1000)[0]) == len(demo_corpus())
+
+
+class TestRandomSets:
+    def test_rank_is_by_the_stronger_effect(self):
+        base = scores(0.8)
+        ones = np.ones_like(base.correct)
+        sets = np.stack([np.roll(base.correct, i, axis=0) for i in range(9)])
+        off = np.zeros_like(base.correct)
+        lower = beside_random_sets(off, sets, base.correct, ones, larger=False, enumerated=False)
+        assert (lower.rank, lower.p_value) == (1, 0.1)
+        assert lower.effect == pytest.approx(-base.correct.mean())
+        assert beside_random_sets(off, sets, base.correct, ones, larger=True, enumerated=False).rank == 10
+        tie = beside_random_sets(base.correct, sets, base.correct, ones, larger=False, enumerated=False)
+        assert tie.rank == 10, "equal effects count against the plan"
+        json.dumps(lower.to_dict(), allow_nan=False)
+
+    def test_draws_tell_which_experts_they_share(self):
+        plan = Plan.forbid(EXPERTS)
+        plans, enumerated = random_sets(plan, 40)
+        assert not enumerated
+        assert plans == [plan.random(seed) for seed in range(40)]
+        shares = shares_of(plans, EXPERTS)
+        expected = [len(drawn.touching(EXPERTS)) / 6 for drawn in plans]
+        np.testing.assert_allclose(shares, expected)
+        assert 0 < (shares > 0).mean() < 1, "a draw may hold a tested expert"
+        np.testing.assert_allclose(shares_of([plan], EXPERTS), 1)
+
+    def test_all_sets_are_taken_where_they_are_few(self):
+        plans, enumerated = random_sets(Plan.forbid(ExpertSelection({4: [7]}, num_experts=[16] * 8)), 99)
+        assert enumerated
+        assert len(plans) == 15
+        assert random_sets(Plan.forbid(ExpertSelection({2: range(4)}, num_experts=[4] * 8)), 99) == ([], True)
+
+
+class TestTaskExpertsOff:
+    found = TaskExperts(EXPERTS, 0.3, dict.fromkeys(THRESHOLDS, 6), 128)
+
+    def outcome(self, after: float, before: float = 0.8) -> TaskExpertsOff:
+        subsets = ("english_only",) * 20 + ("unseen",) * 20
+        text = losses()
+        return TaskExpertsOff(self.found, LANGUAGES, subsets, scores(before), scores(after), text, text)
+
+    def test_the_sentence_follows_the_interval(self):
+        assert "lowers exact match" in self.outcome(0.2).sentence
+        assert "raises exact match" in self.outcome(0.8, before=0.2).sentence
+        assert "no more than these problems can show" in self.outcome(0.8).sentence
+
+    def test_a_model_without_skill_has_nothing_to_lose(self):
+        found = self.outcome(0.0, before=0.0)
+        assert "little to lose" in found.sentence
+        assert "little to lose" not in self.outcome(0.2).sentence
 
     def test_numbers_by_hand(self):
-        base, tokens, random = self.losses(0)
-        found = random_control(base - 1, random, base, tokens)
-        changes = ((random - base).sum(1) / tokens.sum(0)).mean(-1)
-        assert found.plan == pytest.approx(-0.1)
-        np.testing.assert_allclose(found.random, changes)
-        assert found.difference.value == pytest.approx(-0.1 - changes.mean())
-        assert found.difference.verdict == "lower"
-        assert (found.rank, found.p_value) == (1, 1 / 20)
-        worst = random_control(base + 1, random, base, tokens)
-        assert (worst.rank, worst.p_value) == (20, 1.0)
-        assert random_control(random[3], random, base, tokens).rank > 1, "equal changes count against the plan"
+        found = self.outcome(0.2)
+        assert found.change.value == pytest.approx(scores(0.2).correct.mean() - scores(0.8).correct.mean())
+        assert found.text_change.value == 0
+        by_language = [match.value for match, _, _ in found.by_language]
+        assert np.mean(by_language) == pytest.approx(found.change.value)
+        assert "no other experts" in str(found)
+
+    def test_without_task_experts_there_is_nothing_to_switch_off(self):
+        none = TaskExperts(ExpertSelection({}), 0.1, dict.fromkeys(THRESHOLDS, 0), 128)
+        found = TaskExpertsOff(none, LANGUAGES, (), scores(0.5), scores(0.5), losses(), losses())
+        assert found.sentence.startswith("No task expert")
+        assert "table" not in found.to_dict()
+        assert str(found).count("\n\n") == 1
+
+
+class TestLanguageExpertsOff:
+    def outcome(self, matrix: np.ndarray, random: np.ndarray | None = None) -> LanguageExpertsOff:
+        one = ExpertSelection({0: [1]})
+        return LanguageExpertsOff(
+            dict.fromkeys(LANGUAGES, one), LANGUAGES, losses(), tuple(losses(row) for row in matrix), random
+        )
+
+    def test_matrix_and_who_is_hit(self):
+        matrix = np.array([[0.5, 0.1, 0.0], [0.6, 0.2, 0.0], [0.0, 0.0, 0.3]])
+        found = self.outcome(matrix, np.full((19, 3), 0.01))
+        np.testing.assert_allclose(found.matrix, matrix)
+        np.testing.assert_allclose(found.own, [0.5, 0.2, 0.3])
+        assert found.hit_first == ["eng_Latn", "jpn_Jpan"]
+        assert found.p_value == 1 / 20
+        assert found.selectivity.value == pytest.approx(np.mean([0.5 - 0.05, 0.2 - 0.3, 0.3]))
+        assert found.selectivity.verdict == "higher"
+        assert "2 of 3 languages" in found.sentence
+
+    def test_what_hits_others_is_told_as_such(self):
+        found = self.outcome(0.4 * (1 - np.eye(3)))
+        assert found.selectivity.verdict == "lower"
+        assert found.hit_first == []
+        assert "more than its own" in found.sentence
+        assert np.isnan(found.p_value)
         json.dumps(found.to_dict(), allow_nan=False)
-        with pytest.raises(AnalysisError, match="no random set"):
-            random_control(base, random[:0], base, tokens)
-
-    def test_p_is_never_below_one_in_the_number_of_sets_and_the_plan(self):
-        base, tokens, random = self.losses(0, sets=5)
-        assert random_control(base - 9, random, base, tokens).p_value == pytest.approx(1 / 6)
-
-    def test_the_interval_holds_the_draws(self):
-        """Plans that are random sets themselves: their mean is not different. Over items alone the interval is too
-        narrow, since it is the draws that differ."""
-        clear = {False: 0, True: 0}
-        for seed in range(60):
-            base, tokens, random = self.losses(seed, sets=10, spread=0.05)
-            truth = base + np.random.default_rng(seed + 1000).normal(
-                0, 0.1, base.shape
-            )  # what the sets bring on average
-            for enumerated in clear:
-                found = random_control(truth, random, base, tokens, enumerated=enumerated, resamples=500)
-                clear[enumerated] += found.difference.verdict != "unclear"
-        assert clear[False] <= 9
-        assert clear[True] >= 40
 
 
-class TestPlans:
-    experts = ExpertSelection({1: [0], 2: [3, 5], 5: [2], 7: [1, 4]}, num_experts=[16] * 8)
+class TestSkill:
+    def test_share_is_wilson_s(self):
+        share = Share.of(np.array([1.0] * 8 + [0.0] * 2))
+        assert share == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-3)
+        every = Share.of(np.ones(10))
+        assert every.high == 1
+        assert every.low < 0.8, "ten of ten do not prove certainty"
 
-    def test_the_published_plan_comes_first(self):
-        found = plans(self.experts, (2, 3, 4, 5), 8)
-        assert next(iter(found.values())) == Plan.activate(self.experts, (2, 3, 4, 5), strength=0.5)
+    def skill(self, english_only: float, unseen: float, languages: tuple[str, ...] = LANGUAGES) -> Skill:
+        number = len(languages)
+        parts = {"seen": 0.9, "english_only": english_only, "unseen": unseen}
+        return Skill(languages, {k: scores(v, number, 100, seed) for seed, (k, v) in enumerate(parts.items())}, {})
 
-    def test_controls_are_there(self):
-        found = plans(self.experts, (2, 3, 4, 5), 8)
-        layers = {rule.layers for rule in found["other layers +0.5"].rules}
-        assert layers == {(0, 1, 6, 7)}
-        assert found["task -0.5"] == Plan.deactivate(self.experts, (2, 3, 4, 5), strength=0.5)
+    def test_transfer_leaves_english_out(self):
+        found = self.skill(0.9, 0.3)
+        columns = [1, 2]
+        means = [found.scores[subset].correct[:, columns].mean() for subset in ("english_only", "unseen")]
+        assert found.transfer(*found.others).value == pytest.approx(means[0] - means[1])
+        assert "English transfers" in found.sentence
+        assert "nothing transfers" in self.skill(0.3, 0.9).sentence
+        assert "cannot be told from none" in self.skill(0.5, 0.5).sentence
 
-    def test_all_other_experts_are_taken_where_they_are_few(self):
-        one = ExpertSelection({1: [0], 4: [7]}, num_experts=[16] * 8)
-        found, enumerated = random_plans(one, (2, 3, 4, 5))
-        assert enumerated
-        expected = [ExpertSelection({4: [expert]}, num_experts=[16] * 8) for expert in range(16) if expert != 7]
-        assert found == [Plan.activate(other, (2, 3, 4, 5), strength=0.5) for other in expected]
+    def test_english_alone(self):
+        found = self.skill(0.5, 0.5, LANGUAGES[:1])
+        assert "mean of the others" not in str(found)
+        assert found.to_dict()["mean_transfer"] is None
 
-    def test_so_many_are_drawn_that_p_can_be_small(self):
-        found, enumerated = random_plans(self.experts, (2, 3, 4, 5))
-        assert not enumerated
-        assert len(found) == RANDOM_SETS >= 19
-        activate = Plan.activate(self.experts, (2, 3, 4, 5), strength=0.5)
-        assert found[:3] == [activate.random(seed) for seed in range(3)]
-
-    def test_a_layer_whose_experts_are_all_steered_leaves_nothing_else(self):
-        assert random_plans(ExpertSelection({2: range(4)}, num_experts=[4] * 8), (2, 3, 4, 5)) == ([], True)
-
-    def test_nothing_in_the_middle_is_nothing_to_steer(self):
-        assert plans(ExpertSelection({0: [1]}, num_experts=[16] * 8), (2, 3, 4, 5), 8) == {}
-
-    def test_nothing_outside_leaves_that_control_out(self):
-        found = plans(ExpertSelection({3: [1]}, num_experts=[16] * 8), (2, 3, 4, 5), 8)
-        assert not [name for name in found if name.startswith("other layers")]
-
-    def test_the_largest_threshold_with_an_expert_in_the_middle(self):
-        outside, inside = ExpertSelection({0: [1]}), ExpertSelection({3: [1]})
-        found = {t: inside if t <= 0.3 else outside for t in THRESHOLDS}
-        assert choose_threshold(found, (2, 3, 4, 5)) == 0.3
-        assert choose_threshold(dict.fromkeys(THRESHOLDS, outside), (2, 3, 4, 5)) == THRESHOLDS[-1]
+    def test_shares_come_from_the_record_of_the_training(self, tmp_path: Path):
+        assert shares_in_training(str(tmp_path)) == {}
+        assert shares_in_training("someone/their-model") == {}
+        (tmp_path / "training.json").write_text('{"seed": 1}', encoding="utf-8")
+        assert shares_in_training(str(tmp_path)) == {}
+        (tmp_path / "training.json").write_text('{"shares": {"deu_Latn": 0.25}}', encoding="utf-8")
+        assert shares_in_training(str(tmp_path)) == {"deu_Latn": 0.25}
 
 
 @pytest.fixture(scope="module")
@@ -177,148 +194,194 @@ def spoken() -> LanguageModel:
     return LanguageModel.load()
 
 
+class TestDepth:
+    def test_untrained_is_the_same_configuration_and_the_same_every_time(self, spoken: LanguageModel):
+        first, reason = untrained_model(spoken)
+        second, _ = untrained_model(spoken)
+        assert reason == ""
+        shapes = [{k: v.shape for k, v in one.model.state_dict().items()} for one in (spoken, first, second)]
+        assert shapes[0] == shapes[1]
+        assert all((a == b).all() for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
+
+    def test_a_large_model_has_no_untrained_one_and_the_reason_is_told(self, spoken: LanguageModel, monkeypatch):
+        monkeypatch.setattr("moe_route.demo.depth.LARGEST", 1000)
+        assert untrained_model(spoken)[0] is None
+        with spoken.attach() as routed:
+            statistics = Measurement(spoken, routed).record(demo_corpus().subset(LANGUAGES, 3), "text")
+        found = Depth(profile_of(statistics), *untrained_model(spoken))
+        assert "billion random weights" in str(found)
+        assert found.beyond_untrained is None
+
+    def test_the_interval_of_the_difference_is_paired(self, spoken: LanguageModel):
+        """The same model beside itself: no difference, and no width."""
+        with spoken.attach() as routed:
+            profile = profile_of(Measurement(spoken, routed).record(demo_corpus().subset(LANGUAGES, 4), "text"))
+        beyond = Depth(profile, profile).beyond_untrained
+        assert (beyond.low, beyond.value, beyond.high) == (0, 0, 0)
+
+
+class TestAssociation:
+    languages = ("deu_Latn", "fra_Latn", "rus_Cyrl", "jpn_Jpan", "hin_Deva", "swh_Latn", "ind_Latn")
+
+    def found(self, slope: float, number: int = 7, covariates: bool = True) -> Association | None:
+        """Divergence of a layer that follows exact match, and of one that is noise."""
+        rng = np.random.default_rng(1)
+        names = self.languages[:number]
+        match = np.linspace(0.2, 0.9, number)
+        values = np.stack([0.5 + slope * match, rng.uniform(0.3, 0.4, number)], axis=1)
+        pairs = values[:, None] + rng.normal(0, 0.01, (number, 6, 2))
+        made = Divergence(values, names, "eng_Latn", ("0", "1"), pair_values=pairs, pairs=6, pairing="paired")
+
+        class Recorded:
+            groups = ("eng_Latn", *names)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("moe_route.demo.association.divergence", lambda *_, **__: made)
+            shares = dict(zip(names, match**2, strict=True)) if covariates else {}
+            loss = dict(zip(names, rng.uniform(50, 60, number), strict=True))
+            return associate(Recorded(), dict(zip(names, match, strict=True)), {SHARE: shares, LOSS: loss})
+
+    def test_the_layer_is_corrected_for_and_the_mean_is_no_layer(self):
+        found = self.found(-0.3)
+        assert found.strongest == 0
+        assert found.raw.layers == ("0", "1", "mean")
+        assert found.raw.pearson[0] == pytest.approx(-1)
+        assert (found.raw.p_corrected >= found.raw.p_value).all()
+        assert "answer better" in found.sentence
+
+    def test_confounders_are_told(self):
+        found = self.found(-0.3)
+        assert list(found.partial) == [(SHARE,), (LOSS,), (SHARE, LOSS)]
+        assert found.explained_by(SHARE) > 0.9
+        assert "given" in str(found)
+        assert list(self.found(-0.3, covariates=False).partial) == [(LOSS,)]
+        json.dumps(found.to_dict(), allow_nan=False)
+
+    def test_few_languages_say_nothing(self):
+        found = self.found(-0.3, number=3)
+        assert found.raw is None
+        assert "too few" in found.sentence
+
+
+class TestRaising:
+    def test_plans_and_their_controls(self):
+        found = raising_plans(EXPERTS, 8)
+        assert list(found) == ["+0.5", "+1", "forced on", "+0.5, layers 2-5", "+0.5, other layers", "-0.5"]
+        assert found["+0.5"] == Plan.activate(EXPERTS, strength=0.5)
+        assert found["+0.5, layers 2-5"] == Plan.activate(EXPERTS.restrict(range(2, 6)), strength=0.5)
+        assert found["-0.5"] == Plan.deactivate(EXPERTS, strength=0.5)
+        inside = raising_plans(ExpertSelection({3: [1]}, num_experts=[16] * 8), 8)
+        assert list(inside) == ["+0.5", "+1", "forced on", "-0.5"]
+        assert raising_plans(ExpertSelection({}), 8) == {}
+
+    def test_the_sentence_follows_the_interval(self):
+        def raised(after: float) -> str:
+            return Raising(EXPERTS, LANGUAGES, scores(0.5), {"+0.5": scores(after)}).sentence
+
+        assert "raises exact match" in raised(0.9)
+        assert "lowers exact match" in raised(0.1)
+        assert "no more than" in raised(0.5)
+        assert Raising(ExpertSelection({}), LANGUAGES, scores(0.5)).sentence == "There is no task expert to raise."
+
+
 @pytest.fixture(scope="module")
 def made(spoken: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoReport, Path]:
     """The whole demonstration on a part of its texts: the report, and the folder with the pictures."""
     out = tmp_path_factory.mktemp("demo")
-    return demo(spoken, languages=["eng_Latn", "deu_Latn", "jpn_Jpan"], limit=12, out=out), out
-
-
-class TestLanguageModel:
-    def test_losses_do_not_depend_on_the_batch(self, spoken: LanguageModel):
-        texts = texts_of(read_corpus(languages=["eng_Latn", "jpn_Jpan"], limit=5))
-        alone, together = spoken.losses(texts, batch_size=1), spoken.losses(texts, batch_size=10)
-        assert (alone[:, 1] == together[:, 1]).all()
-        np.testing.assert_allclose(alone[:, 0], together[:, 0], rtol=1e-4)
-
-    def test_loss_is_the_model_s_own(self, spoken: LanguageModel):
-        text = "The last bus leaves at half past nine."
-        ids = spoken.tokenizer(text, return_tensors="pt")["input_ids"]
-        with torch.inference_mode():
-            expected = spoken.model(input_ids=ids, labels=ids, output_router_logits=False).loss.item()
-        ((nats, tokens),) = spoken.losses([Text("eng_Latn", "1", text)])
-        assert tokens == ids.shape[1] - 1
-        assert nats / tokens == pytest.approx(expected, rel=1e-5)
-
-    def test_order_of_texts_is_kept(self, spoken: LanguageModel):
-        texts = texts_of(read_corpus(languages=["eng_Latn"], limit=6))
-        forth, back = spoken.losses(texts, batch_size=2), spoken.losses(texts[::-1], batch_size=2)
-        np.testing.assert_allclose(forth, back[::-1], rtol=1e-4)
-
-    def test_cut_texts_are_counted(self, spoken: LanguageModel, tmp_path: Path, recwarn):
-        texts = [
-            Text("eng_Latn", "long", "one two three " * 400),
-            Text("eng_Latn", "short", "One."),
-            *texts_of(read_corpus(languages=["eng_Latn"], limit=3)),
-        ]
-        encoded = spoken.encode(texts, max_length=20)
-        lengths = [len(spoken.tokenizer(text.text)["input_ids"]) for text in texts]
-        assert encoded.cut == sum(length > 20 for length in lengths) >= 1
-        assert [len(ids) for ids in encoded.ids] == [min(length, 20) for length in lengths]
-        assert encoded.note == f"{encoded.cut} of 5 texts cut to 20 tokens"
-        np.testing.assert_array_equal(spoken.losses(encoded), spoken.losses(texts, max_length=20))
-        with pytest.raises(ValueError, match="encoded already"):
-            spoken.losses(encoded, max_length=20)
-        whole = spoken.encode(texts[1:2])
-        assert (whole.cut, whole.note, whole.metadata) == (0, "", {})
-        assert spoken.encode(texts).limit == spoken.model.config.max_position_embeddings
-        assert spoken.encode([]).ids == ()
-
-    def test_files_say_how_many_texts_were_cut(self, spoken: LanguageModel, tmp_path: Path):
-        texts = texts_of(read_corpus(languages=["eng_Latn"], limit=4))
-        kept = []
-        with spoken.attach() as routed:
-            for part, length in ((texts[:2], 5), (texts[2:], 6)):
-                with routed.record() as recorder:
-                    found = record_texts(recorder, spoken, part, max_length=length)
-                assert isinstance(found, EncodedTexts)
-                assert found.cut == 2
-                kept.append(recorder.statistics())
-            with routed.record() as recorder:
-                record_texts(recorder, spoken, texts)
-            assert "cut" not in repr(recorder.statistics())
-        assert "cut: 2 texts to 5 tokens" in repr(kept[0])
-        (kept[0] + kept[1]).save(tmp_path / "both.safetensors")
-        both = RoutingStatistics.load(tmp_path / "both.safetensors")
-        assert (both.metadata["cut_texts"], both.metadata["cut_to_tokens"]) == (4, [5, 6])
-        assert "cut: 4 texts to 5/6 tokens" in repr(both)
-
-    def test_an_unknown_name(self, tmp_path: Path):
-        with pytest.raises(ModelNotFoundError, match="checkpoint"):
-            LanguageModel.load(str(tmp_path / "nothing"))
-
-    def test_a_checkpoint_without_its_tokenizer(self, spoken: LanguageModel, tmp_path: Path):
-        spoken.model.save_pretrained(tmp_path)
-        with pytest.raises(ModelNotFoundError, match="tokenizer"):
-            LanguageModel.load(str(tmp_path))
+    languages = ["eng_Latn", "deu_Latn", "jpn_Jpan", "rus_Cyrl", "swh_Latn"]
+    return demo(spoken, languages=languages, limit=6, draws=3, out=out), out
 
 
 class TestDemo:
     def test_the_model_is_restored(self, made):
         assert made[0].restored
 
-    def test_pictures_and_reports_are_written(self, made):
+    def test_a_picture_for_each_finding_and_the_report(self, made):
         report, out = made
-        assert {path.name for path in out.iterdir()} == {
-            *(p.name for p in report.pictures),
-            "report.json",
-            "report.txt",
-        }
+        names = {path.name for path in report.pictures}
+        assert {path.name for path in out.iterdir()} == names | {"report.json", "report.txt"}
+        assert [path.stem for path in report.pictures] == [name for name, _ in report.findings()]
         assert all(path.read_bytes().startswith(b"\x89PNG") for path in report.pictures)
         assert json.loads((out / "report.json").read_text())["restored"] is True
 
-    def test_report_reads(self, made):
+    def test_findings_come_in_order_and_begin_with_their_sentence(self, made):
+        report, _ = made
+        text = str(report)
+        assert [name for name, _ in report.findings()] == [
+            "task_experts_off",
+            "language_experts_off",
+            "skill",
+            "depth",
+            "association",
+            "raising",
+        ]
+        begins = [text.index(f"\n\n{number}. {found.sentence[:20]}") for number, (_, found) in numbered(report)]
+        assert begins == sorted(begins)
+        assert "equal bit for bit" in text.splitlines()[-1]
+
+    def test_the_text_fits_and_names_languages(self, made):
         text = str(made[0])
-        for words in ("Divergence of the routing from eng_Latn", "Task experts", "random", "equal bit for bit"):
-            assert words in text
+        assert max(map(len, text.splitlines())) <= WIDTH
+        assert "nan" not in text
+        assert "Japanese" in text
+        assert "jpn_Jpan" not in text
 
-    def test_divergence_is_of_every_other_language(self, made):
-        report = made[0]
-        assert report.divergence.groups == ("deu_Latn", "jpn_Jpan")
-        assert report.divergence.pairing == "paired"
-        assert ((report.divergence.values > 0) & (report.divergence.values < 1)).all()
+    def test_json_holds_the_same(self, made):
+        content = json.loads(json.dumps(made[0].to_dict(), allow_nan=False))
+        for name, found in made[0].findings():
+            assert content[name]["sentence"] == found.sentence
+        off = content["task_experts_off"]
+        sets = off["random_sets"]["exact match"]
+        assert sets["p_value"] == sets["rank"] / (len(sets["random"]) + 1)
+        assert len(off["shares_of_task_experts"]) == len(sets["random"])
 
-    def test_the_conclusion_follows_the_intervals(self, made):
-        report = made[0]
-        assert report.outcomes, "the demo model has a task expert in the middle layers"
-        raised = report.outcomes[0].mean
-        words = {"lower": "lowers the loss", "higher": "does not help", "unclear": "makes no difference"}
-        assert words[raised.verdict] in report.conclusion
+    def test_experts_are_found_in_other_texts_than_they_are_measured_on(self, made):
+        report, _ = made
+        off = report.task_experts_off
+        assert set(off.subsets) == {"english_only", "unseen"}
+        assert len(off.text_before.nats) == report.sentences // 2
 
-    def test_the_middle_is_told_with_its_interval_only(self, made):
-        text = str(made[0])
-        (line,) = [line for line in text.splitlines() if line.startswith("Mean over layers 2-5")]
-        assert line.count("[") == 1
-        assert "bootstrap over sentences" in text
-
-    def test_random_experts_are_told_with_their_number_and_p(self, made):
-        report = made[0]
-        control = report.control
-        assert len(control.random) == (15 if control.enumerated else RANDOM_SETS)
-        assert f"of {len(control.random) + 1}: p = {control.p_value:.3f}" in str(report)
-        assert report.outcomes[-1].mean.value == pytest.approx(np.mean(control.random))
-        assert report.outcomes[0].mean.value == pytest.approx(control.plan)
-        assert json.loads(json.dumps(report.to_dict()))["random_control"]["p_value"] == control.p_value
-
-    def test_thresholds_find_fewer_experts_as_they_rise(self, made):
-        sizes = [len(selection) for selection in made[0].all_found.values()]
-        assert sizes == sorted(sizes)
-
-    def test_without_english_there_is_nothing_to_compare(self):
+    def test_what_leaves_nothing_to_compare(self):
         with pytest.raises(ValueError, match="eng_Latn"):
             demo(languages=["deu_Latn", "jpn_Jpan"], limit=2)
+        with pytest.raises(ValueError, match="two or more"):
+            demo(languages=["eng_Latn", "deu_Latn"], limit=1)
+        with pytest.raises(ValueError, match="draws"):
+            demo(draws=0)
+
+
+def numbered(report: DemoReport):
+    return list(enumerate(report.findings(), 1))
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_a_shallow_model_gives_no_finding_that_it_cannot_show(layers: int, tmp_path: Path):
-    """Where no layer lies outside the middle, nothing is said of the middle; nothing is nan, nothing is warned of."""
+    """Where no layer lies outside the middle, nothing is said of a U; nothing is nan, nothing is warned of."""
     shallow = LanguageModel.load()
     shallow.model.model.layers = shallow.model.model.layers[:layers]
     shallow.model.config.num_hidden_layers = layers
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         warnings.simplefilter("error", UserWarning)
-        for limit, out in ((6, tmp_path), (1, None)):
-            text = str(demo(shallow, languages=["eng_Latn", "deu_Latn"], limit=limit, out=out))
-            assert "nan" not in text
-            assert ("Mean over layers" in text) is (layers == 3 and limit > 1)
+        report = demo(shallow, languages=["eng_Latn", "deu_Latn"], limit=2, draws=2, out=tmp_path)
+    assert "nan" not in str(report)
+    assert ("too few layers" in report.depth.sentence) is (layers < 3)
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_a_model_without_task_experts(spoken: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("moe_route.demo.task_experts.THRESHOLDS", (0.99,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        report = demo(spoken, languages=["eng_Latn", "deu_Latn"], limit=2, out=tmp_path)
+    assert report.task_experts_off.sentence.startswith("No task expert")
+    assert not report.raising.after
+    assert {path.stem for path in report.pictures} == {"language_experts_off", "skill", "depth"}
+    assert "nan" not in str(report)
+
+
+def test_a_difference_is_told_with_its_interval():
+    from moe_route.demo.wording import told
+
+    assert told(Difference(-0.5, -0.6, -0.4)) == "-0.50 [-0.60, -0.40]"
+    assert told(Difference(-0.5, float("nan"), float("nan"))) == "-0.50 (no interval)"

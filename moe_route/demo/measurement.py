@@ -1,0 +1,135 @@
+"""What the demonstration runs, and how: texts and problems in several languages, with or without a plan."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_route.analysis import Difference, paired_difference
+from moe_route.data import Corpus, Question, Task
+from moe_route.recording import RoutingStatistics
+from moe_route.routed import RoutedModel
+from moe_route.steering import Plan
+from moe_route.workload import EncodedTexts, LanguageModel, record_texts, texts_of
+
+__all__ = ["PIVOT", "Losses", "Measurement", "Scores", "sample_corpus", "sample_task"]
+
+PIVOT = "eng_Latn"
+_QUESTIONS = 4  # questions are so much shorter than texts that a batch holds more of them
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How problems are answered, float64 [items, languages] each.
+
+    Attributes:
+        correct: 1 for an exact match, else 0.
+        nats: negative log-probability of the right answer.
+    """
+
+    correct: np.ndarray
+    nats: np.ndarray
+
+    def of(self, items: np.ndarray | slice, languages: np.ndarray | slice = slice(None)) -> Scores:
+        """Some of the items and languages."""
+        return Scores(self.correct[items][:, languages], self.nats[items][:, languages])
+
+    def change_of_match(self, before: Scores) -> Difference:
+        """Change of exact match from `before`, mean over languages; its interval is over items."""
+        return paired_difference(self.correct, before.correct, np.ones_like(self.correct))
+
+    def change_of_nats(self, before: Scores) -> Difference:
+        """Change of the nats per answer from `before`, likewise."""
+        return paired_difference(self.nats, before.nats, np.ones_like(self.nats))
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Loss of texts: summed nats, and number of predicted tokens, float64 [items, languages] each."""
+
+    nats: np.ndarray
+    tokens: np.ndarray
+
+    def of(self, items: np.ndarray | slice, languages: np.ndarray | slice = slice(None)) -> Losses:
+        """Some of the items and languages."""
+        return Losses(self.nats[items][:, languages], self.tokens[items][:, languages])
+
+    def change(self, before: Losses) -> Difference:
+        """Change of the nats per token from `before`, mean over languages; its interval is over items."""
+        return paired_difference(self.nats, before.nats, before.tokens)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A model under observation, with the options of its runs."""
+
+    spoken: LanguageModel
+    routed: RoutedModel
+    batch_size: int = 16
+    max_length: int | None = None
+    progress: bool = False
+
+    def encode(self, corpus: Corpus) -> EncodedTexts:
+        """The texts of a corpus as tokens, language by language."""
+        return self.spoken.encode(texts_of(corpus), max_length=self.max_length)
+
+    def record(self, corpus: Corpus, what: str) -> RoutingStatistics:
+        """Record the routing of a corpus, with all sequences; `what` is the caption of the progress bar."""
+        with self.routed.record(groups=list(corpus.languages), sequences=True) as recorder:
+            record_texts(
+                recorder, self.spoken, self.encode(corpus), batch_size=self.batch_size, progress=self._caption(what)
+            )
+        return recorder.statistics()
+
+    def answers(self, task: Task, what: str, plan: Plan | None = None) -> Scores:
+        """Answer the questions of a task."""
+        with nullcontext() if plan is None else self.routed.steer(plan):
+            found = self.spoken.answers(
+                task.questions, batch_size=_QUESTIONS * self.batch_size, progress=self._caption(what)
+            )
+        shape = (len(task.languages), -1)
+        return Scores(found.correct.astype(float).reshape(shape).T, found.nats.reshape(shape).T)
+
+    def losses(self, corpus: Corpus, what: str, plan: Plan | None = None) -> Losses:
+        """Compute the loss of each text of a corpus."""
+        with nullcontext() if plan is None else self.routed.steer(plan):
+            found = self.spoken.losses(self.encode(corpus), batch_size=self.batch_size, progress=self._caption(what))
+        nats, tokens = found.reshape(len(corpus.languages), len(corpus), 2).transpose(2, 1, 0)
+        return Losses(nats, tokens)
+
+    def _caption(self, what: str) -> str | None:
+        return what if self.progress else None
+
+
+def sample_task(task: Task, number: int) -> tuple[Task, np.ndarray]:
+    """Draw `number` items of each subset (all if there are no more), with their places among the items; always alike.
+
+    A draw, because neighboring items may alternate between kinds of problems.
+    """
+    by_language: dict[str, list[Question]] = {}
+    for question in task.questions:
+        by_language.setdefault(question.language, []).append(question)
+    first = by_language[task.languages[0]]
+    places: list[int] = []
+    for subset in task.subsets:
+        own = [place for place, question in enumerate(first) if question.subset == subset]
+        places += sorted(random.Random(0).sample(own, min(number, len(own))))
+    chosen = (questions[place] for questions in by_language.values() for place in places)
+    return Task(task.name, tuple(chosen)), np.array(places)
+
+
+def sample_corpus(corpus: Corpus, number: int) -> tuple[Corpus, np.ndarray]:
+    """Draw `number` items of a corpus (all if there are no more), with their places; always the same ones."""
+    places = sorted(random.Random(0).sample(range(len(corpus)), min(number, len(corpus))))
+    return pick_items(corpus, places), np.array(places)
+
+
+def pick_items(corpus: Corpus, places: Iterable[int]) -> Corpus:
+    """The items of a corpus at these places."""
+    kept = list(places)
+    texts = {language: tuple(corpus[language][place] for place in kept) for language in corpus.languages}
+    return Corpus(corpus.languages, tuple(corpus.items[place] for place in kept), texts, corpus.name)

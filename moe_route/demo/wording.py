@@ -1,0 +1,52 @@
+"""Words and numbers of the demonstration's text: lines of one width, changes with their intervals, names."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+
+from moe_route.analysis import Difference
+from moe_route.languages import language_name
+from moe_route.texttable import interval
+
+__all__ = ["WIDTH", "name", "paragraph", "span", "starred", "told", "verdicts"]
+
+WIDTH = 110  # columns of the text
+_NUMBER = 3  # columns of "1. ", which stands before a finding
+
+
+def name(language: str) -> str:
+    """The name of a language without its script, such as "Chinese"; the code itself if it is none."""
+    return language_name(language).partition(" (")[0]
+
+
+def paragraph(*sentences: str) -> str:
+    """Join sentences, and break the lines."""
+    return textwrap.fill(
+        " ".join(sentence for sentence in sentences if sentence),
+        WIDTH - _NUMBER,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def told(change: Difference, digits: int = 2) -> str:
+    """A change with its interval: "-0.53 [-0.56, -0.50]"."""
+    ends = interval(change.low, change.high, digits=digits, none="(no interval)")
+    return f"{change.value:+.{digits}f} {ends}"
+
+
+def starred(change: Difference, digits: int = 2) -> str:
+    """A change, with a star if its interval leaves out zero."""
+    return f"{change.value:+.{digits}f}{' ' if change.verdict == 'unclear' else '*'}"
+
+
+def verdicts(changes: Iterable[Difference]) -> str:
+    """In how many cases the value is lower, higher, and neither that the interval can show."""
+    found = [change.verdict for change in changes]
+    return f"lower in {found.count('lower')}, higher in {found.count('higher')}, unclear in {found.count('unclear')}"
+
+
+def span(layers: Sequence[int]) -> str:
+    """Format adjacent layers, such as "2-5"."""
+    return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"

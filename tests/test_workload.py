@@ -1,0 +1,94 @@
+"""Language models on texts: losses, encoding, and what files say of texts that were cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moe_route.recording import RoutingStatistics
+from moe_route.workload import (
+    EncodedTexts,
+    LanguageModel,
+    ModelNotFoundError,
+    Text,
+    read_corpus,
+    record_texts,
+    texts_of,
+)
+
+
+@pytest.fixture(scope="module")
+def spoken() -> LanguageModel:
+    return LanguageModel.load()
+
+
+class TestLanguageModel:
+    def test_losses_do_not_depend_on_the_batch(self, spoken: LanguageModel):
+        texts = texts_of(read_corpus(languages=["eng_Latn", "jpn_Jpan"], limit=5))
+        alone, together = spoken.losses(texts, batch_size=1), spoken.losses(texts, batch_size=10)
+        assert (alone[:, 1] == together[:, 1]).all()
+        np.testing.assert_allclose(alone[:, 0], together[:, 0], rtol=1e-4)
+
+    def test_loss_is_the_model_s_own(self, spoken: LanguageModel):
+        text = "The last bus leaves at half past nine."
+        ids = spoken.tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            expected = spoken.model(input_ids=ids, labels=ids, output_router_logits=False).loss.item()
+        ((nats, tokens),) = spoken.losses([Text("eng_Latn", "1", text)])
+        assert tokens == ids.shape[1] - 1
+        assert nats / tokens == pytest.approx(expected, rel=1e-5)
+
+    def test_order_of_texts_is_kept(self, spoken: LanguageModel):
+        texts = texts_of(read_corpus(languages=["eng_Latn"], limit=6))
+        forth, back = spoken.losses(texts, batch_size=2), spoken.losses(texts[::-1], batch_size=2)
+        np.testing.assert_allclose(forth, back[::-1], rtol=1e-4)
+
+    def test_cut_texts_are_counted(self, spoken: LanguageModel, tmp_path: Path, recwarn):
+        texts = [
+            Text("eng_Latn", "long", "one two three " * 400),
+            Text("eng_Latn", "short", "One."),
+            *texts_of(read_corpus(languages=["eng_Latn"], limit=3)),
+        ]
+        encoded = spoken.encode(texts, max_length=20)
+        lengths = [len(spoken.tokenizer(text.text)["input_ids"]) for text in texts]
+        assert encoded.cut == sum(length > 20 for length in lengths) >= 1
+        assert [len(ids) for ids in encoded.ids] == [min(length, 20) for length in lengths]
+        assert encoded.note == f"{encoded.cut} of 5 texts cut to 20 tokens"
+        np.testing.assert_array_equal(spoken.losses(encoded), spoken.losses(texts, max_length=20))
+        with pytest.raises(ValueError, match="encoded already"):
+            spoken.losses(encoded, max_length=20)
+        whole = spoken.encode(texts[1:2])
+        assert (whole.cut, whole.note, whole.metadata) == (0, "", {})
+        assert spoken.encode(texts).limit == spoken.model.config.max_position_embeddings
+        assert spoken.encode([]).ids == ()
+
+    def test_files_say_how_many_texts_were_cut(self, spoken: LanguageModel, tmp_path: Path):
+        texts = texts_of(read_corpus(languages=["eng_Latn"], limit=4))
+        kept = []
+        with spoken.attach() as routed:
+            for part, length in ((texts[:2], 5), (texts[2:], 6)):
+                with routed.record() as recorder:
+                    found = record_texts(recorder, spoken, part, max_length=length)
+                assert isinstance(found, EncodedTexts)
+                assert found.cut == 2
+                kept.append(recorder.statistics())
+            with routed.record() as recorder:
+                record_texts(recorder, spoken, texts)
+            assert "cut" not in repr(recorder.statistics())
+        assert "cut: 2 texts to 5 tokens" in repr(kept[0])
+        (kept[0] + kept[1]).save(tmp_path / "both.safetensors")
+        both = RoutingStatistics.load(tmp_path / "both.safetensors")
+        assert (both.metadata["cut_texts"], both.metadata["cut_to_tokens"]) == (4, [5, 6])
+        assert "cut: 4 texts to 5/6 tokens" in repr(both)
+
+    def test_an_unknown_name(self, tmp_path: Path):
+        with pytest.raises(ModelNotFoundError, match="checkpoint"):
+            LanguageModel.load(str(tmp_path / "nothing"))
+
+    def test_a_checkpoint_without_its_tokenizer(self, spoken: LanguageModel, tmp_path: Path):
+        spoken.model.save_pretrained(tmp_path)
+        with pytest.raises(ModelNotFoundError, match="tokenizer"):
+            LanguageModel.load(str(tmp_path))
