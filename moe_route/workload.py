@@ -266,9 +266,7 @@ class LanguageModel:
             found[list(batch.positions), 1] = mask.sum(1).cpu().numpy()
         return found
 
-    def answers(
-        self, questions: Sequence[Question], *, batch_size: int = 64, progress: str | None = None
-    ) -> Answers:
+    def answers(self, questions: Sequence[Question], *, batch_size: int = 64, progress: str | None = None) -> Answers:
         """Judge the right answer of each question: whether it is the greedy continuation, and its probability.
 
         The answer is read after its prompt in one call. It is what greedy search gives if each of its tokens is the

@@ -70,7 +70,9 @@ class Task:
         kept, count = [], dict.fromkeys(((q.subset, q.language) for q in self.questions), 0)
         for question in self.questions:
             key = (question.subset, question.language)
-            if (names and question.subset not in names) or (languages is not None and question.language not in languages):
+            if (names and question.subset not in names) or (
+                languages is not None and question.language not in languages
+            ):
                 continue
             count[key] += 1
             if limit is None or count[key] <= limit:
