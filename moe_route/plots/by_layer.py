@@ -201,7 +201,7 @@ def correlation(
     ``alpha``; the legend says so. ``interval`` is the level of a bootstrap band around Pearson r
     (``Correlation.interval``).
     """
-    ax = frame.new_axes(ax, (6.4, 3.7))
+    ax = frame.new_axes(ax, (6.4, 4.2))
     places = _places(len(found.layers), depth)
     pearson, spearman = palette.numbered(0), palette.numbered(1) | {"linestyle": palette.DASHES[1]}
     ax.axhline(0, color=frame.INK, linewidth=0.8)
@@ -256,7 +256,7 @@ def by_script(
     values, name, all_groups, band, note = _any(found, of, interval, labels)
     chosen = palette.chosen_styles(all_groups, styles)
     panels = _scripts(_by_mean(all_groups, values, groups))
-    axes = _grid(len(panels), columns)
+    axes = _grid([len(mine) for mine in panels.values()], columns)
     drawn = [group for of_panel in panels.values() for group in of_panel]
     places = _places(values.shape[1], depth)
     for ax, (script, mine) in zip(axes, panels.items(), strict=True):
@@ -265,6 +265,7 @@ def by_script(
                 ax.plot(places, values[all_groups.index(group)], color=_GREY, linewidth=0.7, zorder=1)
         lines = _lines(ax, values, all_groups, mine, chosen, labels, band, depth)
         _finish(ax, values.shape[1], "", depth, script)
+        ax.label_outer()
         _end_labels(ax, lines)
     figure = axes[0].figure
     figure.supylabel(name, fontsize="medium")  # type: ignore[union-attr]
@@ -341,18 +342,20 @@ def _scripts(names: Sequence[str]) -> dict[str, list[str]]:
     return found_order
 
 
-def _grid(number: int, columns: int | None) -> list[Axes]:
-    """Panels with shared axes, the last row left-aligned."""
+def _grid(labels: Sequence[int], columns: int | None) -> list[Axes]:
+    """Panels with shared axes, high enough for their numbers of labels; the last row is left-aligned."""
+    number = len(labels)
     if columns is None:
         columns = 1 if (frame.column() or 6.4) < 5 else min(2, number)
-    rows = -(-number // columns)
-    figure = frame.new_figure(6.4, 0.5 + 2.1 * rows)
+    figure = frame.new_figure(6.4, 2.0)
+    line = 1.2 * frame.points("small") / 72
+    heights = [max(1.2, line * max(labels[start : start + columns])) for start in range(0, number, columns)]
+    figure.set_figheight(sum(heights) + 0.35 * len(heights) + 0.9)
+    cells = figure.add_gridspec(len(heights), columns, height_ratios=heights)
     axes: list[Axes] = []
     for place in range(number):
         first = axes[0] if axes else None
-        ax = figure.add_subplot(rows, columns, place + 1, sharex=first, sharey=first)
-        ax.tick_params(labelbottom=place + columns >= number, labelleft=place % columns == 0)
-        axes.append(ax)
+        axes.append(figure.add_subplot(cells[place // columns, place % columns], sharex=first, sharey=first))
     return axes
 
 

@@ -71,7 +71,8 @@ def heat_map(
     image.set_gid("experts")
     named = (10 if top is None else top) if ranked else 0
     note = f"above: numbers of the {named} experts with the largest values" if named else None
-    frame.titled(ax, title, note)
+    marks = None if selected is None or not colorbar else f"circles: {len(selected)} selected experts"
+    frame.titled(ax, title, marks, note)
     if named:
         _name_top(ax, values, named)
     if selected is not None:
@@ -116,9 +117,6 @@ def heat_maps(
         label = frame.label_of(name, None)
         look: dict[str, Any] = {"phase": phase, "by": by, "sort": sort, "top": 0, "colorbar": False}
         heat_map(found, name, reference=reference, ax=ax, limit=limit, title=label, selected=selected, **look)
-        legend = ax.get_legend()
-        if legend is not None:
-            legend.remove()  # a line above all maps explains the marks
         if place % columns:
             ax.set_ylabel("")
             ax.tick_params(labelleft=False)
@@ -243,9 +241,10 @@ def _mark(ax: Axes, selected: ExpertSelection, rows: np.ndarray, shape: tuple[in
     cell = 72 * min(figure.get_figwidth() * box.width / shape[0], figure.get_figheight() * box.height / shape[1])
     side = float(np.clip(0.55 * cell, 1.6, 7.0))
     x, y = [layer for layer, _ in pairs], [int(rows[pair]) for pair in pairs]
-    look: dict[str, Any] = {"marker": "o", "facecolors": "none" if side > 3 else "black", "edgecolors": "black"}
-    ax.scatter(x, y, s=side**2, linewidths=0.8 if side > 3 else 0.0, label=f"selected ({len(pairs)})", zorder=3, **look)
-    ax.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.12), frameon=False, fontsize="small", handletextpad=0.2)
+    look: dict[str, Any] = {"marker": "o", "facecolors": "none", "edgecolors": "black", "linewidths": 0.8}
+    if side < 3:  # too small for a ring
+        look |= {"facecolors": "black", "edgecolors": "white", "linewidths": 0.3}
+    ax.scatter(x, y, s=side**2, zorder=3, **look)
 
 
 def _heat_values(

@@ -108,7 +108,7 @@ def overlap_by_threshold(found: Sweep, *, ax: Axes | None = None, title: str | N
     ax.plot(found.thresholds, found.expected, label="both, by chance", **chance)
     ax.axvline(found.separate_from, color=frame.INK, linewidth=0.8)
     ax.set_yscale("symlog", linthresh=1.0)
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.4 * max(float(values.max()) for _, values in lines) + 1)
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.set_xlabel("threshold")
     ax.set_ylabel("experts")

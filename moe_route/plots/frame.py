@@ -190,6 +190,7 @@ def _wrapped(ax: Axes, text: str, vertical: bool = False) -> str:
     assert figure is not None
     box = ax.get_position()
     inches = figure.get_figheight() * box.height if vertical else figure.get_figwidth() * box.width / 0.775
+    inches *= 1.0 if vertical else 0.8  # axes need not lie in the middle of the figure
     letters = max(int(72 * inches / (0.53 * points("medium"))), 12)
     return "\n".join(
         part for line in text.splitlines() for part in textwrap.wrap(line, letters, break_long_words=False)
@@ -219,7 +220,7 @@ def legend_above(ax: Axes, columns: int | None = None, **options: Any) -> None:
         return
     figure = ax.get_figure(root=True)
     assert figure is not None
-    letters = figure.get_figwidth() * ax.get_position().width / 0.775 * 72 / (0.53 * points("small"))
+    letters = 0.7 * figure.get_figwidth() * ax.get_position().width / 0.775 * 72 / (0.53 * points("small"))
     if columns is None:
         columns = int(np.clip(letters // (max(map(len, names)) + 8), 1, len(names)))
     rows = -(-len(names) // columns)
@@ -248,6 +249,7 @@ def legend_beside(ax: Axes) -> None:
     lines = len(ax.get_legend_handles_labels()[1])
     ax.legend(
         loc="center left",
+        ncols=-(-lines // max(labels_that_fit(ax), 1)),
         bbox_to_anchor=(1.0, 0.5),
         frameon=False,
         handlelength=2.6,

@@ -35,7 +35,7 @@ _FAMILIES: tuple[tuple[str, tuple[int, ...], str], ...] = (
     ),
     ("Cyrl Grek Armn Geor", (_GREEN, _RED, _BLUE, _PINK, _ORANGE, _SKY, _BLACK), "rus ukr ell kat bul srp hye kaz"),
     ("Arab Hebr Ethi Tfng", (_ORANGE, _BLUE, _RED, _GREEN, _PINK, _SKY, _BLACK), "arb heb amh pes urd tir"),
-    ("Hans Hant Jpan Hang", (_BLUE, _PINK, _RED, _GREEN, _SKY, _ORANGE, _BLACK), "zho jpn kor yue"),
+    ("Hans Hant Jpan Hang", (_BLUE, _PINK, _RED, _GREEN, _SKY, _ORANGE, _BLACK), "zho_Hans jpn kor zho_Hant yue"),
     (
         "Deva Beng Gujr Guru Knda Mlym Orya Sinh Taml Telu Olck",
         (_SKY, _RED, _GREEN, _BLUE, _PINK, _ORANGE, _BLACK),
@@ -73,7 +73,7 @@ def chosen_styles(
     """The style of each group of a result; colors of ``levels`` and then ``given`` styles take precedence."""
     chosen = styles(groups)
     if levels is not None:
-        shades = level_colors(levels)
+        shades = level_colors({group: levels[group] for group in groups if group in levels})
         for group in groups:
             if group in levels:
                 chosen[group]["color"] = shades[levels[group]]
@@ -127,7 +127,7 @@ def _places() -> dict[str, tuple[int, int, int]]:
     for dash, (scripts, colors, first) in enumerate(_FAMILIES):
         of_family = [code for code in codes() if code.split("_")[1] in scripts.split()]
         common = {code: place for place, code in enumerate(first.split())}
-        of_family.sort(key=lambda code: common.get(code.split("_")[0], len(common)))
+        of_family.sort(key=lambda code: common.get(code, common.get(code.split("_")[0], len(common))))
         for place, code in enumerate(of_family):
             found[code] = (colors[place % 7], dash, place // 7 % len(_MARKERS))
     return found

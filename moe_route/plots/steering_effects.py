@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -74,18 +75,22 @@ def steering_table(
         values = np.concatenate([values, values.mean(0, keepdims=True)])
     limit = _limit(values)
     width = 1.5 + (1.25 if intervals else 0.85) * len(columns)
-    ax = frame.new_axes(ax, (max(width, 3.2), 1.2 + (0.36 if intervals else 0.27) * len(values)))
+    narrow = (frame.column() or width) < width
+    high = (0.62 if narrow else 0.36) if intervals else 0.27
+    ax = frame.new_axes(ax, (max(width, 3.2), 1.2 + high * len(values)))
     color = "RdBu_r" if better == "lower" else "RdBu"
     ax.imshow(values, cmap=color, vmin=-limit, vmax=limit, aspect="auto", alpha=0.85)
     _write(ax, values, cells, limit, intervals)
     names = frame.labels_of(rows, labels) + ["mean"] * (len(values) - len(rows))
     ax.set_yticks(range(len(names)), names)
-    ax.set_xticks(range(len(columns)), [name.replace(" (", "\n(") for name in columns])
+    letters = max(int(_cell_width(ax, len(columns)) / (0.58 * frame.points("small"))), 6)
+    heads = ["\n".join(textwrap.wrap(name, letters, break_long_words=False)) for name in columns]
     beyond = float((np.abs(values) > limit).mean())
     note = f"change in {unit}; bold: {level * 100:g} % interval excludes 0"
     if beyond:
         note += f"; color ends at ±{limit:.2g}, {beyond * 100:.0f} % of cells beyond"
     frame.titled(ax, title, note)
+    ax.set_xticks(range(len(columns)), heads, fontsize="small")
     ax.tick_params(length=0)
     for side in ax.spines.values():
         side.set_visible(False)
@@ -120,7 +125,7 @@ def strengths(
             cells.append((0.0, 0.0, 0.0))
         value, low, high = np.array(cells)[order].T
         lines += ax.plot(places, value, label=label, **chosen[name])
-        ax.fill_between(places, low, high, color=chosen[name]["color"], alpha=0.15, linewidth=0)
+        ax.fill_between(places, low, high, color=chosen[name]["color"], alpha=0.1, linewidth=0)
     ax.axhline(0, color=frame.INK, linewidth=0.8, zorder=1)
     ax.set_xlabel("strength of the plan")
     ax.set_ylabel("change of the loss\n(nats per token)")
@@ -179,6 +184,13 @@ def _cell(given: Any) -> tuple[float, float, float]:
     return float(value), float(low), float(high)
 
 
+def _cell_width(ax: Axes, columns: int) -> float:
+    """Width of a cell in points, about: the names of the rows take a quarter of the figure."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    return 72 * 0.93 * float(figure.get_figwidth()) * float(ax.get_position().width) / columns
+
+
 def _limit(values: np.ndarray) -> float:
     """End of the color range: the largest change, but not over twice the median of the columns' largest ones."""
     largest = np.abs(values).max(0)
@@ -186,14 +198,17 @@ def _limit(values: np.ndarray) -> float:
 
 
 def _write(ax: Axes, values: np.ndarray, cells: np.ndarray, limit: float, intervals: bool) -> None:
-    digits = int(np.clip(2 - np.floor(np.log10(limit)), 1, 4))
+    digits = int(np.clip(1 - np.floor(np.log10(limit)), 1, 4))
+    # both ends of an interval in one line if there is room
+    wide = _cell_width(ax, values.shape[1]) > 0.62 * (2 * digits + 10) * frame.points("x-small")
+    between = " " if wide else "\n"
     for (row, column), value in np.ndenumerate(values):
         text, bold = f"{round(float(value), digits) + 0.0:+.{digits}f}", False  # + 0.0 avoids a minus zero
         if row < len(cells):
             low, high = cells[row, column, 1:]
             bold = bool(low > 0 or high < 0)
             if intervals and not np.isnan(low):
-                text += f"\n[{low:+.{digits}f}, {high:+.{digits}f}]"
+                text += f"\n[{low:+.{digits}f},{between}{high:+.{digits}f}]"
         look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": "x-small" if intervals else "small"}
         dark = abs(value) > 0.7 * limit
         weight = "bold" if bold else "normal"
