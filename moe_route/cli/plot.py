@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -43,8 +44,8 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference",
         metavar="GROUP",
-        help="divergence, correlation, sweep, overlap, experts, groups: group to compare with (the first four: eng_Latn "
-        "by default)",
+        help="divergence, correlation, sweep, overlap, experts, groups: group to compare with (the first four: "
+        "eng_Latn by default)",
     )
     parser.add_argument(
         "--group", metavar="GROUP", help="experts: the group to draw (default: the first); sweep, overlap: of the task"
@@ -115,7 +116,7 @@ def _divergence(statistics: RoutingStatistics, options: argparse.Namespace) -> A
             raise ValueError("--by-script draws neither --layers nor --floor: leave them out")
         return _by_script(found, options)
     return plots.divergence(
-        found, middle=options.layers, floor=bool(options.floor), interval=options.interval, **_lines(options)
+        found, middle=options.layers, floor=bool(options.floor), interval=options.interval, **_lines(found, options)
     )
 
 
@@ -125,7 +126,7 @@ def _entropy(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes
     found = analysis.entropy(statistics)
     if options.by_script:
         return _by_script(found, options)
-    return plots.entropy(found, of=options.of or "token", interval=options.interval, **_lines(options))
+    return plots.entropy(found, of=options.of or "token", interval=options.interval, **_lines(found, options))
 
 
 def _consistency(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
@@ -135,7 +136,7 @@ def _consistency(statistics: RoutingStatistics, options: argparse.Namespace) -> 
     if options.by_script:
         return _by_script(found, options)
     interval = options.interval or (None if statistics.store is None else 0.95)
-    return plots.consistency(found, interval=interval, **_lines(options))
+    return plots.consistency(found, interval=interval, **_lines(found, options))
 
 
 def _balance(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
@@ -144,7 +145,7 @@ def _balance(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes
     found = analysis.load_balance(statistics)
     if options.by_script:
         return _by_script(found, options)
-    return plots.load_balance(found, of=options.of or "entropy", **_lines(options))
+    return plots.load_balance(found, of=options.of or "entropy", **_lines(found, options))
 
 
 def _by_script(found: Any, options: argparse.Namespace) -> Axes:
@@ -213,8 +214,9 @@ def _swept(statistics: RoutingStatistics, options: argparse.Namespace) -> Any:
 def _steering(paths: list[Path], options: argparse.Namespace) -> Axes:
     from moe_route import plots
 
-    look: dict[str, Any] = {"levels": _levels(options), "intervals": bool(options.intervals)}
-    return plots.steering_table(_read_sweep(paths), title=options.title, **look)
+    look: dict[str, Any] = {"intervals": bool(options.intervals), "title": options.title}
+    found = _read_sweep(paths)
+    return plots.steering_table(found, levels=_levels(options, found.groups), **look)
 
 
 def _strengths(paths: list[Path], options: argparse.Namespace) -> Axes:
@@ -246,18 +248,18 @@ def _read_sweep(paths: list[Path]) -> Any:
     return SimpleNamespace(change=change, **names)
 
 
-def _lines(options: argparse.Namespace) -> dict[str, Any]:
-    return {"levels": _levels(options), "title": options.title}
+def _lines(found: Any, options: argparse.Namespace) -> dict[str, Any]:
+    return {"levels": _levels(options, found.groups), "title": options.title}
 
 
-def _levels(options: argparse.Namespace) -> dict[str, str] | None:
-    """group -> level of resources, of tab-separated lines; a first line that names the columns is harmless."""
+def _levels(options: argparse.Namespace, groups: Sequence[str]) -> dict[str, str] | None:
+    """group -> level of resources, of tab-separated lines; other languages and a heading are left out."""
     if options.levels is None:
         return None
     rows = [line.split("\t") for line in options.levels.read_text(encoding="utf-8").splitlines() if line.strip()]
     if any(len(row) < 2 for row in rows):
         raise ValueError(f"{options.levels} must have lines of a group, a tab and a level")
-    return {group: level for group, level, *_ in rows}
+    return {group: level for group, level, *_ in rows if group in groups}
 
 
 def _selected(options: argparse.Namespace) -> Any:

@@ -396,16 +396,17 @@ def _name_lines(ax: Axes, levels: Mapping[str, str] | None, names: Sequence[str]
     else:
         _end_labels(ax, lines)
     if levels is not None and not legend:
-        _legend_of_levels(ax, {name: levels[name] for name in names if name in levels})
+        _legend_of_levels(ax, levels, names)
 
 
-def _legend_of_levels(ax: Axes, levels: Mapping[str, str]) -> None:
+def _legend_of_levels(ax: Axes, levels: Mapping[str, str], names: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
     shades, beside = palette.level_colors(levels), ax.get_legend()
-    numbers = {level: list(levels.values()).count(level) for level in shades}
-    handles = [Line2D([], [], color=shades[level], linewidth=2.5) for level in shades]
-    frame.legend_above(ax, handles=handles, labels=[f"{level} (n = {numbers[level]})" for level in shades])
+    drawn = [levels[name] for name in names if name in levels]
+    shown = [level for level in shades if level in drawn]
+    handles = [Line2D([], [], color=shades[level], linewidth=2.5) for level in shown]
+    frame.legend_above(ax, handles=handles, labels=[f"{level} (n = {drawn.count(level)})" for level in shown])
     if beside is not None:
         ax.add_artist(beside)
 

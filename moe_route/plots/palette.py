@@ -73,7 +73,7 @@ def chosen_styles(
     """The style of each group of a result; colors of ``levels`` and then ``given`` styles take precedence."""
     chosen = styles(groups)
     if levels is not None:
-        shades = level_colors({group: levels[group] for group in groups if group in levels})
+        shades = level_colors(levels)
         for group in groups:
             if group in levels:
                 chosen[group]["color"] = shades[levels[group]]
