@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def main() -> None:
                 data = io.BytesIO()
                 image.convert("RGB").quantize(128).save(data, format="png", optimize=True)
                 stream.write(data.getvalue())
-            print(f"{name}: {len(data.getvalue()) / 1000:.0f} kB")
+            sys.stdout.write(f"{name}: {len(data.getvalue()) / 1000:.0f} kB\n")
 
 
 if __name__ == "__main__":

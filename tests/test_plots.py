@@ -70,7 +70,7 @@ def legend(ax):
 
 def end_labels(ax):
     """Labels at the ends of lines, from the top, after checking that none lies over another one."""
-    ax.figure.canvas.draw()
+    ax.figure.draw_without_rendering()
     (found,) = (artist for artist in ax.get_children() if isinstance(artist, EndLabels))
     boxes = sorted((text.get_window_extent() for text in found.texts), key=lambda box: -box.y0)
     for above, below in pairwise(boxes):
@@ -93,7 +93,7 @@ def test_divergence_draws_each_group_in_the_order_of_the_legend(div):
     for group in GROUPS:
         np.testing.assert_array_equal(lines[group].get_ydata(), div.of(group))
         np.testing.assert_array_equal(lines[group].get_xdata(), range(LAYERS))
-    assert ax.get_ylabel() == "routing divergence from eng"
+    assert ax.get_ylabel() == "routing divergence from English"
     assert ax.get_title() == "all"
     assert ax.get_ylim()[0] == 0
     assert rendered(ax)

@@ -56,10 +56,12 @@ def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """
     wanted = sorted(set(names))
     found: dict[str, tuple[int, int, int]] = {}
+    seen: set[str] = set()
     for name in wanted:
-        place = _place(name)
-        if place is not None and place not in found.values():
-            found[name] = place
+        code = _code(name)
+        if code is not None and code not in seen:  # a second code of one language counts as another name
+            seen.add(code)
+            found[name] = _places()[code]
     others = [name for name in wanted if name not in found]
     every = [(color, dash, marker) for marker, dash, color in product(*map(range, (len(_MARKERS), len(DASHES), 7)))]
     free = [place for place in every if place not in found.values()]
@@ -133,10 +135,10 @@ def _places() -> dict[str, tuple[int, int, int]]:
     return found
 
 
-def _place(name: str) -> tuple[int, int, int] | None:
+def _code(name: str) -> str | None:
+    """Code of FLORES of the language that a name is a code of; its first script if the table lacks that of the name."""
     found = language(name)
     if found is None:
         return None
-    places = _places()
-    alone = next((place for code, place in places.items() if code.split("_")[0] == found.code), None)
-    return places.get(f"{found.code}_{found.script}", alone)
+    code = f"{found.code}_{found.script}"
+    return code if code in _places() else next(code for code in _places() if code.split("_")[0] == found.code)
