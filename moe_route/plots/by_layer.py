@@ -271,7 +271,7 @@ def by_script(
     figure.supylabel(name, fontsize="medium")  # type: ignore[union-attr]
     if title or note:
         figure.suptitle("\n".join(filter(None, (title, note))), fontsize="medium", color=frame.INK)
-    if not isinstance(found, Divergence) or found.correct is None:
+    if isinstance(found, Consistency) or (isinstance(found, Divergence) and found.correct is None):
         axes[0].set_ylim(bottom=0)
     return axes
 
