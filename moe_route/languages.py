@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
-__all__ = ["Language", "language", "language_name"]
+__all__ = ["Language", "codes", "language", "language_name"]
 
 _FLORES = """
 ace_Arab Acehnese (Arabic script)|ace_Latn Acehnese (Latin script)|acm_Arab Mesopotamian Arabic|
@@ -132,6 +132,11 @@ def language(code: str) -> Language | None:
         script = next(iter(names)) if len(names) == 1 or known in ("arb", "zho") else ""
     name = names.get(script) or next(iter(names.values())).partition(" (")[0]
     return Language(known, f"{name} ({countries[0]})" if countries else name, script)
+
+
+def codes() -> tuple[str, ...]:
+    """The codes of the table, as FLORES writes them: "eng_Latn"."""
+    return tuple(f"{code}_{script}" for code, names in _table()[0].items() for script in names)
 
 
 def language_name(code: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -16,6 +16,7 @@ from matplotlib.colors import to_rgb
 
 from moe_route import analysis, plots
 from moe_route.analysis import Correlation, Divergence, DivergenceMatrix, Entropy
+from moe_route.plots.end_labels import EndLabels
 from moe_route.recording import RoutingStatistics
 from moe_route.steering import ExpertSelection
 
@@ -67,6 +68,16 @@ def legend(ax):
     return [text.get_text() for text in ax.get_legend().get_texts()]
 
 
+def end_labels(ax):
+    """Labels at the ends of lines, from the top, after checking that none lies over another one."""
+    ax.figure.draw_without_rendering()
+    (found,) = (artist for artist in ax.get_children() if isinstance(artist, EndLabels))
+    boxes = sorted((text.get_window_extent() for text in found.texts), key=lambda box: -box.y0)
+    for above, below in pairwise(boxes):
+        assert above.y0 + above.height / 2 - below.y0 - below.height / 2 > 0.85 * below.height
+    return [text.get_text() for text in sorted(found.texts, key=lambda text: -text.get_window_extent().y0)]
+
+
 def rendered(ax):
     """The picture as bytes: whatever cannot be drawn fails here."""
     ax.figure.canvas.draw()
@@ -77,11 +88,12 @@ def test_divergence_draws_each_group_in_the_order_of_the_legend(div):
     ax = plots.divergence(div, title="all", middle=range(3, 8))
     assert isinstance(ax, Axes)
     lines = {line.get_label(): line for line in ax.get_lines()}
-    assert legend(ax) == sorted(GROUPS, key=lambda g: -div.of(g).mean())
+    assert end_labels(ax) == sorted(GROUPS, key=lambda g: -div.of(g)[-1])
+    assert ax.get_legend() is None
     for group in GROUPS:
         np.testing.assert_array_equal(lines[group].get_ydata(), div.of(group))
         np.testing.assert_array_equal(lines[group].get_xdata(), range(LAYERS))
-    assert ax.get_ylabel() == "routing divergence from eng"
+    assert ax.get_ylabel() == "routing divergence from English"
     assert ax.get_title() == "all"
     assert ax.get_ylim()[0] == 0
     assert rendered(ax)
@@ -108,7 +120,7 @@ def test_divergence_draws_on_the_axes_given_with_names_and_bands(div):
         div, ax=ax, groups=["lang1", "lang2"], labels={"lang1": "German", "eng": "English"}, interval=0.9
     )
     assert drawn is ax
-    assert set(legend(ax)) == {"German", "lang2"}
+    assert set(end_labels(ax)) == {"German", "lang2"}
     assert ax.get_ylabel().endswith("English")
     low, high = div.interval(0.9)
     band = next(c for c in ax.collections if np.isclose(c.get_paths()[0].vertices[:, 1].min(), low[1].min()))
@@ -140,7 +152,8 @@ def test_a_language_has_one_color_in_every_picture():
 def test_styles_differ_and_depend_on_the_set_of_names_only():
     names = ["eng_Latn", "zho_Hans", "zho_Hant", "math", "law", *(f"group {i}" for i in range(23))]
     found = plots.styles(names)
-    assert len({(style["color"], str(style["linestyle"])) for style in found.values()}) == len(names) == 28
+    looks = {(style["color"], str(style["linestyle"]), style.get("marker")) for style in found.values()}
+    assert len(looks) == len(names) == 28
     assert plots.styles(names[::-1]) == found
     assert len(plots.styles([f"group {i}" for i in range(40)])) == 40
 
@@ -158,8 +171,8 @@ def test_nan_layers_leave_gaps(div):
     values[0, 3] = np.nan
     values[1] = np.nan
     ax = plots.divergence(Divergence(values, GROUPS, "eng", div.layers))
-    assert legend(ax)[-1] == GROUPS[1]
-    assert rendered(ax)
+    assert GROUPS[0] in end_labels(ax)
+    assert GROUPS[1] not in end_labels(ax), "there is nothing to label"
 
 
 def test_entropy_of_tokens_sequences_and_gap():
@@ -184,7 +197,13 @@ def test_correlation_marks_what_is_significant():
     )
     points = [line for line in ax.get_lines() if line.get_marker() == "o"]
     assert [len(line.get_xdata()) for line in points] == [5, LAYERS - 6]
-    assert legend(ax) == ["Pearson r", "Spearman ρ", "p < 0.05, all layers", "p ≥ 0.05"]
+    assert legend(ax) == [
+        "Pearson r",
+        "Spearman ρ",
+        "filled: p < 0.05, corrected for 12 layers",
+        "hollow: p ≥ 0.05, corrected for 12 layers",
+    ]
+    assert "n = 9 groups" in ax.get_title()
     assert ax.get_ylim() == (-1.05, 1.05)
     assert rendered(ax)
 
@@ -194,10 +213,18 @@ def test_expert_counts_by_selection_and_threshold():
     two = ExpertSelection({2: [2, 3, 4]}, description="task experts", threshold=0.2, num_experts=[8] * 4)
     ax = plots.expert_counts([one, two])
     assert legend(ax) == ["task experts > 0.3 (3)", "task experts > 0.2 (3)"]
-    assert ax.get_lines()[0].get_ydata().tolist() == [1, 0, 2, 0]
+    line = ax.get_lines()[0]
+    assert line.get_ydata().tolist() == [1, 0, 2, 0, 0]
+    assert line.get_xdata().tolist() == [-0.5, 0.5, 1.5, 2.5, 3.5], "all steps are as wide"
+    assert line.get_linewidth() > ax.get_lines()[1].get_linewidth(), "the line behind can be seen"
+    nested = plots.expert_counts({"above 0.2": one, "above 0.4": one & ExpertSelection({2: [1]})})
+    large, small = nested.collections[0], nested.collections[2]
+    assert large.get_paths()[0].vertices[:, 1].max() == 2
+    assert small.get_paths()[0].vertices[:, 1].max() == 1
+    assert legend(nested) == ["above 0.2 (3)", "above 0.4 (1)"]
     both = plots.expert_counts({"task": one, "multilingual": two}, overlap=True)
     assert legend(both)[-1] == "in both (1)"
-    assert len(plots.expert_counts(one, num_layers=9).get_lines()[0].get_xdata()) == 9
+    assert plots.expert_counts(one, num_layers=9).get_xlim() == (-0.5, 8.5)
     assert rendered(both)
     for make, message in [
         (lambda: plots.expert_counts({}), "at least one"),
@@ -230,11 +257,19 @@ def test_heat_map_of_a_group_and_of_a_difference(stats):
 
 
 def test_divergence_matrix_writes_values_into_cells():
-    values = np.array([[[0, 0.2], [0.2, 0]], [[0, 0.4], [0.4, 0]]])
-    ax = plots.divergence_matrix(DivergenceMatrix(values, ("en", "sw"), ("0", "1")), labels={"sw": "Swahili"})
-    assert [text.get_text() for text in ax.texts] == ["0.30", "0.30"]
-    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["en", "Swahili"]
+    one = np.array([[0, 0.2, 0.5], [0.2, 0, 0.6], [0.5, 0.6, 0]])
+    found = DivergenceMatrix(np.stack([one, one + 0.2 * (1 - np.eye(3))]), ("en", "x", "sw"), ("0", "1"))
+    ax = plots.divergence_matrix(found, labels={"sw": "Kiswahili"}, groups=("en", "x", "sw"))
+    assert [text.get_text() for text in ax.texts] == ["0.30", "0.60", "0.70"], "each pair once"
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["x", "Kiswahili"]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["English", "x"]
+    ordered = plots.divergence_matrix(found)
+    names = [tick.get_text() for tick in (*ordered.get_xticklabels()[:1], *ordered.get_yticklabels())]
+    assert abs(names.index("English") - names.index("x")) == 1, "similar groups lie side by side"
     assert rendered(ax)
+    assert rendered(ordered)
+    with pytest.raises(ValueError, match=r"three groups or more, not en, x: 0\.3000; plots.divergence"):
+        plots.divergence_matrix(found, groups=["en", "x"])
 
 
 def test_without_matplotlib_the_error_names_the_extra(div, monkeypatch):
@@ -277,6 +312,6 @@ def test_correlation_with_a_band_and_a_matrix_in_another_order():
     ax = plots.correlation(r, interval=0.9)
     assert any("90 % interval" in text.get_text() for text in ax.get_legend().get_texts())
     ax = plots.divergence_matrix(
-        DivergenceMatrix(rng.random((2, 3, 3)), ("a", "b", "c"), ("0", "1")), groups=["c", "a"]
+        DivergenceMatrix(rng.random((2, 3, 3)), ("a", "b", "c"), ("0", "1")), groups=["c", "a", "b"]
     )
-    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["c", "a"]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["a", "b"]

@@ -94,7 +94,7 @@ class Similarity(ShownAsTables):
 
     def order(self, layers: Sequence[int] | None = None) -> tuple[str, ...]:
         """The groups in the order of the leaves of their tree, so that similar ones lie side by side."""
-        return tuple(self.groups[leaf] for leaf in _leaves(self.merges(layers)))
+        return tuple(self.groups[leaf] for leaf in leaves(self.merges(layers)))
 
     def clusters(self, number: int, layers: Sequence[int] | None = None) -> tuple[tuple[str, ...], ...]:
         """The groups in this number of clusters, by cutting their tree."""
@@ -241,7 +241,8 @@ def average_linkage(distance: np.ndarray) -> np.ndarray:
     return merges
 
 
-def _leaves(merges: np.ndarray) -> list[int]:
+def leaves(merges: np.ndarray) -> list[int]:
+    """The leaves of a tree in the form of ``average_linkage``, in an order in which no branches cross."""
     size = len(merges) + 1
     of = {leaf: [leaf] for leaf in range(size)}
     for step, (a, b, _, _) in enumerate(merges.tolist()):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from moe_route.cli.analyze.arguments import level
@@ -21,40 +25,85 @@ def add(verbs: Any) -> None:
         verbs, "plot", run, "draw statistics", "moe-route plot divergence general.safetensors --out divergence.png"
     )
     parser.add_argument("what", choices=tuple(PICTURES), metavar="|".join(PICTURES), help="the picture to draw")
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="statistics; several are added up")
+    parser.add_argument(
+        "files",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="statistics; several are added up (steering, strengths: what `plan sweep --json` printed)",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf")
+    parser.add_argument("--title", help="title of the picture (default: none)")
+    parser.add_argument("--column", type=float, metavar="INCHES", help="width for a column of a paper, such as 3.3")
+    parser.add_argument("--size", type=float, metavar="POINTS", help="size of the text (default with --column: 8)")
+    _add_choices(parser)
+    _add_contents(parser)
+
+
+def _add_choices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference",
         metavar="GROUP",
-        help="divergence, experts: group to compare with (divergence: eng_Latn by default)",
-    )
-    parser.add_argument("--group", metavar="GROUP", help="experts: the group to draw (default: the first)")
-    parser.add_argument(
-        "--layers", type=layers, metavar="A-B", help="divergence: layers to shade; matrix: layers to average over"
+        help="divergence, correlation, sweep, overlap, experts, groups: group to compare with (the first four: "
+        "eng_Latn by default)",
     )
     parser.add_argument(
-        "--interval", type=level, metavar="LEVEL", help="divergence: bands of bootstrap intervals, such as 0.95"
+        "--group", metavar="GROUP", help="experts: the group to draw (default: the first); sweep, overlap: of the task"
+    )
+    parser.add_argument(
+        "--layers",
+        type=layers,
+        metavar="A-B",
+        help="divergence: layers to shade; matrix: to average over; sweep, overlap: to look at",
+    )
+    parser.add_argument(
+        "--of",
+        help="entropy: token, sequence or gap; balance: entropy, max_share, max_violation, variation, dead, rare or "
+        "effective; sweep: task, multilingual or both",
+    )
+
+
+def _add_contents(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--interval",
+        type=level,
+        metavar="LEVEL",
+        help="divergence, entropy, consistency, correlation: bands of bootstrap intervals, such as 0.95",
     )
     parser.add_argument(
         "--floor", action="store_true", default=None, help="divergence: also what unrelated sentences give"
     )
-    parser.add_argument("--cluster", action="store_true", default=None, help="matrix: similar groups side by side")
-    parser.add_argument("--title", help="title of the picture (default: none)")
+    parser.add_argument("--cluster", action="store_true", default=None, help="matrix: order by similarity of routing")
+    parser.add_argument(
+        "--by-script", action="store_true", default=None, help="pictures by layer: a panel per script, the rest in grey"
+    )
+    parser.add_argument(
+        "--levels",
+        type=Path,
+        metavar="FILE",
+        help="pictures by layer, steering: tab-separated lines of group and level of resources, such as high",
+    )
+    parser.add_argument("--scores", type=Path, metavar="FILE", help="correlation: a score per group, as for correlate")
+    parser.add_argument("--task", type=Path, nargs="+", metavar="FILE", help="sweep, overlap: statistics of task texts")
+    parser.add_argument("--selected", type=Path, metavar="FILE", help="experts, groups: selection of experts to mark")
+    parser.add_argument("--intervals", action="store_true", default=None, help="steering: write the ends of intervals")
 
 
 def run(options: argparse.Namespace) -> Answer:
     from moe_route import plots
 
     draw, takes = PICTURES[options.what]
-    for name in sorted({"reference", "group", "layers", "interval", "floor", "cluster"} - takes):
+    for name in sorted(_OPTIONS - takes):
         if getattr(options, name) is not None:
-            raise ValueError(f"the picture {options.what} takes no --{name}: leave it out")
+            raise ValueError(f"the picture {options.what} takes no --{name.replace('_', '-')}: leave it out")
     output(options.out)
-    statistics = merged_statistics(options.files)
-    if options.layers is not None and options.layers[-1] >= len(statistics.layers):
-        raise ValueError(f"--layers must name some of the {len(statistics.layers)} layers, counted from 0")
-    ax = draw(statistics, options)
-    plots.save(ax, options.out)
+    found: Any = options.files if options.what in _OF_JSON else merged_statistics(options.files)
+    if options.layers is not None and options.layers[-1] >= len(found.layers):
+        raise ValueError(f"--layers must name some of the {len(found.layers)} layers, counted from 0")
+    with contextlib.ExitStack() as stack:
+        if options.column is not None or options.size is not None:
+            stack.enter_context(plots.style(options.column or 6.4, options.size or (8 if options.column else 10)))
+        plots.save(draw(found, options), options.out)
     return Answer({"out": options.out, "picture": options.what}, f"written to {options.out}")
 
 
@@ -62,29 +111,75 @@ def _divergence(statistics: RoutingStatistics, options: argparse.Namespace) -> A
     from moe_route import analysis, plots
 
     found = analysis.divergence(statistics, options.reference or "eng_Latn")
+    if options.by_script:
+        if options.layers is not None or options.floor:
+            raise ValueError("--by-script draws neither --layers nor --floor: leave them out")
+        return _by_script(found, options)
     return plots.divergence(
-        found, middle=options.layers, interval=options.interval, floor=bool(options.floor), title=options.title
+        found, middle=options.layers, floor=bool(options.floor), interval=options.interval, **_lines(found, options)
     )
 
 
 def _entropy(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
     from moe_route import analysis, plots
 
-    return plots.entropy(analysis.entropy(statistics), title=options.title)
+    found = analysis.entropy(statistics)
+    if options.by_script:
+        return _by_script(found, options)
+    return plots.entropy(found, of=options.of or "token", interval=options.interval, **_lines(found, options))
 
 
 def _consistency(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
     from moe_route import analysis, plots
 
-    interval = None if statistics.store is None else 0.95
-    return plots.consistency(analysis.consistency(statistics), interval=interval, title=options.title)
+    found = analysis.consistency(statistics)
+    if options.by_script:
+        return _by_script(found, options)
+    interval = options.interval or (None if statistics.store is None else 0.95)
+    return plots.consistency(found, interval=interval, **_lines(found, options))
+
+
+def _balance(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
+    from moe_route import analysis, plots
+
+    found = analysis.load_balance(statistics)
+    if options.by_script:
+        return _by_script(found, options)
+    return plots.load_balance(found, of=options.of or "entropy", **_lines(found, options))
+
+
+def _by_script(found: Any, options: argparse.Namespace) -> Axes:
+    from moe_route import plots
+
+    if options.levels is not None:
+        raise ValueError("--by-script colors languages, not --levels: leave one out")
+    return plots.by_script(found, of=options.of, interval=options.interval, title=options.title)[0]
+
+
+def _correlation(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
+    from moe_route import analysis, plots
+    from moe_route.cli.analyze.correlate import read_scores
+
+    if options.scores is None:
+        raise ValueError("the picture correlation needs --scores FILE: a score per group")
+    divergence = analysis.divergence(statistics, options.reference or "eng_Latn")
+    found = analysis.correlation(divergence, read_scores(options.scores))
+    return plots.correlation(found, interval=options.interval, title=options.title)
 
 
 def _experts(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
     from moe_route import plots
 
     group = options.group or statistics.groups[0]
-    return plots.heat_map(statistics, group, reference=options.reference, title=options.title)
+    look = {"selected": _selected(options), "title": options.title}
+    return plots.heat_map(statistics, group, reference=options.reference, **look)
+
+
+def _groups(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
+    from moe_route import plots
+
+    look: dict[str, Any] = {"selected": _selected(options), "title": options.title}
+    return plots.heat_maps(statistics, reference=options.reference, **look)[0]
 
 
 def _matrix(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
@@ -95,18 +190,98 @@ def _matrix(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
     return plots.divergence_matrix(found, layers=options.layers, groups=groups, title=options.title)
 
 
-def _balance(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
-    from moe_route import analysis, plots
+def _sweep(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
+    from moe_route import plots
 
-    return plots.load_balance(analysis.load_balance(statistics), title=options.title)
+    return plots.expert_sweep(_swept(statistics, options), of=options.of or "task", title=options.title)
+
+
+def _overlap(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
+    from moe_route import plots
+
+    return plots.overlap_by_threshold(_swept(statistics, options), title=options.title)
+
+
+def _swept(statistics: RoutingStatistics, options: argparse.Namespace) -> Any:
+    from moe_route import analysis
+
+    if options.task is None:
+        raise ValueError(f"the picture {options.what} needs --task FILE: statistics of task texts")
+    reference, task = options.reference or "eng_Latn", merged_statistics(options.task)
+    return analysis.sweep(task, statistics, reference=reference, group=options.group, layers=options.layers)
+
+
+def _steering(paths: list[Path], options: argparse.Namespace) -> Axes:
+    from moe_route import plots
+
+    look: dict[str, Any] = {"intervals": bool(options.intervals), "title": options.title}
+    found = _read_sweep(paths)
+    return plots.steering_table(found, levels=_levels(options, found.groups), **look)
+
+
+def _strengths(paths: list[Path], options: argparse.Namespace) -> Axes:
+    from moe_route import plots
+
+    return plots.strengths(_read_sweep(paths), title=options.title)
+
+
+def _read_sweep(paths: list[Path]) -> Any:
+    """The changes of a strength sweep, as `moe-route plan sweep --json` prints them."""
+    from moe_route.analysis import Difference
+
+    if len(paths) > 1:
+        raise ValueError("give one file: changes of different runs cannot be added up")
+    try:
+        found = json.loads(paths[0].read_text(encoding="utf-8"))
+        change = tuple(
+            tuple(
+                Difference(*(float("nan") if cell[k] is None else cell[k] for k in ("value", "low", "high")))
+                for cell in row
+            )
+            for row in found["change"]
+        )
+        names = {name: tuple(found[name]) for name in ("groups", "strengths", "texts")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{paths[0]} is not what `moe-route plan sweep PLAN --json` prints: write it with > FILE"
+        ) from error
+    return SimpleNamespace(change=change, **names)
+
+
+def _lines(found: Any, options: argparse.Namespace) -> dict[str, Any]:
+    return {"levels": _levels(options, found.groups), "title": options.title}
+
+
+def _levels(options: argparse.Namespace, groups: Sequence[str]) -> dict[str, str] | None:
+    """group -> level of resources, of tab-separated lines; other languages and a heading are left out."""
+    if options.levels is None:
+        return None
+    rows = [line.split("\t") for line in options.levels.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if any(len(row) < 2 for row in rows):
+        raise ValueError(f"{options.levels} must have lines of a group, a tab and a level")
+    return {group: level for group, level, *_ in rows if group in groups}
+
+
+def _selected(options: argparse.Namespace) -> Any:
+    from moe_route.steering import ExpertSelection
+
+    return None if options.selected is None else ExpertSelection.load(options.selected)
 
 
 # Name of the figure -> how it is drawn, and which of the options it accepts.
-PICTURES = {
-    "divergence": (_divergence, {"reference", "layers", "interval", "floor"}),
-    "entropy": (_entropy, set[str]()),
-    "consistency": (_consistency, set[str]()),
-    "experts": (_experts, {"reference", "group"}),
+PICTURES: dict[str, tuple[Any, set[str]]] = {
+    "divergence": (_divergence, {"reference", "layers", "interval", "floor", "by_script", "levels"}),
+    "correlation": (_correlation, {"reference", "scores", "interval"}),
+    "entropy": (_entropy, {"of", "interval", "by_script", "levels"}),
+    "consistency": (_consistency, {"interval", "by_script", "levels"}),
+    "balance": (_balance, {"of", "by_script", "levels"}),
+    "experts": (_experts, {"reference", "group", "selected"}),
+    "groups": (_groups, {"reference", "selected"}),
     "matrix": (_matrix, {"layers", "cluster"}),
-    "balance": (_balance, set[str]()),
+    "sweep": (_sweep, {"reference", "group", "task", "layers", "of"}),
+    "overlap": (_overlap, {"reference", "group", "task", "layers"}),
+    "steering": (_steering, {"levels", "intervals"}),
+    "strengths": (_strengths, set[str]()),
 }
+_OF_JSON = {"steering", "strengths"}
+_OPTIONS = set[str]().union(*(takes for _, takes in PICTURES.values()))

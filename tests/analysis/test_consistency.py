@@ -90,11 +90,11 @@ def test_drawn(recorded) -> None:
     found = analysis.consistency(recorded[0])
     ax = plots.consistency(found, interval=0.95, labels={"eng_Latn": "English"}, title="T")
     order = np.argsort(-found.values.mean(1))
-    assert [line.get_label() for line in ax.lines] == [("English", "swh_Latn")[i] for i in order]
+    assert [line.get_label() for line in ax.lines] == [("English", "Swahili")[i] for i in order]
     for line, row in zip(ax.lines, order, strict=True):
         np.testing.assert_array_equal(line.get_ydata(), found.values[row])
     assert len(ax.collections) == 2
-    assert ax.get_title() == "T\nbands: 95 % interval, bootstrap over sequences"
+    assert ax.get_title() == "T\nbands: 95 % interval, bootstrap over 5 sequences per group"
 
 
 def test_what_cannot_be_answered(recorded) -> None:

@@ -110,10 +110,45 @@ def test_similarity(answer, general, tmp_path: Path):
     assert answer("analyze", "similarity", general, "--method", "mexa", "--no-center")["centered"] is False
 
 
+def test_pictures_of_a_strength_sweep(answer, moe_route, tmp_path: Path):
+    cell = {"value": -0.02, "low": -0.03, "high": -0.01, "p_value": 0.01, "verdict": "lower"}
+    none = {"value": 0.0, "low": None, "high": None}
+    found = {"groups": ["deu_Latn", "swh_Latn"], "strengths": [0.5, 1.0], "texts": [9, 9]}
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps({**found, "change": [[cell, none], [cell, cell]]}))
+    for what, *arguments in (("steering", "--intervals"), ("strengths",)):
+        out = tmp_path / f"{what}.svg"
+        answer("plot", what, path, "--out", out, *arguments)
+        assert ">Swahili<" in out.read_text()
+    path.write_text("{}")
+    refused(moe_route("plot", "steering", path, "--out", tmp_path / "e.svg"), "plan sweep PLAN --json")
+
+
 def test_pictures_with_floor_and_intervals(answer, moe_route, general, tmp_path: Path):
-    for what, *arguments in (("divergence", "--interval", "0.9", "--floor"), ("matrix", "--cluster")):
+    levels = tmp_path / "levels.tsv"
+    levels.write_text("code\tlevel\neng_Latn\thigh\ndeu_Latn\thigh\nswh_Latn\tlow\n")
+    scores = tmp_path / "scores.tsv"
+    scores.write_text("".join(f"{code}\t{place}\n" for place, code in enumerate(LANGUAGES)))
+    for what, *arguments in (
+        ("divergence", "--interval", "0.9", "--floor", "--levels", levels),
+        ("matrix", "--cluster"),
+        ("entropy", "--of", "sequence", "--by-script", "--column", "3.3", "--size", "7"),
+        ("correlation", "--scores", scores, "--interval", "0.9"),
+        ("groups", "--reference", "eng_Latn"),
+        ("overlap", "--task", general, "--group", "eng_Latn"),
+        ("sweep", "--task", general, "--group", "eng_Latn", "--of", "both"),
+    ):
         out = tmp_path / f"{what}.svg"
         answer("plot", what, general, "--out", out, *arguments)
         assert out.stat().st_size > 1000
+        if "--column" in arguments:
+            assert 'width="237.6pt"' in out.read_text(), "3.3 inches"
+        if "--levels" in arguments:
+            text = out.read_text()
+            assert ">low (n = 1)<" in text
+            assert ">German<" in text
+    refused(moe_route("plot", "correlation", general, "--out", tmp_path / "e.svg"), "--scores")
+    refused(moe_route("plot", "sweep", general, "--out", tmp_path / "e.svg"), "--task")
+    refused(moe_route("plot", "divergence", general, "--out", tmp_path / "e.svg", "--by-script", "--floor"), "--floor")
     refused(moe_route("plot", "entropy", general, "--out", tmp_path / "e.svg", "--floor"), "takes no --floor")
     assert moe_route("plot", "divergence", general, "--out", tmp_path / "e.svg", "--interval", "3")[0] == 2

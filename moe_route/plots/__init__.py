@@ -1,0 +1,37 @@
+"""Figures of analysis results, ready for a paper. Each function draws on one matplotlib ``Axes`` and returns it.
+
+No global state changes: no style, no current figure, no ``show``. ``style`` sizes figures for a column of a paper.
+Colors can be distinguished with any color vision. A language has its English name, and the same color, dashes and
+marker in all figures (:func:`styles`). Lines have their labels at their ends, or a legend in the order of the lines.
+``by_script`` and ``heat_maps`` draw several panels and return their axes.
+"""
+
+from moe_route.plots.by_layer import by_script, consistency, correlation, divergence, entropy, load_balance
+from moe_route.plots.expert_maps import expert_pairs, heat_map, heat_maps
+from moe_route.plots.expert_numbers import expert_counts, expert_sweep, overlap_by_threshold
+from moe_route.plots.frame import save, style
+from moe_route.plots.group_pairs import divergence_matrix, overlap
+from moe_route.plots.palette import styles
+from moe_route.plots.steering_effects import steering_table, strengths
+
+__all__ = [
+    "by_script",
+    "consistency",
+    "correlation",
+    "divergence",
+    "divergence_matrix",
+    "entropy",
+    "expert_counts",
+    "expert_pairs",
+    "expert_sweep",
+    "heat_map",
+    "heat_maps",
+    "load_balance",
+    "overlap",
+    "overlap_by_threshold",
+    "save",
+    "steering_table",
+    "strengths",
+    "style",
+    "styles",
+]

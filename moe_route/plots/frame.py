@@ -1,0 +1,278 @@
+"""What all figures share: axes outside matplotlib's global state, sizes for a column of a paper, titles and legends."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_route import files
+from moe_route.languages import language_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "GRID",
+    "INK",
+    "column",
+    "finish",
+    "known",
+    "label_of",
+    "labels_of",
+    "labels_that_fit",
+    "legend_above",
+    "legend_beside",
+    "line_width",
+    "needs_matplotlib",
+    "new_axes",
+    "new_figure",
+    "plain_frame",
+    "points",
+    "save",
+    "style",
+    "titled",
+    "whole_ticks",
+]
+
+GRID = "#d9d9d9"
+INK = "#333333"
+_MISSING = "plots need matplotlib: pip install 'moe-route[plot]'"
+_COLUMN: ContextVar[float | None] = ContextVar("column", default=None)
+# Text stays text in vector files, so that it can be searched, copied and edited.
+_AS_TEXT: Any = {"svg.fonttype": "none", "pdf.fonttype": 42, "ps.fonttype": 42}
+
+
+@contextmanager
+def style(column: float = 3.3, size: float = 8.0) -> Iterator[dict[str, Any]]:
+    """Draw for a column of a paper: figures ``column`` inches wide, with text of ``size`` points.
+
+    Figures that are made inside the block have these sizes, also if they are saved later. matplotlib's settings are
+    those of before after the block. Yields the settings, for ``matplotlib.rc_context``.
+    """
+    if not 1 <= column <= 40 or not 3 <= size <= 40:
+        raise ValueError(f"column must be 1 to 40 inches and size 3 to 40 points, not {column:g} and {size:g}")
+    needs_matplotlib()
+    import matplotlib as mpl
+
+    settings: Any = {
+        "font.size": size,
+        "figure.figsize": (column, 0.62 * column),
+        "lines.linewidth": _width(column),
+        "axes.linewidth": 0.6,
+        "xtick.major.width": 0.6,
+        "ytick.major.width": 0.6,
+        "xtick.major.size": 2.5,
+        "ytick.major.size": 2.5,
+        **_AS_TEXT,
+    }
+    token = _COLUMN.set(float(column))
+    try:
+        with mpl.rc_context(settings):
+            yield settings
+    finally:
+        _COLUMN.reset(token)
+
+
+def save(ax: Axes, path: Path, *, dpi: int = 160) -> Path:
+    """Write the figure of `ax` to `path`, whole or not at all; the suffix (png, svg, pdf) is the format.
+
+    Text of svg and pdf stays text. ``dpi`` is the number of pixels per inch of a png.
+    """
+    suffix = path.suffix.removeprefix(".").lower()
+    if suffix not in ("png", "svg", "pdf"):
+        raise ValueError(f"{path} has no suffix of a picture: name it .png, .svg or .pdf")
+    import matplotlib as mpl
+
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    # The layout of a figure of ours keeps its width; other figures may have a legend outside.
+    box = None if figure.get_layout_engine() is not None else "tight"
+    with mpl.rc_context(_AS_TEXT), files.replacing(path) as stream:
+        figure.savefig(stream, format=suffix, dpi=dpi, bbox_inches=box)
+    return path
+
+
+def needs_matplotlib() -> None:
+    """Raise ``ImportError`` that names the extra if matplotlib is missing."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError(_MISSING) from error
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure outside matplotlib's global state; ``style`` scales it to the column, but not less than legible."""
+    needs_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    column = _COLUMN.get()
+    if column is not None:
+        # half of the height is text, which does not shrink with the column
+        width, height = column, height * (0.5 + 0.5 * column / width) * (0.9 if column < width else 1.0)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def new_axes(ax: Axes | None, size: tuple[float, float], labels: int = 0) -> Axes:
+    """The given axes, or those of a new figure, high enough for this number of labels one above the other."""
+    if ax is not None:
+        return ax
+    figure = new_figure(*size)
+    least = (labels * 1.25 * points("small") + 5 * points("medium")) / 72
+    if figure.get_figheight() < least:
+        figure.set_figheight(least)
+    return figure.add_subplot()
+
+
+def column() -> float | None:
+    """Width of the column that ``style`` draws for, in inches; None outside of it."""
+    return _COLUMN.get()
+
+
+def labels_that_fit(ax: Axes) -> int:
+    """How many labels find room one above the other beside the axes."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    height = 72 * figure.get_figheight() * ax.get_position().height
+    return int(height / (1.05 * points("small")))
+
+
+def line_width() -> float:
+    """Width of a line in points, thinner in a narrow column."""
+    return _width(_COLUMN.get() or 6.4)
+
+
+def _width(column: float) -> float:
+    return float(np.clip(0.25 * column, 1.1, 1.6))
+
+
+def finish(ax: Axes, layers: np.ndarray, name: str, title: str | None, depth: bool = False) -> None:
+    """Axes of a quantity by layer."""
+    ax.set_xlabel("relative depth" if depth else "MoE layer")
+    ax.set_ylabel(_wrapped(ax, name, vertical=True))
+    if depth:
+        ax.set_xlim(-0.02, 1.02)
+    else:
+        ax.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
+        whole_ticks(ax.xaxis)
+    plain_frame(ax, title)
+
+
+def plain_frame(ax: Axes, title: str | None) -> None:
+    """Faint lines across, and no frame at the top and at the right."""
+    ax.grid(axis="y", color=GRID, linewidth=0.6)
+    ax.set_axisbelow(True)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    titled(ax, title)
+
+
+def titled(ax: Axes, title: str | None, *notes: str | None) -> None:
+    """Set the title with notes below it, each in lines no longer than the axes. Ticks keep the size of now."""
+    lines = [line for text in (title, *notes) if text for line in text.splitlines()]
+    shown = "\n".join(_wrapped(ax, line) for line in lines)
+    ax.set_title(shown, fontsize="medium", color=INK)
+    ax.tick_params(labelsize=points("medium"))  # ticks that are made when the figure is drawn, too
+
+
+def _wrapped(ax: Axes, text: str, vertical: bool = False) -> str:
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    box = ax.get_position()
+    inches = figure.get_figheight() * box.height if vertical else figure.get_figwidth() * box.width / 0.775
+    inches *= 1.0 if vertical else 0.8  # axes need not lie in the middle of the figure
+    letters = max(int(72 * inches / (0.53 * points("medium"))), 12)
+    return "\n".join(
+        part for line in text.splitlines() for part in textwrap.wrap(line, letters, break_long_words=False)
+    )
+
+
+def points(size: str) -> float:
+    """A size of text, such as "small", in points, as matplotlib's settings of now have it."""
+    from matplotlib.font_manager import FontProperties
+
+    return float(FontProperties(size=size).get_size_in_points())
+
+
+def whole_ticks(axis: Axis) -> None:
+    """Ticks at whole numbers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def legend_above(ax: Axes, columns: int | None = None, **options: Any) -> None:
+    """Place the legend between the axes and the title, where it covers no line."""
+    handles, names = options.pop("handles", None), options.pop("labels", None)
+    if handles is None:
+        handles, names = ax.get_legend_handles_labels()
+    if not handles:
+        return
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    letters = 0.7 * figure.get_figwidth() * ax.get_position().width / 0.775 * 72 / (0.53 * points("small"))
+    if columns is None:
+        columns = int(np.clip(letters // (max(map(len, names)) + 8), 1, len(names)))
+    rows = -(-len(names) // columns)
+    if columns > 1:
+        columns = -(-len(names) // rows)
+    ax.legend(
+        handles,
+        names,
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        ncols=columns,
+        frameon=False,
+        fontsize="small",
+        handlelength=2.2,
+        columnspacing=1.2,
+        labelspacing=0.25,
+        borderaxespad=0.1,
+        **options,
+    )
+    if ax.get_title():
+        ax.set_title(ax.get_title(), fontsize="medium", color=INK, pad=8 + rows * 1.35 * points("small"))
+
+
+def legend_beside(ax: Axes) -> None:
+    """Place the legend to the right of the axes, in as many columns as it needs."""
+    lines = len(ax.get_legend_handles_labels()[1])
+    ax.legend(
+        loc="center left",
+        ncols=-(-lines // max(labels_that_fit(ax), 1)),
+        bbox_to_anchor=(1.0, 0.5),
+        frameon=False,
+        handlelength=2.6,
+        fontsize="small",
+        labelspacing=0.3,
+    )
+
+
+def label_of(group: str, labels: Mapping[str, str] | None) -> str:
+    """The label of a group: the one that was given, else the English name of the language, else the group's name."""
+    return (labels or {}).get(group) or language_name(group)
+
+
+def labels_of(groups: Sequence[str], labels: Mapping[str, str] | None) -> list[str]:
+    """A label for each group; the group's own name follows where two languages would be shown alike."""
+    shown = [label_of(group, labels) for group in groups]
+    alike = {label for label in shown if shown.count(label) > 1}
+    return [f"{label} [{group}]" if label in alike else label for label, group in zip(shown, groups, strict=True)]
+
+
+def known(groups: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
+    """The wanted groups, by default all. Raises ``ValueError`` for one that the result does not have."""
+    for name in wanted or ():
+        if name not in groups:
+            raise ValueError(f"no group {name!r}: there are {', '.join(groups)}")
+    return list(groups if wanted is None else wanted)

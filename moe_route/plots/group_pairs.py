@@ -1,0 +1,109 @@
+"""Values of all pairs: divergence of groups, overlap of selections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_route.analysis import DivergenceMatrix, Overlap, average_linkage
+from moe_route.analysis.similarity import leaves
+from moe_route.plots import frame
+from moe_route.plots.by_layer import MEASURES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["divergence_matrix", "overlap"]
+
+
+def divergence_matrix(
+    found: DivergenceMatrix,
+    *,
+    layers: Sequence[int] | range | None = None,
+    groups: Sequence[str] | None = None,
+    ax: Axes | None = None,
+    labels: Mapping[str, str] | None = None,
+    title: str | None = None,
+) -> Axes:
+    """Draw the divergence of all pairs of groups, the mean over ``layers`` (by default all), each pair once.
+
+    Similar groups lie side by side: the order is that of the leaves of their tree (average linkage). ``groups`` are
+    those to draw, in this order. The values are written into the cells if there is room.
+
+    Raises ``ValueError`` for fewer than three groups, whose divergence is one number.
+    """
+    chosen = frame.known(found.groups, groups)
+    rows = [found.groups.index(group) for group in chosen]
+    values = found.mean(layers)[np.ix_(rows, rows)]
+    if len(chosen) < 3:
+        number = f": {values[0, 1]:.4f}" if len(chosen) == 2 else ""
+        raise ValueError(
+            f"a matrix needs three groups or more, not {', '.join(chosen)}{number}; plots.divergence draws two groups "
+            "by layer"
+        )
+    if groups is None and not np.isnan(values).any():
+        order = leaves(average_linkage(values))
+        chosen, values = [chosen[i] for i in order], values[np.ix_(order, order)]
+    limit = float(np.nanmax(values)) or 1.0  # the diagonal is 0, so not all values are NaN
+    names = frame.labels_of(chosen, labels)
+    note = "" if layers is None else f"mean over {len(list(layers))} layers"
+    return _matrix(values, names, limit, MEASURES[found.measure], ax, (title, note), once=True)
+
+
+def overlap(found: Overlap, *, of: str = "jaccard", ax: Axes | None = None, title: str | None = None) -> Axes:
+    """Draw the overlap of all pairs of selections over all layers: "jaccard", or "containment" of the row's experts.
+
+    The Jaccard index of a pair is drawn once; containment has two values per pair. The values are written into the
+    cells if there is room.
+    """
+    if of not in ("jaccard", "containment"):
+        raise ValueError(f'of must be "jaccard" or "containment", not {of!r}')
+    values = found.jaccard() if of == "jaccard" else found.containment()
+    name = "Jaccard index" if of == "jaccard" else "share of the row's experts in the column's"
+    names = frame.labels_of(found.names, None)
+    return _matrix(values, names, 1.0, name, ax, (title, None), once=of == "jaccard")
+
+
+def _matrix(
+    values: np.ndarray,
+    names: Sequence[str],
+    limit: float,
+    name: str,
+    ax: Axes | None,
+    titles: tuple[str | None, str | None],
+    once: bool,
+) -> Axes:
+    """Draw values of all pairs [row, column], from 0 to ``limit``, without the diagonal; ``once``: below it only."""
+    size = len(names)
+    ax = frame.new_axes(ax, (1.9 + 0.5 * size, 1.2 + 0.42 * size))
+    hidden = np.triu(np.ones((size, size), bool)) if once else np.eye(size, dtype=bool)
+    shown = np.where(hidden, np.nan, values)
+    rows, columns = (names[1:], names[:-1]) if once and size > 1 else (names, names)
+    shown = shown[size - len(rows) :, : len(columns)]
+    ax.set_facecolor("white")
+    image = ax.imshow(shown, cmap="cividis_r", vmin=0.0, vmax=limit, aspect="auto")
+    ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(rows)), rows)
+    frame.titled(ax, *titles)
+    ax.tick_params(length=0)
+    for side in ax.spines.values():
+        side.set_visible(False)
+    _write_values(ax, shown, limit)
+    bar = ax.figure.colorbar(image, ax=ax, shrink=0.8, pad=0.03)
+    bar.set_label(name)
+    bar.outline.set_visible(False)
+    return ax
+
+
+def _write_values(ax: Axes, shown: np.ndarray, limit: float) -> None:
+    """The values in the cells, in text that fits into them; none where it would be too small to read."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    cell = 72 * 0.75 * figure.get_figwidth() * ax.get_position().width / shown.shape[1]
+    size = min(frame.points("small"), cell / 2.3)
+    for row, column in np.argwhere(~np.isnan(shown)) if size >= 4.5 else ():
+        look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": size}
+        dark = shown[row, column] > 0.55 * limit
+        ax.text(column, row, f"{shown[row, column]:.2f}", color="white" if dark else "black", **look)
