@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -136,7 +137,7 @@ def _model_name(inputs: Inputs) -> str:
 
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """Collect the warnings of this library, which the report repeats; they are logged as well."""
+    """Collect the warnings of this library, which the report repeats; they are logged and shown as well."""
     found: list[str] = []
 
     class Collect(logging.Handler):
@@ -147,6 +148,11 @@ def _warnings() -> Iterator[list[str]]:
     log = logging.getLogger("moe_route")
     log.addHandler(handler)
     try:
-        yield found
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield found
     finally:
         log.removeHandler(handler)
+    found.extend(str(one.message) for one in caught if issubclass(one.category, UserWarning))
+    for one in caught:
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)

@@ -57,7 +57,7 @@ def _recorded(
 ) -> tuple[RoutingStatistics, Trace]:
     groups = list(dict.fromkeys(text.group for text in texts))
     first = list(dict.fromkeys(text.item for text in texts))[:traced_items]
-    with routed.record(groups) as recorder:
+    with routed.record(groups, sequences=True) as recorder:
         record_texts(recorder, language_model, texts, **options)
     with routed.record(groups, sequences=False, trace=True) as tracer:
         record_texts(tracer, language_model, [text for text in texts if text.item in first], **options)

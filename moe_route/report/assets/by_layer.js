@@ -6,46 +6,49 @@ function countedSection() {
   if (!recordings.length && !data.marks.length) return;
   const node = section("counted", "What was counted", "Every figure below rests on these counts. A token is counted once per layer; padding is not counted.");
   if (data.warnings.length) node.append(el("div", { class: "warnings", role: "note" }, el("strong", {}, "To keep in mind"), el("ul", {}, data.warnings.map((text) => el("li", {}, text)))));
-  for (const name of recordings) {
-    const { facts } = data.recordings[name], tokens = facts.groups.reduce((sum, g) => sum + g.tokens, 0);
-    const layers = [...new Set(facts.experts)], ks = [...new Set(facts.topK)], model = facts.model || {};
-    const held = facts.conservation;
-    const rows = [
-      ["Model", `${model.name || "not named"}${model.class ? ` (${model.class})` : ""}`],
-      ["Routers", `${many(facts.layers, "MoE layer")} of ${layers.join(" or ")} experts, of which a token uses ${ks.join(" or ")}`],
-      ["Counted", `${many(tokens, "token")} in ${many(facts.groups.length, "group")}${facts.masked.length ? `; left out: ${facts.masked.join(", ")}` : ""}`],
-      ["Special tokens", facts.specialTokens ? `${many(facts.specialTokens, "id")} left out` : "counted"],
-      ["Cut texts", facts.cutTexts ? `${facts.cutTexts}, after ${facts.cutTo.join(" or ")} tokens` : "none"],
-      ["Steering", facts.plans.length ? el("span", {}, "under plan ", facts.plans.map((p) => el("code", {}, String(p).slice(0, 12), " "))) : "none: the model's own choice"],
-      ["Check", held === null ? "counts were not recorded" : held.holds ? `conservation holds: every one of the ${held.slots.toLocaleString("en")} slots is a choice or empty${held.largestGap ? ` (within ${held.largestGap.toExponential(1)})` : ""}` : `conservation is broken by ${held.largestGap}`],
-      ["Configuration", model.config_hash ? el("code", {}, String(model.config_hash).slice(0, 16)) : "unknown"],
-      ["Versions", Object.entries(facts.versions).map(([k, v]) => `${k} ${v}`).join(", ") || "unknown"],
-      ["Recorder", `${facts.source}${facts.engines.length ? `, engine ${facts.engines.join(", ")}` : ""}`],
-    ];
-    node.append(several ? el("h3", {}, `Recording ${name}`) : "", el("div", { class: "scroll" }, el("table", { class: "facts" }, el("tbody", {}, rows.map(([key, value]) => el("tr", {}, el("th", { scope: "row" }, key), el("td", {}, value)))))));
-    node.append(el("details", { open: !several && facts.groups.length <= 12 }, el("summary", {}, `Tokens of ${many(facts.groups.length, "group")}`), table(
-      [{ name: "Group" }, { name: "Code" }, { name: "Tokens", number: true }, { name: "Sequences", number: true }, { name: "Tokens per sequence", number: true }],
-      facts.groups.map((g) => [cell(label(g.name)), cell(g.name), cell(g.tokens.toLocaleString("en"), g.tokens), cell(g.sequences.toLocaleString("en"), g.sequences), cell(g.sequences ? (g.tokens / g.sequences).toFixed(1) : "–", g.sequences ? g.tokens / g.sequences : NaN)]), { caption: "tokens by group" })));
+  const perName = recordings.map((name) => data.recordings[name].facts);
+  const code = (text, length) => el("code", {}, String(text).slice(0, length));
+  const kinds = {
+    Model: (f) => `${f.model.name || "not named"}${f.model.class ? ` (${f.model.class})` : ""}`,
+    Routers: (f) => `${many(f.layers, "MoE layer")} of ${[...new Set(f.experts)].join(" or ")} experts, of which a token uses ${[...new Set(f.topK)].join(" or ")}`,
+    Counted: (f) => `${many(f.groups.reduce((sum, g) => sum + g.tokens, 0), "token")} in ${many(f.groups.length, "group")}${f.masked.length ? `; left out: ${f.masked.join(", ")}` : ""}`,
+    "Special tokens": (f) => (f.specialTokens ? `${many(f.specialTokens, "id")} left out` : "counted"),
+    "Cut texts": (f) => (f.cutTexts ? `${f.cutTexts}, after ${f.cutTo.join(" or ")} tokens` : "none"),
+    Steering: (f) => (f.plans.length ? el("span", {}, "under plan ", f.plans.map((p) => [code(p, 12), " "])) : "none: the model's own choice"),
+    Check: (f) => (f.conservation === null ? "counts were not recorded" : f.conservation.holds ? `conservation holds: each of the ${f.conservation.slots.toLocaleString("en")} slots is a choice or empty${f.conservation.largestGap ? ` (within ${f.conservation.largestGap.toExponential(1)})` : ""}` : `conservation is broken by ${f.conservation.largestGap}`),
+    Configuration: (f) => (f.model.config_hash ? code(f.model.config_hash, 16) : "unknown"),
+    Versions: (f) => Object.entries(f.versions).map(([k, v]) => `${k} ${v}`).join(", ") || "unknown",
+    Recorder: (f) => `${f.source}${f.engines.length ? `, engine ${f.engines.join(", ")}` : ""}`,
+  };
+  if (recordings.length) {
+    node.append(el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "what was counted" }, el("table", { class: "facts" },
+      several ? el("thead", {}, el("tr", {}, el("td", {}), recordings.map((name) => el("th", { scope: "col" }, `Recording ${name}`)))) : "",
+      el("tbody", {}, Object.entries(kinds).map(([key, of]) => el("tr", {}, el("th", { scope: "row" }, key), perName.map((f) => el("td", { class: several ? "wide" : null }, of(f)))))))));
+    const groups = [...new Set(perName.flatMap((f) => f.groups.map((g) => g.name)))];
+    const columns = recordings.flatMap((name) => { const of = several ? `, ${name}` : ""; return [{ name: `Tokens${of}`, number: true }, { name: `Sequences${of}`, number: true }, { name: `Tokens per sequence${of}`, number: true }]; });
+    const counts = (f, group) => { const g = f.groups.find((one) => one.name === group); return g ? [cell(g.tokens.toLocaleString("en"), g.tokens), cell(g.sequences.toLocaleString("en"), g.sequences), cell(g.sequences ? (g.tokens / g.sequences).toFixed(1) : "–", g.sequences ? g.tokens / g.sequences : NaN)] : [cell("–", NaN), cell("–", NaN), cell("–", NaN)]; };
+    node.append(el("details", {}, el("summary", {}, `Tokens of ${many(groups.length, "group")}`), table([{ name: "Group" }, { name: "Code" }, ...columns], groups.map((group) => [cell(label(group)), cell(group), ...perName.flatMap((f) => counts(f, group))]), { caption: "tokens by group", tall: groups.length > 14 })));
   }
-  for (const mark of data.marks) {
-    node.append(el("h3", {}, `${mark.kind === "plan" ? "Plan" : "Selection"} ${mark.name}`), el("p", {}, many(mark.experts.length, "expert"), mark.hash ? [", plan ", el("code", {}, mark.hash.slice(0, 16))] : ""));
-    if (mark.description) node.append(el("details", {}, el("summary", {}, "Description"), el("p", { style: { whiteSpace: "pre-wrap" } }, mark.description)));
-  }
+  for (const mark of data.marks) node.append(el("details", {}, el("summary", {}, `${titled(mark)}: ${many(mark.experts.length, "expert")}${mark.hash ? `, hash ${mark.hash.slice(0, 12)}` : ""}`), el("p", { style: { whiteSpace: "pre-wrap" } }, mark.description || "It has no description.")));
 }
+// "plan steer" for a plan named steer, "plan" for one named plan
+const titled = (mark) => (mark.name === mark.kind ? mark.kind : `${mark.kind} ${mark.name}`);
 
-// the recording of a section, with a choice where there are several
+// the recording of a section, with a choice where there are several; show(host, name, controls)
 function perRecording(node, names, show) {
-  const host = el("div", {});
-  if (names.length > 1) node.append(el("div", { class: "controls" }, select("Recording", names.map((n) => [n, n]), names[0], (name) => { host.replaceChildren(); show(host, name); })));
-  node.append(host);
-  show(host, names[0]);
+  const host = el("div", {}), more = el("div", { class: "controls inner" }), bar = el("div", { class: "controls" });
+  const of = (name) => { host.replaceChildren(); more.replaceChildren(); show(host, name, more); };
+  if (names.length > 1) bar.append(select("Recording", names.map((n) => [n, n]), names[0], of));
+  bar.append(more);
+  node.append(bar, host);
+  of(names[0]);
 }
 
 function divergenceSection() {
   const names = recordings.filter((name) => data.recordings[name].divergence);
   if (!names.length) return;
   const node = section("divergence", "Divergence by layer", "How differently each group is routed from the reference: 0 is routed alike. In multilingual models the line often falls in the middle layers and rises at both ends, the shape of a U.");
-  perRecording(node, names, (host, name) => {
+  perRecording(node, names, (host, name, controls) => {
     const d = data.recordings[name].divergence, state = {};
     const normalized = d.measure === "normalized_jsd";
     const all = d.groups.map((group, g) => ({ name: group, label: label(group), values: d.values[g], low: d.low && d.low[g], high: d.high && d.high[g], floor: d.floor && d.floor[g], ...styleOf(group) }))
@@ -72,7 +75,7 @@ function divergenceSection() {
       view.append(grid);
     }
     const first = all.length > 12 && scripts.length > 1 ? "scripts" : "one";
-    if (scripts.length > 1) host.append(el("div", { class: "controls" }, select("View", [["one", "all in one"], ["scripts", "one per script"]], first, show)));
+    if (scripts.length > 1) controls.append(select("View", [["one", "all in one"], ["scripts", "one per script"]], first, show));
     show(first);
     const how = d.pairing === "paired" ? `the mean over ${many(d.pairs, "text")} of the divergence of each text from its translation` : "the divergence of the groups' mean distributions (texts were not paired)";
     host.append(el("figure", {}, view, el("figcaption", {}, `Reference: ${label(d.reference)}. ${normalized ? "Jensen-Shannon divergence of the routers' probabilities, corrected for their entropy, from 0 to 1" : d.measure}: ${how}.`,
@@ -102,7 +105,7 @@ function balanceSection() {
   const names = recordings.filter((name) => data.recordings[name].balance && Object.keys(data.recordings[name].balance.measures).length);
   if (!names.length) return;
   const node = section("balance", "Load and entropy by layer", "How evenly the choices are spread over the experts of a layer, and how decided the router is. An entropy of 1 is even, 0 is a single expert.");
-  perRecording(node, names, (host, name) => {
+  perRecording(node, names, (host, name, controls) => {
     const { groups, measures } = data.recordings[name].balance, state = {}, view = el("div", {}), keys = Object.keys(measures);
     function show(measure) {
       const chart = el("div", {});
@@ -110,7 +113,8 @@ function balanceSection() {
       lineChart(chart, { series, yLabel: measure, height: 280, state, describe: (one, layer) => `${one.label}\nlayer ${layer}: ${shown(one.values[layer])}` });
       view.replaceChildren(el("figure", {}, chart, el("figcaption", {}, `${measure}, by MoE layer, over all counted tokens of each group.`)), valuesTable(series.map((s) => [s.label, s.values]), series[0].values.length));
     }
-    host.append(el("div", { class: "controls" }, select("Measure", keys.map((k) => [k, k]), keys[0], show)), view);
+    controls.append(select("Measure", keys.map((k) => [k, k]), keys[0], show));
+    host.append(view);
     show(keys[0]);
   });
 }

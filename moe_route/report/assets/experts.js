@@ -42,7 +42,7 @@ function expertsSection() {
       select("Show", options, state.shown, (v) => { state.shown = v; control(); show(); }),
       select("minus", bases(), state.base, (v) => { state.base = v; show(); }),
       select("Order in a layer", [["id", "by id"], ["value", "largest first"]], state.order, (v) => { state.order = v; show(); }),
-      data.marks.length ? select("Outlined experts", [["none", "none"], ...data.marks.map((m, i) => [String(i), `${m.kind} ${m.name}`])], state.mark, (v) => { state.mark = v; show(); }) : "");
+      data.marks.length ? select("Outlined experts", [["none", "none"], ...data.marks.map((m, i) => [String(i), titled(m)])], state.mark, (v) => { state.mark = v; show(); }) : "");
   }
   function values() {
     const [name, group] = JSON.parse(state.shown), f = frequencies[name], minus = state.base === "none" ? null : JSON.parse(state.base);
@@ -66,7 +66,7 @@ function expertsSection() {
     v.rows = Array.from({ length: v.f.layers }, (_, layer) => v.cells.filter((c) => c.layer === layer));
     if (state.order === "value") v.rows.forEach((row) => row.sort((a, b) => (Number.isNaN(b.value) ? -1 : b.value) - (Number.isNaN(a.value) ? -1 : a.value)));
     scale.replaceChildren(v.minus ? `−${limit.toFixed(3)}` : "0", el("i", { "aria-hidden": "true", style: { background: v.minus ? "linear-gradient(to right, var(--negative), transparent, var(--positive))" : "linear-gradient(to right, transparent, var(--positive))" } }), `${v.minus ? "+" : ""}${limit.toFixed(3)} and beyond`);
-    note.textContent = `${title(v)}${v.minus ? ` minus ${titleOfBase(v)}` : ""}: mean number of times that a token chooses the expert, ${v.f.by === "sequence" ? "averaged over each text, then over texts" : "over all tokens"}. A row is a layer${state.order === "id" ? ", a column an expert" : "; its experts are sorted by value, so columns are ranks"}.${v.minus ? " Blue: chosen more often, orange: less often." : ""} Colors end at the 98th percentile.${state.mark === "none" ? "" : ` Outlined: ${data.marks[Number(state.mark)].kind} ${data.marks[Number(state.mark)].name}.`}`;
+    note.textContent = `${title(v)}${v.minus ? ` minus ${titleOfBase(v)}` : ""}: mean number of times that a token chooses the expert, ${v.f.by === "sequence" ? "averaged over each text, then over texts" : "over all tokens"}. A row is a layer${state.order === "id" ? ", a column an expert" : "; its experts are sorted by value, so columns are ranks"}.${v.minus ? " Blue: chosen more often, orange: less often." : ""} Colors end at the 98th percentile.${state.mark === "none" ? "" : ` Outlined: ${titled(data.marks[Number(state.mark)])}.`}`;
     if (again) again.again();
     ranking(v);
     if (state.chosen) expert(false);
@@ -119,7 +119,7 @@ function expertsSection() {
   function ranking(v) {
     const outlined = marked();
     const top = v.cells.filter((c) => !Number.isNaN(c.value)).sort((a, b) => Math.abs(b.value) - Math.abs(a.value)).slice(0, 60);
-    const columns = [{ name: "Layer", number: true }, { name: "Expert", number: true }, { name: title(v), number: true }, ...(v.minus ? [{ name: titleOfBase(v), number: true }, { name: "Difference", number: true }] : []), ...(data.marks.length ? [{ name: "Outlined" }] : []), { name: "" }];
+    const columns = [{ name: "Layer", number: true }, { name: "Expert", number: true }, { name: title(v), number: true }, ...(v.minus ? [{ name: titleOfBase(v), number: true }, { name: "Difference", number: true }] : []), ...(data.marks.length ? [{ name: "Outlined" }] : []), { name: null }];
     list.replaceChildren(table(columns, top.map((c) => [cell(c.layer, c.layer), cell(c.expert, c.expert), cell(shown(c.own, 4), c.own), ...(v.minus ? [cell(shown(c.compared, 4), c.compared), cell(signed(c.value, 4), c.value)] : []), ...(data.marks.length ? [cell(outlined.has(`${c.layer},${c.expert}`) ? "yes" : "")] : []),
       { node: el("button", { type: "button", "aria-label": `Layer ${c.layer}, expert ${c.expert} in every group`, onclick: () => choose(c.layer, c.expert) }, "in every group"), key: 0 }]), { caption: "experts with the largest values", tall: true, sort: v.minus ? 4 : 2 }));
   }

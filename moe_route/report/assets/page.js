@@ -110,10 +110,10 @@ function slider(text, count, names, value, change) {
 function table(columns, rows, { sort = null, down = true, caption = null, tall = false } = {}) {
   let by = sort, falling = down;
   const body = el("tbody");
-  const heads = columns.map((column, index) => el("th", { scope: "col", class: column.number ? "number" : null, "aria-sort": "none" },
-    el("button", { type: "button", onclick: () => { falling = by === index ? !falling : Boolean(column.number); by = index; show(); } }, column.name)));
+  const heads = columns.map((column, index) => (column.name === null ? el("td", {}) : el("th", { scope: "col", class: column.number ? "number" : null, "aria-sort": "none" },
+    el("button", { type: "button", onclick: () => { falling = by === index ? !falling : Boolean(column.number); by = index; show(); } }, column.name))));
   function show() {
-    heads.forEach((head, index) => head.setAttribute("aria-sort", index === by ? (falling ? "descending" : "ascending") : "none"));
+    heads.forEach((head, index) => columns[index].name !== null && head.setAttribute("aria-sort", index === by ? (falling ? "descending" : "ascending") : "none"));
     const order = by === null ? rows : [...rows].sort((a, b) => {
       const [x, y] = [a[by].key, b[by].key];
       const missing = (v) => v === null || v === undefined || Number.isNaN(v);
