@@ -46,7 +46,7 @@ def facts_of(statistics: RoutingStatistics) -> dict[str, Any]:
 
 
 def weighting(statistics: RoutingStatistics) -> str:
-    """"sequence" where sequences were counted, else "token"."""
+    """ "sequence" where sequences were counted, else "token"."""
     return "sequence" if statistics.sequences().any() else "token"
 
 

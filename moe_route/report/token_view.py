@@ -54,7 +54,9 @@ def chosen_sequences(trace: Trace, most_bytes: int) -> list[int]:
         logger.warning("%d sequences of a trace have several tokens at one position and are not shown", unordered)
     for of_group in order.values():
         of_group.sort(key=lambda number: _item_key(trace.items[number]))
-    turns = [of[turn] for turn in range(max(map(len, order.values()), default=0)) for of in order.values() if turn < len(of)]
+    turns = [
+        of[turn] for turn in range(max(map(len, order.values()), default=0)) for of in order.values() if turn < len(of)
+    ]
     chosen: list[int] = []
     used = 0
     for number in turns:

@@ -73,15 +73,15 @@ def opened(browser: Any, page_file: Path) -> Iterator[Opened]:
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_fetches_nothing_and_does_not_overflow(
-    browser: Any, page_file: Path, width: int, scheme: str
-) -> None:
+def test_the_page_fetches_nothing_and_does_not_overflow(browser: Any, page_file: Path, width: int, scheme: str) -> None:
     opened = Opened(browser, page_file, width, scheme)
     page = opened.page
     for details in page.locator("details:not([open]) > summary").all():
         details.click()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.evaluate("[...document.querySelectorAll('main *')].every(e => !e.textContent.includes('undefined') && !e.textContent.includes('NaN'))")
+    assert page.evaluate(
+        "[...document.querySelectorAll('main *')].every(e => !e.textContent.includes('undefined') && !e.textContent.includes('NaN'))"
+    )
     assert opened.requests == [page_file.as_uri()]
     assert opened.complaints == []
     assert page.title() == 'A "title" with <b>&amp;</b> 🦓'
@@ -95,7 +95,9 @@ def test_the_page_has_landmarks_names_and_headings(opened: Opened) -> None:
     assert page.locator("h1").count() == 1
     assert page.evaluate("[...document.querySelectorAll('select, input')].every(e => e.labels.length)")
     assert page.evaluate("[...document.querySelectorAll('button')].every(e => e.textContent.trim() || e.ariaLabel)")
-    assert page.evaluate("[...document.querySelectorAll('figure svg[role=img]')].every(e => e.getAttribute('aria-label'))")
+    assert page.evaluate(
+        "[...document.querySelectorAll('figure svg[role=img]')].every(e => e.getAttribute('aria-label'))"
+    )
     ids = page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
     assert len(ids) == len(set(ids))
     assert page.locator("#tokens").inner_text().count("Arabic") > 0  # languages by name
