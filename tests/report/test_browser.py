@@ -76,8 +76,8 @@ def opened(browser: Any, page_file: Path) -> Iterator[Opened]:
 def test_the_page_fetches_nothing_and_does_not_overflow(browser: Any, page_file: Path, width: int, scheme: str) -> None:
     opened = Opened(browser, page_file, width, scheme)
     page = opened.page
-    for details in page.locator("details:not([open]) > summary").all():
-        details.click()
+    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    page.wait_for_function("document.querySelectorAll('#divergence details table').length")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate(
         "[...document.querySelectorAll('main *')].every(e => !e.textContent.includes('undefined') && !e.textContent.includes('NaN'))"

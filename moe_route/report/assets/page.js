@@ -98,7 +98,7 @@ function select(text, options, value, change) {
 }
 
 function slider(text, count, names, value, change) {
-  const output = el("output", {}, names[value]);
+  const output = el("span", {}, names[value]); // <output> would take the label from the slider
   const input = el("input", {
     type: "range", min: 0, max: count - 1, step: 1, value, "aria-valuetext": names[value],
     oninput: () => { output.textContent = names[input.value]; input.setAttribute("aria-valuetext", names[input.value]); change(Number(input.value)); },
