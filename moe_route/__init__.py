@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         recipes,
         recording,
         reference,
+        report,
         routers,
         steering,
     )
@@ -62,6 +63,7 @@ _MODULES = (
     "recipes",
     "recording",
     "reference",
+    "report",
     "routed",
     "routers",
     "steering",
@@ -113,6 +115,7 @@ __all__ = [
     "recording",
     "reference",
     "register_experts",
+    "report",
     "routers",
     "steering",
 ]

@@ -34,6 +34,7 @@ __all__ = [
     "texts",
     "token_texts",
     "tokenizer_argument",
+    "tokenizer_of",
 ]
 
 # Errors whose message names the problem and the fix. Any other error is a bug of moe-route and keeps its traceback.
@@ -132,15 +133,20 @@ def tokenizer_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def token_texts(name: str) -> tuple[list[str], list[int]]:
-    """The text of every token id, and the ids of special tokens."""
+def tokenizer_of(name: str) -> Any:
+    """The tokenizer in a folder, on the hub, or of the demo model."""
     from moe_route.data import demo_model_folder
 
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise ImportError("reading a tokenizer needs transformers: pip install 'moe-route[hf]'") from error
-    tokenizer = AutoTokenizer.from_pretrained(demo_model_folder() if name == "demo" else name)
+    return AutoTokenizer.from_pretrained(demo_model_folder() if name == "demo" else name)
+
+
+def token_texts(name: str) -> tuple[list[str], list[int]]:
+    """The text of every token id, and the ids of special tokens."""
+    tokenizer = tokenizer_of(name)
     return [str(tokenizer.decode([number])) for number in range(len(tokenizer))], list(tokenizer.all_special_ids)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +60,7 @@ def add(questions: Any) -> None:
 def run(options: argparse.Namespace) -> Answer:
     from moe_route import analysis
     from moe_route.analysis.result import plain
+    from moe_route.analysis.score_files import read_scores
     from moe_route.texttable import Table
 
     found = analysis.divergence(merged_statistics(options.files), options.reference, **divergence_options(options))
@@ -85,25 +84,6 @@ def run(options: argparse.Namespace) -> Answer:
         rows = [[layer, *ends] for layer, ends in enumerate(zip(low.tolist(), high.tolist(), strict=True))]
         text += f"\n{Table(('layer', 'low', 'high'), rows, f'{options.interval * 100:g} % interval of Pearson r')}"
     return Answer(data, text)
-
-
-def read_scores(path: Path) -> dict[str, float]:
-    """group -> score, of a JSON file or of tab-separated lines, whose first may be a heading."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        found = json.loads(text)
-        if not isinstance(found, Mapping):
-            raise ValueError(f"{path} must be a JSON object: {{group: score}}")
-        return {str(group): float(score) for group, score in found.items()}
-    scores: dict[str, float] = {}
-    for number, line in enumerate(filter(str.strip, text.splitlines())):
-        group, *rest = line.split("\t")
-        try:
-            scores[group] = float(rest[0])
-        except (ValueError, IndexError):
-            if number:
-                raise ValueError(f"{path}: {line!r} is not a group, a tab and a score") from None
-    return scores
 
 
 def read_columns(path: Path) -> dict[str, dict[str, float | str]]:

@@ -1,0 +1,93 @@
+"""Texts with the experts of each token, for a report."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moe_route.calls.call import PHASES
+from moe_route.recording import Trace
+from moe_route.report.packing import packed_bytes, packed_integers
+from moe_route.report.token_texts import Pieces
+
+__all__ = ["chosen_sequences", "token_view"]
+
+logger = logging.getLogger(__name__)
+
+
+def token_view(trace: Trace, pieces: Pieces, sequences: Sequence[int]) -> dict[str, Any]:
+    """The tokens of these sequences: texts, and experts with weights as packed [token, layer, slot]."""
+    rows = [_rows(trace, number) for number in sequences]
+    together = np.concatenate(rows) if rows else np.zeros(0, np.int64)
+    return {
+        "layers": list(trace.layer_numbers),
+        "slots": int(trace.ids.shape[2]),
+        "tokens": len(together),
+        "allTokens": len(trace),
+        "truncated": trace.truncated,
+        "texts": [_text(trace, number, of, pieces) for number, of in zip(sequences, rows, strict=True)],
+        "ids": packed_integers(trace.ids[together]),
+        "weights": packed_bytes(trace.weights[together]),
+    }
+
+
+def chosen_sequences(trace: Trace, most_bytes: int) -> list[int]:
+    """Sequences that fit into so many bytes: the first of each group, then the second, and so on.
+
+    Sequences without one order, such as those of beams, are left out with a warning.
+    """
+    per_token = max(int(np.prod(trace.ids.shape[1:])), 1) * 4  # an id and a weight, in base64; and the text
+    order: dict[int, list[int]] = {}
+    unordered = 0
+    for number in range(len(trace.items)):
+        rows = np.flatnonzero(trace.sequence == number)
+        if not len(rows):
+            continue
+        if len(np.unique(trace.position[rows])) < len(rows):
+            unordered += 1
+            continue
+        order.setdefault(int(trace.group[rows[0]]), []).append(number)
+    if unordered:
+        logger.warning("%d sequences of a trace have several tokens at one position and are not shown", unordered)
+    for of_group in order.values():
+        of_group.sort(key=lambda number: _item_key(trace.items[number]))
+    turns = [
+        of[turn] for turn in range(max(map(len, order.values()), default=0)) for of in order.values() if turn < len(of)
+    ]
+    chosen: list[int] = []
+    used = 0
+    for number in turns:
+        used += int((trace.sequence == number).sum()) * per_token
+        if used > most_bytes and chosen:
+            break
+        chosen.append(number)
+    return sorted(chosen, key=lambda number: (int(trace.group[trace.sequence == number][0]), turns.index(number)))
+
+
+def _item_key(item: Any) -> tuple[int, Any]:
+    """Sorts items that are numbers, or begin with one, by that number; the same items for every group come first."""
+    text = str(item)
+    return (0, (int(text), text)) if text.isdecimal() else (1, (0, text))
+
+
+def _rows(trace: Trace, number: int) -> np.ndarray:
+    rows = np.flatnonzero(trace.sequence == number)
+    return rows[np.argsort(trace.position[rows], kind="stable")]
+
+
+def _text(trace: Trace, number: int, rows: np.ndarray, pieces: Pieces) -> dict[str, Any]:
+    ids = trace.token[rows].tolist()
+    found = pieces(ids)
+    generated = trace.phase[rows] == PHASES.index("decode")
+    item = trace.items[number]
+    return {
+        "group": trace.groups[int(trace.group[rows[0]])],
+        "item": str(number if item is None else item),
+        "pieces": [text for text, _, _ in found],
+        "parts": [[i, part, of] for i, (_, part, of) in enumerate(found) if of > 1],
+        "ids": ids,
+        "prompt": int(np.argmax(generated)) if generated.any() else len(ids),
+    }

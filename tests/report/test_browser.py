@@ -1,0 +1,209 @@
+"""The page in a real browser: nothing is fetched, nothing overflows, hover and keyboard show the right numbers.
+
+Needs playwright and a Chromium; skipped without them, and required where MOE_ROUTE_REQUIRE_BROWSER=1.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_route import analysis
+from moe_route.report import Inputs
+
+from .conftest import HOSTILE
+
+WIDTHS = (1280, 390)
+
+
+def _unavailable(reason: str) -> None:
+    if os.environ.get("MOE_ROUTE_REQUIRE_BROWSER") == "1":
+        pytest.fail(f"MOE_ROUTE_REQUIRE_BROWSER=1, but {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        _unavailable("playwright is not installed: pip install playwright")
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with sync_playwright() as play:
+        if program is None and not Path(play.chromium.executable_path).exists():
+            _unavailable("there is no Chromium: install it, or run playwright install chromium")
+        running = play.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
+        yield running
+        running.close()
+
+
+class Opened:
+    """A page, and what it complained about and asked for."""
+
+    def __init__(self, browser: Any, path: Path, width: int, scheme: str = "light") -> None:
+        self.page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("dialog", lambda dialog: self.complaints.append(dialog.message))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(path.as_uri())
+        self.page.wait_for_selector("#experts svg rect.cell")
+
+    @property
+    def tip(self) -> str:
+        text: str = self.page.locator("#tip").inner_text()
+        return text
+
+
+@pytest.fixture(scope="module")
+def opened(browser: Any, page_file: Path) -> Iterator[Opened]:
+    opened = Opened(browser, page_file, WIDTHS[0])
+    yield opened
+    opened.page.close()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fetches_nothing_and_does_not_overflow(browser: Any, page_file: Path, width: int, scheme: str) -> None:
+    opened = Opened(browser, page_file, width, scheme)
+    page = opened.page
+    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    page.wait_for_function("document.querySelectorAll('#divergence details table').length")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    shown = page.locator("main").inner_text()
+    assert "undefined" not in shown
+    assert "NaN" not in shown
+    assert opened.requests == [page_file.as_uri()]
+    assert opened.complaints == []
+    assert page.title() == 'A "title" with <b>&amp;</b> 🦓'
+    page.close()
+
+
+def test_the_page_has_landmarks_names_and_headings(opened: Opened) -> None:
+    page = opened.page
+    for landmark in ("header", "nav[aria-label]", "main", "footer"):
+        assert page.locator(landmark).count() == 1
+    assert page.locator("h1").count() == 1
+    assert page.evaluate("[...document.querySelectorAll('select, input')].every(e => e.labels.length)")
+    assert page.evaluate("[...document.querySelectorAll('button')].every(e => e.textContent.trim() || e.ariaLabel)")
+    assert page.evaluate(
+        "[...document.querySelectorAll('figure svg[role=img]')].every(e => e.getAttribute('aria-label'))"
+    )
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert len(ids) == len(set(ids))
+    assert page.locator("#tokens").inner_text().count("Arabic") > 0  # languages by name
+
+
+def test_hover_on_the_heat_map_shows_the_frequency_of_the_statistics(opened: Opened, inputs: Inputs) -> None:
+    page, statistics = opened.page, inputs.recordings["natural"]
+    names = ("deu_Latn", "eng_Latn")
+    german, english = (statistics.frequency()[statistics.groups.index(name)] for name in names)
+    for layer, expert in ((0, 3), (5, 11)):
+        page.locator(f'rect.cell[data-layer="{layer}"][data-expert="{expert}"]').hover()
+        own, base = german[layer, expert], english[layer, expert]
+        assert f"layer {layer}, expert {expert}" in opened.tip
+        assert [float(x) for x in re.findall(r": ([\d.]+)", opened.tip)] == pytest.approx([own, base], abs=1e-4)
+        assert float(re.search(r"difference ([-+\d.]+)", opened.tip)[1]) == pytest.approx(own - base, abs=1e-4)  # type: ignore[index]
+
+
+def test_an_expert_of_the_heat_map_is_shown_in_every_group(opened: Opened, inputs: Inputs) -> None:
+    statistics = inputs.recordings["natural"]
+    opened.page.locator('rect.cell[data-layer="2"][data-expert="4"]').click()
+    assert opened.page.locator("#experts h3", has_text="Layer 2, expert 4").count() == 1
+    shown = opened.page.locator("#experts .bars").inner_text().split("\n")
+    values = sorted((float(line) for line in shown if re.fullmatch(r"\d\.\d+", line)), reverse=True)
+    assert values == pytest.approx(sorted(statistics.frequency()[:, 2, 4], reverse=True), abs=1e-4)
+
+
+def test_keys_move_over_the_divergence_and_show_its_values(opened: Opened, inputs: Inputs) -> None:
+    page, found = opened.page, analysis.divergence(inputs.recordings["natural"], "eng_Latn")
+    page.locator("#divergence svg[role=img]").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    top = found.groups[int(np.nanargmax(found.values.mean(1)))]
+    assert "layer 2:" in opened.tip
+    assert float(re.search(r"layer 2: ([\d.]+)", opened.tip)[1]) == pytest.approx(found.of(top)[2], abs=5e-4)  # type: ignore[index]
+    page.keyboard.press("ArrowDown")
+    assert opened.tip.split("\n")[0] != {"deu_Latn": "German", "arb_Arab": "Arabic"}.get(top)
+
+
+def test_a_language_can_be_brought_out(opened: Opened) -> None:
+    page = opened.page
+    button = page.locator("#divergence .legend button", has_text="German")
+    button.click()
+    assert button.get_attribute("aria-pressed") == "true"
+    page.mouse.move(5, 5)
+    assert page.locator("#divergence path.series.dim").count() == 3
+    button.click()
+
+
+def test_tokens_show_their_experts_and_hostile_text_is_literal(opened: Opened, inputs: Inputs) -> None:
+    page = opened.page
+    page.locator("#tokens select").nth(2).select_option(label="English · 1")
+    texts = page.locator("#tokens .tokens").all_inner_texts()
+    assert len(texts) == 2  # natural beside steered
+    assert all(HOSTILE[:60] in re.sub(r"\d/\d", "", text) for text in texts)
+    trace = inputs.traces["natural"]
+    group = trace.groups.index("eng_Latn")
+    rows = [r for r in np.flatnonzero(trace.group == group) if trace.items[trace.sequence[r]] == "1"]
+    rows.sort(key=lambda row: trace.position[row])
+    slider = page.locator("#tokens input[type=range]")
+    layer = int(slider.input_value())
+    token = page.locator("#tokens .tokens").first.locator(".token").nth(3)
+    token.hover()
+    for expert in trace.ids[rows[3], layer]:
+        assert f"expert {expert} (" in opened.tip
+    token.click()
+    table = page.locator("#tokens table").first.inner_text()
+    assert len(table.strip().split("\n")) >= len(trace.layers)
+    page.keyboard.press("Tab")
+    slider.focus()
+    page.keyboard.press("ArrowLeft")
+    assert f"Layer {layer - 1}" in slider.locator("xpath=..").inner_text()
+
+
+def test_arrow_keys_move_between_tokens(opened: Opened) -> None:
+    page = opened.page
+    page.locator("#tokens .tokens").first.locator(".token[tabindex='0']").focus()
+    before = int(page.evaluate("document.activeElement.dataset.token"))
+    page.keyboard.press("ArrowRight")
+    assert int(page.evaluate("document.activeElement.dataset.token")) == before + 1
+    assert f"position {before + 1}" in opened.tip
+
+
+def test_an_expert_lists_its_tokens(opened: Opened, inputs: Inputs) -> None:
+    page, trace = opened.page, inputs.traces["natural"]
+    page.locator('rect.cell[data-layer="3"][data-expert="5"]').click()
+    page.get_by_role("button", name="Show its tokens in context").click()
+    chosen = int((trace.ids[:, 3] == 5).any(-1).sum())
+    assert f"Expert 5 of layer 3: {chosen} token" in page.locator("#contexts").inner_text()
+    page.locator("#contexts select").first.select_option(label="steered")
+    page.locator("#contexts select").nth(2).select_option(value="5")
+    assert f"{len(trace)} tokens of {len(trace)} traced" in page.locator("#contexts").inner_text()
+    assert page.locator("#contexts mark").count() > 10
+
+
+def test_tables_are_sorted_by_their_headings(opened: Opened) -> None:
+    page = opened.page
+    heading = page.locator("#experts th button", has_text="Layer")
+    heading.click()
+    shown = [int(text) for text in page.locator("#experts tbody tr td:first-child").all_inner_texts()]
+    assert shown == sorted(shown, reverse=True)
+    heading.click()
+    assert page.locator("#experts th", has_text="Layer").get_attribute("aria-sort") == "ascending"
+
+
+def test_selected_experts_are_outlined(opened: Opened) -> None:
+    assert opened.page.locator("#experts rect.marked").count() == 3
+    opened.page.get_by_label("Outlined experts").select_option(label="none")
+    assert opened.page.locator("#experts rect.marked").count() == 0
+    assert not opened.complaints
