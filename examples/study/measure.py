@@ -94,6 +94,37 @@ def skill(spoken: LanguageModel, problems: Task) -> dict[str, Any]:
 # ---- routing
 
 
+def routing(
+    recordings: Mapping[str, RoutingStatistics], skill: Mapping[str, Mapping[str, float]], training: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Findings 1 to 4, which need no run of the model.
+
+    `recordings` are "general", "problems" and "untrained"; `training` holds "pairs", the sentence pairs per language,
+    and "shares", the shares of number pairs seen, each None if it is not known.
+    """
+    general, problems, base = (recordings[name] for name in ("general", "problems", "untrained"))
+    scores = {name: sum(skill[subset][name] for subset in MEASURING) / len(MEASURING) for name in general.groups}
+    found = divergences(general, problems, base)
+    per_sequence = general.tokens()[:, 0] / general.sequences()
+    return {
+        "languages": list(general.groups),
+        "layers": len(general.layers),
+        "experts": list(general.num_experts),
+        "tokens": dict(zip(general.groups, per_sequence.tolist(), strict=True)),
+        "load": analysis.load_balance(general, pool=True).entropy[0].tolist(),
+        "depth": depth(found),
+        "performance": performance(found, scores, training["shares"]),
+        "entropy": sharpness(general),
+        "consistency": likeness(general, training["pairs"]),
+        "experts_by_threshold": expert_sets(problems, general),
+        "untrained": {
+            "entropy": sharpness(base),
+            "consistency": likeness(base, training["pairs"]),
+            "multilingual": multilingual_only(base),
+        },
+    }
+
+
 def change(new: np.ndarray, old: np.ndarray) -> dict[str, Any]:
     """Mean of new - old over items and languages, with its 95 % interval from a bootstrap over items."""
     new, old = np.broadcast_arrays(new, old)

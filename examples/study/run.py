@@ -18,7 +18,7 @@ import re
 import runpy
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from recorded import recorded_routing
 from tables import markdown
 
 import moe_route as mr
-from moe_route import RoutingStatistics, analysis
+from moe_route import RoutingStatistics
 from moe_route.data import demo_corpus, demo_model_folder, demo_problems
 from moe_route.files import replacing
 from moe_route.workload import DEMO_MODEL, LanguageModel, read_corpus
@@ -62,7 +62,9 @@ class Study:
         content = {"name": self.folder.name if self.name != DEMO_MODEL else DEMO_MODEL, "training": self.training()}
         content["skill"] = self.stage("skill", lambda: measure.skill(self.spoken, self.material.problems))
         recordings = self.recordings()
-        content["routing"] = self.stage("routing", lambda: self.routing(recordings, content))
+        content["routing"] = self.stage(
+            "routing", lambda: measure.routing(recordings, content["skill"], content["training"])
+        )
         content["steering"] = self.stage(
             "steering",
             lambda: measure.steering(self.spoken, recordings["problems"], recordings["general"], self.material, say),
@@ -87,33 +89,6 @@ class Study:
             self.stage(f"record-{name}", make, also=path)
             found[name] = RoutingStatistics.load(path)
         return found
-
-    def routing(self, recordings: Mapping[str, RoutingStatistics], content: Mapping[str, Any]) -> dict[str, Any]:
-        """Findings 1 to 4, which need no run of the model."""
-        general, problems, base = (recordings[name] for name in ("general", "problems", "untrained"))
-        languages = general.groups
-        scores = {
-            language: sum(content["skill"][subset][language] for subset in measure.MEASURING) / len(measure.MEASURING)
-            for language in languages
-        }
-        found = measure.divergences(general, problems, base)
-        return {
-            "languages": list(languages),
-            "layers": len(general.layers),
-            "experts": list(general.num_experts),
-            "tokens": dict(zip(languages, (general.tokens().sum(-1) / general.sequences()).tolist(), strict=True)),
-            "load": analysis.load_balance(general, pool=True).entropy[0].tolist(),
-            "depth": measure.depth(found),
-            "performance": measure.performance(found, scores, content["training"]["shares"]),
-            "entropy": measure.sharpness(general),
-            "consistency": measure.likeness(general, content["training"]["pairs"]),
-            "experts_by_threshold": measure.expert_sets(problems, general),
-            "untrained": {
-                "entropy": measure.sharpness(base),
-                "consistency": measure.likeness(base, content["training"]["pairs"]),
-                "multilingual": measure.multilingual_only(base),
-            },
-        }
 
     def training(self) -> dict[str, Any]:
         """From training.json: sentence pairs per language, and shares of number pairs seen (None where not told)."""
@@ -146,7 +121,7 @@ def fingerprint(folder: Path, material: measure.Material) -> str:
     """SHA-256 over the model's files, the texts, and the program that measures."""
     digest = hashlib.sha256(mr.__version__.encode())
     here = Path(__file__).resolve().parent
-    files = [*folder.glob("*.safetensors"), *folder.glob("*.json"), here / "measure.py", here / "run.py"]
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.json"), here / "measure.py"]
     for path in sorted(files, key=lambda path: path.name):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
