@@ -82,5 +82,5 @@ def test_the_notebook_of_recorded_routing(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.usefixtures("kernels")
 def test_the_notebook_of_recorded_routing_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MOE_ROUTE_DATA", str(tmp_path))
-    with pytest.raises(nbclient.exceptions.CellExecutionError, match="put mgsm_.*json into DATA"):
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match=r"put mgsm_.*json into DATA"):
         run("qwen3_30b_routing.ipynb", tmp_path)
