@@ -162,7 +162,7 @@ CLAIMS = (
           _path("routing", "entropy", "token", "second_half"), base=_untrained("entropy", "token", "second_half")),
     Claim(3, "Entropy drops in the last layer outside English", "last step of token entropy, nats", -1,
           _path("routing", "entropy", "token", "last_step"), base=_untrained("entropy", "token", "last_step")),
-    Claim(3, "It drops more than in English", "last step, other languages minus English, nats", -1,
+    Claim(3, "The last step is lower than in English", "last step, other languages minus English, nats", -1,
           _path("routing", "entropy", "token", "last_step_above_english"),
           base=_untrained("entropy", "token", "last_step_above_english")),
     Claim(3, "Languages with less text route their tokens more alike", "r of consistency and log amount of text", -1,
@@ -179,6 +179,8 @@ CLAIMS = (
     Claim(6, "Raising random experts hurts", "change of exact match, mean of the sets", -1, random_sets),
     Claim(6, "Lowering task experts hurts", "change of exact match", -1, _plan(measure.LOWERED)),
     Claim(6, "Switching task experts off hurts", "change of exact match", -1, _plan(measure.FORCED_OFF)),
+    Claim(6, "Switching task experts of all layers off hurts", "change of exact match", -1,
+          _plan("task experts of all layers forced off")),
 )  # fmt: skip
 
 
