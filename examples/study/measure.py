@@ -361,14 +361,15 @@ def steering(
             with routed.steer(plan):
                 return answers(spoken, measuring)
 
+        runs = {}
         for name, (plan, experts) in asked.items():
             say(f"  {name}")
-            found = outcome(under(plan), base, measuring.languages)
+            runs[name] = under(plan)
+            found = outcome(runs[name], base, measuring.languages)
             rows["plans"][name] = found | {"experts": [list(pair) for pair in experts.pairs]}
-        published = asked[RAISED][0]
-        say(f"  {material.random_sets} sets of random experts raised")
-        sets = [under(published.random(seed)) for seed in range(material.random_sets)]
-        rows["random"] = against_random(under(published), sets, base)
+        say(f"  {material.random_sets} sets of {RANDOM}")
+        sets = [under(asked[RAISED][0].random(seed)) for seed in range(material.random_sets)]
+        rows["random"] = against_random(runs[RAISED], sets, base)
     again = answers(spoken, measuring)
     rows["restored"] = bool(np.array_equal(again["nats"], base["nats"]))
     return rows
