@@ -25,9 +25,9 @@ def routing(*parts: str) -> Path:
 
 def published_routing() -> ModuleType:
     """The example that reads and draws the recorded routing of Qwen3-30B-A3B: the reader has its home there."""
-    path = Path(__file__).parents[2] / "examples" / "published_routing.py"
+    path = Path(__file__).parents[2] / "examples" / "study" / "published_routing.py"
     if not path.is_file():
-        pytest.skip("examples/published_routing.py is not here (a source checkout has it)")
+        pytest.skip("examples/study/published_routing.py is not here (a source checkout has it)")
     pytest.importorskip("matplotlib", reason="the example draws with matplotlib")
     spec = importlib.util.spec_from_file_location("published_routing", path)
     assert spec is not None

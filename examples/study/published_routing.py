@@ -1,6 +1,6 @@
 """Draw the U of multilingual routing on a real model: the published routing of Qwen3-30B-A3B on MGSM prompts.
 
-    python examples/published_routing.py --data DATA --out divergence.png
+    python examples/study/published_routing.py --data DATA --out divergence.png
 
 DATA/routing/qwen3_30b_a3b_mgsm holds mgsm_en.json, mgsm_de.json, mgsm_zh.json, mgsm_bn.json and mgsm_sw.json, a file a
 language. No model is needed: the files hold how many prompt tokens chose each expert, and the sum of its gate weights.
