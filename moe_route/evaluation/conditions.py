@@ -108,8 +108,9 @@ def published_setting(recipe: Recipe, found: FoundExperts, num_layers: int) -> S
 
 def sweep_settings(recipe: Recipe, published: Setting, found: FoundExperts, num_layers: int) -> dict[str, Setting]:
     """Name -> setting of every point of the sweep that steers an expert, the recipe's own first."""
-    sweep = recipe.sweep
-    every = [published] if sweep else []
+    sweep, every = recipe.sweep, [published]
+    if not sweep:
+        return {}
     for tau, strength, where in product(
         sweep.tau or (published.tau,), sweep.strength or (published.strength,), sweep.layers or (published.layers,)
     ):

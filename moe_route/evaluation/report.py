@@ -156,8 +156,8 @@ def _cell(entries: Sequence[Mapping[str, Any]]) -> str:
 def _noise(task: Mapping[str, Any]) -> str:
     noise, power = task["noise"], task["power"]
     changed = (
-        f"Of {power['questions']} questions, {power['discordant'] * 100:.1f} % are answered by the base run or the steered "
-        "one alone.\n"
+        f"Of {power['questions']} questions, {power['discordant'] * 100:.1f} % are answered by the base run or the "
+        "steered one alone.\n"
         f"With that, a change of {power['detectable'] * 100:.1f} points of the mean is found in four of five "
         "evaluations if translations are independent, and one of "
         f"{power['detectable_one_language'] * 100:.1f} points if they are all alike (or in one language alone)."
