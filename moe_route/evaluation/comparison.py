@@ -92,7 +92,7 @@ def compare(
     The change is the mean over languages, with its interval from a bootstrap over items with all languages of an item
     together, because they are translations of one another. By language: McNemar's test, corrected by Holm for the
     number of languages. `random` names the conditions with random experts; every other condition is compared with them,
-    except those of `repeats`, which steer nothing.
+    except those of `repeats`, which have no experts of their own.
     """
     right, ones = base.correct[scorer].astype(float), np.ones(base.correct[scorer].shape)
     found: dict[str, Any] = {"base": _accuracy(base, scorer)}

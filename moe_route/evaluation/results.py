@@ -78,7 +78,8 @@ def _task_results(task: AskedTask, lines: Lines, seed: int, swept: bool) -> dict
     mine = {name: [one for one in records if one["task"] == task.name] for name, records in lines.items()}
     answered = {name: Answered.of(records, task.items, scorers) for name, records in mine.items()}
     odd = np.arange(len(task.items)) % 2 == 1
-    random = [name for name in answered if name.startswith("random ")]
+    per_token = [name for name in answered if name.startswith("random per token ")]
+    random = [name for name in answered if name.startswith("random ") and name not in per_token]
     parts = {"all": np.ones(len(task.items), bool)} | ({"odd": odd} if odd.any() else {})
     main = "odd" if swept and "odd" in parts else "all"
     found: dict[str, Any] = {
@@ -94,7 +95,7 @@ def _task_results(task: AskedTask, lines: Lines, seed: int, swept: bool) -> dict
     for part, which in parts.items():
         rows = {name: one.rows(which) for name, one in answered.items()}
         base = rows.pop(BASE)
-        found["comparisons"][part] = {name: compare(base, rows, random, (AGAIN, NULL), name, seed) for name in scorers}
+        found["comparisons"][part] = {name: compare(base, rows, random, (AGAIN, NULL, *per_token), name, seed) for name in scorers}
     right = {name: one.correct[scorers[-1]] for name, one in answered.items()}
     lost, gained, p_value = mcnemar(right[BASE], right[AGAIN])
     found["noise"] = {
