@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -18,6 +19,9 @@ from moe_route.evaluation.settings import RecipeError
 from moe_route.workload import LanguageModel
 
 __all__ = ["AskedTask", "ask", "fixed_batches", "scorers_of"]
+
+# the call of a chat template that gives today's date
+_TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
 
 
 @dataclass(frozen=True)
@@ -105,15 +109,9 @@ def _rendered(question: Question, chat: ChatSettings, prefix: str, tokenizer: An
     """The question with its prompt in the chat template; without one, as it is."""
     if not chat.template:
         return question
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
+    if not getattr(tokenizer, "chat_template", None):
         raise RecipeError("chat.template is true, and the tokenizer has no chat template: set it to false")
-    options: dict[str, Any] = {}
-    if chat.date is not None:
-        day = date.fromisoformat(chat.date)
-        options["strftime_now"] = day.strftime
-    elif "strftime_now" in str(template):
-        raise RecipeError("the chat template names today's date, so prompts change every day: fix it by chat.date")
+    options: dict[str, Any] = {"chat_template": _dated(tokenizer.get_chat_template(), chat.date)}
     if chat.enable_thinking is not None:
         options["enable_thinking"] = chat.enable_thinking
     if chat.reasoning_effort is not None:
@@ -123,6 +121,16 @@ def _rendered(question: Question, chat: ChatSettings, prefix: str, tokenizer: An
     # a new turn begins without a space
     choices = tuple(choice.lstrip() for choice in question.choices)
     return replace(question, prompt=prompt, answer=question.answer.lstrip(), choices=choices)
+
+
+def _dated(template: str, day: str | None) -> str:
+    """The template with a fixed date in place of today's, which would change prompts every day."""
+    if not _TODAY.search(template):
+        return template
+    if day is None:
+        raise RecipeError("the chat template names today's date, so prompts change every day: fix it by chat.date")
+    given = date.fromisoformat(day)
+    return _TODAY.sub(lambda call: f'"{given.strftime(call["format"])}"', template)
 
 
 def _judged(spoken: LanguageModel, task: AskedTask, batch: Sequence[Question]) -> list[dict[str, Any]]:

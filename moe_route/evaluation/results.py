@@ -80,6 +80,7 @@ def _task_results(task: AskedTask, lines: Lines, seed: int, swept: bool) -> dict
     odd = np.arange(len(task.items)) % 2 == 1
     per_token = [name for name in answered if name.startswith("random per token ")]
     random = [name for name in answered if name.startswith("random ") and name not in per_token]
+    repeats = (AGAIN, NULL, *per_token)
     parts = {"all": np.ones(len(task.items), bool)} | ({"odd": odd} if odd.any() else {})
     main = "odd" if swept and "odd" in parts else "all"
     found: dict[str, Any] = {
@@ -95,7 +96,7 @@ def _task_results(task: AskedTask, lines: Lines, seed: int, swept: bool) -> dict
     for part, which in parts.items():
         rows = {name: one.rows(which) for name, one in answered.items()}
         base = rows.pop(BASE)
-        found["comparisons"][part] = {name: compare(base, rows, random, (AGAIN, NULL, *per_token), name, seed) for name in scorers}
+        found["comparisons"][part] = {name: compare(base, rows, random, repeats, name, seed) for name in scorers}
     right = {name: one.correct[scorers[-1]] for name, one in answered.items()}
     lost, gained, p_value = mcnemar(right[BASE], right[AGAIN])
     found["noise"] = {
