@@ -1,4 +1,4 @@
-"""`moe-route eval` killed at random moments and started again gives the results of an undisturbed run, bit for bit."""
+"""An evaluation that is killed at random moments and started again gives the results of an undisturbed run, all bytes."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ from moe_route.evaluation import Evaluation
 
 KILLS = 10
 
-# Imports once, and forks a process for each run: with one thread, which torch needs for that.
+# Loads the model once, and forks a process for each run: with one thread, which torch needs for that.
 FORKS = '''
 import json, os, random, signal, sys, time
 from pathlib import Path
-import torch, transformers
-import moe_route.evaluation, moe_route.workload
-from moe_route.cli import main
+import torch
+from moe_route.evaluation import evaluate, read_recipe
+from moe_route.workload import LanguageModel
 
+torch.set_num_threads(1)
+spoken = LanguageModel.load()
 recipe, whole, killed, kills = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
 
 def start(out):
     child = os.fork()
     if child == 0:
-        sys.stdout = open(os.devnull, "w")
-        os._exit(main(["eval", recipe, "--out", str(out)]))
+        evaluate(read_recipe(recipe), out, spoken=spoken)
+        os._exit(0)
     return child
 
 def progress(folder):
