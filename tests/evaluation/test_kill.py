@@ -1,4 +1,4 @@
-"""An evaluation that is killed at random moments and started again gives the results of an undisturbed run, all bytes."""
+"""An evaluation that is killed at random moments and started again gives the bytes of an undisturbed run."""
 
 from __future__ import annotations
 
