@@ -45,7 +45,7 @@ size, moments, signals = progress(whole), [], []
 for _ in range(kills):
     child = start(killed)
     # progress decides, not time, so that on every machine the kills meet all stages
-    aim, ended = progress(killed) + random.randint(0, max(1, 2 * size // kills)), 0
+    aim, ended = progress(killed) + random.randint(0, max(1, 3 * size // (2 * kills))), 0
     while not ended and progress(killed) < aim:
         time.sleep(0.002)
         ended, _ = os.waitpid(child, os.WNOHANG)
