@@ -8,11 +8,14 @@ import platform
 import sys
 from typing import Any
 
+import torch
 from torch import nn
 
 from moe_route import __version__, files
 
-__all__ = ["config_hash", "identity_of", "library_versions"]
+__all__ = ["config_hash", "identity_of", "library_versions", "weights_hash"]
+
+_SAMPLED = 1024  # elements per tensor that enter the hash of the weights
 
 # settings of a configuration that affect how a model is run, not which model it is
 _RUN_OPTIONS = ("transformers_version", "dtype", "torch_dtype", "use_cache", "return_dict", "architectures")
@@ -50,6 +53,20 @@ def identity_of(model: nn.Module) -> dict[str, Any]:
     """``name`` (None if the model was not loaded by name), ``class`` and ``config_hash``."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     return {"name": name, "class": type(model).__name__, "config_hash": config_hash(model)}
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 (hex) of the weights: name, dtype and shape of each tensor, and up to 1024 evenly spaced elements of it.
+
+    So that it takes seconds for any model, a change of few elements may stay unseen; another checkpoint does not.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(files.canonical_json([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, -(-flat.numel() // _SAMPLED))].cpu().contiguous()
+        digest.update(sample.view(torch.uint8).numpy().tobytes() if sample.numel() else b"")
+    return digest.hexdigest()
 
 
 def library_versions() -> dict[str, str]:

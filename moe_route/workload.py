@@ -140,26 +140,39 @@ class Answers:
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A causal language model and its tokenizer, ready to run (`eval` mode)."""
+    """A causal language model and its tokenizer, ready to run (`eval` mode).
+
+    `add_special_tokens` tells whether the tokenizer adds its special tokens to texts; those of a chat template have
+    them already.
+    """
 
     name: str
     model: Any
     tokenizer: Any
+    add_special_tokens: bool = True
 
     @classmethod
     def load(
-        cls, name: str = DEMO_MODEL, *, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None
+        cls,
+        name: str = DEMO_MODEL,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        revision: str | None = None,
+        dequantize: bool = False,
     ) -> LanguageModel:
         """Load the model in folder `name`, or on the Hugging Face hub under `name`, or the shipped one ("demo").
 
-        Code that comes with a checkpoint is never run. Raises `ModelNotFoundError` if nothing can be loaded.
+        `revision` is a commit, tag or branch on the hub. `dequantize` converts MXFP4 weights (gpt-oss) to `dtype`,
+        because in MXFP4 the router is bypassed. Code that comes with a checkpoint is never run. Raises
+        `ModelNotFoundError` if nothing can be loaded.
         """
         place, precision = _device(device), _dtype(dtype)
         if name == DEMO_MODEL:
             loaded: tuple[Any, Any] = load_demo_model(torch.float32 if precision == "auto" else precision)
             model, tokenizer = loaded
         else:
-            model, tokenizer = _from_pretrained(name, precision)
+            model, tokenizer = _from_pretrained(name, precision, revision, dequantize)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "right"
@@ -196,7 +209,8 @@ class LanguageModel:
 
     def _ids(self, texts: Sequence[Text], **options: Any) -> list[list[int]]:
         # not verbose, because it would warn about long texts, which are cut here
-        found = self.tokenizer([text.text for text in texts], verbose=False, **options) if texts else {"input_ids": []}
+        options |= {"add_special_tokens": self.add_special_tokens, "verbose": False}
+        found = self.tokenizer([text.text for text in texts], **options) if texts else {"input_ids": []}
         ids: list[list[int]] = found["input_ids"]
         return ids
 
@@ -352,7 +366,7 @@ def _dtype(name: str | torch.dtype) -> Any:
     return found
 
 
-def _from_pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
+def _from_pretrained(name: str, dtype: Any, revision: str | None, dequantize: bool) -> tuple[Any, Any]:
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
@@ -360,7 +374,7 @@ def _from_pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():  # the hub has no such names
         raise ModelNotFoundError(f"there is no folder {name!r}: give a folder with a checkpoint, or a name on the hub")
     what = "model"
-    local = {"local_files_only": not _hub_answers(name)}
+    local: dict[str, Any] = {"local_files_only": not _hub_answers(name), "revision": revision or "main"}
     try:
         AutoConfig.from_pretrained(name, **local)
         what = "tokenizer"
@@ -369,6 +383,10 @@ def _from_pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ValueError("it has no vocabulary")
         what = "model"
+        if dequantize:
+            from transformers.utils.quantization_config import Mxfp4Config
+
+            local["quantization_config"] = Mxfp4Config(dequantize=True)
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **local), tokenizer
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,4 +1,4 @@
-"""The command line: `moe-route describe | record | convert | analyze | plot | plan | steer | experiment | prune | ...`.
+"""The command line: `moe-route describe | record | convert | analyze | plot | plan | steer | experiment | eval | ...`.
 
 The commands are named after the functions in Python. Standard output carries the result (with `--json` exactly one JSON
 document); progress and errors go to standard error. Exit codes: 0 success, 1 a check of `doctor` failed or the reader
@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
         demo,
         describe,
         doctor,
+        eval,
         experiment,
         lm_eval,
         plan,
@@ -50,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"moe-route {__version__}")
     verbs = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (describe, record, convert, analyze, plot, plan, steer, experiment, prune, lm_eval, report, demo, doctor):
+    for module in (describe, record, convert, analyze, plot, plan, steer, experiment, prune, eval, lm_eval, report, demo, doctor):
         module.add(verbs)
     completion.add(verbs, whole)
     return whole

@@ -28,6 +28,7 @@ __all__ = [
     "numbers",
     "output",
     "positive",
+    "quiet_libraries",
     "seed_argument",
     "text_arguments",
     "text_options",
@@ -98,14 +99,19 @@ def seed_argument(parser: argparse.ArgumentParser) -> None:
 def language_model(options: argparse.Namespace) -> LanguageModel:
     from moe_route.workload import LanguageModel
 
+    quiet_libraries()
+    return LanguageModel.load(options.model, dtype=options.dtype, device=options.device)
+
+
+def quiet_libraries() -> None:
+    """Silence what other libraries print while a model is loaded; their final error is shown."""
     if find_spec("transformers"):
         from huggingface_hub.utils.logging import set_verbosity_error
         from transformers.utils.logging import disable_progress_bar
 
-        set_verbosity_error()  # hides its retries; the final error is shown
+        set_verbosity_error()  # hides its retries
         if not sys.stderr.isatty():
             disable_progress_bar()
-    return LanguageModel.load(options.model, dtype=options.dtype, device=options.device)
 
 
 def text_options(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,0 +1,193 @@
+"""The settings that are tried, and the conditions that are compared: each is a name and the plan that steers it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any
+
+from moe_route.evaluation.recipe import ControlSettings, Recipe
+from moe_route.evaluation.settings import RecipeError
+from moe_route.steering import ExpertSelection, Plan, PlanError
+from moe_route.steering.layers import layers, show_numbers
+
+__all__ = [
+    "AGAIN",
+    "BASE",
+    "NULL",
+    "STEERED",
+    "Conditions",
+    "FoundExperts",
+    "Setting",
+    "conditions",
+    "published_setting",
+    "sweep_settings",
+]
+
+BASE, AGAIN, NULL, STEERED = "base", "base again", "null plan", "steered"
+_NOBODY = "no language at all"  # group of the null plan, which no text has
+
+
+@dataclass(frozen=True)
+class FoundExperts:
+    """Experts by threshold, each a mapping from tau to a selection over all layers.
+
+    Attributes:
+        task: used more in task text than in general text of the reference language.
+        multilingual: used more in some other language than in the reference language.
+    """
+
+    task: Mapping[float, ExpertSelection]
+    multilingual: Mapping[float, ExpertSelection]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to steer: which experts (`tau`), in which layers, and how."""
+
+    tau: float
+    kind: str
+    strength: float
+    std: str
+    layers: tuple[int, int]
+    layer_base: int
+
+    @property
+    def range(self) -> range:
+        """The steered layers, counted from 0."""
+        return layers(*self.layers, base=self.layer_base)
+
+    def plan(self, experts: ExpertSelection, where: Sequence[int] | None = None) -> Plan:
+        """Steer these experts in the setting's layers, or in those given."""
+        steered = self.range if where is None else where
+        if self.kind == "hard":
+            return Plan.force_on(experts, steered, weight="paper")
+        correction = 1 if self.std == "sample" else 0
+        return Plan.activate(experts, steered, strength=self.strength, correction=correction)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able content."""
+        return {**asdict(self), "layers": list(self.layers)}
+
+    def __str__(self) -> str:
+        how = "hard" if self.kind == "hard" else f"soft {self.strength:g}"
+        return f"tau {self.tau:g}, {how}, layers {show_numbers(self.range)}"
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What is compared.
+
+    Attributes:
+        plans: name -> plan, None for the model alone; in the order in which they are run.
+        left_out: name -> why this condition cannot be run here.
+    """
+
+    plans: Mapping[str, Plan | None]
+    left_out: Mapping[str, str]
+
+
+def published_setting(recipe: Recipe, found: FoundExperts, num_layers: int) -> Setting:
+    """The recipe's own setting, with the first threshold that finds a task expert in the steered layers.
+
+    It depends on the routing of text in the reference language alone. Raises `RecipeError` if none does, or if the
+    model has fewer layers.
+    """
+    steer = recipe.steer
+    setting = Setting(recipe.find.taus[0], steer.kind, steer.strength, steer.std, steer.layers, steer.layer_base)
+    _check_fits(setting, num_layers)
+    for tau in recipe.find.taus:
+        if found.task[tau].restrict(setting.range):
+            return replace(setting, tau=tau)
+    listed = ", ".join(f"{tau:g}" for tau in recipe.find.taus)
+    raise RecipeError(
+        f"no task expert in layers {show_numbers(setting.range)} at find.tau {listed}: lower it, or choose other layers"
+    )
+
+
+def sweep_settings(recipe: Recipe, published: Setting, found: FoundExperts, num_layers: int) -> dict[str, Setting]:
+    """Name -> setting of every point of the sweep that steers an expert, the recipe's own first."""
+    sweep, every = recipe.sweep, [published]
+    if not sweep:
+        return {}
+    for tau, strength, where in product(
+        sweep.tau or (published.tau,), sweep.strength or (published.strength,), sweep.layers or (published.layers,)
+    ):
+        point = replace(published, tau=tau, strength=strength, layers=where)
+        _check_fits(point, num_layers)
+        if point not in every and found.task[tau].restrict(point.range):
+            every.append(point)
+    return {str(point): point for point in every}
+
+
+def conditions(
+    setting: Setting,
+    published: Setting,
+    found: FoundExperts,
+    controls: ControlSettings,
+    num_experts: Sequence[int],
+    seed: int,
+) -> Conditions:
+    """The conditions of the main comparison; the controls are those of `setting`.
+
+    The null plan is the whole plan for a language that no text has: all of the machinery runs and no token is steered.
+    """
+    task = found.task[setting.tau]
+    steered = setting.plan(task)
+    plans: dict[str, Plan | None] = {BASE: None, AGAIN: None, NULL: steered.only(groups=_NOBODY), STEERED: steered}
+    left_out: dict[str, str] = {}
+
+    def add(name: str, make: Callable[[], Plan], reason: str) -> None:
+        try:
+            plan = make()
+        except PlanError as error:
+            left_out[name] = str(error)
+            return
+        if plan:
+            plans[name] = plan
+        else:
+            left_out[name] = reason
+
+    if published != setting:
+        plans["as published"] = published.plan(found.task[published.tau])
+    if "other layer base" in controls.run:
+        other = replace(setting, layer_base=1 - setting.layer_base)
+        name = f"layers counted from {other.layer_base}"
+        if other.layers[0] < other.layer_base or other.range.stop > len(num_experts):
+            left_out[name] = f"the model has no layers {other.layers[0]} to {other.layers[1]} counted from there"
+        elif not task.restrict(other.range):
+            left_out[name] = "no task expert in these layers"
+        else:
+            plans[name] = other.plan(task)
+    sides = {"before": range(setting.range.start), "after": range(setting.range.stop, len(num_experts))}
+    for side, where in sides.items():
+        if side not in controls.run:
+            continue
+        if task.restrict(where):
+            plans[f"layers {side}"] = setting.plan(task, where)
+        else:
+            left_out[f"layers {side}"] = f"no task expert {f'in layers {show_numbers(where)}' if where else 'there'}"
+    if "multilingual" in controls.run:
+        other_experts = found.multilingual[setting.tau].restrict(setting.range)
+        if other_experts:
+            plans["multilingual experts"] = setting.plan(other_experts)
+        else:
+            left_out["multilingual experts"] = f"none in these layers at tau {setting.tau:g}"
+    for number in range(seed, seed + controls.random):
+        add(f"random {number}", lambda n=number: steered.random(n, num_experts=num_experts), "no expert")  # type: ignore[misc]
+    for number in range(seed, seed + controls.random_per_token):
+        add(f"random per token {number}", lambda n=number: steered.random_per_token(n), "no expert")  # type: ignore[misc]
+    if "deactivation" in controls.run:
+        add("deactivation", lambda: -steered, "no expert")
+    if "off" in controls.run:
+        add("experts off", lambda: Plan.forbid(task, setting.range), "no expert")
+    return Conditions(plans, left_out)
+
+
+def _check_fits(setting: Setting, num_layers: int) -> None:
+    if setting.range.stop > num_layers:
+        raise RecipeError(
+            f"steer.layers is {list(setting.layers)}, counted from {setting.layer_base}, and the model has "
+            f"{num_layers} MoE layers: choose layers that it has"
+        )

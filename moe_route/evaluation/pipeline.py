@@ -1,0 +1,458 @@
+"""Run a recipe: record, find experts, sweep settings, evaluate conditions, analyze and report, resuming what was begun.
+
+Every stage writes into a folder of its own and is left alone once it is done (`stages`). Results hold neither times nor
+anything drawn without a seed, so a run that was killed and resumed writes the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from moe_route.analysis import multilingual_experts, task_experts
+from moe_route.data import Corpus
+from moe_route.evaluation.conditions import (
+    AGAIN,
+    BASE,
+    NULL,
+    Conditions,
+    FoundExperts,
+    Setting,
+    conditions,
+    published_setting,
+    sweep_settings,
+)
+from moe_route.evaluation.lines import Key, ResultLines
+from moe_route.evaluation.measure import AskedTask, ask, scorers_of
+from moe_route.evaluation.recipe import Recipe
+from moe_route.evaluation.report import markdown
+from moe_route.evaluation.results import results_of
+from moe_route.evaluation.stages import Stage, remove_stages, results_folder, write_json
+from moe_route.evaluation.tasks import corpus_fingerprint, kind_of, read_source, read_task, task_fingerprint
+from moe_route.identity import identity_of, library_versions, weights_hash
+from moe_route.recording import RoutingStatistics
+from moe_route.routed import RoutedModel
+from moe_route.steering import ExpertSelection, Plan
+from moe_route.workload import EncodedTexts, LanguageModel, record_texts, texts_of
+
+__all__ = ["Evaluation", "NullPlanError", "evaluate"]
+
+_BATCHES_PER_BLOCK = 16  # of a recording, which is saved block by block
+
+
+class NullPlanError(ValueError):
+    """Raised if a plan that steers no token changes the answers; the message says how many, and what to do."""
+
+
+class _Stopped(Exception):  # noqa: N818  (ends the run and is no error)
+    """The run was asked to end."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a run did.
+
+    Attributes:
+        out: folder of the results.
+        stages: name of each stage that was reached -> "made", "kept" (done before) or "interrupted".
+        results: content of `report/report.json`; None if the run was interrupted.
+    """
+
+    out: Path
+    stages: Mapping[str, str]
+    results: Mapping[str, Any] | None
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the run ended before its end because `stop` asked for it."""
+        return self.results is None
+
+    @property
+    def report(self) -> str:
+        """The report in Markdown; "" if the run was interrupted."""
+        return "" if self.interrupted else (self.out / "report" / "report.md").read_text(encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able content."""
+        return {"out": str(self.out), "interrupted": self.interrupted, "stages": self.stages, "results": self.results}
+
+
+def evaluate(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    data: str | Path = ".",
+    fresh: bool = False,
+    spoken: LanguageModel | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    progress: bool = False,
+) -> Evaluation:
+    """Run a recipe, or what is left of it, with its results in the folder `out`.
+
+    Args:
+        recipe: what to run.
+        out: folder of the results, created if missing (its parent must be there).
+        data: folder that relative paths of the recipe begin in.
+        fresh: remove earlier results first.
+        spoken: the loaded model of the recipe; loaded by its name if left out.
+        stop: called before each batch; if it returns True, the run ends there. The next one goes on from that batch.
+        progress: show bars on standard error.
+
+    Raises `RecipeError` for a recipe that does not fit the model or the data, `ForeignResultsError` for a folder with
+    results of other inputs, `NullPlanError`, and the errors of loading and attaching.
+    """
+    recipe.model.check_pinned()
+    out = Path(out)
+    with results_folder(out):
+        if fresh:
+            remove_stages(out)
+        if fresh or not (out / "recipe.json").is_file():
+            write_json(out / "recipe.json", recipe.to_dict())
+        run = _Run(recipe, out, Path(data), spoken, stop, progress)
+        try:
+            run.all()
+        except _Stopped:
+            return Evaluation(out, run.stages, None)
+        if json.loads((out / "recipe.json").read_text(encoding="utf-8")) != recipe.to_dict():
+            write_json(out / "recipe.json", recipe.to_dict())
+        content = json.loads((out / "report" / "report.json").read_text(encoding="utf-8"))
+        return Evaluation(out, run.stages, content)
+
+
+class _Run:
+    """One run of a recipe."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        data: Path,
+        spoken: LanguageModel | None,
+        stop: Callable[[], bool],
+        progress: bool,
+    ) -> None:
+        self.recipe, self.out, self.stop, self.progress = recipe, out, stop, progress
+        self.stages: dict[str, str] = {}
+        corpora = recipe.corpora
+        # data are read before the model is loaded, because that takes long and files may be missing
+        self.general = read_source("general", corpora.general, data, corpora.reference)
+        task = read_source("task", corpora.task, data, corpora.reference)
+        self.task = task.subset([corpora.reference])
+        questions = {name: read_task(name, source, data) for name, source in recipe.tasks.items()}
+        settings = recipe.model
+        self.spoken = spoken or LanguageModel.load(
+            settings.id,
+            dtype=settings.dtype,
+            device=settings.device,
+            revision=settings.revision or None,
+            dequantize=settings.dequantize,
+        )
+        self.asking = replace(self.spoken, add_special_tokens=recipe.chat.add_special_tokens)
+        self.tasks = [
+            AskedTask.prepare(name, kind_of(source, found), found, source, recipe.chat, self.asking)
+            for name, source in recipe.tasks.items()
+            for found in [questions[name].questions]
+        ]
+        self.model = self.model_key()
+
+    def all(self) -> None:
+        """Run every stage that is not done."""
+        routed = self.spoken.attach(self.recipe.model.engine)
+        try:
+            recorded = self.record(routed)
+            found, published, after_find = self.find(recorded, routed)
+            chosen, points, after_sweep = self.sweep(routed, found, published, after_find)
+            compared, after_evaluate = self.evaluate(routed, found, published, chosen, after_sweep)
+        finally:
+            routed.detach()
+        content, after_analyze = self.analyze(found, published, chosen, points, compared, after_evaluate)
+        self.report(content, after_analyze)
+
+    def model_key(self) -> dict[str, Any]:
+        """What the model's outputs depend on. Its name is left out: a folder may be moved."""
+        model, identity = self.spoken.model, identity_of(self.spoken.model)
+        return {
+            "class": identity["class"],
+            "config_hash": identity["config_hash"],
+            "weights": weights_hash(model),
+            "revision": self.recipe.model.revision,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": model.device.type,
+            "engine": self.recipe.model.engine,
+            "versions": library_versions(),
+        }
+
+    def stage(self, name: str, inputs: Mapping[str, Any]) -> Stage:
+        stage = Stage(self.out, name, inputs)
+        self.stages[name] = "kept" if stage.done else "interrupted"
+        return stage
+
+    def finish(self, stage: Stage) -> None:
+        stage.finish()
+        self.stages[stage.name] = "made"
+
+    def check_stop(self) -> None:
+        if self.stop():
+            raise _Stopped
+
+    # ---- record
+
+    def record(self, routed: RoutedModel) -> Stage:
+        corpora = self.recipe.corpora
+        stage = self.stage(
+            "record",
+            {
+                "model": self.model,
+                "general": corpus_fingerprint(self.general),
+                "task": corpus_fingerprint(self.task),
+                "add_special_tokens": corpora.add_special_tokens,
+                "max_length": corpora.max_length,
+                "batch_size": corpora.batch_size,
+            },
+        )
+        for name, corpus in {"general": self.general, "task": self.task}.items():
+            if not stage.done:
+                self.record_corpus(stage.folder, name, corpus, routed)
+        if not stage.done:
+            self.finish(stage)
+        return stage
+
+    def record_corpus(self, folder: Path, name: str, corpus: Corpus, routed: RoutedModel) -> None:
+        """Record block by block, each a file of its own, and merge the blocks, which is exact."""
+        target, blocks = folder / f"{name}.safetensors", folder / f"{name}.blocks"
+        if not target.is_file():
+            blocks.mkdir(exist_ok=True)
+            parts = self.blocks_of(corpus)
+            for number, part in enumerate(tqdm(parts, desc=name, disable=not self.progress, leave=False)):
+                if not (path := blocks / f"{number:05d}.safetensors").is_file():
+                    self.record_block(path, part, corpus.languages, routed)
+            whole = [RoutingStatistics.load(blocks / f"{number:05d}.safetensors") for number in range(len(parts))]
+            sum(whole[1:], whole[0]).save(target)
+        if blocks.is_dir():
+            shutil.rmtree(blocks)
+
+    def blocks_of(self, corpus: Corpus) -> list[EncodedTexts]:
+        """The texts in blocks of several batches, sorted by length, item and language."""
+        corpora = self.recipe.corpora
+        spoken = replace(self.spoken, add_special_tokens=corpora.add_special_tokens)
+        limit = getattr(spoken.model.config, "max_position_embeddings", None) or corpora.max_length
+        encoded = spoken.encode(texts_of(corpus), max_length=min(corpora.max_length, limit))
+        keys = [(-len(ids), text.item, text.group) for ids, text in zip(encoded.ids, encoded.texts, strict=True)]
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        size = corpora.batch_size * _BATCHES_PER_BLOCK
+        return [encoded.only(order[i : i + size]) for i in range(0, len(order), size)]
+
+    def record_block(self, path: Path, part: EncodedTexts, languages: Sequence[str], routed: RoutedModel) -> None:
+        self.check_stop()
+        with routed.record(groups=languages, sequences=True) as recorder:
+            ran = record_texts(recorder, self.spoken, part, batch_size=self.recipe.corpora.batch_size, stop=self.stop)
+        if len(ran.texts) < len(part.texts):
+            raise _Stopped
+        recorder.statistics().save(path)
+
+    # ---- find
+
+    def find(self, recorded: Stage, routed: RoutedModel) -> tuple[FoundExperts, Setting, Stage]:
+        recipe, reference = self.recipe, self.recipe.corpora.reference
+        taus = sorted({*recipe.find.taus, *recipe.sweep.tau}, reverse=True)
+        given = recipe.to_dict()
+        inputs = {"record": recorded.results_hash, "find": given["find"], "taus": taus, "reference": reference}
+        stage = self.stage("find", inputs)
+        path = stage.folder / "experts.json"
+        if not stage.done:
+            general = RoutingStatistics.load(recorded.folder / "general.safetensors")
+            task = RoutingStatistics.load(recorded.folder / "task.safetensors")
+            how: dict[str, Any] = {"top": recipe.find.top, "by": recipe.find.by}
+            several = len(general.groups) > 1
+            entries = [
+                {
+                    "tau": tau,
+                    "task": task_experts(task, general, threshold=tau, group=reference, **how).to_dict(),
+                    "multilingual": (
+                        multilingual_experts(general, reference, threshold=tau, **how).to_dict() if several else None
+                    ),
+                }
+                for tau in taus
+            ]
+            write_json(path, entries)
+            self.finish(stage)
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        none = ExpertSelection({})
+        found = FoundExperts(
+            {entry["tau"]: ExpertSelection.from_dict(entry["task"]) for entry in entries},
+            {
+                entry["tau"]: none
+                if entry["multilingual"] is None
+                else ExpertSelection.from_dict(entry["multilingual"])
+                for entry in entries
+            },
+        )
+        return found, published_setting(recipe, found, len(routed.routers)), stage
+
+    # ---- sweep
+
+    def sweep(
+        self, routed: RoutedModel, found: FoundExperts, published: Setting, after: Stage
+    ) -> tuple[Setting, list[dict[str, Any]], Stage]:
+        """Try every setting of the sweep on the even items, and choose the one with the highest accuracy."""
+        points = sweep_settings(self.recipe, published, found, len(routed.routers))
+        name = self.recipe.sweep.task or self.tasks[0].name
+        (whole,) = (task for task in self.tasks if task.name == name)
+        task = whole.only(whole.items[0::2], self.asking)
+        plans: dict[str, Plan | None] = {name: point.plan(found.task[point.tau]) for name, point in points.items()}
+        stage = self.stage(
+            "sweep",
+            {
+                "find": after.results_hash,
+                "model": self.model,
+                "task": _key_of(task) if points else None,
+                "points": {name: plan.hash for name, plan in plans.items() if plan is not None},
+            },
+        )
+        path = stage.folder / "points.json"
+        if not stage.done:
+            scorer, entries = scorers_of(task.kind)[-1], []
+            for point, plan in ({BASE: None, **plans} if points else {}).items():
+                lines = self.run_condition(stage, point, plan, [task], routed)
+                right = [record["correct"][scorer] for record in lines.records()]
+                setting = None if plan is None else points[point].to_dict()
+                experts = None if plan is None else len(found.task[points[point].tau].restrict(points[point].range))
+                entries.append(
+                    {"name": point, "setting": setting, "experts": experts, "accuracy": sum(right) / len(right)}
+                )
+            write_json(path, {"task": name, "scorer": scorer, "items": len(whole.items[0::2]), "points": entries})
+            self.finish(stage)
+        listed = json.loads(path.read_text(encoding="utf-8"))["points"]
+        steered = [entry for entry in listed if entry["setting"] is not None]
+        # of equals the first, which is the recipe's own setting
+        best = max(steered, key=lambda entry: entry["accuracy"], default=None)
+        return published if best is None else points[best["name"]], listed, stage
+
+    # ---- evaluate
+
+    def evaluate(
+        self, routed: RoutedModel, found: FoundExperts, published: Setting, chosen: Setting, after: Stage
+    ) -> tuple[Conditions, Stage]:
+        recipe = self.recipe
+        experts = [router.num_experts for router in routed.routers]
+        compared = conditions(chosen, published, found, recipe.controls, experts, recipe.seeds.random)
+        stage = self.stage(
+            "evaluate",
+            {
+                "sweep": after.results_hash,
+                "model": self.model,
+                "tasks": {task.name: _key_of(task) for task in self.tasks},
+                "conditions": {name: None if plan is None else plan.hash for name, plan in compared.plans.items()},
+            },
+        )
+        if not stage.done:
+            (stage.folder / "plans").mkdir(exist_ok=True)
+            for name, plan in compared.plans.items():
+                if plan is not None:
+                    plan.save(stage.folder / "plans" / f"{file_name(name)}.json")
+                self.run_condition(stage, name, plan, self.tasks, routed)
+                if name == NULL:
+                    _check_null(stage.folder)
+            listed = {
+                "conditions": {name: file_name(name) for name in compared.plans},
+                "left_out": dict(compared.left_out),
+            }
+            write_json(stage.folder / "conditions.json", listed)
+            self.finish(stage)
+        return compared, stage
+
+    def run_condition(
+        self, stage: Stage, name: str, plan: Plan | None, tasks: Sequence[AskedTask], routed: RoutedModel
+    ) -> ResultLines:
+        """Ask every question that has no line yet, batch by batch."""
+        batches = [(task, batch) for task in tasks for batch in task.batches]
+        keys: list[list[Key]] = [[(task.name, q.language, q.item) for q in batch] for task, batch in batches]
+        header = {"condition": name, "plan": None if plan is None else plan.hash, "stage": stage.hash}
+        lines = ResultLines(stage.folder / f"{file_name(name)}.jsonl", header, keys)
+        if lines.complete:
+            return lines
+        bar = tqdm(total=len(batches), initial=lines.done, desc=name, disable=not self.progress, leave=False)
+        with bar, routed.steer(Plan() if plan is None else plan):
+            for task, batch in batches[lines.done :]:
+                self.check_stop()
+                lines.append(ask(self.asking, task, batch))
+                bar.update()
+        return lines
+
+    # ---- analyze and report
+
+    def analyze(
+        self,
+        found: FoundExperts,
+        published: Setting,
+        chosen: Setting,
+        points: list[dict[str, Any]],
+        compared: Conditions,
+        after: Stage,
+    ) -> tuple[dict[str, Any], Stage]:
+        inputs = {"evaluate": after.results_hash, "bootstrap": self.recipe.seeds.bootstrap}
+        stage = self.stage("analyze", inputs)
+        path = stage.folder / "results.json"
+        if not stage.done:
+            general = RoutingStatistics.load(self.out / "record" / "general.safetensors")
+            lines = {name: _records(after.folder, name) for name in compared.plans}
+            content = results_of(self.recipe, self.tasks, lines, compared, found, published, chosen, points, general)
+            write_json(path, content)
+            self.finish(stage)
+        return json.loads(path.read_text(encoding="utf-8")), stage
+
+    def report(self, results: Mapping[str, Any], after: Stage) -> None:
+        recipe = self.recipe.to_dict()
+        stage = self.stage("report", {"analyze": after.results_hash, "recipe": recipe})
+        if not stage.done:
+            model = {"id": self.recipe.model.id, **self.model}
+            content = {"title": self.recipe.title, "model": model, "recipe": recipe, "results": results}
+            write_json(stage.folder / "report.json", content)
+            from moe_route import files
+
+            with files.replacing(stage.folder / "report.md") as stream:
+                stream.write(markdown(content).encode())
+            self.finish(stage)
+
+
+def file_name(condition: str) -> str:
+    """The name of the files of a condition or a point, without suffix."""
+    return re.sub(r"[^a-z0-9.]+", "-", condition.lower()).strip("-")
+
+
+def _key_of(task: AskedTask) -> dict[str, Any]:
+    """What the answers to a task depend on beside model and plan."""
+    source = task.source
+    key: dict[str, Any] = {
+        "kind": task.kind,
+        "questions": task_fingerprint(task.questions),
+        "batch_size": source.batch_size,
+        "add_special_tokens": task.chat.add_special_tokens,
+    }
+    if task.kind == "generate":
+        key |= {"max_new_tokens": source.max_new_tokens, "until": list(source.until), "channel": task.chat.channel}
+    return key
+
+
+def _records(folder: Path, condition: str) -> list[dict[str, Any]]:
+    with open(folder / f"{file_name(condition)}.jsonl", encoding="utf-8") as stream:
+        next(stream)
+        return [json.loads(line) for line in stream]
+
+
+def _check_null(folder: Path) -> None:
+    """Refuse to go on if the null plan gives other lines than the model alone, and the model alone repeats itself."""
+    base, again, null = (_records(folder, name) for name in (BASE, AGAIN, NULL))
+    changed = sum(one != other for one, other in zip(base, null, strict=True))
+    if changed and base == again:
+        raise NullPlanError(
+            f"a plan that steers no token changed {changed} of {len(base)} answers, so effects of plans cannot be told "
+            'from effects of attaching: try model.engine = "hook", run `moe-route doctor`, and report this'
+        )

@@ -1,0 +1,292 @@
+"""Read tasks and corpora from local files: the shipped ones, and the usual data sets as they are distributed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_route.data import Corpus, CorpusError, Question, Task, demo_problems
+from moe_route.evaluation.recipe import CorpusSource, TaskSource, fingerprint
+from moe_route.evaluation.settings import RecipeError
+from moe_route.workload import read_corpus
+
+__all__ = ["FLORES_CODES", "kind_of", "read_source", "read_task", "task_fingerprint"]
+
+LETTERS = ("A", "B", "C", "D")
+
+# fmt: off
+FLORES_CODES = {
+    "am": "amh_Ethi", "ar": "arb_Arab", "bn": "ben_Beng", "cs": "ces_Latn", "de": "deu_Latn", "el": "ell_Grek",
+    "en": "eng_Latn", "es": "spa_Latn", "fa": "pes_Arab", "fil": "tgl_Latn", "fr": "fra_Latn", "ha": "hau_Latn",
+    "he": "heb_Hebr", "hi": "hin_Deva", "id": "ind_Latn", "ig": "ibo_Latn", "it": "ita_Latn", "ja": "jpn_Jpan",
+    "ko": "kor_Hang", "ky": "kir_Cyrl", "lt": "lit_Latn", "mg": "plt_Latn", "ms": "zsm_Latn", "ne": "npi_Deva",
+    "nl": "nld_Latn", "ny": "nya_Latn", "pl": "pol_Latn", "pt": "por_Latn", "ro": "ron_Latn", "ru": "rus_Cyrl",
+    "si": "sin_Sinh", "sn": "sna_Latn", "so": "som_Latn", "sr": "srp_Cyrl", "sv": "swe_Latn", "sw": "swh_Latn",
+    "te": "tel_Telu", "th": "tha_Thai", "tr": "tur_Latn", "uk": "ukr_Cyrl", "vi": "vie_Latn", "yo": "yor_Latn",
+    "zh": "zho_Hans",
+}
+# fmt: on
+"""Two-letter code -> FLORES code, so that tasks and corpora name a language alike."""
+
+# language -> (before the question, after it): the native prompts of lm-eval's mgsm_native_cot (there, the Russian one
+# lacks the space between its two words)
+_NATIVE_STEPS = {
+    "ben_Beng": ("প্রশ্ন: ", "\nধাপে ধাপে উত্তর:"),
+    "deu_Latn": ("Frage: ", "\nSchritt-für-Schritt-Antwort:"),
+    "eng_Latn": ("Question: ", "\nStep-by-Step Answer:"),
+    "spa_Latn": ("Pregunta: ", "\nRespuesta paso a paso:"),
+    "fra_Latn": ("Question : ", "\nRéponse étape par étape :"),
+    "jpn_Jpan": ("問題： ", "\nステップごとの答え:"),
+    "rus_Cyrl": ("Задача: ", "\nПошаговое решение:"),
+    "swh_Latn": ("Swali: ", "\nJibu la Hatua kwa Hatua:"),
+    "tel_Telu": ("ప్రశ్న: ", "\nదశలవారీగా సమాధానం:"),
+    "tha_Thai": ("โจทย์: ", "\nคำตอบทีละขั้นตอน:"),
+    "zho_Hans": ("问题： ", "\n逐步解答:"),
+}
+
+
+def read_task(name: str, source: TaskSource, data: Path) -> Task:
+    """Read the questions of a recipe's task; paths are relative to the folder `data`.
+
+    Raises `RecipeError` for languages and parts that are not there and for a fingerprint that differs, and
+    `data.CorpusError` for files in another form.
+    """
+    path = data / source.path
+    if source.format != "problems" and not path.exists():
+        raise RecipeError(_not_there(f"tasks.{name}.path", source.path, data))
+    questions = [q for q in _TASKS[source.format](path, source) if source.subset in (None, q.subset)]
+    found = _selected(f"tasks.{name}", questions, source)
+    _check_kind(name, kind_of(source, found), found)
+    _check_fingerprint(f"tasks.{name}", source.sha256, task_fingerprint(found))
+    return Task(name, tuple(found))
+
+
+def read_source(name: str, source: CorpusSource, data: Path, reference: str) -> Corpus:
+    """Read a recipe's corpus, with the errors of `read_task`."""
+    path, where = data / source.path, f"corpora.{name}"
+    if source.format not in ("shipped", "problems") and not path.exists():
+        raise RecipeError(_not_there(f"{where}.path", source.path, data))
+    if source.format == "problems":
+        corpus = demo_problems().subset(source.subset, languages=[reference]).corpus()
+    elif source.format == "records":
+        corpus = _records(path, source.fields, reference)
+    elif source.format == "flores":
+        corpus = Corpus.read_flores(path, source.languages, source.split)
+    else:
+        corpus = read_corpus(None if source.format == "shipped" else path, languages=source.languages)
+    rows = slice(source.skip, None if source.limit is None else source.skip + source.limit)
+    kept = {language: corpus[language][rows] for language in corpus.languages}
+    if reference not in kept or not kept[reference]:
+        raise RecipeError(f"{where} has no text in {reference}, the language of corpora.reference: add it")
+    found = Corpus(corpus.languages, corpus.items[rows], kept, corpus.name)
+    _check_fingerprint(where, source.sha256, corpus_fingerprint(found))
+    return found
+
+
+def task_fingerprint(questions: Iterable[Question]) -> str:
+    """SHA-256 (hex) of questions as they are asked, without the task's name."""
+    return fingerprint([[q.item, q.language, q.prompt, q.answer, q.subset, list(q.choices)] for q in questions])
+
+
+def corpus_fingerprint(corpus: Corpus) -> str:
+    """SHA-256 (hex) of the texts of a corpus."""
+    return fingerprint([list(corpus.items), {language: list(corpus[language]) for language in corpus.languages}])
+
+
+def kind_of(source: TaskSource, questions: Sequence[Question]) -> str:
+    """How the questions are scored: as the recipe says, else as their form suggests."""
+    if source.kind is not None:
+        return source.kind
+    if source.format in ("mgsm", "gsm8k"):
+        return "generate"
+    return "choice" if questions and questions[0].choices else "answer"
+
+
+def _check_kind(name: str, kind: str, questions: Sequence[Question]) -> None:
+    for question in questions if kind == "choice" else ():
+        if question.answer not in question.choices or len(set(question.choices)) < 2:
+            raise RecipeError(
+                f"tasks.{name}.kind is choice, and question {question.item!r} in {question.language} has no choices "
+                "that hold its answer: give them, or take another kind"
+            )
+
+
+def _selected(where: str, questions: Sequence[Question], source: TaskSource) -> list[Question]:
+    """The questions of the languages asked for, without the first `skip` items of each, `limit` of each."""
+    known = tuple(dict.fromkeys(q.language for q in questions))
+    for language in source.languages or ():
+        if language not in known:
+            raise RecipeError(f"{where}.languages: no questions in {language}, there are {', '.join(known) or 'none'}")
+    found: list[Question] = []
+    for language in source.languages or known:
+        mine = [q for q in questions if q.language == language]
+        found += mine[source.skip : None if source.limit is None else source.skip + source.limit]
+    if not found:
+        raise RecipeError(f"{where} has no question left: check subset, category, skip and limit")
+    seen: set[tuple[str, str]] = set()
+    for q in found:
+        if (q.language, q.item) in seen:
+            raise RecipeError(f"{where}: item {q.item!r} comes twice in {q.language}; give every item a key of its own")
+        seen.add((q.language, q.item))
+    return found
+
+
+def _check_fingerprint(where: str, wanted: str | None, found: str) -> None:
+    if wanted is not None and wanted != found:
+        raise RecipeError(f"{where}.sha256 is {wanted}, and the data here have {found}: take the data that were meant")
+
+
+def _not_there(where: str, path: str, data: Path) -> str:
+    return (
+        f"{where}: there is no {path!r} in {data}; name the folder that holds it (--data FOLDER), or its own place "
+        f"(--set {where}=PATH)"
+    )
+
+
+# ---- formats of tasks
+
+
+def _problems(path: Path, source: TaskSource) -> Iterator[Question]:
+    yield from demo_problems().questions
+
+
+def _table(path: Path, source: TaskSource) -> Iterator[Question]:
+    yield from Task.read_tsv(path).questions
+
+
+def _questions(path: Path, source: TaskSource) -> Iterator[Question]:
+    for place, row in _json_rows(path):
+        yield Question(
+            _text(row, "item", place),
+            _text(row, "language", place),
+            _text(row, "prompt", place),
+            _text(row, "answer", place),
+            str(row.get("subset", "")),
+            tuple(map(str, row.get("choices", ()))),
+        )
+
+
+def _mgsm(path: Path, source: TaskSource) -> Iterator[Question]:
+    """A folder of `mgsm_LANGUAGE.tsv`: question, tab, answer; line i is the same problem in every language."""
+    for file, language in _by_language(path, "mgsm_*.tsv", "mgsm_"):
+        before, after = _NATIVE_STEPS.get(language, _NATIVE_STEPS["eng_Latn"])
+        lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+        for number, line in enumerate(lines, 1):
+            question, tab, answer = line.rpartition("\t")
+            if not tab:
+                raise CorpusError(f"{file}, line {number}: no tab between question and answer")
+            yield Question(f"mgsm-{number:03d}", language, f"{before}{question}{after}", answer.strip())
+
+
+def _gsm8k(path: Path, source: TaskSource) -> Iterator[Question]:
+    """JSON lines with `question`, and `answer` that ends with #### and the number; English."""
+    before, after = _NATIVE_STEPS["eng_Latn"]
+    for place, row in _json_rows(path):
+        _, mark, answer = _text(row, "answer", place).rpartition("####")
+        if not mark:
+            raise CorpusError(f"{place}: the answer has no #### before the number")
+        name = f"gsm8k-{place.rpartition(' ')[2].zfill(4)}"
+        yield Question(name, "eng_Latn", f"{before}{_text(row, 'question', place)}{after}", answer.strip())
+
+
+def _belebele(path: Path, source: TaskSource) -> Iterator[Question]:
+    """A folder of `LANGUAGE.jsonl`: the published rows, or rows of a passage with its questions under `items`."""
+    for file, language in _by_language(path, "*.jsonl"):
+        for place, row in _json_rows(file):
+            if "items" not in row:
+                answers = [_text(row, f"mc_answer{number}", place) for number in (1, 2, 3, 4)]
+                item = f"{_text(row, 'link', place)}#{row.get('question_number')}"
+                right = int(_text(row, "correct_answer_num", place)) - 1
+                prompt = _read_and_choose(row["flores_passage"], _text(row, "question", place), answers)
+                yield Question(item, language, prompt, f" {LETTERS[right]}", choices=_SPACED)
+                continue
+            number = place.rpartition(" ")[2]
+            for order, asked in enumerate(row["items"], 1):
+                answers = [answer["text"] for answer in asked["answers"]]
+                right = [bool(answer["correct"]) for answer in asked["answers"]].index(True)
+                prompt = _read_and_choose(_text(row, "text", place), asked["question"], answers)
+                yield Question(f"passage-{number}.{order}", language, prompt, f" {LETTERS[right]}", choices=_SPACED)
+
+
+def _read_and_choose(passage: str, question: str, answers: Sequence[str]) -> str:
+    """The prompt of lm-eval's belebele."""
+    listed = "\n".join(f"{letter}: {answer}" for letter, answer in zip(LETTERS, answers, strict=True))
+    return f"P: {passage}\nQ: {question.strip()}\n{listed}\nAnswer:"
+
+
+def _global_mmlu(path: Path, source: TaskSource) -> Iterator[Question]:
+    """A folder of `LANGUAGE.jsonl` with the published columns; `category` selects by `subject_category`."""
+    for file, language in _by_language(path, "*.jsonl"):
+        for place, row in _json_rows(file):
+            if source.category not in (None, row.get("subject_category")):
+                continue
+            options = [f"{letter}. {_text(row, f'option_{letter.lower()}', place)}" for letter in LETTERS]
+            prompt = "\n".join([_text(row, "question", place).strip(), *options, "Answer:"])
+            answer = f" {_text(row, 'answer', place)}"
+            yield Question(_text(row, "sample_id", place), language, prompt, answer, choices=_SPACED)
+
+
+_SPACED = tuple(f" {letter}" for letter in LETTERS)
+_TASKS: Mapping[str, Callable[[Path, TaskSource], Iterator[Question]]] = {
+    "problems": _problems,
+    "table": _table,
+    "questions": _questions,
+    "mgsm": _mgsm,
+    "gsm8k": _gsm8k,
+    "belebele": _belebele,
+    "global_mmlu": _global_mmlu,
+}
+
+
+# ---- files
+
+
+def _records(path: Path, names: Sequence[str], language: str) -> Corpus:
+    """Texts of JSON records: some of their fields, joined by line breaks."""
+    texts, items = [], []
+    for number, (place, row) in enumerate(_json_rows(path), 1):
+        parts = [str(row[name]).strip() for name in names if str(row.get(name) or "").strip()]
+        if not parts:
+            raise CorpusError(f"{place} has none of the fields {', '.join(names)}: name its fields in the recipe")
+        texts.append("\n".join(parts))
+        items.append(f"{path.stem}-{number:05d}")
+    return Corpus((language,), tuple(items), {language: tuple(texts)}, path.name)
+
+
+def _by_language(folder: Path, pattern: str, prefix: str = "") -> Iterator[tuple[Path, str]]:
+    """The files of a folder, English first, and the FLORES code of each one's language."""
+    named = {path.stem.removeprefix(prefix): path for path in sorted(folder.glob(pattern)) if path.is_file()}
+    if not named:
+        raise CorpusError(f"{folder} has no file {pattern}: give the folder that holds one for each language")
+    found = {FLORES_CODES.get(name, name): path for name, path in named.items()}
+    for language in sorted(found, key=lambda name: (name != "eng_Latn", name)):
+        yield found[language], language
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) of each object of a file of JSON lines or a JSON list; a place ends with the number of the row."""
+    text = path.read_text(encoding="utf-8")
+    if text.lstrip().startswith("["):
+        parts: Iterable[tuple[int, Any]] = enumerate(_parsed(text, str(path)), 1)
+    else:
+        lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+        parts = ((number, _parsed(line, f"{path}, line {number}")) for number, line in lines)
+    for number, row in parts:
+        if not isinstance(row, dict):
+            raise CorpusError(f"{path}, row {number} is no JSON object: write one per line")
+        yield f"{path}, row {number}", row
+
+
+def _parsed(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CorpusError(f"{place} is no JSON ({error.msg}): correct it") from error
+
+
+def _text(row: Mapping[str, Any], name: str, place: str) -> str:
+    if not str(row.get(name) or "").strip():
+        raise CorpusError(f"{place} has no {name!r}: fill it in, or leave the row out")
+    return str(row[name])

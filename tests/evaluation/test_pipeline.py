@@ -1,0 +1,241 @@
+"""A whole small evaluation: what it writes, what it compares, and that interruptions leave no trace."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moe_route.evaluation import (
+    Evaluation,
+    ForeignResultsError,
+    NullPlanError,
+    Recipe,
+    RecipeError,
+    evaluate,
+    pipeline,
+)
+from moe_route.evaluation.stages import STAGES
+from moe_route.steering import Plan
+from moe_route.workload import LanguageModel
+
+Content = Callable[[Path], dict[str, bytes]]
+
+
+def conditions_of(out: Path) -> dict[str, list[dict[str, object]]]:
+    listed = json.loads((out / "evaluate" / "conditions.json").read_text(encoding="utf-8"))["conditions"]
+    return {
+        name: [json.loads(line) for line in (out / "evaluate" / f"{file}.jsonl").read_text("utf-8").splitlines()[1:]]
+        for name, file in listed.items()
+    }
+
+
+def test_every_stage_leaves_its_results(undisturbed: Evaluation, content_of: Content):
+    assert undisturbed.stages == dict.fromkeys(STAGES, "made")
+    names = set(content_of(undisturbed.out))
+    assert {f"{stage}/stage.json" for stage in STAGES} <= names
+    assert {"recipe.json", "record/general.safetensors", "find/experts.json", "report/report.md"} <= names
+    assert not [name for name in names if ".tmp" in name or ".blocks" in name]
+    assert str(undisturbed.out) not in "".join(p.read_text("utf-8") for p in undisturbed.out.rglob("*.json"))
+
+
+def test_all_conditions_answer_the_same_questions_in_the_same_order(undisturbed: Evaluation):
+    lines = conditions_of(undisturbed.out)
+    keys = {
+        name: [(one["task"], one["language"], one["item"], one["prompt"]) for one in of] for name, of in lines.items()
+    }
+    assert len({tuple(of) for of in keys.values()}) == 1
+    left_out = undisturbed.results["results"]["left_out"]
+    expected = {"base", "base again", "null plan", "steered", "layers counted from 1", "layers before", "layers after"}
+    expected |= {"multilingual experts", "random 0", "random 1", "random per token 0", "deactivation", "experts off"}
+    assert expected <= {*lines, *left_out}
+    assert all(left_out.values())
+
+
+def test_the_model_alone_repeats_itself_and_the_null_plan_changes_no_bit(undisturbed: Evaluation):
+    lines = conditions_of(undisturbed.out)
+    assert lines["base"] == lines["base again"] == lines["null plan"]
+    assert lines["base"] != lines["steered"]
+
+
+def test_plans_are_kept_and_their_hashes_are_in_the_headers(undisturbed: Evaluation):
+    folder = undisturbed.out / "evaluate"
+    for path in sorted((folder / "plans").glob("*.json")):
+        header = json.loads((folder / f"{path.stem}.jsonl").read_text("utf-8").splitlines()[0])
+        assert Plan.load(path).hash == header["plan"]
+    assert len(list((folder / "plans").glob("*.json"))) == len(list(folder.glob("*.jsonl"))) - 2  # base twice
+
+
+def test_the_sweep_sees_even_items_and_the_tables_odd_ones(undisturbed: Evaluation, small: Recipe):
+    lines = conditions_of(undisturbed.out)
+    items = list(dict.fromkeys(sorted(str(one["item"]) for one in lines["base"] if one["task"] == "sums")))
+    swept = (undisturbed.out / "sweep" / "base.jsonl").read_text("utf-8").splitlines()[1:]
+    assert {json.loads(line)["item"] for line in swept} == set(items[0::2])
+    task = undisturbed.results["results"]["tasks"]["sums"]
+    assert task["main_items"] == "odd"
+    odd = [one["correct"]["exact"] for one in lines["steered"] if one["task"] == "sums" and one["item"] in items[1::2]]
+    assert task["comparisons"]["odd"]["exact"]["steered"]["accuracy"] == pytest.approx(sum(odd) / len(odd))
+    assert "tuned on test" in undisturbed.report
+    best = max(p["accuracy"] for p in undisturbed.results["results"]["sweep"] if p["setting"])
+    chosen = undisturbed.results["results"]["settings"]["chosen"]["shown"]
+    assert {p["name"]: p["accuracy"] for p in undisturbed.results["results"]["sweep"]}[chosen] == best
+
+
+def test_teacher_forcing_agrees_with_generation(undisturbed: Evaluation):
+    lines = conditions_of(undisturbed.out)["base"]
+    forced = {(o["item"], o["language"]): o["correct"]["exact"] for o in lines if o["task"] == "sums"}  # type: ignore[index]
+    written = [one for one in lines if one["task"] == "written"]
+    assert len(written) == 4
+    for one in written:
+        assert set(one["correct"]) == {"flexible-extract", "normalized"}  # type: ignore[arg-type]
+        if forced[one["item"], one["language"]]:  # the answer comes first, whatever is written after it
+            assert str(one["output"]).strip()
+            assert 0 < one["tokens"] <= 4  # type: ignore[operator]
+
+
+def test_a_second_run_keeps_everything(
+    undisturbed: Evaluation, small: Recipe, spoken: LanguageModel, content_of: Content, monkeypatch: pytest.MonkeyPatch
+):
+    before = content_of(undisturbed.out)
+    monkeypatch.setattr(pipeline, "ask", lambda *_: pytest.fail("asked again"))
+    again = evaluate(small, undisturbed.out, spoken=spoken)
+    assert again.stages == dict.fromkeys(STAGES, "kept")
+    assert again.results == undisturbed.results
+    assert content_of(undisturbed.out) == before
+
+
+def test_ending_at_batch_boundaries_leaves_no_trace(
+    undisturbed: Evaluation, small: Recipe, spoken: LanguageModel, content_of: Content, tmp_path: Path
+):
+    out, ended = tmp_path / "results", 0
+    while True:
+        checks = iter(range(7 + 5 * ended))
+        done = evaluate(small, out, spoken=spoken, stop=lambda checks=checks: next(checks, None) is None)
+        if not done.interrupted:
+            break
+        assert done.results is None
+        assert list(done.stages.values())[-1] == "interrupted"
+        ended += 1
+    assert ended >= 5
+    assert content_of(out) == content_of(undisturbed.out)
+
+
+def test_errors_in_the_middle_of_a_batch_leave_no_trace(
+    undisturbed: Evaluation,
+    small: Recipe,
+    spoken: LanguageModel,
+    content_of: Content,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    asked, calls = pipeline.ask, [0]
+
+    def failing(*given: object) -> list[dict[str, object]]:
+        calls[0] += 1
+        if calls[0] % 17 == 0:
+            raise KeyboardInterrupt
+        return asked(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pipeline, "ask", failing)
+    out, failures = tmp_path / "results", 0
+    while True:
+        try:
+            evaluate(small, out, spoken=spoken)
+            break
+        except KeyboardInterrupt:
+            failures += 1
+            torn = max((out / "evaluate").glob("*.jsonl"), key=lambda p: p.stat().st_mtime_ns, default=None)
+            if torn is not None:
+                with open(torn, "ab") as stream:
+                    stream.write(b'{"task": "sums", "langu')
+    assert failures >= 3
+    assert content_of(out) == content_of(undisturbed.out)
+
+
+def test_results_of_other_inputs_are_not_overwritten(
+    undisturbed: Evaluation, small: Recipe, spoken: LanguageModel, tmp_path: Path
+):
+    out = shutil.copytree(undisturbed.out, tmp_path / "results")
+    other = replace(small, seeds=replace(small.seeds, random=7))
+    with pytest.raises(ForeignResultsError, match=r"evaluate holds results of other inputs \(conditions.*--fresh"):
+        evaluate(other, out, spoken=spoken)
+    (out / "sweep" / "base.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(ForeignResultsError, match="removed or altered"):
+        evaluate(small, out, spoken=spoken)
+
+
+def test_analysis_is_made_again_without_the_model(
+    undisturbed: Evaluation, small: Recipe, spoken: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = shutil.copytree(undisturbed.out, tmp_path / "results")
+    monkeypatch.setattr(pipeline, "ask", lambda *_: pytest.fail("asked again"))
+    done = evaluate(replace(small, seeds=replace(small.seeds, bootstrap=1)), out, spoken=spoken)
+    assert [name for name, what in done.stages.items() if what == "made"] == ["analyze", "report"]
+    assert json.loads((out / "recipe.json").read_text("utf-8"))["seeds"]["bootstrap"] == 1
+
+
+def test_fresh_starts_again_and_removes_nothing_else(
+    undisturbed: Evaluation, small: Recipe, spoken: LanguageModel, tmp_path: Path
+):
+    out = shutil.copytree(undisturbed.out, tmp_path / "results")
+    (out / "notes.txt").write_text("mine", encoding="utf-8")
+    done = evaluate(small, out, spoken=spoken, fresh=True, stop=lambda: True)
+    assert done.interrupted
+    assert sorted(path.name for path in out.iterdir()) == ["notes.txt", "recipe.json", "record"]
+
+
+def test_a_folder_with_other_files_is_refused(small: Recipe, spoken: LanguageModel, tmp_path: Path):
+    (tmp_path / "thesis.tex").write_text("x", encoding="utf-8")
+    with pytest.raises(ForeignResultsError, match=r"it holds thesis\.tex"):
+        evaluate(small, tmp_path, spoken=spoken, fresh=True)
+
+
+def test_a_null_plan_that_changes_answers_ends_the_run(
+    small: Recipe, spoken: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked, seen = pipeline.ask, [0]
+
+    def disturbed(*given: object) -> list[dict[str, object]]:
+        records = asked(*given)  # type: ignore[arg-type]
+        seen[0] += 1
+        return (
+            [{**one, "nats": seen[0] / 7} for one in records]
+            if (tmp_path / "r/evaluate/null-plan.jsonl").exists()
+            else records
+        )
+
+    monkeypatch.setattr(pipeline, "ask", disturbed)
+    with pytest.raises(NullPlanError, match="steers no token changed"):
+        evaluate(replace(small, sweep=type(small.sweep)()), tmp_path / "r", spoken=spoken)
+
+
+def test_without_a_sweep_all_items_are_reported(
+    small: Recipe, spoken: LanguageModel, undisturbed: Evaluation, tmp_path: Path
+):
+    plain = replace(
+        small, sweep=type(small.sweep)(), controls=replace(small.controls, random=0, random_per_token=0, run=())
+    )
+    done = evaluate(plain, tmp_path / "r", spoken=spoken)
+    assert done.results is not None
+    assert done.results["results"]["tasks"]["sums"]["main_items"] == "all"
+    assert set(done.results["results"]["conditions"]) == {"base", "base again", "null plan", "steered"}
+    assert "tuned on test" not in done.report
+    mine, whole = (
+        r["results"]["tasks"]["sums"]["comparisons"]["all"]["exact"]["base"]
+        for r in (done.results, undisturbed.results)
+    )
+    assert mine == whole
+
+
+def test_layers_that_the_model_lacks_are_refused(small: Recipe, spoken: LanguageModel, tmp_path: Path):
+    steer = replace(small.steer, layers=(8, 35))
+    with pytest.raises(RecipeError, match=r"steer\.layers is \[8, 35\].*8 MoE layers"):
+        evaluate(replace(small, steer=steer), tmp_path / "r", spoken=spoken)
+    with pytest.raises(RecipeError, match=r"no task expert in layers 2-5 at find\.tau 0\.99: lower it"):
+        evaluate(
+            replace(small, find=replace(small.find, tau=0.99), sweep=type(small.sweep)()), tmp_path / "s", spoken=spoken
+        )

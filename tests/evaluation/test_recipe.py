@@ -1,0 +1,105 @@
+"""Recipes: the shipped ones, and errors that name the key and the fix."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moe_route.evaluation import RecipeError, parse_assignment, read_recipe, shipped_recipes
+from moe_route.recipes import RECIPES
+
+PUBLISHED = [name for name in shipped_recipes() if name != "demo"]
+
+
+def test_there_is_a_recipe_for_each_model_and_task_of_the_paper():
+    assert set(PUBLISHED) == {
+        f"{model}-{task}" for model in ("qwen3-30b-a3b", "phi-3.5-moe", "gpt-oss-20b") for task in ("mgsm", "medical")
+    }
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shipped_recipes_are_the_published_settings(name: str):
+    recipe, published = read_recipe(name), RECIPES[_published_name(name)]
+    assert recipe.model.id == published.model
+    assert recipe.find.tau == published.threshold
+    assert recipe.steer.layers == (published.first, published.last)
+    assert recipe.steer.kind == published.kind
+    assert published.strength in (None, recipe.steer.strength)
+    assert recipe.controls.random == recipe.controls.random_per_token == 5
+    assert recipe.find.tau in recipe.sweep.tau
+    assert recipe.model.dequantize == (recipe.model.id == "openai/gpt-oss-20b")
+    json.dumps(recipe.to_dict())
+
+
+def _published_name(name: str) -> str:
+    model, _, task = name.rpartition("-")
+    return f"paper/{model}/{'medicine' if task == 'medical' else task}"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_model_on_the_hub_must_be_pinned(name: str):
+    with pytest.raises(RecipeError, match=r"model\.revision is missing.*--set model\.revision"):
+        read_recipe(name).model.check_pinned()
+    read_recipe(name, {"model.revision": "0" * 40}).model.check_pinned()
+    with pytest.raises(RecipeError, match="no commit hash"):
+        read_recipe(name, {"model.revision": "main"})
+
+
+def test_the_shipped_model_has_no_revision():
+    with pytest.raises(RecipeError, match="leave it out"):
+        read_recipe("demo", {"model.revision": "0" * 40}).model.check_pinned()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("steer.strenght", 1.0, "no key steer.strenght: did you mean strength"),
+        ("steer.kind", "harder", "steer.kind is 'harder': choose 'soft' or 'hard'"),
+        ("steer.layers", [5], r"steer.layers is \[5\]: give a list"),
+        ("steer.layers", [5, 2], "counted upwards from 0"),
+        ("steer.layer_base", True, "steer.layer_base is True"),
+        ("steer.strength", "strong", "steer.strength is 'strong': give a number"),
+        ("find.tau", 40, "find: tau is 40"),
+        ("tasks", {}, r"add a table \[tasks.NAME\]"),
+        ("tasks.sums.limit", 0, "tasks.sums: skip must be 0 or more, and limit 1"),
+        ("tasks.sums.format", "mgsm", "tasks.sums: path is missing"),
+        ("tasks.sums.path", "x", "leave path out"),
+        ("controls.run", ["nothing"], "there is no control 'nothing'"),
+        ("sweep.task", "other", "sweep.task is 'other': there are sums, written"),
+        ("chat.enable_thinking", False, "set template = true"),
+        ("model", {}, r"the recipe lacks model.id: add it \(a text\)"),
+        ("corpora.general.format", "flores", "corpora.general: path is missing"),
+    ],
+)
+def test_errors_name_the_key_and_the_fix(key: str, value: object, words: str):
+    with pytest.raises(RecipeError, match=words):
+        read_recipe("demo", {key: value})
+
+
+def test_special_tokens_of_a_template_do_not_come_twice():
+    with pytest.raises(RecipeError, match="would come twice"):
+        read_recipe("demo", {"chat.template": True})
+
+
+def test_other_names_and_files_are_refused(tmp_path: Path):
+    with pytest.raises(RecipeError, match=r"there is no recipe 'dmeo'.*demo"):
+        read_recipe("dmeo")
+    (tmp_path / "broken.toml").write_text("title = ", encoding="utf-8")
+    with pytest.raises(RecipeError, match="is no TOML file"):
+        read_recipe(tmp_path / "broken.toml")
+
+
+def test_assignments():
+    assert parse_assignment("steer.strength=1.5") == ("steer.strength", 1.5)
+    assert parse_assignment("steer.layers=[1, 2]") == ("steer.layers", [1, 2])
+    assert parse_assignment("model.id=some/folder") == ("model.id", "some/folder")
+    with pytest.raises(RecipeError, match="KEY=VALUE"):
+        parse_assignment("steer.strength")
+    with pytest.raises(RecipeError, match="title is a value"):
+        read_recipe("demo", {"title.x": 1})
+
+
+def test_whole_numbers_are_numbers():
+    assert read_recipe("demo", {"steer.strength": 1}).steer.strength == 1.0
