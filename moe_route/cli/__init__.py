@@ -51,7 +51,22 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"moe-route {__version__}")
     verbs = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (describe, record, convert, analyze, plot, plan, steer, experiment, prune, eval, lm_eval, report, demo, doctor):
+    for module in (
+        describe,
+        record,
+        convert,
+        analyze,
+        plot,
+        plan,
+        steer,
+        experiment,
+        prune,
+        eval,
+        lm_eval,
+        report,
+        demo,
+        doctor,
+    ):
         module.add(verbs)
     completion.add(verbs, whole)
     return whole
