@@ -22,13 +22,13 @@ from text import ENGLISH, tag
 from moe_route import Plan, analysis
 from moe_route.analysis.bootstrap import draw_items, interval_of, resampled_means
 from moe_route.data import Question, Task
+from moe_route.demo.task_experts import find_task_experts
 from moe_route.recording import RoutingStatistics
 from moe_route.routed import RoutedModel
 from moe_route.workload import LanguageModel, Text, record_texts, texts_of
 
 OTHERS = tuple(language for language in LANGUAGES if language != ENGLISH)
-THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of task experts
-THRESHOLD = 0.3  # of those that are switched off
+COUNTED = (0.1, 0.2, 0.3, 0.4, 0.5)  # thresholds at which task experts are counted
 SINGLE_LAYERS = (0, 1)  # layers whose experts are switched off one by one
 FEW = 20  # questions per language where many runs are made
 TOKENS = (3, 60)  # shortest and longest sentence of the other language
@@ -232,7 +232,7 @@ def task_experts_off(
 ) -> dict[str, Any]:
     """Find the experts of the task in English, switch them off in every language, and compare with random experts.
 
-    Changes are with the experts off minus with all experts: exact match and nats per answer on problems that English
+    The threshold is that of the demo (`moe_route.demo`). Changes are with the experts off minus with all experts: exact match and nats per answer on problems that English
     alone saw, nats per token on general text. Random experts are as many of the same layers, drawn from all experts of
     the layer; they are judged on the first `few` questions of each language, and so are the task experts once more.
     """
@@ -242,12 +242,13 @@ def task_experts_off(
     general = record(language_model, routed, [one for one in finding if one.group == ENGLISH])
     selections = {
         threshold: analysis.task_experts(task, general, threshold=threshold, group=ENGLISH, baseline_group=ENGLISH)
-        for threshold in THRESHOLDS
+        for threshold in COUNTED
     }
-    found = selections[THRESHOLD]
+    chosen = find_task_experts(task, general)
+    found = chosen.experts
     counts = {str(threshold): sum(map(len, one.values())) for threshold, one in selections.items()}
     result = {
-        "threshold": THRESHOLD,
+        "threshold": chosen.threshold,
         "count": counts,
         "experts": {str(layer): list(ids) for layer, ids in found.items()},
     }

@@ -19,10 +19,12 @@ from moe_route.recording import RoutingStatistics
 from moe_route.steering import ExpertSelection, Plan
 from moe_route.texttable import number_of, table
 
-__all__ = ["THRESHOLDS", "TaskExperts", "TaskExpertsOff", "find_task_experts", "switch_task_experts_off"]
+__all__ = ["FEWEST", "THRESHOLDS", "TaskExperts", "TaskExpertsOff", "find_task_experts", "switch_task_experts_off"]
 
-# Published thresholds are between 0.25 and 0.5. A lower one serves only where 0.3 finds no expert.
+# Published thresholds are between 0.25 and 0.5. A lower one serves only where 0.3 finds fewer than `FEWEST` experts:
+# of training seeds alike in skill, one may have its task in two experts above 0.3, another in ten above 0.2.
 THRESHOLDS = (0.3, 0.2, 0.1)
+FEWEST = 5
 SAMPLED = 12  # problems of each subset, and sentences, on which random sets are measured
 _NO_SKILL = 0.05  # exact match below which there is hardly anything to lose
 
@@ -33,20 +35,25 @@ class TaskExperts:
 
     Attributes:
         experts: those above the threshold.
-        threshold: the largest of `THRESHOLDS` that finds one, else the smallest.
+        threshold: the largest of `THRESHOLDS` that finds `FEWEST`, else the largest that finds one, else the smallest.
         counts: threshold -> number of experts above it.
         total: number of experts of the model, over all layers.
+        others: the experts above each other threshold that finds some.
     """
 
     experts: ExpertSelection
     threshold: float
     counts: Mapping[float, int]
     total: int
+    others: Mapping[float, ExpertSelection] = field(default_factory=dict)
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} above {threshold:g}" for threshold, count in self.counts.items())
         places = ", ".join(f"L{layer}E{expert}" for layer, ids in self.experts.items() for expert in ids)
-        chosen = f"Taken are those above {self.threshold:g}: {places}." if self.experts else ""
+        chosen = ""
+        if self.experts:
+            rule = f", the largest threshold that finds {FEWEST}" if len(self.experts) >= FEWEST else ""
+            chosen = f"Taken are those above {self.threshold:g}{rule}: {places}."
         return paragraph(
             "A task expert is chosen more often in English problems that every language saw than in general English,",
             f"by more than a threshold: {counts}, of {self.total}.",
@@ -66,9 +73,12 @@ class TaskExperts:
 def find_task_experts(task: RoutingStatistics, general: RoutingStatistics) -> TaskExperts:
     """Find the task experts of English. Only routing of English text decides: no loss and no other language."""
     found = {t: task_experts(task, general, threshold=t, group=PIVOT) for t in THRESHOLDS}
-    threshold = next((t for t, experts in found.items() if experts), THRESHOLDS[-1])
+    enough = [t for t, experts in found.items() if len(experts) >= FEWEST]
+    some = [t for t, experts in found.items() if experts]
+    threshold = next(iter(enough or some), THRESHOLDS[-1])
     counts = {t: len(experts) for t, experts in found.items()}
-    return TaskExperts(found[threshold], threshold, counts, sum(general.num_experts))
+    others = {t: found[t] for t in some if t != threshold}
+    return TaskExperts(found[threshold], threshold, counts, sum(general.num_experts), others)
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,8 @@ class TaskExpertsOff:
         shares: float64 [sets], the share of the task experts that each set holds.
         sampled: number of problems, and of sentences, on which random sets are measured.
         matches: change of exact match on the sampled items, float64 [1 + sets, languages]; first the task experts.
+        others: threshold -> change of exact match, and of the loss of general text in nats per token, on the sampled
+            items with the experts above another threshold off.
     """
 
     found: TaskExperts
@@ -99,6 +111,7 @@ class TaskExpertsOff:
     shares: np.ndarray = field(default_factory=lambda: np.zeros(0))
     sampled: tuple[int, int] = (0, 0)
     matches: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    others: Mapping[float, tuple[Difference, Difference]] = field(default_factory=dict)
 
     @cached_property
     def change(self) -> Difference:
@@ -149,6 +162,7 @@ class TaskExpertsOff:
             str(self.found),
             self._table(),
             self._by_subset(),
+            *self._at_other_thresholds(),
         ]
         return "\n\n".join([*parts, self._sets_table()] if self.sets else parts)
 
@@ -199,6 +213,14 @@ class TaskExpertsOff:
             parts.append(f"{subset} {told(self.after.of(at).change_of_match(self.before.of(at)))}")
         return paragraph(f"Change of exact match by subset: {', '.join(parts)}.")
 
+    def _at_other_thresholds(self) -> list[str]:
+        parts = [
+            f"{number_of(self.found.counts[threshold], 'expert')} above {threshold:g} off, exact match {told(match)}, "
+            f"text {told(text, 3)}"
+            for threshold, (match, text) in self.others.items()
+        ]
+        return [paragraph(f"At other thresholds, on the sampled items: {'; '.join(parts)}.")] if parts else []
+
     def _sets_table(self) -> str:
         measures = list(self.sets.values())
         random = np.array([one.random for one in measures])
@@ -247,6 +269,10 @@ class TaskExpertsOff:
             "sampled": {"problems": self.sampled[0], "sentences": self.sampled[1]},
             "random_sets": {measure: one.to_dict() for measure, one in self.sets.items()},
             "shares_of_task_experts": plain(self.shares),
+            "other_thresholds": {
+                f"{threshold:g}": dict(zip((names[0], names[2]), (one.to_dict() for one in changes), strict=True))
+                for threshold, changes in self.others.items()
+            },
         }
 
 
@@ -277,11 +303,17 @@ def switch_task_experts_off(
     after = run.answers(problems, "task experts off", plan)
     text_after = run.losses(general, "task experts off, text", plan)
     result = (found, problems.languages, subsets, before, after, text_before, text_after)
-    plans, enumerated = random_sets(plan, draws)
-    if not plans:
-        return TaskExpertsOff(*result)
     few, at = sample_task(problems, SAMPLED)
     some, text_at = sample_corpus(general, SAMPLED)
+    others = {}
+    for threshold, experts in found.others.items():
+        scored = run.answers(few, f"experts above {threshold:g} off", Plan.forbid(experts))
+        lost = run.losses(some, f"experts above {threshold:g} off, text", Plan.forbid(experts))
+        others[threshold] = (scored.change_of_match(before.of(at)), lost.change(text_before.of(text_at)))
+    sampled = (len(at), len(text_at))
+    plans, enumerated = random_sets(plan, draws)
+    if not plans:
+        return TaskExpertsOff(*result, sampled=sampled, others=others)
     scores = [run.answers(few, f"random set {i}", one) for i, one in enumerate(plans, 1)]
     texts = [run.losses(some, f"random set {i}, text", one) for i, one in enumerate(plans, 1)]
     ones = np.ones_like(before.correct[at])
@@ -298,7 +330,7 @@ def switch_task_experts_off(
         for measure, changed, random, natural, weights, larger in asked
     }
     changes = np.concatenate([off.correct[None], matches]).mean(1) - base.correct.mean(0)
-    return TaskExpertsOff(*result, sets, shares_of(plans, found.experts), (len(at), len(text_at)), changes)
+    return TaskExpertsOff(*result, sets, shares_of(plans, found.experts), sampled, changes, others)
 
 
 def _signed(values: Any, digits: tuple[int, ...]) -> list[str]:
