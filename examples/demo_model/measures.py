@@ -232,9 +232,10 @@ def task_experts_off(
 ) -> dict[str, Any]:
     """Find the experts of the task in English, switch them off in every language, and compare with random experts.
 
-    The threshold is that of the demo (`moe_route.demo`). Changes are with the experts off minus with all experts: exact match and nats per answer on problems that English
-    alone saw, nats per token on general text. Random experts are as many of the same layers, drawn from all experts of
-    the layer; they are judged on the first `few` questions of each language, and so are the task experts once more.
+    The threshold is that of the demo (`moe_route.demo`). Changes are with the experts off minus with all experts: exact
+    match and nats per answer on problems that English alone saw, nats per token on general text. Random experts are as
+    many of the same layers, drawn from all experts of the layer; they are judged on the first `few` questions of each
+    language, and so are the task experts once more.
     """
     sentences = material.sentences
     finding, measuring = ([one for one in sentences if _number(one) % 2 == half] for half in (0, 1))
