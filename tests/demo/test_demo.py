@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from moe_route.demo.measurement import Losses, Measurement, Scores, sample_corpu
 from moe_route.demo.raising import Raising, raising_plans
 from moe_route.demo.random_sets import beside_random_sets, random_sets, shares_of
 from moe_route.demo.skill import Share, Skill, shares_in_training
-from moe_route.demo.task_experts import THRESHOLDS, TaskExperts, TaskExpertsOff
+from moe_route.demo.task_experts import THRESHOLDS, TaskExperts, TaskExpertsOff, find_task_experts
 from moe_route.demo.wording import WIDTH
 from moe_route.steering import ExpertSelection, Plan
 from moe_route.workload import LanguageModel
@@ -117,6 +119,32 @@ class TestTaskExpertsOff:
         by_language = [match.value for match, _, _ in found.by_language]
         assert np.mean(by_language) == pytest.approx(found.change.value)
         assert "no other experts" in str(found)
+
+    @pytest.mark.parametrize(
+        ("counts", "threshold"),
+        [((6, 9, 20), 0.3), ((1, 9, 20), 0.2), ((0, 2, 4), 0.2), ((0, 0, 0), 0.1), ((1, 2, 5), 0.1)],
+    )
+    def test_the_threshold_is_the_largest_that_finds_five(self, monkeypatch, counts, threshold):
+        """A single expert above the largest threshold is no set; where five are nowhere, one is enough."""
+        sizes = dict(zip(THRESHOLDS, counts, strict=True))
+        monkeypatch.setattr(
+            "moe_route.demo.task_experts.task_experts",
+            lambda *_, threshold, **__: ExpertSelection({0: range(sizes[threshold])} if sizes[threshold] else {}),
+        )
+        found = find_task_experts(SimpleNamespace(), SimpleNamespace(num_experts=[64]))
+        assert found.threshold == threshold
+        assert len(found.experts) == sizes[threshold]
+        assert {t: len(one) for t, one in found.others.items()} == {
+            t: n for t, n in sizes.items() if n and t != threshold
+        }
+        assert ("the largest threshold that finds 5" in " ".join(str(found).split())) is (len(found.experts) >= 5)
+
+    def test_other_thresholds_stand_beside(self):
+        fewer = (scores(0.4).change_of_match(scores(0.8)), losses().change(losses()))
+        found = replace(self.outcome(0.2), others={0.2: fewer})
+        assert "6 experts above 0.2 off" in str(found)
+        assert found.to_dict()["other_thresholds"]["0.2"]["exact_match"]["value"] == pytest.approx(fewer[0].value)
+        assert "At other thresholds" not in str(self.outcome(0.2))
 
     def test_without_task_experts_there_is_nothing_to_switch_off(self):
         none = TaskExperts(ExpertSelection({}), 0.1, dict.fromkeys(THRESHOLDS, 0), 128)
