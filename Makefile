@@ -2,10 +2,12 @@
 # Needs Python >= 3.10 with venv, make and a C++20 compiler.
 #   make TORCH="torch==2.13.0 --index-url URL"   another torch build        make PYTHON=python3.12   another Python
 #   make test JOBS=1                             tests in one process
+#   make demo DRAWS=9                            9 random sets beside the first finding instead of 99: faster
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 JOBS ?= $(shell nproc)
+DRAWS ?= 99
 BIN := $(VENV)/bin
 # Errors only: neither progress nor warnings about the configuration of indexes.
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install
@@ -37,7 +39,7 @@ $(VENV)/.with-%: $(VENV)/.built
 	@touch $@
 
 demo: build
-	@$(BIN)/moe-route demo --out demo
+	@$(BIN)/moe-route demo --draws $(DRAWS) --out demo
 
 test: $(VENV)/.with-test emulated
 	MOE_ROUTE_REQUIRE_EMULATED=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile tests
