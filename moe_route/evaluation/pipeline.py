@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from moe_route import files
 from moe_route.analysis import multilingual_experts, task_experts
 from moe_route.data import Corpus
 from moe_route.evaluation.conditions import (
@@ -29,6 +30,7 @@ from moe_route.evaluation.conditions import (
     published_setting,
     sweep_settings,
 )
+from moe_route.evaluation.effect_tables import effect_tables
 from moe_route.evaluation.lines import Key, ResultLines
 from moe_route.evaluation.measure import AskedTask, ask, scorers_of
 from moe_route.evaluation.recipe import Recipe
@@ -415,8 +417,7 @@ class _Run:
             model = {"id": self.recipe.model.id, **self.model}
             content = {"title": self.recipe.title, "model": model, "recipe": recipe, "results": results}
             write_json(stage.folder / "report.json", content)
-            from moe_route import files
-
+            write_json(stage.folder / "tables.json", effect_tables(content))
             with files.replacing(stage.folder / "report.md") as stream:
                 stream.write(markdown(content).encode())
             self.finish(stage)

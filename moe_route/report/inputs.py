@@ -69,9 +69,11 @@ def read(paths: Iterable[str | os.PathLike[str]]) -> Inputs:
 
 def _read(path: Path) -> tuple[str, Any]:
     if path.is_dir():
-        if not (path / TABLES_FILE).is_file():
+        # `moe-route eval` writes its tables into the folder of its last stage
+        tables = next((one for one in (path / TABLES_FILE, path / "report" / TABLES_FILE) if one.is_file()), None)
+        if tables is None:
             raise ValueError(f"{path} has no {TABLES_FILE}: name files, or a folder of results")
-        return "results", read_results(path / TABLES_FILE)
+        return "results", read_results(tables)
     if path.suffix in (".tsv", ".txt"):
         return "scores", _scores(path)
     if not files.is_json(path):

@@ -20,6 +20,7 @@ from moe_route.evaluation import (
     pipeline,
 )
 from moe_route.evaluation.stages import STAGES
+from moe_route.report import read as read_inputs
 from moe_route.steering import Plan
 from moe_route.workload import LanguageModel
 
@@ -239,3 +240,17 @@ def test_layers_that_the_model_lacks_are_refused(small: Recipe, spoken: Language
         evaluate(
             replace(small, find=replace(small.find, tau=0.99), sweep=type(small.sweep)()), tmp_path / "s", spoken=spoken
         )
+
+
+def test_the_html_page_takes_its_tables_from_the_folder(undisturbed: Evaluation):
+    """`moe-route report FOLDER` shows the changes that the report of the evaluation has."""
+    tables = read_inputs([undisturbed.out]).results
+    tasks = undisturbed.results["results"]["tasks"]
+    assert len(tables) == sum(len(task["scorers"]) for task in tasks.values())
+    task = next(iter(tasks.values()))
+    compared = task["comparisons"][task["main_items"]][task["scorers"][0]]
+    rows = {row[0]: row for row in tables[0].rows}
+    assert rows.keys() == compared.keys() - {"base", "base again", "null plan"}
+    for condition, (_, accuracy, *change) in rows.items():
+        assert accuracy == compared[condition]["accuracy"]
+        assert change == [compared[condition]["change"][key] for key in ("value", "low", "high")]
