@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -264,7 +265,10 @@ class RoutedModel:
         finally:
             self._end_steering(block)  # continues where an interrupt stopped the first attempt
 
-    def _end_steering(self, block: object) -> None:
+    def _end_steering(self, block: object, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # A block still open when the interpreter ends is closed after its modules are gone: nothing is left to steer.
+        if finalizing():
+            return
         if block in self._plans or not self._applied:
             self._apply({other: plan for other, plan in self._plans.items() if other is not block})
 

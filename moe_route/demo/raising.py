@@ -116,8 +116,10 @@ class Raising:
         }
 
 
-def raising_plans(experts: ExpertSelection, layers: int) -> dict[str, Plan]:
+def raising_plans(experts: ExpertSelection, layers: int, top_k: int) -> dict[str, Plan]:
     """The plans to measure by name, the published strength in all layers first; empty without experts.
+
+    A token has no room for more than `top_k` forced experts per layer: those with the lowest ids are forced on.
 
     Plans of the middle layers, which the paper steers, and of the others are left out where these hold no expert, or
     all of them.
@@ -126,7 +128,7 @@ def raising_plans(experts: ExpertSelection, layers: int) -> dict[str, Plan]:
         return {}
     soft = STRENGTHS[0]
     found = {f"+{strength:g}": Plan.activate(experts, strength=strength) for strength in STRENGTHS}
-    found["forced on"] = Plan.force_on(experts)
+    found["forced on"] = Plan.force_on({layer: ids[:top_k] for layer, ids in experts.items()})
     middle = middle_layers(layers)
     others = [layer for layer in range(layers) if layer not in middle]
     parts: dict[str, Sequence[int]] = {f"layers {span(middle)}": middle, "other layers": others}
@@ -151,7 +153,7 @@ def raise_task_experts(
         before: how these are answered.
         draws: number of random sets, at most `DRAWS`.
     """
-    plans = raising_plans(experts, layers)
+    plans = raising_plans(experts, layers, min(router.top_k for router in run.routed.routers))
     after = {plan: run.answers(problems, f"task experts {plan}", made) for plan, made in plans.items()}
     if not plans:
         return Raising(experts, problems.languages, before)

@@ -13,7 +13,7 @@ from scipy.spatial.distance import squareform
 
 from moe_route import analysis
 from moe_route.analysis import AnalysisError
-from moe_route.analysis.similarity import _leaves
+from moe_route.analysis.similarity import leaves
 
 LENGTHS = {"en": 25, "de": 30, "sw": 20}
 
@@ -80,7 +80,7 @@ def test_trees_are_those_of_scipy():
         expected = hierarchy.linkage(squareform(d), "average")
         found = analysis.average_linkage(d)
         np.testing.assert_allclose(found, expected)
-        assert sorted(_leaves(found)) == list(range(9))
+        assert sorted(leaves(found)) == list(range(9))
     with pytest.raises(AnalysisError, match="symmetric"):
         analysis.average_linkage(np.arange(4.0).reshape(2, 2))
 

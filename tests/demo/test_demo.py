@@ -293,14 +293,14 @@ class TestAssociation:
 
 class TestRaising:
     def test_plans_and_their_controls(self):
-        found = raising_plans(EXPERTS, 8)
+        found = raising_plans(EXPERTS, 8, 1)
         assert list(found) == ["+0.5", "+1", "forced on", "+0.5, layers 2-5", "+0.5, other layers", "-0.5"]
         assert found["+0.5"] == Plan.activate(EXPERTS, strength=0.5)
         assert found["+0.5, layers 2-5"] == Plan.activate(EXPERTS.restrict(range(2, 6)), strength=0.5)
         assert found["-0.5"] == Plan.deactivate(EXPERTS, strength=0.5)
-        inside = raising_plans(ExpertSelection({3: [1]}, num_experts=[16] * 8), 8)
+        inside = raising_plans(ExpertSelection({3: [1]}, num_experts=[16] * 8), 8, 2)
         assert list(inside) == ["+0.5", "+1", "forced on", "-0.5"]
-        assert raising_plans(ExpertSelection({}), 8) == {}
+        assert raising_plans(ExpertSelection({}), 8, 2) == {}
 
     def test_the_sentence_follows_the_interval(self):
         def raised(after: float) -> str:
