@@ -1,6 +1,7 @@
 """Train the demonstration model of moe-route: a small multilingual Mixture-of-Experts language model, from scratch.
 
     python examples/demo_model/train.py --data DATA/tatoeba --out OUT --seed 0
+    python examples/demo_model/train.py --data DATA/tatoeba --out LONGER --seed 0 --from OUT
 
 DATA/tatoeba holds the Tatoeba Challenge test sets, one file per language (eng-rus.tsv, eng-deu.tsv, ...), one pair per
 line, English<TAB>other. The model is a Qwen3-MoE of 5.3 million parameters: 8 sparse layers, 16 experts, top-2. It
@@ -10,7 +11,9 @@ learns from sentences of ten languages, translations, sentences with words of tw
 The balance of the experts is asked of every layer by itself; `load_balancing_loss_func` of transformers adds up the
 layers first, so that single layers may collapse (issue 28255 of transformers).
 
-OUT receives the model in bfloat16, the tokenizer, held_out.json and training.json; judge.py judges them.
+OUT receives the model in bfloat16, the tokenizer, held_out.json and training.json; judge.py judges them. With `--from`,
+training goes on from the weights of an earlier run: a new optimizer, a new schedule, other documents, the low balance
+coefficient from the start. training.json then counts both runs and lists them under "runs".
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import json
 import math
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +136,23 @@ def _write(path: Path, content: object) -> None:
     os.replace(partial, path)
 
 
+def read_earlier(folder: Path, model: Qwen3MoeForCausalLM, tokenizer: Tokenizer, seed: int) -> dict[str, Any]:
+    """Load the weights of an earlier run into `model`, and return its training.json.
+
+    Raises ValueError if that run had another seed (and so another order of the shares) or another tokenizer.
+    """
+    report: dict[str, Any] = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    if report["seed"] != seed:
+        raise ValueError(f"{folder} was trained with --seed {report['seed']}, not {seed}")
+    vocabulary = PreTrainedTokenizerFast.from_pretrained(folder).get_vocab()
+    if vocabulary != tokenizer.get_vocab():
+        raise ValueError(f"{folder} has another tokenizer: train from the --data that it was trained from")
+    model.load_state_dict(Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
+    run = {"steps": report["steps"], "tokens": report["tokens"], "minutes": report["minutes"]}
+    report.setdefault("runs", [run | {"learning_rate": report["learning_rate"]}])
+    return report
+
+
 def train(
     model: Qwen3MoeForCausalLM,
     windows: Windows,
@@ -149,13 +169,24 @@ def train(
     compute = torch.compile(module, dynamic=False) if args.compile else module
     sums: dict[str, float] = defaultdict(float)
     began = saved = time.monotonic()
+    earlier = {key: sum(run[key] for run in report["runs"]) for key in ("steps", "tokens", "minutes")}
+    late = bool(report["runs"])  # the experts have specialized already
     step = tokens = 0
+
+    def count(progress: float) -> None:
+        minutes = round((time.monotonic() - began) / 60, 1)
+        run = {"steps": step, "tokens": tokens, "minutes": minutes}
+        report.update({key: round(earlier[key] + value, 1) for key, value in run.items()}, progress=round(progress, 3))
+        current.update(run)
+
+    current = {"learning_rate": args.learning_rate}
+    report["runs"].append(current)
     while (progress := max(step / args.steps, (time.monotonic() - began) / 60 / args.minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, progress, args.learning_rate)
         ids, weights, parts = (x.to(args.device) for x in windows.batch(args.batch))
         loss, balance, z, nats = compute(ids, weights, parts)
-        (loss + BALANCE[progress >= 0.6] * balance + Z_LOSS * z).backward()
+        (loss + BALANCE[late or progress >= 0.6] * balance + Z_LOSS * z).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -173,20 +204,22 @@ def train(
         if step % 50 == 0:
             seconds = time.monotonic() - began
             row = {name: round(value / 50, 4) for name, value in sums.items()}
-            report["log"].append(row | {"step": step, "tokens": tokens, "seconds": round(seconds)})
+            so_far = {"step": earlier["steps"] + step, "tokens": earlier["tokens"] + tokens}
+            report["log"].append(row | so_far | {"seconds": round(earlier["minutes"] * 60 + seconds)})
             sums.clear()
             print(report["log"][-1], f"{tokens / seconds:.0f} tokens/s", flush=True)
         if time.monotonic() - saved > 300:
             saved = time.monotonic()
-            report |= {"steps": step, "tokens": tokens, "progress": round(progress, 3)}
+            count(progress)
             checkpoint()
-    report |= {"steps": step, "tokens": tokens, "progress": 1.0, "minutes": round((time.monotonic() - began) / 60, 1)}
+    count(1.0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with the eng-*.tsv files of Tatoeba")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, the tokenizer and training.json")
+    parser.add_argument("--from", dest="earlier", type=Path, help="go on from what an earlier run wrote to its --out")
     parser.add_argument("--steps", type=int, default=2000, help=f"of --batch windows of {WINDOW} tokens (default 2000)")
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="the schedule ends here if --steps takes longer"
@@ -212,19 +245,23 @@ def main() -> None:
     sentences = sorted({s for found in sentence_pairs.values() for pair in found for s in pair})
     tokenizer = train_tokenizer(sentences, VOCABULARY)
     _write(args.out / "held_out.json", held)
-    documents = Documents(tokenizer, sentence_pairs, args.seed % 2, SWITCHES, args.seed)
-    model = build(tokenizer).to(args.device).train()
+    model = build(tokenizer)
+    report: dict[str, Any] = {"runs": [], "log": []}
+    if args.earlier is not None:
+        report = read_earlier(args.earlier, model, tokenizer, args.seed)
+    model.to(args.device).train()
+    documents = Documents(tokenizer, sentence_pairs, args.seed % 2, SWITCHES, args.seed + 1000 * len(report["runs"]))
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters} parameters; lexicon {documents.lexicon_sizes}", flush=True)
 
-    report: dict[str, Any] = {
+    report |= {
         "parameters": parameters, "seed": args.seed, "order": args.seed % 2, "batch_windows": args.batch,
         "window_tokens": WINDOW, "learning_rate": args.learning_rate, "device": args.device,
-        "training_pairs": {language: len(found) for language, found in sentence_pairs.items()}, "log": [],
+        "training_pairs": {language: len(found) for language, found in sentence_pairs.items()},
     }  # fmt: skip
     windows = Windows(documents, tokenizer.token_to_id(PAD))
     train(model, windows, args, report, lambda: save(model, tokenizer, args.out, report))
-    report["documents"] = dict(sorted(documents.count.items()))
+    report["documents"] = dict(sorted((documents.count + Counter(report.get("documents", {}))).items()))
     save(model, tokenizer, args.out, report)
     print("done:", report["steps"], "steps,", report["tokens"], "tokens")
 
