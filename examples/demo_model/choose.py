@@ -106,7 +106,11 @@ def training_table(trainings: Sequence[Mapping[str, Any]]) -> str:
         ["tokens, million", *(f"{one['tokens'] / 1e6:.1f}" for one in trainings)],
         ["minutes", *(f"{one['minutes']:.0f}" for one in trainings)],
         ["device", *(one["device"] for one in trainings)],
-        ["peak learning rate", *(f"{one['learning_rate']:g}" for one in trainings)],
+        ["runs, one after the other", *(len(one["runs"]) for one in trainings)],
+        [
+            "peak learning rate of each",
+            *(", ".join(f"{run['learning_rate']:g}" for run in one["runs"]) for one in trainings),
+        ],
     ]
     logged = all(one["log"] for one in trainings)  # the first entry comes after 50 steps
     for name, title in (("text", "text, nats/token"), ("answer", "answer, nats"), ("balance", "balance loss")):

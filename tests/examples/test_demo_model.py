@@ -244,27 +244,21 @@ class TestLosses:
         assert rates[-1] == pytest.approx(0.05)
 
 
-@pytest.fixture(scope="module")
-def trained(tatoeba, tmp_path_factory) -> Path:
-    """The folder of a run of three steps."""
-    out = tmp_path_factory.mktemp("trained")
+def run_training(tatoeba: Path, out: Path, *options: str) -> Path:
+    """Train with a small vocabulary; the folder that was written."""
+    argv = ["train.py", "--data", str(tatoeba), "--out", str(out), "--batch", "2", "--no-compile", "--seed", "1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "VOCABULARY", 700)
         patch.setattr(train, "SWITCHES", 50)
-        options = [
-            "--steps",
-            "3",
-            "--batch",
-            "2",
-            "--no-compile",
-            "--threads",
-            str(torch.get_num_threads()),
-            "--seed",
-            "1",
-        ]
-        patch.setattr(sys, "argv", ["train.py", "--data", str(tatoeba), "--out", str(out), *options])
+        patch.setattr(sys, "argv", [*argv, "--threads", str(torch.get_num_threads()), *options])
         train.main()
     return out
+
+
+@pytest.fixture(scope="module")
+def trained(tatoeba, tmp_path_factory) -> Path:
+    """The folder of a run of three steps."""
+    return run_training(tatoeba, tmp_path_factory.mktemp("trained"), "--steps", "3")
 
 
 class TestTraining:
@@ -285,6 +279,34 @@ class TestTraining:
         blank = judge.untrained_model(language_model, 1)
         assert blank.model.config.vocab_size == 700
         assert not torch.equal(blank.model.lm_head.weight, language_model.model.lm_head.weight)
+
+    def test_goes_on_from_an_earlier_run(self, tatoeba, trained, tmp_path):
+        options = ("--from", str(trained), "--learning-rate", "1e-3")
+        first = json.loads((trained / "training.json").read_text(encoding="utf-8"))
+        longer = run_training(tatoeba, tmp_path, "--steps", "2", *options)
+        report = json.loads((longer / "training.json").read_text(encoding="utf-8"))
+        assert [run["steps"] for run in report["runs"]] == [3, 2]
+        assert [run["learning_rate"] for run in report["runs"]] == [2e-3, 1e-3]
+        assert report["steps"] == 5
+        assert report["tokens"] == sum(run["tokens"] for run in report["runs"]) > first["tokens"]
+        assert sum(report["documents"].values()) > sum(first["documents"].values())
+        # Without a step the weights are those of the earlier run, rounded to bfloat16 once.
+        same = run_training(tatoeba, tmp_path / "same", "--steps", "2", "--minutes", "1e-9", *options)
+        assert (same / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
+
+    def test_refuses_an_earlier_run_of_another_seed_or_tokenizer(self, tatoeba, trained, tmp_path):
+        for name, value, message in (("seed", 3, "--seed 3"), ("vocabulary", "</s>", "another tokenizer")):
+            folder = tmp_path / name
+            shutil.copytree(trained, folder)
+            changed = folder / ("training.json" if name == "seed" else "tokenizer.json")
+            content = changed.read_text(encoding="utf-8")
+            replaced = (
+                content.replace('"seed": 1', f'"seed": {value}') if name == "seed" else content.replace(value, "</S>")
+            )
+            assert replaced != content
+            changed.write_text(replaced, encoding="utf-8")
+            with pytest.raises(ValueError, match=message):
+                run_training(tatoeba, tmp_path / "out", "--steps", "2", "--from", str(folder))
 
     def test_held_out_pairs_repeat_no_sentence(self, trained):
         found = measures.held_out_pairs(trained, LanguageModel.load(str(trained)), 8)
