@@ -174,6 +174,13 @@ class TaskExpertsOff:
             f"{told(self.text_change, 3)} nats per token."
         )
 
+    @property
+    def as_selective(self) -> int:
+        """Number of random sets that lower exact match as far and cost general text no more."""
+        match, text = (self.sets[measure] for measure in ("exact match", "text"))
+        pairs = zip(match.random, text.random, strict=True)
+        return sum(lost <= match.effect and cost <= text.effect for lost, cost in pairs)
+
     def _against_sets(self) -> str:
         if not self.sets:
             return "There are no other experts in these layers to compare with."
@@ -182,7 +189,19 @@ class TaskExpertsOff:
         problems, sentences = self.sampled
         return (
             f"Beside {len(match.random)} {kind} sets of as many experts of the same layers, measured on {problems} of "
-            f"the problems and {sentences} of the sentences in each language, {match.verdict}."
+            f"the problems and {sentences} of the sentences in each language, {match.verdict}." + self._sparing_text()
+        )
+
+    def _sparing_text(self) -> str:
+        """What the sets that come as far in the task cost general text."""
+        match, text = (self.sets[measure] for measure in ("exact match", "text"))
+        as_far = [cost for lost, cost in zip(match.random, text.random, strict=True) if lost <= match.effect]
+        if not as_far:
+            return ""
+        p_value = (1 + self.as_selective) / (len(match.random) + 1)
+        return (
+            f" Of those, {self.as_selective} cost general text as little: the task experts {text.effect:+.3f} nats per "
+            f"token, the least of those {min(as_far):+.3f} (p = {p_value:.3f} for both)."
         )
 
     def _table(self) -> str:
@@ -268,6 +287,7 @@ class TaskExpertsOff:
             "mean": {key: change.to_dict() for key, change in zip(names, mean, strict=True)},
             "sampled": {"problems": self.sampled[0], "sentences": self.sampled[1]},
             "random_sets": {measure: one.to_dict() for measure, one in self.sets.items()},
+            "random_sets_as_selective": self.as_selective if self.sets else None,
             "shares_of_task_experts": plain(self.shares),
             "other_thresholds": {
                 f"{threshold:g}": dict(zip((names[0], names[2]), (one.to_dict() for one in changes), strict=True))

@@ -19,7 +19,7 @@ from moe_route.demo.depth import Depth, profile_of, untrained_model
 from moe_route.demo.language_experts import LanguageExpertsOff
 from moe_route.demo.measurement import Losses, Measurement, Scores, sample_corpus, sample_task
 from moe_route.demo.raising import Raising, raising_plans
-from moe_route.demo.random_sets import beside_random_sets, random_sets, shares_of
+from moe_route.demo.random_sets import RandomSets, beside_random_sets, random_sets, shares_of
 from moe_route.demo.skill import Share, Skill, shares_in_training
 from moe_route.demo.task_experts import THRESHOLDS, TaskExperts, TaskExpertsOff, find_task_experts
 from moe_route.demo.wording import WIDTH
@@ -145,6 +145,24 @@ class TestTaskExpertsOff:
         assert "6 experts above 0.2 off" in str(found)
         assert found.to_dict()["other_thresholds"]["0.2"]["exact_match"]["value"] == pytest.approx(fewer[0].value)
         assert "At other thresholds" not in str(self.outcome(0.2))
+
+    def test_sets_that_come_as_far_are_asked_what_they_cost_text(self):
+        none = Difference(0.0, 0.0, 0.0)
+
+        def found(matches: tuple[float, ...], texts: tuple[float, ...]) -> TaskExpertsOff:
+            sets = {
+                "exact match": RandomSets(-0.5, matches, none, larger=False, enumerated=False),
+                "text": RandomSets(0.02, texts, none, larger=True, enumerated=False),
+            }
+            return replace(self.outcome(0.2), sets=sets, sampled=(24, 12))
+
+        costly = found((-0.6, -0.5, -0.1, 0.0), (0.1, 0.3, 0.0, 0.0))
+        assert costly.as_selective == 0
+        assert "2 of the 4 sets come as far" in costly._against_sets()
+        assert "Of those, 0 cost general text as little" in costly._against_sets()
+        assert "the least of those +0.100 (p = 0.200 for both)" in costly._against_sets()
+        assert found((-0.6, -0.5, -0.1, 0.0), (0.1, 0.02, 0.0, 0.0)).as_selective == 1
+        assert "Of those" not in found((-0.4, 0.0), (0.0, 0.0))._against_sets()
 
     def test_without_task_experts_there_is_nothing_to_switch_off(self):
         none = TaskExperts(ExpertSelection({}), 0.1, dict.fromkeys(THRESHOLDS, 0), 128)
