@@ -235,8 +235,7 @@ def _mark(ax: Axes, selected: ExpertSelection, rows: np.ndarray, shape: tuple[in
     pairs = [(layer, expert) for layer, expert in selected.pairs if layer < shape[0] and expert < shape[1]]
     if len(pairs) < len(selected):
         raise ValueError(f"the selection has experts outside of the {shape[0]} layers x {shape[1]} experts drawn")
-    figure = ax.get_figure(root=True)
-    assert figure is not None
+    figure = frame.figure_of(ax)
     box = ax.get_position()
     cell = 72 * min(figure.get_figwidth() * box.width / shape[0], figure.get_figheight() * box.height / shape[1])
     side = float(np.clip(0.55 * cell, 1.6, 7.0))

@@ -99,8 +99,7 @@ def _matrix(
 
 def _write_values(ax: Axes, shown: np.ndarray, limit: float) -> None:
     """The values in the cells, in text that fits into them; none where it would be too small to read."""
-    figure = ax.get_figure(root=True)
-    assert figure is not None
+    figure = frame.figure_of(ax)
     cell = 72 * 0.75 * figure.get_figwidth() * ax.get_position().width / shown.shape[1]
     size = min(frame.points("small"), cell / 2.3)
     for row, column in np.argwhere(~np.isnan(shown)) if size >= 4.5 else ():
