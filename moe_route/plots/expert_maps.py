@@ -125,10 +125,7 @@ def heat_maps(
             ax.tick_params(labelbottom=False)
         axes.append(ax)
     name = "frequency" if reference is None else f"frequency - that of {frame.label_of(reference, None)}"
-    beyond = _beyond(every, limit)
-    bar = figure.colorbar(axes[0].images[0], ax=axes, pad=0.015, extend=_extend(every, limit))
-    bar.set_label(f"{name}{beyond}")
-    bar.outline.set_visible(False)
+    frame.color_bar(axes[0].images[0], axes, f"{name}{_beyond(every, limit)}", extend=_extend(every, limit))
     if selected is not None:
         title = f"{title}\n" if title else ""
         title += f"circles: {len(selected)} selected experts"
@@ -162,9 +159,7 @@ def expert_pairs(
     frame.whole_ticks(ax.xaxis)
     frame.whole_ticks(ax.yaxis)
     frame.titled(ax, title)
-    bar = ax.figure.colorbar(image, ax=ax, pad=0.015)
-    bar.set_label("share of the row's tokens")
-    bar.outline.set_visible(False)
+    frame.color_bar(image, ax, "share of the row's tokens")
     return ax
 
 
@@ -192,9 +187,7 @@ def _show(ax: Axes, shown: np.ndarray, name: str, limit: float | None, colorbar:
     )
     ax.set_facecolor(frame.GRID)  # shows missing experts, and layers without tokens
     if colorbar:
-        bar = ax.figure.colorbar(image, ax=ax, pad=0.015, extend=_extend(shown, end))
-        bar.set_label(f"{name}{_beyond(shown, end)}")
-        bar.outline.set_visible(False)
+        frame.color_bar(image, ax, f"{name}{_beyond(shown, end)}", extend=_extend(shown, end))
     return image
 
 

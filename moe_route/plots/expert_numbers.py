@@ -80,14 +80,10 @@ def expert_sweep(
     frame.titled(ax, title)
     if values.size <= 160 and (frame.column() or 6.4) > 5:
         for row, column in np.argwhere(values > 0):
-            color = "white" if values[row, column] > 0.55 * limit else "black"
-            text = f"{values[row, column]:.0f}"
-            ax.text(column, row, text, ha="center", va="center", fontsize="small", color=color)
+            value = values[row, column]
+            frame.write_cell(ax, row, column, f"{value:.0f}", dark=value > 0.55 * limit, fontsize="small")
     if colorbar:
-        bar = ax.figure.colorbar(image, ax=ax, pad=0.015)
-        bar.set_label(names[of])
-        frame.whole_ticks(bar.ax.yaxis)
-        bar.outline.set_visible(False)
+        frame.whole_ticks(frame.color_bar(image, ax, names[of]).ax.yaxis)
     return ax
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 __all__ = [
     "GRID",
     "INK",
+    "color_bar",
     "column",
     "figure_of",
+    "frameless",
     "known",
     "label_of",
     "labels_of",
@@ -42,6 +44,7 @@ __all__ = [
     "style",
     "titled",
     "whole_ticks",
+    "write_cell",
 ]
 
 GRID = "#d9d9d9"
@@ -175,13 +178,34 @@ def layer_axes(ax: Axes, layers: int, name: str, *titles: str | None, depth: boo
     plain_frame(ax, *titles)
 
 
-def plain_frame(ax: Axes, *titles: str | None) -> None:
+def plain_frame(ax: Axes, *titles: str | None, axis: Literal["y", "both"] = "y") -> None:
     """Faint lines across, no frame at the top and at the right, and the title and notes of `titled`."""
-    ax.grid(axis="y", color=GRID, linewidth=0.6)
+    ax.grid(axis=axis, color=GRID, linewidth=0.6)
     ax.set_axisbelow(True)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     titled(ax, *titles)
+
+
+def frameless(ax: Axes) -> None:
+    """Neither ticks nor lines around the axes, for cells that are named at both sides."""
+    ax.tick_params(length=0)
+    for side in ax.spines.values():
+        side.set_visible(False)
+
+
+def color_bar(image: Any, axes: Axes | Sequence[Axes], label: str, *, pad: float = 0.015, **options: Any) -> Any:
+    """A bar of the colors of an image beside its axes, without a frame."""
+    figure = figure_of(axes[0] if isinstance(axes, Sequence) else axes)
+    bar = figure.colorbar(image, ax=axes, pad=pad, **options)  # type: ignore[arg-type]
+    bar.set_label(label)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    return bar
+
+
+def write_cell(ax: Axes, row: float, column: float, text: str, *, dark: bool, **look: Any) -> None:
+    """Text in the middle of a cell of an image, white where the cell is dark."""
+    ax.text(column, row, text, ha="center", va="center", color="white" if dark else "black", **look)
 
 
 def titled(ax: Axes, title: str | None, *notes: str | None) -> None:

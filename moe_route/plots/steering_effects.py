@@ -91,9 +91,7 @@ def steering_table(
         note += f"; color ends at ±{limit:.2g}, {beyond * 100:.0f} % of cells beyond"
     frame.titled(ax, title, note)
     ax.set_xticks(range(len(columns)), heads, fontsize="small")
-    ax.tick_params(length=0)
-    for side in ax.spines.values():
-        side.set_visible(False)
+    frame.frameless(ax)
     _separate(ax, rows, levels, len(values) - len(rows))
     return ax
 
@@ -202,10 +200,8 @@ def _write(ax: Axes, values: np.ndarray, cells: np.ndarray, limit: float, interv
             bold = bool(low > 0 or high < 0)
             if intervals and not np.isnan(low):
                 text += f"\n[{low:+.{digits}f},{between}{high:+.{digits}f}]"
-        look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": "x-small" if intervals else "small"}
-        dark = abs(value) > 0.7 * limit
-        weight = "bold" if bold else "normal"
-        ax.text(column, row, text, color="white" if dark else "black", fontweight=weight, **look)
+        look = {"fontsize": "x-small" if intervals else "small", "fontweight": "bold" if bold else "normal"}
+        frame.write_cell(ax, row, column, text, dark=abs(value) > 0.7 * limit, **look)
 
 
 def _separate(ax: Axes, rows: Sequence[str], levels: Mapping[str, str] | None, means: int) -> None:
