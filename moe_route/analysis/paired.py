@@ -29,6 +29,12 @@ class Difference:
     high: float
     p_value: float = float("nan")
 
+    @classmethod
+    def of(cls, value: float, resampled: np.ndarray, items: int) -> Difference:
+        """A value with the interval and the p-value of its ``resampled`` values [resamples], from so many items."""
+        low, high = interval_of(resampled, items, 0.95)
+        return cls(value, float(low), float(high), p_value_of(resampled, items))
+
     def __str__(self) -> str:
         ends = interval(self.low, self.high, digits=4, none="no interval")
         return f"{self.value:+.4f} {ends} ({self.verdict})"
@@ -59,16 +65,11 @@ def paired_difference(
     nats, base, tokens = _checked(nats, base, tokens)
     weights = draw_items(len(tokens), resamples, seed)
     change = nats - base
-    return _difference(
+    return Difference.of(
         float(_per_token(change.sum(0), tokens.sum(0))),
         _per_token(weights @ change, weights @ tokens),
         len(tokens),
     )
-
-
-def _difference(value: float, resampled: np.ndarray, items: int) -> Difference:
-    low, high = interval_of(resampled, items, 0.95)
-    return Difference(value, float(low), float(high), p_value_of(resampled, items))
 
 
 @dataclass(frozen=True, repr=False)
@@ -158,7 +159,7 @@ def random_control(
     fewest = len(tokens) if enumerated else min(len(tokens), len(sets))
     change = float(_per_token((nats - base).sum(0), tokens.sum(0)))
     changes = tuple(_per_token((sets - base).sum(1), tokens.sum(0)).tolist())
-    difference = _difference(change - float(np.mean(changes)), drawn, fewest)
+    difference = Difference.of(change - float(np.mean(changes)), drawn, fewest)
     return RandomControl(change, changes, difference, enumerated)
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from moe_route.analysis import Difference, Divergence, UShape, divergence, load_balance, u_shape
-from moe_route.analysis.bootstrap import interval_of, p_value_of
 from moe_route.analysis.result import mean_of_seen, plain
 from moe_route.demo.measurement import PIVOT
 from moe_route.demo.wording import name, paragraph, span, told
@@ -174,8 +173,7 @@ def _mean_depth(shape: UShape, other: UShape | None = None) -> Difference:
     if other is not None and other.resampled is not None:  # the same seed draws the same sentences
         value -= float(mean_of_seen(other.depth)[0])
         drawn = drawn - mean_of_seen(other.resampled, 1)[0]
-    low, high = interval_of(drawn, shape.pairs, 0.95)
-    return Difference(value, float(low), float(high), p_value_of(drawn, shape.pairs))
+    return Difference.of(value, drawn, shape.pairs)
 
 
 def _content(profile: Profile) -> dict[str, Any]:
