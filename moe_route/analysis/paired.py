@@ -74,33 +74,40 @@ def paired_difference(
 
 @dataclass(frozen=True, repr=False)
 class RandomControl:
-    """Comparison of a plan with the same plan on random experts. Changes are in nats per token; lower is better.
+    """Comparison of a plan with the same plan on random experts, such as of losses in nats per token.
 
     Attributes:
-        plan: change of the loss by the plan, against no plan.
-        random: change of the loss by each random set of experts, against no plan.
+        plan: change by the plan, against no plan.
+        random: change by each random set of experts, against no plan.
         difference: the plan's change minus the mean of the random ones. Its 95 % interval holds for other items and, if
             random sets were drawn, for other draws.
         enumerated: whether ``random`` are all other sets of experts, not draws.
+        larger: whether larger changes are the stronger effect; by default smaller ones are, as of losses.
     """
 
     plan: float
     random: tuple[float, ...]
     difference: Difference
     enumerated: bool
+    larger: bool = False
 
     @property
     def rank(self) -> int:
-        """Rank of the plan among itself and the random sets, 1 for the lowest loss; ties count against the plan."""
-        return 1 + sum(change <= self.plan for change in self.random)
+        """Rank of the plan among itself and the random sets, 1 for the strongest effect; ties count against it."""
+        return 1 + sum(change >= self.plan if self.larger else change <= self.plan for change in self.random)
 
     @property
     def p_value(self) -> float:
-        """One-sided p-value: probability that a random set lowers the loss as much as the plan.
+        """One-sided p-value: probability that a random set has as strong an effect as the plan.
 
         It is rank / (number of random sets + 1), so at least 1 / (number + 1).
         """
         return self.rank / (len(self.random) + 1)
+
+    @property
+    def strongest(self) -> float:
+        """The strongest effect of a random set."""
+        return max(self.random) if self.larger else min(self.random)
 
     def __repr__(self) -> str:
         sets = f"all {len(self.random)} other sets" if self.enumerated else f"{len(self.random)} random sets"
@@ -116,6 +123,7 @@ class RandomControl:
                 "plan": self.plan,
                 "random": self.random,
                 "enumerated": self.enumerated,
+                "larger": self.larger,
                 "difference": self.difference.to_dict(),
                 "rank": self.rank,
                 "p_value": self.p_value,
@@ -130,6 +138,7 @@ def random_control(
     tokens: np.ndarray,
     *,
     enumerated: bool = False,
+    larger: bool = False,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> RandomControl:
@@ -140,6 +149,7 @@ def random_control(
         random: summed loss of every text under each random set of experts, [sets, items] or [sets, items, languages].
         enumerated: whether ``random`` are all other sets of experts. If not, they are draws, and the interval holds for
             other draws too: sets are drawn with replacement, independently of the items.
+        larger: whether larger changes are the stronger effect, as of exact match; by default smaller ones are.
 
     Raises ``AnalysisError`` if there is no random set, and as ``paired_difference`` does.
     """
@@ -160,7 +170,7 @@ def random_control(
     change = float(_per_token((nats - base).sum(0), tokens.sum(0)))
     changes = tuple(_per_token((sets - base).sum(1), tokens.sum(0)).tolist())
     difference = Difference.of(change - float(np.mean(changes)), drawn, fewest)
-    return RandomControl(change, changes, difference, enumerated)
+    return RandomControl(change, changes, difference, enumerated, larger)
 
 
 def _checked(*given: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ import numpy as np
 from moe_route import plots
 from moe_route.demo.association import LOSS, SHARE
 from moe_route.demo.measurement import PIVOT
+from moe_route.demo.random_sets import standing
 from moe_route.demo.skill import SUBSETS
 from moe_route.demo.wording import name, told
 from moe_route.plots import frame, palette
@@ -75,7 +76,7 @@ def task_experts_off(found: TaskExpertsOff) -> Axes | None:
     number = len(found.found.experts)
     text = f"general text: {told(found.text_change, 3)} nats per token"
     if found.sets:
-        text += f"\nbeside random sets of as many experts: {found.sets['exact match'].verdict}"
+        text += f"\nbeside random sets of as many experts: {standing(found.sets['exact match'])}"
     _headline(ax, f"{number_of(number, 'task expert')} found in English, off: exact match {told(found.change)}\n{text}")
     return ax
 
@@ -294,7 +295,7 @@ def raising(found: Raising) -> Axes | None:
             random = np.array(found.sets[measure].random)
             spread = np.random.default_rng(0).uniform(-0.25, 0.25, len(random))
             ax.scatter(random, len(plans) + spread, s=20, color=_GREY, alpha=0.8, linewidths=0)
-            ax.scatter(found.sets[measure].effect, len(plans), s=50, marker="D", facecolors="none", edgecolors=_RED)
+            ax.scatter(found.sets[measure].plan, len(plans), s=50, marker="D", facecolors="none", edgecolors=_RED)
         ax.axvline(0, color=frame.INK, linewidth=0.8)
         ax.set_xlabel(label)
         _plain(ax)

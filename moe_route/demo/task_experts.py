@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from moe_route.analysis import Difference, task_experts
+from moe_route.analysis import Difference, RandomControl, random_control, task_experts
 from moe_route.analysis.result import plain
 from moe_route.data import Corpus, Task
 from moe_route.demo.measurement import PIVOT, Losses, Measurement, Scores, sample_corpus, sample_task
-from moe_route.demo.random_sets import RandomSets, beside_random_sets, random_sets, shares_of
+from moe_route.demo.random_sets import random_sets, shares_of, standing
 from moe_route.demo.wording import name, paragraph, starred, told, verdicts
 from moe_route.recording import RoutingStatistics
 from moe_route.steering import ExpertSelection, Plan
@@ -107,7 +107,7 @@ class TaskExpertsOff:
     after: Scores
     text_before: Losses
     text_after: Losses
-    sets: Mapping[str, RandomSets] = field(default_factory=dict)
+    sets: Mapping[str, RandomControl] = field(default_factory=dict)
     shares: np.ndarray = field(default_factory=lambda: np.zeros(0))
     sampled: tuple[int, int] = (0, 0)
     matches: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
@@ -182,7 +182,7 @@ class TaskExpertsOff:
         problems, sentences = self.sampled
         return (
             f"Beside {len(match.random)} {kind} sets of as many experts of the same layers, measured on {problems} of "
-            f"the problems and {sentences} of the sentences in each language, {match.verdict}."
+            f"the problems and {sentences} of the sentences in each language, {standing(match)}."
         )
 
     def _table(self) -> str:
@@ -226,9 +226,7 @@ class TaskExpertsOff:
         random = np.array([one.random for one in measures])
         holding = self.shares > 0
         digits = (2, 2, 3)
-        rows: list[tuple[object, ...]] = [
-            ("task experts", 1, "1.00", *_signed([one.effect for one in measures], digits))
-        ]
+        rows: list[tuple[object, ...]] = [("task experts", 1, "1.00", *_signed([one.plan for one in measures], digits))]
         for label, at in (
             ("random", np.ones_like(holding)),
             ("  with a task expert", holding),
@@ -326,7 +324,7 @@ def switch_task_experts_off(
         ("text", text_after.nats[text_at], text, text_before.nats[text_at], tokens, True),
     )
     sets = {
-        measure: beside_random_sets(changed, random, natural, weights, larger=larger, enumerated=enumerated)
+        measure: random_control(changed, random, natural, weights, enumerated=enumerated, larger=larger)
         for measure, changed, random, natural, weights, larger in asked
     }
     changes = np.concatenate([off.correct[None], matches]).mean(1) - base.correct.mean(0)
