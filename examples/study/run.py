@@ -76,7 +76,7 @@ class Study:
         parts = {
             "general": (self.material.general, lambda: self.spoken),
             "problems": (self.material.finding, lambda: self.spoken),
-            "untrained": (self.material.general, lambda: measure.untrained(self.spoken, self.seed)),
+            "untrained": (self.material.general, lambda: self.spoken.untrained(self.seed)),
         }
         found = {}
         for name, (corpus, spoken) in parts.items():
