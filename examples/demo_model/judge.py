@@ -34,7 +34,7 @@ from text import ENGLISH, tag
 from transformers.utils.logging import disable_progress_bar
 
 from moe_route.data import demo_problems
-from moe_route.files import readable_json, replacing
+from moe_route.files import readable_json, write_text
 from moe_route.workload import LanguageModel
 
 Measures = Mapping[str, Any]
@@ -162,8 +162,7 @@ def main() -> None:
     began = time.monotonic()
     result = judge(args.model, args.limit, args.draws)
     out = args.out or args.model / "judged.json"
-    with replacing(out) as stream:
-        stream.write(readable_json(result).encode() + b"\n")
+    write_text(out, f"{readable_json(result)}\n")
     print(show(result))
     print(f"\n{time.monotonic() - began:.0f} s; written to {out}")
 
