@@ -322,7 +322,7 @@ def _changes(ax: Axes, changes: Sequence[Difference]) -> None:
 
 def _axes(rows: int, columns: int, height: float, **options: Any) -> Any:
     """Axes [rows, columns] of a new figure."""
-    return frame.newframe.figure_of(_WIDTH, height).subplots(rows, columns, squeeze=False, **options)
+    return frame.new_figure(_WIDTH, height).subplots(rows, columns, squeeze=False, **options)
 
 
 def _headline(ax: Axes, text: str) -> None:

@@ -223,6 +223,7 @@ def by_script(
     quantity = _quantity(found, of, interval, labels)
     chosen = _styles(quantity, styles, None)
     panels = _scripts(_by_mean(quantity, groups))
+    columns = columns or (1 if (frame.column() or 6.4) < 5 else min(2, len(panels)))
     axes = _grid([len(mine) for mine in panels.values()], columns)
     drawn = [group for of_panel in panels.values() for group in of_panel]
     layers = quantity.values.shape[1]
@@ -232,8 +233,8 @@ def by_script(
                 ax.plot(_places(layers, depth), quantity.of(group), color=_GREY, linewidth=0.7, zorder=1)
         _lines(ax, quantity, mine, chosen, labels, depth)
         frame.layer_axes(ax, layers, "", script, depth=depth)
-        ax.label_outer()
         frame.name_lines(ax, legend=False)
+    frame.label_outer(axes, columns)
     figure = frame.figure_of(axes[0])
     figure.supylabel(quantity.name, fontsize="medium")
     if title or quantity.note:
@@ -336,21 +337,13 @@ def _scripts(names: Sequence[str]) -> dict[str, list[str]]:
     return found_order
 
 
-def _grid(labels: Sequence[int], columns: int | None) -> list[Axes]:
-    """Panels with shared axes, high enough for their numbers of labels; the last row is left-aligned."""
-    number = len(labels)
-    if columns is None:
-        columns = 1 if (frame.column() or 6.4) < 5 else min(2, number)
+def _grid(labels: Sequence[int], columns: int) -> list[Axes]:
+    """Panels with shared axes, high enough for their numbers of labels."""
     figure = frame.new_figure(6.4, 2.0)
     line = 1.2 * frame.points("small") / 72
-    heights = [max(1.2, line * max(labels[start : start + columns])) for start in range(0, number, columns)]
+    heights = [max(1.2, line * max(labels[start : start + columns])) for start in range(0, len(labels), columns)]
     figure.set_figheight(sum(heights) + 0.35 * len(heights) + 0.9)
-    cells = figure.add_gridspec(len(heights), columns, height_ratios=heights)
-    axes: list[Axes] = []
-    for place in range(number):
-        first = axes[0] if axes else None
-        axes.append(figure.add_subplot(cells[place // columns, place % columns], sharex=first, sharey=first))
-    return axes
+    return frame.panels(figure, len(labels), columns, height_ratios=heights)
 
 
 def _places(layers: int, depth: bool) -> np.ndarray:

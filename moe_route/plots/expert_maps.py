@@ -108,22 +108,12 @@ def heat_maps(
     limit = diverging_limit(every) if reference is not None else float(np.nanmax(every)) or 1.0
     if columns is None:
         columns = min(len(wanted), 2 if (frame.column() or 6.4) < 5 else 3)
-    rows = -(-len(wanted) // columns)
-    figure = frame.new_figure(6.4, 0.6 + 1.9 * rows)
-    axes: list[Axes] = []
-    for place, name in enumerate(wanted):
-        first = axes[0] if axes else None
-        ax = figure.add_subplot(rows, columns, place + 1, sharex=first, sharey=first)
-        label = frame.label_of(name, None)
-        look: dict[str, Any] = {"phase": phase, "by": by, "sort": sort, "top": 0, "colorbar": False}
-        heat_map(found, name, reference=reference, ax=ax, limit=limit, title=label, selected=selected, **look)
-        if place % columns:
-            ax.set_ylabel("")
-            ax.tick_params(labelleft=False)
-        if place + columns < len(wanted):
-            ax.set_xlabel("")
-            ax.tick_params(labelbottom=False)
-        axes.append(ax)
+    figure = frame.new_figure(6.4, 0.6 + 1.9 * -(-len(wanted) // columns))
+    axes = frame.panels(figure, len(wanted), columns)
+    look: dict[str, Any] = {"phase": phase, "by": by, "sort": sort, "top": 0, "colorbar": False, "selected": selected}
+    for ax, name in zip(axes, wanted, strict=True):
+        heat_map(found, name, reference=reference, ax=ax, limit=limit, title=frame.label_of(name, None), **look)
+    frame.label_outer(axes, columns)
     name = "frequency" if reference is None else f"frequency - that of {frame.label_of(reference, None)}"
     frame.color_bar(axes[0].images[0], axes, f"{name}{_beyond(every, limit)}", extend=_extend(every, limit))
     if selected is not None:

@@ -28,6 +28,7 @@ __all__ = [
     "frameless",
     "known",
     "label_of",
+    "label_outer",
     "labels_of",
     "labels_that_fit",
     "layer_axes",
@@ -38,6 +39,7 @@ __all__ = [
     "needs_matplotlib",
     "new_axes",
     "new_figure",
+    "panels",
     "plain_frame",
     "points",
     "save",
@@ -143,6 +145,27 @@ def new_axes(ax: Axes | None, size: tuple[float, float], labels: int = 0) -> Axe
     if figure.get_figheight() < least:
         figure.set_figheight(least)
     return figure.add_subplot()
+
+
+def panels(figure: Figure, number: int, columns: int, **options: Any) -> list[Axes]:
+    """So many axes with shared scales, row by row; those in the last row may be fewer. Options are of the grid."""
+    cells = figure.add_gridspec(-(-number // columns), columns, **options)
+    axes: list[Axes] = []
+    for place in range(number):
+        first = axes[0] if axes else None
+        axes.append(figure.add_subplot(cells[place // columns, place % columns], sharex=first, sharey=first))
+    return axes
+
+
+def label_outer(axes: Sequence[Axes], columns: int) -> None:
+    """Keep the names and ticks of the panels at the left, and of those with no panel below them."""
+    for place, ax in enumerate(axes):
+        if place % columns:
+            ax.set_ylabel("")
+            ax.tick_params(labelleft=False)
+        if place + columns < len(axes):
+            ax.set_xlabel("")
+            ax.tick_params(labelbottom=False)
 
 
 def column() -> float | None:
