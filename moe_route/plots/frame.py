@@ -231,9 +231,9 @@ def write_cell(ax: Axes, row: float, column: float, text: str, *, dark: bool, **
     ax.text(column, row, text, ha="center", va="center", color="white" if dark else "black", **look)
 
 
-def titled(ax: Axes, title: str | None, *notes: str | None) -> None:
+def titled(ax: Axes, *titles: str | None) -> None:
     """Set the title with notes below it, each in lines no longer than the axes. Ticks keep the size of now."""
-    lines = [line for text in (title, *notes) if text for line in text.splitlines()]
+    lines = [line for text in titles if text for line in text.splitlines()]
     shown = "\n".join(_wrapped(ax, line) for line in lines)
     ax.set_title(shown, fontsize="medium", color=INK)
     ax.tick_params(labelsize=points("medium"))  # ticks that are made when the figure is drawn, too
