@@ -49,6 +49,7 @@ __all__ = [
     "replacing",
     "write",
     "write_json",
+    "write_text",
 ]
 
 SCHEMA = 2  # raised when a reader of the previous schema could misread a file
@@ -218,6 +219,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(target.parent)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write text to ``path`` as UTF-8, whole or not at all, with the errors of ``replacing``."""
+    with replacing(path) as stream:
+        stream.write(text.encode())
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -553,8 +560,7 @@ def is_json(path: str | os.PathLike[str]) -> bool:
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any], kind: str) -> None:
     """Write JSON of a ``kind`` to ``path``, to read and edit, whole or not at all. It has no hash."""
-    with replacing(path) as stream:
-        stream.write(f"{readable_json({_KEY: kind, 'schema': SCHEMA, **content})}\n".encode())
+    write_text(path, f"{readable_json({_KEY: kind, 'schema': SCHEMA, **content})}\n")
 
 
 def readable_json(content: Any, indent: str = "") -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
-__all__ = ["Language", "codes", "language", "language_name"]
+__all__ = ["Language", "codes", "flores_code", "language", "language_name"]
 
 _FLORES = """
 ace_Arab Acehnese (Arabic script)|ace_Latn Acehnese (Latin script)|acm_Arab Mesopotamian Arabic|
@@ -61,7 +61,7 @@ kaz kk|khm km|kik ki|kin rw|kir ky|kmr ku kur|kor ko|lao lo|lim li|lin ln|lit lt
 mar mr|mkd mk|plt mg mlg|mlt mt|khk mn mon|mri mi|mya my|nld nl|nno nn|nob nb no nor|npi ne nep|nya ny|oci oc|
 gaz om orm|ory or ori|pan pa|pes fa fas|pol pl|por pt|pbt ps pus|quy qu que|ron ro|run rn|rus ru|sag sg|san sa|sin si|
 slk sk|slv sl|smo sm|sna sn|snd sd|som so|sot st|spa es|als sq sqi|srd sc|srp sr|ssw ss|sun su|swe sv|swh sw swa|
-tam ta|tat tt|tel te|tgk tg|tgl tl|tha th|tir ti|tsn tn|tso ts|tuk tk|tur tr|twi tw|uig ug|ukr uk|urd ur|uzn uz uzb|
+tam ta|tat tt|tel te|tgk tg|tgl tl fil|tha th|tir ti|tsn tn|tso ts|tuk tk|tur tr|twi tw|uig ug|ukr uk|urd ur|uzn uz uzb|
 vie vi|wol wo|xho xh|ydd yi yid|yor yo|zho zh cmn|zsm ms msa|zul zu|ayr ay aym
 """
 _SCRIPTS = {
@@ -137,6 +137,19 @@ def language(code: str) -> Language | None:
 def codes() -> tuple[str, ...]:
     """The codes of the table, as FLORES writes them: "eng_Latn"."""
     return tuple(f"{code}_{script}" for code, names in _table()[0].items() for script in names)
+
+
+def flores_code(code: str) -> str | None:
+    """The code of FLORES of the language that a code names: "swh_Latn" for "sw"; None if it names none.
+
+    Where the code says no script of the table, it is Latin, or else the language's first one.
+    """
+    found = language(code)
+    if found is None:
+        return None
+    scripts = _table()[0][found.code]
+    script = next(one for one in (found.script, "Latn", *scripts) if one in scripts)
+    return f"{found.code}_{script}"
 
 
 def language_name(code: str) -> str:

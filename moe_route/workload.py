@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -177,6 +177,18 @@ class LanguageModel:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "right"
         return cls(name, model.eval() if place is None else model.to(place).eval(), tokenizer)
+
+    def untrained(self, seed: int = 0) -> LanguageModel:
+        """A model of the same configuration, dtype and device with random weights, and the same tokenizer.
+
+        Raises `ValueError` if transformers has no causal language model of this configuration.
+        """
+        from transformers import AutoModelForCausalLM
+
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(self.model.config, dtype=self.model.dtype)
+        return replace(self, name=f"{self.name}, untrained", model=model.to(self.model.device).eval())
 
     def attach(self, engine: Literal["hook", "fused"] = "hook") -> RoutedModel:
         """Attach to the model.

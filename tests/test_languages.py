@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_route.data import demo_corpus
-from moe_route.languages import _ALIASES, _FLORES, _SCRIPTS, language, language_name
+from moe_route.languages import _ALIASES, _FLORES, _SCRIPTS, flores_code, language, language_name
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,12 @@ def test_a_code_names_a_language_and_a_script(code: str, name: str, script: str)
 def test_a_code_without_a_language_is_shown_as_it_is(code: str):
     assert language(code) is None
     assert language_name(code) == code
+
+
+def test_codes_of_flores():
+    given = ("sw", "zho-TW", "fil", "ms", "srp_Latn", "ace", "kas", "math")
+    found = ("swh_Latn", "zho_Hant", "tgl_Latn", "zsm_Latn", "srp_Cyrl", "ace_Latn", "kas_Arab", None)
+    assert tuple(map(flores_code, given)) == found
 
 
 def test_the_table_has_each_language_of_flores_once():

@@ -148,6 +148,8 @@ def test_panels_by_script_draw_the_others_in_grey(div):
     entropy = Entropy(token, token + 0.1, ("deu", "fra"), ("0", "1", "2"), (16,) * 3)
     (only,) = plots.by_script(entropy, of="sequence")
     assert only.get_title() == "Latin script"
+    with pytest.raises(ValueError, match=r"record\(sequences=True\)"):
+        plots.by_script(entropy, interval=0.9)
     values = tuple(np.random.default_rng(0).random((9, 3)) for _ in range(2))
     found = Consistency(np.stack([v.mean(0) for v in values]), ("deu", "fra"), ("0", "1", "2"), np.full(2, 9), values)
     (only,) = plots.by_script(found, interval=0.9)

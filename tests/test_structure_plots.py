@@ -22,6 +22,8 @@ def balance():
 
 def test_load_balance_has_a_line_per_group():
     found = balance()
+    with pytest.raises(ValueError, match="leave interval out"):
+        plots.by_script(found, interval=0.9)
     ax = plots.load_balance(found, of="max_share", groups=["deu_Latn"], labels={"deu_Latn": "German"})
     (line,) = ax.get_lines()
     assert line.get_ydata().tolist() == found.max_share[1].tolist()

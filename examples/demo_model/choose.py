@@ -19,7 +19,7 @@ import tables
 from measures import OTHERS
 from problems import LANGUAGES, shares
 
-from moe_route.files import readable_json, replacing
+from moe_route.files import readable_json, replacing, write_text
 
 RULE = "median of the mean exact match on english_only over the nine languages other than English"
 CARD = Path(__file__).with_name("model_card_template.md")
@@ -199,8 +199,7 @@ def install(folders: Sequence[Path], results: Sequence[Json], target: Path) -> N
         ("judged.json", readable_json(judged)),
         ("MODEL_CARD.md", text.rstrip("\n")),
     ):
-        with replacing(target / name) as stream:
-            stream.write(content.encode() + b"\n")
+        write_text(target / name, f"{content}\n")
 
 
 def main() -> None:

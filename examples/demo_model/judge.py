@@ -31,11 +31,10 @@ from tables import (
     text_table,
 )
 from text import ENGLISH, tag
-from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from moe_route.data import demo_problems
-from moe_route.files import readable_json, replacing
+from moe_route.files import readable_json, write_text
 from moe_route.workload import LanguageModel
 
 Measures = Mapping[str, Any]
@@ -85,13 +84,6 @@ def gates(trained: Measures, untrained: Measures) -> list[dict[str, Any]]:
     ]
 
 
-def untrained_model(language_model: LanguageModel, seed: int) -> LanguageModel:
-    """A model of the same configuration with random weights, as training begins with."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(language_model.model.config, dtype=torch.float32)
-    return LanguageModel("untrained", model.eval(), language_model.tokenizer)
-
-
 def judge(folder: Path, limit: int | None, draws: int) -> dict[str, Any]:
     """Everything that is measured, as one JSON-able result."""
     training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
@@ -102,7 +94,7 @@ def judge(folder: Path, limit: int | None, draws: int) -> dict[str, Any]:
     pairs = held_out_pairs(folder, language_model, limit or 100)
     problems = demo_problems().subset(limit=limit)
     material = Material(pairs, problems, few=min(20, limit or 20))
-    blank = untrained_model(language_model, training["seed"])
+    blank = language_model.untrained(training["seed"])
     with blank.attach() as routed:
         untrained = measure(blank, routed, material)
     with language_model.attach() as routed:
@@ -170,8 +162,7 @@ def main() -> None:
     began = time.monotonic()
     result = judge(args.model, args.limit, args.draws)
     out = args.out or args.model / "judged.json"
-    with replacing(out) as stream:
-        stream.write(readable_json(result).encode() + b"\n")
+    write_text(out, f"{readable_json(result)}\n")
     print(show(result))
     print(f"\n{time.monotonic() - began:.0f} s; written to {out}")
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from moe_route import ExpertSelection, Plan, RoutingStatistics, analysis
 from moe_route.data import Corpus, Task
@@ -55,12 +54,6 @@ class Material:
     def measuring(self) -> Task:
         """The problems on which skill is measured; their pairs of numbers are not those of `finding`."""
         return self.problems.subset(*MEASURING)
-
-
-def untrained(spoken: LanguageModel, seed: int) -> LanguageModel:
-    """A model of the same architecture with random weights as training starts from, and the same tokenizer."""
-    torch.manual_seed(seed)
-    return LanguageModel(f"{spoken.name}, untrained", type(spoken.model)(spoken.model.config).eval(), spoken.tokenizer)
 
 
 def record(spoken: LanguageModel, corpus: Corpus, progress: str | None = None) -> RoutingStatistics:

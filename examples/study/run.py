@@ -30,7 +30,7 @@ from tables import markdown
 import moe_route as mr
 from moe_route import RoutingStatistics
 from moe_route.data import demo_corpus, demo_model_folder, demo_problems
-from moe_route.files import replacing
+from moe_route.files import write_text
 from moe_route.workload import DEMO_MODEL, LanguageModel, read_corpus
 
 MARKERS = ("<!-- tables -->", "<!-- end of tables -->")
@@ -76,7 +76,7 @@ class Study:
         parts = {
             "general": (self.material.general, lambda: self.spoken),
             "problems": (self.material.finding, lambda: self.spoken),
-            "untrained": (self.material.general, lambda: measure.untrained(self.spoken, self.seed)),
+            "untrained": (self.material.general, lambda: self.spoken.untrained(self.seed)),
         }
         found = {}
         for name, (corpus, spoken) in parts.items():
@@ -131,9 +131,7 @@ def fingerprint(folder: Path, material: measure.Material) -> str:
 
 
 def write(path: Path, content: Any) -> None:
-    with replacing(path) as stream:
-        text = content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        stream.write(text.encode())
+    write_text(path, content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def into_page(page: Path, tables: str) -> None:

@@ -72,7 +72,7 @@ class Entropy(ShownAsTables):
 
     def normalized(self, of: Literal["token", "sequence"] = "token") -> np.ndarray:
         """Entropy divided by log E, float64 [G, L], in [0, 1]; NaN for a layer with one expert."""
-        values = self._values(of)
+        values = self.values(of)
         most = np.log(np.asarray(self.num_experts, dtype=np.float64))
         return np.divide(values, most, out=np.full(values.shape, np.nan), where=most > 0)
 
@@ -121,7 +121,8 @@ class Entropy(ShownAsTables):
             weights @ (tokens * np.nan_to_num(within)), number, out=np.full(number.shape, np.nan), where=number > 0
         )
 
-    def _values(self, of: str) -> np.ndarray:
+    def values(self, of: str) -> np.ndarray:
+        """The "token" or the "sequence" entropy. Raises ``AnalysisError`` for one that was not requested."""
         values = {"token": self.token, "sequence": self.sequence}.get(of)
         if values is None:
             raise AnalysisError(f'there is no {of} entropy here: entropy(statistics, of="both")')

@@ -47,8 +47,7 @@ class LanguageExperts(ShownAsTables, Mapping[str, "ExpertSelection"]):
 
     def save_ids(self, path: str | os.PathLike[str]) -> None:
         """Write ``ids()`` to ``path`` as JSON, whole or not at all."""
-        with files.replacing(path) as stream:
-            stream.write(f"{files.readable_json(self.ids())}\n".encode())
+        files.write_text(path, f"{files.readable_json(self.ids())}\n")
 
     def tables(self) -> list[Table]:
         rows = [[group, len(found)] for group, found in self.by_group.items()]

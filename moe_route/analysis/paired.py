@@ -29,6 +29,12 @@ class Difference:
     high: float
     p_value: float = float("nan")
 
+    @classmethod
+    def of(cls, value: float, resampled: np.ndarray, items: int) -> Difference:
+        """A value with the interval and the p-value of its ``resampled`` values [resamples], from so many items."""
+        low, high = interval_of(resampled, items, 0.95)
+        return cls(value, float(low), float(high), p_value_of(resampled, items))
+
     def __str__(self) -> str:
         ends = interval(self.low, self.high, digits=4, none="no interval")
         return f"{self.value:+.4f} {ends} ({self.verdict})"
@@ -59,47 +65,49 @@ def paired_difference(
     nats, base, tokens = _checked(nats, base, tokens)
     weights = draw_items(len(tokens), resamples, seed)
     change = nats - base
-    return _difference(
+    return Difference.of(
         float(_per_token(change.sum(0), tokens.sum(0))),
         _per_token(weights @ change, weights @ tokens),
         len(tokens),
     )
 
 
-def _difference(value: float, resampled: np.ndarray, items: int) -> Difference:
-    low, high = interval_of(resampled, items, 0.95)
-    return Difference(value, float(low), float(high), p_value_of(resampled, items))
-
-
 @dataclass(frozen=True, repr=False)
 class RandomControl:
-    """Comparison of a plan with the same plan on random experts. Changes are in nats per token; lower is better.
+    """Comparison of a plan with the same plan on random experts, such as of losses in nats per token.
 
     Attributes:
-        plan: change of the loss by the plan, against no plan.
-        random: change of the loss by each random set of experts, against no plan.
+        plan: change by the plan, against no plan.
+        random: change by each random set of experts, against no plan.
         difference: the plan's change minus the mean of the random ones. Its 95 % interval holds for other items and, if
             random sets were drawn, for other draws.
         enumerated: whether ``random`` are all other sets of experts, not draws.
+        larger: whether larger changes are the stronger effect; by default smaller ones are, as of losses.
     """
 
     plan: float
     random: tuple[float, ...]
     difference: Difference
     enumerated: bool
+    larger: bool = False
 
     @property
     def rank(self) -> int:
-        """Rank of the plan among itself and the random sets, 1 for the lowest loss; ties count against the plan."""
-        return 1 + sum(change <= self.plan for change in self.random)
+        """Rank of the plan among itself and the random sets, 1 for the strongest effect; ties count against it."""
+        return 1 + sum(change >= self.plan if self.larger else change <= self.plan for change in self.random)
 
     @property
     def p_value(self) -> float:
-        """One-sided p-value: probability that a random set lowers the loss as much as the plan.
+        """One-sided p-value: probability that a random set has as strong an effect as the plan.
 
         It is rank / (number of random sets + 1), so at least 1 / (number + 1).
         """
         return self.rank / (len(self.random) + 1)
+
+    @property
+    def strongest(self) -> float:
+        """The strongest effect of a random set."""
+        return max(self.random) if self.larger else min(self.random)
 
     def __repr__(self) -> str:
         sets = f"all {len(self.random)} other sets" if self.enumerated else f"{len(self.random)} random sets"
@@ -115,6 +123,7 @@ class RandomControl:
                 "plan": self.plan,
                 "random": self.random,
                 "enumerated": self.enumerated,
+                "larger": self.larger,
                 "difference": self.difference.to_dict(),
                 "rank": self.rank,
                 "p_value": self.p_value,
@@ -129,6 +138,7 @@ def random_control(
     tokens: np.ndarray,
     *,
     enumerated: bool = False,
+    larger: bool = False,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> RandomControl:
@@ -139,6 +149,7 @@ def random_control(
         random: summed loss of every text under each random set of experts, [sets, items] or [sets, items, languages].
         enumerated: whether ``random`` are all other sets of experts. If not, they are draws, and the interval holds for
             other draws too: sets are drawn with replacement, independently of the items.
+        larger: whether larger changes are the stronger effect, as of exact match; by default smaller ones are.
 
     Raises ``AnalysisError`` if there is no random set, and as ``paired_difference`` does.
     """
@@ -158,8 +169,8 @@ def random_control(
     fewest = len(tokens) if enumerated else min(len(tokens), len(sets))
     change = float(_per_token((nats - base).sum(0), tokens.sum(0)))
     changes = tuple(_per_token((sets - base).sum(1), tokens.sum(0)).tolist())
-    difference = _difference(change - float(np.mean(changes)), drawn, fewest)
-    return RandomControl(change, changes, difference, enumerated)
+    difference = Difference.of(change - float(np.mean(changes)), drawn, fewest)
+    return RandomControl(change, changes, difference, enumerated, larger)
 
 
 def _checked(*given: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_route.analysis.bootstrap import draw_items, interval_of, p_value_of, resampled_means
+from moe_route.analysis.bootstrap import draw_items, interval_of, resampled_means
 from moe_route.analysis.divergence import Divergence
 from moe_route.analysis.inputs import AnalysisError
 from moe_route.analysis.paired import Difference
@@ -75,9 +75,7 @@ class UShape(ShownAsTables):
         first, second = self.groups.index(group), self.groups.index(other)
         resampled = self._resampled()
         drawn = resampled[:, first] - resampled[:, second]
-        low, high = interval_of(drawn, self.pairs, 0.95)
-        value = float(self.depth[first] - self.depth[second])
-        return Difference(value, float(low), float(high), p_value_of(drawn, self.pairs))
+        return Difference.of(float(self.depth[first] - self.depth[second]), drawn, self.pairs)
 
     def _resampled(self) -> np.ndarray:
         if self.resampled is None:

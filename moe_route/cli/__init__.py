@@ -15,31 +15,19 @@ import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from importlib import import_module
 from typing import NoReturn
 
 __all__ = ["main", "parser"]
+
+# Modules of the commands, in the order of the help.
+_COMMANDS = "describe record convert analyze plot plan steer experiment prune eval lm_eval report demo doctor"
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; the module of each command adds its own part."""
     from moe_route import __version__
-    from moe_route.cli import (
-        analyze,
-        completion,
-        convert,
-        demo,
-        describe,
-        doctor,
-        eval,
-        experiment,
-        lm_eval,
-        plan,
-        plot,
-        prune,
-        record,
-        report,
-        steer,
-    )
+    from moe_route.cli import completion
 
     whole = argparse.ArgumentParser(
         prog="moe-route",
@@ -51,23 +39,8 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"moe-route {__version__}")
     verbs = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (
-        describe,
-        record,
-        convert,
-        analyze,
-        plot,
-        plan,
-        steer,
-        experiment,
-        prune,
-        eval,
-        lm_eval,
-        report,
-        demo,
-        doctor,
-    ):
-        module.add(verbs)
+    for name in _COMMANDS.split():
+        import_module(f"moe_route.cli.{name}").add(verbs)
     completion.add(verbs, whole)
     return whole
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, language_model, model_arguments, output, positive, text_arguments
+from moe_route.cli.inputs import (
+    command,
+    language_model,
+    model_arguments,
+    output,
+    positive,
+    shown_options,
+    text_arguments,
+)
 
 
 def add(verbs: Any) -> None:
@@ -46,9 +53,7 @@ def run(options: argparse.Namespace) -> Answer:
         limit=options.limit,
         draws=options.draws,
         out=options.out,
-        batch_size=options.batch_size,
-        max_length=options.max_length,
         engine=options.engine,
-        progress=sys.stderr.isatty(),
+        **shown_options(options),
     )
     return Answer(report.to_dict(), str(report), code=0 if report.restored else 1)

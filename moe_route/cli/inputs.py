@@ -30,6 +30,7 @@ __all__ = [
     "positive",
     "quiet_libraries",
     "seed_argument",
+    "shown_options",
     "text_arguments",
     "text_options",
     "texts",
@@ -117,6 +118,12 @@ def quiet_libraries() -> None:
 def text_options(options: argparse.Namespace) -> dict[str, Any]:
     """How the texts of `text_arguments` are run, as keyword arguments."""
     return {"batch_size": options.batch_size, "max_length": options.max_length}
+
+
+def shown_options(options: argparse.Namespace, caption: str | None = None) -> dict[str, Any]:
+    """`text_options` with `progress`, which only a terminal sees: the caption of a bar, or whether there are bars."""
+    terminal = sys.stderr.isatty()
+    return {**text_options(options), "progress": terminal if caption is None else caption if terminal else None}
 
 
 @contextlib.contextmanager

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import (
+    attached_model,
     command,
-    language_model,
     layers,
     model_arguments,
     output,
     positive,
+    shown_options,
     text_arguments,
     texts,
 )
@@ -70,24 +70,18 @@ def run(options: argparse.Namespace) -> Answer:
         raise ValueError("--trace-layers chooses the layers of a trace: name its file with --trace")
     plan = None if options.plan is None else Plan.load(options.plan)
     work = texts(options)
-    spoken = language_model(options)
     groups = list(dict.fromkeys(text.group for text in work))
-    shown = "recording" if sys.stderr.isatty() else None
-    given: dict[str, Any] = {"batch_size": options.batch_size, "max_length": options.max_length, "progress": shown}
-    routed = spoken.attach(options.engine)
-    try:
+    with attached_model(options) as (spoken, routed):
         with ExitStack() as stack:
             if plan is not None:
                 stack.enter_context(routed.steer(plan))
             recorder = stack.enter_context(routed.record(groups, **_asked_for(options, spoken.tokenizer)))
             stop = stack.enter_context(deferred_interrupt())
-            ran = record_texts(recorder, spoken, work, stop=stop, **given)
+            ran = record_texts(recorder, spoken, work, stop=stop, **shown_options(options, "recording"))
         done = len(ran.texts)
         if not done:
             raise KeyboardInterrupt  # before the first batch there is nothing to save
         statistics = recorder.statistics()
-    finally:
-        routed.detach()
     statistics.save(options.out)
     if options.trace is not None:
         recorder.trace().save(options.trace)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,8 @@ from moe_route.cli.inputs import (
     model_arguments,
     output,
     positive,
+    shown_options,
     text_arguments,
-    text_options,
     texts,
     tokenizer_argument,
 )
@@ -103,7 +102,6 @@ def _of_model(options: argparse.Namespace) -> tuple[Inputs, Any]:
         plan=plan,
         traced_items=options.trace_items or 4,
         engine=options.engine,
-        progress=sys.stderr.isatty(),
-        **text_options(options),
+        **shown_options(options),
     )
     return inputs, spoken.tokenizer

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, language_model, model_arguments, positive, text_arguments, texts
+from moe_route.cli.inputs import (
+    attached_model,
+    command,
+    model_arguments,
+    positive,
+    shown_options,
+    text_arguments,
+    texts,
+)
 
 
 def add(verbs: Any) -> None:
@@ -42,18 +49,12 @@ def run(options: argparse.Namespace) -> Answer:
     if options.strength != 1:
         plan = plan * options.strength
     work = [] if options.prompt is not None else texts(options)
-    spoken = language_model(options)
-    routed = spoken.attach(options.engine)
-    try:
+    with attached_model(options) as (spoken, routed):
         with routed.steer(plan):
             pass  # refuse a plan that does not fit before the long run without it
-        return (
-            _prompt(options, spoken, routed, plan)
-            if options.prompt is not None
-            else _losses(options, spoken, routed, plan, work)
-        )
-    finally:
-        routed.detach()
+        if options.prompt is not None:
+            return _prompt(options, spoken, routed, plan)
+        return _losses(options, spoken, routed, plan, work)
 
 
 def _prompt(options: argparse.Namespace, spoken: Any, routed: Any, plan: Any) -> Answer:
@@ -70,11 +71,9 @@ def _losses(options: argparse.Namespace, spoken: Any, routed: Any, plan: Any, wo
     from moe_route.analysis import paired_difference
     from moe_route.texttable import interval, table
 
-    given = {"batch_size": options.batch_size, "max_length": options.max_length}
-    shown = sys.stderr.isatty()
-    base = spoken.losses(work, progress="without the plan" if shown else None, **given)
+    base = spoken.losses(work, **shown_options(options, "without the plan"))
     with routed.steer(plan):
-        steered = spoken.losses(work, progress="with the plan" if shown else None, **given)
+        steered = spoken.losses(work, **shown_options(options, "with the plan"))
     groups = np.array([text.group for text in work])
     rows: list[dict[str, Any]] = []
     for group in dict.fromkeys(groups):

@@ -18,7 +18,7 @@ from safetensors.torch import save as save_safetensors
 from moe_route.convert.formats import KINDS
 from moe_route.convert.routed_experts import UNNAMED
 from moe_route.convert.steermoe import easysteer_of
-from moe_route.files import replacing
+from moe_route.files import replacing, write_text
 from moe_route.recording import RoutingStatistics, Trace
 from moe_route.steering import ExpertSelection, Plan
 from moe_route.steering.replay import ReplayTable
@@ -77,7 +77,7 @@ def _bytes(path: Path, content: bytes) -> None:
 
 
 def _json(path: Path, content: Any) -> None:
-    _bytes(path, f"{json.dumps(content, indent=1, allow_nan=False)}\n".encode())
+    write_text(path, f"{json.dumps(content, indent=1, allow_nan=False)}\n")
 
 
 def _arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -164,7 +164,7 @@ def _csv(value: RoutingStatistics | Trace | ExpertSelection, path: Path) -> None
         frame = data_frame({"layer": layers, "expert": experts, "score": scores})
     else:
         frame = value.to_pandas()
-    _bytes(path, frame.to_csv(index=False).encode())
+    write_text(path, frame.to_csv(index=False))
 
 
 def _plain_json(value: RoutingStatistics | ExpertSelection | Plan, path: Path) -> None:

@@ -206,6 +206,5 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 def _write(folder: Path, report: DemoReport) -> None:
     """Write the report beside its pictures, as text and as JSON."""
-    for name, text in (("report.txt", str(report)), ("report.json", json.dumps(report.to_dict(), indent=1))):
-        with files.replacing(folder / name) as stream:
-            stream.write(f"{text}\n".encode())
+    files.write_text(folder / "report.txt", f"{report}\n")
+    files.write_text(folder / "report.json", f"{json.dumps(report.to_dict(), indent=1)}\n")

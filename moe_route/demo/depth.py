@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from moe_route.analysis import Difference, Divergence, UShape, divergence, load_balance, u_shape
-from moe_route.analysis.bootstrap import interval_of, p_value_of
 from moe_route.analysis.result import mean_of_seen, plain
 from moe_route.demo.measurement import PIVOT
 from moe_route.demo.wording import name, paragraph, span, told
@@ -149,20 +147,14 @@ def profile_of(statistics: RoutingStatistics) -> Profile:
 
 
 def untrained_model(spoken: LanguageModel) -> tuple[LanguageModel | None, str]:
-    """A model of the same configuration with seeded random weights, or None and the reason why there is none."""
-    from transformers import AutoModelForCausalLM
-
+    """`LanguageModel.untrained`, or None and the reason why there is none."""
     parameters = sum(parameter.numel() for parameter in spoken.model.parameters())
     if parameters > LARGEST:
         return None, f"{parameters / 1e9:.1f} billion random weights would take too long"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        try:
-            model = AutoModelForCausalLM.from_config(spoken.model.config)
-        except ValueError as error:  # no such class for this configuration
-            return None, str(error).splitlines()[0].rstrip(".")
-    model = model.to(device=spoken.model.device, dtype=spoken.model.dtype).eval()
-    return LanguageModel(f"{spoken.name}, untrained", model, spoken.tokenizer), ""
+    try:
+        return spoken.untrained(), ""
+    except ValueError as error:  # no such class for this configuration
+        return None, str(error).splitlines()[0].rstrip(".")
 
 
 def _mean_depth(shape: UShape, other: UShape | None = None) -> Difference:
@@ -174,8 +166,7 @@ def _mean_depth(shape: UShape, other: UShape | None = None) -> Difference:
     if other is not None and other.resampled is not None:  # the same seed draws the same sentences
         value -= float(mean_of_seen(other.depth)[0])
         drawn = drawn - mean_of_seen(other.resampled, 1)[0]
-    low, high = interval_of(drawn, shape.pairs, 0.95)
-    return Difference(value, float(low), float(high), p_value_of(drawn, shape.pairs))
+    return Difference.of(value, drawn, shape.pairs)
 
 
 def _content(profile: Profile) -> dict[str, Any]:

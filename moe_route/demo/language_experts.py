@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moe_route.analysis import Difference, entropy_experts
-from moe_route.analysis.bootstrap import RESAMPLES, draw_items, interval_of, p_value_of
+from moe_route.analysis.bootstrap import RESAMPLES, draw_items
 from moe_route.analysis.result import plain
 from moe_route.data import Corpus
 from moe_route.demo.measurement import Losses, Measurement
@@ -77,9 +77,7 @@ class LanguageExpertsOff:
 
         items = len(self.before.nats)
         value = float(difference(np.ones((1, items)))[0])
-        drawn = difference(draw_items(items, RESAMPLES, 0))
-        low, high = interval_of(drawn, items, 0.95)
-        return Difference(value, float(low), float(high), p_value_of(drawn, items))
+        return Difference.of(value, difference(draw_items(items, RESAMPLES, 0)), items)
 
     @property
     def p_value(self) -> float:

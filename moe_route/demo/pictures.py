@@ -1,6 +1,6 @@
 """The pictures of the demonstration, one per finding, readable at 800 pixels.
 
-Colors are of Okabe and Ito's set, which every color vision tells apart; markers differ as well.
+Colors are those of `plots`, which every color vision tells apart; markers differ as well.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_route import plots
 from moe_route.demo.association import LOSS, SHARE
 from moe_route.demo.measurement import PIVOT
+from moe_route.demo.random_sets import standing
 from moe_route.demo.skill import SUBSETS
 from moe_route.demo.wording import name, told
+from moe_route.plots import frame, palette
 from moe_route.texttable import number_of
 
 if TYPE_CHECKING:
@@ -32,15 +35,14 @@ if TYPE_CHECKING:
 __all__ = ["draw"]
 
 _WIDTH = 8.0  # inches; 800 pixels are then 100 per inch, and the font has 14
-_BLUE, _RED, _GREEN, _ORANGE, _GREY, _INK = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#8c8c8c", "#333333"
+_BLUE, _RED, _GREEN, _, _, _ORANGE, _ = palette.COLORS
+_GREY = "#8c8c8c"
 _MARKERS = {"seen": ("s", _GREEN), "english_only": ("o", _BLUE), "unseen": ("D", _RED)}
 _LABELS = {"seen": "seen by all", "english_only": "seen in English only", "unseen": "never seen"}
 
 
 def draw(report: DemoReport, folder: Path) -> list[Path]:
     """Draw each finding that has something to show, as PNG; returns the files in the order of the text."""
-    from moe_route import plots
-
     drawn: dict[str, Callable[[Any], Axes | None]] = {
         "task_experts_off": task_experts_off,
         "language_experts_off": language_experts_off,
@@ -74,7 +76,7 @@ def task_experts_off(found: TaskExpertsOff) -> Axes | None:
     number = len(found.found.experts)
     text = f"general text: {told(found.text_change, 3)} nats per token"
     if found.sets:
-        text += f"\nbeside random sets of as many experts: {found.sets['exact match'].verdict}"
+        text += f"\nbeside random sets of as many experts: {standing(found.sets['exact match'])}"
     _headline(ax, f"{number_of(number, 'task expert')} found in English, off: exact match {told(found.change)}\n{text}")
     return ax
 
@@ -90,7 +92,7 @@ def _cloud(ax: Axes, found: TaskExpertsOff, rows: np.ndarray) -> None:
                 found.matches[1:][at], (rows + spread)[at], s=14, color=color, alpha=0.6, linewidths=0, label=label
             )
     ax.scatter(found.matches[0], rows, s=60, color=_RED, marker="D", zorder=3)
-    ax.axvline(0, color=_INK, linewidth=0.8)
+    ax.axvline(0, color=frame.INK, linewidth=0.8)
     _plain(ax)
     ax.set_xlabel(f"its change ({found.sampled[0]} of the problems)")
     _legend_below(ax, 2)
@@ -117,24 +119,15 @@ def language_experts_off(found: LanguageExpertsOff) -> Axes | None:
         places, labels = [*places, left + 0.5], [*labels, "random experts,\nown text"]
     for x, y, value in shown:
         own_text = x == (found.languages.index(list(found.experts)[int(y)]))
-        ax.text(
-            x,
-            y,
-            f"{round(value, 2) + 0.0:.2f}",  # + 0.0 avoids a minus zero
-            ha="center",
-            va="center",
-            fontsize="small",
-            color="white" if abs(value) > 0.6 * limit else "black",
-            fontweight="bold" if own_text else "normal",
-        )
+        look = {"fontsize": "small", "fontweight": "bold" if own_text else "normal"}
+        text = f"{round(value, 2) + 0.0:.2f}"  # + 0.0 avoids a minus zero
+        frame.write_cell(ax, y, x, text, dark=abs(value) > 0.6 * limit, **look)
     ax.set_xlim(-0.5, columns - 0.5)
     ax.set_xticks(places, labels, rotation=40, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(len(values)), [name(one) for one in found.experts])
     ax.set_ylabel("experts off")
-    ax.tick_params(length=0)
-    for side in ax.spines.values():
-        side.set_visible(False)
-    _figure(ax).colorbar(image, ax=ax, pad=0.02, fraction=0.04).set_label("change, nats per token")
+    frame.frameless(ax)
+    frame.color_bar(image, ax, "change, nats per token", pad=0.02, fraction=0.04)
     _headline(
         ax,
         f"a language's own experts off: its text loses the most in {len(found.hit_first)} of {len(values)}\n"
@@ -187,20 +180,20 @@ def depth(found: Depth) -> Axes:
     first.set_ylabel(f"divergence from {name(PIVOT)}")
     axes[1, 0].set_ylabel("load entropy\n/ log E")
     handles, labels = first.get_legend_handles_labels()
-    _figure(first).legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize="small")
+    frame.figure_of(first).legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize="small")
     return first
 
 
 def _divergence(ax: Axes, profile: Profile) -> None:
-    from moe_route import plots
-
     found = profile.divergence
     layers = np.arange(found.values.shape[1])
     for group, style in plots.styles((*found.groups, found.reference)).items():
         if group in found.groups:
             ax.plot(layers, found.of(group), label=name(group), **{"markersize": 3, "marker": "o", **style})
     if profile.floor is not None:
-        ax.plot(layers, profile.floor, color=_INK, linestyle=":", linewidth=1.5, label="floor (unrelated sentences)")
+        ax.plot(
+            layers, profile.floor, color=frame.INK, linestyle=":", linewidth=1.5, label="floor (unrelated sentences)"
+        )
     ax.set_ylim(bottom=0)
     _plain(ax)
 
@@ -239,7 +232,7 @@ def association(found: Association) -> Axes | None:
 
 def _joined(axes: Sequence[Axes]) -> Axes:
     """One pair of axes in the place of several below one another."""
-    figure, places = _figure(axes[0]), axes[0].get_subplotspec()
+    figure, places = frame.figure_of(axes[0]), axes[0].get_subplotspec()
     assert places is not None
     for ax in axes:
         ax.remove()
@@ -255,7 +248,7 @@ def _points(ax: Axes, x: np.ndarray, y: np.ndarray, label: str) -> None:
 
 def _name_points(ax: Axes, x: np.ndarray, y: np.ndarray, labels: Sequence[str]) -> None:
     """Write each label beside its point, on a side where it covers neither a label nor a point if there is one."""
-    figure = _figure(ax)
+    figure = frame.figure_of(ax)
     figure.canvas.draw()  # settles the layout, so that sizes are known
     sides = (
         ((7, 0), "left", "center"),
@@ -302,8 +295,8 @@ def raising(found: Raising) -> Axes | None:
             random = np.array(found.sets[measure].random)
             spread = np.random.default_rng(0).uniform(-0.25, 0.25, len(random))
             ax.scatter(random, len(plans) + spread, s=20, color=_GREY, alpha=0.8, linewidths=0)
-            ax.scatter(found.sets[measure].effect, len(plans), s=50, marker="D", facecolors="none", edgecolors=_RED)
-        ax.axvline(0, color=_INK, linewidth=0.8)
+            ax.scatter(found.sets[measure].plan, len(plans), s=50, marker="D", facecolors="none", edgecolors=_RED)
+        ax.axvline(0, color=frame.INK, linewidth=0.8)
         ax.set_xlabel(label)
         _plain(ax)
     number = len(found.sets["exact match"].random) if found.sets else 0
@@ -328,22 +321,13 @@ def _changes(ax: Axes, changes: Sequence[Difference]) -> None:
 
 
 def _axes(rows: int, columns: int, height: float, **options: Any) -> Any:
-    """Axes [rows, columns] of a new figure, without pyplot."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure.subplots(rows, columns, squeeze=False, **options)
-
-
-def _figure(ax: Axes) -> Any:
-    return ax.figure
+    """Axes [rows, columns] of a new figure."""
+    return frame.new_figure(_WIDTH, height).subplots(rows, columns, squeeze=False, **options)
 
 
 def _headline(ax: Axes, text: str) -> None:
     """A title over the whole figure."""
-    _figure(ax).suptitle(text, fontsize="medium", ha="left", x=0.01)
+    frame.figure_of(ax).suptitle(text, fontsize="medium", ha="left", x=0.01)
 
 
 def _language_rows(ax: Axes, languages: Sequence[str], after: dict[str, str] | None = None) -> None:
@@ -358,10 +342,8 @@ def _legend_below(ax: Axes, columns: int) -> None:
 
 
 def _plain(ax: Axes) -> None:
-    ax.grid(color="#e0e0e0", linewidth=0.6)
-    ax.set_axisbelow(True)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
+    """Faint lines both ways, and no frame at the top and at the right."""
+    frame.plain_frame(ax, axis="both")
 
 
 def _few(layers: int) -> list[int]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from moe_route.analysis import middle_layers
+from moe_route.analysis import RandomControl, middle_layers, random_control
 from moe_route.data import Task
 from moe_route.demo.measurement import Measurement, Scores, sample_task
-from moe_route.demo.random_sets import RandomSets, beside_random_sets, random_sets
+from moe_route.demo.random_sets import random_sets, standing
 from moe_route.demo.wording import paragraph, span, told, verdicts
 from moe_route.steering import ExpertSelection, Plan
 from moe_route.texttable import number_of, table
@@ -40,7 +40,7 @@ class Raising:
     languages: tuple[str, ...]
     before: Scores
     after: Mapping[str, Scores] = field(default_factory=dict)
-    sets: Mapping[str, RandomSets] = field(default_factory=dict)
+    sets: Mapping[str, RandomControl] = field(default_factory=dict)
     sampled: int = 0
 
     @property
@@ -93,10 +93,10 @@ class Raising:
         match, nats = self.sets["exact match"], self.sets["answer"]
         return paragraph(
             f"Beside {number_of(len(match.random), 'random set')} of as many experts raised in the same way, on "
-            f"{self.sampled} of these problems: task experts {match.effect:+.3f} exact match and {nats.effect:+.2f} "
+            f"{self.sampled} of these problems: task experts {match.plan:+.3f} exact match and {nats.plan:+.2f} "
             f"nats, the sets {np.mean(match.random):+.3f} and {np.mean(nats.random):+.2f} on average, "
             f"{match.strongest:+.3f} and {nats.strongest:+.2f} at best.",
-            f"Of exact match, {match.verdict}; of nats, {nats.verdict}.",
+            f"Of exact match, {standing(match)}; of nats, {standing(nats)}.",
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,16 +166,16 @@ def raise_task_experts(
     base, raised = before.of(at), scores.of(at)
     ones = np.ones_like(base.correct)
     beside = {
-        "exact match": beside_random_sets(
+        "exact match": random_control(
             raised.correct,
             np.stack([one.correct for one in random]),
             base.correct,
             ones,
-            larger=True,
             enumerated=enumerated,
+            larger=True,
         ),
-        "answer": beside_random_sets(
-            raised.nats, np.stack([one.nats for one in random]), base.nats, ones, larger=False, enumerated=enumerated
+        "answer": random_control(
+            raised.nats, np.stack([one.nats for one in random]), base.nats, ones, enumerated=enumerated
         ),
     }
     return Raising(experts, problems.languages, before, after, beside, len(at))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_route.analysis import Difference
-from moe_route.analysis.bootstrap import RESAMPLES, draw_items, interval_of, p_value_of
+from moe_route.analysis.bootstrap import RESAMPLES, draw_items
 from moe_route.analysis.result import plain
 from moe_route.data import demo_model_folder
 from moe_route.demo.measurement import PIVOT, Scores
@@ -77,10 +77,8 @@ class Skill:
         columns = [self.languages.index(language) for language in languages]
         parts = [self.scores[subset].correct[:, columns].mean(1) for subset in HELD_OUT]
         drawn = [draw_items(len(part), RESAMPLES, seed) @ part / len(part) for seed, part in enumerate(parts)]
-        difference, fewest = drawn[0] - drawn[1], min(map(len, parts))
-        low, high = interval_of(difference, fewest, 0.95)
         value = float(parts[0].mean() - parts[1].mean())
-        return Difference(value, float(low), float(high), p_value_of(difference, fewest))
+        return Difference.of(value, drawn[0] - drawn[1], min(map(len, parts)))
 
     @property
     def sentence(self) -> str:

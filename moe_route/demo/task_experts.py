@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from moe_route.analysis import Difference, task_experts
+from moe_route.analysis import Difference, RandomControl, random_control, task_experts
 from moe_route.analysis.result import plain
 from moe_route.data import Corpus, Task
 from moe_route.demo.measurement import PIVOT, Losses, Measurement, Scores, sample_corpus, sample_task
-from moe_route.demo.random_sets import RandomSets, beside_random_sets, random_sets, shares_of
+from moe_route.demo.random_sets import random_sets, shares_of, standing
 from moe_route.demo.wording import name, paragraph, starred, told, verdicts
 from moe_route.recording import RoutingStatistics
 from moe_route.steering import ExpertSelection, Plan
@@ -107,7 +107,7 @@ class TaskExpertsOff:
     after: Scores
     text_before: Losses
     text_after: Losses
-    sets: Mapping[str, RandomSets] = field(default_factory=dict)
+    sets: Mapping[str, RandomControl] = field(default_factory=dict)
     shares: np.ndarray = field(default_factory=lambda: np.zeros(0))
     sampled: tuple[int, int] = (0, 0)
     matches: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
@@ -179,7 +179,7 @@ class TaskExpertsOff:
         """Number of random sets that lower exact match as far and cost general text no more."""
         match, text = (self.sets[measure] for measure in ("exact match", "text"))
         pairs = zip(match.random, text.random, strict=True)
-        return sum(lost <= match.effect and cost <= text.effect for lost, cost in pairs)
+        return sum(lost <= match.plan and cost <= text.plan for lost, cost in pairs)
 
     def _against_sets(self) -> str:
         if not self.sets:
@@ -189,18 +189,18 @@ class TaskExpertsOff:
         problems, sentences = self.sampled
         return (
             f"Beside {len(match.random)} {kind} sets of as many experts of the same layers, measured on {problems} of "
-            f"the problems and {sentences} of the sentences in each language, {match.verdict}." + self._sparing_text()
+            f"the problems and {sentences} of the sentences in each language, {standing(match)}." + self._sparing_text()
         )
 
     def _sparing_text(self) -> str:
         """What the sets that come as far in the task cost general text."""
         match, text = (self.sets[measure] for measure in ("exact match", "text"))
-        as_far = [cost for lost, cost in zip(match.random, text.random, strict=True) if lost <= match.effect]
+        as_far = [cost for lost, cost in zip(match.random, text.random, strict=True) if lost <= match.plan]
         if not as_far:
             return ""
         p_value = (1 + self.as_selective) / (len(match.random) + 1)
         return (
-            f" Of those, {self.as_selective} cost general text as little: the task experts {text.effect:+.3f} nats per "
+            f" Of those, {self.as_selective} cost general text as little: the task experts {text.plan:+.3f} nats per "
             f"token, the least of those {min(as_far):+.3f} (p = {p_value:.3f} for both)."
         )
 
@@ -245,9 +245,7 @@ class TaskExpertsOff:
         random = np.array([one.random for one in measures])
         holding = self.shares > 0
         digits = (2, 2, 3)
-        rows: list[tuple[object, ...]] = [
-            ("task experts", 1, "1.00", *_signed([one.effect for one in measures], digits))
-        ]
+        rows: list[tuple[object, ...]] = [("task experts", 1, "1.00", *_signed([one.plan for one in measures], digits))]
         for label, at in (
             ("random", np.ones_like(holding)),
             ("  with a task expert", holding),
@@ -346,7 +344,7 @@ def switch_task_experts_off(
         ("text", text_after.nats[text_at], text, text_before.nats[text_at], tokens, True),
     )
     sets = {
-        measure: beside_random_sets(changed, random, natural, weights, larger=larger, enumerated=enumerated)
+        measure: random_control(changed, random, natural, weights, enumerated=enumerated, larger=larger)
         for measure, changed, random, natural, weights, larger in asked
     }
     changes = np.concatenate([off.correct[None], matches]).mean(1) - base.correct.mean(0)

@@ -418,8 +418,7 @@ class _Run:
             content = {"title": self.recipe.title, "model": model, "recipe": recipe, "results": results}
             write_json(stage.folder / "report.json", content)
             write_json(stage.folder / "tables.json", effect_tables(content))
-            with files.replacing(stage.folder / "report.md") as stream:
-                stream.write(markdown(content).encode())
+            files.write_text(stage.folder / "report.md", markdown(content))
             self.finish(stage)
 
 

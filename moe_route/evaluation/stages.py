@@ -120,8 +120,7 @@ def remove_stages(out: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON for people and programs, whole or not at all. NaN is refused with `ValueError`."""
-    with files.replacing(path) as stream:
-        stream.write((json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode())
+    files.write_text(path, f"{json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False)}\n")
 
 
 def _sha256(path: Path) -> str:

@@ -10,25 +10,12 @@ from typing import Any
 from moe_route.data import Corpus, CorpusError, Question, Task, demo_problems
 from moe_route.evaluation.recipe import CorpusSource, TaskSource, fingerprint
 from moe_route.evaluation.settings import RecipeError
+from moe_route.languages import flores_code
 from moe_route.workload import read_corpus
 
-__all__ = ["FLORES_CODES", "kind_of", "read_source", "read_task", "task_fingerprint"]
+__all__ = ["kind_of", "read_source", "read_task", "task_fingerprint"]
 
 LETTERS = ("A", "B", "C", "D")
-
-# fmt: off
-FLORES_CODES = {
-    "am": "amh_Ethi", "ar": "arb_Arab", "bn": "ben_Beng", "cs": "ces_Latn", "de": "deu_Latn", "el": "ell_Grek",
-    "en": "eng_Latn", "es": "spa_Latn", "fa": "pes_Arab", "fil": "tgl_Latn", "fr": "fra_Latn", "ha": "hau_Latn",
-    "he": "heb_Hebr", "hi": "hin_Deva", "id": "ind_Latn", "ig": "ibo_Latn", "it": "ita_Latn", "ja": "jpn_Jpan",
-    "ko": "kor_Hang", "ky": "kir_Cyrl", "lt": "lit_Latn", "mg": "plt_Latn", "ms": "zsm_Latn", "ne": "npi_Deva",
-    "nl": "nld_Latn", "ny": "nya_Latn", "pl": "pol_Latn", "pt": "por_Latn", "ro": "ron_Latn", "ru": "rus_Cyrl",
-    "si": "sin_Sinh", "sn": "sna_Latn", "so": "som_Latn", "sr": "srp_Cyrl", "sv": "swe_Latn", "sw": "swh_Latn",
-    "te": "tel_Telu", "th": "tha_Thai", "tr": "tur_Latn", "uk": "ukr_Cyrl", "vi": "vie_Latn", "yo": "yor_Latn",
-    "zh": "zho_Hans",
-}
-# fmt: on
-"""Two-letter code -> FLORES code, so that tasks and corpora name a language alike."""
 
 # language -> (before the question, after it): the native prompts of lm-eval's mgsm_native_cot (there, the Russian one
 # lacks the space between its two words)
@@ -260,7 +247,7 @@ def _by_language(folder: Path, pattern: str, prefix: str = "") -> Iterator[tuple
     named = {path.stem.removeprefix(prefix): path for path in sorted(folder.glob(pattern)) if path.is_file()}
     if not named:
         raise CorpusError(f"{folder} has no file {pattern}: give the folder that holds one for each language")
-    found = {FLORES_CODES.get(name, name): path for name, path in named.items()}
+    found = {flores_code(name) or name: path for name, path in named.items()}
     for language in sorted(found, key=lambda name: (name != "eng_Latn", name)):
         yield found[language], language
 

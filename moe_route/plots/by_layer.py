@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -72,7 +72,8 @@ def divergence(
         depth: show relative depth (0: first layer, 1: last) in place of layers, to compare models.
         title: title above the axes; none by default.
     """
-    names = _by_mean(found.groups, found.values, groups)
+    quantity = _divergence(found, interval, labels)
+    names = _by_mean(quantity, groups)
     if order is not None:
         missing = [name for name in names if name not in order]
         if missing:
@@ -81,19 +82,11 @@ def divergence(
     ax = frame.new_axes(ax, (6.4, 3.6), len(names) + floor)
     if middle is not None:
         _shade(ax, middle, len(found.layers) if depth else None)
-    chosen = palette.chosen_styles((*found.groups, found.reference), styles, levels)
-    band = None if interval is None else found.interval(interval)
-    _lines(ax, found.values, found.groups, names, chosen, labels, band, depth)
+    _lines(ax, quantity, names, _styles(quantity, styles, levels), labels, depth)
     if floor:
         values = mean_of_seen(found.expected_floor)[0]
         ax.plot(_places(len(values), depth), values, label="floor", **_FLOOR)
-    note = None if interval is None else f"bands: {interval * 100:g} % interval, bootstrap over {found.pairs} items"
-    name = f"{MEASURES[found.measure]} from {frame.label_of(found.reference, labels)}"
-    _finish(ax, len(found.layers), name, depth, title, note)
-    if found.correct is None:
-        ax.set_ylim(bottom=0)
-    _name_lines(ax, levels, names, legend=order is not None)
-    return ax
+    return _complete(ax, quantity, names, levels, depth, title, legend=None if order is None else True)
 
 
 def entropy(
@@ -115,19 +108,7 @@ def entropy(
     ``normalized`` divides by log E, so that uniform routing is 1; the gap is always in nats. ``interval`` is the level
     of a bootstrap band over sequences (``Entropy.interval``). The other arguments are those of ``divergence``.
     """
-    values, name = _entropy(found, of, normalized)
-    names = _by_mean(found.groups, values, groups)
-    ax = frame.new_axes(ax, (6.4, 3.6), len(names))
-    band = None
-    if interval is not None:
-        ends = found.interval(interval, of=of)  # type: ignore[arg-type]
-        scale = np.log(found.num_experts) if normalized and of != "gap" else 1.0
-        band = (ends[0] / scale, ends[1] / scale)
-    chosen = palette.chosen_styles(found.groups, styles, levels)
-    _lines(ax, values, found.groups, names, chosen, labels, band, depth)
-    _finish(ax, len(found.layers), name, depth, title, _over_sequences(interval, found.sequence_values))
-    _name_lines(ax, levels, names)
-    return ax
+    return _draw(_entropy(found, of, interval, normalized), ax, groups, labels, styles, levels, depth, title)
 
 
 def consistency(
@@ -147,16 +128,7 @@ def consistency(
     ``interval`` is the level of a bootstrap band over sequences around each line, such as 0.95; the title names it. The
     other arguments are those of ``divergence``.
     """
-    names = _by_mean(found.groups, found.values, groups)
-    ax = frame.new_axes(ax, (6.4, 3.6), len(names))
-    band = None if interval is None else found.interval(interval)
-    chosen = palette.chosen_styles(found.groups, styles, levels)
-    _lines(ax, found.values, found.groups, names, chosen, labels, band, depth)
-    note = _over_sequences(interval, found.sequence_values)
-    _finish(ax, len(found.layers), "Jaccard index of two tokens' experts", depth, title, note)
-    ax.set_ylim(bottom=0)
-    _name_lines(ax, levels, names)
-    return ax
+    return _draw(_consistency(found, interval), ax, groups, labels, styles, levels, depth, title)
 
 
 def load_balance(
@@ -176,13 +148,8 @@ def load_balance(
     ``of`` is "entropy", "max_share", "max_violation", "variation", "dead", "rare" or "effective". The other arguments
     are those of ``divergence``.
     """
-    values, name = _load(found, of)
-    names = _by_mean(found.groups, values, groups)
-    ax = frame.new_axes(ax, (6.4, 3.6), len(names))
-    _lines(ax, values, found.groups, names, palette.chosen_styles(found.groups, styles, levels), labels, None, depth)
-    _finish(ax, values.shape[1], name, depth, title)
+    ax = _draw(_load(found, of), ax, groups, labels, styles, levels, depth, title)
     ax.set_ylim(bottom=0)
-    _name_lines(ax, levels, names)
     return ax
 
 
@@ -223,7 +190,7 @@ def correlation(
         if chosen.any():
             ax.plot(places[chosen], found.pearson[chosen], markerfacecolor=fill, label=label, **points)
     name = f"correlation with divergence from {frame.label_of(found.reference, None)}"
-    _finish(ax, len(places), name, depth, title, f"n = {len(found.groups)} groups")
+    frame.layer_axes(ax, len(places), name, title, f"n = {len(found.groups)} groups", depth=depth)
     ax.set_ylim(-1.05, 1.05)
     frame.legend_above(ax)
     return ax
@@ -249,29 +216,30 @@ def by_script(
         found: the result of ``analysis.divergence``, ``entropy``, ``consistency`` or ``load_balance``.
         of: what to draw of entropy and load balance, as in ``entropy`` and ``load_balance``.
         columns: panels side by side; by default as many as fit.
-        groups, labels, styles, interval, depth, title: as in ``divergence``; entropy and load balance take no interval.
+        groups, labels, styles, interval, depth, title: as in ``divergence``; load balance has no interval.
 
     Returns the panels, the one with most languages first.
     """
-    values, name, all_groups, band, note = _any(found, of, interval, labels)
-    chosen = palette.chosen_styles(all_groups, styles)
-    panels = _scripts(_by_mean(all_groups, values, groups))
+    quantity = _quantity(found, of, interval, labels)
+    chosen = _styles(quantity, styles, None)
+    panels = _scripts(_by_mean(quantity, groups))
+    columns = columns or (1 if (frame.column() or 6.4) < 5 else min(2, len(panels)))
     axes = _grid([len(mine) for mine in panels.values()], columns)
     drawn = [group for of_panel in panels.values() for group in of_panel]
-    places = _places(values.shape[1], depth)
+    layers = quantity.values.shape[1]
     for ax, (script, mine) in zip(axes, panels.items(), strict=True):
         for group in drawn:
             if group not in mine:
-                ax.plot(places, values[all_groups.index(group)], color=_GREY, linewidth=0.7, zorder=1)
-        lines = _lines(ax, values, all_groups, mine, chosen, labels, band, depth)
-        _finish(ax, values.shape[1], "", depth, script)
-        ax.label_outer()
-        _end_labels(ax, lines)
-    figure = axes[0].figure
-    figure.supylabel(name, fontsize="medium")  # type: ignore[union-attr]
-    if title or note:
-        figure.suptitle("\n".join(filter(None, (title, note))), fontsize="medium", color=frame.INK)
-    if isinstance(found, Consistency) or (isinstance(found, Divergence) and found.correct is None):
+                ax.plot(_places(layers, depth), quantity.of(group), color=_GREY, linewidth=0.7, zorder=1)
+        _lines(ax, quantity, mine, chosen, labels, depth)
+        frame.layer_axes(ax, layers, "", script, depth=depth)
+        frame.name_lines(ax, legend=False)
+    frame.label_outer(axes, columns)
+    figure = frame.figure_of(axes[0])
+    figure.supylabel(quantity.name, fontsize="medium")
+    if title or quantity.note:
+        figure.suptitle("\n".join(filter(None, (title, quantity.note))), fontsize="medium", color=frame.INK)
+    if quantity.from_zero:
         axes[0].set_ylim(bottom=0)
     return axes
 
@@ -280,42 +248,69 @@ def by_script(
 # --------------------------------------------------------------------------------------------------------------
 
 
-def _entropy(found: Entropy, of: str, normalized: bool = True) -> tuple[np.ndarray, str]:
-    if of == "gap":
-        return found.gap, "entropy gap within sequences (nats)"
-    if of in ("token", "sequence"):
-        values = found.normalized(of) if normalized else found._values(of)  # type: ignore[arg-type]
-        return values, f"{of} entropy / log E" if normalized else f"{of} entropy (nats)"
-    raise ValueError(f'of must be "token", "sequence" or "gap", not {of!r}')
+class _Quantity(NamedTuple):
+    """What is drawn by layer, a line per group."""
+
+    values: np.ndarray  # float64 [group, layer]
+    groups: tuple[str, ...]
+    name: str  # of the values, for their axis
+    band: tuple[np.ndarray, np.ndarray] | None = None  # ends of intervals around the values
+    note: str | None = None  # what the band is
+    from_zero: bool = False  # whether the axis of the values begins at 0
+    reference: str | None = None  # a further group with a style of its own
+
+    def of(self, group: str) -> np.ndarray:
+        """The values of a group."""
+        row: np.ndarray = self.values[self.groups.index(group)]
+        return row
 
 
-def _load(found: LoadBalance, of: str) -> tuple[np.ndarray, str]:
-    if of not in _LOAD:
-        raise ValueError(f"of must be one of {', '.join(_LOAD)}, not {of!r}")
-    return getattr(found, of), _LOAD[of]
-
-
-Band = tuple[np.ndarray, np.ndarray]
-
-
-def _any(
-    found: ByLayer, of: str | None, interval: float | None, labels: Mapping[str, str] | None
-) -> tuple[np.ndarray, str, tuple[str, ...], Band | None, str | None]:
-    """Values [G, L], their name, the groups, a band, and a note on the band."""
-    if isinstance(found, (Entropy, LoadBalance)):
-        if interval is not None:
-            raise ValueError("interval is for divergence and consistency: leave it out")
-        values, name = _entropy(found, of or "token") if isinstance(found, Entropy) else _load(found, of or "entropy")
-        return values, name, tuple(found.groups), None, None
-    if of is not None:
-        raise ValueError("of is for entropy and load balance: leave it out")
+def _divergence(found: Divergence, interval: float | None, labels: Mapping[str, str] | None) -> _Quantity:
     band = None if interval is None else found.interval(interval)
-    if isinstance(found, Consistency):
-        note = _over_sequences(interval, found.sequence_values)
-        return found.values, "Jaccard index of two tokens' experts", found.groups, band, note
     note = None if interval is None else f"bands: {interval * 100:g} % interval, bootstrap over {found.pairs} items"
     name = f"{MEASURES[found.measure]} from {frame.label_of(found.reference, labels)}"
-    return found.values, name, found.groups, band, note
+    return _Quantity(found.values, found.groups, name, band, note, found.correct is None, found.reference)
+
+
+def _entropy(found: Entropy, of: str, interval: float | None, normalized: bool = True) -> _Quantity:
+    if of not in ("token", "sequence", "gap"):
+        raise ValueError(f'of must be "token", "sequence" or "gap", not {of!r}')
+    scale = np.log(found.num_experts) if normalized and of != "gap" else 1.0
+    unit = " / log E" if normalized else " (nats)"
+    if of == "gap":
+        values, name = found.gap, "entropy gap within sequences (nats)"
+    else:
+        values = found.normalized(of) if normalized else found.values(of)  # type: ignore[arg-type]
+        name = f"{of} entropy{unit}"
+    band = None
+    if interval is not None:
+        low, high = found.interval(interval, of=of)  # type: ignore[arg-type]
+        band = (low / scale, high / scale)
+    return _Quantity(values, tuple(found.groups), name, band, _over_sequences(interval, found.sequence_values))
+
+
+def _consistency(found: Consistency, interval: float | None) -> _Quantity:
+    band = None if interval is None else found.interval(interval)
+    note = _over_sequences(interval, found.sequence_values)
+    return _Quantity(found.values, found.groups, "Jaccard index of two tokens' experts", band, note, from_zero=True)
+
+
+def _load(found: LoadBalance, of: str) -> _Quantity:
+    if of not in _LOAD:
+        raise ValueError(f"of must be one of {', '.join(_LOAD)}, not {of!r}")
+    return _Quantity(getattr(found, of), tuple(found.groups), _LOAD[of])
+
+
+def _quantity(found: ByLayer, of: str | None, interval: float | None, labels: Mapping[str, str] | None) -> _Quantity:
+    if isinstance(found, Entropy):
+        return _entropy(found, of or "token", interval)
+    if isinstance(found, LoadBalance):
+        if interval is not None:
+            raise ValueError("load balance has no interval: leave interval out")
+        return _load(found, of or "entropy")
+    if of is not None:
+        raise ValueError("of is for entropy and load balance: leave it out")
+    return _consistency(found, interval) if isinstance(found, Consistency) else _divergence(found, interval, labels)
 
 
 def _over_sequences(interval: float | None, values: Sequence[np.ndarray] | None) -> str | None:
@@ -342,61 +337,78 @@ def _scripts(names: Sequence[str]) -> dict[str, list[str]]:
     return found_order
 
 
-def _grid(labels: Sequence[int], columns: int | None) -> list[Axes]:
-    """Panels with shared axes, high enough for their numbers of labels; the last row is left-aligned."""
-    number = len(labels)
-    if columns is None:
-        columns = 1 if (frame.column() or 6.4) < 5 else min(2, number)
+def _grid(labels: Sequence[int], columns: int) -> list[Axes]:
+    """Panels with shared axes, high enough for their numbers of labels."""
     figure = frame.new_figure(6.4, 2.0)
     line = 1.2 * frame.points("small") / 72
-    heights = [max(1.2, line * max(labels[start : start + columns])) for start in range(0, number, columns)]
+    heights = [max(1.2, line * max(labels[start : start + columns])) for start in range(0, len(labels), columns)]
     figure.set_figheight(sum(heights) + 0.35 * len(heights) + 0.9)
-    cells = figure.add_gridspec(len(heights), columns, height_ratios=heights)
-    axes: list[Axes] = []
-    for place in range(number):
-        first = axes[0] if axes else None
-        axes.append(figure.add_subplot(cells[place // columns, place % columns], sharex=first, sharey=first))
-    return axes
+    return frame.panels(figure, len(labels), columns, height_ratios=heights)
 
 
 def _places(layers: int, depth: bool) -> np.ndarray:
     return np.arange(layers) / max(layers - 1, 1) if depth else np.arange(layers)
 
 
+def _draw(
+    quantity: _Quantity,
+    ax: Axes | None,
+    groups: Sequence[str] | None,
+    labels: Mapping[str, str] | None,
+    styles: Mapping[str, Any] | None,
+    levels: Mapping[str, str] | None,
+    depth: bool,
+    title: str | None,
+) -> Axes:
+    """A line per group, with its name."""
+    names = _by_mean(quantity, groups)
+    ax = frame.new_axes(ax, (6.4, 3.6), len(names))
+    _lines(ax, quantity, names, _styles(quantity, styles, levels), labels, depth)
+    return _complete(ax, quantity, names, levels, depth, title)
+
+
+def _styles(
+    quantity: _Quantity, given: Mapping[str, Any] | None, levels: Mapping[str, str] | None
+) -> dict[str, dict[str, Any]]:
+    reference = () if quantity.reference is None else (quantity.reference,)
+    return palette.chosen_styles((*quantity.groups, *reference), given, levels)
+
+
 def _lines(
     ax: Axes,
-    values: np.ndarray,
-    groups: Sequence[str],
+    quantity: _Quantity,
     names: Sequence[str],
     chosen: Mapping[str, Mapping[str, Any]],
     labels: Mapping[str, str] | None,
-    band: Band | None,
     depth: bool,
-) -> list[Any]:
-    """A line per name, of its row of the values [group, layer], and a band around it."""
-    places, lines = _places(values.shape[1], depth), []
+) -> None:
+    """A line per name, and a band around it."""
+    places = _places(quantity.values.shape[1], depth)
     for name, label in zip(names, frame.labels_of(names, labels), strict=True):
-        row, style = list(groups).index(name), chosen[name]
-        lines += ax.plot(places, values[row], label=label, **style)
-        if band is not None:
-            ax.fill_between(places, band[0][row], band[1][row], color=style["color"], alpha=0.15, linewidth=0)
-    return lines
+        ax.plot(places, quantity.of(name), label=label, **chosen[name])
+        if quantity.band is not None:
+            low, high = (end[quantity.groups.index(name)] for end in quantity.band)
+            ax.fill_between(places, low, high, color=chosen[name]["color"], alpha=0.15, linewidth=0)
 
 
-def _finish(ax: Axes, layers: int, name: str, depth: bool, title: str | None, note: str | None = None) -> None:
-    frame.finish(ax, np.arange(layers), name, None, depth)
-    frame.titled(ax, title, note)
-
-
-def _name_lines(ax: Axes, levels: Mapping[str, str] | None, names: Sequence[str], *, legend: bool = False) -> None:
-    """Labels at the ends of the lines if there is room for them, else a legend; a legend of levels above."""
-    lines = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
-    if legend or len(lines) > frame.labels_that_fit(ax):
-        frame.legend_beside(ax)
-    else:
-        _end_labels(ax, lines)
+def _complete(
+    ax: Axes,
+    quantity: _Quantity,
+    names: Sequence[str],
+    levels: Mapping[str, str] | None,
+    depth: bool,
+    title: str | None,
+    *,
+    legend: bool | None = None,
+) -> Axes:
+    """Axes, title and note of a quantity, the names of its lines, and a legend of levels."""
+    frame.layer_axes(ax, quantity.values.shape[1], quantity.name, title, quantity.note, depth=depth)
+    if quantity.from_zero:
+        ax.set_ylim(bottom=0)
+    frame.name_lines(ax, legend=legend)
     if levels is not None and not legend:
         _legend_of_levels(ax, levels, names)
+    return ax
 
 
 def _legend_of_levels(ax: Axes, levels: Mapping[str, str], names: Sequence[str]) -> None:
@@ -411,12 +423,6 @@ def _legend_of_levels(ax: Axes, levels: Mapping[str, str], names: Sequence[str])
         ax.add_artist(beside)
 
 
-def _end_labels(ax: Axes, lines: Sequence[Any]) -> None:
-    from moe_route.plots.end_labels import label_ends
-
-    label_ends(ax, lines)
-
-
 def _shade(ax: Axes, layers: Sequence[int] | range, of: int | None) -> None:
     """Shade runs of adjacent layers as gray bands; ``of`` layers if these are shown by relative depth."""
     numbers, scale = sorted(set(layers)), 1 if of is None else max(of - 1, 1)
@@ -426,10 +432,9 @@ def _shade(ax: Axes, layers: Sequence[int] | range, of: int | None) -> None:
         ax.axvspan((start - 0.5) / scale, (end + 0.5) / scale, color="#f0f0f0", linewidth=0, zorder=0)
 
 
-def _by_mean(groups: Sequence[str], values: np.ndarray, wanted: Sequence[str] | None) -> list[str]:
+def _by_mean(quantity: _Quantity, wanted: Sequence[str] | None) -> list[str]:
     """The wanted groups in decreasing order of their mean, so that a legend has the order of the lines."""
-    means = dict(zip(groups, map(_mean, values), strict=True))
-    return sorted(frame.known(groups, wanted), key=lambda group: -means[group])
+    return sorted(frame.known(quantity.groups, wanted), key=lambda group: -_mean(quantity.of(group)))
 
 
 def _mean(values: np.ndarray) -> float:

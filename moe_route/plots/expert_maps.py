@@ -108,27 +108,14 @@ def heat_maps(
     limit = diverging_limit(every) if reference is not None else float(np.nanmax(every)) or 1.0
     if columns is None:
         columns = min(len(wanted), 2 if (frame.column() or 6.4) < 5 else 3)
-    rows = -(-len(wanted) // columns)
-    figure = frame.new_figure(6.4, 0.6 + 1.9 * rows)
-    axes: list[Axes] = []
-    for place, name in enumerate(wanted):
-        first = axes[0] if axes else None
-        ax = figure.add_subplot(rows, columns, place + 1, sharex=first, sharey=first)
-        label = frame.label_of(name, None)
-        look: dict[str, Any] = {"phase": phase, "by": by, "sort": sort, "top": 0, "colorbar": False}
-        heat_map(found, name, reference=reference, ax=ax, limit=limit, title=label, selected=selected, **look)
-        if place % columns:
-            ax.set_ylabel("")
-            ax.tick_params(labelleft=False)
-        if place + columns < len(wanted):
-            ax.set_xlabel("")
-            ax.tick_params(labelbottom=False)
-        axes.append(ax)
+    figure = frame.new_figure(6.4, 0.6 + 1.9 * -(-len(wanted) // columns))
+    axes = frame.panels(figure, len(wanted), columns)
+    look: dict[str, Any] = {"phase": phase, "by": by, "sort": sort, "top": 0, "colorbar": False, "selected": selected}
+    for ax, name in zip(axes, wanted, strict=True):
+        heat_map(found, name, reference=reference, ax=ax, limit=limit, title=frame.label_of(name, None), **look)
+    frame.label_outer(axes, columns)
     name = "frequency" if reference is None else f"frequency - that of {frame.label_of(reference, None)}"
-    beyond = _beyond(every, limit)
-    bar = figure.colorbar(axes[0].images[0], ax=axes, pad=0.015, extend=_extend(every, limit))
-    bar.set_label(f"{name}{beyond}")
-    bar.outline.set_visible(False)
+    frame.color_bar(axes[0].images[0], axes, f"{name}{_beyond(every, limit)}", extend=_extend(every, limit))
     if selected is not None:
         title = f"{title}\n" if title else ""
         title += f"circles: {len(selected)} selected experts"
@@ -162,9 +149,7 @@ def expert_pairs(
     frame.whole_ticks(ax.xaxis)
     frame.whole_ticks(ax.yaxis)
     frame.titled(ax, title)
-    bar = ax.figure.colorbar(image, ax=ax, pad=0.015)
-    bar.set_label("share of the row's tokens")
-    bar.outline.set_visible(False)
+    frame.color_bar(image, ax, "share of the row's tokens")
     return ax
 
 
@@ -192,9 +177,7 @@ def _show(ax: Axes, shown: np.ndarray, name: str, limit: float | None, colorbar:
     )
     ax.set_facecolor(frame.GRID)  # shows missing experts, and layers without tokens
     if colorbar:
-        bar = ax.figure.colorbar(image, ax=ax, pad=0.015, extend=_extend(shown, end))
-        bar.set_label(f"{name}{_beyond(shown, end)}")
-        bar.outline.set_visible(False)
+        frame.color_bar(image, ax, f"{name}{_beyond(shown, end)}", extend=_extend(shown, end))
     return image
 
 
@@ -235,8 +218,7 @@ def _mark(ax: Axes, selected: ExpertSelection, rows: np.ndarray, shape: tuple[in
     pairs = [(layer, expert) for layer, expert in selected.pairs if layer < shape[0] and expert < shape[1]]
     if len(pairs) < len(selected):
         raise ValueError(f"the selection has experts outside of the {shape[0]} layers x {shape[1]} experts drawn")
-    figure = ax.get_figure(root=True)
-    assert figure is not None
+    figure = frame.figure_of(ax)
     box = ax.get_position()
     cell = 72 * min(figure.get_figwidth() * box.width / shape[0], figure.get_figheight() * box.height / shape[1])
     side = float(np.clip(0.55 * cell, 1.6, 7.0))

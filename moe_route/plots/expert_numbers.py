@@ -39,8 +39,8 @@ def expert_counts(
     """
     named = _named(selections)
     ax = frame.new_axes(ax, (6.4, 3.4))
-    layers = np.arange(num_layers if num_layers is not None else max(map(_num_layers, named.values())))
-    counts = {name: _counts(found, len(layers)) for name, found in named.items()}
+    layers = num_layers if num_layers is not None else max(map(_num_layers, named.values()))
+    counts = {name: _counts(found, layers) for name, found in named.items()}
     if overlap and len(named) != 2:
         raise ValueError(f"overlap needs two selections, not {len(named)}")
     if _nested(list(named.values())) and not overlap:
@@ -50,10 +50,10 @@ def expert_counts(
     if overlap:
         first, second = named.values()
         both = first & second
-        edges, values = _outline(_counts(both, len(layers)))
+        edges, values = _outline(_counts(both, layers))
         fill: dict[str, Any] = {"color": frame.INK, "alpha": 0.25, "linewidth": 0}
         ax.fill_between(edges, values, step="post", label=f"in both ({len(both)})", **fill)
-    frame.finish(ax, layers, "experts", title)
+    frame.layer_axes(ax, layers, "experts", title)
     ax.set_ylim(bottom=0)
     frame.whole_ticks(ax.yaxis)
     frame.legend_above(ax)
@@ -80,14 +80,10 @@ def expert_sweep(
     frame.titled(ax, title)
     if values.size <= 160 and (frame.column() or 6.4) > 5:
         for row, column in np.argwhere(values > 0):
-            color = "white" if values[row, column] > 0.55 * limit else "black"
-            text = f"{values[row, column]:.0f}"
-            ax.text(column, row, text, ha="center", va="center", fontsize="small", color=color)
+            value = values[row, column]
+            frame.write_cell(ax, row, column, f"{value:.0f}", dark=value > 0.55 * limit, fontsize="small")
     if colorbar:
-        bar = ax.figure.colorbar(image, ax=ax, pad=0.015)
-        bar.set_label(names[of])
-        frame.whole_ticks(bar.ax.yaxis)
-        bar.outline.set_visible(False)
+        frame.whole_ticks(frame.color_bar(image, ax, names[of]).ax.yaxis)
     return ax
 
 
@@ -112,8 +108,7 @@ def overlap_by_threshold(found: Sweep, *, ax: Axes | None = None, title: str | N
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.set_xlabel("threshold")
     ax.set_ylabel("experts")
-    frame.plain_frame(ax, None)
-    frame.titled(ax, title, f"line: no expert in both sets from {found.separate_from:.2f} on")
+    frame.plain_frame(ax, title, f"line: no expert in both sets from {found.separate_from:.2f} on")
     frame.legend_above(ax)
     return ax
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -22,24 +22,31 @@ if TYPE_CHECKING:
 __all__ = [
     "GRID",
     "INK",
+    "color_bar",
     "column",
-    "finish",
+    "figure_of",
+    "frameless",
     "known",
     "label_of",
+    "label_outer",
     "labels_of",
     "labels_that_fit",
+    "layer_axes",
     "legend_above",
     "legend_beside",
     "line_width",
+    "name_lines",
     "needs_matplotlib",
     "new_axes",
     "new_figure",
+    "panels",
     "plain_frame",
     "points",
     "save",
     "style",
     "titled",
     "whole_ticks",
+    "write_cell",
 ]
 
 GRID = "#d9d9d9"
@@ -91,8 +98,7 @@ def save(ax: Axes, path: Path, *, dpi: int = 160) -> Path:
         raise ValueError(f"{path} has no suffix of a picture: name it .png, .svg or .pdf")
     import matplotlib as mpl
 
-    figure = ax.get_figure(root=True)
-    assert figure is not None
+    figure = figure_of(ax)
     # The layout of a figure of ours keeps its width; other figures may have a legend outside.
     box = None if figure.get_layout_engine() is not None else "tight"
     with mpl.rc_context(_AS_TEXT), files.replacing(path) as stream:
@@ -106,6 +112,13 @@ def needs_matplotlib() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ImportError(_MISSING) from error
+
+
+def figure_of(ax: Axes) -> Figure:
+    """The whole figure that the axes are part of."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    return figure
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -134,6 +147,27 @@ def new_axes(ax: Axes | None, size: tuple[float, float], labels: int = 0) -> Axe
     return figure.add_subplot()
 
 
+def panels(figure: Figure, number: int, columns: int, **options: Any) -> list[Axes]:
+    """So many axes with shared scales, row by row; those in the last row may be fewer. Options are of the grid."""
+    cells = figure.add_gridspec(-(-number // columns), columns, **options)
+    axes: list[Axes] = []
+    for place in range(number):
+        first = axes[0] if axes else None
+        axes.append(figure.add_subplot(cells[place // columns, place % columns], sharex=first, sharey=first))
+    return axes
+
+
+def label_outer(axes: Sequence[Axes], columns: int) -> None:
+    """Keep the names and ticks of the panels at the left, and of those with no panel below them."""
+    for place, ax in enumerate(axes):
+        if place % columns:
+            ax.set_ylabel("")
+            ax.tick_params(labelleft=False)
+        if place + columns < len(axes):
+            ax.set_xlabel("")
+            ax.tick_params(labelbottom=False)
+
+
 def column() -> float | None:
     """Width of the column that ``style`` draws for, in inches; None outside of it."""
     return _COLUMN.get()
@@ -141,8 +175,7 @@ def column() -> float | None:
 
 def labels_that_fit(ax: Axes) -> int:
     """How many labels find room one above the other beside the axes."""
-    figure = ax.get_figure(root=True)
-    assert figure is not None
+    figure = figure_of(ax)
     height = 72 * figure.get_figheight() * ax.get_position().height
     return int(height / (1.05 * points("small")))
 
@@ -156,38 +189,58 @@ def _width(column: float) -> float:
     return float(np.clip(0.25 * column, 1.1, 1.6))
 
 
-def finish(ax: Axes, layers: np.ndarray, name: str, title: str | None, depth: bool = False) -> None:
-    """Axes of a quantity by layer."""
+def layer_axes(ax: Axes, layers: int, name: str, *titles: str | None, depth: bool = False) -> None:
+    """Axes of a quantity by layer, or by relative depth, with the title and notes of `titled`."""
     ax.set_xlabel("relative depth" if depth else "MoE layer")
     ax.set_ylabel(_wrapped(ax, name, vertical=True))
     if depth:
         ax.set_xlim(-0.02, 1.02)
     else:
-        ax.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
+        ax.set_xlim(-0.5, layers - 0.5)
         whole_ticks(ax.xaxis)
-    plain_frame(ax, title)
+    plain_frame(ax, *titles)
 
 
-def plain_frame(ax: Axes, title: str | None) -> None:
-    """Faint lines across, and no frame at the top and at the right."""
-    ax.grid(axis="y", color=GRID, linewidth=0.6)
+def plain_frame(ax: Axes, *titles: str | None, axis: Literal["y", "both"] = "y") -> None:
+    """Faint lines across, no frame at the top and at the right, and the title and notes of `titled`."""
+    ax.grid(axis=axis, color=GRID, linewidth=0.6)
     ax.set_axisbelow(True)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
-    titled(ax, title)
+    titled(ax, *titles)
 
 
-def titled(ax: Axes, title: str | None, *notes: str | None) -> None:
+def frameless(ax: Axes) -> None:
+    """Neither ticks nor lines around the axes, for cells that are named at both sides."""
+    ax.tick_params(length=0)
+    for side in ax.spines.values():
+        side.set_visible(False)
+
+
+def color_bar(image: Any, axes: Axes | Sequence[Axes], label: str, *, pad: float = 0.015, **options: Any) -> Any:
+    """A bar of the colors of an image beside its axes, without a frame."""
+    figure = figure_of(axes[0] if isinstance(axes, Sequence) else axes)
+    bar = figure.colorbar(image, ax=axes, pad=pad, **options)  # type: ignore[arg-type]
+    bar.set_label(label)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    return bar
+
+
+def write_cell(ax: Axes, row: float, column: float, text: str, *, dark: bool, **look: Any) -> None:
+    """Text in the middle of a cell of an image, white where the cell is dark."""
+    ax.text(column, row, text, ha="center", va="center", color="white" if dark else "black", **look)
+
+
+def titled(ax: Axes, *titles: str | None) -> None:
     """Set the title with notes below it, each in lines no longer than the axes. Ticks keep the size of now."""
-    lines = [line for text in (title, *notes) if text for line in text.splitlines()]
+    lines = [line for text in titles if text for line in text.splitlines()]
     shown = "\n".join(_wrapped(ax, line) for line in lines)
     ax.set_title(shown, fontsize="medium", color=INK)
     ax.tick_params(labelsize=points("medium"))  # ticks that are made when the figure is drawn, too
 
 
 def _wrapped(ax: Axes, text: str, vertical: bool = False) -> str:
-    figure = ax.get_figure(root=True)
-    assert figure is not None
+    figure = figure_of(ax)
     box = ax.get_position()
     inches = figure.get_figheight() * box.height if vertical else figure.get_figwidth() * box.width / 0.775
     inches *= 1.0 if vertical else 0.8  # axes need not lie in the middle of the figure
@@ -218,8 +271,7 @@ def legend_above(ax: Axes, columns: int | None = None, **options: Any) -> None:
         handles, names = ax.get_legend_handles_labels()
     if not handles:
         return
-    figure = ax.get_figure(root=True)
-    assert figure is not None
+    figure = figure_of(ax)
     letters = 0.7 * figure.get_figwidth() * ax.get_position().width / 0.775 * 72 / (0.53 * points("small"))
     if columns is None:
         columns = int(np.clip(letters // (max(map(len, names)) + 8), 1, len(names)))
@@ -242,6 +294,17 @@ def legend_above(ax: Axes, columns: int | None = None, **options: Any) -> None:
     )
     if ax.get_title():
         ax.set_title(ax.get_title(), fontsize="medium", color=INK, pad=8 + rows * 1.35 * points("small"))
+
+
+def name_lines(ax: Axes, *, legend: bool | None = None) -> None:
+    """Labels at the ends of the lines, or a legend beside the axes; by default labels if there is room for them."""
+    from moe_route.plots.end_labels import label_ends
+
+    lines = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
+    if len(lines) > labels_that_fit(ax) if legend is None else legend:
+        legend_beside(ax)
+    else:
+        label_ends(ax, lines)
 
 
 def legend_beside(ax: Axes) -> None:

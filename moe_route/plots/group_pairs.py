@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -87,23 +87,17 @@ def _matrix(
     ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(len(rows)), rows)
     frame.titled(ax, *titles)
-    ax.tick_params(length=0)
-    for side in ax.spines.values():
-        side.set_visible(False)
+    frame.frameless(ax)
     _write_values(ax, shown, limit)
-    bar = ax.figure.colorbar(image, ax=ax, shrink=0.8, pad=0.03)
-    bar.set_label(name)
-    bar.outline.set_visible(False)
+    frame.color_bar(image, ax, name, shrink=0.8, pad=0.03)
     return ax
 
 
 def _write_values(ax: Axes, shown: np.ndarray, limit: float) -> None:
     """The values in the cells, in text that fits into them; none where it would be too small to read."""
-    figure = ax.get_figure(root=True)
-    assert figure is not None
+    figure = frame.figure_of(ax)
     cell = 72 * 0.75 * figure.get_figwidth() * ax.get_position().width / shown.shape[1]
     size = min(frame.points("small"), cell / 2.3)
     for row, column in np.argwhere(~np.isnan(shown)) if size >= 4.5 else ():
-        look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": size}
-        dark = shown[row, column] > 0.55 * limit
-        ax.text(column, row, f"{shown[row, column]:.2f}", color="white" if dark else "black", **look)
+        value = shown[row, column]
+        frame.write_cell(ax, row, column, f"{value:.2f}", dark=value > 0.55 * limit, fontsize=size)

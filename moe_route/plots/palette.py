@@ -7,7 +7,7 @@ from functools import cache
 from itertools import product
 from typing import Any
 
-from moe_route.languages import codes, language
+from moe_route.languages import codes, flores_code
 from moe_route.plots.frame import line_width
 
 __all__ = ["COLORS", "DASHES", "chosen_styles", "level_colors", "level_order", "numbered", "ordered_colors", "styles"]
@@ -58,7 +58,7 @@ def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     found: dict[str, tuple[int, int, int]] = {}
     seen: set[str] = set()
     for name in wanted:
-        code = _code(name)
+        code = flores_code(name)
         if code is not None and code not in seen:  # a second code of one language counts as another name
             seen.add(code)
             found[name] = _places()[code]
@@ -133,12 +133,3 @@ def _places() -> dict[str, tuple[int, int, int]]:
         for place, code in enumerate(of_family):
             found[code] = (colors[place % 7], dash, place // 7 % len(_MARKERS))
     return found
-
-
-def _code(name: str) -> str | None:
-    """Code of FLORES of the language that a name is a code of; its first script if the table lacks that of the name."""
-    found = language(name)
-    if found is None:
-        return None
-    code = f"{found.code}_{found.script}"
-    return code if code in _places() else next(code for code in _places() if code.split("_")[0] == found.code)

@@ -91,9 +91,7 @@ def steering_table(
         note += f"; color ends at ±{limit:.2g}, {beyond * 100:.0f} % of cells beyond"
     frame.titled(ax, title, note)
     ax.set_xticks(range(len(columns)), heads, fontsize="small")
-    ax.tick_params(length=0)
-    for side in ax.spines.values():
-        side.set_visible(False)
+    frame.frameless(ax)
     _separate(ax, rows, levels, len(values) - len(rows))
     return ax
 
@@ -112,31 +110,25 @@ def strengths(
     ``found`` is an ``experiments.StrengthSweep``. Strength 0 is the model without the plan. The other arguments are
     those of ``divergence``.
     """
-    from moe_route.plots.end_labels import label_ends
-
     names = frame.known(found.groups, groups)
     ax = frame.new_axes(ax, (6.4, 3.6), len(names))
     order = np.argsort([*found.strengths, 0.0] if 0.0 not in found.strengths else found.strengths)
     places = np.array([*found.strengths, 0.0] if 0.0 not in found.strengths else found.strengths)[order]
-    chosen, lines = palette.chosen_styles(found.groups, styles), []
+    chosen = palette.chosen_styles(found.groups, styles)
     for name, label in zip(names, frame.labels_of(names, labels), strict=True):
         cells = [_cell(cell) for cell in found.change[found.groups.index(name)]]
         if len(cells) < len(places):
             cells.append((0.0, 0.0, 0.0))
         value, low, high = np.array(cells)[order].T
-        lines += ax.plot(places, value, label=label, **chosen[name])
+        ax.plot(places, value, label=label, **chosen[name])
         ax.fill_between(places, low, high, color=chosen[name]["color"], alpha=0.1, linewidth=0)
     ax.axhline(0, color=frame.INK, linewidth=0.8, zorder=1)
     ax.set_xlabel("strength of the plan")
     ax.set_ylabel("change of the loss\n(nats per token)")
-    frame.plain_frame(ax, None)
     texts = sorted({found.texts[found.groups.index(name)] for name in names})
     n = f"{texts[0]}" if len(texts) == 1 else f"{texts[0]} to {texts[-1]}"
-    frame.titled(ax, title, f"bands: 95 % interval, paired bootstrap over {n} texts per language")
-    if len(lines) > frame.labels_that_fit(ax):
-        frame.legend_beside(ax)
-    else:
-        label_ends(ax, lines)
+    frame.plain_frame(ax, title, f"bands: 95 % interval, paired bootstrap over {n} texts per language")
+    frame.name_lines(ax)
     return ax
 
 
@@ -186,8 +178,7 @@ def _cell(given: Any) -> tuple[float, float, float]:
 
 def _cell_width(ax: Axes, columns: int) -> float:
     """Width of a cell in points, about: the names of the rows take a quarter of the figure."""
-    figure = ax.get_figure(root=True)
-    assert figure is not None
+    figure = frame.figure_of(ax)
     return 72 * 0.93 * float(figure.get_figwidth()) * float(ax.get_position().width) / columns
 
 
@@ -209,10 +200,8 @@ def _write(ax: Axes, values: np.ndarray, cells: np.ndarray, limit: float, interv
             bold = bool(low > 0 or high < 0)
             if intervals and not np.isnan(low):
                 text += f"\n[{low:+.{digits}f},{between}{high:+.{digits}f}]"
-        look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": "x-small" if intervals else "small"}
-        dark = abs(value) > 0.7 * limit
-        weight = "bold" if bold else "normal"
-        ax.text(column, row, text, color="white" if dark else "black", fontweight=weight, **look)
+        look = {"fontsize": "x-small" if intervals else "small", "fontweight": "bold" if bold else "normal"}
+        frame.write_cell(ax, row, column, text, dark=abs(value) > 0.7 * limit, **look)
 
 
 def _separate(ax: Axes, rows: Sequence[str], levels: Mapping[str, str] | None, means: int) -> None:

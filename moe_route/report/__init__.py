@@ -42,7 +42,5 @@ def write(
     Raises the errors of ``read`` and ``content_of``, and ``OSError`` if the file cannot be written.
     """
     inputs = sources if isinstance(sources, Inputs) else read(sources)
-    page = page_of(content_of(inputs, reference=reference, tokenizer=tokenizer, title=title))
-    with files.replacing(path) as stream:
-        stream.write(page.encode("utf-8"))
+    files.write_text(path, page_of(content_of(inputs, reference=reference, tokenizer=tokenizer, title=title)))
     return Path(path)

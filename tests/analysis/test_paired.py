@@ -87,6 +87,8 @@ class TestRandomControl:
         assert (found.rank, found.p_value) == (1, 1 / 20)
         worst = random_control(base + 1, random, base, tokens)
         assert (worst.rank, worst.p_value) == (20, 1.0)
+        higher = random_control(base + 1, random, base, tokens, larger=True)
+        assert (higher.rank, higher.strongest, worst.strongest) == (1, max(higher.random), min(higher.random))
         assert random_control(random[3], random, base, tokens).rank > 1, "equal changes count against the plan"
         json.dumps(found.to_dict(), allow_nan=False)
         with pytest.raises(AnalysisError, match="no random set"):

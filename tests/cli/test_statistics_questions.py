@@ -132,7 +132,7 @@ def test_pictures_with_floor_and_intervals(answer, moe_route, general, tmp_path:
     for what, *arguments in (
         ("divergence", "--interval", "0.9", "--floor", "--levels", levels),
         ("matrix", "--cluster"),
-        ("entropy", "--of", "sequence", "--by-script", "--column", "3.3", "--size", "7"),
+        ("entropy", "--of", "sequence", "--by-script", "--interval", "0.9", "--column", "3.3", "--size", "7"),
         ("correlation", "--scores", scores, "--interval", "0.9"),
         ("groups", "--reference", "eng_Latn"),
         ("overlap", "--task", general, "--group", "eng_Latn"),

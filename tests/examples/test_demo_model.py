@@ -276,7 +276,7 @@ class TestTraining:
         assert 0 < report["tokens"] <= 3 * 2 * text.WINDOW
         assert sum(report["documents"].values()) >= 3 * 2
         language_model = LanguageModel.load(str(trained), dtype="float32")
-        blank = judge.untrained_model(language_model, 1)
+        blank = language_model.untrained(1)
         assert blank.model.config.vocab_size == 700
         assert not torch.equal(blank.model.lm_head.weight, language_model.model.lm_head.weight)
 

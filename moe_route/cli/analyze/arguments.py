@@ -20,6 +20,7 @@ __all__ = [
     "divergence_arguments",
     "divergence_options",
     "groups_argument",
+    "interval_argument",
     "level",
     "phase_argument",
     "reference_argument",
@@ -54,6 +55,12 @@ def baseline_group_argument(parser: argparse.ArgumentParser) -> None:
 def by_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--by", default="sequence", choices=("sequence", "token"), help="mean over these (default: sequence)"
+    )
+
+
+def interval_argument(parser: argparse.ArgumentParser, over: str) -> None:
+    parser.add_argument(
+        "--interval", type=level, metavar="LEVEL", help=f"add bootstrap intervals over {over}, such as 0.95"
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from moe_route.cli.analyze.arguments import (
     divergence_arguments,
     divergence_options,
-    level,
+    interval_argument,
     reference_argument,
     statistics_argument,
 )
@@ -52,9 +52,7 @@ def add(questions: Any) -> None:
         choices=("within", "blocks"),
         help="exchange scores within blocks, or whole blocks of equal size (default: within)",
     )
-    parser.add_argument(
-        "--interval", type=level, metavar="LEVEL", help="add bootstrap intervals of r over groups and items"
-    )
+    interval_argument(parser, "groups and items, of r")
 
 
 def run(options: argparse.Namespace) -> Answer:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from moe_route.cli.analyze.arguments import (
     divergence_arguments,
     divergence_options,
-    level,
+    interval_argument,
     reference_argument,
     statistics_argument,
 )
@@ -30,7 +30,7 @@ def add(questions: Any) -> None:
     statistics_argument(parser)
     reference_argument(parser)
     divergence_arguments(parser)
-    _interval_argument(parser)
+    interval_argument(parser, "items")
 
     parser = command(
         questions,
@@ -55,13 +55,7 @@ def add(questions: Any) -> None:
     statistics_argument(parser)
     divergence_arguments(parser)
     layers_argument(parser)
-    _interval_argument(parser)
-
-
-def _interval_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--interval", type=level, metavar="LEVEL", help="add bootstrap intervals over items, such as 0.95"
-    )
+    interval_argument(parser, "items")
 
 
 def run(options: argparse.Namespace) -> Answer:

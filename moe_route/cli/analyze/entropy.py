@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, Literal
 
-from moe_route.cli.analyze.arguments import groups_argument, level, phase_argument, statistics_argument
+from moe_route.cli.analyze.arguments import groups_argument, interval_argument, phase_argument, statistics_argument
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import command, merged_statistics
 
@@ -30,9 +30,7 @@ def add(questions: Any) -> None:
         "--correct", choices=("miller_madow", "jackknife"), help="correct for short texts; needs --kind count"
     )
     parser.add_argument("--normalized", action="store_true", help="divide by log E, so that uniform routing is 1")
-    parser.add_argument(
-        "--interval", type=level, metavar="LEVEL", help="add bootstrap intervals over sequences, such as 0.95"
-    )
+    interval_argument(parser, "sequences")
     phase_argument(parser)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from moe_route.cli.answer import Answer
@@ -13,8 +12,8 @@ from moe_route.cli.inputs import (
     layers_argument,
     model_arguments,
     seed_argument,
+    shown_options,
     text_arguments,
-    text_options,
     texts,
 )
 
@@ -44,8 +43,7 @@ def run(options: argparse.Namespace) -> Answer:
             layers=options.layers,
             routed=routed,
             seed=options.seed,
-            progress=sys.stderr.isatty(),
-            **text_options(options),
+            **shown_options(options),
         )
     agreement = found.agreement()
     return Answer({**found.to_dict(), "agreement": agreement.to_dict()}, f"{found!r}\n{agreement!r}")

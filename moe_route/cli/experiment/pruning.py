@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from moe_route.cli.inputs import (
     model_arguments,
     names,
     numbers,
+    shown_options,
     text_arguments,
-    text_options,
     texts,
 )
 
@@ -62,8 +61,7 @@ def run(options: argparse.Namespace) -> Answer:
         reference=options.reference,
         allocation=options.allocation,
         seed=options.seed,
-        progress=sys.stderr.isatty(),
-        **text_options(options),
+        **shown_options(options),
     )
     return Answer(found.to_dict(), repr(found))
 

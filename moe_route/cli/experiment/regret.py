@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from moe_route.cli.answer import Answer
@@ -14,8 +13,8 @@ from moe_route.cli.inputs import (
     model_arguments,
     positive,
     seed_argument,
+    shown_options,
     text_arguments,
-    text_options,
     texts,
 )
 
@@ -51,7 +50,6 @@ def run(options: argparse.Namespace) -> Answer:
             layers=options.layers,
             routed=routed,
             seed=options.seed,
-            progress=sys.stderr.isatty(),
-            **text_options(options),
+            **shown_options(options),
         )
     return Answer(found.to_dict(), repr(found))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from moe_route.cli.answer import Answer
@@ -14,8 +13,8 @@ from moe_route.cli.inputs import (
     layers,
     model_arguments,
     seed_argument,
+    shown_options,
     text_arguments,
-    text_options,
     texts,
 )
 
@@ -59,7 +58,7 @@ def run(options: argparse.Namespace) -> Answer:
     from moe_route.experiments import record_trace, transplant
 
     work = texts(options)
-    given = {**text_options(options), "progress": sys.stderr.isatty()}
+    given = shown_options(options)
     routes = {}
     if options.donor is not None:
         donor = language_model(argparse.Namespace(**{**vars(options), "model": options.donor}))

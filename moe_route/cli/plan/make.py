@@ -70,12 +70,16 @@ def add(parts: Any) -> None:
     parser.add_argument(
         "--layer-base", type=int, default=0, choices=(0, 1), help="number of the first layer in the publication"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="plan file to write")
+    out_argument(parser)
     command(parts, "recipes", run_recipes, "list published settings", "moe-route plan recipes")
 
 
-def _conditions(parser: argparse.ArgumentParser) -> None:
+def out_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="plan file to write; .json can be edited")
+
+
+def _conditions(parser: argparse.ArgumentParser) -> None:
+    out_argument(parser)
     group = parser.add_argument_group("where and when")
     group.add_argument("--groups", type=names, metavar="A,B", help="tokens of these groups only")
     group.add_argument("--phase", choices=("prefill", "decode"), help="tokens of this phase only")

@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import command, merged_statistics, names, output
-from moe_route.cli.plan.make import written
+from moe_route.cli.plan.make import out_argument, written
 
 
 def add(parts: Any) -> None:
@@ -19,7 +19,7 @@ def add(parts: Any) -> None:
     )
     parser.add_argument("plans", type=Path, nargs="+", metavar="PLAN", help="plan files")
     parser.add_argument("--times", type=float, default=1.0, metavar="X", help="multiply the sum by X (default: 1)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="plan file to write; .json can be edited")
+    out_argument(parser)
     parser = command(
         parts, "diff", run_diff, "compare two plans, expert by expert", "moe-route plan diff before.json after.json"
     )

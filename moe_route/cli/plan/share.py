@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import command, output
-from moe_route.cli.plan.make import written
+from moe_route.cli.plan.make import out_argument, written
 
 
 def add(parts: Any) -> None:
@@ -30,7 +30,7 @@ def add(parts: Any) -> None:
     parser.add_argument("repo", metavar="OWNER/NAME", help="repository")
     parser.add_argument("--filename", default="plan.safetensors", metavar="NAME", help="file (plan.safetensors)")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit (default: main)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="plan file to write")
+    out_argument(parser)
 
 
 def run_push(options: argparse.Namespace) -> Answer:

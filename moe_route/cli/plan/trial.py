@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,12 @@ from moe_route.cli.inputs import (
     output,
     positive,
     seed_argument,
+    shown_options,
     text_arguments,
     text_options,
     texts,
 )
-from moe_route.cli.plan.make import written
+from moe_route.cli.plan.make import out_argument, written
 
 
 def add(parts: Any) -> None:
@@ -66,7 +66,7 @@ def _add_learn(parts: Any) -> None:
     parser.add_argument("--by-group", action="store_true", help="train each language apart")
     parser.add_argument("--steps", type=positive, default=20, metavar="N", help="updates (default: 20)")
     parser.add_argument("--lr", type=float, default=0.01, metavar="X", help="learning rate of Adam (default: 0.01)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="plan file to write")
+    out_argument(parser)
     model_arguments(parser)
     text_arguments(parser)
 
@@ -91,7 +91,7 @@ def _add_neighbors(parts: Any) -> None:
     parser.add_argument("--neighbors", type=positive, default=3, metavar="N", help="nearest items (default: 3)")
     parser.add_argument("--share", type=float, default=1.0, metavar="X", help="of the neighbors' routing (default: 1)")
     layers_argument(parser, "MoE layers to change, counted from 0 (default: all)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="plan file to write")
+    out_argument(parser)
 
 
 def run_sweep(options: argparse.Namespace) -> Answer:
@@ -108,8 +108,7 @@ def run_sweep(options: argparse.Namespace) -> Answer:
             routed=routed,
             controls=options.controls,
             seed=options.seed,
-            progress="sweep" if sys.stderr.isatty() else None,
-            **text_options(options),
+            **shown_options(options, "sweep"),
         )
     return Answer(found.to_dict(), repr(found))
 
