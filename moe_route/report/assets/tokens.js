@@ -187,7 +187,10 @@ function contextSection() {
     const around = 9, runStart = (k) => (text.parts.has(k) ? k - text.parts.get(k)[0] + 1 : k), runEnd = (k) => (text.parts.has(k) ? runStart(k) + text.parts.get(k)[1] : k + 1);
     const [a, b] = [runStart(i), runEnd(i)];
     const join = (from, to) => { let out = ""; for (let k = Math.max(0, from); k < Math.min(to, text.pieces.length); k++) if (!text.parts.has(k) || text.parts.get(k)[0] === 1) out += visible(text.pieces[k]); return out; };
-    const from = runStart(Math.max(0, a - around)), to = Math.min(text.pieces.length, b + around);
+    const combines = (k) => /^\p{Mark}/u.test(text.pieces[k] || ""); // an excerpt neither begins nor ends inside a letter
+    let from = runStart(Math.max(0, a - around)), to = Math.min(text.pieces.length, b + around);
+    while (from > 0 && combines(from)) from = runStart(from - 1);
+    while (to < text.pieces.length && combines(to)) to += 1;
     return el("q", { dir: direction(text) }, from > 0 ? "…" : "", join(from, a), el("mark", {}, join(a, b), text.parts.has(i) ? el("sub", {}, text.parts.get(i).join("/")) : ""), join(b, to), to < text.pieces.length ? "…" : "");
   }
   showTokensOf = (layer, expert) => { state.layer = layer; state.expert = expert; control(); show(); node.scrollIntoView(); };
