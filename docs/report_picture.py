@@ -1,6 +1,6 @@
-"""Draw the picture of docs/report.md anew: `python docs/report_picture.py` writes docs/images/report.png.
+"""Draw the pictures of docs/report.md anew, of which the README shows the first: `python docs/report_picture.py`.
 
-It is a part of a real report: problems in five languages, natural and with the task experts switched off. Needs
+They are parts of a real report: problems in five languages, natural and with the task experts switched off. Needs
 `pip install 'moe-route[all]' playwright` and a Chromium.
 """
 
@@ -19,7 +19,7 @@ from moe_route.files import replacing
 from moe_route.steering import ExpertSelection, Plan
 from moe_route.workload import LanguageModel, read_corpus, record_texts, texts_of
 
-PICTURE = Path(__file__).parent / "images" / "report.png"
+IMAGES = Path(__file__).parent / "images"
 LANGUAGES = ["eng_Latn", "deu_Latn", "hin_Deva", "jpn_Jpan", "arb_Arab"]
 WIDTH = 830  # of a README; text of the page is 16 pixels high
 
@@ -33,9 +33,14 @@ def main() -> None:
             browser = play.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
             opened = browser.new_page(viewport={"width": WIDTH, "height": 1200}, color_scheme="light")
             opened.goto(page.as_uri())
-            shown = _tokens(opened)
+            _arrange(opened)
+            for section, name in (("tokens", "report.png"), ("contexts", "report-contexts.png")):
+                _save(opened.locator(f"#{section}").screenshot(), IMAGES / name)
             browser.close()
-    with Image.open(io.BytesIO(shown)) as image, replacing(PICTURE) as stream:
+
+
+def _save(shown: bytes, path: Path) -> None:
+    with Image.open(io.BytesIO(shown)) as image, replacing(path) as stream:
         image.convert("RGB").save(stream, format="png", optimize=True)
 
 
@@ -54,16 +59,15 @@ def _task_experts(language_model: LanguageModel) -> ExpertSelection:
     return analysis.task_experts(*found, threshold=0.2)
 
 
-def _tokens(page: Page) -> bytes:
-    """The view of tokens, and below it the first contexts of an expert, without their explanations."""
+def _arrange(page: Page) -> None:
+    """Choose a text, and leave the view of tokens and the first contexts of an expert."""
     page.locator("#tokens select").nth(2).select_option(label="German · seen-003")
     page.locator("#tokens .token").nth(4).click()
     page.add_style_tag(
         content="header, #counted, #divergence, #experts, #balance, footer, #tokens > div[aria-live], #tip, "
         "#contexts button, #contexts li:nth-child(n + 4), #contexts details:nth-of-type(n + 3), "
-        "#contexts > p { display: none } section { margin: 0 } #tokens { border: 0 }"
+        "#contexts > p { display: none } section { margin: 0; border: 0; padding: .5rem 0 }"
     )
-    return page.locator("main").screenshot()
 
 
 if __name__ == "__main__":
