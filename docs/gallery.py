@@ -1,7 +1,7 @@
 """Draw the pictures of docs/plots.md anew, with the examples of the page itself: `python docs/gallery.py`.
 
 The examples run in an empty folder. The pictures that they write come to docs/images with 128 colors, which keeps each
-of them below 80 kB. Needs `pip install 'moe-route[demo,plot]'`.
+of them below 80 kB. Needs `pip install 'moe-route[all]'`.
 """
 
 from __future__ import annotations

@@ -23,8 +23,9 @@ def add(verbs: Any) -> None:
         verbs,
         "demo",
         run,
-        "record, analyze, steer and restore a model, with the controls (a few minutes)",
-        "moe-route demo --out demo",
+        "test six findings about multilingual routing, each with its controls (a few minutes)",
+        "moe-route demo --out demo\n"
+        "moe-route demo --limit 4 --draws 3 --languages eng_Latn,deu_Latn,swh_Latn      # a quick look",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="folder for the pictures and report.json (default: none)"

@@ -81,7 +81,7 @@ def text_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--languages", type=names, metavar="A,B", help="languages to take (default: all)")
     group.add_argument("--limit", type=positive, metavar="N", help="sentences per language (default: all)")
-    group.add_argument("--batch-size", type=positive, default=16, metavar="N", help="texts a batch (default: 16)")
+    group.add_argument("--batch-size", type=positive, default=16, metavar="N", help="texts per batch (default: 16)")
     group.add_argument(
         "--max-length", type=positive, metavar="N", help="cut texts to N tokens (default: the model's limit)"
     )

@@ -24,7 +24,7 @@ def add(verbs: Any) -> None:
     parser = command(
         verbs, "plot", run, "draw statistics", "moe-route plot divergence general.safetensors --out divergence.png"
     )
-    parser.add_argument("what", choices=tuple(PICTURES), metavar="|".join(PICTURES), help="the picture to draw")
+    parser.add_argument("what", choices=tuple(PICTURES), metavar="PICTURE", help=f"one of {', '.join(PICTURES)}")
     parser.add_argument(
         "files",
         type=Path,
@@ -58,6 +58,7 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--of",
+        metavar="MEASURE",
         help="entropy: token, sequence or gap; balance: entropy, max_share, max_violation, variation, dead, rare or "
         "effective; sweep: task, multilingual or both",
     )
@@ -71,7 +72,10 @@ def _add_contents(parser: argparse.ArgumentParser) -> None:
         help="divergence, entropy, consistency, correlation: bands of bootstrap intervals, such as 0.95",
     )
     parser.add_argument(
-        "--floor", action="store_true", default=None, help="divergence: also what unrelated sentences give"
+        "--floor",
+        action="store_true",
+        default=None,
+        help="divergence: also that of unrelated sentences of one language",
     )
     parser.add_argument("--cluster", action="store_true", default=None, help="matrix: order by similarity of routing")
     parser.add_argument(

@@ -248,5 +248,16 @@ def _interval(entry: Mapping[str, Any]) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    """Markdown that can be read in a terminal, too: columns are padded, and numbers stand to the right."""
+    lines = [[str(cell).replace("|", "\\|") for cell in line] for line in (head, *rows)]
+    columns = [_padded(*column) for column in zip(*lines, strict=True)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in zip(*columns, strict=True))
+
+
+def _padded(*column: str) -> list[str]:
+    """The cells of a column in one width, with the rule below its head."""
+    head, *cells = column
+    width = max(3, *map(len, column))
+    if all(cell[:1] in "+-[*0123456789" for cell in cells):  # "" is in every string: a cell may be empty
+        return [head.rjust(width), "-" * (width - 1) + ":", *(cell.rjust(width) for cell in cells)]
+    return [head.ljust(width), "-" * width, *(cell.ljust(width) for cell in cells)]

@@ -44,6 +44,17 @@ def test_every_stage_leaves_its_results(undisturbed: Evaluation, content_of: Con
     assert str(undisturbed.out) not in "".join(p.read_text("utf-8") for p in undisturbed.out.rglob("*.json"))
 
 
+def test_the_tables_can_be_read_in_a_terminal(undisturbed: Evaluation):
+    text = (undisturbed.out / "report" / "report.md").read_text("utf-8")
+    blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("| ")]
+    assert len(blocks) >= 4
+    for block in blocks:
+        assert len({len(line) for line in block}) == 1, block[
+            0
+        ]  # one width, so that the columns stand below each other
+        assert {line.replace("\\|", "").count("|") for line in block} == {block[0].count("|")}
+
+
 def test_all_conditions_answer_the_same_questions_in_the_same_order(undisturbed: Evaluation):
     lines = conditions_of(undisturbed.out)
     keys = {

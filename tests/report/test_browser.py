@@ -171,6 +171,49 @@ def test_tokens_show_their_experts_and_hostile_text_is_literal(opened: Opened, i
     assert f"Layer {layer - 1}" in slider.locator("xpath=..").inner_text()
 
 
+def test_arabic_runs_from_right_to_left_though_its_first_token_is_latin(opened: Opened, inputs: Inputs) -> None:
+    page = opened.page
+    choice = page.locator("#tokens select").nth(2)
+    choice.select_option(label="Arabic · 0")
+    text = page.locator("#tokens .tokens").first
+    assert text.inner_text().startswith("<s>")
+    assert text.get_attribute("dir") == "rtl"
+    left = [text.locator(".token").nth(i).bounding_box()["x"] for i in (0, 3, 6)]
+    assert left == sorted(left, reverse=True)
+    trace = inputs.traces["natural"]
+    start = next(r for r in np.flatnonzero(trace.position == 0) if trace.groups[trace.group[r]] == "arb_Arab")
+    page.locator("#contexts select").nth(1).select_option(value="3")
+    page.locator("#contexts select").nth(2).select_option(value=str(trace.ids[start, 3][0]))
+    page.evaluate("document.querySelectorAll('#contexts details').forEach(one => one.open = true)")
+    shown = page.locator("#contexts details", has_text="Arabic").locator("q")
+    assert shown.count() >= 1
+    assert {one.get_attribute("dir") for one in shown.all()} == {"rtl"}
+    latin = page.locator("#contexts details", has_text="German").locator("q")
+    assert {one.get_attribute("dir") for one in latin.all()} <= {"ltr"}
+    choice.select_option(label="English · 1")
+    assert text.get_attribute("dir") == "ltr"
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_axes_have_names_and_no_label_of_a_figure_is_cut(browser: Any, page_file: Path, width: int) -> None:
+    opened = Opened(browser, page_file, width)
+    page = opened.page
+    assert page.locator("#divergence svg text", has_text="Routing divergence").count() == 1
+    cut = page.evaluate("""[...document.querySelectorAll('figure svg text')].filter(text => {
+        const box = text.getBoundingClientRect(), figure = text.ownerSVGElement.getBoundingClientRect();
+        return box.left < figure.left - 1 || box.right > figure.right + 1 || box.bottom > figure.bottom + 1;
+    }).map(text => text.textContent)""")
+    assert cut == []
+    page.close()
+
+
+def test_facts_that_recordings_share_are_written_once(opened: Opened) -> None:
+    rows = opened.page.locator("#counted table.facts tbody tr")
+    cells = {row.locator("th").inner_text(): row.locator("td").count() for row in rows.all()}
+    assert cells["Model"] == cells["Counted"] == 1
+    assert cells["Steering"] == 2
+
+
 def test_arrow_keys_move_between_tokens(opened: Opened) -> None:
     page = opened.page
     page.locator("#tokens .tokens").first.locator(".token[tabindex='0']").focus()

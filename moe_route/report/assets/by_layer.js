@@ -15,15 +15,22 @@ function countedSection() {
     "Special tokens": (f) => (f.specialTokens ? `${many(f.specialTokens, "id")} left out` : "counted"),
     "Cut texts": (f) => (f.cutTexts ? `${f.cutTexts}, after ${f.cutTo.join(" or ")} tokens` : "none"),
     Steering: (f) => (f.plans.length ? el("span", {}, "under plan ", f.plans.map((p) => [code(p, 12), " "])) : "none: the model's own choice"),
-    Check: (f) => (f.conservation === null ? "counts were not recorded" : f.conservation.holds ? `conservation holds: each of the ${f.conservation.slots.toLocaleString("en")} slots is a choice or empty${f.conservation.largestGap ? ` (within ${f.conservation.largestGap.toExponential(1)})` : ""}` : `conservation is broken by ${f.conservation.largestGap}`),
+    Check: (f) => (f.conservation === null ? "counts were not recorded" : f.conservation.holds ? `complete: all ${f.conservation.slots.toLocaleString("en")} choices (tokens × layers × experts per token) are accounted for${f.conservation.largestGap ? `, within ${f.conservation.largestGap.toExponential(1)}` : ""}` : `broken: choices are missing or counted twice, by ${f.conservation.largestGap}`),
     Configuration: (f) => (f.model.config_hash ? code(f.model.config_hash, 16) : "unknown"),
     Versions: (f) => Object.entries(f.versions).map(([k, v]) => `${k} ${v}`).join(", ") || "unknown",
     Recorder: (f) => `${f.source}${f.engines.length ? `, engine ${f.engines.join(", ")}` : ""}`,
   };
+  // a fact that all recordings share is written once, over their columns
+  const facts = (of) => {
+    const cells = perName.map((f) => el("td", { class: several ? "wide" : null }, of(f)));
+    if (!several || cells.some((one) => one.textContent !== cells[0].textContent)) return cells;
+    cells[0].colSpan = cells.length;
+    return [cells[0]];
+  };
   if (recordings.length) {
     node.append(el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "what was counted" }, el("table", { class: "facts" },
       several ? el("thead", {}, el("tr", {}, el("td", {}), recordings.map((name) => el("th", { scope: "col" }, `Recording ${name}`)))) : "",
-      el("tbody", {}, Object.entries(kinds).map(([key, of]) => el("tr", {}, el("th", { scope: "row" }, key), perName.map((f) => el("td", { class: several ? "wide" : null }, of(f)))))))));
+      el("tbody", {}, Object.entries(kinds).map(([key, of]) => el("tr", {}, el("th", { scope: "row" }, key), facts(of)))))));
     const groups = [...new Set(perName.flatMap((f) => f.groups.map((g) => g.name)))];
     const columns = recordings.flatMap((name) => { const of = several ? `, ${name}` : ""; return [{ name: `Tokens${of}`, number: true }, { name: `Sequences${of}`, number: true }, { name: `Tokens per sequence${of}`, number: true }]; });
     const counts = (f, group) => { const g = f.groups.find((one) => one.name === group); return g ? [cell(g.tokens.toLocaleString("en"), g.tokens), cell(g.sequences.toLocaleString("en"), g.sequences), cell(g.sequences ? (g.tokens / g.sequences).toFixed(1) : "–", g.sequences ? g.tokens / g.sequences : NaN)] : [cell("–", NaN), cell("–", NaN), cell("–", NaN)]; };
@@ -69,7 +76,7 @@ function divergenceSection() {
       const grid = el("div", { class: "multiples" });
       for (const script of scripts) {
         const chart = el("div", {}), mine = (s) => (language(s.name).script || "Other groups") === script;
-        lineChart(chart, { series: all.map((s) => ({ ...s, faint: !mine(s) })), yLabel: `Routing divergence, ${script}`, describe, height: 190, bounds });
+        lineChart(chart, { series: all.map((s) => ({ ...s, faint: !mine(s) })), yLabel: `Routing divergence, ${script}`, heading: "", describe, height: 190, bounds });
         grid.append(el("div", {}, el("h3", {}, script), chart));
       }
       view.append(grid);
@@ -79,7 +86,7 @@ function divergenceSection() {
     show(first);
     const how = d.pairing === "paired" ? `the mean over ${many(d.pairs, "text")} of the divergence of each text from its translation` : "the divergence of the groups' mean distributions (texts were not paired)";
     host.append(el("figure", {}, view, el("figcaption", {}, `Reference: ${label(d.reference)}. ${normalized ? "Jensen-Shannon divergence of the routers' probabilities, corrected for their entropy, from 0 to 1" : d.measure}: ${how}.`,
-      d.low ? ` Bands: ${100 * d.level} % bootstrap intervals over texts.` : "", d.floor ? " Dotted: the floor, what unrelated sentences of one language give in the same measure; it shows the size of the texts, not of the languages." : "", d.undefined ? ` ${many(d.undefined, "value")} undefined and left out.` : "")));
+      d.low ? ` Bands: ${100 * d.level} % bootstrap intervals over texts.` : "", d.floor ? " Dotted: the floor of each group, the divergence between unrelated texts of one language. Only what lies above it can come from the languages." : "", d.undefined ? ` ${many(d.undefined, "value")} undefined and left out.` : "")));
     host.append(valuesTable([...all.map((s) => [s.label, s.values]), ...(d.floor ? all.map((s) => [`floor, ${s.label}`, s.floor]) : [])], d.values[0].length));
   });
 }
@@ -121,7 +128,7 @@ function balanceSection() {
 
 function resultsSection() {
   if (!data.results.length) return;
-  const node = section("results", "Results", "Tables that other commands wrote, such as the effect of a plan. A point is an estimate, its line the interval.");
+  const node = section("results", "Results", "Tables that other commands wrote, such as the effect of a plan. A point is an estimate, its line the interval; gray where zero lies inside the interval, so that the sign is not clear.");
   for (const t of data.results) {
     node.append(el("h3", {}, t.title));
     if (t.note) node.append(el("p", { class: "note" }, t.note));
@@ -133,7 +140,8 @@ function resultsSection() {
       node.append(el("figure", {}, host));
     }
     const numeric = t.columns.map((_, i) => t.rows.length > 0 && t.rows.every((row) => row[i] === null || typeof row[i] === "number"));
-    const text = (v) => (v === null ? "–" : typeof v === "number" ? (Number.isInteger(v) ? v.toLocaleString("en") : shown(v, 4)) : everyGroup.has(String(v)) ? label(String(v)) : String(v));
-    node.append(table(t.columns.map((name, i) => ({ name, number: numeric[i] })), t.rows.map((row) => row.map((v) => cell(text(v), v))), { caption: t.title, tall: t.rows.length > 14 }));
+    const whole = t.columns.map((_, i) => t.rows.every((row) => row[i] === null || Number.isInteger(row[i])));
+    const text = (v, i) => (v === null ? "–" : typeof v === "number" ? (whole[i] ? v.toLocaleString("en") : shown(v, 4)) : everyGroup.has(String(v)) ? label(String(v)) : String(v));
+    node.append(table(t.columns.map((name, i) => ({ name, number: numeric[i] })), t.rows.map((row) => row.map((v, i) => cell(text(v, i), v))), { caption: t.title, tall: t.rows.length > 14 }));
   }
 }

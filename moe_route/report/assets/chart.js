@@ -13,8 +13,8 @@ function ticks(low, high, count = 5) {
   return { found, digits: Math.max(0, -Math.floor(Math.log10(step) + 1e-9)) };
 }
 
-// a series: {name, label, values, low, high, floor, color, dash, faint}
-function lineChart(host, { series, yLabel, describe, height = 320, bounds = null, state = {}, emphasized = () => {}, dots = null, legend = true, zeroLine = false }) {
+// a series: {name, label, values, low, high, floor, color, dash, faint}; the heading stands over the vertical axis
+function lineChart(host, { series, yLabel, heading = yLabel, describe, height = 320, bounds = null, state = {}, emphasized = () => {}, dots = null, legend = true, zeroLine = false }) {
   const box = el("div", {});
   const list = el("ul", { class: "legend", "aria-label": "Lines; press one to bring it out" });
   const solid = series.filter((one) => !one.faint);
@@ -41,7 +41,7 @@ function lineChart(host, { series, yLabel, describe, height = 320, bounds = null
   const [least, most] = bounds || [Math.min(0, ...all), Math.max(0, ...all) * 1.04 || 1];
   let at = { layer: 0, line: 0 };
   function redraw(width) {
-    const left = 46, right = 8, top = 10, bottom = 34, inner = width - left - right, down = height - top - bottom;
+    const left = 46, right = 8, top = heading ? 26 : 10, bottom = 38, inner = width - left - right, down = height - top - bottom;
     const x = (layer) => left + (layers > 1 ? (layer / (layers - 1)) * (inner - 8) + 4 : inner / 2);
     const y = (value) => top + down - ((value - least) / (most - least || 1)) * down;
     const path = (values) => {
@@ -50,11 +50,12 @@ function lineChart(host, { series, yLabel, describe, height = 320, bounds = null
       return text;
     };
     const svg = draw("svg", { width, height, role: "img", tabindex: 0, "aria-label": `${yLabel} by layer, ${many(solid.length, "line")}. Left and right move along the layers, up and down between the lines. The values are in the table below.` });
+    if (heading) svg.append(draw("text", { x: 2, y: 13 }, heading));
     const { found, digits } = ticks(least, most);
     for (const value of found) svg.append(draw("line", { class: "axis", x1: left, x2: width - right, y1: y(value), y2: y(value) }), draw("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, value.toFixed(digits)));
     const step = Math.max(1, Math.ceil(layers / Math.max(2, Math.floor(inner / 34))));
-    for (let layer = 0; layer < layers; layer += step) svg.append(draw("text", { x: x(layer), y: height - 18, "text-anchor": "middle" }, layer));
-    svg.append(draw("text", { x: left + inner / 2, y: height - 3, "text-anchor": "middle" }, "MoE layer"));
+    for (let layer = 0; layer < layers; layer += step) svg.append(draw("text", { x: x(layer), y: height - 22, "text-anchor": "middle" }, layer));
+    svg.append(draw("text", { x: left + inner / 2, y: height - 6, "text-anchor": "middle" }, "MoE layer"));
     lines = new Map();
     const floors = draw("g", { class: "floors" });
     for (const one of [...series].sort((a, b) => Boolean(b.faint) - Boolean(a.faint))) {
@@ -114,19 +115,19 @@ function valuesTable(rows, layers, digits = 3) {
   return node;
 }
 
-// points with their intervals, a line each: {label, value, low, high}
+// points with their intervals, a line each: {label, value, low, high}; gray where zero lies inside
 function intervals(host, rows, name) {
   redrawn(host, (width) => {
-    const left = Math.min(190, width * 0.42), right = 60, line = 24, top = 8, height = top + rows.length * line + 34;
+    const left = Math.min(190, width * 0.42), right = 60, line = 24, top = 8, bottom = 38, height = top + rows.length * line + bottom;
     const numbers = rows.flatMap((r) => [r.value, r.low, r.high]).filter((v) => Number.isFinite(v));
     const low = Math.min(0, ...numbers), high = Math.max(0, ...numbers), pad = (high - low || 1) * 0.05;
     const x = (value) => left + ((value - low + pad) / (high - low + 2 * pad)) * (width - left - right);
     const svg = draw("svg", { width, height, role: "img", "aria-label": `${name}: a point with its interval per row; the values are in the table` });
-    const { found, digits } = ticks(low - pad, high + pad, Math.max(2, Math.floor((width - left - right) / 70)));
-    for (const value of found) svg.append(draw("line", { class: "axis", x1: x(value), x2: x(value), y1: top, y2: height - 34 }), draw("text", { x: x(value), y: height - 18, "text-anchor": "middle" }, value.toFixed(digits)));
-    svg.append(draw("line", { x1: x(0), x2: x(0), y1: top, y2: height - 34, stroke: "var(--quiet)" }), draw("text", { x: (left + width - right) / 2, y: height - 2, "text-anchor": "middle" }, name));
+    const { found, digits } = ticks(low - pad, high + pad, Math.max(3, Math.floor((width - left - right) / 70)));
+    for (const value of found) svg.append(draw("line", { class: "axis", x1: x(value), x2: x(value), y1: top, y2: height - bottom }), draw("text", { x: x(value), y: height - 22, "text-anchor": "middle" }, value.toFixed(digits)));
+    svg.append(draw("line", { x1: x(0), x2: x(0), y1: top, y2: height - bottom, stroke: "var(--quiet)" }), draw("text", { x: (left + width - right) / 2, y: height - 6, "text-anchor": "middle" }, name));
     rows.forEach((row, i) => {
-      const y = top + i * line + line / 2, color = row.value < 0 ? "var(--positive)" : "var(--negative)", known = Number.isFinite(row.value);
+      const y = top + i * line + line / 2, unclear = row.value === 0 || (row.low <= 0 && row.high >= 0), color = unclear ? "var(--quiet)" : row.value < 0 ? "var(--negative)" : "var(--positive)", known = Number.isFinite(row.value);
       const group = draw("g", { onpointermove: (event) => showTip(`${row.label}\n${name} ${signed(row.value, 4)}${Number.isFinite(row.low) ? `\ninterval ${signed(row.low, 4)} to ${signed(row.high, 4)}` : ""}`, event.clientX, event.clientY), onpointerleave: hideTip },
         draw("rect", { x: 0, y: y - line / 2, width, height: line, fill: "transparent" }),
         draw("text", { x: left - 10, y: y + 4, "text-anchor": "end" }, row.label.length > 28 ? `${row.label.slice(0, 27)}…` : row.label));

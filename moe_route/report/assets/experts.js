@@ -72,7 +72,7 @@ function expertsSection() {
     if (state.chosen) expert(false);
   }
   function redraw(width) {
-    const v = current, left = 34, top = 4, bottom = 32, w = Math.max(6, Math.min(64, (width - left - 2) / v.f.widest)), h = Math.max(10, Math.min(28, 420 / v.f.layers));
+    const v = current, left = 34, top = 4, bottom = 38, w = Math.max(6, Math.min(64, (width - left - 2) / v.f.widest)), h = Math.max(10, Math.min(28, 420 / v.f.layers));
     const outlined = marked(), full = left + w * v.f.widest + 2, tall = top + h * v.f.layers + bottom;
     const svg = draw("svg", { width: full, height: tall, role: "img", tabindex: 0, "aria-label": "Heat map of experts by layer. Arrow keys move, Enter chooses an expert; the table below holds the largest values." });
     const marks = draw("g", {});
@@ -85,8 +85,8 @@ function expertsSection() {
       if (y % Math.ceil(14 / h) === 0) svg.append(draw("text", { x: left - 6, y: top + y * h + h / 2 + 4, "text-anchor": "end" }, y));
     });
     const step = Math.max(1, Math.ceil(26 / w)) > 1 ? 2 ** Math.ceil(Math.log2(26 / w)) : 1;
-    for (let x = 0; x < v.f.widest; x += step) svg.append(draw("text", { x: left + x * w + w / 2, y: tall - 18, "text-anchor": "middle" }, x));
-    svg.append(draw("text", { x: left + (w * v.f.widest) / 2, y: tall - 2, "text-anchor": "middle" }, state.order === "id" ? "expert" : "rank in the layer"));
+    for (let x = 0; x < v.f.widest; x += step) svg.append(draw("text", { x: left + x * w + w / 2, y: tall - 22, "text-anchor": "middle" }, x));
+    svg.append(draw("text", { x: left + (w * v.f.widest) / 2, y: tall - 6, "text-anchor": "middle" }, state.order === "id" ? "expert" : "rank in the layer"));
     const cursor = draw("rect", { class: "cursor", width: w, height: h, visibility: "hidden" });
     svg.append(marks, cursor);
     const at = { x: 0, y: 0 };
@@ -119,9 +119,9 @@ function expertsSection() {
   function ranking(v) {
     const outlined = marked();
     const top = v.cells.filter((c) => !Number.isNaN(c.value)).sort((a, b) => Math.abs(b.value) - Math.abs(a.value)).slice(0, 60);
-    const columns = [{ name: "Layer", number: true }, { name: "Expert", number: true }, { name: title(v), number: true }, ...(v.minus ? [{ name: titleOfBase(v), number: true }, { name: "Difference", number: true }] : []), ...(data.marks.length ? [{ name: "Outlined" }] : []), { name: null }];
-    list.replaceChildren(table(columns, top.map((c) => [cell(c.layer, c.layer), cell(c.expert, c.expert), cell(shown(c.own, 4), c.own), ...(v.minus ? [cell(shown(c.compared, 4), c.compared), cell(signed(c.value, 4), c.value)] : []), ...(data.marks.length ? [cell(outlined.has(`${c.layer},${c.expert}`) ? "yes" : "")] : []),
-      { node: el("button", { type: "button", "aria-label": `Layer ${c.layer}, expert ${c.expert} in every group`, onclick: () => choose(c.layer, c.expert) }, "in every group"), key: 0 }]), { caption: "experts with the largest values", tall: true, sort: v.minus ? 4 : 2 }));
+    const columns = [{ name: "Layer", number: true }, { name: "Expert", number: true }, ...(v.minus ? [{ name: "Difference", number: true }] : []), { name: title(v), number: true }, ...(v.minus ? [{ name: titleOfBase(v), number: true }] : []), ...(data.marks.length ? [{ name: "Outlined" }] : []), { name: null }];
+    list.replaceChildren(table(columns, top.map((c) => [cell(c.layer, c.layer), cell(c.expert, c.expert), ...(v.minus ? [cell(signed(c.value, 4), c.value)] : []), cell(shown(c.own, 4), c.own), ...(v.minus ? [cell(shown(c.compared, 4), c.compared)] : []), ...(data.marks.length ? [cell(outlined.has(`${c.layer},${c.expert}`) ? "yes" : "")] : []),
+      { node: el("button", { type: "button", "aria-label": `Layer ${c.layer}, expert ${c.expert} in every group`, onclick: () => choose(c.layer, c.expert) }, "all groups"), key: 0 }]), { caption: "experts with the largest values", tall: true, sort: 2 }));
   }
   function expert(scroll) {
     const v = current, rows = v.f.groups.map((group) => [group, frequency(v.name, group, state.layer, state.expert)]).sort((a, b) => b[1] - a[1]), most = Math.max(...rows.map((r) => r[1]), 1e-9);

@@ -51,7 +51,7 @@ function language(group) {
     const [code, script] = group.split(/[_-]/);
     const isCode = /^[a-z]{2,3}$/.test(code) && (script === undefined || /^[A-Z][a-z]{3}$/.test(script));
     const name = isCode ? named("language", code) : null;
-    const written = isCode && script ? named("script", script) || script : null;
+    const written = isCode && script ? (named("script", script) || script).replace(/^(Simplified|Traditional)$/, "$1 Han") : null;
     groupNames.set(group, { name: name ? name.replace("Standard Arabic", "Arabic").replace(/^Mandarin /, "") : null, script: written, code: group });
   }
   return groupNames.get(group);

@@ -14,6 +14,12 @@ function expertsAt(trace, token, place) {
 }
 const sameExperts = (a, b) => a.length === b.length && a.every((x) => b.some((y) => y.expert === x.expert));
 const visible = (text) => text.replace(/\n/g, "⏎\n").replace(/\t/g, "⇥");
+// the direction in which most letters of a text are written: dir="auto" would go by the first one, which is often that of <s>
+const RIGHT_TO_LEFT = /[\p{Script=Arabic}\p{Script=Hebrew}\p{Script=Syriac}\p{Script=Thaana}\p{Script=Nko}\p{Script=Adlam}]/gu;
+const direction = (text) => {
+  const letters = text.pieces.join("");
+  return 2 * (letters.match(RIGHT_TO_LEFT) || []).length > (letters.match(/\p{Letter}/gu) || []).length ? "rtl" : "ltr";
+};
 const partOf = (text, i) => (text.parts.has(i) ? `, part ${text.parts.get(i).join(" of ")} of these characters` : "");
 // a text whose characters are split over tokens shows them once, with the number of the part
 function pieceNodes(text, i) {
@@ -48,6 +54,11 @@ function tokenSection() {
     if (same) found.push({ trace: other, text: same });
     return found.map((side) => ({ ...side, place: side.trace.layers.indexOf(trace.layers[state.place]) })).filter((side) => side.place >= 0);
   }
+  // upright where it fits the column: letters of most scripts cannot be read lying on their side
+  function heading(text, piece, i) {
+    const shown = text.parts.has(i) ? `${piece.trim()} ${text.parts.get(i).join("/")}` : visible(piece).trim() || "␣";
+    return el("th", { scope: "col", class: [...shown].length <= 3 ? "short" : null }, el("bdi", {}, shown));
+  }
   const chosen = (side, i, place = side.place) => expertsAt(side.trace, side.text.start + i, place);
   // where the same token chose other experts in the other trace
   function changed(list, side, i, layer) {
@@ -73,7 +84,7 @@ function tokenSection() {
     grid();
   }
   function panel(list, side, s, colors, layer) {
-    const body = el("p", { class: "tokens", dir: "auto", role: "group", "aria-label": `Tokens, ${side.trace.name}. Arrow keys move between tokens.` });
+    const body = el("p", { class: "tokens", dir: direction(side.text), role: "group", "aria-label": `Tokens, ${side.trace.name}. Arrow keys move between tokens.` });
     const spans = side.text.pieces.map((_, i) => {
       const experts = chosen(side, i), top = experts[0], color = top && colors.get(top.expert);
       const classes = ["token", changed(list, side, i, layer) && "changed", i >= side.text.prompt && "generated", i === state.token && "current", state.lit !== null && !experts.some((e) => e.expert === state.lit) && "faded"].filter(Boolean).join(" ");
@@ -106,7 +117,7 @@ function tokenSection() {
     const shownSides = list.filter((s) => i < s.text.ids.length), columns = shownSides.map((s) => (list.length > 1 ? s.trace.name : "experts, largest weight first"));
     const layers = side.trace.layers;
     details.replaceChildren(el("h3", {}, `Token ${i}: `, el("bdi", {}, JSON.stringify(side.text.pieces[i])), el("span", { class: "quiet" }, ` id ${side.text.ids[i]}${partOf(side.text, i)}${i >= side.text.prompt ? ", generated" : ""}`)),
-      el("div", { class: layers.length > 10 ? "scroll tall" : "scroll", tabindex: 0, role: "region", "aria-label": "experts of this token in all layers" }, el("table", {}, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Layer"), columns.map((c) => el("th", { scope: "col" }, c)))),
+      el("div", { class: layers.length > 10 ? "scroll tall" : "scroll", tabindex: 0, role: "region", "aria-label": "experts of this token in all layers" }, el("table", { class: "wrapped" }, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Layer"), columns.map((c) => el("th", { scope: "col" }, c)))),
         el("tbody", {}, layers.map((layer) => el("tr", {}, el("th", { scope: "row" }, layer), shownSides.map((s) => { const p = s.trace.layers.indexOf(layer); return el("td", {}, p < 0 ? "–" : chosen(s, i, p).map((e) => `${e.expert} (${e.weight.toFixed(2)})`).join(", ") || "–", changed(list, s, i, layer) && s !== side ? " · changed" : ""); })))))));
   }
   function grid() {
@@ -122,7 +133,7 @@ function tokenSection() {
       body.addEventListener("pointerover", (event) => { const text = about(event); if (text) showTip(text, event.clientX, event.clientY); else hideTip(); });
       body.addEventListener("pointerout", hideTip);
       body.addEventListener("click", (event) => { const d = event.target.dataset; if (d.token === undefined) return; const top = chosen(side, Number(d.token), Number(d.place))[0]; if (top) contexts(side.trace.layers[Number(d.place)], top.expert, true); });
-      return [list.length > 1 ? el("h3", {}, side.trace.name) : "", el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `experts of all layers, ${side.trace.name}` }, el("table", { class: "grid" }, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "layer"), side.text.pieces.map((piece, i) => el("th", { scope: "col" }, el("bdi", {}, side.text.parts.has(i) ? `${piece.trim()} ${side.text.parts.get(i).join("/")}` : visible(piece).trim() || "␣"))))), body))];
+      return [list.length > 1 ? el("h3", {}, side.trace.name) : "", el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `experts of all layers, ${side.trace.name}` }, el("table", { class: "grid" }, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "layer"), side.text.pieces.map((piece, i) => heading(side.text, piece, i)))), body))];
     }), el("p", { class: "note" }, `The expert with the largest weight of each token (column) in each layer (row); the darker, the larger the weight.${list.length > 1 ? " Framed: other experts than in the other trace." : ""} Choose a cell to see that expert's tokens.`));
   }
   const contexts = contextSection();
@@ -176,8 +187,11 @@ function contextSection() {
     const around = 9, runStart = (k) => (text.parts.has(k) ? k - text.parts.get(k)[0] + 1 : k), runEnd = (k) => (text.parts.has(k) ? runStart(k) + text.parts.get(k)[1] : k + 1);
     const [a, b] = [runStart(i), runEnd(i)];
     const join = (from, to) => { let out = ""; for (let k = Math.max(0, from); k < Math.min(to, text.pieces.length); k++) if (!text.parts.has(k) || text.parts.get(k)[0] === 1) out += visible(text.pieces[k]); return out; };
-    const from = runStart(Math.max(0, a - around)), to = Math.min(text.pieces.length, b + around);
-    return el("q", { dir: "auto" }, from > 0 ? "…" : "", join(from, a), el("mark", {}, join(a, b), text.parts.has(i) ? el("sub", {}, text.parts.get(i).join("/")) : ""), join(b, to), to < text.pieces.length ? "…" : "");
+    const combines = (k) => /^\p{Mark}/u.test(text.pieces[k] || ""); // an excerpt neither begins nor ends inside a letter
+    let from = runStart(Math.max(0, a - around)), to = Math.min(text.pieces.length, b + around);
+    while (from > 0 && combines(from)) from = runStart(from - 1);
+    while (to < text.pieces.length && combines(to)) to += 1;
+    return el("q", { dir: direction(text) }, from > 0 ? "…" : "", join(from, a), el("mark", {}, join(a, b), text.parts.has(i) ? el("sub", {}, text.parts.get(i).join("/")) : ""), join(b, to), to < text.pieces.length ? "…" : "");
   }
   showTokensOf = (layer, expert) => { state.layer = layer; state.expert = expert; control(); show(); node.scrollIntoView(); };
   control();
