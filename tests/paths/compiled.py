@@ -26,42 +26,36 @@ def compilable(subject: Subject) -> Any:
 
 
 def compile_forward(model: Any, whole: bool) -> None:
+    torch.compiler.reset()
     model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=whole)
 
 
 @lru_cache(maxsize=1)
-def by_transformers_compiled(subject: Subject) -> tuple[Any, Tensor, bool]:
-    """A compiled model that has run unattached, its output, and whether it is one graph."""
+def by_transformers_compiled(subject: Subject) -> tuple[Tensor, bool]:
+    """The output of the compiled model, unattached, and whether it is one graph."""
     given = subject.inputs(subject.model)
 
-    def call(whole: bool) -> tuple[Any, Tensor]:
+    def call(whole: bool) -> Tensor:
         model = compilable(subject)
-        torch.compiler.reset()
         compile_forward(model, whole)
-        return model, run(model, given)
+        return run(model, given)
 
     try:
-        return *call(True), True
+        return call(True), True
     except (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode):
-        return *by_transformers(lambda: call(False)), False
+        return by_transformers(lambda: call(False)), False
 
 
 def check(subject: Subject, first: str) -> None:
     """Counts right after compiling are those of the model uncompiled, and a plan steers. `first`: "attach" or
     "compile"."""
     given = subject.inputs(subject.model)
-    compiled, plain, whole_unattached = by_transformers_compiled(subject)
-    whole = whole_unattached and not subject.encodes  # two calls inside, and between them labels are asked for
-    expected = eager(subject)
-    if first == "compile" and whole == whole_unattached:
-        model = compiled
-    else:
-        model = compilable(subject)
-        if not whole:  # many graphs of a call, which count towards the limit of torch
-            torch.compiler.reset()
+    plain, whole = by_transformers_compiled(subject)
+    whole = whole and not subject.encodes  # two calls inside, and between them labels are asked for
+    model = compilable(subject)
+    expected = eager(model, given)
     if first == "compile":
-        if model is not compiled:
-            compile_forward(model, whole)
+        compile_forward(model, whole)
         run(model, given)
     with mr.attach(model) as routed:
         if first == "attach":
@@ -72,10 +66,7 @@ def check(subject: Subject, first: str) -> None:
         check_steered(routed, given, expected)
 
 
-@lru_cache(maxsize=1)
-def eager(subject: Subject) -> np.ndarray:
-    """The counts of the model uncompiled, which are those of what its experts are given."""
-    model, given = compilable(subject), subject.inputs(subject.model)
+def eager(model: Any, given: dict[str, Tensor]) -> np.ndarray:
     with mr.attach(model) as routed, watching(routed.routers) as seen, routed.record() as recorder:
         run(model, given)
     assert_counted(recorder.statistics(), routed.routers, seen, everything)
