@@ -42,7 +42,8 @@ demo: build
 	@$(BIN)/moe-route demo --draws $(DRAWS) --out demo
 
 test: $(VENV)/.with-test emulated
-	MOE_ROUTE_REQUIRE_EMULATED=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile tests
+	MOE_ROUTE_REQUIRE_EMULATED=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile \
+	  --no-loadscope-reorder tests
 
 # Every path on every architecture, the costly ones too, under several versions of transformers: hours.
 test-matrix: $(VENV)/.with-test

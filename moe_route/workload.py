@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -250,10 +251,20 @@ class LanguageModel:
             on_device = {k: inputs[k].to(self.model.device) for k in ("input_ids", "attention_mask")}
             yield Batch(tuple(encoded.texts[i] for i in chunk), tuple(chunk), on_device)
 
-    def run(self, batch: Batch) -> torch.Tensor:
-        """Compute logits over the vocabulary, [B, S, V]."""
+    def run(self, batch: Batch, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute logits over the vocabulary, [B, S, V]; at `positions` alone, int64 [P], it is [B, P, V].
+
+        Every token runs through every layer in either case. Fewer positions save the product with the vocabulary,
+        which costs a small model as much as its layers; a model that cannot leave it out computes all of them.
+        """
+        options: dict[str, Any] = {"use_cache": False}
+        if positions is not None and "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            # A tensor, because some models (Gemma 4) drop tokens from their last layers for a number; on the CPU, whose
+            # indices fit hidden states on every device.
+            options["logits_to_keep"] = positions.cpu()
         with torch.inference_mode():
-            return self.model(**batch.inputs, use_cache=False).logits
+            logits: torch.Tensor = self.model(**batch.inputs, **options).logits
+            return logits if positions is None or "logits_to_keep" in options else logits[:, positions]
 
     def generate(self, prompt: str, max_new_tokens: int) -> str:
         """Continue `prompt` by greedy search, with at most `max_new_tokens` tokens; returns the continuation."""
@@ -313,14 +324,20 @@ class LanguageModel:
         correct, nats = np.zeros(len(whole), bool), np.zeros(len(whole))
         encoded = EncodedTexts(texts, tuple(whole), (), None)
         for batch in self.batches(encoded, batch_size=batch_size, progress=progress):
-            logits = self.run(batch)[:, :-1].float()
             ids = batch.inputs["input_ids"][:, 1:]
             position = torch.arange(ids.shape[1], device=ids.device) + 1
             start = torch.tensor([starts[i] for i in batch.positions], device=ids.device)
             asked = (position >= start[:, None]) & batch.inputs["attention_mask"][:, 1:].bool()
-            found = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
-            nats[list(batch.positions)] = (found.view(ids.shape) * asked).double().sum(1).cpu().numpy()
-            correct[list(batch.positions)] = ((logits.argmax(-1) == ids) | ~asked).all(1).cpu().numpy()
+            # Answers are a few tokens at the end of texts of similar length, so few positions hold one.
+            (places,) = asked.any(0).nonzero(as_tuple=True)
+            ids, asked = ids[:, places], asked[:, places]
+            logits = self.run(batch, places)[asked].float()
+            found = torch.zeros(ids.shape, device=ids.device)
+            found[asked] = torch.nn.functional.cross_entropy(logits, ids[asked], reduction="none")
+            right = ~asked
+            right[asked] = logits.argmax(-1) == ids[asked]
+            nats[list(batch.positions)] = found.double().sum(1).cpu().numpy()
+            correct[list(batch.positions)] = right.all(1).cpu().numpy()
         return Answers(correct, nats)
 
 
@@ -342,12 +359,13 @@ def record_texts(
     """
     encoded = language_model.encode(texts, max_length=max_length)
     done: list[int] = []
+    first = torch.tensor([0])  # logits are not needed
     for batch in language_model.batches(encoded, batch_size=batch_size, progress=progress):
         if stop():
             break
         groups, items = [text.group for text in batch.texts], [text.item for text in batch.texts]
         with recorder.labels(groups=groups, items=items):
-            language_model.run(batch)
+            language_model.run(batch, first)
         done.extend(batch.positions)
     ran = encoded.only(sorted(done))
     recorder.add_metadata(ran.metadata)

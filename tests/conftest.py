@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -34,6 +35,18 @@ def pytest_configure() -> None:
         threads = max(1, (os.cpu_count() or 1) // processes)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
+
+
+# Files of more than half a minute, the longest first. Where files are spread over several processes, they go first:
+# a process that got one of them last would go on alone.
+_LONG = ("test_docs.py", "paths/test_paths.py", "examples/test_notebooks.py", "examples/test_study.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long files first (`make test` asks xdist to keep this order); otherwise the order stays."""
+    here = Path(__file__).parent
+    place = {here / name: i for i, name in enumerate(_LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

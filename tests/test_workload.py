@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from moe_route.data import Question
 from moe_route.recording import RoutingStatistics
 from moe_route.workload import (
     EncodedTexts,
@@ -83,6 +84,35 @@ class TestLanguageModel:
         both = RoutingStatistics.load(tmp_path / "both.safetensors")
         assert (both.metadata["cut_texts"], both.metadata["cut_to_tokens"]) == (4, [5, 6])
         assert "cut: 4 texts to 5/6 tokens" in repr(both)
+
+    def test_logits_at_some_positions_are_those_of_all(self, spoken: LanguageModel, monkeypatch: pytest.MonkeyPatch):
+        (batch,) = spoken.batches(texts_of(read_corpus(languages=["eng_Latn", "jpn_Jpan"], limit=3)))
+        whole, places = spoken.run(batch), torch.tensor([0, 3, 7])
+        torch.testing.assert_close(spoken.run(batch, places), whole[:, places])
+        given: list[set[str]] = []
+
+        def without(input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: object) -> object:
+            given.append(set(options))
+            return type(spoken.model).forward(spoken.model, input_ids, attention_mask, **options)
+
+        monkeypatch.setattr(spoken.model, "forward", without)  # names no logits_to_keep
+        assert torch.equal(spoken.run(batch, places), whole[:, places])
+        assert given == [{"use_cache"}]
+
+    def test_answers_are_judged_by_the_logits_after_their_prompt(self, spoken: LanguageModel):
+        """Prompts and answers of several lengths in one batch, beside each text alone with all of its logits."""
+        asked = [("2 + 3 =", " 5"), ("The last bus leaves at", " half past nine."), ("Wie viel ist 12 + 30?", " 42")]
+        questions = [Question(str(i), "eng_Latn", prompt, answer) for i, (prompt, answer) in enumerate(asked)]
+        found = spoken.answers(questions)
+        for place, (prompt, answer) in enumerate(asked):
+            ids = spoken.tokenizer(prompt + answer, return_tensors="pt")["input_ids"]
+            start = len(spoken.tokenizer(prompt)["input_ids"])
+            assert ids[0, :start].tolist() == spoken.tokenizer(prompt)["input_ids"]
+            with torch.inference_mode():
+                logits = spoken.model(input_ids=ids).logits[0, start - 1 : -1]
+            nats = -logits.log_softmax(-1).gather(1, ids[0, start:, None])
+            assert found.nats[place] == pytest.approx(nats.sum().item(), rel=1e-4)
+            assert found.correct[place] == bool((logits.argmax(-1) == ids[0, start:]).all())
 
     def test_an_unknown_name(self, tmp_path: Path):
         with pytest.raises(ModelNotFoundError, match="checkpoint"):

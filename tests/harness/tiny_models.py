@@ -48,6 +48,21 @@ _LATENT = {  # multi-head latent attention; three experts out of two groups of t
 _SPARSE = _LATENT | {"index_topk": 16, "index_head_dim": 16, "index_n_heads": 2}
 _GROUPS = {"num_experts_per_tok": 3, "n_shared_experts": 1, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
 _HYBRID = {"layer_types": ["linear_attention", "full_attention", "full_attention"]}
+# Layers beside attention have sizes of their own, and those of the real models make a call take up to a second.
+_DELTA = {
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+_MAMBA = {
+    "mamba_num_heads": 32,
+    "mamba_head_dim": 4,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "chunk_size": 8,
+    "moe_shared_expert_intermediate_size": 32,
+}
 _ENCODER_DECODER = {"d_model": 64, "decoder_start_token_id": 0, "dropout": 0.0}
 
 # The seven that every behavior is tested on.
@@ -66,8 +81,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mellum": {},
     "jamba": {"attn_layer_offset": 0, "attn_layer_period": 2, "expert_layer_offset": 0, "expert_layer_period": 1},
     "hunyuan_v1_moe": {},
-    "qwen3_next": _HYBRID,
-    "qwen3_5_moe_text": _HYBRID,
+    "qwen3_next": _HYBRID | _DELTA,
+    "qwen3_5_moe_text": _HYBRID | _DELTA,
     "qwen3_vl_moe_text": {},
     "deepseek_v2": _LATENT | {"topk_method": "greedy"},
     "deepseek_v2_with_groups": _LATENT | {"topk_method": "group_limited_greedy"},
@@ -116,9 +131,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         }
     },
     "glm_moe_dsa": _SPARSE | {"mlp_layer_types": ["dense", "sparse", "sparse"]},
-    "kimi_linear": _LATENT | _HYBRID,
+    "kimi_linear": _LATENT | _HYBRID | {"linear_head_dim": 16, "linear_num_heads": 4},
     "mimo_v2_flash": _GROUPS,
-    "nemotron_h": {},
+    "nemotron_h": _MAMBA,
     "solar_open": _GROUPS,
     "hy_v3": {},
     "hy_v4": {"index_n_heads": 2, "index_head_dim": 16, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8},
@@ -159,7 +174,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "jetmoe": {"kv_channels": 16},
     "inkling_text": {"n_shared_experts": 2},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
-    "nemotron_h_with_latent": {"moe_latent_size": 32},
+    "nemotron_h_with_latent": _MAMBA | {"moe_latent_size": 32},
     "switch_transformers": _ENCODER_DECODER
     | {
         "d_ff": 64,
@@ -226,6 +241,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe": {"norm_topk_prob": True},
     "qwen3_omni_moe_with_talker": {"norm_topk_prob": False, "shared_expert_intermediate_size": 32},
     "qwen4_exp": _HYBRID
+    | _DELTA
     | {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -234,10 +250,6 @@ OTHERS: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 4,
         "hc_lowrank": 16,
         "shared_expert_intermediate_size": 32,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
     },
     "dots3_note_with_vision": {
         "mlp_layer_types": ["dense", "sparse", "sparse"],

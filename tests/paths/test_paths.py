@@ -1,8 +1,8 @@
 """Every path on every architecture, against what docs/support.md says of it.
 
-Cheap paths run on all architectures (the three that take seconds a call: with the slow tests), those that are much
-alike everywhere on one a family. Costly ones run on one model here, on one a family with the slow tests, and on all
-with MOE_ROUTE_MATRIX=1. Paths whose packages are not installed are skipped by name.
+Cheap paths run on all architectures, those that are much alike everywhere on one a family. Costly ones run on one model
+here, on one a family with the slow tests, and on all with MOE_ROUTE_MATRIX=1. Paths whose packages are not installed
+are skipped by name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from paths.registry import FAMILIES, QUICK, Path, all_paths
 from paths.subject import Subject
 
 MATRIX = os.environ.get("MOE_ROUTE_MATRIX") == "1"
-SLOW = ("kimi_linear", "nemotron_h", "nemotron_h_with_latent", "nemotron_h_omni")
 
 
 @lru_cache(maxsize=2)  # tests go architecture by architecture
@@ -40,7 +39,7 @@ def _cases() -> list[object]:
         for each in all_paths().values():
             if each.cost != "cheap" and name not in FAMILIES and not MATRIX:
                 continue
-            slow = name in SLOW or (each.cost == "costly" and name not in QUICK)
+            slow = each.cost == "costly" and name not in QUICK
             together = "ranks" if each.section == "Ranks" else name  # ranks are walked for many at once
             marks = [pytest.mark.xdist_group(together), *([pytest.mark.slow] if slow else [])]
             if each.missing:
