@@ -34,5 +34,5 @@ def _of_task(name: str, task: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             ),
             "columns": ["condition", "accuracy", "change", "low", "high"],
             "rows": rows,
-            "effect": {"label": "condition", "value": "change", "low": "low", "high": "high"},
+            "effect": {"label": "condition", "value": "change", "low": "low", "high": "high", "better": "higher"},
         }

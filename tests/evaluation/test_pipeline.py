@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -166,6 +167,22 @@ def test_results_of_other_inputs_are_not_overwritten(
         evaluate(other, out, spoken=spoken)
     (out / "sweep" / "base.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(ForeignResultsError, match="removed or altered"):
+        evaluate(small, out, spoken=spoken)
+
+
+def test_another_tokenizer_and_other_settings_of_generation_are_other_inputs(
+    undisturbed: Evaluation, small: Recipe, spoken: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Both change what the same weights answer to the same questions."""
+    out = shutil.copytree(undisturbed.out, tmp_path / "results")
+    tokenizer = copy.deepcopy(spoken.tokenizer)
+    tokenizer(["padded", "and cut"], padding=True, truncation=True, max_length=3)
+    assert evaluate(small, out, spoken=replace(spoken, tokenizer=tokenizer)).stages["record"] == "kept"
+    tokenizer.add_tokens(["plus"])
+    with pytest.raises(ForeignResultsError, match=r"record holds results of other inputs \(model\.tokenizer"):
+        evaluate(small, out, spoken=replace(spoken, tokenizer=tokenizer))
+    monkeypatch.setattr(spoken.model.generation_config, "repetition_penalty", 5.0)
+    with pytest.raises(ForeignResultsError, match=r"evaluate holds .*tasks\.written\.generation\.repetition_penalty"):
         evaluate(small, out, spoken=spoken)
 
 

@@ -28,7 +28,7 @@ from transformers import StoppingCriteriaList
 from moe_route import files
 from moe_route.data import demo_model_folder
 from moe_route.experts.interface import experts_implementations
-from moe_route.identity import library_versions
+from moe_route.identity import library_versions, tokenizer_hash
 from moe_route.integrations.lm_eval.cache import key_of, weights_fingerprint
 from moe_route.integrations.lm_eval.rows import GROUPS, Grouping, Place, Row, RowNames, rows_of
 from moe_route.recording import Recorder, RecordingError, RoutingStatistics
@@ -138,7 +138,6 @@ class MoeRouteLM(HFLM):
         answers apart.
         """
         config = self.model.config
-        tokenizer = getattr(self.tokenizer, "backend_tokenizer", None)
         return key_of(
             {
                 "revision": self.revision,
@@ -153,7 +152,7 @@ class MoeRouteLM(HFLM):
                 "versions": {**library_versions(), "lm_eval": importlib.metadata.version("lm_eval")},
                 "plan": None if self._plan is None else self._plan.hash,
                 "groups": self._grouping,
-                "tokenizer": self.tokenizer.name_or_path if tokenizer is None else tokenizer.to_str(),
+                "tokenizer": tokenizer_hash(self.tokenizer),
                 "chat_template": [getattr(self.tokenizer, "chat_template", None), self.chat_template_args],
                 "reading": [self.add_bos_token, self.custom_prefix_token_id, self.max_length, self.truncation],
                 "thinking": [self.enable_thinking, self.think_end_token],

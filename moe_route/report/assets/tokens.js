@@ -15,6 +15,8 @@ function expertsAt(trace, token, place) {
 const sameExperts = (a, b) => a.length === b.length && a.every((x) => b.some((y) => y.expert === x.expert));
 const visible = (text) => text.replace(/\n/g, "⏎\n").replace(/\t/g, "⇥");
 const partOf = (text, i) => (text.parts.has(i) ? `, part ${text.parts.get(i).join(" of ")} of these characters` : "");
+// the place of a token in its text, where those that were not counted (special tokens) have places, too
+const positionOf = (text, i) => (text.positions ? text.positions[i] : i);
 // a text whose characters are split over tokens shows them once, with the number of the part
 function pieceNodes(text, i) {
   const part = text.parts.get(i), piece = visible(text.pieces[i]);
@@ -79,7 +81,7 @@ function tokenSection() {
       const classes = ["token", changed(list, side, i, layer) && "changed", i >= side.text.prompt && "generated", i === state.token && "current", state.lit !== null && !experts.some((e) => e.expert === state.lit) && "faded"].filter(Boolean).join(" ");
       return el("span", { class: classes, tabindex: i === state.token ? 0 : -1, role: "button", "data-token": i, style: { background: `color-mix(in srgb, ${color || "var(--quiet)"} ${color ? 34 : 13}%, transparent)` } }, pieceNodes(side.text, i));
     });
-    const about = (i) => `${JSON.stringify(side.text.pieces[i])}${partOf(side.text, i)}\ntoken id ${side.text.ids[i]}, position ${i}\nlayer ${layer}: ${chosen(side, i).map((e) => `expert ${e.expert} (${e.weight.toFixed(2)})`).join(", ") || "no expert"}`;
+    const about = (i) => `${JSON.stringify(side.text.pieces[i])}${partOf(side.text, i)}\ntoken id ${side.text.ids[i]}, position ${positionOf(side.text, i)}\nlayer ${layer}: ${chosen(side, i).map((e) => `expert ${e.expert} (${e.weight.toFixed(2)})`).join(", ") || "no expert"}`;
     const number = (event) => { const span = event.target.closest(".token"); return span ? Number(span.dataset.token) : -1; };
     function move(i, focus) {
       state.token = i;
