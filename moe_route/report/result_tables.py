@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_route.analysis.result import plain
+
 __all__ = ["TABLES_FILE", "ResultTable", "is_results", "read_results"]
 
 TABLES_FILE = "tables.json"
@@ -49,12 +51,12 @@ class ResultTable:
                     raise ValueError(f"the effect of the table {self.title!r} names no column: {column!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able content."""
+        """JSON-able content (NaN as None)."""
         return {
             "title": self.title,
             "note": self.note,
             "columns": list(self.columns),
-            "rows": [list(row) for row in self.rows],
+            "rows": plain(self.rows),  # no number is shown as none
             "effect": None if self.effect is None else dict(self.effect),
         }
 

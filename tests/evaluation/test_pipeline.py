@@ -266,6 +266,8 @@ def test_the_html_page_takes_its_tables_from_the_folder(undisturbed: Evaluation)
     assert len(tables) == sum(len(task["scorers"]) for task in tasks.values())
     task = next(iter(tasks.values()))
     compared = task["comparisons"][task["main_items"]][task["scorers"][0]]
+    assert tables[0].effect is not None
+    assert tables[0].effect["better"] == "higher"
     rows = {row[0]: row for row in tables[0].rows}
     assert rows.keys() == compared.keys() - {"base", "base again", "null plan"}
     for condition, (_, accuracy, *change) in rows.items():

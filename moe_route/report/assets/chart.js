@@ -1,7 +1,7 @@
 // Lines by layer, with bands and a floor; and points with intervals.
 const COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"];
 function styleOf(group) {
-  const { color, dash } = data.styles[group] || { color: COLORS[0], dash: null };
+  const { color, dash } = (Object.hasOwn(data.styles, group) && data.styles[group]) || { color: COLORS[0], dash: null };
   return { color: `var(--c${Math.max(COLORS.indexOf(color), 0)})`, dash };
 }
 

@@ -35,7 +35,7 @@ function tokenSection() {
   state.open = traces[0].layers.length <= 16;
 
   function control() {
-    const trace = traces[state.trace], byGroup = {};
+    const trace = traces[state.trace], byGroup = Object.create(null);
     trace.texts.forEach((text, i) => (byGroup[label(text.group)] = byGroup[label(text.group)] || []).push([i, `${label(text.group)} · ${text.item}`]));
     controls.replaceChildren(
       traces.length > 1 ? select("Trace", traces.map((t, i) => [i, t.name]), state.trace, (v) => { const before = trace.texts[state.text]; state.trace = Number(v); if (state.beside === state.trace) state.beside = -1; state.text = Math.max(0, traces[state.trace].texts.findIndex((t) => t.group === before.group && t.item === before.item)); state.place = Math.min(state.place, traces[state.trace].layers.length - 1); control(); show(); }) : "",
