@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_route.data import Question
 from moe_route.evaluation import (
     Evaluation,
     ForeignResultsError,
@@ -20,6 +21,8 @@ from moe_route.evaluation import (
     evaluate,
     pipeline,
 )
+from moe_route.evaluation.measure import AskedTask
+from moe_route.evaluation.results import _task_results
 from moe_route.evaluation.stages import STAGES
 from moe_route.report import read as read_inputs
 from moe_route.steering import Plan
@@ -85,6 +88,22 @@ def test_the_sweep_sees_even_items_and_the_tables_odd_ones(undisturbed: Evaluati
     best = max(p["accuracy"] for p in undisturbed.results["results"]["sweep"] if p["setting"])
     chosen = undisturbed.results["results"]["settings"]["chosen"]["shown"]
     assert {p["name"]: p["accuracy"] for p in undisturbed.results["results"]["sweep"]}[chosen] == best
+
+
+def test_items_that_chose_the_setting_are_reported_in_no_task(undisturbed: Evaluation, small: Recipe):
+    """A second task that holds the same items one place later has its odd items among the even ones of the first."""
+    recorded = conditions_of(undisturbed.out)
+    items = list(dict.fromkeys(sorted(str(one["item"]) for one in recorded["base"] if one["task"] == "sums")))
+    questions = [Question(item, "eng_Latn", "?", "1") for item in ("another", *items)]
+    later = AskedTask("sums", "answer", tuple(questions), (), small.tasks["sums"], small.chat)
+    made = {"task": "sums", "language": "eng_Latn", "nats": 1.0, "tokens": 0, "correct": {"exact": True}}
+    lines = {name: [{**made, "item": q.item} for q in questions] for name in ("base", "base again", "null plan")}
+    lines["steered"] = lines["base"]
+    whole = _task_results(later, lines, 0, ())
+    assert (whole["main_items"], whole["comparisons"]["odd"]["exact"]["base"]["items"]) == ("all", 2)
+    kept = _task_results(later, lines, 0, items[0::2])
+    assert (kept["main_items"], set(kept["comparisons"])) == ("all", {"all"}), "no item is free of the choice"
+    assert _task_results(later, lines, 0, items[1::2])["comparisons"]["odd"]["exact"]["base"]["items"] == 2
 
 
 def test_teacher_forcing_agrees_with_generation(undisturbed: Evaluation):
