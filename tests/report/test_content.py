@@ -187,7 +187,14 @@ def test_what_cannot_be_shown_is_refused(tmp_path: Path, inputs: Inputs) -> None
 
 def test_too_few_scores_give_no_correlation(inputs: Inputs) -> None:
     few = Inputs({"a": inputs.recordings["natural"]}, scores={"accuracy": {"deu_Latn": 1.0, "arb_Arab": 0.0}})
-    assert report.content_of(few)["recordings"]["a"]["correlations"] == []
+    content = report.content_of(few)
+    assert content["recordings"]["a"]["correlations"] == []
+    assert "scores accuracy: too few" in " ".join(content["warnings"]), "what is left out is said"
+
+
+def test_scores_alone_are_nothing_to_show() -> None:
+    with pytest.raises(ValueError, match="nothing to report"):
+        report.content_of(Inputs(scores={"accuracy": {"eng_Latn": 0.5}}))
 
 
 def test_unpaired_statistics_have_no_floor_and_say_why(inputs: Inputs, tmp_path: Path) -> None:
@@ -265,6 +272,9 @@ def test_files_of_every_kind_are_read(inputs: Inputs, tmp_path: Path) -> None:
             '{"tables": [{"title": "T", "columns": ["a"], "rows": [], "effect": {"value": "a", "better": "a"}}]}',
             "write lower or higher",
         ),
+        ("a.tsv", "eng_Latn\tnan\n", "score of eng_Latn is nan"),
+        ("a.json", '{"eng_Latn": NaN}', "score of eng_Latn is nan"),
+        ("a.tsv", "eng_Latn\t1\neng_Latn\t2\n", "eng_Latn comes twice"),
         ("a.tsv", "\n", "holds no score"),
         ("a.safetensors", "x", "safetensors"),
     ],
