@@ -125,7 +125,11 @@ def _changes(main: Mapping[str, Any], whole: Mapping[str, Any], label: str) -> s
         f"{_table([head[i] for i in shown], [[row[i] for i in shown] for row in rows])}\n\nChange: percentage points "
         f"against `{BASE}`, mean over languages; intervals from a bootstrap over items, with all languages of an item "
         "together."
-        + ("\nRandom experts are as many as `steered` has in each of its layers, steered as these are." if drawn else "")
+        + (
+            "\nRandom experts are as many as `steered` has in each of its layers, steered as these are."
+            if drawn
+            else ""
+        )
         + ("\nEvery draw of random experts is in `report.json`." if drawn else "")
     )
 

@@ -73,7 +73,9 @@ def steering_table(
     values = cells[:, :, 0]
     if not np.isfinite(values).all():
         row, column = np.argwhere(~np.isfinite(values))[0]
-        raise ValueError(f"the change of {rows[row]} in {list(columns)[column]!r} is no number: leave it out by groups=")
+        raise ValueError(
+            f"the change of {rows[row]} in {list(columns)[column]!r} is no number: leave it out by groups="
+        )
     if mean and len(rows) > 1:
         values = np.concatenate([values, values.mean(0, keepdims=True)])
     limit = _limit(values)

@@ -232,6 +232,8 @@ class TestRecording:
     def test_other_refusals(self, tmp_path: Path, plan: Plan):
         with pytest.raises(ValueError, match="choose task or language"):
             integration.MoeRouteLM(groups="tasks")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"unknown: .*'nonsense'; leave it out"):
+            integration.MoeRouteLM(nonsense=1)
         with pytest.raises(OSError, match="missing"):
             integration.MoeRouteLM(record=tmp_path / "missing" / "a.safetensors")
         with pytest.raises(ValueError, match="renames groups"):

@@ -214,7 +214,14 @@ def test_what_is_better_is_blue(opened: Opened) -> None:
 
 
 def test_groups_may_have_any_name(browser: Any, demo: LanguageModel, tmp_path: Path) -> None:
-    names = ("constructor", "__proto__", "</script><b onclick=alert(1)>", "\u202eright to left", "e\u0301\u0301 \n 🦓", "7")
+    names = (
+        "constructor",
+        "__proto__",
+        "</script><b onclick=alert(1)>",
+        "\u202eright to left",
+        "e\u0301\u0301 \n 🦓",
+        "7",
+    )
     texts = [Text(name, "0", f"The bus leaves at {place}.") for place, name in enumerate(names)]
     path = report.write(tmp_path / "report.html", report.record_inputs(demo, texts), tokenizer=demo.tokenizer)
     opened = Opened(browser, path, WIDTHS[0])

@@ -86,7 +86,12 @@ class MoeRouteLM(HFLM):
             pretrained = str(demo_model_folder())
             options.setdefault("dtype", "float32")  # as LanguageModel.load computes
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        super().__init__(pretrained, device=device, batch_size=batch_size, **options)
+        try:
+            super().__init__(pretrained, device=device, batch_size=batch_size, **options)
+        except TypeError as error:  # transformers hands what it does not know to the model
+            if "unexpected keyword argument" in str(error):
+                raise ValueError(f"an argument of the model is unknown: {error}; leave it out") from error
+            raise
         if self.backend != "causal":
             raise ValueError("only causal language models are supported: use lm-eval's own model hf")
         if record is not None and self.world_size > 1:
