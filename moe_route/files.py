@@ -41,6 +41,7 @@ __all__ = [
     "expected_content",
     "is_json",
     "lock",
+    "make_folder",
     "read",
     "read_blocks",
     "read_header",
@@ -237,6 +238,23 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         stream, temporary = _new_temporary(target)
     stream.close()
     temporary.unlink()
+
+
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """Make a folder for results, inside a folder that is there; nothing is done if it exists.
+
+    Raises ``OSError`` that says what to do if the folder around it is missing, or a file has this name.
+    """
+    folder = Path(path)
+    if not folder.parent.is_dir():
+        raise FileNotFoundError(
+            errno.ENOENT, f"{folder} cannot be made: there is no folder {folder.parent}; make it first, or correct it"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{folder} is a file: give the name of a folder")
+    with _explained(folder, _NOT_ALLOWED | _FULL_DISK):
+        folder.mkdir(exist_ok=True)
+    return folder
 
 
 def _target(path: str | os.PathLike[str]) -> Path:

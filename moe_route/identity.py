@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import platform
 import sys
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from moe_route import __version__, files
 
-__all__ = ["config_hash", "identity_of", "library_versions", "weights_hash"]
+__all__ = ["config_hash", "identity_of", "library_versions", "tokenizer_hash", "weights_hash"]
 
 _SAMPLED = 1024  # elements per tensor that enter the hash of the weights
 
@@ -67,6 +68,21 @@ def weights_hash(model: nn.Module) -> str:
         sample = flat[:: max(1, -(-flat.numel() // _SAMPLED))].cpu().contiguous()
         digest.update(sample.view(torch.uint8).numpy().tobytes() if sample.numel() else b"")
     return digest.hexdigest()
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 (hex) of what a tokenizer does to texts: vocabulary, rules and special tokens, without its name.
+
+    How its last call was padded or cut, which a tokenizer keeps, is left out.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content: Any = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    else:
+        content = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    text = json.dumps([content, special], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def library_versions() -> dict[str, str]:

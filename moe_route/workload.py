@@ -308,18 +308,20 @@ class LanguageModel:
 
         The answer is read after its prompt in one call. It is what greedy search gives if each of its tokens is the
         most probable one after those before it. Raises `ValueError` for a question that does not fit into the model's
-        context.
+        context, and for one whose answer adds no token to its prompt.
         """
         prompts = self._ids([Text(q.language, q.item, q.prompt) for q in questions])
         texts = tuple(Text(q.language, q.item, q.prompt + q.answer) for q in questions)
         whole = [tuple(row) for row in self._ids(texts)]
         limit = getattr(self.model.config, "max_position_embeddings", None)
-        for question, row in zip(questions, whole, strict=True):
+        for question, prompt, row in zip(questions, prompts, whole, strict=True):
             if limit is not None and len(row) > limit:
                 raise ValueError(
                     f"question {question.item!r} in {question.language} has {len(row)} tokens, and the model reads "
                     f"{limit}: leave it out"
                 )
+            if not question.answer or list(row) == prompt:
+                raise ValueError(f"question {question.item!r} in {question.language} has an empty answer: leave it out")
         starts = [_common_prefix(prompt, row) for prompt, row in zip(prompts, whole, strict=True)]
         correct, nats = np.zeros(len(whole), bool), np.zeros(len(whole))
         encoded = EncodedTexts(texts, tuple(whole), (), None)

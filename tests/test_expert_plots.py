@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,13 @@ def test_overlap_by_threshold(sweep):
     assert lines["both, by chance"].tolist() == [1.5, 0.5, 0.1]
     assert ax.get_lines()[-1].get_xdata() == [0.26, 0.26]
     assert rendered(ax)
+
+
+@pytest.mark.parametrize(("first", "shown"), [(0.2904, "0.291"), (0.3, "0.3"), (0.2900001, "0.291"), (0.0, "0")])
+def test_the_threshold_without_overlap_is_not_rounded_down(sweep, first: float, shown: str):
+    """At a threshold that is smaller than the last difference, an expert is still in both sets."""
+    title = plots.overlap_by_threshold(replace(sweep, separate_from=first)).get_title()
+    assert f"no expert in both sets from {shown} on" in " ".join(title.split())
 
 
 def test_overlap_of_selections():

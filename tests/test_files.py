@@ -288,6 +288,17 @@ def test_a_full_disk_keeps_the_old_file_and_names_it(good, size):
     assert [entry.name for entry in good.parent.iterdir()] == [good.name]
 
 
+def test_a_folder_is_made_once_and_its_absence_is_explained(tmp_path):
+    assert files.make_folder(tmp_path / "new").is_dir()
+    (tmp_path / "new" / "kept").write_text("x")
+    files.make_folder(tmp_path / "new")
+    assert (tmp_path / "new" / "kept").is_file()
+    with pytest.raises(OSError, match=r"no folder .*missing; make it first"):
+        files.make_folder(tmp_path / "missing" / "new")
+    with pytest.raises(OSError, match="is a file: give the name of a folder"):
+        files.make_folder(tmp_path / "new" / "kept")
+
+
 def test_only_what_a_killed_process_left_is_removed(tmp_path):
     path, other = tmp_path / "run", tmp_path / "other"
     write = f"import os; from moe_route import files; from pathlib import Path; p = Path({str(path)!r})\n"

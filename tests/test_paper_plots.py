@@ -234,6 +234,8 @@ def test_a_steering_table_is_not_ruled_by_one_column():
         plots.steering_table({"a": found["soft"], "b": {"jpn_Jpan": difference(1)}})
     with pytest.raises(ValueError, match="no change to draw"):
         plots.steering_table({})
+    with pytest.raises(ValueError, match="change of jpn_Jpan in 'soft' is no number"):
+        plots.steering_table({"soft": {"deu_Latn": difference(0.1), "jpn_Jpan": (float("nan"),) * 3}})
 
 
 def test_changes_by_strength():

@@ -301,6 +301,14 @@ def test_the_floor_and_the_order_of_the_legend():
         plots.divergence(found, order={"a": 1, "b": 2})
 
 
+def test_the_floor_is_that_of_the_groups_drawn():
+    floor = np.array([0.1, 0.3, 0.5])[:, None] * np.ones(LAYERS)
+    layers = tuple(map(str, range(LAYERS)))
+    found = Divergence(floor + 0.2, ("a", "b", "c"), "eng", layers, floor=floor, reference_floor=np.full(LAYERS, 0.1))
+    np.testing.assert_allclose(plots.divergence(found, floor=True).lines[-1].get_ydata(), 0.2)
+    np.testing.assert_allclose(plots.divergence(found, groups=["c", "b"], floor=True).lines[-1].get_ydata(), 0.25)
+
+
 def test_correlation_with_a_band_and_a_matrix_in_another_order():
     rng = np.random.default_rng(0)
     pairs = rng.random((6, 10, LAYERS))

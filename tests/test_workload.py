@@ -33,6 +33,11 @@ class TestLanguageModel:
         assert (alone[:, 1] == together[:, 1]).all()
         np.testing.assert_allclose(alone[:, 0], together[:, 0], rtol=1e-4)
 
+    def test_an_answer_that_is_not_there_is_refused(self, spoken: LanguageModel):
+        """Else the last token of the prompt would be judged in its place."""
+        with pytest.raises(ValueError, match="'sum' in eng_Latn has an empty answer"):
+            spoken.answers([Question("sum", "eng_Latn", "5 plus 3 is", "")])
+
     def test_loss_is_the_model_s_own(self, spoken: LanguageModel):
         text = "The last bus leaves at half past nine."
         ids = spoken.tokenizer(text, return_tensors="pt")["input_ids"]

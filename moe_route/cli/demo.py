@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from moe_route import files
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import (
     command,
@@ -45,8 +46,7 @@ def run(options: argparse.Namespace) -> Answer:
     from moe_route.demo import demo
 
     if options.out is not None:
-        options.out.mkdir(exist_ok=True)
-        output(options.out / "report.json")
+        output(files.make_folder(options.out) / "report.json")
     report = demo(
         language_model(options),
         data=options.data,

@@ -106,7 +106,9 @@ def run(options: argparse.Namespace) -> Answer:
         raise ValueError(f"--layers must name some of the {len(found.layers)} layers, counted from 0")
     with contextlib.ExitStack() as stack:
         if options.column is not None or options.size is not None:
-            stack.enter_context(plots.style(options.column or 6.4, options.size or (8 if options.column else 10)))
+            column = 6.4 if options.column is None else options.column
+            size = (10 if options.column is None else 8) if options.size is None else options.size
+            stack.enter_context(plots.style(column, size))
         plots.save(draw(found, options), options.out)
     return Answer({"out": options.out, "picture": options.what}, f"written to {options.out}")
 
@@ -263,7 +265,10 @@ def _levels(options: argparse.Namespace, groups: Sequence[str]) -> dict[str, str
     rows = [line.split("\t") for line in options.levels.read_text(encoding="utf-8").splitlines() if line.strip()]
     if any(len(row) < 2 for row in rows):
         raise ValueError(f"{options.levels} must have lines of a group, a tab and a level")
-    return {group: level for group, level, *_ in rows if group in groups}
+    levels = {group: level for group, level, *_ in rows if group in groups}
+    if not levels:
+        raise ValueError(f"{options.levels} names the level of none of the groups: {', '.join(groups)}")
+    return levels
 
 
 def _selected(options: argparse.Namespace) -> Any:

@@ -31,7 +31,7 @@ class Association:
         match: language -> exact match of the same problems.
         covariates: name -> (language -> number): what else may explain exact match.
         raw: the correlation, with the mean over layers as the last one; None with too few languages, or if exact match
-            is the same in all.
+            or divergence is the same in all.
         partial: names of the covariates held constant -> partial correlation.
         reason: why there is none.
     """
@@ -67,18 +67,17 @@ class Association:
         if p >= 0.05:
             return f"Exact match is not clearly correlated with divergence of tasks from {name(PIVOT)} {number}."
         better = "nearer to" if r < 0 else "farther from"
-        return f"Languages that route tasks {better} {name(PIVOT)} answer better {number}{self._confounded()}."
+        return f"Languages that route tasks {better} {name(PIVOT)} answer better {number}{self._confounded(r)}."
 
-    def _confounded(self) -> str:
-        if not self.partial:
-            return ""
-        held, most = list(self.partial.items())[-1]
-        layers = most.p_corrected[:-1]  # the last one is the mean
-        kept = layers[~np.isnan(layers)]
-        given = " and ".join(f"the {one}" for one in held)
-        if kept.size and kept.min() < 0.05:
-            return f", also given {given}"
-        return f", but no layer is clear once {given} {'is' if len(held) == 1 else 'are'} held constant"
+    def _confounded(self, r: float) -> str:
+        """Whether some layer stays clear, with the sign of `r`, given as many covariates as the languages allow."""
+        most = max(map(len, self.partial), default=0)
+        largest = {held: found for held, found in self.partial.items() if len(held) == most}
+        gone = [held for held, found in largest.items() if not _clear(found, r)]
+        if gone:
+            given = " or ".join(map(_given, gone))
+            return f", but no layer is clear once {given} {'is' if most == 1 else 'are'} held constant"
+        return f", also given {' or '.join(map(_given, largest))}" if largest else ""
 
     def __str__(self) -> str:
         if self.raw is None:
@@ -154,12 +153,25 @@ def associate(
     if np.ptp(scores) == 0:
         return Association(found, match, known, None, reason="exact match is the same in all languages")
     joined = _with_mean(found)
+    raw = correlation(joined, match)
+    if np.isnan(raw.pearson[:-1]).all():
+        return Association(found, match, known, None, reason="divergence is undefined, or the same in all languages")
     partial = {
         held: correlation(joined, match, covariates={key: known[key] for key in held})
         for held in _subsets(tuple(known))
         if len(scores) >= _LEAST + len(held)
     }
-    return Association(found, match, known, correlation(joined, match), partial)
+    return Association(found, match, known, raw, partial)
+
+
+def _clear(found: Correlation, r: float) -> bool:
+    """Whether the correlation of some layer has the sign of `r` and a corrected p-value below .05."""
+    same = np.sign(found.pearson[:-1]) == np.sign(r)  # the last one is the mean
+    return bool((same & (found.p_corrected[:-1] < 0.05)).any())
+
+
+def _given(held: tuple[str, ...]) -> str:
+    return " and ".join(f"the {one}" for one in held)
 
 
 def _with_mean(found: Divergence) -> Divergence:

@@ -75,8 +75,7 @@ def demo(
     if draws < 1:
         raise ValueError(f"draws must be at least 1, not {draws}: an effect needs random sets beside it")
     if out is not None:
-        Path(out).mkdir(exist_ok=True)
-        files.check_writable(Path(out) / "report.json")
+        files.check_writable(files.make_folder(out) / "report.json")
     corpus = read_corpus(data, languages=languages, limit=limit)
     if PIVOT not in corpus.languages or len(corpus.languages) < 2:
         found = ", ".join(corpus.languages)

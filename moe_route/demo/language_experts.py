@@ -129,10 +129,11 @@ class LanguageExpertsOff:
             ]
             control = () if self.random is None else (f"{self.random[:, i].mean():+.2f}",)
             rows.append((f"{name(language)} ({_short(language)})", *cells, *control))
-        number = len(next(iter(self.experts.values())))
+        numbers = sorted({len(found) for found in self.experts.values()})
+        experts = number_of(numbers[0], "expert") if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]} experts"
         note = paragraph(
             f"Change of nats per token of {number_of(len(self.before.nats), 'sentence')} per language (columns) when",
-            f"the {number_of(number, 'expert')} of a language (rows) are off. <: its own text. Experts: those that few",
+            f"the {experts} of a language (rows) are off. <: its own text. Experts: those that few",
             "languages use (lowest entropy over languages), found in other sentences.",
             "" if self.random is None else "random: random sets off, the row's own text.",
         )

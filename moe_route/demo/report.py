@@ -79,9 +79,16 @@ class DemoReport:
     def _beginning(self) -> str:
         return paragraph(
             f"Model {self.model}: {number_of(self.layers, 'MoE layer')} of {self.experts} experts, top-{self.top_k}.",
-            f"{self.sentences} sentences and {self.problems} problems in {number_of(len(self.languages), 'language')}.",
+            self._material(),
             *(f"{note[0].upper()}{note[1:]}." for note in self.cut),
         )
+
+    def _material(self) -> str:
+        sentences, problems = number_of(self.sentences, "sentence"), number_of(self.problems, "problem")
+        asked, languages = len(self.skill.languages), number_of(len(self.languages), "language")
+        if asked == len(self.languages):
+            return f"{sentences} and {problems} in {languages}."
+        return f"{sentences} in {languages}, {problems} in {asked} of them."
 
     def _end(self) -> str:
         lines = [paragraph(f"Pictures: {', '.join(map(str, self.pictures))}")] if self.pictures else []

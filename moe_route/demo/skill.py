@@ -140,7 +140,7 @@ class Skill:
 
 
 def shares_in_training(model: str) -> dict[str, float]:
-    """language -> share of the pairs of numbers seen, from the model's training.json; empty if it says nothing.
+    """language -> share of the pairs of numbers seen, from the model's training.json; empty if it says nothing of them.
 
     `model` is a name as for `LanguageModel.load`.
     """
@@ -148,6 +148,11 @@ def shares_in_training(model: str) -> dict[str, float]:
     record = folder / "training.json"
     if not record.is_file():
         return {}
-    found = json.loads(record.read_text(encoding="utf-8"))
-    shares = found.get("shares", {}) if isinstance(found, dict) else {}
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError:  # a file of this name that another program wrote
+        return {}
+    shares = found.get("shares") if isinstance(found, dict) else None
+    if not isinstance(shares, dict) or not all(type(one) in (int, float) and 0 <= one <= 1 for one in shares.values()):
+        return {}
     return {str(language): float(share) for language, share in shares.items()}

@@ -13,11 +13,14 @@ __all__ = ["effect_tables"]
 def effect_tables(content: Mapping[str, Any]) -> dict[str, Any]:
     """One table per task and scorer from the content of `report.json`: the change of accuracy under each condition."""
     tasks: Mapping[str, Any] = content["results"]["tasks"]
-    return {"tables": [table for name, task in tasks.items() for table in _of_task(name, task)]}
+    tuned = content["results"]["settings"]["tuned_on_even_items"]
+    return {"tables": [table for name, task in tasks.items() for table in _of_task(name, task, tuned)]}
 
 
-def _of_task(name: str, task: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    items = "odd items, which chose no setting" if task["main_items"] == "odd" else "all items"
+def _of_task(name: str, task: Mapping[str, Any], tuned: bool) -> Iterator[dict[str, Any]]:
+    items = "all items (tuned on test)" if tuned else "all items"
+    if task["main_items"] == "odd":
+        items = "odd items, which chose no setting"
     for scorer in task["scorers"]:
         entries = task["comparisons"][task["main_items"]][scorer]
         rows = [
@@ -34,5 +37,5 @@ def _of_task(name: str, task: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             ),
             "columns": ["condition", "accuracy", "change", "low", "high"],
             "rows": rows,
-            "effect": {"label": "condition", "value": "change", "low": "low", "high": "high"},
+            "effect": {"label": "condition", "value": "change", "low": "low", "high": "high", "better": "higher"},
         }

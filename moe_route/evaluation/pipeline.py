@@ -38,7 +38,7 @@ from moe_route.evaluation.report import markdown
 from moe_route.evaluation.results import results_of
 from moe_route.evaluation.stages import Stage, remove_stages, results_folder, write_json
 from moe_route.evaluation.tasks import corpus_fingerprint, kind_of, read_source, read_task, task_fingerprint
-from moe_route.identity import identity_of, library_versions, weights_hash
+from moe_route.identity import identity_of, library_versions, tokenizer_hash, weights_hash
 from moe_route.recording import RoutingStatistics
 from moe_route.routed import RoutedModel
 from moe_route.steering import ExpertSelection, Plan
@@ -184,10 +184,13 @@ class _Run:
             "class": identity["class"],
             "config_hash": identity["config_hash"],
             "weights": weights_hash(model),
+            "tokenizer": tokenizer_hash(self.spoken.tokenizer),
             "revision": self.recipe.model.revision,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": model.device.type,
             "engine": self.recipe.model.engine,
+            "attention": getattr(model.config, "_attn_implementation", None),
+            "experts": getattr(model.config, "_experts_implementation", None),
             "versions": library_versions(),
         }
 
@@ -203,6 +206,22 @@ class _Run:
     def check_stop(self) -> None:
         if self.stop():
             raise _Stopped
+
+    def key_of(self, task: AskedTask) -> dict[str, Any]:
+        """What the answers to a task depend on beside model and plan."""
+        source = task.source
+        key: dict[str, Any] = {
+            "kind": task.kind,
+            "questions": task_fingerprint(task.questions),
+            "batch_size": source.batch_size,
+            "add_special_tokens": task.chat.add_special_tokens,
+        }
+        if task.kind == "generate":
+            # tokens that end a text, penalties of repetition: what greedy search takes from the checkpoint
+            settings = self.spoken.model.generation_config.to_dict()
+            key |= {"max_new_tokens": source.max_new_tokens, "until": list(source.until), "channel": task.chat.channel}
+            key["generation"] = {name: value for name, value in settings.items() if name != "transformers_version"}
+        return key
 
     # ---- record
 
@@ -314,7 +333,7 @@ class _Run:
             {
                 "find": after.results_hash,
                 "model": self.model,
-                "task": _key_of(task) if points else None,
+                "task": self.key_of(task) if points else None,
                 "points": {name: plan.hash for name, plan in plans.items() if plan is not None},
             },
         )
@@ -350,7 +369,7 @@ class _Run:
             {
                 "sweep": after.results_hash,
                 "model": self.model,
-                "tasks": {task.name: _key_of(task) for task in self.tasks},
+                "tasks": {task.name: self.key_of(task) for task in self.tasks},
                 "conditions": {name: None if plan is None else plan.hash for name, plan in compared.plans.items()},
             },
         )
@@ -425,20 +444,6 @@ class _Run:
 def file_name(condition: str) -> str:
     """The name of the files of a condition or a point, without suffix."""
     return re.sub(r"[^a-z0-9.]+", "-", condition.lower()).strip("-")
-
-
-def _key_of(task: AskedTask) -> dict[str, Any]:
-    """What the answers to a task depend on beside model and plan."""
-    source = task.source
-    key: dict[str, Any] = {
-        "kind": task.kind,
-        "questions": task_fingerprint(task.questions),
-        "batch_size": source.batch_size,
-        "add_special_tokens": task.chat.add_special_tokens,
-    }
-    if task.kind == "generate":
-        key |= {"max_new_tokens": source.max_new_tokens, "until": list(source.until), "channel": task.chat.channel}
-    return key
 
 
 def _records(folder: Path, condition: str) -> list[dict[str, Any]]:

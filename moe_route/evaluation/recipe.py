@@ -7,6 +7,7 @@ recipe = read_recipe("my.toml", {"steer.strength": 1.0})
 from __future__ import annotations
 
 import datetime
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -198,8 +199,11 @@ class FindSettings:
         return self.tau if isinstance(self.tau, tuple) else (self.tau,)
 
     def __post_init__(self) -> None:
-        if not self.taus or not all(0 <= tau < 1 for tau in self.taus):
-            raise ValueError(f"tau is {self.tau}: thresholds lie from 0 to 1, published ones from 0.25 to 0.5")
+        _check_thresholds(self.tau, self.taus)
+        if not self.taus:
+            raise ValueError("tau is empty: name a threshold")
+        if self.top is not None and self.top < 1:
+            raise ValueError(f"top is {self.top}: give 1 or more, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -222,6 +226,7 @@ class SteerSettings:
 
     def __post_init__(self) -> None:
         _check_layers(self.layers, self.layer_base)
+        _check_strengths(self.strength)
 
 
 @dataclass(frozen=True)
@@ -259,6 +264,10 @@ class SweepSettings:
     strength: tuple[float, ...] = ()
     layers: tuple[tuple[int, int], ...] = ()
     task: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_thresholds(self.tau, self.tau)
+        _check_strengths(*self.strength)
 
     def __bool__(self) -> bool:
         """Whether there is something to try."""
@@ -315,6 +324,10 @@ class SeedSettings:
 
     random: int = 0
     bootstrap: int = 0
+
+    def __post_init__(self) -> None:
+        if self.random < 0 or self.bootstrap < 0:
+            raise ValueError("random and bootstrap are seeds, 0 or more")
 
 
 @dataclass(frozen=True)
@@ -418,6 +431,17 @@ def _check_source(shipped: bool, path: str, skip: int, limit: int | None) -> Non
         raise ValueError("path is missing: name the file or folder, relative to the folder of the data")
     if skip < 0 or (limit is not None and limit < 1):
         raise ValueError("skip must be 0 or more, and limit 1 or more")
+
+
+def _check_thresholds(shown: object, thresholds: tuple[float, ...]) -> None:
+    if not all(0 <= tau < 1 for tau in thresholds):
+        raise ValueError(f"tau is {shown}: thresholds lie from 0 to 1, published ones from 0.25 to 0.5")
+
+
+def _check_strengths(*strengths: float) -> None:
+    for strength in strengths:
+        if not math.isfinite(strength):
+            raise ValueError(f"strength is {strength}: give a finite number of standard deviations")
 
 
 def _check_layers(layers: tuple[int, int], base: int) -> None:

@@ -90,8 +90,8 @@ def _task(name: str, task: Mapping[str, Any], tuned: bool) -> list[str]:
     for scorer in reversed(task["scorers"]):
         main = task["comparisons"][task["main_items"]][scorer]
         whole = task["comparisons"]["all"][scorer]
-        note = "odd items" if task["main_items"] == "odd" else "all items"
         label = "all items (tuned on test)" if tuned else "all items"
+        note = "odd items" if task["main_items"] == "odd" else label
         parts.append(f"### Accuracy in percent, {scorer}, {note}\n\n{_changes(main, whole, label)}")
         parts.append(_languages(main, task["languages"]))
     parts.append(_noise(task))
@@ -120,10 +120,17 @@ def _changes(main: Mapping[str, Any], whole: Mapping[str, Any], label: str) -> s
         )
     head = ["condition", "accuracy", "change", "95 % interval", "minus random experts", "nats per answer", label]
     shown = [place for place in range(len(head)) if any(row[place] for row in rows)]
+    drawn = any(name.startswith("random ") for name in main)
     return (
         f"{_table([head[i] for i in shown], [[row[i] for i in shown] for row in rows])}\n\nChange: percentage points "
         f"against `{BASE}`, mean over languages; intervals from a bootstrap over items, with all languages of an item "
-        "together.\nEvery draw of random experts is in `report.json`."
+        "together."
+        + (
+            "\nRandom experts are as many as `steered` has in each of its layers, steered as these are."
+            if drawn
+            else ""
+        )
+        + ("\nEvery draw of random experts is in `report.json`." if drawn else "")
     )
 
 

@@ -34,7 +34,10 @@ def results_of(
 ) -> dict[str, Any]:
     """All results, JSON-able; docs/evaluation.md describes them."""
     swept = bool(points)
-    by_task = {task.name: _task_results(task, lines, recipe.seeds.bootstrap, swept) for task in tasks}
+    decided = next(task for task in tasks if task.name == (recipe.sweep.task or tasks[0].name)).items[0::2]
+    by_task = {
+        task.name: _task_results(task, lines, recipe.seeds.bootstrap, decided if swept else ()) for task in tasks
+    }
     return {
         "settings": {
             "published": {**published.to_dict(), "shown": str(published)},
@@ -73,16 +76,18 @@ def _experts(found: FoundExperts, chosen: Setting) -> list[dict[str, Any]]:
     return entries
 
 
-def _task_results(task: AskedTask, lines: Lines, seed: int, swept: bool) -> dict[str, Any]:
+def _task_results(task: AskedTask, lines: Lines, seed: int, decided: Sequence[str]) -> dict[str, Any]:
+    """Results of one task; `decided` are the items that chose the setting, empty without a sweep."""
     scorers = scorers_of(task.kind)
     mine = {name: [one for one in records if one["task"] == task.name] for name, records in lines.items()}
     answered = {name: Answered.of(records, task.items, scorers) for name, records in mine.items()}
-    odd = np.arange(len(task.items)) % 2 == 1
+    seen = set(decided)  # another task may hold the same items, at other places
+    odd = np.array([place % 2 == 1 and item not in seen for place, item in enumerate(task.items)], bool)
     per_token = [name for name in answered if name.startswith("random per token ")]
     random = [name for name in answered if name.startswith("random ") and name not in per_token]
     repeats = (AGAIN, NULL, *per_token)
     parts = {"all": np.ones(len(task.items), bool)} | ({"odd": odd} if odd.any() else {})
-    main = "odd" if swept and "odd" in parts else "all"
+    main = "odd" if decided and "odd" in parts else "all"
     found: dict[str, Any] = {
         "kind": task.kind,
         "scorers": list(scorers),

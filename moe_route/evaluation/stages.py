@@ -98,7 +98,7 @@ def results_folder(out: Path) -> Iterator[None]:
 
     Raises `ForeignResultsError` for a folder with other content, and if another process is writing there.
     """
-    out.mkdir(exist_ok=True)
+    files.make_folder(out)
     others = [path.name for path in sorted(out.iterdir()) if not path.name.startswith(".")]
     if others and "recipe.json" not in others:
         raise ForeignResultsError(f"{out} is no folder of results (it holds {others[0]}): name an empty or new folder")

@@ -54,8 +54,8 @@ def divergence(
 ) -> Axes:
     """Draw divergence by layer, a line per group: the U of multilingual routing [arXiv 2510.04694, fig. 1].
 
-    Each line has its label at its end. Where there is no room for so many labels, and with ``order``, a legend beside
-    the axes lists them from the most divergent to the least.
+    Each line has its label at its end. Where there is no room for so many labels, a legend beside the axes lists them
+    from the most divergent to the least; with ``order``, in that order.
 
     Args:
         found: the result of ``analysis.divergence``.
@@ -65,7 +65,7 @@ def divergence(
         styles: group -> a color, or keyword arguments of ``Axes.plot``, in place of the default from ``styles``.
         interval: level of a bootstrap band around each line (such as 0.95), for paired divergence; the title names it.
         middle: layers to shade, such as those that a plan steers.
-        floor: also draw the mean over groups of ``found.expected_floor``: what unrelated sentences give.
+        floor: also draw the mean over the groups drawn of ``found.expected_floor``: what unrelated sentences give.
         order: group -> number, such as the amount of text in the language; a legend then starts with the largest.
         levels: group -> level, such as "high", "medium" and "low" resources; lines are colored by level, from dark to
             light, and a legend explains the colors.
@@ -84,7 +84,7 @@ def divergence(
         _shade(ax, middle, len(found.layers) if depth else None)
     _lines(ax, quantity, names, _styles(quantity, styles, levels), labels, depth)
     if floor:
-        values = mean_of_seen(found.expected_floor)[0]
+        values = mean_of_seen(found.expected_floor[[found.groups.index(name) for name in names]])[0]
         ax.plot(_places(len(values), depth), values, label="floor", **_FLOOR)
     return _complete(ax, quantity, names, levels, depth, title, legend=None if order is None else True)
 

@@ -108,7 +108,8 @@ def overlap_by_threshold(found: Sweep, *, ax: Axes | None = None, title: str | N
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.set_xlabel("threshold")
     ax.set_ylabel("experts")
-    frame.plain_frame(ax, title, f"line: no expert in both sets from {found.separate_from:.2f} on")
+    from_here_on = np.ceil(round(found.separate_from * 1000, 6)) / 1000  # rounded up, else an expert is left in both
+    frame.plain_frame(ax, title, f"line: no expert in both sets from {from_here_on:g} on")
     frame.legend_above(ax)
     return ax
 

@@ -71,6 +71,11 @@ def steering_table(
     rows = _rows(columns, groups, levels)
     cells = np.array([[_cell(columns[name][row]) for name in columns] for row in rows])  # [row, column, 3]
     values = cells[:, :, 0]
+    if not np.isfinite(values).all():
+        row, column = np.argwhere(~np.isfinite(values))[0]
+        raise ValueError(
+            f"the change of {rows[row]} in {list(columns)[column]!r} is no number: leave it out by groups="
+        )
     if mean and len(rows) > 1:
         values = np.concatenate([values, values.mean(0, keepdims=True)])
     limit = _limit(values)

@@ -13,10 +13,10 @@ from moe_route.recording import RoutingStatistics
 from moe_route.report.packing import rounded
 from moe_route.report.recordings import weighting
 
-__all__ = ["balance_of", "correlation_with", "divergence_from"]
+__all__ = ["MIN_GROUPS", "balance_of", "correlation_with", "divergence_from"]
 
 LEVEL = 0.95
-_MIN_GROUPS = 4  # fewer scores give a correlation of no meaning
+MIN_GROUPS = 4  # fewer scores give a correlation of no meaning
 
 
 def divergence_from(statistics: RoutingStatistics, reference: str) -> tuple[Divergence, dict[str, Any]]:
@@ -42,7 +42,7 @@ def divergence_from(statistics: RoutingStatistics, reference: str) -> tuple[Dive
 def correlation_with(found: Divergence, scores: Mapping[str, float]) -> dict[str, Any] | None:
     """Correlation by layer of divergence with scores over the groups that have one; None with too few groups."""
     groups = [group for group in found.groups if group in scores]
-    if len(groups) < _MIN_GROUPS:
+    if len(groups) < MIN_GROUPS:
         return None
     result = analysis.correlation(found, scores, groups=groups)
     low, high = result.interval(LEVEL) if found.pair_values is not None else (None, None)

@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_route import __version__, plots
 from moe_route.recording import RoutingStatistics
-from moe_route.report.by_layer import balance_of, correlation_with, divergence_from
+from moe_route.report.by_layer import MIN_GROUPS, balance_of, correlation_with, divergence_from
 from moe_route.report.inputs import Inputs
 from moe_route.report.recordings import facts_of, frequencies_of
 from moe_route.report.token_texts import Pieces, pieces_by_id, pieces_of
@@ -19,6 +19,8 @@ from moe_route.report.token_view import chosen_sequences, token_view
 from moe_route.steering import ExpertSelection, Plan
 
 __all__ = ["content_of"]
+
+logger = logging.getLogger(__name__)
 
 _DEFAULT_REFERENCE = "eng_Latn"
 _TRACE_BYTES = 1_200_000  # of all traces together
@@ -78,6 +80,10 @@ def _recording(
         found, content["divergence"] = divergence_from(statistics, base)
         correlations = {name: correlation_with(found, of) for name, of in scores.items()}
         content["correlations"] = [{"name": name, **of} for name, of in correlations.items() if of is not None]
+        for name in (name for name, of in correlations.items() if of is None):
+            logger.warning(
+                "scores %s: too few of the groups of a recording have one, a correlation needs %d", name, MIN_GROUPS
+            )
     return content
 
 

@@ -46,8 +46,8 @@ class Inputs:
     results: tuple[ResultTable, ...] = ()
 
     def __bool__(self) -> bool:
-        """Whether there is anything to show."""
-        return any((self.recordings, self.traces, self.selections, self.plans, self.scores, self.results))
+        """Whether there is anything to show; scores are shown with a recording only."""
+        return any((self.recordings, self.traces, self.selections, self.plans, self.results))
 
 
 def read(paths: Iterable[str | os.PathLike[str]]) -> Inputs:

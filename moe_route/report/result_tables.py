@@ -7,7 +7,8 @@ A file of tables is JSON:
                  "effect": {"label": "language", "value": "change", "low": "low", "high": "high"}}]}
 
 ``note`` and ``effect`` may be left out. An effect is drawn as a point with its interval; ``label`` may be a list of
-columns. ``moe-route steer --json`` is read, too.
+columns. Blue is better: "better" in an effect says which changes are, "lower" (losses, the default) or "higher"
+(accuracies). ``moe-route steer --json`` is read, too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from moe_route.analysis.result import plain
 
 __all__ = ["TABLES_FILE", "ResultTable", "is_results", "read_results"]
 
@@ -38,19 +41,22 @@ class ResultTable:
         for row in self.rows:
             if len(row) != len(self.columns):
                 raise ValueError(f"the table {self.title!r} has {len(self.columns)} columns, and a row of {len(row)}")
-        for name in self.effect or {}:
-            given = (self.effect or {})[name]
+        effect = dict(self.effect or {})
+        better = effect.pop("better", "lower")
+        if better not in ("lower", "higher"):
+            raise ValueError(f"the effect of the table {self.title!r} is better if {better!r}: write lower or higher")
+        for given in effect.values():
             for column in given if isinstance(given, (list, tuple)) else [given]:
                 if column not in self.columns:
                     raise ValueError(f"the effect of the table {self.title!r} names no column: {column!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able content."""
+        """JSON-able content (NaN as None)."""
         return {
             "title": self.title,
             "note": self.note,
             "columns": list(self.columns),
-            "rows": [list(row) for row in self.rows],
+            "rows": plain(self.rows),  # no number is shown as none
             "effect": None if self.effect is None else dict(self.effect),
         }
 

@@ -83,11 +83,13 @@ def _text(trace: Trace, number: int, rows: np.ndarray, pieces: Pieces) -> dict[s
     found = pieces(ids)
     generated = trace.phase[rows] == PHASES.index("decode")
     item = trace.items[number]
+    positions = trace.position[rows].tolist()
     return {
         "group": trace.groups[int(trace.group[rows[0]])],
         "item": str(number if item is None else item),
         "pieces": [text for text, _, _ in found],
         "parts": [[i, part, of] for i, (_, part, of) in enumerate(found) if of > 1],
         "ids": ids,
+        "positions": None if positions == list(range(len(ids))) else positions,
         "prompt": int(np.argmax(generated)) if generated.any() else len(ids),
     }

@@ -148,6 +148,12 @@ def test_pictures_with_floor_and_intervals(answer, moe_route, general, tmp_path:
             assert ">low (n = 1)<" in text
             assert ">German<" in text
     refused(moe_route("plot", "correlation", general, "--out", tmp_path / "e.svg"), "--scores")
+    narrow = ("plot", "divergence", general, "--out", tmp_path / "e.svg", "--column", "0")
+    refused(moe_route(*narrow), "1 to 40 inches")
+    levels.write_text("kor_Hang\tlow\n")
+    refused(
+        moe_route("plot", "divergence", general, "--out", tmp_path / "e.svg", "--levels", levels), "none of the groups"
+    )
     refused(moe_route("plot", "sweep", general, "--out", tmp_path / "e.svg"), "--task")
     refused(moe_route("plot", "divergence", general, "--out", tmp_path / "e.svg", "--by-script", "--floor"), "--floor")
     refused(moe_route("plot", "entropy", general, "--out", tmp_path / "e.svg", "--floor"), "takes no --floor")

@@ -177,6 +177,12 @@ class TestLanguageExpertsOff:
         assert found.selectivity.verdict == "higher"
         assert "2 of 3 languages" in found.sentence
 
+    def test_different_numbers_of_experts_are_told(self):
+        found = self.outcome(np.eye(3))
+        assert "the 1 expert of a language" in str(found)
+        some = dict(found.experts) | {"jpn_Jpan": ExpertSelection({0: [1, 2], 3: [0]})}
+        assert "the 1 to 3 experts of a language" in str(replace(found, experts=some))
+
     def test_what_hits_others_is_told_as_such(self):
         found = self.outcome(0.4 * (1 - np.eye(3)))
         assert found.selectivity.verdict == "lower"
@@ -220,6 +226,9 @@ class TestSkill:
         assert shares_in_training(str(tmp_path)) == {}
         (tmp_path / "training.json").write_text('{"shares": {"deu_Latn": 0.25}}', encoding="utf-8")
         assert shares_in_training(str(tmp_path)) == {"deu_Latn": 0.25}
+        for foreign in ("{", "[1]", '{"shares": [0.5]}', '{"shares": {"deu_Latn": null}}', '{"shares": {"gpu": 8}}'):
+            (tmp_path / "training.json").write_text(foreign, encoding="utf-8")
+            assert shares_in_training(str(tmp_path)) == {}, "other programs write files of this name, too"
 
 
 @pytest.fixture(scope="module")
@@ -290,6 +299,39 @@ class TestAssociation:
         assert list(self.found(-0.3, covariates=False).partial) == [(LOSS,)]
         json.dumps(found.to_dict(), allow_nan=False)
 
+    def test_a_covariate_that_leaves_the_other_sign_explains_it_all(self):
+        found = self.found(-0.3)
+        (held, given), sign = list(found.partial.items())[-1], np.array([-0.9, 0.1, -0.5])
+        clear = np.array([0.01, 0.9, 0.5])
+
+        def told(pearson: np.ndarray) -> str:
+            changed = replace(given, pearson=pearson, p_corrected=clear)
+            return replace(found, partial={**found.partial, held: changed}).sentence
+
+        assert "also given" in told(sign)
+        assert "no layer is clear once" in told(-sign), "a clear correlation of the other sign is another finding"
+
+    def test_every_largest_set_of_covariates_must_leave_it(self):
+        found = self.found(-0.3)
+        clear = replace(found.raw, p_corrected=np.full(3, 0.01))
+        gone = replace(found.raw, p_corrected=np.full(3, 0.9))
+        told = replace(found, partial={(SHARE,): gone, (LOSS,): clear}).sentence
+        assert f"no layer is clear once the {SHARE} is held constant" in told
+        assert "also given" in replace(found, partial={(SHARE,): clear, (LOSS,): clear}).sentence
+
+    def test_divergence_without_values_is_no_correlation(self):
+        found = self.found(float("nan"))
+        assert found.raw is not None, "the other layer has values"
+        names = self.languages
+        flat = Divergence(np.full((7, 2), np.nan), names, "eng_Latn", ("0", "1"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("moe_route.demo.association.divergence", lambda *_, **__: flat)
+            match = dict(zip(names, np.linspace(0.1, 0.7, 7), strict=True))
+            none = associate(SimpleNamespace(groups=("eng_Latn", *names)), match, {})
+        assert none.raw is None
+        assert "undefined" in str(none)
+        json.dumps(none.to_dict(), allow_nan=False)
+
     def test_few_languages_say_nothing(self):
         found = self.found(-0.3, number=3)
         assert found.raw is None
@@ -358,6 +400,12 @@ class TestDemo:
         assert "nan" not in text
         assert "Japanese" in text
         assert "jpn_Jpan" not in text
+
+    def test_languages_without_problems_are_not_said_to_have_them(self, made):
+        report, _ = made
+        assert "6 sentences and 18 problems in 5 languages." in str(report)
+        wider = replace(report, languages=(*report.languages, "kor_Hang"))
+        assert "6 sentences in 6 languages, 18 problems in 5 of them." in str(wider)
 
     def test_json_holds_the_same(self, made):
         content = json.loads(json.dumps(made[0].to_dict(), allow_nan=False))

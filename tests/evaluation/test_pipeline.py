@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_route.data import Question
 from moe_route.evaluation import (
     Evaluation,
     ForeignResultsError,
@@ -19,6 +21,8 @@ from moe_route.evaluation import (
     evaluate,
     pipeline,
 )
+from moe_route.evaluation.measure import AskedTask
+from moe_route.evaluation.results import _task_results
 from moe_route.evaluation.stages import STAGES
 from moe_route.report import read as read_inputs
 from moe_route.steering import Plan
@@ -95,6 +99,22 @@ def test_the_sweep_sees_even_items_and_the_tables_odd_ones(undisturbed: Evaluati
     best = max(p["accuracy"] for p in undisturbed.results["results"]["sweep"] if p["setting"])
     chosen = undisturbed.results["results"]["settings"]["chosen"]["shown"]
     assert {p["name"]: p["accuracy"] for p in undisturbed.results["results"]["sweep"]}[chosen] == best
+
+
+def test_items_that_chose_the_setting_are_reported_in_no_task(undisturbed: Evaluation, small: Recipe):
+    """A second task that holds the same items one place later has its odd items among the even ones of the first."""
+    recorded = conditions_of(undisturbed.out)
+    items = list(dict.fromkeys(sorted(str(one["item"]) for one in recorded["base"] if one["task"] == "sums")))
+    questions = [Question(item, "eng_Latn", "?", "1") for item in ("another", *items)]
+    later = AskedTask("sums", "answer", tuple(questions), (), small.tasks["sums"], small.chat)
+    made = {"task": "sums", "language": "eng_Latn", "nats": 1.0, "tokens": 0, "correct": {"exact": True}}
+    lines = {name: [{**made, "item": q.item} for q in questions] for name in ("base", "base again", "null plan")}
+    lines["steered"] = lines["base"]
+    whole = _task_results(later, lines, 0, ())
+    assert (whole["main_items"], whole["comparisons"]["odd"]["exact"]["base"]["items"]) == ("all", 2)
+    kept = _task_results(later, lines, 0, items[0::2])
+    assert (kept["main_items"], set(kept["comparisons"])) == ("all", {"all"}), "no item is free of the choice"
+    assert _task_results(later, lines, 0, items[1::2])["comparisons"]["odd"]["exact"]["base"]["items"] == 2
 
 
 def test_teacher_forcing_agrees_with_generation(undisturbed: Evaluation):
@@ -180,6 +200,22 @@ def test_results_of_other_inputs_are_not_overwritten(
         evaluate(small, out, spoken=spoken)
 
 
+def test_another_tokenizer_and_other_settings_of_generation_are_other_inputs(
+    undisturbed: Evaluation, small: Recipe, spoken: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Both change what the same weights answer to the same questions."""
+    out = shutil.copytree(undisturbed.out, tmp_path / "results")
+    tokenizer = copy.deepcopy(spoken.tokenizer)
+    tokenizer(["padded", "and cut"], padding=True, truncation=True, max_length=3)
+    assert evaluate(small, out, spoken=replace(spoken, tokenizer=tokenizer)).stages["record"] == "kept"
+    tokenizer.add_tokens(["plus"])
+    with pytest.raises(ForeignResultsError, match=r"record holds results of other inputs \(model\.tokenizer"):
+        evaluate(small, out, spoken=replace(spoken, tokenizer=tokenizer))
+    monkeypatch.setattr(spoken.model.generation_config, "repetition_penalty", 5.0)
+    with pytest.raises(ForeignResultsError, match=r"evaluate holds .*tasks\.written\.generation\.repetition_penalty"):
+        evaluate(small, out, spoken=spoken)
+
+
 def test_analysis_is_made_again_without_the_model(
     undisturbed: Evaluation, small: Recipe, spoken: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -260,6 +296,8 @@ def test_the_html_page_takes_its_tables_from_the_folder(undisturbed: Evaluation)
     assert len(tables) == sum(len(task["scorers"]) for task in tasks.values())
     task = next(iter(tasks.values()))
     compared = task["comparisons"][task["main_items"]][task["scorers"][0]]
+    assert tables[0].effect is not None
+    assert tables[0].effect["better"] == "higher"
     rows = {row[0]: row for row in tables[0].rows}
     assert rows.keys() == compared.keys() - {"base", "base again", "null plan"}
     for condition, (_, accuracy, *change) in rows.items():

@@ -232,6 +232,8 @@ class TestRecording:
     def test_other_refusals(self, tmp_path: Path, plan: Plan):
         with pytest.raises(ValueError, match="choose task or language"):
             integration.MoeRouteLM(groups="tasks")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"unknown: .*'nonsense'; leave it out"):
+            integration.MoeRouteLM(nonsense=1)
         with pytest.raises(OSError, match="missing"):
             integration.MoeRouteLM(record=tmp_path / "missing" / "a.safetensors")
         with pytest.raises(ValueError, match="renames groups"):
@@ -272,8 +274,13 @@ class TestCache:
     def test_the_key_follows_weights_and_batch_size(self, tasks: TaskManager, tmp_path: Path):
         model, twin = integration.MoeRouteLM(batch_size=4), integration.MoeRouteLM(batch_size=4)
         assert model.cache_key == twin.cache_key != integration.MoeRouteLM(batch_size=8).cache_key
+        twin.tokenizer(["padded", "and cut"], padding=True, truncation=True, max_length=3)
+        assert model.cache_key == twin.cache_key, "how the last call padded and cut is no part of the model"
         twin.model.lm_head.weight.data[0, 0] += 1
         assert model.cache_key != twin.cache_key
+        changed = integration.MoeRouteLM(batch_size=4)
+        changed.tokenizer.add_tokens(["plus"])
+        assert model.cache_key != changed.cache_key
         given = {"tasks": TASKS[:1], "limit": 1, "bootstrap_iters": 0, "task_manager": tasks}
         assert lm_eval.simple_evaluate(model, use_cache=model.cache_path(tmp_path), **given) is not None
 

@@ -45,6 +45,12 @@ def inputs(demo: LanguageModel) -> Inputs:
                 (("eng_Latn", -0.1, -0.2, 0.05), ("deu_Latn", 0.2, 0.1, 0.3)),
                 effect={"label": "language", "value": "change", "low": "low", "high": "high"},
             ),
+            ResultTable(
+                "Accuracy",
+                ("language", "change"),
+                (("eng_Latn", -0.1), ("deu_Latn", 0.2), ("jpn_Jpan", 0.0)),
+                effect={"label": "language", "value": "change", "better": "higher"},
+            ),
         ),
     )
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_route import analysis
+from moe_route import analysis, report
 from moe_route.report import Inputs
+from moe_route.workload import LanguageModel, Text
 
 from .conftest import HOSTILE
 
@@ -243,6 +244,34 @@ def test_tables_are_sorted_by_their_headings(opened: Opened) -> None:
     assert shown == sorted(shown, reverse=True)
     heading.click()
     assert page.locator("#experts th", has_text="Layer").get_attribute("aria-sort") == "ascending"
+
+
+def test_what_is_better_is_blue(opened: Opened) -> None:
+    """A loss that falls and an accuracy that rises have one color, and no change has neither."""
+    figures = opened.page.locator("#results figure")
+    loss, accuracy = (
+        [circle.get_attribute("fill") for circle in figures.nth(i).locator("circle").all()] for i in (0, 1)
+    )
+    assert loss == ["var(--positive)", "var(--negative)"]
+    assert accuracy == ["var(--negative)", "var(--positive)", "var(--quiet)"]
+
+
+def test_groups_may_have_any_name(browser: Any, demo: LanguageModel, tmp_path: Path) -> None:
+    names = (
+        "constructor",
+        "__proto__",
+        "</script><b onclick=alert(1)>",
+        "\u202eright to left",
+        "e\u0301\u0301 \n 🦓",
+        "7",
+    )
+    texts = [Text(name, "0", f"The bus leaves at {place}.") for place, name in enumerate(names)]
+    path = report.write(tmp_path / "report.html", report.record_inputs(demo, texts), tokenizer=demo.tokenizer)
+    opened = Opened(browser, path, WIDTHS[0])
+    shown = opened.page.locator("#tokens select").last.locator("option").all_text_contents()
+    assert {option.removesuffix(" · 0") for option in shown} == set(names)
+    assert not opened.complaints
+    opened.page.close()
 
 
 def test_selected_experts_are_outlined(opened: Opened) -> None:

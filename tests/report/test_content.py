@@ -18,7 +18,7 @@ from moe_route.report import Inputs
 from moe_route.report.page import safe_json
 from moe_route.report.token_texts import pieces_by_id, pieces_of
 from moe_route.report.token_view import chosen_sequences
-from moe_route.workload import LanguageModel
+from moe_route.workload import LanguageModel, Text, record_texts
 
 from .conftest import HOSTILE, TEXTS
 
@@ -98,6 +98,22 @@ def test_experts_and_weights_of_tokens_are_those_of_the_trace(
         assert (ids[:, 3] == 5).any(-1).all()
 
 
+def test_positions_count_the_tokens_that_were_left_out(content: dict[str, Any], demo: LanguageModel) -> None:
+    assert all(text["positions"] is None for text in content["traces"][0]["texts"])
+    with demo.attach() as routed, routed.record(["eng_Latn"], trace=True, special_tokens=False) as recorder:
+        record_texts(recorder, demo, [Text("eng_Latn", "0", "The bus leaves.")])
+    traces = {"without <s>": recorder.trace()}
+    (text,) = report.content_of(Inputs(traces=traces), tokenizer=demo.tokenizer)["traces"][0]["texts"]
+    assert text["positions"] == list(range(1, len(text["ids"]) + 1))
+
+
+def test_values_that_are_no_numbers_are_shown_as_none(tmp_path: Path) -> None:
+    table = '{"tables": [{"title": "T", "columns": ["a", "b"], "rows": [["x", NaN], ["y", 1.5]]}]}'
+    (tmp_path / "t.json").write_text(table)
+    path = report.write(tmp_path / "report.html", [tmp_path / "t.json"])
+    assert '"rows":[["x",null],["y",1.5]]' in path.read_text("utf-8")
+
+
 def test_pieces_join_to_the_text_also_where_characters_are_split(content: dict[str, Any], demo: LanguageModel) -> None:
     split = 0
     for text in content["traces"][0]["texts"]:
@@ -171,7 +187,14 @@ def test_what_cannot_be_shown_is_refused(tmp_path: Path, inputs: Inputs) -> None
 
 def test_too_few_scores_give_no_correlation(inputs: Inputs) -> None:
     few = Inputs({"a": inputs.recordings["natural"]}, scores={"accuracy": {"deu_Latn": 1.0, "arb_Arab": 0.0}})
-    assert report.content_of(few)["recordings"]["a"]["correlations"] == []
+    content = report.content_of(few)
+    assert content["recordings"]["a"]["correlations"] == []
+    assert "scores accuracy: too few" in " ".join(content["warnings"]), "what is left out is said"
+
+
+def test_scores_alone_are_nothing_to_show() -> None:
+    with pytest.raises(ValueError, match="nothing to report"):
+        report.content_of(Inputs(scores={"accuracy": {"eng_Latn": 0.5}}))
 
 
 def test_unpaired_statistics_have_no_floor_and_say_why(inputs: Inputs, tmp_path: Path) -> None:
@@ -244,6 +267,14 @@ def test_files_of_every_kind_are_read(inputs: Inputs, tmp_path: Path) -> None:
         ("a.json", '{"eng_Latn": [1]}', "neither results nor a score per group"),
         ("a.json", '{"tables": [{"title": "T"}]}', "another form"),
         ("a.json", '{"tables": [{"title": "T", "columns": ["a"], "rows": [[1, 2]]}]}', "1 columns, and a row of 2"),
+        (
+            "a.json",
+            '{"tables": [{"title": "T", "columns": ["a"], "rows": [], "effect": {"value": "a", "better": "a"}}]}',
+            "write lower or higher",
+        ),
+        ("a.tsv", "eng_Latn\tnan\n", "score of eng_Latn is nan"),
+        ("a.json", '{"eng_Latn": NaN}', "score of eng_Latn is nan"),
+        ("a.tsv", "eng_Latn\t1\neng_Latn\t2\n", "eng_Latn comes twice"),
         ("a.tsv", "\n", "holds no score"),
         ("a.safetensors", "x", "safetensors"),
     ],

@@ -28,7 +28,7 @@ from transformers import StoppingCriteriaList
 from moe_route import files
 from moe_route.data import demo_model_folder
 from moe_route.experts.interface import experts_implementations
-from moe_route.identity import library_versions
+from moe_route.identity import library_versions, tokenizer_hash
 from moe_route.integrations.lm_eval.cache import key_of, weights_fingerprint
 from moe_route.integrations.lm_eval.rows import GROUPS, Grouping, Place, Row, RowNames, rows_of
 from moe_route.recording import Recorder, RecordingError, RoutingStatistics
@@ -86,7 +86,12 @@ class MoeRouteLM(HFLM):
             pretrained = str(demo_model_folder())
             options.setdefault("dtype", "float32")  # as LanguageModel.load computes
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        super().__init__(pretrained, device=device, batch_size=batch_size, **options)
+        try:
+            super().__init__(pretrained, device=device, batch_size=batch_size, **options)
+        except TypeError as error:  # transformers hands what it does not know to the model
+            if "unexpected keyword argument" in str(error):
+                raise ValueError(f"an argument of the model is unknown: {error}; leave it out") from error
+            raise
         if self.backend != "causal":
             raise ValueError("only causal language models are supported: use lm-eval's own model hf")
         if record is not None and self.world_size > 1:
@@ -138,7 +143,6 @@ class MoeRouteLM(HFLM):
         answers apart.
         """
         config = self.model.config
-        tokenizer = getattr(self.tokenizer, "backend_tokenizer", None)
         return key_of(
             {
                 "revision": self.revision,
@@ -153,7 +157,7 @@ class MoeRouteLM(HFLM):
                 "versions": {**library_versions(), "lm_eval": importlib.metadata.version("lm_eval")},
                 "plan": None if self._plan is None else self._plan.hash,
                 "groups": self._grouping,
-                "tokenizer": self.tokenizer.name_or_path if tokenizer is None else tokenizer.to_str(),
+                "tokenizer": tokenizer_hash(self.tokenizer),
                 "chat_template": [getattr(self.tokenizer, "chat_template", None), self.chat_template_args],
                 "reading": [self.add_bos_token, self.custom_prefix_token_id, self.max_length, self.truncation],
                 "thinking": [self.enable_thinking, self.think_end_token],

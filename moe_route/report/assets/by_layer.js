@@ -128,7 +128,7 @@ function balanceSection() {
 
 function resultsSection() {
   if (!data.results.length) return;
-  const node = section("results", "Results", "Tables that other commands wrote, such as the effect of a plan. A point is an estimate, its line the interval; gray where zero lies inside the interval, so that the sign is not clear.");
+  const node = section("results", "Results", "Tables that other commands wrote, such as the effect of a plan. A point is an estimate, its line the interval; blue is better, red is worse, gray has zero inside the interval, so that the sign is not clear.");
   for (const t of data.results) {
     node.append(el("h3", {}, t.title));
     if (t.note) node.append(el("p", { class: "note" }, t.note));
@@ -136,7 +136,7 @@ function resultsSection() {
       const at = (name) => t.columns.indexOf(name), labels = [t.effect.label].flat();
       const number = (row, name) => (name === undefined || row[at(name)] === null ? NaN : Number(row[at(name)]));
       const host = el("div", {});
-      intervals(host, t.rows.map((row) => ({ label: labels.map((l) => label(String(row[at(l)]))).join(", "), value: number(row, t.effect.value), low: number(row, t.effect.low), high: number(row, t.effect.high) })), t.effect.value);
+      intervals(host, t.rows.map((row) => ({ label: labels.map((l) => label(String(row[at(l)]))).join(", "), value: number(row, t.effect.value), low: number(row, t.effect.low), high: number(row, t.effect.high) })), t.effect.value, t.effect.better === "higher" ? 1 : -1);
       node.append(el("figure", {}, host));
     }
     const numeric = t.columns.map((_, i) => t.rows.length > 0 && t.rows.every((row) => row[i] === null || typeof row[i] === "number"));

@@ -1,7 +1,7 @@
 // Lines by layer, with bands and a floor; and points with intervals.
 const COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"];
 function styleOf(group) {
-  const { color, dash } = data.styles[group] || { color: COLORS[0], dash: null };
+  const { color, dash } = (Object.hasOwn(data.styles, group) && data.styles[group]) || { color: COLORS[0], dash: null };
   return { color: `var(--c${Math.max(COLORS.indexOf(color), 0)})`, dash };
 }
 
@@ -115,8 +115,8 @@ function valuesTable(rows, layers, digits = 3) {
   return node;
 }
 
-// points with their intervals, a line each: {label, value, low, high}; gray where zero lies inside
-function intervals(host, rows, name) {
+// points with their intervals, a line each: {label, value, low, high}; better is the sign of a good value; gray where zero lies inside
+function intervals(host, rows, name, better) {
   redrawn(host, (width) => {
     const left = Math.min(190, width * 0.42), right = 60, line = 24, top = 8, bottom = 38, height = top + rows.length * line + bottom;
     const numbers = rows.flatMap((r) => [r.value, r.low, r.high]).filter((v) => Number.isFinite(v));
@@ -127,7 +127,7 @@ function intervals(host, rows, name) {
     for (const value of found) svg.append(draw("line", { class: "axis", x1: x(value), x2: x(value), y1: top, y2: height - bottom }), draw("text", { x: x(value), y: height - 22, "text-anchor": "middle" }, value.toFixed(digits)));
     svg.append(draw("line", { x1: x(0), x2: x(0), y1: top, y2: height - bottom, stroke: "var(--quiet)" }), draw("text", { x: (left + width - right) / 2, y: height - 6, "text-anchor": "middle" }, name));
     rows.forEach((row, i) => {
-      const y = top + i * line + line / 2, unclear = row.value === 0 || (row.low <= 0 && row.high >= 0), color = unclear ? "var(--quiet)" : row.value < 0 ? "var(--negative)" : "var(--positive)", known = Number.isFinite(row.value);
+      const y = top + i * line + line / 2, unclear = row.value === 0 || (row.low <= 0 && row.high >= 0), color = unclear ? "var(--quiet)" : row.value * better > 0 ? "var(--positive)" : "var(--negative)", known = Number.isFinite(row.value);
       const group = draw("g", { onpointermove: (event) => showTip(`${row.label}\n${name} ${signed(row.value, 4)}${Number.isFinite(row.low) ? `\ninterval ${signed(row.low, 4)} to ${signed(row.high, 4)}` : ""}`, event.clientX, event.clientY), onpointerleave: hideTip },
         draw("rect", { x: 0, y: y - line / 2, width, height: line, fill: "transparent" }),
         draw("text", { x: left - 10, y: y + 4, "text-anchor": "end" }, row.label.length > 28 ? `${row.label.slice(0, 27)}…` : row.label));

@@ -1,5 +1,5 @@
 // How often each expert is chosen: heat map, table, and one expert in all groups.
-const frequencies = {};
+const frequencies = Object.create(null);
 for (const name of recordings) {
   const r = data.recordings[name];
   if (!r.frequency) continue;

@@ -21,6 +21,8 @@ const direction = (text) => {
   return 2 * (letters.match(RIGHT_TO_LEFT) || []).length > (letters.match(/\p{Letter}/gu) || []).length ? "rtl" : "ltr";
 };
 const partOf = (text, i) => (text.parts.has(i) ? `, part ${text.parts.get(i).join(" of ")} of these characters` : "");
+// the place of a token in its text, where those that were not counted (special tokens) have places, too
+const positionOf = (text, i) => (text.positions ? text.positions[i] : i);
 // a text whose characters are split over tokens shows them once, with the number of the part
 function pieceNodes(text, i) {
   const part = text.parts.get(i), piece = visible(text.pieces[i]);
@@ -39,7 +41,7 @@ function tokenSection() {
   state.open = traces[0].layers.length <= 16;
 
   function control() {
-    const trace = traces[state.trace], byGroup = {};
+    const trace = traces[state.trace], byGroup = Object.create(null);
     trace.texts.forEach((text, i) => (byGroup[label(text.group)] = byGroup[label(text.group)] || []).push([i, `${label(text.group)} · ${text.item}`]));
     controls.replaceChildren(
       traces.length > 1 ? select("Trace", traces.map((t, i) => [i, t.name]), state.trace, (v) => { const before = trace.texts[state.text]; state.trace = Number(v); if (state.beside === state.trace) state.beside = -1; state.text = Math.max(0, traces[state.trace].texts.findIndex((t) => t.group === before.group && t.item === before.item)); state.place = Math.min(state.place, traces[state.trace].layers.length - 1); control(); show(); }) : "",
@@ -90,7 +92,7 @@ function tokenSection() {
       const classes = ["token", changed(list, side, i, layer) && "changed", i >= side.text.prompt && "generated", i === state.token && "current", state.lit !== null && !experts.some((e) => e.expert === state.lit) && "faded"].filter(Boolean).join(" ");
       return el("span", { class: classes, tabindex: i === state.token ? 0 : -1, role: "button", "data-token": i, style: { background: `color-mix(in srgb, ${color || "var(--quiet)"} ${color ? 34 : 13}%, transparent)` } }, pieceNodes(side.text, i));
     });
-    const about = (i) => `${JSON.stringify(side.text.pieces[i])}${partOf(side.text, i)}\ntoken id ${side.text.ids[i]}, position ${i}\nlayer ${layer}: ${chosen(side, i).map((e) => `expert ${e.expert} (${e.weight.toFixed(2)})`).join(", ") || "no expert"}`;
+    const about = (i) => `${JSON.stringify(side.text.pieces[i])}${partOf(side.text, i)}\ntoken id ${side.text.ids[i]}, position ${positionOf(side.text, i)}\nlayer ${layer}: ${chosen(side, i).map((e) => `expert ${e.expert} (${e.weight.toFixed(2)})`).join(", ") || "no expert"}`;
     const number = (event) => { const span = event.target.closest(".token"); return span ? Number(span.dataset.token) : -1; };
     function move(i, focus) {
       state.token = i;
