@@ -78,8 +78,8 @@ def test_thinker_and_talker_are_parts_of_one_recording(speaker: Speaker) -> None
             routed.record(sequences=True) as recorder,
             recorder.labels(["x", "y"], items=[0, 0]),
         ):
-            spoken = speaker.speak()
-    assert all(torch.equal(now, then) for now, then in zip(spoken, plain, strict=True))
+            language_model = speaker.speak()
+    assert all(torch.equal(now, then) for now, then in zip(language_model, plain, strict=True))
     masks = {"thinker": speaker.given["attention_mask"].bool(), "talker": speaker.masks[0].bool()}
     assert not masks["talker"].all()
 

@@ -56,31 +56,31 @@ class Material:
         return self.problems.subset(*MEASURING)
 
 
-def record(spoken: LanguageModel, corpus: Corpus, progress: str | None = None) -> RoutingStatistics:
+def record(language_model: LanguageModel, corpus: Corpus, progress: str | None = None) -> RoutingStatistics:
     """The routing of a corpus, sentence by sentence, with the consistency of each sentence."""
     with (
-        spoken.attach() as routed,
+        language_model.attach() as routed,
         routed.record(groups=corpus.languages, sequences=True, consistency=True) as recorder,
     ):
-        record_texts(recorder, spoken, texts_of(corpus), progress=progress)
+        record_texts(recorder, language_model, texts_of(corpus), progress=progress)
     return recorder.statistics()
 
 
 # ---- skill
 
 
-def answers(spoken: LanguageModel, task: Task, progress: str | None = None) -> dict[str, np.ndarray]:
+def answers(language_model: LanguageModel, task: Task, progress: str | None = None) -> dict[str, np.ndarray]:
     """Wrong answers (1 or 0) and nats of the right answer, float64 [items, languages] each."""
-    found = spoken.answers(task.questions, progress=progress)
+    found = language_model.answers(task.questions, progress=progress)
     shape = (len(task.languages), -1)
     return {"errors": 1.0 - found.correct.reshape(shape).T, "nats": found.nats.reshape(shape).T}
 
 
-def skill(spoken: LanguageModel, problems: Task) -> dict[str, Any]:
+def skill(language_model: LanguageModel, problems: Task) -> dict[str, Any]:
     """Exact match by subset and language."""
     found = {}
     for subset in problems.subsets:
-        errors = answers(spoken, problems.subset(subset))["errors"]
+        errors = answers(language_model, problems.subset(subset))["errors"]
         found[subset] = dict(zip(problems.languages, (1 - errors.mean(0)).tolist(), strict=True))
     return found
 
@@ -334,7 +334,7 @@ def plans(
 
 
 def steering(
-    spoken: LanguageModel,
+    language_model: LanguageModel,
     task: RoutingStatistics,
     general: RoutingStatistics,
     material: Material,
@@ -350,12 +350,12 @@ def steering(
         return rows
     asked, rows["missing"] = plans(english, general, tau, middle)
     measuring = material.measuring
-    base = answers(spoken, measuring)
-    with spoken.attach() as routed:
+    base = answers(language_model, measuring)
+    with language_model.attach() as routed:
 
         def under(plan: Plan) -> dict[str, np.ndarray]:
             with routed.steer(plan):
-                return answers(spoken, measuring)
+                return answers(language_model, measuring)
 
         runs = {}
         for name, (plan, experts) in asked.items():
@@ -366,7 +366,7 @@ def steering(
         say(f"  {material.random_sets} sets of {RANDOM}")
         sets = [under(asked[RAISED][0].random(seed)) for seed in range(material.random_sets)]
         rows["random"] = against_random(runs[RAISED], sets, base)
-    again = answers(spoken, measuring)
+    again = answers(language_model, measuring)
     rows["restored"] = bool(np.array_equal(again["nats"], base["nats"]))
     return rows
 

@@ -50,7 +50,7 @@ class Study:
 
     def __init__(self, name: str, seed: int, material: measure.Material, out: Path) -> None:
         self.name, self.seed, self.material = name, seed, material
-        self.spoken = LanguageModel.load(name, dtype=torch.float32)
+        self.language_model = LanguageModel.load(name, dtype=torch.float32)
         self.folder = demo_model_folder() if name == DEMO_MODEL else Path(name)
         self.out = out / f"model-{seed}"
         self.out.mkdir(parents=True, exist_ok=True)
@@ -60,30 +60,32 @@ class Study:
         """All numbers of this model."""
         say(f"model {self.seed}: {self.name}")
         content = {"name": self.folder.name if self.name != DEMO_MODEL else DEMO_MODEL, "training": self.training()}
-        content["skill"] = self.stage("skill", lambda: measure.skill(self.spoken, self.material.problems))
+        content["skill"] = self.stage("skill", lambda: measure.skill(self.language_model, self.material.problems))
         recordings = self.recordings()
         content["routing"] = self.stage(
             "routing", lambda: measure.routing(recordings, content["skill"], content["training"])
         )
         content["steering"] = self.stage(
             "steering",
-            lambda: measure.steering(self.spoken, recordings["problems"], recordings["general"], self.material, say),
+            lambda: measure.steering(
+                self.language_model, recordings["problems"], recordings["general"], self.material, say
+            ),
         )
         return content
 
     def recordings(self) -> dict[str, RoutingStatistics]:
         """The routing of general text and of problems, and of general text in the untrained model, from files."""
         parts = {
-            "general": (self.material.general, lambda: self.spoken),
-            "problems": (self.material.finding, lambda: self.spoken),
-            "untrained": (self.material.general, lambda: self.spoken.untrained(self.seed)),
+            "general": (self.material.general, lambda: self.language_model),
+            "problems": (self.material.finding, lambda: self.language_model),
+            "untrained": (self.material.general, lambda: self.language_model.untrained(self.seed)),
         }
         found = {}
-        for name, (corpus, spoken) in parts.items():
+        for name, (corpus, language_model) in parts.items():
             path = self.out / f"{name}.safetensors"
 
-            def make(path: Path = path, corpus: Any = corpus, spoken: Any = spoken) -> dict[str, Any]:
-                measure.record(spoken(), corpus).save(path)
+            def make(path: Path = path, corpus: Any = corpus, language_model: Any = language_model) -> dict[str, Any]:
+                measure.record(language_model(), corpus).save(path)
                 return {"sequences": len(corpus) * len(corpus.languages)}
 
             self.stage(f"record-{name}", make, also=path)

@@ -10,7 +10,7 @@ from moe_route import files
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import (
     command,
-    language_model,
+    load_language_model,
     model_arguments,
     output,
     positive,
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> Answer:
     if options.out is not None:
         output(files.make_folder(options.out) / "report.json")
     report = demo(
-        language_model(options),
+        load_language_model(options),
         data=options.data,
         languages=options.languages,
         limit=options.limit,

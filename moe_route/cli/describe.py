@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, language_model, model_arguments
+from moe_route.cli.inputs import command, load_language_model, model_arguments
 
 
 def add(verbs: Any) -> None:
@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> Answer:
     from moe_route.description import describe
     from moe_route.routed import attach
 
-    model = language_model(options).model
+    model = load_language_model(options).model
     with attach(model, engine=options.engine):  # attaching checks every router, so the result is reliable
         description = describe(model)
     return Answer(description.to_dict(), str(description))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "attached_model",
     "command",
-    "language_model",
+    "load_language_model",
     "layers",
     "layers_argument",
     "merged_statistics",
@@ -97,7 +97,7 @@ def seed_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything that is drawn (default: 0)")
 
 
-def language_model(options: argparse.Namespace) -> LanguageModel:
+def load_language_model(options: argparse.Namespace) -> LanguageModel:
     from moe_route.workload import LanguageModel
 
     quiet_libraries()
@@ -129,9 +129,9 @@ def shown_options(options: argparse.Namespace, caption: str | None = None) -> di
 @contextlib.contextmanager
 def attached_model(options: argparse.Namespace) -> Iterator[tuple[LanguageModel, RoutedModel]]:
     """The model of the options, and the attached model, detached at the end."""
-    spoken = language_model(options)
-    with spoken.attach(options.engine) as routed:
-        yield spoken, routed
+    language_model = load_language_model(options)
+    with language_model.attach(options.engine) as routed:
+        yield language_model, routed
 
 
 def texts(options: argparse.Namespace) -> list[Text]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, language_model, model_arguments
+from moe_route.cli.inputs import command, load_language_model, model_arguments
 
 
 def add(verbs: Any) -> None:
@@ -32,8 +32,8 @@ def run(options: argparse.Namespace) -> Answer:
 
     selection = ExpertSelection.load(options.selection)
     check_folder(options.out)  # before the model is loaded
-    spoken = language_model(options)
-    export_pruned(spoken.model, selection, options.out, tokenizer=spoken.tokenizer)
+    language_model = load_language_model(options)
+    export_pruned(language_model.model, selection, options.out, tokenizer=language_model.tokenizer)
     size = sum(file.stat().st_size for file in options.out.glob("*.safetensors"))
     data = {"out": options.out, "dropped": len(selection), "bytes": size}
     return Answer(data, f"{len(selection)} experts dropped; {size / 2**20:.1f} MiB written to {options.out}")

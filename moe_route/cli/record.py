@@ -71,13 +71,13 @@ def run(options: argparse.Namespace) -> Answer:
     plan = None if options.plan is None else Plan.load(options.plan)
     work = texts(options)
     groups = list(dict.fromkeys(text.group for text in work))
-    with attached_model(options) as (spoken, routed):
+    with attached_model(options) as (language_model, routed):
         with ExitStack() as stack:
             if plan is not None:
                 stack.enter_context(routed.steer(plan))
-            recorder = stack.enter_context(routed.record(groups, **_asked_for(options, spoken.tokenizer)))
+            recorder = stack.enter_context(routed.record(groups, **_asked_for(options, language_model.tokenizer)))
             stop = stack.enter_context(deferred_interrupt())
-            ran = record_texts(recorder, spoken, work, stop=stop, **shown_options(options, "recording"))
+            ran = record_texts(recorder, language_model, work, stop=stop, **shown_options(options, "recording"))
         done = len(ran.texts)
         if not done:
             raise KeyboardInterrupt  # before the first batch there is nothing to save

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import (
     command,
-    language_model,
+    load_language_model,
     model_arguments,
     output,
     positive,
@@ -127,13 +127,13 @@ def _of_model(options: argparse.Namespace) -> tuple[Inputs, Any]:
     options.model = options.model or "demo"
     plan = None if options.plan is None else Plan.load(options.plan)
     work = texts(options)
-    spoken = language_model(options)
+    language_model = load_language_model(options)
     inputs = report.record_inputs(
-        spoken,
+        language_model,
         work,
         plan=plan,
         traced_items=options.trace_items or 4,
         engine=options.engine,
         **shown_options(options),
     )
-    return inputs, spoken.tokenizer
+    return inputs, language_model.tokenizer

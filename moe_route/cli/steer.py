@@ -49,31 +49,31 @@ def run(options: argparse.Namespace) -> Answer:
     if options.strength != 1:
         plan = plan * options.strength
     work = [] if options.prompt is not None else texts(options)
-    with attached_model(options) as (spoken, routed):
+    with attached_model(options) as (language_model, routed):
         with routed.steer(plan):
             pass  # refuse a plan that does not fit before the long run without it
         if options.prompt is not None:
-            return _prompt(options, spoken, routed, plan)
-        return _losses(options, spoken, routed, plan, work)
+            return _prompt(options, language_model, routed, plan)
+        return _losses(options, language_model, routed, plan, work)
 
 
-def _prompt(options: argparse.Namespace, spoken: Any, routed: Any, plan: Any) -> Answer:
-    natural = spoken.generate(options.prompt, options.max_new_tokens)
+def _prompt(options: argparse.Namespace, language_model: Any, routed: Any, plan: Any) -> Answer:
+    natural = language_model.generate(options.prompt, options.max_new_tokens)
     with routed.steer(plan):
-        steered = spoken.generate(options.prompt, options.max_new_tokens)
+        steered = language_model.generate(options.prompt, options.max_new_tokens)
     data = {"prompt": options.prompt, "plan": plan.hash, "natural": natural, "steered": steered}
     return Answer(data, f"without the plan: {natural}\nwith the plan:    {steered}")
 
 
-def _losses(options: argparse.Namespace, spoken: Any, routed: Any, plan: Any, work: list[Any]) -> Answer:
+def _losses(options: argparse.Namespace, language_model: Any, routed: Any, plan: Any, work: list[Any]) -> Answer:
     import numpy as np
 
     from moe_route.analysis import paired_difference
     from moe_route.texttable import interval, table
 
-    base = spoken.losses(work, **shown_options(options, "without the plan"))
+    base = language_model.losses(work, **shown_options(options, "without the plan"))
     with routed.steer(plan):
-        steered = spoken.losses(work, **shown_options(options, "with the plan"))
+        steered = language_model.losses(work, **shown_options(options, "with the plan"))
     groups = np.array([text.group for text in work])
     rows: list[dict[str, Any]] = []
     for group in dict.fromkeys(groups):

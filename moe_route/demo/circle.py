@@ -40,7 +40,7 @@ DRAWS = 99  # random sets beside the first finding; the smallest p-value is 0.01
 
 
 def demo(
-    spoken: LanguageModel | None = None,
+    language_model: LanguageModel | None = None,
     *,
     data: str | Path | None = None,
     languages: Sequence[str] | None = None,
@@ -55,7 +55,8 @@ def demo(
     """Run the demonstration on a language model (by default the shipped one) and the corpus at `data` (likewise).
 
     Args:
-        spoken: the model. Any model answers the shipped digit problems; where it has no skill, the findings say so.
+        language_model: the model. Any model answers the shipped digit problems; where it has no skill, the findings say
+            so.
         data: general text, as for `read_corpus`.
         languages: of the corpus; English must be among them, because all are compared with it. The problems are taken
             in those of the languages that they have.
@@ -87,14 +88,14 @@ def demo(
     problems = demo_problems()
     shared = [language for language in problems.languages if language in corpus.languages]
     study = _Study(corpus, problems.subset(languages=shared, limit=limit), draws, engine)
-    spoken = spoken or LanguageModel.load()
-    before = _fingerprint(spoken, corpus)
-    routed = spoken.attach(engine)
+    language_model = language_model or LanguageModel.load()
+    before = _fingerprint(language_model, corpus)
+    routed = language_model.attach(engine)
     try:
-        report = study.report(Measurement(spoken, routed, batch_size, max_length, progress))
+        report = study.report(Measurement(language_model, routed, batch_size, max_length, progress))
     finally:
         routed.detach()
-    report.restored = _fingerprint(spoken, corpus) == before
+    report.restored = _fingerprint(language_model, corpus) == before
     if out is not None:
         report.pictures = draw(report, Path(out))
     report.seconds = time.perf_counter() - start
@@ -142,12 +143,12 @@ class _Study:
         skill = Skill(
             self.problems.languages,
             {subset: self.of(scores, subset) for subset in self.problems.subsets},
-            shares_in_training(run.spoken.name),
+            shares_in_training(run.language_model.name),
         )
         english_only = self.problems.subset("english_only")
         routers = routed.routers
         return DemoReport(
-            model=run.spoken.name,
+            model=run.language_model.name,
             layers=len(routers),
             experts=max(router.num_experts for router in routers),
             top_k=max(router.top_k for router in routers),
@@ -180,22 +181,22 @@ class _Study:
     def depth(self, run: Measurement) -> Depth:
         """Divergence by layer of the model, and of an untrained one if one can be made."""
         trained = profile_of(run.record(self.corpus, "routing of all text"))
-        blank, reason = untrained_model(run.spoken)
+        blank, reason = untrained_model(run.language_model)
         if blank is None:
             return Depth(trained, None, reason)
         with blank.attach(self.engine) as routed:
-            other = replace(run, spoken=blank, routed=routed)
+            other = replace(run, language_model=blank, routed=routed)
             return Depth(trained, profile_of(other.record(self.corpus, "routing of an untrained model")))
 
 
-def _fingerprint(spoken: LanguageModel, corpus: Corpus) -> str:
+def _fingerprint(language_model: LanguageModel, corpus: Corpus) -> str:
     """SHA-256 over every tensor of the model and over its output on one text; equal only if all bits are equal."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(spoken.model.state_dict().items()):
+    for name, tensor in sorted(language_model.model.state_dict().items()):
         digest.update(name.encode())
         digest.update(_bytes(tensor))
-    (batch,) = spoken.batches([Text(PIVOT, "probe", corpus[PIVOT][0])])
-    digest.update(_bytes(spoken.run(batch)))
+    (batch,) = language_model.batches([Text(PIVOT, "probe", corpus[PIVOT][0])])
+    digest.update(_bytes(language_model.run(batch)))
     return digest.hexdigest()
 
 

@@ -146,13 +146,13 @@ def profile_of(statistics: RoutingStatistics) -> Profile:
     return Profile(found, floor, load_balance(statistics, pool=True).entropy[0], shape)
 
 
-def untrained_model(spoken: LanguageModel) -> tuple[LanguageModel | None, str]:
+def untrained_model(language_model: LanguageModel) -> tuple[LanguageModel | None, str]:
     """`LanguageModel.untrained`, or None and the reason why there is none."""
-    parameters = sum(parameter.numel() for parameter in spoken.model.parameters())
+    parameters = sum(parameter.numel() for parameter in language_model.model.parameters())
     if parameters > LARGEST:
         return None, f"{parameters / 1e9:.1f} billion random weights would take too long"
     try:
-        return spoken.untrained(), ""
+        return language_model.untrained(), ""
     except ValueError as error:  # no such class for this configuration
         return None, str(error).splitlines()[0].rstrip(".")
 

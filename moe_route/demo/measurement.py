@@ -67,7 +67,7 @@ class Losses:
 class Measurement:
     """A model under observation, with the options of its runs."""
 
-    spoken: LanguageModel
+    language_model: LanguageModel
     routed: RoutedModel
     batch_size: int = 16
     max_length: int | None = None
@@ -75,20 +75,24 @@ class Measurement:
 
     def encode(self, corpus: Corpus) -> EncodedTexts:
         """The texts of a corpus as tokens, language by language."""
-        return self.spoken.encode(texts_of(corpus), max_length=self.max_length)
+        return self.language_model.encode(texts_of(corpus), max_length=self.max_length)
 
     def record(self, corpus: Corpus, what: str) -> RoutingStatistics:
         """Record the routing of a corpus, with all sequences; `what` is the caption of the progress bar."""
         with self.routed.record(groups=list(corpus.languages), sequences=True) as recorder:
             record_texts(
-                recorder, self.spoken, self.encode(corpus), batch_size=self.batch_size, progress=self._caption(what)
+                recorder,
+                self.language_model,
+                self.encode(corpus),
+                batch_size=self.batch_size,
+                progress=self._caption(what),
             )
         return recorder.statistics()
 
     def answers(self, task: Task, what: str, plan: Plan | None = None) -> Scores:
         """Answer the questions of a task."""
         with nullcontext() if plan is None else self.routed.steer(plan):
-            found = self.spoken.answers(
+            found = self.language_model.answers(
                 task.questions, batch_size=_QUESTIONS * self.batch_size, progress=self._caption(what)
             )
         shape = (len(task.languages), -1)
@@ -97,7 +101,9 @@ class Measurement:
     def losses(self, corpus: Corpus, what: str, plan: Plan | None = None) -> Losses:
         """Compute the loss of each text of a corpus."""
         with nullcontext() if plan is None else self.routed.steer(plan):
-            found = self.spoken.losses(self.encode(corpus), batch_size=self.batch_size, progress=self._caption(what))
+            found = self.language_model.losses(
+                self.encode(corpus), batch_size=self.batch_size, progress=self._caption(what)
+            )
         nats, tokens = found.reshape(len(corpus.languages), len(corpus), 2).transpose(2, 1, 0)
         return Losses(nats, tokens)
 

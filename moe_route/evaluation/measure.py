@@ -51,17 +51,17 @@ class AskedTask:
         questions: Sequence[Question],
         source: TaskSource,
         chat: ChatSettings,
-        spoken: LanguageModel,
+        language_model: LanguageModel,
     ) -> AskedTask:
         """Render the prompts and fix the batches. Raises `RecipeError` for a chat template that is not there."""
         prefix = "" if kind == "generate" else chat.answer_prefix
-        asked = tuple(_rendered(question, chat, prefix, spoken.tokenizer) for question in questions)
-        return cls(name, kind, asked, fixed_batches(asked, spoken, source.batch_size), source, chat)
+        asked = tuple(_rendered(question, chat, prefix, language_model.tokenizer) for question in questions)
+        return cls(name, kind, asked, fixed_batches(asked, language_model, source.batch_size), source, chat)
 
-    def only(self, items: Sequence[str], spoken: LanguageModel) -> AskedTask:
+    def only(self, items: Sequence[str], language_model: LanguageModel) -> AskedTask:
         """The questions of these items, in batches of their own."""
         kept = tuple(question for question in self.questions if question.item in set(items))
-        return replace(self, questions=kept, batches=fixed_batches(kept, spoken, self.source.batch_size))
+        return replace(self, questions=kept, batches=fixed_batches(kept, language_model, self.source.batch_size))
 
     @property
     def items(self) -> tuple[str, ...]:
@@ -78,21 +78,21 @@ def scorers_of(kind: str) -> tuple[str, ...]:
 
 
 def fixed_batches(
-    questions: Sequence[Question], spoken: LanguageModel, batch_size: int
+    questions: Sequence[Question], language_model: LanguageModel, batch_size: int
 ) -> tuple[tuple[Question, ...], ...]:
     """Batches that depend on the questions alone: sorted by length in tokens (the longest first), item and language.
 
     Results of a model in bfloat16 change with the composition of batches, so conditions are compared on equal ones.
     """
-    lengths = [len(row) for row in spoken.tokenizer([q.prompt + q.answer for q in questions])["input_ids"]]
+    lengths = [len(row) for row in language_model.tokenizer([q.prompt + q.answer for q in questions])["input_ids"]]
     order = sorted(range(len(questions)), key=lambda i: (-lengths[i], questions[i].item, questions[i].language))
     chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     return tuple(tuple(questions[i] for i in chunk) for chunk in chunks)
 
 
-def ask(spoken: LanguageModel, task: AskedTask, batch: Sequence[Question]) -> list[dict[str, Any]]:
+def ask(language_model: LanguageModel, task: AskedTask, batch: Sequence[Question]) -> list[dict[str, Any]]:
     """Ask the questions of one batch together; a JSON-able record for each."""
-    answers = {"answer": _judged, "choice": _chosen, "generate": _generated}[task.kind](spoken, task, batch)
+    answers = {"answer": _judged, "choice": _chosen, "generate": _generated}[task.kind](language_model, task, batch)
     return [
         {
             "task": task.name,
@@ -133,19 +133,19 @@ def _dated(template: str, day: str | None) -> str:
     return _TODAY.sub(lambda call: f'"{given.strftime(call["format"])}"', template)
 
 
-def _judged(spoken: LanguageModel, task: AskedTask, batch: Sequence[Question]) -> list[dict[str, Any]]:
+def _judged(language_model: LanguageModel, task: AskedTask, batch: Sequence[Question]) -> list[dict[str, Any]]:
     """Whether the right answer is the greedy continuation, and its negative log-probability; nothing is generated."""
-    found = spoken.answers(batch, batch_size=len(batch))
+    found = language_model.answers(batch, batch_size=len(batch))
     return [
         {"output": None, "extracted": {}, "correct": {"exact": bool(right)}, "tokens": 0, "nats": float(nats)}
         for right, nats in zip(found.correct, found.nats, strict=True)
     ]
 
 
-def _chosen(spoken: LanguageModel, task: AskedTask, batch: Sequence[Question]) -> list[dict[str, Any]]:
+def _chosen(language_model: LanguageModel, task: AskedTask, batch: Sequence[Question]) -> list[dict[str, Any]]:
     """The most probable of the choices of each question."""
     records = []
-    for question, nats in zip(batch, _choice_nats(spoken, batch), strict=True):
+    for question, nats in zip(batch, _choice_nats(language_model, batch), strict=True):
         best = question.choices[int(np.argmin(nats))]
         records.append(
             {
@@ -160,22 +160,24 @@ def _chosen(spoken: LanguageModel, task: AskedTask, batch: Sequence[Question]) -
     return records
 
 
-def _choice_nats(spoken: LanguageModel, batch: Sequence[Question]) -> list[np.ndarray]:
+def _choice_nats(language_model: LanguageModel, batch: Sequence[Question]) -> list[np.ndarray]:
     """Negative log-probability of each choice of each question, float64 [choices] each.
 
     If all choices differ in their last token alone, as letters do, one call reads all of them; else each choice is read
     by itself.
     """
     every = [replace(question, answer=choice) for question in batch for choice in question.choices]
-    rows = spoken.tokenizer([q.prompt + q.answer for q in every], add_special_tokens=spoken.add_special_tokens)
+    rows = language_model.tokenizer(
+        [q.prompt + q.answer for q in every], add_special_tokens=language_model.add_special_tokens
+    )
     ids = iter(rows["input_ids"])
     of = [[next(ids) for _ in question.choices] for question in batch]
     if not all(len({tuple(row[:-1]) for row in choices}) == 1 for choices in of):
-        nats = iter(spoken.answers(every, batch_size=len(batch)).nats.tolist())
+        nats = iter(language_model.answers(every, batch_size=len(batch)).nats.tolist())
         return [np.array([next(nats) for _ in question.choices]) for question in batch]
-    inputs = _padded(spoken, [choices[0][:-1] for choices in of], "right")
+    inputs = _padded(language_model, [choices[0][:-1] for choices in of], "right")
     with torch.inference_mode():
-        logits = spoken.model(**inputs, use_cache=False).logits
+        logits = language_model.model(**inputs, use_cache=False).logits
     last = inputs["attention_mask"].sum(1) - 1
     at_last = logits[torch.arange(len(batch), device=logits.device), last].float().log_softmax(-1).double().cpu()
     return [
@@ -184,21 +186,21 @@ def _choice_nats(spoken: LanguageModel, batch: Sequence[Question]) -> list[np.nd
     ]
 
 
-def _generated(spoken: LanguageModel, task: AskedTask, batch: Sequence[Question]) -> list[dict[str, Any]]:
+def _generated(language_model: LanguageModel, task: AskedTask, batch: Sequence[Question]) -> list[dict[str, Any]]:
     """Continue the prompts by greedy search, and judge the number that is extracted by each of the scorers."""
-    tokenizer, source = spoken.tokenizer, task.source
-    options = {"add_special_tokens": spoken.add_special_tokens}
-    inputs = _padded(spoken, tokenizer([q.prompt for q in batch], **options)["input_ids"], "left")
+    tokenizer, source = language_model.tokenizer, task.source
+    options = {"add_special_tokens": language_model.add_special_tokens}
+    inputs = _padded(language_model, tokenizer([q.prompt for q in batch], **options)["input_ids"], "left")
     stopping: dict[str, Any] = {"stop_strings": list(source.until), "tokenizer": tokenizer} if source.until else {}
     with torch.inference_mode():
-        ids = spoken.model.generate(
+        ids = language_model.model.generate(
             **inputs,
             max_new_tokens=source.max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
             **stopping,
         )
-    ends = _end_tokens(spoken)
+    ends = _end_tokens(language_model)
     records = []
     for question, row in zip(batch, ids[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
         size = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
@@ -213,23 +215,25 @@ def _generated(spoken: LanguageModel, task: AskedTask, batch: Sequence[Question]
     return records
 
 
-def _end_tokens(spoken: LanguageModel) -> set[int]:
+def _end_tokens(language_model: LanguageModel) -> set[int]:
     """The tokens that end a text, and padding."""
-    found = getattr(spoken.model.generation_config, "eos_token_id", None)
+    found = getattr(language_model.model.generation_config, "eos_token_id", None)
     ends = set(found if isinstance(found, (list, tuple)) else [found])
     return {
-        token for token in (*ends, spoken.tokenizer.eos_token_id, spoken.tokenizer.pad_token_id) if token is not None
+        token
+        for token in (*ends, language_model.tokenizer.eos_token_id, language_model.tokenizer.pad_token_id)
+        if token is not None
     }
 
 
-def _padded(spoken: LanguageModel, rows: Sequence[Sequence[int]], side: str) -> Mapping[str, torch.Tensor]:
+def _padded(language_model: LanguageModel, rows: Sequence[Sequence[int]], side: str) -> Mapping[str, torch.Tensor]:
     """`input_ids` and `attention_mask`, int64 [B, S], padded on one side."""
-    size, fill = max(map(len, rows)), spoken.tokenizer.pad_token_id
+    size, fill = max(map(len, rows)), language_model.tokenizer.pad_token_id
     ids = torch.full((len(rows), size), fill, dtype=torch.int64)
     mask = torch.zeros((len(rows), size), dtype=torch.int64)
     for i, row in enumerate(rows):
         part = slice(0, len(row)) if side == "right" else slice(size - len(row), size)
         ids[i, part] = torch.tensor(row, dtype=torch.int64)
         mask[i, part] = 1
-    device = spoken.model.device
+    device = language_model.model.device
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

@@ -92,7 +92,7 @@ def evaluate(
     *,
     data: str | Path = ".",
     fresh: bool = False,
-    spoken: LanguageModel | None = None,
+    language_model: LanguageModel | None = None,
     stop: Callable[[], bool] = lambda: False,
     progress: bool = False,
 ) -> Evaluation:
@@ -103,7 +103,7 @@ def evaluate(
         out: folder of the results, created if missing (its parent must be there).
         data: folder that relative paths of the recipe begin in.
         fresh: remove earlier results first.
-        spoken: the loaded model of the recipe; loaded by its name if left out.
+        language_model: the loaded model of the recipe; loaded by its name if left out.
         stop: called before each batch; if it returns True, the run ends there. The next one goes on from that batch.
         progress: show bars on standard error.
 
@@ -117,7 +117,7 @@ def evaluate(
             remove_stages(out)
         if fresh or not (out / "recipe.json").is_file():
             write_json(out / "recipe.json", recipe.to_dict())
-        run = _Run(recipe, out, Path(data), spoken, stop, progress)
+        run = _Run(recipe, out, Path(data), language_model, stop, progress)
         try:
             run.all()
         except _Stopped:
@@ -136,7 +136,7 @@ class _Run:
         recipe: Recipe,
         out: Path,
         data: Path,
-        spoken: LanguageModel | None,
+        language_model: LanguageModel | None,
         stop: Callable[[], bool],
         progress: bool,
     ) -> None:
@@ -149,14 +149,14 @@ class _Run:
         self.task = task.subset([corpora.reference])
         questions = {name: read_task(name, source, data) for name, source in recipe.tasks.items()}
         settings = recipe.model
-        self.spoken = spoken or LanguageModel.load(
+        self.language_model = language_model or LanguageModel.load(
             settings.id,
             dtype=settings.dtype,
             device=settings.device,
             revision=settings.revision or None,
             dequantize=settings.dequantize,
         )
-        self.asking = replace(self.spoken, add_special_tokens=recipe.chat.add_special_tokens)
+        self.asking = replace(self.language_model, add_special_tokens=recipe.chat.add_special_tokens)
         self.tasks = [
             AskedTask.prepare(name, kind_of(source, found), found, source, recipe.chat, self.asking)
             for name, source in recipe.tasks.items()
@@ -166,7 +166,7 @@ class _Run:
 
     def all(self) -> None:
         """Run every stage that is not done."""
-        routed = self.spoken.attach(self.recipe.model.engine)
+        routed = self.language_model.attach(self.recipe.model.engine)
         try:
             recorded = self.record(routed)
             found, published, after_find = self.find(recorded, routed)
@@ -179,12 +179,12 @@ class _Run:
 
     def model_key(self) -> dict[str, Any]:
         """What the model's outputs depend on. Its name is left out: a folder may be moved."""
-        model, identity = self.spoken.model, identity_of(self.spoken.model)
+        model, identity = self.language_model.model, identity_of(self.language_model.model)
         return {
             "class": identity["class"],
             "config_hash": identity["config_hash"],
             "weights": weights_hash(model),
-            "tokenizer": tokenizer_hash(self.spoken.tokenizer),
+            "tokenizer": tokenizer_hash(self.language_model.tokenizer),
             "revision": self.recipe.model.revision,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": model.device.type,
@@ -218,7 +218,7 @@ class _Run:
         }
         if task.kind == "generate":
             # tokens that end a text, penalties of repetition: what greedy search takes from the checkpoint
-            settings = self.spoken.model.generation_config.to_dict()
+            settings = self.language_model.model.generation_config.to_dict()
             key |= {"max_new_tokens": source.max_new_tokens, "until": list(source.until), "channel": task.chat.channel}
             key["generation"] = {name: value for name, value in settings.items() if name != "transformers_version"}
         return key
@@ -262,9 +262,9 @@ class _Run:
     def blocks_of(self, corpus: Corpus) -> list[EncodedTexts]:
         """The texts in blocks of several batches, sorted by length, item and language."""
         corpora = self.recipe.corpora
-        spoken = replace(self.spoken, add_special_tokens=corpora.add_special_tokens)
-        limit = getattr(spoken.model.config, "max_position_embeddings", None) or corpora.max_length
-        encoded = spoken.encode(texts_of(corpus), max_length=min(corpora.max_length, limit))
+        language_model = replace(self.language_model, add_special_tokens=corpora.add_special_tokens)
+        limit = getattr(language_model.model.config, "max_position_embeddings", None) or corpora.max_length
+        encoded = language_model.encode(texts_of(corpus), max_length=min(corpora.max_length, limit))
         keys = [(-len(ids), text.item, text.group) for ids, text in zip(encoded.ids, encoded.texts, strict=True)]
         order = sorted(range(len(keys)), key=keys.__getitem__)
         size = corpora.batch_size * _BATCHES_PER_BLOCK
@@ -273,7 +273,9 @@ class _Run:
     def record_block(self, path: Path, part: EncodedTexts, languages: Sequence[str], routed: RoutedModel) -> None:
         self.check_stop()
         with routed.record(groups=languages, sequences=True) as recorder:
-            ran = record_texts(recorder, self.spoken, part, batch_size=self.recipe.corpora.batch_size, stop=self.stop)
+            ran = record_texts(
+                recorder, self.language_model, part, batch_size=self.recipe.corpora.batch_size, stop=self.stop
+            )
         if len(ran.texts) < len(part.texts):
             raise _Stopped
         recorder.statistics().save(path)

@@ -232,32 +232,34 @@ class TestSkill:
 
 
 @pytest.fixture(scope="module")
-def spoken() -> LanguageModel:
+def language_model() -> LanguageModel:
     return LanguageModel.load()
 
 
 class TestDepth:
-    def test_untrained_is_the_same_configuration_and_the_same_every_time(self, spoken: LanguageModel):
-        first, reason = untrained_model(spoken)
-        second, _ = untrained_model(spoken)
+    def test_untrained_is_the_same_configuration_and_the_same_every_time(self, language_model: LanguageModel):
+        first, reason = untrained_model(language_model)
+        second, _ = untrained_model(language_model)
         assert reason == ""
-        shapes = [{k: v.shape for k, v in one.model.state_dict().items()} for one in (spoken, first, second)]
+        shapes = [{k: v.shape for k, v in one.model.state_dict().items()} for one in (language_model, first, second)]
         assert shapes[0] == shapes[1]
         assert all((a == b).all() for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
 
-    def test_a_large_model_has_no_untrained_one_and_the_reason_is_told(self, spoken: LanguageModel, monkeypatch):
+    def test_a_large_model_has_no_untrained_one_and_the_reason_is_told(
+        self, language_model: LanguageModel, monkeypatch
+    ):
         monkeypatch.setattr("moe_route.demo.depth.LARGEST", 1000)
-        assert untrained_model(spoken)[0] is None
-        with spoken.attach() as routed:
-            statistics = Measurement(spoken, routed).record(demo_corpus().subset(LANGUAGES, 3), "text")
-        found = Depth(profile_of(statistics), *untrained_model(spoken))
+        assert untrained_model(language_model)[0] is None
+        with language_model.attach() as routed:
+            statistics = Measurement(language_model, routed).record(demo_corpus().subset(LANGUAGES, 3), "text")
+        found = Depth(profile_of(statistics), *untrained_model(language_model))
         assert "billion random weights" in str(found)
         assert found.beyond_untrained is None
 
-    def test_the_interval_of_the_difference_is_paired(self, spoken: LanguageModel):
+    def test_the_interval_of_the_difference_is_paired(self, language_model: LanguageModel):
         """The same model beside itself: no difference, and no width."""
-        with spoken.attach() as routed:
-            profile = profile_of(Measurement(spoken, routed).record(demo_corpus().subset(LANGUAGES, 4), "text"))
+        with language_model.attach() as routed:
+            profile = profile_of(Measurement(language_model, routed).record(demo_corpus().subset(LANGUAGES, 4), "text"))
         beyond = Depth(profile, profile).beyond_untrained
         assert (beyond.low, beyond.value, beyond.high) == (0, 0, 0)
 
@@ -360,11 +362,11 @@ class TestRaising:
 
 
 @pytest.fixture(scope="module")
-def made(spoken: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoReport, Path]:
+def made(language_model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoReport, Path]:
     """The whole demonstration on a part of its texts: the report, and the folder with the pictures."""
     out = tmp_path_factory.mktemp("demo")
     languages = ["eng_Latn", "deu_Latn", "jpn_Jpan", "rus_Cyrl", "swh_Latn"]
-    return demo(spoken, languages=languages, limit=6, draws=3, out=out), out
+    return demo(language_model, languages=languages, limit=6, draws=3, out=out), out
 
 
 class TestDemo:
@@ -450,11 +452,11 @@ def test_a_shallow_model_gives_no_finding_that_it_cannot_show(layers: int, tmp_p
     json.dumps(report.to_dict(), allow_nan=False)
 
 
-def test_a_model_without_task_experts(spoken: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_model_without_task_experts(language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr("moe_route.demo.task_experts.THRESHOLDS", (0.99,))
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        report = demo(spoken, languages=["eng_Latn", "deu_Latn"], limit=2, out=tmp_path)
+        report = demo(language_model, languages=["eng_Latn", "deu_Latn"], limit=2, out=tmp_path)
     assert report.task_experts_off.sentence.startswith("No task expert")
     assert not report.raising.after
     assert {path.stem for path in report.pictures} == {"language_experts_off", "skill", "depth"}

@@ -58,14 +58,14 @@ def small(small_file: Path) -> Recipe:
 
 
 @pytest.fixture(scope="session")
-def spoken() -> LanguageModel:
+def language_model() -> LanguageModel:
     return LanguageModel.load()
 
 
 @pytest.fixture(scope="session")
-def undisturbed(small: Recipe, spoken: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+def undisturbed(small: Recipe, language_model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     """The small evaluation, run at once."""
-    return evaluate(small, tmp_path_factory.mktemp("undisturbed") / "results", spoken=spoken)
+    return evaluate(small, tmp_path_factory.mktemp("undisturbed") / "results", language_model=language_model)
 
 
 @pytest.fixture(scope="session")

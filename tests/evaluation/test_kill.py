@@ -25,13 +25,13 @@ from moe_route.evaluation import evaluate, read_recipe
 from moe_route.workload import LanguageModel
 
 torch.set_num_threads(1)
-spoken = LanguageModel.load()
+language_model = LanguageModel.load()
 recipe, whole, killed, kills = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
 
 def start(out):
     child = os.fork()
     if child == 0:
-        evaluate(read_recipe(recipe), out, spoken=spoken)
+        evaluate(read_recipe(recipe), out, language_model=language_model)
         os._exit(0)
     return child
 

@@ -20,9 +20,9 @@ TEMPLATE = (
 )
 
 
-def prepared(kind: str, questions: list[Question], spoken: LanguageModel, **given: object) -> AskedTask:
+def prepared(kind: str, questions: list[Question], language_model: LanguageModel, **given: object) -> AskedTask:
     source = TaskSource("problems", **given)  # type: ignore[arg-type]
-    return AskedTask.prepare("task", kind, questions, source, PLAIN, spoken)
+    return AskedTask.prepare("task", kind, questions, source, PLAIN, language_model)
 
 
 @pytest.fixture(scope="module")
@@ -30,73 +30,77 @@ def questions() -> list[Question]:
     return list(demo_problems().subset("seen", languages=["eng_Latn", "hin_Deva", "jpn_Jpan"], limit=5).questions)
 
 
-def test_batches_do_not_depend_on_the_order_of_questions(questions: list[Question], spoken: LanguageModel):
-    batches = fixed_batches(questions, spoken, 4)
+def test_batches_do_not_depend_on_the_order_of_questions(questions: list[Question], language_model: LanguageModel):
+    batches = fixed_batches(questions, language_model, 4)
     shuffled = random.Random(0).sample(questions, len(questions))
-    assert fixed_batches(shuffled, spoken, 4) == batches
+    assert fixed_batches(shuffled, language_model, 4) == batches
     assert sorted(map(len, batches)) == [3, 4, 4, 4]
     lengths = [
-        len(ids) for batch in batches for ids in spoken.tokenizer([q.prompt + q.answer for q in batch]).input_ids
+        len(ids)
+        for batch in batches
+        for ids in language_model.tokenizer([q.prompt + q.answer for q in batch]).input_ids
     ]
     assert lengths == sorted(lengths, reverse=True)
 
 
-def test_answers_do_not_depend_on_the_batch_beyond_rounding(questions: list[Question], spoken: LanguageModel):
+def test_answers_do_not_depend_on_the_batch_beyond_rounding(questions: list[Question], language_model: LanguageModel):
     found = {}
     for size in (1, 15):
-        task = prepared("answer", questions, spoken, batch_size=size)
-        records = [record for batch in task.batches for record in ask(spoken, task, batch)]
+        task = prepared("answer", questions, language_model, batch_size=size)
+        records = [record for batch in task.batches for record in ask(language_model, task, batch)]
         found[size] = {(r["item"], r["language"]): r["nats"] for r in records}
     assert found[1] == pytest.approx(found[15], rel=1e-4, abs=1e-5)
 
 
-def test_choices_are_read_in_one_call_where_they_are_one_token(questions: list[Question], spoken: LanguageModel):
+def test_choices_are_read_in_one_call_where_they_are_one_token(
+    questions: list[Question], language_model: LanguageModel
+):
     # letters are one token each; numbers of two digits share their first token or not
     letters = [replace(q, answer=" B", choices=(" A", " B", " C")) for q in questions if q.language == "eng_Latn"]
     numbers = [replace(q, choices=(q.answer, q.answer + "7", " 5")) for q in questions if q.language == "eng_Latn"]
     for asked in (letters, numbers):
-        task = prepared("choice", asked, spoken, batch_size=5)
+        task = prepared("choice", asked, language_model, batch_size=5)
         (batch,) = task.batches
-        for question, record in zip(batch, ask(spoken, task, batch), strict=True):
+        for question, record in zip(batch, ask(language_model, task, batch), strict=True):
             alone = [replace(question, answer=choice) for choice in question.choices]
-            expected = spoken.answers(alone, batch_size=1).nats
+            expected = language_model.answers(alone, batch_size=1).nats
             assert record["choices"] == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-4)
             assert record["output"] == question.choices[int(np.argmin(expected))]
             assert record["correct"]["exact"] == (record["output"] == question.answer)
 
 
-def test_generation_in_batches_is_generation_alone(questions: list[Question], spoken: LanguageModel):
-    task = prepared("generate", questions, spoken, batch_size=15, max_new_tokens=5)
+def test_generation_in_batches_is_generation_alone(questions: list[Question], language_model: LanguageModel):
+    task = prepared("generate", questions, language_model, batch_size=15, max_new_tokens=5)
     (batch,) = task.batches
-    for question, record in zip(batch, ask(spoken, task, batch), strict=True):
-        assert record["output"] == spoken.generate(question.prompt, 5)
+    for question, record in zip(batch, ask(language_model, task, batch), strict=True):
+        assert record["output"] == language_model.generate(question.prompt, 5)
         assert 0 < record["tokens"] <= 5
 
 
-def test_a_chat_template_is_rendered_once(questions: list[Question], spoken: LanguageModel):
+def test_a_chat_template_is_rendered_once(questions: list[Question], language_model: LanguageModel):
     chat = ChatSettings(template=True, add_special_tokens=False, answer_prefix="final: ")
     source = TaskSource("problems")
     with pytest.raises(RecipeError, match="has no chat template"):
-        AskedTask.prepare("task", "answer", questions, source, chat, spoken)
-    before = spoken.tokenizer.chat_template
+        AskedTask.prepare("task", "answer", questions, source, chat, language_model)
+    before = language_model.tokenizer.chat_template
     try:
-        spoken.tokenizer.chat_template = TEMPLATE
-        task = AskedTask.prepare("task", "answer", questions[:1], source, chat, spoken)
+        language_model.tokenizer.chat_template = TEMPLATE
+        task = AskedTask.prepare("task", "answer", questions[:1], source, chat, language_model)
         assert task.questions[0].prompt == f"[user] {questions[0].prompt.strip()}[a]final: "
         assert not task.questions[0].answer.startswith(" ")
-        spoken.tokenizer.chat_template = TEMPLATE + "{{ strftime_now('%Y-%m-%d') }}"
+        language_model.tokenizer.chat_template = TEMPLATE + "{{ strftime_now('%Y-%m-%d') }}"
         with pytest.raises(RecipeError, match=r"fix it by chat\.date"):
-            AskedTask.prepare("task", "generate", questions[:1], source, chat, spoken)
+            AskedTask.prepare("task", "generate", questions[:1], source, chat, language_model)
         dated = replace(chat, date="2025-01-31")
-        task = AskedTask.prepare("task", "generate", questions[:1], source, dated, spoken)
+        task = AskedTask.prepare("task", "generate", questions[:1], source, dated, language_model)
         assert task.questions[0].prompt.endswith("[a]2025-01-31")
     finally:
-        spoken.tokenizer.chat_template = before
+        language_model.tokenizer.chat_template = before
 
 
-def test_only_items_of_every_language_are_compared(questions: list[Question], spoken: LanguageModel):
-    task = prepared("answer", questions[1:], spoken)  # English lacks its first item
+def test_only_items_of_every_language_are_compared(questions: list[Question], language_model: LanguageModel):
+    task = prepared("answer", questions[1:], language_model)  # English lacks its first item
     assert questions[0].item not in task.items
     assert len(task.items) == 4
-    part = task.only(task.items[0::2], spoken)
+    part = task.only(task.items[0::2], language_model)
     assert {q.item for q in part.questions} == set(task.items[0::2])

@@ -130,23 +130,29 @@ def test_teacher_forcing_agrees_with_generation(undisturbed: Evaluation):
 
 
 def test_a_second_run_keeps_everything(
-    undisturbed: Evaluation, small: Recipe, spoken: LanguageModel, content_of: Content, monkeypatch: pytest.MonkeyPatch
+    undisturbed: Evaluation,
+    small: Recipe,
+    language_model: LanguageModel,
+    content_of: Content,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     before = content_of(undisturbed.out)
     monkeypatch.setattr(pipeline, "ask", lambda *_: pytest.fail("asked again"))
-    again = evaluate(small, undisturbed.out, spoken=spoken)
+    again = evaluate(small, undisturbed.out, language_model=language_model)
     assert again.stages == dict.fromkeys(STAGES, "kept")
     assert again.results == undisturbed.results
     assert content_of(undisturbed.out) == before
 
 
 def test_ending_at_batch_boundaries_leaves_no_trace(
-    undisturbed: Evaluation, small: Recipe, spoken: LanguageModel, content_of: Content, tmp_path: Path
+    undisturbed: Evaluation, small: Recipe, language_model: LanguageModel, content_of: Content, tmp_path: Path
 ):
     out, ended = tmp_path / "results", 0
     while True:
         checks = iter(range(7 + 5 * ended))
-        done = evaluate(small, out, spoken=spoken, stop=lambda checks=checks: next(checks, None) is None)
+        done = evaluate(
+            small, out, language_model=language_model, stop=lambda checks=checks: next(checks, None) is None
+        )
         if not done.interrupted:
             break
         assert done.results is None
@@ -159,7 +165,7 @@ def test_ending_at_batch_boundaries_leaves_no_trace(
 def test_errors_in_the_middle_of_a_batch_leave_no_trace(
     undisturbed: Evaluation,
     small: Recipe,
-    spoken: LanguageModel,
+    language_model: LanguageModel,
     content_of: Content,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -176,7 +182,7 @@ def test_errors_in_the_middle_of_a_batch_leave_no_trace(
     out, failures = tmp_path / "results", 0
     while True:
         try:
-            evaluate(small, out, spoken=spoken)
+            evaluate(small, out, language_model=language_model)
             break
         except KeyboardInterrupt:
             failures += 1
@@ -189,61 +195,69 @@ def test_errors_in_the_middle_of_a_batch_leave_no_trace(
 
 
 def test_results_of_other_inputs_are_not_overwritten(
-    undisturbed: Evaluation, small: Recipe, spoken: LanguageModel, tmp_path: Path
+    undisturbed: Evaluation, small: Recipe, language_model: LanguageModel, tmp_path: Path
 ):
     out = shutil.copytree(undisturbed.out, tmp_path / "results")
     other = replace(small, seeds=replace(small.seeds, random=7))
     with pytest.raises(ForeignResultsError, match=r"evaluate holds results of other inputs \(conditions.*--fresh"):
-        evaluate(other, out, spoken=spoken)
+        evaluate(other, out, language_model=language_model)
     (out / "sweep" / "base.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(ForeignResultsError, match="removed or altered"):
-        evaluate(small, out, spoken=spoken)
+        evaluate(small, out, language_model=language_model)
 
 
 def test_another_tokenizer_and_other_settings_of_generation_are_other_inputs(
-    undisturbed: Evaluation, small: Recipe, spoken: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    undisturbed: Evaluation,
+    small: Recipe,
+    language_model: LanguageModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     """Both change what the same weights answer to the same questions."""
     out = shutil.copytree(undisturbed.out, tmp_path / "results")
-    tokenizer = copy.deepcopy(spoken.tokenizer)
+    tokenizer = copy.deepcopy(language_model.tokenizer)
     tokenizer(["padded", "and cut"], padding=True, truncation=True, max_length=3)
-    assert evaluate(small, out, spoken=replace(spoken, tokenizer=tokenizer)).stages["record"] == "kept"
+    assert evaluate(small, out, language_model=replace(language_model, tokenizer=tokenizer)).stages["record"] == "kept"
     tokenizer.add_tokens(["plus"])
     with pytest.raises(ForeignResultsError, match=r"record holds results of other inputs \(model\.tokenizer"):
-        evaluate(small, out, spoken=replace(spoken, tokenizer=tokenizer))
-    monkeypatch.setattr(spoken.model.generation_config, "repetition_penalty", 5.0)
+        evaluate(small, out, language_model=replace(language_model, tokenizer=tokenizer))
+    monkeypatch.setattr(language_model.model.generation_config, "repetition_penalty", 5.0)
     with pytest.raises(ForeignResultsError, match=r"evaluate holds .*tasks\.written\.generation\.repetition_penalty"):
-        evaluate(small, out, spoken=spoken)
+        evaluate(small, out, language_model=language_model)
 
 
 def test_analysis_is_made_again_without_the_model(
-    undisturbed: Evaluation, small: Recipe, spoken: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    undisturbed: Evaluation,
+    small: Recipe,
+    language_model: LanguageModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     out = shutil.copytree(undisturbed.out, tmp_path / "results")
     monkeypatch.setattr(pipeline, "ask", lambda *_: pytest.fail("asked again"))
-    done = evaluate(replace(small, seeds=replace(small.seeds, bootstrap=1)), out, spoken=spoken)
+    done = evaluate(replace(small, seeds=replace(small.seeds, bootstrap=1)), out, language_model=language_model)
     assert [name for name, what in done.stages.items() if what == "made"] == ["analyze", "report"]
     assert json.loads((out / "recipe.json").read_text("utf-8"))["seeds"]["bootstrap"] == 1
 
 
 def test_fresh_starts_again_and_removes_nothing_else(
-    undisturbed: Evaluation, small: Recipe, spoken: LanguageModel, tmp_path: Path
+    undisturbed: Evaluation, small: Recipe, language_model: LanguageModel, tmp_path: Path
 ):
     out = shutil.copytree(undisturbed.out, tmp_path / "results")
     (out / "notes.txt").write_text("mine", encoding="utf-8")
-    done = evaluate(small, out, spoken=spoken, fresh=True, stop=lambda: True)
+    done = evaluate(small, out, language_model=language_model, fresh=True, stop=lambda: True)
     assert done.interrupted
     assert sorted(path.name for path in out.iterdir()) == ["notes.txt", "recipe.json", "record"]
 
 
-def test_a_folder_with_other_files_is_refused(small: Recipe, spoken: LanguageModel, tmp_path: Path):
+def test_a_folder_with_other_files_is_refused(small: Recipe, language_model: LanguageModel, tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("x", encoding="utf-8")
     with pytest.raises(ForeignResultsError, match=r"it holds thesis\.tex"):
-        evaluate(small, tmp_path, spoken=spoken, fresh=True)
+        evaluate(small, tmp_path, language_model=language_model, fresh=True)
 
 
 def test_a_null_plan_that_changes_answers_ends_the_run(
-    small: Recipe, spoken: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Recipe, language_model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     asked, seen = pipeline.ask, [0]
 
@@ -258,16 +272,16 @@ def test_a_null_plan_that_changes_answers_ends_the_run(
 
     monkeypatch.setattr(pipeline, "ask", disturbed)
     with pytest.raises(NullPlanError, match="steers no token changed"):
-        evaluate(replace(small, sweep=type(small.sweep)()), tmp_path / "r", spoken=spoken)
+        evaluate(replace(small, sweep=type(small.sweep)()), tmp_path / "r", language_model=language_model)
 
 
 def test_without_a_sweep_all_items_are_reported(
-    small: Recipe, spoken: LanguageModel, undisturbed: Evaluation, tmp_path: Path
+    small: Recipe, language_model: LanguageModel, undisturbed: Evaluation, tmp_path: Path
 ):
     plain = replace(
         small, sweep=type(small.sweep)(), controls=replace(small.controls, random=0, random_per_token=0, run=())
     )
-    done = evaluate(plain, tmp_path / "r", spoken=spoken)
+    done = evaluate(plain, tmp_path / "r", language_model=language_model)
     assert done.results is not None
     assert done.results["results"]["tasks"]["sums"]["main_items"] == "all"
     assert set(done.results["results"]["conditions"]) == {"base", "base again", "null plan", "steered"}
@@ -279,13 +293,15 @@ def test_without_a_sweep_all_items_are_reported(
     assert mine == whole
 
 
-def test_layers_that_the_model_lacks_are_refused(small: Recipe, spoken: LanguageModel, tmp_path: Path):
+def test_layers_that_the_model_lacks_are_refused(small: Recipe, language_model: LanguageModel, tmp_path: Path):
     steer = replace(small.steer, layers=(8, 35))
     with pytest.raises(RecipeError, match=r"steer\.layers is \[8, 35\].*8 MoE layers"):
-        evaluate(replace(small, steer=steer), tmp_path / "r", spoken=spoken)
+        evaluate(replace(small, steer=steer), tmp_path / "r", language_model=language_model)
     with pytest.raises(RecipeError, match=r"no task expert in layers 2-5 at find\.tau 0\.99: lower it"):
         evaluate(
-            replace(small, find=replace(small.find, tau=0.99), sweep=type(small.sweep)()), tmp_path / "s", spoken=spoken
+            replace(small, find=replace(small.find, tau=0.99), sweep=type(small.sweep)()),
+            tmp_path / "s",
+            language_model=language_model,
         )
 
 

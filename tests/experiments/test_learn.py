@@ -14,34 +14,36 @@ from moe_route.workload import LanguageModel, Text, texts_of
 
 
 @pytest.fixture(scope="module")
-def spoken() -> LanguageModel:
+def language_model() -> LanguageModel:
     return LanguageModel.load("demo")
 
 
-def test_the_loss_of_the_texts_falls(spoken: LanguageModel) -> None:
+def test_the_loss_of_the_texts_falls(language_model: LanguageModel) -> None:
     texts = texts_of(demo_corpus().subset(["swh_Latn"], 6))
-    before = {key: value.clone() for key, value in spoken.model.state_dict().items()}
-    base = spoken.losses(texts)
-    losses = learn_routing(spoken, texts, layers=[2, 3], steps=5, lr=0.05).losses
+    before = {key: value.clone() for key, value in language_model.model.state_dict().items()}
+    base = language_model.losses(texts)
+    losses = learn_routing(language_model, texts, layers=[2, 3], steps=5, lr=0.05).losses
     assert losses[0] == pytest.approx(base[:, 0].sum() / base[:, 1].sum(), rel=1e-4)
     best = int(np.argmin(losses))
     assert best > 0
-    learned = learn_routing(spoken, texts, layers=[2, 3], steps=best, lr=0.05)
-    assert all(torch.equal(value, before[key]) for key, value in spoken.model.state_dict().items())
-    assert np.array_equal(spoken.losses(texts), base)
-    with spoken.attach() as routed, routed.steer(learned.plan):
-        steered = spoken.losses(texts)
+    learned = learn_routing(language_model, texts, layers=[2, 3], steps=best, lr=0.05)
+    assert all(torch.equal(value, before[key]) for key, value in language_model.model.state_dict().items())
+    assert np.array_equal(language_model.losses(texts), base)
+    with language_model.attach() as routed, routed.steer(learned.plan):
+        steered = language_model.losses(texts)
     assert steered[:, 0].sum() / steered[:, 1].sum() == pytest.approx(losses[best], rel=1e-4)
     assert steered[:, 0].sum() < base[:, 0].sum()
 
 
-def test_groups_get_numbers_of_their_own(spoken: LanguageModel) -> None:
+def test_groups_get_numbers_of_their_own(language_model: LanguageModel) -> None:
     texts = texts_of(demo_corpus().subset(["eng_Latn", "swh_Latn"], 2))
-    learned = learn_routing(spoken, [*texts, Text("deu_Latn", "x", "")], by_group=True, layers=2, steps=2, what="scale")
+    learned = learn_routing(
+        language_model, [*texts, Text("deu_Latn", "x", "")], by_group=True, layers=2, steps=2, what="scale"
+    )
     assert learned.groups == ("eng_Latn", "swh_Latn")
     assert {rule.groups for rule in learned.plan.rules} == {("eng_Latn",), ("swh_Latn",)}
 
 
-def test_texts_without_a_token_to_predict_are_refused(spoken: LanguageModel) -> None:
+def test_texts_without_a_token_to_predict_are_refused(language_model: LanguageModel) -> None:
     with pytest.raises(ValueError, match="nothing to predict"):
-        learn_routing(spoken, [])
+        learn_routing(language_model, [])

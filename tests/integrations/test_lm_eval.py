@@ -93,12 +93,12 @@ def steered(evaluate: Callable[..., Any], plan: Plan, tmp_path_factory: pytest.T
 
 def answers(plan: Plan | None = None) -> Answers:
     """The same questions, asked without lm-eval."""
-    spoken = LanguageModel.load()
-    with spoken.attach() as routed:
+    language_model = LanguageModel.load()
+    with language_model.attach() as routed:
         if plan is None:
-            return spoken.answers(questions())
+            return language_model.answers(questions())
         with routed.steer(plan):
-            return spoken.answers(questions())
+            return language_model.answers(questions())
 
 
 def questions() -> list[Any]:
@@ -312,13 +312,13 @@ class TestGeneration:
             statistics.append(RoutingStatistics.load(file))
         assert texts[0] == texts[1]
         alone, together = statistics
-        spoken = LanguageModel.load()
+        language_model = LanguageModel.load()
         prompts = [q.prompt for q in demo_problems().subset(languages=["eng_Latn"]).questions[:5]]
-        assert alone.tokens("prefill").max() == sum(len(ids) for ids in spoken.tokenizer(prompts)["input_ids"])
+        assert alone.tokens("prefill").max() == sum(len(ids) for ids in language_model.tokenizer(prompts)["input_ids"])
         for phase in ("prefill", "decode"):
             assert (alone.tokens(phase) == together.tokens(phase)).all()
         for prompt, text in zip(prompts, texts[0], strict=True):
-            assert spoken.generate(prompt, 8).startswith(text)
+            assert language_model.generate(prompt, 8).startswith(text)
 
     def test_a_plan_steers_it(self, evaluate: Callable[..., Any], task: dict[str, Any], plan: Plan):
         natural, steered = (

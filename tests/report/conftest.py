@@ -42,7 +42,7 @@ def inputs(demo: LanguageModel) -> Inputs:
             ResultTable(
                 "Effect of the plan",
                 ("language", "change", "low", "high"),
-                (("eng_Latn", -0.1, -0.2, 0.05), ("deu_Latn", 0.2, 0.1, 0.3)),
+                (("eng_Latn", -0.1, -0.2, 0.05), ("deu_Latn", 0.2, 0.1, 0.3), ("jpn_Jpan", -0.3, -0.4, -0.2)),
                 effect={"label": "language", "value": "change", "low": "low", "high": "high"},
             ),
             ResultTable(

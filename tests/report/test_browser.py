@@ -247,12 +247,12 @@ def test_tables_are_sorted_by_their_headings(opened: Opened) -> None:
 
 
 def test_what_is_better_is_blue(opened: Opened) -> None:
-    """A loss that falls and an accuracy that rises have one color, and no change has neither."""
+    """A loss that falls and an accuracy that rises have one color; no change and an unclear one have neither."""
     figures = opened.page.locator("#results figure")
     loss, accuracy = (
         [circle.get_attribute("fill") for circle in figures.nth(i).locator("circle").all()] for i in (0, 1)
     )
-    assert loss == ["var(--positive)", "var(--negative)"]
+    assert loss == ["var(--quiet)", "var(--negative)", "var(--positive)"]
     assert accuracy == ["var(--negative)", "var(--positive)", "var(--quiet)"]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_route.cli.analyze.arguments import reference_argument, statistics_argument
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, language_model, merged_statistics, model_arguments
+from moe_route.cli.inputs import command, load_language_model, merged_statistics, model_arguments
 
 
 def add(questions: Any) -> None:
@@ -39,5 +39,5 @@ def run(options: argparse.Namespace) -> Answer:
 def _weights(options: argparse.Namespace) -> Any:
     from moe_route.experiments import router_weights
 
-    with language_model(options).attach(options.engine) as routed:
+    with load_language_model(options).attach(options.engine) as routed:
         return router_weights(routed)

@@ -36,9 +36,9 @@ def run(options: argparse.Namespace) -> Answer:
     from moe_route.experiments import knockout
 
     work = texts(options)
-    with attached_model(options) as (spoken, routed):
+    with attached_model(options) as (language_model, routed):
         found = knockout(
-            spoken,
+            language_model,
             work,
             layers=options.layers,
             routed=routed,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, language_model, layers_argument, model_arguments, positive, seed_argument
+from moe_route.cli.inputs import command, layers_argument, load_language_model, model_arguments, positive, seed_argument
 
 if TYPE_CHECKING:
     from moe_route.experiments import PromptPair
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> Answer:
 
     pairs = _pairs(options.pairs)
     found = patch_experts(
-        language_model(options),
+        load_language_model(options),
         pairs,
         layers=options.layers,
         weight=options.weight,

@@ -10,7 +10,7 @@ from moe_route.cli.analyze.pruning import CRITERIA, prune_arguments
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import (
     command,
-    language_model,
+    load_language_model,
     merged_statistics,
     model_arguments,
     names,
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> Answer:
 
     statistics, chosen = merged_statistics(options.statistics), texts(options)
     found = pruning_curve(
-        language_model(options),
+        load_language_model(options),
         chosen,
         statistics,
         criteria=options.criteria,

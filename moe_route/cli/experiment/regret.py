@@ -41,9 +41,9 @@ def run(options: argparse.Namespace) -> Answer:
     from moe_route.experiments import regret
 
     work = texts(options)
-    with attached_model(options) as (spoken, routed):
+    with attached_model(options) as (language_model, routed):
         found = regret(
-            spoken,
+            language_model,
             work,
             routes=options.routes,
             temperature=options.temperature,

@@ -9,8 +9,8 @@ from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import (
     attached_model,
     command,
-    language_model,
     layers,
+    load_language_model,
     model_arguments,
     seed_argument,
     shown_options,
@@ -61,12 +61,12 @@ def run(options: argparse.Namespace) -> Answer:
     given = shown_options(options)
     routes = {}
     if options.donor is not None:
-        donor = language_model(argparse.Namespace(**{**vars(options), "model": options.donor}))
+        donor = load_language_model(argparse.Namespace(**{**vars(options), "model": options.donor}))
         routes = {"donor": record_trace(donor, work, **given)}
         del donor
-    with attached_model(options) as (spoken, routed):
+    with attached_model(options) as (language_model, routed):
         found = transplant(
-            spoken,
+            language_model,
             work,
             reference=options.reference,
             kinds=[kind.strip() for kind in options.kinds.split(",") if kind.strip()],

@@ -99,9 +99,9 @@ def run_sweep(options: argparse.Namespace) -> Answer:
     from moe_route.steering import Plan
 
     plan, work = Plan.load(options.plan), texts(options)
-    with attached_model(options) as (spoken, routed):
+    with attached_model(options) as (language_model, routed):
         found = strength_sweep(
-            spoken,
+            language_model,
             work,
             plan,
             options.strengths,
@@ -118,9 +118,9 @@ def run_learn(options: argparse.Namespace) -> Answer:
 
     output(options.out)
     work = texts(options)
-    with attached_model(options) as (spoken, routed):
+    with attached_model(options) as (language_model, routed):
         found = learn_routing(
-            spoken,
+            language_model,
             work,
             routed=routed,
             layers=options.layers,

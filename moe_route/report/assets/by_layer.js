@@ -128,7 +128,7 @@ function balanceSection() {
 
 function resultsSection() {
   if (!data.results.length) return;
-  const node = section("results", "Results", "Tables that other commands wrote, such as the effect of a plan. A point is an estimate, its line the interval; blue is better, red is worse, gray has zero inside the interval, so that the sign is not clear.");
+  const node = section("results", "Results", "Tables that other commands wrote, such as the effect of a plan. A point is an estimate, its line the interval; blue is better, orange is worse, gray has zero inside the interval, so that the sign is not clear.");
   for (const t of data.results) {
     node.append(el("h3", {}, t.title));
     if (t.note) node.append(el("p", { class: "note" }, t.note));
