@@ -29,6 +29,7 @@ LEVELS = {"eng_Latn": "high", "deu_Latn": "high", "rus_Cyrl": "mid", "ukr_Cyrl":
 
 @pytest.fixture(autouse=True)
 def nothing_global_changes_and_nothing_is_warned_of():
+    mpl.get_backend()  # chosen now, not by the first figure
     before = mpl.rcParams.copy()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

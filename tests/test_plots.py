@@ -55,6 +55,7 @@ def stats():
 
 @pytest.fixture(autouse=True)
 def nothing_global_changes_and_nothing_is_warned_of():
+    mpl.get_backend()  # chosen now, not by the first figure
     before = mpl.rcParams.copy()
     plt.close("all")
     with warnings.catch_warnings():

@@ -106,12 +106,12 @@ def interrupt_in_call(monkeypatch: pytest.MonkeyPatch, number: int, times: int =
     """Press Ctrl-C while the model runs its batch of that number."""
     run, calls = LanguageModel.run, []
 
-    def interrupted(self: LanguageModel, batch: Any) -> Any:
+    def interrupted(self: LanguageModel, batch: Any, positions: Any = None) -> Any:
         calls.append(batch)
         if len(calls) == number:
             for _ in range(times):
                 signal.raise_signal(signal.SIGINT)
-        return run(self, batch)
+        return run(self, batch, positions)
 
     monkeypatch.setattr(LanguageModel, "run", interrupted)
 
