@@ -13,12 +13,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from bench.resources import demangled
-from bench.sass.disassembly import Kernel, kernels
+from bench.sass.disassembly import Kernel, jump_tables, kernels
 from bench.sass.memory import RESERVED_SHARED
 
 ROOT = Path(__file__).parents[2]
@@ -152,7 +152,8 @@ class Code:
 
     @cache  # noqa: B019
     def _object(self, path: Path) -> dict[str, Compiled]:
-        code = {kernel.name: kernel for kernel in kernels(_listing(path.with_suffix(".sass"), path, "-sass"))}
+        jumps = jump_tables(_listing(path.with_suffix(".elf"), path, "-elf"))
+        code = {kernel.name: replace(kernel, jumps=jumps.get(kernel.name, b"")) for kernel in kernels(_listing(path.with_suffix(".sass"), path, "-sass"))}
         figures = {match[1]: [int(part) for part in match.groups()[1:]] for match in _RESOURCES.finditer(self._resources(path))}
         return {
             name: Compiled(kernel, figures[name][0], max(0, figures[name][2] - RESERVED_SHARED), figures[name][1])

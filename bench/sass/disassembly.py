@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 INSTRUCTION_BYTES = 16
 
 _FUNCTION = re.compile(r"^\s*Function : (\S+)")
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
+_ENCODING = re.compile(r"/\* (0x[0-9a-f]{16}) \*/\s*$")
+_TABLES = re.compile(r"^\.nv\.constant2\.(\S+)$")
+_WORDS = re.compile(r"^(0x[0-9a-f]{8}\s*)+$")
 _GUARD = re.compile(r"^@(!?)(U?P\w+)\s+(.*)$")
 
 
@@ -24,6 +27,7 @@ class Instruction:
         modifiers: the other parts, such as ``("WIDE", "U32")``.
         operands: as written, without ``.reuse``.
         guard: the predicate that lanes must have, such as ``"P0"`` or ``"!UP1"``, or None.
+        encoding: the upper 64 bits of its code, which tell when it may issue (`cost.Schedule`).
     """
 
     address: int
@@ -31,6 +35,7 @@ class Instruction:
     modifiers: tuple[str, ...]
     operands: tuple[str, ...]
     guard: str | None = None
+    encoding: int = 0
 
     @property
     def index(self) -> int:
@@ -47,10 +52,11 @@ class Instruction:
 
 @dataclass
 class Kernel:
-    """The machine code of one kernel, in the order of addresses."""
+    """The machine code of one kernel, in the order of addresses, and its tables of jumps (constant bank 2)."""
 
     name: str
     instructions: list[Instruction] = field(default_factory=list)
+    jumps: bytes = b""
 
     @cached_property
     def code_bytes(self) -> int:
@@ -77,8 +83,25 @@ def kernels(text: str) -> Iterator[Kernel]:
             if instruction.index != len(kernel.instructions):
                 raise ValueError(f"{kernel.name}: the instruction at {found[1]} is not the next one; listing cut?")
             kernel.instructions.append(instruction)
+        elif kernel is not None and kernel.instructions and (upper := _ENCODING.search(line)):
+            kernel.instructions[-1] = replace(kernel.instructions[-1], encoding=int(upper[1], 16))
     if kernel is not None:
         yield kernel
+
+
+def jump_tables(text: str) -> dict[str, bytes]:
+    """The tables of every kernel that has some, out of what `cuobjdump -elf` prints."""
+    found: dict[str, bytes] = {}
+    name = None
+    for line in text.splitlines():
+        if section := _TABLES.match(line):
+            name = section[1]
+            found[name] = b""
+        elif name is not None and _WORDS.match(line):
+            found[name] += b"".join(int(word, 16).to_bytes(4, "little") for word in line.split())
+        else:
+            name = None
+    return found
 
 
 def parse(text: str, address: int = 0) -> Instruction:

@@ -78,7 +78,8 @@ class Program:
         Raises:
             Refused: an instruction is unknown, or does what hardware would not allow; the message names it.
         """
-        constants = launch.constants()
+        tables = np.frombuffer(self.kernel.jumps or bytes(16), np.uint8)
+        constants = {0: launch.constants(), 2: tables}
         x, y, _ = launch.grid
         for number in range(launch.blocks) if blocks is None else blocks:
             place = Place((number % x, number // x % y, number // (x * y)), launch.grid, launch.threads)

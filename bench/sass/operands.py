@@ -93,22 +93,24 @@ def wide(text: str) -> Read:
 
 
 def constant(text: str, size: int) -> Read:
-    """``size`` bytes (4 or 8; 1 and 2 are extended by zeros) of the bank that holds the launch and its parameters."""
+    """``size`` bytes (4 or 8; 1 and 2 are extended by zeros) of a constant bank: the launch, or the kernel's tables."""
     found = _CONSTANT.match(text)
-    if found is None or found[1] != "0":
-        raise Refused(f"constant '{text}': only bank 0, of launch and parameters, is known")
+    if found is None or found[1] not in ("0", "2"):
+        raise Refused(f"constant '{text}': only bank 0, of launch and parameters, and 2, of jumps, are known")
+    bank = int(found[1])
     offset = int(found[3] or "0", 16)
     kind = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[size]
     wanted = np.uint64 if size == 8 else np.uint32
     if found[2] is None or found[2] == "RZ":
-        return lambda w: w.constants[offset : offset + size].view(kind).astype(wanted)
+        return lambda w: w.constants[bank][offset : offset + size].view(kind).astype(wanted)
     register = integer(found[2])
 
     def read(w: Warp) -> Array:
         at = register(w).view(np.int32).astype(np.int64) + offset
         columns = at[:, None] + np.arange(size)
-        held = np.where((columns >= 0) & (columns < len(w.constants)), columns, 0)
-        return w.constants[held].view(kind)[:, 0].astype(wanted)
+        constants = w.constants[bank]
+        held = np.where((columns >= 0) & (columns < len(constants)), columns, 0)
+        return constants[held].view(kind)[:, 0].astype(wanted)
 
     return read
 

@@ -75,7 +75,7 @@ class Warp:
     place: Place
     memory: Any
     shared: Any
-    constants: Array
+    constants: dict[int, Array]  # by bank
     seed_ulps: int = 0
     groups: list[Group] = field(default_factory=list)
     trace: list[int] = field(default_factory=list)
