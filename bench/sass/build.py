@@ -92,11 +92,11 @@ def build(folder: Path) -> list[Path]:
     cmake, ninja = _program("cmake"), _program("ninja")
     if cmake is None or ninja is None:
         raise RuntimeError(str(missing()))
-    environment = dict(os.environ)
+    environment = {**os.environ, "CUDACXX": str(nvcc())}
     if not (folder / "CMakeCache.txt").is_file():
         environment.setdefault("CUDAARCHS", "90-real")
     configure = ["-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    _run([cmake, *configure, "-DMOE_ROUTE_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc()}"], environment)
+    _run([cmake, *configure, "-DMOE_ROUTE_CUDA=ON"], environment)
     _run([cmake, "--build", str(folder), "--target", "moe_route_cuda"], environment)
     return sorted((folder / "CMakeFiles" / "moe_route_cuda.dir").rglob("*.cu.o"))
 
