@@ -18,7 +18,9 @@ from bench.sass.report import about, grown, load, measure, rows, save
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.sass", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where instructions a row grew by 3 %%")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail where instructions a row grew by 3 %%"
+    )
     parser.add_argument("--only", default="", help="a regular expression: cases whose title it finds; writes nothing")
     options = parser.parse_args()
     try:
@@ -31,7 +33,9 @@ def main() -> None:
     wanted = [case for case in cases() if re.search(options.only, case.title)]
     found = {}
     for title, each in measure(compiled, wanted):
-        print(f"{title}: {each.instructions_a_row} instructions a row, {each.cycles} cycles", file=sys.stderr, flush=True)
+        print(
+            f"{title}: {each.instructions_a_row} instructions a row, {each.cycles} cycles", file=sys.stderr, flush=True
+        )
         found[title] = each
     print(rows(found))
     if options.check:

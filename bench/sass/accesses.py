@@ -17,7 +17,7 @@ from bench.sass.operands import (
     shared_address,
     wide,
 )
-from bench.sass.state import LANES, Access, Array, Read, Refused, Step, Warp
+from bench.sass.state import LANES, Access, Array, Read, SassError, Step, Warp
 
 Cells: TypeAlias = list[tuple[Array, Array, Array]]
 Locate: TypeAlias = Callable[[Warp, Array, int], Cells]
@@ -49,7 +49,7 @@ def _in_either(w: Warp, addresses: Array, size: int) -> Cells:
     if windows == {_SHARED_WINDOW}:
         return _in_shared(w, addresses & np.uint64(0xFFFFFF), size)
     if _SHARED_WINDOW in windows:
-        raise Refused("one access to both global and shared memory")
+        raise SassError("one access to both global and shared memory")
     return _in_global(w, addresses, size)
 
 
@@ -101,7 +101,7 @@ def _copy_to_shared(instruction: Instruction) -> Step:
     operands = list(instruction.operands)
     keeps = operands.pop() if is_predicate(operands[-1]) else None
     if keeps is not None:
-        raise Refused(f"'{instruction}': a copy with a predicate operand is unknown")
+        raise SassError(f"'{instruction}': a copy with a predicate operand is unknown")
     to, source = shared_address(operands[0]), global_address(operands[1])
     size = size_of(instruction)
 
@@ -149,16 +149,16 @@ def _atomic(instruction: Instruction) -> Step:
     address, locate = _space(instruction.opcode, operands[0])
     size = 8 if modifiers & {"64", "S64", "U64"} else 4
     if {"S32", "S64"} & modifiers and {"MIN", "MAX"} & modifiers:
-        raise Refused(f"'{instruction}': signed minima and maxima are unknown")
-    read = (lambda text: wide(text)) if size == 8 else (lambda text: integer(text))  # noqa: PLW0108
+        raise SassError(f"'{instruction}': signed minima and maxima are unknown")
+    read = wide if size == 8 else integer
     compares = bool({"CAS", "CAST"} & modifiers)
     counts = {"POPC", "INC"} <= modifiers
     if "INC" in modifiers and not counts:
-        raise Refused(f"'{instruction}': a counter that wraps is unknown")
+        raise SassError(f"'{instruction}': a counter that wraps is unknown")
     sources = [read(text) for text in operands[1:] if not is_predicate(text)]
     combine = _ATOMICS["ADD"] if counts else next((_ATOMICS[name] for name in _ATOMICS if name in modifiers), None)
     if combine is None and not compares:
-        raise Refused(f"'{instruction}': this atomic is unknown")
+        raise SassError(f"'{instruction}': this atomic is unknown")
     whole = (1 << (8 * size)) - 1
 
     def step(w: Warp) -> None:

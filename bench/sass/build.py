@@ -102,7 +102,9 @@ def build(folder: Path) -> list[Path]:
 
 
 def _run(command: list[str], environment: dict[str, str] | None = None) -> str:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, env=environment)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, env=environment
+    )
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command[:3])} ... failed:\n{done.stdout[-4000:]}")
     return done.stdout
@@ -153,8 +155,13 @@ class Code:
     @cache  # noqa: B019
     def _object(self, path: Path) -> dict[str, Compiled]:
         jumps = jump_tables(_listing(path.with_suffix(".elf"), path, "-elf"))
-        code = {kernel.name: replace(kernel, jumps=jumps.get(kernel.name, b"")) for kernel in kernels(_listing(path.with_suffix(".sass"), path, "-sass"))}
-        figures = {match[1]: [int(part) for part in match.groups()[1:]] for match in _RESOURCES.finditer(self._resources(path))}
+        code = {
+            kernel.name: replace(kernel, jumps=jumps.get(kernel.name, b""))
+            for kernel in kernels(_listing(path.with_suffix(".sass"), path, "-sass"))
+        }
+        figures = {
+            match[1]: [int(part) for part in match.groups()[1:]] for match in _RESOURCES.finditer(self._resources(path))
+        }
         return {
             name: Compiled(kernel, figures[name][0], max(0, figures[name][2] - RESERVED_SHARED), figures[name][1])
             for name, kernel in code.items()

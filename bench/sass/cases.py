@@ -14,6 +14,7 @@ from moe_route.ops import RouterSpec, StatisticsTables, SteeringTables, token_ta
 
 SEED = 0
 DECODE, MOST_LOGITS = 1, 2**23
+_SOFTMAX = RouterSpec(renormalize="sum")
 STATISTICS = {"nothing": None, "counts": ("counts",), "all": ("counts", "probability", "weight")}
 
 
@@ -53,7 +54,7 @@ class Gate:
     statistics: str = "counts"
     steered: bool = False
     dtype: torch.dtype = torch.float32
-    spec: RouterSpec = RouterSpec(renormalize="sum")
+    spec: RouterSpec = _SOFTMAX
     corrected: bool = False
 
     @property

@@ -12,7 +12,7 @@ import numpy as np
 from bench.sass.disassembly import INSTRUCTION_BYTES, Instruction
 from bench.sass.opcodes import opcode
 from bench.sass.operands import integer, predicate
-from bench.sass.state import WHOLE_WARP, Array, Group, Read, Refused, Step, Warp, bits_of
+from bench.sass.state import WHOLE_WARP, Array, Group, Read, SassError, Step, Warp, bits_of
 
 
 def _condition(*texts: str | None) -> Read:
@@ -31,7 +31,7 @@ def _condition(*texts: str | None) -> Read:
 def _index(text: str) -> int:
     address = int(text, 16)
     if address % INSTRUCTION_BYTES:
-        raise Refused(f"a jump to {text}, inside an instruction")
+        raise SassError(f"a jump to {text}, inside an instruction")
     return address // INSTRUCTION_BYTES
 
 
@@ -87,7 +87,7 @@ def _return(instruction: Instruction) -> Step:
         targets = np.broadcast_to(source(w), len(lanes)).view(np.int32)[lanes] + base
         places = sorted(set(targets.tolist()))
         if len(places) > 1:
-            raise Refused(f"'{instruction}' goes to {len(places)} places at once")
+            raise SassError(f"'{instruction}' goes to {len(places)} places at once")
         if not places:
             return None
         return _part(w, bits_of(lanes), places[0] // INSTRUCTION_BYTES)
@@ -195,7 +195,7 @@ def _synchronize_warp(instruction: Instruction) -> Step:
 @opcode("BAR", modifiers=("SYNC", "DEFER_BLOCKING"), guards=True)
 def _synchronize_block(instruction: Instruction) -> Step:
     if instruction.guard is not None:
-        raise Refused(f"'{instruction}': a guarded barrier is unknown")
+        raise SassError(f"'{instruction}': a guarded barrier is unknown")
     number = integer(instruction.operands[0])
     threads = integer(instruction.operands[1]) if len(instruction.operands) > 1 else None
 

@@ -1,10 +1,10 @@
 """A model of how long a block takes, alone on a multiprocessor. It is a model: good to about 30 %.
 
-A warp issues in order. When, the compiler has written into every instruction: cycles until the next one, and counters
-that an instruction of unknown duration (a load, a shuffle, ...) raises and that later ones wait for. Those durations are
-assumed (`LATENCY`); everything else comes from the code. Between two barriers of the block its warps run side by side:
-the longest of them, or the issue slots of the fullest of four schedulers, decides. There is no instruction cache, no
-launch, no other block, no bank conflict, and no limit of bandwidth.
+A warp issues in order. The compiler has written into every instruction how many cycles pass until the next one, and
+which counters an instruction of unknown duration (a load, a shuffle, ...) raises, for later ones to wait for. Those
+durations are assumed (`LATENCY`); everything else comes from the code. Between two barriers of the block its warps run
+side by side: the longest of them, or the issue slots of the fullest of four schedulers, decides. There is no
+instruction cache, no launch, no other block, no bank conflict, and no limit of bandwidth.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _COUNTERS, _NO_COUNTER = 6, 7
 
 @dataclass(frozen=True)
 class Schedule:
-    """What the encoding says: cycles to the next instruction, counters raised for result and sources, and waited for."""
+    """What the encoding says: cycles to the next instruction, and the counters that are raised and waited for."""
 
     stall: int
     result: int

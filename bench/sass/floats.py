@@ -26,7 +26,7 @@ from bench.sass.operands import (
     single,
     wide_destination,
 )
-from bench.sass.state import Array, Read, Refused, Step, Warp
+from bench.sass.state import Array, Read, SassError, Step, Warp
 
 _ROUNDINGS = ("RM", "RP", "RZ")
 _ORDERED = {
@@ -241,7 +241,7 @@ def _seed(instruction: Instruction) -> Step:
 def _from_integer(instruction: Instruction) -> Step:
     modifiers = instruction.modifiers
     if {"U64", "S64"} & set(modifiers):
-        raise Refused(f"'{instruction}': from 64 bits is unknown")
+        raise SassError(f"'{instruction}': from 64 bits is unknown")
     source, rounding = integer(instruction.operands[1]), _rounding(instruction)
     kind = np.uint32 if "U32" in modifiers else np.int32
     if "F64" in modifiers:
@@ -289,7 +289,7 @@ def _between_floats(instruction: Instruction) -> Step:
     if kinds == ["F16", "F32"]:
         write, source = destination(to), _sources(instruction, 1, 1)[0]
         return lambda w: write(w, source(w).astype(np.float16).view(np.uint16).astype(np.uint32))
-    raise Refused(f"'{instruction}': this conversion is unknown")
+    raise SassError(f"'{instruction}': this conversion is unknown")
 
 
 def bfloat16_bits(value: Array) -> Array:
@@ -315,7 +315,7 @@ def _pack(instruction: Instruction) -> Step:
 def _widen_half(instruction: Instruction) -> Step:
     to, zero, source_text = instruction.operands
     if zero != "-RZ" or "F32" not in instruction.modifiers:
-        raise Refused(f"'{instruction}': only the conversion of a half to float32 is known")
+        raise SassError(f"'{instruction}': only the conversion of a half to float32 is known")
     write, source = destination(to), integer(source_text)
     return lambda w: write(w, (source(w) & np.uint32(0xFFFF)).astype(np.uint16).view(np.float16).astype(np.float32))
 
@@ -324,7 +324,7 @@ def _widen_half(instruction: Instruction) -> Step:
 def _two_halves(instruction: Instruction) -> Step:
     to, a, b, *halves = instruction.operands
     if (a, b) != ("-RZ", "RZ") or len(halves) != 2:
-        raise Refused(f"'{instruction}': only the constant of two halves is known")
+        raise SassError(f"'{instruction}': only the constant of two halves is known")
     high, low = (int(np.float16(number(text)).view(np.uint16)) for text in halves)
     write, value = destination(to), np.array([high << 16 | low], np.uint32)
     return lambda w: write(w, value)

@@ -73,7 +73,9 @@ def missing() -> str | None:
     path = _emulated_module()
     from harness.backends import BACKENDS
 
-    return next(backend.missing for backend in BACKENDS if backend.emulated) if path.is_file() else f"make emulated ({path.name})"
+    if not path.is_file():
+        return f"{path.name} is not built: make emulated"
+    return next(backend.missing for backend in BACKENDS if backend.emulated)
 
 
 @cache
@@ -143,7 +145,7 @@ def interpreted(interpreter: Interpreter, multiprocessors: int | None = None) ->
         multiprocessors: of the device that the host code sees; None: what the emulator's setting says.
 
     Raises:
-        Refused: in place of the operator's own error, what stopped the machine.
+        SassError: in place of the operator's own error, what stopped the machine.
     """
     path = _emulated_module()
     from harness.backends import emulated
@@ -175,5 +177,3 @@ def interpreted(interpreter: Interpreter, multiprocessors: int | None = None) ->
             raise
         finally:
             setter(ctypes.cast(None, _Callback))
-
-

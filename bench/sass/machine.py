@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 # Imported for the opcodes they enter into the table.
-from bench.sass import accesses, collectives, control, floats, integers  # noqa: F401
+from bench.sass import accesses, bits, collectives, control, floats, integers  # noqa: F401
 from bench.sass.disassembly import Kernel
 from bench.sass.memory import GlobalMemory, SharedMemory
 from bench.sass.opcodes import executable
-from bench.sass.state import Array, Group, Place, Refused, Step, Warp
+from bench.sass.state import Array, Group, Place, SassError, Step, Warp
 
 PARAMETERS = 0x210  # where the parameters of a kernel of sm_90 begin in constant bank 0
 _GRID = 0xC  # and the size of the grid, behind that of the block
@@ -58,7 +58,7 @@ class Program:
 
     def step(self, index: int) -> Step:
         if index >= len(self.steps):
-            raise Refused(f"{self.kernel.name} jumps behind its last instruction")
+            raise SassError(f"{self.kernel.name} jumps behind its last instruction")
         found = self.steps[index]
         if found is None:
             found = self.steps[index] = executable(self.kernel.instructions[index])
@@ -76,7 +76,7 @@ class Program:
             seed_ulps: units by which the approximations of MUFU are off.
 
         Raises:
-            Refused: an instruction is unknown, or does what hardware would not allow; the message names it.
+            SassError: an instruction is unknown, or does what hardware would not allow; the message names it.
         """
         tables = np.frombuffer(self.kernel.jumps or bytes(16), np.uint8)
         constants = {0: launch.constants(), 2: tables}
@@ -95,7 +95,7 @@ class Program:
                 for warp in warps:
                     self._run_warp(warp)
                 if not _release(warps):
-                    raise Refused(f"{self.kernel.name}: {self._where(warps)} wait for one another")
+                    raise SassError(f"{self.kernel.name}: {self._where(warps)} wait for one another")
 
     def _run_warp(self, warp: Warp) -> None:
         """Until no group of lanes can go on."""
@@ -113,11 +113,13 @@ class Program:
                     if step(warp):
                         break
                     at = warp.next
-            except Refused as refused:
+            except SassError as refused:
                 text = self.kernel.instructions[at] if at < len(steps) else "the end"
-                raise Refused(f"{self.kernel.name}, {at * 16:#x} '{text}', warp {warp.number}: {refused}") from refused
+                raise SassError(
+                    f"{self.kernel.name}, {at * 16:#x} '{text}', warp {warp.number}: {refused}"
+                ) from refused
             if len(trace) > _MOST_STEPS:
-                raise Refused(f"{self.kernel.name}: a warp has executed {_MOST_STEPS} instructions and goes on")
+                raise SassError(f"{self.kernel.name}: a warp has executed {_MOST_STEPS} instructions and goes on")
 
     def _where(self, warps: list[Warp]) -> str:
         places = {(group.index * 16, str(group.waits)) for warp in warps for group in warp.groups}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.sass.state import Array, Refused
+from bench.sass.state import Array, SassError
 
 # What a block of sm_90 has before its own shared memory.
 RESERVED_SHARED = 1024
@@ -33,7 +33,9 @@ class GlobalMemory:
     def cells(self, addresses: Array, size: int) -> list[tuple[Array, Array, Array]]:
         """(array of the words, index of each lane's first word, lanes) by region; words have min(size, 4) bytes."""
         if (addresses % np.uint64(size)).any():
-            raise Refused(f"an address that is no multiple of {size}: {int(addresses[addresses % np.uint64(size) != 0][0]):#x}")
+            raise SassError(
+                f"an address that is no multiple of {size}: {int(addresses[addresses % np.uint64(size) != 0][0]):#x}"
+            )
         word = min(size, 4)
         left = np.ones(len(addresses), bool)
         found = []
@@ -49,7 +51,7 @@ class GlobalMemory:
         for region in self.regions:
             if region.begin <= address and address + size <= region.end:
                 return region
-        raise Refused(f"no memory at address {address:#x}")
+        raise SassError(f"no memory at address {address:#x}")
 
 
 def _writable_regions() -> list[Region]:
@@ -81,9 +83,9 @@ class SharedMemory:
     def cells(self, offsets: Array, size: int) -> list[tuple[Array, Array, Array]]:
         """As of global memory."""
         if (offsets % size).any():
-            raise Refused(f"an offset in shared memory that is no multiple of {size}")
+            raise SassError(f"an offset in shared memory that is no multiple of {size}")
         if len(offsets) and (offsets.min() < RESERVED_SHARED or offsets.max() + size > self.size):
-            raise Refused(
+            raise SassError(
                 f"offset {int(offsets.max()):#x} lies outside the block's shared memory, which ends at {self.size:#x}"
             )
         word = min(size, 4)

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from bench.sass.disassembly import Instruction
 from bench.sass.operands import predicate
-from bench.sass.state import Refused, Step, Warp
+from bench.sass.state import SassError, Step, Warp
 
 Decode: TypeAlias = Callable[[Instruction], Step]
 
@@ -29,18 +29,18 @@ def opcode(*names: str, modifiers: Iterable[str] = (), guards: bool = False) -> 
 
 
 def executable(instruction: Instruction) -> Step:
-    """The instruction as a function of a warp. Refused if it is unknown."""
+    """The instruction as a function of a warp. SassError if it is unknown."""
     entry = _KNOWN.get(instruction.opcode)
     if entry is None:
-        raise Refused(f"the opcode {instruction.opcode} is unknown (in '{instruction}')")
+        raise SassError(f"the opcode {instruction.opcode} is unknown (in '{instruction}')")
     decode, modifiers, guards = entry
     unknown = [name for name in instruction.modifiers if name not in modifiers]
     if unknown:
-        raise Refused(f"the modifier {unknown[0]} of {instruction.opcode} is unknown (in '{instruction}')")
+        raise SassError(f"the modifier {unknown[0]} of {instruction.opcode} is unknown (in '{instruction}')")
     try:
         step = decode(instruction)
     except (IndexError, ValueError, KeyError) as error:
-        raise Refused(f"'{instruction}' is not written as expected: {error}") from error
+        raise SassError(f"'{instruction}' is not written as expected: {error}") from error
     if guards or instruction.guard is None:
         return step
     return _uniform_guard(step, instruction.guard) if "UP" in instruction.guard else _guard(step, instruction.guard)

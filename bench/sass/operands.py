@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 
-from bench.sass.state import LANES, Array, Read, Refused, Warp, Write
+from bench.sass.state import LANES, Array, Read, SassError, Warp, Write
 
 _REGISTER = re.compile(r"^(U?)R(\d+|Z)(?:\.(64|H0_H0|H1_H1|H0|H1|B[0-3]))?$")
 _PREDICATE = re.compile(r"^(!?)(U?)P(\d|T)$")
@@ -29,7 +29,7 @@ def register_number(text: str) -> int | None:
     """Of a register of 32 lanes; None for RZ."""
     found = _REGISTER.match(text)
     if found is None or found[1]:
-        raise Refused(f"'{text}' is no register of 32 lanes")
+        raise SassError(f"'{text}' is no register of 32 lanes")
     return None if found[2] == "Z" else int(found[2])
 
 
@@ -56,7 +56,7 @@ def integer(text: str) -> Read:
         return _register(register)
     if text.startswith("c["):
         return constant(text, 4)
-    raise Refused(f"operand '{text}' is unknown")
+    raise SassError(f"operand '{text}' is unknown")
 
 
 def _register(register: re.Match[str]) -> Read:
@@ -83,7 +83,7 @@ def wide(text: str) -> Read:
         return constant(text, 8)
     register = _REGISTER.match(text)
     if register is None:
-        raise Refused(f"operand '{text}' is unknown")
+        raise SassError(f"operand '{text}' is unknown")
     if register[2] == "Z":
         return lambda w: ZERO64
     low, thirty_two = int(register[2]), np.uint64(32)
@@ -96,7 +96,7 @@ def constant(text: str, size: int) -> Read:
     """``size`` bytes (4 or 8; 1 and 2 are extended by zeros) of a constant bank: the launch, or the kernel's tables."""
     found = _CONSTANT.match(text)
     if found is None or found[1] not in ("0", "2"):
-        raise Refused(f"constant '{text}': only bank 0, of launch and parameters, and 2, of jumps, are known")
+        raise SassError(f"constant '{text}': only bank 0, of launch and parameters, and 2, of jumps, are known")
     bank = int(found[1])
     offset = int(found[3] or "0", 16)
     kind = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[size]
@@ -155,13 +155,13 @@ def number(text: str) -> float:
     try:
         return float(plain)
     except ValueError:
-        raise Refused(f"operand '{text}' is unknown") from None
+        raise SassError(f"operand '{text}' is unknown") from None
 
 
 def predicate(text: str) -> Read:
     found = _PREDICATE.match(text)
     if found is None:
-        raise Refused(f"'{text}' is no predicate")
+        raise SassError(f"'{text}' is no predicate")
     which = 7 if found[3] == "T" else int(found[3])
     if found[1]:
         return (lambda w: ~w.up[which]) if found[2] else (lambda w: ~w.p[which])
@@ -179,7 +179,7 @@ def destination(text: str) -> Write:
     """Writes 32 bits of any type for the active lanes."""
     register = _REGISTER.match(text)
     if register is None:
-        raise Refused(f"'{text}' cannot be written to")
+        raise SassError(f"'{text}' cannot be written to")
     if register[2] == "Z":
         return _nowhere
     which = int(register[2])
@@ -200,7 +200,7 @@ def wide_destination(text: str) -> Write:
     """Writes 64 bits of any type into a register pair."""
     register = _REGISTER.match(text)
     if register is None:
-        raise Refused(f"'{text}' cannot be written to")
+        raise SassError(f"'{text}' cannot be written to")
     if register[2] == "Z":
         return _nowhere
     uniform, which = register[1], int(register[2])
@@ -217,7 +217,7 @@ def wide_destination(text: str) -> Write:
 def predicate_destination(text: str) -> Write:
     found = _PREDICATE.match(text)
     if found is None or found[1]:
-        raise Refused(f"'{text}' cannot be written to")
+        raise SassError(f"'{text}' cannot be written to")
     if found[3] == "T":
         return _nowhere
     which = int(found[3])

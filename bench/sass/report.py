@@ -116,16 +116,19 @@ def load(folder: Path = FOLDER) -> dict[str, Any]:
 
 def markdown(facts: dict[str, str], found: dict[str, Figures]) -> str:
     text = (
-        "Instructions are those of warps, counted while the compiled code ran on numpy. Cycles are of one block and\n"
-        "modelled. No figure is measured on a device. [README](../README.md#the-machine-code-counted) says how to read them.\n"
+        "Instructions are those of warps, counted while the compiled code ran on numpy.\n"
+        "Cycles are of one block, and modeled: no figure is measured on a device.\n"
+        "[bench/README.md](../README.md#the-machine-code-counted) says how to read them.\n"
     )
-    return "\n".join(["# The machine code of the CUDA kernels, counted\n", table(("", ""), facts.items()), text, rows(found)])
+    return "\n".join(
+        ["# The machine code of the CUDA kernels, counted\n", table(("", ""), facts.items()), text, rows(found)]
+    )
 
 
 def rows(found: dict[str, Figures]) -> str:
     head = (
-        "case", "kernel", "blocks", "instructions a row", "longest warp", "cycles", "loads", "KB in flight", "registers",
-        "warps", "KB of code", "KB run", "spills",
+        "case", "kernel", "blocks", "instructions a row", "longest warp", "cycles", "loads", "KB in flight",
+        "registers", "warps", "KB of code", "KB run", "spills",
     )  # fmt: skip
     return table(head, ((name, *_cells(each)) for name, each in found.items()))
 

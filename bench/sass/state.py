@@ -24,7 +24,7 @@ _ALL = np.ones(LANES, bool)
 _ALL.flags.writeable = False
 
 
-class Refused(Exception):
+class SassError(Exception):
     """The machine code holds something that this interpreter does not know, or does what hardware would not allow."""
 
 

@@ -17,7 +17,7 @@ from bench.sass.disassembly import Kernel, parse
 from bench.sass.machine import Launch, Program
 from bench.sass.memory import RESERVED_SHARED, GlobalMemory, Region
 from bench.sass.opcodes import executable
-from bench.sass.state import Refused, Warp
+from bench.sass.state import SassError, Warp
 
 LANE = np.arange(32, dtype=np.uint32)
 BASE = 0x10000  # of global memory
@@ -146,7 +146,9 @@ def test_directed_roundings(a: float, b: float, c: float) -> None:
     exact = Fraction(a) * Fraction(b) + Fraction(c)
     if exact == 0 or abs(exact) >= Fraction(2) ** 127:
         return
-    warp = run(*operands(a, b, c), *(f"FFMA.{mode} R{10 + n}, R2, R3, R4" for n, mode in enumerate(("RM", "RP", "RZ"))))[0]
+    warp = run(
+        *operands(a, b, c), *(f"FFMA.{mode} R{10 + n}, R2, R3, R4" for n, mode in enumerate(("RM", "RP", "RZ")))
+    )[0]
     down, up, to_zero = (warp.r[10 + n].view(np.float32)[0] for n in range(3))
     assert Fraction(float(down)) <= exact <= Fraction(float(up))
     if down != up:
@@ -386,7 +388,7 @@ def test_parameters() -> None:
     ],
 )
 def test_what_is_unknown_is_refused_by_name(text: str, problem: str) -> None:
-    with pytest.raises(Refused, match=problem):
+    with pytest.raises(SassError, match=problem):
         executable(parse(text))
 
 
@@ -398,9 +400,10 @@ def test_what_is_unknown_is_refused_by_name(text: str, problem: str) -> None:
         (["LDS R1, [0x600]"], "outside the block's shared memory, which ends at 0x500"),
         (["STS [0x20], RZ"], "outside the block's shared memory"),
         (["BRA 0x800"], "behind its last instruction"),
-        (["ISETP.GE.AND P0, PT, R0, 0x8, PT", "@P0 BRA 0x50", "WARPSYNC 0xffffffff", "NOP", "BAR.SYNC 0x1, 0x40"], "wait for one another"),
+        (["ISETP.GE.AND P0, PT, R0, 0x8, PT", "@P0 BRA 0x50", "WARPSYNC 0xffffffff", "NOP", "BAR.SYNC 0x1, 0x40"],
+         "wait for one another"),
     ],
 )  # fmt: skip
 def test_what_hardware_would_not_allow_is_refused(lines: list[str], problem: str) -> None:
-    with pytest.raises(Refused, match=problem):
+    with pytest.raises(SassError, match=problem):
         run(*lines, memory=np.zeros(64, np.uint32))
