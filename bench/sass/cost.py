@@ -58,7 +58,7 @@ class Cost:
         instructions: issued by all warps.
         longest: issued by the warp that issues most.
         loads: bytes that lanes load from global memory, by the bytes of one lane's load.
-        in_flight: most bytes of a warp that are on their way at once.
+        in_flight: most bytes that are on their way to a warp at once, added up over the warps.
         touched: bytes of code that ran.
     """
 
@@ -85,7 +85,7 @@ def block_cost(kernel: Kernel, warps: Sequence[Warp]) -> Cost:
             loads[access.width] += access.bytes
     ran = {at if at >= 0 else ~at for warp in warps for at in warp.trace}
     sizes = [len(warp.trace) for warp in warps]
-    most = max(clock.most_in_flight for clock in clocks)
+    most = sum(clock.most_in_flight for clock in clocks)
     return Cost(time, sum(sizes), max(sizes), loads, most, len(ran) * INSTRUCTION_BYTES)
 
 

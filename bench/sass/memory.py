@@ -68,7 +68,7 @@ def _writable_regions() -> list[Region]:
     made = []
     for begin, end in regions:
         memory = (ctypes.c_uint8 * (end - begin)).from_address(begin)
-        made.append(Region(begin, np.frombuffer(memory, np.uint8)))
+        made.append(Region(begin, np.frombuffer(memoryview(memory), np.uint8)))
     return made
 
 

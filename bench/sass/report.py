@@ -32,7 +32,7 @@ class Figures:
         longest: instructions of its longest warp.
         cycles: of the block alone, modelled (`cost`).
         loads: share of loaded bytes by width.
-        in_flight: bytes on their way to a multiprocessor that is full of such blocks, at most.
+        in_flight: bytes on their way to a multiprocessor that holds as many such blocks as it can and the launch has.
         registers, warps: of a thread; at once on a multiprocessor.
         code, touched: bytes of the kernel, and of what ran.
         spills: instructions that use local memory.
@@ -74,7 +74,7 @@ def figures(run: Run, rows: int) -> Figures:
     cost = block_cost(compiled.kernel, middle)
     threads = launch.threads[0] * launch.threads[1] * launch.threads[2]
     warps = warps_at_once(compiled.registers, threads, launch.shared_bytes)
-    there = min(warps, -(-launch.blocks // MULTIPROCESSORS) * len(middle))
+    blocks = min(warps // len(middle), -(-launch.blocks // MULTIPROCESSORS))
     return Figures(
         run.name,
         launch.blocks,
@@ -83,7 +83,7 @@ def figures(run: Run, rows: int) -> Figures:
         cost.longest,
         round(cost.cycles),
         widths(cost.loads),
-        cost.in_flight * there,
+        cost.in_flight * blocks,
         compiled.registers,
         warps,
         compiled.kernel.code_bytes,
