@@ -1,8 +1,7 @@
 """Compile the kernels for sm_90 with the flags of the build, and read the machine code out of the objects.
 
-The objects are those of the CMake target ``moe_route_cuda``, in ``build/sass/cmake`` or the folder that
-``MOE_ROUTE_CUDA_BUILD_DIR`` names; Ninja compiles what is newer than its object. Disassemblies lie beside them and are
-made anew where an object is newer.
+The objects are those of the CMake target ``moe_route_cuda`` in ``build/sass/cmake``; Ninja compiles what is newer than
+its object. Disassemblies lie beside them and are made anew where an object is newer.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from bench.sass.memory import RESERVED_SHARED
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURE = "sm_90"
+FOLDER = ROOT / "build" / "sass" / "cmake"
 
 _RESOURCES = re.compile(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
@@ -79,10 +79,6 @@ def _program(name: str) -> str | None:
     return str(beside) if beside.is_file() else shutil.which(name)
 
 
-def build_folder() -> Path:
-    return Path(os.environ.get("MOE_ROUTE_CUDA_BUILD_DIR") or ROOT / "build" / "sass" / "cmake").resolve()
-
-
 def build(folder: Path) -> list[Path]:
     """Compile what is out of date; the objects of the kernels.
 
@@ -92,9 +88,7 @@ def build(folder: Path) -> list[Path]:
     cmake, ninja = _program("cmake"), _program("ninja")
     if cmake is None or ninja is None:
         raise RuntimeError(str(missing()))
-    environment = {**os.environ, "CUDACXX": str(nvcc())}
-    if not (folder / "CMakeCache.txt").is_file():
-        environment.setdefault("CUDAARCHS", "90-real")
+    environment = {**os.environ, "CUDACXX": str(nvcc()), "CUDAARCHS": "90-real"}
     configure = ["-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     _run([cmake, *configure, "-DMOE_ROUTE_CUDA=ON"], environment)
     _run([cmake, "--build", str(folder), "--target", "moe_route_cuda"], environment)
@@ -132,7 +126,7 @@ class Code:
 
     def __post_init__(self) -> None:
         if not self.objects:
-            raise RuntimeError(f"the build left no objects of kernels in {build_folder()}; remove that folder")
+            raise RuntimeError(f"the build left no objects of kernels in {FOLDER}; remove that folder")
 
     @cache  # noqa: B019
     def names(self) -> dict[str, tuple[Path, str]]:
@@ -178,4 +172,4 @@ def code() -> Code:
     why = missing()
     if why is not None:
         raise RuntimeError(why)
-    return Code(tuple(build(build_folder())))
+    return Code(tuple(build(FOLDER)))

@@ -5,7 +5,8 @@
 #include "moe_route/cuda.h"
 
 // For Python: from here on `machine` runs every launch; null: the emulator again.
-extern "C" __attribute__((visibility("default"))) void moe_route_emulated_set_machine(emulator::Machine machine) {
+extern "C" __attribute__((visibility("default"))) void moe_route_emulated_set_machine(
+    emulator::Machine machine) {
   emulator::set_machine(machine);
 }
 

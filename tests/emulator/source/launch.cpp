@@ -155,7 +155,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const P
   if (settings.loaded_only && !is_loaded(kernel)) return remember(cudaErrorStreamCaptureUnsupported);
   if (const Machine other = machine.load()) {
     const dim3 g = config.gridDim, b = config.blockDim;
-    const Launch facts = {kernel, {g.x, g.y, g.z}, {b.x, b.y, b.z}, config.dynamicSmemBytes, parameters, parameter_count};
+    const Launch facts = {kernel,     {g.x, g.y, g.z}, {b.x, b.y, b.z}, config.dynamicSmemBytes,
+                          parameters, parameter_count};
     return remember(static_cast<cudaError_t>(other(&facts)));
   }
   run(Grid{config.gridDim, config.blockDim, config.dynamicSmemBytes, settings, body, context});

@@ -93,12 +93,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   static_assert((std::is_trivially_copyable_v<Parameters> && ...),
                 "parameters are copied to the device as bytes");
   static_assert((size_t{0} + ... + sizeof(Parameters)) <= 4096, "more parameters than every device takes");
-  return
-      [config, kernel](Parameters... parameters) {  // converted once, as for a call; copied for every thread
-        auto thread = [&] { kernel(parameters...); };
-        const emulator::Parameter as_bytes[] = {{&parameters, sizeof(Parameters), alignof(Parameters)}..., {}};
-        return emulator::launch(
-            *config, emulator::address_of(kernel), as_bytes, sizeof...(Parameters),
-            [](void* context) { (*static_cast<decltype(thread)*>(context))(); }, &thread);
-      }(std::forward<Arguments>(arguments)...);
+  return [config,
+          kernel](Parameters... parameters) {  // converted once, as for a call; copied for every thread
+    auto thread = [&] { kernel(parameters...); };
+    const emulator::Parameter as_bytes[] = {{&parameters, sizeof(Parameters), alignof(Parameters)}..., {}};
+    return emulator::launch(
+        *config, emulator::address_of(kernel), as_bytes, sizeof...(Parameters),
+        [](void* context) { (*static_cast<decltype(thread)*>(context))(); }, &thread);
+  }(std::forward<Arguments>(arguments)...);
 }
