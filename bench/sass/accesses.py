@@ -13,6 +13,7 @@ from bench.sass.operands import (
     global_address,
     integer,
     is_predicate,
+    predicate,
     register_number,
     shared_address,
     wide,
@@ -97,24 +98,22 @@ def _store(instruction: Instruction) -> Step:
 
 @opcode("LDGSTS", modifiers=(*_SIZES, *_CACHING))
 def _copy_to_shared(instruction: Instruction) -> Step:
-    """cp.async: done when it is issued. A predicate operand that does not hold stores zeros."""
+    """cp.async: done when it is issued. Lanes for which its predicate operand does not hold store zeros."""
     operands = list(instruction.operands)
-    keeps = operands.pop() if is_predicate(operands[-1]) else None
-    if keeps is not None:
-        raise SassError(f"'{instruction}': a copy with a predicate operand is unknown")
+    reads = predicate(operands.pop() if is_predicate(operands[-1]) else "PT")
     to, source = shared_address(operands[0]), global_address(operands[1])
     size = size_of(instruction)
 
     def step(w: Warp) -> None:
-        lanes = np.flatnonzero(w.active)
+        lanes, reading = np.flatnonzero(w.active), w.active & reads(w)
         values = np.zeros((max(1, size // 4), LANES), np.uint32)
-        for cells, index, here in _in_global(w, source(w)[w.active], size):
+        for cells, index, here in _in_global(w, source(w)[reading], size):
             for word in range(len(values)):
-                values[word, lanes[here]] = cells[index + word]
+                values[word, np.flatnonzero(reading)[here]] = cells[index + word]
         for cells, index, here in _in_shared(w, to(w)[w.active], size):
             for word in range(len(values)):
                 cells[index + word] = values[word, lanes[here]]
-        w.loads.append(Access(len(w.trace) - 1, size * len(lanes), size))
+        w.loads.append(Access(len(w.trace) - 1, size * int(reading.sum()), size))
 
     return step
 

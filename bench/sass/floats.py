@@ -33,6 +33,7 @@ _ORDERED = {
     "EQ": np.equal, "NE": np.not_equal, "LT": np.less, "LE": np.less_equal, "GT": np.greater, "GE": np.greater_equal,
 }  # fmt: skip
 _JOINS = {"AND": np.logical_and, "OR": np.logical_or, "XOR": np.logical_xor}
+_INTEGERS = {"U32": "u4", "U64": "u8", "S64": "i8"}
 _SMALLEST_NORMAL = np.float32(2.0**-126)
 
 _fma = ctypes.CDLL(ctypes.util.find_library("m")).fma
@@ -258,11 +259,10 @@ def _to_integer(instruction: Instruction) -> Step:
     source = double(text) if "F64" in modifiers else _sources(instruction, 1, 1)[0]
     round_to = {"TRUNC": np.trunc, "FLOOR": np.floor, "CEIL": np.ceil}
     rounded = next((round_to[name] for name in round_to if name in modifiers), np.rint)
-    kind = np.dtype({"U32": np.uint32, "U64": np.uint64, "S64": np.int64}.get(
-        next((name for name in ("U32", "U64", "S64") if name in modifiers), "S32"), np.int32
-    ))  # fmt: skip
+    kind = np.dtype(next((code for name, code in _INTEGERS.items() if name in modifiers), "i4"))
     write = wide_destination(instruction.operands[0]) if kind.itemsize == 8 else destination(instruction.operands[0])
-    least, most = int(np.iinfo(kind).min), int(np.iinfo(kind).max)
+    bits = 8 * kind.itemsize
+    least, most = (0, (1 << bits) - 1) if kind.kind == "u" else (-(1 << bits - 1), (1 << bits - 1) - 1)
     of_nan = 0 if kind.itemsize == 4 else (1 << 63 if kind.kind == "u" else least)
 
     def whole(value: float) -> int:

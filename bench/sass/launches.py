@@ -167,7 +167,7 @@ def interpreted(interpreter: Interpreter, multiprocessors: int | None = None) ->
     callback = _Callback(on_launch)
     with emulated(), mock.patch.dict(os.environ, setting):
         setter = getattr(ctypes.CDLL(str(path)), _SETTER)
-        base = ctypes.cast(setter, ctypes.c_void_p).value - setter_offset
+        base = int(ctypes.cast(setter, ctypes.c_void_p).value or 0) - setter_offset
         setter(callback)
         try:
             yield interpreter
@@ -176,4 +176,4 @@ def interpreted(interpreter: Interpreter, multiprocessors: int | None = None) ->
                 raise failures[0] from error
             raise
         finally:
-            setter(ctypes.cast(None, _Callback))
+            setter(_Callback())

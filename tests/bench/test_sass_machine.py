@@ -350,15 +350,19 @@ def test_copies_to_shared_memory_and_atomics_on_global_memory() -> None:
         "IMAD.WIDE.U32 R4, R0, 0x4, R2",
         f"LEA R6, R0, {RESERVED_SHARED:#x}, 0x2",
         "LDGSTS.E [R6], desc[UR4][R4.64]",
+        "ISETP.GE.AND P0, PT, R0, 0x8, PT",
+        "LDGSTS.E [R6+0x80], desc[UR4][R4.64], P0",
         "LDGDEPBAR",
         "DEPBAR.LE SB0, 0x0",
         "LDS R7, [R6]",
+        "LDS R10, [R6+0x80]",
         "MOV R8, 0xffffffff",
         "REDG.E.ADD.64.STRONG.GPU desc[UR4][R2.64+0x80], R8",
         "REDG.E.ADD.STRONG.GPU desc[UR4][R2.64+0xc0], R0",
         memory=memory,
     )[0]
     assert np.array_equal(warp.r[7], LANE)
+    assert np.array_equal(warp.r[10], np.where(LANE >= 8, LANE, 0))
     assert int(memory[32:34].view(np.uint64)[0]) == 32 * (2**32 - 1)
     assert memory[48] == 496
 
