@@ -19,7 +19,7 @@ from bench.sass.cases import cases
 from bench.sass.launches import Interpreter, interpreted
 from bench.sass.report import grown, load, measure
 from moe_route import ops
-from moe_route.ops import METRICS, RouterSpec, token_table
+from moe_route.ops import METRICS, RouterSpec, StatisticsTables, token_table
 
 CPU = next(backend for backend in BACKENDS if backend.name == "operators")
 WHY_NOT = build.missing() or launches.missing()
@@ -60,12 +60,18 @@ def gate_problems(experts: int) -> Iterator[Problem]:
     yield replace(plain, steering={"std": std, "force": force}, tokens=tokens)
 
 
+def statistics(problem: Problem) -> StatisticsTables:
+    """Counts alone without entropy, which would need the scores of all experts."""
+    entropy = problem.metrics != ("counts",)
+    return StatisticsTables.zeros(problem.num_experts, groups=3, segments=4, metrics=problem.metrics, entropy=entropy)
+
+
 def run_gates(interpreter: Interpreter, experts: int) -> set[str]:
     ran: set[str] = set()
     for problem in gate_problems(experts):
-        expected = problem.run(CPU)
+        expected = problem.run(CPU, statistics(problem))
         with interpreted(interpreter, multiprocessors=1):
-            got = problem.run(CPU)
+            got = problem.run(CPU, statistics(problem))
         assert_same_bits(got, expected, f"{[run.name for run in interpreter.runs]}")
         ran |= {run.name for run in interpreter.runs}
     return ran
