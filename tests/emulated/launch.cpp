@@ -1,7 +1,14 @@
 // launch.h over the emulated CUDA kernels: what the operators hand to a device runs here, on CPU tensors.
 #include "launch.h"
 
+#include "emulator/launch.h"
 #include "moe_route/cuda.h"
+
+// For Python: from here on `machine` runs every launch; null: the emulator again.
+extern "C" __attribute__((visibility("default"))) void moe_route_emulated_set_machine(
+    emulator::Machine machine) {
+  emulator::set_machine(machine);
+}
 
 namespace moe_route::launch {
 

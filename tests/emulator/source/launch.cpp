@@ -44,6 +44,9 @@ size_t shared_limit(const void* kernel) {
   return found == limits().end() ? kSharedWithoutAsking : found->second;
 }
 
+// What runs launches in place of the emulator.
+std::atomic<Machine> machine{nullptr};
+
 cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel) {
   const dim3 g = config.gridDim, b = config.blockDim;
   const uint64_t threads = uint64_t{b.x} * b.y * b.z;
@@ -142,11 +145,20 @@ cudaError_t max_active_blocks(int* blocks, int threads, size_t shared_bytes) {
   return cudaSuccess;
 }
 
-cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*), void* context) {
+void set_machine(Machine other) { machine.store(other); }
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const Parameter* parameters,
+                   uint64_t parameter_count, void (*body)(void*), void* context) {
   const cudaError_t refused = check(config, kernel);
   if (refused != cudaSuccess) return remember(refused);
   const Settings settings = read_settings();
   if (settings.loaded_only && !is_loaded(kernel)) return remember(cudaErrorStreamCaptureUnsupported);
+  if (const Machine other = machine.load()) {
+    const dim3 g = config.gridDim, b = config.blockDim;
+    const Launch facts = {kernel,     {g.x, g.y, g.z}, {b.x, b.y, b.z}, config.dynamicSmemBytes,
+                          parameters, parameter_count};
+    return remember(static_cast<cudaError_t>(other(&facts)));
+  }
   run(Grid{config.gridDim, config.blockDim, config.dynamicSmemBytes, settings, body, context});
   return cudaSuccess;
 }

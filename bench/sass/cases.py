@@ -1,0 +1,149 @@
+"""The launches that are counted: calls of the operators, with the sizes at which their kernels are to be fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from moe_route import ops
+from moe_route.ops import RouterSpec, StatisticsTables, SteeringTables, token_table
+
+SEED = 0
+DECODE, MOST_LOGITS = 1, 2**23
+_SOFTMAX = RouterSpec(renormalize="sum")
+STATISTICS = {"nothing": None, "counts": ("counts",), "all": ("counts", "probability", "weight")}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call.
+
+    Attributes:
+        name: without the number of tokens.
+        rows: what the figures a row refer to: tokens; of dispatch, slots.
+        prepare: draws the inputs and gives the call.
+        whole: kernels of which every block is run, because a later launch reads what they write.
+    """
+
+    name: str
+    rows: int
+    prepare: Callable[[], Callable[[], object]]
+    whole: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.rows} row{'s' if self.rows > 1 else ''}"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A gate of E experts.
+
+    Attributes:
+        statistics: a key of `STATISTICS`; ``all`` also sums entropy.
+        steered: whether every token is steered by multiples of the row's standard deviation.
+        corrected: whether choosing adds a correction bias.
+    """
+
+    experts: int = 128
+    k: int = 8
+    statistics: str = "counts"
+    steered: bool = False
+    dtype: torch.dtype = torch.float32
+    spec: RouterSpec = _SOFTMAX
+    corrected: bool = False
+
+    @property
+    def name(self) -> str:
+        parts = [f"gate E={self.experts} k={self.k} {str(self.dtype).removeprefix('torch.')}"]
+        if self.spec.score != "softmax":
+            parts.append(self.spec.score)
+        if self.corrected:
+            parts.append("correction bias")
+        if self.spec.groups > 1:
+            parts.append(f"{self.spec.top_groups} of {self.spec.groups} groups")
+        if self.steered:
+            parts.append("steered")
+        return ", ".join([*parts, f"counts {self.statistics}".replace("counts counts", "counts")])
+
+    def case(self, tokens: int) -> Case:
+        return Case(self.name, tokens, partial(self.prepare, tokens))
+
+    def prepare(self, tokens: int) -> Callable[[], object]:
+        make = torch.Generator().manual_seed(SEED)
+        logits = (torch.randn(tokens, self.experts, generator=make) * 1.5).to(self.dtype)
+        metrics = STATISTICS[self.statistics]
+        statistics = (
+            None
+            if metrics is None
+            else StatisticsTables.zeros(self.experts, groups=1, metrics=metrics, entropy=self.statistics == "all")
+        )
+        steering, table = None, None
+        if self.steered:
+            std = torch.zeros(1, self.experts)
+            std[0, : min(4, self.experts)] = 0.5
+            steering, table = SteeringTables(1, self.experts, std=std), token_table(tokens, steering_row=0)
+        bias = torch.randn(self.experts, generator=make) * 0.1 if self.corrected else None
+        return lambda: ops.route(
+            logits, self.k, self.spec, statistics=statistics, steering=steering, tokens=table, correction_bias=bias
+        )
+
+
+def _gates() -> Iterator[Gate]:
+    plain = Gate()
+    levels = (plain, replace(plain, statistics="all"), replace(plain, statistics="all", steered=True))
+    yield replace(plain, statistics="nothing")
+    yield from levels
+    yield replace(plain, steered=True)
+    for level in levels:
+        yield replace(level, dtype=torch.bfloat16)
+    sigmoid = RouterSpec(score="sigmoid", renormalize="sum")
+    yield replace(plain, spec=sigmoid, corrected=True)
+    yield replace(plain, spec=replace(sigmoid, groups=8, top_groups=4), corrected=True)
+    for experts, k in ((8, 2), (32, 4), (64, 6), (256, 8), (384, 8), (512, 8)):
+        for level in levels:
+            yield replace(level, experts=experts, k=k)
+    yield replace(plain, experts=1024)
+
+
+def _dispatch(tokens: int, experts: int = 128, k: int = 8) -> Case:
+    def prepare() -> Callable[[], object]:
+        ids = _routed(tokens, experts, k)
+        return lambda: ops.dispatch(ids, experts)
+
+    return Case(f"dispatch E={experts} k={k}", tokens * k, prepare, whole=("count_spans",))
+
+
+def _routed(tokens: int, experts: int, k: int) -> Tensor:
+    make = torch.Generator().manual_seed(SEED)
+    return torch.rand(tokens, experts, generator=make).argsort(1)[:, :k].to(torch.int32)
+
+
+def _rows(tokens: int, hidden: int, dtype: torch.dtype, combines: bool, experts: int = 16, k: int = 8) -> Case:
+    def prepare() -> Callable[[], object]:
+        make = torch.Generator().manual_seed(SEED)
+        slots = ops.dispatch(_routed(tokens, experts, k), experts)
+        x = torch.randn(tokens, hidden, generator=make).to(dtype)
+        if not combines:
+            return lambda: ops.permute(x, slots)
+        rows, weights = ops.permute(x, slots), torch.rand(tokens, k, generator=make)
+        return lambda: ops.combine(rows, weights, slots)
+
+    name = "combine" if combines else "permute"
+    return Case(f"{name} k={k} hidden={hidden} {str(dtype).removeprefix('torch.')}", tokens, prepare)
+
+
+def cases() -> list[Case]:
+    """Every case, decode before prefill."""
+    found = []
+    for gate in _gates():
+        found += [gate.case(DECODE), gate.case(min(65536, MOST_LOGITS // gate.experts))]
+    found += [_dispatch(1), _dispatch(64), _dispatch(512), _dispatch(4096), _dispatch(512, experts=512)]
+    for combines in (False, True):
+        for dtype in (torch.bfloat16, torch.float32):
+            found += [_rows(1, 2048, dtype, combines), _rows(512, 2048, dtype, combines)]
+    return found

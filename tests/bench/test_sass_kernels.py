@@ -1,0 +1,172 @@
+"""The machine code that nvcc makes of every kernel, run on numpy: the bits of the CPU operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from harness.backends import BACKENDS
+from harness.problems import Problem, assert_same_bits, problems
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("bench.sass", reason="needs the source tree")
+
+from bench.sass import build, launches
+from bench.sass.cases import cases
+from bench.sass.launches import Interpreter, interpreted
+from bench.sass.report import grown, load, measure
+from moe_route import ops
+from moe_route.ops import METRICS, RouterSpec, StatisticsTables, token_table
+
+CPU = next(backend for backend in BACKENDS if backend.name == "operators")
+WHY_NOT = build.missing() or launches.missing()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(3600),
+    pytest.mark.xdist_group("nvcc"),
+    pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
+]
+TOKENS = 9
+
+
+@pytest.fixture(scope="module")
+def code() -> build.Code:
+    return build.code()
+
+
+@pytest.fixture
+def interpreter(code: build.Code) -> Interpreter:
+    return Interpreter(code)
+
+
+def gate_problems(experts: int) -> Iterator[Problem]:
+    """What needs more and more of the contract: choosing, scores of all experts, steering."""
+    make = torch.Generator().manual_seed(experts)
+    k = min(8, experts // 2)
+    plain = Problem(torch.randn(TOKENS, experts, generator=make), k, RouterSpec(renormalize="sum"), metrics=("counts",))
+    yield plain
+    yield replace(plain, logits=plain.logits.round().bfloat16())  # ties
+    groups = RouterSpec(score="sigmoid", renormalize="sum", groups=4, top_groups=2)
+    if experts % 4 == 0:
+        yield replace(plain, spec=groups, correction_bias=torch.randn(experts, generator=make) * 0.1)
+    yield replace(plain, k=min(24, experts), metrics=("counts", "probability", "weight"))
+    std = torch.randn(2, experts, generator=make)
+    force = (torch.rand(2, experts, generator=make) < 0.1).float()
+    tokens = token_table(TOKENS, steering_row=torch.arange(TOKENS) % 3 - 1, group=torch.arange(TOKENS) % 2)
+    yield replace(plain, steering={"std": std, "bias": std / 4}, tokens=tokens, metrics=METRICS)
+    yield replace(plain, steering={"std": std, "force": force}, tokens=tokens)
+
+
+def statistics(problem: Problem) -> StatisticsTables:
+    """Counts alone without entropy, which would need the scores of all experts."""
+    entropy = problem.metrics != ("counts",)
+    return StatisticsTables.zeros(problem.num_experts, groups=3, segments=4, metrics=problem.metrics, entropy=entropy)
+
+
+def run_gates(interpreter: Interpreter, experts: int) -> set[str]:
+    ran: set[str] = set()
+    for problem in gate_problems(experts):
+        expected = problem.run(CPU, statistics(problem))
+        with interpreted(interpreter, multiprocessors=1):
+            got = problem.run(CPU, statistics(problem))
+        assert_same_bits(got, expected, f"{[run.name for run in interpreter.runs]}")
+        ran |= {run.name for run in interpreter.runs}
+    return ran
+
+
+def run_dispatch(interpreter: Interpreter, experts: int, slots: int, dtype: torch.dtype, block: int) -> set[str]:
+    make = torch.Generator().manual_seed(slots)
+    ids = torch.randint(-1, experts + 1, (slots // 2, 2), generator=make).to(dtype)
+    expected = ops.dispatch(ids, experts, block=block)
+    with interpreted(interpreter, multiprocessors=1):
+        got = ops.dispatch(ids, experts, block=block)
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True)), (experts, slots, dtype)
+    return {run.name for run in interpreter.runs}
+
+
+def run_rows(interpreter: Interpreter, dtype: torch.dtype, hidden: int, k: int) -> set[str]:
+    make = torch.Generator().manual_seed(hidden)
+    slots = ops.dispatch(torch.randint(-1, 6, (5, k), generator=make), 6)
+    x = (torch.randn(5, hidden, generator=make) * 5).to(dtype)
+    rows = ops.permute(x, slots)
+    with interpreted(interpreter, multiprocessors=1):
+        assert torch.equal(ops.permute(x, slots), rows)
+    ran = {run.name for run in interpreter.runs}
+    weights = torch.rand(5, k, generator=make, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    for residual in (None, x):
+        expected = ops.combine(rows, weights, slots, residual)
+        with interpreted(interpreter, multiprocessors=1):
+            assert torch.equal(ops.combine(rows, weights, slots, residual), expected)
+        ran |= {run.name for run in interpreter.runs}
+    return ran
+
+
+OF_DISPATCH, OF_ROWS = ("count_spans", "place_slots"), ("permute_", "combine_")
+# Copies single bytes, which no dtype that the operator takes needs.
+UNREACHED = {"permute_rows<1>"}
+
+
+def test_every_gate_kernel_gives_the_bits_of_the_cpu(code: build.Code, interpreter: Interpreter) -> None:
+    ran: set[str] = set()
+    for experts in (8, 32, 60, 128, 256, 384, 512, 700):
+        ran |= run_gates(interpreter, experts)
+    assert sorted(name for name in code.names() if not name.startswith(OF_DISPATCH + OF_ROWS) and name not in ran) == []
+
+
+def test_every_dispatch_kernel_gives_the_bits_of_the_cpu(code: build.Code, interpreter: Interpreter) -> None:
+    ran: set[str] = set()
+    for experts in (6, 300):
+        for dtype in (torch.int32, torch.int64):
+            ran |= run_dispatch(interpreter, experts, 600, dtype, block=16)
+            ran |= run_dispatch(interpreter, experts, 4400, dtype, block=1)
+    assert sorted(name for name in code.names() if name.startswith(OF_DISPATCH) and name not in ran) == []
+
+
+def test_every_row_kernel_gives_the_bits_of_the_cpu(code: build.Code, interpreter: Interpreter) -> None:
+    ran: set[str] = set()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for hidden in (1, 2, 4, 40):
+            ran |= run_rows(interpreter, dtype, hidden, 3)
+        ran |= run_rows(interpreter, dtype, 40, 2) | run_rows(interpreter, dtype, 40, 9)
+    assert {name for name in code.names() if name.startswith(OF_ROWS)} - ran <= UNREACHED
+
+
+@pytest.mark.parametrize("seed_ulps", [-1, 1])
+def test_divisions_do_not_depend_on_the_approximation_they_start_from(code: build.Code, seed_ulps: int) -> None:
+    """The bits of the hardware's reciprocal are not documented; within its error no result changes."""
+    run_gates(Interpreter(code, seed_ulps=seed_ulps), 60)
+
+
+@settings(max_examples=12)
+@given(problem=problems())
+def test_drawn_problems(code: build.Code, problem: Problem) -> None:
+    """NaN, infinities, ties, every steering plane, given choices, strided rows."""
+    if problem.logits.shape[0] > 17:
+        problem = problem.rows(0, 17)
+    expected = problem.run(CPU)
+    with interpreted(_SHARED.setdefault("interpreter", Interpreter(code, keeps=False)), multiprocessors=2):
+        got = problem.run(CPU)
+    assert_same_bits(got, expected)
+
+
+_SHARED: dict[str, Interpreter] = {}  # one for all examples: kernels are made executable once
+
+
+@settings(max_examples=6)
+@given(seed=st.integers(0, 2**31), experts=st.sampled_from([1, 60, 300]), slots=st.integers(0, 900))
+def test_drawn_dispatches(code: build.Code, seed: int, experts: int, slots: int) -> None:
+    make = torch.Generator().manual_seed(seed)
+    ids = torch.randint(-1, experts + 1, (slots, 1), generator=make)
+    expected = ops.dispatch(ids, experts)
+    with interpreted(_SHARED.setdefault("interpreter", Interpreter(code, keeps=False)), multiprocessors=2):
+        got = ops.dispatch(ids, experts)
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+def test_no_kernel_takes_more_instructions_than_the_committed_table_says(code: build.Code) -> None:
+    """`python -m bench.sass --check`."""
+    wrong = grown(dict(measure(code, cases())), load())
+    assert not wrong, "\n".join([*wrong, "if that is meant: python -m bench.sass"])
