@@ -1,14 +1,18 @@
 // Weights [E, out, in]: a warp streams two rows of the weight at a time, gate and up of a column or two columns
 // without a gate. A lane is one stripe of the sums: it takes the vectors lane, lane + 32, ... of a row and
-// multiplies them with the same vectors of x, in shared memory. Eight loads of 16 bytes a lane are in flight,
-// the next rows' among them, whatever is added up or folded meanwhile.
+// multiplies them with the same vectors of x, in shared memory. Eight loads of 16 bytes a lane are in flight (four
+// with 8 rows of x), the next rows' among them, whatever is added up or folded meanwhile.
 #pragma once
 #include "experts_work.cuh"
 
 namespace moe_route::cuda::experts {
 
 constexpr int kWeightRows = 2;  // of a warp at a time
-constexpr int kDepth = 4;       // vectors of each in flight; `steps` is a multiple
+constexpr int kDepth = 4;       // vectors of each in flight, at most; `steps` is a multiple
+
+// The sums of 8 rows leave registers for half as many, and take four times as long to add up as those of 2.
+template <int kTokens>
+inline constexpr int kAhead = kTokens == 8 ? kDepth / 2 : kDepth;
 
 // Columns of the result that they make.
 template <bool kGated>
@@ -58,9 +62,9 @@ __device__ __forceinline__ void multiply_rows(const Problem& problem, const Grou
                                               int end) {
   const ExpertProductArgs& args = problem.args;
   RowLoader<Type, kGated, kWide> loader(problem, group.expert, first, end);
-  Words<16> ring[kDepth][kWeightRows];
+  Words<16> ring[kAhead<kTokens>][kWeightRows];
 #pragma unroll
-  for (int d = 0; d < kDepth; ++d) loader.load(ring[d]);
+  for (int d = 0; d < kAhead<kTokens>; ++d) loader.load(ring[d]);
   stage_sources<Type>(problem, group, kTokens);
   __syncthreads();
   const uint4* staged = reinterpret_cast<const uint4*>(moe_route_shared) + lane();
@@ -69,9 +73,9 @@ __device__ __forceinline__ void multiply_rows(const Problem& problem, const Grou
   for (int column = first; column < end; column += kWarps * kColumnsAtATime<kGated>) {
     float sums[kWeightRows * kTokens] = {};
 #pragma unroll 1
-    for (int step = 0; step < problem.steps; step += kDepth) {
+    for (int step = 0; step < problem.steps; step += kAhead<kTokens>) {
 #pragma unroll
-      for (int d = 0; d < kDepth; ++d) {
+      for (int d = 0; d < kAhead<kTokens>; ++d) {
 #pragma unroll
         for (int t = 0; t < kTokens; ++t) {
           const Words<16> x = words(staged[t * vectors + (step + d) * kStripes]);

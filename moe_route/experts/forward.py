@@ -43,6 +43,7 @@ UNKNOWN_FLAGS: dict[str, Any] = {}
 # Experts whose own forward multiplies in float32, whatever the dtype of the weights.
 COMPUTES_IN_FLOAT32 = frozenset(("OpenAIPrivacyFilterExperts",))
 
+PLAIN = (nn.Parameter, Tensor)  # types of weights that are neither sharded nor quantized
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -139,7 +140,7 @@ def _unfit(weight: object) -> str | None:
     """Why these weights cannot be multiplied in their stored form, or None."""
     if not isinstance(weight, Tensor):
         return f"a {type(weight).__name__}, no tensor"
-    if type(weight) not in (nn.Parameter, Tensor):
+    if type(weight) not in PLAIN:
         return f"a {type(weight).__name__} (sharded or quantized), not a plain tensor"
     if weight.dtype not in FLOATS:
         return f"{weight.dtype} (packed or quantized)"

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_route.contract.activation import Activation
@@ -113,6 +114,7 @@ _FUNCTIONS = {
     "ReLU": "relu",
     "ReLUSquaredActivation": "relu_squared",
 }
+_PLAIN_FUNCTIONS = ((F.silu, "silu"), (F.gelu, "gelu"), (F.relu, "relu"))
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,10 @@ def gate_of(module: Any) -> Gate | None:
         kind = _function(module)
         concatenated = getattr(module, "is_concatenated", True)
         return None if kind is None or not concatenated else Gate(Activation(kind), "halves")
-    owner = apply.__qualname__.partition(".")[0]
-    own = _OWN_GATES.get(owner) if apply.__module__.startswith("transformers.models.") else None
-    return None if own is None else _own_gate(module, own)
+    for kind in type(module).__mro__:  # torch.compile traces this, but no __qualname__
+        if kind.__name__ in _OWN_GATES and kind.__module__.startswith("transformers.models."):
+            return _own_gate(module, _OWN_GATES[kind.__name__]) if kind._apply_gate is apply else None
+    return None
 
 
 def _own_gate(module: Any, own: _OwnGate) -> Gate | None:
@@ -170,6 +173,9 @@ def _own_gate(module: Any, own: _OwnGate) -> Gate | None:
 def _function(module: Any) -> str | None:
     """Name of the activation function `act_fn`."""
     function = getattr(module, "act_fn", None)
+    for known, name in _PLAIN_FUNCTIONS:
+        if function is known:
+            return name
     if not isinstance(function, nn.Module) or function._forward_hooks or function._forward_pre_hooks:
         return None
     kind = type(function)

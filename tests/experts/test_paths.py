@@ -20,7 +20,6 @@ EMULATED = next(backend for backend in BACKENDS if backend.emulated)
 # Classes whose gate no table knows, with the reason.
 OWN_CODE = {
     "BeamExperts": "computes the gate in float32 and rounds",
-    "Gemma5TextExperts": "",
     "Inkling2Experts": "its act_fn takes gate and up",
     "Step3p7Experts": "clamps after the activation",
 }
@@ -134,9 +133,10 @@ def test_what_somebody_changed_is_left_to_the_module(streams: list[int]) -> None
     replaced._apply_gate = lambda rows: rows.chunk(2, -1)[0]
     unknown = module_of("Qwen3MoeExperts")
     unknown.act_fn = nn.Mish()
-    with torch.no_grad():
-        for module in (hooked, replaced, unknown):
-            assert gap(experts_forward(module, *inputs), eager(module, *inputs)) < 2e-6
+    for module in (hooked, replaced, unknown):
+        expected = experts_forward(module, *inputs).detach()  # gradients are on: the grouped path
+        with torch.no_grad():
+            assert torch.equal(experts_forward(module, *inputs), expected)
     assert seen
     assert not streams
 
