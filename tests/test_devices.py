@@ -566,7 +566,9 @@ def test_few_slots_are_streamed_on_a_device(away: Place, name: str, engine: str,
     def work(where: Place, routed: mr.RoutedModel) -> Tensor:
         recorder = routed.record(groups=["x", "y"])
         with routed.steer(PLAN), where.block(recorder, recorder.labels(["x", "y", "y"])):
-            return routed.model.generate(**put_all(where, inputs("left")), **GREEDY | {"cache_implementation": "static"})
+            return routed.model.generate(
+                **put_all(where, inputs("left")), **GREEDY | {"cache_implementation": "static"}
+            )
 
     compared(away, name, work, engine=engine, experts_implementation="moe_route")
     assert max(streamed) == 7 * min(streamed)  # prompts of 7 tokens, then steps

@@ -19,7 +19,8 @@ class Lines {
   using Element = typename Type::Element;
   static constexpr int64_t kAtATime = 16 / sizeof(Element);
 
-  explicit Lines(int64_t in) : in_(in), size_((in + kStep - 1) / kStep * kStep), wide_(size_), strided_(size_) {}
+  explicit Lines(int64_t in)
+      : in_(in), size_((in + kStep - 1) / kStep * kStep), wide_(size_), strided_(size_) {}
 
   int64_t size() const { return size_; }
 

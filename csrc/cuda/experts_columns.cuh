@@ -8,7 +8,7 @@
 
 namespace moe_route::cuda::experts {
 
-constexpr int kTeam = 8;               // lanes
+constexpr int kTeam = 8;  // lanes
 
 // Rows of x that share a reading of the weights: registers do not hold the sums of more.
 template <bool kWide>
@@ -56,8 +56,8 @@ __device__ __forceinline__ void multiply_columns(const Problem& problem, const G
   int there;
   const int64_t column = column_of<Type>(args, tile, member, there);
   const int64_t width = args.weight_rows(), row_bytes = width * Type::kBytes;
-  const char* weight = static_cast<const char*>(args.weight) +
-                       (group.expert * args.in * width + column) * Type::kBytes;
+  const char* weight =
+      static_cast<const char*>(args.weight) + (group.expert * args.in * width + column) * Type::kBytes;
   // The next row of the weight that the stripe takes: kEach in a row, then those of the next step.
   int row = stripe * kEach;
   const int rows = there > 0 ? static_cast<int>(args.in) : 0;

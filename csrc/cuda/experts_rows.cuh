@@ -20,7 +20,9 @@ inline constexpr int kColumnsAtATime = kGated ? 1 : 2;
 
 // Rows of x that share a reading of the weights; fewer where it is rare, for the compiler's time.
 template <class Type, bool kWide>
-inline constexpr int kMostRows = !kWide ? 2 : Type::kBytes == 4 ? 4 : 8;
+inline constexpr int kMostRows = !kWide              ? 2
+                                 : Type::kBytes == 4 ? 4
+                                                     : 8;
 
 // Where a lane's next vectors lie: it runs ahead of what is added up.
 template <class Type, bool kGated, bool kWide>

@@ -21,11 +21,11 @@ constexpr int kVectorBytes = 16;
 
 struct Problem {
   ExpertProductArgs args;
-  uint32_t tiles = 0;    // blocks of a group
-  int32_t columns = 0;   // output columns of a tile
-  int32_t at_once = 1;   // rows of a group: 1, 2, 4 or 8
-  int32_t steps = 0;     // vectors of a stripe, those past the end of x included
-  bool wide_x = false;   // rows of x may be read in whole vectors
+  uint32_t tiles = 0;   // blocks of a group
+  int32_t columns = 0;  // output columns of a tile
+  int32_t at_once = 1;  // rows of a group: 1, 2, 4 or 8
+  int32_t steps = 0;    // vectors of a stripe, those past the end of x included
+  bool wide_x = false;  // rows of x may be read in whole vectors
   // Of weights [E, out, in], in bytes: of an expert, from a column's (first) row to the next column's, from the
   // first of two rows that are read together to the second, and from the end of a warp's row to its next.
   int64_t expert_bytes = 0, column_bytes = 0, pair_bytes = 0, turn_bytes = 0;
@@ -171,8 +171,8 @@ __device__ __forceinline__ float bias_of(const ExpertProductArgs& args, int expe
 
 // Bias, activation, rounding: column c of row r, from its sums. Without a gate, `gate` is of no use.
 template <class Type>
-__device__ __forceinline__ void finish(const ExpertProductArgs& args, int expert, int64_t r, int64_t c, float gate,
-                                       float up) {
+__device__ __forceinline__ void finish(const ExpertProductArgs& args, int expert, int64_t r, int64_t c,
+                                       float gate, float up) {
   up += bias_of<Type>(args, expert, args.up_row(c));
   float value;
   if (args.pairing == Pairing::kNone) {

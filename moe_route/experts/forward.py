@@ -13,8 +13,8 @@ the flags that `use_experts_implementation` sets on a module:
 
 If a version of transformers lacks a flag, it means the value in `DEFAULTS`. A module that sets a flag outside this
 table is refused, and so are weights other than plain floating-point tensors; `refuse` gives the reason and the fix.
-`moe_route.experts.paths` chooses how a call runs. Expert parallelism needs no flag: an expert that this rank does not hold has the id `num_experts`, and its slots are
-skipped.
+`moe_route.experts.paths` chooses how a call runs. Expert parallelism needs no flag: an expert that this rank does not
+hold has the id `num_experts`, and its slots are skipped.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ reads nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from moe_route.contract.activation import Activation
 
-__all__ = ["GROUPED", "PATHS", "STREAMED", "Call", "Gate", "Path", "choose", "gate_of"]
+__all__ = ["GROUPED", "PATHS", "STREAMED", "Call", "Gate", "Path", "choose", "gate_of", "only"]
 
 STREAMED, GROUPED = "streamed", "grouped"
 
@@ -35,6 +36,8 @@ class Path:
     dtypes: frozenset[torch.dtype] | None = None
     most_slots: int | None = None
     """Largest T * k."""
+    most_slots_per_expert: int | None = None
+    """Largest T * k / E."""
     trains: bool = True
     """Whether gradients flow through it."""
     any_gate: bool = True
@@ -46,6 +49,7 @@ class Path:
             (self.devices is None or call.device in self.devices)
             and (self.dtypes is None or call.dtype in self.dtypes)
             and (self.most_slots is None or call.slots <= self.most_slots)
+            and (self.most_slots_per_expert is None or call.slots <= self.most_slots_per_expert * call.experts)
             and (self.trains or not call.trains)
             and (self.any_gate or call.gate is not None)
         )
@@ -66,7 +70,7 @@ class Call:
     """
 
     def __init__(self, module: Any, hidden: Tensor, slots: int, weights: Sequence[Tensor], dtype: torch.dtype) -> None:
-        self.module, self.slots = module, slots
+        self.module, self.slots, self.experts = module, slots, weights[0].shape[0]
         self.device = hidden.device.type
         tensors = [hidden, *weights]
         self.trains = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
@@ -88,6 +92,7 @@ PATHS: Sequence[Path] = (
         devices=frozenset({"cuda"}),
         dtypes=frozenset({torch.bfloat16, torch.float16, torch.float32}),
         most_slots=256,
+        most_slots_per_expert=8,  # as many share a reading of the weights
         trains=False,
         any_gate=False,
     ),
@@ -98,6 +103,22 @@ PATHS: Sequence[Path] = (
 def choose(call: Call) -> Path:
     """The first path of `PATHS` that takes a call."""
     return next(path for path in PATHS if path.takes(call))
+
+
+@contextmanager
+def only(name: str) -> Iterator[None]:
+    """Run every call that `name` can run that way, whatever its device and number of slots. Not for several threads.
+
+    For benchmarks, which find out from how many slots on a path pays.
+    """
+    global PATHS
+    before = PATHS
+    wanted = next(path for path in before if path.name == name)
+    PATHS = (replace(wanted, devices=None, most_slots=None, most_slots_per_expert=None), *before)
+    try:
+        yield
+    finally:
+        PATHS = before
 
 
 # ---- what stands between the products --------------------------------------------------------------------------

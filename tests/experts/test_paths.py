@@ -94,14 +94,27 @@ def test_half_precision_is_as_near_as_the_class_itself(dtype: torch.dtype, strea
 
 
 def test_many_slots_take_the_grouped_path(streams: list[int]) -> None:
-    module = module_of("Qwen3MoeExperts")
-    most = paths.PATHS[0].most_slots
-    assert most is not None
-    with torch.no_grad():
-        experts_forward(module, *routing(most // 2))
+    """Few are few in all, and for each expert: eight of them share a reading of its weights."""
+    for experts, most in ((8, 64), (64, 256)):
+        module = module_of("Qwen3MoeExperts", num_experts=experts, num_local_experts=experts)
+        streams.clear()
+        with torch.no_grad():
+            experts_forward(module, *routing(most // 2, experts=experts))
+            assert streams == [most]
+            experts_forward(module, *routing(most // 2 + 1, experts=experts))
         assert streams == [most]
-        experts_forward(module, *routing(most // 2 + 1))
-    assert streams == [most]
+
+
+def test_one_path_only(streams: list[int]) -> None:
+    module, many = module_of("Qwen3MoeExperts"), routing(200)
+    with torch.no_grad():
+        grouped = experts_forward(module, *many)
+        with paths.only("streamed"):
+            assert gap(experts_forward(module, *many), grouped) < 2e-6
+        assert streams == [400]
+        with paths.only("grouped"):
+            experts_forward(module, *routing(1))
+    assert streams == [400]
 
 
 def test_training_takes_the_grouped_path(streams: list[int]) -> None:

@@ -55,7 +55,10 @@ class Experts:
             return (torch.randn(size, generator=make) * scale).to(dtype)
 
         rows = width if pairing == "none" else 2 * width
-        up, down = normal(experts, rows, hidden, scale=max(hidden, 1) ** -0.5), normal(experts, hidden, width, scale=max(width, 1) ** -0.5)
+        up, down = (
+            normal(experts, rows, hidden, scale=max(hidden, 1) ** -0.5),
+            normal(experts, hidden, width, scale=max(width, 1) ** -0.5),
+        )
         if transposed:
             up, down = (weight.mT.contiguous().mT for weight in (up, down))
         given: dict[str, Any] = {"up": up, "down": down, "pairing": pairing}

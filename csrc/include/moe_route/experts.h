@@ -27,14 +27,14 @@ enum class Pairing : int32_t {
 };
 
 struct ExpertProductArgs {
-  const void* x = nullptr;            // [sources, in], contiguous
-  const int64_t* order = nullptr;     // [capacity]: row r reads x[order[r] / k]; null: x[r]
-  const int64_t* offsets = nullptr;   // [E + 1]
-  const int64_t* counts = nullptr;    // [E]
-  const void* weight = nullptr;       // [E, weight_rows(), in], or [E, in, weight_rows()] where `transposed`
-  const void* bias = nullptr;         // [E, weight_rows()] or null
-  void* out = nullptr;                // [capacity, out]
-  DType type = DType::kFloat32;       // of x, weight, bias and out: float32, bfloat16 or float16
+  const void* x = nullptr;           // [sources, in], contiguous
+  const int64_t* order = nullptr;    // [capacity]: row r reads x[order[r] / k]; null: x[r]
+  const int64_t* offsets = nullptr;  // [E + 1]
+  const int64_t* counts = nullptr;   // [E]
+  const void* weight = nullptr;      // [E, weight_rows(), in], or [E, in, weight_rows()] where `transposed`
+  const void* bias = nullptr;        // [E, weight_rows()] or null
+  void* out = nullptr;               // [capacity, out]
+  DType type = DType::kFloat32;      // of x, weight, bias and out: float32, bfloat16 or float16
   bool transposed = false;
   Pairing pairing = Pairing::kNone;
   Activation activation;
@@ -45,7 +45,9 @@ struct ExpertProductArgs {
     return pairing == Pairing::kNone ? out_columns : 2 * out_columns;
   }
   // The rows of `weight` that make column c; without a gate both are the same.
-  MOE_ROUTE_INLINE_MEMBER int64_t gate_row(int64_t c) const { return pairing == Pairing::kAlternating ? 2 * c : c; }
+  MOE_ROUTE_INLINE_MEMBER int64_t gate_row(int64_t c) const {
+    return pairing == Pairing::kAlternating ? 2 * c : c;
+  }
   MOE_ROUTE_INLINE_MEMBER int64_t up_row(int64_t c) const {
     return pairing == Pairing::kNone ? c : pairing == Pairing::kHalves ? out_columns + c : 2 * c + 1;
   }
