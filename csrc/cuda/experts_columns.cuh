@@ -1,8 +1,9 @@
 // Weights [E, in, out], as gpt-oss keeps them: consecutive columns lie side by side. A team of 8 lanes takes one
 // stripe of the sums, a lane the columns of one vector (8 of 2 bytes). So a load of a team is 128 bytes of a
-// row of the weight, and a lane has one load in flight for every element that its stripe takes at a time. The
-// 32 teams of a block are the 32 stripes: the sums of 16 and 8 apart are folded inside the warps, those of 4, 2
-// and 1 apart in shared memory. The order of additions, and so every bit, is that of experts_rows.cuh.
+// row of the weight, and a lane has one load in flight for every element that its stripe takes at a time (4
+// with more than 2 rows of x). The 32 teams of a block are the 32 stripes: the sums of 16 and 8 apart are folded
+// inside the warps, those of 4, 2 and 1 apart in shared memory. The order of additions, and so every bit, is
+// that of experts_rows.cuh.
 #pragma once
 #include "experts_work.cuh"
 
@@ -13,6 +14,10 @@ constexpr int kTeam = 8;  // lanes
 // Rows of x that share a reading of the weights: registers do not hold the sums of more.
 template <bool kWide>
 inline constexpr int kMostTeamRows = kWide ? 4 : 2;
+
+// Loads of a lane in flight: the sums of 4 rows leave registers for 4.
+template <class Type, int kTokens>
+inline constexpr int kLoadsAhead = kTokens == 4 ? 4 : kElements<Type>;
 
 // Columns of the weight that a block takes.
 template <class Type>
@@ -58,7 +63,8 @@ __device__ __forceinline__ void multiply_columns(const Problem& problem, const G
   const int64_t width = args.weight_rows(), row_bytes = width * Type::kBytes;
   const char* weight =
       static_cast<const char*>(args.weight) + (group.expert * args.in * width + column) * Type::kBytes;
-  // The next row of the weight that the stripe takes: kEach in a row, then those of the next step.
+  // The next row of the weight that the stripe takes: kEach in a row, element i of a vector of x each, then those
+  // of the next step.
   int row = stripe * kEach;
   const int rows = there > 0 ? static_cast<int>(args.in) : 0;
   const char* next = weight + row * row_bytes;
@@ -75,9 +81,10 @@ __device__ __forceinline__ void multiply_columns(const Problem& problem, const G
     next += ahead * row_bytes;
     return loaded;
   };
-  Words<16> ring[kEach];
+  constexpr int kLoads = kLoadsAhead<Type, kTokens>;
+  Words<16> ring[kLoads];
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) ring[i] = load(i);
+  for (int i = 0; i < kLoads; ++i) ring[i] = load(i);
   stage_sources<Type>(problem, group, kTokens);
   __syncthreads();
   constexpr int kWords = kVectorBytes / 4, kElementsOfWord = 4 / Type::kBytes;
@@ -93,7 +100,8 @@ __device__ __forceinline__ void multiply_columns(const Problem& problem, const G
       for (int t = 0; t < kTokens; ++t) x[t] = staged[(t * vectors + step * kStripes) * kWords + word];
 #pragma unroll
       for (int part = 0; part < kElementsOfWord; ++part) {
-        Words<16>& weights = ring[word * kElementsOfWord + part];
+        const int i = word * kElementsOfWord + part;
+        Words<16>& weights = ring[i % kLoads];
 #pragma unroll
         for (int c = 0; c < kEach; ++c) {
           const float factor = Type::widen(weights.word, c);
@@ -103,7 +111,7 @@ __device__ __forceinline__ void multiply_columns(const Problem& problem, const G
             sum = math::fma(factor, Type::widen(&x[t], part), sum);
           }
         }
-        weights = load(word * kElementsOfWord + part);
+        weights = load((i + kLoads) % kEach);
       }
     }
   }

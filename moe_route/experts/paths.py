@@ -176,9 +176,10 @@ def gate_of(module: Any) -> Gate | None:
         kind = _function(module)
         concatenated = getattr(module, "is_concatenated", True)
         return None if kind is None or not concatenated else Gate(Activation(kind), "halves")
-    for kind in type(module).__mro__:  # torch.compile traces this, but no __qualname__
-        if kind.__name__ in _OWN_GATES and kind.__module__.startswith("transformers.models."):
-            return _own_gate(module, _OWN_GATES[kind.__name__]) if kind._apply_gate is apply else None
+    owner: Any
+    for owner in type(module).__mro__:  # torch.compile traces this, but no __qualname__
+        if owner.__name__ in _OWN_GATES and owner.__module__.startswith("transformers.models."):
+            return _own_gate(module, _OWN_GATES[owner.__name__]) if owner._apply_gate is apply else None
     return None
 
 

@@ -80,8 +80,16 @@ def expert_rows(
             activation.shift,
         )
     except FAILURES:
-        biases = {"up_bias": up_bias, "down_bias": down_bias}
-        refuse_types(tuple(biases), x=x, dispatch=dispatch, up=up, down=down, activation=activation, **biases)
+        refuse_types(
+            ("up_bias", "down_bias"),
+            x=x,
+            dispatch=dispatch,
+            up=up,
+            down=down,
+            up_bias=up_bias,
+            down_bias=down_bias,
+            activation=activation,
+        )
         raise
 
 
