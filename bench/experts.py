@@ -16,10 +16,13 @@ import torch
 import moe_route as mr
 from bench.results import Fact, Row, rows
 from bench.timing import Contender, Pool, Race, race
+from moe_route.experts import paths
 
 SECTION = "Experts of one layer"
 EAGER, PEER, BATCHED, OURS = "eager", "grouped_mm", "batched_mm", "moe_route"
 IMPLEMENTATIONS = (EAGER, PEER, BATCHED, OURS)
+# Ours by one of its paths, whatever the number of slots: where they cross is what `most_slots` should be.
+PATHS = {f"{OURS}, {path}": path for path in (paths.STREAMED, paths.GROUPED)}
 READ, DENSE = "read the weights of the experts that were hit", "as many multiplications in two dense products"
 DTYPES = (torch.bfloat16, torch.float32)
 # Tokens of a call -> the part of the rounds that is spent on it.
@@ -147,6 +150,17 @@ class RoutedModel:
 
         return contender
 
+    def on_path(self, path: str) -> Contender:
+        """Ours, by one path."""
+        ours = self.implementation(OURS)
+
+        def contender(index: int) -> torch.Tensor:
+            with paths.only(path):
+                result: torch.Tensor = ours(index)
+            return result
+
+        return contender
+
     def read(self, index: int) -> list[torch.Tensor]:
         """The floor of few tokens: reading every weight that takes part once."""
         weights = self.module.gate_up_proj, self.module.down_proj
@@ -170,7 +184,10 @@ class RoutedModel:
         return {
             name: reading,
             DENSE: self.dense,
-            **{implementation: self.implementation(implementation) for implementation in implementations},
+            **{
+                name: self.on_path(PATHS[name]) if name in PATHS else self.implementation(name)
+                for name in implementations
+            },
         }
 
     def hit_bytes(self) -> float:
@@ -182,7 +199,7 @@ class RoutedModel:
 def compared(section: str, routed: RoutedModel, run: Race, read: str = READ) -> tuple[list[Row], list[Fact]]:
     """The rows of one case: each against `grouped_mm`, and against the floor that takes longer."""
     case, took = routed.title, run.timing(OURS).median
-    names = [name for name in IMPLEMENTATIONS if name in run.seconds]
+    names = [name for name in (*IMPLEMENTATIONS, *PATHS) if name in run.seconds]
     peers = {name: PEER for name in names if name != PEER}
     floor = max((read, DENSE), key=lambda name: run.timing(name).median)
     operations = routed.layer.operations(routed.tokens)

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
-from harness.standin_device import HostWaitedError, StandInDevices, StandInGraph, asked_by, move, to_device
+from harness.standin_device import HostWaitedError, OnDevice, StandInDevices, StandInGraph, asked_by, move, to_device
 from harness.tiny_models import tiny_model, tokens
 
 import moe_route as mr
+from moe_route import ops
 from moe_route.calls import Labels
 from moe_route.devices import Answers, CaptureRefusedError, upload
+from moe_route.experts import forward
 from moe_route.ops import StatisticsTables, SteeringTables
 from moe_route.patching import Attachment
 from moe_route.patching.deferred import MOST_TOKENS
@@ -534,6 +536,69 @@ def test_a_graph_of_a_decode_step_counts_every_replay(away: Place, plan: mr.Plan
     assert (replayed.tokens("decode") == STEPS).all()
     assert (plain.token_sum("counts") == replayed.token_sum("counts")).all()
     assert plain.metadata["captured_calls"] == 0
+    assert replayed.metadata["captured_calls"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Experts of few slots: the streamed path.
+
+
+@pytest.fixture
+def streamed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The slots of every call of the experts that took the streamed path."""
+    seen: list[int] = []
+    real = ops.expert_rows
+
+    def counting(x: Tensor, slots: ops.Dispatch, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(slots.inverse.numel())
+        return real(x, slots, *args, **kwargs)
+
+    monkeypatch.setattr(ops, "expert_rows", counting)
+    monkeypatch.setattr(forward, "PLAIN", (*forward.PLAIN, OnDevice))  # a device that is not there has its own type
+    return seen
+
+
+@pytest.mark.parametrize("engine", ["hook", "fused"])
+@pytest.mark.parametrize("name", NAMES)
+def test_few_slots_are_streamed_on_a_device(away: Place, name: str, engine: str, streamed: list[int]) -> None:
+    """In prefill and decode, recorded and steered; the CPU, which `compared` holds it against, takes the other path."""
+
+    def work(where: Place, routed: mr.RoutedModel) -> Tensor:
+        recorder = routed.record(groups=["x", "y"])
+        with routed.steer(PLAN), where.block(recorder, recorder.labels(["x", "y", "y"])):
+            return routed.model.generate(
+                **put_all(where, inputs("left")), **GREEDY | {"cache_implementation": "static"}
+            )
+
+    compared(away, name, work, engine=engine, experts_implementation="moe_route")
+    assert max(streamed) == 7 * min(streamed)  # prompts of 7 tokens, then steps
+
+
+def test_many_slots_are_not_streamed_on_a_device(away: Place, streamed: list[int]) -> None:
+    with away.on(), torch.no_grad():
+        model = away.move(model_of("qwen3_moe"))
+        with away.reading():
+            routed = mr.attach(model, experts_implementation="moe_route")
+        routed.model(**put_all(away, inputs(length=44)))
+        assert not streamed
+        with away.reading():
+            routed.detach()
+
+
+@pytest.mark.parametrize("plan", [None, PLAN], ids=["plain", "steered"])
+def test_a_graph_of_a_decode_step_holds_streamed_experts(
+    away: Place, plan: mr.Plan | None, streamed: list[int]
+) -> None:
+    with away.on(), torch.no_grad():
+        model = away.move(model_of("qwen3_moe"))
+        with away.reading():
+            routed = mr.attach(model, experts_implementation="moe_route")
+        plain, calls = decode(away, routed, False, plan), len(streamed)
+        replayed = decode(away, routed, True, plan)
+        with away.reading():
+            routed.detach()
+    assert 0 < len(streamed) - calls < calls  # replays run no Python
+    assert (plain.token_sum("counts") == replayed.token_sum("counts")).all()
     assert replayed.metadata["captured_calls"] == 1
 
 

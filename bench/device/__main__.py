@@ -40,7 +40,7 @@ class Work:
     model_tokens: Sequence[int] = (64, 4096)
     model: model.Work = field(default_factory=model.Work)
     expert_layers: Sequence[experts.Layer] = experts.LAYERS
-    expert_tokens: Sequence[int] = tuple(experts.TOKENS)
+    expert_tokens: Sequence[int] = (1, 4, 16, 64, 256, 2048)
 
 
 SMALL = Work(
@@ -147,6 +147,9 @@ def measure_model(report: Report, work: Work) -> None:
         report.facts.append(Fact(section, work.model.title, what, seconds * 1e6, "us"))
 
 
+MOST_STREAMED = 2048  # slots up to which both paths of ours are compared
+
+
 def measure_experts(report: Report, work: Work) -> None:
     for layer in work.expert_layers:
         for dtype in experts.DTYPES:
@@ -165,6 +168,8 @@ def measure_expert_layer(report: Report, work: Work, layer: experts.Layer, dtype
                 names = tuple(name for name in names if name != experts.EAGER) if dtype == BF16 else ()
             if not names:
                 continue
+            if routed.tokens * layer.k <= MOST_STREAMED:
+                names = (*names, *experts.PATHS)
             contenders = routed.contenders(names, (floors.COPY, copying))
             burst = where.calls(mode, len(routed))
             with torch.inference_mode():

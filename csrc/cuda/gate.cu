@@ -113,6 +113,7 @@ void load_kernels(int32_t experts) {
   load_dispatch_kernels(experts);
   load_permute_kernels();
   load_combine_kernels();
+  load_experts_kernels();
 }
 
 }  // namespace moe_route::cuda

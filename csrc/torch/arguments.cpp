@@ -40,15 +40,6 @@ int32_t device_index(const Tensor& tensor) {
   return index;
 }
 
-void check_place(const char* name, const Tensor& tensor, const Place& place) {
-  const int32_t type = device_type(tensor);
-  if (type == place.type && (place.cpu || device_index(tensor) == place.index)) return;
-  const bool known = type == aoti_torch_device_type_cpu() || type == aoti_torch_device_type_cuda();
-  const std::string where = known ? place_of(name, tensor).name() : "another device";
-  refuse(name, " (on ", where, ") and ", place.leader, " (on ", place.name(),
-         ") must be on one device; move ", name, " with .to('", place.name(), "')");
-}
-
 }  // namespace
 
 std::string shape_text(const Tensor& tensor) {
@@ -66,6 +57,15 @@ Place place_of(const char* name, const Tensor& tensor) {
   place.cpu = place.type == aoti_torch_device_type_cpu();
   if (!place.cpu) place.index = device_index(tensor);
   return place;
+}
+
+void check_place(const char* name, const Tensor& tensor, const Place& place) {
+  const int32_t type = device_type(tensor);
+  if (type == place.type && (place.cpu || device_index(tensor) == place.index)) return;
+  const bool known = type == aoti_torch_device_type_cpu() || type == aoti_torch_device_type_cuda();
+  const std::string where = known ? place_of(name, tensor).name() : "another device";
+  refuse(name, " (on ", where, ") and ", place.leader, " (on ", place.name(),
+         ") must be on one device; move ", name, " with .to('", place.name(), "')");
 }
 
 void check_storage(const char* name, const Tensor& tensor) {

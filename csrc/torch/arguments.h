@@ -31,6 +31,9 @@ std::string shape_text(const Tensor& tensor);
 // Where `tensor`, the argument `name`, lies.
 Place place_of(const char* name, const Tensor& tensor);
 
+// Refuses a tensor that lies elsewhere than the call's leading tensor.
+void check_place(const char* name, const Tensor& tensor, const Place& place);
+
 // A tensor whose storage was freed has a shape and no memory: it is refused, and not taken for an absent one.
 void check_storage(const char* name, const Tensor& tensor);
 

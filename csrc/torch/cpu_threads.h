@@ -1,6 +1,7 @@
 // Whole problems on torch's threads.
 #pragma once
 #include "moe_route/dispatch.h"
+#include "moe_route/experts.h"
 #include "moe_route/gate.h"
 
 namespace moe_route::cpu {
@@ -11,5 +12,6 @@ void launch_gate(const GateArgs& args);
 void launch_dispatch(const DispatchArgs& args);
 void launch_permute(const PermuteArgs& args);
 void launch_combine(const CombineArgs& args);
+void launch_expert_product(const ExpertProductArgs& args);
 
 }  // namespace moe_route::cpu

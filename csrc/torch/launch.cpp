@@ -68,6 +68,11 @@ void combine(const CombineArgs& args, const Place& place) {
   cuda::combine(args, OnDevice(place).stream());
 }
 
+void expert_product(const ExpertProductArgs& args, const Place& place) {
+  if (place.cpu) return cpu::launch_expert_product(args);
+  cuda::expert_product(args, OnDevice(place).stream());
+}
+
 void load_kernels(int32_t index, int32_t experts) {
   cuda::require_kernels();
   const torch::stable::accelerator::DeviceGuard guard(index);

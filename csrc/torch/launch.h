@@ -5,6 +5,7 @@
 // runs the emulated CUDA kernels on CPU tensors.
 #pragma once
 #include "moe_route/dispatch.h"
+#include "moe_route/experts.h"
 #include "moe_route/gate.h"
 #include "place.h"
 
@@ -21,6 +22,7 @@ int64_t dispatch_workspace_bytes(const DispatchArgs& args, const Place& place);
 void dispatch(const DispatchArgs& args, const Place& place);
 void permute(const PermuteArgs& args, const Place& place);
 void combine(const CombineArgs& args, const Place& place);
+void expert_product(const ExpertProductArgs& args, const Place& place);
 
 // Loads the CUDA kernels that later calls with this many experts may launch on the device `index`.
 void load_kernels(int32_t index, int32_t experts);

@@ -13,8 +13,8 @@ the flags that `use_experts_implementation` sets on a module:
 
 If a version of transformers lacks a flag, it means the value in `DEFAULTS`. A module that sets a flag outside this
 table is refused, and so are weights other than plain floating-point tensors; `refuse` gives the reason and the fix.
-Expert parallelism needs no flag: an expert that this rank does not hold has the id `num_experts`, and its slots are
-skipped.
+`moe_route.experts.paths` chooses how a call runs. Expert parallelism needs no flag: an expert that this rank does not
+hold has the id `num_experts`, and its slots are skipped.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from moe_route import ops
 from moe_route.contract.dispatch import Dispatch
+from moe_route.experts.paths import STREAMED, Call, choose, gate_of
 from moe_route.nn import grouped_linear
 from moe_route.routers.discovery import ModelNotSupportedError
 
@@ -42,6 +43,7 @@ UNKNOWN_FLAGS: dict[str, Any] = {}
 # Experts whose own forward multiplies in float32, whatever the dtype of the weights.
 COMPUTES_IN_FLOAT32 = frozenset(("OpenAIPrivacyFilterExperts",))
 
+PLAIN = (nn.Parameter, Tensor)  # types of weights that are neither sharded nor quantized
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -50,22 +52,41 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
     The result has the dtype of hidden_states. A slot whose id is negative, or at least the number of experts, is
     skipped whatever its weight. Products are computed in the dtype of the expert weights (under autocast, in its
-    dtype). The weighted sum is accumulated in float32 (float64 for float64) in the order of the slots and rounded once.
+    dtype). A few slots on a CUDA device take another path than many (`moe_route.experts.paths`), whose last bits
+    differ: it rounds after the activation, not before. The weighted sum is accumulated in float32 (float64 for float64)
+    in the order of the slots and rounded once.
     """
     refuse(module)
     dtype = compute_dtype(module)
     slots = ops.dispatch(top_k_index, module.down_proj.shape[0])
+    path = choose(Call(module, hidden_states, top_k_index.numel(), _weights(module), dtype))
+    if path.name == STREAMED:
+        rows = _streamed_rows(module, hidden_states, slots)
+    else:
+        rows = _grouped_rows(module, hidden_states, slots, dtype)
+    if flag(module, "has_post_expert_norm"):
+        rows = module.post_expert_norm(_defined(rows, slots, module.post_expert_norm))
+    rows = rows.to(torch.promote_types(rows.dtype, hidden_states.dtype))  # under autocast: round after the sum
+    return ops.combine(rows, top_k_weights, slots).to(hidden_states.dtype)
+
+
+def _streamed_rows(module: Any, hidden_states: Tensor, slots: Dispatch) -> Tensor:
+    gate = gate_of(module)
+    if gate is None:
+        raise RuntimeError(f"the activation of {type(module).__name__} is in none of the tables of moe_route.experts")
+    (up, up_bias), (down, down_bias) = (_weight(module, name) for name in (up_projection(module), "down_proj"))
+    biases = {"up_bias": up_bias, "down_bias": down_bias}
+    return ops.expert_rows(hidden_states, slots, up, down, **biases, activation=gate.activation, pairing=gate.pairing)
+
+
+def _grouped_rows(module: Any, hidden_states: Tensor, slots: Dispatch, dtype: torch.dtype) -> Tensor:
     rows = ops.permute(hidden_states, slots)
     rows = _product(module, up_projection(module), rows.to(dtype), slots)
     if flag(module, "has_gate"):
         rows = module._apply_gate(_defined(rows, slots, getattr(module, "act_fn", None)))
     else:
         rows = module.act_fn(_defined(rows, slots, module.act_fn))
-    rows = _product(module, "down_proj", rows.to(dtype), slots)
-    if flag(module, "has_post_expert_norm"):
-        rows = module.post_expert_norm(_defined(rows, slots, module.post_expert_norm))
-    rows = rows.to(torch.promote_types(rows.dtype, hidden_states.dtype))  # under autocast: round after the sum
-    return ops.combine(rows, top_k_weights, slots).to(hidden_states.dtype)
+    return _product(module, "down_proj", rows.to(dtype), slots)
 
 
 def flag(module: Any, name: str) -> bool:
@@ -119,7 +140,7 @@ def _unfit(weight: object) -> str | None:
     """Why these weights cannot be multiplied in their stored form, or None."""
     if not isinstance(weight, Tensor):
         return f"a {type(weight).__name__}, no tensor"
-    if type(weight) not in (nn.Parameter, Tensor):
+    if type(weight) not in PLAIN:
         return f"a {type(weight).__name__} (sharded or quantized), not a plain tensor"
     if weight.dtype not in FLOATS:
         return f"{weight.dtype} (packed or quantized)"
@@ -134,12 +155,23 @@ def _default_gate(module: Any) -> bool:
     return gate is None or gate.__module__.startswith("transformers.integrations")
 
 
-def _product(module: Any, name: str, rows: Tensor, slots: Dispatch) -> Tensor:
+def _weights(module: Any) -> list[Tensor]:
+    """All weights and biases of both products, as they are stored."""
+    names = [up_projection(module), "down_proj"]
+    names += [f"{name}_bias" for name in names] if flag(module, "has_bias") else []
+    return [getattr(module, name) for name in names]
+
+
+def _weight(module: Any, name: str) -> tuple[Tensor, Tensor | None]:
+    """Weight [E, out, in] and bias [E, out] of a product."""
     weight = getattr(module, name)
     if flag(module, "is_transposed"):
         weight = weight.transpose(-2, -1)
-    bias = getattr(module, f"{name}_bias") if flag(module, "has_bias") else None
-    return grouped_linear(rows, weight, bias, slots)
+    return weight, getattr(module, f"{name}_bias") if flag(module, "has_bias") else None
+
+
+def _product(module: Any, name: str, rows: Tensor, slots: Dispatch) -> Tensor:
+    return grouped_linear(rows, *_weight(module, name), slots)
 
 
 def _defined(rows: Tensor, slots: Dispatch, reader: object) -> Tensor:

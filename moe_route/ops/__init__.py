@@ -15,6 +15,7 @@ the argument and how to fix it. CUDA tensors raise RuntimeError if this build ha
 import torch  # noqa: F401  (loads the libraries that _C is linked with)
 
 from moe_route import _C  # noqa: F401  (registers the operators)
+from moe_route.contract.activation import Activation
 from moe_route.contract.dispatch import Dispatch
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import (
@@ -27,6 +28,7 @@ from moe_route.contract.tables import (
     token_table,
 )
 from moe_route.ops.dispatch import combine, dispatch, permute
+from moe_route.ops.experts import expert_rows
 from moe_route.ops.gate import observe, observe_layers, route, route_weights
 from moe_route.ops.kernels import load_kernels
 from moe_route.ops.registration import register as _register
@@ -37,6 +39,7 @@ __all__ = [
     "FIXED_POINT",
     "METRICS",
     "SCALARS",
+    "Activation",
     "Dispatch",
     "Force",
     "RouterSpec",
@@ -44,6 +47,7 @@ __all__ = [
     "SteeringTables",
     "combine",
     "dispatch",
+    "expert_rows",
     "load_kernels",
     "observe",
     "observe_layers",

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from moe_route.contract.activation import Activation
 from moe_route.contract.spec import SCORES, RouterSpec
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 
@@ -61,7 +62,9 @@ _DISPATCH = _Kind(
     "a Dispatch",
     "ops.dispatch(ids, num_experts) makes one",
 )
+_ACTIVATION = _Kind(lambda value: isinstance(value, Activation), "an Activation", 'ops.Activation("silu") is one')
 _KINDS: Mapping[str, _Kind] = {
+    "activation": _ACTIVATION,
     "k": _INTEGER,
     "num_experts": _INTEGER,
     "block": _INTEGER,

@@ -37,6 +37,7 @@ def register(namespace: str) -> None:
         "dispatch": _dispatch_fake,
         "permute": _permute_fake,
         "combine": _combine_fake,
+        "expert_rows": _expert_rows_fake,
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"{namespace}::{name}", _on_one_device(name, fake))
@@ -55,6 +56,7 @@ def register(namespace: str) -> None:
     }
     for name, (backward, keep) in gradients.items():
         torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=keep)
+    torch.library.register_autograd(f"{namespace}::expert_rows", _expert_rows_backward)
 
 
 # ---- shapes of results ------------------------------------------------------------------------------------------
@@ -119,6 +121,14 @@ def _permute_fake(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
 def _combine_fake(rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor, *_: Any, **__: Any) -> Tensor:
     torch._check_value(rows.dim() == 2, lambda: f"rows must be [dispatched rows, hidden], got {list(rows.shape)}")
     return rows.new_empty((inverse.shape[0], rows.shape[1]))
+
+
+def _expert_rows_fake(
+    x: Tensor, offsets: Tensor, counts: Tensor, order: Tensor, k: int, up: Tensor, down: Tensor, *_: Any
+) -> Tensor:
+    torch._check_value(x.dim() == 2, lambda: f"x must be [tokens, hidden], got {list(x.shape)}")
+    torch._check_value(down.dim() == 3, lambda: f"down must be [experts, out, in], got {list(down.shape)}")
+    return x.new_empty((order.shape[0], down.shape[1]))
 
 
 # ---- gradients of route_weights ---------------------------------------------------------------------------------
@@ -251,3 +261,7 @@ def _product(rows: Tensor, grad: Tensor, at: Tensor) -> Tensor:
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     product = (rows[at.clamp(min=0)].to(wide) * grad.to(wide)).sum(1)
     return torch.where(at >= 0, product, 0.0)
+
+
+def _expert_rows_backward(ctx: Any, grad: Tensor) -> None:
+    raise RuntimeError("expert_rows has no gradient: train with moe_route.nn.Experts")

@@ -8,6 +8,7 @@ that change a choice after their router.
 """
 
 from moe_route.reference.dispatch import combine, dispatch, permute
+from moe_route.reference.experts import expert_rows
 from moe_route.reference.gate import observe, observe_steered, route, route_weights
 
-__all__ = ["combine", "dispatch", "observe", "observe_steered", "permute", "route", "route_weights"]
+__all__ = ["combine", "dispatch", "expert_rows", "observe", "observe_steered", "permute", "route", "route_weights"]

@@ -446,7 +446,7 @@ def test_experts_are_measured_on_a_stand_in(cuda: Counting, tmp_path: Path, monk
         for mode in (place.GRAPH, place.LAUNCHED)
     }
     assert names[place.LAUNCHED] - names[place.GRAPH] == {experts.EAGER}
-    assert names[place.LAUNCHED] == {*experts.IMPLEMENTATIONS, floors.COPY, experts.DENSE}
+    assert names[place.LAUNCHED] == {*experts.IMPLEMENTATIONS, *experts.PATHS, floors.COPY, experts.DENSE}
 
 
 def test_what_was_measured_before_a_failure_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,9 @@
-// The CUDA kernels against the CPU, bit for bit: gate, dispatch, permute, combine, and all four in a row.
+// The CUDA kernels against the CPU, bit for bit: gate, dispatch, permute, combine, all four in a row, and the
+// products of experts.
 // One program for a real device and for the emulated one (tests/emulator), where memory checkers and ctest
 // run it.
 //
-//   device_test [--problems N] [--seed S] [--only gate|dispatch|permute|combine|chain] [--number I]
+//   device_test [--problems N] [--seed S] [--only gate|dispatch|permute|combine|experts|chain] [--number I]
 //   [--determinism N]
 //
 // N random problems beside those that cover every option (60); --number runs one alone, as a failure names
@@ -22,6 +23,7 @@
 #include <vector>
 
 #include "device_call.h"
+#include "experts_problem.h"
 #include "gate_problem.h"
 #include "moe_route/cuda.h"
 
@@ -58,10 +60,12 @@ void run_on_cpu(const GateArgs& a) { cpu::gate_rows(a, 0, a.tokens); }
 void run_on_cpu(const DispatchArgs& a) { cpu::dispatch(a, serial, 1); }
 void run_on_cpu(const PermuteArgs& a) { cpu::permute(a, serial); }
 void run_on_cpu(const CombineArgs& a) { cpu::combine(a, serial); }
+void run_on_cpu(const ExpertProductArgs& a) { cpu::expert_product(a, serial); }
 void enqueue(const GateArgs& a, cuda::Stream stream) { cuda::gate(a, stream); }
 void enqueue(const DispatchArgs& a, cuda::Stream stream) { cuda::dispatch(a, stream); }
 void enqueue(const PermuteArgs& a, cuda::Stream stream) { cuda::permute(a, stream); }
 void enqueue(const CombineArgs& a, cuda::Stream stream) { cuda::combine(a, stream); }
+void enqueue(const ExpertProductArgs& a, cuda::Stream stream) { cuda::expert_product(a, stream); }
 
 // What load_kernels has to be told for a call: with MOE_ROUTE_EMULATOR_LOADED_ONLY a kernel that it leaves
 // out fails.
@@ -69,6 +73,7 @@ int32_t experts_of(const GateArgs& a) { return a.experts; }
 int32_t experts_of(const DispatchArgs& a) { return a.experts; }
 int32_t experts_of(const PermuteArgs&) { return 1; }
 int32_t experts_of(const CombineArgs&) { return 1; }
+int32_t experts_of(const ExpertProductArgs& a) { return a.experts; }
 
 // ---- one call on both sides -----------------------------------------------------------------------------
 
@@ -369,6 +374,28 @@ void test_combine() {
   }
 }
 
+// ---- products of experts --------------------------------------------------------------------------------
+
+void test_experts() {
+  for (int number = 0; number < 36 + options.problems / 4; ++number) {
+    if (!wanted("experts", number)) continue;
+    Random g(options.seed * 67'867'967 + static_cast<uint64_t>(number));
+    const ExpertsProblem p(g, number, random_numbers);
+    const ExpertProductArgs& a = p.args;
+    const int64_t shift = g.one_in(3) ? bytes_of(a.type) << g.below(2) : 0;
+    report(outcome([&] { return compare(a, number % 2 == 0, shift); }),
+           about("experts", number) + list({{"E", a.experts},
+                                            {"in", a.in},
+                                            {"out", a.out_columns},
+                                            {"type", int(a.type)},
+                                            {"transposed", a.transposed},
+                                            {"pairing", int(a.pairing)},
+                                            {"activation", int(a.activation.kind)},
+                                            {"capacity", a.capacity},
+                                            {"shift", shift}}));
+  }
+}
+
 // ---- gate, dispatch, permute, combine in a row ----------------------------------------------------------
 
 // The inputs of a chain; its shape is that of `wish`.
@@ -596,7 +623,7 @@ int main(int argc, char** argv) {
   if (!read_options(argc, argv)) {
     std::printf(
         "usage: device_test [--problems N] [--seed S] [--only "
-        "gate|dispatch|permute|combine|chain|graph|streams] "
+        "gate|dispatch|permute|combine|experts|chain|graph|streams] "
         "[--number I] [--determinism N]\n");
     return 2;
   }
@@ -609,6 +636,7 @@ int main(int argc, char** argv) {
   test_dispatch();
   test_permute();
   test_combine();
+  test_experts();
   test_chain();
 #if !defined(MOE_ROUTE_EMULATOR)
   test_graphs();

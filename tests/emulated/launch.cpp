@@ -25,5 +25,6 @@ int64_t dispatch_workspace_bytes(const DispatchArgs& args, const Place&) {
 void dispatch(const DispatchArgs& args, const Place&) { cuda::dispatch(args, nullptr); }
 void permute(const PermuteArgs& args, const Place&) { cuda::permute(args, nullptr); }
 void combine(const CombineArgs& args, const Place&) { cuda::combine(args, nullptr); }
+void expert_product(const ExpertProductArgs& args, const Place&) { cuda::expert_product(args, nullptr); }
 
 }  // namespace moe_route::launch

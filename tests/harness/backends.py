@@ -96,6 +96,9 @@ class Backend:
     def combine(self, rows: Tensor, weights: Tensor, dispatch: Dispatch, residual: Tensor | None = None) -> Tensor:
         return self._call("combine", rows, weights, dispatch, residual)
 
+    def expert_rows(self, x: Tensor, dispatch: Dispatch, up: Tensor, down: Tensor, **kwargs: Any) -> Tensor:
+        return self._call("expert_rows", x, dispatch, up, down, **kwargs)
+
 
 # ---- one instruction set ----------------------------------------------------------------------------------------
 
@@ -150,9 +153,11 @@ def emulated() -> Iterator[None]:
     """`moe_route.ops` calls the emulated operators. One thread at a time."""
     operators = _emulated_operators()
     gate, dispatch = sys.modules["moe_route.ops.gate"], sys.modules["moe_route.ops.dispatch"]
+    experts = sys.modules["moe_route.ops.experts"]
     of_gate = {f"_{name}": getattr(operators, name).default for name in _GATE_OPERATORS}
     of_dispatch = {f"_{name}": getattr(operators, name).default for name in _DISPATCH_OPERATORS}
-    with mock.patch.multiple(gate, **of_gate), mock.patch.multiple(dispatch, **of_dispatch):
+    of_experts = mock.patch.object(experts, "_expert_rows", operators.expert_rows.default)
+    with mock.patch.multiple(gate, **of_gate), mock.patch.multiple(dispatch, **of_dispatch), of_experts:
         yield
 
 

@@ -1,4 +1,4 @@
-// The CUDA backend: the contracts of gate.h and dispatch.h on device memory. One file per operator in
+// The CUDA backend: the contracts of gate.h, dispatch.h and experts.h on device memory. One file per operator in
 // csrc/cuda, without torch headers.
 //
 // Every pointer of an argument struct is a device address of the current device. A call only enqueues work on
@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "moe_route/dispatch.h"
+#include "moe_route/experts.h"
 #include "moe_route/gate.h"
 
 struct CUstream_st;
@@ -28,9 +29,10 @@ int64_t dispatch_workspace_bytes(int64_t slots, int32_t experts);
 void dispatch(const DispatchArgs& args, Stream stream);
 void permute(const PermuteArgs& args, Stream stream);
 void combine(const CombineArgs& args, Stream stream);
+void expert_product(const ExpertProductArgs& args, Stream stream);
 
 // Loads every kernel that a later call with this many experts may launch, on the current device: all levels
-// of the gate, dispatch, permute and combine. A few microseconds where they are loaded already.
+// of the gate, dispatch, permute, combine and the products of experts. A few microseconds where they are loaded already.
 void load_kernels(int32_t experts);
 
 // The parts of load_kernels, one for each file.
@@ -38,5 +40,6 @@ void load_gate_kernels(int32_t experts);
 void load_dispatch_kernels(int32_t experts);
 void load_permute_kernels();
 void load_combine_kernels();
+void load_experts_kernels();
 
 }  // namespace moe_route::cuda

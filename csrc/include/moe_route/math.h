@@ -13,8 +13,10 @@
 
 #if defined(__CUDACC__)
 #define MOE_ROUTE_INLINE static __host__ __device__ __forceinline__
+#define MOE_ROUTE_INLINE_MEMBER __host__ __device__ __forceinline__
 #else
 #define MOE_ROUTE_INLINE [[maybe_unused]] static inline __attribute__((always_inline))
+#define MOE_ROUTE_INLINE_MEMBER inline
 #endif
 
 namespace moe_route::math {

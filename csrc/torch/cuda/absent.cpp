@@ -22,6 +22,7 @@ int64_t dispatch_workspace_bytes(int64_t, int32_t) { refuse(); }
 void dispatch(const DispatchArgs&, Stream) { refuse(); }
 void permute(const PermuteArgs&, Stream) { refuse(); }
 void combine(const CombineArgs&, Stream) { refuse(); }
+void expert_product(const ExpertProductArgs&, Stream) { refuse(); }
 void load_kernels(int32_t) { refuse(); }
 
 RuntimeFacts runtime_facts() { return {0, 0, {}, "this build has no CUDA kernels"}; }

@@ -1,0 +1,71 @@
+// Products of experts for few rows: every row times the matrix of its expert, with bias and activation, in one
+// pass over the weights of the experts that have rows. No torch headers; raw pointers and sizes.
+//
+//   out[r, c] = round(activation(bias[e, .] + weight[e, ., :] . x[source(r), :]))    for r in the range of e
+//
+// Two calls make an expert: up (with gate and activation), then down. A row's range is that of dispatch
+// (offsets, counts), its source the token of its slot (order), or the row itself. Nothing else is touched:
+// weights of experts without rows are not read, rows of no slot neither read nor written.
+//
+// A sum is float32. Element i of x belongs to stripe (i / V) % 32, V = 16 bytes of elements; each stripe adds
+// its products by fma in the order of i, and the 32 stripes are folded 16, 8, 4, 2 and 1 apart. That order
+// depends on nothing but the element type: neither on grid, layout, other rows, nor backend. So every backend
+// gives the same bits (a NaN is a NaN).
+#pragma once
+#include <cstdint>
+
+#include "moe_route/activation.h"
+#include "moe_route/dispatch.h"
+
+namespace moe_route {
+
+// Which rows of a weight make column c of the result.
+enum class Pairing : int32_t {
+  kNone,         // row c
+  kHalves,       // gate: row c, up: row `out` + c
+  kAlternating,  // gate: row 2 c, up: row 2 c + 1
+};
+
+struct ExpertProductArgs {
+  const void* x = nullptr;           // [sources, in], contiguous
+  const int64_t* order = nullptr;    // [capacity]: row r reads x[order[r] / k]; null: x[r]
+  const int64_t* offsets = nullptr;  // [E + 1]
+  const int64_t* counts = nullptr;   // [E]
+  const void* weight = nullptr;      // [E, weight_rows(), in], or [E, in, weight_rows()] where `transposed`
+  const void* bias = nullptr;        // [E, weight_rows()] or null
+  void* out = nullptr;               // [capacity, out]
+  DType type = DType::kFloat32;      // of x, weight, bias and out: float32, bfloat16 or float16
+  bool transposed = false;
+  Pairing pairing = Pairing::kNone;
+  Activation activation;
+  int32_t experts = 0;
+  int64_t sources = 0, k = 1, capacity = 0, in = 0, out_columns = 0;
+
+  MOE_ROUTE_INLINE_MEMBER int64_t weight_rows() const {
+    return pairing == Pairing::kNone ? out_columns : 2 * out_columns;
+  }
+  // The rows of `weight` that make column c; without a gate both are the same.
+  MOE_ROUTE_INLINE_MEMBER int64_t gate_row(int64_t c) const {
+    return pairing == Pairing::kAlternating ? 2 * c : c;
+  }
+  MOE_ROUTE_INLINE_MEMBER int64_t up_row(int64_t c) const {
+    return pairing == Pairing::kNone ? c : pairing == Pairing::kHalves ? out_columns + c : 2 * c + 1;
+  }
+  // The row of x that row r reads, or -1 where its slot is not one: it counts as zeros.
+  MOE_ROUTE_INLINE_MEMBER int64_t source(int64_t r) const {
+    if (order == nullptr) return r < sources ? r : -1;
+    const int64_t slot = order[r];
+    return slot >= 0 && slot < sources * k ? slot / k : -1;
+  }
+};
+
+inline constexpr int kStripes = 32;
+
+// Elements of x that a stripe takes at a time.
+inline int64_t elements_at_a_time(DType type) { return type == DType::kFloat32 ? 4 : 8; }
+
+namespace cpu {
+// Simple, not fast: what the CUDA kernels are held against.
+void expert_product(const ExpertProductArgs& args, Parallel parallel);
+}  // namespace cpu
+}  // namespace moe_route

@@ -1,0 +1,134 @@
+// The operator expert_rows: schema, checks, outputs. Like operators.cpp, which has the other operators.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "arguments.h"
+#include "launch.h"
+
+namespace moe_route {
+namespace {
+
+// Checks weights [E, rows, in], which must be packed: as they are, or (true) as a transposed view of [E, in, rows].
+bool is_transposed(const char* name, const Tensor& weight, int64_t experts, int64_t in, const Tensor& x,
+                   const Place& place) {
+  if (weight.dim() != 3 || weight.size(0) != experts || weight.size(2) != in) {
+    refuse(name, " has shape ", shape_text(weight), "; it must be [", experts, ", any, ", in,
+           "] (experts, out, in)");
+  }
+  check_place(name, weight, place);
+  if (weight.scalar_type() != x.scalar_type())
+    refuse(name, " must have the dtype of x; convert one to the other");
+  check_storage(name, weight);
+  if (weight.is_contiguous()) return false;
+  const int64_t out = weight.size(1), inner = weight.size(2);
+  const bool turned = (weight.stride(1) == 1 || out == 1) && (weight.stride(2) == out || inner == 1) &&
+                      (weight.stride(0) == out * inner || weight.size(0) == 1);
+  if (!turned) {
+    refuse(name,
+           " is neither contiguous nor a transposed view (.transpose(-2, -1)) of a contiguous tensor; "
+           "call .contiguous() on it first");
+  }
+  return true;
+}
+
+const void* bias_of(const char* name, const MaybeTensor& bias, const Tensor& weight, const Place& place) {
+  if (!bias) return nullptr;
+  check_tensor(name, *bias, {weight.size(0), weight.size(1)}, place);
+  if (bias->scalar_type() != weight.scalar_type()) refuse(name, " must have the dtype of its weight");
+  return bias->const_data_ptr();
+}
+
+Activation activation_of(int64_t kind, double alpha, double limit, double shift) {
+  if (kind < static_cast<int64_t>(ActivationKind::kSilu) ||
+      kind > static_cast<int64_t>(ActivationKind::kReluSquared))
+    refuse("activation ", kind, " is not one that moe_route.ops.Activation packs");
+  return {static_cast<ActivationKind>(kind), static_cast<float>(alpha), static_cast<float>(limit),
+          static_cast<float>(shift)};
+}
+
+Tensor expert_rows(const Tensor& x, const Tensor& offsets, const Tensor& counts, const Tensor& order,
+                   int64_t k, const Tensor& up, const Tensor& down, const MaybeTensor& up_bias,
+                   const MaybeTensor& down_bias, int64_t activation, int64_t pairing, double alpha,
+                   double limit, double shift) {
+  if (x.dim() != 2) refuse("x has shape ", shape_text(x), "; it must be [tokens, hidden]");
+  const Place place = place_of("x", x);
+  launch::require(place);
+  const int64_t experts = offsets.dim() == 1 ? offsets.size(0) - 1 : -1;
+  if (experts < 1 || experts > kMaxExperts)
+    refuse("offsets have shape ", shape_text(offsets), "; they must be [experts + 1]");
+  const int64_t hidden = x.size(1);
+  ExpertProductArgs args;
+  args.type = float_type("x", x);
+  if (args.type == DType::kFloat64) refuse("x is float64; it must be float32, bfloat16 or float16");
+  if (k < 1) refuse("k = ", k, " is below 1");
+  if (pairing < 0 || pairing > static_cast<int64_t>(Pairing::kAlternating))
+    refuse("pairing = ", pairing, " is outside 0..2");
+  const auto table = [&](const char* name, const Tensor& tensor, int64_t size) {
+    check_tensor(name, tensor, {size}, place);
+    check_dtype(name, tensor, ScalarType::Long, "int64");
+    return tensor.const_data_ptr<int64_t>();
+  };
+  const Tensor source = packed("x", x);
+  args.x = source.const_data_ptr();
+  args.offsets = table("offsets", offsets, experts + 1);
+  args.counts = table("counts", counts, experts);
+  args.order = table("order", order, -1);
+  args.capacity = order.size(0);
+  args.experts = static_cast<int32_t>(experts);
+  args.sources = x.size(0);
+  args.k = k;
+  // up, with gate and activation
+  args.transposed = is_transposed("up", up, experts, hidden, x, place);
+  args.pairing = static_cast<Pairing>(pairing);
+  const int64_t factor = args.pairing == Pairing::kNone ? 1 : 2;
+  if (up.size(1) % factor != 0)
+    refuse("up has ", up.size(1), " rows, an odd number; a gate and its columns take two each");
+  args.weight = up.const_data_ptr();
+  args.bias = bias_of("up_bias", up_bias, up, place);
+  args.activation = activation_of(activation, alpha, limit, shift);
+  args.in = hidden;
+  args.out_columns = up.size(1) / factor;
+  Tensor inner = allocate({args.capacity, args.out_columns}, dtype_of(x), place);
+  args.out = inner.mutable_data_ptr();
+  // down
+  ExpertProductArgs then = args;
+  then.transposed = is_transposed("down", down, experts, args.out_columns, x, place);
+  then.pairing = Pairing::kNone;
+  then.weight = down.const_data_ptr();
+  then.bias = bias_of("down_bias", down_bias, down, place);
+  then.activation = {};
+  then.x = args.out;
+  then.order = nullptr;
+  then.sources = args.capacity;
+  then.in = args.out_columns;
+  then.out_columns = down.size(1);
+  Tensor rows = allocate({args.capacity, then.out_columns}, dtype_of(x), place);
+  then.out = rows.mutable_data_ptr();
+  launch::expert_product(args, place);
+  launch::expert_product(then, place);
+  return rows;
+}
+
+template <class Library>
+void implement(Library& m) {
+  m.impl("expert_rows", TORCH_BOX(&expert_rows));
+}
+
+}  // namespace
+}  // namespace moe_route
+
+#ifndef MOE_ROUTE_NAMESPACE
+#define MOE_ROUTE_NAMESPACE moe_route
+#endif
+#define MOE_ROUTE_FRAGMENT(name, m) STABLE_TORCH_LIBRARY_FRAGMENT(name, m)
+
+MOE_ROUTE_FRAGMENT(MOE_ROUTE_NAMESPACE, m) {
+  m.def(
+      "expert_rows(Tensor x, Tensor offsets, Tensor counts, Tensor order, int k, Tensor up, Tensor down, "
+      "Tensor? up_bias, Tensor? down_bias, int activation, int pairing, float alpha, float limit, float "
+      "shift) "
+      "-> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(MOE_ROUTE_NAMESPACE, CPU, m) { moe_route::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(MOE_ROUTE_NAMESPACE, CUDA, m) { moe_route::implement(m); }

@@ -1,0 +1,102 @@
+"""The experts of few rows: both products and the activation, without bringing the rows into order first.
+
+See csrc/include/moe_route/experts.h. They run on the CPU or a CUDA device, wherever the first tensor is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from moe_route.contract.activation import KINDS, PAIRINGS, Activation
+from moe_route.contract.dispatch import Dispatch
+from moe_route.ops.arguments import FAILURES, refuse_types
+
+__all__ = ["expert_rows"]
+
+_expert_rows = torch.ops.moe_route.expert_rows.default
+_PLAIN = Activation()
+
+
+def expert_rows(
+    x: Tensor,
+    dispatch: Dispatch,
+    up: Tensor,
+    down: Tensor,
+    *,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: Activation | None = None,
+    pairing: str = "halves",
+) -> Tensor:
+    """Run the expert of each dispatched row on the token of its slot: ``down(act(up(x)))``. Not differentiable.
+
+    Made for few slots, up to about 256: time is then what reading the weights of the chosen experts takes, once for up
+    to 8 rows. On CUDA it neither waits nor copies, whatever was routed. The CPU version is right, not fast.
+
+    Sums are float32 in an order that depends on the dtype only, so the bits do not depend on the device, the grid, the
+    layout of the weights or the other rows. Values are rounded to the dtype of x after the activation and at the end.
+
+    Args:
+        x: [T, H], float32, bfloat16 or float16.
+        dispatch: the result of `dispatch` for the same T tokens.
+        up: [E, I, H] without a gate, else [E, 2 I, H], in the dtype of x; contiguous, or the transposed view of a
+            contiguous [E, H, 2 I].
+        down: [E, H_out, I], likewise.
+        up_bias: [E, I] or [E, 2 I], or None.
+        down_bias: [E, H_out], or None.
+        activation: what stands between the products; default silu.
+        pairing: "halves" if the first I rows of ``up`` are the gate, "alternating" if rows 0, 2, 4, ... are, "none" if
+            there is no gate.
+
+    Returns:
+        [R, H_out] in the dtype of x, for `combine`. Rows that serve no slot are undefined; `combine` never reads them.
+
+    Raises:
+        TypeError: an argument of a wrong type.
+        ValueError: an argument with a wrong shape, dtype or value, or a tensor without memory.
+        RuntimeError: a gradient is wanted.
+    """
+    activation = _PLAIN if activation is None else activation
+    try:
+        if pairing not in PAIRINGS:
+            raise ValueError(f"unknown pairing {pairing!r}; choose one of {', '.join(PAIRINGS)}")
+        _refuse_gradient(x, up, down, up_bias, down_bias)
+        return _expert_rows(
+            x,
+            dispatch.offsets,
+            dispatch.counts,
+            dispatch.order,
+            max(dispatch.inverse.shape[1], 1),
+            up,
+            down,
+            up_bias,
+            down_bias,
+            KINDS.index(activation.kind) + 1,
+            PAIRINGS.index(pairing),
+            activation.alpha,
+            activation.limit,
+            activation.shift,
+        )
+    except FAILURES:
+        refuse_types(
+            ("up_bias", "down_bias"),
+            x=x,
+            dispatch=dispatch,
+            up=up,
+            down=down,
+            up_bias=up_bias,
+            down_bias=down_bias,
+            activation=activation,
+        )
+        raise
+
+
+def _refuse_gradient(*tensors: Tensor | None) -> None:
+    wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if wanted or forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "expert_rows has no gradient: call it under torch.no_grad(), or train with moe_route.nn.Experts or "
+            "experts_implementation='moe_route', which take another path where a gradient is wanted"
+        )
