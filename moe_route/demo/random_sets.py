@@ -33,4 +33,5 @@ def standing(control: RandomControl) -> str:
     count = len(control.random)
     if control.rank == 1:
         return f"none of the {count} sets comes as far (p = {control.p_value:.3f})"
-    return f"{control.rank - 1} of the {count} sets come as far (p = {control.p_value:.3f})"
+    as_far = control.rank - 1
+    return f"{as_far} of the {count} sets {'comes' if as_far == 1 else 'come'} as far (p = {control.p_value:.3f})"

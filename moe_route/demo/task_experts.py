@@ -198,10 +198,13 @@ class TaskExpertsOff:
         as_far = [cost for lost, cost in zip(match.random, text.random, strict=True) if lost <= match.plan]
         if not as_far:
             return ""
-        p_value = (1 + self.as_selective) / (len(match.random) + 1)
+        own, least = f"{text.plan:+.3f} nats per token", f"{min(as_far):+.3f}"
+        p_value = f"p = {(1 + self.as_selective) / (len(match.random) + 1):.3f} for both"
+        if len(as_far) == 1:
+            return f" It costs general text {least}, the task experts cost it {own} ({p_value})."
         return (
-            f" Of those, {self.as_selective} cost general text as little: the task experts {text.plan:+.3f} nats per "
-            f"token, the least of those {min(as_far):+.3f} (p = {p_value:.3f} for both)."
+            f" Of those, {self.as_selective} cost general text as little: the task experts {own}, the least of those "
+            f"{least} ({p_value})."
         )
 
     def _table(self) -> str:

@@ -149,6 +149,9 @@ class TestTaskExpertsOff:
         assert "Of those, 0 cost general text as little" in costly._against_sets()
         assert "the least of those +0.100 (p = 0.200 for both)" in costly._against_sets()
         assert found((-0.6, -0.5, -0.1, 0.0), (0.1, 0.02, 0.0, 0.0)).as_selective == 1
+        single = found((-0.5, 0.0), (0.1, 0.0))._against_sets()
+        assert "1 of the 2 sets comes as far" in single
+        assert "It costs general text +0.100, the task experts cost it +0.020" in single
         assert "Of those" not in found((-0.4, 0.0), (0.0, 0.0))._against_sets()
 
     def test_without_task_experts_there_is_nothing_to_switch_off(self):
