@@ -10,50 +10,62 @@
 namespace moe_route::cuda {
 namespace {
 
-constexpr int kTeam = 16;
-constexpr int kBlocksPerMultiprocessor = 12;  // whole waves of 6, 4, 3 or 2 blocks at once
+constexpr int kBlocksPerMultiprocessor = 8;
+// Up to here every row adds to the statistics tables by itself: setting up a row in shared memory for a block,
+// and adding that up, would take longer.
+constexpr int kMostRowsAlone = 64;
 
 int rounded(int64_t n, int to) { return static_cast<int>((n + to - 1) / to * to); }
 
 Level level_of(const GateArgs& args) {
   const GateStatistics& statistics = args.statistics;
-  if (args.steering.rows > 0 || args.given.mode != GivenMode::kNone ||
-      args.spec.score == Score::kSparseMixer || (statistics.planes & kNaturalCounts)) {
+  const GateSteering& steering = args.steering;
+  const bool steers = steering.rows > 0;
+  if (args.given.mode != GivenMode::kNone || args.spec.score == Score::kSparseMixer ||
+      (statistics.planes & kNaturalCounts) ||
+      (steers && (steering.remap != nullptr || (steering.planes & ~kSoftPlanes)))) {
     return Level::kFull;
   }
+  if (steers) return Level::kSoft;
   const bool scored = statistics.entropy || (statistics.planes & kMass) || args.spec.groups > 1;
   return scored ? Level::kScored : Level::kPlain;
 }
 
-GateLayout layout_of(const GateArgs& args, bool in_registers, int teams, int most_shared) {
+GateLayout layout_of(const GateArgs& args, bool in_registers, int warps, int most_shared) {
   const GateSpec& spec = args.spec;
   const bool forces = args.steering.planes & kForce;
   GateLayout layout;
   layout.keeps_logits = args.correction_bias != nullptr || spec.groups > 1 ||
                         spec.score == Score::kSparseMixer || args.given.mode != GivenMode::kNone ||
                         (args.steering.planes & kScoreBias);
-  int next = GateLayout::kSlots;
+  layout.whole_tokens = reinterpret_cast<uintptr_t>(args.token_table) % 16 == 0;
+  const uint32_t group_size = static_cast<uint32_t>(args.experts / spec.groups);
+  layout.group_reciprocal = group_size > 1 ? static_cast<uint32_t>((uint64_t{1} << 32) / group_size) + 1 : 0;
+  int next = GateLayout::kSelection;
   const auto take = [&next](bool wanted, int bytes) {
     const int here = next;
     if (wanted) next += rounded(bytes, 16);
     return here;
   };
-  const int slots = rounded(args.k, kTeam) * 4, row = rounded(args.experts, kTeam) * 4;
-  layout.ids = take(true, slots);
-  layout.logits = take(true, slots);
-  layout.weights = take(true, slots);
-  layout.natural = take(args.statistics.planes & kNaturalCounts, slots);
+  const int row = rounded(args.experts, 32) * 4;
   layout.logit_row = take(layout.keeps_logits, row);
   layout.value_row = take(!in_registers || spec.groups > 1, row);
   layout.score_row = take(!in_registers, row);
   layout.member_row = take(!in_registers && forces, row);
-  layout.group_scores = take(spec.groups > 1, spec.groups * 4);
-  layout.team = next;
-  const bool counting = args.statistics.groups != nullptr || args.statistics.segments != nullptr;
-  const int width = kStatScalars + __builtin_popcount(args.statistics.planes) * args.experts;
-  const int block_row = rounded(width * 8, 16);
-  if (counting && block_row + teams * layout.team <= most_shared) layout.block_row = block_row;
-  layout.shared_bytes = layout.block_row + teams * layout.team;
+  layout.group_scores = take(spec.groups > 1, 2 * spec.groups * 4);
+  layout.warp = next;
+  const bool counting = args.tokens > kMostRowsAlone &&
+                        (args.statistics.groups != nullptr || args.statistics.segments != nullptr);
+  layout.steering_stride = __builtin_popcount(args.steering.planes) * args.experts;
+  for (int i = 0; i < 7; ++i)
+    layout.steering_plane[i] = __builtin_popcount(args.steering.planes & ((1u << i) - 1)) * args.experts;
+  layout.statistics_width = kStatScalars + __builtin_popcount(args.statistics.planes) * args.experts;
+  for (int i = 0; i < 5; ++i)
+    layout.statistics_plane[i] =
+        kStatScalars + __builtin_popcount(args.statistics.planes & ((1u << i) - 1)) * args.experts;
+  const int block_row = rounded(layout.statistics_width * 8, 16);
+  if (counting && block_row + warps * layout.warp <= most_shared) layout.block_row = block_row;
+  layout.shared_bytes = layout.block_row + warps * layout.warp;
   if (layout.shared_bytes > most_shared) {
     throw std::runtime_error("moe_route: " + std::to_string(args.experts) +
                              " experts with this steering need " + std::to_string(layout.shared_bytes) +
@@ -71,41 +83,46 @@ struct Width {
 template <int kVectors>
 constexpr Width kWidth = {launch_gate<kVectors>, load_gate<kVectors>};
 
-Width width_for(int experts, Level level) {
-  if (experts > register_experts(level)) return kWidth<0>;
-  if (experts <= 16) return kWidth<1>;
-  if (experts <= 32) return kWidth<2>;
-  if (experts <= 64) return kWidth<4>;
-  if (experts <= 128) return kWidth<8>;
-  if (experts <= 256) return kWidth<16>;
-  if (experts <= 384) return kWidth<24>;
-  return kWidth<32>;
+// Rows with more slots than lanes, or more experts than registers, are kept in shared memory.
+bool in_registers(const GateArgs& args, Level level) {
+  return args.experts <= register_experts(level) && args.k <= 32;
+}
+
+Width width_for(int experts) {
+  if (experts <= 32) return kWidth<1>;
+  if (experts <= 64) return kWidth<2>;
+  if (experts <= 128) return kWidth<4>;
+  if (experts <= 256) return kWidth<8>;
+  if (experts <= 384) return kWidth<12>;
+  return kWidth<16>;
 }
 
 }  // namespace
 
-void gate(const GateArgs& args, Stream stream) {
-  if (args.tokens <= 0) return;
-  check(args);
-  if (args.logits_type == DType::kFloat64)
+void gate(const GateArgs& asked, Stream stream) {
+  if (asked.tokens <= 0) return;
+  check(asked);
+  if (asked.logits_type == DType::kFloat64)
     throw std::invalid_argument("moe_route gate: float64 logits are computed on the CPU only");
-  const Level level = level_of(args);
-  const bool in_registers = args.experts <= register_experts(level);
-  const int teams = (in_registers ? kGateThreads : kGateThreadsAboveRegisters) / kTeam;
   GateLaunch gate;
-  gate.args = args;
-  gate.level = level;
-  gate.layout = layout_of(args, in_registers, teams, most_shared_bytes());
+  GateArgs& args = gate.args = asked;
+  if (args.steering.tables == nullptr) args.steering.planes = 0;
+  gate.level = level_of(args);
+  const bool registers = in_registers(args, gate.level);
+  const int warps = (registers ? kGateThreads : kGateThreadsAboveRegisters) / 32;
+  gate.layout = layout_of(args, registers, warps, most_shared_bytes());
   const int64_t most_blocks =
       int64_t{kBlocksPerMultiprocessor} * device_attribute(cudaDevAttrMultiProcessorCount);
-  const int64_t steps = (args.tokens + teams - 1) / teams;
-  gate.rows_per_block = (steps + most_blocks - 1) / most_blocks * teams;
+  gate.rows_per_block = std::max<int64_t>(warps, (args.tokens + most_blocks - 1) / most_blocks);
   gate.blocks = (args.tokens + gate.rows_per_block - 1) / gate.rows_per_block;
-  width_for(args.experts, level).launch(gate, stream);
+  (registers ? width_for(args.experts) : kWidth<0>).launch(gate, stream);
 }
 
 void load_gate_kernels(int32_t experts) {
-  for (Level level : {Level::kPlain, Level::kScored, Level::kFull}) width_for(experts, level).load(level);
+  for (Level level : {Level::kPlain, Level::kScored, Level::kSoft, Level::kFull}) {
+    if (experts <= register_experts(level)) width_for(experts).load(level);
+  }
+  kWidth<0>.load(Level::kFull);
 }
 
 void load_kernels(int32_t experts) {

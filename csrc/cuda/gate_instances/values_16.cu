@@ -1,4 +1,4 @@
-// The gate's kernels for rows of up to 256 experts, kept in registers.
+// The gate's kernels for rows of up to 512 experts, kept in registers.
 #include "../gate_row.cuh"
 
 template void moe_route::cuda::launch_gate<16>(const GateLaunch&, Stream);

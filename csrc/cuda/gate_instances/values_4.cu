@@ -1,4 +1,4 @@
-// The gate's kernels for rows of up to 64 experts, kept in registers.
+// The gate's kernels for rows of up to 128 experts, kept in registers.
 #include "../gate_row.cuh"
 
 template void moe_route::cuda::launch_gate<4>(const GateLaunch&, Stream);
