@@ -10,10 +10,7 @@
 namespace moe_route::cuda {
 namespace {
 
-constexpr int kBlocksPerMultiprocessor = 8;
-// Up to here every row adds to the statistics tables by itself: setting up a row in shared memory for a block,
-// and adding that up, would take longer.
-constexpr int kMostRowsAlone = 64;
+constexpr int kBlocksPerMultiprocessor = 32;  // the most that hardware takes; each is one warp
 
 int rounded(int64_t n, int to) { return static_cast<int>((n + to - 1) / to * to); }
 
@@ -31,7 +28,9 @@ Level level_of(const GateArgs& args) {
   return scored ? Level::kScored : Level::kPlain;
 }
 
-GateLayout layout_of(const GateArgs& args, bool in_registers, int warps, int most_shared) {
+// `rows`: of a block. A single row adds to the statistics tables by itself: setting up a row in shared memory
+// and adding that up would take longer.
+GateLayout layout_of(const GateArgs& args, bool in_registers, int rows, int most_shared) {
   const GateSpec& spec = args.spec;
   const bool forces = args.steering.planes & kForce;
   GateLayout layout;
@@ -39,6 +38,17 @@ GateLayout layout_of(const GateArgs& args, bool in_registers, int warps, int mos
                         spec.score == Score::kSparseMixer || args.given.mode != GivenMode::kNone ||
                         (args.steering.planes & kScoreBias);
   layout.whole_tokens = reinterpret_cast<uintptr_t>(args.token_table) % 16 == 0;
+  layout.softmax_of_chosen =
+      spec.score == Score::kSoftmax &&
+      (spec.order == Order::kTopKThenScore || (spec.renormalize == Renormalize::kSum && spec.eps == 0.0f));
+  layout.softmax_of_all = spec.score == Score::kSoftmax && !layout.softmax_of_chosen;
+  layout.compares_scores =
+      spec.order == Order::kScoreThenTopK && (args.correction_bias != nullptr || spec.groups > 1);
+  const auto table_rows = [](const int64_t* table, int64_t rows) {  // a token's index is an int32
+    return table == nullptr ? 0 : static_cast<int>(std::min<int64_t>(rows, INT32_MAX));
+  };
+  layout.groups = table_rows(args.statistics.groups, args.statistics.num_groups);
+  layout.segments = table_rows(args.statistics.segments, args.statistics.num_segments);
   const uint32_t group_size = static_cast<uint32_t>(args.experts / spec.groups);
   layout.group_reciprocal = group_size > 1 ? static_cast<uint32_t>((uint64_t{1} << 32) / group_size) + 1 : 0;
   int next = GateLayout::kSelection;
@@ -53,8 +63,7 @@ GateLayout layout_of(const GateArgs& args, bool in_registers, int warps, int mos
   layout.score_row = take(!in_registers, row);
   layout.member_row = take(!in_registers && forces, row);
   layout.group_scores = take(spec.groups > 1, 2 * spec.groups * 4);
-  layout.warp = next;
-  const bool counting = args.tokens > kMostRowsAlone &&
+  const bool counting = rows > 1 &&
                         (args.statistics.groups != nullptr || args.statistics.segments != nullptr);
   layout.steering_stride = __builtin_popcount(args.steering.planes) * args.experts;
   for (int i = 0; i < 7; ++i)
@@ -64,8 +73,8 @@ GateLayout layout_of(const GateArgs& args, bool in_registers, int warps, int mos
     layout.statistics_plane[i] =
         kStatScalars + __builtin_popcount(args.statistics.planes & ((1u << i) - 1)) * args.experts;
   const int block_row = rounded(layout.statistics_width * 8, 16);
-  if (counting && block_row + warps * layout.warp <= most_shared) layout.block_row = block_row;
-  layout.shared_bytes = layout.block_row + warps * layout.warp;
+  if (counting && block_row + next <= most_shared) layout.block_row = block_row;
+  layout.shared_bytes = layout.block_row + next;
   if (layout.shared_bytes > most_shared) {
     throw std::runtime_error("moe_route: " + std::to_string(args.experts) +
                              " experts with this steering need " + std::to_string(layout.shared_bytes) +
@@ -109,11 +118,10 @@ void gate(const GateArgs& asked, Stream stream) {
   if (args.steering.tables == nullptr) args.steering.planes = 0;
   gate.level = level_of(args);
   const bool registers = in_registers(args, gate.level);
-  const int warps = (registers ? kGateThreads : kGateThreadsAboveRegisters) / 32;
-  gate.layout = layout_of(args, registers, warps, most_shared_bytes());
   const int64_t most_blocks =
       int64_t{kBlocksPerMultiprocessor} * device_attribute(cudaDevAttrMultiProcessorCount);
-  gate.rows_per_block = std::max<int64_t>(warps, (args.tokens + most_blocks - 1) / most_blocks);
+  gate.rows_per_block = static_cast<int>((args.tokens + most_blocks - 1) / most_blocks);
+  gate.layout = layout_of(args, registers, gate.rows_per_block, most_shared_bytes());
   gate.blocks = (args.tokens + gate.rows_per_block - 1) / gate.rows_per_block;
   (registers ? width_for(args.experts) : kWidth<0>).launch(gate, stream);
 }

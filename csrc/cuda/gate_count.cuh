@@ -40,10 +40,10 @@ struct Place {
   }
 };
 
-__device__ __forceinline__ Place place_of(const GateStatistics& tables, int32_t group, int32_t segment) {
+__device__ __forceinline__ Place place_of(const GateLayout& layout, int32_t group, int32_t segment) {
   Place place;
-  if (tables.groups != nullptr && group >= 0 && group < tables.num_groups) place.group = group;
-  if (tables.segments != nullptr && segment >= 0 && segment < tables.num_segments) place.segment = segment;
+  place.group = static_cast<unsigned>(group) < static_cast<unsigned>(layout.groups) ? group : -1;
+  place.segment = static_cast<unsigned>(segment) < static_cast<unsigned>(layout.segments) ? segment : -1;
   return place;
 }
 
@@ -94,16 +94,26 @@ class Tally {
     if (place == place_) return;
     flush();
     place_ = place;
+    in_block_ = launch_.layout.block_row > 0 && place_ == block_place_;
   }
 
-  // Lane s holds scalar s.
-  __device__ __forceinline__ void scalar(int which, long long term) {
-    if (lane() == which) scalar_ += term;
+  __device__ __forceinline__ bool counting() const { return place_.counted(); }
+
+  // All lanes add the same: a token, what it has, and the scalars that only some launches have.
+  __device__ __forceinline__ void token(int slots, int empty, bool steered) {
+    ++tokens_;
+    slots_ += slots;
+    empty_ += empty;
+    if constexpr (kLevel >= Level::kSoft) steered_ += steered ? 1 : 0;
   }
+  __device__ __forceinline__ void flips(int flipped, long long moved) { flipped_ += flipped, moved_ += moved; }
 
   __device__ __forceinline__ void scores(const RowScores& r, const Values<kValues>& score) {
-    if (!r.scored) return scalar(kStatUnscored, 1);
-    if (args_.statistics.entropy) scalar(kStatEntropy, fixed_point(entropy_of(r)));
+    if (!r.scored) {
+      ++unscored_;
+      return;
+    }
+    if (args_.statistics.entropy) entropy_ += fixed_point(entropy_of(r));
     if (!wants(kMass)) return;
     for_each_expert<kValues>(args_.experts, [&](int i, int e) {
       const long long term = __float2ll_rn(score[i] * r.inverse * 0x1p+32f);
@@ -117,7 +127,7 @@ class Tally {
 
   // Adds to entry `at` of the row of the current place.
   __device__ __forceinline__ void add(int at, Sum term) {
-    if (in_block())
+    if (in_block_)
       add_to_shared(block_row() + at, term);
     else
       add_to_tables(args_.statistics, place_, launch_.layout.statistics_width, at, term);
@@ -125,7 +135,7 @@ class Tally {
   // Adds one to a plane of counts. A block has fewer than 2^32 slots, so its row needs no carry and nobody
   // waits.
   __device__ __forceinline__ void add_one(int at) {
-    if (in_block())
+    if (in_block_)
       atomicAdd(reinterpret_cast<unsigned*>(block_row() + at), 1u);
     else
       add_to_tables(args_.statistics, place_, launch_.layout.statistics_width, at, 1);
@@ -136,8 +146,11 @@ class Tally {
   }
 
   __device__ __forceinline__ void flush() {
-    if (place_.counted()) {
-      if (lane() < kStatScalars && scalar_ != 0) add(lane(), static_cast<Sum>(scalar_));
+    if (tokens_ > 0) {
+      if (lane() < kStatScalars) {
+        const long long mine = scalar_of(lane());
+        if (mine != 0) add(lane(), static_cast<Sum>(mine));
+      }
       if constexpr (kSums > 0) {
         if (wants(kMass)) {
           for_each_expert<kValues>(args_.experts, [&](int i, int e) {
@@ -151,14 +164,21 @@ class Tally {
   }
 
  private:
-  __device__ __forceinline__ void clear() {
-    scalar_ = 0;
-    mass_.clear();
+  __device__ __forceinline__ long long scalar_of(int which) const {
+    long long mine = 0;  // no switch: its table would lie in memory
+    mine = which == kStatTokens ? tokens_ : mine;
+    mine = which == kStatSlots ? slots_ : mine;
+    mine = which == kStatEmpty ? empty_ : mine;
+    mine = which == kStatUnscored ? unscored_ : mine;
+    mine = which == kStatEntropy ? entropy_ : mine;
+    mine = which == kStatSteered ? steered_ : mine;
+    mine = which == kStatFlipped ? flipped_ : mine;
+    return which == kStatMoved ? moved_ : mine;
   }
-
-  // Does the current place add up in the block's row?
-  __device__ __forceinline__ bool in_block() const {
-    return launch_.layout.block_row > 0 && place_ == block_place_;
+  __device__ __forceinline__ void clear() {
+    tokens_ = slots_ = empty_ = unscored_ = steered_ = flipped_ = 0;
+    entropy_ = moved_ = 0;
+    mass_.clear();
   }
   __device__ __forceinline__ static Sum* block_row() { return reinterpret_cast<Sum*>(moe_route_shared); }
 
@@ -166,24 +186,38 @@ class Tally {
   const GateArgs& args_;
   const Place block_place_;
   Place place_;
-  long long scalar_ = 0;
+  bool in_block_ = false;  // does the current place add up in the block's row?
+  // Since the last flush: fewer than 2^31 slots of one warp.
+  int tokens_, slots_, empty_, unscored_, steered_, flipped_;
+  long long entropy_, moved_;
   static constexpr int kSums = kLevel == Level::kPlain ? 0 : kValues;
   MassSums<kSums> mass_;
 };
 
 // What the chosen of a row add. `row` is room for a number of each slot.
 template <class Tally, int kSlots>
-__device__ __forceinline__ void count_chosen(Tally& tally, const Choice<kSlots>& c, int row_slots, float* row) {
-  const bool counts = tally.wants(kCounts), weights = tally.wants(kWeight);
-  int present = 0;
-  c.each([&](int s, int) {
-    const int id = c.ids[s];
-    if (id < 0) return;
-    ++present;
-    if (counts) tally.add_one(tally.plane(kCounts) + id);
-    if (weights) tally.add(tally.plane(kWeight) + id, static_cast<Sum>(fixed_point(c.weights[s])));
-  });
-  tally.scalar(kStatEmpty, row_slots - (c.compact ? c.count : fold_add(present)));
+__device__ __forceinline__ void count_chosen(Tally& tally, const Choice<kSlots>& c, int row_slots, bool steered,
+                                             float* row) {
+  int present = c.count;
+  if (!c.compact) {
+    int mine = 0;
+    c.each([&](int s, int) { mine += c.ids[s] >= 0 ? 1 : 0; });
+    present = fold_add(mine);
+  }
+  tally.token(row_slots, row_slots - present, steered);
+  if (tally.wants(kCounts)) {
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+      if (c.ids[s] >= 0) tally.add_one(tally.plane(kCounts) + c.ids[s]);
+    }
+  }
+  if (tally.wants(kWeight)) {
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+      const Sum term = static_cast<Sum>(fixed_point(c.weights[s]));
+      if (c.ids[s] >= 0) tally.add(tally.plane(kWeight) + c.ids[s], term);
+    }
+  }
   if (!tally.wants(kShare)) return;
   c.spread(c.weights, row);
   const float total = sum_in_order(row, c.count);
@@ -217,12 +251,12 @@ __device__ __forceinline__ void count_natural(Tally& tally, const Choice<kSlots>
     flipped += found ? 0 : 1;
     moved[s] = found ? 0.0f : c.weights[s];
   });
-  tally.scalar(kStatFlipped, fold_add(flipped));
+  flipped = fold_add(flipped);
   c.spread(moved, row);
   const float moved_total = sum_in_order(row, c.count);
   c.spread(c.weights, row);
   const float total = sum_in_order(row, c.count);
-  if (total != 0.0f) tally.scalar(kStatMoved, fixed_point(moved_total / total));
+  tally.flips(flipped, total != 0.0f ? fixed_point(moved_total / total) : 0);
 }
 
 }  // namespace

@@ -8,25 +8,25 @@
 
 namespace moe_route::cuda {
 
-inline constexpr int kGateThreads = 128;               // 4 rows in flight
-inline constexpr int kGateThreadsAboveRegisters = 32;  // more experts: one row fills the shared memory
-
-// Offsets in bytes from the start of a warp's memory. First comes the block's statistics row, then every
-// warp's memory, which begins with its Selection (gate_select.cuh).
+// Offsets in bytes into a block's (one warp's) memory: the block's statistics row, then the warp's own, which
+// begins with its Selection (gate_select.cuh).
 struct GateLayout {
-  static constexpr int kSelection = 1376;
+  static constexpr int kSelection = 1888;
   int logit_row = 0, value_row = 0, score_row = 0, member_row = 0;  // by expert
   int group_scores = 0;
-  int warp = 0;       // bytes of one warp
   int block_row = 0;  // bytes of the block's statistics row; 0: it has none
   int shared_bytes = 0;
   // Of the tables: elements of a row, and where a row's planes begin, by bit_index().
   int steering_stride = 0, steering_plane[7] = {};
   int statistics_width = 0, statistics_plane[5] = {};
   uint32_t group_reciprocal = 0;  // 2^32 / (experts of a group), rounded up; 0 for one expert
+  // Softmax whose sum over all experts cancels, unless a bias weighs; scores decide, not logits.
+  bool softmax_of_chosen = false, compares_scores = false;
+  bool softmax_of_all = false;  // ... and does not cancel
   // Are logits kept beside the values that selection compares, or looked up by id?
   bool keeps_logits = false;
-  bool whole_tokens = false;  // a token's columns may be read in one load
+  bool whole_tokens = false;        // a token's columns may be read in one load
+  int groups = 0, segments = 0;     // rows of the statistics tables, 0 for no table
 };
 
 // 1, 2, 4, ... -> 0, 1, 2, ...
@@ -50,7 +50,7 @@ constexpr int slots_of_lane(int values) { return values > 0 ? 1 : 2; }
 
 // Blocks that a multiprocessor is to hold at once: what its registers allow without a spill.
 constexpr int blocks_at_once(int values, Level level) {
-  constexpr int up_to_128[] = {8, 7, 5, 2}, up_to_256[] = {7, 5, 4, 2}, more[] = {5, 3, 3, 2};
+  constexpr int up_to_128[] = {32, 28, 20, 8}, up_to_256[] = {28, 20, 16, 8}, more[] = {20, 12, 12, 8};
   const int which = static_cast<int>(level);
   if (values == 0) return 1;
   return values <= 4 ? up_to_128[which] : values <= 8 ? up_to_256[which] : more[which];
@@ -60,7 +60,7 @@ struct GateLaunch {
   GateArgs args;
   GateLayout layout;
   Level level = Level::kFull;
-  int64_t rows_per_block = 0;
+  int rows_per_block = 0;
   int64_t blocks = 0;
 };
 

@@ -73,9 +73,9 @@ class RowGate {
     scores_.place(row_at(layout_.score_row), args_.experts);
   }
 
-  // Rows first + i for every `step`th i below `count`.
-  __device__ __forceinline__ void rows(int64_t first, int begin, int count, int step) {
-    for (int i = begin; i < count; i += step) one_row(first + i);
+  __device__ __forceinline__ void rows(int64_t begin, int64_t end) {
+    if (args_.token_table == nullptr) tally_.turn_to(place_of(layout_, Token{}.group, Token{}.segment));
+    for (int64_t t = begin; t < end; ++t) one_row(t);
     tally_.flush();
   }
 
@@ -110,7 +110,8 @@ class RowGate {
 
   __device__ __forceinline__ void prepare(int64_t t, Row& row, Chosen& choice) {
     row.t = t;
-    const Token token = read_token(launch_, t);
+    Token token;
+    if (args_.token_table != nullptr) token = read_token(launch_, t);
     row.steering_row = token.steering_row;
     row.valid = token.valid;
     row.steering.k = args_.k;
@@ -121,8 +122,10 @@ class RowGate {
       }
     }
     row.slots = row.valid ? row.steering.k : 0;
-    if (row.valid) {
-      const Place place = place_of(args_.statistics, token.group, token.segment);
+    if (args_.token_table == nullptr) {
+      row.counted = tally_.counting();
+    } else if (row.valid) {
+      const Place place = place_of(layout_, token.group, token.segment);
       row.counted = place.counted();
       if (row.counted) tally_.turn_to(place);
     }
@@ -213,9 +216,8 @@ class RowGate {
   // Scores are compared only where they are not a monotone function of the logit, so that scores that collide
   // after rounding never decide.
   __device__ __forceinline__ bool compares_scores(const SteeringRow& steering) const {
-    if (args_.spec.order == Order::kTopKThenScore) return false;
-    const bool groups = kLevel != Level::kPlain && args_.spec.groups > 1;
-    return args_.correction_bias != nullptr || groups || (kFull && steering.score_bias());
+    if (kFull && steering.score_bias()) return args_.spec.order == Order::kScoreThenTopK;
+    return layout_.compares_scores;
   }
 
   // The natural choice first, where it has to be known and is another one; then the choice itself. `loaded`:
@@ -259,10 +261,11 @@ class RowGate {
   __device__ __forceinline__ void choose(Row& row, const SteeringRow& steering, bool choosing, bool last,
                                          bool loaded, Chosen& choice) {
     const bool by_score = choosing && compares_scores(steering);
-    const bool softmax_weights = last && row.to_weigh && args_.spec.score == Score::kSoftmax &&
-                                 !softmax_over_chosen(args_.spec, steering);
+    const bool softmax_weights =
+        last && (layout_.softmax_of_all ||
+                 (kFull && args_.spec.score == Score::kSoftmax && !softmax_over_chosen(launch_, steering)));
     const bool scores_counted = last && row.scores_counted;
-    if (!choosing && !(row.to_weigh || scores_counted)) return;
+    if (kFull && !choosing && !(row.to_weigh || scores_counted)) return;
     if (!loaded) load(row.t);
     if constexpr (kSteers) {
       if (steering.steered()) steer<kFull, kValues>(launch_, steering, values_);
@@ -362,7 +365,9 @@ class RowGate {
     bool mixed = false;
     if constexpr (kFull) mixed = args_.spec.score == Score::kSparseMixer;
     if (!mixed) {
-      score_chosen(launch_, steering, row_scores_, choice);
+      // Selection compared the logits themselves, and by nothing else.
+      const bool best_first = !layout_.keeps_logits && !(kFull && steering.forced());
+      score_chosen(launch_, steering, row_scores_, best_first, choice);
     } else if constexpr (kFull) {
       float* z = row_at(layout_.logit_row);
       for_each_expert<kValues>(
@@ -408,19 +413,16 @@ class RowGate {
     const int64_t first = t * args_.k;
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) {
-      const int j = lane() + kLanes * s;
-      if (j >= args_.k) continue;
-      if (args_.ids != nullptr) args_.ids[first + j] = choice.ids[s];
-      if (args_.weights != nullptr) static_cast<float*>(args_.weights)[first + j] = choice.weights[s];
+      if (lane() + kLanes * s >= args_.k) continue;
+      if (args_.ids != nullptr) args_.ids[first + kLanes * s + lane()] = choice.ids[s];
+      if (args_.weights != nullptr) static_cast<float*>(args_.weights)[first + kLanes * s + lane()] = choice.weights[s];
     }
   }
 
   __device__ __forceinline__ void count(const Row& row, const Chosen& choice, int natural_count) {
     if (!row.counted) return;
-    tally_.scalar(kStatTokens, 1);
-    tally_.scalar(kStatSlots, row.slots);
-    if (kSteers && in_table(launch_, row.steering_row)) tally_.scalar(kStatSteered, 1);
-    count_chosen(tally_, choice, row.slots, slot_row());
+    const bool steered = kSteers && in_table(launch_, row.steering_row);
+    count_chosen(tally_, choice, row.slots, steered, slot_row());
     if (!tally_.wants_natural()) return;
     count_natural(tally_, choice, natural_count < 0 ? nullptr : selection_.natural, natural_count, slot_row());
   }
@@ -440,13 +442,13 @@ class RowGate {
 __device__ __forceinline__ Place first_place(const GateLaunch& launch, int64_t begin, int64_t end) {
   const GateArgs& args = launch.args;
   Place place;
-  if (args.token_table == nullptr) return place_of(args.statistics, Token{}.group, Token{}.segment);
+  if (args.token_table == nullptr) return place_of(launch.layout, Token{}.group, Token{}.segment);
   for (int64_t first = begin; first < end; first += kLanes) {
     Token token;
     const int64_t t = first + lane();
     if (t < end) token = read_token(launch, t);
     const bool valid = t < end && token.valid;
-    if (valid) place = place_of(args.statistics, token.group, token.segment);
+    if (valid) place = place_of(launch.layout, token.group, token.segment);
     const unsigned counted = ballot(valid && place.counted());
     if (counted == 0) continue;
     const int source = __ffs(static_cast<int>(counted)) - 1;
@@ -458,8 +460,7 @@ __device__ __forceinline__ Place first_place(const GateLaunch& launch, int64_t b
 }
 
 template <int kValues, Level kLevel>
-__global__ void __launch_bounds__(kValues > 0 ? kGateThreads : kGateThreadsAboveRegisters,
-                                  blocks_at_once(kValues, kLevel))
+__global__ void __launch_bounds__(kLanes, blocks_at_once(kValues, kLevel))
     gate_kernel(const __grid_constant__ GateLaunch launch) {
   const int64_t begin = int64_t{blockIdx.x} * launch.rows_per_block;
   const int64_t last = begin + launch.rows_per_block;
@@ -469,17 +470,15 @@ __global__ void __launch_bounds__(kValues > 0 ? kGateThreads : kGateThreadsAbove
   Place place;
   if (block_row != nullptr) {
     place = first_place(launch, begin, end);
-    for (int i = static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x))
+    for (int i = lane(); i < width; i += kLanes)
       block_row[i] = 0;
-    __syncthreads();
+    __syncwarp();
   }
-  const int warp = static_cast<int>(threadIdx.x / kLanes), warps = static_cast<int>(blockDim.x / kLanes);
-  unsigned char* const memory = moe_route_shared + launch.layout.block_row + warp * launch.layout.warp;
-  RowGate<kValues, kLevel>(launch, memory, place)
-      .rows(begin, warp, static_cast<int>(end - begin), warps);
+  unsigned char* const memory = moe_route_shared + launch.layout.block_row;
+  RowGate<kValues, kLevel>(launch, memory, place).rows(begin, end);
   if (block_row == nullptr || !place.counted()) return;  // the same for the whole block
-  __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) {
+  __syncwarp();
+  for (int i = lane(); i < width; i += kLanes) {
     if (block_row[i] != 0) add_to_tables(launch.args.statistics, place, width, i, block_row[i]);
   }
 }
@@ -508,9 +507,8 @@ void load_gate(Level level) {
 
 template <int kValues>
 void launch_gate(const GateLaunch& gate, Stream stream) {
-  const int threads = kValues > 0 ? kGateThreads : kGateThreadsAboveRegisters;
   with_kernel<kValues>(gate.level, [&](void (*kernel)(GateLaunch)) {
-    launch("gate", kernel, gate.blocks, threads, gate.layout.shared_bytes, stream, gate);
+    launch("gate", kernel, gate.blocks, kLanes, gate.layout.shared_bytes, stream, gate);
   });
 }
 

@@ -9,8 +9,8 @@ namespace {
 
 // exp(z - largest), where several infinite logits share alike.
 __device__ __forceinline__ float softmax_numerator(float z, float largest) {
-  if (largest == infinity()) return z == largest ? 1.0f : 0.0f;
-  return math::exp_nonpositive(z - largest);
+  const float e = math::exp_nonpositive(z - largest);  // 0 beside an infinite one
+  return largest == infinity() && z == largest ? 1.0f : e;
 }
 
 // Scores that need nothing but the expert's own logit.
@@ -63,7 +63,12 @@ template <int kValues>
 __device__ __forceinline__ void softmax_all(const Values<kValues>& z, int experts, bool entropy,
                                             Values<kValues>& scores, RowScores& r) {
   r.largest = largest_of<kValues>(z, experts);
-  for_each_expert<kValues>(experts, [&](int i, int) { scores[i] = softmax_numerator(z[i], r.largest); });
+  if (r.largest < infinity()) {
+    for_each_expert<kValues>(experts,
+                             [&](int i, int) { scores[i] = math::exp_nonpositive(z[i] - r.largest); });
+  } else {
+    for_each_expert<kValues>(experts, [&](int i, int) { scores[i] = z[i] == r.largest ? 1.0f : 0.0f; });
+  }
   add_up<kValues>(scores, experts, entropy, r, [&](int i, float sum) {
     // e is 0 where the shifted logit is infinite or NaN, and that must not turn into a product.
     const float e = scores[i], shifted = e > 0.0f ? z[i] - r.largest : 0.0f;

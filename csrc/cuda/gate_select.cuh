@@ -14,17 +14,21 @@
 namespace moe_route::cuda {
 namespace {
 
-inline constexpr int kListed = 64;     // room of the short list; no fewer than the largest k
-inline constexpr int kColumnsFor = 22; // largest k for which the bound keeps the list short
-inline constexpr int kAtATime = 12;    // candidates that a rank looks at before it asks whether there are more
+inline constexpr int kMostChosen = 64;   // largest k
+inline constexpr int kListRoom = 128;    // of the short list
+inline constexpr int kColumnsFor = 16;   // largest k for which the bound keeps the list short
+inline constexpr int kAtATime = 12;      // candidates that a rank looks at before it asks whether there are more
+
+// Longest list that is ranked: one candidate a lane, or two where k may pass 32.
+__host__ __device__ constexpr int most_listed(int values) { return values > 0 ? kLanes : kMostChosen; }
 
 // A warp's list and choice in shared memory. `chosen_values` and `natural` are free once slots are read.
 struct Selection {
-  float listed[kListed + kAtATime];     // past the list's end come NaN, which beat nobody
-  int32_t listed_ids[kListed + kAtATime];
-  int32_t ids[kListed];                 // of the chosen, best first ...
-  float chosen[kListed];                // ... and what they were compared by
-  int32_t natural[kListed];             // ids without steering, where they are compared
+  float listed[kListRoom + kAtATime];  // past the list's end come NaN, which beat nobody
+  int32_t listed_ids[kListRoom + kAtATime];
+  int32_t ids[kMostChosen];      // of the chosen, best first ...
+  float chosen[kMostChosen];     // ... and what they were compared by
+  int32_t natural[kMostChosen];  // ids without steering, where they are compared
 };
 
 // A value that at least `want` (1..32) of the row's numbers reach, or -infinity.
@@ -33,7 +37,7 @@ __device__ __forceinline__ float bound_of(const Values<kValues>& values, int exp
   float most = -infinity();
   for_each_expert<kValues>(experts, [&](int i, int) { most = fmaxf(most, values[i]); });
   int32_t key = number_key(most), best = kLowestKey;
-#pragma unroll 4
+#pragma unroll 8
   for (int round = 0; round < want; ++round) {
     best = __reduce_max_sync(kWarp, key);
     key = key == best ? kNoKey : key;
@@ -41,8 +45,8 @@ __device__ __forceinline__ float bound_of(const Values<kValues>& values, int exp
   return number_of(best > kLowestKey ? best : kLowestKey);
 }
 
-// Lists the experts that `reaches` lets pass, in no order that matters, unless there are more than fit.
-// Returns how many there are.
+// Lists the experts that `reaches` lets pass, in no order that matters, as far as there is room. Returns how
+// many there are.
 template <int kValues, class Reaches>
 __device__ __forceinline__ int list_experts(const Values<kValues>& values, int experts, Selection& selection,
                                             Reaches reaches) {
@@ -56,7 +60,7 @@ __device__ __forceinline__ int list_experts(const Values<kValues>& values, int e
       const bool mine = reaches(values[i]);
       const unsigned found = ballot(mine);
       const int place = count + __popc(found & lanes_below());
-      if (mine && place < kListed) put(place, i, e);
+      if (mine) put(place, i, e);  // of 128 experts at most
       count += __popc(found);
     });
   } else {
@@ -71,7 +75,7 @@ __device__ __forceinline__ int list_experts(const Values<kValues>& values, int e
     count = from_lane(next, kLanes - 1);
     next -= mine;
     for_each_expert<kValues>(experts, [&](int i, int e) {
-      if (reaches(values[i]) && next < kListed) put(next++, i, e);
+      if (reaches(values[i]) && next < kListRoom) put(next++, i, e);
     });
   }
   return count;
@@ -124,7 +128,10 @@ __device__ __forceinline__ int beaten_by(const Selection& selection, int count, 
   int beaten = 0;
   const auto look_at = [&](int four) {
     const float4 x = fours[four];
-    beaten += (x.x > own ? 1 : 0) + (x.y > own ? 1 : 0) + (x.z > own ? 1 : 0) + (x.w > own ? 1 : 0);
+    count_greater(beaten, x.x, own);
+    count_greater(beaten, x.y, own);
+    count_greater(beaten, x.z, own);
+    count_greater(beaten, x.w, own);
   };
 #pragma unroll
   for (int four = 0; four < kAtATime / 4; ++four) look_at(four);
@@ -134,17 +141,19 @@ __device__ __forceinline__ int beaten_by(const Selection& selection, int count, 
 }
 
 // ids[first + r] = the listed expert that exactly r others beat, for r < want; its value goes to `chosen`.
+// `kMost`: the longest list there may be.
+template <int kMost>
 __device__ __forceinline__ void rank(Selection& selection, int count, int want, int first) {
   if (lane() < kAtATime) selection.listed[count + lane()] = not_a_number();
   __syncwarp();
-#pragma unroll 1
-  for (int c = lane(); c - lane() < count; c += kLanes) {
-    const bool there = c < count;
-    const float own = selection.listed[there ? c : 0];
-    const int32_t id = selection.listed_ids[there ? c : 0];
+#pragma unroll
+  for (int c = 0; c < kMost; c += kLanes) {
+    const bool there = c + lane() < count;
+    const float own = selection.listed[c + lane()];
+    const int32_t id = selection.listed_ids[c + lane()];
     int place = beaten_by(selection, count, own);
-    const int taken = fold_or(there && place < kLanes ? 1 << place : 0);
-    if (count > kLanes || __popc(static_cast<unsigned>(taken)) != count) {  // equal values
+    const int taken = kMost == kLanes ? fold_or(there ? 1 << place : 0) : 0;
+    if (__popc(static_cast<unsigned>(taken)) != count) {  // equal values
       for (int other = 0; other < count; ++other)
         place += selection.listed[other] == own && selection.listed_ids[other] < id ? 1 : 0;
     }
@@ -160,17 +169,19 @@ __device__ __forceinline__ void rank(Selection& selection, int count, int want, 
 template <int kValues>
 __device__ __forceinline__ int select_best(const Values<kValues>& values, int experts, int want, int first,
                                            Selection& selection) {
+  constexpr int kMost = most_listed(kValues);
   if (want <= 0) return 0;
-  int listed = kListed + 1;
-  if (want <= kColumnsFor || experts <= kListed) {
-    const float bound = want <= kLanes && want < experts ? bound_of<kValues>(values, experts, want) : -infinity();
+  int listed = kMost + 1;
+  const bool all_fit = kValues <= 1 && experts <= kMost;
+  if (want <= kColumnsFor || all_fit) {
+    const float bound = !all_fit ? bound_of<kValues>(values, experts, want) : -infinity();
     listed = list_experts<kValues>(values, experts, selection, [&](float x) { return x >= bound; });
   }
-  if (listed > kListed) {
+  if (listed > kMost) {
     __syncwarp();
     listed = list_exactly<kValues>(values, experts, want, selection);
   }
-  rank(selection, listed, want, first);
+  rank<kMost>(selection, listed, want, first);
   return listed < want ? listed : want;
 }
 

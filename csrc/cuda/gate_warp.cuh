@@ -22,7 +22,8 @@ inline constexpr unsigned kWarp = 0xffffffffu;
 inline constexpr int kLanes = 32;
 inline constexpr int kStripes = 16;
 
-__device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % kLanes); }
+// A block is one warp: what depends on the block alone is uniform, and the compiler knows it.
+__device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x); }
 __device__ __forceinline__ unsigned lanes_below() { return (1u << lane()) - 1; }
 __device__ __forceinline__ unsigned ballot(bool mine) { return __ballot_sync(kWarp, mine); }
 
@@ -45,7 +46,7 @@ __host__ __device__ constexpr int values_of_lane(int experts) { return (experts 
 template <int kValues>
 __device__ __forceinline__ int first_expert(int experts) {
   const int values = kValues > 0 ? kValues : values_of_lane(experts);
-  return lane() / kStripes * (kStripes * values) + lane() % kStripes;
+  return (lane() & kStripes) * (values - 1) + lane();
 }
 
 // One value for each expert; those past the last expert are NaN: never chosen, score 0.
@@ -105,6 +106,15 @@ struct TwoSums {
     return {op(first), op(second)};
   }
 };
+
+// n + 1 where x > y. A compiler that does not know the predicated addition takes one instruction more.
+__device__ __forceinline__ void count_greater(int& n, float x, float y) {
+#ifdef __CUDA_ARCH__
+  asm("{.reg .pred p; setp.gt.f32 p, %1, %2; @p add.s32 %0, %0, 1;}" : "+r"(n) : "f"(x), "f"(y));
+#else
+  n += x > y ? 1 : 0;
+#endif
+}
 
 __device__ __forceinline__ int fold_add(int mine) { return __reduce_add_sync(kWarp, mine); }
 __device__ __forceinline__ int fold_or(int mine) {

@@ -40,17 +40,20 @@ struct Choice {
   }
 };
 
-// Past `count` come zeros, to the next multiple of four.
+// Past `count` come zeros, to eight numbers or the next multiple of four.
 __device__ __forceinline__ float sum_in_order(const float* x, int count) {
   float sum = 0;
-#pragma unroll 2
-  for (int j = 0; j < count; j += 4) {
+  const auto add = [&](int j) {
     const float4 four = *reinterpret_cast<const float4*>(x + j);
     sum = sum + four.x;
     sum = sum + four.y;
     sum = sum + four.z;
     sum = sum + four.w;
-  }
+  };
+  add(0);
+  add(4);
+#pragma unroll 1
+  for (int j = 8; j < count; j += 4) add(j);
   return sum;
 }
 
@@ -77,7 +80,12 @@ __device__ __forceinline__ float p_norm(const float* x, int count, float p) {
 
 template <int kSlots>
 __device__ __forceinline__ void divide(Choice<kSlots>& c, float by) {
-  c.each([&](int s, int) { c.weights[s] = by != 0.0f ? c.weights[s] / by : 0.0f; });
+#pragma unroll
+  for (int s = 0; s < kSlots; ++s) {
+    const bool there = lane() + kLanes * s < c.count;
+    const float quotient = (there ? c.weights[s] : by) / by;  // 0 / x would take division's slow path
+    c.weights[s] = there && by != 0.0f ? quotient : 0.0f;
+  }
 }
 
 // Reads the weights in `row`.
@@ -113,12 +121,10 @@ __device__ __forceinline__ void renormalize(const GateSpec& spec, Choice<kSlots>
   divide(c, norm);
 }
 
-// Does the sum over all experts cancel in renormalizing?
-__device__ __forceinline__ bool softmax_over_chosen(const GateSpec& spec, const SteeringRow& row) {
-  if (spec.score != Score::kSoftmax) return false;
-  if (spec.order == Order::kTopKThenScore) return true;
-  return spec.renormalize == Renormalize::kSum && spec.eps == 0.0f &&
-         !(row.score_bias() && row.score_bias_weighs());
+// Does the sum over all experts cancel in renormalizing? (gate.cu says so but for the bias.)
+__device__ __forceinline__ bool softmax_over_chosen(const GateLaunch& launch, const SteeringRow& row) {
+  if (launch.args.spec.order == Order::kTopKThenScore) return launch.layout.softmax_of_chosen;
+  return launch.layout.softmax_of_chosen && !(row.score_bias() && row.score_bias_weighs());
 }
 
 // Phi's SparseMixer in evaluation; see GateSpec::jitter. `z` and `row` (its copy in shared memory) lose the
@@ -201,21 +207,30 @@ __device__ __forceinline__ void finish_weights(const GateLaunch& launch, const S
 }
 
 // Needs the logits of the chosen (but for SparseMixer), and `scores` where the softmax runs over all experts.
+// `best_first`: no slot's logit is larger than the first's.
 template <int kSlots>
 __device__ __forceinline__ void score_chosen(const GateLaunch& launch, const SteeringRow& row,
-                                             const RowScores& scores, Choice<kSlots>& c) {
-  const bool over_chosen = softmax_over_chosen(launch.args.spec, row);
+                                             const RowScores& scores, bool best_first, Choice<kSlots>& c) {
+  // The logits of empty slots are NaN, so their scores are 0.
   if (launch.args.spec.score != Score::kSoftmax) {
-    c.each([&](int s, int) { c.weights[s] = pointwise_score(launch.args.spec.score, c.logits[s]); });
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) c.weights[s] = pointwise_score(launch.args.spec.score, c.logits[s]);
     return;
   }
   float largest = scores.largest, factor = scores.inverse;
-  if (over_chosen) {
-    largest = -infinity(), factor = 1.0f;
-    c.each([&](int s, int) { largest = fmaxf(largest, c.logits[s]); });
-    largest = fold_max(largest);
+  if (softmax_over_chosen(launch, row)) {
+    factor = 1.0f;
+    if (best_first) {
+      largest = from_lane(c.logits[0], 0);
+    } else {
+      largest = -infinity();
+#pragma unroll
+      for (int s = 0; s < kSlots; ++s) largest = fmaxf(largest, c.logits[s]);
+      largest = fold_max(largest);
+    }
   }
-  c.each([&](int s, int) { c.weights[s] = softmax_numerator(c.logits[s], largest) * factor; });
+#pragma unroll
+  for (int s = 0; s < kSlots; ++s) c.weights[s] = softmax_numerator(c.logits[s], largest) * factor;
 }
 
 }  // namespace
