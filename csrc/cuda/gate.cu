@@ -2,6 +2,7 @@
 // once.
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -84,6 +85,37 @@ GateLayout layout_of(const GateArgs& args, bool in_registers, int rows, int most
   return layout;
 }
 
+bool is_common(const GateArgs& args, const GateLaunch& gate) {
+  const GateSpec& spec = args.spec;
+  const bool one_division =
+      spec.order == Order::kTopKThenScore
+          ? spec.renormalize == Renormalize::kNone
+          : spec.renormalize == Renormalize::kSum && spec.eps == 0.0f;
+  return spec.score == Score::kSoftmax && one_division && spec.scale == 1.0f && args.expert_scale == nullptr &&
+         !gate.layout.keeps_logits && args.weights != nullptr && args.ids != nullptr;
+}
+
+// Does the launch suit tiles of 32 rows, a thread each?
+bool takes_tiles(const GateArgs& args, const GateLaunch& gate) {
+  const uint32_t counted = kCounts | kMass | kWeight;
+  const int vector = args.logits_type == DType::kFloat32 ? 16 : 8, bytes = vector / 4;  // of four values, of one
+  return gate.common && args.experts <= 256 && has_tiles(args.experts / 32) && args.k <= 8 &&
+         (args.statistics.planes & ~counted) == 0 &&
+         reinterpret_cast<uintptr_t>(args.logits) % vector == 0 && args.row_stride * bytes % vector == 0;
+}
+
+// Rows from which on tiles are faster than a warp a row: below, too few of them are under way at once.
+// MOE_ROUTE_GATE=row or =tile decides instead, to find out which of the two is at fault.
+constexpr int64_t kRowsForTiles = 12288;
+bool wants_tiles(int64_t tokens) {
+  const char* const said = std::getenv("MOE_ROUTE_GATE");
+  if (said == nullptr || *said == 0) return tokens >= kRowsForTiles;
+  const std::string which = said;
+  if (which != "row" && which != "tile")
+    throw std::invalid_argument("MOE_ROUTE_GATE is '" + which + "'; it takes row or tile");
+  return which == "tile";
+}
+
 // What the files in gate_instances have for one width of rows.
 struct Width {
   void (*launch)(const GateLaunch&, Stream);
@@ -106,6 +138,31 @@ Width width_for(int experts) {
   return kWidth<16>;
 }
 
+// A block takes one tile after the other; its statistics row is always there.
+void lay_tiles(GateLaunch& gate) {
+  const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t tiles = (gate.args.tokens + 31) / 32;
+  const int shared = layout_of(gate.args, true, 2, most_shared_bytes()).shared_bytes + tile_bytes(gate.args.experts);
+  const int64_t at_once = processors * std::max(1, most_shared_bytes() / (shared + 1024));
+  gate.rows_per_block = static_cast<int>(32 * ((tiles + at_once - 1) / at_once));
+  gate.blocks = (gate.args.tokens + gate.rows_per_block - 1) / gate.rows_per_block;
+  gate.layout = layout_of(gate.args, true, 2, most_shared_bytes());
+  gate.layout.tile = gate.layout.shared_bytes - gate.layout.block_row;
+  gate.layout.shared_bytes += tile_bytes(gate.args.experts);
+  gate.layout.bfloat16 = gate.args.logits_type == DType::kBFloat16;
+  gate.layout.whole_planes = reinterpret_cast<uintptr_t>(gate.args.steering.tables) % 16 == 0;
+  gate.layout.whole_slots = gate.args.k == 8 && reinterpret_cast<uintptr_t>(gate.args.ids) % 16 == 0 &&
+                            reinterpret_cast<uintptr_t>(gate.args.weights) % 16 == 0;
+}
+
+// Every lane of the width has its values.
+bool is_whole(int experts) {
+  for (int whole : {32, 64, 128, 256, 384, 512}) {
+    if (experts == whole) return true;
+  }
+  return false;
+}
+
 }  // namespace
 
 void gate(const GateArgs& asked, Stream stream) {
@@ -123,6 +180,9 @@ void gate(const GateArgs& asked, Stream stream) {
   gate.rows_per_block = static_cast<int>((args.tokens + most_blocks - 1) / most_blocks);
   gate.layout = layout_of(args, registers, gate.rows_per_block, most_shared_bytes());
   gate.blocks = (args.tokens + gate.rows_per_block - 1) / gate.rows_per_block;
+  gate.common = registers && gate.level != Level::kFull && is_whole(args.experts) && is_common(args, gate);
+  gate.tiles = takes_tiles(args, gate) && wants_tiles(args.tokens);
+  if (gate.tiles) lay_tiles(gate);
   (registers ? width_for(args.experts) : kWidth<0>).launch(gate, stream);
 }
 

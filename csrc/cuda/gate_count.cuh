@@ -102,9 +102,8 @@ class Tally {
   // All lanes add the same: a token, what it has, and the scalars that only some launches have.
   __device__ __forceinline__ void token(int slots, int empty, bool steered) {
     ++tokens_;
-    slots_ += slots;
-    empty_ += empty;
-    if constexpr (kLevel >= Level::kSoft) steered_ += steered ? 1 : 0;
+    if constexpr (kLevel >= Level::kSoft) slots_ += slots, steered_ += steered ? 1 : 0;
+    if constexpr (kLevel == Level::kFull) empty_ += empty;  // elsewhere nothing is forbidden, and k <= E
   }
   __device__ __forceinline__ void flips(int flipped, long long moved) { flipped_ += flipped, moved_ += moved; }
 
@@ -167,7 +166,7 @@ class Tally {
   __device__ __forceinline__ long long scalar_of(int which) const {
     long long mine = 0;  // no switch: its table would lie in memory
     mine = which == kStatTokens ? tokens_ : mine;
-    mine = which == kStatSlots ? slots_ : mine;
+    mine = which == kStatSlots ? (kLevel < Level::kSoft ? tokens_ * args_.k : slots_) : mine;
     mine = which == kStatEmpty ? empty_ : mine;
     mine = which == kStatUnscored ? unscored_ : mine;
     mine = which == kStatEntropy ? entropy_ : mine;

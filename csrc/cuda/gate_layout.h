@@ -15,7 +15,11 @@ struct GateLayout {
   int logit_row = 0, value_row = 0, score_row = 0, member_row = 0;  // by expert
   int group_scores = 0;
   int block_row = 0;  // bytes of the block's statistics row; 0: it has none
+  int tile = 0;       // where tiles lie in the warp's memory
   int shared_bytes = 0;
+  bool bfloat16 = false;      // logits are; apart from their type, so that no jump table is made of it
+  bool whole_planes = false;  // four entries of a steering plane may be read in one load
+  bool whole_slots = false;  // eight ids or weights of a token may be written in two stores
   // Of the tables: elements of a row, and where a row's planes begin, by bit_index().
   int steering_stride = 0, steering_plane[7] = {};
   int statistics_width = 0, statistics_plane[5] = {};
@@ -60,9 +64,18 @@ struct GateLaunch {
   GateArgs args;
   GateLayout layout;
   Level level = Level::kFull;
+  // The router that most models have, in rows of whole lanes: softmax over the chosen alone, without bias, scale
+  // or groups. Levels below kFull have kernels that leave the rest of GateSpec out.
+  bool common = false;
+  bool tiles = false;  // ... and many rows: gate_tile.cuh
   int rows_per_block = 0;
   int64_t blocks = 0;
 };
+
+// Widths that have kernels for tiles, and bytes of one: 32 rows, and a list for each.
+constexpr bool has_tiles(int values) { return values == 1 || values == 2 || values == 4 || values == 8; }
+constexpr int tiles_at_once(int values) { return values == 1 ? 20 : values == 2 ? 14 : values == 4 ? 9 : 5; }
+constexpr int tile_bytes(int experts) { return (32 * (experts + 4) + 25 * 2 * 32) * 4; }
 
 // Enqueues the launch for rows of up to 32 * kValues experts; kValues = 0: for any number.
 template <int kValues>

@@ -54,7 +54,7 @@ struct Row {
   bool scores_counted = false;  // mass or entropy is wanted
 };
 
-template <int kValues, Level kLevel>
+template <int kValues, Level kLevel, bool kCommon>
 class RowGate {
   static constexpr bool kFull = kLevel == Level::kFull, kSteers = kLevel >= Level::kSoft;
   static constexpr int kSlots = slots_of_lane(kValues);
@@ -69,15 +69,18 @@ class RowGate {
         memory_(memory),
         selection_(*reinterpret_cast<Selection*>(memory)),
         tally_(launch, block_place) {
+    if (args_.token_table == nullptr) tally_.turn_to(place_of(layout_, Token{}.group, Token{}.segment));
     values_.place(row_at(layout_.value_row), args_.experts);
     scores_.place(row_at(layout_.score_row), args_.experts);
   }
 
   __device__ __forceinline__ void rows(int64_t begin, int64_t end) {
-    if (args_.token_table == nullptr) tally_.turn_to(place_of(layout_, Token{}.group, Token{}.segment));
-    for (int64_t t = begin; t < end; ++t) one_row(t);
-    tally_.flush();
+    int64_t t = begin;
+    for (int left = kept(static_cast<int>(end - begin)); left > 0; --left) row(t++);
+    flush();
   }
+  __device__ __forceinline__ void row(int64_t t) { one_row(t); }
+  __device__ __forceinline__ void flush() { tally_.flush(); }
 
  private:
   __device__ __forceinline__ float* row_at(int offset) const {
@@ -130,7 +133,7 @@ class RowGate {
       if (row.counted) tally_.turn_to(place);
     }
     row.scores_counted = row.counted && tally_.wants_scores();
-    row.to_weigh = row.valid && (args_.weights != nullptr || (row.counted && tally_.wants_weights()));
+    row.to_weigh = row.valid && (kCommon || args_.weights != nullptr || (row.counted && tally_.wants_weights()));
     if constexpr (kFull) {
       if (args_.given.mode != GivenMode::kNone && row.valid) take_given(row, choice);
     }
@@ -197,8 +200,8 @@ class RowGate {
   template <class T, class Convert>
   __device__ __forceinline__ void load_as(int64_t t, Convert convert) {
     const T* row = static_cast<const T*>(args_.logits) + t * args_.row_stride;
-    load_row<kValues>(row, args_.experts, [&](int i, T x) { values_[i] = convert(x); });
-    if (args_.experts == kLanes * kValues) return;
+    load_row<kValues, kCommon>(row, args_.experts, [&](int i, T x) { values_[i] = convert(x); });
+    if (kCommon || args_.experts == kLanes * kValues) return;
     for_each_expert<kValues>(args_.experts, [&](int i, int e) {
       if (e >= args_.experts) values_[i] = not_a_number();
     });
@@ -217,7 +220,7 @@ class RowGate {
   // after rounding never decide.
   __device__ __forceinline__ bool compares_scores(const SteeringRow& steering) const {
     if (kFull && steering.score_bias()) return args_.spec.order == Order::kScoreThenTopK;
-    return layout_.compares_scores;
+    return !kCommon && layout_.compares_scores;
   }
 
   // The natural choice first, where it has to be known and is another one; then the choice itself. `loaded`:
@@ -262,7 +265,7 @@ class RowGate {
                                          bool loaded, Chosen& choice) {
     const bool by_score = choosing && compares_scores(steering);
     const bool softmax_weights =
-        last && (layout_.softmax_of_all ||
+        !kCommon && last && (layout_.softmax_of_all ||
                  (kFull && args_.spec.score == Score::kSoftmax && !softmax_over_chosen(launch_, steering)));
     const bool scores_counted = last && row.scores_counted;
     if (kFull && !choosing && !(row.to_weigh || scores_counted)) return;
@@ -275,7 +278,7 @@ class RowGate {
                                        scores_counted && args_.statistics.entropy, scores_);
       if (scores_counted) tally_.scores(row_scores_, scores_);
     }
-    if (layout_.keeps_logits) {
+    if (!kCommon && layout_.keeps_logits) {
       float* z = row_at(layout_.logit_row);
       for_each_expert<kValues>(args_.experts, [&](int i, int e) {
         if (e < args_.experts) z[e] = values_[i];
@@ -289,7 +292,7 @@ class RowGate {
 
   // What selection compares, in place of the logits.
   __device__ __forceinline__ void selection_values(const SteeringRow& steering, bool by_score) {
-    if (!layout_.keeps_logits) return;  // the logits themselves
+    if (kCommon || !layout_.keeps_logits) return;  // the logits themselves
     const float* correction = args_.correction_bias;
     Entries<kValues> corrections, biases;
     if (correction != nullptr) corrections.load(correction, args_.experts);
@@ -355,7 +358,16 @@ class RowGate {
 
   // ---- weights, remap, outputs, counts ----------------------------------------------------------
 
+  // Softmax over the chosen; their best comes first. The numerators are at most 1, so their sum is finite.
+  __device__ __forceinline__ void weigh_common(Chosen& choice) {
+    const float largest = from_lane(choice.logits[0], 0);
+    choice.weights[0] = softmax_numerator(choice.logits[0], largest);
+    choice.spread(choice.weights, slot_row());
+    divide(choice, sum_in_order(slot_row(), choice.count));
+  }
+
   __device__ __forceinline__ void weigh(const Row& row, Chosen& choice) {
+    if constexpr (kCommon) return weigh_common(choice);
     if (!row.to_weigh) return;
     const SteeringRow& steering = row.steering;
     const bool biased = kFull && steering.score_bias() && steering.score_bias_weighs();
@@ -414,8 +426,8 @@ class RowGate {
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) {
       if (lane() + kLanes * s >= args_.k) continue;
-      if (args_.ids != nullptr) args_.ids[first + kLanes * s + lane()] = choice.ids[s];
-      if (args_.weights != nullptr) static_cast<float*>(args_.weights)[first + kLanes * s + lane()] = choice.weights[s];
+      if (kCommon || args_.ids != nullptr) args_.ids[first + kLanes * s + lane()] = choice.ids[s];
+      if (kCommon || args_.weights != nullptr) static_cast<float*>(args_.weights)[first + kLanes * s + lane()] = choice.weights[s];
     }
   }
 
@@ -459,57 +471,44 @@ __device__ __forceinline__ Place first_place(const GateLaunch& launch, int64_t b
   return Place{};
 }
 
-template <int kValues, Level kLevel>
-__global__ void __launch_bounds__(kLanes, blocks_at_once(kValues, kLevel))
-    gate_kernel(const __grid_constant__ GateLaunch launch) {
-  const int64_t begin = int64_t{blockIdx.x} * launch.rows_per_block;
-  const int64_t last = begin + launch.rows_per_block;
-  const int64_t end = last < launch.args.tokens ? last : launch.args.tokens;
-  const int width = launch.layout.statistics_width;
-  Sum* const block_row = launch.layout.block_row > 0 ? reinterpret_cast<Sum*>(moe_route_shared) : nullptr;
+// A block's rows, and the place of the row in shared memory where it adds up what they count.
+struct BlockRows {
+  int64_t begin, end;
   Place place;
-  if (block_row != nullptr) {
-    place = first_place(launch, begin, end);
-    for (int i = lane(); i < width; i += kLanes)
-      block_row[i] = 0;
+};
+
+__device__ __forceinline__ BlockRows begin_block(const GateLaunch& launch) {
+  BlockRows block;
+  block.begin = int64_t{blockIdx.x} * launch.rows_per_block;
+  const int64_t last = block.begin + launch.rows_per_block;
+  block.end = last < launch.args.tokens ? last : launch.args.tokens;
+  if (launch.layout.block_row > 0) {
+    block.place = first_place(launch, block.begin, block.end);
+    for (int i = lane(); i < launch.layout.statistics_width; i += kLanes)
+      reinterpret_cast<Sum*>(moe_route_shared)[i] = 0;
     __syncwarp();
   }
-  unsigned char* const memory = moe_route_shared + launch.layout.block_row;
-  RowGate<kValues, kLevel>(launch, memory, place).rows(begin, end);
-  if (block_row == nullptr || !place.counted()) return;  // the same for the whole block
+  return block;
+}
+
+__device__ __forceinline__ void end_block(const GateLaunch& launch, const BlockRows& block) {
+  if (launch.layout.block_row == 0 || !block.place.counted()) return;
+  const Sum* const row = reinterpret_cast<const Sum*>(moe_route_shared);
+  const int width = launch.layout.statistics_width;
   __syncwarp();
   for (int i = lane(); i < width; i += kLanes) {
-    if (block_row[i] != 0) add_to_tables(launch.args.statistics, place, width, i, block_row[i]);
+    if (row[i] != 0) add_to_tables(launch.args.statistics, block.place, width, i, row[i]);
   }
+}
+
+template <int kValues, Level kLevel, bool kCommon>
+__global__ void __launch_bounds__(kLanes, blocks_at_once(kValues, kLevel))
+    gate_kernel(const __grid_constant__ GateLaunch launch) {
+  const BlockRows block = begin_block(launch);
+  unsigned char* const memory = moe_route_shared + launch.layout.block_row;
+  RowGate<kValues, kLevel, kCommon>(launch, memory, block.place).rows(block.begin, block.end);
+  end_block(launch, block);
 }
 
 }  // namespace
-
-// What there is of a width: every level in registers; in shared memory, the full one for all.
-template <int kValues, class Use>
-void with_kernel(Level level, Use use) {
-  if constexpr (kValues > 0) {
-    if (level == Level::kPlain) return use(gate_kernel<kValues, Level::kPlain>);
-    if (level == Level::kScored) return use(gate_kernel<kValues, Level::kScored>);
-    if (level == Level::kSoft) return use(gate_kernel<kValues, Level::kSoft>);
-  }
-  if constexpr (kLanes * kValues <= register_experts(Level::kFull)) {
-    use(gate_kernel<kValues, Level::kFull>);
-  } else {
-    throw std::logic_error("moe_route: there is no full gate kernel of this width");
-  }
-}
-
-template <int kValues>
-void load_gate(Level level) {
-  with_kernel<kValues>(level, [](void (*kernel)(GateLaunch)) { load(kernel); });
-}
-
-template <int kValues>
-void launch_gate(const GateLaunch& gate, Stream stream) {
-  with_kernel<kValues>(gate.level, [&](void (*kernel)(GateLaunch)) {
-    launch("gate", kernel, gate.blocks, kLanes, gate.layout.shared_bytes, stream, gate);
-  });
-}
-
 }  // namespace moe_route::cuda

@@ -56,13 +56,15 @@ __device__ __forceinline__ int list_experts(const Values<kValues>& values, int e
   };
   int count = 0;
   if constexpr (kValues > 0 && kValues <= 4) {
-    for_each_expert<kValues>(experts, [&](int i, int e) {
+    const int first_id = kept(first_expert<kValues>(experts));
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
       const bool mine = reaches(values[i]);
       const unsigned found = ballot(mine);
       const int place = count + __popc(found & lanes_below());
-      if (mine) put(place, i, e);  // of 128 experts at most
+      if (mine) put(place, i, first_id + kStripes * i);  // of 128 experts at most
       count += __popc(found);
-    });
+    }
   } else {
     int mine = 0;
     for_each_expert<kValues>(experts, [&](int i, int) { mine += reaches(values[i]) ? 1 : 0; });

@@ -49,12 +49,13 @@ __device__ __forceinline__ int class_of(int code) {
 }
 
 // The lane's elements of a row of E, absent ones (e >= E) the row's last: op(i, element).
-template <int kValues, class T, class Op>
+// `kWhole`: there are none.
+template <int kValues, bool kWhole = false, class T, class Op>
 __device__ __forceinline__ void load_row(const T* row, int experts, Op op) {
   if constexpr (kValues > 0) {
     const int first = first_expert<kValues>(experts);
     T loaded[kValues];
-    if (experts == kLanes * kValues) {  // addresses a constant apart
+    if (kWhole || experts == kLanes * kValues) {  // addresses a constant apart
 #pragma unroll
       for (int i = 0; i < kValues; ++i) loaded[i] = __ldg(row + first + kStripes * i);
     } else {
@@ -149,6 +150,17 @@ __device__ __forceinline__ uint32_t look_through(const GateLaunch& launch, const
   return __reduce_or_sync(kWarp, found);
 }
 
+__device__ __forceinline__ void read_row_params(const GateLaunch& launch, SteeringRow& row) {
+  if (launch.args.steering.row_params == nullptr) return;
+  const float* params = launch.args.steering.row_params + int64_t{row.index} * kRowParams;
+  row.temperature = __ldg(params + kRowTemperature);
+  const float k = __ldg(params + kRowTopK);
+  if (k >= 1.0f && k < float(launch.args.k)) row.k = static_cast<int>(k);
+  row.flags = (__ldg(params + kRowStdCorrection) != 0.0f ? SteeringRow::kSampleStd : 0u) |
+              (__ldg(params + kRowScoreBiasWeighs) != 0.0f ? SteeringRow::kBiasWeighs : 0u) |
+              (__ldg(params + kRowWeightScaleAfter) != 0.0f ? SteeringRow::kScaleAfter : 0u);
+}
+
 // `whole`: is it of consequence whether the row is neutral? `kFull`: the launch may have more than kSoftPlanes.
 template <bool kFull, int kValues>
 __device__ __forceinline__ SteeringRow read_steering(const GateLaunch& launch, int32_t index, bool whole) {
@@ -156,22 +168,13 @@ __device__ __forceinline__ SteeringRow read_steering(const GateLaunch& launch, i
   row.k = launch.args.k;
   if (!in_table(launch, index)) return row;
   row.index = index;
-  uint32_t params_say = 0;
-  if (launch.args.steering.row_params != nullptr) {
-    const float* params = launch.args.steering.row_params + int64_t{index} * kRowParams;
-    row.temperature = __ldg(params + kRowTemperature);
-    const float k = __ldg(params + kRowTopK);
-    if (k >= 1.0f && k < float(launch.args.k)) row.k = static_cast<int>(k);
-    params_say = (__ldg(params + kRowStdCorrection) != 0.0f ? SteeringRow::kSampleStd : 0) |
-                 (__ldg(params + kRowScoreBiasWeighs) != 0.0f ? SteeringRow::kBiasWeighs : 0) |
-                 (__ldg(params + kRowWeightScaleAfter) != 0.0f ? SteeringRow::kScaleAfter : 0);
-  }
+  read_row_params(launch, row);
   uint32_t found = 0;
   if constexpr (kFull) {
     if (whole || has(launch, kScoreBias | kForce)) found = look_through<kValues>(launch, row, whole);
   }
   const bool neutral = kFull && whole && found == 0 && row.temperature == 1.0f && row.k == launch.args.k;
-  row.flags = found | params_say | (neutral ? 0 : SteeringRow::kSteered);
+  row.flags |= found | (neutral ? 0u : uint32_t{SteeringRow::kSteered});
   return row;
 }
 

@@ -49,6 +49,14 @@ __device__ __forceinline__ int first_expert(int experts) {
   return (lane() & kStripes) * (values - 1) + lane();
 }
 
+// Keeps the compiler from working a number out again wherever it is used.
+__device__ __forceinline__ int kept(int x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // One value for each expert; those past the last expert are NaN: never chosen, score 0.
 template <int kValues>
 struct Values {
@@ -68,11 +76,12 @@ struct Values<0> {
 // op(i, e) for every expert e of the calling lane, absent ones (e >= E) included.
 template <int kValues, class Op>
 __device__ __forceinline__ void for_each_expert(int experts, Op op) {
-  const int first = first_expert<kValues>(experts);
   if constexpr (kValues > 0) {
+    const int first = first_expert<kValues>(experts);
 #pragma unroll
     for (int i = 0; i < kValues; ++i) op(i, first + kStripes * i);
   } else {
+    const int first = first_expert<kValues>(experts);
     for (int i = 0; i < values_of_lane(experts); ++i) op(i, first + kStripes * i);
   }
 }
