@@ -64,8 +64,8 @@ GateLayout layout_of(const GateArgs& args, bool in_registers, int rows, int most
   layout.score_row = take(!in_registers, row);
   layout.member_row = take(!in_registers && forces, row);
   layout.group_scores = take(spec.groups > 1, 2 * spec.groups * 4);
-  const bool counting = rows > 1 &&
-                        (args.statistics.groups != nullptr || args.statistics.segments != nullptr);
+  const bool counting =
+      rows > 1 && (args.statistics.groups != nullptr || args.statistics.segments != nullptr);
   layout.steering_stride = __builtin_popcount(args.steering.planes) * args.experts;
   for (int i = 0; i < 7; ++i)
     layout.steering_plane[i] = __builtin_popcount(args.steering.planes & ((1u << i) - 1)) * args.experts;
@@ -87,21 +87,22 @@ GateLayout layout_of(const GateArgs& args, bool in_registers, int rows, int most
 
 bool is_common(const GateArgs& args, const GateLaunch& gate) {
   const GateSpec& spec = args.spec;
-  const bool one_division =
-      spec.order == Order::kTopKThenScore
-          ? spec.renormalize == Renormalize::kNone
-          : spec.renormalize == Renormalize::kSum && spec.eps == 0.0f;
-  return spec.score == Score::kSoftmax && one_division && spec.scale == 1.0f && args.expert_scale == nullptr &&
-         !gate.layout.keeps_logits && args.weights != nullptr && args.ids != nullptr;
+  const bool one_division = spec.order == Order::kTopKThenScore
+                                ? spec.renormalize == Renormalize::kNone
+                                : spec.renormalize == Renormalize::kSum && spec.eps == 0.0f;
+  return spec.score == Score::kSoftmax && one_division && spec.scale == 1.0f &&
+         args.expert_scale == nullptr && !gate.layout.keeps_logits && args.weights != nullptr &&
+         args.ids != nullptr;
 }
 
 // Does the launch suit tiles of 32 rows, a thread each?
 bool takes_tiles(const GateArgs& args, const GateLaunch& gate) {
   const uint32_t counted = kCounts | kMass | kWeight;
-  const int vector = args.logits_type == DType::kFloat32 ? 16 : 8, bytes = vector / 4;  // of four values, of one
+  const int vector = args.logits_type == DType::kFloat32 ? 16 : 8,
+            bytes = vector / 4;  // of four values, of one
   return gate.common && args.experts <= 256 && has_tiles(args.experts / 32) && args.k <= 8 &&
-         (args.statistics.planes & ~counted) == 0 &&
-         reinterpret_cast<uintptr_t>(args.logits) % vector == 0 && args.row_stride * bytes % vector == 0;
+         (args.statistics.planes & ~counted) == 0 && reinterpret_cast<uintptr_t>(args.logits) % vector == 0 &&
+         args.row_stride * bytes % vector == 0;
 }
 
 // Rows from which on tiles are faster than a warp a row: below, too few of them are under way at once.
@@ -142,7 +143,8 @@ Width width_for(int experts) {
 void lay_tiles(GateLaunch& gate) {
   const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount);
   const int64_t tiles = (gate.args.tokens + 31) / 32;
-  const int shared = layout_of(gate.args, true, 2, most_shared_bytes()).shared_bytes + tile_bytes(gate.args.experts);
+  const int shared =
+      layout_of(gate.args, true, 2, most_shared_bytes()).shared_bytes + tile_bytes(gate.args.experts);
   const int64_t at_once = processors * std::max(1, most_shared_bytes() / (shared + 1024));
   gate.rows_per_block = static_cast<int>(32 * ((tiles + at_once - 1) / at_once));
   gate.blocks = (gate.args.tokens + gate.rows_per_block - 1) / gate.rows_per_block;

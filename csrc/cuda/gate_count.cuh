@@ -105,7 +105,9 @@ class Tally {
     if constexpr (kLevel >= Level::kSoft) slots_ += slots, steered_ += steered ? 1 : 0;
     if constexpr (kLevel == Level::kFull) empty_ += empty;  // elsewhere nothing is forbidden, and k <= E
   }
-  __device__ __forceinline__ void flips(int flipped, long long moved) { flipped_ += flipped, moved_ += moved; }
+  __device__ __forceinline__ void flips(int flipped, long long moved) {
+    flipped_ += flipped, moved_ += moved;
+  }
 
   __device__ __forceinline__ void scores(const RowScores& r, const Values<kValues>& score) {
     if (!r.scored) {
@@ -195,8 +197,8 @@ class Tally {
 
 // What the chosen of a row add. `row` is room for a number of each slot.
 template <class Tally, int kSlots>
-__device__ __forceinline__ void count_chosen(Tally& tally, const Choice<kSlots>& c, int row_slots, bool steered,
-                                             float* row) {
+__device__ __forceinline__ void count_chosen(Tally& tally, const Choice<kSlots>& c, int row_slots,
+                                             bool steered, float* row) {
   int present = c.count;
   if (!c.compact) {
     int mine = 0;

@@ -16,11 +16,14 @@ void with_kernel(Level level, bool common, bool tiles, Use use) {
   }
   if constexpr (kValues > 0) {
     if (level == Level::kPlain)
-      return use(common ? gate_kernel<kValues, Level::kPlain, true> : gate_kernel<kValues, Level::kPlain, false>);
+      return use(common ? gate_kernel<kValues, Level::kPlain, true>
+                        : gate_kernel<kValues, Level::kPlain, false>);
     if (level == Level::kScored)
-      return use(common ? gate_kernel<kValues, Level::kScored, true> : gate_kernel<kValues, Level::kScored, false>);
+      return use(common ? gate_kernel<kValues, Level::kScored, true>
+                        : gate_kernel<kValues, Level::kScored, false>);
     if (level == Level::kSoft)
-      return use(common ? gate_kernel<kValues, Level::kSoft, true> : gate_kernel<kValues, Level::kSoft, false>);
+      return use(common ? gate_kernel<kValues, Level::kSoft, true>
+                        : gate_kernel<kValues, Level::kSoft, false>);
   }
   if constexpr (kLanes * kValues <= register_experts(Level::kFull)) {
     use(gate_kernel<kValues, Level::kFull, false>);

@@ -19,7 +19,7 @@ struct GateLayout {
   int shared_bytes = 0;
   bool bfloat16 = false;      // logits are; apart from their type, so that no jump table is made of it
   bool whole_planes = false;  // four entries of a steering plane may be read in one load
-  bool whole_slots = false;  // eight ids or weights of a token may be written in two stores
+  bool whole_slots = false;   // eight ids or weights of a token may be written in two stores
   // Of the tables: elements of a row, and where a row's planes begin, by bit_index().
   int steering_stride = 0, steering_plane[7] = {};
   int statistics_width = 0, statistics_plane[5] = {};
@@ -29,8 +29,8 @@ struct GateLayout {
   bool softmax_of_all = false;  // ... and does not cancel
   // Are logits kept beside the values that selection compares, or looked up by id?
   bool keeps_logits = false;
-  bool whole_tokens = false;        // a token's columns may be read in one load
-  int groups = 0, segments = 0;     // rows of the statistics tables, 0 for no table
+  bool whole_tokens = false;     // a token's columns may be read in one load
+  int groups = 0, segments = 0;  // rows of the statistics tables, 0 for no table
 };
 
 // 1, 2, 4, ... -> 0, 1, 2, ...
@@ -52,12 +52,13 @@ constexpr int register_experts(Level level) { return level == Level::kFull ? 256
 // Slots of the chosen that a lane holds.
 constexpr int slots_of_lane(int values) { return values > 0 ? 1 : 2; }
 
-// Blocks that a multiprocessor is to hold at once: what its registers allow without a spill.
-constexpr int blocks_at_once(int values, Level level) {
-  constexpr int up_to_128[] = {32, 28, 20, 8}, up_to_256[] = {28, 20, 16, 8}, more[] = {20, 12, 12, 8};
-  const int which = static_cast<int>(level);
+// Blocks (warps) that a multiprocessor is to hold at once: what its registers allow without a spill, on every
+// architecture.
+constexpr int blocks_at_once(int values, Level level, bool common) {
+  constexpr int blocks[2][3][4] = {{{24, 20, 16, 8}, {20, 16, 12, 8}, {14, 10, 10, 8}},
+                                   {{28, 28, 20, 8}, {24, 20, 14, 8}, {16, 12, 10, 8}}};
   if (values == 0) return 1;
-  return values <= 4 ? up_to_128[which] : values <= 8 ? up_to_256[which] : more[which];
+  return blocks[common ? 1 : 0][values <= 4 ? 0 : values <= 8 ? 1 : 2][static_cast<int>(level)];
 }
 
 struct GateLaunch {

@@ -61,8 +61,7 @@ class RowGate {
   using Chosen = Choice<kSlots>;
 
  public:
-  __device__ __forceinline__ RowGate(const GateLaunch& launch, unsigned char* memory,
-                                     Place block_place)
+  __device__ __forceinline__ RowGate(const GateLaunch& launch, unsigned char* memory, Place block_place)
       : launch_(launch),
         args_(launch.args),
         layout_(launch.layout),
@@ -133,7 +132,8 @@ class RowGate {
       if (row.counted) tally_.turn_to(place);
     }
     row.scores_counted = row.counted && tally_.wants_scores();
-    row.to_weigh = row.valid && (kCommon || args_.weights != nullptr || (row.counted && tally_.wants_weights()));
+    row.to_weigh =
+        row.valid && (kCommon || args_.weights != nullptr || (row.counted && tally_.wants_weights()));
     if constexpr (kFull) {
       if (args_.given.mode != GivenMode::kNone && row.valid) take_given(row, choice);
     }
@@ -230,7 +230,8 @@ class RowGate {
       choose(row, row.steering, true, true, loaded, choice);
       return -1;
     } else {
-      const bool compared = row.counted && tally_.wants_natural() && (row.steering.steered() || is_replay(row));
+      const bool compared =
+          row.counted && tally_.wants_natural() && (row.steering.steered() || is_replay(row));
       const bool natural_given = compared && args_.given.mode == GivenMode::kNatural && has_given(row);
       const bool natural_chosen = compared && !natural_given;
       int natural_count = compared ? args_.k : -1;
@@ -246,8 +247,8 @@ class RowGate {
         steering.flags = last ? row.steering.flags : 0;
         steering.k = last ? row.steering.k : args_.k;
         steering.temperature = last ? row.steering.temperature : 1.0f;
-        choose(row, steering, last ? !row.given : true, last,
-               loaded && pass == (natural_chosen ? 0 : 1), made);
+        choose(row, steering, last ? !row.given : true, last, loaded && pass == (natural_chosen ? 0 : 1),
+               made);
         if (last) {
           choice = made;
         } else {
@@ -264,9 +265,9 @@ class RowGate {
   __device__ __forceinline__ void choose(Row& row, const SteeringRow& steering, bool choosing, bool last,
                                          bool loaded, Chosen& choice) {
     const bool by_score = choosing && compares_scores(steering);
-    const bool softmax_weights =
-        !kCommon && last && (layout_.softmax_of_all ||
-                 (kFull && args_.spec.score == Score::kSoftmax && !softmax_over_chosen(launch_, steering)));
+    const bool softmax_weights = !kCommon && last &&
+                                 (layout_.softmax_of_all || (kFull && args_.spec.score == Score::kSoftmax &&
+                                                             !softmax_over_chosen(launch_, steering)));
     const bool scores_counted = last && row.scores_counted;
     if (kFull && !choosing && !(row.to_weigh || scores_counted)) return;
     if (!loaded) load(row.t);
@@ -321,8 +322,8 @@ class RowGate {
     if (!kFull || !steering.forced()) {
       chosen = select_best<kValues>(values_, args_.experts, want, 0, selection_);
       if (chosen < want) {
-        chosen = append_nan<kValues>(values_, args_.experts, want, chosen, selection_,
-                                     [](int) { return true; });
+        chosen =
+            append_nan<kValues>(values_, args_.experts, want, chosen, selection_, [](int) { return true; });
       }
     } else if constexpr (kFull) {
       chosen = choose_by_class(steering, want);
@@ -382,8 +383,8 @@ class RowGate {
       score_chosen(launch_, steering, row_scores_, best_first, choice);
     } else if constexpr (kFull) {
       float* z = row_at(layout_.logit_row);
-      for_each_expert<kValues>(
-          args_.experts, [&](int i, int e) { values_[i] = e < args_.experts ? z[e] : not_a_number(); });
+      for_each_expert<kValues>(args_.experts,
+                               [&](int i, int e) { values_[i] = e < args_.experts ? z[e] : not_a_number(); });
       __syncwarp();
       sparsemixer<kValues>(launch_, choice, selection_.ids, z, values_);
     }
@@ -427,7 +428,8 @@ class RowGate {
     for (int s = 0; s < kSlots; ++s) {
       if (lane() + kLanes * s >= args_.k) continue;
       if (kCommon || args_.ids != nullptr) args_.ids[first + kLanes * s + lane()] = choice.ids[s];
-      if (kCommon || args_.weights != nullptr) static_cast<float*>(args_.weights)[first + kLanes * s + lane()] = choice.weights[s];
+      if (kCommon || args_.weights != nullptr)
+        static_cast<float*>(args_.weights)[first + kLanes * s + lane()] = choice.weights[s];
     }
   }
 
@@ -436,7 +438,8 @@ class RowGate {
     const bool steered = kSteers && in_table(launch_, row.steering_row);
     count_chosen(tally_, choice, row.slots, steered, slot_row());
     if (!tally_.wants_natural()) return;
-    count_natural(tally_, choice, natural_count < 0 ? nullptr : selection_.natural, natural_count, slot_row());
+    count_natural(tally_, choice, natural_count < 0 ? nullptr : selection_.natural, natural_count,
+                  slot_row());
   }
 
   const GateLaunch& launch_;
@@ -502,7 +505,7 @@ __device__ __forceinline__ void end_block(const GateLaunch& launch, const BlockR
 }
 
 template <int kValues, Level kLevel, bool kCommon>
-__global__ void __launch_bounds__(kLanes, blocks_at_once(kValues, kLevel))
+__global__ void __launch_bounds__(kLanes, blocks_at_once(kValues, kLevel, kCommon))
     gate_kernel(const __grid_constant__ GateLaunch launch) {
   const BlockRows block = begin_block(launch);
   unsigned char* const memory = moe_route_shared + launch.layout.block_row;

@@ -14,10 +14,10 @@
 namespace moe_route::cuda {
 namespace {
 
-inline constexpr int kMostChosen = 64;   // largest k
-inline constexpr int kListRoom = 128;    // of the short list
-inline constexpr int kColumnsFor = 16;   // largest k for which the bound keeps the list short
-inline constexpr int kAtATime = 12;      // candidates that a rank looks at before it asks whether there are more
+inline constexpr int kMostChosen = 64;  // largest k
+inline constexpr int kListRoom = 128;   // of the short list
+inline constexpr int kColumnsFor = 16;  // largest k for which the bound keeps the list short
+inline constexpr int kAtATime = 12;  // candidates that a rank looks at before it asks whether there are more
 
 // Longest list that is ranked: one candidate a lane, or two where k may pass 32.
 __host__ __device__ constexpr int most_listed(int values) { return values > 0 ? kLanes : kMostChosen; }
@@ -246,7 +246,8 @@ __device__ __forceinline__ void score_groups(const GateSpec& spec, int experts, 
     }
     for (int apart = width / 2; apart > 0; apart /= 2)
       best.merge({__shfl_xor_sync(kWarp, best.first, apart), __shfl_xor_sync(kWarp, best.second, apart)});
-    const float sum = spec.group_score == GroupScore::kMax || size == 1 ? best.first : best.first + best.second;
+    const float sum =
+        spec.group_score == GroupScore::kMax || size == 1 ? best.first : best.first + best.second;
     if (within == 0 && group < spec.groups) group_scores[group] = sum == sum ? sum : -infinity();
   }
   __syncwarp();
@@ -256,8 +257,8 @@ __device__ __forceinline__ void score_groups(const GateSpec& spec, int experts, 
 // NaN stays NaN: it ranks last in whatever group. `row` is room for the values, `group_scores` for twice the
 // groups; `reciprocal` is 2^32 / (experts of a group), rounded up (0 for one expert).
 template <int kValues>
-__device__ __forceinline__ void limit_groups(const GateSpec& spec, int experts, uint32_t reciprocal, float* row,
-                                             float* group_scores, Values<kValues>& values) {
+__device__ __forceinline__ void limit_groups(const GateSpec& spec, int experts, uint32_t reciprocal,
+                                             float* row, float* group_scores, Values<kValues>& values) {
   for_each_expert<kValues>(experts, [&](int i, int e) {
     if (e < experts) row[e] = values[i];
   });

@@ -13,12 +13,12 @@ namespace {
 // row is.
 struct SteeringRow {
   enum Flag : uint32_t {
-    kSteered = 1,      // there is a row and it is not neutral
+    kSteered = 1,       // there is a row and it is not neutral
     kHasScoreBias = 2,  // some entry of the plane is not neutral
-    kPulled = 4,       // some expert is on or off
-    kForbids = 8,      // some expert is forbidden
-    kLogSoftmax = 16,  // some expert is on or off the SteerMoE way
-    kOther = 32,       // something else is not neutral
+    kPulled = 4,        // some expert is on or off
+    kForbids = 8,       // some expert is forbidden
+    kLogSoftmax = 16,   // some expert is on or off the SteerMoE way
+    kOther = 32,        // something else is not neutral
     kSampleStd = 64,
     kBiasWeighs = 128,
     kScaleAfter = 256,
@@ -75,7 +75,8 @@ __device__ __forceinline__ bool has(const GateLaunch& launch, uint32_t bit) {
 }
 // A row's entries of a plane. Where planes lie in a row is worked out on the host: here it would be worked out
 // ahead for every plane, and kept in registers.
-__device__ __forceinline__ const float* plane_of(const GateLaunch& launch, const SteeringRow& row, uint32_t bit) {
+__device__ __forceinline__ const float* plane_of(const GateLaunch& launch, const SteeringRow& row,
+                                                 uint32_t bit) {
   return launch.args.steering.tables + int64_t{row.index} * launch.layout.steering_stride +
          launch.layout.steering_plane[bit_index(bit)];
 }
@@ -98,13 +99,16 @@ template <>
 struct Entries<0> {
   const float* plane = nullptr;
   int experts = 1;
-  __device__ __forceinline__ void load(const float* plane_, int experts_) { plane = plane_, experts = experts_; }
+  __device__ __forceinline__ void load(const float* plane_, int experts_) {
+    plane = plane_, experts = experts_;
+  }
   __device__ __forceinline__ float operator()(int i) const {
     return __ldg(plane + min(first_expert<0>(experts) + kStripes * i, experts - 1));
   }
 };
 template <int kValues>
-__device__ __forceinline__ Entries<kValues> entries(const GateLaunch& launch, const SteeringRow& row, uint32_t bit) {
+__device__ __forceinline__ Entries<kValues> entries(const GateLaunch& launch, const SteeringRow& row,
+                                                    uint32_t bit) {
   Entries<kValues> plane;
   plane.load(plane_of(launch, row, bit), launch.args.experts);
   return plane;
@@ -121,7 +125,8 @@ __device__ __forceinline__ uint32_t flags_of_force(int code) {
 
 // What the row's entries say, as flags; `whole`: also whether anything else differs from neutral.
 template <int kValues>
-__device__ __forceinline__ uint32_t look_through(const GateLaunch& launch, const SteeringRow& row, bool whole) {
+__device__ __forceinline__ uint32_t look_through(const GateLaunch& launch, const SteeringRow& row,
+                                                 bool whole) {
   uint32_t found = 0;
   const auto look = [&](uint32_t bit, float neutral, auto finding) {
     if (!has(launch, bit)) return;
@@ -285,7 +290,8 @@ __device__ __forceinline__ void steer(const GateLaunch& launch, const SteeringRo
   const float std = has(launch, kStd) ? standard_deviation<kValues>(z, experts, row.sample_std()) : 0.0f;
   Extremes natural;
   if (kFull && row.pulled()) natural = natural_extremes<kValues>(z, experts, row.log_softmax());
-  const bool pulled = kFull && row.pulled() && natural.max >= natural.min;  // else there is not one number in the row
+  const bool pulled =
+      kFull && row.pulled() && natural.max >= natural.min;  // else there is not one number in the row
   for_each_expert<kValues>(experts, [&](int i, int e) {
     const float raw = z[i];
     float x = raw;

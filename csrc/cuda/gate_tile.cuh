@@ -11,8 +11,8 @@
 namespace moe_route::cuda {
 namespace {
 
-inline constexpr int kTileList = 24;            // candidates of a row
-inline constexpr float kTame = 0x1p+100f;       // of such logits neither sums nor differences overflow
+inline constexpr int kTileList = 24;       // candidates of a row
+inline constexpr float kTame = 0x1p+100f;  // of such logits neither sums nor differences overflow
 
 // 16 bytes from global to shared memory, without registers on the way.
 __device__ __forceinline__ void copy_async(float* to, const float* from) {
@@ -180,9 +180,8 @@ class TileGate {
     } else if (launch_.layout.bfloat16) {
       load_halves<uint16_t>(begin, [](unsigned x) { return math::as_float(int32_t(x << 16)); });
     } else {
-      load_halves<__half>(begin, [](unsigned x) {
-        return __half2float(__ushort_as_half(static_cast<unsigned short>(x)));
-      });
+      load_halves<__half>(
+          begin, [](unsigned x) { return __half2float(__ushort_as_half(static_cast<unsigned short>(x))); });
     }
     wait_for_copies();
   }
@@ -230,7 +229,8 @@ class TileGate {
     for (int e = 0; e < kExperts; e += 4) steer_four(steering, e, *reinterpret_cast<float4*>(row + e), std);
     return plain;
   }
-  __device__ __forceinline__ void steer_four(const SteeringRow& steering, int e, float4& four, float std) const {
+  __device__ __forceinline__ void steer_four(const SteeringRow& steering, int e, float4& four,
+                                             float std) const {
     const float raw[4] = {four.x, four.y, four.z, four.w};
     float x[4] = {four.x, four.y, four.z, four.w};
     // op(value, raw value, entry) for each of the four.
@@ -255,7 +255,8 @@ class TileGate {
     }
     apply(kBias, [](float z, float, float b) { return b != 0.0f ? z + b : z; });
     apply(kStd, [std](float z, float, float c) { return c != 0.0f ? math::fma(c, std, z) : z; });
-    apply(kMagnitude, [](float z, float own, float m) { return m != 0.0f ? math::fma(m, fabsf(own), z) : z; });
+    apply(kMagnitude,
+          [](float z, float own, float m) { return m != 0.0f ? math::fma(m, fabsf(own), z) : z; });
     four = make_float4(x[0], x[1], x[2], x[3]);
   }
 
@@ -283,7 +284,8 @@ class TileGate {
 
   // Lists what reaches the bound, by rising index; with scores, turns the row into numerators. Returns how many
   // were listed; kTileList where there may be more.
-  __device__ __forceinline__ int list_best(float* row, float bound, float largest, Stripes& total, Stripes& entropy) {
+  __device__ __forceinline__ int list_best(float* row, float bound, float largest, Stripes& total,
+                                           Stripes& entropy) {
     List list(list_);
 #pragma unroll 2
     for (int v = 0; v < kExperts; v += kStripes) {
@@ -369,7 +371,8 @@ class TileGate {
     for (int j = 0; j < kMost; ++j) {
       if (ids_[j] < 0) continue;
       if (counts) atomicAdd(reinterpret_cast<unsigned*>(sums(bit_index(kCounts)) + ids_[j]), 1u);
-      if (weights) add_to_shared(sums(bit_index(kWeight)) + ids_[j], static_cast<Sum>(fixed_point(weights_[j])));
+      if (weights)
+        add_to_shared(sums(bit_index(kWeight)) + ids_[j], static_cast<Sum>(fixed_point(weights_[j])));
     }
   }
 
@@ -437,7 +440,8 @@ class TileGate {
 
 // Tiles of 32 rows, and what they leave row by row.
 template <int kValues, Level kLevel>
-__global__ void __launch_bounds__(kLanes, tiles_at_once(kValues)) tile_kernel(const __grid_constant__ GateLaunch launch) {
+__global__ void __launch_bounds__(kLanes, tiles_at_once(kValues))
+    tile_kernel(const __grid_constant__ GateLaunch launch) {
   const BlockRows block = begin_block(launch);
   unsigned char* const memory = moe_route_shared + launch.layout.block_row;
   TileGate<kValues, kLevel> tile(launch, memory + launch.layout.tile, block.place);

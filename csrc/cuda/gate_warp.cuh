@@ -138,7 +138,7 @@ __device__ __forceinline__ int32_t number_key(float x) {
 __device__ __forceinline__ float number_of(int32_t key) {
   return math::as_float(key ^ ((key >> 31) & 0x7fffffff));
 }
-inline constexpr int32_t kNoKey = INT32_MIN;             // below every number's
+inline constexpr int32_t kNoKey = INT32_MIN;                // below every number's
 inline constexpr int32_t kLowestKey = int32_t(0x807fffff);  // of -infinity
 
 // Of numbers: the lanes' values hold no NaN.

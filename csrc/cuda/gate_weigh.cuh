@@ -130,8 +130,8 @@ __device__ __forceinline__ bool softmax_over_chosen(const GateLaunch& launch, co
 // Phi's SparseMixer in evaluation; see GateSpec::jitter. `z` and `row` (its copy in shared memory) lose the
 // chosen; `slots` is room for the ids.
 template <int kValues, int kSlots>
-__device__ __forceinline__ void sparsemixer(const GateLaunch& launch, Choice<kSlots>& c, int32_t* slots, float* row,
-                                            Values<kValues>& z) {
+__device__ __forceinline__ void sparsemixer(const GateLaunch& launch, Choice<kSlots>& c, int32_t* slots,
+                                            float* row, Values<kValues>& z) {
   const float threshold = 2.0f * launch.args.spec.jitter;
   c.spread(c.ids, slots);
   for (int j = 0; j < c.count; ++j) {
@@ -166,8 +166,8 @@ __device__ __forceinline__ void multiply(Choice<kSlots>& c, Factor factor) {
 
 // Logits of the chosen, looked up in the warp's copy of z'.
 template <int kSlots>
-__device__ __forceinline__ void look_up_logits(const GateLaunch& launch, const SteeringRow& row, const float* z,
-                                               Choice<kSlots>& c, bool bias_on_logits) {
+__device__ __forceinline__ void look_up_logits(const GateLaunch& launch, const SteeringRow& row,
+                                               const float* z, Choice<kSlots>& c, bool bias_on_logits) {
   c.each([&](int s, int) {
     const int id = c.ids[s];
     float x = id >= 0 ? z[id] : not_a_number();
@@ -197,7 +197,8 @@ __device__ __forceinline__ void finish_weights(const GateLaunch& launch, const S
   renormalize(spec, c, row);
   if (spec.scale != 1.0f) multiply(c, [&](int) { return spec.scale; });
   if (rescales && steering.weight_scale_after()) multiply(c, steered_scale);
-  if (launch.args.expert_scale != nullptr) multiply(c, [&](int id) { return __ldg(launch.args.expert_scale + id); });
+  if (launch.args.expert_scale != nullptr)
+    multiply(c, [&](int id) { return __ldg(launch.args.expert_scale + id); });
   // A given choice may have empty slots between others; whatever the row's norm was, they weigh 0.
   if (!c.compact) {
     c.each([&](int s, int) {
