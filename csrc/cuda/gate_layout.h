@@ -55,8 +55,8 @@ constexpr int slots_of_lane(int values) { return values > 0 ? 1 : 2; }
 // Blocks (warps) that a multiprocessor is to hold at once: what its registers allow without a spill, on every
 // architecture.
 constexpr int blocks_at_once(int values, Level level, bool common) {
-  constexpr int blocks[2][3][4] = {{{24, 20, 16, 8}, {20, 16, 12, 8}, {14, 10, 10, 8}},
-                                   {{28, 28, 20, 8}, {24, 20, 14, 8}, {16, 12, 10, 8}}};
+  constexpr int blocks[2][3][4] = {{{24, 20, 16, 8}, {20, 16, 12, 8}, {14, 10, 8, 8}},
+                                   {{28, 28, 20, 8}, {24, 20, 14, 8}, {16, 12, 8, 8}}};
   if (values == 0) return 1;
   return blocks[common ? 1 : 0][values <= 4 ? 0 : values <= 8 ? 1 : 2][static_cast<int>(level)];
 }

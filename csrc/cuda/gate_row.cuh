@@ -393,7 +393,7 @@ class RowGate {
 
   // Expert e -> remap[e], once weights are final: duplicates merge into the first slot. One lane does it.
   __device__ __forceinline__ void remap(const Row& row, Chosen& choice) {
-    if (args_.steering.remap == nullptr || row.steering.index < 0 || is_replay(row)) return;
+    if (args_.steering.remap == nullptr || !row.steering.steered() || is_replay(row)) return;
     const int32_t* const to = args_.steering.remap + int64_t{row.steering.index} * args_.experts;
     int32_t* const ids = selection_.ids;
     float* const weights = slot_row();

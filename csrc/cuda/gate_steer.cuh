@@ -86,8 +86,9 @@ __device__ __forceinline__ float entry(const GateLaunch& launch, const SteeringR
   return row.index < 0 ? neutral : __ldg(plane_of(launch, row, bit) + e);
 }
 
-// The lane's entries of a plane: all are asked for at once, before anything waits for one of them.
-template <int kValues>
+// The lane's entries of a plane: all are asked for at once, before anything waits for one of them. Where a lane
+// has more than registers hold beside its values, each is loaded when it is used.
+template <int kValues, bool kHeld = (kValues > 0 && kValues <= 8)>
 struct Entries {
   float of_lane[kValues];
   __device__ __forceinline__ void load(const float* plane, int experts) {
@@ -95,15 +96,15 @@ struct Entries {
   }
   __device__ __forceinline__ float operator()(int i) const { return of_lane[i]; }
 };
-template <>
-struct Entries<0> {
+template <int kValues>
+struct Entries<kValues, false> {
   const float* plane = nullptr;
   int experts = 1;
   __device__ __forceinline__ void load(const float* plane_, int experts_) {
     plane = plane_, experts = experts_;
   }
   __device__ __forceinline__ float operator()(int i) const {
-    return __ldg(plane + min(first_expert<0>(experts) + kStripes * i, experts - 1));
+    return __ldg(plane + min(first_expert<kValues>(experts) + kStripes * i, experts - 1));
   }
 };
 template <int kValues>
@@ -120,7 +121,8 @@ __device__ __forceinline__ bool in_table(const GateLaunch& launch, int32_t steer
 __device__ __forceinline__ uint32_t flags_of_force(int code) {
   if (code == kForceNone) return 0;
   if (code == kForbid) return SteeringRow::kForbids;
-  return SteeringRow::kPulled | (code == kOnSteerMoE || code == kOffSteerMoE ? SteeringRow::kLogSoftmax : 0);
+  const bool log_softmax = code == kOnSteerMoE || code == kOffSteerMoE;
+  return SteeringRow::kPulled | (log_softmax ? uint32_t{SteeringRow::kLogSoftmax} : 0u);
 }
 
 // What the row's entries say, as flags; `whole`: also whether anything else differs from neutral.
@@ -161,9 +163,9 @@ __device__ __forceinline__ void read_row_params(const GateLaunch& launch, Steeri
   row.temperature = __ldg(params + kRowTemperature);
   const float k = __ldg(params + kRowTopK);
   if (k >= 1.0f && k < float(launch.args.k)) row.k = static_cast<int>(k);
-  row.flags = (__ldg(params + kRowStdCorrection) != 0.0f ? SteeringRow::kSampleStd : 0u) |
-              (__ldg(params + kRowScoreBiasWeighs) != 0.0f ? SteeringRow::kBiasWeighs : 0u) |
-              (__ldg(params + kRowWeightScaleAfter) != 0.0f ? SteeringRow::kScaleAfter : 0u);
+  row.flags = (__ldg(params + kRowStdCorrection) != 0.0f ? uint32_t{SteeringRow::kSampleStd} : 0u) |
+              (__ldg(params + kRowScoreBiasWeighs) != 0.0f ? uint32_t{SteeringRow::kBiasWeighs} : 0u) |
+              (__ldg(params + kRowWeightScaleAfter) != 0.0f ? uint32_t{SteeringRow::kScaleAfter} : 0u);
 }
 
 // `whole`: is it of consequence whether the row is neutral? `kFull`: the launch may have more than kSoftPlanes.
