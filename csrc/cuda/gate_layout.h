@@ -75,7 +75,7 @@ struct GateLaunch {
 
 // Widths that have kernels for tiles, and bytes of one: 32 rows, and a list for each.
 constexpr bool has_tiles(int values) { return values == 1 || values == 2 || values == 4 || values == 8; }
-constexpr int tiles_at_once(int values) { return values == 1 ? 20 : values == 2 ? 14 : values == 4 ? 9 : 5; }
+constexpr int tiles_at_once(int values) { return values <= 2 ? 12 : values == 4 ? 9 : 5; }
 constexpr int tile_bytes(int experts) { return (32 * (experts + 4) + 25 * 2 * 32) * 4; }
 
 // Enqueues the launch for rows of up to 32 * kValues experts; kValues = 0: for any number.
