@@ -2,6 +2,7 @@
 // once.
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -10,50 +11,71 @@
 namespace moe_route::cuda {
 namespace {
 
-constexpr int kTeam = 16;
-constexpr int kBlocksPerMultiprocessor = 12;  // whole waves of 6, 4, 3 or 2 blocks at once
+constexpr int kBlocksPerMultiprocessor = 32;  // the most that hardware takes; each is one warp
 
 int rounded(int64_t n, int to) { return static_cast<int>((n + to - 1) / to * to); }
 
 Level level_of(const GateArgs& args) {
   const GateStatistics& statistics = args.statistics;
-  if (args.steering.rows > 0 || args.given.mode != GivenMode::kNone ||
-      args.spec.score == Score::kSparseMixer || (statistics.planes & kNaturalCounts)) {
+  const GateSteering& steering = args.steering;
+  const bool steers = steering.rows > 0;
+  if (args.given.mode != GivenMode::kNone || args.spec.score == Score::kSparseMixer ||
+      (statistics.planes & kNaturalCounts) ||
+      (steers && (steering.remap != nullptr || (steering.planes & ~kSoftPlanes)))) {
     return Level::kFull;
   }
+  if (steers) return Level::kSoft;
   const bool scored = statistics.entropy || (statistics.planes & kMass) || args.spec.groups > 1;
   return scored ? Level::kScored : Level::kPlain;
 }
 
-GateLayout layout_of(const GateArgs& args, bool in_registers, int teams, int most_shared) {
+// `rows`: of a block. A single row adds to the statistics tables by itself: setting up a row in shared memory
+// and adding that up would take longer.
+GateLayout layout_of(const GateArgs& args, bool in_registers, int rows, int most_shared) {
   const GateSpec& spec = args.spec;
   const bool forces = args.steering.planes & kForce;
   GateLayout layout;
   layout.keeps_logits = args.correction_bias != nullptr || spec.groups > 1 ||
                         spec.score == Score::kSparseMixer || args.given.mode != GivenMode::kNone ||
                         (args.steering.planes & kScoreBias);
-  int next = GateLayout::kSlots;
+  layout.whole_tokens = reinterpret_cast<uintptr_t>(args.token_table) % 16 == 0;
+  layout.softmax_of_chosen =
+      spec.score == Score::kSoftmax &&
+      (spec.order == Order::kTopKThenScore || (spec.renormalize == Renormalize::kSum && spec.eps == 0.0f));
+  layout.softmax_of_all = spec.score == Score::kSoftmax && !layout.softmax_of_chosen;
+  layout.compares_scores =
+      spec.order == Order::kScoreThenTopK && (args.correction_bias != nullptr || spec.groups > 1);
+  const auto table_rows = [](const int64_t* table, int64_t rows) {  // a token's index is an int32
+    return table == nullptr ? 0 : static_cast<int>(std::min<int64_t>(rows, INT32_MAX));
+  };
+  layout.groups = table_rows(args.statistics.groups, args.statistics.num_groups);
+  layout.segments = table_rows(args.statistics.segments, args.statistics.num_segments);
+  const uint32_t group_size = static_cast<uint32_t>(args.experts / spec.groups);
+  layout.group_reciprocal = group_size > 1 ? static_cast<uint32_t>((uint64_t{1} << 32) / group_size) + 1 : 0;
+  int next = GateLayout::kSelection;
   const auto take = [&next](bool wanted, int bytes) {
     const int here = next;
     if (wanted) next += rounded(bytes, 16);
     return here;
   };
-  const int slots = rounded(args.k, kTeam) * 4, row = rounded(args.experts, kTeam) * 4;
-  layout.ids = take(true, slots);
-  layout.logits = take(true, slots);
-  layout.weights = take(true, slots);
-  layout.natural = take(args.statistics.planes & kNaturalCounts, slots);
+  const int row = rounded(args.experts, 32) * 4;
   layout.logit_row = take(layout.keeps_logits, row);
   layout.value_row = take(!in_registers || spec.groups > 1, row);
   layout.score_row = take(!in_registers, row);
   layout.member_row = take(!in_registers && forces, row);
-  layout.group_scores = take(spec.groups > 1, spec.groups * 4);
-  layout.team = next;
-  const bool counting = args.statistics.groups != nullptr || args.statistics.segments != nullptr;
-  const int width = kStatScalars + __builtin_popcount(args.statistics.planes) * args.experts;
-  const int block_row = rounded(width * 8, 16);
-  if (counting && block_row + teams * layout.team <= most_shared) layout.block_row = block_row;
-  layout.shared_bytes = layout.block_row + teams * layout.team;
+  layout.group_scores = take(spec.groups > 1, 2 * spec.groups * 4);
+  const bool counting =
+      rows > 1 && (args.statistics.groups != nullptr || args.statistics.segments != nullptr);
+  layout.steering_stride = __builtin_popcount(args.steering.planes) * args.experts;
+  for (int i = 0; i < 7; ++i)
+    layout.steering_plane[i] = __builtin_popcount(args.steering.planes & ((1u << i) - 1)) * args.experts;
+  layout.statistics_width = kStatScalars + __builtin_popcount(args.statistics.planes) * args.experts;
+  for (int i = 0; i < 5; ++i)
+    layout.statistics_plane[i] =
+        kStatScalars + __builtin_popcount(args.statistics.planes & ((1u << i) - 1)) * args.experts;
+  const int block_row = rounded(layout.statistics_width * 8, 16);
+  if (counting && block_row + next <= most_shared) layout.block_row = block_row;
+  layout.shared_bytes = layout.block_row + next;
   if (layout.shared_bytes > most_shared) {
     throw std::runtime_error("moe_route: " + std::to_string(args.experts) +
                              " experts with this steering need " + std::to_string(layout.shared_bytes) +
@@ -61,6 +83,38 @@ GateLayout layout_of(const GateArgs& args, bool in_registers, int teams, int mos
                              std::to_string(most_shared) + "; move the tensors with .to('cpu')");
   }
   return layout;
+}
+
+bool is_common(const GateArgs& args, const GateLaunch& gate) {
+  const GateSpec& spec = args.spec;
+  const bool one_division = spec.order == Order::kTopKThenScore
+                                ? spec.renormalize == Renormalize::kNone
+                                : spec.renormalize == Renormalize::kSum && spec.eps == 0.0f;
+  return spec.score == Score::kSoftmax && one_division && spec.scale == 1.0f &&
+         args.expert_scale == nullptr && !gate.layout.keeps_logits && args.weights != nullptr &&
+         args.ids != nullptr;
+}
+
+// Does the launch suit tiles of 32 rows, a thread each?
+bool takes_tiles(const GateArgs& args, const GateLaunch& gate) {
+  const uint32_t counted = kCounts | kMass | kWeight;
+  const int vector = args.logits_type == DType::kFloat32 ? 16 : 8,
+            bytes = vector / 4;  // of four values, of one
+  return gate.common && args.experts <= 256 && has_tiles(args.experts / 32) && args.k <= 8 &&
+         (args.statistics.planes & ~counted) == 0 && reinterpret_cast<uintptr_t>(args.logits) % vector == 0 &&
+         args.row_stride * bytes % vector == 0;
+}
+
+// Rows from which on tiles are faster than a warp a row: below, too few of them are under way at once.
+// MOE_ROUTE_GATE=row or =tile decides instead, to find out which of the two is at fault.
+constexpr int64_t kRowsForTiles = 12288;
+bool wants_tiles(int64_t tokens) {
+  const char* const said = std::getenv("MOE_ROUTE_GATE");
+  if (said == nullptr || *said == 0) return tokens >= kRowsForTiles;
+  const std::string which = said;
+  if (which != "row" && which != "tile")
+    throw std::invalid_argument("MOE_ROUTE_GATE is '" + which + "'; it takes row or tile");
+  return which == "tile";
 }
 
 // What the files in gate_instances have for one width of rows.
@@ -71,41 +125,74 @@ struct Width {
 template <int kVectors>
 constexpr Width kWidth = {launch_gate<kVectors>, load_gate<kVectors>};
 
-Width width_for(int experts, Level level) {
-  if (experts > register_experts(level)) return kWidth<0>;
-  if (experts <= 16) return kWidth<1>;
-  if (experts <= 32) return kWidth<2>;
-  if (experts <= 64) return kWidth<4>;
-  if (experts <= 128) return kWidth<8>;
-  if (experts <= 256) return kWidth<16>;
-  if (experts <= 384) return kWidth<24>;
-  return kWidth<32>;
+// Rows with more slots than lanes, or more experts than registers, are kept in shared memory.
+bool in_registers(const GateArgs& args, Level level) {
+  return args.experts <= register_experts(level) && args.k <= 32;
+}
+
+Width width_for(int experts) {
+  if (experts <= 32) return kWidth<1>;
+  if (experts <= 64) return kWidth<2>;
+  if (experts <= 128) return kWidth<4>;
+  if (experts <= 256) return kWidth<8>;
+  if (experts <= 384) return kWidth<12>;
+  return kWidth<16>;
+}
+
+// A block takes one tile after the other; its statistics row is always there.
+void lay_tiles(GateLaunch& gate) {
+  const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t tiles = (gate.args.tokens + 31) / 32;
+  const int shared =
+      layout_of(gate.args, true, 2, most_shared_bytes()).shared_bytes + tile_bytes(gate.args.experts);
+  const int64_t at_once = processors * std::max(1, most_shared_bytes() / (shared + 1024));
+  gate.rows_per_block = static_cast<int>(32 * ((tiles + at_once - 1) / at_once));
+  gate.blocks = (gate.args.tokens + gate.rows_per_block - 1) / gate.rows_per_block;
+  gate.layout = layout_of(gate.args, true, 2, most_shared_bytes());
+  gate.layout.tile = gate.layout.shared_bytes - gate.layout.block_row;
+  gate.layout.shared_bytes += tile_bytes(gate.args.experts);
+  gate.layout.bfloat16 = gate.args.logits_type == DType::kBFloat16;
+  gate.layout.whole_planes = reinterpret_cast<uintptr_t>(gate.args.steering.tables) % 16 == 0;
+  gate.layout.whole_slots = gate.args.k == 8 && reinterpret_cast<uintptr_t>(gate.args.ids) % 16 == 0 &&
+                            reinterpret_cast<uintptr_t>(gate.args.weights) % 16 == 0;
+}
+
+// Every lane of the width has its values.
+bool is_whole(int experts) {
+  for (int whole : {32, 64, 128, 256, 384, 512}) {
+    if (experts == whole) return true;
+  }
+  return false;
 }
 
 }  // namespace
 
-void gate(const GateArgs& args, Stream stream) {
-  if (args.tokens <= 0) return;
-  check(args);
-  if (args.logits_type == DType::kFloat64)
+void gate(const GateArgs& asked, Stream stream) {
+  if (asked.tokens <= 0) return;
+  check(asked);
+  if (asked.logits_type == DType::kFloat64)
     throw std::invalid_argument("moe_route gate: float64 logits are computed on the CPU only");
-  const Level level = level_of(args);
-  const bool in_registers = args.experts <= register_experts(level);
-  const int teams = (in_registers ? kGateThreads : kGateThreadsAboveRegisters) / kTeam;
   GateLaunch gate;
-  gate.args = args;
-  gate.level = level;
-  gate.layout = layout_of(args, in_registers, teams, most_shared_bytes());
+  GateArgs& args = gate.args = asked;
+  if (args.steering.tables == nullptr) args.steering.planes = 0;
+  gate.level = level_of(args);
+  const bool registers = in_registers(args, gate.level);
   const int64_t most_blocks =
       int64_t{kBlocksPerMultiprocessor} * device_attribute(cudaDevAttrMultiProcessorCount);
-  const int64_t steps = (args.tokens + teams - 1) / teams;
-  gate.rows_per_block = (steps + most_blocks - 1) / most_blocks * teams;
+  gate.rows_per_block = static_cast<int>((args.tokens + most_blocks - 1) / most_blocks);
+  gate.layout = layout_of(args, registers, gate.rows_per_block, most_shared_bytes());
   gate.blocks = (args.tokens + gate.rows_per_block - 1) / gate.rows_per_block;
-  width_for(args.experts, level).launch(gate, stream);
+  gate.common = registers && gate.level != Level::kFull && is_whole(args.experts) && is_common(args, gate);
+  gate.tiles = takes_tiles(args, gate) && wants_tiles(args.tokens);
+  if (gate.tiles) lay_tiles(gate);
+  (registers ? width_for(args.experts) : kWidth<0>).launch(gate, stream);
 }
 
 void load_gate_kernels(int32_t experts) {
-  for (Level level : {Level::kPlain, Level::kScored, Level::kFull}) width_for(experts, level).load(level);
+  for (Level level : {Level::kPlain, Level::kScored, Level::kSoft, Level::kFull}) {
+    if (experts <= register_experts(level)) width_for(experts).load(level);
+  }
+  kWidth<0>.load(Level::kFull);
 }
 
 void load_kernels(int32_t experts) {

@@ -40,22 +40,11 @@ struct Place {
   }
 };
 
-__device__ __forceinline__ Place place_of(const GateStatistics& tables, int32_t group, int32_t segment) {
+__device__ __forceinline__ Place place_of(const GateLayout& layout, int32_t group, int32_t segment) {
   Place place;
-  if (tables.groups != nullptr && group >= 0 && group < tables.num_groups) place.group = group;
-  if (tables.segments != nullptr && segment >= 0 && segment < tables.num_segments) place.segment = segment;
+  place.group = static_cast<unsigned>(group) < static_cast<unsigned>(layout.groups) ? group : -1;
+  place.segment = static_cast<unsigned>(segment) < static_cast<unsigned>(layout.segments) ? segment : -1;
   return place;
-}
-
-__host__ __device__ inline int planes_of(uint32_t planes) {
-#if defined(__CUDA_ARCH__)
-  return __popc(planes);
-#else
-  return __builtin_popcount(planes);
-#endif
-}
-__host__ __device__ inline int statistics_width(const GateArgs& args) {
-  return kStatScalars + planes_of(args.statistics.planes) * args.experts;
 }
 
 // Adds to the row of `place` in both tables.
@@ -80,12 +69,12 @@ struct MassSums<0> {
   __device__ __forceinline__ void clear() {}
 };
 
-// Counts for one team. `block_row` is the block's row in shared memory, or null.
-template <int kVectors, Level kLevel>
+// Counts for one warp. `block_place`: what the block's row in shared memory, where it has one, is for.
+template <int kValues, Level kLevel>
 class Tally {
  public:
-  __device__ __forceinline__ Tally(const GateArgs& args, Sum* block_row, Place block_place)
-      : args_(args), width_(statistics_width(args)), block_row_(block_row), block_place_(block_place) {
+  __device__ __forceinline__ Tally(const GateLaunch& launch, Place block_place)
+      : launch_(launch), args_(launch.args), block_place_(block_place) {
     clear();
   }
 
@@ -105,18 +94,29 @@ class Tally {
     if (place == place_) return;
     flush();
     place_ = place;
+    in_block_ = launch_.layout.block_row > 0 && place_ == block_place_;
   }
 
-  // Lane s holds scalar s.
-  __device__ __forceinline__ void scalar(int which, long long term) {
-    if (team_lane() == which) scalar_ += term;
+  __device__ __forceinline__ bool counting() const { return place_.counted(); }
+
+  // All lanes add the same: a token, what it has, and the scalars that only some launches have.
+  __device__ __forceinline__ void token(int slots, int empty, bool steered) {
+    ++tokens_;
+    if constexpr (kLevel >= Level::kSoft) slots_ += slots, steered_ += steered ? 1 : 0;
+    if constexpr (kLevel == Level::kFull) empty_ += empty;  // elsewhere nothing is forbidden, and k <= E
+  }
+  __device__ __forceinline__ void flips(int flipped, long long moved) {
+    flipped_ += flipped, moved_ += moved;
   }
 
-  __device__ __forceinline__ void scores(const RowScores& r, const Values<kVectors>& score) {
-    if (!r.scored) return scalar(kStatUnscored, 1);
-    if (args_.statistics.entropy) scalar(kStatEntropy, fixed_point(entropy_of(r)));
+  __device__ __forceinline__ void scores(const RowScores& r, const Values<kValues>& score) {
+    if (!r.scored) {
+      ++unscored_;
+      return;
+    }
+    if (args_.statistics.entropy) entropy_ += fixed_point(entropy_of(r));
     if (!wants(kMass)) return;
-    for_each_expert<kVectors>(args_.experts, [&](int i, int e) {
+    for_each_expert<kValues>(args_.experts, [&](int i, int e) {
       const long long term = __float2ll_rn(score[i] * r.inverse * 0x1p+32f);
       if constexpr (kSums > 0) {
         mass_.lane_sums[i] += term;
@@ -128,30 +128,33 @@ class Tally {
 
   // Adds to entry `at` of the row of the current place.
   __device__ __forceinline__ void add(int at, Sum term) {
-    if (block_row_ != nullptr && place_ == block_place_)
-      add_to_shared(block_row_ + at, term);
+    if (in_block_)
+      add_to_shared(block_row() + at, term);
     else
-      add_to_tables(args_.statistics, place_, width_, at, term);
+      add_to_tables(args_.statistics, place_, launch_.layout.statistics_width, at, term);
   }
   // Adds one to a plane of counts. A block has fewer than 2^32 slots, so its row needs no carry and nobody
   // waits.
   __device__ __forceinline__ void add_one(int at) {
-    if (block_row_ != nullptr && place_ == block_place_)
-      atomicAdd(reinterpret_cast<unsigned*>(block_row_ + at), 1u);
+    if (in_block_)
+      atomicAdd(reinterpret_cast<unsigned*>(block_row() + at), 1u);
     else
-      add_to_tables(args_.statistics, place_, width_, at, 1);
+      add_to_tables(args_.statistics, place_, launch_.layout.statistics_width, at, 1);
   }
   // First entry of a plane.
   __device__ __forceinline__ int plane(uint32_t bit) const {
-    return kStatScalars + planes_of(args_.statistics.planes & (bit - 1)) * args_.experts;
+    return launch_.layout.statistics_plane[bit_index(bit)];
   }
 
   __device__ __forceinline__ void flush() {
-    if (place_.counted()) {
-      if (team_lane() < kStatScalars && scalar_ != 0) add(team_lane(), static_cast<Sum>(scalar_));
+    if (tokens_ > 0) {
+      if (lane() < kStatScalars) {
+        const long long mine = scalar_of(lane());
+        if (mine != 0) add(lane(), static_cast<Sum>(mine));
+      }
       if constexpr (kSums > 0) {
         if (wants(kMass)) {
-          for_each_expert<kVectors>(args_.experts, [&](int i, int e) {
+          for_each_expert<kValues>(args_.experts, [&](int i, int e) {
             if (e < args_.experts && mass_.lane_sums[i] != 0)
               add(plane(kMass) + e, static_cast<Sum>(mass_.lane_sums[i]));
           });
@@ -162,69 +165,99 @@ class Tally {
   }
 
  private:
+  __device__ __forceinline__ long long scalar_of(int which) const {
+    long long mine = 0;  // no switch: its table would lie in memory
+    mine = which == kStatTokens ? tokens_ : mine;
+    mine = which == kStatSlots ? (kLevel < Level::kSoft ? tokens_ * args_.k : slots_) : mine;
+    mine = which == kStatEmpty ? empty_ : mine;
+    mine = which == kStatUnscored ? unscored_ : mine;
+    mine = which == kStatEntropy ? entropy_ : mine;
+    mine = which == kStatSteered ? steered_ : mine;
+    mine = which == kStatFlipped ? flipped_ : mine;
+    return which == kStatMoved ? moved_ : mine;
+  }
   __device__ __forceinline__ void clear() {
-    scalar_ = 0;
+    tokens_ = slots_ = empty_ = unscored_ = steered_ = flipped_ = 0;
+    entropy_ = moved_ = 0;
     mass_.clear();
   }
+  __device__ __forceinline__ static Sum* block_row() { return reinterpret_cast<Sum*>(moe_route_shared); }
 
+  const GateLaunch& launch_;
   const GateArgs& args_;
-  const int width_;
-  Sum* const block_row_;
   const Place block_place_;
   Place place_;
-  long long scalar_ = 0;
-  static constexpr int kSums = kLevel == Level::kPlain ? 0 : kVectors;
+  bool in_block_ = false;  // does the current place add up in the block's row?
+  // Since the last flush: fewer than 2^31 slots of one warp.
+  int tokens_, slots_, empty_, unscored_, steered_, flipped_;
+  long long entropy_, moved_;
+  static constexpr int kSums = kLevel == Level::kPlain ? 0 : kValues;
   MassSums<kSums> mass_;
 };
 
-// What the chosen of a row add. Both teams walk through it, `counted` or not, up to the shares, where they
-// part.
-template <class Tally>
-__device__ __forceinline__ void count_chosen(Tally& tally, Slots slots, const Choice& c, bool counted,
-                                             int row_slots) {
-  int present = 0;
-  for_each_slot(counted ? c.count : 0, [&](int j) {
-    const int id = slots.ids[j];
-    if (id < 0) return;
-    ++present;
-    if (tally.wants(kCounts)) tally.add_one(tally.plane(kCounts) + id);
-    if (tally.wants(kWeight))
-      tally.add(tally.plane(kWeight) + id, static_cast<Sum>(fixed_point(slots.weights[j])));
-  });
-  if (any(!c.compact)) present = fold_add(present);
-  if (counted) tally.scalar(kStatEmpty, row_slots - (c.compact ? c.count : present));
-  if (!counted || !tally.wants(kShare)) return;
-  const float total = sum_in_order(slots.weights, c.count);
-  for_each_slot(total != 0.0f ? c.count : 0, [&](int j) {
-    const int id = slots.ids[j];
-    if (id >= 0) tally.add(tally.plane(kShare) + id, static_cast<Sum>(fixed_point(slots.weights[j] / total)));
+// What the chosen of a row add. `row` is room for a number of each slot.
+template <class Tally, int kSlots>
+__device__ __forceinline__ void count_chosen(Tally& tally, const Choice<kSlots>& c, int row_slots,
+                                             bool steered, float* row) {
+  int present = c.count;
+  if (!c.compact) {
+    int mine = 0;
+    c.each([&](int s, int) { mine += c.ids[s] >= 0 ? 1 : 0; });
+    present = fold_add(mine);
+  }
+  tally.token(row_slots, row_slots - present, steered);
+  if (tally.wants(kCounts)) {
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+      if (c.ids[s] >= 0) tally.add_one(tally.plane(kCounts) + c.ids[s]);
+    }
+  }
+  if (tally.wants(kWeight)) {
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+      const Sum term = static_cast<Sum>(fixed_point(c.weights[s]));
+      if (c.ids[s] >= 0) tally.add(tally.plane(kWeight) + c.ids[s], term);
+    }
+  }
+  if (!tally.wants(kShare)) return;
+  c.spread(c.weights, row);
+  const float total = sum_in_order(row, c.count);
+  if (total == 0.0f) return;
+  c.each([&](int s, int) {
+    const int id = c.ids[s];
+    if (id >= 0) tally.add(tally.plane(kShare) + id, static_cast<Sum>(fixed_point(c.weights[s] / total)));
   });
 }
 
 // Natural counts, and how many slots and how much weight lie outside the natural choice. `natural`: its ids,
-// which are the choice's own where nothing was steered. Both teams walk through it.
-template <class Tally>
-__device__ __forceinline__ void count_natural(Tally& tally, Slots slots, const Choice& c, bool counted,
-                                              const int32_t* natural, int natural_count, bool differs) {
-  for_each_slot(counted ? natural_count : 0, [&](int j) {
-    if (natural[j] >= 0) tally.add_one(tally.plane(kNaturalCounts) + natural[j]);
-  });
-  if (!any(counted && differs)) return;
-  const int count = counted && differs ? c.count : 0;
+// or null where they are the choice's own.
+template <class Tally, int kSlots>
+__device__ __forceinline__ void count_natural(Tally& tally, const Choice<kSlots>& c, const int32_t* natural,
+                                              int natural_count, float* row) {
+  const int plane = tally.plane(kNaturalCounts);
+  if (natural == nullptr) {
+    c.each([&](int s, int) {
+      if (c.ids[s] >= 0) tally.add_one(plane + c.ids[s]);
+    });
+    return;
+  }
+  for (int j = lane(); j < natural_count; j += kLanes) {
+    if (natural[j] >= 0) tally.add_one(plane + natural[j]);
+  }
   int flipped = 0;
-  for_each_slot(count, [&](int j) {
-    const int id = slots.ids[j];
-    bool found = id < 0;
-    for (int i = 0; i < natural_count; ++i) found |= natural[i] == id;
+  float moved[kSlots] = {};
+  c.each([&](int s, int) {
+    bool found = c.ids[s] < 0;
+    for (int i = 0; i < natural_count; ++i) found |= natural[i] == c.ids[s];
     flipped += found ? 0 : 1;
-    slots.logits[j] = found ? 0.0f : slots.weights[j];  // nothing else is read from there any more
+    moved[s] = found ? 0.0f : c.weights[s];
   });
-  __syncwarp();
   flipped = fold_add(flipped);
-  if (count == 0) return;
-  tally.scalar(kStatFlipped, flipped);
-  const float moved = sum_in_order(slots.logits, count), total = sum_in_order(slots.weights, count);
-  if (total != 0.0f) tally.scalar(kStatMoved, fixed_point(moved / total));
+  c.spread(moved, row);
+  const float moved_total = sum_in_order(row, c.count);
+  c.spread(c.weights, row);
+  const float total = sum_in_order(row, c.count);
+  tally.flips(flipped, total != 0.0f ? fixed_point(moved_total / total) : 0);
 }
 
 }  // namespace

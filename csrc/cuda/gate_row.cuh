@@ -1,12 +1,9 @@
 // The gate on CUDA: load, steer, choose, weigh, remap, count, all in one launch.
 //
-// Contract: moe_route/gate.h. Half a warp (a team) works on one row at a time; a block on a run of
-// consecutive rows, so that most of its tokens count in the same place. Rows do not see each other; padding
-// rows are never read. O(E / 16) steps a row. Work that nobody asked for (weights, scores of all experts, the
+// Contract: moe_route/gate.h. A warp works on one row at a time; a block on a run of consecutive rows, so
+// that most of its tokens count in the same place. Rows do not see each other; what a padding row holds
+// reaches nothing. O(E / 32) steps a row. Work that nobody asked for (weights, scores of all experts, the
 // natural choice) is not done.
-//
-// kFull = false leaves out what plain routing needs none of: steering, given choices, group limits,
-// SparseMixer.
 #pragma once
 #include <cuda_fp16.h>
 
@@ -23,10 +20,18 @@ struct Token {
   bool valid = true;
 };
 
-__device__ __forceinline__ Token read_token(const int32_t* table, int64_t t) {
+// One load where the table's address allows it.
+__device__ __forceinline__ Token read_token(const GateLaunch& launch, int64_t t) {
   Token token;
+  const int32_t* table = launch.args.token_table;
   if (table == nullptr) return token;
   const int32_t* row = table + t * kTokenColumns;
+  if (launch.layout.whole_tokens) {
+    const int4 columns = __ldg(reinterpret_cast<const int4*>(row));
+    token.steering_row = columns.x, token.group = columns.y, token.segment = columns.z;
+    token.valid = columns.w != 0;
+    return token;
+  }
   token.steering_row = __ldg(row + kTokenSteeringRow);
   token.group = __ldg(row + kTokenGroup);
   token.segment = __ldg(row + kTokenSegment);
@@ -34,12 +39,13 @@ __device__ __forceinline__ Token read_token(const int32_t* table, int64_t t) {
   return token;
 }
 
+static_assert(sizeof(Selection) == GateLayout::kSelection);
+
 // A row in flight.
 struct Row {
   int64_t t = 0;
-  Token token;
+  int32_t steering_row = -1;  // as the token says it
   SteeringRow steering;
-  Place place;
   int slots = 0;       // k of this row
   bool valid = false;  // a token, and no padding
   bool counted = false;
@@ -48,77 +54,88 @@ struct Row {
   bool scores_counted = false;  // mass or entropy is wanted
 };
 
-template <int kVectors, Level kLevel>
+template <int kValues, Level kLevel, bool kCommon>
 class RowGate {
-  static constexpr bool kFull = kLevel == Level::kFull;
+  static constexpr bool kFull = kLevel == Level::kFull, kSteers = kLevel >= Level::kSoft;
+  static constexpr int kSlots = slots_of_lane(kValues);
+  using Chosen = Choice<kSlots>;
 
  public:
-  __device__ __forceinline__ RowGate(const GateLaunch& launch, unsigned char* memory, Sum* block_row,
-                                     Place block_place)
-      : args_(launch.args),
+  __device__ __forceinline__ RowGate(const GateLaunch& launch, unsigned char* memory, Place block_place)
+      : launch_(launch),
+        args_(launch.args),
         layout_(launch.layout),
         memory_(memory),
-        tally_(launch.args, block_row, block_place) {
-    slots_.keys = reinterpret_cast<unsigned long long*>(memory + GateLayout::kKeys);
-    slots_.listed = reinterpret_cast<float*>(memory + GateLayout::kValues);
-    slots_.ids = reinterpret_cast<int32_t*>(memory + layout_.ids);
-    slots_.logits = reinterpret_cast<float*>(memory + layout_.logits);
-    slots_.weights = reinterpret_cast<float*>(memory + layout_.weights);
-    values_.place(row_at(layout_.value_row));
-    scores_.place(row_at(layout_.score_row));
+        selection_(*reinterpret_cast<Selection*>(memory)),
+        tally_(launch, block_place) {
+    if (args_.token_table == nullptr) tally_.turn_to(place_of(layout_, Token{}.group, Token{}.segment));
+    values_.place(row_at(layout_.value_row), args_.experts);
+    scores_.place(row_at(layout_.score_row), args_.experts);
   }
 
-  // Rows of [begin, end) of which this warp has two in every step of `step`.
-  __device__ __forceinline__ void rows(int64_t begin, int64_t end, int64_t step) {
-    for (int64_t first = begin; first < end; first += step) {
-      const int64_t t = first + threadIdx.x / kTeam % kTeamsPerWarp;
-      one_row(t, t < end);
-    }
-    tally_.flush();
+  __device__ __forceinline__ void rows(int64_t begin, int64_t end) {
+    int64_t t = begin;
+    for (int left = kept(static_cast<int>(end - begin)); left > 0; --left) row(t++);
+    flush();
   }
+  __device__ __forceinline__ void row(int64_t t) { one_row(t); }
+  __device__ __forceinline__ void flush() { tally_.flush(); }
 
  private:
   __device__ __forceinline__ float* row_at(int offset) const {
     return reinterpret_cast<float*>(memory_ + offset);
   }
+  // Room for a number of each slot, once the choice is in registers.
+  __device__ __forceinline__ float* slot_row() const { return selection_.chosen; }
 
-  __device__ __forceinline__ void one_row(int64_t t, bool there) {
+  __device__ __forceinline__ void one_row(int64_t t) {
+    // The logits are asked for before the token is known: one wait, not two. (A given choice may need none.)
+    const bool early = !kFull || args_.given.mode == GivenMode::kNone;
+    if (early) load(t);
     Row row;
-    Choice choice;
-    prepare(t, there, row, choice);
-    if (any(row.valid)) {
-      const int natural_count = choose_all(row, choice);
+    Chosen choice;
+    prepare(t, row, choice);
+    if (row.valid) {
+      const int natural_count = choose_all(row, choice, early);
       weigh(row, choice);
       if constexpr (kFull) remap(row, choice);
-      write(t, there, row, choice);
+      write(t, choice);
       count(row, choice, natural_count);
     } else {
-      write(t, there, row, choice);
+      choice.clear();
+      write(t, choice);
     }
     __syncwarp();  // the next row writes where this one was read
   }
 
   // ---- what is to be done for a row -------------------------------------------------------------
 
-  __device__ __forceinline__ void prepare(int64_t t, bool there, Row& row, Choice& choice) {
+  __device__ __forceinline__ void prepare(int64_t t, Row& row, Chosen& choice) {
     row.t = t;
-    if (there) row.token = read_token(args_.token_table, t);
-    row.valid = there && row.token.valid;
+    Token token;
+    if (args_.token_table != nullptr) token = read_token(launch_, t);
+    row.steering_row = token.steering_row;
+    row.valid = token.valid;
     row.steering.k = args_.k;
-    if constexpr (kFull) {
-      if (args_.steering.rows > 0 && any(row.valid && in_table(args_, row.token.steering_row))) {
+    if constexpr (kSteers) {
+      if (row.valid && in_table(launch_, token.steering_row)) {
         const bool neutral_matters = args_.given.mode == GivenMode::kNatural || tally_.wants_natural();
-        row.steering =
-            read_steering<kVectors>(args_, row.valid ? row.token.steering_row : -1, neutral_matters);
+        row.steering = read_steering<kFull, kValues>(launch_, token.steering_row, neutral_matters);
       }
     }
     row.slots = row.valid ? row.steering.k : 0;
-    if (row.valid) row.place = place_of(args_.statistics, row.token.group, row.token.segment);
-    row.counted = row.valid && row.place.counted();
+    if (args_.token_table == nullptr) {
+      row.counted = tally_.counting();
+    } else if (row.valid) {
+      const Place place = place_of(layout_, token.group, token.segment);
+      row.counted = place.counted();
+      if (row.counted) tally_.turn_to(place);
+    }
     row.scores_counted = row.counted && tally_.wants_scores();
-    row.to_weigh = row.valid && (args_.weights != nullptr || (row.counted && tally_.wants_weights()));
+    row.to_weigh =
+        row.valid && (kCommon || args_.weights != nullptr || (row.counted && tally_.wants_weights()));
     if constexpr (kFull) {
-      if (args_.given.mode != GivenMode::kNone) take_given(row, choice);
+      if (args_.given.mode != GivenMode::kNone && row.valid) take_given(row, choice);
     }
   }
 
@@ -137,7 +154,7 @@ class RowGate {
   }
   // Does this row come with a choice? Its first id, as stored, says so, where not all rows do.
   __device__ __forceinline__ bool has_given(const Row& row) const {
-    return row.valid && (args_.given.every_row || given_id_as_stored(row.t * args_.k) != -1);
+    return args_.given.every_row || given_id_as_stored(row.t * args_.k) != -1;
   }
 
   __device__ __forceinline__ float given_weight(int64_t slot) const {
@@ -155,107 +172,89 @@ class RowGate {
   }
 
   // Takes the given choice where it is the row's choice.
-  __device__ __forceinline__ void take_given(Row& row, Choice& choice) {
+  __device__ __forceinline__ void take_given(Row& row, Chosen& choice) {
     const bool replay = args_.given.mode == GivenMode::kReplay;
-    row.given = has_given(row) && (replay || !row.steering.steered);
+    row.given = has_given(row) && (replay || !row.steering.steered());
+    if (!row.given) return;
+    read_given_ids(row, choice);
+    if (replay) row.slots = args_.k;
+    if (replay || args_.given.weights == nullptr) return;
+    row.to_weigh = false;
+    choice.each([&](int s, int j) {
+      choice.weights[s] = choice.ids[s] < 0 ? 0.0f : given_weight(row.t * args_.k + j);
+    });
+  }
+
+  __device__ __forceinline__ void read_given_ids(const Row& row, Chosen& choice) {
     bool whole = true;
-    if (row.given) {
-      for_each_slot(args_.k, [&](int j) {
-        slots_.ids[j] = given_id(row.t * args_.k + j);
-        whole &= slots_.ids[j] >= 0;
-      });
-      choice.count = args_.k;
-      if (replay) row.slots = args_.k;
-    }
-    choice.compact = ballot(whole) == 0xffffu;
-    if (row.given && !replay && args_.given.weights != nullptr) {
-      row.to_weigh = false;
-      for_each_slot(args_.k, [&](int j) {
-        slots_.weights[j] = slots_.ids[j] < 0 ? 0.0f : given_weight(row.t * args_.k + j);
-      });
-    }
-    __syncwarp();
+    choice.count = args_.k;
+    choice.each([&](int s, int j) {
+      choice.ids[s] = given_id(row.t * args_.k + j);
+      whole &= choice.ids[s] >= 0;
+    });
+    choice.compact = ballot(whole) == kWarp;
   }
 
   // ---- logits and choice ------------------------------------------------------------------------
 
-  // All loads of a lane are on their way before the first is used: those past the last expert load that one
-  // again.
-  template <class Read>
-  __device__ __forceinline__ void load_by(bool wanted, Read read) {
-    const int last = args_.experts - 1;
-    if (!wanted) {
-      for_each_expert<kVectors>(args_.experts, [&](int i, int) { values_[i] = not_a_number(); });
-    } else if constexpr (kVectors > 0) {
-      for_each_expert<kVectors>(args_.experts, [&](int i, int e) { values_[i] = read(min(e, last)); });
-      for_each_expert<kVectors>(args_.experts, [&](int i, int e) {
-        if (e > last) values_[i] = not_a_number();
-      });
-    } else {
-      constexpr int kInFlight = 8;
-      for (int first = 0; first < vectors_of(args_.experts); first += kInFlight) {
-        float x[kInFlight];
-#pragma unroll
-        for (int n = 0; n < kInFlight; ++n) x[n] = read(min(kTeam * (first + n) + team_lane(), last));
-#pragma unroll
-        for (int n = 0; n < kInFlight; ++n) {
-          const bool there = kTeam * (first + n) + team_lane() <= last;
-          if (first + n < vectors_of(args_.experts)) values_[first + n] = there ? x[n] : not_a_number();
-        }
-      }
-    }
+  template <class T, class Convert>
+  __device__ __forceinline__ void load_as(int64_t t, Convert convert) {
+    const T* row = static_cast<const T*>(args_.logits) + t * args_.row_stride;
+    load_row<kValues, kCommon>(row, args_.experts, [&](int i, T x) { values_[i] = convert(x); });
+    if (kCommon || args_.experts == kLanes * kValues) return;
+    for_each_expert<kValues>(args_.experts, [&](int i, int e) {
+      if (e >= args_.experts) values_[i] = not_a_number();
+    });
   }
-
-  __device__ __forceinline__ void load(int64_t t, bool wanted) {
-    const int64_t first = t * args_.row_stride;
+  __device__ __forceinline__ void load(int64_t t) {
     if (args_.logits_type == DType::kFloat32) {
-      const float* row = static_cast<const float*>(args_.logits) + first;
-      load_by(wanted, [&](int e) { return __ldg(row + e); });
+      load_as<float>(t, [](float x) { return x; });
     } else if (args_.logits_type == DType::kBFloat16) {
-      const uint16_t* row = static_cast<const uint16_t*>(args_.logits) + first;
-      load_by(wanted, [&](int e) { return math::as_float(int32_t(uint32_t{__ldg(row + e)} << 16)); });
+      load_as<uint16_t>(t, [](uint16_t x) { return math::as_float(int32_t(uint32_t{x} << 16)); });
     } else {
-      const __half* row = static_cast<const __half*>(args_.logits) + first;
-      load_by(wanted, [&](int e) { return __half2float(__ldg(row + e)); });
+      load_as<__half>(t, [](__half x) { return __half2float(x); });
     }
   }
 
   // Scores are compared only where they are not a monotone function of the logit, so that scores that collide
   // after rounding never decide.
   __device__ __forceinline__ bool compares_scores(const SteeringRow& steering) const {
-    if (args_.spec.order == Order::kTopKThenScore) return false;
-    return args_.correction_bias != nullptr || args_.spec.groups > 1 || steering.score_bias;
+    if (kFull && steering.score_bias()) return args_.spec.order == Order::kScoreThenTopK;
+    return !kCommon && layout_.compares_scores;
   }
 
-  // The natural choice first, where it has to be known and is another one; then the choice itself. Returns
-  // how many natural ids there are.
-  __device__ __forceinline__ int choose_all(Row& row, Choice& choice) {
+  // The natural choice first, where it has to be known and is another one; then the choice itself. `loaded`:
+  // the logits are in place. Returns how many natural ids there are, -1 where they are the choice's own.
+  __device__ __forceinline__ int choose_all(Row& row, Chosen& choice, bool loaded) {
     if constexpr (!kFull) {
-      choose(row, row.steering, row.valid && !row.given, true, choice);
-      return choice.count;
+      choose(row, row.steering, true, true, loaded, choice);
+      return -1;
     } else {
-      const bool compared = row.counted && tally_.wants_natural() && (row.steering.steered || is_replay(row));
+      const bool compared =
+          row.counted && tally_.wants_natural() && (row.steering.steered() || is_replay(row));
       const bool natural_given = compared && args_.given.mode == GivenMode::kNatural && has_given(row);
       const bool natural_chosen = compared && !natural_given;
-      int32_t* const natural = reinterpret_cast<int32_t*>(memory_ + layout_.natural);
-      int natural_count = natural_given ? args_.k : 0;
-      for_each_slot(natural_count, [&](int j) { natural[j] = given_id(row.t * args_.k + j); });
-      __syncwarp();
-      SteeringRow none;
-      none.k = args_.k;
+      int natural_count = compared ? args_.k : -1;
+      if (natural_given) {
+        for (int j = lane(); j < args_.k; j += kLanes) selection_.natural[j] = given_id(row.t * args_.k + j);
+      }
 #pragma unroll 1
-      for (int pass = any(natural_chosen) ? 0 : 1; pass < 2; ++pass) {  // one copy of the code for both
+      for (int pass = natural_chosen ? 0 : 1; pass < 2; ++pass) {  // one copy of the code for both
         const bool last = pass == 1;
-        const SteeringRow steering = last ? row.steering : none;
-        Choice made = choice;
-        choose(row, steering, last ? row.valid && !row.given : natural_chosen, last, made);
-        if (last) choice = made;
-        if (!last && natural_chosen) {
-          for_each_slot(made.count, [&](int j) { natural[j] = slots_.ids[j]; });
+        Chosen made = choice;
+        SteeringRow steering;  // field by field: two rows to pick from would lie in memory
+        steering.index = last ? row.steering.index : -1;
+        steering.flags = last ? row.steering.flags : 0;
+        steering.k = last ? row.steering.k : args_.k;
+        steering.temperature = last ? row.steering.temperature : 1.0f;
+        choose(row, steering, last ? !row.given : true, last, loaded && pass == (natural_chosen ? 0 : 1),
+               made);
+        if (last) {
+          choice = made;
+        } else {
+          made.each([&](int s, int j) { selection_.natural[j] = made.ids[s]; });
           natural_count = made.count;
         }
-        if (!last && is_replay(row))
-          for_each_slot(args_.k, [&](int j) { slots_.ids[j] = given_id(row.t * args_.k + j); });
         __syncwarp();
       }
       return natural_count;
@@ -264,254 +263,255 @@ class RowGate {
 
   // From logits to ids (where `choosing`), scores and the logits that weighing looks up (where `last`).
   __device__ __forceinline__ void choose(Row& row, const SteeringRow& steering, bool choosing, bool last,
-                                         Choice& choice) {
+                                         bool loaded, Chosen& choice) {
     const bool by_score = choosing && compares_scores(steering);
-    const bool softmax_weights = last && row.to_weigh && args_.spec.score == Score::kSoftmax &&
-                                 !softmax_over_chosen(args_.spec, steering);
+    const bool softmax_weights = !kCommon && last &&
+                                 (layout_.softmax_of_all || (kFull && args_.spec.score == Score::kSoftmax &&
+                                                             !softmax_over_chosen(launch_, steering)));
     const bool scores_counted = last && row.scores_counted;
-    load(row.t, choosing || (last && (row.to_weigh || row.scores_counted)));
-    if constexpr (kFull) {
-      if (any(steering.steered)) steer<kVectors>(args_, steering, values_);
+    if (kFull && !choosing && !(row.to_weigh || scores_counted)) return;
+    if (!loaded) load(row.t);
+    if constexpr (kSteers) {
+      if (steering.steered()) steer<kFull, kValues>(launch_, steering, values_);
     }
-    if (any(by_score || softmax_weights || scores_counted)) {
-      row_scores_ =
-          score_all<kVectors>(args_.spec.score, values_, args_.experts, args_.statistics.entropy, scores_);
+    if (by_score || softmax_weights || scores_counted) {
+      row_scores_ = score_all<kValues>(args_.spec.score, values_, args_.experts,
+                                       scores_counted && args_.statistics.entropy, scores_);
+      if (scores_counted) tally_.scores(row_scores_, scores_);
     }
-    if (layout_.keeps_logits) {
+    if (!kCommon && layout_.keeps_logits) {
       float* z = row_at(layout_.logit_row);
-      for_each_expert<kVectors>(args_.experts, [&](int i, int e) {
+      for_each_expert<kValues>(args_.experts, [&](int i, int e) {
         if (e < args_.experts) z[e] = values_[i];
       });
       __syncwarp();
     }
-    if (!any(choosing)) return;
+    if (!choosing) return;
     selection_values(steering, by_score);
-    choice_of(steering, choosing ? (last ? row.slots : args_.k) : 0, choosing, choice);
+    choose_experts(steering, last ? row.slots : args_.k, choice);
   }
 
   // What selection compares, in place of the logits.
   __device__ __forceinline__ void selection_values(const SteeringRow& steering, bool by_score) {
-    if (!layout_.keeps_logits) return;  // the logits themselves
+    if (kCommon || !layout_.keeps_logits) return;  // the logits themselves
     const float* correction = args_.correction_bias;
-    for_each_expert<kVectors>(args_.experts, [&](int i, int e) {
+    Entries<kValues> corrections, biases;
+    if (correction != nullptr) corrections.load(correction, args_.experts);
+    if constexpr (kFull) {
+      if (steering.score_bias()) biases = entries<kValues>(launch_, steering, kScoreBias);
+    }
+    for_each_expert<kValues>(args_.experts, [&](int i, int) {
       const float x = values_[i];
       float v = by_score && x == x ? scores_[i] * row_scores_.factor : x;
-      if (correction != nullptr) v = v + __ldg(correction + min(e, args_.experts - 1));
+      if (correction != nullptr) v = v + corrections(i);
       if constexpr (kFull) {
-        if (steering.score_bias) v = v + entry(args_, steering, kScoreBias, e, 0.0f);
+        if (steering.score_bias()) v = v + biases(i);
       }
       values_[i] = v;
     });
     if constexpr (kLevel != Level::kPlain) {
       if (args_.spec.groups > 1) {
-        limit_groups<kVectors>(args_.spec, args_.experts, row_at(layout_.value_row),
-                               row_at(layout_.group_scores), values_);
+        limit_groups<kValues>(args_.spec, args_.experts, layout_.group_reciprocal, row_at(layout_.value_row),
+                              row_at(layout_.group_scores), values_);
       }
     }
   }
 
-  __device__ __forceinline__ void choice_of(const SteeringRow& steering, int want, bool choosing,
-                                            Choice& choice) {
+  __device__ __forceinline__ void choose_experts(const SteeringRow& steering, int want, Chosen& choice) {
     int chosen = 0;
-    bool forced = false;
-    if constexpr (kFull) forced = any(steering.forced);
-    if (!forced) {
-      chosen = select_best<kVectors>(values_, args_.experts, args_.k, want, 0, slots_, slots_.ids);
-      if (any(chosen < want)) {
-        chosen = append_nan<kVectors>(values_, args_.experts, want, chosen, slots_, slots_.ids,
-                                      [](int) { return true; });
+    if (!kFull || !steering.forced()) {
+      chosen = select_best<kValues>(values_, args_.experts, want, 0, selection_);
+      if (chosen < want) {
+        chosen =
+            append_nan<kValues>(values_, args_.experts, want, chosen, selection_, [](int) { return true; });
       }
     } else if constexpr (kFull) {
       chosen = choose_by_class(steering, want);
     }
-    if (choosing) choice.count = chosen, choice.compact = true;
+    choice.clear();
+    choice.count = chosen, choice.compact = true;
+    choice.each([&](int s, int j) {
+      choice.ids[s] = selection_.ids[j];
+      choice.logits[s] = selection_.chosen[j];
+    });
   }
 
   // Forced-on experts first, forced-off last, forbidden nowhere.
   __device__ __forceinline__ int choose_by_class(const SteeringRow& steering, int want) {
-    Values<kVectors> members;
-    members.place(row_at(layout_.member_row));
+    Values<kValues> members;
+    members.place(row_at(layout_.member_row), args_.experts);
     int chosen = 0;
 #pragma unroll 1
     for (int rank_class = 1; rank_class >= -1; --rank_class) {
       const auto member = [&](int e) {
-        return class_of(steering.forced ? force_code(entry(args_, steering, kForce, e, 0.0f)) : 0) ==
-               rank_class;
+        const int there = min(e, args_.experts - 1);
+        return class_of(force_code(entry(launch_, steering, kForce, there, 0.0f))) == rank_class;
       };
-      for_each_expert<kVectors>(args_.experts,
-                                [&](int i, int e) { members[i] = member(e) ? values_[i] : not_a_number(); });
+      for_each_expert<kValues>(args_.experts,
+                               [&](int i, int e) { members[i] = member(e) ? values_[i] : not_a_number(); });
       const int before = chosen;
-      chosen +=
-          select_best<kVectors>(members, args_.experts, args_.k, want - before, before, slots_, slots_.ids);
-      if (any(chosen < want)) {
-        chosen = append_nan<kVectors>(values_, args_.experts, want, chosen, slots_, slots_.ids, member);
-      }
+      chosen += select_best<kValues>(members, args_.experts, want - before, before, selection_);
+      if (chosen < want)
+        chosen = append_nan<kValues>(values_, args_.experts, want, chosen, selection_, member);
     }
     return chosen;
   }
 
   // ---- weights, remap, outputs, counts ----------------------------------------------------------
 
-  __device__ __forceinline__ void weigh(const Row& row, const Choice& choice) {
-    if (!any(row.to_weigh)) return;
+  // Softmax over the chosen; their best comes first. The numerators are at most 1, so their sum is finite.
+  __device__ __forceinline__ void weigh_common(Chosen& choice) {
+    const float largest = from_lane(choice.logits[0], 0);
+    choice.weights[0] = softmax_numerator(choice.logits[0], largest);
+    choice.spread(choice.weights, slot_row());
+    divide(choice, sum_in_order(slot_row(), choice.count));
+  }
+
+  __device__ __forceinline__ void weigh(const Row& row, Chosen& choice) {
+    if constexpr (kCommon) return weigh_common(choice);
+    if (!row.to_weigh) return;
     const SteeringRow& steering = row.steering;
-    const int count = row.to_weigh ? choice.count : 0;
-    const bool biased = kFull && steering.score_bias && steering.score_bias_weighs;
+    const bool biased = kFull && steering.score_bias() && steering.score_bias_weighs();
     const bool bias_on_logits = biased && args_.spec.order == Order::kTopKThenScore;
-    if (layout_.keeps_logits) {
-      look_up_logits(args_, steering, row_at(layout_.logit_row), slots_, count, bias_on_logits);
-      __syncwarp();
-    }
+    if (layout_.keeps_logits)
+      look_up_logits(launch_, steering, row_at(layout_.logit_row), choice, bias_on_logits);
     bool mixed = false;
     if constexpr (kFull) mixed = args_.spec.score == Score::kSparseMixer;
     if (!mixed) {
-      score_chosen(args_, steering, row_scores_, slots_, count);
+      // Selection compared the logits themselves, and by nothing else.
+      const bool best_first = !layout_.keeps_logits && !(kFull && steering.forced());
+      score_chosen(launch_, steering, row_scores_, best_first, choice);
     } else if constexpr (kFull) {
       float* z = row_at(layout_.logit_row);
-      for_each_expert<kVectors>(
-          args_.experts, [&](int i, int e) { values_[i] = e < args_.experts ? z[e] : not_a_number(); });
+      for_each_expert<kValues>(args_.experts,
+                               [&](int i, int e) { values_[i] = e < args_.experts ? z[e] : not_a_number(); });
       __syncwarp();
-      sparsemixer<kVectors>(args_, slots_, count, z, values_);
+      sparsemixer<kValues>(launch_, choice, selection_.ids, z, values_);
     }
-    Choice weighed = choice;
-    weighed.count = count;
-    finish_weights(args_, steering, biased && !bias_on_logits, slots_, weighed);
+    finish_weights<kFull>(launch_, steering, biased && !bias_on_logits, choice, slot_row());
   }
 
   // Expert e -> remap[e], once weights are final: duplicates merge into the first slot. One lane does it.
-  __device__ __forceinline__ void remap(const Row& row, Choice& choice) {
-    const bool wanted = row.valid && row.steering.remap != nullptr && row.steering.steered && !is_replay(row);
-    if (!any(wanted)) return;
+  __device__ __forceinline__ void remap(const Row& row, Chosen& choice) {
+    if (args_.steering.remap == nullptr || !row.steering.steered() || is_replay(row)) return;
+    const int32_t* const to = args_.steering.remap + int64_t{row.steering.index} * args_.experts;
+    int32_t* const ids = selection_.ids;
+    float* const weights = slot_row();
+    choice.spread(choice.ids, ids);
+    choice.spread(choice.weights, weights);
     int kept = 0;
-    if (wanted && team_lane() == 0) {
+    if (lane() == 0) {
       for (int j = 0; j < choice.count; ++j) {
-        const int32_t id = slots_.ids[j] < 0 ? -1 : __ldg(row.steering.remap + slots_.ids[j]);
+        const int32_t id = ids[j] < 0 ? -1 : __ldg(to + ids[j]);
         if (id < 0 || id >= args_.experts) continue;
         int slot = 0;
-        while (slot < kept && slots_.ids[slot] != id) ++slot;
-        const float weight = row.to_weigh ? slots_.weights[j] : 0.0f;
+        while (slot < kept && ids[slot] != id) ++slot;
+        const float weight = row.to_weigh ? weights[j] : 0.0f;
         if (slot == kept) {
-          slots_.ids[kept] = id;
-          slots_.weights[kept++] = weight;
+          ids[kept] = id;
+          weights[kept++] = weight;
         } else {
-          slots_.weights[slot] += weight;
+          weights[slot] += weight;
         }
       }
     }
     kept = from_lane(kept, 0);
     __syncwarp();
-    if (wanted) choice.count = kept, choice.compact = true;
+    choice.clear();
+    choice.count = kept, choice.compact = true;
+    choice.each([&](int s, int j) { choice.ids[s] = ids[j], choice.weights[s] = weights[j]; });
   }
 
-  __device__ __forceinline__ void write(int64_t t, bool there, const Row& row, const Choice& choice) {
-    const int count = row.valid ? choice.count : 0;
-    for_each_slot(there ? args_.k : 0, [&](int j) {
-      if (args_.ids != nullptr) args_.ids[t * args_.k + j] = j < count ? slots_.ids[j] : -1;
-      if (args_.weights != nullptr)
-        static_cast<float*>(args_.weights)[t * args_.k + j] = j < count ? slots_.weights[j] : 0.0f;
-    });
-  }
-
-  __device__ __forceinline__ void count(const Row& row, const Choice& choice, int natural_count) {
-    if (!any(row.counted)) return;
-    if (row.counted) {
-      tally_.turn_to(row.place);
-      tally_.scalar(kStatTokens, 1);
-      tally_.scalar(kStatSlots, row.slots);
-      if (in_table(args_, row.token.steering_row)) tally_.scalar(kStatSteered, 1);
-      if (row.scores_counted) tally_.scores(row_scores_, scores_);
+  __device__ __forceinline__ void write(int64_t t, const Chosen& choice) {
+    const int64_t first = t * args_.k;
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+      if (lane() + kLanes * s >= args_.k) continue;
+      if (kCommon || args_.ids != nullptr) args_.ids[first + kLanes * s + lane()] = choice.ids[s];
+      if (kCommon || args_.weights != nullptr)
+        static_cast<float*>(args_.weights)[first + kLanes * s + lane()] = choice.weights[s];
     }
-    count_chosen(tally_, slots_, choice, row.counted, row.slots);
+  }
+
+  __device__ __forceinline__ void count(const Row& row, const Chosen& choice, int natural_count) {
+    if (!row.counted) return;
+    const bool steered = kSteers && in_table(launch_, row.steering_row);
+    count_chosen(tally_, choice, row.slots, steered, slot_row());
     if (!tally_.wants_natural()) return;
-    bool differs = false;
-    const int32_t* natural = slots_.ids;
-    int ids = choice.count;
-    if constexpr (kFull) {
-      differs = row.steering.steered || is_replay(row);
-      if (differs) natural = reinterpret_cast<const int32_t*>(memory_ + layout_.natural), ids = natural_count;
-    }
-    count_natural(tally_, slots_, choice, row.counted, natural, ids, differs);
+    count_natural(tally_, choice, natural_count < 0 ? nullptr : selection_.natural, natural_count,
+                  slot_row());
   }
 
+  const GateLaunch& launch_;
   const GateArgs& args_;
   const GateLayout& layout_;
   unsigned char* const memory_;
-  Tally<kVectors, kLevel> tally_;
-  Slots slots_;
-  Values<kVectors> values_;  // logits; after selection_values what selection compares
-  Values<kVectors> scores_;
+  Selection& selection_;
+  Tally<kValues, kLevel> tally_;
+  Values<kValues> values_;  // logits; after selection_values what selection compares
+  Values<kValues> scores_;
   RowScores row_scores_;
 };
 
 // The place of the first token of [begin, end) that counts; every warp finds it for itself.
-__device__ __forceinline__ Place first_place(const GateArgs& args, int64_t begin, int64_t end) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
+__device__ __forceinline__ Place first_place(const GateLaunch& launch, int64_t begin, int64_t end) {
+  const GateArgs& args = launch.args;
   Place place;
-  for (int64_t first = begin; first < end; first += 32) {
+  if (args.token_table == nullptr) return place_of(launch.layout, Token{}.group, Token{}.segment);
+  for (int64_t first = begin; first < end; first += kLanes) {
     Token token;
-    const int64_t t = first + lane;
-    if (t < end) token = read_token(args.token_table, t);
+    const int64_t t = first + lane();
+    if (t < end) token = read_token(launch, t);
     const bool valid = t < end && token.valid;
-    if (valid) place = place_of(args.statistics, token.group, token.segment);
-    const unsigned counted = __ballot_sync(kWarp, valid && place.counted());
+    if (valid) place = place_of(launch.layout, token.group, token.segment);
+    const unsigned counted = ballot(valid && place.counted());
     if (counted == 0) continue;
     const int source = __ffs(static_cast<int>(counted)) - 1;
-    place.group = __shfl_sync(kWarp, place.group, source);
-    place.segment = __shfl_sync(kWarp, place.segment, source);
+    place.group = from_lane(place.group, source);
+    place.segment = from_lane(place.segment, source);
     return place;
   }
   return Place{};
 }
 
-template <int kVectors, Level kLevel>
-__global__ void __launch_bounds__(kVectors > 0 ? kGateThreads : kGateThreadsAboveRegisters,
-                                  blocks_at_once(kVectors, kLevel))
-    gate_kernel(const __grid_constant__ GateLaunch launch) {
-  const int64_t begin = int64_t{blockIdx.x} * launch.rows_per_block;
-  const int64_t last = begin + launch.rows_per_block;
-  const int64_t end = last < launch.args.tokens ? last : launch.args.tokens;
-  const int width = statistics_width(launch.args);
-  Sum* const block_row = launch.layout.block_row > 0 ? reinterpret_cast<Sum*>(moe_route_shared) : nullptr;
+// A block's rows, and the place of the row in shared memory where it adds up what they count.
+struct BlockRows {
+  int64_t begin, end;
   Place place;
-  if (block_row != nullptr) {
-    place = first_place(launch.args, begin, end);
-    for (int i = static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x))
-      block_row[i] = 0;
-    __syncthreads();
+};
+
+__device__ __forceinline__ BlockRows begin_block(const GateLaunch& launch) {
+  BlockRows block;
+  block.begin = int64_t{blockIdx.x} * launch.rows_per_block;
+  const int64_t last = block.begin + launch.rows_per_block;
+  block.end = last < launch.args.tokens ? last : launch.args.tokens;
+  if (launch.layout.block_row > 0) {
+    block.place = first_place(launch, block.begin, block.end);
+    for (int i = lane(); i < launch.layout.statistics_width; i += kLanes)
+      reinterpret_cast<Sum*>(moe_route_shared)[i] = 0;
+    __syncwarp();
   }
-  const int team = static_cast<int>(threadIdx.x / kTeam), teams = static_cast<int>(blockDim.x / kTeam);
-  unsigned char* const memory = moe_route_shared + launch.layout.block_row + team * launch.layout.team;
-  RowGate<kVectors, kLevel>(launch, memory, block_row, place)
-      .rows(begin + team / kTeamsPerWarp * kTeamsPerWarp, end, teams);
-  if (block_row == nullptr || !place.counted()) return;  // the same for the whole block
-  __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) {
-    if (block_row[i] != 0) add_to_tables(launch.args.statistics, place, width, i, block_row[i]);
+  return block;
+}
+
+__device__ __forceinline__ void end_block(const GateLaunch& launch, const BlockRows& block) {
+  if (launch.layout.block_row == 0 || !block.place.counted()) return;
+  const Sum* const row = reinterpret_cast<const Sum*>(moe_route_shared);
+  const int width = launch.layout.statistics_width;
+  __syncwarp();
+  for (int i = lane(); i < width; i += kLanes) {
+    if (row[i] != 0) add_to_tables(launch.args.statistics, block.place, width, i, row[i]);
   }
+}
+
+template <int kValues, Level kLevel, bool kCommon>
+__global__ void __launch_bounds__(kLanes, blocks_at_once(kValues, kLevel, kCommon))
+    gate_kernel(const __grid_constant__ GateLaunch launch) {
+  const BlockRows block = begin_block(launch);
+  unsigned char* const memory = moe_route_shared + launch.layout.block_row;
+  RowGate<kValues, kLevel, kCommon>(launch, memory, block.place).rows(block.begin, block.end);
+  end_block(launch, block);
 }
 
 }  // namespace
-
-template <int kVectors>
-void load_gate(Level level) {
-  if (level == Level::kPlain) return load(gate_kernel<kVectors, Level::kPlain>);
-  if (level == Level::kScored) return load(gate_kernel<kVectors, Level::kScored>);
-  if constexpr (kTeam * kVectors <= register_experts(Level::kFull)) load(gate_kernel<kVectors, Level::kFull>);
-}
-
-template <int kVectors>
-void launch_gate(const GateLaunch& gate, Stream stream) {
-  const int threads = kVectors > 0 ? kGateThreads : kGateThreadsAboveRegisters;
-  const auto start = [&](void (*kernel)(GateLaunch)) {
-    launch("gate", kernel, gate.blocks, threads, gate.layout.shared_bytes, stream, gate);
-  };
-  if (gate.level == Level::kPlain) return start(gate_kernel<kVectors, Level::kPlain>);
-  if (gate.level == Level::kScored) return start(gate_kernel<kVectors, Level::kScored>);
-  if constexpr (kTeam * kVectors <= register_experts(Level::kFull)) {
-    start(gate_kernel<kVectors, Level::kFull>);
-  } else {
-    throw std::logic_error("moe_route: there is no full gate kernel of this width");
-  }
-}
-
 }  // namespace moe_route::cuda

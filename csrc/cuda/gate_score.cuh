@@ -1,7 +1,7 @@
 // Scores: what a logit is worth, for one expert or for all experts of a row. The twin of
 // csrc/cpu/gate_score.h: the same operations in the same order, so the same bits.
 #pragma once
-#include "gate_team.cuh"
+#include "gate_warp.cuh"
 #include "moe_route/math.h"
 
 namespace moe_route::cuda {
@@ -9,8 +9,8 @@ namespace {
 
 // exp(z - largest), where several infinite logits share alike.
 __device__ __forceinline__ float softmax_numerator(float z, float largest) {
-  if (largest == infinity()) return z == largest ? 1.0f : 0.0f;
-  return math::exp_nonpositive(z - largest);
+  const float e = math::exp_nonpositive(z - largest);  // 0 beside an infinite one
+  return largest == infinity() && z == largest ? 1.0f : e;
 }
 
 // Scores that need nothing but the expert's own logit.
@@ -35,56 +35,78 @@ struct RowScores {
   bool scored = false;    // mass and entropy are defined
 };
 
-template <int kVectors>
-__device__ __forceinline__ float largest_of(const Values<kVectors>& z, int experts) {
+template <int kValues>
+__device__ __forceinline__ float largest_of(const Values<kValues>& z, int experts) {
   float most = -infinity();
-  for_each_expert<kVectors>(experts, [&](int i, int) { most = fmaxf(most, z[i]); });
+  for_each_expert<kValues>(experts, [&](int i, int) { most = fmaxf(most, z[i]); });
   return fold_max(most);
 }
 
-template <int kVectors>
-__device__ __forceinline__ void softmax_all(const Values<kVectors>& z, int experts, bool entropy,
-                                            Values<kVectors>& scores, RowScores& r) {
-  r.largest = largest_of<kVectors>(z, experts);
-  float sum = 0, entropy_sum = 0;
-  for_each_expert<kVectors>(experts, [&](int i, int) {
-    const float e = softmax_numerator(z[i], r.largest);
-    scores[i] = e;
-    sum = sum + e;
-    // e is 0 where the shifted logit is infinite or NaN, and that must not turn into a product.
-    if (entropy && e > 0.0f) entropy_sum = math::fma(e, z[i] - r.largest, entropy_sum);
+// Adds up the scores and, if asked for, `entropy_term(i, sum)`.
+template <int kValues, class EntropyTerm>
+__device__ __forceinline__ void add_up(const Values<kValues>& scores, int experts, bool entropy, RowScores& r,
+                                       EntropyTerm entropy_term) {
+  if (!entropy) {
+    r.total = sum_over_experts<kValues, OneSum>(experts, [&](int i, OneSum sum) {
+                return OneSum{sum.value + scores[i]};
+              }).value;
+    return;
+  }
+  const TwoSums sums = sum_over_experts<kValues, TwoSums>(experts, [&](int i, TwoSums sum) {
+    return TwoSums{sum.first + scores[i], entropy_term(i, sum.second)};
   });
-  r.total = fold_add(sum);
-  if (entropy) entropy_sum = fold_add(entropy_sum);  // by both teams, whatever their rows hold
-  r.entropy_sum = r.largest == infinity() ? 0.0f : entropy_sum;
+  r.total = sums.first;
+  r.entropy_sum = sums.second;
+}
+
+template <int kValues>
+__device__ __forceinline__ void softmax_all(const Values<kValues>& z, int experts, bool entropy,
+                                            Values<kValues>& scores, RowScores& r) {
+  r.largest = largest_of<kValues>(z, experts);
+  if (r.largest < infinity()) {
+    for_each_expert<kValues>(experts,
+                             [&](int i, int) { scores[i] = math::exp_nonpositive(z[i] - r.largest); });
+  } else {
+    for_each_expert<kValues>(experts, [&](int i, int) { scores[i] = z[i] == r.largest ? 1.0f : 0.0f; });
+  }
+  add_up<kValues>(scores, experts, entropy, r, [&](int i, float sum) {
+    // e is 0 where the shifted logit is infinite or NaN, and that must not turn into a product.
+    const float e = scores[i], shifted = e > 0.0f ? z[i] - r.largest : 0.0f;
+    return math::fma(e, shifted, sum);
+  });
+  if (r.largest == infinity()) r.entropy_sum = 0.0f;
   r.scored = true;
 }
 
-template <int kVectors>
-__device__ __forceinline__ void pointwise_all(Score score, const Values<kVectors>& z, int experts,
-                                              bool entropy, Values<kVectors>& scores, RowScores& r) {
-  float sum = 0, entropy_sum = 0, least = 0;
-  for_each_expert<kVectors>(experts, [&](int i, int) {
+template <int kValues>
+__device__ __forceinline__ void pointwise_all(Score score, const Values<kValues>& z, int experts,
+                                              bool entropy, Values<kValues>& scores, RowScores& r) {
+  float least = 0;
+  Values<kValues> logs;  // of the scores; not worth a row of shared memory where there are no registers
+  for_each_expert<kValues>(experts, [&](int i, int) {
     const float s = pointwise_score(score, z[i]);
     scores[i] = s;
-    sum = sum + s;
     least = fminf(least, s);
-    if (entropy && s >= kSmallestNormal) entropy_sum = math::fma(s, math::log(s), entropy_sum);
+    if constexpr (kValues > 0) logs[i] = entropy && s >= kSmallestNormal ? math::log(s) : 0.0f;
   });
-  r.total = fold_add(sum);
-  if (entropy) r.entropy_sum = fold_add(entropy_sum);
+  add_up<kValues>(scores, experts, entropy, r, [&](int i, float sum) {
+    const float s = scores[i];
+    if (!(s >= kSmallestNormal)) return sum;
+    if constexpr (kValues > 0) return math::fma(s, logs[i], sum);
+    return math::fma(s, math::log(s), sum);
+  });
   r.scored = score != Score::kIdentity || !(fold_min(least) < 0.0f);
 }
 
 // `entropy` and `score` are the launch's, the same for every row.
-template <int kVectors>
-__device__ __forceinline__ RowScores score_all(Score score, const Values<kVectors>& z, int experts,
-                                               bool entropy, Values<kVectors>& scores) {
+template <int kValues>
+__device__ __forceinline__ RowScores score_all(Score score, const Values<kValues>& z, int experts,
+                                               bool entropy, Values<kValues>& scores) {
   RowScores r;
   if (is_softmax(score))
-    softmax_all<kVectors>(z, experts, entropy, scores, r);
+    softmax_all<kValues>(z, experts, entropy, scores, r);
   else
-    pointwise_all<kVectors>(score, z, experts, entropy, scores, r);
+    pointwise_all<kValues>(score, z, experts, entropy, scores, r);
   r.scored = r.scored && r.total >= kSmallestNormal && r.total < infinity();
   r.inverse = r.total > 0.0f ? 1.0f / r.total : 0.0f;
   if (is_softmax(score)) r.factor = r.inverse;

@@ -1,251 +1,282 @@
 // Selection: the k best of E values: the larger value first, then the lower index; -0.0 equals +0.0; NaN
 // never.
 //
-// As on the CPU (csrc/cpu/gate_select.h): a lane's largest value makes 16 columns of different experts, so
-// the k-th largest of these bounds the k-th largest of the row from below. The experts that reach the
-// bound, 10.6 on average for k = 8 however large E is, go to a short list in shared memory and are ranked by
-// counting who beats whom; one 64-bit key holds value and index, so a comparison decides both. Up to k = 22
-// two columns a lane do. Beyond that, and where ties make the list too long, the exact k-th value is found by
-// bisection over the bits of the key. Only comparisons decide, so the ids are those of every other backend.
+// A lane's largest value makes 32 columns of different experts, so the k-th largest of these bounds the k-th
+// largest of the row from below. k rounds of redux.sync find it: take the largest, drop the lanes that hold
+// it. The experts that reach the bound, about k + 1 on average however large E is, go to a short list in
+// shared memory, and each is ranked by counting who beats it. Equal values show as ranks that collide, and
+// only then the indices are compared. Where the list would be too long (k above 22, many ties) the exact k-th
+// value is found by bisection over the bits of its key. Only comparisons decide, so the ids are those of
+// every other backend.
 #pragma once
-#include "gate_team.cuh"
+#include "gate_warp.cuh"
 
 namespace moe_route::cuda {
 namespace {
 
-inline constexpr int kListed = 64;      // room of the short list; no fewer than the largest k
-inline constexpr int kOneColumn = 11;   // largest k that 16 columns serve,
-inline constexpr int kTwoColumns = 22;  // and 32
+inline constexpr int kMostChosen = 64;  // largest k
+inline constexpr int kListRoom = 128;   // of the short list
+inline constexpr int kColumnsFor = 16;  // largest k for which the bound keeps the list short
+inline constexpr int kAtATime = 12;  // candidates that a rank looks at before it asks whether there are more
 
-// A team's slots and short list in shared memory.
-struct Slots {
-  unsigned long long* keys;  // [kListed + 2]
-  float* listed;             // [kListed] values of the list
-  int32_t* ids;              // [k rounded up to 16] ...
-  float* logits;             // ... and as many
-  float* weights;
+// Longest list that is ranked: one candidate a lane, or two where k may pass 32.
+__host__ __device__ constexpr int most_listed(int values) { return values > 0 ? kLanes : kMostChosen; }
+
+// A warp's list and choice in shared memory. `chosen_values` and `natural` are free once slots are read.
+struct Selection {
+  float listed[kListRoom + kAtATime];  // past the list's end come NaN, which beat nobody
+  int32_t listed_ids[kListRoom + kAtATime];
+  int32_t ids[kMostChosen];      // of the chosen, best first ...
+  float chosen[kMostChosen];     // ... and what they were compared by
+  int32_t natural[kMostChosen];  // ids without steering, where they are compared
 };
 
-// One step of a bitonic network: the lower lane of a pair keeps the larger value where `descending`.
-__device__ __forceinline__ float exchange(float mine, int apart, bool descending) {
-  const float other = __shfl_xor_sync(kWarp, mine, apart);
-  const bool keeps_larger = ((team_lane() & apart) == 0) == descending;
-  return keeps_larger ? fmaxf(mine, other) : fminf(mine, other);
-}
-__device__ __forceinline__ float merge(float mine, int size, bool descending) {
-#pragma unroll
-  for (int apart = size / 2; apart > 0; apart /= 2) mine = exchange(mine, apart, descending);
-  return mine;
-}
-__device__ __forceinline__ float sort(float mine, bool descending) {
-#pragma unroll
-  for (int size = 2; size < kTeam; size *= 2)
-    mine = merge(mine, size, ((team_lane() & size) == 0) == descending);
-  return merge(mine, kTeam, descending);
-}
-
-// A value that at least `want` of the row's numbers reach, or -infinity.
-template <int kVectors>
-__device__ __forceinline__ float bound_by_one_column(const Values<kVectors>& values, int experts, int want) {
+// A value that at least `want` (1..32) of the row's numbers reach, or -infinity.
+template <int kValues>
+__device__ __forceinline__ float bound_of(const Values<kValues>& values, int experts, int want) {
   float most = -infinity();
-  for_each_expert<kVectors>(experts, [&](int i, int) { most = fmaxf(most, values[i]); });
-  return from_lane(sort(most, true), want - 1);
-}
-template <int kVectors>
-__device__ __forceinline__ float bound_by_two_columns(const Values<kVectors>& values, int experts, int want) {
-  float even = -infinity(), odd = -infinity();
-  for_each_expert<kVectors>(experts, [&](int i, int) {
-    if (i % 2 == 0)
-      even = fmaxf(even, values[i]);
-    else
-      odd = fmaxf(odd, values[i]);
-  });
-  const float falling = sort(even, true), rising = sort(odd, false);
-  const float upper = merge(fmaxf(falling, rising), kTeam, true);
-  const float lower = merge(fminf(falling, rising), kTeam, true);
-  const int rank = want - 1;
-  const float in_upper = from_lane(upper, rank), in_lower = from_lane(lower, rank);
-  return rank < kTeam ? in_upper : in_lower;
+  for_each_expert<kValues>(experts, [&](int i, int) { most = fmaxf(most, values[i]); });
+  int32_t key = number_key(most), best = kLowestKey;
+#pragma unroll 8
+  for (int round = 0; round < want; ++round) {
+    best = __reduce_max_sync(kWarp, key);
+    key = key == best ? kNoKey : key;
+  }
+  return number_of(best > kLowestKey ? best : kLowestKey);
 }
 
-// Lists the lane's experts that `reaches` lets pass, unless there are more than fit. Returns how many there
-// are.
-template <int kVectors, class Reaches>
-__device__ __forceinline__ int list_experts(const Values<kVectors>& values, int experts, Slots slots,
+// Lists the experts that `reaches` lets pass, in no order that matters, as far as there is room. Returns how
+// many there are.
+template <int kValues, class Reaches>
+__device__ __forceinline__ int list_experts(const Values<kValues>& values, int experts, Selection& selection,
                                             Reaches reaches) {
-  int mine = 0;
-  for_each_expert<kVectors>(experts, [&](int i, int) { mine += reaches(values[i]) ? 1 : 0; });
-  int next = mine;
+  const auto put = [&](int place, int i, int e) {
+    selection.listed[place] = values[i];
+    selection.listed_ids[place] = e;
+  };
+  int count = 0;
+  if constexpr (kValues > 0 && kValues <= 4) {
+    const int first_id = kept(first_expert<kValues>(experts));
 #pragma unroll
-  for (int apart = 1; apart < kTeam; apart *= 2) {
-    const int before = __shfl_up_sync(kWarp, next, apart, kTeam);
-    next += team_lane() >= apart ? before : 0;
-  }
-  const int count = from_lane(next, kTeam - 1);
-  next -= mine;
-  for_each_expert<kVectors>(experts, [&](int i, int e) {
-    if (reaches(values[i]) && count <= kListed) {
-      slots.listed[next] = values[i];
-      slots.keys[next] = static_cast<unsigned long long>(e);  // the key follows
-      ++next;
+    for (int i = 0; i < kValues; ++i) {
+      const bool mine = reaches(values[i]);
+      const unsigned found = ballot(mine);
+      const int place = count + __popc(found & lanes_below());
+      if (mine) put(place, i, first_id + kStripes * i);  // of 128 experts at most
+      count += __popc(found);
     }
-  });
+  } else {
+    int mine = 0;
+    for_each_expert<kValues>(experts, [&](int i, int) { mine += reaches(values[i]) ? 1 : 0; });
+    int next = mine;
+#pragma unroll
+    for (int apart = 1; apart < kLanes; apart *= 2) {
+      const int before = __shfl_up_sync(kWarp, next, apart);
+      next += lane() >= apart ? before : 0;
+    }
+    count = from_lane(next, kLanes - 1);
+    next -= mine;
+    for_each_expert<kValues>(experts, [&](int i, int e) {
+      if (reaches(values[i]) && next < kListRoom) put(next++, i, e);
+    });
+  }
   return count;
 }
 
-template <int kVectors>
-__device__ __forceinline__ int count_above(const Values<kVectors>& values, int experts, int32_t key) {
+template <int kValues>
+__device__ __forceinline__ int count_above(const Values<kValues>& values, int experts, int32_t key) {
   int mine = 0;
-  for_each_expert<kVectors>(experts, [&](int i, int) { mine += order_key(values[i]) > key ? 1 : 0; });
+  for_each_expert<kValues>(experts, [&](int i, int) { mine += order_key(values[i]) > key ? 1 : 0; });
   return fold_add(mine);
 }
 
-// Lists exactly the `want` best numbers (all of them, if fewer) where `wanted`; both teams walk through it.
-template <int kVectors>
-__device__ __forceinline__ int list_exactly(const Values<kVectors>& values, int experts, int want,
-                                            bool wanted, Slots slots) {
+// Lists exactly the `want` best numbers (all of them, if fewer).
+template <int kValues>
+__device__ __forceinline__ int list_exactly(const Values<kValues>& values, int experts, int want,
+                                            Selection& selection) {
   constexpr uint32_t kNaNKey = 0x80000000u;
-  const int numbers = count_above<kVectors>(values, experts, int32_t(kNaNKey));
+  const int numbers = count_above<kValues>(values, experts, int32_t(kNaNKey));
   want = numbers < want ? numbers : want;
+  if (want == 0) return 0;
   // `reached`: the largest key that at least `want` keys reach, built from its highest bit down.
   uint32_t reached = kNaNKey;
 #pragma unroll 1
   for (int bit = 31; bit >= 0; --bit) {
     const uint32_t trial = reached + (1u << bit);
-    if (count_above<kVectors>(values, experts, int32_t(trial - 1)) >= want) reached = trial;
+    if (count_above<kValues>(values, experts, int32_t(trial - 1)) >= want) reached = trial;
   }
-  const auto above = [&](float x) { return wanted && want > 0 && order_key(x) > int32_t(reached); };
-  int listed = list_experts<kVectors>(values, experts, slots, above);
-  for_each_expert<kVectors>(experts, [&](int i, int e) {
-    const unsigned equal =
-        ballot(wanted && order_key(values[i]) == int32_t(reached) && values[i] == values[i]);
-    const int place = listed + __popc(equal & lanes_below());
-    if ((equal >> team_lane() & 1u) && place < want) {
-      slots.listed[place] = values[i];
-      slots.keys[place] = static_cast<unsigned long long>(e);
-    }
-    listed = listed + __popc(equal) < want ? listed + __popc(equal) : want;
-  });
-  return wanted ? want : 0;
+  int listed = list_experts<kValues>(values, experts, selection,
+                                     [&](float x) { return order_key(x) > int32_t(reached); });
+  // Of those that equal it the lowest indices: the lower half's experts come before the upper half's.
+#pragma unroll 1
+  for (int half = 0; half < kLanes / kStripes; ++half) {
+    for_each_expert<kValues>(experts, [&](int i, int e) {
+      const bool equals = values[i] == values[i] && order_key(values[i]) == int32_t(reached);
+      const unsigned found = ballot(equals && lane() / kStripes == half);
+      const int place = listed + __popc(found & lanes_below());
+      if ((found >> lane() & 1u) && place < want) {
+        selection.listed[place] = values[i];
+        selection.listed_ids[place] = e;
+      }
+      listed = listed + __popc(found) < want ? listed + __popc(found) : want;
+    });
+  }
+  return want;
 }
 
-// Order of choice as one integer: the value's key, then the lower index.
-__device__ __forceinline__ unsigned long long choice_key(float value, int32_t expert) {
-  const uint32_t upper = uint32_t(order_key(value)) ^ 0x80000000u;
-  return static_cast<unsigned long long>(upper) << 32 | uint32_t(~expert);
+// How many of the list beat the candidate `own`, by value alone.
+__device__ __forceinline__ int beaten_by(const Selection& selection, int count, float own) {
+  const auto* fours = reinterpret_cast<const float4*>(selection.listed);
+  int beaten = 0;
+  const auto look_at = [&](int four) {
+    const float4 x = fours[four];
+    count_greater(beaten, x.x, own);
+    count_greater(beaten, x.y, own);
+    count_greater(beaten, x.z, own);
+    count_greater(beaten, x.w, own);
+  };
+#pragma unroll
+  for (int four = 0; four < kAtATime / 4; ++four) look_at(four);
+#pragma unroll 1
+  for (int four = kAtATime / 4; 4 * four < count; ++four) look_at(four);
+  return beaten;
 }
 
-// ids[first + r] = the listed expert that exactly r others beat, for r < want; its value goes to `logits`.
-__device__ __forceinline__ void rank(Slots slots, int count, int want, int first, int32_t* ids) {
+// ids[first + r] = the listed expert that exactly r others beat, for r < want; its value goes to `chosen`.
+// `kMost`: the longest list there may be.
+template <int kMost>
+__device__ __forceinline__ void rank(Selection& selection, int count, int want, int first) {
+  if (lane() < kAtATime) selection.listed[count + lane()] = not_a_number();
   __syncwarp();
-  for (int c = team_lane(); c < count; c += kTeam) {
-    slots.keys[c] = choice_key(slots.listed[c], static_cast<int32_t>(slots.keys[c]));
-  }
-  if (team_lane() == 0) slots.keys[count] = 0;  // pairs are read below; nothing ranks lower
-  __syncwarp();
-  for (int c = team_lane(); c < count; c += kTeam) {
-    const unsigned long long own = slots.keys[c];
-    int beaten_by = 0;
-    for (int other = 0; other < count; other += 2) {
-      const ulonglong2 pair = *reinterpret_cast<const ulonglong2*>(slots.keys + other);
-      beaten_by += (pair.x > own ? 1 : 0) + (pair.y > own ? 1 : 0);
+#pragma unroll
+  for (int c = 0; c < kMost; c += kLanes) {
+    const bool there = c + lane() < count;
+    const float own = selection.listed[c + lane()];
+    const int32_t id = selection.listed_ids[c + lane()];
+    int place = beaten_by(selection, count, own);
+    const int taken = kMost == kLanes ? fold_or(there ? 1 << place : 0) : 0;
+    if (__popc(static_cast<unsigned>(taken)) != count) {  // equal values
+      for (int other = 0; other < count; ++other)
+        place += selection.listed[other] == own && selection.listed_ids[other] < id ? 1 : 0;
     }
-    if (beaten_by < want) {
-      ids[first + beaten_by] = ~static_cast<int32_t>(own);
-      slots.logits[first + beaten_by] = slots.listed[c];
+    if (there && place < want) {
+      selection.ids[first + place] = id;
+      selection.chosen[first + place] = own;
     }
   }
   __syncwarp();
 }
 
-// The `want` best numbers of a row, best first, to ids[first ...]; returns how many there were. `most` is the
-// launch's k, the same for both teams; `want` may be 0.
-template <int kVectors>
-__device__ __forceinline__ int select_best(const Values<kVectors>& values, int experts, int most, int want,
-                                           int first, Slots slots, int32_t* ids) {
-  int listed = kListed + 1;
-  if (most <= kTwoColumns || experts <= kTeam) {
-    float bound = -infinity();  // one vector: all of it fits the list
-    if (kVectors != 1 && experts > kTeam) {
-      bound = most <= kOneColumn ? bound_by_one_column<kVectors>(values, experts, want)
-                                 : bound_by_two_columns<kVectors>(values, experts, want);
-    }
-    listed = list_experts<kVectors>(values, experts, slots, [&](float x) { return want > 0 && x >= bound; });
+// The `want` best numbers of a row, best first, to ids[first ...]; returns how many there were.
+template <int kValues>
+__device__ __forceinline__ int select_best(const Values<kValues>& values, int experts, int want, int first,
+                                           Selection& selection) {
+  constexpr int kMost = most_listed(kValues);
+  if (want <= 0) return 0;
+  int listed = kMost + 1;
+  const bool all_fit = kValues <= 1 && experts <= kMost;
+  if (want <= kColumnsFor || all_fit) {
+    const float bound = !all_fit ? bound_of<kValues>(values, experts, want) : -infinity();
+    listed = list_experts<kValues>(values, experts, selection, [&](float x) { return x >= bound; });
   }
-  const bool too_long = want > 0 && listed > kListed;
-  if (any(too_long)) {
-    const int exactly = list_exactly<kVectors>(values, experts, want, too_long, slots);
-    if (too_long) listed = exactly;
+  if (listed > kMost) {
+    __syncwarp();
+    listed = list_exactly<kValues>(values, experts, want, selection);
   }
-  listed = want > 0 ? listed : 0;
-  rank(slots, listed, want, first, ids);
+  rank<kMost>(selection, listed, want, first);
   return listed < want ? listed : want;
 }
 
 // Appends the NaN experts that `eligible` lets pass, by index, until `want` are chosen. Returns how many are.
-template <int kVectors, class Eligible>
-__device__ __forceinline__ int append_nan(const Values<kVectors>& values, int experts, int want, int chosen,
-                                          Slots slots, int32_t* ids, Eligible eligible) {
-  for_each_expert<kVectors>(experts, [&](int i, int e) {
-    const bool mine = chosen < want && e < experts && !(values[i] == values[i]) && eligible(e);
-    const unsigned found = ballot(mine);
-    const int place = chosen + __popc(found & lanes_below());
-    if (mine && place < want) {
-      ids[place] = e;
-      slots.logits[place] = not_a_number();
-    }
-    chosen = chosen + __popc(found) < want ? chosen + __popc(found) : chosen < want ? want : chosen;
-  });
+template <int kValues, class Eligible>
+__device__ __forceinline__ int append_nan(const Values<kValues>& values, int experts, int want, int chosen,
+                                          Selection& selection, Eligible eligible) {
+#pragma unroll 1
+  for (int half = 0; half < kLanes / kStripes; ++half) {
+    for_each_expert<kValues>(experts, [&](int i, int e) {
+      const bool mine = lane() / kStripes == half && e < experts && !(values[i] == values[i]) && eligible(e);
+      const unsigned found = ballot(mine);
+      const int place = chosen + __popc(found & lanes_below());
+      if (mine && place < want) {
+        selection.ids[place] = e;
+        selection.chosen[place] = not_a_number();
+      }
+      chosen = chosen + __popc(found) < want ? chosen + __popc(found) : want;
+    });
+  }
   __syncwarp();
   return chosen;
 }
 
 // ---- group limit --------------------------------------------------------------------------------
 
-// Keeps the best groups (larger score, then lower group); the values of the others become spec.group_fill.
-// NaN stays NaN: it ranks last in whatever group. `row` is the team's copy of the values, `group_scores` has
-// room for the groups.
-template <int kVectors>
-__device__ __forceinline__ void limit_groups(const GateSpec& spec, int experts, float* row,
-                                             float* group_scores, Values<kVectors>& values) {
+// The largest and the second largest number seen.
+struct TopTwo {
+  float first = -infinity(), second = -infinity();
+  __device__ __forceinline__ void see(float x) {
+    second = fmaxf(second, fminf(x == x ? x : -infinity(), first));
+    first = fmaxf(first, x);
+  }
+  __device__ __forceinline__ void merge(const TopTwo& other) {
+    second = fmaxf(fmaxf(second, other.second), fminf(first, other.first));
+    first = fmaxf(first, other.first);
+  }
+};
+
+// Every group's score. As many lanes as there are for each group work on it, so that all of up to 32 groups
+// go at once; they begin at different places, in different banks.
+__device__ __forceinline__ void score_groups(const GateSpec& spec, int experts, const float* row,
+                                             float* group_scores) {
   const int size = experts / spec.groups;
-  for_each_expert<kVectors>(experts, [&](int i, int e) {
+  int width = kLanes;  // lanes of a group, a power of two
+  while (width > 1 && width * spec.groups > kLanes) width /= 2;
+  const int within = lane() % width;
+#pragma unroll 1
+  for (int first = 0; first < spec.groups; first += kLanes / width) {
+    const int group = first + lane() / width;
+    TopTwo best;
+    int at = (within + group * width) % size;
+    const int steps = group < spec.groups ? (size - within + width - 1) / width : 0;
+    if (size % width != 0) at = within;
+#pragma unroll 4
+    for (int step = 0; step < steps; ++step) {
+      best.see(row[group * size + at]);
+      at += width;
+      at -= at >= size ? size : 0;
+    }
+    for (int apart = width / 2; apart > 0; apart /= 2)
+      best.merge({__shfl_xor_sync(kWarp, best.first, apart), __shfl_xor_sync(kWarp, best.second, apart)});
+    const float sum =
+        spec.group_score == GroupScore::kMax || size == 1 ? best.first : best.first + best.second;
+    if (within == 0 && group < spec.groups) group_scores[group] = sum == sum ? sum : -infinity();
+  }
+  __syncwarp();
+}
+
+// Keeps the best groups (larger score, then lower group); the values of the others become spec.group_fill.
+// NaN stays NaN: it ranks last in whatever group. `row` is room for the values, `group_scores` for twice the
+// groups; `reciprocal` is 2^32 / (experts of a group), rounded up (0 for one expert).
+template <int kValues>
+__device__ __forceinline__ void limit_groups(const GateSpec& spec, int experts, uint32_t reciprocal,
+                                             float* row, float* group_scores, Values<kValues>& values) {
+  for_each_expert<kValues>(experts, [&](int i, int e) {
     if (e < experts) row[e] = values[i];
   });
   __syncwarp();
-  for (int g = 0; g < spec.groups; ++g) {
-    float first = -infinity(), second = -infinity();
-    for (int e = team_lane(); e < size; e += kTeam) {
-      const float x = row[g * size + e];
-      second = fmaxf(second, fminf(x == x ? x : -infinity(), first));
-      first = fmaxf(first, x);
-    }
-#pragma unroll
-    for (int apart = kTeam / 2; apart > 0; apart /= 2) {
-      const float other = __shfl_xor_sync(kWarp, first, apart),
-                  runner_up = __shfl_xor_sync(kWarp, second, apart);
-      second = fmaxf(fmaxf(second, runner_up), fminf(first, other));
-      first = fmaxf(first, other);
-    }
-    const float sum = spec.group_score == GroupScore::kMax || size == 1 ? first : first + second;
-    if (team_lane() == 0) group_scores[g] = sum == sum ? sum : -infinity();
+  score_groups(spec, experts, row, group_scores);
+  float* const kept = group_scores + spec.groups;
+  for (int group = lane(); group < spec.groups; group += kLanes) {
+    const float own = group_scores[group];
+    int better = 0;
+    for (int h = 0; h < spec.groups; ++h)
+      better += group_scores[h] > own || (group_scores[h] == own && h < group) ? 1 : 0;
+    kept[group] = better < spec.top_groups ? 1.0f : 0.0f;
   }
   __syncwarp();
-  // A lane's experts rise by 16, so its group rises with them.
-  int group = team_lane() / size, within = team_lane() % size, checked = -1;
-  bool dropped = false;
-  for_each_expert<kVectors>(experts, [&](int i, int e) {
-    if (e < experts && group != checked) {
-      const float own = group_scores[group];
-      int better = 0;
-      for (int h = 0; h < spec.groups; ++h)
-        better += group_scores[h] > own || (group_scores[h] == own && h < group);
-      dropped = better >= spec.top_groups;
-      checked = group;
-    }
-    if (dropped && e < experts && values[i] == values[i]) values[i] = spec.group_fill;
-    within += kTeam;
-    while (within >= size) within -= size, ++group;
+  for_each_expert<kValues>(experts, [&](int i, int e) {
+    const int group = reciprocal != 0 ? static_cast<int>(__umulhi(static_cast<unsigned>(e), reciprocal)) : e;
+    const bool dropped = e < experts && kept[e < experts ? group : 0] == 0.0f;
+    if (dropped && values[i] == values[i]) values[i] = spec.group_fill;
   });
   __syncwarp();
 }

@@ -3,25 +3,39 @@
 // without looking whether a whole plane is neutral; where that decides more than bits, the row is looked
 // through (`read_steering`).
 #pragma once
+#include "gate_layout.h"
 #include "gate_score.cuh"
 
 namespace moe_route::cuda {
 namespace {
 
-// What a token's steering row says. Without a row: the neutral values.
+// What a token's steering row says; without a row: the neutral values. Packed, since it is alive as long as the
+// row is.
 struct SteeringRow {
-  const float* tables = nullptr;   // the row's planes; null: no row
-  const int32_t* remap = nullptr;  // [E]
-  bool steered = false;            // there is a row and it is not neutral
-  bool score_bias = false;         // some entry of the plane is not neutral
-  bool forced = false;             // some expert is on, off or forbidden
-  bool pulled = false;             // some expert is on or off
-  bool log_softmax = false;        // ... the SteerMoE way
-  bool sample_std = false;
-  bool score_bias_weighs = false;
-  bool weight_scale_after = false;
+  enum Flag : uint32_t {
+    kSteered = 1,       // there is a row and it is not neutral
+    kHasScoreBias = 2,  // some entry of the plane is not neutral
+    kPulled = 4,        // some expert is on or off
+    kForbids = 8,       // some expert is forbidden
+    kLogSoftmax = 16,   // some expert is on or off the SteerMoE way
+    kOther = 32,        // something else is not neutral
+    kSampleStd = 64,
+    kBiasWeighs = 128,
+    kScaleAfter = 256,
+  };
+  int32_t index = -1;
+  uint32_t flags = 0;
   int k = 0;
   float temperature = 1;
+
+  __device__ __forceinline__ bool steered() const { return flags & kSteered; }
+  __device__ __forceinline__ bool score_bias() const { return flags & kHasScoreBias; }
+  __device__ __forceinline__ bool pulled() const { return flags & kPulled; }
+  __device__ __forceinline__ bool forced() const { return flags & (kPulled | kForbids); }
+  __device__ __forceinline__ bool log_softmax() const { return flags & kLogSoftmax; }
+  __device__ __forceinline__ bool sample_std() const { return flags & kSampleStd; }
+  __device__ __forceinline__ bool score_bias_weighs() const { return flags & kBiasWeighs; }
+  __device__ __forceinline__ bool weight_scale_after() const { return flags & kScaleAfter; }
 };
 
 __device__ __forceinline__ int force_code(float x) {
@@ -34,91 +48,140 @@ __device__ __forceinline__ int class_of(int code) {
   return code == kForbid ? -2 : code > 0 ? 1 : code < 0 ? -1 : 0;
 }
 
-// The entry of a plane for expert e, the neutral value for tokens without a row. Past the last expert, where
-// every value is NaN, it is the last one's: no branch keeps loads apart.
-__device__ __forceinline__ float entry(const GateArgs& args, const SteeringRow& row, uint32_t bit, int e,
+// The lane's elements of a row of E, absent ones (e >= E) the row's last: op(i, element).
+// `kWhole`: there are none.
+template <int kValues, bool kWhole = false, class T, class Op>
+__device__ __forceinline__ void load_row(const T* row, int experts, Op op) {
+  if constexpr (kValues > 0) {
+    const int first = first_expert<kValues>(experts);
+    T loaded[kValues];
+    if (kWhole || experts == kLanes * kValues) {  // addresses a constant apart
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) loaded[i] = __ldg(row + first + kStripes * i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) loaded[i] = __ldg(row + min(first + kStripes * i, experts - 1));
+    }
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) op(i, loaded[i]);
+  } else {
+    for_each_expert<0>(experts, [&](int i, int e) { op(i, __ldg(row + min(e, experts - 1))); });
+  }
+}
+
+// Planes are there only with tables: where rows have parameters alone the launch has none (gate.cu).
+__device__ __forceinline__ bool has(const GateLaunch& launch, uint32_t bit) {
+  return (launch.args.steering.planes & bit) != 0;
+}
+// A row's entries of a plane. Where planes lie in a row is worked out on the host: here it would be worked out
+// ahead for every plane, and kept in registers.
+__device__ __forceinline__ const float* plane_of(const GateLaunch& launch, const SteeringRow& row,
+                                                 uint32_t bit) {
+  return launch.args.steering.tables + int64_t{row.index} * launch.layout.steering_stride +
+         launch.layout.steering_plane[bit_index(bit)];
+}
+// The entry of a plane for one expert (of the chosen, say), the neutral value for tokens without a row.
+__device__ __forceinline__ float entry(const GateLaunch& launch, const SteeringRow& row, uint32_t bit, int e,
                                        float neutral) {
-  if (row.tables == nullptr) return neutral;
-  const int plane = __popc(args.steering.planes & (bit - 1));
-  return __ldg(row.tables + plane * args.experts + min(e, args.experts - 1));
-}
-__device__ __forceinline__ bool has(const GateArgs& args, uint32_t bit) {
-  return (args.steering.planes & bit) != 0;
+  return row.index < 0 ? neutral : __ldg(plane_of(launch, row, bit) + e);
 }
 
-__device__ __forceinline__ bool in_table(const GateArgs& args, int32_t steering_row) {
-  return steering_row >= 0 && steering_row < args.steering.rows;
-}
-
-enum Finding : int {
-  kFoundScoreBias = 1,
-  kFoundPull = 2,
-  kFoundForbid = 4,
-  kFoundLogSoftmax = 8,
-  kFoundOther = 16
+// The lane's entries of a plane: all are asked for at once, before anything waits for one of them. Where a lane
+// has more than registers hold beside its values, each is loaded when it is used.
+template <int kValues, bool kHeld = (kValues > 0 && kValues <= 8)>
+struct Entries {
+  float of_lane[kValues];
+  __device__ __forceinline__ void load(const float* plane, int experts) {
+    load_row<kValues>(plane, experts, [&](int i, float x) { of_lane[i] = x; });
+  }
+  __device__ __forceinline__ float operator()(int i) const { return of_lane[i]; }
 };
-
-__device__ __forceinline__ int finding_of_force(int code) {
-  if (code == kForceNone) return 0;
-  if (code == kForbid) return kFoundForbid;
-  return kFoundPull | (code == kOnSteerMoE || code == kOffSteerMoE ? kFoundLogSoftmax : 0);
+template <int kValues>
+struct Entries<kValues, false> {
+  const float* plane = nullptr;
+  int experts = 1;
+  __device__ __forceinline__ void load(const float* plane_, int experts_) {
+    plane = plane_, experts = experts_;
+  }
+  __device__ __forceinline__ float operator()(int i) const {
+    return __ldg(plane + min(first_expert<kValues>(experts) + kStripes * i, experts - 1));
+  }
+};
+template <int kValues>
+__device__ __forceinline__ Entries<kValues> entries(const GateLaunch& launch, const SteeringRow& row,
+                                                    uint32_t bit) {
+  Entries<kValues> plane;
+  plane.load(plane_of(launch, row, bit), launch.args.experts);
+  return plane;
+}
+__device__ __forceinline__ bool in_table(const GateLaunch& launch, int32_t steering_row) {
+  return steering_row >= 0 && steering_row < launch.args.steering.rows;
 }
 
-// Bits of Finding in the row; `whole`: also whether anything else differs from neutral.
-template <int kVectors>
-__device__ __forceinline__ int look_through(const GateArgs& args, const SteeringRow& row, bool whole) {
-  int found = 0;
+__device__ __forceinline__ uint32_t flags_of_force(int code) {
+  if (code == kForceNone) return 0;
+  if (code == kForbid) return SteeringRow::kForbids;
+  const bool log_softmax = code == kOnSteerMoE || code == kOffSteerMoE;
+  return SteeringRow::kPulled | (log_softmax ? uint32_t{SteeringRow::kLogSoftmax} : 0u);
+}
+
+// What the row's entries say, as flags; `whole`: also whether anything else differs from neutral.
+template <int kValues>
+__device__ __forceinline__ uint32_t look_through(const GateLaunch& launch, const SteeringRow& row,
+                                                 bool whole) {
+  uint32_t found = 0;
   const auto look = [&](uint32_t bit, float neutral, auto finding) {
-    if (!has(args, bit)) return;
-    for_each_expert<kVectors>(args.experts, [&](int, int e) {
-      const float x = entry(args, row, bit, e, neutral);
+    if (!has(launch, bit)) return;
+    const Entries<kValues> plane = entries<kValues>(launch, row, bit);
+    for_each_expert<kValues>(launch.args.experts, [&](int i, int) {
+      const float x = plane(i);
       found |= x != neutral ? finding(x) : 0;
     });
   };
-  const auto other = [](float) { return int(kFoundOther); };
-  look(kScoreBias, 0.0f, [](float) { return int(kFoundScoreBias); });
-  look(kForce, 0.0f, [](float x) { return finding_of_force(force_code(x)); });
+  const auto other = [](float) { return uint32_t{SteeringRow::kOther}; };
+  look(kScoreBias, 0.0f, [](float) { return uint32_t{SteeringRow::kHasScoreBias}; });
+  look(kForce, 0.0f, [](float x) { return flags_of_force(force_code(x)); });
   if (whole) {
     look(kScale, 1.0f, other);
     look(kBias, 0.0f, other);
     look(kStd, 0.0f, other);
     look(kMagnitude, 0.0f, other);
     look(kWeightScale, 1.0f, other);
-    for_each_expert<kVectors>(args.experts, [&](int, int e) {
-      if (row.remap != nullptr && e < args.experts && __ldg(row.remap + e) != e) found |= kFoundOther;
-    });
+    if (launch.args.steering.remap != nullptr) {
+      const int32_t* remap = launch.args.steering.remap + int64_t{row.index} * launch.args.experts;
+      for_each_expert<kValues>(launch.args.experts, [&](int, int e) {
+        if (e < launch.args.experts && __ldg(remap + e) != e) found |= SteeringRow::kOther;
+      });
+    }
   }
-  return fold_or(found);
+  return __reduce_or_sync(kWarp, found);
 }
 
-// `whole`: is it of consequence whether the row is neutral?
-template <int kVectors>
-__device__ __forceinline__ SteeringRow read_steering(const GateArgs& args, int32_t index, bool whole) {
-  const GateSteering& steering = args.steering;
+__device__ __forceinline__ void read_row_params(const GateLaunch& launch, SteeringRow& row) {
+  if (launch.args.steering.row_params == nullptr) return;
+  const float* params = launch.args.steering.row_params + int64_t{row.index} * kRowParams;
+  row.temperature = __ldg(params + kRowTemperature);
+  const float k = __ldg(params + kRowTopK);
+  if (k >= 1.0f && k < float(launch.args.k)) row.k = static_cast<int>(k);
+  row.flags = (__ldg(params + kRowStdCorrection) != 0.0f ? uint32_t{SteeringRow::kSampleStd} : 0u) |
+              (__ldg(params + kRowScoreBiasWeighs) != 0.0f ? uint32_t{SteeringRow::kBiasWeighs} : 0u) |
+              (__ldg(params + kRowWeightScaleAfter) != 0.0f ? uint32_t{SteeringRow::kScaleAfter} : 0u);
+}
+
+// `whole`: is it of consequence whether the row is neutral? `kFull`: the launch may have more than kSoftPlanes.
+template <bool kFull, int kValues>
+__device__ __forceinline__ SteeringRow read_steering(const GateLaunch& launch, int32_t index, bool whole) {
   SteeringRow row;
-  row.k = args.k;
-  if (in_table(args, index)) {
-    if (steering.tables != nullptr)
-      row.tables = steering.tables + int64_t{index} * __popc(steering.planes) * args.experts;
-    if (steering.remap != nullptr) row.remap = steering.remap + int64_t{index} * args.experts;
-    if (steering.row_params != nullptr) {
-      const float* params = steering.row_params + int64_t{index} * kRowParams;
-      row.temperature = __ldg(params + kRowTemperature);
-      const float k = __ldg(params + kRowTopK);
-      if (k >= 1.0f && k < float(args.k)) row.k = static_cast<int>(k);
-      row.sample_std = __ldg(params + kRowStdCorrection) != 0.0f;
-      row.score_bias_weighs = __ldg(params + kRowScoreBiasWeighs) != 0.0f;
-      row.weight_scale_after = __ldg(params + kRowWeightScaleAfter) != 0.0f;
-    }
-    row.steered = true;
+  row.k = launch.args.k;
+  if (!in_table(launch, index)) return row;
+  row.index = index;
+  read_row_params(launch, row);
+  uint32_t found = 0;
+  if constexpr (kFull) {
+    if (whole || has(launch, kScoreBias | kForce)) found = look_through<kValues>(launch, row, whole);
   }
-  if (!whole && !has(args, kScoreBias) && !has(args, kForce)) return row;
-  const int found = look_through<kVectors>(args, row, whole);
-  row.score_bias = found & kFoundScoreBias;
-  row.pulled = found & kFoundPull;
-  row.forced = found & (kFoundPull | kFoundForbid);
-  row.log_softmax = found & kFoundLogSoftmax;
-  if (whole && found == 0 && row.temperature == 1.0f && row.k == args.k) row.steered = false;
+  const bool neutral = kFull && whole && found == 0 && row.temperature == 1.0f && row.k == launch.args.k;
+  row.flags |= found | (neutral ? 0u : uint32_t{SteeringRow::kSteered});
   return row;
 }
 
@@ -128,65 +191,69 @@ struct Spread {
   int count;
   float squares;
 };
-template <int kVectors, class Scaled>
-__device__ __forceinline__ Spread spread_of(const Values<kVectors>& z, int experts, Scaled scaled) {
-  float sum = 0, squares = 0;
+template <int kValues, class Scaled>
+__device__ __forceinline__ Spread spread_of(const Values<kValues>& z, int experts, Scaled scaled) {
+  const auto finite = [&](int i) { return fabsf(z[i]) < infinity(); };
   int mine = 0;
-  for_each_expert<kVectors>(experts, [&](int i, int) {
-    const bool finite = fabsf(z[i]) < infinity();
-    sum = sum + (finite ? scaled(z[i]) : 0.0f);
-    mine += finite ? 1 : 0;
-  });
+  for_each_expert<kValues>(experts, [&](int i, int) { mine += finite(i) ? 1 : 0; });
   const int count = fold_add(mine);
-  const float mean = fold_add(sum) / float(count > 0 ? count : 1);
-  for_each_expert<kVectors>(experts, [&](int i, int) {
-    const float d = fabsf(z[i]) < infinity() ? scaled(z[i]) - mean : 0.0f;
-    squares = math::fma(d, d, squares);
+  const OneSum sum = sum_over_experts<kValues, OneSum>(experts, [&](int i, OneSum so_far) {
+    return OneSum{so_far.value + (finite(i) ? scaled(z[i]) : 0.0f)};
   });
-  return {count, fold_add(squares)};
+  const float mean = sum.value / float(count > 0 ? count : 1);
+  const OneSum squares = sum_over_experts<kValues, OneSum>(experts, [&](int i, OneSum so_far) {
+    const float d = finite(i) ? scaled(z[i]) - mean : 0.0f;
+    return OneSum{math::fma(d, d, so_far.value)};
+  });
+  return {count, squares.value};
 }
 
 // Over the numbers in z that are finite; 0 where there are too few.
-template <int kVectors>
-__device__ __forceinline__ float standard_deviation(const Values<kVectors>& z, int experts, bool sample) {
+template <int kValues>
+__device__ __forceinline__ float standard_deviation(const Values<kValues>& z, int experts, bool sample) {
   constexpr float kShrink = 0x1p-96f;  // see csrc/cpu/gate_steer.h
-  const Spread spread = spread_of<kVectors>(z, experts, [](float x) { return x; });
+  const Spread spread = spread_of<kValues>(z, experts, [](float x) { return x; });
   const int degrees = spread.count - (sample ? 1 : 0);
   const float divisor = float(degrees > 0 ? degrees : 1);
   float std = math::sqrt(spread.squares / divisor);
-  const bool overflowed = !(spread.squares < infinity());
-  if (any(overflowed)) {  // huge logits in one of the warp's rows
-    const Spread shrunk = spread_of<kVectors>(z, experts, [](float x) { return x * kShrink; });
-    if (overflowed) std = math::sqrt(shrunk.squares / divisor) / kShrink;
+  if (!(spread.squares < infinity())) {  // huge logits
+    const Spread shrunk = spread_of<kValues>(z, experts, [](float x) { return x * kShrink; });
+    std = math::sqrt(shrunk.squares / divisor) / kShrink;
   }
   return spread.count == 0 || degrees == 0 ? 0.0f : std;
 }
 
 // Natural extremes of the allowed experts. Of equal values (zeros of either sign) the CPU keeps the one in
-// the lower lane, so lane 0 decides.
+// the lower vector, then in the lower stripe, so lane 0 decides.
 struct Extremes {
   float max = 0;
   float min = 0;
   float log_sum_exp = 0;
 };
-template <int kVectors>
-__device__ __forceinline__ Extremes natural_extremes(const Values<kVectors>& raw, int experts,
+template <int kValues>
+__device__ __forceinline__ Extremes natural_extremes(const Values<kValues>& raw, int experts,
                                                      bool log_softmax) {
   Extremes r;
   float most = -infinity(), least = infinity();
-  for_each_expert<kVectors>(experts, [&](int i, int) {
+  for_each_expert<kValues>(experts, [&](int i, int) {
     most = raw[i] > most ? raw[i] : most;
     least = raw[i] < least ? raw[i] : least;
   });
-  r.max = from_lane(fold(most, [](float a, float b) { return b > a ? b : a; }), 0);
-  r.min = from_lane(fold(least, [](float a, float b) { return b < a ? b : a; }), 0);
-  if (!any(log_softmax)) return r;
-  const float largest = largest_of<kVectors>(raw, experts);
-  float sum = 0;
-  for_each_expert<kVectors>(experts, [&](int i, int) { sum = sum + softmax_numerator(raw[i], largest); });
-  const float total = fold_add(sum);
+#pragma unroll
+  for (int apart = kStripes; apart > 0; apart /= 2) {
+    const float above = __shfl_xor_sync(kWarp, most, apart), below = __shfl_xor_sync(kWarp, least, apart);
+    most = above > most ? above : most;
+    least = below < least ? below : least;
+  }
+  r.max = from_lane(most, 0);
+  r.min = from_lane(least, 0);
+  if (!log_softmax) return r;
+  const float largest = largest_of<kValues>(raw, experts);
+  const float total = sum_over_experts<kValues, OneSum>(experts, [&](int i, OneSum sum) {
+                        return OneSum{sum.value + softmax_numerator(raw[i], largest)};
+                      }).value;
   const bool scored = total >= kSmallestNormal && total < infinity() && r.max < infinity();
-  if (log_softmax && scored) r.log_sum_exp = r.max + math::log(total);
+  if (scored) r.log_sum_exp = r.max + math::log(total);
   return r;
 }
 
@@ -206,41 +273,47 @@ __device__ __forceinline__ float forced_logit(int code, float z, const Extremes&
   }
 }
 
-// z' in the place of the raw logits.
-template <int kVectors>
-__device__ __forceinline__ void steer(const GateArgs& args, const SteeringRow& row, Values<kVectors>& z) {
-  const int experts = args.experts;
-  if (any(row.forced)) {
-    for_each_expert<kVectors>(experts, [&](int i, int e) {
-      if (row.forced && force_code(entry(args, row, kForce, e, 0.0f)) == kForbid) z[i] = not_a_number();
+// z' in the place of the raw logits. Every plane is on its way before the first is used.
+template <bool kFull, int kValues>
+__device__ __forceinline__ void steer(const GateLaunch& launch, const SteeringRow& row, Values<kValues>& z) {
+  const int experts = launch.args.experts;
+  Entries<kValues> force, scale, bias, deviations, magnitude;
+  const bool forced = kFull && row.forced();
+  if (forced) force = entries<kValues>(launch, row, kForce);
+  if (has(launch, kScale)) scale = entries<kValues>(launch, row, kScale);
+  if (has(launch, kBias)) bias = entries<kValues>(launch, row, kBias);
+  if (has(launch, kStd)) deviations = entries<kValues>(launch, row, kStd);
+  if (has(launch, kMagnitude)) magnitude = entries<kValues>(launch, row, kMagnitude);
+  if (forced) {
+    for_each_expert<kValues>(experts, [&](int i, int) {
+      if (force_code(force(i)) == kForbid) z[i] = not_a_number();
     });
   }
-  const float std = has(args, kStd) ? standard_deviation<kVectors>(z, experts, row.sample_std) : 0.0f;
+  const float std = has(launch, kStd) ? standard_deviation<kValues>(z, experts, row.sample_std()) : 0.0f;
   Extremes natural;
-  const bool pulls = any(row.pulled);
-  if (pulls) natural = natural_extremes<kVectors>(z, experts, row.log_softmax);
-  const bool pulled = row.pulled && natural.max >= natural.min;  // else there is not one number in the row
-  const bool tempered = any(row.temperature != 1.0f);
-  for_each_expert<kVectors>(experts, [&](int i, int e) {
+  if (kFull && row.pulled()) natural = natural_extremes<kValues>(z, experts, row.log_softmax());
+  const bool pulled =
+      kFull && row.pulled() && natural.max >= natural.min;  // else there is not one number in the row
+  for_each_expert<kValues>(experts, [&](int i, int e) {
     const float raw = z[i];
     float x = raw;
-    if (has(args, kScale)) x = x * entry(args, row, kScale, e, 1.0f);
-    if (tempered && row.temperature != 1.0f) x = x / row.temperature;
-    if (has(args, kBias)) {
-      const float b = entry(args, row, kBias, e, 0.0f);
+    if (has(launch, kScale)) x = x * scale(i);
+    if (row.temperature != 1.0f) x = x / row.temperature;
+    if (has(launch, kBias)) {
+      const float b = bias(i);
       x = b != 0.0f ? x + b : x;
     }
-    if (has(args, kStd)) {
-      const float c = entry(args, row, kStd, e, 0.0f);
+    if (has(launch, kStd)) {
+      const float c = deviations(i);
       x = c != 0.0f ? math::fma(c, std, x) : x;
     }
-    if (has(args, kMagnitude)) {
-      const float m = entry(args, row, kMagnitude, e, 0.0f);
+    if (has(launch, kMagnitude)) {
+      const float m = magnitude(i);
       x = m != 0.0f ? math::fma(m, fabsf(raw), x) : x;
     }
-    if (pulls && pulled && e < experts) {
-      if (row.log_softmax) x = x - natural.log_sum_exp;
-      x = forced_logit(force_code(entry(args, row, kForce, e, 0.0f)), x, natural);
+    if (pulled && e < experts) {
+      if (row.log_softmax()) x = x - natural.log_sum_exp;
+      x = forced_logit(force_code(force(i)), x, natural);
     }
     z[i] = x;
   });

@@ -7,21 +7,53 @@
 namespace moe_route::cuda {
 namespace {
 
-// The chosen of one row; slots at and after `count` are empty.
+// The chosen of one row, of which lane l holds slots l and, where k may pass 32, l + 32. Slots at and after
+// `count` are empty: id -1, weight 0.
+template <int kSlots>
 struct Choice {
+  int32_t ids[kSlots];
+  float logits[kSlots];
+  float weights[kSlots];
   int count = 0;
   bool compact = true;  // no empty slots among them; a given choice may have some
+
+  __device__ __forceinline__ Choice() { clear(); }
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) ids[s] = -1, logits[s] = not_a_number(), weights[s] = 0.0f;
+  }
+  // op(s, j) for the calling lane's slots j, held at s, that are below `count`.
+  template <class Op>
+  __device__ __forceinline__ void each(Op op) const {
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+      if (lane() + kLanes * s < count) op(s, lane() + kLanes * s);
+    }
+  }
+  // Puts one number of each slot into shared memory, 0 for empty ones, for all lanes to read.
+  template <class T>
+  __device__ __forceinline__ void spread(const T (&mine)[kSlots], T* row) const {
+    __syncwarp();
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) row[lane() + kLanes * s] = mine[s];
+    __syncwarp();
+  }
 };
 
-// op(j) for the calling lane's slots below `count`.
-template <class Op>
-__device__ __forceinline__ void for_each_slot(int count, Op op) {
-  for (int j = team_lane(); j < count; j += kTeam) op(j);
-}
-
+// Past `count` come zeros, to eight numbers or the next multiple of four.
 __device__ __forceinline__ float sum_in_order(const float* x, int count) {
   float sum = 0;
-  for (int j = 0; j < count; ++j) sum += x[j];
+  const auto add = [&](int j) {
+    const float4 four = *reinterpret_cast<const float4*>(x + j);
+    sum = sum + four.x;
+    sum = sum + four.y;
+    sum = sum + four.z;
+    sum = sum + four.w;
+  };
+  add(0);
+  add(4);
+#pragma unroll 1
+  for (int j = 8; j < count; j += 4) add(j);
   return sum;
 }
 
@@ -46,150 +78,160 @@ __device__ __forceinline__ float p_norm(const float* x, int count, float p) {
   return p == 2.0f ? largest * math::sqrt(sum) : largest / math::exp_nonpositive(-math::log(sum) / p);
 }
 
-__device__ __forceinline__ void divide(Slots slots, int count, float by) {
-  for_each_slot(count, [&](int j) { slots.weights[j] = by != 0.0f ? slots.weights[j] / by : 0.0f; });
-  __syncwarp();
+template <int kSlots>
+__device__ __forceinline__ void divide(Choice<kSlots>& c, float by) {
+#pragma unroll
+  for (int s = 0; s < kSlots; ++s) {
+    const bool there = lane() + kLanes * s < c.count;
+    const float quotient = (there ? c.weights[s] : by) / by;  // 0 / x would take division's slow path
+    c.weights[s] = there && by != 0.0f ? quotient : 0.0f;
+  }
 }
 
-__device__ __forceinline__ float norm_of(const GateSpec& spec, Slots slots, int count) {
-  if (spec.renormalize == Renormalize::kNorm) return p_norm(slots.weights, count, spec.norm_p);
-  const float sum = sum_in_order(slots.weights, count);
+// Reads the weights in `row`.
+__device__ __forceinline__ float norm_of(const GateSpec& spec, const float* row, int count) {
+  if (spec.renormalize == Renormalize::kNorm) return p_norm(row, count, spec.norm_p);
+  const float sum = sum_in_order(row, count);
   if (spec.renormalize == Renormalize::kSum) return sum + spec.eps;
   return sum < spec.eps && sum > -infinity() ? spec.eps : sum;
 }
 
 // Infinite weights share, as infinite logits do under softmax; finite ones whose norm overflows are scaled
 // first.
-__device__ __forceinline__ void tame(Slots slots, int count, bool wild) {
-  const float largest = p_norm(slots.weights, count, infinity());
-  __syncwarp();
-  for_each_slot(wild ? count : 0, [&](int j) {
-    const float w = slots.weights[j];
-    slots.weights[j] = largest < infinity()
-                           ? w / largest
-                           : (w == infinity() ? 1.0f : 0.0f) - (w == -infinity() ? 1.0f : 0.0f);
+template <int kSlots>
+__device__ __forceinline__ void tame(Choice<kSlots>& c, float* row) {
+  const float largest = p_norm(row, c.count, infinity());
+  c.each([&](int s, int) {
+    const float w = c.weights[s];
+    c.weights[s] = largest < infinity() ? w / largest
+                                        : (w == infinity() ? 1.0f : 0.0f) - (w == -infinity() ? 1.0f : 0.0f);
   });
-  __syncwarp();
+  c.spread(c.weights, row);
 }
 
-__device__ __forceinline__ void renormalize(const GateSpec& spec, Slots slots, int count) {
+template <int kSlots>
+__device__ __forceinline__ void renormalize(const GateSpec& spec, Choice<kSlots>& c, float* row) {
   if (spec.renormalize == Renormalize::kNone) return;
-  float norm = norm_of(spec, slots, count);
-  const bool wild = !(fabsf(norm) < infinity());
-  if (any(wild)) {
-    tame(slots, count, wild);
-    norm = norm_of(spec, slots, count);
+  c.spread(c.weights, row);
+  float norm = norm_of(spec, row, c.count);
+  if (!(fabsf(norm) < infinity())) {
+    tame(c, row);
+    norm = norm_of(spec, row, c.count);
   }
-  __syncwarp();
-  divide(slots, count, norm);
+  divide(c, norm);
 }
 
-// Does the sum over all experts cancel in renormalizing?
-__device__ __forceinline__ bool softmax_over_chosen(const GateSpec& spec, const SteeringRow& row) {
-  if (spec.score != Score::kSoftmax) return false;
-  if (spec.order == Order::kTopKThenScore) return true;
-  return spec.renormalize == Renormalize::kSum && spec.eps == 0.0f &&
-         !(row.score_bias && row.score_bias_weighs);
+// Does the sum over all experts cancel in renormalizing? (gate.cu says so but for the bias.)
+__device__ __forceinline__ bool softmax_over_chosen(const GateLaunch& launch, const SteeringRow& row) {
+  if (launch.args.spec.order == Order::kTopKThenScore) return launch.layout.softmax_of_chosen;
+  return launch.layout.softmax_of_chosen && !(row.score_bias() && row.score_bias_weighs());
 }
 
 // Phi's SparseMixer in evaluation; see GateSpec::jitter. `z` and `row` (its copy in shared memory) lose the
-// chosen.
-template <int kVectors>
-__device__ __forceinline__ void sparsemixer(const GateArgs& args, Slots slots, int count, float* row,
-                                            Values<kVectors>& z) {
-  const float threshold = 2.0f * args.spec.jitter;
-  for (int j = 0; j < args.k; ++j) {  // both teams, however many slots each has
-    const float largest = largest_of<kVectors>(z, args.experts);
+// chosen; `slots` is room for the ids.
+template <int kValues, int kSlots>
+__device__ __forceinline__ void sparsemixer(const GateLaunch& launch, Choice<kSlots>& c, int32_t* slots,
+                                            float* row, Values<kValues>& z) {
+  const float threshold = 2.0f * launch.args.spec.jitter;
+  c.spread(c.ids, slots);
+  for (int j = 0; j < c.count; ++j) {
+    const float largest = largest_of<kValues>(z, launch.args.experts);
     const auto numerator = [&](float x) {
       const float size = fabsf(x) > largest ? fabsf(x) : largest;
       return (largest - x) / size > threshold ? 0.0f : softmax_numerator(x, largest);
     };
-    float sum = 0;
-    for_each_expert<kVectors>(args.experts, [&](int i, int) { sum = sum + numerator(z[i]); });
-    const float total = fold_add(sum);
-    const int id = j < count ? slots.ids[j] : -1;
+    const float total = sum_over_experts<kValues, OneSum>(launch.args.experts, [&](int i, OneSum sum) {
+                          return OneSum{sum.value + numerator(z[i])};
+                        }).value;
+    const int id = slots[j];
     const float own = id >= 0 ? numerator(row[id]) : 0.0f;
+    c.each([&](int s, int slot) {
+      if (slot == j) c.weights[s] = total > 0.0f ? own / total : 0.0f;
+    });
     __syncwarp();
-    if (j < count && team_lane() == 0) {
-      slots.weights[j] = total > 0.0f ? own / total : 0.0f;
-      if (id >= 0) row[id] = not_a_number();
-    }
-    for_each_expert<kVectors>(args.experts, [&](int i, int e) {
+    if (id >= 0 && lane() == 0) row[id] = not_a_number();
+    for_each_expert<kValues>(launch.args.experts, [&](int i, int e) {
       if (e == id) z[i] = not_a_number();
     });
     __syncwarp();
   }
 }
 
-template <class Factor>
-__device__ __forceinline__ void multiply(Slots slots, int count, Factor factor) {
-  for_each_slot(count, [&](int j) {
-    if (slots.ids[j] >= 0) slots.weights[j] *= factor(slots.ids[j]);
+template <int kSlots, class Factor>
+__device__ __forceinline__ void multiply(Choice<kSlots>& c, Factor factor) {
+  c.each([&](int s, int) {
+    if (c.ids[s] >= 0) c.weights[s] *= factor(c.ids[s]);
   });
 }
 
-// Logits of the chosen, looked up in the team's copy of z'.
-__device__ __forceinline__ void look_up_logits(const GateArgs& args, const SteeringRow& row, const float* z,
-                                               Slots slots, int count, bool bias_on_logits) {
-  for_each_slot(count, [&](int j) {
-    const int id = slots.ids[j];
+// Logits of the chosen, looked up in the warp's copy of z'.
+template <int kSlots>
+__device__ __forceinline__ void look_up_logits(const GateLaunch& launch, const SteeringRow& row,
+                                               const float* z, Choice<kSlots>& c, bool bias_on_logits) {
+  c.each([&](int s, int) {
+    const int id = c.ids[s];
     float x = id >= 0 ? z[id] : not_a_number();
-    if (bias_on_logits && id >= 0) x = x + entry(args, row, kScoreBias, id, 0.0f);
-    slots.logits[j] = x;
+    if (bias_on_logits && id >= 0) x = x + entry(launch, row, kScoreBias, id, 0.0f);
+    c.logits[s] = x;
   });
 }
 
-// From scores (or softmax numerators) of the chosen to weights as the model uses them.
-__device__ __forceinline__ void finish_weights(const GateArgs& args, const SteeringRow& row,
-                                               bool bias_on_scores, Slots slots, const Choice& c) {
-  const GateSpec& spec = args.spec;
-  const int count = c.count;
+// From scores (or softmax numerators) of the chosen to weights as the model uses them. `row` is room for a
+// number of each slot.
+template <bool kSteered, int kSlots>
+__device__ __forceinline__ void finish_weights(const GateLaunch& launch, const SteeringRow& steering,
+                                               bool bias_on_scores, Choice<kSlots>& c, float* row) {
+  const GateSpec& spec = launch.args.spec;
   if (spec.score == Score::kSoftmax && spec.order == Order::kTopKThenScore) {
-    __syncwarp();
-    const float sum = sum_in_order(slots.weights, count);
-    __syncwarp();
-    divide(slots, count, sum);
+    c.spread(c.weights, row);
+    divide(c, sum_in_order(row, c.count));
   }
   if (bias_on_scores) {
-    for_each_slot(count, [&](int j) {
-      if (slots.logits[j] == slots.logits[j])
-        slots.weights[j] += entry(args, row, kScoreBias, slots.ids[j], 0.0f);
+    c.each([&](int s, int) {
+      if (c.logits[s] == c.logits[s]) c.weights[s] += entry(launch, steering, kScoreBias, c.ids[s], 0.0f);
     });
   }
-  const bool rescales = has(args, kWeightScale) && row.tables != nullptr;
-  const auto steered_scale = [&](int id) { return entry(args, row, kWeightScale, id, 1.0f); };
-  if (rescales && !row.weight_scale_after) multiply(slots, count, steered_scale);
-  __syncwarp();
-  renormalize(spec, slots, count);
-  if (spec.scale != 1.0f) multiply(slots, count, [&](int) { return spec.scale; });
-  if (rescales && row.weight_scale_after) multiply(slots, count, steered_scale);
-  if (args.expert_scale != nullptr)
-    multiply(slots, count, [&](int id) { return __ldg(args.expert_scale + id); });
+  const bool rescales = kSteered && has(launch, kWeightScale) && steering.index >= 0;
+  const auto steered_scale = [&](int id) { return entry(launch, steering, kWeightScale, id, 1.0f); };
+  if (rescales && !steering.weight_scale_after()) multiply(c, steered_scale);
+  renormalize(spec, c, row);
+  if (spec.scale != 1.0f) multiply(c, [&](int) { return spec.scale; });
+  if (rescales && steering.weight_scale_after()) multiply(c, steered_scale);
+  if (launch.args.expert_scale != nullptr)
+    multiply(c, [&](int id) { return __ldg(launch.args.expert_scale + id); });
   // A given choice may have empty slots between others; whatever the row's norm was, they weigh 0.
   if (!c.compact) {
-    for_each_slot(count, [&](int j) {
-      if (slots.ids[j] < 0) slots.weights[j] = 0.0f;
+    c.each([&](int s, int) {
+      if (c.ids[s] < 0) c.weights[s] = 0.0f;
     });
   }
-  __syncwarp();
 }
 
 // Needs the logits of the chosen (but for SparseMixer), and `scores` where the softmax runs over all experts.
-__device__ __forceinline__ void score_chosen(const GateArgs& args, const SteeringRow& row,
-                                             const RowScores& scores, Slots slots, int count) {
-  const bool over_chosen = softmax_over_chosen(args.spec, row);
-  float largest = -infinity();
-  for_each_slot(count, [&](int j) { largest = fmaxf(largest, slots.logits[j]); });
-  largest = fold_max(largest);
-  for_each_slot(count, [&](int j) {
-    const float z = slots.logits[j];
-    if (over_chosen)
-      slots.weights[j] = softmax_numerator(z, largest);
-    else if (args.spec.score == Score::kSoftmax)
-      slots.weights[j] = slots.ids[j] < 0 ? 0.0f : softmax_numerator(z, scores.largest) * scores.inverse;
-    else
-      slots.weights[j] = pointwise_score(args.spec.score, z);
-  });
+// `best_first`: no slot's logit is larger than the first's.
+template <int kSlots>
+__device__ __forceinline__ void score_chosen(const GateLaunch& launch, const SteeringRow& row,
+                                             const RowScores& scores, bool best_first, Choice<kSlots>& c) {
+  // The logits of empty slots are NaN, so their scores are 0.
+  if (launch.args.spec.score != Score::kSoftmax) {
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) c.weights[s] = pointwise_score(launch.args.spec.score, c.logits[s]);
+    return;
+  }
+  float largest = scores.largest, factor = scores.inverse;
+  if (softmax_over_chosen(launch, row)) {
+    factor = 1.0f;
+    if (best_first) {
+      largest = from_lane(c.logits[0], 0);
+    } else {
+      largest = -infinity();
+#pragma unroll
+      for (int s = 0; s < kSlots; ++s) largest = fmaxf(largest, c.logits[s]);
+      largest = fold_max(largest);
+    }
+  }
+#pragma unroll
+  for (int s = 0; s < kSlots; ++s) c.weights[s] = softmax_numerator(c.logits[s], largest) * factor;
 }
 
 }  // namespace

@@ -43,8 +43,8 @@ void load(void (*kernel)(Parameters...)) {
 }
 
 template <class... Parameters, class... Arguments>
-void launch(const char* what, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
-            Stream stream, const Arguments&... arguments) {
+void launch(const char* what, void (*kernel)(Parameters...), int64_t blocks, dim3 threads,
+            size_t shared_bytes, Stream stream, const Arguments&... arguments) {
   // More than 48 KiB, static arrays included, has to be asked for. Always for all there is: a limit of the
   // launch's own size could be lowered by another thread before the launch.
   if (shared_bytes > 48 * 1024 - kStaticSharedBytes) {
@@ -53,7 +53,7 @@ void launch(const char* what, void (*kernel)(Parameters...), int64_t blocks, int
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.blockDim = threads;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   check(cudaLaunchKernelEx(&config, kernel, arguments...), what);

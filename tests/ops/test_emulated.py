@@ -85,3 +85,68 @@ def test_a_launch_whose_kernel_was_not_loaded_is_seen() -> None:
     """What `load_kernels` is for: a capture can refuse it (emulated_device_test.loaded_only runs with it)."""
     with device({"MOE_ROUTE_EMULATOR_LOADED_ONLY": "1"}), pytest.raises(RuntimeError, match="the CUDA gate failed"):
         EMULATED.route(torch.randn(3, 8), 2, ops.RouterSpec())
+
+
+COMMON_SPECS = (
+    ops.RouterSpec(renormalize="sum"),
+    ops.RouterSpec(order="topk_then_score"),
+)
+TILE_METRICS = (("counts",), ("counts", "probability", "weight"))
+
+
+@st.composite
+def common_problems(draw: st.DrawFn) -> Problem:
+    """What the kernel for many rows takes: a common router in rows of whole lanes, with rows that it hands on."""
+    make = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    num_experts = draw(st.sampled_from([32, 64, 128, 256]))
+    num_tokens = draw(st.sampled_from([1, 31, 64, 100]))
+    k = draw(st.sampled_from([1, 2, 5, 8]))
+    logits = torch.randn(num_tokens, num_experts, generator=make) * draw(st.sampled_from([0.1, 2.0, 40.0]))
+    kind = torch.rand(num_tokens, generator=make)
+    logits[kind < 0.1] = logits[kind < 0.1].round()  # ties
+    logits[kind > 0.97] = 1.0
+    for value in draw(st.sets(st.sampled_from([float("nan"), float("inf"), float("-inf"), 3e38]))):
+        strange = torch.rand(num_tokens, generator=make) < 0.1
+        logits[strange, torch.randint(num_experts, (1,), generator=make)] = value
+    steering: dict[str, torch.Tensor] | None = None
+    if draw(st.booleans()):
+        names = draw(st.sets(st.sampled_from(["scale", "bias", "std", "magnitude"]), min_size=1))
+        steering = {name: torch.randn(3, num_experts, generator=make) for name in sorted(names)}
+        if draw(st.booleans()):
+            steering["temperature"] = torch.rand(3, generator=make) + 0.5
+            steering["std_correction"] = torch.randint(2, (3,), generator=make).float()
+            steering["top_k"] = torch.randint(0, k + 1, (3,), generator=make).float()
+    tokens = None
+    if steering or draw(st.booleans()):
+        runs = torch.arange(num_tokens) // draw(st.sampled_from([1, 40, 1000]))
+        tokens = ops.token_table(
+            num_tokens,
+            steering_row=torch.randint(-1, 4, (num_tokens,), generator=make),
+            group=runs % 4 - 1,
+            segment=runs % 3,
+            valid=torch.rand(num_tokens, generator=make) < 0.9,
+        )
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    metrics = draw(st.sampled_from(TILE_METRICS))
+    spec = draw(st.sampled_from(COMMON_SPECS))
+    return Problem(logits.to(dtype), k, spec, steering, tokens, metrics=metrics)
+
+
+@pytest.mark.parametrize("gate", ["tile", "row"])
+@given(problem=common_problems(), entropy=st.booleans(), settings=DEVICES)
+def test_both_gates_of_the_common_router(gate: str, problem: Problem, entropy: bool, settings: dict[str, str]) -> None:
+    """A thread a row, and a warp a row: MOE_ROUTE_GATE chooses."""
+
+    def statistics() -> ops.StatisticsTables:
+        return ops.StatisticsTables.zeros(
+            problem.num_experts, groups=3, segments=4, metrics=problem.metrics, entropy=entropy
+        )
+
+    expected = problem.run(CPU, statistics())
+    with device({**settings, "MOE_ROUTE_GATE": gate}):
+        assert_same_bits(problem.run(EMULATED, statistics()), expected, f"{gate} {settings}")
+
+
+def test_an_unknown_gate_is_refused() -> None:
+    with device({"MOE_ROUTE_GATE": "fast"}), pytest.raises(Exception, match="it takes row or tile"):
+        EMULATED.route(torch.randn(3, 32), 2, COMMON_SPECS[0])

@@ -134,7 +134,7 @@ enum TokenColumn : int32_t {
   kTokenSteeringRow = 0,  // -1 = leave this token alone
   kTokenGroup = 1,        // row of the group statistics, -1 = not counted
   kTokenSegment = 2,      // row of the segment (sequence) statistics, -1 = not counted
-  kTokenValid = 3,        // 0 = padding: ids -1, weights 0, in no statistic, its logits are never read
+  kTokenValid = 3,        // 0 = padding: ids -1, weights 0, in no statistic; its logits matter to nothing
   kTokenColumns = 4,
 };
 

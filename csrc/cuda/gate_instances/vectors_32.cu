@@ -1,5 +1,0 @@
-// The gate's kernels for rows of up to 512 experts, kept in registers.
-#include "../gate_row.cuh"
-
-template void moe_route::cuda::launch_gate<32>(const GateLaunch&, Stream);
-template void moe_route::cuda::load_gate<32>(Level);
