@@ -52,13 +52,23 @@ constexpr int register_experts(Level level) { return level == Level::kFull ? 256
 // Slots of the chosen that a lane holds.
 constexpr int slots_of_lane(int values) { return values > 0 ? 1 : 2; }
 
+// Most blocks that a multiprocessor holds: ptxas refuses to be asked for more.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 870)
+constexpr int kMostBlocks = 16;
+#elif defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1100)
+constexpr int kMostBlocks = 24;
+#else
+constexpr int kMostBlocks = 32;
+#endif
+
 // Blocks (warps) that a multiprocessor is to hold at once: what its registers allow without a spill, on every
 // architecture.
 constexpr int blocks_at_once(int values, Level level, bool common) {
   constexpr int blocks[2][3][4] = {{{24, 20, 16, 8}, {20, 16, 12, 8}, {14, 10, 8, 8}},
                                    {{28, 28, 20, 8}, {24, 20, 14, 8}, {16, 12, 8, 8}}};
   if (values == 0) return 1;
-  return blocks[common ? 1 : 0][values <= 4 ? 0 : values <= 8 ? 1 : 2][static_cast<int>(level)];
+  const int wanted = blocks[common ? 1 : 0][values <= 4 ? 0 : values <= 8 ? 1 : 2][static_cast<int>(level)];
+  return wanted < kMostBlocks ? wanted : kMostBlocks;
 }
 
 struct GateLaunch {
