@@ -13,7 +13,8 @@ from moe_route import ops
 from moe_route.ops import RouterSpec, StatisticsTables, SteeringTables, token_table
 
 SEED = 0
-DECODE, MOST_LOGITS = 1, 2**23
+# Of many rows, a warp works on one where they are fewer than 12288, and a thread where they are more and suit that.
+DECODE, ROWS_OF_WARPS, PREFILL, MOST_LOGITS = 1, 8192, 65536, 2**23
 _SOFTMAX = RouterSpec(renormalize="sum")
 STATISTICS = {"nothing": None, "counts": ("counts",), "all": ("counts", "probability", "weight")}
 
@@ -93,21 +94,24 @@ class Gate:
         )
 
 
-def _gates() -> Iterator[Gate]:
+def _gates() -> Iterator[tuple[Gate, tuple[int, ...]]]:
+    """Gates, and the numbers of tokens they are called with."""
     plain = Gate()
     levels = (plain, replace(plain, statistics="all"), replace(plain, statistics="all", steered=True))
-    yield replace(plain, statistics="nothing")
-    yield from levels
-    yield replace(plain, steered=True)
+    ends = (DECODE, PREFILL)
+    yield replace(plain, statistics="nothing"), ends
     for level in levels:
-        yield replace(level, dtype=torch.bfloat16)
+        yield level, (DECODE, 64, ROWS_OF_WARPS, PREFILL)
+    for level in levels:
+        yield replace(level, dtype=torch.bfloat16), ends
     sigmoid = RouterSpec(score="sigmoid", renormalize="sum")
-    yield replace(plain, spec=sigmoid, corrected=True)
-    yield replace(plain, spec=replace(sigmoid, groups=8, top_groups=4), corrected=True)
-    for experts, k in ((8, 2), (32, 4), (64, 6), (256, 8), (384, 8), (512, 8)):
+    yield replace(plain, spec=sigmoid, corrected=True), ends
+    yield replace(plain, spec=replace(sigmoid, groups=8, top_groups=4), corrected=True), ends
+    for experts, k in ((8, 2), (32, 4), (64, 6), (256, 8), (512, 8)):
         for level in levels:
-            yield replace(level, experts=experts, k=k)
-    yield replace(plain, experts=1024)
+            yield replace(level, experts=experts, k=k), ends
+    for experts in (384, 1024):
+        yield replace(plain, experts=experts), ends
 
 
 def _dispatch(tokens: int, experts: int = 128, k: int = 8) -> Case:
@@ -140,8 +144,8 @@ def _rows(tokens: int, hidden: int, dtype: torch.dtype, combines: bool, experts:
 def cases() -> list[Case]:
     """Every case, decode before prefill."""
     found = []
-    for gate in _gates():
-        found += [gate.case(DECODE), gate.case(min(65536, MOST_LOGITS // gate.experts))]
+    for gate, sizes in _gates():
+        found += [gate.case(min(tokens, MOST_LOGITS // gate.experts)) for tokens in sizes]
     found += [_dispatch(1), _dispatch(64), _dispatch(512), _dispatch(4096), _dispatch(512, experts=512)]
     for combines in (False, True):
         for dtype in (torch.bfloat16, torch.float32):

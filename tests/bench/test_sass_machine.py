@@ -121,9 +121,11 @@ def test_arithmetic_of_the_uniform_datapath(a: int, b: int) -> None:
     assert np.array_equal(warp.r[1], LANE + a.bit_count())
 
 
-def test_masks_of_lanes() -> None:
+def test_masks_of_lanes_are_those_of_the_warp() -> None:
     names = ("EQMASK", "LTMASK", "LEMASK", "GTMASK", "GEMASK")
-    warp = run(*(f"S2R R{n}, SR_{name}" for n, name in enumerate(names, 1)), threads=64)[1]  # of the warp, not the block
+    warp = run(*(f"S2R R{n}, SR_{name}" for n, name in enumerate(names, 1)), threads=64)[
+        1
+    ]  # of the warp, not the block
     for lane in range(32):
         below, whole = (1 << lane) - 1, 2**32 - 1
         at_most = below | 1 << lane
@@ -257,7 +259,7 @@ def test_votes_matches_and_reductions() -> None:
         "MATCH.ALL P2, R5, R6",
         "VOTEU.ANY UR8, UPT, P0",
         "VOTEU.ALL UP0, P0",
-        "@P0 VOTEU.ALL UR9, UP1, P0",
+        "VOTEU.ANY UR9, UP1, PT",
     )[0]
     assert warp.r[1][0] == 0xFFFF0000
     assert not warp.p[1].any()
@@ -265,8 +267,8 @@ def test_votes_matches_and_reductions() -> None:
     assert [int(warp.u[n][0]) for n in (4, 5, 6, 7)] == [31, 496, 16, 2**32 - 31]
     assert warp.p[2].all()
     assert warp.r[5][0] == 0xFFFFFFFF
-    assert [int(warp.u[n][0]) for n in (8, 9)] == [0xFFFF0000, 0xFFFF0000]
-    assert [bool(warp.up[n][0]) for n in (0, 1)] == [False, True]  # of the lanes that vote
+    assert [int(warp.u[n][0]) for n in (8, 9)] == [0xFFFF0000, 0xFFFFFFFF]
+    assert [bool(warp.up[n][0]) for n in (0, 1)] == [False, True]
 
 
 def test_lanes_part_and_come_together() -> None:
