@@ -223,6 +223,25 @@ def test_conversions() -> None:
     assert [warp.r[n].view(np.float32)[0] for n in (17, 18)] == [16777218.0, 16777216.0]
 
 
+@given(value=st.integers(0, 2**64 - 1) | st.integers(0, 63).map(lambda bit: (1 << bit) + 1))
+def test_conversions_from_16_and_64_bits(value: int) -> None:
+    warp = run(
+        f"UMOV UR4, {value & 0xFFFFFFFF:#x}",
+        f"UMOV UR5, {value >> 32:#x}",
+        "MOV R2, UR4",
+        "I2F.U64.RP R10, UR4",
+        "I2F.U64.RM R11, UR4",
+        "I2F.U64 R12, UR4",
+        "I2F.U16 R13, R2",
+    )[0]
+    up, down, nearest, short = (Fraction(float(warp.r[n].view(np.float32)[0])) for n in range(10, 14))
+    assert down <= value <= up
+    assert np.nextafter(np.float32(float(down)), np.float32(np.inf)) == np.float32(float(up)) or down == up == value
+    assert nearest in (up, down)
+    assert abs(nearest - value) == min(up - value, value - down)
+    assert short == value & 0xFFFF
+
+
 # ---- lanes ------------------------------------------------------------------------------------------------------
 
 
