@@ -25,7 +25,7 @@ class Case:
 
     Attributes:
         name: without the number of tokens.
-        rows: what the figures a row refer to: tokens; of dispatch, slots.
+        rows: what the figures a row refer to: tokens; of dispatch and experts, slots.
         prepare: draws the inputs and gives the call.
         whole: kernels of which every block is run, because a later launch reads what they write.
     """
@@ -141,6 +141,28 @@ def _rows(tokens: int, hidden: int, dtype: torch.dtype, combines: bool, experts:
     return Case(f"{name} k={k} hidden={hidden} {str(dtype).removeprefix('torch.')}", tokens, prepare)
 
 
+def _experts(tokens: int, transposed: bool, experts: int = 8, k: int = 8, hidden: int = 2048, width: int = 768) -> Case:
+    """Of its two launches, the second reads what the first has written in one block alone: no count depends on that."""
+
+    def prepare() -> Callable[[], object]:
+        make = torch.Generator().manual_seed(SEED)
+
+        def weights(rows: int, columns: int) -> Tensor:
+            one = (torch.randn(1, rows, columns, generator=make) * columns**-0.5).bfloat16()
+            return (one.mT if transposed else one).repeat(experts, 1, 1).contiguous()
+
+        up, down = weights(2 * width, hidden), weights(hidden, width)
+        if transposed:
+            up, down = up.mT, down.mT
+        x = torch.randn(tokens, hidden, generator=make).bfloat16()
+        slots = ops.dispatch(_routed(tokens, experts, k), experts)
+        return lambda: ops.expert_rows(x, slots, up, down)
+
+    layout = "columns" if transposed else "rows"
+    name = f"experts E={experts} k={k} {hidden} x {width} bfloat16, weights in {layout}"
+    return Case(name, tokens * k, prepare)
+
+
 def cases() -> list[Case]:
     """Every case, decode before prefill."""
     found = []
@@ -150,4 +172,5 @@ def cases() -> list[Case]:
     for combines in (False, True):
         for dtype in (torch.bfloat16, torch.float32):
             found += [_rows(1, 2048, dtype, combines), _rows(512, 2048, dtype, combines)]
+    found += [_experts(1, transposed=False), _experts(8, transposed=False), _experts(1, transposed=True)]
     return found

@@ -12,6 +12,7 @@ from harness.backends import BACKENDS
 from harness.problems import Problem, assert_same_bits, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 pytest.importorskip("bench.sass", reason="needs the source tree")
 
@@ -125,7 +126,29 @@ def run_rows(interpreter: Interpreter, dtype: torch.dtype, hidden: int, k: int) 
     return ran
 
 
+def run_experts(
+    interpreter: Interpreter, dtype: torch.dtype, aligned: bool, pairing: str, transposed: bool
+) -> set[str]:
+    make = torch.Generator().manual_seed(1)
+    hidden, width = (32, 16) if aligned else (33, 21)
+
+    def normal(*size: int) -> Tensor:
+        return (torch.randn(size, generator=make) * size[-1] ** -0.5).to(dtype)
+
+    up, down = normal(3, width if pairing == "none" else 2 * width, hidden), normal(3, hidden, width)
+    if transposed:
+        up, down = (weight.mT.contiguous().mT for weight in (up, down))
+    slots = ops.dispatch(torch.tensor([[0, 2], [2, -1], [2, 0]]), 3)
+    x, served = normal(3, hidden), slots.order >= 0
+    expected = ops.expert_rows(x, slots, up, down, pairing=pairing)
+    with interpreted(interpreter, multiprocessors=1):
+        got = ops.expert_rows(x, slots, up, down, pairing=pairing)
+    assert torch.equal(got[served], expected[served]), [run.name for run in interpreter.runs]
+    return {run.name for run in interpreter.runs}
+
+
 OF_GATES, OF_DISPATCH, OF_ROWS = ("gate_", "tile_"), ("count_spans", "place_slots"), ("permute_", "combine_")
+OF_EXPERTS = ("experts::",)
 # Copies single bytes, which no dtype that the operator takes needs.
 UNREACHED = {"permute_rows<1>"}
 
@@ -162,6 +185,20 @@ def test_every_row_kernel_gives_the_bits_of_the_cpu(code: build.Code, interprete
             ran |= run_rows(interpreter, dtype, hidden, 3)
         ran |= run_rows(interpreter, dtype, 40, 2) | run_rows(interpreter, dtype, 40, 9)
     assert {name for name in code.names() if name.startswith(OF_ROWS)} - ran <= UNREACHED
+
+
+def test_every_expert_kernel_gives_the_bits_of_the_cpu(code: build.Code, interpreter: Interpreter) -> None:
+    ran: set[str] = set()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for aligned in (False, True):
+            ran |= run_experts(interpreter, dtype, aligned, "halves", transposed=False)
+            ran |= run_experts(interpreter, dtype, aligned, "alternating", transposed=True)
+    ran |= run_experts(interpreter, torch.bfloat16, True, "none", transposed=False)
+    assert sorted(name for name in code.names() if name.startswith(OF_EXPERTS) and name not in ran) == []
+
+
+def test_every_kernel_has_its_test(code: build.Code) -> None:
+    assert [name for name in code.names() if not name.startswith(OF_GATES + OF_DISPATCH + OF_ROWS + OF_EXPERTS)] == []
 
 
 @pytest.mark.parametrize("seed_ulps", [-1, 1])
