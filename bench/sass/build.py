@@ -130,7 +130,7 @@ class Code:
 
     @cache  # noqa: B019
     def names(self) -> dict[str, tuple[Path, str]]:
-        """Object and mangled name by the name as the source has it, such as ``gate_kernel<8, 0>``."""
+        """Object and mangled name by the name as the source has it, such as ``gate_kernel<4, 0, true>``."""
         found = [(path, match[1]) for path in self.objects for match in _RESOURCES.finditer(self._resources(path))]
         short = demangled([name for _, name in found])
         return dict(zip(short, found, strict=True))

@@ -13,7 +13,8 @@ from moe_route import ops
 from moe_route.ops import RouterSpec, StatisticsTables, SteeringTables, token_table
 
 SEED = 0
-DECODE, MOST_LOGITS = 1, 2**23
+# Of many rows, a warp works on one where they are fewer than 12288, and a thread where they are more and suit that.
+DECODE, ROWS_OF_WARPS, PREFILL, MOST_LOGITS = 1, 8192, 65536, 2**23
 _SOFTMAX = RouterSpec(renormalize="sum")
 STATISTICS = {"nothing": None, "counts": ("counts",), "all": ("counts", "probability", "weight")}
 
@@ -24,7 +25,7 @@ class Case:
 
     Attributes:
         name: without the number of tokens.
-        rows: what the figures a row refer to: tokens; of dispatch, slots.
+        rows: what the figures a row refer to: tokens; of dispatch and experts, slots.
         prepare: draws the inputs and gives the call.
         whole: kernels of which every block is run, because a later launch reads what they write.
     """
@@ -93,21 +94,24 @@ class Gate:
         )
 
 
-def _gates() -> Iterator[Gate]:
+def _gates() -> Iterator[tuple[Gate, tuple[int, ...]]]:
+    """Gates, and the numbers of tokens they are called with."""
     plain = Gate()
     levels = (plain, replace(plain, statistics="all"), replace(plain, statistics="all", steered=True))
-    yield replace(plain, statistics="nothing")
-    yield from levels
-    yield replace(plain, steered=True)
+    ends = (DECODE, PREFILL)
+    yield replace(plain, statistics="nothing"), ends
     for level in levels:
-        yield replace(level, dtype=torch.bfloat16)
+        yield level, (DECODE, 64, ROWS_OF_WARPS, PREFILL)
+    for level in levels:
+        yield replace(level, dtype=torch.bfloat16), ends
     sigmoid = RouterSpec(score="sigmoid", renormalize="sum")
-    yield replace(plain, spec=sigmoid, corrected=True)
-    yield replace(plain, spec=replace(sigmoid, groups=8, top_groups=4), corrected=True)
-    for experts, k in ((8, 2), (32, 4), (64, 6), (256, 8), (384, 8), (512, 8)):
+    yield replace(plain, spec=sigmoid, corrected=True), ends
+    yield replace(plain, spec=replace(sigmoid, groups=8, top_groups=4), corrected=True), ends
+    for experts, k in ((8, 2), (32, 4), (64, 6), (256, 8), (512, 8)):
         for level in levels:
-            yield replace(level, experts=experts, k=k)
-    yield replace(plain, experts=1024)
+            yield replace(level, experts=experts, k=k), ends
+    for experts in (384, 1024):
+        yield replace(plain, experts=experts), ends
 
 
 def _dispatch(tokens: int, experts: int = 128, k: int = 8) -> Case:
@@ -137,13 +141,36 @@ def _rows(tokens: int, hidden: int, dtype: torch.dtype, combines: bool, experts:
     return Case(f"{name} k={k} hidden={hidden} {str(dtype).removeprefix('torch.')}", tokens, prepare)
 
 
+def _experts(tokens: int, transposed: bool, experts: int = 8, k: int = 8, hidden: int = 2048, width: int = 768) -> Case:
+    """Of its two launches, the second reads what the first has written in one block alone: no count depends on that."""
+
+    def prepare() -> Callable[[], object]:
+        make = torch.Generator().manual_seed(SEED)
+
+        def weights(rows: int, columns: int) -> Tensor:
+            one = (torch.randn(1, rows, columns, generator=make) * columns**-0.5).bfloat16()
+            return (one.mT if transposed else one).repeat(experts, 1, 1).contiguous()
+
+        up, down = weights(2 * width, hidden), weights(hidden, width)
+        if transposed:
+            up, down = up.mT, down.mT
+        x = torch.randn(tokens, hidden, generator=make).bfloat16()
+        slots = ops.dispatch(_routed(tokens, experts, k), experts)
+        return lambda: ops.expert_rows(x, slots, up, down)
+
+    layout = "columns" if transposed else "rows"
+    name = f"experts E={experts} k={k} {hidden} x {width} bfloat16, weights in {layout}"
+    return Case(name, tokens * k, prepare)
+
+
 def cases() -> list[Case]:
     """Every case, decode before prefill."""
     found = []
-    for gate in _gates():
-        found += [gate.case(DECODE), gate.case(min(65536, MOST_LOGITS // gate.experts))]
+    for gate, sizes in _gates():
+        found += [gate.case(min(tokens, MOST_LOGITS // gate.experts)) for tokens in sizes]
     found += [_dispatch(1), _dispatch(64), _dispatch(512), _dispatch(4096), _dispatch(512, experts=512)]
     for combines in (False, True):
         for dtype in (torch.bfloat16, torch.float32):
             found += [_rows(1, 2048, dtype, combines), _rows(512, 2048, dtype, combines)]
+    found += [_experts(1, transposed=False), _experts(8, transposed=False), _experts(1, transposed=True)]
     return found

@@ -73,13 +73,13 @@ def _call(instruction: Instruction) -> Step:
     return lambda w: _part(w, bits_of(holds(w)), index)
 
 
-@opcode("RET", "BRX", modifiers=("REL", "ABS", "NODEC"), guards=True)
+@opcode("RET", "BRX", "BRXU", modifiers=("REL", "ABS", "NODEC"), guards=True)
 def _return(instruction: Instruction) -> Step:
     """To the address in a register, which may differ between lanes."""
     holds = _condition(instruction.guard)
     register, _, offset = instruction.operands[0].partition(" ")
     source, base = integer(register), int(offset or "0", 16)
-    if instruction.opcode == "BRX":
+    if instruction.opcode != "RET":
         base += instruction.address + INSTRUCTION_BYTES
 
     def step(w: Warp) -> bool | None:

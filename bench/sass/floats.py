@@ -24,6 +24,7 @@ from bench.sass.operands import (
     predicate,
     predicate_destination,
     single,
+    wide,
     wide_destination,
 )
 from bench.sass.state import Array, Read, SassError, Step, Warp
@@ -238,18 +239,36 @@ def _seed(instruction: Instruction) -> Step:
 # ---- between kinds of number ------------------------------------------------------------------------------------
 
 
-@opcode("I2F", "I2FP", modifiers=("F32", "F64", "U32", "S32", "U64", "S64", *_ROUNDINGS))
+@opcode("I2F", "I2FP", modifiers=("F32", "F64", "U16", "U32", "S32", "U64", "S64", *_ROUNDINGS))
 def _from_integer(instruction: Instruction) -> Step:
     modifiers = instruction.modifiers
-    if {"U64", "S64"} & set(modifiers):
+    if "S64" in modifiers or {"U64", "F64"} <= set(modifiers):
         raise SassError(f"'{instruction}': from 64 bits is unknown")
     source, rounding = integer(instruction.operands[1]), _rounding(instruction)
+    if "U64" in modifiers:
+        return _from_64_bits(instruction, rounding)
+    if "U16" in modifiers:
+        whole = source
+        source = lambda w: whole(w) & np.uint32(0xFFFF)  # noqa: E731
     kind = np.uint32 if "U32" in modifiers else np.int32
     if "F64" in modifiers:
         write = wide_destination(instruction.operands[0])
         return lambda w: write(w, source(w).view(kind).astype(np.float64))
     write = destination(instruction.operands[0])
     return lambda w: write(w, narrow(source(w).view(kind).astype(np.float64), rounding))
+
+
+def _from_64_bits(instruction: Instruction, rounding: str | None) -> Step:
+    source, write = wide(instruction.operands[1]), destination(instruction.operands[0])
+    last = np.uint64(0x7FF)  # what a double does not hold of 64 bits
+
+    def step(w: Warp) -> None:
+        value = source(w)
+        # To odd: the bit above says that there was something below, so that one rounding is left.
+        odd = (value & ~last) | ((value & last) != 0).astype(np.uint64) << np.uint64(11)
+        write(w, narrow(np.where(value >> np.uint64(53) != 0, odd, value).astype(np.float64), rounding))
+
+    return step
 
 
 @opcode("F2I", modifiers=("FTZ", "U32", "S32", "U64", "S64", "F64", "TRUNC", "FLOOR", "CEIL", "NTZ"))

@@ -63,9 +63,20 @@ def measure(code: Code, wanted: Iterable[Case]) -> Iterator[tuple[str, Figures]]
 
         with interpreted(Interpreter(code, choose), MULTIPROCESSORS) as interpreter:
             call()
-        for run in interpreter.runs:
-            several = len(interpreter.runs) > 1
-            yield case.title + (f" ({run.name.split('<')[0]})" if several else ""), figures(run, case.rows)
+        for suffix, run in zip(
+            names_of_launches([run.name for run in interpreter.runs]), interpreter.runs, strict=True
+        ):
+            yield case.title + suffix, figures(run, case.rows)
+
+
+def names_of_launches(names: list[str]) -> list[str]:
+    """What tells the launches of one call apart: nothing, the kernel without its arguments, or that and a number."""
+    if len(names) == 1:
+        return [""]
+    short = [name.split("<")[0] for name in names]
+    if len(set(short)) == len(short):
+        return [f" ({name})" for name in short]
+    return [f" ({name}, launch {at})" for at, name in enumerate(short, 1)]
 
 
 def figures(run: Run, rows: int) -> Figures:

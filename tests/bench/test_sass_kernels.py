@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from harness.backends import BACKENDS
 from harness.problems import Problem, assert_same_bits, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 pytest.importorskip("bench.sass", reason="needs the source tree")
 
@@ -29,7 +31,7 @@ pytestmark = [
     pytest.mark.xdist_group("nvcc"),
     pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
 ]
-TOKENS = 9
+TOKENS = 4
 
 
 @pytest.fixture(scope="module")
@@ -42,22 +44,41 @@ def interpreter(code: build.Code) -> Interpreter:
     return Interpreter(code)
 
 
-def gate_problems(experts: int) -> Iterator[Problem]:
-    """What needs more and more of the contract: choosing, scores of all experts, steering."""
+def gate_problems(experts: int, tokens: int) -> dict[str, Problem]:
+    """One problem for each kernel that a width has: four levels, and apart from the last, the common router and any."""
     make = torch.Generator().manual_seed(experts)
-    k = min(8, experts // 2)
-    plain = Problem(torch.randn(TOKENS, experts, generator=make), k, RouterSpec(renormalize="sum"), metrics=("counts",))
-    yield plain
-    yield replace(plain, logits=plain.logits.round().bfloat16())  # ties
-    groups = RouterSpec(score="sigmoid", renormalize="sum", groups=4, top_groups=2)
-    if experts % 4 == 0:
-        yield replace(plain, spec=groups, correction_bias=torch.randn(experts, generator=make) * 0.1)
-    yield replace(plain, k=min(24, experts), metrics=("counts", "probability", "weight"))
+    at, k = torch.arange(tokens), min(8, experts // 2)
+    scores = ("counts", "probability", "weight")
+    sigmoid = RouterSpec(score="sigmoid", renormalize="sum")
     std = torch.randn(2, experts, generator=make)
+    steering = {"std": std, "bias": std / 4}
     force = (torch.rand(2, experts, generator=make) < 0.1).float()
-    tokens = token_table(TOKENS, steering_row=torch.arange(TOKENS) % 3 - 1, group=torch.arange(TOKENS) % 2)
-    yield replace(plain, steering={"std": std, "bias": std / 4}, tokens=tokens, metrics=METRICS)
-    yield replace(plain, steering={"std": std, "force": force}, tokens=tokens)
+    table = token_table(tokens, steering_row=at % 3 - 1, group=at // (tokens - 2))
+    logits = torch.randn(tokens, experts, generator=make)
+    common = Problem(logits, k, RouterSpec(renormalize="sum"), metrics=("counts",))
+    bias = torch.randn(experts, generator=make) * 0.1
+    found = {
+        "common": replace(common, logits=logits.round().bfloat16()),  # ties
+        "common, scored": replace(common, metrics=scores),
+        "common, soft": replace(common, metrics=scores, steering=steering, tokens=table),
+        "any": replace(common, spec=sigmoid, correction_bias=bias),
+        "any, soft": replace(common, k=min(24, experts), spec=sigmoid, steering=steering, tokens=table),
+        "full": replace(common, steering={"std": std, "force": force}, tokens=table, metrics=METRICS),
+    }
+    if experts % 4 == 0:
+        found["any, scored"] = replace(found["any"], spec=replace(sigmoid, groups=4, top_groups=2), metrics=scores)
+    return found
+
+
+def tile_problems(experts: int) -> dict[str, Problem]:
+    """Two tiles, the second of one row; some rows are handed on to the warp."""
+    found = {}
+    for name, problem in gate_problems(experts, 33).items():
+        if name.startswith("common"):
+            logits = problem.logits.clone()
+            logits[3, 1], logits[5], logits[7, 2] = float("nan"), 1.0, float("inf")
+            found[name] = replace(problem, logits=logits)
+    return found
 
 
 def statistics(problem: Problem) -> StatisticsTables:
@@ -66,13 +87,14 @@ def statistics(problem: Problem) -> StatisticsTables:
     return StatisticsTables.zeros(problem.num_experts, groups=3, segments=4, metrics=problem.metrics, entropy=entropy)
 
 
-def run_gates(interpreter: Interpreter, experts: int) -> set[str]:
+def run_gates(interpreter: Interpreter, problems: dict[str, Problem], which: str) -> set[str]:
+    """The names of the kernels that ran. which: what MOE_ROUTE_GATE says."""
     ran: set[str] = set()
-    for problem in gate_problems(experts):
+    for name, problem in problems.items():
         expected = problem.run(CPU, statistics(problem))
-        with interpreted(interpreter, multiprocessors=1):
+        with mock.patch.dict(os.environ, MOE_ROUTE_GATE=which), interpreted(interpreter, multiprocessors=1):
             got = problem.run(CPU, statistics(problem))
-        assert_same_bits(got, expected, f"{[run.name for run in interpreter.runs]}")
+        assert_same_bits(got, expected, f"{problem.num_experts} experts, {name}: {interpreter.runs[0].name}")
         ran |= {run.name for run in interpreter.runs}
     return ran
 
@@ -104,16 +126,47 @@ def run_rows(interpreter: Interpreter, dtype: torch.dtype, hidden: int, k: int) 
     return ran
 
 
-OF_DISPATCH, OF_ROWS = ("count_spans", "place_slots"), ("permute_", "combine_")
+def run_experts(
+    interpreter: Interpreter, dtype: torch.dtype, aligned: bool, pairing: str, transposed: bool
+) -> set[str]:
+    make = torch.Generator().manual_seed(1)
+    hidden, width = (32, 16) if aligned else (33, 21)
+
+    def normal(*size: int) -> Tensor:
+        return (torch.randn(size, generator=make) * size[-1] ** -0.5).to(dtype)
+
+    up, down = normal(3, width if pairing == "none" else 2 * width, hidden), normal(3, hidden, width)
+    if transposed:
+        up, down = (weight.mT.contiguous().mT for weight in (up, down))
+    slots = ops.dispatch(torch.tensor([[0, 2], [2, -1], [2, 0]]), 3)
+    x, served = normal(3, hidden), slots.order >= 0
+    expected = ops.expert_rows(x, slots, up, down, pairing=pairing)
+    with interpreted(interpreter, multiprocessors=1):
+        got = ops.expert_rows(x, slots, up, down, pairing=pairing)
+    assert torch.equal(got[served], expected[served]), [run.name for run in interpreter.runs]
+    return {run.name for run in interpreter.runs}
+
+
+OF_GATES, OF_DISPATCH, OF_ROWS = ("gate_", "tile_"), ("count_spans", "place_slots"), ("permute_", "combine_")
+OF_EXPERTS = ("experts::",)
 # Copies single bytes, which no dtype that the operator takes needs.
 UNREACHED = {"permute_rows<1>"}
 
 
 def test_every_gate_kernel_gives_the_bits_of_the_cpu(code: build.Code, interpreter: Interpreter) -> None:
     ran: set[str] = set()
-    for experts in (8, 32, 60, 128, 256, 384, 512, 700):
-        ran |= run_gates(interpreter, experts)
-    assert sorted(name for name in code.names() if not name.startswith(OF_DISPATCH + OF_ROWS) and name not in ran) == []
+    for experts in (8, 32, 60, 64, 128, 256, 384, 512, 700):
+        ran |= run_gates(interpreter, gate_problems(experts, TOKENS), "row")
+    for experts in (32, 64, 128, 256):
+        ran |= run_gates(interpreter, tile_problems(experts), "tile")
+    assert sorted(name for name in code.names() if name.startswith(OF_GATES) and name not in ran) == []
+
+
+@pytest.mark.parametrize("experts", [32, 512])
+def test_blocks_of_several_rows(interpreter: Interpreter, experts: int) -> None:
+    """They add up in shared memory what belongs to one row of the statistics."""
+    run_gates(interpreter, gate_problems(experts, 34), "row")
+    assert interpreter.runs[0].launch.blocks == 17
 
 
 def test_every_dispatch_kernel_gives_the_bits_of_the_cpu(code: build.Code, interpreter: Interpreter) -> None:
@@ -134,10 +187,24 @@ def test_every_row_kernel_gives_the_bits_of_the_cpu(code: build.Code, interprete
     assert {name for name in code.names() if name.startswith(OF_ROWS)} - ran <= UNREACHED
 
 
+def test_every_expert_kernel_gives_the_bits_of_the_cpu(code: build.Code, interpreter: Interpreter) -> None:
+    ran: set[str] = set()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for aligned in (False, True):
+            ran |= run_experts(interpreter, dtype, aligned, "halves", transposed=False)
+            ran |= run_experts(interpreter, dtype, aligned, "alternating", transposed=True)
+    ran |= run_experts(interpreter, torch.bfloat16, True, "none", transposed=False)
+    assert sorted(name for name in code.names() if name.startswith(OF_EXPERTS) and name not in ran) == []
+
+
+def test_every_kernel_has_its_test(code: build.Code) -> None:
+    assert [name for name in code.names() if not name.startswith(OF_GATES + OF_DISPATCH + OF_ROWS + OF_EXPERTS)] == []
+
+
 @pytest.mark.parametrize("seed_ulps", [-1, 1])
 def test_divisions_do_not_depend_on_the_approximation_they_start_from(code: build.Code, seed_ulps: int) -> None:
     """The bits of the hardware's reciprocal are not documented; within its error no result changes."""
-    run_gates(Interpreter(code, seed_ulps=seed_ulps), 60)
+    run_gates(Interpreter(code, seed_ulps=seed_ulps), gate_problems(60, TOKENS), "row")
 
 
 @settings(max_examples=12)

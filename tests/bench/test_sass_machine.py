@@ -101,6 +101,38 @@ def test_integer_arithmetic(a: int, b: int, c: int) -> None:
     assert got[32] + (got[33] << 32) == (a + (b << 32) - b - (c << 32)) % 2**64
 
 
+@given(a=EDGES, b=EDGES)
+def test_arithmetic_of_the_uniform_datapath(a: int, b: int) -> None:
+    """One result for the warp, which vector instructions read as any other operand."""
+    warp = run(
+        f"UMOV UR4, {a:#x}",
+        f"UMOV UR5, {b:#x}",
+        "UFLO.U32 UR6, UR4",
+        "UFLO.U32.SH UR7, UR4",
+        "UBREV UR8, UR4",
+        "UPRMT UR9, UR4, 0x7510, UR5",
+        "UPOPC UR10, UR4",
+        "IADD3 R1, R0, UR10, RZ",
+    )[0]
+    length = a.bit_length()
+    assert [int(warp.u[n][0]) for n in (6, 7)] == [(length - 1) % 2**32, 32 - length if a else 2**32 - 1]
+    assert int(warp.u[8][0]) == int(f"{a:032b}"[::-1], 2)
+    assert int(warp.u[9][0]) == a & 0xFFFF | (b >> 8 & 255) << 16 | (b >> 24) << 24
+    assert np.array_equal(warp.r[1], LANE + a.bit_count())
+
+
+def test_masks_of_lanes_are_those_of_the_warp() -> None:
+    names = ("EQMASK", "LTMASK", "LEMASK", "GTMASK", "GEMASK")
+    warp = run(*(f"S2R R{n}, SR_{name}" for n, name in enumerate(names, 1)), threads=64)[
+        1
+    ]  # of the warp, not the block
+    for lane in range(32):
+        below, whole = (1 << lane) - 1, 2**32 - 1
+        at_most = below | 1 << lane
+        expected = [1 << lane, below, at_most, whole - at_most, whole - below]
+        assert [int(warp.r[n][lane]) for n in range(1, 6)] == expected
+
+
 @given(a=st.integers(0, 2**64 - 1), b=st.integers(0, 2**64 - 1), equal=st.booleans())
 def test_a_comparison_of_64_bits(a: int, b: int, equal: bool) -> None:
     if equal:
@@ -191,6 +223,25 @@ def test_conversions() -> None:
     assert [warp.r[n].view(np.float32)[0] for n in (17, 18)] == [16777218.0, 16777216.0]
 
 
+@given(value=st.integers(0, 2**64 - 1) | st.integers(0, 63).map(lambda bit: (1 << bit) + 1))
+def test_conversions_from_16_and_64_bits(value: int) -> None:
+    warp = run(
+        f"UMOV UR4, {value & 0xFFFFFFFF:#x}",
+        f"UMOV UR5, {value >> 32:#x}",
+        "MOV R2, UR4",
+        "I2F.U64.RP R10, UR4",
+        "I2F.U64.RM R11, UR4",
+        "I2F.U64 R12, UR4",
+        "I2F.U16 R13, R2",
+    )[0]
+    up, down, nearest, short = (Fraction(float(warp.r[n].view(np.float32)[0])) for n in range(10, 14))
+    assert down <= value <= up
+    assert np.nextafter(np.float32(float(down)), np.float32(np.inf)) == np.float32(float(up)) or down == up == value
+    assert nearest in (up, down)
+    assert abs(nearest - value) == min(up - value, value - down)
+    assert short == value & 0xFFFF
+
+
 # ---- lanes ------------------------------------------------------------------------------------------------------
 
 
@@ -225,6 +276,9 @@ def test_votes_matches_and_reductions() -> None:
         "IADD3 R4, RZ, -R0, RZ",
         "REDUX.MIN.S32 UR7, R4",
         "MATCH.ALL P2, R5, R6",
+        "VOTEU.ANY UR8, UPT, P0",
+        "VOTEU.ALL UP0, P0",
+        "VOTEU.ANY UR9, UP1, PT",
     )[0]
     assert warp.r[1][0] == 0xFFFF0000
     assert not warp.p[1].any()
@@ -232,6 +286,8 @@ def test_votes_matches_and_reductions() -> None:
     assert [int(warp.u[n][0]) for n in (4, 5, 6, 7)] == [31, 496, 16, 2**32 - 31]
     assert warp.p[2].all()
     assert warp.r[5][0] == 0xFFFFFFFF
+    assert [int(warp.u[n][0]) for n in (8, 9)] == [0xFFFF0000, 0xFFFFFFFF]
+    assert [bool(warp.up[n][0]) for n in (0, 1)] == [False, True]
 
 
 def test_lanes_part_and_come_together() -> None:
@@ -286,6 +342,19 @@ def test_calls_return() -> None:
         "RET.REL.NODEC R8 0x0",  # 0x60
     )[0]
     assert (warp.r[1] == 42).all()
+
+
+def test_a_uniform_jump_by_table() -> None:
+    """The register holds an offset in the kernel; the operand takes back where the instruction is."""
+    warp = run(
+        "UMOV UR8, 0x50",  # 0x10
+        "BRXU UR8 -0x30",  # 0x20
+        "MOV R1, 0x7",  # 0x30
+        "EXIT",  # 0x40
+        "MOV R2, 0x7",  # 0x50
+    )[0]
+    assert not warp.r[1].any()
+    assert (warp.r[2] == 7).all()
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------

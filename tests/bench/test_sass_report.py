@@ -13,7 +13,7 @@ from bench.sass.cost import BARRIER, LATENCY, Schedule, block_cost, warps_at_onc
 from bench.sass.disassembly import Kernel, jump_tables, kernels, parse
 from bench.sass.machine import Launch, Program
 from bench.sass.memory import GlobalMemory
-from bench.sass.report import Figures, grown, load, rows
+from bench.sass.report import Figures, grown, load, names_of_launches, rows
 
 LISTING = """
 		Function : _Z5firstv
@@ -78,7 +78,13 @@ def test_occupancy_and_widths() -> None:
     assert widths(Counter()) == "none"
 
 
-ONE = Figures("gate_kernel<8, 0>", 1, 128, 500.0, 979, 4693, "4 B 100 %", 512, 80, 24, 9000, 8000, 0)
+ONE = Figures("gate_kernel<4, 0, true>", 1, 128, 500.0, 979, 4693, "4 B 100 %", 512, 80, 24, 9000, 8000, 0)
+
+
+def test_the_launches_of_a_call_have_different_names() -> None:
+    assert names_of_launches(["one<1>"]) == [""]
+    assert names_of_launches(["count<int>", "place<int, 8>"]) == [" (count)", " (place)"]
+    assert names_of_launches(["product<1>", "product<2>"]) == [" (product, launch 1)", " (product, launch 2)"]
 
 
 def test_growth_is_named() -> None:
@@ -86,9 +92,9 @@ def test_growth_is_named() -> None:
     same = {"gate, 1 row": ONE, "gate, 9 rows": replace(ONE, instructions_a_row=514.9)}
     assert grown(same, committed) == []
     (wrong,) = grown({**same, "gate, 1 row": replace(ONE, instructions_a_row=520.0)}, committed)
-    assert wrong == "gate, 1 row: gate_kernel<8, 0> took 500.0 instructions a row and takes 520.0 (+4.0 %)"
+    assert wrong == "gate, 1 row: gate_kernel<4, 0, true> took 500.0 instructions a row and takes 520.0 (+4.0 %)"
     assert grown({"gate, 1 row": replace(ONE, spills=2)}, committed, complete=False) == [
-        "gate, 1 row: gate_kernel<8, 0> has 2 instructions that spill registers"
+        "gate, 1 row: gate_kernel<4, 0, true> has 2 instructions that spill registers"
     ]
     assert "the table does not have it" in grown({"new, 1 row": ONE}, committed, complete=False)[0]
     assert "not launched any more" in grown({"gate, 1 row": ONE}, committed)[0]
@@ -100,4 +106,4 @@ def test_the_committed_table_has_every_case() -> None:
     titles = load()["cases"]
     for case in cases():
         assert any(title.startswith(case.title) for title in titles), case.title
-    assert "gate_kernel<8, 0>" in rows({"gate, 1 row": ONE})
+    assert "gate_kernel<4, 0, true>" in rows({"gate, 1 row": ONE})
