@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from moe_route import files
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import (
     command,
@@ -43,6 +42,7 @@ def add(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> Answer:
+    from moe_route import files
     from moe_route.demo import demo
 
     if options.out is not None:
