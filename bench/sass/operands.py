@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -117,31 +119,25 @@ def constant(text: str, size: int) -> Read:
 
 def single(text: str) -> Read:
     """float32, with ``-`` and ``|...|``; -0 and NaN keep their bits."""
-    if text.startswith("-") and (text[1:2] in "|cRU"):
-        inner = single(text[1:])
-        return lambda w: np.negative(inner(w))
-    if text.startswith("|"):
-        inner = single(text[1:-1])
-        return lambda w: np.abs(inner(w))
-    if text[0] in "RUc":
-        bits = integer(text)
-        return lambda w: bits(w).view(np.float32)
-    value = np.array([number(text)], np.float32)
-    return lambda w: value
+    return _floating(text, np.float32, integer)
 
 
 def double(text: str) -> Read:
     """float64 of a register pair, with ``-`` and ``|...|``."""
+    return _floating(text, np.float64, wide)
+
+
+def _floating(text: str, kind: type[np.floating[Any]], bits_of: Callable[[str], Read]) -> Read:
     if text.startswith("-") and (text[1:2] in "|cRU"):
-        inner = double(text[1:])
+        inner = _floating(text[1:], kind, bits_of)
         return lambda w: np.negative(inner(w))
     if text.startswith("|"):
-        inner = double(text[1:-1])
+        inner = _floating(text[1:-1], kind, bits_of)
         return lambda w: np.abs(inner(w))
     if text[0] in "RUc":
-        bits = wide(text)
-        return lambda w: bits(w).view(np.float64)
-    value = np.array([number(text)], np.float64)
+        bits = bits_of(text)
+        return lambda w: bits(w).view(kind)
+    value = np.array([number(text)], kind)
     return lambda w: value
 
 
