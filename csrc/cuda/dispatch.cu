@@ -16,6 +16,7 @@
 #include <string>
 
 #include "launch.h"
+#include "tunables.h"
 
 namespace moe_route::cuda {
 namespace {
@@ -27,11 +28,7 @@ constexpr int64_t kSharedBytes = 96 * 1024;  // of a block, at most; devices sin
 constexpr int kIdsInFlight = 4;              // loads of a thread
 constexpr int kCountsInFlight = 12;
 
-constexpr int64_t kSlotsOfOneLaunch = 4096;  // counting so many in every block costs less than a launch
-constexpr int64_t kSlotsPerTile = kThreads;  // at least, unless there are rows to mark
 constexpr int64_t kRowsPerTile = 8192;
-constexpr int64_t kLongTile = 8192;  // from here on two blocks a multiprocessor
-constexpr int64_t kMostSpans = 512;
 constexpr int64_t kLongestSpan = int64_t{1} << 28;  // slots are numbered in 32 bits inside
 
 struct Problem {
@@ -334,21 +331,22 @@ __global__ void __launch_bounds__(kThreads, 2) place_slots(const Problem problem
 
 constexpr int32_t kFewExperts = 256;  // their ids have 8 bits
 
-bool one_launch(int64_t slots) { return slots <= kSlotsOfOneLaunch; }
+// Counting so few slots in every block costs less than a launch.
+bool one_launch(int64_t slots) { return slots <= tuned(Tunable::kDispatchOneLaunch); }
 
 // A block of place_slots reads spans * E counts and up to slots / spans ids, which cost about twice as much
 // each: least where both cost the same.
 int64_t most_spans(int64_t slots, int32_t experts) {
   const double best = std::sqrt(2.0 * static_cast<double>(slots) / experts);
-  return std::clamp<int64_t>(static_cast<int64_t>(best), 1, kMostSpans);
+  return std::clamp<int64_t>(static_cast<int64_t>(best), 1, tuned(Tunable::kDispatchSpans));
 }
 
 // One or two blocks a multiprocessor, never a part of a second round.
 int32_t count_of_tiles(const DispatchArgs& args) {
   const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount);
   const int64_t marked = one_launch(args.slots) ? args.capacity / kRowsPerTile : 0;
-  const int64_t wanted = std::max(args.slots / kSlotsPerTile, marked);
-  const bool two = args.slots >= 2 * processors * kLongTile;
+  const int64_t wanted = std::max(args.slots / tuned(Tunable::kDispatchTile), marked);
+  const bool two = args.slots >= 2 * processors * tuned(Tunable::kDispatchLongTile);
   return static_cast<int32_t>(std::clamp<int64_t>(wanted, 1, (two ? 2 : 1) * processors));
 }
 

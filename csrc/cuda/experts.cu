@@ -12,13 +12,12 @@
 
 #include "experts_columns.cuh"
 #include "experts_rows.cuh"
+#include "tunables.h"
 
 namespace moe_route::cuda {
 namespace {
 
 using namespace experts;
-
-constexpr int64_t kMostColumnsOfWarp = 8;  // more would make the last blocks run alone for longer
 
 int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
@@ -52,12 +51,13 @@ void start(const Problem& problem, void (*kernel)(Problem), int64_t extra, Strea
   launch("product of experts", kernel, blocks, kThreads, static_cast<size_t>(shared), stream, problem);
 }
 
-// A tile's columns: what makes one round of resident blocks, but at most kMostColumnsOfWarp for a warp.
+// A tile's columns: what makes one round of resident blocks. Not too many for a warp, though: the last blocks
+// would run alone for longer.
 void tile_rows(Problem& problem, int64_t columns_at_a_time) {
   const int64_t at_a_time = kWarps * columns_at_a_time;
   const int64_t resident = int64_t{kBlocksAtOnce} * device_attribute(cudaDevAttrMultiProcessorCount);
   const int64_t rounds = ceil_div(most_groups(problem) * problem.args.out_columns, resident * at_a_time);
-  const int64_t most = kMostColumnsOfWarp / columns_at_a_time;
+  const int64_t most = std::max<int64_t>(1, tuned(Tunable::kExpertsColumns) / columns_at_a_time);
   problem.columns = static_cast<int32_t>(at_a_time * std::clamp<int64_t>(rounds, 1, most));
   problem.tiles = static_cast<uint32_t>(ceil_div(problem.args.out_columns, problem.columns));
 }

@@ -2,16 +2,14 @@
 // once.
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
 #include "gate_layout.h"
+#include "tunables.h"
 
 namespace moe_route::cuda {
 namespace {
-
-constexpr int kBlocksPerMultiprocessor = 32;  // the most that hardware takes; each is one warp
 
 int rounded(int64_t n, int to) { return static_cast<int>((n + to - 1) / to * to); }
 
@@ -74,7 +72,8 @@ GateLayout layout_of(const GateArgs& args, bool in_registers, int rows, int most
     layout.statistics_plane[i] =
         kStatScalars + __builtin_popcount(args.statistics.planes & ((1u << i) - 1)) * args.experts;
   const int block_row = rounded(layout.statistics_width * 8, 16);
-  if (counting && block_row + next <= most_shared) layout.block_row = block_row;
+  const bool adds_up = counting && tuned(Tunable::kGateBlockRow);
+  if (adds_up && block_row + next <= most_shared) layout.block_row = block_row;
   layout.shared_bytes = layout.block_row + next;
   if (layout.shared_bytes > most_shared) {
     throw std::runtime_error("moe_route: " + std::to_string(args.experts) +
@@ -105,18 +104,6 @@ bool takes_tiles(const GateArgs& args, const GateLaunch& gate) {
          args.row_stride * bytes % vector == 0;
 }
 
-// Rows from which on tiles are faster than a warp a row: below, too few of them are under way at once.
-// MOE_ROUTE_GATE=row or =tile decides instead, to find out which of the two is at fault.
-constexpr int64_t kRowsForTiles = 12288;
-bool wants_tiles(int64_t tokens) {
-  const char* const said = std::getenv("MOE_ROUTE_GATE");
-  if (said == nullptr || *said == 0) return tokens >= kRowsForTiles;
-  const std::string which = said;
-  if (which != "row" && which != "tile")
-    throw std::invalid_argument("MOE_ROUTE_GATE is '" + which + "'; it takes row or tile");
-  return which == "tile";
-}
-
 // What the files in gate_instances have for one width of rows.
 struct Width {
   void (*launch)(const GateLaunch&, Stream);
@@ -127,7 +114,7 @@ constexpr Width kWidth = {launch_gate<kVectors>, load_gate<kVectors>};
 
 // Rows with more slots than lanes, or more experts than registers, are kept in shared memory.
 bool in_registers(const GateArgs& args, Level level) {
-  return args.experts <= register_experts(level) && args.k <= 32;
+  return args.experts <= register_experts(level) && args.k <= 32 && tuned(Tunable::kGateRegisters);
 }
 
 Width width_for(int experts) {
@@ -175,15 +162,17 @@ void gate(const GateArgs& asked, Stream stream) {
   GateLaunch gate;
   GateArgs& args = gate.args = asked;
   if (args.steering.tables == nullptr) args.steering.planes = 0;
-  gate.level = level_of(args);
+  gate.level = std::max(level_of(args), static_cast<Level>(tuned(Tunable::kGateLevel)));
   const bool registers = in_registers(args, gate.level);
-  const int64_t most_blocks =
-      int64_t{kBlocksPerMultiprocessor} * device_attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t most_blocks = tuned(Tunable::kGateBlocks) * device_attribute(cudaDevAttrMultiProcessorCount);
   gate.rows_per_block = static_cast<int>((args.tokens + most_blocks - 1) / most_blocks);
   gate.layout = layout_of(args, registers, gate.rows_per_block, most_shared_bytes());
   gate.blocks = (args.tokens + gate.rows_per_block - 1) / gate.rows_per_block;
-  gate.common = registers && gate.level != Level::kFull && is_whole(args.experts) && is_common(args, gate);
-  gate.tiles = takes_tiles(args, gate) && wants_tiles(args.tokens);
+  gate.common = registers && gate.level != Level::kFull && is_whole(args.experts) && is_common(args, gate) &&
+                tuned(Tunable::kGateCommon);
+  // with fewer rows, too few threads are under way at once
+  gate.tiles = takes_tiles(args, gate) && tuned(Tunable::kGateBlockRow) &&
+               args.tokens >= tuned(Tunable::kGateTilesFrom);
   if (gate.tiles) lay_tiles(gate);
   (registers ? width_for(args.experts) : kWidth<0>).launch(gate, stream);
 }

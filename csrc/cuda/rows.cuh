@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "launch.h"
+#include "tunables.h"
 
 namespace moe_route::cuda {
 
@@ -29,9 +30,8 @@ int vector_bytes(int64_t row_bytes, Pointers... pointers) {
 }
 
 constexpr unsigned kWarp = 0xffffffffu;
-constexpr int kRowThreads = 256;         // largest block
-constexpr int kFewRowThreads = 64;       // where larger blocks would leave multiprocessors idle
-constexpr int kBlocksPerProcessor = 64;  // several rounds of resident blocks, to even out their ends
+constexpr int kRowThreads = 256;    // largest block
+constexpr int kFewRowThreads = 64;  // where larger blocks would leave multiprocessors idle
 
 struct RowGrid {
   int64_t vectors = 0;    // of a row
@@ -51,7 +51,9 @@ inline RowGrid row_grid(int64_t rows, int64_t vectors, int unroll) {
   RowGrid grid;
   grid.vectors = vectors;
   grid.pieces = static_cast<uint32_t>(pieces);
-  grid.in_flight = std::min(rows, std::max<int64_t>(1, kBlocksPerProcessor * processors / pieces));
+  // several rounds of resident blocks, to even out their ends
+  const int64_t blocks = tuned(Tunable::kRowsBlocks) * processors;
+  grid.in_flight = std::min(rows, std::max<int64_t>(1, blocks / pieces));
   grid.threads = static_cast<int>(32 * ceil(ceil(vectors, pieces * unroll), 32));
   return grid;
 }

@@ -55,6 +55,20 @@ py::dict cuda_runtime() {
   return found;
 }
 
+py::dict tunables() {
+  py::dict table;
+  for (const cuda::TunableFacts& tunable : cuda::tunables()) {
+    py::dict entry;
+    entry["meaning"] = tunable.meaning;
+    entry["usual"] = tunable.usual;
+    entry["least"] = tunable.least;
+    entry["most"] = tunable.most;
+    entry["now"] = tunable.now;
+    table[py::str(tunable.name)] = entry;
+  }
+  return table;
+}
+
 constexpr cpu::InstructionSet kSets[] = {cpu::InstructionSet::kPortable, cpu::InstructionSet::kAvx2,
                                          cpu::InstructionSet::kAvx512};
 
@@ -260,6 +274,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_runtime", &mr::cuda_runtime, "CUDA versions, devices, or the problem. Needs no driver.");
   m.def("load_kernels", &mr::launch::load_kernels, arg("device"), arg("experts"),
         "Load the CUDA kernels that calls with this many experts may launch on a device.");
+  m.def("tunables", &mr::tunables, "What a device settles about the CUDA kernels, and switches, by name.");
+  m.def("tune", &mr::cuda::tune, arg("name"), arg("value"), "Set one of them for the launches that follow.");
   m.def("instruction_set", [] { return std::string(mr::cpu::name(mr::cpu::instruction_set())); });
   m.def("best_instruction_set", [] { return std::string(mr::cpu::name(mr::cpu::best_instruction_set())); });
   m.def("supported_instruction_sets", &mr::supported_instruction_sets);

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import torch
-from harness.backends import BACKENDS
+from harness.backends import BACKENDS, emulated_tuning
 from harness.problems import Problem, assert_same_bits, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -88,11 +86,12 @@ def statistics(problem: Problem) -> StatisticsTables:
 
 
 def run_gates(interpreter: Interpreter, problems: dict[str, Problem], which: str) -> set[str]:
-    """The names of the kernels that ran. which: what MOE_ROUTE_GATE says."""
+    """The names of the kernels that ran. which: tiles, or a warp a row."""
     ran: set[str] = set()
     for name, problem in problems.items():
         expected = problem.run(CPU, statistics(problem))
-        with mock.patch.dict(os.environ, MOE_ROUTE_GATE=which), interpreted(interpreter, multiprocessors=1):
+        tuning = {"gate.tiles_from": 0 if which == "tile" else 2**62}
+        with emulated_tuning(tuning), interpreted(interpreter, multiprocessors=1):
             got = problem.run(CPU, statistics(problem))
         assert_same_bits(got, expected, f"{problem.num_experts} experts, {name}: {interpreter.runs[0].name}")
         ran |= {run.name for run in interpreter.runs}

@@ -1,6 +1,9 @@
 // launch.h over the emulated CUDA kernels: what the operators hand to a device runs here, on CPU tensors.
 #include "launch.h"
 
+#include <exception>
+#include <string>
+
 #include "emulator/launch.h"
 #include "moe_route/cuda.h"
 
@@ -8,6 +11,33 @@
 extern "C" __attribute__((visibility("default"))) void moe_route_emulated_set_machine(
     emulator::Machine machine) {
   emulator::set_machine(machine);
+}
+
+// For Python: tune() of moe_route/cuda.h; the message of its error, or null.
+extern "C" __attribute__((visibility("default"))) const char* moe_route_emulated_tune(const char* name,
+                                                                                      int64_t value) {
+  static thread_local std::string problem;
+  try {
+    moe_route::cuda::tune(name, value);
+    return nullptr;
+  } catch (const std::exception& error) {
+    problem = error.what();
+    return problem.c_str();
+  }
+}
+
+// A line for each of them: name, usual value, least, most.
+extern "C" __attribute__((visibility("default"))) const char* moe_route_emulated_tunables() {
+  static const std::string table = [] {
+    std::string lines;
+    for (const auto& one : moe_route::cuda::tunables()) {
+      lines += one.name;
+      for (int64_t value : {one.usual, one.least, one.most}) lines += " " + std::to_string(value);
+      lines += "\n";
+    }
+    return lines;
+  }();
+  return table.c_str();
 }
 
 namespace moe_route::launch {

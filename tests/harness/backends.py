@@ -5,6 +5,7 @@ Tests that have no meaning on one of them say so in `HARD_CASES.md`.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -159,6 +160,35 @@ def emulated() -> Iterator[None]:
     of_experts = mock.patch.object(experts, "_expert_rows", operators.expert_rows.default)
     with mock.patch.multiple(gate, **of_gate), mock.patch.multiple(dispatch, **of_dispatch), of_experts:
         yield
+
+
+@contextmanager
+def emulated_tuning(tuning: dict[str, int]) -> Iterator[None]:
+    """Emulated kernels are launched as these tunables (csrc/cuda/tunables.cu) say. ValueError as tune() words it."""
+    _emulated_operators()
+    tune = ctypes.CDLL(str(EMULATED)).moe_route_emulated_tune
+    tune.argtypes, tune.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_char_p
+    usual = {name: usual for name, (usual, _, _) in emulated_tunables().items()}
+
+    def set_all(values: dict[str, int]) -> None:
+        for name, value in values.items():
+            if problem := tune(name.encode(), value):
+                raise ValueError(problem.decode())
+
+    try:
+        set_all(tuning)
+        yield
+    finally:
+        set_all({name: usual[name] for name in tuning if name in usual})
+
+
+@cache
+def emulated_tunables() -> dict[str, tuple[int, int, int]]:
+    """Name to (usual value, least, most)."""
+    rows = ctypes.CDLL(str(EMULATED)).moe_route_emulated_tunables
+    rows.restype = ctypes.c_char_p
+    table = [line.split() for line in rows().decode().splitlines()]
+    return {name: (int(usual), int(least), int(most)) for name, usual, least, most in table}
 
 
 _GATE_OPERATORS = ("route", "observe", "observe_layers", "route_weights")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from harness.backends import BACKENDS, Backend
+from harness.backends import BACKENDS, Backend, emulated_tunables, emulated_tuning
 from harness.problems import Problem, assert_same_bits, problems
 from hypothesis import given
 from hypothesis import strategies as st
@@ -132,10 +135,13 @@ def common_problems(draw: st.DrawFn) -> Problem:
     return Problem(logits.to(dtype), k, spec, steering, tokens, metrics=metrics)
 
 
-@pytest.mark.parametrize("gate", ["tile", "row"])
+TILES_FROM = {"tile": 0, "row": 2**62}
+
+
+@pytest.mark.parametrize("gate", TILES_FROM)
 @given(problem=common_problems(), entropy=st.booleans(), settings=DEVICES)
 def test_both_gates_of_the_common_router(gate: str, problem: Problem, entropy: bool, settings: dict[str, str]) -> None:
-    """A thread a row, and a warp a row: MOE_ROUTE_GATE chooses."""
+    """A thread a row, and a warp a row."""
 
     def statistics() -> ops.StatisticsTables:
         return ops.StatisticsTables.zeros(
@@ -143,10 +149,71 @@ def test_both_gates_of_the_common_router(gate: str, problem: Problem, entropy: b
         )
 
     expected = problem.run(CPU, statistics())
-    with device({**settings, "MOE_ROUTE_GATE": gate}):
+    with device(settings), emulated_tuning({"gate.tiles_from": TILES_FROM[gate]}):
         assert_same_bits(problem.run(EMULATED, statistics()), expected, f"{gate} {settings}")
 
 
-def test_an_unknown_gate_is_refused() -> None:
-    with device({"MOE_ROUTE_GATE": "fast"}), pytest.raises(Exception, match="it takes row or tile"):
-        EMULATED.route(torch.randn(3, 32), 2, COMMON_SPECS[0])
+SMALL = {"dispatch.one_launch": [0, 3, 60], "dispatch.tile": [1, 7], "dispatch.long_tile": [1], "gate.blocks": [1]}
+
+
+@st.composite
+def tunings(draw: st.DrawFn) -> dict[str, int]:
+    """Some tunables at their ends, and where those are far away, at values that small problems reach."""
+    names = draw(st.lists(st.sampled_from(sorted(emulated_tunables())), unique=True, min_size=1))
+    table = emulated_tunables()
+    return {name: draw(st.sampled_from([*table[name][1:], *SMALL.get(name, [])])) for name in names}
+
+
+@given(problem=problems(), tuning=tunings(), settings=DEVICES)
+def test_no_tunable_changes_what_the_gate_gives(
+    problem: Problem, tuning: dict[str, int], settings: dict[str, str]
+) -> None:
+    expected = problem.run(CPU)
+    with device(settings), emulated_tuning(tuning):
+        assert_same_bits(problem.run(EMULATED), expected, f"{tuning} {settings}")
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    num_tokens=st.integers(0, 200),
+    num_experts=st.sampled_from([1, 60, 300]),
+    tuning=tunings(),
+    settings=DEVICES,
+)
+def test_no_tunable_changes_where_rows_go(
+    seed: int, num_tokens: int, num_experts: int, tuning: dict[str, int], settings: dict[str, str]
+) -> None:
+    make = torch.Generator().manual_seed(seed)
+    ids = torch.randint(-1, num_experts, (num_tokens, 4), generator=make)
+    x = torch.randn(num_tokens, 24, generator=make)
+    weights = torch.rand(num_tokens, 4, generator=make)
+    results = []
+    for backend in (CPU, EMULATED):
+        with device(settings), emulated_tuning(tuning):
+            slots = backend.dispatch(ids, num_experts)
+            rows = backend.permute(x, slots)
+            results.append([*slots, rows, backend.combine(rows, weights, slots)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True)), f"{tuning} {settings}"
+
+
+def test_a_tunable_that_is_not_there_is_refused() -> None:
+    with (
+        pytest.raises(ValueError, match=r"no tunable 'gate.speed'; there are gate\.tiles_from"),
+        emulated_tuning({"gate.speed": 1}),
+    ):
+        pass
+    with pytest.raises(ValueError, match=r"gate.level is 9; it takes 0 to 3"), emulated_tuning({"gate.level": 9}):
+        pass
+
+
+@pytest.mark.parametrize("said", ["gate.level", "gate.level=", "gate.level=1x", "=3", "gate.level=9"])
+def test_tunables_of_the_environment_that_cannot_be_read_are_refused(said: str) -> None:
+    program = (
+        "import torch; from harness.backends import BACKENDS; from moe_route import ops\n"
+        "backend = next(one for one in BACKENDS if one.emulated)\n"
+        "backend.route(torch.randn(3, 32), 2, ops.RouterSpec())"
+    )
+    environment = {**os.environ, "MOE_ROUTE_TUNING": said, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "MOE_ROUTE_TUNING holds" in done.stderr or "it takes 0 to 3" in done.stderr or "no tunable" in done.stderr

@@ -11,6 +11,8 @@
 // Errors: std::runtime_error with CUDA's own message where a launch is refused.
 #pragma once
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "moe_route/dispatch.h"
 #include "moe_route/experts.h"
@@ -41,5 +43,16 @@ void load_dispatch_kernels(int32_t experts);
 void load_permute_kernels();
 void load_combine_kernels();
 void load_experts_kernels();
+
+// Numbers that only a device can settle, and switches that turn a part off (csrc/cuda/tunables.cu). None changes a
+// result. MOE_ROUTE_TUNING=name=number,... in the environment sets them for a process.
+struct TunableFacts {
+  std::string name, meaning;
+  int64_t usual = 0, least = 0, most = 0, now = 0;
+};
+std::vector<TunableFacts> tunables();
+
+// For the launches that follow. std::invalid_argument where the name or the number is out of range.
+void tune(const std::string& name, int64_t value);
 
 }  // namespace moe_route::cuda

@@ -24,6 +24,8 @@ void permute(const PermuteArgs&, Stream) { refuse(); }
 void combine(const CombineArgs&, Stream) { refuse(); }
 void expert_product(const ExpertProductArgs&, Stream) { refuse(); }
 void load_kernels(int32_t) { refuse(); }
+std::vector<TunableFacts> tunables() { return {}; }
+void tune(const std::string&, int64_t) { refuse(); }
 
 RuntimeFacts runtime_facts() { return {0, 0, {}, "this build has no CUDA kernels"}; }
 void require_kernels() { refuse(); }
