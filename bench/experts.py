@@ -22,7 +22,7 @@ SECTION = "Experts of one layer"
 EAGER, PEER, BATCHED, OURS = "eager", "grouped_mm", "batched_mm", "moe_route"
 IMPLEMENTATIONS = (EAGER, PEER, BATCHED, OURS)
 # Ours by one of its paths, whatever the number of slots: where they cross is what `most_slots` should be.
-PATHS = {f"{OURS}, {path}": path for path in (paths.STREAMED, paths.GROUPED)}
+PATHS = {f"{OURS}, {path}": path for path in (paths.STREAMED, paths.ACTIVATED, paths.GROUPED)}
 READ, DENSE = "read the weights of the experts that were hit", "as many multiplications in two dense products"
 DTYPES = (torch.bfloat16, torch.float32)
 # Tokens of a call -> the part of the rounds that is spent on it.

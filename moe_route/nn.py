@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from moe_route import ops
+from moe_route.contract.activation import Activation
 from moe_route.contract.dispatch import Dispatch
 from moe_route.contract.spec import RouterSpec
 from moe_route.ops.arguments import refuse_types
+from moe_route.ops.experts import FEW_SLOTS, FEW_SLOTS_PER_EXPERT
 
 __all__ = ["ACTIVATIONS", "Experts", "SparseMoE", "TopKRouter", "load_balancing_loss"]
 
@@ -30,6 +32,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
+_KERNEL_DEVICES = frozenset({"cuda"})  # where `Experts` runs kernels of this library if nothing is to be trained
 
 
 class TopKRouter(nn.Module):
@@ -91,7 +94,9 @@ class TopKRouter(nn.Module):
 class Experts(nn.Module):
     """E feed-forward networks, each run on the rows that are routed to it: dispatch, permute, products, combine.
 
-    On CUDA no size depends on the routing, so the host never waits and the forward can be captured into a graph.
+    On CUDA no size depends on the routing, so the host never waits and the forward can be captured into a graph. If
+    nothing is to be trained there, few slots run in `ops.expert_rows`, and of more slots `ops.expert_activation` is what
+    stands between the products; their last bits differ from those of the other path, since they round less often.
 
     With `gated`, an expert is `down(activation(gate(x)) * up(x))`, and `gate_up_proj` [E, 2I, H] holds the gate first
     (arXiv 2002.05202 eq. 5). Otherwise it is `down(activation(up(x)))` with `up_proj` [E, I, H]. `down_proj` is [E, H,
@@ -143,6 +148,11 @@ class Experts(nn.Module):
         if hidden.dtype != dtype and not torch.is_autocast_enabled(hidden.device.type):
             raise ValueError(f"hidden states are {hidden.dtype} and expert weights {dtype}; convert one to the other")
         slots = ops.dispatch(ids, self.num_experts)
+        rows = self._rows_of_kernels(hidden, slots) if self._kernels_take(hidden) else self._rows(hidden, slots)
+        return ops.combine(rows, weights, slots, None if residual is None else residual.to(rows.dtype))
+
+    def _rows(self, hidden: Tensor, slots: Dispatch) -> Tensor:
+        """Output rows in operations of torch, which gradients flow through."""
         rows = grouped_linear(ops.permute(hidden, slots), *self.up, slots)
         act = ACTIVATIONS[self.activation]
         if self.gated:
@@ -150,8 +160,27 @@ class Experts(nn.Module):
             rows = act(gate) * up
         else:
             rows = act(rows)
-        rows = grouped_linear(rows, self.down_proj, self.down_proj_bias, slots)
-        return ops.combine(rows, weights, slots, None if residual is None else residual.to(rows.dtype))
+        return grouped_linear(rows, self.down_proj, self.down_proj_bias, slots)
+
+    def _kernels_take(self, hidden: Tensor) -> bool:
+        """Whether kernels that have no gradient may run: on a device, with nothing to train, all in one dtype."""
+        tensors = [tensor for tensor in (hidden, *self.up, self.down_proj, self.down_proj_bias) if tensor is not None]
+        trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        alike = all(tensor.dtype == hidden.dtype and tensor.is_contiguous() for tensor in tensors[1:])
+        known = hidden.dtype in (torch.bfloat16, torch.float16, torch.float32) and not trains and alike
+        autocast = torch.is_autocast_enabled(hidden.device.type)
+        return hidden.device.type in _KERNEL_DEVICES and known and not autocast and forward_ad._current_level < 0
+
+    def _rows_of_kernels(self, hidden: Tensor, slots: Dispatch) -> Tensor:
+        """Output rows: of few slots in one operator, of many with one kernel between the products."""
+        (up, up_bias), (down, down_bias) = self.up, (self.down_proj, self.down_proj_bias)
+        activation, pairing = Activation(self.activation), "halves" if self.gated else "none"
+        if slots.inverse.numel() <= min(FEW_SLOTS, FEW_SLOTS_PER_EXPERT * self.num_experts):
+            biases = {"up_bias": up_bias, "down_bias": down_bias}
+            return ops.expert_rows(hidden, slots, up, down, **biases, activation=activation, pairing=pairing)
+        rows = grouped_linear(ops.permute(hidden, slots), up, None, slots)
+        rows = ops.expert_activation(rows, slots, bias=up_bias, activation=activation, pairing=pairing)
+        return grouped_linear(rows, down, down_bias, slots)
 
     def extra_repr(self) -> str:
         return (

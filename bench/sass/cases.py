@@ -163,6 +163,18 @@ def _experts(tokens: int, transposed: bool, experts: int = 8, k: int = 8, hidden
     return Case(name, tokens * k, prepare)
 
 
+def _activation(rows: int, experts: int = 128, width: int = 768) -> Case:
+    """Between the products of rows that are all in use."""
+
+    def prepare() -> Callable[[], object]:
+        make = torch.Generator().manual_seed(SEED)
+        slots = ops.dispatch(_routed(rows // 8, experts, 8), experts)
+        product = torch.randn(rows, 2 * width, generator=make).bfloat16()
+        return lambda: ops.expert_activation(product, slots)
+
+    return Case(f"expert_activation E={experts} 2 x {width} bfloat16, silu", rows, prepare)
+
+
 def cases() -> list[Case]:
     """Every case, decode before prefill."""
     found = []
@@ -173,4 +185,5 @@ def cases() -> list[Case]:
         for dtype in (torch.bfloat16, torch.float32):
             found += [_rows(1, 2048, dtype, combines), _rows(512, 2048, dtype, combines)]
     found += [_experts(1, transposed=False), _experts(8, transposed=False), _experts(1, transposed=True)]
+    found += [_activation(8), _activation(512)]
     return found

@@ -190,6 +190,7 @@ void load_kernels(int32_t experts) {
   load_permute_kernels();
   load_combine_kernels();
   load_experts_kernels();
+  load_expert_activation_kernels();
 }
 
 }  // namespace moe_route::cuda

@@ -13,5 +13,6 @@ void launch_dispatch(const DispatchArgs& args);
 void launch_permute(const PermuteArgs& args);
 void launch_combine(const CombineArgs& args);
 void launch_expert_product(const ExpertProductArgs& args);
+void launch_expert_activation(const ExpertActivationArgs& args);
 
 }  // namespace moe_route::cpu

@@ -73,6 +73,11 @@ void expert_product(const ExpertProductArgs& args, const Place& place) {
   cuda::expert_product(args, OnDevice(place).stream());
 }
 
+void expert_activation(const ExpertActivationArgs& args, const Place& place) {
+  if (place.cpu) return cpu::launch_expert_activation(args);
+  cuda::expert_activation(args, OnDevice(place).stream());
+}
+
 void load_kernels(int32_t index, int32_t experts) {
   cuda::require_kernels();
   const torch::stable::accelerator::DeviceGuard guard(index);

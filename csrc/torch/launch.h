@@ -23,6 +23,7 @@ void dispatch(const DispatchArgs& args, const Place& place);
 void permute(const PermuteArgs& args, const Place& place);
 void combine(const CombineArgs& args, const Place& place);
 void expert_product(const ExpertProductArgs& args, const Place& place);
+void expert_activation(const ExpertActivationArgs& args, const Place& place);
 
 // Loads the CUDA kernels that later calls with this many experts may launch on the device `index`.
 void load_kernels(int32_t index, int32_t experts);

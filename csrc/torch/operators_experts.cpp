@@ -1,4 +1,4 @@
-// The operator expert_rows: schema, checks, outputs. Like operators.cpp, which has the other operators.
+// The operators expert_rows and expert_activation: schemas, checks, outputs. Like operators.cpp, which has the other operators.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -46,6 +46,25 @@ Activation activation_of(int64_t kind, double alpha, double limit, double shift)
           static_cast<float>(shift)};
 }
 
+Pairing pairing_of(int64_t pairing) {
+  if (pairing < 0 || pairing > static_cast<int64_t>(Pairing::kAlternating))
+    refuse("pairing = ", pairing, " is outside 0..2");
+  return static_cast<Pairing>(pairing);
+}
+
+DType product_type(const char* name, const Tensor& tensor) {
+  const DType type = float_type(name, tensor);
+  if (type == DType::kFloat64) refuse(name, " is float64; it must be float32, bfloat16 or float16");
+  return type;
+}
+
+int64_t experts_of(const Tensor& offsets) {
+  const int64_t experts = offsets.dim() == 1 ? offsets.size(0) - 1 : -1;
+  if (experts < 1 || experts > kMaxExperts)
+    refuse("offsets have shape ", shape_text(offsets), "; they must be [experts + 1]");
+  return experts;
+}
+
 Tensor expert_rows(const Tensor& x, const Tensor& offsets, const Tensor& counts, const Tensor& order,
                    int64_t k, const Tensor& up, const Tensor& down, const MaybeTensor& up_bias,
                    const MaybeTensor& down_bias, int64_t activation, int64_t pairing, double alpha,
@@ -53,16 +72,11 @@ Tensor expert_rows(const Tensor& x, const Tensor& offsets, const Tensor& counts,
   if (x.dim() != 2) refuse("x has shape ", shape_text(x), "; it must be [tokens, hidden]");
   const Place place = place_of("x", x);
   launch::require(place);
-  const int64_t experts = offsets.dim() == 1 ? offsets.size(0) - 1 : -1;
-  if (experts < 1 || experts > kMaxExperts)
-    refuse("offsets have shape ", shape_text(offsets), "; they must be [experts + 1]");
+  const int64_t experts = experts_of(offsets);
   const int64_t hidden = x.size(1);
   ExpertProductArgs args;
-  args.type = float_type("x", x);
-  if (args.type == DType::kFloat64) refuse("x is float64; it must be float32, bfloat16 or float16");
+  args.type = product_type("x", x);
   if (k < 1) refuse("k = ", k, " is below 1");
-  if (pairing < 0 || pairing > static_cast<int64_t>(Pairing::kAlternating))
-    refuse("pairing = ", pairing, " is outside 0..2");
   const auto table = [&](const char* name, const Tensor& tensor, int64_t size) {
     check_tensor(name, tensor, {size}, place);
     check_dtype(name, tensor, ScalarType::Long, "int64");
@@ -79,7 +93,7 @@ Tensor expert_rows(const Tensor& x, const Tensor& offsets, const Tensor& counts,
   args.k = k;
   // up, with gate and activation
   args.transposed = is_transposed("up", up, experts, hidden, x, place);
-  args.pairing = static_cast<Pairing>(pairing);
+  args.pairing = pairing_of(pairing);
   const int64_t factor = args.pairing == Pairing::kNone ? 1 : 2;
   if (up.size(1) % factor != 0)
     refuse("up has ", up.size(1), " rows, an odd number; a gate and its columns take two each");
@@ -109,9 +123,41 @@ Tensor expert_rows(const Tensor& x, const Tensor& offsets, const Tensor& counts,
   return rows;
 }
 
+Tensor expert_activation(const Tensor& rows, const Tensor& offsets, const MaybeTensor& bias,
+                         int64_t activation, int64_t pairing, double alpha, double limit, double shift) {
+  if (rows.dim() != 2) refuse("rows have shape ", shape_text(rows), "; they must be [dispatched rows, columns]");
+  const Place place = place_of("rows", rows);
+  launch::require(place);
+  ExpertActivationArgs args;
+  args.type = product_type("rows", rows);
+  args.pairing = pairing_of(pairing);
+  args.activation = activation_of(activation, alpha, limit, shift);
+  const int64_t experts = experts_of(offsets), factor = args.pairing == Pairing::kNone ? 1 : 2;
+  check_tensor("offsets", offsets, {experts + 1}, place);
+  check_dtype("offsets", offsets, ScalarType::Long, "int64");
+  if (rows.size(1) % factor != 0)
+    refuse("rows have ", rows.size(1), " columns, an odd number; a gate and its columns take two each");
+  const Tensor source = packed("rows", rows);
+  args.rows = source.const_data_ptr();
+  args.offsets = offsets.const_data_ptr<int64_t>();
+  if (bias) {
+    check_tensor("bias", *bias, {experts, rows.size(1)}, place);
+    if (bias->scalar_type() != rows.scalar_type()) refuse("bias must have the dtype of rows");
+    args.bias = bias->const_data_ptr();
+  }
+  args.experts = static_cast<int32_t>(experts);
+  args.capacity = rows.size(0);
+  args.columns = rows.size(1) / factor;
+  Tensor out = allocate({args.capacity, args.columns}, dtype_of(rows), place);
+  args.out = out.mutable_data_ptr();
+  launch::expert_activation(args, place);
+  return out;
+}
+
 template <class Library>
 void implement(Library& m) {
   m.impl("expert_rows", TORCH_BOX(&expert_rows));
+  m.impl("expert_activation", TORCH_BOX(&expert_activation));
 }
 
 }  // namespace
@@ -128,6 +174,9 @@ MOE_ROUTE_FRAGMENT(MOE_ROUTE_NAMESPACE, m) {
       "Tensor? up_bias, Tensor? down_bias, int activation, int pairing, float alpha, float limit, float "
       "shift) "
       "-> Tensor");
+  m.def(
+      "expert_activation(Tensor rows, Tensor offsets, Tensor? bias, int activation, int pairing, float alpha, "
+      "float limit, float shift) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(MOE_ROUTE_NAMESPACE, CPU, m) { moe_route::implement(m); }

@@ -1,4 +1,5 @@
-"""What an expert applies between its two products: data that the operator `expert_rows` and its reference read."""
+"""What an expert applies between its two products: data that the operators `expert_rows` and
+`expert_activation` and their references read."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from moe_route import ops
 from moe_route.contract.dispatch import Dispatch
-from moe_route.experts.paths import STREAMED, Call, choose, gate_of
+from moe_route.experts.paths import ACTIVATED, STREAMED, Call, Gate, choose, gate_of
 from moe_route.nn import grouped_linear
 from moe_route.routers.discovery import ModelNotSupportedError
 
@@ -52,8 +52,8 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
     The result has the dtype of hidden_states. A slot whose id is negative, or at least the number of experts, is
     skipped whatever its weight. Products are computed in the dtype of the expert weights (under autocast, in its
-    dtype). A few slots on a CUDA device take another path than many (`moe_route.experts.paths`), whose last bits
-    differ: it rounds after the activation, not before. The weighted sum is accumulated in float32 (float64 for float64)
+    dtype). Without gradients, a CUDA device takes other paths than the CPU (`moe_route.experts.paths`), whose last
+    bits differ: bias, activation and gate are one float32 computation, and few slots are not rounded before it. The weighted sum is accumulated in float32 (float64 for float64)
     in the order of the slots and rounded once.
     """
     refuse(module)
@@ -62,6 +62,8 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     path = choose(Call(module, hidden_states, top_k_index.numel(), _weights(module), dtype))
     if path.name == STREAMED:
         rows = _streamed_rows(module, hidden_states, slots)
+    elif path.name == ACTIVATED:
+        rows = _activated_rows(module, hidden_states, slots)
     else:
         rows = _grouped_rows(module, hidden_states, slots, dtype)
     if flag(module, "has_post_expert_norm"):
@@ -71,12 +73,25 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
 
 def _streamed_rows(module: Any, hidden_states: Tensor, slots: Dispatch) -> Tensor:
-    gate = gate_of(module)
-    if gate is None:
-        raise RuntimeError(f"the activation of {type(module).__name__} is in none of the tables of moe_route.experts")
+    gate = _known_gate(module)
     (up, up_bias), (down, down_bias) = (_weight(module, name) for name in (up_projection(module), "down_proj"))
     biases = {"up_bias": up_bias, "down_bias": down_bias}
     return ops.expert_rows(hidden_states, slots, up, down, **biases, activation=gate.activation, pairing=gate.pairing)
+
+
+def _activated_rows(module: Any, hidden_states: Tensor, slots: Dispatch) -> Tensor:
+    gate = _known_gate(module)
+    (up, up_bias), (down, down_bias) = (_weight(module, name) for name in (up_projection(module), "down_proj"))
+    rows = grouped_linear(ops.permute(hidden_states, slots), up, None, slots)
+    rows = ops.expert_activation(rows, slots, bias=up_bias, activation=gate.activation, pairing=gate.pairing)
+    return grouped_linear(rows, down, down_bias, slots)
+
+
+def _known_gate(module: Any) -> Gate:
+    gate = gate_of(module)
+    if gate is None:
+        raise RuntimeError(f"the activation of {type(module).__name__} is in none of the tables of moe_route.experts")
+    return gate
 
 
 def _grouped_rows(module: Any, hidden_states: Tensor, slots: Dispatch, dtype: torch.dtype) -> Tensor:

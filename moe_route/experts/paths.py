@@ -3,7 +3,9 @@
 | path | what runs | where |
 |---|---|---|
 | streamed | dispatch, `ops.expert_rows`, combine | few slots on a CUDA device, nothing to train |
-| grouped | dispatch, permute, two grouped products, combine | everything else |
+| grouped, one activation | dispatch, permute, grouped product, `ops.expert_activation`, grouped product, combine | more \
+slots on a CUDA device, nothing to train |
+| grouped | the same, with the module's own activation | everything else |
 
 Few slots mean a decode step: then reading the weights of the chosen experts is what takes time, and the streamed path
 reads nothing else.
@@ -21,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_route.contract.activation import Activation
+from moe_route.ops.experts import FEW_SLOTS, FEW_SLOTS_PER_EXPERT
 
-__all__ = ["GROUPED", "PATHS", "STREAMED", "Call", "Gate", "Path", "choose", "gate_of", "only"]
+__all__ = ["ACTIVATED", "GROUPED", "PATHS", "STREAMED", "Call", "Gate", "Path", "choose", "gate_of", "only"]
 
-STREAMED, GROUPED = "streamed", "grouped"
+STREAMED, ACTIVATED, GROUPED = "streamed", "grouped, one activation", "grouped"
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Path:
 
 @dataclass(frozen=True)
 class Gate:
-    """What a module applies between its products, as `ops.expert_rows` takes it."""
+    """What a module applies between its products, as `ops.expert_rows` and `ops.expert_activation` take it."""
 
     activation: Activation
     pairing: str
@@ -91,8 +94,15 @@ PATHS: Sequence[Path] = (
         STREAMED,
         devices=frozenset({"cuda"}),
         dtypes=frozenset({torch.bfloat16, torch.float16, torch.float32}),
-        most_slots=256,
-        most_slots_per_expert=8,  # as many share a reading of the weights
+        most_slots=FEW_SLOTS,
+        most_slots_per_expert=FEW_SLOTS_PER_EXPERT,
+        trains=False,
+        any_gate=False,
+    ),
+    Path(
+        ACTIVATED,
+        devices=frozenset({"cuda"}),
+        dtypes=frozenset({torch.bfloat16, torch.float16, torch.float32}),
         trains=False,
         any_gate=False,
     ),

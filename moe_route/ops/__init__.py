@@ -28,7 +28,7 @@ from moe_route.contract.tables import (
     token_table,
 )
 from moe_route.ops.dispatch import combine, dispatch, permute
-from moe_route.ops.experts import expert_rows
+from moe_route.ops.experts import expert_activation, expert_rows
 from moe_route.ops.gate import observe, observe_layers, route, route_weights
 from moe_route.ops.kernels import load_kernels
 from moe_route.ops.registration import register as _register
@@ -47,6 +47,7 @@ __all__ = [
     "SteeringTables",
     "combine",
     "dispatch",
+    "expert_activation",
     "expert_rows",
     "load_kernels",
     "observe",

@@ -1,4 +1,4 @@
-"""The experts of few rows: both products and the activation, without bringing the rows into order first.
+"""The experts of few rows in one operator, and what stands between two grouped products where there are many.
 
 See csrc/include/moe_route/experts.h. They run on the CPU or a CUDA device, wherever the first tensor is.
 """
@@ -13,10 +13,14 @@ from moe_route.contract.activation import KINDS, PAIRINGS, Activation
 from moe_route.contract.dispatch import Dispatch
 from moe_route.ops.arguments import FAILURES, refuse_types
 
-__all__ = ["expert_rows"]
+__all__ = ["expert_activation", "expert_rows"]
 
 _expert_rows = torch.ops.moe_route.expert_rows.default
+_expert_activation = torch.ops.moe_route.expert_activation.default
 _PLAIN = Activation()
+
+# The calls that `expert_rows` is for: few slots in all, and few for each expert, of which eight share a reading.
+FEW_SLOTS, FEW_SLOTS_PER_EXPERT = 256, 8
 
 
 def expert_rows(
@@ -60,9 +64,8 @@ def expert_rows(
     """
     activation = _PLAIN if activation is None else activation
     try:
-        if pairing not in PAIRINGS:
-            raise ValueError(f"unknown pairing {pairing!r}; choose one of {', '.join(PAIRINGS)}")
-        _refuse_gradient(x, up, down, up_bias, down_bias)
+        _refuse_pairing(pairing)
+        _refuse_gradient("expert_rows", x, up, down, up_bias, down_bias)
         return _expert_rows(
             x,
             dispatch.offsets,
@@ -93,10 +96,63 @@ def expert_rows(
         raise
 
 
-def _refuse_gradient(*tensors: Tensor | None) -> None:
+def expert_activation(
+    rows: Tensor,
+    dispatch: Dispatch,
+    *,
+    bias: Tensor | None = None,
+    activation: Activation | None = None,
+    pairing: str = "halves",
+) -> Tensor:
+    """Apply what an expert has between its two products to dispatched rows: bias, activation, gate. Not differentiable.
+
+    One pass over the rows: it reads each once, computes in float32 and rounds once. On CUDA it neither waits nor reads
+    the rows behind the last expert's, whatever was routed.
+
+    Args:
+        rows: [R, I] without a gate, else [R, 2 I], float32, bfloat16 or float16: the first product of the experts.
+        dispatch: the result of `dispatch` for these rows.
+        bias: [E, I] or [E, 2 I] in the dtype of rows, or None: each row gets that of its expert.
+        activation: default silu.
+        pairing: "halves" if the first I columns are the gate, "alternating" if columns 0, 2, 4, ... are, "none" if
+            there is no gate.
+
+    Returns:
+        [R, I] in the dtype of rows. Rows behind the range of the last expert are undefined.
+
+    Raises:
+        TypeError: an argument of a wrong type.
+        ValueError: an argument with a wrong shape, dtype or value, or a tensor without memory.
+        RuntimeError: a gradient is wanted.
+    """
+    activation = _PLAIN if activation is None else activation
+    try:
+        _refuse_pairing(pairing)
+        _refuse_gradient("expert_activation", rows, bias)
+        return _expert_activation(
+            rows,
+            dispatch.offsets,
+            bias,
+            KINDS.index(activation.kind) + 1,
+            PAIRINGS.index(pairing),
+            activation.alpha,
+            activation.limit,
+            activation.shift,
+        )
+    except FAILURES:
+        refuse_types(("bias",), rows=rows, dispatch=dispatch, bias=bias, activation=activation)
+        raise
+
+
+def _refuse_pairing(pairing: str) -> None:
+    if pairing not in PAIRINGS:
+        raise ValueError(f"unknown pairing {pairing!r}; choose one of {', '.join(PAIRINGS)}")
+
+
+def _refuse_gradient(name: str, *tensors: Tensor | None) -> None:
     wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     if wanted or forward_ad._current_level >= 0:
         raise RuntimeError(
-            "expert_rows has no gradient: call it under torch.no_grad(), or train with moe_route.nn.Experts or "
+            f"{name} has no gradient: call it under torch.no_grad(), or train with moe_route.nn.Experts or "
             "experts_implementation='moe_route', which take another path where a gradient is wanted"
         )

@@ -38,6 +38,7 @@ def register(namespace: str) -> None:
         "permute": _permute_fake,
         "combine": _combine_fake,
         "expert_rows": _expert_rows_fake,
+        "expert_activation": _expert_activation_fake,
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"{namespace}::{name}", _on_one_device(name, fake))
@@ -56,7 +57,8 @@ def register(namespace: str) -> None:
     }
     for name, (backward, keep) in gradients.items():
         torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=keep)
-    torch.library.register_autograd(f"{namespace}::expert_rows", _expert_rows_backward)
+    for name in ("expert_rows", "expert_activation"):
+        torch.library.register_autograd(f"{namespace}::{name}", partial(_no_gradient, name))
 
 
 # ---- shapes of results ------------------------------------------------------------------------------------------
@@ -129,6 +131,13 @@ def _expert_rows_fake(
     torch._check_value(x.dim() == 2, lambda: f"x must be [tokens, hidden], got {list(x.shape)}")
     torch._check_value(down.dim() == 3, lambda: f"down must be [experts, out, in], got {list(down.shape)}")
     return x.new_empty((order.shape[0], down.shape[1]))
+
+
+def _expert_activation_fake(
+    rows: Tensor, offsets: Tensor, bias: Tensor | None, activation: int, pairing: int, *_: Any
+) -> Tensor:
+    torch._check_value(rows.dim() == 2, lambda: f"rows must be [dispatched rows, columns], got {list(rows.shape)}")
+    return rows.new_empty((rows.shape[0], rows.shape[1] // (1 if pairing == 0 else 2)))
 
 
 # ---- gradients of route_weights ---------------------------------------------------------------------------------
@@ -263,5 +272,5 @@ def _product(rows: Tensor, grad: Tensor, at: Tensor) -> Tensor:
     return torch.where(at >= 0, product, 0.0)
 
 
-def _expert_rows_backward(ctx: Any, grad: Tensor) -> None:
-    raise RuntimeError("expert_rows has no gradient: train with moe_route.nn.Experts")
+def _no_gradient(name: str, ctx: Any, grad: Tensor) -> None:
+    raise RuntimeError(f"{name} has no gradient: train with moe_route.nn.Experts")

@@ -8,7 +8,17 @@ that change a choice after their router.
 """
 
 from moe_route.reference.dispatch import combine, dispatch, permute
-from moe_route.reference.experts import expert_rows
+from moe_route.reference.experts import expert_activation, expert_rows
 from moe_route.reference.gate import observe, observe_steered, route, route_weights
 
-__all__ = ["combine", "dispatch", "expert_rows", "observe", "observe_steered", "permute", "route", "route_weights"]
+__all__ = [
+    "combine",
+    "dispatch",
+    "expert_activation",
+    "expert_rows",
+    "observe",
+    "observe_steered",
+    "permute",
+    "route",
+    "route_weights",
+]

@@ -1,4 +1,4 @@
-"""Reference for the products of experts."""
+"""Reference for the products of experts and what stands between them."""
 
 from __future__ import annotations
 
@@ -37,6 +37,27 @@ def expert_rows(
         inner = _activated(inner, activation, pairing).to(x.dtype)
         rows[first : first + count] = _linear(inner.to(wide), down, down_bias, expert).to(x.dtype)
     return rows
+
+
+def expert_activation(
+    rows: Tensor,
+    dispatch: Dispatch,
+    *,
+    bias: Tensor | None = None,
+    activation: Activation | None = None,
+    pairing: str = "halves",
+) -> Tensor:
+    """Bias, activation and gate of dispatched rows, [R, I]; see `moe_route.ops.expert_activation`. Differentiable.
+
+    Computed in float32 (float64 for float64) and rounded once. Rows behind the last expert's are computed too, without
+    a bias.
+    """
+    wide = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
+    if bias is not None:
+        padded = torch.cat([bias, bias.new_zeros(1, bias.shape[1])]).to(wide.dtype)
+        row = torch.arange(rows.shape[0], device=rows.device)
+        wide = wide + padded[torch.searchsorted(dispatch.offsets[1:], row, right=True)]
+    return _activated(wide, Activation() if activation is None else activation, pairing).to(rows.dtype)
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:

@@ -100,6 +100,9 @@ class Backend:
     def expert_rows(self, x: Tensor, dispatch: Dispatch, up: Tensor, down: Tensor, **kwargs: Any) -> Tensor:
         return self._call("expert_rows", x, dispatch, up, down, **kwargs)
 
+    def expert_activation(self, rows: Tensor, dispatch: Dispatch, **kwargs: Any) -> Tensor:
+        return self._call("expert_activation", rows, dispatch, **kwargs)
+
 
 # ---- one instruction set ----------------------------------------------------------------------------------------
 
@@ -157,8 +160,12 @@ def emulated() -> Iterator[None]:
     experts = sys.modules["moe_route.ops.experts"]
     of_gate = {f"_{name}": getattr(operators, name).default for name in _GATE_OPERATORS}
     of_dispatch = {f"_{name}": getattr(operators, name).default for name in _DISPATCH_OPERATORS}
-    of_experts = mock.patch.object(experts, "_expert_rows", operators.expert_rows.default)
-    with mock.patch.multiple(gate, **of_gate), mock.patch.multiple(dispatch, **of_dispatch), of_experts:
+    of_experts = {f"_{name}": getattr(operators, name).default for name in _EXPERTS_OPERATORS}
+    with (
+        mock.patch.multiple(gate, **of_gate),
+        mock.patch.multiple(dispatch, **of_dispatch),
+        mock.patch.multiple(experts, **of_experts),
+    ):
         yield
 
 
@@ -193,6 +200,7 @@ def emulated_tunables() -> dict[str, tuple[int, int, int]]:
 
 _GATE_OPERATORS = ("route", "observe", "observe_layers", "route_weights")
 _DISPATCH_OPERATORS = ("dispatch", "permute", "combine")
+_EXPERTS_OPERATORS = ("expert_rows", "expert_activation")
 
 
 # ---- a real device ----------------------------------------------------------------------------------------------

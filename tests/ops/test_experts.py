@@ -1,4 +1,4 @@
-"""expert_rows: both products of the experts of few rows, on every backend."""
+"""expert_rows, both products of the experts of few rows, and expert_activation, on every backend."""
 
 from __future__ import annotations
 
@@ -264,3 +264,113 @@ def test_arguments_are_refused_by_name(name: str) -> None:
 def test_activations_that_are_none(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"activation|limit"):
         ops.Activation(**wrong)
+
+
+# ---- what stands between two grouped products
+
+
+def product(
+    made: Experts, slots: ops.Dispatch, width: int, dtype: torch.dtype, pairing: str, bias: bool
+) -> tuple[Tensor, dict[str, Any]]:
+    """Rows of a first product, with NaN behind the last expert's, and the arguments that go with them."""
+    make, columns = torch.Generator().manual_seed(1), width if pairing == "none" else 2 * width
+    rows = (2 * torch.randn(slots.order.shape[0], columns, generator=make)).to(dtype)
+    rows[int(slots.offsets[-1]) :] = float("nan")
+    given: dict[str, Any] = {"pairing": pairing}
+    if bias:
+        given["bias"] = torch.randn(made.num_experts, columns, generator=make).to(dtype)
+    return rows, given
+
+
+@pytest.mark.parametrize("width", [1, 7, 24, 600])
+@pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activation_against_the_reference(native: Backend, dtype: torch.dtype, pairing: str, width: int) -> None:
+    made = Experts.make(tokens=9, experts=5)
+    for block, bias, activation in ((1, False, None), (8, True, CLAMPED)):
+        slots = made.slots(block)
+        used = int(slots.offsets[-1])
+        rows, given = product(made, slots, width, dtype, pairing, bias)
+        found = native.expert_activation(rows, slots, **given, activation=activation)
+        expected = reference.expert_activation(rows, slots, **given, activation=activation)
+        bound = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}[dtype]
+        torch.testing.assert_close(found[:used], expected[:used], rtol=bound, atol=bound)
+        assert found.shape == (rows.shape[0], width)
+
+
+@settings(max_examples=30)
+@given(
+    width=st.integers(0, 70) | st.sampled_from([256, 1032]),
+    tokens=st.integers(0, 20),
+    kind=st.sampled_from(KINDS),
+    pairing=st.sampled_from(PAIRINGS),
+    dtype=st.sampled_from(DTYPES),
+    block=st.sampled_from([1, 16]),
+    bias=st.booleans(),
+    device=DEVICES,
+)
+def test_activation_has_the_same_bits_on_every_backend(
+    width: int,
+    tokens: int,
+    kind: str,
+    pairing: str,
+    dtype: torch.dtype,
+    block: int,
+    bias: bool,
+    device: dict[str, str],
+) -> None:
+    made = Experts.make(tokens=tokens, experts=40)
+    slots = made.slots(block)
+    rows, given = product(made, slots, width, dtype, pairing, bias)
+    given["activation"] = ops.Activation(kind, limit=1.5)
+    used = slice(0, int(slots.offsets[-1]))
+    expected = CPU.expert_activation(rows, slots, **given)[used]
+    with mock.patch.dict(os.environ, device):
+        for backend in NATIVE:
+            assert same(backend.expert_activation(rows, slots, **given)[used], expected), backend.name
+
+
+def test_activation_of_rows_in_memory_of_any_alignment(native: Backend) -> None:
+    """A view that begins one element into its storage is read element by element, with the same bits."""
+    made = Experts.make(tokens=9)
+    slots = made.slots()
+    rows, given = product(made, slots, 32, torch.bfloat16, "halves", True)
+    shifted = torch.cat([rows.new_zeros(1), rows.flatten()])[1:].view_as(rows)
+    used = slice(0, int(slots.offsets[-1]))
+    wanted = native.expert_activation(rows, slots, **given)[used]
+    assert same(native.expert_activation(shifted, slots, **given)[used], wanted)
+
+
+def test_activation_in_torch() -> None:
+    made = Experts.make(tokens=9)
+    made.ids.clamp_(0, 3)
+    slots = made.slots()
+    rows, given = product(made, slots, 24, torch.float32, "alternating", True)
+
+    def run(rows: Tensor) -> Tensor:
+        return ops.expert_activation(rows, slots, **given, activation=CLAMPED)
+
+    with mock.patch.object(sys.modules["moe_route.ops.experts"], "_expert_activation") as seen:
+        run(rows)
+    torch.library.opcheck(torch.ops.moe_route.expert_activation.default, seen.call_args.args)
+    assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(rows), run(rows))
+    with pytest.raises(RuntimeError, match=r"expert_activation has no gradient.*moe_route\.nn\.Experts"):
+        run(rows.requires_grad_())
+
+
+REFUSED_ACTIVATIONS = {
+    "float64": ({"rows": torch.zeros(10, 48, dtype=torch.float64)}, ValueError, "rows is float64"),
+    "odd": ({"rows": torch.zeros(10, 47)}, ValueError, "an odd number"),
+    "bias": ({"bias": torch.zeros(4, 24)}, ValueError, r"bias has shape \[4, 24\]; it must be \[4, 48\]"),
+    "dtype": ({"bias": torch.zeros(4, 48).half()}, ValueError, "bias must have the dtype of rows"),
+    "pairing": ({"pairing": "thirds"}, ValueError, "unknown pairing 'thirds'"),
+    "type": ({"rows": [1.0]}, TypeError, "rows must be a torch.Tensor"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_ACTIVATIONS)
+def test_arguments_of_the_activation_are_refused_by_name(name: str) -> None:
+    changes, error, message = REFUSED_ACTIVATIONS[name]
+    arguments = {"rows": torch.zeros(10, 48), "dispatch": Experts.make().slots()} | changes
+    with pytest.raises(error, match=message):
+        ops.expert_activation(**arguments)

@@ -32,6 +32,7 @@ void dispatch(const DispatchArgs& args, Stream stream);
 void permute(const PermuteArgs& args, Stream stream);
 void combine(const CombineArgs& args, Stream stream);
 void expert_product(const ExpertProductArgs& args, Stream stream);
+void expert_activation(const ExpertActivationArgs& args, Stream stream);
 
 // Loads every kernel that a later call with this many experts may launch, on the current device: all levels
 // of the gate, dispatch, permute, combine and the products of experts. A few microseconds where they are loaded already.
@@ -43,6 +44,7 @@ void load_dispatch_kernels(int32_t experts);
 void load_permute_kernels();
 void load_combine_kernels();
 void load_experts_kernels();
+void load_expert_activation_kernels();
 
 // Numbers that only a device can settle, and switches that turn a part off (csrc/cuda/tunables.cu). None changes a
 // result. MOE_ROUTE_TUNING=name=number,... in the environment sets them for a process.

@@ -59,6 +59,41 @@ struct ExpertProductArgs {
   }
 };
 
+// What stands between two grouped products that others compute: out[r, c] = round(activation(row r + bias[e, .])),
+// for every row r below offsets[E], e its expert; float32 inside. Rows from there on are neither read nor written.
+struct ExpertActivationArgs {
+  const void* rows = nullptr;        // [capacity, row_columns()], contiguous
+  const int64_t* offsets = nullptr;  // [E + 1]
+  const void* bias = nullptr;        // [E, row_columns()] or null
+  void* out = nullptr;               // [capacity, columns]
+  DType type = DType::kFloat32;      // of rows, bias and out: float32, bfloat16 or float16
+  Pairing pairing = Pairing::kNone;  // of the columns of a row, as of rows of a weight
+  Activation activation;
+  int32_t experts = 0;
+  int64_t capacity = 0, columns = 0;
+
+  MOE_ROUTE_INLINE_MEMBER int64_t row_columns() const {
+    return pairing == Pairing::kNone ? columns : 2 * columns;
+  }
+  MOE_ROUTE_INLINE_MEMBER int64_t rows_in_use() const {
+    const int64_t end = offsets[experts];
+    return end < capacity ? end : capacity;
+  }
+  // The expert whose range ends first behind row r.
+  MOE_ROUTE_INLINE_MEMBER int32_t expert_of(int64_t r) const {
+    int32_t low = 0, high = experts - 1;
+    while (low < high) {
+      const int32_t middle = (low + high) / 2;
+      if (offsets[middle + 1] > r) {
+        high = middle;
+      } else {
+        low = middle + 1;
+      }
+    }
+    return low;
+  }
+};
+
 inline constexpr int kStripes = 32;
 
 // Elements of x that a stripe takes at a time.
@@ -67,5 +102,6 @@ inline int64_t elements_at_a_time(DType type) { return type == DType::kFloat32 ?
 namespace cpu {
 // Simple, not fast: what the CUDA kernels are held against.
 void expert_product(const ExpertProductArgs& args, Parallel parallel);
+void expert_activation(const ExpertActivationArgs& args, Parallel parallel);
 }  // namespace cpu
 }  // namespace moe_route

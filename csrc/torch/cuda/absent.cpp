@@ -23,6 +23,7 @@ void dispatch(const DispatchArgs&, Stream) { refuse(); }
 void permute(const PermuteArgs&, Stream) { refuse(); }
 void combine(const CombineArgs&, Stream) { refuse(); }
 void expert_product(const ExpertProductArgs&, Stream) { refuse(); }
+void expert_activation(const ExpertActivationArgs&, Stream) { refuse(); }
 void load_kernels(int32_t) { refuse(); }
 std::vector<TunableFacts> tunables() { return {}; }
 void tune(const std::string&, int64_t) { refuse(); }
