@@ -422,6 +422,32 @@ def test_a_loop_over_experts_would_wait() -> None:
         layers._ranges(to_device(offsets_of([2, 3]), "cuda:0"))
 
 
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("tokens", [4, 40])
+def test_kernels_of_a_device_give_the_experts(
+    tokens: int, activation: str, gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few slots in one operator, many around one activation; with a gradient, operations of torch."""
+    monkeypatch.setattr(layers, "_KERNEL_DEVICES", frozenset({"cpu"}))
+    sizes = {"num_experts": 6, "hidden_size": 24, "intermediate_size": 20}
+    block = Experts(**sizes, activation=activation, gated=gated, bias=True)
+    hidden, ids = torch.randn(tokens, 24), torch.randint(-1, 7, (tokens, 2))
+    weights = torch.rand(tokens, 2)
+    ran: list[str] = []
+    for name in ("expert_rows", "expert_activation"):
+        real = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a, real=real, name=name, **k: (ran.append(name), real(*a, **k))[1])
+    expected = block(hidden, ids, weights)
+    assert not ran
+    with torch.no_grad():
+        torch.testing.assert_close(block(hidden, ids, weights), expected, rtol=1e-5, atol=2e-6)
+        assert ran == ["expert_rows" if tokens == 4 else "expert_activation"]
+        with torch.autocast("cpu", torch.bfloat16):
+            block(hidden, ids, weights)
+    assert len(ran) == 1
+
+
 def test_forward_mode_is_refused_by_the_experts() -> None:
     experts = Experts(num_experts=4, hidden_size=8, intermediate_size=8)
     ids, weights, x = torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), torch.randn(3, 8)

@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(kRowThreads)
 template <class Type, int Bytes, Pairing kPairing>
 void launch_activation(const ExpertActivationArgs& args, Stream stream) {
   const RowGrid grid = row_grid(args.capacity, args.columns * Type::kBytes / Bytes, kUnroll);
-  launch("expert_activation", activate_rows<Type, Bytes, kPairing>, grid.blocks(), grid.threads, 0, stream, args,
-         grid);
+  launch("expert_activation", activate_rows<Type, Bytes, kPairing>, grid.blocks(), grid.threads, 0, stream,
+         args, grid);
 }
 
 template <class Type, Pairing kPairing>

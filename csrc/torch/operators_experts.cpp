@@ -125,7 +125,8 @@ Tensor expert_rows(const Tensor& x, const Tensor& offsets, const Tensor& counts,
 
 Tensor expert_activation(const Tensor& rows, const Tensor& offsets, const MaybeTensor& bias,
                          int64_t activation, int64_t pairing, double alpha, double limit, double shift) {
-  if (rows.dim() != 2) refuse("rows have shape ", shape_text(rows), "; they must be [dispatched rows, columns]");
+  if (rows.dim() != 2)
+    refuse("rows have shape ", shape_text(rows), "; they must be [dispatched rows, columns]");
   const Place place = place_of("rows", rows);
   launch::require(place);
   ExpertActivationArgs args;
@@ -175,7 +176,8 @@ MOE_ROUTE_FRAGMENT(MOE_ROUTE_NAMESPACE, m) {
       "shift) "
       "-> Tensor");
   m.def(
-      "expert_activation(Tensor rows, Tensor offsets, Tensor? bias, int activation, int pairing, float alpha, "
+      "expert_activation(Tensor rows, Tensor offsets, Tensor? bias, int activation, int pairing, float "
+      "alpha, "
       "float limit, float shift) -> Tensor");
 }
 

@@ -19,6 +19,7 @@ from bench.sass.cases import cases
 from bench.sass.launches import Interpreter, interpreted
 from bench.sass.report import grown, load, measure
 from moe_route import ops
+from moe_route.contract.activation import KINDS, PAIRINGS
 from moe_route.ops import METRICS, RouterSpec, StatisticsTables, token_table
 
 CPU = next(backend for backend in BACKENDS if backend.name == "operators")
@@ -146,8 +147,23 @@ def run_experts(
     return {run.name for run in interpreter.runs}
 
 
+def run_activation(interpreter: Interpreter, dtype: torch.dtype, width: int, pairing: str) -> set[str]:
+    make = torch.Generator().manual_seed(2)
+    slots, columns = ops.dispatch(torch.tensor([[0, 2], [2, -1], [2, 0]]), 3), width if pairing == "none" else 2 * width
+    rows, bias = (torch.randn(size, columns, generator=make).to(dtype) for size in (slots.order.shape[0], 3))
+    given, used = {"bias": bias, "pairing": pairing}, int(slots.offsets[-1])
+    ran: set[str] = set()
+    for kind in KINDS:
+        expected = ops.expert_activation(rows, slots, activation=ops.Activation(kind), **given)
+        with interpreted(interpreter, multiprocessors=1):
+            got = ops.expert_activation(rows, slots, activation=ops.Activation(kind), **given)
+        assert torch.equal(got[:used], expected[:used]), (kind, [run.name for run in interpreter.runs])
+        ran |= {run.name for run in interpreter.runs}
+    return ran
+
+
 OF_GATES, OF_DISPATCH, OF_ROWS = ("gate_", "tile_"), ("count_spans", "place_slots"), ("permute_", "combine_")
-OF_EXPERTS = ("experts::",)
+OF_EXPERTS, OF_ACTIVATION = ("experts::",), ("activate_rows",)
 # Copies single bytes, which no dtype that the operator takes needs.
 UNREACHED = {"permute_rows<1>"}
 
@@ -196,8 +212,18 @@ def test_every_expert_kernel_gives_the_bits_of_the_cpu(code: build.Code, interpr
     assert sorted(name for name in code.names() if name.startswith(OF_EXPERTS) and name not in ran) == []
 
 
+def test_every_activation_kernel_gives_the_bits_of_the_cpu(code: build.Code, interpreter: Interpreter) -> None:
+    ran: set[str] = set()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for width in (16, 21):
+            for pairing in PAIRINGS:
+                ran |= run_activation(interpreter, dtype, width, pairing)
+    assert sorted(name for name in code.names() if name.startswith(OF_ACTIVATION) and name not in ran) == []
+
+
 def test_every_kernel_has_its_test(code: build.Code) -> None:
-    assert [name for name in code.names() if not name.startswith(OF_GATES + OF_DISPATCH + OF_ROWS + OF_EXPERTS)] == []
+    tested = OF_GATES + OF_DISPATCH + OF_ROWS + OF_EXPERTS + OF_ACTIVATION
+    assert [name for name in code.names() if not name.startswith(tested)] == []
 
 
 @pytest.mark.parametrize("seed_ulps", [-1, 1])

@@ -3,8 +3,7 @@
 // One program for a real device and for the emulated one (tests/emulator), where memory checkers and ctest
 // run it.
 //
-//   device_test [--problems N] [--seed S] [--only gate|dispatch|permute|combine|experts|chain] [--number I]
-//   [--determinism N]
+//   device_test [--problems N] [--seed S] [--only FAMILY] [--number I] [--determinism N]
 //
 // N random problems beside those that cover every option (60); --number runs one alone, as a failure names
 // it; --determinism repeats every call N times and wants the same bits. Returns 1 on failure, 77 without a
@@ -61,11 +60,13 @@ void run_on_cpu(const DispatchArgs& a) { cpu::dispatch(a, serial, 1); }
 void run_on_cpu(const PermuteArgs& a) { cpu::permute(a, serial); }
 void run_on_cpu(const CombineArgs& a) { cpu::combine(a, serial); }
 void run_on_cpu(const ExpertProductArgs& a) { cpu::expert_product(a, serial); }
+void run_on_cpu(const ExpertActivationArgs& a) { cpu::expert_activation(a, serial); }
 void enqueue(const GateArgs& a, cuda::Stream stream) { cuda::gate(a, stream); }
 void enqueue(const DispatchArgs& a, cuda::Stream stream) { cuda::dispatch(a, stream); }
 void enqueue(const PermuteArgs& a, cuda::Stream stream) { cuda::permute(a, stream); }
 void enqueue(const CombineArgs& a, cuda::Stream stream) { cuda::combine(a, stream); }
 void enqueue(const ExpertProductArgs& a, cuda::Stream stream) { cuda::expert_product(a, stream); }
+void enqueue(const ExpertActivationArgs& a, cuda::Stream stream) { cuda::expert_activation(a, stream); }
 
 // What load_kernels has to be told for a call: with MOE_ROUTE_EMULATOR_LOADED_ONLY a kernel that it leaves
 // out fails.
@@ -74,6 +75,7 @@ int32_t experts_of(const DispatchArgs& a) { return a.experts; }
 int32_t experts_of(const PermuteArgs&) { return 1; }
 int32_t experts_of(const CombineArgs&) { return 1; }
 int32_t experts_of(const ExpertProductArgs& a) { return a.experts; }
+int32_t experts_of(const ExpertActivationArgs& a) { return a.experts; }
 
 // ---- one call on both sides -----------------------------------------------------------------------------
 
@@ -396,6 +398,25 @@ void test_experts() {
   }
 }
 
+void test_activation() {
+  for (int number = 0; number < 36 + options.problems / 4; ++number) {
+    if (!wanted("activation", number)) continue;
+    Random g(options.seed * 32'452'843 + static_cast<uint64_t>(number));
+    const ActivationProblem p(g, number, random_numbers);
+    const ExpertActivationArgs& a = p.args;
+    const int64_t shift = g.one_in(3) ? bytes_of(a.type) << g.below(2) : 0;
+    report(outcome([&] { return compare(a, number % 2 == 0, shift); }),
+           about("activation", number) + list({{"E", a.experts},
+                                               {"columns", a.columns},
+                                               {"type", int(a.type)},
+                                               {"pairing", int(a.pairing)},
+                                               {"activation", int(a.activation.kind)},
+                                               {"bias", a.bias != nullptr},
+                                               {"capacity", a.capacity},
+                                               {"shift", shift}}));
+  }
+}
+
 // ---- gate, dispatch, permute, combine in a row ----------------------------------------------------------
 
 // The inputs of a chain; its shape is that of `wish`.
@@ -623,7 +644,7 @@ int main(int argc, char** argv) {
   if (!read_options(argc, argv)) {
     std::printf(
         "usage: device_test [--problems N] [--seed S] [--only "
-        "gate|dispatch|permute|combine|experts|chain|graph|streams] "
+        "gate|dispatch|permute|combine|experts|activation|chain|graph|streams] "
         "[--number I] [--determinism N]\n");
     return 2;
   }
@@ -637,6 +658,7 @@ int main(int argc, char** argv) {
   test_permute();
   test_combine();
   test_experts();
+  test_activation();
   test_chain();
 #if !defined(MOE_ROUTE_EMULATOR)
   test_graphs();

@@ -26,6 +26,18 @@ void outputs(ExpertProductArgs& a, Visit visit) {
   visit("out", a.out, a.type, a.capacity * a.out_columns, Start::kPoison);
 }
 
+template <class Visit>
+void inputs(ExpertActivationArgs& a, Visit visit) {
+  const int64_t element = bytes_of(a.type);
+  visit(a.rows, a.capacity * a.row_columns() * element);
+  visit(a.bias, a.experts * a.row_columns() * element);
+  visit(a.offsets, (a.experts + 1) * 8);
+}
+template <class Visit>
+void outputs(ExpertActivationArgs& a, Visit visit) {
+  visit("out", a.out, a.type, a.capacity * a.columns, Start::kPoison);
+}
+
 // Every expert's rows behind one another, with a gap behind some.
 struct ExpertsProblem {
   ExpertProductArgs args;
@@ -73,6 +85,39 @@ struct ExpertsProblem {
   }
   ExpertsProblem(const ExpertsProblem&) = delete;
   ExpertsProblem& operator=(const ExpertsProblem&) = delete;
+};
+
+// What stands between the products: rows of some experts, and some of nobody behind them, which keep their poison.
+struct ActivationProblem {
+  ExpertActivationArgs args;
+  std::vector<int64_t> offsets;
+  std::vector<unsigned char> rows, bias;
+
+  template <class Random, class Numbers>
+  ActivationProblem(Random& g, int number, Numbers random_numbers) {
+    static constexpr DType kTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+    static constexpr int kColumns[] = {1, 3, 8, 24, 100, 512, 1032, 2100};
+    args.type = kTypes[number % 3];
+    args.pairing = static_cast<Pairing>(number / 3 % 3);
+    args.activation.kind = static_cast<ActivationKind>(g.below(6));
+    if (g.one_in(2)) args.activation.limit = 1.0f, args.activation.shift = 0.5f;
+    args.activation.alpha = g.one_in(2) ? 1.702f : 1.0f;
+    args.experts = 1 + g.below(number % 4 == 0 ? 300 : 5);
+    args.columns = g.pick(kColumns);
+    for (int e = 0; e < args.experts; ++e) {
+      offsets.push_back(args.capacity);
+      args.capacity += g.one_in(3) ? 0 : g.below(args.experts > 5 ? 3 : 20);
+    }
+    offsets.push_back(args.capacity);
+    args.capacity += g.below(4);
+    rows = random_numbers(g, args.type, args.capacity * args.row_columns());
+    bias = random_numbers(g, args.type, args.experts * args.row_columns());
+    static int mark;
+    args.rows = rows.data(), args.out = &mark, args.offsets = offsets.data();
+    if (g.one_in(2)) args.bias = bias.data();
+  }
+  ActivationProblem(const ActivationProblem&) = delete;
+  ActivationProblem& operator=(const ActivationProblem&) = delete;
 };
 
 }  // namespace moe_route::test

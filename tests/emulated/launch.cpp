@@ -56,6 +56,8 @@ void dispatch(const DispatchArgs& args, const Place&) { cuda::dispatch(args, nul
 void permute(const PermuteArgs& args, const Place&) { cuda::permute(args, nullptr); }
 void combine(const CombineArgs& args, const Place&) { cuda::combine(args, nullptr); }
 void expert_product(const ExpertProductArgs& args, const Place&) { cuda::expert_product(args, nullptr); }
-void expert_activation(const ExpertActivationArgs& args, const Place&) { cuda::expert_activation(args, nullptr); }
+void expert_activation(const ExpertActivationArgs& args, const Place&) {
+  cuda::expert_activation(args, nullptr);
+}
 
 }  // namespace moe_route::launch

@@ -46,6 +46,22 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.fixture
+def activated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The path with one activation kernel takes calls on the CPU too, and no call is streamed; rows of every call."""
+    one = next(path for path in paths.PATHS if path.name == paths.ACTIVATED)
+    monkeypatch.setattr(paths, "PATHS", (replace(one, devices=None), *paths.PATHS))
+    seen = []
+    real = ops.expert_activation
+
+    def counting(rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(rows.shape[0])
+        return real(rows, *args, **kwargs)
+
+    monkeypatch.setattr(forward.ops, "expert_activation", counting)
+    return seen
+
+
 def known(name: str) -> bool:
     return paths.gate_of(module_of(name)) is not None
 
@@ -57,6 +73,47 @@ def test_streamed_experts_are_those_of_eager(name: str, streams: list[int]) -> N
         out = experts_forward(module, *inputs)
     assert gap(out, eager(module, *inputs)) < 2e-6
     assert bool(streams) == known(name)
+
+
+@pytest.mark.parametrize("name", DECORATED)
+def test_one_activation_kernel_gives_the_experts_of_eager(name: str, activated: list[int]) -> None:
+    module, inputs = module_of(name), routing()
+    with torch.no_grad():
+        out = experts_forward(module, *inputs)
+    assert gap(out, eager(module, *inputs)) < 2e-6
+    assert bool(activated) == known(name)
+
+
+def test_one_activation_kernel_leaves_training_to_the_module(activated: list[int]) -> None:
+    module, inputs = module_of("Qwen3MoeExperts"), routing()
+    experts_forward(module, *inputs).sum().backward()
+    assert not activated
+
+
+def test_paths_of_a_device() -> None:
+    """Few slots are streamed, more have one activation kernel, and what trains runs in the module's own code."""
+
+    class OnDevice(paths.Call):
+        device = "cuda"
+
+        def __init__(self, slots: int, trains: bool) -> None:
+            self.module, self.slots, self.experts = module_of("Qwen3MoeExperts"), slots, 64
+            self.trains, self.dtype = trains, torch.bfloat16
+
+    wanted = ((256, False, paths.STREAMED), (257, False, paths.ACTIVATED), (257, True, paths.GROUPED))
+    for slots, trains, name in wanted:
+        assert paths.choose(OnDevice(slots, trains)).name == name
+
+
+@pytest.mark.skipif(EMULATED.missing is not None, reason=str(EMULATED.missing))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_activation_kernel_on_the_emulated_device(dtype: torch.dtype, activated: list[int]) -> None:
+    module, inputs = module_of("GptOssExperts", dtype), routing(6, dtype=dtype)
+    with torch.no_grad():
+        here = experts_forward(module, *inputs)
+        with EMULATED.within():
+            assert torch.equal(experts_forward(module, *inputs), here)
+    assert activated == [12, 12]
 
 
 def test_every_class_is_known_but_those_named_here() -> None:
