@@ -95,8 +95,8 @@ class Experts(nn.Module):
     """E feed-forward networks, each run on the rows that are routed to it: dispatch, permute, products, combine.
 
     On CUDA no size depends on the routing, so the host never waits and the forward can be captured into a graph. If
-    nothing is to be trained there, few slots run in `ops.expert_rows`, and of more slots `ops.expert_activation` is what
-    stands between the products; their last bits differ from those of the other path, since they round less often.
+    nothing is to be trained there, few slots run in `ops.expert_rows`, and more have `ops.expert_activation` between
+    their products. Last bits then differ from those of the path that trains, since these round less often.
 
     With `gated`, an expert is `down(activation(gate(x)) * up(x))`, and `gate_up_proj` [E, 2I, H] holds the gate first
     (arXiv 2002.05202 eq. 5). Otherwise it is `down(activation(up(x)))` with `up_proj` [E, I, H]. `down_proj` is [E, H,

@@ -52,9 +52,9 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
     The result has the dtype of hidden_states. A slot whose id is negative, or at least the number of experts, is
     skipped whatever its weight. Products are computed in the dtype of the expert weights (under autocast, in its
-    dtype). Without gradients, a CUDA device takes other paths than the CPU (`moe_route.experts.paths`), whose last
-    bits differ: bias, activation and gate are one float32 computation, and few slots are not rounded before it. The weighted sum is accumulated in float32 (float64 for float64)
-    in the order of the slots and rounded once.
+    dtype). Without gradients, a CUDA device takes other paths than the CPU (`moe_route.experts.paths`), whose last bits
+    differ: bias, activation and gate are one float32 computation, and few slots are not rounded before it. The weighted
+    sum is accumulated in float32 (float64 for float64) in the order of the slots and rounded once.
     """
     refuse(module)
     dtype = compute_dtype(module)
