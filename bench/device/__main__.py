@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bench import experts, results
-from bench.device import dispatch, environment, floors, gate, layers, model, place, targets
+from bench.device import dispatch, environment, floors, gate, layers, model, place, predictions, sweep, targets
 from bench.device.shapes import MODELS, ModelShape
 from bench.dispatch import Shape as DispatchShape
 from bench.gate import Shape as GateShape
@@ -41,6 +41,7 @@ class Work:
     model: model.Work = field(default_factory=model.Work)
     expert_layers: Sequence[experts.Layer] = experts.LAYERS
     expert_tokens: Sequence[int] = (1, 4, 16, 64, 256, 2048)
+    sweep: sweep.Work = field(default_factory=sweep.Work)
 
 
 SMALL = Work(
@@ -52,6 +53,7 @@ SMALL = Work(
     model=model.Work(F32, 2, 8, {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_experts": 8}),
     expert_layers=tuple(experts.Layer(f"small {kind}", kind, 64, 32, 8, 2) for kind in ("qwen3_moe", "gpt_oss")),
     expert_tokens=(4,),
+    sweep=sweep.SMALL,
 )
 
 
@@ -66,11 +68,30 @@ class Report:
         self.rows: list[Row] = []
         self.facts: list[Fact] = []
         self.targets: list[Target] = []
+        self.predicted: dict[tuple[str, str], predictions.Prediction] = {}
+        self.first_new_row = 0
         if add and (folder / f"{where.name}.json").exists():
             held = json.loads((folder / f"{where.name}.json").read_text())
             self.rows += [Row(**row) for row in held["rows"]]
             self.facts += [Fact(**fact) for fact in held["facts"]]
             self.targets += [Target(**target) for target in held["targets"]]
+            self.first_new_row = len(self.rows)
+
+    def predict(self, case: str, name: str, prediction: predictions.Prediction | None) -> None:
+        """Say what is expected of a row."""
+        if prediction is not None:
+            self.predicted[case, name] = prediction
+
+    def surprises(self) -> list[predictions.Surprise]:
+        """Rows of this process beside what was expected of them."""
+        return predictions.beside(self.rows[self.first_new_row :], self.predicted)
+
+    def write_surprises(self) -> None:
+        """Put them among the facts, once measuring is done."""
+        for each in self.surprises():
+            title = f"{each.name}: measured over predicted {each.prediction.seconds * 1e6:.2f} us"
+            what = f"{title} ({each.prediction.source})"
+            self.facts.append(Fact(f"Predicted, {each.section}", each.case, what, each.ratio, "times"))
 
     def save(self) -> tuple[Path, Path]:
         about = environment.describe() | {
@@ -90,6 +111,8 @@ def measure_gates(report: Report, work: Work) -> None:
             races[mode, shape] = run
             peers = {name: peer for name, peer in gate.PEERS.items() if name in run.seconds}
             floor = dict.fromkeys(peers, gate.floor_of(shape))
+            for name in run.seconds:
+                report.predict(shape.title, name, predictions.of_gate(shape, name, report.bandwidth))
             report.rows += results.rows(f"Gate, {mode}", shape.title, run, peers=peers, floors=floor)
             rate = gate.moved_bytes(shape) / run.timing(gate.COUNTED).median
             report.facts.append(Fact(f"Gate, {mode}", shape.title, f"{gate.COUNTED}: bytes moved", rate / 1e9, "GB/s"))
@@ -103,6 +126,8 @@ def measure_moves(report: Report, work: Work) -> None:
             run = dispatch.measure(operator, shape, where, mode, work.rounds)
             races[mode, operator, shape] = run
             section = f"Dispatch, permute, combine, {mode}"
+            expected = predictions.of_moving(operator, shape, report.bandwidth)
+            report.predict(f"{operator}: {shape.title}", operator, expected)
             report.rows += dispatch_rows(section, operator, shape.title, run)
             rate = dispatch.moved_bytes(operator, shape) / run.timing(operator).median
             report.facts.append(Fact(section, f"{operator}: {shape.title}", "bytes moved", rate / 1e9, "GB/s"))
@@ -178,9 +203,21 @@ def measure_expert_layer(report: Report, work: Work, layer: experts.Layer, dtype
             report.rows, report.facts = report.rows + rows, report.facts + facts
 
 
+def measure_sweep(report: Report, work: Work) -> None:
+    mode = next(iter(report.where.clocks))
+    report.facts += sweep.measure(report.where, work.sweep, mode)
+
+
+def measure_decode(report: Report, work: Work) -> None:
+    mode = next(iter(report.where.clocks))
+    report.facts += sweep.decode(report.where, work.sweep, mode)
+
+
 MEASURES: dict[str, Callable[[Report, Work], None]] = {
     "gate": measure_gates,
     "dispatch": measure_moves,
+    "decode": measure_decode,
+    "sweep": measure_sweep,
     "layers": measure_layers,
     "model": measure_model,
     "expert-layers": measure_experts,  # "experts" is the check
@@ -213,6 +250,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             paths = report.save()
         print(f"{section}: measured", flush=True)
+    report.write_surprises()
+    paths = report.save()
+    print(predictions.table(report.surprises()))
     print(targets.summary(report.targets))
     print(*paths, sep="\n")
     return 0

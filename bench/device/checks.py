@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.device import stages
+from bench.device import bisection, stages
 from bench.device.problems import NAMES, SPECS, Problem, problems, same, tables, token_table
 from moe_route import nn, ops
 
@@ -36,7 +36,7 @@ def same_bits_as_cpu(device: torch.device, small: bool) -> Facts:
     count = 0
     for problem in problems(17 if small else 257):
         here, there = problem.results(), problem.on(device).results()
-        same(there, here, problem.title)
+        agree(there, here, problem, device)
         for columns, dtype, block in ROWS:
             title = f"{problem.title}, rows of {columns} {dtype} in blocks of {block}"
             hidden = torch.randn(len(here[1]), columns, generator=torch.Generator().manual_seed(7)).to(dtype)
@@ -44,6 +44,23 @@ def same_bits_as_cpu(device: torch.device, small: bool) -> Facts:
             same(moved(hidden.to(device), there[1], there[0], block), wanted, title, MOVED)
         count += 1
     return {"problems": count}
+
+
+def agree(there: Sequence[Tensor], here: Sequence[Tensor], problem: Problem, device: torch.device) -> None:
+    """`same`, and where it does not hold the part of the kernels that is at fault."""
+    try:
+        same(there, here, problem.title)
+    except AssertionError as differs:
+        moved_there = problem.on(device)
+
+        def agrees() -> bool:
+            try:
+                same(moved_there.results(), here, problem.title)
+            except AssertionError:
+                return False
+            return True
+
+        raise AssertionError(f"{differs}; {bisection.verdict(bisection.culprits(agrees))}") from differs
 
 
 # Columns, dtype and block: rows that vectors of 16 bytes divide, and rows that they do not.
