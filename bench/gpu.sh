@@ -4,12 +4,15 @@
 #   bench/gpu.sh                    on a machine with a device, nvcc, cmake, ninja and a CUDA build of torch
 #   bench/gpu.sh --dry              without a device: builds, collects, rehearses on the CPU, refuses the rest by name
 #   bench/gpu.sh --only build,gate  some stages, in their order      bench/gpu.sh --list    their names
+#   bench/gpu.sh --call 1           the stages of one of three runs of ten minutes, the weightiest questions first
+#   bench/gpu.sh --prebuild         anywhere with nvcc: builds device_test into build/carry, a folder to take along (ignored
+#                                   by git), so that kernels run before anything is built on the machine with the device
 #
 # PYTHON (python3)                  the Python whose torch is used; nothing is installed into it
-# OUT (bench/results/new)           where results go, at most 7 files: gpu.json (every stage), gpu.log, checks.json,
-#                                   tests.xml, sanitizers.log, and <device>.json and .md of the benchmarks
+# OUT (bench/results/new)           where results go, at most 8 files: gpu.json (every stage), gpu.log, checks.json,
+#                                   tests.xml, sanitizers.log, ncu.txt, and <device>.json and .md of the benchmarks
 # MOE_ROUTE_GPU_BUILD (build/gpu)   build folder, kept for the next run
-# MOE_ROUTE_GPU_SECONDS (465)       time for everything; more of it lengthens the limits of the stages too
+# MOE_ROUTE_GPU_SECONDS (560)       time for everything; more of it lengthens the limits of the stages too
 # MOE_ROUTE_COMMIT                  the commit's name, where the tree is no checkout
 #
 # On a machine that cannot reach a network, all that may be missing is a Python package: the stage environment names it,
@@ -20,9 +23,13 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 root="$PWD"
 
-stages=(environment build import tests same-bits-as-cpu determinism graph-replay capture-at-once two-streams no-waiting experts past-2-31
-  gate dispatch layers model expert-layers device-test-build device-test memcheck racecheck initcheck synccheck
-  memcheck-operators)
+checks=(same-bits-as-cpu determinism graph-replay two-streams no-waiting experts past-2-31)
+stages=(environment device-test-build device-test build import "${checks[@]}" capture-at-once gate dispatch memcheck racecheck
+  ncu decode sweep layers model expert-layers initcheck synccheck memcheck-operators tests)
+# build and import again: a call may meet a machine that was started anew
+calls=("" "environment,device-test-build,device-test,build,import,$(IFS=, && echo "${checks[*]}"),capture-at-once,gate,dispatch,memcheck,racecheck,ncu"
+  "environment,build,import,decode,sweep,layers,expert-layers"
+  "environment,build,import,model,device-test-build,initcheck,synccheck,memcheck-operators,tests")
 readonly not_here=77 # exit code of what this machine cannot do, as stages.py has it
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -33,6 +40,8 @@ refuse() {
 
 dry=""
 only=""
+prebuild=""
+call=1
 while [ $# -gt 0 ]; do
   case "$1" in
     --dry) dry=1 ;;
@@ -41,11 +50,18 @@ while [ $# -gt 0 ]; do
       only=",$2,"
       shift
       ;;
+    --call)
+      [[ "${2:-}" =~ ^[123]$ ]] || refuse "--call needs 1, 2 or 3"
+      call="$2"
+      only=",${calls[$2]},"
+      shift
+      ;;
+    --prebuild) prebuild=1 ;;
     --list)
       printf '%s\n' "${stages[@]}"
       exit 0
       ;;
-    *) refuse "no option '$1'; there are --dry, --only STAGE,... and --list" ;;
+    *) refuse "no option '$1'; there are --dry, --only STAGE,..., --call 1|2|3, --prebuild and --list" ;;
   esac
   shift
 done
@@ -55,10 +71,22 @@ done
 
 python="$(command -v "${PYTHON:-python3}")" || refuse "no ${PYTHON:-python3} on the PATH: name a Python in the variable PYTHON"
 case "$python" in /*) ;; *) python="$root/$python" ;; esac
+# half of what a build for users compiles would be for devices that are not there
+export CUDAARCHS="${CUDAARCHS:-90-real}"
+carried="$root/build/carry/device_test"
+if [ -n "$prebuild" ]; then
+  PATH="$(dirname "$python"):$PATH:/usr/local/cuda/bin"
+  mkdir -p "$root/build/carry" || exit 2
+  cmake -S "$root" -B "$root/build/prebuilt" -G Ninja -DMOE_ROUTE_TESTS=ON -DMOE_ROUTE_CUDA=ON -DCMAKE_BUILD_TYPE=Release &&
+    cmake --build "$root/build/prebuilt" --target device_test -j "${MAX_JOBS:-$(nproc)}" &&
+    cp "$root/build/prebuilt/device_test" "$carried" && strip "$carried" &&
+    echo "carry the folder build/carry ($(du -sm "$root/build/carry" | cut -f 1) MiB, code for $CUDAARCHS)"
+  exit
+fi
 mkdir -p "${OUT:-bench/results/new}" "${MOE_ROUTE_GPU_BUILD:-build/gpu}" || exit 2
 out="$(cd "${OUT:-bench/results/new}" && pwd)"
 build="$(cd "${MOE_ROUTE_GPU_BUILD:-build/gpu}" && pwd)"
-readonly usual_seconds=465
+readonly usual_seconds=560
 seconds="${MOE_ROUTE_GPU_SECONDS:-$usual_seconds}"
 deadline=$((SECONDS + seconds))
 record="$out/gpu.json"
@@ -131,8 +159,7 @@ build_module() {
     path="$build/stand-in"
   fi
   cd "$root" || return 1
-  # half of what a build for users compiles, since the time on a device is short
-  PYTHONPATH="$path" MOE_ROUTE_CUDA=ON MOE_ROUTE_BUILD_DIR="$build/cmake" CUDAARCHS="${CUDAARCHS:-80-real;90}" \
+  PYTHONPATH="$path" MOE_ROUTE_CUDA=ON MOE_ROUTE_BUILD_DIR="$build/cmake" \
     "$python" setup.py --quiet build --build-base "$build/setuptools" --build-lib "$site"
 }
 
@@ -165,9 +192,46 @@ sys.exit(0 if ran else "every test was skipped")
 END
 }
 
+# The module is built while device_test runs, and the stage waits for what is left of it.
+wait_for_module() {
+  while [ ! -f "$build/module.code" ]; do sleep 0.2; done
+  cat "$build/module.log"
+  return "$(cat "$build/module.code")"
+}
+
 build_device_test() {
+  if [ -x "$carried" ] && [ -z "$dry" ]; then
+    cp "$carried" "$build/device_test" && echo "carried along"
+    return
+  fi
   cmake -S "$root" -B "$build/cmake" -G Ninja -DMOE_ROUTE_TESTS=ON -DMOE_ROUTE_CUDA=ON -DCMAKE_BUILD_TYPE=Release &&
-    cmake --build "$build/cmake" --target device_test -j "$(nproc)"
+    cmake --build "$build/cmake" --target device_test -j "$(nproc)" && cp "$build/cmake/device_test" "$build/device_test"
+}
+
+# One family of kernels at a time, so that one that hangs names itself.
+run_device_test() {
+  local family code failed=0
+  for family in dispatch permute combine gate experts activation chain graph streams; do
+    code=0
+    # it ends with 77 where it sees no device, which is no pass here
+    timeout --kill-after=5 30 "$build/device_test" --only "$family" --problems 100 --determinism 3 || code=$?
+    [ "$code" = 0 ] || failed=1
+    [ "$code" != 124 ] && [ "$code" != 137 ] || echo "$family hangs"
+    echo "== $family: exit code $code"
+  done
+  return "$failed"
+}
+
+profile() {
+  if ! command -v ncu >/dev/null; then
+    echo "ncu is not on the PATH; it comes with the CUDA toolkit"
+    return "$not_here"
+  fi
+  ncu --clock-control none --set basic -k regex:gate -c 12 "$build/device_test" --only gate --problems 4 >"$out/ncu.txt" 2>&1
+  local code=$?
+  tail -n 40 "$out/ncu.txt"
+  if grep -q "ERR_NVGPUCTRPERM" "$out/ncu.txt"; then return "$not_here"; fi # counters are for administrators here
+  return "$code"
 }
 
 # sanitize TOOL COMMAND...: only what the tool says itself counts as a pass
@@ -196,8 +260,9 @@ operators_under_memcheck() {
   sanitize memcheck "$python" -m bench.device.checks --only same-bits-as-cpu --small
 }
 
-export root build out site python dry not_here
-export -f build_module import_module run_tests build_device_test sanitize operators_under_memcheck
+export root build out site python dry not_here carried
+export -f build_module wait_for_module import_module run_tests build_device_test run_device_test profile sanitize
+export -f operators_under_memcheck
 
 # ---- the run --------------------------------------------------------------------------------------------------------
 : >"$out/gpu.log"
@@ -210,32 +275,64 @@ stages_py begin || refuse "$python cannot write $record"
 environment=(--device)
 [ -z "$dry" ] || environment=()
 stage environment 60 "$python" -m bench.device.environment "${environment[@]}"
-stage build 270 bash -c build_module
+stage device-test-build 150 bash -c build_device_test
+if wanted build; then
+  rm -f "$build/module.code"
+  (
+    cd "$build" || exit 1
+    code=0
+    timeout --kill-after=5 "$((deadline > SECONDS ? deadline - SECONDS : 1))" bash -c build_module >module.log 2>&1 || code=$?
+    echo "$code" >module.new && mv module.new module.code
+  ) &
+fi
+device_stage device-test 200 bash -c run_device_test
+stage build 270 bash -c wait_for_module
 # The folder of the package comes first, so that the tree's own moe_route is not what is tested.
 [ ! -d "$site/moe_route" ] || export PYTHONPATH="$site:$root"
 stage import 60 bash -c import_module
-stage tests 150 bash -c run_tests
 
 device=(--device cuda)
 [ -z "$dry" ] || device=(--device cpu)
-for name in same-bits-as-cpu determinism graph-replay capture-at-once two-streams no-waiting experts past-2-31; do
-  stage "$name" 60 "$python" -m bench.device.checks "${device[@]}" --only "$name" --out "$out/checks.json"
-done
+
+# Checks in one process: each start of torch on a device takes ten seconds. The record has a stage for each.
+run_checks() {
+  local names=() name start="$SECONDS" code=0 left=$((deadline - SECONDS)) limit=150 missing="not available"
+  for name in "${checks[@]}"; do if wanted "$name"; then names+=("$name"); fi; done
+  [ "${#names[@]}" -gt 0 ] || return 0
+  if [ "$left" -lt 5 ]; then
+    for name in "${names[@]}"; do stage "$name" 60 true; done
+    return
+  fi
+  [ -z "$dry" ] || missing="needs a device"
+  [ "$limit" -lt "$left" ] || limit="$left"
+  stages_py forget "$out/checks.json" "${names[@]}"
+  (cd "$build" && exec timeout --kill-after=5 "$limit" "$python" -m bench.device.checks "${device[@]}" \
+    --only "${names[@]}" --out "$out/checks.json") >"$said" 2>&1 || code=$?
+  { printf '\n== checks: %s s\n' "$((SECONDS - start))" && tail -c 1000000 "$said"; } >>"$out/gpu.log"
+  stages_py checks "$out/checks.json" "$((SECONDS - start))" "$code" "$said" "$missing" "${names[@]}"
+}
+run_checks
+# alone: it asks that no kernel was launched before
+stage capture-at-once 60 "$python" -m bench.device.checks "${device[@]}" --only capture-at-once --out "$out/checks.json"
 
 add=()
-for name in gate dispatch layers model expert-layers; do
-  wanted "$name" || continue
-  stage "$name" 120 "$python" -m bench.device "${device[@]}" --sections "$name" --out "$out" "${add[@]}"
+measure() {
+  wanted "$1" || return 0
+  stage "$1" "$2" "$python" -m bench.device "${device[@]}" --sections "$1" --out "$out" "${add[@]}"
   add=(--add)
-done
-
-stage device-test-build 120 bash -c build_device_test
-# it ends with 77 where it sees no device, which is no pass here
-device_stage device-test 60 bash -c "'$build/cmake/device_test' --problems 300 --determinism 3 || exit 1"
-for tool in memcheck racecheck initcheck synccheck; do
-  device_stage "$tool" 60 bash -c "sanitize $tool '$build/cmake/device_test' --problems 20"
-done
+}
+[ "$call" = 1 ] || add=(--add) # a later call adds to what the first one measured, where OUT is the same
+measure gate 120
+measure dispatch 120
+for tool in memcheck racecheck; do device_stage "$tool" 60 bash -c "sanitize $tool '$build/device_test' --problems 20"; done
+device_stage ncu 60 bash -c profile
+measure decode 90
+measure sweep 180
+for name in layers model expert-layers; do measure "$name" 120; done
+for tool in initcheck synccheck; do device_stage "$tool" 60 bash -c "sanitize $tool '$build/device_test' --problems 20"; done
 device_stage memcheck-operators 90 bash -c operators_under_memcheck
+stage tests 200 bash -c run_tests
+if wanted build; then wait; fi # for the module's build, which its stage may have left behind
 
 printf '\n'
 stages_py end

@@ -199,6 +199,9 @@ def measure_expert_layer(report: Report, work: Work, layer: experts.Layer, dtype
             burst = where.calls(mode, len(routed))
             with torch.inference_mode():
                 run = race(contenders, rounds=max(2, work.rounds // 4), warmup=1, burst=burst, clock=clock)
+            if dtype == BF16 and "Qwen3-30B-A3B" in layer.model:
+                for name, path in experts.PATHS.items():
+                    report.predict(routed.title, name, predictions.of_experts(path, routed.tokens))
             rows, facts = experts.compared(f"{experts.SECTION}, {mode}", routed, run, floors.COPY)
             report.rows, report.facts = report.rows + rows, report.facts + facts
 

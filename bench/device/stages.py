@@ -2,6 +2,9 @@
 
 stages.py FILE begin                     a new file, with the machine as far as torch is there to tell
 stages.py FILE add NAME STATUS SECONDS CODE LOG    one stage; LOG holds what it printed
+stages.py FILE forget CHECKS NAME...     before checks run: takes their earlier outcomes out of the file CHECKS
+stages.py FILE checks CHECKS SECONDS CODE LOG MISSING NAME...    a stage for each check, as the file CHECKS has it;
+                         MISSING is the status of what needs a device
 stages.py FILE end                       prints a table; exit code 1 if a stage failed
 """
 
@@ -66,6 +69,25 @@ def add(path: Path, name: str, status: str, seconds: float, code: int, log: Path
     write(path, content)
 
 
+def forget(checks: Path, names: list[str]) -> None:
+    if checks.is_file():
+        write(checks, {name: outcome for name, outcome in read(checks).items() if name not in names})
+
+
+def add_checks(path: Path, checks: Path, seconds: float, code: int, log: Path, missing: str, names: list[str]) -> None:
+    """One stage for each check of a process. A check that left no outcome is where the process ended, or behind it."""
+    outcomes = read(checks) if checks.is_file() else {}
+    for name in names:
+        if name not in outcomes:
+            add(path, name, "timed out" if code in (124, 137) else "failed", seconds, code, log)
+            continue
+        outcome = outcomes[name]
+        status = missing if outcome["status"] == "needs a device" else outcome["status"]
+        exit_code = {"ok": 0, "failed": 1}.get(status, NOT_HERE)
+        add(path, name, status, outcome["seconds"], exit_code, log)
+        print(f"== {name:20} {status:15} {outcome['seconds']:4.0f} s  {outcome.get('reason', '')}"[:240].rstrip())
+
+
 def last(text: str) -> list[str]:
     """The last lines, without progress bars and colors."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
@@ -97,11 +119,18 @@ def main(arguments: list[str]) -> int:
         name, status, seconds, code, log = rest
         add(path, name, status, float(seconds), int(code), Path(log))
         return 0
+    if verb == "forget":
+        forget(Path(rest[0]), rest[1:])
+        return 0
+    if verb == "checks":
+        checks, seconds, code, log, missing, *names = rest
+        add_checks(path, Path(checks), float(seconds), int(code), Path(log), missing, names)
+        return 0
     if verb == "end":
         content = read(path)
         print(table(content))
         return int(failed(content))
-    raise ValueError(f"no verb {verb!r}; there are begin, add and end")
+    raise ValueError(f"no verb {verb!r}; there are begin, add, forget, checks and end")
 
 
 if __name__ == "__main__":

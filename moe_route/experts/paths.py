@@ -3,7 +3,7 @@
 | path | what runs | where |
 |---|---|---|
 | streamed | dispatch, `ops.expert_rows`, combine | few slots on a CUDA device, nothing to train |
-| grouped, one activation | as grouped, with `ops.expert_activation` between the products | more slots, otherwise as above |
+| grouped, one activation | as grouped, with `ops.expert_activation` between the products | more slots, else as above |
 | grouped | dispatch, permute, two grouped products around the module's own activation, combine | everything else |
 
 Few slots mean a decode step: then reading the weights of the chosen experts is what takes time, and the streamed path

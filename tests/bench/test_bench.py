@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,9 +26,10 @@ pytestmark = pytest.mark.skipif(not SCRIPT.is_file(), reason="needs the source t
 if SCRIPT.is_file():
     sys.path.insert(0, str(ROOT))
     from bench import __main__ as on_cpu
-    from bench import experts
+    from bench import experts, results
     from bench.device import __main__ as device
     from bench.device import (
+        bisection,
         checks,
         dispatch,
         environment,
@@ -36,9 +38,11 @@ if SCRIPT.is_file():
         layers,
         model,
         place,
+        predictions,
         problems,
         shapes,
         stages,
+        sweep,
         targets,
     )
     from bench.dispatch import Shape as DispatchShape
@@ -702,6 +706,66 @@ def test_a_failed_stage_is_recorded_and_the_next_one_runs(tmp_path: Path) -> Non
     assert done.returncode == 1
     assert statuses(tmp_path) == {"import": "failed", "two-streams": "needs a device"}
     assert "the module was built without CUDA" in (tmp_path / "gpu.log").read_text()
+
+
+def test_three_calls_hold_every_stage() -> None:
+    """The checks stand there as one word, all but the one that needs a process of its own."""
+    script = SCRIPT.read_text()
+    names = set(
+        subprocess.run(["bash", str(SCRIPT), "--list"], capture_output=True, text=True, check=True).stdout.split()
+    )
+    held = re.search(r"^calls=\((.*?)\)$", script, re.DOTALL | re.MULTILINE)
+    assert held is not None
+    assert names - set(re.split(r"[\s,\"]+", held[1])) == set(checks.CHECKS) - {"capture-at-once"}
+
+
+def test_a_call_runs_its_stages_in_order(tmp_path: Path) -> None:
+    done = gpu(tmp_path, "--dry", "--call", "4")
+    assert done.returncode == 2
+    assert "--call needs 1, 2 or 3" in done.stderr
+
+
+def test_the_part_at_fault_is_named() -> None:
+    """Each switch is tried and put back; the one with which the bits are right again is named."""
+    usual = {"gate.tiles_from": 12288, "gate.block_row": 1, "gate.level": 0}
+    now = dict(usual)
+    found = bisection.culprits(lambda: now["gate.block_row"] == 0, now.__setitem__, usual)
+    assert found == ["statistics of a block in shared memory (gate.block_row=0 agrees)"]
+    assert now == usual
+    assert "at fault: statistics of a block" in bisection.verdict(found)
+    assert "no switch" in bisection.verdict(bisection.culprits(lambda: False, now.__setitem__, usual))
+
+
+def test_figures_stand_beside_what_was_expected() -> None:
+    shape = GateShape(128, 8, torch.float32, 65536)
+    slow, fast = (predictions.of_gate(shape, gate.COUNTED, bandwidth) for bandwidth in (1e11, 3e12))
+    assert slow is not None
+    assert fast is not None
+    assert slow.seconds == pytest.approx(gate.moved_bytes(shape) / 1e11 + predictions.NODE)
+    assert "limit: bytes" in slow.source
+    assert fast.seconds < slow.seconds
+    assert predictions.of_gate(shape, "torch", 1e12) is None
+    rows = [
+        results.Row(f"Gate, {mode}", shape.title, gate.COUNTED, 2 * slow.seconds, 0, 0, 1)
+        for mode in (place.GRAPH, place.LAUNCHED)
+    ]
+    (beside,) = predictions.beside(rows, {(shape.title, gate.COUNTED): slow})
+    assert beside.ratio == pytest.approx(2)
+    assert "2.00" in predictions.table([beside])
+
+
+def test_a_sweep_puts_its_tunables_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, seen = {"rows.blocks": 64}, []
+    monkeypatch.setattr(sweep._C, "tunables", lambda: {name: {"now": value} for name, value in now.items()})
+    monkeypatch.setattr(sweep._C, "tune", now.__setitem__)
+    work = replace(
+        sweep.SMALL, sweeps=(sweep.Sweep("rows.blocks", (8, 16), ("combine",)), sweep.Sweep("pdl", (0, 1), ("chain",)))
+    )
+    monkeypatch.setattr(sweep, "timed", lambda *_: seen.append(now["rows.blocks"]) or 1e-6)
+    facts = list(sweep.measure(place.rehearsal(), work, place.REHEARSED))
+    assert [fact.what for fact in facts] == ["rows.blocks = 8", "rows.blocks = 16", "pdl = untouched"]
+    assert seen == [8, 16, 64]
+    assert now == {"rows.blocks": 64}
 
 
 def test_a_run_out_of_time_says_so(tmp_path: Path) -> None:
