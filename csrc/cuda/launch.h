@@ -5,6 +5,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -13,6 +14,18 @@
 extern __shared__ __align__(16) unsigned char moe_route_shared[];
 
 namespace moe_route::cuda {
+
+// moe_route_shared, for kernels that access it in many places. From compute capability 9.0 on, ptxas makes the
+// address anew for every access (a read of SR_CgaCtaId, about 40 cycles each time); it cannot make anew what
+// comes out of a shuffle. To be called by whole warps.
+__device__ __forceinline__ unsigned char* shared_memory() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(moe_route_shared));
+  return static_cast<unsigned char*>(__cvta_shared_to_generic(__shfl_sync(0xffffffffu, address, 0)));
+#else
+  return moe_route_shared;
+#endif
+}
 
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) {

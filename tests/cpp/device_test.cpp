@@ -243,6 +243,7 @@ DispatchProblem draw_dispatch(Random& g, int experts, int64_t slots) {
   a.capacity = dispatch_capacity(slots, experts, a.block) + (g.one_in(2) ? g.below(100) : 0);
   static int64_t mark;
   a.offsets = a.counts = a.order = a.inverse = &mark;
+  a.ends = reinterpret_cast<int32_t*>(&mark);
   return p;
 }
 
@@ -440,6 +441,7 @@ struct Chain {
     a.slots = gate.tokens * gate.k, a.experts = gate.experts, a.block = p.block;
     a.capacity = dispatch_capacity(a.slots, a.experts, a.block);
     a.offsets = a.counts = a.order = a.inverse = &mark;
+    a.ends = reinterpret_cast<int32_t*>(&mark);
     return a;
   }
   static PermuteArgs permute_args(const ChainProblem& p) {

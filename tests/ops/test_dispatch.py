@@ -29,6 +29,7 @@ def check_layout(slots: ops.Dispatch, ids: Tensor, num_experts: int, block: int)
         used.update(range(start, start + len(served)))
         start += -(-len(served) // block) * block
     assert slots.offsets[num_experts] == start <= len(order)
+    assert torch.equal(slots.ends, slots.offsets[1:].int())
     assert all(order[r] == -1 for r in range(len(order)) if r not in used)
     assert all(order[r] == s for s, r in enumerate(inverse) if r >= 0)
     assert [r >= 0 for r in inverse] == [0 <= expert < num_experts for expert in flat]
