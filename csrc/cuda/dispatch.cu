@@ -23,10 +23,11 @@ namespace {
 
 constexpr unsigned kWarp = 0xffffffffu;
 constexpr int kThreads = 512;
-constexpr int kThreadsAlone = 128;           // of a block that is the only one
-constexpr int64_t kSharedBytes = 96 * 1024;  // of a block, at most; devices since 8.0 have 99 KiB or more
+constexpr int kThreadsAlone = 256;           // of a block that is the only one
+constexpr int64_t kSharedBytes = 98 * 1024;  // of a block, at most; devices since 8.0 have 99 KiB or more
 constexpr int kIdsInFlight = 4;              // loads of a thread
 constexpr int kCountsInFlight = 5;           // of four counts each
+constexpr int kWarpsAtATime = 4;             // whose counters are added up
 
 constexpr int64_t kRowsPerTile = 8192;
 
@@ -38,27 +39,29 @@ struct Problem {
   int32_t span = 0;           // tiles of a span
   int32_t spans = 0;          // blocks of count_spans
   int32_t segment = 0;        // slots of a ranking warp
-  int32_t ranking_warps = 0;  // as many as shared memory has counters for
-  int32_t quads = 0;          // groups of four experts
-  int32_t columns = 0;        // quads added up at a time: a power of two, up to kThreads
+  int32_t ranking_warps = 0;  // a multiple of kWarpsAtATime, as many as shared memory has counters for
+  int32_t quads = 0;          // groups of four counters: one for each expert, one for slots of none
+  int32_t table_quads = 0;    // without that last one, unless it shares its four
+  int32_t columns = 0;        // of these added up at a time: a power of two, up to kThreads
 };
 
 // What a block of place_slots has to count beside the slots of its own tile.
 enum class Others {
   kNone,   // there are none
-  kSlots,  // all slots, and those before its tile
+  kSlots,  // all others, apart where they come before its tile
   kTable,  // what count_spans has written, and slots of its span before its tile
 };
 
 template <Others kOthers>
 constexpr int kThreadsOf = kOthers == Others::kNone ? kThreadsAlone : kThreads;
 
-// What place_slots keeps in shared memory. Experts are numbered by `at`: four neighbors lie apart, so that
-// lanes with neighboring quads of the table meet different banks.
+// What place_slots keeps in shared memory: rows of counters, one for each expert and one for slots of none. With
+// a table, four neighbors lie apart, so that lanes with neighboring quads of the table meet different banks.
+template <Others kOthers>
 struct Shared {
-  int* first;   // [4 * quads] slots of an expert before this tile, then the first row of the tile in it
-  int* total;   // [4 * quads] slots of an expert
-  int* cursor;  // [ranking warps, E] slots of an expert that come before what the warp looks at
+  int* first;   // slots before this tile, then the first row of the tile
+  int* total;   // slots; kSlots: those behind this tile
+  int* cursor;  // [ranking warps, ...] slots that come before what the warp looks at
   int quads;
 
   __device__ explicit Shared(const Problem& problem)
@@ -66,28 +69,26 @@ struct Shared {
         total(first + 4 * problem.quads),
         cursor(total + 4 * problem.quads),
         quads(problem.quads) {}
-  __device__ __forceinline__ int at(int expert) const { return (expert & 3) * quads + (expert >> 2); }
+  __device__ __forceinline__ int at(int expert) const {
+    return kOthers == Others::kTable ? (expert & 3) * quads + (expert >> 2) : expert;
+  }
+  __device__ __forceinline__ int* cursor_of(int warp) const { return cursor + warp * 4 * quads; }
 };
-
-int64_t shared_words(const Problem& problem) {
-  return 8 * int64_t{problem.quads} + int64_t{problem.ranking_warps} * problem.args.experts;
-}
 
 __device__ __forceinline__ int lane() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
 
-__device__ __forceinline__ void clear_shared(int words, int threads) {
-  uint4* all = reinterpret_cast<uint4*>(moe_route_shared);
-  for (int i = threadIdx.x; 4 * i < words; i += threads) all[i] = {0, 0, 0, 0};
+__device__ __forceinline__ void clear(void* quads, int count, int threads) {
+  for (int i = threadIdx.x; i < count; i += threads) static_cast<uint4*>(quads)[i] = {0, 0, 0, 0};
 }
 
-// Consecutive slots, read kIdsInFlight * step at a time: first + n * step for n = 0, 1, ... is a thread's own.
-// Threads that agree on slots and step take the same number of turns.
-template <class Id>
+// Consecutive slots, read kIds * step at a time: first + n * step for n = 0, 1, ... is a thread's own. Threads
+// that agree on slots and step take the same number of turns.
+template <class Id, int kIds = kIdsInFlight>
 struct Slots {
   const Id* ids;
   int begin, count, experts;
-  Id id[kIdsInFlight];
+  Id id[kIds];
 
   __device__ __forceinline__ Slots(const Problem& problem, int begin, int count)
       : ids(static_cast<const Id*>(problem.args.ids) + begin),
@@ -97,53 +98,52 @@ struct Slots {
 
   __device__ __forceinline__ void load(int first, int step) {
 #pragma unroll
-    for (int n = 0; n < kIdsInFlight; ++n) {
+    for (int n = 0; n < kIds; ++n) {
       const int i = first + n * step;
       id[n] = i < count ? ids[i] : Id{-1};
     }
   }
-  // -1 for a slot that is skipped or past the end.
+  // `experts` for a slot that is skipped or past the end.
   __device__ __forceinline__ int expert(int n) const {
-    const bool routed = static_cast<std::make_unsigned_t<Id>>(id[n]) < static_cast<unsigned>(experts);
-    return routed ? static_cast<int>(id[n]) : -1;
+    using Unsigned = std::make_unsigned_t<Id>;
+    const Unsigned value = static_cast<Unsigned>(id[n]), none = static_cast<Unsigned>(experts);
+    return static_cast<int>(value < none ? value : none);
   }
 };
 
 // use(i, expert) for the slots of `slots`; its first ids are loaded.
-template <class Id, class Use>
-__device__ __forceinline__ void for_each_slot(Slots<Id>& slots, int first, int step, Use use) {
+template <class Id, int kIds, class Use>
+__device__ __forceinline__ void for_each_slot(Slots<Id, kIds>& slots, int first, int step, Use use) {
 #pragma unroll 1
   for (int s = 0; s < slots.count;) {
 #pragma unroll
-    for (int n = 0; n < kIdsInFlight; ++n) use(s + n * step + first, slots.expert(n));
-    s += kIdsInFlight * step;
+    for (int n = 0; n < kIds; ++n) use(s + n * step + first, slots.expert(n));
+    s += kIds * step;
     if (s < slots.count) slots.load(s + first, step);
   }
 }
 
 template <class Id>
 __global__ void __launch_bounds__(kThreads) count_spans(const Problem problem) {
-  int* counts = reinterpret_cast<int*>(moe_route_shared);
-  const int width = 4 * problem.quads, begin = blockIdx.x * problem.span * problem.tile;
+  int* counts = reinterpret_cast<int*>(shared_memory());
+  const int begin = blockIdx.x * problem.span * problem.tile;
   const int left = static_cast<int>(problem.args.slots) - begin;
   Slots<Id> span(problem, begin, min(left, problem.span * problem.tile));
   span.load(threadIdx.x, kThreads);
-  clear_shared(width, kThreads);
+  clear(counts, problem.quads, kThreads);
   __syncthreads();
-  for_each_slot(span, threadIdx.x, kThreads, [&](int, int e) {
-    if (e >= 0) atomicAdd(&counts[e], 1);
-  });
+  for_each_slot(span, threadIdx.x, kThreads, [&](int, int e) { atomicAdd(&counts[e], 1); });
   __syncthreads();
-  int4* row = static_cast<int4*>(problem.args.workspace) + static_cast<int64_t>(blockIdx.x) * problem.quads;
-  for (int q = threadIdx.x; q < problem.quads; q += kThreads) row[q] = reinterpret_cast<int4*>(counts)[q];
+  int4* row = static_cast<int4*>(problem.args.workspace) + static_cast<int64_t>(blockIdx.x) * problem.table_quads;
+  for (int q = threadIdx.x; q < problem.table_quads; q += kThreads) row[q] = reinterpret_cast<int4*>(counts)[q];
 }
 
 // Adds the table's counts to `first` (spans before the own) and `total` (all). Thread (group, column) adds up
 // every groups-th span of one quad of experts.
-__device__ __forceinline__ void add_spans(const Problem& problem, const Shared& shared) {
+__device__ __forceinline__ void add_spans(const Problem& problem, const Shared<Others::kTable>& shared) {
   const int column = threadIdx.x & (problem.columns - 1);
   const int group = threadIdx.x / problem.columns, groups = kThreads / problem.columns;
-  const int own = blockIdx.x / problem.span, quads = problem.quads;
+  const int own = blockIdx.x / problem.span, quads = problem.table_quads;
   const int4* __restrict__ table = static_cast<const int4*>(problem.args.workspace);
   for (int q = column; q < quads; q += problem.columns) {
     int before[4] = {}, all[4] = {};
@@ -168,26 +168,35 @@ __device__ __forceinline__ void add_spans(const Problem& problem, const Shared& 
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      atomicAdd(&shared.first[j * quads + q], before[j]);
-      atomicAdd(&shared.total[j * quads + q], all[j]);
+      atomicAdd(&shared.first[j * shared.quads + q], before[j]);
+      atomicAdd(&shared.total[j * shared.quads + q], all[j]);
     }
   }
 }
 
-// Slots of other tiles: what add_spans leaves, or all.
+// Slots of other tiles: of the span those before, which add_spans leaves; without a table, all.
 template <class Id, Others kOthers>
-__device__ __forceinline__ void count_others(const Problem& problem, const Shared& shared) {
-  const int own = blockIdx.x * problem.tile;
-  constexpr bool kTable = kOthers == Others::kTable;
-  const int begin = kTable ? blockIdx.x / problem.span * problem.span * problem.tile : 0;
-  Slots<Id> slots(problem, begin, (kTable ? own : static_cast<int>(problem.args.slots)) - begin);
-  slots.load(threadIdx.x, kThreads);
-  for_each_slot(slots, threadIdx.x, kThreads, [&](int i, int e) {
-    if (e < 0) return;
-    if (kTable || i < own) atomicAdd(&shared.first[shared.at(e)], 1);
-    if (!kTable) atomicAdd(&shared.total[shared.at(e)], 1);
-  });
-}
+struct OtherSlots : Slots<Id, kOthers == Others::kTable ? 4 : 8> {
+  static constexpr bool kTable = kOthers == Others::kTable;
+
+
+  __device__ __forceinline__ static int begin_of(const Problem& problem) {
+    return kTable ? static_cast<int>(blockIdx.x / problem.span * problem.span) * problem.tile : 0;
+  }
+  __device__ __forceinline__ explicit OtherSlots(const Problem& problem)
+      : OtherSlots::Slots(problem, begin_of(problem),
+             (kTable ? static_cast<int>(blockIdx.x) * problem.tile : static_cast<int>(problem.args.slots)) -
+                 begin_of(problem)) {
+    if (this->count > 0) this->load(threadIdx.x, kThreads);
+  }
+  __device__ __forceinline__ void count_into(const Problem& problem, const Shared<kOthers>& shared) {
+    const int own = blockIdx.x * problem.tile;
+    for_each_slot(*this, threadIdx.x, kThreads, [&](int i, int e) {
+      int* row = kTable || i < own ? shared.first : shared.total;
+      if (kTable || i < own || i >= own + problem.tile) atomicAdd(&row[shared.at(e)], 1);
+    });
+  }
+};
 
 // Sum over the threads before this one; `all` is the sum over all.
 template <int kBlock>
@@ -218,18 +227,20 @@ __device__ __forceinline__ int scan_block(int mine, int& all) {
 }
 
 // Turns a column of counts, one a warp, into the counts of the warps before; returns their sum.
-template <int kWarps>
 __device__ __forceinline__ int scan_warps(const Problem& problem, int* column) {
-  int counts[kWarps];  // all read before the first is written
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    counts[w] = w < problem.ranking_warps ? column[w * problem.args.experts] : 0;
-  }
   int before = 0;
+  const int step = 4 * problem.quads;
+#pragma unroll 1
+  for (int w = 0; w < problem.ranking_warps; w += kWarpsAtATime) {
+    int counts[kWarpsAtATime];  // all read before the first is written
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < problem.ranking_warps) column[w * problem.args.experts] = before;
-    before += counts[w];
+    for (int i = 0; i < kWarpsAtATime; ++i) counts[i] = column[i * step];
+#pragma unroll
+    for (int i = 0; i < kWarpsAtATime; ++i) {
+      column[i * step] = before;
+      before += counts[i];
+    }
+    column += kWarpsAtATime * step;
   }
   return before;
 }
@@ -258,6 +269,7 @@ __device__ __forceinline__ void mark_tail(const Problem& problem, int rows_in_us
 
 // Rounded up to whole blocks. The product with the reciprocal is the quotient or one less.
 __device__ __forceinline__ int padded(const Problem& problem, int rows) {
+  if (problem.args.block == 1) return rows;
   const uint32_t n = static_cast<uint32_t>(rows), block = static_cast<uint32_t>(problem.args.block);
   uint32_t rest = n - __umulhi(n, problem.reciprocal) * block;
   if (rest >= block) rest -= block;
@@ -267,7 +279,7 @@ __device__ __forceinline__ int padded(const Problem& problem, int rows) {
 // First rows of the tile in all experts; returns the rows in use. A thread has the experts of one contiguous
 // part. Block 0 writes the layout out.
 template <Others kOthers>
-__device__ __forceinline__ int lay_out(const Problem& problem, const Shared& shared) {
+__device__ __forceinline__ int lay_out(const Problem& problem, const Shared<kOthers>& shared) {
   constexpr int kBlock = kThreadsOf<kOthers>;
   const DispatchArgs& args = problem.args;
   const int part = (args.experts + kBlock - 1) / kBlock;
@@ -275,9 +287,12 @@ __device__ __forceinline__ int lay_out(const Problem& problem, const Shared& sha
   int rows = 0;
 #pragma unroll 1
   for (int e = begin; e < end; ++e) {
-    const int counted = scan_warps<kBlock / 32>(problem, shared.cursor + e);
-    if (kOthers == Others::kNone) shared.total[shared.at(e)] = counted;
-    rows += padded(problem, shared.total[shared.at(e)]);
+    const int at = shared.at(e), counted = scan_warps(problem, shared.cursor + at);
+    int total = counted;
+    if (kOthers == Others::kSlots) total += shared.first[at] + shared.total[at];
+    if (kOthers == Others::kTable) total = shared.total[at];
+    else shared.total[at] = total;
+    rows += padded(problem, total);
   }
   int all;
   int offset = scan_block<kBlock>(rows, all);
@@ -289,7 +304,7 @@ __device__ __forceinline__ int lay_out(const Problem& problem, const Shared& sha
       const int at = shared.at(e);
       real = shared.total[at];
       next += padded(problem, real);
-      shared.first[at] += offset;
+      shared.first[at] = kOthers == Others::kNone ? offset : shared.first[at] + offset;
       if (blockIdx.x == 0) {
         args.offsets[e] = offset;
         args.ends[e] = next;
@@ -303,39 +318,35 @@ __device__ __forceinline__ int lay_out(const Problem& problem, const Shared& sha
   return all;
 }
 
-// The lanes with the expert of this one; of no use where it is -1. A vote a bit of the expert's index: the
-// same short time whatever the ids.
+// Of the lanes that are routed, those with the expert of this one. A vote a bit of the expert's index: the same
+// short time whatever the ids.
 template <int kBits>
-__device__ __forceinline__ unsigned lanes_of_same(int expert) {
-  unsigned same = __ballot_sync(kWarp, expert >= 0);
+__device__ __forceinline__ unsigned lanes_of_same(int expert, bool routed) {
+  unsigned same = __ballot_sync(kWarp, routed);
 #pragma unroll
   for (int bit = 0; bit < kBits; ++bit) {
-    const bool set = expert >> bit & 1;
-    const unsigned with = __ballot_sync(kWarp, set);
-    same &= set ? with : ~with;
+    const int shifted = static_cast<int>(static_cast<unsigned>(expert) << (31 - bit));  // the bit as sign
+    same &= ~(__ballot_sync(kWarp, shifted < 0) ^ static_cast<unsigned>(shifted >> 31));
   }
   return same;
 }
 
-template <class Id, int kBits>
-__device__ __forceinline__ void rank_segment(const Problem& problem, const Shared& shared,
+template <class Id, int kBits, Others kOthers>
+__device__ __forceinline__ void rank_segment(const Problem& problem, const Shared<kOthers>& shared,
                                              Slots<Id>& segment) {
-  int* cursor = shared.cursor + warp() * problem.args.experts;
+  int* cursors = shared.cursor_of(warp());
   int64_t* inverse = problem.args.inverse + segment.begin;
   for_each_slot(segment, lane(), 32, [&](int i, int e) {
     if (i - lane() >= segment.count) return;  // alike in a warp
-    const unsigned same = lanes_of_same<kBits>(e);
-    const int rank = __popc(same & ((1u << lane()) - 1));
-    int row = -1, before = 0;
-    if (e >= 0) {
-      before = cursor[e];
-      row = shared.first[shared.at(e)] + before + rank;
-      problem.args.order[row] = segment.begin + i;
-    }
+    const bool routed = e < segment.experts;
+    const unsigned same = lanes_of_same<kBits>(e, routed);
+    const int rank = __popc(same & ((1u << lane()) - 1)), at = shared.at(e);
+    const int before = cursors[at], row = shared.first[at] + before + rank;
     __syncwarp();  // all have read before the first lane of an expert moves its cursor
-    if (e >= 0 && rank == 0) cursor[e] = before + __popc(same);
+    if (routed && rank == 0) cursors[at] = before + __popc(same);
     __syncwarp();
-    if (i < segment.count) inverse[i] = row;
+    if (routed) problem.args.order[row] = segment.begin + i;
+    if (i < segment.count) inverse[i] = routed ? row : -1;
   });
 }
 
@@ -343,20 +354,24 @@ template <class Id, int kBits, Others kOthers>
 __global__ void __launch_bounds__(kThreadsOf<kOthers>, kOthers == Others::kNone ? 1 : 2)
     place_slots(const Problem problem) {
   constexpr int kBlock = kThreadsOf<kOthers>;
-  const Shared shared(problem);
+  const Shared<kOthers> shared(problem);
   const int own = blockIdx.x * problem.tile, slots = static_cast<int>(problem.args.slots);
   const int offset = warp() * problem.segment, left = min(problem.tile, slots - own) - offset;
   const bool ranks = warp() < problem.ranking_warps;
   Slots<Id> segment(problem, own + offset, ranks ? min(left, problem.segment) : 0);
   segment.load(lane(), 32);
-  clear_shared(8 * problem.quads + problem.ranking_warps * problem.args.experts, kBlock);
-  __syncthreads();
-  if (kOthers != Others::kNone) count_others<Id, kOthers>(problem, shared);
-  if (kOthers == Others::kTable) add_spans(problem, shared);
-  int* counts = shared.cursor + warp() * problem.args.experts;
-  for_each_slot(segment, lane(), 32, [&](int, int e) {
-    if (e >= 0) atomicAdd(&counts[e], 1);
-  });
+  if constexpr (kOthers == Others::kNone) {
+    clear(shared.first, (2 + problem.ranking_warps) * problem.quads, kBlock);
+    __syncthreads();
+  } else {
+    OtherSlots<Id, kOthers> others(problem);
+    clear(shared.first, (2 + problem.ranking_warps) * problem.quads, kBlock);
+    __syncthreads();
+    others.count_into(problem, shared);
+  }
+  if constexpr (kOthers == Others::kTable) add_spans(problem, shared);
+  int* counts = shared.cursor_of(warp());
+  for_each_slot(segment, lane(), 32, [&](int, int e) { atomicAdd(&counts[shared.at(e)], 1); });
   if (segment.count > 32 * kIdsInFlight) segment.load(lane(), 32);  // others were loaded since
   __syncthreads();
   const int rows_in_use = lay_out<kOthers>(problem, shared);
@@ -366,6 +381,8 @@ __global__ void __launch_bounds__(kThreadsOf<kOthers>, kOthers == Others::kNone 
 }
 
 constexpr int32_t kFewExperts = 256;  // their ids have 8 bits
+constexpr int64_t kSlotsAlone = 512;
+constexpr int32_t kExpertsAlone = 1024;
 
 int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
@@ -389,8 +406,6 @@ int64_t tiles_of_span(int64_t tiles, int64_t slots, int64_t experts) {
   return std::max(span, ceil_div(tiles, tuned(Tunable::kDispatchSpans)));
 }
 
-int64_t quads_of(int64_t experts) { return (experts + 3) / 4; }
-
 Problem plan(const DispatchArgs& args) {
   const int64_t experts = args.experts;
   Problem problem;
@@ -401,27 +416,30 @@ Problem plan(const DispatchArgs& args) {
   problem.tile = static_cast<int32_t>(ceil_div(args.slots, tiles));
   problem.span = static_cast<int32_t>(span);
   problem.spans = static_cast<int32_t>(ceil_div(tiles, span));
-  problem.quads = static_cast<int32_t>(quads_of(experts));
+  problem.table_quads = static_cast<int32_t>(ceil_div(experts, 4));
+  problem.quads = static_cast<int32_t>(ceil_div(experts + 1, 4));
   problem.reciprocal = ~uint32_t{0} / static_cast<uint32_t>(args.block);
   problem.columns = 1;
-  while (problem.columns < problem.quads && problem.columns < kThreads) problem.columns *= 2;
+  while (problem.columns < problem.table_quads && problem.columns < kThreads) problem.columns *= 2;
   return problem;
 }
 
 template <class Id, int kBits, Others kOthers>
 void place(Problem problem, Stream stream) {
   constexpr int kBlock = kThreadsOf<kOthers>;
-  const int64_t counters = (kSharedBytes / 4 - 8 * int64_t{problem.quads}) / problem.args.experts;
-  problem.ranking_warps = static_cast<int32_t>(std::min<int64_t>(kBlock / 32, counters));
+  const int64_t row = 16 * int64_t{problem.quads}, at_a_time = kWarpsAtATime;
+  const int64_t wanted = std::max<int64_t>(1, ceil_div(problem.tile, 32 * at_a_time));
+  const int64_t most = std::min<int64_t>(kBlock / 32, kSharedBytes / row - 2) / at_a_time;
+  problem.ranking_warps = static_cast<int32_t>(at_a_time * std::min(wanted, most));
   problem.segment = static_cast<int32_t>(32 * ceil_div(problem.tile, 32 * problem.ranking_warps));
-  const size_t shared = 16 * static_cast<size_t>(ceil_div(shared_words(problem), 4));
+  const auto shared = static_cast<size_t>((2 + problem.ranking_warps) * row);
   launch("dispatch", place_slots<Id, kBits, kOthers>, problem.tiles, kBlock, shared, stream, problem);
 }
 
 template <class Id, int kBits>
 void sort(const Problem& problem, Stream stream) {
   const int64_t slots = problem.args.slots;
-  if (problem.tiles == 1 && slots <= 4 * kThreadsAlone && problem.args.experts <= 8 * kThreadsAlone) {
+  if (problem.tiles == 1 && slots <= kSlotsAlone && problem.args.experts <= kExpertsAlone) {
     return place<Id, kBits, Others::kNone>(problem, stream);
   }
   if (one_launch(slots)) return place<Id, kBits, Others::kSlots>(problem, stream);
@@ -454,7 +472,7 @@ void load_sort(int32_t experts) {
 int64_t dispatch_workspace_bytes(int64_t slots, int32_t experts) {
   if (one_launch(slots)) return 0;
   const int64_t tiles = count_of_tiles(slots, 0), span = tiles_of_span(tiles, slots, experts);
-  return ceil_div(tiles, span) * quads_of(experts) * static_cast<int64_t>(sizeof(int4));
+  return ceil_div(tiles, span) * ceil_div(experts, 4) * static_cast<int64_t>(sizeof(int4));
 }
 
 void dispatch(const DispatchArgs& args, Stream stream) {
