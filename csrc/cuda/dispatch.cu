@@ -129,13 +129,16 @@ __global__ void __launch_bounds__(kThreads) count_spans(const Problem problem) {
   const int begin = blockIdx.x * problem.span * problem.tile;
   const int left = static_cast<int>(problem.args.slots) - begin;
   Slots<Id> span(problem, begin, min(left, problem.span * problem.tile));
+  wait_for_earlier_kernels();
   span.load(threadIdx.x, kThreads);
   clear(counts, problem.quads, kThreads);
   __syncthreads();
   for_each_slot(span, threadIdx.x, kThreads, [&](int, int e) { atomicAdd(&counts[e], 1); });
   __syncthreads();
-  int4* row = static_cast<int4*>(problem.args.workspace) + static_cast<int64_t>(blockIdx.x) * problem.table_quads;
-  for (int q = threadIdx.x; q < problem.table_quads; q += kThreads) row[q] = reinterpret_cast<int4*>(counts)[q];
+  int4* row =
+      static_cast<int4*>(problem.args.workspace) + static_cast<int64_t>(blockIdx.x) * problem.table_quads;
+  for (int q = threadIdx.x; q < problem.table_quads; q += kThreads)
+    row[q] = reinterpret_cast<int4*>(counts)[q];
 }
 
 // Adds the table's counts to `first` (spans before the own) and `total` (all). Thread (group, column) adds up
@@ -179,14 +182,14 @@ template <class Id, Others kOthers>
 struct OtherSlots : Slots<Id, kOthers == Others::kTable ? 4 : 8> {
   static constexpr bool kTable = kOthers == Others::kTable;
 
-
   __device__ __forceinline__ static int begin_of(const Problem& problem) {
     return kTable ? static_cast<int>(blockIdx.x / problem.span * problem.span) * problem.tile : 0;
   }
   __device__ __forceinline__ explicit OtherSlots(const Problem& problem)
-      : OtherSlots::Slots(problem, begin_of(problem),
-             (kTable ? static_cast<int>(blockIdx.x) * problem.tile : static_cast<int>(problem.args.slots)) -
-                 begin_of(problem)) {
+      : OtherSlots::Slots(
+            problem, begin_of(problem),
+            (kTable ? static_cast<int>(blockIdx.x) * problem.tile : static_cast<int>(problem.args.slots)) -
+                begin_of(problem)) {
     if (this->count > 0) this->load(threadIdx.x, kThreads);
   }
   __device__ __forceinline__ void count_into(const Problem& problem, const Shared<kOthers>& shared) {
@@ -290,8 +293,10 @@ __device__ __forceinline__ int lay_out(const Problem& problem, const Shared<kOth
     const int at = shared.at(e), counted = scan_warps(problem, shared.cursor + at);
     int total = counted;
     if (kOthers == Others::kSlots) total += shared.first[at] + shared.total[at];
-    if (kOthers == Others::kTable) total = shared.total[at];
-    else shared.total[at] = total;
+    if (kOthers == Others::kTable)
+      total = shared.total[at];
+    else
+      shared.total[at] = total;
     rows += padded(problem, total);
   }
   int all;
@@ -359,14 +364,17 @@ __global__ void __launch_bounds__(kThreadsOf<kOthers>, kOthers == Others::kNone 
   const int offset = warp() * problem.segment, left = min(problem.tile, slots - own) - offset;
   const bool ranks = warp() < problem.ranking_warps;
   Slots<Id> segment(problem, own + offset, ranks ? min(left, problem.segment) : 0);
+  const auto clear_counters = [&] {  // while the first ids are on their way
+    clear(shared.first, (2 + problem.ranking_warps) * problem.quads, kBlock);
+    __syncthreads();
+  };
+  wait_for_earlier_kernels();
   segment.load(lane(), 32);
   if constexpr (kOthers == Others::kNone) {
-    clear(shared.first, (2 + problem.ranking_warps) * problem.quads, kBlock);
-    __syncthreads();
+    clear_counters();
   } else {
     OtherSlots<Id, kOthers> others(problem);
-    clear(shared.first, (2 + problem.ranking_warps) * problem.quads, kBlock);
-    __syncthreads();
+    clear_counters();
     others.count_into(problem, shared);
   }
   if constexpr (kOthers == Others::kTable) add_spans(problem, shared);
@@ -381,7 +389,6 @@ __global__ void __launch_bounds__(kThreadsOf<kOthers>, kOthers == Others::kNone 
 }
 
 constexpr int32_t kFewExperts = 256;  // their ids have 8 bits
-constexpr int64_t kSlotsAlone = 512;
 constexpr int32_t kExpertsAlone = 1024;
 
 int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
@@ -439,12 +446,13 @@ void place(Problem problem, Stream stream) {
 template <class Id, int kBits>
 void sort(const Problem& problem, Stream stream) {
   const int64_t slots = problem.args.slots;
-  if (problem.tiles == 1 && slots <= kSlotsAlone && problem.args.experts <= kExpertsAlone) {
-    return place<Id, kBits, Others::kNone>(problem, stream);
+  if (one_launch(slots)) {
+    const bool few = slots <= tuned(Tunable::kDispatchAlone) && problem.args.experts <= kExpertsAlone;
+    if (problem.tiles == 1 && few) return place<Id, kBits, Others::kNone>(problem, stream);
+    return place<Id, kBits, Others::kSlots>(problem, stream);
   }
-  if (one_launch(slots)) return place<Id, kBits, Others::kSlots>(problem, stream);
-  launch("dispatch", count_spans<Id>, problem.spans, kThreads, 16 * static_cast<size_t>(problem.quads), stream,
-         problem);
+  launch("dispatch", count_spans<Id>, problem.spans, kThreads, 16 * static_cast<size_t>(problem.quads),
+         stream, problem);
   place<Id, kBits, Others::kTable>(problem, stream);
 }
 

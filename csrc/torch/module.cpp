@@ -294,8 +294,8 @@ PYBIND11_MODULE(_C, m) {
         arg("capacity"), arg("offsets"), arg("ends"), arg("counts"), arg("order"), arg("inverse"));
   m.def("dispatch_workspace_bytes", &mr::cuda::dispatch_workspace_bytes, arg("slots"), arg("experts"));
   m.def("dispatch_cuda", &mr::dispatch_cuda, arg("ids"), arg("ids_type"), arg("slots"), arg("experts"),
-        arg("block"), arg("capacity"), arg("offsets"), arg("ends"), arg("counts"), arg("order"), arg("inverse"),
-        arg("workspace"), arg("stream"));
+        arg("block"), arg("capacity"), arg("offsets"), arg("ends"), arg("counts"), arg("order"),
+        arg("inverse"), arg("workspace"), arg("stream"));
   m.def("permute", &mr::permute, arg("x"), arg("order"), arg("inverse"), arg("rows"), arg("tokens"), arg("k"),
         arg("row_bytes"), arg("capacity"));
   m.def("permute_cuda", &mr::permute_cuda, arg("x"), arg("order"), arg("inverse"), arg("rows"), arg("tokens"),

@@ -285,8 +285,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dispatch(const Tensor& ids, i
   args.block = static_cast<int32_t>(block);
   args.capacity = dispatch_capacity(args.slots, num_experts, block);
   if (args.capacity > kMaxRows) {
-    refuse(args.slots, " slots of ", num_experts, " experts take up to ", args.capacity, " rows (block = ", block,
-           "), more than the ", kMaxRows, " that are supported; dispatch the tokens in parts");
+    refuse(args.slots, " slots of ", num_experts, " experts take up to ", args.capacity,
+           " rows (block = ", block, "), more than the ", kMaxRows,
+           " that are supported; dispatch the tokens in parts");
   }
   const int32_t dtype = aoti_torch_dtype_int64();
   Tensor offsets = allocate({num_experts + 1}, dtype, place);
