@@ -172,6 +172,7 @@ def test_every_dispatch_kernel_gives_the_bits_of_the_cpu(code: build.Code, inter
     ran: set[str] = set()
     for experts in (6, 300):
         for dtype in (torch.int32, torch.int64):
+            ran |= run_dispatch(interpreter, experts, 500, dtype, block=1)
             ran |= run_dispatch(interpreter, experts, 600, dtype, block=16)
             ran |= run_dispatch(interpreter, experts, 4400, dtype, block=1)
     assert sorted(name for name in code.names() if name.startswith(OF_DISPATCH) and name not in ran) == []
