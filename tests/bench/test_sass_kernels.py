@@ -202,7 +202,7 @@ def test_every_kernel_has_its_test(code: build.Code) -> None:
 
 
 def test_every_kernel_waits_for_the_kernels_before_it(code: build.Code) -> None:
-    """Before it touches global memory (`wait_for_earlier_kernels`): with the tunable pdl it may start while they run."""
+    """Before it touches global memory: with the tunable pdl it may start while they run."""
     for name in code.names():
         opcodes = [instruction.opcode for instruction in code.kernel(name).kernel.instructions]
         assert opcodes.count("ACQBULK") == 1, name
