@@ -24,7 +24,7 @@ _SPEC = ops.RouterSpec(renormalize="sum")
 @contextmanager
 def overlapping(wanted: int) -> Iterator[None]:
     """Launch, or capture, with this value of the tunable."""
-    before = _C.tunables()[TUNABLE]["now"]
+    before = int(_C.tunables()[TUNABLE]["now"])
     _C.tune(TUNABLE, wanted)
     try:
         yield

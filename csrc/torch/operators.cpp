@@ -276,10 +276,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dispatch(const Tensor& ids, i
   if (num_experts < 1 || num_experts > kMaxExperts)
     refuse("num_experts = ", num_experts, " is outside 1..", kMaxExperts);
   if (block < 1 || block > 65536) refuse("block = ", block, " is outside 1..65536");
-  const Tensor source = packed("ids", ids);
   DispatchArgs args;
-  args.ids_type = index_type("ids", ids);
-  args.ids = source.const_data_ptr();
   args.slots = ids.size(0) * ids.size(1);
   args.experts = static_cast<int32_t>(num_experts);
   args.block = static_cast<int32_t>(block);
@@ -289,6 +286,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dispatch(const Tensor& ids, i
            " rows (block = ", block, "), more than the ", kMaxRows,
            " that are supported; dispatch the tokens in parts");
   }
+  const Tensor source = packed("ids", ids);
+  args.ids_type = index_type("ids", ids);
+  args.ids = source.const_data_ptr();
   const int32_t dtype = aoti_torch_dtype_int64();
   Tensor offsets = allocate({num_experts + 1}, dtype, place);
   Tensor ends = allocate({num_experts}, aoti_torch_dtype_int32(), place);

@@ -12,8 +12,9 @@ __all__ = ["Dispatch"]
 class Dispatch(NamedTuple):
     """Assigns each routed slot (one chosen expert of one token) to a row; rows are grouped by expert.
 
-    All but `ends` are int64. The number of rows R depends on shapes only, never on the ids, so the host does not wait for a device. It is T * k
-    with block 1, and at most E * (block - 1) more with larger blocks. Rows from ``offsets[E]`` on are unused.
+    All but `ends` are int64. The number of rows R depends on shapes only, never on the ids, so the host does not wait
+    for a device. It is T * k with block 1, and at most E * (block - 1) more with larger blocks. Rows from
+    ``offsets[E]`` on are unused.
     """
 
     offsets: Tensor

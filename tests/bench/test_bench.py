@@ -483,7 +483,8 @@ def test_the_kernels_are_measured_on_a_stand_in(
 
 def test_launches_overlap_in_one_contender_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tunable is set while that one runs, or is captured, and is what it was afterwards."""
-    table, during = {chain.TUNABLE: {"now": 0}}, []
+    table: dict[str, dict[str, int | str]] = {chain.TUNABLE: {"now": 0}}
+    during: list[int | str] = []
     monkeypatch.setattr(chain._C, "tunables", lambda: table)
     monkeypatch.setattr(chain._C, "tune", lambda name, value: table[name].update(now=value))
     route = ops.route

@@ -256,6 +256,12 @@ def test_bad_arguments_are_named(call, names: str) -> None:
         call(slots)
 
 
+def test_more_rows_than_the_kernels_number_are_refused(native: Backend) -> None:
+    """Before anything is copied or allocated."""
+    with pytest.raises(ValueError, match="1073741825 rows.* dispatch the tokens in parts"):
+        native.dispatch(torch.zeros(1, 1, dtype=torch.int32).expand(2**30 + 1, 1), 4)
+
+
 def test_rows_out_of_range_are_never_touched(native: Backend) -> None:
     """A forged inverse must not read or write outside the rows."""
     slots = native.dispatch(torch.tensor([[0, 1]]), 2)
