@@ -258,7 +258,7 @@ def test_bad_arguments_are_named(call, names: str) -> None:
 
 def test_more_rows_than_the_kernels_number_are_refused(native: Backend) -> None:
     """Before anything is copied or allocated."""
-    with pytest.raises(ValueError, match="1073741825 rows.* dispatch the tokens in parts"):
+    with pytest.raises(ValueError, match=r"1073741825 rows.* dispatch the tokens in parts"):
         native.dispatch(torch.zeros(1, 1, dtype=torch.int32).expand(2**30 + 1, 1), 4)
 
 
