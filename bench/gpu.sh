@@ -24,11 +24,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 root="$PWD"
 
 checks=(same-bits-as-cpu determinism graph-replay two-streams no-waiting experts past-2-31)
-stages=(environment device-test-build device-test build import "${checks[@]}" capture-at-once gate dispatch memcheck racecheck
-  ncu decode sweep layers model expert-layers initcheck synccheck memcheck-operators tests)
+stages=(environment device-test-build device-test device-test-pdl build import "${checks[@]}" capture-at-once gate dispatch memcheck racecheck
+  ncu chain decode sweep layers model expert-layers initcheck synccheck memcheck-operators tests)
 # build and import again: a call may meet a machine that was started anew
-calls=("" "environment,device-test-build,device-test,build,import,$(IFS=, && echo "${checks[*]}"),capture-at-once,gate,dispatch,memcheck,racecheck,ncu"
-  "environment,build,import,decode,sweep,layers,expert-layers"
+calls=("" "environment,device-test-build,device-test,device-test-pdl,build,import,$(IFS=, && echo "${checks[*]}"),capture-at-once,gate,dispatch,memcheck,racecheck,ncu"
+  "environment,build,import,chain,decode,sweep,layers,expert-layers"
   "environment,build,import,model,device-test-build,initcheck,synccheck,memcheck-operators,tests")
 readonly not_here=77 # exit code of what this machine cannot do, as stages.py has it
 
@@ -286,6 +286,8 @@ if wanted build; then
   ) &
 fi
 device_stage device-test 200 bash -c run_device_test
+# the same with launches that overlap, which is off by default
+device_stage device-test-pdl 60 env MOE_ROUTE_TUNING=pdl=1 bash -c "'$build/device_test' --problems 300 || exit 1"
 stage build 270 bash -c wait_for_module
 # The folder of the package comes first, so that the tree's own moe_route is not what is tested.
 [ ! -d "$site/moe_route" ] || export PYTHONPATH="$site:$root"
@@ -326,6 +328,7 @@ measure gate 120
 measure dispatch 120
 for tool in memcheck racecheck; do device_stage "$tool" 60 bash -c "sanitize $tool '$build/device_test' --problems 20"; done
 device_stage ncu 60 bash -c profile
+measure chain 90
 measure decode 90
 measure sweep 180
 for name in layers model expert-layers; do measure "$name" 120; done

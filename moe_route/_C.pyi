@@ -25,6 +25,8 @@ class CudaRuntime(TypedDict):
 
 def build_info() -> BuildInfo: ...
 def cuda_runtime() -> CudaRuntime: ...
+def tunables() -> dict[str, dict[str, int | str]]: ...
+def tune(name: str, value: int) -> None: ...
 def load_kernels(device: int, experts: int) -> None: ...
 def instruction_set() -> str: ...
 def best_instruction_set() -> str: ...
@@ -46,6 +48,7 @@ def dispatch(
     block: int,
     capacity: int,
     offsets: int,
+    ends: int,
     counts: int,
     order: int,
     inverse: int,
@@ -59,6 +62,7 @@ def dispatch_cuda(
     block: int,
     capacity: int,
     offsets: int,
+    ends: int,
     counts: int,
     order: int,
     inverse: int,

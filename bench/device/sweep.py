@@ -50,7 +50,6 @@ class Work:
             Sweep("dispatch.spans", (128, 256, 512, 1024), ("dispatch",)),
             Sweep("rows.blocks", (8, 16, 32, 64, 128), ("permute", "combine")),
             Sweep("experts.columns", (1, 2, 4, 8, 16, 32), ("experts",)),
-            Sweep("pdl", (0, 1), ("dispatch", "permute", "combine", "chain")),
         )
     )
 
@@ -83,27 +82,12 @@ def cases(kind: str, work: Work, where: Place, mode: str) -> Iterator[tuple[str,
     for tokens in work.move_tokens:
         if kind == "experts" and tokens * work.k > 256 and where.device.type == "cuda":
             tokens = 256 // work.k
-        if kind in ("chain", "experts"):
-            makers = {"chain": chain, "experts": streamed}
-            yield f"{kind} T={tokens}", makers[kind](tokens, work, where), 1
+        if kind == "experts":
+            yield f"experts T={tokens}", streamed(tokens, work, where), 1
         else:
             shape = DispatchShape(tokens, work.hidden, experts=work.experts, k=work.k, dtype=BF16)
             contenders, inputs = dispatch.MAKERS[kind](shape, where, mode)
             yield f"{kind}: {shape.title}", contenders[kind], inputs
-
-
-def chain(tokens: int, work: Work, where: Place) -> Contender:
-    """A decode step's routing as one graph: gate with counts, dispatch, permute, combine."""
-    logits = where.inputs((tokens, work.experts), BF16)
-    hidden = torch.randn(tokens, work.hidden, dtype=BF16, device=where.device)
-    tables = ops.StatisticsTables.zeros(work.experts, groups=1, metrics=("counts",), entropy=False, device=where.device)
-
-    def step(index: int) -> torch.Tensor:
-        weights, ids = ops.route(logits[index], work.k, gate.SPEC, statistics=tables)
-        slots = ops.dispatch(ids, work.experts)
-        return ops.combine(ops.permute(hidden, slots), weights, slots)
-
-    return step
 
 
 def streamed(tokens: int, work: Work, where: Place) -> Contender:
@@ -153,11 +137,9 @@ def timed(contender: Contender, where: Place, mode: str, rounds: int, inputs: in
 
 
 def decode(where: Place, work: Work, mode: str) -> Iterator[Fact]:
-    """A step's routing as one graph, the gate of other numbers of experts, and the gate with cold code."""
+    """The gate of other numbers of experts, and the gate with cold code."""
     section = f"Decode, {mode}"
     for tokens in (tokens for tokens in (1, 16, 64, 256) if where.device.type == "cuda" or tokens < 4):
-        seconds = timed(chain(tokens, work, where), where, mode, work.rounds, 1)
-        yield Fact(section, f"T={tokens}", "gate + dispatch + permute + combine", seconds * 1e6, "us")
         for experts in (8, 64, 256, 512):
             made = gate.DeviceGate(GateShape(experts, min(work.k, experts), BF16, tokens), where, mode)
             seconds = timed(made.routed(metrics=("counts",)), where, mode, work.rounds, len(made.logits))

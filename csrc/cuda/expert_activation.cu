@@ -103,6 +103,7 @@ __device__ __forceinline__ void activate_row(const ExpertActivationArgs& args, c
 template <class Type, int Bytes, Pairing kPairing>
 __global__ void __launch_bounds__(kRowThreads)
     activate_rows(const ExpertActivationArgs args, const RowGrid grid) {
+  wait_for_earlier_kernels();
   const RowPart part = row_part(grid, kUnroll);
   const int64_t end = args.rows_in_use();
   if (part.last < 0) return;

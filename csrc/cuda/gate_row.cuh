@@ -507,6 +507,7 @@ __device__ __forceinline__ void end_block(const GateLaunch& launch, const BlockR
 template <int kValues, Level kLevel, bool kCommon>
 __global__ void __launch_bounds__(kLanes, blocks_at_once(kValues, kLevel, kCommon))
     gate_kernel(const __grid_constant__ GateLaunch launch) {
+  wait_for_earlier_kernels();
   const BlockRows block = begin_block(launch);
   unsigned char* const memory = moe_route_shared + launch.layout.block_row;
   RowGate<kValues, kLevel, kCommon>(launch, memory, block.place).rows(block.begin, block.end);

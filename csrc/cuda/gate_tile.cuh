@@ -442,6 +442,7 @@ class TileGate {
 template <int kValues, Level kLevel>
 __global__ void __launch_bounds__(kLanes, tiles_at_once(kValues))
     tile_kernel(const __grid_constant__ GateLaunch launch) {
+  wait_for_earlier_kernels();
   const BlockRows block = begin_block(launch);
   unsigned char* const memory = moe_route_shared + launch.layout.block_row;
   TileGate<kValues, kLevel> tile(launch, memory + launch.layout.tile, block.place);

@@ -30,6 +30,7 @@ if SCRIPT.is_file():
     from bench.device import __main__ as device
     from bench.device import (
         bisection,
+        chain,
         checks,
         dispatch,
         environment,
@@ -475,13 +476,27 @@ def test_the_kernels_are_measured_on_a_stand_in(
     """Every tensor on the device, nothing that waits inside a graph."""
     small = replace(device.SMALL, gates=device.SMALL.gates[:1], models=device.SMALL.models[:1])
     monkeypatch.setattr(device, "SMALL", small)
-    sections = ["gate", "dispatch", "layers"]
+    sections = ["gate", "dispatch", "chain", "layers"]
     assert device.main(["--device", "cuda", "--small", "--out", str(tmp_path), "--sections", *sections]) == 0
     content = json.loads((tmp_path / "cuda-stand-in-9.json").read_text())
     assert content["machine"]["device"] == "NVIDIA Stand-In 9"
-    for name in (gate.COUNTED, dispatch.DISPATCH, dispatch.PERMUTE, dispatch.COMBINE):
+    for name in (gate.COUNTED, dispatch.DISPATCH, dispatch.PERMUTE, dispatch.COMBINE, chain.APART):
         modes = {row["section"].rpartition(", ")[2] for row in content["rows"] if row["name"] == name}
         assert modes == {place.GRAPH, place.LAUNCHED}
+
+
+def test_launches_overlap_in_one_contender_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tunable is set while that one runs, or is captured, and is what it was afterwards."""
+    table: dict[str, dict[str, int | str]] = {chain.TUNABLE: {"now": 0}}
+    during: list[int | str] = []
+    monkeypatch.setattr(chain._C, "tunables", lambda: table)
+    monkeypatch.setattr(chain._C, "tune", lambda name, value: table[name].update(now=value))
+    route = ops.route
+    monkeypatch.setattr(ops, "route", lambda *a, **k: during.append(table[chain.TUNABLE]["now"]) or route(*a, **k))
+    run = chain.measure(device.SMALL.chains[0], place.named("cpu"), place.REHEARSED, 2)
+    assert {chain.APART, chain.OVERLAPPED} <= set(run.seconds)
+    assert set(during) == {0, 1}
+    assert table[chain.TUNABLE]["now"] == 0
 
 
 @pytest.mark.usefixtures("few_calls")
@@ -759,11 +774,12 @@ def test_a_sweep_puts_its_tunables_back(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sweep._C, "tunables", lambda: {name: {"now": value} for name, value in now.items()})
     monkeypatch.setattr(sweep._C, "tune", now.__setitem__)
     work = replace(
-        sweep.SMALL, sweeps=(sweep.Sweep("rows.blocks", (8, 16), ("combine",)), sweep.Sweep("pdl", (0, 1), ("chain",)))
+        sweep.SMALL,
+        sweeps=(sweep.Sweep("rows.blocks", (8, 16), ("combine",)), sweep.Sweep("unknown", (0, 1), ("permute",))),
     )
     monkeypatch.setattr(sweep, "timed", lambda *_: seen.append(now["rows.blocks"]) or 1e-6)
     facts = list(sweep.measure(place.rehearsal(), work, place.REHEARSED))
-    assert [fact.what for fact in facts] == ["rows.blocks = 8", "rows.blocks = 16", "pdl = untouched"]
+    assert [fact.what for fact in facts] == ["rows.blocks = 8", "rows.blocks = 16", "unknown = untouched"]
     assert seen == [8, 16, 64]
     assert now == {"rows.blocks": 64}
 
