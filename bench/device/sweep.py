@@ -63,7 +63,7 @@ def tuned(name: str, value: int | None) -> Iterator[None]:
     if value is None:
         yield
         return
-    before = _C.tunables()[name]["now"]
+    before = int(_C.tunables()[name]["now"])
     _C.tune(name, value)
     try:
         yield
@@ -85,9 +85,9 @@ def cases(kind: str, work: Work, where: Place, mode: str) -> Iterator[tuple[str,
         if kind == "experts":
             yield f"experts T={tokens}", streamed(tokens, work, where), 1
         else:
-            shape = DispatchShape(tokens, work.hidden, experts=work.experts, k=work.k, dtype=BF16)
-            contenders, inputs = dispatch.MAKERS[kind](shape, where, mode)
-            yield f"{kind}: {shape.title}", contenders[kind], inputs
+            moved = DispatchShape(tokens, work.hidden, experts=work.experts, k=work.k, dtype=BF16)
+            contenders, inputs = dispatch.MAKERS[kind](moved, where, mode)
+            yield f"{kind}: {moved.title}", contenders[kind], inputs
 
 
 def streamed(tokens: int, work: Work, where: Place) -> Contender:
