@@ -36,7 +36,7 @@ def culprits(
         usual: the values to go back to; default those in force. A switch that is not among them is left out.
     """
     if usual is None:
-        usual = {name: entry["now"] for name, entry in _C.tunables().items()}
+        usual = {name: int(entry["now"]) for name, entry in _C.tunables().items()}
     found = []
     for part, switch, off in SWITCHES:
         if switch not in usual:
