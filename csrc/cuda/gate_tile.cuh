@@ -30,6 +30,16 @@ __device__ __forceinline__ void wait_for_copies() {
   __syncwarp();
 }
 
+// The smaller one; NaN where one is NaN.
+__device__ __forceinline__ float least_or_nan(float x, float y) {
+#ifdef __CUDA_ARCH__
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
+  return x;
+#else
+  return x == x && !(x < y) ? y : x;
+#endif
+}
+
 // A list in shared memory that a thread appends to: entries lie a warp's width apart. One entry more than
 // kTileList has room, to be overwritten.
 class List {
@@ -123,7 +133,7 @@ class TileGate {
     const bool there = t < args_.tokens;
     load(begin);
     Token token;
-    if (there) token = read_token(launch_, t);
+    if (there) token = read_token<true>(launch_, t);
     const Place place = place_of(launch_.layout, token.group, token.segment);
     const bool counted = there && token.valid && place.counted();
     bool plain = there && token.valid && (!counted || place == place_);
@@ -154,29 +164,34 @@ class TileGate {
 
   template <class T, class Convert>
   __device__ __forceinline__ void load_halves(int64_t begin, Convert convert) {
-    for_each_row(begin, [&](float* to, int64_t at) {
-      const uint2 raw = __ldg(reinterpret_cast<const uint2*>(static_cast<const T*>(args_.logits) + at));
+    for_each_four<T>(begin, [&](float* to, const T* from) {
+      const uint2 raw = __ldg(reinterpret_cast<const uint2*>(from));
       *reinterpret_cast<float4*>(to) = make_float4(convert(raw.x & 0xffffu), convert(raw.x >> 16),
                                                    convert(raw.y & 0xffffu), convert(raw.y >> 16));
     });
   }
-  // op(where four values go, where they come from), neighboring lanes side by side. Past the last row: that
-  // row again.
-  template <class Op>
-  __device__ __forceinline__ void for_each_row(int64_t begin, Op op) {
-    constexpr int kFours = kExperts / 4;
+  // op(where four values go, where they come from), neighboring lanes side by side. Where rows begin is added up, not
+  // multiplied out. Past the last row: one of the rows again.
+  template <class T, class Op>
+  __device__ __forceinline__ void for_each_four(int64_t begin, Op op) {
+    constexpr int kFours = kExperts / 4;  // of a row
+    constexpr int kRows = kFours < kLanes ? kLanes / kFours : 1, kParts = kFours < kLanes ? 1 : kFours / kLanes;
+    const int first = lane() / kFours, column = lane() % kFours * 4;
+    const int last = static_cast<int>(min(args_.tokens - begin, int64_t{kLanes})) - 1;
+    const T* from = static_cast<const T*>(args_.logits) + (begin + min(first, last)) * args_.row_stride + column;
+    float* const to = tile_ + first * kStride + column;
+    const int64_t step = kRows * args_.row_stride;
 #pragma unroll 8
-    for (int i = 0; i < kFours; ++i) {  // 32 rows of kFours, 32 fours at a time
-      const int four = i * kLanes + lane(), row = four / kFours, column = four % kFours * 4;
-      const int64_t t = begin + row < args_.tokens ? begin + row : args_.tokens - 1;
-      op(tile_ + row * kStride + column, t * args_.row_stride + column);
+    for (int row = 0; row < kLanes; row += kRows) {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part)
+        op(to + row * kStride + part * 4 * kLanes, from + part * 4 * kLanes);
+      if (first + row + kRows <= last) from += step;
     }
   }
   __device__ __forceinline__ void load(int64_t begin) {
     if (args_.logits_type == DType::kFloat32) {
-      for_each_row(begin, [&](float* to, int64_t at) {
-        copy_async(to, static_cast<const float*>(args_.logits) + at);
-      });
+      for_each_four<float>(begin, [](float* to, const float* from) { copy_async(to, from); });
     } else if (launch_.layout.bfloat16) {
       load_halves<uint16_t>(begin, [](unsigned x) { return math::as_float(int32_t(x << 16)); });
     } else {
@@ -189,7 +204,7 @@ class TileGate {
   // op(value, stripe) for the thread's row, in rising order.
   template <class Op>
   __device__ __forceinline__ static void each(const float* row, Op op) {
-#pragma unroll 2
+#pragma unroll 1
     for (int v = 0; v < kExperts; v += kStripes) {
 #pragma unroll
       for (int s = 0; s < kStripes; s += 4) {
@@ -206,14 +221,13 @@ class TileGate {
     float* const row = tile_ + lane() * kStride;
     SteeringRow steering;
     steering.index = index, steering.k = args_.k;
-    read_row_params(launch_, steering);
+    read_row_params<false>(launch_, steering);
     count = steering.k;
     bool plain = true;
     float std = 0;
     if (has(launch_, kStd)) {
       Stripes sums, squares;
       each(row, [&](float x, int s) {
-        plain &= fabsf(x) < kTame;
         sums.sums[s] = sums.sums[s] + x;
       });
       const float mean = sums.fold() / float(kExperts);
@@ -222,42 +236,53 @@ class TileGate {
         squares.sums[s] = math::fma(d, d, squares.sums[s]);
       });
       const float all = squares.fold();
-      plain &= all < infinity();
+      plain = all < infinity();  // as it is where all logits are numbers and none is huge
       std = math::sqrt(all / float(kExperts - (steering.sample_std() ? 1 : 0)));
     }
-#pragma unroll 2
-    for (int e = 0; e < kExperts; e += 4) steer_four(steering, e, *reinterpret_cast<float4*>(row + e), std);
+#pragma unroll 1
+    for (int e = 0; e < kExperts; e += kStripes) steer_stripes(steering, e, row + e, std);
     return plain;
   }
-  __device__ __forceinline__ void steer_four(const SteeringRow& steering, int e, float4& four,
-                                             float std) const {
-    const float raw[4] = {four.x, four.y, four.z, four.w};
-    float x[4] = {four.x, four.y, four.z, four.w};
-    // op(value, raw value, entry) for each of the four.
+  // Sixteen logits plane by plane: a launch asks once for each plane, not for each logit.
+  __device__ __forceinline__ void steer_stripes(const SteeringRow& steering, int e, float* z, float std) const {
+    float x[kStripes], raw[kStripes];
+#pragma unroll
+    for (int s = 0; s < kStripes; s += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(z + s);
+      raw[s] = four.x, raw[s + 1] = four.y, raw[s + 2] = four.z, raw[s + 3] = four.w;
+    }
+#pragma unroll
+    for (int s = 0; s < kStripes; ++s) x[s] = raw[s];
+    // op(value, raw value, entry) for each of them.
     const auto apply = [&](uint32_t bit, auto op) {
       if (!has(launch_, bit)) return;
       const float* const plane = plane_of(launch_, steering, bit) + e;
-      float entries[4];
-      if (launch_.layout.whole_planes) {
-        const float4 y = __ldg(reinterpret_cast<const float4*>(plane));
-        entries[0] = y.x, entries[1] = y.y, entries[2] = y.z, entries[3] = y.w;
-      } else {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) entries[c] = __ldg(plane + c);
+      for (int s = 0; s < kStripes; s += 4) {
+        const float4 entry = four_of(plane + s);
+        x[s] = op(x[s], raw[s], entry.x);
+        x[s + 1] = op(x[s + 1], raw[s + 1], entry.y);
+        x[s + 2] = op(x[s + 2], raw[s + 2], entry.z);
+        x[s + 3] = op(x[s + 3], raw[s + 3], entry.w);
       }
-#pragma unroll
-      for (int c = 0; c < 4; ++c) x[c] = op(x[c], raw[c], entries[c]);
     };
-    apply(kScale, [](float z, float, float scale) { return z * scale; });
+    apply(kScale, [](float v, float, float scale) { return v * scale; });
     if (steering.temperature != 1.0f) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) x[c] = x[c] / steering.temperature;
+      for (int s = 0; s < kStripes; ++s) x[s] = x[s] / steering.temperature;
     }
-    apply(kBias, [](float z, float, float b) { return b != 0.0f ? z + b : z; });
-    apply(kStd, [std](float z, float, float c) { return c != 0.0f ? math::fma(c, std, z) : z; });
+    apply(kBias, [](float v, float, float b) { return b != 0.0f ? v + b : v; });
+    apply(kStd, [std](float v, float, float c) { return c != 0.0f ? math::fma(c, std, v) : v; });
     apply(kMagnitude,
-          [](float z, float own, float m) { return m != 0.0f ? math::fma(m, fabsf(own), z) : z; });
-    four = make_float4(x[0], x[1], x[2], x[3]);
+          [](float v, float own, float m) { return m != 0.0f ? math::fma(m, fabsf(own), v) : v; });
+#pragma unroll
+    for (int s = 0; s < kStripes; s += 4)
+      *reinterpret_cast<float4*>(z + s) = make_float4(x[s], x[s + 1], x[s + 2], x[s + 3]);
+  }
+  // Four entries of a plane, in one load where all planes lie so.
+  __device__ __forceinline__ float4 four_of(const float* plane) const {
+    if (launch_.layout.whole_planes) return __ldg(reinterpret_cast<const float4*>(plane));
+    return make_float4(__ldg(plane), __ldg(plane + 1), __ldg(plane + 2), __ldg(plane + 3));
   }
 
   // ---- choice -----------------------------------------------------------------------------------
@@ -265,12 +290,11 @@ class TileGate {
   // The largest value, and one that at least eight reach: the eighth of the largest values of 16 stripes.
   // False where a value is no plain number.
   __device__ __forceinline__ bool find_bound(const float* row, float& largest, float& bound) const {
-    float most[kStripes];
+    float most[kStripes], least = infinity();
 #pragma unroll
     for (int s = 0; s < kStripes; ++s) most[s] = -infinity();
-    bool plain = true;
     each(row, [&](float x, int s) {
-      plain &= fabsf(x) < kTame;
+      least = least_or_nan(least, x);
       most[s] = fmaxf(most[s], x);
     });
     sort_eight(most);
@@ -279,7 +303,8 @@ class TileGate {
     bound = fmaxf(most[0], most[15]);
 #pragma unroll
     for (int i = 1; i < 8; ++i) bound = fminf(bound, fmaxf(most[i], most[15 - i]));
-    return plain;
+    const bool in_range = !kScored || largest - least <= -math::kExpUnderflow;  // no numerator is 0
+    return least > -kTame && largest < kTame && in_range;
   }
 
   // Lists what reaches the bound, by rising index; with scores, turns the row into numerators. Returns how many
@@ -287,7 +312,7 @@ class TileGate {
   __device__ __forceinline__ int list_best(float* row, float bound, float largest, Stripes& total,
                                            Stripes& entropy) {
     List list(list_);
-#pragma unroll 2
+#pragma unroll 1
     for (int v = 0; v < kExperts; v += kStripes) {
 #pragma unroll
       for (int s = 0; s < kStripes; s += 4) {
@@ -298,7 +323,7 @@ class TileGate {
         if constexpr (kScored) {
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
-            const float shifted = x[c] - largest, numerator = math::exp_nonpositive(shifted);
+            const float shifted = x[c] - largest, numerator = math::exp_in_range(shifted);
             total.sums[s + c] = total.sums[s + c] + numerator;
             entropy.sums[s + c] = math::fma(numerator, shifted, entropy.sums[s + c]);
             x[c] = numerator;
@@ -442,11 +467,13 @@ class TileGate {
 template <int kValues, Level kLevel>
 __global__ void __launch_bounds__(kLanes, tiles_at_once(kValues))
     tile_kernel(const __grid_constant__ GateLaunch launch) {
-  const BlockRows block = begin_block(launch);
+  const RowRange range = rows_of_block(launch);
+  const Place place = begin_block(launch, range);
   unsigned char* const memory = moe_route_shared + launch.layout.block_row;
-  TileGate<kValues, kLevel> tile(launch, memory + launch.layout.tile, block.place);
-  RowGate<kValues, kLevel, true> alone(launch, memory, block.place);
-  for (int64_t t = block.begin; t < block.end; t += kLanes) {
+  TileGate<kValues, kLevel> tile(launch, memory + launch.layout.tile, place);
+  RowGate<kValues, kLevel, true> alone(launch, memory);
+  alone.begin(place);
+  for (int64_t t = range.begin; t < range.end; t += kLanes) {
     unsigned left = tile.rows(t);
     while (left != 0) {
       alone.row(t + __ffs(static_cast<int>(left)) - 1);
@@ -454,7 +481,7 @@ __global__ void __launch_bounds__(kLanes, tiles_at_once(kValues))
     }
   }
   alone.flush();
-  end_block(launch, block);
+  end_block(launch, place);
 }
 
 }  // namespace
