@@ -342,6 +342,7 @@ class RowGate {
       for_each_expert<kValues>(args_.experts,
                                [&](int i, int e) { members[i] = member(e) ? values_[i] : not_a_number(); });
       const int before = chosen;
+      if (before == want) break;
       chosen += select_best<kValues>(members, args_.experts, want - before, before, selection_);
       if (chosen < want)
         chosen = append_nan<kValues>(values_, args_.experts, want, chosen, selection_, member);

@@ -126,7 +126,7 @@ __device__ __forceinline__ RowScores score_all(Score score, const Values<kValues
     pointwise_all<kValues>(score, z, experts, entropy, scores, r);
   }
   r.scored = r.scored && r.total >= kSmallestNormal && r.total < infinity();
-  r.inverse = r.total > 0.0f ? 1.0f / r.total : 0.0f;
+  r.inverse = r.scored ? 1.0f / r.total : 0.0f;  // a softmax whose sum is not 0 is scored
   if (is_softmax(score)) r.factor = r.inverse;
   return r;
 }

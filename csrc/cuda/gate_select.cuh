@@ -173,12 +173,11 @@ __device__ __forceinline__ void rank(Selection& selection, int count, int want, 
   __syncwarp();
 }
 
-// The `want` best numbers of a row, best first, to ids[first ...]; returns how many there were.
+// The `want` > 0 best numbers of a row, best first, to ids[first ...]; returns how many there were.
 template <int kValues>
 __device__ __forceinline__ int select_best(const Values<kValues>& values, int experts, int want, int first,
                                            Selection& selection) {
   constexpr int kMost = most_listed(kValues);
-  if (want <= 0) return 0;
   int listed = kMost + 1;
   const bool all_fit = kValues <= 1 && experts <= kMost;
   if (want <= kColumnsFor || all_fit) {
