@@ -52,11 +52,8 @@ class RowGate {
     row_bytes_ = args_.row_stride * bytes;
     logits_ = static_cast<const char*>(args_.logits) + t * row_bytes_;
     slot_ = t * args_.k + lane();
-    ask_for(t);
-  }
-  __device__ __forceinline__ void ask_for(int64_t t) {
-    if (args_.token_table != nullptr) token_ = read_token<kCommon>(launch_, t);
     if (loads_early()) load();
+    ask_for_token(t);
   }
   // What counts in `place` adds up in the block's row.
   __device__ __forceinline__ void begin(const Place& place) {
@@ -88,6 +85,10 @@ class RowGate {
     return !kFull || args_.given.mode == GivenMode::kNone;
   }
 
+  __device__ __forceinline__ void ask_for_token(int64_t t) {
+    if (args_.token_table != nullptr) token_ = read_token<kCommon>(launch_, t);
+  }
+
   // `more`: the next row's logits are asked for as soon as this one's are used up.
   __device__ __forceinline__ void one_row(int64_t t, bool more) {
     Row row;
@@ -95,7 +96,8 @@ class RowGate {
     prepare(t, row, choice);
     const auto ask_for_next = [&] {
       logits_ += row_bytes_;
-      if (more) ask_for(t + 1);
+      if (more) ask_for_token(t + 1);
+      if (more && loads_early()) load();
     };
     if (row.valid) {
       const int natural_count = choose_all(row, choice, loads_early());
