@@ -131,8 +131,7 @@ class Tally {
     if (!wants(kMass)) return;
     const float unit = r.inverse * 0x1p+32f;
     for_each_expert<kValues>(args_.experts, [&](int i, int e) {
-      const long long term =
-          __float2ll_rn(kNumerators ? score[i] * unit : score[i] * r.inverse * 0x1p+32f);
+      const long long term = __float2ll_rn(kNumerators ? score[i] * unit : score[i] * r.inverse * 0x1p+32f);
       if constexpr (kSums > 0) {
         mass_.lane_sums[i] += term;
       } else if (e < args_.experts && term != 0) {

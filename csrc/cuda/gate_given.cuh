@@ -14,9 +14,8 @@ class Given {
       : given_(args.given), experts_(args.experts), k_(args.k) {}
 
   __device__ __forceinline__ int64_t id_as_stored(int64_t slot) const {
-    return given_.ids_type == DType::kInt64
-               ? __ldg(static_cast<const long long*>(given_.ids) + slot)
-               : __ldg(static_cast<const int32_t*>(given_.ids) + slot);
+    return given_.ids_type == DType::kInt64 ? __ldg(static_cast<const long long*>(given_.ids) + slot)
+                                            : __ldg(static_cast<const int32_t*>(given_.ids) + slot);
   }
   __device__ __forceinline__ int32_t id(int64_t slot) const {
     const int64_t id = id_as_stored(slot);
@@ -25,6 +24,17 @@ class Given {
   // Does this row come with a choice? Its first id, as stored, says so, where not all rows do.
   __device__ __forceinline__ bool has(int64_t t) const {
     return given_.every_row || id_as_stored(t * k_) != -1;
+  }
+
+  template <class Choice>
+  __device__ __forceinline__ void read_ids(int64_t t, Choice& choice) const {
+    bool whole = true;
+    choice.count = k_;
+    choice.each([&](int s, int j) {
+      choice.ids[s] = id(t * k_ + j);
+      whole &= choice.ids[s] >= 0;
+    });
+    choice.compact = ballot(whole) == kWarp;
   }
 
   __device__ __forceinline__ float weight(int64_t slot) const {
@@ -40,7 +50,6 @@ class Given {
         return __ldg(static_cast<const float*>(given_.weights) + slot);
     }
   }
-
 
  private:
   const GateGiven& given_;

@@ -9,6 +9,7 @@
 
 #include "gate_block.cuh"
 #include "gate_given.cuh"
+#include "gate_table.cuh"
 
 namespace moe_route::cuda {
 namespace {
@@ -104,7 +105,10 @@ class RowGate {
       if constexpr (kCommon) ask_for_next();
       weigh(row, choice);
       if constexpr (!kCommon) ask_for_next();
-      if constexpr (kFull) remap(row, choice);
+      if constexpr (kFull) {
+        if (args_.steering.remap != nullptr && row.steering.steered() && !is_replay(row))
+          remap(launch_, row.steering, row.to_weigh, selection_.ids, slot_row(), choice);
+      }
       write(choice);
       count(row, choice, natural_count);
     } else {
@@ -132,7 +136,8 @@ class RowGate {
     if constexpr (kSteers) {  // last, so that nothing waits for the planes before they are used
       if (row.valid && in_table(launch_, token.steering_row)) {
         const bool neutral_matters = args_.given.mode == GivenMode::kNatural || tally_.wants_natural();
-        row.steering = read_steering<kFull, kCommon, kValues>(launch_, token.steering_row, neutral_matters, planes_);
+        row.steering =
+            read_steering<kFull, kCommon, kValues>(launch_, token.steering_row, neutral_matters, planes_);
       }
     }
     row.slots = row.valid ? row.steering.k : 0;
@@ -153,7 +158,7 @@ class RowGate {
     const bool replay = args_.given.mode == GivenMode::kReplay;
     row.given = given_.has(row.t) && (replay || !row.steering.steered());
     if (!row.given) return;
-    read_given_ids(row, choice);
+    given_.read_ids(row.t, choice);
     if (replay) row.slots = args_.k;
     if (replay || args_.given.weights == nullptr) return;
     row.to_weigh = false;
@@ -162,21 +167,12 @@ class RowGate {
     });
   }
 
-  __device__ __forceinline__ void read_given_ids(const Row& row, Chosen& choice) {
-    bool whole = true;
-    choice.count = args_.k;
-    choice.each([&](int s, int j) {
-      choice.ids[s] = given_.id(row.t * args_.k + j);
-      whole &= choice.ids[s] >= 0;
-    });
-    choice.compact = ballot(whole) == kWarp;
-  }
-
   // ---- logits and choice ------------------------------------------------------------------------
 
   template <class T, class Convert>
   __device__ __forceinline__ void load_as(Convert convert) {
-    load_row<kValues, kCommon>(reinterpret_cast<const T*>(logits_), args_.experts, [&](int i, T x) { values_[i] = convert(x); });
+    load_row<kValues, kCommon>(reinterpret_cast<const T*>(logits_), args_.experts,
+                               [&](int i, T x) { values_[i] = convert(x); });
     if (kCommon || args_.experts == kLanes * kValues) return;
     for_each_expert<kValues>(args_.experts, [&](int i, int e) {
       if (e >= args_.experts) values_[i] = not_a_number();
@@ -320,7 +316,9 @@ class RowGate {
             append_nan<kValues>(values_, args_.experts, want, chosen, selection_, [](int) { return true; });
       }
     } else if constexpr (kFull) {
-      chosen = choose_by_class(steering, want);
+      Values<kValues> members;
+      members.place(row_at(layout_.member_row), args_.experts);
+      chosen = choose_by_class<kValues>(launch_, steering, want, values_, members, selection_);
     }
     choice.clear();
     choice.count = chosen, choice.compact = true;
@@ -328,28 +326,6 @@ class RowGate {
       choice.ids[s] = selection_.ids[j];
       choice.logits[s] = selection_.chosen[j];
     });
-  }
-
-  // Forced-on experts first, forced-off last, forbidden nowhere.
-  __device__ __forceinline__ int choose_by_class(const SteeringRow& steering, int want) {
-    Values<kValues> members;
-    members.place(row_at(layout_.member_row), args_.experts);
-    int chosen = 0;
-#pragma unroll 1
-    for (int rank_class = 1; rank_class >= -1; --rank_class) {
-      const auto member = [&](int e) {
-        const int there = min(e, args_.experts - 1);
-        return class_of(force_code(entry(launch_, steering, kForce, there, 0.0f))) == rank_class;
-      };
-      for_each_expert<kValues>(args_.experts,
-                               [&](int i, int e) { members[i] = member(e) ? values_[i] : not_a_number(); });
-      const int before = chosen;
-      if (before == want) break;
-      chosen += select_best<kValues>(members, args_.experts, want - before, before, selection_);
-      if (chosen < want)
-        chosen = append_nan<kValues>(values_, args_.experts, want, chosen, selection_, member);
-    }
-    return chosen;
   }
 
   // ---- weights, remap, outputs, counts ----------------------------------------------------------
@@ -383,37 +359,6 @@ class RowGate {
       sparsemixer<kValues>(launch_, choice, selection_.ids, z, values_);
     }
     finish_weights<kFull>(launch_, steering, biased && !bias_on_logits, choice, slot_row());
-  }
-
-  // Expert e -> remap[e], once weights are final: duplicates merge into the first slot. One lane does it.
-  __device__ __forceinline__ void remap(const Row& row, Chosen& choice) {
-    if (args_.steering.remap == nullptr || !row.steering.steered() || is_replay(row)) return;
-    const int32_t* const to = args_.steering.remap + int64_t{row.steering.index} * args_.experts;
-    int32_t* const ids = selection_.ids;
-    float* const weights = slot_row();
-    choice.spread(choice.ids, ids);
-    choice.spread(choice.weights, weights);
-    int kept = 0;
-    if (lane() == 0) {
-      for (int j = 0; j < choice.count; ++j) {
-        const int32_t id = ids[j] < 0 ? -1 : __ldg(to + ids[j]);
-        if (id < 0 || id >= args_.experts) continue;
-        int slot = 0;
-        while (slot < kept && ids[slot] != id) ++slot;
-        const float weight = row.to_weigh ? weights[j] : 0.0f;
-        if (slot == kept) {
-          ids[kept] = id;
-          weights[kept++] = weight;
-        } else {
-          weights[slot] += weight;
-        }
-      }
-    }
-    kept = from_lane(kept, 0);
-    __syncwarp();
-    choice.clear();
-    choice.count = kept, choice.compact = true;
-    choice.each([&](int s, int j) { choice.ids[s] = ids[j], choice.weights[s] = weights[j]; });
   }
 
   __device__ __forceinline__ void write(const Chosen& choice) {

@@ -182,7 +182,8 @@ struct Planes {
     };
     load_plane(deviations, kStd);
     load_plane(bias, kBias);
-    if (!has(launch, kScale | kMagnitude)) return;  // a short branch would be turned into predicates: loads of nothing
+    if (!has(launch, kScale | kMagnitude))
+      return;  // a short branch would be turned into predicates: loads of nothing
     load_plane(scale, kScale);
     load_plane(magnitude, kMagnitude);
   }
@@ -199,13 +200,13 @@ __device__ __forceinline__ void read_row_params(const GateLaunch& launch, Steeri
   row.flags = __ldg(params + kRowStdCorrection) != 0.0f ? uint32_t{SteeringRow::kSampleStd} : 0u;
   if constexpr (!kFull) return;
   row.flags |= (__ldg(params + kRowScoreBiasWeighs) != 0.0f ? uint32_t{SteeringRow::kBiasWeighs} : 0u) |
-              (__ldg(params + kRowWeightScaleAfter) != 0.0f ? uint32_t{SteeringRow::kScaleAfter} : 0u);
+               (__ldg(params + kRowWeightScaleAfter) != 0.0f ? uint32_t{SteeringRow::kScaleAfter} : 0u);
 }
 
 // `whole`: is it of consequence whether the row is neutral? `kFull`: the launch may have more than kSoftPlanes.
 template <bool kFull, bool kWhole, int kValues>
 __device__ __forceinline__ SteeringRow read_steering(const GateLaunch& launch, int32_t index, bool whole,
-                                                    Planes<kValues>& planes) {
+                                                     Planes<kValues>& planes) {
   SteeringRow row;
   row.k = launch.args.k;
   if (!in_table(launch, index)) return row;
@@ -264,10 +265,12 @@ __device__ __forceinline__ float deviation_of_finite(Values<kValues> z, int expe
 template <int kValues, bool kWhole>
 __device__ __forceinline__ float standard_deviation(const Values<kValues>& z, int experts, bool sample) {
   const int count = kWhole ? kLanes * kValues : experts;
-  if (!kWhole && experts < values_of_lane(experts) * kLanes) return deviation_of_finite<kValues>(z, experts, sample);
-  const float mean = sum_over_experts<kValues, OneSum>(experts, [&](int i, OneSum sum) {
-                       return OneSum{sum.value + z[i]};
-                     }).value / float(count);
+  if (!kWhole && experts < values_of_lane(experts) * kLanes)
+    return deviation_of_finite<kValues>(z, experts, sample);
+  const float mean =
+      sum_over_experts<kValues, OneSum>(experts, [&](int i, OneSum sum) { return OneSum{sum.value + z[i]}; })
+          .value /
+      float(count);
   const float squares = sum_over_experts<kValues, OneSum>(experts, [&](int i, OneSum sum) {
                           const float d = z[i] - mean;
                           return OneSum{math::fma(d, d, sum.value)};
@@ -328,8 +331,8 @@ __device__ __forceinline__ float forced_logit(int code, float z, const Extremes&
 
 // Applies what every logit gets by itself, plane by plane: a launch asks once for each plane, not for each logit.
 template <int kValues>
-__device__ __forceinline__ void apply(const GateLaunch& launch, const SteeringRow& row, const Planes<kValues>& planes,
-                                      float std, Values<kValues>& z) {
+__device__ __forceinline__ void apply(const GateLaunch& launch, const SteeringRow& row,
+                                      const Planes<kValues>& planes, float std, Values<kValues>& z) {
   constexpr int kAtOnce = kValues > 0 ? kValues : 1;  // in shared memory: one after the other
   const int values = kValues > 0 ? kValues : values_of_lane(launch.args.experts);
 #pragma unroll
@@ -366,8 +369,8 @@ __device__ __forceinline__ void apply(const GateLaunch& launch, const SteeringRo
 
 // z' in the place of the raw logits.
 template <bool kFull, bool kWhole, int kValues>
-__device__ __forceinline__ void steer(const GateLaunch& launch, const SteeringRow& row, const Planes<kValues>& planes,
-                                      Values<kValues>& z) {
+__device__ __forceinline__ void steer(const GateLaunch& launch, const SteeringRow& row,
+                                      const Planes<kValues>& planes, Values<kValues>& z) {
   const int experts = launch.args.experts;
   Entries<kValues> force;
   const bool forced = kFull && row.forced();
@@ -377,11 +380,13 @@ __device__ __forceinline__ void steer(const GateLaunch& launch, const SteeringRo
       if (force_code(force(i)) == kForbid) z[i] = not_a_number();
     });
   }
-  const float std = has(launch, kStd) ? standard_deviation<kValues, kWhole>(z, experts, row.sample_std()) : 0.0f;
+  const float std =
+      has(launch, kStd) ? standard_deviation<kValues, kWhole>(z, experts, row.sample_std()) : 0.0f;
   Extremes natural;
   if (kFull && row.pulled()) natural = natural_extremes<kValues>(z, experts, row.log_softmax());
   apply<kValues>(launch, row, planes, std, z);
-  if (!kFull || !row.pulled() || !(natural.max >= natural.min)) return;  // or there is not one number in the row
+  if (!kFull || !row.pulled() || !(natural.max >= natural.min))
+    return;  // or there is not one number in the row
   for_each_expert<kValues>(experts, [&](int i, int e) {
     if (e >= experts) return;
     float x = z[i];
