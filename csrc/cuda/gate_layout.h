@@ -65,7 +65,7 @@ constexpr int kMostBlocks = 32;
 // architecture.
 constexpr int blocks_at_once(int values, Level level, bool common) {
   constexpr int blocks[2][3][4] = {{{24, 20, 16, 8}, {20, 16, 12, 8}, {14, 10, 8, 8}},
-                                   {{32, 32, 22, 8}, {24, 20, 14, 8}, {16, 12, 8, 8}}};
+                                   {{32, 32, 20, 8}, {24, 20, 14, 8}, {16, 12, 8, 8}}};
   if (values == 0) return 1;
   const int wanted = blocks[common ? 1 : 0][values <= 4 ? 0 : values <= 8 ? 1 : 2][static_cast<int>(level)];
   return wanted < kMostBlocks ? wanted : kMostBlocks;
