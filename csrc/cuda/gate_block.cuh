@@ -1,4 +1,4 @@
-// A block's rows: what their tokens say, and the row in shared memory where the block adds up what they count.
+// A block's rows: what their tokens say, and the row in shared memory that adds up what they count.
 #pragma once
 #include "gate_count.cuh"
 #include "gate_layout.h"

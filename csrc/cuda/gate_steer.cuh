@@ -171,6 +171,7 @@ struct Planes {
   Entries<kValues> scale, bias, deviations, magnitude;
   template <bool kWhole>
   __device__ __forceinline__ void load(const GateLaunch& launch, const SteeringRow& row) {
+    if (launch.args.steering.planes == 0) return;  // the row has parameters alone
     const float* const lane_entries = kept(row_of(launch, row) + first_expert<kValues>(launch.args.experts));
     const auto load_plane = [&](Entries<kValues>& plane, uint32_t bit) {
       if (!has(launch, bit)) return;
@@ -182,8 +183,8 @@ struct Planes {
     };
     load_plane(deviations, kStd);
     load_plane(bias, kBias);
-    if (!has(launch, kScale | kMagnitude))
-      return;  // a short branch would be turned into predicates: loads of nothing
+    // Two in one branch: a short one would be turned into predicates, and issue loads of nothing.
+    if (!has(launch, kScale | kMagnitude)) return;
     load_plane(scale, kScale);
     load_plane(magnitude, kMagnitude);
   }
@@ -260,13 +261,14 @@ __device__ __forceinline__ float deviation_of_finite(Values<kValues> z, int expe
   return spread.count == 0 || degrees == 0 ? 0.0f : std;
 }
 
-// Where all numbers are finite and none is huge, which the sum of squares shows, nothing has to be picked and counted.
+// Where all numbers are finite and none is huge, which the sum of squares shows, nothing has to be picked and
+// counted.
 // `kWhole`: every lane has all its values.
 template <int kValues, bool kWhole>
 __device__ __forceinline__ float standard_deviation(const Values<kValues>& z, int experts, bool sample) {
-  const int count = kWhole ? kLanes * kValues : experts;
-  if (!kWhole && experts < values_of_lane(experts) * kLanes)
-    return deviation_of_finite<kValues>(z, experts, sample);
+  const int places = kLanes * (kValues > 0 ? kValues : values_of_lane(experts));
+  const int count = kWhole ? places : experts;
+  if (!kWhole && experts < places) return deviation_of_finite<kValues>(z, experts, sample);
   const float mean =
       sum_over_experts<kValues, OneSum>(experts, [&](int i, OneSum sum) { return OneSum{sum.value + z[i]}; })
           .value /
@@ -385,8 +387,8 @@ __device__ __forceinline__ void steer(const GateLaunch& launch, const SteeringRo
   Extremes natural;
   if (kFull && row.pulled()) natural = natural_extremes<kValues>(z, experts, row.log_softmax());
   apply<kValues>(launch, row, planes, std, z);
-  if (!kFull || !row.pulled() || !(natural.max >= natural.min))
-    return;  // or there is not one number in the row
+  const bool any_number = natural.max >= natural.min;
+  if (!kFull || !row.pulled() || !any_number) return;
   for_each_expert<kValues>(experts, [&](int i, int e) {
     if (e >= experts) return;
     float x = z[i];
