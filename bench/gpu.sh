@@ -21,7 +21,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 root="$PWD"
 
 stages=(environment build import tests same-bits-as-cpu determinism graph-replay capture-at-once two-streams no-waiting experts past-2-31
-  gate dispatch layers model expert-layers device-test-build device-test memcheck racecheck initcheck synccheck
+  gate dispatch chain layers model expert-layers device-test-build device-test device-test-pdl memcheck racecheck initcheck synccheck
   memcheck-operators)
 readonly not_here=77 # exit code of what this machine cannot do, as stages.py has it
 
@@ -223,7 +223,7 @@ for name in same-bits-as-cpu determinism graph-replay capture-at-once two-stream
 done
 
 add=()
-for name in gate dispatch layers model expert-layers; do
+for name in gate dispatch chain layers model expert-layers; do
   wanted "$name" || continue
   stage "$name" 120 "$python" -m bench.device "${device[@]}" --sections "$name" --out "$out" "${add[@]}"
   add=(--add)
@@ -232,6 +232,8 @@ done
 stage device-test-build 120 bash -c build_device_test
 # it ends with 77 where it sees no device, which is no pass here
 device_stage device-test 60 bash -c "'$build/cmake/device_test' --problems 300 --determinism 3 || exit 1"
+# the same with launches that overlap, which is off by default
+device_stage device-test-pdl 60 env MOE_ROUTE_TUNING=pdl=1 bash -c "'$build/cmake/device_test' --problems 300 || exit 1"
 for tool in memcheck racecheck initcheck synccheck; do
   device_stage "$tool" 60 bash -c "sanitize $tool '$build/cmake/device_test' --problems 20"
 done

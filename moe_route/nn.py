@@ -271,7 +271,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, slots: Dis
         )
     if torch.is_autocast_enabled(rows.device.type) and rows.dtype != torch.float64:
         rows = rows.to(torch.get_autocast_dtype(rows.device.type))
-    out = _grouped_product(rows, weight, slots.offsets)
+    out = _grouped_product(rows, weight, slots.ends)
     if bias is None:
         return out
     # Rows that no expert owns use an extra bias row of zeros, so that their undefined gradient reaches no expert.
@@ -286,39 +286,39 @@ def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, slots: Dis
 
 
 @torch.library.custom_op("moe_route::grouped_product", mutates_args=())
-def _grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """rows[offsets[e]:offsets[e + 1]] @ weight[e].T for every expert e: [R, in], [E, out, in] -> [R, out]."""
-    return _product(rows, weight, offsets)
+def _grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """rows[ends[e - 1]:ends[e]] @ weight[e].T for every expert e: [R, in], [E, out, in], int32 [E] -> [R, out]."""
+    return _product(rows, weight, ends)
 
 
-def _product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def _product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     takes = _grouped_mm_takes(rows, weight.shape[1:])
     if rows.is_cuda and not takes:
-        return _product_by_tiles(rows, weight, offsets)
+        return _product_by_tiles(rows, weight, ends)
     if takes or _grouped_mm_pays(rows, weight):
         weight = weight.to(rows.dtype)
-        return F.grouped_mm(rows, weight.transpose(-2, -1), offs=offsets[1:].to(torch.int32))
+        return F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
     out = rows.new_zeros(rows.shape[0], weight.shape[1])
     columns = weight.transpose(-2, -1)
-    for expert, (begin, end) in enumerate(_ranges(offsets)):
+    for expert, (begin, end) in enumerate(_ranges(ends)):
         if begin < end:
             torch.mm(rows[begin:end], columns[expert].to(rows.dtype), out=out[begin:end])
     return out
 
 
 @torch.library.custom_op("moe_route::grouped_outer", mutates_args=())
-def _grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    """left[range e].T @ right[range e] for every expert e: [R, out], [R, in] -> [E, out, in]."""
-    return _outer(left, right, offsets)
+def _grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """left[range e].T @ right[range e] for every expert e: [R, out], [R, in], int32 [E] -> [E, out, in]."""
+    return _outer(left, right, ends)
 
 
-def _outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+def _outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     if _grouped_mm_takes(left, (left.shape[1], right.shape[1])):
-        return F.grouped_mm(left.T, right, offs=offsets[1:].to(torch.int32))
+        return F.grouped_mm(left.T, right, offs=ends)
     if left.is_cuda:
-        return _outer_by_tiles(left, right, offsets)
-    out = left.new_zeros(offsets.shape[0] - 1, left.shape[1], right.shape[1])
-    for matrix, (begin, end) in zip(out.unbind(0), _ranges(offsets), strict=True):
+        return _outer_by_tiles(left, right, ends)
+    out = left.new_zeros(ends.shape[0], left.shape[1], right.shape[1])
+    for matrix, (begin, end) in zip(out.unbind(0), _ranges(ends), strict=True):
         if begin < end:
             torch.mm(left[begin:end].T, right[begin:end], out=matrix)
     return out
@@ -377,12 +377,12 @@ class _Tiles(NamedTuple):
     place: Tensor  # [R]: index of a row in [tiles * size]; any value for a row that no expert owns
 
 
-def _tiles(offsets: Tensor, num_rows: int) -> _Tiles:
+def _tiles(ends: Tensor, num_rows: int) -> _Tiles:
     """Choose the tile size as the mean number of rows per expert, so that tiles hold at most twice the rows."""
-    experts, device = offsets.shape[0] - 1, offsets.device
+    experts, device, end = ends.shape[0], ends.device, ends.to(torch.int64)
     size = min(1 << max(num_rows // experts - 1, 0).bit_length(), _MOST_TILE_ROWS)
     tiles = (num_rows + min(experts, num_rows) * (size - 1)) // size
-    begin, end = offsets[:-1], offsets[1:]
+    begin = F.pad(end[:-1], (1, 0))
     after = ((end - begin + size - 1) // size).cumsum(0)  # per expert: index after its last tile
     numbers = torch.arange(tiles, device=device)
     expert = torch.searchsorted(after, numbers, right=True).clamp(max=experts - 1)
@@ -395,11 +395,11 @@ def _tiles(offsets: Tensor, num_rows: int) -> _Tiles:
     return _Tiles(expert, row.clamp(max=num_rows - 1), used, place.clamp(max=tiles * size - 1))
 
 
-def _product_by_tiles(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def _product_by_tiles(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Compute `grouped_product` by tiles."""
     if rows.shape[0] == 0:
         return rows.new_zeros(0, weight.shape[1])
-    tiles = _tiles(offsets, rows.shape[0])
+    tiles = _tiles(ends, rows.shape[0])
     made = [
         torch.bmm(rows[row], weight[expert].transpose(-2, -1).to(rows.dtype))
         for expert, row in zip(*(part.split(_at_a_time(weight)) for part in (tiles.expert, tiles.row)), strict=True)
@@ -407,13 +407,13 @@ def _product_by_tiles(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return torch.cat(made).flatten(0, 1)[tiles.place]
 
 
-def _outer_by_tiles(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+def _outer_by_tiles(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """Compute `grouped_outer` by tiles. The order of addition varies, unless torch is set to be deterministic."""
     wide = torch.promote_types(left.dtype, torch.float32)
-    out = left.new_zeros(offsets.shape[0] - 1, left.shape[1], right.shape[1], dtype=wide)
+    out = left.new_zeros(ends.shape[0], left.shape[1], right.shape[1], dtype=wide)
     if left.shape[0] == 0:
         return out.to(left.dtype)
-    tiles = _tiles(offsets, left.shape[0])
+    tiles = _tiles(ends, left.shape[0])
     parts = (part.split(_at_a_time(out)) for part in (tiles.expert, tiles.row, tiles.used))
     for expert, row, used in zip(*parts, strict=True):
         one, other = (torch.where(used[:, :, None], side[row], 0.0) for side in (left, right))
@@ -429,18 +429,18 @@ def _aligned(rows: Tensor, sizes: Sequence[int]) -> bool:
     return all(size * rows.element_size() % 16 == 0 for size in sizes)
 
 
-def _ranges(offsets: Tensor) -> list[tuple[int, int]]:
-    return list(pairwise(offsets.tolist()))
+def _ranges(ends: Tensor) -> list[tuple[int, int]]:
+    return list(pairwise([0, *ends.tolist()]))
 
 
 @_grouped_product.register_fake
-def _grouped_product_fake(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def _grouped_product_fake(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[1])
 
 
 @_grouped_outer.register_fake
-def _grouped_outer_fake(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    return left.new_empty(offsets.shape[0] - 1, left.shape[1], right.shape[1])
+def _grouped_outer_fake(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    return left.new_empty(ends.shape[0], left.shape[1], right.shape[1])
 
 
 def _keep_factors(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -448,13 +448,13 @@ def _keep_factors(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tenso
 
 
 def _grouped_product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    rows, weight, offsets = ctx.saved_tensors
+    rows, weight, ends = ctx.saved_tensors
     grad = grad.contiguous()
     of_rows = of_weight = None
     if ctx.needs_input_grad[0]:
-        of_rows = _grouped_product(grad, weight.transpose(-2, -1), offsets)
+        of_rows = _grouped_product(grad, weight.transpose(-2, -1), ends)
     if ctx.needs_input_grad[1]:
-        of_weight = _grouped_outer(grad, rows, offsets).to(weight.dtype)
+        of_weight = _grouped_outer(grad, rows, ends).to(weight.dtype)
     return of_rows, of_weight, None
 
 

@@ -326,8 +326,8 @@ def test_sizes_are_named() -> None:
 # ---- products on a device where torch has no kernel for groups --------------------------------------------------
 
 
-def offsets_of(counts: list[int]) -> Tensor:
-    return torch.tensor([0, *counts]).cumsum(0)
+def ends_of(counts: list[int]) -> Tensor:
+    return torch.tensor(counts).cumsum(0).int()
 
 
 COUNTS = {
@@ -345,28 +345,28 @@ COUNTS = {
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=list(COUNTS))
 def test_tiles_give_the_products_of_the_loop(counts: list[int], skipped: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that no expert owns, and hold NaN, reach nothing; matrices are copied a few at a time."""
-    offsets, rows = offsets_of(counts), sum(counts)
+    ends, rows = ends_of(counts), sum(counts)
     monkeypatch.setattr(layers, "_COPIED_BYTES", 5 * 11 * 8 * 3)
     x, grad = torch.randn(rows + skipped, 11, dtype=torch.float64), torch.randn(rows + skipped, 5, dtype=torch.float64)
     x[rows:] = grad[rows:] = float("nan")
     weight = torch.randn(len(counts), 5, 11, dtype=torch.float64)
-    expected, outer = layers._product(x, weight, offsets), layers._outer(grad, x, offsets)
-    torch.testing.assert_close(layers._product_by_tiles(x, weight, offsets)[:rows], expected[:rows])
-    torch.testing.assert_close(layers._outer_by_tiles(grad, x, offsets), outer)
+    expected, outer = layers._product(x, weight, ends), layers._outer(grad, x, ends)
+    torch.testing.assert_close(layers._product_by_tiles(x, weight, ends)[:rows], expected[:rows])
+    torch.testing.assert_close(layers._outer_by_tiles(grad, x, ends), outer)
     assert outer.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_tiles_in_narrow_types(dtype: torch.dtype) -> None:
     """Weights of another dtype are converted; gradients of an expert are added up in float32."""
-    offsets = offsets_of(COUNTS["uneven"])
+    ends = ends_of(COUNTS["uneven"])
     x, weight = torch.randn(146, 16).to(dtype), torch.randn(8, 24, 16)
-    found = layers._product_by_tiles(x, weight, offsets)
+    found = layers._product_by_tiles(x, weight, ends)
     assert found.dtype == dtype
-    torch.testing.assert_close(found, layers._product(x, weight, offsets))
+    torch.testing.assert_close(found, layers._product(x, weight, ends))
     grad = torch.randn(146, 24).to(dtype)
-    exact = layers._outer(grad.double(), x.double(), offsets)
-    error = (layers._outer_by_tiles(grad, x, offsets) - exact).abs().max() / exact.abs().max()
+    exact = layers._outer(grad.double(), x.double(), ends)
+    error = (layers._outer_by_tiles(grad, x, ends) - exact).abs().max() / exact.abs().max()
     assert error <= torch.finfo(dtype).eps
 
 
@@ -386,25 +386,25 @@ def test_products_on_a_device_never_wait(
     capability: tuple[int, int], dtype: torch.dtype, takes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch's grouped_mm waits on all but two capabilities, and for all but one dtype: it is not called there. What is
-    called instead makes the host wait for nothing, and a graph of it holds for other offsets."""
+    called instead makes the host wait for nothing, and a graph of it holds for other ends."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     layers._groups_in_one_kernel.cache_clear()
     called = []
-    monkeypatch.setattr(F, "grouped_mm", lambda rows, *args, **kwargs: called.append(args) or rows)
+    monkeypatch.setattr(F, "grouped_mm", lambda rows, other, offs: called.append(offs) or rows)
     x, weight = torch.randn(146, 16).to(dtype), torch.randn(8, 24, 16).to(dtype)
-    offsets = offsets_of(COUNTS["uneven"])
+    ends = ends_of(COUNTS["uneven"])
     with StandInDevices():
-        there = [to_device(tensor, "cuda:0") for tensor in (x, weight, offsets, x @ weight[0].T)]
+        there = [to_device(tensor, "cuda:0") for tensor in (x, weight, ends, x @ weight[0].T)]
         if takes:
             layers._product(*there[:3])
             layers._outer(there[3], there[0], there[2])
-            assert len(called) == 2
+            assert [offs is there[2] for offs in called] == [True, True]  # in no launch of its own made int32
         else:
             graph = StandInGraph()
             with graph.capture():
                 made = layers._product(*there[:3])
                 outer = layers._outer(there[3], there[0], there[2])
-            other = offsets_of(COUNTS["uneven"][::-1])
+            other = ends_of(COUNTS["uneven"][::-1])
             there[2].inner.copy_(other)
             graph.replay()
             assert not called
@@ -419,7 +419,7 @@ def test_products_on_a_device_never_wait(
 def test_a_loop_over_experts_would_wait() -> None:
     """The stand-in device sees what the products avoid."""
     with StandInDevices(), pytest.raises(HostWaitedError):
-        layers._ranges(to_device(offsets_of([2, 3]), "cuda:0"))
+        layers._ranges(to_device(ends_of([2, 3]), "cuda:0"))
 
 
 def test_forward_mode_is_refused_by_the_experts() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bench import experts, results
-from bench.device import dispatch, environment, floors, gate, layers, model, place, targets
+from bench.device import chain, dispatch, environment, floors, gate, layers, model, place, targets
 from bench.device.shapes import MODELS, ModelShape
 from bench.dispatch import Shape as DispatchShape
 from bench.gate import Shape as GateShape
@@ -36,6 +36,7 @@ class Work:
         (dispatch.PERMUTE, DispatchShape(4096, 7168, dtype=BF16)),
         (dispatch.COMBINE, DispatchShape(2048, 4096, k=2, dtype=BF16)),
     )
+    chains: Sequence[DispatchShape] = tuple(DispatchShape(tokens, 2048, dtype=BF16) for tokens in (1, 16, 64, 1024))
     models: Sequence[ModelShape] = MODELS
     model_tokens: Sequence[int] = (64, 4096)
     model: model.Work = field(default_factory=model.Work)
@@ -47,6 +48,7 @@ SMALL = Work(
     rounds=2,
     gates=(GateShape(16, 4, F32, 8), GateShape(16, 4, BF16, 8)),
     moves=tuple((operator, DispatchShape(16, 32, experts=8, k=2, dtype=BF16)) for operator in dispatch.PEERS),
+    chains=(DispatchShape(4, 32, experts=8, k=2, dtype=BF16),),
     models=MODELS[:1] + MODELS[7:8],
     model_tokens=(4,),
     model=model.Work(F32, 2, 8, {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_experts": 8}),
@@ -107,6 +109,14 @@ def measure_moves(report: Report, work: Work) -> None:
             rate = dispatch.moved_bytes(operator, shape) / run.timing(operator).median
             report.facts.append(Fact(section, f"{operator}: {shape.title}", "bytes moved", rate / 1e9, "GB/s"))
     report.targets += targets.moving_targets(races, next(iter(where.clocks)), report.bandwidth)
+
+
+def measure_chains(report: Report, work: Work) -> None:
+    for mode in report.where.clocks:
+        for shape in work.chains:
+            run = chain.measure(shape, report.where, mode, work.rounds)
+            peers = {chain.OVERLAPPED: chain.APART} if chain.OVERLAPPED in run.seconds else {}
+            report.rows += results.rows(f"Launches in a row, {mode}", shape.title, run, peers=peers)
 
 
 def dispatch_rows(section: str, operator: str, case: str, run: results.Race) -> list[Row]:
@@ -181,6 +191,7 @@ def measure_expert_layer(report: Report, work: Work, layer: experts.Layer, dtype
 MEASURES: dict[str, Callable[[Report, Work], None]] = {
     "gate": measure_gates,
     "dispatch": measure_moves,
+    "chain": measure_chains,
     "layers": measure_layers,
     "model": measure_model,
     "expert-layers": measure_experts,  # "experts" is the check

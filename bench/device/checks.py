@@ -48,7 +48,7 @@ def same_bits_as_cpu(device: torch.device, small: bool) -> Facts:
 
 # Columns, dtype and block: rows that vectors of 16 bytes divide, and rows that they do not.
 ROWS = ((129, torch.bfloat16, 1), (256, torch.bfloat16, 16), (64, torch.float32, 1), (20, torch.float16, 8))
-MOVED = ("offsets", "counts", "order", "inverse", "rows", "combined")
+MOVED = (*ops.Dispatch._fields, "rows", "combined")
 
 
 def moved(hidden: Tensor, ids: Tensor, weights: Tensor, block: int) -> tuple[Tensor, ...]:

@@ -168,7 +168,8 @@ def cases() -> list[Case]:
     found = []
     for gate, sizes in _gates():
         found += [gate.case(min(tokens, MOST_LOGITS // gate.experts)) for tokens in sizes]
-    found += [_dispatch(1), _dispatch(64), _dispatch(512), _dispatch(4096), _dispatch(512, experts=512)]
+    found += [_dispatch(tokens) for tokens in (1, 64, 512, 4096, 16384)]
+    found += [_dispatch(512, experts=512)]
     for combines in (False, True):
         for dtype in (torch.bfloat16, torch.float32):
             found += [_rows(1, 2048, dtype, combines), _rows(512, 2048, dtype, combines)]

@@ -42,6 +42,7 @@ struct Sort {
       }
       args.counts[e] = place - next;
       next += (args.counts[e] + args.block - 1) / args.block * args.block;
+      args.ends[e] = static_cast<int32_t>(next);
     }
     args.offsets[args.experts] = next;
   }

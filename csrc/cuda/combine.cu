@@ -114,6 +114,7 @@ __device__ __forceinline__ void combine_token(const CombineArgs& args, int64_t v
 
 template <class Type, int Bytes, int Batch, int Unroll>
 __global__ void __launch_bounds__(kRowThreads) combine_rows(const CombineArgs args, const RowGrid grid) {
+  wait_for_earlier_kernels();
   const RowPart part = row_part(grid, Unroll);
   for (int64_t token = part.token; token < args.tokens; token += grid.in_flight) {
     combine_token<Type, Bytes, Batch, Unroll>(args, grid.vectors, part, token);

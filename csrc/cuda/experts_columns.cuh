@@ -140,6 +140,7 @@ __device__ __forceinline__ void multiply_columns(const Problem& problem, const G
 
 template <class Type, bool kWide>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) multiply_columns(const Problem problem) {
+  wait_for_earlier_kernels();
   const int group_number = static_cast<int>(blockIdx.x / problem.tiles);
   const int64_t tile = blockIdx.x - group_number * problem.tiles;
   const Group group = find_group(problem, group_number);

@@ -118,6 +118,7 @@ __device__ __forceinline__ void multiply_rows(const Problem& problem, const Grou
 
 template <class Type, bool kGated, bool kWide>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) multiply_rows(const Problem problem) {
+  wait_for_earlier_kernels();
   const int group_number = static_cast<int>(blockIdx.x / problem.tiles);
   const int tile = static_cast<int>(blockIdx.x - group_number * problem.tiles);
   const Group group = find_group(problem, group_number);

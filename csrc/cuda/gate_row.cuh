@@ -401,6 +401,7 @@ class RowGate {
 template <int kValues, Level kLevel, bool kCommon>
 __global__ void __launch_bounds__(kLanes, blocks_at_once(kValues, kLevel, kCommon))
     gate_kernel(const __grid_constant__ GateLaunch launch) {
+  wait_for_earlier_kernels();
   const RowRange range = rows_of_block(launch);
   RowGate<kValues, kLevel, kCommon> gate(launch, moe_route_shared + launch.layout.block_row);
   gate.begin_at(range.begin);

@@ -293,6 +293,7 @@ class TileGate {
 template <int kValues, Level kLevel>
 __global__ void __launch_bounds__(kLanes, tiles_at_once(kValues))
     tile_kernel(const __grid_constant__ GateLaunch launch) {
+  wait_for_earlier_kernels();
   const RowRange range = rows_of_block(launch);
   const Place place = begin_block(launch, range);
   unsigned char* const memory = moe_route_shared + launch.layout.block_row;

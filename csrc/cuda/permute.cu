@@ -6,6 +6,7 @@
 // in the second-level cache until then.
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
 
 #include "launch.h"
 #include "rows.cuh"
@@ -61,6 +62,7 @@ __device__ __forceinline__ void clear_empty_rows(const PermuteArgs& args, const 
 
 template <int Bytes>
 __global__ void __launch_bounds__(kRowThreads) permute_rows(const PermuteArgs args, const RowGrid grid) {
+  wait_for_earlier_kernels();
   const RowPart part = row_part(grid, kUnroll);
   for (int64_t token = part.token; token < args.tokens; token += grid.in_flight) {
     copy_token<Bytes>(args, grid, part, token);
@@ -89,13 +91,12 @@ void permute(const PermuteArgs& args, Stream stream) {
     case 2:
       return launch_permute<2>(args, stream);
     default:
-      return launch_permute<1>(args, stream);
+      throw std::runtime_error("moe_route: permute needs rows and addresses that are multiples of two bytes");
   }
 }
 
 void load_permute_kernels() {
-  load(permute_rows<16>), load(permute_rows<8>), load(permute_rows<4>), load(permute_rows<2>),
-      load(permute_rows<1>);
+  load(permute_rows<16>), load(permute_rows<8>), load(permute_rows<4>), load(permute_rows<2>);
 }
 
 }  // namespace moe_route::cuda

@@ -17,9 +17,7 @@ namespace moe_route::cuda {
 template <int Bytes>
 using Vector = std::conditional_t<
     Bytes == 16, uint4,
-    std::conditional_t<
-        Bytes == 8, uint2,
-        std::conditional_t<Bytes == 4, uint32_t, std::conditional_t<Bytes == 2, uint16_t, uint8_t>>>>;
+    std::conditional_t<Bytes == 8, uint2, std::conditional_t<Bytes == 4, uint32_t, uint16_t>>>;
 
 // Largest power of two up to 16 that divides a row length and all addresses.
 template <class... Pointers>

@@ -28,12 +28,14 @@ constexpr Entry kTable[] = {
     {"gate.common", 1, 0, 1, "kernels of their own for the common router"},
     {"gate.registers", 1, 0, 1, "rows of up to 512 experts in registers, not in shared memory"},
     {"gate.block_row", 1, 0, 1, "statistics of a block added up in shared memory first"},
+    {"dispatch.alone", 512, 0, 4096, "slots up to which dispatch takes one small block"},
     {"dispatch.one_launch", 4096, 0, 1 << 20, "slots up to which dispatch takes one launch"},
     {"dispatch.tile", 512, 1, 1 << 20, "slots of a block of dispatch, at least"},
     {"dispatch.long_tile", 8192, 1, 1 << 20, "slots of a block from which a multiprocessor gets two blocks"},
     {"dispatch.spans", 512, 1, 4096, "spans that dispatch counts, at most"},
     {"experts.columns", 8, 1, 64, "columns of a warp in products of experts, at most"},
     {"rows.blocks", 64, 1, 1024, "blocks of permute and combine for each multiprocessor, at most"},
+    {"pdl", 0, 0, 1, "kernels begin while the ones before them end, from compute capability 9.0 on"},
 };
 static_assert(sizeof(kTable) / sizeof(Entry) == kEntries);
 

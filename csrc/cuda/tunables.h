@@ -13,12 +13,14 @@ enum class Tunable : int {
   kGateCommon,
   kGateRegisters,
   kGateBlockRow,
+  kDispatchAlone,
   kDispatchOneLaunch,
   kDispatchTile,
   kDispatchLongTile,
   kDispatchSpans,
   kExpertsColumns,
   kRowsBlocks,
+  kPdl,
   kCount,  // of the entries above
 };
 

@@ -182,8 +182,8 @@ void run_gate_cuda(const GateArgs& args, uintptr_t stream) {
 }
 
 DispatchArgs dispatch_args(uintptr_t ids, int ids_type, int64_t slots, int32_t experts, int32_t block,
-                           int64_t capacity, uintptr_t offsets, uintptr_t counts, uintptr_t order,
-                           uintptr_t inverse, uintptr_t workspace = 0) {
+                           int64_t capacity, uintptr_t offsets, uintptr_t ends, uintptr_t counts,
+                           uintptr_t order, uintptr_t inverse, uintptr_t workspace = 0) {
   return {at<void>(ids),
           static_cast<DType>(ids_type),
           slots,
@@ -191,6 +191,7 @@ DispatchArgs dispatch_args(uintptr_t ids, int ids_type, int64_t slots, int32_t e
           block,
           capacity,
           at<int64_t>(offsets),
+          at<int32_t>(ends),
           at<int64_t>(counts),
           at<int64_t>(order),
           at<int64_t>(inverse),
@@ -198,17 +199,17 @@ DispatchArgs dispatch_args(uintptr_t ids, int ids_type, int64_t slots, int32_t e
 }
 
 void dispatch(uintptr_t ids, int ids_type, int64_t slots, int32_t experts, int32_t block, int64_t capacity,
-              uintptr_t offsets, uintptr_t counts, uintptr_t order, uintptr_t inverse) {
+              uintptr_t offsets, uintptr_t ends, uintptr_t counts, uintptr_t order, uintptr_t inverse) {
   py::gil_scoped_release release;
   cpu::launch_dispatch(
-      dispatch_args(ids, ids_type, slots, experts, block, capacity, offsets, counts, order, inverse));
+      dispatch_args(ids, ids_type, slots, experts, block, capacity, offsets, ends, counts, order, inverse));
 }
 
 void dispatch_cuda(uintptr_t ids, int ids_type, int64_t slots, int32_t experts, int32_t block,
-                   int64_t capacity, uintptr_t offsets, uintptr_t counts, uintptr_t order, uintptr_t inverse,
-                   uintptr_t workspace, uintptr_t stream) {
+                   int64_t capacity, uintptr_t offsets, uintptr_t ends, uintptr_t counts, uintptr_t order,
+                   uintptr_t inverse, uintptr_t workspace, uintptr_t stream) {
   py::gil_scoped_release release;
-  cuda::dispatch(dispatch_args(ids, ids_type, slots, experts, block, capacity, offsets, counts, order,
+  cuda::dispatch(dispatch_args(ids, ids_type, slots, experts, block, capacity, offsets, ends, counts, order,
                                inverse, workspace),
                  stream_at(stream));
 }
@@ -290,11 +291,11 @@ PYBIND11_MODULE(_C, m) {
       .def("run_cuda", &mr::run_gate_cuda, arg("stream"),
            "Enqueue on a stream of the current device. The caller keeps every tensor alive.");
   m.def("dispatch", &mr::dispatch, arg("ids"), arg("ids_type"), arg("slots"), arg("experts"), arg("block"),
-        arg("capacity"), arg("offsets"), arg("counts"), arg("order"), arg("inverse"));
+        arg("capacity"), arg("offsets"), arg("ends"), arg("counts"), arg("order"), arg("inverse"));
   m.def("dispatch_workspace_bytes", &mr::cuda::dispatch_workspace_bytes, arg("slots"), arg("experts"));
   m.def("dispatch_cuda", &mr::dispatch_cuda, arg("ids"), arg("ids_type"), arg("slots"), arg("experts"),
-        arg("block"), arg("capacity"), arg("offsets"), arg("counts"), arg("order"), arg("inverse"),
-        arg("workspace"), arg("stream"));
+        arg("block"), arg("capacity"), arg("offsets"), arg("ends"), arg("counts"), arg("order"),
+        arg("inverse"), arg("workspace"), arg("stream"));
   m.def("permute", &mr::permute, arg("x"), arg("order"), arg("inverse"), arg("rows"), arg("tokens"), arg("k"),
         arg("row_bytes"), arg("capacity"));
   m.def("permute_cuda", &mr::permute_cuda, arg("x"), arg("order"), arg("inverse"), arg("rows"), arg("tokens"),

@@ -269,33 +269,41 @@ MaybeTensor dispatch_workspace(const DispatchArgs& args, const Place& place) {
   return allocate({bytes}, aoti_torch_dtype_uint8(), place);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> dispatch(const Tensor& ids, int64_t num_experts, int64_t block) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dispatch(const Tensor& ids, int64_t num_experts,
+                                                            int64_t block) {
   if (ids.dim() != 2) refuse("ids have shape ", shape_text(ids), "; they must be [tokens, k]");
   const Place place = leading_place("ids", ids);
   if (num_experts < 1 || num_experts > kMaxExperts)
     refuse("num_experts = ", num_experts, " is outside 1..", kMaxExperts);
   if (block < 1 || block > 65536) refuse("block = ", block, " is outside 1..65536");
-  const Tensor source = packed("ids", ids);
   DispatchArgs args;
-  args.ids_type = index_type("ids", ids);
-  args.ids = source.const_data_ptr();
   args.slots = ids.size(0) * ids.size(1);
   args.experts = static_cast<int32_t>(num_experts);
   args.block = static_cast<int32_t>(block);
   args.capacity = dispatch_capacity(args.slots, num_experts, block);
+  if (args.capacity > kMaxRows) {
+    refuse(args.slots, " slots of ", num_experts, " experts take up to ", args.capacity,
+           " rows (block = ", block, "), more than the ", kMaxRows,
+           " that are supported; dispatch the tokens in parts");
+  }
+  const Tensor source = packed("ids", ids);
+  args.ids_type = index_type("ids", ids);
+  args.ids = source.const_data_ptr();
   const int32_t dtype = aoti_torch_dtype_int64();
   Tensor offsets = allocate({num_experts + 1}, dtype, place);
+  Tensor ends = allocate({num_experts}, aoti_torch_dtype_int32(), place);
   Tensor counts = allocate({num_experts}, dtype, place);
   Tensor order = allocate({args.capacity}, dtype, place);
   Tensor inverse = allocate({ids.size(0), ids.size(1)}, dtype, place);
   args.offsets = static_cast<int64_t*>(offsets.mutable_data_ptr());
+  args.ends = static_cast<int32_t*>(ends.mutable_data_ptr());
   args.counts = static_cast<int64_t*>(counts.mutable_data_ptr());
   args.order = static_cast<int64_t*>(order.mutable_data_ptr());
   args.inverse = static_cast<int64_t*>(inverse.mutable_data_ptr());
   const MaybeTensor workspace = dispatch_workspace(args, place);
   if (workspace) args.workspace = workspace->mutable_data_ptr();
   launch::dispatch(args, place);
-  return {std::move(offsets), std::move(counts), std::move(order), std::move(inverse)};
+  return {std::move(offsets), std::move(ends), std::move(counts), std::move(order), std::move(inverse)};
 }
 
 Tensor permute(const Tensor& x, const Tensor& order, const Tensor& inverse) {
@@ -404,7 +412,7 @@ MOE_ROUTE_LIBRARY(MOE_ROUTE_NAMESPACE, m) {
       "Tensor? steering=None, int steering_planes=0, Tensor? row_params=None) -> Tensor");
   m.def(
       "dispatch(Tensor ids, int num_experts, int block) "
-      "-> (Tensor offsets, Tensor counts, Tensor order, Tensor inverse)");
+      "-> (Tensor offsets, Tensor ends, Tensor counts, Tensor order, Tensor inverse)");
   m.def("permute(Tensor x, Tensor order, Tensor inverse) -> Tensor");
   m.def(
       "combine(Tensor rows, Tensor weights, Tensor order, Tensor inverse, Tensor? residual=None) -> Tensor");

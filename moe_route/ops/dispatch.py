@@ -31,7 +31,7 @@ def dispatch(ids: Tensor, num_experts: int, *, block: int = 1) -> Dispatch:
 
     Raises:
         TypeError: an argument of a wrong type.
-        ValueError: an argument with a wrong shape, dtype or range, or a tensor without memory.
+        ValueError: an argument with a wrong shape, dtype or range, more than 2^30 rows, or a tensor without memory.
     """
     try:
         return Dispatch(*_dispatch(ids, num_experts, block))

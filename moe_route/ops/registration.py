@@ -105,12 +105,12 @@ def _route_weights_fake(logits: Tensor, ids: Tensor, *_: Any, **__: Any) -> Tens
     return _new_weights(logits, ids.shape[1])
 
 
-def _dispatch_fake(ids: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _dispatch_fake(ids: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     torch._check_value(ids.dim() == 2, lambda: f"ids must be [tokens, k], got {list(ids.shape)}")
     tokens, k = ids.shape
     sizes = ((num_experts + 1,), (num_experts,), (tokens * k + num_experts * (block - 1),), (tokens, k))
-    made = [ids.new_empty(size, dtype=torch.int64) for size in sizes]
-    return made[0], made[1], made[2], made[3]
+    offsets, counts, order, inverse = (ids.new_empty(size, dtype=torch.int64) for size in sizes)
+    return offsets, ids.new_empty(num_experts, dtype=torch.int32), counts, order, inverse
 
 
 def _permute_fake(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def dispatch(ids: Tensor, num_experts: int, *, block: int = 1) -> Dispatch:
     order[rows] = slots
     inverse = torch.full((num_tokens * k,), -1, dtype=torch.int64, device=ids.device)
     inverse[slots] = rows
-    return Dispatch(offsets, counts, order, inverse.view(num_tokens, k))
+    return Dispatch(offsets, offsets[1:].to(torch.int32), counts, order, inverse.view(num_tokens, k))
 
 
 def permute(x: Tensor, dispatch: Dispatch) -> Tensor:

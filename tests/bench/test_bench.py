@@ -28,6 +28,7 @@ if SCRIPT.is_file():
     from bench import experts
     from bench.device import __main__ as device
     from bench.device import (
+        chain,
         checks,
         dispatch,
         environment,
@@ -471,13 +472,27 @@ def test_the_kernels_are_measured_on_a_stand_in(
     """Every tensor on the device, nothing that waits inside a graph."""
     small = replace(device.SMALL, gates=device.SMALL.gates[:1], models=device.SMALL.models[:1])
     monkeypatch.setattr(device, "SMALL", small)
-    sections = ["gate", "dispatch", "layers"]
+    sections = ["gate", "dispatch", "chain", "layers"]
     assert device.main(["--device", "cuda", "--small", "--out", str(tmp_path), "--sections", *sections]) == 0
     content = json.loads((tmp_path / "cuda-stand-in-9.json").read_text())
     assert content["machine"]["device"] == "NVIDIA Stand-In 9"
-    for name in (gate.COUNTED, dispatch.DISPATCH, dispatch.PERMUTE, dispatch.COMBINE):
+    for name in (gate.COUNTED, dispatch.DISPATCH, dispatch.PERMUTE, dispatch.COMBINE, chain.APART):
         modes = {row["section"].rpartition(", ")[2] for row in content["rows"] if row["name"] == name}
         assert modes == {place.GRAPH, place.LAUNCHED}
+
+
+def test_launches_overlap_in_one_contender_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tunable is set while that one runs, or is captured, and is what it was afterwards."""
+    table: dict[str, dict[str, int | str]] = {chain.TUNABLE: {"now": 0}}
+    during: list[int | str] = []
+    monkeypatch.setattr(chain._C, "tunables", lambda: table)
+    monkeypatch.setattr(chain._C, "tune", lambda name, value: table[name].update(now=value))
+    route = ops.route
+    monkeypatch.setattr(ops, "route", lambda *a, **k: during.append(table[chain.TUNABLE]["now"]) or route(*a, **k))
+    run = chain.measure(device.SMALL.chains[0], place.named("cpu"), place.REHEARSED, 2)
+    assert {chain.APART, chain.OVERLAPPED} <= set(run.seconds)
+    assert set(during) == {0, 1}
+    assert table[chain.TUNABLE]["now"] == 0
 
 
 @pytest.mark.usefixtures("few_calls")

@@ -74,6 +74,7 @@ void inputs(DispatchArgs& a, Visit visit) {
 template <class Visit>
 void outputs(DispatchArgs& a, Visit visit) {
   visit("offsets", a.offsets, DType::kInt64, a.experts + 1, Start::kPoison);
+  visit("ends", a.ends, DType::kInt32, a.experts, Start::kPoison);
   visit("counts", a.counts, DType::kInt64, a.experts, Start::kPoison);
   visit("order", a.order, DType::kInt64, a.capacity, Start::kPoison);
   visit("inverse", a.inverse, DType::kInt64, a.slots, Start::kPoison);

@@ -243,6 +243,7 @@ DispatchProblem draw_dispatch(Random& g, int experts, int64_t slots) {
   a.capacity = dispatch_capacity(slots, experts, a.block) + (g.one_in(2) ? g.below(100) : 0);
   static int64_t mark;
   a.offsets = a.counts = a.order = a.inverse = &mark;
+  a.ends = reinterpret_cast<int32_t*>(&mark);
   return p;
 }
 
@@ -297,20 +298,19 @@ std::vector<unsigned char> random_bytes(Random& g, int64_t bytes) {
 }
 
 void test_permute() {
-  static constexpr int kRowBytes[] = {1,  2,  3,  4,   6,    8,    12,   16,   20,
-                                      32, 48, 64, 200, 1024, 2050, 4096, 4112, 14336};
-  constexpr int kLengths = 18;
+  static constexpr int kRowBytes[] = {2, 4, 6, 8, 12, 16, 20, 32, 48, 64, 200, 1024, 2050, 4096, 4112, 14336};
+  constexpr int kLengths = 16;
   for (int number = 0; number < 3 * kLengths + options.problems / 4; ++number) {
     if (!wanted("permute", number)) continue;
     Random g(options.seed * 32'452'843 + static_cast<uint64_t>(number));
     const Rows rows = draw_rows(g);
     PermuteArgs a;
-    a.row_bytes = rows.capacity > 3000 ? 2 + g.below(60) : kRowBytes[number % kLengths];
+    a.row_bytes = rows.capacity > 3000 ? 2 + 2 * g.below(30) : kRowBytes[number % kLengths];
     a.tokens = rows.tokens, a.k = rows.k, a.capacity = rows.capacity;
     const std::vector<unsigned char> x = random_bytes(g, a.tokens * a.row_bytes);
     static int mark;
     a.x = x.data(), a.inverse = rows.inverse.data(), a.order = rows.order.data(), a.rows = &mark;
-    const int64_t shift = g.one_in(3) ? 1 << g.below(4) : 0;
+    const int64_t shift = g.one_in(3) ? 2 << g.below(3) : 0;
     report(outcome([&] { return compare(a, number % 2 == 0, shift); }),
            about("permute", number) + list({{"T", a.tokens},
                                             {"k", a.k},
@@ -440,6 +440,7 @@ struct Chain {
     a.slots = gate.tokens * gate.k, a.experts = gate.experts, a.block = p.block;
     a.capacity = dispatch_capacity(a.slots, a.experts, a.block);
     a.offsets = a.counts = a.order = a.inverse = &mark;
+    a.ends = reinterpret_cast<int32_t*>(&mark);
     return a;
   }
   static PermuteArgs permute_args(const ChainProblem& p) {

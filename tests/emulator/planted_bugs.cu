@@ -31,6 +31,7 @@ enum class Bug {
   kNeverWritten,
   kDeadlock,
   kTrap,
+  kMissingWait,
 };
 
 constexpr int kThreads = 96;
@@ -38,6 +39,7 @@ constexpr int kThreads = 96;
 // out[t] = mirrored number of t + that of t ^ 1, where the mirrored number of t is kThreads - 1 - t.
 template <Bug kBug>
 __global__ void mirror_and_pair(int* out) {
+  if (kBug != Bug::kMissingWait || threadIdx.x >= 32) emulator::wait_for_earlier_grids();
   int* numbers = reinterpret_cast<int*>(moe_route_shared);
   int* pairs = numbers + kThreads;
   __shared__ int copies[kThreads];
@@ -82,6 +84,10 @@ Outcome run(unsigned blocks) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(blocks), config.blockDim = dim3(kThreads),
   config.dynamicSmemBytes = 2 * kThreads * sizeof(int);
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap, config.numAttrs = 1;
   Outcome outcome = Outcome::kRight;
   try {
     if (cudaLaunchKernelEx(&config, mirror_and_pair<kBug>, out) != cudaSuccess) outcome = Outcome::kRefused;
@@ -118,6 +124,7 @@ constexpr Planted kPlanted[] = {
     {"never_written", run<Bug::kNeverWritten>},
     {"deadlock", run<Bug::kDeadlock>},
     {"trap", run<Bug::kTrap>},
+    {"missing_wait", run<Bug::kMissingWait>},
 };
 
 const char* name(Outcome outcome) {

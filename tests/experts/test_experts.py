@@ -325,9 +325,9 @@ def test_rows_that_nobody_owns_may_hold_anything(name: str, monkeypatch: pytest.
 
     product = nn_module._grouped_product
 
-    def poisoned(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-        used = (torch.arange(rows.shape[0]) < offsets[-1])[:, None]
-        return Poisoned.apply(product(Poisoned.apply(rows, used), weight, offsets), used)
+    def poisoned(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        used = (torch.arange(rows.shape[0]) < ends[-1])[:, None]
+        return Poisoned.apply(product(Poisoned.apply(rows, used), weight, ends), used)
 
     monkeypatch.setattr(nn_module, "_grouped_product", poisoned)
     assert torch.equal(experts_forward(module, *inputs), want)

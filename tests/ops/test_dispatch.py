@@ -29,6 +29,7 @@ def check_layout(slots: ops.Dispatch, ids: Tensor, num_experts: int, block: int)
         used.update(range(start, start + len(served)))
         start += -(-len(served) // block) * block
     assert slots.offsets[num_experts] == start <= len(order)
+    assert torch.equal(slots.ends, slots.offsets[1:].int())
     assert all(order[r] == -1 for r in range(len(order)) if r not in used)
     assert all(order[r] == s for s, r in enumerate(inverse) if r >= 0)
     assert [r >= 0 for r in inverse] == [0 <= expert < num_experts for expert in flat]
@@ -253,6 +254,12 @@ def test_bad_arguments_are_named(call, names: str) -> None:
     slots = ops.dispatch(torch.zeros(4, 2, dtype=torch.int32), 3)
     with pytest.raises(ValueError, match=names):
         call(slots)
+
+
+def test_more_rows_than_the_kernels_number_are_refused(native: Backend) -> None:
+    """Before anything is copied or allocated."""
+    with pytest.raises(ValueError, match=r"1073741825 rows.* dispatch the tokens in parts"):
+        native.dispatch(torch.zeros(1, 1, dtype=torch.int32).expand(2**30 + 1, 1), 4)
 
 
 def test_rows_out_of_range_are_never_touched(native: Backend) -> None:

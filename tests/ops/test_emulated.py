@@ -153,7 +153,13 @@ def test_both_gates_of_the_common_router(gate: str, problem: Problem, entropy: b
         assert_same_bits(problem.run(EMULATED, statistics()), expected, f"{gate} {settings}")
 
 
-SMALL = {"dispatch.one_launch": [0, 3, 60], "dispatch.tile": [1, 7], "dispatch.long_tile": [1], "gate.blocks": [1]}
+SMALL = {
+    "dispatch.one_launch": [0, 3, 60],
+    "dispatch.tile": [1, 7],
+    "dispatch.alone": [40],
+    "dispatch.long_tile": [1],
+    "gate.blocks": [1],
+}
 
 
 @st.composite

@@ -604,14 +604,14 @@ def test_18_combine_and_permute_past_2_to_31(native: Backend) -> None:
             order[row] = slot
     offsets = torch.tensor([0, rows_number])
     weights = torch.tensor([[0.5, 2.0], [3.0, 0.25]])
-    out = native.combine(storage, weights, Dispatch(offsets, offsets[1:], order, inverse))
+    out = native.combine(storage, weights, Dispatch(offsets, offsets[1:].int(), offsets[1:], order, inverse))
     expected = [storage[-1].float() * 0.5 + storage[0].float() * 2, storage[-2].float() * 0.25]
     torch.testing.assert_close(out.float(), torch.stack(expected), rtol=2**-8, atol=1e-6)
     # permute: the last rows of x go to the first rows of the experts.
     back = torch.full((rows_number, 1), -1, dtype=torch.int64)
     back[-1], back[-2] = 0, 1
     order = torch.tensor([rows_number - 1, rows_number - 2])
-    moved = native.permute(storage, Dispatch(offsets, offsets[1:], order, back))
+    moved = native.permute(storage, Dispatch(offsets, offsets[1:].int(), offsets[1:], order, back))
     assert torch.equal(moved, storage[[-1, -2]])
 
 

@@ -5,10 +5,12 @@
 // is skipped. With `block` > 1 every expert's range starts at a multiple of `block` rows; rows between an
 // expert's end and the next start belong to no slot.
 //   offsets [E + 1]   row where expert e starts (offsets[E] = rows in use, padding included)
+//   ends    [E]       int32: offsets[e + 1], as grouped matrix products take it
 //   counts  [E]       real rows of expert e
 //   order   [capacity]  slot (t * k + j) that row r serves, or -1 where it serves none
 //   inverse [T * k]   row of a slot, or -1 if skipped
 // Deterministic: inside an expert rows keep the order of their slots, whatever the number of threads.
+// Rows are numbered in 32 bits: at most kMaxRows of them.
 #pragma once
 #include <cstdint>
 
@@ -16,14 +18,17 @@
 
 namespace moe_route {
 
+inline constexpr int64_t kMaxRows = int64_t{1} << 30;  // capacity of a dispatch
+
 struct DispatchArgs {
   const void* ids = nullptr;  // [T, k] int32 or int64, contiguous
   DType ids_type = DType::kInt32;
   int64_t slots = 0;  // T * k
   int32_t experts = 0;
   int32_t block = 1;
-  int64_t capacity = 0;  // rows of `order`, at least dispatch_capacity(slots, experts, block)
+  int64_t capacity = 0;  // rows of `order`, dispatch_capacity(slots, experts, block) to kMaxRows
   int64_t* offsets = nullptr;
+  int32_t* ends = nullptr;
   int64_t* counts = nullptr;
   int64_t* order = nullptr;
   int64_t* inverse = nullptr;

@@ -75,13 +75,18 @@ void Block::run(const Grid& grid, uint64_t number) {
     throw Fault("CUDA emulator: block " + text(blockIdx) + " wrote past the end of its " +
                 std::to_string(grid.shared_bytes) + " bytes of dynamic shared memory");
   }
+  if (grid.overlaps && waited_ != size_) {
+    throw Fault("CUDA emulator: block " + text(blockIdx) + " may run beside earlier grids, but " +
+                std::to_string(size_ - waited_) + " of its " + std::to_string(size_) +
+                " threads never waited for them");
+  }
 }
 
 void Block::prepare(const Grid& grid, uint64_t number) {
   grid_ = &grid;
   blockIdx = index_in(number, grid.grid), gridDim = grid.grid, blockDim = grid.block;
   size_ = alive_ = static_cast<int>(grid.block.x * grid.block.y * grid.block.z);
-  at_barrier_ = 0, ready_count_ = 0;
+  at_barrier_ = 0, ready_count_ = 0, waited_ = 0;
   random_ = (grid.settings.seed + 1) * 0x9e3779b97f4a7c15u + number;
   if (!threads_) threads_ = std::make_unique<Thread[]>(Stacks::kMost);
   warps_.resize(static_cast<size_t>((size_ + kWarp - 1) / kWarp));
@@ -377,6 +382,7 @@ uint64_t warp_collective(Collective kind, uint32_t mask, uint64_t value, int sou
 }
 int lane() { return this_thread_block().lane(); }
 void yield() { this_thread_block().wait_for_turn(); }
+void wait_for_earlier_grids() { this_thread_block().wait_for_earlier_grids(); }
 void fault(const std::string& what) { this_thread_block().fail(what); }
 
 }  // namespace emulator

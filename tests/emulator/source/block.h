@@ -18,6 +18,7 @@ namespace emulator {
 struct Grid {
   dim3 grid, block;
   size_t shared_bytes;
+  bool overlaps;  // with earlier grids, so that every thread has to wait for them
   Settings settings;
   void (*body)(void*);
   void* context;
@@ -32,6 +33,7 @@ class Block {
   uint32_t wait_at_barrier(Vote vote, bool predicate, const Place& place);
   uint64_t wait_for_warp(Collective kind, uint32_t mask, uint64_t value, int source, const Place& place);
   void wait_for_turn();
+  void wait_for_earlier_grids() { ++waited_; }
   [[noreturn]] void fail(const std::string& what) const;
   int lane() const { return running_ & 31; }
 
@@ -87,6 +89,7 @@ class Block {
   Stacks stacks_;
   const Grid* grid_ = nullptr;
   int size_ = 0, alive_ = 0, running_ = -1;
+  int waited_ = 0;  // threads that waited for earlier grids
   uint64_t random_ = 0;
   // The barrier that threads are gathering at.
   int at_barrier_ = 0;

@@ -47,6 +47,13 @@ size_t shared_limit(const void* kernel) {
 // What runs launches in place of the emulator.
 std::atomic<Machine> machine{nullptr};
 
+bool overlaps(const cudaLaunchConfig_t& config) {
+  return std::any_of(config.attrs, config.attrs + config.numAttrs, [](const cudaLaunchAttribute& attribute) {
+    return attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+           attribute.val.programmaticStreamSerializationAllowed != 0;
+  });
+}
+
 cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel) {
   const dim3 g = config.gridDim, b = config.blockDim;
   const uint64_t threads = uint64_t{b.x} * b.y * b.z;
@@ -116,7 +123,7 @@ void run(const Grid& grid) {
 cudaError_t load(cudaFuncAttributes* facts, const void* kernel) {
   if (facts == nullptr) return remember(cudaErrorInvalidValue);
   if (kernel == nullptr) return remember(cudaErrorInvalidDeviceFunction);
-  facts->maxThreadsPerBlock = 1024;
+  facts->maxThreadsPerBlock = 1024, facts->ptxVersion = 90;
   const std::lock_guard lock(loaded_mutex);
   loaded().insert(kernel);
   return cudaSuccess;
@@ -159,7 +166,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const P
                           parameters, parameter_count};
     return remember(static_cast<cudaError_t>(other(&facts)));
   }
-  run(Grid{config.gridDim, config.blockDim, config.dynamicSmemBytes, settings, body, context});
+  run(Grid{config.gridDim, config.blockDim, config.dynamicSmemBytes, overlaps(config), settings, body,
+           context});
   return cudaSuccess;
 }
 

@@ -11,6 +11,8 @@ using Place = std::source_location;  // of a call in the kernel's source
 enum class Vote : uint8_t { kNone, kCount, kAnd, kOr };
 uint32_t block_barrier(Vote vote, bool predicate, const Place& place);
 void yield();  // lets the other threads of the block run
+// griddepcontrol.wait. Launches run one after the other here; of those that need not, it is seen whether they wait.
+void wait_for_earlier_grids();
 
 }  // namespace emulator
 

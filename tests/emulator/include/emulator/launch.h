@@ -36,6 +36,7 @@ enum cudaFuncAttribute {
 
 struct cudaFuncAttributes {
   int maxThreadsPerBlock;
+  int ptxVersion;
 };
 
 namespace emulator {
