@@ -43,9 +43,13 @@ GateLayout layout_of(const GateArgs& args, bool in_registers, int rows, int most
   layout.softmax_of_all = spec.score == Score::kSoftmax && !layout.softmax_of_chosen;
   layout.compares_scores =
       spec.order == Order::kScoreThenTopK && (args.correction_bias != nullptr || spec.groups > 1);
-  const auto table_rows = [](const int64_t* table, int64_t rows) {  // a token's index is an int32
-    return table == nullptr ? 0 : static_cast<int>(std::min<int64_t>(rows, INT32_MAX));
+  const auto reachable = [](int64_t rows) {  // a token's index is an int32
+    return static_cast<int>(std::min<int64_t>(rows, INT32_MAX));
   };
+  const auto table_rows = [&](const int64_t* table, int64_t rows) {
+    return table == nullptr ? 0 : reachable(rows);
+  };
+  layout.steering_rows = reachable(args.steering.rows);
   layout.groups = table_rows(args.statistics.groups, args.statistics.num_groups);
   layout.segments = table_rows(args.statistics.segments, args.statistics.num_segments);
   const uint32_t group_size = static_cast<uint32_t>(args.experts / spec.groups);
@@ -91,7 +95,7 @@ bool is_common(const GateArgs& args, const GateLaunch& gate) {
                                 : spec.renormalize == Renormalize::kSum && spec.eps == 0.0f;
   return spec.score == Score::kSoftmax && one_division && spec.scale == 1.0f &&
          args.expert_scale == nullptr && !gate.layout.keeps_logits && args.weights != nullptr &&
-         args.ids != nullptr;
+         args.ids != nullptr && gate.layout.whole_tokens;
 }
 
 // Does the launch suit tiles of 32 rows, a thread each?

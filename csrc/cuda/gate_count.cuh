@@ -18,6 +18,9 @@ __device__ __forceinline__ long long fixed_point(float x) {
   return __float2ll_rn(fminf(fmaxf(x, -0x1p+19f), 0x1p+19f) * 0x1p+32f);
 }
 
+// The same of what is known to be a number from 0 to 2^19.
+__device__ __forceinline__ long long fixed_point_of_tame(float x) { return __float2ll_rn(x * 0x1p+32f); }
+
 using Sum = unsigned long long;  // int64 in two's complement, as atomics take it
 
 // 64-bit addition to shared memory, of which hardware has the 32-bit kind: the low half's carry goes to the
@@ -34,7 +37,7 @@ __device__ __forceinline__ void add_to_shared(Sum* sum, Sum term) {
 struct Place {
   int32_t group = -1;
   int32_t segment = -1;
-  __device__ __forceinline__ bool counted() const { return group >= 0 || segment >= 0; }
+  __device__ __forceinline__ bool counted() const { return (group & segment) >= 0; }  // not both below 0
   __device__ __forceinline__ bool operator==(const Place& other) const {
     return group == other.group && segment == other.segment;
   }
@@ -47,14 +50,20 @@ __device__ __forceinline__ Place place_of(const GateLayout& layout, int32_t grou
   return place;
 }
 
-// Adds to the row of `place` in both tables.
-__device__ __forceinline__ void add_to_tables(const GateStatistics& tables, const Place& place, int width,
-                                              int at, Sum term) {
-  if (place.group >= 0)
-    atomicAdd(reinterpret_cast<Sum*>(tables.groups) + int64_t{place.group} * width + at, term);
-  if (place.segment >= 0)
-    atomicAdd(reinterpret_cast<Sum*>(tables.segments) + int64_t{place.segment} * width + at, term);
-}
+// The rows of a place in both tables, where it has them.
+struct TableRows {
+  bool has_group, has_segment;
+  Sum *group, *segment;
+  __device__ __forceinline__ TableRows(const GateStatistics& tables, const Place& place, int width)
+      : has_group(place.group >= 0),
+        has_segment(place.segment >= 0),
+        group(reinterpret_cast<Sum*>(tables.groups) + int64_t{has_group ? place.group : 0} * width),
+        segment(reinterpret_cast<Sum*>(tables.segments) + int64_t{has_segment ? place.segment : 0} * width) {}
+  __device__ __forceinline__ void add(int at, Sum term) const {
+    if (has_group) atomicAdd(group + at, term);
+    if (has_segment) atomicAdd(segment + at, term);
+  }
+};
 
 // Sums of mass of the lane's experts; where a row has too many for registers, or nobody asks, there are none.
 template <int kSums>
@@ -69,14 +78,15 @@ struct MassSums<0> {
   __device__ __forceinline__ void clear() {}
 };
 
-// Counts for one warp. `block_place`: what the block's row in shared memory, where it has one, is for.
-template <int kValues, Level kLevel>
+// Counts for one warp. `kWhole`: every lane has all its values.
+template <int kValues, Level kLevel, bool kWhole>
 class Tally {
  public:
-  __device__ __forceinline__ Tally(const GateLaunch& launch, Place block_place)
-      : launch_(launch), args_(launch.args), block_place_(block_place) {
+  __device__ __forceinline__ explicit Tally(const GateLaunch& launch) : launch_(launch), args_(launch.args) {
     clear();
   }
+  // `block_place`: what the block's row in shared memory, where it has one, is for.
+  __device__ __forceinline__ void begin(const Place& block_place) { block_place_ = block_place; }
 
   __device__ __forceinline__ bool wants(uint32_t plane) const {
     return (args_.statistics.planes & plane) != 0;
@@ -109,15 +119,19 @@ class Tally {
     flipped_ += flipped, moved_ += moved;
   }
 
+  // `kNumerators`: they are of a softmax, so `inverse` is at most 1 and its product with 2^32 exact.
+  template <bool kNumerators>
   __device__ __forceinline__ void scores(const RowScores& r, const Values<kValues>& score) {
     if (!r.scored) {
       ++unscored_;
       return;
     }
-    if (args_.statistics.entropy) entropy_ += fixed_point(entropy_of(r));
+    if (args_.statistics.entropy)
+      entropy_ += kNumerators ? fixed_point_of_tame(entropy_of(r)) : fixed_point(entropy_of(r));
     if (!wants(kMass)) return;
+    const float unit = r.inverse * 0x1p+32f;
     for_each_expert<kValues>(args_.experts, [&](int i, int e) {
-      const long long term = __float2ll_rn(score[i] * r.inverse * 0x1p+32f);
+      const long long term = __float2ll_rn(kNumerators ? score[i] * unit : score[i] * r.inverse * 0x1p+32f);
       if constexpr (kSums > 0) {
         mass_.lane_sums[i] += term;
       } else if (e < args_.experts && term != 0) {
@@ -131,7 +145,7 @@ class Tally {
     if (in_block_)
       add_to_shared(block_row() + at, term);
     else
-      add_to_tables(args_.statistics, place_, launch_.layout.statistics_width, at, term);
+      table_rows().add(at, term);
   }
   // Adds one to a plane of counts. A block has fewer than 2^32 slots, so its row needs no carry and nobody
   // waits.
@@ -139,7 +153,7 @@ class Tally {
     if (in_block_)
       atomicAdd(reinterpret_cast<unsigned*>(block_row() + at), 1u);
     else
-      add_to_tables(args_.statistics, place_, launch_.layout.statistics_width, at, 1);
+      table_rows().add(at, 1);
   }
   // First entry of a plane.
   __device__ __forceinline__ int plane(uint32_t bit) const {
@@ -148,23 +162,35 @@ class Tally {
 
   __device__ __forceinline__ void flush() {
     if (tokens_ > 0) {
-      if (lane() < kStatScalars) {
-        const long long mine = scalar_of(lane());
-        if (mine != 0) add(lane(), static_cast<Sum>(mine));
-      }
-      if constexpr (kSums > 0) {
-        if (wants(kMass)) {
-          for_each_expert<kValues>(args_.experts, [&](int i, int e) {
-            if (e < args_.experts && mass_.lane_sums[i] != 0)
-              add(plane(kMass) + e, static_cast<Sum>(mass_.lane_sums[i]));
-          });
-        }
+      if (in_block_) {
+        flush_to([](int at, Sum term) { add_to_shared(block_row() + at, term); });
+      } else {
+        const TableRows rows = table_rows();
+        flush_to([&rows](int at, Sum term) { rows.add(at, term); });
       }
     }
     clear();
   }
 
  private:
+  __device__ __forceinline__ TableRows table_rows() const {
+    return TableRows(args_.statistics, place_, launch_.layout.statistics_width);
+  }
+  template <class AddTo>
+  __device__ __forceinline__ void flush_to(AddTo add_to) const {
+    if (lane() < kStatScalars) {
+      const long long mine = scalar_of(lane());
+      if (mine != 0) add_to(lane(), static_cast<Sum>(mine));
+    }
+    if constexpr (kSums > 0) {
+      if (!wants(kMass)) return;
+      const int first = plane(kMass) + first_expert<kValues>(args_.experts);
+      for_each_expert<kValues>(args_.experts, [&](int i, int e) {
+        // No look whether a sum is 0: few are, and lanes that part cost more than what they add.
+        if (kWhole || e < args_.experts) add_to(first + kStripes * i, static_cast<Sum>(mass_.lane_sums[i]));
+      });
+    }
+  }
   __device__ __forceinline__ long long scalar_of(int which) const {
     long long mine = 0;  // no switch: its table would lie in memory
     mine = which == kStatTokens ? tokens_ : mine;
@@ -185,7 +211,7 @@ class Tally {
 
   const GateLaunch& launch_;
   const GateArgs& args_;
-  const Place block_place_;
+  Place block_place_;
   Place place_;
   bool in_block_ = false;  // does the current place add up in the block's row?
   // Since the last flush: fewer than 2^31 slots of one warp.
@@ -196,7 +222,8 @@ class Tally {
 };
 
 // What the chosen of a row add. `row` is room for a number of each slot.
-template <class Tally, int kSlots>
+// `kTame`: weights are numbers from 0 to 1.
+template <bool kTame, class Tally, int kSlots>
 __device__ __forceinline__ void count_chosen(Tally& tally, const Choice<kSlots>& c, int row_slots,
                                              bool steered, float* row) {
   int present = c.count;
@@ -206,17 +233,14 @@ __device__ __forceinline__ void count_chosen(Tally& tally, const Choice<kSlots>&
     present = fold_add(mine);
   }
   tally.token(row_slots, row_slots - present, steered);
-  if (tally.wants(kCounts)) {
+  const bool counts = tally.wants(kCounts), weights = tally.wants(kWeight);
 #pragma unroll
-    for (int s = 0; s < kSlots; ++s) {
-      if (c.ids[s] >= 0) tally.add_one(tally.plane(kCounts) + c.ids[s]);
-    }
-  }
-  if (tally.wants(kWeight)) {
-#pragma unroll
-    for (int s = 0; s < kSlots; ++s) {
-      const Sum term = static_cast<Sum>(fixed_point(c.weights[s]));
-      if (c.ids[s] >= 0) tally.add(tally.plane(kWeight) + c.ids[s], term);
+  for (int s = 0; s < kSlots; ++s) {
+    if (c.ids[s] < 0) continue;
+    if (counts) tally.add_one(tally.plane(kCounts) + c.ids[s]);
+    if (weights) {
+      const long long term = kTame ? fixed_point_of_tame(c.weights[s]) : fixed_point(c.weights[s]);
+      tally.add(tally.plane(kWeight) + c.ids[s], static_cast<Sum>(term));
     }
   }
   if (!tally.wants(kShare)) return;

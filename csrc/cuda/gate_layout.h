@@ -21,7 +21,7 @@ struct GateLayout {
   bool whole_planes = false;  // four entries of a steering plane may be read in one load
   bool whole_slots = false;   // eight ids or weights of a token may be written in two stores
   // Of the tables: elements of a row, and where a row's planes begin, by bit_index().
-  int steering_stride = 0, steering_plane[7] = {};
+  int steering_rows = 0, steering_stride = 0, steering_plane[7] = {};
   int statistics_width = 0, statistics_plane[5] = {};
   uint32_t group_reciprocal = 0;  // 2^32 / (experts of a group), rounded up; 0 for one expert
   // Softmax whose sum over all experts cancels, unless a bias weighs; scores decide, not logits.
@@ -65,7 +65,7 @@ constexpr int kMostBlocks = 32;
 // architecture.
 constexpr int blocks_at_once(int values, Level level, bool common) {
   constexpr int blocks[2][3][4] = {{{24, 20, 16, 8}, {20, 16, 12, 8}, {14, 10, 8, 8}},
-                                   {{28, 28, 20, 8}, {24, 20, 14, 8}, {16, 12, 8, 8}}};
+                                   {{32, 32, 20, 8}, {24, 20, 14, 8}, {16, 12, 8, 8}}};
   if (values == 0) return 1;
   const int wanted = blocks[common ? 1 : 0][values <= 4 ? 0 : values <= 8 ? 1 : 2][static_cast<int>(level)];
   return wanted < kMostBlocks ? wanted : kMostBlocks;

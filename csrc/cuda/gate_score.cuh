@@ -59,20 +59,34 @@ __device__ __forceinline__ void add_up(const Values<kValues>& scores, int expert
   r.entropy_sum = sums.second;
 }
 
+// How far a logit lies below the largest. Where the numerator is 0 anyway, and for NaN, a number that turns its
+// product with 0 into 0.
+__device__ __forceinline__ float below(float z, float largest) {
+  constexpr float kLowest = -88.0f;
+  static_assert(kLowest < math::kExpUnderflow);
+  return fmaxf(z - largest, kLowest);
+}
+
+// `r.largest` is known.
 template <int kValues>
 __device__ __forceinline__ void softmax_all(const Values<kValues>& z, int experts, bool entropy,
                                             Values<kValues>& scores, RowScores& r) {
-  r.largest = largest_of<kValues>(z, experts);
+  Values<kValues> shifted;  // made twice where there are no registers
   if (r.largest < infinity()) {
-    for_each_expert<kValues>(experts,
-                             [&](int i, int) { scores[i] = math::exp_nonpositive(z[i] - r.largest); });
+    for_each_expert<kValues>(experts, [&](int i, int) {
+      const float x = below(z[i], r.largest);
+      scores[i] = math::exp_nonpositive(x);
+      if constexpr (kValues > 0) shifted[i] = x;
+    });
   } else {
-    for_each_expert<kValues>(experts, [&](int i, int) { scores[i] = z[i] == r.largest ? 1.0f : 0.0f; });
+    for_each_expert<kValues>(experts, [&](int i, int) {
+      scores[i] = z[i] == r.largest ? 1.0f : 0.0f;
+      if constexpr (kValues > 0) shifted[i] = 0.0f;
+    });
   }
   add_up<kValues>(scores, experts, entropy, r, [&](int i, float sum) {
-    // e is 0 where the shifted logit is infinite or NaN, and that must not turn into a product.
-    const float e = scores[i], shifted = e > 0.0f ? z[i] - r.largest : 0.0f;
-    return math::fma(e, shifted, sum);
+    if constexpr (kValues > 0) return math::fma(scores[i], shifted[i], sum);
+    return math::fma(scores[i], below(z[i], r.largest), sum);
   });
   if (r.largest == infinity()) r.entropy_sum = 0.0f;
   r.scored = true;
@@ -98,17 +112,21 @@ __device__ __forceinline__ void pointwise_all(Score score, const Values<kValues>
   r.scored = score != Score::kIdentity || !(fold_min(least) < 0.0f);
 }
 
-// `entropy` and `score` are the launch's, the same for every row.
+// `entropy` and `score` are the launch's, the same for every row. `known`: the largest logit, where it is known
+// already.
 template <int kValues>
 __device__ __forceinline__ RowScores score_all(Score score, const Values<kValues>& z, int experts,
-                                               bool entropy, Values<kValues>& scores) {
+                                               bool entropy, Values<kValues>& scores,
+                                               const float* known = nullptr) {
   RowScores r;
-  if (is_softmax(score))
+  if (is_softmax(score)) {
+    r.largest = known != nullptr ? *known : largest_of<kValues>(z, experts);
     softmax_all<kValues>(z, experts, entropy, scores, r);
-  else
+  } else {
     pointwise_all<kValues>(score, z, experts, entropy, scores, r);
+  }
   r.scored = r.scored && r.total >= kSmallestNormal && r.total < infinity();
-  r.inverse = r.total > 0.0f ? 1.0f / r.total : 0.0f;
+  r.inverse = r.scored ? 1.0f / r.total : 0.0f;  // a softmax whose sum is not 0 is scored
   if (is_softmax(score)) r.factor = r.inverse;
   return r;
 }

@@ -37,10 +37,16 @@ __device__ __forceinline__ float bound_of(const Values<kValues>& values, int exp
   float most = -infinity();
   for_each_expert<kValues>(experts, [&](int i, int) { most = fmaxf(most, values[i]); });
   int32_t key = number_key(most), best = kLowestKey;
-#pragma unroll 8
-  for (int round = 0; round < want; ++round) {
+  const auto take_best = [&] {
     best = __reduce_max_sync(kWarp, key);
     key = key == best ? kNoKey : key;
+  };
+  if (want == 8) {
+#pragma unroll
+    for (int round = 0; round < 8; ++round) take_best();
+  } else {
+#pragma unroll 1
+    for (int round = 0; round < want; ++round) take_best();
   }
   return number_of(best > kLowestKey ? best : kLowestKey);
 }
@@ -167,12 +173,11 @@ __device__ __forceinline__ void rank(Selection& selection, int count, int want, 
   __syncwarp();
 }
 
-// The `want` best numbers of a row, best first, to ids[first ...]; returns how many there were.
+// The `want` > 0 best numbers of a row, best first, to ids[first ...]; returns how many there were.
 template <int kValues>
 __device__ __forceinline__ int select_best(const Values<kValues>& values, int experts, int want, int first,
                                            Selection& selection) {
   constexpr int kMost = most_listed(kValues);
-  if (want <= 0) return 0;
   int listed = kMost + 1;
   const bool all_fit = kValues <= 1 && experts <= kMost;
   if (want <= kColumnsFor || all_fit) {

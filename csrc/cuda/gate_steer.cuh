@@ -73,12 +73,15 @@ __device__ __forceinline__ void load_row(const T* row, int experts, Op op) {
 __device__ __forceinline__ bool has(const GateLaunch& launch, uint32_t bit) {
   return (launch.args.steering.planes & bit) != 0;
 }
+__device__ __forceinline__ const float* row_of(const GateLaunch& launch, const SteeringRow& row) {
+  return launch.args.steering.tables +
+         uint64_t{static_cast<uint32_t>(row.index)} * static_cast<uint32_t>(launch.layout.steering_stride);
+}
 // A row's entries of a plane. Where planes lie in a row is worked out on the host: here it would be worked out
 // ahead for every plane, and kept in registers.
 __device__ __forceinline__ const float* plane_of(const GateLaunch& launch, const SteeringRow& row,
                                                  uint32_t bit) {
-  return launch.args.steering.tables + int64_t{row.index} * launch.layout.steering_stride +
-         launch.layout.steering_plane[bit_index(bit)];
+  return row_of(launch, row) + launch.layout.steering_plane[bit_index(bit)];
 }
 // The entry of a plane for one expert (of the chosen, say), the neutral value for tokens without a row.
 __device__ __forceinline__ float entry(const GateLaunch& launch, const SteeringRow& row, uint32_t bit, int e,
@@ -94,18 +97,23 @@ struct Entries {
   __device__ __forceinline__ void load(const float* plane, int experts) {
     load_row<kValues>(plane, experts, [&](int i, float x) { of_lane[i] = x; });
   }
+  // Of rows of whole lanes: from the lane's first entry.
+  __device__ __forceinline__ void load_lane(const float* mine) {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) of_lane[i] = __ldg(mine + kStripes * i);
+  }
   __device__ __forceinline__ float operator()(int i) const { return of_lane[i]; }
 };
 template <int kValues>
 struct Entries<kValues, false> {
-  const float* plane = nullptr;
-  int experts = 1;
-  __device__ __forceinline__ void load(const float* plane_, int experts_) {
-    plane = plane_, experts = experts_;
+  const float* mine = nullptr;  // the lane's first entry
+  int last = 0;                 // of the row, counted from there
+  __device__ __forceinline__ void load(const float* plane, int experts) {
+    const int first = first_expert<kValues>(experts);
+    mine = plane + first, last = experts - 1 - first;
   }
-  __device__ __forceinline__ float operator()(int i) const {
-    return __ldg(plane + min(first_expert<kValues>(experts) + kStripes * i, experts - 1));
-  }
+  __device__ __forceinline__ void load_lane(const float* mine_) { mine = mine_, last = kStripes * kValues; }
+  __device__ __forceinline__ float operator()(int i) const { return __ldg(mine + min(kStripes * i, last)); }
 };
 template <int kValues>
 __device__ __forceinline__ Entries<kValues> entries(const GateLaunch& launch, const SteeringRow& row,
@@ -115,7 +123,7 @@ __device__ __forceinline__ Entries<kValues> entries(const GateLaunch& launch, co
   return plane;
 }
 __device__ __forceinline__ bool in_table(const GateLaunch& launch, int32_t steering_row) {
-  return steering_row >= 0 && steering_row < launch.args.steering.rows;
+  return static_cast<uint32_t>(steering_row) < static_cast<uint32_t>(launch.layout.steering_rows);
 }
 
 __device__ __forceinline__ uint32_t flags_of_force(int code) {
@@ -157,25 +165,55 @@ __device__ __forceinline__ uint32_t look_through(const GateLaunch& launch, const
   return __reduce_or_sync(kWarp, found);
 }
 
+// The lane's entries of the planes of a row. Asked for as soon as the row is known, before anything waits.
+template <int kValues>
+struct Planes {
+  Entries<kValues> scale, bias, deviations, magnitude;
+  template <bool kWhole>
+  __device__ __forceinline__ void load(const GateLaunch& launch, const SteeringRow& row) {
+    if (launch.args.steering.planes == 0) return;  // the row has parameters alone
+    const float* const lane_entries = kept(row_of(launch, row) + first_expert<kValues>(launch.args.experts));
+    const auto load_plane = [&](Entries<kValues>& plane, uint32_t bit) {
+      if (!has(launch, bit)) return;
+      const int begin = launch.layout.steering_plane[bit_index(bit)];
+      if constexpr (kWhole)
+        plane.load_lane(lane_entries + begin);
+      else
+        plane = entries<kValues>(launch, row, bit);
+    };
+    load_plane(deviations, kStd);
+    load_plane(bias, kBias);
+    // Two in one branch: a short one would be turned into predicates, and issue loads of nothing.
+    if (!has(launch, kScale | kMagnitude)) return;
+    load_plane(scale, kScale);
+    load_plane(magnitude, kMagnitude);
+  }
+};
+
+// `kFull`: the launch may have planes that the last two say something of.
+template <bool kFull>
 __device__ __forceinline__ void read_row_params(const GateLaunch& launch, SteeringRow& row) {
   if (launch.args.steering.row_params == nullptr) return;
   const float* params = launch.args.steering.row_params + int64_t{row.index} * kRowParams;
   row.temperature = __ldg(params + kRowTemperature);
   const float k = __ldg(params + kRowTopK);
   if (k >= 1.0f && k < float(launch.args.k)) row.k = static_cast<int>(k);
-  row.flags = (__ldg(params + kRowStdCorrection) != 0.0f ? uint32_t{SteeringRow::kSampleStd} : 0u) |
-              (__ldg(params + kRowScoreBiasWeighs) != 0.0f ? uint32_t{SteeringRow::kBiasWeighs} : 0u) |
-              (__ldg(params + kRowWeightScaleAfter) != 0.0f ? uint32_t{SteeringRow::kScaleAfter} : 0u);
+  row.flags = __ldg(params + kRowStdCorrection) != 0.0f ? uint32_t{SteeringRow::kSampleStd} : 0u;
+  if constexpr (!kFull) return;
+  row.flags |= (__ldg(params + kRowScoreBiasWeighs) != 0.0f ? uint32_t{SteeringRow::kBiasWeighs} : 0u) |
+               (__ldg(params + kRowWeightScaleAfter) != 0.0f ? uint32_t{SteeringRow::kScaleAfter} : 0u);
 }
 
 // `whole`: is it of consequence whether the row is neutral? `kFull`: the launch may have more than kSoftPlanes.
-template <bool kFull, int kValues>
-__device__ __forceinline__ SteeringRow read_steering(const GateLaunch& launch, int32_t index, bool whole) {
+template <bool kFull, bool kWhole, int kValues>
+__device__ __forceinline__ SteeringRow read_steering(const GateLaunch& launch, int32_t index, bool whole,
+                                                     Planes<kValues>& planes) {
   SteeringRow row;
   row.k = launch.args.k;
   if (!in_table(launch, index)) return row;
   row.index = index;
-  read_row_params(launch, row);
+  planes.template load<kWhole>(launch, row);
+  read_row_params<kFull>(launch, row);
   uint32_t found = 0;
   if constexpr (kFull) {
     if (whole || has(launch, kScoreBias | kForce)) found = look_through<kValues>(launch, row, whole);
@@ -210,7 +248,7 @@ __device__ __forceinline__ Spread spread_of(const Values<kValues>& z, int expert
 
 // Over the numbers in z that are finite; 0 where there are too few.
 template <int kValues>
-__device__ __forceinline__ float standard_deviation(const Values<kValues>& z, int experts, bool sample) {
+__device__ __forceinline__ float deviation_of_finite(Values<kValues> z, int experts, bool sample) {
   constexpr float kShrink = 0x1p-96f;  // see csrc/cpu/gate_steer.h
   const Spread spread = spread_of<kValues>(z, experts, [](float x) { return x; });
   const int degrees = spread.count - (sample ? 1 : 0);
@@ -221,6 +259,26 @@ __device__ __forceinline__ float standard_deviation(const Values<kValues>& z, in
     std = math::sqrt(shrunk.squares / divisor) / kShrink;
   }
   return spread.count == 0 || degrees == 0 ? 0.0f : std;
+}
+
+// Where all numbers are finite and none is huge, which the sum of squares shows, nothing has to be picked and
+// counted.
+// `kWhole`: every lane has all its values.
+template <int kValues, bool kWhole>
+__device__ __forceinline__ float standard_deviation(const Values<kValues>& z, int experts, bool sample) {
+  const int places = kLanes * (kValues > 0 ? kValues : values_of_lane(experts));
+  const int count = kWhole ? places : experts;
+  if (!kWhole && experts < places) return deviation_of_finite<kValues>(z, experts, sample);
+  const float mean =
+      sum_over_experts<kValues, OneSum>(experts, [&](int i, OneSum sum) { return OneSum{sum.value + z[i]}; })
+          .value /
+      float(count);
+  const float squares = sum_over_experts<kValues, OneSum>(experts, [&](int i, OneSum sum) {
+                          const float d = z[i] - mean;
+                          return OneSum{math::fma(d, d, sum.value)};
+                        }).value;
+  if (!(squares < infinity()) || count == 1) return deviation_of_finite<kValues>(z, experts, sample);
+  return math::sqrt(squares / float(sample ? count - 1 : count));
 }
 
 // Natural extremes of the allowed experts. Of equal values (zeros of either sign) the CPU keeps the one in
@@ -273,49 +331,69 @@ __device__ __forceinline__ float forced_logit(int code, float z, const Extremes&
   }
 }
 
-// z' in the place of the raw logits. Every plane is on its way before the first is used.
-template <bool kFull, int kValues>
-__device__ __forceinline__ void steer(const GateLaunch& launch, const SteeringRow& row, Values<kValues>& z) {
+// Applies what every logit gets by itself, plane by plane: a launch asks once for each plane, not for each logit.
+template <int kValues>
+__device__ __forceinline__ void apply(const GateLaunch& launch, const SteeringRow& row,
+                                      const Planes<kValues>& planes, float std, Values<kValues>& z) {
+  constexpr int kAtOnce = kValues > 0 ? kValues : 1;  // in shared memory: one after the other
+  const int values = kValues > 0 ? kValues : values_of_lane(launch.args.experts);
+#pragma unroll
+  for (int first = 0; first < values; first += kAtOnce) {
+    float x[kAtOnce], raw[kAtOnce];
+    const auto each = [&](auto op) {
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) x[j] = op(x[j], first + j, j);
+    };
+    each([&](float, int i, int j) { return raw[j] = z[i]; });
+    if (has(launch, kScale)) each([&](float v, int i, int) { return v * planes.scale(i); });
+    if (row.temperature != 1.0f) each([&](float v, int, int) { return v / row.temperature; });
+    if (has(launch, kBias)) {
+      each([&](float v, int i, int) {
+        const float b = planes.bias(i);
+        return b != 0.0f ? v + b : v;
+      });
+    }
+    if (has(launch, kStd)) {
+      each([&](float v, int i, int) {
+        const float c = planes.deviations(i);
+        return c != 0.0f ? math::fma(c, std, v) : v;
+      });
+    }
+    if (has(launch, kMagnitude)) {
+      each([&](float v, int i, int j) {
+        const float m = planes.magnitude(i);
+        return m != 0.0f ? math::fma(m, fabsf(raw[j]), v) : v;
+      });
+    }
+    each([&](float v, int i, int) { return z[i] = v; });
+  }
+}
+
+// z' in the place of the raw logits.
+template <bool kFull, bool kWhole, int kValues>
+__device__ __forceinline__ void steer(const GateLaunch& launch, const SteeringRow& row,
+                                      const Planes<kValues>& planes, Values<kValues>& z) {
   const int experts = launch.args.experts;
-  Entries<kValues> force, scale, bias, deviations, magnitude;
+  Entries<kValues> force;
   const bool forced = kFull && row.forced();
-  if (forced) force = entries<kValues>(launch, row, kForce);
-  if (has(launch, kScale)) scale = entries<kValues>(launch, row, kScale);
-  if (has(launch, kBias)) bias = entries<kValues>(launch, row, kBias);
-  if (has(launch, kStd)) deviations = entries<kValues>(launch, row, kStd);
-  if (has(launch, kMagnitude)) magnitude = entries<kValues>(launch, row, kMagnitude);
   if (forced) {
+    force = entries<kValues>(launch, row, kForce);
     for_each_expert<kValues>(experts, [&](int i, int) {
       if (force_code(force(i)) == kForbid) z[i] = not_a_number();
     });
   }
-  const float std = has(launch, kStd) ? standard_deviation<kValues>(z, experts, row.sample_std()) : 0.0f;
+  const float std =
+      has(launch, kStd) ? standard_deviation<kValues, kWhole>(z, experts, row.sample_std()) : 0.0f;
   Extremes natural;
   if (kFull && row.pulled()) natural = natural_extremes<kValues>(z, experts, row.log_softmax());
-  const bool pulled =
-      kFull && row.pulled() && natural.max >= natural.min;  // else there is not one number in the row
+  apply<kValues>(launch, row, planes, std, z);
+  const bool any_number = natural.max >= natural.min;
+  if (!kFull || !row.pulled() || !any_number) return;
   for_each_expert<kValues>(experts, [&](int i, int e) {
-    const float raw = z[i];
-    float x = raw;
-    if (has(launch, kScale)) x = x * scale(i);
-    if (row.temperature != 1.0f) x = x / row.temperature;
-    if (has(launch, kBias)) {
-      const float b = bias(i);
-      x = b != 0.0f ? x + b : x;
-    }
-    if (has(launch, kStd)) {
-      const float c = deviations(i);
-      x = c != 0.0f ? math::fma(c, std, x) : x;
-    }
-    if (has(launch, kMagnitude)) {
-      const float m = magnitude(i);
-      x = m != 0.0f ? math::fma(m, fabsf(raw), x) : x;
-    }
-    if (pulled && e < experts) {
-      if (row.log_softmax()) x = x - natural.log_sum_exp;
-      x = forced_logit(force_code(force(i)), x, natural);
-    }
-    z[i] = x;
+    if (e >= experts) return;
+    float x = z[i];
+    if (row.log_softmax()) x = x - natural.log_sum_exp;
+    z[i] = forced_logit(force_code(force(i)), x, natural);
   });
 }
 

@@ -7,104 +7,15 @@
 // that count elsewhere than the tile.
 #pragma once
 #include "gate_row.cuh"
+#include "gate_tile_list.cuh"
 
 namespace moe_route::cuda {
 namespace {
 
-inline constexpr int kTileList = 24;       // candidates of a row
-inline constexpr float kTame = 0x1p+100f;  // of such logits neither sums nor differences overflow
-
-// 16 bytes from global to shared memory, without registers on the way.
-__device__ __forceinline__ void copy_async(float* to, const float* from) {
-#ifdef __CUDA_ARCH__
-  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
-#else
-  *reinterpret_cast<float4*>(to) = *reinterpret_cast<const float4*>(from);
-#endif
-}
-__device__ __forceinline__ void wait_for_copies() {
-#ifdef __CUDA_ARCH__
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-  __syncwarp();
-}
-
-// A list in shared memory that a thread appends to: entries lie a warp's width apart. One entry more than
-// kTileList has room, to be overwritten.
-class List {
- public:
-  __device__ __forceinline__ explicit List(float2* first) : first_(first) {
-#ifdef __CUDA_ARCH__
-    begin_ = static_cast<unsigned>(__cvta_generic_to_shared(first));
-#else
-    begin_ = 0;
-#endif
-    next_ = begin_;
-    full_ = begin_ + kTileList * kStep;
-  }
-  // Appends x and its expert where x >= bound. Predicated: a branch for each value would cost three times that.
-  __device__ __forceinline__ void append_if_reaches(float x, float bound, int expert) {
-#ifdef __CUDA_ARCH__
-    asm volatile(
-        "{.reg .pred p; setp.ge.f32 p, %1, %2; @p st.shared.v2.b32 [%0], {%3, %4};"
-        " @p add.u32 %0, %0, %6; min.u32 %0, %0, %5;}"
-        : "+r"(next_)
-        : "f"(x), "f"(bound), "r"(__float_as_int(x)), "r"(expert), "r"(full_), "n"(kStep));
-#else
-    if (!(x >= bound)) return;
-    first_[next_ / sizeof(float2)] = make_float2(x, __int_as_float(expert));
-    next_ = min(next_ + kStep, full_);
-#endif
-  }
-  // Entries; kTileList where there may be more.
-  __device__ __forceinline__ int count() const {
-#ifdef __CUDA_ARCH__
-    asm volatile("" ::: "memory");  // what was appended is read from here on
-#endif
-    return static_cast<int>((next_ - begin_) / kStep);
-  }
-
- private:
-  static constexpr unsigned kStep = kLanes * sizeof(float2);
-  float2* const first_;
-  unsigned begin_, next_, full_;
-};
-
-// Sixteen stripes of one row in a thread's registers: the contract's tree needs nobody else.
-struct Stripes {
-  float sums[kStripes] = {};
-  __device__ __forceinline__ float fold() {
-    add_halves<8>();
-    add_halves<4>();
-    add_halves<2>();
-    return sums[0] + sums[1];
-  }
-  template <int kApart>
-  __device__ __forceinline__ void add_halves() {
-#pragma unroll
-    for (int s = 0; s < kApart; ++s) sums[s] = sums[s] + sums[s + kApart];
-  }
-};
-
-// Sorts eight numbers, largest first.
-__device__ __forceinline__ void sort_eight(float* x) {
-  const auto in_order = [x](int a, int b) {
-    const float larger = fmaxf(x[a], x[b]), smaller = fminf(x[a], x[b]);
-    x[a] = larger, x[b] = smaller;
-  };
-  in_order(0, 1), in_order(2, 3), in_order(4, 5), in_order(6, 7);
-  in_order(0, 2), in_order(1, 3), in_order(4, 6), in_order(5, 7);
-  in_order(1, 2), in_order(5, 6);
-  in_order(0, 4), in_order(1, 5), in_order(2, 6), in_order(3, 7);
-  in_order(2, 4), in_order(3, 5);
-  in_order(1, 2), in_order(3, 4), in_order(5, 6);
-}
-
 template <int kValues, Level kLevel>
 class TileGate {
   static constexpr int kExperts = kLanes * kValues;
-  static constexpr int kStride = kExperts + 4;  // of a tile's row: threads read theirs from different banks
+  static constexpr int kStride = Tile<kValues>::kStride;
   static constexpr bool kScored = kLevel != Level::kPlain, kSteers = kLevel == Level::kSoft;
 
  public:
@@ -114,16 +25,16 @@ class TileGate {
       : launch_(launch),
         args_(launch.args),
         place_(place),
-        tile_(reinterpret_cast<float*>(memory)),
+        tile_(launch, memory),
         list_(reinterpret_cast<float2*>(memory + kLanes * kStride * 4) + lane()) {}
 
   // Rows [begin, begin + 32) of the launch. Returns one bit for each row that is left to do.
   __device__ __forceinline__ unsigned rows(int64_t begin) {
     const int64_t t = begin + lane();
     const bool there = t < args_.tokens;
-    load(begin);
+    tile_.load(begin);
     Token token;
-    if (there) token = read_token(launch_, t);
+    if (there) token = read_token<true>(launch_, t);
     const Place place = place_of(launch_.layout, token.group, token.segment);
     const bool counted = there && token.valid && place.counted();
     bool plain = there && token.valid && (!counted || place == place_);
@@ -132,9 +43,9 @@ class TileGate {
     if constexpr (kSteers) {
       if (plain && steered) plain = steer(token.steering_row, count);
     }
-    float* const row = tile_ + lane() * kStride;
+    float* const row = tile_.row(lane());
     float largest, bound;
-    plain = find_bound(row, largest, bound) && plain;
+    plain = find_bound<kValues, kScored>(row, largest, bound) && plain;
     Stripes total, entropy;
     const int listed = list_best(row, bound, largest, total, entropy);
     plain = plain && listed < kTileList;
@@ -150,144 +61,84 @@ class TileGate {
   }
 
  private:
-  // ---- the tile ---------------------------------------------------------------------------------
-
-  template <class T, class Convert>
-  __device__ __forceinline__ void load_halves(int64_t begin, Convert convert) {
-    for_each_row(begin, [&](float* to, int64_t at) {
-      const uint2 raw = __ldg(reinterpret_cast<const uint2*>(static_cast<const T*>(args_.logits) + at));
-      *reinterpret_cast<float4*>(to) = make_float4(convert(raw.x & 0xffffu), convert(raw.x >> 16),
-                                                   convert(raw.y & 0xffffu), convert(raw.y >> 16));
-    });
-  }
-  // op(where four values go, where they come from), neighboring lanes side by side. Past the last row: that
-  // row again.
-  template <class Op>
-  __device__ __forceinline__ void for_each_row(int64_t begin, Op op) {
-    constexpr int kFours = kExperts / 4;
-#pragma unroll 8
-    for (int i = 0; i < kFours; ++i) {  // 32 rows of kFours, 32 fours at a time
-      const int four = i * kLanes + lane(), row = four / kFours, column = four % kFours * 4;
-      const int64_t t = begin + row < args_.tokens ? begin + row : args_.tokens - 1;
-      op(tile_ + row * kStride + column, t * args_.row_stride + column);
-    }
-  }
-  __device__ __forceinline__ void load(int64_t begin) {
-    if (args_.logits_type == DType::kFloat32) {
-      for_each_row(begin, [&](float* to, int64_t at) {
-        copy_async(to, static_cast<const float*>(args_.logits) + at);
-      });
-    } else if (launch_.layout.bfloat16) {
-      load_halves<uint16_t>(begin, [](unsigned x) { return math::as_float(int32_t(x << 16)); });
-    } else {
-      load_halves<__half>(
-          begin, [](unsigned x) { return __half2float(__ushort_as_half(static_cast<unsigned short>(x))); });
-    }
-    wait_for_copies();
-  }
-
-  // op(value, stripe) for the thread's row, in rising order.
-  template <class Op>
-  __device__ __forceinline__ static void each(const float* row, Op op) {
-#pragma unroll 2
-    for (int v = 0; v < kExperts; v += kStripes) {
-#pragma unroll
-      for (int s = 0; s < kStripes; s += 4) {
-        const float4 x = *reinterpret_cast<const float4*>(row + v + s);
-        op(x.x, s), op(x.y, s + 1), op(x.z, s + 2), op(x.w, s + 3);
-      }
-    }
-  }
-
   // ---- steering ---------------------------------------------------------------------------------
 
   // The thread's row by its steering row; false where something is no plain number.
   __device__ __forceinline__ bool steer(int32_t index, int& count) {
-    float* const row = tile_ + lane() * kStride;
+    float* const row = tile_.row(lane());
     SteeringRow steering;
     steering.index = index, steering.k = args_.k;
-    read_row_params(launch_, steering);
+    read_row_params<false>(launch_, steering);
     count = steering.k;
     bool plain = true;
     float std = 0;
     if (has(launch_, kStd)) {
       Stripes sums, squares;
-      each(row, [&](float x, int s) {
-        plain &= fabsf(x) < kTame;
-        sums.sums[s] = sums.sums[s] + x;
-      });
+      Tile<kValues>::each(row, [&](float x, int s) { sums.sums[s] = sums.sums[s] + x; });
       const float mean = sums.fold() / float(kExperts);
-      each(row, [&](float x, int s) {
+      Tile<kValues>::each(row, [&](float x, int s) {
         const float d = x - mean;
         squares.sums[s] = math::fma(d, d, squares.sums[s]);
       });
       const float all = squares.fold();
-      plain &= all < infinity();
+      plain = all < infinity();  // as it is where all logits are numbers and none is huge
       std = math::sqrt(all / float(kExperts - (steering.sample_std() ? 1 : 0)));
     }
-#pragma unroll 2
-    for (int e = 0; e < kExperts; e += 4) steer_four(steering, e, *reinterpret_cast<float4*>(row + e), std);
+#pragma unroll 1
+    for (int e = 0; e < kExperts; e += kStripes) steer_stripes(steering, e, row + e, std);
     return plain;
   }
-  __device__ __forceinline__ void steer_four(const SteeringRow& steering, int e, float4& four,
-                                             float std) const {
-    const float raw[4] = {four.x, four.y, four.z, four.w};
-    float x[4] = {four.x, four.y, four.z, four.w};
-    // op(value, raw value, entry) for each of the four.
+  // Sixteen logits plane by plane: a launch asks once for each plane, not for each logit.
+  __device__ __forceinline__ void steer_stripes(const SteeringRow& steering, int e, float* z,
+                                                float std) const {
+    float x[kStripes], raw[kStripes];
+#pragma unroll
+    for (int s = 0; s < kStripes; s += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(z + s);
+      raw[s] = four.x, raw[s + 1] = four.y, raw[s + 2] = four.z, raw[s + 3] = four.w;
+    }
+#pragma unroll
+    for (int s = 0; s < kStripes; ++s) x[s] = raw[s];
+    // op(value, raw value, entry) for each of them.
     const auto apply = [&](uint32_t bit, auto op) {
       if (!has(launch_, bit)) return;
       const float* const plane = plane_of(launch_, steering, bit) + e;
-      float entries[4];
-      if (launch_.layout.whole_planes) {
-        const float4 y = __ldg(reinterpret_cast<const float4*>(plane));
-        entries[0] = y.x, entries[1] = y.y, entries[2] = y.z, entries[3] = y.w;
-      } else {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) entries[c] = __ldg(plane + c);
+      for (int s = 0; s < kStripes; s += 4) {
+        const float4 entry = four_of(plane + s);
+        x[s] = op(x[s], raw[s], entry.x);
+        x[s + 1] = op(x[s + 1], raw[s + 1], entry.y);
+        x[s + 2] = op(x[s + 2], raw[s + 2], entry.z);
+        x[s + 3] = op(x[s + 3], raw[s + 3], entry.w);
       }
-#pragma unroll
-      for (int c = 0; c < 4; ++c) x[c] = op(x[c], raw[c], entries[c]);
     };
-    apply(kScale, [](float z, float, float scale) { return z * scale; });
+    apply(kScale, [](float v, float, float scale) { return v * scale; });
     if (steering.temperature != 1.0f) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) x[c] = x[c] / steering.temperature;
+      for (int s = 0; s < kStripes; ++s) x[s] = x[s] / steering.temperature;
     }
-    apply(kBias, [](float z, float, float b) { return b != 0.0f ? z + b : z; });
-    apply(kStd, [std](float z, float, float c) { return c != 0.0f ? math::fma(c, std, z) : z; });
+    apply(kBias, [](float v, float, float b) { return b != 0.0f ? v + b : v; });
+    apply(kStd, [std](float v, float, float c) { return c != 0.0f ? math::fma(c, std, v) : v; });
     apply(kMagnitude,
-          [](float z, float own, float m) { return m != 0.0f ? math::fma(m, fabsf(own), z) : z; });
-    four = make_float4(x[0], x[1], x[2], x[3]);
+          [](float v, float own, float m) { return m != 0.0f ? math::fma(m, fabsf(own), v) : v; });
+#pragma unroll
+    for (int s = 0; s < kStripes; s += 4)
+      *reinterpret_cast<float4*>(z + s) = make_float4(x[s], x[s + 1], x[s + 2], x[s + 3]);
+  }
+  // Four entries of a plane, in one load where all planes lie so.
+  __device__ __forceinline__ float4 four_of(const float* plane) const {
+    if (launch_.layout.whole_planes) return __ldg(reinterpret_cast<const float4*>(plane));
+    return make_float4(__ldg(plane), __ldg(plane + 1), __ldg(plane + 2), __ldg(plane + 3));
   }
 
   // ---- choice -----------------------------------------------------------------------------------
-
-  // The largest value, and one that at least eight reach: the eighth of the largest values of 16 stripes.
-  // False where a value is no plain number.
-  __device__ __forceinline__ bool find_bound(const float* row, float& largest, float& bound) const {
-    float most[kStripes];
-#pragma unroll
-    for (int s = 0; s < kStripes; ++s) most[s] = -infinity();
-    bool plain = true;
-    each(row, [&](float x, int s) {
-      plain &= fabsf(x) < kTame;
-      most[s] = fmaxf(most[s], x);
-    });
-    sort_eight(most);
-    sort_eight(most + 8);
-    largest = fmaxf(most[0], most[8]);
-    bound = fmaxf(most[0], most[15]);
-#pragma unroll
-    for (int i = 1; i < 8; ++i) bound = fminf(bound, fmaxf(most[i], most[15 - i]));
-    return plain;
-  }
 
   // Lists what reaches the bound, by rising index; with scores, turns the row into numerators. Returns how many
   // were listed; kTileList where there may be more.
   __device__ __forceinline__ int list_best(float* row, float bound, float largest, Stripes& total,
                                            Stripes& entropy) {
     List list(list_);
-#pragma unroll 2
+#pragma unroll 1
     for (int v = 0; v < kExperts; v += kStripes) {
 #pragma unroll
       for (int s = 0; s < kStripes; s += 4) {
@@ -298,7 +149,7 @@ class TileGate {
         if constexpr (kScored) {
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
-            const float shifted = x[c] - largest, numerator = math::exp_nonpositive(shifted);
+            const float shifted = x[c] - largest, numerator = math::exp_in_range(shifted);
             total.sums[s + c] = total.sums[s + c] + numerator;
             entropy.sums[s + c] = math::fma(numerator, shifted, entropy.sums[s + c]);
             x[c] = numerator;
@@ -393,7 +244,7 @@ class TileGate {
       const int first = min(all + 4 * lane(), kExperts - 4);
       long long mass[4] = {};
       const auto add_row = [&](int r, float scale) {
-        const float4 p = *reinterpret_cast<const float4*>(tile_ + r * kStride + first);
+        const float4 p = *reinterpret_cast<const float4*>(tile_.row(r) + first);
         mass[0] += __float2ll_rn(p.x * scale);
         mass[1] += __float2ll_rn(p.y * scale);
         mass[2] += __float2ll_rn(p.z * scale);
@@ -431,7 +282,7 @@ class TileGate {
   const GateLaunch& launch_;
   const GateArgs& args_;
   const Place place_;
-  float* const tile_;
+  Tile<kValues> tile_;
   float2* const list_;
   float values_[kMost];
   float weights_[kMost];
@@ -443,11 +294,13 @@ template <int kValues, Level kLevel>
 __global__ void __launch_bounds__(kLanes, tiles_at_once(kValues))
     tile_kernel(const __grid_constant__ GateLaunch launch) {
   wait_for_earlier_kernels();
-  const BlockRows block = begin_block(launch);
+  const RowRange range = rows_of_block(launch);
+  const Place place = begin_block(launch, range);
   unsigned char* const memory = moe_route_shared + launch.layout.block_row;
-  TileGate<kValues, kLevel> tile(launch, memory + launch.layout.tile, block.place);
-  RowGate<kValues, kLevel, true> alone(launch, memory, block.place);
-  for (int64_t t = block.begin; t < block.end; t += kLanes) {
+  TileGate<kValues, kLevel> tile(launch, memory + launch.layout.tile, place);
+  RowGate<kValues, kLevel, true> alone(launch, memory);
+  alone.begin(place);
+  for (int64_t t = range.begin; t < range.end; t += kLanes) {
     unsigned left = tile.rows(t);
     while (left != 0) {
       alone.row(t + __ffs(static_cast<int>(left)) - 1);
@@ -455,7 +308,7 @@ __global__ void __launch_bounds__(kLanes, tiles_at_once(kValues))
     }
   }
   alone.flush();
-  end_block(launch, block);
+  end_block(launch, place);
 }
 
 }  // namespace

@@ -56,6 +56,13 @@ __device__ __forceinline__ int kept(int x) {
 #endif
   return x;
 }
+template <class T>
+__device__ __forceinline__ T* kept(T* x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+l"(x));
+#endif
+  return x;
+}
 
 // One value for each expert; those past the last expert are NaN: never chosen, score 0.
 template <int kValues>
@@ -95,24 +102,33 @@ __device__ __forceinline__ Sum sum_over_experts(int experts, Add add) {
   for_each_expert<kValues>(experts, [&](int i, int) { sum = add(i, sum); });
   sum = sum.map([](float x) { return from_lane(x, lane() % kStripes); });  // the upper half goes on from here
   for_each_expert<kValues>(experts, [&](int i, int) { sum = add(i, sum); });
-#pragma unroll
-  for (int apart = kStripes / 2; apart > 0; apart /= 2)
-    sum = sum.map([=](float x) { return x + __shfl_xor_sync(kWarp, x, apart); });
-  return sum.map([](float x) { return from_lane(x, kLanes - 1); });
+  return sum.folded();
 }
-// One sum, or two side by side: half the waiting.
+// The 16 stripes of a half, each half its own: 8, 4, 2 and 1 lanes apart.
+__device__ __forceinline__ float fold_stripes(float x) {
+#pragma unroll
+  for (int apart = kStripes / 2; apart > 0; apart /= 2) x = x + __shfl_xor_sync(kWarp, x, apart);
+  return x;
+}
+// One sum, or two side by side, of which the second is folded by the half that has nothing to fold.
 struct OneSum {
   float value = 0;
   template <class Op>
   __device__ __forceinline__ OneSum map(Op op) const {
     return {op(value)};
   }
+  __device__ __forceinline__ OneSum folded() const { return {from_lane(fold_stripes(value), kLanes - 1)}; }
 };
 struct TwoSums {
   float first = 0, second = 0;
   template <class Op>
   __device__ __forceinline__ TwoSums map(Op op) const {
     return {op(first), op(second)};
+  }
+  __device__ __forceinline__ TwoSums folded() const {
+    const float upper = __shfl_xor_sync(kWarp, second, kStripes);
+    const float both = fold_stripes(lane() < kStripes ? upper : first);
+    return {from_lane(both, kLanes - 1), from_lane(both, 0)};
   }
 };
 
