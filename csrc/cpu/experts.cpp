@@ -1,5 +1,4 @@
-// expert_product on the instruction set in force: with vectors, or in the plain form (experts_simple.h), which also
-// takes weights [E, in, out].
+// expert_product on the instruction set in force: with vectors, or in the plain form (experts_simple.h).
 #define MOE_ROUTE_ISA portable
 #include "experts_simple.h"
 
@@ -19,17 +18,15 @@ void expert_product(const ExpertProductArgs& args, Parallel parallel, int thread
 void expert_product(const ExpertProductArgs& args, Parallel parallel, int threads) {
   if (args.experts <= 0 || args.out_columns <= 0 || args.capacity <= 0) return;
 #if MOE_ROUTE_X86
-  if (!args.transposed) {
-    switch (instruction_set()) {
-      case InstructionSet::kAvx512Bf16:
-        return avx512_bf16::expert_product(args, parallel, threads);
-      case InstructionSet::kAvx512:
-        return avx512::expert_product(args, parallel, threads);
-      case InstructionSet::kAvx2:
-        return avx2::expert_product(args, parallel, threads);
-      case InstructionSet::kPortable:
-        break;
-    }
+  switch (instruction_set()) {
+    case InstructionSet::kAvx512Bf16:
+      return avx512_bf16::expert_product(args, parallel, threads);
+    case InstructionSet::kAvx512:
+      return avx512::expert_product(args, parallel, threads);
+    case InstructionSet::kAvx2:
+      return avx2::expert_product(args, parallel, threads);
+    case InstructionSet::kPortable:
+      break;
   }
 #endif
   portable::expert_product(args, parallel);

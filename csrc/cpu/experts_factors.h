@@ -40,6 +40,7 @@ struct HalfFactors : Type {
     return Vector::fma(w.lower, x.lower, Vector::fma(w.upper, x.upper, sum));
   }
   static Factors load(const float* x) { return {Vector::load(x), Vector::load(x + Vector::kLanes)}; }
+  static Factors broadcast(const float* x) { return {Vector::broadcast(x), Vector::broadcast(x + 1)}; }
 };
 using Float16Factors = HalfFactors<Float16, Vector::upper_float16, Vector::lower_float16>;
 
@@ -53,6 +54,7 @@ struct BFloat16Factors : BFloat16 {
     return Vector::dot_bfloat16(w, x, sum);
   }
   static Factors load(const float* x) { return Vector::words(x); }
+  static Factors broadcast(const float* x) { return Vector::broadcast_word(x); }
 };
 #else
 using BFloat16Factors = HalfFactors<BFloat16, Vector::upper_bfloat16, Vector::lower_bfloat16>;

@@ -21,6 +21,8 @@ struct Vector {
   static Floats load(const float* from) { return _mm256_loadu_ps(from); }
   static void store(float* to, Floats v) { _mm256_storeu_ps(to, v); }
   static Floats broadcast(const float* from) { return _mm256_broadcast_ss(from); }
+  static Words interleave_low(Words a, Words b) { return _mm256_unpacklo_epi16(a, b); }
+  static Words interleave_high(Words a, Words b) { return _mm256_unpackhi_epi16(a, b); }
   static Words words(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
   static void store(void* to, Words v) { _mm256_storeu_si256(static_cast<__m256i*>(to), v); }
   static void store(void* to, Floats v) { _mm256_storeu_ps(static_cast<float*>(to), v); }

@@ -30,6 +30,12 @@ struct Vector {
   static Floats load(const float* from) { return _mm512_loadu_ps(from); }
   static void store(float* to, Floats v) { _mm512_storeu_ps(to, v); }
   static Floats broadcast(const float* from) { return _mm512_set1_ps(*from); }
+  static Words broadcast_word(const void* from) {
+    return _mm512_castps_si512(_mm512_set1_ps(*static_cast<const float*>(from)));
+  }
+  // Elements of 2 bytes of a and b side by side: the lower four of every 16 bytes, and the upper four.
+  static Words interleave_low(Words a, Words b) { return _mm512_unpacklo_epi16(a, b); }
+  static Words interleave_high(Words a, Words b) { return _mm512_unpackhi_epi16(a, b); }
   static Words words(const void* from) { return _mm512_loadu_si512(from); }
   static void store(void* to, Words v) { _mm512_storeu_si512(to, v); }
   static void store(void* to, Floats v) { _mm512_storeu_ps(to, v); }
