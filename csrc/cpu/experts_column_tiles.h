@@ -1,5 +1,5 @@
 // Tiles of weights [E, in, out], as gpt-oss keeps them: consecutive columns lie side by side, so lanes are columns. A
-// tile is kBlocks vectors of a row of the weight, and all of its rows. Two rows of elements of 2 bytes are interleaved
+// tile is up to kBlocks vectors of a row of the weight, and all of its rows: wide, since each row is another page. Two rows of elements of 2 bytes are interleaved
 // into words, like those of x, of which each is broadcast.
 //
 // One stripe after the other is added up, its 16 bytes of x in each step, for all vectors of the tile; then its sums
@@ -21,13 +21,13 @@ namespace {
 template <class Type>
 class ColumnTiles {
   using Element = typename Type::Element;
-  static constexpr int kBlocks = 8;
+  static constexpr int kBlocks = 32, kLeastBlocks = 8;  // of a tile, at most and at least
   static constexpr int kRowsOfWord = 4 / sizeof(Element);
   static constexpr int kColumns = kRowsOfWord * Vector::kLanes;  // of the weight, in a block
   static constexpr int kHalves = kRowsOfWord;                    // vectors of sums of a block
-  static constexpr int kTokens = 4;                              // whose sums are in registers
-  static constexpr int kChunk = 16;                              // rows of x whose sums are kept
-  static constexpr int kLevels = 6;                              // log2(kStripes) + 1
+  static constexpr int kTokens = Vector::kColumnTokens;
+  static constexpr int kChunk = 16;  // rows of x whose sums are kept
+  static constexpr int kLevels = 6;  // log2(kStripes) + 1
   static constexpr int64_t kWordsOfStep = 4 * kStripes;
   static constexpr int64_t kSumsOfToken = kBlocks * kHalves * Vector::kLanes;  // floats
   static constexpr int64_t kSumsOfLevel = kChunk * kSumsOfToken;
@@ -37,10 +37,14 @@ class ColumnTiles {
     Memory<float> sums;  // [kLevels, kChunk, kBlocks, kHalves, kLanes]
   };
 
-  explicit ColumnTiles(const ExpertProductArgs& args)
-      : args_(args), finish_(args), width_(args.weight_rows()), gated_(args.pairing != Pairing::kNone) {}
+  ColumnTiles(const ExpertProductArgs& args, int threads)
+      : args_(args),
+        finish_(args),
+        width_(args.weight_rows()),
+        gated_(args.pairing != Pairing::kNone),
+        blocks_(blocks_for(threads)) {}
 
-  int64_t columns() const { return gated_ ? kBlocks * kColumns / 2 : kBlocks * kColumns; }
+  int64_t columns() const { return gated_ ? blocks_ * kColumns / 2 : blocks_ * kColumns; }
   int64_t steps() const { return (args_.in * static_cast<int64_t>(sizeof(Element)) + 511) / 512; }
   int64_t line_floats() const { return steps() * kWordsOfStep * Type::kPlanes; }
 
@@ -78,6 +82,14 @@ class ColumnTiles {
     int64_t bytes[kBlocks];     // that there are of each
   };
 
+  // As many as leave every thread some tiles.
+  int blocks_for(int threads) const {
+    const int64_t experts = std::min<int64_t>(args_.experts, args_.capacity);
+    int blocks = kBlocks;
+    while (blocks > kLeastBlocks && experts * width_ < int64_t{4} * threads * blocks * kColumns) blocks /= 2;
+    return blocks;
+  }
+
   Tile tile_at(int32_t expert, int64_t column) const {
     Tile tile;
     tile.columns = static_cast<int>(std::min(columns(), args_.out_columns - column));
@@ -102,14 +114,12 @@ class ColumnTiles {
 
   // All stripes of a tile, folded, into level 0 of `sums`.
   void sum_stripes(const Tile& tile, const float* const* x, int count, float* sums) const {
-    for (int stripe = 0, level = 0; stripe < kStripes; ++stripe, ++level) {
-      const int reversed =
-          (stripe & 1) << 4 | (stripe & 2) << 2 | (stripe & 4) | (stripe & 8) >> 2 | stripe >> 4;
+    for (int turn = 0, level = 0; turn < kStripes; ++turn, ++level) {
       for (int t = 0; t < count; t += kTokens) {
-        sum_stripe<kTokens>(std::min(count - t, kTokens), tile, reversed, x + t,
+        sum_stripe<kTokens>(std::min(count - t, kTokens), tile, turn, t == 0, x + t,
                             sums + level * kSumsOfLevel + t * kSumsOfToken);
       }
-      for (int done = stripe; done & 1; done >>= 1, --level) {
+      for (int done = turn; done & 1; done >>= 1, --level) {
         float* to = sums + (level - 1) * kSumsOfLevel;
         const float* from = to + kSumsOfLevel;
         for (int64_t i = 0; i < count * kSumsOfToken; ++i) to[i] += from[i];
@@ -117,33 +127,50 @@ class ColumnTiles {
     }
   }
 
+  static int stripe_of(int turn) {
+    return (turn & 1) << 4 | (turn & 2) << 2 | (turn & 4) | (turn & 8) >> 2 | turn >> 4;
+  }
+
+  // One stripe with kMost lines. `fetch`: it asks for the rows after those that it adds up, since no prefetcher knows
+  // where they lie.
   template <int kMost>
-  void sum_stripe(int count, const Tile& tile, int stripe, const float* const* x, float* sums) const {
+  void sum_stripe(int count, const Tile& tile, int turn, bool fetch, const float* const* x,
+                  float* sums) const {
     if constexpr (kMost > 1) {
-      if (count < kMost) return sum_stripe<kMost - 1>(count, tile, stripe, x, sums);
+      if (count < kMost) return sum_stripe<kMost - 1>(count, tile, turn, fetch, x, sums);
     }
     std::fill_n(sums, kMost * kSumsOfToken, 0.0f);
+    const auto row_of = [](int64_t step, int of) {
+      return (step * kWordsOfStep + stripe_of(of) * 4) * kRowsOfWord;
+    };
     for (int64_t step = 0; step < steps(); ++step) {
-      const int64_t word = step * kWordsOfStep + stripe * 4;
-      const int64_t row = word * kRowsOfWord;
+      const int64_t row = row_of(step, turn);
       if (row >= args_.in) break;
+      int64_t next = row_of(step + 1, turn);
+      if (next >= args_.in) next = turn + 1 < kStripes ? row_of(0, turn + 1) : args_.in;
       const bool all_rows = row + 4 * kRowsOfWord <= args_.in;
       for (int b = 0; b < tile.blocks; ++b) {
+        if (fetch) prefetch(tile.from[b], next);
         const bool whole = all_rows && tile.bytes[b] == static_cast<int64_t>(sizeof(Vector::Words));
         float* to = sums + b * kHalves * Vector::kLanes;
         if (whole) {
-          sum_block<kMost, true>(tile, b, row, word, x, to);
+          sum_block<kMost, true>(tile, b, row, x, to);
         } else {
-          sum_block<kMost, false>(tile, b, row, word, x, to);
+          sum_block<kMost, false>(tile, b, row, x, to);
         }
       }
     }
   }
 
+  void prefetch(const char* block, int64_t row) const {
+    const int64_t row_bytes = width_ * static_cast<int64_t>(sizeof(Element));
+    const int64_t rows = std::min<int64_t>(args_.in - row, 4 * kRowsOfWord);
+    for (int64_t r = 0; r < rows; ++r) Vector::prefetch(block + (row + r) * row_bytes);
+  }
+
   // Adds four words of x, times their rows of one block, to the sums of the block.
   template <int kCount, bool kWhole>
-  void sum_block(const Tile& tile, int block, int64_t row, int64_t word, const float* const* x,
-                 float* to) const {
+  void sum_block(const Tile& tile, int block, int64_t row, const float* const* x, float* to) const {
     Vector::Floats sums[kCount][kHalves];
     for (int t = 0; t < kCount; ++t) {
       for (int h = 0; h < kHalves; ++h) sums[t][h] = Vector::load(to + t * kSumsOfToken + h * Vector::kLanes);
@@ -168,7 +195,7 @@ class ColumnTiles {
       }
 #pragma GCC unroll 8
       for (int t = 0; t < kCount; ++t) {
-        const auto value = Type::broadcast(x[t] + (word + w) * Type::kPlanes);
+        const auto value = Type::broadcast(x[t] + (row / kRowsOfWord + w) * Type::kPlanes);
         for (int h = 0; h < kHalves; ++h) sums[t][h] = Type::add(factors[h], value, sums[t][h]);
       }
     }
@@ -181,7 +208,7 @@ class ColumnTiles {
   void finish(const Rows& rows, int64_t t, int64_t column, const Tile& tile, const float* sums) const {
     alignas(64) float line[kSumsOfToken];
     for (int b = 0; b < tile.blocks; ++b) in_order(sums + b * kHalves * Vector::kLanes, line + b * kColumns);
-    for (int64_t i = 0; i < kSumsOfToken; ++i) line[i] += 0.0f;  // no -0, whatever was padded
+    for (int i = 0; i < tile.blocks * kColumns; ++i) line[i] += 0.0f;  // no -0, whatever was padded
     const int64_t row = rows.first + t;
     for (int c = 0; c < tile.columns; c += Vector::kLanes) {
       const int count = std::min(tile.columns - c, Vector::kLanes);
@@ -217,6 +244,7 @@ class ColumnTiles {
   const Finish<Type> finish_;
   const int64_t width_;  // columns of the weight
   const bool gated_;
+  const int blocks_;
 };
 
 }  // namespace

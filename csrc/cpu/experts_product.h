@@ -24,7 +24,7 @@ class Product {
  public:
   Product(const ExpertProductArgs& args, int threads)
       : args_(args),
-        tiles_(args),
+        tiles_(args, threads),
         threads_(threads),
         tiles_of_expert_((args.out_columns + tiles_.columns() - 1) / tiles_.columns()) {}
 

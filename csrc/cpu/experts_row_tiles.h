@@ -25,7 +25,7 @@ class RowTiles {
     Memory<char> panel, sums;
   };
 
-  explicit RowTiles(const ExpertProductArgs& args)
+  RowTiles(const ExpertProductArgs& args, int)
       : args_(args),
         finish_(args),
         line_bytes_(args.in * static_cast<int64_t>(sizeof(typename Type::Element))),

@@ -21,8 +21,8 @@ struct Vector {
   using Words = __m512i;
   static constexpr int kLanes = 16;
   // What fits into 32 registers: the rows of x that share one pass over a row of weights (2 sums each), and the
-  // rows of weights and of x whose sums a panel adds up together.
-  static constexpr int kTogether = 8, kPanelRows = 4, kPanelTokens = 6;
+  // rows of weights and of x whose sums a panel adds up together; the rows of x that share columns.
+  static constexpr int kTogether = 8, kPanelRows = 4, kPanelTokens = 6, kColumnTokens = 8;
 
   // Into the second-level cache.
   static void prefetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1); }
