@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from moe_route import ops
+from moe_route.contract.activation import Activation
 from moe_route.contract.dispatch import Dispatch
 from moe_route.contract.spec import RouterSpec
 from moe_route.ops.arguments import refuse_types
+from moe_route.ops.expert_paths import STREAMED, Call, choose
 
 __all__ = ["ACTIVATIONS", "Experts", "SparseMoE", "TopKRouter", "load_balancing_loss"]
 
@@ -91,7 +93,9 @@ class TopKRouter(nn.Module):
 class Experts(nn.Module):
     """E feed-forward networks, each run on the rows that are routed to it: dispatch, permute, products, combine.
 
-    On CUDA no size depends on the routing, so the host never waits and the forward can be captured into a graph.
+    Where no gradient is wanted, few rows are multiplied by `ops.expert_rows` (`moe_route.ops.expert_paths`), which
+    rounds after the activation and not before it. On CUDA no size depends on the routing, so the host never waits and
+    the forward can be captured into a graph.
 
     With `gated`, an expert is `down(activation(gate(x)) * up(x))`, and `gate_up_proj` [E, 2I, H] holds the gate first
     (arXiv 2002.05202 eq. 5). Otherwise it is `down(activation(up(x)))` with `up_proj` [E, I, H]. `down_proj` is [E, H,
@@ -143,6 +147,19 @@ class Experts(nn.Module):
         if hidden.dtype != dtype and not torch.is_autocast_enabled(hidden.device.type):
             raise ValueError(f"hidden states are {hidden.dtype} and expert weights {dtype}; convert one to the other")
         slots = ops.dispatch(ids, self.num_experts)
+        stored = [each for each in (*self.up, self.down_proj, self.down_proj_bias) if each is not None]
+        path = choose(Call.of(hidden, ids.numel(), stored, dtype))
+        rows = self._streamed_rows(hidden, slots) if path.name == STREAMED else self._grouped_rows(hidden, slots)
+        return ops.combine(rows, weights, slots, None if residual is None else residual.to(rows.dtype))
+
+    def _streamed_rows(self, hidden: Tensor, slots: Dispatch) -> Tensor:
+        up, up_bias = self.up
+        biases = {"up_bias": up_bias, "down_bias": self.down_proj_bias}
+        pairing = "halves" if self.gated else "none"
+        activation = Activation(self.activation)
+        return ops.expert_rows(hidden, slots, up, self.down_proj, **biases, activation=activation, pairing=pairing)
+
+    def _grouped_rows(self, hidden: Tensor, slots: Dispatch) -> Tensor:
         rows = grouped_linear(ops.permute(hidden, slots), *self.up, slots)
         act = ACTIVATIONS[self.activation]
         if self.gated:
@@ -150,8 +167,7 @@ class Experts(nn.Module):
             rows = act(gate) * up
         else:
             rows = act(rows)
-        rows = grouped_linear(rows, self.down_proj, self.down_proj_bias, slots)
-        return ops.combine(rows, weights, slots, None if residual is None else residual.to(rows.dtype))
+        return grouped_linear(rows, self.down_proj, self.down_proj_bias, slots)
 
     def extra_repr(self) -> str:
         return (
