@@ -89,6 +89,7 @@ def experts_paths(block: nn.Module) -> str:
     "" if they are not run as "moe_route", or cannot be.
     """
     found = set()
+    module: Any
     for module in block.modules():
         if _decorated(module) and _runs_as(module) == NAME and not _is_fp8(module) and obstacle(module) is None:
             hidden = module.down_proj.new_empty(0, dtype=compute_dtype(module))
