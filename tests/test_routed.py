@@ -474,6 +474,37 @@ def test_threads_are_refused_with_the_reason_and_disturb_nobody(model: nn.Module
     assert rec.statistics().tokens()[0, 0] == 5 * went
 
 
+def test_a_call_is_over_only_when_its_tokens_are_counted(
+    model: nn.Module, routed: mr.RoutedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that calls the model while another one counts is refused; nothing of the other's call is lost."""
+    refused: list[str] = []
+
+    def call() -> None:
+        try:
+            logits(model, tokens(1, 3))
+        except RuntimeError as failure:
+            refused.append(str(failure))
+
+    with routed.record() as rec:
+        recorder = routed._recorder
+        assert recorder is not None
+        after_call = recorder._after_call
+
+        def call_meanwhile() -> None:
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join()
+            after_call()
+
+        monkeypatch.setattr(recorder, "_after_call", call_meanwhile)
+        logits(model, tokens(1, 5))
+        monkeypatch.undo()
+        logits(model, tokens(1, 2))
+    assert [text.split(" while")[0] for text in refused] == ["the model was called in one thread"]
+    assert rec.statistics().tokens()[0, 0] == 7
+
+
 def test_detach_ends_what_is_on(model: nn.Module) -> None:
     before = logits(model, tokens(1, 4))
     routed = mr.attach(model)

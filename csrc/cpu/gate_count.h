@@ -51,6 +51,7 @@ class Tally {
     if (!tables_.groups || group >= tables_.num_groups) group = -1;
     if (!tables_.segments || segment >= tables_.num_segments) segment = -1;
     if (group == group_ && segment == segment_) return;
+    add_scores();
     flush();
     group_ = group, segment_ = segment;
   }
@@ -61,15 +62,27 @@ class Tally {
     sums_[kStatSteered] += steered;
   }
 
-  void scores(const RowScores<T>& r, const T* score) {
+  // Remembers the scores of a row until add_scores(); of at most kMaxBlock rows.
+  void take_scores(const RowScores<T>& r, const T* score) {
     if (!r.scored) {
       sums_[kStatUnscored] += 1;
       return;
     }
-    if (tables_.entropy) sums_[kStatEntropy] += fixed_point(entropy_of(r));
-    if (!mass_) return;
-    const F inverse(r.inverse), unit(T(0x1p+32f));
-    for (int e = 0; e < experts_; e += kLanes) add_fixed(mass_ + e, F::load(score + e) * inverse * unit);
+    total_[taken_] = r.total, entropy_sum_[taken_] = r.entropy_sum, inverse_[taken_] = r.inverse;
+    score_[taken_++] = score;
+  }
+
+  // Adds them to the present labels: the sums stay in registers from row to row.
+  void add_scores() {
+    if (taken_ == 0) return;
+    if (tables_.entropy) add_entropy();
+    const F unit(T(0x1p+32f));
+    for (int e = 0; mass_ && e < experts_; e += kLanes) {
+      auto sums = F::Fixed::load(mass_ + e);
+      for (int i = 0; i < taken_; ++i) sums.add(F::load(score_[i] + e) * F(inverse_[i]) * unit);
+      sums.store(mass_ + e);
+    }
+    taken_ = 0;
   }
 
   void chosen(const Choice<F>& c, int slots) {
@@ -105,6 +118,16 @@ class Tally {
   }
 
  private:
+  // Of the normalized scores, in nats; a lane a row.
+  void add_entropy() {
+    static_assert(kMaxBlock <= kLanes);
+    for (int i = taken_; i < kLanes; ++i) total_[i] = T(1), entropy_sum_[i] = inverse_[i] = T(0);
+    const F h = log(F::load(total_)) - F::load(entropy_sum_) * F::load(inverse_);
+    alignas(64) T entropy[kLanes];
+    larger(h, F(T(0))).store(entropy);
+    for (int i = 0; i < taken_; ++i) sums_[kStatEntropy] += fixed_point(entropy[i]);
+  }
+
   int64_t* plane(StatPlane bit) const {
     if (!(tables_.planes & bit)) return nullptr;
     return sums_ + kStatScalars + __builtin_popcount(tables_.planes & (bit - 1)) * experts_;
@@ -150,6 +173,10 @@ class Tally {
   int64_t* natural_;
   int64_t group_ = -1;
   int64_t segment_ = -1;
+  // Rows whose scores are still to be added.
+  int taken_ = 0;
+  const T* score_[kMaxBlock];
+  alignas(64) T total_[kLanes], entropy_sum_[kLanes], inverse_[kLanes];
 };
 
 }  // namespace

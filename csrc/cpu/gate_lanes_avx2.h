@@ -46,9 +46,19 @@ inline Ints count_where(Ints a, Mask m) {  // a true lane is -1
 }
 inline Ints shift_right(Ints a, int n) { return {_mm256_srai_epi32(a.low, n), _mm256_srai_epi32(a.high, n)}; }
 
+struct Lanes;
+
+struct FixedSums {
+  __m256i four[4];
+  static FixedSums load(const int64_t* p);
+  void store(int64_t* p) const;
+  void add(Lanes terms);
+};
+
 struct Lanes {
   using Scalar = float;
   using Int = Ints;
+  using Fixed = FixedSums;
   using Mask = cpu::Mask;
   __m256 low, high;
 
@@ -183,19 +193,24 @@ inline int append(Lanes values, Mask m, int first_id, float* out, int32_t* ids, 
   return append_half(values.high, m.high, first_id + 8, out, ids, count);
 }
 
+inline FixedSums FixedSums::load(const int64_t* p) {
+  FixedSums sums;
+  for (int i = 0; i < 4; ++i) sums.four[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 4 * i));
+  return sums;
+}
+inline void FixedSums::store(int64_t* p) const {
+  for (int i = 0; i < 4; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 4 * i), four[i]);
+}
 // Adding 1.5 * 2^52 rounds to the nearest integer and leaves it in the low bits.
-inline void add_fixed(int64_t* sums, Lanes terms) {
-  const auto add_four = [](int64_t* four, __m128 terms4) {
-    const __m256d magic = _mm256_set1_pd(0x1.8p+52);
-    const __m256i shifted = _mm256_castpd_si256(_mm256_add_pd(_mm256_cvtps_pd(terms4), magic));
-    const __m256i rounded = _mm256_sub_epi64(shifted, _mm256_castpd_si256(magic));
-    auto* p = reinterpret_cast<__m256i*>(four);
-    _mm256_storeu_si256(p, _mm256_add_epi64(_mm256_loadu_si256(p), rounded));
+inline void FixedSums::add(Lanes terms) {
+  const auto rounded = [magic = _mm256_set1_pd(0x1.8p+52)](__m128 x) {
+    const __m256i shifted = _mm256_castpd_si256(_mm256_add_pd(_mm256_cvtps_pd(x), magic));
+    return _mm256_sub_epi64(shifted, _mm256_castpd_si256(magic));
   };
-  add_four(sums, _mm256_castps256_ps128(terms.low));
-  add_four(sums + 4, _mm256_extractf128_ps(terms.low, 1));
-  add_four(sums + 8, _mm256_castps256_ps128(terms.high));
-  add_four(sums + 12, _mm256_extractf128_ps(terms.high, 1));
+  four[0] = _mm256_add_epi64(four[0], rounded(_mm256_castps256_ps128(terms.low)));
+  four[1] = _mm256_add_epi64(four[1], rounded(_mm256_extractf128_ps(terms.low, 1)));
+  four[2] = _mm256_add_epi64(four[2], rounded(_mm256_castps256_ps128(terms.high)));
+  four[3] = _mm256_add_epi64(four[3], rounded(_mm256_extractf128_ps(terms.high, 1)));
 }
 
 }  // namespace

@@ -40,9 +40,19 @@ inline Ints shift_left(Ints a, int n) { return _mm512_slli_epi32(a.v, n); }
 inline Ints count_where(Ints a, Mask m) { return _mm512_mask_add_epi32(a.v, m.m, a.v, _mm512_set1_epi32(1)); }
 inline Ints shift_right(Ints a, int n) { return _mm512_srai_epi32(a.v, n); }
 
+struct Lanes;
+
+struct FixedSums {
+  __m512i low, high;
+  static FixedSums load(const int64_t* p);
+  void store(int64_t* p) const;
+  void add(Lanes terms);
+};
+
 struct Lanes {
   using Scalar = float;
   using Int = Ints;
+  using Fixed = FixedSums;
   using Mask = cpu::Mask;
   __m512 v;
 
@@ -120,11 +130,16 @@ inline int append(Lanes values, Mask m, int first_id, float* out, int32_t* ids, 
   return count + __builtin_popcount(bits(m));
 }
 
-inline void add_fixed(int64_t* sums, Lanes terms) {
-  const __m512i low = _mm512_cvtps_epi64(_mm512_castps512_ps256(terms.v));
-  const __m512i high = _mm512_cvtps_epi64(_mm512_extractf32x8_ps(terms.v, 1));
-  _mm512_storeu_si512(sums, _mm512_add_epi64(_mm512_loadu_si512(sums), low));
-  _mm512_storeu_si512(sums + 8, _mm512_add_epi64(_mm512_loadu_si512(sums + 8), high));
+inline FixedSums FixedSums::load(const int64_t* p) {
+  return {_mm512_loadu_si512(p), _mm512_loadu_si512(p + 8)};
+}
+inline void FixedSums::store(int64_t* p) const {
+  _mm512_storeu_si512(p, low);
+  _mm512_storeu_si512(p + 8, high);
+}
+inline void FixedSums::add(Lanes terms) {
+  low = _mm512_add_epi64(low, _mm512_cvtps_epi64(_mm512_castps512_ps256(terms.v)));
+  high = _mm512_add_epi64(high, _mm512_cvtps_epi64(_mm512_extractf32x8_ps(terms.v, 1)));
 }
 
 }  // namespace

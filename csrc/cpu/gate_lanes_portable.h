@@ -10,7 +10,7 @@
 // - bits(mask): one bit a lane; count_where(ints, mask): adds 1 where the mask is set
 // - order_keys: key.h's keys, lane by lane
 // - append: the masked lanes to the end of a list, in lane order
-// - add_fixed: lanes in [0, 2^33], rounded to the nearest even integer, added to 16 int64
+// - Fixed: 16 int64 sums; add takes lanes in [0, 2^33], rounded to the nearest even integer
 #pragma once
 #include <cstdint>
 
@@ -32,6 +32,20 @@ struct IntOf<double> {
 };
 
 #define MOE_ROUTE_LANES for (int i = 0; i < 16; ++i)
+
+struct PortableFixedSums {
+  int64_t lane[16];
+  static PortableFixedSums load(const int64_t* p) {
+    PortableFixedSums sums;
+    MOE_ROUTE_LANES sums.lane[i] = p[i];
+    return sums;
+  }
+  void store(int64_t* p) const { MOE_ROUTE_LANES p[i] = lane[i]; }
+  template <class Lanes>
+  void add(const Lanes& terms) {
+    MOE_ROUTE_LANES lane[i] += __builtin_llrint(terms.lane[i]);
+  }
+};
 
 struct PortableMask {
   bool lane[16];
@@ -55,6 +69,7 @@ struct PortableLanes {
   using Scalar = T;
   using Int = PortableInts<typename IntOf<T>::Type>;
   using Mask = PortableMask;
+  using Fixed = PortableFixedSums;
   T lane[16];
 
   PortableLanes() = default;
@@ -225,11 +240,6 @@ inline int append(const Lanes<T>& values, const PortableMask& m, int first_id, T
     count += m.lane[i];
   }
   return count;
-}
-
-template <class T>
-inline void add_fixed(int64_t* sums, const Lanes<T>& terms) {
-  MOE_ROUTE_LANES sums[i] += __builtin_llrint(terms.lane[i]);
 }
 
 #undef MOE_ROUTE_LANES

@@ -10,7 +10,7 @@
 // next.
 #pragma once
 #include "gate_count.h"
-#include "gate_select.h"
+#include "gate_force.h"
 
 namespace moe_route::cpu {
 namespace {
@@ -43,13 +43,14 @@ struct Row {
   bool given = false;           // the choice came with the call
   bool to_weigh = false;        // weights are to be computed
   bool scores_counted = false;  // mass or entropy is wanted
-  bool steps = true;            // chosen step by step with the block
   int slots = 0;                // k of this row
-  int listed = 0;               // candidates on the short list
+  int wanted = 0;               // of the short list; 0: there is none
+  int listed = 0;               // candidates on it
   T bound = 0;
-  const T* raw = nullptr;     // logits
-  const T* z = nullptr;       // logits after steering
-  const T* values = nullptr;  // what selection compares
+  const T* raw = nullptr;       // logits
+  const T* z = nullptr;         // logits after steering
+  const T* values = nullptr;    // what selection compares
+  const T* listable = nullptr;  // ... and what may come onto the short list: under force the free experts'
   RowScores<T> scores;
   Choice<F> choice;
 };
@@ -83,6 +84,7 @@ class RowGate {
       choose(count);
       for (int i = 0; i < count; ++i) weigh_row(block_rows_[i]);
       for (int i = 0; i < count; ++i) finish(block_rows_[i]);
+      tally_.add_scores();
     }
   }
 
@@ -111,8 +113,7 @@ class RowGate {
     row.counted = tally_.counts(token.group, token.segment);
     row.scores_counted = row.counted && scores_counted_;
     row.to_weigh = args_.weights != nullptr || (row.counted && weights_counted_);
-    row.slots = row.steering ? row.steering->k : args_.k;
-    row.steps = !(row.steering && row.steering->force);
+    row.slots = row.wanted = row.steering ? row.steering->k : args_.k;
     c.count = args_.k, c.compact = true;
     row.given = args_.given.mode != GivenMode::kNone && read_given(t, row.steering, c);
     if (row.given) take_given(row);
@@ -128,11 +129,18 @@ class RowGate {
       const bool entropy = row.scores_counted && args_.statistics.entropy;
       row.scores = score_all<F>(row.work, args_.spec.score, row.z, args_.experts, entropy);
     }
-    row.values = row.given ? nullptr : selection_values(row.work, row.steering, row.z, row.scores, by_score);
+    if (row.given) return;
+    row.values = row.listable = selection_values(row.work, row.steering, row.z, row.scores, by_score);
+    if (row.steering && row.steering->force) leave_forced_out(row);
+  }
+
+  void leave_forced_out(Row<F>& row) const {
+    row.wanted = free_slots(*row.steering, row.slots);
+    if (row.wanted > 0) row.listable = free_values(row.work, *row.steering, row.values, args_.experts);
   }
 
   void take_given(Row<F>& row) const {
-    row.steps = false;
+    row.wanted = 0;
     row.raw = row.z = nullptr;
     if (args_.given.mode == GivenMode::kReplay) row.slots = args_.k;
     if (args_.given.mode == GivenMode::kReplay || args_.given.weights == nullptr) return;
@@ -143,11 +151,11 @@ class RowGate {
   void choose(int count) {
     for (int i = 0; i < count; ++i) {
       Row<F>& row = block_rows_[i];
-      if (row.steps) row.bound = lower_bound<F>(row.values, vectors_, row.slots);
+      if (row.wanted > 0) row.bound = lower_bound<F>(row.listable, vectors_, row.wanted);
     }
     for (int i = 0; i < count; ++i) {
       Row<F>& row = block_rows_[i];
-      if (row.steps) row.listed = shortlist<F>(row.work, row.values, vectors_, row.bound);
+      if (row.wanted > 0) row.listed = shortlist<F>(row.work, row.listable, vectors_, row.bound);
     }
     for (int i = 0; i < count; ++i) {
       Row<F>& row = block_rows_[i];
@@ -156,14 +164,18 @@ class RowGate {
   }
 
   void finish_choice(const Workspace<F>& work, const T* values, const SteeringRow<F>* steering, int slots,
-                     int listed, Choice<F>& c) {
-    if (steering && steering->force) {
-      c.count = ForcedChoice<F>(work, *steering, values, args_.experts, slots, c.ids).choose();
-      return;
-    }
+                     int listed, Choice<F>& c) const {
+    if (steering && steering->force) return choose_forced(work, values, *steering, slots, listed, c);
     c.count = select_listed<F>(work, values, vectors_, slots, listed, c.ids);
     if (c.count < slots)
       c.count = append_nan(values, args_.experts, slots, c.count, c.ids, [](int) { return true; });
+  }
+
+  // Out of line, so that the common way stays short enough to be inlined.
+  [[gnu::noinline]] void choose_forced(const Workspace<F>& work, const T* values,
+                                       const SteeringRow<F>& steering, int slots, int listed,
+                                       Choice<F>& c) const {
+    c.count = ForcedChoice<F>(work, steering, values, args_.experts, slots, c.ids).choose(listed);
   }
 
   void weigh_row(Row<F>& row) {
@@ -179,7 +191,7 @@ class RowGate {
     if (!row.counted) return;
     tally_.turn_to(row.token.group, row.token.segment);
     tally_.token(row.slots, in_table(row.token.steering_row));
-    if (row.scores_counted) tally_.scores(row.scores, row.work.score);
+    if (row.scores_counted) tally_.take_scores(row.scores, row.work.score);
     tally_.chosen(c, row.slots);
     if (tally_.wants_natural()) compare_with_natural(row);
   }
@@ -387,6 +399,7 @@ class RowGate {
 
   // The row's workspace is free by now; steering may have worked in its raw logits, so they are read again.
   void choose_unsteered(Row<F>& row, Choice<F>& natural) {
+    tally_.add_scores();  // it reads the workspace
     const T* raw = load(row.work, row.t);
     RowScores<T> scores;
     if (compares_scores(nullptr))

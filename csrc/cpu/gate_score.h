@@ -121,12 +121,5 @@ inline RowScores<typename F::Scalar> score_all(const Workspace<F>& w, Score scor
   return r;
 }
 
-// Entropy of the normalized scores, in nats.
-template <class T>
-inline T entropy_of(const RowScores<T>& r) {
-  const T h = log(r.total) - r.entropy_sum * r.inverse;
-  return h > T(0) ? h : T(0);
-}
-
 }  // namespace
 }  // namespace moe_route::cpu

@@ -5,7 +5,6 @@
 // 16) a token; a row's tables are looked through once and remembered (gate_row.h).
 #pragma once
 #include "gate_score.h"
-#include "gate_select.h"
 
 namespace moe_route::cpu {
 namespace {
@@ -32,6 +31,7 @@ struct SteeringRow {
   const int32_t* remap = nullptr;
   // Experts under force, in rising index: on, off, forbidden.
   const int8_t* force = nullptr;  // their codes, [E]; null where there is none
+  const float* free = nullptr;    // 0 at experts that are neither forced on nor off, NaN at the others, [E]
   const int32_t* on = nullptr;
   const int32_t* off = nullptr;
   const int32_t* forbidden = nullptr;
@@ -43,9 +43,11 @@ struct SteeringRow {
 // Where the force codes and lists of a steering row are kept.
 struct ForceStore {
   int8_t* codes = nullptr;
+  float* free = nullptr;
   int32_t* lists[3] = {};
   ForceStore() = default;
-  ForceStore(Arena& arena, int experts) : codes(arena.take<int8_t>(size_t(experts))) {
+  ForceStore(Arena& arena, int experts)
+      : codes(arena.take<int8_t>(size_t(experts))), free(arena.take<float>(size_t(experts))) {
     for (int32_t*& list : lists) list = arena.take<int32_t>(size_t(experts));
   }
 };
@@ -67,13 +69,14 @@ inline void read_force(const float* codes, int experts, const ForceStore& store,
   for (int e = 0; e < experts; ++e) {
     const int8_t code = force_code(codes[e]);
     store.codes[e] = code;
+    store.free[e] = code == kForceNone || code == kForbid ? 0.0f : not_a_number<float>();
     if (code > 0) store.lists[0][row.on_count++] = e;
     if (code < 0 && code != kForbid) store.lists[1][row.off_count++] = e;
     if (code == kForbid) store.lists[2][row.forbidden_count++] = e;
     row.log_softmax |= code == kOnSteerMoE || code == kOffSteerMoE;
   }
   if (row.on_count + row.off_count + row.forbidden_count == 0) return;
-  row.force = store.codes;
+  row.force = store.codes, row.free = store.free;
   row.on = store.lists[0], row.off = store.lists[1], row.forbidden = store.lists[2];
 }
 
@@ -254,77 +257,6 @@ inline const typename F::Scalar* steer(const Workspace<F>& w, const SteeringRow<
   if (row.on_count + row.off_count > 0) apply_force(w, row, raw, experts, w.steered);
   return w.steered;
 }
-
-// Experts in order of choice under force: forced-on first, forced-off last, forbidden nowhere. choose() says
-// how many were chosen, at most `want`; their ids are in `ids`.
-template <class F>
-class ForcedChoice {
- public:
-  using T = typename F::Scalar;
-  ForcedChoice(const Workspace<F>& w, const SteeringRow<F>& row, const T* values, int experts, int want,
-               int32_t* ids)
-      : w_(w), row_(row), values_(values), experts_(experts), want_(want), ids_(ids) {}
-
-  int choose() {
-    among(row_.on, row_.on_count, [this](int e) { return row_.force[e] > 0; });
-    if (chosen_ < want_) among_free();
-    among(row_.off, row_.off_count, [this](int e) { return row_.force[e] < 0 && row_.force[e] != kForbid; });
-    return chosen_;
-  }
-
- private:
-  // A few listed experts are a short list already.
-  template <class Member>
-  void among(const int32_t* list, int count, Member member) {
-    if (count == 0 || chosen_ == want_) return;
-    if (count > kMaxCandidates) {
-      for (int v = 0; v < vectors_of(experts_); ++v) F(not_a_number<T>()).store(w_.masked + kLanes * v);
-      for (int i = 0; i < count; ++i) w_.masked[list[i]] = values_[list[i]];
-      return among_masked(member);
-    }
-    int listed = 0;
-    for (int i = 0; i < count; ++i) {
-      const T x = values_[list[i]];
-      w_.candidate[listed] = x;
-      w_.candidate_id[listed] = list[i];
-      listed += x == x;
-    }
-    take(listed);
-    if (listed < count) append_nan_members(member);
-  }
-
-  // Experts under no force. (Forbidden ones are NaN already.)
-  void among_free() {
-    map_row<F>(values_, experts_, w_.masked, [](F x, int) { return x; });
-    for (int i = 0; i < row_.on_count; ++i) w_.masked[row_.on[i]] = not_a_number<T>();
-    for (int i = 0; i < row_.off_count; ++i) w_.masked[row_.off[i]] = not_a_number<T>();
-    among_masked([this](int e) { return row_.force[e] == kForceNone; });
-  }
-
-  template <class Member>
-  void among_masked(Member member) {
-    const int vectors = vectors_of(experts_);
-    take(shortlist<F>(w_, w_.masked, vectors, lower_bound<F>(w_.masked, vectors, want_ - chosen_)));
-    append_nan_members(member);
-  }
-
-  void take(int listed) {
-    chosen_ += select_listed<F>(w_, w_.masked, vectors_of(experts_), want_ - chosen_, listed, ids_ + chosen_);
-  }
-
-  template <class Member>
-  void append_nan_members(Member member) {
-    chosen_ = append_nan(values_, experts_, want_, chosen_, ids_, member);
-  }
-
-  const Workspace<F>& w_;
-  const SteeringRow<F>& row_;
-  const T* const values_;
-  const int experts_;
-  const int want_;
-  int32_t* const ids_;
-  int chosen_ = 0;
-};
 
 }  // namespace
 }  // namespace moe_route::cpu

@@ -3,6 +3,7 @@
 // Contract: an empty slot, a NaN logit and a forbidden expert weigh 0; a sum of weights that is 0 leaves them
 // 0. Sums over the chosen run in slot order. O(k), except SparseMixer: O(k E / 16).
 #pragma once
+#include "gate_select.h"
 #include "gate_steer.h"
 
 namespace moe_route::cpu {

@@ -1,4 +1,4 @@
-"""Drop the graphs that torch.compile made of a model before `attach`."""
+"""Drop the graphs that torch.compile made before `attach`."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
+_graphs_known = 0  # how many Dynamo had made when they were last dropped
+
 
 def drop_graphs(model: nn.Module) -> None:
-    """Drop every compiled graph of the process where `model` or a part of it was compiled in place.
+    """Drop every compiled graph of the process, if any was made since this was last called.
 
-    Dynamo does not guard on hooks, so graphs compiled earlier would bypass ours. They are compiled again at the next
-    call. A graph that only another object holds (`compiled = torch.compile(model)`) cannot be found from here.
+    Dynamo does not guard on hooks: a graph that it made of this model, or of another one of the same class, would be
+    taken for the model and bypass its hooks. All are compiled again at the next call.
     """
-    if "torch._dynamo" in sys.modules and any(_compiled(module) for module in model.modules()):
-        logger.info("%s was compiled before it was attached to: its graphs are made anew", type(model).__name__)
+    global _graphs_known
+    graphs = _graphs_made()
+    if graphs != _graphs_known:
+        logger.info("graphs were made before hooks of %s changed: they are dropped", type(model).__name__)
         torch.compiler.reset()
+    _graphs_known = graphs
 
 
-def _compiled(module: nn.Module) -> bool:
-    own = vars(module)
-    if type(module).__name__ == "OptimizedModule" or own.get("_compiled_call_impl") is not None:
-        return True
-    called = (own.get("forward"), own.get("_compiled_call"))  # `generate` stores its compiled forward in the second
-    return any(hasattr(function, "_torchdynamo_orig_callable") for function in called)
+def _graphs_made() -> int:
+    """How many graphs Dynamo has made in this process."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return 0 if dynamo is None else int(dynamo.utils.counters["stats"]["unique_graphs"])

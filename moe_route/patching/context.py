@@ -247,11 +247,18 @@ class RunningCall:
         if output is None or call is None or table is None:
             self.forget_call()
             return
-        self.call = self.table = self.owner = None
+        self.call = self.table = None
         self.small = False
+        try:
+            self._complete(module, call, table.shape[0], small)
+        finally:
+            self.owner = None  # last: another thread may begin a call from here on
+
+    def _complete(self, module: nn.Module, call: Call, num_tokens: int, small: bool) -> None:
+        """Count what was deferred, and tell the listener. Raises `RuntimeError` if no router ran."""
         if small:
             self.reached = self.reached or bool(self.deferred.kept)
-            self.deferred.end_call(table.shape[0], partial(on_device, self.tables))
+            self.deferred.end_call(num_tokens, partial(on_device, self.tables))
         if not self.reached and not self.idle and not module.training:  # in training, layers may be dropped
             raise RuntimeError(
                 f"{type(module).__name__} was called, but none of its routers: the blocks above them were replaced "

@@ -877,6 +877,22 @@ def test_compiled_after_attaching(engine: str) -> None:
     assert tables[1].scalar("tokens").item() == 3 * ids.numel()
 
 
+def test_compiled_before_attaching() -> None:
+    """A function that only the user holds, and two models of a class, whose graphs Dynamo would confuse."""
+    models, ids = [tiny_model("qwen3_moe", num_hidden_layers=2, seed=seed) for seed in (0, 1)], tokens()
+    compiled = [torch.compile(model, backend="aot_eager") for model in models]
+    plain = run(compiled[0], input_ids=ids)
+    for model, function in zip(models, compiled, strict=True):
+        attachment = Attachment(model)
+        tables = zeros(attachment)
+        attachment.set_statistics(tables)
+        run(function, input_ids=ids)
+        torch.testing.assert_close(run(compiled[0], input_ids=ids), plain)
+        assert tables[0].scalar("tokens").item() == ids.numel() * (2 if function is compiled[0] else 1)
+        attachment.detach()
+    torch.testing.assert_close(run(compiled[0], input_ids=ids), plain)
+
+
 def test_routers_that_are_never_called_are_not_silent() -> None:
     """A block replaced after attaching: counts of zero would look like a result."""
     model = tiny_model("qwen3_moe")
