@@ -16,7 +16,7 @@ import torch
 import moe_route as mr
 from bench.results import Fact, Row, rows
 from bench.timing import Contender, Pool, Race, race
-from moe_route.experts import paths
+from moe_route.ops import expert_paths as paths
 
 SECTION = "Experts of one layer"
 EAGER, PEER, BATCHED, OURS = "eager", "grouped_mm", "batched_mm", "moe_route"
@@ -26,7 +26,7 @@ PATHS = {f"{OURS}, {path}": path for path in (paths.STREAMED, paths.ACTIVATED, p
 READ, DENSE = "read the weights of the experts that were hit", "as many multiplications in two dense products"
 DTYPES = (torch.bfloat16, torch.float32)
 # Tokens of a call -> the part of the rounds that is spent on it.
-TOKENS = {1: 2, 16: 4, 256: 5, 2048: 10}
+TOKENS = {1: 2, 16: 4, 64: 5, 256: 5, 2048: 10}
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ LAYERS = (
     Layer("Qwen3-30B-A3B", "qwen3_moe", 2048, 768, 128, 8),
     Layer("OLMoE-1B-7B", "olmoe", 2048, 1024, 64, 8),
     Layer("Mixtral-8x7B", "mixtral", 4096, 14336, 8, 2),
+    Layer("DeepSeek-V2-Lite", "deepseek_v2", 2048, 1408, 64, 6),
     Layer("gpt-oss-20b", "gpt_oss", 2880, 2880, 32, 4),
 )
 

@@ -54,7 +54,7 @@ def summary(content: Mapping[str, Any]) -> str:
 def experts_summary(content: Mapping[str, Any]) -> str:
     """The experts' figures of one results file as markdown: bfloat16, where most models run."""
     intro = (
-        "The experts of one layer in bfloat16 (one thread, random weights), by the implementations of transformers "
+        "The experts of one layer in bfloat16 (two threads, random weights), by the implementations of transformers "
         f"{content['machine']['transformers']} and ours; the floor is reading the weights of the experts hit, "
         "or as many multiplications in dense products, whichever takes longer "
         "([all of them](../bench/results/cpu-avx512-experts.md)):\n"

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_route.experts.interface import experts_implementations
+from moe_route.experts.interface import experts_implementations, experts_paths
 from moe_route.identity import identity_of
 from moe_route.patching.attachment import attachment_of
 from moe_route.routers.discovery import find_routers
@@ -33,6 +33,7 @@ class LayerDescription:
     order: str
     engine: str
     experts_implementation: str  # what runs the experts: "grouped_mm", "moe_route", ...; or "own forward"
+    experts_paths: str  # where that is "moe_route": its ways, and up to how many slots (tokens times top-k) each
     reason: str
     steerable: bool
     notes: tuple[str, ...]
@@ -66,7 +67,8 @@ class Description(ShownAsTables):
             steerable = "yes" if first.steerable else "no"
             routing = (first.family, first.engine, first.experts_implementation, steerable, first.reason)
             rows.append((span, router, first.experts, first.top_k, *routing))
-            for note in first.notes:
+            paths = [f"without gradients, experts run {first.experts_paths}"] if first.experts_paths else []
+            for note in (*first.notes, *paths):
                 notes.setdefault(note, []).append(span)
         below = "\n".join(f"{_layers(spans)}: {note}" for note, spans in notes.items())
         return [Table(head, rows, title, below)]
@@ -101,6 +103,7 @@ def describe(model: nn.Module) -> Description:
             order=router.spec.order,
             engine=router.engine,
             experts_implementation=", ".join(experts_implementations(router.block)),
+            experts_paths=experts_paths(router.block),
             reason=router.reason or "keeps every bit of the model's own choice",
             steerable=router.steerable,
             notes=tuple(router.notes),

@@ -29,6 +29,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 _FLAGS = {
     "avx2": ("avx2", "fma", "f16c"),
     "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"),
+    "avx512_bf16": ("avx512_bf16",),
 }
 
 

@@ -22,7 +22,7 @@ from moe_route.contract.activation import Activation
 from moe_route.contract.dispatch import Dispatch
 from moe_route.contract.spec import RouterSpec
 from moe_route.ops.arguments import refuse_types
-from moe_route.ops.experts import FEW_SLOTS, FEW_SLOTS_PER_EXPERT
+from moe_route.ops.expert_paths import ACTIVATED, STREAMED, Call, choose
 
 __all__ = ["ACTIVATIONS", "Experts", "SparseMoE", "TopKRouter", "load_balancing_loss"]
 
@@ -32,7 +32,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
-_KERNEL_DEVICES = frozenset({"cuda"})  # where `Experts` runs kernels of this library if nothing is to be trained
 
 
 class TopKRouter(nn.Module):
@@ -94,9 +93,10 @@ class TopKRouter(nn.Module):
 class Experts(nn.Module):
     """E feed-forward networks, each run on the rows that are routed to it: dispatch, permute, products, combine.
 
-    On CUDA no size depends on the routing, so the host never waits and the forward can be captured into a graph. If
-    nothing is to be trained there, few slots run in `ops.expert_rows`, and more have `ops.expert_activation` between
-    their products. Last bits then differ from those of the path that trains, since these round less often.
+    Where no gradient is wanted, few rows are multiplied by `ops.expert_rows`, and on CUDA more rows have
+    `ops.expert_activation` between their products (`moe_route.ops.expert_paths`). Last bits then differ from those of
+    the path that trains, since these round after the activation and not before it. On CUDA no size depends on the
+    routing, so the host never waits and the forward can be captured into a graph.
 
     With `gated`, an expert is `down(activation(gate(x)) * up(x))`, and `gate_up_proj` [E, 2I, H] holds the gate first
     (arXiv 2002.05202 eq. 5). Otherwise it is `down(activation(up(x)))` with `up_proj` [E, I, H]. `down_proj` is [E, H,
@@ -148,11 +148,31 @@ class Experts(nn.Module):
         if hidden.dtype != dtype and not torch.is_autocast_enabled(hidden.device.type):
             raise ValueError(f"hidden states are {hidden.dtype} and expert weights {dtype}; convert one to the other")
         slots = ops.dispatch(ids, self.num_experts)
-        rows = self._rows_of_kernels(hidden, slots) if self._kernels_take(hidden) else self._rows(hidden, slots)
+        stored = [each for each in (*self.up, self.down_proj, self.down_proj_bias) if each is not None]
+        path = choose(Call.of(hidden, ids.numel(), stored, dtype))
+        if path.name == STREAMED:
+            rows = self._streamed_rows(hidden, slots)
+        elif path.name == ACTIVATED:
+            rows = self._activated_rows(hidden, slots)
+        else:
+            rows = self._grouped_rows(hidden, slots)
         return ops.combine(rows, weights, slots, None if residual is None else residual.to(rows.dtype))
 
-    def _rows(self, hidden: Tensor, slots: Dispatch) -> Tensor:
-        """Output rows in operations of torch, which gradients flow through."""
+    def _streamed_rows(self, hidden: Tensor, slots: Dispatch) -> Tensor:
+        (up, up_bias), down_bias = self.up, self.down_proj_bias
+        return ops.expert_rows(hidden, slots, up, self.down_proj, up_bias=up_bias, down_bias=down_bias, **self._gate)
+
+    def _activated_rows(self, hidden: Tensor, slots: Dispatch) -> Tensor:
+        up, up_bias = self.up
+        rows = grouped_linear(ops.permute(hidden, slots), up, None, slots)
+        rows = ops.expert_activation(rows, slots, bias=up_bias, **self._gate)
+        return grouped_linear(rows, self.down_proj, self.down_proj_bias, slots)
+
+    @property
+    def _gate(self) -> dict[str, Any]:
+        return {"activation": Activation(self.activation), "pairing": "halves" if self.gated else "none"}
+
+    def _grouped_rows(self, hidden: Tensor, slots: Dispatch) -> Tensor:
         rows = grouped_linear(ops.permute(hidden, slots), *self.up, slots)
         act = ACTIVATIONS[self.activation]
         if self.gated:
@@ -161,26 +181,6 @@ class Experts(nn.Module):
         else:
             rows = act(rows)
         return grouped_linear(rows, self.down_proj, self.down_proj_bias, slots)
-
-    def _kernels_take(self, hidden: Tensor) -> bool:
-        """Whether kernels that have no gradient may run: on a device, with nothing to train, all in one dtype."""
-        tensors = [tensor for tensor in (hidden, *self.up, self.down_proj, self.down_proj_bias) if tensor is not None]
-        trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        alike = all(tensor.dtype == hidden.dtype and tensor.is_contiguous() for tensor in tensors[1:])
-        known = hidden.dtype in (torch.bfloat16, torch.float16, torch.float32) and not trains and alike
-        autocast = torch.is_autocast_enabled(hidden.device.type)
-        return hidden.device.type in _KERNEL_DEVICES and known and not autocast and forward_ad._current_level < 0
-
-    def _rows_of_kernels(self, hidden: Tensor, slots: Dispatch) -> Tensor:
-        """Output rows: of few slots in one operator, of many with one kernel between the products."""
-        (up, up_bias), (down, down_bias) = self.up, (self.down_proj, self.down_proj_bias)
-        activation, pairing = Activation(self.activation), "halves" if self.gated else "none"
-        if slots.inverse.numel() <= min(FEW_SLOTS, FEW_SLOTS_PER_EXPERT * self.num_experts):
-            biases = {"up_bias": up_bias, "down_bias": down_bias}
-            return ops.expert_rows(hidden, slots, up, down, **biases, activation=activation, pairing=pairing)
-        rows = grouped_linear(ops.permute(hidden, slots), up, None, slots)
-        rows = ops.expert_activation(rows, slots, bias=up_bias, activation=activation, pairing=pairing)
-        return grouped_linear(rows, down, down_bias, slots)
 
     def extra_repr(self) -> str:
         return (

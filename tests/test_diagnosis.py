@@ -103,7 +103,7 @@ def test_why_names_what_the_processor_lacks(monkeypatch: pytest.MonkeyPatch, tmp
         monkeypatch.setattr(diagnosis._C, name, lambda value=value: value)
     monkeypatch.setattr(diagnosis._C, "supported_instruction_sets", lambda: ["portable", "avx2"])
     found = diagnosis._instruction_set()
-    assert found["lacking"] == {"avx512": ["avx512dq", "avx512vl", "avx512cd"]}
+    assert found["lacking"] == {"avx512": ["avx512dq", "avx512vl", "avx512cd"], "avx512_bf16": ["avx512_bf16"]}
     assert "avx512 needs avx512dq, avx512vl, avx512cd" in found["why"]
 
 

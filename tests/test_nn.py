@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from moe_route import nn as layers
 from moe_route import ops
 from moe_route.nn import ACTIVATIONS, Experts, SparseMoE, TopKRouter, load_balancing_loss
-from moe_route.ops import RouterSpec
+from moe_route.ops import RouterSpec, expert_paths
 
 SUM = RouterSpec(renormalize="sum")
 SPECS = {
@@ -429,7 +430,8 @@ def test_kernels_of_a_device_give_the_experts(
     tokens: int, activation: str, gated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Few slots in one operator, many around one activation; with a gradient, operations of torch."""
-    monkeypatch.setattr(layers, "_KERNEL_DEVICES", frozenset({"cpu"}))
+    of_a_device = [path for path in expert_paths.PATHS if path.devices is None or "cuda" in path.devices]
+    monkeypatch.setattr(expert_paths, "PATHS", [replace(path, devices=None) for path in of_a_device])
     sizes = {"num_experts": 6, "hidden_size": 24, "intermediate_size": 20}
     block = Experts(**sizes, activation=activation, gated=gated, bias=True)
     hidden, ids = torch.randn(tokens, 24), torch.randint(-1, 7, (tokens, 2))

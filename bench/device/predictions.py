@@ -86,7 +86,7 @@ def of_moving(operator: str, shape: dispatch.Shape, bandwidth: float) -> Predict
 
 
 def of_experts(path: str, tokens: int) -> Prediction | None:
-    """Of a path of `moe_route.experts.paths` on that layer."""
+    """Of a path of `moe_route.ops.expert_paths` on that layer."""
     seconds = EXPERTS.get(path, {}).get(tokens)
     return None if seconds is None else Prediction(seconds, "bytes of the weights hit, at 75 to 80 % of a copy")
 

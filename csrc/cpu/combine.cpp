@@ -22,7 +22,7 @@ struct Work {
 
 auto range_for(InstructionSet set) {
 #if MOE_ROUTE_X86
-  if (set == InstructionSet::kAvx512) return &avx512::combine_range;
+  if (set >= InstructionSet::kAvx512) return &avx512::combine_range;
   if (set == InstructionSet::kAvx2) return &avx2::combine_range;
 #endif
   static_cast<void>(set);

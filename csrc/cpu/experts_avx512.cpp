@@ -1,2 +1,4 @@
 #define MOE_ROUTE_ISA avx512
-#include "experts_impl.h"
+#include "experts_vector_avx512.h"
+//
+#include "experts_product.h"

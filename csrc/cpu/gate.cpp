@@ -12,6 +12,7 @@ GateBackend backend_for(DType logits) {
   if (logits == DType::kFloat64) return gate_portable_double();
 #if MOE_ROUTE_X86
   switch (instruction_set()) {
+    case InstructionSet::kAvx512Bf16:
     case InstructionSet::kAvx512:
       return gate_avx512();
     case InstructionSet::kAvx2:

@@ -10,7 +10,8 @@
 namespace moe_route::cpu {
 namespace {
 
-constexpr InstructionSet kAll[] = {InstructionSet::kPortable, InstructionSet::kAvx2, InstructionSet::kAvx512};
+constexpr InstructionSet kAll[] = {InstructionSet::kPortable, InstructionSet::kAvx2, InstructionSet::kAvx512,
+                                   InstructionSet::kAvx512Bf16};
 
 InstructionSet choose_at_start() {
   InstructionSet best = InstructionSet::kPortable;
@@ -23,7 +24,7 @@ InstructionSet choose_at_start() {
     if (std::string(asked) == name(set)) return supported(set) ? set : best;
   }
   throw std::invalid_argument("MOE_ROUTE_ISA is '" + std::string(asked) +
-                              "'; it takes portable, avx2 or avx512.");
+                              "'; it takes portable, avx2, avx512 or avx512_bf16.");
 }
 
 std::atomic<InstructionSet>& current() {
@@ -39,6 +40,8 @@ const char* name(InstructionSet set) {
       return "avx2";
     case InstructionSet::kAvx512:
       return "avx512";
+    case InstructionSet::kAvx512Bf16:
+      return "avx512_bf16";
     default:
       return "portable";
   }
@@ -58,6 +61,8 @@ bool supported(InstructionSet set) {
       return supported(InstructionSet::kAvx2) && __builtin_cpu_supports("avx512f") &&
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
+    case InstructionSet::kAvx512Bf16:
+      return supported(InstructionSet::kAvx512) && __builtin_cpu_supports("avx512bf16");
   }
   return false;
 #else

@@ -99,9 +99,8 @@ __device__ __forceinline__ void multiply_columns(const Problem& problem, const G
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) x[t] = staged[(t * vectors + step * kStripes) * kWords + word];
 #pragma unroll
-      for (int part = 0; part < kElementsOfWord; ++part) {
-        const int i = word * kElementsOfWord + part;
-        Words<16>& weights = ring[i % kLoads];
+      for (int part = kElementsOfWord - 1; part >= 0; --part) {  // the upper half of a word first
+        const Words<16>& weights = ring[(word * kElementsOfWord + part) % kLoads];
 #pragma unroll
         for (int c = 0; c < kEach; ++c) {
           const float factor = Type::widen(weights.word, c);
@@ -111,7 +110,11 @@ __device__ __forceinline__ void multiply_columns(const Problem& problem, const G
             sum = math::fma(factor, Type::widen(&x[t], part), sum);
           }
         }
-        weights = load((i + kLoads) % kEach);
+      }
+#pragma unroll
+      for (int part = 0; part < kElementsOfWord; ++part) {
+        const int i = word * kElementsOfWord + part;
+        ring[i % kLoads] = load((i + kLoads) % kEach);
       }
     }
   }

@@ -83,11 +83,12 @@ __device__ __forceinline__ void multiply_rows(const Problem& problem, const Grou
           const Words<16> x = words(staged[t * vectors + (step + d) * kStripes]);
 #pragma unroll
           for (int i = 0; i < kElements<Type>; ++i) {
-            const float factor = Type::widen(x.word, i);
+            constexpr int kUpperFirst = Type::kBytes == 2 ? 1 : 0;
+            const float factor = Type::widen(x.word, i ^ kUpperFirst);
 #pragma unroll
             for (int r = 0; r < kWeightRows; ++r) {
               float& sum = sums[r * kTokens + t];
-              sum = math::fma(Type::widen(ring[d][r].word, i), factor, sum);
+              sum = math::fma(Type::widen(ring[d][r].word, i ^ kUpperFirst), factor, sum);
             }
           }
         }

@@ -70,13 +70,14 @@ py::dict tunables() {
 }
 
 constexpr cpu::InstructionSet kSets[] = {cpu::InstructionSet::kPortable, cpu::InstructionSet::kAvx2,
-                                         cpu::InstructionSet::kAvx512};
+                                         cpu::InstructionSet::kAvx512, cpu::InstructionSet::kAvx512Bf16};
 
 cpu::InstructionSet set_named(const std::string& wanted) {
   for (auto set : kSets) {
     if (wanted == cpu::name(set)) return set;
   }
-  throw std::invalid_argument("no instruction set '" + wanted + "'; there are portable, avx2 and avx512");
+  throw std::invalid_argument("no instruction set '" + wanted +
+                              "'; there are portable, avx2, avx512 and avx512_bf16");
 }
 
 std::vector<std::string> supported_instruction_sets() {

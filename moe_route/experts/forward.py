@@ -13,8 +13,8 @@ the flags that `use_experts_implementation` sets on a module:
 
 If a version of transformers lacks a flag, it means the value in `DEFAULTS`. A module that sets a flag outside this
 table is refused, and so are weights other than plain floating-point tensors; `refuse` gives the reason and the fix.
-`moe_route.experts.paths` chooses how a call runs. Expert parallelism needs no flag: an expert that this rank does not
-hold has the id `num_experts`, and its slots are skipped.
+`moe_route.ops.expert_paths` chooses how a call runs. Expert parallelism needs no flag: an expert that this rank does
+not hold has the id `num_experts`, and its slots are skipped.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from moe_route import ops
 from moe_route.contract.dispatch import Dispatch
-from moe_route.experts.paths import ACTIVATED, STREAMED, Call, Gate, choose, gate_of
+from moe_route.experts.gates import Gate, gate_of
 from moe_route.nn import grouped_linear
+from moe_route.ops.expert_paths import ACTIVATED, STREAMED, Call, choose
 from moe_route.routers.discovery import ModelNotSupportedError
 
 DEFAULTS: dict[str, bool] = {
@@ -52,14 +53,14 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
     The result has the dtype of hidden_states. A slot whose id is negative, or at least the number of experts, is
     skipped whatever its weight. Products are computed in the dtype of the expert weights (under autocast, in its
-    dtype). Without gradients, a CUDA device takes other paths than the CPU (`moe_route.experts.paths`), whose last bits
-    differ: bias, activation and gate are one float32 computation, and few slots are not rounded before it. The weighted
-    sum is accumulated in float32 (float64 for float64) in the order of the slots and rounded once.
+    dtype). Where no gradient is wanted, other paths may run (`moe_route.ops.expert_paths`), whose last bits differ:
+    they round after the activation and not before it. The weighted sum is accumulated in float32 (float64 for float64)
+    in the order of the slots and rounded once.
     """
     refuse(module)
     dtype = compute_dtype(module)
     slots = ops.dispatch(top_k_index, module.down_proj.shape[0])
-    path = choose(Call(module, hidden_states, top_k_index.numel(), _weights(module), dtype))
+    path = choose(call_of(module, hidden_states, top_k_index.numel()))
     if path.name == STREAMED:
         rows = _streamed_rows(module, hidden_states, slots)
     elif path.name == ACTIVATED:
@@ -70,6 +71,18 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
         rows = module.post_expert_norm(_defined(rows, slots, module.post_expert_norm))
     rows = rows.to(torch.promote_types(rows.dtype, hidden_states.dtype))  # under autocast: round after the sum
     return ops.combine(rows, top_k_weights, slots).to(hidden_states.dtype)
+
+
+def call_of(module: Any, hidden_states: Tensor, slots: int) -> Call:
+    """A call of a module's experts, as the choice of a path sees it."""
+    return Call.of(
+        hidden_states,
+        slots,
+        _weights(module),
+        compute_dtype(module),
+        transposed=flag(module, "is_transposed"),
+        known_gate=gate_of(module) is not None,
+    )
 
 
 def _streamed_rows(module: Any, hidden_states: Tensor, slots: Dispatch) -> Tensor:

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_route.experts.forward import DEFAULTS, UNKNOWN_FLAGS, experts_forward, obstacle
+from moe_route.experts.forward import DEFAULTS, UNKNOWN_FLAGS, call_of, compute_dtype, experts_forward, obstacle
 from moe_route.modules.intercept import ReplacedAttribute
+from moe_route.ops.expert_paths import limits
 from moe_route.routers.discovery import ModelNotSupportedError
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,22 @@ def experts_implementations(block: nn.Module) -> tuple[str, ...]:
     """
     found = {_runs_as(module) for module in block.modules() if _decorated(module)}
     return tuple(sorted(found)) or (OWN_FORWARD,)
+
+
+def experts_paths(block: nn.Module) -> str:
+    """How "moe_route" runs the experts inside a block without gradients, and up to how many slots (T * k) each way.
+
+    "" if they are not run as "moe_route", or cannot be.
+    """
+    found = set()
+    module: Any
+    for module in block.modules():
+        if _decorated(module) and _runs_as(module) == NAME and not _is_fp8(module) and obstacle(module) is None:
+            hidden = module.down_proj.new_empty(0, dtype=compute_dtype(module))
+            with torch.no_grad():
+                ways = limits(call_of(module, hidden, 0))
+            found.add(", then ".join(name if most is None else f"{name} up to {most} slots" for name, most in ways))
+    return "; ".join(sorted(found))
 
 
 class ExpertsSwitch:

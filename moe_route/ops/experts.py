@@ -19,9 +19,6 @@ _expert_rows = torch.ops.moe_route.expert_rows.default
 _expert_activation = torch.ops.moe_route.expert_activation.default
 _PLAIN = Activation()
 
-# The calls that `expert_rows` is for: few slots in all, and few for each expert, of which eight share a reading.
-FEW_SLOTS, FEW_SLOTS_PER_EXPERT = 256, 8
-
 
 def expert_rows(
     x: Tensor,
@@ -36,11 +33,13 @@ def expert_rows(
 ) -> Tensor:
     """Run the expert of each dispatched row on the token of its slot: ``down(act(up(x)))``. Not differentiable.
 
-    Made for few slots, up to about 256: time is then what reading the weights of the chosen experts takes, once for up
-    to 8 rows. On CUDA it neither waits nor copies, whatever was routed. The CPU version is right, not fast.
+    Made for few slots, up to about 256 on CUDA: time is then what reading the weights of the chosen experts takes, once
+    for up to 8 rows. On CUDA it neither waits nor copies, whatever was routed. On a CPU with AVX2 or AVX-512 weights
+    are read in place, once whatever the number of rows; without them it is right, not fast.
 
     Sums are float32 in an order that depends on the dtype only, so the bits do not depend on the device, the grid, the
-    layout of the weights or the other rows. Values are rounded to the dtype of x after the activation and at the end.
+    layout of the weights, the other rows or the number of threads. (bfloat16 dot products of a CPU take numbers below
+    2^-126 for zero.) Values are rounded to the dtype of x after the activation and at the end.
 
     Args:
         x: [T, H], float32, bfloat16 or float16.

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 import moe_route as mr
 from moe_route import ops
-from moe_route.experts import forward, paths
+from moe_route.experts import forward
 from moe_route.experts.forward import experts_forward
+from moe_route.experts.gates import gate_of
+from moe_route.ops import expert_paths as paths
 
 EMULATED = next(backend for backend in BACKENDS if backend.emulated)
 # Classes whose gate no table knows, with the reason.
@@ -32,9 +34,9 @@ def _registered() -> None:
 
 @pytest.fixture
 def streams(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The streamed path takes calls on the CPU too; the slots of every call that went there."""
+    """The streamed path of CUDA takes calls on the CPU too; the slots of every call that went there."""
     streamed = replace(paths.PATHS[0], devices=None)
-    monkeypatch.setattr(paths, "PATHS", (streamed, *paths.PATHS[1:]))
+    monkeypatch.setattr(paths, "PATHS", (streamed, paths.PATHS[-1]))
     seen = []
     real = ops.expert_rows
 
@@ -63,7 +65,7 @@ def activated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def known(name: str) -> bool:
-    return paths.gate_of(module_of(name)) is not None
+    return gate_of(module_of(name)) is not None
 
 
 @pytest.mark.parametrize("name", DECORATED)
@@ -93,16 +95,10 @@ def test_one_activation_kernel_leaves_training_to_the_module(activated: list[int
 def test_paths_of_a_device() -> None:
     """Few slots are streamed, more have one activation kernel, and what trains runs in the module's own code."""
 
-    class OnDevice(paths.Call):
-        device = "cuda"
-
-        def __init__(self, slots: int, trains: bool) -> None:
-            self.module, self.slots, self.experts = module_of("Qwen3MoeExperts"), slots, 64
-            self.trains, self.dtype = trains, torch.bfloat16
-
     wanted = ((256, False, paths.STREAMED), (257, False, paths.ACTIVATED), (257, True, paths.GROUPED))
     for slots, trains, name in wanted:
-        assert paths.choose(OnDevice(slots, trains)).name == name
+        call = paths.Call("cuda", torch.bfloat16, slots, 64, transposed=False, trains=trains, known_gate=True)
+        assert paths.choose(call).name == name
 
 
 @pytest.mark.skipif(EMULATED.missing is not None, reason=str(EMULATED.missing))

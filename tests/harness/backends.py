@@ -268,6 +268,7 @@ BACKENDS: tuple[Backend, ...] = (
     _cpu("portable"),
     _cpu("avx2"),
     _cpu("avx512"),
+    _cpu("avx512_bf16"),
     # The operators as a user calls them: the instruction set the library chose for this processor.
     Backend("operators", ops, native=True),
     Backend("emulated", ops, native=True, missing=_why_not_emulated(), within=emulated, float64=False, emulated=True),

@@ -200,6 +200,69 @@ def test_no_slot_at_all() -> None:
         assert made.rows(backend).shape == (0, 48)
 
 
+VECTORS = [backend for backend in NATIVE if not backend.emulated and backend.name != "cuda"]
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_rows_have_the_bits_of_one(dtype: torch.dtype, pairing: str, transposed: bool) -> None:
+    """Several tiles, the last of them not full, and more rows of an expert than any kernel takes at a time; few too."""
+    made = Experts.make(
+        tokens=70, k=3, experts=4, hidden=397, width=77, dtype=dtype, pairing=pairing, transposed=transposed, bias=True
+    )
+    made.ids[:, 0], made.ids[:, 1], made.ids[:, 2] = 3, -1, 4  # nobody's
+    made.ids[:7, 1], made.ids[5:6, 2] = 0, 1  # expert 2 has no row
+    slots, found = made.slots(), {}
+    for backend in VECTORS:
+        if backend.missing is None:
+            found[backend.name] = made.rows(backend, slots)
+    expected = found["portable"]
+    assert all(same(rows, expected) for rows in found.values()), list(found)
+    torch.testing.assert_close(expected, made.rows(reference), rtol=1e-2, atol=1e-2)
+    token = slots.order[slots.order >= 0] // 3
+    alone = Experts(made.x[5:6], made.ids[5:6], made.num_experts, made.arguments)
+    assert same(alone.rows(CPU), expected[token == 5])
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+def test_wide_columns(transposed: bool) -> None:
+    """More columns than a tile of either layout has, at the sizes that threads divide them into."""
+    made = Experts.make(
+        tokens=9, k=2, experts=3, hidden=40, width=1300, dtype=torch.bfloat16, transposed=transposed, pairing="halves"
+    )
+    found = [made.rows(backend) for backend in VECTORS if backend.missing is None]
+    assert all(same(rows, found[0]) for rows in found)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_number_of_threads(dtype: torch.dtype, transposed: bool) -> None:
+    made = Experts.make(tokens=30, k=2, hidden=512, width=96, dtype=dtype, transposed=transposed)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            found += [made.rows(CPU) for _ in range(5)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(same(rows, found[0]) for rows in found)
+
+
+def test_bfloat16_below_the_normal_numbers() -> None:
+    """Only the dot products of bfloat16 take them for zero; next to numbers of any other size nobody can tell."""
+    made = Experts.make(tokens=6, hidden=64, width=32, dtype=torch.bfloat16, pairing="none")
+    made.arguments["activation"] = ops.Activation("relu")
+    made.x[:, ::2] *= 2.0**-130
+    sets = [backend for backend in VECTORS if backend.missing is None]
+    assert all(same(made.rows(backend), made.rows(CPU)) for backend in sets)
+    made.x *= 2.0**-20
+    rows = {backend.name: made.rows(backend) for backend in sets}
+    exact = made.rows(reference)
+    for name, found in rows.items():
+        torch.testing.assert_close(found, exact, rtol=0.02, atol=2.0**-120, msg=name)
+
+
 def test_long_rows_share_a_reading_by_fewer() -> None:
     """Rows of x that do not fit into shared memory eight at a time: the same bits."""
     made = Experts.make(tokens=9, k=1, experts=1, hidden=9000, width=2, dtype=torch.bfloat16)

@@ -8,9 +8,11 @@
 // weights of experts without rows are not read, rows of no slot neither read nor written.
 //
 // A sum is float32. Element i of x belongs to stripe (i / V) % 32, V = 16 bytes of elements; each stripe adds
-// its products by fma in the order of i, and the 32 stripes are folded 16, 8, 4, 2 and 1 apart. That order
-// depends on nothing but the element type: neither on grid, layout, other rows, nor backend. So every backend
-// gives the same bits (a NaN is a NaN).
+// its products by fma in the order of i (of i ^ 1 for elements of 2 bytes: the upper half of a word comes first,
+// as in the bfloat16 dot products of x86), and the 32 stripes are folded 16, 8, 4, 2 and 1 apart. That order
+// depends on nothing but the element type: neither on grid, layout, other rows, threads, nor backend. So every
+// backend gives the same bits (a NaN is a NaN), with one exception: those dot products take a subnormal number, one
+// below 2^-126, for zero, whether it is an element or a stripe's sum.
 #pragma once
 #include <cstdint>
 
@@ -100,8 +102,8 @@ inline constexpr int kStripes = 32;
 inline int64_t elements_at_a_time(DType type) { return type == DType::kFloat32 ? 4 : 8; }
 
 namespace cpu {
-// Simple, not fast: what the CUDA kernels are held against.
-void expert_product(const ExpertProductArgs& args, Parallel parallel);
+// On the calling thread and up to `threads` - 1 others.
+void expert_product(const ExpertProductArgs& args, Parallel parallel, int threads);
 void expert_activation(const ExpertActivationArgs& args, Parallel parallel);
 }  // namespace cpu
 }  // namespace moe_route

@@ -220,9 +220,11 @@ struct GateArgs {
 
 namespace cpu {
 
-enum class InstructionSet : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+// kAvx512Bf16 is kAvx512 and the dot products of bfloat16 (Zen 4, Cooper Lake, Sapphire Rapids).
+enum class InstructionSet : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 const char* name(InstructionSet);
-// Best set this processor and build can run; MOE_ROUTE_ISA=portable|avx2|avx512 in the environment lowers it.
+// Best set this processor and build can run; MOE_ROUTE_ISA=portable|avx2|avx512|avx512_bf16 in the environment
+// lowers it.
 InstructionSet best_instruction_set();
 bool supported(InstructionSet);
 // In force now; set_instruction_set throws std::invalid_argument where it is not supported (used by tests).

@@ -1,6 +1,6 @@
-// expert_product over a range of weight columns, compiled once per instruction set (each file in a namespace of
-// its own). Row by row of the weight: it is widened once, laid out so that the 32 stripes of a sum lie side by
-// side, and multiplied with every row of its expert. Few rows are what this is for.
+// expert_product in its plain form, without vectors of its own: what the fast ones are held against, and what runs
+// where there are none. Row by row of the weight: it is widened once, laid out so that the 32 stripes of a sum lie
+// side by side, and multiplied with every row of its expert.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -12,7 +12,7 @@ namespace moe_route::cpu::MOE_ROUTE_ISA {
 namespace {
 
 // Elements of a line [in], padded with zeros and turned: element (step * 32 + stripe) * V + e stands at
-// (step * V + e) * 32 + stripe.
+// (step * V + e') * 32 + stripe, with e' = e, or e ^ 1 for elements of 2 bytes.
 template <class Type>
 class Lines {
  public:
@@ -32,7 +32,8 @@ class Lines {
     const float* wide = Type::widened(wide_.data(), from, in_);
     for (int64_t i = 0; i < size_; ++i) {
       const int64_t vector = i / kAtATime, step = vector / kStripes;
-      to[(step * kAtATime + i % kAtATime) * kStripes + vector % kStripes] = i < in_ ? wide[i] : 0.0f;
+      const int64_t e = i % kAtATime ^ (sizeof(Element) == 2 ? 1 : 0);
+      to[(step * kAtATime + e) * kStripes + vector % kStripes] = i < in_ ? wide[i] : 0.0f;
     }
   }
 
@@ -128,16 +129,26 @@ class Product {
   std::vector<float> x_;  // of the rows of one expert
 };
 
+template <class Type>
+void plain_product(const ExpertProductArgs& args, Parallel parallel) {
+  constexpr int64_t kElementsPerPiece = 1 << 16;  // of weights
+  const ParallelBody body = [](int64_t begin, int64_t end, void* context) {
+    Product<Type>(*static_cast<const ExpertProductArgs*>(context)).run(begin, end);
+  };
+  parallel(args.experts * args.out_columns, 1 + kElementsPerPiece / (args.in + 1), body,
+           const_cast<ExpertProductArgs*>(&args));
+}
+
 }  // namespace
 
-void expert_columns(const ExpertProductArgs& args, int64_t begin, int64_t end) {
+void expert_product(const ExpertProductArgs& args, Parallel parallel) {
   switch (args.type) {
     case DType::kBFloat16:
-      return Product<BFloat16>(args).run(begin, end);
+      return plain_product<BFloat16>(args, parallel);
     case DType::kFloat16:
-      return Product<Float16>(args).run(begin, end);
+      return plain_product<Float16>(args, parallel);
     default:
-      return Product<Float32>(args).run(begin, end);
+      return plain_product<Float32>(args, parallel);
   }
 }
 

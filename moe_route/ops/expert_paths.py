@@ -1,0 +1,177 @@
+"""Which of the library's ways runs a call of experts: `PATHS`, in the order of preference.
+
+| path | what runs | where |
+|---|---|---|
+| streamed | dispatch, `expert_rows`, combine | few slots on CUDA, more on a CPU with AVX2; nothing to train |
+| grouped, one activation | as grouped, with `expert_activation` between the products | more slots on CUDA |
+| grouped | dispatch, permute, two grouped products around the module's own activation, combine | everything else |
+
+With few slots, a decode step, reading the weights of the chosen experts is what takes time, and the streamed path reads
+nothing else. The limits are the numbers of slots up to which it was measured to be the faster one (docs/experts.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from moe_route import _C
+
+__all__ = ["ACTIVATED", "GROUPED", "PATHS", "STREAMED", "Call", "Path", "choose", "limits", "only"]
+
+STREAMED, ACTIVATED, GROUPED = "streamed", "grouped, one activation", "grouped"
+# Without vectors the CPU's expert_rows is right, not fast.
+_CPU_HAS_VECTORS: bool = _C.best_instruction_set() != "portable"
+# With matrix instructions, torch's products pass expert_rows at fewer slots.
+_CPU_HAS_MATRICES: bool = torch.cpu._is_amx_tile_supported()
+_FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32})
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of experts, as far as the choice of a path needs it."""
+
+    device: str
+    """Type of the device of the hidden states."""
+    dtype: torch.dtype | None
+    """That of everything, and None if not all is in one dtype, on one device and packed."""
+    slots: int
+    """T * k."""
+    experts: int
+    transposed: bool
+    """Whether the weights are stored [E, in, out]."""
+    trains: bool
+    """Whether a gradient is wanted."""
+    known_gate: bool
+    """Whether `expert_rows` and `expert_activation` can compute what stands between the products."""
+
+    @classmethod
+    def of(
+        cls,
+        hidden: Tensor,
+        slots: int,
+        weights: Sequence[Tensor],
+        dtype: torch.dtype,
+        *,
+        transposed: bool = False,
+        known_gate: bool = True,
+    ) -> Call:
+        """Describe a call; `weights` are all weights and biases as they are stored, `dtype` is that of the products."""
+        tensors = [hidden, *weights]
+        trains = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+        trains = trains or forward_ad._current_level >= 0
+        alike = all(each.dtype == dtype and each.device == hidden.device for each in tensors)
+        packed = all(each.is_contiguous() for each in weights)
+        kind = hidden.device.type
+        one = dtype if alike and packed and not torch.is_autocast_enabled(kind) else None
+        return cls(kind, one, slots, weights[0].shape[0], transposed, trains, known_gate)
+
+
+@dataclass(frozen=True)
+class Path:
+    """A way to run experts, and the calls that it is for; None: all of them."""
+
+    name: str
+    devices: frozenset[str] | None = None
+    dtypes: frozenset[torch.dtype] | None = None
+    transposed: bool | None = None
+    """Weights [E, in, out] or [E, out, in]."""
+    most_slots: int | None = None
+    """Largest T * k."""
+    most_slots_per_expert: int | None = None
+    """Largest T * k / E."""
+    trains: bool = True
+    """Whether gradients flow through it."""
+    any_gate: bool = True
+    """Whether the module's own activation runs; otherwise it must be a known one."""
+    here: bool = True
+    """Whether this machine can take it."""
+
+    def takes(self, call: Call) -> bool:
+        """Whether a call may run this way."""
+        return self.serves(call) and (
+            (self.most_slots is None or call.slots <= self.most_slots)
+            and (self.most_slots_per_expert is None or call.slots <= self.most_slots_per_expert * call.experts)
+        )
+
+    def serves(self, call: Call) -> bool:
+        """Whether a call may run this way if it has few enough slots."""
+        return (
+            self.here
+            and (self.devices is None or call.device in self.devices)
+            and (self.dtypes is None or call.dtype in self.dtypes)
+            and (self.transposed is None or call.transposed == self.transposed)
+            and (self.trains or not call.trains)
+            and (self.any_gate or call.known_gate)
+        )
+
+    def limit(self, experts: int) -> int | None:
+        """The most slots that it takes, with this many experts; None: any number."""
+        each = None if self.most_slots_per_expert is None else self.most_slots_per_expert * experts
+        return min((limit for limit in (self.most_slots, each) if limit is not None), default=None)
+
+
+_STREAMED_CUDA = Path(
+    STREAMED,
+    devices=frozenset({"cuda"}),
+    dtypes=_FLOATS,
+    most_slots=256,
+    most_slots_per_expert=8,  # as many share a reading of the weights
+    trains=False,
+    any_gate=False,
+)
+_STREAMED_CPU = Path(
+    STREAMED,
+    devices=frozenset({"cpu"}),
+    dtypes=_FLOATS,
+    transposed=False,
+    most_slots_per_expert=16 if _CPU_HAS_MATRICES else 128,
+    trains=False,
+    any_gate=False,
+    here=_CPU_HAS_VECTORS,
+)
+PATHS: Sequence[Path] = (
+    _STREAMED_CUDA,
+    _STREAMED_CPU,
+    replace(_STREAMED_CPU, transposed=True, most_slots_per_expert=16),
+    Path(ACTIVATED, devices=frozenset({"cuda"}), dtypes=_FLOATS, trains=False, any_gate=False),
+    Path(GROUPED),
+)
+
+
+def choose(call: Call) -> Path:
+    """The first path of `PATHS` that takes a call."""
+    return next(path for path in PATHS if path.takes(call))
+
+
+def limits(call: Call) -> list[tuple[str, int | None]]:
+    """Every path that serves calls like this one, and the most slots that it is chosen for (None: any number)."""
+    found: list[tuple[str, int | None]] = []
+    for path in PATHS:
+        if path.serves(call):
+            found.append((path.name, path.limit(call.experts)))
+            if found[-1][1] is None:
+                break
+    return found
+
+
+@contextmanager
+def only(name: str) -> Iterator[None]:
+    """Run every call that `name` can run that way, whatever its device and number of slots. Not for several threads.
+
+    For benchmarks, which find out from how many slots on a path pays.
+    """
+    global PATHS
+    before = PATHS
+    wanted = next(path for path in before if path.name == name)
+    anything = replace(wanted, devices=None, transposed=None, most_slots=None, most_slots_per_expert=None, here=True)
+    PATHS = (anything, *before)
+    try:
+        yield
+    finally:
+        PATHS = before
