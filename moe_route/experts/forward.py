@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from moe_route import ops
 from moe_route.contract.dispatch import Dispatch
 from moe_route.experts.gates import Gate, gate_of
-from moe_route.nn import grouped_linear
 from moe_route.ops.expert_paths import ACTIVATED, STREAMED, Call, choose
+from moe_route.ops.grouped import grouped_linear
 from moe_route.routers.discovery import ModelNotSupportedError
 
 DEFAULTS: dict[str, bool] = {
