@@ -47,6 +47,8 @@ class Call:
     """Whether the weights are stored [E, in, out]."""
     trains: bool
     """Whether a gradient is wanted."""
+    row_bytes: int
+    """Of the longest row of a weight [out, in]."""
     known_gate: bool
     """Whether `expert_rows` and `expert_activation` can compute what stands between the products."""
 
@@ -69,7 +71,8 @@ class Call:
         packed = all(each.is_contiguous() for each in weights)
         kind = hidden.device.type
         one = dtype if alike and packed and not torch.is_autocast_enabled(kind) else None
-        return cls(kind, one, slots, weights[0].shape[0], transposed, trains, known_gate)
+        row = max(each.shape[2] * each.element_size() for each in weights if each.dim() == 3)
+        return cls(kind, one, slots, weights[0].shape[0], transposed, trains, row, known_gate)
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class Path:
     dtypes: frozenset[torch.dtype] | None = None
     transposed: bool | None = None
     """Weights [E, in, out] or [E, out, in]."""
+    most_row_bytes: int | None = None
+    """Of the longest row of a weight [out, in]."""
     most_slots: int | None = None
     """Largest T * k."""
     most_slots_per_expert: int | None = None
@@ -106,6 +111,7 @@ class Path:
             and (self.devices is None or call.device in self.devices)
             and (self.dtypes is None or call.dtype in self.dtypes)
             and (self.transposed is None or call.transposed == self.transposed)
+            and (self.most_row_bytes is None or call.row_bytes <= self.most_row_bytes)
             and (self.trains or not call.trains)
             and (self.any_gate or call.known_gate)
         )
@@ -130,6 +136,7 @@ _STREAMED_CPU = Path(
     devices=frozenset({"cpu"}),
     dtypes=_FLOATS,
     transposed=False,
+    most_row_bytes=16 << 10,  # four of them fit the first-level cache, or nearly
     most_slots_per_expert=16 if _CPU_HAS_MATRICES else 128,
     trains=False,
     any_gate=False,
@@ -138,7 +145,8 @@ _STREAMED_CPU = Path(
 PATHS: Sequence[Path] = (
     _STREAMED_CUDA,
     _STREAMED_CPU,
-    replace(_STREAMED_CPU, transposed=True, most_slots_per_expert=16),
+    replace(_STREAMED_CPU, most_row_bytes=None, most_slots_per_expert=4),
+    replace(_STREAMED_CPU, transposed=True, most_row_bytes=None, most_slots_per_expert=16),
     Path(ACTIVATED, devices=frozenset({"cuda"}), dtypes=_FLOATS, trains=False, any_gate=False),
     Path(GROUPED),
 )
@@ -153,7 +161,7 @@ def limits(call: Call) -> list[tuple[str, int | None]]:
     """Every path that serves calls like this one, and the most slots that it is chosen for (None: any number)."""
     found: list[tuple[str, int | None]] = []
     for path in PATHS:
-        if path.serves(call):
+        if path.serves(call) and path.name not in dict(found):
             found.append((path.name, path.limit(call.experts)))
             if found[-1][1] is None:
                 break
@@ -169,7 +177,8 @@ def only(name: str) -> Iterator[None]:
     global PATHS
     before = PATHS
     wanted = next(path for path in before if path.name == name)
-    anything = replace(wanted, devices=None, transposed=None, most_slots=None, most_slots_per_expert=None, here=True)
+    anything = replace(wanted, devices=None, transposed=None, here=True)
+    anything = replace(anything, most_row_bytes=None, most_slots=None, most_slots_per_expert=None)
     PATHS = (anything, *before)
     try:
         yield

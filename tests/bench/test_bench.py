@@ -825,6 +825,7 @@ def test_a_dry_run_builds_the_module_with_its_kernels(tmp_path: Path) -> None:
     names = ("environment", "build", "import", "tests", "device-test-build")
     command = ["bash", str(SCRIPT), "--dry", "--only", ",".join(names)]
     variables = {"PYTHON": sys.executable, "OUT": str(tmp_path), "MOE_ROUTE_GPU_BUILD": str(build), "MAX_JOBS": "2"}
+    variables["CUDAARCHS"] = "80-real;90"  # as tests/test_packaging.py, which builds in the same folder
     environ = {**os.environ, **variables, "MOE_ROUTE_GPU_SECONDS": "1500"}
     done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
     assert statuses(tmp_path) == dict.fromkeys(names, "ok"), done.stdout + done.stderr

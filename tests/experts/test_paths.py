@@ -97,8 +97,25 @@ def test_paths_of_a_device() -> None:
 
     wanted = ((256, False, paths.STREAMED), (257, False, paths.ACTIVATED), (257, True, paths.GROUPED))
     for slots, trains, name in wanted:
-        call = paths.Call("cuda", torch.bfloat16, slots, 64, transposed=False, trains=trains, known_gate=True)
+        call = paths.Call(
+            "cuda", torch.bfloat16, slots, 64, transposed=False, trains=trains, row_bytes=4096, known_gate=True
+        )
         assert paths.choose(call).name == name
+
+
+@pytest.mark.skipif(not paths._CPU_HAS_VECTORS, reason="this processor has no AVX2")
+def test_long_rows_are_streamed_for_few_slots() -> None:
+    """Those of Mixtral's second product, 28 KiB in bfloat16, do not fit the first-level cache."""
+    for slots, row_bytes, name in (
+        (32, 28 << 10, paths.STREAMED),
+        (33, 28 << 10, paths.GROUPED),
+        (33, 8 << 10, paths.STREAMED),
+    ):
+        call = paths.Call(
+            "cpu", torch.bfloat16, slots, 8, transposed=False, trains=False, row_bytes=row_bytes, known_gate=True
+        )
+        assert paths.choose(call).name == name
+        assert [name for name, _ in paths.limits(call)] == [paths.STREAMED, paths.GROUPED]
 
 
 @pytest.mark.skipif(EMULATED.missing is not None, reason=str(EMULATED.missing))
