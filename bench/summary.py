@@ -99,7 +99,7 @@ def headline() -> str:
     times = [float(row[4]) for row in _experts(experts)]
     rows.append(
         (
-            f"experts of {len(times)} layer shapes of public models, bfloat16",
+            f"experts of {len(times)} layer shapes of public models, bfloat16, two threads",
             "",
             f"{min(times):.2f} to {max(times):.2f} x `grouped_mm` of transformers",
         )
