@@ -306,7 +306,7 @@ def test_the_ranks_of_expert_parallelism_add_up(name: str, ranks: int):
 @pytest.mark.parametrize("name", EDGES)
 def test_rows_that_nobody_owns_may_hold_anything(name: str, monkeypatch: pytest.MonkeyPatch):
     """On a device the products leave them undefined; here they are made NaN, in forward and backward."""
-    nn_module = importlib.import_module("moe_route.nn")
+    products = importlib.import_module("moe_route.ops.grouped")
     module, (hidden, ids, weights) = module_of(name), routing()
     inputs = hidden, torch.where(torch.rand(ids.shape) < 0.4, 8, ids), weights
     want = experts_forward(module, *inputs)
@@ -323,13 +323,13 @@ def test_rows_that_nobody_owns_may_hold_anything(name: str, monkeypatch: pytest.
             (used,) = ctx.saved_tensors
             return torch.where(used, grad, 0.0), None  # grouped products read no such row of a gradient either
 
-    product = nn_module._grouped_product
+    product = products._grouped_product
 
     def poisoned(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         used = (torch.arange(rows.shape[0]) < ends[-1])[:, None]
         return Poisoned.apply(product(Poisoned.apply(rows, used), weight, ends), used)
 
-    monkeypatch.setattr(nn_module, "_grouped_product", poisoned)
+    monkeypatch.setattr(products, "_grouped_product", poisoned)
     assert torch.equal(experts_forward(module, *inputs), want)
     for grad, other in zip(gradients(experts_forward, module, inputs), wanted, strict=True):
         assert torch.equal(grad, other)
