@@ -1,4 +1,4 @@
-"""Drop the graphs that torch.compile made before `attach`."""
+"""Drop the graphs that torch.compile made before hooks of a model changed."""
 
 from __future__ import annotations
 
