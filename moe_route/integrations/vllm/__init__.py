@@ -88,6 +88,7 @@ def register() -> None:
         options = Options.of(self.vllm_config.additional_config)
         if options is not None:
             import vllm
+
             from moe_route.integrations.vllm.worker import Session
 
             self.moe_route_session = Session(self, options, vllm.__version__)

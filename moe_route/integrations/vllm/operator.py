@@ -47,7 +47,9 @@ def neutral_tables(rows: int, num_experts: int, device: torch.device) -> Steerin
 def copy_plan(target: SteeringTables, first: int, plan: SteeringTables) -> None:
     """Write a plan's rows into rows ``first`` on of tables made by ``neutral_tables``."""
     planes, _, params, remap = target.packed
-    assert planes is not None and params is not None and remap is not None  # `neutral_tables` made all of them
+    assert planes is not None  # `neutral_tables` made all of them
+    assert params is not None
+    assert remap is not None
     here = slice(first, first + plan.rows)
     for number, name in enumerate(STEERING_PLANES):
         planes[here, number] = NEUTRAL[name]

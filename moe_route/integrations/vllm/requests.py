@@ -67,7 +67,15 @@ class RequestTable:
         self._free: list[int] = list(range(len(self._numbers) - 1, -1, -1))
 
     def begin(
-        self, name: str, *, prompt: int, group: int, segment: int, plan: int, item: str | int | None = None, first: int = 0
+        self,
+        name: str,
+        *,
+        prompt: int,
+        group: int,
+        segment: int,
+        plan: int,
+        item: str | int | None = None,
+        first: int = 0,
     ) -> Request:
         """A request that runs for the first time; ``prompt``: its length in tokens; ``plan``: -1 for none."""
         if not self._free:

@@ -63,14 +63,15 @@ def find_sites(model: nn.Module, model_type: str) -> list[Site]:
 
 
 def _site(runner: Any, base: type, model_type: str) -> Site:
-    name, router = runner.layer_name, runner.router
+    name: str = runner.layer_name
+    router: Any = runner.router
     if runner.is_monolithic:
         kernel = type(getattr(runner.routed_experts, "quant_method", runner)).__name__
         raise EngineNotSupportedError(
             f"moe_route: {name} chooses its experts inside its kernel ({kernel}), where nothing can be counted or "
             "steered: start with --moe-backend triton"
         )
-    if not isinstance(router, base):
+    if not issubclass(type(router), base):
         raise EngineNotSupportedError(
             f"moe_route: {name} has a router of its own ({type(router).__name__}): use mr.attach in transformers"
         )

@@ -149,7 +149,8 @@ class Session:
             here = torch.arange(first, first + sizes[name], dtype=torch.int32)
             for layer, (site, table) in enumerate(zip(self.sites, plan.tables, strict=True)):
                 if table is not None:
-                    assert site.steering is not None and isinstance(table, SteeringTables)  # `_compiled` refused others
+                    assert isinstance(table, SteeringTables)  # `_compiled` refused others
+                    assert site.steering is not None
                     operator.copy_plan(site.steering, first, table)
                     self._rows[layer, first : first + sizes[name]] = here.to(self._rows.device)
             first += sizes[name]
@@ -185,7 +186,7 @@ class Session:
         running, so all are taken as ended. Otherwise the tokens of those not known to have ended are in the sums over
         tokens only, and ``metadata["running_sequences"]`` says how many they are.
 
-        Raises ``RecordingError`` if nothing was recorded, if a layer was never reached, or if the tables were too small.
+        Raises ``RecordingError`` if nothing was recorded, a layer was never reached, or the tables were too small.
         """
         self._refuse_other_engine()
         if not self._recorded:
@@ -362,7 +363,9 @@ class Session:
         group = self.options.groups[request.group]
         made = hashlib.blake2b(files.canonical_json([request.item, [group]]).encode(), digest_size=16)
         routed = request.tokens
-        made.update((np.array([length - request.first], np.int32) if routed is None else routed[request.first :]).tobytes())
+        made.update(
+            (np.array([length - request.first], np.int32) if routed is None else routed[request.first :]).tobytes()
+        )
         return made.hexdigest()
 
     def _as_transformers(self, sums: TableSums) -> TableSums:

@@ -63,9 +63,7 @@ def test_a_step_is_followed_in_order(kind: type[RunnerV1]) -> None:
         log.append("laid out")
         batches.append(batch)
 
-    follow(
-        runner, view, before=lambda _: log.append("before"), laid_out=laid_out, dummy=lambda: log.append("cleared")
-    )
+    follow(runner, view, before=lambda _: log.append("before"), laid_out=laid_out, dummy=lambda: log.append("cleared"))
     assert runner.execute_model(SCHEDULED) == "output"
     assert log == ["before", "execute", "prepare", "laid out"]
     assert list(batches[0].names) == ["b", "a"]
