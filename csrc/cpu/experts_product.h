@@ -2,15 +2,17 @@
 //
 // First every line of x that some row reads is laid out as the kernels want it, once. Then the threads take tiles, some
 // columns of one expert, one after the other as they get free. What a tile is, and the order inside a line, is that of
-// the layout of the weights (experts_row_tiles.h, experts_column_tiles.h).
+// the layout of the weights (experts_row_tiles.h, experts_column_tiles.h, experts_panel_tiles.h).
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <vector>
 
 #include "experts_column_tiles.h"
 #include "experts_factors.h"
 #include "experts_memory.h"
+#include "experts_panel_tiles.h"
 #include "experts_row_tiles.h"
 #include "moe_route/experts.h"
 
@@ -22,14 +24,18 @@ constexpr int64_t kElementsPerPiece = 1 << 15;  // of lines to lay out
 template <class Type, class Tiles>
 class Product {
  public:
-  Product(const ExpertProductArgs& args, int threads)
+  // Of the experts that have `least` to `most` rows.
+  Product(const ExpertProductArgs& args, int threads, int64_t least, int64_t most)
       : args_(args),
+        least_(least),
+        most_(most),
         tiles_(args, threads),
         threads_(threads),
         tiles_of_expert_((args.out_columns + tiles_.columns() - 1) / tiles_.columns()) {}
 
   void run(Parallel parallel) {
     find_lines();
+    if (experts_.empty()) return;
     const ParallelBody lay_out = [](int64_t begin, int64_t end, void* product) {
       static_cast<Product*>(product)->lay_out_lines(begin, end);
     };
@@ -49,7 +55,7 @@ class Product {
     for (int32_t e = 0; e < args_.experts; ++e) {
       const int64_t first = std::max<int64_t>(args_.offsets[e], 0);
       const int64_t count = std::min(args_.counts[e], args_.capacity - first);
-      if (count <= 0) continue;
+      if (count < least_ || count > most_) continue;
       experts_.push_back({e, first, count});
       for (int64_t r = first; r < first + count; ++r) {
         const int64_t source = args_.source(r);
@@ -83,17 +89,27 @@ class Product {
   void work() {
     typename Tiles::Scratch scratch;
     std::vector<const float*> x;
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < all_tiles();) {
-      const Rows& rows = experts_[static_cast<size_t>(i / tiles_of_expert_)];
+    int64_t next = Tiles::kFetchesNext ? take() : -1;
+    for (int64_t i; (i = Tiles::kFetchesNext ? next : take()) < all_tiles();) {
+      if constexpr (Tiles::kFetchesNext) {
+        next = take();
+        scratch.next = next < all_tiles() ? tiles_.source(rows_of(next).expert, column_of(next)) : PanelSource();
+      }
+      const Rows& rows = rows_of(i);
       x.clear();
       for (int64_t r = rows.first; r < rows.first + rows.count; ++r) {
         x.push_back(line(line_of_row_[static_cast<size_t>(r)]));
       }
-      tiles_.run(rows, i % tiles_of_expert_ * tiles_.columns(), x.data(), scratch);
+      tiles_.run(rows, column_of(i), x.data(), scratch);
     }
   }
 
+  int64_t take() { return next_.fetch_add(1, std::memory_order_relaxed); }
+  const Rows& rows_of(int64_t tile) const { return experts_[static_cast<size_t>(tile / tiles_of_expert_)]; }
+  int64_t column_of(int64_t tile) const { return tile % tiles_of_expert_ * tiles_.columns(); }
+
   const ExpertProductArgs& args_;
+  const int64_t least_, most_;
   const Tiles tiles_;
   const int threads_;
   const int64_t tiles_of_expert_;
@@ -106,8 +122,17 @@ class Product {
 
 template <class Type>
 void product(const ExpertProductArgs& args, Parallel parallel, int threads) {
-  if (args.transposed) return Product<Type, ColumnTiles<Type>>(args, threads).run(parallel);
-  Product<Type, RowTiles<Type>>(args, threads).run(parallel);
+  static const int64_t few_r = std::getenv("FEW_R") ? atoi(std::getenv("FEW_R")) : 4;
+  static const int64_t few_c = std::getenv("FEW_C") ? atoi(std::getenv("FEW_C")) : 8;
+  const int64_t few = args.panels != nullptr ? 0 : args.transposed ? few_c : few_r;
+  if (few > 0) {
+    if (args.transposed) {
+      Product<Type, ColumnTiles<Type>>(args, threads, 1, few).run(parallel);
+    } else {
+      Product<Type, RowTiles<Type>>(args, threads, 1, few).run(parallel);
+    }
+  }
+  Product<Type, PanelTiles<Type>>(args, threads, few + 1, args.capacity).run(parallel);
 }
 
 }  // namespace

@@ -21,6 +21,7 @@ class RowTiles {
   static constexpr int kChunk = 4 * Vector::kPanelTokens;  // rows of x whose sums are kept
 
  public:
+  static constexpr bool kFetchesNext = false;
   struct Scratch {
     Memory<char> panel, sums;
   };

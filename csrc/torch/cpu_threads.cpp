@@ -139,5 +139,6 @@ void launch_expert_product(const ExpertProductArgs& args) {
   expert_product(args, on_torch_threads, threads_allowed());
 }
 void launch_expert_activation(const ExpertActivationArgs& args) { expert_activation(args, on_torch_threads); }
+void launch_expert_pack(const ExpertPackArgs& args) { pack_expert_weight(args, on_torch_threads); }
 
 }  // namespace moe_route::cpu

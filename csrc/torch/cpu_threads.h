@@ -14,5 +14,6 @@ void launch_permute(const PermuteArgs& args);
 void launch_combine(const CombineArgs& args);
 void launch_expert_product(const ExpertProductArgs& args);
 void launch_expert_activation(const ExpertActivationArgs& args);
+void launch_expert_pack(const ExpertPackArgs& args);
 
 }  // namespace moe_route::cpu
