@@ -19,8 +19,8 @@ namespace {
 
 template <class Type>
 class PanelTiles {
-  static constexpr int kTokens = Type::kPlanes == 1 ? Vector::kPackedTokens : Vector::kPackedTokensOfPlanes;
-  static constexpr int kVectors = Vector::kPackedVectors;
+  static constexpr int kTokens = Type::kPlanes == 1 ? Vector::kPanelTokens : Vector::kPanelTokensOfPlanes;
+  static constexpr int kVectors = Vector::kPanelVectors;
   static constexpr int kBlock = kVectors * Vector::kLanes;  // rows of the weight whose sums are in registers
   static constexpr int kLevels = 5;                         // sums that wait to be folded
   static constexpr int64_t kMostBytes = 512 << 10;          // of a panel that stays in the second-level cache

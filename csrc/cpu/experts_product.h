@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
 #include <vector>
 
 #include "experts_column_tiles.h"
@@ -120,19 +119,15 @@ class Product {
   std::atomic<int64_t> next_{0};  // tile
 };
 
+// Packed weights make one pass. Of others, experts with few rows are read as they lie, where nothing has to be laid out.
 template <class Type>
 void product(const ExpertProductArgs& args, Parallel parallel, int threads) {
-  static const int64_t few_r = std::getenv("FEW_R") ? atoi(std::getenv("FEW_R")) : 4;
-  static const int64_t few_c = std::getenv("FEW_C") ? atoi(std::getenv("FEW_C")) : 8;
-  const int64_t few = args.panels != nullptr ? 0 : args.transposed ? few_c : few_r;
-  if (few > 0) {
-    if (args.transposed) {
-      Product<Type, ColumnTiles<Type>>(args, threads, 1, few).run(parallel);
-    } else {
-      Product<Type, RowTiles<Type>>(args, threads, 1, few).run(parallel);
-    }
-  }
-  Product<Type, PanelTiles<Type>>(args, threads, few + 1, args.capacity).run(parallel);
+  const int64_t all = args.capacity;
+  if (args.panels != nullptr) return Product<Type, PanelTiles<Type>>(args, threads, 1, all).run(parallel);
+  if (args.transposed) return Product<Type, ColumnTiles<Type>>(args, threads, 1, all).run(parallel);
+  const int64_t few = RowTiles<Type>::kFew;
+  Product<Type, RowTiles<Type>>(args, threads, 1, few).run(parallel);
+  if (all > few) Product<Type, PanelTiles<Type>>(args, threads, few + 1, all).run(parallel);
 }
 
 }  // namespace

@@ -93,61 +93,6 @@ void sum_row(const char* weight, int64_t bytes, const float* const* x, Sums* to)
   for (int t = 0; t < kTokens; ++t) to[t] = sums[t];
 }
 
-// A row of weights turned into its place in a panel of kPanelRows rows: [step, part, word, row] vectors.
-inline void turn_row(Vector::Words* to, const char* weight, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += kPartBytes) {
-    Vector::Words words[4];
-    if (bytes - at >= kPartBytes) {
-      for (int i = 0; i < 4; ++i)
-        words[i] = Vector::words(weight + at + i * static_cast<int64_t>(sizeof words[0]));
-    } else {
-      load_words(words, weight + at, bytes - at);
-    }
-    Vector::turn(words);
-    for (int w = 0; w < 4; ++w, to += Vector::kPanelRows) Vector::store(static_cast<void*>(to), words[w]);
-  }
-}
-
-// A panel with kTokens lines of x. `parts` = ceil(bytes / kPartBytes) of them are in the panel.
-// Sums of row r and line t go to to[r][t]. Meanwhile the rows `next` of the weight, if any, come into the
-// second-level cache.
-template <class Type, int kTokens>
-void sum_panel(const Vector::Words* panel, int64_t parts, const float* const* x, Sums* const* to,
-               const char* const* next) {
-  constexpr int64_t kVectorFloats = Type::kPlanes * Vector::kLanes;
-  constexpr int kRows = Vector::kPanelRows;
-  for (int part = 0; part < kParts; ++part) {
-    Vector::Floats sums[kRows][kTokens];
-    for (auto& row : sums) {
-      for (auto& sum : row) sum = Vector::zero();
-    }
-    for (int64_t p = part; p < parts; p += kParts) {
-      const Vector::Words* weight = panel + p * 4 * kRows;
-      const int64_t at = p * 4 * kVectorFloats;
-      if (next != nullptr) {
-        for (int r = 0; r < kRows; ++r) {
-          for (int64_t line = 0; line < kPartBytes; line += 64)
-            Vector::prefetch(next[r] + p * kPartBytes + line);
-        }
-      }
-#pragma GCC unroll 4
-      for (int w = 0; w < 4; ++w, weight += kRows) {
-        typename Type::Factors factors[kRows];
-        for (int r = 0; r < kRows; ++r) factors[r] = Type::factors(Vector::words(weight + r));
-#pragma GCC unroll 8
-        for (int t = 0; t < kTokens; ++t) {
-          const auto line = Type::load(x[t] + at + w * kVectorFloats);
-#pragma GCC unroll 4
-          for (int r = 0; r < kRows; ++r) sums[r][t] = Type::add(factors[r], line, sums[r][t]);
-        }
-      }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      for (int t = 0; t < kTokens; ++t) to[r][t].part[part] = sums[r][t];
-    }
-  }
-}
-
 // The whole sums of kLanes rows of weights, sums[0], sums[stride], ..., in the order of the rows.
 inline Vector::Floats fold(const Sums* sums, int64_t stride) {
   Vector::Floats lanes[Vector::kLanes];

@@ -13,8 +13,8 @@ struct Vector {
   using Words = __m256i;
   static constexpr int kLanes = 8;
   // What fits into 16 registers; see experts_vector_avx512.h. Here a row of x has 4 sums.
-  static constexpr int kTogether = 2, kPanelRows = 2, kPanelTokens = 4, kColumnTokens = 4;
-  static constexpr int kPackedVectors = 2, kPackedTokens = 6, kPackedTokensOfPlanes = 4;
+  static constexpr int kTogether = 2, kColumnTokens = 4;
+  static constexpr int kPanelVectors = 2, kPanelTokens = 6, kPanelTokensOfPlanes = 4;
 
   // Into the second-level cache.
   static void prefetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1); }

@@ -20,11 +20,11 @@ struct Vector {
   using Floats = __m512;
   using Words = __m512i;
   static constexpr int kLanes = 16;
-  // What fits into 32 registers: the rows of x that share one pass over a row of weights (2 sums each), and the
-  // rows of weights and of x whose sums a panel adds up together; the rows of x that share columns.
-  static constexpr int kTogether = 8, kPanelRows = 4, kPanelTokens = 6, kColumnTokens = 8;
-  // Of packed weights: the vectors of rows and, by planes of x, the rows of x that share them.
-  static constexpr int kPackedVectors = 4, kPackedTokens = 6, kPackedTokensOfPlanes = 5;
+  // What fits into 32 registers: the rows of x that share one pass over a row of weights (2 sums each), and those that
+  // share columns.
+  static constexpr int kTogether = 4, kColumnTokens = 8;
+  // Of a panel: the vectors of rows and, by planes of x, the rows of x that share them.
+  static constexpr int kPanelVectors = 4, kPanelTokens = 6, kPanelTokensOfPlanes = 5;
 
   // Into the second-level cache.
   static void prefetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1); }
