@@ -35,7 +35,7 @@ def _registered() -> None:
 @pytest.fixture
 def streams(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The streamed path of CUDA takes calls on the CPU too; the slots of every call that went there."""
-    streamed = replace(paths.PATHS[0], devices=None)
+    streamed = replace(paths.PATHS[1], devices=None)
     monkeypatch.setattr(paths, "PATHS", (streamed, paths.PATHS[-1]))
     seen = []
     real = ops.expert_rows
