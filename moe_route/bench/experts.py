@@ -14,8 +14,11 @@ from typing import Any
 import torch
 
 import moe_route as mr
+from moe_route.bench import vllm_experts
 from moe_route.bench.results import Fact, Row, rows
 from moe_route.bench.timing import Contender, Pool, Race, race
+from moe_route.experts import packing
+from moe_route.experts.packing import PackedWeights
 from moe_route.ops import expert_paths as paths
 
 SECTION = "Experts of one layer"
@@ -23,6 +26,7 @@ EAGER, PEER, BATCHED, OURS = "eager", "grouped_mm", "batched_mm", "moe_route"
 IMPLEMENTATIONS = (EAGER, PEER, BATCHED, OURS)
 # Ours by one of its paths, whatever the number of slots: where they cross is what `most_slots` should be.
 PATHS = {f"{OURS}, {path}": path for path in (paths.STREAMED, paths.ACTIVATED, paths.GROUPED)}
+OURS_PACKED = f"{OURS}, pack=True"
 READ, DENSE = "read the weights of the experts that were hit", "as many multiplications in two dense products"
 DTYPES = (torch.bfloat16, torch.float32)
 # Tokens of a call -> the part of the rounds that is spent on it.
@@ -152,6 +156,28 @@ class RoutedModel:
 
         return contender
 
+    def packed(self, weights: PackedWeights) -> Contender:
+        """Ours, with a packed copy of the weights."""
+        module = copy.copy(self.module)
+        module.config = copy.copy(module.config)
+        module.config._experts_implementation = OURS
+        setattr(module, packing.ATTRIBUTE, weights)
+
+        def contender(index: int) -> torch.Tensor:
+            turn = index % len(self)
+            return module(self.hidden[turn], self.ids[turn], self.weights[turn])
+
+        return contender
+
+    def vllm(self, experts: vllm_experts.Experts) -> Contender:
+        """vLLM's kernel, with its packed copy of the weights."""
+
+        def contender(index: int) -> torch.Tensor:
+            turn = index % len(self)
+            return experts(self.hidden[turn], self.ids[turn], self.weights[turn])
+
+        return contender
+
     def on_path(self, path: str) -> Contender:
         """Ours, by one path."""
         ours = self.implementation(OURS)
@@ -200,7 +226,8 @@ class RoutedModel:
 def compared(section: str, routed: RoutedModel, run: Race, read: str = READ) -> tuple[list[Row], list[Fact]]:
     """The rows of one case: each against `grouped_mm`, and against the floor that takes longer."""
     case, took = routed.title, run.timing(OURS).median
-    names = [name for name in (*IMPLEMENTATIONS, *PATHS) if name in run.seconds]
+    known = (*IMPLEMENTATIONS, OURS_PACKED, vllm_experts.NAME, *PATHS)
+    names = [name for name in known if name in run.seconds]
     peers = {name: PEER for name in names if name != PEER}
     floor = max((read, DENSE), key=lambda name: run.timing(name).median)
     operations = routed.layer.operations(routed.tokens)
@@ -237,10 +264,27 @@ def measure(layer: Layer, dtype: torch.dtype, rounds: int) -> tuple[list[Row], l
     """One layer on the CPU; its weights are gone at the end."""
     found: list[Row] = []
     facts: list[Fact] = []
+    packed: dict[str, Any] = {}  # packed copies of the weights, made once for all numbers of tokens
     for routed in cases(layer, dtype, TOKENS, ON_CPU):
         contenders = routed.contenders(ON_CPU.implementations(layer, routed.tokens, dtype))
+        packed = packed or packed_copies(layer, dtype, routed.module)
+        if OURS_PACKED in packed:
+            contenders[OURS_PACKED] = routed.packed(packed[OURS_PACKED])
+        if vllm_experts.NAME in packed:
+            contenders[vllm_experts.NAME] = routed.vllm(packed[vllm_experts.NAME])
         with torch.inference_mode():
             run = race(contenders, rounds=max(3, rounds // TOKENS[routed.tokens]), warmup=1)
         more, said = compared(SECTION, routed, run)
         found, facts = found + more, facts + said
     return found, facts
+
+
+def packed_copies(layer: Layer, dtype: torch.dtype, module: Any) -> dict[str, Any]:
+    """What reads packed weights, by contender; what is left out is said."""
+    ours = packing.packing_obstacle(module)
+    theirs = vllm_experts.experts(module)
+    for name, why in ((OURS_PACKED, ours), (vllm_experts.NAME, theirs)):
+        if isinstance(why, str):
+            print(f"left out: {layer.model} {dtype}, {name}: {why}", flush=True)
+    found: dict[str, Any] = {} if ours is not None else {OURS_PACKED: PackedWeights(module)}
+    return found if isinstance(theirs, str) else found | {vllm_experts.NAME: theirs}
