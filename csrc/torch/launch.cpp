@@ -68,9 +68,10 @@ void combine(const CombineArgs& args, const Place& place) {
   cuda::combine(args, OnDevice(place).stream());
 }
 
-void expert_product(const ExpertProductArgs& args, const Place& place) {
-  if (place.cpu) return cpu::launch_expert_product(args);
-  cuda::expert_product(args, OnDevice(place).stream());
+void expert_products(std::span<const ExpertProductArgs> products, const Place& place) {
+  if (place.cpu) return cpu::launch_expert_products(products);
+  const OnDevice device(place);
+  for (const ExpertProductArgs& each : products) cuda::expert_product(each, device.stream());
 }
 
 void expert_activation(const ExpertActivationArgs& args, const Place& place) {

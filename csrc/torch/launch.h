@@ -22,7 +22,8 @@ int64_t dispatch_workspace_bytes(const DispatchArgs& args, const Place& place);
 void dispatch(const DispatchArgs& args, const Place& place);
 void permute(const PermuteArgs& args, const Place& place);
 void combine(const CombineArgs& args, const Place& place);
-void expert_product(const ExpertProductArgs& args, const Place& place);
+// One after the other: each may read what those before it wrote.
+void expert_products(std::span<const ExpertProductArgs> products, const Place& place);
 void expert_activation(const ExpertActivationArgs& args, const Place& place);
 
 // Loads the CUDA kernels that later calls with this many experts may launch on the device `index`.

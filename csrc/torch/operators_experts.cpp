@@ -165,8 +165,8 @@ Tensor expert_rows(const Tensor& x, const Tensor& offsets, const Tensor& counts,
   set_panels(then, "down_panels", down_panels, place);
   Tensor rows = allocate({args.capacity, then.out_columns}, dtype_of(x), place);
   then.out = rows.mutable_data_ptr();
-  launch::expert_product(args, place);
-  launch::expert_product(then, place);
+  const ExpertProductArgs both[] = {args, then};
+  launch::expert_products(both, place);
   return rows;
 }
 

@@ -55,7 +55,9 @@ int64_t dispatch_workspace_bytes(const DispatchArgs& args, const Place&) {
 void dispatch(const DispatchArgs& args, const Place&) { cuda::dispatch(args, nullptr); }
 void permute(const PermuteArgs& args, const Place&) { cuda::permute(args, nullptr); }
 void combine(const CombineArgs& args, const Place&) { cuda::combine(args, nullptr); }
-void expert_product(const ExpertProductArgs& args, const Place&) { cuda::expert_product(args, nullptr); }
+void expert_products(std::span<const ExpertProductArgs> products, const Place&) {
+  for (const ExpertProductArgs& each : products) cuda::expert_product(each, nullptr);
+}
 void expert_activation(const ExpertActivationArgs& args, const Place&) {
   cuda::expert_activation(args, nullptr);
 }

@@ -15,6 +15,7 @@
 // below 2^-126, for zero, whether it is an element or a stripe's sum.
 #pragma once
 #include <cstdint>
+#include <span>
 
 #include "moe_route/activation.h"
 #include "moe_route/dispatch.h"
@@ -156,8 +157,9 @@ struct ExpertPackArgs {
 };
 
 namespace cpu {
-// On the calling thread and up to `threads` - 1 others.
-void expert_product(const ExpertProductArgs& args, Parallel parallel, int threads);
+// One after the other, since each may read what those before it wrote. On the calling thread and up to `threads` - 1
+// others.
+void expert_products(std::span<const ExpertProductArgs> products, Parallel parallel, int threads);
 void expert_activation(const ExpertActivationArgs& args, Parallel parallel);
 void pack_expert_weight(const ExpertPackArgs& args, Parallel parallel);
 }  // namespace cpu
