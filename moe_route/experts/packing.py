@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from moe_route import _C, ops
 from moe_route.contract.packed_experts import PackedExperts
@@ -69,6 +70,8 @@ def packing_obstacle(module: Any) -> str | None:
     why = obstacle(module)
     if why is not None:
         return why
+    if is_parametrized(module):
+        return "its weights are computed at every access (torch.nn.utils.parametrize)"
     weights = stored_weights(module)
     places = sorted({weight.device.type for weight in weights} - {"cpu"})
     if places:

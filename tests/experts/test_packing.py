@@ -13,6 +13,7 @@ import torch
 from experts.test_experts import DECORATED, module_of, routing
 from harness.tiny_models import tiny_model
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
 import moe_route as mr
 from moe_route import _C
@@ -130,9 +131,13 @@ def test_what_cannot_be_packed_is_named(portable: None) -> None:
     [
         (lambda module: module.double(), "torch.float64"),
         (lambda module: module.to("meta"), "its weights are on meta"),
+        (
+            lambda module: register_parametrization(module, "down_proj", nn.Identity()),
+            "its weights are computed at every access",
+        ),
         (lambda module: setattr(module, "_apply_gate", None), "its activation is in none of the tables"),
     ],
-    ids=["float64", "meta", "gate"],
+    ids=["float64", "meta", "parametrized", "gate"],
 )
 def test_obstacles(change: Any, said: str) -> None:
     module = module_of("Qwen3MoeExperts")
