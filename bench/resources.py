@@ -17,9 +17,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench.results import FOLDER, commit, table
+from bench import RESULTS, ROOT
+from moe_route.bench.results import commit, table
 
-ROOT = Path(__file__).parent.parent
 NAME = "cuda-resources"
 
 # Of one multiprocessor of sm_80 and sm_90: registers are given to warps in units of 256.
@@ -147,7 +147,7 @@ def _cells(kernel: Kernel) -> tuple[str, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__)
     parser.add_argument("--log", type=Path, help="what cmake and the build printed; default: compile now")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the two files")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the two files")
     options = parser.parse_args()
     if options.log is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -159,7 +159,7 @@ def main() -> None:
         sys.exit(
             "the log shows no CUDA kernels; it must be of a configuration with MOE_ROUTE_CUDA=ON and its whole build."
         )
-    about = {"nvcc": build[1], "architectures": build[2], "commit": commit()}
+    about = {"nvcc": build[1], "architectures": build[2], "commit": commit(ROOT)}
     content = {"build": about, "kernels": [{**asdict(kernel), "warps": kernel.warps} for kernel in found]}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{NAME}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.results import duration, table
+from moe_route.bench.results import duration, table
 
 CASE = "E=128 k=8 T=4096 float32"
 OTHERS = (

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-from bench import experts, results
+from bench import RESULTS
 from bench.device import chain, dispatch, environment, floors, gate, layers, model, place, predictions, sweep, targets
 from bench.device.shapes import MODELS, ModelShape
-from bench.dispatch import Shape as DispatchShape
-from bench.gate import Shape as GateShape
-from bench.results import Fact, Row, Target
-from bench.timing import race
+from moe_route.bench import experts, results
+from moe_route.bench.dispatch import Shape as DispatchShape
+from moe_route.bench.gate import Shape as GateShape
+from moe_route.bench.results import Fact, Row, Target
+from moe_route.bench.timing import race
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -247,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--add", action="store_true", help="keep what the results file holds: other sections of this run"
     )
     parser.add_argument("--small", action="store_true", help="tiny sizes: to see that it runs")
-    parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder for the two files")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the two files")
     options = parser.parse_args(argv)
     try:
         where = place.named(options.device)

@@ -14,8 +14,8 @@ import torch
 
 import moe_route as mr
 from bench.device.place import LAUNCHED, REHEARSED, Place
-from bench.recording import SIZES, WINDOW, ByHand, Decoding, decoder, seconds_in_hooks
-from bench.timing import Contender, Race, race
+from moe_route.bench.recording import SIZES, WINDOW, ByHand, Decoding, decoder, seconds_in_hooks
+from moe_route.bench.timing import Contender, Race, race
 
 ALONE, RECORDED, STEERED, BOTH, BY_HAND = (
     "model alone",

@@ -18,8 +18,9 @@ from functools import cache
 from pathlib import Path
 from unittest import mock
 
+from bench import ROOT
 from bench.resources import demangled
-from bench.sass.build import ROOT, Code, Compiled
+from bench.sass.build import Code, Compiled
 from bench.sass.machine import Launch, Program
 from bench.sass.memory import GlobalMemory
 from bench.sass.state import Warp

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.results import FOLDER, commit, table
+from bench import RESULTS, ROOT
 from bench.sass.build import Code, nvcc
 from bench.sass.cases import Case
 from bench.sass.cost import block_cost, warps_at_once, widths
 from bench.sass.launches import Interpreter, Run, interpreted
+from moe_route.bench.results import commit, table
 
 NAME = "sass"
 MULTIPROCESSORS = 132  # of an H100 and an H200
@@ -107,10 +108,10 @@ def about() -> dict[str, str]:
     done = subprocess.run([nvcc() or "nvcc", "--version"], capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if "release" in line]
     release = lines[-1].rsplit(",", 1)[-1].strip() if lines else "unknown"
-    return {"nvcc": release, "code": "sm_90", "multiprocessors": str(MULTIPROCESSORS), "commit": commit()}
+    return {"nvcc": release, "code": "sm_90", "multiprocessors": str(MULTIPROCESSORS), "commit": commit(ROOT)}
 
 
-def save(found: dict[str, Figures], folder: Path = FOLDER) -> None:
+def save(found: dict[str, Figures], folder: Path = RESULTS) -> None:
     """Write the table as sass.json and sass.md."""
     facts = about()
     content = {"build": facts, "cases": {name: asdict(each) for name, each in found.items()}}
@@ -120,7 +121,7 @@ def save(found: dict[str, Figures], folder: Path = FOLDER) -> None:
         os.replace(fresh, folder / f"{NAME}.{suffix}")
 
 
-def load(folder: Path = FOLDER) -> dict[str, Any]:
+def load(folder: Path = RESULTS) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((folder / f"{NAME}.json").read_text(encoding="utf-8"))
     return content
 

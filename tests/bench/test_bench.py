@@ -25,8 +25,6 @@ SCRIPT = ROOT / "bench" / "gpu.sh"
 pytestmark = pytest.mark.skipif(not SCRIPT.is_file(), reason="needs the source tree")
 if SCRIPT.is_file():
     sys.path.insert(0, str(ROOT))
-    from bench import __main__ as on_cpu
-    from bench import experts, results
     from bench.device import __main__ as device
     from bench.device import (
         bisection,
@@ -46,11 +44,13 @@ if SCRIPT.is_file():
         sweep,
         targets,
     )
-    from bench.dispatch import Shape as DispatchShape
-    from bench.gate import Shape as GateShape
-    from bench.results import Target
-    from bench.timing import Pool, Race, race
     from moe_route import _C, ops
+    from moe_route.bench import experts, results
+    from moe_route.bench.dispatch import Shape as DispatchShape
+    from moe_route.bench.gate import Shape as GateShape
+    from moe_route.bench.results import Target
+    from moe_route.bench.timing import Pool, Race, race
+    from moe_route.cli import main
     from moe_route.experts import forward as expert_layouts
 
 
@@ -420,7 +420,7 @@ def test_experts_are_measured_on_the_cpu(tmp_path: Path, monkeypatch: pytest.Mon
     threads = torch.get_num_threads()
     monkeypatch.setattr(experts, "LAYERS", device.SMALL.expert_layers)
     try:
-        assert on_cpu.main(["--sections", "experts", "--rounds", "6", "--out", str(tmp_path)]) == 0
+        assert main(["bench", "--sections", "experts", "--rounds", "6", "--out", str(tmp_path)]) == 0
     finally:
         torch.set_num_threads(threads)
     name = f"cpu-{_C.instruction_set().removesuffix('_bf16')}-experts"

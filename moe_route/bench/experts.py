@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import moe_route as mr
-from bench.results import Fact, Row, rows
-from bench.timing import Contender, Pool, Race, race
+from moe_route.bench.results import Fact, Row, rows
+from moe_route.bench.timing import Contender, Pool, Race, race
 from moe_route.ops import expert_paths as paths
 
 SECTION = "Experts of one layer"
@@ -94,13 +94,14 @@ def make(layer: Layer, dtype: torch.dtype, device: torch.device | str = "cpu") -
     """A model's experts as transformers makes them, with normal weights."""
     from transformers import CONFIG_MAPPING
 
-    config = CONFIG_MAPPING[layer.type](
-        hidden_size=layer.hidden,
-        intermediate_size=layer.width,
-        moe_intermediate_size=layer.width,
-        num_experts=layer.experts,
-        num_local_experts=layer.experts,
-    )
+    sizes: dict[str, Any] = {
+        "hidden_size": layer.hidden,
+        "intermediate_size": layer.width,
+        "moe_intermediate_size": layer.width,
+        "num_experts": layer.experts,
+        "num_local_experts": layer.experts,
+    }
+    config = CONFIG_MAPPING[layer.type](**sizes)
     modeling = import_module(f"transformers.models.{layer.type}.modeling_{layer.type}")
     kind = getattr(modeling, "".join(word.capitalize() for word in layer.type.split("_")) + "Experts")
     with torch.device("meta"):
@@ -155,10 +156,9 @@ class RoutedModel:
         """Ours, by one path."""
         ours = self.implementation(OURS)
 
-        def contender(index: int) -> torch.Tensor:
+        def contender(index: int) -> object:
             with paths.only(path):
-                result: torch.Tensor = ours(index)
-            return result
+                return ours(index)
 
         return contender
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.timing import Contender, Pool
 from moe_route import ops
+from moe_route.bench.timing import Contender, Pool
 
 SPEC = ops.RouterSpec(score="softmax", renormalize="sum")
 TOKENS = 4096

@@ -1,25 +1,18 @@
-"""`python -m bench`: measure everything (a quarter of an hour, one thread) and write bench/results/."""
+"""The sections of `moe-route bench`: what each measures, and the targets that the project set itself."""
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# Before torch starts its threads: a spinning OpenMP team would be timed too.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 import torch
 
-from bench import dispatch, experts, gate, recording, results
-from bench.results import Fact, Row, Target
-from bench.timing import Race, race
 from moe_route import _C
+from moe_route.bench import dispatch, experts, gate, recording, results
+from moe_route.bench.results import Fact, Row, Target
+from moe_route.bench.timing import Race, race
 
 KERNELS = ("gate", "one-row", "dispatch", "recording")
-SECTIONS = (*KERNELS, "experts")  # experts have a results file of their own: they take minutes
 Measured = tuple[list[Row], list[Fact], list[Target]]
 
 
@@ -157,26 +150,16 @@ def expert_layers(rounds: int) -> Measured:
     return found, facts, []
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="what to measure")
-    parser.add_argument("--rounds", type=int, default=60, help="calls of every contender (default: 60)")
-    parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder for the files")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
-    options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
+def measure(sections: Sequence[str], rounds: int, out: Path) -> list[Path]:
+    """Measure these sections and write their files into a folder; the files."""
     name = f"cpu-{_C.instruction_set().removesuffix('_bf16')}"
-    if set(options.sections) & set(KERNELS):
-        save(options.out, name, kernels(options.sections, options.rounds))
-    if "experts" in options.sections:
-        save(options.out, f"{name}-experts", expert_layers(options.rounds))
-    return 0
+    files: list[Path] = []
+    if set(sections) & set(KERNELS):
+        files += save(out, name, kernels(sections, rounds))
+    if "experts" in sections:
+        files += save(out, f"{name}-experts", expert_layers(rounds))
+    return files
 
 
-def save(folder: Path, name: str, measured: Measured) -> None:
-    for path in results.save(folder, name, results.machine(_C.instruction_set()), *measured):
-        print(path)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def save(folder: Path, name: str, measured: Measured) -> tuple[Path, Path]:
+    return results.save(folder, name, results.machine(_C.instruction_set()), *measured)

@@ -1,6 +1,6 @@
 """What recording costs a model that decodes: 16 layers of 64 experts, batch 1, by moe-route and by hand in torch.
 
-`python -m bench.recording` prints what each option of `record` adds to a prefill and to a decode step.
+`python -m moe_route.bench.recording` prints what each option of `record` adds to a prefill and to a decode step.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ def decoder(dtype: torch.dtype, device: torch.device | str = "cpu", **changes: i
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(**(SIZES | changes), norm_topk_prob=True, tie_word_embeddings=True, dtype=dtype)
-    return Qwen3MoeForCausalLM(config).to(device=device, dtype=dtype).eval()
+    options: dict[str, Any] = {**SIZES, **changes}
+    config = Qwen3MoeConfig(**options, norm_topk_prob=True, tie_word_embeddings=True, dtype=dtype)
+    model: torch.nn.Module = Qwen3MoeForCausalLM(config).eval()
+    return model.to(device=device, dtype=dtype)
 
 
 class Decoding:

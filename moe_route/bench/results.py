@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from bench.timing import Race
+from moe_route.bench.timing import Race
 
-FOLDER = Path(__file__).parent / "results"
+TREE = Path(__file__).resolve().parents[2]  # the source tree, where this is not installed
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,16 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def commit() -> str:
-    """The commit that was measured, with '+' where the tree held changes; outside a checkout what the variable
-    MOE_ROUTE_COMMIT says."""
+def commit(tree: Path = TREE) -> str:
+    """The commit that was measured, with '+' where the tree held changes; outside a checkout of this project what the
+    variable MOE_ROUTE_COMMIT says."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, cwd=FOLDER.parents[1])
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, cwd=tree)
         return done.stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", "moe_route/bench/results.py")  # no repository that an installation lies in
         name, changes = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--", "moe_route", "csrc")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("MOE_ROUTE_COMMIT", "unknown")
@@ -124,7 +125,7 @@ def machine(instruction_set: str) -> dict[str, str]:
         "moe_route": moe_route.__version__,
         "commit": commit(),
         "load": "{:.1f}, {:.1f}, {:.1f} over 1, 5, 15 minutes, this run among it".format(*os.getloadavg()),
-        "command": " ".join(["python -m bench", *sys.argv[1:]]),
+        "command": " ".join(["moe-route", *sys.argv[1:]]),
     }
 
 
