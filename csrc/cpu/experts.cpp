@@ -5,30 +5,30 @@
 namespace moe_route::cpu {
 #if MOE_ROUTE_X86
 namespace avx2 {
-void expert_products(std::span<const ExpertProductArgs> products, Parallel parallel, int threads);
+void expert_products(const ExpertProductArgs* products, int count, Parallel parallel, int threads);
 }
 namespace avx512 {
-void expert_products(std::span<const ExpertProductArgs> products, Parallel parallel, int threads);
+void expert_products(const ExpertProductArgs* products, int count, Parallel parallel, int threads);
 }
 namespace avx512_bf16 {
-void expert_products(std::span<const ExpertProductArgs> products, Parallel parallel, int threads);
+void expert_products(const ExpertProductArgs* products, int count, Parallel parallel, int threads);
 }
 #endif
 
-void expert_products(std::span<const ExpertProductArgs> products, Parallel parallel, int threads) {
+void expert_products(const ExpertProductArgs* products, int count, Parallel parallel, int threads) {
 #if MOE_ROUTE_X86
   switch (instruction_set()) {
     case InstructionSet::kAvx512Bf16:
-      return avx512_bf16::expert_products(products, parallel, threads);
+      return avx512_bf16::expert_products(products, count, parallel, threads);
     case InstructionSet::kAvx512:
-      return avx512::expert_products(products, parallel, threads);
+      return avx512::expert_products(products, count, parallel, threads);
     case InstructionSet::kAvx2:
-      return avx2::expert_products(products, parallel, threads);
+      return avx2::expert_products(products, count, parallel, threads);
     case InstructionSet::kPortable:
       break;
   }
 #endif
-  for (const ExpertProductArgs& each : products) portable::expert_product(each, parallel);
+  for (int i = 0; i < count; ++i) portable::expert_product(products[i], parallel);
 }
 
 }  // namespace moe_route::cpu

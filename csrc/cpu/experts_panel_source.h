@@ -1,5 +1,5 @@
-// Where the words of a panel lie: packed, or in a weight of either layout, from which they are laid out some turns at a
-// time. Two parts, since a gate and what it gates may lie apart.
+// Where the words of a panel lie: packed, or in a weight of either layout, from which they are laid out. Two parts, since
+// a gate and what it gates may lie apart.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -43,14 +43,14 @@ class PanelSource {
     return line < half ? part_[0] + line * 64 : part_[1] + (line - half) * 64;
   }
 
-  // Words of the turns from `turn` on to `to`, zeros where there are none.
+  // All words of the panel to `to`, zeros where there are none.
   template <class V>
-  void lay_out(uint32_t* to, int turn, int turns) const {
+  void lay_out(uint32_t* to) const {
     for (int64_t j = 0; j < kPanelColumns; j += part_rows_) {
       if (transposed_) {
-        columns<V>(to + j, part_[j / part_rows_], turn, turns);
+        columns<V>(to + j, part_[j / part_rows_]);
       } else {
-        rows<V>(to + j, part_[j / part_rows_], turn, turns);
+        rows<V>(to + j, part_[j / part_rows_]);
       }
     }
   }
@@ -60,19 +60,14 @@ class PanelSource {
 
   // Rows [out, in]: kLanes words of kLanes rows at a time, transposed.
   template <class V>
-  void rows(uint32_t* to, const char* part, int turn, int turns) const {
+  void rows(uint32_t* to, const char* part) const {
     constexpr int64_t kBytes = sizeof(typename V::Words);
-    const int64_t line_bytes = in_ * size_, begin = of_->first_word(turn), end = of_->first_word(turn + turns);
+    const int64_t line_bytes = in_ * size_;
     for (int64_t j = 0; j < part_rows_; j += V::kLanes) {
       for (int64_t at = 0; at < line_bytes; at += kBytes) {
         int64_t word[V::kLanes / 4];
-        bool wanted = false;
-        for (int l = 0; l < V::kLanes / 4; ++l) {
+        for (int l = 0; l < V::kLanes / 4; ++l)
           word[l] = at / 16 + l < of_->groups ? of_->word_of_group(at / 16 + l) : -1;
-          word[l] = word[l] >= begin && word[l] < end ? word[l] - begin : -1;
-          wanted |= word[l] >= 0;
-        }
-        if (!wanted) continue;
         const char* from = part + j * line_bytes + at;
         if (rows_ - j >= V::kLanes && line_bytes - at >= kBytes) {
           square<V, true>(to + j, from, V::kLanes, kBytes, word);
@@ -116,10 +111,10 @@ class PanelSource {
 
   // Rows [in, out]: a word of all columns is one row, or two of them interleaved.
   template <class V>
-  void columns(uint32_t* to, const char* part, int turn, int turns) const {
+  void columns(uint32_t* to, const char* part) const {
     const int64_t elements = 16 / size_, rows_of_word = 4 / size_;
-    for (int each = turn; each < turn + turns; ++each) {
-      for (int64_t group = stripe_of(each); group < of_->groups; group += kStripes) {
+    for (int turn = 0; turn < kStripes; ++turn) {
+      for (int64_t group = stripe_of(turn); group < of_->groups; group += kStripes) {
         const int64_t row = group * elements;
         const bool whole = rows_ >= part_rows_ && row + elements <= in_;
         for (int64_t w = 0; w < kWordsAtATime; ++w, to += kPanelColumns) {

@@ -29,9 +29,9 @@ class PanelTiles {
  public:
   static constexpr bool kFetchesNext = true;
   struct Scratch {
-    PanelSource next;         // of the tile that this thread takes next
-    Memory<uint32_t> panel;   // of the turns at hand, if it is not packed
-    Memory<float> waiting;    // [kLevels, rows, kPanelColumns]: sums of earlier turns
+    PanelSource next;        // of the tile that this thread takes next
+    Memory<uint32_t> panel;  // if it is not packed
+    Memory<float> waiting;   // [kLevels, rows, kPanelColumns]: sums of earlier turns
     int64_t waiting_rows = 0;
   };
 
@@ -65,24 +65,17 @@ class PanelTiles {
 
   void run(const Rows& rows, int64_t column, const float* const* x, Scratch& scratch) const {
     const PanelSource from = source(rows.expert, column);
-    for (int turn = 0; turn < kStripes; turn += turns_) {
-      const uint32_t* panel = from.panel();
-      if (panel == nullptr) {
-        if (!scratch.panel) scratch.panel = memory<uint32_t>(most_words() * kPanelColumns);
-        panel = scratch.panel.get();
-        from.lay_out<Vector>(scratch.panel.get(), turn, turns_);
-      } else {
-        panel += of_.first_word(turn) * kPanelColumns;
-      }
-      sum_rows(rows, column, x, turn, panel, scratch);
+    const uint32_t* panel = from.panel();
+    if (panel == nullptr) {
+      if (!scratch.panel) scratch.panel = memory<uint32_t>(of_.panel_size());
+      from.lay_out<Vector>(scratch.panel.get());
+      panel = scratch.panel.get();
     }
+    for (int turn = 0; turn < kStripes; turn += turns_) sum_rows(rows, column, x, turn, panel, scratch);
   }
 
  private:
-  int64_t line_words() const {
-    return (of_.words + Vector::kLanes - 1) / Vector::kLanes * Vector::kLanes;
-  }
-  int64_t most_words() const { return ((of_.groups + kStripes - 1) / kStripes) * turns_ * kWordsAtATime; }
+  int64_t line_words() const { return (of_.words + Vector::kLanes - 1) / Vector::kLanes * Vector::kLanes; }
 
   // From the last of the planes' place to all of it: what is written has been read.
   void widen(float* to, const float* words) const {
@@ -95,7 +88,7 @@ class PanelTiles {
     }
   }
 
-  // turns_ turns from `turn` on, of which `panel` is, for all rows of x; the last turns write the result.
+  // turns_ turns from `turn` on for all rows of x; the last turns write the result.
   void sum_rows(const Rows& rows, int64_t column, const float* const* x, int turn, const uint32_t* panel,
                 Scratch& scratch) const {
     const bool whole = turns_ == kStripes, last = turn + turns_ == kStripes;
@@ -145,7 +138,7 @@ class PanelTiles {
                  const Fetch& fetch) const {
     alignas(64) float waiting[kLevels][kCount][kBlock];
     int64_t word = of_.first_word(first);
-    const uint32_t* weight = panel + block;
+    const uint32_t* weight = panel + word * kPanelColumns + block;
     for (int turn = 0, level = 0; turn < turns_; ++turn, ++level) {
       Vector::Floats sums[kCount][kVectors];
       for (auto& row : sums) {

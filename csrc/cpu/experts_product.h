@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
-#include <span>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -159,9 +158,9 @@ Works product_of_type(const ExpertProductArgs& args, int threads) {
 
 }  // namespace
 
-void expert_products(std::span<const ExpertProductArgs> products, Parallel parallel, int threads) {
+void expert_products(const ExpertProductArgs* products, int count, Parallel parallel, int threads) {
   std::vector<Works> in_turn;
-  for (const ExpertProductArgs& each : products) in_turn.push_back(product_of_type(each, threads));
+  for (int i = 0; i < count; ++i) in_turn.push_back(product_of_type(products[i], threads));
   SharedWork(std::move(in_turn)).run(parallel, threads);
 }
 

@@ -14,6 +14,9 @@ namespace {
 template <class Type>
 class RowTiles {
   static constexpr int kTileRows = 2 * Vector::kLanes;  // of the weight
+  static constexpr int64_t kAhead = 4096;               // bytes
+  // Lines of x beyond the first-level cache are taken in parts, multiples of kStepBytes, each for all rows of the tile.
+  static constexpr int64_t kWholeBytes = 8 << 10, kPartOfRow = 4 << 10;
 
  public:
   static constexpr int64_t kFew = 4;
@@ -37,12 +40,20 @@ class RowTiles {
     const Tile tile = tile_at(rows, column);
     Sums sums[kTileRows * kFew];
     const int count = static_cast<int>(rows.count);
-    if (tile.size < kTileRows) std::fill_n(&sums[0].part[0], kTileRows * kFew * kParts, Vector::zero());
-    for (int i = 0; i < tile.size; ++i) {
-      Sums* to = sums + tile.slot[i] * kFew;
-      for (int t = 0; t < count; t += Vector::kTogether) {
-        sum_few<Vector::kTogether>(std::min(count - t, Vector::kTogether), weight_row(tile, i), x + t,
-                                   to + t);
+    std::fill_n(&sums[0].part[0], kTileRows * kFew * kParts, Vector::zero());
+    const int64_t part = count > 1 && line_bytes_ > kWholeBytes ? kPartOfRow : line_bytes_;
+    for (int64_t at = 0; at < line_bytes_; at += part) {
+      const int64_t bytes = std::min(part, line_bytes_ - at);
+      for (int i = 0; i < tile.size; ++i) {
+        const char* weight = weight_row(tile, i) + at;
+        const char* ahead = part == line_bytes_ ? weight + kAhead
+                            : i + 1 < tile.size ? weight_row(tile, i + 1) + at
+                                                : weight_row(tile, 0) + at + bytes;
+        Sums* to = sums + tile.slot[i] * kFew;
+        for (int t = 0; t < count; t += Vector::kTogether) {
+          sum_few<Vector::kTogether>(std::min(count - t, Vector::kTogether), weight, bytes, ahead, x + t,
+                                     at / kStepBytes * kStepFloats<Type>, to + t);
+        }
       }
     }
     for (int t = 0; t < count; ++t) finish(tile, t, sums + t, kFew);
@@ -81,11 +92,12 @@ class RowTiles {
   }
 
   template <int kMost>
-  void sum_few(int count, const char* weight, const float* const* x, Sums* to) const {
+  void sum_few(int count, const char* weight, int64_t bytes, const char* ahead, const float* const* x,
+               int64_t x_at, Sums* to) const {
     if constexpr (kMost > 1) {
-      if (count < kMost) return sum_few<kMost - 1>(count, weight, x, to);
+      if (count < kMost) return sum_few<kMost - 1>(count, weight, bytes, ahead, x, x_at, to);
     }
-    sum_row<Type, kMost>(weight, line_bytes_, x, to);
+    sum_row<Type, kMost>(weight, bytes, ahead, x, x_at, to);
   }
 
   // Folds the sums of row t of the tile's, and writes its columns. Those of slot s are sums[s * stride].

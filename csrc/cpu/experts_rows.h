@@ -13,7 +13,6 @@ namespace moe_route::cpu::MOE_ROUTE_ISA {
 namespace {
 
 inline constexpr int kParts = kStripes / Vector::kLanes;  // vectors of sums
-inline constexpr int64_t kAhead = 4096;                   // bytes
 inline constexpr int64_t kPartBytes = 4 * sizeof(Vector::Words), kStepBytes = kParts * kPartBytes;
 
 // Sums of one row of weights with one line of x.
@@ -47,15 +46,15 @@ void lay_out(float* to, const char* from, int64_t bytes) {
   }
 }
 
-// One row of weights, as it lies in memory, with kTokens lines of x. With more than one line, it asks for what lies
-// kAhead behind: then weights come while sums are added up. With one, asking takes longer than it saves.
+// One row of weights, or a part of it, as it lies in memory, with kTokens lines of x; `to` has the sums so far. With more
+// than one line, it asks for as many bytes from `ahead` on: then they come while sums are added up. With one, asking
+// takes longer than it saves.
 template <class Type, int kTokens>
-void sum_row(const char* weight, int64_t bytes, const float* const* x, Sums* to) {
+void sum_row(const char* weight, int64_t bytes, const char* ahead, const float* const* x, int64_t x_at,
+             Sums* to) {
   constexpr int64_t kVectorFloats = Type::kPlanes * Vector::kLanes;
   Sums sums[kTokens];
-  for (Sums& each : sums) {
-    for (auto& part : each.part) part = Vector::zero();
-  }
+  for (int t = 0; t < kTokens; ++t) sums[t] = to[t];
   const auto add = [&](const Vector::Words(&turned)[4], int part, int64_t at) {
 #pragma GCC unroll 4
     for (int w = 0; w < 4; ++w) {
@@ -67,15 +66,16 @@ void sum_row(const char* weight, int64_t bytes, const float* const* x, Sums* to)
       }
     }
   };
-  int64_t at = 0;
-  for (; bytes >= kStepBytes; bytes -= kStepBytes, weight += kStepBytes, at += kStepFloats<Type>) {
+  int64_t at = x_at;
+  for (; bytes >= kStepBytes;
+       bytes -= kStepBytes, weight += kStepBytes, ahead += kStepBytes, at += kStepFloats<Type>) {
 #pragma GCC unroll 4
     for (int part = 0; part < kParts; ++part) {
       Vector::Words words[4];
       for (int i = 0; i < 4; ++i) {
         words[i] = Vector::words(weight + part * kPartBytes + i * static_cast<int64_t>(sizeof words[0]));
         if (kTokens > 1)
-          Vector::prefetch(weight + part * kPartBytes + i * static_cast<int64_t>(sizeof words[0]) + kAhead);
+          Vector::prefetch(ahead + part * kPartBytes + i * static_cast<int64_t>(sizeof words[0]));
       }
       Vector::turn(words);
       add(words, part, at);

@@ -58,8 +58,10 @@ struct Vector {
 
   // Part l of 16 bytes of v[0], v[1], ... into v[l].
   static void turn_lanes(Words (&v)[4]) {
-    const Words low01 = _mm512_shuffle_i32x4(v[0], v[1], 0x44), high01 = _mm512_shuffle_i32x4(v[0], v[1], 0xee);
-    const Words low23 = _mm512_shuffle_i32x4(v[2], v[3], 0x44), high23 = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
+    const Words low01 = _mm512_shuffle_i32x4(v[0], v[1], 0x44),
+                high01 = _mm512_shuffle_i32x4(v[0], v[1], 0xee);
+    const Words low23 = _mm512_shuffle_i32x4(v[2], v[3], 0x44),
+                high23 = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
     v[0] = _mm512_shuffle_i32x4(low01, low23, 0x88), v[1] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
     v[2] = _mm512_shuffle_i32x4(high01, high23, 0x88), v[3] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
   }

@@ -74,7 +74,9 @@ class SharedWork {
       for (const auto& work : works) pieces += work->pieces();
       most = std::max(most, pieces);
     }
-    const ParallelBody body = [](int64_t, int64_t, void* shared) { static_cast<SharedWork*>(shared)->thread(); };
+    const ParallelBody body = [](int64_t, int64_t, void* shared) {
+      static_cast<SharedWork*>(shared)->thread();
+    };
     parallel(std::min<int64_t>(most, threads), 1, body, this);
   }
 

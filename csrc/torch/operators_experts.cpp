@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "arguments.h"
-#include "cpu_threads.h"
 #include "launch.h"
 
 namespace moe_route {
@@ -104,15 +103,14 @@ Tensor pack_expert_weight(const Tensor& weight, int64_t pairing) {
   pack.experts = static_cast<int32_t>(weight.size(0));
   pack.in = args.in;
   pack.out_columns = args.out_columns;
-  cpu::launch_expert_pack(pack);
+  launch::pack_expert_weight(pack);
   return panels;
 }
 
 Tensor expert_rows(const Tensor& x, const Tensor& offsets, const Tensor& counts, const Tensor& order,
                    int64_t k, const Tensor& up, const Tensor& down, const MaybeTensor& up_bias,
                    const MaybeTensor& down_bias, int64_t activation, int64_t pairing, double alpha,
-                   double limit, double shift, const MaybeTensor& up_panels,
-                   const MaybeTensor& down_panels) {
+                   double limit, double shift, const MaybeTensor& up_panels, const MaybeTensor& down_panels) {
   if (x.dim() != 2) refuse("x has shape ", shape_text(x), "; it must be [tokens, hidden]");
   const Place place = place_of("x", x);
   launch::require(place);
@@ -166,7 +164,7 @@ Tensor expert_rows(const Tensor& x, const Tensor& offsets, const Tensor& counts,
   Tensor rows = allocate({args.capacity, then.out_columns}, dtype_of(x), place);
   then.out = rows.mutable_data_ptr();
   const ExpertProductArgs both[] = {args, then};
-  launch::expert_products(both, place);
+  launch::expert_products(both, 2, place);
   return rows;
 }
 

@@ -65,9 +65,17 @@ def call_of(module: Any, hidden_states: Tensor, slots: int) -> Call:
 def _streamed_rows(module: Any, hidden_states: Tensor, slots: Dispatch, packed: PackedExperts | None) -> Tensor:
     gate = _known_gate(module)
     (up, up_bias), (down, down_bias) = (weight_and_bias(module, name) for name in (up_projection(module), "down_proj"))
-    biases = {"up_bias": up_bias, "down_bias": down_bias}
-    apply: dict[str, Any] = {"activation": gate.activation, "pairing": gate.pairing}
-    return ops.expert_rows(hidden_states, slots, up, down, **biases, **apply, packed=packed)
+    return ops.expert_rows(
+        hidden_states,
+        slots,
+        up,
+        down,
+        up_bias=up_bias,
+        down_bias=down_bias,
+        activation=gate.activation,
+        pairing=gate.pairing,
+        packed=packed,
+    )
 
 
 def _activated_rows(module: Any, hidden_states: Tensor, slots: Dispatch) -> Tensor:

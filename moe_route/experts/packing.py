@@ -76,8 +76,8 @@ def packing_obstacle(module: Any) -> str | None:
     places = sorted({weight.device.type for weight in weights} - {"cpu"})
     if places:
         return f"its weights are on {' and '.join(places)}, and packed weights are for a CPU"
-    if _C.instruction_set() == "portable":
-        return "the kernels run without vectors here (no AVX2, or MOE_ROUTE_ISA=portable), where packing gains nothing"
+    if not _C.instruction_set().startswith("avx512"):
+        return f"the kernels run on {_C.instruction_set()} here, and packing gained time with AVX-512 only"
     dtypes = {weight.dtype for weight in weights}
     if len(dtypes) > 1 or not dtypes <= PACKED_DTYPES or compute_dtype(module) not in dtypes:
         said = " and ".join(sorted(str(dtype) for dtype in dtypes))

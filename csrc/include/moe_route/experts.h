@@ -15,7 +15,6 @@
 // below 2^-126, for zero, whether it is an element or a stripe's sum.
 #pragma once
 #include <cstdint>
-#include <span>
 
 #include "moe_route/activation.h"
 #include "moe_route/dispatch.h"
@@ -121,7 +120,8 @@ inline constexpr int64_t kPanelColumns = 64;
 inline constexpr int64_t kWordsAtATime = 4;  // 16 bytes
 
 struct ExpertPanels {
-  int64_t groups, words, columns, panels;  // 16 bytes and words of a row; columns of the result; panels of an expert
+  int64_t groups, words, columns,
+      panels;  // 16 bytes and words of a row; columns of the result; panels of an expert
 
   ExpertPanels(DType type, int64_t in, int64_t out_columns, Pairing pairing)
       : groups((in + elements_at_a_time(type) - 1) / elements_at_a_time(type)),
@@ -159,7 +159,7 @@ struct ExpertPackArgs {
 namespace cpu {
 // One after the other, since each may read what those before it wrote. On the calling thread and up to `threads` - 1
 // others.
-void expert_products(std::span<const ExpertProductArgs> products, Parallel parallel, int threads);
+void expert_products(const ExpertProductArgs* products, int count, Parallel parallel, int threads);
 void expert_activation(const ExpertActivationArgs& args, Parallel parallel);
 void pack_expert_weight(const ExpertPackArgs& args, Parallel parallel);
 }  // namespace cpu
