@@ -32,6 +32,7 @@ class ColumnTiles {
   static constexpr int64_t kSumsOfLevel = kChunk * kSumsOfToken;
 
  public:
+  static constexpr int64_t kFew = 16;  // rows up to which no panels are laid out
   static constexpr bool kFetchesNext = false;
   struct Scratch {
     Memory<float> sums;  // [kLevels, kChunk, kBlocks, kHalves, kLanes]

@@ -30,27 +30,29 @@ class PanelSource {
   const uint32_t* panel() const { return panel_; }
   explicit operator bool() const { return of_ != nullptr; }
 
-  // A part of as many cache lines as a panel has, number `line` of them.
+  // Of the cache lines that the panel is made of, as many as it has, number `line`. Not of weights [E, in, out].
   const char* line(int64_t line) const {
     if (panel_ != nullptr) return reinterpret_cast<const char*>(panel_) + line * 64;
-    if (transposed_) {  // the lines of one row of [in, width] after the other, 2 or 4 of them
-      const int shift = size_ == 2 ? 1 : 2;
-      const int64_t row = std::min(line >> shift, in_ - 1), at = line & ((1 << shift) - 1);
-      const int64_t of_part = part_rows_ * size_ / 64;
-      return part_[at >= of_part] + row * width_ * size_ + (at & (of_part - 1)) * 64;
-    }
     const int64_t half = of_->words * 4 * part_rows_ / 64;
     return line < half ? part_[0] + line * 64 : part_[1] + (line - half) * 64;
   }
 
-  // All words of the panel to `to`, zeros where there are none.
+  // All words of the panel, of weights [E, out, in], to `to`; zeros where there are none.
   template <class V>
-  void lay_out(uint32_t* to) const {
-    for (int64_t j = 0; j < kPanelColumns; j += part_rows_) {
-      if (transposed_) {
-        columns<V>(to + j, part_[j / part_rows_]);
-      } else {
-        rows<V>(to + j, part_[j / part_rows_]);
+  void lay_out_rows(uint32_t* to) const {
+    for (int64_t j = 0; j < kPanelColumns; j += part_rows_) rows<V>(to + j, part_[j / part_rows_]);
+  }
+
+  // All words of `count` neighboring panels of weights [E, in, out] to `to`, row after row, since each is another page.
+  template <class V>
+  static void lay_out_columns(uint32_t* to, const PanelSource* panels, int count) {
+    const ExpertPanels& of = *panels->of_;
+    const int64_t rows_of_word = 4 / panels->size_;
+    for (int64_t group = 0; group < of.groups; ++group) {
+      for (int64_t w = 0; w < kWordsAtATime; ++w) {
+        const int64_t row = (group * kWordsAtATime + w) * rows_of_word;
+        uint32_t* word = to + (of.word_of_group(group) + w) * kPanelColumns;
+        for (int p = 0; p < count; ++p, word += of.panel_size()) panels[p].word_of_all_parts<V>(word, row);
       }
     }
   }
@@ -109,21 +111,21 @@ class PanelSource {
     }
   }
 
-  // Rows [in, out]: a word of all columns is one row, or two of them interleaved.
+  // A word of all columns: a row of [in, out], or two of them interleaved. Rows some way behind are asked for.
   template <class V>
-  void columns(uint32_t* to, const char* part) const {
-    const int64_t elements = 16 / size_, rows_of_word = 4 / size_;
-    for (int turn = 0; turn < kStripes; ++turn) {
-      for (int64_t group = stripe_of(turn); group < of_->groups; group += kStripes) {
-        const int64_t row = group * elements;
-        const bool whole = rows_ >= part_rows_ && row + elements <= in_;
-        for (int64_t w = 0; w < kWordsAtATime; ++w, to += kPanelColumns) {
-          if (whole) {
-            word_of_columns<V, true>(to, part, row + w * rows_of_word);
-          } else {
-            word_of_columns<V, false>(to, part, row + w * rows_of_word);
-          }
-        }
+  void word_of_all_parts(uint32_t* to, int64_t row) const {
+    constexpr int64_t kRowsAhead = 16;
+    const int64_t rows_of_word = 4 / size_;
+    const bool whole = rows_ >= part_rows_ && row + rows_of_word <= in_;
+    for (int64_t j = 0; j < kPanelColumns; j += part_rows_) {
+      const char* part = part_[j / part_rows_];
+      for (int64_t r = row + kRowsAhead; r < std::min(row + kRowsAhead + rows_of_word, in_); ++r) {
+        for (int64_t at = 0; at < part_rows_ * size_; at += 64) V::prefetch(part + r * width_ * size_ + at);
+      }
+      if (whole) {
+        word_of_columns<V, true>(to + j, part, row);
+      } else {
+        word_of_columns<V, false>(to + j, part, row);
       }
     }
   }

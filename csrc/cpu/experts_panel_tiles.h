@@ -1,5 +1,5 @@
 // Tiles of 64 rows of a weight as a panel (ExpertPanels), for any number of rows of x: packed before, or laid out here,
-// in the second-level cache, from weights of either layout. Lanes are rows of the weight, and each word of x is
+// in the second-level cache, from weights of either layout (of [E, in, out], some panels at a time). Lanes are rows of the weight, and each word of x is
 // broadcast, so the sums of a stripe stay in registers for up to kTokens rows of x. A long panel is taken some turns at
 // a time, a subtree of the folds, so that it stays in the cache for all rows of x. Meanwhile the thread's next tile is
 // asked for.
@@ -24,6 +24,7 @@ class PanelTiles {
   static constexpr int kBlock = kVectors * Vector::kLanes;  // rows of the weight whose sums are in registers
   static constexpr int kLevels = 5;                         // sums that wait to be folded
   static constexpr int64_t kMostBytes = 512 << 10;          // of a panel that stays in the second-level cache
+  static constexpr int kMostPanels = 8;                     // of a tile
   using Line = float[kPanelColumns];
 
  public:
@@ -39,13 +40,18 @@ class PanelTiles {
       : args_(args),
         finish_(args),
         of_(args.type, args.in, args.out_columns, args.pairing),
-        line_bytes_(args.in * static_cast<int64_t>(sizeof(typename Type::Element))) {
+        line_bytes_(args.in * static_cast<int64_t>(sizeof(typename Type::Element))),
+        panels_(args.panels == nullptr && args.transposed ? kMostPanels : 1) {
     while (turns_ > 1 && of_.panel_size() * 4 / kStripes * turns_ > kMostBytes) turns_ /= 2;
   }
 
-  int64_t columns() const { return of_.columns; }
+  int64_t columns() const { return panels_ * of_.columns; }
   int64_t line_floats() const { return line_words() * Type::kPlanes; }
   PanelSource source(int32_t expert, int64_t column) const { return {args_, of_, expert, column}; }
+  // What is worth asking for while a tile before it is worked on.
+  PanelSource fetched(int32_t expert, int64_t column) const {
+    return args_.panels == nullptr && args_.transposed ? PanelSource() : source(expert, column);
+  }
 
   // The words in the order of the panels, each with its planes behind one another.
   void lay_out(float* to, const char* from) const {
@@ -64,14 +70,23 @@ class PanelTiles {
   }
 
   void run(const Rows& rows, int64_t column, const float* const* x, Scratch& scratch) const {
-    const PanelSource from = source(rows.expert, column);
-    const uint32_t* panel = from.panel();
+    PanelSource from[kMostPanels];
+    const int64_t end = std::min(column + columns(), args_.out_columns);
+    int count = 0;
+    for (int64_t c = column; c < end; c += of_.columns) from[count++] = source(rows.expert, c);
+    const uint32_t* panel = from[0].panel();
     if (panel == nullptr) {
-      if (!scratch.panel) scratch.panel = memory<uint32_t>(of_.panel_size());
-      from.lay_out<Vector>(scratch.panel.get());
+      if (!scratch.panel) scratch.panel = memory<uint32_t>(panels_ * of_.panel_size());
+      if (args_.transposed) {
+        PanelSource::lay_out_columns<Vector>(scratch.panel.get(), from, count);
+      } else {
+        from[0].lay_out_rows<Vector>(scratch.panel.get());
+      }
       panel = scratch.panel.get();
     }
-    for (int turn = 0; turn < kStripes; turn += turns_) sum_rows(rows, column, x, turn, panel, scratch);
+    for (int p = 0; p < count; ++p, column += of_.columns, panel += of_.panel_size()) {
+      for (int turn = 0; turn < kStripes; turn += turns_) sum_rows(rows, column, x, turn, panel, scratch);
+    }
   }
 
  private:
@@ -200,6 +215,7 @@ class PanelTiles {
   const Finish<Type> finish_;
   const ExpertPanels of_;
   const int64_t line_bytes_;
+  const int panels_;      // of a tile
   int turns_ = kStripes;  // whose part of a panel fits the cache: a power of 2
 };
 

@@ -60,7 +60,7 @@ class Product final : public Work {
       if constexpr (Tiles::kFetchesNext) {
         next = tiles_taken_.take(1);
         const bool any = next < tiles_taken_.total;
-        scratch.next = any ? tiles_.source(rows_of(next).expert, column_of(next)) : PanelSource();
+        scratch.next = any ? tiles_.fetched(rows_of(next).expert, column_of(next)) : PanelSource();
       }
       const Rows& rows = rows_of(i);
       x.clear();
@@ -125,7 +125,7 @@ class Product final : public Work {
   Taken lines_taken_, tiles_taken_;
 };
 
-// Of weights [E, out, in], experts with few rows are read as they lie, where nothing has to be laid out.
+// Weights of experts with few rows are read as they lie, where nothing has to be laid out.
 template <class Type>
 Works product(const ExpertProductArgs& args, int threads) {
   const int64_t all = args.capacity;
@@ -137,7 +137,8 @@ Works product(const ExpertProductArgs& args, int threads) {
   if (args.panels != nullptr) {
     add(std::type_identity<PanelTiles<Type>>{}, 1, all);
   } else if (args.transposed) {
-    add(std::type_identity<ColumnTiles<Type>>{}, 1, all);
+    add(std::type_identity<ColumnTiles<Type>>{}, 1, ColumnTiles<Type>::kFew);
+    add(std::type_identity<PanelTiles<Type>>{}, ColumnTiles<Type>::kFew + 1, all);
   } else {
     add(std::type_identity<RowTiles<Type>>{}, 1, RowTiles<Type>::kFew);
     add(std::type_identity<PanelTiles<Type>>{}, RowTiles<Type>::kFew + 1, all);

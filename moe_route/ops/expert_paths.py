@@ -176,7 +176,12 @@ PATHS: Sequence[Path] = (
     _STREAMED_CUDA,
     _STREAMED_CPU,
     replace(_STREAMED_CPU, most_row_bytes=None, most_slots_per_expert=8),
-    replace(_STREAMED_CPU, transposed=True, most_row_bytes=None, most_slots_per_expert=16),
+    replace(
+        _STREAMED_CPU,
+        transposed=True,
+        most_row_bytes=None,
+        most_slots_per_expert=None if _CPU_HAS_WIDE_VECTORS and not _CPU_HAS_MATRICES else 16,
+    ),
     Path(ACTIVATED, devices=frozenset({"cuda"}), dtypes=_FLOATS, trains=False, any_gate=False),
     Path(GROUPED),
 )
