@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench import RESULTS, ROOT
-from moe_route.bench.results import commit, table
+from bench.pages import table
+from moe_route.bench.results import commit
 
 NAME = "cuda-resources"
 

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_route.bench.results import duration, table
+from bench.pages import table
+from moe_route.texttable import duration
 
 CASE = "E=128 k=8 T=4096 float32"
 OTHERS = (
@@ -57,7 +58,7 @@ def experts_summary(content: Mapping[str, Any]) -> str:
         "The experts of one layer in bfloat16 (two threads, random weights), by the implementations of transformers "
         f"{content['machine']['transformers']} and ours; the floor is reading the weights of the experts hit, "
         "or as many multiplications in dense products, whichever takes longer "
-        "([all of them](../bench/results/cpu-avx512-experts.md)):\n"
+        "([all of them](../bench/results/cpu-avx512-experts.json)):\n"
     )
     head = ("", "eager", "grouped_mm", "moe_route", "times as fast as grouped_mm", "share of the floor")
     return f"{intro}\n{table(head, _experts(content))}"
@@ -114,7 +115,7 @@ def _rows(content: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
 def _gate(content: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     rows = _rows(content)
     for (case, name), row in rows.items():
-        if case == CASE and row["peer"]:
+        if case == CASE and "peer" in row:
             peer = rows[case, row["peer"]]
             a_row = f"{row['median'] / 4096 * 1e9:.0f} ns"
             yield name, duration(row["median"]), a_row, duration(peer["median"]), f"{row['times_peer']:.1f}"
@@ -123,7 +124,7 @@ def _gate(content: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 def _others(content: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     rows = _rows(content)
     for (case, name), row in rows.items():
-        if row["peer"] and case in OTHERS and (name == "route + counts" or not name.startswith("route")):
+        if "peer" in row and case in OTHERS and (name == "route + counts" or not name.startswith("route")):
             peer = rows[case, row["peer"]]
             yield f"{name}, {case}", duration(row["median"]), duration(peer["median"]), f"{row['times_peer']:.1f}"
 

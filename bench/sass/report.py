@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from bench import RESULTS, ROOT
+from bench.pages import table
 from bench.sass.build import Code, nvcc
 from bench.sass.cases import Case
 from bench.sass.cost import block_cost, warps_at_once, widths
 from bench.sass.launches import Interpreter, Run, interpreted
-from moe_route.bench.results import commit, table
+from moe_route.bench.results import commit
 
 NAME = "sass"
 MULTIPROCESSORS = 132  # of an H100 and an H200
