@@ -9,8 +9,8 @@
 #                                   by git), so that kernels run before anything is built on the machine with the device
 #
 # PYTHON (python3)                  the Python whose torch is used; nothing is installed into it
-# OUT (bench/results/new)           where results go, at most 8 files: gpu.json (every stage), gpu.log, checks.json,
-#                                   tests.xml, sanitizers.log, ncu.txt, and <device>.json and .md of the benchmarks
+# OUT (bench/results/new)           where results go, at most 7 files: gpu.json (every stage), gpu.log, checks.json,
+#                                   tests.xml, sanitizers.log, ncu.txt, and <device>.json of the benchmarks
 # MOE_ROUTE_GPU_BUILD (build/gpu)   build folder, kept for the next run
 # MOE_ROUTE_GPU_SECONDS (560)       time for everything; more of it lengthens the limits of the stages too
 # MOE_ROUTE_COMMIT                  the commit's name, where the tree is no checkout

@@ -36,7 +36,7 @@ def summary(content: Mapping[str, Any]) -> str:
     intro = (
         f"One thread of a shared {machine['processor']} machine (kernels {machine['instruction set of the kernels']}, "
         f"torch {machine['torch']}), medians, against what one would write in torch, timed in the same run with inputs "
-        "that never repeat ([how](../bench/README.md)). 128 experts, top-8, 4096 rows of float32 logits:\n"
+        "that never repeat ([how](measuring.md)). 128 experts, top-8, 4096 rows of float32 logits:\n"
     )
     parts = [
         intro,
