@@ -218,10 +218,11 @@ def measure_decoding(dtype: torch.dtype, effort: Effort) -> Measured:
     steps = race(dict.fromkeys(around, decoding.step), rounds=effort.rounds, around=around)
     inside, hooks = race_in_hooks(decoding, {IDLE: lambda: empty_hooks(decoding), **recordings}, windows(effort))
     shares = {name: inside.timing(name).median / steps.timing(ALONE).median for name in recordings}
-    facts = [
-        *(Fact(INSIDE, case, f"{name}: hooks", number, "") for name, number in hooks.items()),
-        *(Fact(INSIDE, case, f"{name}: share of a step of the model", 100 * shares[name], "%") for name in recordings),
-    ]
+    facts = []
+    for name in recordings:
+        what = f"{name}: time inside its {hooks[name]} hooks"
+        facts.append(Fact(STEP, case, what, inside.timing(name).median * 1e6, "us a step"))
+        facts.append(Fact(STEP, case, f"{name}: that as a share of the model's step", 100 * shares[name], "%"))
     of_a_step = f"{shares[OURS]:.2%}"
     target = Target(
         f"{case}: time inside the recording hooks", "<= 0.5 % of a decode step", of_a_step, shares[OURS] <= 0.005
