@@ -717,10 +717,29 @@ def test_three_calls_hold_every_stage() -> None:
     assert names - set(re.split(r"[\s,\"]+", held[1])) == set(checks.CHECKS) - {"capture-at-once"}
 
 
-def test_a_call_runs_its_stages_in_order(tmp_path: Path) -> None:
+def test_three_calls_run_every_stage_each_in_order(tmp_path: Path) -> None:
+    """Without time to run them: each stage is recorded when its turn comes."""
+    names = gpu(tmp_path, "--list").stdout.split()
+    seen: set[str] = set()
+    for call in ("1", "2", "3"):
+        gpu(tmp_path / call, "--dry", "--call", call, MOE_ROUTE_GPU_SECONDS="1")
+        ran = list(statuses(tmp_path / call))
+        assert ran == [name for name in names if name in ran]
+        assert {"environment", "build", "import"} <= set(ran)
+        assert seen & set(ran) <= {"environment", "build", "import", "device-test-build"}
+        seen |= set(ran)
+    assert seen == set(names)
     done = gpu(tmp_path, "--dry", "--call", "4")
     assert done.returncode == 2
     assert "--call needs 1, 2 or 3" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["device-test", "memcheck", "ncu"])
+def test_a_stage_without_its_program_names_the_stage_that_builds_it(tmp_path: Path, name: str) -> None:
+    done = gpu(tmp_path, "--only", name)
+    assert done.returncode == 1
+    assert statuses(tmp_path) == {name: "failed"}
+    assert f"add the stage that builds it, --only device-test-build,{name}" in done.stdout
 
 
 def test_the_part_at_fault_is_named() -> None:
@@ -792,6 +811,10 @@ def test_only_a_sanitizer_that_says_so_passes(tmp_path: Path, prints: str, code:
     # the folder of PYTHON comes first on the script's PATH
     (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (tmp_path / "bin" / "python").chmod(0o755)
+    program = out / "build" / "device_test"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
     done = gpu(out, "--only", "racecheck", PYTHON=str(tmp_path / "bin" / "python"))
     assert statuses(out) == {"racecheck": status}
     assert done.returncode == int(status == "failed")
