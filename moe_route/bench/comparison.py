@@ -1,9 +1,10 @@
-"""Compare a run with an earlier one by ratios inside each run: to a peer and to a floor. Times are never compared."""
+"""Compare a run with earlier ones by ratios inside each run: to a peer and to a floor. Times are never compared."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 from moe_route.bench.results import BenchmarkResults, Measured, Row
@@ -33,8 +34,8 @@ class Change:
 
     Attributes:
         against: what the contender is compared with, in both runs.
-        verdict: REGRESSED if the ratio fell by more than `TOLERANCE` and its quartiles lie below those of before,
-            IMPROVED the other way round, else UNCHANGED.
+        verdict: REGRESSED if the upper quartile lies more than `TOLERANCE` below the lower one of before, IMPROVED the
+            other way round, else UNCHANGED.
     """
 
     section: str
@@ -50,9 +51,9 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        if self.factor < 1 - TOLERANCE and self.now.high < self.before.low:
+        if self.now.high < self.before.low * (1 - TOLERANCE):
             return REGRESSED
-        if self.factor > 1 / (1 - TOLERANCE) and self.now.low > self.before.high:
+        if self.now.low * (1 - TOLERANCE) > self.before.high:
             return IMPROVED
         return UNCHANGED
 
@@ -101,8 +102,8 @@ class Comparison(ShownAsTables):
         counts = f"{regressed} regressed, {improved} improved, {unchanged} {UNCHANGED}"
         title = f"Compared with the earlier run: {number_of(len(self.changes), 'ratio')}, {counts}"
         note = (
-            f"A ratio changed if its median differs by more than {TOLERANCE:.0%} and the quartiles of both runs do not "
-            "overlap. Higher is better."
+            f"A ratio changed if more than {TOLERANCE:.0%} lie between the quartiles of both runs; higher is better. "
+            "Medians with their quartiles."
         )
         cells = [
             (each.verdict, each.section, each.case, each.name, each.against, *map(_shown, (each.before, each.now)))
@@ -128,17 +129,30 @@ class Comparison(ShownAsTables):
             yield Table(("differs", "before", "now"), cells, title="The runs were not made alike", note=note)
 
 
-def compare(now: BenchmarkResults, before: BenchmarkResults) -> Comparison:
-    """Compare the ratios of moe-route's contenders, in the order of this run."""
-    here, there = _ratios(now.measured), _ratios(before.measured)
+def compare(now: BenchmarkResults, earlier: Sequence[BenchmarkResults]) -> Comparison:
+    """Compare the ratios of moe-route's contenders, in the order of this run.
+
+    Of a ratio in several earlier runs the quartiles that lie farthest apart count, and the median of the medians: so
+    what differs from process to process is part of the spread.
+    """
+    here, found = _ratios(now.measured), [_ratios(each.measured) for each in earlier]
+    there = {
+        key: Ratio(
+            median(each[key].median for each in found if key in each),
+            min(each[key].low for each in found if key in each),
+            max(each[key].high for each in found if key in each),
+        )
+        for key in dict.fromkeys(key for each in found for key in each)
+    }
+    before = BenchmarkResults.joined(earlier).machine
     return Comparison(
         [Change(*key, there[key], ratio) for key, ratio in here.items() if key in there],
         [key for key in here if key not in there],
         [key for key in there if key not in here],
         {
-            name: (before.machine.get(name, "not said"), now.machine.get(name, "not said"))
-            for name in dict.fromkeys((*before.machine, *now.machine))
-            if name not in _MAY_DIFFER and before.machine.get(name) != now.machine.get(name)
+            name: (before.get(name, "not said"), now.machine.get(name, "not said"))
+            for name in dict.fromkeys((*before, *now.machine))
+            if name not in _MAY_DIFFER and before.get(name) != now.machine.get(name)
         },
     )
 
@@ -159,11 +173,11 @@ def _ratios(measured: Measured) -> dict[Key, Ratio]:
     return found
 
 
-def _ratio(median: float, low: float | None, high: float | None, slow: Row, fast: Row) -> Ratio:
+def _ratio(middle: float, low: float | None, high: float | None, slow: Row, fast: Row) -> Ratio:
     """A ratio with its quartiles. A file without them gives wider ones, which the quartiles of the times allow."""
     if low is None or high is None:
         low, high = slow.low / fast.high, slow.high / fast.low
-    return Ratio(median, low, high)
+    return Ratio(middle, low, high)
 
 
 def _shown(ratio: Ratio) -> str:

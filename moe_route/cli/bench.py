@@ -45,8 +45,8 @@ def add(verbs: Any) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="results of an earlier run on this machine; exit code 1 if a ratio fell by more than "
-        "10 %% and its quartiles lie below those of before",
+        help="results of earlier runs on this machine; exit code 1 if a ratio regressed: if its upper quartile lies "
+        "more than 10 %% below the lower quartile of before",
     )
 
 
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> Answer:
     now = BenchmarkResults.joined(list(found.values()))
     data, tables, passed = {**now.to_dict(), "files": written}, [*now.tables()], True
     if earlier:
-        comparison = compare(now, BenchmarkResults.joined(earlier))
+        comparison = compare(now, earlier)
         data["comparison"] = comparison.to_dict()
         tables += comparison.tables()
         passed = comparison.passed

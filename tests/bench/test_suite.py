@@ -255,6 +255,7 @@ def verdicts(comparison: Comparison) -> list[str]:
         (4.0, 3.0, 0.02, REGRESSED),
         (3.0, 4.0, 0.02, IMPROVED),
         (4.0, 3.7, 0.001, UNCHANGED),  # less than the tolerance, however steady
+        (4.0, 3.5, 0.02, UNCHANGED),  # more, but less lies between the quartiles
         (4.0, 3.0, 0.20, UNCHANGED),  # the quartiles overlap
         (3.0, 4.0, 0.20, UNCHANGED),
         (4.0, 4.0, 0.02, UNCHANGED),
@@ -264,8 +265,8 @@ def verdicts(comparison: Comparison) -> list[str]:
 def test_a_ratio_regresses_beyond_the_tolerance_and_the_spread(
     before: float, now: float, spread: float, verdict: str, quartiles: bool
 ) -> None:
-    runs = (run_of(ratio, spread=spread, quartiles=quartiles) for ratio in (now, before))
-    comparison = compare(*runs)
+    this, earlier = (run_of(ratio, spread=spread, quartiles=quartiles) for ratio in (now, before))
+    comparison = compare(this, [earlier])
     assert verdicts(comparison) == [verdict]
     assert comparison.passed == (verdict != REGRESSED)
     (change,) = comparison.changes
@@ -275,29 +276,29 @@ def test_a_ratio_regresses_beyond_the_tolerance_and_the_spread(
 
 
 def test_shares_of_the_floor_are_compared_too() -> None:
-    comparison = compare(run_of(4.0, floor=0.4), run_of(4.0, floor=0.8))
+    comparison = compare(run_of(4.0, floor=0.4), [run_of(4.0, floor=0.8)])
     assert [(change.against, change.verdict) for change in comparison.changes] == [
         ("torch", UNCHANGED),
         ("floor: read", REGRESSED),
     ]
-    assert f"differs by more than {TOLERANCE:.0%}" in repr(comparison)
+    assert f"more than {TOLERANCE:.0%} lie between the quartiles" in repr(comparison)
 
 
 def test_times_are_not_compared() -> None:
     """A machine that is ten times as slow gives the same ratios."""
     now = run_of(4.0)
     slow = [replace(row, median=row.median * 10, low=row.low * 10, high=row.high * 10) for row in now.measured.rows]
-    assert verdicts(compare(BenchmarkResults({}, Measured(slow)), now)) == [UNCHANGED]
+    assert verdicts(compare(BenchmarkResults({}, Measured(slow)), [now])) == [UNCHANGED]
 
 
 def test_implementations_of_others_cannot_regress() -> None:
-    assert compare(run_of(1.0, ours=False), run_of(4.0, ours=False)).changes == []
+    assert compare(run_of(1.0, ours=False), [run_of(4.0, ours=False)]).changes == []
 
 
 def test_cases_of_one_run_alone_are_named() -> None:
     now = BenchmarkResults.joined([run_of(4.0), run_of(4.0, case="new")])
     before = BenchmarkResults.joined([run_of(4.0), run_of(4.0, case="old", floor=0.5)])
-    comparison = compare(now, before)
+    comparison = compare(now, [before])
     assert comparison.only_now == [("Section", "new", "route", "torch")]
     assert comparison.only_before == [("Section", "old", "route", "torch"), ("Section", "old", "route", "floor: read")]
     shown = repr(comparison)
@@ -309,11 +310,11 @@ def test_cases_of_one_run_alone_are_named() -> None:
 def test_a_section_that_was_not_measured_is_named_once() -> None:
     others = [replace(row, section="Other") for case in "ab" for row in run_of(4.0, case=case).measured.rows]
     before = BenchmarkResults({}, Measured(run_of(4.0).measured.rows + others))
-    assert repr(compare(run_of(4.0), before)).count("Other") == 1
+    assert repr(compare(run_of(4.0), [before])).count("Other") == 1
 
 
 def test_machines_that_differ_are_said() -> None:
-    comparison = compare(run_of(4.0, torch="2.13", commit="b"), run_of(4.0, torch="2.12", commit="a"))
+    comparison = compare(run_of(4.0, torch="2.13", commit="b"), [run_of(4.0, torch="2.12", commit="a")])
     assert comparison.machines == {"torch": ("2.12", "2.13")}
     assert "The runs were not made alike" in repr(comparison)
     assert comparison.passed
@@ -351,7 +352,17 @@ def test_a_comparison_of_nothing_does_not_pass(
     assert "no ratio is in both runs" in capsys.readouterr().out
 
 
-def test_several_files_are_compared_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_differs_between_earlier_runs_is_spread() -> None:
+    """A ratio that three earlier runs put anywhere between 3 and 4 has not regressed at 3."""
+    earlier = [run_of(ratio) for ratio in (4.0, 3.1, 3.8)]
+    assert verdicts(compare(run_of(3.0), earlier[:1])) == [REGRESSED]
+    comparison = compare(run_of(3.0), earlier)
+    assert verdicts(comparison) == [UNCHANGED]
+    assert comparison.changes[0].before.median == 3.8
+    assert verdicts(compare(run_of(2.0), earlier)) == [REGRESSED]
+
+
+def test_several_files_are_compared_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "measure_one_row", lambda effort: run_of(4.0).measured)
     files = [run_of(9.0, case="another").save(tmp_path / "a.json"), run_of(9.0).save(tmp_path / "b.json")]
     assert main(["bench", "--sections", "one-row", "--compare", *map(str, files)]) == 1
