@@ -215,7 +215,7 @@ def compared(section: str, routed: RoutedModel, run: Race, read: str = READ) -> 
         Fact(section, case, f"{OURS}: those a second", routed.hit_bytes() / took / 1e9, "GB/s"),
         Fact(section, case, f"{OURS}: operations a second", operations / took / 1e9, "GFLOP/s"),
     ]
-    others = set(IMPLEMENTATIONS) - {OURS}
+    others = [name for name in names if not name.startswith(OURS)]
     return Measured(rows(section, case, run, peers=peers, floors=dict.fromkeys(names, floor), others=others), facts)
 
 
