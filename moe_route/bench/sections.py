@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,11 +27,13 @@ class Section:
         about: what it measures.
         measure: the function, as "module:name" of this package; imported when the section runs.
         file: what the name of its results file ends with; sections with the same ending share a file.
+        transformers: whether it runs models of transformers.
     """
 
     about: str
     measure: str
     file: str = ""
+    transformers: bool = False
 
 
 SECTIONS = {
@@ -39,11 +42,17 @@ SECTIONS = {
     "dispatch": Section(
         "dispatch, permute and combine against argsort, index_select and index_add", "dispatch:measure"
     ),
-    "recording": Section("recording a model that decodes, against statistics by hand", "recording:measure"),
-    "recording-options": Section(
-        "what each option of record adds to a prefill and a decode step", "recording:measure_options"
+    "recording": Section(
+        "recording a model that decodes, against statistics by hand", "recording:measure", transformers=True
     ),
-    "experts": Section("the experts of one layer against those of transformers", "experts:measure", file="experts"),
+    "recording-options": Section(
+        "what each option of record adds to a prefill and a decode step",
+        "recording:measure_options",
+        transformers=True,
+    ),
+    "experts": Section(
+        "the experts of one layer against those of transformers", "experts:measure", file="experts", transformers=True
+    ),
 }
 
 
@@ -52,13 +61,21 @@ def measure(names: Iterable[str], effort: Effort) -> Iterator[tuple[str, Benchma
 
     Yields the name of a results file and all that belongs into it so far, after each section. The name is "cpu-", the
     instruction set of the kernels, and the ending of the section.
+
+    Raises ImportError at once if a section needs transformers and it is not installed.
     """
+    names = list(dict.fromkeys(names))
+    needing = [name for name in names if SECTIONS[name].transformers]
+    if needing and find_spec("transformers") is None:
+        raise ImportError(
+            f"transformers is missing, which {', '.join(needing)} measures: pip install 'moe-route[hf]', or name other "
+            "--sections"
+        )
     import torch
 
     from moe_route import _C
     from moe_route.bench.results import BenchmarkResults, Measured, machine
 
-    names = list(names)
     options = f"--rounds {effort.rounds} --threads {torch.get_num_threads()}{' --quick' if effort.quick else ''}"
     command = f"moe-route bench --sections {' '.join(names)} {options}"
     found: dict[str, Measured] = {}

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from moe_route import _C
-from moe_route.bench import experts, gate, recording, results
+from moe_route.bench import experts, gate, recording, results, sections
 from moe_route.bench.comparison import IMPROVED, REGRESSED, TOLERANCE, UNCHANGED, Comparison, compare
 from moe_route.bench.results import BenchmarkResults, Fact, Measured, Row
 from moe_route.bench.sections import SECTIONS, measure
@@ -41,13 +41,27 @@ def test_every_section_names_a_function() -> None:
         assert callable(getattr(import_module(f"moe_route.bench.{module}"), function))
 
 
+def test_a_section_that_cannot_run_is_refused_before_measuring(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sections, "find_spec", lambda name: None)
+    monkeypatch.setattr(gate, "measure_one_row", lambda effort: run_of(4.0).measured)
+    assert main(["bench", "--sections", "one-row", "experts"]) == 2
+    assert "transformers is missing, which experts measures: pip install 'moe-route[hf]'" in capsys.readouterr().err
+    assert main(["bench", "--sections", "one-row"]) == 0
+
+
+def test_a_section_that_is_named_twice_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "measure_one_row", lambda effort: run_of(4.0).measured)
+    assert len(list(measure(["one-row", "one-row"], Effort(2)))) == 1
+
+
 def test_a_section_is_measured_into_a_file_and_to_standard_output(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert main(["bench", "--sections", "one-row", "--rounds", "2", "--json", "--out", str(tmp_path / "found")]) == 0
-    said = capsys.readouterr()
-    printed = json.loads(said.out)
-    assert "measuring one-row" in said.err
+    printed = json.loads(capsys.readouterr().out)
+    assert "measuring one-row" in caplog.text
     (path,) = (tmp_path / "found").iterdir()
     assert path.name == f"{FAMILY}.json"
     assert printed["files"] == [str(path)]
