@@ -367,8 +367,8 @@ class RunningCall:
         return tables
 
 
-# torch.compile calls these two without tracing them, because bookkeeping in Python cannot be part of a graph. Outside of
-# a graph, the wrapper of `disable` would cost more than the bookkeeping of a decode step.
+# torch.compile calls these two without tracing them, because bookkeeping in Python cannot be part of a graph. Only a
+# call that is compiled takes this way: the wrapper of `disable` costs as much as the bookkeeping of a decode step.
 @torch.compiler.disable
 def _labels_of(listener: CallListener, call: Call) -> Labels | None:
     return listener.labels_of(call)

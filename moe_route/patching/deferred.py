@@ -187,7 +187,7 @@ class DeferredCounts:
             ops.observe_layers(logits, ids, weights, engines[0].spec, tokens=table, statistics=statistics)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def _joined(parts: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
     # detached, and not made without grad mode: an interrupt could leave the mode of the whole process switched
     return parts[0] if len(parts) == 1 else torch.cat(parts).detach()
 
