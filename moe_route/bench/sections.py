@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from moe_route import _C
-from moe_route.bench import dispatch, experts, gate, recording, results
+from moe_route.bench import dispatch, experts, gate, growth, models, recording, results
 from moe_route.bench.results import Fact, Row, Target
 from moe_route.bench.timing import Race, race
 
@@ -158,6 +158,10 @@ def measure(sections: Sequence[str], rounds: int, out: Path) -> list[Path]:
         files += save(out, name, kernels(sections, rounds))
     if "experts" in sections:
         files += save(out, f"{name}-experts", expert_layers(rounds))
+    if "models" in sections:
+        files += save(out, f"{name}-models", models.measure(max(rounds // 20, 2)))
+    if "growth" in sections:
+        files += save(out, f"{name}-growth", growth.measure())
     return files
 
 

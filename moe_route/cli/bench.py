@@ -10,7 +10,7 @@ from typing import Any
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import command, positive
 
-SECTIONS = ("gate", "one-row", "dispatch", "recording", "experts")
+SECTIONS = ("gate", "one-row", "dispatch", "recording", "experts", "models", "growth")
 
 
 def add(verbs: Any) -> None:
