@@ -76,7 +76,13 @@ def missing() -> str | None:
 
     if not path.is_file():
         return f"{path.name} is not built: make emulated"
-    return next(backend.missing for backend in BACKENDS if backend.emulated)
+    why = next(backend.missing for backend in BACKENDS if backend.emulated)
+    if why is None:
+        try:
+            _kernels_of_module(path)
+        except RuntimeError as error:
+            why = str(error)
+    return why
 
 
 @cache

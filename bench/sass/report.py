@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -11,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from bench import RESULTS, ROOT
+from bench.pages import table
 from bench.sass.build import Code, nvcc
 from bench.sass.cases import Case
 from bench.sass.cost import block_cost, warps_at_once, widths
 from bench.sass.launches import Interpreter, Run, interpreted
-from moe_route.bench.results import commit, table
+from moe_route.bench.results import commit
+from moe_route.files import write_text
 
 NAME = "sass"
 MULTIPROCESSORS = 132  # of an H100 and an H200
@@ -112,13 +113,9 @@ def about() -> dict[str, str]:
 
 
 def save(found: dict[str, Figures], folder: Path = RESULTS) -> None:
-    """Write the table as sass.json and sass.md."""
-    facts = about()
-    content = {"build": facts, "cases": {name: asdict(each) for name, each in found.items()}}
-    for suffix, text in (("json", json.dumps(content, indent=1) + "\n"), ("md", markdown(facts, found))):
-        fresh = folder / f"{NAME}.{suffix}.new"
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, folder / f"{NAME}.{suffix}")
+    """Write the table as sass.json."""
+    content = {"build": about(), "cases": {name: asdict(each) for name, each in found.items()}}
+    write_text(folder / f"{NAME}.json", json.dumps(content, indent=1) + "\n")
 
 
 def load(folder: Path = RESULTS) -> dict[str, Any]:

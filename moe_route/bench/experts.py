@@ -6,7 +6,8 @@ The modules are transformers' own classes in the sizes of public models, with ra
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -14,9 +15,11 @@ from typing import Any
 import torch
 
 import moe_route as mr
-from moe_route.bench.results import Fact, Row, rows
-from moe_route.bench.timing import Contender, Pool, Race, race
+from moe_route.bench.results import Fact, Measured, rows
+from moe_route.bench.timing import Contender, Effort, Pool, Race, race
 from moe_route.ops import expert_paths as paths
+
+log = logging.getLogger(__name__)
 
 SECTION = "Experts of one layer"
 EAGER, PEER, BATCHED, OURS = "eager", "grouped_mm", "batched_mm", "moe_route"
@@ -63,6 +66,9 @@ LAYERS = (
     Layer("DeepSeek-V2-Lite", "deepseek_v2", 2048, 1408, 64, 6),
     Layer("gpt-oss-20b", "gpt_oss", 2880, 2880, 32, 4),
 )
+# What takes seconds, not minutes.
+QUICK_LAYERS = LAYERS[1:2]
+QUICK_TOKENS = {1: 1, 16: 1, 64: 1}
 
 
 @dataclass(frozen=True)
@@ -197,7 +203,7 @@ class RoutedModel:
         return hit * self.layer.expert_bytes(self.dtype)
 
 
-def compared(section: str, routed: RoutedModel, run: Race, read: str = READ) -> tuple[list[Row], list[Fact]]:
+def compared(section: str, routed: RoutedModel, run: Race, read: str = READ) -> Measured:
     """The rows of one case: each against `grouped_mm`, and against the floor that takes longer."""
     case, took = routed.title, run.timing(OURS).median
     names = [name for name in (*IMPLEMENTATIONS, *PATHS) if name in run.seconds]
@@ -209,7 +215,8 @@ def compared(section: str, routed: RoutedModel, run: Race, read: str = READ) -> 
         Fact(section, case, f"{OURS}: those a second", routed.hit_bytes() / took / 1e9, "GB/s"),
         Fact(section, case, f"{OURS}: operations a second", operations / took / 1e9, "GFLOP/s"),
     ]
-    return rows(section, case, run, peers=peers, floors=dict.fromkeys(names, floor)), facts
+    others = [name for name in names if not name.startswith(OURS)]
+    return Measured(rows(section, case, run, peers=peers, floors=dict.fromkeys(names, floor), others=others), facts)
 
 
 def cases(
@@ -227,20 +234,26 @@ def cases(
         if reason is None:
             fitting.append(number)
         else:
-            print(f"left out: {layer.title(number, dtype)}: {reason}", flush=True)
+            log.warning("left out: %s: %s", layer.title(number, dtype), reason)
     module = make(layer, dtype, device) if fitting else None
     for number in fitting:
         yield RoutedModel(layer, module, number, **inputs)
 
 
-def measure(layer: Layer, dtype: torch.dtype, rounds: int) -> tuple[list[Row], list[Fact]]:
+def measure(effort: Effort) -> Measured:
+    found = Measured()
+    for layer in QUICK_LAYERS if effort.quick else LAYERS:
+        for dtype in DTYPES[:1] if effort.quick else DTYPES:
+            found += measure_layer(layer, dtype, QUICK_TOKENS if effort.quick else TOKENS, effort.rounds)
+    return found
+
+
+def measure_layer(layer: Layer, dtype: torch.dtype, tokens: Mapping[int, int], rounds: int) -> Measured:
     """One layer on the CPU; its weights are gone at the end."""
-    found: list[Row] = []
-    facts: list[Fact] = []
-    for routed in cases(layer, dtype, TOKENS, ON_CPU):
+    found = Measured()
+    for routed in cases(layer, dtype, tokens, ON_CPU):
         contenders = routed.contenders(ON_CPU.implementations(layer, routed.tokens, dtype))
         with torch.inference_mode():
-            run = race(contenders, rounds=max(3, rounds // TOKENS[routed.tokens]), warmup=1)
-        more, said = compared(SECTION, routed, run)
-        found, facts = found + more, facts + said
-    return found, facts
+            run = race(contenders, rounds=max(3, rounds // tokens[routed.tokens]), warmup=1)
+        found += compared(SECTION, routed, run)
+    return found

@@ -11,20 +11,22 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import moe_route as mr
 from moe_route.bench.models import model_of
-from moe_route.bench.recording import WINDOW, Decoding, HookClock, recorded, seconds_in_hooks
-from moe_route.bench.results import Fact
-from moe_route.bench.timing import Pool
+from moe_route.bench.recording import Around, Decoding, HookClock, race_in_hooks, recorded
+from moe_route.bench.results import Fact, Measured
+from moe_route.bench.timing import Effort, Pool
 from moe_route.patching.deferred import MOST_TOKENS
+from moe_route.recording.recorder import DEFAULT_METRICS
+from moe_route.recording.tables import TableSet
 
 SECTION = "Growth of a recording"
 SMALL = {
@@ -132,17 +134,25 @@ def million_facts(tokens: int = TOKENS, groups: int = GROUPS) -> list[Fact]:
             Fact(SECTION, case, "seconds to read the statistics", grown.read_seconds, "s"),
             Fact(SECTION, case, "statistics file", grown.file_bytes / 1e6, "MB"),
         ]
+        before = grown.samples[0][1]
         for at, resident, stored in grown.samples:
-            facts.append(Fact(SECTION, case, f"memory since all groups were seen, tokens = {at}", resident - grown.samples[0][1], "MB"))
+            since = f"memory since all groups were seen, tokens = {at}"
+            facts.append(Fact(SECTION, case, since, resident - before, "MB"))
             facts.append(Fact(SECTION, case, f"on disk, tokens = {at}", stored, "MB"))
     return facts
+
+
+def window_seconds(decoding: Decoding, recording: Around) -> float:
+    """Time of a step inside the hooks, where steps are counted together."""
+    inside, _ = race_in_hooks(decoding, {"recording": recording}, windows=2)
+    return inside.timing("recording").median
 
 
 def seconds_per_token(tokens: int, layers: int = LAYERS, **changes: int) -> float:
     """Time inside the hooks of a decode step with `tokens` sequences, per token and layer."""
     decoding = Decoding(model_of(layers, **(SMALL | changes)), tokens)
     if tokens <= MOST_TOKENS:  # steps are counted together
-        return seconds_in_hooks(decoding, lambda: recorded(decoding), steps=WINDOW)[0] / tokens / layers
+        return window_seconds(decoding, lambda: recorded(decoding)) / tokens / layers
     clock, took = HookClock(decoding.model), []
     with recorded(decoding):
         clock.wrap()
@@ -189,25 +199,28 @@ def group_facts(numbers: tuple[int, ...] = (1, 10, 100, 1000)) -> list[Fact]:
     facts = []
     case = "groups, at batch-1 decode"
     decoding = Decoding(model_of(LAYERS, **SMALL))
+    routers = mr.find_routers(decoding.model)
     for groups in numbers:
         names = [f"group {number}" for number in range(groups)]
-        tables = []
-
-        @contextmanager
-        def recording(names: list[str] = names, tables: list[Any] = tables) -> Iterator[None]:
-            with mr.attach(decoding.model, verify=False) as routed, routed.record(groups=names) as recorder:
-                with recorder.labels(names[-1]):
-                    decoding.step(0)
-                    tables += [each.groups for each in routed.attachment._statistics or ()]
-                    yield
-
-        inside, _ = seconds_in_hooks(decoding, recording, steps=WINDOW)
-        held = sum(table.nbytes for table in tables)
-        facts.append(Fact(SECTION, case, f"recording per token and layer, groups = {groups}", inside / LAYERS * 1e6, "us"))
+        took = window_seconds(decoding, partial(_labeled, decoding, names)) / LAYERS
+        tables = TableSet(routers, groups=groups, metrics=DEFAULT_METRICS, entropy=True)
+        held = sum(table.groups.nbytes for table in tables.layers)
+        facts.append(Fact(SECTION, case, f"recording per token and layer, groups = {groups}", took * 1e6, "us"))
         facts.append(Fact(SECTION, case, f"tables, groups = {groups}", held / 1e6, "MB"))
     return facts
 
 
-def measure(tokens: int = TOKENS, groups: int = GROUPS) -> tuple[list[Any], list[Fact], list[Any]]:
-    """Everything about growth, as facts."""
-    return [], million_facts(tokens, groups) + curves() + group_facts(), []
+@contextmanager
+def _labeled(decoding: Decoding, names: Sequence[str]) -> Iterator[None]:
+    with ExitStack() as stack:
+        routed = stack.enter_context(mr.attach(decoding.model, verify=False))
+        recorder = stack.enter_context(routed.record(groups=names))
+        stack.enter_context(recorder.labels(groups=names[-1]))
+        decoding.step(0)
+        yield
+
+
+def measure(effort: Effort) -> Measured:
+    """A million tokens (a fiftieth of them if quick), and cost against each size."""
+    tokens = TOKENS // 50 if effort.quick else TOKENS
+    return Measured(facts=million_facts(tokens) + curves() + group_facts())

@@ -23,12 +23,10 @@ from typing import Any
 import torch
 
 import moe_route as mr
-from moe_route.bench import results
-from moe_route.bench.recording import PAST, ByHand, Decoding, seconds_in_hooks
-from moe_route.bench.results import Fact, Row, Target
-from moe_route.bench.timing import Contender, Race, race
+from moe_route.bench.recording import WINDOW, ByHand, Decoding, race_in_hooks
+from moe_route.bench.results import Fact, Measured, Target, rows
+from moe_route.bench.timing import Contender, Effort, Race, race
 from moe_route.patching.deferred import MOST_TOKENS
-from moe_route.recording.recorder import LAG
 
 SECTION = "Whole models"
 LAYERS = 4
@@ -43,7 +41,7 @@ SIZES = {
     "num_experts_per_tok": 8,
     "vocab_size": 8192,
 }
-WINDOW = LAG + 1  # steps of batch 1 that the recorder counts together
+QUICK = {"hidden_size": 256, "moe_intermediate_size": 64, "vocab_size": 512}
 STOCK = "stock"
 EVERYTHING = "recording everything"
 FAST = "moe_route experts"
@@ -119,7 +117,9 @@ def prefill(model: Any, length: int) -> Case:
 
 
 class ProcessTime:
-    """Processor time of all threads of the process: nnsight and torch's own threads work outside the calling one."""
+    """Processor time of all threads of the process, because nnsight works in threads of its own."""
+
+    name = "processor time of the process"
 
     def timer(self, contender: Contender) -> Callable[[range], float]:
         def timed(turns: range) -> float:
@@ -227,9 +227,8 @@ def _nnsight(model: Any) -> Callable[[Case], object]:
 
     def run(case: Case) -> object:
         given = case.inputs()
-        with torch.inference_mode():
-            with wrapped.trace(**given):
-                saved = nnsight.save([layer.mlp.gate.output for layer in wrapped.model.layers])
+        with torch.inference_mode(), wrapped.trace(**given):
+            saved = nnsight.save([layer.mlp.gate.output for layer in wrapped.model.layers])
         if len(saved) != model.config.num_hidden_layers:
             raise RuntimeError(f"the trace has the outputs of {len(saved)} routers")
         case.after()
@@ -306,7 +305,7 @@ def _set_attributes(wanted: _Attributes, present: _Attributes) -> None:
 # ---- measuring
 
 
-def measure_case(case: Case, rounds: int) -> tuple[list[Row], list[Fact], list[Target]]:
+def measure_case(case: Case, rounds: int) -> Measured:
     """Time all contenders of a case in turns, and their memory; then the time inside the hooks of a recording."""
     from_peers, missing = peers(case)
     installs: dict[str, Install] = {STOCK: lambda: nullcontext(case.step), **ours(case), **others(case), **from_peers}
@@ -316,12 +315,10 @@ def measure_case(case: Case, rounds: int) -> tuple[list[Row], list[Fact], list[T
         raise RuntimeError(f"{case.title}: the contenders left the model changed")
     facts = [Fact(SECTION, case.title, f"{name}: memory at its peak", peak, "MB") for name, peak in peaks.items()]
     facts += [Fact(SECTION, case.title, text, 0, "calls") for text in missing]
-    targets = []
-    if case.decoding is not None:
-        more, targets = decode_facts(case, case.decoding, run)
-        facts += more
-    peer = dict.fromkeys([name for name in installs if name != STOCK], STOCK)
-    return results.rows(SECTION, case.title, run, peers=peer), facts, targets
+    peers_of = dict.fromkeys([name for name in installs if name != STOCK], STOCK)
+    strangers = [*others(case), *from_peers]
+    found = Measured(rows(SECTION, case.title, run, peers=peers_of, others=strangers), facts)
+    return found if case.decoding is None else found + decode_goals(case, case.decoding, run)
 
 
 def timed(case: Case, installs: Mapping[str, Install], rounds: int) -> tuple[Race, dict[str, float]]:
@@ -378,21 +375,30 @@ def _status(name: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name + ":"))
 
 
-def decode_facts(case: Case, decoding: Decoding, run: Race) -> tuple[list[Fact], list[Target]]:
+def decode_goals(case: Case, decoding: Decoding, run: Race) -> Measured:
     """Time inside the hooks of a recording, which is exact where ratios of steps are noise; and the goals."""
-    steps = 4 * WINDOW if case.calls == WINDOW else WINDOW
-    inside, hooks = seconds_in_hooks(decoding, ours(case)[EVERYTHING], steps)
-    share = inside / run.timing(STOCK).median
-    speed = run.ratio(STOCK, FAST_BOTH)
+    windows = 3 if case.calls == WINDOW else 2
+    inside, hooks = race_in_hooks(decoding, {EVERYTHING: partial(_recording, case)}, windows)
+    took = inside.timing(EVERYTHING).median
+    share = took / run.timing(STOCK).median
+    speed = run.ratios(STOCK, FAST_BOTH).median
+    what = f"{EVERYTHING}: time inside its {hooks[EVERYTHING]} hooks"
     facts = [
-        Fact(SECTION, case.title, f"{EVERYTHING}: time inside its {hooks} hooks", inside * 1e6, "us a step"),
+        Fact(SECTION, case.title, what, took * 1e6, "us a step"),
         Fact(SECTION, case.title, f"{EVERYTHING}: that as a share of the stock step", 100 * share, "%"),
     ]
     targets = [
         Target(f"{case.title}: time inside the recording hooks", "<= 0.5 % of a step", f"{share:.2%}", share <= SHARE),
         Target(f"{case.title}: {FAST_BOTH}", ">= 1.5 times as fast as stock", f"{speed:.2f}", speed >= SPEED),
     ]
-    return facts, targets
+    return Measured(facts=facts, targets=targets)
+
+
+@contextmanager
+def _recording(case: Case) -> Iterator[None]:
+    with ours(case)[EVERYTHING]() as run:
+        run(0)
+        yield
 
 
 def _first_output(case: Case) -> torch.Tensor:
@@ -401,12 +407,12 @@ def _first_output(case: Case) -> torch.Tensor:
         return case.model(input_ids=torch.arange(16)[None], use_cache=False).logits.clone()
 
 
-def measure(rounds: int, layers: int = LAYERS, **changes: int) -> tuple[list[Row], list[Fact], list[Target]]:
-    """All cases on one model; decoding at batch 1 takes all `rounds`, the others half of them."""
-    model = model_of(layers, **changes)
+def measure(effort: Effort) -> Measured:
+    """All cases on one model; decoding at batch 1 takes a twentieth of the rounds, and the others half of those."""
+    model = model_of(1, **QUICK) if effort.quick else model_of()
+    rounds = max(effort.rounds // 20, 2)
     half = max(rounds // 2, 2)
-    found: tuple[list[Row], list[Fact], list[Target]] = ([], [], [])
+    found = Measured()
     for case, times in ((decode(model, 1), rounds), (decode(model, 8), half), (prefill(model, 512), half)):
-        for whole, part in zip(found, measure_case(case, times), strict=True):
-            whole += part
+        found += measure_case(case, times)
     return found
