@@ -52,19 +52,16 @@ Install = Callable[[], AbstractContextManager[Contender]]
 """Enters a contender: yields what runs one call of the case."""
 
 
-def model_of(layers: int = LAYERS, **changes: int) -> torch.nn.Module:
+def model_of(layers: int = LAYERS, **changes: int) -> Any:
     """A random Qwen3-MoE in bfloat16 with the layers of Qwen3-30B-A3B: 1.2 GB for each."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    config = Qwen3MoeConfig(
-        **(SIZES | {"num_hidden_layers": layers} | changes),
-        norm_topk_prob=True,
-        dtype=torch.bfloat16,
-        architectures=["Qwen3MoeForCausalLM"],
-    )
+    sizes: dict[str, Any] = {**SIZES, "num_hidden_layers": layers, **changes}
+    # TransformerLens finds the architecture by its name
+    config = Qwen3MoeConfig(**sizes, norm_topk_prob=True, dtype=torch.bfloat16, architectures=["Qwen3MoeForCausalLM"])
     with torch.device("meta"):
-        model = Qwen3MoeForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu").eval().requires_grad_(False)
+        empty: Any = Qwen3MoeForCausalLM(config)
+    model = empty.to(torch.bfloat16).to_empty(device="cpu").eval().requires_grad_(False)
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config)  # its frequencies are no parameters
     generator = torch.Generator().manual_seed(0)
@@ -182,7 +179,11 @@ def others(case: Case) -> dict[str, Install]:
 
     @contextmanager
     def logits() -> Iterator[Contender]:
-        yield lambda turn: case.step(turn, output_router_logits=True)
+        plain = _attributes(case.model)
+        try:
+            yield lambda turn: case.step(turn, output_router_logits=True)
+        finally:
+            _set_attributes(plain, plain)  # transformers leaves the hooks of its first such call on the model
 
     return {"hooks by hand": by_hand, "output_router_logits=True": logits}
 
