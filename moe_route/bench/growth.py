@@ -95,6 +95,7 @@ def million(sequences: bool, tokens: int = TOKENS, groups: int = GROUPS) -> Grow
                 blocks += time.perf_counter() - start
                 if first >= groups and (call % max(calls // SAMPLES, 1) == 0 or call == calls - 1):
                     samples.append(((call + 1) * BATCH * LENGTH, _resident(), _stored(Path(folder))))
+            clock.unwrap()
         start = time.perf_counter()
         found = recorder.statistics()
         read = time.perf_counter() - start
@@ -160,6 +161,7 @@ def seconds_per_token(tokens: int, layers: int = LAYERS, **changes: int) -> floa
             clock.seconds = 0.0
             decoding.step(step)
             took.append(clock.seconds)
+        clock.unwrap()
     return statistics.median(took[1:]) / tokens / layers
 
 

@@ -143,16 +143,24 @@ class HookClock:
             table for module in model.modules() for table in (module._forward_hooks, module._forward_pre_hooks)
         ]
         self.before = [set(table) for table in self.tables]
+        self.wrapped: list[tuple[Any, int, Callable[..., object]]] = []
         self.seconds = 0.0
 
     def wrap(self) -> int:
-        """Wrap what is new; how many hooks that was."""
+        """Wrap what is new; how many hooks that was. Call `unwrap` before whoever installed them removes them."""
         new = [
             (table, key) for table, old in zip(self.tables, self.before, strict=True) for key in table if key not in old
         ]
         for table, key in new:
+            self.wrapped.append((table, key, table[key]))
             table[key] = self._timed(table[key])
         return len(new)
+
+    def unwrap(self) -> None:
+        """Put the hooks back: `detach` knows its own, and would leave the wrapped ones on the model."""
+        for table, key, hook in self.wrapped:
+            table[key] = hook
+        self.wrapped.clear()
 
     def _timed(self, hook: Callable[..., object]) -> Callable[..., object]:
         def timed(*args: object, **kwargs: object) -> object:
@@ -198,6 +206,7 @@ def race_in_hooks(decoding: Decoding, recordings: Mapping[str, Around], windows:
                     for step in range(WINDOW):
                         decoding.step(step)
                 seconds[name].append(clock.seconds / WINDOW)
+                clock.unwrap()
     return Race(seconds), hooks
 
 
