@@ -51,6 +51,7 @@ def draw(results: BenchmarkResults, path: Path) -> Path:
     groups = figure.add_subplot(grid[1, 2])
     x, y = found["groups, at batch-1 decode"]["tables"]
     groups.loglog(x, y, "o-", color=palette.COLORS[2], label="tables", linewidth=line_width())
+    whole_numbers(groups, x)
     finish(groups, "groups", "MB", "memory of the tables")
     return save(groups, path, dpi=110)
 
@@ -59,7 +60,13 @@ def curve(ax: Any, lines: dict[str, tuple[list[float], list[float]]], name: str,
     for color, (what, (x, y)) in zip((palette.COLORS[0], INK), lines.items(), strict=False):
         dash = "o-" if what == "recording" else "--"
         ax.loglog(x, y, dash, color=color, label=what.split(":")[0], linewidth=line_width(), markersize=3)
-    finish(ax, name, "s per million tokens", f"time against {name}")
+    whole_numbers(ax, x)
+    finish(ax, name, "s per million tokens", f"time per layer against {name}")
+
+
+def whole_numbers(ax: Any, x: list[float]) -> None:
+    ax.set_xticks(x, [f"{value:g}" for value in x])
+    ax.set_xticks([], minor=True)
 
 
 def finish(ax: Any, x: str, y: str, title: str) -> None:
