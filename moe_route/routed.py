@@ -390,7 +390,9 @@ class RoutedModel:
 
     def _labels_of(self, call: Call) -> Labels:
         """Steering row, group and segment of the tokens of a call that is about to run."""
-        recorder = self._recorder if self._recording else None
+        recorder = self._recorder
+        if recorder is not None and not recorder.on:
+            recorder = None
         group, segment = (-1, -1) if recorder is None else recorder._rows(call)
         if self._steering is None:
             return Labels(-1, group, segment)
@@ -400,7 +402,7 @@ class RoutedModel:
 
     def _after_call(self, call: Call) -> None:
         """Called when a call has completed."""
-        if self._recording and self._recorder is not None:
+        if self._recorder is not None and self._recorder.on:
             self._recorder._after_call()
 
     def _reject_drafts(self, count: int) -> None:
@@ -433,14 +435,11 @@ def _added(plans: Iterable[Plan]) -> Plan | None:
 
 
 class _Listener(CallListener):
-    """Passes the questions of the attachment to its ``RoutedModel``.
-
-    torch.compile calls these methods without tracing them, because bookkeeping in Python cannot be part of a graph.
-    """
+    """Passes the questions of the attachment to its ``RoutedModel``."""
 
     def __init__(self, routed: RoutedModel) -> None:
-        self.labels_of = torch.compiler.disable(routed._labels_of)  # type: ignore[method-assign]
-        self.after_call = torch.compiler.disable(routed._after_call)  # type: ignore[method-assign]
+        self.labels_of = routed._labels_of  # type: ignore[method-assign]
+        self.after_call = routed._after_call  # type: ignore[method-assign]
         self.reject_drafts = routed._reject_drafts  # type: ignore[method-assign]
 
 

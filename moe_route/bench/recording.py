@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -47,19 +47,19 @@ def decoder(dtype: torch.dtype, device: torch.device | str = "cpu", **changes: i
 
 
 class Decoding:
-    """One decode step after `PAST` tokens, on a new random token each time."""
+    """One decode step after `PAST` tokens of `batch` sequences, on new random tokens each time."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, batch: int = 1):
         from transformers import DynamicCache
 
         self.model = model
         generator = torch.Generator().manual_seed(1)
-        ids = torch.randint(0, model.config.vocab_size, (PAST + STEPS,), generator=generator).to(model.device)
-        self.tokens = ids[PAST:].view(STEPS, 1, 1)
+        ids = torch.randint(0, model.config.vocab_size, (PAST + STEPS, batch), generator=generator).to(model.device)
+        self.tokens = ids[PAST:, :, None]
         self.turn = 0
         self.cache = DynamicCache(config=model.config)
         with torch.inference_mode():
-            model(input_ids=ids[None, :PAST], past_key_values=self.cache, use_cache=True)
+            model(input_ids=ids[:PAST].T, past_key_values=self.cache, use_cache=True)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -67,19 +67,32 @@ class Decoding:
         self.step(0)
         yield
 
-    def step(self, _: int) -> torch.Tensor:
-        token = self.tokens[self.turn % STEPS]
-        self.turn += 1
+    def step(self, _: int, **arguments: Any) -> torch.Tensor:
         with torch.inference_mode():
-            logits = self.model(input_ids=token, past_key_values=self.cache, use_cache=True).logits
+            logits: torch.Tensor = self.model(**self.inputs(), **arguments).logits
         self.cache.crop(-1)
         return logits
+
+    def inputs(self) -> dict[str, Any]:
+        """Arguments of the next step; `cache.crop(-1)` takes it back."""
+        token = self.tokens[self.turn % STEPS]
+        self.turn += 1
+        return {"input_ids": token, "past_key_values": self.cache, "use_cache": True}
+
+
+class Stepping(Protocol):
+    """A model, and calls of it."""
+
+    @property
+    def model(self) -> Any: ...
+    @property
+    def step(self) -> Callable[[int], object]: ...
 
 
 class ByHand:
     """Counts, mass of the scores, weight of the chosen and entropy, as a careful user of torch would write them."""
 
-    def __init__(self, decoding: Decoding):
+    def __init__(self, decoding: Stepping):
         self.decoding, model = decoding, decoding.model
         self.routers = [router.module for router in mr.find_routers(model)]
         experts = mr.find_routers(model)[0].num_experts
@@ -130,16 +143,24 @@ class HookClock:
             table for module in model.modules() for table in (module._forward_hooks, module._forward_pre_hooks)
         ]
         self.before = [set(table) for table in self.tables]
+        self.wrapped: list[tuple[Any, int, Callable[..., object]]] = []
         self.seconds = 0.0
 
     def wrap(self) -> int:
-        """Wrap what is new; how many hooks that was."""
+        """Wrap what is new; how many hooks that was. Call `unwrap` before whoever installed them removes them."""
         new = [
             (table, key) for table, old in zip(self.tables, self.before, strict=True) for key in table if key not in old
         ]
         for table, key in new:
+            self.wrapped.append((table, key, table[key]))
             table[key] = self._timed(table[key])
         return len(new)
+
+    def unwrap(self) -> None:
+        """Put the hooks back: `detach` knows its own, and would leave the wrapped ones on the model."""
+        for table, key, hook in self.wrapped:
+            table[key] = hook
+        self.wrapped.clear()
 
     def _timed(self, hook: Callable[..., object]) -> Callable[..., object]:
         def timed(*args: object, **kwargs: object) -> object:
@@ -185,6 +206,7 @@ def race_in_hooks(decoding: Decoding, recordings: Mapping[str, Around], windows:
                     for step in range(WINDOW):
                         decoding.step(step)
                 seconds[name].append(clock.seconds / WINDOW)
+                clock.unwrap()
     return Race(seconds), hooks
 
 

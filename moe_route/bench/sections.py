@@ -53,6 +53,15 @@ SECTIONS = {
     "experts": Section(
         "the experts of one layer against those of transformers", "experts:measure", file="experts", transformers=True
     ),
+    "models": Section(
+        "a whole model with moe-route, and with what a user would take instead",
+        "models:measure",
+        file="models",
+        transformers=True,
+    ),
+    "growth": Section(
+        "memory, disk and time of recordings as they grow", "growth:measure", file="growth", transformers=True
+    ),
 }
 
 

@@ -149,7 +149,7 @@ def test_the_quick_form_measures_every_case(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
-    files = [tmp_path / f"{FAMILY}.json", tmp_path / f"{FAMILY}-experts.json"]
+    files = [tmp_path / f"{FAMILY}{ending}.json" for ending in ("", "-experts", "-models", "-growth")]
     assert printed["files"] == [str(path) for path in files]
     measured = BenchmarkResults.joined([BenchmarkResults.load(path) for path in files]).measured
     assert measured.targets
@@ -159,6 +159,7 @@ def test_the_quick_form_measures_every_case(tmp_path: Path) -> None:
     assert cases["Gate"] == {shape.title for shape in gate.SHAPES}
     assert {name: len(each) for name, each in cases.items()} == {
         "Gate": len(gate.SHAPES),
+        "Whole models": 3,
         "One row a call": 1,
         "Dispatch, permute, combine": 3,
         recording.STEP: 2,
