@@ -50,6 +50,7 @@ def attach(
     *,
     engine: Literal["hook", "fused"] = "hook",
     experts_implementation: Literal["moe_route"] | None = None,
+    pack: bool = False,
     verify: bool = True,
 ) -> RoutedModel:
     """Attach to a loaded model. Its outputs stay bit for bit the same until a plan steers it.
@@ -60,6 +61,8 @@ def attach(
         engine: ``"hook"`` or ``"fused"``, see ``patching.Attachment``.
         experts_implementation: ``None`` keeps the model's own; ``"moe_route"`` runs its experts by this package's
             dispatch and combine (equal within bounds), until ``detach`` restores the former one.
+        pack: with ``"moe_route"`` on a CPU, keep a packed copy of the experts' weights until ``detach``: faster from
+            about four tokens per expert on, the same bits as without, and as much memory again as these weights take.
         verify: first check every kind of router against its specification on random hidden states.
 
     Raises ``ModelNotSupportedError`` for a model without routers that can be attached to, ``AlreadyAttachedError`` for
@@ -67,7 +70,9 @@ def attach(
     """
     attachment = None
     try:
-        attachment = Attachment(model, engine=engine, experts_implementation=experts_implementation, verify=verify)
+        attachment = Attachment(
+            model, engine=engine, experts_implementation=experts_implementation, pack=pack, verify=verify
+        )
         return RoutedModel(attachment)
     except BaseException:
         if attachment is not None:
@@ -385,7 +390,9 @@ class RoutedModel:
 
     def _labels_of(self, call: Call) -> Labels:
         """Steering row, group and segment of the tokens of a call that is about to run."""
-        recorder = self._recorder if self._recording else None
+        recorder = self._recorder
+        if recorder is not None and not recorder.on:
+            recorder = None
         group, segment = (-1, -1) if recorder is None else recorder._rows(call)
         if self._steering is None:
             return Labels(-1, group, segment)
@@ -395,7 +402,7 @@ class RoutedModel:
 
     def _after_call(self, call: Call) -> None:
         """Called when a call has completed."""
-        if self._recording and self._recorder is not None:
+        if self._recorder is not None and self._recorder.on:
             self._recorder._after_call()
 
     def _reject_drafts(self, count: int) -> None:
@@ -428,14 +435,11 @@ def _added(plans: Iterable[Plan]) -> Plan | None:
 
 
 class _Listener(CallListener):
-    """Passes the questions of the attachment to its ``RoutedModel``.
-
-    torch.compile calls these methods without tracing them, because bookkeeping in Python cannot be part of a graph.
-    """
+    """Passes the questions of the attachment to its ``RoutedModel``."""
 
     def __init__(self, routed: RoutedModel) -> None:
-        self.labels_of = torch.compiler.disable(routed._labels_of)  # type: ignore[method-assign]
-        self.after_call = torch.compiler.disable(routed._after_call)  # type: ignore[method-assign]
+        self.labels_of = routed._labels_of  # type: ignore[method-assign]
+        self.after_call = routed._after_call  # type: ignore[method-assign]
         self.reject_drafts = routed._reject_drafts  # type: ignore[method-assign]
 
 

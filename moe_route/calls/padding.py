@@ -14,7 +14,7 @@ def valid_tokens(mask: object, batch: int, length: int, past: int) -> Tensor | N
     Forms: None; [B, past + S]; 4-D bool or additive float; a dict of those by kind of attention. Raises `ValueError`
     for any other mask.
     """
-    if isinstance(mask, Mapping):
+    if mask is not None and isinstance(mask, Mapping):
         mask = _full_attention(mask)
     if mask is None:
         return None

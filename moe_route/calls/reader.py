@@ -39,16 +39,17 @@ class CallReader:
         self.denoises = decodes and "input_ids" not in parameters
         # a model with an encoder and a decoder, which see different tokens, so each makes a call of its own
         self.holds_two = decodes and not self.denoises
-        self.names = {name.removeprefix("decoder_") if self.denoises else name: name for name in parameters}
-        self.places = {name: place for place, name in enumerate(self.names) if name in self.NAMES}
+        names = [name.removeprefix("decoder_") if self.denoises else name for name in parameters]
+        self.places = {name: place for place, name in enumerate(names) if name in self.NAMES}
+        self.parameters = parameters
 
-    def argument(self, name: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
-        """The argument `name` of a call, or None if it was not passed."""
-        given = self.names.get(name, name)
-        if given in kwargs:
-            return kwargs[given]
-        place = self.places.get(name, len(args))
-        return args[place] if place < len(args) else None
+    def named(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Mapping[str, object]:
+        """The arguments of a call by their names in `NAMES`; those that were not passed are absent."""
+        if not args and not self.denoises:
+            return kwargs  # as `generate` calls, in every step
+        given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        own = {name: self.parameters[place] for name, place in self.places.items()}
+        return {name: given[own.get(name, name)] for name in self.NAMES if own.get(name, name) in given}
 
     def __call__(
         self,
@@ -63,8 +64,9 @@ class CallReader:
         `generate` marks them valid in its mask; here they count as padding. `lengths` holds the cache lengths of
         earlier calls.
         """
-        ids = self.argument("input_ids", args, kwargs)
-        shaped = ids if isinstance(ids, Tensor) else self.argument("inputs_embeds", args, kwargs)
+        given = self.named(args, kwargs)
+        ids = given.get("input_ids")
+        shaped = ids if isinstance(ids, Tensor) else given.get("inputs_embeds")
         if self.first_tensor and not isinstance(shaped, Tensor):
             shaped = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if not isinstance(shaped, Tensor) or shaped.dim() == 0:
@@ -73,18 +75,15 @@ class CallReader:
             ids = shaped
         batch = shaped.shape[0]
         length = shaped.shape[1] if shaped.dim() > (2 if shaped.is_floating_point() else 1) else 1
-        mask = self.argument("attention_mask", args, kwargs)
-        past = self._past_length(args, kwargs, mask, length, lengths or CacheLengths())
+        mask = given.get("attention_mask")
+        past = self._past_length(given, length, lengths or CacheLengths())
         grows = past > 0 and length == 1
         phase: Phase = "decode" if grows or self.denoises else "prefill"
         valid = valid_tokens(mask, batch, length, past)
         if grows and batch > 1 and not self.denoises and isinstance(ids, Tensor):
             for token in finished():
                 valid = ids != token if valid is None else valid & (ids != token)
-        continues = self.argument("encoder_hidden_states", args, kwargs) is not None
-        ids = ids if isinstance(ids, Tensor) else None
-        places = self.argument("position_ids", args, kwargs)
-        mask, places = (given if isinstance(given, Tensor) else None for given in (mask, places))
+        places = given.get("position_ids")
         return Call(
             batch,
             length,
@@ -92,18 +91,18 @@ class CallReader:
             all_or_mask(valid),
             phase,
             shaped.device,
-            ids,
-            continues,
-            mask=mask,
-            position_ids=places,
-            counter=self._counter(args, kwargs, shaped.device),
+            ids if isinstance(ids, Tensor) else None,
+            given.get("encoder_hidden_states") is not None,
+            mask=mask if isinstance(mask, Tensor) else None,
+            position_ids=places if isinstance(places, Tensor) else None,
+            counter=None if shaped.device.type == "cpu" else self._counter(given, shaped.device),
             denoises=self.denoises,
         )
 
-    def _counter(self, args: tuple[object, ...], kwargs: Mapping[str, object], device: torch.device) -> Tensor | None:
+    def _counter(self, given: Mapping[str, object], device: torch.device) -> Tensor | None:
         """The length of the cache, if the cache keeps it on the device."""
-        cache = self.argument("past_key_values", args, kwargs)
-        if device.type == "cpu" or not hasattr(cache, "get_seq_length"):
+        cache = given.get("past_key_values")
+        if cache is None or not hasattr(cache, "get_seq_length"):
             return None
         try:
             length = cache.get_seq_length()
@@ -111,16 +110,9 @@ class CallReader:
             return None
         return length if isinstance(length, Tensor) and length.device == device else None
 
-    def _past_length(
-        self,
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-        mask: object,
-        length: int,
-        lengths: CacheLengths,
-    ) -> int:
+    def _past_length(self, given: Mapping[str, object], length: int, lengths: CacheLengths) -> int:
         for name in ("past_key_values", "cache_params"):
-            cache = self.argument(name, args, kwargs)
+            cache = given.get(name)
             if cache is not None and hasattr(cache, "get_seq_length"):
                 try:
                     past = cache.get_seq_length()
@@ -130,7 +122,7 @@ class CallReader:
                     continue
             if isinstance(cache, (tuple, list)) and cache:
                 return int(cache[0][0].shape[-2])
-        position = self.argument("cache_position", args, kwargs)
+        position, mask = given.get("cache_position"), given.get("attention_mask")
         if isinstance(position, Tensor) and position.numel():
             return int(position.reshape(-1)[0])  # waits for the device; transformers 5 passes the cache instead
         if isinstance(mask, Tensor) and mask.dim() == 2:

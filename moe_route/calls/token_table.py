@@ -37,7 +37,8 @@ class Labels:
     @property
     def uniform(self) -> bool:
         """Whether all tokens have the same labels."""
-        return self.entries is None and all(isinstance(value, int) for value in self.columns)
+        row, group, segment = self.columns
+        return self.entries is None and isinstance(row, int) and isinstance(group, int) and isinstance(segment, int)
 
 
 Tables = dict[torch.device, Tensor]

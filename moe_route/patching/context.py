@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import NoReturn
 
 import torch
@@ -47,6 +46,7 @@ class RunningCall:
         last: the table of the latest call, for checkpointed layers that run again in the backward pass.
         tables: the token table on each device that has a router.
         small: whether a call runs whose routers may be counted after it (`deferred`).
+        versioned: whether the tensors that the call makes have version counters; in inference mode they have none.
         steers: whether some token of the call may have a steering row.
         reached: whether some router ran in the call.
     """
@@ -70,9 +70,11 @@ class RunningCall:
         "steers",
         "table",
         "tables",
+        "versioned",
         "_ahead",
         "_cached",
         "_finished",
+        "_captured",
         "_key",
         "_labels",
         "_lock",
@@ -117,6 +119,8 @@ class RunningCall:
         self.steers = False
         self.reached = False
         self.small = False
+        self.versioned = True
+        self._captured = False
         self._finished, self._on_capture = finished, on_capture
         self._key: tuple[object, ...] | None = None
         self._cached: Tables = {}
@@ -156,7 +160,8 @@ class RunningCall:
         if self.idle or recomputing():
             return
         _refuse_export()
-        refuse_paged(kwargs)
+        if "cache" in kwargs:
+            refuse_paged(kwargs)
         if not self._claim(module):
             return
         generation = self.generation
@@ -173,7 +178,8 @@ class RunningCall:
         self.begin(call)
         self.reached = False
         # a captured graph does its own counting, since nothing can be counted after its replays
-        self.small = self.num_tokens <= MOST_TOKENS and not capturing(call.device)
+        self.small = self.num_tokens <= MOST_TOKENS and not self._captured
+        self.versioned = not torch.is_inference_mode_enabled()
 
     def _claim(self, module: nn.Module) -> bool:
         """Make the call of `module` the running one; False if this thread already runs an outer call."""
@@ -189,6 +195,8 @@ class RunningCall:
     @property
     def generation(self) -> Generation | None:
         """The innermost `generate` that this thread is running."""
+        if not self.generations:
+            return None
         here = _thread()
         for generation in reversed(self.generations):
             if here in (0, generation.thread):
@@ -230,8 +238,10 @@ class RunningCall:
 
     def begin(self, call: Call) -> None:
         """Get the labels of `call` and build its token table."""
-        labels = self.listener.labels_of(call) or Labels()
-        if self._on_capture is not None and capturing(call.device):
+        compiling = torch.compiler.is_compiling()
+        labels = (_labels_of(self.listener, call) if compiling else self.listener.labels_of(call)) or Labels()
+        self._captured = capturing(call.device)
+        if self._captured and self._on_capture is not None:
             self._on_capture(labels)
         self.tables = self._build(call, labels)
         self.counters = {} if labels.counter is None else {call.device: one_per_token(labels.counter, call)}
@@ -258,14 +268,17 @@ class RunningCall:
         """Count what was deferred, and tell the listener. Raises `RuntimeError` if no router ran."""
         if small:
             self.reached = self.reached or bool(self.deferred.kept)
-            self.deferred.end_call(num_tokens, partial(on_device, self.tables))
+            self.deferred.end_call(num_tokens, self.tables)
         if not self.reached and not self.idle and not module.training:  # in training, layers may be dropped
             raise RuntimeError(
                 f"{type(module).__name__} was called, but none of its routers: the blocks above them were replaced "
                 "(kernels, quantization, PEFT's modules_to_save) or compiled before attach. Detach; load the model "
                 "without kernels (use_kernels=False), call torch.compiler.reset() after compiling; and attach again."
             )
-        self.listener.after_call(call)
+        if torch.compiler.is_compiling():
+            _after_call(self.listener, call)
+        else:
+            self.listener.after_call(call)
 
     def table_for(self, num_tokens: int, device: torch.device, name: str) -> Tensor:
         """The token table for the less common cases.
@@ -342,17 +355,28 @@ class RunningCall:
     def _build(self, call: Call, labels: Labels) -> Tables:
         self._labels, self._patches = labels, {}
         self._uniform = call.valid is None and labels.uniform
-        key = (*labels.columns, call.batch * call.length, call.device) if self._uniform else None
+        # memory of a captured graph has no content yet, and the tensors that it reads must keep their address
+        keeps = self._uniform and not self._captured
+        key = (*labels.columns, call.batch * call.length, call.device) if keeps else None
+        if keeps and key == self._key:
+            return self._cached  # `steers` is a matter of the key
         row = broadcast_rows(labels.steering_row, call, "steering_row")
         self.steers = any_row(row)
-        # memory of a captured graph has no content yet, and the tensors that it reads must keep their address
-        keeps = key is not None and not capturing(call.device)
-        if keeps and key == self._key:
-            return self._cached
         tables = {call.device: build_table(call, labels, row)}
-        if keeps:
-            self._key, self._cached = key, tables
+        self._key, self._cached = key, tables
         return tables
+
+
+# torch.compile calls these two without tracing them, because bookkeeping in Python cannot be part of a graph. Only a
+# call that is compiled takes this way: the wrapper of `disable` costs as much as the bookkeeping of a decode step.
+@torch.compiler.disable
+def _labels_of(listener: CallListener, call: Call) -> Labels | None:
+    return listener.labels_of(call)
+
+
+@torch.compiler.disable
+def _after_call(listener: CallListener, call: Call) -> None:
+    listener.after_call(call)
 
 
 def _thread() -> int:

@@ -1,8 +1,8 @@
 """Count the routers of small calls together, after the calls.
 
 In a decode step the weights of a whole layer pass through the caches between two routers. Counting code that runs there
-meets cold caches and takes up to ten times as long as in a loop. So in small calls the hooks only keep references, and
-the layers of one or several steps are counted in one operator call.
+meets cold caches and takes up to ten times as long as in a loop. So in small calls the hooks only keep references. The
+rows that a router returned in several calls are then joined, and one operator call counts them for all layers.
 
 This is possible only if nothing changes a router's output in place after the router ran. The first small call is
 counted router by router and tests this: at its end the tensors must be unchanged. The host does not wait for a device's
@@ -12,13 +12,14 @@ checked whenever they are counted. Tensors of inference mode have no version cou
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from moe_route import ops
+from moe_route.calls.token_table import Tables, on_device
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import StatisticsTables
 from moe_route.devices import Answers
@@ -76,11 +77,18 @@ class Judged(NamedTuple):
     answers: Answers
 
 
-class KeptCall(NamedTuple):
-    """The router outputs of one call, and its token table on each device."""
+KeptOutput = tuple["Counted", Output, int | None]
+"""A router, its output, and the `versions` of that output; None in inference mode."""
 
-    outputs: list[tuple[Counted, Output, int]]
-    table_on: Callable[[torch.device], Tensor]
+KeptCall = tuple[list[KeptOutput], Tables]
+"""The router outputs of one call, and its token table on each device."""
+
+
+class Waiting(NamedTuple):
+    """What one router chose in the calls with these numbers."""
+
+    calls: list[int]
+    decisions: list[Output]
 
 
 class DeferredCounts:
@@ -90,7 +98,7 @@ class DeferredCounts:
 
     def __init__(self) -> None:
         self.lag = 0  # number of calls that may wait after the latest one
-        self.kept: list[tuple[Counted, Output, int]] = []  # engine, output of its router, `versions` of that output
+        self.kept: list[KeptOutput] = []
         self._calls: list[KeptCall] = []
         self._tokens = 0
         self._watched: list[Watched] = []
@@ -107,8 +115,8 @@ class DeferredCounts:
             return  # an earlier call is still being checked
         self._watched.append(Watched(engine, output, tuple(tensor.detach().clone() for tensor in output)))
 
-    def end_call(self, tokens: int, table_on: Callable[[torch.device], Tensor]) -> None:
-        """End a call of `tokens` tokens: count it, or let it wait. `table_on` returns its token table on a device.
+    def end_call(self, tokens: int, tables: Tables) -> None:
+        """End a call of `tokens` tokens: count it, or let it wait. `tables` holds its token table on each device.
 
         Raises the errors of `count`.
         """
@@ -118,7 +126,7 @@ class DeferredCounts:
             self._tell_engines()
         if not self.kept:
             return
-        self._calls.append(KeptCall(self.kept, table_on))
+        self._calls.append((self.kept, tables))
         self.kept = []
         self._tokens += tokens
         if len(self._calls) > self.lag or self._tokens >= MOST_TOKENS:
@@ -159,31 +167,45 @@ class DeferredCounts:
         if not self._calls:
             return
         calls, self._calls, self._tokens = self._calls, [], 0
-        alike: dict[tuple[int, int], tuple[Tensor, list[Counted], list[Output]]] = {}
-        for kept, table_on in calls:
-            for engine, whole, before in kept:
-                if versions(whole) != before:
-                    for other, _, _ in kept:
-                        other.may_defer(False)
-                    raise RuntimeError(
-                        f"the output of router {engine.router.name!r} was changed in place after the router ran, "
-                        f"though not in the first small call; {len(calls)} calls are not counted. Record again: "
-                        "later calls are counted router by router."
-                    )
-                output = engine.parts(whole)
-                table = table_on(output[0].device)
-                _, engines, outputs = alike.setdefault((engine.cohort, id(table)), (table, [], []))
-                engines.append(engine)
-                outputs.append(output)
-        for table, engines, outputs in alike.values():
+        waiting: dict[Counted, Waiting] = {}
+        for number, (kept, _) in enumerate(calls):
+            for engine, output, before in kept:
+                if before is not None and versions(output) != before:
+                    _refuse_changed(engine, calls)
+                if engine not in waiting:
+                    waiting[engine] = Waiting([], [])
+                waiting[engine].calls.append(number)
+                waiting[engine].decisions.append(engine.parts(output))
+        alike: dict[tuple[int, ...], list[Counted]] = {}
+        for engine, (numbers, _) in waiting.items():
+            alike.setdefault((engine.cohort, *numbers), []).append(engine)
+        for (_, *numbers), engines in alike.items():
+            outputs = [[_joined(parts) for parts in zip(*waiting[engine].decisions, strict=True)] for engine in engines]
+            table = _joined([on_device(calls[number][1], outputs[0][0].device) for number in numbers])
             logits, weights, ids = zip(*outputs, strict=True)
             statistics = [engine.statistics for engine in engines if engine.statistics is not None]
             ops.observe_layers(logits, ids, weights, engines[0].spec, tokens=table, statistics=statistics)
 
 
+def _joined(parts: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    # detached, and not made without grad mode: an interrupt could leave the mode of the whole process switched
+    return parts[0] if len(parts) == 1 else torch.cat(parts).detach()
+
+
+def _refuse_changed(engine: Counted, calls: Sequence[KeptCall]) -> NoReturn:
+    for kept, _ in calls:
+        for other, _, _ in kept:
+            other.may_defer(False)
+    raise RuntimeError(
+        f"the output of router {engine.router.name!r} was changed in place after the router ran, though not in the "
+        f"first small call; {len(calls)} calls are not counted. Record again: later calls are counted router by router."
+    )
+
+
 def versions(output: Output) -> int:
     """Number of in-place changes of the first three tensors, in total; 0 for tensors of inference mode."""
     first, second, third = output[:3]
-    if first.is_inference() or second.is_inference() or third.is_inference():
+    try:
+        return first._version + second._version + third._version
+    except RuntimeError:  # asking each tensor beforehand costs more in every call
         return 0
-    return first._version + second._version + third._version

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from moe_route import ops
 from moe_route.contract.tables import StatisticsTables, SteeringTables
@@ -54,8 +55,8 @@ class HookEngine(Engine):
     def hook(self, module: nn.Module, args: tuple[object, ...], output: Output) -> Output | None:
         """Count the router's output; return a new output only if some token is steered."""
         context = self.context
-        if context.small and self.defers and not torch.compiler.is_compiling():
-            context.deferred.kept.append((self, output, versions(output)))
+        if context.small and self.defers and not is_compiling():
+            context.deferred.kept.append((self, output, versions(output) if context.versioned else None))
             return None
         if context.idle:
             return None
@@ -73,7 +74,7 @@ class HookEngine(Engine):
         if again:
             return None
         if self.statistics is not None:
-            if context.small and self.keeps_output is None and not torch.compiler.is_compiling():
+            if context.small and self.keeps_output is None and not is_compiling():
                 context.deferred.watch(self, decision)
             logits, weights, ids = decision
             ops.observe(logits, ids, weights, self.spec, tokens=table, statistics=self.statistics)

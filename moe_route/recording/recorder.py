@@ -12,7 +12,6 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -365,26 +364,38 @@ class Recorder:
         if not self._on or self._paused or first == end:
             return -1, -1
         running = self._sequences_of(call)
-        if capturing(call.device):
+        captured = capturing(call.device)
+        if captured:
             self._note_capture()
         if call.drafted:
             self._make_room(len(self._groups) + call.drafted, running.segments)
         decided = not call.drafted or end < call.length
         if self._choices is not None:
-            group = self._by_phase(call, partial(running.group_rows, call), 0)
-            segment = self._by_phase(call, partial(running.segment_rows, call), 0)
+            group = self._by_phase(call, running.group_rows, 0)
+            segment = self._by_phase(call, running.segment_rows, 0)
             self._choices.begin_call(call, group, segment, drafted=0 if decided else call.drafted)
-        groups = self._by_phase(call, partial(running.group_rows, call), self._tables.group_capacity)
-        segments = self._by_phase(call, partial(running.segment_rows, call), self._tables.segment_capacity)
+        groups, segments = self._table_rows(running, call)
         if not decided:
             groups, segments = self._hold_drafts(call, groups, segments)
         if call.ahead:
             return groups, segments
-        if not capturing(call.device):
+        if not captured:
             running.keep_tokens(call, first, end)
         self._calls += 1
         self._countable_calls += running.block.mask is None and self._special is None
         self._open = True
+        return groups, segments
+
+    def _table_rows(self, running: RunningSequences, call: Call) -> tuple[int | Tensor, int | Tensor]:
+        """Rows of the group tables and of the segment tables; kept where they are the same in every call of a phase."""
+        group_capacity, segment_capacity = self._tables.group_capacity, self._tables.segment_capacity
+        key = (call.phase, call.device, group_capacity, segment_capacity)
+        if key in running.fixed_rows and not call.drafted:
+            return running.fixed_rows[key]
+        groups = self._by_phase(call, running.group_rows, group_capacity)
+        segments = self._by_phase(call, running.segment_rows, segment_capacity)
+        if running.by_sequence and not call.drafted:
+            running.fixed_rows[key] = groups, segments
         return groups, segments
 
     def _columns(self, call: Call) -> tuple[int, int]:
@@ -393,12 +404,12 @@ class Recorder:
         first = 0 if prompt and "prefill" in self._phases else prompt
         return first, call.length if call.phase in self._phases else max(first, prompt)
 
-    def _by_phase(self, call: Call, rows_at: Callable[[int], int | Tensor], capacity: int) -> int | Tensor:
+    def _by_phase(self, call: Call, rows_at: Callable[[Call, int], int | Tensor], capacity: int) -> int | Tensor:
         """Rows of a call's tokens, offset by ``capacity`` for the second phase."""
-        now = rows_at(PHASES.index(call.phase) * capacity) if call.phase in self._phases else -1
+        now = rows_at(call, PHASES.index(call.phase) * capacity) if call.phase in self._phases else -1
         if not (call.drafted and call.prompt):
             return now
-        before = rows_at(PHASES.index("prefill") * capacity) if "prefill" in self._phases else -1
+        before = rows_at(call, PHASES.index("prefill") * capacity) if "prefill" in self._phases else -1
         return in_phases(before, now, call)
 
     def _hold_drafts(

@@ -42,6 +42,9 @@ class RunningSequences:
         self.groups: np.ndarray = block.values([group_index[name] for name in block.names])  # shape [], [N] or [N, S]
         self._find_segments(len(group_index))
         self.broken = False  # whether a call failed
+        # whether a row of the tables is that of a sequence, whatever the column and the token
+        self.by_sequence = self.groups.ndim < 2 and block.mask is None and special is None
+        self.fixed_rows: dict[object, tuple[int | Tensor, int | Tensor]] = {}  # kept by the recorder, if `by_sequence`
         self._rows: dict[tuple[str, int, torch.device], int | Tensor] = {}
         self._tokens: list[tuple[Tensor | None, int]] = []
 
@@ -108,7 +111,7 @@ class RunningSequences:
         if ids is not None and ids.shape == (call.batch, call.length):
             # a copy, because callers may reuse their input buffer for the next step
             kept = ids.clone() if call.valid is None else torch.where(call.valid, ids, _PADDING)
-            self._tokens.append((kept[:, first:end], end - first))
+            self._tokens.append((kept if end - first == call.length else kept[:, first:end], end - first))
         else:
             self._tokens.append((None, end - first))
 

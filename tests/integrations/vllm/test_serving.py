@@ -1,4 +1,4 @@
-"""The commands of docs/serving.md, run as they stand, on a free port: two groups, one steered, and a refused request."""
+"""The commands of docs/serving.md as they stand, on a free port: two groups, one steered, and a refused request."""
 
 from __future__ import annotations
 
