@@ -61,6 +61,16 @@ class SequenceAverages:
             columns["mean_token_entropy"] = summed * FIXED_POINT / np.where(scored > 0, scored, np.nan)
         return cls(tokens, metrics.get("counts"), values, columns)
 
+    def stored(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The arrays that a `SequenceStore` keeps of the sequences ``rows``."""
+        arrays: dict[str, np.ndarray] = {"tokens": self.tokens[rows]}
+        if self.counts is not None:
+            arrays["counts"] = self.counts[rows].astype(np.int32)
+        arrays |= {kind: self.values[kind][rows].astype(np.float32) for kind in ("full", "topk") if kind in self.values}
+        if "mean_token_entropy" in self.scalars:
+            arrays["token_entropy"] = self.scalars["mean_token_entropy"][rows]
+        return arrays
+
 
 class SequencePool:
     """int64 sums over finished sequences per (view, group, layer, expert); the views are prefill, decode and all."""

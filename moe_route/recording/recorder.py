@@ -603,16 +603,8 @@ class Recorder:
             sequence = running.segment_sequence[part]
             item = running.item(sequence)
             keys.append((unnamed[sequence] if item is None else item, names[running.segment_group[part]]))
-        arrays: dict[str, np.ndarray] = {"tokens": averages.tokens[seen]}
-        if averages.counts is not None:
-            arrays["counts"] = averages.counts[seen].astype(np.int32)
-        arrays |= {
-            kind: averages.values[kind][seen].astype(np.float32) for kind in ("full", "topk") if kind in averages.values
-        }
-        if self._tables.entropy:
-            arrays["token_entropy"] = averages.scalars["mean_token_entropy"][seen]
-        arrays |= {name: array[seen] for name, array in values.items()}
-        self._store.append(keys, arrays)
+        kept = {name: array[seen] for name, array in values.items()}
+        self._store.append(keys, averages.stored(seen) | kept)
 
     def _refuse_repeats(self, block: LabelBlock) -> None:
         """Raise, before the model runs, if the store could not accept the sequences of a block."""

@@ -25,6 +25,7 @@ class Options:
         plan: file of the plan that steers requests which name none.
         plans: name -> file of the plans that a request may choose by ``moe_route_plan``; None reserves a name.
         record: whether to record from the start.
+        sequences: whether to keep the averages of every sequence, by (item, group).
         rows: steering rows that fit in the tables, over all plans. The tables are made once, as CUDA graphs need.
         any_version: whether to run on a vLLM that was not tried.
     """
@@ -33,6 +34,7 @@ class Options:
     plan: str | None = None
     plans: Mapping[str, str | None] = field(default_factory=dict)
     record: bool = False
+    sequences: bool = False
     rows: int = 16
     any_version: bool = False
 
@@ -65,7 +67,7 @@ class Options:
             )
         if isinstance(self.rows, bool) or not isinstance(self.rows, int) or self.rows < 1:
             raise EngineNotSupportedError(f'moe_route: "rows" is a number from 1, not {self.rows!r}')
-        for name in ("record", "any_version"):
+        for name in ("record", "sequences", "any_version"):
             if not isinstance(getattr(self, name), bool):
                 raise EngineNotSupportedError(f'moe_route: "{name}" is true or false')
 

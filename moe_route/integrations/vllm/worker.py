@@ -21,9 +21,10 @@ from moe_route.integrations.vllm.requests import PlanRows, Request, RequestTable
 from moe_route.integrations.vllm.sites import check, find_sites, hook
 from moe_route.integrations.vllm.versions import EngineNotSupportedError, check_version
 from moe_route.recording.metadata import add_fingerprints
-from moe_route.recording.pooling import SequencePool
+from moe_route.recording.pooling import SequenceAverages, SequencePool
 from moe_route.recording.recorder import DEFAULT_METRICS
 from moe_route.recording.statistics import RecordingError, RoutingStatistics
+from moe_route.recording.store import SequenceStore
 from moe_route.recording.tables import TableSet, TableSums
 from moe_route.steering.compiled import CompiledPlan
 from moe_route.steering.model import PlanError
@@ -171,6 +172,9 @@ class Session:
         widest = max(site.num_experts for site in self.sites)
         self._pool = SequencePool(len(self.options.groups), len(self.sites), widest, _COUNTED, entropy=True)
         self._free = list(range(self._config.scheduler_config.max_num_seqs - 1, -1, -1))
+        names, experts = [site.name for site in self.sites], [site.num_experts for site in self.sites]
+        self._store = SequenceStore(names, experts) if self.options.sequences else None
+        self._repeated = 0  # sequences whose item and group the store held already
         self._used_plans = {plan.plan_hash for plan in self._plans.values()}
         self._fingerprint: str | None = None
         self._steps = self._cached = self._without_room = 0
@@ -234,6 +238,7 @@ class Session:
             sequence_sums=self._pool.sums,
             entropy=True,
             metadata=self._metadata(),
+            store=None if self._store is None else self._store.snapshot(),
         )
 
     def _metadata(self) -> dict[str, Any]:
@@ -253,6 +258,7 @@ class Session:
             "running_sequences": counted,
             "cached_tokens": self._cached,
             "tokens_run_again": self._requests.tokens_run_again,
+            **({} if self._store is None else {"repeated_items": self._repeated}),
         }
 
     def report(self) -> dict[str, Any]:
@@ -353,10 +359,24 @@ class Session:
         if not ended:
             return
         sums = self._as_transformers(self._tables.take_segments([request.segment for request in ended]))
-        self._pool.add(sums, np.array([request.group for request in ended]))
+        averages = self._pool.add(sums, np.array([request.group for request in ended]))
+        self._keep(ended, averages)
         self._free += [request.segment for request in ended]
         for request in ended:
             self._fingerprint = add_fingerprints(self._fingerprint, self._identity(request, lengths[request.name]))
+
+    def _keep(self, ended: Sequence[Request], averages: SequenceAverages) -> None:
+        """Add sequences to the store. Raising would end the engine, so a repeated item is kept without its id."""
+        if self._store is None:
+            return
+        seen = np.flatnonzero(averages.tokens.any(axis=1))  # a request that was aborted first may have no token
+        keys: dict[tuple[str | int, str], None] = {}
+        for row in seen.tolist():
+            item, group = ended[row].item, self.options.groups[ended[row].group]
+            repeated = item is not None and ((item, group) in keys or (item, group) in self._store)
+            self._repeated += repeated
+            keys[self._store.next_unnamed() if item is None or repeated else item, group] = None
+        self._store.append(list(keys), averages.stored(seen))
 
     def _identity(self, request: Request, length: int) -> str:
         """The fingerprint that a recording in transformers has for this sequence."""

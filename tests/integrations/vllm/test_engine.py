@@ -62,10 +62,10 @@ def rows(demo: Any) -> list[Row]:
     return found
 
 
-def in_transformers(model: Any, rows: list[Row], plan: mr.Plan | None) -> Answers:
+def in_transformers(model: Any, rows: list[Row], plan: mr.Plan | None, *, sequences: bool = False) -> Answers:
     texts = []
     with mr.attach(model) as routed, torch.no_grad():
-        with routed.steer(plan) if plan else nullcontext(), routed.record(groups=GROUPS) as rec:
+        with routed.steer(plan) if plan else nullcontext(), routed.record(groups=GROUPS, sequences=sequences) as rec:
             for row in rows:
                 ids = torch.tensor([row.ids])
                 with rec.labels(groups=row.group, items=[row.item]):
@@ -248,3 +248,15 @@ def test_preempted_requests_count_once() -> None:
     np.testing.assert_array_equal(together.statistics.token_sum("counts"), alone.statistics.token_sum("counts"))
     np.testing.assert_array_equal(together.statistics.sequences(), alone.statistics.sequences())
     assert together.statistics.metadata["fingerprint"] == alone.statistics.metadata["fingerprint"]
+
+
+def test_every_sequence_is_kept_as_in_transformers(demo: Any, rows: list[Row]) -> None:
+    llm = engine({"groups": GROUPS, "sequences": True})
+    found, there = in_vllm(llm, rows[:6]), in_transformers(demo[0], rows[:6], None, sequences=True)
+    stores = found.statistics.store, there.statistics.store
+    assert [len(store) for store in stores] == [6, 6]
+    for row in rows[:6]:
+        np.testing.assert_array_equal(*(store.counts(row.item, row.group) for store in stores))
+        np.testing.assert_allclose(*(store.distributions(row.item, row.group) for store in stores), atol=1e-6)
+    repeated = [rows[0], rows[0]._replace(ids=rows[1].ids)]
+    assert in_vllm(llm, repeated).statistics.metadata["repeated_items"] == 1

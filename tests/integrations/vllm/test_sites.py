@@ -112,7 +112,7 @@ def test_a_router_that_does_something_else_is_refused(routes_as: RouterSpec, wor
 
 def test_the_operator_is_switched_by_the_tables_alone() -> None:
     """As a replayed graph has it: the call stays the same, the contents of the tables change."""
-    from moe_route.contract.tables import SteeringTables, StatisticsTables
+    from moe_route.contract.tables import StatisticsTables, SteeringTables
 
     router = FusedTopKRouter()
     (site,) = sites.find_sites(MoERunner(router), "qwen3_moe")
