@@ -81,8 +81,7 @@ def _reroute(logits: Tensor, weights: Tensor, ids: Tensor, site_index: int) -> N
         statistics=site.statistics,
     )
     weighed.copy_(new_weights)
-    # a kernel needs an id in every slot: an empty one repeats a chosen expert, with weight 0
-    chosen.copy_(torch.where(new_ids < 0, new_ids.amax(-1, keepdim=True).clamp(min=0), new_ids))
+    chosen.copy_(new_ids.clamp_(min=0))  # a kernel needs an id in every slot: an empty one gets expert 0, with weight 0
 
 
 def _reroute_fake(logits: Tensor, weights: Tensor, ids: Tensor, site_index: int) -> None:
