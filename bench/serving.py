@@ -68,6 +68,7 @@ class Clock:
 def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     import vllm
+
     from moe_route.integrations.vllm import worker
 
     table, operators = Clock(), Clock()

@@ -65,12 +65,19 @@ def statistics(llm: Any) -> RoutingStatistics:
     Raises an error with the words of ``recording.RecordingError`` if nothing was recorded.
     """
     from moe_route.recording.statistics import RoutingStatistics
+    from moe_route.recording.store import SequenceStore
 
     answers = [answer for answer in llm.collective_rpc("moe_route_statistics", args=(None, True)) if answer is not None]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "statistics.safetensors"
         file.write_bytes(answers[0])
-        return RoutingStatistics.load(file)
+        found = RoutingStatistics.load(file)
+        if found.store is not None:  # it reads its sequences from the file, which goes
+            kept = SequenceStore(found.layers, found.num_experts)
+            for shard in found.store.shards():
+                kept.append(shard.keys, shard.arrays)
+            found.store = kept
+        return found
 
 
 def register() -> None:
