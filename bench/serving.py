@@ -89,7 +89,9 @@ def main() -> None:
             additional_config={"moe_route": {"groups": ["a", "b"]}},
         )
         print(
-            "| | a step (ms) | token table (us) | operator, all layers (us) | share of the step |\n|---|---|---|---|---|"
+            "| | a step (ms) | token table (us) | operator, all layers (us) | share of the step |",
+            "|---" * 5 + "|",
+            sep="\n",
         )
         for mode in ("record", "steer and record"):
             if mode != "record":
