@@ -178,8 +178,8 @@ class CorpusRecording:
         if different:
             key = different[0]
             raise RunFolderError(
-                f"{self.folder} holds a run with another {key} ({theirs.get(key)!r}, not {mine[key]!r}): go on with the "
-                "same command, or name a new folder"
+                f"{self.folder} holds a run with another {key} ({theirs.get(key)!r}, not {mine[key]!r}): go on with "
+                "the same command, or name a new folder"
             )
 
 

@@ -224,9 +224,10 @@ class TestCommand:
     @pytest.mark.slow
     @pytest.mark.timeout(1800)
     @pytest.mark.parametrize("ranks", [1, 2, 4])
-    def test_killed_at_random_moments(self, corpus: Path, whole: Path, tmp_path: Path, ranks: int):
+    def test_killed_at_random_moments(self, corpus: Path, tmp_path: Path, ranks: int):
         """One rank is killed each time; its launcher ends the others, and the same command goes on."""
-        out, killed = tmp_path / "run", 0
+        whole, out, killed = tmp_path / "whole", tmp_path / "run", 0
+        assert started(whole, corpus, 1)[0].wait() == 0  # a process like the others: with as many threads
         for _ in range(5):
             processes = started(out, corpus, ranks)
             aim = checkpoints(out) + random.randint(1, 3)
