@@ -57,7 +57,7 @@ emulated: $(VENV)/.with-test
 	touch build/cpp/moe_route_emulated.so
 
 bench: build
-	$(BIN)/python -m bench
+	$(BIN)/moe-route bench --out bench/results
 
 lint: $(VENV)/.with-dev
 	$(BIN)/ruff check $(CODE)

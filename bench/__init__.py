@@ -1,1 +1,6 @@
-"""Benchmarks: `python -m bench` writes `bench/results/`; `pytest bench` runs the contenders under pytest-benchmark."""
+"""What only the project measures: committed results, machine code, CUDA devices. Users run `moe-route bench`."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"

@@ -9,8 +9,8 @@
 #                                   by git), so that kernels run before anything is built on the machine with the device
 #
 # PYTHON (python3)                  the Python whose torch is used; nothing is installed into it
-# OUT (bench/results/new)           where results go, at most 8 files: gpu.json (every stage), gpu.log, checks.json,
-#                                   tests.xml, sanitizers.log, ncu.txt, and <device>.json and .md of the benchmarks
+# OUT (bench/results/new)           where results go, at most 7 files: gpu.json (every stage), gpu.log, checks.json,
+#                                   tests.xml, sanitizers.log, ncu.txt, and <device>.json of the benchmarks
 # MOE_ROUTE_GPU_BUILD (build/gpu)   build folder, kept for the next run
 # MOE_ROUTE_GPU_SECONDS (560)       time for everything; more of it lengthens the limits of the stages too
 # MOE_ROUTE_COMMIT                  the commit's name, where the tree is no checkout
@@ -139,6 +139,16 @@ device_stage() {
     settle "$1" "needs a device" 0 "$not_here"
   else
     stage "$@"
+  fi
+}
+
+# program_stage NAME LIMIT COMMAND...: a device stage that runs device_test, which a stage of its own builds
+program_stage() {
+  if [ -z "$dry" ] && wanted "$1" && [ ! -x "$build/device_test" ]; then
+    echo "there is no program $build/device_test: add the stage that builds it, --only device-test-build,$1" >"$said"
+    settle "$1" failed 0 1
+  else
+    device_stage "$@"
   fi
 }
 
@@ -285,9 +295,9 @@ if wanted build; then
     echo "$code" >module.new && mv module.new module.code
   ) &
 fi
-device_stage device-test 200 bash -c run_device_test
+program_stage device-test 200 bash -c run_device_test
 # the same with launches that overlap, which is off by default
-device_stage device-test-pdl 60 env MOE_ROUTE_TUNING=pdl=1 bash -c "'$build/device_test' --problems 300 || exit 1"
+program_stage device-test-pdl 60 env MOE_ROUTE_TUNING=pdl=1 bash -c "'$build/device_test' --problems 300 || exit 1"
 stage build 270 bash -c wait_for_module
 # The folder of the package comes first, so that the tree's own moe_route is not what is tested.
 [ ! -d "$site/moe_route" ] || export PYTHONPATH="$site:$root"
@@ -326,13 +336,13 @@ measure() {
 [ "$call" = 1 ] || add=(--add) # a later call adds to what the first one measured, where OUT is the same
 measure gate 120
 measure dispatch 120
-for tool in memcheck racecheck; do device_stage "$tool" 60 bash -c "sanitize $tool '$build/device_test' --problems 20"; done
-device_stage ncu 60 bash -c profile
+for tool in memcheck racecheck; do program_stage "$tool" 60 bash -c "sanitize $tool '$build/device_test' --problems 20"; done
+program_stage ncu 60 bash -c profile
 measure chain 90
 measure decode 90
 measure sweep 180
 for name in layers model expert-layers; do measure "$name" 120; done
-for tool in initcheck synccheck; do device_stage "$tool" 60 bash -c "sanitize $tool '$build/device_test' --problems 20"; done
+for tool in initcheck synccheck; do program_stage "$tool" 60 bash -c "sanitize $tool '$build/device_test' --problems 20"; done
 device_stage memcheck-operators 90 bash -c operators_under_memcheck
 stage tests 200 bash -c run_tests
 if wanted build; then wait; fi # for the module's build, which its stage may have left behind

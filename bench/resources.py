@@ -1,6 +1,6 @@
 """`python -m bench.resources`: what every CUDA kernel takes of a multiprocessor, as ptxas says.
 
-Writes results/cuda-resources.json and .md. Needs nvcc, CMake and Ninja, and no device: the kernels are compiled anew in
+Writes results/cuda-resources.json. Needs nvcc, CMake and Ninja, and no device: the kernels are compiled anew in
 a folder of their own (minutes), or `--log` names what such a configuration and build printed.
 """
 
@@ -13,13 +13,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from bench.results import FOLDER, commit, table
+from bench import RESULTS, ROOT
+from bench.pages import table
+from moe_route.bench.results import commit
 
-ROOT = Path(__file__).parent.parent
 NAME = "cuda-resources"
 
 # Of one multiprocessor of sm_80 and sm_90: registers are given to warps in units of 256.
@@ -116,6 +118,12 @@ def kernels(log: str) -> list[Kernel]:
     return sorted(made, key=lambda kernel: (kernel.architecture, kernel.name))
 
 
+def held(content: Mapping[str, Any]) -> list[Kernel]:
+    """The kernels of a results file."""
+    names = [each.name for each in fields(Kernel)]
+    return [Kernel(**{name: kernel[name] for name in names}) for kernel in content["kernels"]]
+
+
 def summary(found: list[Kernel]) -> Iterator[tuple[str, ...]]:
     for architecture in dict.fromkeys(kernel.architecture for kernel in found):
         of = [kernel for kernel in found if kernel.architecture == architecture]
@@ -147,7 +155,7 @@ def _cells(kernel: Kernel) -> tuple[str, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__)
     parser.add_argument("--log", type=Path, help="what cmake and the build printed; default: compile now")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the two files")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the file")
     options = parser.parse_args()
     if options.log is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -159,11 +167,10 @@ def main() -> None:
         sys.exit(
             "the log shows no CUDA kernels; it must be of a configuration with MOE_ROUTE_CUDA=ON and its whole build."
         )
-    about = {"nvcc": build[1], "architectures": build[2], "commit": commit()}
+    about = {"nvcc": build[1], "architectures": build[2], "commit": commit(ROOT)}
     content = {"build": about, "kernels": [{**asdict(kernel), "warps": kernel.warps} for kernel in found]}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{NAME}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    (options.out / f"{NAME}.md").write_text(markdown(about, found), encoding="utf-8")
     print(table(("architecture", "kernels", "most registers", "kernels that spill"), summary(found)))
 
 

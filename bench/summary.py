@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.results import duration, table
+from bench.pages import table
+from moe_route.texttable import duration
 
 CASE = "E=128 k=8 T=4096 float32"
 OTHERS = (
@@ -25,6 +26,7 @@ OTHERS = (
     "T=512 H=1024 E=128 k=8 float32",
     "T=2048 H=1024 E=128 k=8 float32",
 )
+RECORDING, OURS, BY_HAND = "Recording while decoding", "moe-route", "by hand in torch"
 COMMITTED = Path(__file__).parent / "results" / "cpu-avx512.json"
 COMMITTED_EXPERTS = COMMITTED.with_name("cpu-avx512-experts.json")
 
@@ -35,7 +37,7 @@ def summary(content: Mapping[str, Any]) -> str:
     intro = (
         f"One thread of a shared {machine['processor']} machine (kernels {machine['instruction set of the kernels']}, "
         f"torch {machine['torch']}), medians, against what one would write in torch, timed in the same run with inputs "
-        "that never repeat ([how](../bench/README.md)). 128 experts, top-8, 4096 rows of float32 logits:\n"
+        "that never repeat ([how](measuring.md)). 128 experts, top-8, 4096 rows of float32 logits:\n"
     )
     parts = [
         intro,
@@ -43,7 +45,7 @@ def summary(content: Mapping[str, Any]) -> str:
         "Route with counts at other sizes, and other operators:\n",
         table(("", "time", "torch", "times as fast"), _others(content)),
         "Recording a 16-layer model while it decodes, batch 1:\n",
-        table(("", "time inside the hooks", "share of a step"), _recording(content)),
+        table(("", "time inside the hooks", "share of a step", "times as fast as by hand"), _recording(content)),
     ]
     missed = [f"- {t['what']}: {t['measured']}, wanted {t['wanted']}" for t in content["targets"] if not t["met"]]
     if missed:
@@ -57,7 +59,7 @@ def experts_summary(content: Mapping[str, Any]) -> str:
         "The experts of one layer in bfloat16 (two threads, random weights), by the implementations of transformers "
         f"{content['machine']['transformers']} and ours; the floor is reading the weights of the experts hit, "
         "or as many multiplications in dense products, whichever takes longer "
-        "([all of them](../bench/results/cpu-avx512-experts.md)):\n"
+        "([all of them](../bench/results/cpu-avx512-experts.json)):\n"
     )
     head = ("", "eager", "grouped_mm", "moe_route", "times as fast as grouped_mm", "share of the floor")
     return f"{intro}\n{table(head, _experts(content))}"
@@ -86,14 +88,14 @@ def headline() -> str:
         if name
         in ("route + counts", "route + counts + probability + weight + entropy", "route + counts, soft steering")
     ]
-    recording = {name: (inside, share) for name, inside, share in _recording(kernels)}
+    recording = {name: figures for name, *figures in _recording(kernels)}
     for dtype in ("float32", "bfloat16"):
-        (inside, share), (_, by_hand) = recording[f"moe-route, {dtype}"], recording[f"by hand in torch, {dtype}"]
+        (inside, share, times), (_, by_hand, _) = (recording[f"{who}, {dtype}"] for who in (OURS, BY_HAND))
         rows.append(
             (
                 f"recording a 16-layer model at decode, batch 1, {dtype}",
                 f"{inside} a step",
-                f"{share} of the step (by hand in torch {by_hand})",
+                f"{share} of the step, {times} x as fast as by hand in torch ({by_hand})",
             )
         )
     times = [float(row[4]) for row in _experts(experts)]
@@ -114,7 +116,7 @@ def _rows(content: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
 def _gate(content: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     rows = _rows(content)
     for (case, name), row in rows.items():
-        if case == CASE and row["peer"]:
+        if case == CASE and "peer" in row:
             peer = rows[case, row["peer"]]
             a_row = f"{row['median'] / 4096 * 1e9:.0f} ns"
             yield name, duration(row["median"]), a_row, duration(peer["median"]), f"{row['times_peer']:.1f}"
@@ -123,16 +125,26 @@ def _gate(content: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 def _others(content: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     rows = _rows(content)
     for (case, name), row in rows.items():
-        if row["peer"] and case in OTHERS and (name == "route + counts" or not name.startswith("route")):
+        if "peer" in row and case in OTHERS and (name == "route + counts" or not name.startswith("route")):
             peer = rows[case, row["peer"]]
             yield f"{name}, {case}", duration(row["median"]), duration(peer["median"]), f"{row['times_peer']:.1f}"
 
 
 def _recording(content: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    facts = [fact for fact in content["facts"] if ":" in fact["what"] and fact["unit"] != "times"]
-    for inside, share in zip(facts[::2], facts[1::2], strict=True):
-        who, dtype = inside["what"].split(":")[0], inside["case"].rpartition(" ")[2]
-        yield f"{who}, {dtype}", f"{inside['value']:.0f} us", f"{share['value']:.2f} %"
+    """Whose recording, time inside its hooks, share of a step, and how many times as fast as by hand that is."""
+    said = [
+        (*_of_whom(fact), fact) for fact in content["facts"] if fact["section"] == RECORDING and ":" in fact["what"]
+    ]
+    inside = {(who, dtype): fact["value"] for who, dtype, fact in said if fact["unit"] == "us a step"}
+    share = {(who, dtype): fact["value"] for who, dtype, fact in said if fact["unit"] == "%"}
+    for (who, dtype), took in inside.items():
+        times = inside[BY_HAND, dtype] / took
+        yield f"{who}, {dtype}", f"{took:.0f} us", f"{share[who, dtype]:.2f} %", f"{times:.1f}"
+
+
+def _of_whom(fact: Mapping[str, Any]) -> tuple[str, str]:
+    """Whose recording a fact is about, and the dtype of the model."""
+    return fact["what"].split(":")[0], fact["case"].rpartition(" ")[2]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Gather the pages of the documentation site: `python docs/site.py FOLDER` writes FOLDER/pages and FOLDER/mkdocs.yml.
 
-The pages are docs/, the other Markdown files of the repository, and the API reference. That is made from the public
-names as the source has them: ``moe_route.__all__`` on one page, and a page for each public module with the names of its
-``__all__``. Links between files become links between pages.
+The pages are docs/, the other Markdown files of the repository, one for each results file (bench/pages.py), and the API
+reference. That is made from the public names as the source has them: ``moe_route.__all__`` on one page, and a page for
+each public module with the names of its ``__all__``. Links between files become links between pages.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ from pathlib import Path
 import griffe
 import yaml
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # run as a script, it has its own folder there
+
+from bench import pages as results  # noqa: E402
+
+RESULTS_INDEX = ROOT / "bench" / "results" / "index.md"  # no file: made like the pages it leads to
 OTHERS = ("*.md", "bench/**/*.md", "examples/**/*.md", "moe_route/data/**/*.md", "tests/*.md")
 LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)")
 
@@ -26,6 +31,7 @@ def gather(folder: Path) -> None:
     shutil.rmtree(pages, ignore_errors=True)
     shutil.copytree(ROOT / "docs" / "images", pages / "images")
     texts = {place(path): linked(path) for path in sources()}
+    texts["bench/results/index.md"] = linked(RESULTS_INDEX)
     api = api_pages()
     for name, text in {**texts, **api}.items():
         target = pages / name
@@ -35,19 +41,28 @@ def gather(folder: Path) -> None:
     for entry in config["nav"]:
         if "API" in entry:
             entry["API"] = list(api)
+        if "Results" in entry:
+            entry["Results"] = [place(path) for path in (RESULTS_INDEX, *results.files())]
     (folder / "mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
 def sources() -> list[Path]:
-    """The Markdown files of the repository that are pages."""
+    """The files of the repository that are pages."""
     others = {path for pattern in OTHERS for path in ROOT.glob(pattern)}
-    return sorted({*(ROOT / "docs").glob("*.md"), *others})
+    return sorted({*(ROOT / "docs").glob("*.md"), *others, *results.files()})
 
 
 def place(path: Path) -> str:
     """Where a file of the repository stands among the pages. A README is the page of its folder, docs/ is the root."""
-    name = path.relative_to(ROOT).as_posix()
+    name = path.relative_to(ROOT).with_suffix(".md" if path in results.files() else path.suffix).as_posix()
     return "overview.md" if name == "README.md" else name.removeprefix("docs/")
+
+
+def text_of(path: Path) -> str:
+    """The Markdown of a page: what its file has, or what is made from it."""
+    if path == RESULTS_INDEX:
+        return results.index(results.files())
+    return results.page(path) if path in results.files() else path.read_text(encoding="utf-8")
 
 
 def linked(path: Path) -> str:
@@ -63,7 +78,7 @@ def linked(path: Path) -> str:
             return match["text"]
         return f"[{match['text']}]({posixpath.relpath(name, here or '.')}{match['anchor'] or ''})"
 
-    return LINK.sub(link, path.read_text(encoding="utf-8"))
+    return LINK.sub(link, text_of(path))
 
 
 def api_pages() -> dict[str, str]:

@@ -50,6 +50,7 @@ def attach(
     *,
     engine: Literal["hook", "fused"] = "hook",
     experts_implementation: Literal["moe_route"] | None = None,
+    pack: bool = False,
     verify: bool = True,
 ) -> RoutedModel:
     """Attach to a loaded model. Its outputs stay bit for bit the same until a plan steers it.
@@ -60,6 +61,8 @@ def attach(
         engine: ``"hook"`` or ``"fused"``, see ``patching.Attachment``.
         experts_implementation: ``None`` keeps the model's own; ``"moe_route"`` runs its experts by this package's
             dispatch and combine (equal within bounds), until ``detach`` restores the former one.
+        pack: with ``"moe_route"`` on a CPU, keep a packed copy of the experts' weights until ``detach``: faster from
+            about four tokens per expert on, the same bits as without, and as much memory again as these weights take.
         verify: first check every kind of router against its specification on random hidden states.
 
     Raises ``ModelNotSupportedError`` for a model without routers that can be attached to, ``AlreadyAttachedError`` for
@@ -67,7 +70,9 @@ def attach(
     """
     attachment = None
     try:
-        attachment = Attachment(model, engine=engine, experts_implementation=experts_implementation, verify=verify)
+        attachment = Attachment(
+            model, engine=engine, experts_implementation=experts_implementation, pack=pack, verify=verify
+        )
         return RoutedModel(attachment)
     except BaseException:
         if attachment is not None:

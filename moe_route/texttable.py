@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["WIDTH", "ShownAsTables", "Table", "interval", "number", "number_of", "table", "wrapped"]
+__all__ = ["WIDTH", "ShownAsTables", "Table", "duration", "interval", "number", "number_of", "table", "wrapped"]
 
 WIDTH = 120  # columns of a terminal that text is broken for
 
@@ -77,6 +77,14 @@ def number(value: object) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def duration(seconds: float) -> str:
+    """Format a time with three digits and its unit: "1.25 ms"."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
 
 
 def interval(low: float, high: float, *, digits: int = 3, none: str = "-") -> str:

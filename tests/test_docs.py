@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -99,6 +100,26 @@ def test_the_figures_are_those_of_the_committed_results(page: str):
     assert found[0] == figures(page), f"run `python tests/test_docs.py {page}` to write the figures anew"
 
 
+def test_a_page_of_results_has_every_figure_of_its_file():
+    from bench import pages
+    from moe_route.texttable import duration
+
+    for path in (path for path in pages.files() if path.name.startswith("cpu-")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        lines = [line.strip("| ").split(" | ") for line in pages.page(path).splitlines() if line.startswith("| ")]
+        found = {(cells[0], cells[1].strip("*"), cells[2], cells[3]) for cells in lines if len(cells) > 3}
+        for row in content["rows"]:
+            quartiles = f"{duration(row['low'])} - {duration(row['high'])}"
+            assert (row["case"], row["name"], duration(row["median"]), quartiles) in found
+        assert {tuple(cells) for cells in lines} >= {tuple(item) for item in content["machine"].items()}
+        assert f"[{path.stem}]({path.name})" in pages.index(pages.files())
+
+
+def test_results_are_committed_once():
+    """As JSON: what a reader sees is made from it."""
+    assert {path.name for path in (ROOT / "bench" / "results").glob("*.md")} == {"PENDING.md"}
+
+
 @pytest.mark.parametrize("name", ["describe.md", "experts.md"])
 def test_outputs_that_do_not_depend_on_the_machine_are_those_of_the_page(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -144,6 +165,10 @@ def test_the_site_has_every_page_and_every_public_name(site: Path):
     for page in PAGES:
         name = "overview" if page.name == "README.md" else page.stem
         assert (site / f"{name}.html").is_file()
+    for path in (ROOT / "bench" / "results").glob("*.json"):
+        assert f"{path.stem}.html" in (site / "bench" / "results" / "index.html").read_text(encoding="utf-8")
+        assert (site / "bench" / "results" / f"{path.stem}.html").is_file()
+    assert "bench/results/cpu-avx512.html" in (site / "experts.html").read_text(encoding="utf-8")
     reference = {path.stem: path.read_text(encoding="utf-8") for path in (site / "api").glob("*.html")}
     for name in moe_route.__all__:
         member = getattr(moe_route, name)

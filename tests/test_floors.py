@@ -17,7 +17,7 @@ PACKAGE = Path(moe_route.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
-    ("demo", "evaluation", "integrations", "report"),
+    ("bench", "demo", "evaluation", "integrations", "report"),
     ("corpus_recording", "experiments"),
     ("workload",),
     ("routed",),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -12,13 +11,14 @@ from pathlib import Path
 
 import torch
 
-from bench import experts, results
+from bench import RESULTS
 from bench.device import chain, dispatch, environment, floors, gate, layers, model, place, predictions, sweep, targets
 from bench.device.shapes import MODELS, ModelShape
-from bench.dispatch import Shape as DispatchShape
-from bench.gate import Shape as GateShape
-from bench.results import Fact, Row, Target
-from bench.timing import race
+from moe_route.bench import experts, results
+from moe_route.bench.dispatch import Shape as DispatchShape
+from moe_route.bench.gate import Shape as GateShape
+from moe_route.bench.results import BenchmarkResults, Fact, Measured, Row, Target
+from moe_route.bench.timing import race
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -73,10 +73,8 @@ class Report:
         self.predicted: dict[tuple[str, str], predictions.Prediction] = {}
         self.first_new_row = 0
         if add and (folder / f"{where.name}.json").exists():
-            held = json.loads((folder / f"{where.name}.json").read_text())
-            self.rows += [Row(**row) for row in held["rows"]]
-            self.facts += [Fact(**fact) for fact in held["facts"]]
-            self.targets += [Target(**target) for target in held["targets"]]
+            held = BenchmarkResults.load(folder / f"{where.name}.json").measured
+            self.rows, self.facts, self.targets = held.rows, held.facts, held.targets
             self.first_new_row = len(self.rows)
 
     def predict(self, case: str, name: str, prediction: predictions.Prediction | None) -> None:
@@ -95,14 +93,15 @@ class Report:
             what = f"{title} ({each.prediction.source})"
             self.facts.append(Fact(f"Predicted, {each.section}", each.case, what, each.ratio, "times"))
 
-    def save(self) -> tuple[Path, Path]:
+    def save(self) -> Path:
         about = environment.describe() | {
             "device copy, read and written": f"{self.bandwidth / 1e9:.0f} GB/s",
             "command": " ".join(["python -m bench.device", *sys.argv[1:]]),
         }
         if self.where.device.type != "cuda":
             about = {"rehearsal": "on the CPU with small sizes: these figures mean nothing", **about}
-        return results.save(self.folder, self.where.name, about, self.rows, self.facts, self.targets)
+        found = BenchmarkResults(about, Measured(self.rows, self.facts, self.targets))
+        return found.save(self.folder / f"{self.where.name}.json")
 
 
 def measure_gates(report: Report, work: Work) -> None:
@@ -212,8 +211,8 @@ def measure_expert_layer(report: Report, work: Work, layer: experts.Layer, dtype
             if dtype == BF16 and "Qwen3-30B-A3B" in layer.model:
                 for name, path in experts.PATHS.items():
                     report.predict(routed.title, name, predictions.of_experts(path, routed.tokens))
-            rows, facts = experts.compared(f"{experts.SECTION}, {mode}", routed, run, floors.COPY)
-            report.rows, report.facts = report.rows + rows, report.facts + facts
+            found = experts.compared(f"{experts.SECTION}, {mode}", routed, run, floors.COPY)
+            report.rows, report.facts = report.rows + found.rows, report.facts + found.facts
 
 
 def measure_sweep(report: Report, work: Work) -> None:
@@ -247,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--add", action="store_true", help="keep what the results file holds: other sections of this run"
     )
     parser.add_argument("--small", action="store_true", help="tiny sizes: to see that it runs")
-    parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder for the two files")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results file")
     options = parser.parse_args(argv)
     try:
         where = place.named(options.device)
@@ -257,18 +256,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.rounds is not None:
         work = replace(work, rounds=options.rounds)
     report = Report(options.out, where, floors.bandwidth(where, work.rounds), options.add)
-    paths = report.save()  # what an earlier run left there is gone, even if this one fails
+    path = report.save()  # what an earlier run left there is gone, even if this one fails
     for section in options.sections:
         try:
             MEASURES[section](report, work)
         finally:
-            paths = report.save()
+            path = report.save()
         print(f"{section}: measured", flush=True)
     report.write_surprises()
-    paths = report.save()
+    path = report.save()
     print(predictions.table(report.surprises()))
     print(targets.summary(report.targets))
-    print(*paths, sep="\n")
+    print(path)
     return 0
 
 

@@ -12,9 +12,9 @@ import torch
 
 from bench.device import floors
 from bench.device.place import Place
-from bench.dispatch import Shape
-from bench.timing import Contender, Race, race
 from moe_route import _C, ops
+from moe_route.bench.dispatch import Shape
+from moe_route.bench.timing import Contender, Race, race
 
 APART, OVERLAPPED = "route, dispatch, permute, combine", "the same, launches overlap"
 TUNABLE = "pdl"

@@ -8,9 +8,9 @@ import torch
 
 from bench.device import floors
 from bench.device.place import GRAPH, Place
-from bench.dispatch import Shape
-from bench.timing import Contender, Race, race
 from moe_route import ops
+from moe_route.bench.dispatch import Shape
+from moe_route.bench.timing import Contender, Race, race
 
 DISPATCH, PERMUTE, COMBINE = "dispatch", "permute", "combine"
 PEERS = {

@@ -13,7 +13,8 @@ import sysconfig
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from bench import ROOT
+
 # What the module is made of; anything else may differ between two runs of the same code.
 SOURCES = ("CMakeLists.txt", "setup.py", "csrc/**/*", "moe_route/**/*.py")
 # Python package -> what cannot be done without it. pybind11 may come from torch's own headers.
@@ -53,7 +54,7 @@ def describe() -> dict[str, str]:
     """Device and versions, as text."""
     import torch
 
-    from bench.results import commit
+    from moe_route.bench.results import commit
 
     about = {
         "processor": platform.processor() or platform.machine(),
@@ -62,7 +63,7 @@ def describe() -> dict[str, str]:
         "torch": torch.__version__,
         "CUDA of torch": torch.version.cuda or "none",
         "nvcc": output("nvcc", "--version") or "not found",
-        "commit": commit(),
+        "commit": commit(ROOT),
         "hash of the sources": sources_hash(),
     }
     if not torch.cuda.is_available():

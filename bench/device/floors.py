@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bench.device.place import LAUNCHED, REHEARSED, Place
-from bench.timing import Contender, race
+from moe_route.bench.timing import Contender, race
 
 COPY, LAUNCH = "copy as many bytes", "kernel of one element"
 

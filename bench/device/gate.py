@@ -1,4 +1,4 @@
-"""The gate on a device: `bench.gate`'s contenders, the kernel without torch's dispatcher, and the floors."""
+"""The gate on a device: `moe_route.bench.gate`'s contenders, the kernel without torch's dispatcher, and the floors."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 
 from bench.device import floors
 from bench.device.place import GRAPH, Place
-from bench.gate import SPEC, Gate, Shape
-from bench.timing import Contender, Race, race
 from moe_route import _C, ops
+from moe_route.bench.gate import SPEC, Gate, Shape
+from moe_route.bench.timing import Contender, Race, race
 from moe_route.contract.spec import ORDERS, RENORMALIZATIONS, SCORES
 
 FULL = ("counts", "probability", "weight")

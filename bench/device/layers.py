@@ -7,8 +7,8 @@ import torch
 from bench.device import floors
 from bench.device.place import Place
 from bench.device.shapes import ModelShape, route_in_torch
-from bench.timing import Contender, Race, race
 from moe_route import ops
+from moe_route.bench.timing import Contender, Race, race
 
 ROUTE, PEER = "route + counts", "torch, as the model does, without counts"
 

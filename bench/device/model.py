@@ -14,8 +14,8 @@ import torch
 
 import moe_route as mr
 from bench.device.place import LAUNCHED, REHEARSED, Place
-from bench.recording import SIZES, WINDOW, ByHand, Decoding, decoder, seconds_in_hooks
-from bench.timing import Contender, Race, race
+from moe_route.bench.recording import SIZES, WINDOW, ByHand, Decoding, decoder, race_in_hooks
+from moe_route.bench.timing import Contender, Race, race
 
 ALONE, RECORDED, STEERED, BOTH, BY_HAND = (
     "model alone",
@@ -89,7 +89,7 @@ class Prefill:
 
 
 def measure(place: Place, work: Work, rounds: int) -> tuple[dict[str, Race], dict[str, tuple[float, int]]]:
-    """Races over prefill and decode, by the title of the case; and what `seconds_in_hooks` finds in decode steps."""
+    """Races over prefill and decode, by title; and what the hooks of a decode step take, with their number."""
     clock = place.clocks[LAUNCHED if LAUNCHED in place.clocks else REHEARSED]
     decoding = Decoding(decoder(work.dtype, place.device, **work.changes))
     around = Contexts(decoding).around()
@@ -102,5 +102,5 @@ def measure(place: Place, work: Work, rounds: int) -> tuple[dict[str, Race], dic
     for title, (call, burst) in cases.items():
         contenders = dict.fromkeys(around, call)
         out[title] = race(contenders, rounds=rounds, warmup=1, burst=burst, around=around, clock=clock)
-    inside = {name: seconds_in_hooks(decoding, around[name], 2 * WINDOW) for name in PEERS}
-    return out, inside
+    race_inside, hooks = race_in_hooks(decoding, {name: around[name] for name in PEERS}, 2)
+    return out, {name: (race_inside.timing(name).median, hooks[name]) for name in PEERS}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.timing import Clock, Contender, Pool, ThreadTime
+from moe_route.bench.timing import Clock, Contender, Pool, ThreadTime
 
 # Inputs of a case are this many times the cache together, so that none is still there when its turn comes again.
 TIMES_THE_CACHE = 4

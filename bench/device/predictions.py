@@ -12,9 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from bench import RESULTS
 from bench.device import dispatch, gate
 from bench.device.place import GRAPH, REHEARSED
-from bench.results import FOLDER, Row
+from moe_route.bench.results import Row
 
 CLOCK = 1.755e9  # cycles a second, H100 SXM under load
 ISSUED = 132 * 4 * CLOCK  # warp instructions a second: four schedulers on each of 132 multiprocessors
@@ -44,7 +45,7 @@ class Prediction:
 @cache
 def counted_code() -> dict[str, dict[str, float]]:
     """Figures of the machine code by case."""
-    return json.loads((FOLDER / "sass.json").read_text(encoding="utf-8"))["cases"]
+    return json.loads((RESULTS / "sass.json").read_text(encoding="utf-8"))["cases"]
 
 
 def kernel(name: str, rows: int, moved_bytes: float, bandwidth: float, launches: int = 1) -> Prediction | None:

@@ -10,11 +10,11 @@ import torch
 
 from bench.device import dispatch, gate
 from bench.device.place import Place
-from bench.dispatch import Shape as DispatchShape
-from bench.gate import Shape as GateShape
-from bench.results import Fact
-from bench.timing import Contender, race
 from moe_route import _C, ops
+from moe_route.bench.dispatch import Shape as DispatchShape
+from moe_route.bench.gate import Shape as GateShape
+from moe_route.bench.results import Fact
+from moe_route.bench.timing import Contender, race
 
 SECTION = "Sweep of tunables"
 BF16, F32 = torch.bfloat16, torch.float32

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from bench.device import dispatch, gate
-from bench.dispatch import Shape as DispatchShape
-from bench.gate import Shape as GateShape
-from bench.results import Target
-from bench.timing import Race
+from moe_route.bench.dispatch import Shape as DispatchShape
+from moe_route.bench.gate import Shape as GateShape
+from moe_route.bench.results import Target
+from moe_route.bench.timing import Race
 
 FEW_TOKENS, MANY_TOKENS = 1024, 65536
 Gates = Mapping[tuple[str, GateShape], Race]

@@ -1,6 +1,6 @@
 """`python -m bench.sass`: count the machine code of the CUDA kernels (sm_90), without a device.
 
-Prints a table and writes results/sass.json and .md. Compiles the kernels first (minutes); needs nvcc, cuobjdump and
+Prints a table and writes results/sass.json. Compiles the kernels first (minutes); needs nvcc, cuobjdump and
 nvdisasm (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm) and the emulated module (make emulated).
 """
 
@@ -24,10 +24,10 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a regular expression: cases whose title it finds; writes nothing")
     options = parser.parse_args()
     try:
-        compiled = code()
-        why = launches.missing()
+        why = launches.missing()  # first, since compiling takes minutes
         if why is not None:
             raise RuntimeError(why)
+        compiled = code()
     except RuntimeError as error:
         sys.exit(str(error))
     wanted = [case for case in cases() if re.search(options.only, case.title)]

@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from bench import ROOT
 from bench.resources import demangled
 from bench.sass.disassembly import Kernel, jump_tables, kernels
 from bench.sass.memory import RESERVED_SHARED
 
-ROOT = Path(__file__).parents[2]
 ARCHITECTURE = "sm_90"
 FOLDER = ROOT / "build" / "sass" / "cmake"
 

@@ -18,8 +18,9 @@ from functools import cache
 from pathlib import Path
 from unittest import mock
 
+from bench import ROOT
 from bench.resources import demangled
-from bench.sass.build import ROOT, Code, Compiled
+from bench.sass.build import Code, Compiled
 from bench.sass.machine import Launch, Program
 from bench.sass.memory import GlobalMemory
 from bench.sass.state import Warp
@@ -75,7 +76,13 @@ def missing() -> str | None:
 
     if not path.is_file():
         return f"{path.name} is not built: make emulated"
-    return next(backend.missing for backend in BACKENDS if backend.emulated)
+    why = next(backend.missing for backend in BACKENDS if backend.emulated)
+    if why is None:
+        try:
+            _kernels_of_module(path)
+        except RuntimeError as error:
+            why = str(error)
+    return why
 
 
 @cache

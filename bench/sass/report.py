@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.results import FOLDER, commit, table
+from bench import RESULTS, ROOT
+from bench.pages import table
 from bench.sass.build import Code, nvcc
 from bench.sass.cases import Case
 from bench.sass.cost import block_cost, warps_at_once, widths
 from bench.sass.launches import Interpreter, Run, interpreted
+from moe_route.bench.results import commit
+from moe_route.files import write_text
 
 NAME = "sass"
 MULTIPROCESSORS = 132  # of an H100 and an H200
@@ -107,20 +109,16 @@ def about() -> dict[str, str]:
     done = subprocess.run([nvcc() or "nvcc", "--version"], capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if "release" in line]
     release = lines[-1].rsplit(",", 1)[-1].strip() if lines else "unknown"
-    return {"nvcc": release, "code": "sm_90", "multiprocessors": str(MULTIPROCESSORS), "commit": commit()}
+    return {"nvcc": release, "code": "sm_90", "multiprocessors": str(MULTIPROCESSORS), "commit": commit(ROOT)}
 
 
-def save(found: dict[str, Figures], folder: Path = FOLDER) -> None:
-    """Write the table as sass.json and sass.md."""
-    facts = about()
-    content = {"build": facts, "cases": {name: asdict(each) for name, each in found.items()}}
-    for suffix, text in (("json", json.dumps(content, indent=1) + "\n"), ("md", markdown(facts, found))):
-        fresh = folder / f"{NAME}.{suffix}.new"
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, folder / f"{NAME}.{suffix}")
+def save(found: dict[str, Figures], folder: Path = RESULTS) -> None:
+    """Write the table as sass.json."""
+    content = {"build": about(), "cases": {name: asdict(each) for name, each in found.items()}}
+    write_text(folder / f"{NAME}.json", json.dumps(content, indent=1) + "\n")
 
 
-def load(folder: Path = FOLDER) -> dict[str, Any]:
+def load(folder: Path = RESULTS) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((folder / f"{NAME}.json").read_text(encoding="utf-8"))
     return content
 

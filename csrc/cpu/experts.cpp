@@ -1,35 +1,34 @@
-// expert_product on the instruction set in force: with vectors, or in the plain form (experts_simple.h).
+// expert_products on the instruction set in force: with vectors, or in the plain form (experts_simple.h).
 #define MOE_ROUTE_ISA portable
 #include "experts_simple.h"
 
 namespace moe_route::cpu {
 #if MOE_ROUTE_X86
 namespace avx2 {
-void expert_product(const ExpertProductArgs& args, Parallel parallel, int threads);
+void expert_products(const ExpertProductArgs* products, int count, Parallel parallel, int threads);
 }
 namespace avx512 {
-void expert_product(const ExpertProductArgs& args, Parallel parallel, int threads);
+void expert_products(const ExpertProductArgs* products, int count, Parallel parallel, int threads);
 }
 namespace avx512_bf16 {
-void expert_product(const ExpertProductArgs& args, Parallel parallel, int threads);
+void expert_products(const ExpertProductArgs* products, int count, Parallel parallel, int threads);
 }
 #endif
 
-void expert_product(const ExpertProductArgs& args, Parallel parallel, int threads) {
-  if (args.experts <= 0 || args.out_columns <= 0 || args.capacity <= 0) return;
+void expert_products(const ExpertProductArgs* products, int count, Parallel parallel, int threads) {
 #if MOE_ROUTE_X86
   switch (instruction_set()) {
     case InstructionSet::kAvx512Bf16:
-      return avx512_bf16::expert_product(args, parallel, threads);
+      return avx512_bf16::expert_products(products, count, parallel, threads);
     case InstructionSet::kAvx512:
-      return avx512::expert_product(args, parallel, threads);
+      return avx512::expert_products(products, count, parallel, threads);
     case InstructionSet::kAvx2:
-      return avx2::expert_product(args, parallel, threads);
+      return avx2::expert_products(products, count, parallel, threads);
     case InstructionSet::kPortable:
       break;
   }
 #endif
-  portable::expert_product(args, parallel);
+  for (int i = 0; i < count; ++i) portable::expert_product(products[i], parallel);
 }
 
 }  // namespace moe_route::cpu

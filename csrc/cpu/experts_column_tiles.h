@@ -3,8 +3,7 @@
 // into words, like those of x, of which each is broadcast.
 //
 // One stripe after the other is added up, its 16 bytes of x in each step, for all vectors of the tile; then its sums
-// are folded with those that wait for it. Stripes come in the order that makes the tree of folds (16, 8, 4, 2 and 1
-// apart) one of neighbors: with bits reversed. So five levels wait at most.
+// are folded with those that wait for it (stripe_of).
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -33,6 +32,8 @@ class ColumnTiles {
   static constexpr int64_t kSumsOfLevel = kChunk * kSumsOfToken;
 
  public:
+  static constexpr int64_t kFew = 16;  // rows up to which no panels are laid out
+  static constexpr bool kFetchesNext = false;
   struct Scratch {
     Memory<float> sums;  // [kLevels, kChunk, kBlocks, kHalves, kLanes]
   };
@@ -125,10 +126,6 @@ class ColumnTiles {
         for (int64_t i = 0; i < count * kSumsOfToken; ++i) to[i] += from[i];
       }
     }
-  }
-
-  static int stripe_of(int turn) {
-    return (turn & 1) << 4 | (turn & 2) << 2 | (turn & 4) | (turn & 8) >> 2 | turn >> 4;
   }
 
   // One stripe with kMost lines. `fetch`: it asks for the rows after those that it adds up, since no prefetcher knows

@@ -1,13 +1,10 @@
-// Tiles of weights [E, out, in]: 2 * kLanes rows of one expert's weight, which are read from memory once, whatever the
-// number of rows of x. Up to kFew rows: each row of the weight is multiplied with all of them as it comes. More:
-// kPanelRows rows of the weight at a time are turned into a panel, which stays in the first-level cache while it is
-// multiplied with kPanelTokens lines of x after the other.
+// Tiles of weights [E, out, in] for up to kFew rows of x: 2 * kLanes rows of one expert's weight, each of which is
+// multiplied with all rows of x as it comes from memory.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 
 #include "experts_finish.h"
-#include "experts_memory.h"
 #include "experts_rows.h"
 #include "moe_route/experts.h"
 
@@ -17,13 +14,14 @@ namespace {
 template <class Type>
 class RowTiles {
   static constexpr int kTileRows = 2 * Vector::kLanes;  // of the weight
-  static constexpr int64_t kFew = 4;
-  static constexpr int kChunk = 4 * Vector::kPanelTokens;  // rows of x whose sums are kept
+  static constexpr int64_t kAhead = 4096;               // bytes
+  // Lines of x beyond the first-level cache are taken in parts, multiples of kStepBytes, each for all rows of the tile.
+  static constexpr int64_t kWholeBytes = 8 << 10, kPartOfRow = 4 << 10;
 
  public:
-  struct Scratch {
-    Memory<char> panel, sums;
-  };
+  static constexpr int64_t kFew = 4;
+  static constexpr bool kFetchesNext = false;
+  struct Scratch {};
 
   RowTiles(const ExpertProductArgs& args, int)
       : args_(args),
@@ -38,16 +36,27 @@ class RowTiles {
   }
 
   // Columns column .. column + columns() - 1 of the rows, as far as there are any; x[i] is the line of row i of them.
-  void run(const Rows& rows, int64_t column, const float* const* x, Scratch& scratch) const {
+  void run(const Rows& rows, int64_t column, const float* const* x, Scratch&) const {
     const Tile tile = tile_at(rows, column);
-    if (rows.count <= kFew) return few_rows(tile, x);
-    if (!scratch.panel) {
-      constexpr int64_t kSumsBytes = kTileRows * kChunk * static_cast<int64_t>(sizeof(Sums));
-      scratch.panel = memory<char>(parts() * kPartBytes * Vector::kPanelRows);
-      scratch.sums = memory<char>(kSumsBytes);
-      std::fill_n(scratch.sums.get(), kSumsBytes, char{0});
+    Sums sums[kTileRows * kFew];
+    const int count = static_cast<int>(rows.count);
+    std::fill_n(&sums[0].part[0], kTileRows * kFew * kParts, Vector::zero());
+    const int64_t part = count > 1 && line_bytes_ > kWholeBytes ? kPartOfRow : line_bytes_;
+    for (int64_t at = 0; at < line_bytes_; at += part) {
+      const int64_t bytes = std::min(part, line_bytes_ - at);
+      for (int i = 0; i < tile.size; ++i) {
+        const char* weight = weight_row(tile, i) + at;
+        const char* ahead = part == line_bytes_ ? weight + kAhead
+                            : i + 1 < tile.size ? weight_row(tile, i + 1) + at
+                                                : weight_row(tile, 0) + at + bytes;
+        Sums* to = sums + tile.slot[i] * kFew;
+        for (int t = 0; t < count; t += Vector::kTogether) {
+          sum_few<Vector::kTogether>(std::min(count - t, Vector::kTogether), weight, bytes, ahead, x + t,
+                                     at / kStepBytes * kStepFloats<Type>, to + t);
+        }
+      }
     }
-    many_rows(tile, x, scratch);
+    for (int t = 0; t < count; ++t) finish(tile, t, sums + t, kFew);
   }
 
  private:
@@ -82,65 +91,13 @@ class RowTiles {
            (tile.rows.expert * args_.weight_rows() + tile.weight_row[i]) * line_bytes_;
   }
 
-  void few_rows(const Tile& tile, const float* const* x) const {
-    Sums sums[kTileRows * kFew];
-    const int count = static_cast<int>(tile.rows.count);
-    if (tile.size < kTileRows) std::fill_n(&sums[0].part[0], kTileRows * kFew * kParts, Vector::zero());
-    for (int i = 0; i < tile.size; ++i) {
-      Sums* to = sums + tile.slot[i] * kFew;
-      for (int t = 0; t < count; t += Vector::kTogether) {
-        sum_few<Vector::kTogether>(std::min(count - t, Vector::kTogether), weight_row(tile, i), x + t,
-                                   to + t);
-      }
-    }
-    for (int t = 0; t < count; ++t) finish(tile, t, sums + t, kFew);
-  }
-
   template <int kMost>
-  void sum_few(int count, const char* weight, const float* const* x, Sums* to) const {
+  void sum_few(int count, const char* weight, int64_t bytes, const char* ahead, const float* const* x,
+               int64_t x_at, Sums* to) const {
     if constexpr (kMost > 1) {
-      if (count < kMost) return sum_few<kMost - 1>(count, weight, x, to);
+      if (count < kMost) return sum_few<kMost - 1>(count, weight, bytes, ahead, x, x_at, to);
     }
-    sum_row<Type, kMost>(weight, line_bytes_, x, to);
-  }
-
-  int64_t parts() const { return (line_bytes_ + kPartBytes - 1) / kPartBytes; }
-
-  void many_rows(const Tile& tile, const float* const* x, Scratch& scratch) const {
-    constexpr int kRows = Vector::kPanelRows;
-    auto* panel = reinterpret_cast<Vector::Words*>(scratch.panel.get());
-    auto* sums = reinterpret_cast<Sums*>(scratch.sums.get());
-    for (int64_t first = 0; first < tile.rows.count; first += kChunk) {
-      const int count = static_cast<int>(std::min<int64_t>(tile.rows.count - first, kChunk));
-      for (int i = 0; i < tile.size; i += kRows) {
-        Sums* to[kRows];
-        for (int r = 0; r < kRows; ++r) {  // the last row again where there are no more
-          const int row = std::min(i + r, tile.size - 1);
-          turn_row(panel + r, weight_row(tile, row), line_bytes_);
-          to[r] = sums + tile.slot[row] * kChunk;
-        }
-        const char* next[kRows];
-        for (int r = 0; r < kRows; ++r) next[r] = weight_row(tile, std::min(i + kRows + r, tile.size - 1));
-        const int groups = (count + Vector::kPanelTokens - 1) / Vector::kPanelTokens;
-        for (int g = 0; g < groups; ++g) {
-          const int begin = count * g / groups, end = count * (g + 1) / groups;
-          Sums* there[kRows];
-          for (int r = 0; r < kRows; ++r) there[r] = to[r] + begin;
-          sum_panels<Vector::kPanelTokens>(end - begin, panel, x + first + begin, there,
-                                           g == 0 && first == 0 ? next : nullptr);
-        }
-      }
-      for (int t = 0; t < count; ++t) finish(tile, first + t, sums + t, kChunk);
-    }
-  }
-
-  template <int kMost>
-  void sum_panels(int count, const Vector::Words* panel, const float* const* x, Sums* const* to,
-                  const char* const* next) const {
-    if constexpr (kMost > 1) {
-      if (count < kMost) return sum_panels<kMost - 1>(count, panel, x, to, next);
-    }
-    sum_panel<Type, kMost>(panel, parts(), x, to, next);
+    sum_row<Type, kMost>(weight, bytes, ahead, x, x_at, to);
   }
 
   // Folds the sums of row t of the tile's, and writes its columns. Those of slot s are sums[s * stride].

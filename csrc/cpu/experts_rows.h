@@ -13,7 +13,6 @@ namespace moe_route::cpu::MOE_ROUTE_ISA {
 namespace {
 
 inline constexpr int kParts = kStripes / Vector::kLanes;  // vectors of sums
-inline constexpr int64_t kAhead = 4096;                   // bytes
 inline constexpr int64_t kPartBytes = 4 * sizeof(Vector::Words), kStepBytes = kParts * kPartBytes;
 
 // Sums of one row of weights with one line of x.
@@ -47,15 +46,15 @@ void lay_out(float* to, const char* from, int64_t bytes) {
   }
 }
 
-// One row of weights, as it lies in memory, with kTokens lines of x. With more than one line, it asks for what lies
-// kAhead behind: then weights come while sums are added up. With one, asking takes longer than it saves.
+// One row of weights, or a part of it, as it lies in memory, with kTokens lines of x; `to` has the sums so far. With more
+// than one line, it asks for as many bytes from `ahead` on: then they come while sums are added up. With one, asking
+// takes longer than it saves.
 template <class Type, int kTokens>
-void sum_row(const char* weight, int64_t bytes, const float* const* x, Sums* to) {
+void sum_row(const char* weight, int64_t bytes, const char* ahead, const float* const* x, int64_t x_at,
+             Sums* to) {
   constexpr int64_t kVectorFloats = Type::kPlanes * Vector::kLanes;
   Sums sums[kTokens];
-  for (Sums& each : sums) {
-    for (auto& part : each.part) part = Vector::zero();
-  }
+  for (int t = 0; t < kTokens; ++t) sums[t] = to[t];
   const auto add = [&](const Vector::Words(&turned)[4], int part, int64_t at) {
 #pragma GCC unroll 4
     for (int w = 0; w < 4; ++w) {
@@ -67,15 +66,16 @@ void sum_row(const char* weight, int64_t bytes, const float* const* x, Sums* to)
       }
     }
   };
-  int64_t at = 0;
-  for (; bytes >= kStepBytes; bytes -= kStepBytes, weight += kStepBytes, at += kStepFloats<Type>) {
+  int64_t at = x_at;
+  for (; bytes >= kStepBytes;
+       bytes -= kStepBytes, weight += kStepBytes, ahead += kStepBytes, at += kStepFloats<Type>) {
 #pragma GCC unroll 4
     for (int part = 0; part < kParts; ++part) {
       Vector::Words words[4];
       for (int i = 0; i < 4; ++i) {
         words[i] = Vector::words(weight + part * kPartBytes + i * static_cast<int64_t>(sizeof words[0]));
         if (kTokens > 1)
-          Vector::prefetch(weight + part * kPartBytes + i * static_cast<int64_t>(sizeof words[0]) + kAhead);
+          Vector::prefetch(ahead + part * kPartBytes + i * static_cast<int64_t>(sizeof words[0]));
       }
       Vector::turn(words);
       add(words, part, at);
@@ -91,61 +91,6 @@ void sum_row(const char* weight, int64_t bytes, const float* const* x, Sums* to)
     add(words, part, at);
   }
   for (int t = 0; t < kTokens; ++t) to[t] = sums[t];
-}
-
-// A row of weights turned into its place in a panel of kPanelRows rows: [step, part, word, row] vectors.
-inline void turn_row(Vector::Words* to, const char* weight, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += kPartBytes) {
-    Vector::Words words[4];
-    if (bytes - at >= kPartBytes) {
-      for (int i = 0; i < 4; ++i)
-        words[i] = Vector::words(weight + at + i * static_cast<int64_t>(sizeof words[0]));
-    } else {
-      load_words(words, weight + at, bytes - at);
-    }
-    Vector::turn(words);
-    for (int w = 0; w < 4; ++w, to += Vector::kPanelRows) Vector::store(static_cast<void*>(to), words[w]);
-  }
-}
-
-// A panel with kTokens lines of x. `parts` = ceil(bytes / kPartBytes) of them are in the panel.
-// Sums of row r and line t go to to[r][t]. Meanwhile the rows `next` of the weight, if any, come into the
-// second-level cache.
-template <class Type, int kTokens>
-void sum_panel(const Vector::Words* panel, int64_t parts, const float* const* x, Sums* const* to,
-               const char* const* next) {
-  constexpr int64_t kVectorFloats = Type::kPlanes * Vector::kLanes;
-  constexpr int kRows = Vector::kPanelRows;
-  for (int part = 0; part < kParts; ++part) {
-    Vector::Floats sums[kRows][kTokens];
-    for (auto& row : sums) {
-      for (auto& sum : row) sum = Vector::zero();
-    }
-    for (int64_t p = part; p < parts; p += kParts) {
-      const Vector::Words* weight = panel + p * 4 * kRows;
-      const int64_t at = p * 4 * kVectorFloats;
-      if (next != nullptr) {
-        for (int r = 0; r < kRows; ++r) {
-          for (int64_t line = 0; line < kPartBytes; line += 64)
-            Vector::prefetch(next[r] + p * kPartBytes + line);
-        }
-      }
-#pragma GCC unroll 4
-      for (int w = 0; w < 4; ++w, weight += kRows) {
-        typename Type::Factors factors[kRows];
-        for (int r = 0; r < kRows; ++r) factors[r] = Type::factors(Vector::words(weight + r));
-#pragma GCC unroll 8
-        for (int t = 0; t < kTokens; ++t) {
-          const auto line = Type::load(x[t] + at + w * kVectorFloats);
-#pragma GCC unroll 4
-          for (int r = 0; r < kRows; ++r) sums[r][t] = Type::add(factors[r], line, sums[r][t]);
-        }
-      }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      for (int t = 0; t < kTokens; ++t) to[r][t].part[part] = sums[r][t];
-    }
-  }
 }
 
 // The whole sums of kLanes rows of weights, sums[0], sums[stride], ..., in the order of the rows.

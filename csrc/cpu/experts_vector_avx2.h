@@ -13,7 +13,8 @@ struct Vector {
   using Words = __m256i;
   static constexpr int kLanes = 8;
   // What fits into 16 registers; see experts_vector_avx512.h. Here a row of x has 4 sums.
-  static constexpr int kTogether = 2, kPanelRows = 2, kPanelTokens = 4, kColumnTokens = 4;
+  static constexpr int kTogether = 2, kColumnTokens = 4;
+  static constexpr int kPanelVectors = 2, kPanelTokens = 6, kPanelTokensOfPlanes = 4;
 
   // Into the second-level cache.
   static void prefetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1); }
@@ -39,6 +40,17 @@ struct Vector {
     const Words low23 = _mm256_unpacklo_epi32(v[2], v[3]), high23 = _mm256_unpackhi_epi32(v[2], v[3]);
     v[0] = _mm256_unpacklo_epi64(low01, low23), v[1] = _mm256_unpackhi_epi64(low01, low23);
     v[2] = _mm256_unpacklo_epi64(high01, high23), v[3] = _mm256_unpackhi_epi64(high01, high23);
+  }
+
+  // Part l of 16 bytes of v[0], v[1] into v[l].
+  static void turn_lanes(Words (&v)[2]) {
+    const Words first = v[0];
+    v[0] = _mm256_permute2x128_si256(first, v[1], 0x20), v[1] = _mm256_permute2x128_si256(first, v[1], 0x31);
+  }
+  // Elements of 2 bytes of a and b side by side, in their order: those of the lower halves into a.
+  static void interleave(Words& a, Words& b) {
+    const Words low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
+    a = _mm256_permute2x128_si256(low, high, 0x20), b = _mm256_permute2x128_si256(low, high, 0x31);
   }
 
   static Floats fold(const Floats (&v)[8]) {

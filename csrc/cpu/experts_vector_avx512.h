@@ -20,9 +20,11 @@ struct Vector {
   using Floats = __m512;
   using Words = __m512i;
   static constexpr int kLanes = 16;
-  // What fits into 32 registers: the rows of x that share one pass over a row of weights (2 sums each), and the
-  // rows of weights and of x whose sums a panel adds up together; the rows of x that share columns.
-  static constexpr int kTogether = 8, kPanelRows = 4, kPanelTokens = 6, kColumnTokens = 8;
+  // What fits into 32 registers: the rows of x that share one pass over a row of weights (2 sums each), and those that
+  // share columns.
+  static constexpr int kTogether = 4, kColumnTokens = 8;
+  // Of a panel: the vectors of rows and, by planes of x, the rows of x that share them.
+  static constexpr int kPanelVectors = 4, kPanelTokens = 6, kPanelTokensOfPlanes = 5;
 
   // Into the second-level cache.
   static void prefetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1); }
@@ -52,6 +54,22 @@ struct Vector {
     const Words low23 = _mm512_unpacklo_epi32(v[2], v[3]), high23 = _mm512_unpackhi_epi32(v[2], v[3]);
     v[0] = _mm512_unpacklo_epi64(low01, low23), v[1] = _mm512_unpackhi_epi64(low01, low23);
     v[2] = _mm512_unpacklo_epi64(high01, high23), v[3] = _mm512_unpackhi_epi64(high01, high23);
+  }
+
+  // Part l of 16 bytes of v[0], v[1], ... into v[l].
+  static void turn_lanes(Words (&v)[4]) {
+    const Words low01 = _mm512_shuffle_i32x4(v[0], v[1], 0x44),
+                high01 = _mm512_shuffle_i32x4(v[0], v[1], 0xee);
+    const Words low23 = _mm512_shuffle_i32x4(v[2], v[3], 0x44),
+                high23 = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
+    v[0] = _mm512_shuffle_i32x4(low01, low23, 0x88), v[1] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
+    v[2] = _mm512_shuffle_i32x4(high01, high23, 0x88), v[3] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
+  }
+  // Elements of 2 bytes of a and b side by side, in their order: those of the lower halves into a.
+  static void interleave(Words& a, Words& b) {
+    const Words low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
+    a = _mm512_permutex2var_epi64(low, _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), high);
+    b = _mm512_permutex2var_epi64(low, _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4), high);
   }
 
   // Adds up the lanes of each of 16 vectors, those that `turn` laid 8, 4, 2 and 1 stripes apart.

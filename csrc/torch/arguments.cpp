@@ -157,7 +157,7 @@ int32_t dtype_of(const Tensor& tensor) {
 
 // aoti_torch_empty_strided is the cheapest allocation of the stable ABI.
 Tensor allocate(Shape shape, int32_t dtype, const Place& place) {
-  int64_t sizes[3], strides[3], stride = 1;
+  int64_t sizes[4], strides[4], stride = 1;
   const auto dims = static_cast<int64_t>(shape.size());
   std::copy(shape.begin(), shape.end(), sizes);
   for (int64_t d = dims - 1; d >= 0; --d) {

@@ -135,9 +135,10 @@ void launch_gate(const GateArgs& args) {
 void launch_dispatch(const DispatchArgs& args) { dispatch(args, on_torch_threads, threads_allowed()); }
 void launch_permute(const PermuteArgs& args) { permute(args, on_torch_threads); }
 void launch_combine(const CombineArgs& args) { combine(args, on_torch_threads); }
-void launch_expert_product(const ExpertProductArgs& args) {
-  expert_product(args, on_torch_threads, threads_allowed());
+void launch_expert_products(const ExpertProductArgs* products, int count) {
+  expert_products(products, count, on_torch_threads, threads_allowed());
 }
 void launch_expert_activation(const ExpertActivationArgs& args) { expert_activation(args, on_torch_threads); }
+void launch_expert_pack(const ExpertPackArgs& args) { pack_expert_weight(args, on_torch_threads); }
 
 }  // namespace moe_route::cpu

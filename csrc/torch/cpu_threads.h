@@ -12,7 +12,8 @@ void launch_gate(const GateArgs& args);
 void launch_dispatch(const DispatchArgs& args);
 void launch_permute(const PermuteArgs& args);
 void launch_combine(const CombineArgs& args);
-void launch_expert_product(const ExpertProductArgs& args);
+void launch_expert_products(const ExpertProductArgs* products, int count);
 void launch_expert_activation(const ExpertActivationArgs& args);
+void launch_expert_pack(const ExpertPackArgs& args);
 
 }  // namespace moe_route::cpu

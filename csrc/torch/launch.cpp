@@ -68,10 +68,13 @@ void combine(const CombineArgs& args, const Place& place) {
   cuda::combine(args, OnDevice(place).stream());
 }
 
-void expert_product(const ExpertProductArgs& args, const Place& place) {
-  if (place.cpu) return cpu::launch_expert_product(args);
-  cuda::expert_product(args, OnDevice(place).stream());
+void expert_products(const ExpertProductArgs* products, int count, const Place& place) {
+  if (place.cpu) return cpu::launch_expert_products(products, count);
+  const OnDevice device(place);
+  for (int i = 0; i < count; ++i) cuda::expert_product(products[i], device.stream());
 }
+
+void pack_expert_weight(const ExpertPackArgs& args) { cpu::launch_expert_pack(args); }
 
 void expert_activation(const ExpertActivationArgs& args, const Place& place) {
   if (place.cpu) return cpu::launch_expert_activation(args);

@@ -22,7 +22,9 @@ int64_t dispatch_workspace_bytes(const DispatchArgs& args, const Place& place);
 void dispatch(const DispatchArgs& args, const Place& place);
 void permute(const PermuteArgs& args, const Place& place);
 void combine(const CombineArgs& args, const Place& place);
-void expert_product(const ExpertProductArgs& args, const Place& place);
+// One after the other: each may read what those before it wrote.
+void expert_products(const ExpertProductArgs* products, int count, const Place& place);
+void pack_expert_weight(const ExpertPackArgs& args);  // on the CPU
 void expert_activation(const ExpertActivationArgs& args, const Place& place);
 
 // Loads the CUDA kernels that later calls with this many experts may launch on the device `index`.

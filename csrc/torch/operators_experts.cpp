@@ -1,4 +1,4 @@
-// The operators expert_rows and expert_activation: schemas, checks, outputs. Like operators.cpp, which has the other operators.
+// The operators expert_rows, expert_activation and pack_expert_weight: schemas, checks, outputs. Like operators.cpp, which has the other operators.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -65,10 +65,52 @@ int64_t experts_of(const Tensor& offsets) {
   return experts;
 }
 
+ExpertPanels panels_of(const ExpertProductArgs& args) {
+  return {args.type, args.in, args.out_columns, args.pairing};
+}
+
+// Sets the panels of a weight of which the other arguments are set.
+void set_panels(ExpertProductArgs& args, const char* name, const MaybeTensor& panels, const Place& place) {
+  if (!panels) return;
+  if (!place.cpu) refuse(name, " are packed for a CPU, and x is on ", place.name(), "; leave them out");
+  const ExpertPanels of = panels_of(args);
+  check_tensor(name, *panels, {args.experts, of.panels, of.words, kPanelColumns}, place);
+  check_dtype(name, *panels, ScalarType::Int, "int32");
+  args.panels = static_cast<const uint32_t*>(panels->const_data_ptr());
+}
+
+Tensor pack_expert_weight(const Tensor& weight, int64_t pairing) {
+  if (weight.dim() != 3) refuse("weight has shape ", shape_text(weight), "; it must be [experts, out, in]");
+  const Place place = place_of("weight", weight);
+  ExpertProductArgs args;
+  args.type = product_type("weight", weight);
+  args.transposed = is_transposed("weight", weight, weight.size(0), weight.size(2), weight, place);
+  args.pairing = pairing_of(pairing);
+  const int64_t factor = args.pairing == Pairing::kNone ? 1 : 2;
+  if (weight.size(1) % factor != 0)
+    refuse("weight has ", weight.size(1), " rows, an odd number; a gate and its columns take two each");
+  if (weight.size(0) > kMaxExperts)
+    refuse("weight has ", weight.size(0), " experts; up to ", kMaxExperts, " are supported");
+  args.in = weight.size(2);
+  args.out_columns = weight.size(1) / factor;
+  const ExpertPanels of = panels_of(args);
+  Tensor panels =
+      allocate({weight.size(0), of.panels, of.words, kPanelColumns}, aoti_torch_dtype_int32(), place);
+  ExpertPackArgs pack{weight.const_data_ptr(), static_cast<uint32_t*>(panels.mutable_data_ptr())};
+  pack.type = args.type;
+  pack.transposed = args.transposed;
+  pack.pairing = args.pairing;
+  pack.experts = static_cast<int32_t>(weight.size(0));
+  pack.in = args.in;
+  pack.out_columns = args.out_columns;
+  launch::pack_expert_weight(pack);
+  return panels;
+}
+
 Tensor expert_rows(const Tensor& x, const Tensor& offsets, const Tensor& counts, const Tensor& order,
                    int64_t k, const Tensor& up, const Tensor& down, const MaybeTensor& up_bias,
                    const MaybeTensor& down_bias, int64_t activation, int64_t pairing, double alpha,
-                   double limit, double shift) {
+                   double limit, double shift, const MaybeTensor& up_panels, const MaybeTensor& down_panels) {
   if (x.dim() != 2) refuse("x has shape ", shape_text(x), "; it must be [tokens, hidden]");
   const Place place = place_of("x", x);
   launch::require(place);
@@ -102,12 +144,14 @@ Tensor expert_rows(const Tensor& x, const Tensor& offsets, const Tensor& counts,
   args.activation = activation_of(activation, alpha, limit, shift);
   args.in = hidden;
   args.out_columns = up.size(1) / factor;
+  set_panels(args, "up_panels", up_panels, place);
   Tensor inner = allocate({args.capacity, args.out_columns}, dtype_of(x), place);
   args.out = inner.mutable_data_ptr();
   // down
   ExpertProductArgs then = args;
   then.transposed = is_transposed("down", down, experts, args.out_columns, x, place);
   then.pairing = Pairing::kNone;
+  then.panels = nullptr;
   then.weight = down.const_data_ptr();
   then.bias = bias_of("down_bias", down_bias, down, place);
   then.activation = {};
@@ -116,10 +160,11 @@ Tensor expert_rows(const Tensor& x, const Tensor& offsets, const Tensor& counts,
   then.sources = args.capacity;
   then.in = args.out_columns;
   then.out_columns = down.size(1);
+  set_panels(then, "down_panels", down_panels, place);
   Tensor rows = allocate({args.capacity, then.out_columns}, dtype_of(x), place);
   then.out = rows.mutable_data_ptr();
-  launch::expert_product(args, place);
-  launch::expert_product(then, place);
+  const ExpertProductArgs both[] = {args, then};
+  launch::expert_products(both, 2, place);
   return rows;
 }
 
@@ -173,13 +218,16 @@ MOE_ROUTE_FRAGMENT(MOE_ROUTE_NAMESPACE, m) {
   m.def(
       "expert_rows(Tensor x, Tensor offsets, Tensor counts, Tensor order, int k, Tensor up, Tensor down, "
       "Tensor? up_bias, Tensor? down_bias, int activation, int pairing, float alpha, float limit, float "
-      "shift) "
-      "-> Tensor");
+      "shift, Tensor? up_panels=None, Tensor? down_panels=None) -> Tensor");
+  m.def("pack_expert_weight(Tensor weight, int pairing) -> Tensor");
   m.def(
       "expert_activation(Tensor rows, Tensor offsets, Tensor? bias, int activation, int pairing, float "
       "alpha, "
       "float limit, float shift) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(MOE_ROUTE_NAMESPACE, CPU, m) { moe_route::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(MOE_ROUTE_NAMESPACE, CPU, m) {
+  moe_route::implement(m);
+  m.impl("pack_expert_weight", TORCH_BOX(&moe_route::pack_expert_weight));
+}
 STABLE_TORCH_LIBRARY_IMPL(MOE_ROUTE_NAMESPACE, CUDA, m) { moe_route::implement(m); }

@@ -1,8 +1,9 @@
 """The command line: `moe-route describe | record | convert | analyze | plot | plan | steer | experiment | eval | ...`.
 
 The commands are named after the functions in Python. Standard output carries the result (with `--json` exactly one JSON
-document); progress and errors go to standard error. Exit codes: 0 success, 1 a check of `doctor` failed or the reader
-of the output has closed it, 2 the input cannot be used, 130 interrupted by Ctrl-C.
+document); progress and errors go to standard error. Exit codes: 0 success, 1 a check of `doctor` failed, a ratio of
+`bench --compare` regressed, or the reader of the output has closed it, 2 the input cannot be used, 130 interrupted by
+Ctrl-C.
 
 Parsing imports neither torch nor numpy: each command imports its modules when it runs.
 """
@@ -21,7 +22,7 @@ from typing import NoReturn
 __all__ = ["main", "parser"]
 
 # Modules of the commands, in the order of the help.
-_COMMANDS = "describe record convert analyze plot plan steer experiment prune eval lm_eval report demo doctor"
+_COMMANDS = "describe record convert analyze plot plan steer experiment prune eval lm_eval report demo doctor bench"
 
 
 def parser() -> argparse.ArgumentParser:

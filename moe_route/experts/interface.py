@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_route.experts.forward import DEFAULTS, UNKNOWN_FLAGS, call_of, compute_dtype, experts_forward, obstacle
+from moe_route.experts.forward import call_of, experts_forward
+from moe_route.experts.layout import DEFAULTS, UNKNOWN_FLAGS, compute_dtype, obstacle
+from moe_route.experts.packing import ATTRIBUTE, PackedWeights, packed_bytes, packing_obstacle
 from moe_route.modules.intercept import ReplacedAttribute
 from moe_route.ops.expert_paths import limits
 from moe_route.routers.discovery import ModelNotSupportedError
@@ -95,7 +97,9 @@ def experts_paths(block: nn.Module) -> str:
             hidden = module.down_proj.new_empty(0, dtype=compute_dtype(module))
             with torch.no_grad():
                 ways = limits(call_of(module, hidden, 0))
-            found.add(", then ".join(name if most is None else f"{name} up to {most} slots" for name, most in ways))
+            said = ", then ".join(name if most is None else f"{name} up to {most} slots" for name, most in ways)
+            copied = packed_bytes(module)
+            found.add(f"{said} ({copied / 1e6:.4g} MB of packed copies)" if copied else said)
     return "; ".join(sorted(found))
 
 
@@ -105,14 +109,20 @@ class ExpertsSwitch:
     The setting is stored in the model's configuration. Models built on the same configuration object are switched
     together, until the last of them is switched back.
 
-    Raises `ModelNotSupportedError` if a module cannot be run so, or if no module uses the experts interface.
+    With `pack` every module gets a packed copy of its weights, as large as they are, until `remove`.
+
+    Raises `ModelNotSupportedError` if a module cannot be run or packed so, or if no module uses the experts interface.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, pack: bool = False) -> None:
         register_experts()
         modules = [(name, module) for name, module in model.named_modules() if _decorated(module)]
         self._configurations = _configurations(model)
         _refuse(model, modules, [getattr(config, _SETTING) for config in self._configurations])
+        self._to_pack = [module for _, module in modules] if pack else []
+        self._copies: list[ReplacedAttribute] = []
+        if pack:
+            _refuse_packing(modules)
         for kind in _undecorated(model):
             said = "%s have a forward of their own and keep it: %r runs what goes through transformers' interface"
             logger.warning(said, kind, NAME)
@@ -121,7 +131,10 @@ class ExpertsSwitch:
         ]
 
     def install(self) -> None:
-        """Set "moe_route"."""
+        """Set "moe_route", and pack."""
+        for module in self._to_pack:
+            self._copies.append(ReplacedAttribute(module, ATTRIBUTE, PackedWeights(module)))
+            self._copies[-1].install()
         for name in self._names:
             name.install()
         for config in self._configurations:
@@ -133,6 +146,9 @@ class ExpertsSwitch:
             _let_go(config, self)
         for name in self._names:
             name.remove()
+        while self._copies:
+            self._copies[-1].remove()
+            self._copies.pop()
 
 
 def fp8_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -211,6 +227,16 @@ def _refuse(model: nn.Module, modules: list[tuple[str, Any]], settings: list[str
             "the experts run as 'deepgemm_megamoe', which rewrites their weights and cannot be left at run time. "
             "Attach with experts_implementation=None, or load the model with another experts_implementation."
         )
+
+
+def _refuse_packing(modules: list[tuple[str, Any]]) -> None:
+    """Raise `ModelNotSupportedError` if the weights of a module cannot be packed."""
+    for name, module in modules:
+        why = "it holds FP8 weights with scales" if _is_fp8(module) else packing_obstacle(module)
+        if why is not None:
+            raise ModelNotSupportedError(
+                f"the weights of {type(module).__name__} at {name!r} cannot be packed: {why}. Attach with pack=False."
+            )
 
 
 def _without_interface(model: nn.Module) -> str:

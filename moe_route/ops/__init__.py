@@ -17,6 +17,7 @@ import torch  # noqa: F401  (loads the libraries that _C is linked with)
 from moe_route import _C  # noqa: F401  (registers the operators)
 from moe_route.contract.activation import Activation
 from moe_route.contract.dispatch import Dispatch
+from moe_route.contract.packed_experts import PackedExperts
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import (
     FIXED_POINT,
@@ -28,7 +29,7 @@ from moe_route.contract.tables import (
     token_table,
 )
 from moe_route.ops.dispatch import combine, dispatch, permute
-from moe_route.ops.experts import expert_activation, expert_rows
+from moe_route.ops.experts import expert_activation, expert_rows, pack_experts
 from moe_route.ops.gate import observe, observe_layers, route, route_weights
 from moe_route.ops.kernels import load_kernels
 from moe_route.ops.registration import register as _register
@@ -42,6 +43,7 @@ __all__ = [
     "Activation",
     "Dispatch",
     "Force",
+    "PackedExperts",
     "RouterSpec",
     "StatisticsTables",
     "SteeringTables",
@@ -52,6 +54,7 @@ __all__ = [
     "load_kernels",
     "observe",
     "observe_layers",
+    "pack_experts",
     "permute",
     "route",
     "route_weights",

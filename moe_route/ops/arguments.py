@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from moe_route.contract.activation import Activation
+from moe_route.contract.packed_experts import PackedExperts
 from moe_route.contract.spec import SCORES, RouterSpec
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 
@@ -63,6 +64,9 @@ _DISPATCH = _Kind(
     "ops.dispatch(ids, num_experts) makes one",
 )
 _ACTIVATION = _Kind(lambda value: isinstance(value, Activation), "an Activation", 'ops.Activation("silu") is one')
+_PACKED = _Kind(
+    lambda value: isinstance(value, PackedExperts), "PackedExperts", "ops.pack_experts(up, down) makes them"
+)
 _KINDS: Mapping[str, _Kind] = {
     "activation": _ACTIVATION,
     "k": _INTEGER,
@@ -70,6 +74,7 @@ _KINDS: Mapping[str, _Kind] = {
     "block": _INTEGER,
     "spec": _SPEC,
     "dispatch": _DISPATCH,
+    "packed": _PACKED,
     "steering": _STEERING,
     "statistics": _STATISTICS,
 }

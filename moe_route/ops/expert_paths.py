@@ -2,6 +2,7 @@
 
 | path | what runs | where |
 |---|---|---|
+| packed | as streamed, from a packed copy of the weights | any number of slots on a CPU, where there is one |
 | streamed | dispatch, `expert_rows`, combine | few slots on CUDA, more on a CPU with AVX2; nothing to train |
 | grouped, one activation | as grouped, with `expert_activation` between the products | more slots on CUDA |
 | grouped | dispatch, permute, two grouped products around the module's own activation, combine | everything else |
@@ -22,14 +23,28 @@ from torch.autograd import forward_ad
 
 from moe_route import _C
 
-__all__ = ["ACTIVATED", "GROUPED", "PATHS", "STREAMED", "Call", "Path", "choose", "limits", "only"]
+__all__ = [
+    "ACTIVATED",
+    "GROUPED",
+    "PACKED",
+    "PACKED_DTYPES",
+    "PATHS",
+    "STREAMED",
+    "Call",
+    "Path",
+    "choose",
+    "limits",
+    "only",
+]
 
-STREAMED, ACTIVATED, GROUPED = "streamed", "grouped, one activation", "grouped"
-# Without vectors the CPU's expert_rows is right, not fast.
+PACKED, STREAMED, ACTIVATED, GROUPED = "packed", "streamed", "grouped, one activation", "grouped"
+# Without vectors the CPU's expert_rows is right, not fast; with AVX-512 it passes torch's products everywhere.
 _CPU_HAS_VECTORS: bool = _C.best_instruction_set() != "portable"
+_CPU_HAS_WIDE_VECTORS: bool = _C.best_instruction_set().startswith("avx512")
 # With matrix instructions, torch's products pass expert_rows at fewer slots.
 _CPU_HAS_MATRICES: bool = torch.cpu._is_amx_tile_supported()
 _FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32})
+PACKED_DTYPES = _FLOATS
 
 
 @dataclass(frozen=True)
@@ -39,7 +54,7 @@ class Call:
     device: str
     """Type of the device of the hidden states."""
     dtype: torch.dtype | None
-    """That of everything, and None if not all is in one dtype, on one device and packed."""
+    """That of everything, and None if not all is in one dtype, on one device and contiguous."""
     slots: int
     """T * k."""
     experts: int
@@ -51,6 +66,8 @@ class Call:
     """Of the longest row of a weight [out, in]."""
     known_gate: bool
     """Whether `expert_rows` and `expert_activation` can compute what stands between the products."""
+    packed: bool = False
+    """Whether there is a packed copy of the weights."""
 
     @classmethod
     def of(
@@ -62,17 +79,18 @@ class Call:
         *,
         transposed: bool = False,
         known_gate: bool = True,
+        packed: bool = False,
     ) -> Call:
         """Describe a call; `weights` are all weights and biases as they are stored, `dtype` is that of the products."""
         tensors = [hidden, *weights]
         trains = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
         trains = trains or forward_ad._current_level >= 0
         alike = all(each.dtype == dtype and each.device == hidden.device for each in tensors)
-        packed = all(each.is_contiguous() for each in weights)
+        dense = all(each.is_contiguous() for each in weights)
         kind = hidden.device.type
-        one = dtype if alike and packed and not torch.is_autocast_enabled(kind) else None
+        one = dtype if alike and dense and not torch.is_autocast_enabled(kind) else None
         row = max(each.shape[2] * each.element_size() for each in weights if each.dim() == 3)
-        return cls(kind, one, slots, weights[0].shape[0], transposed, trains, row, known_gate)
+        return cls(kind, one, slots, weights[0].shape[0], transposed, trains, row, known_gate, packed)
 
 
 @dataclass(frozen=True)
@@ -94,6 +112,8 @@ class Path:
     """Whether gradients flow through it."""
     any_gate: bool = True
     """Whether the module's own activation runs; otherwise it must be a known one."""
+    packed: bool = False
+    """Whether it reads a packed copy of the weights."""
     here: bool = True
     """Whether this machine can take it."""
 
@@ -114,6 +134,7 @@ class Path:
             and (self.most_row_bytes is None or call.row_bytes <= self.most_row_bytes)
             and (self.trains or not call.trains)
             and (self.any_gate or call.known_gate)
+            and (call.packed or not self.packed)
         )
 
     def limit(self, experts: int) -> int | None:
@@ -136,17 +157,31 @@ _STREAMED_CPU = Path(
     devices=frozenset({"cpu"}),
     dtypes=_FLOATS,
     transposed=False,
-    most_row_bytes=16 << 10,  # four of them fit the first-level cache, or nearly
-    most_slots_per_expert=16 if _CPU_HAS_MATRICES else 128,
+    most_row_bytes=16 << 10,  # 64 of them fit the second-level cache, or nearly
+    most_slots_per_expert=16 if _CPU_HAS_MATRICES else None if _CPU_HAS_WIDE_VECTORS else 128,
     trains=False,
     any_gate=False,
     here=_CPU_HAS_VECTORS,
 )
+_PACKED_CPU = Path(
+    PACKED,
+    devices=frozenset({"cpu"}),
+    dtypes=PACKED_DTYPES,
+    trains=False,
+    any_gate=False,
+    packed=True,
+)
 PATHS: Sequence[Path] = (
+    _PACKED_CPU,
     _STREAMED_CUDA,
     _STREAMED_CPU,
-    replace(_STREAMED_CPU, most_row_bytes=None, most_slots_per_expert=4),
-    replace(_STREAMED_CPU, transposed=True, most_row_bytes=None, most_slots_per_expert=16),
+    replace(_STREAMED_CPU, most_row_bytes=None, most_slots_per_expert=8),
+    replace(
+        _STREAMED_CPU,
+        transposed=True,
+        most_row_bytes=None,
+        most_slots_per_expert=None if _CPU_HAS_WIDE_VECTORS and not _CPU_HAS_MATRICES else 16,
+    ),
     Path(ACTIVATED, devices=frozenset({"cuda"}), dtypes=_FLOATS, trains=False, any_gate=False),
     Path(GROUPED),
 )

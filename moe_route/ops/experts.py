@@ -11,12 +11,14 @@ from torch.autograd import forward_ad
 
 from moe_route.contract.activation import KINDS, PAIRINGS, Activation
 from moe_route.contract.dispatch import Dispatch
+from moe_route.contract.packed_experts import PackedExperts
 from moe_route.ops.arguments import FAILURES, refuse_types
 
-__all__ = ["expert_activation", "expert_rows"]
+__all__ = ["expert_activation", "expert_rows", "pack_experts"]
 
 _expert_rows = torch.ops.moe_route.expert_rows.default
 _expert_activation = torch.ops.moe_route.expert_activation.default
+_pack_expert_weight = torch.ops.moe_route.pack_expert_weight.default
 _PLAIN = Activation()
 
 
@@ -30,6 +32,7 @@ def expert_rows(
     down_bias: Tensor | None = None,
     activation: Activation | None = None,
     pairing: str = "halves",
+    packed: PackedExperts | None = None,
 ) -> Tensor:
     """Run the expert of each dispatched row on the token of its slot: ``down(act(up(x)))``. Not differentiable.
 
@@ -52,6 +55,8 @@ def expert_rows(
         activation: what stands between the products; default silu.
         pairing: "halves" if the first I rows of ``up`` are the gate, "alternating" if rows 0, 2, 4, ... are, "none" if
             there is no gate.
+        packed: the result of `pack_experts` for these weights, or None. It is read in their place, on a CPU only, and
+            gives the same bits. Whoever changes a weight packs again.
 
     Returns:
         [R, H_out] in the dtype of x, for `combine`. Rows that serve no slot are undefined; `combine` never reads them.
@@ -65,6 +70,8 @@ def expert_rows(
     try:
         _refuse_pairing(pairing)
         _refuse_gradient("expert_rows", x, up, down, up_bias, down_bias)
+        if packed is not None and packed.pairing != pairing:
+            raise ValueError(f"packed is for pairing {packed.pairing!r}, not {pairing!r}; pack the weights again")
         return _expert_rows(
             x,
             dispatch.offsets,
@@ -80,10 +87,11 @@ def expert_rows(
             activation.alpha,
             activation.limit,
             activation.shift,
+            *(() if packed is None else (packed.up, packed.down)),
         )
     except FAILURES:
         refuse_types(
-            ("up_bias", "down_bias"),
+            ("up_bias", "down_bias", "packed"),
             x=x,
             dispatch=dispatch,
             up=up,
@@ -91,8 +99,35 @@ def expert_rows(
             up_bias=up_bias,
             down_bias=down_bias,
             activation=activation,
+            packed=packed,
         )
         raise
+
+
+@torch.no_grad()
+def pack_experts(up: Tensor, down: Tensor, *, pairing: str = "halves") -> PackedExperts:
+    """Copy the weights of experts into the order in which `expert_rows` reads them, on a CPU.
+
+    The copy takes as many bytes as the weights (`PackedExperts.nbytes`) and saves the kernel the work of laying them
+    out, which pays from about four rows of an expert on.
+
+    Args:
+        up, down, pairing: as in `expert_rows`.
+
+    Raises:
+        TypeError: an argument of a wrong type.
+        ValueError: an argument with a wrong shape, dtype or value, or a tensor without memory.
+        NotImplementedError: a weight is not on the CPU.
+    """
+    try:
+        _refuse_pairing(pairing)
+        if up.dtype != down.dtype:
+            raise ValueError(f"up is {up.dtype} and down is {down.dtype}; convert one to the other")
+        both = (_pack_expert_weight(up, PAIRINGS.index(pairing)), _pack_expert_weight(down, PAIRINGS.index("none")))
+    except FAILURES:
+        refuse_types((), up=up, down=down)
+        raise
+    return PackedExperts(*both, pairing)
 
 
 def expert_activation(

@@ -39,6 +39,7 @@ def register(namespace: str) -> None:
         "combine": _combine_fake,
         "expert_rows": _expert_rows_fake,
         "expert_activation": _expert_activation_fake,
+        "pack_expert_weight": _pack_expert_weight_fake,
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"{namespace}::{name}", _on_one_device(name, fake))
@@ -57,7 +58,7 @@ def register(namespace: str) -> None:
     }
     for name, (backward, keep) in gradients.items():
         torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=keep)
-    for name in ("expert_rows", "expert_activation"):
+    for name in ("expert_rows", "expert_activation", "pack_expert_weight"):
         torch.library.register_autograd(f"{namespace}::{name}", partial(_no_gradient, name))
 
 
@@ -131,6 +132,13 @@ def _expert_rows_fake(
     torch._check_value(x.dim() == 2, lambda: f"x must be [tokens, hidden], got {list(x.shape)}")
     torch._check_value(down.dim() == 3, lambda: f"down must be [experts, out, in], got {list(down.shape)}")
     return x.new_empty((order.shape[0], down.shape[1]))
+
+
+def _pack_expert_weight_fake(weight: Tensor, pairing: int) -> Tensor:
+    torch._check_value(weight.dim() == 3, lambda: f"weight must be [experts, out, in], got {list(weight.shape)}")
+    experts, rows, columns = weight.shape
+    panels, words = -(-rows // 64), -(-columns * weight.element_size() // 16) * 4
+    return weight.new_empty((experts, panels, words, 64), dtype=torch.int32)
 
 
 def _expert_activation_fake(

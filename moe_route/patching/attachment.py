@@ -62,6 +62,8 @@ class Attachment:
             weights within 4 units. A router that cannot be fused gets a hook; its `RouterInfo` gives the reason.
         experts_implementation: None keeps the model's own. "moe_route" runs the experts by this package's dispatch and
             combine until `detach` (equal within the bounds of docs/experts.md, not bit for bit).
+        pack: with "moe_route" on a CPU, keep a packed copy of the experts' weights until `detach`: faster, the same
+            bits as without, and as much memory as these weights take.
         verify: first compare every kind of router with its specification on random probes.
 
     Raises `ModelNotSupportedError` or `AlreadyAttachedError`, and then leaves the model unchanged.
@@ -73,10 +75,15 @@ class Attachment:
         *,
         engine: Literal["hook", "fused"] = "hook",
         experts_implementation: Literal["moe_route"] | None = None,
+        pack: bool = False,
         verify: bool = True,
     ) -> None:
         _check_option("engine", engine, tuple(ENGINES))
         _check_option("experts_implementation", experts_implementation, EXPERTS_IMPLEMENTATIONS)
+        if pack and experts_implementation is None:
+            raise ValueError(
+                "pack=True packs weights for this package's experts: add experts_implementation='moe_route'"
+            )
         self.model = model
         self.routers: list[RouterInfo] = find_routers(model)
         for router in self.routers:
@@ -98,7 +105,7 @@ class Attachment:
         self._changes: list[Change] = []
         self._watching: list[Change] = []
         self._sinks: tuple[OutputSink | None, InputSink | None] = (None, None)
-        experts = (ExpertsSwitch(model),) if experts_implementation == "moe_route" else ()
+        experts = (ExpertsSwitch(model, pack=pack),) if experts_implementation == "moe_route" else ()
         self._install((*experts, *self._own_changes()))
 
     @property

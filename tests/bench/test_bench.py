@@ -25,8 +25,6 @@ SCRIPT = ROOT / "bench" / "gpu.sh"
 pytestmark = pytest.mark.skipif(not SCRIPT.is_file(), reason="needs the source tree")
 if SCRIPT.is_file():
     sys.path.insert(0, str(ROOT))
-    from bench import __main__ as on_cpu
-    from bench import experts, results
     from bench.device import __main__ as device
     from bench.device import (
         bisection,
@@ -46,12 +44,13 @@ if SCRIPT.is_file():
         sweep,
         targets,
     )
-    from bench.dispatch import Shape as DispatchShape
-    from bench.gate import Shape as GateShape
-    from bench.results import Target
-    from bench.timing import Pool, Race, race
     from moe_route import _C, ops
-    from moe_route.experts import forward as expert_layouts
+    from moe_route.bench import experts, results
+    from moe_route.bench.dispatch import Shape as DispatchShape
+    from moe_route.bench.gate import Shape as GateShape
+    from moe_route.bench.results import Target
+    from moe_route.bench.timing import Pool, Race, race
+    from moe_route.experts import layout as expert_layouts
 
 
 @pytest.fixture
@@ -263,16 +262,16 @@ def test_implementations_run_under_their_own_name(monkeypatch: pytest.MonkeyPatc
         monkeypatch.undo()
 
 
-def test_what_is_too_large_is_left_out_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_too_large_is_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
     layer = experts.Layer("small", "qwen3_moe", 64, 32, 8, 2)
     limits = experts.Limits(bytes=layer.bytes(torch.bfloat16) * 2, operations=layer.operations(16))
     assert limits.implementations(layer, 4, torch.bfloat16) == experts.IMPLEMENTATIONS
     assert experts.BATCHED not in limits.implementations(layer, 5, torch.bfloat16)
     found = [routed.tokens for routed in experts.cases(layer, torch.bfloat16, (1, 16, 17), limits)]
     assert found == [1, 16]
-    assert "T=17 bfloat16: a call takes 0.000418 GFLOP, more than 0.000393" in capsys.readouterr().out
+    assert "T=17 bfloat16: a call takes 0.000418 GFLOP, more than 0.000393" in caplog.text
     assert list(experts.cases(layer, torch.float64, (1,), limits)) == []
-    assert "its weights take 0.000393 GB" in capsys.readouterr().out
+    assert "its weights take 0.000393 GB" in caplog.text
     large = experts.LAYERS[2]
     assert large.bytes(torch.float32) > experts.ON_CPU.bytes > large.bytes(torch.bfloat16)
 
@@ -282,10 +281,12 @@ def test_experts_are_held_against_the_floor_that_takes_longer() -> None:
     took = {experts.READ: 2.0, experts.DENSE: 1.0, experts.PEER: 8.0, experts.OURS: 4.0}
     for read, floor in ((2.0, experts.READ), (0.5, experts.DENSE)):
         run = Race({name: [seconds] * 2 for name, seconds in (took | {experts.READ: read}).items()})
-        rows, facts = experts.compared("section", routed, run)
+        found = experts.compared("section", routed, run)
+        rows, facts = found.rows, found.facts
         ours = next(row for row in rows if row.name == experts.OURS)
         assert (ours.peer, ours.times_peer) == (experts.PEER, 2.0)
         assert (ours.floor, ours.floor_fraction) == (floor, max(read, 1.0) / 4.0)
+        assert [row.name for row in rows if row.ours] == [experts.OURS]
         assert [row.floor for row in rows if row.name in took and row.name not in experts.IMPLEMENTATIONS] == [
             None,
             None,
@@ -406,29 +407,12 @@ def test_a_rehearsal_writes_what_a_run_writes(tmp_path: Path, capsys: pytest.Cap
     keys = [(row["section"], row["case"], row["name"]) for row in content["rows"]]
     repeated = {key for key in keys if keys.count(key) > 1}
     assert repeated == set()
-    assert [row for row in content["rows"] if row["peer"] and not row["times_peer"] > 0] == []
-    assert (tmp_path / "rehearsal-cpu.md").read_text().startswith("# Benchmark results")
+    assert [row for row in content["rows"] if "peer" in row and not row["times_peer"] > 0] == []
     assert len(content["targets"]) == 7
     assert device.main([*arguments, "dispatch"]) == 0  # without --add what was there is gone
     left = json.loads((tmp_path / "rehearsal-cpu.json").read_text())
     assert {row["section"].split(",")[0] for row in left["rows"]} == {"Dispatch"}
     assert "targets met" in capsys.readouterr().out
-
-
-def test_experts_are_measured_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Into a file of their own."""
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(experts, "LAYERS", device.SMALL.expert_layers)
-    try:
-        assert on_cpu.main(["--sections", "experts", "--rounds", "6", "--out", str(tmp_path)]) == 0
-    finally:
-        torch.set_num_threads(threads)
-    name = f"cpu-{_C.instruction_set().removesuffix('_bf16')}-experts"
-    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.json", f"{name}.md"}
-    content = json.loads((tmp_path / f"{name}.json").read_text())
-    assert {"transformers", "load"} <= content["machine"].keys()
-    assert {row["name"] for row in content["rows"]} == {*experts.IMPLEMENTATIONS, experts.READ, experts.DENSE}
-    assert len({row["case"] for row in content["rows"]}) == 2 * 2 * len(experts.TOKENS)
 
 
 @pytest.mark.usefixtures("few_calls")
@@ -466,7 +450,7 @@ def test_what_was_measured_before_a_failure_is_kept(tmp_path: Path, monkeypatch:
     with pytest.raises(RuntimeError, match="planted"):
         device.main(["--device", "cpu", "--out", str(tmp_path), "--sections", "dispatch"])
     content = json.loads((tmp_path / "rehearsal-cpu.json").read_text())
-    assert {row["name"] for row in content["rows"] if row["peer"]} == {dispatch.DISPATCH, dispatch.PERMUTE}
+    assert {row["name"] for row in content["rows"] if "peer" in row} == {dispatch.DISPATCH, dispatch.PERMUTE}
 
 
 @pytest.mark.usefixtures("few_calls")
@@ -710,7 +694,6 @@ def test_a_dry_run_rehearses_and_refuses_the_rest_by_name(tmp_path: Path) -> Non
         "gpu.json",
         "gpu.log",
         "rehearsal-cpu.json",
-        "rehearsal-cpu.md",
     }
     assert json.loads((tmp_path / "checks.json").read_text())["determinism"]["status"] == "ok"
 
@@ -734,10 +717,29 @@ def test_three_calls_hold_every_stage() -> None:
     assert names - set(re.split(r"[\s,\"]+", held[1])) == set(checks.CHECKS) - {"capture-at-once"}
 
 
-def test_a_call_runs_its_stages_in_order(tmp_path: Path) -> None:
+def test_three_calls_run_every_stage_each_in_order(tmp_path: Path) -> None:
+    """Without time to run them: each stage is recorded when its turn comes."""
+    names = gpu(tmp_path, "--list").stdout.split()
+    seen: set[str] = set()
+    for call in ("1", "2", "3"):
+        gpu(tmp_path / call, "--dry", "--call", call, MOE_ROUTE_GPU_SECONDS="1")
+        ran = list(statuses(tmp_path / call))
+        assert ran == [name for name in names if name in ran]
+        assert {"environment", "build", "import"} <= set(ran)
+        assert seen & set(ran) <= {"environment", "build", "import", "device-test-build"}
+        seen |= set(ran)
+    assert seen == set(names)
     done = gpu(tmp_path, "--dry", "--call", "4")
     assert done.returncode == 2
     assert "--call needs 1, 2 or 3" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["device-test", "memcheck", "ncu"])
+def test_a_stage_without_its_program_names_the_stage_that_builds_it(tmp_path: Path, name: str) -> None:
+    done = gpu(tmp_path, "--only", name)
+    assert done.returncode == 1
+    assert statuses(tmp_path) == {name: "failed"}
+    assert f"add the stage that builds it, --only device-test-build,{name}" in done.stdout
 
 
 def test_the_part_at_fault_is_named() -> None:
@@ -809,6 +811,10 @@ def test_only_a_sanitizer_that_says_so_passes(tmp_path: Path, prints: str, code:
     # the folder of PYTHON comes first on the script's PATH
     (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (tmp_path / "bin" / "python").chmod(0o755)
+    program = out / "build" / "device_test"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
     done = gpu(out, "--only", "racecheck", PYTHON=str(tmp_path / "bin" / "python"))
     assert statuses(out) == {"racecheck": status}
     assert done.returncode == int(status == "failed")

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("bench.resources", reason="needs the source tree")
 
-from bench import resources
+from bench import pages, resources
 
 GATE = "_ZN9moe_route4cuda39_GLOBAL__N__fd39a3ba_7_gate_cu_a5ef0b0711gate_kernelILi8ELb1EEEvNS0_10GateLaunchE"
 SORT = "_ZN9moe_route4cuda11count_spansIxEEvNS0_7ProblemE"
@@ -69,7 +69,7 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = json.loads((tmp_path / "cuda-resources.json").read_text(encoding="utf-8"))
     assert content["build"]["nvcc"] == "13.0.88"
     assert len(content["kernels"]) == 3
-    page = (tmp_path / "cuda-resources.md").read_text(encoding="utf-8")
+    page = pages.page(tmp_path / "cuda-resources.json")
     assert "| `gate_kernel<8, true>` | 79 | 25 | 1 | 0 | 0 | 0 | 0 |" in page
     assert "| sm_90 | 2 | 128 (gate_kernel<8, true>) | 1 |" in page
     log.write_text("nothing was compiled\n", encoding="utf-8")

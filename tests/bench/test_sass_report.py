@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from bench.sass.disassembly import Kernel, jump_tables, kernels, parse
 from bench.sass.machine import Launch, Program
 from bench.sass.memory import GlobalMemory
 from bench.sass.report import Figures, grown, load, names_of_launches, rows
+from moe_route import _C
 
 LISTING = """
 		Function : _Z5firstv
@@ -107,3 +109,24 @@ def test_the_committed_table_has_every_case() -> None:
     for case in cases():
         assert any(title.startswith(case.title) for title in titles), case.title
     assert "gate_kernel<4, 0, true>" in rows({"gate, 1 row": ONE})
+
+
+def test_a_missing_module_is_noticed_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.sass import __main__ as command
+
+    monkeypatch.setattr(command, "code", lambda: pytest.fail("compiled"))
+    monkeypatch.setattr(command.launches, "missing", lambda: "the emulated CUDA kernels are older: make emulated")
+    monkeypatch.setattr("sys.argv", ["sass"])
+    with pytest.raises(SystemExit, match="make emulated"):
+        command.main()
+
+
+def test_a_module_that_cannot_hand_its_launches_over_is_unfit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from bench.sass import launches
+
+    if launches.missing() is not None:
+        pytest.skip("needs the emulated module")
+    unfit = tmp_path / "moe_route_emulated.so"
+    unfit.write_bytes(Path(_C.__file__).read_bytes())  # a module, and not this one
+    monkeypatch.setattr(launches, "_emulated_module", lambda: unfit)
+    assert "cannot hand its launches over; build it anew: make emulated" in str(launches.missing())

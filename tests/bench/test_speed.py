@@ -1,6 +1,6 @@
 """Gate, dispatch, permute and combine under pytest-benchmark: `python -m pytest tests/bench/test_speed.py`.
 
-Interleaved ratios come from `python -m bench`.
+Interleaved ratios come from `moe-route bench`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from itertools import count
 import pytest
 import torch
 
-from bench.dispatch import SHAPES as DISPATCH_SHAPES
-from bench.dispatch import Dispatching
-from bench.dispatch import Shape as DispatchShape
-from bench.gate import SHAPES, Gate, Shape
-from bench.timing import Contender
+from moe_route.bench.dispatch import SHAPES as DISPATCH_SHAPES
+from moe_route.bench.dispatch import Dispatching
+from moe_route.bench.dispatch import Shape as DispatchShape
+from moe_route.bench.gate import SHAPES, Gate, Shape
+from moe_route.bench.timing import Contender
 
 DISPATCH_NAMES = tuple(Dispatching(DispatchShape(8, 8, experts=8, k=2)).contenders())
 NAMES = tuple(Gate(Shape(8, 2, tokens=8)).contenders())

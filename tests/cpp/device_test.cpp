@@ -59,7 +59,7 @@ void run_on_cpu(const GateArgs& a) { cpu::gate_rows(a, 0, a.tokens); }
 void run_on_cpu(const DispatchArgs& a) { cpu::dispatch(a, serial, 1); }
 void run_on_cpu(const PermuteArgs& a) { cpu::permute(a, serial); }
 void run_on_cpu(const CombineArgs& a) { cpu::combine(a, serial); }
-void run_on_cpu(const ExpertProductArgs& a) { cpu::expert_product(a, serial, 1); }
+void run_on_cpu(const ExpertProductArgs& a) { cpu::expert_products(&a, 1, serial, 1); }
 void run_on_cpu(const ExpertActivationArgs& a) { cpu::expert_activation(a, serial); }
 void enqueue(const GateArgs& a, cuda::Stream stream) { cuda::gate(a, stream); }
 void enqueue(const DispatchArgs& a, cuda::Stream stream) { cuda::dispatch(a, stream); }

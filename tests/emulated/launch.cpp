@@ -2,6 +2,7 @@
 #include "launch.h"
 
 #include <exception>
+#include <stdexcept>
 #include <string>
 
 #include "emulator/launch.h"
@@ -55,7 +56,12 @@ int64_t dispatch_workspace_bytes(const DispatchArgs& args, const Place&) {
 void dispatch(const DispatchArgs& args, const Place&) { cuda::dispatch(args, nullptr); }
 void permute(const PermuteArgs& args, const Place&) { cuda::permute(args, nullptr); }
 void combine(const CombineArgs& args, const Place&) { cuda::combine(args, nullptr); }
-void expert_product(const ExpertProductArgs& args, const Place&) { cuda::expert_product(args, nullptr); }
+void expert_products(const ExpertProductArgs* products, int count, const Place&) {
+  for (int i = 0; i < count; ++i) cuda::expert_product(products[i], nullptr);
+}
+void pack_expert_weight(const ExpertPackArgs&) {
+  throw std::runtime_error("weights are packed for a CPU only; the emulated device reads them as they are");
+}
 void expert_activation(const ExpertActivationArgs& args, const Place&) {
   cuda::expert_activation(args, nullptr);
 }

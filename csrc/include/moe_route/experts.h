@@ -36,6 +36,7 @@ struct ExpertProductArgs {
   const void* weight = nullptr;      // [E, weight_rows(), in], or [E, in, weight_rows()] where `transposed`
   const void* bias = nullptr;        // [E, weight_rows()] or null
   void* out = nullptr;               // [capacity, out]
+  const uint32_t* panels = nullptr;  // the weight as pack_expert_weight lays it out, or null; CPU only
   DType type = DType::kFloat32;      // of x, weight, bias and out: float32, bfloat16 or float16
   bool transposed = false;
   Pairing pairing = Pairing::kNone;
@@ -101,9 +102,65 @@ inline constexpr int kStripes = 32;
 // Elements of x that a stripe takes at a time.
 inline int64_t elements_at_a_time(DType type) { return type == DType::kFloat32 ? 4 : 8; }
 
+// The order of stripes that makes the tree of folds (16, 8, 4, 2 and 1 apart) one of neighbors: with bits reversed.
+// So after turn t, as many folds are due as t ends in ones, and five sums wait at most.
+constexpr int stripe_of(int turn) {  // its own inverse
+  return (turn & 1) << 4 | (turn & 2) << 2 | (turn & 4) | (turn & 8) >> 2 | turn >> 4;
+}
+
+// A copy of weights for many rows of an expert: panels of kPanelColumns rows of a weight, word (4 bytes) after word of
+// all of them, in the order in which sums are added up, stripe after stripe in turn. So a kernel keeps the sums of a
+// panel in registers, reads memory in its order and gives the same bits as from the weights themselves.
+//
+//   panels[e, p, w, j] = word w of row j of panel p: rows 64 p .. 64 p + 63, or with kHalves 32 rows of the gate and the
+//                        32 that they gate
+//
+// Rows behind the last, and elements behind `in`, are zeros.
+inline constexpr int64_t kPanelColumns = 64;
+inline constexpr int64_t kWordsAtATime = 4;  // 16 bytes
+
+struct ExpertPanels {
+  int64_t groups, words, columns,
+      panels;  // 16 bytes and words of a row; columns of the result; panels of an expert
+
+  ExpertPanels(DType type, int64_t in, int64_t out_columns, Pairing pairing)
+      : groups((in + elements_at_a_time(type) - 1) / elements_at_a_time(type)),
+        words(groups * kWordsAtATime),
+        columns(pairing == Pairing::kNone ? kPanelColumns : kPanelColumns / 2),
+        panels((out_columns + columns - 1) / columns) {
+    for (int turn = 0; turn < kStripes; ++turn) {
+      const int64_t its_groups = (groups - stripe_of(turn) + kStripes - 1) / kStripes;
+      first_[turn + 1] = first_[turn] + its_groups * kWordsAtATime;
+    }
+  }
+
+  int64_t panel_size() const { return words * kPanelColumns; }
+  // The words of a turn begin there; up to kStripes.
+  int64_t first_word(int turn) const { return first_[turn]; }
+  // The first word of 16 bytes of a row.
+  int64_t word_of_group(int64_t group) const {
+    return first_[stripe_of(static_cast<int>(group % kStripes))] + group / kStripes * kWordsAtATime;
+  }
+
+ private:
+  int64_t first_[kStripes + 1] = {};
+};
+
+struct ExpertPackArgs {
+  const void* weight = nullptr;  // as in ExpertProductArgs
+  uint32_t* panels = nullptr;    // [E, panels, words, kPanelColumns]
+  DType type = DType::kFloat32;
+  bool transposed = false;
+  Pairing pairing = Pairing::kNone;
+  int32_t experts = 0;
+  int64_t in = 0, out_columns = 0;
+};
+
 namespace cpu {
-// On the calling thread and up to `threads` - 1 others.
-void expert_product(const ExpertProductArgs& args, Parallel parallel, int threads);
+// One after the other, since each may read what those before it wrote. On the calling thread and up to `threads` - 1
+// others.
+void expert_products(const ExpertProductArgs* products, int count, Parallel parallel, int threads);
 void expert_activation(const ExpertActivationArgs& args, Parallel parallel);
+void pack_expert_weight(const ExpertPackArgs& args, Parallel parallel);
 }  // namespace cpu
 }  // namespace moe_route

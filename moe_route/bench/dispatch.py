@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.timing import Contender, Pool
 from moe_route import ops
+from moe_route.bench.results import Measured, rows
+from moe_route.bench.timing import Contender, Effort, Pool, race
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,12 @@ SHAPES = (
     Shape(512, 2048, dtype=torch.bfloat16),
     Shape(2048, 1024),
 )
+PEERS = {
+    "dispatch": "torch argsort + bincount + inverse",
+    "permute": "torch index_select",
+    "combine": "torch multiply + index_add",
+}
+FLOORS = {"permute": "write T * k rows", "combine": "read T * k rows"}
 
 
 class Dispatching:
@@ -95,3 +102,11 @@ class Dispatching:
             "combine": self.combine,
             "read T * k rows": self.read_rows,
         }
+
+
+def measure(effort: Effort) -> Measured:
+    found = Measured()
+    for shape in SHAPES:
+        run = race(Dispatching(shape).contenders(), rounds=effort.rounds)
+        found.rows += rows("Dispatch, permute, combine", shape.title, run, peers=PEERS, floors=FLOORS)
+    return found

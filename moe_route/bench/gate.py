@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.timing import Contender, Pool
-from moe_route import ops
+from moe_route import _C, ops
+from moe_route.bench.results import Measured, Target, rows
+from moe_route.bench.timing import Contender, Effort, Pool, Race, race
 
 SPEC = ops.RouterSpec(score="softmax", renormalize="sum")
 TOKENS = 4096
@@ -28,13 +29,34 @@ class Shape:
         return f"E={self.experts} k={self.k} T={self.tokens} {str(self.dtype).removeprefix('torch.')}"
 
 
+# Experts and top-k of public models; the last one goes beyond them.
+MODELS = {
+    "Mixtral-8x7B": (8, 2),
+    "Phi-3.5-MoE": (16, 2),
+    "gpt-oss-20b": (32, 4),
+    "Qwen1.5-MoE-A2.7B": (60, 4),
+    "OLMoE-1B-7B": (64, 8),
+    "Qwen3-30B-A3B": (128, 8),
+    "DeepSeek-V3": (256, 8),
+    "Kimi-K2": (384, 8),
+    "512 experts": (512, 8),
+}
+IN_BFLOAT16 = ("Mixtral-8x7B", "OLMoE-1B-7B", "Qwen3-30B-A3B", "DeepSeek-V3")
 SHAPES: Sequence[Shape] = (
-    *(
-        Shape(experts, k)
-        for experts, k in ((8, 2), (16, 2), (32, 4), (60, 4), (64, 8), (128, 8), (256, 8), (384, 8), (512, 8))
-    ),
-    *(Shape(experts, k, torch.bfloat16) for experts, k in ((8, 2), (64, 8), (128, 8), (256, 8))),
+    *(Shape(experts, k) for experts, k in MODELS.values()),
+    *(Shape(*MODELS[name], torch.bfloat16) for name in IN_BFLOAT16),
 )
+
+READ = "read the logits"
+PEERS = {
+    "route": "torch",
+    "route + counts": "torch",
+    "route + counts + probability": "torch + p.sum(0)",
+    "route + counts + probability + weight + entropy": "torch + p.sum(0)",
+    "route + counts, soft steering": "torch, soft steering",
+    "route + counts, forced": "torch, forced",
+}
+ONE_ROW = ("torch", "route", "route + counts")
 
 
 class Gate:
@@ -115,7 +137,7 @@ class Gate:
     def contenders(self) -> dict[str, Contender]:
         full = ("counts", "probability", "weight")
         return {
-            "read the logits": self.read,
+            READ: self.read,
             "torch": self.torch_gate,
             "torch + p.sum(0)": self.torch_gate_and_mass,
             "torch, soft steering": self.torch_soft,
@@ -127,3 +149,48 @@ class Gate:
             "route + counts, soft steering": self.routed(metrics=("counts",), steering=self.soft_steering()),
             "route + counts, forced": self.routed(metrics=("counts",), steering=self.forced_steering()),
         }
+
+
+def measure(effort: Effort) -> Measured:
+    """Every shape, with the targets of the usual one."""
+    found = Measured()
+    for shape in SHAPES:
+        run = race(Gate(shape).contenders(), rounds=effort.rounds)
+        found.rows += rows("Gate", shape.title, run, peers=PEERS, floors=dict.fromkeys(PEERS, READ))
+        if shape == Shape():
+            found.targets += targets(shape, run, _C.instruction_set())
+    return found
+
+
+def targets(shape: Shape, run: Race, instruction_set: str) -> list[Target]:
+    out = []
+
+    def faster(what: str, slow: str, fast: str, wanted: float) -> None:
+        times = run.ratio(slow, fast)
+        out.append(Target(f"{shape.title}: {what}", f">= {wanted:g} times", f"{times:.2f}", times >= wanted))
+
+    if instruction_set.startswith("avx512"):
+        faster("route with counts against torch", "torch", "route + counts", 8)
+        faster("with exact mass against torch with p.sum(0)", "torch + p.sum(0)", "route + counts + probability", 7)
+    elif instruction_set == "avx2":
+        faster("route with counts against torch", "torch", "route + counts", 4)
+    for what, name, limit in (
+        ("soft steering adds", "route + counts, soft steering", 0.10),
+        ("forcing adds", "route + counts, forced", 0.10),
+        ("mass, weight and entropy add", "route + counts + probability + weight + entropy", 0.20),
+    ):
+        extra = run.ratio(name, "route + counts") - 1
+        what = f"{shape.title}: {what} to route with counts"
+        out.append(Target(what, f"<= {limit:.0%}", f"{extra:.1%}", extra <= limit))
+    return out
+
+
+def measure_one_row(effort: Effort) -> Measured:
+    """A call of one row, which is what decoding has; more rounds, for such calls are short."""
+    shape = Shape(tokens=1)
+    contenders = {name: call for name, call in Gate(shape).contenders().items() if name in ONE_ROW}
+    run = race(contenders, rounds=effort.rounds * 5, warmup=10, burst=20)
+    ratio = run.ratio("torch", "route + counts")
+    target = Target(f"{shape.title}: a call of route with counts", "<= 1/2 of torch's", f"1/{ratio:.2f}", ratio >= 2)
+    peers = {name: PEERS[name] for name in ONE_ROW if name in PEERS}
+    return Measured(rows("One row a call", shape.title, run, peers=peers), targets=[target])

@@ -1,19 +1,19 @@
-"""What recording costs a model that decodes: 16 layers of 64 experts, batch 1, by moe-route and by hand in torch.
-
-`python -m bench.recording` prints what each option of `record` adds to a prefill and to a decode step.
-"""
+"""What recording costs a model that decodes: 16 layers of 64 experts, batch 1, by moe-route and by hand in torch."""
 
 from __future__ import annotations
 
-import statistics
+import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
 import moe_route as mr
+from moe_route.bench.results import Fact, Measured, Target, rows
+from moe_route.bench.timing import Effort, Race, race
 from moe_route.recording.recorder import LAG
 
 WINDOW = LAG + 1  # steps that the recorder counts together
@@ -40,8 +40,10 @@ def decoder(dtype: torch.dtype, device: torch.device | str = "cpu", **changes: i
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(**(SIZES | changes), norm_topk_prob=True, tie_word_embeddings=True, dtype=dtype)
-    return Qwen3MoeForCausalLM(config).to(device=device, dtype=dtype).eval()
+    options: dict[str, Any] = {**SIZES, **changes}
+    config = Qwen3MoeConfig(**options, norm_topk_prob=True, tie_word_embeddings=True, dtype=dtype)
+    model: torch.nn.Module = Qwen3MoeForCausalLM(config).eval()
+    return model.to(device=device, dtype=dtype)
 
 
 class Decoding:
@@ -161,21 +163,75 @@ def recorded(decoding: Decoding, **options: Any) -> Iterator[None]:
         routed.detach()
 
 
-def seconds_in_hooks(decoding: Decoding, recording: Callable[[], Any], steps: int) -> tuple[float, int]:
-    """Time per step inside the hooks that `recording()` adds, and how many hooks that are.
+Around = Callable[[], AbstractContextManager[None]]
 
-    Steps are counted together in windows, so a step's time is the mean over a window; of the windows, the median.
+
+def race_in_hooks(decoding: Decoding, recordings: Mapping[str, Around], windows: int) -> tuple[Race, dict[str, int]]:
+    """Time per step inside the hooks that each recording adds, in turns of a window; and how many hooks that are.
+
+    Steps are counted together in windows, so a step's time is the mean over a window. The first window of a turn, which
+    makes what later ones find there, is not timed.
     """
-    clock = HookClock(decoding.model)
-    took = []
-    with recording():
-        hooks = clock.wrap()
-        for turn in range(-(-steps // WINDOW) + 1):
-            clock.seconds = 0.0
-            for step in range(WINDOW):
-                decoding.step(turn * WINDOW + step)
-            took.append(clock.seconds / WINDOW)
-    return statistics.median(took[1:]), hooks
+    seconds: dict[str, list[float]] = {name: [] for name in recordings}
+    hooks: dict[str, int] = {}
+    order = random.Random(0)
+    for _ in range(windows):
+        for name in order.sample(list(recordings), len(recordings)):
+            clock = HookClock(decoding.model)
+            with recordings[name]():
+                hooks[name] = clock.wrap()
+                for _ in range(2):
+                    clock.seconds = 0.0
+                    for step in range(WINDOW):
+                        decoding.step(step)
+                seconds[name].append(clock.seconds / WINDOW)
+    return Race(seconds), hooks
+
+
+ALONE, OURS, BY_HAND, IDLE = "model alone", "moe-route", "by hand in torch", "hooks that do nothing"
+STEP, INSIDE = "Recording while decoding", "Time inside the hooks of a decode step"
+
+
+def measure(effort: Effort) -> Measured:
+    """Decode steps of the model alone, recorded by moe-route and by hand; and the exact time inside the hooks."""
+    found = Measured()
+    for dtype in (torch.float32, torch.bfloat16):
+        found += measure_decoding(dtype, effort)
+    return found
+
+
+def layers(effort: Effort) -> int:
+    return 2 if effort.quick else SIZES["num_hidden_layers"]
+
+
+def windows(effort: Effort) -> int:
+    """Windows of steps that are timed in the place of as many rounds."""
+    return max(3, effort.rounds // 10)
+
+
+def measure_decoding(dtype: torch.dtype, effort: Effort) -> Measured:
+    name = str(dtype).removeprefix("torch.")
+    case = f"qwen3_moe, {layers(effort)} layers, {SIZES['num_experts']} experts, batch 1, {name}"
+    decoding = Decoding(decoder(dtype, num_hidden_layers=layers(effort)))
+    recordings: dict[str, Around] = {OURS: lambda: recorded(decoding), BY_HAND: ByHand(decoding).recording}
+    around = {ALONE: decoding.alone, **recordings}
+    steps = race(dict.fromkeys(around, decoding.step), rounds=effort.rounds, around=around)
+    inside, hooks = race_in_hooks(decoding, {IDLE: lambda: empty_hooks(decoding), **recordings}, windows(effort))
+    shares = {name: inside.timing(name).median / steps.timing(ALONE).median for name in recordings}
+    facts = []
+    for name in recordings:
+        what = f"{name}: time inside its {hooks[name]} hooks"
+        facts.append(Fact(STEP, case, what, inside.timing(name).median * 1e6, "us a step"))
+        facts.append(Fact(STEP, case, f"{name}: that as a share of the model's step", 100 * shares[name], "%"))
+    of_a_step = f"{shares[OURS]:.2%}"
+    target = Target(
+        f"{case}: time inside the recording hooks", "<= 0.5 % of a decode step", of_a_step, shares[OURS] <= 0.005
+    )
+    found = Measured(facts=facts, targets=[target])
+    found.rows += rows(STEP, case, steps, floors=dict.fromkeys(recordings, ALONE), others=(BY_HAND,))
+    floors = dict.fromkeys(recordings, IDLE)
+    found.rows += rows(INSIDE, case, inside, peers={OURS: BY_HAND}, floors=floors, others=(BY_HAND,))
+    return found
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -203,43 +259,26 @@ def prefill_seconds(model: Any, ids: torch.Tensor, options: dict[str, Any] | Non
         return time.perf_counter() - start
 
 
-def cost_of_options(
-    rounds: int, length: int, steps: int = 96, dtype: torch.dtype = torch.float32
-) -> list[tuple[str, float, float]]:
-    """What each option costs: (name, prefill, decode).
-
-    ``prefill`` is the median ratio of a call on ``length`` tokens to the model alone, taken in turns. ``decode`` is the
-    time inside hooks as a share of a step, which is exact where ratios of whole steps are noise.
-    """
-    model = decoder(dtype)
+def measure_options(effort: Effort) -> Measured:
+    """What each option of `record` adds to a prefill, and to the time inside the hooks of a decode step."""
+    length = 512
+    model = decoder(torch.float32, num_hidden_layers=layers(effort))
     decoding = Decoding(model)
     ids = torch.randint(0, SIZES["vocab_size"], (1, length), generator=torch.Generator().manual_seed(2))
-    kinds: dict[str, dict[str, Any] | None] = {"alone": None, **OPTIONS}
-    prefill: dict[str, list[float]] = {name: [] for name in kinds}
-    for _ in range(rounds):
-        for name, options in kinds.items():
-            prefill[name].append(prefill_seconds(model, ids, options))
-    step = step_seconds(decoding, steps)
-
-    def ratio(name: str) -> float:
-        return statistics.median(a / b for a, b in zip(prefill[name], prefill["alone"], strict=True))
-
-    def share(options: dict[str, Any]) -> float:
-        return seconds_in_hooks(decoding, lambda: recorded(decoding, **options), steps)[0] / step
-
-    return [(name, ratio(name), share(options)) for name, options in OPTIONS.items()]
-
-
-def step_seconds(decoding: Decoding, steps: int) -> float:
-    """Median time of a step of the model alone."""
-    took = []
-    for step in range(steps):
-        start = time.perf_counter()
-        decoding.step(step)
-        took.append(time.perf_counter() - start)
-    return statistics.median(took)
-
-
-if __name__ == "__main__":
-    for option, at_prefill, at_decode in cost_of_options(rounds=5, length=512):
-        print(f"{option:24} prefill of 512 tokens x {at_prefill:.3f}   hooks at decode {at_decode:.2%} of a step")
+    kinds: dict[str, dict[str, Any] | None] = {ALONE: None, **OPTIONS}
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    order = random.Random(0)
+    for number in range(-1, windows(effort)):
+        for name in order.sample(list(kinds), len(kinds)):
+            took = prefill_seconds(model, ids, kinds[name])
+            if number >= 0:  # the first one warms up
+                seconds[name].append(took)
+    prefill = f"prefill of {length} tokens, {layers(effort)} layers, float32"
+    found = Measured(rows("Options of record", prefill, Race(seconds), floors=dict.fromkeys(OPTIONS, ALONE)))
+    recordings = {name: partial(recorded, decoding, **options) for name, options in OPTIONS.items()}
+    inside, _ = race_in_hooks(decoding, recordings, windows(effort))
+    plain = next(iter(OPTIONS))
+    floors = {name: plain for name in OPTIONS if name != plain}
+    decode = f"time inside the hooks of a decode step, {layers(effort)} layers, float32"
+    found.rows += rows("Options of record", decode, inside, floors=floors)
+    return found

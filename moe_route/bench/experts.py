@@ -6,7 +6,8 @@ The modules are transformers' own classes in the sizes of public models, with ra
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -14,15 +15,21 @@ from typing import Any
 import torch
 
 import moe_route as mr
-from bench.results import Fact, Row, rows
-from bench.timing import Contender, Pool, Race, race
+from moe_route.bench import vllm_experts
+from moe_route.bench.results import Fact, Measured, rows
+from moe_route.bench.timing import Contender, Effort, Pool, Race, race
+from moe_route.experts import packing
+from moe_route.experts.packing import PackedWeights
 from moe_route.ops import expert_paths as paths
+
+log = logging.getLogger(__name__)
 
 SECTION = "Experts of one layer"
 EAGER, PEER, BATCHED, OURS = "eager", "grouped_mm", "batched_mm", "moe_route"
 IMPLEMENTATIONS = (EAGER, PEER, BATCHED, OURS)
 # Ours by one of its paths, whatever the number of slots: where they cross is what `most_slots` should be.
 PATHS = {f"{OURS}, {path}": path for path in (paths.STREAMED, paths.ACTIVATED, paths.GROUPED)}
+OURS_PACKED = f"{OURS}, pack=True"
 READ, DENSE = "read the weights of the experts that were hit", "as many multiplications in two dense products"
 DTYPES = (torch.bfloat16, torch.float32)
 # Tokens of a call -> the part of the rounds that is spent on it.
@@ -63,6 +70,9 @@ LAYERS = (
     Layer("DeepSeek-V2-Lite", "deepseek_v2", 2048, 1408, 64, 6),
     Layer("gpt-oss-20b", "gpt_oss", 2880, 2880, 32, 4),
 )
+# What takes seconds, not minutes.
+QUICK_LAYERS = LAYERS[1:2]
+QUICK_TOKENS = {1: 1, 16: 1, 64: 1}
 
 
 @dataclass(frozen=True)
@@ -94,13 +104,14 @@ def make(layer: Layer, dtype: torch.dtype, device: torch.device | str = "cpu") -
     """A model's experts as transformers makes them, with normal weights."""
     from transformers import CONFIG_MAPPING
 
-    config = CONFIG_MAPPING[layer.type](
-        hidden_size=layer.hidden,
-        intermediate_size=layer.width,
-        moe_intermediate_size=layer.width,
-        num_experts=layer.experts,
-        num_local_experts=layer.experts,
-    )
+    sizes: dict[str, Any] = {
+        "hidden_size": layer.hidden,
+        "intermediate_size": layer.width,
+        "moe_intermediate_size": layer.width,
+        "num_experts": layer.experts,
+        "num_local_experts": layer.experts,
+    }
+    config = CONFIG_MAPPING[layer.type](**sizes)
     modeling = import_module(f"transformers.models.{layer.type}.modeling_{layer.type}")
     kind = getattr(modeling, "".join(word.capitalize() for word in layer.type.split("_")) + "Experts")
     with torch.device("meta"):
@@ -151,14 +162,35 @@ class RoutedModel:
 
         return contender
 
+    def packed(self, weights: PackedWeights) -> Contender:
+        """Ours, with a packed copy of the weights."""
+        module = copy.copy(self.module)
+        module.config = copy.copy(module.config)
+        module.config._experts_implementation = OURS
+        setattr(module, packing.ATTRIBUTE, weights)
+
+        def contender(index: int) -> torch.Tensor:
+            turn = index % len(self)
+            return module(self.hidden[turn], self.ids[turn], self.weights[turn])
+
+        return contender
+
+    def vllm(self, experts: vllm_experts.Experts) -> Contender:
+        """vLLM's kernel, with its packed copy of the weights."""
+
+        def contender(index: int) -> torch.Tensor:
+            turn = index % len(self)
+            return experts(self.hidden[turn], self.ids[turn], self.weights[turn])
+
+        return contender
+
     def on_path(self, path: str) -> Contender:
         """Ours, by one path."""
         ours = self.implementation(OURS)
 
-        def contender(index: int) -> torch.Tensor:
+        def contender(index: int) -> object:
             with paths.only(path):
-                result: torch.Tensor = ours(index)
-            return result
+                return ours(index)
 
         return contender
 
@@ -197,10 +229,11 @@ class RoutedModel:
         return hit * self.layer.expert_bytes(self.dtype)
 
 
-def compared(section: str, routed: RoutedModel, run: Race, read: str = READ) -> tuple[list[Row], list[Fact]]:
+def compared(section: str, routed: RoutedModel, run: Race, read: str = READ) -> Measured:
     """The rows of one case: each against `grouped_mm`, and against the floor that takes longer."""
     case, took = routed.title, run.timing(OURS).median
-    names = [name for name in (*IMPLEMENTATIONS, *PATHS) if name in run.seconds]
+    known = (*IMPLEMENTATIONS, OURS_PACKED, vllm_experts.NAME, *PATHS)
+    names = [name for name in known if name in run.seconds]
     peers = {name: PEER for name in names if name != PEER}
     floor = max((read, DENSE), key=lambda name: run.timing(name).median)
     operations = routed.layer.operations(routed.tokens)
@@ -209,7 +242,8 @@ def compared(section: str, routed: RoutedModel, run: Race, read: str = READ) -> 
         Fact(section, case, f"{OURS}: those a second", routed.hit_bytes() / took / 1e9, "GB/s"),
         Fact(section, case, f"{OURS}: operations a second", operations / took / 1e9, "GFLOP/s"),
     ]
-    return rows(section, case, run, peers=peers, floors=dict.fromkeys(names, floor)), facts
+    others = [name for name in names if not name.startswith(OURS)]
+    return Measured(rows(section, case, run, peers=peers, floors=dict.fromkeys(names, floor), others=others), facts)
 
 
 def cases(
@@ -227,20 +261,43 @@ def cases(
         if reason is None:
             fitting.append(number)
         else:
-            print(f"left out: {layer.title(number, dtype)}: {reason}", flush=True)
+            log.warning("left out: %s: %s", layer.title(number, dtype), reason)
     module = make(layer, dtype, device) if fitting else None
     for number in fitting:
         yield RoutedModel(layer, module, number, **inputs)
 
 
-def measure(layer: Layer, dtype: torch.dtype, rounds: int) -> tuple[list[Row], list[Fact]]:
+def measure(effort: Effort) -> Measured:
+    found = Measured()
+    for layer in QUICK_LAYERS if effort.quick else LAYERS:
+        for dtype in DTYPES[:1] if effort.quick else DTYPES:
+            found += measure_layer(layer, dtype, QUICK_TOKENS if effort.quick else TOKENS, effort.rounds)
+    return found
+
+
+def measure_layer(layer: Layer, dtype: torch.dtype, tokens: Mapping[int, int], rounds: int) -> Measured:
     """One layer on the CPU; its weights are gone at the end."""
-    found: list[Row] = []
-    facts: list[Fact] = []
-    for routed in cases(layer, dtype, TOKENS, ON_CPU):
+    found = Measured()
+    packed: dict[str, Any] = {}  # packed copies of the weights, made once for all numbers of tokens
+    for routed in cases(layer, dtype, tokens, ON_CPU):
         contenders = routed.contenders(ON_CPU.implementations(layer, routed.tokens, dtype))
+        packed = packed or packed_copies(layer, dtype, routed.module)
+        if OURS_PACKED in packed:
+            contenders[OURS_PACKED] = routed.packed(packed[OURS_PACKED])
+        if vllm_experts.NAME in packed:
+            contenders[vllm_experts.NAME] = routed.vllm(packed[vllm_experts.NAME])
         with torch.inference_mode():
-            run = race(contenders, rounds=max(3, rounds // TOKENS[routed.tokens]), warmup=1)
-        more, said = compared(SECTION, routed, run)
-        found, facts = found + more, facts + said
-    return found, facts
+            run = race(contenders, rounds=max(3, rounds // tokens[routed.tokens]), warmup=1)
+        found += compared(SECTION, routed, run)
+    return found
+
+
+def packed_copies(layer: Layer, dtype: torch.dtype, module: Any) -> dict[str, Any]:
+    """What reads packed weights, by contender; what is left out is said."""
+    ours = packing.packing_obstacle(module)
+    theirs = vllm_experts.experts(module)
+    for name, why in ((OURS_PACKED, ours), (vllm_experts.NAME, theirs)):
+        if isinstance(why, str):
+            log.info("left out: %s %s, %s: %s", layer.model, dtype, name, why)
+    found: dict[str, Any] = {} if ours is not None else {OURS_PACKED: PackedWeights(module)}
+    return found if isinstance(theirs, str) else found | {vllm_experts.NAME: theirs}

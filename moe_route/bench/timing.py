@@ -1,8 +1,8 @@
 """Timing contenders against each other in one run: interleaved, each call on an input of its own, medians.
 
-A clock says what a call costs. On the CPU it is processor time of the calling thread (contenders use one thread), so
-that a neighbor who takes the core away is not counted; on an idle machine it is the time on the wall. The clocks of a
-device are in `device/clocks.py`.
+A clock says what a call costs. With one thread it is processor time of that thread, so that a neighbor who takes the
+core away is not counted; on an idle machine it is the time on the wall. The clocks of a device are in
+`bench/device/place.py` of the source tree.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ class Clock(Protocol):
 class ThreadTime:
     """Processor time of the calling thread."""
 
+    name = "processor time of the thread"
+
     def timer(self, contender: Contender) -> Callable[[range], float]:
         def timed(turns: range) -> float:
             start = time.thread_time()
@@ -39,19 +41,48 @@ class ThreadTime:
         return timed
 
 
+class WallTime:
+    """Time on the wall."""
+
+    name = "time on the wall"
+
+    def timer(self, contender: Contender) -> Callable[[range], float]:
+        def timed(turns: range) -> float:
+            start = time.perf_counter()
+            for each in turns:
+                contender(each)
+            return time.perf_counter() - start
+
+        return timed
+
+
+def clock_of_threads() -> ThreadTime | WallTime:
+    """The clock for as many threads as torch uses. A thread that waits for others takes no processor time, so with more
+    than one its own clock would leave out what the others still do."""
+    return ThreadTime() if torch.get_num_threads() == 1 else WallTime()
+
+
 @dataclass(frozen=True)
-class Timing:
-    """Seconds a call: median and quartiles over `calls` calls."""
+class Effort:
+    """How much is measured: calls of each contender, and whether large cases are left out to end within minutes."""
+
+    rounds: int = 60
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of `number` values: seconds a call, or ratios."""
 
     median: float
     low: float
     high: float
-    calls: int
+    number: int
 
     @classmethod
-    def of(cls, seconds: Sequence[float]) -> Timing:
-        low, median, high = statistics.quantiles(seconds, n=4)
-        return cls(median, low, high, len(seconds))
+    def of(cls, values: Sequence[float]) -> Spread:
+        low, median, high = statistics.quantiles(values, n=4)
+        return cls(median, low, high, len(values))
 
 
 @dataclass(frozen=True)
@@ -60,15 +91,20 @@ class Race:
 
     seconds: Mapping[str, Sequence[float]]
 
-    def timing(self, name: str) -> Timing:
-        return Timing.of(self.seconds[name])
+    def timing(self, name: str) -> Spread:
+        """Seconds a call of one contender."""
+        return Spread.of(self.seconds[name])
+
+    def ratios(self, slow: str, fast: str) -> Spread:
+        """How many times as long `slow` takes as `fast`, over the ratios inside a round.
+
+        Neighbors in time share the machine's mood, so their ratio is steadier than the ratio of two medians.
+        """
+        return Spread.of([a / b for a, b in zip(self.seconds[slow], self.seconds[fast], strict=True)])
 
     def ratio(self, slow: str, fast: str) -> float:
-        """How many times as long `slow` takes as `fast`: the median over rounds of the ratio inside a round.
-
-        Neighbours in time share the machine's mood, so their ratio is steadier than the ratio of two medians.
-        """
-        return statistics.median(a / b for a, b in zip(self.seconds[slow], self.seconds[fast], strict=True))
+        """The median of `ratios`."""
+        return self.ratios(slow, fast).median
 
 
 def race(
@@ -88,7 +124,7 @@ def race(
     A repeated input would be learnt by the branch predictor and kept by the cache, which makes a gate look four to
     eight times as fast as it is inside a model.
     """
-    clock = ThreadTime() if clock is None else clock
+    clock = clock_of_threads() if clock is None else clock
     names = list(contenders)
     timers = {name: clock.timer(contender) for name, contender in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in names}
