@@ -224,8 +224,11 @@ class TestCommand:
     @pytest.mark.slow
     @pytest.mark.timeout(1800)
     @pytest.mark.parametrize("ranks", [1, 2, 4])
-    def test_killed_at_random_moments(self, corpus: Path, tmp_path: Path, ranks: int):
+    def test_killed_at_random_moments(self, tmp_path: Path, ranks: int):
         """One rank is killed each time; its launcher ends the others, and the same command goes on."""
+        parallel, corpus = demo_corpus(), tmp_path / "texts.jsonl"
+        rows = [{"group": code, "text": text} for code in parallel.languages for text in parallel[code]]
+        corpus.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         whole, out, killed = tmp_path / "whole", tmp_path / "run", 0
         assert started(whole, corpus, 1)[0].wait() == 0  # a process like the others: with as many threads
         for _ in range(5):
