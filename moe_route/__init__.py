@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from moe_route.description import describe
     from moe_route.diagnosis import doctor
     from moe_route.experts import register_experts
+    from moe_route.integrations import vllm
     from moe_route.recipes import recipe
     from moe_route.recording import Recorder, RoutingStatistics
     from moe_route.routed import RoutedModel, attach
@@ -121,6 +122,7 @@ __all__ = [
     "report",
     "routers",
     "steering",
+    "vllm",
 ]
 
 
@@ -129,6 +131,8 @@ def __getattr__(name: str) -> Any:
         import torch  # noqa: F401  (loads the libraries that _C is linked with)
 
         return import_module("moe_route._C")
+    if name == "vllm":  # beside the others, though it lies in `integrations`
+        return import_module("moe_route.integrations.vllm")
     if name in _MODULES:
         return import_module(f"moe_route.{name}")
     if name in _HOMES:

@@ -149,16 +149,17 @@ class TableSet:
         """Read the sums of the first ``count`` groups. Waits for the device."""
         return self._read([_by_phase(table.groups)[:, :count] for table in self.layers], count)
 
-    def take_segments(self, count: int) -> TableSums:
-        """Read the sums of the first ``count`` segments and set them to zero.
+    def take_segments(self, rows: int | Sequence[int]) -> TableSums:
+        """Read the sums of the first ``rows`` segments, or of the segments of these numbers, and set them to zero.
 
         Waits for the device, with one copy per device and table width.
         """
-        views = [_by_phase(_segments(table))[:, :count] for table in self.layers]
-        sums = self._read(views, count)
-        for view in views:
-            view.zero_()
-        for device in {view.device for view in views}:
+        tables = [_by_phase(_segments(table)) for table in self.layers]
+        chosen = slice(0, rows) if isinstance(rows, int) else torch.tensor(rows)
+        sums = self._read([table[:, chosen] for table in tables], rows if isinstance(rows, int) else len(rows))
+        for table in tables:
+            table[:, chosen] = 0
+        for device in {table.device for table in tables}:
             finish(device)
         return sums
 

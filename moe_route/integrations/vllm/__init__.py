@@ -1,0 +1,125 @@
+"""moe-route inside stock vLLM (extra ``vllm``): record and steer what its requests are routed to.
+
+vLLM calls ``register`` in every process, by the entry point ``moe_route`` of ``vllm.general_plugins``. Nothing happens
+until the engine is started with ``--additional-config '{"moe_route": {...}}'``; ``options.Options`` lists the options.
+
+    llm = LLM(model, additional_config={"moe_route": {"groups": ["a", "b"]}}, enable_prefix_caching=False)
+    mr.vllm.steer(llm, plan)
+    mr.vllm.record(llm)
+    llm.generate(prompts, [SamplingParams(extra_args={"moe_route_group": "a"}), ...])
+    statistics = mr.vllm.statistics(llm)
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_route.integrations.vllm.options import Options, request_error
+from moe_route.integrations.vllm.versions import EngineNotSupportedError
+
+if TYPE_CHECKING:
+    from moe_route.recording.statistics import RoutingStatistics
+    from moe_route.steering.plan import Plan
+
+__all__ = ["EngineNotSupportedError", "pause", "record", "register", "statistics", "steer"]
+
+_OFF = (
+    "moe_route is not on in this engine: start it with --additional-config '{\"moe_route\": {}}', "
+    'LLM(..., additional_config={"moe_route": {}})'
+)
+_VERBS = ("record", "pause", "statistics", "steer", "report")
+
+
+def record(llm: Any) -> None:
+    """Begin a new recording in the engine of a ``vllm.LLM``; requests carry their group in ``extra_args``."""
+    llm.collective_rpc("moe_route_record")
+
+
+def pause(llm: Any) -> None:
+    """Stop counting; what was counted is kept."""
+    llm.collective_rpc("moe_route_pause")
+
+
+def steer(llm: Any, plan: Plan | None, *, name: str = "default") -> None:
+    """Steer by a plan from the next step on; None ends it.
+
+    Requests that name no plan take "default". Another ``name`` must be among the option ``plans``. Raises an error with
+    the words of ``steering.PlanError`` for a plan of another model, or one that does not run inside vLLM.
+    """
+    content = None
+    if plan is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "plan.safetensors"
+            plan.save(file)
+            content = file.read_bytes()
+    llm.collective_rpc("moe_route_steer", args=(content, name))
+
+
+def statistics(llm: Any) -> RoutingStatistics:
+    """What was counted. ``LLM.generate`` has returned, so that all requests have ended.
+
+    Raises an error with the words of ``recording.RecordingError`` if nothing was recorded.
+    """
+    from moe_route.recording.statistics import RoutingStatistics
+
+    answers = [answer for answer in llm.collective_rpc("moe_route_statistics", args=(None, True)) if answer is not None]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "statistics.safetensors"
+        file.write_bytes(answers[0])
+        return RoutingStatistics.load(file)
+
+
+def register() -> None:
+    """Wrap, once per process, the two methods of vLLM through which an engine with options passes."""
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.worker.gpu_worker import Worker  # the workers of CPU and XPU inherit from it
+
+    if hasattr(Worker, "moe_route_report"):
+        return
+    load_model, validate = Worker.load_model, InputProcessor._validate_params
+
+    @functools.wraps(load_model)
+    def load_and_attach(self: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = load_model(self, *args, **kwargs)
+        options = Options.of(self.vllm_config.additional_config)
+        if options is not None:
+            import vllm
+
+            from moe_route.integrations.vllm.worker import Session
+
+            self.moe_route_session = Session(self, options, vllm.__version__)
+        return answer
+
+    @functools.wraps(validate)
+    def validated(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        options = Options.of(self.vllm_config.additional_config)
+        wrong = None if options is None else request_error(options, getattr(params, "extra_args", None))
+        if wrong is not None:
+            raise _refusal()(wrong)
+        return validate(self, params, *args, **kwargs)
+
+    Worker.load_model, InputProcessor._validate_params = load_and_attach, validated
+    for verb in _VERBS:
+        setattr(Worker, f"moe_route_{verb}", _verb(verb))
+
+
+def _refusal() -> type[Exception]:
+    """The error that vLLM answers with HTTP 400 and its words; older releases have ValueError for it."""
+    from vllm import exceptions
+
+    return getattr(exceptions, "VLLMValidationError", ValueError)
+
+
+def _verb(name: str) -> Callable[..., Any]:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        session = getattr(self, "moe_route_session", None)
+        if session is None:
+            raise EngineNotSupportedError(_OFF)
+        return getattr(session, name)(*args, **kwargs)
+
+    call.__name__ = f"moe_route_{name}"
+    return call

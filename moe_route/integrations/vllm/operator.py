@@ -1,0 +1,95 @@
+"""``moe_route_vllm::reroute``: steer and count the choice of one router, on tables whose addresses never change.
+
+It always runs, and data on the device switch it: a token whose rows are -1 keeps vLLM's own choice bit for bit and is
+not counted. So a CUDA graph that captured it steers and counts whatever the tables hold at replay.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moe_route import ops
+from moe_route.contract.tables import NEUTRAL, ROW_PARAMETERS, STEERING_PLANES, SteeringTables
+
+if TYPE_CHECKING:
+    from moe_route.integrations.vllm.sites import Site
+
+__all__ = ["connect", "connected", "copy_plan", "neutral_tables"]
+
+_ALL_PLANES = (1 << len(STEERING_PLANES)) - 1
+_sites: list[Site] = []  # of the one engine that this process serves; the operator names them by index
+
+
+def connect(sites: list[Site]) -> None:
+    """Let the operator act on these sites, in place of those of an earlier engine of this process."""
+    global _sites
+    _sites = sites
+
+
+def connected(sites: list[Site]) -> bool:
+    """Whether the operator acts on these sites."""
+    return _sites is sites
+
+
+def neutral_tables(rows: int, num_experts: int, device: torch.device) -> SteeringTables:
+    """Steering tables with every plane, all neutral."""
+    planes = torch.empty(rows, len(STEERING_PLANES), num_experts, device=device)
+    params = torch.empty(rows, len(ROW_PARAMETERS), device=device)
+    remap = torch.empty(rows, num_experts, dtype=torch.int32, device=device)
+    tables = SteeringTables.from_packed(planes, _ALL_PLANES, params, remap, num_experts)
+    copy_plan(tables, 0, SteeringTables(rows, num_experts))
+    return tables
+
+
+def copy_plan(target: SteeringTables, first: int, plan: SteeringTables) -> None:
+    """Write a plan's rows into rows ``first`` on of tables made by ``neutral_tables``."""
+    planes, _, params, remap = target.packed
+    assert planes is not None  # `neutral_tables` made all of them
+    assert params is not None
+    assert remap is not None
+    here = slice(first, first + plan.rows)
+    for number, name in enumerate(STEERING_PLANES):
+        planes[here, number] = NEUTRAL[name]
+    for number, name in enumerate(ROW_PARAMETERS):
+        params[here, number] = NEUTRAL[name]
+    remap[here] = torch.arange(target.num_experts, dtype=torch.int32, device=remap.device)
+    for name, table in plan.tables.items():
+        if name == "remap":
+            remap[here] = table.to(remap.device)
+        elif name in STEERING_PLANES:
+            planes[here, STEERING_PLANES.index(name)] = table.to(planes.device)
+        else:
+            params[here, ROW_PARAMETERS.index(name)] = table.to(params.device)
+
+
+def _reroute(logits: Tensor, weights: Tensor, ids: Tensor, site_index: int) -> None:
+    site = _sites[site_index]
+    site.reached += 1
+    chosen, weighed = ids[:, : site.top_k], weights[:, : site.top_k]  # fused shared experts take columns after these
+    new_weights, new_ids = ops.route(
+        logits,
+        site.top_k,
+        site.spec,
+        correction_bias=site.correction_bias,
+        steering=site.steering,
+        tokens=site.tokens[: logits.shape[0]],
+        choice=chosen.to(torch.int32).contiguous(),
+        choice_weights=weighed.to(torch.float32).contiguous(),
+        statistics=site.statistics,
+    )
+    weighed.copy_(new_weights)
+    # a kernel needs an id in every slot: an empty one repeats a chosen expert, with weight 0
+    chosen.copy_(torch.where(new_ids < 0, new_ids.amax(-1, keepdim=True).clamp(min=0), new_ids))
+
+
+def _reroute_fake(logits: Tensor, weights: Tensor, ids: Tensor, site_index: int) -> None:
+    return None
+
+
+_library = torch.library.Library("moe_route_vllm", "FRAGMENT")
+_library.define("reroute(Tensor logits, Tensor(a!) weights, Tensor(b!) ids, int site_index) -> ()")
+_library.impl("reroute", _reroute, "CompositeExplicitAutograd")
+torch.library.register_fake("moe_route_vllm::reroute", _reroute_fake, lib=_library)

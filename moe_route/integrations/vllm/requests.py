@@ -1,0 +1,137 @@
+"""Running requests and the token table of a step, in numpy: knows neither vLLM nor torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+__all__ = ["PlanRows", "Request", "RequestTable"]
+
+_PROMPT, _GROUP, _SEGMENT, _DONE, _PLAN, _COLUMNS = 0, 1, 2, 3, 4, 5
+
+
+@dataclass(frozen=True)
+class PlanRows:
+    """Steering rows of all plans.
+
+    Attributes:
+        rows: int32 [P + 1, 2, G + 1, C]: row by plan, phase, group + 1 and class of positions; plan P steers nothing.
+        bounds: the C - 1 positions at which a new class begins.
+    """
+
+    rows: np.ndarray
+    bounds: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    @classmethod
+    def none(cls, plans: int, groups: int) -> PlanRows:
+        """No plan steers."""
+        return cls(np.full((plans + 1, 2, groups + 1, 1), -1, np.int32))
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request. Its numbers stand in row ``slot`` of ``RequestTable.numbers``.
+
+    Attributes:
+        group: index of its group; -1: counted in none.
+        segment: row of the segment tables; -1: began while nothing was recorded.
+        first: position of its first token that is routed here; earlier ones came from a cache.
+        tokens: ids of its tokens, kept where the runner is about to forget them.
+    """
+
+    name: str
+    item: str | int | None
+    group: int
+    segment: int
+    first: int
+    slot: int
+    tokens: np.ndarray | None = None
+
+
+class RequestTable:
+    """Who the running requests are, and which token of a step belongs to whom.
+
+    A preempted request runs again from its beginning. Positions below its high-water mark are steered as before and not
+    counted again.
+    """
+
+    def __init__(self, groups: int, plans: int, capacity: int):
+        self.running: dict[str, Request] = {}
+        self.plan_rows = PlanRows.none(plans, groups)
+        self.group_capacity = self.segment_capacity = 0  # second phase begins here in the tables
+        self.counts = False  # whether tokens are counted
+        self.tokens_run_again = 0
+        self._numbers = np.zeros((max(capacity, 1), _COLUMNS), np.int64)
+        self._free: list[int] = list(range(len(self._numbers) - 1, -1, -1))
+
+    def begin(
+        self,
+        name: str,
+        *,
+        prompt: int,
+        group: int,
+        segment: int,
+        plan: int,
+        item: str | int | None = None,
+        first: int = 0,
+    ) -> Request:
+        """A request that runs for the first time; ``prompt``: its length in tokens; ``plan``: -1 for none."""
+        if not self._free:
+            size = len(self._numbers)
+            self._numbers = np.concatenate([self._numbers, np.zeros_like(self._numbers)])
+            self._free = list(range(2 * size - 1, size - 1, -1))
+        request = Request(name, item, group, segment, first, self._free.pop())
+        self._numbers[request.slot] = (prompt, group, segment, first, plan)
+        self.running[name] = request
+        return request
+
+    def end(self, names: Iterable[str]) -> list[Request]:
+        """Take the requests out that are known by these names."""
+        ended = [self.running.pop(name) for name in names if name in self.running]
+        self._free += [request.slot for request in ended]
+        return ended
+
+    def routed(self, request: Request) -> int:
+        """Number of positions that a request has routed, its cached ones included."""
+        return int(self._numbers[request.slot, _DONE])
+
+    def forget_segments(self) -> None:
+        """A new recording begins: requests that run now are not part of it."""
+        self._numbers[:, _SEGMENT] = -1
+        for request in self.running.values():
+            request.segment = -1
+
+    def fill(self, table: np.ndarray, names: Sequence[str], counts: np.ndarray, starts: np.ndarray) -> int:
+        """Write the rows of a step to ``table``, int32 [T, 4]; returns the number of its tokens.
+
+        Args:
+            names: requests in the order of the batch. One that is unknown is neither steered nor counted.
+            counts: tokens of each in this step.
+            starts: position of the first of them.
+        """
+        slots = np.fromiter((self._slot(name) for name in names), np.int64, len(names))
+        counts, starts = np.asarray(counts, np.int64), np.asarray(starts, np.int64)
+        total = int(counts.sum())
+        of = np.repeat(np.arange(len(names)), counts)
+        positions = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts) + starts[of]
+        numbers = np.where((slots >= 0)[:, None], self._numbers[slots], (0, -1, -1, 0, -1))
+        prompt, group, segment, done, plan = (numbers[of, column] for column in range(_COLUMNS))
+        phase = (positions >= prompt).astype(np.int64)
+        place = np.searchsorted(self.plan_rows.bounds, positions, side="right")
+        counted = (positions >= done) & (group >= 0) & (segment >= 0) & self.counts
+        rows = table[:total]
+        rows[:, 0] = self.plan_rows.rows[plan, phase, group + 1, place]
+        rows[:, 1] = np.where(counted, phase * self.group_capacity + group, -1)
+        rows[:, 2] = np.where(counted, phase * self.segment_capacity + segment, -1)
+        rows[:, 3] = 1
+        self.tokens_run_again += int((positions < done).sum()) if self.counts else 0
+        known = slots >= 0
+        ends = (starts + counts)[known]
+        self._numbers[slots[known], _DONE] = np.maximum(self._numbers[slots[known], _DONE], ends)
+        return total
+
+    def _slot(self, name: str) -> int:
+        request = self.running.get(name)
+        return -1 if request is None else request.slot

@@ -1,0 +1,165 @@
+"""The routers of a vLLM model: how they are found, what they are called in transformers, and how they route.
+
+The seam is ``BaseRouter._compute_routing``: after the scores, before vLLM's capture of routed experts, before the
+expert load balancer maps logical ids to physical ones, and before the kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_route import ops
+from moe_route.contract.spec import RouterSpec
+from moe_route.contract.tables import StatisticsTables, SteeringTables
+from moe_route.integrations.vllm.versions import EngineNotSupportedError, find
+
+__all__ = ["Site", "check", "find_sites", "hook", "transformers_name"]
+
+_BLOCKS = {".block_sparse_moe.experts": ".mlp.experts"}
+_GATES = {"gpt_oss": "router", "phimoe": "router"}
+"""By ``model_type``: name of the router in transformers 5, where it is not ``gate``."""
+_SCORES = {"sqrtsoftplus": "sqrt_softplus"}
+_CHECKED_ROWS = 64
+_WEIGHT_TOLERANCE = 1e-4
+
+
+@dataclass(eq=False)
+class Site:
+    """One router of the model that this worker runs."""
+
+    name: str  # of the router in transformers
+    runner: Any
+    num_experts: int
+    top_k: int
+    spec: RouterSpec
+    correction_bias: Tensor | None
+    device: torch.device
+    output_scale: float = 1.0  # vLLM applies it to the output, transformers to the weights
+    role: str = "text"
+    reached: int = 0  # calls of the operator; a replayed graph adds none
+    steering: SteeringTables | None = None
+    statistics: StatisticsTables | None = None
+    tokens: Tensor = field(default_factory=lambda: torch.empty(0, 4, dtype=torch.int32))
+
+
+def find_sites(model: nn.Module, model_type: str) -> list[Site]:
+    """All routers of the model, in the order of its layers.
+
+    Raises ``EngineNotSupportedError`` naming the layer, and the flag that mends it, where one cannot be followed.
+    """
+    base = find("vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter")
+    moe_runner = find("vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner")
+    sites = [_site(m, base, model_type) for m in model.modules() if isinstance(m, moe_runner)]
+    if not sites:
+        raise EngineNotSupportedError(
+            "moe_route: no MoE layer of vLLM's own was found; a model that runs on vLLM's Transformers backend "
+            "routes inside transformers: use mr.attach(model) there"
+        )
+    return sites
+
+
+def _site(runner: Any, base: type, model_type: str) -> Site:
+    name: str = runner.layer_name
+    router: Any = runner.router
+    if runner.is_monolithic:
+        kernel = type(getattr(runner.routed_experts, "quant_method", runner)).__name__
+        raise EngineNotSupportedError(
+            f"moe_route: {name} chooses its experts inside its kernel ({kernel}), where nothing can be counted or "
+            "steered: start with --moe-backend triton"
+        )
+    if not issubclass(type(router), base):
+        raise EngineNotSupportedError(
+            f"moe_route: {name} has a router of its own ({type(router).__name__}): use mr.attach in transformers"
+        )
+    config = runner.moe_config
+    if getattr(getattr(config, "moe_parallel_config", None), "is_sequence_parallel", False):
+        raise EngineNotSupportedError(
+            f"moe_route: {name} splits the tokens of a step over ranks: start without --enable-expert-parallel"
+        )
+    spec, bias = spec_of(router, name)
+    redundant = config.num_experts - getattr(config, "num_logical_experts", config.num_experts)
+    return Site(
+        name=transformers_name(name, model_type),
+        runner=runner,
+        num_experts=config.num_experts - redundant,
+        top_k=router.top_k,
+        spec=spec,
+        correction_bias=bias,
+        device=next(runner.parameters()).device,
+        output_scale=float(getattr(runner, "routed_scaling_factor", 1.0) or 1.0),
+    )
+
+
+def transformers_name(name: str, model_type: str) -> str:
+    """Name of a router in transformers 5, from vLLM's name of its experts: statistics of both then merge."""
+    for ending, there in _BLOCKS.items():
+        name = name.removesuffix(ending) + there if name.endswith(ending) else name
+    gate = _GATES.get(model_type, "gate")
+    return f"{name.removesuffix('.experts')}.{gate}" if name.endswith(".experts") else name
+
+
+def spec_of(router: Any, name: str) -> tuple[RouterSpec, Tensor | None]:
+    """How a router of vLLM routes, read from its attributes; ``check`` compares it with what the router does."""
+    kind = type(router).__name__
+    function = getattr(router, "custom_routing_function", None)
+    if function is not None:
+        called = getattr(function, "__name__", type(function).__name__)
+        if called == "phimoe_routing_function":
+            return RouterSpec(score="sparsemixer", jitter=0.01), None
+        raise EngineNotSupportedError(f"moe_route: {name} routes by a function of its own ({called}), not known here")
+    if any(getattr(router, table, None) is not None for table in ("hash_indices_table", "_hash_indices_table")):
+        raise EngineNotSupportedError(f"moe_route: {name} looks its experts up by token id: there is nothing to steer")
+    bias = getattr(router, "e_score_correction_bias", None)
+    score = _SCORES.get(getattr(router, "scoring_func", "softmax"), getattr(router, "scoring_func", "softmax"))
+    scale = float(getattr(router, "routed_scaling_factor", 1.0) or 1.0)
+    policy: dict[str, Any] = {"score": score, "renormalize": "sum" if router.renormalize else "none", "scale": scale}
+    if getattr(router, "use_grouped_topk", kind == "GroupedTopKRouter"):
+        policy |= {"groups": router.num_expert_group, "top_groups": router.topk_group}
+        policy["group_score"] = "max" if bias is None else "top2_sum"
+        return RouterSpec(**policy), bias
+    if kind not in ("FusedTopKRouter", "FusedTopKBiasRouter", "CPURouter"):
+        raise EngineNotSupportedError(f"moe_route: {name} has a router of class {kind}, not known here")
+    if bias is None and score == "softmax":
+        policy["scale"] = 1.0  # these routers do not scale plain softmax weights
+    return RouterSpec(**policy), bias
+
+
+@torch.inference_mode()
+def check(site: Site) -> None:
+    """Raise ``EngineNotSupportedError`` unless the spec gives what the router gives, on 64 random rows."""
+    router = site.runner.router
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(_CHECKED_ROWS, site.num_experts, generator=generator) * 2).to(site.device)
+    hidden = torch.zeros(_CHECKED_ROWS, site.runner.moe_config.hidden_dim, device=site.device, dtype=torch.bfloat16)
+    weights, ids = router._compute_routing(hidden, logits, None)
+    weights, ids = weights[:, : site.top_k].float(), ids[:, : site.top_k].long()
+    mine, chosen = ops.route(logits, site.top_k, site.spec, correction_bias=site.correction_bias)
+    order, other = ids.argsort(-1), chosen.long().argsort(-1)
+    same = bool((ids.gather(-1, order) == chosen.long().gather(-1, other)).all())
+    gap = float((weights.gather(-1, order) - mine.gather(-1, other)).abs().max())
+    if not same or not gap <= _WEIGHT_TOLERANCE:
+        what = f"weights differ by {gap:.2g}" if same else "it chooses other experts"
+        raise EngineNotSupportedError(
+            f"moe_route: {site.name}: {type(router).__name__} does not route as {site.spec} says ({what}): this model "
+            "is not known here; use mr.attach in transformers"
+        )
+
+
+def hook(site: Site, index: int) -> None:
+    """Put the operator behind the router's own choice. torch.compile traces it; ``vllm::moe_forward`` runs it."""
+    router = site.runner.router
+    natural = router._compute_routing
+
+    def compute_routing(
+        hidden_states: Tensor, router_logits: Tensor, indices_type: Any = None, *, input_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        weights, ids = natural(hidden_states, router_logits, indices_type, input_ids=input_ids)
+        weights, ids = weights.contiguous(), ids.contiguous()
+        torch.ops.moe_route_vllm.reroute(router_logits, weights, ids, index)
+        return weights, ids
+
+    router._compute_routing = compute_routing

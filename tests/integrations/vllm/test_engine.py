@@ -1,0 +1,250 @@
+"""Stock vLLM on a CPU beside transformers, the shipped model in float32: counts, texts, fingerprints, refusals.
+
+`make test-vllm` runs this in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+import moe_route as mr
+from moe_route.data import demo_corpus, load_demo_model
+from moe_route.recording import RoutingStatistics
+
+if os.environ.get("MOE_ROUTE_REQUIRE_VLLM"):  # `make test-vllm`: a vLLM that does not load is a failure there
+    import vllm
+else:
+    vllm = pytest.importorskip("vllm", reason="needs vLLM in an environment of its own: make test-vllm")
+
+GROUPS = ["eng_Latn", "jpn_Jpan", "rus_Cyrl", "swh_Latn", "free"]
+NEW = 12
+PLAN = (
+    mr.Plan.activate({2: [1, 5], 3: [0], 4: [7]}, strength=0.5)
+    + mr.Plan.force_on({5: [7]})
+    + mr.Plan.forbid({1: [3]})
+    + mr.Plan.scale_logits({6: {1: 1.5}}).only(positions=[(2, 9)])
+).only(groups=["eng_Latn", "jpn_Jpan"]) + mr.Plan.force_off({6: [2, 4]}).only(groups=["rus_Cyrl"], phase="decode")
+
+
+class Answers(NamedTuple):
+    statistics: RoutingStatistics
+    texts: list[list[int]]
+
+
+class Row(NamedTuple):
+    group: str
+    item: str
+    ids: list[int]
+
+
+@pytest.fixture(scope="module")
+def demo() -> Any:
+    model, tokenizer = load_demo_model()
+    return model.float(), tokenizer
+
+
+@pytest.fixture(scope="module")
+def rows(demo: Any) -> list[Row]:
+    corpus = demo_corpus().subset(GROUPS[:4], limit=6)
+    found = []
+    for group in GROUPS[:4]:
+        for number, (item, text) in enumerate(zip(corpus.items, corpus[group], strict=True)):
+            ids = demo[1](text).input_ids
+            found.append(Row(group, item, ids[:12] if number % 2 else ids[: 2 * len(ids) // 3]))
+    return found
+
+
+def in_transformers(model: Any, rows: list[Row], plan: mr.Plan | None) -> Answers:
+    texts = []
+    with mr.attach(model) as routed, torch.no_grad():
+        with routed.steer(plan) if plan else nullcontext(), routed.record(groups=GROUPS) as rec:
+            for row in rows:
+                ids = torch.tensor([row.ids])
+                with rec.labels(groups=row.group, items=[row.item]):
+                    made = model.generate(
+                        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, pad_token_id=0
+                    )
+                texts.append(made[0, len(row.ids) :].tolist())
+        return Answers(rec.statistics(), texts)
+
+
+@pytest.fixture(scope="module")
+def expected(demo: Any, rows: list[Row]) -> dict[str, Answers]:
+    return {"free": in_transformers(demo[0], rows, None), "steered": in_transformers(demo[0], rows, PLAN)}
+
+
+def engine(options: dict[str, Any] | None = None, **changes: Any) -> Any:
+    from moe_route.data import demo_model_folder
+
+    settings: dict[str, Any] = {
+        "model": str(demo_model_folder()),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 128,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 48,  # prompts arrive in chunks
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+        "additional_config": {"moe_route": {"groups": GROUPS} if options is None else options},
+    }
+    return vllm.LLM(**{**settings, **changes})
+
+
+def in_vllm(llm: Any, rows: list[Row], *, record: bool = True, **settings: Any) -> Answers:
+    params = [
+        vllm.SamplingParams(
+            temperature=0,
+            max_tokens=NEW,
+            extra_args={"moe_route_group": row.group, "moe_route_item": row.item},
+            **settings,
+        )
+        for row in rows
+    ]
+    if record:
+        mr.vllm.record(llm)
+    out = llm.generate([{"prompt_token_ids": row.ids} for row in rows], params, use_tqdm=False)
+    return Answers(mr.vllm.statistics(llm), [list(o.outputs[0].token_ids) for o in out])
+
+
+def assert_same(found: Answers, expected: Answers) -> None:
+    """Integers and texts equal; sums of float32 terms within their rounding."""
+    assert found.texts == expected.texts
+    here, there = found.statistics, expected.statistics
+    assert (here.groups, here.layers, here.metrics) == (there.groups, there.layers, there.metrics)
+    for name in ("counts", "natural_counts"):
+        if name in there.metrics:
+            for phase in ("prefill", "decode"):
+                np.testing.assert_array_equal(here.token_sum(name, phase), there.token_sum(name, phase))
+    for name in ("tokens", "slots", "empty", "steered", "flipped"):
+        np.testing.assert_array_equal(here.scalar(name), there.scalar(name), err_msg=name)
+    for name in ("probability", "weight", "weight_share"):
+        np.testing.assert_allclose(here.token_sum(name), there.token_sum(name), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(here.sequences(), there.sequences())
+    np.testing.assert_allclose(here.mean_distribution("full"), there.mean_distribution("full"), atol=1e-6)
+    assert here.metadata["fingerprint"] == there.metadata["fingerprint"]
+    assert here.metadata["plans"] == there.metadata["plans"]
+    assert here.metadata["model"]["config_hash"] == there.metadata["model"]["config_hash"]
+    assert (here + there).tokens().sum() == 2 * there.tokens().sum()
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[Any]:
+    made = engine()
+    yield made
+    del made
+    gc.collect()
+
+
+def test_a_recording_equals_that_of_transformers(llm: Any, rows: list[Row], expected: dict[str, Answers]) -> None:
+    found = in_vllm(llm, rows)
+    assert_same(found, expected["free"])
+    assert found.statistics.metadata["engines"] == ["vllm"]
+    assert found.statistics.metadata["versions"]["vllm"] == vllm.__version__
+
+
+def test_a_plan_steers_its_groups_as_in_transformers(llm: Any, rows: list[Row], expected: dict[str, Answers]) -> None:
+    mr.vllm.steer(llm, PLAN)
+    try:
+        found = in_vllm(llm, rows)
+    finally:
+        mr.vllm.steer(llm, None)
+    assert_same(found, expected["steered"])
+    assert found.statistics.scalar("flipped").sum() > 0
+    assert found.texts != expected["free"].texts
+
+
+def test_after_a_plan_ends_nothing_is_steered(llm: Any, rows: list[Row], expected: dict[str, Answers]) -> None:
+    assert_same(in_vllm(llm, rows), expected["free"])
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"moe_route_group": "klingon"}, "none of the groups of this engine: eng_Latn"),
+        ({"moe_route_group": ["eng_Latn"]}, "none of the groups"),
+        ({"moe_route_plan": "other"}, "none of the plans of this engine: default, none"),
+        ({"moe_route_group": "free", "moe_route_item": 1.5}, "a text or a whole number"),
+        ({"moe_route_grup": "free"}, "no argument of moe_route"),
+    ],
+)
+def test_a_wrong_request_is_refused_and_the_next_one_served(
+    llm: Any, rows: list[Row], extra: dict[str, Any], words: str
+) -> None:
+    prompt = {"prompt_token_ids": rows[0].ids}
+    with pytest.raises(vllm.exceptions.VLLMValidationError, match=words):
+        llm.generate([prompt], vllm.SamplingParams(max_tokens=1, extra_args=extra), use_tqdm=False)
+    assert llm.generate([prompt], vllm.SamplingParams(max_tokens=1), use_tqdm=False)[0].outputs
+
+
+def test_requests_choose_their_plan(rows: list[Row], expected: dict[str, Answers], tmp_path: Any) -> None:
+    """Two plans and none in one batch: each request gets what it asks for."""
+    soft = mr.Plan.activate({2: [1, 5], 3: [0]}, strength=0.7)
+    hard = mr.Plan.force_off({6: [2, 4]})
+    hard.save(tmp_path / "hard.safetensors")
+    options = {"groups": GROUPS, "plans": {"hard": str(tmp_path / "hard.safetensors"), "soft": None}}
+    llm = engine(options)
+    mr.vllm.steer(llm, soft, name="soft")
+    params = [
+        vllm.SamplingParams(
+            temperature=0, max_tokens=NEW, extra_args={"moe_route_group": "eng_Latn", "moe_route_plan": plan}
+        )
+        for plan in ("soft", "hard", "none")
+    ]
+    prompt = {"prompt_token_ids": rows[0].ids}
+    together = [list(o.outputs[0].token_ids) for o in llm.generate([prompt] * 3, params, use_tqdm=False)]
+    model, _ = load_demo_model()
+    alone = [in_transformers(model.float(), rows[:1], plan).texts[0] for plan in (soft, hard, None)]
+    assert together == alone
+    with pytest.raises(Exception, match="no plan is called 'other' here"):
+        mr.vllm.steer(llm, soft, name="other")
+
+
+def test_a_compiled_engine_equals_transformers(rows: list[Row], expected: dict[str, Answers]) -> None:
+    llm = engine(enforce_eager=False)
+    assert_same(in_vllm(llm, rows), expected["free"])
+    mr.vllm.steer(llm, PLAN)
+    assert_same(in_vllm(llm, rows), expected["steered"])
+
+
+def test_preempted_requests_count_once() -> None:
+    llm = engine(
+        {"groups": ["a", "b"]}, max_num_seqs=8, max_num_batched_tokens=128, num_gpu_blocks_override=6, block_size=32
+    )
+    generator = np.random.default_rng(3)
+    rows = [Row("ab"[i % 2], str(i), generator.integers(10, 4000, 20).tolist()) for i in range(4)]
+    params = [
+        vllm.SamplingParams(
+            temperature=0,
+            max_tokens=70,
+            ignore_eos=True,
+            extra_args={"moe_route_group": row.group, "moe_route_item": row.item},
+        )
+        for row in rows
+    ]
+
+    def run(batches: list[list[int]]) -> Answers:
+        mr.vllm.record(llm)
+        texts = []
+        for batch in batches:
+            prompts = [{"prompt_token_ids": rows[i].ids} for i in batch]
+            out = llm.generate(prompts, [params[i] for i in batch], use_tqdm=False)
+            texts += [list(o.outputs[0].token_ids) for o in out]
+        return Answers(mr.vllm.statistics(llm), texts)
+
+    together, alone = run([[0, 1, 2, 3]]), run([[0], [1], [2], [3]])
+    assert together.statistics.metadata["tokens_run_again"] > 0
+    assert alone.statistics.metadata["tokens_run_again"] == 0
+    assert together.texts == alone.texts
+    for name in ("tokens", "slots"):
+        np.testing.assert_array_equal(together.statistics.scalar(name), alone.statistics.scalar(name))
+    np.testing.assert_array_equal(together.statistics.token_sum("counts"), alone.statistics.token_sum("counts"))
+    np.testing.assert_array_equal(together.statistics.sequences(), alone.statistics.sequences())
+    assert together.statistics.metadata["fingerprint"] == alone.statistics.metadata["fingerprint"]

@@ -1,0 +1,83 @@
+"""The commands of docs/serving.md as they stand, on a free port: two groups, one steered, and a refused request."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import moe_route as mr
+from moe_route.data import load_demo_model
+from moe_route.recording import RoutingStatistics
+
+if not os.environ.get("MOE_ROUTE_REQUIRE_VLLM"):
+    pytest.importorskip("vllm", reason="needs vLLM in an environment of its own: make test-vllm")
+
+PAGE = Path(__file__).parents[3] / "docs" / "serving.md"
+PROMPT = "Anna has five books. She buys"
+NEW = 8
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the page's plan and its commands ran."""
+    folder = tmp_path_factory.mktemp("served")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = blocks("console")[0].replace("\n$ ", "\n").removeprefix("$ ").replace("8000", str(port))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path}
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    for command in (["python", "-c", blocks("python")[0]], ["bash", "-m", "-c", script]):
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
+        )
+        log = folder / "server.log"
+        assert done.returncode == 0, done.stderr[-2000:] + (log.read_text()[-4000:] if log.exists() else "")
+    return folder
+
+
+def answer(folder: Path, name: str) -> Any:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_a_server_counts_and_steers_its_requests_as_transformers_does(served: Path) -> None:
+    model, tokenizer = load_demo_model()
+    plan = mr.Plan.load(served / "plan.safetensors")
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    with mr.attach(model.float()) as routed, torch.no_grad():
+        with routed.steer(plan), routed.record(groups=["plain", "steered"]) as rec:
+            for group in ("plain", "steered"):
+                with rec.labels(groups=group, items=["0"]):
+                    made = model.generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+                text = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+                assert answer(served, group)["choices"][0]["text"] == text
+        expected = rec.statistics()
+    found = RoutingStatistics.load(served / "statistics.safetensors")
+    for name in ("counts", "natural_counts"):
+        np.testing.assert_array_equal(found.token_sum(name), expected.token_sum(name))
+    np.testing.assert_array_equal(found.scalar("steered"), expected.scalar("steered"))
+    np.testing.assert_array_equal(found.sequences(), expected.sequences())
+    assert found.metadata["fingerprint"] == expected.metadata["fingerprint"]
+    assert found.metadata["plans"] == [plan.hash]
+    assert found.scalar("steered")[0].sum() == 0 < found.scalar("steered")[1].sum()
+
+
+def test_a_request_of_an_unknown_group_gets_http_400_in_words(served: Path) -> None:
+    error = answer(served, "refused")["error"]
+    assert error["code"] == 400
+    assert "none of the groups of this engine: plain, steered" in error["message"]

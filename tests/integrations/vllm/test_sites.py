@@ -1,0 +1,161 @@
+"""How routers of vLLM are read, by stand-ins with their attributes: specs, the check on probes, refusals by name."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from moe_route import ops
+from moe_route.contract.spec import RouterSpec
+from moe_route.integrations.vllm import operator, sites
+from moe_route.integrations.vllm.versions import EngineNotSupportedError
+
+EXPERTS, TOP_K = 8, 2
+
+
+class BaseRouter:
+    def __init__(self, **attributes: Any):
+        self.top_k = TOP_K
+        given = {"renormalize": True, "scoring_func": "softmax", "e_score_correction_bias": None}
+        self.__dict__.update({**given, **attributes})
+        self.routes_as = RouterSpec(renormalize="sum")
+
+    def _compute_routing(
+        self, hidden: torch.Tensor, logits: torch.Tensor, indices_type: Any = None, *, input_ids: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.route(logits, self.top_k, self.routes_as)
+
+
+class FusedTopKRouter(BaseRouter):
+    pass
+
+
+class GroupedTopKRouter(BaseRouter):
+    pass
+
+
+class OtherRouter(BaseRouter):
+    pass
+
+
+class MoERunner(nn.Module):
+    def __init__(self, router: Any, *, monolithic: bool = False, split: bool = False, scale: float = 1.0):
+        super().__init__()
+        self.layer_name, self.router, self.is_monolithic = "model.layers.0.mlp.experts", router, monolithic
+        self.moe_config = SimpleNamespace(
+            num_experts=EXPERTS,
+            num_logical_experts=EXPERTS,
+            hidden_dim=4,
+            moe_parallel_config=SimpleNamespace(is_sequence_parallel=split),
+        )
+        self.routed_experts = SimpleNamespace(quant_method=SimpleNamespace())
+        self.routed_scaling_factor = scale
+        self.weight = nn.Parameter(torch.zeros(1))
+
+
+@pytest.fixture(autouse=True)
+def _classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sites, "find", lambda place: BaseRouter if place.endswith("BaseRouter") else MoERunner)
+
+
+def test_specs_are_read_from_attributes() -> None:
+    bias = torch.zeros(EXPERTS)
+    grouped = GroupedTopKRouter(
+        scoring_func="sigmoid",
+        e_score_correction_bias=bias,
+        num_expert_group=4,
+        topk_group=2,
+        routed_scaling_factor=2.5,
+    )
+    found = sites.find_sites(nn.ModuleList([MoERunner(FusedTopKRouter()), MoERunner(grouped, scale=2.5)]), "qwen3_moe")
+    assert [site.spec for site in found] == [
+        RouterSpec(renormalize="sum"),
+        RouterSpec(score="sigmoid", renormalize="sum", groups=4, top_groups=2, group_score="top2_sum", scale=2.5),
+    ]
+    assert found[1].correction_bias is bias
+    assert (found[1].output_scale, found[0].name) == (2.5, "model.layers.0.mlp.gate")
+
+
+@pytest.mark.parametrize(
+    ("runner", "words"),
+    [
+        (MoERunner(FusedTopKRouter(), monolithic=True), "start with --moe-backend triton"),
+        (MoERunner(FusedTopKRouter(), split=True), "without --enable-expert-parallel"),
+        (MoERunner(object()), "a router of its own"),
+        (MoERunner(OtherRouter()), "a router of class OtherRouter"),
+        (MoERunner(FusedTopKRouter(custom_routing_function=max)), r"a function of its own \(max\)"),
+        (MoERunner(FusedTopKRouter(hash_indices_table=1)), "by token id"),
+        (nn.Linear(2, 2), "mr.attach"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused(runner: nn.Module, words: str) -> None:
+    with pytest.raises(EngineNotSupportedError, match=words):
+        sites.find_sites(nn.ModuleList([runner]), "qwen3_moe")
+
+
+@pytest.mark.parametrize(
+    ("routes_as", "words"),
+    [(RouterSpec(), "weights differ"), (RouterSpec(score="sigmoid", groups=4, top_groups=1), "other experts")],
+)
+def test_a_router_that_does_something_else_is_refused(routes_as: RouterSpec, words: str) -> None:
+    router = FusedTopKRouter()
+    (site,) = sites.find_sites(MoERunner(router), "qwen3_moe")
+    sites.check(site)
+    router.routes_as = routes_as
+    with pytest.raises(EngineNotSupportedError, match=words):
+        sites.check(site)
+
+
+def test_the_operator_is_switched_by_the_tables_alone() -> None:
+    """As a replayed graph has it: the call stays the same, the contents of the tables change."""
+    from moe_route.contract.tables import SteeringTables, StatisticsTables
+
+    router = FusedTopKRouter()
+    (site,) = sites.find_sites(MoERunner(router), "qwen3_moe")
+    site.tokens = torch.tensor([[-1, -1, -1, 1]], dtype=torch.int32).repeat(6, 1)
+    site.steering = operator.neutral_tables(3, EXPERTS, torch.device("cpu"))
+    site.statistics = StatisticsTables.zeros(EXPERTS, groups=2, metrics=("counts",), entropy=True, device="cpu")
+    operator.connect([site])
+    sites.hook(site, 0)
+    logits = torch.randn(4, EXPERTS, generator=torch.Generator().manual_seed(1))
+    natural = ops.route(logits, TOP_K, site.spec)
+
+    def routed() -> tuple[torch.Tensor, torch.Tensor]:
+        return router._compute_routing(torch.zeros(4, 4), logits)
+
+    for given, own in zip(routed(), natural, strict=True):
+        assert given.equal(own)
+    assert not site.statistics.groups.any()
+
+    plan = SteeringTables(1, EXPERTS, force=torch.tensor([[0, 0, 0, 0, 0, -4, 0, 2]]))
+    operator.copy_plan(site.steering, 2, plan)
+    site.tokens[:2, 0], site.tokens[:, 1] = 2, 1
+    weights, ids = routed()
+    rows = torch.tensor([[0, 1, 0, 1]] * 4, dtype=torch.int32)
+    rows[2:, 0] = -1
+    expected = ops.route(logits, TOP_K, site.spec, steering=plan, tokens=rows)
+    assert ids.equal(expected[1])
+    assert weights.equal(expected[0])
+    assert site.statistics.scalar("tokens").tolist() == [0, 4]
+    assert site.statistics.scalar("steered").tolist() == [0, 2]
+
+
+def test_an_empty_slot_repeats_an_expert_with_weight_zero() -> None:
+    """Kernels need an id in every slot."""
+    from moe_route.contract.tables import SteeringTables
+
+    router = FusedTopKRouter()
+    (site,) = sites.find_sites(MoERunner(router), "qwen3_moe")
+    site.tokens = torch.tensor([[0, -1, -1, 1]], dtype=torch.int32)
+    site.steering = operator.neutral_tables(1, EXPERTS, torch.device("cpu"))
+    operator.copy_plan(site.steering, 0, SteeringTables(1, EXPERTS, top_k=1))
+    operator.connect([site])
+    sites.hook(site, 0)
+    logits = torch.arange(float(EXPERTS))[None]
+    weights, ids = router._compute_routing(torch.zeros(1, 4), logits)
+    assert ids.tolist() == [[EXPERTS - 1] * 2]
+    assert weights.tolist() == [[1.0, 0.0]]
