@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from moe_route import _C
-from moe_route.data import Corpus, Question, demo_corpus, demo_task, load_demo_model
+from moe_route.data import Corpus, Question, demo_corpus, demo_model_folder, demo_task, load_demo_model
 from moe_route.routed import RoutedModel, attach
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ __all__ = [
     "LanguageModel",
     "ModelNotFoundError",
     "Text",
+    "model_without_weights",
     "read_corpus",
     "record_texts",
     "texts_of",
@@ -39,6 +40,8 @@ __all__ = [
 DEMO_MODEL = "demo"
 _HTTPS = 443
 _CONNECT_SECONDS = 5.0
+# tried in this order; the first one that knows a configuration builds its model
+_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModel")
 SHIPPED = {"general": demo_corpus, "arithmetic": demo_task}
 
 
@@ -161,19 +164,24 @@ class LanguageModel:
         device: str | torch.device | None = None,
         revision: str | None = None,
         dequantize: bool = False,
+        device_map: str | None = None,
     ) -> LanguageModel:
         """Load the model in folder `name`, or on the Hugging Face hub under `name`, or the shipped one ("demo").
 
         `revision` is a commit, tag or branch on the hub. `dequantize` converts MXFP4 weights (gpt-oss) to `dtype`,
-        because in MXFP4 the router is bypassed. Code that comes with a checkpoint is never run. Raises
-        `ModelNotFoundError` if nothing can be loaded.
+        because in MXFP4 the router is bypassed. `device_map` spreads the layers over devices, as in transformers
+        ("auto": all GPUs, then memory, then disk). Code that comes with a checkpoint is never run. Raises
+        `ModelNotFoundError` if nothing can be loaded, and `ValueError` for a device beside a device map.
         """
+        if device is not None and device_map is not None:
+            raise ValueError("a device map places the layers itself: give either a device or a device map")
         place, precision = _device(device), _dtype(dtype)
-        if name == DEMO_MODEL:
+        if name == DEMO_MODEL and device_map is None:
             loaded: tuple[Any, Any] = load_demo_model(torch.float32 if precision == "auto" else precision)
             model, tokenizer = loaded
         else:
-            model, tokenizer = _from_pretrained(name, precision, revision, dequantize)
+            where = str(demo_model_folder()) if name == DEMO_MODEL else name
+            model, tokenizer = _from_pretrained(where, precision, revision, dequantize, device_map)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "right"
@@ -398,13 +406,14 @@ def _dtype(name: str | torch.dtype) -> Any:
     return found
 
 
-def _from_pretrained(name: str, dtype: Any, revision: str | None, dequantize: bool) -> tuple[Any, Any]:
+def _from_pretrained(
+    name: str, dtype: Any, revision: str | None, dequantize: bool, device_map: str | None
+) -> tuple[Any, Any]:
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise ImportError("a model by name needs transformers: pip install 'moe-route[hf]'") from error
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():  # the hub has no such names
-        raise ModelNotFoundError(f"there is no folder {name!r}: give a folder with a checkpoint, or a name on the hub")
+    _refuse_missing_folder(name)
     what = "model"
     local: dict[str, Any] = {"local_files_only": not _hub_answers(name), "revision": revision or "main"}
     try:
@@ -415,6 +424,8 @@ def _from_pretrained(name: str, dtype: Any, revision: str | None, dequantize: bo
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ValueError("it has no vocabulary")
         what = "model"
+        if device_map is not None:
+            local["device_map"] = device_map
         if dequantize:
             from transformers.utils.quantization_config import Mxfp4Config
 
@@ -428,6 +439,42 @@ def _from_pretrained(name: str, dtype: Any, revision: str | None, dequantize: bo
             else "save the checkpoint's tokenizer beside its weights (tokenizer.save_pretrained)"
         )
         raise ModelNotFoundError(f"no {what} can be loaded from {name!r} ({reason}): {fix}") from error
+
+
+def model_without_weights(name: str = DEMO_MODEL, *, revision: str | None = None) -> Any:
+    """Build the model in folder `name`, on the hub under `name`, or the shipped one ("demo"), on the meta device.
+
+    Only its configuration is read: neither weights nor a tokenizer are needed, and nothing is computed. Its modules are
+    those of an unquantized checkpoint. Raises `ModelNotFoundError` if there is no configuration of a known model.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("a model by name needs transformers: pip install 'moe-route[hf]'") from error
+    _refuse_missing_folder(name)
+    place = str(demo_model_folder()) if name == DEMO_MODEL else name
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            place, local_files_only=not _hub_answers(place), revision=revision or "main"
+        )
+        config._name_or_path = name
+        known = [auto for kind in _AUTO_CLASSES if (auto := getattr(transformers, kind, None)) is not None]
+        maker = next((auto for auto in known if type(config) in auto._model_mapping), None)
+        if maker is None:
+            raise ValueError(f"transformers has no model of the configuration {type(config).__name__}")
+        with torch.device("meta"):
+            return maker.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelNotFoundError(
+            f"no configuration can be read from {name!r} ({reason}): give a folder with a config.json of transformers, "
+            "or a name on the hub"
+        ) from error
+
+
+def _refuse_missing_folder(name: str) -> None:
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():  # the hub has no such names
+        raise ModelNotFoundError(f"there is no folder {name!r}: give a folder with a checkpoint, or a name on the hub")
 
 
 def _hub_answers(name: str) -> bool:

@@ -25,7 +25,7 @@ import moe_route as mr
 from moe_route import ops
 from moe_route.calls import Labels
 from moe_route.devices import Answers, CaptureRefusedError, upload
-from moe_route.experts import forward
+from moe_route.experts import layout
 from moe_route.ops import StatisticsTables, SteeringTables
 from moe_route.patching import Attachment
 from moe_route.patching.deferred import MOST_TOKENS
@@ -554,7 +554,7 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return real(x, slots, *args, **kwargs)
 
     monkeypatch.setattr(ops, "expert_rows", counting)
-    monkeypatch.setattr(forward, "PLAIN", (*forward.PLAIN, OnDevice))  # a device that is not there has its own type
+    monkeypatch.setattr(layout, "PLAIN", (*layout.PLAIN, OnDevice))  # a device that is not there has its own type
     return seen
 
 

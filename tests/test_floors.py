@@ -18,7 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
     ("bench", "demo", "evaluation", "integrations", "report"),
-    ("experiments",),
+    ("corpus_recording", "experiments"),
     ("workload",),
     ("routed",),
     ("description", "plots", "convert", "recipes"),

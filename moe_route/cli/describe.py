@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, load_language_model, model_arguments
+from moe_route.cli.inputs import command, load_language_model, model_arguments, quiet_libraries
 
 
 def add(verbs: Any) -> None:
@@ -17,6 +17,9 @@ def add(verbs: Any) -> None:
         "show a model's routers and how they are attached to",
         "moe-route describe --model Qwen/Qwen3-30B-A3B",
     )
+    parser.add_argument(
+        "--load", action="store_true", help="load the weights, and check every router on random hidden states"
+    )
     model_arguments(parser)
 
 
@@ -24,7 +27,18 @@ def run(options: argparse.Namespace) -> Answer:
     from moe_route.description import describe
     from moe_route.routed import attach
 
-    model = load_language_model(options).model
-    with attach(model, engine=options.engine):  # attaching checks every router, so the result is reliable
-        description = describe(model)
+    with attach(_model(options), engine=options.engine) as routed:
+        description = describe(routed.model)
     return Answer(description.to_dict(), str(description))
+
+
+def _model(options: argparse.Namespace) -> Any:
+    """The model of the options, with weights or, by default, from its configuration alone."""
+    from moe_route.workload import model_without_weights
+
+    if options.load:
+        return load_language_model(options).model
+    if options.device is not None or options.device_map is not None or options.dtype != "auto":
+        raise ValueError("--device, --device-map and --dtype place weights, and describe reads none: add --load")
+    quiet_libraries()
+    return model_without_weights(options.model)

@@ -65,6 +65,9 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--device", help="where to put the model, such as cpu or cuda:0 (default: where it loads)")
     group.add_argument(
+        "--device-map", metavar="MAP", help="spread the layers over devices: auto, balanced, sequential (accelerate)"
+    )
+    group.add_argument(
         "--dtype", default="auto", help="dtype of the weights, such as bfloat16 (default: the checkpoint's)"
     )
     group.add_argument("--engine", default="hook", choices=("hook", "fused"), help="how to attach (default: hook)")
@@ -101,7 +104,7 @@ def load_language_model(options: argparse.Namespace) -> LanguageModel:
     from moe_route.workload import LanguageModel
 
     quiet_libraries()
-    return LanguageModel.load(options.model, dtype=options.dtype, device=options.device)
+    return LanguageModel.load(options.model, dtype=options.dtype, device=options.device, device_map=options.device_map)
 
 
 def quiet_libraries() -> None:

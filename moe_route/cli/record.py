@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from moe_route.cli import record_corpus
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import (
     attached_model,
@@ -29,7 +30,9 @@ def add(verbs: Any) -> None:
         "record the routing of a model over texts, by language",
         "moe-route record --data texts.tsv --languages eng_Latn,deu_Latn --out general.safetensors",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="statistics file to write")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="PATH", help="statistics file, or with --corpus folder, to write"
+    )
     parser.add_argument(
         "--no-sequences", action="store_true", help="keep sums only, not each sentence (no paired divergence)"
     )
@@ -57,6 +60,7 @@ def add(verbs: Any) -> None:
     parser.add_argument("--trace-layers", type=layers, metavar="A-B", help="MoE layers to trace (default: all)")
     model_arguments(parser)
     text_arguments(parser)
+    record_corpus.arguments(parser)
 
 
 def run(options: argparse.Namespace) -> Answer:
@@ -65,6 +69,8 @@ def run(options: argparse.Namespace) -> Answer:
     from moe_route.steering import Plan
     from moe_route.workload import record_texts
 
+    if options.corpus is not None:
+        return record_corpus.run(options, asked_for)
     output(options.out, options.trace)
     if options.trace_layers is not None and options.trace is None:
         raise ValueError("--trace-layers chooses the layers of a trace: name its file with --trace")
@@ -75,7 +81,7 @@ def run(options: argparse.Namespace) -> Answer:
         with ExitStack() as stack:
             if plan is not None:
                 stack.enter_context(routed.steer(plan))
-            recorder = stack.enter_context(routed.record(groups, **_asked_for(options, language_model.tokenizer)))
+            recorder = stack.enter_context(routed.record(groups, **asked_for(options, language_model.tokenizer)))
             stop = stack.enter_context(deferred_interrupt())
             ran = record_texts(recorder, language_model, work, stop=stop, **shown_options(options, "recording"))
         done = len(ran.texts)
@@ -104,7 +110,7 @@ def run(options: argparse.Namespace) -> Answer:
     return Answer(data, text, code=INTERRUPTED if done < len(work) else 0)
 
 
-def _asked_for(options: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
+def asked_for(options: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     """What to record, as arguments of `record`."""
     return {
         "sequences": not options.no_sequences,

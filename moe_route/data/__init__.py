@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .parallel import Corpus, CorpusError
+from .streams import CorpusStream, CorpusText
 from .tasks import Question, Task
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Corpus",
     "CorpusError",
+    "CorpusStream",
+    "CorpusText",
     "Question",
     "Task",
     "demo_corpus",

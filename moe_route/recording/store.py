@@ -351,6 +351,14 @@ class SequenceStore:
             self._shards[number] = _Shard(self._shards[number].keys, block, folder=self._folder)
         self._in_memory = 0
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the present sequences to a file of their own; `load` reads a folder of such files.
+
+        Its name must be ``sequences-*.safetensors``. Raises ``OSError`` if it cannot be written.
+        """
+        content = self._blocks()
+        files.write(path, {}, self._header(content), _FILE_KIND, blocks=content)
+
     def _header(self, shards: Sequence[_Shard]) -> dict[str, Any]:
         return {"layers": list(self.layers), "num_experts": list(self.num_experts), **_names(shards)}
 

@@ -272,11 +272,11 @@ class TestWhatAUserGetsWrong:
         refused(moe_route("record", "--data", tmp_path / "texts.tsv", "--out", tmp_path / "s.safetensors"), "line 2")
 
     def test_a_device_that_is_not_there(self, moe_route):
-        refused(moe_route("describe", "--device", "cuda:99"), "cuda:99", "cpu")
-        refused(moe_route("describe", "--device", "abacus"), "abacus")
+        refused(moe_route("describe", "--load", "--device", "cuda:99"), "cuda:99", "cpu")
+        refused(moe_route("describe", "--load", "--device", "abacus"), "abacus")
 
     def test_a_dtype_that_is_none(self, moe_route):
-        refused(moe_route("describe", "--dtype", "bfloat15"), "bfloat15", "bfloat16")
+        refused(moe_route("describe", "--load", "--dtype", "bfloat15"), "bfloat15", "bfloat16")
 
     def test_a_device_without_kernels(self, moe_route, tmp_path: Path):
         refused(moe_route("record", "--device", "meta", "--out", tmp_path / "s.safetensors", *SMALL), "meta", "CPU")

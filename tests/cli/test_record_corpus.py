@@ -1,0 +1,262 @@
+"""Recordings of a corpus into a folder: streams, checkpoints, resuming after kill -9, and several ranks."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from harness.commands import refused
+
+import moe_route as mr
+from moe_route.corpus_recording import CorpusRecording, Progress
+from moe_route.data import CorpusError, CorpusStream, demo_corpus
+from moe_route.workload import LanguageModel, Text, record_texts
+
+LANGUAGES = ("eng_Latn", "deu_Latn", "jpn_Jpan")
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, str]]:
+    corpus = demo_corpus().subset(LANGUAGES, 40)
+    return [
+        {"group": language, "item": item, "text": text}
+        for item, *texts in zip(corpus.items, *(corpus[language] for language in LANGUAGES), strict=True)
+        for language, text in zip(LANGUAGES, texts, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def corpus(rows: list[dict[str, str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "texts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def language_model() -> LanguageModel:
+    return LanguageModel.load()
+
+
+def run(language_model: LanguageModel, folder: Path, corpus: Path, **options) -> Progress:
+    """One run of the program; `stop_after` windows it is asked to stop."""
+    windows = iter(range(options.pop("stop_after", 10**6)))
+    options = {"batch_size": 1, "checkpoint_seconds": 0.0, "record": {"sequences": True}, **options}
+    with language_model.attach() as routed:
+        recording = CorpusRecording(folder, CorpusStream(str(corpus)), **options)
+        return recording.run(language_model, routed, stop=lambda: next(windows, None) is None)
+
+
+def same(a: Path, b: Path) -> None:
+    """The statistics of two folders are equal, and so is every sequence."""
+    mine, theirs = (mr.RoutingStatistics.load(folder / "statistics.safetensors") for folder in (a, b))
+    assert mine == theirs
+    assert mine.store.content_hash() == theirs.store.content_hash()
+    cut = [sorted((folder / "cut.jsonl").read_text().splitlines()) for folder in (a, b)]
+    assert cut[0] == cut[1]
+
+
+@pytest.fixture(scope="module")
+def whole(language_model: LanguageModel, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert run(language_model, folder, corpus, checkpoint_seconds=1e9, max_length=30).finished
+    return folder
+
+
+class TestStreams:
+    def stream(self, path: Path, **options) -> list[tuple[str, str, str]]:
+        texts = list(CorpusStream(str(path), **options))
+        read = [text.read for text in texts]
+        assert read == sorted(read)
+        assert read[-1] == pytest.approx(1.0)
+        return [(text.group, text.item, text.text) for text in texts]
+
+    def test_every_format_gives_the_same_texts(self, rows, corpus: Path, tmp_path: Path):
+        expected = [tuple(row.values()) for row in rows]
+        assert self.stream(corpus) == expected
+        with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["item", "text", "group"])
+            writer.writeheader()
+            writer.writerows(rows)
+        wide: dict[str, list[str]] = {}
+        for row in rows:
+            wide.setdefault(row["item"], [row["item"]]).append(row["text"])
+        table = ["\t".join(line) for line in [["id", *LANGUAGES], *wide.values()]]
+        (tmp_path / "b.tsv").write_text("\n".join(table) + "\n", encoding="utf-8")
+        assert self.stream(tmp_path / "a.csv") == expected
+        assert self.stream(tmp_path / "b.tsv") == expected
+        both = self.stream(tmp_path)
+        assert [item for _, item, _ in both] == [f"{stem}-{item}" for stem in "ab" for _, item, _ in expected]
+        split = tmp_path / "flores" / "dev"
+        split.mkdir(parents=True)
+        for language in LANGUAGES:
+            texts = [row["text"] for row in rows if row["group"] == language]
+            (split / f"{language}.dev").write_text("\n".join(texts) + "\n", encoding="utf-8")
+        found = self.stream(tmp_path / "flores", split="dev")
+        assert sorted((group, text) for group, _, text in found) == sorted((row["group"], row["text"]) for row in rows)
+        assert {group for group, _, _ in self.stream(tmp_path / "flores", split="dev", groups=LANGUAGES[:1])} == {
+            LANGUAGES[0]
+        }
+
+    def test_parquet_and_datasets(self, rows, tmp_path: Path):
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        expected = [tuple(row.values()) for row in rows]
+        table = arrow.Table.from_pylist(rows)
+        parquet.write_table(table, tmp_path / "texts.parquet", row_group_size=7)
+        assert self.stream(tmp_path / "texts.parquet") == expected
+        datasets = pytest.importorskip("datasets")
+        datasets.DatasetDict({"dev": datasets.Dataset(table)}).save_to_disk(str(tmp_path / "saved"))
+        assert self.stream(tmp_path / "saved", split="dev") == expected
+        with pytest.raises(CorpusError, match="there are dev"):
+            list(CorpusStream(str(tmp_path / "saved"), split="train"))
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("a.jsonl", '{"text": "A."}\n{"text": ', "line 2 is not JSON"),
+            ("a.jsonl", '{"words": "A."}\n', "there are 'words'"),
+            ("a.csv", "text,group\nA.\n", "row 2: 1 fields"),
+            ("a.tsv", "", "is empty"),
+            ("a.txt", "A.\n", "convert it"),
+        ],
+    )
+    def test_what_cannot_be_read_is_named(self, tmp_path: Path, name: str, content: str, message: str):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(CorpusError, match=message):
+            list(CorpusStream(str(tmp_path / name)))
+
+
+class TestRun:
+    def test_counts_what_record_counts(self, language_model: LanguageModel, rows, whole: Path):
+        """Batches differ, and with them the last bits; tokens and sequences do not."""
+        with language_model.attach() as routed, routed.record(sequences=True) as recorder:
+            texts = [Text(row["group"], row["item"], row["text"]) for row in rows]
+            encoded = record_texts(recorder, language_model, texts, batch_size=1, max_length=30)
+        direct, found = recorder.statistics(), mr.RoutingStatistics.load(whole / "statistics.safetensors")
+        assert direct == found
+        assert direct.store.content_hash() == found.store.content_hash()
+        cut = [json.loads(line) for line in (whole / "cut.jsonl").read_text().splitlines()]
+        assert [entry["item"] for entry in cut] == [encoded.texts[i].item for i in encoded.shortened] != []
+
+    def test_stopped_and_resumed(self, language_model: LanguageModel, corpus: Path, whole: Path, tmp_path: Path):
+        folder = tmp_path / "run"
+        for _ in range(3):
+            part = run(language_model, folder, corpus, max_length=30, stop_after=2)
+            assert not part.finished
+            assert not (folder / "statistics.safetensors").exists()
+        last = run(language_model, folder, corpus, max_length=30)
+        assert last.finished
+        assert last.texts == 120
+        same(folder, whole)
+        assert run(language_model, folder, corpus, max_length=30).new_tokens == 0
+
+    def test_a_checkpoint_killed_between_its_files(
+        self, language_model: LanguageModel, corpus: Path, whole: Path, tmp_path: Path
+    ):
+        """The sequences were written and the sums were not: they are of the old checkpoint."""
+        folder = tmp_path / "run"
+        run(language_model, folder, corpus, max_length=30, stop_after=2)
+        part = folder / "rank-00000"
+        sums = (part / "sums.safetensors").read_bytes()
+        run(language_model, folder, corpus, max_length=30, stop_after=2)
+        (part / "sums.safetensors").write_bytes(sums)
+        run(language_model, folder, corpus, max_length=30)
+        same(folder, whole)
+
+    @pytest.mark.parametrize("ranks", [2, 4])
+    def test_ranks_equal_one(self, language_model: LanguageModel, corpus: Path, whole: Path, tmp_path: Path, ranks):
+        folder = tmp_path / "run"
+        run(language_model, folder, corpus, max_length=30, ranks=ranks, rank=1, stop_after=1)
+        for rank in range(ranks):
+            assert not (folder / "statistics.safetensors").exists()
+            run(language_model, folder, corpus, max_length=30, ranks=ranks, rank=rank)
+        same(folder, whole)
+
+    def test_another_run_is_refused(self, language_model: LanguageModel, corpus: Path, tmp_path: Path):
+        folder, texts = tmp_path / "run", tmp_path / "texts.jsonl"
+        texts.write_bytes(corpus.read_bytes())
+        run(language_model, folder, texts, stop_after=3)
+        with pytest.raises(ValueError, match="another batch_size"):
+            run(language_model, folder, texts, batch_size=2)
+        with pytest.raises(ValueError, match="another ranks"):
+            run(language_model, folder, texts, ranks=2)
+        lines = texts.read_text("utf-8").splitlines(keepends=True)
+        for changed in (lines[:20], ['{"text": "Another."}\n', *lines[1:]]):
+            texts.write_text("".join(changed), encoding="utf-8")
+            with pytest.raises(ValueError, match="is not what it was"):
+                run(language_model, folder, texts)
+
+    def test_an_item_that_comes_twice_is_refused(self, language_model: LanguageModel, tmp_path: Path):
+        texts = tmp_path / "texts.jsonl"
+        texts.write_text('{"text": "A.", "item": "a"}\n' * 40)
+        with pytest.raises(ValueError, match="'a' of group 'texts' comes twice"):
+            run(language_model, tmp_path / "run", texts)
+        assert run(language_model, tmp_path / "sums", texts, record={}).texts == 40
+
+    def test_blank_texts_are_left_out(self, language_model: LanguageModel, tmp_path: Path):
+        texts = tmp_path / "texts.jsonl"
+        texts.write_text('{"text": " "}\n' * 20 + '{"text": "A."}\n')
+        found = run(language_model, tmp_path / "run", texts)
+        assert (found.texts, found.empty) == (1, 20)
+
+
+def command(out: Path, corpus: Path, *more: str) -> list[str]:
+    options = ["--batch-size", "1", "--max-length", "30", "--checkpoint-seconds", "0"]
+    return ["record", "--corpus", str(corpus), "--out", str(out), *options, *more]
+
+
+class TestCommand:
+    def test_a_corpus(self, answer, corpus: Path, whole: Path, tmp_path: Path):
+        data = answer(*command(tmp_path / "run", corpus))
+        assert (data["complete"], data["texts"]) == (True, 120)
+        same(tmp_path / "run", whole)
+
+    def test_refusals(self, moe_route, corpus: Path, tmp_path: Path):
+        refused(moe_route(*command(tmp_path / "run", corpus, "--trace", "t")), "--data")
+        refused(moe_route(*command(tmp_path / "run", tmp_path / "none.jsonl")), "no file")
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(1800)
+    @pytest.mark.parametrize("ranks", [1, 2, 4])
+    def test_killed_at_random_moments(self, tmp_path: Path, ranks: int):
+        """One rank is killed each time; its launcher ends the others, and the same command goes on."""
+        parallel, corpus = demo_corpus(), tmp_path / "texts.jsonl"
+        rows = [{"group": code, "text": text} for code in parallel.languages for text in parallel[code]]
+        corpus.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        whole, out, killed = tmp_path / "whole", tmp_path / "run", 0
+        assert started(whole, corpus, 1)[0].wait() == 0  # a process like the others: with as many threads
+        for _ in range(5):
+            processes = started(out, corpus, ranks)
+            aim = checkpoints(out) + random.randint(1, 3)
+            while checkpoints(out) < aim and any(process.poll() is None for process in processes):
+                time.sleep(0.005)
+            time.sleep(random.random() * 0.05)
+            victim = random.choice(processes)
+            killed += victim.poll() is None
+            for process in [victim, *processes]:
+                process.kill()
+                process.wait()
+        assert killed >= 2, "most runs ended before they were killed"
+        assert [process.wait() for process in started(out, corpus, ranks)] == [0] * ranks
+        same(out, whole)
+
+
+def started(out: Path, corpus: Path, ranks: int) -> list[subprocess.Popen[bytes]]:
+    """One process per rank, with the environment that a launcher gives them."""
+    line = [sys.executable, "-m", "moe_route", *command(out, corpus)]
+    quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "WORLD_SIZE": str(ranks)}
+    return [
+        subprocess.Popen(line, env={**os.environ, **quiet, "RANK": str(rank)}, stdout=subprocess.DEVNULL)
+        for rank in range(ranks)
+    ]
+
+
+def checkpoints(out: Path) -> int:
+    """Number of files of sequences that checkpoints have written."""
+    return len(list(out.rglob("sequences-*.safetensors")))
