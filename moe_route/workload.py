@@ -1,11 +1,9 @@
-"""Run a causal language model on texts: load it, pad batches, record its routing, compute token losses."""
+"""Run a causal language model on texts: load it, record its routing, compute token losses."""
 
 from __future__ import annotations
 
-import inspect
-import random
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,10 +12,11 @@ from urllib.request import getproxies
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from moe_route import _C
+from moe_route.calls.logits import fewer_logits
 from moe_route.data import Corpus, Question, demo_corpus, demo_model_folder, demo_task, load_demo_model
+from moe_route.data.batches import Batch, EncodedTexts, Text, encode, padded_batches, texts_of, token_ids
 from moe_route.routed import RoutedModel, attach
 
 if TYPE_CHECKING:
@@ -49,15 +48,6 @@ class ModelNotFoundError(ValueError):
     """Raised if no model can be loaded under a name; the message gives the reason and what to do."""
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
-    """One sequence to run: its text, its group (a language, a task), and the item that pairs it with translations."""
-
-    group: str
-    item: str
-    text: str
-
-
 def read_corpus(
     path: str | Path | None = None, *, languages: Sequence[str] | None = None, limit: int | None = None
 ) -> Corpus:
@@ -69,64 +59,6 @@ def read_corpus(
     shipped = SHIPPED.get(str(path or "general"))
     corpus = shipped() if shipped is not None else Corpus.read(path or "", languages)
     return corpus.subset(languages, limit)
-
-
-def texts_of(corpus: Corpus) -> list[Text]:
-    """All texts of a corpus, language by language; the language is the group."""
-    return [
-        Text(language, item, text)
-        for language in corpus.languages
-        for item, text in zip(corpus.items, corpus[language], strict=True)
-    ]
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedTexts:
-    """Texts as tokens, with those that were too long.
-
-    Attributes:
-        texts: the n texts.
-        ids: token ids of each text.
-        shortened: indices, in increasing order, of the texts that were cut after ``limit`` tokens.
-        limit: largest number of tokens per text, None for any number.
-    """
-
-    texts: tuple[Text, ...]
-    ids: tuple[tuple[int, ...], ...]
-    shortened: tuple[int, ...]
-    limit: int | None
-
-    @property
-    def cut(self) -> int:
-        """Number of texts that were cut."""
-        return len(self.shortened)
-
-    def only(self, positions: Sequence[int]) -> EncodedTexts:
-        """The texts at these indices."""
-        place = {position: new for new, position in enumerate(positions)}
-        shortened = tuple(place[i] for i in self.shortened if i in place)
-        return EncodedTexts(
-            tuple(self.texts[i] for i in positions), tuple(self.ids[i] for i in positions), shortened, self.limit
-        )
-
-    @property
-    def note(self) -> str:
-        """A short sentence on the texts that were cut; "" if none was."""
-        return f"{self.cut} of {len(self.texts)} texts cut to {self.limit} tokens" if self.cut else ""
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """The same as metadata of a recording, which merges with other metadata; empty if no text was cut."""
-        return {"cut_texts": self.cut, "cut_to_tokens": [self.limit]} if self.cut else {}
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Padded texts: `inputs` are `input_ids` and `attention_mask`, int64 [B, S], padded on the right."""
-
-    texts: tuple[Text, ...]
-    positions: tuple[int, ...]  # index of each text among the texts that were batched
-    inputs: Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,19 +153,10 @@ class LanguageModel:
                 raise ValueError("these texts are encoded already: pass max_length to encode()")
             return texts
         limit = max_length or getattr(self.model.config, "max_position_embeddings", None)
-        ids = [tuple(row) for row in self._ids(texts)]
-        long = [] if limit is None else [i for i, row in enumerate(ids) if len(row) > limit]
-        # the tokenizer cuts the texts, because it knows which tokens belong at the end
-        for i, row in zip(long, self._ids([texts[i] for i in long], truncation=True, max_length=limit), strict=True):
-            ids[i] = tuple(row)
-        return EncodedTexts(tuple(texts), tuple(ids), tuple(long), limit)
+        return encode(self.tokenizer, texts, limit=limit, add_special_tokens=self.add_special_tokens)
 
-    def _ids(self, texts: Sequence[Text], **options: Any) -> list[list[int]]:
-        # not verbose, because it would warn about long texts, which are cut here
-        options |= {"add_special_tokens": self.add_special_tokens, "verbose": False}
-        found = self.tokenizer([text.text for text in texts], **options) if texts else {"input_ids": []}
-        ids: list[list[int]] = found["input_ids"]
-        return ids
+    def _ids(self, texts: Sequence[Text]) -> list[list[int]]:
+        return token_ids(self.tokenizer, texts, add_special_tokens=self.add_special_tokens)
 
     def batches(
         self,
@@ -243,21 +166,13 @@ class LanguageModel:
         max_length: int | None = None,
         progress: str | None = None,
     ) -> Iterator[Batch]:
-        """Yield padded batches of `texts`, with texts of similar length together to save padding.
-
-        The longest texts come first, to show whether memory suffices. The other batches come in a fixed random order,
-        so that work that ends early has seen texts of every length.
+        """Yield padded batches of `texts` on the model's device, as `data.batches.padded_batches` orders them.
 
         `max_length` is as in `encode`. `progress` is the caption of a progress bar on standard error.
         """
         encoded = self.encode(texts, max_length=max_length)
-        order = sorted(range(len(encoded.ids)), key=lambda i: -len(encoded.ids[i]))
-        chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        chunks[1:] = random.Random(0).sample(chunks[1:], len(chunks[1:]))
-        for chunk in tqdm(chunks, desc=progress, disable=progress is None, leave=False):
-            inputs = self.tokenizer.pad({"input_ids": [list(encoded.ids[i]) for i in chunk]}, return_tensors="pt")
-            on_device = {k: inputs[k].to(self.model.device) for k in ("input_ids", "attention_mask")}
-            yield Batch(tuple(encoded.texts[i] for i in chunk), tuple(chunk), on_device)
+        device = self.model.device
+        return padded_batches(self.tokenizer, encoded, batch_size=batch_size, device=device, progress=progress)
 
     def run(self, batch: Batch, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Compute logits over the vocabulary, [B, S, V]; at `positions` alone, int64 [P], it is [B, P, V].
@@ -265,14 +180,10 @@ class LanguageModel:
         Every token runs through every layer in either case. Fewer positions save the product with the vocabulary,
         which costs a small model as much as its layers; a model that cannot leave it out computes all of them.
         """
-        options: dict[str, Any] = {"use_cache": False}
-        if positions is not None and "logits_to_keep" in inspect.signature(self.model.forward).parameters:
-            # A tensor, because some models (Gemma 4) drop tokens from their last layers for a number; on the CPU, whose
-            # indices fit hidden states on every device.
-            options["logits_to_keep"] = positions.cpu()
+        few = {} if positions is None else fewer_logits(self.model, positions)
         with torch.inference_mode():
-            logits: torch.Tensor = self.model(**batch.inputs, **options).logits
-            return logits if positions is None or "logits_to_keep" in options else logits[:, positions]
+            logits: torch.Tensor = self.model(**batch.inputs, use_cache=False, **few).logits
+            return logits if positions is None or few else logits[:, positions]
 
     def generate(self, prompt: str, max_new_tokens: int) -> str:
         """Continue `prompt` by greedy search, with at most `max_new_tokens` tokens; returns the continuation."""

@@ -1,9 +1,13 @@
-"""Record the routing of a model: integer sums per (group, layer, expert), single sequences, or single tokens."""
+"""Record the routing of a model: integer sums per (group, layer, expert), single sequences, or single tokens.
+
+``sentence_vectors`` reads the hidden states of sentences, of any model.
+"""
 
 from moe_route.recording.conservation import Conservation
 from moe_route.recording.labels import LabelBlock
 from moe_route.recording.ranks import all_reduce
 from moe_route.recording.recorder import DEFAULT_METRICS, Recorder
+from moe_route.recording.sentence_vectors import SentenceVectors, sentence_vectors
 from moe_route.recording.statistics import MergeError, RecordingError, RoutingStatistics
 from moe_route.recording.store import SequenceShard, SequenceStore
 from moe_route.recording.trace import Trace
@@ -15,9 +19,11 @@ __all__ = [
     "Recorder",
     "RecordingError",
     "RoutingStatistics",
+    "SentenceVectors",
     "SequenceShard",
     "SequenceStore",
     "MergeError",
     "Trace",
     "all_reduce",
+    "sentence_vectors",
 ]

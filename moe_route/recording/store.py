@@ -56,7 +56,7 @@ class SequenceShard:
         counts: int32 ``[n, L, E]`` (a_i), if its metric was recorded.
         full, topk: float32 ``[n, L, E]`` (q_i; NaN in layers without tokens), each if its metric was recorded.
         token_entropy: float64 ``[n, L]``, mean of H(p_t) over tokens in nats, if the entropy was recorded.
-        hidden: float32 ``[n, L, H]``, if asked for.
+        hidden: float32 ``[n, L, H]``, if asked for; in stores of ``sentence_vectors`` the pooled hidden states.
         consistency: float64 ``[n, L]``, if asked for.
     """
 
@@ -259,7 +259,7 @@ class SequenceStore:
         return _array(shard, "consistency")[row].copy()
 
     def hidden(self, item: Item, group: str) -> np.ndarray:
-        """Mean router input of the sequence, float32 ``[L, H]``; NaN in layers without tokens.
+        """Mean router input (or sentence vector) of the sequence, float32 ``[L, H]``; NaN in layers without tokens.
 
         Raises ``ValueError`` without ``record(sequences=True, hidden=True)``.
         """
