@@ -161,7 +161,7 @@ def routing_retrieval(statistics: RoutingStatistics) -> dict[str, list[float]]:
     result = {}
     for language in OTHERS:
         both = (ENGLISH, language)
-        found = analysis.similarity(statistics, groups=both, method="retrieval", min_common=FEW_COMMON).values
+        found = analysis.similarity(statistics, groups=both, rule="retrieval", min_common=FEW_COMMON).values
         result[language] = ((found[:, 0, 1] + found[:, 1, 0]) / 2).tolist()
     return result
 

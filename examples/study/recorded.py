@@ -93,7 +93,7 @@ def similarity_of(statistics: RoutingStatistics, parts: dict[str, Any]) -> dict[
     names = list(found.groups)
     clusters = {i: [name] for i, name in enumerate(names)}
     joined = []
-    for step, (a, b, distance, _) in enumerate(analysis.average_linkage(middle).tolist()):
+    for step, (a, b, distance, _) in enumerate(analysis.linkage(middle, "average").tolist()):
         clusters[len(names) + step] = clusters[int(a)] + clusters[int(b)]
         joined.append({"groups": clusters[len(names) + step], "distance": distance})
     return {"groups": names, "middle": middle.tolist(), "joined": joined}

@@ -1,9 +1,10 @@
 """Analysis: compute divergence, entropy, correlations, experts and the structure of routing from recordings.
 
 It works in numpy float64, without a model and without torch. Every function takes ``RoutingStatistics`` (or an object
-with the same accessors), a ``Trace``, or arrays where these suffice.
+with the same accessors), ``SentenceVectors``, a ``Trace``, or arrays where these suffice.
 """
 
+from moe_route.analysis.alignment import Alignment, alignment
 from moe_route.analysis.coactivation import Coactivation, ExpertPair, Transitions, coactivation, transitions
 from moe_route.analysis.committee import Committee, committee
 from moe_route.analysis.consistency import Consistency, consistency
@@ -22,8 +23,10 @@ from moe_route.analysis.finite_sample import jackknife_divergence, jackknife_ent
 from moe_route.analysis.geometry import Geometry, geometry
 from moe_route.analysis.inputs import AnalysisError
 from moe_route.analysis.language_experts import LanguageExperts, entropy_experts, frequency_share_experts
+from moe_route.analysis.linkage import linkage
 from moe_route.analysis.load import LoadBalance, load_balance
 from moe_route.analysis.locality import LocalConsistency, local_consistency
+from moe_route.analysis.matrices import MatrixComparison, MatrixCorrelation, matrix_correlation, read_matrix
 from moe_route.analysis.measures import entropy_of, jensen_shannon, normalized_jensen_shannon
 from moe_route.analysis.overlap import Overlap, overlap
 from moe_route.analysis.paired import Difference, RandomControl, paired_difference, random_control
@@ -34,14 +37,7 @@ from moe_route.analysis.rise import RiseExperts, rise_experts
 from moe_route.analysis.risk_difference import RiskExperts, risk_experts
 from moe_route.analysis.saliency import Saliency, saliency
 from moe_route.analysis.saturation import Saturation, saturation
-from moe_route.analysis.similarity import (
-    MatrixCorrelation,
-    Similarity,
-    average_linkage,
-    matrix_correlation,
-    read_matrix,
-    similarity,
-)
+from moe_route.analysis.similarity import Similarity, similarity
 from moe_route.analysis.stability import Stability, stability_selection
 from moe_route.analysis.super_experts import SuperExperts, super_experts
 from moe_route.analysis.threshold_sweep import Sweep, sweep
@@ -50,6 +46,7 @@ from moe_route.analysis.vocabulary import ClassRouting, TokenShare, Vocabulary, 
 
 __all__ = [
     "MEASURES",
+    "Alignment",
     "AnalysisError",
     "ClassRouting",
     "Coactivation",
@@ -67,6 +64,7 @@ __all__ = [
     "LanguageExperts",
     "LoadBalance",
     "LocalConsistency",
+    "MatrixComparison",
     "MatrixCorrelation",
     "Overlap",
     "PathWindow",
@@ -87,7 +85,7 @@ __all__ = [
     "Transitions",
     "UShape",
     "Vocabulary",
-    "average_linkage",
+    "alignment",
     "benjamini_hochberg",
     "class_routing",
     "coactivation",
@@ -111,6 +109,7 @@ __all__ = [
     "jackknife_divergence",
     "jackknife_entropy",
     "jensen_shannon",
+    "linkage",
     "load_balance",
     "local_consistency",
     "matrix_correlation",

@@ -1,4 +1,4 @@
-"""Correlation over languages, per layer, between performance and similarity of routing to English.
+"""Correlation over languages, per layer, between performance and divergence from English, or alignment with it.
 
 See arXiv 2510.04694, section 4.3.
 """
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from moe_route.analysis.alignment import Alignment
 from moe_route.analysis.bootstrap import draw_items, interval_of, resampled_means
 from moe_route.analysis.coefficients import ranks, unit_length
 from moe_route.analysis.divergence import Divergence
@@ -32,7 +33,7 @@ Covariates = Mapping[str, Mapping[str, "float | str"]]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Correlation(ShownAsTables):
-    """Correlation over groups between the score of each group and its divergence, float64 [L] each.
+    """Correlation over groups between the score of each group and its divergence or alignment, float64 [L] each.
 
     Attributes:
         pearson, spearman: in [-1, 1]; NaN where divergence or scores do not vary, or with too few groups. Partial
@@ -43,11 +44,12 @@ class Correlation(ShownAsTables):
         number: int64 [L], number of groups used.
         groups: their names.
         layers: names of the layers.
-        reference: the group from which divergence was measured.
+        reference: the group from which divergence, or with which alignment was measured.
         spearman_p_value, spearman_p_corrected: the same p-values of ``spearman``.
         covariates: names of the covariates that are held constant.
         exchange: what the permutations exchange: "groups", "within blocks" or "blocks".
         orders: number of orders that the p-values compare with, the observed one included.
+        quantity: what is correlated with the scores, such as "divergence from"; the reference's name continues it.
     """
 
     pearson: np.ndarray
@@ -63,6 +65,7 @@ class Correlation(ShownAsTables):
     covariates: tuple[str, ...] = ()
     exchange: str = "groups"
     orders: int = 0
+    quantity: str = "divergence from"
     _data: _Data | None = None
 
     def interval(
@@ -97,6 +100,7 @@ class Correlation(ShownAsTables):
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content (NaN as None)."""
         axes = {"groups": list(self.groups), "layers": list(self.layers), "reference": self.reference}
+        axes["quantity"] = self.quantity
         how = {"covariates": list(self.covariates), "exchange": self.exchange, "orders": self.orders}
         return axes | how | plain(self._columns())
 
@@ -115,7 +119,7 @@ class Correlation(ShownAsTables):
         numbers = zip(*(column.tolist() for column in (*columns, self.number)), strict=True)
         rows = [[layer, *row] for layer, row in enumerate(numbers)]
         given = f", given {', '.join(self.covariates)}" if self.covariates else ""
-        title = f"Correlation of scores with divergence from {self.reference} over {len(self.groups)} groups{given}"
+        title = f"Correlation of scores with {self.quantity} {self.reference} over {len(self.groups)} groups{given}"
         note = f"p: two-sided, of the column before, by exchanging {_EXCHANGES[self.exchange]}"
         if self.orders:
             note += f" ({self.orders} orders)"
@@ -132,7 +136,7 @@ class _Data:
     """What a correlation is computed from.
 
     Attributes:
-        x: divergence, float64 [G, L].
+        x: divergence or alignment, float64 [G, L].
         y: scores, float64 [G].
         numbers: covariates that are numbers, float64 [G, c].
         labels: indicators of covariates that are labels, and the constant, float64 [G, c].
@@ -156,7 +160,7 @@ class _Data:
         return int(len(rows) - np.linalg.matrix_rank(_scaled(self.design(rows, False))))
 
     def r(self, x: np.ndarray, rows: np.ndarray, ranked: bool) -> float:
-        """The (partial) correlation over some groups, NaN if undefined; ``x`` [groups] is their divergence."""
+        """The (partial) correlation over some groups, NaN if undefined; ``x`` [groups] are their values."""
         y = self.y[rows]
         if ranked:
             x, y = ranks(x), ranks(y)
@@ -193,7 +197,7 @@ class _Data:
 
 
 def correlation(
-    found: Divergence,
+    found: Divergence | Alignment,
     scores: Mapping[str, float],
     *,
     groups: Sequence[str] | None = None,
@@ -203,10 +207,11 @@ def correlation(
     permutations: int = 10_000,
     seed: int = 0,
 ) -> Correlation:
-    """Compute Pearson r and Spearman rho over groups between ``scores`` (such as accuracy) and divergence, per layer.
+    """Compute Pearson r and Spearman rho over groups between ``scores`` (such as accuracy) and ``found``, per layer.
 
     Args:
-        found: divergence of the groups from a reference; the reference itself takes no part.
+        found: divergence of the groups from a reference, or their alignment with it; the reference itself takes no
+            part.
         scores: group -> score; must name every group compared. Others are ignored.
         groups: the groups to correlate; by default all of ``found``.
         covariates: name -> (group -> number or label), such as tokens per sequence, script, or the logarithm of the
@@ -255,6 +260,7 @@ def correlation(
         covariates=tuple(covariates or ()),
         exchange=kept,
         orders=len(orders) + (not exact),
+        quantity=found.quantity,
         _data=data,
     )
 

@@ -104,6 +104,11 @@ class Divergence(ShownAsTables):
             )
         return (self.floor + self.reference_floor) / 2
 
+    @property
+    def quantity(self) -> str:
+        """What the values are, in words that the name of the reference continues."""
+        return "divergence from"
+
     def of(self, group: str) -> np.ndarray:
         """float64 [L]: the divergence of one group."""
         if group not in self.groups:

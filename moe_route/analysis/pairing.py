@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moe_route.analysis.inputs import NOT_KEPT, AnalysisError, Statistics
+
+if TYPE_CHECKING:
+    from moe_route.recording import SentenceVectors
 
 __all__ = ["Pairing", "common_items", "paired_items"]
 
@@ -36,7 +39,11 @@ def common_items(
 
 
 def paired_items(
-    statistics: Statistics, groups: Sequence[str], min_common: float, phase: str | None = None, by: str = "sequence"
+    statistics: Statistics | SentenceVectors,
+    groups: Sequence[str],
+    min_common: float,
+    phase: str | None = None,
+    by: str = "sequence",
 ) -> list[Any]:
     """The items that every group has; raises ``AnalysisError`` with the reason if pairing is impossible."""
     store = statistics.store

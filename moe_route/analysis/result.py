@@ -14,7 +14,7 @@ from moe_route.texttable import Table
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["by_depth", "frame_of_pairs", "mean_of_seen", "plain", "token_column"]
+__all__ = ["by_depth", "fertility_column", "fertility_of", "frame_of_pairs", "mean_of_seen", "plain", "token_column"]
 
 _COLUMNS = 9
 
@@ -73,6 +73,23 @@ def token_column(tokens: np.ndarray | None) -> dict[str, list[str]]:
     if tokens is None or np.isnan(tokens).all():
         return {}
     return {"tokens": ["-" if np.isnan(value) else f"{value:.1f}" for value in tokens.tolist()]}
+
+
+def fertility_of(tokens: np.ndarray, groups: Sequence[str], reference: str) -> np.ndarray:
+    """Tokens per sentence over those of the reference, float64 [G]; NaN where they are unknown."""
+    base = tokens[list(groups).index(reference)]
+    found: np.ndarray = tokens / base if base > 0 else np.full(len(tokens), np.nan)
+    return found
+
+
+def fertility_column(
+    tokens: np.ndarray | None, groups: Sequence[str], reference: str = "eng_Latn"
+) -> dict[str, list[str]]:
+    """The column "fertility" of a table; empty if tokens are unknown, or the reference is none of the groups."""
+    if tokens is None or np.isnan(tokens).all() or reference not in groups:
+        return {}
+    found = fertility_of(tokens, groups, reference).tolist()
+    return {"fertility": ["-" if np.isnan(value) else f"{value:.2f}" for value in found]}
 
 
 def mean_of_seen(values: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -11,9 +11,9 @@ import numpy as np
 from moe_route.analysis.inputs import Statistics, normalized
 from moe_route.recording.store import SequenceStore
 
-__all__ = ["GroupSequences", "batches", "blocks", "groups_of", "tokens_per_sequence"]
+__all__ = ["GroupSequences", "batches", "blocks", "groups_of", "mean_tokens", "read_sequences", "tokens_per_sequence"]
 
-_ARRAYS = {"full": "full", "topk": "topk", "count": "counts"}
+_ARRAYS = {"full": "full", "topk": "topk", "count": "counts", "hidden": "hidden"}
 _BATCH_BYTES = 512 << 20  # groups are read together up to this size, one at least
 _BLOCK = 1 << 15  # elements that are compared at once: temporaries then stay in the processor's cache
 
@@ -24,7 +24,8 @@ class GroupSequences:
 
     Attributes:
         group: name of the group.
-        values: the stored distributions, float32 [n, L, E], or counts, int32 (kind "count").
+        values: the stored distributions, float32 [n, L, E]; counts, int32 (kind "count"); or hidden states, float32
+            [n, L, H] (kind "hidden").
         tokens: number of tokens, int64 [n, L].
         token_entropy: mean of H(p_t) over tokens in nats, float64 [n, L]; NaN where it was not kept.
     """
@@ -33,6 +34,11 @@ class GroupSequences:
     values: np.ndarray
     tokens: np.ndarray
     token_entropy: np.ndarray
+    kind: str = "full"
+
+    def vectors(self) -> np.ndarray:
+        """Hidden states as they are, or distributions, float64 [n, L, H or E]."""
+        return self.values.astype(np.float64) if self.kind == "hidden" else self.distributions()
 
     def distributions(self) -> np.ndarray:
         """q_i, float64 [n, L, E]; rows without tokens are NaN."""
@@ -53,7 +59,7 @@ def groups_of(
     """
     wanted = items if isinstance(items, Mapping) else dict.fromkeys(groups, items)
     for batch in batches(statistics, groups, max(len(wanted[group]) for group in groups)):
-        yield from _read(statistics.store, {group: wanted[group] for group in batch}, kind)
+        yield from read_sequences(statistics.store, {group: wanted[group] for group in batch}, kind)
 
 
 def batches(statistics: Statistics, groups: Sequence[str], items: int) -> list[Sequence[str]]:
@@ -63,19 +69,27 @@ def batches(statistics: Statistics, groups: Sequence[str], items: int) -> list[S
     return [groups[start : start + number] for start in range(0, len(groups), number)]
 
 
-def _read(store: SequenceStore, items: Mapping[str, Sequence[Any]], kind: str) -> list[GroupSequences]:
-    """The sequences of these items of each group, read in one pass over the store."""
+def read_sequences(store: SequenceStore, items: Mapping[str, Sequence[Any]], kind: str) -> list[GroupSequences]:
+    """The sequences of these items of each group, read in one pass over the store.
+
+    Raises ``ValueError`` for a ``kind`` that was not recorded.
+    """
     group, wanted = next(iter(items.items()))
-    store.distributions(wanted[0], group, kind)  # type: ignore[arg-type]  # raises for what was not recorded
-    layers, widest = len(store.layers), max(store.num_experts)
+    if kind == "hidden":
+        width = store.hidden(wanted[0], group).shape[-1]
+    else:
+        store.distributions(wanted[0], group, kind)  # type: ignore[arg-type]  # raises for what was not recorded
+        width = max(store.num_experts)
+    layers = len(store.layers)
     dtype = np.int32 if kind == "count" else np.float32
     place = {(item, group): row for group, wanted in items.items() for row, item in enumerate(wanted)}
     found = {
         group: GroupSequences(
             group,
-            np.zeros((len(wanted), layers, widest), dtype),
+            np.zeros((len(wanted), layers, width), dtype),
             np.zeros((len(wanted), layers), np.int64),
             np.full((len(wanted), layers), np.nan),
+            kind,
         )
         for group, wanted in items.items()
     }
@@ -91,6 +105,16 @@ def _read(store: SequenceStore, items: Mapping[str, Sequence[Any]], kind: str) -
             if "token_entropy" in shard.arrays:  # not in files of earlier recordings
                 found[group].token_entropy[there] = shard.arrays["token_entropy"][here]
     return list(found.values())
+
+
+def mean_tokens(store: SequenceStore, groups: Sequence[str], items: Sequence[Any]) -> np.ndarray:
+    """Mean number of tokens of these items in each group, in the layer that counted most, float64 [G]."""
+    wanted, total = set(items), dict.fromkeys(groups, 0)
+    for shard in store.shards():
+        for (item, group), tokens in zip(shard.keys, shard.arrays["tokens"], strict=True):
+            if group in total and item in wanted:
+                total[group] += int(tokens.max(initial=0))
+    return np.array([total[group] for group in groups]) / len(items)
 
 
 def blocks(shape: tuple[int, ...]) -> Iterator[slice]:

@@ -189,7 +189,7 @@ def correlation(
     for chosen, fill, label in kinds:
         if chosen.any():
             ax.plot(places[chosen], found.pearson[chosen], markerfacecolor=fill, label=label, **points)
-    name = f"correlation with divergence from {frame.label_of(found.reference, None)}"
+    name = f"correlation with {found.quantity} {frame.label_of(found.reference, None)}"
     frame.layer_axes(ax, len(places), name, title, f"n = {len(found.groups)} groups", depth=depth)
     ax.set_ylim(-1.05, 1.05)
     frame.legend_above(ax)

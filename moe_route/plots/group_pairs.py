@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moe_route.analysis import DivergenceMatrix, Overlap, average_linkage
-from moe_route.analysis.similarity import leaves
+from moe_route.analysis import DivergenceMatrix, Overlap, linkage
+from moe_route.analysis.linkage import leaves
 from moe_route.plots import frame
 from moe_route.plots.by_layer import MEASURES
 
@@ -44,7 +44,7 @@ def divergence_matrix(
             "by layer"
         )
     if groups is None and not np.isnan(values).any():
-        order = leaves(average_linkage(values))
+        order = leaves(linkage(values, "average"))
         chosen, values = [chosen[i] for i in order], values[np.ix_(order, order)]
     limit = float(np.nanmax(values)) or 1.0  # the diagonal is 0, so not all values are NaN
     names = frame.labels_of(chosen, labels)

@@ -74,7 +74,7 @@ def covariate(**other: Any) -> dict[str, dict[str, Any]]:
         (lambda: analysis.rank_agreement({"m": SQUARE}, SQUARE, permutations=0), "permutations must be 1"),
         (lambda: analysis.matrix_correlation(SQUARE, SQUARE, permutations=0), "permutations must be 1"),
         (lambda: analysis.matrix_correlation(np.full((4, 4), np.inf), SQUARE), "finite"),
-        (lambda: analysis.average_linkage([[0, np.inf], [np.inf, 0]]), "finite"),
+        (lambda: analysis.linkage([[0, np.inf], [np.inf, 0]]), "finite"),
         (lambda: analysis.paired_difference(FIVE, FIVE, 0 * FIVE), "no token was predicted"),
         (lambda: analysis.paired_difference(FIVE, FIVE * np.nan, FIVE), "must be finite"),
         (lambda: analysis.paired_difference(FIVE, np.ones(4), FIVE), "alike"),

@@ -22,9 +22,9 @@ def add(questions: Any) -> None:
     statistics_argument(parser)
     groups_argument(parser)
     parser.add_argument(
-        "--method",
+        "--rule",
         default="cosine",
-        choices=("cosine", "mexa", "retrieval"),
+        choices=("cosine", "mexa", "retrieval", "margin"),
         help="mean cosine of translations, or share of sentences nearest to their translation (default: cosine)",
     )
     parser.add_argument(
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> Answer:
     if options.layers is not None:
         statistics = statistics.select(layers=options.layers)
     found = analysis.similarity(
-        statistics, groups=options.groups, method=options.method, kind=options.kind, center=options.center
+        statistics, groups=options.groups, rule=options.rule, kind=options.kind, center=options.center
     )
     data, parts = found.to_dict() | {"order": found.order()}, [repr(found)]
     if options.clusters is not None:
