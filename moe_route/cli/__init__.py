@@ -1,4 +1,4 @@
-"""The command line: `moe-route describe | record | convert | analyze | plot | plan | steer | experiment | eval | ...`.
+"""The command line: `moe-route describe | record | vectors | convert | analyze | plot | plan | steer | experiment | eval | ...`.
 
 The commands are named after the functions in Python. Standard output carries the result (with `--json` exactly one JSON
 document); progress and errors go to standard error. Exit codes: 0 success, 1 a check of `doctor` failed, a ratio of
@@ -22,7 +22,9 @@ from typing import NoReturn
 __all__ = ["main", "parser"]
 
 # Modules of the commands, in the order of the help.
-_COMMANDS = "describe record convert analyze plot plan steer experiment prune eval lm_eval report demo doctor bench"
+_COMMANDS = (
+    "describe record vectors convert analyze plot plan steer experiment prune eval lm_eval report demo doctor bench"
+)
 
 
 def parser() -> argparse.ArgumentParser:

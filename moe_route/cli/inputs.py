@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_route.recording import RoutingStatistics
+    from moe_route.recording import RoutingStatistics, SentenceVectors
     from moe_route.routed import RoutedModel
     from moe_route.workload import LanguageModel, Text
 
@@ -27,6 +27,7 @@ __all__ = [
     "names",
     "numbers",
     "output",
+    "parallel_source",
     "positive",
     "quiet_libraries",
     "seed_argument",
@@ -58,7 +59,7 @@ def command(verbs: Any, name: str, run: Any, help: str, example: str) -> argpars
     return parser
 
 
-def model_arguments(parser: argparse.ArgumentParser) -> None:
+def model_arguments(parser: argparse.ArgumentParser, *, engine: bool = True) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", default="demo", metavar="NAME", help="checkpoint folder or hub name (default: the demo model)"
@@ -70,7 +71,8 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype", default="auto", help="dtype of the weights, such as bfloat16 (default: the checkpoint's)"
     )
-    group.add_argument("--engine", default="hook", choices=("hook", "fused"), help="how to attach (default: hook)")
+    if engine:
+        group.add_argument("--engine", default="hook", choices=("hook", "fused"), help="how to attach (default: hook)")
 
 
 def text_arguments(parser: argparse.ArgumentParser) -> None:
@@ -174,6 +176,25 @@ def merged_statistics(paths: Sequence[Path]) -> RoutingStatistics:
     for other in others:
         first = first + other
     return first
+
+
+def parallel_source(paths: Sequence[Path], layers: Sequence[int] | None) -> RoutingStatistics | SentenceVectors:
+    """Sentence vectors in one file, or the sum of statistics; some of their layers, if these are given."""
+    from moe_route import files
+    from moe_route.recording import SentenceVectors
+
+    found: RoutingStatistics | SentenceVectors
+    if files.read_header(paths[0])["kind"] == "sentence_vectors":
+        if len(paths) > 1:
+            raise ValueError("vectors of different runs cannot be added up: give one file of vectors")
+        found = SentenceVectors.load(paths[0])
+    else:
+        found = merged_statistics(paths)
+    if layers is None:
+        return found
+    if layers[-1] >= len(found.layers):
+        raise ValueError(f"--layers must name some of the {len(found.layers)} layers, counted from 0")
+    return found.select(layers=layers)
 
 
 def output(*paths: Path | None) -> None:

@@ -78,6 +78,10 @@ class SentenceVectors:
             raise RecordingError(f"no item is common to {', '.join(names)}: give translations one item id")
         return np.stack([np.stack([self.vector(item, name) for name in names]) for item in items])
 
+    def select(self, layers: Sequence[int]) -> SentenceVectors:
+        """Select layers by index, in the given order; vectors are shared, not copied."""
+        return SentenceVectors(self.store.select(layers), self.groups, self.items, self.pooling, self.metadata)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the vectors to one file, whole or not at all."""
         names, blocks = self.store.content()

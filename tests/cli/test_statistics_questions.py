@@ -106,8 +106,9 @@ def test_similarity(answer, general, tmp_path: Path):
     other.write_text("\n".join(["\t".join(["", *LANGUAGES]), *rows]))
     found = answer("analyze", "similarity", general, "--layers", "2-5", "--clusters", "2", "--compare", other)
     assert sorted(name for cluster in found["clusters"] for name in cluster) == sorted(LANGUAGES)
-    assert found["compared"]["groups"] == 5
-    assert answer("analyze", "similarity", general, "--method", "mexa", "--no-center")["centered"] is False
+    assert found["compared"]["groups"] == list(found["groups"])
+    assert len(found["compared"]["pearson"]) == 4
+    assert answer("analyze", "similarity", general, "--rule", "mexa", "--no-center")["centered"] is False
 
 
 def test_pictures_of_a_strength_sweep(answer, moe_route, tmp_path: Path):

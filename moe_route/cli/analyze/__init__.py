@@ -8,6 +8,7 @@ from typing import Any
 
 def add(verbs: Any) -> None:
     from moe_route.cli.analyze import (
+        alignment,
         balance,
         coactivation,
         consistency,
@@ -49,5 +50,6 @@ def add(verbs: Any) -> None:
         sweep,
         correlate,
         similarity,
+        alignment,
     ):
         module.add(questions)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import names, positive
+from moe_route.cli.inputs import layers_argument, names, positive
 
 if TYPE_CHECKING:
     from moe_route.steering import ExpertSelection
@@ -22,6 +22,8 @@ __all__ = [
     "groups_argument",
     "interval_argument",
     "level",
+    "parallel_arguments",
+    "parallel_options",
     "phase_argument",
     "reference_argument",
     "saved",
@@ -70,6 +72,39 @@ def phase_argument(parser: argparse._ActionsContainer) -> None:
 
 def groups_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--groups", type=names, metavar="A,B", help="groups to take (default: all)")
+
+
+def parallel_arguments(parser: argparse.ArgumentParser, *, default: str) -> None:
+    """Vectors of parallel sentences, and the rule by which they are compared."""
+    parser.add_argument(
+        "files", type=Path, nargs="+", metavar="FILE", help="vectors, or statistics; several statistics are added up"
+    )
+    parser.add_argument(
+        "--rule",
+        default=default,
+        choices=("mexa", "retrieval", "margin", "cosine"),
+        help="share of sentences that are nearest to their translation in both directions, in one, or by the ratio "
+        f"margin, or mean cosine of translations (default: {default})",
+    )
+    parser.add_argument(
+        "--kind",
+        choices=("full", "topk", "count", "hidden"),
+        help="statistics: router scores used, or inputs of the routers, from record --hidden (default: full)",
+    )
+    parser.add_argument(
+        "--center",
+        action=argparse.BooleanOptionalAction,
+        help="subtract the mean of each group (default: of routing, not of vectors)",
+    )
+    parser.add_argument(
+        "--neighbors", type=positive, default=4, metavar="N", help="margin: neighbors to divide by (default: 4)"
+    )
+    layers_argument(parser, "layers to look at, counted from 0, which is the embedding in vectors (default: all)")
+
+
+def parallel_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of ``parallel_arguments``."""
+    return {name: getattr(options, name) for name in ("rule", "kind", "center", "neighbors")}
 
 
 def selection_argument(parser: argparse.ArgumentParser) -> None:
