@@ -27,6 +27,8 @@ OTHERS = (
     "T=2048 H=1024 E=128 k=8 float32",
 )
 RECORDING, OURS, BY_HAND = "Recording while decoding", "moe-route", "by hand in torch"
+PEER, EXPERTS, PACKED, VLLM = "grouped_mm", "moe_route", "moe_route, pack=True", "vLLM cpu_fused_moe"
+STOCK = ("eager", "batched_mm")
 COMMITTED = Path(__file__).parent / "results" / "cpu-avx512.json"
 COMMITTED_EXPERTS = COMMITTED.with_name("cpu-avx512-experts.json")
 
@@ -56,21 +58,27 @@ def summary(content: Mapping[str, Any]) -> str:
 def experts_summary(content: Mapping[str, Any]) -> str:
     """The experts' figures of one results file as markdown: bfloat16, where most models run."""
     intro = (
-        "The experts of one layer in bfloat16 (two threads, random weights), by the implementations of transformers "
-        f"{content['machine']['transformers']} and ours; the floor is reading the weights of the experts hit, "
-        "or as many multiplications in dense products, whichever takes longer "
+        "The experts of one layer in bfloat16 (two threads, random weights), by `grouped_mm` of transformers "
+        f"{content['machine']['transformers']} and ours, in place and with `pack=True`; the best of transformers' "
+        "other implementations, and vLLM's (`cpu_fused_moe`, packed as well), stand beside. How many times as fast as "
+        "`grouped_mm` each of them is, timed in the same run. The floor of ours in place is reading the weights of the "
+        "experts hit, or as many multiplications in dense products, whichever takes longer "
         "([all of them](../bench/results/cpu-avx512-experts.json)):\n"
     )
-    head = ("", "eager", "grouped_mm", "moe_route", "times as fast as grouped_mm", "share of the floor")
+    head = ("", "grouped_mm", "moe_route", "times", "pack=True", "eager or batched_mm", "vLLM", "share of the floor")
     return f"{intro}\n{table(head, _experts(content))}"
 
 
 def _experts(content: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     rows = _rows(content)
     for case in dict.fromkeys(case for case, _ in rows if case.endswith(" bfloat16")):
-        eager, peer, ours = (rows[case, name] for name in ("eager", "grouped_mm", "moe_route"))
-        times = (duration(row["median"]) for row in (eager, peer, ours))
-        yield case.removesuffix(" bfloat16"), *times, f"{ours['times_peer']:.2f}", f"{ours['floor_fraction']:.2f}"
+        peer, ours = rows[case, PEER], rows[case, EXPERTS]
+        others = [peer["median"] / rows[case, name]["median"] for name in STOCK if (case, name) in rows]
+        beside = (rows.get((case, name), {}).get("times_peer") for name in (PACKED, VLLM))
+        packed, vllm = (f"{times:.2f}" if times else "-" for times in beside)
+        times = f"{ours['times_peer']:.2f}"
+        found = (times, packed, f"{max(others):.2f}", vllm, f"{ours['floor_fraction']:.2f}")
+        yield case.removesuffix(" bfloat16"), duration(peer["median"]), duration(ours["median"]), *found
 
 
 def committed() -> str:
@@ -98,14 +106,15 @@ def headline() -> str:
                 f"{share} of the step, {times} x as fast as by hand in torch ({by_hand})",
             )
         )
-    times = [float(row[4]) for row in _experts(experts)]
-    rows.append(
-        (
-            f"experts of {len(times)} layer shapes of public models, bfloat16, two threads",
-            "",
-            f"{min(times):.2f} to {max(times):.2f} x `grouped_mm` of transformers",
+    for name, column in (("experts", 3), ("experts, `pack=True`", 4)):
+        times = [float(row[column]) for row in _experts(experts)]
+        rows.append(
+            (
+                f"{name} of {len(times)} layer shapes of public models, bfloat16, two threads",
+                "",
+                f"{min(times):.2f} to {max(times):.2f} x `grouped_mm` of transformers",
+            )
         )
-    )
     return table(("one thread of a shared " + kernels["machine"]["processor"], "time", "against"), rows)
 
 
