@@ -31,6 +31,7 @@ PEER, EXPERTS, PACKED, VLLM = "grouped_mm", "moe_route", "moe_route, pack=True",
 STOCK = ("eager", "batched_mm")
 COMMITTED = Path(__file__).parent / "results" / "cpu-avx512.json"
 COMMITTED_EXPERTS = COMMITTED.with_name("cpu-avx512-experts.json")
+COMMITTED_MODELS = COMMITTED.with_name("cpu-avx512-models.json")
 
 
 def summary(content: Mapping[str, Any]) -> str:
@@ -81,10 +82,28 @@ def _experts(content: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         yield case.removesuffix(" bfloat16"), duration(peer["median"]), duration(ours["median"]), *found
 
 
+def models_summary(content: Mapping[str, Any]) -> str:
+    """What a whole model costs, as markdown: how many times as fast as stock each contender is."""
+    rows = _rows(content)
+    cases, names = (list(dict.fromkeys(part)) for part in zip(*rows, strict=True))
+    shares = {fact["case"]: fact["value"] for fact in content["facts"] if fact["unit"] == "%"}
+    inside = ", ".join(f"{value:.2f} % ({case})" for case, value in shares.items())
+    intro = (
+        "Four layers of the size of Qwen3-30B-A3B's in bfloat16, one thread: how many times as fast as the stock "
+        "model in the same run each of these is ([what they do](measuring.md#whole-models)). Below 1 is slower; differences of "
+        f"less than 0.1 are noise. Of a step, recording everything takes {inside} inside its hooks:\n"
+    )
+    stock, *others = names
+    body = [(stock, *(duration(rows[case, stock]["median"]) for case in cases))]
+    body += [(name, *(f"{rows[case, name]['times_peer']:.2f}" for case in cases)) for name in others]
+    return f"{intro}\n{table(('', *cases), body)}"
+
+
 def committed() -> str:
     """Everything that the page of figures shows."""
-    kernels, experts = (json.loads(path.read_text()) for path in (COMMITTED, COMMITTED_EXPERTS))
-    return f"{summary(kernels)}\n{experts_summary(experts)}"
+    files = (COMMITTED, COMMITTED_EXPERTS, COMMITTED_MODELS)
+    kernels, experts, models = (json.loads(path.read_text()) for path in files)
+    return f"{summary(kernels)}\n{experts_summary(experts)}\n{models_summary(models)}"
 
 
 def headline() -> str:
