@@ -90,8 +90,8 @@ def models_summary(content: Mapping[str, Any]) -> str:
     inside = ", ".join(f"{value:.2f} % ({case})" for case, value in shares.items())
     intro = (
         "Four layers of the size of Qwen3-30B-A3B's in bfloat16, one thread: how many times as fast as the stock "
-        "model in the same run each of these is ([what they do](measuring.md#whole-models)). Below 1 is slower; differences of "
-        f"less than 0.1 are noise. Of a step, recording everything takes {inside} inside its hooks:\n"
+        "model in the same run each of these is ([what they do](measuring.md#whole-models)). Below 1 is slower; "
+        f"differences of less than 0.1 are noise. Of a step, recording everything takes {inside} inside its hooks:\n"
     )
     stock, *others = names
     body = [(stock, *(duration(rows[case, stock]["median"]) for case in cases))]
