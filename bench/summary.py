@@ -27,8 +27,11 @@ OTHERS = (
     "T=2048 H=1024 E=128 k=8 float32",
 )
 RECORDING, OURS, BY_HAND = "Recording while decoding", "moe-route", "by hand in torch"
+PEER, EXPERTS, PACKED, VLLM = "grouped_mm", "moe_route", "moe_route, pack=True", "vLLM cpu_fused_moe"
+STOCK = ("eager", "batched_mm")
 COMMITTED = Path(__file__).parent / "results" / "cpu-avx512.json"
 COMMITTED_EXPERTS = COMMITTED.with_name("cpu-avx512-experts.json")
+COMMITTED_MODELS = COMMITTED.with_name("cpu-avx512-models.json")
 
 
 def summary(content: Mapping[str, Any]) -> str:
@@ -56,27 +59,51 @@ def summary(content: Mapping[str, Any]) -> str:
 def experts_summary(content: Mapping[str, Any]) -> str:
     """The experts' figures of one results file as markdown: bfloat16, where most models run."""
     intro = (
-        "The experts of one layer in bfloat16 (two threads, random weights), by the implementations of transformers "
-        f"{content['machine']['transformers']} and ours; the floor is reading the weights of the experts hit, "
-        "or as many multiplications in dense products, whichever takes longer "
+        "The experts of one layer in bfloat16 (two threads, random weights), by `grouped_mm` of transformers "
+        f"{content['machine']['transformers']} and ours, in place and with `pack=True`; the best of transformers' "
+        "other implementations, and vLLM's (`cpu_fused_moe`, packed as well), stand beside. How many times as fast as "
+        "`grouped_mm` each of them is, timed in the same run. The floor of ours in place is reading the weights of the "
+        "experts hit, or as many multiplications in dense products, whichever takes longer "
         "([all of them](../bench/results/cpu-avx512-experts.json)):\n"
     )
-    head = ("", "eager", "grouped_mm", "moe_route", "times as fast as grouped_mm", "share of the floor")
+    head = ("", "grouped_mm", "moe_route", "times", "pack=True", "eager or batched_mm", "vLLM", "share of the floor")
     return f"{intro}\n{table(head, _experts(content))}"
 
 
 def _experts(content: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     rows = _rows(content)
     for case in dict.fromkeys(case for case, _ in rows if case.endswith(" bfloat16")):
-        eager, peer, ours = (rows[case, name] for name in ("eager", "grouped_mm", "moe_route"))
-        times = (duration(row["median"]) for row in (eager, peer, ours))
-        yield case.removesuffix(" bfloat16"), *times, f"{ours['times_peer']:.2f}", f"{ours['floor_fraction']:.2f}"
+        peer, ours = rows[case, PEER], rows[case, EXPERTS]
+        others = [peer["median"] / rows[case, name]["median"] for name in STOCK if (case, name) in rows]
+        beside = (rows.get((case, name), {}).get("times_peer") for name in (PACKED, VLLM))
+        packed, vllm = (f"{times:.2f}" if times else "-" for times in beside)
+        times = f"{ours['times_peer']:.2f}"
+        found = (times, packed, f"{max(others):.2f}", vllm, f"{ours['floor_fraction']:.2f}")
+        yield case.removesuffix(" bfloat16"), duration(peer["median"]), duration(ours["median"]), *found
+
+
+def models_summary(content: Mapping[str, Any]) -> str:
+    """What a whole model costs, as markdown: how many times as fast as stock each contender is."""
+    rows = _rows(content)
+    cases, names = (list(dict.fromkeys(part)) for part in zip(*rows, strict=True))
+    shares = {fact["case"]: fact["value"] for fact in content["facts"] if fact["unit"] == "%"}
+    inside = ", ".join(f"{value:.2f} % ({case})" for case, value in shares.items())
+    intro = (
+        "Four layers of the size of Qwen3-30B-A3B's in bfloat16, one thread: how many times as fast as the stock "
+        "model in the same run each of these is ([what they do](measuring.md#whole-models)). Below 1 is slower; "
+        f"differences of less than 0.1 are noise. Of a step, recording everything takes {inside} inside its hooks:\n"
+    )
+    stock, *others = names
+    body = [(stock, *(duration(rows[case, stock]["median"]) for case in cases))]
+    body += [(name, *(f"{rows[case, name]['times_peer']:.2f}" for case in cases)) for name in others]
+    return f"{intro}\n{table(('', *cases), body)}"
 
 
 def committed() -> str:
     """Everything that the page of figures shows."""
-    kernels, experts = (json.loads(path.read_text()) for path in (COMMITTED, COMMITTED_EXPERTS))
-    return f"{summary(kernels)}\n{experts_summary(experts)}"
+    files = (COMMITTED, COMMITTED_EXPERTS, COMMITTED_MODELS)
+    kernels, experts, models = (json.loads(path.read_text()) for path in files)
+    return f"{summary(kernels)}\n{experts_summary(experts)}\n{models_summary(models)}"
 
 
 def headline() -> str:
@@ -98,14 +125,15 @@ def headline() -> str:
                 f"{share} of the step, {times} x as fast as by hand in torch ({by_hand})",
             )
         )
-    times = [float(row[4]) for row in _experts(experts)]
-    rows.append(
-        (
-            f"experts of {len(times)} layer shapes of public models, bfloat16, two threads",
-            "",
-            f"{min(times):.2f} to {max(times):.2f} x `grouped_mm` of transformers",
+    for name, column in (("experts", 3), ("experts, `pack=True`", 4)):
+        times = [float(row[column]) for row in _experts(experts)]
+        rows.append(
+            (
+                f"{name} of {len(times)} layer shapes of public models, bfloat16, two threads",
+                "",
+                f"{min(times):.2f} to {max(times):.2f} x `grouped_mm` of transformers",
+            )
         )
-    )
     return table(("one thread of a shared " + kernels["machine"]["processor"], "time", "against"), rows)
 
 

@@ -9,16 +9,51 @@
 // the one before. So rows go through in blocks, step by step: while one row waits, the processor works on the
 // next.
 #pragma once
-#include "gate_block.h"
 #include "gate_count.h"
 #include "gate_force.h"
-#include "gate_given.h"
 
 namespace moe_route::cpu {
 namespace {
 
+struct Token {
+  int64_t steering_row = -1;
+  int64_t group = 0;
+  int64_t segment = -1;
+  bool valid = true;
+};
+
+inline Token read_token(const int32_t* table, int64_t t) {
+  if (table == nullptr) return {};
+  const int32_t* row = table + t * kTokenColumns;
+  return {row[kTokenSteeringRow], row[kTokenGroup], row[kTokenSegment], row[kTokenValid] != 0};
+}
+
 // Steering rows kept unpacked: a batch of sequences in different languages steers each in its own way.
 inline constexpr int kSteeringRows = 8;
+
+// A row in flight.
+template <class F>
+struct Row {
+  using T = typename F::Scalar;
+  Workspace<F> work;
+  int64_t t = 0;
+  Token token;
+  const SteeringRow<F>* steering = nullptr;
+  bool counted = false;
+  bool given = false;           // the choice came with the call
+  bool to_weigh = false;        // weights are to be computed
+  bool scores_counted = false;  // mass or entropy is wanted
+  int slots = 0;                // k of this row
+  int wanted = 0;               // of the short list; 0: there is none
+  int listed = 0;               // candidates on it
+  T bound = 0;
+  const T* raw = nullptr;       // logits
+  const T* z = nullptr;         // logits after steering
+  const T* values = nullptr;    // what selection compares
+  const T* listable = nullptr;  // ... and what may come onto the short list: under force the free experts'
+  RowScores<T> scores;
+  Choice<F> choice;
+};
 
 template <class F>
 class RowGate {
@@ -46,8 +81,6 @@ class RowGate {
         if (count > 0 && evicts_steering(token)) break;  // a row of this block may still need it
         prepare(block_rows_[count++], t++, token);
       }
-      if (steered_ > 0) steer_block(count);
-      if (unlike_logits_ > 0) prepare_choices(count);
       choose(count);
       for (int i = 0; i < count; ++i) weigh_row(block_rows_[i]);
       for (int i = 0; i < count; ++i) finish(block_rows_[i]);
@@ -63,12 +96,10 @@ class RowGate {
         logit_bytes_(sizeof(T) == 8                        ? 8
                      : args.logits_type == DType::kFloat32 ? 4
                                                            : 2),
-        given_(args),
         tally_(arena, args.statistics, args.experts),
         scores_counted_(tally_.wants_scores()),
         weights_counted_(tally_.wants_weights()),
-        softmax_over_all_(args.spec.score == Score::kSoftmax && !softmax_over_chosen<F>(args.spec, nullptr)),
-        changes_values_(args.correction_bias || args.spec.groups > 1) {
+        softmax_over_all_(args.spec.score == Score::kSoftmax && !softmax_over_chosen<F>(args.spec, nullptr)) {
     for (int i = 0; i < block_; ++i) block_rows_[i].work = Workspace<F>(arena, args.experts);
     for (ForceStore& force : force_) force = ForceStore(arena, args.experts);
   }
@@ -84,60 +115,23 @@ class RowGate {
     row.to_weigh = args_.weights != nullptr || (row.counted && weights_counted_);
     row.slots = row.wanted = row.steering ? row.steering->k : args_.k;
     c.count = args_.k, c.compact = true;
-    row.given = given_.read(t, row.steering != nullptr, c);
+    row.given = args_.given.mode != GivenMode::kNone && read_given(t, row.steering, c);
     if (row.given) take_given(row);
-    row.scored = row.by_score = false;
     if (row.given && !row.to_weigh && !row.scores_counted) return;
     const bool steered = row.steering && row.steering->moves_logits;
-    row.by_score = !row.given && compares_scores(row.steering);
-    row.scored = row.scores_counted || row.by_score || (row.to_weigh && softmax_over_all(row.steering));
-    steered_ += steered;
-    if (steered || row.scored) prefetch(t + block_);
-    row.raw = row.z = row.values = row.listable = load(row.work, t);
-    unlike_logits_ += row.scored || row.steering || changes_values_;
-  }
-
-  // The steered logits, step by step as well: the standard deviation and the extremes end in a chain of folds,
-  // a division and a square root. Out of line, as are the other ways that few calls take.
-  [[gnu::noinline]] void steer_block(int count) {
-    steered_ = 0;
-    const int experts = args_.experts;
-    const auto each_steered = [this, count](auto step) {
-      for (int i = 0; i < count; ++i) {
-        Row<F>& row = block_rows_[i];
-        if (row.raw && row.steering && row.steering->moves_logits) step(row, *row.steering);
-      }
-    };
-    each_steered([&](Row<F>& row, const SteeringRow<F>& by) {
-      row.raw = leave_forbidden_out(row.work, by, row.raw, experts);
-      if (by.std) row.natural.mean = mean_without_gaps<F>(row.raw, experts);
-      if (by.forces()) take_extremes<F>(row.raw, experts, row.natural);
-    });
-    each_steered([&](Row<F>& row, const SteeringRow<F>& by) {
-      if (by.std) row.natural.std = standard_deviation<F>(row.raw, experts, by.sample_std, row.natural.mean);
-    });
-    each_steered([&](Row<F>& row, const SteeringRow<F>& by) {
-      apply_planes(by, row.raw, row.natural.std, experts, row.work.steered);
-      row.z = row.work.steered;
-    });
-    each_steered([&](Row<F>& row, const SteeringRow<F>& by) {
-      if (by.forces()) apply_force(row.work, by, row.raw, row.natural, experts, row.work.steered);
-    });
-  }
-
-  // The scores, and what selection compares where that is not the logits as they came.
-  [[gnu::noinline]] void prepare_choices(int count) {
-    unlike_logits_ = 0;
-    for (int i = 0; i < count; ++i) {
-      Row<F>& row = block_rows_[i];
-      if (row.scored) {
-        const bool entropy = row.scores_counted && args_.statistics.entropy;
-        row.scores = score_all<F>(row.work, args_.spec.score, row.z, args_.experts, entropy);
-      }
-      if (row.given) continue;
-      row.values = row.listable = selection_values(row.work, row.steering, row.z, row.scores, row.by_score);
-      if (row.steering && row.steering->force) leave_forced_out(row);
+    const bool by_score = compares_scores(row.steering);
+    const bool softmax_weights = row.to_weigh && softmax_over_all(row.steering);
+    const bool scored = row.scores_counted || (by_score && !row.given) || softmax_weights;
+    if (steered || scored) prefetch(t + block_);
+    row.raw = row.z = load(row.work, t);
+    if (steered) row.z = steer(row.work, *row.steering, row.raw, args_.experts);
+    if (scored) {
+      const bool entropy = row.scores_counted && args_.statistics.entropy;
+      row.scores = score_all<F>(row.work, args_.spec.score, row.z, args_.experts, entropy);
     }
+    if (row.given) return;
+    row.values = row.listable = selection_values(row.work, row.steering, row.z, row.scores, by_score);
+    if (row.steering && row.steering->force) leave_forced_out(row);
   }
 
   void leave_forced_out(Row<F>& row) const {
@@ -148,10 +142,10 @@ class RowGate {
   void take_given(Row<F>& row) const {
     row.wanted = 0;
     row.raw = row.z = nullptr;
-    if (given_.replays()) row.slots = args_.k;
-    if (given_.replays() || !given_.has_weights()) return;
+    if (args_.given.mode == GivenMode::kReplay) row.slots = args_.k;
+    if (args_.given.mode == GivenMode::kReplay || args_.given.weights == nullptr) return;
     row.to_weigh = false;
-    given_.read_weights(row.t, row.choice);
+    read_given_weights(row.t, row.choice);
   }
 
   void choose(int count) {
@@ -202,7 +196,7 @@ class RowGate {
     if (tally_.wants_natural()) compare_with_natural(row);
   }
 
-  bool is_replay(const Row<F>& row) const { return row.given && given_.replays(); }
+  bool is_replay(const Row<F>& row) const { return row.given && args_.given.mode == GivenMode::kReplay; }
 
   // ---- logits -----------------------------------------------------------------------------------
 
@@ -266,7 +260,7 @@ class RowGate {
   // after rounding never decide.
   bool compares_scores(const SteeringRow<F>* steering) const {
     if (args_.spec.order == Order::kTopKThenScore) return false;
-    return changes_values_ || (steering && steering->score_bias);
+    return args_.correction_bias || args_.spec.groups > 1 || (steering && steering->score_bias);
   }
 
   // Do the weights need the softmax over all experts?
@@ -278,8 +272,8 @@ class RowGate {
   const T* selection_values(const Workspace<F>& work, const SteeringRow<F>* steering, const T* z,
                             const RowScores<T>& scores, bool by_score) const {
     const float* score_bias = steering ? steering->score_bias : nullptr;
-    if (!changes_values_ && !score_bias) return z;
     const float* correction = args_.correction_bias;
+    if (!correction && !score_bias && args_.spec.groups == 1) return z;
     const int experts = args_.experts;
     const F factor(scores.factor);
     for (int e = 0; e < experts; e += kLanes) {
@@ -293,6 +287,60 @@ class RowGate {
       limit_groups(work, args_.spec, work.value, experts);
     }
     return work.value;
+  }
+
+  // ---- given choices ----------------------------------------------------------------------------
+
+  int32_t given_id(int64_t slot) const {
+    const int64_t id = args_.given.ids_type == DType::kInt64
+                           ? static_cast<const int64_t*>(args_.given.ids)[slot]
+                           : static_cast<const int32_t*>(args_.given.ids)[slot];
+    return id >= 0 && id < args_.experts ? int32_t(id) : -1;
+  }
+
+  // Does this row come with a choice? Its first id, as stored, says so, where not all rows do.
+  bool has_given(int64_t t) const {
+    if (args_.given.mode == GivenMode::kNone || args_.given.ids == nullptr) return false;
+    if (args_.given.every_row) return true;
+    const int64_t slot = t * args_.k;
+    return args_.given.ids_type == DType::kInt64 ? static_cast<const int64_t*>(args_.given.ids)[slot] != -1
+                                                 : static_cast<const int32_t*>(args_.given.ids)[slot] != -1;
+  }
+
+  // True if the given choice is the row's choice; then its ids are in `c`.
+  bool read_given(int64_t t, const SteeringRow<F>* steering, Choice<F>& c) const {
+    if (!has_given(t) || (args_.given.mode == GivenMode::kNatural && steering)) return false;
+    bool whole = true;
+    for (int j = 0; j < args_.k; ++j) {
+      c.ids[j] = given_id(t * args_.k + j);
+      whole &= c.ids[j] >= 0;
+    }
+    c.compact = whole;
+    return true;
+  }
+
+  void read_given_weights(int64_t t, Choice<F>& c) const {
+    for (int j = 0; j < args_.k; ++j) c.weights[j] = c.ids[j] < 0 ? T(0) : given_weight(t * args_.k + j);
+  }
+
+  T given_weight(int64_t slot) const {
+    const void* weights = args_.given.weights;
+    switch (args_.given.weights_type) {
+      case DType::kBFloat16: {
+        const uint32_t half = static_cast<const uint16_t*>(weights)[slot];
+        return T(math::as_float(int32_t(half << 16)));
+      }
+      case DType::kFloat16: {
+        uint16_t halves[kLanes] = {static_cast<const uint16_t*>(weights)[slot]};
+        alignas(64) T converted[kLanes];
+        F::load_float16(halves).store(converted);
+        return converted[0];
+      }
+      case DType::kFloat64:
+        return T(static_cast<const double*>(weights)[slot]);
+      default:
+        return T(static_cast<const float*>(weights)[slot]);
+    }
   }
 
   // ---- remap, outputs, natural choice -----------------------------------------------------------
@@ -341,8 +389,8 @@ class RowGate {
     if (!row.steering && !is_replay(row)) return tally_.compare(c, nullptr, 0);
     Choice<F> natural;
     natural.count = args_.k;
-    if (given_.natural() && given_.has(row.t)) {
-      for (int j = 0; j < args_.k; ++j) natural.ids[j] = given_.id(row.t * args_.k + j);
+    if (args_.given.mode == GivenMode::kNatural && has_given(row.t)) {
+      for (int j = 0; j < args_.k; ++j) natural.ids[j] = given_id(row.t * args_.k + j);
     } else {
       choose_unsteered(row, natural);
     }
@@ -365,18 +413,13 @@ class RowGate {
   const int block_;
   const int vectors_;
   const int64_t logit_bytes_;
-  const Given<F> given_;
   Tally<F> tally_;
   const bool scores_counted_;
   const bool weights_counted_;
   const bool softmax_over_all_;
-  const bool changes_values_;  // selection compares more than logits, in every row
   SteeringRow<F> steering_[kSteeringRows];
   ForceStore force_[kSteeringRows];
-  // Rows of the block that are steered, and whose choice is not by their logits alone.
-  int steered_ = 0;
-  int unlike_logits_ = 0;
-  SpacedRow<F> block_rows_[kMaxBlock];
+  Row<F> block_rows_[kMaxBlock];
 };
 
 }  // namespace

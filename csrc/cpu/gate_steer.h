@@ -38,7 +38,6 @@ struct SteeringRow {
   int on_count = 0;
   int off_count = 0;
   int forbidden_count = 0;
-  bool forces() const { return on_count + off_count > 0; }
 };
 
 // Where the force codes and lists of a steering row are kept.
@@ -160,29 +159,9 @@ inline Spread<typename F::Scalar> spread_of(const typename F::Scalar* z, int end
 template <class T>
 inline constexpr T kShrink = sizeof(T) == 4 ? T(0x1p-96) : T(0x1p-600);
 
-// What steering asks of the raw logits of a row.
-template <class T>
-struct Extent {
-  T mean = 0;  // NaN or infinite unless all logits are finite
-  T std = 0;
-  T max = 0, min = 0;
-};
-
-// The mean of E finite logits, without looking for others: one of them leaves no finite mean. NaN where lanes
-// are absent.
-template <class F>
-inline typename F::Scalar mean_without_gaps(const typename F::Scalar* z, int experts) {
-  using T = typename F::Scalar;
-  if (experts % kLanes != 0) return not_a_number<T>();
-  F sum(T(0));
-  for (int e = 0; e < experts; e += kLanes) sum = sum + F::load(z + e);
-  return fold_add(sum) / T(experts);
-}
-
 // Over the numbers in z that are finite; 0 where there are too few.
 template <class F>
-[[gnu::noinline]] typename F::Scalar standard_deviation_with_gaps(const typename F::Scalar* z, int experts,
-                                                                  bool sample) {
+inline typename F::Scalar standard_deviation(const typename F::Scalar* z, int experts, bool sample) {
   using T = typename F::Scalar;
   const int end = kLanes * vectors_of(experts);
   const auto [count, squares] = spread_of<F>(z, end, [](F x) { return x; });
@@ -193,24 +172,6 @@ template <class F>
   return sqrt(spread_of<F>(z, end, [factor](F x) { return x * factor; }).squares / T(degrees)) / kShrink<T>;
 }
 
-// The same, where mean_without_gaps() may have found the mean. Same bits: without gaps the masks select all.
-template <class F>
-inline typename F::Scalar standard_deviation(const typename F::Scalar* z, int experts, bool sample,
-                                             typename F::Scalar mean) {
-  using T = typename F::Scalar;
-  const int degrees = experts - (sample ? 1 : 0);
-  if (!(abs(mean) < infinity<T>()) || degrees == 0)
-    return standard_deviation_with_gaps<F>(z, experts, sample);
-  F squares(T(0));
-  for (int e = 0; e < experts; e += kLanes) {
-    const F d = F::load(z + e) - F(mean);
-    squares = fma(d, d, squares);
-  }
-  const T total = fold_add(squares);
-  if (!(total < infinity<T>())) return standard_deviation_with_gaps<F>(z, experts, sample);
-  return sqrt(total / T(degrees));
-}
-
 // to[e] = op(from[e], e), a vector at a time; from and to may be the same row.
 template <class F, class T, class Op>
 inline void map_row(const T* from, int experts, T* to, Op op) {
@@ -219,8 +180,8 @@ inline void map_row(const T* from, int experts, T* to, Op op) {
 
 // One pass per plane in use; most plans use one.
 template <class F>
-inline void apply_planes(const SteeringRow<F>& row, const typename F::Scalar* raw,
-                         typename F::Scalar deviation, int experts, typename F::Scalar* steered) {
+inline void apply_planes(const SteeringRow<F>& row, const typename F::Scalar* raw, int experts,
+                         typename F::Scalar* steered) {
   using T = typename F::Scalar;
   const F zero(T(0));
   const auto entry = [experts](const float* plane, int e) { return load_vector<F>(plane, e, experts); };
@@ -238,7 +199,7 @@ inline void apply_planes(const SteeringRow<F>& row, const typename F::Scalar* ra
     });
   }
   if (row.std) {
-    pass([&, std = F(deviation)](F x, int e) {
+    pass([&, std = F(standard_deviation<F>(raw, experts, row.sample_std))](F x, int e) {
       const F c = entry(row.std, e);
       return select(c != zero, fma(c, std, x), x);
     });
@@ -252,23 +213,17 @@ inline void apply_planes(const SteeringRow<F>& row, const typename F::Scalar* ra
   if (z == raw) pass([](F x, int) { return x; });
 }
 
+// Forced logits, from the natural extremes of `raw` (NaN at forbidden experts).
 template <class F>
-inline void take_extremes(const typename F::Scalar* raw, int experts, Extent<typename F::Scalar>& natural) {
+inline void apply_force(const Workspace<F>& w, const SteeringRow<F>& row, const typename F::Scalar* raw,
+                        int experts, typename F::Scalar* steered) {
   using T = typename F::Scalar;
   F most(-infinity<T>()), least(infinity<T>());
   for (int e = 0; e < experts; e += kLanes) {
     most = larger(F::load(raw + e), most);
     least = smaller(F::load(raw + e), least);
   }
-  natural.max = fold_max(most), natural.min = fold_min(least);
-}
-
-// Forced logits, from the natural extremes of `raw` (NaN at forbidden experts).
-template <class F>
-inline void apply_force(const Workspace<F>& w, const SteeringRow<F>& row, const typename F::Scalar* raw,
-                        const Extent<typename F::Scalar>& natural, int experts, typename F::Scalar* steered) {
-  using T = typename F::Scalar;
-  T max = natural.max, min = natural.min;
+  T max = fold_max(most), min = fold_min(least);
   if (max < min) return;  // not one number in the row
   if (row.log_softmax) {
     const RowScores<T> scores = score_all<F>(w, Score::kSoftmax, raw, experts, false);
@@ -288,15 +243,19 @@ inline void apply_force(const Workspace<F>& w, const SteeringRow<F>& row, const 
   }
 }
 
-// The raw logits, NaN at forbidden experts.
+// z' of one row into Workspace::steered.
 template <class F>
-inline const typename F::Scalar* leave_forbidden_out(const Workspace<F>& w, const SteeringRow<F>& row,
-                                                     const typename F::Scalar* raw, int experts) {
+inline const typename F::Scalar* steer(const Workspace<F>& w, const SteeringRow<F>& row,
+                                       const typename F::Scalar* raw, int experts) {
   using T = typename F::Scalar;
-  if (row.forbidden_count == 0) return raw;
-  if (raw != w.raw) map_row<F>(raw, experts, w.raw, [](F x, int) { return x; });
-  for (int i = 0; i < row.forbidden_count; ++i) w.raw[row.forbidden[i]] = not_a_number<T>();
-  return w.raw;
+  if (row.forbidden_count > 0) {
+    if (raw != w.raw) map_row<F>(raw, experts, w.raw, [](F x, int) { return x; });
+    for (int i = 0; i < row.forbidden_count; ++i) w.raw[row.forbidden[i]] = not_a_number<T>();
+    raw = w.raw;
+  }
+  apply_planes(row, raw, experts, w.steered);
+  if (row.on_count + row.off_count > 0) apply_force(w, row, raw, experts, w.steered);
+  return w.steered;
 }
 
 }  // namespace

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any
 
+import torch
+
 
 def count_lines(act: Callable[[], object], root: Callable[..., Any]) -> int:
     """How many lines of Python `act` runs within calls of `root`, those of what it calls included."""
@@ -16,11 +18,17 @@ def count_lines(act: Callable[[], object], root: Callable[..., Any]) -> int:
 
 
 def interrupt_at(line: int, act: Callable[[], object], root: Callable[..., Any]) -> bool:
-    """Run `act` and raise `KeyboardInterrupt` before that line of it (as `count_lines` counts). Whether it came out."""
+    """Run `act` and raise `KeyboardInterrupt` before that line of it (as `count_lines` counts). Whether it came out.
+
+    The gradient mode is put back: a `torch.no_grad()` that is interrupted while it is left never does so itself.
+    """
+    gradients = torch.is_grad_enabled()
     try:
         _Tracer(root.__code__, line).run(act)
     except KeyboardInterrupt:
         return True
+    finally:
+        torch.set_grad_enabled(gradients)
     return False
 
 
