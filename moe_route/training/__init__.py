@@ -8,9 +8,18 @@ An upcycled model is attached to, recorded and steered like any other. The metho
 [arXiv 2410.10626].
 """
 
-from moe_route.training.checkpoint import load_upcycled
+from moe_route.training.checkpoint import is_upcycled, load_upcycled, with_sparse_blocks
 from moe_route.training.dense import UpcyclingError
 from moe_route.training.losses import own_expert_loss
 from moe_route.training.upcycling import Upcycled, family_plan, upcycle
 
-__all__ = ["Upcycled", "UpcyclingError", "family_plan", "load_upcycled", "own_expert_loss", "upcycle"]
+__all__ = [
+    "Upcycled",
+    "UpcyclingError",
+    "family_plan",
+    "is_upcycled",
+    "load_upcycled",
+    "own_expert_loss",
+    "upcycle",
+    "with_sparse_blocks",
+]

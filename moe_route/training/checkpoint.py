@@ -10,7 +10,26 @@ from torch import nn
 from moe_route.training.dense import UpcyclingError
 from moe_route.training.recipe import Recipe
 
-__all__ = ["load_upcycled"]
+__all__ = ["is_upcycled", "load_upcycled", "with_sparse_blocks"]
+
+_OF_CONFIG = ("cache_dir", "local_files_only", "revision", "token")  # options that say where files are
+
+
+def is_upcycled(config: object) -> bool:
+    """Whether a configuration is that of a model made by `upcycle`."""
+    return Recipe.read(config) is not None
+
+
+def with_sparse_blocks(model: nn.Module) -> nn.Module:
+    """Give a model made from the configuration of an upcycled one its sparse blocks, with weights at random.
+
+    Other models, and those of a stock class, are returned as they are. `model` itself is changed and returned.
+    """
+    recipe = Recipe.read(getattr(model, "config", None))
+    if recipe is not None and not recipe.stock_class:
+        parameter = next(model.parameters())
+        recipe.install(model, {name: recipe.sparse_block(parameter.dtype, parameter.device) for name in recipe.names})
+    return model
 
 
 def load_upcycled(folder: str | os.PathLike[str], **options: Any) -> nn.Module:
@@ -29,7 +48,8 @@ def load_upcycled(folder: str | os.PathLike[str], **options: Any) -> nn.Module:
         import transformers
     except ImportError as error:
         raise ImportError("loading an upcycled model needs transformers: pip install 'moe-route[hf]'") from error
-    config = transformers.AutoConfig.from_pretrained(folder)
+    of_config = {name: options[name] for name in _OF_CONFIG if name in options}
+    config = transformers.AutoConfig.from_pretrained(folder, **of_config)
     recipe = Recipe.read(config)
     if recipe is None:
         raise UpcyclingError(
@@ -39,20 +59,19 @@ def load_upcycled(folder: str | os.PathLike[str], **options: Any) -> nn.Module:
     kind = getattr(transformers, name, None)
     if kind is None:
         raise UpcyclingError(f"this transformers {transformers.__version__} has no class {name}: install a newer one")
-    loading = kind if recipe.stock_class else _with_sparse_blocks(kind, recipe)
+    loading = kind if recipe.stock_class else _sparse(kind)
     model = loading.from_pretrained(folder, **options)
     model.__class__ = kind
     return model
 
 
-def _with_sparse_blocks(kind: type[nn.Module], recipe: Recipe) -> Any:
+def _sparse(kind: type[nn.Module]) -> Any:
     """A subclass of a dense class whose instances are made with sparse blocks."""
 
     class Sparse(kind):  # type: ignore[misc,valid-type]
         def __init__(self, config: Any, *arguments: Any, **options: Any) -> None:
             super().__init__(config, *arguments, **options)
-            dtype = next(self.parameters()).dtype
-            recipe.install(self, {name: recipe.sparse_block(dtype) for name in recipe.names})
+            with_sparse_blocks(self)
 
     # from_pretrained looks up what it converts by the name and the module of the class.
     Sparse.__name__, Sparse.__module__ = kind.__name__, kind.__module__
