@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         report,
         routers,
         steering,
+        training,
     )
     from moe_route.description import describe
     from moe_route.diagnosis import doctor
@@ -70,6 +71,7 @@ _MODULES = (
     "routed",
     "routers",
     "steering",
+    "training",
 )
 _HOMES = {
     "ExpertSelection": "steering",
@@ -122,6 +124,7 @@ __all__ = [
     "report",
     "routers",
     "steering",
+    "training",
     "vllm",
 ]
 

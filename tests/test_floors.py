@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("workload",),
     ("routed",),
     ("description", "plots", "convert", "recipes"),
-    ("patching", "analysis"),
+    ("patching", "training", "analysis"),
     ("experts",),
     ("recording", "routers", "steering", "nn", "diagnosis"),
     ("ops",),
