@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture(params=["qwen3", "llama"])
 def dense(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A dense checkpoint with the demo model's tokenizer, of a class that has a stock sparse one and of one that has not."""
+    """A dense checkpoint with the demo model's tokenizer, with and without a stock sparse class."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(demo_model_folder())
     config = transformers.CONFIG_MAPPING[request.param](
         vocab_size=len(tokenizer),
