@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture(params=["qwen3", "llama"])
 def dense(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A dense checkpoint with the tokenizer of the demo model: one that a stock class can hold, and one that none can."""
+    """A dense checkpoint with the demo model's tokenizer, with and without a stock sparse class."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(demo_model_folder())
     config = transformers.CONFIG_MAPPING[request.param](
         vocab_size=len(tokenizer),
@@ -39,8 +39,8 @@ def test_upcycle_describe_record(answer, moe_route, dense: Path, tmp_path: Path)
     assert (made["num_experts"], made["layers"]) == (2, [1, 2])
     assert made["families"] == {"eng_Latn": 0, "swh_Latn": 1, "deu_Latn": 0}
     assert answer("describe", "--model", sparse)["layers"][1]["experts"] == 2
-    statistics = tmp_path / "s.safetensors"
-    answer("record", "--model", sparse, "--plan", plan, "--languages", "eng_Latn,swh_Latn", "--limit", 2, "--out", statistics)
+    texts = ("--languages", "eng_Latn,swh_Latn", "--limit", 2)
+    answer("record", "--model", sparse, "--plan", plan, *texts, "--out", tmp_path / "s.safetensors")
     refused(moe_route("upcycle", dense, *options), "not an empty folder")
 
 

@@ -1,4 +1,4 @@
-"""The scripts that reproduce results of neighbouring systems: a short form runs, and pages show the committed results."""
+"""Scripts that reproduce results of neighbouring systems: a short form runs, and pages show the committed results."""
 
 from __future__ import annotations
 
