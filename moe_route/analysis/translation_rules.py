@@ -107,7 +107,7 @@ def _margins(c: np.ndarray, neighbors: int) -> np.ndarray:
     if (below <= 0).any():
         raise AnalysisError(
             "the nearest neighbors of a sentence have no positive mean cosine, which margins divide by: use "
-            'rule="retrieval", or center=False'
+            'rule="retrieval" (or center=False, where means are subtracted)'
         )
     margins: np.ndarray = 2 * c / below
     return margins

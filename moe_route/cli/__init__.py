@@ -1,4 +1,4 @@
-"""The command line: `moe-route describe | record | vectors | convert | analyze | plot | plan | steer | experiment | eval | ...`.
+"""The command line: `moe-route describe | record | vectors | convert | analyze | plot | plan | steer | eval | ...`.
 
 The commands are named after the functions in Python. Standard output carries the result (with `--json` exactly one JSON
 document); progress and errors go to standard error. Exit codes: 0 success, 1 a check of `doctor` failed, a ratio of

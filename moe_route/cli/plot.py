@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from moe_route.cli.analyze.arguments import level
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, layers, merged_statistics, output
+from moe_route.cli.inputs import command, layers, merged_statistics, output, parallel_source
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from moe_route.recording import RoutingStatistics
+    from moe_route.recording import RoutingStatistics, SentenceVectors
 
 
 def add(verbs: Any) -> None:
@@ -30,7 +30,8 @@ def add(verbs: Any) -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="statistics; several are added up (steering, strengths: what `plan sweep --json` printed)",
+        help="statistics; several are added up (alignment, similarity, dendrogram: or vectors; steering, strengths: "
+        "what `plan sweep --json` printed)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf")
     parser.add_argument("--title", help="title of the picture (default: none)")
@@ -44,8 +45,8 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference",
         metavar="GROUP",
-        help="divergence, correlation, sweep, overlap, experts, groups: group to compare with (the first four: "
-        "eng_Latn by default)",
+        help="divergence, alignment, correlation, sweep, overlap, experts, groups: group to compare with (the first "
+        "five: eng_Latn by default)",
     )
     parser.add_argument(
         "--group", metavar="GROUP", help="experts: the group to draw (default: the first); sweep, overlap: of the task"
@@ -54,7 +55,7 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
         "--layers",
         type=layers,
         metavar="A-B",
-        help="divergence: layers to shade; matrix: to average over; sweep, overlap: to look at",
+        help="divergence: layers to shade; matrix, similarity, dendrogram: to average over; sweep, overlap: to look at",
     )
     parser.add_argument(
         "--of",
@@ -63,13 +64,20 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
         "effective; sweep: task, multilingual or both",
     )
 
+    parser.add_argument(
+        "--rule",
+        choices=("mexa", "retrieval", "margin", "cosine"),
+        help="alignment, similarity, dendrogram: how sentences are compared (default: mexa; similarity, dendrogram: "
+        "cosine)",
+    )
+
 
 def _add_contents(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--interval",
         type=level,
         metavar="LEVEL",
-        help="divergence, entropy, consistency, correlation: bands of bootstrap intervals, such as 0.95",
+        help="divergence, alignment, entropy, consistency, correlation: bands of bootstrap intervals, such as 0.95",
     )
     parser.add_argument(
         "--floor",
@@ -101,7 +109,13 @@ def run(options: argparse.Namespace) -> Answer:
         if getattr(options, name) is not None:
             raise ValueError(f"the picture {options.what} takes no --{name.replace('_', '-')}: leave it out")
     output(options.out)
-    found: Any = options.files if options.what in _OF_JSON else merged_statistics(options.files)
+    found: Any
+    if options.what in _OF_JSON:
+        found = options.files
+    elif options.what in _OF_SENTENCES:
+        found = parallel_source(options.files, None)
+    else:
+        found = merged_statistics(options.files)
     if options.layers is not None and options.layers[-1] >= len(found.layers):
         raise ValueError(f"--layers must name some of the {len(found.layers)} layers, counted from 0")
     with contextlib.ExitStack() as stack:
@@ -124,6 +138,23 @@ def _divergence(statistics: RoutingStatistics, options: argparse.Namespace) -> A
     return plots.divergence(
         found, middle=options.layers, floor=bool(options.floor), interval=options.interval, **_lines(found, options)
     )
+
+
+def _alignment(source: RoutingStatistics | SentenceVectors, options: argparse.Namespace) -> Axes:
+    from moe_route import analysis, plots
+
+    found = analysis.alignment(source, options.reference or "eng_Latn", rule=options.rule or "mexa")
+    if options.by_script:
+        return _by_script(found, options)
+    return plots.alignment(found, interval=options.interval, **_lines(found, options))
+
+
+def _similarity(source: RoutingStatistics | SentenceVectors, options: argparse.Namespace) -> Axes:
+    from moe_route import analysis, plots
+
+    found = analysis.similarity(source, rule=options.rule or "cosine")
+    draw = plots.similarity if options.what == "similarity" else plots.dendrogram
+    return draw(found, layers=options.layers, title=options.title)
 
 
 def _entropy(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
@@ -280,6 +311,7 @@ def _selected(options: argparse.Namespace) -> Any:
 # Name of the figure -> how it is drawn, and which of the options it accepts.
 PICTURES: dict[str, tuple[Any, set[str]]] = {
     "divergence": (_divergence, {"reference", "layers", "interval", "floor", "by_script", "levels"}),
+    "alignment": (_alignment, {"reference", "rule", "interval", "by_script", "levels"}),
     "correlation": (_correlation, {"reference", "scores", "interval"}),
     "entropy": (_entropy, {"of", "interval", "by_script", "levels"}),
     "consistency": (_consistency, {"interval", "by_script", "levels"}),
@@ -287,10 +319,13 @@ PICTURES: dict[str, tuple[Any, set[str]]] = {
     "experts": (_experts, {"reference", "group", "selected"}),
     "groups": (_groups, {"reference", "selected"}),
     "matrix": (_matrix, {"layers", "cluster"}),
+    "similarity": (_similarity, {"rule", "layers"}),
+    "dendrogram": (_similarity, {"rule", "layers"}),
     "sweep": (_sweep, {"reference", "group", "task", "layers", "of"}),
     "overlap": (_overlap, {"reference", "group", "task", "layers"}),
     "steering": (_steering, {"levels", "intervals"}),
     "strengths": (_strengths, set[str]()),
 }
 _OF_JSON = {"steering", "strengths"}
+_OF_SENTENCES = {"alignment", "similarity", "dendrogram"}
 _OPTIONS = set[str]().union(*(takes for _, takes in PICTURES.values()))

@@ -6,18 +6,20 @@ marker in all figures (:func:`styles`). Lines have their labels at their ends, o
 ``by_script`` and ``heat_maps`` draw several panels and return their axes.
 """
 
-from moe_route.plots.by_layer import by_script, consistency, correlation, divergence, entropy, load_balance
+from moe_route.plots.by_layer import alignment, by_script, consistency, correlation, divergence, entropy, load_balance
 from moe_route.plots.expert_maps import expert_pairs, heat_map, heat_maps
 from moe_route.plots.expert_numbers import expert_counts, expert_sweep, overlap_by_threshold
 from moe_route.plots.frame import save, style
-from moe_route.plots.group_pairs import divergence_matrix, overlap
+from moe_route.plots.group_pairs import dendrogram, divergence_matrix, overlap, similarity
 from moe_route.plots.palette import styles
 from moe_route.plots.steering_effects import steering_table, strengths
 
 __all__ = [
+    "alignment",
     "by_script",
     "consistency",
     "correlation",
+    "dendrogram",
     "divergence",
     "divergence_matrix",
     "entropy",
@@ -30,6 +32,7 @@ __all__ = [
     "overlap",
     "overlap_by_threshold",
     "save",
+    "similarity",
     "steering_table",
     "strengths",
     "style",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from moe_route.analysis import Consistency, Correlation, Divergence, Entropy, LoadBalance
+from moe_route.analysis import Alignment, Consistency, Correlation, Divergence, Entropy, LoadBalance
 from moe_route.analysis.result import mean_of_seen
 from moe_route.languages import language
 from moe_route.plots import frame, palette
@@ -15,7 +15,7 @@ from moe_route.plots import frame, palette
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["by_script", "consistency", "correlation", "divergence", "entropy", "load_balance"]
+__all__ = ["alignment", "by_script", "consistency", "correlation", "divergence", "entropy", "load_balance"]
 
 MEASURES = {
     "normalized_jsd": "routing divergence",
@@ -34,7 +34,7 @@ _LOAD = {
 }
 _FLOOR: dict[str, Any] = {"color": "#777777", "linestyle": (0, (1, 1)), "linewidth": 1.2}
 _GREY = "#c4c4c4"
-ByLayer = Divergence | Entropy | Consistency | LoadBalance
+ByLayer = Alignment | Divergence | Entropy | Consistency | LoadBalance
 
 
 def divergence(
@@ -87,6 +87,34 @@ def divergence(
         values = mean_of_seen(found.expected_floor[[found.groups.index(name) for name in names]])[0]
         ax.plot(_places(len(values), depth), values, label="floor", **_FLOOR)
     return _complete(ax, quantity, names, levels, depth, title, legend=None if order is None else True)
+
+
+def alignment(
+    found: Alignment,
+    *,
+    ax: Axes | None = None,
+    groups: Sequence[str] | None = None,
+    labels: Mapping[str, str] | None = None,
+    styles: Mapping[str, Any] | None = None,
+    interval: float | None = None,
+    chance: bool = True,
+    levels: Mapping[str, str] | None = None,
+    depth: bool = False,
+    title: str | None = None,
+) -> Axes:
+    """Draw alignment with a reference by layer, a line per group: MEXA, retrieval or cosine.
+
+    ``chance`` also draws what random pairs of the same sentences give, the mean over the groups drawn. ``interval`` is
+    the level of a bootstrap band over sentences. The other arguments are those of ``divergence``.
+    """
+    quantity = _alignment(found, interval, labels)
+    names = _by_mean(quantity, groups)
+    ax = frame.new_axes(ax, (6.4, 3.6), len(names) + chance)
+    _lines(ax, quantity, names, _styles(quantity, styles, levels), labels, depth)
+    if chance:
+        values = mean_of_seen(found.chance[[found.groups.index(name) for name in names]])[0]
+        ax.plot(_places(len(values), depth), values, label="chance", **_FLOOR)
+    return _complete(ax, quantity, names, levels, depth, title)
 
 
 def entropy(
@@ -272,6 +300,13 @@ def _divergence(found: Divergence, interval: float | None, labels: Mapping[str, 
     return _Quantity(found.values, found.groups, name, band, note, found.correct is None, found.reference)
 
 
+def _alignment(found: Alignment, interval: float | None, labels: Mapping[str, str] | None) -> _Quantity:
+    band = None if interval is None else found.interval(interval)
+    note = None if interval is None else f"bands: {interval * 100:g} % interval, bootstrap over {found.pairs} sentences"
+    name = f"{found.quantity} {frame.label_of(found.reference, labels)}"
+    return _Quantity(found.values, found.groups, name, band, note, found.rule != "cosine", found.reference)
+
+
 def _entropy(found: Entropy, of: str, interval: float | None, normalized: bool = True) -> _Quantity:
     if of not in ("token", "sequence", "gap"):
         raise ValueError(f'of must be "token", "sequence" or "gap", not {of!r}')
@@ -310,6 +345,8 @@ def _quantity(found: ByLayer, of: str | None, interval: float | None, labels: Ma
         return _load(found, of or "entropy")
     if of is not None:
         raise ValueError("of is for entropy and load balance: leave it out")
+    if isinstance(found, Alignment):
+        return _alignment(found, interval, labels)
     return _consistency(found, interval) if isinstance(found, Consistency) else _divergence(found, interval, labels)
 
 

@@ -1,4 +1,4 @@
-"""Values of all pairs: divergence of groups, overlap of selections."""
+"""Values of all pairs: divergence and similarity of groups, their tree, overlap of selections."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moe_route.analysis import DivergenceMatrix, Overlap, linkage
-from moe_route.analysis.linkage import leaves
+from moe_route.analysis import DivergenceMatrix, Overlap, Similarity, linkage
+from moe_route.analysis.linkage import Linkage, leaves
 from moe_route.plots import frame
 from moe_route.plots.by_layer import MEASURES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["divergence_matrix", "overlap"]
+__all__ = ["dendrogram", "divergence_matrix", "overlap", "similarity"]
+
+_SIMILARITY = "similarity of parallel sentences"
 
 
 def divergence_matrix(
@@ -52,6 +54,72 @@ def divergence_matrix(
     return _matrix(values, names, limit, MEASURES[found.measure], ax, (title, note), once=True)
 
 
+def similarity(
+    found: Similarity,
+    *,
+    layers: Sequence[int] | int | None = None,
+    method: Linkage = "complete",
+    ax: Axes | None = None,
+    labels: Mapping[str, str] | None = None,
+    title: str | None = None,
+) -> Axes:
+    """Draw the similarity of all pairs of groups, the mean over ``layers`` (by default all).
+
+    Similar groups lie side by side, in the order of the leaves of their tree (``method`` as for ``dendrogram``).
+    """
+    order = found.order(layers, method)
+    rows = [found.groups.index(name) for name in order]
+    values = found.mean(layers)[np.ix_(rows, rows)]
+    limit = float(np.nanmax(np.where(np.eye(len(rows), dtype=bool), np.nan, values))) or 1.0
+    return _matrix(
+        values,
+        frame.labels_of(order, labels),
+        limit,
+        _SIMILARITY,
+        ax,
+        (title, _of_layers(layers)),
+        once=found.rule not in ("retrieval", "margin"),
+    )
+
+
+def dendrogram(
+    found: Similarity,
+    *,
+    layers: Sequence[int] | int | None = None,
+    method: Linkage = "complete",
+    ax: Axes | None = None,
+    labels: Mapping[str, str] | None = None,
+    title: str | None = None,
+) -> Axes:
+    """Draw the tree of groups on 1 - similarity, the mean over ``layers`` (by default all).
+
+    Two clusters join where their distance stands on the axis: that of their farthest pair ("complete"), of their
+    nearest ("single"), or the mean over pairs ("average").
+    """
+    merges, order = found.tree(layers, method), found.order(layers, method)
+    ax = frame.new_axes(ax, (5.4, 0.9 + 0.24 * len(order)))
+    places = {found.groups.index(name): (0.0, float(row)) for row, name in enumerate(order)}
+    for number, (one, other, distance, _) in enumerate(merges, start=len(order)):
+        (left, low), (right, high) = sorted((places[int(one)], places[int(other)]), key=lambda place: place[1])
+        ax.plot(
+            [left, distance, distance, right], [low, low, high, high], color="#3b3b3b", linewidth=frame.line_width()
+        )
+        places[number] = (float(distance), (low + high) / 2)
+    ax.set_yticks(range(len(order)), frame.labels_of(order, labels))
+    ax.set_ylim(len(order) - 0.4, -0.6)
+    ax.set_xlim(left=0.0)
+    ax.set_xlabel(f"1 - {_SIMILARITY}")
+    ax.grid(visible=False, axis="y")
+    frame.titled(ax, title, _of_layers(layers))
+    return ax
+
+
+def _of_layers(layers: Sequence[int] | int | None) -> str:
+    if layers is None:
+        return ""
+    return f"layer {layers}" if isinstance(layers, int) else f"mean over {len(list(layers))} layers"
+
+
 def overlap(found: Overlap, *, of: str = "jaccard", ax: Axes | None = None, title: str | None = None) -> Axes:
     """Draw the overlap of all pairs of selections over all layers: "jaccard", or "containment" of the row's experts.
 
@@ -75,7 +143,7 @@ def _matrix(
     titles: tuple[str | None, str | None],
     once: bool,
 ) -> Axes:
-    """Draw values of all pairs [row, column], from 0 to ``limit``, without the diagonal; ``once``: below it only."""
+    """Draw values of all pairs [row, column] without the diagonal, up to ``limit``; ``once``: below it only."""
     size = len(names)
     ax = frame.new_axes(ax, (1.9 + 0.5 * size, 1.2 + 0.42 * size))
     hidden = np.triu(np.ones((size, size), bool)) if once else np.eye(size, dtype=bool)
@@ -83,7 +151,7 @@ def _matrix(
     rows, columns = (names[1:], names[:-1]) if once and size > 1 else (names, names)
     shown = shown[size - len(rows) :, : len(columns)]
     ax.set_facecolor("white")
-    image = ax.imshow(shown, cmap="cividis_r", vmin=0.0, vmax=limit, aspect="auto")
+    image = ax.imshow(shown, cmap="cividis_r", vmin=min(0.0, float(np.nanmin(shown))), vmax=limit, aspect="auto")
     ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(len(rows)), rows)
     frame.titled(ax, *titles)

