@@ -91,20 +91,30 @@ def frequency_share_experts(
 def entropy_experts(
     statistics: Statistics,
     *,
-    top_n: int,
+    top_n: int | None = None,
+    share: float | None = None,
     percentile: float = 95.0,
     groups: Sequence[str] | None = None,
     phase: str | None = None,
     by: str = "token",
 ) -> LanguageExperts:
-    """Select the ``top_n`` most language-specific experts of each group, by lowest entropy over groups.
+    """Select the language-specific experts of each group, by lowest entropy over groups [LAPE, arXiv 2402.16438].
 
-    This follows LAPE: an expert's frequencies are divided by their sum over groups; low entropy means that few groups
-    use it. Candidates of a group are the experts it uses more often than the ``percentile`` of all frequencies. Ties go
-    to the lower layer and expert.
+    An expert's frequencies are divided by their sum over groups; low entropy means that few groups use it. Candidates
+    are the experts that some group uses more often than the bar, the ``percentile`` of all frequencies. Ties go to the
+    lower layer and expert.
+
+    Args:
+        top_n: give each group this number of experts, the lowest in entropy of those it uses above the bar.
+        share: the original rule: take this share of all experts (published: 0.01 of the neurons), the lowest in
+            entropy, and give each to every group that uses it above the bar. Groups get different numbers, some none.
+
+    Raises ``AnalysisError`` unless either ``top_n`` or ``share`` is given, or for a share that takes no expert.
     """
-    if not 0 <= percentile <= 100 or top_n < 1:
-        raise AnalysisError("top_n must be 1 or more and percentile between 0 and 100")
+    if (top_n is None) == (share is None):
+        raise AnalysisError("give either top_n, experts per group, or share, of all experts")
+    if not 0 <= percentile <= 100 or (top_n is not None and top_n < 1) or (share is not None and not 0 < share <= 1):
+        raise AnalysisError("top_n must be 1 or more, share above 0 and up to 1, percentile between 0 and 100")
     names = pick_groups(statistics, groups, phase=phase)
     frequency = frequencies_of(statistics, names, phase, by)
     real = np.arange(frequency.shape[-1]) < np.asarray(statistics.num_experts)[:, None]
@@ -112,18 +122,29 @@ def entropy_experts(
     cut = np.percentile(frequency[seen], percentile)
     frequency = np.where(seen, frequency, 0.0)
     total = frequency.sum(0)
-    share = np.divide(frequency, total, out=np.zeros(frequency.shape), where=total > 0)
-    spread = -(share * np.log(np.where(share > 0, share, 1.0))).sum(0) + 0.0
+    of_group = np.divide(frequency, total, out=np.zeros(frequency.shape), where=total > 0)
+    spread = -(of_group * np.log(np.where(of_group > 0, of_group, 1.0))).sum(0) + 0.0
+    above = seen & (frequency > cut)
+    lowest = None
+    if share is not None:
+        number = int(share * real.sum())
+        if number < 1:
+            raise AnalysisError(f"share={share} of {real.sum()} experts is none: use {1 / real.sum():.3g} or more")
+        lowest = _lowest(spread, above.any(0), number)
     found = {}
     for i, name in enumerate(names):
-        candidates = seen[i] & (frequency[i] > cut)
-        order = np.argsort(np.where(candidates, spread, np.inf).reshape(-1), kind="stable")[:top_n]
-        chosen = np.zeros(candidates.size, dtype=bool)
-        chosen[order] = True
-        chosen = chosen.reshape(candidates.shape) & candidates
+        chosen = above[i] & (_lowest(spread, above[i], top_n) if lowest is None else lowest)
         text = f"low-entropy experts of {name}"
         found[name] = selection(chosen, spread, statistics, threshold=None, description=text)
     return LanguageExperts(found)
+
+
+def _lowest(values: np.ndarray, candidates: np.ndarray, number: int | None) -> np.ndarray:
+    """Where the lowest values of the candidates are, bool in the shape of ``values``; the first of equal ones."""
+    order = np.argsort(np.where(candidates, values, np.inf).reshape(-1), kind="stable")[:number]
+    chosen = np.zeros(values.size, dtype=bool)
+    chosen[order] = True
+    return chosen.reshape(values.shape) & candidates
 
 
 def frequencies_of(statistics: Statistics, names: Sequence[str], phase: str | None, by: str) -> np.ndarray:

@@ -286,6 +286,7 @@ class _Quantity(NamedTuple):
     note: str | None = None  # what the band is
     from_zero: bool = False  # whether the axis of the values begins at 0
     reference: str | None = None  # a further group with a style of its own
+    layers: str | None = None  # name of the axis of the layers, where they are not the MoE layers
 
     def of(self, group: str) -> np.ndarray:
         """The values of a group."""
@@ -304,7 +305,8 @@ def _alignment(found: Alignment, interval: float | None, labels: Mapping[str, st
     band = None if interval is None else found.interval(interval)
     note = None if interval is None else f"bands: {interval * 100:g} % interval, bootstrap over {found.pairs} sentences"
     name = f"{found.quantity} {frame.label_of(found.reference, labels)}"
-    return _Quantity(found.values, found.groups, name, band, note, found.rule != "cosine", found.reference)
+    layers = "layer (0: embedding)" if found.layers[0] == "embedding" else None
+    return _Quantity(found.values, found.groups, name, band, note, found.rule != "cosine", found.reference, layers)
 
 
 def _entropy(found: Entropy, of: str, interval: float | None, normalized: bool = True) -> _Quantity:
@@ -440,6 +442,8 @@ def _complete(
 ) -> Axes:
     """Axes, title and note of a quantity, the names of its lines, and a legend of levels."""
     frame.layer_axes(ax, quantity.values.shape[1], quantity.name, title, quantity.note, depth=depth)
+    if quantity.layers is not None and not depth:
+        ax.set_xlabel(quantity.layers)
     if quantity.from_zero:
         ax.set_ylim(bottom=0)
     frame.name_lines(ax, legend=legend)

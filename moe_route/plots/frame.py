@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -88,11 +89,12 @@ def style(column: float = 3.3, size: float = 8.0) -> Iterator[dict[str, Any]]:
         _COLUMN.reset(token)
 
 
-def save(ax: Axes, path: Path, *, dpi: int = 160) -> Path:
+def save(ax: Axes, path: str | os.PathLike[str], *, dpi: int = 160) -> Path:
     """Write the figure of `ax` to `path`, whole or not at all; the suffix (png, svg, pdf) is the format.
 
     Text of svg and pdf stays text. ``dpi`` is the number of pixels per inch of a png.
     """
+    path = Path(path)
     suffix = path.suffix.removeprefix(".").lower()
     if suffix not in ("png", "svg", "pdf"):
         raise ValueError(f"{path} has no suffix of a picture: name it .png, .svg or .pdf")

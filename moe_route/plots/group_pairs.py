@@ -110,6 +110,8 @@ def dendrogram(
     ax.set_xlim(left=0.0)
     ax.set_xlabel(f"1 - {_SIMILARITY}")
     ax.grid(visible=False, axis="y")
+    ax.tick_params(axis="y", length=0)
+    ax.spines[["left", "right", "top"]].set_visible(False)
     frame.titled(ax, title, _of_layers(layers))
     return ax
 

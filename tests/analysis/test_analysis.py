@@ -677,6 +677,20 @@ def test_frequency_share_rule():
     assert "(shared)" in repr(result)
 
 
+def test_original_entropy_rule():
+    frequency = np.full((3, 1, 8), 0.01)
+    frequency[0, 0, 1] = frequency[1, 0, 2] = frequency[2, 0, 3] = 0.9
+    frequency[0, 0, 4] = frequency[1, 0, 4] = 0.9  # two groups use it
+    frequency[:, 0, 5] = 0.9
+    found = {share: analysis.entropy_experts(table(frequency), share=share, percentile=60) for share in (1 / 8, 1 / 2)}
+    assert {group: dict(experts) for group, experts in found[1 / 8].items()} == {"en": {0: (1,)}, "sw": {}, "bn": {}}
+    assert {group: dict(experts) for group, experts in found[1 / 2].items()} == {
+        "en": {0: (1, 4)},
+        "sw": {0: (2, 4)},
+        "bn": {0: (3,)},
+    }
+
+
 def test_equal_count_entropy_rule():
     frequency = np.full((3, 1, 8), 0.01)
     frequency[0, 0, 1] = frequency[1, 0, 2] = frequency[2, 0, 3] = 0.9
@@ -716,6 +730,9 @@ def test_finding_experts_refuses_and_says_how_to_fix_it(stats):
         (lambda: analysis.risk_experts(ones, ones, activations=-1, per_layer=2), "activations must be 0 or more"),
         (lambda: analysis.frequency_share_experts(stats, top=2, threshold=1.5), "between 0 and 1"),
         (lambda: analysis.entropy_experts(stats, top_n=0), "top_n must be"),
+        (lambda: analysis.entropy_experts(stats), "either top_n"),
+        (lambda: analysis.entropy_experts(stats, top_n=1, share=0.5), "either top_n"),
+        (lambda: analysis.entropy_experts(stats, share=1e-6), "is none: use"),
         (lambda: analysis.esft_experts(ones, top_p=0), "top_p must be"),
         (lambda: analysis.esft_experts(np.ones((1, 2, 6))), "layer, expert"),
     ]
