@@ -27,7 +27,8 @@ def add(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> Answer:
-    from moe_route.experiments.export import check_folder, export_pruned
+    from moe_route.experiments.export import export_pruned
+    from moe_route.folders import check_folder
     from moe_route.steering import ExpertSelection
 
     selection = ExpertSelection.load(options.selection)

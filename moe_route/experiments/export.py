@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 import os
-import secrets
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe_route.folders import appearing, check_folder
 from moe_route.modules.attributes import modeling_of
 from moe_route.routers.discovery import RouterInfo, find_routers
 
-__all__ = ["CannotExportError", "check_folder", "export_pruned"]
+__all__ = ["CannotExportError", "export_pruned"]
 
 # Names under which configurations hold the number of experts.
 _SIZES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
@@ -72,30 +70,10 @@ def export_pruned(
         ) from error
     smaller.tie_weights()
     smaller.generation_config = getattr(model, "generation_config", None)
-    with _appearing(Path(folder)) as unfinished:
+    with appearing(Path(folder)) as unfinished:
         smaller.save_pretrained(unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
-
-
-def check_folder(folder: str | os.PathLike[str]) -> None:
-    """Refuse a folder that holds something, or a file, by ``FileExistsError``."""
-    target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} is not an empty folder: name a new one")
-
-
-@contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
-    """A folder beside ``target`` that takes its name when the block ends, and is deleted if the block raises."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        unfinished.rename(target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _kept_experts(routers: list[RouterInfo], selection: Mapping[int, Iterable[int]]) -> list[list[int]]:

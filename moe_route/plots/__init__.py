@@ -13,6 +13,7 @@ from moe_route.plots.frame import save, style
 from moe_route.plots.group_pairs import divergence_matrix, overlap
 from moe_route.plots.palette import styles
 from moe_route.plots.steering_effects import steering_table, strengths
+from moe_route.plots.weights import weight_change
 
 __all__ = [
     "by_script",
@@ -34,4 +35,5 @@ __all__ = [
     "strengths",
     "style",
     "styles",
+    "weight_change",
 ]
