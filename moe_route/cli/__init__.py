@@ -22,7 +22,9 @@ from typing import NoReturn
 __all__ = ["main", "parser"]
 
 # Modules of the commands, in the order of the help.
-_COMMANDS = "describe record convert analyze plot plan steer experiment prune merge eval lm_eval report demo doctor bench"
+_COMMANDS = (
+    "describe record convert analyze plot plan steer experiment prune merge eval lm_eval report demo doctor bench"
+)
 
 
 def parser() -> argparse.ArgumentParser:

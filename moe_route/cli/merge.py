@@ -116,7 +116,7 @@ def _difference(options: argparse.Namespace) -> Answer:
 
         plots.save(plots.weight_change(found), options.picture)
     rows = [(str(layer), f"{value:.2%}") for layer, value in found.by_layer().items()]
-    text = Table(("layer", "change"), rows).text() + (f"\nwritten to {options.picture}" if options.picture else "")
+    text = str(Table(("layer", "change"), rows)) + (f"\nwritten to {options.picture}" if options.picture else "")
     return Answer(found.to_dict(), text)
 
 
