@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         report,
         routers,
         steering,
+        training,
     )
     from moe_route.description import describe
     from moe_route.diagnosis import doctor
@@ -72,6 +73,7 @@ _MODULES = (
     "routed",
     "routers",
     "steering",
+    "training",
 )
 _HOMES = {
     "ExpertSelection": "steering",
@@ -125,6 +127,7 @@ __all__ = [
     "report",
     "routers",
     "steering",
+    "training",
     "vllm",
 ]
 

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ __all__ = [
     "FileRefusedError",
     "StoredBlock",
     "canonical_json",
+    "check_new_folder",
     "check_writable",
     "content_hash",
     "dtype_code",
@@ -43,6 +45,7 @@ __all__ = [
     "is_json",
     "lock",
     "make_folder",
+    "new_folder",
     "read",
     "read_blocks",
     "read_header",
@@ -261,6 +264,31 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     with _explained(folder, _NOT_ALLOWED | _FULL_DISK):
         folder.mkdir(exist_ok=True)
     return folder
+
+
+def check_new_folder(path: str | os.PathLike[str]) -> None:
+    """Refuse a folder that holds something, or a file, by ``FileExistsError``."""
+    target = Path(path)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} is not an empty folder: name a new one")
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder that takes the name ``path`` only when the block ends without an exception; else it is deleted.
+
+    Raises ``FileExistsError`` if ``path`` holds something already.
+    """
+    check_new_folder(path)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _target(path: str | os.PathLike[str]) -> Path:

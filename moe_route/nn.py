@@ -25,11 +25,17 @@ from moe_route.ops.grouped import grouped_linear
 
 __all__ = ["ACTIVATIONS", "Experts", "SparseMoE", "TopKRouter", "load_balancing_loss"]
 
+
+def _relu_squared(rows: Tensor) -> Tensor:
+    return F.relu(rows).square()
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
+    "relu_squared": _relu_squared,
 }
 
 

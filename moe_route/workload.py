@@ -19,6 +19,7 @@ from tqdm import tqdm
 from moe_route import _C
 from moe_route.data import Corpus, Question, demo_corpus, demo_model_folder, demo_task, load_demo_model
 from moe_route.routed import RoutedModel, attach
+from moe_route.training import is_upcycled, load_upcycled, with_sparse_blocks
 
 if TYPE_CHECKING:
     from moe_route.recording import Recorder
@@ -196,7 +197,8 @@ class LanguageModel:
 
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(self.model.config, dtype=self.model.dtype)
+            made = AutoModelForCausalLM.from_config(self.model.config, dtype=self.model.dtype)
+            model: Any = with_sparse_blocks(made)
         return replace(self, name=f"{self.name}, untrained", model=model.to(self.model.device).eval())
 
     def attach(self, engine: Literal["hook", "fused"] = "hook") -> RoutedModel:
@@ -417,7 +419,7 @@ def _from_pretrained(
     what = "model"
     local: dict[str, Any] = {"local_files_only": not _hub_answers(name), "revision": revision or "main"}
     try:
-        AutoConfig.from_pretrained(name, **local)
+        config = AutoConfig.from_pretrained(name, **local)
         what = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(name, **local)
         # without tokenizer files, transformers makes an empty tokenizer
@@ -430,7 +432,8 @@ def _from_pretrained(
             from transformers.utils.quantization_config import Mxfp4Config
 
             local["quantization_config"] = Mxfp4Config(dequantize=True)
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **local), tokenizer
+        load: Any = load_upcycled if is_upcycled(config) else AutoModelForCausalLM.from_pretrained
+        return load(name, dtype=dtype, **local), tokenizer
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         fix = (
@@ -463,7 +466,7 @@ def model_without_weights(name: str = DEMO_MODEL, *, revision: str | None = None
         if maker is None:
             raise ValueError(f"transformers has no model of the configuration {type(config).__name__}")
         with torch.device("meta"):
-            return maker.from_config(config)
+            return with_sparse_blocks(maker.from_config(config))
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelNotFoundError(

@@ -92,11 +92,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     """Every test starts from the same seed and leaves the number of threads and the gradient mode as they were."""
-    threads = torch.get_num_threads()
+    threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
     torch.manual_seed(0)
     yield
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
-    if not torch.is_grad_enabled():
-        torch.set_grad_enabled(True)
-        pytest.fail("the test left gradients switched off")
+    if torch.is_grad_enabled() != gradients:
+        torch.set_grad_enabled(gradients)
+        pytest.fail(f"the test left gradients switched {'off' if gradients else 'on'}")

@@ -22,13 +22,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("workload",),
     ("routed",),
     ("description", "plots", "convert", "recipes"),
-    ("patching", "analysis", "merging"),
+    ("patching", "training", "analysis", "merging"),
     ("experts",),
     ("recording", "routers", "steering", "nn", "diagnosis"),
     ("ops",),
     ("calls", "reference"),
     ("contract", "modules", "data", "identity"),
-    ("blocks", "files", "devices", "folders", "hub", "languages", "texttable"),
+    ("blocks", "files", "devices", "hub", "languages", "texttable"),
     ("_C",),
 )
 HEIGHT = {name: len(FLOORS) - number for number, floor in enumerate(FLOORS) for name in floor}

@@ -1,17 +1,8 @@
 // Words of 4 bytes in one AVX-512 register, for the products of experts. The vocabulary of experts_rows.h.
 #pragma once
-// GCC 12 warns of its own header's _mm512_undefined_ps wherever it is inlined (its bug 105593).
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#else
-#include <immintrin.h>
-#endif
-
 #include <cstdint>
+
+#include "avx512_intrinsics.h"
 
 namespace moe_route::cpu::MOE_ROUTE_ISA {
 namespace {

@@ -1,19 +1,9 @@
 // Sixteen float lanes in one AVX-512 register. The vocabulary and its meaning are those of
 // gate_lanes_portable.h.
 #pragma once
-// GCC 12 warns of its own header's _mm512_undefined_ps wherever it is inlined (its bug 105593).
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#else
-#include <immintrin.h>
-#endif
-
 #include <cstdint>
 
+#include "avx512_intrinsics.h"
 #include "moe_route/key.h"
 #include "moe_route/math.h"
 

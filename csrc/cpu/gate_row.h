@@ -11,6 +11,7 @@
 #pragma once
 #include "gate_count.h"
 #include "gate_force.h"
+#include "gate_given.h"
 
 namespace moe_route::cpu {
 namespace {
@@ -91,6 +92,7 @@ class RowGate {
  private:
   RowGate(const GateArgs& args, Arena arena)
       : args_(args),
+        given_(args),
         block_(block_of(args.experts)),
         vectors_(vectors_of(args.experts)),
         logit_bytes_(sizeof(T) == 8                        ? 8
@@ -115,7 +117,7 @@ class RowGate {
     row.to_weigh = args_.weights != nullptr || (row.counted && weights_counted_);
     row.slots = row.wanted = row.steering ? row.steering->k : args_.k;
     c.count = args_.k, c.compact = true;
-    row.given = args_.given.mode != GivenMode::kNone && read_given(t, row.steering, c);
+    row.given = given_.read(t, row.steering != nullptr, c);
     if (row.given) take_given(row);
     if (row.given && !row.to_weigh && !row.scores_counted) return;
     const bool steered = row.steering && row.steering->moves_logits;
@@ -142,10 +144,10 @@ class RowGate {
   void take_given(Row<F>& row) const {
     row.wanted = 0;
     row.raw = row.z = nullptr;
-    if (args_.given.mode == GivenMode::kReplay) row.slots = args_.k;
-    if (args_.given.mode == GivenMode::kReplay || args_.given.weights == nullptr) return;
+    if (given_.replays()) row.slots = args_.k;
+    if (given_.replays() || !given_.has_weights()) return;
     row.to_weigh = false;
-    read_given_weights(row.t, row.choice);
+    given_.read_weights(row.t, row.choice);
   }
 
   void choose(int count) {
@@ -196,7 +198,7 @@ class RowGate {
     if (tally_.wants_natural()) compare_with_natural(row);
   }
 
-  bool is_replay(const Row<F>& row) const { return row.given && args_.given.mode == GivenMode::kReplay; }
+  bool is_replay(const Row<F>& row) const { return row.given && given_.replays(); }
 
   // ---- logits -----------------------------------------------------------------------------------
 
@@ -289,60 +291,6 @@ class RowGate {
     return work.value;
   }
 
-  // ---- given choices ----------------------------------------------------------------------------
-
-  int32_t given_id(int64_t slot) const {
-    const int64_t id = args_.given.ids_type == DType::kInt64
-                           ? static_cast<const int64_t*>(args_.given.ids)[slot]
-                           : static_cast<const int32_t*>(args_.given.ids)[slot];
-    return id >= 0 && id < args_.experts ? int32_t(id) : -1;
-  }
-
-  // Does this row come with a choice? Its first id, as stored, says so, where not all rows do.
-  bool has_given(int64_t t) const {
-    if (args_.given.mode == GivenMode::kNone || args_.given.ids == nullptr) return false;
-    if (args_.given.every_row) return true;
-    const int64_t slot = t * args_.k;
-    return args_.given.ids_type == DType::kInt64 ? static_cast<const int64_t*>(args_.given.ids)[slot] != -1
-                                                 : static_cast<const int32_t*>(args_.given.ids)[slot] != -1;
-  }
-
-  // True if the given choice is the row's choice; then its ids are in `c`.
-  bool read_given(int64_t t, const SteeringRow<F>* steering, Choice<F>& c) const {
-    if (!has_given(t) || (args_.given.mode == GivenMode::kNatural && steering)) return false;
-    bool whole = true;
-    for (int j = 0; j < args_.k; ++j) {
-      c.ids[j] = given_id(t * args_.k + j);
-      whole &= c.ids[j] >= 0;
-    }
-    c.compact = whole;
-    return true;
-  }
-
-  void read_given_weights(int64_t t, Choice<F>& c) const {
-    for (int j = 0; j < args_.k; ++j) c.weights[j] = c.ids[j] < 0 ? T(0) : given_weight(t * args_.k + j);
-  }
-
-  T given_weight(int64_t slot) const {
-    const void* weights = args_.given.weights;
-    switch (args_.given.weights_type) {
-      case DType::kBFloat16: {
-        const uint32_t half = static_cast<const uint16_t*>(weights)[slot];
-        return T(math::as_float(int32_t(half << 16)));
-      }
-      case DType::kFloat16: {
-        uint16_t halves[kLanes] = {static_cast<const uint16_t*>(weights)[slot]};
-        alignas(64) T converted[kLanes];
-        F::load_float16(halves).store(converted);
-        return converted[0];
-      }
-      case DType::kFloat64:
-        return T(static_cast<const double*>(weights)[slot]);
-      default:
-        return T(static_cast<const float*>(weights)[slot]);
-    }
-  }
-
   // ---- remap, outputs, natural choice -----------------------------------------------------------
 
   void remap(const int32_t* to, bool weighed, Choice<F>& c) const {
@@ -389,8 +337,8 @@ class RowGate {
     if (!row.steering && !is_replay(row)) return tally_.compare(c, nullptr, 0);
     Choice<F> natural;
     natural.count = args_.k;
-    if (args_.given.mode == GivenMode::kNatural && has_given(row.t)) {
-      for (int j = 0; j < args_.k; ++j) natural.ids[j] = given_id(row.t * args_.k + j);
+    if (given_.natural() && given_.has(row.t)) {
+      for (int j = 0; j < args_.k; ++j) natural.ids[j] = given_.id(row.t * args_.k + j);
     } else {
       choose_unsteered(row, natural);
     }
@@ -410,6 +358,7 @@ class RowGate {
   }
 
   const GateArgs& args_;
+  const Given<F> given_;
   const int block_;
   const int vectors_;
   const int64_t logit_bytes_;

@@ -73,9 +73,9 @@ def run(options: argparse.Namespace) -> Answer:
         raise ValueError("name the folder for the merged checkpoint: --out FOLDER")
     if options.picture is not None:
         raise ValueError("--picture draws --method difference: leave it out")
-    from moe_route.folders import check_folder
+    from moe_route.files import check_new_folder
 
-    check_folder(options.out)  # before anything is read
+    check_new_folder(options.out)  # before anything is read
     merged = _merged(options, given)
     merged.save(options.out)
     size = sum(file.stat().st_size for file in options.out.glob("*.safetensors"))

@@ -28,11 +28,11 @@ def add(verbs: Any) -> None:
 
 def run(options: argparse.Namespace) -> Answer:
     from moe_route.experiments.export import export_pruned
-    from moe_route.folders import check_folder
+    from moe_route.files import check_new_folder
     from moe_route.steering import ExpertSelection
 
     selection = ExpertSelection.load(options.selection)
-    check_folder(options.out)  # before the model is loaded
+    check_new_folder(options.out)  # before the model is loaded
     language_model = load_language_model(options)
     export_pruned(language_model.model, selection, options.out, tokenizer=language_model.tokenizer)
     size = sum(file.stat().st_size for file in options.out.glob("*.safetensors"))

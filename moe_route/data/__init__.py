@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .families import LANGUAGE_FAMILIES, families_of
 from .parallel import Corpus, CorpusError
 from .streams import CorpusStream, CorpusText
 from .tasks import Question, Task
@@ -23,12 +24,14 @@ __all__ = [
     "CorpusError",
     "CorpusStream",
     "CorpusText",
+    "LANGUAGE_FAMILIES",
     "Question",
     "Task",
     "demo_corpus",
     "demo_model_folder",
     "demo_problems",
     "demo_task",
+    "families_of",
     "load_demo_model",
 ]
 

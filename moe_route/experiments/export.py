@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_route.folders import appearing, check_folder
+from moe_route.files import check_new_folder, new_folder
 from moe_route.modules.attributes import modeling_of
 from moe_route.routers.discovery import RouterInfo, find_routers
 
@@ -48,7 +47,7 @@ def export_pruned(
     group-limited router too. Raises ``CannotExportError`` otherwise, and for layouts that cannot be cut: quantized or
     offloaded weights, experts without a tensor axis of their own.
     """
-    check_folder(folder)
+    check_new_folder(folder)
     if modeling_of(model) is None or not hasattr(model, "save_pretrained"):
         raise CannotExportError(f"{type(model).__name__} is not a model of transformers, so it has no format to write")
     routers = find_routers(model)
@@ -70,7 +69,7 @@ def export_pruned(
         ) from error
     smaller.tie_weights()
     smaller.generation_config = getattr(model, "generation_config", None)
-    with appearing(Path(folder)) as unfinished:
+    with new_folder(folder) as unfinished:
         smaller.save_pretrained(unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)

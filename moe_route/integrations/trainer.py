@@ -1,15 +1,23 @@
-"""`RoutingCallback`: the balance of the routing in the logs of a transformers ``Trainer``.
+"""A transformers ``Trainer`` with routing: its balance in the logs, and training under a plan.
+
+`RoutingCallback` logs the balance:
 
     trainer = Trainer(model, ...)
     trainer.add_callback(RoutingCallback(trainer, every=100))
     trainer.train()
 
 The scalars go through ``Trainer.log``, so TensorBoard, W&B and the log history get them as they get the loss.
+
+`PlanTrainer` trains an attached model under a plan, on rows that name their group:
+
+    with mr.attach(model) as routed:
+        PlanTrainer(routed, plan=plan, train_dataset=rows, args=arguments).train()
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -18,13 +26,21 @@ import torch
 from moe_route.analysis import load_balance
 from moe_route.recording import Recorder, all_reduce
 from moe_route.routed import RoutedModel, attach
+from moe_route.steering import Plan
 
 try:
-    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import (
+        Trainer,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+        default_data_collator,
+    )
 except ImportError as error:
-    raise ImportError("the callback for the Trainer needs transformers: pip install 'moe-route[hf]'") from error
+    raise ImportError("training by the Trainer needs transformers: pip install 'moe-route[hf]'") from error
 
-__all__ = ["RoutingCallback"]
+__all__ = ["PlanTrainer", "RoutingCallback"]
 
 _Part = Literal["training", "evaluation"]
 
@@ -146,3 +162,55 @@ class RoutingCallback(TrainerCallback):
         control, due = trainer.control, trainer.control.should_log
         trainer.log({f"{prefix}{name}": value for name, value in scalars.items()})
         control.should_log = due  # a log ends the request for one, and that of the loss is still to come
+
+
+class PlanTrainer(Trainer):
+    """A ``Trainer`` that steers every training step by a plan, with the groups that its rows name.
+
+    A family plan (`moe_route.training.family_plan`) makes this the hybrid-k training of arXiv 2410.10626. Evaluation is
+    not steered: it measures the model as it will be used.
+    """
+
+    def __init__(self, routed: RoutedModel, *, plan: Plan, column: str = "group", **options: Any) -> None:
+        """Prepare.
+
+        Args:
+            routed: the attached model; it stays attached when the training ends.
+            plan: what every training step is steered by.
+            column: name of the group in each row of the data. The model does not get it.
+            options: what ``Trainer`` takes (`args`, `train_dataset`, `data_collator`, ...).
+        """
+        super().__init__(routed.model, **options)
+        self.routed, self.plan, self.column = routed, plan, column
+        self.data_collator = _Grouped(self.data_collator or default_data_collator, column)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        kept: list[str] = self._signature_columns or []
+        self._signature_columns = [*kept, self.column]  # type: ignore[assignment]
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> torch.Tensor:
+        """One step, backward pass included, so that layers that run again are steered alike."""
+        groups = inputs.pop(self.column)
+        with self.routed.steer(self.plan), self.routed.labels(groups=groups):
+            return super().training_step(model, inputs, *arguments, **options)
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+        """One batch of an evaluation, as the model routes by itself."""
+        inputs.pop(self.column, None)
+        return super().prediction_step(model, inputs, *arguments, **options)
+
+
+class _Grouped:
+    """A data collator for rows with a group: it is kept out of the tensors, and added as a list of names."""
+
+    def __init__(self, collator: Callable[[list[Any]], dict[str, Any]], column: str) -> None:
+        self.collator, self.column = collator, column
+
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        if missing := sum(self.column not in row for row in rows):
+            raise ValueError(
+                f"{missing} of {len(rows)} rows have no {self.column!r}: name the group of every row, or give column="
+            )
+        batch = self.collator([{name: value for name, value in row.items() if name != self.column} for row in rows])
+        return {**batch, self.column: [str(row[self.column]) for row in rows]}

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_route import files
-from moe_route.folders import appearing, check_folder
 from moe_route.identity import library_versions
 from moe_route.merging.checkpoint import INDEX, Checkpoint, tensors_hash
 
@@ -66,11 +65,11 @@ class Merged:
         Raises ``FileExistsError`` for a folder that holds something, and ``ValueError`` for merged state dicts, which
         have no configuration to write.
         """
-        check_folder(folder)
+        files.check_new_folder(folder)
         template = self._template
         if template.folder is None and not hasattr(template.model, "save_pretrained"):
             raise ValueError("a state dict has no configuration to write: merge models or folders, or use state_dict()")
-        with appearing(Path(folder)) as unfinished:
+        with files.new_folder(folder) as unfinished:
             if template.folder is not None:
                 self._write_shards(template, template.folder, unfinished)
             else:

@@ -1,8 +1,9 @@
 """PCB merging: parameters compete within a model and between models (arXiv 2410.02396).
 
 The differences of a model from its base are one long row of N numbers. The method needs order statistics of that row,
-so every tensor is read six times: once to count it, twice for those of the sizes, twice for those of the scores, once to merge. They are
-found exactly, by counting the high and then the low 16 bits of float32 numbers; only one tensor is in memory at a time.
+so every tensor is read six times: once to count, twice for those of the sizes, twice for those of the scores, and once
+to merge. They are found exactly, by counting the high and then the low 16 bits of float32 numbers; only one tensor of
+each model is in memory at a time.
 """
 
 from __future__ import annotations
