@@ -40,6 +40,7 @@ __all__ = [
     "check_new_folder",
     "check_writable",
     "content_hash",
+    "dtype_code",
     "expected_content",
     "is_json",
     "lock",
@@ -171,6 +172,11 @@ def _digest(tensors: Mapping[str, torch.Tensor], header: object) -> str:
         digest.update(canonical_json([name, _dtype_name(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(_raw_bytes(tensor))
     return digest.hexdigest()
+
+
+def dtype_code(dtype: torch.dtype) -> str:
+    """The name that safetensors gives a dtype ("BF16"); that of torch where it has none."""
+    return _DTYPE_CODES.get(dtype, str(dtype))
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

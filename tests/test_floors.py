@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("workload",),
     ("routed",),
     ("description", "plots", "convert", "recipes"),
-    ("patching", "training", "analysis"),
+    ("patching", "training", "analysis", "merging"),
     ("experts",),
     ("recording", "routers", "steering", "nn", "diagnosis"),
     ("ops",),

@@ -23,8 +23,8 @@ __all__ = ["main", "parser"]
 
 # Modules of the commands, in the order of the help.
 _COMMANDS = (
-    "describe record vectors convert analyze plot plan steer experiment prune upcycle eval lm_eval report demo doctor "
-    "bench"
+    "describe record vectors convert analyze plot plan steer experiment prune upcycle merge eval lm_eval report demo "
+    "doctor bench"
 )
 
 

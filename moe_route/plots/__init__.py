@@ -13,6 +13,7 @@ from moe_route.plots.frame import save, style
 from moe_route.plots.group_pairs import dendrogram, divergence_matrix, overlap, similarity
 from moe_route.plots.palette import styles
 from moe_route.plots.steering_effects import steering_table, strengths
+from moe_route.plots.weights import weight_change
 
 __all__ = [
     "alignment",
@@ -37,4 +38,5 @@ __all__ = [
     "strengths",
     "style",
     "styles",
+    "weight_change",
 ]
