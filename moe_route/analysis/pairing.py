@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -54,7 +55,8 @@ def paired_items(
     if by != "sequence":
         raise AnalysisError('pairs weigh sequences alike: leave by at "sequence"')
     items: list[Any] = store.paired_items(*groups)
-    sizes = {group: len(store.items(group)) for group in groups}
+    sequences = Counter(group for _, group in store)
+    sizes = {group: sequences[group] for group in groups}
     largest = max(sizes, key=sizes.__getitem__)
     share = len(items) / max(sizes[largest], 1)
     if items and share >= min_common:

@@ -93,7 +93,7 @@ def read_sequences(store: SequenceStore, items: Mapping[str, Sequence[Any]], kin
         )
         for group, wanted in items.items()
     }
-    for shard in store.shards():
+    for shard in store.shards(place):
         rows: dict[str, list[tuple[int, int]]] = {}
         for row, key in enumerate(shard.keys):
             if key in place:

@@ -17,7 +17,7 @@ import socket
 import tempfile
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -206,8 +206,12 @@ class SequenceStore:
 
     def paired_items(self, *groups: str) -> list[Item]:
         """Items with an id that every one of these groups has, in the order of the first group."""
-        rest = [set(self.items(group)) for group in groups[1:]]
-        return [i for i in self.items(groups[0]) if not is_unnamed(i) and all(i in items for items in rest)]
+        found: dict[str, dict[Item, None]] = {group: {} for group in groups}
+        for item, group in self._index:
+            if group in found:
+                found[group][item] = None
+        first, *rest = (found[group] for group in groups)
+        return [item for item in first if not is_unnamed(item) and all(item in items for items in rest)]
 
     def __len__(self) -> int:
         return len(self._index)
@@ -266,10 +270,15 @@ class SequenceStore:
         shard, row = self._locate(item, group)
         return _array(shard, "hidden")[row].copy()
 
-    def shards(self) -> Iterator[SequenceShard]:
-        """Yield all sequences, one shard at a time, so that memory stays bounded whatever the size of the store."""
+    def shards(self, keys: Container[Key] | None = None) -> Iterator[SequenceShard]:
+        """Yield all sequences, one shard at a time, so that memory stays bounded whatever the size of the store.
+
+        With ``keys``, shards that hold none of these sequences are not read. A corpus that comes group by group is then
+        read once, even if its groups are looked at one after the other.
+        """
         for shard in self._blocks():
-            yield SequenceShard(shard.keys, shard.read())
+            if keys is None or any(key in keys for key in shard.keys):
+                yield SequenceShard(shard.keys, shard.read())
 
     def _blocks(self) -> list[_Shard]:
         """All shards, in the order of recording."""
