@@ -10,8 +10,6 @@ the command line in a process of its own, whose largest resident memory is measu
 from __future__ import annotations
 
 import argparse
-import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -33,6 +31,18 @@ SECTION = "Store of sequences"
 GROUPS, ITEMS, LAYERS, EXPERTS, TOP_K, TOKENS = 200, 1000, 48, 128, 8, 25
 _POOL = 512  # different sequences; a group shifts their experts
 _MEMORY_BYTES = 64 << 20
+_MERGE = """
+import sys
+from moe_route.recording import RoutingStatistics
+first, second = (RoutingStatistics.load(path) for path in sys.argv[1:3])
+(first + second).save(sys.argv[3])
+"""
+_COMMAND = """
+import sys
+from moe_route.cli import main
+if main(sys.argv[1:]):
+    sys.exit(1)
+"""
 _ANALYSES = {
     "paired divergence of all groups": ["divergence", "--reference", "group 000", "--kind", "count"],
     "pooled divergence": ["divergence", "--reference", "group 000", "--kind", "count", "--pairing", "pooled"],
@@ -98,22 +108,14 @@ def recording(shape: Shape, names: list[str], first: int, pool: np.ndarray) -> R
     )
 
 
-def analysis(arguments: list[str], path: Path) -> tuple[float, float]:
-    """Seconds of `moe-route analyze`, and its largest resident memory in MB."""
-    code = (
-        "import json, resource, sys\n"
-        "from moe_route.cli import main\n"
-        "code = main(sys.argv[1:])\n"
-        "sys.stderr.write(f'\\n{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}')\n"
-        "sys.exit(code)\n"
-    )
-    line = [sys.executable, "-c", code, "analyze", arguments[0], str(path), *arguments[1:], "--json"]
+def in_child(work: str, *arguments: str) -> tuple[float, float]:
+    """Seconds of a Python program of its own, and its largest resident memory in MB."""
+    code = f"{work}\nimport resource\nprint('', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
     start = time.perf_counter()
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         sys.exit(f"{' '.join(arguments)} failed:\n{done.stderr[-4000:]}")
-    json.loads(done.stdout)
-    return time.perf_counter() - start, int(done.stderr.splitlines()[-1]) * 1024 / 1e6
+    return time.perf_counter() - start, int(done.stderr.split()[-1]) * 1024 / 1e6
 
 
 def measure(folder: Path, shape: Shape) -> Measured:
@@ -135,17 +137,14 @@ def measure(folder: Path, shape: Shape) -> Measured:
     count = 2 * half * shape.items
     whole, size = folder / "whole.safetensors", sum(path.stat().st_size for path in halves)
     fact("bytes of a sequence on disk, counts alone", size / count, "B")
-    merged = RoutingStatistics.load(halves[0]) + RoutingStatistics.load(halves[1])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
-    merged.save(whole)
-    fact("time to merge and save two files", time.perf_counter() - start, "s")
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    fact("growth of the largest resident memory by it", (after - before) * 1024 / 1e6, "MB")
+    seconds, memory = in_child(_MERGE, *map(str, (*halves, whole)))
+    fact("merging two files into one: time of the program", seconds, "s")
+    fact("merging two files into one: largest resident memory", memory, "MB")
     for path in halves:
         path.unlink()
     for name, arguments in _ANALYSES.items():
-        seconds, memory = analysis(arguments, whole)
+        command, *options = arguments
+        seconds, memory = in_child(_COMMAND, "analyze", command, str(whole), *options, "--json")
         fact(f"{name}: time of the program", seconds, "s")
         fact(f"{name}: largest resident memory", memory, "MB")
     fact("file", whole.stat().st_size / 1e6, "MB")

@@ -72,14 +72,13 @@ def batches(statistics: Statistics, groups: Sequence[str], items: int) -> list[S
 def read_sequences(store: SequenceStore, items: Mapping[str, Sequence[Any]], kind: str) -> list[GroupSequences]:
     """The sequences of these items of each group, read in one pass over the store.
 
-    Raises ``ValueError`` for a ``kind`` that was not recorded.
+    Raises ``ValueError`` for a ``kind`` that does not exist or was not recorded.
     """
+    if kind not in _ARRAYS:
+        raise ValueError(f"no distribution kind {kind!r}: full, topk or count")
     group, wanted = next(iter(items.items()))
-    if kind == "hidden":
-        width = store.hidden(wanted[0], group).shape[-1]
-    else:
-        store.distributions(wanted[0], group, kind)  # type: ignore[arg-type]  # raises for what was not recorded
-        width = max(store.num_experts)
+    shard = next(store.shards({(wanted[0], group)}))  # not by its key: the store would keep the shard in memory
+    width = shard.array(_ARRAYS[kind]).shape[-1]
     layers = len(store.layers)
     dtype = np.int32 if kind == "count" else np.float32
     place = {(item, group): row for group, wanted in items.items() for row, item in enumerate(wanted)}

@@ -77,6 +77,12 @@ class SequenceShard:
         """The arrays by name, as `files.Block` requires."""
         return self.arrays
 
+    def array(self, name: str) -> np.ndarray:
+        """One of the arrays. Raises ``ValueError`` that says how to record it."""
+        if name not in self.arrays:
+            raise ValueError(f"{name!r} was not recorded: {_RECORDED_BY[name]}")
+        return self.arrays[name]
+
 
 class _Growing:
     """The latest sequences, in arrays with spare room.
@@ -234,7 +240,7 @@ class SequenceStore:
     def counts(self, item: Item, group: str) -> np.ndarray:
         """Number of tokens of the sequence that chose each expert (a_i), int64 ``[L, E]``."""
         shard, row = self._locate(item, group)
-        return _array(shard, "counts")[row].astype(np.int64)
+        return shard.array("counts")[row].astype(np.int64)
 
     def tokens(self, item: Item, group: str) -> np.ndarray:
         """Number of tokens of the sequence that each layer counted (L_i), int64 ``[L]``."""
@@ -252,7 +258,7 @@ class SequenceStore:
         Raises ``ValueError`` without ``record(sequences=True, entropy=True)``.
         """
         shard, row = self._locate(item, group)
-        return _array(shard, "token_entropy")[row].copy()
+        return shard.array("token_entropy")[row].copy()
 
     def consistency(self, item: Item, group: str) -> np.ndarray:
         """Mean Jaccard index of the experts of two tokens of the sequence, float64 ``[L]``; NaN for fewer than two.
@@ -260,7 +266,7 @@ class SequenceStore:
         Raises ``ValueError`` without ``record(sequences=True, consistency=...)``.
         """
         shard, row = self._locate(item, group)
-        return _array(shard, "consistency")[row].copy()
+        return shard.array("consistency")[row].copy()
 
     def hidden(self, item: Item, group: str) -> np.ndarray:
         """Mean router input (or sentence vector) of the sequence, float32 ``[L, H]``; NaN in layers without tokens.
@@ -268,7 +274,7 @@ class SequenceStore:
         Raises ``ValueError`` without ``record(sequences=True, hidden=True)``.
         """
         shard, row = self._locate(item, group)
-        return _array(shard, "hidden")[row].copy()
+        return shard.array("hidden")[row].copy()
 
     def shards(self, keys: Container[Key] | None = None) -> Iterator[SequenceShard]:
         """Yield all sequences, one shard at a time, so that memory stays bounded whatever the size of the store.
@@ -517,18 +523,12 @@ def is_unnamed(item: Item) -> bool:
 
 def _distribution(shard: SequenceShard, kind: str) -> np.ndarray:
     if kind == "count":
-        counts = _array(shard, "counts").astype(np.float64)
+        counts = shard.array("counts").astype(np.float64)
         totals = counts.sum(-1, keepdims=True)
         return counts / np.where(totals > 0, totals, np.nan)
     if kind not in ("full", "topk"):
         raise ValueError(f"no distribution kind {kind!r}: full, topk or count")
-    return _array(shard, kind)
-
-
-def _array(shard: SequenceShard, name: str) -> np.ndarray:
-    if name not in shard.arrays:
-        raise ValueError(f"{name!r} was not recorded: {_RECORDED_BY[name]}")
-    return shard.arrays[name]
+    return shard.array(kind)
 
 
 def _held(shard: SequenceShard) -> _Shard:
