@@ -100,7 +100,10 @@ class Corpus:
             raise CorpusError(f"{path} is empty: the first line must name the columns (item id, then the languages)")
         header, *rows = (line.split("\t") for line in lines)
         if len(header) < 2:
-            raise CorpusError(f"{path}: the first line names no language; columns are separated by tabs")
+            raise CorpusError(
+                f"{path}: the first line names no language; columns are separated by tabs. `moe-route record --corpus` "
+                "and CorpusStream read .csv, .jsonl and .parquet too"
+            )
         for number, row in enumerate(rows, start=2):
             if len(row) != len(header):
                 raise CorpusError(f"{path}, line {number}: {len(row)} fields where the header has {len(header)}")
