@@ -17,7 +17,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +189,10 @@ class _Rank:
     def __init__(self, run: CorpusRecording, part: Path, language_model: LanguageModel, routed: RoutedModel):
         self._run = run
         self._part = part
+        if run.chat_template:
+            if not language_model.tokenizer.chat_template:
+                raise ValueError(f"the tokenizer of {language_model.name} has no chat template: leave it out")
+            language_model = replace(language_model, add_special_tokens=False)  # the template writes them
         self._model = language_model
         self._routed = routed
         self._recorder: Recorder | None = None  # counts since the last checkpoint

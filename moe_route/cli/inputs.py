@@ -72,7 +72,17 @@ def model_arguments(parser: argparse.ArgumentParser, *, engine: bool = True) -> 
         "--dtype", default="auto", help="dtype of the weights, such as bfloat16 (default: the checkpoint's)"
     )
     if engine:
-        group.add_argument("--engine", default="hook", choices=("hook", "fused"), help="how to attach (default: hook)")
+        group.add_argument(
+            "--engine", default="hook", type=_engine, choices=("hook", "fused"), help="how to attach (default: hook)"
+        )
+
+
+def _engine(name: str) -> str:
+    if name == "vllm":
+        raise argparse.ArgumentTypeError(
+            "vLLM loads and runs its models itself: record inside it with mr.vllm.record (docs/serving.md)"
+        )
+    return name
 
 
 def text_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,16 +11,19 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import index
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from moe_route.convert.source import Source, as_array
-from moe_route.convert.traces import RoutedSequence, routed_layers, trace_of
+from moe_route.convert.traces import RoutedSequence, model_layers, routed_layers, trace_of
 from moe_route.recording import Trace
 from moe_route.recording.store import Item
+from moe_route.steering.replay import ReplayTable
 
 __all__ = [
     "UNNAMED",
@@ -28,10 +31,13 @@ __all__ = [
     "is_replay",
     "is_sglang_response",
     "is_vllm_response",
+    "megatron_of",
     "read_megatron",
     "read_replay",
     "read_sglang_response",
     "read_vllm_response",
+    "sglang_responses_of",
+    "vllm_responses_of",
 ]
 
 UNNAMED = "sequence_"  # prefix of the names of sequences without an item, in files of several arrays
@@ -226,3 +232,70 @@ def read_megatron(source: Source, *, layers: Sequence[int] | None = None, group:
             raise source.refused(f"a call holds {ids.dtype} {list(ids.shape)}", "it should be ids [tokens, k]")
         sequences.append(RoutedSequence(ids, None, group or "all"))
     return _traced(source, sequences, layers)
+
+
+def _fed(trace: Trace) -> list[RoutedSequence]:
+    """The sequences of a trace, with the experts of every token that was fed, in the order of positions."""
+    table = ReplayTable.of_trace(trace)
+    prompts = np.bincount(trace.sequence[trace.phase == 0], minlength=len(trace.items)).tolist()
+    parts = np.split(table.ids, np.cumsum(table.lengths)[:-1])
+    for number, ids in enumerate(parts):
+        missing = np.flatnonzero((ids[:, :, 0] < 0).any(axis=1))
+        if len(missing):
+            raise ValueError(
+                f"token {missing[0]} of sequence {trace.items[number]!r} has no experts in the trace, and a file for "
+                "replay has those of every token: record all of its tokens"
+            )
+    return [
+        RoutedSequence(ids, item, prompt=prompt) for ids, item, prompt in zip(parts, trace.items, prompts, strict=True)
+    ]
+
+
+def _answers(trace: Trace, num_layers: int | None) -> Iterator[tuple[RoutedSequence, np.ndarray]]:
+    """Each sequence, and its ids ``[tokens, layers of the model, k]``: dense layers hold 0, as engines fill them."""
+    numbers = model_layers(trace.layers)
+    rows = max(numbers) + 1 if num_layers is None else num_layers
+    if rows <= max(numbers):
+        raise ValueError(
+            f"the trace has layer {max(numbers)} of the model, so num_layers is {max(numbers) + 1} or more"
+        )
+    for one in _fed(trace):
+        ids = np.zeros((len(one.ids), rows, one.ids.shape[2]), np.int32)
+        ids[:, numbers] = one.ids
+        yield one, ids
+
+
+def vllm_responses_of(trace: Trace, num_layers: int | None = None) -> list[dict[str, Any]]:
+    """A document per sequence, as vLLM's server answers; ``num_layers`` counts the layers of the model.
+
+    Sequences without an item have no id. By default the last layer of the trace is the model's last.
+    """
+    found = []
+    for one, ids in _answers(trace, num_layers):
+        stream = io.BytesIO()
+        np.save(stream, ids.astype(np.int16))
+        choice = {"index": 0, "routed_experts": base64.b64encode(stream.getvalue()).decode()}
+        usage = {"prompt_tokens": one.prompt, "completion_tokens": len(ids) + 1 - (one.prompt or 0)}
+        found.append({"id": None if one.item is None else str(one.item), "choices": [choice], "usage": usage})
+    return found
+
+
+def sglang_responses_of(trace: Trace, num_layers: int | None = None) -> list[dict[str, Any]]:
+    """A document per sequence, as SGLang's server answers; the arguments are those of ``vllm_responses_of``."""
+    found = []
+    for one, ids in _answers(trace, num_layers):
+        about: dict[str, Any] = {
+            "id": None if one.item is None else str(one.item),
+            "prompt_tokens": one.prompt,
+            "completion_tokens": len(ids) + 1 - (one.prompt or 0),
+            "routed_experts": base64.b64encode(ids.tobytes()).decode(),
+            "routed_experts_dtype": "int32",
+        }
+        found.append({"meta_info": about})
+    return found
+
+
+def megatron_of(trace: Trace) -> list[list[Tensor]]:
+    """For each layer of the trace, a tensor int32 ``[tokens, k]`` for each sequence, as if each was a call."""
+    ids = [one.ids.astype(np.int32) for one in _fed(trace)]
+    return [[torch.from_numpy(of[:, layer].copy()) for of in ids] for layer in range(len(trace.layers))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import add
@@ -15,8 +16,9 @@ from moe_route.calls.call import PHASES
 from moe_route.recording import RoutingStatistics, Trace
 from moe_route.recording.store import Item
 
-__all__ = ["RoutedSequence", "joined", "routed_layers", "statistics_of", "trace_of"]
+__all__ = ["RoutedSequence", "joined", "model_layers", "routed_layers", "statistics_of", "trace_of"]
 
+_MODEL_LAYER = re.compile(r"(?:^|\D)(\d+)(?:\D|$)")
 _ROWS = 1 << 16  # tokens that are summed at once
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,17 @@ class RoutedSequence:
     token_ids: np.ndarray | None = None  # int [T]
     prompt: int | None = None  # number of leading tokens that are the prompt; None: all
     first: int = 0  # position of the first token
+
+
+def model_layers(names: Sequence[str]) -> list[int]:
+    """The number of each router's layer among all layers of the model, dense ones too: the first in its name."""
+    found = [_MODEL_LAYER.findall(name) for name in names]
+    numbers = [int(of[0]) for of in found if of]
+    if len(numbers) != len(found) or len(set(numbers)) != len(numbers):
+        raise ValueError(
+            f"engines count every layer of the model, and {names[0]!r} and others do not say which they are"
+        )
+    return numbers
 
 
 def routed_layers(sequences: Sequence[np.ndarray], layers: Sequence[int] | None = None) -> list[int]:

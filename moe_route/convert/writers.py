@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +15,15 @@ import torch
 from safetensors.torch import save as save_safetensors
 
 from moe_route.convert.formats import KINDS
-from moe_route.convert.routed_experts import UNNAMED
+from moe_route.convert.routed_experts import UNNAMED, megatron_of, sglang_responses_of, vllm_responses_of
 from moe_route.convert.steermoe import easysteer_of
+from moe_route.convert.traces import model_layers
 from moe_route.files import replacing, write_text
 from moe_route.recording import RoutingStatistics, Trace
 from moe_route.steering import ExpertSelection, Plan
 from moe_route.steering.replay import ReplayTable
 
 __all__ = ["TARGETS", "Target", "write"]
-
-_MODEL_LAYER = re.compile(r"(?:^|\D)(\d+)(?:\D|$)")
 
 
 @dataclass(frozen=True)
@@ -112,12 +110,7 @@ def _eplb(statistics: RoutingStatistics, path: Path, *, groups: Sequence[str] | 
 
 
 def _sglang(statistics: RoutingStatistics, path: Path, *, groups: Sequence[str] | str | None = None) -> None:
-    found = [_MODEL_LAYER.findall(name) for name in statistics.layers]
-    numbers = [int(of[0]) for of in found if of]
-    if len(numbers) != len(found) or len(set(numbers)) != len(numbers):
-        raise ValueError(
-            f"SGLang counts every layer of the model, and {statistics.layers[0]!r} and others do not say which they are"
-        )
+    numbers = model_layers(statistics.layers)
     rows = np.zeros((max(numbers) + 1, max(statistics.num_experts)), np.int64)
     rows[numbers] = _counts(statistics, groups)
     if path.suffix == ".json":
@@ -149,6 +142,24 @@ def _replay(trace: Trace, path: Path) -> None:
             "a trace of each group by itself (moe-route record --languages eng_Latn --trace FILE)"
         )
     _arrays(path, named if whole else {**named, "layers": np.array(table.layers, np.int32)})
+
+
+def _lines(path: Path, documents: Sequence[Any]) -> None:
+    write_text(path, "".join(f"{json.dumps(one, allow_nan=False)}\n" for one in documents))
+
+
+def _vllm_response(trace: Trace, path: Path, *, num_layers: int | None = None) -> None:
+    _lines(path, vllm_responses_of(trace, num_layers))
+
+
+def _sglang_response(trace: Trace, path: Path, *, num_layers: int | None = None) -> None:
+    _lines(path, sglang_responses_of(trace, num_layers))
+
+
+def _megatron(trace: Trace, path: Path) -> None:
+    stream = io.BytesIO()
+    torch.save(megatron_of(trace), stream)
+    _bytes(path, stream.getvalue())
 
 
 def _easysteer(plan: Plan, path: Path, *, first_layer: int = 0) -> None:
@@ -194,6 +205,11 @@ TARGETS: Mapping[str, Target] = {
     ),
     "replay": Target(
         "experts of each token, int32 [tokens, layers, k]", ("trace",), (".npy", ".npz", ".safetensors"), _replay
+    ),
+    "vllm-response": Target("answers of vLLM with routed_experts", ("trace",), (".jsonl",), _vllm_response),
+    "sglang-response": Target("answers of SGLang with routed_experts", ("trace",), (".jsonl",), _sglang_response),
+    "megatron": Target(
+        "routing replay of slime and Miles on Megatron, rank<N>_routing_replay.pt", ("trace",), (".pt",), _megatron
     ),
     "easysteer": Target("EasySteer's configuration of router steering", ("plan",), (".json",), _easysteer),
     "csv": Target("a table with a row per expert or choice", ("statistics", "trace", "selection"), (".csv",), _csv),

@@ -211,6 +211,18 @@ def command(out: Path, corpus: Path, *more: str) -> list[str]:
     return ["record", "--corpus", str(corpus), "--out", str(out), *options, *more]
 
 
+QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+# module and options of each launcher; the number of ranks follows
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node"],
+    # without GPUs, accelerate starts one process unless it is told to start several
+    "accelerate": [
+        "accelerate.commands.launch",
+        *("--multi-gpu", "--num-machines=1", "--mixed-precision=no", "--dynamo-backend=no", "--num-processes"),
+    ],
+}
+
+
 class TestCommand:
     def test_a_corpus(self, answer, corpus: Path, whole: Path, tmp_path: Path):
         data = answer(*command(tmp_path / "run", corpus))
@@ -220,6 +232,22 @@ class TestCommand:
     def test_refusals(self, moe_route, corpus: Path, tmp_path: Path):
         refused(moe_route(*command(tmp_path / "run", corpus, "--trace", "t")), "--data")
         refused(moe_route(*command(tmp_path / "run", tmp_path / "none.jsonl")), "no file")
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(900)
+    @pytest.mark.parametrize("launcher", LAUNCHERS)
+    @pytest.mark.parametrize("ranks", [2, 4])
+    def test_launchers(self, corpus: Path, whole: Path, tmp_path: Path, launcher: str, ranks: int):
+        """The commands of docs/scale.md; the second one finds everything done."""
+        if launcher == "accelerate":
+            pytest.importorskip("accelerate")
+        start, out = LAUNCHERS[launcher], tmp_path / "run"
+        line = [sys.executable, "-m", *start, str(ranks), "-m", "moe_route", *command(out, corpus), "--json"]
+        for _ in range(2):
+            done = subprocess.run(line, env={**os.environ, **QUIET}, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[-4000:]
+        assert len(list(out.glob("rank-*"))) == ranks
+        same(out, whole)
 
     @pytest.mark.slow
     @pytest.mark.timeout(1800)
@@ -250,9 +278,9 @@ class TestCommand:
 def started(out: Path, corpus: Path, ranks: int) -> list[subprocess.Popen[bytes]]:
     """One process per rank, with the environment that a launcher gives them."""
     line = [sys.executable, "-m", "moe_route", *command(out, corpus)]
-    quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "WORLD_SIZE": str(ranks)}
+    environment = {**os.environ, **QUIET, "WORLD_SIZE": str(ranks)}
     return [
-        subprocess.Popen(line, env={**os.environ, **quiet, "RANK": str(rank)}, stdout=subprocess.DEVNULL)
+        subprocess.Popen(line, env={**environment, "RANK": str(rank)}, stdout=subprocess.DEVNULL)
         for rank in range(ranks)
     ]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from moe_route import convert
+from moe_route.convert.traces import RoutedSequence, trace_of
 from moe_route.recording import RoutingStatistics
 from moe_route.steering import ExpertSelection, Plan
 
@@ -112,6 +115,67 @@ def test_a_recorded_trace_is_written_and_replayed(tmp_path):
         )
     assert plan == Plan.replay(trace)
     torch.testing.assert_close(replayed, natural)
+
+
+def npy(encoded: str) -> np.ndarray:
+    return np.load(io.BytesIO(base64.b64decode(encoded)), allow_pickle=False)
+
+
+def test_answers_of_engines_are_written_as_they_give_them(tmp_path):
+    """Layers 1 and 3 of the model route; its others are rows of zeros. Two of three tokens are the prompt."""
+    sequences = [
+        RoutedSequence(IDS, "a", prompt=2),
+        RoutedSequence(IDS[::-1][:2], "b", prompt=1),
+    ]
+    trace = trace_of(sequences, ["model.layers.1.mlp.gate", "model.layers.3.mlp.gate"])
+    rows = np.zeros((3, 5, 2), int)
+    rows[:, [1, 3]] = IDS
+
+    convert.write(trace, tmp_path / "vllm.jsonl", "vllm-response", num_layers=5)
+    first, second = map(json.loads, (tmp_path / "vllm.jsonl").read_text().splitlines())
+    assert (first["id"], second["id"]) == ("a", "b")
+    assert first["usage"] == {"prompt_tokens": 2, "completion_tokens": 2}  # the last one was never fed
+    found = npy(first["choices"][0]["routed_experts"])
+    np.testing.assert_array_equal(found, rows)
+    assert found.dtype == np.int16
+
+    convert.write(trace, tmp_path / "sglang.jsonl", "sglang-response", num_layers=5)
+    about = json.loads((tmp_path / "sglang.jsonl").read_text().splitlines()[0])["meta_info"]
+    flat = np.frombuffer(base64.b64decode(about["routed_experts"]), about["routed_experts_dtype"])
+    np.testing.assert_array_equal(flat.reshape(3, 5, 2), rows)
+    assert (about["id"], about["prompt_tokens"], about["completion_tokens"]) == ("a", 2, 2)
+
+    convert.write(trace, tmp_path / "rank0_routing_replay.pt", "megatron")
+    layers = torch.load(tmp_path / "rank0_routing_replay.pt", weights_only=True)
+    assert [[list(of.shape) for of in calls] for calls in layers] == [[[3, 2], [2, 2]]] * 2
+    np.testing.assert_array_equal(layers[1][0].numpy(), IDS[:, 1])
+
+    again = {
+        "vllm": convert.read(tmp_path / "vllm.jsonl"),
+        "sglang": convert.read(tmp_path / "sglang.jsonl", num_layers=5, top_k=2),
+        "megatron": convert.read(tmp_path / "rank0_routing_replay.pt"),
+    }
+    for name, one in again.items():
+        np.testing.assert_array_equal(one.ids, trace.ids)
+        if name != "megatron":  # its file has neither names nor prompts
+            assert (one.items, one.layers) == (("a", "b"), ("1", "3"))
+            np.testing.assert_array_equal(one.phase, trace.phase)
+            assert Plan.replay(one).hash == Plan.replay(trace).hash
+
+
+def test_answers_need_every_token_and_the_numbers_of_the_layers(tmp_path):
+    sequence = RoutedSequence(IDS, "a", first=1)  # its first token was not counted
+    with pytest.raises(ValueError, match="token 0 of sequence 'a' has no experts"):
+        convert.write(trace_of([sequence], ["0", "1"]), tmp_path / "a.jsonl", "vllm-response")
+    whole = trace_of([RoutedSequence(IDS, "a")], ["0", "7"])
+    with pytest.raises(ValueError, match="num_layers is 8 or more"):
+        convert.write(whole, tmp_path / "a.jsonl", "sglang-response", num_layers=7)
+    with pytest.raises(ValueError, match="do not say which they are"):
+        convert.write(
+            trace_of([RoutedSequence(IDS, "a")], ["first", "second"]),
+            tmp_path / "a.jsonl",
+            "vllm-response",
+        )
 
 
 def test_easysteer_configurations_come_back(tmp_path):

@@ -1,0 +1,97 @@
+"""`moe-route record --corpus` on checkpoints as users have them: chat templates, device maps, dtypes, quantized."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from harness.commands import refused
+
+import moe_route as mr
+from moe_route.data import demo_corpus, load_demo_model
+
+TEXTS = list(demo_corpus()["eng_Latn"][:12])
+TEMPLATE = "{{ bos_token }}{% for message in messages %}User: {{ message['content'] }}{% endfor %}{{ eos_token }}"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    return path
+
+
+def statistics(out: Path) -> mr.RoutingStatistics:
+    return mr.RoutingStatistics.load(out / "statistics.safetensors")
+
+
+def test_a_chat_template_brings_the_special_tokens(answer, moe_route, corpus: Path, tmp_path: Path):
+    """They are not added a second time, and what is recorded is the text with its template."""
+    model, tokenizer = load_demo_model()
+    refused(moe_route("record", "--corpus", corpus, "--out", tmp_path / "none", "--chat-template"), "no chat template")
+    tokenizer.chat_template = TEMPLATE
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    found = answer(
+        "record", "--model", tmp_path / "model", "--corpus", corpus, "--out", tmp_path / "run", "--chat-template"
+    )
+    wrapped = [f"{tokenizer.bos_token or ''}User: {text}{tokenizer.eos_token or ''}" for text in TEXTS]
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in wrapped]
+    assert lengths != [len(tokenizer(text)["input_ids"]) for text in TEXTS]
+    assert found["tokens"] == sum(lengths) == statistics(tmp_path / "run").tokens().max()
+
+
+def test_a_device_map_and_a_dtype(answer, moe_route, corpus: Path, tmp_path: Path):
+    """Without a GPU, accelerate puts all layers on the CPU: the same weights, the same statistics."""
+    pytest.importorskip("accelerate")
+    command = ("record", "--corpus", corpus, "--out")
+    for name, options in {
+        "plain": (),
+        "map": ("--device-map", "auto", "--dtype", "float32"),  # that of the demo model
+        "half": ("--dtype", "bfloat16", "--device", "cpu"),
+    }.items():
+        assert answer(*command, tmp_path / name, *options)["complete"]
+    plain, mapped, half = (statistics(tmp_path / name) for name in ("plain", "map", "half"))
+    if not torch.cuda.is_available():
+        for name in plain.metrics:
+            assert mapped.token_sum(name).tolist() == plain.token_sum(name).tolist()
+        assert mapped.store.content_hash() == plain.store.content_hash()
+    assert half.tokens().tolist() == plain.tokens().tolist()
+    assert half.token_sum("probability").tolist() != plain.token_sum("probability").tolist()
+    both = moe_route(*command, tmp_path / "both", "--device-map", "auto", "--device", "cpu")
+    refused(both, "either a device or a device map")
+
+
+@pytest.mark.slow
+def test_a_quantized_checkpoint(answer, corpus: Path, tmp_path: Path):
+    """It loads as transformers loads it, and its statistics are those of the weights that it has."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    model, tokenizer = load_demo_model()
+    model.save_pretrained(tmp_path / "float")
+    quantization = BitsAndBytesConfig(load_in_8bit=True)
+    packed = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "float", quantization_config=quantization, device_map="cpu"
+    ).eval()
+    for part in (packed, tokenizer):
+        part.save_pretrained(tmp_path / "packed")
+    out = tmp_path / "run"
+    found = answer("record", "--model", tmp_path / "packed", "--corpus", corpus, "--out", out, "--batch-size", "1")
+    with mr.attach(packed) as routed, routed.record(["texts"], sequences=True) as recorder:
+        for number, text in enumerate(TEXTS, start=1):
+            ids = torch.tensor([tokenizer(text)["input_ids"]])
+            with recorder.labels(groups="texts", items=[str(number)]), torch.inference_mode():
+                packed(input_ids=ids)
+    assert found["complete"]
+    assert any(type(module).__name__ == "Linear8bitLt" for module in packed.modules())
+    direct, recorded = recorder.statistics(), statistics(out)
+    assert recorded.token_sum("counts").tolist() == direct.token_sum("counts").tolist()
+
+
+def test_vllm_is_no_engine_of_this_command(moe_route, corpus: Path, tmp_path: Path):
+    code, _, said = moe_route("record", "--corpus", corpus, "--out", tmp_path / "run", "--engine", "vllm")
+    assert code == 2
+    assert "mr.vllm.record" in said
