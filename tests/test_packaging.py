@@ -39,7 +39,7 @@ def test_metadata() -> None:
     assert found["Requires-Python"] == ">=3.10"
     needs = [line for line in metadata.requires("moe-route") or [] if "extra ==" not in line]
     assert {re.split(r"[<>=;]", need)[0] for need in needs} == {"torch", "numpy", "safetensors", "tqdm", "tomli"}
-    extras = {"hf", "analysis", "plot", "eval", "vllm", "all", "test", "docs", "dev"}
+    extras = {"hf", "analysis", "plot", "eval", "vllm", "all", "train", "test", "docs", "dev"}
     assert set(found.get_all("Provides-Extra") or []) == extras
     scripts = {point.name: point.value for point in metadata.entry_points(group="console_scripts")}
     assert scripts["moe-route"] == "moe_route.cli:main"

@@ -5,6 +5,7 @@ with the same accessors), ``SentenceVectors``, a ``Trace``, or arrays where thes
 """
 
 from moe_route.analysis.alignment import Alignment, alignment
+from moe_route.analysis.answers import answer_similarity
 from moe_route.analysis.coactivation import Coactivation, ExpertPair, Transitions, coactivation, transitions
 from moe_route.analysis.committee import Committee, committee
 from moe_route.analysis.consistency import Consistency, consistency
@@ -86,6 +87,7 @@ __all__ = [
     "UShape",
     "Vocabulary",
     "alignment",
+    "answer_similarity",
     "benjamini_hochberg",
     "class_routing",
     "coactivation",

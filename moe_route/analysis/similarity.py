@@ -38,7 +38,8 @@ class Similarity(ShownAsTables):
             matters for "retrieval" and "margin" only.
         groups: the G groups.
         layers: names of the L layers.
-        rule: "cosine", "mexa", "retrieval" or "margin"; "given" if the similarities were.
+        rule: "cosine", "mexa", "retrieval" or "margin"; "answers" for the share of items answered alike
+            (``answer_similarity``); "given" if the similarities were.
         pairs: number of items compared, the same for all pairs; 0 if similarities were given.
         centered: whether the mean of each group was subtracted from its sentences.
         tokens: float64 [G], mean number of tokens per sentence; NaN where it is unknown.
@@ -170,12 +171,15 @@ class Similarity(ShownAsTables):
         beside = {**token_column(tokens), **fertility_column(tokens, order)}
         columns = {**dict(zip(order, values[rows][:, rows].T.tolist(), strict=True)), **beside}
         about = "each group's mean subtracted, " if self.centered else ""
-        of = "given similarities" if self.rule == "given" else f"{RULE_NAMES[self.rule]}, {about}{self.pairs} items"
-        notes = ["" if np.isnan(self.chance) else f"random pairs of sentences: {self.chance:.3f}"]
+        of = "given similarities"
+        if self.rule != "given":
+            name = "share of items answered alike" if self.rule == "answers" else RULE_NAMES[self.rule]
+            of = f"{name}, {about}{self.pairs} items"
+        notes = ["" if np.isnan(self.chance) else f"random pairs of items: {self.chance:.3f}"]
         notes += ["tokens: mean number per sentence"] if "tokens" in beside else []
         notes += ["fertility: tokens over those of eng_Latn"] if "fertility" in beside else []
         cells = [list(row) for row in zip(order, *columns.values(), strict=True)]
-        title = f"{of}, mean over {len(self.layers)} layers"
+        title = of if len(self.layers) == 1 else f"{of}, mean over {len(self.layers)} layers"
         return [Table(["", *columns], cells, title, "; ".join(filter(None, notes)))]
 
 

@@ -22,6 +22,7 @@ from moe_route.experts.forward import call_of, experts_forward
 from moe_route.experts.layout import DEFAULTS, UNKNOWN_FLAGS, compute_dtype, obstacle
 from moe_route.experts.packing import ATTRIBUTE, PackedWeights, packed_bytes, packing_obstacle
 from moe_route.modules.intercept import ReplacedAttribute
+from moe_route.nn import Experts
 from moe_route.ops.expert_paths import limits
 from moe_route.routers.discovery import ModelNotSupportedError
 
@@ -240,6 +241,11 @@ def _refuse_packing(modules: list[tuple[str, Any]]) -> None:
 
 
 def _without_interface(model: nn.Module) -> str:
+    if any(isinstance(module, Experts) for module in model.modules()):
+        return (
+            f"the experts of {type(model).__name__} are moe_route.nn.Experts, which run on moe_route's kernels "
+            "already. Attach with experts_implementation=None."
+        )
     found = _undecorated(model)
     what = f"its experts ({', '.join(found)}) have a forward of their own" if found else "it has no experts"
     return (

@@ -68,7 +68,7 @@ def test_what_a_result_gives(statistics):
     assert list(found.ranking("en").values()) == sorted(found.ranking("en").values(), reverse=True)
     json.dumps(found.to_dict(), allow_nan=False)
     assert len(found.to_pandas()) == 2 * 9
-    assert f"random pairs of sentences: {found.chance:.3f}" in repr(found)
+    assert f"random pairs of items: {found.chance:.3f}" in repr(found)
 
 
 def test_the_same_sentences_are_found(statistics):

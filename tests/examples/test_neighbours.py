@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +29,63 @@ def script(name: str) -> Any:
     return module
 
 
+def short_form(name: str, folder: Path, *options: str) -> dict[str, Any]:
+    """The results of a short form, which it also wrote between the marks of a page."""
+    module = script(name)
+    page = folder / "page.md"
+    begin, end = MARKS[name](module)
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    command = [sys.executable, str(FOLDER / f"{name}.py"), *options, "--out", str(folder / "out.json")]
+    done = subprocess.run([*command, "--page", str(page)], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert page.read_text() == f"before\n{begin}\n{done.stdout}{end}\nafter\n"
+    results: dict[str, Any] = json.loads((folder / "out.json").read_text())
+    return results
+
+
 def test_upcycling_in_a_short_form(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- upcycling: begin -->\nold\n<!-- upcycling: end -->\nafter\n")
-    options = ["--steps", "3", "--seeds", "2", "--out", str(tmp_path / "out.json"), "--page", str(page)]
-    command = [sys.executable, str(FOLDER / "upcycling.py"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    results = json.loads((tmp_path / "out.json").read_text())
+    results = short_form("upcycling", tmp_path, "--steps", "3", "--seeds", "2")
     for seeds in results["settings"].values():
         assert len(seeds) == 2
         for seed in seeds:
             assert seed["by label, k = 1"]["own"] == 1
             assert seed["by label, k = 1"]["flops"] < 1.01 * seed["dense"]["flops"]
             assert 0 < seed["rules"]["loss"] < seed["dense"]["loss"] < 5
-    assert page.read_text() == f"before\n<!-- upcycling: begin -->\n{done.stdout}<!-- upcycling: end -->\nafter\n"
 
 
-def test_the_page_shows_the_committed_results() -> None:
-    upcycling = script("upcycling")
-    results = json.loads((FOLDER / "results" / "upcycling.json").read_text())
-    assert len(next(iter(results["settings"].values()))) == 3
-    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    shown = page.split(upcycling.BEGIN)[1].split(upcycling.END)[0].strip()
-    assert shown == upcycling.tables(results)
+@pytest.mark.slow
+def test_alignment_in_a_short_form(tmp_path: Path) -> None:
+    results = short_form("alignment", tmp_path, "--steps", "3", "--seeds", "1")
+    (dense,), (sparse,) = results["models"]["dense"], results["models"]["sparse"]
+    assert [len(found["loss"]) for found in (dense, sparse)] == [6, 6]
+    assert "routing" in sparse
+    assert "routing" not in dense
+    assert all(0 <= value <= 1 for found in (dense, sparse) for value in found["mexa"])
+
+
+@pytest.mark.slow
+def test_swapping_in_a_short_form(tmp_path: Path) -> None:
+    (seed,) = short_form("swapping", tmp_path, "--steps", "1", "--seeds", "1")["seeds"]
+    assert len(seed) == 10
+    shipped = seed.pop("the shipped model")
+    assert shipped["match"] > 0.5
+    assert all(found["answer"] != shipped["answer"] for found in seed.values())  # one step moves every model
+
+
+MARKS: dict[str, Callable[[Any], tuple[str, str]]] = {
+    "upcycling": lambda module: (module.BEGIN, module.END),
+    "alignment": lambda module: (module.FIRST, module.LAST),
+    "swapping": lambda module: (module.BEGIN, module.END),
+}
+SHOWN = {"upcycling": "training.md", "alignment": "alignment.md", "swapping": "merging.md"}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_the_page_shows_the_committed_results(name: str) -> None:
+    module = script(name)
+    results = json.loads((FOLDER / "results" / f"{name}.json").read_text())
+    seeds = next(iter((results.get("settings") or results.get("models") or {"": results.get("seeds")}).values()))
+    assert len(seeds) == 3
+    page = (ROOT / "docs" / SHOWN[name]).read_text(encoding="utf-8")
+    begin, end = MARKS[name](module)
+    shown = page.split(begin)[1].split(end)[0].strip()
+    assert shown == (module.tables if name == "upcycling" else module.table)(results)

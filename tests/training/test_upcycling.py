@@ -254,6 +254,12 @@ def test_refused_models(tmp_path: Path) -> None:
         load_upcycled(tmp_path)
 
 
+def test_blocks_of_moe_route_run_on_its_kernels_already() -> None:
+    sparse, _ = upcycle(dense("llama"), families=FAMILIES)
+    with pytest.raises(mr.ModelNotSupportedError, match="run on moe_route's kernels already"):
+        mr.attach(sparse, experts_implementation="moe_route")
+
+
 def test_two_stacks_need_a_name() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
