@@ -13,8 +13,8 @@ The scalars go through ``Trainer.log``, so TensorBoard, W&B and the log history 
     with mr.attach(model) as routed:
         PlanTrainer(routed, plan=plan, train_dataset=rows, args=arguments).train()
 
-`AdapterTrainer` trains adapters (`moe_route.training.add_adapters`), with a balancing loss for their routers, or on rows
-that name their group:
+`AdapterTrainer` trains adapters (`moe_route.training.add_adapters`), with a balancing loss for their routers, or on
+rows that name their group:
 
     adapted = mr.training.add_adapters(model, mr.training.AdapterConfig(rank=8, experts=4, router="token"))
     AdapterTrainer(adapted, balance=0.01, train_dataset=rows, args=arguments).train()
@@ -258,7 +258,7 @@ class AdapterTrainer(_GroupTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, *arguments: Any, **options: Any
     ) -> Any:
         """The model's loss, and in training the balancing loss."""
-        result = super().compute_loss(model, inputs, return_outputs, *arguments, **options)
+        result: Any = super().compute_loss(model, inputs, return_outputs, *arguments, **options)
         if not self.balance or not model.training:
             return result
         added = self.balance * self.adapted.balance_loss()

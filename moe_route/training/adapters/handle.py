@@ -230,8 +230,7 @@ class AdaptedModel:
             if self.config.router != "none" and layer.block:
                 block = blocks.setdefault(layer.block, BlockInput(layer.block, len(blocks), self._state))
             if self.config.routed:
-                hidden = _hidden_size(self.model, self._adapted, layer)
-                router = AdapterRouter.of(self.config, hidden, generator, **place)
+                router = AdapterRouter.of(self.config, _hidden_size(self.model), generator, **place)
             mixture = LowRankMixture(layer.name, number, self.config, factors, router, self._state, block)
             mixture.train(layer.module.training)
             self._mixtures.append(mixture)
@@ -333,15 +332,17 @@ def _pool_key(layer: LinearLayer) -> str:
     return f"{layer.kind.replace('.', '-')}-{inner}x{outer}"
 
 
-def _hidden_size(model: nn.Module, layers: Sequence[LinearLayer], layer: LinearLayer) -> int:
-    """Width of what the layer's block is given."""
+def _hidden_size(model: nn.Module) -> int:
+    """Width of the hidden states that blocks are given."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     size = getattr(text, "hidden_size", None)
-    if isinstance(size, int):
-        return size
-    inside = [each.sizes[0] for each in layers if each.block == layer.block]
-    return inside[0]  # the first product of a block reads what the block is given
+    if not isinstance(size, int):
+        raise AdapterError(
+            f"{type(model).__name__} has no configuration with a hidden_size, which its routers need: use a "
+            "transformers model, or router='none' or 'group'"
+        )
+    return size
 
 
 def _refuse_causal(model: nn.Module) -> None:

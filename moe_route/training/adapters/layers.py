@@ -14,6 +14,8 @@ from moe_route.training.adapters.config import AdapterConfig, AdapterError
 __all__ = ["LinearLayer", "adapted_layers"]
 
 _ROUTING = ("gate", "router")
+# Layers that run again, at every step of a generation, on all tokens that the cache holds (latent attention).
+_OF_CACHE = ("kv_b_proj",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,15 +63,29 @@ def adapted_layers(model: nn.Module, config: AdapterConfig) -> list[LinearLayer]
     chosen = [name for name in linear if _is_target(name, config, modules)]
     _check_targets(config, list(linear), chosen)
     layers = [LinearLayer(name, linear[name], _block_of(name, modules)) for name in chosen]
-    if config.routed:
-        for layer in layers:
-            if not layer.block or _is_of_experts(layer.name):
-                why = "belongs to an expert, which is given some of the tokens" if layer.block else "stands in no block"
-                raise AdapterError(
-                    f"{layer.name!r} {why}: no decision of router={config.router!r} fits its rows. Leave it out by "
-                    "target_modules=, or use router='none' or 'group'"
-                )
+    for layer in layers if config.routed else ():
+        why = _unroutable(layer, config)
+        if why:
+            raise AdapterError(
+                f"{layer.name!r} {why}: no decision of router={config.router!r} fits its rows. Leave it out by "
+                "target_modules=, or use router='none' or 'group'"
+            )
     return layers
+
+
+def _by_token(config: AdapterConfig) -> bool:
+    return config.router == "token" or (config.router == "sequence" and config.pooling == "prefix")
+
+
+def _unroutable(layer: LinearLayer, config: AdapterConfig) -> str:
+    """Why no router can decide for the rows of a layer, or ""."""
+    if not layer.block:
+        return "stands in no block"
+    if _is_of_experts(layer.name):
+        return "belongs to an expert, which is given some of the tokens"
+    if _by_token(config) and layer.name.endswith(_OF_CACHE):
+        return "runs again on the tokens that the cache holds"
+    return ""
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -82,6 +98,8 @@ def _is_target(name: str, config: AdapterConfig, modules: dict[str, nn.Module]) 
         return re.fullmatch(targets, name) is not None
     if targets is not None:
         return any(name == target or name.endswith(f".{target}") for target in targets)
+    if _by_token(config) and name.endswith(_OF_CACHE):
+        return False
     return bool(_block_of(name, modules)) and not _is_of_experts(name) and not _is_of_router(name, modules)
 
 
