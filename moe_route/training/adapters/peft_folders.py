@@ -68,12 +68,12 @@ def add_peft_folders(
     Raises `AdapterError` for a folder that is not plain LoRA (DoRA, trained biases or whole modules, pickled weights),
     or whose layers the model does not have.
     """
-    loras = [_read(Path(folder)) for folder in folders]
-    if not loras:
-        raise AdapterError("folders is empty: name one LoRA folder or more")
     fixed = {"rank", "experts", "alpha", "target_modules", "pool"} & set(options)
     if fixed:
         raise AdapterError(f"{', '.join(sorted(fixed))}: the folders say that, leave it out")
+    loras = [_read(Path(folder)) for folder in folders]
+    if not loras:
+        raise AdapterError("folders is empty: name one LoRA folder or more")
     rank = max(lora.rank for lora in loras)
     config = AdapterConfig(
         rank=rank,
