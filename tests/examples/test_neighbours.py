@@ -99,7 +99,6 @@ def test_similarity_in_a_short_form(tmp_path: Path) -> None:
     assert ["jpn_Jpan", "zho_Hans"] in ours["clusters"]
 
 
-@pytest.mark.slow
 @needs_data
 def test_relatives_are_nearest_in_the_published_similarities() -> None:
     module = script("similarity")
