@@ -159,8 +159,8 @@ def _curve(layer: int, start: int, end: int) -> np.ndarray:
 
 def _frame(ax: Axes, places: list[np.ndarray], name: str) -> None:
     most = max(map(len, places))
-    dots: Any = [(layer, place) for layer, of_layer in enumerate(places) for place in range(len(of_layer))]
-    ax.scatter(*zip(*dots, strict=True), s=2.0 if most <= 32 else 0.4, color=frame.INK, linewidths=0, zorder=3)
+    x = np.repeat(np.arange(len(places)), [len(of_layer) for of_layer in places])
+    ax.scatter(x, np.concatenate(places), s=2.0 if most <= 32 else 0.4, color=frame.INK, linewidths=0, zorder=3)
     ax.set_xlim(-0.15, len(places) - 0.85)
     ax.set_ylim(most - 0.3, -0.7)
     ax.set_yticks([])

@@ -110,6 +110,22 @@ def test_relatives_are_nearest_in_the_published_similarities() -> None:
 
 
 @pytest.mark.slow
+def test_language_experts_in_a_short_form(tmp_path: Path) -> None:
+    results = short_form("language_experts", tmp_path, "--draws", "1")
+    rules = results["rules"]
+    assert list(rules) == ["equal numbers", "LAPE, 1% of experts", "LAPE, 10% of experts"]
+    assert len(rules["equal numbers"]) == 10
+    assert list(rules["LAPE, 1% of experts"]) == ["arb_Arab"]  # 1 of 128 experts
+    for found in rules.values():
+        for row in found.values():
+            own, low, high = row["own"]
+            assert low < own < high
+            assert row["p"] in (0.5, 1)
+    hit = [code for code, row in rules["equal numbers"].items() if max(row["row"]) == row["own"][0]]
+    assert len(hit) == 9
+
+
+@pytest.mark.slow
 def test_alignment_in_a_short_form(tmp_path: Path) -> None:
     results = short_form("alignment", tmp_path, "--steps", "3", "--seeds", "1")
     (dense,), (sparse,) = results["models"]["dense"], results["models"]["sparse"]
@@ -132,6 +148,7 @@ MARKS: dict[str, Callable[[Any], tuple[str, str]]] = {
     "upcycling": lambda module: (module.BEGIN, module.END),
     "upcycling_text": lambda module: (module.BEGIN, module.END),
     "similarity": lambda module: (module.FIRST, module.LAST),
+    "language_experts": lambda module: (module.FIRST, module.LAST),
     "alignment": lambda module: (module.FIRST, module.LAST),
     "swapping": lambda module: (module.BEGIN, module.END),
 }
@@ -139,6 +156,7 @@ SHOWN = {
     "upcycling": "training.md",
     "upcycling_text": "training.md",
     "similarity": "alignment.md",
+    "language_experts": "find-experts.md",
     "alignment": "alignment.md",
     "swapping": "merging.md",
 }
@@ -148,7 +166,7 @@ SHOWN = {
 def test_the_page_shows_the_committed_results(name: str) -> None:
     module = script(name)
     results = json.loads((FOLDER / "results" / f"{name}.json").read_text())
-    if name != "similarity":  # one model, no seeds
+    if name not in ("similarity", "language_experts"):  # one model, no seeds
         seeds = next(iter((results.get("settings") or results.get("models") or {"": results.get("seeds")}).values()))
         assert len(seeds) == 3
     page = (ROOT / "docs" / SHOWN[name]).read_text(encoding="utf-8")
