@@ -144,6 +144,17 @@ def test_swapping_in_a_short_form(tmp_path: Path) -> None:
     assert all(found["answer"] != shipped["answer"] for found in seed.values())  # one step moves every model
 
 
+@pytest.mark.slow
+def test_adapters_in_a_short_form(tmp_path: Path) -> None:
+    (seed,) = short_form("adapters", tmp_path, "--steps", "3", "--seeds", "1")["seeds"]
+    shipped = seed.pop("the shipped model")
+    assert all(found["loss"] != shipped["loss"] for found in seed.values())  # three steps move every model
+    mixed = [seed[name]["trainable"] for name in script("adapters").MIXED]
+    assert len(set(mixed)) == 1
+    large, shards, small = (seed[name]["trainable"] for name in script("adapters").SHARED)
+    assert large == 8 * shards == 8 * small
+
+
 MARKS: dict[str, Callable[[Any], tuple[str, str]]] = {
     "upcycling": lambda module: (module.BEGIN, module.END),
     "upcycling_text": lambda module: (module.BEGIN, module.END),
@@ -151,6 +162,7 @@ MARKS: dict[str, Callable[[Any], tuple[str, str]]] = {
     "language_experts": lambda module: (module.FIRST, module.LAST),
     "alignment": lambda module: (module.FIRST, module.LAST),
     "swapping": lambda module: (module.BEGIN, module.END),
+    "adapters": lambda module: (module.BEGIN, module.END),
 }
 SHOWN = {
     "upcycling": "training.md",
@@ -159,6 +171,7 @@ SHOWN = {
     "language_experts": "find-experts.md",
     "alignment": "alignment.md",
     "swapping": "merging.md",
+    "adapters": "adapters.md",
 }
 
 
