@@ -109,7 +109,10 @@ class Layout:
         single = {self.places[name].expert for name in experts}
         packed = [name for name in experts if self.places[name].expert is None]
         if packed and any(self.checkpoint.shape(name)[0] != number for name in packed):
-            raise ValueError(f"{packed[0]} has no axis of {number} experts: they cannot be told apart")
+            raise ValueError(
+                f"{packed[0]} has no axis of {number} experts, so they cannot be told apart: use swap_layers, which "
+                "moves whole blocks"
+            )
         if not packed and single != set(range(number)):
             raise ValueError(f"{block} has a router of {number} experts and tensors of {len(single)}: it is incomplete")
         return number
