@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +26,16 @@ from harness.adapted_models import (
 from torch import Tensor
 
 import moe_route as mr
-from moe_route.training import STAGES, AdaptedModel, AdapterConfig, AdapterError, ShardPool, add_adapters, freeze
+from moe_route.training import (
+    STAGES,
+    AdaptedModel,
+    AdapterConfig,
+    AdapterError,
+    ShardPool,
+    add_adapters,
+    freeze,
+    load_adapters,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -471,10 +481,31 @@ def test_a_config_that_does_not_fit_the_model_is_refused(options: dict[str, Any]
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_adapters_on_adapters_are_refused() -> None:
+@pytest.mark.parametrize("second", ["none", "token", "sequence", "group", "shards by token"])
+def test_two_sets_of_adapters_add_up(name: str, second: str, tmp_path: Path) -> None:
+    first = adapted_model(name)
+    before = logits(first)
+    added = add_adapters(first.model, CONFIGS[second])
+    assert torch.equal(logits(first), before)
+    as_trained(added)
+    assert first.adapter_parameters().keys().isdisjoint(added.adapter_parameters())
+    assert {p for p in first.model.parameters() if p.requires_grad} == set(added.adapter_parameters().values())
+    both = logits(first)
+    assert not torch.allclose(both, before, atol=1e-2)
+    added.save(tmp_path / "second.safetensors")
+    added.remove()
+    assert torch.equal(logits(first), before)
+    again = load_adapters(first.model, tmp_path / "second.safetensors")
+    assert torch.equal(logits(first), both)
+    with first.disabled():
+        alone = load_adapters(model_of(), tmp_path / "second.safetensors")
+        torch.testing.assert_close(logits(first), logits(alone), rtol=0, atol=1e-6)
+    first.remove()
+    torch.testing.assert_close(logits(again), logits(alone), rtol=0, atol=1e-6)
+
+
+def test_a_model_with_adapters_is_not_upcycled() -> None:
     adapted = adapted_model("none")
-    with pytest.raises(AdapterError, match="has adapters already"):
-        add_adapters(adapted.model, CONFIGS["token"])
     with pytest.raises(mr.training.UpcyclingError, match="has adapters"):
         mr.training.upcycle(adapted.model, families={"eng": "a", "swh": "b"})
 

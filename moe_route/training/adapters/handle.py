@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -24,10 +25,10 @@ from moe_route.training.adapters.factors import OwnFactors, PooledFactors, Pools
 from moe_route.training.adapters.layers import LinearLayer, adapted_layers
 from moe_route.training.adapters.mixture import AdapterRouter, LowRankMixture
 
-__all__ = ["KIND", "AdaptedModel", "ParameterCount", "add_adapters", "load_adapters"]
+__all__ = ["AdaptedModel", "ParameterCount", "adapter_names", "add_adapters", "load_adapters"]
 
-KIND = "adapters"
-_CHILD, _POOLS = "adapter", "adapter_pools"  # names of the modules that are added
+_KIND = "adapters"
+_CHILD, _POOLS = "adapter", "adapter_pools"  # names of the modules that are added; a second set is "adapter_2"
 
 
 class ParameterCount(NamedTuple):
@@ -54,6 +55,8 @@ class AdaptedModel:
         self._state = CallState(config)
         self._adapted = adapted_layers(model, config)
         self.layers = tuple(layer.name for layer in self._adapted)
+        self._suffix = _free_suffix(model, self._adapted)
+        self._pools: dict[str, Pools] = {}
         self._mixtures: list[LowRankMixture] = []
         self._changes: list[Change] = []
         self._trained_before = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -134,7 +137,9 @@ class AdaptedModel:
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of adapters, routers and pools, by their names in the model."""
-        return {name: p for name, p in self.model.named_parameters() if is_of_adapters(name)}
+        return {
+            name: p for prefix, module in self._modules(self._suffix) for name, p in module.named_parameters(prefix)
+        }
 
     # ---- take out
 
@@ -188,8 +193,8 @@ class AdaptedModel:
             self._changes[-1].remove()
             self._changes.pop()
         for layer in self._adapted:
-            layer.module._modules.pop(_CHILD, None)
-        self.model._modules.pop(_POOLS, None)
+            layer.module._modules.pop(_CHILD + self._suffix, None)
+        self.model._modules.pop(_POOLS + self._suffix, None)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._trained_before.get(name, parameter.requires_grad))
         return self.model
@@ -206,16 +211,30 @@ class AdaptedModel:
 
         The file is written whole, then renamed. `load_adapters` reads it.
         """
-        tensors = {name: p.detach() for name, p in self.adapter_parameters().items()}
-        tensors |= {name: b for name, b in self.model.named_buffers() if is_of_adapters(name)}
         header = {"config": self.config.as_dict(), "layers": list(self.layers), "model": type(self.model).__name__}
-        files.write(path, tensors, header, KIND)
+        files.write(path, self._tensors(), header, _KIND)
+
+    def _modules(self, suffix: str) -> Iterator[tuple[str, nn.Module]]:
+        """What was added to the model, each module with its name in a model whose adapters have this suffix."""
+        for layer, mixture in zip(self._adapted, self._mixtures, strict=True):
+            yield f"{layer.name}.{_CHILD}{suffix}", mixture
+        for key, pools in self._pools.items():
+            yield f"{_POOLS}{suffix}.{key}", pools
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers by their names in a file."""
+        return {
+            name: tensor.detach()
+            for prefix, module in self._modules("")
+            for named in (module.named_parameters(prefix), module.named_buffers(prefix))
+            for name, tensor in named
+        }
 
     # ---- making
 
     def _install(self) -> None:
         generator = torch.Generator().manual_seed(self.config.seed)
-        pools = self._make_pools(generator)
+        pools = self._pools = self._make_pools(generator)
         blocks: dict[str, BlockInput] = {}
         drawn = dict.fromkeys(pools, 0)
         for number, layer in enumerate(self._adapted):
@@ -237,7 +256,7 @@ class AdaptedModel:
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         if pools:
-            self.model.add_module(_POOLS, nn.ModuleDict(pools).train(self.model.training))
+            self.model.add_module(_POOLS + self._suffix, nn.ModuleDict(pools).train(self.model.training))
         self._hook(blocks)
 
     def _make_pools(self, generator: torch.Generator) -> dict[str, Pools]:
@@ -258,7 +277,7 @@ class AdaptedModel:
 
     def _hook(self, blocks: dict[str, BlockInput]) -> None:
         for layer, mixture in zip(self._adapted, self._mixtures, strict=True):
-            layer.module.add_module(_CHILD, mixture)
+            layer.module.add_module(_CHILD + self._suffix, mixture)
             self._change(ForwardHook(layer.module, mixture.add))
         readers = [] if self.config.router == "none" else call_readers(self.model, self.layers)
         for module, reader in readers:
@@ -280,13 +299,12 @@ def add_adapters(model: nn.Module, config: AdapterConfig) -> AdaptedModel:
     The model itself is changed, by hooks; its weights keep their names and values. At the start it computes what it did
     before, since B is zero. Adapters are kept in float32.
 
-    Raises `AdapterError` for a config that does not fit the model, and for a model that has adapters already or that is
-    attached.
+    A model may get several sets of adapters: what they add is summed, and the latest set is the one that is trained.
+
+    Raises `AdapterError` for a config that does not fit the model, which is then as before.
     """
     if not isinstance(config, AdapterConfig):
         raise TypeError(f"an AdapterConfig is needed, not {type(config).__name__}")
-    if any(is_of_adapters(name) for name, _ in model.named_parameters()):
-        raise AdapterError("the model has adapters already: merge() or remove() them first")
     if config.router == "sequence" and config.pooling == "mean":
         _refuse_causal(model)
     return AdaptedModel(model, config)
@@ -298,7 +316,7 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str]) -> AdaptedMode
     Raises `AdapterError` for a model whose layers have other names or sizes, which is then as before, and
     `FileRefusedError` for a damaged or foreign file.
     """
-    tensors, header = files.read(path, KIND, framework="torch")
+    tensors, header = files.read(path, _KIND, framework="torch")
     adapted = add_adapters(model, AdapterConfig.from_dict(header.get("config", {})))
     try:
         _fill(adapted, tensors, header, path)
@@ -308,14 +326,20 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str]) -> AdaptedMode
     return adapted
 
 
-def is_of_adapters(name: str) -> bool:
-    """Whether a parameter or buffer of this dotted name belongs to adapters."""
-    return f".{_CHILD}." in name or name.startswith(f"{_POOLS}.") or f".{_POOLS}." in name
+def adapter_names(model: nn.Module) -> set[str]:
+    """Names of the parameters of all adapters, routers and pools of a model."""
+    added = [(name, each) for name, each in model.named_modules() if isinstance(each, (LowRankMixture, Pools))]
+    return {name for prefix, module in added for name, _ in module.named_parameters(prefix)}
+
+
+def _free_suffix(model: nn.Module, layers: Sequence[LinearLayer]) -> str:
+    taken = set(model._modules).union(*(layer.module._modules for layer in layers))
+    numbered = (f"_{number}" for number in itertools.count(2))
+    return next(each for each in itertools.chain([""], numbered) if not {_CHILD + each, _POOLS + each} & taken)
 
 
 def _fill(adapted: AdaptedModel, tensors: dict[str, Tensor], header: dict[str, Any], path: Any) -> None:
-    own: dict[str, Tensor] = dict(adapted.adapter_parameters())
-    own |= {name: b for name, b in adapted.model.named_buffers() if is_of_adapters(name)}
+    own = adapted._tensors()
     shapes = {name: list(tensor.shape) for name, tensor in own.items()}
     if shapes != {name: list(tensor.shape) for name, tensor in tensors.items()}:
         raise AdapterError(

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from moe_route.training.adapters.config import AdapterError
-from moe_route.training.adapters.handle import is_of_adapters
+from moe_route.training.adapters.handle import adapter_names
 
 __all__ = ["PARTS", "STAGES", "Stage", "freeze"]
 
@@ -72,9 +72,9 @@ def _parts(model: nn.Module) -> dict[str, str]:
     of_embeddings = {id(p) for p in embeddings.parameters()} if isinstance(embeddings, nn.Module) else set()
     prefix = getattr(model, "base_model_prefix", "")
     has_head = bool(prefix) and isinstance(getattr(model, prefix, None), nn.Module)
-    parts = {}
+    of_adapters, parts = adapter_names(model), {}
     for name, parameter in model.named_parameters():
-        if is_of_adapters(name):
+        if name in of_adapters:
             parts[name] = "routers" if ".router." in name else "adapters"
         elif id(parameter) in of_embeddings:
             parts[name] = "embeddings"
