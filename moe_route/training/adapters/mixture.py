@@ -113,12 +113,17 @@ class LowRankMixture(nn.Module):
         assert self.block is not None
         text, call = self.state.text, self.block.sequences().call
         if text is not None and call.past_length > 0:
-            self._route(self.block.no_tokens(), self.block.no_rows())  # nothing is decided, and so nothing counted
+            if self._is_watched():  # an attached model must see its routers run in every call
+                self._route(self.block.no_tokens(), self.block.no_rows())  # nothing is decided, so nothing is counted
             return text.weights[self.number]
         weights = self._route(self.block.of_sequences(), self.block.first_rows())
         if text is not None and not recomputing():
             text.weights[self.number] = weights
         return weights
+
+    def _is_watched(self) -> bool:
+        """Whether the router is attached to, by a hook or by another forward."""
+        return bool(self.router is not None and self.router._forward_hooks) or type(self.router) is not AdapterRouter
 
     def _route(self, read: Tensor, rows: Tensor | None) -> Tensor:
         """Route [N, H]; `rows` are the tokens that this decides for. Returns [N, n], zero where not chosen."""
