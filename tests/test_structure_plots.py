@@ -116,6 +116,13 @@ def test_expert_flow_moves_the_rare_of_many_experts_together():
     assert [curve[0, 1] for curve in lines.get_segments()] == pytest.approx([2**0.5, 1, 0])
 
 
+def test_a_reference_of_the_same_color_is_drawn_in_ink():
+    found = flowing(rus_Cyrl=[[1, 2, 0]] * 2, deu_Latn=[[0, 1, 1]] * 2)
+    assert len({style["color"] for style in plots.styles(found.groups).values()}) == 1
+    (ax,) = plots.expert_flow(found, reference="rus_Cyrl")
+    assert {color for *_, color in widths(ax)} == {"#009e73", "#333333", "#b8b8b8"}
+
+
 def test_expert_flow_refuses_what_has_no_flow():
     found = flowing(eng_Latn=[[1, 2, 0]], deu_Latn=[[0, 1, 1]])
     with pytest.raises(ValueError, match="1 or more"):

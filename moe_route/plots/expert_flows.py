@@ -22,6 +22,7 @@ _COMMON = "#b8b8b8"
 _WIDEST = 0.08  # of the height of a panel, the largest flow
 _FULLEST = 0.7  # of the height of a panel, all flows between two layers
 _MANY = 32  # experts per layer from which on the places of rare ones are closer together
+_WIDE = 5.0  # inches, from which on the legend fits into a line
 _CURVE = np.linspace(0.0, 1.0, 24)
 
 
@@ -71,33 +72,44 @@ def expert_flow(
     pairs = [(shares[name], shares[reference or name]) for name in wanted]
     kept = [_largest(np.maximum(*pair), flows) for pair in pairs]
     columns = columns or min(len(wanted), 2 if (frame.column() or 6.4) < 5 else 3)
-    rows = -(-len(wanted) // columns)
-    figure = frame.new_figure(6.4, 4.0)
-    of_panel = 0.68 * figure.get_figwidth() / max(columns, 2)
-    legend = 0 if reference is None else 1 if figure.get_figwidth() > 5 else 3
-    figure.set_figheight(rows * of_panel + (2 * rows + 4 + legend) * 1.4 * frame.points("medium") / 72)
-    axes = frame.panels(figure, len(wanted), columns)
-    scale = _points_per_share(pairs, kept, 72 * of_panel)
+    axes, height = _panels(len(wanted), columns, reference is not None)
+    scale = _points_per_share(pairs, kept, height)
     places = _places(found, wanted if reference is None else [reference])
     color = {name: style["color"] for name, style in styles(shares).items()}
+    if reference is not None and color[reference] in [color[name] for name in wanted]:
+        color[reference] = frame.INK  # languages of two scripts may share a color
+    of_all = []
     for ax, name, pair, shown in zip(axes, wanted, pairs, kept, strict=True):
         _draw(ax, places, pair, shown, (color[name], color[reference or name]), scale)
+        of_all.append(float((pair[0] * shown).sum((1, 2)).mean()))
         label = frame.label_of(name, labels)
         if reference is not None:
             label += f": {np.minimum(*pair).sum((1, 2)).mean():.0%} in common"
-        _frame(ax, places, frame.wrapped(label, 0.8 * figure.get_figwidth() / columns))
+        _frame(ax, places, frame.wrapped(label, 0.8 * frame.figure_of(ax).get_figwidth() / columns))
     frame.label_outer(axes, columns)
-    by = "" if reference is None else f" in {frame.label_of(reference, labels)}"
-    of_all = [float((mine * shown).sum((1, 2)).mean()) for (mine, _), shown in zip(pairs, kept, strict=True)]
+    by = None if reference is None else frame.label_of(reference, labels)
     note = f"the {flows} largest flows between two layers, {min(of_all):.0%} to {max(of_all):.0%} of all"
-    title = frame.wrapped("\n".join(filter(None, (title, note))), 0.9 * figure.get_figwidth())
-    figure.suptitle(title, fontsize="medium", color=frame.INK)
-    side = frame.wrapped(f"experts of a layer, by frequency{by}", 0.75 * figure.get_figheight())
-    figure.supylabel(side, fontsize="medium", multialignment="center")
-    if reference is not None:
-        own = [color[name] for name in wanted]
-        _legend(figure, own, color[reference], frame.label_of(reference, labels))
+    _explain(frame.figure_of(axes[0]), "\n".join(filter(None, (title, note))), by)
+    if by is not None:
+        _legend(frame.figure_of(axes[0]), [color[name] for name in wanted], color[reference or ""], by)
     return axes
+
+
+def _panels(number: int, columns: int, legend: bool) -> tuple[list[Axes], float]:
+    """Panels that stay as high in a narrow column, and the height of one in points."""
+    rows = -(-number // columns)
+    figure = frame.new_figure(6.4, 4.0)
+    height = 0.68 * figure.get_figwidth() / max(columns, 2)
+    lines = 2 * rows + 4 + (0 if not legend else 1 if figure.get_figwidth() > _WIDE else 3)
+    figure.set_figheight(rows * height + lines * 1.4 * frame.points("medium") / 72)
+    return frame.panels(figure, number, columns), 72 * height
+
+
+def _explain(figure: Figure, title: str, reference: str | None) -> None:
+    figure.suptitle(frame.wrapped(title, 0.9 * figure.get_figwidth()), fontsize="medium", color=frame.INK)
+    side = f"experts of a layer, by frequency{'' if reference is None else f' in {reference}'}"
+    side = frame.wrapped(side, 0.75 * figure.get_figheight())
+    figure.supylabel(side, fontsize="medium", multialignment="center")
 
 
 def _shares(found: RoutingStatistics, group: str) -> np.ndarray:
@@ -205,7 +217,7 @@ def _legend(figure: Figure, own: list[str], of_reference: str, reference: str) -
         ["in common", "more in this group", f"more in {reference}"],
         handler_map={tuple: HandlerTuple(ndivide=None, pad=0.0)},
         loc="outside lower center",
-        ncols=3 if figure.get_figwidth() > 5 else 1,
+        ncols=3 if figure.get_figwidth() > _WIDE else 1,
         frameon=False,
         fontsize="medium",
     )
