@@ -87,14 +87,13 @@ def test_expert_flow_draws_the_difference_from_a_reference():
     gray = "#b8b8b8"
     drawn = widths(ax)
     # Places are by frequency in English: experts 1, 2 and 0 of the three layers are first.
-    assert drawn[(0, 0), (1, 0), english] == pytest.approx(
-        1.5 * drawn[(0, 0), (1, 0), gray]
-    )  # 3 of 4, in common 2 of 4
+    # 3 of 4 in English, 2 of 4 in common
+    assert drawn[(0, 0), (1, 0), english] == pytest.approx(1.5 * drawn[(0, 0), (1, 0), gray])
     assert drawn[(0, 1), (1, 2), german] == pytest.approx(drawn[(0, 0), (1, 0), gray])  # 2 of 4, and none in English
     assert drawn[(0, 1), (1, 2), gray] == 0
     assert drawn[(0, 1), (1, 1), english] > drawn[(0, 1), (1, 1), gray] == 0
     assert ax.get_title() == "German: 50% in common"
-    assert "flow\nthe 20 largest flows between two layers, 100% to 100% of all" in ax.figure.get_suptitle()
+    assert "flow\nthe 10 largest flows between two layers, 100% to 100% of all" in ax.figure.get_suptitle()
 
 
 def test_expert_flow_without_a_reference_draws_every_group():
@@ -103,6 +102,25 @@ def test_expert_flow_without_a_reference_draws_every_group():
     assert [ax.get_title() for ax in axes] == ["English", "Deutsch"]
     assert [len(widths(ax)) for ax in axes] == [2, 2]  # one flow between two layers
     assert "75% to 100% of all" in axes[0].figure.get_suptitle()
+
+
+def test_expert_flow_moves_the_rare_of_many_experts_together():
+    counts = np.zeros((1, 2, 40), np.int64)
+    counts[0, :, :3] = [3, 2, 1]
+    found = RoutingStatistics.from_token_sums(("x",), counts=counts, tokens=counts.sum(-1), top_k=1, num_experts=40)
+    pairs = np.zeros((1, 1, 40, 40), np.int64)
+    pairs[0, 0, range(3), range(3)] = [3, 2, 1]
+    found.accumulated = {"transitions": pairs}
+    (ax,) = plots.expert_flow(found)
+    (lines,) = [each for each in ax.collections if hasattr(each, "get_segments")]
+    assert [curve[0, 1] for curve in lines.get_segments()] == pytest.approx([2**0.5, 1, 0])
+
+
+def test_a_reference_of_the_same_color_is_drawn_in_ink():
+    found = flowing(rus_Cyrl=[[1, 2, 0]] * 2, deu_Latn=[[0, 1, 1]] * 2)
+    assert len({style["color"] for style in plots.styles(found.groups).values()}) == 1
+    (ax,) = plots.expert_flow(found, reference="rus_Cyrl")
+    assert {color for *_, color in widths(ax)} == {"#009e73", "#333333", "#b8b8b8"}
 
 
 def test_expert_flow_refuses_what_has_no_flow():

@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import moe_route as mr
-from moe_route.data.batches import Batch, Text, encode, padded_batches
+from moe_route.data.batches import Batch, encode, padded_batches, texts_of
 from moe_route.languages import language_name
 from moe_route.recording import RoutingStatistics
 
@@ -154,49 +155,34 @@ def train(model: Any, batches: list[tuple[Tensor, list[str]]], plan: mr.Plan | N
     return time.perf_counter() - start
 
 
-class HeldOut(NamedTuple):
-    """Held-out sentences as padded batches."""
-
-    batches: list[Batch]
-
-    @classmethod
-    def of(cls, tokenizer: Any, text: mr.data.Corpus) -> HeldOut:
-        texts = [
-            Text(code, item, line) for code in LANGUAGES for item, line in zip(text.items, text[code], strict=True)
-        ]
-        encoded = encode(tokenizer, texts, limit=LONGEST)
-        return cls(list(padded_batches(tokenizer, encoded, batch_size=BATCH, device="cpu")))
-
-    @torch.no_grad()
-    def nats(self, model: Any, routed: mr.RoutedModel | None = None) -> dict[str, float]:
-        """Nats per token in each language."""
-        total, tokens = dict.fromkeys(LANGUAGES, 0.0), dict.fromkeys(LANGUAGES, 0)
-        for batch in self.batches:
-            groups = [text.group for text in batch.texts]
-            if routed is None:
-                logits = model(**batch.inputs, use_cache=False).logits
-            else:
-                with routed.labels(groups=groups):
-                    logits = model(**batch.inputs, use_cache=False).logits
-            ids, real = batch.inputs["input_ids"][:, 1:], batch.inputs["attention_mask"][:, 1:]
-            each = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids, reduction="none") * real
-            for group, nats, count in zip(groups, each.sum(1).tolist(), real.sum(1).tolist(), strict=True):
-                total[group] += nats
-                tokens[group] += count
-        return {code: total[code] / tokens[code] for code in LANGUAGES}
+def held_out_batches(tokenizer: Any, text: mr.data.Corpus) -> list[Batch]:
+    encoded = encode(tokenizer, texts_of(text), limit=LONGEST)
+    return list(padded_batches(tokenizer, encoded, batch_size=BATCH, device="cpu"))
 
 
-def measure(model: Any, held_out: HeldOut, plan: mr.Plan | None, sparse: bool) -> dict[str, Any]:
+@torch.no_grad()
+def nats_of(model: Any, batches: list[Batch], routed: mr.RoutedModel | None = None) -> dict[str, float]:
+    """Nats per token in each language."""
+    total, tokens = dict.fromkeys(LANGUAGES, 0.0), dict.fromkeys(LANGUAGES, 0)
+    for batch in batches:
+        groups = [text.group for text in batch.texts]
+        with nullcontext() if routed is None else routed.labels(groups=groups):
+            logits = model(**batch.inputs, use_cache=False).logits
+        ids, real = batch.inputs["input_ids"][:, 1:], batch.inputs["attention_mask"][:, 1:]
+        each = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids, reduction="none") * real
+        for group, nats, count in zip(groups, each.sum(1).tolist(), real.sum(1).tolist(), strict=True):
+            total[group] += nats
+            tokens[group] += count
+    return {code: total[code] / tokens[code] for code in LANGUAGES}
+
+
+def measure(model: Any, held_out: list[Batch], plan: mr.Plan | None, sparse: bool) -> dict[str, Any]:
     """Loss on held-out text, and the routing of a sparse model."""
     model.eval()
     if not sparse:
-        return loss_of(held_out.nats(model))
-    with mr.attach(model) as routed, routed.record() as recorder:
-        if plan is None:
-            nats = held_out.nats(model, routed)
-        else:
-            with routed.steer(plan):
-                nats = held_out.nats(model, routed)
+        return loss_of(nats_of(model, held_out))
+    with mr.attach(model) as routed, routed.record() as recorder, nullcontext() if plan is None else routed.steer(plan):
+        nats = nats_of(model, held_out, routed)
     return {**loss_of(nats), **routing_of(recorder.statistics())}
 
 
@@ -263,7 +249,7 @@ def one_seed(seed: int, steps: int, folder: Path | None) -> dict[str, Any]:
     torch.set_num_threads(1)  # a process per seed
     training, rest = corpus(folder)
     tokenizer = train_tokenizer(training)
-    held_out, windows = HeldOut.of(tokenizer, rest), Windows(tokenizer, training, seed)
+    held_out, windows = held_out_batches(tokenizer, rest), Windows(tokenizer, training, seed)
     cost = flops(len(tokenizer))
     longer = round(steps * flops(len(tokenizer), 2, 2) / cost)
     first, more = ([windows.batch() for _ in range(number)] for number in (steps, longer))

@@ -102,8 +102,8 @@ class Layout:
         shapes = [shape for name in names if len(shape := self.checkpoint.shape(name)) == 2 and shape[0] > 1]
         if not shapes:
             raise ValueError(
-                f"{block} has experts and no router that is known here (gate, router), so they cannot be told apart: use "
-                "swap_layers, which moves whole blocks"
+                f"{block} has experts and no router that is known here (gate, router), so they cannot be told apart: "
+                "use swap_layers, which moves whole blocks"
             )
         number = shapes[0][0]
         experts = [n for n, place in self.places.items() if place.block == block and place.part == "experts"]
