@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,6 @@ from seeds import add_outputs, interval, span, told, write
 
 import moe_route as mr
 from moe_route.training import STAGES, AdaptedModel, AdapterConfig, ShardPool, add_adapters, freeze
-from moe_route.training.adapters.stages import PARTS
 from moe_route.workload import LanguageModel, Text
 
 HELD_OUT, BATCH = 24, 16  # sentences of each language; texts of a step
@@ -37,10 +37,11 @@ def lora(rank: int, **options: Any) -> AdapterConfig:
 
 
 LORA, LARGE, SMALL = "LoRA, rank 20", "LoRA, rank 16", "LoRA, rank 2"
+BY_SEQUENCE = "8 by sequence, first token"
 MIXED = {
     LORA: lora(20),
     "8 by token": lora(2, experts=8, router="token"),
-    "8 by sequence, first token": lora(2, experts=8, router="sequence"),
+    BY_SEQUENCE: lora(2, experts=8, router="sequence"),
     "8 by sequence, prefix": lora(2, experts=8, router="sequence", pooling="prefix"),
     "10 by language": lora(2, router="group", groups=LANGUAGES),
 }
@@ -49,38 +50,37 @@ SHARED = {
     "shards, rank 8 for 2": lora(8, pool=ShardPool(rank=2)),
     SMALL: lora(2),
 }
-ORDERED = {"joint": MIXED["8 by sequence, first token"], "in three stages": MIXED["8 by sequence, first token"]}
+# The shipped model has no head of its own: it shares its weights with the embeddings.
+STAGED = [tuple(part for part in stage.trains if part != "head") for stage in STAGES]
+ORDERED = {"joint": [("embeddings", "body", "adapters", "routers")], "in three stages": STAGED}
 
 
-def one(config: AdapterConfig, order: str, texts: Sequence[Text], held_out: Sequence[Text], steps: int, seed: int) -> Any:
-    """Train, and measure held-out loss by language."""
+def one(
+    config: AdapterConfig,
+    texts: Sequence[Text],
+    held_out: Sequence[Text],
+    steps: int,
+    seed: int,
+    stages: Sequence[tuple[str, ...]] = (),
+) -> dict[str, Any]:
+    """Train, in stages or adapters and routers only, and measure held-out loss by language."""
     started = time.perf_counter()
     language_model = LanguageModel.load()
-    adapted = add_adapters(language_model.model, AdapterConfig(**{**vars(config), "seed": seed}))
-    if order == "in three stages":
-        bounds = [round(number * steps / len(STAGES)) for number in range(len(STAGES) + 1)]
-        plan = [(stage.trains, end - start) for stage, start, end in zip(STAGES, bounds, bounds[1:], strict=False)]
-    else:
-        plan = [(PARTS[:2] + PARTS[3:] if order == "joint" else ("adapters",), steps)]
-    trained = 0
+    adapted = add_adapters(language_model.model, replace(config, seed=seed))
     torch.manual_seed(seed)
-    for parts, count in plan:
-        if order:
-            trained = max(trained, sum(freeze(adapted.model, [part for part in parts if part in kept(adapted)]).values()))
-        else:
-            trained = adapted.trainable_parameters().trainable
-        train(language_model, adapted, texts, count)
+    trained = []
+    for number in range(max(len(stages), 1)):
+        if stages:
+            freeze(adapted.model, stages[number])
+        trained.append(adapted.trainable_parameters().trainable)
+        first, last = (round(each * steps / max(len(stages), 1)) for each in (number, number + 1))
+        train(language_model, adapted, texts, last - first)
     language_model.model.eval()
     return {
-        "trainable": trained,
+        "trainable": max(trained),
         "seconds": time.perf_counter() - started,
         "loss": {language: loss(language_model, adapted, held_out, language) for language in LANGUAGES},
     }
-
-
-def kept(adapted: AdaptedModel) -> set[str]:
-    """Parts that the model has: its head shares its weights with the embeddings."""
-    return set(freeze(adapted.model, ["*"]))
 
 
 def train(language_model: LanguageModel, adapted: AdaptedModel, texts: Sequence[Text], steps: int) -> None:
@@ -120,12 +120,11 @@ def split(seed: int) -> tuple[list[Text], list[Text]]:
 
 def one_seed(seed: int, steps: int) -> dict[str, Any]:
     texts, held_out = split(seed)
-    results = {"the shipped model": one(lora(1), "", texts, held_out, 0, seed)}
-    results["the shipped model"]["trainable"] = 0
+    results = {"the shipped model": {**one(lora(1), texts, held_out, 0, seed), "trainable": 0}}
     for name, config in {**MIXED, **SHARED}.items():
-        results[name] = one(config, "", texts, held_out, steps, seed)
-    for name, config in ORDERED.items():
-        results[name] = one(config, name, texts, held_out, steps, seed)
+        results[name] = one(config, texts, held_out, steps, seed)
+    for name, stages in ORDERED.items():
+        results[name] = one(MIXED[BY_SEQUENCE], texts, held_out, steps, seed, stages)
     return results
 
 
