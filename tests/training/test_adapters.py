@@ -550,3 +550,19 @@ def test_a_layer_outside_the_model_is_refused() -> None:
     adapted = adapted_model("token")
     with pytest.raises(AdapterError, match="outside"):
         adapted.model.model.layers[0].self_attn.q_proj(torch.zeros(1, 2, 32))
+
+
+@pytest.mark.parametrize("part", ["model", "model.model"])
+def test_an_interrupted_call_leaves_nothing_behind(name: str, part: str) -> None:
+    adapted = adapted_model(name)
+    expected, given = logits(adapted), batch()
+    inner = adapted.model if part == "model" else adapted.model.model
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = adapted.model.model.layers[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), torch.no_grad(), adapted.labels("swh"):
+        inner(input_ids=given["input_ids"][:2, 3:], use_cache=True)
+    handle.remove()
+    assert torch.equal(logits(adapted), expected)

@@ -84,7 +84,7 @@ class CallState:
         self, reader: CallReader, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> None:
         """Begin a call, unless one is running and this is an inner part of it."""
-        if not self.enabled or recomputing() or (self._owner is not None and self._owner is not module):
+        if not self.enabled or recomputing() or self._is_inside(module):
             return
         call = reader(args, kwargs, lengths=self._lengths)
         if call is None:
@@ -111,6 +111,11 @@ class CallState:
         cache = getattr(output, "cache_params", None) if cache is None else cache
         if cache is not None and cache not in self._texts:
             self._keep(cache, text)
+
+    def _is_inside(self, module: nn.Module) -> bool:
+        """Whether a module is part of the one whose call runs. After an interrupt that one may have ended long ago."""
+        owner = self._owner
+        return owner is not None and owner is not module and any(each is module for each in owner.modules())
 
     # ---- parts of it
 
