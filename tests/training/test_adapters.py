@@ -338,6 +338,17 @@ def test_a_model_can_be_copied_and_pickled_after_a_step(name: str) -> None:
             assert torch.equal(copied(**batch()).logits, expected)
 
 
+@pytest.mark.parametrize("name", ["token", "sequence", "shards", "group"])
+def test_a_model_whose_weights_are_offloaded(name: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    expected, model = logits(adapted_model(name)), model_of()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.lm_head.weight.is_meta
+    adapted = add_adapters(model, CONFIGS[name])
+    as_trained(adapted)
+    assert torch.equal(logits(adapted), expected)
+
+
 @pytest.mark.slow
 def test_a_compiled_model_computes_the_same(name: str) -> None:
     adapted = adapted_model(name)
