@@ -51,7 +51,7 @@ class LinearLayer:
 
     @property
     def device(self) -> torch.device:
-        """The device that it runs on. An offloaded weight is on the meta device meanwhile, as is that of an empty model."""
+        """The device that it runs on. Offloaded weights, and those of empty models, are on the meta device."""
         return device_of(self.module) if hasattr(self.module, "_hf_hook") else self.weight.device
 
 
