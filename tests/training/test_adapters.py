@@ -35,6 +35,7 @@ from moe_route.training import (
     add_adapters,
     freeze,
     load_adapters,
+    own_expert_loss,
 )
 
 transformers = pytest.importorskip("transformers")
@@ -307,6 +308,27 @@ def test_a_balancing_loss_trains_the_routers(name: str) -> None:
     assert loss.item() == pytest.approx(3.0) if adapted.config.top_k is None else loss.item() > 2.0
     trained = {key for key, p in adapted.model.named_parameters() if p.grad is not None}
     assert trained >= {key for key in adapted.adapter_parameters() if ".router." in key}
+
+
+def test_routers_learn_the_labels_of_sequences() -> None:
+    """By the loss that teaches upcycled models their own expert."""
+    adapted = add_adapters(model_of(), CONFIGS["prefix"])
+    assert adapted.router_logits == {}
+    routers = [p for key, p in adapted.adapter_parameters().items() if ".router." in key]
+    optimizer = torch.optim.AdamW(routers, lr=0.05)
+    own = torch.tensor([2, 0, 2])[:, None].expand(3, 9).masked_fill(batch()["attention_mask"] == 0, -1).flatten()
+    losses = []
+    for _ in range(60):
+        adapted.model.train()(**batch())
+        assert list(adapted.router_logits) == list(adapted.layers)
+        loss = torch.stack([own_expert_loss(each, own) for each in adapted.router_logits.values()]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 < 1 < losses[0]
+    chosen = torch.stack([each.argmax(1) for each in adapted.router_logits.values()])
+    assert (chosen == own)[:, own >= 0].float().mean() > 0.9
 
 
 def test_stages_say_what_is_trained() -> None:
