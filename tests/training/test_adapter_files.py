@@ -171,6 +171,18 @@ def test_a_written_folder_loads_in_peft(name: str, kind: str, tmp_path: Path) ->
         torch.testing.assert_close(loaded(**batch()).logits, expected, rtol=0, atol=1e-6)
 
 
+def test_embeddings_are_written_to_peft_and_read_from_it(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    folder = peft_folder(tmp_path / "a", 1, r=4, target_modules=["q_proj", "embed_tokens"])
+    adapted = add_peft_folders(model_of(), [folder])
+    assert adapted.embeddings == ("model.embed_tokens",)
+    expected = peft.PeftModel.from_pretrained(model_of(), folder)(**batch()).logits
+    torch.testing.assert_close(logits(adapted), expected.detach(), rtol=0, atol=1e-5)
+    save_peft_folder(adapted, tmp_path / "b")
+    again = peft.PeftModel.from_pretrained(model_of(), tmp_path / "b")(**batch()).logits
+    torch.testing.assert_close(again.detach(), expected.detach(), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "kind"), [("none", "llama"), ("none", "gpt2"), ("shards", "llama"), ("group", "llama")]
 )
@@ -255,13 +267,13 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     save_file({key: tensor for key, tensor in tensors.items() if key != first}, weights)
     refused("half of a pair")
     save_file({**tensors, "base_model.model.lm_head.weight": torch.zeros(2, 2)}, weights)
-    refused("no factor of a linear layer")
+    refused("no factor of a layer")
     save_file(
         {key: tensor[:, :3].contiguous() if "lora_A" in key else tensor for key, tensor in tensors.items()}, weights
     )
     refused("has 32 inputs and 32 outputs, the LoRA 3 and 32")
     save_file({key.replace("q_proj", "w"): tensor for key, tensor in tensors.items()}, weights)
-    refused("no linear layer is named 'model.layers.0.self_attn.w'")
+    refused("no linear layer or embedding is named 'model.layers.0.self_attn.w'")
     weights.rename(folder / "adapter_model.bin")
     refused("pickled weights are not read")
     (folder / "adapter_config.json").write_text("{")

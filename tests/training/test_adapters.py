@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,41 @@ def test_a_group_takes_its_own_adapter() -> None:
         for group, rows in (("eng", [0, 2]), ("swh", [1])):
             with adapted.labels(group):
                 torch.testing.assert_close(adapted.model(**batch()).logits[rows], mixed[rows], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["none", "token", "sequence", "group", "shards by token"])
+def test_adapters_of_an_embedding(name: str, tmp_path: Path) -> None:
+    """Mixed by the softmax of trained numbers, or by group: the same as an embedding with other weights."""
+    config = replace(CONFIGS[name], target_modules=("embed_tokens",))
+    model = model_of()
+    before, own = logits(AdaptedModel(model_of(), CONFIGS["none"])), model.model.embed_tokens.weight.clone()
+    adapted = add_adapters(model, config)
+    assert adapted.embeddings == adapted.layers == ("model.embed_tokens",)
+    assert torch.equal(logits(adapted), before)
+    as_trained(adapted)
+    with torch.no_grad():
+        for key, parameter in adapted.adapter_parameters().items():
+            if key.endswith(".mix"):
+                parameter.copy_(torch.tensor([0.0, 1.0, -1.0]))
+    a, b = adapted.factors(0)
+    updates = a.transpose(1, 2) @ b * config.scale
+    weights = torch.softmax(torch.tensor([0.0, 1.0, -1.0]), 0) if config.routed else torch.ones(1)
+    found, plain = logits(adapted), model_of()
+    for row, group in enumerate(GROUPS):
+        chosen = updates[config.groups.index(group)] if config.groups else (updates * weights[:, None, None]).sum(0)
+        with torch.no_grad():
+            plain.model.embed_tokens.weight.copy_(own + chosen)
+            expected = plain(**batch()).logits[row]
+        torch.testing.assert_close(found[row], expected, rtol=0, atol=1e-5)
+    assert all(gradient.abs().max() > 0 for gradient in gradients(adapted).values())
+    adapted.model.eval()
+    adapted.save(tmp_path / "adapters.safetensors")
+    assert torch.equal(logits(load_adapters(model_of(), tmp_path / "adapters.safetensors")), found)
+    if not config.routed:
+        with torch.no_grad():
+            expected = found[0] if name == "group" else found
+            merged = adapted.merge("eng" if name == "group" else None)(**batch()).logits
+        torch.testing.assert_close(merged[0] if name == "group" else merged, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "first", "prefix"])
@@ -496,8 +532,8 @@ def test_pools_with_more_private_ranks_than_they_have_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_modules": ("q_proj", "w1")}, "no linear layer is named 'w1'; the model's are .*q_proj"),
-        ({"target_modules": r".*\.w1"}, "no linear layer is named"),
+        ({"target_modules": ("q_proj", "w1")}, "no linear layer or embedding is named 'w1'; the model's are .*q_proj"),
+        ({"target_modules": r".*\.w1"}, "no linear layer or embedding is named"),
         ({"target_modules": ("lm_head",), "router": "token", "experts": 2}, "'lm_head' stands in no block"),
         ({"router": "sequence", "experts": 2, "pooling": "mean"}, "every token would depend on those after it"),
         ({"pool": ShardPool(rank=2, shards=5)}, "shards=5 must divide both sizes"),

@@ -57,8 +57,9 @@ class AdapterConfig:
             sequence; refused for causal models, where it would show every token those that come after it.
         top_k: adapters mixed for each decision; None mixes all.
         renormalize: whether the weights of the `top_k` chosen are divided by their sum ("sum") or not ("none").
-        target_modules: names of linear layers, whole or from a dot on ("q_proj"); or one regular expression that the
-            whole name must match. None: every linear layer of the model's blocks, without routers and experts.
+        target_modules: names of linear layers or embeddings, whole or from a dot on ("q_proj"); or one regular
+            expression that the whole name must match. None: every linear layer of the model's blocks, without routers
+            and experts. Adapters of an embedding are mixed by numbers that are trained, and do not see the text.
         pool: gather the factors from shard pools; None: each adapter has factors of its own.
         alpha: scale of the adapters, divided by the rank.
         dropout: probability with which inputs of A are dropped in training.

@@ -22,8 +22,8 @@ from moe_route.training.adapters.block_input import BlockInput
 from moe_route.training.adapters.call_state import CallState, valid_tokens
 from moe_route.training.adapters.config import AdapterConfig, AdapterError
 from moe_route.training.adapters.factors import OwnFactors, PooledFactors, Pools
-from moe_route.training.adapters.layers import LinearLayer, adapted_layers
-from moe_route.training.adapters.mixture import AdapterRouter, LowRankMixture
+from moe_route.training.adapters.layers import AdaptedLayer, adapted_layers
+from moe_route.training.adapters.mixture import AdapterRouter, EmbeddingMixture, LowRankMixture
 
 __all__ = ["AdaptedModel", "ParameterCount", "adapter_names", "add_adapters", "load_adapters"]
 
@@ -47,7 +47,7 @@ class AdaptedModel:
     Attributes:
         model: the model. Train it, attach to it, generate with it.
         config: what the adapters are made of.
-        layers: dotted names of the adapted linear layers.
+        layers: dotted names of the adapted layers.
     """
 
     def __init__(self, model: nn.Module, config: AdapterConfig) -> None:
@@ -68,8 +68,13 @@ class AdaptedModel:
 
     @property
     def transposed(self) -> bool:
-        """Whether the adapted layers keep their weights as [in, out] (GPT-2)."""
-        return self._adapted[0].transposed
+        """Whether the adapted linear layers keep their weights as [in, out] (GPT-2)."""
+        return any(layer.transposed and not layer.is_embedding for layer in self._adapted)
+
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """Dotted names of the adapted embeddings, which are among `layers`."""
+        return tuple(layer.name for layer in self._adapted if layer.is_embedding)
 
     # ---- use
 
@@ -254,14 +259,17 @@ class AdaptedModel:
                 key = _pool_key(layer)
                 factors = PooledFactors(pools[key], self.config.experts, drawn[key], generator)
                 drawn[key] += self.config.experts
-            router, block = None, None
-            if self.config.router != "none" and layer.block:
-                block = blocks.setdefault(layer.block, BlockInput(layer.block, len(blocks), self._state))
-            if self.config.routed:
-                router = AdapterRouter.of(self.config, _hidden_size(self.model), generator, **place)
-            mixture = LowRankMixture(layer.name, number, self.config, factors, router, self._state, block)
-            mixture.train(layer.module.training)
-            self._mixtures.append(mixture)
+            mixture: LowRankMixture
+            if layer.is_embedding:
+                mixture = EmbeddingMixture(layer.name, number, self.config, factors, self._state, **place)
+            else:
+                router, block = None, None
+                if self.config.router != "none" and layer.block:
+                    block = blocks.setdefault(layer.block, BlockInput(layer.block, len(blocks), self._state))
+                if self.config.routed:
+                    router = AdapterRouter.of(self.config, _hidden_size(self.model), generator, **place)
+                mixture = LowRankMixture(layer.name, number, self.config, factors, router, self._state, block)
+            self._mixtures.append(mixture.train(layer.module.training))
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         if pools:
@@ -271,7 +279,7 @@ class AdaptedModel:
     def _make_pools(self, generator: torch.Generator) -> dict[str, Pools]:
         if self.config.pool is None:
             return {}
-        users: dict[str, list[LinearLayer]] = {}
+        users: dict[str, list[AdaptedLayer]] = {}
         for layer in self._adapted:
             users.setdefault(_pool_key(layer), []).append(layer)
         made = {}
@@ -288,7 +296,8 @@ class AdaptedModel:
         for layer, mixture in zip(self._adapted, self._mixtures, strict=True):
             layer.module.add_module(_CHILD + self._suffix, mixture)
             self._change(ForwardHook(layer.module, mixture.add))
-        readers = [] if self.config.router == "none" else call_readers(self.model, self.layers)
+        inside = [name for name in self.layers if name not in self.embeddings or self.config.router == "group"]
+        readers = [] if self.config.router == "none" else call_readers(self.model, inside)
         for module, reader in readers:
             self._change(ForwardPreHook(module, partial(self._state.enter, reader), with_kwargs=True))
             self._change(ForwardHook(module, self._state.leave, always_call=True))
@@ -341,7 +350,7 @@ def adapter_names(model: nn.Module) -> set[str]:
     return {name for prefix, module in added for name, _ in module.named_parameters(prefix)}
 
 
-def _free_suffix(model: nn.Module, layers: Sequence[LinearLayer]) -> str:
+def _free_suffix(model: nn.Module, layers: Sequence[AdaptedLayer]) -> str:
     taken = set(model._modules).union(*(layer.module._modules for layer in layers))
     numbered = (f"_{number}" for number in itertools.count(2))
     return next(each for each in itertools.chain([""], numbered) if not {_CHILD + each, _POOLS + each} & taken)
@@ -360,7 +369,7 @@ def _fill(adapted: AdaptedModel, tensors: dict[str, Tensor], header: dict[str, A
             tensor.copy_(tensors[name])
 
 
-def _pool_key(layer: LinearLayer) -> str:
+def _pool_key(layer: AdaptedLayer) -> str:
     inner, outer = layer.sizes
     return f"{layer.kind.replace('.', '-')}-{inner}x{outer}"
 

@@ -1,4 +1,4 @@
-"""Which linear layers of a model get adapters, their sizes, and the block of layers that each stands in."""
+"""Which layers of a model get adapters, their sizes, and the block of layers that each stands in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_route.modules.attributes import device_of
 from moe_route.routers import family_of
 from moe_route.training.adapters.config import AdapterConfig, AdapterError
 
-__all__ = ["LinearLayer", "adapted_layers"]
+__all__ = ["AdaptedLayer", "adapted_layers"]
 
 _ROUTING = ("gate", "router")
 # Layers that run again, at every step of a generation, on all tokens that the cache holds (latent attention).
@@ -20,8 +20,8 @@ _OF_CACHE = ("kv_b_proj",)
 
 
 @dataclass(frozen=True, eq=False)
-class LinearLayer:
-    """One linear layer of a model."""
+class AdaptedLayer:
+    """One linear layer or embedding of a model."""
 
     name: str
     module: nn.Module
@@ -33,9 +33,14 @@ class LinearLayer:
         return self.name.removeprefix(f"{self.block}.")
 
     @property
+    def is_embedding(self) -> bool:
+        """Whether its inputs are token ids."""
+        return isinstance(self.module, nn.Embedding)
+
+    @property
     def transposed(self) -> bool:
-        """Whether its weight is kept as [in, out] (GPT-2)."""
-        return type(self.module).__name__ == "Conv1D"
+        """Whether its weight is kept as [in, out] (embeddings, GPT-2)."""
+        return not isinstance(self.module, nn.Linear)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -55,16 +60,16 @@ class LinearLayer:
         return device_of(self.module) if hasattr(self.module, "_hf_hook") else self.weight.device
 
 
-def adapted_layers(model: nn.Module, config: AdapterConfig) -> list[LinearLayer]:
+def adapted_layers(model: nn.Module, config: AdapterConfig) -> list[AdaptedLayer]:
     """The layers that `config.target_modules` names, in the order of the model.
 
-    Raises `AdapterError` for a name that no linear layer has, and for layers whose rows a router cannot tell apart.
+    Raises `AdapterError` for a name that no such layer has, and for layers whose rows a router cannot tell apart.
     """
     modules = dict(model.named_modules())
-    linear = {name: module for name, module in modules.items() if _is_linear(module) and name}
-    chosen = [name for name in linear if _is_target(name, config, modules)]
-    _check_targets(config, list(linear), chosen)
-    layers = [LinearLayer(name, linear[name], _block_of(name, modules)) for name in chosen]
+    known = {name: module for name, module in modules.items() if _is_known(module) and name}
+    chosen = [name for name in known if _is_target(name, config, modules)]
+    _check_targets(config, list(known), chosen)
+    layers = [AdaptedLayer(name, known[name], _block_of(name, modules)) for name in chosen]
     for layer in layers if config.routed else ():
         why = _unroutable(layer, config)
         if why:
@@ -79,8 +84,10 @@ def _by_token(config: AdapterConfig) -> bool:
     return config.router == "token" or (config.router == "sequence" and config.pooling == "prefix")
 
 
-def _unroutable(layer: LinearLayer, config: AdapterConfig) -> str:
+def _unroutable(layer: AdaptedLayer, config: AdapterConfig) -> str:
     """Why no router can decide for the rows of a layer, or ""."""
+    if layer.is_embedding:
+        return ""  # it has no router
     if not layer.block:
         return "stands in no block"
     if _is_of_experts(layer.name):
@@ -90,7 +97,9 @@ def _unroutable(layer: LinearLayer, config: AdapterConfig) -> str:
     return ""
 
 
-def _is_linear(module: nn.Module) -> bool:
+def _is_known(module: nn.Module) -> bool:
+    if isinstance(module, nn.Embedding):
+        return type(module).forward is nn.Embedding.forward  # others scale what they look up
     return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and "weight" in module._parameters)
 
 
@@ -102,18 +111,22 @@ def _is_target(name: str, config: AdapterConfig, modules: dict[str, nn.Module]) 
         return any(name == target or name.endswith(f".{target}") for target in targets)
     if _by_token(config) and name.endswith(_OF_CACHE):
         return False
-    return bool(_block_of(name, modules)) and not _is_of_experts(name) and not _is_of_router(name, modules)
+    if isinstance(modules[name], nn.Embedding) or _is_of_experts(name) or _is_of_router(name, modules):
+        return False
+    return bool(_block_of(name, modules))
 
 
-def _check_targets(config: AdapterConfig, linear: list[str], chosen: list[str]) -> None:
+def _check_targets(config: AdapterConfig, names: list[str], chosen: list[str]) -> None:
     targets = config.target_modules
-    known = ", ".join(sorted({name.rpartition(".")[2] for name in linear})) or "none"
+    known = ", ".join(sorted({name.rpartition(".")[2] for name in names})) or "none"
     if not chosen:
-        raise AdapterError(f"no linear layer is named {targets!r}: the model's are {known}")
+        raise AdapterError(f"no linear layer or embedding is named {targets!r}: the model's are {known}")
     if isinstance(targets, tuple):
         for target in targets:
             if not any(name == target or name.endswith(f".{target}") for name in chosen):
-                raise AdapterError(f"target_modules: no linear layer is named {target!r}; the model's are {known}")
+                raise AdapterError(
+                    f"target_modules: no linear layer or embedding is named {target!r}; the model's are {known}"
+                )
 
 
 def _block_of(name: str, modules: dict[str, nn.Module]) -> str:

@@ -14,7 +14,7 @@ from moe_route.training.adapters.block_input import BlockInput
 from moe_route.training.adapters.call_state import CallState, recomputing
 from moe_route.training.adapters.config import AdapterConfig, AdapterError
 
-__all__ = ["AdapterRouter", "LowRankMixture"]
+__all__ = ["AdapterRouter", "EmbeddingMixture", "LowRankMixture"]
 
 
 class AdapterRouter(TopKRouter):
@@ -134,6 +134,45 @@ class LowRankMixture(nn.Module):
         if self.training and torch.is_grad_enabled() and not recomputing():
             self.state.decisions[self.number] = logits, ids
         return torch.zeros_like(logits).scatter_add(1, ids.long(), weights.to(logits.dtype))
+
+
+class EmbeddingMixture(LowRankMixture):
+    """The adapters of an embedding, whose inputs are token ids [B, S].
+
+    There are no hidden states yet that a router could read, so the weights of a mixture are the softmax of numbers that
+    are trained, the same for all tokens (MT4CrossOIE, arXiv 2308.06552 section 3.2).
+
+    Attributes:
+        mix: these numbers [n], zero at the start; None where adapters are not routed.
+    """
+
+    def __init__(
+        self, name: str, number: int, config: AdapterConfig, factors: nn.Module, state: CallState, **place: Any
+    ):
+        super().__init__(name, number, config, factors, None, state, None)
+        self.mix = nn.Parameter(torch.zeros(config.experts, **place)) if config.routed else None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """What the adapters add for token ids [...]: [..., d_out]."""
+        a, b = self.factors()
+        rows = F.embedding(ids, a.flatten(0, 1).t()).unflatten(-1, a.shape[:2])
+        rows = F.dropout(rows, self.config.dropout, self.training)
+        if self.config.router == "group":
+            rows = rows * self._one_hot(ids, len(a)).to(rows)
+        elif self.mix is not None:
+            rows = rows * self.mix.softmax(0)[:, None]
+        return F.linear(rows.flatten(-2), b.flatten(0, 1).t()) * self.config.scale
+
+    def _one_hot(self, ids: Tensor, experts: int) -> Tensor:
+        """1 for the adapter of each sequence, [n, 1] or [B, 1, ..., n, 1]."""
+        sequences = self.state.of_layer(self.name)
+        codes, call = sequences.codes, sequences.call
+        if isinstance(codes, int):
+            return F.one_hot(torch.tensor(codes, device=ids.device), experts)[:, None]
+        assert codes is not None  # enter() read them
+        if ids.shape[0] != call.batch:
+            raise AdapterError(_not_all(self.name, ids.shape[0], call.batch))
+        return F.one_hot(codes.to(ids.device), experts).reshape(call.batch, *[1] * (ids.dim() - 1), experts, 1)
 
 
 def _by_sequence(inputs: Tensor, batch: int, name: str) -> Tensor:

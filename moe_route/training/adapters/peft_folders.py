@@ -24,6 +24,8 @@ __all__ = ["add_peft_folders", "save_peft_folder"]
 
 _PREFIX = "base_model.model."
 _SETTINGS, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_KEYS = {False: ("lora_A.weight", "lora_B.weight"), True: ("lora_embedding_A", "lora_embedding_B")}  # of an embedding?
+_PARTS = {key: part for keys in _KEYS.values() for key, part in zip(keys, "AB", strict=True)}
 # Settings that change what an adapter computes, with the values that mean that it is plain LoRA.
 _PLAIN: Mapping[str, tuple[object, ...]] = {
     "bias": ("none", None),
@@ -119,8 +121,9 @@ def save_peft_folder(
     with torch.no_grad():
         for number, name in enumerate(adapted.layers):
             a, b = adapted.factors(number)
-            tensors[f"{_PREFIX}{name}.lora_A.weight"] = a[chosen].cpu().contiguous()
-            tensors[f"{_PREFIX}{name}.lora_B.weight"] = b[chosen].t().cpu().contiguous()
+            of_a, of_b = _KEYS[name in adapted.embeddings]
+            tensors[f"{_PREFIX}{name}.{of_a}"] = a[chosen].cpu().contiguous()
+            tensors[f"{_PREFIX}{name}.{of_b}"] = b[chosen].t().cpu().contiguous()
     config = getattr(adapted.model, "config", None)
     settings = {
         "peft_type": "LORA",
@@ -169,11 +172,10 @@ def _read(folder: Path) -> _Lora:
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, part = key.removeprefix(_PREFIX).rpartition(".lora_")
-        if not key.startswith(_PREFIX) or part not in ("A.weight", "B.weight") or tensor.dim() != 2:
-            raise AdapterError(
-                f"{weights} holds {key!r}, which is no factor of a linear layer: only plain LoRA is read"
-            )
-        parts.setdefault(name, {})[part[0]] = tensor.float()
+        part = f"lora_{part}"
+        if not key.startswith(_PREFIX) or part not in _PARTS or tensor.dim() != 2:
+            raise AdapterError(f"{weights} holds {key!r}, which is no factor of a layer: only plain LoRA is read")
+        parts.setdefault(name, {})[_PARTS[part]] = tensor.float()
     half = next((name for name, pair in parts.items() if len(pair) < 2), None)
     if half is not None or not parts:
         raise AdapterError(f"{weights} holds half of a pair of factors, or none ({half}): copy it again")
