@@ -267,6 +267,8 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     save_file({key: tensor for key, tensor in tensors.items() if key != first}, weights)
     refused("half of a pair")
     save_file({**tensors, "base_model.model.lm_head.weight": torch.zeros(2, 2)}, weights)
+    refused("brings a 'lm_head.weight' that is not the model's")
+    save_file({**tensors, "base_model.model.score.weight": torch.zeros(2, 2)}, weights)
     refused("no factor of a layer")
     save_file(
         {key: tensor[:, :3].contiguous() if "lora_A" in key else tensor for key, tensor in tensors.items()}, weights

@@ -42,9 +42,13 @@ _PLAIN: Mapping[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True, eq=False)
 class _Lora:
-    """One LoRA folder: layer -> (A [r, d_in], B [d_out, r]), and the factor alpha / r."""
+    """One LoRA folder: layer -> (A [r, d_in], B [d_out, r]), and the factor alpha / r.
+
+    `weights` are those of the model itself, by name: PEFT writes them beside adapters of embeddings.
+    """
 
     factors: dict[str, tuple[Tensor, Tensor]]
+    weights: dict[str, Tensor]
     scale: float
     rank: int
 
@@ -76,6 +80,8 @@ def add_peft_folders(
     loras = [_read(Path(folder)) for folder in folders]
     if not loras:
         raise AdapterError("folders is empty: name one LoRA folder or more")
+    for folder, lora in zip(folders, loras, strict=True):
+        _check_weights(model, lora, folder)
     rank = max(lora.rank for lora in loras)
     config = AdapterConfig(
         rank=rank,
@@ -144,6 +150,16 @@ def save_peft_folder(
         save_file(tensors, made / _WEIGHTS, metadata={"format": "pt"})
 
 
+def _check_weights(model: nn.Module, lora: _Lora, folder: object) -> None:
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for name, weight in lora.weights.items():
+        if name not in own or not torch.equal(own[name].detach().to(weight), weight):
+            raise AdapterError(
+                f"{folder} brings a {name!r} that is not the model's: it was trained, or its vocabulary was resized. "
+                "Load the model that the folder was made with, or merge it with PEFT"
+            )
+
+
 def _fill(factors: tuple[Tensor, Tensor], expert: int, lora: _Lora, name: str, scale: float) -> None:
     (a, b), (of_a, of_b) = factors, lora.factors[name]
     if of_a.shape[1] != a.shape[2] or of_b.shape[0] != b.shape[2]:
@@ -170,7 +186,11 @@ def _read(folder: Path) -> _Lora:
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{weights} is damaged ({error}): copy it again") from error
     parts: dict[str, dict[str, Tensor]] = {}
+    own: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
+        if key.startswith(_PREFIX) and key.endswith((".base_layer.weight", "lm_head.weight")):
+            own[key.removeprefix(_PREFIX).replace(".base_layer.", ".")] = tensor
+            continue
         name, _, part = key.removeprefix(_PREFIX).rpartition(".lora_")
         part = f"lora_{part}"
         if not key.startswith(_PREFIX) or part not in _PARTS or tensor.dim() != 2:
@@ -184,7 +204,8 @@ def _read(folder: Path) -> _Lora:
     if ranks != {rank}:
         raise AdapterError(f"{weights} has factors of ranks {sorted(ranks)}, its settings say {rank}: one rank is read")
     root = math.sqrt(rank) if settings.get("use_rslora") else rank
-    return _Lora({name: (pair["A"], pair["B"]) for name, pair in parts.items()}, settings["lora_alpha"] / root, rank)
+    factors = {name: (pair["A"], pair["B"]) for name, pair in parts.items()}
+    return _Lora(factors, own, settings["lora_alpha"] / root, rank)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
