@@ -135,9 +135,18 @@ def assert_same(found: Answers, expected: Answers) -> None:
     assert (here + there).tokens().sum() == 2 * there.tokens().sum()
 
 
+SOFT = mr.Plan.activate({2: [1, 5], 3: [0]}, strength=0.7)
+HARD = mr.Plan.force_off({6: [2, 4]})
+
+
 @pytest.fixture(scope="module")
-def llm() -> Iterator[Any]:
-    made = engine()
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One engine for the tests up to the first one that starts its own, which takes the operator over."""
+    file = tmp_path_factory.mktemp("plans") / "hard.safetensors"
+    HARD.save(file)
+    made = engine({"groups": GROUPS, "sequences": True, "plans": {"hard": str(file), "soft": None}})
+    assert made.collective_rpc("moe_route_report")[0]["plans"] == {"hard": HARD.hash}
+    mr.vllm.steer(made, None, name="hard")
     yield made
     del made
     gc.collect()
@@ -170,7 +179,7 @@ def test_after_a_plan_ends_nothing_is_steered(llm: Any, rows: list[Row], expecte
     [
         ({"moe_route_group": "klingon"}, "none of the groups of this engine: eng_Latn"),
         ({"moe_route_group": ["eng_Latn"]}, "none of the groups"),
-        ({"moe_route_plan": "other"}, "none of the plans of this engine: default, none"),
+        ({"moe_route_plan": "other"}, "none of the plans of this engine: default, hard, soft, none"),
         ({"moe_route_group": "free", "moe_route_item": 1.5}, "a text or a whole number"),
         ({"moe_route_grup": "free"}, "no argument of moe_route"),
     ],
@@ -184,14 +193,10 @@ def test_a_wrong_request_is_refused_and_the_next_one_served(
     assert llm.generate([prompt], vllm.SamplingParams(max_tokens=1), use_tqdm=False)[0].outputs
 
 
-def test_requests_choose_their_plan(rows: list[Row], expected: dict[str, Answers], tmp_path: Any) -> None:
+def test_requests_choose_their_plan(llm: Any, demo: Any, rows: list[Row]) -> None:
     """Two plans and none in one batch: each request gets what it asks for."""
-    soft = mr.Plan.activate({2: [1, 5], 3: [0]}, strength=0.7)
-    hard = mr.Plan.force_off({6: [2, 4]})
-    hard.save(tmp_path / "hard.safetensors")
-    options = {"groups": GROUPS, "plans": {"hard": str(tmp_path / "hard.safetensors"), "soft": None}}
-    llm = engine(options)
-    mr.vllm.steer(llm, soft, name="soft")
+    for name, plan in {"soft": SOFT, "hard": HARD}.items():
+        mr.vllm.steer(llm, plan, name=name)
     params = [
         vllm.SamplingParams(
             temperature=0, max_tokens=NEW, extra_args={"moe_route_group": "eng_Latn", "moe_route_plan": plan}
@@ -200,11 +205,23 @@ def test_requests_choose_their_plan(rows: list[Row], expected: dict[str, Answers
     ]
     prompt = {"prompt_token_ids": rows[0].ids}
     together = [list(o.outputs[0].token_ids) for o in llm.generate([prompt] * 3, params, use_tqdm=False)]
-    model, _ = load_demo_model()
-    alone = [in_transformers(model.float(), rows[:1], plan).texts[0] for plan in (soft, hard, None)]
+    alone = [in_transformers(demo[0], rows[:1], plan).texts[0] for plan in (SOFT, HARD, None)]
     assert together == alone
     with pytest.raises(Exception, match="no plan is called 'other' here"):
-        mr.vllm.steer(llm, soft, name="other")
+        mr.vllm.steer(llm, SOFT, name="other")
+    for name in ("soft", "hard"):
+        mr.vllm.steer(llm, None, name=name)
+
+
+def test_every_sequence_is_kept_as_in_transformers(llm: Any, demo: Any, rows: list[Row]) -> None:
+    found, there = in_vllm(llm, rows[:6]), in_transformers(demo[0], rows[:6], None, sequences=True)
+    stores = found.statistics.store, there.statistics.store
+    assert [len(store) for store in stores] == [6, 6]
+    for row in rows[:6]:
+        np.testing.assert_array_equal(*(store.counts(row.item, row.group) for store in stores))
+        np.testing.assert_allclose(*(store.distributions(row.item, row.group) for store in stores), atol=1e-6)
+    repeated = [rows[0], rows[0]._replace(ids=rows[1].ids)]
+    assert in_vllm(llm, repeated).statistics.metadata["repeated_items"] == 1
 
 
 def test_a_compiled_engine_equals_transformers(rows: list[Row], expected: dict[str, Answers]) -> None:
@@ -248,15 +265,3 @@ def test_preempted_requests_count_once() -> None:
     np.testing.assert_array_equal(together.statistics.token_sum("counts"), alone.statistics.token_sum("counts"))
     np.testing.assert_array_equal(together.statistics.sequences(), alone.statistics.sequences())
     assert together.statistics.metadata["fingerprint"] == alone.statistics.metadata["fingerprint"]
-
-
-def test_every_sequence_is_kept_as_in_transformers(demo: Any, rows: list[Row]) -> None:
-    llm = engine({"groups": GROUPS, "sequences": True})
-    found, there = in_vllm(llm, rows[:6]), in_transformers(demo[0], rows[:6], None, sequences=True)
-    stores = found.statistics.store, there.statistics.store
-    assert [len(store) for store in stores] == [6, 6]
-    for row in rows[:6]:
-        np.testing.assert_array_equal(*(store.counts(row.item, row.group) for store in stores))
-        np.testing.assert_allclose(*(store.distributions(row.item, row.group) for store in stores), atol=1e-6)
-    repeated = [rows[0], rows[0]._replace(ids=rows[1].ids)]
-    assert in_vllm(llm, repeated).statistics.metadata["repeated_items"] == 1
