@@ -105,11 +105,6 @@ def refuse_engine(config: Any) -> None:
     parallel, scheduler = config.parallel_config, config.scheduler_config
     for refused, why in (
         (
-            config.cache_config.enable_prefix_caching,
-            "tokens of a cached prefix are not routed, so they would not be counted, and a steered prefix would serve "
-            "requests that are not steered: start with --no-enable-prefix-caching",
-        ),
-        (
             config.speculative_config is not None,
             "drafts that are rejected would be counted: start without --speculative-config",
         ),

@@ -17,6 +17,7 @@ from moe_route.contract.tables import METRICS, SteeringTables
 from moe_route.identity import config_hash, library_versions
 from moe_route.integrations.vllm import operator, runners
 from moe_route.integrations.vllm.options import DEFAULT_PLAN, GROUP, ITEM, PLAN, UNSTEERED, Options, refuse_engine
+from moe_route.integrations.vllm.prefixes import Workers, steered_prefixes
 from moe_route.integrations.vllm.requests import PlanRows, Request, RequestTable
 from moe_route.integrations.vllm.sites import check, find_sites, hook
 from moe_route.integrations.vllm.versions import EngineNotSupportedError, check_version
@@ -156,6 +157,10 @@ class Session:
                     self._rows[layer, first : first + sizes[name]] = here.to(self._rows.device)
             first += sizes[name]
         self._requests.plan_rows = PlanRows(rows, np.asarray(bounds, np.int64))
+
+    def prefixes(self) -> Workers:
+        """What decides who may share a cached prefix."""
+        return Workers(self._requests.counts, steered_prefixes(self._plans, self.options.groups))
 
     def record(self) -> None:
         """Begin a new recording. Requests that run already are not part of it."""

@@ -40,7 +40,6 @@ def test_wrong_options_are_refused(given: Any, words: str) -> None:
 def config(**changes: Any) -> SimpleNamespace:
     parallel = SimpleNamespace(data_parallel_size=1, pipeline_parallel_size=1, enable_dbo=False)
     made = {
-        "cache_config": SimpleNamespace(enable_prefix_caching=False),
         "speculative_config": None,
         "scheduler_config": SimpleNamespace(async_scheduling=False, policy="fcfs"),
         "parallel_config": parallel,
@@ -54,7 +53,6 @@ def config(**changes: Any) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("changes", "mend"),
     [
-        ({"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
         ({"async_scheduling": True}, "--no-async-scheduling"),
         ({"policy": "priority"}, "--scheduling-policy fcfs"),
         ({"data_parallel_size": 2}, "one engine per replica"),
