@@ -23,15 +23,16 @@ from moe_route.integrations.vllm.versions import EngineNotSupportedError
 
 if TYPE_CHECKING:
     from moe_route.recording.statistics import RoutingStatistics
+    from moe_route.recording.trace import Trace
     from moe_route.steering.plan import Plan
 
-__all__ = ["EngineNotSupportedError", "pause", "record", "register", "statistics", "steer"]
+__all__ = ["EngineNotSupportedError", "pause", "record", "register", "statistics", "steer", "trace"]
 
 _OFF = (
     "moe_route is not on in this engine: start it with --additional-config '{\"moe_route\": {}}', "
     'LLM(..., additional_config={"moe_route": {}})'
 )
-_VERBS = ("record", "pause", "statistics", "steer", "report", "prefixes")
+_VERBS = ("record", "pause", "statistics", "trace", "steer", "report", "prefixes")
 _CHANGING = ("record", "pause", "steer")
 
 
@@ -68,7 +69,7 @@ def statistics(llm: Any) -> RoutingStatistics:
     from moe_route.recording.statistics import RoutingStatistics
     from moe_route.recording.store import SequenceStore
 
-    answers = [answer for answer in llm.collective_rpc("moe_route_statistics", args=(None, True)) if answer is not None]
+    answers = _answers(llm, "statistics")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "statistics.safetensors"
         file.write_bytes(answers[0])
@@ -79,6 +80,26 @@ def statistics(llm: Any) -> RoutingStatistics:
                 kept.append(shard.keys, shard.arrays)
             found.store = kept
         return found
+
+
+def trace(llm: Any) -> Trace:
+    """The experts and weights of every counted token, with its id, position and request; the option ``trace`` keeps it.
+
+    ``LLM.generate`` has returned. Tokens are in the order in which they ran; each request is a sequence, with its item.
+    Raises an error with the words of ``recording.RecordingError`` if the engine keeps no trace.
+    """
+    from moe_route.recording.trace import Trace
+
+    answers = _answers(llm, "trace")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.safetensors"
+        file.write_bytes(answers[0])
+        return Trace.load(file)
+
+
+def _answers(llm: Any, verb: str) -> list[bytes]:
+    """What the ranks say that answer; no request is running."""
+    return [answer for answer in llm.collective_rpc(f"moe_route_{verb}", args=(None, True)) if answer is not None]
 
 
 def register() -> None:

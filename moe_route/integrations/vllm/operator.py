@@ -80,6 +80,9 @@ def _reroute(logits: Tensor, weights: Tensor, ids: Tensor, site_index: int) -> N
         choice_weights=weighed.to(torch.float32).contiguous(),
         statistics=site.statistics,
     )
+    if site.traced is not None:
+        for kept, new in zip(site.traced, (new_ids, new_weights), strict=True):
+            kept[: logits.shape[0]].copy_(new)
     weighed.copy_(new_weights)
     chosen.copy_(new_ids.clamp_(min=0))  # a kernel needs an id in every slot: an empty one gets expert 0, with weight 0
 

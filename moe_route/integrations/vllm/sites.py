@@ -43,6 +43,7 @@ class Site:
     reached: int = 0  # calls of the operator; a replayed graph adds none
     steering: SteeringTables | None = None
     statistics: StatisticsTables | None = None
+    traced: tuple[Tensor, Tensor] | None = None  # ids and weights of the latest step, [T, k], if they are traced
     tokens: Tensor = field(default_factory=lambda: torch.empty(0, 4, dtype=torch.int32))
 
 

@@ -29,6 +29,9 @@ def test_without_options_nothing_is_asked_for() -> None:
         ({"plans": {"none": None}}, "are taken"),
         ({"rows": 0}, "a number from 1"),
         ({"record": "yes"}, "true or false"),
+        ({"trace": "all"}, "list of layers in order"),
+        ({"trace": [2, 1]}, "list of layers in order"),
+        ({"trace_limit": True}, '"trace_limit" is a number from 1'),
         ([], "options by name"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Prefix caching: who shares, who does not, and that texts and counts equal those of transformers, which caches none."""
+"""Prefix caching: who shares, who does not, and that texts and counts are those of transformers."""
 
 from __future__ import annotations
 
