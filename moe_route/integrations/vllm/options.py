@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_route.integrations.vllm.versions import EngineNotSupportedError
 
-__all__ = ["GROUP", "ITEM", "PLAN", "UNSTEERED", "Options", "refuse_engine", "request_error"]
+__all__ = ["GROUP", "ITEM", "PLAN", "UNSTEERED", "Options", "refuse_engine", "refuse_recording", "request_error"]
 
 GROUP, ITEM, PLAN = "moe_route_group", "moe_route_item", "moe_route_plan"
 """Keys of ``SamplingParams.extra_args``, and of ``vllm_xargs`` over HTTP."""
@@ -117,14 +117,18 @@ def request_error(options: Options, extra_args: Mapping[str, Any] | None) -> str
     return None
 
 
+def refuse_recording(config: Any) -> None:
+    """Raise ``EngineNotSupportedError`` for a configuration in which plans steer as they should, and counts are wrong."""
+    if config.speculative_config is not None:
+        raise EngineNotSupportedError(
+            "moe_route: drafts that are rejected would be counted: to record, start without --speculative-config"
+        )
+
+
 def refuse_engine(config: Any) -> None:
     """Raise ``EngineNotSupportedError`` for a vLLM configuration in which counts or steering would be wrong."""
     parallel, scheduler = config.parallel_config, config.scheduler_config
     for refused, why in (
-        (
-            config.speculative_config is not None,
-            "drafts that are rejected would be counted: start without --speculative-config",
-        ),
         (
             getattr(scheduler, "async_scheduling", False),
             "a token after the end of a text may be routed and counted: start with --no-async-scheduling",

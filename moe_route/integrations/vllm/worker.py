@@ -15,7 +15,16 @@ from moe_route import files
 from moe_route.contract.tables import METRICS
 from moe_route.identity import config_hash, library_versions
 from moe_route.integrations.vllm import operator, runners
-from moe_route.integrations.vllm.options import DEFAULT_PLAN, GROUP, ITEM, PLAN, UNSTEERED, Options, refuse_engine
+from moe_route.integrations.vllm.options import (
+    DEFAULT_PLAN,
+    GROUP,
+    ITEM,
+    PLAN,
+    UNSTEERED,
+    Options,
+    refuse_engine,
+    refuse_recording,
+)
 from moe_route.integrations.vllm.plans import PlanTables
 from moe_route.integrations.vllm.prefixes import Workers, steered_prefixes
 from moe_route.integrations.vllm.requests import Request, RequestTable
@@ -111,6 +120,7 @@ class Session:
     def record(self) -> None:
         """Begin a new recording. Requests that run already are not part of it."""
         self._refuse_other_engine()
+        refuse_recording(self._config)
         self._forget()
         self._requests.counts = self._recorded = True
 

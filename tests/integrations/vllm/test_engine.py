@@ -231,6 +231,30 @@ def test_a_compiled_engine_equals_transformers(rows: list[Row], expected: dict[s
     assert_same(in_vllm(llm, rows), expected["steered"])
 
 
+def test_drafts_are_steered_and_not_recorded(rows: list[Row], expected: dict[str, Answers]) -> None:
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    llm = engine(speculative_config=drafts)
+    mr.vllm.steer(llm, PLAN)
+    drafted: list[int] = []
+    (session,) = llm.collective_rpc(lambda worker: worker.moe_route_session)
+    laid_out = session._requests.fill
+
+    def filled(table: Any, names: Any, counts: Any, starts: Any) -> int:
+        prompts = {name: session._requests._numbers[session._requests._slot(name), 0] for name in names}
+        drafted.extend(n - 1 for name, n, at in zip(names, counts, starts, strict=True) if at >= prompts[name])
+        return laid_out(table, names, counts, starts)
+
+    session._requests.fill = filled
+    params = [
+        vllm.SamplingParams(temperature=0, max_tokens=NEW, extra_args={"moe_route_group": row.group}) for row in rows
+    ]
+    out = llm.generate([{"prompt_token_ids": row.ids} for row in rows], params, use_tqdm=False)
+    assert [list(o.outputs[0].token_ids) for o in out] == expected["steered"].texts
+    assert sum(drafted) > 0
+    with pytest.raises(Exception, match="without --speculative-config"):
+        mr.vllm.record(llm)
+
+
 def test_preempted_requests_count_once() -> None:
     llm = engine(
         {"groups": ["a", "b"]}, max_num_seqs=8, max_num_batched_tokens=128, num_gpu_blocks_override=6, block_size=32

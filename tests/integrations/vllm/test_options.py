@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moe_route.integrations.vllm.options import Options, refuse_engine, request_error
+from moe_route.integrations.vllm.options import Options, refuse_engine, refuse_recording, request_error
 from moe_route.integrations.vllm.sites import transformers_name
 from moe_route.integrations.vllm.versions import EngineNotSupportedError, check_version
 
@@ -69,11 +69,13 @@ def test_an_engine_that_would_count_wrongly_is_refused(changes: dict[str, Any], 
         refuse_engine(config(**changes))
 
 
-def test_speculative_decoding_is_refused() -> None:
+def test_a_recording_of_drafts_is_refused() -> None:
     drafts = config()
+    refuse_recording(drafts)
     drafts.speculative_config = object()
+    refuse_engine(drafts)
     with pytest.raises(EngineNotSupportedError, match="without --speculative-config"):
-        refuse_engine(drafts)
+        refuse_recording(drafts)
 
 
 @pytest.mark.parametrize("version", ["0.29.1", "0.33.0", "1.0", "dev"])
