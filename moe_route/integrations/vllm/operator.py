@@ -1,11 +1,13 @@
 """``moe_route_vllm::reroute``: steer and count the choice of one router, on tables whose addresses never change.
 
 It always runs, and data on the device switch it: a token whose rows are -1 keeps vLLM's own choice bit for bit and is
-not counted. So a CUDA graph that captured it steers and counts whatever the tables hold at replay.
+not counted. So a CUDA graph that captured it steers and counts whatever the tables hold at replay. On a CPU nothing
+is captured, and the host leaves out what a step does not need: see ``Work``.
 """
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,18 +17,39 @@ from moe_route import ops
 from moe_route.contract.tables import NEUTRAL, ROW_PARAMETERS, STEERING_PLANES, SteeringTables
 
 if TYPE_CHECKING:
+    from moe_route.integrations.vllm.counting import StepCounts
     from moe_route.integrations.vllm.sites import Site
 
-__all__ = ["connect", "connected", "copy_plan", "neutral_tables"]
+__all__ = ["Work", "connect", "connected", "copy_plan", "neutral_tables", "set_work"]
 
 _ALL_PLANES = (1 << len(STEERING_PLANES)) - 1
+
+
+class Work(Enum):
+    """What the operator does in a step, other than on a CPU always ``ROUTE``."""
+
+    ROUTE = "steer and count"
+    KEEP = "keep the choice, which is counted after the step"
+    NOTHING = "nothing"
+
+
 _sites: list[Site] = []  # of the one engine that this process serves; the operator names them by index
 
 
-def connect(sites: list[Site]) -> None:
+_counts: StepCounts | None = None
+_work = Work.ROUTE
+
+
+def connect(sites: list[Site], counts: StepCounts | None = None) -> None:
     """Let the operator act on these sites, in place of those of an earlier engine of this process."""
-    global _sites
-    _sites = sites
+    global _sites, _counts, _work
+    _sites, _counts, _work = sites, counts, Work.ROUTE
+
+
+def set_work(work: Work) -> None:
+    """Say what the next step needs."""
+    global _work
+    _work = work
 
 
 def connected(sites: list[Site]) -> bool:
@@ -68,7 +91,11 @@ def copy_plan(target: SteeringTables, first: int, plan: SteeringTables) -> None:
 def _reroute(logits: Tensor, weights: Tensor, ids: Tensor, site_index: int) -> None:
     site = _sites[site_index]
     site.reached += 1
+    if _work is Work.NOTHING:
+        return
     chosen, weighed = ids[:, : site.top_k], weights[:, : site.top_k]  # fused shared experts take columns after these
+    if _work is Work.KEEP and _counts is not None and _counts.keep(site_index, logits, chosen, weighed):
+        return
     new_weights, new_ids = ops.route(
         logits,
         site.top_k,

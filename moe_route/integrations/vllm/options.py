@@ -118,7 +118,7 @@ def request_error(options: Options, extra_args: Mapping[str, Any] | None) -> str
 
 
 def refuse_recording(config: Any) -> None:
-    """Raise ``EngineNotSupportedError`` for a configuration in which plans steer as they should, and counts are wrong."""
+    """Raise ``EngineNotSupportedError`` for a configuration that steers as it should, and would count wrongly."""
     if config.speculative_config is not None:
         raise EngineNotSupportedError(
             "moe_route: drafts that are rejected would be counted: to record, start without --speculative-config"

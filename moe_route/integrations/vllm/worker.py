@@ -15,6 +15,7 @@ from moe_route import files
 from moe_route.contract.tables import METRICS
 from moe_route.identity import config_hash, library_versions
 from moe_route.integrations.vllm import operator, runners
+from moe_route.integrations.vllm.counting import StepCounts
 from moe_route.integrations.vllm.options import (
     DEFAULT_PLAN,
     GROUP,
@@ -60,11 +61,19 @@ class Session:
         scheduler = self._config.scheduler_config
         self._requests = RequestTable(len(options.groups), len(options.plan_names), scheduler.max_num_seqs)
         self._make_tables(scheduler.max_num_seqs, scheduler.max_num_batched_tokens + _GRAPH_ROWS)
-        operator.connect(self.sites)
+        self._counts = StepCounts(self.sites) if all(site.device.type == "cpu" for site in self.sites) else None
+        operator.connect(self.sites, self._counts)
         for index, site in enumerate(self.sites):
             hook(site, index)
         self._view = runners.view_of(runner)
-        runners.follow(runner, self._view, before=self._before, laid_out=self._laid_out, dummy=self._dummy)
+        runners.follow(
+            runner,
+            self._view,
+            before=self._before,
+            laid_out=self._laid_out,
+            after=self._after,
+            dummy=self._dummy,
+        )
         self._recorded = False
         self._forget()
         for name, path in {DEFAULT_PLAN: options.plan, **options.plans}.items():
@@ -301,6 +310,8 @@ class Session:
     def _laid_out(self, batch: runners.Batch) -> None:
         """Bring the token table of a step over, in one copy."""
         self._refuse_other_engine()  # it would run on the tables of the other one
+        if self._counts is not None:
+            self._counts.forget()  # of a step that failed
         if self._trace is not None:
             self._trace.take()
         total = self._requests.fill(self._host.numpy(), *batch)
@@ -315,9 +326,22 @@ class Session:
             self._tokens[:, :most, 0] = self._plans.layer_rows[:, step[:, 0]]
         self._dirty = total
         self._steps += self._requests.counts
+        operator.set_work(self._work())
+
+    def _work(self) -> operator.Work:
+        """What the operator must do in the step that is laid out."""
+        if self._counts is None or self._plans.running or self._trace is not None:
+            return operator.Work.ROUTE
+        return operator.Work.KEEP if self._requests.counts else operator.Work.NOTHING
+
+    def _after(self) -> None:
+        """Count what the operator kept of the step that ran."""
+        if self._counts is not None:
+            self._counts.count(self._tokens[0])
 
     def _dummy(self) -> None:
         """A run without requests counts nothing."""
+        operator.set_work(operator.Work.ROUTE)
         if self._trace is not None:
             self._trace.take()
         self._host[:, :3] = -1
