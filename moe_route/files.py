@@ -123,6 +123,11 @@ class StoredBlock:
     sha256: str
     entries: Mapping[str, _Entry]  # name -> position of its rows in the file
 
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Name -> dtype of its array."""
+        return {name: entry.dtype for name, entry in self.entries.items()}
+
     def read(self) -> dict[str, np.ndarray]:
         """Name -> array ``[rows, ...]``. Raises ``FileRefusedError`` if the file is missing or has been replaced."""
         with _reading(self.path), open(self.path, "rb") as stream:

@@ -7,18 +7,41 @@ client's cache; ``HF_HUB_OFFLINE=1`` asks for nothing else.
 from __future__ import annotations
 
 import contextlib
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
-__all__ = ["HubError", "card", "fetch", "publish"]
+__all__ = ["HubError", "answers", "card", "fetch", "publish"]
+
+_HTTPS = 443
+_CONNECT_SECONDS = 5.0
 
 README = "README.md"
 
 
 class HubError(OSError):
     """Raised if a file cannot be put on the hub or fetched from it; the message names the fix."""
+
+
+def answers(name: str) -> bool:
+    """Whether the hub can be reached for files of ``name``; without a network, requests would take half a minute.
+
+    True where ``name`` exists here, so that the hub is not needed.
+    """
+    from huggingface_hub import constants
+
+    hub = urlsplit(constants.ENDPOINT)
+    if Path(name).exists() or getproxies() or hub.hostname is None:  # a proxy may reach other hosts
+        return True
+    try:
+        socket.create_connection((hub.hostname, hub.port or _HTTPS), timeout=_CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def publish(

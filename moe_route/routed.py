@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from moe_route.blocks import Block
 from moe_route.calls.call import PHASES, Call, Phase
+from moe_route.calls.groups import NamedGroups, name_groups, named_groups
 from moe_route.calls.token_rows import broadcast_rows, columns, in_phases, rows_on_device
 from moe_route.calls.token_table import Labels
 from moe_route.devices import upload
@@ -205,21 +206,25 @@ class RoutedModel:
                 "replays"
             )
         block = LabelBlock.parse(DEFAULT_GROUP if groups is None else groups, items, count_mask, None)
-        return Block("labels(...)", self._labeled(block))
+        return Block("labels(...)", self._labeled(block, named_groups() if groups is None else block.named))
 
     @contextlib.contextmanager
-    def _labeled(self, block: LabelBlock) -> Iterator[None]:
+    def _labeled(self, block: LabelBlock, named: NamedGroups | None) -> Iterator[None]:
         if self._block is not None:
             raise RuntimeError(
                 "labels() inside labels(): leave the first block first, a sequence has one set of labels"
             )
+        before = named_groups()
         try:
             try:
                 self._block = block
+                name_groups(named)
                 yield
             finally:
+                name_groups(before)
                 self._block = None
         finally:
+            name_groups(before)
             self._block = None  # again, if an interrupt stopped the first attempt
 
     # ---- steer

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import numpy as np
 import torch
 
-from moe_route import _C
+from moe_route import _C, hub
 from moe_route.calls.logits import fewer_logits
 from moe_route.data import Corpus, Question, demo_corpus, demo_model_folder, demo_task, load_demo_model
 from moe_route.data.batches import Batch, EncodedTexts, Text, encode, padded_batches, texts_of, token_ids
@@ -38,8 +35,6 @@ __all__ = [
 ]
 
 DEMO_MODEL = "demo"
-_HTTPS = 443
-_CONNECT_SECONDS = 5.0
 # tried in this order; the first one that knows a configuration builds its model
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModel")
 SHIPPED = {"general": demo_corpus, "arithmetic": demo_task}
@@ -328,7 +323,7 @@ def _from_pretrained(
         raise ImportError("a model by name needs transformers: pip install 'moe-route[hf]'") from error
     _refuse_missing_folder(name)
     what = "model"
-    local: dict[str, Any] = {"local_files_only": not _hub_answers(name), "revision": revision or "main"}
+    local: dict[str, Any] = {"local_files_only": not hub.answers(name), "revision": revision or "main"}
     try:
         config = AutoConfig.from_pretrained(name, **local)
         what = "tokenizer"
@@ -369,7 +364,7 @@ def model_without_weights(name: str = DEMO_MODEL, *, revision: str | None = None
     place = str(demo_model_folder()) if name == DEMO_MODEL else name
     try:
         config = transformers.AutoConfig.from_pretrained(
-            place, local_files_only=not _hub_answers(place), revision=revision or "main"
+            place, local_files_only=not hub.answers(place), revision=revision or "main"
         )
         config._name_or_path = name
         known = [auto for kind in _AUTO_CLASSES if (auto := getattr(transformers, kind, None)) is not None]
@@ -389,17 +384,3 @@ def model_without_weights(name: str = DEMO_MODEL, *, revision: str | None = None
 def _refuse_missing_folder(name: str) -> None:
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():  # the hub has no such names
         raise ModelNotFoundError(f"there is no folder {name!r}: give a folder with a checkpoint, or a name on the hub")
-
-
-def _hub_answers(name: str) -> bool:
-    """Whether the hub can be reached for files of ``name``; without a network, requests would take half a minute."""
-    from huggingface_hub import constants
-
-    hub = urlsplit(constants.ENDPOINT)
-    if Path(name).exists() or getproxies() or hub.hostname is None:  # a proxy may reach other hosts
-        return True
-    try:
-        socket.create_connection((hub.hostname, hub.port or _HTTPS), timeout=_CONNECT_SECONDS).close()
-    except OSError:
-        return False
-    return True

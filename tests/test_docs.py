@@ -68,7 +68,7 @@ def support_table() -> str:
 
     rows: dict[str, list[str]] = {}
     for family in FAMILIES:
-        routers = [name for name in family.routers if name != "TopKRouter"]
+        routers = [name for name in family.routers if name not in ("TopKRouter", "AdapterRouter")]
         rows.setdefault(family.name, []).extend(f"`{name}`" for name in routers)
     lines = ["| routing | router classes of transformers |", "|---|---|"]
     lines += [f"| {name} | {', '.join(sorted(routers))} |" for name, routers in rows.items() if routers]

@@ -12,18 +12,16 @@ the others as their losses do. A dense and a sparse model are tried; of the spar
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from seeds import add_outputs, write
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moe_route as mr
 from moe_route.data.batches import Batch, Text
-from moe_route.files import replacing
 
 SHARES = (0.55, 0.25, 0.10, 0.05, 0.03, 0.02)  # of the clones in the training data
 CLONES = len(SHARES)
@@ -160,23 +158,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
-    parser.add_argument("--page", type=Path, help="write the table between the marks of a page")
+    add_outputs(parser)
     options = parser.parse_args()
     models = {
         kind: [one_seed(seed, options.steps, kind == "sparse") for seed in range(options.seeds)]
         for kind in ("dense", "sparse")
     }
     results = {"steps": options.steps, "models": models}
-    print(table(results))
-    if options.out:
-        with replacing(options.out) as file:
-            file.write((json.dumps(results, indent=1) + "\n").encode())
-    if options.page:
-        text = options.page.read_text("utf-8")
-        before, rest = text.split(FIRST)
-        with replacing(options.page) as file:
-            file.write(f"{before}{FIRST}\n{table(results)}\n{LAST}{rest.split(LAST)[1]}".encode())
+    write(options, results, table(results), FIRST, LAST)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,15 @@ Experts are swapped by the rule for task experts, found in English, beside as ma
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from seeds import add_outputs, told, write
 
 import moe_route as mr
 from moe_route.data import Question
-from moe_route.files import replacing
 from moe_route.workload import LanguageModel, Text, record_texts
 
 LANGUAGE, ENGLISH = "swh_Latn", "eng_Latn"
@@ -126,17 +124,6 @@ def one_seed(seed: int, steps: int) -> dict[str, dict[str, float]]:
     return {name: measure(state, given) for name, state in weights.items()}
 
 
-def interval(values: list[float]) -> str:
-    """Mean and 95 % t interval over seeds."""
-    from scipy.stats import t
-
-    mean, count = float(np.mean(values)), len(values)
-    if count < 2:
-        return f"{mean:.3f}"
-    half = float(t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5)
-    return f"{mean:.3f} [{mean - half:.3f}, {mean + half:.3f}]"
-
-
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     seeds = results["seeds"]
@@ -145,7 +132,7 @@ def table(results: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     for name in seeds[0]:
-        cells = [interval([seed[name][what] for seed in seeds]) for what in ("answer", "match", "text")]
+        cells = [told([seed[name][what] for seed in seeds], ".3f") for what in ("answer", "match", "text")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -157,19 +144,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100, help="of each fine-tune")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
-    parser.add_argument("--page", type=Path, help="write the table between the marks of a page")
+    add_outputs(parser)
     options = parser.parse_args()
     results = {"steps": options.steps, "seeds": [one_seed(seed, options.steps) for seed in range(options.seeds)]}
-    print(table(results))
-    if options.out:
-        with replacing(options.out) as file:
-            file.write((json.dumps(results, indent=1) + "\n").encode())
-    if options.page:
-        text = options.page.read_text("utf-8")
-        before, rest = text.split(BEGIN)
-        with replacing(options.page) as file:
-            file.write(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END)[1]}".encode())
+    write(options, results, table(results), BEGIN, END)
 
 
 if __name__ == "__main__":

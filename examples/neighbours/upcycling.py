@@ -14,19 +14,17 @@ is the loss that no model can beat.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from seeds import add_outputs, told, write
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import moe_route as mr
-from moe_route.files import replacing
 from moe_route.training import upcycle
 
 FAMILIES, TOKENS, LENGTH, BATCH = 4, 64, 32, 32
@@ -197,19 +195,6 @@ COMPARED = (
 )
 
 
-def interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean and 95 % t interval over seeds (NaN for a single one)."""
-    from scipy.stats import t
-
-    mean, count = float(np.mean(values)), len(values)
-    half = float(t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5) if count > 1 else float("nan")
-    return mean, mean - half, mean + half
-
-
-def span(low: float, high: float, form: str) -> str:
-    return "" if np.isnan(low) else f" [{low:{form}}, {high:{form}}]"
-
-
 def table(seeds: list[dict[str, dict[str, float]]]) -> str:
     """The results of one setting as Markdown."""
     names = list(seeds[0])
@@ -217,16 +202,16 @@ def table(seeds: list[dict[str, dict[str, float]]]) -> str:
     lines = ["| trained on as | loss | own expert | FLOPs per token | tokens | seconds |", "|---|---|---|---|---|---|"]
     for name in names:
         rows = [seed[name] for seed in seeds]
-        loss, low, high = interval([row["loss"] for row in rows])
+        loss = told([row["loss"] for row in rows], ".3f")
         own = f"{np.mean([row['own'] for row in rows]):.2f}" if "own" in rows[0] else ""
         cost = f"{rows[0]['flops'] / base:.2f}" if "flops" in rows[0] else ""
         tokens = f"{rows[0]['tokens']:,}" if "tokens" in rows[0] else ""
         seconds = f"{np.median([row['seconds'] for row in rows]):.0f}" if "seconds" in rows[0] else ""
-        lines.append(f"| {name} | {loss:.3f}{span(low, high, '.3f')} | {own} | {cost} | {tokens} | {seconds} |")
+        lines.append(f"| {name} | {loss} | {own} | {cost} | {tokens} | {seconds} |")
     lines += ["", "| difference | at | mean over seeds |", "|---|---|---|"]
     for one, other, what, at in COMPARED:
-        mean, low, high = interval([seed[one][what] - seed[other][what] for seed in seeds])
-        lines.append(f"| {what}: {one} minus {other} | {at} | {mean:+.3f}{span(low, high, '+.3f')} |")
+        values = [seed[one][what] - seed[other][what] for seed in seeds]
+        lines.append(f"| {what}: {one} minus {other} | {at} | {told(values, '+.3f')} |")
     return "\n".join(lines)
 
 
@@ -244,23 +229,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=500, help="of the dense model, and again afterwards")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
-    parser.add_argument("--page", type=Path, help="write the table between the marks of a page")
+    add_outputs(parser)
     options = parser.parse_args()
     settings = {
         name: [one_seed(seed, options.steps, scale) for seed in range(options.seeds)]
         for name, scale in SETTINGS.items()
     }
     results = {"steps": options.steps, "settings": settings}
-    print(tables(results))
-    if options.out:
-        with replacing(options.out) as file:
-            file.write((json.dumps(results, indent=1) + "\n").encode())
-    if options.page:
-        text = options.page.read_text("utf-8")
-        before, rest = text.split(BEGIN)
-        with replacing(options.page) as file:
-            file.write(f"{before}{BEGIN}\n{tables(results)}\n{END}{rest.split(END)[1]}".encode())
+    write(options, results, tables(results), BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -57,14 +57,18 @@ class Similarity(ShownAsTables):
 
     @classmethod
     def of(cls, values: Any, groups: Sequence[str], layers: Sequence[str] | None = None) -> Similarity:
-        """Similarities that are known already, float [G, G] or [L, G, G], such as published ones."""
-        found = np.asarray(values, dtype=np.float64)
+        """Similarities that are known already, float [G, G] or [L, G, G], such as published ones.
+
+        NaN on the diagonal, which published tables leave empty, becomes 1.
+        """
+        found = np.array(values, dtype=np.float64)
         found = found[None] if found.ndim == 2 else found
         names = tuple(map(str, range(len(found)))) if layers is None else tuple(layers)
         if found.ndim != 3 or found.shape != (len(names), len(groups), len(groups)) or len(set(groups)) < len(groups):
             raise AnalysisError(
                 f"similarities are [layer, group, group] of {len(groups)} different groups, not {list(found.shape)}"
             )
+        found[np.isnan(found) & np.eye(len(groups), dtype=bool)] = 1.0
         return cls(found, tuple(groups), names)
 
     @classmethod

@@ -128,3 +128,18 @@ class CallReader:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             return max(mask.shape[1] - length, 0)
         return 0
+
+
+def call_readers(model: nn.Module, names: Sequence[str]) -> list[tuple[nn.Module, CallReader]]:
+    """The modules whose calls are read: those above the modules `names` that are given token ids or embeddings by name.
+
+    Any of them may be the one that is called. In a model with an encoder and a decoder, these are the two. If there is
+    none, it is `model` itself, whose first tensor argument then stands for the tokens.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if not name or any(inner.startswith(name + ".") for inner in names):
+            reader = CallReader(module)
+            if reader.places.keys() & {"input_ids", "inputs_embeds"} and not reader.holds_two:
+                found.append((module, reader))
+    return found or [(model, CallReader(model, first_tensor=True))]

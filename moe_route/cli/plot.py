@@ -45,8 +45,8 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference",
         metavar="GROUP",
-        help="divergence, alignment, correlation, sweep, overlap, experts, groups: group to compare with (the first "
-        "five: eng_Latn by default)",
+        help="divergence, alignment, correlation, sweep, overlap, experts, groups, expert-flow: group to compare with "
+        "(the first five: eng_Latn by default)",
     )
     parser.add_argument(
         "--group", metavar="GROUP", help="experts: the group to draw (default: the first); sweep, overlap: of the task"
@@ -219,6 +219,12 @@ def _groups(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
     return plots.heat_maps(statistics, reference=options.reference, **look)[0]
 
 
+def _expert_flow(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
+    from moe_route import plots
+
+    return plots.expert_flow(statistics, reference=options.reference, title=options.title)[0]
+
+
 def _matrix(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
     from moe_route import analysis, plots
 
@@ -318,6 +324,7 @@ PICTURES: dict[str, tuple[Any, set[str]]] = {
     "balance": (_balance, {"of", "by_script", "levels"}),
     "experts": (_experts, {"reference", "group", "selected"}),
     "groups": (_groups, {"reference", "selected"}),
+    "expert-flow": (_expert_flow, {"reference"}),
     "matrix": (_matrix, {"layers", "cluster"}),
     "similarity": (_similarity, {"rule", "layers"}),
     "dendrogram": (_similarity, {"rule", "layers"}),

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moe_route import hub
+
 from .parallel import CorpusError
 
 __all__ = ["CorpusStream", "CorpusText"]
@@ -233,6 +235,19 @@ def _saved_dataset(folder: Path, split: str) -> Iterator[_Row]:
 
 def _hub_dataset(name: str, split: str) -> Iterator[_Row]:
     address, _, configuration = name.partition(":")
-    found = _datasets().load_dataset(address, configuration or None, split=split, streaming=True)
+    datasets = _datasets()
+    if not hub.answers(address):
+        raise CorpusError(
+            f"{address!r} is no file or folder here, and the hub, which may have a dataset of this name, cannot be "
+            "reached: give a path, or load it where there is a network and bring it here by datasets.save_to_disk"
+        )
+    try:
+        found = datasets.load_dataset(address, configuration or None, split=split, streaming=True)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split("\nExample")[0].split()) or type(error).__name__
+        raise CorpusError(
+            f"no dataset {name!r} with a split {split!r} can be read ({reason.rstrip('.')}): name it as NAME or "
+            "NAME:CONFIGURATION, and its split by --split"
+        ) from error
     for number, fields in enumerate(found, start=1):
         yield _Row(fields, f"{name}, row {number}", None)

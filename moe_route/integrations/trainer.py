@@ -12,13 +12,19 @@ The scalars go through ``Trainer.log``, so TensorBoard, W&B and the log history 
 
     with mr.attach(model) as routed:
         PlanTrainer(routed, plan=plan, train_dataset=rows, args=arguments).train()
+
+`AdapterTrainer` trains adapters (`moe_route.training.add_adapters`), with a balancing loss for their routers, or on
+rows that name their group:
+
+    adapted = mr.training.add_adapters(model, mr.training.AdapterConfig(rank=8, experts=4, router="token"))
+    AdapterTrainer(adapted, balance=0.01, train_dataset=rows, args=arguments).train()
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -27,6 +33,7 @@ from moe_route.analysis import load_balance
 from moe_route.recording import Recorder, all_reduce
 from moe_route.routed import RoutedModel, attach
 from moe_route.steering import Plan
+from moe_route.training import AdaptedModel
 
 try:
     from transformers import (
@@ -40,7 +47,7 @@ try:
 except ImportError as error:
     raise ImportError("training by the Trainer needs transformers: pip install 'moe-route[hf]'") from error
 
-__all__ = ["PlanTrainer", "RoutingCallback"]
+__all__ = ["AdapterTrainer", "PlanTrainer", "RoutingCallback"]
 
 _Part = Literal["training", "evaluation"]
 
@@ -164,7 +171,22 @@ class RoutingCallback(TrainerCallback):
         control.should_log = due  # a log ends the request for one, and that of the loss is still to come
 
 
-class PlanTrainer(Trainer):
+class _GroupTrainer(Trainer):
+    """A ``Trainer`` on rows that name their group in `column`, which the model does not get; "" for no groups."""
+
+    def __init__(self, model: Any, column: str, **options: Any) -> None:
+        super().__init__(model, **options)
+        self.column = column
+        if column:
+            self.data_collator = _Grouped(self.data_collator or default_data_collator, column)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        kept: list[str] = self._signature_columns or []
+        self._signature_columns = [*kept, *([self.column] if self.column else [])]  # type: ignore[assignment]
+
+
+class PlanTrainer(_GroupTrainer):
     """A ``Trainer`` that steers every training step by a plan, with the groups that its rows name.
 
     A family plan (`moe_route.training.family_plan`) makes this the hybrid-k training of arXiv 2410.10626. Evaluation is
@@ -180,14 +202,8 @@ class PlanTrainer(Trainer):
             column: name of the group in each row of the data. The model does not get it.
             options: what ``Trainer`` takes (`args`, `train_dataset`, `data_collator`, ...).
         """
-        super().__init__(routed.model, **options)
-        self.routed, self.plan, self.column = routed, plan, column
-        self.data_collator = _Grouped(self.data_collator or default_data_collator, column)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        kept: list[str] = self._signature_columns or []
-        self._signature_columns = [*kept, self.column]  # type: ignore[assignment]
+        super().__init__(routed.model, column, **options)
+        self.routed, self.plan = routed, plan
 
     def training_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> torch.Tensor:
         """One step, backward pass included, so that layers that run again are steered alike."""
@@ -199,6 +215,58 @@ class PlanTrainer(Trainer):
         """One batch of an evaluation, as the model routes by itself."""
         inputs.pop(self.column, None)
         return super().prediction_step(model, inputs, *arguments, **options)
+
+
+class AdapterTrainer(_GroupTrainer):
+    """A ``Trainer`` for the adapters of a model, and for whatever else of it is not frozen.
+
+    Adapters that are chosen by group need rows that name theirs, in training and in evaluation. Save them by
+    ``adapted.save``: a checkpoint of the trainer holds the whole model, to resume the training from.
+    """
+
+    def __init__(
+        self, adapted: AdaptedModel, *, balance: float = 0.0, column: str | None = None, **options: Any
+    ) -> None:
+        """Prepare.
+
+        Args:
+            adapted: the model with adapters.
+            balance: factor on ``adapted.balance_loss()``, which is added to the loss in training.
+            column: name of the group in each row of the data; by default "group" for adapters that are chosen by it,
+                and none for others.
+            options: what ``Trainer`` takes.
+
+        Raises ``ValueError`` for `balance` without routers.
+        """
+        if balance and not adapted.config.routed:
+            raise ValueError(f"balance={balance}: the adapters have no routers to balance, leave it out")
+        by_group = adapted.config.router == "group"
+        super().__init__(adapted.model, column or ("group" if by_group else ""), **options)
+        self.adapted, self.balance = adapted, balance
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> torch.Tensor:
+        """One step, with the groups of its rows."""
+        with self._labeled(inputs):
+            return super().training_step(model, inputs, *arguments, **options)
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+        """One batch of an evaluation, with the groups of its rows."""
+        with self._labeled(inputs):
+            return super().prediction_step(model, inputs, *arguments, **options)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, *arguments: Any, **options: Any
+    ) -> Any:
+        """The model's loss, and in training the balancing loss."""
+        result: Any = super().compute_loss(model, inputs, return_outputs, *arguments, **options)
+        if not self.balance or not model.training:
+            return result
+        added = self.balance * self.adapted.balance_loss()
+        return (result[0] + added, result[1]) if return_outputs else result + added
+
+    def _labeled(self, inputs: dict[str, Any]) -> AbstractContextManager[None]:
+        groups = inputs.pop(self.column, None) if self.column else None
+        return nullcontext() if groups is None else self.adapted.labels(groups)
 
 
 class _Grouped:

@@ -102,14 +102,18 @@ class Layout:
         shapes = [shape for name in names if len(shape := self.checkpoint.shape(name)) == 2 and shape[0] > 1]
         if not shapes:
             raise ValueError(
-                f"{block} has experts and no router that is known here (gate, router): they cannot be told apart"
+                f"{block} has experts and no router that is known here (gate, router), so they cannot be told apart: "
+                "use swap_layers, which moves whole blocks"
             )
         number = shapes[0][0]
         experts = [n for n, place in self.places.items() if place.block == block and place.part == "experts"]
         single = {self.places[name].expert for name in experts}
         packed = [name for name in experts if self.places[name].expert is None]
         if packed and any(self.checkpoint.shape(name)[0] != number for name in packed):
-            raise ValueError(f"{packed[0]} has no axis of {number} experts: they cannot be told apart")
+            raise ValueError(
+                f"{packed[0]} has no axis of {number} experts, so they cannot be told apart: use swap_layers, which "
+                "moves whole blocks"
+            )
         if not packed and single != set(range(number)):
             raise ValueError(f"{block} has a router of {number} experts and tensors of {len(single)}: it is incomplete")
         return number

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moe_route.calls.generation import finished_tokens
 from moe_route.calls.images import placeholder_ids
-from moe_route.calls.reader import CallReader
+from moe_route.calls.reader import CallReader, call_readers
 from moe_route.calls.token_table import Labels
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.devices import finish
@@ -235,7 +235,7 @@ class Attachment:
         """Yield all changes to the model in the order of installation, except the switch of its experts."""
         for engine in self._engines:
             yield _Registered(engine.router.module, self)
-        for module, reader in call_readers(self.model, self.routers):
+        for module, reader in call_readers(self.model, [router.name for router in self.routers]):
             yield ForwardPreHook(module, partial(_enter, self._context, reader), with_kwargs=True)
             yield ForwardHook(module, partial(_leave, self._context), always_call=True)
         yield from listen_to_generate(self.model, self._context)
@@ -331,21 +331,6 @@ def attachment_of(module: nn.Module) -> Attachment | None:
         if attachment is not None:
             return attachment
     return None
-
-
-def call_readers(model: nn.Module, routers: list[RouterInfo]) -> list[tuple[nn.Module, CallReader]]:
-    """The modules whose calls are read: those above the routers that are given token ids or embeddings by name.
-
-    Any of them may be the one that is called. In a model with an encoder and a decoder, these are the two. If there is
-    none, it is `model` itself, whose first tensor argument then stands for the tokens.
-    """
-    found = []
-    for name, module in model.named_modules():
-        if not name or any(router.name.startswith(name + ".") for router in routers):
-            reader = CallReader(module)
-            if reader.places.keys() & {"input_ids", "inputs_embeds"} and not reader.holds_two:
-                found.append((module, reader))
-    return found or [(model, CallReader(model, first_tensor=True))]
 
 
 def _input_hook(router: RouterInfo, sink: InputSink) -> Callable[..., None]:

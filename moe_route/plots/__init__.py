@@ -3,10 +3,11 @@
 No global state changes: no style, no current figure, no ``show``. ``style`` sizes figures for a column of a paper.
 Colors can be distinguished with any color vision. A language has its English name, and the same color, dashes and
 marker in all figures (:func:`styles`). Lines have their labels at their ends, or a legend in the order of the lines.
-``by_script`` and ``heat_maps`` draw several panels and return their axes.
+``by_script``, ``expert_flow`` and ``heat_maps`` draw several panels and return their axes.
 """
 
 from moe_route.plots.by_layer import alignment, by_script, consistency, correlation, divergence, entropy, load_balance
+from moe_route.plots.expert_flows import expert_flow
 from moe_route.plots.expert_maps import expert_pairs, heat_map, heat_maps
 from moe_route.plots.expert_numbers import expert_counts, expert_sweep, overlap_by_threshold
 from moe_route.plots.frame import save, style
@@ -25,6 +26,7 @@ __all__ = [
     "divergence_matrix",
     "entropy",
     "expert_counts",
+    "expert_flow",
     "expert_pairs",
     "expert_sweep",
     "heat_map",

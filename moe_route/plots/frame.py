@@ -47,6 +47,7 @@ __all__ = [
     "style",
     "titled",
     "whole_ticks",
+    "wrapped",
     "write_cell",
 ]
 
@@ -245,7 +246,11 @@ def _wrapped(ax: Axes, text: str, vertical: bool = False) -> str:
     figure = figure_of(ax)
     box = ax.get_position()
     inches = figure.get_figheight() * box.height if vertical else figure.get_figwidth() * box.width / 0.775
-    inches *= 1.0 if vertical else 0.8  # axes need not lie in the middle of the figure
+    return wrapped(text, inches * (1.0 if vertical else 0.8))  # axes need not lie in the middle of the figure
+
+
+def wrapped(text: str, inches: float) -> str:
+    """Text of medium size in lines of this length."""
     letters = max(int(72 * inches / (0.53 * points("medium"))), 12)
     return "\n".join(
         part for line in text.splitlines() for part in textwrap.wrap(line, letters, break_long_words=False)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_route.calls.groups import NamedGroups
 from moe_route.recording.store import Item, is_unnamed
 
 __all__ = ["LabelBlock"]
@@ -59,6 +60,11 @@ class LabelBlock:
                 f"labels do not agree on the number of sequences ({shown}): give one per sequence of the batch"
             )
         return cls(names, codes, parsed_items, parsed_mask)
+
+    @property
+    def named(self) -> NamedGroups:
+        """The groups, for adapters that are chosen by group."""
+        return NamedGroups(self.names, self.codes)
 
     @property
     def sequences(self) -> int | None:

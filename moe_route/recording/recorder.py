@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from moe_route.blocks import Block, warn_never_entered
 from moe_route.calls.call import PHASES, Call, Phase
+from moe_route.calls.groups import name_groups, named_groups
 from moe_route.calls.token_rows import as_table, in_phases
 from moe_route.contract.tables import METRICS, StatisticsTables
 from moe_route.devices import capturing, refuse_capture
@@ -253,15 +254,18 @@ class Recorder:
         block = LabelBlock.parse(self._default_group() if groups is None else groups, items, count_mask, self._known)
         self._refuse_repeats(block)
         self._end_sequences()
-        finished = False
+        finished, before = False, named_groups()
         try:
             try:
                 self._block = block
+                name_groups(before if groups is None else block.named)
                 yield
                 finished = True
             finally:
+                name_groups(before)
                 self._end_labels(finished)
         finally:
+            name_groups(before)
             self._end_labels(False)  # continues where an interrupt stopped the first attempt
 
     def _end_labels(self, finished: bool) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from moe_route import files
 
@@ -33,6 +34,7 @@ Key = tuple[Item, str]
 _FILE_KIND = "sequences"
 _SHARD_BYTES = 8 << 20  # sequences are kept, written and read in portions of this size
 _OPEN_SHARDS = 16  # number of shards from disk that are held in memory for reading
+_NARROW = np.dtype(np.uint16)  # of counts in files, where all of them fit
 _OVER_EXPERTS = ("counts", "full", "topk")  # arrays [n, L, E]; those of others are [n, L, ...]
 # array -> the arguments of `record` that keep it
 _RECORDED_BY = {
@@ -150,14 +152,44 @@ class _Shard:
     def rows(self) -> int:
         return len(self.keys)
 
+    @property
+    def is_narrow(self) -> bool:
+        """Whether its counts, if it has any, are known to fit into `_NARROW`."""
+        if isinstance(self.block, files.StoredBlock):
+            return self.block.dtypes.get("counts", torch.uint16) == torch.uint16
+        counts = self.block.arrays.get("counts")
+        return counts is None or not counts.size or int(counts.max()) <= np.iinfo(_NARROW).max
+
     def read(self) -> Mapping[str, np.ndarray]:
-        arrays = self.block.read()
+        arrays = dict(self.block.read())
+        if "counts" in arrays:
+            arrays["counts"] = arrays["counts"].astype(np.int32, copy=False)
         if self.layers is None:
             return arrays
         axes = (slice(None), list(self.layers), slice(self.widest))
         return {
             name: array[axes[: array.ndim] if name in _OVER_EXPERTS else axes[:2]] for name, array in arrays.items()
         }
+
+
+@dataclass(frozen=True)
+class _Narrowed:
+    """A shard as files hold it: with counts in half the bytes."""
+
+    shard: _Shard
+
+    @property
+    def rows(self) -> int:
+        return self.shard.rows
+
+    def read(self) -> Mapping[str, np.ndarray]:
+        arrays = self.shard.read()
+        return {name: array.astype(_NARROW) if name == "counts" else array for name, array in arrays.items()}
+
+
+def _portions(shards: Sequence[_Shard]) -> list[files.Block]:
+    """The shards as one file holds them: all of its portions have one dtype."""
+    return [_Narrowed(shard) for shard in shards] if all(shard.is_narrow for shard in shards) else list(shards)
 
 
 class SequenceStore:
@@ -360,7 +392,7 @@ class SequenceStore:
             self._folder = _Folder(None)
         path = self._folder.path / f"sequences-{self._written:05d}-{secrets.token_hex(4)}.safetensors"
         content = [self._shards[number] for number in held]
-        files.write(path, {}, self._header(content), _FILE_KIND, blocks=content)
+        files.write(path, {}, self._header(content), _FILE_KIND, blocks=_portions(content))
         self._written += 1
         for number, block in zip(held, files.read_blocks(path, _FILE_KIND)[2], strict=True):
             self._shards[number] = _Shard(self._shards[number].keys, block, folder=self._folder)
@@ -372,7 +404,7 @@ class SequenceStore:
         Its name must be ``sequences-*.safetensors``. Raises ``OSError`` if it cannot be written.
         """
         content = self._blocks()
-        files.write(path, {}, self._header(content), _FILE_KIND, blocks=content)
+        files.write(path, {}, self._header(content), _FILE_KIND, blocks=_portions(content))
 
     def _header(self, shards: Sequence[_Shard]) -> dict[str, Any]:
         return {"layers": list(self.layers), "num_experts": list(self.num_experts), **_names(shards)}
@@ -445,7 +477,7 @@ class SequenceStore:
     def content(self) -> tuple[dict[str, Any], list[files.Block]]:
         """The content that `RoutingStatistics.save` writes: names of the sequences, for the header, and the blocks."""
         shards = self._blocks()
-        return _names(shards), list(shards)
+        return _names(shards), _portions(shards)
 
     @classmethod
     def of_file(

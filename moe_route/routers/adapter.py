@@ -44,12 +44,14 @@ class Adapter:
         changes_choice: the model alters the routing decision after the router (capacity, shared experts), so steered
             choices are counted from the result of `write`.
         may_leave_empty: whether the steering in force can leave a slot empty. Set by the engine.
+        added: whether the router was added to the model, so that it is numbered after the model's own.
         idle: whether nothing is counted, steered or traced here now. Set by the engine.
     """
 
     output_is_complete = True
     changes_choice = False
     may_leave_empty = False
+    added = False
     idle = True
 
     def __init__(self, place: Place) -> None:

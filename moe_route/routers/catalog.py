@@ -25,6 +25,7 @@ from moe_route.routers.family import (
     Family,
     Gate,
     fill_of_left_out,
+    own_spec,
     score_function,
     without_groups_unless,
 )
@@ -39,10 +40,6 @@ def _cohere(router: Any, spec: RouterSpec) -> RouterSpec:
     if router.expert_selection_fn == "softmax":
         return spec
     return replace(spec, score="sigmoid", renormalize="sum" if router.norm_topk_prob else "none")
-
-
-def _own_spec(router: Any, spec: RouterSpec) -> RouterSpec:
-    return router.spec
 
 
 _SOFTMAX = RouterSpec(score="softmax", renormalize="sum")
@@ -311,7 +308,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     *ARCHITECTURES,
     # moe_route.nn.TopKRouter, whose spec is an attribute
-    Family("moe_route", ("TopKRouter",), adjust=_own_spec, correction_bias="correction_bias", gate=Gate(bias="bias")),
+    Family("moe_route", ("TopKRouter",), adjust=own_spec, correction_bias="correction_bias", gate=Gate(bias="bias")),
 )
 
 # Modules that hold experts but cannot be attached to, each with the reason.

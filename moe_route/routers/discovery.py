@@ -63,7 +63,7 @@ class RouterInfo:
 def find_routers(model: nn.Module) -> list[RouterInfo]:
     """Find the routers of `model` in forward order.
 
-    A model with several kinds of router (`RouterInfo.role`) yields one kind after the other.
+    A model with several kinds of router (`RouterInfo.role`) yields one kind after the other, those of adapters last.
 
     Raises:
         TypeError: `model` is not a module.
@@ -99,7 +99,7 @@ def _without_router(model: nn.Module, modules: dict[str, nn.Module]) -> str:
 
 def _in_order(routers: list[RouterInfo]) -> list[RouterInfo]:
     roles = list(dict.fromkeys(router.role for router in routers))
-    routers = sorted(routers, key=lambda router: roles.index(router.role))  # stable
+    routers = sorted(routers, key=lambda router: (router.adapter.added, roles.index(router.role)))  # stable
     for layer, router in enumerate(routers):
         router.layer = layer
     return routers

@@ -1,7 +1,7 @@
 """One row of the table of router families, and how its facts are read from a live router.
 
 This module imports no transformers. Classes are matched by name along the method resolution order, and only classes
-defined in `transformers` or `moe_route.nn` count: a class of the same name in remote code may return its decision in
+defined in `transformers` or `moe_route` count: a class of the same name in remote code may return its decision in
 another form.
 """
 
@@ -32,7 +32,7 @@ SCALED_GROUPS: dict[str, str | tuple[str, ...]] = {
 _CHOOSING = ("forward", "get_topk_indices", "route_tokens_to_experts")  # methods in which a choice is made
 TESTED = "transformers 5.23"  # the version that the table was read from and is tested against
 # Modules whose classes the table may cover.
-HOMES = ("transformers.", "moe_route.nn")
+HOMES = ("transformers.", "moe_route.nn", "moe_route.training.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +138,11 @@ def score_function(router: Any, spec: RouterSpec) -> RouterSpec:
     if score is None:
         raise ValueError(f"{type(router).__name__} scores with {name}, which has no counterpart here")
     return replace(spec, score=score)  # type: ignore[arg-type]
+
+
+def own_spec(router: Any, spec: RouterSpec) -> RouterSpec:
+    """The spec that a router of `moe_route.nn` keeps. Serves as `Family.adjust`."""
+    return router.spec
 
 
 def without_groups_unless(method: str) -> Callable[[nn.Module, RouterSpec], RouterSpec]:

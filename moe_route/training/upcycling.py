@@ -13,6 +13,7 @@ from moe_route.nn import SparseMoE
 from moe_route.routers import find_routers
 from moe_route.steering import Plan
 from moe_route.training import stock
+from moe_route.training.adapters.handle import adapter_names
 from moe_route.training.dense import DenseBlock, UpcyclingError, dense_blocks
 from moe_route.training.recipe import Recipe
 
@@ -81,6 +82,8 @@ def upcycle(
     experts = _numbered(families)
     num_experts = max(experts.values()) + 1
     _check(num_experts, top_k, renormalize, fixed_by_label)
+    if adapter_names(model):
+        raise UpcyclingError("the model has adapters, which experts would not keep: merge() or remove() them first")
     blocks = dense_blocks(model, stack)
     chosen = _chosen(blocks, layers)
     if experts_from is not None and len(experts_from) != num_experts:

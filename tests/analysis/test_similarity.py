@@ -222,6 +222,18 @@ def test_sources_clusters_and_trees():
             make()
 
 
+def test_a_table_with_an_empty_diagonal_has_a_tree(tmp_path):
+    path = tmp_path / "table.tsv"
+    path.write_text("\ta\tb\tc\na\t\t0.9\t0.2\nb\t0.9\t\t0.3\nc\t0.2\t0.3\t\n")
+    found = Similarity.read(path)
+    assert np.diag(found.mean()).tolist() == [1, 1, 1]
+    assert found.clusters(2) == (("a", "b"), ("c",))
+    nowhere = np.full((2, 2), np.nan)
+    with pytest.raises(AnalysisError, match="finite distances"):
+        Similarity.of(nowhere, ["a", "b"]).tree()
+    assert np.isnan(nowhere).all()
+
+
 @needs_data
 @pytest.mark.parametrize(
     ("similarities", "other", "pearson", "spearman"),

@@ -303,7 +303,7 @@ class TestWhatAUserGetsWrong:
     def test_a_model_on_the_hub_without_a_network(self, moe_route, monkeypatch):
         pytest.importorskip("huggingface_hub")
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
-        monkeypatch.setattr("moe_route.workload.getproxies", dict)
+        monkeypatch.setattr("moe_route.hub.getproxies", dict)
         refused(moe_route("describe", "--model", "nobody/nothing"), "nobody/nothing")
 
     def test_traceback_on_demand(self, moe_route, tmp_path: Path):

@@ -116,6 +116,38 @@ class TestStreams:
         with pytest.raises(CorpusError, match="there are dev"):
             list(CorpusStream(str(tmp_path / "saved"), split="train"))
 
+    def test_a_dataset_by_name_and_configuration(self, rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        """As the hub lays them out; a folder of this name is looked for before the hub."""
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        pytest.importorskip("datasets")
+        folder = tmp_path / "owner" / "corpus"
+        folder.mkdir(parents=True)
+        parquet.write_table(arrow.Table.from_pylist(rows), folder / "all.parquet")
+        parquet.write_table(arrow.Table.from_pylist(rows[:2]), folder / "two.parquet")
+        configurations = "".join(
+            f"- config_name: {name}\n  data_files:\n  - split: dev\n    path: {name}.parquet\n"
+            for name in ("all", "two")
+        )
+        (folder / "README.md").write_text(f"---\nconfigs:\n{configurations}---\n")
+        monkeypatch.chdir(tmp_path)
+        expected = [tuple(row.values()) for row in rows]
+        for name, count in (("all", len(rows)), ("two", 2)):
+            texts = list(CorpusStream(f"owner/corpus:{name}", split="dev"))
+            assert [(text.group, text.item, text.text) for text in texts] == expected[:count]
+        for name, split, message in (
+            ("owner/corpus:all", "test", r"Available splits: \['dev'\]\): name it as NAME"),
+            ("owner/corpus:three", "dev", r"'three' not found. Available: \['all', 'two'\]"),
+        ):
+            with pytest.raises(CorpusError, match=message):
+                list(CorpusStream(name, split=split))
+
+    def test_a_dataset_by_name_without_a_network(self, monkeypatch: pytest.MonkeyPatch):
+        pytest.importorskip("datasets")
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+        monkeypatch.setattr("moe_route.hub.getproxies", dict)
+        with pytest.raises(CorpusError, match=r"'nobody/nothing' is no file or folder here.*give a path"):
+            list(CorpusStream("nobody/nothing"))
+
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [

@@ -82,6 +82,13 @@ def test_pairs(answer, paired, question):
     assert found["strongest"]
 
 
+def test_expert_flow(answer, moe_route, files, paired, tmp_path):
+    out = tmp_path / "flow.png"
+    answer("plot", "expert-flow", paired, "--reference", "eng_Latn", "--out", out)
+    assert out.read_bytes().startswith(b"\x89PNG")
+    refused(moe_route("plot", "expert-flow", files["general"], "--out", out), "record(pairs=True)")
+
+
 def test_paths(answer, traced):
     trace = Trace.load(traced)
     found = answer("analyze", "paths", traced, "--layers", "2-5", "--window", "2", "--experts", "2")

@@ -25,7 +25,7 @@ from moe_route.merging.pcb import order_statistics, pcb_scores
 from moe_route.merging.widen import widen
 
 pytest.importorskip("transformers", reason="needs the extra hf")
-NAMES = ("qwen3_moe", "gpt_oss", "aria_text", "mixtral", "deepseek_v3", "granitemoe")
+NAMES = ("qwen3_moe", "gpt_oss", "aria_text", "llama4_text", "mixtral", "deepseek_v3", "granitemoe")
 
 
 def tuned(base: nn.Module, seed: int, size: float = 0.02) -> nn.Module:
@@ -127,7 +127,7 @@ def test_widen_is_the_formula_column_by_column(seed: int, models: int, rows: int
     np.testing.assert_allclose(widen(base, moved).numpy(), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", tiny_models.EVERY)
 def test_the_layouts_are_those_of_the_flags_of_transformers(name: str):
     model = tiny_models.tiny_model(name)
     for module in model.modules():
@@ -146,6 +146,57 @@ def test_matrices_of_packed_experts_are_those_of_the_layout():
     assert len(parts) == 2 * len(tensor)
     assert torch.equal(parts[3, "gate"], tensor[3, :, 0::2].T)
     assert torch.equal(parts[3, "up"], tensor[3, :, 1::2].T)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "aria_text", "llama4_text"])
+def test_matrices_compute_what_the_experts_of_the_model_do(name: str):
+    """Transposed or not: gate, up and down of every expert, as [out, in]."""
+    model = tiny_models.tiny_model(name, head=True)
+    checkpoint = merging.Checkpoint(model)
+    prefix, experts = next((n, m) for n, m in model.named_modules() if n.endswith("experts"))
+    matrices = {
+        (expert, kind): view
+        for tensor in (f"{prefix}.gate_up_proj", f"{prefix}.down_proj")
+        for expert, kind, view in Layout(checkpoint).matrices(tensor, checkpoint.read(tensor))
+    }
+    x = torch.randn(8, 5, model.config.hidden_size, generator=torch.Generator().manual_seed(0))  # 5 tokens per expert
+    with torch.no_grad():
+        if name == "llama4_text":  # takes the tokens of the experts one after the other
+            found = experts(x.flatten(0, 1)).view_as(x)
+        else:
+            ids = torch.arange(8).repeat_interleave(5)[:, None]
+            found = experts(x.flatten(0, 1), ids, torch.ones(40, 1)).view_as(x)
+    for expert, tokens in enumerate(x):
+        gate, up, down = (matrices[expert, kind] for kind in ("gate", "up", "down"))
+        expected = (torch.nn.functional.silu(tokens @ gate.T) * (tokens @ up.T)) @ down.T
+        torch.testing.assert_close(found[expert], expected, atol=1e-4, rtol=1e-4)
+
+
+class TestFusedExperts:
+    """DBRX keeps the experts of a block in one matrix without an axis of experts, [E * I, H]."""
+
+    def models(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        base = tiny_models.tiny_model("dbrx", head=True)
+        return base, tuned(base, 1), tuned(base, 2)
+
+    def test_what_goes_expert_by_expert_is_refused(self):
+        base, a, b = self.models()
+        message = r"experts\.mlp\.\w+ has no axis of 8 experts, so they cannot be told apart: use swap_layers"
+        with pytest.raises(ValueError, match=message):
+            merging.swap_experts(a, b, {0: [1]}, router="expert")
+        with pytest.raises(ValueError, match=message):
+            merging.difference(a, base)
+        for method in ("linear", "widen"):
+            with pytest.raises(ValueError, match=message):
+                merging.merge([a, b], base=None if method == "linear" else base, method=method).state_dict()
+
+    def test_whole_layers_are_swapped(self):
+        _, a, b = self.models()
+        every = merging.swap_layers(task=a, language=b, bottom=3, top=0, transition=0)
+        assert_same(every.state_dict(), b.state_dict())
+        mixed = merging.swap_layers(task=a, language=b, bottom=1, top=0, transition=0, others="task").state_dict()
+        for name, tensor in mixed.items():
+            assert torch.equal(tensor, (b if ".blocks.0." in name else a).state_dict()[name])
 
 
 class TestIdentities:
@@ -233,7 +284,7 @@ def test_packed_experts_merge_as_single_ones_do(method: str, tmp_path: Path):
 
     single = merged("single")
     assert len(single) == 9
-    for model_type in ("qwen3_moe", "gpt_oss", "aria_text"):
+    for model_type in ("qwen3_moe", "gpt_oss", "aria_text", "llama4_text"):
         found = merged(model_type)
         for key, matrix in single.items():
             torch.testing.assert_close(found[key], matrix, atol=1e-6, rtol=1e-6)

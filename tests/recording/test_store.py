@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
+import torch
 
 from moe_route import files
 from moe_route.recording import SequenceStore
@@ -295,3 +297,56 @@ def test_a_killed_save_leaves_the_old_or_the_new_recording(tmp_path: Path) -> No
     subprocess.run(
         [sys.executable, script, tmp_path, "23"], check=True, env={**os.environ, "PYTHONPATH": str(script.parents[1])}
     )
+
+
+# ---- counts in half the bytes
+
+
+def dtypes_in(path: Path) -> set[torch.dtype]:
+    return {block.dtypes["counts"] for block in files.read_blocks(path, "sequences")[2]}
+
+
+def test_counts_take_two_bytes_in_a_file_and_are_int32_when_read(tmp_path: Path) -> None:
+    store, held = filled(KEYS), arrays(len(KEYS))
+    path = tmp_path / "sequences-a.safetensors"
+    store.save(path)
+    assert dtypes_in(path) == {torch.uint16}
+    loaded = SequenceStore.load(tmp_path)
+    for shard in loaded.shards():
+        assert shard.arrays["counts"].dtype == np.int32
+        np.testing.assert_array_equal(shard.arrays["counts"], held["counts"])
+    assert loaded.content_hash() == store.content_hash()
+    with safetensors.safe_open(path, "numpy") as file:  # as another program reads it
+        np.testing.assert_array_equal(file.get_tensor("rows.counts"), held["counts"])
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(65535, torch.uint16), (65536, torch.int32)])
+def test_counts_that_are_too_large_for_it_keep_their_four(largest: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    """One of them is enough, in whichever portion it lies, in memory or on disk."""
+    store, path = filled(KEYS, memory_bytes=0), tmp_path / "sequences-a.safetensors"
+    long = arrays(1, seed=5)
+    long["counts"][0, 1, 2] = largest
+    store.append([("long", "eng")], long)
+    store.append([("last", "eng")], arrays(1, seed=6))
+    store.save(path)
+    assert dtypes_in(path) == {dtype}
+    loaded = SequenceStore.load(tmp_path)
+    assert loaded.counts("long", "eng")[1, 2] == largest
+    assert loaded.content_hash() == store.content_hash()
+
+
+def test_files_of_both_kinds_merge(tmp_path: Path) -> None:
+    """Also those of before, whose counts are int32 though they would fit."""
+    old, new = filled(KEYS), filled([(f"{item}b", group) for item, group in KEYS], seed=1)
+    for name, store in (("old", old), ("new", new)):
+        (tmp_path / name).mkdir()
+        store.save(tmp_path / name / "sequences-a.safetensors")
+    content = old._blocks()
+    files.write(tmp_path / "old" / "sequences-a.safetensors", {}, old._header(content), "sequences", blocks=content)
+    assert dtypes_in(tmp_path / "old" / "sequences-a.safetensors") == {torch.int32}
+    merged = SequenceStore.load(tmp_path / "old").merge(SequenceStore.load(tmp_path / "new"))
+    merged.save(tmp_path / "sequences-m.safetensors")
+    again = SequenceStore.load(tmp_path)
+    assert again.content_hash() == old.merge(new).content_hash()
+    selected = again.select([1])
+    np.testing.assert_array_equal(selected.counts(1, "swh"), old.counts(1, "swh")[1:])

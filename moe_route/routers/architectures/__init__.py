@@ -1,6 +1,7 @@
 """Routers whose output has a form of its own: one file per model family, with its table row and its adapter."""
 
 from moe_route.routers.architectures import (
+    adapter_router,
     dbrx,
     deepseek_v4,
     doge,
@@ -27,4 +28,5 @@ ARCHITECTURES: tuple[Family, ...] = (
     doge.FAMILY,
     ernie.FAMILY,
     gpt_oss.FAMILY,
+    adapter_router.FAMILY,
 )
