@@ -122,8 +122,8 @@ def serving() -> str:
     machine = content["machine"]
     return "\n".join(
         [
-            f"{machine['threads used']} threads of a shared {machine['processor']} machine, vLLM {machine['vllm']}, load "
-            f"{machine['load']}:\n",
+            f"{machine['threads used']} threads of a shared {machine['processor']} machine, vLLM {machine['vllm']}, "
+            f"load {machine['load']}:\n",
             table(("", "stock vLLM", "with moe-route", "added", "lower quartile", "upper quartile"), lines),
             table(("target", "wanted", "measured", "met"), targets),
         ]

@@ -28,7 +28,8 @@ _ALL_PLANES = (1 << len(STEERING_PLANES)) - 1
 class Work(Enum):
     """What the operator does in a step, other than on a CPU always ``ROUTE``."""
 
-    ROUTE = "steer and count"
+    ROUTE = "steer and count in every layer"
+    STEER = "steer and count in the layers of the plans, and keep the choice of the others"
     KEEP = "keep the choice, which is counted after the step"
     NOTHING = "nothing"
 
@@ -93,25 +94,30 @@ def _reroute(logits: Tensor, weights: Tensor, ids: Tensor, site_index: int) -> N
     site.reached += 1
     if _work is Work.NOTHING:
         return
-    chosen, weighed = ids[:, : site.top_k], weights[:, : site.top_k]  # fused shared experts take columns after these
-    if _work is Work.KEEP and _counts is not None and _counts.keep(site_index, logits, chosen, weighed):
+    if ids.shape[1] != site.top_k:  # fused shared experts take columns after the chosen ones
+        weights, ids = weights[:, : site.top_k], ids[:, : site.top_k]
+    later = _work is Work.KEEP or (_work is Work.STEER and not site.steers)
+    if later and _counts is not None and _counts.keep(site_index, logits, ids, weights):
         return
+    tokens = logits.shape[0]
+    if len(site.rows) != tokens:
+        site.rows = site.tokens[:tokens]
     new_weights, new_ids = ops.route(
         logits,
         site.top_k,
         site.spec,
         correction_bias=site.correction_bias,
         steering=site.steering,
-        tokens=site.tokens[: logits.shape[0]],
-        choice=chosen.to(torch.int32).contiguous(),
-        choice_weights=weighed.to(torch.float32).contiguous(),
+        tokens=site.rows,
+        choice=ids.to(torch.int32).contiguous(),
+        choice_weights=weights.to(torch.float32).contiguous(),
         statistics=site.statistics,
     )
     if site.traced is not None:
         for kept, new in zip(site.traced, (new_ids, new_weights), strict=True):
-            kept[: logits.shape[0]].copy_(new)
-    weighed.copy_(new_weights)
-    chosen.copy_(new_ids.clamp_(min=0))  # a kernel needs an id in every slot: an empty one gets expert 0, with weight 0
+            kept[:tokens].copy_(new)
+    weights.copy_(new_weights)
+    ids.copy_(new_ids.clamp_(min=0))  # a kernel needs an id in every slot: an empty one gets expert 0, with weight 0
 
 
 def _reroute_fake(logits: Tensor, weights: Tensor, ids: Tensor, site_index: int) -> None:

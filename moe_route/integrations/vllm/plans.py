@@ -109,6 +109,8 @@ class PlanTables:
                     operator.copy_plan(site.steering, first, table)
                     self.layer_rows[layer, first : first + sizes[name]] = here.to(self.layer_rows.device)
             first += sizes[name]
+        for site, of_layer in zip(self._sites, self.layer_rows, strict=True):
+            site.steers = bool((of_layer >= 0).any())
         return PlanRows(rows, np.asarray(bounds, np.int64))
 
 

@@ -326,12 +326,14 @@ class Session:
             self._tokens[:, :most, 0] = self._plans.layer_rows[:, step[:, 0]]
         self._dirty = total
         self._steps += self._requests.counts
-        operator.set_work(self._work())
+        operator.set_work(self._work(bool((self._host[:total, 0] >= 0).any())))
 
-    def _work(self) -> operator.Work:
-        """What the operator must do in the step that is laid out."""
-        if self._counts is None or self._plans.running or self._trace is not None:
+    def _work(self, steered: bool) -> operator.Work:
+        """What the operator must do in the step that is laid out; ``steered``: whether a rule reaches a token of it."""
+        if self._counts is None or self._trace is not None:
             return operator.Work.ROUTE
+        if steered:
+            return operator.Work.STEER
         return operator.Work.KEEP if self._requests.counts else operator.Work.NOTHING
 
     def _after(self) -> None:

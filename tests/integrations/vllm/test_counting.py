@@ -28,7 +28,9 @@ def sites() -> list[Any]:
             correction_bias=None,
             reached=0,
             traced=None,
+            steers=False,
             tokens=torch.full((1024, 4), -1, dtype=torch.int32),
+            rows=torch.empty(0, 4, dtype=torch.int32),
             steering=operator.neutral_tables(1, EXPERTS, torch.device("cpu")),
             statistics=StatisticsTables.zeros(
                 EXPERTS, groups=2, segments=4, metrics=METRICS, entropy=True, device="cpu"
@@ -53,8 +55,9 @@ def test_counts_after_the_step_are_those_of_each_layer(tokens: int, dtype: torch
     table[:tokens, 2] = torch.where(table[:tokens, 1] >= 0, torch.arange(tokens) % 4, -1).to(torch.int32)
     table[:, 3] = 1
     found = []
-    for work in (operator.Work.ROUTE, operator.Work.KEEP):
+    for work in (operator.Work.ROUTE, operator.Work.KEEP, operator.Work.STEER):
         made = sites()
+        made[2].steers = True  # by rules that reach no token of the step
         counts = StepCounts(made)
         operator.connect(made, counts)
         generator.manual_seed(tokens)
@@ -73,10 +76,11 @@ def test_counts_after_the_step_are_those_of_each_layer(tokens: int, dtype: torch
             counts.count(table)
         assert [site.reached for site in made] == [2] * LAYERS
         found.append([site.statistics for site in made])
-    for one, other in zip(*found, strict=True):
+    for one, *others in zip(*found, strict=True):
         assert one.scalar("tokens").sum() == 2 * (tokens - -(-tokens // 3))
-        assert one.groups.equal(other.groups)
-        assert one.segments.equal(other.segments)
+        for other in others:
+            assert one.groups.equal(other.groups)
+            assert one.segments.equal(other.segments)
 
 
 def test_what_a_failed_step_kept_is_not_counted() -> None:
