@@ -235,7 +235,7 @@ def refresh() -> None:
     target = ROOT / "docs" / "models.md"
     beginning = target.read_text(encoding="utf-8").partition("<!-- table -->\n")[0]
     target.write_text(f"{beginning}<!-- table -->\n{support_table()}\n", encoding="utf-8")
-    for name in ("README.md", "docs/figures.md"):
+    for name in ("README.md", "docs/figures.md", "docs/serving.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
         (ROOT / name).write_text(FIGURES.sub(lambda _, name=name: figures(name), text), encoding="utf-8")
     wanted = [Path(name).resolve() for name in sys.argv[1:]] or WITH_EXAMPLES
