@@ -35,6 +35,7 @@ from moe_route.training import (
     add_adapters,
     freeze,
     load_adapters,
+    own_expert_loss,
 )
 
 transformers = pytest.importorskip("transformers")
@@ -309,6 +310,27 @@ def test_a_balancing_loss_trains_the_routers(name: str) -> None:
     assert trained >= {key for key in adapted.adapter_parameters() if ".router." in key}
 
 
+def test_routers_learn_the_labels_of_sequences() -> None:
+    """By the loss that teaches upcycled models their own expert."""
+    adapted = add_adapters(model_of(), CONFIGS["prefix"])
+    assert adapted.router_logits == {}
+    routers = [p for key, p in adapted.adapter_parameters().items() if ".router." in key]
+    optimizer = torch.optim.AdamW(routers, lr=0.05)
+    own = torch.tensor([2, 0, 2])[:, None].expand(3, 9).masked_fill(batch()["attention_mask"] == 0, -1).flatten()
+    losses = []
+    for _ in range(60):
+        adapted.model.train()(**batch())
+        assert list(adapted.router_logits) == list(adapted.layers)
+        loss = torch.stack([own_expert_loss(each, own) for each in adapted.router_logits.values()]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 < 1 < losses[0]
+    chosen = torch.stack([each.argmax(1) for each in adapted.router_logits.values()])
+    assert (chosen == own)[:, own >= 0].float().mean() > 0.9
+
+
 def test_stages_say_what_is_trained() -> None:
     adapted = adapted_model("token")
     model = adapted.model
@@ -336,6 +358,17 @@ def test_a_model_can_be_copied_and_pickled_after_a_step(name: str) -> None:
     for copied in (copy.deepcopy(adapted.model), pickle.loads(pickle.dumps(adapted.model))):
         with torch.no_grad(), adapted.labels(GROUPS):
             assert torch.equal(copied(**batch()).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["token", "sequence", "shards", "group"])
+def test_a_model_whose_weights_are_offloaded(name: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    expected, model = logits(adapted_model(name)), model_of()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.lm_head.weight.is_meta
+    adapted = add_adapters(model, CONFIGS[name])
+    as_trained(adapted)
+    assert torch.equal(logits(adapted), expected)
 
 
 @pytest.mark.slow

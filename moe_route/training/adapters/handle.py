@@ -111,6 +111,15 @@ class AdaptedModel:
         finally:
             self._state.enabled = before
 
+    @property
+    def router_logits(self) -> dict[str, Tensor]:
+        """Router logits of the latest call in training, by layer: [T, n], or [B, n] where a sequence is decided once.
+
+        For losses of your own, such as `moe_route.training.own_expert_loss`. Empty before such a call, and for adapters
+        without routers.
+        """
+        return {self.layers[number]: logits for number, (logits, _) in self._state.decisions.items()}
+
     def balance_loss(self) -> Tensor:
         """Mean of `moe_route.nn.load_balancing_loss` over the routers, for the latest call in training.
 

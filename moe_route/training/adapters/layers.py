@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moe_route.modules.attributes import device_of
 from moe_route.routers import family_of
 from moe_route.training.adapters.config import AdapterConfig, AdapterError
 
@@ -50,7 +51,8 @@ class LinearLayer:
 
     @property
     def device(self) -> torch.device:
-        return self.weight.device
+        """The device that it runs on. Offloaded weights, and those of empty models, are on the meta device."""
+        return device_of(self.module) if hasattr(self.module, "_hf_hook") else self.weight.device
 
 
 def adapted_layers(model: nn.Module, config: AdapterConfig) -> list[LinearLayer]:
