@@ -16,7 +16,7 @@ from moe_route.steering.compiled import CompiledPlan
 
 __all__ = ["Prefixes", "Steered", "Workers", "steered_prefixes"]
 
-_MARK = "moe_route:"  # our part of a salt, behind the request's own
+_MARK = "moe_route:"  # begins every salt that is not the request's own alone
 
 
 class Steered(NamedTuple):
@@ -76,11 +76,12 @@ class Prefixes:
         if steered is None and not self._epoch:
             return ""  # shares with every request that is not steered
         parts = [] if steered is None else [steered.digest, *([str(prompt)] if steered.by_phase else [])]
-        return _MARK + ":".join([str(self._epoch), *parts])
+        return ":".join(["", str(self._epoch), *parts])
 
     def _salt(self, request: Any, salt: str) -> None:
         own = vars(request).setdefault("moe_route_own_salt", request.cache_salt) or ""
-        wanted = own + salt or None
+        # with its length, and wherever it looks like one of ours, so that no request can make up the salt of another
+        wanted = f"{_MARK}{len(own)}:{own}{salt}" if salt or _MARK in own else own or None
         if wanted != request.cache_salt:
             request.cache_salt = wanted
             request.block_hashes.clear()

@@ -84,6 +84,9 @@ def test_the_salt_of_a_request_itself_is_kept() -> None:
     assert salt_of(made, salt="mine") == "mine"
     soft = {salt_of(made, salt=salt, group="soft") for salt in (None, "mine", "yours")}
     assert len(soft) == 3
+    forged = {salt_of(made, salt=salt) for salt in soft}  # a request that is not steered, and brings such a salt
+    assert not forged & soft
+    assert len(forged) == 3
     request = Request(salt="mine", group="soft")
     for _ in range(2):
         made.prepare(request)
