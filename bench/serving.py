@@ -1,29 +1,37 @@
-"""What the plug-in adds to a step of stock vLLM: token table and operator, timed inside one run beside the whole.
+"""What the plug-in adds to stock vLLM: whole steps of two engines of one process, in turns.
 
-    python -m bench.serving        in the environment of `make test-vllm`, with its variables
+    python -m bench.serving    # in the environment of `make test-vllm`, with its variables; writes results/serving.json
 
-A model of 12 layers, 32 experts and top-4 with random weights (154 million parameters, bfloat16), eager. Two runs of
-separate engines differ by 10 to 25 % on a shared machine, so the parts are timed inside a run instead.
+A model of 12 layers, 32 experts and top-4 with random weights (154 million parameters, bfloat16), eager. One engine is
+stock, the other has moe-route; a step of the one follows a step of the other, and ratios are taken inside such a pair.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 import moe_route as mr
+from bench import RESULTS
+from moe_route.bench.results import BenchmarkResults, Measured, Target, machine, rows
+from moe_route.bench.timing import Race, WallTime, race
 
+NAME = "serving"
+SECTION = "Serving"
 LAYERS = 12
-WORKLOADS = {"prefill of 2048": (24, 400, 1), "decode of 32": (32, 16, 48), "decode of 1": (1, 16, 64)}
-"""Name -> requests, tokens of a prompt, new tokens."""
-REPEATS = 3
+MODES = ("idle", "record", "steer and record")
+WANTED = {("record", "prefill"): 1, ("record", "decode of 32"): 2, ("steer and record", "decode of 32"): 3}
+"""Percent that a mode may add to a step."""
+PREFILL_TOKENS, PROMPTS = 2048, 8
+ROUNDS = {"prefill": 15, "decode of 32": 100, "decode of 1": 200}
 
 
 def save_model(folder: str) -> None:
@@ -48,90 +56,121 @@ def save_model(folder: str) -> None:
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
-class Clock:
-    """Adds up the seconds of the calls of a function."""
+def engine(folder: str, **options: Any) -> Any:
+    import vllm
 
-    def __init__(self) -> None:
-        self.seconds, self.calls = 0.0, 0
+    return vllm.LLM(
+        model=folder,
+        dtype="bfloat16",
+        enforce_eager=True,
+        max_model_len=512,
+        max_num_seqs=32,
+        max_num_batched_tokens=PREFILL_TOKENS,
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+        disable_log_stats=True,
+        **options,
+    )
 
-    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            answer = function(*args, **kwargs)
-            self.seconds += time.perf_counter() - start
-            self.calls += 1
-            return answer
 
-        return call
+class Requests:
+    """Requests of one engine: the same prompts for every engine."""
+
+    def __init__(self, llm: Any, *, ours: bool):
+        self.llm, self.engine, self._ours, self._number = llm, llm.llm_engine, ours, 0
+
+    def add(self, count: int, length: int, new: int) -> None:
+        import vllm
+
+        draw = np.random.default_rng(0)
+        for i in range(count):
+            self._number += 1
+            params = vllm.SamplingParams(
+                temperature=0,
+                max_tokens=new,
+                ignore_eos=True,
+                detokenize=False,
+                extra_args={"moe_route_group": "ab"[i % 2]} if self._ours else None,
+            )
+            prompt = {"prompt_token_ids": draw.integers(10, 4000, length).tolist()}
+            self.engine.add_request(str(self._number), prompt, params)
+
+    def step(self, _: int = 0) -> None:
+        self.engine.step()
+
+    def end(self) -> None:
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+
+
+def decode(stock: Requests, ours: Requests, count: int, rounds: int) -> Race:
+    """Decode steps of `count` requests each."""
+    both = {"stock vLLM": stock, "moe-route": ours}
+    for requests in both.values():
+        requests.add(count, 16, rounds + 20)
+        requests.step()
+    found = race({name: requests.step for name, requests in both.items()}, rounds=rounds, warmup=10, clock=WallTime())
+    for requests in both.values():
+        requests.end()
+    return found
+
+
+def prefill(stock: Requests, ours: Requests, rounds: int) -> Race:
+    """Steps of 2048 prompt tokens, of requests that end with them."""
+
+    def run(requests: Requests) -> Callable[[int], None]:
+        def one(_: int) -> None:
+            requests.add(PROMPTS, PREFILL_TOKENS // PROMPTS, 1)
+            requests.end()
+
+        return one
+
+    return race({"stock vLLM": run(stock), "moe-route": run(ours)}, rounds=rounds, warmup=2, clock=WallTime())
+
+
+def measure(folder: str) -> Measured:
+    """Every mode beside the stock engine, with the targets."""
+    stock = Requests(engine(folder), ours=False)
+    ours = Requests(engine(folder, additional_config={"moe_route": {"groups": ["a", "b"]}}), ours=True)
+    found = Measured()
+    for mode in MODES:
+        if mode.startswith("steer"):
+            plan = mr.Plan.activate({layer: [1, 2] for layer in range(LAYERS)}, strength=0.01)
+            mr.vllm.steer(ours.llm, plan)
+        if mode != "idle":
+            mr.vllm.record(ours.llm)
+        for case, rounds in ROUNDS.items():
+            if case == "prefill":
+                run = prefill(stock, ours, rounds)
+            else:
+                run = decode(stock, ours, int(case.split()[-1]), rounds)
+            found.rows += rows(SECTION, f"{mode}, {case}", run, peers={"moe-route": "stock vLLM"})
+            added = (run.ratio("moe-route", "stock vLLM") - 1) * 100
+            print(f"{mode}, {case}: {added:+.1f} %", flush=True)
+            if (mode, case) in WANTED:
+                wanted = WANTED[mode, case]
+                found.targets.append(
+                    Target(f"{mode}, {case}: added to a step", f"<= {wanted} %", f"{added:.1f} %", added <= wanted)
+                )
+        if mode != "idle":
+            statistics = mr.vllm.statistics(ours.llm)
+            assert statistics.tokens().sum() > 0  # it did count
+    return found
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{NAME}.json")
+    options = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     import vllm
 
-    from moe_route.integrations.vllm import worker
-
-    table, operators = Clock(), Clock()
-    worker.Session._laid_out = table.timed(worker.Session._laid_out)  # type: ignore[method-assign]
-    torch.ops.moe_route_vllm.__dict__["reroute"] = operators.timed(torch.ops.moe_route_vllm.reroute)  # dispatch too
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder)
-        llm = vllm.LLM(
-            model=folder,
-            dtype="bfloat16",
-            enforce_eager=True,
-            max_model_len=512,
-            max_num_seqs=32,
-            max_num_batched_tokens=2048,
-            enable_prefix_caching=False,
-            skip_tokenizer_init=True,
-            disable_log_stats=True,
-            additional_config={"moe_route": {"groups": ["a", "b"]}},
-        )
-        print(
-            "| | a step (ms) | token table (us) | operator, all layers (us) | share of the step |",
-            "|---" * 5 + "|",
-            sep="\n",
-        )
-        for mode in ("record", "steer and record"):
-            if mode != "record":
-                mr.vllm.steer(llm, mr.Plan.activate({layer: [1, 2] for layer in range(LAYERS)}, strength=0.01))
-            mr.vllm.record(llm)
-            for name, workload in WORKLOADS.items():
-                measure(llm, f"{mode}, {name}", workload, table, operators)
-
-
-def measure(llm: Any, name: str, workload: tuple[int, int, int], table: Clock, operators: Clock) -> None:
-    import vllm
-
-    count, length, new = workload
-    generator = np.random.default_rng(0)
-    prompts = [{"prompt_token_ids": generator.integers(10, 4000, length).tolist()} for _ in range(count)]
-    params = [
-        vllm.SamplingParams(
-            temperature=0,
-            max_tokens=new,
-            ignore_eos=True,
-            detokenize=False,
-            extra_args={"moe_route_group": "ab"[i % 2]},
-        )
-        for i in range(count)
-    ]
-    rows = []
-    for repeat in range(REPEATS + 1):
-        table.seconds = operators.seconds = 0.0
-        table.calls = 0
-        start = time.perf_counter()
-        llm.generate(prompts, params, use_tqdm=False)
-        whole = time.perf_counter() - start
-        if repeat:  # the first one warms up
-            steps = table.calls
-            rows.append((whole / steps, table.seconds / steps, operators.seconds / steps))
-    step, tables, gates = (statistics.median(column) for column in zip(*rows, strict=True))
-    print(
-        f"| {name} | {step * 1e3:.1f} | {tables * 1e6:.0f} | {gates * 1e6:.0f} | {(tables + gates) / step:.1%} |",
-        flush=True,
-    )
+        measured = measure(folder)
+        gc.collect()
+    about = {**machine("python -m bench.serving"), "vllm": vllm.__version__}
+    print(BenchmarkResults(about, measured).save(options.out))
 
 
 if __name__ == "__main__":

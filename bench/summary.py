@@ -32,6 +32,7 @@ STOCK = ("eager", "batched_mm")
 COMMITTED = Path(__file__).parent / "results" / "cpu-avx512.json"
 COMMITTED_EXPERTS = COMMITTED.with_name("cpu-avx512-experts.json")
 COMMITTED_MODELS = COMMITTED.with_name("cpu-avx512-models.json")
+COMMITTED_SERVING = COMMITTED.with_name("serving.json")
 
 
 def summary(content: Mapping[str, Any]) -> str:
@@ -104,6 +105,29 @@ def committed() -> str:
     files = (COMMITTED, COMMITTED_EXPERTS, COMMITTED_MODELS)
     kernels, experts, models = (json.loads(path.read_text()) for path in files)
     return f"{summary(kernels)}\n{experts_summary(experts)}\n{models_summary(models)}"
+
+
+def serving() -> str:
+    """What the plug-in adds to steps of stock vLLM, as markdown."""
+    content = json.loads(COMMITTED_SERVING.read_text())
+    stock = {row["case"]: row for row in content["rows"] if not row["ours"]}
+    lines = []
+    for row in content["rows"]:
+        if row["ours"]:
+            added, low, high = (
+                f"{(1 / row[name] - 1) * 100:+.1f} %" for name in ("times_peer", "times_peer_high", "times_peer_low")
+            )
+            lines.append((row["case"], *(duration(r["median"]) for r in (stock[row["case"]], row)), added, low, high))
+    targets = [(t["what"], t["wanted"], t["measured"], "yes" if t["met"] else "**no**") for t in content["targets"]]
+    machine = content["machine"]
+    return "\n".join(
+        [
+            f"{machine['threads used']} threads of a shared {machine['processor']} machine, vLLM {machine['vllm']}, "
+            f"load {machine['load']}:\n",
+            table(("", "stock vLLM", "with moe-route", "added", "lower quartile", "upper quartile"), lines),
+            table(("target", "wanted", "measured", "met"), targets),
+        ]
+    )
 
 
 def headline() -> str:

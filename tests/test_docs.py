@@ -91,10 +91,11 @@ def figures(page: str) -> str:
     """The figures of a page, from the committed results."""
     from bench import summary
 
-    return {"README.md": summary.headline, "docs/figures.md": summary.committed}[page]()
+    makers = {"README.md": summary.headline, "docs/figures.md": summary.committed, "docs/serving.md": summary.serving}
+    return makers[page]()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/figures.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/figures.md", "docs/serving.md"])
 def test_the_figures_are_those_of_the_committed_results(page: str):
     found = FIGURES.search((ROOT / page).read_text(encoding="utf-8"))
     assert found
@@ -234,7 +235,7 @@ def refresh() -> None:
     target = ROOT / "docs" / "models.md"
     beginning = target.read_text(encoding="utf-8").partition("<!-- table -->\n")[0]
     target.write_text(f"{beginning}<!-- table -->\n{support_table()}\n", encoding="utf-8")
-    for name in ("README.md", "docs/figures.md"):
+    for name in ("README.md", "docs/figures.md", "docs/serving.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
         (ROOT / name).write_text(FIGURES.sub(lambda _, name=name: figures(name), text), encoding="utf-8")
     wanted = [Path(name).resolve() for name in sys.argv[1:]] or WITH_EXAMPLES

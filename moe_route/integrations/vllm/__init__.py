@@ -3,7 +3,7 @@
 vLLM calls ``register`` in every process, by the entry point ``moe_route`` of ``vllm.general_plugins``. Nothing happens
 until the engine is started with ``--additional-config '{"moe_route": {...}}'``; ``options.Options`` lists the options.
 
-    llm = LLM(model, additional_config={"moe_route": {"groups": ["a", "b"]}}, enable_prefix_caching=False)
+    llm = LLM(model, additional_config={"moe_route": {"groups": ["a", "b"]}})
     mr.vllm.steer(llm, plan)
     mr.vllm.record(llm)
     llm.generate(prompts, [SamplingParams(extra_args={"moe_route_group": "a"}), ...])
@@ -23,15 +23,17 @@ from moe_route.integrations.vllm.versions import EngineNotSupportedError
 
 if TYPE_CHECKING:
     from moe_route.recording.statistics import RoutingStatistics
+    from moe_route.recording.trace import Trace
     from moe_route.steering.plan import Plan
 
-__all__ = ["EngineNotSupportedError", "pause", "record", "register", "statistics", "steer"]
+__all__ = ["EngineNotSupportedError", "pause", "record", "register", "statistics", "steer", "trace"]
 
 _OFF = (
     "moe_route is not on in this engine: start it with --additional-config '{\"moe_route\": {}}', "
     'LLM(..., additional_config={"moe_route": {}})'
 )
-_VERBS = ("record", "pause", "statistics", "steer", "report")
+_VERBS = ("record", "pause", "statistics", "trace", "steer", "report", "prefixes")
+_CHANGING = ("record", "pause", "steer")
 
 
 def record(llm: Any) -> None:
@@ -67,7 +69,7 @@ def statistics(llm: Any) -> RoutingStatistics:
     from moe_route.recording.statistics import RoutingStatistics
     from moe_route.recording.store import SequenceStore
 
-    answers = [answer for answer in llm.collective_rpc("moe_route_statistics", args=(None, True)) if answer is not None]
+    answers = _answers(llm, "statistics")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "statistics.safetensors"
         file.write_bytes(answers[0])
@@ -80,8 +82,29 @@ def statistics(llm: Any) -> RoutingStatistics:
         return found
 
 
+def trace(llm: Any) -> Trace:
+    """The experts and weights of every counted token, with its id, position and request; the option ``trace`` keeps it.
+
+    ``LLM.generate`` has returned. Tokens are in the order in which they ran; each request is a sequence, with its item.
+    Raises an error with the words of ``recording.RecordingError`` if the engine keeps no trace.
+    """
+    from moe_route.recording.trace import Trace
+
+    answers = _answers(llm, "trace")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.safetensors"
+        file.write_bytes(answers[0])
+        return Trace.load(file)
+
+
+def _answers(llm: Any, verb: str) -> list[bytes]:
+    """What the ranks say that answer; no request is running."""
+    return [answer for answer in llm.collective_rpc(f"moe_route_{verb}", args=(None, True)) if answer is not None]
+
+
 def register() -> None:
-    """Wrap, once per process, the two methods of vLLM through which an engine with options passes."""
+    """Wrap, once per process, the methods of vLLM through which an engine with options passes."""
+    from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.gpu_worker import Worker  # the workers of CPU and XPU inherit from it
 
@@ -110,8 +133,42 @@ def register() -> None:
         return validate(self, params, *args, **kwargs)
 
     Worker.load_model, InputProcessor._validate_params = load_and_attach, validated
+    _share_prefixes(EngineCore)
     for verb in _VERBS:
         setattr(Worker, f"moe_route_{verb}", _verb(verb))
+
+
+def _share_prefixes(core: Any) -> None:
+    """Salt the requests of an engine core that caches prefixes; see ``prefixes``."""
+    add_request, collective_rpc = core.add_request, core.collective_rpc
+
+    def prefixes_of(self: Any) -> Any:
+        if not hasattr(self, "moe_route_prefixes"):
+            from moe_route.integrations.vllm.prefixes import Prefixes
+
+            options = Options.of(self.vllm_config.additional_config)
+            caches = options is not None and self.vllm_config.cache_config.enable_prefix_caching
+            self.moe_route_prefixes = Prefixes(self, options) if options is not None and caches else None
+        return self.moe_route_prefixes
+
+    @functools.wraps(add_request)
+    def salted(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        prefixes = prefixes_of(self)
+        if prefixes is not None:
+            prefixes.prepare(request)
+        return add_request(self, request, *args, **kwargs)
+
+    @functools.wraps(collective_rpc)
+    def called(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        verb = method.removeprefix("moe_route_") if isinstance(method, str) else ""
+        prefixes = prefixes_of(self) if verb in _CHANGING else None
+        try:
+            return collective_rpc(self, method, *args, **kwargs)
+        finally:
+            if prefixes is not None:
+                prefixes.called(verb)
+
+    core.add_request, core.collective_rpc = salted, called
 
 
 def _refusal() -> type[Exception]:

@@ -1,11 +1,13 @@
 """``moe_route_vllm::reroute``: steer and count the choice of one router, on tables whose addresses never change.
 
 It always runs, and data on the device switch it: a token whose rows are -1 keeps vLLM's own choice bit for bit and is
-not counted. So a CUDA graph that captured it steers and counts whatever the tables hold at replay.
+not counted. So a CUDA graph that captured it steers and counts whatever the tables hold at replay. On a CPU nothing
+is captured, and the host leaves out what a step does not need: see ``Work``.
 """
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,18 +17,40 @@ from moe_route import ops
 from moe_route.contract.tables import NEUTRAL, ROW_PARAMETERS, STEERING_PLANES, SteeringTables
 
 if TYPE_CHECKING:
+    from moe_route.integrations.vllm.counting import StepCounts
     from moe_route.integrations.vllm.sites import Site
 
-__all__ = ["connect", "connected", "copy_plan", "neutral_tables"]
+__all__ = ["Work", "connect", "connected", "copy_plan", "neutral_tables", "set_work"]
 
 _ALL_PLANES = (1 << len(STEERING_PLANES)) - 1
+
+
+class Work(Enum):
+    """What the operator does in a step, other than on a CPU always ``ROUTE``."""
+
+    ROUTE = "steer and count in every layer"
+    STEER = "steer and count in the layers of the plans, and keep the choice of the others"
+    KEEP = "keep the choice, which is counted after the step"
+    NOTHING = "nothing"
+
+
 _sites: list[Site] = []  # of the one engine that this process serves; the operator names them by index
 
 
-def connect(sites: list[Site]) -> None:
+_counts: StepCounts | None = None
+_work = Work.ROUTE
+
+
+def connect(sites: list[Site], counts: StepCounts | None = None) -> None:
     """Let the operator act on these sites, in place of those of an earlier engine of this process."""
-    global _sites
-    _sites = sites
+    global _sites, _counts, _work
+    _sites, _counts, _work = sites, counts, Work.ROUTE
+
+
+def set_work(work: Work) -> None:
+    """Say what the next step needs."""
+    global _work
+    _work = work
 
 
 def connected(sites: list[Site]) -> bool:
@@ -68,20 +92,32 @@ def copy_plan(target: SteeringTables, first: int, plan: SteeringTables) -> None:
 def _reroute(logits: Tensor, weights: Tensor, ids: Tensor, site_index: int) -> None:
     site = _sites[site_index]
     site.reached += 1
-    chosen, weighed = ids[:, : site.top_k], weights[:, : site.top_k]  # fused shared experts take columns after these
+    if _work is Work.NOTHING:
+        return
+    if ids.shape[1] != site.top_k:  # fused shared experts take columns after the chosen ones
+        weights, ids = weights[:, : site.top_k], ids[:, : site.top_k]
+    later = _work is Work.KEEP or (_work is Work.STEER and not site.steers)
+    if later and _counts is not None and _counts.keep(site_index, logits, ids, weights):
+        return
+    tokens = logits.shape[0]
+    if len(site.rows) != tokens:
+        site.rows = site.tokens[:tokens]
     new_weights, new_ids = ops.route(
         logits,
         site.top_k,
         site.spec,
         correction_bias=site.correction_bias,
         steering=site.steering,
-        tokens=site.tokens[: logits.shape[0]],
-        choice=chosen.to(torch.int32).contiguous(),
-        choice_weights=weighed.to(torch.float32).contiguous(),
+        tokens=site.rows,
+        choice=ids.to(torch.int32).contiguous(),
+        choice_weights=weights.to(torch.float32).contiguous(),
         statistics=site.statistics,
     )
-    weighed.copy_(new_weights)
-    chosen.copy_(new_ids.clamp_(min=0))  # a kernel needs an id in every slot: an empty one gets expert 0, with weight 0
+    if site.traced is not None:
+        for kept, new in zip(site.traced, (new_ids, new_weights), strict=True):
+            kept[:tokens].copy_(new)
+    weights.copy_(new_weights)
+    ids.copy_(new_ids.clamp_(min=0))  # a kernel needs an id in every slot: an empty one gets expert 0, with weight 0
 
 
 def _reroute_fake(logits: Tensor, weights: Tensor, ids: Tensor, site_index: int) -> None:

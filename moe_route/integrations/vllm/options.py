@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_route.integrations.vllm.versions import EngineNotSupportedError
 
-__all__ = ["GROUP", "ITEM", "PLAN", "UNSTEERED", "Options", "refuse_engine", "request_error"]
+__all__ = ["GROUP", "ITEM", "PLAN", "UNSTEERED", "Options", "refuse_engine", "refuse_recording", "request_error"]
 
 GROUP, ITEM, PLAN = "moe_route_group", "moe_route_item", "moe_route_plan"
 """Keys of ``SamplingParams.extra_args``, and of ``vllm_xargs`` over HTTP."""
@@ -26,6 +26,8 @@ class Options:
         plans: name -> file of the plans that a request may choose by ``moe_route_plan``; None reserves a name.
         record: whether to record from the start.
         sequences: whether to keep the averages of every sequence, by (item, group).
+        trace: whether to keep the experts and weights of every token, or the MoE layers in which to keep them.
+        trace_limit: largest number of tokens in a trace.
         rows: steering rows that fit in the tables, over all plans. The tables are made once, as CUDA graphs need.
         any_version: whether to run on a vLLM that was not tried.
     """
@@ -35,6 +37,8 @@ class Options:
     plans: Mapping[str, str | None] = field(default_factory=dict)
     record: bool = False
     sequences: bool = False
+    trace: bool | tuple[int, ...] = False
+    trace_limit: int = 1_000_000
     rows: int = 16
     any_version: bool = False
 
@@ -53,7 +57,14 @@ class Options:
         unknown = sorted(set(given) - set(known))
         if unknown:
             raise EngineNotSupportedError(f"moe_route: no option {', '.join(unknown)}; there are {', '.join(known)}")
-        options = cls(**{**given, "groups": tuple(given.get("groups", (DEFAULT_GROUP,)))})
+        trace = given.get("trace", False)
+        options = cls(
+            **{
+                **given,
+                "groups": tuple(given.get("groups", (DEFAULT_GROUP,))),
+                "trace": tuple(trace) if isinstance(trace, (list, tuple)) else trace,
+            }
+        )
         options._check(given.get("groups"))
         return options
 
@@ -65,8 +76,14 @@ class Options:
             raise EngineNotSupportedError(
                 f'moe_route: "plans" maps names to files; "{DEFAULT_PLAN}" and "{UNSTEERED}" are taken'
             )
-        if isinstance(self.rows, bool) or not isinstance(self.rows, int) or self.rows < 1:
-            raise EngineNotSupportedError(f'moe_route: "rows" is a number from 1, not {self.rows!r}')
+        for name in ("rows", "trace_limit"):
+            number = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise EngineNotSupportedError(f'moe_route: "{name}" is a number from 1, not {number!r}')
+        if not isinstance(self.trace, bool) and not (
+            isinstance(self.trace, tuple) and list(self.trace) == sorted({n for n in self.trace if type(n) is int})
+        ):
+            raise EngineNotSupportedError('moe_route: "trace" is true, false, or a list of layers in order')
         for name in ("record", "sequences", "any_version"):
             if not isinstance(getattr(self, name), bool):
                 raise EngineNotSupportedError(f'moe_route: "{name}" is true or false')
@@ -100,19 +117,18 @@ def request_error(options: Options, extra_args: Mapping[str, Any] | None) -> str
     return None
 
 
+def refuse_recording(config: Any) -> None:
+    """Raise ``EngineNotSupportedError`` for a configuration that steers as it should, and would count wrongly."""
+    if config.speculative_config is not None:
+        raise EngineNotSupportedError(
+            "moe_route: drafts that are rejected would be counted: to record, start without --speculative-config"
+        )
+
+
 def refuse_engine(config: Any) -> None:
     """Raise ``EngineNotSupportedError`` for a vLLM configuration in which counts or steering would be wrong."""
     parallel, scheduler = config.parallel_config, config.scheduler_config
     for refused, why in (
-        (
-            config.cache_config.enable_prefix_caching,
-            "tokens of a cached prefix are not routed, so they would not be counted, and a steered prefix would serve "
-            "requests that are not steered: start with --no-enable-prefix-caching",
-        ),
-        (
-            config.speculative_config is not None,
-            "drafts that are rejected would be counted: start without --speculative-config",
-        ),
         (
             getattr(scheduler, "async_scheduling", False),
             "a token after the end of a text may be routed and counted: start with --no-async-scheduling",

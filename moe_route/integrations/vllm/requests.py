@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["PlanRows", "Request", "RequestTable"]
+__all__ = ["PlanRows", "Request", "RequestTable", "positions_of"]
 
 _PROMPT, _GROUP, _SEGMENT, _DONE, _PLAN, _COLUMNS = 0, 1, 2, 3, 4, 5
 
@@ -115,7 +115,7 @@ class RequestTable:
         counts, starts = np.asarray(counts, np.int64), np.asarray(starts, np.int64)
         total = int(counts.sum())
         of = np.repeat(np.arange(len(names)), counts)
-        positions = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts) + starts[of]
+        positions = positions_of(counts, starts)
         numbers = np.where((slots >= 0)[:, None], self._numbers[slots], (0, -1, -1, 0, -1))
         prompt, group, segment, done, plan = (numbers[of, column] for column in range(_COLUMNS))
         phase = (positions >= prompt).astype(np.int64)
@@ -135,3 +135,8 @@ class RequestTable:
     def _slot(self, name: str) -> int:
         request = self.running.get(name)
         return -1 if request is None else request.slot
+
+
+def positions_of(counts: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Position of every token of a step in its request."""
+    return np.arange(int(counts.sum())) + np.repeat(starts - np.cumsum(counts) + counts, counts)

@@ -93,12 +93,13 @@ def follow(
     *,
     before: Callable[[Any], None],
     laid_out: Callable[[Batch], None],
+    after: Callable[[], None],
     dummy: Callable[[], None],
 ) -> None:
     """Wrap a runner's methods.
 
     ``before(scheduled)`` is called before a step changes the runner's requests, ``laid_out(batch)`` before its forward,
-    and ``dummy()`` before a run without requests (warm-up, capture, an idle rank).
+    ``after()`` after it, and ``dummy()`` before a run without requests (warm-up, capture, an idle rank).
     """
     prepare, execute, dummy_run = getattr(runner, view.prepare), runner.execute_model, runner._dummy_run
 
@@ -110,9 +111,12 @@ def follow(
 
     @functools.wraps(execute)
     def executed(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs.get("dummy_run"):
-            before(scheduler_output)
-        return execute(scheduler_output, *args, **kwargs)
+        if kwargs.get("dummy_run"):
+            return execute(scheduler_output, *args, **kwargs)
+        before(scheduler_output)
+        answer = execute(scheduler_output, *args, **kwargs)
+        after()
+        return answer
 
     @functools.wraps(dummy_run)
     def without_requests(*args: Any, **kwargs: Any) -> Any:

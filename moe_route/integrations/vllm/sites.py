@@ -43,7 +43,10 @@ class Site:
     reached: int = 0  # calls of the operator; a replayed graph adds none
     steering: SteeringTables | None = None
     statistics: StatisticsTables | None = None
+    traced: tuple[Tensor, Tensor] | None = None  # ids and weights of the latest step, [T, k], if they are traced
+    steers: bool = False  # whether a plan that runs has a rule for this layer
     tokens: Tensor = field(default_factory=lambda: torch.empty(0, 4, dtype=torch.int32))
+    rows: Tensor = field(default_factory=lambda: torch.empty(0, 4, dtype=torch.int32))  # those of a step, of `tokens`
 
 
 def find_sites(model: nn.Module, model_type: str) -> list[Site]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,25 @@ import numpy as np
 import torch
 
 from moe_route import files
-from moe_route.calls.call import PHASES
-from moe_route.contract.tables import METRICS, SteeringTables
+from moe_route.contract.tables import METRICS
 from moe_route.identity import config_hash, library_versions
 from moe_route.integrations.vllm import operator, runners
-from moe_route.integrations.vllm.options import DEFAULT_PLAN, GROUP, ITEM, PLAN, UNSTEERED, Options, refuse_engine
-from moe_route.integrations.vllm.requests import PlanRows, Request, RequestTable
+from moe_route.integrations.vllm.counting import StepCounts
+from moe_route.integrations.vllm.options import (
+    DEFAULT_PLAN,
+    GROUP,
+    ITEM,
+    PLAN,
+    UNSTEERED,
+    Options,
+    refuse_engine,
+    refuse_recording,
+)
+from moe_route.integrations.vllm.plans import PlanTables
+from moe_route.integrations.vllm.prefixes import Workers, steered_prefixes
+from moe_route.integrations.vllm.requests import Request, RequestTable
 from moe_route.integrations.vllm.sites import check, find_sites, hook
+from moe_route.integrations.vllm.tracing import StepTrace
 from moe_route.integrations.vllm.versions import EngineNotSupportedError, check_version
 from moe_route.recording.metadata import add_fingerprints
 from moe_route.recording.pooling import SequenceAverages, SequencePool
@@ -26,9 +38,7 @@ from moe_route.recording.recorder import DEFAULT_METRICS
 from moe_route.recording.statistics import RecordingError, RoutingStatistics
 from moe_route.recording.store import SequenceStore
 from moe_route.recording.tables import TableSet, TableSums
-from moe_route.steering.compiled import CompiledPlan
-from moe_route.steering.model import PlanError
-from moe_route.steering.plan import Plan
+from moe_route.recording.trace import Trace
 
 __all__ = ["Session"]
 
@@ -51,12 +61,19 @@ class Session:
         scheduler = self._config.scheduler_config
         self._requests = RequestTable(len(options.groups), len(options.plan_names), scheduler.max_num_seqs)
         self._make_tables(scheduler.max_num_seqs, scheduler.max_num_batched_tokens + _GRAPH_ROWS)
-        operator.connect(self.sites)
+        self._counts = StepCounts(self.sites) if all(site.device.type == "cpu" for site in self.sites) else None
+        operator.connect(self.sites, self._counts)
         for index, site in enumerate(self.sites):
             hook(site, index)
-        self._plans: dict[str, CompiledPlan] = {}
         self._view = runners.view_of(runner)
-        runners.follow(runner, self._view, before=self._before, laid_out=self._laid_out, dummy=self._dummy)
+        runners.follow(
+            runner,
+            self._view,
+            before=self._before,
+            laid_out=self._laid_out,
+            after=self._after,
+            dummy=self._dummy,
+        )
         self._recorded = False
         self._forget()
         for name, path in {DEFAULT_PLAN: options.plan, **options.plans}.items():
@@ -71,8 +88,6 @@ class Session:
         self._step = torch.full((most_tokens, 4), -1, dtype=torch.int32, device=device)
         self._step[:, 3] = 1
         self._tokens = self._step.repeat(len(self.sites), 1, 1)
-        # steering row of a token in each layer: -1 where the plan leaves the layer alone, and for row -1
-        self._rows = torch.full((len(self.sites), self.options.rows + 1), -1, dtype=torch.int32, device=device)
         self._host = self._step.cpu()
         if device.type == "cuda":
             self._host = self._host.pin_memory()
@@ -85,7 +100,9 @@ class Session:
         self._requests.segment_capacity = self._tables.segment_capacity
         for site, table, tokens in zip(self.sites, self._tables.layers, self._tokens, strict=True):
             site.statistics, site.tokens = table, tokens
-            site.steering = operator.neutral_tables(self.options.rows, site.num_experts, site.device)
+        self._plans = PlanTables(self.sites, self.options)
+        traced = range(len(self.sites)) if self.options.trace is True else self.options.trace or ()
+        self._trace = StepTrace(self.sites, traced, most_tokens, self.options.trace_limit) if traced else None
 
     # ---- verbs, called by name through collective_rpc
 
@@ -95,71 +112,24 @@ class Session:
         ``name`` is the plan that requests choose by ``moe_route_plan``; those that choose none take "default".
         """
         self._refuse_other_engine()
-        if name not in self.options.plan_names:
-            raise PlanError(
-                f"no plan is called {name!r} here: reserve its name when the engine starts, "
-                f'"moe_route": {{"plans": {{"{name}": null}}}}'
-            )
-        compiled = None if plan is None else self._compiled(_plan_of(plan))
-        wanted = {key: value for key, value in self._plans.items() if key != name}
-        if compiled is not None:
-            wanted[name] = compiled
-        self._place(wanted)
-        self._plans = wanted
+        self._plans.check_name(name)
+        compiled = None
+        if plan is not None:
+            compiled = self._plans.compiled(plan, self._config.model_config.model, self._config_hash())
+        self._requests.plan_rows = self._plans.change(name, compiled)
         if compiled is None:
             return None
         self._used_plans.add(compiled.plan_hash)
         return compiled.plan_hash
 
-    def _compiled(self, plan: Plan) -> CompiledPlan:
-        model = self._config.model_config
-        plan.check_model(model.model, config_hash=self._config_hash(), num_experts=[s.num_experts for s in self.sites])
-        compiled = plan.compile(self.sites, self.options.groups)
-        special = [
-            layer
-            for layer, table in enumerate(compiled.tables)
-            if table is not None and not isinstance(table, SteeringTables)
-        ]
-        if special:
-            raise EngineNotSupportedError(
-                f"moe_route: the plan has rules that look at single tokens (layers {special}: absent experts, drawn, "
-                "replayed or given choices and scores, a top_k above the model's), which do not run inside vLLM: "
-                "use mr.attach in transformers"
-            )
-        return compiled
-
-    def _place(self, plans: Mapping[str, CompiledPlan]) -> None:
-        """Write plans into the steering tables, one after the other, and the rows that requests take."""
-        sizes = {name: max((t.rows for t in plan.tables if t is not None), default=0) for name, plan in plans.items()}
-        needed = sum(sizes.values())
-        if needed > self.options.rows:
-            raise PlanError(
-                f"the plans have {needed} steering rows, the tables room for {self.options.rows}: start the engine "
-                f'with "moe_route": {{"rows": {needed}}} or more'
-            )
-        names = self.options.plan_names
-        bounds = sorted({bound for plan in plans.values() for bound in plan.bounds})
-        shape = (len(names) + 1, len(PHASES), len(self.options.groups) + 1, len(bounds) + 1)
-        rows = np.full(shape, -1, np.int32)
-        first = 0
-        self._rows.fill_(-1)
-        for name, plan in plans.items():
-            own = plan.rows.numpy()
-            place = [int(np.searchsorted(plan.bounds, start, side="right")) for start in (0, *bounds)]
-            rows[names.index(name)] = np.where(own >= 0, own + first, -1)[:, :, place]
-            here = torch.arange(first, first + sizes[name], dtype=torch.int32)
-            for layer, (site, table) in enumerate(zip(self.sites, plan.tables, strict=True)):
-                if table is not None:
-                    assert isinstance(table, SteeringTables)  # `_compiled` refused others
-                    assert site.steering is not None
-                    operator.copy_plan(site.steering, first, table)
-                    self._rows[layer, first : first + sizes[name]] = here.to(self._rows.device)
-            first += sizes[name]
-        self._requests.plan_rows = PlanRows(rows, np.asarray(bounds, np.int64))
+    def prefixes(self) -> Workers:
+        """What decides who may share a cached prefix."""
+        return Workers(self._requests.counts, steered_prefixes(self._plans.running, self.options.groups))
 
     def record(self) -> None:
         """Begin a new recording. Requests that run already are not part of it."""
         self._refuse_other_engine()
+        refuse_recording(self._config)
         self._forget()
         self._requests.counts = self._recorded = True
 
@@ -175,7 +145,9 @@ class Session:
         names, experts = [site.name for site in self.sites], [site.num_experts for site in self.sites]
         self._store = SequenceStore(names, experts) if self.options.sequences else None
         self._repeated = 0  # sequences whose item and group the store held already
-        self._used_plans = {plan.plan_hash for plan in self._plans.values()}
+        if self._trace is not None:
+            self._trace.forget()
+        self._used_plans = {plan.plan_hash for plan in self._plans.running.values()}
         self._fingerprint: str | None = None
         self._steps = self._cached = self._without_room = 0
 
@@ -204,13 +176,22 @@ class Session:
             return None
         made = self._statistics()
         made.verify()
-        if path is not None:
-            made.save(path)
-            return path
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "statistics.safetensors"
-            made.save(file)
-            return file.read_bytes()
+        return _saved(made, path)
+
+    def trace(self, path: str | None = None, idle: bool = False) -> bytes | str | None:
+        """Write the trace to ``path``, or return the content of such a file; None on ranks but the first.
+
+        ``idle`` as for ``statistics``. Raises ``RecordingError`` if the engine keeps none.
+        """
+        self._refuse_other_engine()
+        if self._trace is None:
+            raise RecordingError('no trace is kept: start the engine with "moe_route": {"trace": true}, or [layers]')
+        if idle:
+            self._end(list(self._requests.running))
+        self._refuse_gaps()
+        if self._worker.rank % self._config.parallel_config.tensor_parallel_size:
+            return None
+        return _saved(self._trace.snapshot(self.options.groups, self._token_ids), path)
 
     def _refuse_gaps(self) -> None:
         silent = [site.name for site in self.sites if not site.reached]
@@ -271,7 +252,7 @@ class Session:
                 for site in self.sites
             ],
             "groups": self.options.groups,
-            "plans": {name: plan.plan_hash for name, plan in self._plans.items()},
+            "plans": {name: plan.plan_hash for name, plan in self._plans.running.items()},
             "recording": self._requests.counts,
             "running": len(self._requests.running),
             "steps": self._steps,
@@ -314,9 +295,11 @@ class Session:
         prompt = len(new.prompt_token_ids if new.prompt_token_ids is not None else new.prompt_embeds)
         cached = new.num_computed_tokens
         self._cached += cached if segment >= 0 else 0
-        self._requests.begin(
+        request = self._requests.begin(
             new.req_id, prompt=prompt, group=code, segment=segment, plan=steered, item=given.get(ITEM), first=cached
         )
+        if segment >= 0 and self._trace is not None:
+            self._trace.begin(request)
 
     def _segment(self) -> int:
         if not self._free:
@@ -327,33 +310,63 @@ class Session:
     def _laid_out(self, batch: runners.Batch) -> None:
         """Bring the token table of a step over, in one copy."""
         self._refuse_other_engine()  # it would run on the tables of the other one
+        if self._counts is not None:
+            self._counts.forget()  # of a step that failed
+        if self._trace is not None:
+            self._trace.take()
         total = self._requests.fill(self._host.numpy(), *batch)
+        if self._trace is not None:
+            self._trace.lay_out(self._host.numpy()[:total], self._requests.group_capacity, *batch)
         self._host[total : self._dirty, :3] = -1
         most = max(total, self._dirty)
         step = self._step[:most]
         step.copy_(self._host[:most], non_blocking=True)
         self._tokens[:, :most] = step
-        if self._plans:
-            self._tokens[:, :most, 0] = self._rows[:, step[:, 0]]
+        if self._plans.running:
+            self._tokens[:, :most, 0] = self._plans.layer_rows[:, step[:, 0]]
         self._dirty = total
         self._steps += self._requests.counts
+        operator.set_work(self._work(bool((self._host[:total, 0] >= 0).any())))
+
+    def _work(self, steered: bool) -> operator.Work:
+        """What the operator must do in the step that is laid out; ``steered``: whether a rule reaches a token of it."""
+        if self._counts is None or self._trace is not None:
+            return operator.Work.ROUTE
+        if steered:
+            return operator.Work.STEER
+        return operator.Work.KEEP if self._requests.counts else operator.Work.NOTHING
+
+    def _after(self) -> None:
+        """Count what the operator kept of the step that ran."""
+        if self._counts is not None:
+            self._counts.count(self._tokens[0])
 
     def _dummy(self) -> None:
         """A run without requests counts nothing."""
+        operator.set_work(operator.Work.ROUTE)
+        if self._trace is not None:
+            self._trace.take()
         self._host[:, :3] = -1
         self._tokens[..., :3] = -1
         self._dirty = 0
 
     def _keep_tokens(self, request: Request | None) -> None:
         if request is not None and request.segment >= 0:
-            ids = self._view.token_ids(request.name, self._requests.routed(request))
-            request.tokens = request.tokens if ids is None else ids
+            request.tokens = self._token_ids(request)
+
+    def _token_ids(self, request: Request) -> np.ndarray | None:
+        """Ids of the tokens that a request has routed, from position 0."""
+        known = request.name in self._requests.running
+        ids = self._view.token_ids(request.name, self._requests.routed(request)) if known else None
+        return request.tokens if ids is None else ids
 
     def _end(self, names: Iterable[str]) -> None:
         """Add requests that ended to the averages over sequences."""
         known = [self._requests.running[name] for name in names if name in self._requests.running]
         for request in known:
             self._keep_tokens(request)
+            if self._trace is not None:
+                self._trace.end(request)
         lengths = {request.name: self._requests.routed(request) for request in known}
         ended = [request for request in self._requests.end([r.name for r in known]) if request.segment >= 0]
         if not ended:
@@ -397,10 +410,11 @@ class Session:
         return sums
 
 
-def _plan_of(plan: str | bytes) -> Plan:
-    if isinstance(plan, str):
-        return Plan.load(plan)
+def _saved(made: RoutingStatistics | Trace, path: str | None) -> str | bytes:
+    if path is not None:
+        made.save(path)
+        return path
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "plan.safetensors"
-        file.write_bytes(plan)
-        return Plan.load(file)
+        file = Path(folder) / "answer.safetensors"
+        made.save(file)
+        return file.read_bytes()

@@ -1,41 +1,125 @@
-"""The private names of vLLM that are used are there, with the arguments that are used; no engine is started."""
+"""The private names of vLLM that are used are there, with the arguments that are used; no engine is started.
+
+Read from the sources: of the vLLM that is installed, and of the wheels in the folder MOE_ROUTE_VLLM_WHEELS, to which
+`make test-vllm` brings the oldest one that is supported.
+"""
 
 from __future__ import annotations
 
+import ast
 import os
+import zipfile
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
-from moe_route.integrations.vllm.versions import SEAMS, check_version, missing_arguments
+from moe_route.integrations.vllm.versions import OLDEST, SEAMS, check_version, missing_arguments
 
-if os.environ.get("MOE_ROUTE_REQUIRE_VLLM"):  # `make test-vllm`: a vLLM that does not load is a failure there
-    import vllm
-else:
-    vllm = pytest.importorskip("vllm", reason="needs vLLM in an environment of its own: make test-vllm")
+WHEELS = sorted(Path(os.environ.get("MOE_ROUTE_VLLM_WHEELS") or os.devnull).glob("vllm*.whl"))
+SOURCES = ["installed", *(wheel.name for wheel in WHEELS)]
+
+if not os.environ.get("MOE_ROUTE_REQUIRE_VLLM"):  # `make test-vllm`: a vLLM that is not there is a failure there
+    pytest.importorskip("vllm", reason="needs vLLM in an environment of its own: make test-vllm")
+
+FIELDS = {
+    "vllm.v1.core.sched.output:NewRequestData": (
+        "req_id",
+        "prompt_token_ids",
+        "prompt_embeds",
+        "sampling_params",
+        "num_computed_tokens",
+    ),
+    "vllm.v1.core.sched.output:SchedulerOutput": (
+        "finished_req_ids",
+        "num_scheduled_tokens",
+        "preempted_req_ids",
+        "scheduled_new_reqs",
+    ),
+    "vllm.v1.worker.gpu.input_batch:InputBatch": ("req_ids", "num_scheduled_tokens", "num_computed_tokens_np"),
+    "vllm.v1.request:Request": (
+        "sampling_params",
+        "num_prompt_tokens",
+        "num_computed_tokens",
+        "cache_salt",
+        "block_hashes",
+        "skip_reading_prefix_cache",
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": ("input_batch", "requests"),
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner": ("req_states",),
+    "vllm.v1.worker.gpu.states:RequestState": ("req_id_to_index", "all_token_ids"),
+    "vllm.v1.engine.core:EngineCore": ("model_executor", "scheduler", "vllm_config"),
+    "vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter": ("top_k",),
+    "vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner": (
+        "layer_name",
+        "router",
+        "moe_config",
+        "routed_experts",
+        "is_monolithic",
+    ),
+}
+"""Attributes of vLLM's objects that are read or set."""
+
+
+@cache
+def module(source: str, name: str) -> ast.Module:
+    path = name.replace(".", "/") + ".py"
+    if source == "installed":
+        found = find_spec("vllm")
+        assert found is not None
+        assert found.origin is not None
+        return ast.parse((Path(found.origin).parents[1] / path).read_text(encoding="utf-8"))
+    with zipfile.ZipFile(next(wheel for wheel in WHEELS if wheel.name == source)) as wheel:
+        return ast.parse(wheel.read(path))
+
+
+def class_at(source: str, place: str) -> ast.ClassDef:
+    name, _, path = place.partition(":")
+    (found,) = [node for node in module(source, name).body if isinstance(node, ast.ClassDef) and node.name == path]
+    return found
+
+
+def methods(of: ast.ClassDef) -> dict[str, ast.FunctionDef]:
+    return {node.name: node for node in of.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("place", SEAMS)
+def test_methods_take_the_arguments_that_are_used(place: str, source: str) -> None:
+    of, _, name = place.rpartition(".")
+    taken = methods(class_at(source, of))[name].args
+    assert set(SEAMS[place][1]) <= {one.arg for one in (*taken.posonlyargs, *taken.args, *taken.kwonlyargs)}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("place", FIELDS)
+def test_attributes_that_are_read_exist(place: str, source: str) -> None:
+    of = class_at(source, place)
+    found = set(methods(of))
+    for node in ast.walk(of):
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if isinstance(target, ast.Name):
+            found.add(target.id)
+        elif isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == "self":
+            found.add(target.attr)
+    assert set(FIELDS[place]) <= found
 
 
 @pytest.mark.parametrize("place", SEAMS)
-def test_methods_take_the_arguments_that_are_used(place: str) -> None:
+def test_methods_of_the_installed_vllm_are_found_by_name(place: str) -> None:
     assert not missing_arguments(place)
 
 
-def test_the_version_is_one_of_those_tried() -> None:
+def test_the_versions_are_those_tried() -> None:
+    import vllm
+
     check_version(vllm.__version__)
+    for wheel in WHEELS:
+        check_version(wheel.name.split("-")[1])
 
 
-def test_fields_that_are_read_exist() -> None:
-    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
-    from vllm.v1.worker.gpu.input_batch import InputBatch
-
-    fields = {
-        NewRequestData: {"req_id", "prompt_token_ids", "prompt_embeds", "sampling_params", "num_computed_tokens"},
-        SchedulerOutput: {
-            "finished_req_ids",
-            "num_scheduled_tokens",
-            "preempted_req_ids",
-            "scheduled_new_reqs",
-        },
-        InputBatch: {"req_ids", "num_scheduled_tokens", "num_computed_tokens_np"},
-    }
-    for of, names in fields.items():
-        assert names <= of.__dataclass_fields__.keys()
+@pytest.mark.skipif(not WHEELS, reason="no wheel was downloaded: make test-vllm")
+def test_the_oldest_version_is_among_the_wheels() -> None:
+    oldest = ".".join(map(str, OLDEST))
+    assert any(wheel.name.split("-")[1].startswith(oldest + ".") for wheel in WHEELS)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moe_route.integrations.vllm.options import Options, refuse_engine, request_error
+from moe_route.integrations.vllm.options import Options, refuse_engine, refuse_recording, request_error
 from moe_route.integrations.vllm.sites import transformers_name
 from moe_route.integrations.vllm.versions import EngineNotSupportedError, check_version
 
@@ -29,6 +29,9 @@ def test_without_options_nothing_is_asked_for() -> None:
         ({"plans": {"none": None}}, "are taken"),
         ({"rows": 0}, "a number from 1"),
         ({"record": "yes"}, "true or false"),
+        ({"trace": "all"}, "list of layers in order"),
+        ({"trace": [2, 1]}, "list of layers in order"),
+        ({"trace_limit": True}, '"trace_limit" is a number from 1'),
         ([], "options by name"),
     ],
 )
@@ -40,7 +43,6 @@ def test_wrong_options_are_refused(given: Any, words: str) -> None:
 def config(**changes: Any) -> SimpleNamespace:
     parallel = SimpleNamespace(data_parallel_size=1, pipeline_parallel_size=1, enable_dbo=False)
     made = {
-        "cache_config": SimpleNamespace(enable_prefix_caching=False),
         "speculative_config": None,
         "scheduler_config": SimpleNamespace(async_scheduling=False, policy="fcfs"),
         "parallel_config": parallel,
@@ -54,7 +56,6 @@ def config(**changes: Any) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("changes", "mend"),
     [
-        ({"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
         ({"async_scheduling": True}, "--no-async-scheduling"),
         ({"policy": "priority"}, "--scheduling-policy fcfs"),
         ({"data_parallel_size": 2}, "one engine per replica"),
@@ -68,11 +69,13 @@ def test_an_engine_that_would_count_wrongly_is_refused(changes: dict[str, Any], 
         refuse_engine(config(**changes))
 
 
-def test_speculative_decoding_is_refused() -> None:
+def test_a_recording_of_drafts_is_refused() -> None:
     drafts = config()
+    refuse_recording(drafts)
     drafts.speculative_config = object()
+    refuse_engine(drafts)
     with pytest.raises(EngineNotSupportedError, match="without --speculative-config"):
-        refuse_engine(drafts)
+        refuse_recording(drafts)
 
 
 @pytest.mark.parametrize("version", ["0.29.1", "0.33.0", "1.0", "dev"])

@@ -63,9 +63,16 @@ def test_a_step_is_followed_in_order(kind: type[RunnerV1]) -> None:
         log.append("laid out")
         batches.append(batch)
 
-    follow(runner, view, before=lambda _: log.append("before"), laid_out=laid_out, dummy=lambda: log.append("cleared"))
+    follow(
+        runner,
+        view,
+        before=lambda _: log.append("before"),
+        laid_out=laid_out,
+        after=lambda: log.append("after"),
+        dummy=lambda: log.append("cleared"),
+    )
     assert runner.execute_model(SCHEDULED) == "output"
-    assert log == ["before", "execute", "prepare", "laid out"]
+    assert log == ["before", "execute", "prepare", "laid out", "after"]
     assert list(batches[0].names) == ["b", "a"]
     assert batches[0].counts.tolist() == [1, 2]
     assert batches[0].starts.tolist() == [3, 0]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,19 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
 
 
+def run_group(command: list[str], *, timeout: float, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command; whatever it left behind is ended with it, also when it fails, takes too long or is interrupted."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **settings
+    ) as process:
+        try:
+            out, error = process.communicate(timeout=timeout)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        return subprocess.CompletedProcess(command, process.returncode, out, error)
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which the page's plan and its commands ran."""
@@ -42,11 +58,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    for command in (["python", "-c", blocks("python")[0]], ["bash", "-m", "-c", script]):
-        done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
-        )
+    # without job control, so that the server stays in the shell's group of processes
+    for command in (["python", "-c", blocks("python")[0]], ["bash", "-c", script]):
         log = folder / "server.log"
+        try:
+            done = run_group(command, cwd=folder, env=environment, timeout=280)
+        except subprocess.TimeoutExpired:
+            pytest.fail(log.read_text()[-4000:] if log.exists() else f"{command[0]} took too long")
         assert done.returncode == 0, done.stderr[-2000:] + (log.read_text()[-4000:] if log.exists() else "")
     return folder
 
@@ -81,3 +99,24 @@ def test_a_request_of_an_unknown_group_gets_http_400_in_words(served: Path) -> N
     error = answer(served, "refused")["error"]
     assert error["code"] == 400
     assert "none of the groups of this engine: plain, steered" in error["message"]
+
+
+def running(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the states of processes from /proc")
+def test_a_server_that_takes_too_long_is_ended_with_its_children(tmp_path: Path) -> None:
+    script = f"(sleep 300 & echo $! > {tmp_path}/child; wait) & wait"
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_group(["bash", "-c", script], timeout=2)
+    child = int((tmp_path / "child").read_text())
+    for _ in range(50):
+        if not running(child):
+            return
+        time.sleep(0.1)
+    pytest.fail("the child is still running")
