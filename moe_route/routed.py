@@ -214,17 +214,17 @@ class RoutedModel:
             raise RuntimeError(
                 "labels() inside labels(): leave the first block first, a sequence has one set of labels"
             )
-        before = named_groups()
+        before, name = named_groups(), name_groups  # a name of its own: modules may end first
         try:
             try:
                 self._block = block
-                name_groups(named)
+                name(named)
                 yield
             finally:
-                name_groups(before)
+                name(before)
                 self._block = None
         finally:
-            name_groups(before)
+            name(before)
             self._block = None  # again, if an interrupt stopped the first attempt
 
     # ---- steer

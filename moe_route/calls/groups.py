@@ -25,9 +25,12 @@ class NamedGroups(NamedTuple):
 _named: ContextVar[NamedGroups | None] = ContextVar("moe_route groups", default=None)
 
 
-def name_groups(groups: NamedGroups | None) -> None:
-    """Name the groups of the calls that follow in this thread; None ends it."""
-    _named.set(groups)
+def name_groups(groups: NamedGroups | None, *, named: ContextVar[NamedGroups | None] = _named) -> None:
+    """Name the groups of the calls that follow in this thread; None ends it.
+
+    Works at the end of a program too, when the names of this module are gone.
+    """
+    named.set(groups)
 
 
 def named_groups() -> NamedGroups | None:

@@ -254,18 +254,18 @@ class Recorder:
         block = LabelBlock.parse(self._default_group() if groups is None else groups, items, count_mask, self._known)
         self._refuse_repeats(block)
         self._end_sequences()
-        finished, before = False, named_groups()
+        finished, before, name = False, named_groups(), name_groups  # a name of its own: modules may end first
         try:
             try:
                 self._block = block
-                name_groups(before if groups is None else block.named)
+                name(before if groups is None else block.named)
                 yield
                 finished = True
             finally:
-                name_groups(before)
+                name(before)
                 self._end_labels(finished)
         finally:
-            name_groups(before)
+            name(before)
             self._end_labels(False)  # continues where an interrupt stopped the first attempt
 
     def _end_labels(self, finished: bool) -> None:
