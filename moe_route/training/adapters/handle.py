@@ -82,8 +82,8 @@ class AdaptedModel:
     def labels(self, groups: str | Sequence[str]) -> Iterator[None]:
         """Name the group of each sequence of a batch, for all calls inside: one name, or one for each sequence.
 
-        `labels` of an attached model and of a recording name it too, so one of them is enough. Calls raise
-        `AdapterError` for a group without adapter.
+        `labels` of an attached model and of a recording name it too, so one of them is enough. They hold in the thread
+        that names them. Calls raise `AdapterError` for a group without adapter.
         """
         block = LabelBlock.parse(groups, None, None, None)
         before = named_groups()
