@@ -34,6 +34,7 @@ _OFF = (
 )
 _VERBS = ("record", "pause", "statistics", "trace", "steer", "report", "prefixes")
 _CHANGING = ("record", "pause", "steer")
+_PREFIX = "moe_route_"  # of the verbs among the methods of a worker
 
 
 def record(llm: Any) -> None:
@@ -66,20 +67,10 @@ def statistics(llm: Any) -> RoutingStatistics:
 
     Raises an error with the words of ``recording.RecordingError`` if nothing was recorded.
     """
+    from moe_route.integrations.vllm.answers import loaded
     from moe_route.recording.statistics import RoutingStatistics
-    from moe_route.recording.store import SequenceStore
 
-    answers = _answers(llm, "statistics")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "statistics.safetensors"
-        file.write_bytes(answers[0])
-        found = RoutingStatistics.load(file)
-        if found.store is not None:  # it reads its sequences from the file, which goes
-            kept = SequenceStore(found.layers, found.num_experts)
-            for shard in found.store.shards():
-                kept.append(shard.keys, shard.arrays)
-            found.store = kept
-        return found
+    return loaded(RoutingStatistics, _content(llm, "statistics"))
 
 
 def trace(llm: Any) -> Trace:
@@ -88,18 +79,16 @@ def trace(llm: Any) -> Trace:
     ``LLM.generate`` has returned. Tokens are in the order in which they ran; each request is a sequence, with its item.
     Raises an error with the words of ``recording.RecordingError`` if the engine keeps no trace.
     """
+    from moe_route.integrations.vllm.answers import loaded
     from moe_route.recording.trace import Trace
 
-    answers = _answers(llm, "trace")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "trace.safetensors"
-        file.write_bytes(answers[0])
-        return Trace.load(file)
+    return loaded(Trace, _content(llm, "trace"))
 
 
-def _answers(llm: Any, verb: str) -> list[bytes]:
-    """What the ranks say that answer; no request is running."""
-    return [answer for answer in llm.collective_rpc(f"moe_route_{verb}", args=(None, True)) if answer is not None]
+def _content(llm: Any, verb: str) -> bytes:
+    """What the rank says that answers, for all layers; no request is running."""
+    answers = llm.collective_rpc(f"moe_route_{verb}", args=(None, True))
+    return next(answer for answer in answers if answer is not None)
 
 
 def register() -> None:
@@ -133,13 +122,16 @@ def register() -> None:
         return validate(self, params, *args, **kwargs)
 
     Worker.load_model, InputProcessor._validate_params = load_and_attach, validated
-    _share_prefixes(EngineCore)
+    _follow_core(EngineCore)
     for verb in _VERBS:
-        setattr(Worker, f"moe_route_{verb}", _verb(verb))
+        setattr(Worker, f"{_PREFIX}{verb}", _verb(verb))
 
 
-def _share_prefixes(core: Any) -> None:
-    """Salt the requests of an engine core that caches prefixes; see ``prefixes``."""
+def _follow_core(core: Any) -> None:
+    """Salt the requests of an engine core that caches prefixes, and make one answer of its workers' to a verb.
+
+    See ``prefixes`` and ``answers``.
+    """
     add_request, collective_rpc = core.add_request, core.collective_rpc
 
     def prefixes_of(self: Any) -> Any:
@@ -160,10 +152,14 @@ def _share_prefixes(core: Any) -> None:
 
     @functools.wraps(collective_rpc)
     def called(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-        verb = method.removeprefix("moe_route_") if isinstance(method, str) else ""
+        if not isinstance(method, str) or not method.startswith(_PREFIX):
+            return collective_rpc(self, method, *args, **kwargs)
+        from moe_route.integrations.vllm.answers import joined
+
+        verb = method.removeprefix(_PREFIX)
         prefixes = prefixes_of(self) if verb in _CHANGING else None
         try:
-            return collective_rpc(self, method, *args, **kwargs)
+            return joined(collective_rpc(self, method, *args, **kwargs))
         finally:
             if prefixes is not None:
                 prefixes.called(verb)
@@ -180,10 +176,16 @@ def _refusal() -> type[Exception]:
 
 def _verb(name: str) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        session = getattr(self, "moe_route_session", None)
-        if session is None:
-            raise EngineNotSupportedError(_OFF)
-        return getattr(session, name)(*args, **kwargs)
+        from moe_route.integrations.vllm.answers import answer
 
-    call.__name__ = f"moe_route_{name}"
+        return answer(lambda: getattr(_session_of(self), name)(*args, **kwargs))
+
+    call.__name__ = f"{_PREFIX}{name}"
     return call
+
+
+def _session_of(worker: Any) -> Any:
+    session = getattr(worker, "moe_route_session", None)
+    if session is None:
+        raise EngineNotSupportedError(_OFF)
+    return session

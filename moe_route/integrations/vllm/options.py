@@ -138,14 +138,6 @@ def refuse_engine(config: Any) -> None:
             "preempted requests could outgrow the tables: start with --scheduling-policy fcfs",
         ),
         (
-            parallel.data_parallel_size > 1,
-            "data parallel ranks share the tokens of a layer: start one engine per replica, and add up their files",
-        ),
-        (
-            parallel.pipeline_parallel_size > 1,
-            "a stage knows its own layers only: use --tensor-parallel-size in place of --pipeline-parallel-size",
-        ),
-        (
             getattr(parallel, "decode_context_parallel_size", 1) > 1
             or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
             "context parallel ranks split the tokens of a text: start without context parallelism",

@@ -22,6 +22,7 @@ from moe_route.steering.plan import Plan
 
 if TYPE_CHECKING:
     from moe_route.integrations.vllm.sites import Site
+    from moe_route.integrations.vllm.stages import Stage
 
 __all__ = ["PlanTables"]
 
@@ -35,11 +36,12 @@ class PlanTables:
             plan leaves the layer alone, and in the last column, for tokens that no rule reaches.
     """
 
-    def __init__(self, sites: Sequence[Site], options: Options):
+    def __init__(self, sites: Sequence[Site], options: Options, stage: Stage, device: torch.device):
+        """``stage``: the place of the sites among the layers that plans name; ``device``: of ``layer_rows``."""
         self.running: dict[str, CompiledPlan] = {}
-        self._sites, self._options = sites, options
+        self._sites, self._options, self._stage = sites, options, stage
         shape = (len(sites), options.rows + 1)
-        self.layer_rows = torch.full(shape, -1, dtype=torch.int32, device=sites[0].device)
+        self.layer_rows = torch.full(shape, -1, dtype=torch.int32, device=device)
         for site in sites:
             site.steering = operator.neutral_tables(options.rows, site.num_experts, site.device)
 
@@ -65,10 +67,11 @@ class PlanTables:
             )
 
     def compiled(self, plan: str | bytes, model: str, config_hash: str) -> CompiledPlan:
-        """A plan, a file's path or content, for these sites. Raises ``PlanError`` for one of another model."""
+        """A plan, a file's path or content, for all layers. Raises ``PlanError`` for one of another model."""
         made = _plan_of(plan)
-        made.check_model(model, config_hash=config_hash, num_experts=[site.num_experts for site in self._sites])
-        compiled = made.compile(self._sites, self._options.groups)
+        layers = self._stage.layers
+        made.check_model(model, config_hash=config_hash, num_experts=[layer.num_experts for layer in layers])
+        compiled = made.compile(layers, self._options.groups)
         special = [
             layer
             for layer, table in enumerate(compiled.tables)
@@ -83,7 +86,7 @@ class PlanTables:
         return compiled
 
     def _place(self, plans: Mapping[str, CompiledPlan]) -> PlanRows:
-        """Write plans into the steering tables, one after the other."""
+        """Write plans into the steering tables, one after the other: all stages give a plan the same rows."""
         sizes = {name: max((t.rows for t in plan.tables if t is not None), default=0) for name, plan in plans.items()}
         needed = sum(sizes.values())
         if needed > self._options.rows:
@@ -102,7 +105,7 @@ class PlanTables:
             place = [int(np.searchsorted(plan.bounds, start, side="right")) for start in (0, *bounds)]
             rows[names.index(name)] = np.where(own >= 0, own + first, -1)[:, :, place]
             here = torch.arange(first, first + sizes[name], dtype=torch.int32)
-            for layer, (site, table) in enumerate(zip(self._sites, plan.tables, strict=True)):
+            for layer, (site, table) in enumerate(zip(self._sites, plan.tables[self._stage.own], strict=True)):
                 if table is not None:
                     assert isinstance(table, SteeringTables)  # `compiled` refused others
                     assert site.steering is not None

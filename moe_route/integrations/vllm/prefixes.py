@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from moe_route import files
+from moe_route.integrations.vllm.answers import joined
 from moe_route.integrations.vllm.options import DEFAULT_PLAN, GROUP, PLAN, Options
 from moe_route.steering.compiled import CompiledPlan
 
@@ -61,7 +62,7 @@ class Prefixes:
     def prepare(self, request: Any) -> None:
         """Salt a request that has no computed token yet, and keep it from the cache if it is to be counted in full."""
         if self._workers is None:
-            self._workers = self._core.model_executor.collective_rpc("moe_route_prefixes")[0]
+            self._workers = joined(self._core.model_executor.collective_rpc("moe_route_prefixes"))[0]
         params = request.sampling_params
         given = (params and params.extra_args) or {}
         only = self._options.groups[0] if len(self._options.groups) == 1 else None
