@@ -19,7 +19,7 @@ from moe_route.recording.store import SequenceStore
 from moe_route.recording.trace import Trace
 from moe_route.steering.model import PlanError
 
-__all__ = ["Failure", "StagePart", "answer", "content_of", "joined", "loaded", "replica_path", "saved"]
+__all__ = ["Failure", "StagePart", "answer", "content_of", "failed", "joined", "loaded", "replica_path", "saved"]
 
 _Made = TypeVar("_Made", RoutingStatistics, Trace)
 
@@ -52,6 +52,11 @@ def answer(call: Callable[[], Any]) -> Any:
     except Exception as error:
         logger.exception("moe_route: a verb failed")  # its traceback stays in this process
         return Failure(RuntimeError, f"{type(error).__name__}: {error}")
+
+
+def failed(answers: Sequence[Any]) -> bool:
+    """Whether a worker handed an error over."""
+    return any(isinstance(one, Failure) for one in answers)
 
 
 def joined(answers: Sequence[Any]) -> list[Any]:

@@ -8,7 +8,17 @@ from typing import Any
 
 from moe_route.integrations.vllm.versions import EngineNotSupportedError
 
-__all__ = ["GROUP", "ITEM", "PLAN", "UNSTEERED", "Options", "refuse_engine", "refuse_recording", "request_error"]
+__all__ = [
+    "GROUP",
+    "ITEM",
+    "PLAN",
+    "UNSTEERED",
+    "Options",
+    "identity",
+    "refuse_engine",
+    "refuse_recording",
+    "request_error",
+]
 
 GROUP, ITEM, PLAN = "moe_route_group", "moe_route_item", "moe_route_plan"
 """Keys of ``SamplingParams.extra_args``, and of ``vllm_xargs`` over HTTP."""
@@ -115,6 +125,13 @@ def request_error(options: Options, extra_args: Mapping[str, Any] | None) -> str
     if plan is not None and plan not in names:
         return f"{PLAN}={plan!r} is none of the plans of this engine: {', '.join(names)}"
     return None
+
+
+def identity(params: Any, options: Options) -> tuple[str, str | None, str | int | None]:
+    """Plan, group and item of a request, by its sampling parameters."""
+    given = (params and params.extra_args) or {}
+    only = options.groups[0] if len(options.groups) == 1 else None
+    return given.get(PLAN) or DEFAULT_PLAN, given.get(GROUP) or only, given.get(ITEM)
 
 
 def refuse_recording(config: Any) -> None:

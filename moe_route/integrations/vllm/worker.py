@@ -13,11 +13,9 @@ from moe_route.integrations.vllm.answers import StagePart, content_of, replica_p
 from moe_route.integrations.vllm.counting import StepCounts
 from moe_route.integrations.vllm.options import (
     DEFAULT_PLAN,
-    GROUP,
-    ITEM,
-    PLAN,
     UNSTEERED,
     Options,
+    identity,
     refuse_engine,
     refuse_recording,
 )
@@ -27,9 +25,11 @@ from moe_route.integrations.vllm.recording import Recording
 from moe_route.integrations.vllm.requests import RequestTable
 from moe_route.integrations.vllm.sites import Site, check, find_sites, hook
 from moe_route.integrations.vllm.stages import find_stage
+from moe_route.integrations.vllm.token_values import TokenValues
 from moe_route.integrations.vllm.versions import EngineNotSupportedError, check_version
 from moe_route.recording.statistics import RecordingError, RoutingStatistics
 from moe_route.recording.trace import Trace
+from moe_route.steering.compiled import CompiledPlan
 
 __all__ = ["Session"]
 
@@ -61,9 +61,12 @@ class Session:
             most_requests=most_requests,
             most_tokens=most_tokens,
         )
-        self._plans = PlanTables(self.sites, options, stage, worker.device)
+        captured = worker.device.type != "cpu" and not self._config.model_config.enforce_eager
+        self._plans = PlanTables(self.sites, options, stage, worker.device, captured=captured)
+        self._values = TokenValues(self._plans, self._requests, worker.device, self._recording.fail)
         self._make_token_tables(most_tokens, worker.device)
         self._counts = StepCounts(self.sites) if {site.device.type for site in self.sites} == {"cpu"} else None
+        self._former: tuple[str, CompiledPlan | None, set[str]] | None = None  # what ``take_back`` gives back
         operator.connect(self.sites, self._counts)
         for index, site in enumerate(self.sites):
             hook(site, index)
@@ -91,7 +94,7 @@ class Session:
             self._host = self._host.pin_memory()
         self._dirty = most_tokens  # rows of the device's table that may hold something
         for site, tokens in zip(self.sites, self._tokens, strict=True):
-            site.tokens = tokens
+            site.tokens, site.values = tokens, self._values
 
     # ---- verbs, called by name through collective_rpc
 
@@ -101,15 +104,30 @@ class Session:
         ``name`` is the plan that requests choose by ``moe_route_plan``; those that choose none take "default".
         """
         self._refuse_other_engine()
+        self._former = None
         self._plans.check_name(name)
         compiled = None
         if plan is not None:
             compiled = self._plans.compiled(plan, self._config.model_config.model, self._config_hash())
-        self._requests.plan_rows = self._plans.change(name, compiled)
+        former = self._plans.running.get(name), set(self._recording.used_plans)
+        self._change(name, compiled)
+        self._former = name, *former
         if compiled is None:
             return None
         self._recording.used_plans.add(compiled.plan_hash)
         return compiled.plan_hash
+
+    def _change(self, name: str, compiled: CompiledPlan | None) -> None:
+        self._requests.plan_rows = self._plans.change(name, compiled)
+        for request in self._requests.running.values():
+            request.starts = None
+
+    def take_back(self) -> None:
+        """Undo the latest ``steer``, if it changed a plan here: another worker refused it."""
+        if self._former is not None:
+            name, compiled, self._recording.used_plans = self._former
+            self._change(name, compiled)
+            self._former = None
 
     def prefixes(self) -> Workers:
         """What decides who may share a cached prefix."""
@@ -220,9 +238,8 @@ class Session:
                 self._begin(new)
 
     def _begin(self, new: Any) -> None:
-        options, given = self.options, (new.sampling_params and new.sampling_params.extra_args) or {}
-        default = options.groups[0] if len(options.groups) == 1 else None
-        group, plan = given.get(GROUP) or default, given.get(PLAN) or DEFAULT_PLAN
+        options = self.options
+        plan, group, item = identity(new.sampling_params, options)
         code = options.groups.index(group) if group in options.groups else -1
         cached = new.num_computed_tokens
         segment = self._recording.row(cached) if code >= 0 and self._requests.counts else -1
@@ -230,7 +247,7 @@ class Session:
         steered = -1 if plan == UNSTEERED or plan not in options.plan_names else options.plan_names.index(plan)
         prompt = len(new.prompt_token_ids if new.prompt_token_ids is not None else new.prompt_embeds)
         request = self._requests.begin(
-            new.req_id, prompt=prompt, group=code, segment=segment, plan=steered, item=given.get(ITEM), first=cached
+            new.req_id, prompt=prompt, group=code, segment=segment, plan=steered, item=item, first=cached
         )
         if segment >= 0:
             self._recording.begin(request)
@@ -243,9 +260,10 @@ class Session:
         trace = self._recording.trace
         if trace is not None:
             trace.take()
-        total = self._requests.fill(self._host.numpy(), *batch)
+        total = self._requests.fill(self._host.numpy(), *batch[:3])
         if trace is not None:
-            trace.lay_out(self._host.numpy()[:total], self._requests.group_capacity, *batch)
+            trace.lay_out(self._host.numpy()[:total], self._requests.group_capacity, *batch[:3])
+        self._values.lay_out(self._host.numpy()[:total, 0], batch)
         self._host[total : self._dirty, :3] = -1
         most = max(total, self._dirty)
         step = self._step[:most]
@@ -273,6 +291,7 @@ class Session:
     def _dummy(self) -> None:
         """A run without requests counts nothing."""
         operator.set_work(operator.Work.ROUTE)
+        self._values.clear()
         if self._recording.trace is not None:
             self._recording.trace.take()
         self._host[:, :3] = -1
