@@ -159,6 +159,10 @@ def refuse_engine(config: Any) -> None:
             or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
             "context parallel ranks split the tokens of a text: start without context parallelism",
         ),
+        (
+            getattr(parallel, "enable_elastic_ep", False),
+            "replicas that join later know neither plans nor the recording: start without --enable-elastic-ep",
+        ),
         (getattr(parallel, "enable_dbo", False), "a step is split in two: start without --enable-dbo"),
     ):
         if refused:
