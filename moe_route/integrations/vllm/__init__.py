@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_route.integrations.vllm.kernels import avoid_monolithic
 from moe_route.integrations.vllm.options import Options, request_error
 from moe_route.integrations.vllm.versions import EngineNotSupportedError
 
@@ -94,6 +95,7 @@ def _content(llm: Any, verb: str) -> bytes:
 
 def register() -> None:
     """Wrap, once per process, the methods of vLLM through which an engine with options passes."""
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
@@ -126,6 +128,7 @@ def register() -> None:
         return validate(self, params, *args, **kwargs)
 
     Worker.load_model, InputProcessor._validate_params = load_and_attach, validated
+    avoid_monolithic(FusedMoEExperts)
     _follow_core(EngineCore)
     _follow_plans(LLMEngine, AsyncLLM)
     for verb in _VERBS:
