@@ -1,4 +1,4 @@
-"""What vLLM 0.30 to 0.32 lacks on a CPU, so that parallel engines run here: a plug-in of the tests, no part of moe_route.
+"""What vLLM 0.30 to 0.32 lacks on a CPU, for parallel engines: a plug-in of the tests, no part of moe_route.
 
 Without it a stock engine, with or without moe_route, ends in an error: experts of other ranks are read past the weights
 (expert parallelism), and the communicator of CPUs has no gathering of tensors of several lengths (data parallelism).

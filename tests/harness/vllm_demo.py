@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import moe_route as mr
-from moe_route.data import demo_corpus, demo_model_folder
+from moe_route.data import demo_model_folder
 from moe_route.recording import RoutingStatistics
 
 GROUPS = ["eng_Latn", "jpn_Jpan", "rus_Cyrl", "swh_Latn", "free"]

@@ -72,7 +72,7 @@ def test_shards_of_parts_may_end_anywhere(run: Any) -> None:
     found = SequenceStore.join_layers([cut([0], [1, 3]), cut([1, 2], [2])])
     assert found.content_hash() == store.content_hash()
     assert found.keys() == store.keys()
-    assert found.next_unnamed() not in {item for item, _ in store.keys()}
+    assert found.next_unnamed() not in {item for item, _ in store}
 
 
 def test_layers_of_different_widths_are_padded() -> None:

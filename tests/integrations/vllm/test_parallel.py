@@ -62,8 +62,6 @@ def kept(demo: Any, rows: list[Row]) -> dict[str, Answers]:
     return {name: in_transformers(demo[0], rows, plan, sequences=True) for name, plan in PLANS.items()}
 
 
-
-
 def in_order(trace: Trace) -> dict[str, np.ndarray]:
     """The columns of a trace, its tokens by sequence and position: steps of other engines hold other requests."""
     order = np.lexsort((trace.position, trace.sequence))

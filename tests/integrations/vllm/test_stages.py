@@ -1,4 +1,4 @@
-"""The place of a worker's layers in the model, plans and errors over several workers: without vLLM, without processes."""
+"""The place of a worker's layers in the model, and plans and errors over several workers, without processes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def test_an_error_of_one_stage_is_raised_in_all(monkeypatch: pytest.MonkeyPatch)
     assert said == [(LayerShape(8, 2),), "moe_route: a router of its own"]  # it speaks before it raises
 
 
-PLAN = mr.Plan.forbid({0: [1], 3: [2]}) + mr.Plan.activate({1: [5]}, strength=0.5) + mr.Plan.replace_scores({2: {4: 1.0}})
+PLAN = (
+    mr.Plan.forbid({0: [1], 3: [2]}) + mr.Plan.activate({1: [5]}, strength=0.5) + mr.Plan.replace_scores({2: {4: 1.0}})
+)
 
 
 @pytest.mark.parametrize("plan", [PLAN, mr.Plan.forbid({1: [1]}), mr.Plan.forbid({2: [0]}).random_per_token(3)])
