@@ -65,7 +65,9 @@ def steer(llm: Any, plan: Plan | None, *, name: str = "default") -> None:
 
 
 def statistics(llm: Any) -> RoutingStatistics:
-    """What was counted. ``LLM.generate`` has returned, so that all requests have ended.
+    """What was counted, in all layers. ``LLM.generate`` has returned, so that all requests have ended.
+
+    Each replica of data parallelism has an ``LLM`` and statistics of its own, which add up.
 
     Raises an error with the words of ``recording.RecordingError`` if nothing was recorded.
     """

@@ -123,6 +123,8 @@ class Recording:
     def end(self, names: Iterable[str]) -> None:
         """Add requests that ended to the averages over sequences."""
         wanted = set(names)
+        if not wanted:
+            return
         known = [one for name, one in self._requests.running.items() if name in wanted]  # alike in all stages
         for request in known:
             self.keep_tokens(request)
