@@ -53,7 +53,7 @@ def test_an_engine_takes_the_kernel_that_is_given_the_choice(monkeypatch: pytest
         disable_log_stats=True,
         additional_config={"moe_route": {"record": True}},
     )
-    llm.generate([{"prompt_token_ids": [5, 6, 7]}], vllm.SamplingParams(max_tokens=2), use_tqdm=False)
+    llm.generate([{"prompt_token_ids": [5, 6, 7]}], vllm.SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
     assert (mr.vllm.statistics(llm).tokens() == 4).all()
     (config,) = llm.collective_rpc(moe_config_of)
     chosen = []
