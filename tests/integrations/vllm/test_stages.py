@@ -16,6 +16,8 @@ from moe_route.integrations.vllm import answers, stages
 from moe_route.integrations.vllm.answers import Failure, StagePart, answer, joined
 from moe_route.integrations.vllm.options import Options
 from moe_route.integrations.vllm.plans import PlanTables
+from moe_route.integrations.vllm.recording import Recording
+from moe_route.integrations.vllm.requests import RequestTable
 from moe_route.integrations.vllm.sites import Site
 from moe_route.integrations.vllm.stages import Stage, find_stage
 from moe_route.integrations.vllm.versions import EngineNotSupportedError
@@ -147,3 +149,24 @@ def test_stages_exchange_what_they_found(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     sites = [site(7)]
     assert find_stage(lambda: sites, 2) == (sites, Stage((LayerShape(4, 1), LayerShape(8, 2)), 1, 1))
+
+
+def test_a_stage_of_dense_layers_follows_requests_and_takes_plans() -> None:
+    """It counts nothing, and nothing that a step does raises in it."""
+    stage, options = Stage.among(SHAPES, 1), Options(groups=("a",), trace=(0, 2), sequences=True)
+    requests = RequestTable(groups=1, plans=1, capacity=2)
+    recording = Recording(
+        [], options, requests, lambda name, end: np.arange(end), stage, most_requests=2, most_tokens=8
+    )
+    plans = PlanTables([], options, stage, torch.device("cpu"))
+    rows = plans.change("default", plans.fitted(mr.Plan.forbid({0: [1], 2: [5]}).compile(stage.layers, ("a",)))).rows
+    assert (rows[0, :, 1] >= 0).all()
+    recording.start(())
+    recording.begin(requests.begin("x", prompt=3, group=0, segment=recording.row(0), plan=0))
+    table = np.zeros((8, 4), np.int32)
+    assert requests.fill(table, ["x"], np.array([3]), np.array([0])) == 3
+    recording.end(["x"])
+    recording.refuse_gaps()
+    assert not requests.running
+    assert recording.trace is None
+    assert recording.traced() is None
