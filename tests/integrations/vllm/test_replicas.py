@@ -1,6 +1,6 @@
 """A server of two replicas that share their experts (data parallelism): each counts its own tokens; files add up.
 
-Written against the server that a user starts; `cpu_gaps` brings what vLLM lacks for it on a CPU.
+`cpu_gaps` brings what vLLM lacks for it on a CPU.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def post(folder: Path) -> Iterator[Callable[[str, dict[str, Any]], Any]]:
         subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True) as server,
     ):
         try:
-            for _ in range(200):
+            for _ in range(270):
                 with contextlib.suppress(OSError):
                     urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
                     break
