@@ -32,7 +32,7 @@ _OFF = (
     "moe_route is not on in this engine: start it with --additional-config '{\"moe_route\": {}}', "
     'LLM(..., additional_config={"moe_route": {}})'
 )
-_VERBS = ("record", "pause", "statistics", "trace", "steer", "report", "prefixes")
+_VERBS = ("record", "pause", "statistics", "trace", "steer", "report", "prefixes", "known")
 _CHANGING = ("record", "pause", "steer")
 
 
@@ -104,6 +104,7 @@ def _answers(llm: Any, verb: str) -> list[bytes]:
 
 def register() -> None:
     """Wrap, once per process, the methods of vLLM through which an engine with options passes."""
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.gpu_worker import Worker  # the workers of CPU and XPU inherit from it
@@ -134,6 +135,7 @@ def register() -> None:
 
     Worker.load_model, InputProcessor._validate_params = load_and_attach, validated
     _share_prefixes(EngineCore)
+    _tell_texts(EngineCore, Scheduler)
     for verb in _VERBS:
         setattr(Worker, f"moe_route_{verb}", _verb(verb))
 
@@ -169,6 +171,38 @@ def _share_prefixes(core: Any) -> None:
                 prefixes.called(verb)
 
     core.add_request, core.collective_rpc = salted, called
+
+
+def _tell_texts(core: Any, scheduler: Any) -> None:
+    """Tell the workers which tokens became text, with every step and before every verb; see ``texts``."""
+    schedule, collective_rpc = scheduler.schedule, core.collective_rpc
+
+    def texts_of(self: Any) -> Any:
+        if not hasattr(self, "moe_route_texts"):
+            from moe_route.integrations.vllm.texts import Texts
+
+            self.moe_route_texts = Texts.of(self.vllm_config)
+        return self.moe_route_texts
+
+    @functools.wraps(schedule)
+    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
+        texts = texts_of(self)
+        if texts is None:
+            return schedule(self, *args, **kwargs)
+        news = texts.news()
+        step = schedule(self, *args, **kwargs)
+        texts.attach(news, step, self.requests)
+        return step
+
+    @functools.wraps(collective_rpc)
+    def called(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(method, str) and method.removeprefix("moe_route_") in _VERBS:
+            texts = texts_of(self.scheduler)
+            if texts is not None:
+                collective_rpc(self, "moe_route_known", args=(texts.news(),))
+        return collective_rpc(self, method, *args, **kwargs)
+
+    scheduler.schedule, core.collective_rpc = told, called
 
 
 def _refusal() -> type[Exception]:

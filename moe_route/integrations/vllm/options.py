@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_route.integrations.vllm.versions import EngineNotSupportedError
 
-__all__ = ["GROUP", "ITEM", "PLAN", "UNSTEERED", "Options", "refuse_engine", "refuse_recording", "request_error"]
+__all__ = ["GROUP", "ITEM", "PLAN", "UNSTEERED", "Options", "refuse_engine", "refuse_recording", "request_error", "runs_ahead"]
 
 GROUP, ITEM, PLAN = "moe_route_group", "moe_route_item", "moe_route_plan"
 """Keys of ``SamplingParams.extra_args``, and of ``vllm_xargs`` over HTTP."""
@@ -117,12 +117,21 @@ def request_error(options: Options, extra_args: Mapping[str, Any] | None) -> str
     return None
 
 
+def runs_ahead(config: Any) -> bool:
+    """Whether a step is laid out before the outcome of the one before it is known."""
+    return bool(getattr(config.scheduler_config, "async_scheduling", False))
+
+
 def refuse_recording(config: Any) -> None:
     """Raise ``EngineNotSupportedError`` for a configuration that steers as it should, and would count wrongly."""
-    if config.speculative_config is not None:
-        raise EngineNotSupportedError(
-            "moe_route: drafts that are rejected would be counted: to record, start without --speculative-config"
-        )
+    parallel = config.parallel_config
+    if runs_ahead(config) or config.speculative_config is not None:
+        what = "--no-async-scheduling" if runs_ahead(config) else "without --speculative-config"
+        if parallel.pipeline_parallel_size > 1 or parallel.data_parallel_size > 1:
+            raise EngineNotSupportedError(
+                "moe_route: with pipeline or data parallelism, several steps are on their way before it is known which "
+                f"of their tokens become text: to record, start {what}"
+            )
 
 
 def refuse_engine(config: Any) -> None:
@@ -130,8 +139,12 @@ def refuse_engine(config: Any) -> None:
     parallel, scheduler = config.parallel_config, config.scheduler_config
     for refused, why in (
         (
-            getattr(scheduler, "async_scheduling", False),
-            "a token after the end of a text may be routed and counted: start with --no-async-scheduling",
+            runs_ahead(config) and config.speculative_config is not None,
+            "where drafts stand in their text is known on the device alone: start with --no-async-scheduling",
+        ),
+        (
+            getattr(config.speculative_config, "enable_adaptive_verification", False),
+            'the device decides how many drafts of each request run: start without "enable_adaptive_verification"',
         ),
         (
             getattr(scheduler, "policy", "fcfs") != "fcfs",

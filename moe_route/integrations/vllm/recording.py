@@ -75,7 +75,7 @@ class Recording:
             table.zero_()
         self._requests.forget_segments()
         self._requests.counts = False
-        self._requests.tokens_run_again = 0
+        self._requests.tokens_run_again = self._requests.tokens_rejected = self._requests.tokens_lost = 0
         widest = max(site.num_experts for site in self._sites)
         self._pool = SequencePool(len(self._options.groups), len(self._sites), widest, _COUNTED, entropy=True)
         self._free = list(range(self._most_requests - 1, -1, -1))
@@ -134,8 +134,12 @@ class Recording:
 
     def _token_ids(self, request: Request) -> np.ndarray | None:
         """Ids of the tokens that a request has routed, from position 0."""
-        known = request.name in self._requests.running
-        ids = self._read_token_ids(request.name, self._requests.routed(request)) if known else None
+        if self._requests.running.get(request.name) is not request:
+            return request.tokens
+        end = self._requests.routed(request)
+        if request.ids is not None:
+            return np.array(request.ids[:end], np.int32)
+        ids = self._read_token_ids(request.name, end)
         return request.tokens if ids is None else ids
 
     def _keep(self, ended: Sequence[Request], averages: SequenceAverages) -> None:
@@ -171,6 +175,11 @@ class Recording:
                 f"{len(silent)} layers were never reached ({silent[0]}, ...): the engine runs a graph compiled without "
                 "moe_route; delete vLLM's compile cache, or start with --enforce-eager"
             )
+        if self._requests.tokens_lost:
+            raise RecordingError(
+                f"of {self._requests.tokens_lost} tokens the engine never told whether they became text: start it with "
+                "vLLM's own scheduler, without --scheduler-cls"
+            )
         if self._without_room:
             raise RecordingError(
                 f"{self._without_room} requests found no row in the tables, which have room for --max-num-seqs of them"
@@ -204,6 +213,7 @@ class Recording:
                 "running_sequences": sum(request.segment >= 0 for request in self._requests.running.values()),
                 "cached_tokens": self._cached,
                 "tokens_run_again": self._requests.tokens_run_again,
+                "tokens_rejected": self._requests.tokens_rejected,
                 **({} if self._store is None else {"repeated_items": self._repeated}),
             },
             store=None if self._store is None else self._store.snapshot(),
