@@ -1,8 +1,8 @@
 """Tokens of a step that are counted later: once the engine core has told whether they became text.
 
 The operator copies their choices aside, before they are steered; their rows of the step's token table say that nothing
-is counted. When ``texts`` is known, those that became text are routed and counted again from the copies, which gives
-the same bits: rows of a table are independent, and sums are integers.
+is counted. When ``texts`` has told, those that became text are steered again and counted from the copies. That gives
+the same bits: tokens do not meet in a router, and sums are integers.
 """
 
 from __future__ import annotations
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PendingTokens"]
 
-_NONE = np.zeros(0, np.int64)
-
-
 class PendingTokens:
     """The pending tokens of the latest step.
 
@@ -43,84 +40,97 @@ class PendingTokens:
         self._captured = self._device.type != "cpu"
         self._places = torch.zeros(most, dtype=torch.int64, device=self._device)
         self._buffers: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        self._names: list[str] = []
-        self.forget()
-
-    def forget(self) -> None:
-        """No token is pending. Those that were are lost."""
-        self._requests.tokens_lost += len(self._names)
-        self._names = []
-        self._positions, self._at, self._rows = _NONE, _NONE, np.zeros((0, 4), np.int32)
-        if self._captured:
-            self._places.zero_()
+        self._clear()
 
     def lay_out(self, rows: np.ndarray, batch: Batch, tails: np.ndarray) -> None:
         """Take the last ``tails`` tokens of each request out of a step's token table, int32 [T, 4]."""
+        self.lose()
         ends = np.cumsum(batch.counts)
-        kept = np.arange(len(rows)) >= np.repeat(ends - tails, batch.counts)
-        at = np.flatnonzero(kept)
+        at = np.flatnonzero(np.arange(len(rows)) >= np.repeat(ends - tails, batch.counts))
         room = len(self._places)
-        self._requests.tokens_lost += max(len(at) - room, 0)
-        self._at, rest = at[:room], at[room:]
+        self._at, without_room = at[:room], at[room:]
+        self._requests.tokens_lost += len(without_room)
         of = np.repeat(np.arange(len(batch.names)), batch.counts)[self._at]
         self._names = [batch.names[number] for number in of]
         self._positions = positions_of(batch.counts, batch.starts)[self._at]
-        self._rows = rows[self._at].copy()
-        rows[self._at, 1:3] = rows[rest, 1:3] = -1
-        if self._captured:
-            places = np.zeros(room, np.int64)
-            places[: len(self._at)] = self._at
-            self._places.copy_(torch.from_numpy(places).pin_memory(), non_blocking=True)
-        else:
-            self._places[: len(self._at)] = torch.from_numpy(self._at)
+        self._rows = rows[self._at]
+        rows[at, 1:3] = -1
+        self._write_places()
+
+    def lose(self) -> None:
+        """Nothing will be told about the tokens that are pending. Those of a step that failed are an example."""
+        self._requests.tokens_lost += len(self._names)
+        self._clear()
+        self._write_places()
+
+    def _clear(self) -> None:
+        self._names: list[str] = []
+        self._positions = self._at = np.zeros(0, np.int64)
+        self._rows = np.zeros((0, 4), np.int32)
+
+    def _write_places(self) -> None:
+        number = len(self._at)
+        if not self._captured:
+            self._places[:number] = torch.from_numpy(self._at)
+            return
+        places = np.zeros(len(self._places), np.int64)
+        places[:number] = self._at
+        self._places.copy_(self._moved(places), non_blocking=True)
+
+    def _moved(self, array: np.ndarray) -> Tensor:
+        """An array on the device, for which nobody waits."""
+        tensor = torch.from_numpy(array)
+        tensor = tensor.pin_memory() if self._device.type == "cuda" else tensor
+        return tensor.to(self._device, non_blocking=True)
 
     def keep(self, layer: int, logits: Tensor, ids: Tensor, weights: Tensor) -> None:
         """Copy the choices of pending tokens aside, which the router of a layer made for the step."""
         number = len(self._places) if self._captured else len(self._at)
         if not number:
             return
+        given = logits, ids, weights
         buffers = self._buffers.get(layer)
         if buffers is None:  # on a device while vLLM profiles the memory, before graphs are captured
-            room = len(self._places)
-            buffers = self._buffers[layer] = (
-                logits.new_empty(room, logits.shape[1]),
-                ids.new_empty(room, ids.shape[1], dtype=torch.int32),
-                weights.new_empty(room, weights.shape[1], dtype=torch.float32),
+            dtypes = logits.dtype, torch.int32, torch.float32
+            made = (
+                one.new_zeros(len(self._places), one.shape[1], dtype=dtype)
+                for one, dtype in zip(given, dtypes, strict=True)
             )
+            buffers = self._buffers[layer] = next(made), next(made), next(made)
         places = self._places[:number]
-        for buffer, given in zip(buffers, (logits, ids, weights), strict=True):
-            buffer[:number].copy_(given.index_select(0, places))
+        for buffer, one in zip(buffers, given, strict=True):
+            buffer[:number].copy_(one.index_select(0, places))
 
     def resolve(self, known: Mapping[str, Known]) -> np.ndarray:
         """Count the pending tokens that became text; returns the places in the step of those that did not."""
-        for name, text in known.items():
+        for name, told in known.items():
             request = self._requests.running.get(name)
             if request is not None and request.ids is not None:
-                request.ids += text.ids
-        text = np.array([self._became_text(*one, known) for one in zip(self._names, self._positions, strict=True)], bool)
-        for name, position, became in zip(self._names, self._positions, text, strict=True):
-            if became:
-                self._requests.advance(name, int(position) + 1)
-        self._requests.tokens_rejected += int((self._rows[~text, 1] >= 0).sum())
+                request.ids += told.ids
+        text = np.zeros(len(self._names), bool)
+        for number, (name, position) in enumerate(zip(self._names, self._positions.tolist(), strict=True)):
+            text[number] = self._is_text(position, known.get(name))
+            if text[number]:
+                self._requests.advance(name, position + 1)
+        counted = self._rows[:, 1] >= 0
+        self._requests.tokens_rejected += int((counted & ~text).sum())
         self._rows[~text, 1:3] = -1
-        if (self._rows[:, 1] >= 0).any():
+        if (counted & text).any():
             self._count()
         rejected = self._at[~text]
-        self._names = []
-        self.forget()
+        self._clear()
         return rejected
 
-    def _became_text(self, name: str, position: int, known: Mapping[str, Known]) -> bool:
-        found = known.get(name)
-        if found is None or (self._requests.ahead and not found.ended and position >= found.end):
+    def _is_text(self, position: int, known: Known | None) -> bool:
+        if known is None or (self._requests.ahead and not known.ended and position >= known.end):
             self._requests.tokens_lost += 1
             return False
-        return position < found.end
+        return position < known.end
 
     def _count(self) -> None:
         """Count what is left in the rows."""
         number = len(self._rows)
-        rows = torch.from_numpy(self._rows).to(self._device)
+        rows = self._moved(self._rows)
         kept = {
             layer: (logits[:number], ids[:number], weights[:number])
             for layer, (logits, ids, weights) in self._buffers.items()

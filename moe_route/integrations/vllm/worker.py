@@ -291,7 +291,7 @@ class Session:
         """A run without requests counts nothing."""
         operator.set_work(operator.Work.ROUTE)
         if self._pending is not None:
-            self._pending.forget()
+            self._pending.lose()
         if self._recording.trace is not None:
             self._recording.trace.take()
         self._host[:, :3] = -1

@@ -48,15 +48,16 @@ def config(**changes: Any) -> SimpleNamespace:
         "parallel_config": parallel,
     }
     for name, value in changes.items():
-        section = next(part for part in made.values() if part is not None and hasattr(part, name))
-        setattr(section, name, value)
+        section = next((part for part in made.values() if hasattr(part, name)), None)
+        made[name] = value if section is None else setattr(section, name, value)
     return SimpleNamespace(**made)
 
 
 @pytest.mark.parametrize(
     ("changes", "mend"),
     [
-        ({"async_scheduling": True}, "--no-async-scheduling"),
+        ({"async_scheduling": True, "speculative_config": object()}, "--no-async-scheduling"),
+        ({"speculative_config": SimpleNamespace(enable_adaptive_verification=True)}, "enable_adaptive_verification"),
         ({"policy": "priority"}, "--scheduling-policy fcfs"),
         ({"data_parallel_size": 2}, "one engine per replica"),
         ({"pipeline_parallel_size": 2}, "--tensor-parallel-size"),
@@ -69,13 +70,19 @@ def test_an_engine_that_would_count_wrongly_is_refused(changes: dict[str, Any], 
         refuse_engine(config(**changes))
 
 
-def test_a_recording_of_drafts_is_refused() -> None:
-    drafts = config()
-    refuse_recording(drafts)
-    drafts.speculative_config = object()
-    refuse_engine(drafts)
-    with pytest.raises(EngineNotSupportedError, match="without --speculative-config"):
-        refuse_recording(drafts)
+@pytest.mark.parametrize("parallel", ["pipeline_parallel_size", "data_parallel_size"])
+@pytest.mark.parametrize(
+    ("changes", "mend"),
+    [({"async_scheduling": True}, "--no-async-scheduling"), ({"speculative_config": object()}, "--speculative-config")],
+)
+def test_a_recording_of_what_may_not_become_text_wants_one_step_at_a_time(
+    changes: dict[str, Any], mend: str, parallel: str
+) -> None:
+    refuse_engine(config(**changes))
+    refuse_recording(config(**changes))
+    refuse_recording(config(**{parallel: 2}))
+    with pytest.raises(EngineNotSupportedError, match=mend):
+        refuse_recording(config(**changes, **{parallel: 2}))
 
 
 @pytest.mark.parametrize("version", ["0.29.1", "0.33.0", "1.0", "dev"])
