@@ -186,6 +186,27 @@ def other(request: pytest.FixtureRequest, plain: Any) -> Iterator[Any]:
         gc.collect()
 
 
+def test_a_text_that_ends_at_a_string_ends_there_ahead_of_it_too(plain: Any) -> None:
+    """The front end sees the string, and its engine core has scheduled a step more."""
+    from moe_route.data import load_demo_model
+
+    tokenizer = load_demo_model()[1]
+    tasks, answers = plain
+    task = tasks[4]._replace(settings={"stop": [tokenizer.decode(answers[0].texts[4][8:10])], "max_tokens": 24})
+    found = []
+    for manager in (contextlib.nullcontext, ahead):
+        with manager():
+            llm = engine({})
+            found.append(run(llm, [task], None))
+            del llm
+            gc.collect()
+    assert found[0].texts == found[1].texts
+    assert 2 < len(found[0].texts[0]) < 24
+    np.testing.assert_array_equal(*(one.statistics.token_sum("counts") for one in found))
+    assert found[0].statistics.metadata["fingerprint"] == found[1].statistics.metadata["fingerprint"]
+    assert [one.statistics.metadata["tokens_rejected"] for one in found] == [0, 1]
+
+
 @pytest.mark.parametrize("number", range(len(PLANS)), ids=["free", "steered"])
 def test_what_became_text_is_counted_as_by_a_plain_engine(other: Any, plain: Any, number: int) -> None:
     tasks, answers = plain
@@ -253,6 +274,7 @@ def test_verbs_between_the_steps_see_what_is_known(other: Any, plain: Any) -> No
     mr.vllm.steer(other, None)
 
 
+@pytest.mark.parametrize("other", ["lookup", "ahead"], indirect=True)
 def test_a_scheduler_that_does_not_tell_is_refused(other: Any, plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     attach = Texts.attach
 
@@ -267,24 +289,3 @@ def test_a_scheduler_that_does_not_tell_is_refused(other: Any, plain: Any, monke
     with pytest.raises(Exception, match="without --scheduler-cls"):
         mr.vllm.statistics(other)
     assert run(other, plain[0], None).texts == plain[1][0].texts  # a new recording begins anew
-
-
-def test_a_text_that_ends_at_a_string_ends_there_ahead_of_it_too(plain: Any) -> None:
-    """The front end sees the string, and its engine core has scheduled a step more."""
-    from moe_route.data import load_demo_model
-
-    tokenizer = load_demo_model()[1]
-    tasks, answers = plain
-    task = tasks[4]._replace(settings={"stop": [tokenizer.decode(answers[0].texts[4][8:10])], "max_tokens": 24})
-    found = []
-    for manager in (contextlib.nullcontext, ahead):
-        with manager():
-            llm = engine({})
-            found.append(run(llm, [task], None))
-            del llm
-            gc.collect()
-    assert found[0].texts == found[1].texts
-    assert 2 < len(found[0].texts[0]) < 24
-    np.testing.assert_array_equal(*(one.statistics.token_sum("counts") for one in found))
-    assert found[0].statistics.metadata["fingerprint"] == found[1].statistics.metadata["fingerprint"]
-    assert [one.statistics.metadata["tokens_rejected"] for one in found] == [0, 1]
