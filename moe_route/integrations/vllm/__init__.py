@@ -22,6 +22,7 @@ from moe_route.integrations.vllm.options import Options, request_error
 from moe_route.integrations.vllm.versions import EngineNotSupportedError
 
 if TYPE_CHECKING:
+    from moe_route.integrations.vllm.items import PlannedItems
     from moe_route.recording.statistics import RoutingStatistics
     from moe_route.recording.trace import Trace
     from moe_route.steering.plan import Plan
@@ -105,8 +106,10 @@ def _answers(llm: Any, verb: str) -> list[bytes]:
 def register() -> None:
     """Wrap, once per process, the methods of vLLM through which an engine with options passes."""
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.worker.gpu_worker import Worker  # the workers of CPU and XPU inherit from it
 
     if hasattr(Worker, "moe_route_report"):
@@ -129,6 +132,7 @@ def register() -> None:
     def validated(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         options = Options.of(self.vllm_config.additional_config)
         wrong = None if options is None else request_error(options, getattr(params, "extra_args", None))
+        wrong = wrong or (None if options is None else _planned_items(self, options).error(params))
         if wrong is not None:
             raise _refusal()(wrong)
         return validate(self, params, *args, **kwargs)
@@ -136,6 +140,7 @@ def register() -> None:
     Worker.load_model, InputProcessor._validate_params = load_and_attach, validated
     _share_prefixes(EngineCore)
     _tell_texts(EngineCore, Scheduler)
+    _follow_plans(LLMEngine, AsyncLLM)
     for verb in _VERBS:
         setattr(Worker, f"moe_route_{verb}", _verb(verb))
 
@@ -203,6 +208,40 @@ def _tell_texts(core: Any, scheduler: Any) -> None:
         return collective_rpc(self, method, *args, **kwargs)
 
     scheduler.schedule, core.collective_rpc = told, called
+
+
+def _planned_items(processor: Any, options: Options) -> PlannedItems:
+    """What a front end knows of its plans."""
+    from moe_route.integrations.vllm.items import PlannedItems
+
+    if not hasattr(processor, "moe_route_items"):
+        processor.moe_route_items = PlannedItems(options)
+    items: PlannedItems = processor.moe_route_items
+    return items
+
+
+def _follow_plans(engine: Any, async_engine: Any) -> None:
+    """Let a front end see the plans that it passes on to the workers."""
+    collective_rpc, collective_rpc_async = engine.collective_rpc, async_engine.collective_rpc
+
+    def passed(self: Any, method: Any, args: Any = (), kwargs: Any = None) -> None:
+        options = Options.of(self.vllm_config.additional_config)
+        if method == "moe_route_steer" and options is not None:
+            _planned_items(self.input_processor, options).steered(*args, **(kwargs or {}))
+
+    @functools.wraps(collective_rpc)
+    def called(self: Any, method: Any, timeout: Any = None, args: Any = (), kwargs: Any = None) -> Any:
+        answer = collective_rpc(self, method, timeout, args, kwargs)
+        passed(self, method, args, kwargs)
+        return answer
+
+    @functools.wraps(collective_rpc_async)
+    async def called_async(self: Any, method: Any, timeout: Any = None, args: Any = (), kwargs: Any = None) -> Any:
+        answer = await collective_rpc_async(self, method, timeout, args, kwargs)
+        passed(self, method, args, kwargs)
+        return answer
+
+    engine.collective_rpc, async_engine.collective_rpc = called, called_async
 
 
 def _refusal() -> type[Exception]:

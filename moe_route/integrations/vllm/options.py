@@ -8,7 +8,18 @@ from typing import Any
 
 from moe_route.integrations.vllm.versions import EngineNotSupportedError
 
-__all__ = ["GROUP", "ITEM", "PLAN", "UNSTEERED", "Options", "refuse_engine", "refuse_recording", "request_error", "runs_ahead"]
+__all__ = [
+    "GROUP",
+    "ITEM",
+    "PLAN",
+    "UNSTEERED",
+    "Options",
+    "identity",
+    "refuse_engine",
+    "refuse_recording",
+    "request_error",
+    "runs_ahead",
+]
 
 GROUP, ITEM, PLAN = "moe_route_group", "moe_route_item", "moe_route_plan"
 """Keys of ``SamplingParams.extra_args``, and of ``vllm_xargs`` over HTTP."""
@@ -120,6 +131,13 @@ def request_error(options: Options, extra_args: Mapping[str, Any] | None) -> str
 def runs_ahead(config: Any) -> bool:
     """Whether a step is laid out before the outcome of the one before it is known."""
     return bool(getattr(config.scheduler_config, "async_scheduling", False))
+
+
+def identity(params: Any, options: Options) -> tuple[str, str | None, str | int | None]:
+    """Plan, group and item of a request, by its sampling parameters."""
+    given = (params and params.extra_args) or {}
+    only = options.groups[0] if len(options.groups) == 1 else None
+    return given.get(PLAN) or DEFAULT_PLAN, given.get(GROUP) or only, given.get(ITEM)
 
 
 def refuse_recording(config: Any) -> None:

@@ -8,13 +8,14 @@ the same bits: tokens do not meet in a router, and sums are integers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moe_route import ops
+from moe_route.devices import upload
 from moe_route.integrations.vllm.counting import layers_by_spec, observe
 from moe_route.integrations.vllm.requests import RequestTable, positions_of
 from moe_route.integrations.vllm.texts import Known
@@ -22,6 +23,7 @@ from moe_route.integrations.vllm.texts import Known
 if TYPE_CHECKING:
     from moe_route.integrations.vllm.runners import Batch
     from moe_route.integrations.vllm.sites import Site
+    from moe_route.integrations.vllm.token_values import TokenValues
 
 __all__ = ["PendingTokens"]
 
@@ -32,9 +34,11 @@ class PendingTokens:
     so that a CUDA graph may capture the copies: the places are data, and those that are not used say 0.
     """
 
-    def __init__(self, sites: Sequence[Site], requests: RequestTable, layer_rows: Tensor, most: int):
+    def __init__(
+        self, sites: Sequence[Site], requests: RequestTable, layer_rows: Tensor, values: TokenValues, most: int
+    ):
         """``layer_rows``: int32 [L, rows + 1], steering rows by layer; ``most``: pending tokens of a step."""
-        self._sites, self._requests, self._layer_rows = sites, requests, layer_rows
+        self._sites, self._requests, self._layer_rows, self._values = sites, requests, layer_rows, values
         self._layers = layers_by_spec(sites)
         self._device = sites[0].device
         self._captured = self._device.type != "cpu"
@@ -43,7 +47,10 @@ class PendingTokens:
         self._clear()
 
     def lay_out(self, rows: np.ndarray, batch: Batch, tails: np.ndarray) -> None:
-        """Take the last ``tails`` tokens of each request out of a step's token table, int32 [T, 4]."""
+        """Take the last ``tails`` tokens of each request out of a step's token table, int32 [T, 4].
+
+        What rules that look at single tokens need of the step was made before.
+        """
         self.lose()
         ends = np.cumsum(batch.counts)
         at = np.flatnonzero(np.arange(len(rows)) >= np.repeat(ends - tails, batch.counts))
@@ -56,6 +63,10 @@ class PendingTokens:
         self._rows = rows[self._at]
         rows[at, 1:3] = -1
         self._write_places()
+        self._by_token = self._values.present
+        of_tokens = self._values.counter, self._values.entries
+        places = self._places[: len(self._at)]
+        self._counter, self._entries = (None if one is None else one[places] for one in of_tokens)
 
     def lose(self) -> None:
         """Nothing will be told about the tokens that are pending. Those of a step that failed are an example."""
@@ -67,6 +78,9 @@ class PendingTokens:
         self._names: list[str] = []
         self._positions = self._at = np.zeros(0, np.int64)
         self._rows = np.zeros((0, 4), np.int32)
+        self._by_token = False
+        self._counter: Tensor | None = None
+        self._entries: Tensor | None = None
 
     def _write_places(self) -> None:
         number = len(self._at)
@@ -75,13 +89,7 @@ class PendingTokens:
             return
         places = np.zeros(len(self._places), np.int64)
         places[:number] = self._at
-        self._places.copy_(self._moved(places), non_blocking=True)
-
-    def _moved(self, array: np.ndarray) -> Tensor:
-        """An array on the device, for which nobody waits."""
-        tensor = torch.from_numpy(array)
-        tensor = tensor.pin_memory() if self._device.type == "cuda" else tensor
-        return tensor.to(self._device, non_blocking=True)
+        self._places.copy_(upload(torch.from_numpy(places), self._device))
 
     def keep(self, layer: int, logits: Tensor, ids: Tensor, weights: Tensor) -> None:
         """Copy the choices of pending tokens aside, which the router of a layer made for the step."""
@@ -130,7 +138,7 @@ class PendingTokens:
     def _count(self) -> None:
         """Count what is left in the rows."""
         number = len(self._rows)
-        rows = self._moved(self._rows)
+        rows = upload(torch.from_numpy(self._rows), self._device)
         kept = {
             layer: (logits[:number], ids[:number], weights[:number])
             for layer, (logits, ids, weights) in self._buffers.items()
@@ -142,14 +150,15 @@ class PendingTokens:
             site, (logits, ids, weights) = self._sites[layer], kept[layer]
             of_layer = rows.clone()
             of_layer[:, 0] = self._layer_rows[layer, rows[:, 0]]
-            ops.route(
-                logits,
-                site.top_k,
-                site.spec,
-                correction_bias=site.correction_bias,
-                steering=site.steering,
-                tokens=of_layer,
-                choice=ids,
-                choice_weights=weights,
-                statistics=site.statistics,
-            )
+            given: dict[str, Any] = {
+                "correction_bias": site.correction_bias,
+                "tokens": of_layer,
+                "choice": ids,
+                "choice_weights": weights,
+                "statistics": site.statistics,
+            }
+            if self._by_token and site.by_token is not None:
+                given |= {"counter": self._counter, "entries": self._entries}
+                site.by_token.route(logits, site.top_k, site.spec, **given)
+            else:
+                ops.route(logits, site.top_k, site.spec, steering=site.steering, **given)

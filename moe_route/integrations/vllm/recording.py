@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from moe_route.recording.trace import Trace
 
 __all__ = ["Recording"]
+
+logger = logging.getLogger(__name__)
 
 _COUNTED = tuple(name for name in METRICS if name in (*DEFAULT_METRICS, "natural_counts"))
 
@@ -86,6 +89,7 @@ class Recording:
             self.trace.forget()
         self.used_plans: set[str] = set()
         self._fingerprint: str | None = None
+        self._failures: list[str] = []
         self.steps = self._cached = self._without_room = 0
 
     def start(self, plans: Iterable[str]) -> None:
@@ -103,6 +107,11 @@ class Recording:
             self._without_room += 1  # `statistics` refuses: raising here would end the engine
             return -1
         return self._free.pop()
+
+    def fail(self, reason: str) -> None:
+        """Note that a request ran otherwise than asked. Raising here would end the engine: ``refuse_gaps`` does."""
+        logger.error("moe_route: %s", reason)
+        self._failures.append(reason)
 
     def begin(self, request: Request) -> None:
         """A request that has a row begins."""
@@ -168,7 +177,9 @@ class Recording:
     # ---- answers
 
     def refuse_gaps(self) -> None:
-        """Raise ``RecordingError`` if a layer was never reached, or the tables were too small."""
+        """Raise ``RecordingError`` if a request failed, a layer was never reached, or the tables were too small."""
+        if self._failures:
+            raise RecordingError(f"{len(self._failures)} requests were not steered as asked: {self._failures[0]}")
         silent = [site.name for site in self._sites if not site.reached]
         if silent and self.steps:
             raise RecordingError(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from torch import Tensor
 
 __all__ = ["Batch", "RunnerView", "V1", "V2", "follow", "view_of"]
 
@@ -20,7 +21,8 @@ class Batch(NamedTuple):
     names: Sequence[str]
     counts: np.ndarray  # tokens of each
     starts: np.ndarray  # position of the first of them
-    drafts: np.ndarray | None = None  # how many of the last of them are drafts; None: there are none
+    token_ids: Tensor  # int32 [T], of all tokens, on the device
+    drafts: np.ndarray | None = None  # how many of the last tokens of each are drafts; None: there are none
 
 
 class RunnerView(Protocol):
@@ -51,7 +53,8 @@ class V1:
         names = list(rows.req_ids)
         counts = np.array([scheduled.num_scheduled_tokens[name] for name in names], np.int64)
         starts = np.asarray(rows.num_computed_tokens_cpu[: len(names)], np.int64)
-        return Batch(names, counts, starts, _drafts(scheduled, names))
+        token_ids = self._runner.input_ids.gpu[: counts.sum()]
+        return Batch(names, counts, starts, token_ids, _drafts(scheduled, names))
 
     def token_ids(self, name: str, end: int) -> np.ndarray | None:
         state = self._runner.requests.get(name)
@@ -74,6 +77,7 @@ class V2:
             list(prepared.req_ids),
             np.asarray(prepared.num_scheduled_tokens[:count], np.int64),
             np.asarray(prepared.num_computed_tokens_np[:count], np.int64),
+            prepared.input_ids[: prepared.num_scheduled_tokens[:count].sum()],
             _drafts(scheduled, prepared.req_ids),
         )
 

@@ -7,7 +7,7 @@ expert load balancer maps logical ids to physical ones, and before the kernel.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ from moe_route import ops
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.integrations.vllm.versions import EngineNotSupportedError, find
+
+if TYPE_CHECKING:
+    from moe_route.integrations.vllm.token_values import TokenValues
+    from moe_route.steering.token_steering import TokenSteering
 
 __all__ = ["Site", "check", "find_sites", "hook", "transformers_name"]
 
@@ -32,7 +36,7 @@ class Site:
     """One router of the model that this worker runs."""
 
     name: str  # of the router in transformers
-    runner: Any
+    runner: Any  # vLLM's
     num_experts: int
     top_k: int
     spec: RouterSpec
@@ -45,6 +49,8 @@ class Site:
     statistics: StatisticsTables | None = None
     traced: tuple[Tensor, Tensor] | None = None  # ids and weights of the latest step, [T, k], if they are traced
     steers: bool = False  # whether a plan that runs has a rule for this layer
+    by_token: TokenSteering | None = None  # all plans that run, if some rule here looks at single tokens
+    values: TokenValues | None = None  # what such rules need of a step
     tokens: Tensor = field(default_factory=lambda: torch.empty(0, 4, dtype=torch.int32))
     rows: Tensor = field(default_factory=lambda: torch.empty(0, 4, dtype=torch.int32))  # those of a step, of `tokens`
 

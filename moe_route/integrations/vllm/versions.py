@@ -16,6 +16,14 @@ SEAMS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
     {
         "vllm.v1.worker.gpu_worker:Worker.load_model": ("load_model", ()),
         "vllm.v1.engine.input_processor:InputProcessor._validate_params": ("_validate_params", ("params",)),
+        "vllm.v1.engine.llm_engine:LLMEngine.collective_rpc": (
+            "collective_rpc",
+            ("method", "timeout", "args", "kwargs"),
+        ),
+        "vllm.v1.engine.async_llm:AsyncLLM.collective_rpc": (
+            "collective_rpc",
+            ("method", "timeout", "args", "kwargs"),
+        ),
         "vllm.v1.engine.core:EngineCore.add_request": ("add_request", ("request",)),
         "vllm.v1.engine.core:EngineCore.collective_rpc": ("collective_rpc", ("method",)),
         "vllm.v1.request:Request.get_skip_reading_prefix_cache": ("get_skip_reading_prefix_cache", ()),

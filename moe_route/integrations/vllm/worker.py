@@ -14,11 +14,9 @@ from moe_route.integrations.vllm import operator, runners
 from moe_route.integrations.vllm.counting import StepCounts
 from moe_route.integrations.vllm.options import (
     DEFAULT_PLAN,
-    GROUP,
-    ITEM,
-    PLAN,
     UNSTEERED,
     Options,
+    identity,
     refuse_engine,
     refuse_recording,
     runs_ahead,
@@ -30,6 +28,7 @@ from moe_route.integrations.vllm.recording import Recording
 from moe_route.integrations.vllm.requests import RequestTable
 from moe_route.integrations.vllm.sites import check, find_sites, hook
 from moe_route.integrations.vllm.texts import FIELD, Known
+from moe_route.integrations.vllm.token_values import TokenValues
 from moe_route.integrations.vllm.versions import EngineNotSupportedError, check_version
 from moe_route.recording.statistics import RecordingError, RoutingStatistics
 from moe_route.recording.trace import Trace
@@ -64,7 +63,9 @@ class Session:
             most_requests=most_requests,
             most_tokens=most_tokens,
         )
-        self._plans = PlanTables(self.sites, options)
+        captured = self.sites[0].device.type != "cpu" and not self._config.model_config.enforce_eager
+        self._plans = PlanTables(self.sites, options, captured=captured)
+        self._values = TokenValues(self._plans, self._requests, self.sites[0].device, self._recording.fail)
         self._make_token_tables(most_tokens)
         self._counts = StepCounts(self.sites) if all(site.device.type == "cpu" for site in self.sites) else None
         self._pending = self._pending_tokens(most_requests)
@@ -92,7 +93,7 @@ class Session:
         if speculative is None and not self._requests.ahead:
             return None
         each = 1 if speculative is None else speculative.num_speculative_tokens
-        return PendingTokens(self.sites, self._requests, self._plans.layer_rows, most_requests * each)
+        return PendingTokens(self.sites, self._requests, self._plans.layer_rows, self._values, most_requests * each)
 
     def _make_token_tables(self, most_tokens: int) -> None:
         """Token tables of the largest step: their addresses are part of captured graphs."""
@@ -103,7 +104,7 @@ class Session:
         self._host = self._step.cpu()
         self._dirty = most_tokens  # rows of the device's table that may hold something
         for site, tokens in zip(self.sites, self._tokens, strict=True):
-            site.tokens = tokens
+            site.tokens, site.values = tokens, self._values
 
     # ---- verbs, called by name through collective_rpc
 
@@ -118,6 +119,8 @@ class Session:
         if plan is not None:
             compiled = self._plans.compiled(plan, self._config.model_config.model, self._config_hash())
         self._requests.plan_rows = self._plans.change(name, compiled)
+        for request in self._requests.running.values():
+            request.starts = None
         if compiled is None:
             return None
         self._recording.used_plans.add(compiled.plan_hash)
@@ -229,9 +232,8 @@ class Session:
                 self._begin(new)
 
     def _begin(self, new: Any) -> None:
-        options, given = self.options, (new.sampling_params and new.sampling_params.extra_args) or {}
-        default = options.groups[0] if len(options.groups) == 1 else None
-        group, plan = given.get(GROUP) or default, given.get(PLAN) or DEFAULT_PLAN
+        options = self.options
+        plan, group, item = identity(new.sampling_params, options)
         code = options.groups.index(group) if group in options.groups else -1
         cached = new.num_computed_tokens
         segment = self._recording.row(cached) if code >= 0 and self._requests.counts else -1
@@ -239,7 +241,7 @@ class Session:
         steered = -1 if plan == UNSTEERED or plan not in options.plan_names else options.plan_names.index(plan)
         prompt = len(new.prompt_token_ids if new.prompt_token_ids is not None else new.prompt_embeds)
         request = self._requests.begin(
-            new.req_id, prompt=prompt, group=code, segment=segment, plan=steered, item=given.get(ITEM), first=cached
+            new.req_id, prompt=prompt, group=code, segment=segment, plan=steered, item=item, first=cached
         )
         if segment >= 0:
             if self._requests.ahead and new.prompt_token_ids is not None:
@@ -256,10 +258,11 @@ class Session:
             trace.take()
         rows, tails = self._host.numpy(), None
         if self._pending is not None:
-            tails = self._requests.tails(*batch)
-        total = self._requests.fill(rows, batch.names, batch.counts, batch.starts, tails)
+            tails = self._requests.tails(batch.names, batch.counts, batch.starts, batch.drafts)
+        total = self._requests.fill(rows, *batch[:3], tails)
         if trace is not None:
-            trace.lay_out(rows[:total], self._requests.group_capacity, batch.names, batch.counts, batch.starts)
+            trace.lay_out(rows[:total], self._requests.group_capacity, *batch[:3])
+        self._values.lay_out(rows[:total, 0], batch)
         if self._pending is not None and tails is not None:
             self._pending.lay_out(rows[:total], batch, tails)
         self._host[total : self._dirty, :3] = -1
@@ -292,6 +295,7 @@ class Session:
         operator.set_work(operator.Work.ROUTE)
         if self._pending is not None:
             self._pending.lose()
+        self._values.clear()
         if self._recording.trace is not None:
             self._recording.trace.take()
         self._host[:, :3] = -1

@@ -37,7 +37,14 @@ FIELDS = {
         "preempted_req_ids",
         "scheduled_new_reqs",
     ),
-    "vllm.v1.worker.gpu.input_batch:InputBatch": ("req_ids", "num_scheduled_tokens", "num_computed_tokens_np"),
+    "vllm.v1.worker.gpu.input_batch:InputBatch": (
+        "req_ids",
+        "num_scheduled_tokens",
+        "num_computed_tokens_np",
+        "input_ids",
+    ),
+    "vllm.v1.engine.llm_engine:LLMEngine": ("input_processor", "vllm_config"),
+    "vllm.v1.engine.async_llm:AsyncLLM": ("input_processor", "vllm_config"),
     "vllm.v1.request:Request": (
         "sampling_params",
         "num_prompt_tokens",
@@ -46,7 +53,7 @@ FIELDS = {
         "block_hashes",
         "skip_reading_prefix_cache",
     ),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": ("input_batch", "requests"),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": ("input_batch", "input_ids", "requests"),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": ("req_states",),
     "vllm.v1.worker.gpu.states:RequestState": ("req_id_to_index", "all_token_ids"),
     "vllm.v1.engine.core:EngineCore": ("model_executor", "scheduler", "vllm_config"),
@@ -80,8 +87,8 @@ def class_at(source: str, place: str) -> ast.ClassDef:
     return found
 
 
-def methods(of: ast.ClassDef) -> dict[str, ast.FunctionDef]:
-    return {node.name: node for node in of.body if isinstance(node, ast.FunctionDef)}
+def methods(of: ast.ClassDef) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
+    return {node.name: node for node in of.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
 
 
 @pytest.mark.parametrize("source", SOURCES)

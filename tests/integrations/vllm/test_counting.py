@@ -28,6 +28,8 @@ def sites() -> list[Any]:
             correction_bias=None,
             reached=0,
             traced=None,
+            by_token=None,
+            values=None,
             steers=False,
             tokens=torch.full((1024, 4), -1, dtype=torch.int32),
             rows=torch.empty(0, 4, dtype=torch.int32),

@@ -33,6 +33,7 @@ PLAN = (
     + mr.Plan.forbid({1: [3]})
     + mr.Plan.scale_logits({6: {1: 1.5}}).only(positions=[(2, 9), (40, 60)])
     + mr.Plan.force_off({5: [2, 4]}).only(phase="decode")
+    + mr.Plan.forbid({7: [1, 2]}).random_per_token(1)
 ).only(groups=["steered"])
 PLANS = (None, PLAN)
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}

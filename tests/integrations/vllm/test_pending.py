@@ -39,7 +39,8 @@ class Worker:
         self.requests.begin("a", prompt=3, group=0, segment=1, plan=0)
         self.requests.begin("b", prompt=2, group=1, segment=2, plan=0)
         rows = to_device(self.layer_rows, device)
-        self.pending = PendingTokens(self.sites, self.requests, rows, MOST) if pending else None
+        none: Any = SimpleNamespace(present=False, counter=None, entries=None)
+        self.pending = PendingTokens(self.sites, self.requests, rows, none, MOST) if pending else None
         self.counts = StepCounts(self.sites) if device == "cpu" else None
         operator.connect(self.sites, self.counts, self.pending)
 
@@ -58,6 +59,8 @@ class Worker:
             correction_bias=None,
             reached=0,
             traced=None,
+            by_token=None,
+            values=None,
             steers=layer in (1, 2),
             device=torch.device(device),
             tokens=to_device(torch.full((64, 4), -1, dtype=torch.int32), device),
@@ -69,7 +72,7 @@ class Worker:
     def lay_out(self, batch: Batch) -> int:
         table = np.full((64, 4), -1, np.int32)
         table[:, 3] = 1
-        tails = None if self.pending is None else self.requests.tails(*batch)
+        tails = None if self.pending is None else self.requests.tails(batch.names, batch.counts, batch.starts, batch.drafts)
         total = self.requests.fill(table, batch.names, batch.counts, batch.starts, tails)
         if self.pending is not None:
             assert tails is not None
@@ -93,7 +96,7 @@ class Worker:
 
 def batch(names: str, counts: list[int], starts: list[int], drafts: list[int] | None = None) -> Batch:
     given = None if drafts is None else np.array(drafts)
-    return Batch(list(names), np.array(counts), np.array(starts), given)
+    return Batch(list(names), np.array(counts), np.array(starts), torch.empty(0), given)
 
 
 def choices(tokens: int, seed: int, dtype: torch.dtype = torch.float32) -> list[Any]:
