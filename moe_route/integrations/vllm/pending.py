@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PendingTokens"]
 
+
 class PendingTokens:
     """The pending tokens of the latest step.
 
@@ -44,6 +45,9 @@ class PendingTokens:
         self._captured = self._device.type != "cpu"
         self._places = torch.zeros(most, dtype=torch.int64, device=self._device)
         self._buffers: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._names: list[str]
+        self._counter: Tensor | None
+        self._entries: Tensor | None
         self._clear()
 
     def lay_out(self, rows: np.ndarray, batch: Batch, tails: np.ndarray) -> None:
@@ -51,7 +55,7 @@ class PendingTokens:
 
         What rules that look at single tokens need of the step was made before.
         """
-        self.lose()
+        self._requests.tokens_lost += len(self._names)  # of a step that failed
         ends = np.cumsum(batch.counts)
         at = np.flatnonzero(np.arange(len(rows)) >= np.repeat(ends - tails, batch.counts))
         room = len(self._places)
@@ -69,18 +73,17 @@ class PendingTokens:
         self._counter, self._entries = (None if one is None else one[places] for one in of_tokens)
 
     def lose(self) -> None:
-        """Nothing will be told about the tokens that are pending. Those of a step that failed are an example."""
+        """Nothing is pending any more, and of what was, nothing will be told."""
         self._requests.tokens_lost += len(self._names)
         self._clear()
         self._write_places()
 
     def _clear(self) -> None:
-        self._names: list[str] = []
+        self._names = []
         self._positions = self._at = np.zeros(0, np.int64)
         self._rows = np.zeros((0, 4), np.int32)
         self._by_token = False
-        self._counter: Tensor | None = None
-        self._entries: Tensor | None = None
+        self._counter = self._entries = None
 
     def _write_places(self) -> None:
         number = len(self._at)

@@ -39,6 +39,7 @@ class Recording:
     Attributes:
         started: whether there ever was a recording.
         steps: number of steps that were counted.
+        stop_strings: requests whose text may end at a string, where tokens behind it may have run in the same step.
         used_plans: hashes of the plans that steered while it ran.
         trace: where the experts of single tokens are kept; None if no one asked for them.
     """
@@ -90,7 +91,7 @@ class Recording:
         self.used_plans: set[str] = set()
         self._fingerprint: str | None = None
         self._failures: list[str] = []
-        self.steps = self._cached = self._without_room = 0
+        self.steps = self.stop_strings = self._cached = self._without_room = 0
 
     def start(self, plans: Iterable[str]) -> None:
         """Count from the next request on; ``plans``: hashes of those that steer now."""
@@ -225,6 +226,7 @@ class Recording:
                 "cached_tokens": self._cached,
                 "tokens_run_again": self._requests.tokens_run_again,
                 "tokens_rejected": self._requests.tokens_rejected,
+                **({"stop_strings": self.stop_strings} if self.stop_strings else {}),
                 **({} if self._store is None else {"repeated_items": self._repeated}),
             },
             store=None if self._store is None else self._store.snapshot(),

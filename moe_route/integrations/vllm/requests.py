@@ -121,8 +121,8 @@ class RequestTable:
     ) -> np.ndarray:
         """How many of the last tokens of each request in a step are pending, int64 [requests]."""
         if self.ahead:  # its last token may stand behind the end of its text, unless it is of the prompt
-            prompts = np.array([self._numbers[slot, _PROMPT] if (slot := self._slot(name)) >= 0 else 0 for name in names])
-            return ((starts + counts) > prompts).astype(np.int64)
+            prompts = self._numbers[[self._slot(name) for name in names], _PROMPT]
+            return (starts + counts > prompts).astype(np.int64)
         return np.zeros(len(names), np.int64) if drafts is None else drafts
 
     def forget_segments(self) -> None:

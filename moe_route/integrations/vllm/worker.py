@@ -246,6 +246,9 @@ class Session:
         if segment >= 0:
             if self._requests.ahead and new.prompt_token_ids is not None:
                 request.ids = list(new.prompt_token_ids)
+            self._recording.stop_strings += self._config.speculative_config is not None and bool(
+                getattr(new.sampling_params, "stop", None)
+            )
             self._recording.begin(request)
 
     def _laid_out(self, batch: runners.Batch) -> None:

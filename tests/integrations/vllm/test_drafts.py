@@ -66,6 +66,7 @@ def engine(options: dict[str, Any], **changes: Any) -> Any:
         "block_size": 32,
         "num_gpu_blocks_override": 8,  # requests are preempted
         "disable_log_stats": True,
+        "async_scheduling": False,
         "additional_config": {"moe_route": {"groups": list(GROUPS), "sequences": True, **options}},
     }
     return vllm.LLM(**{**settings, **changes})
@@ -93,7 +94,10 @@ class Nothing:
 
 @contextlib.contextmanager
 def ahead() -> Iterator[None]:
-    """Engines that are made and run inside schedule a step before the outcome of the one before is known."""
+    """Engines that are asked for async scheduling inside have it, on a CPU too."""
+    if torch.cuda.is_available():
+        yield
+        return
     from vllm.platforms import current_platform
 
     update = type(current_platform).check_and_update_config
@@ -116,7 +120,7 @@ def params_of(tasks: list[Task]) -> list[Any]:
     return [
         vllm.SamplingParams(
             temperature=0,
-            extra_args={"moe_route_group": GROUPS[number % 2], "moe_route_item": str(number)},
+            extra_args={"moe_route_group": GROUPS[number // 2 % 2], "moe_route_item": str(number)},
             **{"max_tokens": 24, **task.settings},
         )
         for number, task in enumerate(tasks)
@@ -178,7 +182,7 @@ def other(request: pytest.FixtureRequest, plain: Any) -> Iterator[Any]:
     with contextlib.ExitStack() as stack:
         if "ahead" in request.param:
             stack.enter_context(ahead())
-            llm = engine(options)
+            llm = engine(options, async_scheduling=True)
             assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling
         else:
             llm = engine(options, speculative_config=NGRAM if "lookup" in request.param else drafting_model())
@@ -197,7 +201,7 @@ def test_a_text_that_ends_at_a_string_ends_there_ahead_of_it_too(plain: Any) -> 
     found = []
     for manager in (contextlib.nullcontext, ahead):
         with manager():
-            llm = engine({})
+            llm = engine({}, async_scheduling=manager is ahead)
             found.append(run(llm, [task], None))
             del llm
             gc.collect()
@@ -227,7 +231,7 @@ def test_what_became_text_is_counted_as_by_a_plain_engine(other: Any, plain: Any
         assert here.metadata[name] == there.metadata[name]
     assert here.store is not None
     for item in range(len(tasks)):
-        one, same = (store.counts(str(item), GROUPS[item % 2]) for store in (here.store, there.store))
+        one, same = (store.counts(str(item), GROUPS[item // 2 % 2]) for store in (here.store, there.store))
         np.testing.assert_array_equal(one, same)
     assert here.metadata["tokens_rejected"] > 0 == there.metadata["tokens_rejected"]
     assert min(here.metadata["tokens_run_again"], there.metadata["tokens_run_again"]) > 0
@@ -289,4 +293,4 @@ def test_a_scheduler_that_does_not_tell_is_refused(other: Any, plain: Any, monke
         texts_of(other, plain[0][:4])
     with pytest.raises(Exception, match="without --scheduler-cls"):
         mr.vllm.statistics(other)
-    assert run(other, plain[0], None).texts == plain[1][0].texts  # a new recording begins anew
+    assert run(other, plain[0][:2], None).statistics.scalar("tokens").all(axis=2)[:, 0].any()  # another recording may

@@ -72,7 +72,9 @@ class Worker:
     def lay_out(self, batch: Batch) -> int:
         table = np.full((64, 4), -1, np.int32)
         table[:, 3] = 1
-        tails = None if self.pending is None else self.requests.tails(batch.names, batch.counts, batch.starts, batch.drafts)
+        tails = (
+            None if self.pending is None else self.requests.tails(batch.names, batch.counts, batch.starts, batch.drafts)
+        )
         total = self.requests.fill(table, batch.names, batch.counts, batch.starts, tails)
         if self.pending is not None:
             assert tails is not None
