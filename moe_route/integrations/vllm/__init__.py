@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_route.integrations.vllm.kernels import avoid_monolithic
 from moe_route.integrations.vllm.options import Options, request_error
 from moe_route.integrations.vllm.versions import EngineNotSupportedError
 
@@ -105,6 +106,7 @@ def _answers(llm: Any, verb: str) -> list[bytes]:
 
 def register() -> None:
     """Wrap, once per process, the methods of vLLM through which an engine with options passes."""
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core import EngineCore
@@ -138,6 +140,7 @@ def register() -> None:
         return validate(self, params, *args, **kwargs)
 
     Worker.load_model, InputProcessor._validate_params = load_and_attach, validated
+    avoid_monolithic(FusedMoEExperts)
     _share_prefixes(EngineCore)
     _tell_texts(EngineCore, Scheduler)
     _follow_plans(LLMEngine, AsyncLLM)

@@ -29,6 +29,10 @@ SEAMS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
         "vllm.v1.engine.core:EngineCore.collective_rpc": ("collective_rpc", ("method",)),
         "vllm.v1.request:Request.get_skip_reading_prefix_cache": ("get_skip_reading_prefix_cache", ()),
         "vllm.v1.request:Request.update_block_hashes": ("update_block_hashes", ()),
+        "vllm.model_executor.layers.fused_moe.modular_kernel:FusedMoEExperts.is_supported_config": (
+            "is_supported_config",
+            ("cls", "moe_config"),
+        ),
         "vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter._compute_routing": (
             "_compute_routing",
             ("hidden_states", "router_logits", "indices_type", "input_ids"),
