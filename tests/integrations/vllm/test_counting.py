@@ -28,8 +28,6 @@ def sites() -> list[Any]:
             correction_bias=None,
             reached=0,
             traced=None,
-            by_token=None,
-            values=None,
             steers=False,
             by_token=None,
             values=None,
