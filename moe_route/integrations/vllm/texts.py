@@ -22,7 +22,7 @@ FIELD = "moe_route_known"
 class Known(NamedTuple):
     """What is known of one request."""
 
-    end: int  # positions below it, if they ran with the tokens of the text, are part of what a plain engine feeds
+    end: int  # of the tokens that ran last, those at positions below it are what a plain engine would have fed
     ended: bool
     ids: list[int]  # of its answer, those that were not told before; empty where the runner holds them
 

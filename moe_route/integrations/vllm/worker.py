@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from moe_route.devices import upload
 from moe_route.identity import config_hash
 from moe_route.integrations.vllm import operator, runners
 from moe_route.integrations.vllm.counting import StepCounts
@@ -271,8 +272,8 @@ class Session:
         self._host[total : self._dirty, :3] = -1
         most = max(total, self._dirty)
         step = self._step[:most]
-        # pinned anew: under async scheduling the copy of the step before may still be on its way
-        step.copy_(self._host[:most].pin_memory() if step.is_cuda else self._host[:most], non_blocking=True)
+        # from memory of its own: under async scheduling the copy of the step before may still be on its way
+        step.copy_(upload(self._host[:most], step.device))
         self._tokens[:, :most] = step
         if self._plans.running:
             self._tokens[:, :most, 0] = self._plans.layer_rows[:, step[:, 0]]

@@ -156,11 +156,11 @@ def plain() -> Iterator[tuple[list[Task], list[Answers]]]:
 
     tokenizer, corpus = load_demo_model()[1], demo_corpus()
     generator = np.random.default_rng(0)
-    long = {"ignore_eos": True, "max_tokens": 70}
-    tasks = [Task(generator.integers(10, 4000, 20).tolist(), long) for _ in range(5)]
+    long = {"ignore_eos": True, "max_tokens": 60}
+    tasks = [Task(generator.integers(10, 4000, 20).tolist(), long) for _ in range(4)]
     tasks += [
         Task((tokenizer(text).input_ids[:8] * 9)[: 18 + 6 * number], {"ignore_eos": bool(number % 4)})
-        for number, text in enumerate(corpus["eng_Latn"][:8])  # repeats, so that drafts are right at times
+        for number, text in enumerate(corpus["eng_Latn"][:6])  # repeats, so that drafts are right at times
     ]
     llm = engine(TRACED)
     # vLLM 0.32 looks through every module of the process for kernels to replace, and fails at what drafting imports;
@@ -197,7 +197,7 @@ def test_a_text_that_ends_at_a_string_ends_there_ahead_of_it_too(plain: Any) -> 
 
     tokenizer = load_demo_model()[1]
     tasks, answers = plain
-    task = tasks[4]._replace(settings={"stop": [tokenizer.decode(answers[0].texts[4][8:10])], "max_tokens": 24})
+    task = tasks[2]._replace(settings={"stop": [tokenizer.decode(answers[0].texts[2][11:14])], "max_tokens": 24})
     found = []
     for manager in (contextlib.nullcontext, ahead):
         with manager():
@@ -245,10 +245,10 @@ def test_what_became_text_is_counted_as_by_a_plain_engine(other: Any, plain: Any
         np.testing.assert_allclose(mine["weights"], theirs["weights"], atol=1e-3)
 
 
+@pytest.mark.parametrize("other", ["lookup traced", "ahead traced"], indirect=True)
 def test_verbs_between_the_steps_see_what_is_known(other: Any, plain: Any) -> None:
     """A plan ends while tokens are pending: they were steered by it, and are counted so."""
     core = other.llm_engine
-    traced = core.vllm_config.additional_config["moe_route"].get("trace")
     mr.vllm.steer(other, PLAN)
     mr.vllm.record(other)
     tasks = plain[0]
@@ -268,14 +268,13 @@ def test_verbs_between_the_steps_see_what_is_known(other: Any, plain: Any) -> No
     assert found.scalar("tokens").sum() == len(found.layers) * sum(fed)
     assert found.metadata["tokens_rejected"] > 0
     assert found.scalar("steered").sum() > 0
-    if traced:
-        trace = mr.vllm.trace(other)
-        assert len(trace.position) == sum(fed)
-        for layer in range(len(found.layers)):
-            for group in range(len(GROUPS)):
-                ids = trace.ids[trace.group == group, layer].ravel()
-                counts = np.bincount(ids[ids >= 0], minlength=found.num_experts[layer])
-                np.testing.assert_array_equal(found.token_sum("counts")[group, layer], counts)
+    trace = mr.vllm.trace(other)
+    assert len(trace.position) == sum(fed)
+    for layer in range(len(found.layers)):
+        for group in range(len(GROUPS)):
+            ids = trace.ids[trace.group == group, layer].ravel()
+            counts = np.bincount(ids[ids >= 0], minlength=found.num_experts[layer])
+            np.testing.assert_array_equal(found.token_sum("counts")[group, layer], counts)
     mr.vllm.steer(other, None)
 
 
@@ -293,4 +292,4 @@ def test_a_scheduler_that_does_not_tell_is_refused(other: Any, plain: Any, monke
         texts_of(other, plain[0][:4])
     with pytest.raises(Exception, match="without --scheduler-cls"):
         mr.vllm.statistics(other)
-    assert run(other, plain[0][:2], None).statistics.scalar("tokens").all(axis=2)[:, 0].any()  # another recording may
+    assert run(other, plain[0][:2], None).statistics.scalar("tokens").sum() > 0  # another recording is whole

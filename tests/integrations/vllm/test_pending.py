@@ -177,6 +177,7 @@ def test_a_captured_graph_keeps_the_choices_of_every_step(monkeypatch: pytest.Mo
     plain.run(batch("ba", [2, 4], [2, 3]), at(choices(7, 10), steps[0][2]))
     plain.run(batch("ab", [1, 1], [7, 4]), at(choices(4, 11), steps[1][2]))
     monkeypatch.setattr("torch.cuda._lazy_init", lambda: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch._C.TensorBase.pin_memory)  # vLLM replaces it on a CPU
     with StandInDevices():
         found = Worker("cuda:0")
         assert found.pending is not None
