@@ -34,8 +34,9 @@ _OFF = (
     "moe_route is not on in this engine: start it with --additional-config '{\"moe_route\": {}}', "
     'LLM(..., additional_config={"moe_route": {}})'
 )
-_VERBS = ("record", "pause", "statistics", "trace", "steer", "report", "prefixes", "known")
+_VERBS = ("record", "pause", "statistics", "trace", "steer", "take_back", "report", "prefixes", "known")
 _CHANGING = ("record", "pause", "steer")
+_PREFIX = "moe_route_"  # of the verbs among the methods of a worker
 
 
 def record(llm: Any) -> None:
@@ -64,24 +65,16 @@ def steer(llm: Any, plan: Plan | None, *, name: str = "default") -> None:
 
 
 def statistics(llm: Any) -> RoutingStatistics:
-    """What was counted. ``LLM.generate`` has returned, so that all requests have ended.
+    """What was counted, in all layers. ``LLM.generate`` has returned, so that all requests have ended.
+
+    Each replica of data parallelism has an ``LLM`` and statistics of its own, which add up.
 
     Raises an error with the words of ``recording.RecordingError`` if nothing was recorded.
     """
+    from moe_route.integrations.vllm.answers import loaded
     from moe_route.recording.statistics import RoutingStatistics
-    from moe_route.recording.store import SequenceStore
 
-    answers = _answers(llm, "statistics")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "statistics.safetensors"
-        file.write_bytes(answers[0])
-        found = RoutingStatistics.load(file)
-        if found.store is not None:  # it reads its sequences from the file, which goes
-            kept = SequenceStore(found.layers, found.num_experts)
-            for shard in found.store.shards():
-                kept.append(shard.keys, shard.arrays)
-            found.store = kept
-        return found
+    return loaded(RoutingStatistics, _content(llm, "statistics"))
 
 
 def trace(llm: Any) -> Trace:
@@ -90,18 +83,16 @@ def trace(llm: Any) -> Trace:
     ``LLM.generate`` has returned. Tokens are in the order in which they ran; each request is a sequence, with its item.
     Raises an error with the words of ``recording.RecordingError`` if the engine keeps no trace.
     """
+    from moe_route.integrations.vllm.answers import loaded
     from moe_route.recording.trace import Trace
 
-    answers = _answers(llm, "trace")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "trace.safetensors"
-        file.write_bytes(answers[0])
-        return Trace.load(file)
+    return loaded(Trace, _content(llm, "trace"))
 
 
-def _answers(llm: Any, verb: str) -> list[bytes]:
-    """What the ranks say that answer; no request is running."""
-    return [answer for answer in llm.collective_rpc(f"moe_route_{verb}", args=(None, True)) if answer is not None]
+def _content(llm: Any, verb: str) -> bytes:
+    """What the rank says that answers, for all layers; no request is running."""
+    answers = llm.collective_rpc(f"moe_route_{verb}", args=(None, True))
+    return next(answer for answer in answers if answer is not None)
 
 
 def register() -> None:
@@ -141,15 +132,18 @@ def register() -> None:
 
     Worker.load_model, InputProcessor._validate_params = load_and_attach, validated
     avoid_monolithic(FusedMoEExperts)
-    _share_prefixes(EngineCore)
-    _tell_texts(EngineCore, Scheduler)
+    _follow_core(EngineCore)
+    _tell_texts(Scheduler)
     _follow_plans(LLMEngine, AsyncLLM)
     for verb in _VERBS:
-        setattr(Worker, f"moe_route_{verb}", _verb(verb))
+        setattr(Worker, f"{_PREFIX}{verb}", _verb(verb))
 
 
-def _share_prefixes(core: Any) -> None:
-    """Salt the requests of an engine core that caches prefixes; see ``prefixes``."""
+def _follow_core(core: Any) -> None:
+    """Salt the requests of an engine core that caches prefixes, and make one answer of its workers' to a verb.
+
+    See ``prefixes`` and ``answers``.
+    """
     add_request, collective_rpc = core.add_request, core.collective_rpc
 
     def prefixes_of(self: Any) -> Any:
@@ -170,10 +164,20 @@ def _share_prefixes(core: Any) -> None:
 
     @functools.wraps(collective_rpc)
     def called(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-        verb = method.removeprefix("moe_route_") if isinstance(method, str) else ""
-        prefixes = prefixes_of(self) if verb in _CHANGING else None
-        try:
+        if not isinstance(method, str) or not method.startswith(_PREFIX):
             return collective_rpc(self, method, *args, **kwargs)
+        from moe_route.integrations.vllm.answers import failed, joined
+
+        verb = method.removeprefix(_PREFIX)
+        prefixes = prefixes_of(self) if verb in _CHANGING else None
+        texts = _texts_of(self.scheduler)
+        if texts is not None:  # a verb counts, or changes, what tokens of the latest step wait for
+            joined(collective_rpc(self, f"{_PREFIX}known", args=(texts.news(),)))
+        try:
+            answers = collective_rpc(self, method, *args, **kwargs)
+            if verb == "steer" and failed(answers):
+                collective_rpc(self, f"{_PREFIX}take_back")  # from workers that did not refuse it: all steer alike
+            return joined(answers)
         finally:
             if prefixes is not None:
                 prefixes.called(verb)
@@ -181,20 +185,22 @@ def _share_prefixes(core: Any) -> None:
     core.add_request, core.collective_rpc = salted, called
 
 
-def _tell_texts(core: Any, scheduler: Any) -> None:
-    """Tell the workers which tokens became text, with every step and before every verb; see ``texts``."""
-    schedule, collective_rpc = scheduler.schedule, core.collective_rpc
+def _texts_of(scheduler: Any) -> Any:
+    """What a scheduler knows of the texts of its requests, or None where its workers need not be told."""
+    if not hasattr(scheduler, "moe_route_texts"):
+        from moe_route.integrations.vllm.texts import Texts
 
-    def texts_of(self: Any) -> Any:
-        if not hasattr(self, "moe_route_texts"):
-            from moe_route.integrations.vllm.texts import Texts
+        scheduler.moe_route_texts = Texts.of(scheduler.vllm_config)
+    return scheduler.moe_route_texts
 
-            self.moe_route_texts = Texts.of(self.vllm_config)
-        return self.moe_route_texts
+
+def _tell_texts(scheduler: Any) -> None:
+    """Tell the workers with every step which tokens became text; see ``texts``."""
+    schedule = scheduler.schedule
 
     @functools.wraps(schedule)
     def told(self: Any, *args: Any, **kwargs: Any) -> Any:
-        texts = texts_of(self)
+        texts = _texts_of(self)
         if texts is None:
             return schedule(self, *args, **kwargs)
         news = texts.news()
@@ -202,15 +208,7 @@ def _tell_texts(core: Any, scheduler: Any) -> None:
         texts.attach(news, step, self.requests)
         return step
 
-    @functools.wraps(collective_rpc)
-    def called(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(method, str) and method.removeprefix("moe_route_") in _VERBS:
-            texts = texts_of(self.scheduler)
-            if texts is not None:
-                collective_rpc(self, "moe_route_known", args=(texts.news(),))
-        return collective_rpc(self, method, *args, **kwargs)
-
-    scheduler.schedule, core.collective_rpc = told, called
+    scheduler.schedule = told
 
 
 def _planned_items(processor: Any, options: Options) -> PlannedItems:
@@ -256,10 +254,16 @@ def _refusal() -> type[Exception]:
 
 def _verb(name: str) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        session = getattr(self, "moe_route_session", None)
-        if session is None:
-            raise EngineNotSupportedError(_OFF)
-        return getattr(session, name)(*args, **kwargs)
+        from moe_route.integrations.vllm.answers import answer
 
-    call.__name__ = f"moe_route_{name}"
+        return answer(lambda: getattr(_session_of(self), name)(*args, **kwargs))
+
+    call.__name__ = f"{_PREFIX}{name}"
     return call
+
+
+def _session_of(worker: Any) -> Any:
+    session = getattr(worker, "moe_route_session", None)
+    if session is None:
+        raise EngineNotSupportedError(_OFF)
+    return session

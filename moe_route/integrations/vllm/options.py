@@ -147,8 +147,8 @@ def refuse_recording(config: Any) -> None:
         what = "--no-async-scheduling" if runs_ahead(config) else "without --speculative-config"
         if parallel.pipeline_parallel_size > 1 or parallel.data_parallel_size > 1:
             raise EngineNotSupportedError(
-                "moe_route: with pipeline or data parallelism, several steps are on their way before it is known which "
-                f"of their tokens become text: to record, start {what}"
+                "moe_route: with pipeline or data parallelism, steps of other requests, or of none, run before it is "
+                f"known which tokens of a step became text: to record, start {what}"
             )
 
 
@@ -169,17 +169,13 @@ def refuse_engine(config: Any) -> None:
             "preempted requests could outgrow the tables: start with --scheduling-policy fcfs",
         ),
         (
-            parallel.data_parallel_size > 1,
-            "data parallel ranks share the tokens of a layer: start one engine per replica, and add up their files",
-        ),
-        (
-            parallel.pipeline_parallel_size > 1,
-            "a stage knows its own layers only: use --tensor-parallel-size in place of --pipeline-parallel-size",
-        ),
-        (
             getattr(parallel, "decode_context_parallel_size", 1) > 1
             or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
             "context parallel ranks split the tokens of a text: start without context parallelism",
+        ),
+        (
+            getattr(parallel, "enable_elastic_ep", False),
+            "replicas that join later know neither plans nor the recording: start without --enable-elastic-ep",
         ),
         (getattr(parallel, "enable_dbo", False), "a step is split in two: start without --enable-dbo"),
     ):

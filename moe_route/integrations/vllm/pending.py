@@ -36,14 +36,20 @@ class PendingTokens:
     """
 
     def __init__(
-        self, sites: Sequence[Site], requests: RequestTable, layer_rows: Tensor, values: TokenValues, most: int
+        self,
+        sites: Sequence[Site],
+        requests: RequestTable,
+        layer_rows: Tensor,
+        values: TokenValues,
+        device: torch.device,
+        most: int,
     ):
         """``layer_rows``: int32 [L, rows + 1], steering rows by layer; ``most``: pending tokens of a step."""
         self._sites, self._requests, self._layer_rows, self._values = sites, requests, layer_rows, values
         self._layers = layers_by_spec(sites)
-        self._device = sites[0].device
-        self._captured = self._device.type != "cpu"
-        self._places = torch.zeros(most, dtype=torch.int64, device=self._device)
+        self._device = device
+        self._captured = device.type != "cpu"
+        self._places = torch.zeros(most, dtype=torch.int64, device=device)
         self._buffers: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._names: list[str]
         self._counter: Tensor | None

@@ -25,6 +25,7 @@ from moe_route.steering.token_steering import TokenSteering
 
 if TYPE_CHECKING:
     from moe_route.integrations.vllm.sites import Site
+    from moe_route.integrations.vllm.stages import Stage
 
 __all__ = ["PlanTables", "plan_of", "tables_used"]
 
@@ -41,16 +42,27 @@ class PlanTables:
         sequence_tables: the tables of values per token of all plans.
     """
 
-    def __init__(self, sites: Sequence[Site], options: Options, *, captured: bool = False):
-        """``captured``: whether steps may be replayed as CUDA graphs."""
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        options: Options,
+        stage: Stage,
+        device: torch.device,
+        *,
+        captured: bool = False,
+    ):
+        """``stage``: the place of the sites among the layers that plans name; ``device``: of ``layer_rows``.
+
+        ``captured``: whether steps may be replayed as CUDA graphs.
+        """
         self.running: dict[str, CompiledPlan] = {}
-        self._sites, self._options, self._captured = sites, options, captured
+        self._sites, self._options, self._stage, self._captured = sites, options, stage, captured
         self.by_token = np.zeros(0, np.int64)
         self.draws = False
         self.sequence_tables: tuple[SequenceTable, ...] = ()
         self._first_table: dict[str, int] = {}
         shape = (len(sites), options.rows + 1)
-        self.layer_rows = torch.full(shape, -1, dtype=torch.int32, device=sites[0].device)
+        self.layer_rows = torch.full(shape, -1, dtype=torch.int32, device=device)
         for site in sites:
             site.steering = operator.neutral_tables(options.rows, site.num_experts, site.device)
 
@@ -76,10 +88,11 @@ class PlanTables:
             )
 
     def compiled(self, plan: str | bytes, model: str, config_hash: str) -> CompiledPlan:
-        """A plan, a file's path or content, for these sites. Raises ``PlanError`` for one of another model."""
+        """A plan, a file's path or content, for all layers. Raises ``PlanError`` for one of another model."""
         made = plan_of(plan)
-        made.check_model(model, config_hash=config_hash, num_experts=[site.num_experts for site in self._sites])
-        return self.fitted(made.compile(self._sites, self._options.groups))
+        layers = self._stage.layers
+        made.check_model(model, config_hash=config_hash, num_experts=[layer.num_experts for layer in layers])
+        return self.fitted(made.compile(layers, self._options.groups))
 
     def fitted(self, compiled: CompiledPlan) -> CompiledPlan:
         """A compiled plan fitted to the scores of these routers. Raises an error for one that cannot run here."""
@@ -100,14 +113,15 @@ class PlanTables:
                 "moe_route: the plan has values for the rows of a batch, and vLLM forms its own batches: make it with "
                 "items=[...], and give each request its moe_route_item"
             )
-        try:
-            fitted = [
-                table.fitted(site.name, site.spec) if isinstance(table, TokenSteering) else table
-                for site, table in zip(self._sites, compiled.tables, strict=True)
-            ]
-        except ValueError as error:
-            raise PlanError(str(error)) from error
-        return replace(compiled, tables=fitted)
+        tables = [*compiled.tables]
+        for layer, site in enumerate(self._sites, self._stage.first):
+            table = tables[layer]
+            if isinstance(table, TokenSteering):
+                try:
+                    tables[layer] = table.fitted(site.name, site.spec)
+                except ValueError as error:
+                    raise PlanError(str(error)) from error
+        return replace(compiled, tables=tables)
 
     def starts(self, request: Request) -> np.ndarray:
         """int64 [3, M]: where the values of a request begin in each of M tables, how many there are, and how many rows
@@ -128,7 +142,7 @@ class PlanTables:
         return found
 
     def _place(self, plans: Mapping[str, CompiledPlan]) -> PlanRows:
-        """Write plans into the steering tables, one after the other."""
+        """Write plans into the steering tables, one after the other: all stages give a plan the same rows."""
         sizes = {name: max((t.rows for t in plan.tables if t is not None), default=0) for name, plan in plans.items()}
         needed = sum(sizes.values())
         if needed > self._options.rows:
@@ -150,7 +164,7 @@ class PlanTables:
             place = [int(np.searchsorted(plan.bounds, start, side="right")) for start in (0, *bounds)]
             rows[names.index(name)] = np.where(own >= 0, own + first, -1)[:, :, place]
             here = torch.arange(first, first + sizes[name], dtype=torch.int32)
-            for layer, (site, table) in enumerate(zip(self._sites, plan.tables, strict=True)):
+            for layer, (site, table) in enumerate(zip(self._sites, plan.tables[self._stage.own], strict=True)):
                 if table is None:
                     continue
                 assert site.steering is not None

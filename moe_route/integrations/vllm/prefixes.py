@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from moe_route import files
+from moe_route.integrations.vllm.answers import joined
 from moe_route.integrations.vllm.options import Options, identity
 from moe_route.integrations.vllm.plans import tables_used
 from moe_route.steering.compiled import CompiledPlan
@@ -67,7 +68,7 @@ class Prefixes:
     def prepare(self, request: Any) -> None:
         """Salt a request that has no computed token yet, and keep it from the cache if it is to be counted in full."""
         if self._workers is None:
-            self._workers = self._core.model_executor.collective_rpc("moe_route_prefixes")[0]
+            self._workers = joined(self._core.model_executor.collective_rpc("moe_route_prefixes"))[0]
         plan, group, item = identity(request.sampling_params, self._options)
         steered = self._workers.steered.get((plan, group))
         request.skip_reading_prefix_cache = request.get_skip_reading_prefix_cache() or (

@@ -56,19 +56,13 @@ class Site:
 
 
 def find_sites(model: nn.Module, model_type: str) -> list[Site]:
-    """All routers of the model, in the order of its layers.
+    """All routers of the model's part in this worker, in the order of its layers.
 
     Raises ``EngineNotSupportedError`` naming the layer, and the flag that mends it, where one cannot be followed.
     """
     base = find("vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter")
     moe_runner = find("vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner")
-    sites = [_site(m, base, model_type) for m in model.modules() if isinstance(m, moe_runner)]
-    if not sites:
-        raise EngineNotSupportedError(
-            "moe_route: no MoE layer of vLLM's own was found; a model that runs on vLLM's Transformers backend "
-            "routes inside transformers: use mr.attach(model) there"
-        )
-    return sites
+    return [_site(m, base, model_type) for m in model.modules() if isinstance(m, moe_runner)]
 
 
 def _site(runner: Any, base: type, model_type: str) -> Site:
@@ -87,7 +81,16 @@ def _site(runner: Any, base: type, model_type: str) -> Site:
     config = runner.moe_config
     if getattr(getattr(config, "moe_parallel_config", None), "is_sequence_parallel", False):
         raise EngineNotSupportedError(
-            f"moe_route: {name} splits the tokens of a step over ranks: start without --enable-expert-parallel"
+            f"moe_route: {name} splits the tokens of a step over the ranks of tensor parallelism, as vLLM does where "
+            "tensor, data and expert parallelism meet: leave out --enable-expert-parallel, --data-parallel-size or "
+            "--tensor-parallel-size"
+        )
+    if getattr(runner, "do_naive_dispatch_combine", False):
+        kernel = type(getattr(runner.routed_experts, "quant_method", runner)).__name__
+        raise EngineNotSupportedError(
+            f"moe_route: {name} routes the tokens of all data parallel ranks on each of them, because its kernel "
+            f"({kernel}) is not modular: start one engine per replica, without --data-parallel-size, and add up their "
+            "files"
         )
     spec, bias = spec_of(router, name)
     redundant = config.num_experts - getattr(config, "num_logical_experts", config.num_experts)

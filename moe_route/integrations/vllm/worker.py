@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from moe_route.devices import upload
 from moe_route.identity import config_hash
 from moe_route.integrations.vllm import operator, runners
+from moe_route.integrations.vllm.answers import StagePart, content_of, replica_path, saved
 from moe_route.integrations.vllm.counting import StepCounts
 from moe_route.integrations.vllm.options import (
     DEFAULT_PLAN,
@@ -27,16 +26,17 @@ from moe_route.integrations.vllm.plans import PlanTables
 from moe_route.integrations.vllm.prefixes import Workers, steered_prefixes
 from moe_route.integrations.vllm.recording import Recording
 from moe_route.integrations.vllm.requests import RequestTable
-from moe_route.integrations.vllm.sites import check, find_sites, hook
+from moe_route.integrations.vllm.sites import Site, check, find_sites, hook
+from moe_route.integrations.vllm.stages import find_stage
 from moe_route.integrations.vllm.texts import FIELD, Known
 from moe_route.integrations.vllm.token_values import TokenValues
 from moe_route.integrations.vllm.versions import EngineNotSupportedError, check_version
 from moe_route.recording.statistics import RecordingError, RoutingStatistics
 from moe_route.recording.trace import Trace
+from moe_route.steering.compiled import CompiledPlan
 
 __all__ = ["Session"]
 
-_Answer = TypeVar("_Answer")
 _GRAPH_ROWS = 256  # a CUDA graph may pad a step beyond the scheduler's limit
 
 
@@ -49,9 +49,9 @@ class Session:
         refuse_engine(self._config)
         runner = worker.model_runner
         model = runner.get_model() if hasattr(runner, "get_model") else runner.model
-        self.sites = find_sites(model, str(getattr(self._config.model_config.hf_config, "model_type", "")))
-        for site in self.sites:
-            check(site)
+        kind = str(getattr(self._config.model_config.hf_config, "model_type", ""))
+        stages = self._config.parallel_config.pipeline_parallel_size
+        self.sites, stage = find_stage(lambda: _checked(find_sites(model, kind)), stages)
         scheduler = self._config.scheduler_config
         most_requests, most_tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens + _GRAPH_ROWS
         self._requests = RequestTable(len(options.groups), len(options.plan_names), most_requests)
@@ -61,15 +61,17 @@ class Session:
             options,
             self._requests,
             self._view.token_ids,
+            stage,
             most_requests=most_requests,
             most_tokens=most_tokens,
         )
-        captured = self.sites[0].device.type != "cpu" and not self._config.model_config.enforce_eager
-        self._plans = PlanTables(self.sites, options, captured=captured)
-        self._values = TokenValues(self._plans, self._requests, self.sites[0].device, self._recording.fail)
-        self._make_token_tables(most_tokens)
-        self._counts = StepCounts(self.sites) if all(site.device.type == "cpu" for site in self.sites) else None
-        self._pending = self._pending_tokens(most_requests)
+        captured = worker.device.type != "cpu" and not self._config.model_config.enforce_eager
+        self._plans = PlanTables(self.sites, options, stage, worker.device, captured=captured)
+        self._values = TokenValues(self._plans, self._requests, worker.device, self._recording.fail)
+        self._make_token_tables(most_tokens, worker.device)
+        self._counts = StepCounts(self.sites) if {site.device.type for site in self.sites} == {"cpu"} else None
+        self._former: tuple[str, CompiledPlan | None, set[str]] | None = None  # what ``take_back`` gives back
+        self._pending = self._pending_tokens(most_requests, worker.device)
         operator.connect(self.sites, self._counts, self._pending)
         for index, site in enumerate(self.sites):
             hook(site, index)
@@ -87,18 +89,19 @@ class Session:
         if options.record:
             self.record()
 
-    def _pending_tokens(self, most_requests: int) -> PendingTokens | None:
+    def _pending_tokens(self, most_requests: int, device: torch.device) -> PendingTokens | None:
         """Room for the tokens of a step that are counted after it, where there are such."""
         speculative = self._config.speculative_config
         self._requests.ahead = runs_ahead(self._config)
         if speculative is None and not self._requests.ahead:
             return None
         each = 1 if speculative is None else speculative.num_speculative_tokens
-        return PendingTokens(self.sites, self._requests, self._plans.layer_rows, self._values, most_requests * each)
+        return PendingTokens(
+            self.sites, self._requests, self._plans.layer_rows, self._values, device, most_requests * each
+        )
 
-    def _make_token_tables(self, most_tokens: int) -> None:
+    def _make_token_tables(self, most_tokens: int, device: torch.device) -> None:
         """Token tables of the largest step: their addresses are part of captured graphs."""
-        device = self.sites[0].device
         self._step = torch.full((most_tokens, 4), -1, dtype=torch.int32, device=device)
         self._step[:, 3] = 1
         self._tokens = self._step.repeat(len(self.sites), 1, 1)
@@ -115,17 +118,30 @@ class Session:
         ``name`` is the plan that requests choose by ``moe_route_plan``; those that choose none take "default".
         """
         self._refuse_other_engine()
+        self._former = None
         self._plans.check_name(name)
         compiled = None
         if plan is not None:
             compiled = self._plans.compiled(plan, self._config.model_config.model, self._config_hash())
-        self._requests.plan_rows = self._plans.change(name, compiled)
-        for request in self._requests.running.values():
-            request.starts = None
+        former = self._plans.running.get(name), set(self._recording.used_plans)
+        self._change(name, compiled)
+        self._former = name, *former
         if compiled is None:
             return None
         self._recording.used_plans.add(compiled.plan_hash)
         return compiled.plan_hash
+
+    def _change(self, name: str, compiled: CompiledPlan | None) -> None:
+        self._requests.plan_rows = self._plans.change(name, compiled)
+        for request in self._requests.running.values():
+            request.starts = None
+
+    def take_back(self) -> None:
+        """Undo the latest ``steer``, if it changed a plan here: another worker refused it."""
+        if self._former is not None:
+            name, compiled, self._recording.used_plans = self._former
+            self._change(name, compiled)
+            self._former = None
 
     def prefixes(self) -> Workers:
         """What decides who may share a cached prefix."""
@@ -149,8 +165,12 @@ class Session:
         if self._recording.trace is not None:
             self._recording.trace.drop(rejected)
 
-    def statistics(self, path: str | None = None, idle: bool = False) -> bytes | str | None:
+    def statistics(self, path: str | None = None, idle: bool = False) -> bytes | str | StagePart | None:
         """Write what was counted to ``path``, or return the content of such a file; None on ranks but the first.
+
+        With several stages of pipeline parallelism, the first rank of each hands its layers over, and the engine core
+        writes the file of all. With several replicas of data parallelism, each writes a file of its own, whose name
+        ends with the replica's number.
 
         vLLM tells a worker with the next step which requests have ended. ``idle``: the caller knows that none is
         running, so all are taken as ended. Otherwise the tokens of those not known to have ended are in the sums over
@@ -163,8 +183,7 @@ class Session:
             raise RecordingError(
                 'nothing is recorded: start the engine with "moe_route": {"record": true}, or call moe_route_record'
             )
-        made = self._answer(idle, self._statistics)
-        return None if made is None else _saved(made, path)
+        return self._answer(path, idle, self._statistics)
 
     def _statistics(self) -> RoutingStatistics:
         model = self._config.model_config
@@ -173,21 +192,30 @@ class Session:
         made.verify()
         return made
 
-    def trace(self, path: str | None = None, idle: bool = False) -> bytes | str | None:
+    def trace(self, path: str | None = None, idle: bool = False) -> bytes | str | StagePart | None:
         """Write the trace to ``path``, or return the content of such a file; None on ranks but the first.
 
-        ``idle`` as for ``statistics``. Raises ``RecordingError`` if the engine keeps none.
+        Stages, replicas and ``idle`` as for ``statistics``. Raises ``RecordingError`` if the engine keeps none.
         """
         self._refuse_other_engine()
-        made = self._answer(idle, self._recording.traced)
-        return None if made is None else _saved(made, path)
+        return self._answer(path, idle, self._recording.traced)
 
-    def _answer(self, idle: bool, read: Callable[[], _Answer]) -> _Answer | None:
-        """What ``read`` makes, on the rank that answers."""
+    def _answer(
+        self, path: str | None, idle: bool, read: Callable[[], RoutingStatistics | Trace | None]
+    ) -> bytes | str | StagePart | None:
+        """What ``read`` makes, on the first rank of a stage that has routers."""
         if idle:
             self._recording.end(list(self._requests.running))
         self._recording.refuse_gaps()
-        return None if self._worker.rank % self._config.parallel_config.tensor_parallel_size else read()
+        parallel = self._config.parallel_config
+        made = read() if self.sites and not self._worker.rank % parallel.tensor_parallel_size else None
+        if made is None:
+            return None
+        if path is not None and parallel.data_parallel_size > 1:
+            path = replica_path(path, parallel.data_parallel_rank)
+        if parallel.pipeline_parallel_size > 1:
+            return StagePart(type(made), content_of(made), path)
+        return saved(made, path)
 
     def report(self) -> dict[str, Any]:
         """What was found and what runs, for a person."""
@@ -307,11 +335,7 @@ class Session:
         self._dirty = 0
 
 
-def _saved(made: RoutingStatistics | Trace, path: str | None) -> str | bytes:
-    if path is not None:
-        made.save(path)
-        return path
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "answer.safetensors"
-        made.save(file)
-        return file.read_bytes()
+def _checked(sites: list[Site]) -> list[Site]:
+    for site in sites:
+        check(site)
+    return sites

@@ -70,7 +70,19 @@ FIELDS = {
         "moe_config",
         "routed_experts",
         "is_monolithic",
+        "do_naive_dispatch_combine",
     ),
+    "vllm.model_executor.layers.fused_moe.config:FusedMoEParallelConfig": ("is_sequence_parallel",),
+    "vllm.config.parallel:ParallelConfig": (
+        "pipeline_parallel_size",
+        "tensor_parallel_size",
+        "data_parallel_size",
+        "data_parallel_rank",
+        "enable_elastic_ep",
+    ),
+    "vllm.distributed.parallel_state:GroupCoordinator": ("world_size", "rank_in_group", "cpu_group"),
+    "vllm.v1.worker.gpu_worker:Worker": ("device", "model_runner"),
+    "vllm.v1.worker.worker_base:WorkerBase": ("rank", "vllm_config"),
 }
 """Attributes of vLLM's objects that are read or set."""
 
@@ -117,6 +129,13 @@ def test_attributes_that_are_read_exist(place: str, source: str) -> None:
         elif isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == "self":
             found.add(target.attr)
     assert set(FIELDS[place]) <= found
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_group_of_pipeline_stages_is_found(source: str) -> None:
+    body = module(source, "vllm.distributed.parallel_state").body
+    (found,) = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == "get_pp_group"]
+    assert not found.args.args
 
 
 @pytest.mark.parametrize("place", SEAMS)

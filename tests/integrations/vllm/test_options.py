@@ -59,8 +59,8 @@ def config(**changes: Any) -> SimpleNamespace:
         ({"async_scheduling": True, "speculative_config": object()}, "--no-async-scheduling"),
         ({"speculative_config": SimpleNamespace(enable_adaptive_verification=True)}, "enable_adaptive_verification"),
         ({"policy": "priority"}, "--scheduling-policy fcfs"),
-        ({"data_parallel_size": 2}, "one engine per replica"),
-        ({"pipeline_parallel_size": 2}, "--tensor-parallel-size"),
+        ({"decode_context_parallel_size": 2}, "without context parallelism"),
+        ({"enable_elastic_ep": True}, "without --enable-elastic-ep"),
         ({"enable_dbo": True}, "without --enable-dbo"),
     ],
 )

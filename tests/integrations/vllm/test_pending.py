@@ -40,7 +40,9 @@ class Worker:
         self.requests.begin("b", prompt=2, group=1, segment=2, plan=0)
         rows = to_device(self.layer_rows, device)
         none: Any = SimpleNamespace(present=False, counter=None, entries=None)
-        self.pending = PendingTokens(self.sites, self.requests, rows, none, MOST) if pending else None
+        self.pending = (
+            PendingTokens(self.sites, self.requests, rows, none, torch.device(device), MOST) if pending else None
+        )
         self.counts = StepCounts(self.sites) if device == "cpu" else None
         operator.connect(self.sites, self.counts, self.pending)
 

@@ -22,9 +22,11 @@ from moe_route.integrations.vllm.plans import PlanTables
 from moe_route.integrations.vllm.requests import RequestTable
 from moe_route.integrations.vllm.runners import Batch
 from moe_route.integrations.vllm.sites import Site
+from moe_route.integrations.vllm.stages import Stage
 from moe_route.integrations.vllm.token_values import TokenValues
 from moe_route.integrations.vllm.versions import EngineNotSupportedError
 from moe_route.steering import PlanError
+from moe_route.steering.compiled import LayerShape
 from moe_route.steering.draw import token_counter
 
 GROUPS = ("plain", "steered")
@@ -43,7 +45,8 @@ class Tables:
         self.sites: list[Any] = [
             Site(f"layers.{i}.mlp.gate", None, E, K, RouterSpec(), None, torch.device("cpu")) for i in range(2)
         ]
-        self.plans = PlanTables(self.sites, Options(groups=GROUPS, plans={"other": None}), captured=captured)
+        options, stage = Options(groups=GROUPS, plans={"other": None}), Stage.among([[LayerShape(E, K)] * 2], 0)
+        self.plans = PlanTables(self.sites, options, stage, torch.device("cpu"), captured=captured)
         self.requests = RequestTable(len(GROUPS), 2, 4)
 
     def compiled(self, plan: mr.Plan) -> Any:
