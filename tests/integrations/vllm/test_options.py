@@ -41,7 +41,13 @@ def test_wrong_options_are_refused(given: Any, words: str) -> None:
 
 
 def config(**changes: Any) -> SimpleNamespace:
-    parallel = SimpleNamespace(data_parallel_size=1, pipeline_parallel_size=1, enable_dbo=False)
+    parallel = SimpleNamespace(
+        data_parallel_size=1,
+        pipeline_parallel_size=1,
+        decode_context_parallel_size=1,
+        enable_elastic_ep=False,
+        enable_dbo=False,
+    )
     made = {
         "speculative_config": None,
         "scheduler_config": SimpleNamespace(async_scheduling=False, policy="fcfs"),
