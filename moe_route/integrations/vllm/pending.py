@@ -82,7 +82,7 @@ class PendingTokens:
         """Nothing is pending any more, and of what was, nothing will be told."""
         self._requests.tokens_lost += len(self._names)
         self._clear()
-        self._write_places()
+        self._places.zero_()
 
     def _clear(self) -> None:
         self._names = []
