@@ -34,7 +34,7 @@ _OFF = (
     "moe_route is not on in this engine: start it with --additional-config '{\"moe_route\": {}}', "
     'LLM(..., additional_config={"moe_route": {}})'
 )
-_VERBS = ("record", "pause", "statistics", "trace", "steer", "take_back", "report", "prefixes")
+_VERBS = ("record", "pause", "statistics", "trace", "steer", "take_back", "report", "prefixes", "known")
 _CHANGING = ("record", "pause", "steer")
 _PREFIX = "moe_route_"  # of the verbs among the methods of a worker
 
@@ -98,6 +98,7 @@ def _content(llm: Any, verb: str) -> bytes:
 def register() -> None:
     """Wrap, once per process, the methods of vLLM through which an engine with options passes."""
     from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
@@ -132,6 +133,7 @@ def register() -> None:
     Worker.load_model, InputProcessor._validate_params = load_and_attach, validated
     avoid_monolithic(FusedMoEExperts)
     _follow_core(EngineCore)
+    _tell_texts(Scheduler)
     _follow_plans(LLMEngine, AsyncLLM)
     for verb in _VERBS:
         setattr(Worker, f"{_PREFIX}{verb}", _verb(verb))
@@ -168,6 +170,9 @@ def _follow_core(core: Any) -> None:
 
         verb = method.removeprefix(_PREFIX)
         prefixes = prefixes_of(self) if verb in _CHANGING else None
+        texts = _texts_of(self.scheduler)
+        if texts is not None:  # a verb counts, or changes, what tokens of the latest step wait for
+            joined(collective_rpc(self, f"{_PREFIX}known", args=(texts.news(),)))
         try:
             answers = collective_rpc(self, method, *args, **kwargs)
             if verb == "steer" and failed(answers):
@@ -178,6 +183,32 @@ def _follow_core(core: Any) -> None:
                 prefixes.called(verb)
 
     core.add_request, core.collective_rpc = salted, called
+
+
+def _texts_of(scheduler: Any) -> Any:
+    """What a scheduler knows of the texts of its requests, or None where its workers need not be told."""
+    if not hasattr(scheduler, "moe_route_texts"):
+        from moe_route.integrations.vllm.texts import Texts
+
+        scheduler.moe_route_texts = Texts.of(scheduler.vllm_config)
+    return scheduler.moe_route_texts
+
+
+def _tell_texts(scheduler: Any) -> None:
+    """Tell the workers with every step which tokens became text; see ``texts``."""
+    schedule = scheduler.schedule
+
+    @functools.wraps(schedule)
+    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
+        texts = _texts_of(self)
+        if texts is None:
+            return schedule(self, *args, **kwargs)
+        news = texts.news()
+        step = schedule(self, *args, **kwargs)
+        texts.attach(news, step, self.requests)
+        return step
+
+    scheduler.schedule = told
 
 
 def _planned_items(processor: Any, options: Options) -> PlannedItems:

@@ -18,6 +18,7 @@ from moe_route.contract.tables import NEUTRAL, ROW_PARAMETERS, STEERING_PLANES, 
 
 if TYPE_CHECKING:
     from moe_route.integrations.vllm.counting import StepCounts
+    from moe_route.integrations.vllm.pending import PendingTokens
     from moe_route.integrations.vllm.sites import Site
 
 __all__ = ["Work", "connect", "connected", "copy_plan", "neutral_tables", "set_work"]
@@ -38,13 +39,14 @@ _sites: list[Site] = []  # of the one engine that this process serves; the opera
 
 
 _counts: StepCounts | None = None
+_pending: PendingTokens | None = None
 _work = Work.ROUTE
 
 
-def connect(sites: list[Site], counts: StepCounts | None = None) -> None:
+def connect(sites: list[Site], counts: StepCounts | None = None, pending: PendingTokens | None = None) -> None:
     """Let the operator act on these sites, in place of those of an earlier engine of this process."""
-    global _sites, _counts, _work
-    _sites, _counts, _work = sites, counts, Work.ROUTE
+    global _sites, _counts, _pending, _work
+    _sites, _counts, _pending, _work = sites, counts, pending, Work.ROUTE
 
 
 def set_work(work: Work) -> None:
@@ -96,6 +98,8 @@ def _reroute(logits: Tensor, weights: Tensor, ids: Tensor, site_index: int) -> N
         return
     if ids.shape[1] != site.top_k:  # fused shared experts take columns after the chosen ones
         weights, ids = weights[:, : site.top_k], ids[:, : site.top_k]
+    if _pending is not None:
+        _pending.keep(site_index, logits, ids, weights)
     later = _work is Work.KEEP or (_work is Work.STEER and not site.steers)
     if later and _counts is not None and _counts.keep(site_index, logits, ids, weights):
         return

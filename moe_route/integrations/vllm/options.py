@@ -18,6 +18,7 @@ __all__ = [
     "refuse_engine",
     "refuse_recording",
     "request_error",
+    "runs_ahead",
 ]
 
 GROUP, ITEM, PLAN = "moe_route_group", "moe_route_item", "moe_route_plan"
@@ -127,6 +128,11 @@ def request_error(options: Options, extra_args: Mapping[str, Any] | None) -> str
     return None
 
 
+def runs_ahead(config: Any) -> bool:
+    """Whether a step is laid out before the outcome of the one before it is known."""
+    return bool(getattr(config.scheduler_config, "async_scheduling", False))
+
+
 def identity(params: Any, options: Options) -> tuple[str, str | None, str | int | None]:
     """Plan, group and item of a request, by its sampling parameters."""
     given = (params and params.extra_args) or {}
@@ -136,10 +142,14 @@ def identity(params: Any, options: Options) -> tuple[str, str | None, str | int 
 
 def refuse_recording(config: Any) -> None:
     """Raise ``EngineNotSupportedError`` for a configuration that steers as it should, and would count wrongly."""
-    if config.speculative_config is not None:
-        raise EngineNotSupportedError(
-            "moe_route: drafts that are rejected would be counted: to record, start without --speculative-config"
-        )
+    parallel = config.parallel_config
+    if runs_ahead(config) or config.speculative_config is not None:
+        what = "--no-async-scheduling" if runs_ahead(config) else "without --speculative-config"
+        if parallel.pipeline_parallel_size > 1 or parallel.data_parallel_size > 1:
+            raise EngineNotSupportedError(
+                "moe_route: with pipeline or data parallelism, steps of other requests, or of none, run before it is "
+                f"known which tokens of a step became text: to record, start {what}"
+            )
 
 
 def refuse_engine(config: Any) -> None:
@@ -147,8 +157,12 @@ def refuse_engine(config: Any) -> None:
     parallel, scheduler = config.parallel_config, config.scheduler_config
     for refused, why in (
         (
-            getattr(scheduler, "async_scheduling", False),
-            "a token after the end of a text may be routed and counted: start with --no-async-scheduling",
+            runs_ahead(config) and config.speculative_config is not None,
+            "where drafts stand in their text is known on the device alone: start with --no-async-scheduling",
+        ),
+        (
+            getattr(config.speculative_config, "enable_adaptive_verification", False),
+            'the device decides how many drafts of each request run: start without "enable_adaptive_verification"',
         ),
         (
             getattr(scheduler, "policy", "fcfs") != "fcfs",

@@ -40,6 +40,7 @@ class Recording:
     Attributes:
         started: whether there ever was a recording.
         steps: number of steps that were counted.
+        stop_strings: requests whose text may end at a string, where tokens behind it may have run in the same step.
         used_plans: hashes of the plans that steered while it ran.
         trace: where the experts of single tokens are kept; None if no one asked for them.
     """
@@ -80,7 +81,7 @@ class Recording:
             table.zero_()
         self._requests.forget_segments()
         self._requests.counts = False
-        self._requests.tokens_run_again = 0
+        self._requests.tokens_run_again = self._requests.tokens_rejected = self._requests.tokens_lost = 0
         widest = max((site.num_experts for site in self._sites), default=0)
         self._pool = SequencePool(len(self._options.groups), len(self._sites), widest, _COUNTED, entropy=True)
         self._free = list(range(self._most_requests - 1, -1, -1))
@@ -92,7 +93,7 @@ class Recording:
         self.used_plans: set[str] = set()
         self._fingerprint: str | None = None
         self._failures: list[str] = []
-        self.steps = self._cached = self._without_room = 0
+        self.steps = self.stop_strings = self._cached = self._without_room = 0
 
     def start(self, plans: Iterable[str]) -> None:
         """Count from the next request on; ``plans``: hashes of those that steer now."""
@@ -148,8 +149,12 @@ class Recording:
 
     def _token_ids(self, request: Request) -> np.ndarray | None:
         """Ids of the tokens that a request has routed, from position 0."""
-        known = request.name in self._requests.running
-        ids = self._read_token_ids(request.name, self._requests.routed(request)) if known else None
+        if self._requests.running.get(request.name) is not request:
+            return request.tokens
+        end = self._requests.routed(request)
+        if request.ids is not None:
+            return np.array(request.ids[:end], np.int32)
+        ids = self._read_token_ids(request.name, end)
         return request.tokens if ids is None else ids
 
     def _keep(self, ended: Sequence[Request], averages: SequenceAverages) -> None:
@@ -187,6 +192,11 @@ class Recording:
                 f"{len(silent)} layers were never reached ({silent[0]}, ...): the engine runs a graph compiled without "
                 "moe_route; delete vLLM's compile cache, or start with --enforce-eager"
             )
+        if self._requests.tokens_lost:
+            raise RecordingError(
+                f"of {self._requests.tokens_lost} tokens the engine never told whether they became text: start it with "
+                "vLLM's own scheduler, without --scheduler-cls"
+            )
         if self._without_room:
             raise RecordingError(
                 f"{self._without_room} requests found no row in the tables, which have room for --max-num-seqs of them"
@@ -220,6 +230,8 @@ class Recording:
                 "running_sequences": sum(request.segment >= 0 for request in self._requests.running.values()),
                 "cached_tokens": self._cached,
                 "tokens_run_again": self._requests.tokens_run_again,
+                "tokens_rejected": self._requests.tokens_rejected,
+                **({"stop_strings": self.stop_strings} if self.stop_strings else {}),
                 **({} if self._store is None else {"repeated_items": self._repeated}),
             },
             store=None if self._store is None else self._store.snapshot(),

@@ -40,6 +40,7 @@ class Request:
         first: position of its first token that is routed here; earlier ones came from a cache.
         plan: index of its plan; -1 for none.
         tokens: ids of its tokens, kept where the runner is about to forget them.
+        ids: ids of its tokens as the engine core told them, where the runner does not hold them.
         starts: int64 [3, M], where its values begin in the plans' tables, see ``PlanTables.starts``; None: look it up.
     """
 
@@ -51,6 +52,7 @@ class Request:
     slot: int
     plan: int = -1
     tokens: np.ndarray | None = None
+    ids: list[int] | None = None
     starts: np.ndarray | None = None
 
 
@@ -58,7 +60,13 @@ class RequestTable:
     """Who the running requests are, and which token of a step belongs to whom.
 
     A preempted request runs again from its beginning. Positions below its high-water mark are steered as before and not
-    counted again.
+    counted again. Pending tokens, of which it is not known yet whether they become text, do not raise the mark.
+
+    Attributes:
+        ahead: whether a step is laid out before the outcome of the one before it is known.
+        tokens_run_again: tokens that were counted before.
+        tokens_rejected: tokens of counted requests that did not become text.
+        tokens_lost: tokens that were pending, and of which nothing was told. What was counted is then incomplete.
     """
 
     def __init__(self, groups: int, plans: int, capacity: int):
@@ -66,7 +74,8 @@ class RequestTable:
         self.plan_rows = PlanRows.none(plans, groups)
         self.group_capacity = self.segment_capacity = 0  # second phase begins here in the tables
         self.counts = False  # whether tokens are counted
-        self.tokens_run_again = 0
+        self.ahead = False
+        self.tokens_run_again = self.tokens_rejected = self.tokens_lost = 0
         self._numbers = np.zeros((max(capacity, 1), _COLUMNS), np.int64)
         self._free: list[int] = list(range(len(self._numbers) - 1, -1, -1))
 
@@ -101,19 +110,42 @@ class RequestTable:
         """Number of positions that a request has routed, its cached ones included."""
         return int(self._numbers[request.slot, _DONE])
 
+    def advance(self, name: str, end: int) -> None:
+        """The positions of a request below ``end`` are counted from now on."""
+        slot = self._slot(name)
+        if slot >= 0:
+            self._numbers[slot, _DONE] = max(self._numbers[slot, _DONE], end)
+
+    def tails(
+        self, names: Sequence[str], counts: np.ndarray, starts: np.ndarray, drafts: np.ndarray | None
+    ) -> np.ndarray:
+        """How many of the last tokens of each request in a step are pending, int64 [requests]."""
+        if self.ahead:  # its last token may stand behind the end of its text, unless it is of the prompt
+            prompts = self._numbers[[self._slot(name) for name in names], _PROMPT]
+            return (starts + counts > prompts).astype(np.int64)
+        return np.zeros(len(names), np.int64) if drafts is None else drafts
+
     def forget_segments(self) -> None:
         """A new recording begins: requests that run now are not part of it."""
         self._numbers[:, _SEGMENT] = -1
         for request in self.running.values():
             request.segment = -1
 
-    def fill(self, table: np.ndarray, names: Sequence[str], counts: np.ndarray, starts: np.ndarray) -> int:
+    def fill(
+        self,
+        table: np.ndarray,
+        names: Sequence[str],
+        counts: np.ndarray,
+        starts: np.ndarray,
+        tails: np.ndarray | None = None,
+    ) -> int:
         """Write the rows of a step to ``table``, int32 [T, 4]; returns the number of its tokens.
 
         Args:
             names: requests in the order of the batch. One that is unknown is neither steered nor counted.
             counts: tokens of each in this step.
             starts: position of the first of them.
+            tails: how many of the last of them are pending; none by default.
         """
         slots = np.fromiter((self._slot(name) for name in names), np.int64, len(names))
         counts, starts = np.asarray(counts, np.int64), np.asarray(starts, np.int64)
@@ -132,7 +164,7 @@ class RequestTable:
         rows[:, 3] = 1
         self.tokens_run_again += int((positions < done).sum()) if self.counts else 0
         known = slots >= 0
-        ends = (starts + counts)[known]
+        ends = (starts + counts - (0 if tails is None else tails))[known]
         self._numbers[slots[known], _DONE] = np.maximum(self._numbers[slots[known], _DONE], ends)
         return total
 

@@ -16,15 +16,13 @@ __all__ = ["Batch", "RunnerView", "V1", "V2", "follow", "view_of"]
 
 
 class Batch(NamedTuple):
-    """Requests of a step in the order of the batch, tokens of each, and the position of the first of them.
-
-    ``token_ids``: int32 [T], the ids of the tokens, on the device.
-    """
+    """Requests of a step in the order of the batch."""
 
     names: Sequence[str]
-    counts: np.ndarray
-    starts: np.ndarray
-    token_ids: Tensor
+    counts: np.ndarray  # tokens of each
+    starts: np.ndarray  # position of the first of them
+    token_ids: Tensor  # int32 [T], of all tokens, on the device
+    drafts: np.ndarray | None = None  # how many of the last tokens of each are drafts; None: there are none
 
 
 class RunnerView(Protocol):
@@ -55,7 +53,8 @@ class V1:
         names = list(rows.req_ids)
         counts = np.array([scheduled.num_scheduled_tokens[name] for name in names], np.int64)
         starts = np.asarray(rows.num_computed_tokens_cpu[: len(names)], np.int64)
-        return Batch(names, counts, starts, self._runner.input_ids.gpu[: counts.sum()])
+        token_ids = self._runner.input_ids.gpu[: counts.sum()]
+        return Batch(names, counts, starts, token_ids, _drafts(scheduled, names))
 
     def token_ids(self, name: str, end: int) -> np.ndarray | None:
         state = self._runner.requests.get(name)
@@ -79,6 +78,7 @@ class V2:
             np.asarray(prepared.num_scheduled_tokens[:count], np.int64),
             np.asarray(prepared.num_computed_tokens_np[:count], np.int64),
             prepared.input_ids[: prepared.num_scheduled_tokens[:count].sum()],
+            _drafts(scheduled, prepared.req_ids),
         )
 
     def token_ids(self, name: str, end: int) -> np.ndarray | None:
@@ -87,6 +87,11 @@ class V2:
         if index is None:
             return None
         return states.all_token_ids.gpu[index, :end].cpu().numpy().astype(np.int32)
+
+
+def _drafts(scheduled: Any, names: Sequence[str]) -> np.ndarray | None:
+    drafts = scheduled.scheduled_spec_decode_tokens
+    return np.array([len(drafts.get(name, ())) for name in names], np.int64) if drafts else None
 
 
 def view_of(runner: Any) -> RunnerView:

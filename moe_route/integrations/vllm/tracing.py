@@ -62,18 +62,9 @@ class StepTrace:
     ) -> None:
         """Note whose tokens a step runs; ``rows``: int32 [T, 4], its token table. ``take`` was called before."""
         places = np.flatnonzero(rows[:, 1] >= 0)
-        if len(places) > self._limit - self._kept:
-            places = places[: self._limit - self._kept]
-            if not self._truncated:
-                logger.warning(
-                    'moe_route: the trace is full (%d tokens): later tokens are not traced; raise "trace_limit"',
-                    self._limit,
-                )
-            self._truncated = True
         if not len(places):
             return
         numbers = np.repeat([self._number.get(name, -1) for name in names], counts)[places]
-        self._kept += len(places)
         self._waiting = {
             "place": places,
             "sequence": numbers.astype(np.int32),
@@ -82,11 +73,29 @@ class StepTrace:
             "phase": (rows[places, 1] // group_capacity).astype(np.uint8),
         }
 
+    def drop(self, places: np.ndarray) -> None:
+        """Tokens at these places of the step that ran did not become text."""
+        if self._waiting is not None and len(places):
+            stay = ~np.isin(self._waiting["place"], places)
+            self._waiting = {name: column[stay] for name, column in self._waiting.items()}
+
     def take(self) -> None:
         """Copy the choices of the step that ran, before the operator overwrites them."""
         if self._waiting is None:
             return
         chunk, self._waiting = self._waiting, None
+        room = self._limit - self._kept
+        if len(chunk["place"]) > room:
+            chunk = {name: column[:room] for name, column in chunk.items()}
+            if not self._truncated:
+                logger.warning(
+                    'moe_route: the trace is full (%d tokens): later tokens are not traced; raise "trace_limit"',
+                    self._limit,
+                )
+            self._truncated = True
+        if not len(chunk["place"]):
+            return
+        self._kept += len(chunk["place"])
         places = torch.from_numpy(chunk.pop("place"))
         shape = (len(places), len(self._sites), self._slots)
         ids, weights = np.full(shape, -1, self._ids_dtype), np.zeros(shape, np.float16)

@@ -24,6 +24,7 @@ SEAMS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
             "collective_rpc",
             ("method", "timeout", "args", "kwargs"),
         ),
+        "vllm.v1.core.sched.scheduler:Scheduler.schedule": ("schedule", ()),
         "vllm.v1.engine.core:EngineCore.add_request": ("add_request", ("request",)),
         "vllm.v1.engine.core:EngineCore.collective_rpc": ("collective_rpc", ("method",)),
         "vllm.v1.request:Request.get_skip_reading_prefix_cache": ("get_skip_reading_prefix_cache", ()),

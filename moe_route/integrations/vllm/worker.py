@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from moe_route.devices import upload
 from moe_route.identity import config_hash
 from moe_route.integrations.vllm import operator, runners
 from moe_route.integrations.vllm.answers import StagePart, content_of, replica_path, saved
@@ -18,13 +19,16 @@ from moe_route.integrations.vllm.options import (
     identity,
     refuse_engine,
     refuse_recording,
+    runs_ahead,
 )
+from moe_route.integrations.vllm.pending import PendingTokens
 from moe_route.integrations.vllm.plans import PlanTables
 from moe_route.integrations.vllm.prefixes import Workers, steered_prefixes
 from moe_route.integrations.vllm.recording import Recording
 from moe_route.integrations.vllm.requests import RequestTable
 from moe_route.integrations.vllm.sites import Site, check, find_sites, hook
 from moe_route.integrations.vllm.stages import find_stage
+from moe_route.integrations.vllm.texts import FIELD, Known
 from moe_route.integrations.vllm.token_values import TokenValues
 from moe_route.integrations.vllm.versions import EngineNotSupportedError, check_version
 from moe_route.recording.statistics import RecordingError, RoutingStatistics
@@ -67,7 +71,8 @@ class Session:
         self._make_token_tables(most_tokens, worker.device)
         self._counts = StepCounts(self.sites) if {site.device.type for site in self.sites} == {"cpu"} else None
         self._former: tuple[str, CompiledPlan | None, set[str]] | None = None  # what ``take_back`` gives back
-        operator.connect(self.sites, self._counts)
+        self._pending = self._pending_tokens(most_requests, worker.device)
+        operator.connect(self.sites, self._counts, self._pending)
         for index, site in enumerate(self.sites):
             hook(site, index)
         runners.follow(
@@ -84,14 +89,23 @@ class Session:
         if options.record:
             self.record()
 
+    def _pending_tokens(self, most_requests: int, device: torch.device) -> PendingTokens | None:
+        """Room for the tokens of a step that are counted after it, where there are such."""
+        speculative = self._config.speculative_config
+        self._requests.ahead = runs_ahead(self._config)
+        if speculative is None and not self._requests.ahead:
+            return None
+        each = 1 if speculative is None else speculative.num_speculative_tokens
+        return PendingTokens(
+            self.sites, self._requests, self._plans.layer_rows, self._values, device, most_requests * each
+        )
+
     def _make_token_tables(self, most_tokens: int, device: torch.device) -> None:
         """Token tables of the largest step: their addresses are part of captured graphs."""
         self._step = torch.full((most_tokens, 4), -1, dtype=torch.int32, device=device)
         self._step[:, 3] = 1
         self._tokens = self._step.repeat(len(self.sites), 1, 1)
         self._host = self._step.cpu()
-        if device.type == "cuda":
-            self._host = self._host.pin_memory()
         self._dirty = most_tokens  # rows of the device's table that may hold something
         for site, tokens in zip(self.sites, self._tokens, strict=True):
             site.tokens, site.values = tokens, self._values
@@ -142,6 +156,14 @@ class Session:
     def pause(self) -> None:
         """Stop counting. What was counted is kept; ``statistics`` reads it, ``record`` forgets it."""
         self._requests.counts = False
+
+    def known(self, texts: Mapping[str, Known]) -> None:
+        """What the engine core knows of the texts of its requests; it calls this before every other verb."""
+        if self._pending is None:
+            return
+        rejected = self._pending.resolve(texts)
+        if self._recording.trace is not None:
+            self._recording.trace.drop(rejected)
 
     def statistics(self, path: str | None = None, idle: bool = False) -> bytes | str | StagePart | None:
         """Write what was counted to ``path``, or return the content of such a file; None on ranks but the first.
@@ -230,6 +252,7 @@ class Session:
 
     def _before(self, scheduled: Any) -> None:
         """Requests that ended and that are new, before the runner changes its own."""
+        self.known(getattr(scheduled, FIELD, {}))
         self._recording.end(scheduled.finished_req_ids)
         for name in getattr(scheduled, "preempted_req_ids", None) or ():
             self._recording.keep_tokens(self._requests.running.get(name))  # the V2 runner forgets them
@@ -250,6 +273,11 @@ class Session:
             new.req_id, prompt=prompt, group=code, segment=segment, plan=steered, item=item, first=cached
         )
         if segment >= 0:
+            if self._requests.ahead and new.prompt_token_ids is not None:
+                request.ids = list(new.prompt_token_ids)
+            self._recording.stop_strings += self._config.speculative_config is not None and bool(
+                getattr(new.sampling_params, "stop", None)
+            )
             self._recording.begin(request)
 
     def _laid_out(self, batch: runners.Batch) -> None:
@@ -260,14 +288,20 @@ class Session:
         trace = self._recording.trace
         if trace is not None:
             trace.take()
-        total = self._requests.fill(self._host.numpy(), *batch[:3])
+        rows, tails = self._host.numpy(), None
+        if self._pending is not None:
+            tails = self._requests.tails(batch.names, batch.counts, batch.starts, batch.drafts)
+        total = self._requests.fill(rows, *batch[:3], tails)
         if trace is not None:
-            trace.lay_out(self._host.numpy()[:total], self._requests.group_capacity, *batch[:3])
-        self._values.lay_out(self._host.numpy()[:total, 0], batch)
+            trace.lay_out(rows[:total], self._requests.group_capacity, *batch[:3])
+        self._values.lay_out(rows[:total, 0], batch)
+        if self._pending is not None and tails is not None:
+            self._pending.lay_out(rows[:total], batch, tails)
         self._host[total : self._dirty, :3] = -1
         most = max(total, self._dirty)
         step = self._step[:most]
-        step.copy_(self._host[:most], non_blocking=True)
+        # from memory of its own: under async scheduling the copy of the step before may still be on its way
+        step.copy_(upload(self._host[:most], step.device))
         self._tokens[:, :most] = step
         if self._plans.running:
             self._tokens[:, :most, 0] = self._plans.layer_rows[:, step[:, 0]]
@@ -291,6 +325,8 @@ class Session:
     def _dummy(self) -> None:
         """A run without requests counts nothing."""
         operator.set_work(operator.Work.ROUTE)
+        if self._pending is not None:
+            self._pending.lose()
         self._values.clear()
         if self._recording.trace is not None:
             self._recording.trace.take()

@@ -134,25 +134,18 @@ def test_a_compiled_engine_equals_transformers(rows: list[Row], expected: dict[s
     assert_same(in_vllm(llm, rows), expected["steered"])
 
 
-def test_drafts_are_steered_and_not_recorded(demo: Any, rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> None:
-    # in a process of its own: what drafting imports makes vLLM 0.32 fail to start another engine beside it
+def test_drafts_are_steered_and_recorded_in_a_process_of_their_own(
+    demo: Any, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
     llm = engine(speculative_config=drafts, disable_log_stats=False)
     mr.vllm.steer(llm, PLAN)
     repeating = [row._replace(ids=(row.ids[:8] * 6)[:44]) for row in rows[::3]]  # so that drafts are right at times
-    params = [
-        vllm.SamplingParams(temperature=0, max_tokens=NEW, extra_args={"moe_route_group": row.group})
-        for row in repeating
-    ]
-    out = llm.generate([{"prompt_token_ids": row.ids} for row in repeating], params, use_tqdm=False)
-    texts = [list(o.outputs[0].token_ids) for o in out]
-    assert texts == in_transformers(demo[0], repeating, PLAN).texts
+    assert_same(in_vllm(llm, repeating), in_transformers(demo[0], repeating, PLAN))
     found = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
     drafted, accepted = (found[f"vllm:spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
     assert drafted > accepted > 0, (drafted, accepted)
-    with pytest.raises(Exception, match="without --speculative-config"):
-        mr.vllm.record(llm)
 
 
 def test_preempted_requests_count_once() -> None:

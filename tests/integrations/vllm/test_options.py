@@ -41,22 +41,29 @@ def test_wrong_options_are_refused(given: Any, words: str) -> None:
 
 
 def config(**changes: Any) -> SimpleNamespace:
-    parallel = SimpleNamespace(decode_context_parallel_size=1, enable_elastic_ep=False, enable_dbo=False)
+    parallel = SimpleNamespace(
+        data_parallel_size=1,
+        pipeline_parallel_size=1,
+        decode_context_parallel_size=1,
+        enable_elastic_ep=False,
+        enable_dbo=False,
+    )
     made = {
         "speculative_config": None,
         "scheduler_config": SimpleNamespace(async_scheduling=False, policy="fcfs"),
         "parallel_config": parallel,
     }
     for name, value in changes.items():
-        section = next(part for part in made.values() if part is not None and hasattr(part, name))
-        setattr(section, name, value)
+        section = next((part for part in made.values() if hasattr(part, name)), None)
+        made[name] = value if section is None else setattr(section, name, value)
     return SimpleNamespace(**made)
 
 
 @pytest.mark.parametrize(
     ("changes", "mend"),
     [
-        ({"async_scheduling": True}, "--no-async-scheduling"),
+        ({"async_scheduling": True, "speculative_config": object()}, "--no-async-scheduling"),
+        ({"speculative_config": SimpleNamespace(enable_adaptive_verification=True)}, "enable_adaptive_verification"),
         ({"policy": "priority"}, "--scheduling-policy fcfs"),
         ({"decode_context_parallel_size": 2}, "without context parallelism"),
         ({"enable_elastic_ep": True}, "without --enable-elastic-ep"),
@@ -69,13 +76,19 @@ def test_an_engine_that_would_count_wrongly_is_refused(changes: dict[str, Any], 
         refuse_engine(config(**changes))
 
 
-def test_a_recording_of_drafts_is_refused() -> None:
-    drafts = config()
-    refuse_recording(drafts)
-    drafts.speculative_config = object()
-    refuse_engine(drafts)
-    with pytest.raises(EngineNotSupportedError, match="without --speculative-config"):
-        refuse_recording(drafts)
+@pytest.mark.parametrize("parallel", ["pipeline_parallel_size", "data_parallel_size"])
+@pytest.mark.parametrize(
+    ("changes", "mend"),
+    [({"async_scheduling": True}, "--no-async-scheduling"), ({"speculative_config": object()}, "--speculative-config")],
+)
+def test_a_recording_of_what_may_not_become_text_wants_one_step_at_a_time(
+    changes: dict[str, Any], mend: str, parallel: str
+) -> None:
+    refuse_engine(config(**changes))
+    refuse_recording(config(**changes))
+    refuse_recording(config(**{parallel: 2}))
+    with pytest.raises(EngineNotSupportedError, match=mend):
+        refuse_recording(config(**changes, **{parallel: 2}))
 
 
 @pytest.mark.parametrize("version", ["0.29.1", "0.33.0", "1.0", "dev"])

@@ -50,7 +50,7 @@ class RunnerV2(RunnerV1):
         )
 
 
-SCHEDULED = SimpleNamespace(num_scheduled_tokens={"a": 2, "b": 1})
+SCHEDULED = SimpleNamespace(num_scheduled_tokens={"a": 2, "b": 1}, scheduled_spec_decode_tokens={})
 
 
 @pytest.mark.parametrize("kind", [RunnerV1, RunnerV2])
@@ -83,6 +83,18 @@ def test_a_step_is_followed_in_order(kind: type[RunnerV1]) -> None:
     assert runner._dummy_run(4) == 4
     runner.execute_model(SCHEDULED, dummy_run=True)
     assert log == ["cleared", "dummy", "execute"]
+
+
+@pytest.mark.parametrize("kind", [RunnerV1, RunnerV2])
+def test_drafts_are_the_last_tokens_of_their_requests(kind: type[RunnerV1]) -> None:
+    runner = kind([])
+    view = view_of(runner)
+    prepared = getattr(runner, view.prepare)(SCHEDULED)
+    assert view.batch(SCHEDULED, prepared).drafts is None
+    drafting = SimpleNamespace(**{**vars(SCHEDULED), "scheduled_spec_decode_tokens": {"a": [7]}})
+    drafts = view.batch(drafting, prepared).drafts
+    assert drafts is not None
+    assert drafts.tolist() == [0, 1]  # in the order of the batch
 
 
 @pytest.mark.parametrize("kind", [RunnerV1, RunnerV2])
