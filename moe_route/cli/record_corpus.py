@@ -42,7 +42,8 @@ def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, An
     from contextlib import ExitStack
 
     from moe_route.corpus_recording import RESULT, CorpusRecording
-    from moe_route.data import CorpusStream
+    from moe_route.data import CorpusError, CorpusStream
+    from moe_route.files import make_folder
     from moe_route.steering import Plan
 
     if options.trace is not None or options.trace_layers is not None:
@@ -58,6 +59,10 @@ def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, An
         split=options.split,
         groups=options.languages,
     )
+    # loading a model takes minutes: what cannot be read or written is refused before
+    if next(iter(corpus), None) is None:
+        raise CorpusError(f"{options.corpus} holds no text" + (" in these languages" if options.languages else ""))
+    make_folder(options.out)
     with attached_model(options) as (language_model, routed), ExitStack() as stack:
         if plan is not None:
             stack.enter_context(routed.steer(plan))

@@ -620,7 +620,7 @@ class RoutingStatistics:
             lines.append(f"steered by: {', '.join(self.metadata['plans'])}")
         if self.metadata.get("cut_texts"):
             limits = "/".join(map(str, self.metadata["cut_to_tokens"]))
-            lines.append(f"cut: {self.metadata['cut_texts']} texts to {limits} tokens")
+            lines.append(f"cut: {number_of(self.metadata['cut_texts'], 'text')} to {limits} tokens")
         if self.store is not None:
             lines.append(f"kept one by one: {number_of(len(self.store), 'sequence')}")
         return lines

@@ -155,7 +155,8 @@ class TestStreams:
             ("a.jsonl", '{"words": "A."}\n', "there are 'words'"),
             ("a.csv", "text,group\nA.\n", "row 2: 1 fields"),
             ("a.tsv", "", "is empty"),
-            ("a.txt", "A.\n", "convert it"),
+            ("a.txt", "A.\n", "write `text` as the first line"),
+            ("a.md", "A.\n", "convert it"),
         ],
     )
     def test_what_cannot_be_read_is_named(self, tmp_path: Path, name: str, content: str, message: str):
@@ -263,7 +264,12 @@ class TestCommand:
 
     def test_refusals(self, moe_route, corpus: Path, tmp_path: Path):
         refused(moe_route(*command(tmp_path / "run", corpus, "--trace", "t")), "--data")
-        refused(moe_route(*command(tmp_path / "run", tmp_path / "none.jsonl")), "no file")
+
+    def test_refusals_before_the_model_is_loaded(self, moe_route, corpus: Path, tmp_path: Path):
+        model = ["--model", str(tmp_path / "no-model")]
+        refused(moe_route(*command(tmp_path / "run", tmp_path / "none.jsonl", *model)), "no file")
+        refused(moe_route(*command(tmp_path / "run", corpus, "--languages", "xyz_Latn", *model)), "holds no text")
+        refused(moe_route(*command(tmp_path / "no-folder" / "run", corpus, *model)), "there is no folder")
 
     @pytest.mark.slow
     @pytest.mark.timeout(900)
