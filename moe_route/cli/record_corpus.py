@@ -59,8 +59,9 @@ def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, An
         split=options.split,
         groups=options.languages,
     )
-    # loading a model takes minutes: what cannot be read or written is refused before
-    if next(iter(corpus), None) is None:
+    # loading a model takes minutes: what cannot be read or written is refused before; a run that began is not read
+    # again for this, because parts that were copied together are added up where the corpus may be missing
+    if not any(options.out.glob("rank-*")) and next(iter(corpus), None) is None:
         raise CorpusError(f"{options.corpus} holds no text" + (" in these languages" if options.languages else ""))
     make_folder(options.out)
     with attached_model(options) as (language_model, routed), ExitStack() as stack:

@@ -262,6 +262,14 @@ class TestCommand:
         assert (data["complete"], data["texts"]) == (True, 120)
         same(tmp_path / "run", whole)
 
+    def test_finished_parts_are_added_up_where_the_corpus_is_missing(self, answer, corpus: Path, tmp_path: Path):
+        texts = tmp_path / "texts.jsonl"
+        texts.write_bytes(corpus.read_bytes())
+        answer(*command(tmp_path / "run", texts))
+        (tmp_path / "run" / "statistics.safetensors").unlink()
+        texts.unlink()
+        assert answer(*command(tmp_path / "run", texts))["complete"]
+
     def test_refusals(self, moe_route, corpus: Path, tmp_path: Path):
         refused(moe_route(*command(tmp_path / "run", corpus, "--trace", "t")), "--data")
 
