@@ -60,3 +60,8 @@ class Call:
             return torch.arange(self.length, device=self.device)[None]
         real = self.valid if self.again is None else self.valid | self.again
         return (real.cumsum(1) - 1).clamp(min=0)
+
+
+def recomputing() -> bool:
+    """Whether a checkpointed layer is running again in the backward pass; its tokens were counted already."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0

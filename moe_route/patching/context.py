@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_route.calls.cache_lengths import CacheLengths
-from moe_route.calls.call import Call
+from moe_route.calls.call import Call, recomputing
 from moe_route.calls.generation import Generation
 from moe_route.calls.images import tokens_of_patches
 from moe_route.calls.padding import all_or_mask, valid_tokens
@@ -390,8 +390,3 @@ def _refuse_export() -> None:
             "torch.export inside record() or steer(): the program would keep the counting and the steering of this one "
             "call. Export outside of them; an attached model exports like a free one there"
         )
-
-
-def recomputing() -> bool:
-    """Whether a checkpointed layer is running again in the backward pass; its tokens were counted already."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0

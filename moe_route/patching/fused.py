@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from moe_route.calls.call import recomputing
 from moe_route.modules.attributes import number
 from moe_route.modules.intercept import Change, ReplacedForward
-from moe_route.patching.context import recomputing
 from moe_route.patching.engine import Engine
 from moe_route.routers.family import gate_logits, weight_dtype
 

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from moe_route import ops
+from moe_route.calls.call import recomputing
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.modules.intercept import Change
 from moe_route.ops.observe_changed import observe_changed
-from moe_route.patching.context import RunningCall, recomputing
+from moe_route.patching.context import RunningCall
 from moe_route.patching.deferred import versions
 from moe_route.patching.engine import ChoiceCallback, Engine, LayerSteering
 from moe_route.routers.discovery import RouterInfo

@@ -416,6 +416,14 @@ def test_a_compiled_model_computes_the_same(name: str) -> None:
         torch.testing.assert_close(compiled(**batch()).logits, expected, rtol=0, atol=1e-5)
 
 
+def test_a_block_that_is_never_entered_says_so() -> None:
+    adapted = adapted_model("group")
+    for block, call in ((adapted.disabled, "disabled"), (lambda: adapted.labels("eng"), "labels")):
+        with pytest.warns(RuntimeWarning, match=rf"adapted\.{call}\(.*was never entered"):
+            block()
+    assert adapted.enabled
+
+
 # ---- with recordings and plans
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
-from moe_route.training.adapters.call_state import CallState, Sequences, recomputing, valid_tokens
+from moe_route.calls.call import recomputing
+from moe_route.training.adapters.call_state import CallState, Sequences, valid_tokens
 from moe_route.training.adapters.config import AdapterError
 
 __all__ = ["BlockInput"]

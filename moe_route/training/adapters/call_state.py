@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from moe_route.calls.cache_lengths import CacheLengths
-from moe_route.calls.call import Call
+from moe_route.calls.call import Call, recomputing
 from moe_route.calls.groups import NamedGroups, named_groups
 from moe_route.calls.reader import CallReader
 from moe_route.devices import upload
 from moe_route.training.adapters.config import AdapterConfig, AdapterError
 
-__all__ = ["CallState", "RunningText", "Sequences", "recomputing", "valid_tokens"]
+__all__ = ["CallState", "RunningText", "Sequences", "valid_tokens"]
 
 
 class RunningText:
@@ -163,11 +163,6 @@ class CallState:
                 f"of {', '.join(known)} for each sequence"
             )
         return _group_codes(named, known, call)
-
-
-def recomputing() -> bool:
-    """Whether a checkpointed layer is running again in the backward pass."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
 
 
 def valid_tokens(call: Call) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_route import files
+from moe_route.blocks import Block
 from moe_route.calls.groups import name_groups, named_groups
 from moe_route.calls.reader import call_readers
 from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook
@@ -78,14 +79,16 @@ class AdaptedModel:
 
     # ---- use
 
-    @contextlib.contextmanager
-    def labels(self, groups: str | Sequence[str]) -> Iterator[None]:
+    def labels(self, groups: str | Sequence[str]) -> Block[None]:
         """Name the group of each sequence of a batch, for all calls inside: one name, or one for each sequence.
 
         `labels` of an attached model and of a recording name it too, so one of them is enough. They hold in the thread
         that names them. Calls raise `AdapterError` for a group without adapter.
         """
-        block = LabelBlock.parse(groups, None, None, None)
+        return Block("adapted.labels(...)", self._labeled(LabelBlock.parse(groups, None, None, None)))
+
+    @contextlib.contextmanager
+    def _labeled(self, block: LabelBlock) -> Iterator[None]:
         before = named_groups()
         try:
             name_groups(block.named)
@@ -106,9 +109,12 @@ class AdaptedModel:
         """Let the model compute what it did without adapters, bit for bit."""
         self._state.enabled = False
 
-    @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> Block[None]:
         """`disable` inside the block."""
+        return Block("adapted.disabled()", self._switched_off())
+
+    @contextlib.contextmanager
+    def _switched_off(self) -> Iterator[None]:
         before = self.enabled
         try:
             self.disable()

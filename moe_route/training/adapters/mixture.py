@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_route.calls.call import recomputing
 from moe_route.contract.spec import RouterSpec
 from moe_route.nn import TopKRouter
 from moe_route.training.adapters.block_input import BlockInput
-from moe_route.training.adapters.call_state import CallState, recomputing
+from moe_route.training.adapters.call_state import CallState
 from moe_route.training.adapters.config import AdapterConfig, AdapterError
 
 __all__ = ["AdapterRouter", "EmbeddingMixture", "LowRankMixture"]
