@@ -1,0 +1,224 @@
+"""What one worker counted since its recording began: sums by group, averages of sequences, and the trace."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_route import files
+from moe_route.contract.tables import METRICS
+from moe_route.identity import library_versions
+from moe_route.integrations.vllm.options import Options
+from moe_route.integrations.vllm.requests import Request, RequestTable
+from moe_route.integrations.vllm.tracing import StepTrace
+from moe_route.recording.metadata import add_fingerprints
+from moe_route.recording.pooling import SequenceAverages, SequencePool
+from moe_route.recording.recorder import DEFAULT_METRICS
+from moe_route.recording.statistics import RecordingError, RoutingStatistics
+from moe_route.recording.store import SequenceStore
+from moe_route.recording.tables import TableSet, TableSums
+
+if TYPE_CHECKING:
+    from moe_route.integrations.vllm.sites import Site
+    from moe_route.recording.trace import Trace
+
+__all__ = ["Recording"]
+
+_COUNTED = tuple(name for name in METRICS if name in (*DEFAULT_METRICS, "natural_counts"))
+
+
+class Recording:
+    """The tables that the operator counts in, and what is added up when a request ends.
+
+    Attributes:
+        started: whether there ever was a recording.
+        steps: number of steps that were counted.
+        used_plans: hashes of the plans that steered while it ran.
+        trace: where the experts of single tokens are kept; None if no one asked for them.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        options: Options,
+        requests: RequestTable,
+        token_ids: Callable[[str, int], np.ndarray | None],
+        *,
+        most_requests: int,
+        most_tokens: int,
+    ):
+        """``token_ids(name, end)`` reads the first ids of a running request; ``most_*``: the most that a step holds.
+
+        All tables are made here, of the largest sizes that they can need: their addresses are part of captured graphs.
+        """
+        self._sites, self._options, self._requests, self._read_token_ids = sites, options, requests, token_ids
+        self._most_requests = most_requests
+        groups = len(options.groups)
+        self._tables = TableSet(sites, groups=groups, metrics=_COUNTED, entropy=True)
+        self._tables.reserve(groups=groups, segments=most_requests)
+        self._tables.fixed = True
+        requests.group_capacity = self._tables.group_capacity
+        requests.segment_capacity = self._tables.segment_capacity
+        for site, table in zip(sites, self._tables.layers, strict=True):
+            site.statistics = table
+        traced = range(len(sites)) if options.trace is True else options.trace or ()
+        self.trace = StepTrace(sites, traced, most_tokens, options.trace_limit) if traced else None
+        self.started = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop everything. Requests that run now are part of no recording."""
+        for table in self._tables.layers:
+            table.zero_()
+        self._requests.forget_segments()
+        self._requests.counts = False
+        self._requests.tokens_run_again = 0
+        widest = max(site.num_experts for site in self._sites)
+        self._pool = SequencePool(len(self._options.groups), len(self._sites), widest, _COUNTED, entropy=True)
+        self._free = list(range(self._most_requests - 1, -1, -1))
+        names, experts = [site.name for site in self._sites], [site.num_experts for site in self._sites]
+        self._store = SequenceStore(names, experts) if self._options.sequences else None
+        self._repeated = 0  # sequences whose item and group the store held already
+        if self.trace is not None:
+            self.trace.forget()
+        self.used_plans: set[str] = set()
+        self._fingerprint: str | None = None
+        self.steps = self._cached = self._without_room = 0
+
+    def start(self, plans: Iterable[str]) -> None:
+        """Count from the next request on; ``plans``: hashes of those that steer now."""
+        self.forget()
+        self.used_plans.update(plans)
+        self._requests.counts = self.started = True
+
+    # ---- requests
+
+    def row(self, cached: int) -> int:
+        """A row of the tables for a request that begins, whose first ``cached`` tokens came from a cache."""
+        self._cached += cached
+        if not self._free:
+            self._without_room += 1  # `statistics` refuses: raising here would end the engine
+            return -1
+        return self._free.pop()
+
+    def begin(self, request: Request) -> None:
+        """A request that has a row begins."""
+        if self.trace is not None:
+            self.trace.begin(request)
+
+    def end(self, names: Iterable[str]) -> None:
+        """Add requests that ended to the averages over sequences."""
+        known = [self._requests.running[name] for name in names if name in self._requests.running]
+        for request in known:
+            self.keep_tokens(request)
+            if self.trace is not None:
+                self.trace.end(request)
+        lengths = {request.name: self._requests.routed(request) for request in known}
+        ended = [request for request in self._requests.end([r.name for r in known]) if request.segment >= 0]
+        if not ended:
+            return
+        sums = self._as_transformers(self._tables.take_segments([request.segment for request in ended]))
+        averages = self._pool.add(sums, np.array([request.group for request in ended]))
+        self._keep(ended, averages)
+        self._free += [request.segment for request in ended]
+        for request in ended:
+            self._fingerprint = add_fingerprints(self._fingerprint, self._identity(request, lengths[request.name]))
+
+    def keep_tokens(self, request: Request | None) -> None:
+        """Keep the token ids of a request that the runner is about to forget."""
+        if request is not None and request.segment >= 0:
+            request.tokens = self._token_ids(request)
+
+    def _token_ids(self, request: Request) -> np.ndarray | None:
+        """Ids of the tokens that a request has routed, from position 0."""
+        known = request.name in self._requests.running
+        ids = self._read_token_ids(request.name, self._requests.routed(request)) if known else None
+        return request.tokens if ids is None else ids
+
+    def _keep(self, ended: Sequence[Request], averages: SequenceAverages) -> None:
+        """Add sequences to the store. Raising would end the engine, so a repeated item is kept without its id."""
+        if self._store is None:
+            return
+        seen = np.flatnonzero(averages.tokens.any(axis=1))  # a request that was aborted first may have no token
+        keys: dict[tuple[str | int, str], None] = {}
+        for row in seen.tolist():
+            item, group = ended[row].item, self._options.groups[ended[row].group]
+            repeated = item is not None and ((item, group) in keys or (item, group) in self._store)
+            self._repeated += repeated
+            keys[self._store.next_unnamed() if item is None or repeated else item, group] = None
+        self._store.append(list(keys), averages.stored(seen))
+
+    def _identity(self, request: Request, length: int) -> str:
+        """The fingerprint that a recording in transformers has for this sequence."""
+        group = self._options.groups[request.group]
+        made = hashlib.blake2b(files.canonical_json([request.item, [group]]).encode(), digest_size=16)
+        routed = request.tokens
+        made.update(
+            (np.array([length - request.first], np.int32) if routed is None else routed[request.first :]).tobytes()
+        )
+        return made.hexdigest()
+
+    # ---- answers
+
+    def refuse_gaps(self) -> None:
+        """Raise ``RecordingError`` if a layer was never reached, or the tables were too small."""
+        silent = [site.name for site in self._sites if not site.reached]
+        if silent and self.steps:
+            raise RecordingError(
+                f"{len(silent)} layers were never reached ({silent[0]}, ...): the engine runs a graph compiled without "
+                "moe_route; delete vLLM's compile cache, or start with --enforce-eager"
+            )
+        if self._without_room:
+            raise RecordingError(
+                f"{self._without_room} requests found no row in the tables, which have room for --max-num-seqs of them"
+            )
+
+    def statistics(self, model: dict[str, Any], vllm_version: str) -> RoutingStatistics:
+        """What was counted; ``model``: the entry of this name in the metadata."""
+        sums = self._as_transformers(self._tables.read_groups(len(self._options.groups)))
+        metrics = {name: table for name, table in sums.metrics.items() if name != "natural_counts" or self.used_plans}
+        return RoutingStatistics(
+            groups=self._options.groups,
+            layers=[site.name for site in self._sites],
+            num_experts=[site.num_experts for site in self._sites],
+            top_k=[site.top_k for site in self._sites],
+            scalars=sums.scalars,
+            metrics=metrics,
+            sequence_scalars=self._pool.scalars,
+            sequence_sums=self._pool.sums,
+            entropy=True,
+            metadata={
+                "model": model,
+                "versions": {**library_versions(), "vllm": vllm_version},
+                "engines": ["vllm"],
+                "experts": ["vllm"],
+                "fingerprint": self._fingerprint or add_fingerprints(None, None),
+                "masked": ["padding"],
+                "plans": sorted(self.used_plans),
+                "calls": self.steps,
+                "captured_calls": 0,
+                "abandoned_sequences": 0,
+                "running_sequences": sum(request.segment >= 0 for request in self._requests.running.values()),
+                "cached_tokens": self._cached,
+                "tokens_run_again": self._requests.tokens_run_again,
+                **({} if self._store is None else {"repeated_items": self._repeated}),
+            },
+            store=None if self._store is None else self._store.snapshot(),
+        )
+
+    def traced(self) -> Trace:
+        """The trace. Raises ``RecordingError`` if none is kept."""
+        if self.trace is None:
+            raise RecordingError('no trace is kept: start the engine with "moe_route": {"trace": true}, or [layers]')
+        return self.trace.snapshot(self._options.groups, self._token_ids)
+
+    def _as_transformers(self, sums: TableSums) -> TableSums:
+        """Multiply the sums of weights by the factor that vLLM applies to the output of a layer instead."""
+        scales: Sequence[float] = [site.output_scale for site in self._sites]
+        if any(scale != 1.0 for scale in scales):
+            table = sums.metrics["weight"]
+            table[...] = np.rint(table * np.asarray(scales)[:, None]).astype(np.int64)
+        return sums
