@@ -6,7 +6,8 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +42,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, Any], dict[str, Any]]) -> Answer:
     from contextlib import ExitStack
 
+    from moe_route import files
     from moe_route.corpus_recording import RESULT, CorpusRecording
     from moe_route.data import CorpusError, CorpusStream
-    from moe_route.files import make_folder
     from moe_route.steering import Plan
 
     if options.trace is not None or options.trace_layers is not None:
@@ -63,7 +64,7 @@ def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, An
     # again for this, because parts that were copied together are added up where the corpus may be missing
     if not any(options.out.glob("rank-*")) and next(iter(corpus), None) is None:
         raise CorpusError(f"{options.corpus} holds no text" + (" in these languages" if options.languages else ""))
-    make_folder(options.out)
+    files.make_folder(options.out)
     with attached_model(options) as (language_model, routed), ExitStack() as stack:
         if plan is not None:
             stack.enter_context(routed.steer(plan))
@@ -81,7 +82,8 @@ def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, An
         )
         again = "the same command goes on from the last checkpoint"
         stop = stack.enter_context(deferred_interrupt(terminate=True, second=again))
-        progress = recording.run(language_model, routed, stop=stop, report=_Shown(rank, ranks))
+        with _resumable(again):
+            progress = recording.run(language_model, routed, stop=stop, report=_Shown(rank, ranks))
     result = options.out / RESULT
     complete = progress.finished and result.is_file()
     data = {"out": options.out, "rank": rank, "ranks": ranks, "complete": complete, **asdict(progress)}
@@ -95,6 +97,19 @@ def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, An
     else:
         lines.append(f"written to {result}" if complete else "this rank is done; the last one writes the sum")
     return Answer(data, "\n".join(lines), code=0 if progress.finished else INTERRUPTED)
+
+
+@contextmanager
+def _resumable(again: str) -> Iterator[None]:
+    """Say `again` after the error of a full disk."""
+    from moe_route import files
+
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in files.FULL_DISK:
+            raise
+        raise OSError(error.errno, f"{error.strerror}; {again}") from error
 
 
 def _number(name: str, default: int) -> int:

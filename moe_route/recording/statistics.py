@@ -433,6 +433,14 @@ class RoutingStatistics:
 
     # ---- files and data frames
 
+    def file_bytes(self, sequences: int) -> int:
+        """Bytes of the file that `save` would write with this number of kept sequences, names left out.
+
+        Those that are kept now are read to know their size. Without kept sequences, the number does not matter.
+        """
+        sums = sum(array.nbytes for array in self._arrays().values())
+        return sums + (0 if self.store is None else self.store.file_bytes(sequences))
+
     def save(self, path: str | os.PathLike[str], *, sequences: bool = True) -> None:
         """Write one file (`moe_route.files`, kind "statistics"), with the sequence store unless ``sequences=False``.
 
