@@ -149,8 +149,14 @@ class LanguageModel:
             if max_length is not None:
                 raise ValueError("these texts are encoded already: pass max_length to encode()")
             return texts
-        limit = max_length or getattr(self.model.config, "max_position_embeddings", None)
+        limit = max_length or self._context
         return encode(self.tokenizer, texts, limit=limit, add_special_tokens=self.add_special_tokens)
+
+    @property
+    def _context(self) -> int | None:
+        """Number of tokens that the model reads at most, if its configuration says."""
+        found: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return found
 
     def _ids(self, texts: Sequence[Text]) -> list[list[int]]:
         return token_ids(self.tokenizer, texts, add_special_tokens=self.add_special_tokens)
@@ -229,7 +235,7 @@ class LanguageModel:
         prompts = self._ids([Text(q.language, q.item, q.prompt) for q in questions])
         texts = tuple(Text(q.language, q.item, q.prompt + q.answer) for q in questions)
         whole = [tuple(row) for row in self._ids(texts)]
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = self._context
         for question, prompt, row in zip(questions, prompts, whole, strict=True):
             if limit is not None and len(row) > limit:
                 raise ValueError(
@@ -318,7 +324,8 @@ def _from_pretrained(
     name: str, dtype: Any, revision: str | None, dequantize: bool, device_map: str | None
 ) -> tuple[Any, Any]:
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        import transformers
+        from transformers import AutoConfig, AutoTokenizer
     except ImportError as error:
         raise ImportError("a model by name needs transformers: pip install 'moe-route[hf]'") from error
     _refuse_missing_folder(name)
@@ -338,7 +345,9 @@ def _from_pretrained(
             from transformers.utils.quantization_config import Mxfp4Config
 
             local["quantization_config"] = Mxfp4Config(dequantize=True)
-        load: Any = load_upcycled if is_upcycled(config) else AutoModelForCausalLM.from_pretrained
+        # a model of images and texts reads texts alone, too
+        maker = _auto_class(config, transformers, _AUTO_CLASSES[:2]) or transformers.AutoModelForCausalLM
+        load: Any = load_upcycled if is_upcycled(config) else maker.from_pretrained
         return load(name, dtype=dtype, **local), tokenizer
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -367,8 +376,7 @@ def model_without_weights(name: str = DEMO_MODEL, *, revision: str | None = None
             place, local_files_only=not hub.answers(place), revision=revision or "main"
         )
         config._name_or_path = name
-        known = [auto for kind in _AUTO_CLASSES if (auto := getattr(transformers, kind, None)) is not None]
-        maker = next((auto for auto in known if type(config) in auto._model_mapping), None)
+        maker = _auto_class(config, transformers, _AUTO_CLASSES)
         if maker is None:
             raise ValueError(f"transformers has no model of the configuration {type(config).__name__}")
         with torch.device("meta"):
@@ -379,6 +387,12 @@ def model_without_weights(name: str = DEMO_MODEL, *, revision: str | None = None
             f"no configuration can be read from {name!r} ({reason}): give a folder with a config.json of transformers, "
             "or a name on the hub"
         ) from error
+
+
+def _auto_class(config: Any, transformers: Any, kinds: Sequence[str]) -> Any:
+    """The first of these classes that knows the configuration, or None."""
+    known = [auto for kind in kinds if (auto := getattr(transformers, kind, None)) is not None]
+    return next((auto for auto in known if type(config) in auto._model_mapping), None)
 
 
 def _refuse_missing_folder(name: str) -> None:

@@ -71,6 +71,7 @@ def run(options: argparse.Namespace) -> Answer:
     from moe_route.steering import Plan
     from moe_route.workload import record_texts
 
+    record_corpus.refuse_mixture(options)
     if options.corpus is not None:
         return record_corpus.run(options, asked_for)
     output(options.out, options.trace)

@@ -18,8 +18,9 @@ from moe_route.cli.interrupt import INTERRUPTED, deferred_interrupt
 if TYPE_CHECKING:
     from moe_route.corpus_recording import Progress
 
-__all__ = ["arguments", "run"]
+__all__ = ["arguments", "refuse_mixture", "run"]
 
+_OF_CORPUS = ("text_column", "group_column", "item_column", "split", "chat_template", "checkpoint_seconds")
 _SECONDS_BETWEEN_LINES = 60.0  # of progress, where standard error is no terminal
 
 
@@ -37,6 +38,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--checkpoint-seconds", type=float, default=300.0, metavar="S", help="time between checkpoints (default: 300)"
     )
+
+
+def refuse_mixture(options: argparse.Namespace) -> None:
+    """Refuse options of `--corpus` without it, and `--data` beside it: they would be ignored."""
+    given = {name for name in ("data", *_OF_CORPUS) if getattr(options, name) != options.verb.get_default(name)}
+    if options.corpus is None and (without := sorted(given & set(_OF_CORPUS))):
+        raise ValueError(
+            f"--{without[0].replace('_', '-')} belongs to --corpus: give the texts by --corpus, not --data"
+        )
+    if options.corpus is not None and "data" in given:
+        raise ValueError("--data and --corpus both name texts: give one of them")
 
 
 def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, Any], dict[str, Any]]) -> Answer:

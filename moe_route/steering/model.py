@@ -50,7 +50,8 @@ class PlanModel:
                 digits = _SHOWN_DIGITS if field == "config_hash" else None
                 raise PlanError(
                     f"made for another model ({shown}: {_short(mine[:digits])}, here {_short(theirs[:digits])}): "
-                    "make the plan from this model's statistics, or lift the check with plan.for_model()"
+                    "make the plan from this model's statistics, or lift the check with plan.for_model(), "
+                    "`moe-route plan add PLAN --any-model --out FILE`"
                 )
             fields[field] = theirs if mine is None else mine
         return PlanModel(**fields)
