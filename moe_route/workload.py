@@ -14,6 +14,7 @@ from moe_route import _C, hub
 from moe_route.calls.logits import fewer_logits
 from moe_route.data import Corpus, Question, demo_corpus, demo_model_folder, demo_task, load_demo_model
 from moe_route.data.batches import Batch, EncodedTexts, Text, encode, padded_batches, texts_of, token_ids
+from moe_route.model_parallel import ALONE, ModelParallelGroup
 from moe_route.routed import RoutedModel, attach
 from moe_route.training import is_upcycled, load_upcycled, with_sparse_blocks
 
@@ -93,23 +94,31 @@ class LanguageModel:
         revision: str | None = None,
         dequantize: bool = False,
         device_map: str | None = None,
+        group: ModelParallelGroup = ALONE,
     ) -> LanguageModel:
         """Load the model in folder `name`, or on the Hugging Face hub under `name`, or the shipped one ("demo").
 
         `revision` is a commit, tag or branch on the hub. `dequantize` converts MXFP4 weights (gpt-oss) to `dtype`,
         because in MXFP4 the router is bypassed. `device_map` spreads the layers over devices, as in transformers
-        ("auto": all GPUs, then memory, then disk). Code that comes with a checkpoint is never run. Raises
-        `ModelNotFoundError` if nothing can be loaded, and `ValueError` for a device beside a device map.
+        ("auto": all GPUs, then memory, then disk). The ranks of `group` hold one model together. Code that comes with
+        a checkpoint is never run. Raises `ModelNotFoundError` if nothing can be loaded, and `ValueError` for a device
+        beside a device map or a group.
         """
         if device is not None and device_map is not None:
             raise ValueError("a device map places the layers itself: give either a device or a device map")
+        if group.how is not None and (device is not None or device_map is not None):
+            raise ValueError("a model that is divided among ranks lies on their devices: leave out device and map")
         place, precision = _device(device), _dtype(dtype)
-        if name == DEMO_MODEL and device_map is None:
-            loaded: tuple[Any, Any] = load_demo_model(torch.float32 if precision == "auto" else precision)
+        if name == DEMO_MODEL and precision == "auto":
+            precision = torch.float32  # its weights are stored in less
+        if name == DEMO_MODEL and device_map is None and group.how is None:
+            loaded: tuple[Any, Any] = load_demo_model(precision)
             model, tokenizer = loaded
         else:
             where = str(demo_model_folder()) if name == DEMO_MODEL else name
-            model, tokenizer = _from_pretrained(where, precision, revision, dequantize, device_map)
+            model, tokenizer = _from_pretrained(where, precision, revision, dequantize, device_map, group)
+            if name == DEMO_MODEL:
+                model.config._name_or_path = name  # as load_demo_model has it
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "right"
@@ -321,7 +330,12 @@ def _dtype(name: str | torch.dtype) -> Any:
 
 
 def _from_pretrained(
-    name: str, dtype: Any, revision: str | None, dequantize: bool, device_map: str | None
+    name: str,
+    dtype: Any,
+    revision: str | None,
+    dequantize: bool,
+    device_map: str | None,
+    group: ModelParallelGroup,
 ) -> tuple[Any, Any]:
     try:
         import transformers
@@ -347,6 +361,7 @@ def _from_pretrained(
             local["quantization_config"] = Mxfp4Config(dequantize=True)
         # a model of images and texts reads texts alone, too
         maker = _auto_class(config, transformers, _AUTO_CLASSES[:2]) or transformers.AutoModelForCausalLM
+        local |= group.load_options()
         load: Any = load_upcycled if is_upcycled(config) else maker.from_pretrained
         return load(name, dtype=dtype, **local), tokenizer
     except (OSError, ValueError, KeyError) as error:

@@ -9,18 +9,28 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import attached_model
+from moe_route.cli.inputs import attached_model, positive
 from moe_route.cli.interrupt import INTERRUPTED, deferred_interrupt
 
 if TYPE_CHECKING:
     from moe_route.corpus_recording import Progress
+    from moe_route.model_parallel import ModelParallelGroup
 
 __all__ = ["arguments", "refuse_mixture", "run"]
 
-_OF_CORPUS = ("text_column", "group_column", "item_column", "split", "chat_template", "checkpoint_seconds")
+_OF_CORPUS = (
+    "text_column",
+    "group_column",
+    "item_column",
+    "split",
+    "chat_template",
+    "checkpoint_seconds",
+    "tensor_parallel",
+    "expert_parallel",
+)
 _SECONDS_BETWEEN_LINES = 60.0  # of progress, where standard error is no terminal
 
 
@@ -38,6 +48,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--checkpoint-seconds", type=float, default=300.0, metavar="S", help="time between checkpoints (default: 300)"
     )
+    together = group.add_mutually_exclusive_group()
+    for how in ("tensor", "expert"):
+        together.add_argument(
+            f"--{how}-parallel",
+            type=positive,
+            metavar="N",
+            help=f"N ranks of a launcher hold one model together, by {how} parallelism, and are counted once",
+        )
 
 
 def refuse_mixture(options: argparse.Namespace) -> None:
@@ -57,12 +75,12 @@ def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, An
     from moe_route import files
     from moe_route.corpus_recording import RESULT, CorpusRecording
     from moe_route.data import CorpusError, CorpusStream
+    from moe_route.model_parallel import model_parallel_group
     from moe_route.steering import Plan
 
     if options.trace is not None or options.trace_layers is not None:
         raise ValueError("--trace keeps every token, and a corpus has no end: use --data for the texts to trace")
-    rank, ranks = _number("RANK", 0), _number("WORLD_SIZE", 1)
-    _place(options, ranks)
+    _place(options)
     plan = None if options.plan is None else Plan.load(options.plan)
     corpus = CorpusStream(
         options.corpus,
@@ -77,7 +95,9 @@ def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, An
     if not any(options.out.glob("rank-*")) and next(iter(corpus), None) is None:
         raise CorpusError(f"{options.corpus} holds no text" + (" in these languages" if options.languages else ""))
     files.make_folder(options.out)
-    with attached_model(options) as (language_model, routed), ExitStack() as stack:
+    with ExitStack() as stack:
+        group = stack.enter_context(model_parallel_group(*_together(options)))
+        language_model, routed = stack.enter_context(attached_model(options, group=group))
         if plan is not None:
             stack.enter_context(routed.steer(plan))
         recording = CorpusRecording(
@@ -87,19 +107,21 @@ def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, An
             max_length=options.max_length,
             limit=options.limit,
             chat_template=options.chat_template,
-            rank=rank,
-            ranks=ranks,
+            group=group,
             checkpoint_seconds=options.checkpoint_seconds,
             record=asked_for(options, language_model.tokenizer),
         )
         again = "the same command goes on from the last checkpoint"
         stop = stack.enter_context(deferred_interrupt(terminate=True, second=again))
         with _resumable(again):
-            progress = recording.run(language_model, routed, stop=stop, report=_Shown(rank, ranks))
+            progress = recording.run(language_model, routed, stop=stop, report=_Shown(group))
+    code = 0 if progress.finished else INTERRUPTED
     result = options.out / RESULT
     complete = progress.finished and result.is_file()
-    data = {"out": options.out, "rank": rank, "ranks": ranks, "complete": complete, **asdict(progress)}
-    lines = [f"rank {rank} of {ranks}: {progress}" if ranks > 1 else str(progress)]
+    data = {"out": options.out, "rank": group.number, "ranks": group.groups, "complete": complete, **asdict(progress)}
+    if not group.writes:
+        return Answer(data | {"member": group.member}, "", code=code)
+    lines = [f"{_name(group)}{progress}"]
     if progress.cut:
         lines.append(f"{progress.cut} texts were cut: {options.out / 'cut.jsonl'} names them when all is done")
     if progress.empty:
@@ -107,8 +129,8 @@ def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, An
     if not progress.finished:
         lines.append(f"interrupted: {again}")
     else:
-        lines.append(f"written to {result}" if complete else "this rank is done; the last one writes the sum")
-    return Answer(data, "\n".join(lines), code=0 if progress.finished else INTERRUPTED)
+        lines.append(f"written to {result}" if complete else "this part is done; the last one writes the sum")
+    return Answer(data, "\n".join(lines), code=code)
 
 
 @contextmanager
@@ -129,23 +151,38 @@ def _number(name: str, default: int) -> int:
     return int(os.environ.get(name, default))
 
 
-def _place(options: argparse.Namespace, ranks: int) -> None:
+def _together(options: argparse.Namespace) -> tuple[int, Literal["tensor", "expert"]]:
+    """How many ranks hold one model together, and how it is divided."""
+    return (options.expert_parallel, "expert") if options.expert_parallel else (options.tensor_parallel or 1, "tensor")
+
+
+def _place(options: argparse.Namespace) -> None:
     """Give each rank of a machine a GPU of its own, where nothing else was asked for."""
     import torch
 
-    if ranks > 1 and options.device is None and options.device_map is None and torch.cuda.is_available():
-        options.device = f"cuda:{_number('LOCAL_RANK', 0)}"
+    alone = _together(options)[0] == 1  # else transformers places the model
+    if alone and _number("WORLD_SIZE", 1) > 1 and options.device is None and options.device_map is None:
+        options.device = f"cuda:{_number('LOCAL_RANK', 0)}" if torch.cuda.is_available() else None
+
+
+def _name(group: ModelParallelGroup) -> str:
+    """What begins the lines of a group's ranks."""
+    if group.how is not None:
+        return f"group {group.number} of {group.groups}, {group.size} ranks: "
+    return f"rank {group.number} of {group.groups}: " if group.groups > 1 else ""
 
 
 class _Shown:
     """Shows progress on standard error: one line that changes on a terminal, else a line per minute."""
 
-    def __init__(self, rank: int, ranks: int):
-        self._name = f"rank {rank}: " if ranks > 1 else ""
+    def __init__(self, group: ModelParallelGroup):
+        self._name, self._writes = _name(group), group.writes
         self._terminal = sys.stderr.isatty()
         self._last = time.monotonic()
 
     def __call__(self, progress: Progress) -> None:
+        if not self._writes:
+            return
         if self._terminal:
             sys.stderr.write(f"\r\033[K{self._name}{progress}")
         elif time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
