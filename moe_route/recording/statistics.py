@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -406,6 +407,40 @@ class RoutingStatistics:
             accumulated={name: added[_ACCUMULATED + name] for name in self.accumulated},
         )
 
+    @classmethod
+    def join_layers(cls, parts: Sequence[RoutingStatistics]) -> RoutingStatistics:
+        """Join statistics of one run whose layers were recorded apart, such as stages of pipeline parallelism.
+
+        ``merge`` is the other direction: the same layers, other tokens. Layers come in the order of the parts.
+
+        Raises ``MergeError`` if the parts did not see the same tokens or were recorded differently, if a layer is in
+        two of them, or for arrays that ``record`` accumulates (consistency, pairs, expert outputs, hidden states).
+        """
+        first, *others = parts
+        for other in others:
+            _check_same_run(first, other)
+        widest = max(max(part.num_experts, default=0) for part in parts)
+
+        def joined(name: str) -> np.ndarray:
+            tables = [part._tables()[name] for part in parts]
+            if name not in ("scalars", "sequence_scalars"):
+                tables = [np.pad(table, [(0, 0)] * 3 + [(0, widest - table.shape[3])]) for table in tables]
+            return np.concatenate(tables, axis=2)
+
+        stores = [part.store for part in parts if part.store is not None]
+        return first._with(
+            layers=_without_repeats([name for part in parts for name in part.layers]),
+            num_experts=[number for part in parts for number in part.num_experts],
+            top_k=[number for part in parts for number in part.top_k],
+            scalars=joined("scalars"),
+            metrics={name: joined(f"metric.{name}") for name in first.metrics},
+            sequence_scalars=joined("sequence_scalars"),
+            sequence_sums={kind: joined(f"sequence.{kind}") for kind in first._sequence_sums},
+            metadata={**first.metadata, **_all_versions(parts)},
+            tolerance=max(part.tolerance for part in parts),
+            store=SequenceStore.join_layers(stores) if stores else None,
+        )
+
     def __add__(self, other: object) -> RoutingStatistics:
         return self.merge(other) if isinstance(other, RoutingStatistics) else NotImplemented
 
@@ -724,6 +759,34 @@ def _check_mergeable(a: RoutingStatistics, b: RoutingStatistics) -> None:
     if mine != other or a.has_entropy != b.has_entropy:
         different = sorted({_asked_for(name) for name in mine ^ other}) or ["entropy"]
         raise MergeError(f"only one of the two runs recorded {', '.join(different)}: record both with the same options")
+
+
+def _check_same_run(a: RoutingStatistics, b: RoutingStatistics) -> None:
+    """Raise ``MergeError`` unless the two describe the same tokens, recorded alike."""
+    for what in ("groups", "metrics", "has_entropy"):
+        if getattr(a, what) != getattr(b, what):
+            raise MergeError(f"the parts have different {what}: join parts that were recorded alike")
+    if (a.store is None) != (b.store is None):
+        raise MergeError("only one of the parts kept its sequences: join parts that were recorded alike")
+    if a.accumulated or b.accumulated:
+        option = ACCUMULATED[next(iter({**a.accumulated, **b.accumulated}))].option
+        raise MergeError(f"arrays of record({option}) are not joined: record without it, or all layers together")
+    for key in sorted({*a.metadata, *b.metadata} - {"versions"}):
+        if a.metadata.get(key) != b.metadata.get(key):
+            raise MergeError(f"the parts are of two runs (their {key} differs): join layers of the same run")
+
+
+def _without_repeats(layers: list[str]) -> list[str]:
+    repeated = sorted({name for name in layers if layers.count(name) > 1})
+    if repeated:
+        raise MergeError(f"layer {repeated[0]} is in two of the parts: join parts with different layers")
+    return layers
+
+
+def _all_versions(parts: Sequence[RoutingStatistics]) -> dict[str, Any]:
+    """The versions on all machines, as an entry of the metadata."""
+    entries = [{"versions": part.metadata["versions"]} for part in parts if "versions" in part.metadata]
+    return reduce(merge_metadata, entries, {})
 
 
 def _asked_for(array: str) -> str:

@@ -449,6 +449,26 @@ class SequenceStore:
             merged._add(replace(shard, keys=keys))
         return merged
 
+    @classmethod
+    def join_layers(cls, parts: Sequence[SequenceStore]) -> SequenceStore:
+        """Join stores of the same sequences in different layers, in the order of the parts; reads a shard at a time.
+
+        Raises ``ValueError`` if the parts do not hold the same sequences in the same order.
+        """
+        if any(part.keys() != parts[0].keys() for part in parts):
+            raise ValueError("the parts hold different sequences: join stores of the same run")
+        experts = [number for part in parts for number in part.num_experts]
+        joined = cls([name for part in parts for name in part.layers], experts)
+        for shards in _aligned(parts):
+            arrays = {}
+            for name in shards[0].arrays:
+                tables = [shard.array(name) for shard in shards]
+                if name in _OVER_EXPERTS:
+                    tables = [np.pad(table, ((0, 0), (0, 0), (0, max(experts) - table.shape[2]))) for table in tables]
+                arrays[name] = np.concatenate(tables, axis=1)
+            joined.append(shards[0].keys, arrays)
+        return joined._counted()
+
     def _of(self, shards: Sequence[_Shard]) -> SequenceStore:
         """A store made of these shards."""
         store = SequenceStore(self.layers, self.num_experts, memory_bytes=self.memory_bytes)
@@ -567,6 +587,23 @@ def _distribution(shard: SequenceShard, kind: str) -> np.ndarray:
     if kind not in ("full", "topk"):
         raise ValueError(f"no distribution kind {kind!r}: full, topk or count")
     return shard.array(kind)
+
+
+def _aligned(parts: Sequence[SequenceStore]) -> Iterator[list[SequenceShard]]:
+    """The shards of stores of the same sequences, cut where one of them ends."""
+    rest = [part.shards() for part in parts]
+    held = [next(shards, None) for shards in rest]
+    while shards := [shard for shard in held if shard is not None]:
+        rows = min(shard.rows for shard in shards)
+        yield [_rows_of(shard, slice(0, rows)) for shard in shards]
+        held = [
+            next(more, None) if shard.rows == rows else _rows_of(shard, slice(rows, None))
+            for shard, more in zip(shards, rest, strict=True)
+        ]
+
+
+def _rows_of(shard: SequenceShard, rows: slice) -> SequenceShard:
+    return SequenceShard(shard.keys[rows], {name: array[rows] for name, array in shard.arrays.items()})
 
 
 def _held(shard: SequenceShard) -> _Shard:

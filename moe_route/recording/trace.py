@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,6 +71,34 @@ class Trace:
                 **{name: columns[name] for name in _COLUMNS},
             )
 
+    @classmethod
+    def join_layers(cls, parts: Sequence[Trace]) -> Trace:
+        """Join traces of the same tokens in different layers, such as stages of pipeline parallelism.
+
+        Layers come in the order of the parts. Where one has fewer slots, the added ones are empty.
+
+        Raises ``ValueError`` if the tokens of two parts differ, or a layer is in two of them.
+        """
+        first, *others = parts
+        for other in others:
+            same = all(np.array_equal(getattr(first, name), getattr(other, name)) for name in _TOKEN_COLUMNS)
+            if not same or any(getattr(first, name) != getattr(other, name) for name in _TOKEN_HEADER):
+                raise ValueError("the parts hold different tokens: join traces of the same run")
+        numbers = tuple(number for part in parts for number in part.layer_numbers)
+        if len(set(numbers)) != len(numbers):
+            raise ValueError("a layer is in two of the parts: join parts with different layers")
+        slots = max(part.ids.shape[2] for part in parts)
+        room = [((0, 0), (0, 0), (0, slots - part.ids.shape[2])) for part in parts]
+        ids = [np.pad(part.ids, wide, constant_values=-1) for part, wide in zip(parts, room, strict=True)]
+        weights = [np.pad(part.weights, wide) for part, wide in zip(parts, room, strict=True)]
+        return replace(
+            first,
+            layers=tuple(name for part in parts for name in part.layers),
+            layer_numbers=numbers,
+            ids=np.concatenate(ids, axis=1),
+            weights=np.concatenate(weights, axis=1),
+        )
+
     def to_pandas(self) -> pd.DataFrame:
         """Return a tidy data frame with a row per (token, layer, slot).
 
@@ -102,6 +130,7 @@ class Trace:
 
 _COLUMNS = ("sequence", "group", "position", "token", "phase", "ids", "weights")
 _HEADER = ("layers", "layer_numbers", "groups", "items", "truncated")
+_TOKEN_COLUMNS, _TOKEN_HEADER = _COLUMNS[:5], _HEADER[2:]  # what says which tokens a trace holds
 
 
 @dataclass

@@ -13,6 +13,9 @@ from moe_route.training import AdaptedModel, add_adapters
 
 transformers = pytest.importorskip("transformers")
 
+from harness import trainers  # noqa: E402
+from harness.trainers import arguments  # noqa: E402
+
 from moe_route.integrations.trainer import AdapterTrainer  # noqa: E402
 
 
@@ -25,26 +28,8 @@ def rows(count: int = 8) -> list[dict[str, Any]]:
     ]
 
 
-class InOrder(AdapterTrainer):
-    def _get_train_sampler(self, *_: Any) -> Any:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
-
-
-def arguments(folder: Path, **options: Any) -> Any:
-    given: dict[str, Any] = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "num_train_epochs": 1,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    return transformers.TrainingArguments(**{**given, **options})
+class InOrder(trainers.InOrder, AdapterTrainer):
+    pass
 
 
 def trained(adapted: AdaptedModel) -> dict[str, torch.Tensor]:

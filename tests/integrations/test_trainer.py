@@ -15,7 +15,8 @@ from moe_route.recording import RoutingStatistics
 
 transformers = pytest.importorskip("transformers")
 
-from transformers import Trainer, TrainingArguments  # noqa: E402
+from harness import trainers  # noqa: E402
+from transformers import Trainer  # noqa: E402
 
 from moe_route.integrations.trainer import RoutingCallback  # noqa: E402
 
@@ -44,28 +45,21 @@ def model() -> Any:
     return tiny_model("qwen3_moe", head=True)
 
 
-class InOrder(Trainer):
-    """A trainer that does not shuffle."""
-
-    def _get_train_sampler(self, *_: Any) -> Any:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
+class InOrder(trainers.InOrder, Trainer):
+    pass
 
 
 def trainer(subject: Any, folder: Path, count: int = STEPS * BATCH, **options: Any) -> Trainer:
     given: dict[str, Any] = {
-        "output_dir": str(folder),
         "per_device_train_batch_size": BATCH,
         "per_device_eval_batch_size": BATCH,
-        "num_train_epochs": 1,
         "learning_rate": 0.0,  # the routing of every step is that of the model at the start
         "logging_steps": 3,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
     }
     data = rows(count, 0)
-    return InOrder(subject, TrainingArguments(**{**given, **options}), train_dataset=data, eval_dataset=rows(4, 1))
+    return InOrder(
+        subject, trainers.arguments(folder, **{**given, **options}), train_dataset=data, eval_dataset=rows(4, 1)
+    )
 
 
 def by_hand(subject: Any, texts: list[dict[str, torch.Tensor]]) -> RoutingStatistics:

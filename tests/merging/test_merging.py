@@ -186,9 +186,17 @@ class TestFusedExperts:
             merging.swap_experts(a, b, {0: [1]}, router="expert")
         with pytest.raises(ValueError, match=message):
             merging.difference(a, base)
-        for method in ("linear", "widen"):
-            with pytest.raises(ValueError, match=message):
-                merging.merge([a, b], base=None if method == "linear" else base, method=method).state_dict()
+        with pytest.raises(ValueError, match=message):
+            merging.merge([a, b], base=base, method="widen").state_dict()
+
+    def test_sums_need_no_experts_told_apart(self):
+        base, a, b = self.models()
+        linear = merging.merge([a, b], weights=[0.25, 0.75]).state_dict()
+        arithmetic = merging.merge([a, b], base=base, method="task_arithmetic", weights=[0.25, 0.75]).state_dict()
+        for name, tensor in a.state_dict().items():
+            expected = 0.25 * tensor + 0.75 * b.state_dict()[name]
+            torch.testing.assert_close(linear[name], expected)
+            torch.testing.assert_close(arithmetic[name], expected)
 
     def test_whole_layers_are_swapped(self):
         _, a, b = self.models()

@@ -18,10 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_route.integrations.vllm.kernels import avoid_monolithic
 from moe_route.integrations.vllm.options import Options, request_error
 from moe_route.integrations.vllm.versions import EngineNotSupportedError
 
 if TYPE_CHECKING:
+    from moe_route.integrations.vllm.items import PlannedItems
     from moe_route.recording.statistics import RoutingStatistics
     from moe_route.recording.trace import Trace
     from moe_route.steering.plan import Plan
@@ -32,8 +34,9 @@ _OFF = (
     "moe_route is not on in this engine: start it with --additional-config '{\"moe_route\": {}}', "
     'LLM(..., additional_config={"moe_route": {}})'
 )
-_VERBS = ("record", "pause", "statistics", "trace", "steer", "report", "prefixes")
+_VERBS = ("record", "pause", "statistics", "trace", "steer", "take_back", "report", "prefixes")
 _CHANGING = ("record", "pause", "steer")
+_PREFIX = "moe_route_"  # of the verbs among the methods of a worker
 
 
 def record(llm: Any) -> None:
@@ -62,24 +65,16 @@ def steer(llm: Any, plan: Plan | None, *, name: str = "default") -> None:
 
 
 def statistics(llm: Any) -> RoutingStatistics:
-    """What was counted. ``LLM.generate`` has returned, so that all requests have ended.
+    """What was counted, in all layers. ``LLM.generate`` has returned, so that all requests have ended.
+
+    Each replica of data parallelism has an ``LLM`` and statistics of its own, which add up.
 
     Raises an error with the words of ``recording.RecordingError`` if nothing was recorded.
     """
+    from moe_route.integrations.vllm.answers import loaded
     from moe_route.recording.statistics import RoutingStatistics
-    from moe_route.recording.store import SequenceStore
 
-    answers = _answers(llm, "statistics")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "statistics.safetensors"
-        file.write_bytes(answers[0])
-        found = RoutingStatistics.load(file)
-        if found.store is not None:  # it reads its sequences from the file, which goes
-            kept = SequenceStore(found.layers, found.num_experts)
-            for shard in found.store.shards():
-                kept.append(shard.keys, shard.arrays)
-            found.store = kept
-        return found
+    return loaded(RoutingStatistics, _content(llm, "statistics"))
 
 
 def trace(llm: Any) -> Trace:
@@ -88,24 +83,25 @@ def trace(llm: Any) -> Trace:
     ``LLM.generate`` has returned. Tokens are in the order in which they ran; each request is a sequence, with its item.
     Raises an error with the words of ``recording.RecordingError`` if the engine keeps no trace.
     """
+    from moe_route.integrations.vllm.answers import loaded
     from moe_route.recording.trace import Trace
 
-    answers = _answers(llm, "trace")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "trace.safetensors"
-        file.write_bytes(answers[0])
-        return Trace.load(file)
+    return loaded(Trace, _content(llm, "trace"))
 
 
-def _answers(llm: Any, verb: str) -> list[bytes]:
-    """What the ranks say that answer; no request is running."""
-    return [answer for answer in llm.collective_rpc(f"moe_route_{verb}", args=(None, True)) if answer is not None]
+def _content(llm: Any, verb: str) -> bytes:
+    """What the rank says that answers, for all layers; no request is running."""
+    answers = llm.collective_rpc(f"moe_route_{verb}", args=(None, True))
+    return next(answer for answer in answers if answer is not None)
 
 
 def register() -> None:
     """Wrap, once per process, the methods of vLLM through which an engine with options passes."""
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.worker.gpu_worker import Worker  # the workers of CPU and XPU inherit from it
 
     if hasattr(Worker, "moe_route_report"):
@@ -128,18 +124,24 @@ def register() -> None:
     def validated(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         options = Options.of(self.vllm_config.additional_config)
         wrong = None if options is None else request_error(options, getattr(params, "extra_args", None))
+        wrong = wrong or (None if options is None else _planned_items(self, options).error(params))
         if wrong is not None:
             raise _refusal()(wrong)
         return validate(self, params, *args, **kwargs)
 
     Worker.load_model, InputProcessor._validate_params = load_and_attach, validated
-    _share_prefixes(EngineCore)
+    avoid_monolithic(FusedMoEExperts)
+    _follow_core(EngineCore)
+    _follow_plans(LLMEngine, AsyncLLM)
     for verb in _VERBS:
-        setattr(Worker, f"moe_route_{verb}", _verb(verb))
+        setattr(Worker, f"{_PREFIX}{verb}", _verb(verb))
 
 
-def _share_prefixes(core: Any) -> None:
-    """Salt the requests of an engine core that caches prefixes; see ``prefixes``."""
+def _follow_core(core: Any) -> None:
+    """Salt the requests of an engine core that caches prefixes, and make one answer of its workers' to a verb.
+
+    See ``prefixes`` and ``answers``.
+    """
     add_request, collective_rpc = core.add_request, core.collective_rpc
 
     def prefixes_of(self: Any) -> Any:
@@ -160,15 +162,56 @@ def _share_prefixes(core: Any) -> None:
 
     @functools.wraps(collective_rpc)
     def called(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-        verb = method.removeprefix("moe_route_") if isinstance(method, str) else ""
+        if not isinstance(method, str) or not method.startswith(_PREFIX):
+            return collective_rpc(self, method, *args, **kwargs)
+        from moe_route.integrations.vllm.answers import failed, joined
+
+        verb = method.removeprefix(_PREFIX)
         prefixes = prefixes_of(self) if verb in _CHANGING else None
         try:
-            return collective_rpc(self, method, *args, **kwargs)
+            answers = collective_rpc(self, method, *args, **kwargs)
+            if verb == "steer" and failed(answers):
+                collective_rpc(self, f"{_PREFIX}take_back")  # from workers that did not refuse it: all steer alike
+            return joined(answers)
         finally:
             if prefixes is not None:
                 prefixes.called(verb)
 
     core.add_request, core.collective_rpc = salted, called
+
+
+def _planned_items(processor: Any, options: Options) -> PlannedItems:
+    """What a front end knows of its plans."""
+    from moe_route.integrations.vllm.items import PlannedItems
+
+    if not hasattr(processor, "moe_route_items"):
+        processor.moe_route_items = PlannedItems(options)
+    items: PlannedItems = processor.moe_route_items
+    return items
+
+
+def _follow_plans(engine: Any, async_engine: Any) -> None:
+    """Let a front end see the plans that it passes on to the workers."""
+    collective_rpc, collective_rpc_async = engine.collective_rpc, async_engine.collective_rpc
+
+    def passed(self: Any, method: Any, args: Any = (), kwargs: Any = None) -> None:
+        options = Options.of(self.vllm_config.additional_config)
+        if method == "moe_route_steer" and options is not None:
+            _planned_items(self.input_processor, options).steered(*args, **(kwargs or {}))
+
+    @functools.wraps(collective_rpc)
+    def called(self: Any, method: Any, timeout: Any = None, args: Any = (), kwargs: Any = None) -> Any:
+        answer = collective_rpc(self, method, timeout, args, kwargs)
+        passed(self, method, args, kwargs)
+        return answer
+
+    @functools.wraps(collective_rpc_async)
+    async def called_async(self: Any, method: Any, timeout: Any = None, args: Any = (), kwargs: Any = None) -> Any:
+        answer = await collective_rpc_async(self, method, timeout, args, kwargs)
+        passed(self, method, args, kwargs)
+        return answer
+
+    engine.collective_rpc, async_engine.collective_rpc = called, called_async
 
 
 def _refusal() -> type[Exception]:
@@ -180,10 +223,16 @@ def _refusal() -> type[Exception]:
 
 def _verb(name: str) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        session = getattr(self, "moe_route_session", None)
-        if session is None:
-            raise EngineNotSupportedError(_OFF)
-        return getattr(session, name)(*args, **kwargs)
+        from moe_route.integrations.vllm.answers import answer
 
-    call.__name__ = f"moe_route_{name}"
+        return answer(lambda: getattr(_session_of(self), name)(*args, **kwargs))
+
+    call.__name__ = f"{_PREFIX}{name}"
     return call
+
+
+def _session_of(worker: Any) -> Any:
+    session = getattr(worker, "moe_route_session", None)
+    if session is None:
+        raise EngineNotSupportedError(_OFF)
+    return session

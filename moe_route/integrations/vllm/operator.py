@@ -8,7 +8,7 @@ is captured, and the host leaves out what a step does not need: see ``Work``.
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -102,17 +102,19 @@ def _reroute(logits: Tensor, weights: Tensor, ids: Tensor, site_index: int) -> N
     tokens = logits.shape[0]
     if len(site.rows) != tokens:
         site.rows = site.tokens[:tokens]
-    new_weights, new_ids = ops.route(
-        logits,
-        site.top_k,
-        site.spec,
-        correction_bias=site.correction_bias,
-        steering=site.steering,
-        tokens=site.rows,
-        choice=ids.to(torch.int32).contiguous(),
-        choice_weights=weights.to(torch.float32).contiguous(),
-        statistics=site.statistics,
-    )
+    given: dict[str, Any] = {
+        "correction_bias": site.correction_bias,
+        "tokens": site.rows,
+        "choice": ids.to(torch.int32).contiguous(),
+        "choice_weights": weights.to(torch.float32).contiguous(),
+        "statistics": site.statistics,
+    }
+    values = site.values
+    if site.by_token is not None and values is not None and values.present:
+        given |= {"counter": values.counter, "entries": values.entries}
+        new_weights, new_ids, _ = site.by_token.route(logits, site.top_k, site.spec, **given)
+    else:
+        new_weights, new_ids = ops.route(logits, site.top_k, site.spec, steering=site.steering, **given)
     if site.traced is not None:
         for kept, new in zip(site.traced, (new_ids, new_weights), strict=True):
             kept[:tokens].copy_(new)

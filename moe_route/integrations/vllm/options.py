@@ -8,7 +8,17 @@ from typing import Any
 
 from moe_route.integrations.vllm.versions import EngineNotSupportedError
 
-__all__ = ["GROUP", "ITEM", "PLAN", "UNSTEERED", "Options", "refuse_engine", "refuse_recording", "request_error"]
+__all__ = [
+    "GROUP",
+    "ITEM",
+    "PLAN",
+    "UNSTEERED",
+    "Options",
+    "identity",
+    "refuse_engine",
+    "refuse_recording",
+    "request_error",
+]
 
 GROUP, ITEM, PLAN = "moe_route_group", "moe_route_item", "moe_route_plan"
 """Keys of ``SamplingParams.extra_args``, and of ``vllm_xargs`` over HTTP."""
@@ -117,6 +127,13 @@ def request_error(options: Options, extra_args: Mapping[str, Any] | None) -> str
     return None
 
 
+def identity(params: Any, options: Options) -> tuple[str, str | None, str | int | None]:
+    """Plan, group and item of a request, by its sampling parameters."""
+    given = (params and params.extra_args) or {}
+    only = options.groups[0] if len(options.groups) == 1 else None
+    return given.get(PLAN) or DEFAULT_PLAN, given.get(GROUP) or only, given.get(ITEM)
+
+
 def refuse_recording(config: Any) -> None:
     """Raise ``EngineNotSupportedError`` for a configuration that steers as it should, and would count wrongly."""
     if config.speculative_config is not None:
@@ -138,17 +155,13 @@ def refuse_engine(config: Any) -> None:
             "preempted requests could outgrow the tables: start with --scheduling-policy fcfs",
         ),
         (
-            parallel.data_parallel_size > 1,
-            "data parallel ranks share the tokens of a layer: start one engine per replica, and add up their files",
-        ),
-        (
-            parallel.pipeline_parallel_size > 1,
-            "a stage knows its own layers only: use --tensor-parallel-size in place of --pipeline-parallel-size",
-        ),
-        (
             getattr(parallel, "decode_context_parallel_size", 1) > 1
             or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
             "context parallel ranks split the tokens of a text: start without context parallelism",
+        ),
+        (
+            getattr(parallel, "enable_elastic_ep", False),
+            "replicas that join later know neither plans nor the recording: start without --enable-elastic-ep",
         ),
         (getattr(parallel, "enable_dbo", False), "a step is split in two: start without --enable-dbo"),
     ):

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from moe_route import files
-from moe_route.integrations.vllm.options import DEFAULT_PLAN, GROUP, PLAN, Options
+from moe_route.integrations.vllm.answers import joined
+from moe_route.integrations.vllm.options import Options, identity
+from moe_route.integrations.vllm.plans import tables_used
 from moe_route.steering.compiled import CompiledPlan
 
 __all__ = ["Prefixes", "Steered", "Workers", "steered_prefixes"]
@@ -20,10 +22,11 @@ _MARK = "moe_route:"  # begins every salt that is not the request's own alone
 
 
 class Steered(NamedTuple):
-    """What decides the steering of a token of one plan and group, beside its position."""
+    """What decides the steering of a token of one plan and group, beside its position and id."""
 
     digest: str
     by_phase: bool  # prompt and answer are steered differently
+    by_item: bool = False  # the plan has values of single tokens, by item
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,14 @@ def steered_prefixes(
             rows = plan.rows[:, column]
             if plan.is_null or not bool((rows >= 0).any()):
                 continue
-            text = files.canonical_json([plan.plan_hash, rows.tolist(), list(plan.bounds)])
-            digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-            found[name, group] = Steered(digest, not bool((rows[0] == rows[1]).all()))
+            by_item = bool(tables_used(plan, group))
+            digest = _digest([plan.plan_hash, rows.tolist(), list(plan.bounds), group if by_item else None])
+            found[name, group] = Steered(digest, not bool((rows[0] == rows[1]).all()), by_item)
     return found
+
+
+def _digest(content: Any) -> str:
+    return hashlib.blake2b(files.canonical_json(content).encode(), digest_size=16).hexdigest()
 
 
 class Prefixes:
@@ -61,22 +68,23 @@ class Prefixes:
     def prepare(self, request: Any) -> None:
         """Salt a request that has no computed token yet, and keep it from the cache if it is to be counted in full."""
         if self._workers is None:
-            self._workers = self._core.model_executor.collective_rpc("moe_route_prefixes")[0]
-        params = request.sampling_params
-        given = (params and params.extra_args) or {}
-        only = self._options.groups[0] if len(self._options.groups) == 1 else None
-        group = given.get(GROUP) or only
-        steered = self._workers.steered.get((given.get(PLAN) or DEFAULT_PLAN, group))
+            self._workers = joined(self._core.model_executor.collective_rpc("moe_route_prefixes"))[0]
+        plan, group, item = identity(request.sampling_params, self._options)
+        steered = self._workers.steered.get((plan, group))
         request.skip_reading_prefix_cache = request.get_skip_reading_prefix_cache() or (
             self._workers.counts and group is not None
         )
-        self._salt(request, self._salt_of(steered, request.num_prompt_tokens))
+        self._salt(request, self._salt_of(steered, request.num_prompt_tokens, item))
 
-    def _salt_of(self, steered: Steered | None, prompt: int) -> str:
-        if steered is None and not self._epoch:
-            return ""  # shares with every request that is not steered
-        parts = [] if steered is None else [steered.digest, *([str(prompt)] if steered.by_phase else [])]
-        return ":".join(["", str(self._epoch), *parts])
+    def _salt_of(self, steered: Steered | None, prompt: int, item: str | int | None) -> str:
+        if steered is None:
+            return f":{self._epoch}" if self._epoch else ""  # shares with every request that is not steered
+        parts = [str(self._epoch), steered.digest]
+        if steered.by_phase:
+            parts.append(str(prompt))
+        if steered.by_item:
+            parts.append(_digest(item))
+        return ":".join(["", *parts])
 
     def _salt(self, request: Any, salt: str) -> None:
         own = vars(request).setdefault("moe_route_own_salt", request.cache_salt) or ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,12 @@ from moe_route.recording.tables import TableSet, TableSums
 
 if TYPE_CHECKING:
     from moe_route.integrations.vllm.sites import Site
+    from moe_route.integrations.vllm.stages import Stage
     from moe_route.recording.trace import Trace
 
 __all__ = ["Recording"]
+
+logger = logging.getLogger(__name__)
 
 _COUNTED = tuple(name for name in METRICS if name in (*DEFAULT_METRICS, "natural_counts"))
 
@@ -46,6 +50,7 @@ class Recording:
         options: Options,
         requests: RequestTable,
         token_ids: Callable[[str, int], np.ndarray | None],
+        stage: Stage,
         *,
         most_requests: int,
         most_tokens: int,
@@ -64,8 +69,8 @@ class Recording:
         requests.segment_capacity = self._tables.segment_capacity
         for site, table in zip(sites, self._tables.layers, strict=True):
             site.statistics = table
-        traced = range(len(sites)) if options.trace is True else options.trace or ()
-        self.trace = StepTrace(sites, traced, most_tokens, options.trace_limit) if traced else None
+        traced = stage.within(range(len(stage.layers)) if options.trace is True else options.trace or ())
+        self.trace = StepTrace(sites, traced, most_tokens, options.trace_limit, stage.first) if traced else None
         self.started = False
         self.forget()
 
@@ -76,7 +81,7 @@ class Recording:
         self._requests.forget_segments()
         self._requests.counts = False
         self._requests.tokens_run_again = 0
-        widest = max(site.num_experts for site in self._sites)
+        widest = max((site.num_experts for site in self._sites), default=0)
         self._pool = SequencePool(len(self._options.groups), len(self._sites), widest, _COUNTED, entropy=True)
         self._free = list(range(self._most_requests - 1, -1, -1))
         names, experts = [site.name for site in self._sites], [site.num_experts for site in self._sites]
@@ -86,6 +91,7 @@ class Recording:
             self.trace.forget()
         self.used_plans: set[str] = set()
         self._fingerprint: str | None = None
+        self._failures: list[str] = []
         self.steps = self._cached = self._without_room = 0
 
     def start(self, plans: Iterable[str]) -> None:
@@ -104,6 +110,11 @@ class Recording:
             return -1
         return self._free.pop()
 
+    def fail(self, reason: str) -> None:
+        """Note that a request ran otherwise than asked. Raising here would end the engine: ``refuse_gaps`` does."""
+        logger.error("moe_route: %s", reason)
+        self._failures.append(reason)
+
     def begin(self, request: Request) -> None:
         """A request that has a row begins."""
         if self.trace is not None:
@@ -111,14 +122,17 @@ class Recording:
 
     def end(self, names: Iterable[str]) -> None:
         """Add requests that ended to the averages over sequences."""
-        known = [self._requests.running[name] for name in names if name in self._requests.running]
+        wanted = set(names)
+        if not wanted:
+            return
+        known = [one for name, one in self._requests.running.items() if name in wanted]  # alike in all stages
         for request in known:
             self.keep_tokens(request)
             if self.trace is not None:
                 self.trace.end(request)
         lengths = {request.name: self._requests.routed(request) for request in known}
         ended = [request for request in self._requests.end([r.name for r in known]) if request.segment >= 0]
-        if not ended:
+        if not ended or not self._sites:
             return
         sums = self._as_transformers(self._tables.take_segments([request.segment for request in ended]))
         averages = self._pool.add(sums, np.array([request.group for request in ended]))
@@ -164,7 +178,9 @@ class Recording:
     # ---- answers
 
     def refuse_gaps(self) -> None:
-        """Raise ``RecordingError`` if a layer was never reached, or the tables were too small."""
+        """Raise ``RecordingError`` if a request failed, a layer was never reached, or the tables were too small."""
+        if self._failures:
+            raise RecordingError(f"{len(self._failures)} requests were not steered as asked: {self._failures[0]}")
         silent = [site.name for site in self._sites if not site.reached]
         if silent and self.steps:
             raise RecordingError(
@@ -209,11 +225,11 @@ class Recording:
             store=None if self._store is None else self._store.snapshot(),
         )
 
-    def traced(self) -> Trace:
-        """The trace. Raises ``RecordingError`` if none is kept."""
-        if self.trace is None:
+    def traced(self) -> Trace | None:
+        """The trace; None if another stage holds the traced layers. Raises ``RecordingError`` if none is kept."""
+        if not self._options.trace:
             raise RecordingError('no trace is kept: start the engine with "moe_route": {"trace": true}, or [layers]')
-        return self.trace.snapshot(self._options.groups, self._token_ids)
+        return None if self.trace is None else self.trace.snapshot(self._options.groups, self._token_ids)
 
     def _as_transformers(self, sums: TableSums) -> TableSums:
         """Multiply the sums of weights by the factor that vLLM applies to the output of a layer instead."""

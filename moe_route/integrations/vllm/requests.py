@@ -38,7 +38,9 @@ class Request:
         group: index of its group; -1: counted in none.
         segment: row of the segment tables; -1: began while nothing was recorded.
         first: position of its first token that is routed here; earlier ones came from a cache.
+        plan: index of its plan; -1 for none.
         tokens: ids of its tokens, kept where the runner is about to forget them.
+        starts: int64 [3, M], where its values begin in the plans' tables, see ``PlanTables.starts``; None: look it up.
     """
 
     name: str
@@ -47,7 +49,9 @@ class Request:
     segment: int
     first: int
     slot: int
+    plan: int = -1
     tokens: np.ndarray | None = None
+    starts: np.ndarray | None = None
 
 
 class RequestTable:
@@ -82,7 +86,7 @@ class RequestTable:
             size = len(self._numbers)
             self._numbers = np.concatenate([self._numbers, np.zeros_like(self._numbers)])
             self._free = list(range(2 * size - 1, size - 1, -1))
-        request = Request(name, item, group, segment, first, self._free.pop())
+        request = Request(name, item, group, segment, first, self._free.pop(), plan)
         self._numbers[request.slot] = (prompt, group, segment, first, plan)
         self.running[name] = request
         return request

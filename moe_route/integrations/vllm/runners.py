@@ -10,16 +10,21 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from torch import Tensor
 
 __all__ = ["Batch", "RunnerView", "V1", "V2", "follow", "view_of"]
 
 
 class Batch(NamedTuple):
-    """Requests of a step in the order of the batch, tokens of each, and the position of the first of them."""
+    """Requests of a step in the order of the batch, tokens of each, and the position of the first of them.
+
+    ``token_ids``: int32 [T], the ids of the tokens, on the device.
+    """
 
     names: Sequence[str]
     counts: np.ndarray
     starts: np.ndarray
+    token_ids: Tensor
 
 
 class RunnerView(Protocol):
@@ -49,7 +54,8 @@ class V1:
         rows = self._runner.input_batch
         names = list(rows.req_ids)
         counts = np.array([scheduled.num_scheduled_tokens[name] for name in names], np.int64)
-        return Batch(names, counts, np.asarray(rows.num_computed_tokens_cpu[: len(names)], np.int64))
+        starts = np.asarray(rows.num_computed_tokens_cpu[: len(names)], np.int64)
+        return Batch(names, counts, starts, self._runner.input_ids.gpu[: counts.sum()])
 
     def token_ids(self, name: str, end: int) -> np.ndarray | None:
         state = self._runner.requests.get(name)
@@ -72,6 +78,7 @@ class V2:
             list(prepared.req_ids),
             np.asarray(prepared.num_scheduled_tokens[:count], np.int64),
             np.asarray(prepared.num_computed_tokens_np[:count], np.int64),
+            prepared.input_ids[: prepared.num_scheduled_tokens[:count].sum()],
         )
 
     def token_ids(self, name: str, end: int) -> np.ndarray | None:

@@ -7,7 +7,7 @@ expert load balancer maps logical ids to physical ones, and before the kernel.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ from moe_route import ops
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.integrations.vllm.versions import EngineNotSupportedError, find
+
+if TYPE_CHECKING:
+    from moe_route.integrations.vllm.token_values import TokenValues
+    from moe_route.steering.token_steering import TokenSteering
 
 __all__ = ["Site", "check", "find_sites", "hook", "transformers_name"]
 
@@ -32,7 +36,7 @@ class Site:
     """One router of the model that this worker runs."""
 
     name: str  # of the router in transformers
-    runner: Any
+    runner: Any  # vLLM's
     num_experts: int
     top_k: int
     spec: RouterSpec
@@ -45,24 +49,20 @@ class Site:
     statistics: StatisticsTables | None = None
     traced: tuple[Tensor, Tensor] | None = None  # ids and weights of the latest step, [T, k], if they are traced
     steers: bool = False  # whether a plan that runs has a rule for this layer
+    by_token: TokenSteering | None = None  # all plans that run, if some rule here looks at single tokens
+    values: TokenValues | None = None  # what such rules need of a step
     tokens: Tensor = field(default_factory=lambda: torch.empty(0, 4, dtype=torch.int32))
     rows: Tensor = field(default_factory=lambda: torch.empty(0, 4, dtype=torch.int32))  # those of a step, of `tokens`
 
 
 def find_sites(model: nn.Module, model_type: str) -> list[Site]:
-    """All routers of the model, in the order of its layers.
+    """All routers of the model's part in this worker, in the order of its layers.
 
     Raises ``EngineNotSupportedError`` naming the layer, and the flag that mends it, where one cannot be followed.
     """
     base = find("vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter")
     moe_runner = find("vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner")
-    sites = [_site(m, base, model_type) for m in model.modules() if isinstance(m, moe_runner)]
-    if not sites:
-        raise EngineNotSupportedError(
-            "moe_route: no MoE layer of vLLM's own was found; a model that runs on vLLM's Transformers backend "
-            "routes inside transformers: use mr.attach(model) there"
-        )
-    return sites
+    return [_site(m, base, model_type) for m in model.modules() if isinstance(m, moe_runner)]
 
 
 def _site(runner: Any, base: type, model_type: str) -> Site:
@@ -81,7 +81,16 @@ def _site(runner: Any, base: type, model_type: str) -> Site:
     config = runner.moe_config
     if getattr(getattr(config, "moe_parallel_config", None), "is_sequence_parallel", False):
         raise EngineNotSupportedError(
-            f"moe_route: {name} splits the tokens of a step over ranks: start without --enable-expert-parallel"
+            f"moe_route: {name} splits the tokens of a step over the ranks of tensor parallelism, as vLLM does where "
+            "tensor, data and expert parallelism meet: leave out --enable-expert-parallel, --data-parallel-size or "
+            "--tensor-parallel-size"
+        )
+    if getattr(runner, "do_naive_dispatch_combine", False):
+        kernel = type(getattr(runner.routed_experts, "quant_method", runner)).__name__
+        raise EngineNotSupportedError(
+            f"moe_route: {name} routes the tokens of all data parallel ranks on each of them, because its kernel "
+            f"({kernel}) is not modular: start one engine per replica, without --data-parallel-size, and add up their "
+            "files"
         )
     spec, bias = spec_of(router, name)
     redundant = config.num_experts - getattr(config, "num_logical_experts", config.num_experts)

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from moe_route.integrations.vllm.requests import Request, positions_of
-from moe_route.integrations.vllm.versions import EngineNotSupportedError
 from moe_route.recording.trace import Trace
 
 if TYPE_CHECKING:
@@ -25,17 +24,13 @@ _COLUMNS = ("sequence", "group", "position", "phase", "ids", "weights")
 class StepTrace:
     """Reads the choices of a step before the next one is laid out, from buffers that the operator writes."""
 
-    def __init__(self, sites: Sequence[Site], layers: Sequence[int], most_tokens: int, limit: int):
-        """``layers``: indices of the traced sites; ``limit``: largest number of tokens to keep.
+    def __init__(self, sites: Sequence[Site], layers: Sequence[int], most_tokens: int, limit: int, first: int = 0):
+        """``layers``: indices of the traced sites, of which the model has ``first`` in earlier stages.
 
-        Raises ``EngineNotSupportedError`` for a layer that the model does not have.
+        ``limit``: largest number of tokens to keep.
         """
-        outside = [layer for layer in layers if not 0 <= layer < len(sites)]
-        if outside:
-            raise EngineNotSupportedError(
-                f"moe_route: there is no layer {outside[0]} to trace: the model has MoE layers 0 to {len(sites) - 1}"
-            )
-        self._sites, self._layers, self._limit = [sites[layer] for layer in layers], tuple(layers), limit
+        self._sites, self._limit = [sites[layer] for layer in layers], limit
+        self._layers = tuple(first + layer for layer in layers)
         for site in self._sites:
             site.traced = (
                 torch.full((most_tokens, site.top_k), -1, dtype=torch.int16, device=site.device),

@@ -16,10 +16,22 @@ SEAMS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
     {
         "vllm.v1.worker.gpu_worker:Worker.load_model": ("load_model", ()),
         "vllm.v1.engine.input_processor:InputProcessor._validate_params": ("_validate_params", ("params",)),
+        "vllm.v1.engine.llm_engine:LLMEngine.collective_rpc": (
+            "collective_rpc",
+            ("method", "timeout", "args", "kwargs"),
+        ),
+        "vllm.v1.engine.async_llm:AsyncLLM.collective_rpc": (
+            "collective_rpc",
+            ("method", "timeout", "args", "kwargs"),
+        ),
         "vllm.v1.engine.core:EngineCore.add_request": ("add_request", ("request",)),
         "vllm.v1.engine.core:EngineCore.collective_rpc": ("collective_rpc", ("method",)),
         "vllm.v1.request:Request.get_skip_reading_prefix_cache": ("get_skip_reading_prefix_cache", ()),
         "vllm.v1.request:Request.update_block_hashes": ("update_block_hashes", ()),
+        "vllm.model_executor.layers.fused_moe.modular_kernel:FusedMoEExperts.is_supported_config": (
+            "is_supported_config",
+            ("cls", "moe_config"),
+        ),
         "vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter._compute_routing": (
             "_compute_routing",
             ("hidden_states", "router_logits", "indices_type", "input_ids"),

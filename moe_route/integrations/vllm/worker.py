@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from moe_route.identity import config_hash
 from moe_route.integrations.vllm import operator, runners
+from moe_route.integrations.vllm.answers import StagePart, content_of, replica_path, saved
 from moe_route.integrations.vllm.counting import StepCounts
 from moe_route.integrations.vllm.options import (
     DEFAULT_PLAN,
-    GROUP,
-    ITEM,
-    PLAN,
     UNSTEERED,
     Options,
+    identity,
     refuse_engine,
     refuse_recording,
 )
@@ -26,14 +23,16 @@ from moe_route.integrations.vllm.plans import PlanTables
 from moe_route.integrations.vllm.prefixes import Workers, steered_prefixes
 from moe_route.integrations.vllm.recording import Recording
 from moe_route.integrations.vllm.requests import RequestTable
-from moe_route.integrations.vllm.sites import check, find_sites, hook
+from moe_route.integrations.vllm.sites import Site, check, find_sites, hook
+from moe_route.integrations.vllm.stages import find_stage
+from moe_route.integrations.vllm.token_values import TokenValues
 from moe_route.integrations.vllm.versions import EngineNotSupportedError, check_version
 from moe_route.recording.statistics import RecordingError, RoutingStatistics
 from moe_route.recording.trace import Trace
+from moe_route.steering.compiled import CompiledPlan
 
 __all__ = ["Session"]
 
-_Answer = TypeVar("_Answer")
 _GRAPH_ROWS = 256  # a CUDA graph may pad a step beyond the scheduler's limit
 
 
@@ -46,9 +45,9 @@ class Session:
         refuse_engine(self._config)
         runner = worker.model_runner
         model = runner.get_model() if hasattr(runner, "get_model") else runner.model
-        self.sites = find_sites(model, str(getattr(self._config.model_config.hf_config, "model_type", "")))
-        for site in self.sites:
-            check(site)
+        kind = str(getattr(self._config.model_config.hf_config, "model_type", ""))
+        stages = self._config.parallel_config.pipeline_parallel_size
+        self.sites, stage = find_stage(lambda: _checked(find_sites(model, kind)), stages)
         scheduler = self._config.scheduler_config
         most_requests, most_tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens + _GRAPH_ROWS
         self._requests = RequestTable(len(options.groups), len(options.plan_names), most_requests)
@@ -58,12 +57,16 @@ class Session:
             options,
             self._requests,
             self._view.token_ids,
+            stage,
             most_requests=most_requests,
             most_tokens=most_tokens,
         )
-        self._plans = PlanTables(self.sites, options)
-        self._make_token_tables(most_tokens)
-        self._counts = StepCounts(self.sites) if all(site.device.type == "cpu" for site in self.sites) else None
+        captured = worker.device.type != "cpu" and not self._config.model_config.enforce_eager
+        self._plans = PlanTables(self.sites, options, stage, worker.device, captured=captured)
+        self._values = TokenValues(self._plans, self._requests, worker.device, self._recording.fail)
+        self._make_token_tables(most_tokens, worker.device)
+        self._counts = StepCounts(self.sites) if {site.device.type for site in self.sites} == {"cpu"} else None
+        self._former: tuple[str, CompiledPlan | None, set[str]] | None = None  # what ``take_back`` gives back
         operator.connect(self.sites, self._counts)
         for index, site in enumerate(self.sites):
             hook(site, index)
@@ -81,9 +84,8 @@ class Session:
         if options.record:
             self.record()
 
-    def _make_token_tables(self, most_tokens: int) -> None:
+    def _make_token_tables(self, most_tokens: int, device: torch.device) -> None:
         """Token tables of the largest step: their addresses are part of captured graphs."""
-        device = self.sites[0].device
         self._step = torch.full((most_tokens, 4), -1, dtype=torch.int32, device=device)
         self._step[:, 3] = 1
         self._tokens = self._step.repeat(len(self.sites), 1, 1)
@@ -92,7 +94,7 @@ class Session:
             self._host = self._host.pin_memory()
         self._dirty = most_tokens  # rows of the device's table that may hold something
         for site, tokens in zip(self.sites, self._tokens, strict=True):
-            site.tokens = tokens
+            site.tokens, site.values = tokens, self._values
 
     # ---- verbs, called by name through collective_rpc
 
@@ -102,15 +104,30 @@ class Session:
         ``name`` is the plan that requests choose by ``moe_route_plan``; those that choose none take "default".
         """
         self._refuse_other_engine()
+        self._former = None
         self._plans.check_name(name)
         compiled = None
         if plan is not None:
             compiled = self._plans.compiled(plan, self._config.model_config.model, self._config_hash())
-        self._requests.plan_rows = self._plans.change(name, compiled)
+        former = self._plans.running.get(name), set(self._recording.used_plans)
+        self._change(name, compiled)
+        self._former = name, *former
         if compiled is None:
             return None
         self._recording.used_plans.add(compiled.plan_hash)
         return compiled.plan_hash
+
+    def _change(self, name: str, compiled: CompiledPlan | None) -> None:
+        self._requests.plan_rows = self._plans.change(name, compiled)
+        for request in self._requests.running.values():
+            request.starts = None
+
+    def take_back(self) -> None:
+        """Undo the latest ``steer``, if it changed a plan here: another worker refused it."""
+        if self._former is not None:
+            name, compiled, self._recording.used_plans = self._former
+            self._change(name, compiled)
+            self._former = None
 
     def prefixes(self) -> Workers:
         """What decides who may share a cached prefix."""
@@ -126,8 +143,12 @@ class Session:
         """Stop counting. What was counted is kept; ``statistics`` reads it, ``record`` forgets it."""
         self._requests.counts = False
 
-    def statistics(self, path: str | None = None, idle: bool = False) -> bytes | str | None:
+    def statistics(self, path: str | None = None, idle: bool = False) -> bytes | str | StagePart | None:
         """Write what was counted to ``path``, or return the content of such a file; None on ranks but the first.
+
+        With several stages of pipeline parallelism, the first rank of each hands its layers over, and the engine core
+        writes the file of all. With several replicas of data parallelism, each writes a file of its own, whose name
+        ends with the replica's number.
 
         vLLM tells a worker with the next step which requests have ended. ``idle``: the caller knows that none is
         running, so all are taken as ended. Otherwise the tokens of those not known to have ended are in the sums over
@@ -140,8 +161,7 @@ class Session:
             raise RecordingError(
                 'nothing is recorded: start the engine with "moe_route": {"record": true}, or call moe_route_record'
             )
-        made = self._answer(idle, self._statistics)
-        return None if made is None else _saved(made, path)
+        return self._answer(path, idle, self._statistics)
 
     def _statistics(self) -> RoutingStatistics:
         model = self._config.model_config
@@ -150,21 +170,30 @@ class Session:
         made.verify()
         return made
 
-    def trace(self, path: str | None = None, idle: bool = False) -> bytes | str | None:
+    def trace(self, path: str | None = None, idle: bool = False) -> bytes | str | StagePart | None:
         """Write the trace to ``path``, or return the content of such a file; None on ranks but the first.
 
-        ``idle`` as for ``statistics``. Raises ``RecordingError`` if the engine keeps none.
+        Stages, replicas and ``idle`` as for ``statistics``. Raises ``RecordingError`` if the engine keeps none.
         """
         self._refuse_other_engine()
-        made = self._answer(idle, self._recording.traced)
-        return None if made is None else _saved(made, path)
+        return self._answer(path, idle, self._recording.traced)
 
-    def _answer(self, idle: bool, read: Callable[[], _Answer]) -> _Answer | None:
-        """What ``read`` makes, on the rank that answers."""
+    def _answer(
+        self, path: str | None, idle: bool, read: Callable[[], RoutingStatistics | Trace | None]
+    ) -> bytes | str | StagePart | None:
+        """What ``read`` makes, on the first rank of a stage that has routers."""
         if idle:
             self._recording.end(list(self._requests.running))
         self._recording.refuse_gaps()
-        return None if self._worker.rank % self._config.parallel_config.tensor_parallel_size else read()
+        parallel = self._config.parallel_config
+        made = read() if self.sites and not self._worker.rank % parallel.tensor_parallel_size else None
+        if made is None:
+            return None
+        if path is not None and parallel.data_parallel_size > 1:
+            path = replica_path(path, parallel.data_parallel_rank)
+        if parallel.pipeline_parallel_size > 1:
+            return StagePart(type(made), content_of(made), path)
+        return saved(made, path)
 
     def report(self) -> dict[str, Any]:
         """What was found and what runs, for a person."""
@@ -209,9 +238,8 @@ class Session:
                 self._begin(new)
 
     def _begin(self, new: Any) -> None:
-        options, given = self.options, (new.sampling_params and new.sampling_params.extra_args) or {}
-        default = options.groups[0] if len(options.groups) == 1 else None
-        group, plan = given.get(GROUP) or default, given.get(PLAN) or DEFAULT_PLAN
+        options = self.options
+        plan, group, item = identity(new.sampling_params, options)
         code = options.groups.index(group) if group in options.groups else -1
         cached = new.num_computed_tokens
         segment = self._recording.row(cached) if code >= 0 and self._requests.counts else -1
@@ -219,7 +247,7 @@ class Session:
         steered = -1 if plan == UNSTEERED or plan not in options.plan_names else options.plan_names.index(plan)
         prompt = len(new.prompt_token_ids if new.prompt_token_ids is not None else new.prompt_embeds)
         request = self._requests.begin(
-            new.req_id, prompt=prompt, group=code, segment=segment, plan=steered, item=given.get(ITEM), first=cached
+            new.req_id, prompt=prompt, group=code, segment=segment, plan=steered, item=item, first=cached
         )
         if segment >= 0:
             self._recording.begin(request)
@@ -232,9 +260,10 @@ class Session:
         trace = self._recording.trace
         if trace is not None:
             trace.take()
-        total = self._requests.fill(self._host.numpy(), *batch)
+        total = self._requests.fill(self._host.numpy(), *batch[:3])
         if trace is not None:
-            trace.lay_out(self._host.numpy()[:total], self._requests.group_capacity, *batch)
+            trace.lay_out(self._host.numpy()[:total], self._requests.group_capacity, *batch[:3])
+        self._values.lay_out(self._host.numpy()[:total, 0], batch)
         self._host[total : self._dirty, :3] = -1
         most = max(total, self._dirty)
         step = self._step[:most]
@@ -262,6 +291,7 @@ class Session:
     def _dummy(self) -> None:
         """A run without requests counts nothing."""
         operator.set_work(operator.Work.ROUTE)
+        self._values.clear()
         if self._recording.trace is not None:
             self._recording.trace.take()
         self._host[:, :3] = -1
@@ -269,11 +299,7 @@ class Session:
         self._dirty = 0
 
 
-def _saved(made: RoutingStatistics | Trace, path: str | None) -> str | bytes:
-    if path is not None:
-        made.save(path)
-        return path
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "answer.safetensors"
-        made.save(file)
-        return file.read_bytes()
+def _checked(sites: list[Site]) -> list[Site]:
+    for site in sites:
+        check(site)
+    return sites

@@ -37,7 +37,14 @@ FIELDS = {
         "preempted_req_ids",
         "scheduled_new_reqs",
     ),
-    "vllm.v1.worker.gpu.input_batch:InputBatch": ("req_ids", "num_scheduled_tokens", "num_computed_tokens_np"),
+    "vllm.v1.worker.gpu.input_batch:InputBatch": (
+        "req_ids",
+        "num_scheduled_tokens",
+        "num_computed_tokens_np",
+        "input_ids",
+    ),
+    "vllm.v1.engine.llm_engine:LLMEngine": ("input_processor", "vllm_config"),
+    "vllm.v1.engine.async_llm:AsyncLLM": ("input_processor", "vllm_config"),
     "vllm.v1.request:Request": (
         "sampling_params",
         "num_prompt_tokens",
@@ -46,7 +53,7 @@ FIELDS = {
         "block_hashes",
         "skip_reading_prefix_cache",
     ),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": ("input_batch", "requests"),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": ("input_batch", "input_ids", "requests"),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": ("req_states",),
     "vllm.v1.worker.gpu.states:RequestState": ("req_id_to_index", "all_token_ids"),
     "vllm.v1.engine.core:EngineCore": ("model_executor", "scheduler", "vllm_config"),
@@ -57,7 +64,19 @@ FIELDS = {
         "moe_config",
         "routed_experts",
         "is_monolithic",
+        "do_naive_dispatch_combine",
     ),
+    "vllm.model_executor.layers.fused_moe.config:FusedMoEParallelConfig": ("is_sequence_parallel",),
+    "vllm.config.parallel:ParallelConfig": (
+        "pipeline_parallel_size",
+        "tensor_parallel_size",
+        "data_parallel_size",
+        "data_parallel_rank",
+        "enable_elastic_ep",
+    ),
+    "vllm.distributed.parallel_state:GroupCoordinator": ("world_size", "rank_in_group", "cpu_group"),
+    "vllm.v1.worker.gpu_worker:Worker": ("device", "model_runner"),
+    "vllm.v1.worker.worker_base:WorkerBase": ("rank", "vllm_config"),
 }
 """Attributes of vLLM's objects that are read or set."""
 
@@ -80,8 +99,8 @@ def class_at(source: str, place: str) -> ast.ClassDef:
     return found
 
 
-def methods(of: ast.ClassDef) -> dict[str, ast.FunctionDef]:
-    return {node.name: node for node in of.body if isinstance(node, ast.FunctionDef)}
+def methods(of: ast.ClassDef) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
+    return {node.name: node for node in of.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -104,6 +123,13 @@ def test_attributes_that_are_read_exist(place: str, source: str) -> None:
         elif isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == "self":
             found.add(target.attr)
     assert set(FIELDS[place]) <= found
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_group_of_pipeline_stages_is_found(source: str) -> None:
+    body = module(source, "vllm.distributed.parallel_state").body
+    (found,) = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == "get_pp_group"]
+    assert not found.args.args
 
 
 @pytest.mark.parametrize("place", SEAMS)

@@ -29,6 +29,8 @@ def sites() -> list[Any]:
             reached=0,
             traced=None,
             steers=False,
+            by_token=None,
+            values=None,
             tokens=torch.full((1024, 4), -1, dtype=torch.int32),
             rows=torch.empty(0, 4, dtype=torch.int32),
             steering=operator.neutral_tables(1, EXPERTS, torch.device("cpu")),

@@ -41,7 +41,7 @@ def test_wrong_options_are_refused(given: Any, words: str) -> None:
 
 
 def config(**changes: Any) -> SimpleNamespace:
-    parallel = SimpleNamespace(data_parallel_size=1, pipeline_parallel_size=1, enable_dbo=False)
+    parallel = SimpleNamespace(decode_context_parallel_size=1, enable_elastic_ep=False, enable_dbo=False)
     made = {
         "speculative_config": None,
         "scheduler_config": SimpleNamespace(async_scheduling=False, policy="fcfs"),
@@ -58,8 +58,8 @@ def config(**changes: Any) -> SimpleNamespace:
     [
         ({"async_scheduling": True}, "--no-async-scheduling"),
         ({"policy": "priority"}, "--scheduling-policy fcfs"),
-        ({"data_parallel_size": 2}, "one engine per replica"),
-        ({"pipeline_parallel_size": 2}, "--tensor-parallel-size"),
+        ({"decode_context_parallel_size": 2}, "without context parallelism"),
+        ({"enable_elastic_ep": True}, "without --enable-elastic-ep"),
         ({"enable_dbo": True}, "without --enable-dbo"),
     ],
 )

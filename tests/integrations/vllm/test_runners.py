@@ -16,6 +16,7 @@ class RunnerV1:
     def __init__(self, log: list[str]):
         self.log = log
         self.input_batch = SimpleNamespace(req_ids=["b", "a"], num_computed_tokens_cpu=np.array([3, 0, 99]))
+        self.input_ids = SimpleNamespace(gpu=torch.tensor([8, 5, 6, 0, 0], dtype=torch.int32))
         self.requests = {"a": SimpleNamespace(prompt_token_ids=[5, 6], output_token_ids=[7, 8])}
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any = None) -> str:
@@ -45,6 +46,7 @@ class RunnerV2(RunnerV1):
             req_ids=["b", "a"],
             num_scheduled_tokens=np.array([1, 2]),
             num_computed_tokens_np=np.array([3, 0]),
+            input_ids=self.input_ids.gpu[:4],  # with padding
         )
 
 
@@ -76,6 +78,7 @@ def test_a_step_is_followed_in_order(kind: type[RunnerV1]) -> None:
     assert list(batches[0].names) == ["b", "a"]
     assert batches[0].counts.tolist() == [1, 2]
     assert batches[0].starts.tolist() == [3, 0]
+    assert batches[0].token_ids.tolist() == [8, 5, 6]
     log.clear()
     assert runner._dummy_run(4) == 4
     runner.execute_model(SCHEDULED, dummy_run=True)

@@ -43,8 +43,17 @@ class OtherRouter(BaseRouter):
 
 
 class MoERunner(nn.Module):
-    def __init__(self, router: Any, *, monolithic: bool = False, split: bool = False, scale: float = 1.0):
+    def __init__(
+        self,
+        router: Any,
+        *,
+        monolithic: bool = False,
+        split: bool = False,
+        gathered: bool = False,
+        scale: float = 1.0,
+    ):
         super().__init__()
+        self.do_naive_dispatch_combine = gathered
         self.layer_name, self.router, self.is_monolithic = "model.layers.0.mlp.experts", router, monolithic
         self.moe_config = SimpleNamespace(
             num_experts=EXPERTS,
@@ -84,12 +93,12 @@ def test_specs_are_read_from_attributes() -> None:
     ("runner", "words"),
     [
         (MoERunner(FusedTopKRouter(), monolithic=True), "start with --moe-backend triton"),
-        (MoERunner(FusedTopKRouter(), split=True), "without --enable-expert-parallel"),
+        (MoERunner(FusedTopKRouter(), split=True), "leave out --enable-expert-parallel"),
+        (MoERunner(FusedTopKRouter(), gathered=True), "one engine per replica"),
         (MoERunner(object()), "a router of its own"),
         (MoERunner(OtherRouter()), "a router of class OtherRouter"),
         (MoERunner(FusedTopKRouter(custom_routing_function=max)), r"a function of its own \(max\)"),
         (MoERunner(FusedTopKRouter(hash_indices_table=1)), "by token id"),
-        (nn.Linear(2, 2), "mr.attach"),
     ],
 )
 def test_what_cannot_be_followed_is_refused(runner: nn.Module, words: str) -> None:

@@ -18,7 +18,6 @@ import moe_route as mr
 from moe_route.calls.call import PHASES
 from moe_route.integrations.vllm.requests import RequestTable
 from moe_route.integrations.vllm.tracing import StepTrace
-from moe_route.integrations.vllm.versions import EngineNotSupportedError
 from moe_route.recording.trace import Trace
 
 GROUPS = ("plain", "steered")
@@ -90,11 +89,6 @@ def test_tokens_that_run_again_and_those_past_the_limit_are_left_out() -> None:
     steps.trace.forget()
     assert len(steps.snapshot()) == 0
     assert not steps.snapshot().truncated
-
-
-def test_a_layer_that_is_not_there_is_refused() -> None:
-    with pytest.raises(EngineNotSupportedError, match="no layer 3 to trace: the model has MoE layers 0 to 2"):
-        StepTrace(Steps().sites, (1, 3), 16, 100)
 
 
 vllm: Any = None
@@ -233,5 +227,5 @@ def test_a_trace_is_replayed_by_transformers(llm: Any, ids: list[list[int]]) -> 
         rec.labels(items=["x"]),
     ):
         model(torch.tensor([ids[3]]))
-    np.testing.assert_array_equal(np.sort(rec.trace().ids, axis=2), np.sort(trace.ids, axis=2))
+    np.testing.assert_array_equal(rec.trace().ids, trace.ids)
     mr.vllm.steer(llm, None)
