@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-__all__ = ["ALONE", "ModelParallelError", "ModelParallelGroup", "model_parallel_group"]
+__all__ = ["ALONE", "ModelParallelError", "ModelParallelGroup", "model_parallel_group", "share_of_weights"]
 
 # a rank may wait while another one reads a large checkpoint, or writes one
 _PATIENCE = timedelta(hours=2)
@@ -126,3 +126,12 @@ def model_parallel_group(size: int, how: Literal["tensor", "expert"]) -> Iterato
         yield group
     finally:
         distributed.destroy_process_group()
+
+
+def share_of_weights(model: torch.nn.Module) -> float:
+    """Part of the bytes of all weights that this rank holds, from 0 to 1; 1 if nothing is divided."""
+    from torch.distributed.tensor import DTensor  # slow to import
+
+    weights = list(model.parameters())
+    here = sum((weight.to_local() if isinstance(weight, DTensor) else weight).nbytes for weight in weights)
+    return here / max(sum(weight.nbytes for weight in weights), 1)

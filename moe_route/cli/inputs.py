@@ -64,7 +64,9 @@ def model_arguments(parser: argparse.ArgumentParser, *, engine: bool = True) -> 
     group.add_argument(
         "--model", default="demo", metavar="NAME", help="checkpoint folder or hub name (default: the demo model)"
     )
-    group.add_argument("--device", help="where to put the model, such as cpu or cuda:0 (default: where it loads)")
+    group.add_argument(
+        "--device", help="where to put the model, such as cpu or cuda:0 (default: where it loads, the CPU for most)"
+    )
     group.add_argument(
         "--device-map", metavar="MAP", help="spread the layers over devices: auto, balanced, sequential (accelerate)"
     )

@@ -75,7 +75,7 @@ def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, An
     from moe_route import files
     from moe_route.corpus_recording import RESULT, CorpusRecording
     from moe_route.data import CorpusError, CorpusStream
-    from moe_route.model_parallel import model_parallel_group
+    from moe_route.model_parallel import model_parallel_group, share_of_weights
     from moe_route.steering import Plan
 
     if options.trace is not None or options.trace_layers is not None:
@@ -98,6 +98,7 @@ def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, An
     with ExitStack() as stack:
         group = stack.enter_context(model_parallel_group(*_together(options)))
         language_model, routed = stack.enter_context(attached_model(options, group=group))
+        share = 1.0 if group.how is None else share_of_weights(language_model.model)
         if plan is not None:
             stack.enter_context(routed.steer(plan))
         recording = CorpusRecording(
@@ -122,6 +123,9 @@ def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, An
     if not group.writes:
         return Answer(data | {"member": group.member}, "", code=code)
     lines = [f"{_name(group)}{progress}"]
+    if group.how is not None:
+        data["share_of_weights"] = share
+        lines.append(f"each rank held {100 * share:.0f} % of the weights, as transformers' plans divide this model")
     if progress.cut:
         lines.append(f"{progress.cut} texts were cut: {options.out / 'cut.jsonl'} names them when all is done")
     if progress.empty:

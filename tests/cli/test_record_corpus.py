@@ -338,6 +338,7 @@ class TestRanksThatShareAModel:
             done = subprocess.run(line, env={**os.environ, **QUIET}, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr[-4000:]
             assert done.stdout.count("written to") + done.stdout.count("this part is done") == ranks // 2
+            assert done.stdout.count("each rank held 50 % of the weights") == ranks // 2
         assert len(list(out.glob("rank-*"))) == ranks // 2
         equal_but_for_rounding(out, whole)
 
