@@ -10,6 +10,7 @@ how far the run is; files of a later number belong to a checkpoint that was kill
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -25,6 +26,7 @@ from moe_route import files
 from moe_route.data import CorpusStream
 from moe_route.data.streams import CorpusText
 from moe_route.identity import config_hash
+from moe_route.model_parallel import ALONE, ModelParallelGroup
 from moe_route.recording import Recorder, RoutingStatistics, SequenceStore
 from moe_route.routed import RoutedModel
 from moe_route.workload import LanguageModel, Text, record_texts
@@ -77,13 +79,13 @@ class CorpusRecording:
     """A resumable recording of a corpus into `folder`.
 
     Attributes:
-        folder: the run's folder, made if missing. Ranks share it.
+        folder: the run's folder, made if missing. Ranks share it; one rank of each group writes.
         corpus: the texts.
         batch_size: texts per batch. A window holds 16 batches.
         max_length: texts are cut to this number of tokens (by default the model's limit).
         limit: number of texts to read, None for all.
         chat_template: put each text into the tokenizer's chat template, as a user's message.
-        rank, ranks: number of this process, and how many there are.
+        group: the ranks that run one model together with this one. Each group has its share of the windows.
         checkpoint_seconds: least time between two checkpoints, which lie between windows.
         record: arguments of `RoutedModel.record`.
     """
@@ -94,8 +96,7 @@ class CorpusRecording:
     max_length: int | None = None
     limit: int | None = None
     chat_template: bool = False
-    rank: int = 0
-    ranks: int = 1
+    group: ModelParallelGroup = ALONE
     checkpoint_seconds: float = 300.0
     record: Mapping[str, Any] = field(default_factory=dict)
 
@@ -107,29 +108,35 @@ class CorpusRecording:
         stop: Callable[[], bool] = lambda: False,
         report: Callable[[Progress], None] = lambda progress: None,
     ) -> Progress:
-        """Record this rank's windows that no checkpoint holds yet, and merge the ranks if it is the last one.
+        """Record this group's windows that no checkpoint holds yet, and merge the groups if it is the last one.
 
-        `stop` is called before each window; if it returns True, the run ends with a checkpoint. `report` is called
-        after each window.
+        `stop` is called before each window; if it returns True on any rank of the group, its run ends with a
+        checkpoint. `report` is called after each window. All ranks of a group run its windows, and one of them writes.
 
         Raises:
             RunFolderError: the folder holds a run with other settings, or of another model or corpus.
             FileExistsError: another process writes the part of this rank.
             ValueError: two texts of one group have the same item, and sequences are kept.
         """
-        files.make_folder(self.folder)
-        self._claim(language_model, routed)
-        part = files.make_folder(self._part(self.rank))
-        descriptor = os.open(part, os.O_RDONLY)
-        try:
-            if files.lock(descriptor) is False:
-                raise FileExistsError(f"another process writes rank {self.rank} of {self.folder}: wait for its end")
-            progress = _Rank(self, part, language_model, routed).run(stop, report)
-        finally:
-            os.close(descriptor)
-        if progress.finished:
+        with contextlib.ExitStack() as lock:
+            state = self.group.of_writer(lambda: self._begin(lock, language_model, routed))
+            progress = _Rank(self, state, language_model, routed).run(stop, report)
+        if progress.finished and self.group.writes:
             self.merge()
         return progress
+
+    def _begin(
+        self, lock: contextlib.ExitStack, language_model: LanguageModel, routed: RoutedModel
+    ) -> dict[str, Any] | None:
+        """Claim the folder and the part of this group; returns how far the part is."""
+        files.make_folder(self.folder)
+        self._claim(language_model, routed)
+        part = files.make_folder(self.part(self.group.number))
+        descriptor = os.open(part, os.O_RDONLY)
+        lock.callback(os.close, descriptor)
+        if files.lock(descriptor) is False:
+            raise FileExistsError(f"another process writes {part}: wait for its end")
+        return _load_total(part, sequences=False)[1]
 
     def merge(self) -> RoutingStatistics | None:
         """Write the sum of all ranks to `folder`/statistics.safetensors and return it; None while a rank is running.
@@ -137,7 +144,8 @@ class CorpusRecording:
         Sequences are copied from file to file, a portion at a time. If several ranks end at once, each writes the same
         sum.
         """
-        totals = [_load_total(self._part(rank)) for rank in range(self.ranks)]
+        parts = [self.part(number) for number in range(self.group.groups)]
+        totals = [_load_total(part) for part in parts]
         if any(state is None or not state["finished"] for _, state in totals):
             return None
         found = [total for total, _ in totals if total is not None]
@@ -148,13 +156,13 @@ class CorpusRecording:
             merged = merged.merge(other)
         merged.save(self.folder / RESULT)
         with files.replacing(self.folder / _CUT) as stream:
-            for rank in range(self.ranks):
-                for path in sorted(self._part(rank).glob("cut-*.jsonl")):
-                    stream.write(path.read_bytes())
+            for path in itertools.chain.from_iterable(sorted(part.glob("cut-*.jsonl")) for part in parts):
+                stream.write(path.read_bytes())
         return merged
 
-    def _part(self, rank: int) -> Path:
-        return self.folder / f"rank-{rank:05d}"
+    def part(self, number: int) -> Path:
+        """The folder of a group."""
+        return self.folder / f"rank-{number:05d}"
 
     def _claim(self, language_model: LanguageModel, routed: RoutedModel) -> None:
         """Write what the run is, or compare it with what the folder says."""
@@ -165,7 +173,9 @@ class CorpusRecording:
             "max_length": self.max_length,
             "limit": self.limit,
             "chat_template": self.chat_template,
-            "ranks": self.ranks,
+            "ranks": self.group.groups,
+            "ranks of a model": self.group.size,
+            "divided": self.group.how,
             "plan": None if routed.plan is None else routed.plan.hash,
             "record": {key: list(value) if isinstance(value, tuple) else value for key, value in self.record.items()},
         }
@@ -184,11 +194,18 @@ class CorpusRecording:
 
 
 class _Rank:
-    """The part of one rank: its state, and its checkpoints."""
+    """The part of one group on one of its ranks: its state, and its checkpoints, which one rank writes."""
 
-    def __init__(self, run: CorpusRecording, part: Path, language_model: LanguageModel, routed: RoutedModel):
+    def __init__(
+        self,
+        run: CorpusRecording,
+        state: dict[str, Any] | None,
+        language_model: LanguageModel,
+        routed: RoutedModel,
+    ):
         self._run = run
-        self._part = part
+        self._group = run.group
+        self._part = run.part(run.group.number)
         if run.chat_template:
             if not language_model.tokenizer.chat_template:
                 raise ValueError(f"the tokenizer of {language_model.name} has no chat template: leave it out")
@@ -197,7 +214,7 @@ class _Rank:
         self._routed = routed
         self._recorder: Recorder | None = None  # counts since the last checkpoint
         self._cut: list[dict[str, Any]] = []  # texts that were cut since then
-        self._total, state = _load_total(part, sequences=False)
+        self._total = _load_total(self._part, sequences=False)[0] if self._group.writes else None
         state = state or {"window": 0, "checkpoints": 0, "finished": False, "digest": "", "progress": {}}
         self._window: int = state["window"]  # the next window of the corpus
         self._checkpoints: int = state["checkpoints"]
@@ -206,7 +223,7 @@ class _Rank:
         self._progress.finished = state["finished"]
         self._progress.read_before = self._progress.read or 0.0
         self._progress.seconds = self._progress.new_tokens = 0
-        for path in part.iterdir():  # of a checkpoint that was killed
+        for path in self._part.iterdir() if self._group.writes else ():  # of a checkpoint that was killed
             match = _NUMBERED.fullmatch(path.name)
             if match and int(match[1]) >= self._checkpoints:
                 path.unlink()
@@ -217,8 +234,8 @@ class _Rank:
         begin = last = time.monotonic()
         stopped = False
         for number, texts, read, digest in self._windows():
-            if number % self._run.ranks == self._run.rank:
-                if stop():
+            if number % self._group.groups == self._group.number:
+                if self._group.any(stop()):
                     stopped = True
                     break
                 self._record(texts)
@@ -285,6 +302,10 @@ class _Rank:
                 yield number, window, window[-1].read, digest.hexdigest()
 
     def _checkpoint(self, *, finished: bool) -> None:
+        if not self._group.writes:  # counted once
+            self._recorder, self._cut = None, []
+            self._progress.finished = finished
+            return
         if self._recorder is not None:
             new = self._recorder.statistics()
             if new.store is not None and len(new.store):

@@ -32,12 +32,14 @@ import torch
 from moe_route import __version__
 
 __all__ = [
+    "FULL_DISK",
     "SCHEMA",
     "Block",
     "FileRefusedError",
     "StoredBlock",
     "canonical_json",
     "check_new_folder",
+    "check_room",
     "check_writable",
     "content_hash",
     "dtype_code",
@@ -88,6 +90,8 @@ _FULL_DISK = {
     errno.EFBIG: "choose a path on a disk that takes files of this size",
     errno.EIO: "check the disk, or choose a path on another one",
 }
+FULL_DISK = frozenset(_FULL_DISK)
+"""Numbers of the system errors after which the same file may be written once somebody has made room."""
 _NOT_ALLOWED = {
     errno.EACCES: "choose a folder that you may write to",
     errno.EPERM: "choose a folder that you may write to",
@@ -252,6 +256,21 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         stream, temporary = _new_temporary(target)
     stream.close()
     temporary.unlink()
+
+
+def check_room(path: str | os.PathLike[str], nbytes: int) -> None:
+    """Check that the disk of ``path`` has this many bytes left, before long work whose result goes there.
+
+    Raises ``OSError`` that names the folder and both sizes if it has not.
+    """
+    folder = _target(path).parent
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"{os.fspath(path)} will need at least {nbytes / 1e6:.1f} MB, and {folder} has {free / 1e6:.1f} MB left: "
+            f"{_FULL_DISK[errno.ENOSPC]}",
+        )
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,23 @@ def answers(name: str) -> bool:
     hub = urlsplit(constants.ENDPOINT)
     if Path(name).exists() or getproxies() or hub.hostname is None:  # a proxy may reach other hosts
         return True
-    try:
-        socket.create_connection((hub.hostname, hub.port or _HTTPS), timeout=_CONNECT_SECONDS).close()
-    except OSError:
-        return False
-    return True
+    return _connects(hub.hostname, hub.port or _HTTPS)
+
+
+def _connects(host: str, port: int) -> bool:
+    """Whether a connection opens within the time limit, all of the host's addresses and looking them up included."""
+    opened: list[bool] = []
+
+    def connect() -> None:
+        with contextlib.suppress(OSError):
+            socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
+            opened.append(True)
+
+    # neither looking up a name nor the number of addresses that are tried one after another has a limit of its own
+    thread = threading.Thread(target=connect, name="moe-route-hub", daemon=True)
+    thread.start()
+    thread.join(_CONNECT_SECONDS)
+    return bool(opened)
 
 
 def publish(

@@ -19,7 +19,15 @@ __all__ = ["config_hash", "identity_of", "library_versions", "tokenizer_hash", "
 _SAMPLED = 1024  # elements per tensor that enter the hash of the weights
 
 # settings of a configuration that affect how a model is run, not which model it is
-_RUN_OPTIONS = ("transformers_version", "dtype", "torch_dtype", "use_cache", "return_dict", "architectures")
+_RUN_OPTIONS = (
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "return_dict",
+    "architectures",
+    "distributed_config",
+)
 _LIBRARIES = ("torch", "transformers", "accelerate", "numpy")
 
 

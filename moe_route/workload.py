@@ -14,6 +14,7 @@ from moe_route import _C, hub
 from moe_route.calls.logits import fewer_logits
 from moe_route.data import Corpus, Question, demo_corpus, demo_model_folder, demo_task, load_demo_model
 from moe_route.data.batches import Batch, EncodedTexts, Text, encode, padded_batches, texts_of, token_ids
+from moe_route.model_parallel import ALONE, ModelParallelGroup
 from moe_route.routed import RoutedModel, attach
 from moe_route.training import is_upcycled, load_upcycled, with_sparse_blocks
 
@@ -93,23 +94,31 @@ class LanguageModel:
         revision: str | None = None,
         dequantize: bool = False,
         device_map: str | None = None,
+        group: ModelParallelGroup = ALONE,
     ) -> LanguageModel:
         """Load the model in folder `name`, or on the Hugging Face hub under `name`, or the shipped one ("demo").
 
         `revision` is a commit, tag or branch on the hub. `dequantize` converts MXFP4 weights (gpt-oss) to `dtype`,
         because in MXFP4 the router is bypassed. `device_map` spreads the layers over devices, as in transformers
-        ("auto": all GPUs, then memory, then disk). Code that comes with a checkpoint is never run. Raises
-        `ModelNotFoundError` if nothing can be loaded, and `ValueError` for a device beside a device map.
+        ("auto": all GPUs, then memory, then disk). The ranks of `group` hold one model together. Code that comes with
+        a checkpoint is never run. Raises `ModelNotFoundError` if nothing can be loaded, and `ValueError` for a device
+        beside a device map or a group.
         """
         if device is not None and device_map is not None:
             raise ValueError("a device map places the layers itself: give either a device or a device map")
+        if group.how is not None and (device is not None or device_map is not None):
+            raise ValueError("a model that is divided among ranks lies on their devices: leave out device and map")
         place, precision = _device(device), _dtype(dtype)
-        if name == DEMO_MODEL and device_map is None:
-            loaded: tuple[Any, Any] = load_demo_model(torch.float32 if precision == "auto" else precision)
+        if name == DEMO_MODEL and precision == "auto":
+            precision = torch.float32  # its weights are stored in less
+        if name == DEMO_MODEL and device_map is None and group.how is None:
+            loaded: tuple[Any, Any] = load_demo_model(precision)
             model, tokenizer = loaded
         else:
             where = str(demo_model_folder()) if name == DEMO_MODEL else name
-            model, tokenizer = _from_pretrained(where, precision, revision, dequantize, device_map)
+            model, tokenizer = _from_pretrained(where, precision, revision, dequantize, device_map, group)
+            if name == DEMO_MODEL:
+                model.config._name_or_path = name  # as load_demo_model has it
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "right"
@@ -149,8 +158,14 @@ class LanguageModel:
             if max_length is not None:
                 raise ValueError("these texts are encoded already: pass max_length to encode()")
             return texts
-        limit = max_length or getattr(self.model.config, "max_position_embeddings", None)
+        limit = max_length or self._context
         return encode(self.tokenizer, texts, limit=limit, add_special_tokens=self.add_special_tokens)
+
+    @property
+    def _context(self) -> int | None:
+        """Number of tokens that the model reads at most, if its configuration says."""
+        found: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return found
 
     def _ids(self, texts: Sequence[Text]) -> list[list[int]]:
         return token_ids(self.tokenizer, texts, add_special_tokens=self.add_special_tokens)
@@ -229,7 +244,7 @@ class LanguageModel:
         prompts = self._ids([Text(q.language, q.item, q.prompt) for q in questions])
         texts = tuple(Text(q.language, q.item, q.prompt + q.answer) for q in questions)
         whole = [tuple(row) for row in self._ids(texts)]
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = self._context
         for question, prompt, row in zip(questions, prompts, whole, strict=True):
             if limit is not None and len(row) > limit:
                 raise ValueError(
@@ -315,10 +330,16 @@ def _dtype(name: str | torch.dtype) -> Any:
 
 
 def _from_pretrained(
-    name: str, dtype: Any, revision: str | None, dequantize: bool, device_map: str | None
+    name: str,
+    dtype: Any,
+    revision: str | None,
+    dequantize: bool,
+    device_map: str | None,
+    group: ModelParallelGroup,
 ) -> tuple[Any, Any]:
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        import transformers
+        from transformers import AutoConfig, AutoTokenizer
     except ImportError as error:
         raise ImportError("a model by name needs transformers: pip install 'moe-route[hf]'") from error
     _refuse_missing_folder(name)
@@ -338,7 +359,10 @@ def _from_pretrained(
             from transformers.utils.quantization_config import Mxfp4Config
 
             local["quantization_config"] = Mxfp4Config(dequantize=True)
-        load: Any = load_upcycled if is_upcycled(config) else AutoModelForCausalLM.from_pretrained
+        # a model of images and texts reads texts alone, too
+        maker = _auto_class(config, transformers, _AUTO_CLASSES[:2]) or transformers.AutoModelForCausalLM
+        local |= group.load_options()
+        load: Any = load_upcycled if is_upcycled(config) else maker.from_pretrained
         return load(name, dtype=dtype, **local), tokenizer
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -367,8 +391,7 @@ def model_without_weights(name: str = DEMO_MODEL, *, revision: str | None = None
             place, local_files_only=not hub.answers(place), revision=revision or "main"
         )
         config._name_or_path = name
-        known = [auto for kind in _AUTO_CLASSES if (auto := getattr(transformers, kind, None)) is not None]
-        maker = next((auto for auto in known if type(config) in auto._model_mapping), None)
+        maker = _auto_class(config, transformers, _AUTO_CLASSES)
         if maker is None:
             raise ValueError(f"transformers has no model of the configuration {type(config).__name__}")
         with torch.device("meta"):
@@ -379,6 +402,12 @@ def model_without_weights(name: str = DEMO_MODEL, *, revision: str | None = None
             f"no configuration can be read from {name!r} ({reason}): give a folder with a config.json of transformers, "
             "or a name on the hub"
         ) from error
+
+
+def _auto_class(config: Any, transformers: Any, kinds: Sequence[str]) -> Any:
+    """The first of these classes that knows the configuration, or None."""
+    known = [auto for kind in kinds if (auto := getattr(transformers, kind, None)) is not None]
+    return next((auto for auto in known if type(config) in auto._model_mapping), None)
 
 
 def _refuse_missing_folder(name: str) -> None:

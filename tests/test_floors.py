@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("calls", "reference"),
     ("contract", "modules", "data", "identity"),
-    ("blocks", "files", "devices", "hub", "languages", "texttable"),
+    ("blocks", "files", "devices", "hub", "languages", "model_parallel", "texttable"),
     ("_C",),
 )
 HEIGHT = {name: len(FLOORS) - number for number, floor in enumerate(FLOORS) for name in floor}

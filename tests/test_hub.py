@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
+import threading
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ import pytest
 huggingface_hub = pytest.importorskip("huggingface_hub")
 from huggingface_hub import errors  # noqa: E402
 
+from moe_route import hub as hub_module  # noqa: E402
 from moe_route.hub import HubError  # noqa: E402
 from moe_route.recording import RoutingStatistics  # noqa: E402
 from moe_route.steering import Plan  # noqa: E402
@@ -135,3 +140,29 @@ def test_the_client_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"pip install 'moe-route\[hf\]'"):
         Plan.from_hub("me/plans")
+
+
+def test_a_network_without_an_answer_is_given_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lookup that hangs, as with a name server that is gone, and a host that takes no connection."""
+    monkeypatch.setattr(hub_module, "_CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(hub_module, "getproxies", dict)
+    assert hub_module.answers(os.curdir)
+    hung = threading.Event()
+
+    def lookup(*_: object, **__: object) -> NoReturn:
+        hung.wait(60)
+        raise socket.gaierror
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://{address[0]}:{address[1]}")
+        assert hub_module.answers("owner/model")
+        monkeypatch.setattr(socket, "getaddrinfo", lookup)
+        begin = time.monotonic()
+        assert not hub_module.answers("owner/model")
+        assert time.monotonic() - begin < 30  # of the 60 that the lookup takes
+        hung.set()
+    monkeypatch.undo()
+    monkeypatch.setattr(hub_module, "getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://{address[0]}:{address[1]}")
+    assert not hub_module.answers("owner/model")  # refused at once: the server is closed

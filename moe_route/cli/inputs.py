@@ -64,7 +64,9 @@ def model_arguments(parser: argparse.ArgumentParser, *, engine: bool = True) -> 
     group.add_argument(
         "--model", default="demo", metavar="NAME", help="checkpoint folder or hub name (default: the demo model)"
     )
-    group.add_argument("--device", help="where to put the model, such as cpu or cuda:0 (default: where it loads)")
+    group.add_argument(
+        "--device", help="where to put the model, such as cpu or cuda:0 (default: where it loads, the CPU for most)"
+    )
     group.add_argument(
         "--device-map", metavar="MAP", help="spread the layers over devices: auto, balanced, sequential (accelerate)"
     )
@@ -112,11 +114,13 @@ def seed_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything that is drawn (default: 0)")
 
 
-def load_language_model(options: argparse.Namespace) -> LanguageModel:
+def load_language_model(options: argparse.Namespace, **how: Any) -> LanguageModel:
+    """The model of the options; `how` are further arguments of `LanguageModel.load`."""
     from moe_route.workload import LanguageModel
 
     quiet_libraries()
-    return LanguageModel.load(options.model, dtype=options.dtype, device=options.device, device_map=options.device_map)
+    where = {"device": options.device, "device_map": options.device_map}
+    return LanguageModel.load(options.model, dtype=options.dtype, **where, **how)
 
 
 def quiet_libraries() -> None:
@@ -142,9 +146,9 @@ def shown_options(options: argparse.Namespace, caption: str | None = None) -> di
 
 
 @contextlib.contextmanager
-def attached_model(options: argparse.Namespace) -> Iterator[tuple[LanguageModel, RoutedModel]]:
-    """The model of the options, and the attached model, detached at the end."""
-    language_model = load_language_model(options)
+def attached_model(options: argparse.Namespace, **how: Any) -> Iterator[tuple[LanguageModel, RoutedModel]]:
+    """The model of the options, and the attached model, detached at the end; `how` as in `load_language_model`."""
+    language_model = load_language_model(options, **how)
     with language_model.attach(options.engine) as routed:
         yield language_model, routed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from moe_route.cli.inputs import (
     texts,
 )
 from moe_route.cli.interrupt import INTERRUPTED, deferred_interrupt
+from moe_route.cli.saving import check_room_after_first_batch, save, save_when_there_is_room
 
 
 def add(verbs: Any) -> None:
@@ -69,6 +71,7 @@ def run(options: argparse.Namespace) -> Answer:
     from moe_route.steering import Plan
     from moe_route.workload import record_texts
 
+    record_corpus.refuse_mixture(options)
     if options.corpus is not None:
         return record_corpus.run(options, asked_for)
     output(options.out, options.trace)
@@ -77,20 +80,24 @@ def run(options: argparse.Namespace) -> Answer:
     plan = None if options.plan is None else Plan.load(options.plan)
     work = texts(options)
     groups = list(dict.fromkeys(text.group for text in work))
-    with attached_model(options) as (language_model, routed):
+    with attached_model(options) as (language_model, routed), ExitStack() as until_saved:
         with ExitStack() as stack:
             if plan is not None:
                 stack.enter_context(routed.steer(plan))
             recorder = stack.enter_context(routed.record(groups, **asked_for(options, language_model.tokenizer)))
-            stop = stack.enter_context(deferred_interrupt())
-            ran = record_texts(recorder, language_model, work, stop=stop, **shown_options(options, "recording"))
+            stop = until_saved.enter_context(deferred_interrupt())
+            checked = check_room_after_first_batch(recorder, options.out, len(work), stop)
+            ran = record_texts(recorder, language_model, work, stop=checked, **shown_options(options, "recording"))
         done = len(ran.texts)
         if not done:
             raise KeyboardInterrupt  # before the first batch there is nothing to save
         statistics = recorder.statistics()
-    statistics.save(options.out)
-    if options.trace is not None:
-        recorder.trace().save(options.trace)
+        results = [partial(statistics.save, options.out)]
+        if options.trace is not None:
+            results.append(partial(recorder.trace().save, options.trace))
+        unsaved = [(write, error) for write in results if (error := save(write)) is not None]
+    for write, error in unsaved:
+        save_when_there_is_room(write, error)
     tokens = statistics.tokens().max(axis=1)
     data = {
         "out": options.out,

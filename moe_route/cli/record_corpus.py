@@ -6,19 +6,31 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import attached_model
+from moe_route.cli.inputs import attached_model, positive
 from moe_route.cli.interrupt import INTERRUPTED, deferred_interrupt
 
 if TYPE_CHECKING:
     from moe_route.corpus_recording import Progress
+    from moe_route.model_parallel import ModelParallelGroup
 
-__all__ = ["arguments", "run"]
+__all__ = ["arguments", "refuse_mixture", "run"]
 
+_OF_CORPUS = (
+    "text_column",
+    "group_column",
+    "item_column",
+    "split",
+    "chat_template",
+    "checkpoint_seconds",
+    "tensor_parallel",
+    "expert_parallel",
+)
 _SECONDS_BETWEEN_LINES = 60.0  # of progress, where standard error is no terminal
 
 
@@ -36,19 +48,39 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--checkpoint-seconds", type=float, default=300.0, metavar="S", help="time between checkpoints (default: 300)"
     )
+    together = group.add_mutually_exclusive_group()
+    for how in ("tensor", "expert"):
+        together.add_argument(
+            f"--{how}-parallel",
+            type=positive,
+            metavar="N",
+            help=f"N ranks of a launcher hold one model together, by {how} parallelism, and are counted once",
+        )
+
+
+def refuse_mixture(options: argparse.Namespace) -> None:
+    """Refuse options of `--corpus` without it, and `--data` beside it: they would be ignored."""
+    given = {name for name in ("data", *_OF_CORPUS) if getattr(options, name) != options.verb.get_default(name)}
+    if options.corpus is None and (without := sorted(given & set(_OF_CORPUS))):
+        raise ValueError(
+            f"--{without[0].replace('_', '-')} belongs to --corpus: give the texts by --corpus, not --data"
+        )
+    if options.corpus is not None and "data" in given:
+        raise ValueError("--data and --corpus both name texts: give one of them")
 
 
 def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, Any], dict[str, Any]]) -> Answer:
     from contextlib import ExitStack
 
+    from moe_route import files
     from moe_route.corpus_recording import RESULT, CorpusRecording
-    from moe_route.data import CorpusStream
+    from moe_route.data import CorpusError, CorpusStream
+    from moe_route.model_parallel import model_parallel_group, share_of_weights
     from moe_route.steering import Plan
 
     if options.trace is not None or options.trace_layers is not None:
         raise ValueError("--trace keeps every token, and a corpus has no end: use --data for the texts to trace")
-    rank, ranks = _number("RANK", 0), _number("WORLD_SIZE", 1)
-    _place(options, ranks)
+    _place(options)
     plan = None if options.plan is None else Plan.load(options.plan)
     corpus = CorpusStream(
         options.corpus,
@@ -58,7 +90,15 @@ def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, An
         split=options.split,
         groups=options.languages,
     )
-    with attached_model(options) as (language_model, routed), ExitStack() as stack:
+    # loading a model takes minutes: what cannot be read or written is refused before; a run that began is not read
+    # again for this, because parts that were copied together are added up where the corpus may be missing
+    if not any(options.out.glob("rank-*")) and next(iter(corpus), None) is None:
+        raise CorpusError(f"{options.corpus} holds no text" + (" in these languages" if options.languages else ""))
+    files.make_folder(options.out)
+    with ExitStack() as stack:
+        group = stack.enter_context(model_parallel_group(*_together(options)))
+        language_model, routed = stack.enter_context(attached_model(options, group=group))
+        share = 1.0 if group.how is None else share_of_weights(language_model.model)
         if plan is not None:
             stack.enter_context(routed.steer(plan))
         recording = CorpusRecording(
@@ -68,18 +108,24 @@ def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, An
             max_length=options.max_length,
             limit=options.limit,
             chat_template=options.chat_template,
-            rank=rank,
-            ranks=ranks,
+            group=group,
             checkpoint_seconds=options.checkpoint_seconds,
             record=asked_for(options, language_model.tokenizer),
         )
         again = "the same command goes on from the last checkpoint"
         stop = stack.enter_context(deferred_interrupt(terminate=True, second=again))
-        progress = recording.run(language_model, routed, stop=stop, report=_Shown(rank, ranks))
+        with _resumable(again):
+            progress = recording.run(language_model, routed, stop=stop, report=_Shown(group))
+    code = 0 if progress.finished else INTERRUPTED
     result = options.out / RESULT
     complete = progress.finished and result.is_file()
-    data = {"out": options.out, "rank": rank, "ranks": ranks, "complete": complete, **asdict(progress)}
-    lines = [f"rank {rank} of {ranks}: {progress}" if ranks > 1 else str(progress)]
+    data = {"out": options.out, "rank": group.number, "ranks": group.groups, "complete": complete, **asdict(progress)}
+    if not group.writes:
+        return Answer(data | {"member": group.member}, "", code=code)
+    lines = [f"{_name(group)}{progress}"]
+    if group.how is not None:
+        data["share_of_weights"] = share
+        lines.append(f"each rank held {100 * share:.0f} % of the weights, as transformers' plans divide this model")
     if progress.cut:
         lines.append(f"{progress.cut} texts were cut: {options.out / 'cut.jsonl'} names them when all is done")
     if progress.empty:
@@ -87,8 +133,21 @@ def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, An
     if not progress.finished:
         lines.append(f"interrupted: {again}")
     else:
-        lines.append(f"written to {result}" if complete else "this rank is done; the last one writes the sum")
-    return Answer(data, "\n".join(lines), code=0 if progress.finished else INTERRUPTED)
+        lines.append(f"written to {result}" if complete else "this part is done; the last one writes the sum")
+    return Answer(data, "\n".join(lines), code=code)
+
+
+@contextmanager
+def _resumable(again: str) -> Iterator[None]:
+    """Say `again` after the error of a full disk."""
+    from moe_route import files
+
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in files.FULL_DISK:
+            raise
+        raise OSError(error.errno, f"{error.strerror}; {again}") from error
 
 
 def _number(name: str, default: int) -> int:
@@ -96,23 +155,38 @@ def _number(name: str, default: int) -> int:
     return int(os.environ.get(name, default))
 
 
-def _place(options: argparse.Namespace, ranks: int) -> None:
+def _together(options: argparse.Namespace) -> tuple[int, Literal["tensor", "expert"]]:
+    """How many ranks hold one model together, and how it is divided."""
+    return (options.expert_parallel, "expert") if options.expert_parallel else (options.tensor_parallel or 1, "tensor")
+
+
+def _place(options: argparse.Namespace) -> None:
     """Give each rank of a machine a GPU of its own, where nothing else was asked for."""
     import torch
 
-    if ranks > 1 and options.device is None and options.device_map is None and torch.cuda.is_available():
-        options.device = f"cuda:{_number('LOCAL_RANK', 0)}"
+    alone = _together(options)[0] == 1  # else transformers places the model
+    if alone and _number("WORLD_SIZE", 1) > 1 and options.device is None and options.device_map is None:
+        options.device = f"cuda:{_number('LOCAL_RANK', 0)}" if torch.cuda.is_available() else None
+
+
+def _name(group: ModelParallelGroup) -> str:
+    """What begins the lines of a group's ranks."""
+    if group.how is not None:
+        return f"group {group.number} of {group.groups}, {group.size} ranks: "
+    return f"rank {group.number} of {group.groups}: " if group.groups > 1 else ""
 
 
 class _Shown:
     """Shows progress on standard error: one line that changes on a terminal, else a line per minute."""
 
-    def __init__(self, rank: int, ranks: int):
-        self._name = f"rank {rank}: " if ranks > 1 else ""
+    def __init__(self, group: ModelParallelGroup):
+        self._name, self._writes = _name(group), group.writes
         self._terminal = sys.stderr.isatty()
         self._last = time.monotonic()
 
     def __call__(self, progress: Progress) -> None:
+        if not self._writes:
+            return
         if self._terminal:
             sys.stderr.write(f"\r\033[K{self._name}{progress}")
         elif time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from moe_route.cli.inputs import (
     text_arguments,
     texts,
 )
+from moe_route.cli.saving import save, save_when_there_is_room
 
 
 def add(verbs: Any) -> None:
@@ -52,7 +54,9 @@ def run(options: argparse.Namespace) -> Answer:
         pooling=options.pooling,
         **shown_options(options, "vectors"),
     )
-    found.save(options.out)
+    write = partial(found.save, options.out)
+    if (error := save(write)) is not None:
+        save_when_there_is_room(write, error)
     cut = found.metadata.get("cut_texts", 0)
     data = {
         "out": options.out,

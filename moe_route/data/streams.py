@@ -104,6 +104,11 @@ class CorpusStream:
             yield from self._long(_parquet(path), path.stem, prefix)
         elif path.suffix in (".tsv", ".csv"):
             yield from self._table(path, prefix)
+        elif path.suffix == ".txt":
+            raise CorpusError(
+                f"{path} does not say what its columns are: for a text per line, write `text` as the first line and "
+                "rename it to .tsv"
+            )
         else:
             raise CorpusError(f"{path} is none of {', '.join(_SUFFIXES)}: rename it, or convert it")
 

@@ -468,6 +468,14 @@ class RoutingStatistics:
 
     # ---- files and data frames
 
+    def file_bytes(self, sequences: int) -> int:
+        """Bytes of the file that `save` would write with this number of kept sequences, names left out.
+
+        Those that are kept now are read to know their size. Without kept sequences, the number does not matter.
+        """
+        sums = sum(array.nbytes for array in self._arrays().values())
+        return sums + (0 if self.store is None else self.store.file_bytes(sequences))
+
     def save(self, path: str | os.PathLike[str], *, sequences: bool = True) -> None:
         """Write one file (`moe_route.files`, kind "statistics"), with the sequence store unless ``sequences=False``.
 
@@ -655,7 +663,7 @@ class RoutingStatistics:
             lines.append(f"steered by: {', '.join(self.metadata['plans'])}")
         if self.metadata.get("cut_texts"):
             limits = "/".join(map(str, self.metadata["cut_to_tokens"]))
-            lines.append(f"cut: {self.metadata['cut_texts']} texts to {limits} tokens")
+            lines.append(f"cut: {number_of(self.metadata['cut_texts'], 'text')} to {limits} tokens")
         if self.store is not None:
             lines.append(f"kept one by one: {number_of(len(self.store), 'sequence')}")
         return lines

@@ -494,6 +494,12 @@ class SequenceStore:
                 digests.append(files.content_hash(parts, list(key)))
         return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 
+    def file_bytes(self, sequences: int) -> int:
+        """Bytes that this number of sequences take in a file, names left out, if they are like those kept here."""
+        blocks = self.content()[1]
+        nbytes = sum(array.nbytes for block in blocks for array in block.read().values())
+        return sequences * nbytes // len(self) if len(self) else 0
+
     def content(self) -> tuple[dict[str, Any], list[files.Block]]:
         """The content that `RoutingStatistics.save` writes: names of the sequences, for the header, and the blocks."""
         shards = self._blocks()

@@ -9,6 +9,8 @@ from typing import Any
 
 __all__ = ["PlanError", "PlanModel"]
 
+_SHOWN_DIGITS = 12  # of a hash, as `describe` shows it
+
 
 class PlanError(ValueError):
     """Raised for an invalid plan, or one that does not fit the model; the message names the fix."""
@@ -45,9 +47,11 @@ class PlanModel:
         for field, shown in (("name", "name"), ("config_hash", "configuration"), ("num_experts", "layers and experts")):
             mine, theirs = getattr(self, field), getattr(other, field)
             if mine is not None and theirs is not None and mine != theirs:
+                digits = _SHOWN_DIGITS if field == "config_hash" else None
                 raise PlanError(
-                    f"made for another model ({shown}: {_short(mine)}, here {_short(theirs)}): "
-                    "make the plan from this model's statistics, or lift the check with plan.for_model()"
+                    f"made for another model ({shown}: {_short(mine[:digits])}, here {_short(theirs[:digits])}): "
+                    "make the plan from this model's statistics, or lift the check with plan.for_model(), "
+                    "`moe-route plan add PLAN --any-model --out FILE`"
                 )
             fields[field] = theirs if mine is None else mine
         return PlanModel(**fields)

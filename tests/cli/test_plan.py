@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.commands import refused
 
 from moe_route.cli.plan.make import experts_of
 from moe_route.steering import Plan
@@ -79,6 +80,20 @@ def test_plans_are_added_and_compared(answer: Any, moe_route: Any, tmp_path: Pat
     code, _, err = moe_route("plan", "show", tmp_path / "none.json")
     assert code == 2
     assert "does not exist" in err
+
+
+def test_a_plan_of_another_model_is_refused_with_the_command_that_lifts_it(answer: Any, moe_route: Any, tmp_path: Path):
+    plan = Plan.activate({5: [3]}).for_model("other", config_hash="a" * 64)
+    plan.save(tmp_path / "other.safetensors")
+    two = Plan.activate({5: [4]}).for_model("third", config_hash="b" * 64)
+    two.save(tmp_path / "third.safetensors")
+    steer = ("steer", "--languages", "eng_Latn", "--limit", "2", "--plan")
+    refused(moe_route(*steer, tmp_path / "other.safetensors"), "moe-route plan add PLAN --any-model --out FILE")
+    files = (tmp_path / "other.safetensors", tmp_path / "third.safetensors")
+    refused(moe_route("plan", "add", *files), "made for another model")
+    answer("plan", "add", *files, "--any-model", "--out", tmp_path / "any.safetensors")
+    assert Plan.load(tmp_path / "any.safetensors") == plan.for_model() + two.for_model()
+    answer(*steer, tmp_path / "any.safetensors")
 
 
 def test_recipes_are_listed_and_made(answer: Any, moe_route: Any, files: dict[str, Path]) -> None:

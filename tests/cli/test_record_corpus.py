@@ -6,17 +6,21 @@ import csv
 import json
 import os
 import random
+import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from harness.commands import refused
 
 import moe_route as mr
 from moe_route.corpus_recording import CorpusRecording, Progress
 from moe_route.data import CorpusError, CorpusStream, demo_corpus
+from moe_route.model_parallel import ModelParallelGroup
 from moe_route.workload import LanguageModel, Text, record_texts
 
 LANGUAGES = ("eng_Latn", "deu_Latn", "jpn_Jpan")
@@ -155,7 +159,8 @@ class TestStreams:
             ("a.jsonl", '{"words": "A."}\n', "there are 'words'"),
             ("a.csv", "text,group\nA.\n", "row 2: 1 fields"),
             ("a.tsv", "", "is empty"),
-            ("a.txt", "A.\n", "convert it"),
+            ("a.txt", "A.\n", "write `text` as the first line"),
+            ("a.md", "A.\n", "convert it"),
         ],
     )
     def test_what_cannot_be_read_is_named(self, tmp_path: Path, name: str, content: str, message: str):
@@ -204,10 +209,10 @@ class TestRun:
     @pytest.mark.parametrize("ranks", [2, 4])
     def test_ranks_equal_one(self, language_model: LanguageModel, corpus: Path, whole: Path, tmp_path: Path, ranks):
         folder = tmp_path / "run"
-        run(language_model, folder, corpus, max_length=30, ranks=ranks, rank=1, stop_after=1)
+        run(language_model, folder, corpus, max_length=30, group=ModelParallelGroup(1, ranks), stop_after=1)
         for rank in range(ranks):
             assert not (folder / "statistics.safetensors").exists()
-            run(language_model, folder, corpus, max_length=30, ranks=ranks, rank=rank)
+            run(language_model, folder, corpus, max_length=30, group=ModelParallelGroup(rank, ranks))
         same(folder, whole)
 
     def test_another_run_is_refused(self, language_model: LanguageModel, corpus: Path, tmp_path: Path):
@@ -217,7 +222,7 @@ class TestRun:
         with pytest.raises(ValueError, match="another batch_size"):
             run(language_model, folder, texts, batch_size=2)
         with pytest.raises(ValueError, match="another ranks"):
-            run(language_model, folder, texts, ranks=2)
+            run(language_model, folder, texts, group=ModelParallelGroup(0, 2))
         lines = texts.read_text("utf-8").splitlines(keepends=True)
         for changed in (lines[:20], ['{"text": "Another."}\n', *lines[1:]]):
             texts.write_text("".join(changed), encoding="utf-8")
@@ -261,9 +266,22 @@ class TestCommand:
         assert (data["complete"], data["texts"]) == (True, 120)
         same(tmp_path / "run", whole)
 
+    def test_finished_parts_are_added_up_where_the_corpus_is_missing(self, answer, corpus: Path, tmp_path: Path):
+        texts = tmp_path / "texts.jsonl"
+        texts.write_bytes(corpus.read_bytes())
+        answer(*command(tmp_path / "run", texts))
+        (tmp_path / "run" / "statistics.safetensors").unlink()
+        texts.unlink()
+        assert answer(*command(tmp_path / "run", texts))["complete"]
+
     def test_refusals(self, moe_route, corpus: Path, tmp_path: Path):
         refused(moe_route(*command(tmp_path / "run", corpus, "--trace", "t")), "--data")
-        refused(moe_route(*command(tmp_path / "run", tmp_path / "none.jsonl")), "no file")
+
+    def test_refusals_before_the_model_is_loaded(self, moe_route, corpus: Path, tmp_path: Path):
+        model = ["--model", str(tmp_path / "no-model")]
+        refused(moe_route(*command(tmp_path / "run", tmp_path / "none.jsonl", *model)), "no file")
+        refused(moe_route(*command(tmp_path / "run", corpus, "--languages", "xyz_Latn", *model)), "holds no text")
+        refused(moe_route(*command(tmp_path / "no-folder" / "run", corpus, *model)), "there is no folder")
 
     @pytest.mark.slow
     @pytest.mark.timeout(900)
@@ -307,10 +325,90 @@ class TestCommand:
         same(out, whole)
 
 
-def started(out: Path, corpus: Path, ranks: int) -> list[subprocess.Popen[bytes]]:
-    """One process per rank, with the environment that a launcher gives them."""
+class TestRanksThatShareAModel:
+    """Tensor and expert parallelism over gloo: groups of two ranks, each of which is counted once."""
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("how", "ranks"), [("tensor", 2), ("tensor", 4), ("expert", 4)])
+    def test_groups_equal_one_rank(self, corpus: Path, whole: Path, tmp_path: Path, how: str, ranks: int):
+        start, out = LAUNCHERS["torchrun"], tmp_path / "run"
+        options = [*command(out, corpus), f"--{how}-parallel", "2"]
+        line = [sys.executable, "-m", *start, str(ranks), "-m", "moe_route", *options]
+        for _ in range(2):
+            done = subprocess.run(line, env={**os.environ, **QUIET}, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[-4000:]
+            assert done.stdout.count("written to") + done.stdout.count("this part is done") == ranks // 2
+            assert done.stdout.count("each rank held 50 % of the weights") == ranks // 2
+        assert len(list(out.glob("rank-*"))) == ranks // 2
+        equal_but_for_rounding(out, whole)
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(1800)
+    def test_killed_at_random_moments(self, corpus: Path, whole: Path, tmp_path: Path):
+        """The other rank of its group ends with it, and the other group goes on."""
+        undisturbed, out, killed = tmp_path / "undisturbed", tmp_path / "run", 0
+        assert [process.wait() for process in started(undisturbed, corpus, 4, together=2)] == [0] * 4
+        part = out / "rank-00001"
+        for number, victim in ((signal.SIGTERM, 3), (signal.SIGKILL, 3), (signal.SIGKILL, 2)):
+            processes = started(out, corpus, 4, together=2)
+            aim = checkpoints(part) + 1
+            while checkpoints(part) < aim and processes[victim].poll() is None:
+                time.sleep(0.005)
+            time.sleep(random.random() * 0.05)
+            if processes[victim].poll() is None:
+                killed += 1
+                processes[victim].send_signal(number)
+            codes = [process.wait(timeout=300) for process in processes]
+            assert codes[:2] == [0, 0]
+            if number == signal.SIGTERM:
+                assert codes[2:] in ([130, 130], [0, 0])  # asked to end, they write a checkpoint together
+            elif codes[victim] == -signal.SIGKILL:
+                assert codes[5 - victim] >= 0
+        assert killed >= 2, "most runs ended before they were killed"
+        assert [process.wait() for process in started(out, corpus, 4, together=2)] == [0] * 4
+        same(out, undisturbed)
+        equal_but_for_rounding(out, whole)
+
+    def test_refusals(self, moe_route, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        record = ("record", "--corpus", corpus, "--out", tmp_path / "run", "--tensor-parallel", "2")
+        refused(moe_route(*record), "2 ranks run a model together, and there are 1", "torchrun --nproc-per-node 2")
+        for name, value in {"RANK": "2", "WORLD_SIZE": "3"}.items():
+            monkeypatch.setenv(name, value)
+        refused(moe_route(*record), "there are 3")
+        assert moe_route(*record, "--expert-parallel", "2")[0] == 2
+        with pytest.raises(ValueError, match="leave out device and map"):
+            LanguageModel.load(group=ModelParallelGroup(0, 1, 0, 2, "tensor"), device="cpu")
+        refused(
+            moe_route("record", "--out", tmp_path / "one", "--tensor-parallel", "2"),
+            "--tensor-parallel belongs to --corpus",
+        )
+
+
+def equal_but_for_rounding(a: Path, b: Path) -> None:
+    """The same texts, counts and tokens in every sequence, and sums of probabilities to the rounding of a model."""
+    mine, theirs = (mr.RoutingStatistics.load(folder / "statistics.safetensors") for folder in (a, b))
+    assert mine.metadata["fingerprint"] == theirs.metadata["fingerprint"]
+    assert mine.metadata["model"] == theirs.metadata["model"]
+    assert mine.metrics == theirs.metrics
+    for metric in mine.metrics:
+        sums = [found.select(theirs.groups).token_sum(metric) for found in (mine, theirs)]
+        np.testing.assert_allclose(
+            *sums, rtol=0 if metric == "counts" else 1e-5, atol=0 if metric == "counts" else 1e-4
+        )
+    assert set(mine.store.keys()) == set(theirs.store.keys())
+    for item, group in theirs.store:
+        np.testing.assert_array_equal(mine.store.counts(item, group), theirs.store.counts(item, group))
+    cut = [sorted((folder / "cut.jsonl").read_text().splitlines()) for folder in (a, b)]
+    assert cut[0] == cut[1]
+
+
+def started(out: Path, corpus: Path, ranks: int, *, together: int = 1) -> list[subprocess.Popen[bytes]]:
+    """One process per rank, with the environment that a launcher gives them; `together` of them share a model."""
     line = [sys.executable, "-m", "moe_route", *command(out, corpus)]
-    environment = {**os.environ, **QUIET, "WORLD_SIZE": str(ranks)}
+    line += ["--tensor-parallel", str(together)] if together > 1 else []
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, **QUIET, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
         subprocess.Popen(line, env={**environment, "RANK": str(rank)}, stdout=subprocess.DEVNULL)
         for rank in range(ranks)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from harness.commands import refused
 
 import moe_route as mr
@@ -89,6 +90,43 @@ def test_a_quantized_checkpoint(answer, corpus: Path, tmp_path: Path):
     assert any(type(module).__name__ == "Linear8bitLt" for module in packed.modules())
     direct, recorded = recorder.statistics(), statistics(out)
     assert recorded.token_sum("counts").tolist() == direct.token_sum("counts").tolist()
+
+
+def test_a_model_of_images_and_texts_reads_texts(answer, corpus: Path, tmp_path: Path):
+    tokenizer = load_demo_model()[1]
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+    }
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 32, "deepstack_visual_indexes": [0]}
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    transformers.Qwen3VLMoeForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    found = answer("record", "--model", tmp_path / "model", "--corpus", corpus, "--out", tmp_path / "run")
+    assert found["cut"] > 0  # at the end of the context, which the configuration of the texts says
+    assert statistics(tmp_path / "run").token_sum("counts").shape[-2:] == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--chat-template",), "--chat-template belongs to --corpus"),
+        (("--text-column", "body"), "--text-column belongs to --corpus"),
+        (("--corpus", "texts.jsonl", "--data", "arithmetic"), "give one of them"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(moe_route, tmp_path: Path, options: tuple[str, ...], message: str):
+    refused(moe_route("record", "--out", tmp_path / "run", *options), message)
+    assert not list(tmp_path.iterdir())
 
 
 def test_vllm_is_no_engine_of_this_command(moe_route, corpus: Path, tmp_path: Path):

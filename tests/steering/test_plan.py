@@ -580,6 +580,8 @@ def test_a_plan_knows_its_model():
     for wrong in ({"name": "else"}, {"config_hash": "abd"}, {"num_experts": [4]}):
         with pytest.raises(PlanError, match="made for another model"):
             marked.check_model(**wrong)
+    with pytest.raises(PlanError, match=r"\(configuration: 'a{12}', here 'b{12}'\)"):
+        plan.for_model(config_hash="a" * 64).check_model(config_hash="b" * 64)
     with pytest.raises(PlanError, match="another model"):
         marked + plan.for_model("else")
     assert (marked + Plan.temperature(2.0)).model == marked.model

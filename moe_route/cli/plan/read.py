@@ -19,6 +19,7 @@ def add(parts: Any) -> None:
     )
     parser.add_argument("plans", type=Path, nargs="+", metavar="PLAN", help="plan files")
     parser.add_argument("--times", type=float, default=1.0, metavar="X", help="multiply the sum by X (default: 1)")
+    parser.add_argument("--any-model", action="store_true", help="the sum may steer any model, whatever they are for")
     out_argument(parser)
     parser = command(
         parts, "diff", run_diff, "compare two plans, expert by expert", "moe-route plan diff before.json after.json"
@@ -49,7 +50,8 @@ def run_add(options: argparse.Namespace) -> Answer:
     from moe_route.steering import Plan
 
     output(options.out)
-    plan = sum((Plan.load(path) for path in options.plans), Plan())
+    plans = [Plan.load(path) for path in options.plans]
+    plan = sum((plan.for_model() for plan in plans) if options.any_model else plans, Plan())
     return written(plan if options.times == 1 else plan * options.times, options.out)
 
 

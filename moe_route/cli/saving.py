@@ -1,0 +1,80 @@
+"""Saving results of long work: the disk is looked at early, and a full one does not lose them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moe_route.recording import Recorder
+
+__all__ = ["check_room_after_first_batch", "save", "save_when_there_is_room"]
+
+_SECONDS_BETWEEN_TRIES = 2.0
+_SECONDS_OF_WAITING = 3600.0
+
+
+def check_room_after_first_batch(
+    recorder: Recorder, out: Path, sequences: int, stop: Callable[[], bool]
+) -> Callable[[], bool]:
+    """`stop` for `record_texts`, which before the second batch also checks that the result will fit on the disk.
+
+    Sequences beyond the memory limit of a recording lie in a temporary folder until it ends, so its disk is checked,
+    too. The check raises the error of `files.check_room`.
+    """
+    from moe_route import files
+    from moe_route.recording import RecordingError
+
+    calls, is_checked = 0, False
+
+    def checked() -> bool:
+        nonlocal calls, is_checked
+        calls += 1
+        if calls > 1 and not is_checked:
+            with contextlib.suppress(RecordingError):  # the first batch may hold no token that counts
+                found = recorder.statistics()
+                is_checked = True
+                files.check_room(out, found.file_bytes(sequences))
+                if found.store is not None and (kept := found.store.file_bytes(sequences)) > found.store.memory_bytes:
+                    files.check_room(Path(tempfile.gettempdir()) / "sequences (TMPDIR names another folder)", kept)
+        return stop()
+
+    return checked
+
+
+def save(write: Callable[[], None]) -> OSError | None:
+    """Write a result; returns the error of a full disk, after which it can be written once there is room."""
+    from moe_route import files
+
+    try:
+        write()
+    except OSError as error:
+        if error.errno not in files.FULL_DISK:
+            raise
+        return error
+    return None
+
+
+def save_when_there_is_room(write: Callable[[], None], error: OSError) -> None:
+    """Write a result that `save` could not write, as soon as the disk has room; Ctrl-C gives it up.
+
+    Raises the error of a full disk after an hour.
+    """
+    from moe_route.cli.answer import one_line
+
+    end = time.monotonic() + _SECONDS_OF_WAITING
+    print(
+        f"moe-route: {one_line(error)}\n"
+        "moe-route: the result is kept in memory for an hour and written as soon as there is room; Ctrl-C drops it",
+        file=sys.stderr,
+        flush=True,
+    )
+    while (full := save(write)) is not None:
+        if time.monotonic() > end:
+            raise full
+        time.sleep(_SECONDS_BETWEEN_TRIES)
