@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from moe_route import files
 from moe_route.data import CorpusStream
@@ -29,9 +29,9 @@ from moe_route.identity import config_hash
 from moe_route.model_parallel import ALONE, ModelParallelGroup
 from moe_route.recording import Recorder, RoutingStatistics, SequenceStore
 from moe_route.routed import RoutedModel
-from moe_route.workload import LanguageModel, Text, record_texts
+from moe_route.workload import EncodedTexts, LanguageModel, Text, record_texts
 
-__all__ = ["CorpusRecording", "Progress", "RunFolderError"]
+__all__ = ["AttachedTexts", "CorpusRecording", "Progress", "RunFolderError", "TextRunner"]
 
 RESULT = "statistics.safetensors"
 _TOTAL = "sums.safetensors"
@@ -45,6 +45,64 @@ _NUMBERED = re.compile(r"(?:sequences|cut)-(\d+)(?:-\w+)?\.(?:safetensors|jsonl)
 
 class RunFolderError(ValueError):
     """Raised for a folder that holds another run; the message says what differs."""
+
+
+class TextRunner(Protocol):
+    """What runs the texts of a corpus and counts them: an attached model, or an engine.
+
+    Attributes:
+        name: of the model.
+        engine: what runs it.
+        tokenizer: of transformers.
+        config_hash: `identity.config_hash` of the model.
+        plan_hash: hash of the plan that steers, or None.
+    """
+
+    name: str
+    engine: str
+    tokenizer: Any
+    config_hash: str
+    plan_hash: str | None
+
+    def encode(self, texts: Sequence[Text], *, max_length: int | None, add_special_tokens: bool) -> EncodedTexts:
+        """Convert texts to tokens, and cut them to this number (None: the model's limit)."""
+        ...
+
+    def run(self, encoded: EncodedTexts) -> None:
+        """Run texts, and count them."""
+        ...
+
+    def take(self) -> RoutingStatistics:
+        """What was counted since the last call; later texts are counted anew."""
+        ...
+
+
+class AttachedTexts:
+    """A model of transformers that moe-route is attached to."""
+
+    engine = "transformers"
+
+    def __init__(self, language_model: LanguageModel, routed: RoutedModel, batch_size: int, record: Mapping[str, Any]):
+        self._model, self._routed, self._batch_size, self._record = language_model, routed, batch_size, record
+        self.name, self.tokenizer = language_model.name, language_model.tokenizer
+        self.config_hash = config_hash(language_model.model)
+        self.plan_hash = None if routed.plan is None else routed.plan.hash
+        self._recorder: Recorder | None = None
+
+    def encode(self, texts: Sequence[Text], *, max_length: int | None, add_special_tokens: bool) -> EncodedTexts:
+        model = self._model if add_special_tokens else replace(self._model, add_special_tokens=False)
+        return model.encode(texts, max_length=max_length)
+
+    def run(self, encoded: EncodedTexts) -> None:
+        if self._recorder is None:
+            self._recorder = self._routed.record(**self._record)
+        with self._recorder:
+            record_texts(self._recorder, self._model, encoded, batch_size=self._batch_size)
+
+    def take(self) -> RoutingStatistics:
+        assert self._recorder is not None  # texts ran
+        recorder, self._recorder = self._recorder, None
+        return recorder.statistics()
 
 
 @dataclass
@@ -108,6 +166,17 @@ class CorpusRecording:
         stop: Callable[[], bool] = lambda: False,
         report: Callable[[Progress], None] = lambda progress: None,
     ) -> Progress:
+        """`run_with` an attached model."""
+        runner = AttachedTexts(language_model, routed, self.batch_size, self.record)
+        return self.run_with(runner, stop=stop, report=report)
+
+    def run_with(
+        self,
+        runner: TextRunner,
+        *,
+        stop: Callable[[], bool] = lambda: False,
+        report: Callable[[Progress], None] = lambda progress: None,
+    ) -> Progress:
         """Record this group's windows that no checkpoint holds yet, and merge the groups if it is the last one.
 
         `stop` is called before each window; if it returns True on any rank of the group, its run ends with a
@@ -119,18 +188,16 @@ class CorpusRecording:
             ValueError: two texts of one group have the same item, and sequences are kept.
         """
         with contextlib.ExitStack() as lock:
-            state = self.group.of_writer(lambda: self._begin(lock, language_model, routed))
-            progress = _Rank(self, state, language_model, routed).run(stop, report)
+            state = self.group.of_writer(lambda: self._begin(lock, runner))
+            progress = _Rank(self, state, runner).run(stop, report)
         if progress.finished and self.group.writes:
             self.merge()
         return progress
 
-    def _begin(
-        self, lock: contextlib.ExitStack, language_model: LanguageModel, routed: RoutedModel
-    ) -> dict[str, Any] | None:
+    def _begin(self, lock: contextlib.ExitStack, runner: TextRunner) -> dict[str, Any] | None:
         """Claim the folder and the part of this group; returns how far the part is."""
         files.make_folder(self.folder)
-        self._claim(language_model, routed)
+        self._claim(runner)
         part = files.make_folder(self.part(self.group.number))
         descriptor = os.open(part, os.O_RDONLY)
         lock.callback(os.close, descriptor)
@@ -164,10 +231,11 @@ class CorpusRecording:
         """The folder of a group."""
         return self.folder / f"rank-{number:05d}"
 
-    def _claim(self, language_model: LanguageModel, routed: RoutedModel) -> None:
+    def _claim(self, runner: TextRunner) -> None:
         """Write what the run is, or compare it with what the folder says."""
         mine: dict[str, Any] = {
-            "model": config_hash(language_model.model),
+            "model": runner.config_hash,
+            "engine": runner.engine,
             "corpus": {**asdict(self.corpus), "groups": None if self.corpus.groups is None else [*self.corpus.groups]},
             "batch_size": self.batch_size,
             "max_length": self.max_length,
@@ -176,7 +244,7 @@ class CorpusRecording:
             "ranks": self.group.groups,
             "ranks of a model": self.group.size,
             "divided": self.group.how,
-            "plan": None if routed.plan is None else routed.plan.hash,
+            "plan": runner.plan_hash,
             "record": {key: list(value) if isinstance(value, tuple) else value for key, value in self.record.items()},
         }
         path = self.folder / _RUN
@@ -196,23 +264,13 @@ class CorpusRecording:
 class _Rank:
     """The part of one group on one of its ranks: its state, and its checkpoints, which one rank writes."""
 
-    def __init__(
-        self,
-        run: CorpusRecording,
-        state: dict[str, Any] | None,
-        language_model: LanguageModel,
-        routed: RoutedModel,
-    ):
-        self._run = run
+    def __init__(self, run: CorpusRecording, state: dict[str, Any] | None, runner: TextRunner):
+        self._run, self._runner = run, runner
         self._group = run.group
         self._part = run.part(run.group.number)
-        if run.chat_template:
-            if not language_model.tokenizer.chat_template:
-                raise ValueError(f"the tokenizer of {language_model.name} has no chat template: leave it out")
-            language_model = replace(language_model, add_special_tokens=False)  # the template writes them
-        self._model = language_model
-        self._routed = routed
-        self._recorder: Recorder | None = None  # counts since the last checkpoint
+        if run.chat_template and not runner.tokenizer.chat_template:
+            raise ValueError(f"the tokenizer of {runner.name} has no chat template: leave it out")
+        self._counted = False  # whether texts ran since the last checkpoint
         self._cut: list[dict[str, Any]] = []  # texts that were cut since then
         self._total = _load_total(self._part, sequences=False)[0] if self._group.writes else None
         state = state or {"window": 0, "checkpoints": 0, "finished": False, "digest": "", "progress": {}}
@@ -256,11 +314,13 @@ class _Rank:
         self._progress.empty += len(texts) - len(some)
         if not some:
             return
-        if self._recorder is None:
-            self._recorder = self._routed.record(**self._run.record)
-        encoded = self._model.encode(some, max_length=self._run.max_length)
-        with self._recorder:
-            record_texts(self._recorder, self._model, encoded, batch_size=self._run.batch_size)
+        encoded = self._runner.encode(
+            some,
+            max_length=self._run.max_length,
+            add_special_tokens=not self._run.chat_template,  # the template writes them
+        )
+        self._runner.run(encoded)
+        self._counted = True
         tokens = sum(map(len, encoded.ids))
         self._progress.texts += len(some)
         self._progress.tokens += tokens
@@ -273,7 +333,7 @@ class _Rank:
         if not self._run.chat_template:
             return text
         message = [{"role": "user", "content": text}]
-        found: str = self._model.tokenizer.apply_chat_template(message, tokenize=False)
+        found: str = self._runner.tokenizer.apply_chat_template(message, tokenize=False)
         return found
 
     def _windows(self) -> Iterator[tuple[int, list[CorpusText], float | None, str]]:
@@ -302,15 +362,15 @@ class _Rank:
                 yield number, window, window[-1].read, digest.hexdigest()
 
     def _checkpoint(self, *, finished: bool) -> None:
+        new, self._counted = self._runner.take() if self._counted else None, False
         if not self._group.writes:  # counted once
-            self._recorder, self._cut = None, []
+            self._cut = []
             self._progress.finished = finished
             return
-        if self._recorder is not None:
-            new = self._recorder.statistics()
+        if new is not None:
             if new.store is not None and len(new.store):
                 new.store.save(self._part / f"sequences-{self._checkpoints:07d}.safetensors")
-            new.store, self._recorder = None, None
+            new.store = None
             self._total = new if self._total is None else self._total.merge(new)
         if self._cut:
             lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in self._cut)

@@ -7,6 +7,7 @@ import contextlib
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,9 @@ def command(verbs: Any, name: str, run: Any, help: str, example: str) -> argpars
     return parser
 
 
-def model_arguments(parser: argparse.ArgumentParser, *, engine: bool = True) -> None:
+def model_arguments(
+    parser: argparse.ArgumentParser, *, engine: bool = True, engines: Sequence[str] = ("hook", "fused")
+) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", default="demo", metavar="NAME", help="checkpoint folder or hub name (default: the demo model)"
@@ -74,15 +77,21 @@ def model_arguments(parser: argparse.ArgumentParser, *, engine: bool = True) -> 
         "--dtype", default="auto", help="dtype of the weights, such as bfloat16 (default: the checkpoint's)"
     )
     if engine:
+        inside = ", or vllm, which runs the model itself" if "vllm" in engines else ""
         group.add_argument(
-            "--engine", default="hook", type=_engine, choices=("hook", "fused"), help="how to attach (default: hook)"
+            "--engine",
+            default="hook",
+            type=partial(_engine, engines),
+            choices=engines,
+            help=f"how to attach{inside} (default: hook)",
         )
 
 
-def _engine(name: str) -> str:
-    if name == "vllm":
+def _engine(engines: Sequence[str], name: str) -> str:
+    if name == "vllm" and name not in engines:
         raise argparse.ArgumentTypeError(
-            "vLLM loads and runs its models itself: record inside it with mr.vllm.record (docs/serving.md)"
+            "vLLM loads and runs its models itself: `moe-route record --corpus` can use it, or record inside it with "
+            "mr.vllm.record (docs/serving.md)"
         )
     return name
 

@@ -60,7 +60,7 @@ def add(verbs: Any) -> None:
         "--trace", type=Path, metavar="FILE", help="also write the experts of every token, up to a million tokens"
     )
     parser.add_argument("--trace-layers", type=layers, metavar="A-B", help="MoE layers to trace (default: all)")
-    model_arguments(parser)
+    model_arguments(parser, engines=("hook", "fused", "vllm"))
     text_arguments(parser)
     record_corpus.arguments(parser)
 

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,8 +16,10 @@ from moe_route.cli.inputs import attached_model, positive
 from moe_route.cli.interrupt import INTERRUPTED, deferred_interrupt
 
 if TYPE_CHECKING:
-    from moe_route.corpus_recording import Progress
+    from moe_route.corpus_recording import Progress, TextRunner
+    from moe_route.data import CorpusStream
     from moe_route.model_parallel import ModelParallelGroup
+    from moe_route.steering import Plan
 
 __all__ = ["arguments", "refuse_mixture", "run"]
 
@@ -31,6 +33,7 @@ _OF_CORPUS = (
     "tensor_parallel",
     "expert_parallel",
 )
+_NOT_IN_VLLM = ("consistency", "pairs", "no_special_tokens", "expert_outputs", "hidden", "device", "device_map")
 _SECONDS_BETWEEN_LINES = 60.0  # of progress, where standard error is no terminal
 
 
@@ -54,7 +57,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
             f"--{how}-parallel",
             type=positive,
             metavar="N",
-            help=f"N ranks of a launcher hold one model together, by {how} parallelism, and are counted once",
+            help=f"N ranks of a launcher (or workers of vLLM) hold one model together, by {how} parallelism, and are "
+            "counted once",
         )
 
 
@@ -67,15 +71,22 @@ def refuse_mixture(options: argparse.Namespace) -> None:
         )
     if options.corpus is not None and "data" in given:
         raise ValueError("--data and --corpus both name texts: give one of them")
+    if options.engine == "vllm":
+        if options.corpus is None:
+            raise ValueError("--engine vllm records corpora: give the texts by --corpus")
+        ignored = [name for name in _NOT_IN_VLLM if getattr(options, name) != options.verb.get_default(name)]
+        if ignored:
+            raise ValueError(f"--engine vllm does not know --{ignored[0].replace('_', '-')}: leave it out")
+        if _number("WORLD_SIZE", 1) > 1:
+            raise ValueError(
+                "--engine vllm starts its workers itself: leave the launcher out, and use --tensor-parallel N"
+            )
 
 
 def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, Any], dict[str, Any]]) -> Answer:
-    from contextlib import ExitStack
-
     from moe_route import files
     from moe_route.corpus_recording import RESULT, CorpusRecording
     from moe_route.data import CorpusError, CorpusStream
-    from moe_route.model_parallel import model_parallel_group, share_of_weights
     from moe_route.steering import Plan
 
     if options.trace is not None or options.trace_layers is not None:
@@ -96,11 +107,7 @@ def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, An
         raise CorpusError(f"{options.corpus} holds no text" + (" in these languages" if options.languages else ""))
     files.make_folder(options.out)
     with ExitStack() as stack:
-        group = stack.enter_context(model_parallel_group(*_together(options)))
-        language_model, routed = stack.enter_context(attached_model(options, group=group))
-        share = 1.0 if group.how is None else share_of_weights(language_model.model)
-        if plan is not None:
-            stack.enter_context(routed.steer(plan))
+        runner, group, record, share = _runner(options, stack, corpus, plan, asked_for)
         recording = CorpusRecording(
             options.out,
             corpus,
@@ -110,12 +117,12 @@ def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, An
             chat_template=options.chat_template,
             group=group,
             checkpoint_seconds=options.checkpoint_seconds,
-            record=asked_for(options, language_model.tokenizer),
+            record=record,
         )
         again = "the same command goes on from the last checkpoint"
         stop = stack.enter_context(deferred_interrupt(terminate=True, second=again))
         with _resumable(again):
-            progress = recording.run(language_model, routed, stop=stop, report=_Shown(group))
+            progress = recording.run_with(runner, stop=stop, report=_Shown(group))
     code = 0 if progress.finished else INTERRUPTED
     result = options.out / RESULT
     complete = progress.finished and result.is_file()
@@ -135,6 +142,44 @@ def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, An
     else:
         lines.append(f"written to {result}" if complete else "this part is done; the last one writes the sum")
     return Answer(data, "\n".join(lines), code=code)
+
+
+def _runner(
+    options: argparse.Namespace,
+    stack: ExitStack,
+    corpus: CorpusStream,
+    plan: Plan | None,
+    asked_for: Callable[[argparse.Namespace, Any], dict[str, Any]],
+) -> tuple[TextRunner, ModelParallelGroup, dict[str, Any], float]:
+    """What runs the texts, the group of this rank, what is recorded, and the share of the weights that it holds."""
+    from itertools import islice
+
+    from moe_route.corpus_recording import AttachedTexts
+    from moe_route.model_parallel import ALONE, model_parallel_group, share_of_weights
+
+    if options.engine == "vllm":
+        from moe_route.integrations.vllm.corpus import EngineTexts
+
+        groups = options.languages or list(dict.fromkeys(text.group for text in islice(corpus, options.limit)))
+        size, how = _together(options)
+        sequences = not options.no_sequences
+        engine = EngineTexts(
+            options.model,
+            groups=groups,
+            sequences=sequences,
+            plan=plan,
+            dtype=options.dtype,
+            tensor_parallel_size=size,
+            enable_expert_parallel=how == "expert",
+        )
+        return engine, ALONE, {"sequences": sequences}, 1.0
+    group = stack.enter_context(model_parallel_group(*_together(options)))
+    language_model, routed = stack.enter_context(attached_model(options, group=group))
+    if plan is not None:
+        stack.enter_context(routed.steer(plan))
+    share = 1.0 if group.how is None else share_of_weights(language_model.model)
+    record = asked_for(options, language_model.tokenizer)
+    return AttachedTexts(language_model, routed, options.batch_size, record), group, record, share
 
 
 @contextmanager

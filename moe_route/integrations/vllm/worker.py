@@ -221,6 +221,7 @@ class Session:
         """What was found and what runs, for a person."""
         return {
             "vllm": self._version,
+            "config_hash": self._config_hash(),
             "runner": type(self._worker.model_runner).__module__,
             "layers": [
                 (site.name, type(site.runner.router).__name__, site.num_experts, site.top_k, site.reached)
