@@ -8,12 +8,11 @@ is captured, and the host leaves out what a step does not need: see ``Work``.
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from moe_route import ops
 from moe_route.contract.tables import NEUTRAL, ROW_PARAMETERS, STEERING_PLANES, SteeringTables
 
 if TYPE_CHECKING:
@@ -106,19 +105,14 @@ def _reroute(logits: Tensor, weights: Tensor, ids: Tensor, site_index: int) -> N
     tokens = logits.shape[0]
     if len(site.rows) != tokens:
         site.rows = site.tokens[:tokens]
-    given: dict[str, Any] = {
-        "correction_bias": site.correction_bias,
-        "tokens": site.rows,
-        "choice": ids.to(torch.int32).contiguous(),
-        "choice_weights": weights.to(torch.float32).contiguous(),
-        "statistics": site.statistics,
-    }
     values = site.values
-    if site.by_token is not None and values is not None and values.present:
-        given |= {"counter": values.counter, "entries": values.entries}
-        new_weights, new_ids, _ = site.by_token.route(logits, site.top_k, site.spec, **given)
-    else:
-        new_weights, new_ids = ops.route(logits, site.top_k, site.spec, steering=site.steering, **given)
+    new_weights, new_ids = site.route(
+        logits,
+        ids.to(torch.int32).contiguous(),
+        weights.to(torch.float32).contiguous(),
+        site.rows,
+        (values.counter, values.entries) if values is not None and values.present else None,
+    )
     if site.traced is not None:
         for kept, new in zip(site.traced, (new_ids, new_weights), strict=True):
             kept[:tokens].copy_(new)

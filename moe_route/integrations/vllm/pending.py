@@ -8,13 +8,12 @@ the same bits: tokens do not meet in a router, and sums are integers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moe_route import ops
 from moe_route.devices import upload
 from moe_route.integrations.vllm.counting import layers_by_spec, observe
 from moe_route.integrations.vllm.requests import RequestTable, positions_of
@@ -159,15 +158,4 @@ class PendingTokens:
             site, (logits, ids, weights) = self._sites[layer], kept[layer]
             of_layer = rows.clone()
             of_layer[:, 0] = self._layer_rows[layer, rows[:, 0]]
-            given: dict[str, Any] = {
-                "correction_bias": site.correction_bias,
-                "tokens": of_layer,
-                "choice": ids,
-                "choice_weights": weights,
-                "statistics": site.statistics,
-            }
-            if self._by_token and site.by_token is not None:
-                given |= {"counter": self._counter, "entries": self._entries}
-                site.by_token.route(logits, site.top_k, site.spec, **given)
-            else:
-                ops.route(logits, site.top_k, site.spec, steering=site.steering, **given)
+            site.route(logits, ids, weights, of_layer, (self._counter, self._entries) if self._by_token else None)

@@ -54,6 +54,34 @@ class Site:
     tokens: Tensor = field(default_factory=lambda: torch.empty(0, 4, dtype=torch.int32))
     rows: Tensor = field(default_factory=lambda: torch.empty(0, 4, dtype=torch.int32))  # those of a step, of `tokens`
 
+    def route(
+        self,
+        logits: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        tokens: Tensor,
+        values: tuple[Tensor | None, Tensor | None] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Steer and count the router's own choice, ids int32 and weights float32 [T, k]; returns weights and ids.
+
+        ``tokens``: int32 [T, 4], the token table of this layer. ``values``: counter and entries of the tokens, see
+        ``TokenValues``, if rules that look at single tokens may reach them.
+        """
+        given: dict[str, Any] = {
+            "correction_bias": self.correction_bias,
+            "tokens": tokens,
+            "choice": ids,
+            "choice_weights": weights,
+            "statistics": self.statistics,
+        }
+        if self.by_token is None or values is None:
+            return ops.route(logits, self.top_k, self.spec, steering=self.steering, **given)
+        counter, entries = values
+        new_weights, new_ids, _ = self.by_token.route(
+            logits, self.top_k, self.spec, counter=counter, entries=entries, **given
+        )
+        return new_weights, new_ids
+
 
 def find_sites(model: nn.Module, model_type: str) -> list[Site]:
     """All routers of the model's part in this worker, in the order of its layers.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import StatisticsTables
 from moe_route.integrations.vllm import operator
 from moe_route.integrations.vllm.counting import StepCounts
+from moe_route.integrations.vllm.sites import Site
 
 EXPERTS, TOP_K, LAYERS = 16, 3, 4
 SPECS = (RouterSpec(renormalize="sum"), RouterSpec(score="sigmoid", renormalize="sum", scale=2.5))
@@ -22,17 +22,15 @@ METRICS = ("counts", "natural_counts", "probability", "weight", "weight_share")
 def sites() -> list[Any]:
     """Layers of two specs, in turns."""
     return [
-        SimpleNamespace(
-            spec=SPECS[layer % 2],
-            top_k=TOP_K,
-            correction_bias=None,
-            reached=0,
-            traced=None,
-            steers=False,
-            by_token=None,
-            values=None,
+        Site(
+            f"layers.{layer}.mlp.gate",
+            None,
+            EXPERTS,
+            TOP_K,
+            SPECS[layer % 2],
+            None,
+            torch.device("cpu"),
             tokens=torch.full((1024, 4), -1, dtype=torch.int32),
-            rows=torch.empty(0, 4, dtype=torch.int32),
             steering=operator.neutral_tables(1, EXPERTS, torch.device("cpu")),
             statistics=StatisticsTables.zeros(
                 EXPERTS, groups=2, segments=4, metrics=METRICS, entropy=True, device="cpu"

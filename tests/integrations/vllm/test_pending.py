@@ -18,6 +18,7 @@ from moe_route.integrations.vllm.counting import StepCounts
 from moe_route.integrations.vllm.pending import PendingTokens
 from moe_route.integrations.vllm.requests import RequestTable
 from moe_route.integrations.vllm.runners import Batch
+from moe_route.integrations.vllm.sites import Site
 from moe_route.integrations.vllm.texts import FIELD, Known, Texts
 
 EXPERTS, TOP_K, LAYERS, MOST = 16, 3, 4, 8
@@ -55,18 +56,16 @@ class Worker:
         planes, mask, params, remap = steering.packed
         there = [None if one is None else to_device(one, device) for one in (planes, params, remap)]
         tables = StatisticsTables.zeros(EXPERTS, groups=4, segments=8, metrics=METRICS, entropy=True, device=device)
-        return SimpleNamespace(
-            spec=SPECS[layer % 2],
-            top_k=TOP_K,
-            correction_bias=None,
-            reached=0,
-            traced=None,
-            by_token=None,
-            values=None,
+        return Site(
+            f"layers.{layer}.mlp.gate",
+            None,
+            EXPERTS,
+            TOP_K,
+            SPECS[layer % 2],
+            None,
+            torch.device(device),
             steers=layer in (1, 2),
-            device=torch.device(device),
             tokens=to_device(torch.full((64, 4), -1, dtype=torch.int32), device),
-            rows=torch.empty(0, 4, dtype=torch.int32),
             steering=SteeringTables.from_packed(there[0], mask, there[1], there[2], EXPERTS),
             statistics=tables,
         )
