@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from harness.vllm_demo import engine
 
 import moe_route as mr
 from moe_route.integrations.vllm.sites import find_sites
@@ -40,19 +41,9 @@ def test_an_engine_takes_the_kernel_that_is_given_the_choice(monkeypatch: pytest
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.fused_moe.oracle import unquantized
 
-    from moe_route.data import demo_model_folder
-
     kernel, natural = inside(), unquantized.backend_to_kernel_cls
     monkeypatch.setattr(unquantized, "backend_to_kernel_cls", lambda backend: [kernel, *natural(backend)])
-    llm = vllm.LLM(
-        model=str(demo_model_folder()),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=64,
-        max_num_seqs=4,
-        disable_log_stats=True,
-        additional_config={"moe_route": {"record": True}},
-    )
+    llm = engine({"record": True})
     llm.generate([{"prompt_token_ids": [5, 6, 7]}], vllm.SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
     assert (mr.vllm.statistics(llm).tokens() == 4).all()
     (config,) = llm.collective_rpc(moe_config_of)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from harness.vllm_demo import engine
 
 import moe_route as mr
 from moe_route.contract.spec import RouterSpec
@@ -188,19 +189,12 @@ def rows() -> list[Row]:
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[Any]:
-    from moe_route.data import demo_model_folder
-
-    made = vllm.LLM(
-        model=str(demo_model_folder()),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=128,
+    made = engine(
+        {"groups": list(GROUPS), "plans": {"other": None}},
         max_num_seqs=8,
         max_num_batched_tokens=32,  # prompts arrive in chunks
         enable_prefix_caching=True,
         block_size=32,
-        disable_log_stats=True,
-        additional_config={"moe_route": {"groups": list(GROUPS), "plans": {"other": None}}},
     )
     yield made
     del made
