@@ -375,7 +375,7 @@ class TestCompletion:
             ("plot m", ["matrix"]),
             ("plot matrix ", []),  # a file
             ("plot matrix a.safetensors --la", ["--layers"]),
-            ("record --engine ", ["hook", "fused"]),
+            ("record --engine ", ["hook", "fused", "vllm"]),
             ("record --engine fused --no-se", ["--no-sequences"]),
             ("record --out ", []),
             ("record --json --eng", ["--engine"]),
