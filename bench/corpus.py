@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench import RESULTS
-from moe_route import files
+from moe_route.base import files
 from moe_route.bench.results import BenchmarkResults, Fact, Measured, machine
 from moe_route.data import demo_corpus, demo_model_folder
 from moe_route.recording import RoutingStatistics

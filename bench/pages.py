@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import RESULTS
-from moe_route.texttable import duration
+from moe_route.base.table import duration
 
 Row = Mapping[str, Any]
 

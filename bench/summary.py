@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.pages import table
-from moe_route.texttable import duration
+from moe_route.base.table import duration
 
 CASE = "E=128 k=8 T=4096 float32"
 OTHERS = (

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from moe_route.bench.results import BenchmarkResults
-from moe_route.plots import palette
+from moe_route.plots import frame
 from moe_route.plots.frame import INK, legend_above, line_width, new_figure, plain_frame, save
 
 HERE = Path(__file__).parent
@@ -33,7 +33,7 @@ def draw(results: BenchmarkResults, path: Path) -> Path:
         seconds,
         [value / 1e6 for value in values],
         where="post",
-        color=palette.COLORS[0],
+        color=frame.COLORS[0],
         label="undisturbed",
         linewidth=line_width(),
     )
@@ -44,7 +44,7 @@ def draw(results: BenchmarkResults, path: Path) -> Path:
     plain_frame(tokens, "progress")
     legend_above(tokens)
     seconds, values = samples(results, "resident memory")
-    memory.plot(seconds, values, color=palette.COLORS[1], linewidth=line_width())
+    memory.plot(seconds, values, color=frame.COLORS[1], linewidth=line_width())
     memory.set_ylim(bottom=0)
     memory.set_ylabel("MB")
     plain_frame(memory, "resident memory")

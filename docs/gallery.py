@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from moe_route.files import replacing
+from moe_route.base.files import replacing
 
 PAGE = Path(__file__).parent / "plots.md"
 IMAGES = Path(__file__).parent / "images"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_route.bench.results import BenchmarkResults
-from moe_route.plots import palette
+from moe_route.plots import frame
 from moe_route.plots.frame import INK, legend_above, line_width, new_figure, plain_frame, save
 
 HERE = Path(__file__).parent
@@ -39,7 +39,7 @@ def draw(results: BenchmarkResults, path: Path) -> Path:
     grid = figure.add_gridspec(2, 3)
     kept = [case for case in found if "groups," in case and "decode" not in case]
     memory = figure.add_subplot(grid[0, 0])
-    for color, case in zip(palette.COLORS, kept, strict=False):
+    for color, case in zip(frame.COLORS, kept, strict=False):
         for what, dash in (("memory since all groups were seen", "-"), ("on disk", "--")):
             x, y = found[case][what]
             name = f"{case.split(',')[0]}: {what.split(' since')[0]}"
@@ -50,14 +50,14 @@ def draw(results: BenchmarkResults, path: Path) -> Path:
         curve(figure.add_subplot(grid[place // 3, place % 3]), found[case], case.rpartition(" ")[2], case)
     groups = figure.add_subplot(grid[1, 2])
     x, y = found["groups, at batch-1 decode"]["tables"]
-    groups.loglog(x, y, "o-", color=palette.COLORS[2], label="tables", linewidth=line_width())
+    groups.loglog(x, y, "o-", color=frame.COLORS[2], label="tables", linewidth=line_width())
     whole_numbers(groups, x)
     finish(groups, "groups", "MB", "memory of the tables")
     return save(groups, path, dpi=110)
 
 
 def curve(ax: Any, lines: dict[str, tuple[list[float], list[float]]], name: str, case: str) -> None:
-    for color, (what, (x, y)) in zip((palette.COLORS[0], INK), lines.items(), strict=False):
+    for color, (what, (x, y)) in zip((frame.COLORS[0], INK), lines.items(), strict=False):
         dash = "o-" if what == "recording" else "--"
         ax.loglog(x, y, dash, color=color, label=what.split(":")[0], linewidth=line_width(), markersize=3)
     whole_numbers(ax, x)

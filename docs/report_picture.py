@@ -15,9 +15,11 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 from moe_route import analysis, report
-from moe_route.files import replacing
+from moe_route.base.files import replacing
 from moe_route.steering import ExpertSelection, Plan
-from moe_route.workload import LanguageModel, read_corpus, record_texts, texts_of
+from moe_route.runs.language_model import LanguageModel
+from moe_route.runs.record import read_corpus, record_texts
+from moe_route.data.batches import texts_of
 
 IMAGES = Path(__file__).parent / "images"
 LANGUAGES = ["eng_Latn", "deu_Latn", "hin_Deva", "jpn_Jpan", "arb_Arab"]

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 from transformers.utils import logging
 
 import moe_route as mr  # the first line
+from moe_route.routers import find_routers
 
 
 def random_model(layers: int) -> Any:
@@ -82,7 +83,7 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16).eval()
     else:
         model = random_model(options.layers).eval()
-    routers = mr.find_routers(model)
+    routers = find_routers(model)
     prompt = torch.arange(1, 33)[None]
     plan = mr.Plan.activate({layer: [0, 1] for layer in range(len(routers))}, strength=0.5)
 

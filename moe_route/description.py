@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata, util
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from moe_route import _C, ops
+from moe_route.base.identity import identity_of
+from moe_route.base.table import ShownAsTables, Table
 from moe_route.experts.interface import experts_implementations, experts_paths
-from moe_route.identity import identity_of
 from moe_route.patching.attachment import attachment_of
 from moe_route.routers.discovery import find_routers
-from moe_route.texttable import ShownAsTables, Table
 
-__all__ = ["Description", "LayerDescription", "describe"]
+__all__ = ["Description", "Diagnosis", "EXTRAS", "LayerDescription", "describe", "doctor"]
 
 
 @dataclass(frozen=True)
@@ -111,3 +118,293 @@ def describe(model: nn.Module) -> Description:
         for router in routers
     )
     return Description(identity["class"], identity["name"], identity["config_hash"], attachment is not None, layers)
+
+
+# Diagnose an installation: its versions, the kernels in use and why, and whether they compute correct results.
+
+EXTRAS: dict[str, dict[str, str]] = {
+    "hf": {"transformers": "transformers", "accelerate": "accelerate"},
+    "analysis": {"pandas": "pandas", "pyarrow": "pyarrow", "scipy": "scipy"},
+    "plot": {"matplotlib": "matplotlib"},
+    "eval": {"lm_eval": "lm-eval"},
+}
+"""Extra -> importable module -> the distribution that contains it."""
+
+_REQUIRED = ("torch", "numpy", "safetensors", "tqdm")
+_CPUINFO = Path("/proc/cpuinfo")
+_FLAGS = {
+    "avx2": ("avx2", "fma", "f16c"),
+    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"),
+    "avx512_bf16": ("avx512_bf16",),
+}
+
+
+@dataclass(frozen=True, repr=False)
+class Diagnosis:
+    """The result of `doctor`; prints as lines, and `to_dict` is plain data for JSON."""
+
+    versions: dict[str, str | None]
+    platform: dict[str, str]
+    build: dict[str, Any]
+    instruction_set: dict[str, Any]
+    threads: dict[str, Any]
+    cuda: dict[str, Any]
+    extras: dict[str, dict[str, Any]]
+    checks: list[dict[str, Any]]  # name, ok, detail
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check passed."""
+        return all(check["ok"] for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        isa, threads = self.instruction_set, self.threads
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items() if version)
+        sets = ", ".join(self.build["instruction_sets"])
+        lines = [
+            f"versions      {versions}",
+            f"platform      {self.platform['system']}",
+            f"build         {self.build['compiler']}, against torch {self.build['torch']}, instruction sets {sets}",
+            f"kernels       {isa['in_use']}: {isa['why']}",
+            f"threads       {threads['torch']} of {threads['usable']} usable processors",
+            f"cuda          {self.cuda['why']}",
+        ]
+        lines += [f"extra         {_extra_line(name, extra)}" for name, extra in self.extras.items()]
+        for check in self.checks:
+            lines.append(f"check         {'ok    ' if check['ok'] else 'FAILED'}  {check['name']}: {check['detail']}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def doctor() -> Diagnosis:
+    """Report the versions of this installation and the kernels in use with the reason, and check their results.
+
+    Takes a few milliseconds, and on a CUDA device the time to start the runtime. Changes nothing.
+    """
+    extras = {name: _extra(modules) for name, modules in EXTRAS.items()}
+    versions = {name: _version(name) for name in _REQUIRED}
+    versions |= {name: extra["versions"][name] for extra in extras.values() for name in extra["versions"]}
+    return Diagnosis(
+        versions={"moe-route": _C.__version__, "python": platform.python_version(), **versions},
+        platform={"system": platform.platform(), "machine": platform.machine(), "executable": sys.executable},
+        build=dict(_C.build_info()),
+        instruction_set=_instruction_set(),
+        threads={
+            "torch": torch.get_num_threads(),
+            "processors": os.cpu_count(),
+            "usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
+        },
+        cuda=_cuda(),
+        extras=extras,
+        checks=_checks(),
+    )
+
+
+def _extra_line(name: str, extra: dict[str, Any]) -> str:
+    state = "installed" if not extra["missing"] else f"{', '.join(extra['missing'])} missing: {extra['install']}"
+    return f"{name:9} {state}"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _extra(modules: dict[str, str]) -> dict[str, Any]:
+    name = next(extra for extra, content in EXTRAS.items() if content is modules)
+    return {
+        "versions": {distribution: _version(distribution) for distribution in modules.values()},
+        "missing": [distribution for module, distribution in modules.items() if util.find_spec(module) is None],
+        "install": f"pip install 'moe-route[{name}]'",
+    }
+
+
+def _instruction_set() -> dict[str, Any]:
+    in_use, asked = _C.instruction_set(), os.environ.get("MOE_ROUTE_ISA") or None
+    built, runs = _C.build_info()["instruction_sets"], _C.supported_instruction_sets()
+    lacking = {name: _lacking_flags(flags) for name, flags in _FLAGS.items() if name in built and name not in runs}
+    if in_use != _C.best_instruction_set():
+        why = "set by set_instruction_set"
+    elif asked and asked != in_use:
+        why = f"MOE_ROUTE_ISA={asked} was asked for, but this processor or build does not have it"
+    elif asked:
+        why = f"asked for by MOE_ROUTE_ISA; this processor runs {', '.join(runs)}"
+    elif in_use == built[-1]:
+        why = "the widest that this build has, and the processor runs it"
+    else:
+        gaps = "; ".join(f"{name} needs {', '.join(flags) or 'what it lacks'}" for name, flags in lacking.items())
+        why = f"the widest that this processor runs ({gaps})" if gaps else "the widest that this processor runs"
+    return {"in_use": in_use, "why": why, "built": built, "supported": runs, "lacking": lacking, "MOE_ROUTE_ISA": asked}
+
+
+def _lacking_flags(flags: tuple[str, ...]) -> list[str]:
+    """The ``flags`` that the processor does not report; empty if the system reports none."""
+    if not _CPUINFO.is_file():
+        return []
+    lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    present = next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set(flags))
+    return [flag for flag in flags if flag not in present]
+
+
+def _cuda() -> dict[str, Any]:
+    build, runtime = _C.build_info(), _C.cuda_runtime()
+    toolkit, driver = runtime["runtime"], runtime["driver"]
+    devices = [
+        {
+            "name": device["name"],
+            "capability": list(device["capability"]),
+            "covered": _covers(build["cuda_architectures"], device["capability"], ptx=driver >= toolkit),
+        }
+        for device in runtime["devices"]
+    ]
+    found = {
+        "built": build["cuda"],
+        "architectures": build["cuda_architectures"],
+        "nvcc": build["nvcc"],
+        "runtime": _cuda_version(toolkit),
+        "driver": _cuda_version(driver),
+        "driver_too_old": toolkit // 1000 > driver // 1000 > 0,  # an older major version refuses every launch
+        "driver_compiles_ptx": driver >= toolkit,
+        "torch_cuda": torch.version.cuda,
+        "available": torch.cuda.is_available(),
+        "devices": devices,
+        "problem": runtime["problem"],
+    }
+    return {**found, "usable": _cuda_usable(found), "why": _why_cuda(found)}
+
+
+def _cuda_version(number: int) -> str | None:
+    """A CUDA version number (1000 * major + 10 * minor) as text; None for 0."""
+    return f"{number // 1000}.{number % 1000 // 10}" if number else None
+
+
+def _covers(architectures: list[str], capability: tuple[int, int], *, ptx: bool = True) -> bool:
+    """Whether code for ``architectures`` (CMake names) runs on a device of this compute capability.
+
+    Machine code runs on later devices with the same major number. PTX runs on every later device whose driver can
+    compile it (``ptx`` is False if the driver is older than the toolkit). Code for a single architecture (90a) runs on
+    that one only.
+    """
+    for architecture in architectures:
+        number, _, kind = architecture.partition("-")
+        major, minor = divmod(int(number.rstrip("af")), 10)
+        if not number.isdecimal():
+            covered = tuple(capability) == (major, minor)
+        else:
+            machine_code = kind != "virtual" and capability[0] == major and capability[1] >= minor
+            covered = machine_code or (ptx and kind != "real" and tuple(capability) >= (major, minor))
+        if covered:
+            return True
+    return False
+
+
+def _cuda_usable(found: dict[str, Any]) -> bool:
+    return found["built"] and found["available"] and any(device["covered"] for device in found["devices"])
+
+
+def _why_cuda(found: dict[str, Any]) -> str:
+    names = ", ".join(f"{device['name']} ({'.'.join(map(str, device['capability']))})" for device in found["devices"])
+    if not found["built"]:
+        if found["torch_cuda"] is None:
+            return "no CUDA kernels in this build and no CUDA device; the operators run on the CPU"
+        return (
+            f"no CUDA kernels in this build, and torch is one for CUDA {found['torch_cuda']}: with nvcc on the PATH, "
+            "MOE_ROUTE_CUDA=ON pip install --force-reinstall --no-deps . in the sources; until then the operators run "
+            "on the CPU"
+        )
+    built = f"kernels built by nvcc {found['nvcc']} for {', '.join(found['architectures'])}"
+    if found["torch_cuda"] is None:
+        seen = names or f"no device ({found['problem']})"
+        return f"{built}, but torch is a CPU build: install a CUDA build of torch; seen without it: {seen}"
+    if found["driver_too_old"]:
+        return (
+            f"{built}, which need a driver of CUDA {found['runtime']} or newer, and this one is of CUDA "
+            f"{found['driver']}: update the driver, or install again with CUDACXX naming the nvcc of a CUDA "
+            f"{found['driver'].partition('.')[0]}.x toolkit and MOE_ROUTE_CUDA=ON"
+        )
+    if not found["devices"] or not found["available"]:
+        return f"{built}, but there is no device: {found['problem'] or 'torch sees none'}"
+    alien = [device["name"] for device in found["devices"] if not device["covered"]]
+    if alien:
+        old = "" if found["driver_compiles_ptx"] else f" (a driver of CUDA {found['driver']} cannot compile their PTX)"
+        return (
+            f"{built}, which do not run on {', '.join(alien)}{old}: install again with CUDAARCHS=native "
+            "MOE_ROUTE_CUDA=ON (compute capability 8.0 or higher)"
+        )
+    return f"{built}, {len(found['devices'])} device(s): {names}"
+
+
+def _checks() -> list[dict[str, Any]]:
+    """Run small problems with known answers."""
+    checks = [_check_route(), _check_bits(), _check_round_trip()]
+    return [*checks, _check_device("cuda")] if _cuda_usable(_cuda()) else checks
+
+
+def _problem() -> tuple[torch.Tensor, ops.RouterSpec]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(64, 60, generator=generator), ops.RouterSpec(renormalize="sum")
+
+
+def _check_route() -> dict[str, Any]:
+    from moe_route import reference
+
+    logits, spec = _problem()
+    tables = [ops.StatisticsTables.zeros(60, groups=1) for _ in range(2)]
+    weights, ids = ops.route(logits, 4, spec, statistics=tables[0])
+    expected, expected_ids = reference.route(logits.double(), 4, spec, statistics=tables[1])
+    same = torch.equal(ids, expected_ids) and torch.equal(tables[0].metric("counts"), tables[1].metric("counts"))
+    error = float((weights - expected).abs().max())
+    return {
+        "name": "route",
+        "ok": same and error < 1e-6,
+        "detail": f"ids and counts {'equal' if same else 'differ from'} the reference, weights within {error:.1e}",
+    }
+
+
+def _check_bits() -> dict[str, Any]:
+    logits, spec = _problem()
+    before, found = _C.instruction_set(), []
+    try:
+        for name in _C.supported_instruction_sets():
+            _C.set_instruction_set(name)
+            found.append(ops.route(logits, 4, spec))
+    finally:
+        _C.set_instruction_set(before)
+    same = all(torch.equal(a, b) for result in found[1:] for a, b in zip(found[0], result, strict=True))
+    names = ", ".join(_C.supported_instruction_sets())
+    return {"name": "same bits", "ok": same, "detail": f"{names} {'agree' if same else 'disagree'}"}
+
+
+def _check_round_trip() -> dict[str, Any]:
+    logits, spec = _problem()
+    weights, ids = ops.route(logits, 4, spec)
+    slots = ops.dispatch(ids, 60)
+    back = ops.combine(ops.permute(logits, slots), weights, slots)
+    error = float((back - logits * weights.sum(1, keepdim=True)).abs().max())
+    return {
+        "name": "dispatch",
+        "ok": error < 1e-5,
+        "detail": f"permute and combine return the tokens within {error:.1e}",
+    }
+
+
+def _check_device(device: str) -> dict[str, Any]:
+    """Check that the device gives the same bits as the CPU."""
+    logits, spec = _problem()
+    results = []
+    for place in ("cpu", device):
+        statistics = ops.StatisticsTables.zeros(60, groups=1, device=place)
+        weights, ids = ops.route(logits.to(place), 4, spec, statistics=statistics)
+        slots = ops.dispatch(ids, 60)
+        out = ops.combine(ops.permute(logits.to(place), slots), weights, slots)
+        results.append([result.cpu() for result in (weights, ids, statistics.groups, *slots, out)])
+    same = all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    return {"name": device, "ok": same, "detail": f"{'the same' if same else 'not the'} bits as on the CPU"}

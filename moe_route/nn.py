@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_route import ops
-from moe_route.contract.activation import Activation
-from moe_route.contract.dispatch import Dispatch
+from moe_route.contract.experts import Activation, Dispatch
 from moe_route.contract.spec import RouterSpec
 from moe_route.ops.arguments import refuse_types
 from moe_route.ops.expert_paths import ACTIVATED, STREAMED, Call, choose

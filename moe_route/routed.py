@@ -25,14 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moe_route.blocks import Block
-from moe_route.calls.call import PHASES, Call, Phase
-from moe_route.calls.groups import NamedGroups, name_groups, named_groups
-from moe_route.calls.token_rows import broadcast_rows, columns, in_phases, rows_on_device
-from moe_route.calls.token_table import Labels
-from moe_route.devices import upload
+from moe_route.base.devices import Block, upload
+from moe_route.base.identity import identity_of, library_versions
+from moe_route.calls.call import PHASES, Call, NamedGroups, Phase, name_groups, named_groups
+from moe_route.calls.token_table import Labels, broadcast_rows, columns, in_phases, rows_on_device
 from moe_route.experts.interface import experts_implementations
-from moe_route.identity import identity_of, library_versions
 from moe_route.patching.attachment import Attachment
 from moe_route.patching.context import CallListener
 from moe_route.recording import LabelBlock, Recorder, RoutingStatistics

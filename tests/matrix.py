@@ -127,6 +127,7 @@ def entry(name: str) -> str:
     from paths.subject import Subject, first_sentence, run
 
     import moe_route as mr
+    from moe_route.routers import ModelNotSupportedError
 
     try:
         subject = Subject(name)
@@ -135,7 +136,7 @@ def entry(name: str) -> str:
         return f"-: {type(error).__name__}, {first_sentence(error)}"
     try:
         mr.attach(subject.model).detach()
-    except mr.ModelNotSupportedError as error:
+    except ModelNotSupportedError as error:
         return f"refused: {refusal_of(error)}"
     except Exception:  # neither attached nor refused: told with the failures
         return "failed"

@@ -23,8 +23,8 @@ from harness.tiny_models import tiny_model, tokens
 
 import moe_route as mr
 from moe_route import ops
+from moe_route.base.devices import Answers, CaptureRefusedError, upload
 from moe_route.calls import Labels
-from moe_route.devices import Answers, CaptureRefusedError, upload
 from moe_route.experts import layout
 from moe_route.ops import StatisticsTables, SteeringTables
 from moe_route.patching import Attachment

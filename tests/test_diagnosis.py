@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import moe_route as mr
-from moe_route import _C, diagnosis, ops
+from moe_route import _C, description, ops
 
 
 def test_it_is_plain_data_and_healthy() -> None:
@@ -35,7 +35,7 @@ def test_it_is_plain_data_and_healthy() -> None:
 
 def test_it_prints_everything() -> None:
     found = mr.doctor()
-    for word in (found.versions["torch"], found.instruction_set["why"], found.cuda["why"], *diagnosis.EXTRAS):
+    for word in (found.versions["torch"], found.instruction_set["why"], found.cuda["why"], *description.EXTRAS):
         assert str(word) in str(found)
     assert repr(found) == str(found)
     assert "FAILED" not in str(found)
@@ -43,14 +43,14 @@ def test_it_prints_everything() -> None:
 
 def test_the_name_stays_a_function() -> None:
     """However the module that it lives in is imported."""
-    program = "import moe_route as mr, moe_route.diagnosis, moe_route.cli.doctor; print(mr.doctor().ok)"
+    program = "import moe_route as mr, moe_route.description, moe_route.cli.doctor; print(mr.doctor().ok)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"
 
 
 def test_missing_extras_are_named_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = diagnosis.util.find_spec
-    monkeypatch.setattr(diagnosis.util, "find_spec", lambda name: None if name == "matplotlib" else real(name))
+    real = description.util.find_spec
+    monkeypatch.setattr(description.util, "find_spec", lambda name: None if name == "matplotlib" else real(name))
     found = mr.doctor()
     assert found.extras["plot"]["missing"] == ["matplotlib"]
     assert "matplotlib missing: pip install 'moe-route[plot]'" in str(found)
@@ -98,11 +98,11 @@ def test_why_names_what_the_processor_lacks(monkeypatch: pytest.MonkeyPatch, tmp
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor : 0\nflags : sse2 avx2 fma f16c avx512f avx512bw\n", encoding="utf-8")
     monkeypatch.delenv("MOE_ROUTE_ISA", raising=False)
-    monkeypatch.setattr(diagnosis, "_CPUINFO", cpuinfo)
+    monkeypatch.setattr(description, "_CPUINFO", cpuinfo)
     for name, value in (("instruction_set", "avx2"), ("best_instruction_set", "avx2")):
-        monkeypatch.setattr(diagnosis._C, name, lambda value=value: value)
-    monkeypatch.setattr(diagnosis._C, "supported_instruction_sets", lambda: ["portable", "avx2"])
-    found = diagnosis._instruction_set()
+        monkeypatch.setattr(description._C, name, lambda value=value: value)
+    monkeypatch.setattr(description._C, "supported_instruction_sets", lambda: ["portable", "avx2"])
+    found = description._instruction_set()
     assert found["lacking"] == {"avx512": ["avx512dq", "avx512vl", "avx512cd"], "avx512_bf16": ["avx512_bf16"]}
     assert "avx512 needs avx512dq, avx512vl, avx512cd" in found["why"]
 
@@ -130,11 +130,11 @@ def cuda_of(
         "nvcc": "13.0.88",
     }
     runtime = {"runtime": 13000, "driver": driver, "devices": list(devices), "problem": problem}
-    monkeypatch.setattr(diagnosis._C, "build_info", lambda: build)
-    monkeypatch.setattr(diagnosis._C, "cuda_runtime", lambda: runtime)
+    monkeypatch.setattr(description._C, "build_info", lambda: build)
+    monkeypatch.setattr(description._C, "cuda_runtime", lambda: runtime)
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_cuda is not None and bool(devices))
-    found = diagnosis._cuda()
+    found = description._cuda()
     assert json.loads(json.dumps(found)) == found
     return found
 
@@ -180,7 +180,7 @@ def test_why_there_is_no_cuda(machine: dict[str, Any], words: list[str], monkeyp
 )
 def test_which_devices_an_architecture_covers(architectures: list[str], runs_on: set[tuple[int, int]]) -> None:
     every = {(7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0)}
-    assert {capability for capability in every if diagnosis._covers(architectures, capability)} == runs_on
+    assert {capability for capability in every if description._covers(architectures, capability)} == runs_on
 
 
 def test_a_driver_that_is_older_than_the_toolkit_compiles_no_ptx(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,15 +188,15 @@ def test_a_driver_that_is_older_than_the_toolkit_compiles_no_ptx(monkeypatch: py
     b200 = {"name": "NVIDIA B200", "capability": (10, 0)}
     runtime = {"runtime": 13020, "driver": 13000, "devices": [H200, b200], "problem": ""}
     cuda_of(monkeypatch, devices=(H200, b200))
-    assert all(device["covered"] for device in diagnosis._cuda()["devices"])
-    monkeypatch.setattr(diagnosis._C, "cuda_runtime", lambda: runtime)
-    found = diagnosis._cuda()
+    assert all(device["covered"] for device in description._cuda()["devices"])
+    monkeypatch.setattr(description._C, "cuda_runtime", lambda: runtime)
+    found = description._cuda()
     assert [device["covered"] for device in found["devices"]] == [True, False]
     assert "do not run on NVIDIA B200 (a driver of CUDA 13.0 cannot compile their PTX)" in found["why"]
 
 
 def test_wrong_bits_on_a_device_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert diagnosis._check_device("cpu")["ok"]
+    assert description._check_device("cpu")["ok"]
     real, calls = ops.route, []
 
     def second_is_off(*args: Any, **kwargs: Any) -> Any:
@@ -205,4 +205,4 @@ def test_wrong_bits_on_a_device_are_noticed(monkeypatch: pytest.MonkeyPatch) -> 
         return (weights * (1 + 1e-6), ids) if len(calls) == 2 else (weights, ids)
 
     monkeypatch.setattr(ops, "route", second_is_off)
-    assert not diagnosis._check_device("cpu")["ok"]
+    assert not description._check_device("cpu")["ok"]

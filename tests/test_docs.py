@@ -104,7 +104,7 @@ def test_the_figures_are_those_of_the_committed_results(page: str):
 
 def test_a_page_of_results_has_every_figure_of_its_file():
     from bench import pages
-    from moe_route.texttable import duration
+    from moe_route.base.table import duration
 
     for path in (path for path in pages.files() if path.name.startswith("cpu-")):
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""moe_route.files: what was written comes back; everything else is refused with a reason."""
+"""moe_route.base.files: what was written comes back; everything else is refused with a reason."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from moe_route import files
-from moe_route.files import FileRefusedError
+from moe_route.base import files
+from moe_route.base.files import FileRefusedError
 
 
 @pytest.fixture

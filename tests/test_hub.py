@@ -16,8 +16,8 @@ import pytest
 huggingface_hub = pytest.importorskip("huggingface_hub")
 from huggingface_hub import errors  # noqa: E402
 
-from moe_route import hub as hub_module  # noqa: E402
-from moe_route.hub import HubError  # noqa: E402
+from moe_route.base import hub as hub_module  # noqa: E402
+from moe_route.base.hub import HubError  # noqa: E402
 from moe_route.recording import RoutingStatistics  # noqa: E402
 from moe_route.steering import Plan  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""moe_route.languages: names and scripts of the codes that corpora use."""
+"""moe_route.data.languages: names and scripts of the codes that corpora use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_route.data import demo_corpus
-from moe_route.languages import _ALIASES, _FLORES, _SCRIPTS, flores_code, language, language_name
+from moe_route.data.languages import _ALIASES, _FLORES, _SCRIPTS, flores_code, language, language_name
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_metadata() -> None:
 
 
 def test_doctor_knows_every_extra_that_brings_a_module() -> None:
-    from moe_route.diagnosis import EXTRAS
+    from moe_route.description import EXTRAS
 
     needs = metadata.requires("moe-route") or []
     for extra, modules in EXTRAS.items():
@@ -210,7 +210,7 @@ def test_isolated_build_of_the_sdist(sdist: Path, tmp_path: Path) -> None:
         assert name in names
     assert [name for name in names if name.startswith(("tests/", "csrc/", "bench/", "docs/"))] == []
     python("-m", "pip", "install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel))
-    program = "import moe_route.diagnosis as d; print(d.__file__); print(d.doctor().ok)"
+    program = "import moe_route.description as d; print(d.__file__); print(d.doctor().ok)"
     script = tmp_path / "check.py"  # a script, since -c would find the package of the working directory first
     script.write_text(program, encoding="utf-8")
     place, healthy = python(str(script), PYTHONPATH=str(tmp_path / "site")).split()

@@ -17,9 +17,9 @@ from matplotlib.colors import to_rgb
 
 from moe_route import plots
 from moe_route.analysis import Consistency, Difference, Divergence, Entropy
-from moe_route.languages import codes
-from moe_route.plots import palette
-from moe_route.plots.end_labels import EndLabels, readable, spread
+from moe_route.data.languages import codes
+from moe_route.plots import frame
+from moe_route.plots.frame import EndLabels, readable, spread
 from moe_route.recording import RoutingStatistics
 from moe_route.steering import ExpertSelection
 
@@ -110,11 +110,11 @@ def test_colors_can_be_told_apart_without_the_green_cone():
     def seen(color):
         return np.clip((np.array(to_rgb(color)) ** 2.2) @ deuteranope.T, 0, 1) ** (1 / 2.2)
 
-    for colors in (palette.COLORS, palette.ordered_colors(3), palette.ordered_colors(5)):
+    for colors in (frame.COLORS, frame.ordered_colors(3), frame.ordered_colors(5)):
         assert min(np.linalg.norm(seen(a) - seen(b)) for a, b in combinations(colors, 2)) > 0.1
-    lightness = [seen(color) @ [0.2126, 0.7152, 0.0722] for color in palette.ordered_colors(5)]
+    lightness = [seen(color) @ [0.2126, 0.7152, 0.0722] for color in frame.ordered_colors(5)]
     assert lightness == sorted(lightness)
-    for color in palette.COLORS:
+    for color in frame.COLORS:
         light = (
             0.2126 * readable(color)[0] ** 2.2 + 0.7152 * readable(color)[1] ** 2.2 + 0.0722 * readable(color)[2] ** 2.2
         )
@@ -124,7 +124,7 @@ def test_colors_can_be_told_apart_without_the_green_cone():
 def test_levels_color_and_order_languages(div):
     ax = drawn(plots.divergence(div, levels=LEVELS))
     colors = {line.get_label(): line.get_color() for line in ax.get_lines()}
-    high, mid, low = palette.level_colors(LEVELS).values()
+    high, mid, low = frame.level_colors(LEVELS).values()
     assert (colors["German"], colors["Russian"], colors["Ukrainian"], colors["Japanese"]) == (high, mid, mid, low)
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["high (n = 1)", "mid (n = 2)", "low (n = 1)"]
     assert colors["Swahili"] == plots.styles(["swh_Latn"])["swh_Latn"]["color"], "no level is known"

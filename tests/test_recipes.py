@@ -10,7 +10,7 @@ import pytest
 
 import moe_route as mr
 from moe_route.analysis import AnalysisError
-from moe_route.recipes import RECIPES, Recipe
+from moe_route.analysis.recipes import RECIPES, Recipe
 from moe_route.recording import RoutingStatistics
 from moe_route.steering import Plan, PlanError
 

@@ -22,9 +22,10 @@ from harness.tiny_models import MAIN, tiny_model, tokens
 from torch import nn
 
 import moe_route as mr
-from moe_route.identity import config_hash
+from moe_route.base.identity import config_hash
 from moe_route.patching import AlreadyAttachedError
-from moe_route.recording import RecordingError
+from moe_route.recording import Recorder, RecordingError
+from moe_route.routers import ModelNotSupportedError
 from moe_route.steering import PlanError
 
 
@@ -280,7 +281,7 @@ def test_describe_prints_and_is_json(model: nn.Module) -> None:
         live = mr.describe(model)
         assert live.attached
         assert {layer.engine for layer in live.layers} == {"fused"}
-    with pytest.raises(mr.ModelNotSupportedError):
+    with pytest.raises(ModelNotSupportedError):
         mr.describe(nn.Linear(2, 2))
 
 
@@ -400,7 +401,7 @@ def test_blocks_that_are_entered_are_quiet(model: nn.Module, routed: mr.RoutedMo
 def test_the_options_of_record_are_in_its_signature(routed: mr.RoutedModel) -> None:
     """They are those of Recorder, with its defaults, and nothing internal is in the way of completion."""
     of_routed = dict(inspect.signature(mr.RoutedModel.record).parameters)
-    of_recorder = dict(inspect.signature(mr.Recorder.__init__).parameters)
+    of_recorder = dict(inspect.signature(Recorder.__init__).parameters)
     del of_routed["self"], of_recorder["self"], of_recorder["model"], of_recorder["metadata"]
     assert {name: (p.default, p.annotation) for name, p in of_routed.items()} == {
         name: (p.default, p.annotation) for name, p in of_recorder.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from moe_route.texttable import Table, table
+from moe_route.base.table import Table, table
 
 ROWS = [(2, "3 (0.361)", -0.5, ""), (5, "7 (0.600)", None, "")]
 HEAD = ("layer", "experts", "change", "where")

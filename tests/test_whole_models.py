@@ -29,7 +29,7 @@ from paths.oracle import assert_counted, assert_phases, watching
 from paths.subject import run
 
 import moe_route as mr
-from moe_route.calls.images import placeholder_ids, tokens_of_patches
+from moe_route.calls.reader import placeholder_ids, tokens_of_patches
 from moe_route.routers import RouterInfo
 
 # ---- Qwen3-Omni

@@ -9,16 +9,10 @@ import pytest
 import torch
 
 from moe_route.data import Question
+from moe_route.data.batches import EncodedTexts, Text, texts_of
 from moe_route.recording import RoutingStatistics
-from moe_route.workload import (
-    EncodedTexts,
-    LanguageModel,
-    ModelNotFoundError,
-    Text,
-    read_corpus,
-    record_texts,
-    texts_of,
-)
+from moe_route.runs.language_model import LanguageModel, ModelNotFoundError
+from moe_route.runs.record import read_corpus, record_texts
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from bench.sass.build import Code, nvcc
 from bench.sass.cases import Case
 from bench.sass.cost import block_cost, warps_at_once, widths
 from bench.sass.launches import Interpreter, Run, interpreted
+from moe_route.base.files import write_text
 from moe_route.bench.results import commit
-from moe_route.files import write_text
 
 NAME = "sass"
 MULTIPROCESSORS = 132  # of an H100 and an H200

@@ -19,7 +19,7 @@ import tables
 from measures import OTHERS
 from problems import LANGUAGES, shares
 
-from moe_route.files import readable_json, replacing, write_text
+from moe_route.base.files import readable_json, replacing, write_text
 
 RULE = "median of the mean exact match on english_only over the nine languages other than English"
 CARD = Path(__file__).with_name("model_card_template.md")

@@ -33,9 +33,9 @@ from tables import (
 from text import ENGLISH, tag
 from transformers.utils.logging import disable_progress_bar
 
+from moe_route.base.files import readable_json, write_text
 from moe_route.data import demo_problems
-from moe_route.files import readable_json, write_text
-from moe_route.workload import LanguageModel
+from moe_route.runs.language_model import LanguageModel
 
 Measures = Mapping[str, Any]
 

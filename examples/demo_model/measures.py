@@ -20,12 +20,14 @@ from problems import LANGUAGES
 from text import ENGLISH, tag
 
 from moe_route import Plan, analysis
-from moe_route.analysis.bootstrap import draw_items, interval_of, resampled_means
+from moe_route.analysis.stats import draw_items, interval_of, resampled_means
 from moe_route.data import Question, Task
+from moe_route.data.batches import Text, texts_of
 from moe_route.demo.task_experts import find_task_experts
 from moe_route.recording import RoutingStatistics
 from moe_route.routed import RoutedModel
-from moe_route.workload import LanguageModel, Text, record_texts, texts_of
+from moe_route.runs.language_model import LanguageModel
+from moe_route.runs.record import record_texts
 
 OTHERS = tuple(language for language in LANGUAGES if language != ENGLISH)
 COUNTED = (0.1, 0.2, 0.3, 0.4, 0.5)  # thresholds at which task experts are counted

@@ -24,8 +24,9 @@ import torch
 from seeds import add_outputs, interval, span, told, write
 
 import moe_route as mr
+from moe_route.data.batches import Text
+from moe_route.runs.language_model import LanguageModel
 from moe_route.training import STAGES, AdaptedModel, AdapterConfig, ShardPool, add_adapters, freeze
-from moe_route.workload import LanguageModel, Text
 
 HELD_OUT, BATCH = 24, 16  # sentences of each language; texts of a step
 RATE, WHOLE_RATE = 5e-4, 1e-4  # of adapters and routers; of the model's own weights

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moe_route as mr
+from moe_route import recording
 from moe_route.data.batches import Batch, Text
 
 SHARES = (0.55, 0.25, 0.10, 0.05, 0.03, 0.02)  # of the clones in the training data
@@ -110,7 +111,7 @@ def one_seed(seed: int, steps: int, sparse: bool) -> dict[str, Any]:
         losses.append(float(model(input_ids=ids, labels=ids).loss))
         texts = tuple(Text(name, item, "") for item in range(HELD_OUT))
         batches.append(Batch(texts, tuple(range(HELD_OUT)), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}))
-    vectors = mr.recording.sentence_vectors(model, None, batches)
+    vectors = recording.sentence_vectors(model, None, batches)
     measures = {rule: mr.analysis.alignment(vectors, names[0], rule=rule) for rule in ("mexa", "cosine")}
     if sparse:
         with mr.attach(model) as routed, routed.record(sequences=True) as recorder:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_route.files import replacing
+from moe_route.base.files import replacing
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:

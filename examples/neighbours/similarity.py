@@ -21,6 +21,7 @@ import numpy as np
 from seeds import add_outputs, span, write
 
 import moe_route as mr
+from moe_route import recording
 from moe_route.analysis import Similarity
 from moe_route.analysis.matrices import names_in
 
@@ -54,7 +55,7 @@ def by_sentence(vectors: Any) -> np.ndarray:
 def shipped(genetic: Path | None, permutations: int) -> tuple[dict[str, Any], Similarity]:
     """The shipped model, layer by layer."""
     model, tokenizer = mr.data.load_demo_model()
-    vectors = mr.recording.sentence_vectors(model, tokenizer, mr.data.demo_corpus())
+    vectors = recording.sentence_vectors(model, tokenizer, mr.data.demo_corpus())
     found = mr.analysis.similarity(vectors)
     names = tuple(TABLE_NAMES.get(name, name) for name in found.groups)
     renamed = Similarity.of(found.values, names, found.layers)

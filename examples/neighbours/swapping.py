@@ -20,7 +20,9 @@ from seeds import add_outputs, told, write
 
 import moe_route as mr
 from moe_route.data import Question
-from moe_route.workload import LanguageModel, Text, record_texts
+from moe_route.data.batches import Text
+from moe_route.runs.language_model import LanguageModel
+from moe_route.runs.record import record_texts
 
 LANGUAGE, ENGLISH = "swh_Latn", "eng_Latn"
 PROBLEMS, SENTENCES = 240, 48  # for training; the others are held out

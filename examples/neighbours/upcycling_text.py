@@ -37,7 +37,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import moe_route as mr
 from moe_route.data.batches import Batch, encode, padded_batches, texts_of
-from moe_route.languages import language_name
+from moe_route.data.languages import language_name
 from moe_route.recording import RoutingStatistics
 
 NTREX = {

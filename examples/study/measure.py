@@ -14,8 +14,10 @@ import numpy as np
 
 from moe_route import ExpertSelection, Plan, RoutingStatistics, analysis
 from moe_route.data import Corpus, Task
+from moe_route.data.batches import texts_of
 from moe_route.demo.task_experts import find_task_experts
-from moe_route.workload import LanguageModel, record_texts, texts_of
+from moe_route.runs.language_model import LanguageModel
+from moe_route.runs.record import record_texts
 
 PIVOT = "eng_Latn"
 TAUS = (0.5, 0.4, 0.3, 0.2, 0.1)  # published thresholds lie between 0.25 and 0.5

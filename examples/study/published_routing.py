@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 import moe_route as mr
 from moe_route import analysis, plots
-from moe_route.files import replacing
+from moe_route.base.files import replacing
 from moe_route.recording import RoutingStatistics
 
 LANGUAGES = {"en": "English", "de": "German", "zh": "Chinese", "bn": "Bengali", "sw": "Swahili"}

@@ -29,9 +29,10 @@ from tables import markdown
 
 import moe_route as mr
 from moe_route import RoutingStatistics
+from moe_route.base.files import write_text
 from moe_route.data import demo_corpus, demo_model_folder, demo_problems
-from moe_route.files import write_text
-from moe_route.workload import DEMO_MODEL, LanguageModel, read_corpus
+from moe_route.runs.language_model import DEMO_MODEL, LanguageModel
+from moe_route.runs.record import read_corpus
 
 MARKERS = ("<!-- tables -->", "<!-- end of tables -->")
 QWEN3 = Path("routing") / "qwen3_30b_a3b_mgsm"

@@ -5,45 +5,78 @@ with the same accessors), ``SentenceVectors``, a ``Trace``, or arrays where thes
 """
 
 from moe_route.analysis.alignment import Alignment, alignment
-from moe_route.analysis.answers import answer_similarity
 from moe_route.analysis.coactivation import Coactivation, ExpertPair, Transitions, coactivation, transitions
-from moe_route.analysis.committee import Committee, committee
-from moe_route.analysis.consistency import Consistency, consistency
-from moe_route.analysis.corrections import benjamini_hochberg, holm
 from moe_route.analysis.correlation import Correlation, correlation
-from moe_route.analysis.divergence import Divergence, divergence
-from moe_route.analysis.divergence_estimators import MEASURES
-from moe_route.analysis.divergence_matrix import DivergenceMatrix, divergence_matrix
-from moe_route.analysis.effects import Effects, effects_by_group, mean_effects
+from moe_route.analysis.divergence import Divergence, DivergenceMatrix, divergence, divergence_matrix
+from moe_route.analysis.effects import (
+    Difference,
+    Effects,
+    RandomControl,
+    effects_by_group,
+    mean_effects,
+    paired_difference,
+    random_control,
+)
 from moe_route.analysis.entropy import Entropy, entropy
-from moe_route.analysis.esft import esft_experts, esft_scores
-from moe_route.analysis.expected_maximum import expected_maximum
-from moe_route.analysis.expert_difference import ExpertDifference, expert_difference, expert_difference_interval
-from moe_route.analysis.experts import multilingual_experts, task_experts
-from moe_route.analysis.finite_sample import jackknife_divergence, jackknife_entropy, miller_madow, rarefied
-from moe_route.analysis.geometry import Geometry, geometry
+from moe_route.analysis.estimators import MEASURES, jackknife_divergence, jackknife_entropy, miller_madow, rarefied
+from moe_route.analysis.experts import (
+    ExpertDifference,
+    RiskExperts,
+    Sweep,
+    expert_difference,
+    expert_difference_interval,
+    multilingual_experts,
+    risk_experts,
+    sweep,
+    task_experts,
+)
 from moe_route.analysis.inputs import AnalysisError
-from moe_route.analysis.language_experts import LanguageExperts, entropy_experts, frequency_share_experts
-from moe_route.analysis.linkage import linkage
-from moe_route.analysis.load import LoadBalance, load_balance
-from moe_route.analysis.locality import LocalConsistency, local_consistency
-from moe_route.analysis.matrices import MatrixComparison, MatrixCorrelation, matrix_correlation, read_matrix
+from moe_route.analysis.language_experts import (
+    LanguageExperts,
+    RiseExperts,
+    entropy_experts,
+    esft_experts,
+    esft_scores,
+    frequency_share_experts,
+    rise_experts,
+)
+from moe_route.analysis.load import Committee, LoadBalance, committee, load_balance
+from moe_route.analysis.matrices import (
+    Geometry,
+    MatrixComparison,
+    MatrixCorrelation,
+    RankAgreement,
+    geometry,
+    matrix_correlation,
+    rank_agreement,
+    read_matrix,
+)
 from moe_route.analysis.measures import entropy_of, jensen_shannon, normalized_jensen_shannon
 from moe_route.analysis.overlap import Overlap, overlap
-from moe_route.analysis.paired import Difference, RandomControl, paired_difference, random_control
-from moe_route.analysis.paths import Paths, PathWindow, RoutingPath, paths
-from moe_route.analysis.pruning import PruningStability, prune, pruning_stability
-from moe_route.analysis.rank_agreement import RankAgreement, rank_agreement
-from moe_route.analysis.rise import RiseExperts, rise_experts
-from moe_route.analysis.risk_difference import RiskExperts, risk_experts
-from moe_route.analysis.saliency import Saliency, saliency
-from moe_route.analysis.saturation import Saturation, saturation
-from moe_route.analysis.similarity import Similarity, similarity
-from moe_route.analysis.stability import Stability, stability_selection
-from moe_route.analysis.super_experts import SuperExperts, super_experts
-from moe_route.analysis.threshold_sweep import Sweep, sweep
-from moe_route.analysis.u_shape import UShape, middle_layers, u_shape
-from moe_route.analysis.vocabulary import ClassRouting, TokenShare, Vocabulary, class_routing, token_classes, vocabulary
+from moe_route.analysis.paths import Paths, PathWindow, RoutingPath, Saturation, paths, saturation
+from moe_route.analysis.pruning import (
+    PruningStability,
+    Saliency,
+    SuperExperts,
+    prune,
+    pruning_stability,
+    saliency,
+    super_experts,
+)
+from moe_route.analysis.resampling import Stability, stability_selection
+from moe_route.analysis.similarity import Similarity, answer_similarity, similarity
+from moe_route.analysis.stats import benjamini_hochberg, expected_maximum, holm, linkage
+from moe_route.analysis.tokens import (
+    ClassRouting,
+    LocalConsistency,
+    TokenShare,
+    Vocabulary,
+    class_routing,
+    local_consistency,
+    token_classes,
+    vocabulary,
+)
+from moe_route.analysis.u_shape import Consistency, UShape, consistency, middle_layers, u_shape
 
 __all__ = [
     "MEASURES",

@@ -6,34 +6,294 @@ routing distributions, their twin. The rules are in ``analysis.translation_rules
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from moe_route.analysis.bootstrap import RESAMPLES, draw_items, interval_of, resampled_means
-from moe_route.analysis.expert_masks import in_layers
-from moe_route.analysis.inputs import AnalysisError
-from moe_route.analysis.parallel_vectors import VectorSource, parallel_vectors
+from moe_route.analysis.inputs import AnalysisError, Statistics, paired_items, pick_groups
+from moe_route.analysis.overlap import in_layers
+from moe_route.analysis.resampling import mean_tokens, read_sequences
 from moe_route.analysis.result import by_depth, fertility_of, mean_of_seen, plain, token_column
-from moe_route.analysis.translation_rules import (
-    FEWEST,
-    RULE_NAMES,
-    Rule,
-    Side,
-    check_rule,
-    cosines,
-    judge,
-    same_vectors,
-)
-from moe_route.recording.frames import data_frame
-from moe_route.texttable import ShownAsTables, Table, interval
+from moe_route.analysis.stats import RESAMPLES, draw_items, interval_of, resampled_means
+from moe_route.base.table import ShownAsTables, Table, data_frame, interval
+from moe_route.recording import SentenceVectors
+from moe_route.recording.store import SequenceStore
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Alignment", "alignment"]
+__all__ = [
+    "Alignment",
+    "FEWEST",
+    "Judged",
+    "ParallelVectors",
+    "RULES",
+    "RULE_NAMES",
+    "Rule",
+    "Side",
+    "VectorSource",
+    "alignment",
+    "check_rule",
+    "cosines",
+    "judge",
+    "parallel_vectors",
+    "same_vectors",
+]
+
+
+# Vectors of parallel sentences, a layer at a time: hidden states, routing distributions, or arrays.
+
+VectorSource = SentenceVectors | Statistics | np.ndarray
+KINDS = ("full", "topk", "count", "hidden")
+_PORTION_BYTES = 512 << 20  # layers are read together up to this size, one at least
+
+
+@dataclass(frozen=True, eq=False)
+class ParallelVectors:
+    """Sentences that all of these groups have, with a vector in each layer.
+
+    Attributes:
+        groups: names of the groups.
+        layers: names of the layers.
+        items: the n items, in an order that does not depend on how they were recorded.
+        tokens: float64 [G], mean number of tokens per sentence; NaN where it is unknown.
+        centered: whether the mean of each group is subtracted.
+        embedding: whether layer 0 is the embedding, which comes before the first layer.
+    """
+
+    groups: tuple[str, ...]
+    layers: tuple[str, ...]
+    items: tuple[Any, ...]
+    tokens: np.ndarray
+    centered: bool
+    embedding: bool
+    _source: np.ndarray | SequenceStore
+    _kind: str
+
+    def sides(self) -> Iterator[list[Side]]:
+        """For each layer in turn, the sentences of every group as unit vectors."""
+        for portion in self._portions():
+            read = self._read(portion)
+            for layer in range(len(portion)):
+                yield [Side.of(_units(values[:, layer].astype(np.float64), self.centered)) for values in read]
+
+    def _portions(self) -> Iterator[range]:
+        """Layers to read together, so that memory stays bounded."""
+        number = size = len(self.layers)
+        if isinstance(self._source, SequenceStore):
+            first = read_sequences(self._source, {self.groups[0]: self.items[:1]}, self._kind)[0].vectors()
+            one_layer = len(self.groups) * len(self.items) * first.shape[-1] * 8
+            size = max(1, _PORTION_BYTES // max(one_layer, 1))
+        for start in range(0, number, size):
+            yield range(start, min(start + size, number))
+
+    def _read(self, layers: range) -> list[np.ndarray]:
+        """Vectors of every group, [n, layers, D] each."""
+        if isinstance(self._source, np.ndarray):
+            return [self._source[:, g][:, layers.start : layers.stop] for g in range(len(self.groups))]
+        store = self._source if len(layers) == len(self.layers) else self._source.select(layers)
+        return [one.vectors() for one in read_sequences(store, dict.fromkeys(self.groups, self.items), self._kind)]
+
+
+def parallel_vectors(
+    source: VectorSource,
+    groups: Sequence[str] | None,
+    kind: str | None,
+    center: bool | None,
+    min_common: float,
+) -> ParallelVectors:
+    """The sentences that these groups have in common.
+
+    Args:
+        source: ``SentenceVectors``; statistics with kept sequences; or float [item, group, layer, width].
+        groups: names of the groups to take, by default all; of an array, names of all its groups, which it needs.
+        kind: of statistics: "full" (the default), "topk" or "count" distributions, or "hidden" states.
+        center: subtract the mean of each group from its sentences; by default of routing distributions only, where
+            what all sentences share outweighs what tells them apart.
+        min_common: smallest allowed share of common items, as in ``analysis.divergence``.
+
+    Raises ``AnalysisError`` for sentences that do not pair, one group, unknown groups, and values that are not finite.
+    """
+    if isinstance(source, np.ndarray):
+        found = _of_array(source, groups, kind, bool(center))
+    else:
+        if kind is not None and isinstance(source, SentenceVectors):
+            raise AnalysisError("kind tells which routing distribution is taken, and these are vectors: leave it out")
+        kind = "hidden" if isinstance(source, SentenceVectors) else kind or "full"
+        if kind not in KINDS:
+            raise AnalysisError(f"no kind {kind!r}: use one of {', '.join(KINDS)}")
+        names = _vector_groups(source, groups) if isinstance(source, SentenceVectors) else pick_groups(source, groups)
+        _check_groups(names)
+        items = tuple(sorted(paired_items(source, names, min_common), key=lambda item: (str(type(item)), item)))
+        centered = kind != "hidden" if center is None else center
+        layers = tuple(source.layers)
+        embedding = isinstance(source, SentenceVectors) and layers[0] == "embedding"
+        tokens = mean_tokens(source.store, names, items)
+        found = ParallelVectors(names, layers, items, tokens, centered, embedding, source.store, kind)
+    if found.centered and len(found.items) < 2:
+        raise AnalysisError(
+            "a single item is its group's mean, and nothing is left of it: record more, or center=False"
+        )
+    return found
+
+
+def _of_array(source: np.ndarray, groups: Sequence[str] | None, kind: str | None, center: bool) -> ParallelVectors:
+    if source.ndim != 4 or groups is None or len(groups) != source.shape[1] or kind is not None:
+        raise AnalysisError(
+            "an array of vectors is [item, group, layer, width] and needs groups=, the name of each of its groups, and "
+            f"no kind; this one has the shape {list(source.shape)}"
+        )
+    _check_groups(groups)
+    if not np.isfinite(source).all():
+        raise AnalysisError("vectors must be finite: leave out items that have none")
+    layers = tuple(str(layer) for layer in range(source.shape[2]))
+    unknown = np.full(len(groups), np.nan)
+    return ParallelVectors(tuple(groups), layers, tuple(range(len(source))), unknown, center, False, source, "hidden")
+
+
+def _vector_groups(vectors: SentenceVectors, groups: Sequence[str] | None) -> tuple[str, ...]:
+    names = vectors.groups if groups is None else (groups,) if isinstance(groups, str) else tuple(groups)
+    unknown = [name for name in names if name not in vectors.groups]
+    if unknown:
+        raise AnalysisError(f"no group {unknown[0]!r}: there are {', '.join(vectors.groups)}")
+    return tuple(names)
+
+
+def _check_groups(names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        raise AnalysisError(f"a group is named twice: {', '.join(names)}")
+    if len(names) < 2:
+        raise AnalysisError("parallel sentences are compared between two groups or more: name another one")
+
+
+def _units(vectors: np.ndarray, center: bool) -> np.ndarray:
+    """Unit vectors [n, D]; NaN for a sentence without tokens, zero for one that is like the mean."""
+    moved = vectors - mean_of_seen(vectors)[0] if center else vectors
+    length = np.sqrt((moved * moved).sum(-1, keepdims=True))
+    return np.divide(moved, length, out=np.zeros(moved.shape), where=~(length <= 1e-12))
+
+
+# Rules that judge, from the cosines of sentences and their translations, how well two languages are aligned.
+#
+# C [n, n] holds the cosine of sentence i of one language with sentence j of the other; C_ii are translations.
+#
+# - "mexa": C_ii is above every other entry of row i and of column i [MEXA, arXiv 2410.05873]. - "retrieval": C_ii is
+# above every other entry of row i. - "margin": the same of ``2 C_ij / (r_i + c_j)``, with r_i the mean of the m
+# largest entries of row i and c_j that of column j [ratio margin, arXiv 1811.01136]. - "cosine": C_ii itself [Language
+# Ranker, arXiv 2404.11553; mPLM-Sim, arXiv 2305.13684].
+#
+# The first three are true or false for each sentence. A tie is lost, so a sentence that occurs twice never wins.
+
+Rule = Literal["mexa", "retrieval", "margin", "cosine"]
+RULES = ("mexa", "retrieval", "margin", "cosine")
+RULE_NAMES = {
+    "mexa": "share of sentences that are nearest to their translation, in both directions",
+    "retrieval": "share of sentences whose nearest neighbor is their translation",
+    "margin": "share of sentences whose nearest neighbor by the ratio margin is their translation",
+    "cosine": "mean cosine similarity of parallel sentences",
+}
+FEWEST = 10  # sentences for a share of them
+
+
+class Side(NamedTuple):
+    """Sentences of one language, with each different vector once.
+
+    Sentences with the same vector then have the same cosines to the bit, which a product of matrices does not promise.
+
+    Attributes:
+        rows: the different unit vectors, float64 [u, D]; NaN for sentences without a vector.
+        place: int64 [n], the row of each sentence.
+    """
+
+    rows: np.ndarray
+    place: np.ndarray
+
+    @classmethod
+    def of(cls, units: np.ndarray) -> Side:
+        """From the unit vectors of all sentences, float64 [n, D]."""
+        rows, place = np.unique(units, axis=0, return_inverse=True)
+        return cls(rows, place.reshape(-1))
+
+
+class Judged(NamedTuple):
+    """What a rule says of two languages.
+
+    Attributes:
+        values: float64 [n], of each sentence; NaN for one without a vector.
+        chance: what ``values`` are on average if each sentence is paired with a random one.
+    """
+
+    values: np.ndarray
+    chance: float
+
+
+def cosines(first: Side, second: Side) -> np.ndarray:
+    """float64 [n, n]: cosine of each sentence of one language with each of the other."""
+    of_rows: np.ndarray = first.rows @ second.rows.T
+    return of_rows[np.ix_(first.place, second.place)]
+
+
+def judge(found: np.ndarray, rule: Rule, neighbors: int = 4) -> Judged:
+    """Apply a rule to cosines, float64 [n, n]; sentences whose own cosine is NaN take no part.
+
+    ``neighbors`` is the m of "margin". Raises ``AnalysisError`` where the neighbors of a sentence have no positive mean
+    cosine, which margins divide by.
+    """
+    seen = np.flatnonzero(~np.isnan(np.diag(found)))
+    values = np.full(len(found), np.nan)
+    if not len(seen):
+        return Judged(values, float("nan"))
+    c = found[np.ix_(seen, seen)]
+    if rule == "cosine":
+        judged = c
+    elif rule == "mexa":
+        judged = _largest(c) & _largest(c.T).T
+    else:
+        judged = _largest(c if rule == "retrieval" else _margins(c, neighbors))
+    values[seen] = np.diag(judged)
+    return Judged(values, float(judged.mean()) if rule == "cosine" else float(judged.sum() / len(seen) ** 2))
+
+
+def _largest(values: np.ndarray) -> np.ndarray:
+    """bool [n, n]: entries above every other entry of their row."""
+    top = values == values.max(1, keepdims=True)
+    return top & (top.sum(1, keepdims=True) == 1)
+
+
+def _margins(c: np.ndarray, neighbors: int) -> np.ndarray:
+    near = min(neighbors, len(c))
+    of_rows = np.partition(c, -near, axis=1)[:, -near:].mean(1)
+    of_columns = np.partition(c, -near, axis=0)[-near:].mean(0)
+    below = of_rows[:, None] + of_columns
+    if (below <= 0).any():
+        raise AnalysisError(
+            "the nearest neighbors of a sentence have no positive mean cosine, which margins divide by: use "
+            'rule="retrieval" (or center=False, where means are subtracted)'
+        )
+    margins: np.ndarray = 2 * c / below
+    return margins
+
+
+def check_rule(rule: str, sentences: int, neighbors: int) -> None:
+    """Refuse an unknown rule, too few sentences for a share, and numbers of neighbors that cannot be."""
+    if rule not in RULES:
+        raise AnalysisError(f"no rule {rule!r}: use one of {', '.join(RULES)}")
+    if rule != "cosine" and sentences < FEWEST:
+        raise AnalysisError(f"a share of {sentences} sentences says little: give at least {FEWEST} common items")
+    if rule == "margin" and not 1 <= neighbors <= sentences:
+        raise AnalysisError(f"neighbors must be 1 to {sentences}, the number of sentences, not {neighbors}")
+
+
+def same_vectors(sides: list[Side]) -> np.ndarray:
+    """bool [n]: sentences that have the vectors of another sentence in every layer, from the sides of one language."""
+    codes = np.zeros(len(sides[0].place), np.int64)
+    for side in sides:
+        codes = np.unique(np.stack([codes, side.place]), axis=1, return_inverse=True)[1].reshape(-1)
+    repeated: np.ndarray = np.bincount(codes)[codes] > 1
+    return repeated
+
 
 Summary = Literal["mean", "max"]
 _QUANTITIES = {"mexa": "MEXA alignment", "retrieval": "retrieval", "margin": "margin retrieval", "cosine": "cosine"}

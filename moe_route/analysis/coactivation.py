@@ -11,8 +11,7 @@ import numpy as np
 from moe_route.analysis.inputs import AnalysisError, pick_groups
 from moe_route.analysis.measures import entropy_of
 from moe_route.analysis.result import by_depth, plain
-from moe_route.recording.frames import data_frame
-from moe_route.texttable import ShownAsTables, Table, number_of
+from moe_route.base.table import ShownAsTables, Table, data_frame, number_of
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from moe_route.analysis.alignment import Alignment
-from moe_route.analysis.bootstrap import draw_items, interval_of, resampled_means
-from moe_route.analysis.coefficients import ranks, unit_length
 from moe_route.analysis.divergence import Divergence
 from moe_route.analysis.inputs import AnalysisError, check_draws
 from moe_route.analysis.result import plain
-from moe_route.recording.frames import data_frame
-from moe_route.texttable import ShownAsTables, Table
+from moe_route.analysis.stats import draw_items, interval_of, ranks, resampled_means, unit_length
+from moe_route.base.table import ShownAsTables, Table, data_frame
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from moe_route.analysis.bootstrap import draw_items, interval_of, resampled_means
-from moe_route.analysis.finite_sample import jackknife_entropy, miller_madow
+from moe_route.analysis.estimators import jackknife_entropy, miller_madow
 from moe_route.analysis.inputs import AnalysisError, normalized, pick_groups
 from moe_route.analysis.measures import entropy_of
+from moe_route.analysis.resampling import GroupSequences, blocks, groups_of, tokens_per_sequence
 from moe_route.analysis.result import by_depth, mean_of_seen, plain, token_column
-from moe_route.analysis.sequences import GroupSequences, blocks, groups_of, tokens_per_sequence
-from moe_route.recording.frames import data_frame
-from moe_route.texttable import ShownAsTables, Table
+from moe_route.analysis.stats import draw_items, interval_of, resampled_means
+from moe_route.base.table import ShownAsTables, Table, data_frame
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import math
 import warnings
-from collections.abc import Sequence
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
 from moe_route.steering import ExpertSelection, PlanModel
 
+if TYPE_CHECKING:
+    from moe_route.recording import SentenceVectors
+
 __all__ = [
-    "NOT_KEPT",
     "AnalysisError",
+    "NOT_KEPT",
+    "Pairing",
     "Statistics",
     "as_array",
     "check_draws",
     "check_one_model",
+    "common_items",
     "group_index",
     "normalized",
+    "paired_items",
     "pick_groups",
+    "read_scores",
     "selection",
     "shape_of",
     "warn_of_padding",
@@ -183,3 +194,98 @@ def selection(
         description=description,
         model=PlanModel.of_recording(statistics.metadata if known else {}, sizes),
     )
+
+
+# Pair the sequences of groups by their items, such as a sentence and its translations.
+
+Pairing = Literal["paired", "pooled", "auto"]
+
+
+def common_items(
+    statistics: Statistics, groups: Sequence[str], pairing: str, min_common: float, phase: str | None, by: str
+) -> list[Any] | None:
+    """The items that every group has, by which to pair; None if divergence is to be pooled."""
+    if pairing not in ("paired", "pooled", "auto"):
+        raise AnalysisError(f'pairing must be "paired", "pooled" or "auto", not {pairing!r}')
+    if not 0 < min_common <= 1:
+        raise AnalysisError(f"min_common must be above 0 and at most 1, not {min_common}")
+    if pairing == "pooled":
+        return None
+    try:
+        return paired_items(statistics, groups, min_common, phase, by)
+    except AnalysisError as error:
+        if pairing == "paired":
+            raise AnalysisError(
+                f"no paired divergence: {error}; or pass pairing='pooled' (--pairing pooled), which estimates "
+                "something else"
+            ) from None
+        warnings.warn(f"pooled divergence, not paired: {error}", stacklevel=3)
+        return None
+
+
+def paired_items(
+    statistics: Statistics | SentenceVectors,
+    groups: Sequence[str],
+    min_common: float,
+    phase: str | None = None,
+    by: str = "sequence",
+) -> list[Any]:
+    """The items that every group has; raises ``AnalysisError`` with the reason if pairing is impossible."""
+    store = statistics.store
+    if store is None:
+        raise AnalysisError(NOT_KEPT)
+    if phase is not None:
+        raise AnalysisError("kept sequences join prefill and decode: leave phase out")
+    if by != "sequence":
+        raise AnalysisError('pairs weigh sequences alike: leave by at "sequence"')
+    items: list[Any] = store.paired_items(*groups)
+    sequences = Counter(group for _, group in store)
+    sizes = {group: sequences[group] for group in groups}
+    largest = max(sizes, key=sizes.__getitem__)
+    share = len(items) / max(sizes[largest], 1)
+    if items and share >= min_common:
+        return items
+    shares = {group: len(store.paired_items(groups[0], group)) for group in groups[1:]}
+    fewest = min(shares, key=shares.__getitem__)
+    raise AnalysisError(
+        f"{len(items)} items are common to all groups, {share:.0%} of the {sizes[largest]} sequences of {largest!r}, "
+        f"and min_common asks for {min_common:.0%}; {fewest!r} has the fewest in common with {groups[0]!r} "
+        f"({shares[fewest]}): give labels(items=...) one id for a sentence and its translations, leave groups out "
+        "with groups=, or pass a smaller min_common"
+    )
+
+
+# Read a table of performance: a score per group.
+
+
+def read_scores(path: Path) -> dict[str, float]:
+    """group -> score, of a JSON file or of tab-separated lines, whose first may be a heading.
+
+    Raises ``ValueError`` for another form, a score that is no finite number, and a group that comes twice.
+    """
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        found = json.loads(text)
+        if not isinstance(found, Mapping):
+            raise ValueError(f"{path} must be a JSON object: {{group: score}}")
+        return _finite({str(group): float(score) for group, score in found.items()}, path)
+    scores: dict[str, float] = {}
+    for number, line in enumerate(filter(str.strip, text.splitlines())):
+        group, *rest = line.split("\t")
+        try:
+            score = float(rest[0])
+        except (ValueError, IndexError):
+            if number:
+                raise ValueError(f"{path}: {line!r} is not a group, a tab and a score") from None
+            continue
+        if group in scores:
+            raise ValueError(f"{path}: {group} comes twice: keep one of its scores")
+        scores[group] = score
+    return _finite(scores, path)
+
+
+def _finite(scores: dict[str, float], path: Path) -> dict[str, float]:
+    for group, score in scores.items():
+        if not math.isfinite(score):
+            raise ValueError(f"{path}: the score of {group} is {score}: leave the group out")
+    return scores

@@ -11,22 +11,28 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from moe_route.analysis.coefficients import pearson, ranks
-from moe_route.analysis.inputs import AnalysisError, check_draws
-from moe_route.analysis.result import plain
-from moe_route.recording.frames import data_frame
-from moe_route.texttable import ShownAsTables, Table, number_of
+from moe_route.analysis.divergence import divergence
+from moe_route.analysis.inputs import AnalysisError, check_draws, paired_items, pick_groups
+from moe_route.analysis.result import by_depth, mean_of_seen, plain
+from moe_route.analysis.stats import centered, pearson, ranks
+from moe_route.base.table import ShownAsTables, Table, data_frame, number_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from moe_route.recording import RoutingStatistics, SequenceStore
+
 __all__ = [
+    "Geometry",
     "MatrixComparison",
     "MatrixCorrelation",
+    "RankAgreement",
     "compare_matrices",
+    "geometry",
     "group_matrix",
     "matrix_correlation",
     "names_in",
+    "rank_agreement",
     "read_matrix",
 ]
 
@@ -284,3 +290,304 @@ def _rows(path: str | os.PathLike[str]) -> list[list[str]]:
             return [line.rstrip("\n").split("\t") for line in stream if line.strip()]
     except UnicodeDecodeError:
         raise AnalysisError(f"{path} is not text: give a tab-separated file") from None
+
+
+# Rank agreement of what is observed of experts with the effect that they have.
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RankAgreement(ShownAsTables):
+    """Spearman correlation over the experts of a layer between metrics and effects, averaged over layers.
+
+    Attributes:
+        metrics, groups: names of the M metrics and G groups.
+        rho: float64 [M, G], in [-1, 1]: mean over layers; NaN where no layer has three experts that differ.
+        by_layer: float64 [M, G, L].
+        p_value: float64 [M, G], two-sided, by permuting the experts of every layer.
+        experts: int64 [G], number of experts with an effect.
+    """
+
+    metrics: tuple[str, ...]
+    groups: tuple[str, ...]
+    rho: np.ndarray
+    by_layer: np.ndarray
+    p_value: np.ndarray
+    experts: np.ndarray
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per metric and group: ``rho``, ``p_value``, ``experts``."""
+        metric, group = np.indices(self.rho.shape).reshape(2, -1)
+        return data_frame(
+            {
+                "metric": np.asarray(self.metrics, object)[metric],
+                "group": np.asarray(self.groups, object)[group],
+                "rho": self.rho.reshape(-1),
+                "p_value": self.p_value.reshape(-1),
+                "experts": self.experts[group],
+            }
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able content (NaN as None)."""
+        arrays = {name: getattr(self, name) for name in ("rho", "by_layer", "p_value", "experts")}
+        return {"metrics": list(self.metrics), "groups": list(self.groups)} | plain(arrays)
+
+    def tables(self) -> list[Table]:
+        rows = [
+            [metric, group, float(self.rho[m, g]), float(self.p_value[m, g]), int(self.experts[g])]
+            for m, metric in enumerate(self.metrics)
+            for g, group in enumerate(self.groups)
+        ]
+        title = "Rank agreement of metrics with the effect of experts (Spearman, mean over layers)"
+        return [Table(("metric", "group", "rho", "p", "experts"), rows, title)]
+
+
+def rank_agreement(
+    metrics: Mapping[str, np.ndarray],
+    effects: np.ndarray,
+    *,
+    groups: Sequence[str] | None = None,
+    permutations: int = 2000,
+    seed: int = 0,
+) -> RankAgreement:
+    """Compute how well metrics of experts rank their effects, by Spearman's rho within each layer.
+
+    Layers are not mixed, since both metrics and effects differ in level from layer to layer. arXiv 2606.10703 finds
+    that no observational metric predicts the causal importance of experts.
+
+    Args:
+        metrics: name -> float [L, E] or [G, L, E], such as a frequency, or a difference of frequencies.
+        effects: float [L, E] or [G, L, E], such as ``Knockout.total.mean``; NaN where not measured.
+        groups: names of the G groups.
+        permutations, seed: of the test.
+
+    Raises ``AnalysisError`` for no metric, shapes that do not fit, or a number of names other than G.
+    """
+    wide = _three(np.asarray(effects, np.float64), "effects")
+    names = tuple(groups) if groups is not None else tuple(f"group {g}" for g in range(len(wide)))
+    if len(names) != len(wide):
+        raise AnalysisError(f"there are effects of {len(wide)} groups, and {len(names)} names")
+    if not metrics:
+        raise AnalysisError("there is no metric to compare with: pass {name: array}")
+    check_draws(permutations, "permutations")
+    rng = np.random.default_rng(seed)
+    by_layer, p_value = np.full((len(metrics), *wide.shape[:2]), np.nan), np.full((len(metrics), len(wide)), np.nan)
+    for m, (metric, values) in enumerate(metrics.items()):
+        observed = _three(np.asarray(values, np.float64), metric)
+        if observed.shape[1:] != wide.shape[1:] or len(observed) not in (1, len(wide)):
+            raise AnalysisError(
+                f"metric {metric!r} has shape {list(np.shape(values))}, the effects are {list(wide.shape)}: give both "
+                "for the same layers and experts"
+            )
+        for g in range(len(wide)):
+            of_group = observed[0 if len(observed) == 1 else g]
+            by_layer[m, g], p_value[m, g] = _agreement(of_group, wide[g], permutations, rng)
+    counted = ~np.isnan(by_layer)
+    rho = np.where(counted, by_layer, 0.0).sum(2) / np.where(counted.any(2), counted.sum(2), np.nan)
+    return RankAgreement(tuple(metrics), names, rho, by_layer, p_value, (~np.isnan(wide)).sum((1, 2)))
+
+
+def _three(values: np.ndarray, name: str) -> np.ndarray:
+    if values.ndim not in (2, 3):
+        raise AnalysisError(f"{name} must be [layer, expert] or [group, layer, expert], not {list(values.shape)}")
+    return values[None] if values.ndim == 2 else values
+
+
+def _agreement(
+    metric: np.ndarray, effect: np.ndarray, permutations: int, rng: np.random.Generator
+) -> tuple[np.ndarray, float]:
+    """Spearman's rho of each layer [L], and the p-value of their mean."""
+    rho, drawn = np.full(len(metric), np.nan), np.zeros(permutations)
+    for layer in range(len(metric)):
+        seen = ~np.isnan(metric[layer]) & ~np.isnan(effect[layer])
+        if seen.sum() < 3:
+            continue
+        x, y = centered(ranks(metric[layer, seen])), centered(ranks(effect[layer, seen]))
+        if not x.any() or not y.any():
+            continue
+        rho[layer] = x @ y
+        drawn += rng.permuted(np.tile(y, (permutations, 1)), axis=1) @ x
+    counted = ~np.isnan(rho)
+    if not counted.any():
+        return rho, float("nan")
+    reached = np.abs(drawn) >= abs(rho[counted].sum()) - 1e-12
+    return rho, float((reached.sum() + 1) / (permutations + 1))
+
+
+# Geometry of hidden states beside routing: is similar routing more than similar hidden states?
+
+_TITLES = {
+    "divergence": "divergence of routing (D)",
+    "cosine": "cosine of hidden states",
+    "row_share": "share of the hidden state that the router sees",
+    "row_cosine": "cosine of what the router sees",
+    "null_cosine": "cosine of what the router does not see",
+}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Geometry(ShownAsTables):
+    """Similarity of hidden states of parallel sequences, beside the divergence of their routing; means over items.
+
+    h is the mean router input of a sequence, P the projector on the row space of the router weight W.
+
+    Attributes:
+        groups: the G groups that were compared with ``reference``.
+        layers: names of the L layers.
+        divergence: float64 [G, L], D (arXiv 2510.04694, eq. 2).
+        cosine: float64 [G, L], cos(h, h') of a sequence and its translation.
+        row_share: float64 [G, L], |P h|^2 / |h|^2 of the group's sequences; None without weights.
+        row_cosine: float64 [G, L], cos(P h, P h'); None without weights.
+        null_cosine: float64 [G, L], cos(h - P h, h' - P h'); None without weights.
+        pairs: number of items.
+    """
+
+    groups: tuple[str, ...]
+    layers: tuple[str, ...]
+    reference: str
+    divergence: np.ndarray
+    cosine: np.ndarray
+    row_share: np.ndarray | None
+    row_cosine: np.ndarray | None
+    null_cosine: np.ndarray | None
+    pairs: int
+
+    def partial(self, accuracy: Mapping[str, float]) -> np.ndarray:
+        """Partial correlation of accuracy with D given the cosine, over groups, float64 [L]; NaN where undefined.
+
+        ``r = (r_AD - r_AC r_DC) / sqrt((1 - r_AC^2) (1 - r_DC^2))``. Near 0, routing tells nothing about accuracy that
+        the hidden states do not tell. Needs an accuracy for each of at least 4 groups.
+        """
+        missing = [group for group in self.groups if group not in accuracy]
+        if missing:
+            raise AnalysisError(f"no accuracy is given for {', '.join(missing)}: give one per group, or leave it out")
+        if len(self.groups) < 4:
+            raise AnalysisError(f"a partial correlation needs 4 groups or more, there are {len(self.groups)}")
+        score = np.array([accuracy[group] for group in self.groups], dtype=np.float64)
+        if not np.isfinite(score).all():
+            raise AnalysisError("accuracies must be finite numbers: leave out groups without one")
+        with_d, with_c = pearson(score, self.divergence.T), pearson(score, self.cosine.T)
+        between = pearson(self.divergence.T, self.cosine.T)
+        rest = np.sqrt(np.clip((1 - with_c**2) * (1 - between**2), 0, None))
+        return np.divide(with_d - with_c * between, rest, out=np.full(rest.shape, np.nan), where=rest > 1e-9)
+
+    def _present(self) -> list[tuple[str, np.ndarray]]:
+        return [(name, getattr(self, name)) for name in _TITLES if getattr(self, name) is not None]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a tidy data frame with a row per (group, layer) and a column per measure."""
+        layers = len(self.layers)
+        columns: dict[str, Any] = {
+            "group": np.repeat(np.asarray(self.groups, dtype=object), layers),
+            "layer": np.tile(np.arange(layers), len(self.groups)),
+            "router": np.tile(np.asarray(self.layers, dtype=object), len(self.groups)),
+        }
+        return data_frame(columns | {name: values.reshape(-1) for name, values in self._present()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able content (NaN as None)."""
+        axes = {"groups": list(self.groups), "layers": list(self.layers), "reference": self.reference}
+        return {**axes, "pairs": self.pairs} | {name: plain(values) for name, values in self._present()}
+
+    def tables(self) -> list[Table]:
+        found = [by_depth(self.groups, values, title=_TITLES[name]) for name, values in self._present()]
+        note = f"means over {self.pairs} sentences and their translations, against {self.reference}"
+        return [*found[:-1], Table(found[-1].head, found[-1].rows, found[-1].title, note)]
+
+
+def geometry(
+    statistics: RoutingStatistics,
+    reference: str,
+    *,
+    weights: Sequence[np.ndarray] | None = None,
+    groups: Sequence[str] | str | None = None,
+    min_common: float = 0.5,
+) -> Geometry:
+    """Compare the hidden states of parallel sequences with the divergence of their routing.
+
+    For each item, h and h' are the mean router inputs of the sequence and of its translation in ``reference``. The
+    cosine of the two stands beside D. With the router weights, both are split into the row space of the weight, which
+    alone the router sees, and the rest [arXiv 2604.09780, 2604.17837].
+
+    Args:
+        weights: the router weight of each layer, [E, H] (``experiments.router_weights(routed)``).
+        groups: groups to compare; by default all others.
+        min_common: as in ``divergence``.
+
+    It needs ``record(hidden=True, sequences=True)`` with items. Raises ``AnalysisError`` for sequences that do not pair
+    and weights of another model, ``ValueError`` if hidden states were not recorded.
+    """
+    compared = (reference, *pick_groups(statistics, groups, leave_out=reference))
+    paired_items(statistics, compared, min_common)  # its message names only what helps here
+    routing = divergence(statistics, reference, groups=groups, min_common=min_common)
+    store = statistics.store
+    assert store is not None  # paired divergence needs it
+    items = store.paired_items(reference, *routing.groups)
+    bases = _row_spaces(weights, statistics)
+    base = _hidden(store, items, reference)
+    measures: dict[str, list[np.ndarray]] = {name: [] for name in _TITLES if name != "divergence"}
+    for group in routing.groups:
+        values = _compare(_hidden(store, items, group), base, bases)
+        for name, value in values.items():
+            measures[name].append(mean_of_seen(value)[0])
+    found = {name: np.array(values) if values else None for name, values in measures.items()}
+    cosine = found.pop("cosine")
+    assert cosine is not None
+    layers = tuple(statistics.layers)
+    return Geometry(routing.groups, layers, reference, routing.values, cosine, **found, pairs=len(items))
+
+
+def _hidden(store: SequenceStore, items: Sequence[Any], group: str) -> np.ndarray:
+    """Mean router inputs of these sequences, float64 [items, L, H]."""
+    return np.stack([store.hidden(item, group) for item in items]).astype(np.float64)
+
+
+def _row_spaces(weights: Sequence[np.ndarray] | None, statistics: RoutingStatistics) -> list[np.ndarray] | None:
+    """An orthonormal basis [r, H] of the row space of each weight."""
+    if weights is None:
+        return None
+    shapes = [np.shape(weight) for weight in weights]
+    if len(weights) != len(statistics.layers) or any(
+        len(shape) != 2 or shape[0] != size for shape, size in zip(shapes, statistics.num_experts, strict=False)
+    ):
+        raise AnalysisError(
+            f"weights must be one [experts, hidden] per layer ({len(statistics.layers)} layers of "
+            f"{', '.join(map(str, sorted(set(statistics.num_experts))))} experts), not {shapes}"
+        )
+    bases = []
+    for weight in weights:
+        if not np.isfinite(weight).all():
+            raise AnalysisError("a weight holds values that are not finite: pass the weights of the recorded model")
+        _, sizes, rows = np.linalg.svd(np.asarray(weight, dtype=np.float64), full_matrices=False)
+        bases.append(rows[sizes > sizes.max(initial=0) * max(np.shape(weight)) * np.finfo(np.float64).eps])
+    return bases
+
+
+def _compare(mine: np.ndarray, base: np.ndarray, bases: Sequence[np.ndarray] | None) -> dict[str, np.ndarray]:
+    """Each measure [items, L] of hidden states [items, L, H] against those of the reference."""
+    values = {"cosine": _cosine(mine, base)}
+    if bases is None:
+        return values
+    if any(basis.shape[1] != mine.shape[2] for basis in bases):
+        raise AnalysisError(
+            f"the weights are for hidden states of {bases[0].shape[1]} elements, recorded ones have {mine.shape[2]}: "
+            "pass the weights of the recorded model"
+        )
+    seen, other = _projected(mine, bases), _projected(base, bases)
+    size = (mine**2).sum(-1)
+    share = np.divide((seen**2).sum(-1), size, out=np.full(size.shape, np.nan), where=size > 0)
+    return values | {
+        "row_share": share,
+        "row_cosine": _cosine(seen, other),
+        "null_cosine": _cosine(mine - seen, base - other),
+    }
+
+
+def _projected(hidden: np.ndarray, bases: Sequence[np.ndarray]) -> np.ndarray:
+    return np.stack([hidden[:, layer] @ basis.T @ basis for layer, basis in enumerate(bases)], axis=1)
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine over the last axis; NaN for a zero vector."""
+    sizes = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+    return np.divide((a * b).sum(-1), sizes, out=np.full(sizes.shape, np.nan), where=sizes > 0)

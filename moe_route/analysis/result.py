@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_route.recording.frames import data_frame
+from moe_route.base.table import Table, data_frame
 from moe_route.steering.layers import show_numbers
-from moe_route.texttable import Table
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,25 +8,34 @@ distribution q_i.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_route.analysis.expert_masks import in_layers
+from moe_route.analysis.alignment import (
+    FEWEST,
+    RULE_NAMES,
+    Rule,
+    VectorSource,
+    check_rule,
+    cosines,
+    judge,
+    parallel_vectors,
+)
 from moe_route.analysis.inputs import AnalysisError
-from moe_route.analysis.linkage import Linkage, clusters, leaves, linkage
 from moe_route.analysis.matrices import MatrixComparison, compare_matrices, names_in, read_matrix
-from moe_route.analysis.parallel_vectors import VectorSource, parallel_vectors
+from moe_route.analysis.overlap import in_layers
 from moe_route.analysis.result import fertility_column, frame_of_pairs, mean_of_seen, plain, token_column
-from moe_route.analysis.translation_rules import RULE_NAMES, Rule, check_rule, cosines, judge
-from moe_route.texttable import ShownAsTables, Table
+from moe_route.analysis.stats import Linkage, clusters, leaves, linkage
+from moe_route.base.table import ShownAsTables, Table
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Similarity", "similarity"]
+__all__ = ["Similarity", "answer_similarity", "similarity"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -232,3 +241,37 @@ def similarity(
                 if not both_ways:
                     values[layer, j, i], chance[layer, j, i] = values[layer, i, j], chance[layer, i, j]
     return Similarity(values, names, vectors.layers, rule, len(vectors.items), vectors.centered, vectors.tokens, chance)
+
+
+# Similarity of languages by the answers that a model gives in them.
+
+
+def answer_similarity(answers: Mapping[str, Mapping[Any, Hashable]]) -> Similarity:
+    """Measure how often a model answers the same question alike in two languages, for all pairs of them.
+
+    An answer is anything that can be compared: the text or the choice given, or whether it was right. Chance is what
+    two languages with these answers share if their questions are shuffled, so two languages that are mostly right are
+    alike by chance, too.
+
+    Args:
+        answers: group -> item -> answer. Compared are the items that all groups have.
+
+    Returns a ``Similarity`` of one layer, [1, G, G], with its tree, clusters, comparisons and pictures. Raises
+    ``AnalysisError`` for fewer than two groups or ten common items.
+    """
+    groups = tuple(answers)
+    if len(groups) < 2:
+        raise AnalysisError("two groups or more are compared: give answers by group, and by item in each")
+    items = [item for item in answers[groups[0]] if all(item in answers[group] for group in groups)]
+    if len(items) < FEWEST:
+        raise AnalysisError(f"{len(items)} items are common to all groups: give at least {FEWEST}")
+    given = [[answers[group][item] for item in items] for group in groups]
+    number, often = len(items), [Counter(row) for row in given]
+    values, chance = np.ones((1, len(groups), len(groups))), np.full((1, len(groups), len(groups)), np.nan)
+    for i in range(len(groups)):
+        for j in range(i):
+            same = sum(one == other for one, other in zip(given[i], given[j], strict=True))
+            values[0, i, j] = values[0, j, i] = same / number
+            expected = sum(times * often[j][answer] for answer, times in often[i].items()) / number**2
+            chance[0, i, j] = chance[0, j, i] = expected
+    return Similarity(values, groups, ("answers",), "answers", number, by_chance=chance)

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
+from moe_route.base.table import ShownAsTables, Table, number_of
 from moe_route.bench.results import BenchmarkResults, Measured, Row
-from moe_route.texttable import ShownAsTables, Table, number_of
 
 TOLERANCE = 0.10
 REGRESSED, IMPROVED, UNCHANGED = "regressed", "improved", "within the tolerance"

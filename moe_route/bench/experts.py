@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-import moe_route as mr
 from moe_route.bench import vllm_experts
 from moe_route.bench.results import Fact, Measured, rows
 from moe_route.bench.timing import Contender, Effort, Pool, Race, race
-from moe_route.experts import packing
+from moe_route.experts import packing, register_experts
 from moe_route.experts.packing import PackedWeights
 from moe_route.ops import expert_paths as paths
 
@@ -212,7 +211,7 @@ class RoutedModel:
         self, implementations: Sequence[str], read: tuple[str, Contender] | None = None
     ) -> dict[str, Contender]:
         """Implementations by name, and the two floors; `read` in the place of our own way to read the weights."""
-        mr.register_experts()
+        register_experts()
         name, reading = read or (READ, self.read)
         return {
             name: reading,

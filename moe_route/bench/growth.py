@@ -27,6 +27,7 @@ from moe_route.bench.timing import Effort, Pool
 from moe_route.patching.deferred import MOST_TOKENS
 from moe_route.recording.recorder import DEFAULT_METRICS
 from moe_route.recording.tables import TableSet
+from moe_route.routers import find_routers
 
 SECTION = "Growth of a recording"
 SMALL = {
@@ -201,7 +202,7 @@ def group_facts(numbers: tuple[int, ...] = (1, 10, 100, 1000)) -> list[Fact]:
     facts = []
     case = "groups, at batch-1 decode"
     decoding = Decoding(model_of(LAYERS, **SMALL))
-    routers = mr.find_routers(decoding.model)
+    routers = find_routers(decoding.model)
     for groups in numbers:
         names = [f"group {number}" for number in range(groups)]
         took = window_seconds(decoding, partial(_labeled, decoding, names)) / LAYERS

@@ -15,6 +15,7 @@ import moe_route as mr
 from moe_route.bench.results import Fact, Measured, Target, rows
 from moe_route.bench.timing import Effort, Race, race
 from moe_route.recording.recorder import LAG
+from moe_route.routers import find_routers
 
 WINDOW = LAG + 1  # steps that the recorder counts together
 PAST = 64  # tokens in the cache before every step
@@ -94,8 +95,8 @@ class ByHand:
 
     def __init__(self, decoding: Stepping):
         self.decoding, model = decoding, decoding.model
-        self.routers = [router.module for router in mr.find_routers(model)]
-        experts = mr.find_routers(model)[0].num_experts
+        self.routers = [router.module for router in find_routers(model)]
+        experts = find_routers(model)[0].num_experts
         self.counts = torch.zeros(len(self.routers), experts, dtype=torch.int64, device=model.device)
         self.mass, self.weight = torch.zeros(2, len(self.routers), experts, dtype=torch.float64, device=model.device)
         self.entropy = torch.zeros(len(self.routers), dtype=torch.float64, device=model.device)
@@ -125,7 +126,7 @@ class ByHand:
 @contextmanager
 def empty_hooks(decoding: Decoding) -> Iterator[None]:
     """A hook on every router that does nothing: what any recorder pays."""
-    routers = mr.find_routers(decoding.model)
+    routers = find_routers(decoding.model)
     handles = [router.module.register_forward_hook(lambda *_: None) for router in routers]
     try:
         decoding.step(0)

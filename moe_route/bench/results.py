@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 import moe_route
-from moe_route import _C, files
+from moe_route import _C
+from moe_route.base import files
+from moe_route.base.table import ShownAsTables, Table, duration
 from moe_route.bench.timing import Race, clock_of_threads
-from moe_route.texttable import ShownAsTables, Table, duration
 
 KIND = "BenchmarkResults"
 TREE = Path(__file__).resolve().parents[2]  # the source tree, where this is not installed

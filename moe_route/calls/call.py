@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+__all__ = ["NamedGroups", "fewer_logits", "name_groups", "named_groups"]
+
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -65,3 +72,48 @@ class Call:
 def recomputing() -> bool:
     """Whether a checkpointed layer is running again in the backward pass; its tokens were counted already."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
+
+
+# The groups that the user has named for the sequences of a batch, for modules that choose by group without a router.
+#
+# `labels(groups=...)` of an attached model, of a recording and of adapters all name them here, so one block of labels
+# reaches all three.
+
+
+class NamedGroups(NamedTuple):
+    """Names, and int64 indices into them: for all sequences [], per sequence [N], or per token [N, S]."""
+
+    names: Sequence[str]
+    codes: np.ndarray
+
+
+_named: ContextVar[NamedGroups | None] = ContextVar("moe_route groups", default=None)
+
+
+def name_groups(groups: NamedGroups | None, *, named: ContextVar[NamedGroups | None] = _named) -> None:
+    """Name the groups of the calls that follow in this thread; None ends it.
+
+    Works at the end of a program too, when the names of this module are gone.
+    """
+    named.set(groups)
+
+
+def named_groups() -> NamedGroups | None:
+    """The groups named last, or None."""
+    return _named.get()
+
+
+# Ask a model for the logits of few positions.
+
+
+def fewer_logits(model: nn.Module, positions: Tensor) -> dict[str, Any]:
+    """Arguments with which ``model`` computes logits at ``positions`` alone, int64 [P]; none if it always computes all.
+
+    Every token runs through every layer in either case. Fewer positions save the product with the vocabulary, which
+    costs a small model as much as its layers.
+    """
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return {}
+    # A tensor, because some models (Gemma 4) drop tokens from their last layers for a number; on the CPU, whose indices
+    # fit hidden states on every device.
+    return {"logits_to_keep": positions.cpu()}

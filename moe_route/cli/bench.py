@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> Answer:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 
-    from moe_route import files
+    from moe_route.base import files
     from moe_route.bench import sections
     from moe_route.bench.comparison import compare
     from moe_route.bench.results import BenchmarkResults

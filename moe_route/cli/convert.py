@@ -102,8 +102,8 @@ def run(options: argparse.Namespace) -> Answer:
 
 
 def _formats() -> Answer:
+    from moe_route.base.table import table
     from moe_route.convert import FORMATS, TARGETS
-    from moe_route.texttable import table
 
     read = [[name, "/".join(format.gives), format.holds] for name, format in FORMATS.items()]
     write = [[name, "/".join(target.kinds), target.holds] for name, target in TARGETS.items()]

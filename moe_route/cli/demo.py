@@ -42,7 +42,7 @@ def add(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> Answer:
-    from moe_route import files
+    from moe_route.base import files
     from moe_route.demo import demo
 
     if options.out is not None:

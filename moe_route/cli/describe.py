@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> Answer:
 
 def _model(options: argparse.Namespace) -> Any:
     """The model of the options, with weights or, by default, from its configuration alone."""
-    from moe_route.workload import model_without_weights
+    from moe_route.runs.language_model import model_without_weights
 
     if options.load:
         return load_language_model(options).model

@@ -14,7 +14,7 @@ def add(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> Answer:
-    from moe_route.diagnosis import doctor
+    from moe_route.description import doctor
 
     found = doctor()
     return Answer(found.to_dict(), str(found), code=0 if found.ok else 1)

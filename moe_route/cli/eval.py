@@ -70,8 +70,8 @@ def run(options: argparse.Namespace) -> Answer:
 
 
 def _listed(shipped: dict[str, Path]) -> Answer:
+    from moe_route.base.table import table
     from moe_route.evaluation import read_recipe
-    from moe_route.texttable import table
 
     recipes = {name: read_recipe(name) for name in shipped}
     rows = [(name, recipe.model.id, ", ".join(recipe.tasks), recipe.title) for name, recipe in recipes.items()]

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moe_route.data.batches import Text
     from moe_route.recording import RoutingStatistics, SentenceVectors
     from moe_route.routed import RoutedModel
-    from moe_route.workload import LanguageModel, Text
+    from moe_route.runs.language_model import LanguageModel
 
 __all__ = [
     "attached_model",
@@ -125,7 +126,7 @@ def seed_argument(parser: argparse.ArgumentParser) -> None:
 
 def load_language_model(options: argparse.Namespace, **how: Any) -> LanguageModel:
     """The model of the options; `how` are further arguments of `LanguageModel.load`."""
-    from moe_route.workload import LanguageModel
+    from moe_route.runs.language_model import LanguageModel
 
     quiet_libraries()
     where = {"device": options.device, "device_map": options.device_map}
@@ -163,7 +164,8 @@ def attached_model(options: argparse.Namespace, **how: Any) -> Iterator[tuple[La
 
 
 def texts(options: argparse.Namespace) -> list[Text]:
-    from moe_route.workload import read_corpus, texts_of
+    from moe_route.data.batches import texts_of
+    from moe_route.runs.record import read_corpus
 
     return texts_of(read_corpus(options.data, languages=options.languages, limit=options.limit))
 
@@ -203,7 +205,7 @@ def merged_statistics(paths: Sequence[Path]) -> RoutingStatistics:
 
 def parallel_source(paths: Sequence[Path], layers: Sequence[int] | None) -> RoutingStatistics | SentenceVectors:
     """Sentence vectors in one file, or the sum of statistics; some of their layers, if these are given."""
-    from moe_route import files
+    from moe_route.base import files
     from moe_route.recording import SentenceVectors
 
     found: RoutingStatistics | SentenceVectors
@@ -222,7 +224,7 @@ def parallel_source(paths: Sequence[Path], layers: Sequence[int] | None) -> Rout
 
 def output(*paths: Path | None) -> None:
     """Refuse files that cannot be written (``OSError``), or are one file, before the work whose results go there."""
-    from moe_route import files
+    from moe_route.base import files
 
     given = [path for path in paths if path is not None]
     if len({path.resolve() for path in given}) < len(given):

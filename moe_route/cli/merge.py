@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> Answer:
         raise ValueError("name the folder for the merged checkpoint: --out FOLDER")
     if options.picture is not None:
         raise ValueError("--picture draws --method difference: leave it out")
-    from moe_route.files import check_new_folder
+    from moe_route.base.files import check_new_folder
 
     check_new_folder(options.out)  # before anything is read
     merged = _merged(options, given)
@@ -106,7 +106,7 @@ def _merged(options: argparse.Namespace, given: dict[str, Any]) -> Any:
 
 def _difference(options: argparse.Namespace) -> Answer:
     from moe_route import merging
-    from moe_route.texttable import Table
+    from moe_route.base.table import Table
 
     if options.base is None or len(options.models) != 1 or options.out is not None:
         raise ValueError("--method difference takes one model and --base, and no --out")

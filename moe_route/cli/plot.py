@@ -195,7 +195,7 @@ def _by_script(found: Any, options: argparse.Namespace) -> Axes:
 
 def _correlation(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
     from moe_route import analysis, plots
-    from moe_route.analysis.score_files import read_scores
+    from moe_route.analysis.inputs import read_scores
 
     if options.scores is None:
         raise ValueError("the picture correlation needs --scores FILE: a score per group")

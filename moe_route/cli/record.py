@@ -68,8 +68,8 @@ def add(verbs: Any) -> None:
 def run(options: argparse.Namespace) -> Answer:
     from contextlib import ExitStack
 
+    from moe_route.runs.record import record_texts
     from moe_route.steering import Plan
-    from moe_route.workload import record_texts
 
     record_corpus.refuse_mixture(options)
     if options.corpus is not None:

@@ -16,9 +16,9 @@ from moe_route.cli.inputs import attached_model, positive
 from moe_route.cli.interrupt import INTERRUPTED, deferred_interrupt
 
 if TYPE_CHECKING:
-    from moe_route.corpus_recording import Progress, TextRunner
+    from moe_route.base.ranks import ModelParallelGroup
     from moe_route.data import CorpusStream
-    from moe_route.model_parallel import ModelParallelGroup
+    from moe_route.runs.corpus import Progress, TextRunner
     from moe_route.steering import Plan
 
 __all__ = ["arguments", "refuse_mixture", "run"]
@@ -84,9 +84,9 @@ def refuse_mixture(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, Any], dict[str, Any]]) -> Answer:
-    from moe_route import files
-    from moe_route.corpus_recording import RESULT, CorpusRecording
+    from moe_route.base import files
     from moe_route.data import CorpusError, CorpusStream
+    from moe_route.runs.corpus import RESULT, CorpusRecording
     from moe_route.steering import Plan
 
     if options.trace is not None or options.trace_layers is not None:
@@ -154,8 +154,8 @@ def _runner(
     """What runs the texts, the group of this rank, what is recorded, and the share of the weights that it holds."""
     from itertools import islice
 
-    from moe_route.corpus_recording import AttachedTexts
-    from moe_route.model_parallel import ALONE, model_parallel_group, share_of_weights
+    from moe_route.base.ranks import ALONE, model_parallel_group, share_of_weights
+    from moe_route.runs.corpus import AttachedTexts
 
     if options.engine == "vllm":
         from moe_route.integrations.vllm.corpus import EngineTexts
@@ -185,7 +185,7 @@ def _runner(
 @contextmanager
 def _resumable(again: str) -> Iterator[None]:
     """Say `again` after the error of a full disk."""
-    from moe_route import files
+    from moe_route.base import files
 
     try:
         yield

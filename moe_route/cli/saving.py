@@ -27,7 +27,7 @@ def check_room_after_first_batch(
     Sequences beyond the memory limit of a recording lie in a temporary folder until it ends, so its disk is checked,
     too. The check raises the error of `files.check_room`.
     """
-    from moe_route import files
+    from moe_route.base import files
     from moe_route.recording import RecordingError
 
     calls, is_checked = 0, False
@@ -49,7 +49,7 @@ def check_room_after_first_batch(
 
 def save(write: Callable[[], None]) -> OSError | None:
     """Write a result; returns the error of a full disk, after which it can be written once there is room."""
-    from moe_route import files
+    from moe_route.base import files
 
     try:
         write()

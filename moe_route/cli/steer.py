@@ -69,7 +69,7 @@ def _losses(options: argparse.Namespace, language_model: Any, routed: Any, plan:
     import numpy as np
 
     from moe_route.analysis import paired_difference
-    from moe_route.texttable import interval, table
+    from moe_route.base.table import interval, table
 
     base = language_model.losses(work, **shown_options(options, "without the plan"))
     with routed.steer(plan):

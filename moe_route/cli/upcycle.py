@@ -37,10 +37,10 @@ def add(verbs: Any) -> None:
 def run(options: argparse.Namespace) -> Answer:
     import json
 
+    from moe_route.base.files import new_folder
     from moe_route.data import families_of
-    from moe_route.files import new_folder
+    from moe_route.runs.language_model import LanguageModel
     from moe_route.training import upcycle
-    from moe_route.workload import LanguageModel
 
     if (options.languages is None) == (options.families is None):
         raise ValueError("give either --languages or --families")

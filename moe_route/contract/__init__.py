@@ -3,7 +3,7 @@
 Mirrors the structs of `csrc/include/moe_route`. Importing it needs torch, but not the compiled extension.
 """
 
-from moe_route.contract.dispatch import Dispatch
+from moe_route.contract.experts import Dispatch
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import (
     FIXED_POINT,

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moe_route.devices import upload
+from moe_route.base.devices import upload
 
 __all__ = ["FIXED_POINT", "METRICS", "SCALARS", "Force", "StatisticsTables", "SteeringTables", "token_table"]
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import add, or_
 from typing import Any
 
+from moe_route.base.files import FileRefusedError
 from moe_route.convert.formats import FORMATS, Format, format_of, options_of, readers
 from moe_route.convert.source import Source, open_source
 from moe_route.convert.traces import joined, statistics_of
 from moe_route.convert.writers import TARGETS, Target, write
-from moe_route.files import FileRefusedError
 from moe_route.recording import RecordingError, RoutingStatistics, Trace
 from moe_route.steering import ExpertSelection, Plan
 

@@ -7,15 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_route.convert import (
-    esft,
-    expert_counts,
-    expert_load,
-    gate_sums,
-    gpt_oss,
-    routed_experts,
-    steermoe,
-)
+from moe_route.convert import counts, routed_experts, selections
 from moe_route.convert.source import Source
 from moe_route.convert.traces import statistics_of
 from moe_route.recording import RoutingStatistics, Trace
@@ -56,45 +48,49 @@ FORMATS: Mapping[str, Format] = {
     **{kind: _ours(kind) for kind in KINDS},
     "gate-sums": Format(
         "counts and gate sums per layer and expert (Qwen3-30B-A3B on MGSM), .json",
-        gate_sums.recognizes,
-        {"statistics": gate_sums.read},
+        counts.is_gate_sums,
+        {"statistics": counts.read_gate_sums},
     ),
     "expert-counts": Format(
         "selections per layer and expert (OLMoE, Mixtral), .json or .pkl",
-        expert_counts.recognizes,
-        {"statistics": expert_counts.read},
+        counts.is_expert_counts,
+        {"statistics": counts.read_expert_counts},
     ),
     "gpt-oss-example": Format(
         "one generation of gpt-oss, token by token, *_examples.json",
-        gpt_oss.is_example,
-        {"trace": gpt_oss.read_example},
-        {"num_experts": gpt_oss.EXPERTS},
+        counts.is_example,
+        {"trace": counts.read_example},
+        {"num_experts": counts.EXPERTS},
     ),
     "gpt-oss-analytics": Format(
-        "means over generations of gpt-oss, .json", gpt_oss.is_analytics, {"statistics": gpt_oss.read_analytics}
+        "means over generations of gpt-oss, .json", counts.is_analytics, {"statistics": counts.read_analytics}
     ),
     "esft-choices": Format(
         "experts and gate weights per token (ESFT), folder of expert_weights_<layer>.txt",
-        esft.is_choices,
-        {"trace": esft.read_choices},
+        selections.is_choices,
+        {"trace": selections.read_choices},
         {"num_experts": 64},
     ),
-    "esft-scores": Format("scores of a task (ESFT), summary.json", esft.is_summary, {"selection": esft.read_summary}),
-    "esft-experts": Format("experts of a task (ESFT), expert_configs", esft.is_config, {"selection": esft.read_config}),
+    "esft-scores": Format(
+        "scores of a task (ESFT), summary.json", selections.is_summary, {"selection": selections.read_summary}
+    ),
+    "esft-experts": Format(
+        "experts of a task (ESFT), expert_configs", selections.is_config, {"selection": selections.read_config}
+    ),
     "sglang": Format(
         "dump of SGLang's expert distribution recorder, .pt, or its logical_count as .json",
-        expert_load.is_sglang,
-        {"statistics": expert_load.read_sglang},
+        counts.is_sglang,
+        {"statistics": counts.read_sglang},
     ),
     "vllm-load": Format(
         "expert_load_window and physical_to_logical_map of vLLM's balancer, .pt, .npz, .safetensors",
-        expert_load.is_vllm,
-        {"statistics": expert_load.read_vllm},
+        counts.is_vllm,
+        {"statistics": counts.read_vllm},
     ),
     "eplb": Format(
         "loads [layers, experts] for EPLB, .npy, .safetensors, .pt, .json",
-        expert_load.is_eplb,
-        {"statistics": expert_load.read_eplb},
+        counts.is_eplb,
+        {"statistics": counts.read_eplb},
     ),
     "replay": Format(
         "experts of each token [tokens, layers, k], .npy, .npz, .safetensors",
@@ -118,11 +114,17 @@ FORMATS: Mapping[str, Format] = {
     ),
     "steermoe": Format(
         "SteerMoE's table of risk differences, .pkl",
-        steermoe.is_table,
-        {"selection": steermoe.read_selection, "plan": steermoe.read_plan, "statistics": steermoe.read_statistics},
+        selections.is_table,
+        {
+            "selection": selections.read_selection,
+            "plan": selections.read_plan,
+            "statistics": selections.read_statistics,
+        },
     ),
     "easysteer": Format(
-        "EasySteer's configuration of router steering, .json", steermoe.is_easysteer, {"plan": steermoe.read_easysteer}
+        "EasySteer's configuration of router steering, .json",
+        selections.is_easysteer,
+        {"plan": selections.read_easysteer},
     ),
 }
 """Every format that can be read, by name."""

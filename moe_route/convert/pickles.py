@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_route.files import FileRefusedError
+from moe_route.base.files import FileRefusedError
 
 __all__ = ["BUILDERS", "read_pickle"]
 

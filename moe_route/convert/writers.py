@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from safetensors.torch import save as save_safetensors
 
+from moe_route.base.files import replacing, write_text
 from moe_route.convert.formats import KINDS
 from moe_route.convert.routed_experts import UNNAMED, megatron_of, sglang_responses_of, vllm_responses_of
-from moe_route.convert.steermoe import easysteer_of
+from moe_route.convert.selections import easysteer_of
 from moe_route.convert.traces import model_layers
-from moe_route.files import replacing, write_text
 from moe_route.recording import RoutingStatistics, Trace
 from moe_route.steering import ExpertSelection, Plan
 from moe_route.steering.replay import ReplayTable
@@ -167,7 +167,7 @@ def _easysteer(plan: Plan, path: Path, *, first_layer: int = 0) -> None:
 
 
 def _csv(value: RoutingStatistics | Trace | ExpertSelection, path: Path) -> None:
-    from moe_route.recording.frames import data_frame
+    from moe_route.base.table import data_frame
 
     if isinstance(value, ExpertSelection):
         layers, experts = zip(*value.pairs, strict=True) if value else ((), ())

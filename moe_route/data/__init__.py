@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .families import LANGUAGE_FAMILIES, families_of
-from .parallel import Corpus, CorpusError
-from .streams import CorpusStream, CorpusText
-from .tasks import Question, Task
+from moe_route.data.corpus import Corpus, CorpusError
+from moe_route.data.languages import LANGUAGE_FAMILIES, families_of
+from moe_route.data.reader import CorpusStream, CorpusText
+from moe_route.data.tasks import Question, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

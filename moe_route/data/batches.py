@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from moe_route.data.parallel import Corpus
+from moe_route.data.corpus import Corpus
 
 __all__ = ["Batch", "EncodedTexts", "Text", "encode", "padded_batches", "texts_of", "token_ids"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .parallel import Corpus, CorpusError
+from moe_route.data.corpus import Corpus, CorpusError
 
 __all__ = ["Question", "Task"]
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from moe_route.analysis import Correlation, Divergence, correlation, divergence
 from moe_route.analysis.result import mean_of_seen, plain
+from moe_route.base.table import interval, table
 from moe_route.demo.measurement import PIVOT
 from moe_route.demo.wording import name, paragraph
 from moe_route.recording import RoutingStatistics
-from moe_route.texttable import interval, table
 
 __all__ = ["LOSS", "SHARE", "Association", "associate"]
 

@@ -20,8 +20,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-from moe_route import files
+from moe_route.base import files
 from moe_route.data import Corpus, Task, demo_problems
+from moe_route.data.batches import Text
 from moe_route.demo.association import LOSS, SHARE, associate
 from moe_route.demo.depth import Depth, profile_of, untrained_model
 from moe_route.demo.language_experts import find_language_experts, switch_language_experts_off
@@ -32,7 +33,8 @@ from moe_route.demo.report import DemoReport
 from moe_route.demo.skill import HELD_OUT, Skill, shares_in_training
 from moe_route.demo.task_experts import find_task_experts, switch_task_experts_off
 from moe_route.routed import RoutedModel
-from moe_route.workload import LanguageModel, Text, read_corpus
+from moe_route.runs.language_model import LanguageModel
+from moe_route.runs.record import read_corpus
 
 __all__ = ["DRAWS", "demo"]
 

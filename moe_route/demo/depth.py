@@ -9,11 +9,11 @@ import numpy as np
 
 from moe_route.analysis import Difference, Divergence, UShape, divergence, load_balance, u_shape
 from moe_route.analysis.result import mean_of_seen, plain
+from moe_route.base.table import table
 from moe_route.demo.measurement import PIVOT
 from moe_route.demo.wording import name, paragraph, span, told
 from moe_route.recording import RoutingStatistics
-from moe_route.texttable import table
-from moe_route.workload import LanguageModel
+from moe_route.runs.language_model import LanguageModel
 
 __all__ = ["LARGEST", "Depth", "Profile", "profile_of", "untrained_model"]
 

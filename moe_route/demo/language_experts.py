@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from moe_route.analysis import Difference, entropy_experts
-from moe_route.analysis.bootstrap import RESAMPLES, draw_items
 from moe_route.analysis.result import plain
+from moe_route.analysis.stats import RESAMPLES, draw_items
+from moe_route.base.table import number_of, table
 from moe_route.data import Corpus
 from moe_route.demo.measurement import Losses, Measurement
 from moe_route.demo.random_sets import random_sets
 from moe_route.demo.wording import name, paragraph, told
 from moe_route.recording import RoutingStatistics
 from moe_route.steering import ExpertSelection, Plan
-from moe_route.texttable import number_of, table
 
 __all__ = ["LanguageExpertsOff", "find_language_experts", "switch_language_experts_off"]
 

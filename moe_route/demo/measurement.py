@@ -11,10 +11,12 @@ import numpy as np
 
 from moe_route.analysis import Difference, paired_difference
 from moe_route.data import Corpus, Question, Task
+from moe_route.data.batches import EncodedTexts, texts_of
 from moe_route.recording import RoutingStatistics
 from moe_route.routed import RoutedModel
+from moe_route.runs.language_model import LanguageModel
+from moe_route.runs.record import record_texts
 from moe_route.steering import Plan
-from moe_route.workload import EncodedTexts, LanguageModel, record_texts, texts_of
 
 __all__ = ["PIVOT", "Losses", "Measurement", "Scores", "sample_corpus", "sample_task"]
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_route import plots
+from moe_route.base.table import number_of
 from moe_route.demo.association import LOSS, SHARE
 from moe_route.demo.measurement import PIVOT
 from moe_route.demo.random_sets import standing
 from moe_route.demo.skill import SUBSETS
 from moe_route.demo.wording import name, told
-from moe_route.plots import frame, palette
-from moe_route.texttable import number_of
+from moe_route.plots import frame
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["draw"]
 
 _WIDTH = 8.0  # inches; 800 pixels are then 100 per inch, and the font has 14
-_BLUE, _RED, _GREEN, _, _, _ORANGE, _ = palette.COLORS
+_BLUE, _RED, _GREEN, _, _, _ORANGE, _ = frame.COLORS
 _GREY = "#8c8c8c"
 _MARKERS = {"seen": ("s", _GREEN), "english_only": ("o", _BLUE), "unseen": ("D", _RED)}
 _LABELS = {"seen": "seen by all", "english_only": "seen in English only", "unseen": "never seen"}

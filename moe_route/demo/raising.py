@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from moe_route.analysis import RandomControl, middle_layers, random_control
+from moe_route.base.table import number_of, table
 from moe_route.data import Task
 from moe_route.demo.measurement import Measurement, Scores, sample_task
 from moe_route.demo.random_sets import random_sets, standing
 from moe_route.demo.wording import paragraph, span, told, verdicts
 from moe_route.steering import ExpertSelection, Plan
-from moe_route.texttable import number_of, table
 
 __all__ = ["DRAWS", "STRENGTHS", "Raising", "raise_task_experts", "raising_plans"]
 

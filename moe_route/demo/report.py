@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from moe_route.base.table import number_of
 from moe_route.demo.wording import paragraph
-from moe_route.texttable import number_of
 
 if TYPE_CHECKING:
     from moe_route.demo.association import Association

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_route.analysis import Difference
-from moe_route.analysis.bootstrap import RESAMPLES, draw_items
 from moe_route.analysis.result import plain
+from moe_route.analysis.stats import RESAMPLES, draw_items
+from moe_route.base.table import table
 from moe_route.data import demo_model_folder
 from moe_route.demo.measurement import PIVOT, Scores
 from moe_route.demo.wording import name, paragraph, told
-from moe_route.texttable import table
-from moe_route.workload import DEMO_MODEL
+from moe_route.runs.language_model import DEMO_MODEL
 
 __all__ = ["HELD_OUT", "SUBSETS", "Share", "Skill", "shares_in_training"]
 

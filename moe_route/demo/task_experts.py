@@ -11,13 +11,13 @@ import numpy as np
 
 from moe_route.analysis import Difference, RandomControl, random_control, task_experts
 from moe_route.analysis.result import plain
+from moe_route.base.table import number_of, table
 from moe_route.data import Corpus, Task
 from moe_route.demo.measurement import PIVOT, Losses, Measurement, Scores, sample_corpus, sample_task
 from moe_route.demo.random_sets import random_sets, shares_of, standing
 from moe_route.demo.wording import name, paragraph, starred, told, verdicts
 from moe_route.recording import RoutingStatistics
 from moe_route.steering import ExpertSelection, Plan
-from moe_route.texttable import number_of, table
 
 __all__ = ["FEWEST", "THRESHOLDS", "TaskExperts", "TaskExpertsOff", "find_task_experts", "switch_task_experts_off"]
 

@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from moe_route.analysis import Difference
-from moe_route.languages import language_name
-from moe_route.texttable import interval
+from moe_route.base.table import interval
+from moe_route.data.languages import language_name
 
 __all__ = ["WIDTH", "name", "paragraph", "span", "starred", "told", "verdicts"]
 

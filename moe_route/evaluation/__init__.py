@@ -6,11 +6,11 @@ print(evaluation.report)
 """
 
 from moe_route.evaluation.comparison import mcnemar
-from moe_route.evaluation.lines import ForeignResultsError
 from moe_route.evaluation.pipeline import Evaluation, NullPlanError, evaluate
 from moe_route.evaluation.recipe import Recipe, parse_assignment, read_recipe, shipped_recipes
 from moe_route.evaluation.scoring import flexible_extract, normalized_number
 from moe_route.evaluation.settings import RecipeError
+from moe_route.runs.lines import ForeignResultsError
 
 __all__ = [
     "Evaluation",

@@ -16,7 +16,7 @@ from moe_route.data import Question
 from moe_route.evaluation.recipe import ChatSettings, TaskSource
 from moe_route.evaluation.scoring import NUMBER_SCORERS, channel_of, until_first
 from moe_route.evaluation.settings import RecipeError
-from moe_route.workload import LanguageModel
+from moe_route.runs.language_model import LanguageModel
 
 __all__ = ["AskedTask", "ask", "fixed_batches", "scorers_of"]
 

@@ -16,9 +16,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from moe_route import files
 from moe_route.analysis import multilingual_experts, task_experts
+from moe_route.base import files
+from moe_route.base.identity import identity_of, library_versions, tokenizer_hash, weights_hash
 from moe_route.data import Corpus
+from moe_route.data.batches import EncodedTexts, texts_of
 from moe_route.evaluation.conditions import (
     AGAIN,
     BASE,
@@ -31,18 +33,18 @@ from moe_route.evaluation.conditions import (
     sweep_settings,
 )
 from moe_route.evaluation.effect_tables import effect_tables
-from moe_route.evaluation.lines import Key, ResultLines
 from moe_route.evaluation.measure import AskedTask, ask, scorers_of
 from moe_route.evaluation.recipe import Recipe
 from moe_route.evaluation.report import markdown
 from moe_route.evaluation.results import results_of
 from moe_route.evaluation.stages import Stage, remove_stages, results_folder, write_json
 from moe_route.evaluation.tasks import corpus_fingerprint, kind_of, read_source, read_task, task_fingerprint
-from moe_route.identity import identity_of, library_versions, tokenizer_hash, weights_hash
 from moe_route.recording import RoutingStatistics
 from moe_route.routed import RoutedModel
+from moe_route.runs.language_model import LanguageModel
+from moe_route.runs.lines import Key, ResultLines
+from moe_route.runs.record import record_texts
 from moe_route.steering import ExpertSelection, Plan
-from moe_route.workload import EncodedTexts, LanguageModel, record_texts, texts_of
 
 __all__ = ["Evaluation", "NullPlanError", "evaluate"]
 

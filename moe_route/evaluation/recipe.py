@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_route import files
+from moe_route.base import files
 from moe_route.evaluation.settings import RecipeError, from_table
 
 if sys.version_info >= (3, 11):

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from moe_route.base.table import interval
 from moe_route.evaluation.conditions import AGAIN, BASE, NULL
 from moe_route.steering.layers import show_numbers
-from moe_route.texttable import interval
 
 __all__ = ["markdown"]
 

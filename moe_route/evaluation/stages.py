@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_route import files
-from moe_route.evaluation.lines import ForeignResultsError
+from moe_route.base import files
+from moe_route.runs.lines import ForeignResultsError
 
 __all__ = ["STAGES", "Stage", "remove_stages", "results_folder", "write_json"]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from moe_route.data import Corpus, CorpusError, Question, Task, demo_problems
+from moe_route.data.languages import flores_code
 from moe_route.evaluation.recipe import CorpusSource, TaskSource, fingerprint
 from moe_route.evaluation.settings import RecipeError
-from moe_route.languages import flores_code
-from moe_route.workload import read_corpus
+from moe_route.runs.record import read_corpus
 
 __all__ = ["kind_of", "read_source", "read_task", "task_fingerprint"]
 

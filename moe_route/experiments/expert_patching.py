@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from moe_route.analysis import AnalysisError, benjamini_hochberg, effects_by_group
-from moe_route.analysis.bootstrap import RESAMPLES
 from moe_route.analysis.effects import PERMUTATIONS, Effects
 from moe_route.analysis.result import by_depth, plain
+from moe_route.analysis.stats import RESAMPLES
+from moe_route.base.table import ShownAsTables, Table, data_frame, interval
+from moe_route.data.batches import Text
 from moe_route.experts.outputs import NoExpertOutputsError, expert_outputs, experts_of
-from moe_route.recording.frames import data_frame
 from moe_route.routers.discovery import ModelNotSupportedError, RouterInfo, find_routers
+from moe_route.runs.language_model import LanguageModel
 from moe_route.steering import PlanError
 from moe_route.steering.layers import as_layers
-from moe_route.texttable import ShownAsTables, Table, interval
-from moe_route.workload import LanguageModel, Text
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_route.files import check_new_folder, new_folder
-from moe_route.modules.attributes import modeling_of
+from moe_route.base.files import check_new_folder, new_folder
+from moe_route.modules.intercept import modeling_of
 from moe_route.routers.discovery import RouterInfo, find_routers
 
 __all__ = ["CannotExportError", "export_pruned"]

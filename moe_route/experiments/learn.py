@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moe_route.data.batches import EncodedTexts, Text
 from moe_route.experiments.runs import attached, encoded_texts
 from moe_route.routed import RoutedModel
+from moe_route.runs.language_model import LanguageModel
 from moe_route.steering import LearnedRouting
-from moe_route.workload import EncodedTexts, LanguageModel, Text
 
 __all__ = ["learn_routing"]
 

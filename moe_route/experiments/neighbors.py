@@ -11,10 +11,10 @@ import numpy as np
 from moe_route.analysis import AnalysisError
 from moe_route.analysis.inputs import check_one_model
 from moe_route.analysis.result import plain
+from moe_route.base.table import ShownAsTables, Table
 from moe_route.recording import RoutingStatistics
 from moe_route.recording.store import Item, SequenceStore
 from moe_route.steering import Plan, PlanModel
-from moe_route.texttable import ShownAsTables, Table
 
 __all__ = ["NeighborScores", "neighbor_scores"]
 

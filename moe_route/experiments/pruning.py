@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_route.analysis.effects import paired_difference
 from moe_route.analysis.inputs import AnalysisError
-from moe_route.analysis.paired import paired_difference
 from moe_route.analysis.pruning import CRITERIA, prune
 from moe_route.analysis.result import plain
+from moe_route.base.table import ShownAsTables, Table, data_frame
 from moe_route.experiments.runs import attached
-from moe_route.recording.frames import data_frame
 from moe_route.steering import Plan
-from moe_route.texttable import ShownAsTables, Table
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from moe_route.data.batches import EncodedTexts, Text
     from moe_route.recording import RoutingStatistics
     from moe_route.routed import RoutedModel
-    from moe_route.workload import EncodedTexts, LanguageModel, Text
+    from moe_route.runs.language_model import LanguageModel
 
 __all__ = ["PruningCurve", "pruning_curve"]
 

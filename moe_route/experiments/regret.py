@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_route.analysis import effects_by_group
-from moe_route.analysis.bootstrap import RESAMPLES
 from moe_route.analysis.effects import PERMUTATIONS, Effects
-from moe_route.analysis.expected_maximum import expected_maximum
 from moe_route.analysis.result import plain
+from moe_route.analysis.stats import RESAMPLES, expected_maximum
+from moe_route.base.table import ShownAsTables, Table, data_frame, interval
+from moe_route.data.batches import EncodedTexts, Text
 from moe_route.experiments.runs import attached, encoded_texts, natural_run, runs_under
-from moe_route.recording.frames import data_frame
 from moe_route.routed import RoutedModel
+from moe_route.runs.language_model import LanguageModel
 from moe_route.steering import Plan
-from moe_route.texttable import ShownAsTables, Table, interval
-from moe_route.workload import EncodedTexts, LanguageModel, Text
 
 if TYPE_CHECKING:
     import pandas as pd

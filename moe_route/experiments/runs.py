@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from moe_route.data.batches import Batch, EncodedTexts, Text
 from moe_route.routed import RoutedModel
+from moe_route.runs.language_model import LanguageModel
 from moe_route.steering import Plan, PlanError
 from moe_route.steering.layers import as_layers
-from moe_route.workload import Batch, EncodedTexts, LanguageModel, Text
 
 __all__ = ["NaturalRun", "attached", "encoded_texts", "layers_of", "natural_run", "runs_under", "token_losses"]
 

@@ -10,12 +10,12 @@ import numpy as np
 
 from moe_route.analysis import Difference, RandomControl, paired_difference, random_control
 from moe_route.analysis.result import plain
+from moe_route.base.table import ShownAsTables, Table, data_frame, interval
+from moe_route.data.batches import EncodedTexts, Text
 from moe_route.experiments.runs import attached, encoded_texts, runs_under
-from moe_route.recording.frames import data_frame
 from moe_route.routed import RoutedModel
+from moe_route.runs.language_model import LanguageModel
 from moe_route.steering import Plan, PlanError
-from moe_route.texttable import ShownAsTables, Table, interval
-from moe_route.workload import EncodedTexts, LanguageModel, Text
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from moe_route.modules.attributes import resident
+from moe_route.modules.intercept import resident
 
 if TYPE_CHECKING:
     from moe_route.routed import RoutedModel

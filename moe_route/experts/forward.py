@@ -13,10 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from moe_route import ops
-from moe_route.contract.dispatch import Dispatch
-from moe_route.contract.packed_experts import PackedExperts
-from moe_route.experts.gates import Gate, gate_of
-from moe_route.experts.layout import compute_dtype, flag, obstacle, stored_weights, up_projection, weight_and_bias
+from moe_route.contract.experts import Dispatch, PackedExperts
+from moe_route.experts.layout import (
+    Gate,
+    compute_dtype,
+    flag,
+    gate_of,
+    obstacle,
+    stored_weights,
+    up_projection,
+    weight_and_bias,
+)
 from moe_route.experts.packing import is_packed, packed_weights
 from moe_route.ops.expert_paths import ACTIVATED, PACKED, STREAMED, Call, choose
 from moe_route.ops.grouped import grouped_linear

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from moe_route.contract.outputs import SeenOutputs
+from moe_route.contract.experts import SeenOutputs
 from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook
 from moe_route.routers.discovery import ModelNotSupportedError, RouterInfo
 

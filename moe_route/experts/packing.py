@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from moe_route import _C, ops
-from moe_route.contract.packed_experts import PackedExperts
-from moe_route.experts.gates import gate_of
-from moe_route.experts.layout import compute_dtype, obstacle, stored_weights, up_projection, weight_and_bias
+from moe_route.contract.experts import PackedExperts
+from moe_route.experts.layout import compute_dtype, gate_of, obstacle, stored_weights, up_projection, weight_and_bias
 from moe_route.ops.expert_paths import PACKED_DTYPES
 
 __all__ = ["ATTRIBUTE", "PackedWeights", "is_packed", "packed_bytes", "packed_weights", "packing_obstacle"]
@@ -85,7 +84,7 @@ def packing_obstacle(module: Any) -> str | None:
     if not all(weight.is_contiguous() for weight in weights):
         return "its weights are not contiguous"
     if gate_of(module) is None:
-        return "its activation is in none of the tables of moe_route.experts.gates, so the grouped path runs it"
+        return "its activation is in none of the tables of moe_route.experts.layout, so the grouped path runs it"
     return None
 
 

@@ -3,9 +3,8 @@
 Models, state dicts and folders of safetensors go in. Out comes a `Merged`, whose tensors are computed one at a time.
 """
 
-from moe_route.merging.checkpoint import Checkpoint
+from moe_route.merging.checkpoint import Checkpoint, Merged
 from moe_route.merging.difference import Change, Difference, difference
-from moe_route.merging.merged import Merged
 from moe_route.merging.methods import METHODS, merge
 from moe_route.merging.swapping import swap_experts, swap_layers
 

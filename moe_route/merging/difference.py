@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from moe_route.merging.checkpoint import check_alike, check_descent
 from moe_route.merging.layout import Layout
-from moe_route.merging.refusals import check_alike, check_descent
 from moe_route.merging.swapping import Source, opened
 
 __all__ = ["Change", "Difference", "difference"]

@@ -9,10 +9,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from moe_route.merging.checkpoint import Checkpoint
+from moe_route.merging.checkpoint import Checkpoint, Merged, check_alike, check_descent
 from moe_route.merging.layout import Layout
-from moe_route.merging.merged import Merged
-from moe_route.merging.refusals import check_alike, check_descent
 
 __all__ = ["Source", "opened", "swap_experts", "swap_layers"]
 

@@ -15,9 +15,7 @@ the argument and how to fix it. CUDA tensors raise RuntimeError if this build ha
 import torch  # noqa: F401  (loads the libraries that _C is linked with)
 
 from moe_route import _C  # noqa: F401  (registers the operators)
-from moe_route.contract.activation import Activation
-from moe_route.contract.dispatch import Dispatch
-from moe_route.contract.packed_experts import PackedExperts
+from moe_route.contract.experts import Activation, Dispatch, PackedExperts
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import (
     FIXED_POINT,

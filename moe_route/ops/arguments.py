@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from moe_route.contract.activation import Activation
-from moe_route.contract.packed_experts import PackedExperts
+from moe_route.contract.experts import Activation, PackedExperts
 from moe_route.contract.spec import SCORES, RouterSpec
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 

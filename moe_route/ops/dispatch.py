@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from moe_route.contract.dispatch import Dispatch
+from moe_route.contract.experts import Dispatch
 from moe_route.ops.arguments import FAILURES, refuse_types
 
 __all__ = ["combine", "dispatch", "permute"]

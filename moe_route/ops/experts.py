@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from moe_route.contract.activation import KINDS, PAIRINGS, Activation
-from moe_route.contract.dispatch import Dispatch
-from moe_route.contract.packed_experts import PackedExperts
+from moe_route.contract.experts import KINDS, PAIRINGS, Activation, Dispatch, PackedExperts
 from moe_route.ops.arguments import FAILURES, refuse_types
 
 __all__ = ["expert_activation", "expert_rows", "pack_experts"]

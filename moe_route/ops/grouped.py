@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from moe_route.contract.dispatch import Dispatch
+from moe_route.contract.experts import Dispatch
 
 __all__ = ["grouped_linear"]
 

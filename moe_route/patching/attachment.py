@@ -11,25 +11,21 @@ from typing import Any, Literal, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
+from moe_route.base.devices import finish
 from moe_route.calls.generation import finished_tokens
-from moe_route.calls.images import placeholder_ids
-from moe_route.calls.reader import CallReader, call_readers
+from moe_route.calls.reader import CallReader, call_readers, placeholder_ids
 from moe_route.calls.token_table import Labels
 from moe_route.contract.tables import StatisticsTables, SteeringTables
-from moe_route.devices import finish
 from moe_route.experts.interface import ExpertsSwitch
 from moe_route.experts.outputs import OutputSink, watch_experts
-from moe_route.modules.attributes import at
-from moe_route.modules.compiled import drop_graphs
-from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook
+from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook, at, drop_graphs
 from moe_route.patching.context import CallListener, RunningCall
-from moe_route.patching.engine import ChoiceCallback, Engine, LayerSteering
-from moe_route.patching.fused import FusedEngine
+from moe_route.patching.engine import ChoiceCallback, Engine, FusedEngine, LayerSteering
 from moe_route.patching.generate import listen_to_generate
 from moe_route.patching.hook import HookEngine
 from moe_route.routers.check import check_router
 from moe_route.routers.discovery import RouterInfo, find_routers
-from moe_route.routers.probe import unreadable
+from moe_route.routers.recognize import unreadable
 
 logger = logging.getLogger(__name__)
 

@@ -10,16 +10,13 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from moe_route.calls.cache_lengths import CacheLengths
+from moe_route.base.devices import capturing, upload
+from moe_route.calls.cache import CacheLengths
 from moe_route.calls.call import Call, recomputing
 from moe_route.calls.generation import Generation
-from moe_route.calls.images import tokens_of_patches
-from moe_route.calls.padding import all_or_mask, valid_tokens
-from moe_route.calls.reader import CallReader
-from moe_route.calls.token_rows import broadcast_rows, one_per_token
-from moe_route.calls.token_table import Labels, Tables, any_row, build_table, on_device
+from moe_route.calls.reader import CallReader, all_or_mask, tokens_of_patches, valid_tokens
+from moe_route.calls.token_table import Labels, Tables, any_row, broadcast_rows, build_table, on_device, one_per_token
 from moe_route.contract.tables import token_table
-from moe_route.devices import capturing, upload
 from moe_route.patching.deferred import MOST_TOKENS, DeferredCounts
 from moe_route.patching.generate import refuse_paged
 

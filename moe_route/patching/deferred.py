@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from moe_route import ops
+from moe_route.base.devices import Answers
 from moe_route.calls.token_table import Tables, on_device
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import StatisticsTables
-from moe_route.devices import Answers
 from moe_route.routers.discovery import RouterInfo
 
 # Tokens of a small call; with more, counting costs more than the call itself. Also the most tokens kept over calls.

@@ -16,8 +16,8 @@ from moe_route.ops.observe_changed import observe_changed
 from moe_route.patching.context import RunningCall
 from moe_route.patching.deferred import versions
 from moe_route.patching.engine import ChoiceCallback, Engine, LayerSteering
+from moe_route.routers.adapter import Decision, Output
 from moe_route.routers.discovery import RouterInfo
-from moe_route.routers.output import Decision, Output
 
 
 class HookEngine(Engine):

@@ -9,12 +9,10 @@ marker in all figures (:func:`styles`). Lines have their labels at their ends, o
 from moe_route.plots.by_layer import alignment, by_script, consistency, correlation, divergence, entropy, load_balance
 from moe_route.plots.expert_flows import expert_flow
 from moe_route.plots.expert_maps import expert_pairs, heat_map, heat_maps
-from moe_route.plots.expert_numbers import expert_counts, expert_sweep, overlap_by_threshold
-from moe_route.plots.frame import save, style
+from moe_route.plots.expert_numbers import expert_counts, expert_sweep, overlap_by_threshold, weight_change
+from moe_route.plots.frame import save, style, styles
 from moe_route.plots.group_pairs import dendrogram, divergence_matrix, overlap, similarity
-from moe_route.plots.palette import styles
 from moe_route.plots.steering_effects import steering_table, strengths
-from moe_route.plots.weights import weight_change
 
 __all__ = [
     "alignment",

@@ -9,8 +9,8 @@ import numpy as np
 
 from moe_route.analysis import Alignment, Consistency, Correlation, Divergence, Entropy, LoadBalance
 from moe_route.analysis.result import mean_of_seen
-from moe_route.languages import language
-from moe_route.plots import frame, palette
+from moe_route.data.languages import language
+from moe_route.plots import frame
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +61,7 @@ def divergence(
         found: the result of ``analysis.divergence``.
         ax: axes to draw on; by default those of a new figure.
         groups: the groups to draw; by default all.
-        labels: group -> label; by default the English name of the language (``moe_route.languages``).
+        labels: group -> label; by default the English name of the language (``moe_route.data.languages``).
         styles: group -> a color, or keyword arguments of ``Axes.plot``, in place of the default from ``styles``.
         interval: level of a bootstrap band around each line (such as 0.95), for paired divergence; the title names it.
         middle: layers to shade, such as those that a plan steers.
@@ -198,7 +198,7 @@ def correlation(
     """
     ax = frame.new_axes(ax, (6.4, 4.2))
     places = _places(len(found.layers), depth)
-    pearson, spearman = palette.numbered(0), palette.numbered(1) | {"linestyle": palette.DASHES[1]}
+    pearson, spearman = frame.numbered(0), frame.numbered(1) | {"linestyle": frame.DASHES[1]}
     ax.axhline(0, color=frame.INK, linewidth=0.8)
     ax.plot(places, found.pearson, label="Pearson r", **pearson)
     ax.plot(places, found.spearman, label="Spearman ρ", **spearman)
@@ -410,7 +410,7 @@ def _styles(
     quantity: _Quantity, given: Mapping[str, Any] | None, levels: Mapping[str, str] | None
 ) -> dict[str, dict[str, Any]]:
     reference = () if quantity.reference is None else (quantity.reference,)
-    return palette.chosen_styles((*quantity.groups, *reference), given, levels)
+    return frame.chosen_styles((*quantity.groups, *reference), given, levels)
 
 
 def _lines(
@@ -455,7 +455,7 @@ def _complete(
 def _legend_of_levels(ax: Axes, levels: Mapping[str, str], names: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
-    shades, beside = palette.level_colors(levels), ax.get_legend()
+    shades, beside = frame.level_colors(levels), ax.get_legend()
     drawn = [levels[name] for name in names if name in levels]
     shown = [level for level in shades if level in drawn]
     handles = [Line2D([], [], color=shades[level], linewidth=2.5) for level in shown]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_route.plots import frame
-from moe_route.plots.palette import styles
+from moe_route.plots.frame import styles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

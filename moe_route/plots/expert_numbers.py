@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_route.analysis import Sweep
-from moe_route.plots import frame, palette
+from moe_route.merging import Difference
+from moe_route.plots import frame
 from moe_route.steering import ExpertSelection
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["expert_counts", "expert_sweep", "overlap_by_threshold"]
+__all__ = ["expert_counts", "expert_sweep", "overlap_by_threshold", "weight_change"]
 
 
 def expert_counts(
@@ -99,8 +100,8 @@ def overlap_by_threshold(found: Sweep, *, ax: Axes | None = None, title: str | N
     both = found.both.sum(1)
     lines = (("task experts", found.task.sum(1)), ("multilingual experts", found.multilingual.sum(1)), ("both", both))
     for number, (name, values) in enumerate(lines):
-        ax.plot(found.thresholds, values, label=name, marker="o", markersize=3, **palette.numbered(number))
-    chance = palette.numbered(2) | {"linestyle": palette.DASHES[2]}
+        ax.plot(found.thresholds, values, label=name, marker="o", markersize=3, **frame.numbered(number))
+    chance = frame.numbered(2) | {"linestyle": frame.DASHES[2]}
     ax.plot(found.thresholds, found.expected, label="both, by chance", **chance)
     ax.axvline(found.separate_from, color=frame.INK, linewidth=0.8)
     ax.set_yscale("symlog", linthresh=1.0)
@@ -120,9 +121,7 @@ def overlap_by_threshold(found: Sweep, *, ax: Axes | None = None, title: str | N
 
 def _bars(ax: Axes, named: Mapping[str, ExpertSelection], counts: Mapping[str, np.ndarray]) -> None:
     """Bars from the largest selection to the smallest, one over the other; the legend keeps the order given."""
-    colors = dict(
-        zip(sorted(named, key=lambda name: len(named[name])), palette.ordered_colors(len(named)), strict=True)
-    )
+    colors = dict(zip(sorted(named, key=lambda name: len(named[name])), frame.ordered_colors(len(named)), strict=True))
     bars = {}
     for name in sorted(named, key=lambda name: -len(named[name])):
         edges, values = _outline(counts[name])
@@ -136,7 +135,7 @@ def _steps(ax: Axes, named: Mapping[str, ExpertSelection], counts: Mapping[str, 
     """Step lines, each thinner than the one behind it."""
     for number, name in enumerate(named):
         edges, values = _outline(counts[name])
-        style = palette.numbered(number) | {"linewidth": 1.3 + 1.8 * (len(named) - 1 - number)}
+        style = frame.numbered(number) | {"linewidth": 1.3 + 1.8 * (len(named) - 1 - number)}
         style["solid_capstyle"] = "butt"
         ax.plot(edges, values, drawstyle="steps-post", label=f"{name} ({len(named[name])})", **style)
 
@@ -187,3 +186,31 @@ def _counts(found: ExpertSelection, layers: int) -> np.ndarray:
     if outside:
         raise ValueError(f"the selection has experts in layer {outside[0]}, but num_layers is {layers}")
     return np.array([found.counts.get(layer, 0) for layer in range(layers)])
+
+
+# Change of weights by fine-tuning.
+
+
+def weight_change(found: Difference, *, ax: Axes | None = None, title: str | None = None) -> Axes:
+    """Draw how far fine-tuning moved each expert of each layer, in percent of the size of its weights.
+
+    Args:
+        found: the result of ``merging.difference``.
+        title: title above the axes; none by default.
+
+    Raises ``ValueError`` for a model without experts.
+    """
+    values = 100.0 * found.experts()
+    ax = frame.new_axes(ax, (6.4, 4.0))
+    end = float(np.nanmax(values)) or 1.0
+    image = ax.imshow(
+        values.T, aspect="auto", origin="lower", interpolation="nearest", cmap="Blues", vmin=0.0, vmax=end
+    )
+    ax.set_facecolor(frame.GRID)  # shows missing experts
+    ax.set_xlabel("MoE layer")
+    ax.set_ylabel("expert")
+    frame.whole_ticks(ax.xaxis)
+    frame.whole_ticks(ax.yaxis)
+    frame.titled(ax, title)
+    frame.color_bar(image, ax, "change of weights (%)")
+    return ax

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox, IdentityTransform
 
-from moe_route import files
-from moe_route.languages import language_name
+from moe_route.base import files
+from moe_route.data.languages import codes, flores_code, language_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,13 +29,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "COLORS",
+    "DASHES",
+    "EndLabels",
     "GRID",
     "INK",
+    "chosen_styles",
     "color_bar",
     "column",
     "figure_of",
     "frameless",
     "known",
+    "label_ends",
     "label_of",
     "label_outer",
     "labels_of",
@@ -35,21 +48,282 @@ __all__ = [
     "layer_axes",
     "legend_above",
     "legend_beside",
+    "level_colors",
+    "level_order",
     "line_width",
     "name_lines",
     "needs_matplotlib",
     "new_axes",
     "new_figure",
+    "numbered",
+    "ordered_colors",
     "panels",
     "plain_frame",
     "points",
     "save",
+    "spread",
     "style",
+    "styles",
     "titled",
     "whole_ticks",
     "wrapped",
     "write_cell",
 ]
+
+
+# Colors, dashes and markers: a language looks the same in every figure, whatever else is drawn there.
+
+# Okabe and Ito's set for every color vision (2008), without its yellow, which is too light for lines on white.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_BLUE, _RED, _GREEN, _PINK, _SKY, _ORANGE, _BLACK = range(7)
+DASHES: tuple[Any, ...] = (
+    "-",
+    (0, (5, 1.6)),
+    (0, (1.2, 1.2)),
+    (0, (6, 1.4, 1.2, 1.4)),
+    (0, (9, 1.6)),
+    (0, (6, 1.2, 1.2, 1.2, 1.2, 1.2)),
+)
+_MARKERS = ("", "o", "s", "^", "D", "v")
+# Scripts that share dashes -> the order of their colors, and the languages that come first, by frequency in corpora.
+# The others follow in the order of the table of languages. The seven colors repeat with the next marker.
+_FAMILIES: tuple[tuple[str, tuple[int, ...], str], ...] = (
+    (
+        "Latn",
+        (_BLACK, _RED, _GREEN, _BLUE, _PINK, _ORANGE, _SKY),
+        "eng swh deu fra ind spa por ita nld pol tur vie fin yor ces swe hun ron dan nob cat afr zsm tgl hau ibo "
+        "zul xho sna som wol bam est lit lvs hrv slk slv",
+    ),
+    ("Cyrl Grek Armn Geor", (_GREEN, _RED, _BLUE, _PINK, _ORANGE, _SKY, _BLACK), "rus ukr ell kat bul srp hye kaz"),
+    ("Arab Hebr Ethi Tfng", (_ORANGE, _BLUE, _RED, _GREEN, _PINK, _SKY, _BLACK), "arb heb amh pes urd tir"),
+    ("Hans Hant Jpan Hang", (_BLUE, _PINK, _RED, _GREEN, _SKY, _ORANGE, _BLACK), "zho_Hans jpn kor zho_Hant yue"),
+    (
+        "Deva Beng Gujr Guru Knda Mlym Orya Sinh Taml Telu Olck",
+        (_SKY, _RED, _GREEN, _BLUE, _PINK, _ORANGE, _BLACK),
+        "hin ben tam tel npi mar pan guj kan mal",
+    ),
+    ("Thai Khmr Laoo Mymr Tibt", (_PINK, _BLUE, _GREEN, _ORANGE, _RED, _SKY, _BLACK), "tha khm lao mya bod"),
+)
+_LEVELS = ("high", "medium", "mid", "middle", "low")  # resource levels by their usual names, in order
+
+
+def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Assign a line style to each name, as keyword arguments of ``Axes.plot``.
+
+    A language by any of its codes ("swh_Latn", "swh", "sw") has one color, one marker and the dashes of its script, the
+    same in every figure, whatever other names there are. Other names take the remaining styles in alphabetical order,
+    so these depend on the set of names: pass ``styles=styles(names)`` to draw results with other groups in the same
+    styles. The first seven languages of a script, and the first 42 other names, have no marker.
+    """
+    wanted = sorted(set(names))
+    found: dict[str, tuple[int, int, int]] = {}
+    seen: set[str] = set()
+    for name in wanted:
+        code = flores_code(name)
+        if code is not None and code not in seen:  # a second code of one language counts as another name
+            seen.add(code)
+            found[name] = _places()[code]
+    others = [name for name in wanted if name not in found]
+    every = [(color, dash, marker) for marker, dash, color in product(*map(range, (len(_MARKERS), len(DASHES), 7)))]
+    free = [place for place in every if place not in found.values()]
+    found |= {name: free[i % len(free)] for i, name in enumerate(others)}
+    return {name: _style(*found[name]) for name in wanted}
+
+
+def chosen_styles(
+    groups: Sequence[str], given: Mapping[str, Any] | None, levels: Mapping[str, str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """The style of each group of a result; colors of ``levels`` and then ``given`` styles take precedence."""
+    chosen = styles(groups)
+    if levels is not None:
+        shades = level_colors(levels)
+        for group in groups:
+            if group in levels:
+                chosen[group]["color"] = shades[levels[group]]
+    for group, style in (given or {}).items():
+        if group in chosen:
+            chosen[group] |= {"color": style} if isinstance(style, str) else dict(style)
+    return chosen
+
+
+def numbered(number: int) -> dict[str, Any]:
+    """The style with this number: first all colors, then the same colors with other dashes."""
+    return _style(number % len(COLORS), (number // len(COLORS)) % len(DASHES), 0)
+
+
+def ordered_colors(number: int) -> list[str]:
+    """Colors of an ordered quantity, from dark to light, in order of lightness for any color vision."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(colormaps["viridis"](0.8 * i / max(number - 1, 1))) for i in range(number)]
+
+
+def level_order(levels: Mapping[str, str]) -> list[str]:
+    """The levels in order: high, medium, low by these names, others in the order in which they first occur."""
+    names = list(dict.fromkeys(levels.values()))
+    return sorted(names, key=lambda name: _LEVELS.index(name.lower()) if name.lower() in _LEVELS else len(_LEVELS))
+
+
+def level_colors(levels: Mapping[str, str]) -> dict[str, str]:
+    """A color for each level, the darkest for the highest."""
+    names = level_order(levels)
+    return dict(zip(names, ordered_colors(len(names)), strict=True))
+
+
+def _style(color: int, dash: int, marker: int) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "color": COLORS[color],
+        "linestyle": DASHES[dash],
+        "linewidth": line_width(),
+        "solid_capstyle": "round",
+    }
+    if marker:
+        found |= {"marker": _MARKERS[marker], "markersize": 2.6 * line_width(), "markevery": 0.15}
+    return found
+
+
+@cache
+def _places() -> dict[str, tuple[int, int, int]]:
+    """Code of a language as in FLORES -> color, dashes and marker."""
+    found: dict[str, tuple[int, int, int]] = {}
+    for dash, (scripts, colors, first) in enumerate(_FAMILIES):
+        of_family = [code for code in codes() if code.split("_")[1] in scripts.split()]
+        common = {code: place for place, code in enumerate(first.split())}
+        of_family.sort(key=lambda code: common.get(code, common.get(code.split("_")[0], len(common))))
+        for place, code in enumerate(of_family):
+            found[code] = (colors[place % 7], dash, place // 7 % len(_MARKERS))
+    return found
+
+
+# Labels at the ends of lines that do not overlap. Imports matplotlib, so figures import it where they draw.
+
+_GAP = 9.0  # points between the axes and a label
+
+
+class EndLabels(Artist):
+    """Labels beside the axes, each as near to its point as the others allow, with a line that leads to it.
+
+    Positions are computed when the figure is drawn, from the size that its axes have then.
+
+    Args:
+        points: data coordinates [label, 2].
+        names, colors: of the labels.
+        side: "right", or "top" for labels that read upwards above the axes.
+    """
+
+    def __init__(
+        self,
+        ax: Axes,
+        points: Sequence[tuple[float, float]],
+        names: Sequence[str],
+        colors: Sequence[Any],
+        *,
+        side: str = "right",
+        fontsize: float | str = "small",
+    ) -> None:
+        super().__init__()
+        self.points = np.asarray(points, np.float64).reshape(-1, 2)
+        self.top = side == "top"
+        align = {"ha": "center", "va": "bottom", "rotation": 90} if self.top else {"ha": "left", "va": "center"}
+        self.texts = [
+            Text(0, 0, name, color=readable(color), fontsize=fontsize, transform=IdentityTransform(), **align)  # type: ignore[arg-type]
+            for name, color in zip(names, colors, strict=True)
+        ]
+        self.leaders = [
+            Line2D([], [], color=color, linewidth=0.5, alpha=0.7, transform=IdentityTransform()) for color in colors
+        ]
+        self.set_clip_on(False)
+        ax.add_artist(self)
+        figure = ax.get_figure()
+        assert figure is not None
+        for artist in (*self.texts, *self.leaders):
+            artist.set_figure(figure)
+
+    def get_children(self) -> list[Artist]:
+        return [*self.texts, *self.leaders]
+
+    def get_window_extent(self, renderer: Any = None) -> Bbox:
+        self._place(renderer)
+        return Bbox.union([text.get_window_extent(renderer) for text in self.texts])
+
+    def draw(self, renderer: Any) -> None:
+        if not self.get_visible():
+            return
+        self._place(renderer)
+        for artist in self.get_children():
+            artist.draw(renderer)
+        self.stale = False
+
+    def _place(self, renderer: Any) -> None:
+        assert self.axes is not None
+        root = self.axes.get_figure(root=True)
+        assert root is not None
+        gap, box = _GAP * root.dpi / 72, self.axes.bbox
+        along, across = (0, 1) if self.top else (1, 0)  # the axis that labels are spread along, and the other
+        ends = self.axes.transData.transform(self.points)
+        sizes = [text.get_window_extent(renderer) for text in self.texts]
+        needed = np.array([size.width if self.top else size.height for size in sizes]) * (0.95 if self.top else 0.9)
+        low, high = (box.x0, box.x1) if self.top else (box.y0, box.y1)
+        places = spread(ends[:, along], needed, low, high)
+        edge = (box.y1 if self.top else box.x1) + gap
+        for text, leader, end, place in zip(self.texts, self.leaders, ends, places, strict=True):
+            at = np.empty(2)
+            at[along], at[across] = place, edge
+            text.set_position((float(at[0]), float(at[1])))
+            start, stop = end.copy(), at.copy()
+            stop[across] -= 0.2 * gap
+            if self.top:
+                start[1] = box.y1
+            leader.set_data([start[0], stop[0]], [start[1], stop[1]])
+
+
+def spread(wanted: np.ndarray, sizes: np.ndarray, low: float = -np.inf, high: float = np.inf) -> np.ndarray:
+    """Centers nearest to the wanted ones (least squares) at which intervals of these sizes do not overlap.
+
+    They stay within ``low`` and ``high`` if there is room. float64 [n], in the order of ``wanted``.
+    """
+    order = np.argsort(wanted, kind="stable")
+    size = sizes[order]
+    offset = np.concatenate([[0.0], np.cumsum((size[1:] + size[:-1]) / 2)]) if len(size) else size
+    blocks: list[tuple[float, int]] = []  # isotonic regression: means of blocks that would run into each other
+    for value in (wanted[order] - offset).tolist():
+        blocks.append((value, 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (b, m), (a, n) = blocks.pop(), blocks.pop()
+            blocks.append(((a * n + b * m) / (n + m), n + m))
+    found = np.concatenate([np.full(n, value) for value, n in blocks]) if blocks else size
+    if len(size):
+        first, last = low + size[0] / 2, high - size[-1] / 2 - offset[-1]
+        found = np.clip(found, first, last) if first <= last else np.full(len(size), (first + last) / 2)
+    places = np.empty(len(size))
+    places[order] = found + offset
+    return places
+
+
+def label_ends(ax: Axes, lines: Sequence[Line2D]) -> EndLabels | None:
+    """Label each line at its last finite point with its label, in its color; None without such a line."""
+    named = []
+    for line in lines:
+        x, y = (np.asarray(values, np.float64) for values in line.get_data())
+        seen = np.flatnonzero(np.isfinite(y))
+        if len(seen):
+            named.append(((x[seen[-1]], y[seen[-1]]), str(line.get_label()), line.get_color()))
+    if not named:
+        return None
+    points, names, colors = zip(*named, strict=True)
+    return EndLabels(ax, points, names, colors)
+
+
+def readable(color: Any) -> tuple[float, float, float]:
+    """The color, darkened until text in it can be read on white (contrast of 4 to 1)."""
+    rgb = np.asarray(to_rgb(color))
+    weights = np.array([0.2126, 0.7152, 0.0722])
+    while 1.05 / (float(weights @ rgb**2.2) + 0.05) < 4.0:
+        rgb = rgb * 0.95
+    r, g, b = rgb.tolist()
+    return r, g, b
+
 
 GRID = "#d9d9d9"
 INK = "#333333"
@@ -305,7 +579,7 @@ def legend_above(ax: Axes, columns: int | None = None, **options: Any) -> None:
 
 def name_lines(ax: Axes, *, legend: bool | None = None) -> None:
     """Labels at the ends of the lines, or a legend beside the axes; by default labels if there is room for them."""
-    from moe_route.plots.end_labels import label_ends
+    from moe_route.plots.frame import label_ends
 
     lines = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
     if len(lines) > labels_that_fit(ax) if legend is None else legend:

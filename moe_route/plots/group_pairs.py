@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_route.analysis import DivergenceMatrix, Overlap, Similarity, linkage
-from moe_route.analysis.linkage import Linkage, leaves
+from moe_route.analysis.stats import Linkage, leaves
 from moe_route.plots import frame
 from moe_route.plots.by_layer import MEASURES
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from moe_route.plots import frame, palette
+from moe_route.plots import frame
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,7 +119,7 @@ def strengths(
     ax = frame.new_axes(ax, (6.4, 3.6), len(names))
     order = np.argsort([*found.strengths, 0.0] if 0.0 not in found.strengths else found.strengths)
     places = np.array([*found.strengths, 0.0] if 0.0 not in found.strengths else found.strengths)[order]
-    chosen = palette.chosen_styles(found.groups, styles)
+    chosen = frame.chosen_styles(found.groups, styles)
     for name, label in zip(names, frame.labels_of(names, labels), strict=True):
         cells = [_cell(cell) for cell in found.change[found.groups.index(name)]]
         if len(cells) < len(places):
@@ -168,7 +168,7 @@ def _rows(
         missing = [row for row in rows if row not in levels]
         if missing:
             raise ValueError(f"levels lack {', '.join(missing)}: give a level for each group")
-        order = palette.level_order(levels)
+        order = frame.level_order(levels)
         rows.sort(key=lambda row: order.index(levels[row]))
     return rows
 

@@ -7,10 +7,10 @@ from moe_route.recording.conservation import Conservation
 from moe_route.recording.labels import LabelBlock
 from moe_route.recording.ranks import all_reduce
 from moe_route.recording.recorder import DEFAULT_METRICS, Recorder
-from moe_route.recording.sentence_vectors import SentenceVectors, sentence_vectors
 from moe_route.recording.statistics import MergeError, RecordingError, RoutingStatistics
 from moe_route.recording.store import SequenceShard, SequenceStore
 from moe_route.recording.trace import Trace
+from moe_route.recording.vectors import SentenceVectors, sentence_vectors
 
 __all__ = [
     "DEFAULT_METRICS",

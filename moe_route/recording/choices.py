@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_route.calls.call import Call
-from moe_route.calls.token_rows import as_table, broadcast_rows
+from moe_route.calls.token_table import as_table, broadcast_rows
 from moe_route.recording.sequences import RunningSequences
 from moe_route.recording.statistics import RecordingError
 from moe_route.recording.tables import RecordedRouter

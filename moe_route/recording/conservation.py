@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from moe_route.base.table import ShownAsTables, Table
 from moe_route.calls.call import Phase
 from moe_route.contract.tables import FIXED_POINT, SCALARS
-from moe_route.texttable import ShownAsTables, Table
 
 __all__ = ["Conservation", "broken_law", "conservation"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_route.calls.groups import NamedGroups
+from moe_route.calls.call import NamedGroups
 from moe_route.recording.store import Item, is_unnamed
 
 __all__ = ["LabelBlock"]

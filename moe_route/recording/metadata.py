@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moe_route import files
+from moe_route.base import files
 
 __all__ = ["add_fingerprints", "config_hash_of", "merge_metadata"]
 

@@ -19,28 +19,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from moe_route.blocks import Block, warn_never_entered
-from moe_route.calls.call import PHASES, Call, Phase
-from moe_route.calls.groups import name_groups, named_groups
-from moe_route.calls.token_rows import as_table, in_phases
+from moe_route.base.devices import Block, capturing, refuse_capture, warn_never_entered
+from moe_route.base.table import number_of
+from moe_route.calls.call import PHASES, Call, Phase, name_groups, named_groups
+from moe_route.calls.token_table import as_table, in_phases
 from moe_route.contract.tables import METRICS, StatisticsTables
-from moe_route.devices import capturing, refuse_capture
-from moe_route.recording.accumulators import Accumulator
+from moe_route.recording.accumulators import Accumulator, ExpertOutputs, HiddenStates, PairCounts, SequenceConsistency
 from moe_route.recording.choices import ChoiceCollector
-from moe_route.recording.consistency import SequenceConsistency
-from moe_route.recording.expert_outputs import ExpertOutputs
-from moe_route.recording.hidden import HiddenStates
 from moe_route.recording.labels import LabelBlock
 from moe_route.recording.metadata import add_fingerprints, merge_metadata
-from moe_route.recording.pairs import PairCounts
-from moe_route.recording.pooling import SequenceAverages, SequencePool
 from moe_route.recording.sequences import RunningSequences
 from moe_route.recording.special_tokens import SpecialTokens
 from moe_route.recording.statistics import RecordingError, RoutingStatistics
 from moe_route.recording.store import Item, SequenceStore
 from moe_route.recording.tables import RecordedRouter, TableSet
 from moe_route.recording.trace import Trace, TraceWriter
-from moe_route.texttable import number_of
+from moe_route.recording.vectors import SequenceAverages, SequencePool
 
 __all__ = ["DEFAULT_METRICS", "RecordedModel", "Recorder"]
 

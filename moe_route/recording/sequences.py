@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_route import files
+from moe_route.base import files
+from moe_route.base.devices import upload
 from moe_route.calls.call import Call
-from moe_route.calls.token_rows import columns, rows_on_device
-from moe_route.devices import upload
+from moe_route.calls.token_table import columns, rows_on_device
 from moe_route.recording.labels import LabelBlock
 from moe_route.recording.special_tokens import SpecialTokens
 from moe_route.recording.store import Item

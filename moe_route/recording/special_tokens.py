@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_route.base.devices import upload
 from moe_route.calls.call import Call
 from moe_route.calls.generation import setting, without_repeats
-from moe_route.calls.token_rows import broadcast_rows
-from moe_route.devices import upload
+from moe_route.calls.token_table import broadcast_rows
 from moe_route.recording.statistics import RecordingError
 
 __all__ = ["SpecialTokens", "special_ids_of"]

@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from moe_route import files, hub
+from moe_route.base import files, hub
+from moe_route.base.table import data_frame
 from moe_route.calls.call import PHASES, Phase
 from moe_route.contract.tables import FIXED_POINT, METRICS, SCALARS
-from moe_route.recording.accumulated import ACCUMULATED, SIZE_UNIT, broken_array, checked_array, selected_array
+from moe_route.recording.arrays import ACCUMULATED, SIZE_UNIT, broken_array, checked_array, selected_array
 from moe_route.recording.conservation import Conservation, broken_law, conservation
-from moe_route.recording.frames import data_frame
 from moe_route.recording.metadata import config_hash_of, merge_metadata
 from moe_route.recording.store import SequenceStore
 
 if TYPE_CHECKING:
     import pandas as pd
-from moe_route.texttable import WIDTH, Table, number_of, wrapped
+from moe_route.base.table import WIDTH, Table, number_of, wrapped
 
 __all__ = [
     "SEQUENCE_KINDS",
@@ -477,7 +477,7 @@ class RoutingStatistics:
         return sums + (0 if self.store is None else self.store.file_bytes(sequences))
 
     def save(self, path: str | os.PathLike[str], *, sequences: bool = True) -> None:
-        """Write one file (`moe_route.files`, kind "statistics"), with the sequence store unless ``sequences=False``.
+        """Write one file (``moe_route.base.files``, kind "statistics"), with the sequences unless ``sequences=False``.
 
         docs/files.md describes the format for other programs. The file is written, or replaced, whole or not at all.
         Other statistics that still read sequences from a replaced file are refused from then on. Raises ``OSError`` if

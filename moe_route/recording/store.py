@@ -2,7 +2,7 @@
 
 The item id pairs a sentence with its translations. Paired divergence and the bootstrap read from here. While a
 recording runs, sequences beyond the limit go to files of kind "sequences" in a folder. The file that the user keeps is
-one: `RoutingStatistics.save` writes the sequences into it as blocks (`moe_route.files`) and reads them from there.
+one: `RoutingStatistics.save` writes the sequences into it as blocks (`moe_route.base.files`) and reads them from there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from moe_route import files
+from moe_route.base import files
 
 __all__ = ["Item", "SequenceShard", "SequenceStore", "is_unnamed"]
 

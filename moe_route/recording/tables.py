@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_route.base.devices import finish
 from moe_route.calls.call import PHASES
 from moe_route.contract.tables import METRICS, SCALARS, StatisticsTables
-from moe_route.devices import finish
 from moe_route.recording.statistics import RecordingError
 
 __all__ = ["RecordedRouter", "TableSet", "TableSums"]

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_route import files
+from moe_route.base import files
+from moe_route.base.table import data_frame
 from moe_route.calls.call import PHASES
 from moe_route.recording.choices import ChoiceObserver, ObservedCall
-from moe_route.recording.frames import data_frame
 from moe_route.recording.sequences import RunningSequences
 from moe_route.recording.store import Item
 
@@ -50,7 +50,7 @@ class Trace:
         return len(self.sequence)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one file (`moe_route.files`, kind "trace")."""
+        """Write one file (`moe_route.base.files`, kind "trace")."""
         header = {name: getattr(self, name) for name in _HEADER}
         files.write(path, {name: getattr(self, name) for name in _COLUMNS}, header, _FILE_KIND)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_route.contract.dispatch import Dispatch
+from moe_route.contract.experts import Dispatch
 
 
 def in_range(ids: Tensor, num_experts: int) -> Tensor:

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_route.contract.activation import Activation
-from moe_route.contract.dispatch import Dispatch
+from moe_route.contract.experts import Activation, Dispatch
 
 
 def expert_rows(

@@ -15,10 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from moe_route import files
-from moe_route.report.content import content_of
+from moe_route.base import files
+from moe_route.report.content import Inputs, content_of, read
 from moe_route.report.from_model import record_inputs
-from moe_route.report.inputs import Inputs, read
 from moe_route.report.page import page_of
 from moe_route.report.result_tables import ResultTable
 

@@ -2,23 +2,261 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
-from moe_route import __version__, plots
-from moe_route.recording import RoutingStatistics
-from moe_route.report.by_layer import MIN_GROUPS, balance_of, correlation_with, divergence_from
-from moe_route.report.inputs import Inputs
-from moe_route.report.recordings import facts_of, frequencies_of
-from moe_route.report.token_texts import Pieces, pieces_by_id, pieces_of
-from moe_route.report.token_view import chosen_sequences, token_view
+import numpy as np
+
+from moe_route import __version__, analysis, plots
+from moe_route.analysis import Divergence
+from moe_route.analysis.inputs import read_scores
+from moe_route.base import files
+from moe_route.recording import RoutingStatistics, Trace
+from moe_route.recording.metadata import config_hash_of
+from moe_route.report.page import packed_numbers, rounded
+from moe_route.report.result_tables import TABLES_FILE, ResultTable, is_results, read_results
+from moe_route.report.token_view import Pieces, chosen_sequences, pieces_by_id, pieces_of, token_view
 from moe_route.steering import ExpertSelection, Plan
 
-__all__ = ["content_of"]
+__all__ = [
+    "Inputs",
+    "MIN_GROUPS",
+    "balance_of",
+    "content_of",
+    "correlation_with",
+    "divergence_from",
+    "facts_of",
+    "frequencies_of",
+    "read",
+    "weighting",
+]
+
+
+# What a report is made from: recordings, traces, selections, plans, scores and tables of results.
+
+_LOADERS: dict[str, tuple[str, Any]] = {
+    "statistics": ("recordings", RoutingStatistics.load),
+    "trace": ("traces", Trace.load),
+    "selection": ("selections", ExpertSelection.load),
+    "plan": ("plans", Plan.load),
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a report shows, each thing under a name of its own.
+
+    Attributes:
+        recordings: recorded statistics.
+        traces: experts of single tokens. Two traces of the same texts are shown side by side, such as with and without
+            a plan.
+        selections, plans: experts to mark.
+        scores: name of a measure of performance -> group -> score.
+        results: tables of results, such as those of an evaluation.
+    """
+
+    recordings: Mapping[str, RoutingStatistics] = field(default_factory=dict)
+    traces: Mapping[str, Trace] = field(default_factory=dict)
+    selections: Mapping[str, ExpertSelection] = field(default_factory=dict)
+    plans: Mapping[str, Plan] = field(default_factory=dict)
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    results: tuple[ResultTable, ...] = ()
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to show; scores are shown with a recording only."""
+        return any((self.recordings, self.traces, self.selections, self.plans, self.results))
+
+
+def read(paths: Iterable[str | os.PathLike[str]]) -> Inputs:
+    """Read files of any of these kinds, and folders with a ``tables.json``; the content tells the kind.
+
+    Each thing gets the name of its file without suffix. Raises ``files.FileRefusedError`` for a damaged file, and
+    ``ValueError`` for one that a report cannot show.
+    """
+    found: dict[str, dict[str, Any]] = {name: {} for name in ("recordings", "traces", "selections", "plans", "scores")}
+    results: list[ResultTable] = []
+    for path in map(Path, paths):
+        where, thing = _read(path)
+        if where == "results":
+            results.extend(thing)
+        else:
+            found[where][_free_name(path, found[where])] = thing
+    return Inputs(**found, results=tuple(results))
+
+
+def _read(path: Path) -> tuple[str, Any]:
+    if path.is_dir():
+        # `moe-route eval` writes its tables into the folder of its last stage
+        tables = next((one for one in (path / TABLES_FILE, path / "report" / TABLES_FILE) if one.is_file()), None)
+        if tables is None:
+            raise ValueError(f"{path} has no {TABLES_FILE}: name files, or a folder of results")
+        return "results", read_results(tables)
+    if path.suffix in (".tsv", ".txt"):
+        return "scores", _scores(path)
+    if not files.is_json(path):
+        kind = files.read_header(path)["kind"]
+        if kind not in _LOADERS:
+            raise ValueError(f"{path} is a file of kind {kind!r}, which a report does not show: leave it out")
+        where, load = _LOADERS[kind]
+        return where, load(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): correct it, or leave it out") from error
+    if is_results(content):
+        return "results", read_results(path)
+    kind = content.get("moe_route") if isinstance(content, dict) else None
+    if kind in _LOADERS:
+        where, load = _LOADERS[kind]
+        return where, load(path)
+    return "scores", _scores(path)
+
+
+def _scores(path: Path) -> dict[str, float]:
+    try:
+        found = read_scores(path)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is neither results nor a score per group ({error}): leave it out") from error
+    if not found:
+        raise ValueError(f"{path} holds no score: write a group, a tab and a score per line")
+    return found
+
+
+def _free_name(path: Path, taken: Mapping[str, Any]) -> str:
+    """The file's name without suffix; with its folder, then with a number, if it is taken."""
+    for name in (path.stem, f"{path.parent.name}/{path.stem}", *(f"{path.stem} ({n})" for n in range(2, 1000))):
+        if name not in taken:
+            return name
+    raise ValueError(f"too many files are named {path.stem}: rename some")
+
+
+# What was counted, and how often each expert was chosen: the part of a report that every recording has.
+
+
+def facts_of(statistics: RoutingStatistics) -> dict[str, Any]:
+    """Model, versions, groups with tokens and sequences, what was left out, and the conservation of slots."""
+    metadata = statistics.metadata
+    tokens, sequences = statistics.tokens(), statistics.sequences()
+    held = statistics.conservation() if "counts" in statistics.metrics else None
+    return {
+        "model": {**(metadata.get("model") or {}), "config_hash": config_hash_of(metadata)},
+        "source": metadata.get("source", "moe-route"),
+        "versions": metadata.get("versions", {}),
+        "engines": metadata.get("engines", []),
+        "layers": len(statistics.layers),
+        "routers": list(statistics.layers),
+        "experts": list(statistics.num_experts),
+        "topK": list(statistics.top_k),
+        "metrics": list(statistics.metrics),
+        "groups": [
+            {"name": name, "tokens": int(of.max(initial=0)), "sequences": int(number)}
+            for name, of, number in zip(statistics.groups, tokens, sequences, strict=True)
+        ],
+        "masked": metadata.get("masked", []),
+        "specialTokens": len(metadata.get("special_tokens", [])),
+        "cutTexts": metadata.get("cut_texts", 0),
+        "cutTo": metadata.get("cut_to_tokens", []),
+        "plans": metadata.get("plans", []),
+        "abandoned": metadata.get("abandoned_sequences", 0),
+        "keptSequences": statistics.store is not None,
+        "conservation": None
+        if held is None
+        else {"holds": held.holds, "largestGap": _finite(held.largest_gap), "slots": int(held.expected.sum())},
+    }
+
+
+def weighting(statistics: RoutingStatistics) -> str:
+    """ "sequence" where sequences were counted, else "token"."""
+    return "sequence" if statistics.sequences().any() else "token"
+
+
+def frequencies_of(statistics: RoutingStatistics) -> dict[str, Any] | None:
+    """How often a token chooses each expert, [group, layer, expert], packed; None without counts."""
+    if "counts" not in statistics.metrics:
+        return None
+    by = weighting(statistics)
+    values = statistics.frequency(by=by)  # type: ignore[arg-type]
+    beyond = np.arange(values.shape[2]) >= np.asarray(statistics.num_experts)[:, None]
+    return {"by": by, "values": packed_numbers(np.where(beyond, np.nan, values))}
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+# Measures by layer for the figures of a report: divergence, its correlation with scores, load and entropy.
+
+LEVEL = 0.95
+MIN_GROUPS = 4  # fewer scores give a correlation of no meaning
+
+
+def divergence_from(statistics: RoutingStatistics, reference: str) -> tuple[Divergence, dict[str, Any]]:
+    """Divergence of all groups from the reference: paired, with floor and intervals, where sequences were kept."""
+    found = analysis.divergence(statistics, reference, pairing="auto", by=weighting(statistics))
+    paired = found.pair_values is not None and found.pairs > 1
+    low, high = found.interval(LEVEL) if paired else (None, None)
+    return found, {
+        "reference": found.reference,
+        "groups": list(found.groups),
+        "measure": found.measure,
+        "pairing": found.pairing,
+        "pairs": found.pairs,
+        "level": LEVEL,
+        "values": rounded(found.values),
+        "low": rounded(low),
+        "high": rounded(high),
+        "floor": rounded(found.expected_floor) if paired else None,
+        "undefined": int(found.undefined.sum()),
+    }
+
+
+def correlation_with(found: Divergence, scores: Mapping[str, float]) -> dict[str, Any] | None:
+    """Correlation by layer of divergence with scores over the groups that have one; None with too few groups."""
+    groups = [group for group in found.groups if group in scores]
+    if len(groups) < MIN_GROUPS:
+        return None
+    result = analysis.correlation(found, scores, groups=groups)
+    low, high = result.interval(LEVEL) if found.pair_values is not None else (None, None)
+    return {
+        "groups": groups,
+        "reference": found.reference,
+        "level": LEVEL,
+        "orders": result.orders,
+        "pearson": rounded(result.pearson),
+        "spearman": rounded(result.spearman),
+        "p": rounded(result.p_value),
+        "pCorrected": rounded(result.p_corrected),
+        "low": rounded(low),
+        "high": rounded(high),
+        "scores": rounded(np.array([scores[group] for group in groups])),
+    }
+
+
+def balance_of(statistics: RoutingStatistics) -> dict[str, Any]:
+    """Load over experts and entropy of the router, [group, layer] each; only measures that were recorded."""
+    measures: dict[str, dict[str, Any]] = {}
+    if "counts" in statistics.metrics:
+        load = analysis.load_balance(statistics)
+        measures["Entropy of the load / log E"] = {"values": rounded(load.entropy)}
+        measures["Largest share of the load"] = {"values": rounded(load.max_share)}
+        measures["Effective number of experts"] = {"values": rounded(load.effective)}
+        measures["Share of experts never chosen"] = {"values": rounded(load.dead)}
+    if statistics.has_entropy:
+        token = statistics.entropy("token") / np.log(np.maximum(statistics.num_experts, 2))
+        measures["Entropy of the router per token / log E"] = {"values": rounded(token)}
+    if statistics.sequences().any():
+        sequence = statistics.entropy("sequence") / np.log(np.maximum(statistics.num_experts, 2))
+        measures["Entropy of the mean over a sequence / log E"] = {"values": rounded(sequence)}
+    return {"groups": list(statistics.groups), "measures": measures}
+
 
 logger = logging.getLogger(__name__)
 

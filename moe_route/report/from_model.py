@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
+from moe_route.data.batches import Text
 from moe_route.recording import RoutingStatistics, Trace
-from moe_route.report.inputs import Inputs
+from moe_route.report.content import Inputs
+from moe_route.runs.language_model import LanguageModel
+from moe_route.runs.record import record_texts
 from moe_route.steering import Plan
-from moe_route.workload import LanguageModel, Text, record_texts
 
 __all__ = ["record_inputs"]
 

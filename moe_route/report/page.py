@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping
 from html import escape
@@ -9,7 +10,55 @@ from importlib.resources import files as resources
 from string import Template
 from typing import Any
 
-__all__ = ["page_of", "safe_json"]
+import numpy as np
+
+__all__ = ["packed_bytes", "packed_integers", "packed_numbers", "page_of", "rounded", "safe_json"]
+
+
+# Arrays as compact JSON: unsigned integers in base64, which a page unpacks in a line.
+
+_MISSING = 65535  # the code of NaN
+
+
+def packed_numbers(values: np.ndarray) -> dict[str, Any]:
+    """Numbers from 0 as uint16 with one scale: {"scale", "u16"}; the error is at most half of scale.
+
+    NaN is code 65535. Raises ``ValueError`` for negative numbers.
+    """
+    if np.nanmin(values, initial=0.0) < 0:
+        raise ValueError("only numbers from 0 are packed")
+    largest = float(np.nanmax(values, initial=0.0))
+    scale = largest / (_MISSING - 1) if largest else 1.0
+    codes = np.where(np.isnan(values), _MISSING, np.rint(np.nan_to_num(values) / scale))
+    return {"scale": scale, "u16": _base64(codes, "<u2")}
+
+
+def packed_integers(values: np.ndarray) -> dict[str, Any]:
+    """Integers from -1 as {"u8"} or {"u16"}; -1 is the largest code, 255 or 65535."""
+    if int(values.max(initial=0)) < 255:
+        return {"u8": _base64(np.where(values < 0, 255, values), "u1")}
+    return {"u16": _base64(np.where(values < 0, _MISSING, values), "<u2")}
+
+
+def packed_bytes(values: np.ndarray) -> dict[str, Any]:
+    """Numbers from 0 as uint8 with one scale: {"scale", "u8"}; the error is at most half of scale."""
+    largest = float(values.max(initial=0.0))
+    scale = largest / 255 if largest else 1.0
+    return {"scale": scale, "u8": _base64(np.rint(values.astype(np.float64) / scale), "u1")}
+
+
+def rounded(values: np.ndarray | None, digits: int = 5) -> Any:
+    """Lists of numbers with so many significant digits, None for NaN; None stays None."""
+    if values is None:
+        return None
+    if values.ndim > 1:
+        return [rounded(row, digits) for row in values]
+    return [float(f"{value:.{digits}g}") if np.isfinite(value) else None for value in values.tolist()]
+
+
+def _base64(codes: np.ndarray, dtype: str) -> str:
+    return base64.b64encode(np.ascontiguousarray(codes, dtype=dtype).tobytes()).decode()
+
 
 _SCRIPTS = ("page.js", "chart.js", "by_layer.js", "experts.js", "tokens.js", "start.js")
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from moe_route import ops
-from moe_route.modules.attributes import at, resident
+from moe_route.modules.intercept import at, resident
 from moe_route.modules.watch import NothingScoredError
+from moe_route.routers.adapter import Decision, Output
 from moe_route.routers.discovery import ModelNotSupportedError, RouterInfo
 from moe_route.routers.family import TESTED, gate_logits, weight_dtype
-from moe_route.routers.output import Decision, Output
-from moe_route.routers.probe import PROBES, random_states, undisturbed
+from moe_route.routers.recognize import PROBES, random_states, undisturbed
 
 ULPS = 16  # tolerance, in units in the last place, for another order of summation
 NUDGES = 16

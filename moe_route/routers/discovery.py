@@ -9,14 +9,12 @@ import torch
 from torch import nn
 
 from moe_route.contract.spec import RouterSpec
-from moe_route.modules.attributes import device_of
+from moe_route.modules.intercept import device_of
 from moe_route.modules.wrappers import in_use, outermost
 from moe_route.routers.adapter import Adapter, Place
 from moe_route.routers.catalog import REFUSED, family_of, refused_name
-from moe_route.routers.family import TESTED, Family
-from moe_route.routers.known_issues import known_issues
-from moe_route.routers.probe import as_returned
-from moe_route.routers.recognize import recognize
+from moe_route.routers.family import TESTED, Family, known_issues
+from moe_route.routers.recognize import as_returned, recognize
 
 # Class names of modules that route, or that own a module that routes.
 _ROUTING = re.compile(r"Router|Gating|TopKGate|SparseMoe|MoE$")

@@ -8,6 +8,7 @@ another form.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -17,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_route.contract.spec import RouterSpec
-from moe_route.modules.attributes import at, number, resident
-from moe_route.routers.adapter import Adapter
-from moe_route.routers.output import OutputForm, OutputPart
+from moe_route.modules.intercept import at, modeling_of, number, resident
+from moe_route.routers.adapter import Adapter, OutputForm, OutputPart
 
 PLAIN_SOFTMAX = RouterSpec(score="softmax")
 GROUPED_SOFTMAX = RouterSpec(score="softmax", group_score="max", group_fill=0.0)
@@ -182,3 +182,31 @@ def gate_logits(module: nn.Module, gate: Gate | None, hidden: Tensor) -> Tensor:
 def weight_dtype(rule: str, hidden: Tensor, logits: Tensor) -> torch.dtype:
     """The dtype of the weights that a router returns, by the rule in `Family.weights`."""
     return {"logits": logits.dtype, "input": hidden.dtype, "float32": torch.float32}[rule]
+
+
+# Known bugs of the installed transformers that concern a router; `describe` shows them with the version.
+
+
+def known_issues(family: Family, adapter: Adapter, spec: RouterSpec) -> tuple[str, ...]:
+    """One sentence per bug, opening with the version; empty for a router that is not from transformers."""
+    modeling = modeling_of(adapter.module)
+    if modeling is None:
+        return ()
+    texts = [*family.known_issues, *adapter.known_issues()]
+    loss = getattr(modeling, "load_balancing_loss_func", None)
+    if loss is not None and "gate_logits" in loss.__code__.co_varnames:  # Switch's loss takes the choice
+        texts.append(_balancing_loss(family, spec))
+    version = sys.modules["transformers"].__version__
+    return tuple(f"transformers {version}: {text}" for text in texts)
+
+
+def _balancing_loss(family: Family, spec: RouterSpec) -> str:
+    """Describe the loss: it takes the softmax of the logits and its k largest, whatever the router did."""
+    unseen = ["steering"]
+    if family.has_bias:
+        unseen.append("the correction bias")
+    if spec.groups > 1:
+        unseen.append("the groups")
+    if spec.score not in ("softmax", "sparsemixer"):
+        unseen.append(f"the {spec.score.replace('_', '-')} score")
+    return f"the balancing loss (aux_loss) chooses anew from the router logits and does not see {' or '.join(unseen)}"

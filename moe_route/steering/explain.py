@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from moe_route.base.table import ShownAsTables, Table, number_of
 from moe_route.calls.call import PHASES
 from moe_route.steering.layers import show_numbers
 from moe_route.steering.model import PlanError, PlanModel
 from moe_route.steering.rule import OPERATIONS, Rule
-from moe_route.texttable import ShownAsTables, Table, number_of
 
 if TYPE_CHECKING:
     from moe_route.steering.plan import Plan

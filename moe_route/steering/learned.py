@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moe_route.base.table import ShownAsTables, Table
 from moe_route.calls.call import PHASES
 from moe_route.contract.tables import SteeringTables
 from moe_route.steering.compiled import CompiledPlan
@@ -23,7 +24,6 @@ from moe_route.steering.layers import as_layers, show_numbers
 from moe_route.steering.model import PlanError
 from moe_route.steering.plan import Plan
 from moe_route.steering.rule import as_groups
-from moe_route.texttable import ShownAsTables, Table
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from moe_route import files, hub
+from moe_route.base import files, hub
+from moe_route.base.table import Table
 from moe_route.steering.compiled import CompiledPlan, HasExperts, compile_rules
 from moe_route.steering.explain import PlanExplanation, explain
 from moe_route.steering.model import PlanError, PlanModel
@@ -34,7 +35,6 @@ from moe_route.steering.rule import (
 from moe_route.steering.score_table import ScoreTable
 from moe_route.steering.selection import ExpertSelection, random_permutation
 from moe_route.steering.sequence_table import SequenceTable
-from moe_route.texttable import Table
 
 __all__ = ["Plan"]
 

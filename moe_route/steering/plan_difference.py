@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from moe_route.base.table import ShownAsTables, Table
 from moe_route.steering.layers import show_numbers
 from moe_route.steering.rule import LAYER_KINDS, OPERATIONS, Rule
-from moe_route.texttable import ShownAsTables, Table
 
 if TYPE_CHECKING:
     from moe_route.steering.plan import Plan

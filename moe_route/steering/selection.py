@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from moe_route import files
+from moe_route.base import files
+from moe_route.base.table import Table, number_of
 from moe_route.steering.layers import as_layers, show_numbers
 from moe_route.steering.model import PlanModel
-from moe_route.texttable import Table, number_of
 
 __all__ = ["ExpertSelection", "random_permutation"]
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from moe_route import files
+from moe_route.base import files
 from moe_route.steering.layers import show_numbers
 from moe_route.steering.model import PlanError
 

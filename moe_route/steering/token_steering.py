@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from moe_route import ops, reference
+from moe_route.base.devices import upload
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import NEUTRAL, STEERING_PLANES, Force, StatisticsTables, SteeringTables
-from moe_route.devices import upload
 from moe_route.steering.draw import gumbel_noise, permutations
 
 __all__ = ["Part", "Steered", "TokenSteering", "logits_of_scores"]

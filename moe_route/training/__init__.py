@@ -29,10 +29,16 @@ from moe_route.training.adapters import (
     load_adapters,
     save_peft_folder,
 )
-from moe_route.training.checkpoint import is_upcycled, load_upcycled, with_sparse_blocks
 from moe_route.training.dense import UpcyclingError
-from moe_route.training.losses import own_expert_loss
-from moe_route.training.upcycling import Upcycled, family_plan, upcycle
+from moe_route.training.upcycling import (
+    Upcycled,
+    family_plan,
+    is_upcycled,
+    load_upcycled,
+    own_expert_loss,
+    upcycle,
+    with_sparse_blocks,
+)
 
 __all__ = [
     "STAGES",

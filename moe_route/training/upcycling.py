@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_route.nn import SparseMoE
@@ -15,9 +17,44 @@ from moe_route.steering import Plan
 from moe_route.training import stock
 from moe_route.training.adapters.handle import adapter_names
 from moe_route.training.dense import DenseBlock, UpcyclingError, dense_blocks
-from moe_route.training.recipe import Recipe
+from moe_route.training.stock import Recipe
 
-__all__ = ["Upcycled", "family_plan", "upcycle"]
+__all__ = [
+    "Upcycled",
+    "family_plan",
+    "is_upcycled",
+    "load_upcycled",
+    "own_expert_loss",
+    "upcycle",
+    "with_sparse_blocks",
+]
+
+
+# Losses on router logits. The load-balancing loss is `moe_route.nn.load_balancing_loss`.
+
+
+def own_expert_loss(router_logits: Tensor, experts: Tensor) -> Tensor:
+    """Mean of ``-log p`` over tokens, where p is the router's probability of the token's own expert.
+
+    It teaches a router whose choice is fixed in training (k = 1), and that gets no gradient from the model's own loss,
+    to find the expert by itself.
+
+    Args:
+        router_logits: [T, E].
+        experts: integers [T], each token's own expert; -1 leaves a token out (padding, or no family).
+
+    Returns a float32 scalar, 0 if every token is left out. Raises ``ValueError`` for other shapes, or for an expert
+    that the router does not have.
+    """
+    if router_logits.dim() != 2 or experts.shape != router_logits.shape[:1]:
+        raise ValueError(
+            f"router_logits [T, E] and experts [T] are needed, not {list(router_logits.shape)} and "
+            f"{list(experts.shape)}"
+        )
+    if experts.numel() and not -1 <= int(experts.min()) <= int(experts.max()) < router_logits.shape[1]:
+        raise ValueError(f"experts must lie between -1 and {router_logits.shape[1] - 1}")
+    total = F.cross_entropy(router_logits.float(), experts.long(), ignore_index=-1, reduction="sum")
+    return total / torch.clamp((experts >= 0).sum(), min=1)
 
 
 class Upcycled(NamedTuple):
@@ -231,3 +268,71 @@ def _noisy(matrix: Tensor, noise: float, generator: torch.Generator) -> Tensor:
         return matrix
     drawn = torch.randn(matrix.shape, generator=generator).to(matrix.device)
     return (matrix.float() + drawn * noise * matrix.float().std()).to(matrix.dtype)
+
+
+# Load an upcycled model that `save_pretrained` has saved.
+
+_OF_CONFIG = ("cache_dir", "local_files_only", "revision", "token")  # options that say where files are
+
+
+def is_upcycled(config: object) -> bool:
+    """Whether a configuration is that of a model made by `upcycle`."""
+    return Recipe.read(config) is not None
+
+
+def with_sparse_blocks(model: nn.Module) -> nn.Module:
+    """Give a model made from the configuration of an upcycled one its sparse blocks, with weights at random.
+
+    Other models, and those of a stock class, are returned as they are. `model` itself is changed and returned.
+    """
+    recipe = Recipe.read(getattr(model, "config", None))
+    if recipe is not None and not recipe.stock_class:
+        parameter = next(model.parameters())
+        recipe.install(model, {name: recipe.sparse_block(parameter.dtype, parameter.device) for name in recipe.names})
+    return model
+
+
+def load_upcycled(folder: str | os.PathLike[str], **options: Any) -> nn.Module:
+    """Load a model that `upcycle` made and `save_pretrained` saved.
+
+    A model of a stock class could also be loaded by `AutoModelForCausalLM`. Others have blocks of `moe_route.nn`, which
+    transformers would not put in: it would ignore the experts and start dense blocks at random.
+
+    Args:
+        folder: the folder, or the name of a repository on the hub.
+        options: what `from_pretrained` takes (`dtype`, `device_map`, ...).
+
+    Raises `UpcyclingError` for a model that was not upcycled here, and the errors of transformers.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("loading an upcycled model needs transformers: pip install 'moe-route[hf]'") from error
+    of_config = {name: options[name] for name in _OF_CONFIG if name in options}
+    config = transformers.AutoConfig.from_pretrained(folder, **of_config)
+    recipe = Recipe.read(config)
+    if recipe is None:
+        raise UpcyclingError(
+            f"{os.fspath(folder)} is no upcycled model: load it by AutoModelForCausalLM.from_pretrained"
+        )
+    (name,) = config.architectures or ("AutoModelForCausalLM",)
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise UpcyclingError(f"this transformers {transformers.__version__} has no class {name}: install a newer one")
+    loading = kind if recipe.stock_class else _sparse(kind)
+    model = loading.from_pretrained(folder, **options)
+    model.__class__ = kind
+    return model
+
+
+def _sparse(kind: type[nn.Module]) -> Any:
+    """A subclass of a dense class whose instances are made with sparse blocks."""
+
+    class Sparse(kind):  # type: ignore[misc,valid-type]
+        def __init__(self, config: Any, *arguments: Any, **options: Any) -> None:
+            super().__init__(config, *arguments, **options)
+            with_sparse_blocks(self)
+
+    # from_pretrained looks up what it converts by the name and the module of the class.
+    Sparse.__name__, Sparse.__module__ = kind.__name__, kind.__module__
+    return Sparse

@@ -11,7 +11,7 @@ from harness.short_texts import kept
 
 from moe_route import analysis
 from moe_route.analysis import AnalysisError
-from moe_route.analysis.translation_rules import RULES, Side, cosines, judge
+from moe_route.analysis.alignment import RULES, Side, cosines, judge
 from moe_route.recording import SentenceVectors
 from moe_route.recording.store import SequenceStore
 
@@ -153,7 +153,7 @@ def test_vectors_from_disk_a_layer_at_a_time_are_those_of_the_array(monkeypatch:
     on_disk = stored(given)
     plain = analysis.alignment(given, "a", groups=list("abc"), rule="retrieval")
     whole = analysis.alignment(on_disk, "a", rule="retrieval")
-    monkeypatch.setattr("moe_route.analysis.parallel_vectors._PORTION_BYTES", 1)
+    monkeypatch.setattr("moe_route.analysis.alignment._PORTION_BYTES", 1)
     portions = analysis.alignment(on_disk, "a", rule="retrieval", groups=["b", "c"])
     for found in (whole, portions):
         np.testing.assert_array_equal(found.pair_values, plain.pair_values)

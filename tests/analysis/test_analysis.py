@@ -24,9 +24,9 @@ from moe_route.analysis import AnalysisError, Divergence
 from moe_route.analysis.measures import cosine_distance, jaccard_distance
 from moe_route.ops import SCALARS
 from moe_route.recording import RoutingStatistics
-from moe_route.recording.pooling import SequencePool
 from moe_route.recording.store import SequenceStore
 from moe_route.recording.tables import TableSums
+from moe_route.recording.vectors import SequencePool
 from moe_route.steering import ExpertSelection, Plan
 
 GROUPS = ("en", "sw", "bn")

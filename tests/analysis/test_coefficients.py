@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import scipy.stats
 
-from moe_route.analysis.coefficients import centered, pearson, ranks
+from moe_route.analysis.stats import centered, pearson, ranks
 
 
 def test_ranks_of_equal_values_are_their_mean():

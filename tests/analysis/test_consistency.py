@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import moe_route as mr
-from moe_route import analysis, plots
+from moe_route import analysis, plots, recording
 from moe_route.data import demo_corpus, load_demo_model
 from moe_route.recording import RoutingStatistics
 
@@ -18,7 +18,7 @@ mpl.use("Agg")
 
 
 @pytest.fixture(scope="module")
-def recorded() -> tuple[RoutingStatistics, mr.recording.Trace]:
+def recorded() -> tuple[RoutingStatistics, recording.Trace]:
     model, tokenizer = load_demo_model()
     corpus = demo_corpus().subset(["eng_Latn", "swh_Latn"], limit=5)
     options = {"consistency": True, "sequences": True, "trace": True}

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from moe_route.analysis import AnalysisError, benjamini_hochberg, holm
-from moe_route.analysis.bootstrap import draw_items, interval_of, p_value_of
+from moe_route.analysis.stats import draw_items, interval_of, p_value_of
 
 
 def test_by_hand():

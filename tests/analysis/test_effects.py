@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_route.analysis import AnalysisError, effects_by_group, mean_effects
-from moe_route.analysis.bootstrap import draw_items, interval_of
+from moe_route.analysis.stats import draw_items, interval_of
 
 
 def test_by_hand():

@@ -13,7 +13,7 @@ from harness.tiny_models import tiny_model, tokens
 import moe_route as mr
 from moe_route import analysis
 from moe_route.analysis import AnalysisError
-from moe_route.analysis.bootstrap import interval_of
+from moe_route.analysis.stats import interval_of
 from moe_route.recording import RoutingStatistics
 
 

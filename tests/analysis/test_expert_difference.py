@@ -10,8 +10,8 @@ from harness.kept_sequences import random_counts, statistics_of
 
 from moe_route import analysis
 from moe_route.analysis import AnalysisError
-from moe_route.analysis.bootstrap import t_of_normal
-from moe_route.analysis.resampled_statistics import Sequences, draw_together, resampled_statistics
+from moe_route.analysis.resampling import Sequences, draw_together, resampled_statistics
+from moe_route.analysis.stats import t_of_normal
 
 SIZES = (6, 4)
 TASTE = np.array([[3, 2, 1, 1, 1, 1], [2, 1, 1, 1, 0, 0]], float)

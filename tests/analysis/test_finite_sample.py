@@ -9,7 +9,7 @@ from harness.short_texts import LAW, LAYERS, E, kept
 import moe_route as mr
 from moe_route import analysis
 from moe_route.analysis import AnalysisError
-from moe_route.analysis.finite_sample import random_partners
+from moe_route.analysis.estimators import random_partners
 from moe_route.recording import Trace
 
 
@@ -220,7 +220,7 @@ def test_matrix_has_floors_and_intervals():
 def test_large_groups_are_read_in_portions(monkeypatch):
     statistics = kept(LENGTHS, items=12)
     whole = analysis.divergence(statistics, "en"), analysis.divergence_matrix(statistics)
-    monkeypatch.setattr("moe_route.analysis.sequences._BATCH_BYTES", 1)
+    monkeypatch.setattr("moe_route.analysis.resampling._BATCH_BYTES", 1)
     np.testing.assert_array_equal(analysis.divergence(statistics, "en").values, whole[0].values)
     np.testing.assert_array_equal(analysis.divergence_matrix(statistics).values, whole[1].values)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moe_route.analysis.resampled_statistics import draw_together
+from moe_route.analysis.resampling import draw_together
 
 
 @pytest.mark.parametrize(("groups", "missing"), [(2, 0.0), (2, 0.3), (6, 0.3), (8, 0.5)])

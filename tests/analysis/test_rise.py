@@ -11,7 +11,7 @@ from harness.kept_sequences import random_counts, statistics_of
 
 from moe_route import analysis
 from moe_route.analysis import AnalysisError
-from moe_route.analysis.rise import _zone_layers, _zone_numbers
+from moe_route.analysis.language_experts import _zone_layers, _zone_numbers
 
 SIZES = (6, 6, 4, 6, 6, 6, 5, 6)
 ITEMS = [f"s{number}" for number in range(5)]

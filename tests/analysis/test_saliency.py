@@ -11,7 +11,7 @@ import pytest
 from moe_route import analysis
 from moe_route.analysis import AnalysisError
 from moe_route.recording import RoutingStatistics
-from moe_route.recording.accumulated import SIZE_UNIT
+from moe_route.recording.arrays import SIZE_UNIT
 from moe_route.recording.store import SequenceStore
 from moe_route.steering import Plan
 

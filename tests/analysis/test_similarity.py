@@ -15,8 +15,8 @@ from scipy.spatial.distance import squareform
 
 from moe_route import analysis
 from moe_route.analysis import AnalysisError, Similarity
-from moe_route.analysis.linkage import clusters, leaves
 from moe_route.analysis.matrices import names_in
+from moe_route.analysis.stats import clusters, leaves
 
 LENGTHS = {"en": 25, "de": 30, "sw": 20}
 

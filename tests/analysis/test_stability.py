@@ -11,7 +11,7 @@ from harness.kept_sequences import random_counts, statistics_of
 
 from moe_route import analysis
 from moe_route.analysis import AnalysisError
-from moe_route.analysis.resampled_statistics import draw_together
+from moe_route.analysis.resampling import draw_together
 from moe_route.steering import ExpertSelection
 
 SIZES = (6, 4)

@@ -19,7 +19,7 @@ from bench.sass.cases import cases
 from bench.sass.launches import Interpreter, interpreted
 from bench.sass.report import grown, load, measure
 from moe_route import ops
-from moe_route.contract.activation import KINDS, PAIRINGS
+from moe_route.contract.experts import KINDS, PAIRINGS
 from moe_route.ops import METRICS, RouterSpec, StatisticsTables, token_table
 
 CPU = next(backend for backend in BACKENDS if backend.name == "operators")

@@ -74,7 +74,7 @@ def test_the_statistics_are_those_of_the_sequences(tmp_path: Path):
 
 def test_shards_without_a_wanted_sequence_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Groups that follow one another are read once, however they are divided into batches."""
-    from moe_route.files import StoredBlock
+    from moe_route.base.files import StoredBlock
 
     parts(SEVERAL_SHARDS, tmp_path)
     store = RoutingStatistics.load(tmp_path / "a.safetensors").store

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from moe_route import _C
+from moe_route.base.files import FileRefusedError
 from moe_route.bench import experts, gate, recording, results, sections, vllm_experts
 from moe_route.bench.comparison import IMPROVED, REGRESSED, TOLERANCE, UNCHANGED, Comparison, compare
 from moe_route.bench.results import BenchmarkResults, Fact, Measured, Row
 from moe_route.bench.sections import SECTIONS, measure
 from moe_route.bench.timing import Effort, Race, ThreadTime, WallTime, clock_of_threads
 from moe_route.cli import main
-from moe_route.files import FileRefusedError
 
 FAMILY = f"cpu-{_C.instruction_set().removesuffix('_bf16')}"
 

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_route.calls.call import Call
-from moe_route.calls.padding import valid_tokens
-from moe_route.calls.reader import CallReader
-from moe_route.calls.token_rows import broadcast_rows
-from moe_route.calls.token_table import Labels
+from moe_route.calls.reader import CallReader, valid_tokens
+from moe_route.calls.token_table import Labels, broadcast_rows
 from moe_route.patching.context import RunningCall
 
 

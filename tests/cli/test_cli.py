@@ -17,9 +17,11 @@ import pytest
 from harness.commands import SMALL, refused
 
 import moe_route as mr
+from moe_route.base import files
 from moe_route.cli import parser
 from moe_route.cli.completion import SCRIPTS, candidates
-from moe_route.workload import LanguageModel, Text
+from moe_route.data.batches import Text
+from moe_route.runs.language_model import LanguageModel
 
 
 class TestDescribe:
@@ -303,11 +305,11 @@ class TestWhatAUserGetsWrong:
     def test_a_model_on_the_hub_without_a_network(self, moe_route, monkeypatch):
         pytest.importorskip("huggingface_hub")
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
-        monkeypatch.setattr("moe_route.hub.getproxies", dict)
+        monkeypatch.setattr("moe_route.base.hub.getproxies", dict)
         refused(moe_route("describe", "--model", "nobody/nothing"), "nobody/nothing")
 
     def test_traceback_on_demand(self, moe_route, tmp_path: Path):
-        with pytest.raises(mr.files.FileRefusedError):
+        with pytest.raises(files.FileRefusedError):
             moe_route("analyze", "entropy", tmp_path / "no.safetensors", "--traceback")
 
 

@@ -10,7 +10,7 @@ from harness.commands import refused
 from transformers import GptOssConfig, Qwen3MoeConfig
 
 from moe_route.data import demo_model_folder
-from moe_route.workload import ModelNotFoundError, model_without_weights
+from moe_route.runs.language_model import ModelNotFoundError, model_without_weights
 
 
 @pytest.mark.parametrize("engine", ["hook", "fused"])

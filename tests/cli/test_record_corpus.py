@@ -18,10 +18,12 @@ import pytest
 from harness.commands import refused
 
 import moe_route as mr
-from moe_route.corpus_recording import CorpusRecording, Progress
+from moe_route.base.ranks import ModelParallelGroup
 from moe_route.data import CorpusError, CorpusStream, demo_corpus
-from moe_route.model_parallel import ModelParallelGroup
-from moe_route.workload import LanguageModel, Text, record_texts
+from moe_route.data.batches import Text
+from moe_route.runs.corpus import CorpusRecording, Progress
+from moe_route.runs.language_model import LanguageModel
+from moe_route.runs.record import record_texts
 
 LANGUAGES = ("eng_Latn", "deu_Latn", "jpn_Jpan")
 
@@ -148,7 +150,7 @@ class TestStreams:
     def test_a_dataset_by_name_without_a_network(self, monkeypatch: pytest.MonkeyPatch):
         pytest.importorskip("datasets")
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
-        monkeypatch.setattr("moe_route.hub.getproxies", dict)
+        monkeypatch.setattr("moe_route.base.hub.getproxies", dict)
         with pytest.raises(CorpusError, match=r"'nobody/nothing' is no file or folder here.*give a path"):
             list(CorpusStream("nobody/nothing"))
 

@@ -13,8 +13,10 @@ import pytest
 from harness.commands import SMALL, refused
 
 import moe_route as mr
+from moe_route import recording
+from moe_route.base import files
 from moe_route.cli import saving
-from moe_route.workload import LanguageModel
+from moe_route.runs.language_model import LanguageModel
 
 
 @pytest.fixture
@@ -74,13 +76,13 @@ def test_waiting_ends(moe_route, monkeypatch, tmp_path: Path, ends: str):
 
 
 def test_ctrl_c_while_the_result_is_written_keeps_it(moe_route, monkeypatch, tmp_path: Path):
-    write = mr.files.write
+    write = files.write
 
     def interrupted(*arguments, **options):
         os.kill(os.getpid(), signal.SIGINT)
         return write(*arguments, **options)
 
-    monkeypatch.setattr(mr.files, "write", interrupted)
+    monkeypatch.setattr(files, "write", interrupted)
     code, out, _ = moe_route("record", "--out", tmp_path / "found.safetensors", *SMALL)
     assert (code, mr.RoutingStatistics.load(tmp_path / "found.safetensors").sequences().sum()) == (0, 12)
     assert "interrupted" not in out
@@ -99,8 +101,8 @@ def test_room_is_checked_after_the_first_batch(moe_route, monkeypatch, tmp_path:
     monkeypatch.setattr(shutil, "disk_usage", measured)
     monkeypatch.setattr(LanguageModel, "run", lambda *given: ran.append(given) or run(*given))
     if where == "TMPDIR":
-        new_store = mr.recording.Recorder._new_store
-        monkeypatch.setattr(mr.recording.Recorder, "_new_store", lambda self, kept, _: new_store(self, kept, 1))
+        new_store = recording.Recorder._new_store
+        monkeypatch.setattr(recording.Recorder, "_new_store", lambda self, kept, _: new_store(self, kept, 1))
     result = moe_route("record", "--out", tmp_path / "found.safetensors", *SMALL)
     if where is None:
         assert result[0] == 0

@@ -12,8 +12,10 @@ from harness.commands import SMALL, refused
 import moe_route as mr
 from moe_route.cli import main
 from moe_route.data import demo_corpus
+from moe_route.data.batches import texts_of
 from moe_route.recording import RoutingStatistics, Trace
-from moe_route.workload import LanguageModel, record_texts, texts_of
+from moe_route.runs.language_model import LanguageModel
+from moe_route.runs.record import record_texts
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from moe_route import convert
-from moe_route.files import FileRefusedError
+from moe_route.base.files import FileRefusedError
 from moe_route.recording import RoutingStatistics, Trace
 from moe_route.steering import ExpertSelection, Plan
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from moe_route import convert
+from moe_route.base.files import FileRefusedError
 from moe_route.convert.pickles import read_pickle
-from moe_route.files import FileRefusedError
 
 PROTOCOLS = range(2, pickle.HIGHEST_PROTOCOL + 1)
 

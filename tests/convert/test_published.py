@@ -10,7 +10,7 @@ import pytest
 from harness.routing_data import esft, needs_data, routing
 
 import moe_route as mr
-from moe_route import analysis, convert
+from moe_route import analysis, convert, recording
 from moe_route.cli import main
 
 pytestmark = needs_data
@@ -94,7 +94,7 @@ def test_gpt_oss_generations_and_means(run, tmp_path):
     files = [folder / "fact_checking" / f"True_{end}_examples.json" for end in ("True", "False")]
     said = run("convert", *files, "--out", tmp_path / "trace.safetensors")
     assert (said["kind"], said["sequences"], len(said["layers"]), said["slots"]) == ("trace", 2, 24, 4)
-    trace = mr.recording.Trace.load(tmp_path / "trace.safetensors")
+    trace = recording.Trace.load(tmp_path / "trace.safetensors")
     np.testing.assert_allclose(trace.weights.sum(axis=2), 1, atol=0.02)
     assert run("convert", *files, "--to", "statistics")["largest_gap"] == 0
     for path in sorted(folder.glob("mmlu_test/*/*.json")):

@@ -24,7 +24,7 @@ from moe_route.data import (
     demo_task,
     load_demo_model,
 )
-from moe_route.workload import LanguageModel
+from moe_route.runs.language_model import LanguageModel
 
 LANGUAGES = (
     "eng_Latn",

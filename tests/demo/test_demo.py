@@ -23,8 +23,8 @@ from moe_route.demo.random_sets import random_sets, shares_of
 from moe_route.demo.skill import Share, Skill, shares_in_training
 from moe_route.demo.task_experts import THRESHOLDS, TaskExperts, TaskExpertsOff, find_task_experts
 from moe_route.demo.wording import WIDTH
+from moe_route.runs.language_model import LanguageModel
 from moe_route.steering import ExpertSelection, Plan
-from moe_route.workload import LanguageModel
 
 LANGUAGES = ("eng_Latn", "deu_Latn", "jpn_Jpan")
 EXPERTS = ExpertSelection({1: [0], 2: [3, 5], 5: [2], 7: [1, 4]}, num_experts=[16] * 8)

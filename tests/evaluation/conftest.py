@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_route.evaluation import Evaluation, Recipe, evaluate, read_recipe
-from moe_route.workload import LanguageModel
+from moe_route.runs.language_model import LanguageModel
 
 SMALL = """
 title = "A small evaluation"

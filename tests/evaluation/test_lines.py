@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_route.evaluation.lines import ForeignResultsError, ResultLines
+from moe_route.runs.lines import ForeignResultsError, ResultLines
 
 HEADER = {"condition": "base", "plan": None}
 KEYS = [("t", "eng_Latn", str(i)) for i in range(7)]

@@ -12,7 +12,7 @@ from moe_route.data import Question, demo_problems
 from moe_route.evaluation import RecipeError
 from moe_route.evaluation.measure import AskedTask, ask, fixed_batches
 from moe_route.evaluation.recipe import ChatSettings, TaskSource
-from moe_route.workload import LanguageModel
+from moe_route.runs.language_model import LanguageModel
 
 PLAIN = ChatSettings(template=False, add_special_tokens=True)
 TEMPLATE = (

@@ -25,8 +25,8 @@ from moe_route.evaluation.measure import AskedTask
 from moe_route.evaluation.results import _task_results
 from moe_route.evaluation.stages import STAGES
 from moe_route.report import read as read_inputs
+from moe_route.runs.language_model import LanguageModel
 from moe_route.steering import Plan
-from moe_route.workload import LanguageModel
 
 Content = Callable[[Path], dict[str, bytes]]
 

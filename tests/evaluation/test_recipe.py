@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from moe_route.analysis.recipes import RECIPES
 from moe_route.evaluation import RecipeError, parse_assignment, read_recipe, shipped_recipes
-from moe_route.recipes import RECIPES
 
 PUBLISHED = [name for name in shipped_recipes() if name != "demo"]
 

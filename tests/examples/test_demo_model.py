@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from moe_route.analysis.coefficients import pearson, ranks
+from moe_route.analysis.stats import pearson, ranks
 from moe_route.data import demo_problems
-from moe_route.workload import LanguageModel, Text
+from moe_route.data.batches import Text
+from moe_route.runs.language_model import LanguageModel
 
 pytest.importorskip("transformers", reason="the demonstration model needs transformers")
 pytest.importorskip("tokenizers", reason="its tokenizer needs tokenizers")

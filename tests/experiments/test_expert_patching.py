@@ -14,8 +14,8 @@ from moe_route.analysis import AnalysisError
 from moe_route.experiments import PromptPair, patch_experts
 from moe_route.experts.outputs import expert_outputs
 from moe_route.routers import ModelNotSupportedError, find_routers
+from moe_route.runs.language_model import LanguageModel
 from moe_route.steering import PlanError
-from moe_route.workload import LanguageModel
 
 FEW = {"resamples": 50, "permutations": 300}
 PAIRS = [

@@ -13,6 +13,7 @@ from harness.tiny_models import inputs, tiny_model
 
 import moe_route as mr
 from moe_route.experiments import CannotExportError, export_pruned
+from moe_route.routers import find_routers
 from moe_route.steering import Plan
 
 FAMILIES = (
@@ -55,8 +56,8 @@ def test_the_pruned_model_is_the_whole_one_without_these_experts(name: str, tmp_
     torch.testing.assert_close(pruned(**batch).logits, whole, rtol=1e-4, atol=1e-4)
     sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (pruned, model)]
     assert sizes[0] < sizes[1]
-    assert {router.num_experts for router in mr.find_routers(pruned)} == {
-        router.num_experts - len(dropped[router.layer]) for router in mr.find_routers(model)
+    assert {router.num_experts for router in find_routers(pruned)} == {
+        router.num_experts - len(dropped[router.layer]) for router in find_routers(model)
     }
 
 

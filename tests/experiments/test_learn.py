@@ -9,8 +9,9 @@ import torch
 pytest.importorskip("transformers")
 
 from moe_route.data import demo_corpus
+from moe_route.data.batches import Text, texts_of
 from moe_route.experiments import learn_routing
-from moe_route.workload import LanguageModel, Text, texts_of
+from moe_route.runs.language_model import LanguageModel
 
 
 @pytest.fixture(scope="module")

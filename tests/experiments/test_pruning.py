@@ -12,9 +12,11 @@ pytest.importorskip("transformers")
 import moe_route as mr
 from moe_route import analysis
 from moe_route.analysis import AnalysisError
+from moe_route.data.batches import texts_of
 from moe_route.experiments import export_pruned, pruning_curve, router_weights
+from moe_route.runs.language_model import LanguageModel
+from moe_route.runs.record import read_corpus, record_texts
 from moe_route.steering import Plan
-from moe_route.workload import LanguageModel, read_corpus, record_texts, texts_of
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,11 @@ pytest.importorskip("transformers")
 
 from moe_route.analysis import paired_difference
 from moe_route.data import demo_corpus
+from moe_route.data.batches import Text, texts_of
 from moe_route.experiments import strength_sweep
+from moe_route.runs.language_model import LanguageModel
+from moe_route.runs.record import record_texts
 from moe_route.steering import Plan, PlanError
-from moe_route.workload import LanguageModel, Text, record_texts, texts_of
 
 PLAN = Plan.activate({2: [1, 5], 4: [0]}, strength=1.0)
 

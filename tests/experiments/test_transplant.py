@@ -12,9 +12,11 @@ from harness.tiny_texts import tiny_language_model, tiny_texts
 
 import moe_route as mr
 from moe_route.analysis import AnalysisError, effects_by_group
+from moe_route.data.batches import Text, texts_of
 from moe_route.experiments import record_trace, transplant
+from moe_route.runs.language_model import LanguageModel
+from moe_route.runs.record import read_corpus
 from moe_route.steering import Plan, PlanError
-from moe_route.workload import LanguageModel, Text, read_corpus, texts_of
 
 FEW = {"resamples": 50, "permutations": 300}
 

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 import moe_route as mr
 from moe_route.experts import forward as expert_layouts
+from moe_route.experts import register_experts
 from moe_route.experts.forward import experts_forward
 from moe_route.experts.interface import NAME
 from moe_route.patching import attachment_of
+from moe_route.routers import ModelNotSupportedError
 
 transformers = pytest.importorskip("transformers")
 
@@ -107,7 +109,7 @@ def gradients(forward: Callable[..., Tensor], module: nn.Module, inputs: tuple[T
 
 @pytest.fixture(autouse=True)
 def _registered() -> None:
-    mr.register_experts()
+    register_experts()
 
 
 # ---- equal to eager
@@ -565,8 +567,8 @@ def test_registered_twice_is_registered_once():
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     keys = sorted(ALL_EXPERTS_FUNCTIONS.keys())
-    mr.register_experts()
-    mr.register_experts()
+    register_experts()
+    register_experts()
     assert sorted(ALL_EXPERTS_FUNCTIONS.keys()) == keys
     assert keys.count(NAME) == 1
     assert ALL_EXPERTS_FUNCTIONS[NAME] is experts_forward
@@ -575,20 +577,20 @@ def test_registered_twice_is_registered_once():
 def test_without_transformers(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"moe-route\[hf\]"):
-        mr.register_experts()
+        register_experts()
 
 
 def test_a_transformers_that_is_too_old(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
     with pytest.raises(ImportError, match="transformers 5"):
-        mr.register_experts()
+        register_experts()
 
 
 def test_one_fp8_registry_less(monkeypatch: pytest.MonkeyPatch):
     """A transformers whose FP8 experts go through no registry."""
     fp8 = importlib.import_module("transformers.integrations.finegrained_fp8")
     monkeypatch.delattr(fp8, "FP8ExpertsInterface")
-    mr.register_experts()
+    register_experts()
     monkeypatch.delattr(fp8, "FP8Experts")
     with mr.attach(tiny_model("olmoe"), experts_implementation="moe_route"):
         pass
@@ -640,12 +642,12 @@ def interleaved(module: nn.Module) -> None:
 def test_what_cannot_be_run_is_refused_with_the_reason(change: Callable[[nn.Module], None], why: str):
     model = tiny_model("qwen3_moe")
     change(model.layers[1].mlp.experts)
-    with pytest.raises(mr.ModelNotSupportedError, match=f"layers.1.mlp.experts.*{why}"):
+    with pytest.raises(ModelNotSupportedError, match=f"layers.1.mlp.experts.*{why}"):
         mr.attach(model, experts_implementation="moe_route")
     assert model.get_experts_implementation() == {"": "grouped_mm"}
     assert attachment_of(model) is None
     model.set_experts_implementation(NAME)
-    with pytest.raises(mr.ModelNotSupportedError, match=f"{why}.*set_experts_implementation"):
+    with pytest.raises(ModelNotSupportedError, match=f"{why}.*set_experts_implementation"):
         model(input_ids=tokens())
 
 
@@ -660,9 +662,9 @@ def a_later_transformers(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType
 
     with monkeypatch.context() as patch:
         patch.setattr(moe, "use_experts_implementation", use_experts_implementation)
-        mr.register_experts()
+        register_experts()
         yield moe
-    mr.register_experts()
+    register_experts()
 
 
 @pytest.mark.usefixtures("a_later_transformers")
@@ -671,13 +673,13 @@ def test_a_flag_of_a_later_transformers_is_refused_where_it_is_set():
     with mr.attach(model, experts_implementation="moe_route"), torch.no_grad():
         model(input_ids=tokens())
     model.layers[0].mlp.experts.has_experts_within = True
-    with pytest.raises(mr.ModelNotSupportedError, match="has_experts_within=True"):
+    with pytest.raises(ModelNotSupportedError, match="has_experts_within=True"):
         mr.attach(model, experts_implementation="moe_route")
 
 
 def test_a_model_without_the_interface():
     model = tiny_model("longcat_flash")
-    with pytest.raises(mr.ModelNotSupportedError, match=r"LongcatFlashExperts.*experts_implementation=None"):
+    with pytest.raises(ModelNotSupportedError, match=r"LongcatFlashExperts.*experts_implementation=None"):
         mr.attach(model, experts_implementation="moe_route")
     assert attachment_of(model) is None
 
@@ -702,7 +704,7 @@ def run_layers(model: nn.Module, experts: str) -> Tensor:
 def test_experts_that_cannot_be_left_at_run_time():
     model = tiny_model("olmoe")
     model.config._experts_implementation_internal = "deepgemm_megamoe"
-    with pytest.raises(mr.ModelNotSupportedError, match="megamoe"):
+    with pytest.raises(ModelNotSupportedError, match="megamoe"):
         mr.attach(model, experts_implementation="moe_route")
     assert model.get_experts_implementation() == {"": "deepgemm_megamoe"}
 
@@ -742,7 +744,7 @@ def test_shards_are_looked_at_when_they_are_used(mesh: Any):
         setattr(experts, name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)])))
     with (
         mr.attach(model, experts_implementation="moe_route"),
-        pytest.raises(mr.ModelNotSupportedError, match="DTensor"),
+        pytest.raises(ModelNotSupportedError, match="DTensor"),
     ):
         model(input_ids=x)
 

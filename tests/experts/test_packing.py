@@ -17,17 +17,19 @@ from torch.nn.utils.parametrize import register_parametrization
 
 import moe_route as mr
 from moe_route import _C
+from moe_route.experts import register_experts
 from moe_route.experts.forward import experts_forward
-from moe_route.experts.gates import gate_of
+from moe_route.experts.layout import gate_of
 from moe_route.experts.packing import ATTRIBUTE, PackedWeights, packing_obstacle
 from moe_route.ops import expert_paths as paths
+from moe_route.routers import ModelNotSupportedError
 
 pytestmark = pytest.mark.skipif(not paths._CPU_HAS_WIDE_VECTORS, reason="this processor has no AVX-512")
 
 
 @pytest.fixture(autouse=True)
 def _registered() -> None:
-    mr.register_experts()
+    register_experts()
 
 
 @pytest.fixture(params=["portable", "avx2"])
@@ -121,9 +123,7 @@ def test_compiles_whole() -> None:
 
 def test_what_cannot_be_packed_is_named(narrow: str) -> None:
     model = tiny_model("qwen3_moe")
-    with pytest.raises(
-        mr.ModelNotSupportedError, match=f"cannot be packed: .* on {narrow} here.* Attach with pack=False"
-    ):
+    with pytest.raises(ModelNotSupportedError, match=f"cannot be packed: .* on {narrow} here.* Attach with pack=False"):
         mr.attach(model, experts_implementation="moe_route", pack=True)
     assert not copies(model)
     assert mr.describe(model).layers[0].experts_implementation != "moe_route"

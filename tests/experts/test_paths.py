@@ -11,11 +11,10 @@ from experts.test_experts import DECORATED, eager, gap, module_of, routing
 from harness.backends import BACKENDS
 from torch import Tensor, nn
 
-import moe_route as mr
 from moe_route import ops
-from moe_route.experts import forward
+from moe_route.experts import forward, register_experts
 from moe_route.experts.forward import experts_forward
-from moe_route.experts.gates import gate_of
+from moe_route.experts.layout import gate_of
 from moe_route.ops import expert_paths as paths
 
 EMULATED = next(backend for backend in BACKENDS if backend.emulated)
@@ -29,7 +28,7 @@ OWN_CODE = {
 
 @pytest.fixture(autouse=True)
 def _registered() -> None:
-    mr.register_experts()
+    register_experts()
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from harness.tiny_models import BASE, tiny_model
 
-from moe_route.workload import LanguageModel, Text
+from moe_route.data.batches import Text
+from moe_route.runs.language_model import LanguageModel
 
 _LETTERS = [chr(code) for code in range(3, BASE["vocab_size"])]
 

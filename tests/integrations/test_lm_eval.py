@@ -17,8 +17,8 @@ import pytest
 from moe_route.cli import main
 from moe_route.data import demo_problems
 from moe_route.recording import RecordingError, RoutingStatistics
+from moe_route.runs.language_model import Answers, LanguageModel
 from moe_route.steering import Plan
-from moe_route.workload import Answers, LanguageModel
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra eval")
 
@@ -26,7 +26,7 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from moe_route.integrations import lm_eval as integration  # noqa: E402
-from moe_route.integrations.lm_eval.rows import Place, language_of, rows_of  # noqa: E402
+from moe_route.integrations.lm_eval.model import Place, language_of, rows_of  # noqa: E402
 
 LANGUAGES = ("eng_Latn", "deu_Latn", "jpn_Jpan")
 LIMIT = 7

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moe_route import files, merging
+from moe_route import merging
+from moe_route.base import files
 from moe_route.experts import layout as experts_layout
 from moe_route.merging.layout import INTERLEAVED, TRANSPOSED, Layout
-from moe_route.merging.pcb import order_statistics, pcb_scores
-from moe_route.merging.widen import widen
+from moe_route.merging.methods import order_statistics, pcb_scores, widen
 
 pytest.importorskip("transformers", reason="needs the extra hf")
 NAMES = ("qwen3_moe", "gpt_oss", "aria_text", "llama4_text", "mixtral", "deepseek_v3", "granitemoe")

@@ -16,8 +16,7 @@ from harness.tiny_models import tiny_model, tokens
 
 import moe_route as mr
 from moe_route import ops
-from moe_route.modules.attributes import resident
-from moe_route.modules.intercept import ReplacedMethod
+from moe_route.modules.intercept import ReplacedMethod, resident
 from moe_route.patching import Attachment
 from moe_route.routers import find_routers
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_route import ops, reference
-from moe_route.contract.activation import KINDS, PAIRINGS
+from moe_route.contract.experts import KINDS, PAIRINGS
 
 NATIVE = available(lambda backend: backend.native)
 CPU = next(backend for backend in BACKENDS if backend.name == "operators")

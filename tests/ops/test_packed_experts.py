@@ -15,7 +15,7 @@ from ops.test_experts import CLAMPED, CPU, DTYPES, Experts, same
 from torch import Tensor
 
 from moe_route import ops, reference
-from moe_route.contract.activation import PAIRINGS
+from moe_route.contract.experts import PAIRINGS
 
 SETS = available(lambda backend: backend.native and not backend.emulated and backend.name != "cuda")
 

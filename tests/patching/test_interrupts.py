@@ -17,6 +17,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 import moe_route as mr
 from moe_route.patching import Attachment, attachment_of
+from moe_route.recording import Recorder
 
 HOOKS = (
     "_forward_hooks",
@@ -220,12 +221,12 @@ def both(routed: mr.RoutedModel) -> None:
 
 
 ENTERS_AND_EXITS = {
-    "record enter": (record, mr.Recorder.__enter__),
-    "record exit": (record, mr.Recorder._end),
-    "labels exit": (record, mr.Recorder._end_labels),
+    "record enter": (record, Recorder.__enter__),
+    "record exit": (record, Recorder._end),
+    "labels exit": (record, Recorder._end_labels),
     "steer enter": (steer, mr.RoutedModel._apply),
     "steer exit": (steer, mr.RoutedModel._end_steering),
-    "pause": (both, mr.Recorder._set_paused),
+    "pause": (both, Recorder._set_paused),
 }
 
 
@@ -261,7 +262,7 @@ def test_detach_lets_go_even_where_an_interrupt_kept_exit_from_beginning() -> No
     before = state(model)
     routed = mr.attach(model)
     recorder = routed.record()
-    assert interrupt_at(0, lambda: record(routed), mr.Recorder.__exit__)
+    assert interrupt_at(0, lambda: record(routed), Recorder.__exit__)
     assert "recording" in repr(routed)
     with pytest.raises(RuntimeError, match="a recording is on already"), recorder:
         pytest.fail("the block was entered")

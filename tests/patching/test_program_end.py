@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import moe_route as mr
+from moe_route import recording
 
 PROGRAM = """
 import sys
@@ -83,5 +84,5 @@ def test_a_program_that_ends_inside_a_recording_has_its_own_exit_code(end: str, 
     assert "Traceback" not in done.stderr
     assert "never entered" not in done.stderr
     if end in ("store", "forked"):
-        store = mr.recording.SequenceStore.load(folder)
+        store = recording.SequenceStore.load(folder)
         assert sorted(store.keys()) == [(0, "x"), (0, "y")]

@@ -15,7 +15,7 @@ from harness.tiny_models import inputs, tiny_model, tokens
 
 import moe_route as mr
 from moe_route.recording import MergeError, RecordingError, RoutingStatistics, Trace
-from moe_route.recording.consistency import drawn_pairs
+from moe_route.recording.accumulators import drawn_pairs
 
 ALL = {"consistency": True, "pairs": True, "trace": True, "sequences": True}
 

@@ -19,8 +19,10 @@ from torch import nn
 
 import moe_route as mr
 from moe_route import ops
+from moe_route.base import files
 from moe_route.calls import Call
 from moe_route.recording import Recorder, RecordingError, SequenceStore
+from moe_route.routers import find_routers
 
 E = 8
 
@@ -32,7 +34,7 @@ class ByHand:
         self.layers: dict[int, list[tuple[np.ndarray, ...]]] = {}
         self.handles = [
             router.module.register_forward_hook(self._hook(router.layer, router.spec.score))
-            for router in mr.find_routers(model)
+            for router in find_routers(model)
         ]
 
     def _hook(self, layer: int, score: str) -> Any:
@@ -474,7 +476,7 @@ def test_a_full_disk_ends_the_recording_and_loses_nothing(
     def record() -> None:
         with rec, rec.labels("x", items=[1, 2]):
             run(routed, {"input_ids": tokens(2, 4)})
-            monkeypatch.setattr(mr.files, "write", full)
+            monkeypatch.setattr(files, "write", full)
 
     rec = routed.record(sequences=tmp_path / "run")
     with pytest.raises(OSError, match="No space left"):

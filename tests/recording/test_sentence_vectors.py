@@ -13,11 +13,11 @@ from harness.tiny_models import tiny_model
 from harness.tiny_texts import Characters, tiny_language_model, tiny_texts
 
 import moe_route as mr
-from moe_route import files
+from moe_route.base import files
 from moe_route.data import Corpus
 from moe_route.data.batches import Batch, EncodedTexts, Text, encode
 from moe_route.recording import RecordingError, SentenceVectors, sentence_vectors
-from moe_route.recording.sentence_vectors import POOLINGS, pool
+from moe_route.recording.vectors import POOLINGS, pool
 
 
 class LeftCharacters(Characters):

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_route import files
+from moe_route.base import files
 from moe_route.ops import FIXED_POINT, SCALARS
 from moe_route.recording import MergeError, RecordingError, RoutingStatistics, SequenceStore
-from moe_route.recording.pooling import SequencePool
 from moe_route.recording.statistics import SEQUENCE_KINDS, SEQUENCE_SCALARS
 from moe_route.recording.tables import TableSums
+from moe_route.recording.vectors import SequencePool
 
 LAYERS, EXPERTS, TOP_K = ("a.gate", "b.gate"), (3, 4), (1, 2)
 UNIT = 1 << 32

@@ -14,7 +14,7 @@ import pytest
 import safetensors
 import torch
 
-from moe_route import files
+from moe_route.base import files
 from moe_route.recording import SequenceStore
 from moe_route.recording.store import Item
 

@@ -11,7 +11,7 @@ import torch
 from harness.tiny_models import tiny_model, tokens
 
 import moe_route as mr
-from moe_route import files
+from moe_route.base import files
 from moe_route.recording import RecordingError, Trace
 
 

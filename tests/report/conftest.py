@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from moe_route import report
+from moe_route.data.batches import Text
 from moe_route.report import Inputs, ResultTable
+from moe_route.runs.language_model import LanguageModel
 from moe_route.steering import ExpertSelection, Plan
-from moe_route.workload import LanguageModel, Text
 
 HOSTILE = """</script><script>document.title = "taken"</script><img src=x onerror="alert('x')"> & "quotes" 👩‍👩‍👧 🦓"""
 TEXTS = {

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from moe_route import analysis, report
+from moe_route.data.batches import Text
 from moe_route.report import Inputs
-from moe_route.workload import LanguageModel, Text
+from moe_route.runs.language_model import LanguageModel
 
 from .conftest import HOSTILE
 

@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_route import analysis, files, report
+from moe_route import analysis, report
 from moe_route.analysis import AnalysisError
+from moe_route.base import files
+from moe_route.data.batches import Text
 from moe_route.recording import RoutingStatistics, Trace
 from moe_route.report import Inputs
 from moe_route.report.page import safe_json
-from moe_route.report.token_texts import pieces_by_id, pieces_of
-from moe_route.report.token_view import chosen_sequences
-from moe_route.workload import LanguageModel, Text, record_texts
+from moe_route.report.token_view import chosen_sequences, pieces_by_id, pieces_of
+from moe_route.runs.language_model import LanguageModel
+from moe_route.runs.record import record_texts
 
 from .conftest import HOSTILE, TEXTS
 

@@ -20,12 +20,13 @@ from harness.model_decisions import watch_experts
 from harness.tiny_models import tiny_model, tokens
 
 import moe_route as mr
+from moe_route import reference
 from moe_route.calls import Labels
 from moe_route.ops import StatisticsTables, SteeringTables
 from moe_route.patching import Attachment
 from moe_route.routers import ModelNotSupportedError, find_routers
+from moe_route.routers.adapter import order_of
 from moe_route.routers.check import check_router
-from moe_route.routers.output import order_of
 from moe_route.steering import LayerShape
 
 E, K, H = 8, 2, 16
@@ -345,7 +346,7 @@ def test_a_block_is_steered_as_the_reference_says(model: nn.Module, plan: mr.Pla
             model(ids)
         tables = plan.compile([LayerShape(E, K)] * 2).tables
         for router, table, own, ((chosen, weights),) in zip(routed.routers, tables, logits, given, strict=True):
-            expected, picked = mr.reference.route(
+            expected, picked = reference.route(
                 own, K, router.spec, steering=table, tokens=mr.ops.token_table(len(own), steering_row=0)
             )
             dense = torch.zeros(len(own), E).scatter_add(

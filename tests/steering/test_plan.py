@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe_route as mr
-from moe_route import files
+from moe_route.base import files
 from moe_route.ops import Force, RouterSpec, token_table
 from moe_route.steering import ExpertSelection, LayerShape, Plan, PlanError, PlanModel
 from moe_route.steering.layers import show_numbers

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import moe_route as mr
-from moe_route import files, ops
+from moe_route import ops
+from moe_route.base import files
 from moe_route.ops import RouterSpec, StatisticsTables, token_table
 from moe_route.recording import Trace
 from moe_route.steering import LayerShape, Plan, PlanError, TokenSteering

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from moe_route import files
+from moe_route.base import files
 from moe_route.steering import ExpertSelection, PlanModel
 
 SELECTION = ExpertSelection(

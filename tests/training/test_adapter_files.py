@@ -11,7 +11,7 @@ import torch
 from harness.adapted_models import CONFIGS, GROUPS, adapted_model, as_trained, batch, logits, model_of
 from safetensors.torch import load, load_file, save_file
 
-from moe_route.files import FileRefusedError
+from moe_route.base.files import FileRefusedError
 from moe_route.training import (
     AdapterConfig,
     AdapterError,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moe_route as mr
+from moe_route.routers import ModelNotSupportedError
 from moe_route.training import UpcyclingError, family_plan, load_upcycled, own_expert_loss, upcycle
 
 transformers = pytest.importorskip("transformers")
@@ -256,7 +257,7 @@ def test_refused_models(tmp_path: Path) -> None:
 
 def test_blocks_of_moe_route_run_on_its_kernels_already() -> None:
     sparse, _ = upcycle(dense("llama"), families=FAMILIES)
-    with pytest.raises(mr.ModelNotSupportedError, match="run on moe_route's kernels already"):
+    with pytest.raises(ModelNotSupportedError, match="run on moe_route's kernels already"):
         mr.attach(sparse, experts_implementation="moe_route")
 
 

@@ -32,8 +32,8 @@ def add(questions: Any) -> None:
 
 def run(options: argparse.Namespace) -> Answer:
     from moe_route import analysis
-    from moe_route.analysis.score_files import read_scores
-    from moe_route.texttable import Table
+    from moe_route.analysis.inputs import read_scores
+    from moe_route.base.table import Table
 
     source = parallel_source(options.files, options.layers)
     found = analysis.alignment(source, options.reference, groups=options.groups, **parallel_options(options))

@@ -10,8 +10,8 @@ from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import layers_argument, names, positive
 
 if TYPE_CHECKING:
+    from moe_route.base.table import ShownAsTables
     from moe_route.steering import ExpertSelection
-    from moe_route.texttable import ShownAsTables
 
 __all__ = [
     "baseline_group_argument",

@@ -57,9 +57,9 @@ def add(questions: Any) -> None:
 
 def run(options: argparse.Namespace) -> Answer:
     from moe_route import analysis
+    from moe_route.analysis.inputs import read_scores
     from moe_route.analysis.result import plain
-    from moe_route.analysis.score_files import read_scores
-    from moe_route.texttable import Table
+    from moe_route.base.table import Table
 
     found = analysis.divergence(merged_statistics(options.files), options.reference, **divergence_options(options))
     columns = {} if options.covariates is None else read_columns(options.covariates)

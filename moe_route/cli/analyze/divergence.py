@@ -82,7 +82,7 @@ def run_u_shape(options: argparse.Namespace) -> Answer:
 def run_matrix(options: argparse.Namespace) -> Answer:
     from moe_route import analysis
     from moe_route.analysis.result import plain
-    from moe_route.texttable import Table
+    from moe_route.base.table import Table
 
     statistics = merged_statistics(options.files)
     if options.layers is not None:

@@ -145,7 +145,7 @@ def _narrowed(plan: Any, options: argparse.Namespace) -> Any:
 
 
 def run_recipe(options: argparse.Namespace) -> Answer:
-    from moe_route.recipes import recipe
+    from moe_route.analysis.recipes import recipe
 
     output(options.out)
     chosen = recipe(options.name)
@@ -161,6 +161,6 @@ def run_recipe(options: argparse.Namespace) -> Answer:
 
 
 def run_recipes(options: argparse.Namespace) -> Answer:
-    from moe_route.recipes import RECIPES
+    from moe_route.analysis.recipes import RECIPES
 
     return Answer(RECIPES.to_dict(), repr(RECIPES))

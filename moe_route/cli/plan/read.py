@@ -63,7 +63,7 @@ def run_diff(options: argparse.Namespace) -> Answer:
 
 
 def run_explain(options: argparse.Namespace) -> Answer:
-    from moe_route import files
+    from moe_route.base import files
     from moe_route.recording.trace import Trace
     from moe_route.steering import Plan
 

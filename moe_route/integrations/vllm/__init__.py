@@ -18,12 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_route.integrations.vllm.kernels import avoid_monolithic
-from moe_route.integrations.vllm.options import Options, request_error
-from moe_route.integrations.vllm.versions import EngineNotSupportedError
+from moe_route.integrations.vllm.options import EngineNotSupportedError, Options, avoid_monolithic, request_error
 
 if TYPE_CHECKING:
-    from moe_route.integrations.vllm.items import PlannedItems
+    from moe_route.integrations.vllm.plans import PlannedItems
     from moe_route.recording.statistics import RoutingStatistics
     from moe_route.recording.trace import Trace
     from moe_route.steering.plan import Plan
@@ -148,7 +146,7 @@ def _follow_core(core: Any) -> None:
 
     def prefixes_of(self: Any) -> Any:
         if not hasattr(self, "moe_route_prefixes"):
-            from moe_route.integrations.vllm.prefixes import Prefixes
+            from moe_route.integrations.vllm.plans import Prefixes
 
             options = Options.of(self.vllm_config.additional_config)
             caches = options is not None and self.vllm_config.cache_config.enable_prefix_caching
@@ -188,7 +186,7 @@ def _follow_core(core: Any) -> None:
 def _texts_of(scheduler: Any) -> Any:
     """What a scheduler knows of the texts of its requests, or None where its workers need not be told."""
     if not hasattr(scheduler, "moe_route_texts"):
-        from moe_route.integrations.vllm.texts import Texts
+        from moe_route.integrations.vllm.counts import Texts
 
         scheduler.moe_route_texts = Texts.of(scheduler.vllm_config)
     return scheduler.moe_route_texts
@@ -213,7 +211,7 @@ def _tell_texts(scheduler: Any) -> None:
 
 def _planned_items(processor: Any, options: Options) -> PlannedItems:
     """What a front end knows of its plans."""
-    from moe_route.integrations.vllm.items import PlannedItems
+    from moe_route.integrations.vllm.plans import PlannedItems
 
     if not hasattr(processor, "moe_route_items"):
         processor.moe_route_items = PlannedItems(options)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from moe_route.files import FileRefusedError
-from moe_route.integrations.vllm.versions import EngineNotSupportedError
+from moe_route.base.files import FileRefusedError
+from moe_route.integrations.vllm.options import EngineNotSupportedError
 from moe_route.recording.statistics import RecordingError, RoutingStatistics
 from moe_route.recording.store import SequenceStore
 from moe_route.recording.trace import Trace

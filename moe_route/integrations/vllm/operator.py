@@ -16,8 +16,7 @@ from torch import Tensor
 from moe_route.contract.tables import NEUTRAL, ROW_PARAMETERS, STEERING_PLANES, SteeringTables
 
 if TYPE_CHECKING:
-    from moe_route.integrations.vllm.counting import StepCounts
-    from moe_route.integrations.vllm.pending import PendingTokens
+    from moe_route.integrations.vllm.counts import PendingTokens, StepCounts
     from moe_route.integrations.vllm.sites import Site
 
 __all__ = ["Work", "connect", "connected", "copy_plan", "neutral_tables", "set_work"]

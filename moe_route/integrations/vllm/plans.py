@@ -2,32 +2,110 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from moe_route.base import files
+from moe_route.base.devices import upload
 from moe_route.calls.call import PHASES
 from moe_route.integrations.vllm import operator
-from moe_route.integrations.vllm.options import UNSTEERED, Options
-from moe_route.integrations.vllm.requests import PlanRows, Request
-from moe_route.integrations.vllm.versions import EngineNotSupportedError
+from moe_route.integrations.vllm.answers import joined
+from moe_route.integrations.vllm.options import (
+    DEFAULT_PLAN,
+    ITEM,
+    PLAN,
+    UNSTEERED,
+    EngineNotSupportedError,
+    Options,
+    identity,
+)
+from moe_route.integrations.vllm.requests import PlanRows, Request, RequestTable, positions_of
 from moe_route.steering.compiled import CompiledPlan
+from moe_route.steering.draw import token_counter
 from moe_route.steering.model import PlanError
 from moe_route.steering.plan import Plan
-from moe_route.steering.sequence_table import SequenceTable
+from moe_route.steering.sequence_table import Key, SequenceTable
 from moe_route.steering.token_rows import Placed, join
 from moe_route.steering.token_steering import TokenSteering
 
 if TYPE_CHECKING:
-    from moe_route.integrations.vllm.sites import Site
-    from moe_route.integrations.vllm.stages import Stage
+    from moe_route.integrations.vllm.requests import Batch
+    from moe_route.integrations.vllm.sites import Site, Stage
 
-__all__ = ["PlanTables", "plan_of", "tables_used"]
+__all__ = [
+    "PlanTables",
+    "PlannedItems",
+    "Prefixes",
+    "Steered",
+    "TokenValues",
+    "Workers",
+    "plan_of",
+    "steered_prefixes",
+    "tables_used",
+]
+
+
+# What rules that look at single tokens need of a step: numbers that seed their draws, and rows in tables of values.
+
+
+class TokenValues:
+    """The numbers of the tokens of one step.
+
+    Attributes:
+        counter: int64 [T], made of a token's position and id; None if no plan draws.
+        entries: int64 [T, M], its row in each of M tables, -1 for none; None if no plan has one.
+        present: whether the step has tokens that such rules may reach.
+    """
+
+    def __init__(self, plans: PlanTables, requests: RequestTable, device: torch.device, fail: Callable[[str], None]):
+        """``fail`` is told of a request that its plan has no values for."""
+        self._plans, self._requests, self._device, self._fail = plans, requests, device, fail
+        self.clear()
+
+    def clear(self) -> None:
+        """The next step needs none."""
+        self.counter: Tensor | None = None
+        self.entries: Tensor | None = None
+        self.present = False
+
+    def lay_out(self, rows: np.ndarray, batch: Batch) -> None:
+        """Make the numbers of a step; ``rows``: int32 [T], the steering rows of its tokens."""
+        self.clear()
+        if not np.isin(rows, self._plans.by_token).any():
+            return
+        self.present = True
+        positions = positions_of(batch.counts, batch.starts)
+        if self._plans.draws:
+            self.counter = token_counter(upload(torch.from_numpy(positions), self._device), batch.token_ids)
+        if self._plans.sequence_tables:
+            first, length, step = self._starts(batch)
+            place = positions[:, None] * step
+            self.entries = upload(torch.from_numpy(np.where(place < length, first + place, -1)), self._device)
+
+    def _starts(self, batch: Batch) -> np.ndarray:
+        """int64 [3, T, M]: ``PlanTables.starts`` of each token's request."""
+        nowhere = np.zeros((3, len(self._plans.sequence_tables)), np.int64)
+        requests = [self._requests.running.get(name) for name in batch.names]
+        starts = [nowhere if request is None else self._starts_of(request, nowhere) for request in requests]
+        return np.repeat(np.stack(starts, 1), batch.counts, axis=1)
+
+    def _starts_of(self, request: Request, nowhere: np.ndarray) -> np.ndarray:
+        if request.starts is None:
+            try:
+                request.starts = self._plans.starts(request)
+            except PlanError as error:  # refused at admission, but the plan changed while it ran
+                request.starts = nowhere
+                self._fail(f"request {request.name} runs without its plan: {error}")
+        return request.starts
 
 
 class PlanTables:
@@ -210,3 +288,144 @@ def plan_of(plan: str | bytes) -> Plan:
         file = Path(folder) / "plan.safetensors"
         file.write_bytes(plan)
         return Plan.load(file)
+
+
+# The items of which plans have values of single tokens, as a front end knows them: it refuses other requests.
+#
+# A front end reads the plan files of the options, and sees the plans that pass it by ``collective_rpc``.
+
+logger = logging.getLogger(__name__)
+
+
+class PlannedItems:
+    """The items of one engine's plans."""
+
+    def __init__(self, options: Options):
+        self._options = options
+        # by plan: (groups that a rule steers, or None for all; the keys of its table)
+        self._known: dict[str, list[tuple[tuple[str, ...] | None, frozenset[Key]]]] = {}
+        for name, path in {DEFAULT_PLAN: options.plan, **options.plans}.items():
+            if path is not None:
+                self.steered(path, name)
+
+    def steered(self, plan: str | bytes | None, name: str = DEFAULT_PLAN) -> None:
+        """A plan, a file's path or content, steers from now on; None: none does. Arguments as those of the verb."""
+        try:
+            made = Plan() if plan is None else plan_of(plan)
+        except (files.FileRefusedError, PlanError) as error:  # a path of the workers' machine
+            logger.warning(
+                "moe_route: requests are not checked against plan %r, which only workers read: %s", name, error
+            )
+            made = Plan()
+        self._known[name] = [(rule.groups, frozenset(rule.table.keys or ())) for rule in made.rules if rule.table]
+
+    def error(self, params: Any) -> str | None:
+        """What is wrong with a request, by its sampling parameters: its plan has no values for its item. Or None."""
+        plan, group, item = identity(params, self._options)
+        for groups, keys in self._known.get(plan, ()):
+            if groups is not None and group not in groups:
+                continue
+            if item is None:
+                return f"plan {plan!r} has values of single tokens, by item: give the request {ITEM}"
+            if (item, None) not in keys and (item, group) not in keys:
+                return (
+                    f"plan {plan!r} has no values for {ITEM}={item!r} in group {group!r}: let the request choose "
+                    f"another plan by {PLAN}, or none"
+                )
+        return None
+
+
+# Who may share a cached prefix: requests whose tokens are steered alike, by the salt of vLLM's block hashes.
+#
+# This runs in the engine core, which owns the cache. Workers, which own the plans, say what steers a request.
+
+_MARK = "moe_route:"  # begins every salt that is not the request's own alone
+
+
+class Steered(NamedTuple):
+    """What decides the steering of a token of one plan and group, beside its position and id."""
+
+    digest: str
+    by_phase: bool  # prompt and answer are steered differently
+    by_item: bool = False  # the plan has values of single tokens, by item
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What the workers hold now."""
+
+    counts: bool = False  # whether a recording runs
+    steered: Mapping[tuple[str, str | None], Steered] = field(default_factory=dict)  # by plan and group
+
+
+def steered_prefixes(
+    plans: Mapping[str, CompiledPlan], groups: tuple[str, ...]
+) -> dict[tuple[str, str | None], Steered]:
+    """What the plans do to requests of each group; pairs that no rule reaches are left out."""
+    found: dict[tuple[str, str | None], Steered] = {}
+    for name, plan in plans.items():
+        for column, group in enumerate((None, *groups)):
+            rows = plan.rows[:, column]
+            if plan.is_null or not bool((rows >= 0).any()):
+                continue
+            by_item = bool(tables_used(plan, group))
+            digest = _digest([plan.plan_hash, rows.tolist(), list(plan.bounds), group if by_item else None])
+            found[name, group] = Steered(digest, not bool((rows[0] == rows[1]).all()), by_item)
+    return found
+
+
+def _digest(content: Any) -> str:
+    return hashlib.blake2b(files.canonical_json(content).encode(), digest_size=16).hexdigest()
+
+
+class Prefixes:
+    """The salts of one engine core's requests."""
+
+    def __init__(self, core: Any, options: Options):
+        self._core, self._options = core, options
+        self._workers: Workers | None = None  # None: ask them
+        self._epoch = 0
+
+    def prepare(self, request: Any) -> None:
+        """Salt a request that has no computed token yet, and keep it from the cache if it is to be counted in full."""
+        if self._workers is None:
+            self._workers = joined(self._core.model_executor.collective_rpc("moe_route_prefixes"))[0]
+        plan, group, item = identity(request.sampling_params, self._options)
+        steered = self._workers.steered.get((plan, group))
+        request.skip_reading_prefix_cache = request.get_skip_reading_prefix_cache() or (
+            self._workers.counts and group is not None
+        )
+        self._salt(request, self._salt_of(steered, request.num_prompt_tokens, item))
+
+    def _salt_of(self, steered: Steered | None, prompt: int, item: str | int | None) -> str:
+        if steered is None:
+            return f":{self._epoch}" if self._epoch else ""  # shares with every request that is not steered
+        parts = [str(self._epoch), steered.digest]
+        if steered.by_phase:
+            parts.append(str(prompt))
+        if steered.by_item:
+            parts.append(_digest(item))
+        return ":".join(["", *parts])
+
+    def _salt(self, request: Any, salt: str) -> None:
+        own = vars(request).setdefault("moe_route_own_salt", request.cache_salt) or ""
+        # with its length, and wherever it looks like one of ours, so that no request can make up the salt of another
+        wanted = f"{_MARK}{len(own)}:{own}{salt}" if salt or _MARK in own else own or None
+        if wanted != request.cache_salt:
+            request.cache_salt = wanted
+            request.block_hashes.clear()
+            request.update_block_hashes()
+
+    def called(self, verb: str) -> None:
+        """A verb of moe_route ran on the workers: plans or recordings may have changed.
+
+        Requests that run keep the cache blocks of their salt: what they add to them from now on is steered otherwise,
+        so later requests get a new salt. Requests that are waiting get theirs anew.
+        """
+        self._workers = None
+        running = list(self._core.scheduler.requests.values())
+        if verb == "steer" and running:
+            self._epoch += 1
+        for request in running:
+            if not request.num_computed_tokens:
+                self.prepare(request)

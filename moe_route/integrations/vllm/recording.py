@@ -9,22 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_route import files
+from moe_route.base import files
+from moe_route.base.identity import library_versions
 from moe_route.contract.tables import METRICS
-from moe_route.identity import library_versions
+from moe_route.integrations.vllm.counts import StepTrace
 from moe_route.integrations.vllm.options import Options
 from moe_route.integrations.vllm.requests import Request, RequestTable
-from moe_route.integrations.vllm.tracing import StepTrace
 from moe_route.recording.metadata import add_fingerprints
-from moe_route.recording.pooling import SequenceAverages, SequencePool
 from moe_route.recording.recorder import DEFAULT_METRICS
 from moe_route.recording.statistics import RecordingError, RoutingStatistics
 from moe_route.recording.store import SequenceStore
 from moe_route.recording.tables import TableSet, TableSums
+from moe_route.recording.vectors import SequenceAverages, SequencePool
 
 if TYPE_CHECKING:
-    from moe_route.integrations.vllm.sites import Site
-    from moe_route.integrations.vllm.stages import Stage
+    from moe_route.integrations.vllm.sites import Site, Stage
     from moe_route.recording.trace import Trace
 
 __all__ = ["Recording"]

@@ -7,30 +7,26 @@ from typing import Any
 
 import torch
 
-from moe_route.devices import upload
-from moe_route.identity import config_hash
-from moe_route.integrations.vllm import operator, runners
+from moe_route.base.devices import upload
+from moe_route.base.identity import config_hash
+from moe_route.integrations.vllm import operator, requests
 from moe_route.integrations.vllm.answers import StagePart, content_of, replica_path, saved
-from moe_route.integrations.vllm.counting import StepCounts
+from moe_route.integrations.vllm.counts import FIELD, Known, PendingTokens, StepCounts
 from moe_route.integrations.vllm.options import (
     DEFAULT_PLAN,
     UNSTEERED,
+    EngineNotSupportedError,
     Options,
+    check_version,
     identity,
     refuse_engine,
     refuse_recording,
     runs_ahead,
 )
-from moe_route.integrations.vllm.pending import PendingTokens
-from moe_route.integrations.vllm.plans import PlanTables
-from moe_route.integrations.vllm.prefixes import Workers, steered_prefixes
+from moe_route.integrations.vllm.plans import PlanTables, TokenValues, Workers, steered_prefixes
 from moe_route.integrations.vllm.recording import Recording
 from moe_route.integrations.vllm.requests import RequestTable
-from moe_route.integrations.vllm.sites import Site, check, find_sites, hook
-from moe_route.integrations.vllm.stages import find_stage
-from moe_route.integrations.vllm.texts import FIELD, Known
-from moe_route.integrations.vllm.token_values import TokenValues
-from moe_route.integrations.vllm.versions import EngineNotSupportedError, check_version
+from moe_route.integrations.vllm.sites import Site, check, find_sites, find_stage, hook
 from moe_route.recording.statistics import RecordingError, RoutingStatistics
 from moe_route.recording.trace import Trace
 from moe_route.steering.compiled import CompiledPlan
@@ -55,7 +51,7 @@ class Session:
         scheduler = self._config.scheduler_config
         most_requests, most_tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens + _GRAPH_ROWS
         self._requests = RequestTable(len(options.groups), len(options.plan_names), most_requests)
-        self._view = runners.view_of(runner)
+        self._view = requests.view_of(runner)
         self._recording = Recording(
             self.sites,
             options,
@@ -75,7 +71,7 @@ class Session:
         operator.connect(self.sites, self._counts, self._pending)
         for index, site in enumerate(self.sites):
             hook(site, index)
-        runners.follow(
+        requests.follow(
             runner,
             self._view,
             before=self._before,
@@ -281,7 +277,7 @@ class Session:
             )
             self._recording.begin(request)
 
-    def _laid_out(self, batch: runners.Batch) -> None:
+    def _laid_out(self, batch: requests.Batch) -> None:
         """Bring the token table of a step over, in one copy."""
         self._refuse_other_engine()  # it would run on the tables of the other one
         if self._counts is not None:

@@ -1,32 +1,19 @@
 """Routers whose output has a form of its own: one file per model family, with its table row and its adapter."""
 
-from moe_route.routers.architectures import (
-    adapter_router,
-    dbrx,
-    deepseek_v4,
-    doge,
-    ernie,
-    gpt_oss,
-    inkling,
-    jetmoe,
-    llama4,
-    nllb,
-    switch,
-    zaya,
-)
+from moe_route.routers.architectures import doge, ernie, gpt_oss, jetmoe, nllb, small, switch
 from moe_route.routers.family import Family
 
 ARCHITECTURES: tuple[Family, ...] = (
-    llama4.FAMILY,
+    small.LLAMA4,
     jetmoe.FAMILY,
-    dbrx.FAMILY,
+    small.DBRX,
     switch.FAMILY,
     nllb.FAMILY,
-    deepseek_v4.FAMILY,
-    inkling.FAMILY,
-    zaya.FAMILY,
+    small.DEEPSEEK_V4,
+    small.INKLING,
+    small.ZAYA,
     doge.FAMILY,
     ernie.FAMILY,
     gpt_oss.FAMILY,
-    adapter_router.FAMILY,
+    small.ADAPTER_ROUTER,
 )

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from moe_route import _C
 from moe_route.contract.spec import RouterSpec
 from moe_route.modules.intercept import Change, ForwardHook
-from moe_route.routers.adapter import Adapter, OutputHook
+from moe_route.routers.adapter import Adapter, Decision, Output, OutputHook
 from moe_route.routers.family import Family
-from moe_route.routers.output import Decision, Output
 
 MOST_EXPERTS, MOST_SLOTS = _C.MAX_EXPERTS, _C.MAX_CHOSEN
 

@@ -13,8 +13,7 @@ from types import MethodType
 from torch import nn
 
 from moe_route.contract.spec import RouterSpec
-from moe_route.modules.attributes import forward_attribute
-from moe_route.modules.intercept import Change, ReplacedAttribute, is_overridden
+from moe_route.modules.intercept import Change, ReplacedAttribute, forward_attribute, is_overridden
 from moe_route.routers.adapter import Adapter, OutputHook
 from moe_route.routers.family import Family, Gate
 

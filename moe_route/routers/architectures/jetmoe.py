@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from moe_route.contract.spec import RouterSpec
-from moe_route.modules.attributes import modeling_of
-from moe_route.routers.adapter import Adapter
+from moe_route.modules.intercept import modeling_of
+from moe_route.routers.adapter import Adapter, Decision, Output
 from moe_route.routers.family import Family
-from moe_route.routers.output import Decision, Output
 
 
 class JetMoe(Adapter):

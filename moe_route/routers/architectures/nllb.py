@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_route.contract.spec import RouterSpec
-from moe_route.routers.adapter import Adapter
+from moe_route.routers.adapter import Adapter, Decision, Output, empty_ids
 from moe_route.routers.family import Family
-from moe_route.routers.output import Decision, Output, empty_ids
 
 
 class Nllb(Adapter):

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from moe_route.modules.intercept import Change, ReplacedMethod
 from moe_route.modules.watch import Decided, WatchedForward
-from moe_route.routers.adapter import Adapter, OutputHook
-from moe_route.routers.output import Output, as_scores
+from moe_route.routers.adapter import Adapter, Output, OutputHook, as_scores
 
 METHOD = "route_tokens_to_experts"
 

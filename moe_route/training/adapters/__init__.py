@@ -1,9 +1,8 @@
 """Low-rank adapters whose mixture is chosen by a router, by a label, or not at all."""
 
 from moe_route.training.adapters.config import AdapterConfig, AdapterError, ShardPool
-from moe_route.training.adapters.handle import AdaptedModel, add_adapters, load_adapters
+from moe_route.training.adapters.handle import STAGES, AdaptedModel, Stage, add_adapters, freeze, load_adapters
 from moe_route.training.adapters.peft_folders import add_peft_folders, save_peft_folder
-from moe_route.training.adapters.stages import STAGES, Stage, freeze
 
 __all__ = [
     "STAGES",

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from moe_route.calls.cache_lengths import CacheLengths
-from moe_route.calls.call import Call, recomputing
-from moe_route.calls.groups import NamedGroups, named_groups
+from moe_route.base.devices import upload
+from moe_route.calls.cache import CacheLengths
+from moe_route.calls.call import Call, NamedGroups, named_groups, recomputing
 from moe_route.calls.reader import CallReader
-from moe_route.devices import upload
 from moe_route.training.adapters.config import AdapterConfig, AdapterError
 
 __all__ = ["CallState", "RunningText", "Sequences", "valid_tokens"]

@@ -5,28 +5,47 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from moe_route import files
-from moe_route.blocks import Block
-from moe_route.calls.groups import name_groups, named_groups
+from moe_route.base import files
+from moe_route.base.devices import Block
+from moe_route.calls.call import name_groups, named_groups
 from moe_route.calls.reader import call_readers
 from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook
 from moe_route.nn import load_balancing_loss
 from moe_route.recording.labels import LabelBlock
-from moe_route.training.adapters.block_input import BlockInput
 from moe_route.training.adapters.call_state import CallState, valid_tokens
 from moe_route.training.adapters.config import AdapterConfig, AdapterError
-from moe_route.training.adapters.factors import OwnFactors, PooledFactors, Pools
 from moe_route.training.adapters.layers import AdaptedLayer, adapted_layers
-from moe_route.training.adapters.mixture import AdapterRouter, EmbeddingMixture, LowRankMixture
+from moe_route.training.adapters.mixture import (
+    AdapterRouter,
+    BlockInput,
+    EmbeddingMixture,
+    LowRankMixture,
+    OwnFactors,
+    PooledFactors,
+    Pools,
+)
 
-__all__ = ["AdaptedModel", "ParameterCount", "adapter_names", "add_adapters", "load_adapters"]
+__all__ = [
+    "AdaptedModel",
+    "PARTS",
+    "ParameterCount",
+    "STAGES",
+    "Stage",
+    "adapter_names",
+    "add_adapters",
+    "freeze",
+    "load_adapters",
+]
+
 
 _KIND = "adapters"
 _CHILD, _POOLS = "adapter", "adapter_pools"  # names of the modules that are added; a second set is "adapter_2"
@@ -401,3 +420,75 @@ def _refuse_causal(model: nn.Module) -> None:
             "pooling='mean' reads the whole sequence, so in a causal model every token would depend on those after it. "
             "Use pooling='first' or 'prefix'"
         )
+
+
+# Stages of a training, as data: which parts of a model are trained, and which are frozen.
+
+PARTS = ("embeddings", "body", "head", "adapters", "routers")
+"""Parts of a model.
+
+"embeddings": the input embeddings. "body": the rest of the model without its head. "head": what stands outside the
+base model (the output embeddings, a classifier). "adapters" and "routers": those of `add_adapters`.
+"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage trains; all the rest is frozen.
+
+    Attributes:
+        name: for people.
+        trains: names of `PARTS`, or patterns of parameter names ("*.lm_head.*").
+    """
+
+    name: str
+    trains: tuple[str, ...]
+
+
+STAGES = (
+    Stage("embeddings", ("embeddings", "head")),
+    Stage("body", ("body", "head")),
+    Stage("adapters", ("adapters", "routers", "head")),
+)
+"""The three stages of MT4CrossOIE (arXiv 2308.06552 section 3.3), in order."""
+
+
+def freeze(model: nn.Module, stage: Stage | Iterable[str]) -> dict[str, int]:
+    """Train what `stage` names, and freeze all other parameters of `model`.
+
+    Parameters that two parts share (tied embeddings) belong to the first of them.
+
+    Returns the number of parameters that are trained, by part. Raises `AdapterError` if an entry names nothing; the
+    model is then as before.
+    """
+    wanted = stage.trains if isinstance(stage, Stage) else tuple(stage)
+    parts = _parts(model)
+    trained = {}
+    for name, part in parts.items():
+        trained[name] = part in wanted or any(fnmatchcase(name, entry) for entry in wanted)
+    for entry in wanted:
+        if not any(part == entry or fnmatchcase(name, entry) for name, part in parts.items()):
+            has = ", ".join(part for part in PARTS if part in parts.values())
+            raise AdapterError(f"nothing of the model is called {entry!r}: its parts are {has}")
+    counts = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained[name])
+        counts[parts[name]] += parameter.numel() if trained[name] else 0
+    return {part: number for part, number in counts.items() if number}
+
+
+def _parts(model: nn.Module) -> dict[str, str]:
+    """Name of each parameter -> its part."""
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    of_embeddings = {id(p) for p in embeddings.parameters()} if isinstance(embeddings, nn.Module) else set()
+    prefix = getattr(model, "base_model_prefix", "")
+    has_head = bool(prefix) and isinstance(getattr(model, prefix, None), nn.Module)
+    of_adapters, parts = adapter_names(model), {}
+    for name, parameter in model.named_parameters():
+        if name in of_adapters:
+            parts[name] = "routers" if ".router." in name else "adapters"
+        elif id(parameter) in of_embeddings:
+            parts[name] = "embeddings"
+        else:
+            parts[name] = "head" if has_head and not name.startswith(f"{prefix}.") else "body"
+    return parts

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moe_route.modules.attributes import device_of
+from moe_route.modules.intercept import device_of
 from moe_route.routers import family_of
 from moe_route.training.adapters.config import AdapterConfig, AdapterError
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_route.files import new_folder
+from moe_route.base.files import new_folder
 from moe_route.training.adapters.config import AdapterConfig, AdapterError, RouterKind
 from moe_route.training.adapters.handle import AdaptedModel, add_adapters
 

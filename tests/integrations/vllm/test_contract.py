@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_route.integrations.vllm.versions import OLDEST, SEAMS, check_version, missing_arguments
+from moe_route.integrations.vllm.options import OLDEST, SEAMS, check_version, missing_arguments
 
 WHEELS = sorted(Path(os.environ.get("MOE_ROUTE_VLLM_WHEELS") or os.devnull).glob("vllm*.whl"))
 SOURCES = ["installed", *(wheel.name for wheel in WHEELS)]

@@ -103,7 +103,7 @@ def runner() -> Iterator[Any]:
 @needs_vllm
 def test_a_run_that_was_stopped_goes_on(runner: Any, corpus: Path, tmp_path: Path) -> None:
     """Against transformers, in two parts, with texts that are cut."""
-    from moe_route.corpus_recording import CorpusRecording
+    from moe_route.runs.corpus import CorpusRecording
 
     settings = {"batch_size": 1, "max_length": 24, "checkpoint_seconds": 0.0}
     made = CorpusRecording(tmp_path / "run", CorpusStream(str(corpus)), record={"sequences": True}, **settings)

@@ -11,7 +11,7 @@ from moe_route import ops
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import StatisticsTables
 from moe_route.integrations.vllm import operator
-from moe_route.integrations.vllm.counting import StepCounts
+from moe_route.integrations.vllm.counts import StepCounts
 from moe_route.integrations.vllm.sites import Site
 
 EXPERTS, TOP_K, LAYERS = 16, 3, 4

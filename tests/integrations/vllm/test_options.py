@@ -7,9 +7,15 @@ from typing import Any
 
 import pytest
 
-from moe_route.integrations.vllm.options import Options, refuse_engine, refuse_recording, request_error
+from moe_route.integrations.vllm.options import (
+    EngineNotSupportedError,
+    Options,
+    check_version,
+    refuse_engine,
+    refuse_recording,
+    request_error,
+)
 from moe_route.integrations.vllm.sites import transformers_name
-from moe_route.integrations.vllm.versions import EngineNotSupportedError, check_version
 
 
 def test_without_options_nothing_is_asked_for() -> None:

@@ -14,12 +14,9 @@ from moe_route import ops
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.integrations.vllm import operator
-from moe_route.integrations.vllm.counting import StepCounts
-from moe_route.integrations.vllm.pending import PendingTokens
-from moe_route.integrations.vllm.requests import RequestTable
-from moe_route.integrations.vllm.runners import Batch
+from moe_route.integrations.vllm.counts import FIELD, Known, PendingTokens, StepCounts, Texts
+from moe_route.integrations.vllm.requests import Batch, RequestTable
 from moe_route.integrations.vllm.sites import Site
-from moe_route.integrations.vllm.texts import FIELD, Known, Texts
 
 EXPERTS, TOP_K, LAYERS, MOST = 16, 3, 4, 8
 SPECS = (RouterSpec(renormalize="sum"), RouterSpec(score="sigmoid", renormalize="sum", scale=2.5))

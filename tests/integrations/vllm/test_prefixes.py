@@ -14,7 +14,7 @@ import torch
 
 import moe_route as mr
 from moe_route.integrations.vllm.options import Options
-from moe_route.integrations.vllm.prefixes import Prefixes, Steered, Workers, steered_prefixes
+from moe_route.integrations.vllm.plans import Prefixes, Steered, Workers, steered_prefixes
 
 GROUPS = ("plain", "soft", "late")
 

@@ -12,7 +12,7 @@ from torch import nn
 from moe_route import ops
 from moe_route.contract.spec import RouterSpec
 from moe_route.integrations.vllm import operator, sites
-from moe_route.integrations.vllm.versions import EngineNotSupportedError
+from moe_route.integrations.vllm.options import EngineNotSupportedError
 
 EXPERTS, TOP_K = 8, 2
 

@@ -12,15 +12,13 @@ import torch
 
 import moe_route as mr
 from moe_route.contract.spec import RouterSpec
-from moe_route.integrations.vllm import answers, stages
+from moe_route.integrations.vllm import answers, sites
 from moe_route.integrations.vllm.answers import Failure, StagePart, answer, joined
-from moe_route.integrations.vllm.options import Options
+from moe_route.integrations.vllm.options import EngineNotSupportedError, Options
 from moe_route.integrations.vllm.plans import PlanTables
 from moe_route.integrations.vllm.recording import Recording
 from moe_route.integrations.vllm.requests import RequestTable
-from moe_route.integrations.vllm.sites import Site
-from moe_route.integrations.vllm.stages import Stage, find_stage
-from moe_route.integrations.vllm.versions import EngineNotSupportedError
+from moe_route.integrations.vllm.sites import Site, Stage, find_stage
 from moe_route.steering import PlanError
 from moe_route.steering.compiled import LayerShape
 
@@ -58,7 +56,7 @@ def test_an_error_of_one_stage_is_raised_in_all(monkeypatch: pytest.MonkeyPatch)
     def refused() -> list[Any]:
         raise EngineNotSupportedError("moe_route: a router of its own")
 
-    monkeypatch.setattr(stages, "_exchanged", exchanged)
+    monkeypatch.setattr(sites, "_exchanged", exchanged)
     for read in (lambda: [site(4)], refused):
         with pytest.raises(EngineNotSupportedError, match="layer 3 has a kernel"):
             find_stage(read, 2)
@@ -140,15 +138,15 @@ def test_replicas_write_beside_each_other() -> None:
 
 def test_stages_exchange_what_they_found(monkeypatch: pytest.MonkeyPatch) -> None:
     group = SimpleNamespace(world_size=2, rank_in_group=1, cpu_group="gloo")
-    monkeypatch.setattr(stages, "find", lambda place: lambda: group)
+    monkeypatch.setattr(sites, "find", lambda place: lambda: group)
 
     def gather(found: list[Any], mine: Any, group: Any) -> None:
         assert group == "gloo"
         found[:] = [(LayerShape(4, 1),), mine]
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    sites = [site(7)]
-    assert find_stage(lambda: sites, 2) == (sites, Stage((LayerShape(4, 1), LayerShape(8, 2)), 1, 1))
+    held = [site(7)]
+    assert find_stage(lambda: held, 2) == (held, Stage((LayerShape(4, 1), LayerShape(8, 2)), 1, 1))
 
 
 def test_a_stage_of_dense_layers_follows_requests_and_takes_plans() -> None:

@@ -17,15 +17,10 @@ from harness.vllm_demo import engine
 
 import moe_route as mr
 from moe_route.contract.spec import RouterSpec
-from moe_route.integrations.vllm.items import PlannedItems
-from moe_route.integrations.vllm.options import Options
-from moe_route.integrations.vllm.plans import PlanTables
-from moe_route.integrations.vllm.requests import RequestTable
-from moe_route.integrations.vllm.runners import Batch
-from moe_route.integrations.vllm.sites import Site
-from moe_route.integrations.vllm.stages import Stage
-from moe_route.integrations.vllm.token_values import TokenValues
-from moe_route.integrations.vllm.versions import EngineNotSupportedError
+from moe_route.integrations.vllm.options import EngineNotSupportedError, Options
+from moe_route.integrations.vllm.plans import PlannedItems, PlanTables, TokenValues
+from moe_route.integrations.vllm.requests import Batch, RequestTable
+from moe_route.integrations.vllm.sites import Site, Stage
 from moe_route.steering import PlanError
 from moe_route.steering.compiled import LayerShape
 from moe_route.steering.draw import token_counter

@@ -1,0 +1,97 @@
+"""What an expert applies between its two products: data that the operators `expert_rows` and
+`expert_activation` and their references read.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Activation", "Dispatch", "KINDS", "PAIRINGS", "PackedExperts", "SeenOutputs"]
+
+
+KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu_squared")
+"""Activation functions, in the order of csrc/include/moe_route/activation.h from 1 on."""
+
+PAIRINGS = ("none", "halves", "alternating")
+"""Where the rows of the gate are in the first weight: there is none; they are the first half; every other row, the
+first one to begin with."""
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation function, with the clamps of gpt-oss and its kin.
+
+    Without a gate, an expert applies ``act(min(x, limit))``. With one, it applies ``act(min(gate, limit)) * (clamp(up,
+    -limit, limit) + shift)``. gpt-oss is ``Activation("silu", alpha=1.702, limit=7.0, shift=1.0)``.
+    """
+
+    kind: str = "silu"
+    """One of `KINDS`."""
+    alpha: float = 1.0
+    """Factor inside the sigmoid of silu: ``x * sigmoid(alpha * x)``."""
+    limit: float = math.inf
+    shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown activation {self.kind!r}; choose one of {', '.join(KINDS)}")
+        if self.alpha != 1.0 and self.kind != "silu":
+            raise ValueError(f"alpha belongs to silu, and the activation is {self.kind!r}: leave it at 1")
+        if not self.limit > 0:
+            raise ValueError(f"limit must be above 0, got {self.limit}; math.inf is no limit")
+
+
+# The row assignment that `dispatch` returns and that `permute` and `combine` read.
+
+
+class Dispatch(NamedTuple):
+    """Assigns each routed slot (one chosen expert of one token) to a row; rows are grouped by expert.
+
+    All but `ends` are int64. The number of rows R depends on shapes only, never on the ids, so the host does not wait
+    for a device. It is T * k with block 1, and at most E * (block - 1) more with larger blocks. Rows from
+    ``offsets[E]`` on are unused.
+    """
+
+    offsets: Tensor
+    """[E + 1]: first row of each expert, a multiple of ``block``; offsets[E] is the number of rows in use."""
+    ends: Tensor
+    """int32 [E]: ``offsets[1:]``, for `torch.nn.functional.grouped_mm`, which takes it as ``offs``."""
+    counts: Tensor
+    """[E]: number of rows of each expert that serve a slot."""
+    order: Tensor
+    """[R]: the slot, t * k + j, that each row serves, or -1."""
+    inverse: Tensor
+    """[T, k]: the row of each slot, or -1 for a skipped slot."""
+
+
+# Sizes of the outputs of chosen experts.
+
+
+class SeenOutputs(NamedTuple):
+    """Sizes of the outputs f_e(x_t) of one layer's chosen experts; 0 in empty slots."""
+
+    norms: Tensor  # float32 or float64 [T, k], Euclidean norm
+    peaks: Tensor  # float32 or float64 [T, k], largest absolute element
+
+
+# A copy of expert weights in the order in which a CPU kernel reads them: what `ops.pack_experts` returns.
+
+
+class PackedExperts(NamedTuple):
+    """Both weights of experts in panels of 64 rows, see csrc/include/moe_route/experts.h."""
+
+    up: Tensor
+    """int32 [E, panels, words of a row, 64]."""
+    down: Tensor
+    """int32, likewise."""
+    pairing: str
+    """That of `up`, which decides which of its rows share a panel."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory: those of the weights, with rows rounded up to 64 and columns to 16 bytes."""
+        return self.up.nbytes + self.down.nbytes

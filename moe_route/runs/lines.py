@@ -1,0 +1,130 @@
+"""Result lines of one condition: a JSON line per question, appended batch by batch, whole again after any kill."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_route.base import files
+
+__all__ = ["ForeignResultsError", "ResultLines"]
+
+Key = tuple[str, str, str]  # task, language, item
+
+
+class ForeignResultsError(ValueError):
+    """Raised for results that were not made from the same inputs, or were altered; the message says what to do."""
+
+
+class ResultLines:
+    """The file of one condition: a header, then a line per question, in the fixed order of the batches.
+
+    A batch is appended at once and synced. When the file is opened, a line without its end and the lines of an
+    unfinished batch are cut, so that the file is always the beginning of what an undisturbed run writes.
+
+    Args:
+        path: the file; it is created with its header if it is not there.
+        header: what the results depend on. An existing file with another header is refused.
+        batches: keys (task, language, item) of the questions of each batch.
+
+    Raises `ForeignResultsError` for another header and for whole lines that are not the expected ones, and the errors
+    of `files.replacing`.
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, Any], batches: Sequence[Sequence[Key]]) -> None:
+        self.path, self.batches = path, batches
+        self.done = 0  # number of whole batches in the file
+        self._header = {"moe_route": "evaluation", "schema": 1, **header}
+        content = path.read_bytes() if path.is_file() else b""
+        head, end, rest = content.partition(b"\n")
+        if not end:  # not even the header is whole
+            with files.replacing(path) as stream:
+                stream.write(_line(self._header))
+            return
+        self._check_header(head)
+        kept = len(head) + 1 + self._whole_batches(rest)
+        if kept < len(content):
+            with open(path, "rb+") as stream:
+                stream.truncate(kept)
+                os.fsync(stream.fileno())
+
+    @property
+    def complete(self) -> bool:
+        """Whether every batch is there."""
+        return self.done == len(self.batches)
+
+    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Append the records of the next batch, and wait until they are on the disk.
+
+        Raises `ValueError` for records of other questions.
+        """
+        if [_key(record) for record in records] != [tuple(key) for key in self.batches[self.done]]:
+            raise ValueError(f"these are not the questions of batch {self.done} of {self.path}")
+        with open(self.path, "ab") as stream:
+            stream.write(b"".join(_line(record) for record in records))
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.done += 1
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The lines after the header."""
+        with open(self.path, encoding="utf-8") as stream:
+            next(stream)
+            for line in stream:
+                yield json.loads(line)
+
+    def _check_header(self, head: bytes) -> None:
+        found, wanted = _parsed(head), json.loads(files.canonical_json(self._header))
+        if not isinstance(found, dict) or found.get("moe_route") != "evaluation":
+            raise ForeignResultsError(f"{self.path} is not a file of results: choose another --out")
+        for key in [*wanted, *found]:
+            if found.get(key) != wanted.get(key):
+                raise ForeignResultsError(
+                    f"{self.path} was made with another {key} ({found.get(key)!r}, now {wanted.get(key)!r}): choose "
+                    "another --out, or start again with --fresh"
+                )
+
+    def _whole_batches(self, rest: bytes) -> int:
+        """Count the whole batches in `rest`; returns their size in bytes."""
+        *lines, _torn = rest.split(b"\n")
+        size, start = 0, 0
+        for batch in self.batches:
+            part = lines[start : start + len(batch)]
+            found = [_key(_parsed(line)) for line in part]
+            if found != [tuple(key) for key in batch[: len(part)]]:
+                # a system that lost its power may leave a last batch whose bytes never reached the disk
+                if start + len(part) < len(lines) or all(key is not None for key in found):
+                    raise ForeignResultsError(
+                        f"{self.path} was altered: its lines from {start + 2} on are not those of the run; start again "
+                        "with --fresh"
+                    )
+                return size
+            if len(part) < len(batch):
+                return size
+            size += sum(len(line) + 1 for line in part)
+            start += len(batch)
+            self.done += 1
+        if lines[start:]:
+            raise ForeignResultsError(f"{self.path} has more lines than questions: start again with --fresh")
+        return size
+
+
+def _line(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, ensure_ascii=False, sort_keys=True, allow_nan=False).encode() + b"\n"
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return None
+
+
+def _key(record: Any) -> Key | None:
+    try:
+        return record["task"], record["language"], record["item"]
+    except (KeyError, TypeError):
+        return None

@@ -1,0 +1,64 @@
+"""Read the texts of a corpus, and run a model on texts under their labels while a recorder counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from moe_route.data import Corpus, demo_corpus, demo_task
+from moe_route.data.batches import EncodedTexts, Text
+from moe_route.runs.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from moe_route.recording import Recorder
+
+__all__ = ["read_corpus", "record_texts"]
+
+SHIPPED = {"general": demo_corpus, "arithmetic": demo_task}
+
+
+def read_corpus(
+    path: str | Path | None = None, *, languages: Sequence[str] | None = None, limit: int | None = None
+) -> Corpus:
+    """Read the corpus at `path`: a tab-separated table, a folder in the layout of FLORES, or the name of a shipped one.
+
+    The shipped ones are "general" (the default) and "arithmetic". `languages` selects languages, and `limit` the first
+    items. Raises the errors of `Corpus.read`.
+    """
+    shipped = SHIPPED.get(str(path or "general"))
+    corpus = shipped() if shipped is not None else Corpus.read(path or "", languages)
+    return corpus.subset(languages, limit)
+
+
+def record_texts(
+    recorder: Recorder,
+    language_model: LanguageModel,
+    texts: Sequence[Text] | EncodedTexts,
+    *,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    progress: str | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> EncodedTexts:
+    """Run every text under its labels: its group, and its item as the key that pairs translations.
+
+    `stop` is called before each batch; if it returns True, the remaining texts do not run. Returns the texts that ran.
+    The metadata of the recording gets `cut_texts`, the number of texts that were cut, and `cut_to_tokens`, the limits
+    used.
+    """
+    encoded = language_model.encode(texts, max_length=max_length)
+    done: list[int] = []
+    first = torch.tensor([0])  # logits are not needed
+    for batch in language_model.batches(encoded, batch_size=batch_size, progress=progress):
+        if stop():
+            break
+        groups, items = [text.group for text in batch.texts], [text.item for text in batch.texts]
+        with recorder.labels(groups=groups, items=items):
+            language_model.run(batch, first)
+        done.extend(batch.positions)
+    ran = encoded.only(sorted(done))
+    recorder.add_metadata(ran.metadata)
+    return ran
