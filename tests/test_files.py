@@ -301,7 +301,7 @@ def test_a_folder_is_made_once_and_its_absence_is_explained(tmp_path):
 
 def test_only_what_a_killed_process_left_is_removed(tmp_path):
     path, other = tmp_path / "run", tmp_path / "other"
-    write = f"import os; from moe_route import files; from pathlib import Path; p = Path({str(path)!r})\n"
+    write = f"import os; from moe_route.base import files; from pathlib import Path; p = Path({str(path)!r})\n"
     kill = "with files.replacing(p) as stream: stream.write(b'half'); stream.flush(); os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", write + kill], check=False)
     (left,) = tmp_path.iterdir()

@@ -19,7 +19,7 @@ from moe_route import plots
 from moe_route.analysis import Consistency, Difference, Divergence, Entropy
 from moe_route.data.languages import codes
 from moe_route.plots import frame
-from moe_route.plots.frame import EndLabels, readable, spread
+from moe_route.plots.end_labels import EndLabels, readable, spread
 from moe_route.recording import RoutingStatistics
 from moe_route.steering import ExpertSelection
 

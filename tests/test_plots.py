@@ -16,7 +16,7 @@ from matplotlib.colors import to_rgb
 
 from moe_route import analysis, plots
 from moe_route.analysis import Correlation, Divergence, DivergenceMatrix, Entropy
-from moe_route.plots.frame import EndLabels
+from moe_route.plots.end_labels import EndLabels
 from moe_route.recording import RoutingStatistics
 from moe_route.steering import ExpertSelection
 

@@ -29,7 +29,7 @@ from moe_route.contract.tables import (
 from moe_route.ops.dispatch import combine, dispatch, permute
 from moe_route.ops.experts import expert_activation, expert_rows, pack_experts
 from moe_route.ops.gate import observe, observe_layers, route, route_weights
-from moe_route.ops.kernels import load_kernels
+from moe_route.ops.kernels import has_kernels, load_kernels
 from moe_route.ops.registration import register as _register
 
 _register("moe_route")
@@ -49,6 +49,7 @@ __all__ = [
     "dispatch",
     "expert_activation",
     "expert_rows",
+    "has_kernels",
     "load_kernels",
     "observe",
     "observe_layers",

@@ -1,4 +1,4 @@
-"""Load CUDA kernels before they are needed."""
+"""Ask whether this build has kernels for a device, and load CUDA kernels before they are needed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import torch
 
 from moe_route import _C
 
-__all__ = ["load_kernels"]
+__all__ = ["has_kernels", "load_kernels"]
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the operators of this build run on ``device``; tensors without data (meta) need no kernel."""
+    return device.type in ("cpu", "meta") or (device.type == "cuda" and bool(_C.build_info()["cuda"]))
 
 
 def load_kernels(num_experts: int, device: torch.device | str) -> None:

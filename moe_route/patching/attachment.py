@@ -19,12 +19,14 @@ from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.experts.interface import ExpertsSwitch
 from moe_route.experts.outputs import OutputSink, watch_experts
 from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook, at, drop_graphs
+from moe_route.ops.kernels import has_kernels
+from moe_route.ops.token_rules import fitted
 from moe_route.patching.context import CallListener, RunningCall
 from moe_route.patching.engine import ChoiceCallback, Engine, FusedEngine, LayerSteering
 from moe_route.patching.generate import listen_to_generate
 from moe_route.patching.hook import HookEngine
 from moe_route.routers.check import check_router
-from moe_route.routers.discovery import RouterInfo, find_routers
+from moe_route.routers.discovery import ModelNotSupportedError, RouterInfo, find_routers
 from moe_route.routers.recognize import unreadable
 
 logger = logging.getLogger(__name__)
@@ -87,6 +89,11 @@ class Attachment:
                 raise AlreadyAttachedError(
                     f"router {router.name!r} is attached to already; detach() that attachment first "
                     "(moe_route.patching.attachment_of(model), where nothing else holds it)"
+                )
+            if not has_kernels(router.device):
+                raise ModelNotSupportedError(
+                    f"router {router.name!r} is on {router.device}, and this build has no kernels for it: move the "
+                    'model to the CPU (model.to("cpu")), or build moe-route for CUDA (MOE_ROUTE_CUDA=ON)'
                 )
             _choose_engine(router, engine)
         if verify:
@@ -409,7 +416,7 @@ def _fitted(tables: LayerSteering | None, router: RouterInfo) -> LayerSteering |
             f"router {router.name!r} (layer {router.layer}) routes patches of images, which no table of "
             "tokens names: leave the layer out, plan.only(layers=[...])"
         )
-    return tables.fitted(router.name, router.spec)
+    return fitted(tables, router.name, router.spec)
 
 
 def _steers_nothing(tables: LayerSteering) -> bool:

@@ -200,7 +200,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 def _name_top(ax: Axes, values: np.ndarray, top: int) -> None:
     """Write the numbers of the experts with the largest values above their layers, those of a layer together."""
-    from moe_route.plots.frame import EndLabels
+    from moe_route.plots.end_labels import EndLabels
 
     largest = np.argsort(-np.where(np.isnan(values), -np.inf, values), axis=None)[:top]
     of_layer: dict[int, list[int]] = {}

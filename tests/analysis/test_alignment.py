@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from itertools import permutations
 
 import numpy as np
@@ -153,7 +154,7 @@ def test_vectors_from_disk_a_layer_at_a_time_are_those_of_the_array(monkeypatch:
     on_disk = stored(given)
     plain = analysis.alignment(given, "a", groups=list("abc"), rule="retrieval")
     whole = analysis.alignment(on_disk, "a", rule="retrieval")
-    monkeypatch.setattr("moe_route.analysis.alignment._PORTION_BYTES", 1)
+    monkeypatch.setattr(sys.modules["moe_route.analysis.alignment"], "_PORTION_BYTES", 1)
     portions = analysis.alignment(on_disk, "a", rule="retrieval", groups=["b", "c"])
     for found in (whole, portions):
         np.testing.assert_array_equal(found.pair_values, plain.pair_values)

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
+from harness.claimed_cuda import claimed_cuda
 from harness.tiny_models import MAIN, tiny_model, tokens
 
 import moe_route as mr
-from moe_route import ops, reference
+from moe_route import _C, ops, reference
 from moe_route.calls import Call, Labels
 from moe_route.ops import FIXED_POINT, Force, StatisticsTables, SteeringTables
 from moe_route.patching import AlreadyAttachedError, Attachment, attachment_of
+from moe_route.routers import ModelNotSupportedError, find_routers
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -994,3 +996,14 @@ def test_export(doing: str) -> None:
             program = torch.export.export(model, (), given, strict=False)
             assert not [node for node in program.graph.nodes if "moe_route" in str(node.target)]
             torch.testing.assert_close(program.module()(**given).logits, plain)
+
+
+def test_a_device_without_kernels_is_refused() -> None:
+    if _C.build_info()["cuda"]:
+        pytest.skip("this build has kernels for CUDA devices")
+    model = tiny_model("qwen3_moe")
+    router = find_routers(model)[0].module
+    router.weight = nn.Parameter(claimed_cuda(router.weight.detach()))
+    with pytest.raises(ModelNotSupportedError, match="cuda:0"):
+        mr.attach(model)
+    assert attachment_of(model) is None
