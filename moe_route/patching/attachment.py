@@ -18,7 +18,7 @@ from moe_route.calls.token_table import Labels
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.experts.interface import ExpertsSwitch
 from moe_route.experts.outputs import OutputSink, watch_experts
-from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook, at, drop_graphs
+from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook, at, drop_graphs, managed_by_accelerate
 from moe_route.ops.kernels import has_kernels
 from moe_route.patching.context import CallListener, RunningCall
 from moe_route.patching.engine import ChoiceCallback, Engine, FusedEngine, LayerSteering
@@ -89,11 +89,7 @@ class Attachment:
                     f"router {router.name!r} is attached to already; detach() that attachment first "
                     "(moe_route.patching.attachment_of(model), where nothing else holds it)"
                 )
-            if not has_kernels(router.device):
-                raise ModelNotSupportedError(
-                    f"router {router.name!r} is on {router.device}, and this build has no kernels for it: move the "
-                    'model to the CPU (model.to("cpu")), or build moe-route for CUDA (MOE_ROUTE_CUDA=ON)'
-                )
+            _refuse_without_kernels(router)
             _choose_engine(router, engine)
         if verify:
             _check(self.routers)
@@ -356,6 +352,17 @@ def _leave(context: RunningCall, module: nn.Module, args: tuple[object, ...], ou
 def _check_option(what: str, given: str | None, choices: tuple[str | None, ...]) -> None:
     if given not in choices:
         raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}, not {given!r}")
+
+
+def _refuse_without_kernels(router: RouterInfo) -> None:
+    """Raise `ModelNotSupportedError` for a router whose tensors the operators of this build cannot read."""
+    gate = router.parameter
+    empty = gate is not None and gate.is_meta and not managed_by_accelerate(router.module)
+    if empty or not has_kernels(router.device):
+        place, fix = router.device, 'move the model to the CPU (model.to("cpu")), or build for CUDA (MOE_ROUTE_CUDA=ON)'
+        if empty:
+            place, fix = torch.device("meta"), "load the weights, to the CPU for example"
+        raise ModelNotSupportedError(f"router {router.name!r} is on {place}, where no kernel of this build runs: {fix}")
 
 
 def _choose_engine(router: RouterInfo, engine: str) -> None:
