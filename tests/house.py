@@ -148,7 +148,7 @@ COUNTS: Mapping[str, tuple[Callable[[], int], int]] = {
     ),
     "rooms": (lambda: len(rooms()), 28),
     "modules of base": (lambda: len(python_files("moe_route/base")), 7),
-    "circles of imports": (lambda: sum(bool(circle(tree)) for tree in TREES), 4),
+    "circles of imports": (lambda: sum(bool(circle(tree)) for tree in TREES), 2),
     "names of moe_route": (public_names, 25),
     "commands": (lambda: len(commands()), 68),
     "options of commands": (options, 673),

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from house import COUNTS, TREES, circle
+from house import COUNTS
 
 
 @pytest.mark.parametrize("what", COUNTS)
 def test_a_count_is_at_most_its_ceiling(what: str) -> None:
     count, ceiling = COUNTS[what]
     assert count() <= ceiling
-
-
-@pytest.mark.parametrize("tree", TREES)
-def test_no_imports_in_a_circle(tree: str) -> None:
-    assert circle(tree) == ""

@@ -18,7 +18,7 @@ from moe_route.calls.token_table import Labels
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.experts.interface import ExpertsSwitch
 from moe_route.experts.outputs import OutputSink, watch_experts
-from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook, at, drop_graphs, managed_by_accelerate
+from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook, at, drop_graphs
 from moe_route.ops.kernels import has_kernels
 from moe_route.ops.token_rules import fitted
 from moe_route.patching.context import CallListener, RunningCall
@@ -357,13 +357,11 @@ def _check_option(what: str, given: str | None, choices: tuple[str | None, ...])
 
 def _refuse_without_kernels(router: RouterInfo) -> None:
     """Raise `ModelNotSupportedError` for a router whose tensors the operators of this build cannot read."""
-    gate = router.parameter
-    empty = gate is not None and gate.is_meta and not managed_by_accelerate(router.module)
-    if empty or not has_kernels(router.device):
-        place, fix = router.device, 'move the model to the CPU (model.to("cpu")), or build for CUDA (MOE_ROUTE_CUDA=ON)'
-        if empty:
-            place, fix = torch.device("meta"), "load the weights, to the CPU for example"
-        raise ModelNotSupportedError(f"router {router.name!r} is on {place}, where no kernel of this build runs: {fix}")
+    if not has_kernels(router.device):
+        raise ModelNotSupportedError(
+            f"router {router.name!r} is on {router.device}, where no kernel of this build runs: move the model to the "
+            'CPU (model.to("cpu")), or build moe-route for CUDA (MOE_ROUTE_CUDA=ON)'
+        )
 
 
 def _choose_engine(router: RouterInfo, engine: str) -> None:
