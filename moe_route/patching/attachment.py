@@ -20,6 +20,7 @@ from moe_route.experts.interface import ExpertsSwitch
 from moe_route.experts.outputs import OutputSink, watch_experts
 from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook, at, drop_graphs
 from moe_route.ops.kernels import has_kernels
+from moe_route.ops.token_rules import fitted
 from moe_route.patching.context import CallListener, RunningCall
 from moe_route.patching.engine import ChoiceCallback, Engine, FusedEngine, LayerSteering
 from moe_route.patching.generate import listen_to_generate
@@ -89,11 +90,7 @@ class Attachment:
                     f"router {router.name!r} is attached to already; detach() that attachment first "
                     "(moe_route.patching.attachment_of(model), where nothing else holds it)"
                 )
-            if not has_kernels(router.device):
-                raise ModelNotSupportedError(
-                    f"router {router.name!r} is on {router.device}, and this build has no kernels for it: move the "
-                    'model to the CPU (model.to("cpu")), or build moe-route for CUDA (MOE_ROUTE_CUDA=ON)'
-                )
+            _refuse_without_kernels(router)
             _choose_engine(router, engine)
         if verify:
             _check(self.routers)
@@ -358,6 +355,15 @@ def _check_option(what: str, given: str | None, choices: tuple[str | None, ...])
         raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}, not {given!r}")
 
 
+def _refuse_without_kernels(router: RouterInfo) -> None:
+    """Raise `ModelNotSupportedError` for a router whose tensors the operators of this build cannot read."""
+    if not has_kernels(router.device):
+        raise ModelNotSupportedError(
+            f"router {router.name!r} is on {router.device}, where no kernel of this build runs: move the model to the "
+            'CPU (model.to("cpu")), or build moe-route for CUDA (MOE_ROUTE_CUDA=ON)'
+        )
+
+
 def _choose_engine(router: RouterInfo, engine: str) -> None:
     router.engine = "hook"
     if engine != "fused":
@@ -415,7 +421,7 @@ def _fitted(tables: LayerSteering | None, router: RouterInfo) -> LayerSteering |
             f"router {router.name!r} (layer {router.layer}) routes patches of images, which no table of "
             "tokens names: leave the layer out, plan.only(layers=[...])"
         )
-    return tables.fitted(router.name, router.spec)
+    return fitted(tables, router.name, router.spec)
 
 
 def _steers_nothing(tables: LayerSteering) -> bool:
