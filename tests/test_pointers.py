@@ -88,6 +88,15 @@ def leads_somewhere(pointer: str, source: str) -> bool:
     return any(str(PurePosixPath(folder, pointer)) in tracked() for folder in folders)
 
 
+@cache
+def names_in(module: Path) -> frozenset[str]:
+    """The identifiers of a module, and the strings that are one, as in `__all__`; no word of its comments."""
+    text = module.read_text(encoding="utf-8")
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    kinds = (tokenize.NAME, tokenize.STRING)
+    return frozenset(token.string.strip("\"'") for token in tokens if token.type in kinds)
+
+
 def is_defined(dotted: str) -> bool:
     """Whether the modules of a dotted name are there, and the next part stands in the last of them."""
     place = ROOT
@@ -99,15 +108,14 @@ def is_defined(dotted: str) -> bool:
         module = place / f"{part}.py"
         if module.is_file():
             rest = parts[number + 1 : number + 2]
-            return not rest or re.search(rf"\b{rest[0]}\b", module.read_text("utf-8")) is not None
+            return not rest or rest[0] in names_in(module)
         face = place / "__init__.py"
-        shown = face.is_file() and re.search(rf"\b{part}\b", face.read_text("utf-8")) is not None
-        return shown or (place / f"{part}.pyi").is_file()
+        return (face.is_file() and part in names_in(face)) or (place / f"{part}.pyi").is_file()
     return True
 
 
 def stale(source: str) -> Iterator[str]:
-    """"file:line: pointer" of everything that a file points to and that is not there."""
+    """ "file:line: pointer" of everything that a file points to and that is not there."""
     for line, text in prose(ROOT / source):
         pointers = [match for match in POINTER.finditer(text) if not leads_somewhere(match[0], source)]
         pointers += [match for match in DOTTED.finditer(text) if not is_defined(match[0])]
