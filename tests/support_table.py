@@ -44,9 +44,8 @@ def head() -> dict[str, str]:
 
 def read_head(text: str) -> dict[str, str]:
     """The same, of a table that `render` wrote."""
-    said = re.search(
-        r"^tested,(?P<day>\S+) with transformers (?P<transformers>\S+) and torch (?P<torch>[^\s,]+),", text, re.M
-    )
+    made = r"^tested,(?P<day>\S+) with transformers (?P<transformers>\S+) and torch (?P<torch>[^\s,]+),"
+    said = re.search(made, text, re.M)
     assert said is not None, "the support table does not say when it was made"
     return said.groupdict()
 
