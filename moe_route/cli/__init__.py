@@ -28,7 +28,7 @@ _COMMANDS: Mapping[str, Mapping[str, str]] = {
     "record": {"record": "record", "convert": "convert"},
     "analyze": {"analyze": "analyze", "plot": "plot", "report": "report"},
     "steer": {"plan": "plan", "steer": "steer", "experiment": "experiment"},
-    "change a model": {"prune": "prune", "upcycle": "models", "merge": "models"},
+    "change a model": {"prune": "models", "upcycle": "models", "merge": "models"},
     "evaluate": {"eval": "evaluate", "lm-eval": "evaluate"},
     "machine": {"doctor": "describe", "demo": "report", "bench": "bench", "completion": "completion"},
 }
@@ -39,15 +39,15 @@ USER_ERRORS = (ValueError, KeyError, OSError, ImportError)
 class _Program(Parser):
     """The parser of the whole command line, whose help groups the commands by what one wants."""
 
+    verbs: argparse._SubParsersAction[Parser]
+
     def format_help(self) -> str:
         verbs = {action.dest: action.help or "" for action in self.verbs._choices_actions}
         lines = ["usage: moe-route [--traceback] COMMAND ...", "", self.description or ""]
         for purpose, names in _COMMANDS.items():
             lines += ["", f"{purpose}:"]
             for name in names:
-                lines += textwrap.wrap(
-                    f"{name:<12}{verbs[name]}", 100, initial_indent="  ", subsequent_indent=" " * 14
-                )
+                lines += textwrap.wrap(f"{name:<12}{verbs[name]}", 100, initial_indent="  ", subsequent_indent=" " * 14)
         return "\n".join([*lines, "", self.epilog or ""]) + "\n"
 
 

@@ -103,7 +103,8 @@ def _ends(parts: list[str], data: dict[str, Any], result: Any, level: float, tab
     low, high = result.interval(level)
     data |= {"level": level, "low": plain(low), "high": plain(high)}
     parts += [
-        str(table(ends, f"{name} end of the {level * 100:g} % interval")) for name, ends in (("low", low), ("high", high))
+        str(table(ends, f"{name} end of the {level * 100:g} % interval"))
+        for name, ends in (("low", low), ("high", high))
     ]
 
 
@@ -154,7 +155,13 @@ def _divergence(question: Question, options: argparse.Namespace) -> Answer:
         return Answer.of(analysis.u_shape(divergence, **given(options, ("edge", "middle"))))
     data, parts = divergence.to_dict(), [repr(divergence)]
     if options.interval is not None:
-        _ends(parts, data, divergence, options.interval, lambda ends, title: by_depth(divergence.groups, ends, title=title))
+        _ends(
+            parts,
+            data,
+            divergence,
+            options.interval,
+            lambda ends, title: by_depth(divergence.groups, ends, title=title),
+        )
     return _answer(divergence, data, parts)
 
 
@@ -236,8 +243,8 @@ def _add_layers(parser: Parser) -> None:
         "--of",
         required=True,
         choices=("entropy", "consistency", "load-balance"),
-        help="how spread the routing is, how alike the tokens of a sequence route (record --consistency), or how evenly "
-        "choices are spread over experts",
+        help="how spread the routing is, how alike the tokens of a sequence route (record --consistency), or how "
+        "evenly choices are spread over experts",
     )
     add(parser, "groups", "phase", "by", "pool", "interval", by="load-balance: mean over these (default: token)")
     add(parser, "kind", kind="entropy: of all scores, of the chosen experts' weights, or of choices (default: full)")
@@ -304,9 +311,9 @@ def _add_tokens(parser: Parser) -> None:
         "--of",
         required=True,
         choices=("paths", "vocabulary", "class-routing", "local-consistency", "saturation"),
-        help="the experts that tokens visit layer after layer; how far experts specialize on token ids; how differently "
-        "each class of tokens is routed; how well one set of experts serves consecutive tokens; how many of the final "
-        "checkpoint's experts an earlier one already chose",
+        help="the experts that tokens visit layer after layer; how far experts specialize on token ids; how "
+        "differently each class of tokens is routed; how well one set of experts serves consecutive tokens; how many "
+        "of the final checkpoint's experts an earlier one already chose",
     )
     add(parser, "layers", "groups", "phase", "tokenizer")
     parser.add_argument("--window", type=positive, metavar="N", help="paths: runs of N layers (default: all together)")
@@ -315,7 +322,7 @@ def _add_tokens(parser: Parser) -> None:
         "--min-tokens",
         type=positive,
         metavar="N",
-        help="paths: tokens of a path that counts for purity (default: 5); vocabulary: of an id that counts (default: 10)",
+        help="paths: tokens of a path that counts for purity (default: 5); vocabulary: of an id (default: 10)",
     )
     parser.add_argument(
         "--classes",
@@ -326,7 +333,9 @@ def _add_tokens(parser: Parser) -> None:
     parser.add_argument(
         "--token", choices=("input", "next"), help="vocabulary: a token's own id, or the next one (default: input)"
     )
-    parser.add_argument("--segment", type=positive, metavar="M", help="local-consistency: consecutive tokens (default: 16)")
+    parser.add_argument(
+        "--segment", type=positive, metavar="M", help="local-consistency: consecutive tokens (default: 16)"
+    )
     parser.add_argument(
         "--final", type=existing, metavar="TRACE", help="saturation: trace of the final checkpoint, over the same texts"
     )
@@ -365,7 +374,11 @@ def _classes(tokenizer: str | None, by: Any) -> tuple[str, ...]:
 
 def _add_overlap(parser: Parser) -> None:
     parser.add_argument(
-        "files", type=existing, nargs="+", metavar="SELECTION", help="selections, as `analyze experts --out` writes them"
+        "files",
+        type=existing,
+        nargs="+",
+        metavar="SELECTION",
+        help="selections, as `analyze experts --out` writes them",
     )
     add(parser, "layers", "num_experts", "picture")
 
@@ -569,7 +582,7 @@ QUESTIONS: Mapping[str, Question] = {
     ),
     "correlation": Question(
         "whether groups that are routed like the reference score better, by layer",
-        "moe-route analyze correlation general.safetensors --scores accuracy.tsv --covariates languages.tsv --fertility",
+        "moe-route analyze correlation general.safetensors --scores accuracy.tsv --covariates table.tsv --fertility",
         _add_correlation,
         _correlation,
         {"correlation": Variant("divergence", _DIVERGENCE)},

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from moe_route.cli.experts import KINDS
 from moe_route.cli.answer import Answer
+from moe_route.cli.experts import KINDS
 from moe_route.cli.inputs import output
 from moe_route.cli.options import add, command, existing, layers, out_argument, positive
 
@@ -40,7 +40,9 @@ def add_convert(verbs: Any) -> None:
         "moe-route convert dump.pt --top-k 8 --to eplb --out weight.npy\n"
         "moe-route convert --formats",
     )
-    parser.add_argument("files", type=existing, nargs="*", metavar="FILE", help="files of one format; several are added up")
+    parser.add_argument(
+        "files", type=existing, nargs="*", metavar="FILE", help="files of one format; several are added up"
+    )
     parser.add_argument("--formats", action="store_true", help="list what can be read and written, and leave")
     parser.add_argument("--from", dest="format", metavar="FORMAT", help="what the files are (default: found)")
     parser.add_argument(

@@ -166,7 +166,9 @@ def _add_patch(below: Any) -> None:
         help="tab-separated lines: clean prompt, corrupted prompt, answer, other answer, and optionally a group",
     )
     parser.add_argument(
-        "--weight", choices=("clean", "own"), help="weights of the clean run, or the corrupted run's own (default: clean)"
+        "--weight",
+        choices=("clean", "own"),
+        help="weights of the clean run, or the corrupted run's own (default: clean)",
     )
     parser.add_argument("--positions", choices=("all", "last"), help="tokens that are patched (default: all)")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="patches a batch (default: 32)")

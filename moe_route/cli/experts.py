@@ -1,4 +1,4 @@
-"""`moe-route analyze experts`: find experts by one of several rules, and write a selection, a plan or a table of them."""
+"""`moe-route analyze experts`: find experts by one of several rules; write a selection, a plan or a table of them."""
 
 from __future__ import annotations
 
@@ -125,7 +125,9 @@ def add_options(parser: Parser) -> None:
     rules.add_argument(
         "--interval", type=level, metavar="LEVEL", help="difference: level of the intervals (default: 0.95)"
     )
-    rules.add_argument("--quantile", type=float, metavar="X", help="super: of the peaks of all experts (default: 0.995)")
+    rules.add_argument(
+        "--quantile", type=float, metavar="X", help="super: of the peaks of all experts (default: 0.995)"
+    )
     rules.add_argument("--share", type=float, metavar="X", help="super: of the largest peak (default: 0.1)")
     rules.add_argument(
         "--stability",
@@ -341,7 +343,9 @@ def _signed(result: Any, options: argparse.Namespace) -> tuple[ExpertSelection, 
     if hasattr(result, "selection"):
         return result.selection, None
     if not hasattr(result, "by_group"):
-        raise ValueError(f"the rule {options.rule} compares all experts and selects none: keep its table (--table FILE)")
+        raise ValueError(
+            f"the rule {options.rule} compares all experts and selects none: keep its table (--table FILE)"
+        )
     if _language(options) not in result:
         raise ValueError(f"no group {options.group!r} was recorded: there are {', '.join(result)}")
     return result[options.group], None

@@ -80,7 +80,7 @@ def text_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def shown_options(options: argparse.Namespace, caption: str | None = None) -> dict[str, Any]:
-    """``text_options`` with ``progress``, which only a terminal sees: the caption of a bar, or whether there are bars."""
+    """``text_options`` with ``progress``, which only a terminal sees: a bar's caption, or whether there are bars."""
     terminal = sys.stderr.isatty()
     return {**text_options(options), "progress": terminal if caption is None else caption if terminal else None}
 

@@ -101,7 +101,8 @@ def run_prune(options: argparse.Namespace) -> Answer:
         choices = ("keep", "criterion", "group", "reference", "allocation", "resamples", "n_group", "topk_group")
         refuse(options, choices, "chooses experts, and a selection has them")
         dropped = ExpertSelection.load(options.files[0])
-        data, text = {"dropped": dropped.to_dict()}, [repr(dropped)]
+        text = [repr(dropped)]
+        data: dict[str, Any] = {"dropped": dropped.to_dict()}
     else:
         dropped, data, text = _chosen(options)
     if options.selection is not None:
@@ -128,9 +129,10 @@ def _chosen(options: argparse.Namespace) -> tuple[Any, dict[str, Any], list[str]
         raise ValueError("name one share of experts to keep (--keep 0.5), and one --criterion; --measure takes several")
     statistics = merged_statistics(options.files)
     shared = {"keep": options.keep[0]} | given(options, ("group", "allocation", "seed", "n_group", "topk_group"))
-    criterion = (options.criterion or ("reap",))[0]
+    criterion: Any = (options.criterion or ("reap",))[0]
     dropped = analysis.prune(statistics, criterion=criterion, reference=options.reference, **shared)
-    data, text = {"dropped": dropped.to_dict()}, [repr(dropped)]
+    data: dict[str, Any] = {"dropped": dropped.to_dict()}
+    text = [repr(dropped)]
     if options.resamples is not None:
         stability = analysis.pruning_stability(statistics, resamples=options.resamples, **shared)
         data["stability"] = stability.to_dict()
@@ -207,7 +209,9 @@ def run_upcycle(options: argparse.Namespace) -> Answer:
         families = json.loads(options.families.read_text("utf-8"))
     else:
         families = families_of(options.languages)
-    how = {name: getattr(options, name) for name in ("layers", "top_k", "renormalize", "fixed_by_label", "noise", "seed")}
+    how = {
+        name: getattr(options, name) for name in ("layers", "top_k", "renormalize", "fixed_by_label", "noise", "seed")
+    }
     quiet_libraries()
     inputs = {"model": options.named, "families": families, "dtype": options.dtype, **how}
     with made_folder(options.out, "upcycle", inputs, force=options.force) as folder:

@@ -47,7 +47,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        kwargs |= {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(*args, **kwargs)
         self._negative_number_matcher = _NUMBERS  # "-1,2" is a value, as "-1" is
         self.checks: list[Check] = []
         self.takes_any_word = False  # the words are those of another program
@@ -92,7 +93,10 @@ def meant(words: Iterable[str], known: Sequence[str]) -> str:
 def command(verbs: Any, name: str, run: Any, help: str, example: str) -> Parser:
     """Add a command; ``example`` is shown at the end of its help."""
     parser: Parser = verbs.add_parser(
-        name, help=help, description=help[0].upper() + help[1:] + ".", epilog=f"example:\n{textwrap.indent(example, '  ')}"
+        name,
+        help=help,
+        description=help[0].upper() + help[1:] + ".",
+        epilog=f"example:\n{textwrap.indent(example, '  ')}",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     parser.set_defaults(run=run, verb=parser)
@@ -174,7 +178,9 @@ def level(text: str) -> float:
 
 # ---- options that several commands have
 
-_RULES = "share of sentences nearest to their translation in both directions (mexa), in one (retrieval), or by the ratio"
+_RULES = (
+    "share of sentences nearest to their translation in both directions (mexa), in one (retrieval), or by the ratio"
+)
 
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "layers": {"type": layers, "metavar": "A-B", "help": "MoE layers, counted from 0 (default: all)"},
@@ -347,9 +353,7 @@ def _choose_model(options: argparse.Namespace) -> None:
         raise ValueError(f"the model is named twice ({named} and --model {options.model}): leave one out")
     options.model = named or options.model or _from_environment("MOE_ROUTE_MODEL", "model") or "demo"
     if options.model.startswith((".", "/", "~")) and not Path(options.model).is_dir():
-        raise ValueError(
-            f"there is no folder {options.model!r}: give a folder with a checkpoint, or a name on the hub"
-        )
+        raise ValueError(f"there is no folder {options.model!r}: give a folder with a checkpoint, or a name on the hub")
 
 
 def text_arguments(parser: Parser) -> None:
@@ -358,12 +362,14 @@ def text_arguments(parser: Parser) -> None:
     group.add_argument(
         "--data",
         metavar="SOURCE",
-        help="file or folder of texts (.tsv, .csv, .jsonl, .parquet, FLORES, NTREX, ...), CODE=FILE,CODE=FILE paired by "
-        "line, a dataset's name, or general or arithmetic, which moe-route brings (default: general)",
+        help="file or folder of texts (.tsv, .csv, .jsonl, .parquet, FLORES, NTREX, ...), CODE=FILE,CODE=FILE paired "
+        "by line, a dataset's name, or general or arithmetic, which moe-route brings (default: general)",
     )
     group.add_argument("--columns", metavar="A,B", help="names of the columns of a table without a header")
     group.add_argument(
-        "--quotes", choices=("csv", "none"), help="whether quotes in a .tsv are those of CSV (default: told by the file)"
+        "--quotes",
+        choices=("csv", "none"),
+        help="whether quotes in a .tsv are those of CSV (default: told by the file)",
     )
     group.add_argument("--split", metavar="NAME", help="split of a dataset, or of FLORES (default: devtest)")
     group.add_argument("--languages", type=names, metavar="A,B", help="languages to take (default: all)")

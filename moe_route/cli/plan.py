@@ -55,7 +55,9 @@ _OF_RECIPE = frozenset({"task", "baseline", "group", "baseline_group", "layer_ba
 _CHOICES = ("strength", "weight", "value", "layers", "absent", *sorted(_OF_RECIPE))
 _CONDITIONS = ("groups", "phase", "positions", "absent")
 _STRENGTHS = {"activate": 0.5, "deactivate": 0.5, "bias": 1.0, "magnitude": 0.5}
-_EXPERTS = "LAYER:EXPERT,..., such as 5:3,17 or 8:0-3, counted from 0 (5:3=0.5 gives expert 3 a factor of its own), or a "
+_EXPERTS = (
+    "LAYER:EXPERT,..., such as 5:3,17 or 8:0-3, counted from 0 (5:3=0.5 gives expert 3 a factor of its own), or a "
+)
 _EXPERTS += "file with a selection"
 
 
@@ -79,7 +81,10 @@ def _plan_to_write(text: str) -> str:
 
 def _out(parser: Parser) -> None:
     out_argument(
-        parser, "plan to write: a file (.json can be edited), or hub:OWNER/NAME/FILE", metavar="PLAN", type=_plan_to_write
+        parser,
+        "plan to write: a file (.json can be edited), or hub:OWNER/NAME/FILE",
+        metavar="PLAN",
+        type=_plan_to_write,
     )
     parser.add_argument("--private", action="store_true", help="make the repository of --out private, if it is made")
 
@@ -120,9 +125,7 @@ def _add_make(below: Any) -> None:
     parser.add_argument(
         "--weight", choices=("paper", "steermoe", "natural"), help="force-on, force-off: how they are weighed"
     )
-    parser.add_argument(
-        "--value", type=float, metavar="X", help="of temperature, or the number of experts of top-k"
-    )
+    parser.add_argument("--value", type=float, metavar="X", help="of temperature, or the number of experts of top-k")
     where = parser.add_argument_group("where and when")
     add(where, "groups", "phase", groups="tokens of these groups only", phase="tokens of this phase only")
     where.add_argument("--positions", type=layers, metavar="A-B", help="tokens at these positions only, from 0")

@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import attached_model, load_language_model, load_plan, output, shown_options, text_source, texts
+from moe_route.cli.inputs import (
+    attached_model,
+    load_language_model,
+    load_plan,
+    output,
+    shown_options,
+    text_source,
+    texts,
+)
 from moe_route.cli.interrupt import INTERRUPTED, deferred_interrupt
 from moe_route.cli.options import (
     add,
@@ -111,8 +119,8 @@ def add_record(verbs: Any) -> None:
     what.add_argument(
         "--vectors",
         choices=("position", "reversed", "mean", "last"),
-        help="instead, pool the hidden states of each sentence in every layer, with these weights of its tokens: 1 to S "
-        "(MEXA), S to 1 (mPLM-Sim on decoders), alike, or the last one alone; the model needs no experts",
+        help="instead, pool the hidden states of each sentence in every layer, with these weights of its tokens: 1 to "
+        "S (MEXA), S to 1 (mPLM-Sim on decoders), alike, or the last one alone; the model needs no experts",
     )
     add(what, "plan")
     model_arguments(parser, engines=("hook", "fused", "vllm"))
@@ -149,7 +157,9 @@ def run(options: argparse.Namespace) -> Answer:
     if options.vectors is not None:
         refuse(options, (*_OF_ROUTING, *_OF_FOLDER), "is not for --vectors")
         if in_folder:
-            raise ValueError(f"vectors are one file, and {options.out} is a folder: name a file such as vectors.safetensors")
+            raise ValueError(
+                f"vectors are one file, and {options.out} is a folder: name a file such as vectors.safetensors"
+            )
         return _run_vectors(options)
     if options.trace_layers is not None and options.trace is None:
         raise ValueError("--trace-layers chooses the layers of a trace: name its file with --trace")

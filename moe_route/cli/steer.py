@@ -7,7 +7,16 @@ from typing import Any
 
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import attached_model, load_plan, shown_options, texts
-from moe_route.cli.options import add, command, model_arguments, numbers, positive, refuse, table_argument, text_arguments
+from moe_route.cli.options import (
+    add,
+    command,
+    model_arguments,
+    numbers,
+    positive,
+    refuse,
+    table_argument,
+    text_arguments,
+)
 from moe_route.cli.plan import plan_file
 
 _OF_TEXTS = ("data", "columns", "quotes", "split", "languages", "limit", "batch_size", "max_length")
