@@ -14,10 +14,19 @@ _INTRODUCTION = """\
 # Command line
 
 `moe-route COMMAND --help` shows the options of a command, and an example.
-Standard output carries the result, with `--json` exactly one JSON document; progress and errors go to standard error.
-Exit codes: 0 success, 1 a check failed, 2 the input cannot be used, 130 interrupted by Ctrl-C.
+Without a model, the demo model is used, and without `--data` the demo corpus.
 
-`python -m moe_route.cli.reference` writes this page."""
+- Standard output carries the result, with `--json` exactly one JSON document; progress and errors go to standard error.
+- Exit codes: 0 success, 1 a check failed, 2 the input cannot be used, 130 interrupted by Ctrl-C.
+- Recordings, models and results of `eval` are not overwritten without `--force`; a folder that the same command made is
+  resumed. Pictures, tables and plans may be made again.
+- A progress bar is shown on a terminal, and not where standard error goes to a file or a pipe.
+- Ctrl-C during `record` ends it after the batch that is running, and what was recorded is written to `--out`; a second
+  Ctrl-C ends it at once and writes nothing. A recording into a folder, and `eval`, go on where they ended.
+- If the disk is full when `record` writes its result, it says so, keeps the result in memory for an hour, and writes it
+  as soon as there is room; Ctrl-C drops it.
+
+`python -m moe_route.cli.reference > docs/cli.md` writes this page."""
 
 
 def page() -> str:
@@ -43,7 +52,8 @@ def _section(leaf: Parser) -> str:
     lines = [f"## {leaf.prog}", leaf.description or "", f"```bash\n{_dedented(example)}\n```"]
     if rest:
         lines.append(f"```text\n{rest}\n```")
-    if options := [_line(leaf, action) for action in leaf._actions if action.help not in (None, argparse.SUPPRESS)]:
+    shown = [each for each in leaf._actions if each.dest != "help" and each.help not in (None, argparse.SUPPRESS)]
+    if options := [_line(leaf, action) for action in shown]:
         lines.append("\n".join(["| option | meaning |", "|---|---|", *options]))
     return "\n\n".join(lines)
 
