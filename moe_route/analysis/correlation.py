@@ -10,27 +10,23 @@ from dataclasses import dataclass, field
 from itertools import permutations as all_orders
 from itertools import product
 from math import factorial, prod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from moe_route.analysis.alignment import Alignment
 from moe_route.analysis.divergence import Divergence
 from moe_route.analysis.inputs import AnalysisError, check_draws
-from moe_route.analysis.result import plain
+from moe_route.analysis.result import Result
 from moe_route.analysis.stats import draw_items, interval_of, ranks, resampled_means, unit_length
-from moe_route.base.table import ShownAsTables, Table, data_frame
+from moe_route.base.table import Table
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-__all__ = ["Correlation", "correlation"]
-
+_MEASURED = ("pearson", "spearman", "p_value", "p_corrected", "spearman_p_value", "spearman_p_corrected", "number")
 Covariates = Mapping[str, Mapping[str, "float | str"]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Correlation(ShownAsTables):
+class Correlation(Result):
     """Correlation over groups between the score of each group and its divergence or alignment, float64 [L] each.
 
     Attributes:
@@ -88,23 +84,17 @@ class Correlation(ShownAsTables):
         drawn = self._data.resampled(of == "spearman", resamples, seed)
         return interval_of(drawn, len(self.groups), level)
 
-    def to_pandas(self) -> pd.DataFrame:
-        """A row per layer with ``pearson``, ``spearman``, ``p_value``, ``p_corrected`` and ``number`` of groups.
-
-        Also the p-values of ``spearman``.
-        """
-        return data_frame({"layer": np.arange(len(self.layers)), "router": self.layers, **self._columns()})
+    def columns(self) -> dict[str, Any]:
+        """``layer``, ``router``, and the correlations, p-values and ``number`` that were computed."""
+        return self.over("layer", self._measured())
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able content (NaN as None)."""
-        axes = {"groups": list(self.groups), "layers": list(self.layers), "reference": self.reference}
-        axes["quantity"] = self.quantity
-        how = {"covariates": list(self.covariates), "exchange": self.exchange, "orders": self.orders}
-        return axes | how | plain(self._columns())
+        """JSON-able content (NaN as None), without the p-values that were not computed."""
+        measured = self._measured()
+        return {name: value for name, value in super().to_dict().items() if name not in _MEASURED or name in measured}
 
-    def _columns(self) -> dict[str, np.ndarray]:
-        names = ("pearson", "spearman", "p_value", "p_corrected", "spearman_p_value", "spearman_p_corrected", "number")
-        return {name: values for name in names if len(values := getattr(self, name)) == len(self.layers)}
+    def _measured(self) -> dict[str, np.ndarray]:
+        return {name: values for name in _MEASURED if len(values := getattr(self, name)) == len(self.layers)}
 
     def tables(self) -> list[Table]:
         """A row per layer; p-values are not averaged over layers."""

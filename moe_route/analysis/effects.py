@@ -10,21 +10,10 @@ from typing import Any
 import numpy as np
 
 from moe_route.analysis.inputs import AnalysisError, check_draws
+from moe_route.analysis.measures import ratio
 from moe_route.analysis.result import plain
 from moe_route.analysis.stats import RESAMPLES, draw_items, interval_of, p_value_of
 from moe_route.base.table import interval
-
-__all__ = [
-    "Difference",
-    "Effects",
-    "PERMUTATIONS",
-    "RandomControl",
-    "effects_by_group",
-    "mean_effects",
-    "paired_difference",
-    "random_control",
-]
-
 
 # Tests of a change of the loss: against the choice of texts, and against steering random experts.
 
@@ -288,7 +277,7 @@ def mean_effects(
         # with random signs, the observed ones count too
         p_value[here] = reached / len(signs) if exact else (reached + 1) / (len(signs) + 1)
     p_value[tokens == 0] = np.nan
-    mean = np.divide(total, tokens, out=np.full(len(total), np.nan), where=tokens > 0)
+    mean = ratio(total, tokens)
     arrays = (mean, low, high, p_value, tokens, items)
     return _effects((array.reshape(sums.shape[1:]) for array in arrays), level)
 

@@ -20,28 +20,6 @@ from moe_route.analysis.resampling import GroupSequences, blocks, groups_of
 if TYPE_CHECKING:
     from moe_route.recording import Trace
 
-__all__ = [
-    "CORRECTIONS",
-    "Correct",
-    "MEASURES",
-    "MEASURE_NAMES",
-    "Measure",
-    "PlainEstimator",
-    "check_choices",
-    "compare_distributions",
-    "described",
-    "estimator",
-    "floor_of",
-    "jackknife_divergence",
-    "jackknife_entropy",
-    "miller_madow",
-    "pooled_values",
-    "random_partners",
-    "rarefied",
-    "refuse_corrections",
-]
-
-
 Measure = Literal["normalized_jsd", "jsd", "cosine", "jaccard"]
 MEASURES = ("normalized_jsd", "jsd", "cosine", "jaccard")
 _CORRECTED = {

@@ -12,30 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_che
 
 import numpy as np
 
+from moe_route.analysis.measures import ratio
 from moe_route.steering import ExpertSelection, PlanModel
 
 if TYPE_CHECKING:
     from moe_route.recording import SentenceVectors
-
-__all__ = [
-    "AnalysisError",
-    "NOT_KEPT",
-    "Pairing",
-    "Statistics",
-    "as_array",
-    "check_draws",
-    "check_one_model",
-    "common_items",
-    "group_index",
-    "normalized",
-    "paired_items",
-    "pick_groups",
-    "read_scores",
-    "selection",
-    "shape_of",
-    "warn_of_padding",
-]
-
 
 NOT_KEPT = "sequences were not kept: record(sequences=True); in a shell, record without --no-sequences"
 
@@ -111,6 +92,24 @@ def pick_groups(
     return chosen
 
 
+def compared_with(
+    statistics: Any, groups: Sequence[str] | str | None, reference: str, phase: str | None = None
+) -> tuple[str, ...]:
+    """These groups (by default all others), each with tokens as for ``pick_groups``; the reference is none of them."""
+    names = pick_groups(statistics, groups, leave_out=reference, phase=phase)
+    refuse_itself(names, reference)
+    return names
+
+
+def refuse_itself(names: Sequence[str], reference: str) -> None:
+    """Refuse to compare a group with itself."""
+    if reference in names:
+        raise AnalysisError(
+            f"{reference!r} would be compared with itself: leave it out of groups= (--groups), or name another "
+            "reference"
+        )
+
+
 def check_one_model(first: Statistics, second: Statistics) -> None:
     """Refuse recordings of models with different configurations, as far as their metadata tell."""
     found = {PlanModel.of_recording(one.metadata, ()).config_hash for one in (first, second)} - {None}
@@ -145,8 +144,7 @@ def check_draws(number: int, name: str) -> None:
 
 def normalized(values: np.ndarray) -> np.ndarray:
     """Divide rows by their sum; NaN for a row that sums to zero."""
-    total = values.sum(-1, keepdims=True)
-    return np.divide(values, total, out=np.full(values.shape, np.nan), where=total > 0)
+    return ratio(values, values.sum(-1, keepdims=True))
 
 
 def shape_of(values: np.ndarray, num_experts: int | Sequence[int] | None) -> np.ndarray:

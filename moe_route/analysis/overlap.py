@@ -5,22 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from moe_route.analysis.inputs import AnalysisError
-from moe_route.analysis.measures import places
-from moe_route.analysis.result import plain
-from moe_route.base.table import ShownAsTables, Table, data_frame
+from moe_route.analysis.measures import places, ratio
+from moe_route.analysis.result import Result, plain
+from moe_route.base.table import Table
 from moe_route.steering import ExpertSelection, PlanModel
 from moe_route.steering.layers import as_layers
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-__all__ = ["Overlap", "above", "chance_of_overlap", "first", "in_layers", "largest", "overlap", "share"]
-
 
 # Choose experts by scores [layer, expert], as bool arrays of the same shape. Ties go to the lower layer and expert.
 
@@ -61,7 +55,7 @@ def in_layers(layers_in_all: int, layers: Iterable[int] | None) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Overlap(ShownAsTables):
+class Overlap(Result):
     """Overlap of every pair of selections.
 
     Attributes:
@@ -86,12 +80,12 @@ class Overlap(ShownAsTables):
     def jaccard(self, *, by_layer: bool = False) -> np.ndarray:
         """|A & B| / |A | B|, float64 [name, name], or [name, name, layer]; NaN for two empty selections."""
         shared, sizes = self._counts(by_layer)
-        return share(shared, sizes[:, None] + sizes - shared)
+        return ratio(shared, sizes[:, None] + sizes - shared)
 
     def containment(self, *, by_layer: bool = False) -> np.ndarray:
         """|A & B| / |A|, the share of A (the first axis) that B has too; NaN for an empty A."""
         shared, sizes = self._counts(by_layer)
-        return share(shared, np.broadcast_to(sizes[:, None], shared.shape))
+        return ratio(shared, np.broadcast_to(sizes[:, None], shared.shape))
 
     def _counts(self, by_layer: bool) -> tuple[np.ndarray, np.ndarray]:
         return (self.shared, self.sizes) if by_layer else (self.shared.sum(-1), self.sizes.sum(-1))
@@ -100,11 +94,11 @@ class Overlap(ShownAsTables):
         count = len(self.names)
         return [(first, second) for first in range(count) for second in range(first + 1, count)]
 
-    def to_pandas(self) -> pd.DataFrame:
-        """A row per pair of selections and layer."""
+    def columns(self) -> dict[str, Any]:
+        """A row per pair of selections and layer: names and sizes, ``shared`` experts, ``jaccard``."""
         jaccard = self.jaccard(by_layer=True)
         rows = [(a, b, layer) for a, b in self._pairs() for layer in np.flatnonzero(self.num_experts).tolist()]
-        columns = {
+        return {
             "first": [self.names[a] for a, _, _ in rows],
             "second": [self.names[b] for _, b, _ in rows],
             "layer": [layer for _, _, layer in rows],
@@ -113,13 +107,10 @@ class Overlap(ShownAsTables):
             "shared": [int(self.shared[row]) for row in rows],
             "jaccard": [float(jaccard[row]) for row in rows],
         }
-        return data_frame(columns)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content (NaN as None)."""
-        names = ("names", "sizes", "shared", "num_experts", "expected", "p_more", "p_fewer")
-        found = {name: getattr(self, name) for name in names}
-        return plain({**found, "jaccard": self.jaccard(), "containment": self.containment()})  # type: ignore[no-any-return]
+        return {**super().to_dict(), **plain({"jaccard": self.jaccard(), "containment": self.containment()})}
 
     def tables(self) -> list[Table]:
         jaccard, shared, sizes = self.jaccard(), self.shared.sum(-1), self.sizes.sum(-1)
@@ -231,11 +222,6 @@ def chance_of_overlap(
         if a and b:
             ways = [comb(a, n) * comb(width - a, b - n) / comb(width, b) for n in range(min(a, b) + 1)]
             probability = np.convolve(probability, ways)
-    expected = float(np.divide(first * second, num_experts, where=num_experts > 0, out=np.zeros(len(first))).sum())
+    expected = float(ratio(first * second, num_experts, empty=0.0).sum())
     at_most = float(probability[: shared + 1].sum())
     return expected, min(float(probability[shared:].sum()), 1.0), min(at_most, 1.0)
-
-
-def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """part / whole; NaN where the whole is 0."""
-    return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)

@@ -5,37 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from moe_route.analysis.inputs import NOT_KEPT, AnalysisError, Statistics, normalized, selection
-from moe_route.analysis.result import plain
+from moe_route.analysis.measures import ratio
+from moe_route.analysis.result import Result
 from moe_route.analysis.stats import draw_items
-from moe_route.base.table import ShownAsTables, Table, data_frame
+from moe_route.base.table import Table
 from moe_route.recording.store import SequenceStore, is_unnamed
 from moe_route.steering import ExpertSelection
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-__all__ = [
-    "FEWEST_ITEMS",
-    "GroupSequences",
-    "ResampledStatistics",
-    "Sequences",
-    "Stability",
-    "batches",
-    "blocks",
-    "draw_together",
-    "groups_of",
-    "mean_tokens",
-    "read_sequences",
-    "resampled_statistics",
-    "stability_selection",
-    "tokens_per_sequence",
-]
-
 
 _ARRAYS = {"full": "full", "topk": "topk", "count": "counts", "hidden": "hidden"}
 _BATCH_BYTES = 512 << 20  # groups are read together up to this size, one at least
@@ -155,7 +135,7 @@ def tokens_per_sequence(statistics: Any, groups: Sequence[str]) -> np.ndarray:
     rows = [statistics.groups.index(group) for group in groups]
     tokens = statistics.tokens()[rows].max(1, initial=0)
     numbers = count()[rows]
-    return np.divide(tokens, numbers, out=np.full(len(rows), np.nan), where=numbers > 0)
+    return ratio(tokens, numbers)
 
 
 # Statistics of items drawn with replacement, from the sequences that a recording kept.
@@ -295,7 +275,7 @@ class ResampledStatistics:
             raise AnalysisError(f'a resample has no distribution of kind {kind!r}: use kind="count"')
         frequency = self.frequency(phase, by)
         total = frequency.sum(-1, keepdims=True)
-        return np.divide(frequency, total, out=np.full(frequency.shape, np.nan), where=total > 0)
+        return ratio(frequency, total)
 
     def token_sum(self, metric: str, phase: Any = None) -> np.ndarray:
         """Sum over tokens of "counts", float64 [group, layer, expert]."""
@@ -313,7 +293,7 @@ def _refuse(phase: Any) -> None:
 def _ratio(terms: np.ndarray, weights: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     """Frequency [layer, expert] of the drawn items; NaN without tokens."""
     total, weight = np.tensordot(drawn, terms, 1), (drawn @ weights)[..., None]
-    return np.divide(total, weight, out=np.full(total.shape, np.nan), where=weight > 0)
+    return ratio(total, weight)
 
 
 def resampled_statistics(
@@ -343,7 +323,7 @@ _SHOWN = 12
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Stability(ShownAsTables):
+class Stability(Result):
     """How often a rule selects each expert when the items are drawn anew.
 
     Attributes:
@@ -367,27 +347,15 @@ class Stability(ShownAsTables):
         """Number of resamples."""
         return len(self.sizes)
 
-    def to_pandas(self) -> pd.DataFrame:
-        """A row per expert that any resample or the whole recording selects."""
+    def columns(self) -> dict[str, Any]:
+        """A row per expert that any resample or the whole recording selects: ``share``, ``whole``, ``kept``."""
         cells, whole, kept = self._cells(), set(self.whole.pairs), set(self.selection.pairs)
-        columns = {
+        return {
             "layer": [layer for layer, _ in cells],
             "expert": [expert for _, expert in cells],
             "share": [float(self.share[cell]) for cell in cells],
             "whole": [cell in whole for cell in cells],
             "kept": [cell in kept for cell in cells],
-        }
-        return data_frame(columns)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able content."""
-        return {
-            "share": plain(self.share),
-            "selection": self.selection.to_dict(),
-            "whole": self.whole.to_dict(),
-            "jaccard": self.jaccard,
-            "sizes": plain(self.sizes),
-            "keep": self.keep,
         }
 
     def _cells(self) -> list[tuple[int, int]]:
@@ -463,5 +431,5 @@ def _mean_jaccard(drawn: np.ndarray) -> float:
     both = chosen @ chosen.T
     sizes = np.diag(both)
     either = sizes[:, None] + sizes - both
-    index = np.divide(both, either, out=np.ones(both.shape), where=either > 0)
+    index = ratio(both, either, empty=1.0)
     return float(index[np.triu_indices(len(drawn), 1)].mean())

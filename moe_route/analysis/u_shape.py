@@ -11,21 +11,17 @@ import numpy as np
 from moe_route.analysis.divergence import Divergence
 from moe_route.analysis.effects import Difference
 from moe_route.analysis.inputs import AnalysisError, pick_groups
-from moe_route.analysis.result import by_depth, mean_of_seen, plain
+from moe_route.analysis.result import Result, by_depth, mean_of_seen, plain
 from moe_route.analysis.stats import RESAMPLES, draw_items, interval_of, resampled_means
-from moe_route.base.table import ShownAsTables, Table, data_frame
+from moe_route.base.table import Table
 from moe_route.steering.layers import show_numbers
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moe_route.recording import RoutingStatistics
-
-__all__ = ["Consistency", "UShape", "consistency", "middle_layers", "u_shape"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class UShape(ShownAsTables):
+class UShape(Result):
     """Mean divergence in the first, middle and last layers, whose U shape is typical of multilingual routing.
 
     See arXiv 2510.04694, section 4.3.
@@ -85,19 +81,16 @@ class UShape(ShownAsTables):
             )
         return self.resampled
 
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a data frame with a row per group: ``first``, ``middle``, ``last``, ``depth``.
-
-        If paired, also ``low`` and ``high``, the 95 % interval of the depth.
-        """
-        return data_frame({"group": self.groups, **self._columns()})
+    def columns(self) -> dict[str, Any]:
+        """``group``, ``first``, ``middle``, ``last``, ``depth``; if paired, also ``low`` and ``high`` of the depth."""
+        return {"group": self.groups, **self._measured()}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content (NaN as None)."""
         layers = {name: list(getattr(self, f"{name}_layers")) for name in ("first", "middle", "last")}
-        return {"groups": list(self.groups), "layers": layers, "pairs": self.pairs, **plain(self._columns())}
+        return {"groups": list(self.groups), "layers": layers, "pairs": self.pairs, **plain(self._measured())}
 
-    def _columns(self) -> dict[str, np.ndarray]:
+    def _measured(self) -> dict[str, np.ndarray]:
         columns = {"first": self.first, "middle": self.middle, "last": self.last, "depth": self.depth}
         if self.resampled is not None:
             columns["low"], columns["high"] = self.interval()
@@ -159,7 +152,7 @@ def u_shape(
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Consistency(ShownAsTables):
+class Consistency(Result, hidden=("sequence_values",)):
     """Mean Jaccard index of the experts of two tokens of one sequence.
 
     Attributes:
@@ -197,21 +190,13 @@ class Consistency(ShownAsTables):
         low, high = np.stack(ends, axis=1)
         return low, high
 
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a tidy data frame with a row per (group, layer).
-
-        Columns: group, layer, router, consistency; with single sequences also low and high, the 95 % interval.
-        """
-        axes = {"group": self.groups, "layer": range(len(self.layers))}
-        columns = {"router": np.tile(np.asarray(self.layers, dtype=object), len(self.groups))}
-        columns["consistency"] = self.values.reshape(-1)
-        return data_frame(columns | {name: ends.reshape(-1) for name, ends in self._ends().items()}, axes)
+    def columns(self) -> dict[str, Any]:
+        """``consistency``; with single sequences also ``low`` and ``high``, the 95 % interval."""
+        return self.over("group layer", {"consistency": self.values, **self._ends()})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content (NaN as None); with single sequences also the 95 % interval."""
-        found = {"groups": self.groups, "layers": self.layers, "sequences": self.sequences, "values": self.values}
-        content: dict[str, Any] = plain(found | self._ends())
-        return content
+        return {**super().to_dict(), **plain(self._ends())}
 
     def _ends(self) -> dict[str, np.ndarray]:
         return {} if self.sequence_values is None else dict(zip(("low", "high"), self.interval(), strict=True))

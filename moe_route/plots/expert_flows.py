@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_route.analysis.measures import ratio
 from moe_route.plots import frame
 from moe_route.plots.frame import styles
 
@@ -120,7 +121,7 @@ def _shares(found: RoutingStatistics, group: str) -> np.ndarray:
     if not counts.any():
         raise ValueError(f"no token of {group} was counted: leave it out")
     total = counts.sum((1, 2), keepdims=True)
-    return np.divide(counts, total, out=np.zeros(counts.shape), where=total > 0)
+    return ratio(counts, total, empty=0.0)
 
 
 def _largest(shares: np.ndarray, flows: int) -> np.ndarray:

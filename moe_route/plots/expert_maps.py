@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from moe_route.recording import RoutingStatistics
 
-__all__ = ["diverging_limit", "expert_pairs", "heat_map", "heat_maps"]
+__all__ = ["diverging_limit", "pairs", "heat_map", "heat_maps"]
 
 _LARGE = 32  # experts per layer from which on rows are too thin to be read one by one
 
@@ -124,9 +124,7 @@ def heat_maps(
     return axes
 
 
-def expert_pairs(
-    found: Coactivation | Transitions, layer: int, *, ax: Axes | None = None, title: str | None = None
-) -> Axes:
+def pairs(found: Coactivation | Transitions, layer: int, *, ax: Axes | None = None, title: str | None = None) -> Axes:
     """Draw how experts go together in a layer, or from it to the next, as a matrix of P(other | expert).
 
     Args:

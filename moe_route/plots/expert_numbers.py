@@ -16,7 +16,7 @@ from moe_route.steering import ExpertSelection
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["expert_counts", "expert_sweep", "overlap_by_threshold", "weight_change"]
+__all__ = ["expert_counts", "sweep", "sweep_overlap", "weight_change"]
 
 
 def expert_counts(
@@ -61,7 +61,7 @@ def expert_counts(
     return ax
 
 
-def expert_sweep(
+def sweep(
     found: Sweep, *, of: str = "task", ax: Axes | None = None, title: str | None = None, colorbar: bool = True
 ) -> Axes:
     """Draw the number of experts by layer and threshold as a heat map: "task", "multilingual" or "both"."""
@@ -88,7 +88,7 @@ def expert_sweep(
     return ax
 
 
-def overlap_by_threshold(found: Sweep, *, ax: Axes | None = None, title: str | None = None) -> Axes:
+def sweep_overlap(found: Sweep, *, ax: Axes | None = None, title: str | None = None) -> Axes:
     """Draw the number of task experts, of multilingual experts and of both by threshold, and what chance would share.
 
     A vertical line marks the threshold from which on no expert is in both sets. The axis of numbers is logarithmic

@@ -15,7 +15,7 @@ from moe_route.plots.by_layer import MEASURES
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["dendrogram", "divergence_matrix", "overlap", "similarity"]
+__all__ = ["tree", "divergence_matrix", "overlap", "similarity"]
 
 _SIMILARITY = "similarity of parallel sentences"
 
@@ -65,7 +65,7 @@ def similarity(
 ) -> Axes:
     """Draw the similarity of all pairs of groups, the mean over ``layers`` (by default all).
 
-    Similar groups lie side by side, in the order of the leaves of their tree (``method`` as for ``dendrogram``).
+    Similar groups lie side by side, in the order of the leaves of their tree (``method`` as for ``tree``).
     """
     order = found.order(layers, method)
     rows = [found.groups.index(name) for name in order]
@@ -82,7 +82,7 @@ def similarity(
     )
 
 
-def dendrogram(
+def tree(
     found: Similarity,
     *,
     layers: Sequence[int] | int | None = None,

@@ -241,7 +241,7 @@ def _in_layers(found: Any, kept: tuple[int, ...] | None) -> Any:
     if isinstance(found, ExpertSelection):
         return found.restrict(kept)
     if isinstance(found, RiskExperts):
-        return found._replace(activate=found.activate.restrict(kept), deactivate=found.deactivate.restrict(kept))
+        return replace(found, activate=found.activate.restrict(kept), deactivate=found.deactivate.restrict(kept))
     return replace(found, by_group={group: experts.restrict(kept) for group, experts in found.items()})
 
 

@@ -45,6 +45,6 @@ def run(options: argparse.Namespace) -> Answer:
     )
     data, text = found.to_dict(), repr(found)
     if options.plot is not None:
-        plots.save(plots.overlap_by_threshold(found), options.plot)
+        plots.save(plots.sweep_overlap(found), options.plot)
         data, text = {**data, "plot": options.plot}, f"{text}\nwritten to {options.plot}"
     return Answer(data, text)
