@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from moe_route.base.devices import finish
 from moe_route.calls.generation import finished_tokens
 from moe_route.calls.reader import CallReader, call_readers, placeholder_ids
-from moe_route.calls.token_table import Labels
+from moe_route.calls.token_table import CallListener, Labels
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.experts.interface import ExpertsSwitch
 from moe_route.experts.outputs import OutputSink, watch_experts
 from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook, at, drop_graphs
 from moe_route.ops.kernels import has_kernels
 from moe_route.ops.token_rules import fitted
-from moe_route.patching.context import CallListener, RunningCall
+from moe_route.patching.context import RunningCall
 from moe_route.patching.engine import ChoiceCallback, Engine, FusedEngine, LayerSteering
 from moe_route.patching.generate import listen_to_generate
 from moe_route.patching.hook import HookEngine
@@ -90,11 +90,7 @@ class Attachment:
                     f"router {router.name!r} is attached to already; detach() that attachment first "
                     "(moe_route.patching.attachment_of(model), where nothing else holds it)"
                 )
-            if not has_kernels(router.device):
-                raise ModelNotSupportedError(
-                    f"router {router.name!r} is on {router.device}, and this build has no kernels for it: move the "
-                    'model to the CPU (model.to("cpu")), or build moe-route for CUDA (MOE_ROUTE_CUDA=ON)'
-                )
+            _refuse_without_kernels(router)
             _choose_engine(router, engine)
         if verify:
             _check(self.routers)
@@ -357,6 +353,15 @@ def _leave(context: RunningCall, module: nn.Module, args: tuple[object, ...], ou
 def _check_option(what: str, given: str | None, choices: tuple[str | None, ...]) -> None:
     if given not in choices:
         raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}, not {given!r}")
+
+
+def _refuse_without_kernels(router: RouterInfo) -> None:
+    """Raise `ModelNotSupportedError` for a router whose tensors the operators of this build cannot read."""
+    if not has_kernels(router.device):
+        raise ModelNotSupportedError(
+            f"router {router.name!r} is on {router.device}, where no kernel of this build runs: move the model to the "
+            'CPU (model.to("cpu")), or build moe-route for CUDA (MOE_ROUTE_CUDA=ON)'
+        )
 
 
 def _choose_engine(router: RouterInfo, engine: str) -> None:
