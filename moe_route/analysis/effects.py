@@ -1,4 +1,4 @@
-"""Mean effects per token of a change to a model, with bootstrap intervals and permutation tests over items."""
+"""Effects per token of a change to a model: differences, random controls, and means with intervals and tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moe_route.analysis.result import plain
 from moe_route.analysis.stats import RESAMPLES, draw_items, interval_of, p_value_of
 from moe_route.base.table import interval
 
-# Tests of a change of the loss: against the choice of texts, and against steering random experts.
+# ---- tests of a change of the loss: against the choice of texts, and against steering random experts
 
 
 @dataclass(frozen=True, repr=False)
@@ -197,6 +197,8 @@ def _per_token(nats: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return (nats / tokens).mean(-1)
 
 
+# ---- mean effects per token, in arrays
+
 PERMUTATIONS = 10_000
 _ARRAYS = ("mean", "low", "high", "p_value", "tokens", "items")
 _BLOCK = 1 << 22  # largest number of resampled values at a time
@@ -305,7 +307,7 @@ def effects_by_group(
     if not len(groups) == len(items) == len(sums) or np.shape(sums) != np.shape(counts):
         raise AnalysisError("give a group and an item for each text, and sums and counts of one shape")
     names = tuple(dict.fromkeys(groups))
-    found = []
+    by_group = []
     for name in names:
         texts = [i for i, group in enumerate(groups) if group == name]
         place = {item: at for at, item in enumerate(dict.fromkeys(items[i] for i in texts))}
@@ -313,10 +315,10 @@ def effects_by_group(
         added = np.zeros((2, len(place), *np.shape(sums)[1:]))
         for target, values in zip(added, (np.asarray(sums, np.float64), np.asarray(counts, np.float64)), strict=True):
             np.add.at(target, at, values[texts])
-        found.append(mean_effects(*added, level=level, resamples=resamples, permutations=permutations, seed=seed))
-    if not found:
+        by_group.append(mean_effects(*added, level=level, resamples=resamples, permutations=permutations, seed=seed))
+    if not by_group:
         raise AnalysisError("there are no texts: name languages that the corpus has")
-    stacked = (np.stack([getattr(effects, name) for effects in found]) for name in _ARRAYS)
+    stacked = (np.stack([getattr(effects, name) for effects in by_group]) for name in _ARRAYS)
     return names, _effects(stacked, level)
 
 

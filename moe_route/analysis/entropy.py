@@ -228,13 +228,13 @@ def _kept(statistics: Any, names: Sequence[str], *, with_tokens: bool) -> dict[s
     for one in groups_of(statistics, names, _items_of(statistics, names), "full"):
         values.append(_entropies(one, statistics.top_k, None))
         groups.append((one.token_entropy, one.tokens))
-    found = {"sequence_values": tuple(values)}
+    kept = {"sequence_values": tuple(values)}
     if with_tokens and not any(np.isnan(token[tokens > 0]).all() for token, tokens in groups):
-        found |= {
+        kept |= {
             "token_values": tuple(token for token, _ in groups),
             "sequence_tokens": tuple(tokens for _, tokens in groups),
         }
-    return found
+    return kept
 
 
 def _items_of(statistics: Any, names: Sequence[str]) -> dict[str, list[Any]]:
@@ -250,13 +250,13 @@ def _items_of(statistics: Any, names: Sequence[str]) -> dict[str, list[Any]]:
 
 def _entropies(sequences: GroupSequences, top_k: Sequence[int], correct: str | None) -> np.ndarray:
     """Entropies of the sequences of one group, float64 [sequences, L]."""
-    found = np.empty(sequences.tokens.shape)
+    entropies = np.empty(sequences.tokens.shape)
     for part in blocks(sequences.values.shape):
         values = sequences.values[part]
         if correct == "miller_madow":
-            found[part] = miller_madow(values, np.asarray(top_k))
+            entropies[part] = miller_madow(values, np.asarray(top_k))
         elif correct == "jackknife":
-            found[part] = jackknife_entropy(values)
+            entropies[part] = jackknife_entropy(values)
         else:
-            found[part] = entropy_of(normalized(values.astype(np.float64)))
-    return found
+            entropies[part] = entropy_of(normalized(values.astype(np.float64)))
+    return entropies

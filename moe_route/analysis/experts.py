@@ -1,4 +1,4 @@
-"""Find the experts that a task or a language uses more than a baseline does: differences above a threshold."""
+"""Experts that a task, a language or a behavior uses more than a baseline does: differences, and those above a bar."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from moe_route.analysis.stats import RESAMPLES, normal_of_t, t_of_normal
 from moe_route.base.table import Table
 from moe_route.steering import ExpertSelection
 
-# How much more often a task's tokens choose each expert than a baseline's, with intervals over items.
+# ---- how much more often a task's tokens choose each expert than a baseline's, with intervals over items
 
 _ROUNDING = 1e-12  # a difference that varies by less is constant
 _SHOWN = 10
@@ -346,7 +346,7 @@ def multilingual_difference(
     return np.where(np.isnan(delta).all(0), np.nan, np.where(np.isnan(delta), -np.inf, delta).max(axis=0))
 
 
-# Find the experts of a behavior by risk difference, as SteerMoE does.
+# ---- experts of a behavior by risk difference, as SteerMoE finds them
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -486,7 +486,7 @@ def _activation_limits(given: Frequencies, per_layer: int | None, layers: int) -
     return np.asarray(given.top_k)
 
 
-# How many task and multilingual experts there are by threshold, and from which threshold on they are different.
+# ---- task and multilingual experts by threshold
 
 THRESHOLDS = tuple(step / 20 for step in range(1, 13))
 

@@ -1,4 +1,4 @@
-"""Check the inputs of analysis (statistics or arrays) once, with errors that name the fix."""
+"""Check and pair the inputs of analysis (statistics, arrays, tables of scores) once; errors name the fix."""
 
 from __future__ import annotations
 
@@ -112,8 +112,8 @@ def refuse_itself(names: Sequence[str], reference: str) -> None:
 
 def check_one_model(first: Statistics, second: Statistics) -> None:
     """Refuse recordings of models with different configurations, as far as their metadata tell."""
-    found = {PlanModel.of_recording(one.metadata, ()).config_hash for one in (first, second)} - {None}
-    if len(found) > 1:
+    hashes = {PlanModel.of_recording(one.metadata, ()).config_hash for one in (first, second)} - {None}
+    if len(hashes) > 1:
         raise AnalysisError("the recordings come from models with different configurations: record both with one model")
 
 
@@ -180,21 +180,21 @@ def selection(
 ) -> ExpertSelection:
     """The experts for which ``chosen`` [layer, expert] is true, with their scores."""
     layers, experts = np.nonzero(chosen)
-    found: dict[int, dict[int, float]] = {}
+    experts_of: dict[int, dict[int, float]] = {}
     for layer, expert in zip(layers.tolist(), experts.tolist(), strict=True):
-        found.setdefault(layer, {})[expert] = float(scores[layer, expert])
+        experts_of.setdefault(layer, {})[expert] = float(scores[layer, expert])
     known = isinstance(statistics, Statistics)
     sizes = tuple(statistics.num_experts) if known else (chosen.shape[1],) * chosen.shape[0]
     return ExpertSelection(
-        found,
-        scores=found,
+        experts_of,
+        scores=experts_of,
         threshold=threshold,
         description=description,
         model=PlanModel.of_recording(statistics.metadata if known else {}, sizes),
     )
 
 
-# Pair the sequences of groups by their items, such as a sentence and its translations.
+# ---- pairs of sequences by their items, such as a sentence and its translations
 
 Pairing = Literal["paired", "pooled", "auto"]
 
@@ -253,7 +253,7 @@ def paired_items(
     )
 
 
-# Read a table of performance: a score per group.
+# ---- scores of groups
 
 
 def read_scores(path: Path) -> dict[str, float]:
@@ -263,10 +263,10 @@ def read_scores(path: Path) -> dict[str, float]:
     """
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
-        found = json.loads(text)
-        if not isinstance(found, Mapping):
+        content = json.loads(text)
+        if not isinstance(content, Mapping):
             raise ValueError(f"{path} must be a JSON object: {{group: score}}")
-        return _finite({str(group): float(score) for group, score in found.items()}, path)
+        return _finite({str(group): float(score) for group, score in content.items()}, path)
     scores: dict[str, float] = {}
     for number, line in enumerate(filter(str.strip, text.splitlines())):
         group, *rest = line.split("\t")

@@ -61,14 +61,14 @@ class LanguageExperts(Result, Mapping[str, "ExpertSelection"]):
 
     def ids(self) -> dict[str, dict[str, list[int]]]:
         """group -> {layer: expert ids}, JSON-able, as programs read it that tune only some experts."""
-        return {group: {str(layer): list(ids) for layer, ids in found.items()} for group, found in self.items()}
+        return {group: {str(layer): list(ids) for layer, ids in experts.items()} for group, experts in self.items()}
 
     def save_ids(self, path: str | os.PathLike[str]) -> None:
         """Write ``ids()`` to ``path`` as JSON, whole or not at all."""
         files.write_text(path, f"{files.readable_json(self.ids())}\n")
 
     def tables(self) -> list[Table]:
-        rows = [[group, len(found)] for group, found in self.by_group.items()]
+        rows = [[group, len(experts)] for group, experts in self.by_group.items()]
         shared = [] if self.shared is None else [["(shared)", len(self.shared)]]
         return [Table(["group", "experts"], [*rows, *shared])]
 
@@ -95,7 +95,7 @@ def frequency_share_experts(
     kept = np.where(largest(frequency, top), frequency, 0.0)
     total = kept.sum(0)
     share = ratio(kept, total, empty=0.0)
-    found = {
+    exclusive = {
         name: selection(
             share[i] > threshold, share[i], statistics, threshold=threshold, description=f"exclusive experts of {name}"
         )
@@ -103,7 +103,7 @@ def frequency_share_experts(
     }
     none_alone = (total > 0) & (share <= threshold).all(0)
     shared = selection(none_alone, share.max(0), statistics, threshold=threshold, description="shared experts")
-    return LanguageExperts(found, shared)
+    return LanguageExperts(exclusive, shared)
 
 
 def entropy_experts(
@@ -149,12 +149,12 @@ def entropy_experts(
         if number < 1:
             raise AnalysisError(f"share={share} of {real.sum()} experts is none: use {1 / real.sum():.3g} or more")
         lowest = _lowest(spread, above.any(0), number)
-    found = {}
+    by_group = {}
     for i, name in enumerate(names):
         chosen = above[i] & (_lowest(spread, above[i], top_n) if lowest is None else lowest)
         text = f"low-entropy experts of {name}"
-        found[name] = selection(chosen, spread, statistics, threshold=None, description=text)
-    return LanguageExperts(found)
+        by_group[name] = selection(chosen, spread, statistics, threshold=None, description=text)
+    return LanguageExperts(by_group)
 
 
 def _lowest(values: np.ndarray, candidates: np.ndarray, number: int | None) -> np.ndarray:
@@ -197,7 +197,7 @@ class RiseExperts(LanguageExperts):
 
     def tables(self) -> list[Table]:
         head = ["group", *(f"layers {show_numbers(zone)}" if zone else "no layers" for zone in self.zones)]
-        rows = [[group, *(len(found.restrict(zone)) for zone in self.zones)] for group, found in self.items()]
+        rows = [[group, *(len(experts.restrict(zone)) for zone in self.zones)] for group, experts in self.items()]
         return [Table(head, rows, "Experts to tune: specific to the group, shared, specific to the group")]
 
 
@@ -248,7 +248,7 @@ def rise_experts(
     numbers = _zone_numbers(top_n, _shares(budget, "budget"), [int(sizes[list(zone)].sum()) for zone in layers])
     frequency = np.nan_to_num(frequencies_of(statistics, names, phase, by))
     specificity, overlap = _scores(frequency, alpha)
-    found = {}
+    by_group = {}
     for name, specific in zip(names, specificity, strict=True):
         scores = specific.copy()
         scores[list(layers[1])] = overlap[list(layers[1])]
@@ -257,8 +257,8 @@ def rise_experts(
             rows = list(zone)
             chosen[rows] = first(scores[rows], number)
         text = f"experts to tune for {name} (RISE)"
-        found[name] = selection(chosen, scores, statistics, threshold=None, description=text)
-    return RiseExperts(found, specificity=specificity, overlap=overlap, zones=layers)
+        by_group[name] = selection(chosen, scores, statistics, threshold=None, description=text)
+    return RiseExperts(by_group, specificity=specificity, overlap=overlap, zones=layers)
 
 
 def _scores(frequency: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Balance of the load: how evenly the choices of a layer are spread over its experts."""
+"""Load of experts: how evenly the choices of a layer are spread, and the committee that takes most of every group."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def _or_nan(reduce: Any, values: np.ndarray) -> float:
     return float(reduce(kept)) if kept.size else float("nan")
 
 
-# The experts that every group uses most, and how much of the routing they take.
+# ---- the experts that every group uses most
 
 
 @dataclass(frozen=True, eq=False, repr=False)

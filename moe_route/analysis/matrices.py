@@ -1,4 +1,4 @@
-"""Compare matrices of the same groups, such as similarity of routing and of language families."""
+"""Compare what routing says with something else: matrices of groups, effects of experts, hidden states."""
 
 from __future__ import annotations
 
@@ -183,16 +183,16 @@ def compare_matrices(
     """Compare similarities [L, G, G] with another matrix of these groups; see ``Similarity.compare``."""
     names, other = group_matrix(table, groups)
     places = [list(groups).index(name) for name in names]
-    found: dict[str, list[float]] = {"pearson": [], "spearman": [], "p_value": []}
+    columns_of: dict[str, list[float]] = {"pearson": [], "spearman": [], "p_value": []}
     constant, rows = np.ones(len(names), bool), []
     for of_layer in values[:, places][:, :, places]:
         tested = matrix_correlation(of_layer, other, permutations=permutations, seed=seed)
         by_row = _row_correlations(*_symmetric(of_layer, other), "spearman")
         constant &= np.isnan(by_row)
         rows.append(tested.rows)
-        for name, value in zip(found, (tested.by_row, _mean(by_row), tested.p_value), strict=True):
-            found[name].append(value)
-    columns = {name: np.array(column) for name, column in found.items()}
+        for name, value in zip(columns_of, (tested.by_row, _mean(by_row), tested.p_value), strict=True):
+            columns_of[name].append(value)
+    columns = {name: np.array(column) for name, column in columns_of.items()}
     return MatrixComparison(
         **columns,
         rows=np.array(rows),
@@ -266,7 +266,7 @@ def _rows(path: str | os.PathLike[str]) -> list[list[str]]:
         raise AnalysisError(f"{path} is not text: give a tab-separated file") from None
 
 
-# Rank agreement of what is observed of experts with the effect that they have.
+# ---- what is observed of experts, and the effect that they have
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -370,7 +370,7 @@ def _agreement(
     return rho, float((reached.sum() + 1) / (permutations + 1))
 
 
-# Geometry of hidden states beside routing: is similar routing more than similar hidden states?
+# ---- hidden states beside routing: is similar routing more than similar hidden states?
 
 _TITLES = {
     "divergence": "divergence of routing (D)",
@@ -435,9 +435,9 @@ class Geometry(Result):
         return {name: value for name, value in super().to_dict().items() if value is not None}
 
     def tables(self) -> list[Table]:
-        found = [by_depth(self.groups, values, title=_TITLES[name]) for name, values in self._present()]
+        shown = [by_depth(self.groups, values, title=_TITLES[name]) for name, values in self._present()]
         note = f"means over {self.pairs} sentences and their translations, against {self.reference}"
-        return [*found[:-1], Table(found[-1].head, found[-1].rows, found[-1].title, note)]
+        return [*shown[:-1], Table(shown[-1].head, shown[-1].rows, shown[-1].title, note)]
 
 
 def geometry(
@@ -475,11 +475,11 @@ def geometry(
         values = _compare(_hidden(store, items, group), base, bases)
         for name, value in values.items():
             measures[name].append(mean_of_seen(value)[0])
-    found = {name: np.array(values) if values else None for name, values in measures.items()}
-    cosine = found.pop("cosine")
+    means = {name: np.array(values) if values else None for name, values in measures.items()}
+    cosine = means.pop("cosine")
     assert cosine is not None
     layers = tuple(statistics.layers)
-    return Geometry(routing.groups, layers, reference, routing.values, cosine, **found, pairs=len(items))
+    return Geometry(routing.groups, layers, reference, routing.values, cosine, **means, pairs=len(items))
 
 
 def _hidden(store: SequenceStore, items: Sequence[Any], group: str) -> np.ndarray:

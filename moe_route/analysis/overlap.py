@@ -1,4 +1,4 @@
-"""How far sets of experts overlap, by layer and over all layers, and against sets drawn at random."""
+"""Sets of experts: choose them by scores, and how far they overlap, against sets drawn at random."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moe_route.base.table import Table
 from moe_route.steering import ExpertSelection, PlanModel
 from moe_route.steering.layers import as_layers
 
-# Choose experts by scores [layer, expert], as bool arrays of the same shape. Ties go to the lower layer and expert.
+# ---- choose experts by scores [layer, expert]: bool arrays of that shape; ties go to the lower layer and expert
 
 
 def above(values: np.ndarray, threshold: float, top: int | None = None) -> np.ndarray:
@@ -155,26 +155,28 @@ def overlap(
         raise AnalysisError("an overlap needs two selections or more: pass {name: selection, ...}")
     width = _experts_of(selections, num_experts)
     kept = in_layers(len(width), layers)[:, 0]
-    masks = np.stack([_mask(found, width, name) for name, found in selections.items()]) & kept[:, None]
+    masks = np.stack([_mask(chance, width, name) for name, chance in selections.items()]) & kept[:, None]
     shared = (masks[:, None] & masks[None]).sum(-1)
     sizes = masks.sum(-1)
     count = len(selections)
     expected, p_more, p_fewer = np.zeros((3, count, count))
     for a in range(count):
         for b in range(a, count):
-            found = chance_of_overlap(width, sizes[a], sizes[b], int(shared[a, b].sum()))
-            expected[[a, b], [b, a]], p_more[[a, b], [b, a]], p_fewer[[a, b], [b, a]] = found
+            chance = chance_of_overlap(width, sizes[a], sizes[b], int(shared[a, b].sum()))
+            expected[[a, b], [b, a]], p_more[[a, b], [b, a]], p_fewer[[a, b], [b, a]] = chance
     return Overlap(tuple(selections), sizes, shared, np.where(kept, width, 0), expected, p_more, p_fewer)
 
 
 def _experts_of(selections: Mapping[str, ExpertSelection], given: int | Sequence[int] | None) -> np.ndarray:
     """int64 [layer]: experts of each layer of the model that all selections are of."""
     model = PlanModel()
-    for name, found in selections.items():
-        if not isinstance(found, ExpertSelection):
-            raise AnalysisError(f"{name!r} is a {type(found).__name__}, not a selection: make an ExpertSelection of it")
+    for name, experts in selections.items():
+        if not isinstance(experts, ExpertSelection):
+            raise AnalysisError(
+                f"{name!r} is a {type(experts).__name__}, not a selection: make an ExpertSelection of it"
+            )
         try:
-            model = model.merged(found.model)
+            model = model.merged(experts.model)
         except ValueError as error:
             raise AnalysisError(f"selection {name!r} is of another model: {error}") from None
     if given is None:
@@ -184,13 +186,13 @@ def _experts_of(selections: Mapping[str, ExpertSelection], given: int | Sequence
         if (asked if isinstance(asked, list) else [asked] * len(model.num_experts)) != list(model.num_experts):
             raise AnalysisError(f"the selections are of a model with other experts than {given}: leave num_experts out")
     if given is None:
-        known = {found.num_experts for found in selections.values() if found.num_experts is not None}
+        known = {experts.num_experts for experts in selections.values() if experts.num_experts is not None}
         if len(known) != 1:
             said = "is not known" if not known else f"differs ({', '.join(sorted(map(str, known)))})"
             raise AnalysisError(f"how many experts the layers have {said}: pass num_experts")
         given = known.pop()
     if isinstance(given, (int, np.integer)):
-        last = max((found.layers[-1] for found in selections.values() if found), default=0)
+        last = max((experts.layers[-1] for experts in selections.values() if experts), default=0)
         return np.full(last + 1, given, dtype=np.int64)
     sizes = np.asarray(given)
     if sizes.ndim != 1 or not np.issubdtype(sizes.dtype, np.integer):
@@ -198,10 +200,10 @@ def _experts_of(selections: Mapping[str, ExpertSelection], given: int | Sequence
     return sizes.astype(np.int64)
 
 
-def _mask(found: ExpertSelection, width: np.ndarray, name: str) -> np.ndarray:
+def _mask(experts: ExpertSelection, width: np.ndarray, name: str) -> np.ndarray:
     """bool [layer, expert]."""
     mask = np.zeros((len(width), int(width.max(initial=1))), dtype=bool)
-    for layer, expert in found.pairs:
+    for layer, expert in experts.pairs:
         if layer >= len(width) or expert >= width[layer]:
             raise AnalysisError(f"selection {name!r} has expert {expert} of layer {layer}, which num_experts rules out")
         mask[layer, expert] = True

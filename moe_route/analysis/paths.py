@@ -1,4 +1,4 @@
-"""Routing paths: the experts that a token visits layer after layer."""
+"""Routing of single tokens through layers (paths), and through training (saturation)."""
 
 from __future__ import annotations
 
@@ -289,7 +289,7 @@ def _leading(path: RoutingPath) -> str:
     return f"{name} ({tokens / path.tokens:.2f})"
 
 
-# Router saturation: how many of the final checkpoint's experts an earlier checkpoint already chose.
+# ---- how many of the final checkpoint's experts an earlier checkpoint already chose
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -67,12 +67,14 @@ class Saliency(Result, hidden=("model",)):
             raise AnalysisError(f"number must be from 1 to {min(self.num_experts)} experts per layer, not {number}")
         chosen = places(np.where(real_experts(self.num_experts, order.shape[1]), order, -np.inf)) < number
         values = np.nan_to_num(self._of(group))
-        found = {
+        experts_of = {
             layer: {int(expert): float(values[layer, expert]) for expert in np.flatnonzero(chosen[layer])}
             for layer in range(len(chosen))
         }
         text = f"{which} salient experts{'' if group is None else f' of {group}'}"
-        return ExpertSelection(found, scores=found, description=text, num_experts=self.num_experts, model=self.model)
+        return ExpertSelection(
+            experts_of, scores=experts_of, description=text, num_experts=self.num_experts, model=self.model
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content (NaN as None); the values are the ``saliency``."""
@@ -81,11 +83,11 @@ class Saliency(Result, hidden=("model",)):
 
     def tables(self) -> list[Table]:
         means = mean_of_seen(self.values, 2)[0]
-        found = [by_depth(self.groups, means, title="saliency, mean over the experts that were chosen")]
+        shown = [by_depth(self.groups, means, title="saliency, mean over the experts that were chosen")]
         for group, values in zip(self.groups, self.values, strict=True):
             rows = [[layer, *_ends(of_layer)] for layer, of_layer in enumerate(values)]
-            found.append(Table(("layer", "most salient", "least salient"), rows, title=f"experts of {group}"))
-        return found
+            shown.append(Table(("layer", "most salient", "least salient"), rows, title=f"experts of {group}"))
+        return shown
 
 
 def _ends(values: np.ndarray) -> tuple[str, str]:
@@ -185,7 +187,7 @@ def super_experts(
     The peak of an expert is the largest absolute element of its output over all tokens routed to it. An expert is super
     if its peak is above the ``quantile`` of the peaks of all experts, and above ``share`` of the largest peak. Super
     experts serve the first tokens (attention sinks) of a text. Without them a model fails on any text, so controls
-    should leave them out (``plan.random(seed, exclude=found.selection)``). It needs ``record(expert_outputs=True)``.
+    should leave them out (``plan.random(seed, exclude=super_experts(...).selection)``). It needs ``record(expert_outputs=True)``.
 
     Args:
         quantile: the paper's is 0.995.
@@ -208,12 +210,12 @@ def super_experts(
     sequences = first.sum(1, keepdims=True) / np.asarray(statistics.top_k)[:, None]
     shares = ratio(first, sequences, empty=0.0)
     text = f"super experts (peak above {threshold:.3g})"
-    found = selection(peak > threshold, peak, statistics, threshold=threshold, description=text)
+    experts = selection(peak > threshold, peak, statistics, threshold=threshold, description=text)
     layer, expert = np.nonzero(peak > threshold)
     order = np.argsort(-peak[layer, expert], kind="stable")
     layer, expert = layer[order], expert[order]
     columns = (layer, expert, peak[layer, expert], shares[layer, expert])
-    return SuperExperts(found, *columns, threshold, float(peaks.max()))
+    return SuperExperts(experts, *columns, threshold, float(peaks.max()))
 
 
 # ---- the experts to prune

@@ -1,4 +1,8 @@
-"""Read the kept sequences of groups as arrays, a group at a time, in bounded memory."""
+"""Kept sequences as arrays, in bounded memory; statistics of items drawn with replacement; stability of a rule.
+
+An item that several groups have, such as a sentence and its translations, is drawn for all of them together, also when
+the groups are in different recordings.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +90,7 @@ def read_sequences(store: SequenceStore, items: Mapping[str, Sequence[Any]], kin
     layers = len(store.layers)
     dtype = np.int32 if kind == "count" else np.float32
     place = {(item, group): row for group, wanted in items.items() for row, item in enumerate(wanted)}
-    found = {
+    by_group = {
         group: GroupSequences(
             group,
             np.zeros((len(wanted), layers, width), dtype),
@@ -103,11 +107,11 @@ def read_sequences(store: SequenceStore, items: Mapping[str, Sequence[Any]], kin
                 rows.setdefault(key[1], []).append((row, place[key]))
         for group, pairs in rows.items():
             here, there = (list(part) for part in zip(*pairs, strict=True))
-            found[group].values[there] = shard.arrays[_ARRAYS[kind]][here]
-            found[group].tokens[there] = shard.arrays["tokens"][here]
+            by_group[group].values[there] = shard.arrays[_ARRAYS[kind]][here]
+            by_group[group].tokens[there] = shard.arrays["tokens"][here]
             if "token_entropy" in shard.arrays:  # not in files of earlier recordings
-                found[group].token_entropy[there] = shard.arrays["token_entropy"][here]
-    return list(found.values())
+                by_group[group].token_entropy[there] = shard.arrays["token_entropy"][here]
+    return list(by_group.values())
 
 
 def mean_tokens(store: SequenceStore, groups: Sequence[str], items: Sequence[Any]) -> np.ndarray:
@@ -138,10 +142,7 @@ def tokens_per_sequence(statistics: Any, groups: Sequence[str]) -> np.ndarray:
     return ratio(tokens, numbers)
 
 
-# Statistics of items drawn with replacement, from the sequences that a recording kept.
-#
-# An item that several groups have, such as a sentence and its translations, is drawn for all of them together, also
-# when the groups are in different recordings.
+# ---- items drawn with replacement
 
 FEWEST_ITEMS = 5  # fewer have so few different resamples that their spread says nothing
 
@@ -308,16 +309,16 @@ def resampled_statistics(
     keys = [(number, group) for number, one in enumerate(statistics) for group in one.groups]
     kept = [Sequences.of_group(statistics[number], group, (number, group)) for number, group in keys]
     weights = draw_together([sequences.items for sequences in kept], resamples, seed)
-    found = []
+    resampled = []
     for resample in range(resamples):
         drawn: list[dict[str, tuple[Sequences, np.ndarray]]] = [{} for _ in statistics]
         for (number, group), sequences, of_group in zip(keys, kept, weights, strict=True):
             drawn[number][group] = (sequences, of_group[resample])
-        found.append(tuple(ResampledStatistics(*pair) for pair in zip(statistics, drawn, strict=True)))
-    return found
+        resampled.append(tuple(ResampledStatistics(*pair) for pair in zip(statistics, drawn, strict=True)))
+    return resampled
 
 
-# Whether a rule selects the same experts from other items: selections in resamples, and how alike they are.
+# ---- whether a rule selects the same experts from other items
 
 _SHOWN = 12
 
@@ -416,13 +417,13 @@ def stability_selection(
 
 
 def _selected(rule: Callable[..., ExpertSelection], statistics: tuple[Any, ...]) -> ExpertSelection:
-    found = rule(*statistics)
-    if not isinstance(found, ExpertSelection):
+    experts = rule(*statistics)
+    if not isinstance(experts, ExpertSelection):
         raise AnalysisError(
-            f"the rule gave a {type(found).__name__}, not a selection: take one of its selections, such as "
+            f"the rule gave a {type(experts).__name__}, not a selection: take one of its selections, such as "
             "result['swh_Latn'] or result.activate"
         )
-    return found
+    return experts
 
 
 def _mean_jaccard(drawn: np.ndarray) -> float:

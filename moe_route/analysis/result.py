@@ -71,28 +71,28 @@ class Result(ShownAsTables):
         places: dict[str, np.ndarray] = dict(zip(axes.split(), np.indices(shape), strict=True))
         if "expert" in places and hasattr(self, "num_experts"):
             kept = places["expert"] < np.asarray(self.num_experts)[places["layer"]]
-        found: dict[str, np.ndarray] = {}
+        along: dict[str, np.ndarray] = {}
         for axis, numbers in places.items():
             names = getattr(self, _NAMES.get(axis, f"{axis}s"), None)
             at = numbers[kept]
             named = names is not None and len(names) and isinstance(names[0], str)
             if axis == "layer" and named:
-                found |= {"layer": at, "router": np.asarray(names, dtype=object)[at]}
+                along |= {"layer": at, "router": np.asarray(names, dtype=object)[at]}
             else:
-                found[axis] = at if names is None else np.asarray(names, dtype=object if named else None)[at]
-        return found | {name: np.broadcast_to(values, shape)[kept] for name, values in present.items()}
+                along[axis] = at if names is None else np.asarray(names, dtype=object if named else None)[at]
+        return along | {name: np.broadcast_to(values, shape)[kept] for name, values in present.items()}
 
 
 @cache
 def _axes_of_fields(cls: type[Result]) -> dict[str, tuple[tuple[str, ...], str]]:
     """Field -> its axes, and its column, of the fields that name axes."""
-    found = {}
+    along = {}
     for name, hint in get_type_hints(cls, include_extras=True).items():
         for part in (hint, *get_args(hint)):  # an array, or an array or None
             if get_origin(part) is Annotated:
                 axes, _, column = part.__metadata__[0].partition(" as ")
-                found[name] = tuple(axes.split()), column or name
-    return found
+                along[name] = tuple(axes.split()), column or name
+    return along
 
 
 def plain(values: Any) -> Any:

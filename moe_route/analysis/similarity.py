@@ -65,15 +65,15 @@ class Similarity(Result, hidden=("by_chance",), derived=("chance",)):
 
         NaN on the diagonal, which published tables leave empty, becomes 1.
         """
-        found = np.array(values, dtype=np.float64)
-        found = found[None] if found.ndim == 2 else found
-        names = tuple(map(str, range(len(found)))) if layers is None else tuple(layers)
-        if found.ndim != 3 or found.shape != (len(names), len(groups), len(groups)) or len(set(groups)) < len(groups):
+        given = np.array(values, dtype=np.float64)
+        given = given[None] if given.ndim == 2 else given
+        names = tuple(map(str, range(len(given)))) if layers is None else tuple(layers)
+        if given.ndim != 3 or given.shape != (len(names), len(groups), len(groups)) or len(set(groups)) < len(groups):
             raise AnalysisError(
-                f"similarities are [layer, group, group] of {len(groups)} different groups, not {list(found.shape)}"
+                f"similarities are [layer, group, group] of {len(groups)} different groups, not {list(given.shape)}"
             )
-        found[np.isnan(found) & np.eye(len(groups), dtype=bool)] = 1.0
-        return cls(found, tuple(groups), names)
+        given[np.isnan(given) & np.eye(len(groups), dtype=bool)] = 1.0
+        return cls(given, tuple(groups), names)
 
     @classmethod
     def read(cls, *paths: str | os.PathLike[str], groups: Sequence[str] | None = None) -> Similarity:
@@ -104,8 +104,8 @@ class Similarity(Result, hidden=("by_chance",), derived=("chance",)):
         if reference not in self.groups:
             raise AnalysisError(f"no group {reference!r}: there are {', '.join(self.groups)}")
         row = self.mean(layers)[self.groups.index(reference)]
-        found = {group: float(value) for group, value in zip(self.groups, row, strict=True) if group != reference}
-        return dict(sorted(found.items(), key=lambda pair: -np.nan_to_num(pair[1], nan=-np.inf)))
+        row_of = {group: float(value) for group, value in zip(self.groups, row, strict=True) if group != reference}
+        return dict(sorted(row_of.items(), key=lambda pair: -np.nan_to_num(pair[1], nan=-np.inf)))
 
     def best_source(
         self, target: str, layers: Sequence[int] | int | None = None, *, among: Sequence[str] | None = None
@@ -136,8 +136,8 @@ class Similarity(Result, hidden=("by_chance",), derived=("chance",)):
         self, number: int, layers: Sequence[int] | int | None = None, method: Linkage = "complete"
     ) -> tuple[tuple[str, ...], ...]:
         """The groups in this number of clusters, by cutting their tree."""
-        found = clusters(self.tree(layers, method), number)
-        return tuple(tuple(self.groups[leaf] for leaf in cluster) for cluster in found)
+        cut = clusters(self.tree(layers, method), number)
+        return tuple(tuple(self.groups[leaf] for leaf in cluster) for cluster in cut)
 
     def compare(self, table: Any, *, permutations: int = 10_000, seed: int = 0) -> MatrixComparison:
         """Compare with another matrix of the groups, layer by layer, such as genetic similarity of languages.
@@ -221,7 +221,7 @@ def similarity(
     return Similarity(values, names, vectors.layers, rule, len(vectors.items), vectors.centered, vectors.tokens, chance)
 
 
-# Similarity of languages by the answers that a model gives in them.
+# ---- by the answers that a model gives
 
 
 def answer_similarity(answers: Mapping[str, Mapping[Any, Hashable]]) -> Similarity:

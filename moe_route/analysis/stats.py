@@ -38,7 +38,7 @@ def pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(x.any(-1) & y.any(-1), np.clip((x * y).sum(-1), -1.0, 1.0), np.nan)
 
 
-# Corrections of p-values for the number of tests: Holm, and Benjamini and Hochberg.
+# ---- corrections of p-values for the number of tests
 
 
 def holm(p_values: Any) -> np.ndarray:
@@ -90,7 +90,7 @@ def _adjusted(p_values: Any, correction: Any) -> np.ndarray:
     return adjusted
 
 
-# Bootstrap over items: resampling weights, and intervals that are wide enough for few items.
+# ---- bootstrap over items: weights, and intervals that are wide enough for few items
 
 RESAMPLES = 4000
 
@@ -166,7 +166,7 @@ def normal_of_t(t: Any, freedom: int) -> np.ndarray:
     return np.asarray(stats.norm.isf(stats.t.sf(t, freedom)))
 
 
-# Hierarchical clustering of groups: trees by linkage, the order of their leaves, and clusters.
+# ---- trees of groups by linkage, the order of their leaves, and clusters
 
 Linkage = Literal["complete", "average", "single"]
 LINKAGES = ("complete", "average", "single")
@@ -216,7 +216,7 @@ def clusters(merges: np.ndarray, number: int) -> list[list[int]]:
     return sorted(np.flatnonzero(of_leaf == cluster).tolist() for cluster in range(number))
 
 
-# The best of several noisy values, and what it comes to by chance alone.
+# ---- the best of several noisy values, by chance alone
 
 
 def expected_maximum(changes: np.ndarray) -> np.ndarray:

@@ -266,7 +266,7 @@ def vocabulary(
         shuffled = _routed(trace, here, random.permutation(token), place, k, len(ids), width)
         chance[row] = _mean(ratio(shuffled, total).max(1))
         by_expert[row] = ratio((counts * np.nan_to_num(share)).sum(0), counts.sum(0))
-        top |= {(numbers[row], e): found for e, found in _leading(counts, share, ids, order, keep)}
+        top |= {(numbers[row], e): leading for e, leading in _leading(counts, share, ids, order, keep)}
     return Vocabulary(
         by_layer=by_layer,
         chance=chance,
@@ -311,21 +311,21 @@ def _token_ids(trace: Trace, of: str | np.ndarray) -> np.ndarray:
     ordered = text_order(trace, np.arange(len(trace.token)))
     here, after = ordered[:-1], ordered[1:]
     follows = (trace.sequence[here] == trace.sequence[after]) & (trace.position[here] + 1 == trace.position[after])
-    found = np.full(trace.token.shape, -1, trace.token.dtype)
-    found[here[follows]] = trace.token[after[follows]]
-    return found
+    following = np.full(trace.token.shape, -1, trace.token.dtype)
+    following[here[follows]] = trace.token[after[follows]]
+    return following
 
 
 def _routed(
     trace: Trace, rows: np.ndarray, index: np.ndarray, place: int, k: int | None, size: int, experts: int
 ) -> np.ndarray:
     """int64 [size, E]: number of tokens of each index that chose each expert."""
-    found = np.zeros(size * experts, np.int64)
+    counts = np.zeros(size * experts, np.int64)
     for part, of in zip(chunks(rows, _CHUNK), chunks(index, _CHUNK), strict=True):
         chosen = strongest_experts(trace.ids[part, place], trace.weights[part, place], k)
         cells = of[:, None] * experts + chosen
-        found += np.bincount(cells[chosen >= 0], minlength=found.size)
-    return found.reshape(size, experts)
+        counts += np.bincount(cells[chosen >= 0], minlength=counts.size)
+    return counts.reshape(size, experts)
 
 
 def _leading(
@@ -554,7 +554,7 @@ def _histogram(trace: Trace, ordered: np.ndarray, place: int, segment: int, expe
     unbroken = (trace.sequence[first] == trace.sequence[end]) & (
         trace.position[end] - trace.position[first] == segment - 1
     )
-    found = np.zeros(experts * (segment + 1), np.int64)
+    counts = np.zeros(experts * (segment + 1), np.int64)
     offset = np.arange(experts) * (segment + 1)
     for starts in chunks(np.arange(last), _RUNS):
         tokens = ordered[starts[0] : starts[-1] + segment]
@@ -564,8 +564,8 @@ def _histogram(trace: Trace, ordered: np.ndarray, place: int, segment: int, expe
         member[of_token + 1, ids[of_token, slots]] = 1
         before = np.cumsum(member, axis=0, dtype=np.int32)
         f = (before[segment:] - before[: len(starts)])[unbroken[starts]]
-        found += np.bincount((f + offset).reshape(-1), minlength=found.size)
-    return found.reshape(experts, segment + 1)
+        counts += np.bincount((f + offset).reshape(-1), minlength=counts.size)
+    return counts.reshape(experts, segment + 1)
 
 
 def _best(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

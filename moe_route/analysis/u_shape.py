@@ -1,4 +1,4 @@
-"""The U shape of divergence over depth: high in the first and last layers, low in the middle."""
+"""Shape of divergence over depth (high in the first and last layers, low in the middle), and consistency of routing."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def middle_layers(layers: int) -> tuple[int, ...]:
 
 
 def u_shape(
-    found: Divergence,
+    divergence: Divergence,
     *,
     edge: int | None = None,
     middle: Sequence[int] | range | None = None,
@@ -132,23 +132,25 @@ def u_shape(
     44-47 of 48. With paired divergence, the depth has an interval from a bootstrap over items, with all groups and
     layers of an item together.
     """
-    layers = found.values.shape[1]
+    layers = divergence.values.shape[1]
     size = max(1, layers // 12) if edge is None else edge
     inner = middle_layers(layers) if middle is None else middle
     parts = [tuple(range(size)), tuple(inner), tuple(range(layers - size, layers))]
     if not 1 <= size <= layers or not parts[1] or min(parts[1]) < 0 or max(parts[1]) >= layers:
         raise AnalysisError(f"edge and middle must name some of the {layers} layers (0-{layers - 1})")
-    first, middle_mean, last = (mean_of_seen(found.values[:, list(part)], 1)[0] for part in parts)
+    first, middle_mean, last = (mean_of_seen(divergence.values[:, list(part)], 1)[0] for part in parts)
     resampled = None
-    if found.pair_values is not None:
-        weights = draw_items(found.pairs, resamples, seed)
-        drawn = np.stack([resampled_means(weights, values) for values in found.pair_values], axis=1)
+    if divergence.pair_values is not None:
+        weights = draw_items(divergence.pairs, resamples, seed)
+        drawn = np.stack([resampled_means(weights, values) for values in divergence.pair_values], axis=1)
         ends_and_middle = [mean_of_seen(drawn[..., list(part)], 2)[0] for part in parts]
         resampled = (ends_and_middle[0] + ends_and_middle[2]) / 2 - ends_and_middle[1]
-    return UShape(found.groups, first, middle_mean, last, parts[0], parts[1], parts[2], found.pairs, resampled)
+    return UShape(
+        divergence.groups, first, middle_mean, last, parts[0], parts[1], parts[2], divergence.pairs, resampled
+    )
 
 
-# Consistency of routing: the overlap of the experts that two tokens of one sequence choose.
+# ---- the overlap of the experts that two tokens of one sequence choose
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -248,13 +250,13 @@ def consistency(
 
 def _by_group(store: Any, names: Sequence[str]) -> tuple[np.ndarray, ...]:
     """Values of the sequences of each group that have one in some layer, float64 [n, L]."""
-    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    rows_of: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for shard in store.shards():
         for (_, group), values in zip(shard.keys, shard.arrays["consistency"], strict=True):
-            if group in found and not np.isnan(values).all():
-                found[group].append(values)
+            if group in rows_of and not np.isnan(values).all():
+                rows_of[group].append(values)
     layers = len(store.layers)
-    return tuple(np.array(rows, dtype=np.float64).reshape(-1, layers) for rows in found.values())
+    return tuple(np.array(rows, dtype=np.float64).reshape(-1, layers) for rows in rows_of.values())
 
 
 def _of_ids(chosen: np.ndarray, chunk: int) -> float:

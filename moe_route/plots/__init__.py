@@ -10,33 +10,38 @@ from moe_route.plots.by_layer import alignment, by_script, consistency, correlat
 from moe_route.plots.expert_flows import expert_flow
 from moe_route.plots.expert_maps import heat_map, heat_maps, pairs
 from moe_route.plots.expert_numbers import expert_counts, sweep, sweep_overlap, weight_change
-from moe_route.plots.frame import save, style, styles
+from moe_route.plots.frame import Lines, save, style, styles
 from moe_route.plots.group_pairs import divergence_matrix, overlap, similarity, tree
 from moe_route.plots.steering_effects import steering_table, strengths
 
 __all__ = [
+    "Lines",
     "alignment",
     "by_script",
     "consistency",
     "correlation",
-    "tree",
     "divergence",
     "divergence_matrix",
     "entropy",
     "expert_counts",
     "expert_flow",
-    "pairs",
-    "sweep",
     "heat_map",
     "heat_maps",
     "load_balance",
     "overlap",
-    "sweep_overlap",
+    "pairs",
     "save",
     "similarity",
     "steering_table",
     "strengths",
     "style",
     "styles",
+    "sweep",
+    "sweep_overlap",
+    "tree",
     "weight_change",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
