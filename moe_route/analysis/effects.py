@@ -245,7 +245,7 @@ def mean_effects(
 ) -> Effects:
     """Compute ``sum of sums / sum of counts`` over items, with its interval and the p-value of no effect.
 
-    The interval is a bootstrap over items of the ratio (see ``bootstrap.interval_of``). Resamples without a token are
+    The interval is a bootstrap over items of the ratio (see ``stats.interval_of``). Resamples without a token are
     left out. The p-value compares the absolute sum with those after random changes of the items' signs. If there are no
     more than ``permutations`` such changes, all are used.
 

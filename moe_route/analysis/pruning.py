@@ -187,7 +187,8 @@ def super_experts(
     The peak of an expert is the largest absolute element of its output over all tokens routed to it. An expert is super
     if its peak is above the ``quantile`` of the peaks of all experts, and above ``share`` of the largest peak. Super
     experts serve the first tokens (attention sinks) of a text. Without them a model fails on any text, so controls
-    should leave them out (``plan.random(seed, exclude=super_experts(...).selection)``). It needs ``record(expert_outputs=True)``.
+    should leave them out (``plan.random(seed, exclude=super_experts(...).selection)``). It needs
+    ``record(expert_outputs=True)``.
 
     Args:
         quantile: the paper's is 0.995.
