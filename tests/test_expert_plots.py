@@ -45,7 +45,7 @@ def test_a_sweep_by_layer_and_threshold(sweep):
         plots.sweep(sweep, of="none")
 
 
-def test_overlap_by_threshold(sweep):
+def test_sweep_overlap(sweep):
     ax = plots.sweep_overlap(sweep)
     lines = {line.get_label(): line.get_ydata() for line in ax.get_lines()}
     assert lines["task experts"].tolist() == [9, 3, 1]

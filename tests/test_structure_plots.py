@@ -33,7 +33,7 @@ def test_load_balance_has_a_line_per_group():
         plots.load_balance(found, of="load")
 
 
-def test_expert_pairs_are_a_matrix():
+def test_pairs_are_a_matrix():
     pairs = np.array([[[4, 1, 0], [1, 2, 0], [0, 0, 0]]])
     together = analysis.Coactivation(pairs, np.array([5]), ("eng",), ("a",), (2,))
     image = plots.pairs(together, 0).get_images()[0]
