@@ -14,8 +14,6 @@ from moe_route.steering.layers import show_numbers
 from moe_route.steering.model import PlanError, PlanModel
 from moe_route.steering.rule import GAINS, LOSES, Rule, Seen
 
-__all__ = ["PlanChange", "PlanDifference", "PlanExplanation", "RuleEffect", "compare", "explain"]
-
 SATURATED = 0.02  # an expert is saturated if it is chosen by fewer, or by more than all but these, of the tokens
 _SHOWN, _SHOWN_CHANGES = 40, 60  # rows that are printed
 

@@ -14,29 +14,10 @@ import numpy as np
 from moe_route.contract.limits import MAX_CHOSEN
 from moe_route.contract.tables import Force
 from moe_route.contract.token_tables import stream_of
-from moe_route.steering.cell import PLAIN, Cell, Plane
-from moe_route.steering.rule import GAINS, LOSES, Entry, Experts, Forecast, PlanError, Rule, Seen, power
+from moe_route.steering.cell import LAYER, PLAIN, Cell, Plane
+from moe_route.steering.model import PlanError
+from moe_route.steering.rule import GAINS, LOSES, Entry, Experts, Forecast, Pairs, Rule, Seen, power
 from moe_route.steering.tables import ReplayTable, ScoreTable
-
-__all__ = [
-    "Activate",
-    "Bias",
-    "FixChoice",
-    "Forbid",
-    "ForceOff",
-    "ForceOn",
-    "Gumbel",
-    "Magnitude",
-    "Remap",
-    "Replay",
-    "ReplaceScores",
-    "ReserveSlot",
-    "ScaleLogits",
-    "ScaleWeights",
-    "Temperature",
-    "TopK",
-]
-
 
 # ---- families
 
@@ -58,11 +39,9 @@ class PlaneRule(ExpertRule):
     modes: ClassVar[Mapping[str, Plane]]
     neutral: ClassVar[float] = 0.0
 
-    def write(self, cell: Cell) -> None:
-        plane = self.modes[self.mode]
-        for expert, coefficient in self.in_layer(cell.layer):
-            cell.add(plane.name, self.effective(coefficient), expert, self.view)
-        cell.use(plane, self.kind, self.mode)
+    def write(self, cell: Cell, pairs: Pairs) -> None:
+        values = {expert: self.effective(coefficient) for expert, coefficient in pairs}
+        cell.add_plane(self.modes[self.mode], values, (self.absent, self.draw), (self.kind, self.mode))
 
     def gains(self) -> bool:
         return self.effective(1.0) > self.neutral
@@ -112,10 +91,9 @@ class Forced(ExpertRule):
 
     modes: ClassVar[Mapping[str, Force]]
 
-    def write(self, cell: Cell) -> None:
-        for expert, _ in self.in_layer(cell.layer):
-            cell.add("force", self.modes[self.mode], expert, self.view)
-        cell.use(Plane("force"), self.kind, self.mode)
+    def write(self, cell: Cell, pairs: Pairs) -> None:
+        codes = dict.fromkeys((expert for expert, _ in pairs), self.modes[self.mode])
+        cell.add_plane(Plane("force"), codes, (self.absent, self.draw), (self.kind, self.mode))
 
     def _as(self, kind: type[Forced]) -> Rule:
         return kind(**vars(self))
@@ -157,14 +135,14 @@ class NamedChoice(Rule):
     fields = frozenset(("experts", "draw"))
     what: ClassVar[str] = "fixed, replayed or drawn choices"
 
-    def row(self, cell: Cell) -> Any:
+    def row(self, cell: Cell, pairs: Pairs) -> Any:
         """The row of its table in the layer of a cell."""
         assert self.table is not None
         return cell.sources.index(self.table)
 
-    def write(self, cell: Cell) -> None:
-        by = (self.kind, self.draw, self.in_layer(cell.layer), self.table, self.value)
-        cell.put(self._name, self.row(cell), self.what, by, (False, self.draw))
+    def write(self, cell: Cell, pairs: Pairs) -> None:
+        by = (self.kind, self.draw, pairs, self.table)
+        cell.put(self._name, self.row(cell, pairs), self.what, by, (False, self.draw))
 
     @property
     def _name(self) -> str:
@@ -301,8 +279,8 @@ class Temperature(Power, LayerRule):
         _check_temperature(self)
         self.effective(self.value or 0.0)
 
-    def write(self, cell: Cell) -> None:
-        cell.add("temperature", self.effective(self.value or 0.0))
+    def write(self, cell: Cell, pairs: Pairs) -> None:
+        cell.add("temperature", {LAYER: self.effective(self.value or 0.0)})
 
     def forecast(self, seen: Seen) -> Forecast:
         return Forecast(np.zeros(1), "estimate")
@@ -369,8 +347,8 @@ class TopK(LayerRule):
                 f"{self.value}"
             )
 
-    def write(self, cell: Cell) -> None:
-        cell.add("top_k", self.value or 0)
+    def write(self, cell: Cell, pairs: Pairs) -> None:
+        cell.add("top_k", {LAYER: self.value or 0})
 
     def forecast(self, seen: Seen) -> Forecast:
         return Forecast(np.array([seen.tokens * abs(int(self.value or 0) - seen.top_k)]), "exact")
@@ -383,9 +361,8 @@ class Remap(Rule):
     shows = "chosen expert replaced"
     fields = frozenset(("experts",))
 
-    def write(self, cell: Cell) -> None:
-        for expert, target in self.in_layer(cell.layer):
-            cell.add("remap", target, expert)
+    def write(self, cell: Cell, pairs: Pairs) -> None:
+        cell.add("remap", dict(pairs))
 
     def named(self, layer: int) -> list[int]:
         return super().named(layer) + [int(to) for _, to in dict(self.experts).get(layer, ()) if to >= 0]
@@ -430,11 +407,11 @@ class ReplaceScores(NamedChoice):
     def _name(self) -> str:
         return "replace_scores" if self.table is None else "score_table"
 
-    def row(self, cell: Cell) -> Any:
+    def row(self, cell: Cell, pairs: Pairs) -> Any:
         if self.table is not None:
-            return super().row(cell)
+            return super().row(cell, pairs)
         scores = np.zeros(cell.router.num_experts, dtype=np.float32)
-        for expert, score in self.in_layer(cell.layer):
+        for expert, score in pairs:
             scores[expert] = score
         return scores
 
@@ -449,8 +426,8 @@ class ReserveSlot(NamedChoice):
     shows = "takes the last slot where not chosen"
     what = "own experts"
 
-    def write(self, cell: Cell) -> None:
-        for expert, _ in self.in_layer(cell.layer):
+    def write(self, cell: Cell, pairs: Pairs) -> None:
+        for expert, _ in pairs:
             cell.put(self.kind, expert, self.what, (self.kind, self.draw, expert), (False, self.draw))
 
     def forecast(self, seen: Seen) -> Forecast:
@@ -470,8 +447,8 @@ class FixChoice(NamedChoice):
             if slots != list(range(len(slots))):
                 raise PlanError(f"the fixed experts of layer {layer} need the slots 0 to {len(slots) - 1}, one each")
 
-    def row(self, cell: Cell) -> Any:
-        pairs, slots = self.in_layer(cell.layer), cell.router.top_k
+    def row(self, cell: Cell, pairs: Pairs) -> Any:
+        slots = cell.router.top_k
         if len(pairs) > slots:
             raise PlanError(f"{len(pairs)} experts are fixed in layer {cell.layer}, which has {slots} slots")
         ids = np.full(slots, -1)
@@ -508,7 +485,7 @@ class Gumbel(LayerRule):
         if self.draw is None:
             raise PlanError("a gumbel rule needs the seed of its noise: Plan.gumbel(seed)")
 
-    def write(self, cell: Cell) -> None:  # tokens with other seeds share one part, which draws once
+    def write(self, cell: Cell, pairs: Pairs) -> None:  # tokens with other seeds share one part, which draws once
         assert self.draw is not None
         by = (self.kind, self.draw, self.value)
         cell.put("gumbel", self.value, NamedChoice.what, by, PLAIN)
