@@ -27,10 +27,6 @@ class ExpertRule(Rule):
 
     fields = frozenset(("experts", "absent", "draw"))
 
-    def gains(self) -> bool:
-        """Whether an expert with coefficient 1 is chosen more often."""
-        return True
-
 
 class PlaneRule(ExpertRule):
     """A number per expert in a plane of ``SteeringTables``; by mode, the plane."""
@@ -43,18 +39,15 @@ class PlaneRule(ExpertRule):
         values = {expert: self.effective(coefficient) for expert, coefficient in pairs}
         cell.add_plane(self.modes[self.mode], values, (self.absent, self.draw), (self.kind, self.mode))
 
-    def gains(self) -> bool:
-        return self.effective(1.0) > self.neutral
-
     def forecast(self, seen: Seen) -> Forecast:
         """A bound: as many choices as its experts may gain or lose."""
         if self.draw is not None:
-            return _drawn(self, seen, self.gains())
-        effects = np.array([self.effective(coefficient) for _, coefficient in self.in_layer(seen.layer)])
-        up, chosen = effects > self.neutral, _chosen(self, seen)
+            return _drawn(seen, self.effective(1.0) > self.neutral)
+        effects = np.array([self.effective(coefficient) for _, coefficient in seen.pairs])
+        up = effects > self.neutral
         still = (effects == self.neutral) | (~up & self.absent)
         side = GAINS if up.all() else LOSES if not up.any() else ""
-        return Forecast(np.where(still, 0, self._bound(up, seen.tokens, chosen)), "at most", side)
+        return Forecast(np.where(still, 0, self._bound(up, seen.tokens, seen.chosen)), "at most", side)
 
     def _bound(self, up: np.ndarray, tokens: int, chosen: np.ndarray) -> np.ndarray:
         """The most choices that may move, of experts that go up or down."""
@@ -83,8 +76,6 @@ class Power(Rule):
 class Factor(Power, PlaneRule):
     """Multiplies by coefficient ** strength."""
 
-    neutral = 1.0
-
 
 class Forced(ExpertRule):
     """By mode, a code of ``Force`` for each of its experts."""
@@ -102,18 +93,14 @@ class Forced(ExpertRule):
 class Off(Forced):
     """Takes experts away."""
 
-    def gains(self) -> bool:
-        return False
-
     def forecast(self, seen: Seen) -> Forecast:
         if self.draw is not None:
-            return _drawn(self, seen, self.gains())
-        chosen = _chosen(self, seen)
-        return Forecast(np.zeros(len(chosen)) if self.absent else chosen, self._certainty(seen), LOSES)
+            return _drawn(seen, False)
+        return Forecast(np.where(self.absent, 0, seen.chosen), self._certainty(seen), LOSES)
 
     def _certainty(self, seen: Seen) -> str:
         """Whether enough other experts are left to choose."""
-        return "exact" if len(seen.counts) - len(self.in_layer(seen.layer)) >= seen.top_k else "at most"
+        return "exact" if len(seen.counts) - len(seen.pairs) >= seen.top_k else "at most"
 
 
 class LayerRule(Rule):
@@ -161,22 +148,17 @@ class NamedChoice(Rule):
         return Forecast(np.array([seen.tokens * seen.top_k]), "at most")
 
 
-def _chosen(rule: Rule, seen: Seen) -> np.ndarray:
-    """Tokens that choose each expert of the rule."""
-    return seen.counts[[expert for expert, _ in rule.in_layer(seen.layer)]]
-
-
-def _drawn(rule: Rule, seen: Seen, gains: bool) -> Forecast:
-    """The forecast for as many experts, uniformly drawn for each token."""
-    share = np.full(len(rule.in_layer(seen.layer)), seen.top_k / len(seen.counts))
+def _drawn(seen: Seen, gains: bool) -> Forecast:
+    """The forecast for as many experts, uniformly drawn for each token, that are added or taken away."""
+    share = np.full(len(seen.pairs), seen.top_k / len(seen.counts))
     return Forecast(seen.tokens * (1 - share if gains else share), "estimate")
 
 
 def _taken(rule: Rule, seen: Seen) -> Forecast:
     """The forecast for experts that every token chooses then."""
     if rule.draw is not None:
-        return _drawn(rule, seen, True)
-    free = seen.tokens - _chosen(rule, seen)
+        return _drawn(seen, True)
+    free = seen.tokens - seen.chosen
     return Forecast(free, "exact" if len(free) <= seen.top_k else "at most", GAINS)
 
 
@@ -206,8 +188,8 @@ class Activate(Additive):
         if self.draw is not None:
             return bound
         normal, moved = NormalDist(), bound.moved.astype(float)
-        shares = (_chosen(self, seen) + 0.5) / (seen.tokens + 1)  # never 0 or 1, which no finite strength would change
-        for place, (share, (_, c)) in enumerate(zip(shares.tolist(), self.in_layer(seen.layer), strict=True)):
+        shares = (seen.chosen + 0.5) / (seen.tokens + 1)  # never 0 or 1, which no finite strength would change
+        for place, (share, (_, c)) in enumerate(zip(shares.tolist(), seen.pairs, strict=True)):
             after = normal.cdf(normal.inv_cdf(share) + self.effective(c))
             moved[place] = min(abs(after - share) * seen.tokens, moved[place])
         note = (
@@ -378,9 +360,8 @@ class Remap(Rule):
         return self
 
     def forecast(self, seen: Seen) -> Forecast:
-        pairs = self.in_layer(seen.layer)
-        moved = np.where([expert != int(target) for expert, target in pairs], _chosen(self, seen), 0)
-        others = tuple(expert for expert, target in pairs if expert != int(target))
+        others = tuple(expert for expert, target in seen.pairs if expert != int(target))
+        moved = np.where([expert in others for expert, _ in seen.pairs], seen.chosen, 0)
         return Forecast(moved, "exact", LOSES, experts=others)
 
 

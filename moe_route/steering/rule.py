@@ -38,12 +38,19 @@ class Entry(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """Recorded tokens that a rule would act on in one layer: how many, the choices of each expert [E], and top-k."""
+    """Recorded tokens that a rule would act on in one layer: how many, the choices of each expert [E], and top-k.
 
-    layer: int
+    ``pairs`` are the experts of the rule there, and ``chosen`` their choices.
+    """
+
     tokens: int
     counts: np.ndarray
     top_k: int
+    pairs: Pairs
+
+    @property
+    def chosen(self) -> np.ndarray:
+        return self.counts[[expert for expert, _ in self.pairs]]
 
 
 class Forecast(NamedTuple):
