@@ -28,8 +28,6 @@ from moe_route.demo.task_experts import TaskExperts, find_task_experts, switch_t
 from moe_route.runs.language_model import LanguageModel
 from moe_route.runs.record import read_corpus
 
-__all__ = ["DRAWS", "Natural", "Study", "demo"]
-
 DRAWS = 99  # random sets beside the first finding; the smallest p-value is 0.01
 
 
@@ -158,7 +156,7 @@ class Study:
 
 def _report(study: Study, run: Measurement, draws: int) -> DemoReport:
     """Measure both findings."""
-    encoded = run.encode(study.corpus)
+    note = run.on(study.corpus).texts.note
     natural = study.natural(run)
     shared = np.array([study.corpus.languages.index(language) for language in study.problems.languages])
     task_experts_off = switch_task_experts_off(
@@ -186,7 +184,7 @@ def _report(study: Study, run: Measurement, draws: int) -> DemoReport:
         languages=study.corpus.languages,
         sentences=len(study.corpus),
         problems=len(study.subsets),
-        cut=[encoded.note] if encoded.note else [],
+        cut=[note] if note else [],
         task_experts_off=task_experts_off,
         language_experts_off=language_experts_off,
     )
