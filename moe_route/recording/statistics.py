@@ -29,15 +29,6 @@ if TYPE_CHECKING:
     import pandas as pd
 from moe_route.base.table import WIDTH, Table, number_of, wrapped
 
-__all__ = [
-    "SEQUENCE_KINDS",
-    "SEQUENCE_SCALARS",
-    "VIEWS",
-    "RecordingError",
-    "RoutingStatistics",
-    "MergeError",
-]
-
 Kind = Literal["full", "topk", "count"]
 By = Literal["sequence", "token"]
 

@@ -34,19 +34,6 @@ from moe_route.training.adapters.mixture import (
     Pools,
 )
 
-__all__ = [
-    "AdaptedModel",
-    "PARTS",
-    "ParameterCount",
-    "STAGES",
-    "Stage",
-    "adapter_names",
-    "add_adapters",
-    "freeze",
-    "load_adapters",
-]
-
-
 _KIND = "adapters"
 _CHILD, _POOLS = "adapter", "adapter_pools"  # names of the modules that are added; a second set is "adapter_2"
 
@@ -422,7 +409,7 @@ def _refuse_causal(model: nn.Module) -> None:
         )
 
 
-# Stages of a training, as data: which parts of a model are trained, and which are frozen.
+# ---- stages of a training, as data: which parts of a model are trained, and which are frozen
 
 PARTS = ("embeddings", "body", "head", "adapters", "routers")
 """Parts of a model.
