@@ -25,7 +25,7 @@ from moe_route.convert.traces import RoutedSequence, model_layers, routed_layers
 from moe_route.convert.writers import pickled, write_arrays, write_bytes, write_lines
 from moe_route.recording import Trace
 from moe_route.recording.store import Item
-from moe_route.steering.replay import ReplayTable
+from moe_route.steering.tables import ReplayTable
 
 _UNNAMED = "sequence_"  # prefix of the names of sequences without an item, in files of several arrays
 _SGLANG_DTYPES = ("uint8", "uint16", "int16", "int32", "int64")

@@ -37,10 +37,10 @@ from moe_route.integrations.vllm.options import (
 from moe_route.integrations.vllm.requests import Batch, PlanRows, Request, RequestTable, positions_of
 from moe_route.integrations.vllm.sites import Site, Stage, TokenNumbers
 from moe_route.ops.token_rules import fitted, token_counter
-from moe_route.steering.compiled import CompiledPlan
+from moe_route.steering.compile import CompiledPlan
 from moe_route.steering.model import PlanError
 from moe_route.steering.plan import Plan
-from moe_route.steering.sequence_table import Key, SequenceTable
+from moe_route.steering.tables import Key, SequenceTable
 
 _MARK = "moe_route:"  # begins every salt that is not the request's own alone
 logger = logging.getLogger(__name__)
