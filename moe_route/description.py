@@ -1,4 +1,5 @@
-"""Describe the routers of a model: how they decide, and how moe-route would attach to them."""
+"""Describe a model's routers and how moe-route would attach to them (``describe``); diagnose the installation
+(``doctor``)."""
 
 from __future__ import annotations
 
@@ -120,7 +121,7 @@ def describe(model: nn.Module) -> Description:
     return Description(identity["class"], identity["name"], identity["config_hash"], attachment is not None, layers)
 
 
-# Diagnose an installation: its versions, the kernels in use and why, and whether they compute correct results.
+# ---- an installation: its versions, the kernels in use and why, and whether they compute correct results
 
 EXTRAS: dict[str, dict[str, str]] = {
     "hf": {"transformers": "transformers", "accelerate": "accelerate"},
