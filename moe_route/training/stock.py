@@ -1,4 +1,8 @@
-"""Stock transformers classes that can hold an upcycled model. A further class is a row of `CLASSES`."""
+"""How a model was upcycled, and the stock transformers classes that can hold it.
+
+`UpcycledShape` is kept in the model's configuration, so that it is saved and loaded with the model. A further class
+is a row of `CLASSES`.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +17,11 @@ from moe_route.contract.spec import RouterSpec
 from moe_route.nn import ACTIVATIONS, SparseMoE
 from moe_route.training.dense import UpcyclingError
 
-__all__ = ["Recipe", "converted"]
-
-
-# How a model was upcycled: kept in its configuration, so that it is saved and loaded with the model.
-
 _KEY = "moe_route_upcycling"  # name of the attribute in a transformers configuration
 
 
 @dataclass(frozen=True)
-class Recipe:
+class UpcycledShape:
     """The shape of the sparse blocks of an upcycled model, and whose expert is whose."""
 
     layers: tuple[int, ...]  # indices of the model's layers that are sparse
@@ -46,7 +45,7 @@ class Recipe:
             setattr(config, _KEY, {**asdict(self), "layers": list(self.layers)})
 
     @classmethod
-    def read(cls, config: object) -> Recipe | None:
+    def read(cls, config: object) -> UpcycledShape | None:
         """The recipe that a configuration keeps, None if it keeps none.
 
         Raises `UpcyclingError` for one that does not fit together.
@@ -56,14 +55,15 @@ class Recipe:
             return None
         try:
             recipe = cls(**{**kept, "layers": tuple(kept["layers"])})
-            recipe._check()
+            recipe.check()
         except (TypeError, KeyError, ValueError) as error:
             raise UpcyclingError(
                 f"{_KEY} of the configuration is damaged ({error}): upcycle the dense model again"
             ) from error
         return recipe
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise `ValueError` for values that do not fit together."""
         for field in fields(self):
             value, kind = getattr(self, field.name), str(field.type)
             wanted: Any = {"int": int, "str": str, "bool": bool}.get(kind)
@@ -121,12 +121,12 @@ class Stock:
     dense: str  # class of the dense model
     sparse: str  # class of the sparse one
     router: str  # name of the router in its block
-    settings: Callable[[Recipe, int], dict[str, Any]]  # what the sparse configuration says of the blocks
+    settings: Callable[[UpcycledShape, int], dict[str, Any]]  # what the sparse configuration says of the blocks
     every_layer: bool = False  # whether it has no dense layers
     renormalizes: bool = False  # whether it always divides the weights by their sum
 
 
-def _qwen3_moe(recipe: Recipe, layers: int) -> dict[str, Any]:
+def _qwen3_moe(recipe: UpcycledShape, layers: int) -> dict[str, Any]:
     return {
         "num_experts": recipe.num_experts,
         "num_experts_per_tok": recipe.top_k,
@@ -137,7 +137,7 @@ def _qwen3_moe(recipe: Recipe, layers: int) -> dict[str, Any]:
     }
 
 
-def _mixtral(recipe: Recipe, layers: int) -> dict[str, Any]:
+def _mixtral(recipe: UpcycledShape, layers: int) -> dict[str, Any]:
     return {"num_local_experts": recipe.num_experts, "num_experts_per_tok": recipe.top_k}
 
 
@@ -148,7 +148,7 @@ CLASSES = (
 )
 
 
-def converted(model: nn.Module, recipe: Recipe) -> nn.Module | str:
+def converted(model: nn.Module, recipe: UpcycledShape) -> nn.Module | str:
     """The upcycled model as a stock class, or the reason why none can hold it.
 
     Both run on a few tokens. A class that computes anything else (other attention windows, say) is not used.
@@ -177,7 +177,7 @@ def converted(model: nn.Module, recipe: Recipe) -> nn.Module | str:
     return held
 
 
-def _built(model: Any, row: Stock, recipe: Recipe) -> Any:
+def _built(model: Any, row: Stock, recipe: UpcycledShape) -> Any:
     """A model of the sparse class with weights of its own."""
     import transformers
 
@@ -191,7 +191,7 @@ def _built(model: Any, row: Stock, recipe: Recipe) -> Any:
     )
 
 
-def _renamed(name: str, row: Stock, recipe: Recipe) -> str:
+def _renamed(name: str, row: Stock, recipe: UpcycledShape) -> str:
     for block in recipe.names:
         name = name.replace(f"{block}.router.", f"{block}.{row.router}.")
     return name
