@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
+from moe_route.analysis.recipes import plan_of
 from moe_route.evaluation.study import ControlSettings, Study, StudyError
 from moe_route.steering import ExpertSelection, Plan, PlanError
 from moe_route.steering.layers import layers, show_numbers
@@ -60,10 +61,7 @@ class Setting:
     def plan(self, experts: ExpertSelection, where: Sequence[int] | None = None) -> Plan:
         """Steer these experts in the setting's layers, or in those given."""
         steered = self.range if where is None else where
-        if self.kind == "hard":
-            return Plan.force_on(experts, steered, weight="paper")
-        correction = 1 if self.std == "sample" else 0
-        return Plan.activate(experts, steered, strength=self.strength, correction=correction)
+        return plan_of(experts, steered, self.kind, strength=self.strength, correction=1 if self.std == "sample" else 0)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content."""

@@ -17,8 +17,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from moe_route import data
 from moe_route.base import files
+from moe_route.data import shipped_studies
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,10 +41,8 @@ __all__ = [
     "TaskSource",
     "parse_assignment",
     "read_study",
-    "shipped_studies",
 ]
 
-_SHIPPED = Path(data.__file__).parent / "studies"
 _COMMIT = 40  # hexadecimal digits of a commit hash
 
 CONTROLS = ("before", "after", "multilingual", "deactivation", "off", "other layer base")
@@ -375,11 +373,6 @@ def _lists(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _lists(item) for key, item in value.items()}
     return [_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def shipped_studies() -> dict[str, Path]:
-    """Name -> file of each study that moe-route brings."""
-    return {path.stem: path for path in sorted(_SHIPPED.glob("*.toml"))}
 
 
 def read_study(name: str | Path, changes: Mapping[str, Any] | None = None) -> Study:

@@ -149,7 +149,7 @@ def test_ending_at_batch_boundaries_leaves_no_trace(
 ):
     out, ended = tmp_path / "results", 0
     while True:
-        checks = iter(range(7 + 5 * ended))
+        checks = iter(range(2 + 3 * ended))
         done = evaluate(
             small, out, language_model=language_model, stop=lambda checks=checks: next(checks, None) is None
         )
