@@ -1,9 +1,9 @@
-"""What the demonstration runs, and how: texts and problems in several languages, with or without a plan."""
+"""What the demonstration runs, and how: texts and problems in several languages, under a plan or random ones."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -11,16 +11,30 @@ import numpy as np
 
 from moe_route.analysis import Difference, paired_difference
 from moe_route.data import Corpus, Question, Task
-from moe_route.data.batches import EncodedTexts, texts_of
+from moe_route.data.batches import texts_of
+from moe_route.experiments.text_run import TextRun
 from moe_route.recording import RoutingStatistics
 from moe_route.routed import RoutedModel
 from moe_route.runs.language_model import LanguageModel
-from moe_route.runs.record import record_texts
-from moe_route.steering import Plan
+from moe_route.steering import ExpertSelection, Plan, PlanError
 
-__all__ = ["PIVOT", "Losses", "Measurement", "Scores", "sample_corpus", "sample_task"]
+__all__ = [
+    "HELD_OUT",
+    "PIVOT",
+    "SUBSETS",
+    "Losses",
+    "Measurement",
+    "Scores",
+    "pick_items",
+    "random_sets",
+    "sample_corpus",
+    "sample_task",
+    "shares_of",
+]
 
 PIVOT = "eng_Latn"
+SUBSETS = ("seen", "english_only", "unseen")  # of the problems, by who saw their numbers in training
+HELD_OUT = SUBSETS[1:]
 _QUESTIONS = 4  # questions are so much shorter than texts that a batch holds more of them
 
 
@@ -75,42 +89,31 @@ class Measurement:
     max_length: int | None = None
     progress: bool = False
 
-    def encode(self, corpus: Corpus) -> EncodedTexts:
-        """The texts of a corpus as tokens, language by language."""
-        return self.language_model.encode(texts_of(corpus), max_length=self.max_length)
+    def on(self, corpus: Corpus) -> TextRun:
+        """The texts of a corpus, language by language, to be run."""
+        texts = texts_of(corpus)
+        return TextRun(self.language_model, texts, self.routed, self.batch_size, self.max_length, self.progress)
 
     def record(self, corpus: Corpus, what: str) -> RoutingStatistics:
         """Record the routing of a corpus, with all sequences; `what` is the caption of the progress bar."""
-        with self.routed.record(groups=list(corpus.languages), sequences=True) as recorder:
-            record_texts(
-                recorder,
-                self.language_model,
-                self.encode(corpus),
-                batch_size=self.batch_size,
-                progress=self._caption(what),
-            )
-        return recorder.statistics()
+        with self.on(corpus) as run:
+            return run.record(what, groups=list(corpus.languages), sequences=True).statistics()
 
     def answers(self, task: Task, what: str, plan: Plan | None = None) -> Scores:
         """Answer the questions of a task."""
+        shown = what if self.progress else None
         with nullcontext() if plan is None else self.routed.steer(plan):
-            found = self.language_model.answers(
-                task.questions, batch_size=_QUESTIONS * self.batch_size, progress=self._caption(what)
+            answers = self.language_model.answers(
+                task.questions, batch_size=_QUESTIONS * self.batch_size, progress=shown
             )
         shape = (len(task.languages), -1)
-        return Scores(found.correct.astype(float).reshape(shape).T, found.nats.reshape(shape).T)
+        return Scores(answers.correct.astype(float).reshape(shape).T, answers.nats.reshape(shape).T)
 
     def losses(self, corpus: Corpus, what: str, plan: Plan | None = None) -> Losses:
         """Compute the loss of each text of a corpus."""
-        with nullcontext() if plan is None else self.routed.steer(plan):
-            found = self.language_model.losses(
-                self.encode(corpus), batch_size=self.batch_size, progress=self._caption(what)
-            )
-        nats, tokens = found.reshape(len(corpus.languages), len(corpus), 2).transpose(2, 1, 0)
-        return Losses(nats, tokens)
-
-    def _caption(self, what: str) -> str | None:
-        return what if self.progress else None
+        with self.on(corpus) as run:
+            nats, shape = run.losses(plan, what), (len(corpus.languages), -1)
+        return Losses(nats.reshape(shape).T, run.tokens.reshape(shape).T)
 
 
 def sample_task(task: Task, number: int) -> tuple[Task, np.ndarray]:
@@ -141,3 +144,19 @@ def pick_items(corpus: Corpus, places: Iterable[int]) -> Corpus:
     kept = list(places)
     texts = {language: tuple(corpus[language][place] for place in kept) for language in corpus.languages}
     return Corpus(corpus.languages, tuple(corpus.items[place] for place in kept), texts, corpus.name)
+
+
+def random_sets(plan: Plan, number: int) -> tuple[list[Plan], bool]:
+    """The plan on `number` random sets of as many experts of each layer, and whether these are all other sets.
+
+    All are taken if there are no more than `number`. A draw may hold experts of the plan: see `shares_of`.
+    """
+    try:
+        return plan.all_random(number), True
+    except PlanError:  # more sets than that
+        return [plan.random(seed) for seed in range(number)], False
+
+
+def shares_of(sets: Sequence[Plan], experts: ExpertSelection) -> np.ndarray:
+    """float64 [sets]: the share of `experts` that each set holds."""
+    return np.array([len(plan.touching(experts)) / len(experts) for plan in sets])

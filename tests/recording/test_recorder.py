@@ -624,12 +624,12 @@ class Stub:
 
     def __call__(self, recorder: Recorder, logits: list[torch.Tensor], phase: Any = "prefill") -> None:
         call = Call(1, len(logits[0]), 0, None, phase, torch.device("cpu"))
-        group, segment = recorder._rows(call)
+        _, group, segment = recorder._counting.labels_of(call).columns
         table = ops.token_table(call.length, group=torch.tensor(group), segment=torch.tensor(segment))
         if not self.silent:
             for values, statistics in zip(logits, self.tables, strict=True):
                 ops.route(values, 2, ops.RouterSpec(), tokens=table, statistics=statistics)
-        recorder._after_call()
+        recorder._counting.after_call(call)
 
 
 def test_layers_of_different_width() -> None:

@@ -14,7 +14,7 @@ from moe_route.contract.token_tables import Placed, TokenTables, join
 from moe_route.ops import RouterSpec
 from moe_route.ops.token_rules import fitted, route_tokens, token_counter
 from moe_route.steering import LayerShape, Plan
-from moe_route.steering.compiled import CompiledPlan
+from moe_route.steering.compile import CompiledPlan
 
 E, K, T = 8, 3, 48
 SPEC = RouterSpec(renormalize="sum")
