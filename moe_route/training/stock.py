@@ -1,4 +1,8 @@
-"""Stock transformers classes that can hold an upcycled model. A further class is a row of `CLASSES`."""
+"""How a model was upcycled, and the stock transformers classes that can hold it.
+
+`UpcycledShape` is kept in the model's configuration, so that it is saved and loaded with the model. A further class
+is a row of `CLASSES`.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,6 @@ from torch import nn
 from moe_route.contract.spec import RouterSpec
 from moe_route.nn import ACTIVATIONS, SparseMoE
 from moe_route.training.dense import UpcyclingError
-
-__all__ = ["UpcycledShape", "converted"]
-
-
-# How a model was upcycled: kept in its configuration, so that it is saved and loaded with the model.
 
 _KEY = "moe_route_upcycling"  # name of the attribute in a transformers configuration
 
@@ -56,14 +55,15 @@ class UpcycledShape:
             return None
         try:
             shape = cls(**{**kept, "layers": tuple(kept["layers"])})
-            shape._check()
+            shape.check()
         except (TypeError, KeyError, ValueError) as error:
             raise UpcyclingError(
                 f"{_KEY} of the configuration is damaged ({error}): upcycle the dense model again"
             ) from error
         return shape
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise `ValueError` for values that do not fit together."""
         for field in fields(self):
             value, kind = getattr(self, field.name), str(field.type)
             wanted: Any = {"int": int, "str": str, "bool": bool}.get(kind)

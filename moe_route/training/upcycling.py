@@ -1,4 +1,7 @@
-"""Turn a dense model into a sparse one whose experts belong to families of groups [ApolloMoE, arXiv 2410.10626]."""
+"""Turn a dense model into a sparse one whose experts belong to families of groups [ApolloMoE, arXiv 2410.10626].
+
+`upcycle` makes it, `own_expert_loss` trains its routers, `load_upcycled` loads it again.
+"""
 
 from __future__ import annotations
 
@@ -19,42 +22,7 @@ from moe_route.training.adapters.handle import adapter_names
 from moe_route.training.dense import DenseBlock, UpcyclingError, dense_blocks
 from moe_route.training.stock import UpcycledShape
 
-__all__ = [
-    "Upcycled",
-    "family_plan",
-    "is_upcycled",
-    "load_upcycled",
-    "own_expert_loss",
-    "upcycle",
-    "with_sparse_blocks",
-]
-
-
-# Losses on router logits. The load-balancing loss is `moe_route.nn.load_balancing_loss`.
-
-
-def own_expert_loss(router_logits: Tensor, experts: Tensor) -> Tensor:
-    """Mean of ``-log p`` over tokens, where p is the router's probability of the token's own expert.
-
-    It teaches a router whose choice is fixed in training (k = 1), and that gets no gradient from the model's own loss,
-    to find the expert by itself.
-
-    Args:
-        router_logits: [T, E].
-        experts: integers [T], each token's own expert; -1 leaves a token out (padding, or no family).
-
-    Returns a float32 scalar, 0 if every token is left out. Raises ``ValueError`` for other shapes, or for an expert
-    that the router does not have.
-    """
-    if router_logits.dim() != 2 or experts.shape != router_logits.shape[:1]:
-        raise ValueError(
-            f"router_logits [T, E] and experts [T] are needed, not {list(router_logits.shape)} and "
-            f"{list(experts.shape)}"
-        )
-    if experts.numel() and not -1 <= int(experts.min()) <= int(experts.max()) < router_logits.shape[1]:
-        raise ValueError(f"experts must lie between -1 and {router_logits.shape[1] - 1}")
-    total = F.cross_entropy(router_logits.float(), experts.long(), ignore_index=-1, reduction="sum")
-    return total / torch.clamp((experts >= 0).sum(), min=1)
+_OF_CONFIG = ("cache_dir", "local_files_only", "revision", "token")  # options of loading that say where files are
 
 
 class Upcycled(NamedTuple):
@@ -270,11 +238,6 @@ def _noisy(matrix: Tensor, noise: float, generator: torch.Generator) -> Tensor:
     return (matrix.float() + drawn * noise * matrix.float().std()).to(matrix.dtype)
 
 
-# Load an upcycled model that `save_pretrained` has saved.
-
-_OF_CONFIG = ("cache_dir", "local_files_only", "revision", "token")  # options that say where files are
-
-
 def is_upcycled(config: object) -> bool:
     """Whether a configuration is that of a model made by `upcycle`."""
     return UpcycledShape.read(config) is not None
@@ -336,3 +299,30 @@ def _sparse(kind: type[nn.Module]) -> Any:
     # from_pretrained looks up what it converts by the name and the module of the class.
     Sparse.__name__, Sparse.__module__ = kind.__name__, kind.__module__
     return Sparse
+
+
+# ---- losses on router logits (the load-balancing loss is `moe_route.nn.load_balancing_loss`)
+
+
+def own_expert_loss(router_logits: Tensor, experts: Tensor) -> Tensor:
+    """Mean of ``-log p`` over tokens, where p is the router's probability of the token's own expert.
+
+    It teaches a router whose choice is fixed in training (k = 1), and that gets no gradient from the model's own loss,
+    to find the expert by itself.
+
+    Args:
+        router_logits: [T, E].
+        experts: integers [T], each token's own expert; -1 leaves a token out (padding, or no family).
+
+    Returns a float32 scalar, 0 if every token is left out. Raises ``ValueError`` for other shapes, or for an expert
+    that the router does not have.
+    """
+    if router_logits.dim() != 2 or experts.shape != router_logits.shape[:1]:
+        raise ValueError(
+            f"router_logits [T, E] and experts [T] are needed, not {list(router_logits.shape)} and "
+            f"{list(experts.shape)}"
+        )
+    if experts.numel() and not -1 <= int(experts.min()) <= int(experts.max()) < router_logits.shape[1]:
+        raise ValueError(f"experts must lie between -1 and {router_logits.shape[1] - 1}")
+    total = F.cross_entropy(router_logits.float(), experts.long(), ignore_index=-1, reduction="sum")
+    return total / torch.clamp((experts >= 0).sum(), min=1)
