@@ -139,12 +139,6 @@ def test_outputs_that_do_not_depend_on_the_machine_are_those_of_the_page(
     assert FENCED.sub(Refresher().block, page) == page, f"run `python tests/test_docs.py docs/{name}` to write it anew"
 
 
-def test_the_page_of_the_command_line_is_written_by_the_parser():
-    from moe_route.cli.reference import page
-
-    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == page(), "write it: python -m moe_route.cli.reference"
-
-
 def test_the_page_on_architecture_shows_the_floors():
     from test_floors import FLOORS
 
