@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import comb, sqrt
+from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -73,10 +73,10 @@ def mcnemar(base: np.ndarray, other: np.ndarray) -> tuple[int, int, float]:
     Returns (lost, gained, p): questions that only the base run answers, questions that only the other run answers, and
     the two-sided p-value of a fair coin tossed once for each of them; 1 without any.
     """
+    from scipy.stats import binomtest
+
     lost, gained = int((base & ~other).sum()), int((~base & other).sum())
-    tosses, fewer = lost + gained, min(lost, gained)
-    tail = sum(comb(tosses, k) for k in range(fewer + 1))
-    return lost, gained, min(1.0, 2 * tail / 2**tosses) if tosses else 1.0
+    return lost, gained, float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
 
 
 def compare(

@@ -690,6 +690,11 @@ def table(frequency, groups=GROUPS):
 def test_frequency_share_rule():
     stats = table([[[0.8, 0.6, 0.5, 0.1]], [[0.1, 0.6, 0.7, 0.6]], [[0.1, 0.6, 0.1, 1.0]]])
     result = analysis.frequency_share_experts(stats, top=2, threshold=0.6)
+    frame = result.to_pandas()
+    assert list(frame.columns) == ["group", "layer", "expert", "score"]
+    of_en = frame[frame["group"] == "en"]
+    assert set(zip(of_en["layer"], of_en["expert"], strict=True)) == set(result["en"].pairs)
+    assert len(frame) == sum(map(len, result.values())) + len(result.shared)
     # kept: en 0, 1; sw 1 and 2; bn 3 and 1. Expert 1 is shared by three, the others have a share of 1
     assert result["en"] == {0: (0,)}
     assert result["sw"] == {0: (2,)}
