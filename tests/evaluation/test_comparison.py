@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_route.analysis import AnalysisError
-from moe_route.evaluation.comparison import Answered, compare, mcnemar, power
+from moe_route.evaluation.results import Answered, compare, mcnemar, power
 
 LANGUAGES = ("eng_Latn", "deu_Latn", "swh_Latn")
 
