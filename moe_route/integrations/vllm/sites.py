@@ -22,7 +22,7 @@ from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.contract.token_tables import TokenTables
 from moe_route.integrations.vllm.options import EngineNotSupportedError, find
 from moe_route.ops.token_rules import route_tokens
-from moe_route.steering.compile import LayerShape
+from moe_route.steering.cell import LayerShape
 
 _BLOCKS = {".block_sparse_moe.experts": ".mlp.experts"}
 _GATES = {"gpt_oss": "router", "phimoe": "router"}
