@@ -547,10 +547,10 @@ def _fits_file(layout: Layout, path: Path) -> bool:
     with path.open("rb") as stream:
         line = stream.readline()
     try:
-        found = json.loads(line)
+        first = json.loads(line)
     except ValueError:
         return False  # read as any other file, with its errors
-    return isinstance(found, dict) and _fits(layout, found)
+    return isinstance(first, dict) and _fits(layout, first)
 
 
 def _fits(layout: Layout, fields: Mapping[str, Any]) -> bool:
@@ -566,8 +566,8 @@ def _named(layout: Layout, path: Path) -> dict[str, str]:
 
 def _flores(code: str) -> str:
     """A code with a script as it is, any other as FLORES has it."""
-    found = language(code)
-    return code if found is None or re.fullmatch(r"[a-z]{3}_[A-Z][a-z]{3}\w*", code) else flores_code(code) or code
+    known = language(code)
+    return code if known is None or re.fullmatch(r"[a-z]{3}_[A-Z][a-z]{3}\w*", code) else flores_code(code) or code
 
 
 def _by_layout(layout: Layout, fields: Mapping[str, Any], row: Row) -> CorpusText:
