@@ -446,8 +446,9 @@ def read_texts(
 ) -> CorpusStream:
     """The texts of `source`, in any form that `CorpusStream` reads; its `described` tells how they are read.
 
-    Files are opened at once, or with `opened=False` when they are iterated. Raises `FileNotFoundError` for a missing file, and `CorpusError` for a table whose columns
-    cannot be told, for a language that is not there, and for files that are not parallel.
+    Files are opened at once, or with `opened=False` when they are iterated. Raises `FileNotFoundError` for a missing
+    file, and `CorpusError` for a table whose columns cannot be told, for a language that is not there, and for files
+    that are not parallel.
     """
     groups = (languages,) if isinstance(languages, str) else None if languages is None else tuple(languages)
     stream = CorpusStream(str(source), columns, quotes, text, group, item, split, groups, limit)
