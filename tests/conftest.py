@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from harness.hidden_library import HIDDEN, hide
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from harness.backends import Backend
+
+if HIDDEN:
+    hide()
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
 settings.register_profile("default", max_examples=80, derandomize=True, print_blob=True, **_COMMON)

@@ -22,7 +22,7 @@ import moe_route as mr
 from moe_route import analysis
 from moe_route.analysis import AnalysisError, Divergence
 from moe_route.analysis.measures import cosine_distance, jaccard_distance
-from moe_route.ops import SCALARS
+from moe_route.contract.tables import SCALARS
 from moe_route.recording import RoutingStatistics
 from moe_route.recording.store import SequenceStore
 from moe_route.recording.tables import TableSums

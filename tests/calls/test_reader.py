@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from moe_route.calls.call import Call
 from moe_route.calls.reader import CallReader, valid_tokens
 from moe_route.calls.token_table import Labels, broadcast_rows
-from moe_route.patching.context import RunningCall
 
 
 class Model(nn.Module):
@@ -128,7 +127,9 @@ def call_of(batch: int, length: int, valid: Tensor | None = None) -> Call:
     return Call(batch, length, 0, valid, "prefill", torch.device("cpu"))
 
 
-def context(labels: Labels | None) -> RunningCall:
+def context(labels: Labels | None) -> Any:
+    from moe_route.patching.context import RunningCall
+
     made = RunningCall()
     made.listener.labels_of = lambda call: labels
     made.idle = False

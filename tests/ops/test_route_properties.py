@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_route import reference
-from moe_route.ops import StatisticsTables
+from moe_route.contract.tables import StatisticsTables
 
 NATIVE = available(lambda backend: backend.native)
 # They run on a CUDA device too, where there is one.

@@ -18,11 +18,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import moe_route as mr
-from moe_route import ops
 from moe_route.base import files
 from moe_route.calls import Call
 from moe_route.recording import Recorder, RecordingError, SequenceStore
-from moe_route.routers import find_routers
 
 E = 8
 
@@ -34,7 +32,7 @@ class ByHand:
         self.layers: dict[int, list[tuple[np.ndarray, ...]]] = {}
         self.handles = [
             router.module.register_forward_hook(self._hook(router.layer, router.spec.score))
-            for router in find_routers(model)
+            for router in mr.routers.find_routers(model)
         ]
 
     def _hook(self, layer: int, score: str) -> Any:
@@ -625,10 +623,10 @@ class Stub:
     def __call__(self, recorder: Recorder, logits: list[torch.Tensor], phase: Any = "prefill") -> None:
         call = Call(1, len(logits[0]), 0, None, phase, torch.device("cpu"))
         group, segment = recorder._rows(call)
-        table = ops.token_table(call.length, group=torch.tensor(group), segment=torch.tensor(segment))
+        table = mr.ops.token_table(call.length, group=torch.tensor(group), segment=torch.tensor(segment))
         if not self.silent:
             for values, statistics in zip(logits, self.tables, strict=True):
-                ops.route(values, 2, ops.RouterSpec(), tokens=table, statistics=statistics)
+                mr.ops.route(values, 2, mr.ops.RouterSpec(), tokens=table, statistics=statistics)
         recorder._after_call()
 
 
