@@ -21,7 +21,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +28,9 @@ from moe_route.base.devices import Block, upload
 from moe_route.base.identity import identity_of, library_versions
 from moe_route.calls.call import PHASES, Call, NamedGroups, Phase, name_groups, named_groups
 from moe_route.calls.token_table import Labels, broadcast_rows, columns, in_phases, rows_on_device
+from moe_route.contract.token_tables import entries, starts
 from moe_route.experts.interface import experts_implementations
+from moe_route.ops.token_rules import token_counter
 from moe_route.patching.attachment import Attachment
 from moe_route.patching.context import CallListener
 from moe_route.recording import LabelBlock, Recorder, RoutingStatistics
@@ -37,7 +38,6 @@ from moe_route.recording.recorder import DEFAULT_GROUP, DEFAULT_METRICS
 from moe_route.recording.special_tokens import special_ids_of
 from moe_route.routers.discovery import RouterInfo
 from moe_route.steering import CompiledPlan, ExpertSelection, LearnedRouting, Plan
-from moe_route.steering.draw import token_counter
 from moe_route.steering.learned import RoutingParameters, fit, frozen
 
 __all__ = ["RoutedModel", "attach"]
@@ -479,7 +479,7 @@ class _ActivePlan:
         self._rows = self.compiled.rows.tolist()
         self._block: LabelBlock | None = None
         self._cache: dict[tuple[int, int, torch.device], int | Tensor] = {}
-        self._starts: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+        self._starts: dict[tuple[int, torch.device], Tensor] = {}
 
     def rows(self, call: Call, block: LabelBlock | None) -> int | Tensor:
         """Steering row of the tokens of a call: an int, ``[N]`` or ``[N, length]``; -1: not steered."""
@@ -537,21 +537,7 @@ class _ActivePlan:
         self._follow(block)
         key = (call.batch, call.device)
         if key not in self._starts:
-            self._starts[key] = self._starts_of(call, block)
-        first, length, step = self._starts[key]
-        place = call.tokens_before()[..., None] * step
-        return torch.where(place < length, first + place, -1)
-
-    def _starts_of(self, call: Call, block: LabelBlock | None) -> tuple[Tensor, Tensor, Tensor]:
-        """For each batch row and table, int64 ``[batch, 1, M]``: the start of its sequence in the table, its length,
-        and the number of rows from one token to the next (0 if one row stands for all tokens of a sequence)."""
-        items, groups = (None, None) if block is None else (block.items, block.sequence_groups)
-        tables = self.compiled.sequence_tables
-        rows = [table.sequences(call.batch, items, groups) for table in tables]
-        first = [table.first[row] for table, row in zip(tables, rows, strict=True)]
-        length = [np.asarray(table.lengths)[row] for table, row in zip(tables, rows, strict=True)]
-        step = [np.full(len(row), not table.constant, np.int64) for table, row in zip(tables, rows, strict=True)]
-        starts, lengths, steps = (
-            upload(torch.from_numpy(np.stack(of, 1))[:, None], call.device) for of in (first, length, step)
-        )
-        return starts, lengths, steps
+            items, groups = (None, None) if block is None else (block.items, block.sequence_groups)
+            places = starts(tables, call.batch, items, groups)[:, :, None]
+            self._starts[key] = upload(torch.from_numpy(places), call.device)
+        return entries(self._starts[key], call.tokens_before())

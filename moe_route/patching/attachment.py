@@ -20,6 +20,7 @@ from moe_route.experts.interface import ExpertsSwitch
 from moe_route.experts.outputs import OutputSink, watch_experts
 from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook, at, drop_graphs
 from moe_route.ops.kernels import has_kernels
+from moe_route.ops.token_rules import fitted
 from moe_route.patching.context import CallListener, RunningCall
 from moe_route.patching.engine import ChoiceCallback, Engine, FusedEngine, LayerSteering
 from moe_route.patching.generate import listen_to_generate
@@ -415,7 +416,7 @@ def _fitted(tables: LayerSteering | None, router: RouterInfo) -> LayerSteering |
             f"router {router.name!r} (layer {router.layer}) routes patches of images, which no table of "
             "tokens names: leave the layer out, plan.only(layers=[...])"
         )
-    return tables.fitted(router.name, router.spec)
+    return fitted(tables, router.name, router.spec)
 
 
 def _steers_nothing(tables: LayerSteering) -> bool:

@@ -14,8 +14,8 @@ the largest id of its row, or 0 if the row has none. It is counted as empty, nev
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from moe_route import ops
 from moe_route.calls.call import recomputing
 from moe_route.calls.token_table import on_device
-from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import StatisticsTables, SteeringTables
+from moe_route.contract.token_tables import TokenTables
 from moe_route.modules.intercept import Change, ReplacedForward, number
+from moe_route.ops.token_rules import route_tokens
 from moe_route.patching.context import RunningCall
 from moe_route.routers.discovery import RouterInfo
 from moe_route.routers.family import gate_logits, weight_dtype
@@ -35,29 +36,7 @@ ChoiceCallback = Callable[[int, Tensor, Tensor], None]
 
 EMPTYING = frozenset(("force", "top_k", "remap"))  # steering tables that can leave a slot empty
 
-
-class PerTokenSteering(Protocol):
-    """Steering that depends on more than a token's row (`steering.TokenSteering`)."""
-
-    trained: bool
-    is_null: bool
-    num_experts: int
-    wide: int  # number of slots, if some row has more than the router; else 0
-
-    @property
-    def replays(self) -> bool: ...
-
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def tables(self) -> Mapping[str, object]: ...
-    def to(self, device: torch.device) -> PerTokenSteering: ...
-    def fitted(self, name: str, spec: RouterSpec) -> PerTokenSteering: ...
-    @property
-    def route(self) -> Callable[..., tuple[Tensor, Tensor, tuple[Tensor, SteeringTables, Tensor]]]: ...
-
-
-LayerSteering = SteeringTables | PerTokenSteering
+LayerSteering = SteeringTables | TokenTables
 
 
 class Choice(NamedTuple):
@@ -150,7 +129,7 @@ class Engine(ABC):
                 given = {"choice": ops.route(logits, k, self.spec, **model)[1]}
         given |= {"tokens": table, "counter": self.counter(logits), "entries": self.entries(logits)}
         given |= {"statistics": statistics}
-        weights, ids, steered = steering.route(logits, k, self.spec, **model, **given)
+        weights, ids, steered = route_tokens(steering, logits, k, self.spec, **model, **given)
         return Choice(weights, ids, *steered)
 
     def counter(self, logits: Tensor) -> Tensor | None:

@@ -1,7 +1,7 @@
 """Steering: experts, the changes made to them, and the tables that carry these changes into ``route``.
 
 ``ExpertSelection`` is a set of experts. ``Plan`` says what is done to them, where and when. ``Plan.compile`` makes one
-``SteeringTables`` per layer, or ``TokenSteering`` where a rule depends on more than a token's row. It also makes the
+``SteeringTables`` per layer, or ``TokenTables`` where a rule depends on more than a token's row. It also makes the
 lookup from (phase, group, position) to the row of a token.
 """
 
@@ -13,7 +13,6 @@ from moe_route.steering.plan import Plan
 from moe_route.steering.plan_difference import PlanChange, PlanDifference
 from moe_route.steering.rule import Rule
 from moe_route.steering.selection import ExpertSelection
-from moe_route.steering.token_steering import TokenSteering
 
 __all__ = [
     "CompiledPlan",
@@ -28,5 +27,4 @@ __all__ = [
     "PlanModel",
     "Rule",
     "RuleEffect",
-    "TokenSteering",
 ]

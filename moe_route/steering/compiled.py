@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from moe_route.calls.call import PHASES
+from moe_route.contract.limits import MAX_CHOSEN
 from moe_route.contract.tables import NEUTRAL, Force, SteeringTables
-from moe_route.steering.draw import stream_of
+from moe_route.contract.token_tables import Part, TokenTables, stream_of
 from moe_route.steering.model import PlanError
 from moe_route.steering.replay import ReplayTable
-from moe_route.steering.rule import MOST_SLOTS, OPERATIONS, Rule
+from moe_route.steering.rule import OPERATIONS, Rule
 from moe_route.steering.score_table import ScoreTable
 from moe_route.steering.sequence_table import SequenceTable
-from moe_route.steering.token_steering import Part, TokenSteering
 
 __all__ = ["CompiledPlan", "HasExperts", "LayerShape", "compile_rules"]
 
@@ -77,7 +77,7 @@ class CompiledPlan:
     """A plan as tables.
 
     Attributes:
-        tables: one ``SteeringTables`` per MoE layer, or ``TokenSteering`` where a rule depends on more than the token's
+        tables: one ``SteeringTables`` per MoE layer, or ``TokenTables`` where a rule depends on more than the token's
             row, or None where the plan leaves the layer alone. All have the same number of rows.
         rows: int32 [2, G + 1, C]: the steering row of a token by phase ("prefill", "decode"), group, and class of
             positions. Column 0 is for tokens without a group, column g + 1 for group g. -1 where no rule applies.
@@ -88,7 +88,7 @@ class CompiledPlan:
         sequence_tables: tables of values per token, in the order of the columns of ``Labels.entries``.
     """
 
-    tables: list[SteeringTables | TokenSteering | None]
+    tables: list[SteeringTables | TokenTables | None]
     rows: torch.Tensor
     groups: tuple[str, ...]
     plan_hash: str
@@ -467,8 +467,8 @@ def _layer_parameters(rules: Iterable[Rule], layer: int, router: HasExperts) -> 
     if len(wanted) > 1:
         raise PlanError(f"layer {layer} is asked for top-{min(wanted)} and top-{max(wanted)} at once: keep one of them")
     for k in wanted:
-        if k > min(router.num_experts, MOST_SLOTS):
-            raise PlanError(f"top_k {k} is more than the {min(router.num_experts, MOST_SLOTS)} of layer {layer}")
+        if k > min(router.num_experts, MAX_CHOSEN):
+            raise PlanError(f"top_k {k} is more than the {min(router.num_experts, MAX_CHOSEN)} of layer {layer}")
         if k != router.top_k:
             found["top_k"] = float(k)
     return found
@@ -487,7 +487,7 @@ def _remap(rules: Iterable[Rule], layer: int, num_experts: int) -> np.ndarray:
 
 def _tables(
     cells: Sequence[_Cell], layer: int, router: HasExperts, by_token: Sequence[SequenceTable]
-) -> SteeringTables | TokenSteering | None:
+) -> SteeringTables | TokenTables | None:
     """One layer's cells as tables, one row per cell, with those tables that some cell uses."""
     if not any(cells):
         return None
@@ -505,7 +505,7 @@ def _tables(
         return SteeringTables(len(cells), router.num_experts, **given)
     parts = [_part(cells, _PLAIN, by_name, router)] if by_name else []
     parts += [_part(cells, view, of_view, router) for view, of_view in sorted(names.items(), key=repr)]
-    return TokenSteering(
+    return TokenTables(
         layer,
         router.num_experts,
         SteeringTables(len(cells), router.num_experts, **{"temperature": torch.ones(len(cells))} | given),

@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from moe_route import _C
 from moe_route.calls.call import PHASES
+from moe_route.contract.limits import MAX_CHOSEN
 from moe_route.steering.layers import as_layers, show_numbers
 from moe_route.steering.model import PlanError
 from moe_route.steering.replay import ReplayTable
@@ -55,7 +55,6 @@ OPERATIONS = {
     "replay": Operation("", ("",), "exactly the recorded experts of {x}"),
     "gumbel": Operation("", ("",), "chosen by logit + {x} * Gumbel noise"),
 }
-MOST_SLOTS = _C.MAX_CHOSEN  # the limit of the operators
 # rules that apply to a whole layer, with a value in place of experts
 LAYER_KINDS = ("temperature", "top_k", "gumbel")
 # rules whose coefficients are values (scores, or indices of slots), not factors of a strength
@@ -335,7 +334,7 @@ def checked(rule: Rule) -> Rule:
         raise PlanError(f"a {rule.kind} rule needs {needed} and nothing else")
     if rule.kind == "top_k" and (rule.value is None or rule.value < 1 or rule.value != int(rule.value)):
         raise PlanError(
-            f"top_k must be a whole number from 1 to the experts of the layer (at most {MOST_SLOTS}), not {rule.value}"
+            f"top_k must be a whole number from 1 to the experts of the layer (at most {MAX_CHOSEN}), not {rule.value}"
         )
     if rule.kind in ("temperature", "gumbel") and (rule.value is None or rule.value <= 0):
         raise PlanError(f"temperature must be above 0, not {rule.value}")

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from moe_route import ops
+from moe_route.contract.token_tables import TokenTables, stream_of
 from moe_route.ops import RouterSpec, token_table
-from moe_route.steering import LayerShape, Plan, PlanError, TokenSteering
-from moe_route.steering.draw import gumbel_noise, stream_of
+from moe_route.ops.token_rules import fitted, gumbel_noise, route_tokens
+from moe_route.steering import LayerShape, Plan, PlanError
 
 E, K, T = 6, 2, 40
 SPECS = {
@@ -23,11 +24,18 @@ SPECS = {
 
 def draw(plan: Plan, logits: torch.Tensor, spec: RouterSpec, counter: torch.Tensor, rows: object = 0, bias=None):
     steering = plan.compile([LayerShape(E, K)], ["a", "b"]).tables[0]
-    assert isinstance(steering, TokenSteering)
+    assert isinstance(steering, TokenTables)
     natural = ops.route(logits, K, spec, correction_bias=bias)[1]
     tokens = token_table(len(logits), steering_row=rows)
-    weights, ids, _ = steering.fitted("here", spec).route(
-        logits, K, spec, tokens=tokens, counter=counter, choice=natural, correction_bias=bias
+    weights, ids, _ = route_tokens(
+        fitted(steering, "here", spec),
+        logits,
+        K,
+        spec,
+        tokens=tokens,
+        counter=counter,
+        choice=natural,
+        correction_bias=bias,
     )
     return weights, ids, natural
 
@@ -116,7 +124,7 @@ def test_groups_have_routes_of_their_own_and_forbidden_experts_stay_out():
     rows = own.repeat(T)[:T].to(torch.int32)
     natural = ops.route(logits, K, RouterSpec())[1]
     tokens = token_table(T, steering_row=rows)
-    _, ids, _ = steering.route(logits, K, RouterSpec(), tokens=tokens, counter=counter, choice=natural)
+    _, ids, _ = route_tokens(steering, logits, K, RouterSpec(), tokens=tokens, counter=counter, choice=natural)
     assert not (ids == 4).any()
     for token in range(T):
         z = logits[token].numpy().astype(float)

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 import moe_route as mr
 from moe_route import ops
 from moe_route.base import files
+from moe_route.contract.token_tables import TokenTables
 from moe_route.ops import RouterSpec, StatisticsTables, token_table
+from moe_route.ops.token_rules import fitted, route_tokens
 from moe_route.recording import Trace
-from moe_route.steering import LayerShape, Plan, PlanError, TokenSteering
+from moe_route.steering import LayerShape, Plan, PlanError
 
 E, K, T = 8, 3, 40
 SITES = [LayerShape(E, K)] * 2
@@ -41,12 +43,13 @@ def test_a_layer_replays_as_the_operator_does(spec):
     ids[::5] = -1
     ids[1::5, :, 1:] = -1
     steering = Plan.replay(ids).compile(SITES).tables[0]
-    assert isinstance(steering, TokenSteering)
+    assert isinstance(steering, TokenTables)
     entries = torch.arange(T)[:, None].clone()
     entries[T // 2] = -1  # a token that was not recorded
     natural_weights, natural = ops.route(logits, K, spec)
     statistics = StatisticsTables.zeros(E, groups=1, metrics=ops.METRICS)
-    weights, found, _ = steering.fitted("here", spec).route(
+    weights, found, _ = route_tokens(
+        fitted(steering, "here", spec),
         logits,
         K,
         spec,
@@ -75,8 +78,9 @@ def test_other_rules_act_on_the_scores_that_weigh():
     logits = torch.randn(T, E, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     ids = random_ids(T, 2)
     steering = (Plan.replay(ids) + Plan.bias({0: [2]}, strength=1.5)).compile(SITES).tables[0]
-    assert isinstance(steering, TokenSteering)
-    weights, found, _ = steering.fitted("here", SOFTMAX).route(
+    assert isinstance(steering, TokenTables)
+    weights, found, _ = route_tokens(
+        fitted(steering, "here", SOFTMAX),
         logits,
         K,
         SOFTMAX,
@@ -135,7 +139,7 @@ def test_replays_are_saved_hashed_and_shown(name: str, suffix: str, tmp_path: Pa
     ours, theirs = (p.compile(SITES, ["x"]).tables for p in (plan, again))
     for one, other in zip(ours, theirs, strict=True):
         assert (one is None) == (other is None)
-        if isinstance(one, TokenSteering) and isinstance(other, TokenSteering):
+        if isinstance(one, TokenTables) and isinstance(other, TokenTables):
             assert all(torch.equal(one.recorded[m], other.recorded[m]) for m in one.recorded | other.recorded)
 
 

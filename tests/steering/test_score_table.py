@@ -13,8 +13,10 @@ from torch import Tensor
 
 import moe_route as mr
 from moe_route import ops
+from moe_route.contract.token_tables import TokenTables
 from moe_route.ops import RouterSpec, token_table
-from moe_route.steering import LayerShape, Plan, PlanError, TokenSteering
+from moe_route.ops.token_rules import fitted, route_tokens
+from moe_route.steering import LayerShape, Plan, PlanError
 
 E, K, T = 8, 3, 12
 SITES = [LayerShape(E, K)] * 2
@@ -40,12 +42,19 @@ def test_given_scores_route_as_written_out(score: Any) -> None:
     scores = random_scores(T, 2)
     scores[::4] = torch.nan
     steering = Plan.replace_scores(scores).compile(SITES).tables[1]
-    assert isinstance(steering, TokenSteering)
+    assert isinstance(steering, TokenTables)
     entries = torch.arange(T)[:, None].clone()
     entries[5] = -1
     natural_weights, natural = ops.route(logits, K, spec)
-    weights, ids, _ = steering.fitted("here", spec).route(
-        logits, K, spec, tokens=token_table(T, steering_row=0), counter=None, entries=entries, choice=natural
+    weights, ids, _ = route_tokens(
+        fitted(steering, "here", spec),
+        logits,
+        K,
+        spec,
+        tokens=token_table(T, steering_row=0),
+        counter=None,
+        entries=entries,
+        choice=natural,
     )
     for token in range(T):
         if token % 4 == 0 or token == 5:
@@ -64,8 +73,9 @@ def test_other_rules_of_the_row_hold_for_tokens_without_scores() -> None:
     scores[3] = torch.nan
     plan = Plan.replace_scores(scores) + Plan.bias({0: [6]}, strength=2.0)
     steering = plan.compile(SITES).tables[0]
-    assert isinstance(steering, TokenSteering)
-    weights, ids, _ = steering.fitted("here", spec).route(
+    assert isinstance(steering, TokenTables)
+    weights, ids, _ = route_tokens(
+        fitted(steering, "here", spec),
         logits,
         K,
         spec,
@@ -109,7 +119,7 @@ def test_random_controls_rename_the_experts() -> None:
     scores = random_scores(5, 2)
     drawn = Plan.replace_scores(scores).random(3, num_experts=E)
     table = drawn.compile(SITES).tables[0]
-    assert isinstance(table, TokenSteering)
+    assert isinstance(table, TokenTables)
     assert torch.equal(table.scored[0].sort(1).values, scores[:, 0].sort(1).values)
     assert not torch.equal(table.scored[0], scores[:, 0])
     assert "drawn with seed 4" in Plan.replace_scores(scores).random_per_token(4).describe()
@@ -160,9 +170,9 @@ def test_a_table_of_another_kind_is_refused() -> None:
 
 def test_a_sigmoid_takes_scores_up_to_one_only() -> None:
     steering = Plan.replace_scores(random_scores(5, 2) * 2 + 0.5).compile(SITES).tables[0]
-    assert isinstance(steering, TokenSteering)
+    assert isinstance(steering, TokenTables)
     with pytest.raises(ValueError, match="between 0 and 1"):
-        steering.fitted("layers.0.gate", RouterSpec(score="sigmoid"))
+        fitted(steering, "layers.0.gate", RouterSpec(score="sigmoid"))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from moe_route import ops
 from moe_route.contract.tables import NEUTRAL, STEERING_PLANES, StatisticsTables, SteeringTables
+from moe_route.contract.token_tables import Placed, TokenTables, join
 from moe_route.ops import RouterSpec
-from moe_route.steering import LayerShape, Plan, TokenSteering
+from moe_route.ops.token_rules import fitted, route_tokens, token_counter
+from moe_route.steering import LayerShape, Plan
 from moe_route.steering.compiled import CompiledPlan
-from moe_route.steering.draw import token_counter
-from moe_route.steering.token_rows import Placed, join
 
 E, K, T = 8, 3, 48
 SPEC = RouterSpec(renormalize="sum")
@@ -32,22 +32,23 @@ PLANS = {
 }
 
 
-def compiled(name: str) -> tuple[CompiledPlan, TokenSteering]:
+def compiled(name: str) -> tuple[CompiledPlan, TokenTables]:
     plan = PLANS[name].compile([LayerShape(E, K)])
     steering = plan.tables[0]
-    assert isinstance(steering, TokenSteering)
-    return plan, steering.fitted("here", SPEC)
+    assert isinstance(steering, TokenTables)
+    return plan, fitted(steering, "here", SPEC)
 
 
 def zeros() -> StatisticsTables:
     return StatisticsTables.zeros(E, groups=3, metrics=("counts", "natural_counts", "weight"))
 
 
-def run(steering: TokenSteering, tokens: Tensor, entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def run(steering: TokenTables, tokens: Tensor, entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logits = torch.randn(T, E, generator=torch.Generator().manual_seed(9)) * 2
     weights, ids = ops.route(logits, K, SPEC)
     counts = zeros()
-    weights, ids, _ = steering.route(
+    weights, ids, _ = route_tokens(
+        steering,
         logits,
         K,
         SPEC,
@@ -92,7 +93,7 @@ def _unsteered(table: Tensor) -> Tensor:
     return torch.cat([torch.full_like(table[:, :1], -1), table[:, 1:]], 1)
 
 
-def _planes(steerings: list[TokenSteering], first: list[int], rows: int) -> dict[str, Tensor]:
+def _planes(steerings: list[TokenTables], first: list[int], rows: int) -> dict[str, Tensor]:
     """What depends on the row alone, of all plans, at their rows."""
     planes = {name: torch.full((rows, E), float(NEUTRAL[name])) for name in STEERING_PLANES}
     for steering, at in zip(steerings, first, strict=True):
@@ -104,6 +105,6 @@ def _planes(steerings: list[TokenSteering], first: list[int], rows: int) -> dict
 
 def test_more_slots_than_the_router_has_are_refused() -> None:
     steering = Plan.top_k(5).compile([LayerShape(E, K)]).tables[0]
-    assert isinstance(steering, TokenSteering)
+    assert isinstance(steering, TokenTables)
     with pytest.raises(ValueError, match="top_k above the router's own"):
         join(SteeringTables(4, E), [Placed(steering, 0, 0)])

@@ -17,6 +17,7 @@ from torch import Tensor
 from moe_route.base import files
 from moe_route.base.devices import upload
 from moe_route.calls.call import PHASES
+from moe_route.contract.token_tables import BY_TOKEN, Placed, TokenTables, entries, join, starts
 from moe_route.integrations.vllm import operator
 from moe_route.integrations.vllm.answers import joined
 from moe_route.integrations.vllm.options import (
@@ -29,13 +30,11 @@ from moe_route.integrations.vllm.options import (
     identity,
 )
 from moe_route.integrations.vllm.requests import PlanRows, Request, RequestTable, positions_of
+from moe_route.ops.token_rules import fitted, token_counter
 from moe_route.steering.compiled import CompiledPlan
-from moe_route.steering.draw import token_counter
 from moe_route.steering.model import PlanError
 from moe_route.steering.plan import Plan
 from moe_route.steering.sequence_table import Key, SequenceTable
-from moe_route.steering.token_rows import Placed, join
-from moe_route.steering.token_steering import TokenSteering
 
 if TYPE_CHECKING:
     from moe_route.integrations.vllm.requests import Batch
@@ -87,9 +86,8 @@ class TokenValues:
         if self._plans.draws:
             self.counter = token_counter(upload(torch.from_numpy(positions), self._device), batch.token_ids)
         if self._plans.sequence_tables:
-            first, length, step = self._starts(batch)
-            place = positions[:, None] * step
-            self.entries = upload(torch.from_numpy(np.where(place < length, first + place, -1)), self._device)
+            places = self._starts(batch)
+            self.entries = upload(entries(torch.from_numpy(places), torch.from_numpy(positions)), self._device)
 
     def _starts(self, batch: Batch) -> np.ndarray:
         """int64 [3, T, M]: ``PlanTables.starts`` of each token's request."""
@@ -174,7 +172,7 @@ class PlanTables:
 
     def fitted(self, compiled: CompiledPlan) -> CompiledPlan:
         """A compiled plan fitted to the scores of these routers. Raises an error for one that cannot run here."""
-        by_token = [table for table in compiled.tables if isinstance(table, TokenSteering)]
+        by_token = [table for table in compiled.tables if isinstance(table, TokenTables)]
         wide = [table.layer for table in by_token if table.wide]
         if wide:
             raise EngineNotSupportedError(
@@ -194,9 +192,9 @@ class PlanTables:
         tables = [*compiled.tables]
         for layer, site in enumerate(self._sites, self._stage.first):
             table = tables[layer]
-            if isinstance(table, TokenSteering):
+            if isinstance(table, TokenTables):
                 try:
-                    tables[layer] = table.fitted(site.name, site.spec)
+                    tables[layer] = fitted(table, site.name, site.spec)
                 except ValueError as error:
                     raise PlanError(str(error)) from error
         return replace(compiled, tables=tables)
@@ -207,17 +205,17 @@ class PlanTables:
 
         Raises ``PlanError`` if its plan has no values for its item.
         """
-        found = np.zeros((3, len(self.sequence_tables)), np.int64)
+        places = np.zeros((3, len(self.sequence_tables)), np.int64)
         name = self._options.plan_names[request.plan] if request.plan >= 0 else UNSTEERED
         group = self._options.groups[request.group] if request.group >= 0 else None
         compiled = self.running.get(name)
         if compiled is None:
-            return found
+            return places
         for number in tables_used(compiled, group):
             table = compiled.sequence_tables[number]
-            row = int(table.sequences(1, None if request.item is None else [request.item], [group])[0])
-            found[:, self._first_table[name] + number] = table.first[row], table.lengths[row], not table.constant
-        return found
+            place = starts([table], 1, None if request.item is None else [request.item], [group])
+            places[:, self._first_table[name] + number] = place[:, 0, 0]
+        return places
 
     def _place(self, plans: Mapping[str, CompiledPlan]) -> PlanRows:
         """Write plans into the steering tables, one after the other: all stages give a plan the same rows."""
@@ -246,10 +244,10 @@ class PlanTables:
                 if table is None:
                     continue
                 assert site.steering is not None
-                if isinstance(table, TokenSteering):
+                if isinstance(table, TokenTables):
                     placed.setdefault(layer, []).append(Placed(table, first, first_table))
                     by_token.append(here.numpy())
-                operator.copy_plan(site.steering, first, table.base if isinstance(table, TokenSteering) else table)
+                operator.copy_plan(site.steering, first, table.base if isinstance(table, TokenTables) else table)
                 self.layer_rows[layer, first : first + sizes[name]] = here.to(self.layer_rows.device)
             self._first_table[name] = first_table
             first += sizes[name]
@@ -273,8 +271,8 @@ def tables_used(plan: CompiledPlan, group: str | None) -> frozenset[int]:
     rows = rows[rows >= 0].long()
     found: set[int] = set()
     for table in plan.tables:
-        for part in table.parts if isinstance(table, TokenSteering) else ():
-            for name in ("replay", "score_table"):
+        for part in table.parts if isinstance(table, TokenTables) else ():
+            for name in BY_TOKEN:
                 if name in part.named:
                     found.update(number for number in part.named[name][rows].tolist() if number >= 0)
     return frozenset(found)

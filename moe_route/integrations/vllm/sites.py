@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from moe_route import ops
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import StatisticsTables, SteeringTables
+from moe_route.contract.token_tables import TokenTables
 from moe_route.integrations.vllm.options import EngineNotSupportedError, find
+from moe_route.ops.token_rules import route_tokens
 from moe_route.steering.compiled import LayerShape
 
 if TYPE_CHECKING:
     from moe_route.integrations.vllm.plans import TokenValues
-    from moe_route.steering.token_steering import TokenSteering
 
 __all__ = ["Site", "Stage", "check", "find_sites", "find_stage", "hook", "transformers_name"]
 
@@ -52,7 +53,7 @@ class Site:
     statistics: StatisticsTables | None = None
     traced: tuple[Tensor, Tensor] | None = None  # ids and weights of the latest step, [T, k], if they are traced
     steers: bool = False  # whether a plan that runs has a rule for this layer
-    by_token: TokenSteering | None = None  # all plans that run, if some rule here looks at single tokens
+    by_token: TokenTables | None = None  # all plans that run, if some rule here looks at single tokens
     values: TokenValues | None = None  # what such rules need of a step
     tokens: Tensor = field(default_factory=lambda: torch.empty(0, 4, dtype=torch.int32))
     rows: Tensor = field(default_factory=lambda: torch.empty(0, 4, dtype=torch.int32))  # those of a step, of `tokens`
@@ -80,8 +81,8 @@ class Site:
         if self.by_token is None or values is None:
             return ops.route(logits, self.top_k, self.spec, steering=self.steering, **given)
         counter, entries = values
-        new_weights, new_ids, _ = self.by_token.route(
-            logits, self.top_k, self.spec, counter=counter, entries=entries, **given
+        new_weights, new_ids, _ = route_tokens(
+            self.by_token, logits, self.top_k, self.spec, counter=counter, entries=entries, **given
         )
         return new_weights, new_ids
 

@@ -6,13 +6,11 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from moe_route import _C
+from moe_route.contract.limits import MAX_CHOSEN, MAX_EXPERTS
 from moe_route.contract.spec import RouterSpec
 from moe_route.modules.intercept import Change, ForwardHook
 from moe_route.routers.adapter import Adapter, Decision, Output, OutputHook
 from moe_route.routers.family import Family
-
-MOST_EXPERTS, MOST_SLOTS = _C.MAX_EXPERTS, _C.MAX_CHOSEN
 
 
 class Doge(Adapter):
@@ -27,9 +25,9 @@ class Doge(Adapter):
     def obstacle(self) -> str | None:
         """Refuse models with more experts or slots than the statistics tables can hold."""
         experts, slots = self.module.num_experts, self.module.top_k
-        if experts > MOST_EXPERTS or slots > MOST_SLOTS:
+        if experts > MAX_EXPERTS or slots > MAX_CHOSEN:
             return (
-                f"it has {experts} experts and chooses {slots}; up to {MOST_EXPERTS} and {MOST_SLOTS} can be recorded. "
+                f"it has {experts} experts and chooses {slots}; up to {MAX_EXPERTS} and {MAX_CHOSEN} can be recorded. "
                 "Attach to another model"
             )
         return None

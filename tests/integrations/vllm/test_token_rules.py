@@ -21,9 +21,9 @@ from moe_route.integrations.vllm.options import EngineNotSupportedError, Options
 from moe_route.integrations.vllm.plans import PlannedItems, PlanTables, TokenValues
 from moe_route.integrations.vllm.requests import Batch, RequestTable
 from moe_route.integrations.vllm.sites import Site, Stage
+from moe_route.ops.token_rules import token_counter
 from moe_route.steering import PlanError
 from moe_route.steering.compiled import LayerShape
-from moe_route.steering.draw import token_counter
 
 GROUPS = ("plain", "steered")
 E, K = 8, 2

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_route import ops, reference
+from moe_route.contract.token_tables import TokenTables
 from moe_route.ops import FIXED_POINT, RouterSpec, StatisticsTables, token_table
-from moe_route.steering import LayerShape, Plan, PlanError, TokenSteering
-from moe_route.steering.draw import permutations, token_counter
+from moe_route.ops.token_rules import fitted, permutations, route_tokens, token_counter
+from moe_route.steering import LayerShape, Plan, PlanError
 
 E, K, T = 8, 3, 64
 SITES = [LayerShape(E, K)] * 2
@@ -63,13 +64,14 @@ def routed(
     """Weights and ids under the plan, and the natural ids."""
     compiled = plan.compile(SITES)
     steering = compiled.tables[layer]
-    assert isinstance(steering, TokenSteering)
-    steering = steering.fitted("here", spec)
+    assert isinstance(steering, TokenTables)
+    steering = fitted(steering, "here", spec)
     row = compiled.row("prefill") if rows is None else rows
     tokens = token_table(len(logits), steering_row=row)
     natural = ops.route(logits, K, spec, correction_bias=bias)[1]
     counter = token_counter(torch.arange(len(logits)), torch.arange(len(logits)) * 7)
-    weights, ids, _ = steering.route(
+    weights, ids, _ = route_tokens(
+        steering,
         logits,
         K,
         spec,
@@ -234,8 +236,8 @@ def test_replaced_scores_are_chosen_and_steered_as_the_routers_own(logits):
 def test_replaced_scores_are_refused_by_the_name_of_the_router():
     def fit(plan: Plan, **spec: Any) -> None:
         steering = plan.compile(SITES).tables[0]
-        assert isinstance(steering, TokenSteering)
-        steering.fitted("layers.0.gate", RouterSpec(**spec))
+        assert isinstance(steering, TokenTables)
+        fitted(steering, "layers.0.gate", RouterSpec(**spec))
 
     with pytest.raises(ValueError, match=r"'layers\.0\.gate' cannot take replaced scores: SparseMixer"):
         fit(Plan.replace_scores({0: {1: 1.0}}), score="sparsemixer")
