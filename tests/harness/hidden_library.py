@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from typing import Any
 
@@ -22,3 +23,16 @@ def hide() -> None:
     if "moe_route._C" in sys.modules:
         raise RuntimeError("moe_route._C is loaded already: hide it before the first import")
     sys.meta_path.insert(0, _Hides())
+
+
+class Later:
+    """A module of this package that is imported when something of it is first asked for.
+
+    Files with some tests that need the compiled library name what needs it in this way.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module(self._name), name)

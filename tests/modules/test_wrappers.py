@@ -101,11 +101,9 @@ def test_tensors_of_several_devices_are_refused_not_made_up() -> None:
     logits, spec = torch.randn(4, 8), mr.ops.RouterSpec(score="sigmoid")
     with pytest.raises(ValueError, match="the tensors of route lie on cpu and meta: move them to one"):
         mr.ops.route(logits, 2, spec, correction_bias=torch.zeros(8, device="meta"))
+    scale = torch.ones(8, device="meta")
     with pytest.raises(ValueError, match="route_weights lie on cpu and meta"):
-        scale = torch.ones(8, device="meta")
         mr.ops.route_weights(logits, torch.zeros(4, 2, dtype=torch.int32), spec, expert_scale=scale)
-            logits, torch.zeros(4, 2, dtype=torch.int32), spec, expert_scale=torch.ones(8, device="meta")
-        )
 
 
 class Speaker:

@@ -6,12 +6,12 @@ import itertools
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from harness.stub_model import StubModel
 from harness.tiny_models import MAIN, tiny_model, tokens
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +19,6 @@ from torch import nn
 
 import moe_route as mr
 from moe_route.base import files
-from moe_route.calls import Call
 from moe_route.recording import Recorder, RecordingError, SequenceStore
 
 E = 8
@@ -602,36 +601,8 @@ def test_a_recording_without_calls_is_refused(routed: mr.RoutedModel) -> None:
         rec.statistics()
 
 
-class Stub:
-    """A model of layers with different numbers of experts, whose routers count logits given by the test."""
-
-    def __init__(self, experts: list[int], silent: bool = False):
-        self.routers = [
-            SimpleNamespace(name=f"layers.{i}", num_experts=n, top_k=2, role="", device=torch.device("cpu"))
-            for i, n in enumerate(experts)
-        ]
-        self.trace = None
-        self.tables: Any = None
-        self.silent = silent
-
-    def set_statistics(self, tables: Any, *, lag: int = 0) -> None:
-        self.tables = tables
-
-    def flush(self) -> None:
-        """This stub counts at once."""
-
-    def __call__(self, recorder: Recorder, logits: list[torch.Tensor], phase: Any = "prefill") -> None:
-        call = Call(1, len(logits[0]), 0, None, phase, torch.device("cpu"))
-        group, segment = recorder._rows(call)
-        table = mr.ops.token_table(call.length, group=torch.tensor(group), segment=torch.tensor(segment))
-        if not self.silent:
-            for values, statistics in zip(logits, self.tables, strict=True):
-                mr.ops.route(values, 2, mr.ops.RouterSpec(), tokens=table, statistics=statistics)
-        recorder._after_call()
-
-
 def test_layers_of_different_width() -> None:
-    stub = Stub([4, 9])
+    stub = StubModel([4, 9])
     logits = [torch.randn(6, n, generator=torch.Generator().manual_seed(n)) for n in (4, 9)]
     with Recorder(stub, sequences=True) as rec:
         stub(rec, logits)
@@ -653,7 +624,7 @@ sequence = st.tuples(st.sampled_from(["x", "y", "z"]), st.lists(call_sizes, min_
 @given(st.lists(sequence, min_size=1, max_size=6), st.data())
 def test_any_split_of_the_sequences_merges_to_the_whole(sequences: list[Any], data: st.DataObject) -> None:
     def record(indices: list[int]) -> mr.RoutingStatistics:
-        stub = Stub([4, 6])
+        stub = StubModel([4, 6])
         with Recorder(stub) as rec:
             for index in indices:
                 group, calls = sequences[index]
@@ -673,7 +644,7 @@ def test_any_split_of_the_sequences_merges_to_the_whole(sequences: list[Any], da
 
 
 def test_silent_captures_are_refused() -> None:
-    stub = Stub([4, 4], silent=True)
+    stub = StubModel([4, 4], silent=True)
     with Recorder(stub) as rec:
         stub(rec, [torch.randn(6, 4)] * 2)
     with pytest.raises(RecordingError, match="reached no router"):
@@ -681,7 +652,7 @@ def test_silent_captures_are_refused() -> None:
 
 
 def test_a_broken_table_is_noticed_when_read() -> None:
-    stub = Stub([4, 4])
+    stub = StubModel([4, 4])
     with Recorder(stub) as rec:
         stub(rec, [torch.randn(6, 4)] * 2)
         stub.tables[1].metric("counts")[0, 2] += 1

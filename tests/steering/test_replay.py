@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from harness.hidden_library import Later
 from torch import Tensor, nn
 
 import moe_route as mr
-from moe_route import ops
 from moe_route.base import files
+from moe_route.contract.spec import RouterSpec
+from moe_route.contract.tables import StatisticsTables, token_table
 from moe_route.contract.token_tables import TokenTables
-from moe_route.ops import RouterSpec, StatisticsTables, token_table
-from moe_route.ops.token_rules import fitted, route_tokens
 from moe_route.recording import Trace
 from moe_route.steering import LayerShape, Plan, PlanError
+
+ops = Later("moe_route.ops")
+token_rules = Later("moe_route.ops.token_rules")
 
 E, K, T = 8, 3, 40
 SITES = [LayerShape(E, K)] * 2
@@ -48,8 +51,8 @@ def test_a_layer_replays_as_the_operator_does(spec):
     entries[T // 2] = -1  # a token that was not recorded
     natural_weights, natural = ops.route(logits, K, spec)
     statistics = StatisticsTables.zeros(E, groups=1, metrics=ops.METRICS)
-    weights, found, _ = route_tokens(
-        fitted(steering, "here", spec),
+    weights, found, _ = token_rules.route_tokens(
+        token_rules.fitted(steering, "here", spec),
         logits,
         K,
         spec,
@@ -79,8 +82,8 @@ def test_other_rules_act_on_the_scores_that_weigh():
     ids = random_ids(T, 2)
     steering = (Plan.replay(ids) + Plan.bias({0: [2]}, strength=1.5)).compile(SITES).tables[0]
     assert isinstance(steering, TokenTables)
-    weights, found, _ = route_tokens(
-        fitted(steering, "here", SOFTMAX),
+    weights, found, _ = token_rules.route_tokens(
+        token_rules.fitted(steering, "here", SOFTMAX),
         logits,
         K,
         SOFTMAX,

@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from harness.hidden_library import Later
 from torch import Tensor
 
 import moe_route as mr
-from moe_route import ops
+from moe_route.contract.spec import RouterSpec
+from moe_route.contract.tables import token_table
 from moe_route.contract.token_tables import TokenTables
-from moe_route.ops import RouterSpec, token_table
-from moe_route.ops.token_rules import fitted, route_tokens
 from moe_route.steering import LayerShape, Plan, PlanError
+
+ops = Later("moe_route.ops")
+token_rules = Later("moe_route.ops.token_rules")
 
 E, K, T = 8, 3, 12
 SITES = [LayerShape(E, K)] * 2
@@ -46,8 +49,8 @@ def test_given_scores_route_as_written_out(score: Any) -> None:
     entries = torch.arange(T)[:, None].clone()
     entries[5] = -1
     natural_weights, natural = ops.route(logits, K, spec)
-    weights, ids, _ = route_tokens(
-        fitted(steering, "here", spec),
+    weights, ids, _ = token_rules.route_tokens(
+        token_rules.fitted(steering, "here", spec),
         logits,
         K,
         spec,
@@ -74,8 +77,8 @@ def test_other_rules_of_the_row_hold_for_tokens_without_scores() -> None:
     plan = Plan.replace_scores(scores) + Plan.bias({0: [6]}, strength=2.0)
     steering = plan.compile(SITES).tables[0]
     assert isinstance(steering, TokenTables)
-    weights, ids, _ = route_tokens(
-        fitted(steering, "here", spec),
+    weights, ids, _ = token_rules.route_tokens(
+        token_rules.fitted(steering, "here", spec),
         logits,
         K,
         spec,
@@ -172,7 +175,7 @@ def test_a_sigmoid_takes_scores_up_to_one_only() -> None:
     steering = Plan.replace_scores(random_scores(5, 2) * 2 + 0.5).compile(SITES).tables[0]
     assert isinstance(steering, TokenTables)
     with pytest.raises(ValueError, match="between 0 and 1"):
-        fitted(steering, "layers.0.gate", RouterSpec(score="sigmoid"))
+        token_rules.fitted(steering, "layers.0.gate", RouterSpec(score="sigmoid"))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -9,13 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from harness.hidden_library import Later
 from torch import Tensor, nn
 
-from moe_route import ops, reference
+from moe_route import reference
+from moe_route.contract.spec import RouterSpec
+from moe_route.contract.tables import FIXED_POINT, StatisticsTables, token_table
 from moe_route.contract.token_tables import TokenTables
-from moe_route.ops import FIXED_POINT, RouterSpec, StatisticsTables, token_table
-from moe_route.ops.token_rules import fitted, permutations, route_tokens, token_counter
 from moe_route.steering import LayerShape, Plan, PlanError
+
+adapter, ops = Later("moe_route.routers.adapter"), Later("moe_route.ops")
+token_rules = Later("moe_route.ops.token_rules")
 
 E, K, T = 8, 3, 64
 SITES = [LayerShape(E, K)] * 2
@@ -65,12 +69,12 @@ def routed(
     compiled = plan.compile(SITES)
     steering = compiled.tables[layer]
     assert isinstance(steering, TokenTables)
-    steering = fitted(steering, "here", spec)
+    steering = token_rules.fitted(steering, "here", spec)
     row = compiled.row("prefill") if rows is None else rows
     tokens = token_table(len(logits), steering_row=row)
     natural = ops.route(logits, K, spec, correction_bias=bias)[1]
-    counter = token_counter(torch.arange(len(logits)), torch.arange(len(logits)) * 7)
-    weights, ids, _ = route_tokens(
+    counter = token_rules.token_counter(torch.arange(len(logits)), torch.arange(len(logits)) * 7)
+    weights, ids, _ = token_rules.route_tokens(
         steering,
         logits,
         K,
@@ -237,7 +241,7 @@ def test_replaced_scores_are_refused_by_the_name_of_the_router():
     def fit(plan: Plan, **spec: Any) -> None:
         steering = plan.compile(SITES).tables[0]
         assert isinstance(steering, TokenTables)
-        fitted(steering, "layers.0.gate", RouterSpec(**spec))
+        token_rules.fitted(steering, "layers.0.gate", RouterSpec(**spec))
 
     with pytest.raises(ValueError, match=r"'layers\.0\.gate' cannot take replaced scores: SparseMixer"):
         fit(Plan.replace_scores({0: {1: 1.0}}), score="sparsemixer")
@@ -345,14 +349,14 @@ def test_the_draw_is_splitmix_of_seed_layer_and_token():
         state = splitmix(token ^ number)
         drawn = [splitmix((state + (expert + 1) * step) & mask) for expert in range(E)]
         signed = [value - (1 << 64) if value >> 63 else value for value in drawn]
-        order = permutations(seed, layer, torch.tensor([token]), E)[0].tolist()
+        order = token_rules.permutations(seed, layer, torch.tensor([token]), E)[0].tolist()
         assert order == sorted(range(E), key=signed.__getitem__)
 
 
 def test_every_token_draws_its_own_experts(logits):
     plan = Plan.force_on({0: CHOSEN}).random_per_token(5)
     counter = torch.arange(T)
-    orders = permutations(5, 0, counter, E)
+    orders = token_rules.permutations(5, 0, counter, E)
 
     def literal(z, own, token):
         forced = [e for e in range(E) if int(orders[token, e]) in CHOSEN]
@@ -366,15 +370,15 @@ def test_every_token_draws_its_own_experts(logits):
 
 def test_the_draw_is_uniform_seeded_and_the_same_for_any_batch():
     counter = torch.arange(20_000)
-    orders = permutations(1, 2, counter, E)
+    orders = token_rules.permutations(1, 2, counter, E)
     assert (orders.sort(1).values == torch.arange(E)).all()
     for place in range(E):
         share = torch.bincount(orders[:, place], minlength=E) / len(counter)
         assert (share - 1 / E).abs().max() < 0.01
     pairs = torch.bincount(orders[:, 0] * E + orders[:, 1], minlength=E * E) / len(counter)
     assert (pairs[pairs > 0] - 1 / (E * (E - 1))).abs().max() < 0.005
-    assert torch.equal(permutations(1, 2, counter[777:900], E), orders[777:900])
-    for other in (permutations(2, 2, counter, E), permutations(1, 3, counter, E)):
+    assert torch.equal(token_rules.permutations(1, 2, counter[777:900], E), orders[777:900])
+    for other in (token_rules.permutations(2, 2, counter, E), token_rules.permutations(1, 3, counter, E)):
         assert (other == orders).all(1).float().mean() < 0.01
 
 
@@ -384,7 +388,7 @@ def test_the_draw_is_uniform_seeded_and_the_same_for_any_batch():
     ids=str,
 )
 def test_named_experts_can_be_drawn_too(logits, plan, where):
-    orders = permutations(9, 0, torch.arange(T), E)
+    orders = token_rules.permutations(9, 0, torch.arange(T), E)
     _, ids, natural = routed(plan.random_per_token(9), logits, counter=torch.arange(T))
     drawn = (orders == 4).int().argmax(1)
     absent = ~(natural == drawn[:, None]).any(1)
@@ -394,7 +398,7 @@ def test_named_experts_can_be_drawn_too(logits, plan, where):
 
 def test_drawn_and_absent_together(logits):
     plan = Plan.bias({0: [2]}, strength=3.0).only(absent=True).random_per_token(4)
-    orders = permutations(4, 0, torch.arange(T), E)
+    orders = token_rules.permutations(4, 0, torch.arange(T), E)
 
     def literal(z, own, token):
         expert = int((orders[token] == 2).int().argmax())
@@ -515,7 +519,6 @@ transformers = pytest.importorskip("transformers")
 from harness.tiny_models import EVERY, MAIN, inputs, tiny_model, tokens  # noqa: E402
 
 import moe_route as mr  # noqa: E402
-from moe_route.routers.adapter import Adapter  # noqa: E402
 
 PLANS = {
     "absent": Plan.activate({0: [1, 2], 1: [5]}, strength=1.5).only(absent=True),
@@ -550,7 +553,7 @@ def expected_ids(kind: str, natural: list[int], z: np.ndarray, layer: int, token
         return set(natural) if own in natural else {*natural[:-1], own}
     if kind in ("replay", "scores"):
         return set(list(experts)[:2] if kind == "replay" else sorted(experts, key=experts.get)[-len(natural) :])
-    order = permutations(11, layer, counter[token : token + 1], E)[0].tolist()
+    order = token_rules.permutations(11, layer, counter[token : token + 1], E)[0].tolist()
     forced = [e for e in range(E) if order[e] in experts]
     return {*forced, *[e for e in natural if e not in forced][: len(natural) - len(forced)]}
 
@@ -565,7 +568,7 @@ def test_attached_models_choose_as_the_rule_says(name, kind, engine):
         with routed.steer(PLANS[kind]), routed.record() as recorder:
             model(input_ids=ids)
         statistics = recorder.statistics()
-    counter = token_counter(torch.arange(6).expand(2, 6), ids).reshape(-1)
+    counter = token_rules.token_counter(torch.arange(6).expand(2, 6), ids).reshape(-1)
     for layer in (0, 1):
         logits, _, chosen = seen[layer][0]
         router = routed.routers[layer]
@@ -687,7 +690,7 @@ def test_every_architecture_takes_the_rules_or_refuses_them_by_name(name):
         assert statistics.scalar("flipped")[0, at] > 0
         assert not np.delete(statistics.scalar("steered")[0], at).any()
         wide = Plan.top_k(first.top_k + 1, layers=at)
-        if type(first.adapter).write is not Adapter.write:
+        if type(first.adapter).write is not adapter.Adapter.write:
             with pytest.raises(ValueError, match=f"{re.escape(first.name)}.*has no more slots"):
                 routed.steer(wide).__enter__()
             return
