@@ -85,7 +85,7 @@ emulated: $(VENV)/.with-test
 	touch build/cpp/moe_route_emulated.so
 
 bench: build
-	$(BIN)/moe-route bench --out bench/results
+	$(BIN)/python -m bench.cpu --out bench/results
 
 lint: $(VENV)/.with-dev
 	$(BIN)/ruff check $(CODE)

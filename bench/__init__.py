@@ -1,4 +1,4 @@
-"""What only the project measures: committed results, machine code, CUDA devices. Users run `moe-route bench`."""
+"""What only the project measures: the CPU (`bench.cpu`), CUDA devices, machine code; and the committed results."""
 
 from pathlib import Path
 

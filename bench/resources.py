@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import RESULTS, ROOT
-from bench.pages import table
+from bench.markdown import table
 from moe_route.bench.results import commit
 
 NAME = "cuda-resources"

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.pages import table
+from bench.markdown import table
 from moe_route.base.table import duration
 
 CASE = "E=128 k=8 T=4096 float32"

@@ -1,4 +1,4 @@
-"""Draw docs/images/growth.png from a results file of `moe-route bench --sections growth`.
+"""Draw docs/images/growth.png from a results file of `python -m bench.cpu --sections growth`.
 
 `python docs/growth_picture.py` takes bench/results/cpu-avx512-growth.json; another file may be named.
 Needs `pip install 'moe-route[plot]'`.

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 import torch
 
+from bench.cpu.dispatch import Shape
 from bench.device import floors
 from bench.device.place import Place
 from moe_route import _C, ops
-from moe_route.bench.dispatch import Shape
 from moe_route.bench.timing import Contender, Race, race
 
 APART, OVERLAPPED = "route, dispatch, permute, combine", "the same, launches overlap"

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
+from bench.cpu.dispatch import Shape
 from bench.device import floors
 from bench.device.place import GRAPH, Place
 from moe_route import ops
-from moe_route.bench.dispatch import Shape
 from moe_route.bench.timing import Contender, Race, race
 
 DISPATCH, PERMUTE, COMBINE = "dispatch", "permute", "combine"

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 import moe_route as mr
+from bench.cpu.recording import SIZES, WINDOW, ByHand, Decoding, decoder, race_in_hooks
 from bench.device.place import LAUNCHED, REHEARSED, Place
-from moe_route.bench.recording import SIZES, WINDOW, ByHand, Decoding, decoder, race_in_hooks
 from moe_route.bench.timing import Contender, Race, race
 
 ALONE, RECORDED, STEERED, BOTH, BY_HAND = (

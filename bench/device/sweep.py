@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from bench.cpu.dispatch import Shape as DispatchShape
 from bench.device import dispatch, gate
 from bench.device.place import Place
 from moe_route import _C, ops
-from moe_route.bench.dispatch import Shape as DispatchShape
 from moe_route.bench.gate import Shape as GateShape
 from moe_route.bench.results import Fact
 from moe_route.bench.timing import Contender, race

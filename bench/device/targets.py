@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from bench.cpu.dispatch import Shape as DispatchShape
 from bench.device import dispatch, gate
-from moe_route.bench.dispatch import Shape as DispatchShape
 from moe_route.bench.gate import Shape as GateShape
 from moe_route.bench.results import Target
 from moe_route.bench.timing import Race

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import RESULTS, ROOT
-from bench.pages import table
+from bench.markdown import table
 from bench.sass.build import Code, nvcc
 from bench.sass.cases import Case
 from bench.sass.cost import block_cost, warps_at_once, widths

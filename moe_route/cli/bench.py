@@ -20,9 +20,8 @@ def add(verbs: Any) -> None:
         verbs,
         "bench",
         run,
-        "race the operators against torch on this machine",
-        "moe-route bench --sections gate dispatch --out results\n"
-        "moe-route bench --sections gate dispatch --compare results/cpu-avx512.json",
+        "race the gate against torch on this machine",
+        "moe-route bench --out results\nmoe-route bench --sections gate --compare results/cpu-avx512.json",
     )
     sections = ", ".join(SECTIONS)
     parser.add_argument(
@@ -37,7 +36,7 @@ def add(verbs: Any) -> None:
         "--rounds", type=rounds, metavar="N", help=f"calls of each contender (default: {ROUNDS}, quick {QUICK_ROUNDS})"
     )
     parser.add_argument("--threads", type=positive, default=1, metavar="N", help="threads of torch (default: 1)")
-    parser.add_argument("--quick", action="store_true", help="two minutes: every section, few rounds, no large case")
+    parser.add_argument("--quick", action="store_true", help="few rounds, no large case: seconds")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for the results as JSON files")
     parser.add_argument(
         "--compare",
@@ -62,29 +61,11 @@ def run(options: argparse.Namespace) -> Answer:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 
-    from moe_route.base import files
-    from moe_route.bench import sections
-    from moe_route.bench.comparison import compare
-    from moe_route.bench.results import BenchmarkResults
+    from moe_route.bench.sections import run_sections
     from moe_route.bench.timing import Effort
 
     logging.getLogger("moe_route.bench").setLevel(logging.INFO)
-    earlier = [BenchmarkResults.load(path) for path in options.compare]
-    if options.out is not None:
-        files.make_folder(options.out)
     torch.set_num_threads(options.threads)
     effort = Effort(options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS), options.quick)
-    found: dict[str, BenchmarkResults] = {}
-    for name, results in sections.measure(options.sections, effort):
-        found[name] = results
-        if options.out is not None:  # after each section, so that a run that is cut short leaves what it has
-            results.save(options.out / f"{name}.json")
-    written = [] if options.out is None else [str(options.out / f"{name}.json") for name in found]
-    now = BenchmarkResults.joined(list(found.values()))
-    data, tables, passed = {**now.to_dict(), "files": written}, [*now.tables()], True
-    if earlier:
-        comparison = compare(now, earlier)
-        data["comparison"] = comparison.to_dict()
-        tables += comparison.tables()
-        passed = comparison.passed
-    return Answer(data, "\n\n".join([*map(str, tables), *written]), code=0 if passed else 1)
+    outcome = run_sections(options.sections, effort, out=options.out, earlier=options.compare)
+    return Answer(outcome.data, outcome.text, code=0 if outcome.passed else 1)

@@ -25,6 +25,8 @@ SCRIPT = ROOT / "bench" / "gpu.sh"
 pytestmark = pytest.mark.skipif(not SCRIPT.is_file(), reason="needs the source tree")
 if SCRIPT.is_file():
     sys.path.insert(0, str(ROOT))
+    from bench.cpu import experts
+    from bench.cpu.dispatch import Shape as DispatchShape
     from bench.device import __main__ as device
     from bench.device import (
         bisection,
@@ -45,8 +47,7 @@ if SCRIPT.is_file():
         targets,
     )
     from moe_route import _C, ops
-    from moe_route.bench import experts, results
-    from moe_route.bench.dispatch import Shape as DispatchShape
+    from moe_route.bench import results
     from moe_route.bench.gate import Shape as GateShape
     from moe_route.bench.results import Target
     from moe_route.bench.timing import Pool, Race, race

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_route.bench import growth, models
+from bench.cpu import growth, models
 
 TINY = {**growth.SMALL, "num_experts": 16, "num_experts_per_tok": 2, "vocab_size": 128}
 

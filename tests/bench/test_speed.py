@@ -11,9 +11,9 @@ from itertools import count
 import pytest
 import torch
 
-from moe_route.bench.dispatch import SHAPES as DISPATCH_SHAPES
-from moe_route.bench.dispatch import Dispatching
-from moe_route.bench.dispatch import Shape as DispatchShape
+from bench.cpu.dispatch import SHAPES as DISPATCH_SHAPES
+from bench.cpu.dispatch import Dispatching
+from bench.cpu.dispatch import Shape as DispatchShape
 from moe_route.bench.gate import SHAPES, Gate, Shape
 from moe_route.bench.timing import Contender
 

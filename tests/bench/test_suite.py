@@ -1,4 +1,4 @@
-"""`moe-route bench`: sections, results files, the comparison with an earlier run, and its errors."""
+"""`moe-route bench`, `python -m bench.cpu`: sections, results files, comparison with an earlier run, errors."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.cpu import SECTIONS, experts, recording, vllm_experts
+from bench.cpu.__main__ import main as cpu
 from moe_route import _C
 from moe_route.base.files import FileRefusedError
-from moe_route.bench import experts, gate, recording, results, sections, vllm_experts
+from moe_route.bench import gate, results, sections
 from moe_route.bench.comparison import IMPROVED, REGRESSED, TOLERANCE, UNCHANGED, Comparison, compare
 from moe_route.bench.results import BenchmarkResults, Fact, Measured, Row
-from moe_route.bench.sections import SECTIONS, measure
+from moe_route.bench.sections import measure
 from moe_route.bench.timing import Effort, Race, ThreadTime, WallTime, clock_of_threads
 from moe_route.cli import main
 
+ROOT = Path(__file__).resolve().parents[2]
 FAMILY = f"cpu-{_C.instruction_set().removesuffix('_bf16')}"
 
 
@@ -38,7 +41,7 @@ def _threads_as_before() -> Iterator[None]:
 def test_every_section_names_a_function() -> None:
     for section in SECTIONS.values():
         module, _, function = section.measure.partition(":")
-        assert callable(getattr(import_module(f"moe_route.bench.{module}"), function))
+        assert callable(getattr(import_module(module), function))
 
 
 def test_a_section_that_cannot_run_is_refused_before_measuring(
@@ -46,7 +49,7 @@ def test_a_section_that_cannot_run_is_refused_before_measuring(
 ) -> None:
     monkeypatch.setattr(sections, "find_spec", lambda name: None)
     monkeypatch.setattr(gate, "measure_one_row", lambda effort: run_of(4.0).measured)
-    assert main(["bench", "--sections", "one-row", "experts"]) == 2
+    assert cpu(["--sections", "one-row", "experts"]) == 2
     assert "transformers is missing, which experts measures: pip install 'moe-route[hf]'" in capsys.readouterr().err
     assert main(["bench", "--sections", "one-row"]) == 0
 
@@ -76,9 +79,10 @@ def test_a_section_is_measured_into_a_file_and_to_standard_output(
 def test_experts_are_measured_into_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = tuple(experts.Layer(f"small {kind}", kind, 64, 32, 8, 2) for kind in ("qwen3_moe", "gpt_oss"))
     monkeypatch.setattr(experts, "LAYERS", small)
-    assert main(["bench", "--sections", "experts", "--rounds", "6", "--threads", "2", "--out", str(tmp_path)]) == 0
+    assert cpu(["--sections", "experts", "--rounds", "6", "--threads", "2", "--out", str(tmp_path)]) == 0
     found = BenchmarkResults.load(tmp_path / f"{FAMILY}-experts.json")
     assert {"transformers", "load"} <= found.machine.keys()
+    assert found.machine["command"] == "python -m bench.cpu --sections experts --rounds 6 --threads 2"
     assert found.machine["clock"] == WallTime.name
     packs = {experts.OURS_PACKED} if _C.instruction_set().startswith("avx512") else set()
     names = {row.name for row in found.measured.rows} - {vllm_experts.NAME}  # where it is installed
@@ -117,9 +121,17 @@ def test_the_recorder_is_held_against_statistics_by_hand(monkeypatch: pytest.Mon
 
 
 def test_rounds_that_have_no_quartiles_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for measuring in (lambda: main(["bench", "--rounds", "1"]), lambda: cpu(["--rounds", "1"])):
+        with pytest.raises(SystemExit):
+            measuring()
+        assert "quartiles need 2 rounds or more" in capsys.readouterr().err
+
+
+def test_the_package_has_the_first_sections_and_the_project_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(SECTIONS)[:2] == list(sections.SECTIONS) == ["gate", "one-row"]
     with pytest.raises(SystemExit):
-        main(["bench", "--rounds", "1"])
-    assert "quartiles need 2 rounds or more" in capsys.readouterr().err
+        main(["bench", "--sections", "dispatch"])
+    assert "dispatch" in capsys.readouterr().err
 
 
 def test_more_threads_are_timed_on_the_wall() -> None:
@@ -145,8 +157,8 @@ def test_an_installation_inside_another_repository_names_no_commit(
 def test_the_quick_form_measures_every_case(tmp_path: Path) -> None:
     """Its shape, never its times: each section has its cases, each of moe-route's contenders a finite ratio."""
     options = ["--quick", "--threads", "2", "--json", "--out", str(tmp_path)]
-    command = [sys.executable, "-m", "moe_route", "bench", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "bench.cpu", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
     files = [tmp_path / f"{FAMILY}{ending}.json" for ending in ("", "-experts", "-models", "-growth")]
@@ -396,5 +408,5 @@ def test_sections_of_one_file_gather(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "measure_one_row", lambda effort: run_of(4.0).measured)
     monkeypatch.setattr(gate, "measure", lambda effort: run_of(5.0, case="more").measured)
     monkeypatch.setattr(experts, "measure", lambda effort: run_of(6.0).measured)
-    found = dict(measure(["one-row", "gate", "experts"], Effort(2)))
+    found = dict(measure(["one-row", "gate", "experts"], Effort(2), SECTIONS))
     assert {name: len(each.measured.rows) for name, each in found.items()} == {FAMILY: 4, f"{FAMILY}-experts": 2}

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 import moe_route as mr
-from moe_route.bench.models import model_of
-from moe_route.bench.recording import Around, Decoding, HookClock, race_in_hooks, recorded
+from bench.cpu.models import model_of
+from bench.cpu.recording import Around, Decoding, HookClock, race_in_hooks, recorded
 from moe_route.bench.results import Fact, Measured
 from moe_route.bench.timing import Effort, Pool
 from moe_route.patching.deferred import MOST_TOKENS

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from moe_route.bench import vllm_experts
+from bench.cpu import vllm_experts
 from moe_route.bench.results import Fact, Measured, rows
 from moe_route.bench.timing import Contender, Effort, Pool, Race, race
 from moe_route.experts import packing, register_experts

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import moe_route as mr
-from moe_route.bench.recording import WINDOW, ByHand, Decoding, race_in_hooks
+from bench.cpu.recording import WINDOW, ByHand, Decoding, race_in_hooks
 from moe_route.bench.results import Fact, Measured, Target, rows
 from moe_route.bench.timing import Contender, Effort, Race, race
 from moe_route.patching.deferred import MOST_TOKENS
