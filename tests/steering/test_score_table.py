@@ -38,6 +38,7 @@ def routed_by_hand(p: np.ndarray, k: int) -> tuple[list[int], list[float]]:
     return order, [float(p[e]) / total for e in order]
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_given_scores_route_as_written_out(score: Any) -> None:
     spec = RouterSpec(score=score, renormalize="sum")
@@ -69,6 +70,7 @@ def test_given_scores_route_as_written_out(score: Any) -> None:
         assert weights[token].tolist() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.native
 def test_other_rules_of_the_row_hold_for_tokens_without_scores() -> None:
     spec = RouterSpec(renormalize="sum")
     logits = torch.randn(T, E, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -171,6 +173,7 @@ def test_a_table_of_another_kind_is_refused() -> None:
         Plan.from_dict(content)
 
 
+@pytest.mark.native
 def test_a_sigmoid_takes_scores_up_to_one_only() -> None:
     steering = Plan.replace_scores(random_scores(5, 2) * 2 + 0.5).compile(SITES).tables[0]
     assert isinstance(steering, TokenTables)
@@ -195,6 +198,7 @@ def choices(routed: mr.RoutedModel, ids: Tensor, items: list[str], **more: Tenso
     return trace.ids[order], trace.weights[order], trace.sequence[order], trace.position[order]
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("engine", ["hook", "fused"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "olmoe", "mixtral", "deepseek_v2", "gpt_oss"])
 def test_models_choose_by_the_scores_of_each_token(name: str, engine: Any) -> None:
@@ -222,6 +226,7 @@ def test_models_choose_by_the_scores_of_each_token(name: str, engine: Any) -> No
         assert np.sort(shifted[:, 0], 1).tolist() == np.sort(found[:, 0], 1)[np.r_[5:10, 0:5]].tolist()
 
 
+@pytest.mark.native
 def test_scores_of_a_sequence_hold_for_all_of_its_tokens() -> None:
     with mr.attach(tiny_model("qwen3_moe", head=True)) as routed:
         scores = torch.rand(2, 1, 8, generator=torch.Generator().manual_seed(3)) + 0.01
@@ -238,6 +243,7 @@ def test_scores_of_a_sequence_hold_for_all_of_its_tokens() -> None:
         assert text.shape == (1, 6)
 
 
+@pytest.mark.native
 def test_a_call_without_items_is_refused() -> None:
     with mr.attach(tiny_model("qwen3_moe", head=True)) as routed:
         scores = torch.ones(1, 4, 3, 8)

@@ -64,6 +64,7 @@ def run(steering: TokenTables, tokens: Tensor, entries: Tensor) -> tuple[Tensor,
     return weights, ids, counts.groups
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("names", list(itertools.combinations(PLANS, 2)), ids=lambda names: " and ".join(names))
 def test_plans_steer_their_own_tokens_as_if_alone(names: tuple[str, str]) -> None:
     made = [compiled(name) for name in names]
