@@ -1,4 +1,4 @@
-# make demo | test | test-vllm | test-matrix | emulated | bench | lint | docs | clean
+# make demo | findings | test | test-vllm | test-matrix | emulated | bench | lint | docs | clean
 # Needs Python >= 3.10 with venv, make and a C++20 compiler.
 #   make TORCH="torch==2.13.0 --index-url URL"   another torch build        make PYTHON=python3.12   another Python
 #   make test JOBS=1                             tests in one process
@@ -19,7 +19,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 # A spinning OpenMP team costs milliseconds a region when another process has the second core.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: build demo test vllm-env test-vllm test-matrix emulated bench lint docs clean
+.PHONY: build demo findings test vllm-env test-vllm test-matrix emulated bench lint docs clean
 
 build: $(VENV)/.built
 
@@ -40,6 +40,10 @@ $(VENV)/.with-%: $(VENV)/.built
 
 demo: build
 	@$(BIN)/moe-route demo --draws $(DRAWS) --out demo
+
+# Findings 3 to 6; make findings PAGE=docs/study.md puts what comes out into the page.
+findings: build
+	@$(BIN)/python examples/findings/run.py --out findings $(if $(PAGE),--page $(PAGE))
 
 test: $(VENV)/.with-test emulated
 	MOE_ROUTE_REQUIRE_EMULATED=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile \
@@ -98,5 +102,5 @@ docs: $(VENV)/.with-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file build/mkdocs.yml
 
 clean:
-	rm -rf build demo dist *.egg-info .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.built
+	rm -rf build demo findings dist *.egg-info .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.built
 	find moe_route -name '*.so' -delete

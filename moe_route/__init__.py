@@ -14,34 +14,48 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:  # for type checkers; `_HOMES` is what runs
-    from moe_route import analysis as analysis
-    from moe_route import convert as convert
-    from moe_route import data as data
-    from moe_route import evaluation as evaluation
-    from moe_route import experiments as experiments
-    from moe_route import merging as merging
-    from moe_route import nn as nn
-    from moe_route import ops as ops
-    from moe_route import plots as plots
-    from moe_route import report as report
-    from moe_route import training as training
-    from moe_route.analysis.recipes import recipe as recipe
-    from moe_route.data.batches import texts_of as texts_of
-    from moe_route.description import describe as describe
-    from moe_route.description import doctor as doctor
-    from moe_route.integrations import vllm as vllm
-    from moe_route.recording import RoutingStatistics as RoutingStatistics
-    from moe_route.recording import Trace as Trace
-    from moe_route.routed import RoutedModel as RoutedModel
-    from moe_route.routed import attach as attach
-    from moe_route.runs.language_model import LanguageModel as LanguageModel
-    from moe_route.runs.record import record_texts as record_texts
-    from moe_route.steering import ExpertSelection as ExpertSelection
-    from moe_route.steering import Plan as Plan
-    from moe_route.steering.layers import layers as layers
+if TYPE_CHECKING:
+    from moe_route import analysis, convert, data, evaluation, experiments, merging, nn, ops, plots, report, training
+    from moe_route.analysis.recipes import recipe
+    from moe_route.data.batches import texts_of
+    from moe_route.description import describe, doctor
+    from moe_route.integrations import vllm
+    from moe_route.recording import RoutingStatistics, Trace
+    from moe_route.routed import RoutedModel, attach
+    from moe_route.runs.language_model import LanguageModel
+    from moe_route.runs.record import record_texts
+    from moe_route.steering import ExpertSelection, Plan
+    from moe_route.steering.layers import layers
 
-# Where each public name lives: a module for a class or a function, "" for a module of the same name.
+__all__ = [
+    "ExpertSelection",
+    "LanguageModel",
+    "Plan",
+    "RoutedModel",
+    "RoutingStatistics",
+    "Trace",
+    "__version__",
+    "analysis",
+    "attach",
+    "convert",
+    "data",
+    "describe",
+    "doctor",
+    "evaluation",
+    "experiments",
+    "layers",
+    "merging",
+    "nn",
+    "ops",
+    "plots",
+    "recipe",
+    "record_texts",
+    "report",
+    "texts_of",
+    "training",
+    "vllm",
+]
+# The modules of those names that are no modules of the same name.
 _HOMES = {
     "ExpertSelection": "steering",
     "LanguageModel": "runs.language_model",
@@ -49,28 +63,14 @@ _HOMES = {
     "RoutedModel": "routed",
     "RoutingStatistics": "recording",
     "Trace": "recording",
-    "analysis": "",
     "attach": "routed",
-    "convert": "",
-    "data": "",
     "describe": "description",
     "doctor": "description",
-    "evaluation": "",
-    "experiments": "",
     "layers": "steering.layers",
-    "merging": "",
-    "nn": "",
-    "ops": "",
-    "plots": "",
     "recipe": "analysis.recipes",
     "record_texts": "runs.record",
-    "report": "",
     "texts_of": "data.batches",
-    "training": "",
-    "vllm": "integrations",  # a module, beside the others although it lies in `integrations`
 }
-
-__all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -78,13 +78,14 @@ def __getattr__(name: str) -> Any:
         import torch  # noqa: F401  (loads the libraries that _C is linked with)
 
         return import_module("moe_route._C")
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'moe_route' has no attribute {name!r}")
-    home = f"moe_route.{_HOMES[name]}".rstrip(".")
-    if _HOMES[name] in ("", "integrations"):
-        value = import_module(f"{home}.{name}")
+    if name == "vllm":  # beside the others, though it lies in `integrations`
+        value: Any = import_module("moe_route.integrations.vllm")
+    elif name in _HOMES:
+        value = getattr(import_module(f"moe_route.{_HOMES[name]}"), name)
     else:
-        value = getattr(import_module(home), name)
+        value = import_module(f"moe_route.{name}")
     globals()[name] = value
     return value
 

@@ -24,8 +24,7 @@ from moe_route.analysis import entropy_experts
 from moe_route.analysis.stats import RESAMPLES, draw_items, interval_of
 from moe_route.data.languages import language_name
 from moe_route.demo.language_experts import find_language_experts
-from moe_route.demo.measurement import Losses, Measurement, pick_items
-from moe_route.demo.random_sets import random_sets
+from moe_route.demo.measurement import Losses, Measurement, pick_items, random_sets
 from moe_route.runs.language_model import LanguageModel
 
 SHARES = (0.01, 0.1)  # of all experts, for LAPE's rule; 0.01 is published for neurons

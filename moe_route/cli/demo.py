@@ -23,7 +23,7 @@ def add(verbs: Any) -> None:
         verbs,
         "demo",
         run,
-        "test six findings about multilingual routing, each with its controls (a few minutes)",
+        "switch experts of a task and of languages off, beside random ones (a few minutes)",
         "moe-route demo --out demo\n"
         "moe-route demo --limit 4 --draws 3 --languages eng_Latn,deu_Latn,swh_Latn      # a quick look",
     )

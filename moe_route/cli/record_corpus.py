@@ -46,7 +46,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     for column in ("text", "group", "item"):
         group.add_argument(f"--{column}-column", default=column, metavar="NAME", help=f"column of the {column}")
-    group.add_argument("--split", default="devtest", metavar="NAME", help="split of a dataset (default: devtest)")
+    group.add_argument("--split", metavar="NAME", help="split of a dataset (default: devtest)")
     group.add_argument("--chat-template", action="store_true", help="put texts into the tokenizer's chat template")
     group.add_argument(
         "--checkpoint-seconds", type=float, default=300.0, metavar="S", help="time between checkpoints (default: 300)"
@@ -100,6 +100,7 @@ def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, An
         item=options.item_column,
         split=options.split,
         groups=options.languages,
+        limit=options.limit,
     )
     # loading a model takes minutes: what cannot be read or written is refused before; a run that began is not read
     # again for this, because parts that were copied together are added up where the corpus may be missing
@@ -113,7 +114,6 @@ def run(options: argparse.Namespace, asked_for: Callable[[argparse.Namespace, An
             corpus,
             batch_size=options.batch_size,
             max_length=options.max_length,
-            limit=options.limit,
             chat_template=options.chat_template,
             group=group,
             checkpoint_seconds=options.checkpoint_seconds,
@@ -152,15 +152,13 @@ def _runner(
     asked_for: Callable[[argparse.Namespace, Any], dict[str, Any]],
 ) -> tuple[TextRunner, ModelParallelGroup, dict[str, Any], float]:
     """What runs the texts, the group of this rank, what is recorded, and the share of the weights that it holds."""
-    from itertools import islice
-
     from moe_route.base.ranks import ALONE, model_parallel_group, share_of_weights
     from moe_route.runs.corpus import AttachedTexts
 
     if options.engine == "vllm":
         from moe_route.integrations.vllm.corpus import EngineTexts
 
-        groups = options.languages or list(dict.fromkeys(text.group for text in islice(corpus, options.limit)))
+        groups = options.languages or list(dict.fromkeys(text.group for text in corpus))
         size, how = _together(options)
         sequences = not options.no_sequences
         engine = EngineTexts(

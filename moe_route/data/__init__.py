@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_route.data.corpus import Corpus, CorpusError
+from moe_route.data.corpus import Corpus
 from moe_route.data.languages import LANGUAGE_FAMILIES, families_of
-from moe_route.data.reader import CorpusStream, CorpusText
+from moe_route.data.reader import CorpusError, CorpusStream, CorpusText, read_texts
 from moe_route.data.tasks import Question, Task
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ __all__ = [
     "demo_task",
     "families_of",
     "load_demo_model",
+    "read_texts",
 ]
 
 _HERE = Path(__file__).resolve().parent
@@ -78,7 +79,7 @@ def load_demo_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel
 
 def demo_corpus() -> Corpus:
     """Everyday sentences in ten languages: English, then by decreasing amount of text in the model's training data."""
-    return Corpus.read_tsv(_HERE / "corpus" / "general.tsv")
+    return Corpus.read("general")
 
 
 def demo_problems() -> Task:
@@ -92,4 +93,4 @@ def demo_problems() -> Task:
 
 def demo_task() -> Corpus:
     """The problems of `demo_problems` that every language saw in training, with their answers, as texts."""
-    return demo_problems().subset("seen").corpus()
+    return Corpus.read("arithmetic")

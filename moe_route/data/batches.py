@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from moe_route.data.corpus import Corpus
+from moe_route.data.reader import CorpusText
 
 __all__ = ["Batch", "EncodedTexts", "Text", "encode", "padded_batches", "texts_of", "token_ids"]
 
@@ -24,8 +25,14 @@ class Text:
     text: str
 
 
-def texts_of(corpus: Corpus) -> list[Text]:
-    """All texts of a corpus, language by language; the language is the group."""
+def texts_of(corpus: Corpus | Iterable[CorpusText]) -> list[Text]:
+    """All texts of a corpus, language by language; the language is the group. Blank ones are left out."""
+    if not isinstance(corpus, Corpus):
+        by_group: dict[str, list[Text]] = {}
+        for group, item, text, _ in corpus:
+            if text.strip():
+                by_group.setdefault(group, []).append(Text(group, item, text))
+        return [text for texts in by_group.values() for text in texts]
     return [
         Text(language, item, text)
         for language in corpus.languages
@@ -98,8 +105,8 @@ def encode(
 def token_ids(tokenizer: Any, texts: Sequence[Text], **options: Any) -> list[list[int]]:
     """Token ids of each text, without padding; options are those of the tokenizer's call."""
     # not verbose, because it would warn about long texts, which are cut here
-    found = tokenizer([text.text for text in texts], verbose=False, **options) if texts else {"input_ids": []}
-    ids: list[list[int]] = found["input_ids"]
+    encoded = tokenizer([text.text for text in texts], verbose=False, **options) if texts else {"input_ids": []}
+    ids: list[list[int]] = encoded["input_ids"]
     return ids
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-__all__ = ["Corpus", "CorpusError"]
+from moe_route.data.reader import CorpusError, Quotes, read_texts, unknown_language
 
-
-class CorpusError(ValueError):
-    """Raised for a corpus that cannot be read; the message says where the problem is and what to do."""
+__all__ = ["Corpus"]
 
 
 @dataclass(frozen=True)
@@ -19,15 +17,16 @@ class Corpus:
     """Texts aligned by item: ``texts[language][i]`` has the same meaning in all languages.
 
     ``languages`` are codes in the order of the source (FLORES codes such as ``eng_Latn`` in the shipped corpora).
-    ``items`` are the ids that pair a text with its translations. ``len(corpus)`` is the number of items, and
-    ``corpus[language]`` gives the texts of one language. Raises :class:`CorpusError` if texts are missing, empty or too
-    many, or if a language or an item occurs twice.
+    ``items`` are the ids that pair a text with its translations, and ``described`` tells how a file was read.
+    ``len(corpus)`` is the number of items, and ``corpus[language]`` gives the texts of one language. Raises
+    :class:`CorpusError` if texts are missing, empty or too many, or if a language or an item occurs twice.
     """
 
     languages: tuple[str, ...]
     items: tuple[str, ...]
     texts: Mapping[str, tuple[str, ...]]
     name: str = "corpus"
+    described: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "languages", tuple(self.languages))
@@ -64,7 +63,7 @@ class Corpus:
     def __getitem__(self, language: str) -> tuple[str, ...]:
         """The texts of one language, in the order of ``items``. Raises ``KeyError`` naming the available languages."""
         if language not in self.texts:
-            raise KeyError(self._unknown(language))
+            raise KeyError(str(unknown_language(language, self.name, self.languages)))
         return self.texts[language]
 
     def subset(self, languages: Iterable[str] | None = None, limit: int | None = None) -> Corpus:
@@ -80,76 +79,43 @@ class Corpus:
         return Corpus(chosen, self.items[:limit], {language: self[language][:limit] for language in chosen}, self.name)
 
     @classmethod
-    def read(cls, path: str | Path, languages: Iterable[str] | None = None) -> Corpus:
-        """Read a folder in the layout of FLORES (:meth:`read_flores`) or a table (:meth:`read_tsv`)."""
-        if Path(path).is_dir():
-            return cls.read_flores(path, languages)
-        corpus = cls.read_tsv(path)
-        return corpus if languages is None else corpus.subset(languages)
+    def read(
+        cls,
+        source: str | Path,
+        languages: Sequence[str] | None = None,
+        *,
+        columns: str | None = None,
+        quotes: Quotes | None = None,
+        limit: int | None = None,
+        split: str | None = None,
+    ) -> Corpus:
+        """Read parallel text from any source of `data.CorpusStream`, which explains the arguments.
 
-    @classmethod
-    def read_tsv(cls, path: str | Path) -> Corpus:
-        """Read a tab-separated UTF-8 table: a header (any name, then the languages), then an item per row, id first.
-
-        Fields are not quoted, so texts contain no tabs and line breaks. Blank lines at the end are ignored. Raises
-        ``FileNotFoundError`` if there is no such file, and :class:`CorpusError` naming the faulty line.
+        ``languages`` are read in the order given, and ``limit`` items of each. Raises the errors of `data.read_texts`,
+        and :class:`CorpusError` for texts that are not parallel.
         """
-        path = Path(path)
-        lines = _read_lines(path)
-        if not lines:
-            raise CorpusError(f"{path} is empty: the first line must name the columns (item id, then the languages)")
-        header, *rows = (line.split("\t") for line in lines)
-        if len(header) < 2:
-            raise CorpusError(
-                f"{path}: the first line names no language; columns are separated by tabs. `moe-route record --corpus` "
-                "and CorpusStream read .csv, .jsonl and .parquet too"
-            )
-        for number, row in enumerate(rows, start=2):
-            if len(row) != len(header):
-                raise CorpusError(f"{path}, line {number}: {len(row)} fields where the header has {len(header)}")
-        if not rows:
-            raise CorpusError(f"{path} has a header but no item")
-        columns = list(zip(*rows, strict=True))
-        if twice := _repeated(header[1:]):
-            raise CorpusError(f"{path}: the language {twice!r} comes twice in the header")
-        return cls(tuple(header[1:]), columns[0], dict(zip(header[1:], columns[1:], strict=True)), path.name)
-
-    @classmethod
-    def read_flores(cls, folder: str | Path, languages: Iterable[str] | None = None, split: str = "devtest") -> Corpus:
-        """Read FLORES-200 as distributed: ``<folder>/<split>/<code>.<split>``, line *i* the same sentence in all.
-
-        ``languages`` are the codes to read, in that order; ``None`` reads every file, English first. ``folder`` may
-        also be the split's own folder. Items are named ``<split>-0001`` and so on. Raises ``FileNotFoundError`` if the
-        folder has no such files, ``KeyError`` for a code without a file, and :class:`CorpusError` if the files differ
-        in length.
-        """
-        folder = Path(folder)
-        inner = folder / split if (folder / split).is_dir() else folder
-        files = {path.stem: path for path in sorted(inner.glob(f"*.{split}")) if path.is_file()}
-        if not files:
-            raise FileNotFoundError(
-                f"no file *.{split} in {inner}: give the folder that holds {split}/eng_Latn.{split} and its neighbors"
-            )
-        if isinstance(languages, str):
-            languages = (languages,)
-        codes = sorted(files, key=lambda code: (code != "eng_Latn", code)) if languages is None else tuple(languages)
-        for code in codes:
-            if code not in files:
-                raise KeyError(f"no language {code!r} in {inner}: there are {', '.join(files)}")
-        if not codes:
-            raise ValueError("languages is empty: name at least one, or None for all")
-        texts = {code: tuple(_read_lines(files[code])) for code in codes}
-        count = len(texts[codes[0]])
-        for code, column in texts.items():
-            if len(column) != count:
+        stream = read_texts(source, columns=columns, quotes=quotes, languages=languages, limit=limit, split=split)
+        texts: dict[str, dict[str, str]] = {language: {} for language in stream.groups or ()}
+        for group, item, text, _ in stream:
+            of_language = texts.setdefault(group, {})
+            if item in of_language:
                 raise CorpusError(
-                    f"{files[code]} has {len(column)} lines, {files[codes[0]]} has {count}: they are not parallel"
+                    f"{stream.name}: the item {item!r} comes twice in {group}; give every item a name of its own"
                 )
-        items = tuple(f"{split}-{number:04d}" for number in range(1, count + 1))
-        return cls(tuple(codes), items, texts, f"{folder.name}/{split}")
-
-    def _unknown(self, language: str) -> str:
-        return f"no language {language!r} in {self.name}: there are {', '.join(self.languages)}"
+            of_language[item] = text
+        if not any(texts.values()):
+            raise CorpusError(f"{stream.name} has no item: it needs one at least")
+        first, *others = texts
+        for language in others:
+            for one, other in ((first, language), (language, first)):
+                if missing := next((item for item in texts[one] if item not in texts[other]), None):
+                    raise CorpusError(
+                        f"{stream.name}: item {missing!r} has no text in {other} and one in {one}, so they are not "
+                        "parallel; fill it in, or leave the item or the language out"
+                    )
+        items = tuple(texts[first])
+        columns_of = {language: tuple(of[item] for item in items) for language, of in texts.items()}
+        return cls(tuple(texts), items, columns_of, stream.name, stream.described)
 
 
 def _repeated(names: Iterable[str]) -> str | None:
@@ -159,17 +125,3 @@ def _repeated(names: Iterable[str]) -> str | None:
             return name
         seen.add(name)
     return None
-
-
-def _read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file without blank ones at its end; only line feeds end a line."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
-    lines = text.split("\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    return lines

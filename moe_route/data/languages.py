@@ -10,8 +10,17 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
-__all__ = ["LANGUAGE_FAMILIES", "Language", "codes", "families_of", "flores_code", "language", "language_name"]
-
+__all__ = [
+    "LANGUAGE_FAMILIES",
+    "Language",
+    "codes",
+    "families_of",
+    "flores_code",
+    "is_language",
+    "language",
+    "language_name",
+    "spaces_words",
+]
 
 _FLORES = """
 ace_Arab Acehnese (Arabic script)|ace_Latn Acehnese (Latin script)|acm_Arab Mesopotamian Arabic|
@@ -157,6 +166,21 @@ def language_name(code: str) -> str:
     """The English name of the language of a code, or the code itself if it names no language of the table."""
     found = language(code)
     return code if found is None else found.name
+
+
+def is_language(name: str) -> bool:
+    """Whether this is a code of a language of the table, or its English name, in any case of letters."""
+    return language(name.strip()) is not None or name.strip().lower() in _english_names()
+
+
+def spaces_words(code: str) -> bool:
+    """Whether words are put apart by spaces in the language of a code of FLORES; not so Japanese and Chinese."""
+    return code not in ("jpn_Jpan", "zho_Hans", "zho_Hant")
+
+
+@cache
+def _english_names() -> frozenset[str]:
+    return frozenset(name.lower() for names in _table()[0].values() for name in names.values())
 
 
 def _is_country(part: str) -> bool:

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_route.data.corpus import Corpus, CorpusError
+from moe_route.data.corpus import Corpus
+from moe_route.data.languages import spaces_words
+from moe_route.data.reader import CorpusError, table
 
 __all__ = ["Question", "Task"]
-
-# FLORES codes of the shipped languages that put no space between words.
-_UNSPACED = ("jpn_Jpan", "zho_Hans", "zho_Hant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,7 @@ class Task:
         texts: dict[str, list[str]] = {language: [] for language in self.languages}
         for question in self.questions:
             texts[question.language].append(question.prompt + question.answer)
-        return Corpus(self.languages, items, {language: tuple(found) for language, found in texts.items()}, self.name)
+        return Corpus(self.languages, items, {language: tuple(column) for language, column in texts.items()}, self.name)
 
     @classmethod
     def read_tsv(cls, path: str | Path) -> Task:
@@ -94,26 +93,23 @@ class Task:
         Other columns whose name holds no underscore are left out. The answer follows a space, except in Japanese and
         Chinese. Raises `CorpusError` for a table without these columns, with rows of other lengths or empty cells.
         """
-        path = Path(path)
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        head = lines[0].split("\t") if lines else []
-        languages = [name for name in head if "_" in name]
-        if "item" not in head or "answer" not in head or not languages:
+        read = table(path)
+        languages = [name for name in read.header if "_" in name]
+        if "item" not in read.header or "answer" not in read.header or not languages:
             raise CorpusError(f"{path} is no table of a task: it needs the columns item, answer and one per language")
         rows = []
-        for number, line in enumerate(lines[1:], start=2):
-            cells = line.split("\t")
-            if len(cells) != len(head) or not all(cell.strip() for cell in cells):
-                raise CorpusError(f"{path}, line {number}: expected {len(head)} cells with text, found {len(cells)}")
-            rows.append(dict(zip(head, (cell.strip() for cell in cells), strict=True)))
+        for row in read.rows():
+            if empty := next((name for name, cell in row.fields.items() if not cell.strip()), None):
+                raise CorpusError(f"{row.where}: the column {empty!r} is empty, and every cell needs text: fill it in")
+            rows.append({name: cell.strip() for name, cell in row.fields.items()})
         return cls(
-            path.stem,
+            Path(path).stem,
             tuple(
                 Question(
                     row["item"],
                     language,
                     row[language],
-                    row["answer"] if language in _UNSPACED else " " + row["answer"],
+                    f" {row['answer']}" if spaces_words(language) else row["answer"],
                     row.get("subset", ""),
                 )
                 for language in languages

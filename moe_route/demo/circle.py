@@ -1,19 +1,16 @@
-"""The demonstration from attaching to restoring: six findings on a model, each with its controls.
+"""The demonstration from attaching to restoring: two findings on a model, each with its controls.
 
-It follows "Multilingual Routing in Mixture-of-Experts" (arXiv 2510.04694), and begins with what a small model can show:
-experts found in English text alone are switched off (1), then those of each language (2); exact match by what was seen
-in training (3); divergence of every language from English by layer (4), and its correlation with exact match (5); the
-paper's soft activation of task experts (6). What is found is found in other texts than those it is measured on. The
-report gives the result, whatever it is.
+Experts that are found in English text alone are switched off (1), then those of each language (2). What is found is
+found in other texts than those it is measured on. The report gives the result, whatever it is. `examples/findings` goes
+on from here with what a larger model can show.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -23,20 +20,15 @@ import torch
 from moe_route.base import files
 from moe_route.data import Corpus, Task, demo_problems
 from moe_route.data.batches import Text
-from moe_route.demo.association import LOSS, SHARE, associate
-from moe_route.demo.depth import Depth, profile_of, untrained_model
+from moe_route.demo import pictures
 from moe_route.demo.language_experts import find_language_experts, switch_language_experts_off
-from moe_route.demo.measurement import PIVOT, Losses, Measurement, Scores, pick_items
-from moe_route.demo.pictures import draw
-from moe_route.demo.raising import raise_task_experts
+from moe_route.demo.measurement import HELD_OUT, PIVOT, Losses, Measurement, Scores, pick_items
 from moe_route.demo.report import DemoReport
-from moe_route.demo.skill import HELD_OUT, Skill, shares_in_training
-from moe_route.demo.task_experts import find_task_experts, switch_task_experts_off
-from moe_route.routed import RoutedModel
+from moe_route.demo.task_experts import TaskExperts, find_task_experts, switch_task_experts_off
 from moe_route.runs.language_model import LanguageModel
 from moe_route.runs.record import read_corpus
 
-__all__ = ["DRAWS", "demo"]
+__all__ = ["DRAWS", "Natural", "Study", "demo"]
 
 DRAWS = 99  # random sets beside the first finding; the smallest p-value is 0.01
 
@@ -63,7 +55,7 @@ def demo(
         languages: of the corpus; English must be among them, because all are compared with it. The problems are taken
             in those of the languages that they have.
         limit: use the first sentences, and of each kind of problems the first ones, as many.
-        draws: number of random sets of experts beside the first finding, which take half of the time; beside others
+        draws: number of random sets of experts beside the first finding, which take half of the time; beside the second
             19 at most.
         out: folder for the pictures and the report, created if missing (none without it).
         batch_size: sentences per call; of problems, four times as many.
@@ -79,116 +71,125 @@ def demo(
         raise ValueError(f"draws must be at least 1, not {draws}: an effect needs random sets beside it")
     if out is not None:
         files.check_writable(files.make_folder(out) / "report.json")
-    corpus = read_corpus(data, languages=languages, limit=limit)
-    if PIVOT not in corpus.languages or len(corpus.languages) < 2:
-        found = ", ".join(corpus.languages)
-        raise ValueError(f"the demo compares languages with {PIVOT}: take it and at least one more, not {found}")
-    if len(corpus) < 2:
-        raise ValueError(
-            "the demo finds experts in one half of the sentences and measures on the other: take two or more"
-        )
-    problems = demo_problems()
-    shared = [language for language in problems.languages if language in corpus.languages]
-    study = _Study(corpus, problems.subset(languages=shared, limit=limit), draws, engine)
+    study = Study.read(data, languages, limit)
     language_model = language_model or LanguageModel.load()
-    before = _fingerprint(language_model, corpus)
+    before = _fingerprint(language_model, study.corpus)
     routed = language_model.attach(engine)
     try:
-        report = study.report(Measurement(language_model, routed, batch_size, max_length, progress))
+        report = _report(study, Measurement(language_model, routed, batch_size, max_length, progress), draws)
     finally:
         routed.detach()
-    report.restored = _fingerprint(language_model, corpus) == before
+    report.restored = _fingerprint(language_model, study.corpus) == before
     if out is not None:
-        report.pictures = draw(report, Path(out))
+        drawn = {
+            "task_experts_off": pictures.task_experts_off(report.task_experts_off),
+            "language_experts_off": pictures.language_experts_off(report.language_experts_off),
+        }
+        report.pictures = pictures.save(drawn, Path(out))
     report.seconds = time.perf_counter() - start
     if out is not None:
-        _write(Path(out), report)
+        report.write(Path(out))
     return report
 
 
-class _Study:
-    """The findings of one demonstration, in order."""
+@dataclass(frozen=True)
+class Natural:
+    """The model as it is on the texts of a study, which every finding compares with.
 
-    def __init__(self, corpus: Corpus, problems: Task, draws: int, engine: Literal["hook", "fused"]) -> None:
-        self.corpus, self.problems, self.draws, self.engine = corpus, problems, draws, engine
-        # Experts are found in every second sentence, and measured on the others.
+    Attributes:
+        scores: how all problems are answered.
+        losses: of the sentences that are measured.
+        task_experts: the experts of the problems, found in English.
+    """
+
+    scores: Scores
+    losses: Losses
+    task_experts: TaskExperts
+
+
+class Study:
+    """Sentences and problems in several languages, in parts that experts are found in and parts they are measured on.
+
+    Attributes:
+        corpus: all sentences.
+        problems: the problems, in those of its languages that they have.
+        finding, measured: every second sentence, and the others.
+        subsets: the subset of each problem, the same in every language.
+    """
+
+    def __init__(self, corpus: Corpus, problems: Task) -> None:
+        self.corpus, self.problems = corpus, problems
         self.finding, self.measured = (pick_items(corpus, range(half, len(corpus), 2)) for half in (0, 1))
         first = problems.questions[: len(problems.questions) // len(problems.languages)]
         self.subsets = np.array([question.subset for question in first])
 
-    def report(self, run: Measurement) -> DemoReport:
-        routed: RoutedModel = run.routed
-        encoded = run.encode(self.corpus)
+    @classmethod
+    def read(cls, data: str | Path | None, languages: Sequence[str] | None, limit: int | None) -> Study:
+        """Read a corpus as `read_corpus` does, and the shipped problems.
+
+        Raises `ValueError` for a corpus with nothing to compare.
+        """
+        corpus = read_corpus(data, languages=languages, limit=limit)
+        if PIVOT not in corpus.languages or len(corpus.languages) < 2:
+            given = ", ".join(corpus.languages)
+            raise ValueError(f"the demo compares languages with {PIVOT}: take it and at least one more, not {given}")
+        if len(corpus) < 2:
+            raise ValueError(
+                "the demo finds experts in one half of the sentences and measures on the other: take two or more"
+            )
+        problems = demo_problems()
+        shared = [language for language in problems.languages if language in corpus.languages]
+        return cls(corpus, problems.subset(languages=shared, limit=limit))
+
+    def natural(self, run: Measurement) -> Natural:
+        """Answer the problems and read the measured sentences as the model is, and find its task experts."""
         scores = run.answers(self.problems, "problems")
         losses = run.losses(self.measured, "general text")
-        shared = np.array([self.corpus.languages.index(language) for language in self.problems.languages])
-        found = find_task_experts(
+        task_experts = find_task_experts(
             run.record(self.problems.subset("seen", languages=[PIVOT]).corpus(), "routing of English problems"),
             run.record(self.finding.subset([PIVOT]), "routing of English text"),
         )
-        task_experts_off = switch_task_experts_off(
-            run,
-            found,
-            self.problems.subset(*HELD_OUT),
-            self.of(scores, *HELD_OUT),
-            self.measured.subset(self.problems.languages),
-            losses.of(slice(None), shared),
-            self.draws,
-        )
-        language_experts_off = switch_language_experts_off(
-            run,
-            find_language_experts(run.record(self.finding, "routing of half of the text")),
-            self.measured,
-            losses,
-            self.draws,
-        )
-        skill = Skill(
-            self.problems.languages,
-            {subset: self.of(scores, subset) for subset in self.problems.subsets},
-            shares_in_training(run.language_model.name),
-        )
-        english_only = self.problems.subset("english_only")
-        routers = routed.routers
-        return DemoReport(
-            model=run.language_model.name,
-            layers=len(routers),
-            experts=max(router.num_experts for router in routers),
-            top_k=max(router.top_k for router in routers),
-            languages=self.corpus.languages,
-            sentences=len(self.corpus),
-            problems=len(self.subsets),
-            cut=[encoded.note] if encoded.note else [],
-            task_experts_off=task_experts_off,
-            language_experts_off=language_experts_off,
-            skill=skill,
-            depth=self.depth(run),
-            association=associate(
-                run.record(english_only.corpus(), "routing of problems"),
-                {language: share.value for language, share in skill.match("english_only").items()},
-                {SHARE: skill.shares, LOSS: self.nats_per_sentence(losses)},
-            ),
-            raising=raise_task_experts(
-                run, found.experts, len(routers), english_only, self.of(scores, "english_only"), self.draws
-            ),
-        )
+        return Natural(scores, losses, task_experts)
 
     def of(self, scores: Scores, *subsets: str) -> Scores:
         """The scores of some subsets."""
         return scores.of(np.isin(self.subsets, subsets))
 
-    def nats_per_sentence(self, losses: Losses) -> dict[str, float]:
-        """Loss by language. Sentences are translations, so unlike nats per token it does not depend on tokens."""
-        return dict(zip(self.corpus.languages, losses.nats.mean(0).tolist(), strict=True))
 
-    def depth(self, run: Measurement) -> Depth:
-        """Divergence by layer of the model, and of an untrained one if one can be made."""
-        trained = profile_of(run.record(self.corpus, "routing of all text"))
-        blank, reason = untrained_model(run.language_model)
-        if blank is None:
-            return Depth(trained, None, reason)
-        with blank.attach(self.engine) as routed:
-            other = replace(run, language_model=blank, routed=routed)
-            return Depth(trained, profile_of(other.record(self.corpus, "routing of an untrained model")))
+def _report(study: Study, run: Measurement, draws: int) -> DemoReport:
+    """Measure both findings."""
+    encoded = run.encode(study.corpus)
+    natural = study.natural(run)
+    shared = np.array([study.corpus.languages.index(language) for language in study.problems.languages])
+    task_experts_off = switch_task_experts_off(
+        run,
+        natural.task_experts,
+        study.problems.subset(*HELD_OUT),
+        study.of(natural.scores, *HELD_OUT),
+        study.measured.subset(study.problems.languages),
+        natural.losses.of(slice(None), shared),
+        draws,
+    )
+    language_experts_off = switch_language_experts_off(
+        run,
+        find_language_experts(run.record(study.finding, "routing of half of the text")),
+        study.measured,
+        natural.losses,
+        draws,
+    )
+    routers = run.routed.routers
+    return DemoReport(
+        model=run.language_model.name,
+        layers=len(routers),
+        experts=max(router.num_experts for router in routers),
+        top_k=max(router.top_k for router in routers),
+        languages=study.corpus.languages,
+        sentences=len(study.corpus),
+        problems=len(study.subsets),
+        cut=[encoded.note] if encoded.note else [],
+        task_experts_off=task_experts_off,
+        language_experts_off=language_experts_off,
+    )
 
 
 def _fingerprint(language_model: LanguageModel, corpus: Corpus) -> str:
@@ -204,9 +205,3 @@ def _fingerprint(language_model: LanguageModel, corpus: Corpus) -> str:
 
 def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _write(folder: Path, report: DemoReport) -> None:
-    """Write the report beside its pictures, as text and as JSON."""
-    files.write_text(folder / "report.txt", f"{report}\n")
-    files.write_text(folder / "report.json", f"{json.dumps(report.to_dict(), indent=1)}\n")

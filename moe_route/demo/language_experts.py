@@ -14,8 +14,7 @@ from moe_route.analysis.result import plain
 from moe_route.analysis.stats import RESAMPLES, draw_items
 from moe_route.base.table import number_of, table
 from moe_route.data import Corpus
-from moe_route.demo.measurement import Losses, Measurement
-from moe_route.demo.random_sets import random_sets
+from moe_route.demo.measurement import Losses, Measurement, random_sets
 from moe_route.demo.wording import name, paragraph, told
 from moe_route.recording import RoutingStatistics
 from moe_route.steering import ExpertSelection, Plan
@@ -91,17 +90,17 @@ class LanguageExpertsOff:
         """What was found, from the interval."""
         if not self.experts:
             return "No language has experts of its own, so there are none to switch off."
-        found = self.selectivity
+        change = self.selectivity
         start = "Switching off a language's own experts"
         first = f"its own text loses the most in {len(self.hit_first)} of {number_of(len(self.experts), 'language')}"
-        match found.verdict:
+        match change.verdict:
             case "higher":
-                effect = f"costs its own text {told(found, 3)} nats per token more than other languages' text"
+                effect = f"costs its own text {told(change, 3)} nats per token more than other languages' text"
             case "lower":
-                effect = f"costs other languages' text more than its own, by {told(found, 3)} nats per token"
+                effect = f"costs other languages' text more than its own, by {told(change, 3)} nats per token"
             case _:
                 effect = (
-                    f"costs its own text no more than other languages' that these sentences can show: {told(found, 3)}"
+                    f"costs its own text no more than other languages' that these sentences can show: {told(change, 3)}"
                 )
         return f"{start} {effect}; {first}."
 

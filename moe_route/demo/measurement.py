@@ -1,9 +1,9 @@
-"""What the demonstration runs, and how: texts and problems in several languages, with or without a plan."""
+"""What the demonstration runs, and how: texts and problems in several languages, under a plan or random ones."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -16,11 +16,25 @@ from moe_route.recording import RoutingStatistics
 from moe_route.routed import RoutedModel
 from moe_route.runs.language_model import LanguageModel
 from moe_route.runs.record import record_texts
-from moe_route.steering import Plan
+from moe_route.steering import ExpertSelection, Plan, PlanError
 
-__all__ = ["PIVOT", "Losses", "Measurement", "Scores", "sample_corpus", "sample_task"]
+__all__ = [
+    "HELD_OUT",
+    "PIVOT",
+    "SUBSETS",
+    "Losses",
+    "Measurement",
+    "Scores",
+    "pick_items",
+    "random_sets",
+    "sample_corpus",
+    "sample_task",
+    "shares_of",
+]
 
 PIVOT = "eng_Latn"
+SUBSETS = ("seen", "english_only", "unseen")  # of the problems, by who saw their numbers in training
+HELD_OUT = SUBSETS[1:]
 _QUESTIONS = 4  # questions are so much shorter than texts that a batch holds more of them
 
 
@@ -94,19 +108,19 @@ class Measurement:
     def answers(self, task: Task, what: str, plan: Plan | None = None) -> Scores:
         """Answer the questions of a task."""
         with nullcontext() if plan is None else self.routed.steer(plan):
-            found = self.language_model.answers(
+            answers = self.language_model.answers(
                 task.questions, batch_size=_QUESTIONS * self.batch_size, progress=self._caption(what)
             )
         shape = (len(task.languages), -1)
-        return Scores(found.correct.astype(float).reshape(shape).T, found.nats.reshape(shape).T)
+        return Scores(answers.correct.astype(float).reshape(shape).T, answers.nats.reshape(shape).T)
 
     def losses(self, corpus: Corpus, what: str, plan: Plan | None = None) -> Losses:
         """Compute the loss of each text of a corpus."""
         with nullcontext() if plan is None else self.routed.steer(plan):
-            found = self.language_model.losses(
+            losses = self.language_model.losses(
                 self.encode(corpus), batch_size=self.batch_size, progress=self._caption(what)
             )
-        nats, tokens = found.reshape(len(corpus.languages), len(corpus), 2).transpose(2, 1, 0)
+        nats, tokens = losses.reshape(len(corpus.languages), len(corpus), 2).transpose(2, 1, 0)
         return Losses(nats, tokens)
 
     def _caption(self, what: str) -> str | None:
@@ -141,3 +155,19 @@ def pick_items(corpus: Corpus, places: Iterable[int]) -> Corpus:
     kept = list(places)
     texts = {language: tuple(corpus[language][place] for place in kept) for language in corpus.languages}
     return Corpus(corpus.languages, tuple(corpus.items[place] for place in kept), texts, corpus.name)
+
+
+def random_sets(plan: Plan, number: int) -> tuple[list[Plan], bool]:
+    """The plan on `number` random sets of as many experts of each layer, and whether these are all other sets.
+
+    All are taken if there are no more than `number`. A draw may hold experts of the plan: see `shares_of`.
+    """
+    try:
+        return plan.all_random(number), True
+    except PlanError:  # more sets than that
+        return [plan.random(seed) for seed in range(number)], False
+
+
+def shares_of(sets: Sequence[Plan], experts: ExpertSelection) -> np.ndarray:
+    """float64 [sets]: the share of `experts` that each set holds."""
+    return np.array([len(plan.touching(experts)) / len(experts) for plan in sets])

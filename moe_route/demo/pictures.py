@@ -5,7 +5,7 @@ Colors are those of `plots`, which every color vision tells apart; markers diffe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,339 +13,129 @@ import numpy as np
 
 from moe_route import plots
 from moe_route.base.table import number_of
-from moe_route.demo.association import LOSS, SHARE
-from moe_route.demo.measurement import PIVOT
-from moe_route.demo.random_sets import standing
-from moe_route.demo.skill import SUBSETS
-from moe_route.demo.wording import name, told
+from moe_route.demo.wording import name, standing, told
 from moe_route.plots import frame
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from moe_route.analysis import Difference
-    from moe_route.demo.association import Association
-    from moe_route.demo.depth import Depth, Profile
     from moe_route.demo.language_experts import LanguageExpertsOff
-    from moe_route.demo.raising import Raising
-    from moe_route.demo.report import DemoReport
-    from moe_route.demo.skill import Skill
     from moe_route.demo.task_experts import TaskExpertsOff
 
-__all__ = ["draw"]
+__all__ = ["language_experts_off", "save", "task_experts_off"]
 
-_WIDTH = 8.0  # inches; 800 pixels are then 100 per inch, and the font has 14
-_BLUE, _RED, _GREEN, _, _, _ORANGE, _ = frame.COLORS
-_GREY = "#8c8c8c"
-_MARKERS = {"seen": ("s", _GREEN), "english_only": ("o", _BLUE), "unseen": ("D", _RED)}
-_LABELS = {"seen": "seen by all", "english_only": "seen in English only", "unseen": "never seen"}
+WIDTH = 8.0  # inches; 800 pixels are then 100 per inch, and the font has 14
+BLUE, RED, GREEN, _, _, ORANGE, _ = frame.COLORS
+GREY = "#8c8c8c"
 
 
-def draw(report: DemoReport, folder: Path) -> list[Path]:
-    """Draw each finding that has something to show, as PNG; returns the files in the order of the text."""
-    drawn: dict[str, Callable[[Any], Axes | None]] = {
-        "task_experts_off": task_experts_off,
-        "language_experts_off": language_experts_off,
-        "skill": skill,
-        "depth": depth,
-        "association": association,
-        "raising": raising,
-    }
-    pictures = {title: drawn[title](found) for title, found in report.findings()}
-    return [plots.save(ax, folder / f"{title}.png") for title, ax in pictures.items() if ax is not None]
+def save(drawn: Mapping[str, Axes | None], folder: Path) -> list[Path]:
+    """Save each picture that has something to show as PNG under its name; returns the files in their order."""
+    return [plots.save(ax, folder / f"{title}.png") for title, ax in drawn.items() if ax is not None]
 
 
-def task_experts_off(found: TaskExpertsOff) -> Axes | None:
+def task_experts_off(off: TaskExpertsOff) -> Axes | None:
     """Exact match of each language before and after; beside it the change, in a cloud of the random sets."""
-    if not found.found.experts:
+    if not off.task_experts.experts:
         return None
-    clouds = len(found.matches) > 1
-    rows = np.arange(len(found.languages))
-    axes = _axes(1, 2 if clouds else 1, 1.7 + 0.38 * len(rows), sharey=True)
+    clouds = len(off.matches) > 1
+    rows = np.arange(len(off.languages))
+    axes = new_axes(1, 2 if clouds else 1, 1.7 + 0.38 * len(rows), sharey=True)
     ax = axes[0, 0]
-    before, after = found.before.correct.mean(0), found.after.correct.mean(0)
-    ax.hlines(rows, after, before, color=_GREY, linewidth=2.5, zorder=1)
-    ax.scatter(before, rows, s=60, color=_BLUE, zorder=2, label="model as it is")
-    ax.scatter(after, rows, s=60, color=_RED, marker="D", zorder=2, label="task experts off")
-    _language_rows(ax, found.languages)
+    before, after = off.before.correct.mean(0), off.after.correct.mean(0)
+    ax.hlines(rows, after, before, color=GREY, linewidth=2.5, zorder=1)
+    ax.scatter(before, rows, s=60, color=BLUE, zorder=2, label="model as it is")
+    ax.scatter(after, rows, s=60, color=RED, marker="D", zorder=2, label="task experts off")
+    language_rows(ax, off.languages)
     ax.set_xlim(-0.03, 1.03)
-    ax.set_xlabel(f"exact match ({len(found.before.correct)} held-out problems)")
-    _legend_below(ax, 2)
+    ax.set_xlabel(f"exact match ({len(off.before.correct)} held-out problems)")
+    legend_below(ax, 2)
     if clouds:
-        _cloud(axes[0, 1], found, rows)
-    number = len(found.found.experts)
-    text = f"general text: {told(found.text_change, 3)} nats per token"
-    if found.sets:
-        text += f"\nbeside random sets of as many experts: {standing(found.sets['exact match'])}"
-    _headline(ax, f"{number_of(number, 'task expert')} found in English, off: exact match {told(found.change)}\n{text}")
+        _cloud(axes[0, 1], off, rows)
+    number = len(off.task_experts.experts)
+    text = f"general text: {told(off.text_change, 3)} nats per token"
+    if off.sets:
+        text += f"\nbeside random sets of as many experts: {standing(off.sets['exact match'])}"
+    headline(ax, f"{number_of(number, 'task expert')} found in English, off: exact match {told(off.change)}\n{text}")
     return ax
 
 
-def _cloud(ax: Axes, found: TaskExpertsOff, rows: np.ndarray) -> None:
+def _cloud(ax: Axes, off: TaskExpertsOff, rows: np.ndarray) -> None:
     """The change of exact match on the sampled items: of the task experts, and of every random set."""
-    spread = np.random.default_rng(0).uniform(-0.28, 0.28, found.matches[1:].shape)
-    holding = found.shares > 0
-    kinds = ((holding, _ORANGE, "random set with a task expert"), (~holding, _GREY, "without"))
+    spread = np.random.default_rng(0).uniform(-0.28, 0.28, off.matches[1:].shape)
+    holding = off.shares > 0
+    kinds = ((holding, ORANGE, "random set with a task expert"), (~holding, GREY, "without"))
     for at, color, label in kinds:
         if at.any():
             ax.scatter(
-                found.matches[1:][at], (rows + spread)[at], s=14, color=color, alpha=0.6, linewidths=0, label=label
+                off.matches[1:][at], (rows + spread)[at], s=14, color=color, alpha=0.6, linewidths=0, label=label
             )
-    ax.scatter(found.matches[0], rows, s=60, color=_RED, marker="D", zorder=3)
+    ax.scatter(off.matches[0], rows, s=60, color=RED, marker="D", zorder=3)
     ax.axvline(0, color=frame.INK, linewidth=0.8)
-    _plain(ax)
-    ax.set_xlabel(f"its change ({found.sampled[0]} of the problems)")
-    _legend_below(ax, 2)
+    plain_axes(ax)
+    ax.set_xlabel(f"its change ({off.sampled[0]} of the problems)")
+    legend_below(ax, 2)
 
 
-def language_experts_off(found: LanguageExpertsOff) -> Axes | None:
+def language_experts_off(off: LanguageExpertsOff) -> Axes | None:
     """The matrix of changes, with a column of the random sets."""
-    if not found.experts:
+    if not off.experts:
         return None
-    values = found.matrix
+    values = off.matrix
     limit = float(np.abs(values).max()) or 1.0
-    control = found.random is not None
-    columns = len(found.languages) + (1.4 if control else 0)
-    ax = _axes(1, 1, 1.9 + 0.4 * len(values))[0, 0]
+    control = off.random is not None
+    columns = len(off.languages) + (1.4 if control else 0)
+    ax = new_axes(1, 1, 1.9 + 0.4 * len(values))[0, 0]
     options = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "aspect": "auto"}
-    image = ax.imshow(values, extent=(-0.5, len(found.languages) - 0.5, len(values) - 0.5, -0.5), **options)
+    image = ax.imshow(values, extent=(-0.5, len(off.languages) - 0.5, len(values) - 0.5, -0.5), **options)
     shown = [(x, y, value) for (y, x), value in np.ndenumerate(values)]
-    places, labels = list(map(float, range(len(found.languages)))), [name(one) for one in found.languages]
-    if found.random is not None:
-        own = found.random.mean(0)[:, None]
-        left = len(found.languages) - 0.1
+    places, labels = list(map(float, range(len(off.languages)))), [name(one) for one in off.languages]
+    if off.random is not None:
+        own = off.random.mean(0)[:, None]
+        left = len(off.languages) - 0.1
         ax.imshow(own, extent=(left, left + 1, len(values) - 0.5, -0.5), **options)
         shown += [(left + 0.5, y, float(value)) for y, value in enumerate(own[:, 0])]
         places, labels = [*places, left + 0.5], [*labels, "random experts,\nown text"]
     for x, y, value in shown:
-        own_text = x == (found.languages.index(list(found.experts)[int(y)]))
+        own_text = x == (off.languages.index(list(off.experts)[int(y)]))
         look = {"fontsize": "small", "fontweight": "bold" if own_text else "normal"}
         text = f"{round(value, 2) + 0.0:.2f}"  # + 0.0 avoids a minus zero
         frame.write_cell(ax, y, x, text, dark=abs(value) > 0.6 * limit, **look)
     ax.set_xlim(-0.5, columns - 0.5)
     ax.set_xticks(places, labels, rotation=40, ha="right", rotation_mode="anchor")
-    ax.set_yticks(range(len(values)), [name(one) for one in found.experts])
+    ax.set_yticks(range(len(values)), [name(one) for one in off.experts])
     ax.set_ylabel("experts off")
     frame.frameless(ax)
     frame.color_bar(image, ax, "change, nats per token", pad=0.02, fraction=0.04)
-    _headline(
+    headline(
         ax,
-        f"a language's own experts off: its text loses the most in {len(found.hit_first)} of {len(values)}\n"
-        f"own minus other languages' text: {told(found.selectivity)} nats per token",
+        f"a language's own experts off: its text loses the most in {len(off.hit_first)} of {len(values)}\n"
+        f"own minus other languages' text: {told(off.selectivity)} nats per token",
     )
     return ax
 
 
-def skill(found: Skill) -> Axes:
-    """Exact match of the three kinds of problems by language, with intervals."""
-    rows = np.arange(len(found.languages))
-    ax = _axes(1, 1, 1.9 + 0.45 * len(rows))[0, 0]
-    for offset, subset in zip((-0.25, 0.0, 0.25), SUBSETS, strict=True):
-        shares = np.array(list(found.match(subset).values()))
-        marker, color = _MARKERS[subset]
-        reach = np.abs(shares[:, 1:] - shares[:, :1]).T
-        ax.errorbar(
-            shares[:, 0],
-            rows + offset,
-            xerr=reach,
-            fmt=marker,
-            color=color,
-            markersize=6,
-            linewidth=1.3,
-            label=_LABELS[subset],
-        )
-    labels = {one: f" ({share:.0%} of pairs)" for one, share in found.shares.items()}
-    _language_rows(ax, found.languages, labels)
-    ax.set_xlim(-0.03, 1.03)
-    ax.set_xlabel(f"exact match ({len(found.scores[SUBSETS[0]].correct)} problems each, 95 % intervals)")
-    _legend_below(ax, 3)
-    if found.others:
-        transfer = told(found.transfer(*found.others))
-        _headline(ax, f"what English alone saw minus what nobody saw, in other languages: {transfer}")
-    return ax
-
-
-def depth(found: Depth) -> Axes:
-    """Divergence by layer with its floor, and the load below it; the untrained model to the right."""
-    profiles = {"trained": found.trained, "untrained": found.untrained}
-    kept = {title: profile for title, profile in profiles.items() if profile is not None}
-    axes = _axes(2, len(kept), 5.2, sharey="row", sharex=True, height_ratios=(3, 1))
-    for column, (title, profile) in enumerate(kept.items()):
-        _divergence(axes[0, column], profile)
-        _load(axes[1, column], profile.load)
-        depth = profile.depth
-        text = title if depth is None else f"{title}: depth {told(depth, 3)}"
-        axes[0, column].set_title(text, fontsize="medium", loc="left")
-    first = axes[0, 0]
-    first.set_ylabel(f"divergence from {name(PIVOT)}")
-    axes[1, 0].set_ylabel("load entropy\n/ log E")
-    handles, labels = first.get_legend_handles_labels()
-    frame.figure_of(first).legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize="small")
-    return first
-
-
-def _divergence(ax: Axes, profile: Profile) -> None:
-    found = profile.divergence
-    layers = np.arange(found.values.shape[1])
-    for group, style in plots.styles((*found.groups, found.reference)).items():
-        if group in found.groups:
-            ax.plot(layers, found.of(group), label=name(group), **{"markersize": 3, "marker": "o", **style})
-    if profile.floor is not None:
-        ax.plot(
-            layers, profile.floor, color=frame.INK, linestyle=":", linewidth=1.5, label="floor (unrelated sentences)"
-        )
-    ax.set_ylim(bottom=0)
-    _plain(ax)
-
-
-def _load(ax: Axes, load: np.ndarray) -> None:
-    ax.bar(np.arange(len(load)), np.nan_to_num(load), color=_GREY)
-    ax.set_ylim(0, 1.05)
-    ax.set_xticks(_few(len(load)))
-    ax.set_xlabel("MoE layer")
-    _plain(ax)
-
-
-def association(found: Association) -> Axes | None:
-    """Exact match over divergence of the layer with the largest |r|; to the right, over what may lie behind it."""
-    if found.raw is None:
-        return None
-    at = found.strongest
-    match = np.array([found.match[group] for group in found.divergence.groups])
-    axes = _axes(max(1, len(found.covariates)), 2, 4.2, sharey=True, width_ratios=(3, 2))
-    large: Axes = _joined(axes[:, 0])
-    values = found.divergence.values[:, at]
-    _points(large, values, match, f"divergence of problems from {name(PIVOT)}, layer {at}")
-    large.set_ylabel("exact match (pairs seen in English only)")
-    large.margins(0.15)
-    units = {SHARE: "share of pairs seen in training", LOSS: "general text, nats per sentence"}
-    for ax, (covariate, by_language) in zip(axes[:, 1], found.covariates.items(), strict=False):
-        _points(ax, np.array([by_language[group] for group in found.divergence.groups]), match, units[covariate])
-        ax.set_title(f"r = {found.explained_by(covariate):+.2f}", fontsize="small", loc="left")
-    if not found.covariates:
-        axes[0, 1].set_visible(False)
-    r, p = found.raw.pearson[at], found.raw.p_corrected[at]
-    _headline(large, f"divergence and exact match: r = {r:+.2f}, p = {p:.3f} over all layers")
-    _name_points(large, values, match, [name(group) for group in found.divergence.groups])
-    return large
-
-
-def _joined(axes: Sequence[Axes]) -> Axes:
-    """One pair of axes in the place of several below one another."""
-    figure, places = frame.figure_of(axes[0]), axes[0].get_subplotspec()
-    assert places is not None
-    for ax in axes:
-        ax.remove()
-    joined: Axes = figure.add_subplot(places.get_gridspec()[:, 0])
-    return joined
-
-
-def _points(ax: Axes, x: np.ndarray, y: np.ndarray, label: str) -> None:
-    ax.scatter(x, y, color=_BLUE, s=30)
-    ax.set_xlabel(label)
-    _plain(ax)
-
-
-def _name_points(ax: Axes, x: np.ndarray, y: np.ndarray, labels: Sequence[str]) -> None:
-    """Write each label beside its point, on a side where it covers neither a label nor a point if there is one."""
-    figure = frame.figure_of(ax)
-    figure.canvas.draw()  # settles the layout, so that sizes are known
-    sides = (
-        ((7, 0), "left", "center"),
-        ((-7, 0), "right", "center"),
-        ((0, 6), "center", "bottom"),
-        ((0, -6), "center", "top"),
-    )
-    points = ax.transData.transform(np.column_stack([x, y]))
-    placed: list[Any] = []
-    for i, label in enumerate(labels):
-        best: tuple[float, Any, Any] | None = None
-        for offset, across, upright in sides:
-            text = ax.annotate(
-                label, (x[i], y[i]), offset, textcoords="offset points", ha=across, va=upright, fontsize="small"
-            )
-            box = text.get_window_extent()
-            covered = sum(box.overlaps(other) for other in placed) + box.count_contains(np.delete(points, i, 0))
-            covered += not (box.x1 < ax.bbox.x1 and box.x0 > ax.bbox.x0)
-            if best is None or covered < best[0]:
-                if best is not None:
-                    best[1].remove()
-                best = (covered, text, box)
-            else:
-                text.remove()
-        assert best is not None
-        placed.append(best[2])
-
-
-def raising(found: Raising) -> Axes | None:
-    """Change of exact match and of nats by plan, with intervals; the random sets as a cloud."""
-    if not found.after:
-        return None
-    plans = list(found.after)
-    rows = np.arange(len(plans) + bool(found.sets))
-    axes = _axes(1, 2, 1.5 + 0.42 * len(rows), sharey=True)[0]
-    columns = (("exact match", "change of exact match"), ("answer", "change of nats per answer"))
-    for ax, (measure, label) in zip(axes, columns, strict=True):
-        changes = [
-            scores.change_of_match(found.before) if measure == "exact match" else scores.change_of_nats(found.before)
-            for scores in found.after.values()
-        ]
-        _changes(ax, changes)
-        if found.sets:
-            random = np.array(found.sets[measure].random)
-            spread = np.random.default_rng(0).uniform(-0.25, 0.25, len(random))
-            ax.scatter(random, len(plans) + spread, s=20, color=_GREY, alpha=0.8, linewidths=0)
-            ax.scatter(found.sets[measure].plan, len(plans), s=50, marker="D", facecolors="none", edgecolors=_RED)
-        ax.axvline(0, color=frame.INK, linewidth=0.8)
-        ax.set_xlabel(label)
-        _plain(ax)
-    number = len(found.sets["exact match"].random) if found.sets else 0
-    sets = (
-        [f"{plans[0]}, {number_of(number, 'random set')}\n(◇ task experts;\n{found.sampled} problems)"]
-        if number
-        else []
-    )
-    axes[0].set_yticks(rows, [*plans, *sets])
-    axes[0].set_ylim(len(rows) - 0.5, -0.5)
-    first: Axes = axes[0]
-    change = next(iter(found.after.values())).change_of_match(found.before)
-    _headline(first, f"task experts raised ({plans[0]}): exact match {told(change, 3)}")
-    return first
-
-
-def _changes(ax: Axes, changes: Sequence[Difference]) -> None:
-    values = np.array([change.value for change in changes])
-    ends = np.array([(change.low, change.high) for change in changes])
-    reach = np.nan_to_num(np.abs(ends - values[:, None])).T
-    ax.errorbar(values, np.arange(len(values)), xerr=reach, fmt="D", color=_RED, markersize=6, linewidth=1.5)
-
-
-def _axes(rows: int, columns: int, height: float, **options: Any) -> Any:
+def new_axes(rows: int, columns: int, height: float, **options: Any) -> Any:
     """Axes [rows, columns] of a new figure."""
-    return frame.new_figure(_WIDTH, height).subplots(rows, columns, squeeze=False, **options)
+    return frame.new_figure(WIDTH, height).subplots(rows, columns, squeeze=False, **options)
 
 
-def _headline(ax: Axes, text: str) -> None:
+def headline(ax: Axes, text: str) -> None:
     """A title over the whole figure."""
     frame.figure_of(ax).suptitle(text, fontsize="medium", ha="left", x=0.01)
 
 
-def _language_rows(ax: Axes, languages: Sequence[str], after: dict[str, str] | None = None) -> None:
+def language_rows(ax: Axes, languages: Sequence[str], after: dict[str, str] | None = None) -> None:
     """A row for each language, the first on top."""
     ax.set_yticks(range(len(languages)), [f"{name(one)}{(after or {}).get(one, '')}" for one in languages])
     ax.set_ylim(len(languages) - 0.5, -0.5)
-    _plain(ax)
+    plain_axes(ax)
 
 
-def _legend_below(ax: Axes, columns: int) -> None:
+def legend_below(ax: Axes, columns: int) -> None:
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, frameon=False, fontsize="small")
 
 
-def _plain(ax: Axes) -> None:
+def plain_axes(ax: Axes) -> None:
     """Faint lines both ways, and no frame at the top and at the right."""
     frame.plain_frame(ax, axis="both")
-
-
-def _few(layers: int) -> list[int]:
-    """Layers to name on an axis, at most nine."""
-    return list(range(0, layers, max(1, -(-layers // 9))))

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from moe_route.base import files
 from moe_route.base.table import number_of
 from moe_route.demo.wording import paragraph
 
 if TYPE_CHECKING:
-    from moe_route.demo.association import Association
-    from moe_route.demo.depth import Depth
     from moe_route.demo.language_experts import LanguageExpertsOff
-    from moe_route.demo.raising import Raising
-    from moe_route.demo.skill import Skill
     from moe_route.demo.task_experts import TaskExpertsOff
 
 __all__ = ["DemoReport", "Finding"]
@@ -42,8 +40,7 @@ class DemoReport:
         languages, sentences: of the general text.
         problems: number of problems per language.
         cut: sentences on the texts that were cut.
-        task_experts_off to raising: the findings, in the order of the text. A finding that needs a language beside
-            those given is None.
+        task_experts_off, language_experts_off: the findings, in the order of the text.
         restored: whether the model is the same as before, bit for bit.
         pictures: files.
         seconds: from beginning to end.
@@ -59,21 +56,17 @@ class DemoReport:
     cut: list[str]
     task_experts_off: TaskExpertsOff
     language_experts_off: LanguageExpertsOff
-    skill: Skill
-    depth: Depth
-    association: Association | None
-    raising: Raising
     restored: bool = False
     pictures: list[Path] = field(default_factory=list)
     seconds: float = 0.0
 
     def findings(self) -> Iterator[tuple[str, Finding]]:
         """The findings with their names, in the order of the text."""
-        names = ("task_experts_off", "language_experts_off", "skill", "depth", "association", "raising")
-        yield from ((name, found) for name in names if (found := getattr(self, name)) is not None)
+        yield "task_experts_off", self.task_experts_off
+        yield "language_experts_off", self.language_experts_off
 
     def __str__(self) -> str:
-        parts = [f"{number}. {found}" for number, (_, found) in enumerate(self.findings(), 1)]
+        parts = [f"{number}. {finding}" for number, (_, finding) in enumerate(self.findings(), 1)]
         return "\n\n".join((self._beginning(), *parts, self._end()))
 
     def _beginning(self) -> str:
@@ -85,7 +78,7 @@ class DemoReport:
 
     def _material(self) -> str:
         sentences, problems = number_of(self.sentences, "sentence"), number_of(self.problems, "problem")
-        asked, languages = len(self.skill.languages), number_of(len(self.languages), "language")
+        asked, languages = len(self.task_experts_off.languages), number_of(len(self.languages), "language")
         if asked == len(self.languages):
             return f"{sentences} and {problems} in {languages}."
         return f"{sentences} in {languages}, {problems} in {asked} of them."
@@ -97,18 +90,12 @@ class DemoReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types."""
-        same = (
-            "model",
-            "layers",
-            "experts",
-            "top_k",
-            "languages",
-            "sentences",
-            "problems",
-            "cut",
-            "restored",
-            "seconds",
-        )
+        same = ("model", "layers", "experts", "top_k", "sentences", "problems", "cut", "restored", "seconds")
         content = {name: getattr(self, name) for name in same} | {"languages": list(self.languages)}
-        content |= {name: found.to_dict() for name, found in self.findings()}
+        content |= {name: finding.to_dict() for name, finding in self.findings()}
         return content | {"pictures": [str(path) for path in self.pictures]}
+
+    def write(self, folder: Path) -> None:
+        """Write the report beside its pictures, as text and as JSON."""
+        files.write_text(folder / "report.txt", f"{self}\n")
+        files.write_text(folder / "report.json", f"{json.dumps(self.to_dict(), indent=1)}\n")

@@ -13,9 +13,17 @@ from moe_route.analysis import Difference, RandomControl, random_control, task_e
 from moe_route.analysis.result import plain
 from moe_route.base.table import number_of, table
 from moe_route.data import Corpus, Task
-from moe_route.demo.measurement import PIVOT, Losses, Measurement, Scores, sample_corpus, sample_task
-from moe_route.demo.random_sets import random_sets, shares_of, standing
-from moe_route.demo.wording import name, paragraph, starred, told, verdicts
+from moe_route.demo.measurement import (
+    PIVOT,
+    Losses,
+    Measurement,
+    Scores,
+    random_sets,
+    sample_corpus,
+    sample_task,
+    shares_of,
+)
+from moe_route.demo.wording import name, paragraph, standing, starred, told, verdicts
 from moe_route.recording import RoutingStatistics
 from moe_route.steering import ExpertSelection, Plan
 
@@ -86,7 +94,7 @@ class TaskExpertsOff:
     """Problems and general text with the task experts and without them.
 
     Attributes:
-        found: the task experts.
+        task_experts: the task experts.
         languages: of the problems and of the text.
         subsets: the subset of each item of the problems.
         before, after: how the problems are answered.
@@ -100,7 +108,7 @@ class TaskExpertsOff:
             items with the experts above another threshold off.
     """
 
-    found: TaskExperts
+    task_experts: TaskExperts
     languages: tuple[str, ...]
     subsets: tuple[str, ...]
     before: Scores
@@ -126,17 +134,17 @@ class TaskExpertsOff:
     @cached_property
     def by_language(self) -> list[tuple[Difference, Difference, Difference]]:
         """Changes of exact match, of nats per answer and of nats per token of text, for each language."""
-        items, found = slice(None), []
+        items, changes = slice(None), []
         for column in np.arange(len(self.languages))[:, None]:
             before, after = self.before.of(items, column), self.after.of(items, column)
             text = self.text_after.of(items, column).change(self.text_before.of(items, column))
-            found.append((after.change_of_match(before), after.change_of_nats(before), text))
-        return found
+            changes.append((after.change_of_match(before), after.change_of_nats(before), text))
+        return changes
 
     @property
     def sentence(self) -> str:
         """What was found, from the intervals."""
-        experts = self.found.experts
+        experts = self.task_experts.experts
         if not experts:
             return "No task expert was found in English, so there is none to switch off."
         before, after = self.before.correct.mean(), self.after.correct.mean()
@@ -155,11 +163,11 @@ class TaskExpertsOff:
         return f"{of} {effect}.{poor}"
 
     def __str__(self) -> str:
-        if not self.found.experts:
-            return f"{paragraph(self.sentence)}\n\n{self.found}"
+        if not self.task_experts.experts:
+            return f"{paragraph(self.sentence)}\n\n{self.task_experts}"
         parts = [
             f"{paragraph(self.sentence)}\n{paragraph(self._selectivity(), self._against_sets())}",
-            str(self.found),
+            str(self.task_experts),
             self._table(),
             self._by_subset(),
             *self._at_other_thresholds(),
@@ -237,8 +245,8 @@ class TaskExpertsOff:
 
     def _at_other_thresholds(self) -> list[str]:
         parts = [
-            f"{number_of(self.found.counts[threshold], 'expert')} above {threshold:g} off, exact match {told(match)}, "
-            f"text {told(text, 3)}"
+            f"{number_of(self.task_experts.counts[threshold], 'expert')} above {threshold:g} off, "
+            f"exact match {told(match)}, text {told(text, 3)}"
             for threshold, (match, text) in self.others.items()
         ]
         return [paragraph(f"At other thresholds, on the sampled items: {'; '.join(parts)}.")] if parts else []
@@ -270,8 +278,8 @@ class TaskExpertsOff:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content (NaN as None)."""
-        content: dict[str, Any] = {"sentence": self.sentence, "task_experts": self.found.to_dict()}
-        if not self.found.experts:
+        content: dict[str, Any] = {"sentence": self.sentence, "task_experts": self.task_experts.to_dict()}
+        if not self.task_experts.experts:
             return content
         names = ("exact_match", "answer_nats", "text_nats_per_token")
         by_language = {
@@ -299,7 +307,7 @@ class TaskExpertsOff:
 
 def switch_task_experts_off(
     run: Measurement,
-    found: TaskExperts,
+    task_experts: TaskExperts,
     problems: Task,
     before: Scores,
     general: Corpus,
@@ -310,7 +318,7 @@ def switch_task_experts_off(
 
     Args:
         run: the model.
-        found: the task experts.
+        task_experts: the task experts.
         problems: other problems than those that the experts were found in.
         before: how these are answered.
         general: other sentences than those that the experts were found in, in the same languages.
@@ -318,16 +326,16 @@ def switch_task_experts_off(
         draws: number of random sets. They are measured on a sample, because there are many.
     """
     subsets = tuple(q.subset for q in problems.questions[: len(before.correct)])
-    if not found.experts:
-        return TaskExpertsOff(found, problems.languages, subsets, before, before, text_before, text_before)
-    plan = Plan.forbid(found.experts)
+    if not task_experts.experts:
+        return TaskExpertsOff(task_experts, problems.languages, subsets, before, before, text_before, text_before)
+    plan = Plan.forbid(task_experts.experts)
     after = run.answers(problems, "task experts off", plan)
     text_after = run.losses(general, "task experts off, text", plan)
-    result = (found, problems.languages, subsets, before, after, text_before, text_after)
+    result = (task_experts, problems.languages, subsets, before, after, text_before, text_after)
     few, at = sample_task(problems, SAMPLED)
     some, text_at = sample_corpus(general, SAMPLED)
     others = {}
-    for threshold, experts in found.others.items():
+    for threshold, experts in task_experts.others.items():
         scored = run.answers(few, f"experts above {threshold:g} off", Plan.forbid(experts))
         lost = run.losses(some, f"experts above {threshold:g} off, text", Plan.forbid(experts))
         others[threshold] = (scored.change_of_match(before.of(at)), lost.change(text_before.of(text_at)))
@@ -351,7 +359,7 @@ def switch_task_experts_off(
         for measure, changed, random, natural, weights, larger in asked
     }
     changes = np.concatenate([off.correct[None], matches]).mean(1) - base.correct.mean(0)
-    return TaskExpertsOff(*result, sets, shares_of(plans, found.experts), sampled, changes, others)
+    return TaskExpertsOff(*result, sets, shares_of(plans, task_experts.experts), sampled, changes, others)
 
 
 def _signed(values: Any, digits: tuple[int, ...]) -> list[str]:

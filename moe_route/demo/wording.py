@@ -5,11 +5,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from moe_route.analysis import Difference
+from moe_route.analysis import Difference, RandomControl
 from moe_route.base.table import interval
 from moe_route.data.languages import language_name
 
-__all__ = ["WIDTH", "name", "paragraph", "span", "starred", "told", "verdicts"]
+__all__ = ["WIDTH", "name", "paragraph", "span", "standing", "starred", "told", "verdicts"]
 
 WIDTH = 110  # columns of the text
 _NUMBER = 3  # columns of "1. ", which stands before a finding
@@ -43,10 +43,19 @@ def starred(change: Difference, digits: int = 2) -> str:
 
 def verdicts(changes: Iterable[Difference]) -> str:
     """In how many cases the value is lower, higher, and neither that the interval can show."""
-    found = [change.verdict for change in changes]
-    return f"lower in {found.count('lower')}, higher in {found.count('higher')}, unclear in {found.count('unclear')}"
+    seen = [change.verdict for change in changes]
+    return f"lower in {seen.count('lower')}, higher in {seen.count('higher')}, unclear in {seen.count('unclear')}"
 
 
 def span(layers: Sequence[int]) -> str:
     """Format adjacent layers, such as "2-5"."""
     return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
+
+
+def standing(control: RandomControl) -> str:
+    """What the random sets say of a plan, in words."""
+    count = len(control.random)
+    if control.rank == 1:
+        return f"none of the {count} sets comes as far (p = {control.p_value:.3f})"
+    as_far = control.rank - 1
+    return f"{as_far} of the {count} sets {'comes' if as_far == 1 else 'come'} as far (p = {control.p_value:.3f})"

@@ -10,11 +10,11 @@ from moe_route.evaluation.pipeline import Evaluation, NullPlanError, evaluate
 from moe_route.evaluation.recipe import Recipe, parse_assignment, read_recipe, shipped_recipes
 from moe_route.evaluation.scoring import flexible_extract, normalized_number
 from moe_route.evaluation.settings import RecipeError
-from moe_route.runs.lines import ForeignResultsError
+from moe_route.runs.job import ForeignFolderError
 
 __all__ = [
     "Evaluation",
-    "ForeignResultsError",
+    "ForeignFolderError",
     "NullPlanError",
     "Recipe",
     "RecipeError",

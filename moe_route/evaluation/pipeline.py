@@ -109,7 +109,7 @@ def evaluate(
         stop: called before each batch; if it returns True, the run ends there. The next one goes on from that batch.
         progress: show bars on standard error.
 
-    Raises `RecipeError` for a recipe that does not fit the model or the data, `ForeignResultsError` for a folder with
+    Raises `RecipeError` for a recipe that does not fit the model or the data, `ForeignFolderError` for a folder with
     results of other inputs, `NullPlanError`, and the errors of loading and attaching.
     """
     recipe.model.check_pinned()

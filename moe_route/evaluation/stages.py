@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_route.base import files
-from moe_route.runs.lines import ForeignResultsError
+from moe_route.runs.job import ForeignFolderError
 
 __all__ = ["STAGES", "Stage", "remove_stages", "results_folder", "write_json"]
 
@@ -30,7 +30,7 @@ class Stage:
         name: one of `STAGES`.
         inputs: JSON-able content from which the results follow.
 
-    Raises `ForeignResultsError` if the folder holds results of other inputs that took a model to make.
+    Raises `ForeignFolderError` if the folder holds results of other inputs that took a model to make.
     """
 
     def __init__(self, out: Path, name: str, inputs: Mapping[str, Any]) -> None:
@@ -40,7 +40,7 @@ class Stage:
         found = self._found()
         if found is not None and found.get("hash") != self.hash:
             if name not in _CHEAP:
-                raise ForeignResultsError(
+                raise ForeignFolderError(
                     f"{self.folder} holds results of other inputs ({_difference(found.get('inputs'), self.inputs)}): "
                     "choose another --out, or start again with --fresh"
                 )
@@ -75,17 +75,17 @@ class Stage:
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            raise ForeignResultsError(f"{path} is damaged: start again with --fresh")
+            raise ForeignFolderError(f"{path} is damaged: start again with --fresh")
         return found
 
     def _is_whole(self, found: Mapping[str, Any] | None) -> bool:
-        """Whether the stage is done; raises `ForeignResultsError` if one of its files was lost or altered since."""
+        """Whether the stage is done; raises `ForeignFolderError` if one of its files was lost or altered since."""
         if found is None or found.get("hash") != self.hash or not found.get("done"):
             return False
         for name, digest in found["results"].items():
             path = self.folder / name
             if not path.is_file() or _sha256(path) != digest:
-                raise ForeignResultsError(f"{path} was removed or altered: restore it, or start again with --fresh")
+                raise ForeignFolderError(f"{path} was removed or altered: restore it, or start again with --fresh")
         return True
 
     def _results(self) -> list[Path]:
@@ -96,16 +96,16 @@ class Stage:
 def results_folder(out: Path) -> Iterator[None]:
     """Make the folder of the results, and keep other processes out of it inside the block.
 
-    Raises `ForeignResultsError` for a folder with other content, and if another process is writing there.
+    Raises `ForeignFolderError` for a folder with other content, and if another process is writing there.
     """
     files.make_folder(out)
     others = [path.name for path in sorted(out.iterdir()) if not path.name.startswith(".")]
     if others and "recipe.json" not in others:
-        raise ForeignResultsError(f"{out} is no folder of results (it holds {others[0]}): name an empty or new folder")
+        raise ForeignFolderError(f"{out} is no folder of results (it holds {others[0]}): name an empty or new folder")
     descriptor = os.open(out, os.O_RDONLY)
     try:
         if files.lock(descriptor) is False:
-            raise ForeignResultsError(f"another process is writing to {out}: wait for it, or choose another --out")
+            raise ForeignFolderError(f"another process is writing to {out}: wait for it, or choose another --out")
         yield
     finally:
         os.close(descriptor)

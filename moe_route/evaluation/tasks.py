@@ -11,7 +11,6 @@ from moe_route.data import Corpus, CorpusError, Question, Task, demo_problems
 from moe_route.data.languages import flores_code
 from moe_route.evaluation.recipe import CorpusSource, TaskSource, fingerprint
 from moe_route.evaluation.settings import RecipeError
-from moe_route.runs.record import read_corpus
 
 __all__ = ["kind_of", "read_source", "read_task", "task_fingerprint"]
 
@@ -59,10 +58,9 @@ def read_source(name: str, source: CorpusSource, data: Path, reference: str) -> 
         corpus = demo_problems().subset(source.subset, languages=[reference]).corpus()
     elif source.format == "records":
         corpus = _records(path, source.fields, reference)
-    elif source.format == "flores":
-        corpus = Corpus.read_flores(path, source.languages, source.split)
     else:
-        corpus = read_corpus(None if source.format == "shipped" else path, languages=source.languages)
+        split = source.split if source.format == "flores" else None
+        corpus = Corpus.read("general" if source.format == "shipped" else path, source.languages, split=split)
     rows = slice(source.skip, None if source.limit is None else source.skip + source.limit)
     kept = {language: corpus[language][rows] for language in corpus.languages}
     if reference not in kept or not kept[reference]:

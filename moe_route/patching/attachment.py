@@ -90,11 +90,7 @@ class Attachment:
                     f"router {router.name!r} is attached to already; detach() that attachment first "
                     "(moe_route.patching.attachment_of(model), where nothing else holds it)"
                 )
-            if not has_kernels(router.device):
-                raise ModelNotSupportedError(
-                    f"router {router.name!r} is on {router.device}, and this build has no kernels for it: move the "
-                    'model to the CPU (model.to("cpu")), or build moe-route for CUDA (MOE_ROUTE_CUDA=ON)'
-                )
+            _refuse_without_kernels(router)
             _choose_engine(router, engine)
         if verify:
             _check(self.routers)
@@ -357,6 +353,15 @@ def _leave(context: RunningCall, module: nn.Module, args: tuple[object, ...], ou
 def _check_option(what: str, given: str | None, choices: tuple[str | None, ...]) -> None:
     if given not in choices:
         raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}, not {given!r}")
+
+
+def _refuse_without_kernels(router: RouterInfo) -> None:
+    """Raise `ModelNotSupportedError` for a router whose tensors the operators of this build cannot read."""
+    if not has_kernels(router.device):
+        raise ModelNotSupportedError(
+            f"router {router.name!r} is on {router.device}, where no kernel of this build runs: move the model to the "
+            'CPU (model.to("cpu")), or build moe-route for CUDA (MOE_ROUTE_CUDA=ON)'
+        )
 
 
 def _choose_engine(router: RouterInfo, engine: str) -> None:

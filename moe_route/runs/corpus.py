@@ -14,10 +14,9 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,28 +24,56 @@ from typing import Any, Protocol
 from moe_route.base import files
 from moe_route.base.identity import config_hash
 from moe_route.base.ranks import ALONE, ModelParallelGroup
-from moe_route.data import CorpusStream
 from moe_route.data.batches import EncodedTexts, Text
 from moe_route.data.reader import CorpusText
 from moe_route.recording import Recorder, RoutingStatistics, SequenceStore
 from moe_route.routed import RoutedModel
+from moe_route.runs.job import ForeignFolderError, Job
 from moe_route.runs.language_model import LanguageModel
 from moe_route.runs.record import record_texts
 
-__all__ = ["AttachedTexts", "CorpusRecording", "Progress", "RunFolderError", "TextRunner"]
+__all__ = ["AttachedTexts", "CorpusRecording", "KeptTexts", "Progress", "TextRunner", "Texts"]
 
 RESULT = "statistics.safetensors"
 _TOTAL = "sums.safetensors"
 _CUT = "cut.jsonl"
-_RUN = "run.json"
-_RUN_KIND = "run"
+_STATE_KIND = "run"
 _STATE = "corpus_run"  # key of the metadata of a checkpoint's sums
 _BATCHES_PER_WINDOW = 16
 _NUMBERED = re.compile(r"(?:sequences|cut)-(\d+)(?:-\w+)?\.(?:safetensors|jsonl)")
 
 
-class RunFolderError(ValueError):
-    """Raised for a folder that holds another run; the message says what differs."""
+class Texts(Protocol):
+    """The texts of a corpus, the same at each iteration; a `data.CorpusStream` or `KeptTexts`."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        ...
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What tells the corpus from others without reading it, JSON-able."""
+        ...
+
+    def __iter__(self) -> Iterator[CorpusText]: ...
+
+
+@dataclass(frozen=True)
+class KeptTexts:
+    """Texts in memory, in the order in which they run."""
+
+    name: str
+    texts: tuple[Text, ...]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """A hash of the texts."""
+        return {"texts": files.content_hash({}, [[text.group, text.item, text.text] for text in self.texts])}
+
+    def __iter__(self) -> Iterator[CorpusText]:
+        for number, text in enumerate(self.texts, start=1):
+            yield CorpusText(text.group, text.item, text.text, number / len(self.texts))
 
 
 class TextRunner(Protocol):
@@ -112,7 +139,8 @@ class Progress:
     """How far this rank is. `read` is the share of the corpus that was read, None if unknown.
 
     `texts`, `tokens`, `cut` and `empty` count those that this rank recorded in all runs; `seconds` and `new_tokens`
-    are of this run of the program.
+    are of this run of the program. `texts_before` are those that earlier runs recorded, and `all_texts` those that
+    this rank has to record, None if that is unknown.
     """
 
     texts: int = 0
@@ -124,6 +152,16 @@ class Progress:
     new_tokens: int = 0
     read_before: float = 0.0
     finished: bool = False
+    texts_before: int = 0
+    all_texts: int | None = None
+
+    @property
+    def resumed(self) -> str:
+        """What earlier runs left: "resumed: 3,200 of 6,000 texts were there"; "" if this is the first run."""
+        if not self.texts_before:
+            return ""
+        of = "" if self.all_texts is None else f" of {self.all_texts:,}"
+        return f"resumed: {self.texts_before:,}{of} texts were there"
 
     def __str__(self) -> str:
         rate = self.new_tokens / self.seconds if self.seconds else 0.0
@@ -140,25 +178,25 @@ class CorpusRecording:
 
     Attributes:
         folder: the run's folder, made if missing. Ranks share it; one rank of each group writes.
-        corpus: the texts.
+        corpus: the texts; `data.read_texts` opens a file, a folder or a dataset.
         batch_size: texts per batch. A window holds 16 batches.
         max_length: texts are cut to this number of tokens (by default the model's limit).
-        limit: number of texts to read, None for all.
         chat_template: put each text into the tokenizer's chat template, as a user's message.
         group: the ranks that run one model together with this one. Each group has its share of the windows.
         checkpoint_seconds: least time between two checkpoints, which lie between windows.
         record: arguments of `RoutedModel.record`.
+        force: remove what an earlier run left in the folder, and begin again.
     """
 
     folder: Path
-    corpus: CorpusStream
+    corpus: Texts
     batch_size: int = 16
     max_length: int | None = None
-    limit: int | None = None
     chat_template: bool = False
     group: ModelParallelGroup = ALONE
     checkpoint_seconds: float = 300.0
     record: Mapping[str, Any] = field(default_factory=dict)
+    force: bool = False
 
     def run(
         self,
@@ -185,26 +223,23 @@ class CorpusRecording:
         checkpoint. `report` is called after each window. All ranks of a group run its windows, and one of them writes.
 
         Raises:
-            RunFolderError: the folder holds a run with other settings, or of another model or corpus.
-            FileExistsError: another process writes the part of this rank.
-            ValueError: two texts of one group have the same item, and sequences are kept.
+            ForeignFolderError: the folder holds a run with other settings, or of another model or corpus, or another
+                process writes the part of this rank.
+            ValueError: two texts of one group have the same item, and sequences are kept; or `force` with several
+                ranks, which would remove the parts of each other.
         """
-        with contextlib.ExitStack() as lock:
-            state = self.group.of_writer(lambda: self._begin(lock, runner))
+        if self.force and self.group.groups > 1:
+            raise ValueError(f"several ranks cannot begin again: remove {self.folder}, or name another folder")
+        with contextlib.ExitStack() as open_job:
+            state = self.group.of_writer(lambda: self._begin(open_job, runner))
             progress = _Rank(self, state, runner).run(stop, report)
-        if progress.finished and self.group.writes:
-            self.merge()
+        if progress.finished and self.group.writes and self.merge() is not None:
+            self._job(runner).finish()
         return progress
 
-    def _begin(self, lock: contextlib.ExitStack, runner: TextRunner) -> dict[str, Any] | None:
+    def _begin(self, open_job: contextlib.ExitStack, runner: TextRunner) -> dict[str, Any] | None:
         """Claim the folder and the part of this group; returns how far the part is."""
-        files.make_folder(self.folder)
-        self._claim(runner)
-        part = files.make_folder(self.part(self.group.number))
-        descriptor = os.open(part, os.O_RDONLY)
-        lock.callback(os.close, descriptor)
-        if files.lock(descriptor) is False:
-            raise FileExistsError(f"another process writes {part}: wait for its end")
+        part = open_job.enter_context(self._job(runner)).lock(self.part(self.group.number).name)
         return _load_total(part, sequences=False)[1]
 
     def merge(self) -> RoutingStatistics | None:
@@ -217,11 +252,11 @@ class CorpusRecording:
         totals = [_load_total(part) for part in parts]
         if any(state is None or not state["finished"] for _, state in totals):
             return None
-        found = [total for total, _ in totals if total is not None]
-        if not found:
-            raise ValueError(f"{self.corpus.source} holds no text that is not blank: give another corpus")
-        merged = found[0]
-        for other in found[1:]:
+        sums = [total for total, _ in totals if total is not None]
+        if not sums:
+            raise ValueError(f"{self.corpus.name} holds no text that is not blank: give another corpus")
+        merged = sums[0]
+        for other in sums[1:]:
             merged = merged.merge(other)
         merged.save(self.folder / RESULT)
         with files.replacing(self.folder / _CUT) as stream:
@@ -233,34 +268,22 @@ class CorpusRecording:
         """The folder of a group."""
         return self.folder / f"rank-{number:05d}"
 
-    def _claim(self, runner: TextRunner) -> None:
-        """Write what the run is, or compare it with what the folder says."""
-        mine: dict[str, Any] = {
+    def _job(self, runner: TextRunner) -> Job:
+        """The folder, and what the recording follows from."""
+        inputs = {
             "model": runner.config_hash,
             "engine": runner.engine,
-            "corpus": {**asdict(self.corpus), "groups": None if self.corpus.groups is None else [*self.corpus.groups]},
+            "corpus": self.corpus.identity,
             "batch_size": self.batch_size,
             "max_length": self.max_length,
-            "limit": self.limit,
             "chat_template": self.chat_template,
             "ranks": self.group.groups,
             "ranks of a model": self.group.size,
             "divided": self.group.how,
             "plan": runner.plan_hash,
-            "record": {key: list(value) if isinstance(value, tuple) else value for key, value in self.record.items()},
+            "record": dict(self.record),
         }
-        path = self.folder / _RUN
-        if not path.exists():
-            files.write_json(path, mine, _RUN_KIND)  # ranks that begin together write the same
-            return
-        theirs = files.read_json(path, _RUN_KIND)
-        different = [key for key in mine if json.loads(files.canonical_json(mine[key])) != theirs.get(key)]
-        if different:
-            key = different[0]
-            raise RunFolderError(
-                f"{self.folder} holds a run with another {key} ({theirs.get(key)!r}, not {mine[key]!r}): go on with "
-                "the same command, or name a new folder"
-            )
+        return Job(self.folder, "record", inputs, force=self.force, shared=True)
 
 
 class _Rank:
@@ -283,6 +306,7 @@ class _Rank:
         self._progress.finished = state["finished"]
         self._progress.read_before = self._progress.read or 0.0
         self._progress.seconds = self._progress.new_tokens = 0
+        self._progress.texts_before, self._progress.all_texts = self._progress.texts, None
         for path in self._part.iterdir() if self._group.writes else ():  # of a checkpoint that was killed
             match = _NUMBERED.fullmatch(path.name)
             if match and int(match[1]) >= self._checkpoints:
@@ -290,7 +314,11 @@ class _Rank:
 
     def run(self, stop: Callable[[], bool], report: Callable[[Progress], None]) -> Progress:
         if self._progress.finished:
+            self._progress.all_texts = self._progress.texts
             return self._progress
+        if self._progress.texts_before and self._group.writes:
+            self._progress.all_texts = self._count()
+            report(self._progress)
         begin = last = time.monotonic()
         stopped = False
         for number, texts, read, digest in self._windows():
@@ -309,6 +337,17 @@ class _Rank:
         self._progress.seconds = time.monotonic() - begin
         self._checkpoint(finished=not stopped)
         return self._progress
+
+    def _count(self) -> int | None:
+        """Number of texts that this group has to record; None for a corpus whose size only its end tells."""
+        windows = _windows(self._run.corpus, self._run.batch_size)
+        count = 0
+        for number, texts in enumerate(windows):
+            if texts[-1].read is None:
+                return None
+            if number % self._group.groups == self._group.number:
+                count += sum(1 for text in texts if text.text.strip())
+        return count
 
     def _record(self, texts: Sequence[CorpusText]) -> None:
         """Run the texts of one window."""
@@ -335,23 +374,19 @@ class _Rank:
         if not self._run.chat_template:
             return text
         message = [{"role": "user", "content": text}]
-        found: str = self._runner.tokenizer.apply_chat_template(message, tokenize=False)
-        return found
+        wrapped: str = self._runner.tokenizer.apply_chat_template(message, tokenize=False)
+        return wrapped
 
-    def _windows(self) -> Iterator[tuple[int, list[CorpusText], float | None, str]]:
+    def _windows(self) -> Iterator[tuple[int, Sequence[CorpusText], float | None, str]]:
         """Number and texts of each window that is left, the share read at its end, and a digest of all texts so far."""
-        texts = iter(self._run.corpus)
-        if self._run.limit is not None:
-            texts = itertools.islice(texts, self._run.limit)
-        size = self._run.batch_size * _BATCHES_PER_WINDOW
+        windows = itertools.chain(_windows(self._run.corpus, self._run.batch_size), [()])
         seen: set[bytes] | None = set() if self._run.record.get("sequences") else None
         digest = hashlib.blake2b(digest_size=16)
-        for number in itertools.count():
-            window = list(itertools.islice(texts, size))
+        for number, window in enumerate(windows):
             changed = number == self._window and number and digest.hexdigest() != self._digest
             if changed or (not window and number < self._window):
-                raise RunFolderError(
-                    f"{self._run.corpus.source} is not what it was when {self._run.folder} was begun: restore it, or "
+                raise ForeignFolderError(
+                    f"{self._run.corpus.name} is not what it was when {self._run.folder} was begun: restore it, or "
                     "name a new folder"
                 )
             if not window:
@@ -387,7 +422,7 @@ class _Rank:
             "progress": asdict(self._progress),
         }
         if self._total is None:  # this rank has not run any text yet
-            files.write_json(self._part / f"{_STATE}.json", state, _RUN_KIND)
+            files.write_json(self._part / f"{_STATE}.json", state, _STATE_KIND)
         else:
             self._total.metadata[_STATE] = state
             self._total.save(self._part / _TOTAL)
@@ -395,11 +430,18 @@ class _Rank:
         self._checkpoints += 1
 
 
+def _windows(texts: Iterable[CorpusText], batch_size: int) -> Iterator[list[CorpusText]]:
+    """The texts in windows, which hold 16 batches each."""
+    rest = iter(texts)
+    while window := list(itertools.islice(rest, batch_size * _BATCHES_PER_WINDOW)):
+        yield window
+
+
 def _load_total(part: Path, *, sequences: bool = True) -> tuple[RoutingStatistics | None, dict[str, Any] | None]:
     """Sums and state of the last checkpoint of a rank; None for what there is not."""
     if not (part / _TOTAL).is_file():
         only = part / f"{_STATE}.json"
-        return None, files.read_json(only, _RUN_KIND) if only.is_file() else None
+        return None, files.read_json(only, _STATE_KIND) if only.is_file() else None
     total = RoutingStatistics.load(part / _TOTAL)
     state = total.metadata.pop(_STATE)
     if sequences and any(part.glob("sequences-*.safetensors")):

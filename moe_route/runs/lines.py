@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from moe_route.base import files
+from moe_route.runs.job import ForeignFolderError
 
-__all__ = ["ForeignResultsError", "ResultLines"]
+__all__ = ["ResultLines"]
 
 Key = tuple[str, str, str]  # task, language, item
-
-
-class ForeignResultsError(ValueError):
-    """Raised for results that were not made from the same inputs, or were altered; the message says what to do."""
 
 
 class ResultLines:
@@ -30,7 +27,7 @@ class ResultLines:
         header: what the results depend on. An existing file with another header is refused.
         batches: keys (task, language, item) of the questions of each batch.
 
-    Raises `ForeignResultsError` for another header and for whole lines that are not the expected ones, and the errors
+    Raises `ForeignFolderError` for another header and for whole lines that are not the expected ones, and the errors
     of `files.replacing`.
     """
 
@@ -79,12 +76,12 @@ class ResultLines:
     def _check_header(self, head: bytes) -> None:
         found, wanted = _parsed(head), json.loads(files.canonical_json(self._header))
         if not isinstance(found, dict) or found.get("moe_route") != "evaluation":
-            raise ForeignResultsError(f"{self.path} is not a file of results: choose another --out")
+            raise ForeignFolderError(f"{self.path} is not a file of results: choose another --out")
         for key in [*wanted, *found]:
             if found.get(key) != wanted.get(key):
-                raise ForeignResultsError(
+                raise ForeignFolderError(
                     f"{self.path} was made with another {key} ({found.get(key)!r}, now {wanted.get(key)!r}): choose "
-                    "another --out, or start again with --fresh"
+                    "another --out, or start again with --force"
                 )
 
     def _whole_batches(self, rest: bytes) -> int:
@@ -97,9 +94,9 @@ class ResultLines:
             if found != [tuple(key) for key in batch[: len(part)]]:
                 # a system that lost its power may leave a last batch whose bytes never reached the disk
                 if start + len(part) < len(lines) or all(key is not None for key in found):
-                    raise ForeignResultsError(
+                    raise ForeignFolderError(
                         f"{self.path} was altered: its lines from {start + 2} on are not those of the run; start again "
-                        "with --fresh"
+                        "with --force"
                     )
                 return size
             if len(part) < len(batch):
@@ -108,7 +105,7 @@ class ResultLines:
             start += len(batch)
             self.done += 1
         if lines[start:]:
-            raise ForeignResultsError(f"{self.path} has more lines than questions: start again with --fresh")
+            raise ForeignFolderError(f"{self.path} has more lines than questions: start again with --force")
         return size
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_route.data import Corpus, demo_corpus, demo_task
+from moe_route.data import Corpus
 from moe_route.data.batches import EncodedTexts, Text
 from moe_route.runs.language_model import LanguageModel
 
@@ -17,20 +17,12 @@ if TYPE_CHECKING:
 
 __all__ = ["read_corpus", "record_texts"]
 
-SHIPPED = {"general": demo_corpus, "arithmetic": demo_task}
-
 
 def read_corpus(
     path: str | Path | None = None, *, languages: Sequence[str] | None = None, limit: int | None = None
 ) -> Corpus:
-    """Read the corpus at `path`: a tab-separated table, a folder in the layout of FLORES, or the name of a shipped one.
-
-    The shipped ones are "general" (the default) and "arithmetic". `languages` selects languages, and `limit` the first
-    items. Raises the errors of `Corpus.read`.
-    """
-    shipped = SHIPPED.get(str(path or "general"))
-    corpus = shipped() if shipped is not None else Corpus.read(path or "", languages)
-    return corpus.subset(languages, limit)
+    """`data.Corpus.read`, by default of the shipped sentences."""
+    return Corpus.read(path or "general", languages, limit=limit)
 
 
 def record_texts(

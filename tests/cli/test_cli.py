@@ -281,7 +281,7 @@ class TestWhatAUserGetsWrong:
         refused(moe_route("describe", "--load", "--dtype", "bfloat15"), "bfloat15", "bfloat16")
 
     def test_a_device_without_kernels(self, moe_route, tmp_path: Path):
-        refused(moe_route("record", "--device", "meta", "--out", tmp_path / "s.safetensors", *SMALL), "meta", "CPU")
+        refused(moe_route("record", "--device", "meta", "--out", tmp_path / "s.safetensors", *SMALL), "meta", "cpu")
 
     def test_a_picture_of_no_known_kind(self, moe_route, files, tmp_path: Path):
         refused(moe_route("plot", "entropy", files["general"], "--out", tmp_path / "x.gif"), "x.gif", ".png")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import random
@@ -19,7 +18,7 @@ from harness.commands import refused
 
 import moe_route as mr
 from moe_route.base.ranks import ModelParallelGroup
-from moe_route.data import CorpusError, CorpusStream, demo_corpus
+from moe_route.data import CorpusStream, demo_corpus
 from moe_route.data.batches import Text
 from moe_route.runs.corpus import CorpusRecording, Progress
 from moe_route.runs.language_model import LanguageModel
@@ -75,102 +74,6 @@ def whole(language_model: LanguageModel, corpus: Path, tmp_path_factory: pytest.
     return folder
 
 
-class TestStreams:
-    def stream(self, path: Path, **options) -> list[tuple[str, str, str]]:
-        texts = list(CorpusStream(str(path), **options))
-        read = [text.read for text in texts]
-        assert read == sorted(read)
-        assert read[-1] == pytest.approx(1.0)
-        return [(text.group, text.item, text.text) for text in texts]
-
-    def test_every_format_gives_the_same_texts(self, rows, corpus: Path, tmp_path: Path):
-        expected = [tuple(row.values()) for row in rows]
-        assert self.stream(corpus) == expected
-        with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["item", "text", "group"])
-            writer.writeheader()
-            writer.writerows(rows)
-        wide: dict[str, list[str]] = {}
-        for row in rows:
-            wide.setdefault(row["item"], [row["item"]]).append(row["text"])
-        table = ["\t".join(line) for line in [["id", *LANGUAGES], *wide.values()]]
-        (tmp_path / "b.tsv").write_text("\n".join(table) + "\n", encoding="utf-8")
-        assert self.stream(tmp_path / "a.csv") == expected
-        assert self.stream(tmp_path / "b.tsv") == expected
-        both = self.stream(tmp_path)
-        assert [item for _, item, _ in both] == [f"{stem}-{item}" for stem in "ab" for _, item, _ in expected]
-        split = tmp_path / "flores" / "dev"
-        split.mkdir(parents=True)
-        for language in LANGUAGES:
-            texts = [row["text"] for row in rows if row["group"] == language]
-            (split / f"{language}.dev").write_text("\n".join(texts) + "\n", encoding="utf-8")
-        found = self.stream(tmp_path / "flores", split="dev")
-        assert sorted((group, text) for group, _, text in found) == sorted((row["group"], row["text"]) for row in rows)
-        assert {group for group, _, _ in self.stream(tmp_path / "flores", split="dev", groups=LANGUAGES[:1])} == {
-            LANGUAGES[0]
-        }
-
-    def test_parquet_and_datasets(self, rows, tmp_path: Path):
-        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-        expected = [tuple(row.values()) for row in rows]
-        table = arrow.Table.from_pylist(rows)
-        parquet.write_table(table, tmp_path / "texts.parquet", row_group_size=7)
-        assert self.stream(tmp_path / "texts.parquet") == expected
-        datasets = pytest.importorskip("datasets")
-        datasets.DatasetDict({"dev": datasets.Dataset(table)}).save_to_disk(str(tmp_path / "saved"))
-        assert self.stream(tmp_path / "saved", split="dev") == expected
-        with pytest.raises(CorpusError, match="there are dev"):
-            list(CorpusStream(str(tmp_path / "saved"), split="train"))
-
-    def test_a_dataset_by_name_and_configuration(self, rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        """As the hub lays them out; a folder of this name is looked for before the hub."""
-        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-        pytest.importorskip("datasets")
-        folder = tmp_path / "owner" / "corpus"
-        folder.mkdir(parents=True)
-        parquet.write_table(arrow.Table.from_pylist(rows), folder / "all.parquet")
-        parquet.write_table(arrow.Table.from_pylist(rows[:2]), folder / "two.parquet")
-        configurations = "".join(
-            f"- config_name: {name}\n  data_files:\n  - split: dev\n    path: {name}.parquet\n"
-            for name in ("all", "two")
-        )
-        (folder / "README.md").write_text(f"---\nconfigs:\n{configurations}---\n")
-        monkeypatch.chdir(tmp_path)
-        expected = [tuple(row.values()) for row in rows]
-        for name, count in (("all", len(rows)), ("two", 2)):
-            texts = list(CorpusStream(f"owner/corpus:{name}", split="dev"))
-            assert [(text.group, text.item, text.text) for text in texts] == expected[:count]
-        for name, split, message in (
-            ("owner/corpus:all", "test", r"Available splits: \['dev'\]\): name it as NAME"),
-            ("owner/corpus:three", "dev", r"'three' not found. Available: \['all', 'two'\]"),
-        ):
-            with pytest.raises(CorpusError, match=message):
-                list(CorpusStream(name, split=split))
-
-    def test_a_dataset_by_name_without_a_network(self, monkeypatch: pytest.MonkeyPatch):
-        pytest.importorskip("datasets")
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
-        monkeypatch.setattr("moe_route.base.hub.getproxies", dict)
-        with pytest.raises(CorpusError, match=r"'nobody/nothing' is no file or folder here.*give a path"):
-            list(CorpusStream("nobody/nothing"))
-
-    @pytest.mark.parametrize(
-        ("name", "content", "message"),
-        [
-            ("a.jsonl", '{"text": "A."}\n{"text": ', "line 2 is not JSON"),
-            ("a.jsonl", '{"words": "A."}\n', "there are 'words'"),
-            ("a.csv", "text,group\nA.\n", "row 2: 1 fields"),
-            ("a.tsv", "", "is empty"),
-            ("a.txt", "A.\n", "write `text` as the first line"),
-            ("a.md", "A.\n", "convert it"),
-        ],
-    )
-    def test_what_cannot_be_read_is_named(self, tmp_path: Path, name: str, content: str, message: str):
-        (tmp_path / name).write_text(content)
-        with pytest.raises(CorpusError, match=message):
-            list(CorpusStream(str(tmp_path / name)))
-
-
 class TestRun:
     def test_counts_what_record_counts(self, language_model: LanguageModel, rows, whole: Path):
         """Batches differ, and with them the last bits; tokens and sequences do not."""
@@ -192,8 +95,12 @@ class TestRun:
         last = run(language_model, folder, corpus, max_length=30)
         assert last.finished
         assert last.texts == 120
+        assert last.resumed == "resumed: 96 of 120 texts were there"
         same(folder, whole)
-        assert run(language_model, folder, corpus, max_length=30).new_tokens == 0
+        again = run(language_model, folder, corpus, max_length=30)
+        assert (again.new_tokens, again.resumed) == (0, "resumed: 120 of 120 texts were there")
+        assert run(language_model, folder, corpus, max_length=30, force=True).resumed == ""
+        same(folder, whole)
 
     def test_a_checkpoint_killed_between_its_files(
         self, language_model: LanguageModel, corpus: Path, whole: Path, tmp_path: Path
@@ -221,9 +128,9 @@ class TestRun:
         folder, texts = tmp_path / "run", tmp_path / "texts.jsonl"
         texts.write_bytes(corpus.read_bytes())
         run(language_model, folder, texts, stop_after=3)
-        with pytest.raises(ValueError, match="another batch_size"):
+        with pytest.raises(ValueError, match=r"batch_size: 1 there, 2 now"):
             run(language_model, folder, texts, batch_size=2)
-        with pytest.raises(ValueError, match="another ranks"):
+        with pytest.raises(ValueError, match=r"ranks: 1 there, 2 now"):
             run(language_model, folder, texts, group=ModelParallelGroup(0, 2))
         lines = texts.read_text("utf-8").splitlines(keepends=True)
         for changed in (lines[:20], ['{"text": "Another."}\n', *lines[1:]]):
@@ -282,7 +189,9 @@ class TestCommand:
     def test_refusals_before_the_model_is_loaded(self, moe_route, corpus: Path, tmp_path: Path):
         model = ["--model", str(tmp_path / "no-model")]
         refused(moe_route(*command(tmp_path / "run", tmp_path / "none.jsonl", *model)), "no file")
-        refused(moe_route(*command(tmp_path / "run", corpus, "--languages", "xyz_Latn", *model)), "holds no text")
+        refused(
+            moe_route(*command(tmp_path / "run", corpus, "--languages", "xyz_Latn", *model)), "no language 'xyz_Latn'"
+        )
         refused(moe_route(*command(tmp_path / "no-folder" / "run", corpus, *model)), "there is no folder")
 
     @pytest.mark.slow

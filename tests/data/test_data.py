@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -59,11 +58,6 @@ def problems() -> ModuleType:
 def demo() -> tuple:
     pytest.importorskip("transformers", reason="the demonstration model needs transformers")
     return load_demo_model()
-
-
-def table(path: Path, text: str, encoding: str = "utf-8") -> Path:
-    path.write_bytes(text.encode(encoding))
-    return path
 
 
 def test_the_demonstration_model_loads_in_silence(capfd: pytest.CaptureFixture[str]):
@@ -128,48 +122,6 @@ class TestShippedText:
 
 
 class TestCorpus:
-    TEXT = "id\teng_Latn\tdeu_Latn\na\tOne.\tEins.\nb\tTwo.\tZwei.\n"
-
-    def test_reads_a_table(self, tmp_path):
-        corpus = Corpus.read_tsv(table(tmp_path / "t.tsv", self.TEXT))
-        assert corpus.languages == ("eng_Latn", "deu_Latn")
-        assert corpus.items == ("a", "b")
-        assert corpus["deu_Latn"] == ("Eins.", "Zwei.")
-        assert Corpus.read(tmp_path / "t.tsv", ["deu_Latn"]).languages == ("deu_Latn",)
-
-    @pytest.mark.parametrize("text", [TEXT.replace("\n", "\r\n"), "\ufeff" + TEXT, TEXT + "\n\n", TEXT.rstrip("\n")])
-    def test_reads_what_editors_leave(self, tmp_path, text):
-        assert Corpus.read_tsv(table(tmp_path / "t.tsv", text))["eng_Latn"] == ("One.", "Two.")
-
-    def test_line_separators_inside_a_text_do_not_split_it(self, tmp_path):
-        corpus = Corpus.read_tsv(table(tmp_path / "t.tsv", "id\teng_Latn\na\tOne\u2028more\x0bline.\n"))
-        assert corpus["eng_Latn"] == ("One\u2028more\x0bline.",)
-
-    @pytest.mark.parametrize(
-        ("text", "message"),
-        [
-            ("", "is empty"),
-            ("id\teng_Latn\n", "no item"),
-            ("id\na\n", "names no language"),
-            ("id\teng_Latn\tdeu_Latn\na\tOne.\tEins.\nb\tTwo.\n", "line 3: 2 fields where the header has 3"),
-            ("id\teng_Latn\na\tOne.\nb\tTwo.\tZwei.\n", "line 3: 3 fields"),
-            ("id\teng_Latn\na\tOne.\na\tTwo.\n", "item 'a' comes twice"),
-            ("id\teng_Latn\teng_Latn\na\tOne.\tEins.\n", "language 'eng_Latn' comes twice"),
-            ("id\teng_Latn\tdeu_Latn\na\tOne.\t \n", "item 'a' has no text in deu_Latn"),
-        ],
-    )
-    def test_refuses_a_wrong_table_and_says_where(self, tmp_path, text, message):
-        with pytest.raises(CorpusError, match=message):
-            Corpus.read_tsv(table(tmp_path / "t.tsv", text))
-
-    def test_refuses_another_encoding(self, tmp_path):
-        with pytest.raises(CorpusError, match="not UTF-8"):
-            Corpus.read_tsv(table(tmp_path / "t.tsv", "id\tdeu_Latn\na\tfünf\n", "latin-1"))
-
-    def test_missing_file(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"nothing\.tsv"):
-            Corpus.read_tsv(tmp_path / "nothing.tsv")
-
     def test_subset(self):
         corpus = demo_corpus()
         small = corpus.subset(["swh_Latn", "eng_Latn"], limit=5)
@@ -197,54 +149,6 @@ class TestCorpus:
 
     def test_shows_itself_in_one_line(self):
         assert repr(demo_corpus()) == str(demo_corpus()) == "Corpus(general.tsv: 72 items x 10 languages)"
-
-
-class TestFlores:
-    @pytest.fixture
-    def folder(self, tmp_path):
-        (tmp_path / "devtest").mkdir()
-        for code, text in {
-            "deu_Latn": "Eins.\nZwei.\n",
-            "eng_Latn": "One.\nTwo.\n",
-            "arb_Arab": "واحد.\nاثنان.\n",
-        }.items():
-            table(tmp_path / "devtest" / f"{code}.devtest", text)
-        return tmp_path
-
-    def test_reads_every_language_english_first(self, folder):
-        corpus = Corpus.read_flores(folder)
-        assert corpus.languages == ("eng_Latn", "arb_Arab", "deu_Latn")
-        assert corpus.items == ("devtest-0001", "devtest-0002")
-        assert corpus["arb_Arab"][1] == "اثنان."
-        assert corpus == Corpus.read(folder)
-
-    def test_reads_the_languages_asked_for_in_that_order(self, folder):
-        assert Corpus.read_flores(folder, ["deu_Latn", "eng_Latn"]).languages == ("deu_Latn", "eng_Latn")
-        assert Corpus.read_flores(folder / "devtest", "eng_Latn")["eng_Latn"] == ("One.", "Two.")
-
-    def test_refuses_files_of_different_length(self, folder):
-        table(folder / "devtest" / "deu_Latn.devtest", "Eins.\n")
-        with pytest.raises(CorpusError, match="not parallel"):
-            Corpus.read_flores(folder)
-
-    def test_unknown_language(self, folder):
-        with pytest.raises(KeyError, match=r"swh_Latn.*deu_Latn"):
-            Corpus.read_flores(folder, ["swh_Latn"])
-
-    @pytest.mark.parametrize("place", ["", "elsewhere"])
-    def test_a_folder_without_flores(self, tmp_path, place):
-        with pytest.raises(FileNotFoundError, match=r"eng_Latn\.devtest"):
-            Corpus.read_flores(tmp_path / place)
-
-    @pytest.mark.data
-    def test_the_real_files(self):
-        folder = Path(os.environ.get("MOE_ROUTE_DATA", "")) / "flores200"
-        if not os.environ.get("MOE_ROUTE_DATA") or not folder.is_dir():
-            pytest.skip("set MOE_ROUTE_DATA to a folder that holds flores200/devtest")
-        corpus = Corpus.read_flores(folder, LANGUAGES)
-        assert len(corpus) >= 500
-        shipped = {text for language in LANGUAGES for text in demo_corpus()[language]}
-        assert not shipped & {text for language in LANGUAGES for text in corpus[language]}
 
 
 class TestDemoModel:

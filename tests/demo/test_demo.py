@@ -11,16 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from moe_route.analysis import Difference, Divergence, RandomControl
+from moe_route.analysis import Difference, RandomControl
 from moe_route.data import demo_corpus, demo_problems
 from moe_route.demo import DemoReport, demo
-from moe_route.demo.association import LOSS, SHARE, Association, associate
-from moe_route.demo.depth import Depth, profile_of, untrained_model
 from moe_route.demo.language_experts import LanguageExpertsOff
-from moe_route.demo.measurement import Losses, Measurement, Scores, sample_corpus, sample_task
-from moe_route.demo.raising import Raising, raising_plans
-from moe_route.demo.random_sets import random_sets, shares_of
-from moe_route.demo.skill import Share, Skill, shares_in_training
+from moe_route.demo.measurement import Losses, Scores, random_sets, sample_corpus, sample_task, shares_of
 from moe_route.demo.task_experts import THRESHOLDS, TaskExperts, TaskExpertsOff, find_task_experts
 from moe_route.demo.wording import WIDTH
 from moe_route.runs.language_model import LanguageModel
@@ -195,173 +190,9 @@ class TestLanguageExpertsOff:
         json.dumps(found.to_dict(), allow_nan=False)
 
 
-class TestSkill:
-    def test_share_is_wilson_s(self):
-        share = Share.of(np.array([1.0] * 8 + [0.0] * 2))
-        assert share == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-3)
-        every = Share.of(np.ones(10))
-        assert every.high == 1
-        assert every.low < 0.8, "ten of ten do not prove certainty"
-
-    def skill(self, english_only: float, unseen: float, languages: tuple[str, ...] = LANGUAGES) -> Skill:
-        number = len(languages)
-        parts = {"seen": 0.9, "english_only": english_only, "unseen": unseen}
-        return Skill(languages, {k: scores(v, number, 100, seed) for seed, (k, v) in enumerate(parts.items())}, {})
-
-    def test_transfer_leaves_english_out(self):
-        found = self.skill(0.9, 0.3)
-        columns = [1, 2]
-        means = [found.scores[subset].correct[:, columns].mean() for subset in ("english_only", "unseen")]
-        assert found.transfer(*found.others).value == pytest.approx(means[0] - means[1])
-        assert "English transfers" in found.sentence
-        assert "nothing transfers" in self.skill(0.3, 0.9).sentence
-        assert "cannot be told from none" in self.skill(0.5, 0.5).sentence
-
-    def test_english_alone(self):
-        found = self.skill(0.5, 0.5, LANGUAGES[:1])
-        assert "mean of the others" not in str(found)
-        assert found.to_dict()["mean_transfer"] is None
-
-    def test_shares_come_from_the_record_of_the_training(self, tmp_path: Path):
-        assert shares_in_training(str(tmp_path)) == {}
-        assert shares_in_training("someone/their-model") == {}
-        (tmp_path / "training.json").write_text('{"seed": 1}', encoding="utf-8")
-        assert shares_in_training(str(tmp_path)) == {}
-        (tmp_path / "training.json").write_text('{"shares": {"deu_Latn": 0.25}}', encoding="utf-8")
-        assert shares_in_training(str(tmp_path)) == {"deu_Latn": 0.25}
-        for foreign in ("{", "[1]", '{"shares": [0.5]}', '{"shares": {"deu_Latn": null}}', '{"shares": {"gpu": 8}}'):
-            (tmp_path / "training.json").write_text(foreign, encoding="utf-8")
-            assert shares_in_training(str(tmp_path)) == {}, "other programs write files of this name, too"
-
-
 @pytest.fixture(scope="module")
 def language_model() -> LanguageModel:
     return LanguageModel.load()
-
-
-class TestDepth:
-    def test_untrained_is_the_same_configuration_and_the_same_every_time(self, language_model: LanguageModel):
-        first, reason = untrained_model(language_model)
-        second, _ = untrained_model(language_model)
-        assert reason == ""
-        shapes = [{k: v.shape for k, v in one.model.state_dict().items()} for one in (language_model, first, second)]
-        assert shapes[0] == shapes[1]
-        assert all((a == b).all() for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
-
-    def test_a_large_model_has_no_untrained_one_and_the_reason_is_told(
-        self, language_model: LanguageModel, monkeypatch
-    ):
-        monkeypatch.setattr("moe_route.demo.depth.LARGEST", 1000)
-        assert untrained_model(language_model)[0] is None
-        with language_model.attach() as routed:
-            statistics = Measurement(language_model, routed).record(demo_corpus().subset(LANGUAGES, 3), "text")
-        found = Depth(profile_of(statistics), *untrained_model(language_model))
-        assert "billion random weights" in str(found)
-        assert found.beyond_untrained is None
-
-    def test_the_interval_of_the_difference_is_paired(self, language_model: LanguageModel):
-        """The same model beside itself: no difference, and no width."""
-        with language_model.attach() as routed:
-            profile = profile_of(Measurement(language_model, routed).record(demo_corpus().subset(LANGUAGES, 4), "text"))
-        beyond = Depth(profile, profile).beyond_untrained
-        assert (beyond.low, beyond.value, beyond.high) == (0, 0, 0)
-
-
-class TestAssociation:
-    languages = ("deu_Latn", "fra_Latn", "rus_Cyrl", "jpn_Jpan", "hin_Deva", "swh_Latn", "ind_Latn")
-
-    def found(self, slope: float, number: int = 7, covariates: bool = True) -> Association | None:
-        """Divergence of a layer that follows exact match, and of one that is noise."""
-        rng = np.random.default_rng(1)
-        names = self.languages[:number]
-        match = np.linspace(0.2, 0.9, number)
-        values = np.stack([0.5 + slope * match, rng.uniform(0.3, 0.4, number)], axis=1)
-        pairs = values[:, None] + rng.normal(0, 0.01, (number, 6, 2))
-        made = Divergence(values, names, "eng_Latn", ("0", "1"), pair_values=pairs, pairs=6, pairing="paired")
-
-        class Recorded:
-            groups = ("eng_Latn", *names)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("moe_route.demo.association.divergence", lambda *_, **__: made)
-            shares = dict(zip(names, match**2, strict=True)) if covariates else {}
-            loss = dict(zip(names, rng.uniform(50, 60, number), strict=True))
-            return associate(Recorded(), dict(zip(names, match, strict=True)), {SHARE: shares, LOSS: loss})
-
-    def test_the_layer_is_corrected_for_and_the_mean_is_no_layer(self):
-        found = self.found(-0.3)
-        assert found.strongest == 0
-        assert found.raw.layers == ("0", "1", "mean")
-        assert found.raw.pearson[0] == pytest.approx(-1)
-        assert (found.raw.p_corrected >= found.raw.p_value).all()
-        assert "answer better" in found.sentence
-
-    def test_confounders_are_told(self):
-        found = self.found(-0.3)
-        assert list(found.partial) == [(SHARE,), (LOSS,), (SHARE, LOSS)]
-        assert found.explained_by(SHARE) > 0.9
-        assert "given" in str(found)
-        assert list(self.found(-0.3, covariates=False).partial) == [(LOSS,)]
-        json.dumps(found.to_dict(), allow_nan=False)
-
-    def test_a_covariate_that_leaves_the_other_sign_explains_it_all(self):
-        found = self.found(-0.3)
-        (held, given), sign = list(found.partial.items())[-1], np.array([-0.9, 0.1, -0.5])
-        clear = np.array([0.01, 0.9, 0.5])
-
-        def told(pearson: np.ndarray) -> str:
-            changed = replace(given, pearson=pearson, p_corrected=clear)
-            return replace(found, partial={**found.partial, held: changed}).sentence
-
-        assert "also given" in told(sign)
-        assert "no layer is clear once" in told(-sign), "a clear correlation of the other sign is another finding"
-
-    def test_every_largest_set_of_covariates_must_leave_it(self):
-        found = self.found(-0.3)
-        clear = replace(found.raw, p_corrected=np.full(3, 0.01))
-        gone = replace(found.raw, p_corrected=np.full(3, 0.9))
-        told = replace(found, partial={(SHARE,): gone, (LOSS,): clear}).sentence
-        assert f"no layer is clear once the {SHARE} is held constant" in told
-        assert "also given" in replace(found, partial={(SHARE,): clear, (LOSS,): clear}).sentence
-
-    def test_divergence_without_values_is_no_correlation(self):
-        found = self.found(float("nan"))
-        assert found.raw is not None, "the other layer has values"
-        names = self.languages
-        flat = Divergence(np.full((7, 2), np.nan), names, "eng_Latn", ("0", "1"))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("moe_route.demo.association.divergence", lambda *_, **__: flat)
-            match = dict(zip(names, np.linspace(0.1, 0.7, 7), strict=True))
-            none = associate(SimpleNamespace(groups=("eng_Latn", *names)), match, {})
-        assert none.raw is None
-        assert "undefined" in str(none)
-        json.dumps(none.to_dict(), allow_nan=False)
-
-    def test_few_languages_say_nothing(self):
-        found = self.found(-0.3, number=3)
-        assert found.raw is None
-        assert "too few" in found.sentence
-
-
-class TestRaising:
-    def test_plans_and_their_controls(self):
-        found = raising_plans(EXPERTS, 8, 1)
-        assert list(found) == ["+0.5", "+1", "forced on", "+0.5, layers 2-5", "+0.5, other layers", "-0.5"]
-        assert found["+0.5"] == Plan.activate(EXPERTS, strength=0.5)
-        assert found["+0.5, layers 2-5"] == Plan.activate(EXPERTS.restrict(range(2, 6)), strength=0.5)
-        assert found["-0.5"] == Plan.deactivate(EXPERTS, strength=0.5)
-        inside = raising_plans(ExpertSelection({3: [1]}, num_experts=[16] * 8), 8, 2)
-        assert list(inside) == ["+0.5", "+1", "forced on", "-0.5"]
-        assert raising_plans(ExpertSelection({}), 8, 2) == {}
-
-    def test_the_sentence_follows_the_interval(self):
-        def raised(after: float) -> str:
-            return Raising(EXPERTS, LANGUAGES, scores(0.5), {"+0.5": scores(after)}).sentence
-
-        assert "raises exact match" in raised(0.9)
-        assert "lowers exact match" in raised(0.1)
-        assert "no more than" in raised(0.5)
-        assert Raising(ExpertSelection({}), LANGUAGES, scores(0.5)).sentence == "There is no task expert to raise."
 
 
 @pytest.fixture(scope="module")
@@ -390,12 +221,8 @@ class TestDemo:
         assert [name for name, _ in report.findings()] == [
             "task_experts_off",
             "language_experts_off",
-            "skill",
-            "depth",
-            "association",
-            "raising",
         ]
-        begins = [text.index(f"\n\n{number}. {found.sentence[:20]}") for number, (_, found) in numbered(report)]
+        begins = [text.index(f"\n\n{number}. {finding.sentence[:20]}") for number, (_, finding) in numbered(report)]
         assert begins == sorted(begins)
         assert "equal bit for bit" in text.splitlines()[-1]
 
@@ -414,8 +241,8 @@ class TestDemo:
 
     def test_json_holds_the_same(self, made):
         content = json.loads(json.dumps(made[0].to_dict(), allow_nan=False))
-        for name, found in made[0].findings():
-            assert content[name]["sentence"] == found.sentence
+        for name, finding in made[0].findings():
+            assert content[name]["sentence"] == finding.sentence
         off = content["task_experts_off"]
         sets = off["random_sets"]["exact match"]
         assert sets["p_value"] == sets["rank"] / (len(sets["random"]) + 1)
@@ -442,7 +269,7 @@ def numbered(report: DemoReport):
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_a_shallow_model_gives_no_finding_that_it_cannot_show(layers: int, tmp_path: Path):
-    """Where no layer lies outside the middle, nothing is said of a U; nothing is nan, nothing is warned of."""
+    """Nothing is nan, nothing is warned of."""
     shallow = LanguageModel.load()
     shallow.model.model.layers = shallow.model.model.layers[:layers]
     shallow.model.config.num_hidden_layers = layers
@@ -451,7 +278,6 @@ def test_a_shallow_model_gives_no_finding_that_it_cannot_show(layers: int, tmp_p
         warnings.simplefilter("error", UserWarning)
         report = demo(shallow, languages=["eng_Latn", "deu_Latn"], limit=2, draws=2, out=tmp_path)
     assert "nan" not in str(report)
-    assert ("too few layers" in report.depth.sentence) is (layers < 3)
     json.dumps(report.to_dict(), allow_nan=False)
 
 
@@ -461,8 +287,7 @@ def test_a_model_without_task_experts(language_model: LanguageModel, monkeypatch
         warnings.simplefilter("error", RuntimeWarning)
         report = demo(language_model, languages=["eng_Latn", "deu_Latn"], limit=2, out=tmp_path)
     assert report.task_experts_off.sentence.startswith("No task expert")
-    assert not report.raising.after
-    assert {path.stem for path in report.pictures} == {"language_experts_off", "skill", "depth"}
+    assert {path.stem for path in report.pictures} == {"language_experts_off"}
     assert "nan" not in str(report)
 
 

@@ -22,7 +22,7 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
 from moe_route.evaluation import evaluate, read_recipe
-from moe_route.workload import LanguageModel
+from moe_route.runs.language_model import LanguageModel
 
 torch.set_num_threads(1)
 language_model = LanguageModel.load()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_route.runs.lines import ForeignResultsError, ResultLines
+from moe_route.runs.job import ForeignFolderError
+from moe_route.runs.lines import ResultLines
 
 HEADER = {"condition": "base", "plan": None}
 KEYS = [("t", "eng_Latn", str(i)) for i in range(7)]
@@ -49,10 +50,10 @@ def test_bytes_that_never_reached_the_disk_are_cut(whole: Path):
 
 
 def test_another_header_is_refused(whole: Path):
-    with pytest.raises(ForeignResultsError, match=r"another plan \(None, now 'abc'\).*--fresh"):
+    with pytest.raises(ForeignFolderError, match=r"another plan \(None, now 'abc'\).*--force"):
         ResultLines(whole, {**HEADER, "plan": "abc"}, BATCHES)
     whole.write_text("something else\n", encoding="utf-8")
-    with pytest.raises(ForeignResultsError, match="not a file of results"):
+    with pytest.raises(ForeignFolderError, match="not a file of results"):
         ResultLines(whole, HEADER, BATCHES)
 
 
@@ -61,7 +62,7 @@ def test_altered_lines_are_refused(whole: Path):
     other = json.dumps({**records(0)[0], "item": "elsewhere"}) + "\n"
     for content in ([*rows[:1], other, *rows[2:]], [*rows[:1], "{}\n", *rows[2:]], [*rows, rows[-1]]):
         whole.write_text("".join(content), encoding="utf-8")
-        with pytest.raises(ForeignResultsError, match="--fresh"):
+        with pytest.raises(ForeignFolderError, match="--force"):
             ResultLines(whole, HEADER, BATCHES)
 
 

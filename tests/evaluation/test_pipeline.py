@@ -14,7 +14,7 @@ import pytest
 from moe_route.data import Question
 from moe_route.evaluation import (
     Evaluation,
-    ForeignResultsError,
+    ForeignFolderError,
     NullPlanError,
     Recipe,
     RecipeError,
@@ -199,10 +199,10 @@ def test_results_of_other_inputs_are_not_overwritten(
 ):
     out = shutil.copytree(undisturbed.out, tmp_path / "results")
     other = replace(small, seeds=replace(small.seeds, random=7))
-    with pytest.raises(ForeignResultsError, match=r"evaluate holds results of other inputs \(conditions.*--fresh"):
+    with pytest.raises(ForeignFolderError, match=r"evaluate holds results of other inputs \(conditions.*--fresh"):
         evaluate(other, out, language_model=language_model)
     (out / "sweep" / "base.jsonl").write_text("", encoding="utf-8")
-    with pytest.raises(ForeignResultsError, match="removed or altered"):
+    with pytest.raises(ForeignFolderError, match="removed or altered"):
         evaluate(small, out, language_model=language_model)
 
 
@@ -219,10 +219,10 @@ def test_another_tokenizer_and_other_settings_of_generation_are_other_inputs(
     tokenizer(["padded", "and cut"], padding=True, truncation=True, max_length=3)
     assert evaluate(small, out, language_model=replace(language_model, tokenizer=tokenizer)).stages["record"] == "kept"
     tokenizer.add_tokens(["plus"])
-    with pytest.raises(ForeignResultsError, match=r"record holds results of other inputs \(model\.tokenizer"):
+    with pytest.raises(ForeignFolderError, match=r"record holds results of other inputs \(model\.tokenizer"):
         evaluate(small, out, language_model=replace(language_model, tokenizer=tokenizer))
     monkeypatch.setattr(language_model.model.generation_config, "repetition_penalty", 5.0)
-    with pytest.raises(ForeignResultsError, match=r"evaluate holds .*tasks\.written\.generation\.repetition_penalty"):
+    with pytest.raises(ForeignFolderError, match=r"evaluate holds .*tasks\.written\.generation\.repetition_penalty"):
         evaluate(small, out, language_model=language_model)
 
 
@@ -252,7 +252,7 @@ def test_fresh_starts_again_and_removes_nothing_else(
 
 def test_a_folder_with_other_files_is_refused(small: Recipe, language_model: LanguageModel, tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("x", encoding="utf-8")
-    with pytest.raises(ForeignResultsError, match=r"it holds thesis\.tex"):
+    with pytest.raises(ForeignFolderError, match=r"it holds thesis\.tex"):
         evaluate(small, tmp_path, language_model=language_model, fresh=True)
 
 

@@ -88,9 +88,10 @@ class Depth:
         parts += [self._table("trained", self.trained)]
         if self.untrained is not None:
             parts.append(self._table("untrained", self.untrained))
-        found = self.trained.divergence
+        by_language = self.trained.divergence
         note = paragraph(
-            f"Divergence of routing from {name(PIVOT)} (0 the same, 1 disjoint), mean of {found.pairs} sentences.",
+            f"Divergence of routing from {name(PIVOT)} (0 the same, 1 disjoint), mean of",
+            f"{by_language.pairs} sentences.",
             "floor: of unrelated sentences of one language. load: entropy of the load over log E, 1 is even.",
             "depth: mean of the outer layers minus that of the middle ones.",
         )
@@ -108,18 +109,18 @@ class Depth:
         )
 
     def _table(self, title: str, profile: Profile) -> str:
-        found, layers = profile.divergence, np.arange(profile.divergence.values.shape[1])
+        by_language, layers = profile.divergence, np.arange(profile.divergence.values.shape[1])
         parts = np.array_split(layers, min(len(layers), _COLUMNS))
 
         def cells(values: np.ndarray) -> list[float]:
             return [float(mean_of_seen(values[part])[0]) for part in parts]
 
         rows: list[tuple[object, ...]] = []
-        depths = [None] * len(found.groups) if profile.shape is None else profile.shape.depth.tolist()
-        for group, values, depth in zip(found.groups, found.values, depths, strict=True):
+        depths = [None] * len(by_language.groups) if profile.shape is None else profile.shape.depth.tolist()
+        for group, values, depth in zip(by_language.groups, by_language.values, depths, strict=True):
             rows.append((name(group), *cells(values), "" if depth is None else f"{depth:+.3f}"))
         mean = "" if profile.depth is None else f"{profile.depth.value:+.3f}"
-        rows.append(("mean", *cells(mean_of_seen(found.values)[0]), mean))
+        rows.append(("mean", *cells(mean_of_seen(by_language.values)[0]), mean))
         if profile.floor is not None:
             rows.append(("floor", *cells(profile.floor), ""))
         rows.append(("load", *cells(profile.load), ""))
@@ -139,11 +140,11 @@ class Depth:
 
 def profile_of(statistics: RoutingStatistics) -> Profile:
     """Measure the divergence of every language from English, its floor, and the load."""
-    found = divergence(statistics, reference=PIVOT)
-    layers = found.values.shape[1]
-    shape = u_shape(found) if layers > 2 else None
-    floor = mean_of_seen(found.expected_floor)[0] if found.pairs > 1 else None
-    return Profile(found, floor, load_balance(statistics, pool=True).entropy[0], shape)
+    by_language = divergence(statistics, reference=PIVOT)
+    layers = by_language.values.shape[1]
+    shape = u_shape(by_language) if layers > 2 else None
+    floor = mean_of_seen(by_language.expected_floor)[0] if by_language.pairs > 1 else None
+    return Profile(by_language, floor, load_balance(statistics, pool=True).entropy[0], shape)
 
 
 def untrained_model(language_model: LanguageModel) -> tuple[LanguageModel | None, str]:

@@ -72,8 +72,8 @@ class Association:
     def _confounded(self, r: float) -> str:
         """Whether some layer stays clear, with the sign of `r`, given as many covariates as the languages allow."""
         most = max(map(len, self.partial), default=0)
-        largest = {held: found for held, found in self.partial.items() if len(held) == most}
-        gone = [held for held, found in largest.items() if not _clear(found, r)]
+        largest = {held: one for held, one in self.partial.items() if len(held) == most}
+        gone = [held for held in largest if not _clear(largest[held], r)]
         if gone:
             given = " or ".join(map(_given, gone))
             return f", but no layer is clear once {given} {'is' if most == 1 else 'are'} held constant"
@@ -98,9 +98,9 @@ class Association:
         assert self.raw is not None
         short = {(SHARE,): "share", (LOSS,): "loss", (SHARE, LOSS): "both"}
         head, columns = ["layer", "r", "p", "p (all)"], [self.raw.pearson, self.raw.p_value, self.raw.p_corrected]
-        for held, found in self.partial.items():
+        for held, given in self.partial.items():
             head += [f"r given {short[held]}", "p (all)"]
-            columns += [found.pearson, found.p_corrected]
+            columns += [given.pearson, given.p_corrected]
         rows = [
             (layer, *map(float, cells))
             for layer, cells in zip(self.raw.layers, zip(*columns, strict=True), strict=True)
@@ -129,7 +129,7 @@ class Association:
         return content | {
             "correlation": self.raw.to_dict() | {"low": plain(low), "high": plain(high)},
             "covariate_with_exact_match": {key: plain(self.explained_by(key)) for key in self.covariates},
-            "partial": [{"given": list(held), **found.to_dict()} for held, found in self.partial.items()],
+            "partial": [{"given": list(held), **given.to_dict()} for held, given in self.partial.items()],
         }
 
 
@@ -145,44 +145,46 @@ def associate(
     """
     if len(task.groups) < 2:
         return None
-    found = divergence(task, reference=PIVOT)
-    known = {key: values for key, values in covariates.items() if set(found.groups) <= set(values)}
-    scores = np.array([match[language] for language in found.groups])
+    diverging = divergence(task, reference=PIVOT)
+    known = {key: values for key, values in covariates.items() if set(diverging.groups) <= set(values)}
+    scores = np.array([match[language] for language in diverging.groups])
     if len(scores) < _LEAST:
-        return Association(found, match, known, None, reason=f"{len(scores)} languages beside English are too few")
+        return Association(diverging, match, known, None, reason=f"{len(scores)} languages beside English are too few")
     if np.ptp(scores) == 0:
-        return Association(found, match, known, None, reason="exact match is the same in all languages")
-    joined = _with_mean(found)
+        return Association(diverging, match, known, None, reason="exact match is the same in all languages")
+    joined = _with_mean(diverging)
     raw = correlation(joined, match)
     if np.isnan(raw.pearson[:-1]).all():
-        return Association(found, match, known, None, reason="divergence is undefined, or the same in all languages")
+        return Association(
+            diverging, match, known, None, reason="divergence is undefined, or the same in all languages"
+        )
     partial = {
         held: correlation(joined, match, covariates={key: known[key] for key in held})
         for held in _subsets(tuple(known))
         if len(scores) >= _LEAST + len(held)
     }
-    return Association(found, match, known, raw, partial)
+    return Association(diverging, match, known, raw, partial)
 
 
-def _clear(found: Correlation, r: float) -> bool:
+def _clear(given: Correlation, r: float) -> bool:
     """Whether the correlation of some layer has the sign of `r` and a corrected p-value below .05."""
-    same = np.sign(found.pearson[:-1]) == np.sign(r)  # the last one is the mean
-    return bool((same & (found.p_corrected[:-1] < 0.05)).any())
+    same = np.sign(given.pearson[:-1]) == np.sign(r)  # the last one is the mean
+    return bool((same & (given.p_corrected[:-1] < 0.05)).any())
 
 
 def _given(held: tuple[str, ...]) -> str:
     return " and ".join(f"the {one}" for one in held)
 
 
-def _with_mean(found: Divergence) -> Divergence:
+def _with_mean(diverging: Divergence) -> Divergence:
     """The same with the mean over layers as a further one."""
-    pairs = found.pair_values
+    pairs = diverging.pair_values
     return replace(
-        found,
-        values=np.column_stack([found.values, mean_of_seen(found.values, 1)[0]]),
-        undefined=np.column_stack([found.undefined, found.undefined.sum(1)]),
+        diverging,
+        values=np.column_stack([diverging.values, mean_of_seen(diverging.values, 1)[0]]),
+        undefined=np.column_stack([diverging.undefined, diverging.undefined.sum(1)]),
         pair_values=None if pairs is None else np.concatenate([pairs, mean_of_seen(pairs, 2)[0][..., None]], axis=2),
-        layers=(*map(str, range(len(found.layers))), "mean"),
+        layers=(*map(str, range(len(diverging.layers))), "mean"),
         floor=None,
         reference_floor=None,
     )

@@ -16,14 +16,11 @@ from moe_route.analysis.result import plain
 from moe_route.analysis.stats import RESAMPLES, draw_items
 from moe_route.base.table import table
 from moe_route.data import demo_model_folder
-from moe_route.demo.measurement import PIVOT, Scores
+from moe_route.demo.measurement import HELD_OUT, PIVOT, SUBSETS, Scores
 from moe_route.demo.wording import name, paragraph, told
 from moe_route.runs.language_model import DEMO_MODEL
 
-__all__ = ["HELD_OUT", "SUBSETS", "Share", "Skill", "shares_in_training"]
-
-SUBSETS = ("seen", "english_only", "unseen")
-HELD_OUT = SUBSETS[1:]
+__all__ = ["Share", "Skill", "shares_in_training"]
 
 
 class Share(NamedTuple):
@@ -149,10 +146,10 @@ def shares_in_training(model: str) -> dict[str, float]:
     if not record.is_file():
         return {}
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
+        content = json.loads(record.read_text(encoding="utf-8"))
     except ValueError:  # a file of this name that another program wrote
         return {}
-    shares = found.get("shares") if isinstance(found, dict) else None
+    shares = content.get("shares") if isinstance(content, dict) else None
     if not isinstance(shares, dict) or not all(type(one) in (int, float) and 0 <= one <= 1 for one in shares.values()):
         return {}
     return {str(language): float(share) for language, share in shares.items()}

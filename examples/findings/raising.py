@@ -11,9 +11,8 @@ import numpy as np
 from moe_route.analysis import RandomControl, middle_layers, random_control
 from moe_route.base.table import number_of, table
 from moe_route.data import Task
-from moe_route.demo.measurement import Measurement, Scores, sample_task
-from moe_route.demo.random_sets import random_sets, standing
-from moe_route.demo.wording import paragraph, span, told, verdicts
+from moe_route.demo.measurement import Measurement, Scores, random_sets, sample_task
+from moe_route.demo.wording import paragraph, span, standing, told, verdicts
 from moe_route.steering import ExpertSelection, Plan
 
 __all__ = ["DRAWS", "STRENGTHS", "Raising", "raise_task_experts", "raising_plans"]
@@ -127,17 +126,17 @@ def raising_plans(experts: ExpertSelection, layers: int, top_k: int) -> dict[str
     if not experts:
         return {}
     soft = STRENGTHS[0]
-    found = {f"+{strength:g}": Plan.activate(experts, strength=strength) for strength in STRENGTHS}
-    found["forced on"] = Plan.force_on({layer: ids[:top_k] for layer, ids in experts.items()})
+    plans = {f"+{strength:g}": Plan.activate(experts, strength=strength) for strength in STRENGTHS}
+    plans["forced on"] = Plan.force_on({layer: ids[:top_k] for layer, ids in experts.items()})
     middle = middle_layers(layers)
     others = [layer for layer in range(layers) if layer not in middle]
     parts: dict[str, Sequence[int]] = {f"layers {span(middle)}": middle, "other layers": others}
     for place, part in parts.items():
         kept = experts.restrict(part)
         if kept and len(kept) < len(experts):
-            found[f"+{soft:g}, {place}"] = Plan.activate(kept, strength=soft)
-    found[f"-{soft:g}"] = Plan.deactivate(experts, strength=soft)
-    return found
+            plans[f"+{soft:g}, {place}"] = Plan.activate(kept, strength=soft)
+    plans[f"-{soft:g}"] = Plan.deactivate(experts, strength=soft)
+    return plans
 
 
 def raise_task_experts(
