@@ -14,12 +14,11 @@ and the compiled plan gives the steering row of each (phase, group, position).
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,18 +26,21 @@ from torch import Tensor, nn
 from moe_route.base.devices import Block, upload
 from moe_route.base.identity import identity_of, library_versions
 from moe_route.calls.call import PHASES, Call, NamedGroups, Phase, name_groups, named_groups
-from moe_route.calls.token_table import Labels, broadcast_rows, columns, in_phases, rows_on_device
+from moe_route.calls.token_table import CallListener, Labels, broadcast_rows, columns, in_phases, rows_on_device
 from moe_route.contract.token_tables import entries, starts
 from moe_route.experts.interface import experts_implementations
 from moe_route.ops.token_rules import token_counter
 from moe_route.patching.attachment import Attachment
-from moe_route.patching.context import CallListener
 from moe_route.recording import LabelBlock, Recorder, RoutingStatistics
-from moe_route.recording.recorder import DEFAULT_GROUP, DEFAULT_METRICS
+from moe_route.recording.counting import DEFAULT_GROUP, Counting, RecordOptions
+from moe_route.recording.recorder import takes_record_options
 from moe_route.recording.special_tokens import special_ids_of
 from moe_route.routers.discovery import RouterInfo
 from moe_route.steering import CompiledPlan, ExpertSelection, LearnedRouting, Plan
 from moe_route.steering.learned import RoutingParameters, fit, frozen
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["RoutedModel", "attach"]
 
@@ -84,13 +86,10 @@ class RoutedModel:
     def __init__(self, attachment: Attachment):
         self.attachment = attachment
         self.model = attachment.model
-        self._recorder: Recorder | None = None  # the active recorder, or the last one
-        self._block: LabelBlock | None = None  # labels given without a recording
         self._plans: dict[object, Plan] = {}  # plans of the active steer blocks
         self._protected: ExpertSelection | None = None
-        self._steering: _ActivePlan | None = None
         self._applied = True  # whether the attachment steers by these plans
-        attachment.listener = _Listener(self)
+        self._calls = attachment.listener = _Calls()
 
     @property
     def routers(self) -> Sequence[RouterInfo]:
@@ -105,88 +104,39 @@ class RoutedModel:
     @property
     def recorder(self) -> Recorder | None:
         """The active recorder, or the last one."""
-        return self._recorder
+        return self._calls.recorder
 
     # ---- record
 
+    @takes_record_options
     def record(
         self,
         groups: Sequence[str] | None = None,
-        *,
-        sequences: bool | str | os.PathLike[str] = False,
-        trace: bool | Iterable[int] = False,
-        metrics: Sequence[str] = DEFAULT_METRICS,
-        entropy: bool = True,
-        consistency: bool | int = False,
-        pairs: bool = False,
-        special_tokens: bool | Iterable[int] = True,
-        phases: Sequence[Phase] = PHASES,
-        progress: bool = False,
-        trace_limit: int = 1_000_000,
-        trace_weights: Literal["float16", "float32"] = "float16",
-        memory_bytes: int = 256 << 20,
-        expert_outputs: bool = False,
-        hidden: bool = False,
+        **options: Unpack[RecordOptions],
     ) -> Recorder:
         """Make a ``Recorder`` for this model, active inside its ``with`` block. It can be re-entered to continue.
 
         Args:
             groups: the only names that labels may use, in this order; None accepts any names ("all" if there are none).
-            sequences: keep the averages of every sequence by (item, group): True (in memory, beyond ``memory_bytes`` in
-                a temporary folder), or the path of a folder.
-            trace: keep the experts and weights of every token: True, or layers as indices from 0.
-            metrics: names from ``ops.METRICS``.
-            entropy: whether to sum the entropy of the router's distribution.
-            consistency: average the Jaccard index of the experts of two tokens over each sequence: True for all pairs
-                of tokens, or a number of pairs to draw per sequence.
-            pairs: count pairs of experts that a token chose in one layer, and in two neighboring layers (twice
-                E x E x 8 bytes per group and layer).
-            special_tokens: True counts them. False leaves out those that the model's configuration names (beginning,
-                end, padding). Ids, such as ``tokenizer.all_special_ids``, name the tokens to leave out.
-            phases: count only the tokens of these phases, "prefill" and "decode".
-            progress: show a bar of finished sequences.
-            trace_limit: largest number of tokens in a trace.
-            trace_weights: dtype of the weights in a trace.
-            memory_bytes: limit for sequences kept in memory.
-            expert_outputs: add up norms and peaks of the outputs of chosen experts
-                (``RoutingStatistics.expert_outputs``). The experts run once more, and outputs stay bit for bit the
-                same.
-            hidden: average the inputs of the routers, by sequence (with ``sequences``) and group
-                (``RoutingStatistics.hidden``).
+            options: what to keep besides the sums over tokens, and what to leave out: see ``RecordOptions``.
 
-        Raises ``ValueError`` for unknown names, ``RuntimeError`` after ``detach``. Entering it raises ``RuntimeError``
-        while another recording is active, and ``experts.NoExpertOutputsError`` for experts whose outputs cannot be
-        seen.
+        Raises ``TypeError`` for an option that there is not, ``ValueError`` for unknown names, ``RuntimeError`` after
+        ``detach``. Entering it raises ``RuntimeError`` while another recording is active, and
+        ``experts.NoExpertOutputsError`` for experts whose outputs cannot be seen.
         """
         self._require_attached("record")
-        return _RoutedRecorder(
-            self,
-            groups=groups,
-            sequences=sequences,
-            trace=trace,
-            metrics=metrics,
-            entropy=entropy,
-            consistency=consistency,
-            pairs=pairs,
-            special_tokens=special_ids_of(self.model) if special_tokens is False else special_tokens,
-            phases=phases,
-            progress=progress,
-            trace_limit=trace_limit,
-            trace_weights=trace_weights,
-            memory_bytes=memory_bytes,
-            expert_outputs=expert_outputs,
-            hidden=hidden,
-            metadata=self._metadata(),
-        )
+        if options.get("special_tokens") is False:
+            options["special_tokens"] = special_ids_of(self.model)
+        return _RoutedRecorder(self._calls, self.attachment, groups=groups, metadata=self._metadata(), **options)
 
     def statistics(self) -> RoutingStatistics:
         """Return ``Recorder.statistics()`` of the active recorder, or of the last one.
 
         Raises ``RuntimeError`` if there was none.
         """
-        if self._recorder is None:
+        if self.recorder is None:
             raise RuntimeError("nothing was recorded yet: `with routed.record() as rec:` and call the model inside")
-        return self._recorder.statistics()
+        return self.recorder.statistics()
 
     def labels(self, groups: Any = None, items: Any = None, *, count_mask: Any = None) -> Block[None]:
         """Label the sequences of a batch; see ``Recorder.labels``.
@@ -195,8 +145,8 @@ class RoutedModel:
         """
         self._require_attached("labels")
         if self._recording:
-            assert self._recorder is not None
-            return self._recorder.labels(groups, items, count_mask=count_mask)
+            assert self.recorder is not None
+            return self.recorder.labels(groups, items, count_mask=count_mask)
         if groups is None and items is None:
             raise ValueError(
                 "labels() without a recording needs groups, the names that the plan steers by, or items, those that it "
@@ -207,22 +157,23 @@ class RoutedModel:
 
     @contextlib.contextmanager
     def _labeled(self, block: LabelBlock, named: NamedGroups | None) -> Iterator[None]:
-        if self._block is not None:
+        calls = self._calls
+        if calls.block is not None:
             raise RuntimeError(
                 "labels() inside labels(): leave the first block first, a sequence has one set of labels"
             )
         before, name = named_groups(), name_groups  # a name of its own: modules may end first
         try:
             try:
-                self._block = block
+                calls.block = block
                 name(named)
                 yield
             finally:
                 name(before)
-                self._block = None
+                calls.block = None
         finally:
             name(before)
-            self._block = None  # again, if an interrupt stopped the first attempt
+            calls.block = None  # again, if an interrupt stopped the first attempt
 
     # ---- steer
 
@@ -296,10 +247,9 @@ class RoutedModel:
         tables = None if steering is None else steering.compiled.tables
         self._applied = False
         self.attachment.set_steering(tables)
-        self._plans, self._steering = dict(plans), steering
-        if steering is not None and self._recording:
-            assert self._recorder is not None
-            self._recorder._note_plan(steering.compiled.plan_hash)
+        self._plans, self._calls.steering = dict(plans), steering
+        if steering is not None and self._calls.recording is not None:
+            self._calls.recording.note_plan(steering.compiled.plan_hash)
         self._applied = True
 
     # ---- learn
@@ -370,8 +320,8 @@ class RoutedModel:
         if on:
             warnings.warn(f"detach() inside {' and '.join(on)}: it ends here", RuntimeWarning, stacklevel=3)
         try:
-            if self._recording and self._recorder is not None:
-                self._recorder._end(finished=False)
+            if self._calls.recording is not None:
+                self._calls.recording.end(finished=False)
         finally:
             if self._plans or not self._applied:
                 self._apply({})
@@ -388,35 +338,11 @@ class RoutedModel:
         doing = [what for what, on in (("recording", self._recording), ("steering", bool(self._plans))) if on]
         return f"RoutedModel({type(self.model).__name__}, {len(self.routers)} MoE layers, {', '.join([state, *doing])})"
 
-    # ---- called by the attachment
-
-    def _labels_of(self, call: Call) -> Labels:
-        """Steering row, group and segment of the tokens of a call that is about to run."""
-        recorder = self._recorder
-        if recorder is not None and not recorder.on:
-            recorder = None
-        group, segment = (-1, -1) if recorder is None else recorder._rows(call)
-        if self._steering is None:
-            return Labels(-1, group, segment)
-        block = (None if recorder is None else recorder._block) or self._block
-        row, entries = self._steering.rows(call, block), self._steering.entries(call, block)
-        return Labels(row, group, segment, self._steering.counter(call), entries)
-
-    def _after_call(self, call: Call) -> None:
-        """Called when a call has completed."""
-        if self._recorder is not None and self._recorder.on:
-            self._recorder._after_call()
-
-    def _reject_drafts(self, count: int) -> None:
-        """Called when the last ``count`` drafted tokens of the latest call were rejected."""
-        if self._recorder is not None:
-            self._recorder._reject_drafts(count)
-
     # ---- internal
 
     @property
     def _recording(self) -> bool:
-        return self._recorder is not None and self._recorder.on
+        return self._calls.recording is not None
 
     def _require_attached(self, verb: str) -> None:
         if not self.attachment.attached:
@@ -436,38 +362,68 @@ def _added(plans: Iterable[Plan]) -> Plan | None:
     return sum(plans) or None
 
 
-class _Listener(CallListener):
-    """Passes the questions of the attachment to its ``RoutedModel``."""
+class _Calls(CallListener):
+    """Answers the attachment for each call of the model: by the recorder that is on, the labels, and the plan.
 
-    def __init__(self, routed: RoutedModel) -> None:
-        self.labels_of = routed._labels_of  # type: ignore[method-assign]
-        self.after_call = routed._after_call  # type: ignore[method-assign]
-        self.reject_drafts = routed._reject_drafts  # type: ignore[method-assign]
+    Attributes:
+        recorder: the active recorder, or the last one.
+        counting: the active recording, or the last one.
+        block: labels given without a recording.
+        steering: the plan that steers.
+    """
+
+    def __init__(self) -> None:
+        self.recorder: Recorder | None = None
+        self.counting: Counting | None = None
+        self.block: LabelBlock | None = None
+        self.steering: _ActivePlan | None = None
+
+    @property
+    def recording(self) -> Counting | None:
+        """The recording that is on."""
+        return self.counting if self.counting is not None and self.counting.on else None
+
+    def labels_of(self, call: Call) -> Labels:
+        recording, steering = self.recording, self.steering
+        labels = Labels(-1, -1, -1) if recording is None else recording.labels_of(call)
+        if steering is not None:
+            block = (None if recording is None else recording.block) or self.block
+            labels.steering_row, labels.entries = steering.rows(call, block), steering.entries(call, block)
+            labels.counter = steering.counter(call)
+        return labels
+
+    def after_call(self, call: Call) -> None:
+        if self.recording is not None:
+            self.recording.after_call(call)
+
+    def reject_drafts(self, count: int) -> None:
+        if self.counting is not None:
+            self.counting.reject_drafts(count)
 
 
 class _RoutedRecorder(Recorder):
-    """A recorder that registers with its ``RoutedModel`` while it is active."""
+    """A recorder that the calls of its model are told to while it is active."""
 
-    def __init__(self, routed: RoutedModel, **options: Any):
-        super().__init__(routed.attachment, **options)
-        self._routed = weakref.ref(routed)  # weak, since a cycle would keep the model alive
+    def __init__(self, calls: _Calls, attachment: Attachment, **arguments: Any):
+        super().__init__(attachment, **arguments)
+        self._attachment = attachment
+        self._calls = weakref.ref(calls)  # weak, since a cycle would keep the model alive
 
     def _refuse_entry(self) -> None:
         super()._refuse_entry()
-        routed = self._routed()
-        if routed is None:
+        calls = self._calls()
+        if calls is None or not self._attachment.attached:
             raise RuntimeError("cannot record: this model was detached; attach(model) again")
-        routed._require_attached("record")
-        if routed._recording:
+        if calls.recording is not None:
             raise RuntimeError("a recording is on already: leave its block first, or give it more groups")
 
     def _begin(self) -> None:
-        routed = self._routed()
-        assert routed is not None  # `_refuse_entry` ran before
-        if routed._steering is not None:
-            self._note_plan(routed._steering.compiled.plan_hash)
+        calls = self._calls()
+        assert calls is not None  # `_refuse_entry` ran before
+        if calls.steering is not None:
+            self._counting.note_plan(calls.steering.compiled.plan_hash)
         super()._begin()
-        routed._recorder = self
+        calls.recorder, calls.counting = self, self._counting
 
 
 class _ActivePlan:

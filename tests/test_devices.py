@@ -454,7 +454,7 @@ def test_tables_follow_a_model_that_moves(away: Place) -> None:
                 model(**put_all(away, inputs()), use_cache=False)
             with away.reading():
                 statistics = recorder.statistics()
-                assert {table.device for table in recorder._tables.layers} == {away.first}
+                assert {table.device for table in recorder._counting._tables.layers} == {away.first}
     assert (statistics.tokens() == 42).all()
     assert statistics.token_sum("counts")[0, 0, 1] == 42
 

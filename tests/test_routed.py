@@ -488,17 +488,17 @@ def test_a_call_is_over_only_when_its_tokens_are_counted(
             refused.append(str(failure))
 
     with routed.record() as rec:
-        recorder = routed._recorder
+        recorder = routed.recorder
         assert recorder is not None
-        after_call = recorder._after_call
+        after_call = recorder._counting.after_call
 
-        def call_meanwhile() -> None:
+        def call_meanwhile(ended: Any) -> None:
             thread = threading.Thread(target=call)
             thread.start()
             thread.join()
-            after_call()
+            after_call(ended)
 
-        monkeypatch.setattr(recorder, "_after_call", call_meanwhile)
+        monkeypatch.setattr(recorder._counting, "after_call", call_meanwhile)
         logits(model, tokens(1, 5))
         monkeypatch.undo()
         logits(model, tokens(1, 2))

@@ -120,6 +120,19 @@ class Labels:
         return self.entries is None and isinstance(row, int) and isinstance(group, int) and isinstance(segment, int)
 
 
+class CallListener:
+    """Receives the calls of an attached model. This base class gives no labels and ignores all notifications."""
+
+    def labels_of(self, call: Call) -> Labels | None:
+        """Give the labels of the tokens of a call that is about to run, or None for no labels."""
+
+    def after_call(self, call: Call) -> None:
+        """Called when a call has completed."""
+
+    def reject_drafts(self, count: int) -> None:
+        """Called when the last `count` drafted tokens of the latest call were rejected and belong to no text."""
+
+
 Tables = dict[torch.device, Tensor]
 """One tensor of a call, copied to each device that needs it."""
 

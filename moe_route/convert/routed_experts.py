@@ -23,7 +23,7 @@ from moe_route.convert.source import Source, as_array
 from moe_route.convert.traces import RoutedSequence, model_layers, routed_layers, trace_of
 from moe_route.recording import Trace
 from moe_route.recording.store import Item
-from moe_route.steering.replay import ReplayTable
+from moe_route.steering.tables import ReplayTable
 
 __all__ = [
     "UNNAMED",

@@ -18,7 +18,8 @@ from moe_route.analysis import esft_experts
 from moe_route.convert.source import Source, as_array, number_table, whole_numbers
 from moe_route.convert.traces import RoutedSequence, trace_of
 from moe_route.recording import RoutingStatistics, Trace
-from moe_route.steering import ExpertSelection, Plan
+from moe_route.steering import ExpertSelection, Plan, Rule
+from moe_route.steering.kinds import Activate, ForceOff, ForceOn
 
 __all__ = [
     "easysteer_of",
@@ -297,8 +298,8 @@ def easysteer_of(plan: Plan, first_layer: int = 0) -> dict[str, Any]:
     layers: dict[int, dict[str, Any]] = {}
     for rule in plan.rules:
         conditions = (rule.groups, rule.phase, rule.positions, rule.draw)
-        hard = rule.kind in ("force_on", "force_off") and rule.mode == "steermoe" and not rule.absent
-        soft = rule.kind == "activate" and rule.mode == "sample" and not rule.absent
+        hard = isinstance(rule, (ForceOn, ForceOff)) and rule.mode == "steermoe" and not rule.absent
+        soft = isinstance(rule, Activate) and rule.mode == "sample" and not rule.absent
         if any(condition is not None for condition in conditions) or not (hard or soft):
             raise ValueError(
                 f"EasySteer has no rule such as {str(rule)!r}: it takes force_on and force_off with weight='steermoe', "
@@ -311,9 +312,9 @@ def easysteer_of(plan: Plan, first_layer: int = 0) -> dict[str, Any]:
     return {"layer_configs": {str(layer): layers[layer] for layer in sorted(layers)}}
 
 
-def _add_rule(config: dict[str, Any], rule: Any, pairs: tuple[tuple[int, float], ...], layer: int) -> None:
+def _add_rule(config: dict[str, Any], rule: Rule, pairs: tuple[tuple[int, float], ...], layer: int) -> None:
     ids = [expert for expert, _ in pairs]
-    if rule.kind == "activate":
+    if isinstance(rule, Activate):
         strengths = {rule.effective(coefficient) for _, coefficient in pairs}
         if config or len(strengths) > 1:
             raise ValueError(f"EasySteer takes one rule and one strength in a layer, layer {layer} has more: split it")
@@ -322,5 +323,5 @@ def _add_rule(config: dict[str, Any], rule: Any, pairs: tuple[tuple[int, float],
     if config.get("mode", "activate") != "activate":
         raise ValueError(f"EasySteer takes soft or hard rules in a layer, layer {layer} has both: split it")
     config["mode"] = "activate"
-    key = "activate_ids" if rule.kind == "force_on" else "deactivate_ids"
+    key = "activate_ids" if isinstance(rule, ForceOn) else "deactivate_ids"
     config[key] = sorted({*config.get(key, ()), *ids})

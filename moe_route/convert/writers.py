@@ -21,7 +21,7 @@ from moe_route.convert.selections import easysteer_of
 from moe_route.convert.traces import model_layers
 from moe_route.recording import RoutingStatistics, Trace
 from moe_route.steering import ExpertSelection, Plan
-from moe_route.steering.replay import ReplayTable
+from moe_route.steering.tables import ReplayTable
 
 __all__ = ["TARGETS", "Target", "write"]
 

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from moe_route.base.devices import finish
 from moe_route.calls.generation import finished_tokens
 from moe_route.calls.reader import CallReader, call_readers, placeholder_ids
-from moe_route.calls.token_table import Labels
+from moe_route.calls.token_table import CallListener, Labels
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.experts.interface import ExpertsSwitch
 from moe_route.experts.outputs import OutputSink, watch_experts
 from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook, at, drop_graphs
 from moe_route.ops.kernels import has_kernels
 from moe_route.ops.token_rules import fitted
-from moe_route.patching.context import CallListener, RunningCall
+from moe_route.patching.context import RunningCall
 from moe_route.patching.engine import ChoiceCallback, Engine, FusedEngine, LayerSteering
 from moe_route.patching.generate import listen_to_generate
 from moe_route.patching.hook import HookEngine

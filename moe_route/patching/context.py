@@ -15,23 +15,19 @@ from moe_route.calls.cache import CacheLengths
 from moe_route.calls.call import Call, recomputing
 from moe_route.calls.generation import Generation
 from moe_route.calls.reader import CallReader, all_or_mask, tokens_of_patches, valid_tokens
-from moe_route.calls.token_table import Labels, Tables, any_row, broadcast_rows, build_table, on_device, one_per_token
+from moe_route.calls.token_table import (
+    CallListener,
+    Labels,
+    Tables,
+    any_row,
+    broadcast_rows,
+    build_table,
+    on_device,
+    one_per_token,
+)
 from moe_route.contract.tables import token_table
 from moe_route.patching.deferred import MOST_TOKENS, DeferredCounts
 from moe_route.patching.generate import refuse_paged
-
-
-class CallListener:
-    """Receives the calls of an attached model. This base class gives no labels and ignores all notifications."""
-
-    def labels_of(self, call: Call) -> Labels | None:
-        """Labels of the tokens of a call that is about to run, or None for no labels."""
-
-    def after_call(self, call: Call) -> None:
-        """Called when a call has completed."""
-
-    def reject_drafts(self, count: int) -> None:
-        """Called when the last `count` drafted tokens of the latest call were rejected and belong to no text."""
 
 
 class RunningCall:

@@ -4,9 +4,10 @@
 """
 
 from moe_route.recording.conservation import Conservation
+from moe_route.recording.counting import DEFAULT_METRICS, RecordOptions
 from moe_route.recording.labels import LabelBlock
 from moe_route.recording.ranks import all_reduce
-from moe_route.recording.recorder import DEFAULT_METRICS, Recorder
+from moe_route.recording.recorder import Recorder
 from moe_route.recording.statistics import MergeError, RecordingError, RoutingStatistics
 from moe_route.recording.store import SequenceShard, SequenceStore
 from moe_route.recording.trace import Trace
@@ -16,6 +17,7 @@ __all__ = [
     "DEFAULT_METRICS",
     "Conservation",
     "LabelBlock",
+    "RecordOptions",
     "Recorder",
     "RecordingError",
     "RoutingStatistics",

@@ -5,12 +5,11 @@
 lookup from (phase, group, position) to the row of a token.
 """
 
-from moe_route.steering.compiled import CompiledPlan, LayerShape
-from moe_route.steering.explain import PlanExplanation, RuleEffect
+from moe_route.steering.compile import CompiledPlan, LayerShape
+from moe_route.steering.explain import PlanChange, PlanDifference, PlanExplanation, RuleEffect
 from moe_route.steering.learned import LearnedRouting
 from moe_route.steering.model import PlanError, PlanModel
 from moe_route.steering.plan import Plan
-from moe_route.steering.plan_difference import PlanChange, PlanDifference
 from moe_route.steering.rule import Rule
 from moe_route.steering.selection import ExpertSelection
 

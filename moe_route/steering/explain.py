@@ -1,11 +1,10 @@
-"""What a plan will do to tokens whose natural routing is known, before any of them is run."""
+"""What rules will do to tokens whose natural routing is known, before any of them is run, and how two plans differ."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from statistics import NormalDist
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,16 +12,12 @@ from moe_route.base.table import ShownAsTables, Table, number_of
 from moe_route.calls.call import PHASES
 from moe_route.steering.layers import show_numbers
 from moe_route.steering.model import PlanError, PlanModel
-from moe_route.steering.rule import OPERATIONS, Rule
+from moe_route.steering.rule import GAINS, LOSES, Rule, Seen
 
-if TYPE_CHECKING:
-    from moe_route.steering.plan import Plan
-
-__all__ = ["PlanExplanation", "RuleEffect", "explain"]
+__all__ = ["PlanChange", "PlanDifference", "PlanExplanation", "RuleEffect", "compare", "explain"]
 
 SATURATED = 0.02  # an expert is saturated if it is chosen by fewer, or by more than all but these, of the tokens
-_SHOWN = 40  # rows that are printed
-_ON, _OFF = "gains", "loses"
+_SHOWN, _SHOWN_CHANGES = 40, 60  # rows that are printed
 
 
 class Counted(Protocol):
@@ -154,16 +149,17 @@ class PlanExplanation(ShownAsTables):
         return [Table(head, rows, title, "\n".join([*notes, *self.notes]))]
 
 
-def explain(plan: Plan, given: Any, groups: Sequence[str] | str | None = None) -> PlanExplanation:
-    """See ``Plan.explain``."""
+def explain(
+    rules: Sequence[Rule], model: PlanModel, given: Any, groups: Sequence[str] | str | None = None
+) -> PlanExplanation:
+    """Explain the rules of a plan for ``model``; see ``Plan.explain``."""
     source: _Sums | _Tokens
     if hasattr(given, "layer_numbers"):
-        source = _Tokens(given, plan.model.num_experts)
+        source = _Tokens(given, model.num_experts)
     elif hasattr(given, "token_sum"):
         source = _Sums(given)
-        plan.check_model(
-            config_hash=PlanModel.of_recording(given.metadata, ()).config_hash, num_experts=given.num_experts
-        )
+        recorded = PlanModel.of_recording(given.metadata, tuple(given.num_experts))
+        model.merged(replace(recorded, name=None))  # the same weights may have several names
     else:
         raise PlanError(
             f"explain takes RoutingStatistics or a Trace, not {type(given).__name__}: recorder.statistics()"
@@ -178,13 +174,13 @@ def explain(plan: Plan, given: Any, groups: Sequence[str] | str | None = None) -
         )
     effects: list[RuleEffect] = []
     idle: list[tuple[int, str]] = []
-    for number, rule in enumerate(plan.rules):
+    for number, rule in enumerate(rules):
         _check_fits(rule, source)
-        found = list(_effects(number, rule, source, names))
-        effects += found
-        if not any(effect.moved for effect in found):
-            idle.append((number, _reason(rule, found, names)))
-    return PlanExplanation(tuple(effects), tuple(idle), tuple(map(str, plan.rules)), tuple(source.notes))
+        of_rule = list(_effects(number, rule, source, names))
+        effects += of_rule
+        if not any(effect.moved for effect in of_rule):
+            idle.append((number, _reason(rule, of_rule, names)))
+    return PlanExplanation(tuple(effects), tuple(idle), tuple(map(str, rules)), tuple(source.notes))
 
 
 def _check_fits(rule: Rule, source: _Sums | _Tokens) -> None:
@@ -210,10 +206,8 @@ def _reason(rule: Rule, effects: Sequence[RuleEffect], names: Sequence[str]) -> 
         return "it reaches no layer of the recording"
     if not any(effect.tokens for effect in effects):
         return "no recorded token meets its conditions"
-    if rule.kind == "scale_weights":
-        return "it changes weights, not the choice"
-    if rule.kind == "temperature":
-        return "it changes weights, and the choice only of routers with a correction bias"
+    if rule.unmoved:
+        return rule.unmoved
     if all(set(effect.saturated) == set(effect.experts) for effect in effects):
         return "its experts are saturated already"
     return "it leaves every choice as it is"
@@ -233,80 +227,24 @@ def _effect(number: int, rule: Rule, group: str, layer: int, source: _Sums | _To
     named = tuple(expert for expert, _ in rule.in_layer(layer))
     experts = named or tuple(range(len(counts)))
     chosen = counts[list(experts)]
-    moved, certainty, side = _moved(rule, layer, tokens, counts, source.top_k(layer))
-    note = ""
+    moved, certainty, side, note, others = rule.forecast(Seen(layer, tokens, counts, source.top_k(layer)))
     if certainty == "exact" and rule.positions is not None and not source.sees_tokens:
         certainty, note = "at most", "statistics do not say which tokens are at the rule's positions: all are counted"
-    if rule.kind == "activate" and certainty == "estimate":
-        note = (
-            "estimates: an expert's distance from being chosen, in standard deviations of a token's logits, is taken "
-            "as normal with variance 1 over tokens; the share is Phi(Phi^-1(frequency) + strength)"
-        )
     if not moved.any() and certainty != "at most":
         certainty = "none" if certainty == "exact" else certainty
     share = chosen / tokens if tokens else np.full(len(experts), np.nan)
-    full = share > 1 - SATURATED if side == _ON else share < SATURATED if side == _OFF else np.zeros(len(share), bool)
+    full = (
+        share > 1 - SATURATED if side == GAINS else share < SATURATED if side == LOSES else np.zeros(len(share), bool)
+    )
     saturated = tuple(expert for expert, is_full in zip(experts, full, strict=True) if is_full)
     exact = certainty in ("exact", "none")
-    touched = source.touched(rule, group, layer, experts, side) if exact and side and source.sees_tokens else None
+    touched = (
+        source.touched(rule, group, layer, experts if others is None else others, side) if exact and side else None
+    )
     frequency = float(share.mean()) if len(share) else float("nan")
     return RuleEffect(
         number, group, layer, experts, tokens, frequency, float(moved.sum()), touched, certainty, saturated, note
     )
-
-
-def _moved(rule: Rule, layer: int, tokens: int, counts: np.ndarray, k: int) -> tuple[np.ndarray, str, str]:
-    """Choices that change, per expert of the rule; how sure that is; whether the experts gain or lose tokens."""
-    pairs = rule.in_layer(layer)
-    chosen = counts[[expert for expert, _ in pairs]] if pairs else np.zeros(0)
-    free = tokens - chosen
-    if rule.kind in ("scale_weights", "temperature"):
-        return np.zeros(1), "exact" if rule.kind == "scale_weights" else "estimate", ""
-    if rule.kind == "top_k":
-        return np.array([tokens * abs(int(rule.value or k) - k)]), "exact", ""
-    if rule.table is not None or rule.kind == "replace_scores":
-        return np.array([tokens * k]), "at most", ""
-    if rule.draw is not None:  # as many experts, uniformly drawn for each token
-        share = np.full(len(pairs), k / len(counts))
-        return tokens * (1 - share if _gains(rule, 1.0) else share), "estimate", ""
-    if rule.kind == "remap":
-        return np.where([expert != int(target) for expert, target in pairs], chosen, 0), "exact", _OFF
-    if rule.kind in ("force_on", "reserve_slot", "fix_choice"):
-        return free, "exact" if len(pairs) <= k else "at most", _ON
-    if rule.kind in ("force_off", "forbid"):
-        off = np.zeros(len(pairs)) if rule.absent else chosen
-        enough = len(counts) - len(pairs) >= k or rule.kind == "forbid"
-        return off, "exact" if enough else "at most", _OFF
-    return _soft(rule, pairs, tokens, chosen)
-
-
-def _soft(
-    rule: Rule, pairs: Sequence[tuple[int, float]], tokens: int, chosen: np.ndarray
-) -> tuple[np.ndarray, str, str]:
-    """Rules that shift logits: an estimate where the shift is known in standard deviations, else a bound."""
-    effects = [rule.effective(coefficient) for _, coefficient in pairs]
-    neutral = 1.0 if OPERATIONS[rule.kind].combine == "multiply" else 0.0
-    up = np.array([effect > neutral for effect in effects])
-    still = np.array([effect == neutral for effect in effects]) | (~up & rule.absent)
-    side = _ON if up.all() else _OFF if not up.any() else ""
-    if rule.kind == "scale_logits":  # a positive logit rises with a factor above 1, a negative one falls
-        bound, side = np.maximum(tokens - chosen, chosen), ""
-    else:
-        bound = np.where(up, tokens - chosen, chosen)
-    if rule.kind != "activate":
-        return np.where(still, 0, bound), "at most", side
-    normal = NormalDist()
-    share = (chosen + 0.5) / (tokens + 1)  # never 0 or 1, which no finite strength would change
-    after = np.array([normal.cdf(normal.inv_cdf(float(f)) + by) for f, by in zip(share, effects, strict=True)])
-    return np.where(still, 0, np.minimum(np.abs(after - share) * tokens, bound)), "estimate", side
-
-
-def _gains(rule: Rule, coefficient: float) -> bool:
-    if rule.kind in ("force_off", "forbid"):
-        return False
-    if not OPERATIONS[rule.kind].combine:
-        return True
-    return rule.effective(coefficient) > (1.0 if OPERATIONS[rule.kind].combine == "multiply" else 0.0)
 
 
 class _Sums:
@@ -341,8 +279,8 @@ class _Sums:
         if rule.phase not in self._counts:
             self._counts[rule.phase] = self.statistics.token_sum(self.metric, rule.phase)
         row = self.groups.index(group)
-        found = self._counts[rule.phase][row, layer, : self.size(layer)]
-        return int(self.statistics.tokens(rule.phase)[row, layer]), found
+        counts = self._counts[rule.phase][row, layer, : self.size(layer)]
+        return int(self.statistics.tokens(rule.phase)[row, layer]), counts
 
     def touched(self, *_: Any) -> int | None:
         return None
@@ -393,10 +331,99 @@ class _Tokens:
 
     def touched(self, rule: Rule, group: str, layer: int, experts: Sequence[int], side: str) -> int | None:
         """Tokens that lack one of the experts (a rule that adds them), or have one (a rule that takes them away)."""
-        if rule.absent and side == _OFF:
+        if rule.absent and side == LOSES:
             return 0
-        if rule.kind == "remap":
-            experts = [expert for expert, target in rule.in_layer(layer) if expert != int(target)]
         ids = self._ids(rule, group, layer)
         has = (ids[:, :, None] == np.asarray(experts, np.int64)).any(1)
-        return int((~has).any(1).sum() if side == _ON else has.any(1).sum())
+        return int((~has).any(1).sum() if side == GAINS else has.any(1).sum())
+
+
+# ---- two plans compared
+
+# what a rule does, and where: kind, mode, conditions, layer (None for every layer), expert (None for the whole layer)
+_Place = tuple[str, str, str, "int | None", "int | None"]
+
+
+@dataclass(frozen=True)
+class PlanChange:
+    """Experts of one layer that two plans treat differently.
+
+    Attributes:
+        kind, where: the kind of rule, with its mode, and its conditions in words.
+        layer: None for every layer.
+        experts: () for rules of a whole layer.
+        before, after: the strength, factor or value in each plan, "yes" for rules without one, None where the plan has
+            no such rule.
+    """
+
+    kind: str
+    where: str
+    layer: int | None
+    experts: tuple[int, ...]
+    before: float | str | None
+    after: float | str | None
+
+
+@dataclass(frozen=True, repr=False)
+class PlanDifference(ShownAsTables):
+    """Differences between two plans. False if they do the same; ``model`` holds two models if those differ."""
+
+    changes: tuple[PlanChange, ...]
+    model: tuple[str, str] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.changes or self.model)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able content."""
+        changes = [{**vars(change), "experts": list(change.experts)} for change in self.changes]
+        return {"changes": changes, "model": None if self.model is None else list(self.model)}
+
+    def tables(self) -> list[Table]:
+        if not self:
+            return [Table(("the plans are equal",), [])]
+        rows = [
+            (
+                change.kind,
+                "every" if change.layer is None else change.layer,
+                show_numbers(change.experts) or "all",
+                change.where or "everywhere",
+                *(f"{value:+g}" if isinstance(value, float) else value for value in (change.before, change.after)),
+            )
+            for change in self.changes[:_SHOWN_CHANGES]
+        ]
+        more = len(self.changes) - len(rows)
+        title = "" if self.model is None else f"made for another model: {self.model[0]}, {self.model[1]}"
+        head = ("rule", "layer", "experts", "where", "before", "after")
+        return [Table(head, rows, title, f"and {more} more rows: to_dict()" if more > 0 else "")]
+
+
+def compare(before: Sequence[Rule], after: Sequence[Rule], models: tuple[PlanModel, PlanModel]) -> PlanDifference:
+    """Compare the rules of two plans, and the models that they are for; see ``Plan.diff``."""
+    old, new = _values(before), _values(after)
+    grouped: dict[tuple[Any, ...], list[int]] = {}
+    for place in sorted({*old, *new}, key=repr):
+        if old.get(place) != new.get(place):
+            *what, expert = place
+            grouped.setdefault((*what, old.get(place), new.get(place)), []).extend([] if expert is None else [expert])
+    changes = [
+        PlanChange(f"{kind} ({mode})" if mode else kind, where, layer, tuple(sorted(experts)), was, now)
+        for (kind, mode, where, layer, was, now), experts in grouped.items()
+    ]
+    changes.sort(key=lambda change: (-1 if change.layer is None else change.layer, change.kind, change.experts))
+    return PlanDifference(tuple(changes), None if models[0] == models[1] else (str(models[0]), str(models[1])))
+
+
+def _values(rules: Sequence[Rule]) -> dict[_Place, float | str]:
+    """The combined value of all rules, by place: strengths add, factors multiply."""
+    values: dict[_Place, float | str] = {}
+    for rule in rules:
+        mode, where = rule.mode if len(rule.modes) > 1 else "", rule.shown[2]
+        for layer, expert, value in rule.entries():
+            place = (rule.kind, mode, where, layer, expert)
+            known = values.get(place)
+            if isinstance(known, float) and isinstance(value, float):
+                values[place] = rule.joined(known, value)
+            else:
+                values[place] = value if known is None else f"{known}, {value}"
+    return values

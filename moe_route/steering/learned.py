@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moe_route.base.table import ShownAsTables, Table
 from moe_route.calls.call import PHASES
 from moe_route.contract.tables import SteeringTables
-from moe_route.steering.compiled import CompiledPlan
+from moe_route.steering.compile import CompiledPlan
 from moe_route.steering.layers import as_layers, show_numbers
 from moe_route.steering.model import PlanError
 from moe_route.steering.plan import Plan

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from operator import index
 from typing import Any
 
-__all__ = ["PlanError", "PlanModel"]
+__all__ = ["PlanError", "PlanModel", "refuse_unknown"]
 
 _SHOWN_DIGITS = 12  # of a hash, as `describe` shows it
 
@@ -68,3 +69,12 @@ def _short(value: str | tuple[int, ...]) -> str:
     if isinstance(value, str):
         return repr(value)
     return str(PlanModel(num_experts=value)).removeprefix("a model (").removesuffix(")")
+
+
+def refuse_unknown(content: Mapping[str, Any], known: Collection[str], what: str) -> None:
+    """Raise ``PlanError`` for a key that ``what`` does not have, naming the nearest one that it has."""
+    for key in content:
+        if key not in known:
+            near = get_close_matches(str(key), known, n=1)
+            hint = f'did you mean "{near[0]}"?' if near else f"it has {', '.join(sorted(known))}"
+            raise PlanError(f'{what} has no key "{key}": {hint}')

@@ -17,28 +17,19 @@ from torch import Tensor
 
 from moe_route.base import files, hub
 from moe_route.base.table import Table
-from moe_route.steering.compiled import CompiledPlan, HasExperts, compile_rules
-from moe_route.steering.explain import PlanExplanation, explain
-from moe_route.steering.model import PlanError, PlanModel
-from moe_route.steering.plan_difference import PlanDifference, compare
-from moe_route.steering.replay import RecordedChoices, ReplayTable
-from moe_route.steering.rule import (
-    Experts,
-    Rule,
-    as_groups,
-    as_phase,
-    as_positions,
-    checked,
-    make_rule,
-    rule_from_dict,
-)
-from moe_route.steering.score_table import ScoreTable
+from moe_route.steering import kinds
+from moe_route.steering.compile import CompiledPlan, HasExperts, compile_rules
+from moe_route.steering.explain import PlanDifference, PlanExplanation, compare, explain
+from moe_route.steering.model import PlanError, PlanModel, refuse_unknown
+from moe_route.steering.rule import Experts, Rule, as_groups, as_phase, as_positions, rule_from_dict
 from moe_route.steering.selection import ExpertSelection, random_permutation
-from moe_route.steering.sequence_table import SequenceTable
+from moe_route.steering.tables import RecordedChoices, ReplayTable, ScoreTable, SequenceTable, table_of
 
 __all__ = ["Plan"]
 
 _KIND = "plan"
+_KEYS = ("rules", "model", "description", "tables", "hash")  # of a file
+_ENVELOPE = ("moe_route", "schema")  # what every JSON file has beside
 _SHOWN, _SHOWN_IN_HTML = 8, 50  # number of rules that repr and notebooks list
 _log = logging.getLogger(__name__)
 
@@ -104,7 +95,7 @@ class Plan:
         if correction not in (0, 1):
             raise PlanError(f"correction must be 0 (population) or 1 (sample), as for torch.std, not {correction!r}")
         mode = "sample" if correction else "population"
-        return cls._of("activate", experts, layers, strength=strength, mode=mode)
+        return cls._of(kinds.Activate, experts, layers, strength=strength, mode=mode)
 
     @classmethod
     def deactivate(
@@ -131,7 +122,7 @@ class Plan:
         "paper": their logit becomes the largest of the row [arXiv 2510.04694, eq. 5]. "steermoe": their logit becomes
         the largest log-softmax plus 0.01 [arXiv 2509.09660]. "natural": they keep their own logit.
         """
-        return cls._of("force_on", experts, layers, mode=weight)
+        return cls._of(kinds.ForceOn, experts, layers, mode=weight)
 
     @classmethod
     def force_off(
@@ -145,12 +136,12 @@ class Plan:
 
         ``weight`` is as in ``force_on``, with the smallest logit of the row.
         """
-        return cls._of("force_off", experts, layers, mode=weight)
+        return cls._of(kinds.ForceOff, experts, layers, mode=weight)
 
     @classmethod
     def forbid(cls, experts: Experts, layers: Iterable[int] | int | None = None) -> Plan:
         """Never choose these experts (ablation, ``z_e = -inf``); a slot without any eligible expert stays empty."""
-        return cls._of("forbid", experts, layers)
+        return cls._of(kinds.Forbid, experts, layers)
 
     @classmethod
     def bias(
@@ -166,19 +157,19 @@ class Plan:
         ``on="logit"`` adds it to the logit, ``"score"`` to the score, and ``"choice"`` to the score for the choice
         only.
         """
-        return cls._of("bias", experts, layers, strength=strength, mode=on)
+        return cls._of(kinds.Bias, experts, layers, strength=strength, mode=on)
 
     @classmethod
     def magnitude(cls, experts: Experts, layers: Iterable[int] | int | None = None, *, strength: float = 0.5) -> Plan:
         """``z_e += strength * c_e * |z_e|``, with the expert's coefficient c_e (1 by default) [arXiv 2601.14050]."""
-        return cls._of("magnitude", experts, layers, strength=strength)
+        return cls._of(kinds.Magnitude, experts, layers, strength=strength)
 
     @classmethod
     def scale_logits(
         cls, experts: Experts, layers: Iterable[int] | int | None = None, *, strength: float = 1.0
     ) -> Plan:
         """``z_e *= strength``, times the expert's coefficient. ``plan * x`` gives ``strength ** x``."""
-        return cls._of("scale_logits", experts, layers, factor=strength)
+        return cls._of(kinds.ScaleLogits, experts, layers, factor=strength)
 
     @classmethod
     def scale_weights(
@@ -190,12 +181,12 @@ class Plan:
         when: str = "before",
     ) -> Plan:
         """``w_e *= strength`` after selection, "before" or "after" renormalization. ``plan * x``: ``strength ** x``."""
-        return cls._of("scale_weights", experts, layers, factor=strength, mode=when)
+        return cls._of(kinds.ScaleWeights, experts, layers, factor=strength, mode=when)
 
     @classmethod
     def temperature(cls, strength: float, /, layers: Iterable[int] | int | None = None) -> Plan:
         """``z /= strength`` for all experts of the layers (default: all layers). ``plan * x``: ``strength ** x``."""
-        return cls._of("temperature", None, layers, value=strength)
+        return cls._of(kinds.Temperature, None, layers, value=strength)
 
     @classmethod
     def top_k(cls, k: int, /, layers: Iterable[int] | int | None = None) -> Plan:
@@ -204,7 +195,7 @@ class Plan:
         ``k`` is from 1 to the layer's number of experts (at most 64). With more than the model's own k, those layers
         compute that many slots for every token.
         """
-        return cls._of("top_k", None, layers, value=k)
+        return cls._of(kinds.TopK, None, layers, value=k)
 
     @classmethod
     def replace_scores(
@@ -238,9 +229,9 @@ class Plan:
         if isinstance(scores, Mapping):
             if items is not None or per != "token":
                 raise PlanError("a mapping from layer to scores is for all tokens: leave items= and per= out")
-            return cls._of("replace_scores", scores, layers)
+            return cls._of(kinds.ReplaceScores, scores, layers)
         table = ScoreTable.of_scores(scores, _named_layers(layers), items, per=per)
-        return cls([make_rule("replace_scores", None, None, table=table)])
+        return cls([kinds.ReplaceScores.of(table=table)])
 
     @classmethod
     def reserve_slot(cls, experts: Experts, layers: Iterable[int] | int | None = None) -> Plan:
@@ -249,7 +240,7 @@ class Plan:
         With ``only(groups=...)`` a group gets an expert of its own. The expert is weighed by its own score. forbid and
         force_off win over this rule.
         """
-        return cls._of("reserve_slot", experts, layers)
+        return cls._of(kinds.ReserveSlot, experts, layers)
 
     @classmethod
     def fix_choice(cls, experts: Mapping[int, Sequence[int]], layers: Iterable[int] | int | None = None) -> Plan:
@@ -259,7 +250,7 @@ class Plan:
         same with a separate choice per token.
         """
         placed = {layer: {expert: slot for slot, expert in enumerate(ids)} for layer, ids in experts.items()}
-        return cls._of("fix_choice", placed, layers)
+        return cls._of(kinds.FixChoice, placed, layers)
 
     @classmethod
     def replay(
@@ -294,14 +285,12 @@ class Plan:
         if isinstance(recorded, (list, tuple)):
             recorded = np.asarray(recorded)
         if isinstance(recorded, (Tensor, np.ndarray)):
-            return cls(
-                [make_rule("replay", None, None, table=ReplayTable.of_ids(recorded, _named_layers(layers), items))]
-            )
+            return cls([kinds.Replay.of(table=ReplayTable.of_ids(recorded, _named_layers(layers), items))])
         if not hasattr(recorded, "layer_numbers"):
             raise PlanError(f"replay takes a Trace or ids, not {type(recorded).__name__}: recorder.trace()")
         if items is not None:
             raise PlanError("a trace has its own items: leave items= out")
-        return cls([make_rule("replay", None, layers, table=ReplayTable.of_trace(recorded))])
+        return cls([kinds.Replay.of(None, layers, table=ReplayTable.of_trace(recorded))])
 
     @classmethod
     def gumbel(cls, seed: int = 0, *, temperature: float = 1.0, layers: Iterable[int] | int | None = None) -> Plan:
@@ -314,7 +303,7 @@ class Plan:
         The draw depends on ``seed``, layer, and the token's position and id, not on the batch. ``layers``: all layers
         by default.
         """
-        return cls._of("gumbel", None, layers, value=temperature, draw=seed)
+        return cls._of(kinds.Gumbel, None, layers, value=temperature, draw=seed)
 
     @classmethod
     def remap(cls, experts: Mapping[int, Mapping[int, int]], layers: Iterable[int] | int | None = None) -> Plan:
@@ -322,11 +311,11 @@ class Plan:
 
         Duplicates merge, and their weights add up.
         """
-        return cls._of("remap", experts, layers)
+        return cls._of(kinds.Remap, experts, layers)
 
     @classmethod
-    def _of(cls, kind: str, experts: Experts | None, layers: Iterable[int] | int | None, **values: Any) -> Plan:
-        rule = make_rule(kind, experts, layers, **values)
+    def _of(cls, kind: type[Rule], experts: Experts | None, layers: Iterable[int] | int | None, **values: Any) -> Plan:
+        rule = kind.of(experts, layers, **values)
         if not isinstance(experts, ExpertSelection):
             return cls([rule])
         return cls([rule], model=experts.model, description=experts.description)
@@ -352,7 +341,7 @@ class Plan:
         plan.
         """
         names, at, where = as_groups(groups), as_phase(phase), as_positions(positions)
-        numbers = None if layers is None else make_rule("temperature", None, layers, value=1).layers
+        numbers = None if layers is None else kinds.Temperature.of(None, layers, value=1).layers
         narrowed = (rule.restricted(names, at, numbers, where, absent) for rule in self.rules)
         return self._with(rule for rule in narrowed if rule is not None)
 
@@ -475,7 +464,7 @@ class Plan:
         rules without experts.
         """
         return self._derived(
-            (checked(replace(rule, draw=index(seed))) for rule in self.rules), f"random {seed}, per token"
+            (replace(rule, draw=index(seed)).checked() for rule in self.rules), f"random {seed}, per token"
         )
 
     def in_layers(self, layers: Iterable[int] | int) -> Plan:
@@ -575,11 +564,16 @@ class Plan:
     def from_dict(cls, content: Mapping[str, Any]) -> Plan:
         """Rebuild a plan from ``to_dict``; raises ``PlanError`` for anything else."""
         try:
+            given = list(content["rules"])
+            refuse_unknown(content, _KEYS, "a plan")
+            refuse_unknown(content.get("model", {}), PlanModel().to_dict(), "the model of a plan")
             headers = content.get("tables", {})
-            tables = {name: _table(header) for name, header in headers.items()}
-            rules = [rule_from_dict(rule, tables) for rule in content["rules"]]
+            tables = {name: table_of(header) for name, header in headers.items()}
+            rules = [rule_from_dict(rule, tables) for rule in given]
             return cls(rules, model=PlanModel(**content.get("model", {})), description=content.get("description", ""))
-        except (KeyError, TypeError, AttributeError) as error:
+        except PlanError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise PlanError(f"this is not a plan ({error!r}): pass what Plan.to_dict gave") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -612,7 +606,10 @@ class Plan:
     @classmethod
     def _load_json(cls, path: str | os.PathLike[str]) -> Plan:
         content = files.read_json(path, _KIND)
-        plan = cls.from_dict(content)
+        try:
+            plan = cls.from_dict({name: value for name, value in content.items() if name not in _ENVELOPE})
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
         if content.get("hash") != plan.hash:
             _log.warning("%s was edited since it was saved: its hash is now %s", path, plan.hash)
         return plan
@@ -640,7 +637,7 @@ class Plan:
 
     def diff(self, other: Plan) -> PlanDifference:
         """Compare with another plan, expert by expert; the result is false if both do the same."""
-        return compare(self, other)
+        return compare(self.rules, other.rules, (self.model, other.model))
 
     def explain(self, given: Any, groups: Sequence[str] | str | None = None) -> PlanExplanation:
         """Tell what the plan will do to tokens whose natural routing was recorded, without running them.
@@ -661,7 +658,7 @@ class Plan:
 
         Raises ``PlanError`` for a group that was not recorded, and for a recording of another model.
         """
-        return explain(self, given, groups)
+        return explain(self.rules, self.model, given, groups)
 
     def describe(self) -> str:
         """Describe the rules in words, one line each."""
@@ -688,20 +685,8 @@ class Plan:
 
 def _named(rules: Iterable[Rule], layer: int) -> set[int]:
     """The experts of one layer that the rules name, targets of "remap" included."""
-    found: set[int] = set()
-    for rule in rules:
-        pairs = dict(rule.experts).get(layer, ())
-        found.update(expert for expert, _ in pairs)
-        if rule.kind == "remap":
-            found.update(int(to) for _, to in pairs if to >= 0)
-    return found
+    return {expert for rule in rules for expert in rule.named(layer)}
 
 
 def _named_layers(layers: Iterable[int] | int | None) -> list[int] | None:
     return None if layers is None else [layers] if isinstance(layers, int) else list(layers)
-
-
-def _table(header: Mapping[str, Any]) -> SequenceTable:
-    """The table of ``header``, which holds its values by the name of their kind."""
-    kind = ScoreTable if ScoreTable.field in header else ReplayTable
-    return kind.of_header(header[kind.field], header)

@@ -1,103 +1,118 @@
 """``Rule``: one operation on some experts' logits or weights, with its conditions. A plan is a collection of rules.
 
-``OPERATIONS`` has one line per kind of rule. ``compiled.py`` turns rules into the planes of ``SteeringTables``.
+``kinds.py`` has a class for each kind of rule; this file has what all of them share.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from operator import index
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from moe_route.calls.call import PHASES
-from moe_route.contract.limits import MAX_CHOSEN
+from moe_route.steering.cell import Cell, View
 from moe_route.steering.layers import as_layers, show_numbers
-from moe_route.steering.model import PlanError
-from moe_route.steering.replay import ReplayTable
-from moe_route.steering.score_table import ScoreTable
-from moe_route.steering.sequence_table import SequenceTable
+from moe_route.steering.model import PlanError, refuse_unknown
+from moe_route.steering.tables import SequenceTable
 
-__all__ = ["OPERATIONS", "Operation", "PlanError", "Rule", "rule_from_dict"]
+__all__ = [
+    "KINDS",
+    "Entry",
+    "Experts",
+    "Forecast",
+    "PlanError",
+    "Rule",
+    "Seen",
+    "Side",
+    "Spans",
+    "as_groups",
+    "as_phase",
+    "as_positions",
+    "power",
+    "rule_from_dict",
+]
 
 Experts = Mapping[int, Iterable[int] | Mapping[int, float]] | Iterable[int]
+Spans = tuple[tuple[int, int | None], ...]  # half-open, increasing, not adjacent; None: to the end
+Side = str  # "gains", "loses", or "" where experts may do either
+GAINS, LOSES = "gains", "loses"
 
 
-class Operation(NamedTuple):
-    """Properties of a kind of rule: how strengths combine ("add", "multiply" or not at all), and its modes.
+class Entry(NamedTuple):
+    """One thing that a rule changes: expert (None: the whole layer) of a layer (None: every layer), and its value."""
 
-    The first mode is the default.
+    layer: int | None
+    expert: int | None
+    value: float | str
+
+
+class Seen(NamedTuple):
+    """Recorded tokens that a rule would act on in one layer: how many, the choices of each expert [E], and top-k."""
+
+    layer: int
+    tokens: int
+    counts: np.ndarray
+    top_k: int
+
+
+class Forecast(NamedTuple):
+    """What a rule will do to such tokens.
+
+    Attributes:
+        moved: choices that change, by expert of the rule.
+        certainty: "exact", "estimate" or "at most".
+        side: whether its experts gain or lose tokens ("": either).
+        note: how it was estimated.
+        experts: the experts whose tokens are touched; None for all of the rule.
     """
 
-    combine: Literal["add", "multiply", ""]
-    modes: tuple[str, ...]
-    shows: str
+    moved: np.ndarray
+    certainty: str
+    side: Side = ""
+    note: str = ""
+    experts: tuple[int, ...] | None = None
 
 
-OPERATIONS = {
-    "activate": Operation("add", ("population", "sample"), "logit + {x} * std(logits)"),
-    "bias": Operation("add", ("logit", "score", "choice"), "{mode} + {x}"),
-    "magnitude": Operation("add", ("",), "logit + {x} * |logit|"),
-    "scale_logits": Operation("multiply", ("",), "logit * {x}"),
-    "scale_weights": Operation("multiply", ("before", "after"), "weight * {x} ({mode} renormalization)"),
-    "temperature": Operation("multiply", ("",), "logits / {x}"),
-    "force_on": Operation("", ("paper", "steermoe", "natural"), "chosen first, weight as {mode}"),
-    "force_off": Operation("", ("paper", "steermoe", "natural"), "chosen last, weight as {mode}"),
-    "forbid": Operation("", ("",), "never chosen"),
-    "top_k": Operation("", ("",), "{x} experts per token"),
-    "remap": Operation("", ("",), "chosen expert replaced"),
-    "replace_scores": Operation("", ("",), "router scores replaced by {x}"),
-    "reserve_slot": Operation("", ("",), "takes the last slot where not chosen"),
-    "fix_choice": Operation("", ("",), "exactly these experts chosen, in this order"),
-    "replay": Operation("", ("",), "exactly the recorded experts of {x}"),
-    "gumbel": Operation("", ("",), "chosen by logit + {x} * Gumbel noise"),
-}
-# rules that apply to a whole layer, with a value in place of experts
-LAYER_KINDS = ("temperature", "top_k", "gumbel")
-# rules whose coefficients are values (scores, or indices of slots), not factors of a strength
-VALUED_KINDS = ("replace_scores", "fix_choice")
-# kinds whose values may be given per token, and the class of the table that holds them
-TABLES: Mapping[str, type[SequenceTable]] = {"replay": ReplayTable, "replace_scores": ScoreTable}
-# rules that act on each expert separately, so that single experts can be left out
-EXPERT_KINDS = (
-    "activate",
-    "bias",
-    "magnitude",
-    "scale_logits",
-    "scale_weights",
-    "force_on",
-    "force_off",
-    "forbid",
-)
-Spans = tuple[tuple[int, int | None], ...]  # half-open, increasing, not adjacent; None: to the end
+KINDS: dict[str, type[Rule]] = {}
+"""By kind, its class: every subclass of ``Rule`` with a ``kind`` of its own, in the order of ``kinds.py``."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+@dataclass(frozen=True)
+class Rule(ABC):
     """One operation on some experts, under conditions. Immutable and hashable; every field is plain data.
 
     Attributes:
-        kind: a key of ``OPERATIONS``.
-        experts: ((layer, ((expert, coefficient), ...)), ...) in increasing order; empty for "replay" and for kinds of a
-            whole layer. The coefficient multiplies the strength of an additive rule and is the factor of a
-            multiplicative rule. It is the target expert of "remap", the score of "replace_scores", the slot (from 0) of
-            "fix_choice", and 1 otherwise.
+        experts: ((layer, ((expert, coefficient), ...)), ...) in increasing order; empty for rules of a whole layer and
+            for those with a table. The class says what a coefficient is; 1 where it is nothing.
         strength: an additive rule uses strength * coefficient, a multiplicative rule coefficient ** strength. So
             multiplying a plan by a number multiplies ``strength`` only.
-        value: temperature (also of "gumbel"), or experts per token, for kinds of a whole layer.
-        mode: a mode of the operation.
+        value: the number of a rule of a whole layer, such as a temperature.
+        mode: one of ``modes``.
         layers, groups, phase: conditions, None for any. Experts of layers outside ``layers`` are kept but not changed,
             so that a control can move the rule to other layers.
         positions: spans of positions in the sequence, padding not counted; None for any.
         absent: only experts that the router does not choose itself.
-        draw: seed of a random control with as many experts, drawn per token, or of the noise of "gumbel".
-        table: values per token: the choices of "replay", or scores of "replace_scores" that depend on the token.
+        draw: seed of a random control with as many experts, drawn per token, or of noise.
+        table: values per token.
+
+    A class of ``kinds.py`` says with these what its rules are:
+
+    Attributes:
+        kind: its name in a file.
+        shows: what it does, in words; "{x}" stands for its numbers and "{mode}" for its mode.
+        fields: keys that a rule of this kind has in a file, besides conditions. Any other key is refused.
+        modes: by mode, what it means to the class; the first is the default.
+        table_type: class of its table.
+        valued: whether coefficients are values, not factors of a strength.
+        unmoved: why it changes no choice, if it never does.
     """
 
-    kind: str
     experts: tuple[tuple[int, tuple[tuple[int, float], ...]], ...] = ()
     strength: float = 1.0
     value: float | None = None
@@ -110,16 +125,123 @@ class Rule:
     draw: int | None = None
     table: SequenceTable | None = None
 
+    kind: ClassVar[str]
+    shows: ClassVar[str]
+    fields: ClassVar[frozenset[str]]
+    modes: ClassVar[Mapping[str, Any]] = {"": None}
+    table_type: ClassVar[type[SequenceTable] | None] = None
+    valued: ClassVar[bool] = False
+    drawn: ClassVar[str] = "other experts for each token, drawn"
+    unmoved: ClassVar[str] = ""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "kind" in vars(cls):
+            KINDS[cls.kind] = cls
+
+    # ---- what a kind of rule says
+
+    @abstractmethod
+    def write(self, cell: Cell) -> None:
+        """Write the rule into the cell of a layer that it touches."""
+
+    @abstractmethod
+    def forecast(self, seen: Seen) -> Forecast:
+        """What the rule will do to recorded tokens of a layer that it touches."""
+
+    def entries(self) -> Iterator[Entry]:
+        """Everything that the rule changes, for comparing plans and for showing numbers."""
+        for layer in self.touched_layers or ():
+            for expert, coefficient in self.in_layer(layer):
+                yield Entry(layer, expert, self.effective(coefficient) if self._numbered else "yes")
+
+    @property
+    def _numbered(self) -> bool:
+        """Whether an expert's coefficient says something."""
+        return self.valued or "strength" in self.fields
+
+    def check(self) -> None:  # noqa: B027 (most kinds accept any value)
+        """Raise ``PlanError`` for values that this kind of rule does not accept."""
+
+    def effective(self, coefficient: float) -> float:
+        """A coefficient as it acts, with the strength."""
+        return coefficient
+
+    def joined(self, one: float, other: float) -> float:
+        """The value of two entries of one place."""
+        return one + other
+
+    # ---- making
+
+    @classmethod
+    def of(
+        cls,
+        experts: Experts | None = None,
+        layers: Iterable[int] | int | None = None,
+        *,
+        strength: float = 1.0,
+        factor: float = 1.0,
+        value: float | None = None,
+        mode: str | None = None,
+        table: SequenceTable | None = None,
+        draw: int | None = None,
+    ) -> Rule:
+        """Make a checked rule from a user's arguments. ``factor`` multiplies the coefficient of every expert."""
+        chosen = None if layers is None else _layers(layers)
+        if chosen == ():
+            raise PlanError(f"a {cls.kind} rule for no layer: name at least one layer")
+        normal = () if experts is None else _experts(experts, chosen, factor)
+        if experts is not None and not any(chosen is None or layer in chosen for layer, _ in normal):
+            where = "" if chosen is None else f" in layers {show_numbers(chosen)}"
+            raise PlanError(f"the selection has no experts{where}: lower its threshold or choose other layers")
+        return cls(
+            experts=normal,
+            strength=_finite(strength, "strength"),
+            value=None if value is None else _finite(value, cls.kind),
+            mode=next(iter(cls.modes)) if mode is None else mode,
+            layers=chosen,
+            table=table,
+            draw=None if draw is None else index(draw),
+        ).checked()
+
+    def checked(self) -> Rule:
+        """The rule itself; raises ``PlanError`` for values that its kind does not accept."""
+        if self.mode not in self.modes:
+            raise PlanError(f"{self.kind} has no mode {self.mode!r}: use one of {', '.join(map(repr, self.modes))}")
+        given = {"value": self.value is not None, "experts": bool(self.experts), "table": self.table is not None}
+        named = [name for name, present in given.items() if present]
+        if len(named) != 1 or named[0] not in self.fields:
+            needed = next(shown for name, shown in _NEEDED.items() if name in self.fields)
+            raise PlanError(f"a {self.kind} rule needs {needed} and nothing else")
+        self.check()
+        if self.absent and "absent" not in self.fields:
+            those = ", ".join(kind for kind, rule in KINDS.items() if "absent" in rule.fields)
+            raise PlanError(
+                f"a {self.kind} rule cannot be left out for experts that are chosen already: use absent=True with "
+                f"{those}"
+            )
+        if self.draw is not None and "draw" not in self.fields:
+            raise PlanError(f"a {self.kind} rule names no experts that could be drawn for each token: leave it out")
+        for coefficient in [c for _, pairs in self.experts for _, c in pairs]:
+            self.effective(coefficient)
+        return self
+
+    # ---- where it applies
+
     def in_layer(self, layer: int) -> tuple[tuple[int, float], ...]:
         """(expert, coefficient) pairs that the rule changes in ``layer``."""
         if self.layers is not None and layer not in self.layers:
             return ()
         return dict(self.experts).get(layer, ())
 
+    def named(self, layer: int) -> list[int]:
+        """The experts that the rule names for ``layer``, in layers where it does not act too."""
+        return [expert for expert, _ in dict(self.experts).get(layer, ())]
+
     @property
     def touched_layers(self) -> tuple[int, ...] | None:
         """Layers that the rule changes; None for every layer."""
-        if self.kind in LAYER_KINDS or (self.table is not None and self.table.layers is None):
+        if not self.experts and (self.table is None or self.table.layers is None):
             return self.layers
         named = [layer for layer, _ in self.experts] if self.table is None else self.table.layers or ()
         return tuple(layer for layer in named if self.layers is None or layer in self.layers)
@@ -130,33 +252,31 @@ class Rule:
             return False
         if self.table is not None:
             return self.table.in_layer(layer) is not None
-        return self.kind in LAYER_KINDS or any(layer == named for named, _ in self.experts)
+        return not self.experts or any(layer == named for named, _ in self.experts)
 
     def applies(self, phase: str, group: str | None) -> bool:
         """Whether the rule applies to tokens of ``group`` in ``phase``, at some position."""
         return self.phase in (None, phase) and (self.groups is None or group in self.groups)
 
-    def effective(self, coefficient: float) -> float:
-        """The number that is added, or multiplied or divided by, computed from strength and coefficient."""
-        if OPERATIONS[self.kind].combine == "add":
-            return self.strength * coefficient
-        return _power(coefficient, self.strength, self.kind)
+    @property
+    def view(self) -> View:
+        """What the rule depends on per token."""
+        return self.absent, self.draw
+
+    # ---- algebra and controls
 
     def scaled(self, factor: float) -> Rule:
         """The rule with its strength multiplied; raises ``PlanError`` for kinds without strength."""
-        if not OPERATIONS[self.kind].combine:
+        if "strength" not in self.fields:
             raise PlanError(
                 f"a {self.kind} rule has no strength to scale: it holds or it does not. "
                 "Scale the soft part of the plan alone and add the rest"
             )
-        return checked(replace(self, strength=_finite(self.strength * factor, "strength")))
+        return replace(self, strength=_finite(self.strength * factor, "strength")).checked()
 
     def opposite(self) -> Rule:
         """The opposite rule: the strength negated, on and off exchanged."""
-        flipped = {"force_on": "force_off", "force_off": "force_on"}
-        if self.kind in flipped:
-            return replace(self, kind=flipped[self.kind])
-        if not OPERATIONS[self.kind].combine:
+        if "strength" not in self.fields:
             raise PlanError(f"a {self.kind} rule has no opposite: leave it out of the control")
         return self.scaled(-1.0)
 
@@ -170,10 +290,12 @@ class Rule:
         experts = []
         for layer, pairs in self.experts:
             to = order(layer, pairs[-1][0])
-            remaps = self.kind == "remap"
-            new = {int(to[e]): float(to[int(c)]) if remaps and c >= 0 else c for e, c in pairs}
-            experts.append((layer, tuple(sorted(new.items()))))
+            experts.append((layer, tuple(sorted((int(to[e]), self._renamed(c, to)) for e, c in pairs))))
         return replace(self, experts=tuple(experts))
+
+    def _renamed(self, coefficient: float, to: np.ndarray) -> float:
+        """A coefficient after expert e became ``to[e]``."""
+        return coefficient
 
     def moved(self, layers: Iterable[int] | int) -> Rule:
         """The rule in other layers, on the experts that it keeps there."""
@@ -181,17 +303,15 @@ class Rule:
             raise PlanError(
                 f"a {self.kind} rule of single tokens cannot move to other layers: leave it out of the control"
             )
-        experts = None if self.kind in LAYER_KINDS else {layer: dict(pairs) for layer, pairs in self.experts}
-        return self._as_before(make_rule(self.kind, experts, layers, value=self.value, mode=self.mode, draw=self.draw))
+        experts = {layer: dict(pairs) for layer, pairs in self.experts} or None
+        return self._as_before(type(self).of(experts, layers, value=self.value, mode=self.mode, draw=self.draw))
 
     def with_experts(self, experts: Experts) -> Rule:
         """The rule with other experts; unchanged if it names none."""
-        if self.kind in LAYER_KINDS or self.kind == "remap":
-            return self
         factors = {coefficient for _, pairs in self.experts for _, coefficient in pairs}
-        if len(factors) != 1 or self.kind in VALUED_KINDS:
+        if len(factors) != 1 or self.valued:
             raise PlanError(f"a {self.kind} rule with a coefficient for each expert has no other experts to go to")
-        return self._as_before(make_rule(self.kind, experts, self.layers, factor=min(factors), mode=self.mode))
+        return self._as_before(type(self).of(experts, self.layers, factor=min(factors), mode=self.mode))
 
     def _as_before(self, rule: Rule) -> Rule:
         """``rule`` with the strength and conditions of this rule, except for its layers."""
@@ -217,13 +337,15 @@ class Rule:
             positions=_meeting(self.positions, positions),
             absent=self.absent or absent,
         )
-        return None if () in (narrowed.groups, narrowed.layers, narrowed.positions) else checked(narrowed)
+        return None if () in (narrowed.groups, narrowed.layers, narrowed.positions) else narrowed.checked()
+
+    # ---- content
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content without default values; a table is named by its digest."""
         content: dict[str, Any] = {"kind": self.kind}
         if self.experts:
-            plain = self.kind not in VALUED_KINDS and all(c == 1.0 for _, pairs in self.experts for _, c in pairs)
+            plain = not self.valued and all(c == 1.0 for _, pairs in self.experts for _, c in pairs)
             content["experts"] = {
                 str(layer): [expert for expert, _ in pairs] if plain else {str(expert): c for expert, c in pairs}
                 for layer, pairs in self.experts
@@ -241,6 +363,41 @@ class Rule:
             content["table"] = self.table.digest
         return content
 
+    @classmethod
+    def read(cls, content: Mapping[str, Any], tables: Mapping[str, SequenceTable]) -> Rule:
+        """Rebuild a rule of this kind from ``to_dict``."""
+        modes = {"mode"} if len(cls.modes) > 1 else set()
+        refuse_unknown(content, {"kind", *_CONDITIONS, *cls.fields, *modes}, f"the {cls.kind} rule")
+        for name, (types, shown) in _TYPES.items():
+            if name in content and not _is(content[name], types):
+                raise PlanError(f'"{name}" of the {cls.kind} rule must be {shown}, not {content[name]!r}')
+        if "mode" in content and content["mode"] not in cls.modes:
+            raise PlanError(f"{cls.kind} has no mode {content['mode']!r}: use one of {', '.join(map(repr, cls.modes))}")
+        table = None
+        if "table" in content or cls.fields.isdisjoint(("experts", "value")):
+            table = tables[content["table"]]
+            if cls.table_type is None or not isinstance(table, cls.table_type):
+                raise PlanError(f"a {cls.kind} rule cannot use a table of {table.field}")
+        experts = {
+            int(layer): {int(expert): c for expert, c in of.items()} if isinstance(of, Mapping) else of
+            for layer, of in content.get("experts", {}).items()
+        }
+        given = {name: content[name] for name in ("strength", "value", "mode", "draw") if name in content}
+        made = cls.of(
+            experts if "experts" in content or (table is None and "experts" in cls.fields) else None,
+            table=table,
+            **given,
+        )
+        layers = content.get("layers")
+        return replace(
+            made,
+            layers=None if layers is None else _layers(layers),
+            groups=as_groups(content.get("groups")),
+            phase=as_phase(content.get("phase")),
+            positions=as_positions(content.get("positions")),
+            absent=content.get("absent", False),
+        ).checked()
+
     def __str__(self) -> str:
         what, how, when = self.shown
         return f"{what}: {how}{f' [{when}]' if when else ''}"
@@ -250,121 +407,70 @@ class Rule:
         """The rule in words: its target, its effect, and its conditions ("" for none)."""
         return self._what(), self._how(), self._when()
 
+    @property
+    def title(self) -> str:
+        """Its kind in words."""
+        return self.kind.replace("_", " ")
+
     def _what(self) -> str:
         layers = self.touched_layers
         where = "every layer" if layers is None else f"layers {show_numbers(layers)}" if len(layers) > 1 else ""
         where = where or (f"layer {layers[0]}" if layers else "no layer")
-        name = self.kind.replace("_", " ")
-        if self.kind in LAYER_KINDS or self.table is not None:
-            return f"{name} in {where}"
-        if self.kind == "activate" and self.strength < 0:
-            name = "deactivate"
+        if not self.experts:
+            return f"{self.title} in {where}"
         count = sum(len(self.in_layer(layer)) for layer in layers or ())
-        return f"{name} {count} expert{'' if count == 1 else 's'} in {where}"
+        return f"{self.title} {count} expert{'' if count == 1 else 's'} in {where}"
 
     def _how(self) -> str:
-        operation = OPERATIONS[self.kind]
-        if self.kind == "top_k":
-            return operation.shows.format(x=f"{self.value:g}")
-        if self.table is not None:
-            return operation.shows.format(x=f"{self.table}" if self.kind == "replay" else f"those of {self.table}")
-        values = {self.effective(self.value)} if self.value is not None else set()
-        coefficients = {c for layer in self.touched_layers or () for _, c in self.in_layer(layer)}
-        if operation.combine and self.value is None:
-            values = {self.effective(c) for c in coefficients}
-        elif self.kind == "replace_scores":
-            values = coefficients
-        ends = [f"{value:g}" for value in sorted({min(values), max(values)})] if values else []
-        shown = operation.shows.format(x=" to ".join(ends), mode=self.mode).replace("+ -", "- ")
-        return shown + (" (sample std)" if self.mode == "sample" else "")
+        values = sorted({entry.value for entry in self.entries() if isinstance(entry.value, float)})
+        ends = [f"{value:g}" for value in dict.fromkeys([*values[:1], *values[-1:]])]
+        return self.shows.format(x=" to ".join(ends), mode=self.mode).replace("+ -", "- ")
 
     def _when(self) -> str:
         conditions = [] if self.groups is None else [f"groups {', '.join(self.groups)}"]
         conditions += [] if self.phase is None else [f"{self.phase} only"]
         conditions += [] if self.positions is None else [f"positions {_show_spans(self.positions)}"]
         conditions += ["only experts not chosen already"] if self.absent else []
-        what = "drawn for each token" if self.kind == "gumbel" else "other experts for each token, drawn"
-        conditions += [] if self.draw is None else [f"{what} with seed {self.draw}"]
+        conditions += [] if self.draw is None else [f"{self.drawn} with seed {self.draw}"]
         return "; ".join(conditions)
 
 
-def make_rule(
-    kind: str,
-    experts: Experts | None,
-    layers: Iterable[int] | int | None,
-    *,
-    strength: float = 1.0,
-    factor: float = 1.0,
-    value: float | None = None,
-    mode: str = "",
-    table: SequenceTable | None = None,
-    draw: int | None = None,
-) -> Rule:
-    """Make a checked rule from a user's arguments. ``factor`` multiplies the coefficient of every expert."""
-    chosen = None if layers is None else _layers(layers)
-    if chosen == ():
-        raise PlanError(f"a {kind} rule for no layer: name at least one layer")
-    normal = () if experts is None else _experts(experts, chosen, factor)
-    if experts is not None and not any(chosen is None or layer in chosen for layer, _ in normal):
-        where = "" if chosen is None else f" in layers {show_numbers(chosen)}"
-        raise PlanError(f"the selection has no experts{where}: lower its threshold or choose other layers")
-    return checked(
-        Rule(
-            kind=kind,
-            experts=normal,
-            strength=_finite(strength, "strength"),
-            value=None if value is None else _finite(value, kind),
-            mode=mode or OPERATIONS[kind].modes[0],
-            layers=chosen,
-            table=table,
-            draw=None if draw is None else index(draw),
-        )
-    )
+_NEEDED = {"experts": "experts", "value": "a value", "table": "a table"}  # a rule has one of them
+_CONDITIONS = ("layers", "groups", "phase", "positions")
+_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "strength": ((int, float), "a number"),
+    "value": ((int, float), "a number"),
+    "mode": ((str,), "one of its modes"),
+    "absent": ((bool,), "true or false"),
+    "draw": ((int,), "a whole number"),
+}
 
 
-def checked(rule: Rule) -> Rule:
-    """The rule itself; raises ``PlanError`` for values that its operation does not accept."""
-    operation = OPERATIONS[rule.kind]
-    if rule.mode not in operation.modes:
-        raise PlanError(f"{rule.kind} has no mode {rule.mode!r}: use one of {', '.join(map(repr, operation.modes))}")
-    given = {"a value": rule.value is not None, "experts": bool(rule.experts), "a table": rule.table is not None}
-    needed = "a value" if rule.kind in LAYER_KINDS else "a table" if rule.kind == "replay" else "experts"
-    allowed = [[needed]] + ([["a table"]] if rule.kind in TABLES else [])
-    if [name for name, present in given.items() if present] not in allowed:
-        raise PlanError(f"a {rule.kind} rule needs {needed} and nothing else")
-    if rule.kind == "top_k" and (rule.value is None or rule.value < 1 or rule.value != int(rule.value)):
-        raise PlanError(
-            f"top_k must be a whole number from 1 to the experts of the layer (at most {MAX_CHOSEN}), not {rule.value}"
-        )
-    if rule.kind in ("temperature", "gumbel") and (rule.value is None or rule.value <= 0):
-        raise PlanError(f"temperature must be above 0, not {rule.value}")
-    if rule.kind == "gumbel" and rule.draw is None:
-        raise PlanError("a gumbel rule needs the seed of its noise: Plan.gumbel(seed)")
-    _check_values(rule)
-    if rule.absent and rule.kind not in EXPERT_KINDS:
-        raise PlanError(
-            f"a {rule.kind} rule cannot be left out for experts that are chosen already: use absent=True with "
-            f"{', '.join(EXPERT_KINDS)}"
-        )
-    if rule.draw is not None and rule.kind in ("remap", "temperature", "top_k"):
-        raise PlanError(f"a {rule.kind} rule names no experts that could be drawn for each token: leave it out")
-    if operation.combine == "multiply":
-        for factor in [c for _, pairs in rule.experts for _, c in pairs] + ([rule.value] if rule.value else []):
-            _power(factor, rule.strength, rule.kind)
-    return rule
+def _is(value: Any, types: tuple[type, ...]) -> bool:
+    """Whether a value is of one of the types; a bool is no number."""
+    return isinstance(value, types) and (bool in types or not isinstance(value, bool))
 
 
-def _check_values(rule: Rule) -> None:
-    """Raise ``PlanError`` for invalid scores, and for slots other than 0, 1, 2, ... ."""
-    for layer, pairs in rule.experts:
-        values = sorted(value for _, value in pairs)
-        if rule.kind == "replace_scores" and (values[0] < 0 or values[-1] <= 0):
-            raise PlanError(f"the scores of layer {layer} must be 0 or more, and one of them above 0")
-        if rule.kind == "fix_choice" and values != list(range(len(values))):
-            raise PlanError(f"the fixed experts of layer {layer} need the slots 0 to {len(values) - 1}, one each")
+def rule_from_dict(content: Mapping[str, Any], tables: Mapping[str, SequenceTable] | None = None) -> Rule:
+    """Rebuild a rule from ``Rule.to_dict`` and check it; raises ``PlanError`` for anything else.
+
+    ``tables``: the tables of values per token, by the names that the content uses.
+    """
+    try:
+        kind = content["kind"]
+        if kind not in KINDS:
+            near = get_close_matches(str(kind), KINDS, n=1)
+            fix = f'did you mean "{near[0]}"?' if near else "upgrade moe-route"
+            raise PlanError(f"this version knows no {kind!r} rule: {fix}")
+        return KINDS[kind].read(content, tables or {})
+    except PlanError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise PlanError(f"this is not a rule of a plan ({error!r}): pass what to_dict gave") from error
 
 
-def _power(factor: float, strength: float, kind: str) -> float:
+def power(factor: float, strength: float, kind: str) -> float:
+    """``factor ** strength``; raises ``PlanError`` where a rule of ``kind`` has no such factor."""
     if factor < 0:
         raise PlanError(f"{kind} needs factors of 0 or more, not {factor:g}")
     if factor == 0 and strength < 0:
@@ -396,16 +502,18 @@ def _experts(experts: Experts, layers: tuple[int, ...] | None, factor: float) ->
 
 def _coefficients(of_layer: Iterable[int] | Mapping[int, float], factor: float) -> tuple[tuple[int, float], ...]:
     pairs = of_layer.items() if isinstance(of_layer, Mapping) else ((expert, 1.0) for expert in of_layer)
-    found = {index(expert): _finite(coefficient * factor, "coefficient") for expert, coefficient in pairs}
-    if found and min(found) < 0:
-        raise PlanError(f"there is no expert {min(found)}: experts count from 0")
-    return tuple(sorted(found.items()))
+    coefficients = {index(expert): _finite(coefficient * factor, "coefficient") for expert, coefficient in pairs}
+    if coefficients and min(coefficients) < 0:
+        raise PlanError(f"there is no expert {min(coefficients)}: experts count from 0")
+    return tuple(sorted(coefficients.items()))
 
 
 def _layers(layers: Iterable[int] | int) -> tuple[int, ...]:
     try:
         return as_layers(layers)
-    except (TypeError, ValueError) as error:
+    except TypeError as error:
+        raise PlanError(f"layers must be whole numbers from 0, not {layers!r}") from error
+    except ValueError as error:
         raise PlanError(str(error)) from error
 
 
@@ -469,27 +577,27 @@ def _span(entry: Any) -> tuple[int, int | None]:
 
 def _united(spans: Iterable[tuple[int, int | None]]) -> Spans:
     """Sort spans and join those that overlap or are adjacent."""
-    found: list[tuple[int, int | None]] = []
+    united: list[tuple[int, int | None]] = []
     for start, stop in sorted(spans, key=lambda span: span[0]):
-        last = found[-1][1] if found else -1
-        if not found or (last is not None and start > last):
-            found.append((start, stop))
+        last = united[-1][1] if united else -1
+        if not united or (last is not None and start > last):
+            united.append((start, stop))
         elif last is not None and (stop is None or stop > last):
-            found[-1] = (found[-1][0], stop)
-    return tuple(found)
+            united[-1] = (united[-1][0], stop)
+    return tuple(united)
 
 
 def _meeting(mine: Spans | None, theirs: Spans | None) -> Spans | None:
     """The positions that are in both."""
     if mine is None or theirs is None:
         return theirs if mine is None else mine
-    found = []
+    common = []
     for a, b in mine:
         for c, d in theirs:
             start, ends = max(a, c), [end for end in (b, d) if end is not None]
             if not ends or start < min(ends):
-                found.append((start, min(ends) if ends else None))
-    return _united(found)
+                common.append((start, min(ends) if ends else None))
+    return _united(common)
 
 
 def _show_spans(spans: Spans) -> str:
@@ -501,46 +609,3 @@ def as_phase(phase: str | None) -> str | None:
     if phase not in (None, *PHASES):
         raise PlanError(f"there is no phase {phase!r}: use {' or '.join(map(repr, PHASES))}")
     return phase
-
-
-def rule_from_dict(content: Mapping[str, Any], tables: Mapping[str, SequenceTable] | None = None) -> Rule:
-    """Rebuild a rule from ``Rule.to_dict`` and check it; raises ``PlanError`` for anything else.
-
-    ``tables``: the tables of values per token, by the names that the content uses.
-    """
-    try:
-        kind = content["kind"]
-        if kind not in OPERATIONS:
-            raise PlanError(f"this version knows no {kind!r} rule: upgrade moe-route")
-        table = None
-        if kind == "replay" or "table" in content:
-            table = (tables or {})[content["table"]]
-            if not isinstance(table, TABLES.get(kind, ())):
-                raise PlanError(f"a {kind} rule cannot use a table of {table.field}")
-        experts = {
-            int(layer): {int(expert): c for expert, c in of.items()} if isinstance(of, Mapping) else of
-            for layer, of in content.get("experts", {}).items()
-        }
-        made = make_rule(
-            kind,
-            experts if kind not in LAYER_KINDS and table is None else None,
-            None,
-            table=table,
-            strength=content.get("strength", 1.0),
-            value=content.get("value"),
-            mode=content.get("mode", ""),
-            draw=content.get("draw"),
-        )
-        layers, phase = content.get("layers"), as_phase(content.get("phase"))
-        return checked(
-            replace(
-                made,
-                layers=None if layers is None else _layers(layers),
-                groups=as_groups(content.get("groups")),
-                phase=phase,
-                positions=as_positions(content.get("positions")),
-                absent=bool(content.get("absent", False)),
-            )
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise PlanError(f"this is not a rule of a plan ({error!r}): pass what to_dict gave") from error

@@ -101,8 +101,8 @@ def test_room_is_checked_after_the_first_batch(moe_route, monkeypatch, tmp_path:
     monkeypatch.setattr(shutil, "disk_usage", measured)
     monkeypatch.setattr(LanguageModel, "run", lambda *given: ran.append(given) or run(*given))
     if where == "TMPDIR":
-        new_store = recording.Recorder._new_store
-        monkeypatch.setattr(recording.Recorder, "_new_store", lambda self, kept, _: new_store(self, kept, 1))
+        new_store = recording.counting.Counting._new_store
+        monkeypatch.setattr(recording.counting.Counting, "_new_store", lambda self, kept, _: new_store(self, kept, 1))
     result = moe_route("record", "--out", tmp_path / "found.safetensors", *SMALL)
     if where is None:
         assert result[0] == 0

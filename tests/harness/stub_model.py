@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moe_route import reference
 from moe_route.calls import Call
+from moe_route.calls.token_table import build_table
 from moe_route.contract.spec import RouterSpec
-from moe_route.contract.tables import token_table
 from moe_route.recording import Recorder
 
 
@@ -44,10 +44,9 @@ class StubModel:
         batched = [values if values.dim() == 3 else values[None] for values in logits]
         batch, length = batched[0].shape[:2]
         call = Call(batch, length, 0, valid, phase, torch.device("cpu"))
-        group, segment = (self._of_tokens(rows, batch, length) for rows in recorder._rows(call))
-        table = token_table(
-            batch * length, group=group, segment=segment, valid=True if valid is None else valid.reshape(-1)
-        )
+        labels = recorder._counting.labels_of(call)
+        assert labels is not None
+        table = build_table(call, labels, -1)
         for layer, values in enumerate([] if self.silent else batched):
             weights, ids = reference.route(
                 values.reshape(batch * length, -1),
@@ -58,10 +57,4 @@ class StubModel:
             )
             if self.on_choice is not None:
                 self.on_choice(layer, ids, weights)
-        recorder._after_call()
-
-    @staticmethod
-    def _of_tokens(rows: int | Tensor, batch: int, length: int) -> Tensor:
-        """Rows of the tables for each token, int64 [B * S], from one for all, one per sequence or one per token."""
-        given = torch.as_tensor(rows)
-        return (given[:, None] if given.dim() == 1 else given).expand(batch, length).reshape(-1)
+        recorder._counting.after_call(call)

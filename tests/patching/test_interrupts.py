@@ -245,7 +245,7 @@ def test_leaving_a_block_by_an_interrupt_lets_go(where: str) -> None:
         gc.collect(0)
         assert "recording" not in repr(routed), line
         assert "steering" not in repr(routed), line
-        assert routed._block is None, line
+        assert routed._calls.block is None, line
         assert routed.attachment._context.idle, line
         assert torch.equal(run(model), plain), line
     with routed.record(sequences=True) as rec, rec.labels(["y"]):

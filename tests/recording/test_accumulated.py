@@ -314,9 +314,9 @@ def test_a_compiled_model() -> None:
 def test_a_captured_graph_is_refused(routed: mr.RoutedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     with routed.record(pairs=True, consistency=True) as rec:
         routed.model(tokens(1, 3))
-        monkeypatch.setattr("moe_route.recording.recorder.capturing", lambda device: True)
+        monkeypatch.setattr("moe_route.recording.counting.capturing", lambda device: True)
         with pytest.raises(RecordingError, match="consistency=, pairs= is read call by call"):
-            rec._note_capture()
+            rec._counting._note_capture()
 
 
 def test_the_mean_length_of_a_sequence_is_said(routed: mr.RoutedModel) -> None:

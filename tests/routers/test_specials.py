@@ -17,9 +17,9 @@ from harness.tiny_models import inputs, tiny_model, tokens
 
 import moe_route as mr
 from moe_route.calls import Call, Labels
+from moe_route.calls.token_table import CallListener
 from moe_route.ops import Force, StatisticsTables, SteeringTables
 from moe_route.patching import Attachment
-from moe_route.patching.context import CallListener
 from moe_route.routers import ModelNotSupportedError, find_routers
 from moe_route.routers.architectures.nllb import experts_called
 

@@ -46,6 +46,7 @@ def effect(plan: Plan, group: str = "x") -> Any:
         (Plan.bias({0: [1]}, strength=-1.0), 6, "at most", ()),
         (Plan.replace_scores({0: {1: 1.0}}), 20, "at most", ()),
         (Plan.force_on({0: [0]}).random_per_token(), 5, "estimate", ()),
+        (Plan.gumbel(1), 20, "at most", ()),
     ],
     ids=lambda value: repr(value)[:60],
 )

@@ -18,7 +18,7 @@ from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import Force, token_table
 from moe_route.steering import ExpertSelection, LayerShape, Plan, PlanError, PlanModel
 from moe_route.steering.layers import show_numbers
-from moe_route.steering.rule import OPERATIONS
+from moe_route.steering.rule import KINDS
 
 LAYERS, EXPERTS, TOP_K = 6, 8, 2
 SITES = [LayerShape(EXPERTS, TOP_K)] * LAYERS
@@ -240,7 +240,7 @@ OF_EACH_KIND = {
 }
 
 
-@pytest.mark.parametrize("kind", OPERATIONS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_rule_steers_is_written_and_shown(kind, tmp_path):
     plan = OF_EACH_KIND[kind]
     assert [rule.kind for rule in plan.rules] == [kind]
@@ -386,7 +386,40 @@ REFUSED = [
     (lambda: Plan.from_dict({"rules": [{"kind": "shout"}]}), "no 'shout' rule: upgrade"),
     (lambda: Plan.from_dict({"rules": [{"kind": "activate", "experts": [1]}]}), "not a rule"),
     (lambda: Plan.activate({0: [1]}).compile(SITES, GROUPS).row("prefill", 3), "no row"),
+    (lambda: Plan.force_on({0: [1]}, weight=""), "no mode ''"),
+    (lambda: _edited(ghoups=["en"]), 'no key "ghoups": did you mean "groups"'),
+    (lambda: _edited(value=2), 'no key "value": it has'),
+    (lambda: _edited(mode="Sample"), "no mode 'Sample'"),
+    (lambda: _edited(mode=""), "no mode ''"),
+    (lambda: _edited(strength="2"), '"strength" of the activate rule must be a number'),
+    (lambda: _edited(strength=True), '"strength" of the activate rule must be a number'),
+    (lambda: _edited(absent="false"), '"absent" of the activate rule must be true or false'),
+    (lambda: _edited(layers="12"), "whole numbers"),
+    (lambda: _edited(kind="activat"), 'did you mean "activate"'),
+    (lambda: _edited(experts={"x": [1]}), "not a rule"),
+    (lambda: Plan.from_dict({"rules": [], "modle": {}}), 'no key "modle": did you mean "model"'),
+    (lambda: Plan.from_dict({"rules": [], "model": {"nam": "a"}}), 'no key "nam": did you mean "name"'),
+    (lambda: Plan.from_dict(_with_table({"lenghts": [4]})), 'no key "lenghts": did you mean "lengths"'),
 ]
+
+
+def _edited(**change):
+    """A plan as in a file, with one key of its rule changed."""
+    return Plan.from_dict({"rules": [{"kind": "activate", "experts": {"0": [1]}, **change}]})
+
+
+def _with_table(change):
+    """A plan with a table as in a file, with one key of the table changed."""
+    content = Plan.replay(torch.zeros(1, 4, LAYERS, 1, dtype=torch.int64)).to_dict()
+    return {**content, "tables": {name: {**table, **change} for name, table in content["tables"].items()}}
+
+
+def test_a_plan_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "mine.json").write_text(
+        '{"moe_route": "plan", "schema": 1, "rules": [{"kind": "forbid", "lyers": [1]}]}'
+    )
+    with pytest.raises(PlanError, match=r"mine.json: .*\"lyers\": did you mean \"layers\""):
+        Plan.load(tmp_path / "mine.json")
 
 
 @pytest.mark.parametrize(("make", "message"), REFUSED)

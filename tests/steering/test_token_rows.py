@@ -13,7 +13,7 @@ from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import NEUTRAL, STEERING_PLANES, StatisticsTables, SteeringTables
 from moe_route.contract.token_tables import Placed, TokenTables, join
 from moe_route.steering import LayerShape, Plan
-from moe_route.steering.compiled import CompiledPlan
+from moe_route.steering.compile import CompiledPlan
 
 ops = Later("moe_route.ops")
 token_rules = Later("moe_route.ops.token_rules")

@@ -31,10 +31,10 @@ from moe_route.integrations.vllm.options import (
 )
 from moe_route.integrations.vllm.requests import PlanRows, Request, RequestTable, positions_of
 from moe_route.ops.token_rules import fitted, token_counter
-from moe_route.steering.compiled import CompiledPlan
+from moe_route.steering.compile import CompiledPlan
 from moe_route.steering.model import PlanError
 from moe_route.steering.plan import Plan
-from moe_route.steering.sequence_table import Key, SequenceTable
+from moe_route.steering.tables import Key, SequenceTable
 
 if TYPE_CHECKING:
     from moe_route.integrations.vllm.requests import Batch

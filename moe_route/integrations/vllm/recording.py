@@ -15,8 +15,8 @@ from moe_route.contract.tables import METRICS
 from moe_route.integrations.vllm.counts import StepTrace
 from moe_route.integrations.vllm.options import Options
 from moe_route.integrations.vllm.requests import Request, RequestTable
+from moe_route.recording.counting import DEFAULT_METRICS
 from moe_route.recording.metadata import add_fingerprints
-from moe_route.recording.recorder import DEFAULT_METRICS
 from moe_route.recording.statistics import RecordingError, RoutingStatistics
 from moe_route.recording.store import SequenceStore
 from moe_route.recording.tables import TableSet, TableSums

@@ -19,7 +19,7 @@ from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.contract.token_tables import TokenTables
 from moe_route.integrations.vllm.options import EngineNotSupportedError, find
 from moe_route.ops.token_rules import route_tokens
-from moe_route.steering.compiled import LayerShape
+from moe_route.steering.compile import LayerShape
 
 if TYPE_CHECKING:
     from moe_route.integrations.vllm.plans import TokenValues

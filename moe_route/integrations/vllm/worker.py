@@ -29,7 +29,7 @@ from moe_route.integrations.vllm.requests import RequestTable
 from moe_route.integrations.vllm.sites import Site, check, find_sites, find_stage, hook
 from moe_route.recording.statistics import RecordingError, RoutingStatistics
 from moe_route.recording.trace import Trace
-from moe_route.steering.compiled import CompiledPlan
+from moe_route.steering.compile import CompiledPlan
 
 __all__ = ["Session"]
 

@@ -23,7 +23,7 @@ from moe_route.integrations.vllm.requests import Batch, RequestTable
 from moe_route.integrations.vllm.sites import Site, Stage
 from moe_route.ops.token_rules import token_counter
 from moe_route.steering import PlanError
-from moe_route.steering.compiled import LayerShape
+from moe_route.steering.compile import LayerShape
 
 GROUPS = ("plain", "steered")
 E, K = 8, 2

@@ -1,0 +1,518 @@
+"""The kinds of rules, one class each: what a rule does to a row of tables, what it will do, and how it is shown.
+
+A new kind is one class here: ``rule.py`` says what its attributes mean, and ``Cell`` how values of several rules meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from statistics import NormalDist
+from typing import Any, ClassVar
+
+import numpy as np
+
+from moe_route.contract.limits import MAX_CHOSEN
+from moe_route.contract.tables import Force
+from moe_route.contract.token_tables import stream_of
+from moe_route.steering.cell import PLAIN, Cell, Plane
+from moe_route.steering.rule import GAINS, LOSES, Entry, Experts, Forecast, PlanError, Rule, Seen, power
+from moe_route.steering.tables import ReplayTable, ScoreTable
+
+__all__ = [
+    "Activate",
+    "Bias",
+    "FixChoice",
+    "Forbid",
+    "ForceOff",
+    "ForceOn",
+    "Gumbel",
+    "Magnitude",
+    "Remap",
+    "Replay",
+    "ReplaceScores",
+    "ReserveSlot",
+    "ScaleLogits",
+    "ScaleWeights",
+    "Temperature",
+    "TopK",
+]
+
+
+# ---- families
+
+
+class ExpertRule(Rule):
+    """Acts on each of its experts by itself, so that single ones can be left out, or drawn for each token."""
+
+    fields = frozenset(("experts", "absent", "draw"))
+
+    def gains(self) -> bool:
+        """Whether an expert with coefficient 1 is chosen more often."""
+        return True
+
+
+class PlaneRule(ExpertRule):
+    """A number per expert in a plane of ``SteeringTables``; by mode, the plane."""
+
+    fields = ExpertRule.fields | {"strength"}
+    modes: ClassVar[Mapping[str, Plane]]
+    neutral: ClassVar[float] = 0.0
+
+    def write(self, cell: Cell) -> None:
+        plane = self.modes[self.mode]
+        for expert, coefficient in self.in_layer(cell.layer):
+            cell.add(plane.name, self.effective(coefficient), expert, self.view)
+        cell.use(plane, self.kind, self.mode)
+
+    def gains(self) -> bool:
+        return self.effective(1.0) > self.neutral
+
+    def forecast(self, seen: Seen) -> Forecast:
+        """A bound: as many choices as its experts may gain or lose."""
+        if self.draw is not None:
+            return _drawn(self, seen, self.gains())
+        effects = np.array([self.effective(coefficient) for _, coefficient in self.in_layer(seen.layer)])
+        up, chosen = effects > self.neutral, _chosen(self, seen)
+        still = (effects == self.neutral) | (~up & self.absent)
+        side = GAINS if up.all() else LOSES if not up.any() else ""
+        return Forecast(np.where(still, 0, self._bound(up, seen.tokens, chosen)), "at most", side)
+
+    def _bound(self, up: np.ndarray, tokens: int, chosen: np.ndarray) -> np.ndarray:
+        """The most choices that may move, of experts that go up or down."""
+        return np.where(up, tokens - chosen, chosen)
+
+
+class Additive(PlaneRule):
+    """Adds strength * coefficient."""
+
+    def effective(self, coefficient: float) -> float:
+        return self.strength * coefficient
+
+
+class Power(Rule):
+    """Multiplies, or divides, by coefficient ** strength."""
+
+    neutral: ClassVar[float] = 1.0
+
+    def effective(self, coefficient: float) -> float:
+        return power(coefficient, self.strength, self.kind)
+
+    def joined(self, one: float, other: float) -> float:
+        return one * other
+
+
+class Factor(Power, PlaneRule):
+    """Multiplies by coefficient ** strength."""
+
+    neutral = 1.0
+
+
+class Forced(ExpertRule):
+    """By mode, a code of ``Force`` for each of its experts."""
+
+    modes: ClassVar[Mapping[str, Force]]
+
+    def write(self, cell: Cell) -> None:
+        for expert, _ in self.in_layer(cell.layer):
+            cell.add("force", self.modes[self.mode], expert, self.view)
+        cell.use(Plane("force"), self.kind, self.mode)
+
+    def _as(self, kind: type[Forced]) -> Rule:
+        return kind(**vars(self))
+
+
+class Off(Forced):
+    """Takes experts away."""
+
+    def gains(self) -> bool:
+        return False
+
+    def forecast(self, seen: Seen) -> Forecast:
+        if self.draw is not None:
+            return _drawn(self, seen, self.gains())
+        chosen = _chosen(self, seen)
+        return Forecast(np.zeros(len(chosen)) if self.absent else chosen, self._certainty(seen), LOSES)
+
+    def _certainty(self, seen: Seen) -> str:
+        """Whether enough other experts are left to choose."""
+        return "exact" if len(seen.counts) - len(self.in_layer(seen.layer)) >= seen.top_k else "at most"
+
+
+class LayerRule(Rule):
+    """One value for a whole layer."""
+
+    fields = frozenset(("value",))
+
+    def entries(self) -> Iterator[Entry]:
+        for layer in self.layers or (None,):
+            yield Entry(layer, None, float(self.effective(self.value or 0.0)))
+
+    def with_experts(self, experts: Experts) -> Rule:
+        return self
+
+
+class NamedChoice(Rule):
+    """Scores, or experts chosen by id: a token can have one of a ``what``, and that in a table of ``NAMED``."""
+
+    fields = frozenset(("experts", "draw"))
+    what: ClassVar[str] = "fixed, replayed or drawn choices"
+
+    def row(self, cell: Cell) -> Any:
+        """The row of its table in the layer of a cell."""
+        assert self.table is not None
+        return cell.sources.index(self.table)
+
+    def write(self, cell: Cell) -> None:
+        by = (self.kind, self.draw, self.in_layer(cell.layer), self.table, self.value)
+        cell.put(self._name, self.row(cell), self.what, by, (False, self.draw))
+
+    @property
+    def _name(self) -> str:
+        """Its table."""
+        return self.kind
+
+    def entries(self) -> Iterator[Entry]:
+        if self.table is None:
+            yield from super().entries()
+            return
+        of = self.touched_layers
+        for layer in of if of is not None else (None,):
+            yield Entry(layer, None, f"{self.table}, {self.table.digest[:12]}")
+
+    def forecast(self, seen: Seen) -> Forecast:
+        return Forecast(np.array([seen.tokens * seen.top_k]), "at most")
+
+
+def _chosen(rule: Rule, seen: Seen) -> np.ndarray:
+    """Tokens that choose each expert of the rule."""
+    return seen.counts[[expert for expert, _ in rule.in_layer(seen.layer)]]
+
+
+def _drawn(rule: Rule, seen: Seen, gains: bool) -> Forecast:
+    """The forecast for as many experts, uniformly drawn for each token."""
+    share = np.full(len(rule.in_layer(seen.layer)), seen.top_k / len(seen.counts))
+    return Forecast(seen.tokens * (1 - share if gains else share), "estimate")
+
+
+def _taken(rule: Rule, seen: Seen) -> Forecast:
+    """The forecast for experts that every token chooses then."""
+    if rule.draw is not None:
+        return _drawn(rule, seen, True)
+    free = seen.tokens - _chosen(rule, seen)
+    return Forecast(free, "exact" if len(free) <= seen.top_k else "at most", GAINS)
+
+
+# ---- soft rules
+
+
+class Activate(Additive):
+    """``z_e += strength * c_e * std(z)``; a negative strength deactivates."""
+
+    kind = "activate"
+    shows = "logit + {x} * std(logits)"
+    modes: ClassVar = {
+        "population": Plane("std", "std_correction", 0.0),
+        "sample": Plane("std", "std_correction", 1.0),
+    }
+
+    @property
+    def title(self) -> str:
+        return "deactivate" if self.strength < 0 else "activate"
+
+    def _how(self) -> str:
+        return super()._how() + (" (sample std)" if self.modes[self.mode].value else "")
+
+    def forecast(self, seen: Seen) -> Forecast:
+        """``Phi(Phi^-1(f) + strength)`` tokens choose an expert that f of them chose."""
+        bound = super().forecast(seen)
+        if self.draw is not None:
+            return bound
+        normal, moved = NormalDist(), bound.moved.astype(float)
+        shares = (_chosen(self, seen) + 0.5) / (seen.tokens + 1)  # never 0 or 1, which no finite strength would change
+        for place, (share, (_, c)) in enumerate(zip(shares.tolist(), self.in_layer(seen.layer), strict=True)):
+            after = normal.cdf(normal.inv_cdf(share) + self.effective(c))
+            moved[place] = min(abs(after - share) * seen.tokens, moved[place])
+        note = (
+            "estimates: an expert's distance from being chosen, in standard deviations of a token's logits, is taken "
+            "as normal with variance 1 over tokens; the share is Phi(Phi^-1(frequency) + strength)"
+        )
+        return Forecast(moved, "estimate", bound.side, note)
+
+
+class Bias(Additive):
+    """Adds to the logit, to the score, or to the score for the choice only."""
+
+    kind = "bias"
+    shows = "{mode} + {x}"
+    modes: ClassVar = {
+        "logit": Plane("bias"),
+        "score": Plane("score_bias", "score_bias_weighs", 1.0),
+        "choice": Plane("score_bias", "score_bias_weighs", 0.0),
+    }
+
+
+class Magnitude(Additive):
+    """``z_e += strength * c_e * |z_e|``."""
+
+    kind = "magnitude"
+    shows = "logit + {x} * |logit|"
+    modes: ClassVar = {"": Plane("magnitude")}
+
+
+class ScaleLogits(Factor):
+    """``z_e *= c_e ** strength``."""
+
+    kind = "scale_logits"
+    shows = "logit * {x}"
+    modes: ClassVar = {"": Plane("scale")}
+
+    def forecast(self, seen: Seen) -> Forecast:
+        return super().forecast(seen)._replace(side="")
+
+    def _bound(self, up: np.ndarray, tokens: int, chosen: np.ndarray) -> np.ndarray:
+        """A positive logit rises with a factor above 1, a negative one falls."""
+        return np.maximum(tokens - chosen, chosen)
+
+
+class ScaleWeights(Factor):
+    """``w_e *= c_e ** strength``, before or after renormalization."""
+
+    kind = "scale_weights"
+    shows = "weight * {x} ({mode} renormalization)"
+    modes: ClassVar = {
+        "before": Plane("weight_scale", "weight_scale_after", 0.0),
+        "after": Plane("weight_scale", "weight_scale_after", 1.0),
+    }
+    unmoved = "it changes weights, not the choice"
+
+    def forecast(self, seen: Seen) -> Forecast:
+        return Forecast(np.zeros(1), "exact")
+
+
+class Temperature(Power, LayerRule):
+    """``z /= value ** strength`` in a whole layer."""
+
+    kind = "temperature"
+    shows = "logits / {x}"
+    fields = LayerRule.fields | {"strength"}
+    unmoved = "it changes weights, and the choice only of routers with a correction bias"
+
+    def check(self) -> None:
+        _check_temperature(self)
+        self.effective(self.value or 0.0)
+
+    def write(self, cell: Cell) -> None:
+        cell.add("temperature", self.effective(self.value or 0.0))
+
+    def forecast(self, seen: Seen) -> Forecast:
+        return Forecast(np.zeros(1), "estimate")
+
+
+def _check_temperature(rule: Rule) -> None:
+    if rule.value is None or rule.value <= 0:
+        raise PlanError(f"temperature must be above 0, not {rule.value}")
+
+
+# ---- hard rules
+
+
+_ON = {"paper": Force.ON_PAPER, "steermoe": Force.ON_STEERMOE, "natural": Force.ON_NATURAL}
+_OFF = {"paper": Force.OFF_PAPER, "steermoe": Force.OFF_STEERMOE, "natural": Force.OFF_NATURAL}
+
+
+class ForceOn(Forced):
+    """Chosen before all others."""
+
+    kind = "force_on"
+    shows = "chosen first, weight as {mode}"
+    modes = _ON
+
+    def opposite(self) -> Rule:
+        return self._as(ForceOff)
+
+    def forecast(self, seen: Seen) -> Forecast:
+        return _taken(self, seen)
+
+
+class ForceOff(Off):
+    """Chosen after all others."""
+
+    kind = "force_off"
+    shows = "chosen last, weight as {mode}"
+    modes = _OFF
+
+    def opposite(self) -> Rule:
+        return self._as(ForceOn)
+
+
+class Forbid(Off):
+    """Never chosen."""
+
+    kind = "forbid"
+    shows = "never chosen"
+    modes: ClassVar = {"": Force.FORBID}
+
+    def _certainty(self, seen: Seen) -> str:
+        return "exact"
+
+
+class TopK(LayerRule):
+    """Another number of experts per token."""
+
+    kind = "top_k"
+    shows = "{x} experts per token"
+
+    def check(self) -> None:
+        if self.value is None or self.value < 1 or self.value != int(self.value):
+            raise PlanError(
+                f"top_k must be a whole number from 1 to the experts of the layer (at most {MAX_CHOSEN}), not "
+                f"{self.value}"
+            )
+
+    def write(self, cell: Cell) -> None:
+        cell.add("top_k", self.value or 0)
+
+    def forecast(self, seen: Seen) -> Forecast:
+        return Forecast(np.array([seen.tokens * abs(int(self.value or 0) - seen.top_k)]), "exact")
+
+
+class Remap(Rule):
+    """A chosen expert is replaced by another, its coefficient (-1: dropped)."""
+
+    kind = "remap"
+    shows = "chosen expert replaced"
+    fields = frozenset(("experts",))
+
+    def write(self, cell: Cell) -> None:
+        for expert, target in self.in_layer(cell.layer):
+            cell.add("remap", target, expert)
+
+    def named(self, layer: int) -> list[int]:
+        return super().named(layer) + [int(to) for _, to in dict(self.experts).get(layer, ()) if to >= 0]
+
+    def entries(self) -> Iterator[Entry]:
+        for layer in self.touched_layers or ():
+            yield from (Entry(layer, expert, float(target)) for expert, target in self.in_layer(layer))
+
+    def _renamed(self, coefficient: float, to: np.ndarray) -> float:
+        return float(to[int(coefficient)]) if coefficient >= 0 else coefficient
+
+    def with_experts(self, experts: Experts) -> Rule:
+        return self
+
+    def forecast(self, seen: Seen) -> Forecast:
+        pairs = self.in_layer(seen.layer)
+        moved = np.where([expert != int(target) for expert, target in pairs], _chosen(self, seen), 0)
+        others = tuple(expert for expert, target in pairs if expert != int(target))
+        return Forecast(moved, "exact", LOSES, experts=others)
+
+
+# ---- rules by expert id, and given scores
+
+
+class ReplaceScores(NamedChoice):
+    """Scores in place of the router's own: of all tokens of a layer, or (in a table) of each token."""
+
+    kind = "replace_scores"
+    shows = "router scores replaced by {x}"
+    fields = NamedChoice.fields | {"table"}
+    table_type = ScoreTable
+    valued = True
+    what = "replaced scores"
+
+    def check(self) -> None:
+        for layer, pairs in self.experts:
+            values = sorted(value for _, value in pairs)
+            if values[0] < 0 or values[-1] <= 0:
+                raise PlanError(f"the scores of layer {layer} must be 0 or more, and one of them above 0")
+
+    @property
+    def _name(self) -> str:
+        return "replace_scores" if self.table is None else "score_table"
+
+    def row(self, cell: Cell) -> Any:
+        if self.table is not None:
+            return super().row(cell)
+        scores = np.zeros(cell.router.num_experts, dtype=np.float32)
+        for expert, score in self.in_layer(cell.layer):
+            scores[expert] = score
+        return scores
+
+    def _how(self) -> str:
+        return super()._how() if self.table is None else self.shows.format(x=f"those of {self.table}")
+
+
+class ReserveSlot(NamedChoice):
+    """The last slot, unless the router chose the expert."""
+
+    kind = "reserve_slot"
+    shows = "takes the last slot where not chosen"
+    what = "own experts"
+
+    def write(self, cell: Cell) -> None:
+        for expert, _ in self.in_layer(cell.layer):
+            cell.put(self.kind, expert, self.what, (self.kind, self.draw, expert), (False, self.draw))
+
+    def forecast(self, seen: Seen) -> Forecast:
+        return _taken(self, seen)
+
+
+class FixChoice(NamedChoice):
+    """Exactly these experts; a coefficient is the slot, from 0."""
+
+    kind = "fix_choice"
+    shows = "exactly these experts chosen, in this order"
+    valued = True
+
+    def check(self) -> None:
+        for layer, pairs in self.experts:
+            slots = sorted(slot for _, slot in pairs)
+            if slots != list(range(len(slots))):
+                raise PlanError(f"the fixed experts of layer {layer} need the slots 0 to {len(slots) - 1}, one each")
+
+    def row(self, cell: Cell) -> Any:
+        pairs, slots = self.in_layer(cell.layer), cell.router.top_k
+        if len(pairs) > slots:
+            raise PlanError(f"{len(pairs)} experts are fixed in layer {cell.layer}, which has {slots} slots")
+        ids = np.full(slots, -1)
+        for expert, slot in pairs:
+            ids[int(slot)] = expert
+        return ids
+
+    def forecast(self, seen: Seen) -> Forecast:
+        return _taken(self, seen)
+
+
+class Replay(NamedChoice):
+    """The recorded experts of each token."""
+
+    kind = "replay"
+    shows = "exactly the recorded experts of {x}"
+    fields = frozenset(("table", "draw"))
+    table_type = ReplayTable
+
+    def _how(self) -> str:
+        return self.shows.format(x=f"{self.table}")
+
+
+class Gumbel(LayerRule):
+    """The experts of the largest ``z + value * Gumbel noise``; ``draw`` seeds the noise."""
+
+    kind = "gumbel"
+    shows = "chosen by logit + {x} * Gumbel noise"
+    fields = LayerRule.fields | {"draw"}
+    drawn = "drawn for each token"
+
+    def check(self) -> None:
+        _check_temperature(self)
+        if self.draw is None:
+            raise PlanError("a gumbel rule needs the seed of its noise: Plan.gumbel(seed)")
+
+    def write(self, cell: Cell) -> None:  # tokens with other seeds share one part, which draws once
+        assert self.draw is not None
+        by = (self.kind, self.draw, self.value)
+        cell.put("gumbel", self.value, NamedChoice.what, by, PLAIN)
+        cell.put("gumbel_stream", stream_of(self.draw, cell.layer), NamedChoice.what, by, PLAIN)
+
+    def forecast(self, seen: Seen) -> Forecast:
+        return Forecast(np.array([seen.tokens * seen.top_k]), "at most")
