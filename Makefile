@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # Errors only: neither progress nor warnings about the configuration of indexes.
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install
 TORCH_DIR = $(shell $(BIN)/python -c "from importlib.util import find_spec; print(*find_spec('torch').submodule_search_locations)")
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f ! -name '*.md')
 CODE := moe_route tests bench examples docs/site.py setup.py
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -41,7 +41,7 @@ $(VENV)/.with-%: $(VENV)/.built
 demo: build
 	@$(BIN)/moe-route demo --draws $(DRAWS) --out demo
 
-# Findings 3 to 6; make findings PAGE=docs/study.md puts what comes out into the page.
+# Findings 3 to 6; make findings PAGE=examples/study/README.md puts what comes out into the page.
 findings: build
 	@$(BIN)/python examples/findings/run.py --out findings $(if $(PAGE),--page $(PAGE))
 

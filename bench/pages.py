@@ -38,7 +38,7 @@ def measured(name: str, content: Mapping[str, Any]) -> str:
         f"# {name}\n",
         "Times are medians with their quartiles; contenders of moe-route are bold.\n"
         "A ratio is the median over rounds of the ratio inside a round, with its quartiles where the file has them.\n"
-        "A share of 1 is the floor ([how it is measured](../../docs/measuring.md)).\n",
+        "A share of 1 is the floor ([how it is measured](../README.md#how-the-cpu-is-measured)).\n",
         table(("", ""), content["machine"].items()),
     ]
     if content["targets"]:

@@ -1,4 +1,4 @@
-"""The figures of README and docs/figures.md, from results files.
+"""The figures of README.md and bench/README.md, from results files.
 
 `python -m bench.summary bench/results/cpu-avx512.json` prints the main figures of one file; without a file,
 the committed ones.
@@ -41,7 +41,7 @@ def summary(content: Mapping[str, Any]) -> str:
     intro = (
         f"One thread of a shared {machine['processor']} machine (kernels {machine['instruction set of the kernels']}, "
         f"torch {machine['torch']}), medians, against what one would write in torch, timed in the same run with inputs "
-        "that never repeat ([how](measuring.md)). 128 experts, top-8, 4096 rows of float32 logits:\n"
+        "that never repeat ([how](#how-the-cpu-is-measured)). 128 experts, top-8, 4096 rows of float32 logits:\n"
     )
     parts = [
         intro,
@@ -65,7 +65,7 @@ def experts_summary(content: Mapping[str, Any]) -> str:
         "other implementations, and vLLM's (`cpu_fused_moe`, packed as well), stand beside. How many times as fast as "
         "`grouped_mm` each of them is, timed in the same run. The floor of ours in place is reading the weights of the "
         "experts hit, or as many multiplications in dense products, whichever takes longer "
-        "([all of them](../bench/results/cpu-avx512-experts.json)):\n"
+        "([all of them](results/cpu-avx512-experts.json)):\n"
     )
     head = ("", "grouped_mm", "moe_route", "times", "pack=True", "eager or batched_mm", "vLLM", "share of the floor")
     return f"{intro}\n{table(head, _experts(content))}"
@@ -91,7 +91,7 @@ def models_summary(content: Mapping[str, Any]) -> str:
     inside = ", ".join(f"{value:.2f} % ({case})" for case, value in shares.items())
     intro = (
         "Four layers of the size of Qwen3-30B-A3B's in bfloat16, one thread: how many times as fast as the stock "
-        "model in the same run each of these is ([what they do](measuring.md#whole-models)). Below 1 is slower; "
+        "model in the same run each of these is ([what they do](#whole-models)). Below 1 is slower; "
         f"differences of less than 0.1 are noise. Of a step, recording everything takes {inside} inside its hooks:\n"
     )
     stock, *others = names

@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/report.md anew, of which the README shows the first: `python docs/report_picture.py`.
+"""Draw the pictures of docs/plots.md anew, of which the README shows the first: `python docs/report_picture.py`.
 
 They are parts of a real report: problems in five languages, natural and with the task experts switched off. Needs
 `pip install 'moe-route[all]' playwright` and a Chromium.

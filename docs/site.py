@@ -22,7 +22,9 @@ sys.path.insert(0, str(ROOT))  # run as a script, it has its own folder there
 from bench import pages as results  # noqa: E402
 
 RESULTS_INDEX = ROOT / "bench" / "results" / "index.md"  # no file: made like the pages it leads to
-OTHERS = ("*.md", "bench/**/*.md", "examples/**/*.md", "moe_route/data/**/*.md", "tests/*.md")
+OTHERS = ("*.md", "bench/**/*.md", "csrc/**/*.md", "examples/**/*.md", "moe_route/data/**/*.md", "tests/*.md")
+BESIDE = ("recording",)  # rooms whose names pages and signatures use, beside those of `moe_route.__all__`
+TABLES = sorted((ROOT / "docs").glob("*.csv"))
 LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)")
 
 
@@ -30,6 +32,8 @@ def gather(folder: Path) -> None:
     pages = folder / "pages"
     shutil.rmtree(pages, ignore_errors=True)
     shutil.copytree(ROOT / "docs" / "images", pages / "images")
+    for table in TABLES:
+        shutil.copy(table, pages)
     texts = {place(path): linked(path) for path in sources()}
     texts["bench/results/index.md"] = linked(RESULTS_INDEX)
     api = api_pages()
@@ -74,7 +78,7 @@ def linked(path: Path) -> str:
         if not target.is_file():
             return match[0]
         name = place(target)
-        if name not in known and not name.startswith("images/"):
+        if name not in known and target not in TABLES and not name.startswith("images/"):
             return match["text"]
         return f"[{match['text']}]({posixpath.relpath(name, here or '.')}{match['anchor'] or ''})"
 
@@ -85,7 +89,7 @@ def api_pages() -> dict[str, str]:
     """File name -> Markdown: the first page has what `moe_route` exports itself, each of the others a public module."""
     package = griffe.load("moe_route", search_paths=[ROOT], allow_inspection=False)
     exports = [str(name) for name in package.exports or ()]
-    modules = [name for name in exports if name in package.members and package[name].is_module]
+    modules = [name for name in exports if name in package.members and package[name].is_module] + [*BESIDE]
     listed = "\n".join(f"- [`moe_route.{name}`]({name}.md): {summary(package[name])}" for name in modules)
     own = [name for name in exports if name not in modules and not name.startswith("_")]
     pages = {"api/index.md": "\n\n".join(["# moe_route", listed, *(directive(package, name) for name in own)])}

@@ -3,16 +3,19 @@
 python tests/matrix.py [--folder build/matrix] [VERSION ...]
 
 Each version gets an environment of its own that reads torch and everything else from the one this runs in. Under the
-newest, all paths are tested, and docs/support.md is what was found; under the others the cheap ones. docs/versions.md
-sums all of them up, with the day.
+newest, all paths are tested, and docs/support.csv is what was found; under the others the cheap ones. docs/versions.csv
+and a section of docs/support.md sum all of them up, with the day.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import datetime
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -22,7 +25,9 @@ from pathlib import Path as File
 from typing import Any
 
 HERE = File(__file__).resolve().parent
-PAGE = HERE.parent / "docs" / "versions.md"
+TABLE = HERE.parent / "docs" / "versions.csv"
+PAGE = HERE.parent / "docs" / "support.md"
+SECTION = re.compile(r"(?<=<!-- versions -->\n).*?(?=<!-- end of versions -->)", re.S)
 RESULTS = HERE / "results"
 NEWEST = "latest"
 VERSIONS = ("4.57.6", "5.0.0", "5.6.2", "5.17.0", NEWEST)
@@ -36,15 +41,6 @@ _REFUSALS = {  # a part of the error, and what it says of a version
     "returns shapes": _OTHER_FORM,
     "cannot be run": "the router takes other arguments",
 }
-_HEAD = """\
-# Versions of transformers
-
-moe-route works with transformers 4.57 and later, and sets no upper bound: routers are recognized by what their classes
-return, and what cannot be recognized is refused by name. This is what `make test-matrix` found: under each version, how
-many of the paths of [the support table](support.md) that there are for an architecture it passes (or is refused on by
-name). `refused`: attaching raises an error that names the reason, below; `-`: that version has no such model, or cannot
-run it. Costly paths are tested under the newest version alone.
-"""
 
 
 # ---- an environment for each version
@@ -69,7 +65,7 @@ def tested_in(version: str, folder: File) -> bool:
     python = environment(version, folder)
     settings = os.environ | {"PYTHONPATH": str(HERE.parent), "PYTHONWARNINGS": "ignore"}
     if version == NEWEST:
-        return not subprocess.run([python, HERE / "support.py"], cwd=HERE.parent, env=settings).returncode
+        return not subprocess.run([python, HERE / "support_table.py"], cwd=HERE.parent, env=settings).returncode
     out = folder.resolve() / f"{version}.json"
     subprocess.run([python, __file__, "--inside", str(out)], check=True, cwd=HERE.parent, env=settings)
     found: dict[str, Any] = json.loads(out.read_text())
@@ -157,9 +153,10 @@ def newest() -> dict[str, Any]:
     """What the support table says, in the form of the other results."""
     sys.path.insert(0, str(HERE))
     from harness.whole_models import ROWS
-    from support_table import TABLE, read_head, read_table
+    from support_table import TABLE as SUPPORT
+    from support_table import read_head, read_table
 
-    text = TABLE.read_text()
+    text = SUPPORT.read_text()
     cells = read_table(text)
     return read_head(text) | {
         "paths": sorted({path for _, path in cells}),
@@ -181,23 +178,27 @@ def summary(found: dict[str, Any]) -> str:
     )
 
 
-def page(results: list[dict[str, Any]]) -> str:
-    """docs/versions.md."""
-    names = list(results[-1]["found"])
-    reasons: dict[str, int] = {}
-    lines = [_HEAD]
-    lines += [f"- **{r['transformers']}**, {r['day']}, torch {r['torch']}: {summary(r)}." for r in results]
-    lines += ["", "| architecture | " + " | ".join(r["transformers"] for r in results) + " |"]
-    lines.append("|---" * (len(results) + 1) + "|")
-    for name in names:
-        cells = [_cell(r, name, reasons) for r in results]
-        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *(f"- refused {number}: {reason}." for reason, number in reasons.items()), ""])
+def section(results: list[dict[str, Any]]) -> str:
+    """What docs/support.md says of each version."""
+    return "".join(f"- **{r['transformers']}**, {r['day']}, torch {r['torch']}: {summary(r)}.\n" for r in results)
 
 
-def _cell(result: dict[str, Any], name: str, reasons: dict[str, int]) -> str:
-    kind, _, reason = result["found"].get(name, "-").partition(": ")
-    return f"refused {reasons.setdefault(reason, len(reasons) + 1)}" if kind == "refused" else kind
+def table(results: list[dict[str, Any]]) -> str:
+    """docs/versions.csv: how many of its paths an architecture passes under each version, or why it is refused."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["architecture", *(r["transformers"] for r in results)])
+    for name in results[-1]["found"]:
+        cells = [r["found"].get(name, "-") for r in results]
+        writer.writerow([name, *(cell if cell.startswith("refused") else cell.partition(": ")[0] for cell in cells)])
+    return text.getvalue()
+
+
+def every_version() -> list[dict[str, Any]]:
+    """The committed results, the oldest version first, and last what the support table says."""
+    older = [json.loads(file.read_text()) for file in RESULTS.glob("transformers-*.json")]
+    older.sort(key=lambda result: [int(part) for part in result["transformers"].split(".") if part.isdigit()])
+    return [*older, newest()]
 
 
 def main() -> int:
@@ -211,9 +212,9 @@ def main() -> int:
         return 0
     options.folder.mkdir(parents=True, exist_ok=True)
     passed = [tested_in(version, options.folder) for version in options.versions]
-    older = [json.loads(file.read_text()) for file in RESULTS.glob("transformers-*.json")]
-    older.sort(key=lambda result: [int(part) for part in result["transformers"].split(".") if part.isdigit()])
-    PAGE.write_text(page([*older, newest()]))
+    results = every_version()
+    TABLE.write_text(table(results))
+    PAGE.write_text(SECTION.sub(lambda _: section(results), PAGE.read_text()))
     return int(not all(passed))
 
 

@@ -1,4 +1,4 @@
-"""docs/support.md: every architecture on every path, written by running the paths and read by their tests.
+"""docs/support.csv: every architecture on every path, written by running the paths and read by their tests.
 
 python tests/support_table.py [--check] [--paths NAME,...] [--only NAME,...]
 
@@ -9,8 +9,10 @@ cells of the others, and writes the table. With --check it writes nothing and fa
 from __future__ import annotations
 
 import argparse
+import csv
 import datetime
 import gc
+import io
 import re
 import sys
 import time
@@ -27,90 +29,70 @@ from harness.whole_models import ROWS, WHOLE
 from paths.registry import SECTIONS, Path, all_paths
 from paths.subject import Outcome, Subject
 
-TABLE = File(__file__).parent.parent / "docs" / "support.md"
+TABLE = File(__file__).parent.parent / "docs" / "support.csv"
 Cells = dict[tuple[str, str], Outcome]
-_SIGNS = {"passed": "yes", "refused": "R", "none": "-"}
-_KINDS = {"R": "refused", "-": "none"}
-_HEAD = """\
-# What works on which model
-
-Each row is an architecture of transformers, as a tiny random model of its own configuration class; each column is a way
-in which models are run. The tests run these paths and compare what they find with this page (`tests/paths`), and
-`python tests/support_table.py` writes it. What passing a path means is said above its table.
-
-Last tested on {day}, with transformers {transformers} and torch {torch}.
-
-Classes that take more than text are tested whole, with their towers: {whole}.
-
-`yes`: passed. `R` and a number: refused, by an error that names the reason. `-` and a number: there is no such path
-here, or the model fails on it without moe-route.
-"""
+_ABOUT = ("tested", "section", "passing means")  # the rows between the names of the paths and the architectures
+_KINDS = {"refused": "refused", "-": "none"}
+_SIGNS = {kind: sign for sign, kind in _KINDS.items()}
 
 
 def head() -> dict[str, str]:
-    """What the page says of its making."""
+    """What the table says of its making."""
     day, torch = datetime.date.today().isoformat(), version("torch").partition("+")[0]
     return {"day": day, "transformers": transformers.__version__, "torch": torch}
 
 
 def read_head(text: str) -> dict[str, str]:
-    """The same, of a page that `render` wrote."""
-    said = re.search(
-        r"tested on (?P<day>\S+), with transformers (?P<transformers>\S+) and torch (?P<torch>\S+)\.", text
-    )
+    """The same, of a table that `render` wrote."""
+    made = r"^tested,(?P<day>\S+) with transformers (?P<transformers>\S+) and torch (?P<torch>[^\s,]+),"
+    said = re.search(made, text, re.M)
     assert said is not None, "the support table does not say when it was made"
     return said.groupdict()
 
 
-def render(cells: Cells, paths: Iterable[Path], names: Iterable[str]) -> str:
-    """The page for these cells."""
+def render(cells: Cells, paths: Iterable[Path], names: Iterable[str], made: dict[str, str]) -> str:
+    """The table as CSV: a row per architecture, with its class where it is tested whole, and a column per path.
+
+    A cell is "yes" (passed), "refused: reason", "-: reason" (there is no such path), or empty (never run).
+    """
     names = list(names)
-    whole = ", ".join(f"`{name}` (`{WHOLE[name].model}`)" for name in names if name in WHOLE)
-    lines = [_HEAD.format(**head(), whole=whole)]
-    for section in SECTIONS:
-        columns = [each for each in paths if each.section == section and any((n, each.name) in cells for n in names)]
-        if columns:
-            lines += _section(section, columns, names, cells)
-    return "\n".join(lines)
-
-
-def _section(section: str, columns: list[Path], names: list[str], cells: Cells) -> list[str]:
-    reasons: dict[Outcome, str] = {}
+    paths = list(paths)
+    columns = [each for section in SECTIONS for each in paths if each.section == section]
+    columns = [each for each in columns if any((name, each.name) in cells for name in names)]
+    when = f"{made['day']} with transformers {made['transformers']} and torch {made['torch']}"
     rows = [
-        "| " + " | ".join(["architecture", *(each.name for each in columns)]) + " |",
-        "|---" * (len(columns) + 1) + "|",
+        ["architecture", "class that is tested whole, with its towers", *(each.name for each in columns)],
+        ["tested", when, *("" for _ in columns)],
+        ["section", "", *(each.section for each in columns)],
+        ["passing means", "", *(each.what for each in columns)],
     ]
     for name in names:
-        row = [_cell(cells.get((name, each.name)), reasons) for each in columns]
-        rows.append("| " + " | ".join([f"`{name}`", *row]) + " |")
-    said = [f"- **{each.name}**: {each.what}." for each in columns]
-    notes = [f"- {label}: {outcome.reason}" for outcome, label in reasons.items()]
-    return [f"## {section}\n", *said, "", *rows, "", *notes, *([""] if notes else [])]
+        whole = WHOLE[name].model if name in WHOLE else ""
+        rows.append([name, whole, *(_cell(cells.get((name, each.name))) for each in columns)])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
-def _cell(outcome: Outcome | None, reasons: dict[Outcome, str]) -> str:
+def _cell(outcome: Outcome | None) -> str:
     if outcome is None:
         return ""
-    if outcome.kind == "passed":
-        return _SIGNS["passed"]
-    sign = _SIGNS[outcome.kind]
-    number = 1 + sum(label.startswith(sign) for label in reasons.values())
-    return reasons.setdefault(outcome, f"{sign}{number}")
+    return "yes" if outcome.kind == "passed" else f"{_SIGNS[outcome.kind]}: {outcome.reason}"
 
 
 def read_table(text: str) -> Cells:
-    """The cells of a page that `render` wrote."""
+    """The cells of a table that `render` wrote."""
     cells: Cells = {}
-    for section in text.split("\n## ")[1:]:
-        lines = section.splitlines()
-        reasons = dict(match.groups() for line in lines if (match := re.fullmatch(r"- ([R-]\d+): (.*)", line)))
-        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
-        for name, *row in rows[1:]:
-            for column, cell in zip(rows[0][1:], row, strict=True):
-                if cell == "yes":
-                    cells[name.strip("`"), column] = Outcome("passed")
-                elif cell:
-                    cells[name.strip("`"), column] = Outcome(_KINDS[cell[0]], reasons[cell])  # type: ignore[arg-type]
+    (_, _, *columns), *rows = csv.reader(io.StringIO(text))
+    for name, _, *row in rows:
+        if name in _ABOUT:
+            continue
+        for column, cell in zip(columns, row, strict=True):
+            sign, _, reason = cell.partition(": ")
+            if cell == "yes":
+                cells[name, column] = Outcome("passed")
+            elif cell:
+                cells[name, column] = Outcome(_KINDS[sign], reason)  # type: ignore[arg-type]
     return cells
 
 
@@ -152,7 +134,7 @@ def main() -> int:
 
     def write(found: Cells) -> None:
         if not options.check:
-            TABLE.write_text(render(kept | found, known.values(), ROWS))
+            TABLE.write_text(render(kept | found, known.values(), ROWS, head()))
 
     found, failures = run_paths(chosen, names, write)
     print("\n".join(failures), file=sys.stderr)  # noqa: T201

@@ -25,7 +25,8 @@ from moe_route import _C
 from moe_route.cli import main
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+BESIDE = ("bench/README.md", "csrc/cuda/README.md", "examples/README.md", "examples/study/README.md")
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *(ROOT / name for name in BESIDE)]
 BLOCK = re.compile(r"^(?P<skip><!-- not run -->\n)?```(?P<language>python|console)\n(?P<body>.*?)^```$", re.M | re.S)
 
 
@@ -63,7 +64,7 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def support_table() -> str:
-    """The table of docs/models.md, from the table that attaching goes by."""
+    """The router classes of docs/support.md, from the table that attaching goes by."""
     from moe_route.routers.catalog import FAMILIES, REFUSED
 
     rows: dict[str, list[str]] = {}
@@ -78,7 +79,7 @@ def support_table() -> str:
 
 
 def test_the_support_page_says_what_the_table_says():
-    page = ROOT / "docs" / "models.md"
+    page = ROOT / "docs" / "support.md"
     head = page.read_text(encoding="utf-8").partition("<!-- table -->\n")[0]
     expected = f"{head}<!-- table -->\n{support_table()}\n"
     assert page.read_text(encoding="utf-8") == expected, "run `python tests/test_docs.py` to write the table anew"
@@ -91,11 +92,11 @@ def figures(page: str) -> str:
     """The figures of a page, from the committed results."""
     from bench import summary
 
-    makers = {"README.md": summary.headline, "docs/figures.md": summary.committed, "docs/serving.md": summary.serving}
+    makers = {"README.md": summary.headline, "bench/README.md": summary.committed, "docs/serving.md": summary.serving}
     return makers[page]()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/figures.md", "docs/serving.md"])
+@pytest.mark.parametrize("page", ["README.md", "bench/README.md", "docs/serving.md"])
 def test_the_figures_are_those_of_the_committed_results(page: str):
     found = FIGURES.search((ROOT / page).read_text(encoding="utf-8"))
     assert found
@@ -122,7 +123,7 @@ def test_results_are_committed_once():
     assert {path.name for path in (ROOT / "bench" / "results").glob("*.md")} == {"PENDING.md"}
 
 
-@pytest.mark.parametrize("name", ["describe.md", "experts.md"])
+@pytest.mark.parametrize("name", ["describe.md", "kernels.md"])
 def test_outputs_that_do_not_depend_on_the_machine_are_those_of_the_page(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -167,12 +168,13 @@ def test_the_site_has_every_page_and_every_public_name(site: Path):
     import moe_route
 
     for page in PAGES:
-        name = "overview" if page.name == "README.md" else page.stem
-        assert (site / f"{name}.html").is_file()
+        name = page.relative_to(ROOT).with_suffix(".html").as_posix().removeprefix("docs/")
+        name = {"README.html": "overview.html"}.get(name, re.sub(r"README.html$", "index.html", name))
+        assert (site / name).is_file(), name
     for path in (ROOT / "bench" / "results").glob("*.json"):
         assert f"{path.stem}.html" in (site / "bench" / "results" / "index.html").read_text(encoding="utf-8")
         assert (site / "bench" / "results" / f"{path.stem}.html").is_file()
-    assert "bench/results/cpu-avx512.html" in (site / "experts.html").read_text(encoding="utf-8")
+    assert "bench/results/cpu-avx512.html" in (site / "kernels.html").read_text(encoding="utf-8")
     reference = {path.stem: path.read_text(encoding="utf-8") for path in (site / "api").glob("*.html")}
     for name in moe_route.__all__:
         member = getattr(moe_route, name)
@@ -232,10 +234,10 @@ def captured(run: Callable[[], object]) -> str:
 
 
 def refresh() -> None:
-    target = ROOT / "docs" / "models.md"
+    target = ROOT / "docs" / "support.md"
     beginning = target.read_text(encoding="utf-8").partition("<!-- table -->\n")[0]
     target.write_text(f"{beginning}<!-- table -->\n{support_table()}\n", encoding="utf-8")
-    for name in ("README.md", "docs/figures.md", "docs/serving.md"):
+    for name in ("README.md", "bench/README.md", "docs/serving.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
         (ROOT / name).write_text(FIGURES.sub(lambda _, name=name: figures(name), text), encoding="utf-8")
     wanted = [Path(name).resolve() for name in sys.argv[1:]] or WITH_EXAMPLES

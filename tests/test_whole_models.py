@@ -1,4 +1,4 @@
-"""Whole models on what no column of docs/support.md asks: a model of models, and towers that route."""
+"""Whole models on what no column of docs/support.csv asks: a model of models, and towers that route."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 // The gate for many rows: a thread works on one row, a warp on a tile of 32 rows in shared memory.
 //
 // A thread needs nobody else's numbers, so there are no shuffles and no waiting for them: choosing 8 of 128 takes
-// a fifth of a warp's instructions for a row (docs/cuda.md). It takes the common router (GateLaunch::common)
+// a fifth of a warp's instructions for a row (csrc/cuda/README.md). It takes the common router (GateLaunch::common)
 // up to soft steering, k <= 8, and counts, mass, weight and entropy. What a tile meets beyond that, it hands,
 // row by row, to the warp's RowGate: logits that are not plain numbers, ties that make the list too long, rows
 // that count elsewhere than the tile.

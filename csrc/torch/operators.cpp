@@ -14,7 +14,7 @@ namespace moe_route {
 namespace {
 
 // Of the argument `statistics`: whether entropy is accumulated. The planes have the bits below it
-// (moe_route/ops/tables.py packs both).
+// (moe_route/contract/tables.py packs both).
 constexpr int kEntropyBit = 16;
 
 // The device of the call, by its leading tensor.
@@ -26,7 +26,7 @@ Place leading_place(const char* name, const Tensor& tensor) {
 
 // ---- the gate -------------------------------------------------------------------------------------------
 
-// `policy` packs the discrete part of a RouterSpec (moe_route/ops/spec.py packs it):
+// `policy` packs the discrete part of a RouterSpec (moe_route/contract/spec.py packs it):
 //   bits 0-3 score, 4 order, 5 group_score, 6-8 renormalize, 16-31 groups, 32-47 top_groups
 GateSpec unpack_spec(int64_t policy, int64_t experts, double group_fill, double eps, double norm_p,
                      double scale, double jitter) {

@@ -1,7 +1,7 @@
 """Four findings of multilingual routing beside their controls, on the demonstration model or one of your own.
 
     python examples/findings/run.py --out findings                      # the shipped model and corpus: minutes
-    python examples/findings/run.py --out findings --page docs/study.md # and the results into the page
+    python examples/findings/run.py --out findings --page examples/study/README.md   # and into the page
     python examples/findings/run.py --limit 4 --draws 3 --languages eng_Latn deu_Latn swh_Latn       # a quick look
 
 They follow "Multilingual Routing in Mixture-of-Experts" (arXiv 2510.04694), and go on where the two findings of

@@ -1,6 +1,6 @@
 """Adapters on the shipped model, on its ten languages: who mixes them, where their factors come from, in which order.
 
-    python examples/neighbours/adapters.py --out RESULTS.json --page docs/adapters.md     # three seeds, an hour
+    python examples/neighbours/adapters.py --out RESULTS.json --page docs/training.md     # three seeds, an hour
     python examples/neighbours/adapters.py --steps 2 --seeds 1                            # a short form
 
 Each seed draws which sentences are held out, in all languages the same ones. All are trained on the same batches.

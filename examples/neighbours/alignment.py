@@ -1,6 +1,6 @@
 """Does alignment find the languages that a model knows well? On languages that are clones of each other.
 
-    python examples/neighbours/alignment.py --out RESULTS.json --page docs/alignment.md     # three seeds, minutes
+    python examples/neighbours/alignment.py --out RESULTS.json --page docs/groups.md     # three seeds, minutes
     python examples/neighbours/alignment.py --steps 20 --seeds 1                            # a short form
 
 One synthetic language is cloned [arXiv 2404.07982]: a clone has the same sentences with other token ids, apart from

@@ -1,7 +1,7 @@
 """Which languages are alike? In the shipped model, and in published similarities of larger ones.
 
     python examples/neighbours/similarity.py --data DATA/mplm_sim \\
-        --out RESULTS.json --page docs/alignment.md --picture TREES.png     # minutes
+        --out RESULTS.json --page docs/groups.md --picture TREES.png     # minutes
     python examples/neighbours/similarity.py --permutations 99              # a short form, the shipped model alone
 
 DATA/mplm_sim holds tables of mPLM-Sim [arXiv 2305.13684]: similarities of languages in layers of Glot500 and XLM-R over

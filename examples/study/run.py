@@ -1,6 +1,6 @@
 """Test the findings of "Multilingual Routing in Mixture-of-Experts" (arXiv 2510.04694) on small models, end to end.
 
-    python examples/study/run.py --data DATA --out OUT --models SEED0 SEED1 SEED2 --page docs/study.md
+    python examples/study/run.py --data DATA --out OUT --models SEED0 SEED1 SEED2 --page examples/study/README.md
 
 DATA holds flores200 (parallel text) and, if it is there, routing/qwen3_30b_a3b_mgsm (routing of a large model).
 Each of --models is a folder as examples/demo_model/train.py writes it; by default the shipped model is taken.

@@ -28,7 +28,7 @@ def add(verbs: Any) -> None:
 
 def run(options: argparse.Namespace) -> Answer:
     from moe_route.base.files import check_new_folder
-    from moe_route.experiments.export import export_pruned
+    from moe_route.experiments.pruning import export_pruned
     from moe_route.steering import ExpertSelection
 
     selection = ExpertSelection.load(options.selection)

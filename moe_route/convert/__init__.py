@@ -45,7 +45,7 @@ def read(
         format: one of ``FORMATS``. By default it is found from the content, if only one format fits.
         to: "statistics", "trace", "selection" or "plan". By default what the format holds. A trace also becomes
             statistics (its sums), or a plan (its replay); a selection becomes a plan.
-        options: of the format and of the conversion, such as ``top_k`` for counts without tokens. docs/convert.md
+        options: of the format and of the conversion, such as ``top_k`` for counts without tokens. docs/files.md
             lists them.
 
     Raises:

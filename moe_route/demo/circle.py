@@ -158,7 +158,7 @@ class Study:
 
 def _report(study: Study, run: Measurement, draws: int) -> DemoReport:
     """Measure both findings."""
-    encoded = run.encode(study.corpus)
+    note = run.on(study.corpus).texts.note
     natural = study.natural(run)
     shared = np.array([study.corpus.languages.index(language) for language in study.problems.languages])
     task_experts_off = switch_task_experts_off(
@@ -186,7 +186,7 @@ def _report(study: Study, run: Measurement, draws: int) -> DemoReport:
         languages=study.corpus.languages,
         sentences=len(study.corpus),
         problems=len(study.subsets),
-        cut=[encoded.note] if encoded.note else [],
+        cut=[note] if note else [],
         task_experts_off=task_experts_off,
         language_experts_off=language_experts_off,
     )

@@ -11,11 +11,11 @@ import numpy as np
 
 from moe_route.analysis import Difference, paired_difference
 from moe_route.data import Corpus, Question, Task
-from moe_route.data.batches import EncodedTexts, texts_of
+from moe_route.data.batches import texts_of
+from moe_route.experiments.text_run import TextRun
 from moe_route.recording import RoutingStatistics
 from moe_route.routed import RoutedModel
 from moe_route.runs.language_model import LanguageModel
-from moe_route.runs.record import record_texts
 from moe_route.steering import ExpertSelection, Plan, PlanError
 
 __all__ = [
@@ -89,42 +89,31 @@ class Measurement:
     max_length: int | None = None
     progress: bool = False
 
-    def encode(self, corpus: Corpus) -> EncodedTexts:
-        """The texts of a corpus as tokens, language by language."""
-        return self.language_model.encode(texts_of(corpus), max_length=self.max_length)
+    def on(self, corpus: Corpus) -> TextRun:
+        """The texts of a corpus, language by language, to be run."""
+        texts = texts_of(corpus)
+        return TextRun(self.language_model, texts, self.routed, self.batch_size, self.max_length, self.progress)
 
     def record(self, corpus: Corpus, what: str) -> RoutingStatistics:
         """Record the routing of a corpus, with all sequences; `what` is the caption of the progress bar."""
-        with self.routed.record(groups=list(corpus.languages), sequences=True) as recorder:
-            record_texts(
-                recorder,
-                self.language_model,
-                self.encode(corpus),
-                batch_size=self.batch_size,
-                progress=self._caption(what),
-            )
-        return recorder.statistics()
+        with self.on(corpus) as run:
+            return run.record(what, groups=list(corpus.languages), sequences=True).statistics()
 
     def answers(self, task: Task, what: str, plan: Plan | None = None) -> Scores:
         """Answer the questions of a task."""
+        shown = what if self.progress else None
         with nullcontext() if plan is None else self.routed.steer(plan):
             answers = self.language_model.answers(
-                task.questions, batch_size=_QUESTIONS * self.batch_size, progress=self._caption(what)
+                task.questions, batch_size=_QUESTIONS * self.batch_size, progress=shown
             )
         shape = (len(task.languages), -1)
         return Scores(answers.correct.astype(float).reshape(shape).T, answers.nats.reshape(shape).T)
 
     def losses(self, corpus: Corpus, what: str, plan: Plan | None = None) -> Losses:
         """Compute the loss of each text of a corpus."""
-        with nullcontext() if plan is None else self.routed.steer(plan):
-            losses = self.language_model.losses(
-                self.encode(corpus), batch_size=self.batch_size, progress=self._caption(what)
-            )
-        nats, tokens = losses.reshape(len(corpus.languages), len(corpus), 2).transpose(2, 1, 0)
-        return Losses(nats, tokens)
-
-    def _caption(self, what: str) -> str | None:
-        return what if self.progress else None
+        with self.on(corpus) as run:
+            nats, shape = run.losses(plan, what), (len(corpus.languages), -1)
+        return Losses(nats.reshape(shape).T, run.tokens.reshape(shape).T)
 
 
 def sample_task(task: Task, number: int) -> tuple[Task, np.ndarray]:

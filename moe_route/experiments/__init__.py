@@ -5,15 +5,13 @@ already), and returns a result with intervals. Its arithmetic is in ``moe_route.
 """
 
 from moe_route.experiments.expert_patching import ExpertPatching, PromptPair, patch_experts
-from moe_route.experiments.export import CannotExportError, export_pruned
 from moe_route.experiments.knockout import Knockout, knockout
-from moe_route.experiments.learn import learn_routing
 from moe_route.experiments.neighbors import NeighborScores, neighbor_scores
-from moe_route.experiments.pruning import PruningCurve, pruning_curve
+from moe_route.experiments.pruning import CannotExportError, PruningCurve, export_pruned, pruning_curve
 from moe_route.experiments.regret import Regret, regret
+from moe_route.experiments.routing import learn_routing, router_weights
 from moe_route.experiments.strength_sweep import StrengthSweep, strength_sweep
 from moe_route.experiments.transplant import Transplant, record_trace, transplant
-from moe_route.experiments.weights import router_weights
 
 __all__ = [
     "CannotExportError",

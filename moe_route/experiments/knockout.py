@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_route.analysis import AnalysisError, RankAgreement, benjamini_hochberg, effects_by_group, rank_agreement
+from moe_route.analysis import AnalysisError, RankAgreement, benjamini_hochberg, rank_agreement
 from moe_route.analysis.effects import PERMUTATIONS, Effects
 from moe_route.analysis.result import plain
 from moe_route.analysis.stats import RESAMPLES
 from moe_route.base.table import ShownAsTables, Table, data_frame, interval
 from moe_route.data.batches import EncodedTexts, Text
-from moe_route.experiments.runs import attached, encoded_texts, layers_of, natural_run, runs_under
+from moe_route.experiments.text_run import TextRun
 from moe_route.routed import RoutedModel
 from moe_route.runs.language_model import LanguageModel
 from moe_route.steering import ExpertSelection, Plan, PlanError, PlanModel
@@ -64,12 +64,12 @@ class Knockout(ShownAsTables):
         scores = self.effect.mean[at]
         with np.errstate(invalid="ignore"):
             chosen = (scores > 0) & (self.adjusted[at] <= limit)
-        found: dict[int, dict[int, float]] = {}
+        needed: dict[int, dict[int, float]] = {}
         for layer, expert in np.argwhere(chosen).tolist():
-            found.setdefault(layer, {})[expert] = float(scores[layer, expert])
+            needed.setdefault(layer, {})[expert] = float(scores[layer, expert])
         model = PlanModel(num_experts=self.num_experts)
         description = f"knock-out raises the loss of {self.groups[at]}, adjusted p up to {limit:g}"
-        return ExpertSelection(found, scores=found, description=description, model=model)
+        return ExpertSelection(needed, scores=needed, description=description, model=model)
 
     def agreement(
         self, metrics: Mapping[str, np.ndarray] | None = None, *, permutations: int = 2000, seed: int = 0
@@ -169,49 +169,26 @@ def knockout(
     Raises ``PlanError`` for layers or experts that the model lacks, ``ValueError`` for texts without a predicted token,
     for an expert that is the only one of its layer, and for a ``routed`` of another model.
     """
-    encoded = encoded_texts(language_model, texts, max_length)
-    with attached(language_model, routed) as routed:
-        sizes = tuple(router.num_experts for router in routed.routers)
-        tested = _tested(experts, None if layers is None else layers_of(routed, layers), sizes)
-        options = {"batch_size": batch_size}
-        natural = natural_run(
-            language_model, routed, encoded, **options, progress="natural routing" if progress else None
-        )
-        shape = (len(encoded.ids), len(sizes), max(sizes))
-        changes, counts = np.zeros((2, *shape, 2))  # last axis: tokens that chose the expert, all tokens
+    with TextRun(language_model, texts, routed, batch_size, max_length, progress) as run:
+        sizes = tuple(router.num_experts for router in run.routed.routers)
+        tested = _tested(experts, None if layers is None else run.layers(layers), sizes)
+        natural = run.natural()
+        changes, counts = np.zeros((2, len(run.tokens), len(sizes), max(sizes), 2))  # tokens that chose it, all tokens
         plans = [Plan.forbid({layer: [expert]}) for layer, expert in tested]
-        caption = "knock-outs" if progress else None
-        for number, text, nats in runs_under(language_model, routed, encoded, plans, **options, progress=caption):
+        for number, text, nats in run.under(plans, "knock-outs"):
             layer, expert = tested[number]
             chose = (natural.ids[text][: len(nats), layer] == expert).any(1)
             change = nats - natural.nats[text]
             changes[text, layer, expert] = change[chose].sum(), change.sum()
             counts[text, layer, expert] = chose.sum(), len(nats)
-    texts_run = encoded.texts
-    groups, found = effects_by_group(
-        [text.group for text in texts_run],
-        [text.item for text in texts_run],
-        changes,
-        counts,
-        resamples=resamples,
-        permutations=permutations,
-        seed=seed,
-    )
-    return _result(groups, sizes, found, encoded, [values.sum() for values in natural.nats])
-
-
-def _result(
-    groups: tuple[str, ...], sizes: tuple[int, ...], found: Effects, encoded: EncodedTexts, nats: list[float]
-) -> Knockout:
-    effect, total = found.part((..., 0)), found.part((..., 1))
+    groups, effects = run.effects(changes, counts, resamples=resamples, permutations=permutations, seed=seed)
+    effect, total = effects.part((..., 0)), effects.part((..., 1))
     adjusted, total_adjusted = (
         np.stack([benjamini_hochberg(of_group) for of_group in each.p_value]) for each in (effect, total)
     )
     frequency = np.divide(effect.tokens, total.tokens, out=np.full(total.tokens.shape, np.nan), where=total.tokens > 0)
-    of_group = np.array([groups.index(text.group) for text in encoded.texts])
-    tokens = np.bincount(of_group, [max(len(row) - 1, 0) for row in encoded.ids])
-    loss = np.bincount(of_group, nats) / np.where(tokens > 0, tokens, np.nan)
-    return Knockout(groups, sizes, effect, total, adjusted, total_adjusted, frequency, loss, encoded.note)
+    loss = run.loss_of(groups, [values.sum() for values in natural.nats])
+    return Knockout(groups, sizes, effect, total, adjusted, total_adjusted, frequency, loss, run.texts.note)
 
 
 def _tested(
@@ -221,17 +198,17 @@ def _tested(
     asked: Mapping[int, Iterable[int]] = (
         {layer: range(size) for layer, size in enumerate(sizes)} if experts is None else experts
     )
-    found = [
+    knocked_out = [
         (layer, int(expert))
         for layer in sorted(asked)
         if layers is None or layer in layers
         for expert in sorted(asked[layer])
     ]
-    if not found:
+    if not knocked_out:
         raise ValueError("there is no expert to switch off: name experts of the layers that are tested")
-    for layer, expert in found:  # before the long run
+    for layer, expert in knocked_out:  # before the long run
         if not 0 <= layer < len(sizes):
             raise PlanError(f"there is no layer {layer}: the model has {len(sizes)} MoE layers, 0 to {len(sizes) - 1}")
         if not 0 <= expert < sizes[layer]:
             raise PlanError(f"layer {layer} has no expert {expert}: it has {sizes[layer]} experts, from 0")
-    return found
+    return knocked_out

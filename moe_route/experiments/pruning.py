@@ -1,20 +1,26 @@
-"""Loss of a model against the share of experts that it keeps, by criterion and language."""
+"""Pruning: the loss of a model by the share of experts that it keeps, and a pruned model as a smaller checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+import copy
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from moe_route.analysis.effects import paired_difference
 from moe_route.analysis.inputs import AnalysisError
 from moe_route.analysis.pruning import CRITERIA, prune
 from moe_route.analysis.result import plain
+from moe_route.base.files import check_new_folder, new_folder
 from moe_route.base.table import ShownAsTables, Table, data_frame
-from moe_route.experiments.runs import attached
+from moe_route.experiments.text_run import TextRun
+from moe_route.modules.intercept import modeling_of
+from moe_route.routers.discovery import RouterInfo, find_routers
 from moe_route.steering import Plan
 
 if TYPE_CHECKING:
@@ -25,7 +31,11 @@ if TYPE_CHECKING:
     from moe_route.routed import RoutedModel
     from moe_route.runs.language_model import LanguageModel
 
-__all__ = ["PruningCurve", "pruning_curve"]
+__all__ = ["CannotExportError", "PruningCurve", "export_pruned", "pruning_curve"]
+
+
+# Names under which configurations hold the number of experts.
+_SIZES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -109,8 +119,8 @@ def pruning_curve(
     unknown = [name for name in criteria if name not in CRITERIA]
     if unknown or not criteria or not keep:
         raise AnalysisError(f"criteria are some of {', '.join(CRITERIA)}, and keep some shares; not {list(criteria)}")
-    with attached(language_model, routed) as routed:
-        spec = routed.routers[0].spec
+    with TextRun(language_model, texts, routed, batch_size, max_length, progress) as run:
+        spec = run.routed.routers[0].spec
         options: dict[str, Any] = {"group": group, "allocation": allocation, "seed": seed}
         options |= {"n_group": spec.groups, "topk_group": spec.top_groups}
         dropped = [
@@ -124,32 +134,184 @@ def pruning_curve(
             for criterion in criteria
             for share in keep
         ]
-        encoded = language_model.encode(texts, max_length=max_length)
-        losses = []
-        for name, selection in zip(["whole", *_names(criteria, keep)], [None, *dropped], strict=True):
-            with routed.steer(Plan.forbid(selection)) if selection else nullcontext():
-                shown = name if progress else None
-                losses.append(language_model.losses(encoded, batch_size=batch_size, progress=shown))
-    return _curve(np.stack(losses), [text.group for text in encoded.texts], criteria, keep)
+        plans = [None, *(Plan.forbid(selection) if selection else None for selection in dropped)]
+        losses = [run.losses(plan, name) for name, plan in zip(["whole", *_names(criteria, keep)], plans, strict=True)]
+    return _curve(np.stack(losses), run, criteria, keep)
 
 
 def _names(criteria: Sequence[str], keep: Sequence[float]) -> list[str]:
     return [f"{criterion}, {share:.0%}" for criterion in criteria for share in keep]
 
 
-def _curve(losses: np.ndarray, of_text: Sequence[str], criteria: Sequence[str], keep: Sequence[float]) -> PruningCurve:
-    """The curve from losses [1 + C * K, texts, 2], of which the first are those of the whole model."""
-    groups = tuple(dict.fromkeys(of_text))
-    labels = np.asarray(of_text, dtype=object)
+def _curve(nats: np.ndarray, run: TextRun, criteria: Sequence[str], keep: Sequence[float]) -> PruningCurve:
+    """The curve from summed losses [1 + C * K, texts], of which the first are those of the whole model."""
+    groups = tuple(dict.fromkeys(run.groups))
+    labels = np.asarray(run.groups, dtype=object)
     shape = (len(criteria), len(keep), len(groups))
-    loss, low, high = np.empty((3, len(losses) - 1, len(groups)))
+    loss, low, high = np.empty((3, len(nats) - 1, len(groups)))
     base, texts = np.empty(len(groups)), np.empty(len(groups), np.int64)
     for g, group in enumerate(groups):
-        mine = losses[:, labels == group]
-        tokens = mine[0, :, 1]
-        base[g], texts[g] = mine[0, :, 0].sum() / tokens.sum(), mine.shape[1]
-        for run in range(1, len(losses)):
-            change = paired_difference(mine[run, :, 0], mine[0, :, 0], tokens)
-            loss[run - 1, g], low[run - 1, g], high[run - 1, g] = base[g] + change.value, change.low, change.high
+        natural, *pruned = nats[:, labels == group]
+        tokens = run.tokens[labels == group]
+        base[g], texts[g] = natural.sum() / tokens.sum(), len(tokens)
+        for at, steered in enumerate(pruned):
+            change = paired_difference(steered, natural, tokens)
+            loss[at, g], low[at, g], high[at, g] = base[g] + change.value, change.low, change.high
     loss, low, high = (values.reshape(shape) for values in (loss, low, high))
     return PruningCurve(loss, low, high, base, tuple(criteria), tuple(keep), groups, texts)
+
+
+class CannotExportError(ValueError):
+    """Raised for a selection or a model that cannot be written as a smaller checkpoint; names the fix."""
+
+
+def export_pruned(
+    model: nn.Module,
+    selection: Mapping[int, Iterable[int]],
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+) -> None:
+    """Write ``model`` without the experts of ``selection`` to ``folder``, for ``from_pretrained``.
+
+    The tensors of these experts and their rows in the routers (gate matrix, biases) are cut, and the configuration gets
+    the new number of experts. Routing weights follow as usual from the remaining scores, so the outputs are those of
+    the whole model under ``Plan.forbid(selection)``, up to the rounding of other matrix shapes.
+
+    Args:
+        model: a model of transformers in memory, attached to or not; it is not changed.
+        selection: layer -> experts to drop (``analysis.prune``).
+        folder: a new or empty folder. It appears when everything is written: an export that is stopped leaves none.
+        tokenizer: saved beside the model, if given.
+
+    A configuration has one number of experts, so every layer must drop equally many, and every router group of a
+    group-limited router too. Raises ``CannotExportError`` otherwise, and for layouts that cannot be cut: quantized or
+    offloaded weights, experts without a tensor axis of their own.
+    """
+    check_new_folder(folder)
+    if modeling_of(model) is None or not hasattr(model, "save_pretrained"):
+        raise CannotExportError(f"{type(model).__name__} is not a model of transformers, so it has no format to write")
+    routers = find_routers(model)
+    kept = _kept_experts(routers, selection)
+    config, whole = _smaller_config(model, routers, len(kept[0]))
+    state = dict(model.state_dict())
+    for router, experts in zip(routers, kept, strict=True):
+        for name, tensor in _tensors_of(model, router, whole):
+            axis = 0 if tensor.shape[0] == whole else 1
+            state[name] = tensor.index_select(axis, torch.tensor(experts, device=tensor.device))
+    with torch.device("meta"):
+        smaller: Any = type(model)(config)
+    try:
+        smaller.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise CannotExportError(
+            f"{type(model).__name__} of {len(kept[0])} experts has other tensors than those that were cut "
+            f"({str(error).splitlines()[-1].strip()}): it cannot be exported; steer with Plan.forbid(selection)"
+        ) from error
+    smaller.tie_weights()
+    smaller.generation_config = getattr(model, "generation_config", None)
+    with new_folder(folder) as unfinished:
+        smaller.save_pretrained(unfinished)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+
+
+def _kept_experts(routers: list[RouterInfo], selection: Mapping[int, Iterable[int]]) -> list[list[int]]:
+    """The experts that stay in each layer."""
+    dropped = {layer: set(experts) for layer, experts in selection.items()}
+    for layer, experts in dropped.items():
+        if layer >= len(routers) or any(not 0 <= expert < routers[layer].num_experts for expert in experts):
+            raise CannotExportError(
+                f"the model lacks experts {sorted(experts)} in layer {layer}: prune with its statistics"
+            )
+    kept = [[e for e in range(r.num_experts) if e not in dropped.get(r.layer, ())] for r in routers]
+    sizes = {len(experts) for experts in kept}
+    if len(sizes) != 1:
+        raise CannotExportError(
+            f"layers would keep {', '.join(map(str, sorted(sizes)))} experts, and a configuration has one number for "
+            'all: prune with allocation="uniform", or steer with Plan.forbid(selection)'
+        )
+    for router, remaining in zip(routers, kept, strict=True):
+        _refuse_layer(router, remaining)
+    return kept
+
+
+def _refuse_layer(router: RouterInfo, kept: list[int]) -> None:
+    if len(kept) < router.top_k:
+        raise CannotExportError(
+            f"layer {router.layer} would keep {len(kept)} experts, and its tokens choose {router.top_k}"
+        )
+    if router.family.chosen_by != "logits" or router.role:
+        what = "chooses by token id" if router.family.chosen_by != "logits" else f"is one of a {router.role} part"
+        raise CannotExportError(
+            f"{type(router.module).__name__} of layer {router.layer} {what}, which cannot be cut: steer with "
+            "Plan.forbid(selection)"
+        )
+    groups = router.spec.groups
+    if groups > 1:
+        size = router.num_experts // groups
+        counts = [sum(first <= e < first + size for e in kept) for first in range(0, router.num_experts, size)]
+        if len(set(counts)) != 1:
+            raise CannotExportError(
+                f"the router groups of layer {router.layer} would keep {', '.join(map(str, counts))} experts, and they "
+                f"must be equally many: prune(..., n_group={groups}, topk_group={router.spec.top_groups})"
+            )
+
+
+def _smaller_config(model: Any, routers: list[RouterInfo], kept: int) -> tuple[Any, int]:
+    """A copy of the configuration with ``kept`` experts, and the number of experts before."""
+    sizes = {router.num_experts for router in routers}
+    whole = sizes.pop()
+    if sizes:
+        raise CannotExportError("its layers have different numbers of experts: steer with Plan.forbid(selection)")
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    names = [name for name in _SIZES if getattr(text, name, None) == whole]
+    if not names:
+        raise CannotExportError(
+            f"{type(text).__name__} holds no number of experts ({whole}) under {', '.join(_SIZES)}: steer with "
+            "Plan.forbid(selection)"
+        )
+    for name in names:
+        setattr(text, name, kept)
+    return config, whole
+
+
+def _tensors_of(model: nn.Module, router: RouterInfo, whole: int) -> Iterable[tuple[str, Tensor]]:
+    """Names and tensors of one layer with an entry per expert: [E, ...], or [1, E] in a router."""
+    names = {id(module): name for name, module in model.named_modules()}
+    experts = next((o._modules["experts"] for o in (router.module, router.block) if o._modules.get("experts")), None)
+    if (
+        experts is None
+        or isinstance(experts, (nn.ModuleList, nn.ModuleDict))
+        or next(experts.parameters(), None) is None
+    ):
+        raise CannotExportError(
+            f"the experts of {type(router.block).__name__} are not tensors with an axis of experts: steer with "
+            "Plan.forbid(selection)"
+        )
+    for module, recurse in ((experts, True), (router.module, True), (router.block, False)):
+        if module is router.block and module is router.module:
+            continue
+        prefix = names[id(module)]
+        for name, tensor in _own(module, recurse).items():
+            full = f"{prefix}.{name}" if prefix else name
+            _refuse_tensor(full, tensor)
+            if module is experts and tensor.shape[:1] != (whole,):
+                raise CannotExportError(
+                    f"{full} of {type(experts).__name__} has shape {list(tensor.shape)}, whose first axis is not the "
+                    f"{whole} experts: steer with Plan.forbid(selection)"
+                )
+            if tensor.shape[:1] == (whole,) or tensor.shape == (1, whole):
+                yield full, tensor
+
+
+def _own(module: nn.Module, recurse: bool) -> dict[str, Tensor]:
+    """Saved tensors of a module, with or without those of the modules inside it."""
+    return {name: tensor for name, tensor in module.state_dict().items() if recurse or "." not in name}
+
+
+def _refuse_tensor(name: str, tensor: Tensor) -> None:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or not tensor.is_floating_point():
+        what = "offloaded" if tensor.is_meta else f"a {type(tensor).__name__} of {tensor.dtype}"
+        raise CannotExportError(f"{name} is {what}: load the model in memory in floating point to export it")

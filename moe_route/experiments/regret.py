@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_route.analysis import effects_by_group
 from moe_route.analysis.effects import PERMUTATIONS, Effects
 from moe_route.analysis.result import plain
 from moe_route.analysis.stats import RESAMPLES, expected_maximum
 from moe_route.base.table import ShownAsTables, Table, data_frame, interval
 from moe_route.data.batches import EncodedTexts, Text
-from moe_route.experiments.runs import attached, encoded_texts, natural_run, runs_under
+from moe_route.experiments.text_run import TextRun
 from moe_route.routed import RoutedModel
 from moe_route.runs.language_model import LanguageModel
 from moe_route.steering import Plan
@@ -148,32 +147,19 @@ def regret(
     if sorted({0.0, 1.0, *limits}) != [0.0, *limits, 1.0]:
         raise ValueError(f"limits of confidence must increase, between 0 and 1, not {limits}")
     plans = [Plan.gumbel(seed + route, temperature=temperature, layers=layers) for route in range(routes)]
-    encoded = encoded_texts(language_model, texts, max_length)
-    gains = [np.zeros((routes, max(len(row) - 1, 0))) for row in encoded.ids]
-    with attached(language_model, routed) as routed:
-        caption = "natural routing" if progress else None
-        natural = natural_run(language_model, routed, encoded, batch_size=batch_size, progress=caption)
-        caption = "drawn routes" if progress else None
-        for route, text, nats in runs_under(
-            language_model, routed, encoded, plans, batch_size=batch_size, progress=caption
-        ):
+    with TextRun(language_model, texts, routed, batch_size, max_length, progress) as run:
+        gains = [np.zeros((routes, int(tokens))) for tokens in run.tokens]
+        natural = run.natural()
+        for route, text, nats in run.under(plans, "drawn routes"):
             gains[text][route] = natural.nats[text] - nats
     measured = [_measures(of_text) for of_text in gains]
     sums, counts = _by_class(measured, [np.digitize(values, limits) for values in natural.confidence], len(limits) + 1)
-    groups, found = effects_by_group(
-        [text.group for text in encoded.texts],
-        [text.item for text in encoded.texts],
-        sums,
-        counts,
-        resamples=resamples,
-        permutations=permutations,
-        seed=seed,
-    )
+    groups, effects = run.effects(sums, counts, resamples=resamples, permutations=permutations, seed=seed)
     ends = [0.0, *limits, 1.0]
     classes = [f"{low:g}-{high:g}" for low, high in pairwise(ends)]
-    best, by_chance, excess, held_out, random, share = (found.part((..., place)) for place in range(len(_MEASURES)))
+    best, by_chance, excess, held_out, random, share = (effects.part((..., place)) for place in range(len(_MEASURES)))
     measures = (best, by_chance, excess, held_out, random, share)
-    return Regret(groups, (*classes, "all"), routes, *measures, temperature, plans[0].rules[0].layers, encoded.note)
+    return Regret(groups, (*classes, "all"), routes, *measures, temperature, plans[0].rules[0].layers, run.texts.note)
 
 
 def _measures(gains: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from moe_route.analysis import Difference, RandomControl, paired_difference, ran
 from moe_route.analysis.result import plain
 from moe_route.base.table import ShownAsTables, Table, data_frame, interval
 from moe_route.data.batches import EncodedTexts, Text
-from moe_route.experiments.runs import attached, encoded_texts, runs_under
+from moe_route.experiments.text_run import TextRun
 from moe_route.routed import RoutedModel
 from moe_route.runs.language_model import LanguageModel
 from moe_route.steering import Plan, PlanError
@@ -111,7 +111,7 @@ def strength_sweep(
     seed: int = 0,
     batch_size: int = 16,
     max_length: int | None = None,
-    progress: str | None = None,
+    progress: bool = False,
 ) -> StrengthSweep:
     """Measure the loss of texts under ``plan * strength`` for several strengths, in one pass over the texts.
 
@@ -124,6 +124,7 @@ def strength_sweep(
         routed: the attached model; without it, the model is attached for the experiment.
         controls: number of random controls per strength, ``plan.random(seed + i)``.
         batch_size: rows of a batch, each text counted once for each strength and control.
+        progress: show bars on standard error.
 
     Raises ``PlanError`` for a plan without strength (forced experts) unless its only strength is 1, ``ValueError`` for
     no strength or no text that has a token to predict.
@@ -133,35 +134,20 @@ def strength_sweep(
         raise ValueError(f"strengths must be different finite numbers, at least one, not {list(strengths)}")
     if controls < 0:
         raise ValueError(f"controls must be 0 or more, not {controls}")
-    encoded = encoded_texts(language_model, texts, max_length)
-    with attached(language_model, routed) as model:
-        known = plan if plan.model.num_experts else plan.for_model(num_experts=[r.num_experts for r in model.routers])
+    with TextRun(language_model, texts, routed, batch_size, max_length, progress) as run:
+        sizes = [router.num_experts for router in run.routed.routers]
+        known = plan if plan.model.num_experts else plan.for_model(num_experts=sizes)
         bases = [plan, *(known.random(seed + draw) for draw in range(controls))]
-        plans = [base if factor == 1 else base * factor for base in bases for factor in factors]
-        nats, tokens = _losses(language_model, model, encoded, plans, batch_size, progress)
-    return _result(encoded, nats, tokens, factors, controls, plan)
+        plans = [Plan(), *(base if factor == 1 else base * factor for base in bases for factor in factors)]
+        nats = np.zeros((len(plans), len(run.tokens)))
+        for number, text, of_tokens in run.under(plans, "sweep"):
+            nats[number, text] = of_tokens.sum()
+    return _result(run, nats, factors, controls, plan)
 
 
-def _losses(
-    language_model: LanguageModel,
-    routed: RoutedModel,
-    encoded: EncodedTexts,
-    plans: Sequence[Plan],
-    batch_size: int,
-    progress: str | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Summed loss of each text under no plan and under each plan, [1 + plans, texts], and its predicted tokens."""
-    found = np.zeros((1 + len(plans), len(encoded.texts)))
-    each = [Plan(), *plans]
-    for plan, text, nats in runs_under(language_model, routed, encoded, each, batch_size=batch_size, progress=progress):
-        found[plan, text] = nats.sum()
-    return found, np.array([max(len(row) - 1, 0) for row in encoded.ids], np.float64)
-
-
-def _result(
-    encoded: EncodedTexts, nats: np.ndarray, tokens: np.ndarray, factors: tuple[float, ...], controls: int, plan: Plan
-) -> StrengthSweep:
-    of_text = np.array([text.group for text in encoded.texts])
+def _result(run: TextRun, nats: np.ndarray, factors: tuple[float, ...], controls: int, plan: Plan) -> StrengthSweep:
+    """The sweep from the summed loss of each text under no plan and under each plan, [1 + plans, texts]."""
+    tokens, of_text = run.tokens, np.array(run.groups)
     groups = tuple(dict.fromkeys(of_text.tolist()))
     base, steered = nats[0], nats[1:].reshape(1 + controls, len(factors), -1)
     loss, natural, counts = np.zeros((len(groups), len(factors))), np.zeros(len(groups)), []
@@ -184,5 +170,5 @@ def _result(
                 )
             )
     return StrengthSweep(
-        groups, factors, loss, natural, tuple(change), tuple(control), tuple(counts), plan.hash, encoded.note
+        groups, factors, loss, natural, tuple(change), tuple(control), tuple(counts), plan.hash, run.texts.note
     )

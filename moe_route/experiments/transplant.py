@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_route.analysis import AnalysisError, effects_by_group
+from moe_route.analysis import AnalysisError
 from moe_route.analysis.effects import PERMUTATIONS, Effects
 from moe_route.analysis.result import plain
 from moe_route.analysis.stats import RESAMPLES
 from moe_route.base.table import ShownAsTables, Table, data_frame, interval
 from moe_route.data.batches import EncodedTexts, Text
-from moe_route.experiments.runs import attached, encoded_texts, layers_of, token_losses
+from moe_route.experiments.text_run import TextRun
 from moe_route.recording.trace import Trace
 from moe_route.routed import RoutedModel
 from moe_route.runs.language_model import LanguageModel
-from moe_route.runs.record import record_texts
 from moe_route.steering import Plan
 
 if TYPE_CHECKING:
@@ -141,38 +140,31 @@ def transplant(
     twice, a band "all" and texts that share item and group, and ``PlanError`` for routes or layers that do not fit the
     model.
     """
-    encoded = encoded_texts(language_model, texts, max_length)
     unknown = [kind for kind in kinds if kind not in ROUTES]
     if unknown or set(kinds) & set(routes or {}) or not (kinds or routes):
         raise ValueError(f"kinds are different ones of {', '.join(ROUTES)}, and other routes have other names")
     if ALL in (bands or {}):
         raise ValueError(f"the band {ALL!r} is all layers already: name yours otherwise")
-    _check_items(encoded.texts, reference, kinds)
     more = {name: _plan(name, route) for name, route in (routes or {}).items()}
-    with attached(language_model, routed) as routed:
-        where = {ALL: tuple(range(len(routed.routers)))}
-        where |= {name: layers_of(routed, layers) for name, layers in (bands or {}).items()}
-        run = _Run(language_model, routed, encoded, reference, batch_size, progress)
-        natural = run.natural()
-        built = {**{kind: run.route(kind) for kind in kinds}, **more}
-        sums = np.zeros((len(encoded.ids), len(built), len(where)))
+    with TextRun(language_model, texts, routed, batch_size, max_length, progress) as run:
+        _check_items(run.texts.texts, reference, kinds)
+        where = {ALL: tuple(range(len(run.routed.routers)))}
+        where |= {name: run.layers(layers) for name, layers in (bands or {}).items()}
+        with run.routed.record(**_trace_options(run)) as recorder:
+            natural = run.losses(caption="natural routing")
+        recorded = _Routes(run, recorder, reference)
+        built = {**{kind: recorded.route(kind) for kind in kinds}, **more}
+        sums = np.zeros((len(natural), len(built), len(where)))
         for r, (name, plan) in enumerate(built.items()):
             for b, (band, layers) in enumerate(where.items()):
-                sums[:, r, b] = run.losses(plan, layers, f"route {name}, layers {band}") - natural
-    tokens = np.array([max(len(row) - 1, 0) for row in encoded.ids], float)
-    labels = [text.group for text in encoded.texts], [text.item for text in encoded.texts]
-    groups, effect = effects_by_group(
-        *labels,
-        sums,
-        np.broadcast_to(tokens[:, None, None], sums.shape),
-        resamples=resamples,
-        permutations=permutations,
-        seed=seed,
+                caption = f"route {name}, layers {band}"
+                sums[:, r, b] = run.losses(plan.only(layers=layers), caption) - natural
+    tokens = np.broadcast_to(run.tokens[:, None, None], sums.shape)
+    groups, effect = run.effects(sums, tokens, resamples=resamples, permutations=permutations, seed=seed)
+    loss = run.loss_of(groups, natural)
+    return Transplant(
+        groups, tuple(built), tuple(where), effect, loss, tuple(where.values()), reference, run.texts.note
     )
-    at = np.array([groups.index(group) for group in labels[0]])
-    counted = np.bincount(at, tokens)
-    loss = np.bincount(at, natural) / np.where(counted > 0, counted, np.nan)
-    return Transplant(groups, tuple(built), tuple(where), effect, loss, tuple(where.values()), reference, encoded.note)
 
 
 def record_trace(
@@ -185,18 +177,16 @@ def record_trace(
     progress: bool = False,
 ) -> Trace:
     """Record the experts of every token of ``texts``, to be transplanted into another checkpoint."""
-    encoded = encoded_texts(language_model, texts, max_length)
-    with attached(language_model, routed) as routed, _recording(routed, encoded) as recorder:
-        caption = "recording routes" if progress else None
-        record_texts(recorder, language_model, encoded, batch_size=batch_size, progress=caption)
-    return recorder.trace()
+    with TextRun(language_model, texts, routed, batch_size, max_length, progress) as run:
+        return run.record("recording routes", **_trace_options(run)).trace()
 
 
-def _recording(routed: RoutedModel, encoded: EncodedTexts) -> Recorder:
-    keys = {(text.group, text.item) for text in encoded.texts}
-    if len(keys) != len(encoded.texts):
+def _trace_options(run: TextRun) -> dict[str, Any]:
+    """Options of a recording that keeps the experts of every token, and each text as a sequence."""
+    keys = {(text.group, text.item) for text in run.texts.texts}
+    if len(keys) != len(run.texts.texts):
         raise ValueError("two texts share their group and item: give each text of a group an item of its own")
-    return routed.record(sequences=True, trace=True, trace_limit=sum(map(len, encoded.ids)))
+    return {"sequences": True, "trace": True, "trace_limit": sum(map(len, run.texts.ids))}
 
 
 def _check_items(texts: Sequence[Text], reference: str, kinds: Sequence[str]) -> None:
@@ -220,42 +210,26 @@ def _plan(name: str, route: Trace | Plan) -> Plan:
     return route if isinstance(route, Plan) else Plan.replay(route)
 
 
-class _Run:
-    """One model and its texts, under one route after the other."""
+class _Routes:
+    """The built-in routes of texts, from the recording of their natural run."""
 
-    def __init__(
-        self,
-        language_model: LanguageModel,
-        routed: RoutedModel,
-        encoded: EncodedTexts,
-        reference: str,
-        batch_size: int,
-        progress: bool,
-    ) -> None:
-        self.language_model, self.routed, self.encoded = language_model, routed, encoded
-        self.reference, self.batch_size, self.progress = reference, batch_size, progress
-
-    def natural(self) -> np.ndarray:
-        """Record all texts; returns their summed losses, float64 [n]."""
-        with _recording(self.routed, self.encoded) as recorder:
-            found = self._sums("natural routing", recorder.labels)
-        self.trace = recorder.trace()
-        store = recorder.statistics().store
+    def __init__(self, run: TextRun, recorder: Recorder, reference: str) -> None:
+        self.texts, self.routers, self.reference = run.texts.texts, run.routed.routers, reference
+        self.trace, store = recorder.trace(), recorder.statistics().store
         assert store is not None
         self.store = store
-        return found
 
     def route(self, kind: str) -> Plan:
         """The plan of a built-in route."""
         if kind == "scores":
-            items = list(dict.fromkeys(text.item for text in self.encoded.texts))
+            items = list(dict.fromkeys(text.item for text in self.texts))
             scores = np.stack([self.store.distributions(item, self.reference, "full") for item in items])
             return Plan.replace_scores(scores, items=items, per="sequence")
         if kind == "own":
             return Plan.replay(self.trace)
         averages = self._averages(kind)
         choice = np.full((len(averages), *self.trace.ids.shape[1:]), -1, np.int16)
-        for layer, router in enumerate(self.routed.routers):
+        for layer, router in enumerate(self.routers):
             order = np.argsort(-averages[:, layer, : router.num_experts], axis=1, kind="stable")
             choice[:, layer, : router.top_k] = order[:, : router.top_k]
         return Plan.replay(replace(self.trace, ids=choice[self.trace.sequence]))
@@ -271,19 +245,3 @@ class _Run:
             known = sorted(set(items))
             items = [known[known.index(item) - 1] for item in items]
         return np.stack([self.store.distributions(*key, "full") for key in zip(items, groups, strict=True)])
-
-    def losses(self, plan: Plan, layers: tuple[int, ...], caption: str) -> np.ndarray:
-        """Summed losses float64 [n] with a route in some layers."""
-        with self.routed.steer(plan.only(layers=layers)):
-            return self._sums(caption, self.routed.labels)
-
-    def _sums(self, caption: str, labels: Any) -> np.ndarray:
-        """Run all texts under the labels of their groups and items."""
-        found = np.zeros(len(self.encoded.ids))
-        shown = caption if self.progress else None
-        for batch in self.language_model.batches(self.encoded, batch_size=self.batch_size, progress=shown):
-            with labels(groups=[text.group for text in batch.texts], items=[text.item for text in batch.texts]):
-                nats, _ = token_losses(self.language_model.run(batch), batch.inputs["input_ids"])
-            mask = batch.inputs["attention_mask"][:, 1:].cpu()
-            found[list(batch.positions)] = (nats * mask).sum(1).numpy()
-        return found

@@ -8,7 +8,7 @@
 | grouped | dispatch, permute, two grouped products around the module's own activation, combine | everything else |
 
 With few slots, a decode step, reading the weights of the chosen experts is what takes time, and the streamed path reads
-nothing else. The limits are the numbers of slots up to which it was measured to be the faster one (docs/experts.md).
+nothing else. The limits are the numbers of slots up to which it was measured to be the faster one (docs/kernels.md).
 """
 
 from __future__ import annotations

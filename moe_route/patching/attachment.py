@@ -59,7 +59,7 @@ class Attachment:
             its gate matrix and one `route` call: same ids where scores differ by more than 4 units in the last place,
             weights within 4 units. A router that cannot be fused gets a hook; its `RouterInfo` gives the reason.
         experts_implementation: None keeps the model's own. "moe_route" runs the experts by this package's dispatch and
-            combine until `detach` (equal within the bounds of docs/experts.md, not bit for bit).
+            combine until `detach` (equal within the bounds of docs/kernels.md, not bit for bit).
         pack: with "moe_route" on a CPU, keep a packed copy of the experts' weights until `detach`: faster, the same
             bits as without, and as much memory as these weights take.
         verify: first compare every kind of router with its specification on random probes.

@@ -5,7 +5,7 @@
     mr.report.write("report.html", ["general.safetensors", "trace.safetensors"], tokenizer=tokenizer)
 
 ``read`` reads files into ``Inputs``, ``record_inputs`` records them from a model, and ``write`` writes the page.
-docs/report.md shows how to read it.
+docs/plots.md shows how to read it.
 """
 
 from __future__ import annotations

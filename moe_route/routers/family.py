@@ -54,7 +54,7 @@ class Gate:
 class Family:
     """One row of the table. A string that names an attribute is a dotted path, read from the router."""
 
-    name: str  # what the family does, for people; rows of one name share a line of docs/models.md
+    name: str  # what the family does, for people; rows of one name share a line of docs/support.md
     routers: tuple[str, ...]
     spec: RouterSpec = PLAIN_SOFTMAX  # the facts that all routers of the row share
     # RouterSpec field <- attribute of the router, or a tuple of the names that it had in several versions

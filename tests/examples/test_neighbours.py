@@ -167,11 +167,11 @@ MARKS: dict[str, Callable[[Any], tuple[str, str]]] = {
 SHOWN = {
     "upcycling": "training.md",
     "upcycling_text": "training.md",
-    "similarity": "alignment.md",
+    "similarity": "groups.md",
     "language_experts": "find-experts.md",
-    "alignment": "alignment.md",
+    "alignment": "groups.md",
     "swapping": "merging.md",
-    "adapters": "adapters.md",
+    "adapters": "training.md",
 }
 
 

@@ -121,7 +121,7 @@ def test_the_installed_transformers_has_decorated_classes():
 
 
 def test_the_page_counts_them():
-    page = (Path(__file__).parents[2] / "docs" / "experts.md").read_text("utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text("utf-8")
     said = re.search(r"is supported: (\d+) in transformers (\d+\.\d+)\.", page)
     assert said
     if transformers.__version__.startswith(f"{said[2]}."):

@@ -1,4 +1,4 @@
-"""The paths that users take, by name: each a check of one architecture, and a column of docs/support.md."""
+"""The paths that users take, by name: each a check of one architecture, and a column of docs/support.csv."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every path on every architecture, against what docs/support.md says of it.
+"""Every path on every architecture, against what docs/support.csv says of it.
 
 Cheap paths run on all architectures, those that are much alike everywhere on one a family. Costly ones run on one model
 here, on one a family with the slow tests, and on all with MOE_ROUTE_MATRIX=1. Paths whose packages are not installed

@@ -1,6 +1,6 @@
 """The forms that decisions had in older versions of transformers, as small classes of this file.
 
-What these versions really do is walked by `make test-matrix` (docs/versions.md).
+What these versions really do is walked by `make test-matrix` (docs/versions.csv).
 """
 
 from __future__ import annotations
