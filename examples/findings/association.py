@@ -16,8 +16,6 @@ from moe_route.demo.measurement import PIVOT
 from moe_route.demo.wording import name, paragraph
 from moe_route.recording import RoutingStatistics
 
-__all__ = ["LOSS", "SHARE", "Association", "associate"]
-
 SHARE, LOSS = "share of pairs seen", "loss of general text"
 _LEAST = 4  # languages beside English; with three the smallest p-value is 1/3
 

@@ -15,8 +15,6 @@ from moe_route.demo.wording import name, paragraph, span, told
 from moe_route.recording import RoutingStatistics
 from moe_route.runs.language_model import LanguageModel
 
-__all__ = ["LARGEST", "Depth", "Profile", "profile_of", "untrained_model"]
-
 LARGEST = 500_000_000  # parameters of an untrained model
 _COLUMNS = 12  # layers in a table
 

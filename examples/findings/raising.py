@@ -15,8 +15,6 @@ from moe_route.demo.measurement import Measurement, Scores, random_sets, sample_
 from moe_route.demo.wording import paragraph, span, standing, told, verdicts
 from moe_route.steering import ExpertSelection, Plan
 
-__all__ = ["DRAWS", "STRENGTHS", "Raising", "raise_task_experts", "raising_plans"]
-
 STRENGTHS = (0.5, 1.0)  # in standard deviations of a token's logits; 0.5 is the published one
 DRAWS = 19  # random sets at most; a plan better than all of them has p = 0.05
 _SAMPLED = 24  # problems on which they are measured

@@ -20,8 +20,6 @@ from moe_route.demo.measurement import HELD_OUT, PIVOT, SUBSETS, Scores
 from moe_route.demo.wording import name, paragraph, told
 from moe_route.runs.language_model import DEMO_MODEL
 
-__all__ = ["Share", "Skill", "shares_in_training"]
-
 
 class Share(NamedTuple):
     """A share with its 95 % interval (Wilson's)."""

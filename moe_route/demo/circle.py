@@ -28,8 +28,6 @@ from moe_route.demo.task_experts import TaskExperts, find_task_experts, switch_t
 from moe_route.runs.language_model import LanguageModel
 from moe_route.runs.record import read_corpus
 
-__all__ = ["DRAWS", "Natural", "Study", "demo"]
-
 DRAWS = 99  # random sets beside the first finding; the smallest p-value is 0.01
 
 

@@ -19,8 +19,6 @@ from moe_route.demo.wording import name, paragraph, told
 from moe_route.recording import RoutingStatistics
 from moe_route.steering import ExpertSelection, Plan
 
-__all__ = ["LanguageExpertsOff", "find_language_experts", "switch_language_experts_off"]
-
 _SHARE = 20  # a language has one expert of so many
 _PERCENTILE = 80.0  # its experts are among the most frequent fifth of all
 DRAWS = 19  # random sets at most for each language, on its own text

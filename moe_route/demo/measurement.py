@@ -18,20 +18,6 @@ from moe_route.routed import RoutedModel
 from moe_route.runs.language_model import LanguageModel
 from moe_route.steering import ExpertSelection, Plan, PlanError
 
-__all__ = [
-    "HELD_OUT",
-    "PIVOT",
-    "SUBSETS",
-    "Losses",
-    "Measurement",
-    "Scores",
-    "pick_items",
-    "random_sets",
-    "sample_corpus",
-    "sample_task",
-    "shares_of",
-]
-
 PIVOT = "eng_Latn"
 SUBSETS = ("seen", "english_only", "unseen")  # of the problems, by who saw their numbers in training
 HELD_OUT = SUBSETS[1:]

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from moe_route.demo.language_experts import LanguageExpertsOff
     from moe_route.demo.task_experts import TaskExpertsOff
 
-__all__ = ["language_experts_off", "save", "task_experts_off"]
-
 WIDTH = 8.0  # inches; 800 pixels are then 100 per inch, and the font has 14
 BLUE, RED, GREEN, _, _, ORANGE, _ = frame.COLORS
 GREY = "#8c8c8c"

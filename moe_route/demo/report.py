@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from moe_route.demo.language_experts import LanguageExpertsOff
     from moe_route.demo.task_experts import TaskExpertsOff
 
-__all__ = ["DemoReport", "Finding"]
-
 
 class Finding(Protocol):
     """One finding: `str` gives its text, which begins with its sentence."""

@@ -27,8 +27,6 @@ from moe_route.demo.wording import name, paragraph, standing, starred, told, ver
 from moe_route.recording import RoutingStatistics
 from moe_route.steering import ExpertSelection, Plan
 
-__all__ = ["FEWEST", "THRESHOLDS", "TaskExperts", "TaskExpertsOff", "find_task_experts", "switch_task_experts_off"]
-
 # Published thresholds are between 0.25 and 0.5. A lower one serves only where 0.3 finds fewer than `FEWEST` experts:
 # of training seeds alike in skill, one may have its task in two experts above 0.3, another in ten above 0.2.
 THRESHOLDS = (0.3, 0.2, 0.1)

@@ -9,8 +9,6 @@ from moe_route.analysis import Difference, RandomControl
 from moe_route.base.table import interval
 from moe_route.data.languages import language_name
 
-__all__ = ["WIDTH", "name", "paragraph", "span", "standing", "starred", "told", "verdicts"]
-
 WIDTH = 110  # columns of the text
 _NUMBER = 3  # columns of "1. ", which stands before a finding
 

@@ -26,8 +26,6 @@ from moe_route.steering.layers import as_layers
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ExpertPatching", "PromptPair", "patch_experts"]
-
 _SHOWN = 10
 
 
@@ -156,8 +154,8 @@ def patch_experts(
             f"the model has {len(routers)} MoE layers, 0 to {len(routers) - 1}: {list(tested)} are asked for"
         )
     patcher = _Patcher(language_model, [routers[layer] for layer in tested], weight, positions, batch_size)
-    found = [patcher.contrasts(*ids) for ids in encoded]
-    kept = [index for index, (clean, corrupt, _) in enumerate(found) if clean - corrupt >= least_contrast]
+    contrasts = [patcher.contrasts(*ids) for ids in encoded]
+    kept = [index for index, (clean, corrupt, _) in enumerate(contrasts) if clean - corrupt >= least_contrast]
     if not kept:
         raise AnalysisError(
             f"no pair of {len(pairs)} has a contrast that falls by {least_contrast:g} from the clean to the corrupted "
@@ -167,7 +165,7 @@ def patch_experts(
     shape = (len(kept), len(sizes), max(sizes) + 1)  # the last place: the whole layer
     sums, counts, chosen = np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
     for at, index in enumerate(kept):
-        clean, corrupt, patched = found[index]
+        clean, corrupt, patched = contrasts[index]
         counts[at, list(tested)] = clean - corrupt
         for (layer, expert), contrast in patched.items():
             place = max(sizes) if expert is None else expert
@@ -181,7 +179,7 @@ def patch_experts(
     of_group = np.array([groups.index(group) for group in of_pair])
     number = np.bincount(of_group)
     clean_mean, corrupt_mean = (
-        np.bincount(of_group, np.array([found[index][:2][side] for index in kept])) / number for side in (0, 1)
+        np.bincount(of_group, np.array([contrasts[index][:2][side] for index in kept])) / number for side in (0, 1)
     )
     adjusted = np.stack([benjamini_hochberg(p_values) for p_values in tests])
     whole = effects.part((..., max(sizes)))
@@ -201,11 +199,11 @@ class _Seen:
     def parts(self, experts: nn.Module, hidden: Tensor, num_experts: int) -> Tensor:
         """``w_e f_e(hidden)`` for this run's ids and weights, [E, S, H]; 0 where an expert is not chosen."""
         outputs = expert_outputs(experts, hidden, self.ids) * self.weights[..., None]
-        found = outputs.new_zeros(num_experts, *hidden.shape)
+        parts = outputs.new_zeros(num_experts, *hidden.shape)
         tokens = torch.arange(len(hidden), device=hidden.device)[:, None].expand_as(self.ids)
         held = (self.ids >= 0) & (self.ids < num_experts)
-        found[self.ids[held].long(), tokens[held]] = outputs[held]
-        return found
+        parts[self.ids[held].long(), tokens[held]] = outputs[held]
+        return parts
 
 
 class _Patcher:
@@ -242,8 +240,8 @@ class _Patcher:
         keys, patched = list(patches), dict[tuple[int, int | None], float]()
         for first in range(0, len(keys), self.batch_size):
             part = keys[first : first + self.batch_size]
-            found = self._patched(corrupt, [(layer, patches[layer, expert]) for layer, expert in part])
-            values = (found[:, answer] - found[:, other]).double().tolist()
+            logits_of_rows = self._patched(corrupt, [(layer, patches[layer, expert]) for layer, expert in part])
+            values = (logits_of_rows[:, answer] - logits_of_rows[:, other]).double().tolist()
             patched.update(zip(part, values, strict=True))
         difference = [float(of[answer].double() - of[other].double()) for of in (clean_logits, logits)]
         return difference[0], difference[1], patched
@@ -251,8 +249,8 @@ class _Patcher:
     def _logits(self, ids: Sequence[int], rows: int) -> Tensor:
         """Logits [rows, V] of the token after ``ids``, in several equal rows."""
         inputs = torch.tensor([ids] * rows, device=self.device)
-        found: Tensor = self.model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False).logits
-        return found[:, -1].float()
+        logits: Tensor = self.model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False).logits
+        return logits[:, -1].float()
 
     def _watched(self, ids: Sequence[int]) -> tuple[Tensor, list[_Seen]]:
         """Logits [V] of a run, and what the experts of each layer were given."""

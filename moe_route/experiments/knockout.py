@@ -22,8 +22,6 @@ from moe_route.steering import ExpertSelection, Plan, PlanError, PlanModel
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Knockout", "knockout"]
-
 _SHOWN = 10
 
 

@@ -16,8 +16,6 @@ from moe_route.recording import RoutingStatistics
 from moe_route.recording.store import Item, SequenceStore
 from moe_route.steering import Plan, PlanModel
 
-__all__ = ["NeighborScores", "neighbor_scores"]
-
 _SHOWN = 12
 
 
@@ -127,21 +125,21 @@ def neighbor_scores(
         features, wanted = _hidden(reference, source, known), _hidden(asked, target, items)
     else:
         raise AnalysisError(f'space must be "routing" or "hidden", not {space!r}')
-    found = [
+    nearest = [
         _nearest(features, wanted[row], [name != item for name in known], neighbors, bandwidth, item)
         for row, item in enumerate(items)
     ]
     scores = np.stack(
         [
             share * np.tensordot(weights, paths[places], 1) + (1 - share) * own[row]
-            for row, (places, _, weights) in enumerate(found)
+            for row, (places, _, weights) in enumerate(nearest)
         ]
     )
     return NeighborScores(
         tuple(items),
-        tuple(tuple(known[place] for place in places) for places, _, _ in found),
-        np.stack([distances for _, distances, _ in found]),
-        np.stack([weights for _, _, weights in found]),
+        tuple(tuple(known[place] for place in places) for places, _, _ in nearest),
+        np.stack([distances for _, distances, _ in nearest]),
+        np.stack([weights for _, _, weights in nearest]),
         scores,
         tuple(new.num_experts),
         PlanModel.of_recording(new.metadata, tuple(new.num_experts)),

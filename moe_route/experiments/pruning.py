@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from moe_route.routed import RoutedModel
     from moe_route.runs.language_model import LanguageModel
 
-__all__ = ["CannotExportError", "PruningCurve", "export_pruned", "pruning_curve"]
-
 
 # Names under which configurations hold the number of experts.
 _SIZES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")

@@ -22,8 +22,6 @@ from moe_route.steering import Plan
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["CONFIDENCE", "Regret", "regret"]
-
 CONFIDENCE = (0.25, 0.5, 0.75)
 ROUNDING = 1e-5  # nats; smaller gains may come from the order of float32 sums
 _MEASURES = ("regret", "by_chance", "excess", "held_out", "random", "gains")

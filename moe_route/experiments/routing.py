@@ -20,8 +20,6 @@ from moe_route.routed import RoutedModel
 from moe_route.runs.language_model import LanguageModel
 from moe_route.steering import LearnedRouting
 
-__all__ = ["learn_routing", "router_weights"]
-
 
 def router_weights(routed: RoutedModel) -> list[np.ndarray]:
     """The gate matrix of every router, float64 [E, H], in forward order; for ``analysis.geometry``.

@@ -20,8 +20,6 @@ from moe_route.steering import Plan, PlanError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["StrengthSweep", "strength_sweep"]
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class StrengthSweep(ShownAsTables):

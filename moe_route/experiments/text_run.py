@@ -22,8 +22,6 @@ from moe_route.runs.record import record_texts
 from moe_route.steering import Plan, PlanError
 from moe_route.steering.layers import as_layers
 
-__all__ = ["NaturalRun", "TextRun", "token_losses"]
-
 
 @dataclass(frozen=True, eq=False)
 class NaturalRun:

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from moe_route.recording import Recorder
 
-__all__ = ["ROUTES", "Transplant", "record_trace", "transplant"]
-
 ROUTES = ("own", "pooled", "choice", "other", "scores")
 ALL = "all"
 

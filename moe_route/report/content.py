@@ -1,4 +1,4 @@
-"""The content of a report: everything the page shows, as JSON."""
+"""The content of a report: what it is made from, read from files, and everything that the page shows, as JSON."""
 
 from __future__ import annotations
 
@@ -26,22 +26,12 @@ from moe_route.report.result_tables import TABLES_FILE, ResultTable, is_results,
 from moe_route.report.token_view import Pieces, chosen_sequences, pieces_by_id, pieces_of, token_view
 from moe_route.steering import ExpertSelection, Plan
 
-__all__ = [
-    "Inputs",
-    "MIN_GROUPS",
-    "balance_of",
-    "content_of",
-    "correlation_with",
-    "divergence_from",
-    "facts_of",
-    "frequencies_of",
-    "read",
-    "weighting",
-]
+logger = logging.getLogger(__name__)
 
-
-# What a report is made from: recordings, traces, selections, plans, scores and tables of results.
-
+_LEVEL = 0.95
+_MIN_GROUPS = 4  # fewer scores give a correlation of no meaning
+_DEFAULT_REFERENCE = "eng_Latn"
+_TRACE_BYTES = 1_200_000  # of all traces together
 _LOADERS: dict[str, tuple[str, Any]] = {
     "statistics": ("recordings", RoutingStatistics.load),
     "trace": ("traces", Trace.load),
@@ -81,15 +71,15 @@ def read(paths: Iterable[str | os.PathLike[str]]) -> Inputs:
     Each thing gets the name of its file without suffix. Raises ``files.FileRefusedError`` for a damaged file, and
     ``ValueError`` for one that a report cannot show.
     """
-    found: dict[str, dict[str, Any]] = {name: {} for name in ("recordings", "traces", "selections", "plans", "scores")}
+    named: dict[str, dict[str, Any]] = {name: {} for name in ("recordings", "traces", "selections", "plans", "scores")}
     results: list[ResultTable] = []
     for path in map(Path, paths):
         where, thing = _read(path)
         if where == "results":
             results.extend(thing)
         else:
-            found[where][_free_name(path, found[where])] = thing
-    return Inputs(**found, results=tuple(results))
+            named[where][_free_name(path, named[where])] = thing
+    return Inputs(**named, results=tuple(results))
 
 
 def _read(path: Path) -> tuple[str, Any]:
@@ -122,12 +112,12 @@ def _read(path: Path) -> tuple[str, Any]:
 
 def _scores(path: Path) -> dict[str, float]:
     try:
-        found = read_scores(path)
+        scores = read_scores(path)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is neither results nor a score per group ({error}): leave it out") from error
-    if not found:
+    if not scores:
         raise ValueError(f"{path} holds no score: write a group, a tab and a score per line")
-    return found
+    return scores
 
 
 def _free_name(path: Path, taken: Mapping[str, Any]) -> str:
@@ -138,10 +128,7 @@ def _free_name(path: Path, taken: Mapping[str, Any]) -> str:
     raise ValueError(f"too many files are named {path.stem}: rename some")
 
 
-# What was counted, and how often each expert was chosen: the part of a report that every recording has.
-
-
-def facts_of(statistics: RoutingStatistics) -> dict[str, Any]:
+def _facts(statistics: RoutingStatistics) -> dict[str, Any]:
     """Model, versions, groups with tokens and sequences, what was left out, and the conservation of slots."""
     metadata = statistics.metadata
     tokens, sequences = statistics.tokens(), statistics.sequences()
@@ -173,16 +160,16 @@ def facts_of(statistics: RoutingStatistics) -> dict[str, Any]:
     }
 
 
-def weighting(statistics: RoutingStatistics) -> str:
+def _weighting(statistics: RoutingStatistics) -> str:
     """ "sequence" where sequences were counted, else "token"."""
     return "sequence" if statistics.sequences().any() else "token"
 
 
-def frequencies_of(statistics: RoutingStatistics) -> dict[str, Any] | None:
+def _frequencies(statistics: RoutingStatistics) -> dict[str, Any] | None:
     """How often a token chooses each expert, [group, layer, expert], packed; None without counts."""
     if "counts" not in statistics.metrics:
         return None
-    by = weighting(statistics)
+    by = _weighting(statistics)
     values = statistics.frequency(by=by)  # type: ignore[arg-type]
     beyond = np.arange(values.shape[2]) >= np.asarray(statistics.num_experts)[:, None]
     return {"by": by, "values": packed_numbers(np.where(beyond, np.nan, values))}
@@ -192,43 +179,37 @@ def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-# Measures by layer for the figures of a report: divergence, its correlation with scores, load and entropy.
-
-LEVEL = 0.95
-MIN_GROUPS = 4  # fewer scores give a correlation of no meaning
-
-
-def divergence_from(statistics: RoutingStatistics, reference: str) -> tuple[Divergence, dict[str, Any]]:
+def _divergence(statistics: RoutingStatistics, reference: str) -> tuple[Divergence, dict[str, Any]]:
     """Divergence of all groups from the reference: paired, with floor and intervals, where sequences were kept."""
-    found = analysis.divergence(statistics, reference, pairing="auto", by=weighting(statistics))
-    paired = found.pair_values is not None and found.pairs > 1
-    low, high = found.interval(LEVEL) if paired else (None, None)
-    return found, {
-        "reference": found.reference,
-        "groups": list(found.groups),
-        "measure": found.measure,
-        "pairing": found.pairing,
-        "pairs": found.pairs,
-        "level": LEVEL,
-        "values": rounded(found.values),
+    diverging = analysis.divergence(statistics, reference, pairing="auto", by=_weighting(statistics))
+    paired = diverging.pair_values is not None and diverging.pairs > 1
+    low, high = diverging.interval(_LEVEL) if paired else (None, None)
+    return diverging, {
+        "reference": diverging.reference,
+        "groups": list(diverging.groups),
+        "measure": diverging.measure,
+        "pairing": diverging.pairing,
+        "pairs": diverging.pairs,
+        "level": _LEVEL,
+        "values": rounded(diverging.values),
         "low": rounded(low),
         "high": rounded(high),
-        "floor": rounded(found.expected_floor) if paired else None,
-        "undefined": int(found.undefined.sum()),
+        "floor": rounded(diverging.expected_floor) if paired else None,
+        "undefined": int(diverging.undefined.sum()),
     }
 
 
-def correlation_with(found: Divergence, scores: Mapping[str, float]) -> dict[str, Any] | None:
+def _correlation(diverging: Divergence, scores: Mapping[str, float]) -> dict[str, Any] | None:
     """Correlation by layer of divergence with scores over the groups that have one; None with too few groups."""
-    groups = [group for group in found.groups if group in scores]
-    if len(groups) < MIN_GROUPS:
+    groups = [group for group in diverging.groups if group in scores]
+    if len(groups) < _MIN_GROUPS:
         return None
-    result = analysis.correlation(found, scores, groups=groups)
-    low, high = result.interval(LEVEL) if found.pair_values is not None else (None, None)
+    result = analysis.correlation(diverging, scores, groups=groups)
+    low, high = result.interval(_LEVEL) if diverging.pair_values is not None else (None, None)
     return {
         "groups": groups,
-        "reference": found.reference,
-        "level": LEVEL,
+        "reference": diverging.reference,
+        "level": _LEVEL,
         "orders": result.orders,
         "pearson": rounded(result.pearson),
         "spearman": rounded(result.spearman),
@@ -240,7 +221,7 @@ def correlation_with(found: Divergence, scores: Mapping[str, float]) -> dict[str
     }
 
 
-def balance_of(statistics: RoutingStatistics) -> dict[str, Any]:
+def _balance(statistics: RoutingStatistics) -> dict[str, Any]:
     """Load over experts and entropy of the router, [group, layer] each; only measures that were recorded."""
     measures: dict[str, dict[str, Any]] = {}
     if "counts" in statistics.metrics:
@@ -256,12 +237,6 @@ def balance_of(statistics: RoutingStatistics) -> dict[str, Any]:
         sequence = statistics.entropy("sequence") / np.log(np.maximum(statistics.num_experts, 2))
         measures["Entropy of the mean over a sequence / log E"] = {"values": rounded(sequence)}
     return {"groups": list(statistics.groups), "measures": measures}
-
-
-logger = logging.getLogger(__name__)
-
-_DEFAULT_REFERENCE = "eng_Latn"
-_TRACE_BYTES = 1_200_000  # of all traces together
 
 
 def content_of(
@@ -305,22 +280,22 @@ def _recording(
     seen = given.tokens().max(axis=1, initial=0) > 0
     statistics = given.select(groups=[name for name, some in zip(given.groups, seen, strict=True) if some])
     content: dict[str, Any] = {
-        "facts": facts_of(given),
+        "facts": _facts(given),
         "groups": list(statistics.groups),
-        "frequency": frequencies_of(statistics) if statistics.groups else None,
-        "balance": balance_of(statistics) if statistics.groups else None,
+        "frequency": _frequencies(statistics) if statistics.groups else None,
+        "balance": _balance(statistics) if statistics.groups else None,
         "divergence": None,
         "correlations": [],
     }
     base = _reference(statistics, reference)
     content["reference"] = base
     if base is not None and len(statistics.groups) > 1:
-        found, content["divergence"] = divergence_from(statistics, base)
-        correlations = {name: correlation_with(found, of) for name, of in scores.items()}
+        diverging, content["divergence"] = _divergence(statistics, base)
+        correlations = {name: _correlation(diverging, of) for name, of in scores.items()}
         content["correlations"] = [{"name": name, **of} for name, of in correlations.items() if of is not None]
         for name in (name for name, of in correlations.items() if of is None):
             logger.warning(
-                "scores %s: too few of the groups of a recording have one, a correlation needs %d", name, MIN_GROUPS
+                "scores %s: too few of the groups of a recording have one, a correlation needs %d", name, _MIN_GROUPS
             )
     return content
 
@@ -335,7 +310,7 @@ def _reference(statistics: RoutingStatistics, wanted: str | None) -> str | None:
 def _marks(inputs: Inputs) -> list[dict[str, Any]]:
     """Sets of experts to mark: of selections, and those that plans name."""
     sizes = next((of.num_experts for of in inputs.recordings.values()), ())
-    marks = [_mark(name, "selection", found) for name, found in inputs.selections.items()]
+    marks = [_mark(name, "selection", selection) for name, selection in inputs.selections.items()]
     every = {layer: range(size) for layer, size in enumerate(sizes)}
     for name, plan in inputs.plans.items():
         experts = every or {layer: range(size) for layer, size in enumerate(plan.model.num_experts or ())}
@@ -365,12 +340,12 @@ def _traces(inputs: Inputs, pieces: Pieces) -> list[dict[str, Any]]:
 def _styles(inputs: Inputs) -> dict[str, dict[str, Any]]:
     """Color and dashes of each group, the same as in the figures of ``plots``."""
     groups = dict.fromkeys(group for of in inputs.recordings.values() for group in of.groups)
-    found: dict[str, dict[str, Any]] = {}
+    of_group: dict[str, dict[str, Any]] = {}
     for group, style in plots.styles(groups).items():
         dashes = () if style["linestyle"] == "-" else style["linestyle"][1]
         width = style["linewidth"]
-        found[group] = {"color": style["color"], "dash": " ".join(f"{width * d:g}" for d in dashes) or None}
-    return found
+        of_group[group] = {"color": style["color"], "dash": " ".join(f"{width * d:g}" for d in dashes) or None}
+    return of_group
 
 
 def _model_name(inputs: Inputs) -> str:
@@ -382,11 +357,11 @@ def _model_name(inputs: Inputs) -> str:
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
     """Collect the warnings of this library, which the report repeats; they are logged and shown as well."""
-    found: list[str] = []
+    collected: list[str] = []
 
     class Collect(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            found.append(record.getMessage())
+            collected.append(record.getMessage())
 
     handler = Collect(logging.WARNING)
     log = logging.getLogger("moe_route")
@@ -394,9 +369,9 @@ def _warnings() -> Iterator[list[str]]:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            yield found
+            yield collected
     finally:
         log.removeHandler(handler)
-    found.extend(str(one.message) for one in caught if issubclass(one.category, UserWarning))
+    collected.extend(str(one.message) for one in caught if issubclass(one.category, UserWarning))
     for one in caught:
         warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)

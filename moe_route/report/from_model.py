@@ -13,8 +13,6 @@ from moe_route.runs.language_model import LanguageModel
 from moe_route.runs.record import record_texts
 from moe_route.steering import Plan
 
-__all__ = ["record_inputs"]
-
 
 def record_inputs(
     language_model: LanguageModel,

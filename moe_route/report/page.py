@@ -1,4 +1,7 @@
-"""The page of a report: one HTML file with its style, its script and its data."""
+"""The page of a report: one HTML file with its style, its script, and its data as compact JSON.
+
+Arrays are unsigned integers in base64, which the page unpacks in a line.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,8 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["packed_bytes", "packed_integers", "packed_numbers", "page_of", "rounded", "safe_json"]
-
-
-# Arrays as compact JSON: unsigned integers in base64, which a page unpacks in a line.
-
 _MISSING = 65535  # the code of NaN
+_SCRIPTS = ("page.js", "chart.js", "by_layer.js", "experts.js", "tokens.js", "start.js")
 
 
 def packed_numbers(values: np.ndarray) -> dict[str, Any]:
@@ -58,9 +57,6 @@ def rounded(values: np.ndarray | None, digits: int = 5) -> Any:
 
 def _base64(codes: np.ndarray, dtype: str) -> str:
     return base64.b64encode(np.ascontiguousarray(codes, dtype=dtype).tobytes()).decode()
-
-
-_SCRIPTS = ("page.js", "chart.js", "by_layer.js", "experts.js", "tokens.js", "start.js")
 
 
 def page_of(content: Mapping[str, Any]) -> str:

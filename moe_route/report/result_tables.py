@@ -21,8 +21,6 @@ from typing import Any
 
 from moe_route.analysis.result import plain
 
-__all__ = ["TABLES_FILE", "ResultTable", "is_results", "read_results"]
-
 TABLES_FILE = "tables.json"
 _EFFECT = {"label": "language", "value": "change", "low": "low", "high": "high"}
 

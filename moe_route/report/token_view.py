@@ -1,4 +1,7 @@
-"""Texts with the experts of each token, for a report."""
+"""Texts with the experts of each token, and the texts of tokens as a reader sees them, for a report.
+
+A character may take several tokens, which then share its text.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,7 @@ from moe_route.calls.call import PHASES
 from moe_route.recording import Trace
 from moe_route.report.page import packed_bytes, packed_integers
 
-__all__ = ["Piece", "Pieces", "chosen_sequences", "pieces_by_id", "pieces_of", "token_view"]
-
-
-# Texts of tokens as a reader sees them, also where one character takes several tokens.
+logger = logging.getLogger(__name__)
 
 Piece = tuple[str, int, int]  # text, number of this part from 1, number of parts (1 for a token of whole characters)
 Pieces = Callable[[Sequence[int]], list[Piece]]
@@ -47,24 +47,21 @@ def pieces_of(tokenizer: Any) -> Pieces:
         return after[len(before) :] if after.startswith(before) else decode(ids[start:end])
 
     def pieces(ids: Sequence[int]) -> list[Piece]:
-        found: list[Piece] = []
+        made: list[Piece] = []
         start = 0
         while start < len(ids):
             if ids[start] < 0:  # the model was called with embeddings
-                found.append(("? ", 1, 1))
+                made.append(("? ", 1, 1))
                 start += 1
                 continue
             ends = range(start + 1, min(start + _LONGEST, len(ids)) + 1)
             end = next((end for end in ends if not added(ids, start, end).endswith(_BROKEN)), start + 1)
             text = added(ids, start, end)
-            found.extend((text, part + 1, end - start) for part in range(end - start))
+            made.extend((text, part + 1, end - start) for part in range(end - start))
             start = end
-        return found
+        return made
 
     return pieces
-
-
-logger = logging.getLogger(__name__)
 
 
 def token_view(trace: Trace, pieces: Pieces, sequences: Sequence[int]) -> dict[str, Any]:
@@ -129,15 +126,15 @@ def _rows(trace: Trace, number: int) -> np.ndarray:
 
 def _text(trace: Trace, number: int, rows: np.ndarray, pieces: Pieces) -> dict[str, Any]:
     ids = trace.token[rows].tolist()
-    found = pieces(ids)
+    made = pieces(ids)
     generated = trace.phase[rows] == PHASES.index("decode")
     item = trace.items[number]
     positions = trace.position[rows].tolist()
     return {
         "group": trace.groups[int(trace.group[rows[0]])],
         "item": str(number if item is None else item),
-        "pieces": [text for text, _, _ in found],
-        "parts": [[i, part, of] for i, (_, part, of) in enumerate(found) if of > 1],
+        "pieces": [text for text, _, _ in made],
+        "parts": [[i, part, of] for i, (_, part, of) in enumerate(made) if of > 1],
         "ids": ids,
         "positions": None if positions == list(range(len(ids))) else positions,
         "prompt": int(np.argmax(generated)) if generated.any() else len(ids),

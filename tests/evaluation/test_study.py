@@ -1,0 +1,111 @@
+"""Studies: the shipped ones, and errors that name the key and the fix."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moe_route.analysis.recipes import RECIPES
+from moe_route.evaluation import StudyError, parse_assignment, read_study, shipped_studies
+
+PUBLISHED = [name for name in shipped_studies() if name != "demo"]
+
+
+def test_there_is_a_recipe_for_each_model_and_task_of_the_paper():
+    assert set(PUBLISHED) == {
+        f"{model}-{task}" for model in ("qwen3-30b-a3b", "phi-3.5-moe", "gpt-oss-20b") for task in ("mgsm", "medical")
+    }
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shipped_recipes_are_the_published_settings(name: str):
+    study, published = read_study(name), RECIPES[_published_name(name)]
+    assert study.model.id == published.model
+    assert study.find.tau == published.threshold
+    assert study.steer.layers == (published.first, published.last)
+    assert study.steer.kind == published.kind
+    assert published.strength in (None, study.steer.strength)
+    assert study.controls.random == study.controls.random_per_token == 5
+    assert study.find.tau in study.sweep.tau
+    assert study.model.dequantize == (study.model.id == "openai/gpt-oss-20b")
+    json.dumps(study.to_dict())
+
+
+def _published_name(name: str) -> str:
+    model, _, task = name.rpartition("-")
+    return f"paper/{model}/{'medicine' if task == 'medical' else task}"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_model_on_the_hub_must_be_pinned(name: str):
+    with pytest.raises(StudyError, match=r"model\.revision is missing.*--set model\.revision"):
+        read_study(name).model.check_pinned()
+    read_study(name, {"model.revision": "0" * 40}).model.check_pinned()
+    with pytest.raises(StudyError, match="no commit hash"):
+        read_study(name, {"model.revision": "main"})
+
+
+def test_the_shipped_model_has_no_revision():
+    with pytest.raises(StudyError, match="leave it out"):
+        read_study("demo", {"model.revision": "0" * 40}).model.check_pinned()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("steer.strenght", 1.0, "no key steer.strenght: did you mean strength"),
+        ("steer.kind", "harder", "steer.kind is 'harder': choose 'soft' or 'hard'"),
+        ("steer.layers", [5], r"steer.layers is \[5\]: give a list"),
+        ("steer.layers", [5, 2], "counted upwards from 0"),
+        ("steer.layer_base", True, "steer.layer_base is True"),
+        ("steer.strength", "strong", "steer.strength is 'strong': give a number"),
+        ("steer.strength", float("nan"), "steer: strength is nan"),
+        ("sweep.strength", [0.5, float("inf")], "sweep: strength is inf"),
+        ("sweep.tau", [0.3, float("nan")], "sweep: tau is"),
+        ("seeds.random", -5, "seeds: random and bootstrap are seeds"),
+        ("find.top", 0, "find: top is 0"),
+        ("find.tau", [], "find: tau is empty"),
+        ("find.tau", 40, "find: tau is 40"),
+        ("tasks", {}, r"add a table \[tasks.NAME\]"),
+        ("tasks.sums.limit", 0, "tasks.sums: skip must be 0 or more, and limit 1"),
+        ("tasks.sums.format", "mgsm", "tasks.sums: path is missing"),
+        ("tasks.sums.path", "x", "leave path out"),
+        ("controls.run", ["nothing"], "there is no control 'nothing'"),
+        ("sweep.task", "other", "sweep.task is 'other': there are sums, written"),
+        ("chat.enable_thinking", False, "set template = true"),
+        ("model", {}, r"the study lacks model.id: add it \(a text\)"),
+        ("corpora.general.format", "flores", "corpora.general: path is missing"),
+    ],
+)
+def test_errors_name_the_key_and_the_fix(key: str, value: object, words: str):
+    with pytest.raises(StudyError, match=words):
+        read_study("demo", {key: value})
+
+
+def test_special_tokens_of_a_template_do_not_come_twice():
+    with pytest.raises(StudyError, match="would come twice"):
+        read_study("demo", {"chat.template": True})
+
+
+def test_other_names_and_files_are_refused(tmp_path: Path):
+    with pytest.raises(StudyError, match=r"there is no study 'dmeo'.*demo"):
+        read_study("dmeo")
+    (tmp_path / "broken.toml").write_text("title = ", encoding="utf-8")
+    with pytest.raises(StudyError, match="is no TOML file"):
+        read_study(tmp_path / "broken.toml")
+
+
+def test_assignments():
+    assert parse_assignment("steer.strength=1.5") == ("steer.strength", 1.5)
+    assert parse_assignment("steer.layers=[1, 2]") == ("steer.layers", [1, 2])
+    assert parse_assignment("model.id=some/folder") == ("model.id", "some/folder")
+    with pytest.raises(StudyError, match="KEY=VALUE"):
+        parse_assignment("steer.strength")
+    with pytest.raises(StudyError, match="title is a value"):
+        read_study("demo", {"title.x": 1})
+
+
+def test_whole_numbers_are_numbers():
+    assert read_study("demo", {"steer.strength": 1}).steer.strength == 1.0
