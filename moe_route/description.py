@@ -125,13 +125,13 @@ def describe(model: nn.Module) -> Description:
 
 EXTRAS: dict[str, dict[str, str]] = {
     "hf": {"transformers": "transformers", "accelerate": "accelerate"},
-    "analysis": {"pandas": "pandas", "pyarrow": "pyarrow", "scipy": "scipy"},
+    "analysis": {"pandas": "pandas", "pyarrow": "pyarrow"},
     "plot": {"matplotlib": "matplotlib"},
     "eval": {"lm_eval": "lm-eval"},
 }
 """Extra -> importable module -> the distribution that contains it."""
 
-_REQUIRED = ("torch", "numpy", "safetensors", "tqdm")
+_REQUIRED = ("torch", "numpy", "scipy", "safetensors", "tqdm")
 _CPUINFO = Path("/proc/cpuinfo")
 _FLAGS = {
     "avx2": ("avx2", "fma", "f16c"),

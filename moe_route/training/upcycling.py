@@ -94,7 +94,7 @@ def upcycle(
     if experts_from is not None and len(experts_from) != num_experts:
         raise UpcyclingError(f"experts_from has {len(experts_from)} models for {num_experts} experts")
     first = blocks[chosen[0]]
-    recipe = UpcycledShape(
+    shape = UpcycledShape(
         layers=tuple(chosen),
         stack=first.stack,
         block=first.inner_name,
@@ -113,15 +113,15 @@ def upcycle(
     sources = [dense_blocks(each, stack) for each in experts_from or ()]
     sparse = copy.deepcopy(model)
     if experts_from is not None:
-        _average(sparse, experts_from, set(recipe.names))
+        _average(sparse, experts_from, set(shape.names))
     made = {}
     for layer in chosen:
         of_expert = [source[layer] for source in sources] or [blocks[layer]] * num_experts
-        made[blocks[layer].name] = _sparse_block(of_expert, recipe, router_std, noise, generator)
-    recipe.install(sparse, made)
-    recipe.write(sparse)
+        made[blocks[layer].name] = _sparse_block(of_expert, shape, router_std, noise, generator)
+    shape.install(sparse, made)
+    shape.write(sparse)
     if stock_class is not False:
-        held = stock.converted(sparse, recipe)
+        held = stock.converted(sparse, shape)
         if isinstance(held, nn.Module):
             sparse = held
         elif stock_class:
@@ -139,12 +139,12 @@ def family_plan(model: nn.Module, families: Mapping[str, str | int] | None = Non
     Raises `UpcyclingError` if the model keeps no families and none are given, or for more families than experts.
     """
     if families is None:
-        recipe = UpcycledShape.read(getattr(model, "config", None))
-        if recipe is None:
+        shape = UpcycledShape.read(getattr(model, "config", None))
+        if shape is None:
             raise UpcyclingError(
                 "the model's configuration keeps no families: it was not upcycled here; give families="
             )
-        families = recipe.families
+        families = shape.families
     experts = _numbered(families)
     routers = find_routers(model)
     smallest = min(router.num_experts for router in routers)
@@ -210,10 +210,10 @@ def _average(sparse: nn.Module, models: Sequence[nn.Module], experts: set[str]) 
 
 
 def _sparse_block(
-    of_expert: Sequence[DenseBlock], recipe: UpcycledShape, router_std: float, noise: float, generator: torch.Generator
+    of_expert: Sequence[DenseBlock], shape: UpcycledShape, router_std: float, noise: float, generator: torch.Generator
 ) -> SparseMoE:
     first = of_expert[0]
-    block = recipe.sparse_block(first.down.dtype, first.down.device)
+    block = shape.sparse_block(first.down.dtype, first.down.device)
     with torch.no_grad():
         weight = block.router.weight
         weight.copy_(torch.randn(weight.shape, generator=generator) * router_std)
@@ -248,10 +248,10 @@ def with_sparse_blocks(model: nn.Module) -> nn.Module:
 
     Other models, and those of a stock class, are returned as they are. `model` itself is changed and returned.
     """
-    recipe = UpcycledShape.read(getattr(model, "config", None))
-    if recipe is not None and not recipe.stock_class:
+    shape = UpcycledShape.read(getattr(model, "config", None))
+    if shape is not None and not shape.stock_class:
         parameter = next(model.parameters())
-        recipe.install(model, {name: recipe.sparse_block(parameter.dtype, parameter.device) for name in recipe.names})
+        shape.install(model, {name: shape.sparse_block(parameter.dtype, parameter.device) for name in shape.names})
     return model
 
 
@@ -273,8 +273,8 @@ def load_upcycled(folder: str | os.PathLike[str], **options: Any) -> nn.Module:
         raise ImportError("loading an upcycled model needs transformers: pip install 'moe-route[hf]'") from error
     of_config = {name: options[name] for name in _OF_CONFIG if name in options}
     config = transformers.AutoConfig.from_pretrained(folder, **of_config)
-    recipe = UpcycledShape.read(config)
-    if recipe is None:
+    shape = UpcycledShape.read(config)
+    if shape is None:
         raise UpcyclingError(
             f"{os.fspath(folder)} is no upcycled model: load it by AutoModelForCausalLM.from_pretrained"
         )
@@ -282,7 +282,7 @@ def load_upcycled(folder: str | os.PathLike[str], **options: Any) -> nn.Module:
     kind = getattr(transformers, name, None)
     if kind is None:
         raise UpcyclingError(f"this transformers {transformers.__version__} has no class {name}: install a newer one")
-    loading = kind if recipe.stock_class else _sparse(kind)
+    loading = kind if shape.stock_class else _sparse(kind)
     model = loading.from_pretrained(folder, **options)
     model.__class__ = kind
     return model
