@@ -329,9 +329,7 @@ class Alignment(Result):
 
     def of(self, group: str) -> np.ndarray:
         """Values of one group, float64 [L]."""
-        if group not in self.groups:
-            raise AnalysisError(f"no group {group!r}: there are {', '.join(self.groups)}")
-        row: np.ndarray = self.values[self.groups.index(group)]
+        row: np.ndarray = self.values[self.place_of(group)]
         return row
 
     def summary(self, how: Summary = "mean", layers: Sequence[int] | None = None) -> np.ndarray:

@@ -221,7 +221,7 @@ class Transitions(Result):
             "  of that by chance": self.chance,
         }
         title = f"From layer l to layer l + 1 (nats), {_of(self.groups)}"
-        shown = by_depth(list(rows), np.stack(list(rows.values())), title=title)
+        shown = by_depth(rows, title=title)
         return [shown, _pairs_table(self.strongest(), "P(next | expert)", "most certain transitions")]
 
 

@@ -294,11 +294,11 @@ def _above_threshold(
     """
     kept = in_layers(len(delta), layers)
     if not (chosen & kept).any():
-        most = np.max(np.nan_to_num(bar, nan=-np.inf), where=kept, initial=-np.inf)
-        text += f": none, the largest difference is {most:.3g}"
+        most = float(np.max(np.nan_to_num(bar, nan=-np.inf), where=kept, initial=-np.inf))
+        text += f": none, the largest difference is {most:.3g}" if np.isfinite(most) else ": none, no token was seen"
         if most > 0:
-            step = 10.0 ** (np.floor(np.log10(most)) - 1)
-            text += f", so try threshold {(np.ceil(most / step) - 1) * step:.2g} (--threshold)"
+            below = float(f"{most * 0.995:.2g}")  # of two digits
+            text += f", so try threshold {below if below < most else most * 0.9:.2g} (--threshold)"
     return selection(chosen & kept, delta, statistics, threshold=threshold, description=text)
 
 

@@ -227,7 +227,7 @@ class Committee(Result):
             "share of the committee": self.share.mean(0),
         }
         title = f"experts among the {top} most used of each of {len(self.groups)} groups: {len(self.experts)}"
-        return [by_depth(list(rows), np.stack(list(rows.values())), title=title, note="shares, Gini: mean over groups")]
+        return [by_depth(rows, title=title, note="shares, Gini: mean over groups")]
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}\n{self.experts!r}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_origin
 
 import numpy as np
 
+from moe_route.analysis.inputs import AnalysisError
 from moe_route.analysis.measures import ratio
 from moe_route.base.table import ShownAsTables, Table, data_frame
 from moe_route.steering.layers import show_numbers
@@ -35,10 +36,18 @@ class Result(ShownAsTables):
 
     _hidden: ClassVar[tuple[str, ...]] = ()
     _derived: ClassVar[tuple[str, ...]] = ()
+    if TYPE_CHECKING:
+        groups: tuple[str, ...]  # of most results
 
     def __init_subclass__(cls, *, hidden: Sequence[str] = (), derived: Sequence[str] = (), **others: Any) -> None:
         super().__init_subclass__(**others)
         cls._hidden, cls._derived = (*cls._hidden, *hidden), (*cls._derived, *derived)
+
+    def place_of(self, group: str) -> int:
+        """Index of a group along the axis of groups; raises ``AnalysisError`` that lists the groups."""
+        if group not in self.groups:
+            raise AnalysisError(f"no group {group!r}: there are {', '.join(self.groups)}")
+        return self.groups.index(group)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content by the names of the attributes (NaN as None)."""
@@ -111,8 +120,8 @@ def plain(values: Any) -> Any:
 
 
 def by_depth(
-    rows: Sequence[str],
-    values: np.ndarray,
+    rows: Sequence[str] | Mapping[str, np.ndarray],
+    values: np.ndarray | None = None,
     *,
     layers: Sequence[int] | None = None,
     title: str = "",
@@ -122,9 +131,13 @@ def by_depth(
 ) -> Table:
     """A table of values [row, layer], with a column per layer, or per run of layers (their mean) if there are many.
 
+    Without ``values``, ``rows`` holds the values [layer] of each row by its name.
     ``layers`` are the numbers of the layers, by default counted from 0. ``before`` and ``after`` are further columns by
     name, with a value per row.
     """
+    if values is None:
+        assert isinstance(rows, Mapping)
+        values = np.stack(list(rows.values()))
     numbers = np.arange(values.shape[1]) if layers is None else np.asarray(layers)
     parts = np.array_split(np.arange(values.shape[1]), min(values.shape[1], _COLUMNS))
     columns = {show_numbers(numbers[part].tolist()): mean_of_seen(values[:, part], 1)[0].tolist() for part in parts}

@@ -101,9 +101,7 @@ class Similarity(Result, hidden=("by_chance",), derived=("chance",)):
 
     def ranking(self, reference: str, layers: Sequence[int] | int | None = None) -> dict[str, float]:
         """The other groups by their similarity with one, the most similar first [arXiv 2404.11553]."""
-        if reference not in self.groups:
-            raise AnalysisError(f"no group {reference!r}: there are {', '.join(self.groups)}")
-        row = self.mean(layers)[self.groups.index(reference)]
+        row = self.mean(layers)[self.place_of(reference)]
         row_of = {group: float(value) for group, value in zip(self.groups, row, strict=True) if group != reference}
         return dict(sorted(row_of.items(), key=lambda pair: -np.nan_to_num(pair[1], nan=-np.inf)))
 

@@ -197,7 +197,7 @@ class Vocabulary(Result, hidden=("top", "names")):
         title = f"Vocabulary specialization, {name}: {self.ids} ids of {self.tokens} tokens"
         note = f"ids with {self.min_tokens} tokens or more; shuffled: ids shuffled over the tokens"
         rows = {"specialization": self.by_layer, "shuffled": self.chance}
-        shown = by_depth(list(rows), np.stack(list(rows.values())), layers=self.layers, title=title, note=note)
+        shown = by_depth(rows, layers=self.layers, title=title, note=note)
         order = np.argsort(-np.nan_to_num(self.by_expert), axis=None, kind="stable")[:_SHOWN]
         places = np.argwhere(np.ones(self.by_expert.shape, bool))[order].tolist()
         experts = [
@@ -491,7 +491,7 @@ class LocalConsistency(Result):
     def tables(self) -> list[Table]:
         title = f"Segment routing best performance, segments of {self.segment} tokens"
         rows = {"SRP": self.values, "size ratio": self.size_ratio}
-        return [by_depth(list(rows), np.stack(list(rows.values())), layers=self.layers, title=title)]
+        return [by_depth(rows, layers=self.layers, title=title)]
 
 
 def local_consistency(

@@ -66,10 +66,7 @@ class UShape(Result):
 
         The same items are drawn for both groups. Needs paired divergence.
         """
-        for name in (group, other):
-            if name not in self.groups:
-                raise AnalysisError(f"no group {name!r}: there are {', '.join(self.groups)}")
-        first, second = self.groups.index(group), self.groups.index(other)
+        first, second = self.place_of(group), self.place_of(other)
         resampled = self._resampled()
         drawn = resampled[:, first] - resampled[:, second]
         return Difference.of(float(self.depth[first] - self.depth[second]), drawn, self.pairs)

@@ -8,8 +8,8 @@ marker in all figures (:func:`styles`). Lines have their labels at their ends, o
 
 from moe_route.plots.by_layer import alignment, by_script, consistency, correlation, divergence, entropy, load_balance
 from moe_route.plots.expert_flows import expert_flow
-from moe_route.plots.expert_maps import heat_map, heat_maps, pairs
-from moe_route.plots.expert_numbers import expert_counts, sweep, sweep_overlap, weight_change
+from moe_route.plots.expert_maps import heat_map, heat_maps, pairs, weight_change
+from moe_route.plots.expert_numbers import expert_counts, sweep, sweep_overlap
 from moe_route.plots.frame import Lines, save, style, styles
 from moe_route.plots.group_pairs import divergence_matrix, overlap, similarity, tree
 from moe_route.plots.steering_effects import steering_table, strengths

@@ -1,4 +1,4 @@
-"""Experts by layer as heat maps, and pairs of experts."""
+"""Experts by layer as heat maps: how often they are chosen, how far fine-tuning moved them; and pairs of experts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_route.analysis import Coactivation, Transitions
+from moe_route.merging import Difference
 from moe_route.plots import frame
 from moe_route.steering import ExpertSelection
 
@@ -62,15 +63,11 @@ def heat_map(
     shown = np.full_like(values, np.nan)
     np.put_along_axis(shown, rows, values, axis=1)
     image = _show(ax, shown, name, limit, colorbar, upper=ranked)
-    ax.set_xlabel("MoE layer")
-    ax.set_ylabel("experts of a layer, by rank" if ranked else "expert")
-    frame.whole_ticks(ax.xaxis)
-    frame.whole_ticks(ax.yaxis)
     image.set_gid("experts")
     named = (10 if top is None else top) if ranked else 0
     note = f"above: numbers of the {named} experts with the largest values" if named else None
     marks = None if selected is None or not colorbar else f"circles: {len(selected)} selected experts"
-    frame.titled(ax, title, marks, note)
+    frame.map_axes(ax, "MoE layer", "experts of a layer, by rank" if ranked else "expert", title, marks, note)
     if named:
         _name_top(ax, values, named)
     if selected is not None:
@@ -140,12 +137,24 @@ def pairs(pairs: Coactivation | Transitions, layer: int, *, ax: Axes | None = No
         raise ValueError("there is nothing to draw: no token of these groups was counted in this layer")
     ax.set_facecolor(frame.GRID)
     image = ax.imshow(shown, origin="lower", interpolation="nearest", cmap="Blues", vmin=0.0)
-    ax.set_ylabel(f"expert of layer {layer}")
-    ax.set_xlabel(f"expert of layer {layer + after}")
-    frame.whole_ticks(ax.xaxis)
-    frame.whole_ticks(ax.yaxis)
-    frame.titled(ax, title)
+    frame.map_axes(ax, f"expert of layer {layer + after}", f"expert of layer {layer}", title)
     frame.color_bar(image, ax, "share of the row's tokens")
+    return ax
+
+
+def weight_change(difference: Difference, *, ax: Axes | None = None, title: str | None = None) -> Axes:
+    """Draw how far fine-tuning moved each expert of each layer, in percent of the size of its weights.
+
+    Args:
+        difference: the result of ``merging.difference``.
+        title: title above the axes; none by default.
+
+    Raises ``ValueError`` for a model without experts.
+    """
+    values = 100.0 * difference.experts()
+    ax = frame.new_axes(ax, (6.4, 4.0))
+    _show(ax, values, "change of weights (%)", None, True, upper=False)
+    frame.map_axes(ax, "MoE layer", "expert", title)
     return ax
 
 

@@ -1,4 +1,4 @@
-"""Numbers of selected experts by layer and by threshold, and how far fine-tuning moved the weights of experts."""
+"""Numbers of selected experts by layer and by threshold."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_route.analysis import Sweep
-from moe_route.merging import Difference
 from moe_route.plots import frame
 from moe_route.steering import ExpertSelection
 
@@ -180,28 +179,3 @@ def _counts(selection: ExpertSelection, layers: int) -> np.ndarray:
     if outside:
         raise ValueError(f"the selection has experts in layer {outside[0]}, but num_layers is {layers}")
     return np.array([selection.counts.get(layer, 0) for layer in range(layers)])
-
-
-def weight_change(difference: Difference, *, ax: Axes | None = None, title: str | None = None) -> Axes:
-    """Draw how far fine-tuning moved each expert of each layer, in percent of the size of its weights.
-
-    Args:
-        difference: the result of ``merging.difference``.
-        title: title above the axes; none by default.
-
-    Raises ``ValueError`` for a model without experts.
-    """
-    values = 100.0 * difference.experts()
-    ax = frame.new_axes(ax, (6.4, 4.0))
-    end = float(np.nanmax(values)) or 1.0
-    image = ax.imshow(
-        values.T, aspect="auto", origin="lower", interpolation="nearest", cmap="Blues", vmin=0.0, vmax=end
-    )
-    ax.set_facecolor(frame.GRID)  # shows missing experts
-    ax.set_xlabel("MoE layer")
-    ax.set_ylabel("expert")
-    frame.whole_ticks(ax.xaxis)
-    frame.whole_ticks(ax.yaxis)
-    frame.titled(ax, title)
-    frame.color_bar(image, ax, "change of weights (%)")
-    return ax

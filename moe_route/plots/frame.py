@@ -320,6 +320,15 @@ def layer_axes(ax: Axes, layers: int, name: str, *titles: str | None, depth: boo
     plain_frame(ax, *titles)
 
 
+def map_axes(ax: Axes, x: str, y: str, *titles: str | None) -> None:
+    """Names and whole numbers along both axes of a map, with the title and notes of `titled`."""
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    whole_ticks(ax.xaxis)
+    whole_ticks(ax.yaxis)
+    titled(ax, *titles)
+
+
 def plain_frame(ax: Axes, *titles: str | None, axis: Literal["y", "both"] = "y") -> None:
     """Faint lines across, no frame at the top and at the right, and the title and notes of `titled`."""
     ax.grid(axis=axis, color=GRID, linewidth=0.6)

@@ -22,7 +22,7 @@ import moe_route as mr
 from moe_route import analysis
 from moe_route.analysis import AnalysisError, Divergence
 from moe_route.analysis.measures import cosine_distance, jaccard_distance
-from moe_route.ops import SCALARS
+from moe_route.contract.tables import SCALARS
 from moe_route.recording import RoutingStatistics
 from moe_route.recording.store import SequenceStore
 from moe_route.recording.tables import TableSums
@@ -690,6 +690,11 @@ def table(frequency, groups=GROUPS):
 def test_frequency_share_rule():
     stats = table([[[0.8, 0.6, 0.5, 0.1]], [[0.1, 0.6, 0.7, 0.6]], [[0.1, 0.6, 0.1, 1.0]]])
     result = analysis.frequency_share_experts(stats, top=2, threshold=0.6)
+    frame = result.to_pandas()
+    assert list(frame.columns) == ["group", "layer", "expert", "score"]
+    of_en = frame[frame["group"] == "en"]
+    assert set(zip(of_en["layer"], of_en["expert"], strict=True)) == set(result["en"].pairs)
+    assert len(frame) == sum(map(len, result.values())) + len(result.shared)
     # kept: en 0, 1; sw 1 and 2; bn 3 and 1. Expert 1 is shared by three, the others have a share of 1
     assert result["en"] == {0: (0,)}
     assert result["sw"] == {0: (2,)}
@@ -989,6 +994,7 @@ def test_esft_experts_come_out_of_the_recorded_ids(layer):
 # -- from a model
 
 
+@pytest.mark.native
 def test_paired_divergence_of_a_model_is_that_of_its_own_router_logits():
     model, batches = tiny_model("qwen3_moe", head=True), [tokens(2, 9, seed) for seed in range(4)]
     expected = []
