@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 _COLUMNS = 9
 # axis -> the field with its names, where that is not the plural
 _NAMES = {"class": "classes", "criterion": "criteria", "keep": "keep", "other": "groups"}
-    "class": "classes",
-    "criterion": "criteria",
-    "keep": "keep",
-    "other": "groups",
-}  # axis -> the field with its names, where that is not the plural
 
 
 class Result(ShownAsTables):
