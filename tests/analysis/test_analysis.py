@@ -22,7 +22,7 @@ import moe_route as mr
 from moe_route import analysis
 from moe_route.analysis import AnalysisError, Divergence
 from moe_route.analysis.measures import cosine_distance, jaccard_distance
-from moe_route.ops import SCALARS
+from moe_route.contract.tables import SCALARS
 from moe_route.recording import RoutingStatistics
 from moe_route.recording.store import SequenceStore
 from moe_route.recording.tables import TableSums
@@ -994,6 +994,7 @@ def test_esft_experts_come_out_of_the_recorded_ids(layer):
 # -- from a model
 
 
+@pytest.mark.native
 def test_paired_divergence_of_a_model_is_that_of_its_own_router_logits():
     model, batches = tiny_model("qwen3_moe", head=True), [tokens(2, 9, seed) for seed in range(4)]
     expected = []
