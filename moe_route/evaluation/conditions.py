@@ -85,7 +85,7 @@ class Conditions:
     left_out: Mapping[str, str]
 
 
-def published_setting(study: Study, found: FoundExperts, num_layers: int) -> Setting:
+def published_setting(study: Study, selected: FoundExperts, num_layers: int) -> Setting:
     """The study's own setting, with the first threshold that finds a task expert in the steered layers.
 
     It depends on the routing of text in the reference language alone. Raises `StudyError` if none does, or if the
@@ -95,7 +95,7 @@ def published_setting(study: Study, found: FoundExperts, num_layers: int) -> Set
     setting = Setting(study.find.taus[0], steer.kind, steer.strength, steer.std, steer.layers, steer.layer_base)
     _check_fits(setting, num_layers)
     for tau in study.find.taus:
-        if found.task[tau].restrict(setting.range):
+        if selected.task[tau].restrict(setting.range):
             return replace(setting, tau=tau)
     listed = ", ".join(f"{tau:g}" for tau in study.find.taus)
     raise StudyError(
@@ -103,7 +103,7 @@ def published_setting(study: Study, found: FoundExperts, num_layers: int) -> Set
     )
 
 
-def sweep_settings(study: Study, published: Setting, found: FoundExperts, num_layers: int) -> dict[str, Setting]:
+def sweep_settings(study: Study, published: Setting, selected: FoundExperts, num_layers: int) -> dict[str, Setting]:
     """Name -> setting of every point of the sweep that steers an expert, the study's own first."""
     sweep, every = study.sweep, [published]
     if not sweep:
@@ -113,7 +113,7 @@ def sweep_settings(study: Study, published: Setting, found: FoundExperts, num_la
     ):
         point = replace(published, tau=tau, strength=strength, layers=where)
         _check_fits(point, num_layers)
-        if point not in every and found.task[tau].restrict(point.range):
+        if point not in every and selected.task[tau].restrict(point.range):
             every.append(point)
     return {str(point): point for point in every}
 
@@ -121,7 +121,7 @@ def sweep_settings(study: Study, published: Setting, found: FoundExperts, num_la
 def conditions(
     setting: Setting,
     published: Setting,
-    found: FoundExperts,
+    selected: FoundExperts,
     controls: ControlSettings,
     num_experts: Sequence[int],
     seed: int,
@@ -130,7 +130,7 @@ def conditions(
 
     The null plan is the whole plan for a language that no text has: all of the machinery runs and no token is steered.
     """
-    task = found.task[setting.tau]
+    task = selected.task[setting.tau]
     steered = setting.plan(task)
     plans: dict[str, Plan | None] = {BASE: None, AGAIN: None, NULL: steered.only(groups=_NOBODY), STEERED: steered}
     left_out: dict[str, str] = {}
@@ -147,7 +147,7 @@ def conditions(
             left_out[name] = reason
 
     if published != setting:
-        plans["as published"] = published.plan(found.task[published.tau])
+        plans["as published"] = published.plan(selected.task[published.tau])
     if "other layer base" in controls.run:
         other = replace(setting, layer_base=1 - setting.layer_base)
         name = f"layers counted from {other.layer_base}"
@@ -166,7 +166,7 @@ def conditions(
         else:
             left_out[f"layers {side}"] = f"no task expert {f'in layers {show_numbers(where)}' if where else 'there'}"
     if "multilingual" in controls.run:
-        other_experts = found.multilingual[setting.tau].restrict(setting.range)
+        other_experts = selected.multilingual[setting.tau].restrict(setting.range)
         if other_experts:
             plans["multilingual experts"] = setting.plan(other_experts)
         else:

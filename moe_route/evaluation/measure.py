@@ -134,10 +134,10 @@ def _dated(template: str, day: str | None) -> str:
 
 def _judged(language_model: LanguageModel, task: AskedTask, batch: Sequence[Question]) -> list[dict[str, Any]]:
     """Whether the right answer is the greedy continuation, and its negative log-probability; nothing is generated."""
-    found = language_model.answers(batch, batch_size=len(batch))
+    judged = language_model.answers(batch, batch_size=len(batch))
     return [
         {"output": None, "extracted": {}, "correct": {"exact": bool(right)}, "tokens": 0, "nats": float(nats)}
-        for right, nats in zip(found.correct, found.nats, strict=True)
+        for right, nats in zip(judged.correct, judged.nats, strict=True)
     ]
 
 
@@ -216,8 +216,8 @@ def _generated(language_model: LanguageModel, task: AskedTask, batch: Sequence[Q
 
 def _end_tokens(language_model: LanguageModel) -> set[int]:
     """The tokens that end a text, and padding."""
-    found = getattr(language_model.model.generation_config, "eos_token_id", None)
-    ends = set(found if isinstance(found, (list, tuple)) else [found])
+    configured = getattr(language_model.model.generation_config, "eos_token_id", None)
+    ends = set(configured if isinstance(configured, (list, tuple)) else [configured])
     return {
         token
         for token in (*ends, language_model.tokenizer.eos_token_id, language_model.tokenizer.pad_token_id)

@@ -159,9 +159,9 @@ class _Run:
         )
         self.asking = replace(self.language_model, add_special_tokens=study.chat.add_special_tokens)
         self.tasks = [
-            AskedTask.prepare(name, kind_of(source, found), found, source, study.chat, self.asking)
+            AskedTask.prepare(name, kind_of(source, asked), asked, source, study.chat, self.asking)
             for name, source in study.tasks.items()
-            for found in [questions[name].questions]
+            for asked in [questions[name].questions]
         ]
         self.model = self.model_key()
 
@@ -170,12 +170,12 @@ class _Run:
         routed = self.language_model.attach(self.study.model.engine)
         try:
             recorded = self.record(routed)
-            found, published, after_find = self.find(recorded, routed)
-            chosen, points, after_sweep = self.sweep(routed, found, published, after_find)
-            compared, after_evaluate = self.evaluate(routed, found, published, chosen, after_sweep)
+            selected, published, after_find = self.find(recorded, routed)
+            chosen, points, after_sweep = self.sweep(routed, selected, published, after_find)
+            compared, after_evaluate = self.evaluate(routed, selected, published, chosen, after_sweep)
         finally:
             routed.detach()
-        content, after_analyze = self.analyze(found, published, chosen, points, compared, after_evaluate)
+        content, after_analyze = self.analyze(selected, published, chosen, points, compared, after_evaluate)
         self.report(content, after_analyze)
 
     def model_key(self) -> dict[str, Any]:
@@ -301,7 +301,7 @@ class _Run:
             self.finish(stage)
         entries = json.loads(path.read_text(encoding="utf-8"))
         none = ExpertSelection({})
-        found = FoundExperts(
+        selected = FoundExperts(
             {entry["tau"]: ExpertSelection.from_dict(entry["task"]) for entry in entries},
             {
                 entry["tau"]: none
@@ -310,19 +310,19 @@ class _Run:
                 for entry in entries
             },
         )
-        return found, published_setting(study, found, len(routed.routers)), stage
+        return selected, published_setting(study, selected, len(routed.routers)), stage
 
     # ---- sweep
 
     def sweep(
-        self, routed: RoutedModel, found: FoundExperts, published: Setting, after: Step
+        self, routed: RoutedModel, selected: FoundExperts, published: Setting, after: Step
     ) -> tuple[Setting, list[dict[str, Any]], Step]:
         """Try every setting of the sweep on the even items, and choose the one with the highest accuracy."""
-        points = sweep_settings(self.study, published, found, len(routed.routers))
+        points = sweep_settings(self.study, published, selected, len(routed.routers))
         name = self.study.sweep.task or self.tasks[0].name
         (whole,) = (task for task in self.tasks if task.name == name)
         task = whole.only(whole.items[0::2], self.asking)
-        plans: dict[str, Plan | None] = {name: point.plan(found.task[point.tau]) for name, point in points.items()}
+        plans: dict[str, Plan | None] = {name: point.plan(selected.task[point.tau]) for name, point in points.items()}
         stage = self.stage(
             "sweep",
             {
@@ -339,7 +339,7 @@ class _Run:
                 lines = self.run_condition(stage, point, plan, [task], routed)
                 right = [record["correct"][scorer] for record in lines.records()]
                 setting = None if plan is None else points[point].to_dict()
-                experts = None if plan is None else len(found.task[points[point].tau].restrict(points[point].range))
+                experts = None if plan is None else len(selected.task[points[point].tau].restrict(points[point].range))
                 entries.append(
                     {"name": point, "setting": setting, "experts": experts, "accuracy": sum(right) / len(right)}
                 )
@@ -354,11 +354,11 @@ class _Run:
     # ---- evaluate
 
     def evaluate(
-        self, routed: RoutedModel, found: FoundExperts, published: Setting, chosen: Setting, after: Step
+        self, routed: RoutedModel, selected: FoundExperts, published: Setting, chosen: Setting, after: Step
     ) -> tuple[Conditions, Step]:
         study = self.study
         experts = [router.num_experts for router in routed.routers]
-        compared = conditions(chosen, published, found, study.controls, experts, study.seeds.random)
+        compared = conditions(chosen, published, selected, study.controls, experts, study.seeds.random)
         stage = self.stage(
             "evaluate",
             {
@@ -406,7 +406,7 @@ class _Run:
 
     def analyze(
         self,
-        found: FoundExperts,
+        selected: FoundExperts,
         published: Setting,
         chosen: Setting,
         points: list[dict[str, Any]],
@@ -419,7 +419,7 @@ class _Run:
         if not stage.done:
             general = RoutingStatistics.load(self.job.folder / "record" / "general.safetensors")
             lines = {name: _records(after.folder, name) for name in compared.plans}
-            content = results_of(self.study, self.tasks, lines, compared, found, published, chosen, points, general)
+            content = results_of(self.study, self.tasks, lines, compared, selected, published, chosen, points, general)
             write_json(path, content)
             self.finish(stage)
         return json.loads(path.read_text(encoding="utf-8")), stage

@@ -202,17 +202,17 @@ def _routing(routing: Mapping[str, Any]) -> list[str]:
         f"## Divergence from {measured['reference']}\n\n{_table(head, rows)}\n\n"
         "Floor: divergence of unrelated sentences of one language."
     ]
-    for name, found in routing["correlation"].items():
-        if "left_out" in found:
-            texts.append(f"Correlation with {name}: not computed ({found['left_out']}).")
+    for name, correlated in routing["correlation"].items():
+        if "left_out" in correlated:
+            texts.append(f"Correlation with {name}: not computed ({correlated['left_out']}).")
             continue
         rows = [
-            (layer, *(_number(found[key][layer]) for key in ("pearson", "p_value", "p_corrected", "spearman")))
+            (layer, *(_number(correlated[key][layer]) for key in ("pearson", "p_value", "p_corrected", "spearman")))
             for layer in range(layers)
         ]
         head = ("layer", "Pearson r", "p", "p over all layers", "Spearman rho")
         texts.append(
-            f"### Correlation of divergence with accuracy in {name}, {len(found['groups'])} languages\n\n"
+            f"### Correlation of divergence with accuracy in {name}, {len(correlated['groups'])} languages\n\n"
             f"{_table(head, rows)}\n\nLanguages with more training text are both nearer to English and better "
             "answered, so a correlation says nothing about cause."
         )

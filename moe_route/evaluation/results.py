@@ -99,7 +99,7 @@ def compare(
     except those of `repeats`, which have no experts of their own.
     """
     right, ones = base.correct[scorer].astype(float), np.ones(base.correct[scorer].shape)
-    found: dict[str, Any] = {"base": _accuracy(base, scorer)}
+    results: dict[str, Any] = {"base": _accuracy(base, scorer)}
     for name, answered in others.items():
         mine = answered.correct[scorer].astype(float)
         tests = [
@@ -136,8 +136,8 @@ def compare(
                 "rank": control.rank,
                 "p": control.p_value,
             }
-        found[name] = plain(entry)
-    return found
+        results[name] = plain(entry)
+    return results
 
 
 def _accuracy(answered: Answered, scorer: str) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def results_of(
     tasks: Sequence[AskedTask],
     lines: Lines,
     compared: Conditions,
-    found: FoundExperts,
+    selected: FoundExperts,
     published: Setting,
     chosen: Setting,
     points: Sequence[Mapping[str, Any]],
@@ -197,7 +197,7 @@ def results_of(
             "chosen": {**chosen.to_dict(), "shown": str(chosen)},
             "tuned_on_even_items": swept,
         },
-        "experts": _experts(found, chosen),
+        "experts": _experts(selected, chosen),
         "sweep": list(points),
         "conditions": {
             name: {"plan": None if plan is None else plan.hash, "rules": "" if plan is None else repr(plan)}
@@ -209,11 +209,11 @@ def results_of(
     }
 
 
-def _experts(found: FoundExperts, chosen: Setting) -> list[dict[str, Any]]:
+def _experts(selected: FoundExperts, chosen: Setting) -> list[dict[str, Any]]:
     """Numbers of experts by threshold."""
     entries = []
-    for tau, task in found.task.items():
-        other = found.multilingual[tau]
+    for tau, task in selected.task.items():
+        other = selected.multilingual[tau]
         entries.append(
             {
                 "tau": tau,
@@ -241,7 +241,7 @@ def _task_results(task: AskedTask, lines: Lines, seed: int, decided: Sequence[st
     repeats = (AGAIN, NULL, *per_token)
     parts = {"all": np.ones(len(task.items), bool)} | ({"odd": odd} if odd.any() else {})
     main = "odd" if decided and "odd" in parts else "all"
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "kind": task.kind,
         "scorers": list(scorers),
         "main_scorer": scorers[-1],
@@ -254,10 +254,10 @@ def _task_results(task: AskedTask, lines: Lines, seed: int, decided: Sequence[st
     for part, which in parts.items():
         rows = {name: one.rows(which) for name, one in answered.items()}
         base = rows.pop(BASE)
-        found["comparisons"][part] = {name: compare(base, rows, random, repeats, name, seed) for name in scorers}
+        results["comparisons"][part] = {name: compare(base, rows, random, repeats, name, seed) for name in scorers}
     right = {name: one.correct[scorers[-1]] for name, one in answered.items()}
     lost, gained, p_value = mcnemar(right[BASE], right[AGAIN])
-    found["noise"] = {
+    results["noise"] = {
         "lost": lost,
         "gained": gained,
         "p": p_value,
@@ -265,8 +265,8 @@ def _task_results(task: AskedTask, lines: Lines, seed: int, decided: Sequence[st
         "lines_changed_by_null_plan": _changed(mine[BASE], mine[NULL]),
         "lines": len(mine[BASE]),
     }
-    found["power"] = power(right[BASE][parts[main]], right[STEERED][parts[main]])
-    return found
+    results["power"] = power(right[BASE][parts[main]], right[STEERED][parts[main]])
+    return results
 
 
 def _changed(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> int:

@@ -365,8 +365,8 @@ class Study:
 
     def to_dict(self) -> dict[str, Any]:
         """Every key with its value, JSON-able."""
-        found: dict[str, Any] = _lists(asdict(self))
-        return found
+        tables: dict[str, Any] = _lists(asdict(self))
+        return tables
 
 
 def _lists(value: Any) -> Any:

@@ -65,10 +65,10 @@ def read_task(name: str, source: TaskSource, data: Path) -> Task:
     if source.format != "problems" and not path.exists():
         raise StudyError(_not_there(f"tasks.{name}.path", source.path, data))
     questions = [q for q in _TASKS[source.format](path, source) if source.subset in (None, q.subset)]
-    found = _selected(f"tasks.{name}", questions, source)
-    _check_kind(name, kind_of(source, found), found)
-    _check_fingerprint(f"tasks.{name}", source.sha256, task_fingerprint(found))
-    return Task(name, tuple(found))
+    questions_left = _selected(f"tasks.{name}", questions, source)
+    _check_kind(name, kind_of(source, questions_left), questions_left)
+    _check_fingerprint(f"tasks.{name}", source.sha256, task_fingerprint(questions_left))
+    return Task(name, tuple(questions_left))
 
 
 def read_source(name: str, source: CorpusSource, data: Path, reference: str) -> Corpus:
@@ -87,9 +87,9 @@ def read_source(name: str, source: CorpusSource, data: Path, reference: str) -> 
     kept = {language: corpus[language][rows] for language in corpus.languages}
     if reference not in kept or not kept[reference]:
         raise StudyError(f"{where} has no text in {reference}, the language of corpora.reference: add it")
-    found = Corpus(corpus.languages, corpus.items[rows], kept, corpus.name)
-    _check_fingerprint(where, source.sha256, corpus_fingerprint(found))
-    return found
+    part = Corpus(corpus.languages, corpus.items[rows], kept, corpus.name)
+    _check_fingerprint(where, source.sha256, corpus_fingerprint(part))
+    return part
 
 
 def task_fingerprint(questions: Iterable[Question]) -> str:
@@ -126,23 +126,23 @@ def _selected(where: str, questions: Sequence[Question], source: TaskSource) -> 
     for language in source.languages or ():
         if language not in known:
             raise StudyError(f"{where}.languages: no questions in {language}, there are {', '.join(known) or 'none'}")
-    found: list[Question] = []
+    selected: list[Question] = []
     for language in source.languages or known:
         mine = [q for q in questions if q.language == language]
-        found += mine[source.skip : None if source.limit is None else source.skip + source.limit]
-    if not found:
+        selected += mine[source.skip : None if source.limit is None else source.skip + source.limit]
+    if not selected:
         raise StudyError(f"{where} has no question left: check subset, category, skip and limit")
     seen: set[tuple[str, str]] = set()
-    for q in found:
+    for q in selected:
         if (q.language, q.item) in seen:
             raise StudyError(f"{where}: item {q.item!r} comes twice in {q.language}; give every item a key of its own")
         seen.add((q.language, q.item))
-    return found
+    return selected
 
 
-def _check_fingerprint(where: str, wanted: str | None, found: str) -> None:
-    if wanted is not None and wanted != found:
-        raise StudyError(f"{where}.sha256 is {wanted}, and the data here have {found}: take the data that were meant")
+def _check_fingerprint(where: str, wanted: str | None, given: str) -> None:
+    if wanted is not None and wanted != given:
+        raise StudyError(f"{where}.sha256 is {wanted}, and the data here have {given}: take the data that were meant")
 
 
 def _not_there(where: str, path: str, data: Path) -> str:
@@ -267,9 +267,9 @@ def _by_language(folder: Path, pattern: str, prefix: str = "") -> Iterator[tuple
     named = {path.stem.removeprefix(prefix): path for path in sorted(folder.glob(pattern)) if path.is_file()}
     if not named:
         raise CorpusError(f"{folder} has no file {pattern}: give the folder that holds one for each language")
-    found = {flores_code(name) or name: path for name, path in named.items()}
-    for language in sorted(found, key=lambda name: (name != "eng_Latn", name)):
-        yield found[language], language
+    by_code = {flores_code(name) or name: path for name, path in named.items()}
+    for language in sorted(by_code, key=lambda name: (name != "eng_Latn", name)):
+        yield by_code[language], language
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -325,8 +325,8 @@ class Scorer:
 
 def flexible_extract(output: str) -> str:
     """The last number of an output, as lm-eval's filter `flexible-extract` of MGSM finds it; "" if there is none."""
-    found = _FLEXIBLE.findall(output)
-    return next((part.strip() for part in found[-1] if part), "") if found else ""
+    numbers = _FLEXIBLE.findall(output)
+    return next((part.strip() for part in numbers[-1] if part), "") if numbers else ""
 
 
 def _equal_without_punctuation(extracted: str, answer: str) -> bool:
@@ -342,8 +342,8 @@ def normalized_number(output: str) -> str:
     or the number begins with 0. Of two kinds, the last one is that of decimals. So "1.234" and "1,234" are 1234, while
     "12,5", "0.125", "1.234,50" and "1,234.50" have decimals.
     """
-    found = _NUMBER.findall(_plain_digits(output))
-    return str(_value(found[-1])) if found else ""
+    numbers = _NUMBER.findall(_plain_digits(output))
+    return str(_value(numbers[-1])) if numbers else ""
 
 
 def _plain_digits(text: str) -> str:
