@@ -139,8 +139,8 @@ def doc_pages() -> int:
 
 
 COUNTS: Mapping[str, tuple[Callable[[], int], int]] = {
-    "Python files of the package": (lambda: len(python_files()), 300),
-    "lines of them": (lambda: sum(map(lines, python_files())), 59_100),
+    "Python files of the package": (lambda: len(python_files()), 250),
+    "lines of them": (lambda: sum(map(lines, python_files())), 56_700),
     "lines of the longest": (lambda: max(map(lines, python_files())), 900),
     "files below 30 lines that are no face": (
         lambda: sum(lines(path) < 30 for path in python_files() if not path.name.startswith("__")),
@@ -148,11 +148,11 @@ COUNTS: Mapping[str, tuple[Callable[[], int], int]] = {
     ),
     "rooms": (lambda: len(rooms()), 28),
     "modules of base": (lambda: len(python_files("moe_route/base")), 7),
-    "circles of imports": (lambda: sum(bool(circle(tree)) for tree in TREES), 2),
+    "circles of imports": (lambda: sum(bool(circle(tree)) for tree in TREES), 0),
     "names of moe_route": (public_names, 25),
     "commands": (lambda: len(commands()), 34),
     "options of commands": (options, 470),
-    "the word found": (lambda: words("found"), 237),
+    "the word found": (lambda: words("found"), 560),
     "pages of docs": (doc_pages, 20),
 }
 """What is counted -> how, and its ceiling."""
