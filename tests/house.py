@@ -139,7 +139,7 @@ def doc_pages() -> int:
 
 
 COUNTS: Mapping[str, tuple[Callable[[], int], int]] = {
-    "Python files of the package": (lambda: len(python_files()), 250),
+    "Python files of the package": (lambda: len(python_files()), 248),
     "lines of them": (lambda: sum(map(lines, python_files())), 56_700),
     "lines of the longest": (lambda: max(map(lines, python_files())), 900),
     "files below 30 lines that are no face": (
@@ -152,7 +152,7 @@ COUNTS: Mapping[str, tuple[Callable[[], int], int]] = {
     "names of moe_route": (public_names, 25),
     "commands": (lambda: len(commands()), 34),
     "options of commands": (options, 470),
-    "the word found": (lambda: words("found"), 560),
+    "the word found": (lambda: words("found"), 237),
     "pages of docs": (doc_pages, 20),
 }
 """What is counted -> how, and its ceiling."""
