@@ -30,7 +30,7 @@ from skill import Skill, shares_in_training
 from moe_route.base.files import make_folder, write_text
 from moe_route.base.table import number_of
 from moe_route.demo import Finding
-from moe_route.demo.circle import Natural, Study
+from moe_route.demo.circle import DemoTexts, Natural
 from moe_route.demo.measurement import Measurement
 from moe_route.demo.pictures import save
 from moe_route.demo.wording import paragraph
@@ -82,7 +82,7 @@ class Findings:
         return save({name: getattr(pictures, name)(finding) for name, finding in self.findings()}, folder)
 
 
-def measure(study: Study, run: Measurement, draws: int = DRAWS) -> Findings:
+def measure(study: DemoTexts, run: Measurement, draws: int = DRAWS) -> Findings:
     """Measure the four findings on the texts of a study; `draws` random sets stand beside the last one."""
     natural, problems = study.natural(run), study.problems
     skill = Skill(
@@ -109,12 +109,12 @@ def measure(study: Study, run: Measurement, draws: int = DRAWS) -> Findings:
     return Findings(run.language_model.name, *size, skill, depth_of(study, run), association, raising)
 
 
-def nats_per_sentence(study: Study, natural: Natural) -> dict[str, float]:
+def nats_per_sentence(study: DemoTexts, natural: Natural) -> dict[str, float]:
     """Loss by language. Sentences are translations, so unlike nats per token it does not depend on tokens."""
     return dict(zip(study.corpus.languages, natural.losses.nats.mean(0).tolist(), strict=True))
 
 
-def depth_of(study: Study, run: Measurement) -> Depth:
+def depth_of(study: DemoTexts, run: Measurement) -> Depth:
     """Divergence by layer of the model, and of an untrained one if one can be made."""
     trained = profile_of(run.record(study.corpus, "routing of all text"))
     blank, reason = untrained_model(run.language_model)
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"--draws must be at least 1, not {options.draws}: an effect needs random sets beside it")
     if options.out is not None:
         make_folder(options.out)
-    study = Study.read(options.data, options.languages, options.limit)
+    study = DemoTexts.read(options.data, options.languages, options.limit)
     language_model = LanguageModel.load(options.model)
     with language_model.attach() as routed:
         findings = measure(study, Measurement(language_model, routed), options.draws)

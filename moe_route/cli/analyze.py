@@ -410,14 +410,18 @@ def _add_geometry(parser: Parser) -> None:
     parser.add_argument(
         "--weights", action="store_true", help="load the model, and split hidden states by what its routers see"
     )
+    parser.checks.append(_refuse_model_without_weights)  # before the model gets its default
     model_arguments(parser, positional=False)
+
+
+def _refuse_model_without_weights(options: argparse.Namespace) -> None:
+    if not options.weights:
+        refuse(options, ("model", "device", "device_map", "dtype", "engine"), "is for --weights")
 
 
 def _geometry(question: Question, options: argparse.Namespace) -> Answer:
     from moe_route.experiments import router_weights
 
-    if not options.weights:
-        refuse(options, ("device", "device_map", "dtype", "engine"), "is for the model of --weights")
     weights = None
     statistics = merged_statistics(options.files)
     if options.weights:

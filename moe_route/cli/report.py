@@ -165,14 +165,15 @@ def add_demo(verbs: Any) -> None:
 
 def run_demo(options: argparse.Namespace) -> Answer:
     from moe_route.base import files
+    from moe_route.data import Corpus
     from moe_route.demo import demo
 
     if options.out is not None:
         output(files.make_folder(options.out) / "report.json")
+    how = {name: getattr(options, name) for name in ("columns", "quotes", "limit", "split")}
     report = demo(
         load_language_model(options),
-        data=options.data,
-        languages=options.languages,
+        data=Corpus.read(options.data, options.languages, **how),
         limit=options.limit,
         draws=options.draws,
         out=options.out,

@@ -33,7 +33,7 @@ DRAWS = 99  # random sets beside the first finding; the smallest p-value is 0.01
 def demo(
     language_model: LanguageModel | None = None,
     *,
-    data: str | Path | None = None,
+    data: str | Path | Corpus | None = None,
     languages: Sequence[str] | None = None,
     limit: int | None = None,
     draws: int = DRAWS,
@@ -48,7 +48,7 @@ def demo(
     Args:
         language_model: the model. Any model answers the shipped digit problems; where it has no skill, the findings say
             so.
-        data: general text, as for `Corpus.read`, by default the shipped sentences.
+        data: general text, a corpus or a source for `Corpus.read`, by default the shipped sentences.
         languages: of the corpus; English must be among them, because all are compared with it. The problems are taken
             in those of the languages that they have.
         limit: use the first sentences, and of each kind of problems the first ones, as many.
@@ -68,7 +68,7 @@ def demo(
         raise ValueError(f"draws must be at least 1, not {draws}: an effect needs random sets beside it")
     if out is not None:
         files.check_writable(files.make_folder(out) / "report.json")
-    study = Study.read(data, languages, limit)
+    study = DemoTexts.read(data, languages, limit)
     language_model = language_model or LanguageModel.load()
     before = _fingerprint(language_model, study.corpus)
     routed = language_model.attach(engine)
@@ -104,7 +104,7 @@ class Natural:
     task_experts: TaskExperts
 
 
-class Study:
+class DemoTexts:
     """Sentences and problems in several languages, in parts that experts are found in and parts they are measured on.
 
     Attributes:
@@ -121,12 +121,12 @@ class Study:
         self.subsets = np.array([question.subset for question in first])
 
     @classmethod
-    def read(cls, data: str | Path | None, languages: Sequence[str] | None, limit: int | None) -> Study:
-        """Read a corpus as `Corpus.read` does, and the shipped problems.
+    def read(cls, data: str | Path | Corpus | None, languages: Sequence[str] | None, limit: int | None) -> DemoTexts:
+        """Read a corpus as `Corpus.read` does, or take one, and the shipped problems.
 
         Raises `ValueError` for a corpus with nothing to compare.
         """
-        corpus = Corpus.read(data or "general", languages, limit=limit)
+        corpus = data if isinstance(data, Corpus) else Corpus.read(data or "general", languages, limit=limit)
         if PIVOT not in corpus.languages or len(corpus.languages) < 2:
             given = ", ".join(corpus.languages)
             raise ValueError(f"the demo compares languages with {PIVOT}: take it and at least one more, not {given}")
@@ -153,7 +153,7 @@ class Study:
         return scores.of(np.isin(self.subsets, subsets))
 
 
-def _report(study: Study, run: Measurement, draws: int) -> DemoReport:
+def _report(study: DemoTexts, run: Measurement, draws: int) -> DemoReport:
     """Measure both findings."""
     note = run.on(study.corpus).texts.note
     natural = study.natural(run)

@@ -17,7 +17,7 @@ import pytest
 
 from moe_route.analysis import Divergence
 from moe_route.data import demo_corpus
-from moe_route.demo.circle import Study
+from moe_route.demo.circle import DemoTexts
 from moe_route.demo.measurement import Measurement, Scores
 from moe_route.demo.wording import WIDTH
 from moe_route.runs.language_model import LanguageModel
@@ -242,7 +242,7 @@ class TestRaising:
 @pytest.fixture(scope="module")
 def made(of: Any, language_model: LanguageModel) -> Any:
     """All findings on a part of their texts."""
-    study = Study.read(None, ["eng_Latn", "deu_Latn", "jpn_Jpan", "rus_Cyrl", "swh_Latn"], 6)
+    study = DemoTexts.read(None, ["eng_Latn", "deu_Latn", "jpn_Jpan", "rus_Cyrl", "swh_Latn"], 6)
     with language_model.attach() as routed:
         return of.run.measure(study, Measurement(language_model, routed), draws=2)
 
@@ -297,7 +297,7 @@ def test_a_shallow_model_gives_no_finding_that_it_cannot_show(of: Any, layers: i
     with warnings.catch_warnings(), shallow.attach() as routed:
         warnings.simplefilter("error", RuntimeWarning)
         warnings.simplefilter("error", UserWarning)
-        study = Study.read(None, ["eng_Latn", "deu_Latn"], 2)
+        study = DemoTexts.read(None, ["eng_Latn", "deu_Latn"], 2)
         findings = of.run.measure(study, Measurement(shallow, routed), draws=2)
         findings.draw(tmp_path)
     assert "nan" not in str(findings)
@@ -309,7 +309,7 @@ def test_a_model_without_task_experts(
     of: Any, language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     monkeypatch.setattr("moe_route.demo.task_experts.THRESHOLDS", (0.99,))
-    study = Study.read(None, ["eng_Latn", "deu_Latn"], 2)
+    study = DemoTexts.read(None, ["eng_Latn", "deu_Latn"], 2)
     with language_model.attach() as routed:
         findings = of.run.measure(study, Measurement(language_model, routed))
     assert not findings.raising.after
