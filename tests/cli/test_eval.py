@@ -1,4 +1,4 @@
-"""`moe-route eval`: lists and shows recipes, says what is missing, runs and resumes."""
+"""`moe-route eval`: lists and shows studies, says what is missing, runs and resumes."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def test_list_and_show(moe_route, answer):
     code, out, _ = moe_route("eval", "--list")
     assert code == 0
     assert "qwen3-30b-a3b-mgsm" in out
-    assert "demo" in {entry["name"] for entry in answer("eval", "--list")["recipes"]}
+    assert "demo" in {entry["name"] for entry in answer("eval", "--list")["studies"]}
     code, out, _ = moe_route("eval", "demo", "--show")
     assert code == 0
     assert "[corpora.general]" in out
 
 
 def test_errors_say_what_to_do(moe_route, tmp_path: Path):
-    refused(moe_route("eval", "--out", tmp_path / "r"), "name a recipe", "--list")
+    refused(moe_route("eval", "--out", tmp_path / "r"), "name a study", "--list")
     refused(moe_route("eval", "demo"), "--out FOLDER")
-    refused(moe_route("eval", "demos", "--out", tmp_path / "r"), "no recipe 'demos'", "demo")
+    refused(moe_route("eval", "demos", "--out", tmp_path / "r"), "no study 'demos'", "demo")
     refused(moe_route("eval", "demo", "--out", tmp_path / "r", "--set", "steer.kind=x"), "steer.kind", "'soft'")
     refused(moe_route("eval", "qwen3-30b-a3b-mgsm", "--out", tmp_path / "r"), "--set model.revision=HASH")
     pinned = ("--set", f"model.revision={'0' * 40}", "--data", tmp_path)
@@ -60,7 +60,7 @@ def test_a_run_and_its_resumption(moe_route, answer, tmp_path: Path):
     again = answer("eval", "demo", "--out", out, *CHANGES)
     assert set(again["stages"].values()) == {"kept"}
     assert again["results"]["results"]["tasks"]["sums"]["items"] == 2
-    refused(moe_route("eval", "demo", "--out", out, *CHANGES, "--set", "tasks.sums.batch_size=1"), "--fresh")
+    refused(moe_route("eval", "demo", "--out", out, *CHANGES, "--set", "tasks.sums.batch_size=1"), "--force")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)

@@ -84,7 +84,7 @@ def test_refused(capsys, arguments, words):
 
 
 def test_files_are_read_before_the_model_is_loaded(capsys):
-    for arguments in (("patch", "--pairs", "missing.tsv"), ("pruning", "--statistics", "missing.tsv")):
+    for arguments in (("patch", "--pairs", "missing.tsv"), ("knockout", "--data", "missing.tsv")):
         code, _, err = run(capsys, *arguments, "--model", "no/such/model")
         assert (code, err) == (2, "moe-route: missing.tsv does not exist: check the name\n")
 
