@@ -139,6 +139,16 @@ def test_outputs_that_do_not_depend_on_the_machine_are_those_of_the_page(
     assert FENCED.sub(Refresher().block, page) == page, f"run `python tests/test_docs.py docs/{name}` to write it anew"
 
 
+def test_the_page_on_architecture_shows_the_floors():
+    from test_floors import FLOORS
+
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- floors -->")[2].partition("<!-- end of floors -->")[0]
+    shown = [re.findall(r"(?<=[|;] )`(\w+)`", line) for line in table.splitlines() if line.startswith("| ")][1:]
+    rooms = [[name for name in floor if name not in ("__main__", "_C")] for floor in FLOORS]
+    assert shown == [floor for floor in rooms if floor]
+
+
 def test_the_pages_have_examples():
     assert ROOT / "README.md" in WITH_EXAMPLES
     assert len(WITH_EXAMPLES) >= 5

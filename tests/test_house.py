@@ -18,7 +18,7 @@ def test_a_count_is_at_most_its_ceiling(what: str) -> None:
 EVERY_NAME_AFTER_EVERY_MODULE = """
 import importlib, pkgutil, types
 import moe_route as mr
-optional = ("moe_route.integrations.vllm.", "moe_route.integrations.lm_eval.", "moe_route.__main__")
+optional = ("moe_route._C", "moe_route.integrations.vllm.", "moe_route.integrations.lm_eval.", "moe_route.__main__")
 for module in pkgutil.walk_packages(mr.__path__, "moe_route."):
     if not module.name.startswith(optional):
         importlib.import_module(module.name)

@@ -1,4 +1,4 @@
-"""The command line: `moe-route describe | record | vectors | convert | analyze | plot | plan | steer | eval | ...`.
+"""The command line: `moe-route describe | record | analyze | plot | plan | steer | eval | ...`.
 
 The commands are named after the functions in Python. Standard output carries the result (with `--json` exactly one JSON
 document); progress and errors go to standard error. Exit codes: 0 success, 1 a check of `doctor` failed, a ratio of
@@ -14,53 +14,78 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from difflib import get_close_matches
+import textwrap
+from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import NoReturn
+
+from moe_route.cli.options import Parser, meant
 
 __all__ = ["main", "parser"]
 
-# Modules of the commands, in the order of the help.
-_COMMANDS = (
-    "describe record vectors convert analyze plot plan steer experiment prune upcycle merge eval lm_eval report demo "
-    "doctor bench"
-)
+# What one wants -> the commands for it, in the order of the help, with their modules.
+_COMMANDS: Mapping[str, Mapping[str, str]] = {
+    "look": {"describe": "describe"},
+    "record": {"record": "record", "convert": "convert"},
+    "analyze": {"analyze": "analyze", "plot": "plot", "report": "report"},
+    "steer": {"plan": "plan", "steer": "steer", "experiment": "experiment"},
+    "change a model": {"prune": "models", "upcycle": "models", "merge": "models"},
+    "evaluate": {"eval": "evaluate", "lm-eval": "evaluate"},
+    "machine": {"doctor": "describe", "demo": "report", "bench": "bench", "completion": "completion"},
+}
+# Errors whose message names the problem and the fix. Any other error is a bug of moe-route and keeps its traceback.
+USER_ERRORS = (ValueError, KeyError, OSError, ImportError)
 
 
-def parser() -> argparse.ArgumentParser:
+class _Program(Parser):
+    """The parser of the whole command line, whose help groups the commands by what one wants."""
+
+    verbs: argparse._SubParsersAction[Parser]
+
+    def format_help(self) -> str:
+        verbs = {action.dest: action.help or "" for action in self.verbs._choices_actions}
+        lines = ["usage: moe-route [--traceback] COMMAND ...", "", self.description or ""]
+        for purpose, names in _COMMANDS.items():
+            lines += ["", f"{purpose}:"]
+            for name in names:
+                lines += textwrap.wrap(f"{name:<12}{verbs[name]}", 100, initial_indent="  ", subsequent_indent=" " * 14)
+        return "\n".join([*lines, "", self.epilog or ""]) + "\n"
+
+
+def parser() -> Parser:
     """The parser of the whole command line; the module of each command adds its own part."""
     from moe_route import __version__
-    from moe_route.cli import completion
 
-    whole = argparse.ArgumentParser(
+    whole = _Program(
         prog="moe-route",
         description="Record, analyze and steer expert routing in Mixture-of-Experts language models.",
-        epilog="Every command but lm-eval takes --json. Without --model, the demo model that moe-route brings along is "
-        "used.\n"
-        "`moe-route COMMAND --help` shows an example.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Every command but lm-eval takes --json, and shows an example with --help. Without a model, the demo "
+        "model is used.\nMOE_ROUTE_MODEL and MOE_ROUTE_TEXTS stand for --model and --data. --traceback shows where an "
+        "error was raised.",
     )
     whole.add_argument("--version", action="version", version=f"moe-route {__version__}")
-    verbs = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name in _COMMANDS.split():
-        import_module(f"moe_route.cli.{name}").add(verbs)
-    completion.add(verbs, whole)
+    whole.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    whole.verbs = whole.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+    for names in _COMMANDS.values():
+        for name, module in names.items():
+            getattr(import_module(f"moe_route.cli.{module}"), f"add_{name.replace('-', '_')}")(whole.verbs)
     return whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    _log_to_standard_error()
-    options, unknown = parser().parse_known_args(argv)
-    if unknown:
-        refuse_unknown(options.verb, unknown)
-    from moe_route.cli.answer import one_line
-    from moe_route.cli.inputs import USER_ERRORS
+    from moe_route.cli.answer import Answer, one_line
     from moe_route.cli.interrupt import INTERRUPTED
 
+    _log_to_standard_error()
+    words = list(sys.argv[1:] if argv is None else argv)
+    whole = parser()
+    _refuse_unknown(whole, words)
+    options = whole.parse_args(words)
     try:
-        answer = options.run(options)
+        for check in options.verb.checks:
+            check(options)
+        answer: Answer = options.run(options)
+        answer = answer.kept(options)
         if options.json or answer.text:
             print(answer.as_json() if options.json else answer.text, flush=True)
     except BrokenPipeError:  # `moe-route ... | head`: the reader is gone, and the flush at exit would fail again
@@ -77,14 +102,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(answer.code)
 
 
-def refuse_unknown(verb: argparse.ArgumentParser, words: Sequence[str]) -> NoReturn:
-    """End with the usage of the verb (argparse shows that of the program), and the options that may have been meant."""
-    from moe_route.cli.completion import options_of
-
-    written = (word.partition("=")[0] for word in words if word.startswith("--"))
-    meant = [match for word in written for match in get_close_matches(word, options_of(verb), n=1)]
-    hint = f" (did you mean {', '.join(meant)}?)" if meant else ""
-    verb.error(f"unrecognized arguments: {' '.join(words)}{hint}")
+def _refuse_unknown(whole: Parser, words: Sequence[str]) -> None:
+    """Name the nearest command or option for one that is not there, before anything that is missing."""
+    here = whole
+    for index, word in enumerate(words):
+        below = next((action for action in here._actions if isinstance(action, argparse._SubParsersAction)), None)
+        if below is None:
+            if not here.takes_any_word:
+                here.refuse_unknown(words[index:])
+            return
+        if word.startswith("-"):
+            here.refuse_unknown([word])
+        elif word in below.choices:
+            here = below.choices[word]
+        else:
+            known = list(below.choices)
+            here.error(f"no command {word!r} among {', '.join(known)}{meant([word], known)}")
 
 
 def _log_to_standard_error() -> None:

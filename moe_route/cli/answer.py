@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from errno import ENOENT
+from pathlib import Path
 from typing import Any
 
 __all__ = ["Answer", "one_line", "plain"]
@@ -14,15 +16,46 @@ __all__ = ["Answer", "one_line", "plain"]
 
 @dataclass(frozen=True)
 class Answer:
-    """The result of a command: `data` is printed with `--json`, `text` without; `code` is the exit code."""
+    """The result of a command: `data` is printed with `--json`, `text` without; `code` is the exit code.
+
+    `frame` makes the table that `--out` keeps, for commands whose result is one.
+    """
 
     data: Mapping[str, Any]
     text: str
     code: int = 0
+    frame: Callable[[], Any] | None = None
+
+    @classmethod
+    def of(cls, result: Any, **more: Any) -> Answer:
+        """The answer with a result of the library; `more` is added to its data."""
+        return cls({**result.to_dict(), **more}, repr(result), frame=result.to_pandas)
+
+    def kept(self, options: argparse.Namespace) -> Answer:
+        """Write the table to `--out`, if it was asked for: .json holds all data, .csv and .parquet the table."""
+        if self.frame is None or getattr(options, "out", None) is None:
+            return self
+        _write_table(options.out, self)
+        return replace(self, data={**self.data, "out": options.out}, text=f"{self.text}\nwritten to {options.out}")
 
     def as_json(self) -> str:
         """Strict JSON, in which numbers that are not finite become null."""
         return json.dumps(plain(self.data), ensure_ascii=False, indent=2, allow_nan=False)
+
+
+def _write_table(path: Path, answer: Answer) -> None:
+    from moe_route.base import files
+
+    if path.suffix.lower() == ".json":
+        files.write_text(path, answer.as_json() + "\n")
+        return
+    assert answer.frame is not None
+    frame = answer.frame()
+    with files.replacing(path) as stream:
+        if path.suffix.lower() == ".csv":
+            stream.write(frame.to_csv(index=False).encode())
+        else:
+            frame.to_parquet(stream, index=False)
 
 
 def plain(value: Any) -> Any:

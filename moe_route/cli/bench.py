@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 from moe_route.bench.sections import SECTIONS
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, positive
+from moe_route.cli.options import command, existing, out_argument, positive
 
 ROUNDS, QUICK_ROUNDS = 60, 5
 
 
-def add(verbs: Any) -> None:
+def add_bench(verbs: Any) -> None:
     parser = command(
         verbs,
         "bench",
@@ -37,10 +36,10 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("--threads", type=positive, default=1, metavar="N", help="threads of torch (default: 1)")
     parser.add_argument("--quick", action="store_true", help="few rounds, no large case: seconds")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for the results as JSON files")
+    out_argument(parser, "folder for the results as JSON files", metavar="FOLDER")
     parser.add_argument(
         "--compare",
-        type=Path,
+        type=existing,
         nargs="+",
         default=[],
         metavar="FILE",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command
+from moe_route.cli.options import Parser, command
 
 SCRIPTS = {
     "bash": r"""_moe_route() {
@@ -40,8 +40,7 @@ complete -c moe-route -f -a '(__moe_route_complete)'""",
 }
 
 
-def add(verbs: Any, whole: argparse.ArgumentParser) -> None:
-    """Add the command. ``whole`` is the parser of the program, whose words are completed."""
+def add_completion(verbs: Any) -> None:
     parser = command(
         verbs,
         "completion",
@@ -52,24 +51,19 @@ def add(verbs: Any, whole: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("shell", choices=tuple(SCRIPTS), help="the shell to complete in")
     parser.add_argument("--words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    parser.set_defaults(whole=whole)
 
 
 def run(options: argparse.Namespace) -> Answer:
     if options.words is not None:
-        found = candidates(options.whole, options.words)
-        return Answer({"candidates": found}, "\n".join(found))
+        from moe_route.cli import parser
+
+        words = candidates(parser(), options.words)
+        return Answer({"candidates": words}, "\n".join(words))
     script = SCRIPTS[options.shell]
     return Answer({"shell": options.shell, "script": script}, script)
 
 
-def options_of(parser: argparse.ArgumentParser) -> list[str]:
-    """The long options that the help of ``parser`` shows."""
-    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
-    return [name for action in shown for name in action.option_strings if name.startswith("--")]
-
-
-def candidates(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
+def candidates(parser: Parser, words: Sequence[str]) -> list[str]:
     """Completions of the last of ``words``, which follow the program's name; the last word may be empty.
 
     There are none if a value without fixed choices is expected, such as a file.
@@ -90,9 +84,9 @@ def candidates(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[st
             if positionals[0].nargs not in ("+", "*"):
                 positionals.pop(0)
     if awaiting is not None and not current.startswith("-"):
-        found = awaiting.choices or ()
+        known = list(awaiting.choices or ())
     elif current.startswith("-"):
-        found = options_of(parser)
+        known = [name for name in parser.options if name.startswith("--")]
     else:
-        found = positionals[0].choices or () if positionals else ()
-    return [str(name) for name in found if str(name).startswith(current)]
+        known = list(positionals[0].choices or ()) if positionals else []
+    return [str(name) for name in known if str(name).startswith(current)]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from moe_route.cli.analyze.experts import KINDS
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, layers, names, output, positive
+from moe_route.cli.experts import KINDS
+from moe_route.cli.inputs import output
+from moe_route.cli.options import add, command, existing, layers, out_argument, positive
 
 # Options of formats: passed on if they are given. The format refuses those that it does not take.
 # option -> keyword of `convert.read`
@@ -30,7 +30,7 @@ _OPTIONS = {
 }
 
 
-def add(verbs: Any) -> None:
+def add_convert(verbs: Any) -> None:
     parser = command(
         verbs,
         "convert",
@@ -40,18 +40,20 @@ def add(verbs: Any) -> None:
         "moe-route convert dump.pt --top-k 8 --to eplb --out weight.npy\n"
         "moe-route convert --formats",
     )
-    parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="files of one format; several are added up")
+    parser.add_argument(
+        "files", type=existing, nargs="*", metavar="FILE", help="files of one format; several are added up"
+    )
     parser.add_argument("--formats", action="store_true", help="list what can be read and written, and leave")
     parser.add_argument("--from", dest="format", metavar="FORMAT", help="what the files are (default: found)")
     parser.add_argument(
         "--to", metavar="FORMAT", help="what to write (default: moe-route's own file of what they hold)"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: only show what they hold)")
-    parser.add_argument("--groups", type=names, metavar="A,B", help="eplb, sglang: groups to add up (default: all)")
+    out_argument(parser, "file to write (default: only show what they hold)")
+    add(parser, "groups", groups="eplb, sglang: groups to add up (default: all)")
     read = parser.add_argument_group("options of formats")
     read.add_argument("--group", metavar="NAME", help="name of the group (default: from the file)")
     read.add_argument("--top-k", type=positive, metavar="K", help="experts per token, where the file has no tokens")
-    read.add_argument("--num-experts", type=positive, metavar="N", help="experts per layer, where the file has not")
+    add(read, "num_experts", "top_p", top_p="esft-scores: sum of scores to reach (default: 0.2)")
     read.add_argument("--num-layers", type=positive, metavar="N", help="sglang-response: layers of the model")
     read.add_argument("--layers", type=layers, metavar="A-B", help="replay arrays: layers to take, counted from 0")
     read.add_argument("--first-layer", type=int, metavar="N", help="the model's number of the first MoE layer")
@@ -68,7 +70,6 @@ def add(verbs: Any) -> None:
         metavar="X",
         help="selection to plan: in standard deviations of the logits (default: 0.5)",
     )
-    read.add_argument("--top-p", type=float, metavar="X", help="esft-scores: sum of scores to reach (default: 0.2)")
     read.add_argument("--scores", choices=("token", "gate"), help="esft-scores: kind of scores (default: token)")
 
 

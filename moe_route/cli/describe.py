@@ -1,4 +1,4 @@
-"""`moe-route describe`: show the routers of a model, how each one decides, and how moe-route would attach to it."""
+"""`moe-route describe` shows the routers of a model, and `moe-route doctor` the installation."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import argparse
 from typing import Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, load_language_model, model_arguments, quiet_libraries
+from moe_route.cli.inputs import load_language_model, quiet_libraries
+from moe_route.cli.options import command, model_arguments, refuse
 
 
-def add(verbs: Any) -> None:
+def add_describe(verbs: Any) -> None:
     parser = command(
         verbs,
         "describe",
-        run,
+        run_describe,
         "show a model's routers and how they are attached to",
-        "moe-route describe --model Qwen/Qwen3-30B-A3B",
+        "moe-route describe Qwen/Qwen3-30B-A3B",
     )
     parser.add_argument(
         "--load", action="store_true", help="load the weights, and check every router on random hidden states"
@@ -23,22 +24,29 @@ def add(verbs: Any) -> None:
     model_arguments(parser)
 
 
-def run(options: argparse.Namespace) -> Answer:
+def run_describe(options: argparse.Namespace) -> Answer:
+    if not options.load:
+        refuse(options, ("device", "device_map", "dtype"), "places weights, and describe reads none without --load")
     from moe_route.description import describe
     from moe_route.routed import attach
+    from moe_route.runs.language_model import model_without_weights
 
-    with attach(_model(options), engine=options.engine) as routed:
+    if options.load:
+        model = load_language_model(options).model
+    else:
+        quiet_libraries()
+        model = model_without_weights(options.model)
+    with attach(model, engine=options.engine) as routed:
         description = describe(routed.model)
     return Answer(description.to_dict(), str(description))
 
 
-def _model(options: argparse.Namespace) -> Any:
-    """The model of the options, with weights or, by default, from its configuration alone."""
-    from moe_route.runs.language_model import model_without_weights
+def add_doctor(verbs: Any) -> None:
+    command(verbs, "doctor", run_doctor, "say which kernels are at work and why, and check them", "moe-route doctor")
 
-    if options.load:
-        return load_language_model(options).model
-    if options.device is not None or options.device_map is not None or options.dtype != "auto":
-        raise ValueError("--device, --device-map and --dtype place weights, and describe reads none: add --load")
-    quiet_libraries()
-    return model_without_weights(options.model)
+
+def run_doctor(options: argparse.Namespace) -> Answer:
+    from moe_route.description import doctor
+
+    diagnosis = doctor()
+    return Answer(diagnosis.to_dict(), str(diagnosis), code=0 if diagnosis.ok else 1)

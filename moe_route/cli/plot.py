@@ -10,9 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from moe_route.cli.analyze.arguments import level
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import command, layers, merged_statistics, output, parallel_source
+from moe_route.cli.inputs import merged_statistics, output, sentences
+from moe_route.cli.options import Parser, add, command, existing, out_argument
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,64 +20,55 @@ if TYPE_CHECKING:
     from moe_route.recording import RoutingStatistics, SentenceVectors
 
 
-def add(verbs: Any) -> None:
+def add_plot(verbs: Any) -> None:
     parser = command(
-        verbs, "plot", run, "draw statistics", "moe-route plot divergence general.safetensors --out divergence.png"
+        verbs,
+        "plot",
+        run,
+        "draw recordings, selections and sweeps",
+        "moe-route plot divergence general.safetensors --out divergence.png",
     )
     parser.add_argument("what", choices=tuple(PICTURES), metavar="PICTURE", help=f"one of {', '.join(PICTURES)}")
     parser.add_argument(
         "files",
-        type=Path,
+        type=existing,
         nargs="+",
         metavar="FILE",
-        help="statistics; several are added up (alignment, similarity, dendrogram: or vectors; steering, strengths: "
-        "what `plan sweep --json` printed)",
+        help="statistics; several are added up (alignment, similarity, tree: or vectors; steering-table, strengths: "
+        "what `steer --strengths --json` printed)",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf")
-    parser.add_argument("--title", help="title of the picture (default: none)")
+    out_argument(parser, "picture to write: .png, .svg or .pdf", required=True, suffixes=(".png", ".svg", ".pdf"))
+    add(parser, "title")
     parser.add_argument("--column", type=float, metavar="INCHES", help="width for a column of a paper, such as 3.3")
     parser.add_argument("--size", type=float, metavar="POINTS", help="size of the text (default with --column: 8)")
-    _add_choices(parser)
+    add(
+        parser,
+        "reference",
+        "group",
+        "layers",
+        "rule",
+        "interval",
+        "scores",
+        "task",
+        reference="group to compare with (divergence, alignment, correlation, sweep, sweep-overlap: eng_Latn by "
+        "default; heat-map, heat-maps, expert-flow)",
+        group="heat-map: the group to draw (default: the first); sweep, sweep-overlap: of the task",
+        layers="divergence: layers to shade; divergence-matrix, similarity, tree: to average over; sweep, "
+        "sweep-overlap: to look at",
+        rule="alignment, similarity, tree: how sentences are compared (default: mexa; similarity, tree: cosine)",
+        interval="divergence, alignment, entropy, consistency, correlation: bands of bootstrap intervals, such as 0.95",
+        scores="correlation: a score per group, as for `analyze correlation`",
+        task="sweep, sweep-overlap: statistics of task texts",
+    )
     _add_contents(parser)
 
 
-def _add_choices(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--reference",
-        metavar="GROUP",
-        help="divergence, alignment, correlation, sweep, overlap, experts, groups, expert-flow: group to compare with "
-        "(the first five: eng_Latn by default)",
-    )
-    parser.add_argument(
-        "--group", metavar="GROUP", help="experts: the group to draw (default: the first); sweep, overlap: of the task"
-    )
-    parser.add_argument(
-        "--layers",
-        type=layers,
-        metavar="A-B",
-        help="divergence: layers to shade; matrix, similarity, dendrogram: to average over; sweep, overlap: to look at",
-    )
+def _add_contents(parser: Parser) -> None:
     parser.add_argument(
         "--of",
         metavar="MEASURE",
-        help="entropy: token, sequence or gap; balance: entropy, max_share, max_violation, variation, dead, rare or "
-        "effective; sweep: task, multilingual or both",
-    )
-
-    parser.add_argument(
-        "--rule",
-        choices=("mexa", "retrieval", "margin", "cosine"),
-        help="alignment, similarity, dendrogram: how sentences are compared (default: mexa; similarity, dendrogram: "
-        "cosine)",
-    )
-
-
-def _add_contents(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--interval",
-        type=level,
-        metavar="LEVEL",
-        help="divergence, alignment, entropy, consistency, correlation: bands of bootstrap intervals, such as 0.95",
+        help="entropy: token, sequence or gap; load-balance: entropy, max_share, max_violation, variation, dead, rare "
+        "or effective; sweep: task, multilingual or both",
     )
     parser.add_argument(
         "--floor",
@@ -85,20 +76,24 @@ def _add_contents(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="divergence: also that of unrelated sentences of one language",
     )
-    parser.add_argument("--cluster", action="store_true", default=None, help="matrix: order by similarity of routing")
+    parser.add_argument(
+        "--cluster", action="store_true", default=None, help="divergence-matrix: order by similarity of routing"
+    )
     parser.add_argument(
         "--by-script", action="store_true", default=None, help="pictures by layer: a panel per script, the rest in grey"
     )
     parser.add_argument(
         "--levels",
-        type=Path,
+        type=existing,
         metavar="FILE",
-        help="pictures by layer, steering: tab-separated lines of group and level of resources, such as high",
+        help="pictures by layer, steering-table: tab-separated lines of group and level of resources, such as high",
     )
-    parser.add_argument("--scores", type=Path, metavar="FILE", help="correlation: a score per group, as for correlate")
-    parser.add_argument("--task", type=Path, nargs="+", metavar="FILE", help="sweep, overlap: statistics of task texts")
-    parser.add_argument("--selected", type=Path, metavar="FILE", help="experts, groups: selection of experts to mark")
-    parser.add_argument("--intervals", action="store_true", default=None, help="steering: write the ends of intervals")
+    parser.add_argument(
+        "--selected", type=existing, metavar="FILE", help="heat-map, heat-maps: selection of experts to mark"
+    )
+    parser.add_argument(
+        "--intervals", action="store_true", default=None, help="steering-table: write the ends of intervals"
+    )
 
 
 def run(options: argparse.Namespace) -> Answer:
@@ -109,21 +104,21 @@ def run(options: argparse.Namespace) -> Answer:
         if getattr(options, name) is not None:
             raise ValueError(f"the picture {options.what} takes no --{name.replace('_', '-')}: leave it out")
     output(options.out)
-    found: Any
+    source: Any
     if options.what in _OF_JSON:
-        found = options.files
+        source = options.files
     elif options.what in _OF_SENTENCES:
-        found = parallel_source(options.files, None)
+        source = sentences(options.files)
     else:
-        found = merged_statistics(options.files)
-    if options.layers is not None and options.layers[-1] >= len(found.layers):
-        raise ValueError(f"--layers must name some of the {len(found.layers)} layers, counted from 0")
+        source = merged_statistics(options.files)
+    if options.layers is not None and options.layers[-1] >= len(source.layers):
+        raise ValueError(f"--layers must name some of the {len(source.layers)} layers, counted from 0")
     with contextlib.ExitStack() as stack:
         if options.column is not None or options.size is not None:
             column = 6.4 if options.column is None else options.column
             size = (10 if options.column is None else 8) if options.size is None else options.size
             stack.enter_context(plots.style(column, size))
-        plots.save(draw(found, options), options.out)
+        plots.save(draw(source, options), options.out)
     return Answer({"out": options.out, "picture": options.what}, f"written to {options.out}")
 
 
@@ -269,7 +264,7 @@ def _strengths(paths: list[Path], options: argparse.Namespace) -> Axes:
 
 
 def _read_sweep(paths: list[Path]) -> Any:
-    """The changes of a strength sweep, as `moe-route plan sweep --json` prints them."""
+    """The changes of a strength sweep, as `moe-route steer --strengths --json` prints them."""
     from moe_route.analysis import Difference
 
     if len(paths) > 1:
@@ -286,7 +281,7 @@ def _read_sweep(paths: list[Path]) -> Any:
         names = {name: tuple(found[name]) for name in ("groups", "strengths", "texts")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{paths[0]} is not what `moe-route plan sweep PLAN --json` prints: write it with > FILE"
+            f"{paths[0]} is not what `moe-route steer --strengths --json` prints: write it with > FILE"
         ) from error
     return SimpleNamespace(change=change, **names)
 
@@ -321,18 +316,18 @@ PICTURES: dict[str, tuple[Any, set[str]]] = {
     "correlation": (_correlation, {"reference", "scores", "interval"}),
     "entropy": (_entropy, {"of", "interval", "by_script", "levels"}),
     "consistency": (_consistency, {"interval", "by_script", "levels"}),
-    "balance": (_balance, {"of", "by_script", "levels"}),
-    "experts": (_experts, {"reference", "group", "selected"}),
-    "groups": (_groups, {"reference", "selected"}),
+    "load-balance": (_balance, {"of", "by_script", "levels"}),
+    "heat-map": (_experts, {"reference", "group", "selected"}),
+    "heat-maps": (_groups, {"reference", "selected"}),
     "expert-flow": (_expert_flow, {"reference"}),
-    "matrix": (_matrix, {"layers", "cluster"}),
+    "divergence-matrix": (_matrix, {"layers", "cluster"}),
     "similarity": (_similarity, {"rule", "layers"}),
-    "dendrogram": (_similarity, {"rule", "layers"}),
+    "tree": (_similarity, {"rule", "layers"}),
     "sweep": (_sweep, {"reference", "group", "task", "layers", "of"}),
-    "overlap": (_overlap, {"reference", "group", "task", "layers"}),
-    "steering": (_steering, {"levels", "intervals"}),
+    "sweep-overlap": (_overlap, {"reference", "group", "task", "layers"}),
+    "steering-table": (_steering, {"levels", "intervals"}),
     "strengths": (_strengths, set[str]()),
 }
-_OF_JSON = {"steering", "strengths"}
-_OF_SENTENCES = {"alignment", "similarity", "dendrogram"}
+_OF_JSON = {"steering-table", "strengths"}
+_OF_SENTENCES = {"alignment", "similarity", "tree"}
 _OPTIONS = set[str]().union(*(takes for _, takes in PICTURES.values()))

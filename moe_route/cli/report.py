@@ -1,33 +1,32 @@
-"""`moe-route report`: write one HTML file with what was recorded, to open in a browser."""
+"""`moe-route report` writes one HTML file with what was recorded, and `moe-route demo` runs the demonstration."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import (
+from moe_route.cli.inputs import load_language_model, load_plan, output, shown_options, texts
+from moe_route.cli.options import (
+    add,
     command,
-    load_language_model,
+    existing,
     model_arguments,
-    output,
+    out_argument,
     positive,
-    shown_options,
+    refuse,
     text_arguments,
-    texts,
-    tokenizer_argument,
 )
 
 if TYPE_CHECKING:
     from moe_route.report import Inputs
 
 
-def add(verbs: Any) -> None:
+def add_report(verbs: Any) -> None:
     parser = command(
         verbs,
         "report",
-        run,
+        run_report,
         "write one HTML file with figures, expert tables and the experts of single tokens; it works offline",
         "moe-route report --data general --limit 12 --out report.html\n"
         "moe-route report --data general --limit 12 --plan plan.safetensors --out steered.html\n"
@@ -35,29 +34,33 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument(
         "files",
-        type=Path,
+        type=existing,
         nargs="*",
         metavar="FILE",
         help="statistics, traces (for the experts of tokens), selections, plans, scores per group (.tsv, .json), and "
         "folders or files with tables of results, such as that of eval; without any, the texts of --data are recorded "
         "with --model",
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="HTML page to write, such as report.html"
+    out_argument(parser, "HTML page to write, such as report.html", required=True, suffixes=(".html", ".htm"))
+    add(
+        parser,
+        "reference",
+        "title",
+        "tokenizer",
+        "plan",
+        reference="group to compare with (default: eng_Latn, or the first)",
+        title="heading of the page (default: the name of the model)",
+        plan="without files: also record under this plan",
     )
-    parser.add_argument("--reference", metavar="GROUP", help="group to compare with (default: eng_Latn, or the first)")
-    parser.add_argument("--title", help="heading of the page (default: the name of the model)")
-    tokenizer_argument(parser)
-    parser.add_argument("--plan", type=Path, metavar="FILE", help="without files: also record under this plan")
     parser.add_argument(
         "--trace-items",
         type=positive,
         metavar="N",
         help="without files: show the tokens of the first N sentences of every language (default: 4)",
     )
-    model_arguments(parser)
+    parser.checks.append(_refuse_ignored)  # before texts and model get their defaults
+    model_arguments(parser, positional=False)
     text_arguments(parser)
-    parser.set_defaults(model=None)
 
 
 # What a report of files does not look at: its texts were recorded before.
@@ -65,9 +68,13 @@ _OF_RECORDING = (
     "plan",
     "trace_items",
     "device",
+    "device_map",
     "dtype",
     "engine",
     "data",
+    "columns",
+    "quotes",
+    "split",
     "languages",
     "limit",
     "batch_size",
@@ -75,13 +82,17 @@ _OF_RECORDING = (
 )
 
 
-def run(options: argparse.Namespace) -> Answer:
+def _refuse_ignored(options: argparse.Namespace) -> None:
+    options.tokenizer_of_model = options.tokenizer or options.model
+    if options.files:
+        refuse(options, _OF_RECORDING, "is for a report that records by itself, without files")
+    elif options.tokenizer is not None:
+        raise ValueError("--tokenizer is for a report of files: a recorded model brings its own, so leave it out")
+
+
+def run_report(options: argparse.Namespace) -> Answer:
     from moe_route import report
 
-    if options.out.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(
-            f"--out {options.out} would not open in a browser: a report is an HTML page, such as report.html"
-        )
     output(options.out)
     inputs, tokenizer = _of_files(options) if options.files else _of_model(options)
     report.write(options.out, inputs, reference=options.reference, tokenizer=tokenizer, title=options.title)
@@ -110,22 +121,14 @@ def _of_files(options: argparse.Namespace) -> tuple[Inputs, Any]:
     from moe_route import report
     from moe_route.cli.inputs import tokenizer_of
 
-    for name in _OF_RECORDING:
-        if getattr(options, name) != options.verb.get_default(name):
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} is for a report that records by itself: leave out the files, or --{flag}")
-    name = options.tokenizer or options.model
+    name = options.tokenizer_of_model
     return report.read(options.files), None if name is None else tokenizer_of(name)
 
 
 def _of_model(options: argparse.Namespace) -> tuple[Inputs, Any]:
     from moe_route import report
-    from moe_route.steering import Plan
 
-    if options.tokenizer is not None:
-        raise ValueError("--tokenizer is for a report of files: a recorded model brings its own, so leave it out")
-    options.model = options.model or "demo"
-    plan = None if options.plan is None else Plan.load(options.plan)
+    plan = None if options.plan is None else load_plan(options.plan)
     work = texts(options)
     language_model = load_language_model(options)
     inputs = report.record_inputs(
@@ -137,3 +140,43 @@ def _of_model(options: argparse.Namespace) -> tuple[Inputs, Any]:
         **shown_options(options),
     )
     return inputs, language_model.tokenizer
+
+
+def add_demo(verbs: Any) -> None:
+    parser = command(
+        verbs,
+        "demo",
+        run_demo,
+        "switch experts of a task and of languages off, beside random ones (a few minutes)",
+        "moe-route demo --out demo\n"
+        "moe-route demo --limit 4 --draws 3 --languages eng_Latn,deu_Latn,swh_Latn      # a quick look",
+    )
+    out_argument(parser, "folder for the pictures and report.json (default: none)", metavar="FOLDER")
+    parser.add_argument(
+        "--draws",
+        type=positive,
+        metavar="N",
+        default=99,
+        help="random sets of experts beside the first finding (default: 99)",
+    )
+    model_arguments(parser)
+    text_arguments(parser)
+
+
+def run_demo(options: argparse.Namespace) -> Answer:
+    from moe_route.base import files
+    from moe_route.demo import demo
+
+    if options.out is not None:
+        output(files.make_folder(options.out) / "report.json")
+    report = demo(
+        load_language_model(options),
+        data=options.data,
+        languages=options.languages,
+        limit=options.limit,
+        draws=options.draws,
+        out=options.out,
+        engine=options.engine,
+        **shown_options(options),
+    )
+    return Answer(report.to_dict(), str(report), code=0 if report.restored else 1)
