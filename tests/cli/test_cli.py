@@ -537,7 +537,7 @@ class TestCompletion:
             pytest.skip("needs bash")
         asked = """eval "$(moe-route completion bash)"
 complete -p moe-route
-COMP_WORDS=(moe-route plot experts x.safetensors --re); COMP_CWORD=4; _moe_route; echo "${COMPREPLY[@]}"
+COMP_WORDS=(moe-route plot heat-map x.safetensors --re); COMP_CWORD=4; _moe_route; echo "${COMPREPLY[@]}"
 COMP_WORDS=(moe-route record ''); COMP_CWORD=2; _moe_route; echo "none: ${COMPREPLY[*]}"
 """
         done = subprocess.run(
