@@ -16,10 +16,11 @@ from playwright.sync_api import Page, sync_playwright
 
 from moe_route import analysis, report
 from moe_route.base.files import replacing
-from moe_route.steering import ExpertSelection, Plan
-from moe_route.runs.language_model import LanguageModel
-from moe_route.runs.record import read_corpus, record_texts
+from moe_route.data import Corpus
 from moe_route.data.batches import texts_of
+from moe_route.runs.language_model import LanguageModel
+from moe_route.runs.record import record_texts
+from moe_route.steering import ExpertSelection, Plan
 
 IMAGES = Path(__file__).parent / "images"
 LANGUAGES = ["eng_Latn", "deu_Latn", "hin_Deva", "jpn_Jpan", "arb_Arab"]
@@ -47,7 +48,7 @@ def _save(shown: bytes, path: Path) -> None:
 
 
 def _inputs(language_model: LanguageModel) -> report.Inputs:
-    problems = texts_of(read_corpus("arithmetic", languages=LANGUAGES, limit=4))
+    problems = texts_of(Corpus.read("arithmetic", languages=LANGUAGES, limit=4))
     experts = _task_experts(language_model)
     return report.record_inputs(language_model, problems, plan=Plan.forbid(experts), traced_items=4)
 
@@ -56,7 +57,7 @@ def _task_experts(language_model: LanguageModel) -> ExpertSelection:
     found = []
     for data in ("arithmetic", "general"):
         with language_model.attach() as routed, routed.record(sequences=True) as recorder:
-            record_texts(recorder, language_model, texts_of(read_corpus(data, languages=LANGUAGES[:1])))
+            record_texts(recorder, language_model, texts_of(Corpus.read(data, LANGUAGES[:1])))
         found.append(recorder.statistics())
     return analysis.task_experts(*found, threshold=0.2)
 

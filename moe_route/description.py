@@ -1,4 +1,5 @@
-"""Describe the routers of a model: how they decide, and how moe-route would attach to them."""
+"""Describe a model's routers and how moe-route would attach to them (``describe``); diagnose the installation
+(``doctor``)."""
 
 from __future__ import annotations
 
@@ -120,17 +121,17 @@ def describe(model: nn.Module) -> Description:
     return Description(identity["class"], identity["name"], identity["config_hash"], attachment is not None, layers)
 
 
-# Diagnose an installation: its versions, the kernels in use and why, and whether they compute correct results.
+# ---- an installation: its versions, the kernels in use and why, and whether they compute correct results
 
 EXTRAS: dict[str, dict[str, str]] = {
     "hf": {"transformers": "transformers", "accelerate": "accelerate"},
-    "analysis": {"pandas": "pandas", "pyarrow": "pyarrow", "scipy": "scipy"},
+    "analysis": {"pandas": "pandas", "pyarrow": "pyarrow"},
     "plot": {"matplotlib": "matplotlib"},
     "eval": {"lm_eval": "lm-eval"},
 }
 """Extra -> importable module -> the distribution that contains it."""
 
-_REQUIRED = ("torch", "numpy", "safetensors", "tqdm")
+_REQUIRED = ("torch", "numpy", "scipy", "safetensors", "tqdm")
 _CPUINFO = Path("/proc/cpuinfo")
 _FLAGS = {
     "avx2": ("avx2", "fma", "f16c"),

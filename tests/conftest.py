@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from harness.hidden_library import HIDDEN, hide
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from harness.backends import Backend
+
+if HIDDEN:
+    hide()
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
 settings.register_profile("default", max_examples=80, derandomize=True, print_blob=True, **_COMMON)
@@ -69,11 +73,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             from harness.backends import BACKENDS
 
             parameters = [pytest.param(each, id=each.name, marks=_marks(each)) for each in BACKENDS if belongs(each)]
-            metafunc.parametrize(fixture, parameters)
+            hidden = pytest.param(None, id="hidden", marks=[pytest.mark.native])
+            metafunc.parametrize(fixture, parameters or [hidden])
 
 
 def _marks(backend: Backend) -> list[pytest.MarkDecorator]:
-    marks = [pytest.mark.cuda] if backend.name == "cuda" else []
+    marks = [pytest.mark.native] if backend.native else []
+    marks += [pytest.mark.cuda] if backend.name == "cuda" else []
     return [*marks, pytest.mark.skip(reason=backend.missing)] if backend.missing else marks
 
 

@@ -35,18 +35,18 @@ def rendered(ax):
 
 
 def test_a_sweep_by_layer_and_threshold(sweep):
-    ax = plots.expert_sweep(sweep, of="both", title="overlap")
+    ax = plots.sweep(sweep, of="both", title="overlap")
     shown = np.ma.filled(ax.images[0].get_array(), np.nan)
     np.testing.assert_array_equal(shown, [[3, 1], [1, np.nan], [np.nan, np.nan]])
     assert [text.get_text() for text in ax.get_xticklabels()] == ["0", "2"]
     assert [text.get_text() for text in ax.get_yticklabels()] == ["0.1", "0.2", "0.3"]
     assert rendered(ax)
     with pytest.raises(ValueError, match="of must be"):
-        plots.expert_sweep(sweep, of="none")
+        plots.sweep(sweep, of="none")
 
 
-def test_overlap_by_threshold(sweep):
-    ax = plots.overlap_by_threshold(sweep)
+def test_sweep_overlap(sweep):
+    ax = plots.sweep_overlap(sweep)
     lines = {line.get_label(): line.get_ydata() for line in ax.get_lines()}
     assert lines["task experts"].tolist() == [9, 3, 1]
     assert lines["both"].tolist() == [4, 1, 0]
@@ -58,7 +58,7 @@ def test_overlap_by_threshold(sweep):
 @pytest.mark.parametrize(("first", "shown"), [(0.2904, "0.291"), (0.3, "0.3"), (0.2900001, "0.291"), (0.0, "0")])
 def test_the_threshold_without_overlap_is_not_rounded_down(sweep, first: float, shown: str):
     """At a threshold that is smaller than the last difference, an expert is still in both sets."""
-    title = plots.overlap_by_threshold(replace(sweep, separate_from=first)).get_title()
+    title = plots.sweep_overlap(replace(sweep, separate_from=first)).get_title()
     assert f"no expert in both sets from {shown} on" in " ".join(title.split())
 
 

@@ -324,3 +324,16 @@ def test_correlation_with_a_band_and_a_matrix_in_another_order():
         DivergenceMatrix(rng.random((2, 3, 3)), ("a", "b", "c"), ("0", "1")), groups=["c", "a", "b"]
     )
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["a", "b"]
+
+
+def test_lines_take_no_other_arguments():
+    found = analysis.Divergence(np.ones((1, 2)), ("a",), "b", ("0", "1"), undefined=np.zeros((1, 2), int))
+    with pytest.raises(TypeError, match="colour"):
+        plots.divergence(found, colour="red")
+    with pytest.raises(ValueError, match="levels"):
+        plots.by_script(found, levels={"a": "high"})
+
+
+def test_faces_list_their_names():
+    for face in (analysis, plots):
+        assert dir(face) == sorted(face.__all__)

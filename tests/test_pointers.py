@@ -27,10 +27,10 @@ READ = {".py", ".md", ".cpp", ".h", ".cu", ".cuh", ".toml", ".yml", ".sh", ".cma
 ELSEWHERE = {
     "api/index.md",
     "flores200/README.md",
-    "general.csv",
     "llama.cpp",
     "report/report.md",
     "sglang/srt/eplb/expert_distribution.py",
+    "table.csv",
     "tables.md",
 }
 

@@ -33,20 +33,20 @@ def test_load_balance_has_a_line_per_group():
         plots.load_balance(found, of="load")
 
 
-def test_expert_pairs_are_a_matrix():
+def test_pairs_are_a_matrix():
     pairs = np.array([[[4, 1, 0], [1, 2, 0], [0, 0, 0]]])
     together = analysis.Coactivation(pairs, np.array([5]), ("eng",), ("a",), (2,))
-    image = plots.expert_pairs(together, 0).get_images()[0]
+    image = plots.pairs(together, 0).get_images()[0]
     assert image.get_array().filled(np.nan).shape == (2, 2)
     assert image.get_array()[0, 1] == 0.25
     after = analysis.Transitions(pairs, np.array([[5, 3, 0]]), np.array([8]), ("eng",), ("a", "b"), (3, 2))
-    ax = plots.expert_pairs(after, 0, title="on")
+    ax = plots.pairs(after, 0, title="on")
     assert ax.get_images()[0].get_array().shape == (3, 2)
     assert ax.get_xlabel() == "expert of layer 1"
     with pytest.raises(ValueError, match="no layer 1 to draw"):
-        plots.expert_pairs(after, 1)
+        plots.pairs(after, 1)
     with pytest.raises(ValueError, match="nothing to draw"):
-        plots.expert_pairs(analysis.Coactivation(pairs * 0, np.array([0]), ("eng",), ("a",), (2,)), 0)
+        plots.pairs(analysis.Coactivation(pairs * 0, np.array([0]), ("eng",), ("a",), (2,)), 0)
 
 
 def flowing(**groups):

@@ -25,7 +25,7 @@ from bench.cpu.recording import Around, Decoding, HookClock, race_in_hooks, reco
 from moe_route.bench.results import Fact, Measured
 from moe_route.bench.timing import Effort, Pool
 from moe_route.patching.deferred import MOST_TOKENS
-from moe_route.recording.recorder import DEFAULT_METRICS
+from moe_route.recording.counting import DEFAULT_METRICS
 from moe_route.recording.tables import TableSet
 from moe_route.routers import find_routers
 

@@ -14,7 +14,7 @@ import torch
 import moe_route as mr
 from moe_route.bench.results import Fact, Measured, Target, rows
 from moe_route.bench.timing import Effort, Race, race
-from moe_route.recording.recorder import LAG
+from moe_route.recording.counting import LAG
 from moe_route.routers import find_routers
 
 WINDOW = LAG + 1  # steps that the recorder counts together

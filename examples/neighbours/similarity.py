@@ -139,7 +139,7 @@ def draw(ours: Similarity, theirs: Similarity | None, path: Path) -> None:
     figure = Figure(figsize=(4.8 * len(trees), 5.6), layout="constrained")
     axes = figure.subplots(1, len(trees), squeeze=False)[0]
     for ax, (title, (found, layer)) in zip(axes, trees.items(), strict=True):
-        mr.plots.dendrogram(found, layers=[layer], ax=ax)
+        mr.plots.tree(found, layers=[layer], ax=ax)
         ax.set_title(title, fontsize="medium")
     mr.plots.save(axes[0], path)
 

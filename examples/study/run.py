@@ -30,9 +30,8 @@ from tables import markdown
 import moe_route as mr
 from moe_route import RoutingStatistics
 from moe_route.base.files import write_text
-from moe_route.data import demo_corpus, demo_model_folder, demo_problems
+from moe_route.data import Corpus, demo_corpus, demo_model_folder, demo_problems
 from moe_route.runs.language_model import DEMO_MODEL, LanguageModel
-from moe_route.runs.record import read_corpus
 
 MARKERS = ("<!-- tables -->", "<!-- end of tables -->")
 QWEN3 = Path("routing") / "qwen3_30b_a3b_mgsm"
@@ -41,7 +40,7 @@ QWEN3 = Path("routing") / "qwen3_30b_a3b_mgsm"
 def material(args: argparse.Namespace) -> measure.Material:
     """FLORES in the ten languages of the shipped corpus, and the shipped problems."""
     languages = demo_corpus().languages
-    general = read_corpus(args.data / "flores200", languages=languages, limit=args.sentences)
+    general = Corpus.read(args.data / "flores200", languages=languages, limit=args.sentences)
     problems = demo_problems().subset(languages=languages, limit=args.questions)
     return measure.Material(general, problems, args.random)
 

@@ -176,3 +176,7 @@ __all__ = [
     "u_shape",
     "vocabulary",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

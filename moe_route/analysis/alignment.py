@@ -1,49 +1,37 @@
 """Alignment of languages with a pivot, by layer: how well sentences find their translation in it.
 
 The vectors of sentences are pooled hidden states (``recording.sentence_vectors``), as in the published measures, or
-routing distributions, their twin. The rules are in ``analysis.translation_rules``.
+routing distributions, their twin. A rule judges, from the cosines of sentences and their translations, how well two
+languages are aligned. C [n, n] holds the cosine of sentence i of one language with sentence j of the other; C_ii are
+translations.
+
+- "mexa": C_ii is above every other entry of row i and of column i [MEXA, arXiv 2410.05873].
+- "retrieval": C_ii is above every other entry of row i.
+- "margin": the same of ``2 C_ij / (r_i + c_j)``, with r_i the mean of the m largest entries of row i and c_j that of
+  column j [ratio margin, arXiv 1811.01136].
+- "cosine": C_ii itself [Language Ranker, arXiv 2404.11553; mPLM-Sim, arXiv 2305.13684].
+
+The first three are true or false for each sentence. A tie is lost, so a sentence that occurs twice never wins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from moe_route.analysis.inputs import AnalysisError, Statistics, paired_items, pick_groups
+from moe_route.analysis.inputs import AnalysisError, Statistics, paired_items, pick_groups, refuse_itself
 from moe_route.analysis.overlap import in_layers
 from moe_route.analysis.resampling import mean_tokens, read_sequences
-from moe_route.analysis.result import by_depth, fertility_of, mean_of_seen, plain, token_column
+from moe_route.analysis.result import Result, by_depth, fertility_of, mean_of_seen, plain, token_column
 from moe_route.analysis.stats import RESAMPLES, draw_items, interval_of, resampled_means
-from moe_route.base.table import ShownAsTables, Table, data_frame, interval
+from moe_route.base.table import Table, interval
 from moe_route.recording import SentenceVectors
 from moe_route.recording.store import SequenceStore
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-__all__ = [
-    "Alignment",
-    "FEWEST",
-    "Judged",
-    "ParallelVectors",
-    "RULES",
-    "RULE_NAMES",
-    "Rule",
-    "Side",
-    "VectorSource",
-    "alignment",
-    "check_rule",
-    "cosines",
-    "judge",
-    "parallel_vectors",
-    "same_vectors",
-]
-
-
-# Vectors of parallel sentences, a layer at a time: hidden states, routing distributions, or arrays.
+# ---- vectors of parallel sentences, a layer at a time
 
 VectorSource = SentenceVectors | Statistics | np.ndarray
 KINDS = ("full", "topk", "count", "hidden")
@@ -117,7 +105,7 @@ def parallel_vectors(
     Raises ``AnalysisError`` for sentences that do not pair, one group, unknown groups, and values that are not finite.
     """
     if isinstance(source, np.ndarray):
-        found = _of_array(source, groups, kind, bool(center))
+        vectors = _of_array(source, groups, kind, bool(center))
     else:
         if kind is not None and isinstance(source, SentenceVectors):
             raise AnalysisError("kind tells which routing distribution is taken, and these are vectors: leave it out")
@@ -131,12 +119,12 @@ def parallel_vectors(
         layers = tuple(source.layers)
         embedding = isinstance(source, SentenceVectors) and layers[0] == "embedding"
         tokens = mean_tokens(source.store, names, items)
-        found = ParallelVectors(names, layers, items, tokens, centered, embedding, source.store, kind)
-    if found.centered and len(found.items) < 2:
+        vectors = ParallelVectors(names, layers, items, tokens, centered, embedding, source.store, kind)
+    if vectors.centered and len(vectors.items) < 2:
         raise AnalysisError(
             "a single item is its group's mean, and nothing is left of it: record more, or center=False"
         )
-    return found
+    return vectors
 
 
 def _of_array(source: np.ndarray, groups: Sequence[str] | None, kind: str | None, center: bool) -> ParallelVectors:
@@ -172,19 +160,10 @@ def _units(vectors: np.ndarray, center: bool) -> np.ndarray:
     """Unit vectors [n, D]; NaN for a sentence without tokens, zero for one that is like the mean."""
     moved = vectors - mean_of_seen(vectors)[0] if center else vectors
     length = np.sqrt((moved * moved).sum(-1, keepdims=True))
-    return np.divide(moved, length, out=np.zeros(moved.shape), where=~(length <= 1e-12))
+    return np.divide(moved, length, out=np.zeros(moved.shape), where=~(length <= 1e-12))  # NaN stays
 
 
-# Rules that judge, from the cosines of sentences and their translations, how well two languages are aligned.
-#
-# C [n, n] holds the cosine of sentence i of one language with sentence j of the other; C_ii are translations.
-#
-# - "mexa": C_ii is above every other entry of row i and of column i [MEXA, arXiv 2410.05873]. - "retrieval": C_ii is
-# above every other entry of row i. - "margin": the same of ``2 C_ij / (r_i + c_j)``, with r_i the mean of the m
-# largest entries of row i and c_j that of column j [ratio margin, arXiv 1811.01136]. - "cosine": C_ii itself [Language
-# Ranker, arXiv 2404.11553; mPLM-Sim, arXiv 2305.13684].
-#
-# The first three are true or false for each sentence. A tie is lost, so a sentence that occurs twice never wins.
+# ---- rules
 
 Rule = Literal["mexa", "retrieval", "margin", "cosine"]
 RULES = ("mexa", "retrieval", "margin", "cosine")
@@ -235,17 +214,17 @@ def cosines(first: Side, second: Side) -> np.ndarray:
     return of_rows[np.ix_(first.place, second.place)]
 
 
-def judge(found: np.ndarray, rule: Rule, neighbors: int = 4) -> Judged:
+def judge(cosine: np.ndarray, rule: Rule, neighbors: int = 4) -> Judged:
     """Apply a rule to cosines, float64 [n, n]; sentences whose own cosine is NaN take no part.
 
     ``neighbors`` is the m of "margin". Raises ``AnalysisError`` where the neighbors of a sentence have no positive mean
     cosine, which margins divide by.
     """
-    seen = np.flatnonzero(~np.isnan(np.diag(found)))
-    values = np.full(len(found), np.nan)
+    seen = np.flatnonzero(~np.isnan(np.diag(cosine)))
+    values = np.full(len(cosine), np.nan)
     if not len(seen):
         return Judged(values, float("nan"))
-    c = found[np.ix_(seen, seen)]
+    c = cosine[np.ix_(seen, seen)]
     if rule == "cosine":
         judged = c
     elif rule == "mexa":
@@ -295,13 +274,15 @@ def same_vectors(sides: list[Side]) -> np.ndarray:
     return repeated
 
 
+# ---- the measure
+
 Summary = Literal["mean", "max"]
 _QUANTITIES = {"mexa": "MEXA alignment", "retrieval": "retrieval", "margin": "margin retrieval", "cosine": "cosine"}
 _SHOWN = 5  # items named in a note
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Alignment(ShownAsTables):
+class Alignment(Result):
     """Alignment of groups with one reference.
 
     Attributes:
@@ -348,9 +329,7 @@ class Alignment(ShownAsTables):
 
     def of(self, group: str) -> np.ndarray:
         """Values of one group, float64 [L]."""
-        if group not in self.groups:
-            raise AnalysisError(f"no group {group!r}: there are {', '.join(self.groups)}")
-        row: np.ndarray = self.values[self.groups.index(group)]
+        row: np.ndarray = self.values[self.place_of(group)]
         return row
 
     def summary(self, how: Summary = "mean", layers: Sequence[int] | None = None) -> np.ndarray:
@@ -380,22 +359,22 @@ class Alignment(ShownAsTables):
             raise AnalysisError(f'of must be "layers", "mean" or "max", not {of!r}')
         weights, columns = draw_items(self.pairs, resamples, seed), self._columns_of(layers)
         ends = []
-        for values, found in zip(self.pair_values, self.values, strict=True):
-            means = resampled_means(weights, values)
+        for pairs, values in zip(self.pair_values, self.values, strict=True):
+            means = resampled_means(weights, pairs)
             if of != "layers":
-                means, found = _over_layers(means, columns, of), _over_layers(found, columns, of)
+                means, values = _over_layers(means, columns, of), _over_layers(values, columns, of)
             ends.append(np.stack(interval_of(means, self.pairs, level)))
             if self.rule != "cosine":
                 tail = ((1 - level) / 2) ** (1 / self.pairs)
-                ends[-1][1] = np.where(found == 0, 1 - tail, ends[-1][1])
-                ends[-1][0] = np.where(found == 1, tail, ends[-1][0])
+                ends[-1][1] = np.where(values == 0, 1 - tail, ends[-1][1])
+                ends[-1][0] = np.where(values == 1, tail, ends[-1][0])
         low, high = np.stack(ends, axis=1)
         return low, high
 
     def ranking(self, how: Summary = "mean", layers: Sequence[int] | None = None) -> dict[str, float]:
         """The groups by their summary, the most aligned first [Language Ranker, arXiv 2404.11553]."""
-        found = dict(zip(self.groups, self.summary(how, layers).tolist(), strict=True))
-        return dict(sorted(found.items(), key=lambda pair: -np.nan_to_num(pair[1], nan=-np.inf)))
+        summaries = dict(zip(self.groups, self.summary(how, layers).tolist(), strict=True))
+        return dict(sorted(summaries.items(), key=lambda pair: -np.nan_to_num(pair[1], nan=-np.inf)))
 
     def estimate(self, accuracy: float, how: Summary = "mean", layers: Sequence[int] | None = None) -> dict[str, float]:
         """Estimate the accuracy of each group on a task: that of the reference times the summary [MEXA].
@@ -412,33 +391,25 @@ class Alignment(ShownAsTables):
         chosen = in_layers(len(self.layers), self.summarized if layers is None else layers)
         return np.flatnonzero(chosen[:, 0])
 
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a tidy data frame with a row per (group, layer).
-
-        Columns: ``alignment``, ``low`` and ``high`` of the 95 % interval, ``chance``, ``router`` (the layer's name),
-        ``tokens`` per sentence of the group, and ``fertility``.
-        """
+    def columns(self) -> dict[str, Any]:
+        """``alignment``, ``low`` and ``high`` of its 95 % interval, ``chance``, ``tokens`` per item, ``fertility``."""
         low, high = self.interval()
-        columns: dict[str, Any] = {"router": np.tile(np.asarray(self.layers, dtype=object), len(self.groups))}
-        for name, values in (("alignment", self.values), ("low", low), ("high", high), ("chance", self.chance)):
-            columns[name] = values.reshape(-1)
-        for name, values in (("tokens", self.tokens), ("fertility", self.fertility)):
-            columns[name] = np.repeat(values, len(self.layers))
-        return data_frame(columns, {"group": self.groups, "layer": range(len(self.layers))})
+        measured = {"alignment": self.values, "low": low, "high": high, "chance": self.chance}
+        beside = {"tokens": self.tokens[:, None], "fertility": self.fertility[:, None]}
+        return self.over("group layer", {**measured, **beside})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content with the 95 % intervals (NaN as None)."""
         low, high = self.interval()
         names = ("rule", "reference", "groups", "layers", "pairs", "centered", "values", "chance")
-        found = {name: getattr(self, name) for name in names} | {"low": low, "high": high}
+        content = {name: getattr(self, name) for name in names} | {"low": low, "high": high}
         for how in ("mean", "max"):
             ends = np.stack(self.interval(of=how), axis=-1)  # type: ignore[arg-type]
-            found[how] = self.summary(how)  # type: ignore[arg-type]
-            found[f"{how}_interval"] = ends
-        found |= {"tokens": self.tokens, "fertility": self.fertility, "summarized_layers": self.summarized}
-        found["duplicates"] = {group: list(items) for group, items in self.duplicates.items()}
-        content: dict[str, Any] = plain(found)
-        return content
+            content[how] = self.summary(how)  # type: ignore[arg-type]
+            content[f"{how}_interval"] = ends
+        content |= {"tokens": self.tokens, "fertility": self.fertility, "summarized_layers": self.summarized}
+        content["duplicates"] = {group: list(items) for group, items in self.duplicates.items()}
+        return {name: plain(values) for name, values in content.items()}
 
     def tables(self) -> list[Table]:
         """A row per group, the most aligned first, with the mean over layers, its interval and chance."""
@@ -457,8 +428,7 @@ class Alignment(ShownAsTables):
             after["fertility"] = [f"{self.fertility[i]:.2f}" for i in order]
         about = ", each group's mean subtracted" if self.centered else ""
         title = f"{RULE_NAMES[self.rule]}, against {self.reference}{about}, {self.pairs} items"
-        shown = by_depth(names, self.values[order], title=title, note=self._note(), after=after)
-        return [shown]
+        return [by_depth(names, self.values[order], title=title, note=self._note(), after=after)]
 
     def _note(self) -> str:
         first = self.summarized[0] if self.summarized else 0
@@ -506,7 +476,7 @@ def alignment(
             them, for alignment of routing; or vectors, float [item, group, layer, width].
         reference: the pivot, such as "eng_Latn".
         rule: "mexa" [arXiv 2410.05873], "retrieval", "margin", or "cosine" [Language Ranker, arXiv 2404.11553]; see
-            ``analysis.translation_rules``.
+            ``analysis.alignment``.
         groups: groups to compare with the reference, by default all others; of an array, the name of each of its
             groups, with the reference.
         kind: of statistics: the router scores used, "full" (the default), "topk" or "count", or "hidden" for recorded
@@ -519,8 +489,11 @@ def alignment(
     Raises ``AnalysisError`` for sentences that do not pair, and for fewer than ten of them.
     """
     if not isinstance(source, np.ndarray):
-        known = source.groups if groups is None else (groups,) if isinstance(groups, str) else groups
-        groups = (reference, *(name for name in known if name != reference))
+        if groups is None:
+            groups = [name for name in source.groups if name != reference]
+        names = (groups,) if isinstance(groups, str) else tuple(groups)
+        refuse_itself(names, reference)
+        groups = (reference, *names)
     vectors = parallel_vectors(source, groups, kind, center, min_common)
     if reference not in vectors.groups:
         raise AnalysisError(f"no reference {reference!r}: there are {', '.join(vectors.groups)}")

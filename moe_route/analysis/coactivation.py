@@ -9,16 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from moe_route.analysis.inputs import AnalysisError, pick_groups
-from moe_route.analysis.measures import entropy_of
-from moe_route.analysis.result import by_depth, plain
-from moe_route.base.table import ShownAsTables, Table, data_frame, number_of
+from moe_route.analysis.measures import entropy_of, ratio
+from moe_route.analysis.result import Result, by_depth, plain
+from moe_route.base.table import Table, number_of
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moe_route.recording import RoutingStatistics
-
-__all__ = ["Coactivation", "ExpertPair", "Transitions", "coactivation", "transitions"]
 
 PairMeasure = Literal["probability", "conditional", "lift", "pmi", "jaccard"]
 _SHOWN = 10
@@ -35,7 +31,7 @@ class ExpertPair(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Coactivation(ShownAsTables):
+class Coactivation(Result):
     """Experts chosen together by the tokens of some groups, in each layer.
 
     Attributes:
@@ -75,11 +71,11 @@ class Coactivation(ShownAsTables):
             "jaccard": rows + columns - both,
         }.get(measure, rows * columns)
         above = both * self.tokens[:, None, None] if measure in ("lift", "pmi") else both
-        found = np.divide(above, below, out=np.full(both.shape, np.nan), where=below > 0)
+        values = ratio(above, below)
         if measure == "pmi":
-            found = np.log(found, out=np.full(both.shape, -np.inf), where=~(found <= 0))
-        found[:, np.arange(both.shape[1]), np.arange(both.shape[1])] = np.nan
-        return found
+            values = np.log(values, out=np.full(both.shape, -np.inf), where=~(values <= 0))
+        values[:, np.arange(both.shape[1]), np.arange(both.shape[1])] = np.nan
+        return values
 
     def strongest(
         self, count: int = _SHOWN, measure: PairMeasure = "jaccard", *, min_tokens: int = 10
@@ -97,14 +93,11 @@ class Coactivation(ShownAsTables):
             kept = np.broadcast_to(~np.tri(values.shape[1], dtype=bool), values.shape)
         return _strongest(np.where(kept, values, np.nan), self.pairs, count, min_tokens)
 
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a tidy data frame with a row per (layer, expert, other) and a column per measure.
-
-        Padding experts and the pairs of an expert with itself are left out.
-        """
-        columns = {name: self.values(name) for name in get_args(PairMeasure)}
-        frame = _pairs_frame({"tokens": self.pairs, **columns}, self.num_experts, self.num_experts)
-        return frame[frame["expert"] != frame["other"]].reset_index(drop=True)
+    def columns(self) -> dict[str, Any]:
+        """``layer``, ``expert``, ``other``, ``tokens`` and every measure; no padding, and no expert with itself."""
+        measures = {name: self.values(name) for name in get_args(PairMeasure)}
+        apart = ~np.eye(self.pairs.shape[1], dtype=bool)
+        return _pair_columns({"tokens": self.pairs, **measures}, self.num_experts, self.num_experts, apart)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content: means by layer, and the strongest pairs."""
@@ -117,13 +110,13 @@ class Coactivation(ShownAsTables):
         chosen = np.diagonal(self.pairs, axis1=1, axis2=2) > 0
         largest = np.nan_to_num(self.values("conditional")).max(-1, initial=0.0)
         jaccard = self.values("jaccard")
-        mean = np.divide(largest.sum(-1), chosen.sum(-1), out=np.full(len(chosen), np.nan), where=chosen.any(-1))
+        mean = ratio(largest.sum(-1), chosen.sum(-1))
         both = chosen[:, :, None] & chosen[:, None, :] & ~np.isnan(jaccard)
         total = np.where(both, jaccard, 0.0).sum((1, 2))
         count = both.sum((1, 2))
         return {
             "largest_conditional": mean,
-            "mean_jaccard": np.divide(total, count, out=np.full(len(chosen), np.nan), where=count > 0),
+            "mean_jaccard": ratio(total, count),
         }
 
     def tables(self) -> list[Table]:
@@ -135,7 +128,7 @@ class Coactivation(ShownAsTables):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Transitions(ShownAsTables):
+class Transitions(Result):
     """How the expert of a layer determines the expert of the next one, over the tokens of some groups.
 
     A token counts once for each pair of an expert of layer l and an expert of layer l + 1 that it chose. Entropies are
@@ -163,19 +156,19 @@ class Transitions(ShownAsTables):
         Rows sum to the number of experts that a token chooses; NaN for an expert that no token chose.
         """
         total = self.chosen[..., None]
-        return np.divide(self.counts, total, out=np.full(self.counts.shape, np.nan), where=total > 0)
+        return ratio(self.counts, total)
 
     @property
     def lift(self) -> np.ndarray:
         """``P(e, f) / (P(e) P(f))``, float64 [L-1, E, E]: 1 if the layers are independent, NaN where it is 0 / 0."""
         joint = self._joint
         expected = joint.sum(2, keepdims=True) * joint.sum(1, keepdims=True)
-        return np.divide(joint, expected, out=np.full(joint.shape, np.nan), where=expected > 0)
+        return ratio(joint, expected)
 
     @property
     def _joint(self) -> np.ndarray:
         total = self.counts.sum((1, 2), keepdims=True)
-        return np.divide(self.counts, total, out=np.full(self.counts.shape, np.nan), where=total > 0)
+        return ratio(self.counts, total)
 
     @property
     def entropy(self) -> np.ndarray:
@@ -202,19 +195,16 @@ class Transitions(ShownAsTables):
         """
         a, b = (self.counts.any(2).sum(1), self.counts.any(1).sum(1))
         above = (a - 1.0) * (b - 1.0)
-        return np.divide(above, 2.0 * self.tokens, out=np.full(above.shape, np.nan), where=self.tokens > 0)
+        return ratio(above, 2.0 * self.tokens)
 
     def strongest(self, count: int = _SHOWN, *, min_tokens: int = 10) -> list[ExpertPair]:
         """The transitions with the largest ``P(f | e)``, made by at least ``min_tokens`` tokens."""
         return _strongest(self.conditional, self.counts, count, min_tokens)
 
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a tidy data frame with a row per (layer, expert, other): tokens, conditional, lift.
-
-        ``other`` is an expert of the next layer. Padding experts are left out.
-        """
-        columns = {"tokens": self.counts, "conditional": self.conditional, "lift": self.lift}
-        return _pairs_frame(columns, self.num_experts[:-1], self.num_experts[1:])
+    def columns(self) -> dict[str, Any]:
+        """``layer``, ``expert``, ``other`` (in the next layer), ``tokens``, ``conditional``, ``lift``; no padding."""
+        measures = {"tokens": self.counts, "conditional": self.conditional, "lift": self.lift}
+        return _pair_columns(measures, self.num_experts[:-1], self.num_experts[1:], True)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content: information by layer, and the strongest transitions."""
@@ -231,7 +221,7 @@ class Transitions(ShownAsTables):
             "  of that by chance": self.chance,
         }
         title = f"From layer l to layer l + 1 (nats), {_of(self.groups)}"
-        shown = by_depth(list(rows), np.stack(list(rows.values())), title=title)
+        shown = by_depth(rows, title=title)
         return [shown, _pairs_table(self.strongest(), "P(next | expert)", "most certain transitions")]
 
 
@@ -306,16 +296,19 @@ def _pairs_table(pairs: Sequence[ExpertPair], name: str, title: str) -> Table:
     return Table(["layer", "expert", "other", name, "tokens"], [list(pair) for pair in pairs], title, note)
 
 
-def _pairs_frame(columns: dict[str, np.ndarray], sizes: Sequence[int], others: Sequence[int]) -> pd.DataFrame:
-    layers, width, _ = columns["tokens"].shape
-    axes = {"layer": range(layers), "expert": range(width), "other": range(width)}
-    frame = data_frame({name: values.reshape(-1) for name, values in columns.items()}, axes)
-    real = frame["expert"] < np.asarray(sizes)[frame["layer"]]
-    return frame[real & (frame["other"] < np.asarray(others)[frame["layer"]])].reset_index(drop=True)
+def _pair_columns(
+    values: dict[str, np.ndarray], sizes: Sequence[int], others: Sequence[int], kept: np.ndarray | bool
+) -> dict[str, np.ndarray]:
+    """Columns of values [L, E, E] where ``kept``, without padding experts."""
+    number = np.arange(values["tokens"].shape[1])
+    rows, columns = (number < np.asarray(of_layer)[:, None] for of_layer in (sizes, others))
+    real = rows[:, :, None] & columns[:, None] & kept
+    places = dict(zip(("layer", "expert", "other"), np.nonzero(real), strict=True))
+    return places | {name: of_pairs[real] for name, of_pairs in values.items()}
 
 
-def _axes(found: Coactivation | Transitions) -> dict[str, Any]:
-    return {"groups": list(found.groups), "layers": list(found.layers), "num_experts": list(found.num_experts)}
+def _axes(pairs: Coactivation | Transitions) -> dict[str, Any]:
+    return {"groups": list(pairs.groups), "layers": list(pairs.layers), "num_experts": list(pairs.num_experts)}
 
 
 def _of(groups: Sequence[str]) -> str:

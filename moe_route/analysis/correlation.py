@@ -10,27 +10,23 @@ from dataclasses import dataclass, field
 from itertools import permutations as all_orders
 from itertools import product
 from math import factorial, prod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from moe_route.analysis.alignment import Alignment
 from moe_route.analysis.divergence import Divergence
 from moe_route.analysis.inputs import AnalysisError, check_draws
-from moe_route.analysis.result import plain
+from moe_route.analysis.result import Result
 from moe_route.analysis.stats import draw_items, interval_of, ranks, resampled_means, unit_length
-from moe_route.base.table import ShownAsTables, Table, data_frame
+from moe_route.base.table import Table
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-__all__ = ["Correlation", "correlation"]
-
+_MEASURED = ("pearson", "spearman", "p_value", "p_corrected", "spearman_p_value", "spearman_p_corrected", "number")
 Covariates = Mapping[str, Mapping[str, "float | str"]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Correlation(ShownAsTables):
+class Correlation(Result):
     """Correlation over groups between the score of each group and its divergence or alignment, float64 [L] each.
 
     Attributes:
@@ -88,23 +84,17 @@ class Correlation(ShownAsTables):
         drawn = self._data.resampled(of == "spearman", resamples, seed)
         return interval_of(drawn, len(self.groups), level)
 
-    def to_pandas(self) -> pd.DataFrame:
-        """A row per layer with ``pearson``, ``spearman``, ``p_value``, ``p_corrected`` and ``number`` of groups.
-
-        Also the p-values of ``spearman``.
-        """
-        return data_frame({"layer": np.arange(len(self.layers)), "router": self.layers, **self._columns()})
+    def columns(self) -> dict[str, Any]:
+        """``layer``, ``router``, and the correlations, p-values and ``number`` that were computed."""
+        return self.over("layer", self._measured())
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able content (NaN as None)."""
-        axes = {"groups": list(self.groups), "layers": list(self.layers), "reference": self.reference}
-        axes["quantity"] = self.quantity
-        how = {"covariates": list(self.covariates), "exchange": self.exchange, "orders": self.orders}
-        return axes | how | plain(self._columns())
+        """JSON-able content (NaN as None), without the p-values that were not computed."""
+        measured = self._measured()
+        return {name: value for name, value in super().to_dict().items() if name not in _MEASURED or name in measured}
 
-    def _columns(self) -> dict[str, np.ndarray]:
-        names = ("pearson", "spearman", "p_value", "p_corrected", "spearman_p_value", "spearman_p_corrected", "number")
-        return {name: values for name in names if len(values := getattr(self, name)) == len(self.layers)}
+    def _measured(self) -> dict[str, np.ndarray]:
+        return {name: values for name in _MEASURED if len(values := getattr(self, name)) == len(self.layers)}
 
     def tables(self) -> list[Table]:
         """A row per layer; p-values are not averaged over layers."""
@@ -167,12 +157,12 @@ class _Data:
         return float(np.clip(a @ b, -1.0, 1.0)) if a.any() and b.any() else float("nan")
 
     def by_layer(self, ranked: bool) -> np.ndarray:
-        found = np.full(self.x.shape[1], np.nan)
+        r = np.full(self.x.shape[1], np.nan)
         for layer, column in enumerate(self.x.T):
             rows = np.flatnonzero(~np.isnan(column))
             if len(rows) and self.free(rows) >= 2:
-                found[layer] = self.r(column[rows], rows, ranked)
-        return found
+                r[layer] = self.r(column[rows], rows, ranked)
+        return r
 
     def resampled(self, ranked: bool, resamples: int, seed: int) -> np.ndarray:
         """``by_layer`` of resampled groups and sentences, float64 [resamples, L]."""
@@ -180,7 +170,7 @@ class _Data:
         weights = draw_items(self.pairs.shape[1], resamples, seed)
         means = np.stack([resampled_means(weights, values) for values in self.pairs], axis=1)
         rng = np.random.default_rng([seed, 1])
-        found = np.full((resamples, self.x.shape[1]), np.nan)
+        r = np.full((resamples, self.x.shape[1]), np.nan)
         for one in range(resamples):
             rows = rng.integers(0, len(self.y), len(self.y))
             while self.free(rows) < 2:
@@ -189,13 +179,13 @@ class _Data:
             if ranked:
                 x, y = ranks(x.T).T, ranks(y)
             left = _residual_maker(self.design(rows, ranked))
-            found[one] = np.clip(_residuals(left, x.T) @ _residuals(left, y), -1.0, 1.0)
-        found[:, np.isnan(self.x).any(0)] = np.nan
-        return found
+            r[one] = np.clip(_residuals(left, x.T) @ _residuals(left, y), -1.0, 1.0)
+        r[:, np.isnan(self.x).any(0)] = np.nan
+        return r
 
 
 def correlation(
-    found: Divergence | Alignment,
+    measured: Divergence | Alignment,
     scores: Mapping[str, float],
     *,
     groups: Sequence[str] | None = None,
@@ -205,13 +195,13 @@ def correlation(
     permutations: int = 10_000,
     seed: int = 0,
 ) -> Correlation:
-    """Compute Pearson r and Spearman rho over groups between ``scores`` (such as accuracy) and ``found``, per layer.
+    """Compute Pearson r and Spearman rho over groups between ``scores`` (such as accuracy) and ``measured``, per layer.
 
     Args:
-        found: divergence of the groups from a reference, or their alignment with it; the reference itself takes no
+        measured: divergence of the groups from a reference, or their alignment with it; the reference itself takes no
             part.
         scores: group -> score; must name every group compared. Others are ignored.
-        groups: the groups to correlate; by default all of ``found``.
+        groups: the groups to correlate; by default all of ``measured``.
         covariates: name -> (group -> number or label), such as tokens per sequence, script, or the logarithm of the
             amount of text. The correlations are then partial: between what the covariates leave unexplained by linear
             regression (for Spearman, of ranks). The p-values permute the residuals of the scores [Freedman and Lane
@@ -229,7 +219,7 @@ def correlation(
     Raises ``AnalysisError`` for a group without score, covariate or block, values that are not finite, fewer than three
     groups or too few for the covariates, and blocks that leave nothing to exchange.
     """
-    names = tuple(found.groups if groups is None else groups)
+    names = tuple(measured.groups if groups is None else groups)
     if len(names) < 3:
         raise AnalysisError(f"a correlation over {len(names)} groups says nothing: compare at least three")
     if len(set(names)) < len(names):
@@ -237,9 +227,9 @@ def correlation(
     check_draws(permutations, "permutations")
     y = _numbers(scores, names, "score")
     numbers, labels = _designs(covariates or {}, names)
-    x = np.stack([found.of(name) for name in names])
-    rows = [found.groups.index(name) for name in names]
-    pairs = None if found.pair_values is None else found.pair_values[rows]
+    x = np.stack([measured.of(name) for name in names])
+    rows = [measured.groups.index(name) for name in names]
+    pairs = None if measured.pair_values is None else measured.pair_values[rows]
     data = _Data(x, y, numbers, labels, pairs)
     if data.free(np.arange(len(names))) < 2:
         raise AnalysisError(f"{len(names)} groups are too few for these covariates: leave some out, or add groups")
@@ -252,13 +242,13 @@ def correlation(
         *tests[0],
         (~np.isnan(data.x)).sum(0),
         names,
-        found.layers,
-        found.reference,
+        measured.layers,
+        measured.reference,
         *tests[1],
         covariates=tuple(covariates or ()),
         exchange=kept,
         orders=len(orders) + (not exact),
-        quantity=found.quantity,
+        quantity=measured.quantity,
         _data=data,
     )
 
@@ -270,12 +260,12 @@ def _numbers(values: Mapping[str, Any], names: Sequence[str], what: str) -> np.n
             f"no {what} for {', '.join(missing)}: add it, or name the groups to correlate: groups= (--groups)"
         )
     try:
-        found = np.asarray([float(values[name]) for name in names])
+        numbers = np.asarray([float(values[name]) for name in names])
     except (TypeError, ValueError):
-        found = np.full(1, np.nan)
-    if not np.isfinite(found).all():
+        numbers = np.full(1, np.nan)
+    if not np.isfinite(numbers).all():
         raise AnalysisError(f"{what}s must be finite numbers: leave out groups without one, by groups=")
-    return found
+    return numbers
 
 
 def _designs(covariates: Covariates, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -376,12 +366,12 @@ def _orders(block: np.ndarray, exchange: str, draws: int, seed: int) -> tuple[np
     rng = np.random.default_rng(seed)
     if len(members) == 1:
         return rng.permuted(np.tile(np.arange(len(block)), (draws, 1)), axis=1), False
-    found = np.empty((draws, len(block)), dtype=np.int64)
-    for order in found:
+    orders = np.empty((draws, len(block)), dtype=np.int64)
+    for order in orders:
         for numbers in alike:
             for to, source in zip(numbers, rng.permutation(numbers), strict=True):
                 order[members[to]] = rng.permutation(members[source])
-    return found, False
+    return orders, False
 
 
 def _all_orders(members: Sequence[np.ndarray], alike: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:

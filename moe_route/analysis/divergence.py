@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from moe_route.analysis.inputs import (
     Statistics,
     as_array,
     common_items,
+    compared_with,
     group_index,
     normalized,
     pick_groups,
@@ -42,20 +43,18 @@ from moe_route.analysis.inputs import (
 )
 from moe_route.analysis.overlap import in_layers
 from moe_route.analysis.resampling import batches, groups_of, tokens_per_sequence
-from moe_route.analysis.result import by_depth, frame_of_pairs, mean_of_seen, plain, token_column
+from moe_route.analysis.result import Result, by_depth, mean_of_seen, token_column
 from moe_route.analysis.stats import draw_items, interval_of, resampled_means
-from moe_route.base.table import ShownAsTables, Table, data_frame
+from moe_route.base.table import Table
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moe_route.recording import Trace
 
-__all__ = ["Divergence", "DivergenceMatrix", "divergence", "divergence_matrix"]
+_NEEDS_PAIRS = "needs paired divergence: record(sequences=True) with items that pair sentences"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Divergence(ShownAsTables):
+class Divergence(Result, hidden=("pair_values",)):
     """Divergence of groups from one reference.
 
     Attributes:
@@ -101,9 +100,7 @@ class Divergence(ShownAsTables):
         It is what two unrelated sentences of such lengths would give without any difference of language.
         """
         if self.floor is None or self.reference_floor is None:
-            raise AnalysisError(
-                "a floor needs paired divergence: record(sequences=True) with items that pair sentences"
-            )
+            raise AnalysisError(f"a floor {_NEEDS_PAIRS}")
         return (self.floor + self.reference_floor) / 2
 
     @property
@@ -124,57 +121,29 @@ class Divergence(ShownAsTables):
         sentences in the same languages. NaN with a single pair. Needs paired divergence.
         """
         if self.pair_values is None:
-            raise AnalysisError(
-                "an interval needs paired divergence: record(sequences=True) with items that pair sentences"
-            )
+            raise AnalysisError(f"an interval {_NEEDS_PAIRS}")
         weights = draw_items(self.pairs, resamples, seed)
         ends = [interval_of(resampled_means(weights, values), self.pairs, level) for values in self.pair_values]
         low, high = np.stack(ends, axis=1)
         return low, high
 
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a tidy data frame with a row per (group, layer).
+    def columns(self) -> dict[str, Any]:
+        """``group``, ``reference``, ``layer``, ``router`` (the layer's name), ``divergence`` and ``undefined``.
 
-        Columns: ``divergence``, ``undefined``, ``router`` (the layer's name) and ``reference``; if they are known,
-        ``floor``, ``reference_floor``, ``raw`` and ``tokens`` (per sequence of the group).
+        If they are known, also ``raw``, ``floor``, ``reference_floor`` and ``tokens`` (per sequence of the group).
         """
-        groups, layers = self.values.shape
-        further = {"raw": self.raw, "floor": self.floor}
-        if self.reference_floor is not None:
-            further["reference_floor"] = np.broadcast_to(self.reference_floor, self.values.shape)
-        if self.tokens is not None:
-            further["tokens"] = np.repeat(self.tokens[:, None], layers, axis=1)
-        return data_frame(
+        columns = self.over(
+            "group layer",
             {
-                "group": np.repeat(np.asarray(self.groups, dtype=object), layers),
-                "reference": self.reference,
-                "layer": np.tile(np.arange(layers), groups),
-                "router": np.tile(np.asarray(self.layers, dtype=object), groups),
-                "divergence": self.values.reshape(-1),
-                "undefined": self.undefined.reshape(-1),
-            }
-            | {name: values.reshape(-1) for name, values in further.items() if values is not None}
+                "divergence": self.values,
+                "undefined": self.undefined,
+                "raw": self.raw,
+                "floor": self.floor,
+                "reference_floor": self.reference_floor,
+                "tokens": None if self.tokens is None else self.tokens[:, None],
+            },
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able content (NaN as None), without the values of single pairs."""
-        return {
-            "measure": self.measure,
-            "pairing": self.pairing,
-            "pairs": self.pairs,
-            "reference": self.reference,
-            "groups": list(self.groups),
-            "layers": list(self.layers),
-            "values": plain(self.values),
-            "undefined": plain(self.undefined),
-            "kind": self.kind,
-            "correct": self.correct,
-            "raw": plain(self.raw),
-            "floor": plain(self.floor),
-            "reference_floor": plain(self.reference_floor),
-            "tokens": plain(self.tokens),
-            "reference_tokens": plain(self.reference_tokens),
-        }
+        return {"group": columns["group"], "reference": self.reference, **columns}
 
     def tables(self) -> list[Table]:
         missing = int(self.undefined.sum())
@@ -255,7 +224,7 @@ def divergence(
     if not isinstance(reference, str):
         raise AnalysisError("name the reference group of the statistics, or pass two arrays")
     group_index(statistics, reference, "reference group", phase)
-    names = pick_groups(statistics, groups, leave_out=reference, phase=phase)
+    names = compared_with(statistics, groups, reference, phase)
     items = common_items(statistics, (reference, *names), pairing, min_common, phase, by)
     if items is None:
         refuse_corrections(correct, trace)
@@ -365,13 +334,13 @@ def _of_arrays(
     return Divergence(mean[None], *names, "paired", len(values), undefined[None], values[None])
 
 
-# Routing divergence of all pairs of groups, per layer.
+# ---- of all pairs of groups
 
 _MATRIX_BYTES = 1 << 30  # the values of single pairs are kept for a matrix up to this size
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DivergenceMatrix(ShownAsTables):
+class DivergenceMatrix(Result, hidden=("pair_values",)):
     """Divergence of all pairs of groups.
 
     ``values`` is float64 [L, G, G], symmetric, 0 on the diagonal. ``pairs`` is the number of items compared, the same
@@ -380,7 +349,7 @@ class DivergenceMatrix(ShownAsTables):
     ``itertools.combinations``; None when pooled, or if it were larger than 1 GiB.
     """
 
-    values: np.ndarray
+    values: Annotated[np.ndarray, "layer group other as divergence"]
     groups: tuple[str, ...]
     layers: tuple[str, ...]
     measure: str = "normalized_jsd"
@@ -411,29 +380,10 @@ class DivergenceMatrix(ShownAsTables):
         columns = np.flatnonzero(in_layers(len(self.layers), layers))
         means = np.stack([mean_of_seen(values[:, columns], 1)[0] for values in self.pair_values], axis=1)
         ends = np.zeros((2, len(self.groups), len(self.groups)))
-        found = interval_of(resampled_means(draw_items(self.pairs, resamples, seed), means), self.pairs, level)
+        of_pairs = interval_of(resampled_means(draw_items(self.pairs, resamples, seed), means), self.pairs, level)
         rows, others = np.triu_indices(len(self.groups), 1)
-        ends[:, rows, others] = ends[:, others, rows] = np.stack(found)
+        ends[:, rows, others] = ends[:, others, rows] = np.stack(of_pairs)
         return ends[0], ends[1]
-
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a tidy data frame with a row per (layer, group, other): ``divergence`` and ``router`` (layer name)."""
-        return frame_of_pairs(self.values, self.groups, self.layers, "divergence")
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able content (NaN as None)."""
-        return {
-            "measure": self.measure,
-            "pairing": self.pairing,
-            "pairs": self.pairs,
-            "groups": list(self.groups),
-            "layers": list(self.layers),
-            "values": plain(self.values),
-            "kind": self.kind,
-            "correct": self.correct,
-            "floor": plain(self.floor),
-            "tokens": plain(self.tokens),
-        }
 
     def tables(self) -> list[Table]:
         how = described(self.pairing, self.pairs, self.kind, self.correct)
@@ -493,8 +443,8 @@ def _pooled_matrix(
     how = compare_distributions(measure, np.asarray(statistics.num_experts), top, statistics.top_k)
     values = np.zeros((len(statistics.layers), len(names), len(names)))
     for i, reference in enumerate(names[:-1]):
-        found = pooled_values(statistics, reference, names[i + 1 :], how, kind, phase, by)
-        values[:, i, i + 1 :] = values[:, i + 1 :, i] = found.T
+        row = pooled_values(statistics, reference, names[i + 1 :], how, kind, phase, by)
+        values[:, i, i + 1 :] = values[:, i + 1 :, i] = row.T
     tokens = tokens_per_sequence(statistics, names)
     return DivergenceMatrix(values, names, tuple(statistics.layers), measure, "pooled", kind=kind, tokens=tokens)
 
@@ -516,12 +466,12 @@ def _paired_matrix(
     places = {(names[i], names[j]): place for place, (i, j) in enumerate(combinations(range(len(names)), 2))}
 
     def read(portion: Sequence[str]) -> list[tuple[str, Any]]:
-        found = []
+        groups = []
         for one in groups_of(statistics, portion, items, kind):
             prepared, g = how.prepare(one), names.index(one.group)
             floors[g], tokens[g] = floor_of(how, prepared, seed), one.mean_tokens
-            found.append((one.group, prepared))
-        return found
+            groups.append((one.group, prepared))
+        return groups
 
     portions = batches(statistics, names, len(items))
     for number, portion in enumerate(portions):
@@ -530,13 +480,13 @@ def _paired_matrix(
             others = here if later is portion else read(later)
             for (name, first), (other, second) in product(here, others):
                 if (name, other) in places:
-                    found = how.compare(first, second)
+                    of_pair = how.compare(first, second)
                     i, j = names.index(name), names.index(other)
                     if correct is not None and "floor" in correct:
-                        found -= (floors[i] + floors[j]) / 2
-                    values[:, i, j] = values[:, j, i] = mean_of_seen(found)[0]
+                        of_pair -= (floors[i] + floors[j]) / 2
+                    values[:, i, j] = values[:, j, i] = mean_of_seen(of_pair)[0]
                     if pairs is not None:
-                        pairs[places[name, other]] = found
+                        pairs[places[name, other]] = of_pair
     return DivergenceMatrix(
         values,
         names,

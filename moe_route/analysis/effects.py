@@ -1,4 +1,4 @@
-"""Mean effects per token of a change to a model, with bootstrap intervals and permutation tests over items."""
+"""Effects per token of a change to a model: differences, random controls, and means with intervals and tests."""
 
 from __future__ import annotations
 
@@ -10,23 +10,12 @@ from typing import Any
 import numpy as np
 
 from moe_route.analysis.inputs import AnalysisError, check_draws
+from moe_route.analysis.measures import ratio
 from moe_route.analysis.result import plain
 from moe_route.analysis.stats import RESAMPLES, draw_items, interval_of, p_value_of
 from moe_route.base.table import interval
 
-__all__ = [
-    "Difference",
-    "Effects",
-    "PERMUTATIONS",
-    "RandomControl",
-    "effects_by_group",
-    "mean_effects",
-    "paired_difference",
-    "random_control",
-]
-
-
-# Tests of a change of the loss: against the choice of texts, and against steering random experts.
+# ---- tests of a change of the loss: against the choice of texts, and against steering random experts
 
 
 @dataclass(frozen=True, repr=False)
@@ -208,6 +197,8 @@ def _per_token(nats: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return (nats / tokens).mean(-1)
 
 
+# ---- mean effects per token, in arrays
+
 PERMUTATIONS = 10_000
 _ARRAYS = ("mean", "low", "high", "p_value", "tokens", "items")
 _BLOCK = 1 << 22  # largest number of resampled values at a time
@@ -254,7 +245,7 @@ def mean_effects(
 ) -> Effects:
     """Compute ``sum of sums / sum of counts`` over items, with its interval and the p-value of no effect.
 
-    The interval is a bootstrap over items of the ratio (see ``bootstrap.interval_of``). Resamples without a token are
+    The interval is a bootstrap over items of the ratio (see ``stats.interval_of``). Resamples without a token are
     left out. The p-value compares the absolute sum with those after random changes of the items' signs. If there are no
     more than ``permutations`` such changes, all are used.
 
@@ -288,7 +279,7 @@ def mean_effects(
         # with random signs, the observed ones count too
         p_value[here] = reached / len(signs) if exact else (reached + 1) / (len(signs) + 1)
     p_value[tokens == 0] = np.nan
-    mean = np.divide(total, tokens, out=np.full(len(total), np.nan), where=tokens > 0)
+    mean = ratio(total, tokens)
     arrays = (mean, low, high, p_value, tokens, items)
     return _effects((array.reshape(sums.shape[1:]) for array in arrays), level)
 
@@ -316,7 +307,7 @@ def effects_by_group(
     if not len(groups) == len(items) == len(sums) or np.shape(sums) != np.shape(counts):
         raise AnalysisError("give a group and an item for each text, and sums and counts of one shape")
     names = tuple(dict.fromkeys(groups))
-    found = []
+    by_group = []
     for name in names:
         texts = [i for i, group in enumerate(groups) if group == name]
         place = {item: at for at, item in enumerate(dict.fromkeys(items[i] for i in texts))}
@@ -324,10 +315,10 @@ def effects_by_group(
         added = np.zeros((2, len(place), *np.shape(sums)[1:]))
         for target, values in zip(added, (np.asarray(sums, np.float64), np.asarray(counts, np.float64)), strict=True):
             np.add.at(target, at, values[texts])
-        found.append(mean_effects(*added, level=level, resamples=resamples, permutations=permutations, seed=seed))
-    if not found:
+        by_group.append(mean_effects(*added, level=level, resamples=resamples, permutations=permutations, seed=seed))
+    if not by_group:
         raise AnalysisError("there are no texts: name languages that the corpus has")
-    stacked = (np.stack([getattr(effects, name) for effects in found]) for name in _ARRAYS)
+    stacked = (np.stack([getattr(effects, name) for effects in by_group]) for name in _ARRAYS)
     return names, _effects(stacked, level)
 
 

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
 from moe_route.analysis.estimators import jackknife_entropy, miller_madow
 from moe_route.analysis.inputs import AnalysisError, normalized, pick_groups
-from moe_route.analysis.measures import entropy_of
+from moe_route.analysis.measures import entropy_of, ratio
 from moe_route.analysis.resampling import GroupSequences, blocks, groups_of, tokens_per_sequence
-from moe_route.analysis.result import by_depth, mean_of_seen, plain, token_column
+from moe_route.analysis.result import Result, by_depth, mean_of_seen, token_column
 from moe_route.analysis.stats import draw_items, interval_of, resampled_means
-from moe_route.base.table import ShownAsTables, Table, data_frame
+from moe_route.base.table import Table
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moe_route.recording import RoutingStatistics
 
-__all__ = ["Entropy", "entropy"]
+_ENTROPIES = ("token", "sequence", "within")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Entropy(ShownAsTables):
+class Entropy(Result, hidden=("sequence_values", "token_values", "sequence_tokens")):
     """Mean routing entropy in nats, float64 [G, L].
 
     Attributes:
@@ -44,12 +42,12 @@ class Entropy(ShownAsTables):
         sequence_tokens: per group, int64 [sequences, L], the tokens of these sequences; None where the above is.
     """
 
-    token: np.ndarray | None
-    sequence: np.ndarray | None
+    token: Annotated[np.ndarray, "group layer"] | None
+    sequence: Annotated[np.ndarray, "group layer"] | None
     groups: tuple[str, ...]
     layers: tuple[str, ...]
     num_experts: tuple[int, ...]
-    within: np.ndarray | None = None
+    within: Annotated[np.ndarray, "group layer"] | None = None
     kind: str = "full"
     correct: str | None = None
     tokens: np.ndarray | None = None
@@ -73,7 +71,7 @@ class Entropy(ShownAsTables):
         """Entropy divided by log E, float64 [G, L], in [0, 1]; NaN for a layer with one expert."""
         values = self.values(of)
         most = np.log(np.asarray(self.num_experts, dtype=np.float64))
-        return np.divide(values, most, out=np.full(values.shape, np.nan), where=most > 0)
+        return ratio(values, most)
 
     def interval(
         self,
@@ -116,9 +114,7 @@ class Entropy(ShownAsTables):
             return resampled_means(weights, self.sequence_values[group] - within)
         tokens = np.where(np.isnan(within), 0, self.sequence_tokens[group])
         number = weights @ tokens
-        return np.divide(
-            weights @ (tokens * np.nan_to_num(within)), number, out=np.full(number.shape, np.nan), where=number > 0
-        )
+        return ratio(weights @ (tokens * np.nan_to_num(within)), number)
 
     def values(self, of: str) -> np.ndarray:
         """The "token" or the "sequence" entropy. Raises ``AnalysisError`` for one that was not requested."""
@@ -127,25 +123,14 @@ class Entropy(ShownAsTables):
             raise AnalysisError(f'there is no {of} entropy here: entropy(statistics, of="both")')
         return values
 
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a tidy data frame with a row per (group, layer) and a column per entropy."""
-        layers = len(self.layers)
-        columns: dict[str, Any] = {
-            "group": np.repeat(np.asarray(self.groups, dtype=object), layers),
-            "layer": np.tile(np.arange(layers), len(self.groups)),
-            "router": np.tile(np.asarray(self.layers, dtype=object), len(self.groups)),
-        }
-        return data_frame(columns | {name: values.reshape(-1) for name, values in self._present()})
-
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able content (NaN as None)."""
-        axes = {"groups": list(self.groups), "layers": list(self.layers), "num_experts": list(self.num_experts)}
-        how = {"kind": self.kind, "correct": self.correct, "tokens": plain(self.tokens)}
-        return axes | how | {name: plain(values) for name, values in self._present()}
+        """JSON-able content (NaN as None), without the entropies that were not requested."""
+        present = dict(self._present())
+        content = super().to_dict()
+        return {name: content[name] for name in content if name not in _ENTROPIES or name in present}
 
     def _present(self) -> list[tuple[str, np.ndarray]]:
-        both = [("token", self.token), ("sequence", self.sequence), ("within", self.within)]
-        return [(name, values) for name, values in both if values is not None]
+        return [(name, values) for name in _ENTROPIES if (values := getattr(self, name)) is not None]
 
     def tables(self) -> list[Table]:
         titles = {"token": "token entropy (nats)", "sequence": f"sequence entropy (nats){self._how()}"}
@@ -243,13 +228,13 @@ def _kept(statistics: Any, names: Sequence[str], *, with_tokens: bool) -> dict[s
     for one in groups_of(statistics, names, _items_of(statistics, names), "full"):
         values.append(_entropies(one, statistics.top_k, None))
         groups.append((one.token_entropy, one.tokens))
-    found = {"sequence_values": tuple(values)}
+    kept = {"sequence_values": tuple(values)}
     if with_tokens and not any(np.isnan(token[tokens > 0]).all() for token, tokens in groups):
-        found |= {
+        kept |= {
             "token_values": tuple(token for token, _ in groups),
             "sequence_tokens": tuple(tokens for _, tokens in groups),
         }
-    return found
+    return kept
 
 
 def _items_of(statistics: Any, names: Sequence[str]) -> dict[str, list[Any]]:
@@ -265,13 +250,13 @@ def _items_of(statistics: Any, names: Sequence[str]) -> dict[str, list[Any]]:
 
 def _entropies(sequences: GroupSequences, top_k: Sequence[int], correct: str | None) -> np.ndarray:
     """Entropies of the sequences of one group, float64 [sequences, L]."""
-    found = np.empty(sequences.tokens.shape)
+    entropies = np.empty(sequences.tokens.shape)
     for part in blocks(sequences.values.shape):
         values = sequences.values[part]
         if correct == "miller_madow":
-            found[part] = miller_madow(values, np.asarray(top_k))
+            entropies[part] = miller_madow(values, np.asarray(top_k))
         elif correct == "jackknife":
-            found[part] = jackknife_entropy(values)
+            entropies[part] = jackknife_entropy(values)
         else:
-            found[part] = entropy_of(normalized(values.astype(np.float64)))
-    return found
+            entropies[part] = entropy_of(normalized(values.astype(np.float64)))
+    return entropies

@@ -1,4 +1,10 @@
-"""Estimators of the divergence of two sequences: plain, by the jackknife, and of equally many tokens (rarefied)."""
+"""Estimators of the divergence of two sequences: plain, by the jackknife, and of equally many tokens (rarefied).
+
+A distribution that is estimated from few tokens looks sharper than it is. So even two samples of one distribution
+diverge, and the fewer tokens they have, the more. From counts of selections (how many tokens of a sequence chose each
+expert) this bias can be estimated. Router scores over all experts (kind "full") have no such count; for them the floor
+of ``analysis.divergence`` is the means.
+"""
 
 from __future__ import annotations
 
@@ -14,33 +20,12 @@ from moe_route.analysis.measures import (
     entropy_of,
     jaccard_distance,
     normalized_jensen_shannon,
+    ratio,
 )
 from moe_route.analysis.resampling import GroupSequences, blocks, groups_of
 
 if TYPE_CHECKING:
     from moe_route.recording import Trace
-
-__all__ = [
-    "CORRECTIONS",
-    "Correct",
-    "MEASURES",
-    "MEASURE_NAMES",
-    "Measure",
-    "PlainEstimator",
-    "check_choices",
-    "compare_distributions",
-    "described",
-    "estimator",
-    "floor_of",
-    "jackknife_divergence",
-    "jackknife_entropy",
-    "miller_madow",
-    "pooled_values",
-    "random_partners",
-    "rarefied",
-    "refuse_corrections",
-]
-
 
 Measure = Literal["normalized_jsd", "jsd", "cosine", "jaccard"]
 MEASURES = ("normalized_jsd", "jsd", "cosine", "jaccard")
@@ -145,11 +130,11 @@ class PlainEstimator:
 
         float64 [n, L], the mean over the samples.
         """
-        found = np.zeros(first[0].q.shape[:-1])
+        total = np.zeros(first[0].q.shape[:-1])
         for one, other in zip(first, second, strict=True):
             for part in blocks(one.q.shape):
-                found[part] += self.of_pairs(one.rows(part), other.rows(part if order is None else order[part]))
-        return found / len(first)
+                total[part] += self.of_pairs(one.rows(part), other.rows(part if order is None else order[part]))
+        return total / len(first)
 
     def of_pairs(self, first: Prepared, second: Prepared) -> np.ndarray:
         """float64 [n, L] of a few items."""
@@ -161,15 +146,15 @@ class PlainEstimator:
         assert first.entropy is not None
         assert second.entropy is not None
         mean = (first.entropy + second.entropy) / 2
-        found = np.maximum(entropy_of((first.q + second.q) * 0.5) - mean, 0.0)
+        values = np.maximum(entropy_of((first.q + second.q) * 0.5) - mean, 0.0)
         bound = np.log(self.sizes) - mean if self.measure == "normalized_jsd" else np.ones(mean.shape)
         near = bound < _NEAR_UNIFORM
         with np.errstate(divide="ignore", invalid="ignore"):
-            found = np.minimum(found / bound, 1.0)
+            values = np.minimum(values / bound, 1.0)
         if near.any():  # here the relative entropies are added up, without cancellation
             sizes = np.broadcast_to(self.sizes, near.shape)[near]
-            found[near] = normalized_jensen_shannon(first.q[near], second.q[near], sizes)
-        return found
+            values[near] = normalized_jensen_shannon(first.q[near], second.q[near], sizes)
+        return values
 
 
 @dataclass(frozen=True)
@@ -280,12 +265,12 @@ def _smallest(
     if tokens_of is not None:
         fewest = [min(len(tokens_of[item, group]) for group in groups) for item in items]
         return np.repeat(np.array(fewest)[:, None], len(statistics.layers), axis=1)
-    found: np.ndarray | None = None
+    smallest: np.ndarray | None = None
     for one in groups_of(statistics, groups, items, "count"):
         here = one.values.sum(-1, dtype=np.int64)
-        found = here if found is None else np.minimum(found, here)
-    assert found is not None
-    return found
+        smallest = here if smallest is None else np.minimum(smallest, here)
+    assert smallest is not None
+    return smallest
 
 
 def _tokens_of(
@@ -302,16 +287,16 @@ def _tokens_of(
     numbers = {item: number for number, item in enumerate(trace.items)}
     order = np.lexsort((trace.group, trace.sequence))
     keys = trace.sequence[order].astype(np.int64) * max(len(trace.groups), 1) + trace.group[order]
-    found = {}
+    chosen = {}
     for (sequence, item), group in ((pair, group) for pair in enumerate(trace.items) for group in groups):
         key = sequence * max(len(trace.groups), 1) + place.get(group, -1)
         rows = order[np.searchsorted(keys, key) : np.searchsorted(keys, key, side="right")]
         if group in place and len(rows):
-            found[item, group] = trace.ids[rows][:, columns].astype(np.int64)
-    lacking = [(item, group) for item in items for group in groups if (item, group) not in found]
+            chosen[item, group] = trace.ids[rows][:, columns].astype(np.int64)
+    lacking = [(item, group) for item in items for group in groups if (item, group) not in chosen]
     if lacking or not numbers:
         raise AnalysisError(f"the trace lacks item {lacking[0][0]!r} of group {lacking[0][1]!r}: trace the same texts")
-    return found
+    return chosen
 
 
 def floor_of(measure: PlainEstimator, prepared: Sequence[Prepared], seed: int) -> np.ndarray:
@@ -334,11 +319,7 @@ def floor_of(measure: PlainEstimator, prepared: Sequence[Prepared], seed: int) -
         return 2 * total / count - total.sum(0) / count.sum(0)
 
 
-# Corrections for short texts: a distribution that is estimated from few tokens looks sharper than it is.
-#
-# So even two samples of one distribution diverge, and the fewer tokens they have, the more. The functions here take
-# counts of selections (how many tokens of a sequence chose each expert), from which this bias can be estimated. Router
-# scores over all experts (kind "full") have no such count; for them the floor of ``analysis.divergence`` is the means.
+# ---- corrections of counts for short texts
 
 
 def miller_madow(counts: Any, top_k: Any = 1) -> np.ndarray:
@@ -356,10 +337,8 @@ def miller_madow(counts: Any, top_k: Any = 1) -> np.ndarray:
     """
     a = _checked(counts)
     total = a.sum(-1)
-    seen = total > 0
-    p = np.divide(a, total[..., None], out=np.full(a.shape, np.nan), where=seen[..., None])
-    added = np.divide((a > 0).sum(-1) - np.asarray(top_k), 2.0 * total, out=np.zeros(total.shape), where=seen)
-    return _entropy(p) + np.maximum(added, 0.0)
+    added = ratio((a > 0).sum(-1) - np.asarray(top_k), 2.0 * total, empty=0.0)
+    return entropy_of(ratio(a, total[..., None])) + np.maximum(added, 0.0)
 
 
 def jackknife_entropy(counts: Any) -> np.ndarray:
@@ -378,8 +357,8 @@ def jackknife_entropy(counts: Any) -> np.ndarray:
     left_out = _entropies_without_one(a)
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = np.where(a > 0, a * left_out, 0.0).sum(-1) / total
-        found = total * _entropy(a / total[..., None]) - (total - 1) * mean
-    return np.where(total > 1, found, np.nan)
+        corrected = total * entropy_of(a / total[..., None]) - (total - 1) * mean
+    return np.where(total > 1, corrected, np.nan)
 
 
 def jackknife_divergence(first: Any, second: Any, num_experts: Any = None) -> np.ndarray:
@@ -404,16 +383,16 @@ def jackknife_divergence(first: Any, second: Any, num_experts: Any = None) -> np
     totals = [one.sum(-1) for one in (a, b)]
     with np.errstate(invalid="ignore", divide="ignore"):
         p, q = (one / total[..., None] for one, total in zip((a, b), totals, strict=True))
-        h_p, h_q = _entropy(p), _entropy(q)
+        h_p, h_q = entropy_of(p), entropy_of(q)
         most = None if num_experts is None else np.log(np.asarray(num_experts, dtype=np.float64))
-        found = plain = _normalized(_entropy((p + q) / 2), (h_p + h_q) / 2, most)
+        corrected = plain = _normalized(entropy_of((p + q) / 2), (h_p + h_q) / 2, most)
         for (one, total), other, h_other in (((a, totals[0]), q, h_q), ((b, totals[1]), p, h_p)):
             mean_entropy = (_entropies_without_one(one) + h_other[..., None]) / 2
-            middle = _middle_entropies_without_one(one, other)
+            middle = _entropies_without_one(one, other)
             left_out = _normalized(middle, mean_entropy, None if most is None else most[..., None])
             mean = np.where(one > 0, one * left_out, 0.0).sum(-1) / total
-            found = found - (total - 1) * (mean - plain)
-    return np.where((totals[0] > 1) & (totals[1] > 1), found, np.nan)
+            corrected = corrected - (total - 1) * (mean - plain)
+    return np.where((totals[0] > 1) & (totals[1] > 1), corrected, np.nan)
 
 
 def rarefied(counts: Any, size: Any, rng: np.random.Generator) -> np.ndarray:
@@ -461,27 +440,20 @@ def _checked(counts: Any) -> np.ndarray:
     return a
 
 
-def _entropy(p: np.ndarray) -> np.ndarray:
-    return -_times_log(p).sum(-1)
+def _entropies_without_one(a: np.ndarray, other: np.ndarray | None = None) -> np.ndarray:
+    """Entropy of the counts without one selection of expert e, for each e: [..., E]; undefined where e has none.
 
+    With ``other``, that of the mean of these counts and of another distribution.
+    """
+    from scipy.special import entr
 
-def _times_log(p: np.ndarray) -> np.ndarray:
-    return p * np.log(np.where(p > 0, p, 1.0))
-
-
-def _entropies_without_one(a: np.ndarray) -> np.ndarray:
-    """Entropy of the counts without one selection of expert e, for each e: [..., E]; undefined where e has none."""
     left = np.maximum(a.sum(-1, keepdims=True) - 1, 1)
     p, less = a / left, np.maximum(a - 1, 0) / left
-    return -(_times_log(p).sum(-1, keepdims=True) - _times_log(p) + _times_log(less))
-
-
-def _middle_entropies_without_one(a: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Entropy of the mean of ``other`` and of the counts without one selection of expert e, for each e: [..., E]."""
-    left = np.maximum(a.sum(-1, keepdims=True) - 1, 1)
-    m = (a / left + other) / 2
-    less = (np.maximum(a - 1, 0) / left + other) / 2
-    return -(_times_log(m).sum(-1, keepdims=True) - _times_log(m) + _times_log(less))
+    if other is not None:
+        p, less = (p + other) / 2, (less + other) / 2
+    terms = entr(p)
+    without: np.ndarray = terms.sum(-1, keepdims=True) - terms + entr(less)
+    return without
 
 
 def _normalized(middle: np.ndarray, mean: np.ndarray, most: np.ndarray | None) -> np.ndarray:
@@ -489,4 +461,4 @@ def _normalized(middle: np.ndarray, mean: np.ndarray, most: np.ndarray | None) -
     if most is None:
         return middle - mean
     bound = most - mean
-    return np.divide(middle - mean, bound, out=np.full(middle.shape, np.nan), where=bound > 1e-13)
+    return ratio(middle - mean, np.where(bound > 1e-13, bound, 0.0))

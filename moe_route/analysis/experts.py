@@ -1,11 +1,11 @@
-"""Find the experts that a task or a language uses more than a baseline does: differences above a threshold."""
+"""Experts that a task, a language or a behavior uses more than a baseline does: differences, and those above a bar."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -15,38 +15,20 @@ from moe_route.analysis.inputs import (
     Statistics,
     as_array,
     check_one_model,
+    compared_with,
     group_index,
-    pick_groups,
+    refuse_itself,
     selection,
 )
-from moe_route.analysis.measures import places
-from moe_route.analysis.overlap import above, chance_of_overlap, first, in_layers, share
+from moe_route.analysis.measures import places, ratio
+from moe_route.analysis.overlap import above, chance_of_overlap, first, in_layers
 from moe_route.analysis.resampling import Sequences, draw_together, stability_selection
-from moe_route.analysis.result import mean_of_seen, plain
-from moe_route.analysis.stats import RESAMPLES, t_of_normal
-from moe_route.base.table import ShownAsTables, Table, data_frame
+from moe_route.analysis.result import Result, mean_of_seen
+from moe_route.analysis.stats import RESAMPLES, normal_of_t, t_of_normal
+from moe_route.base.table import Table
+from moe_route.steering import ExpertSelection
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from moe_route.steering import ExpertSelection
-
-__all__ = [
-    "ExpertDifference",
-    "RiskExperts",
-    "Sweep",
-    "THRESHOLDS",
-    "expert_difference",
-    "expert_difference_interval",
-    "multilingual_difference",
-    "multilingual_experts",
-    "risk_experts",
-    "sweep",
-    "task_experts",
-]
-
-
-# How much more often a task's tokens choose each expert than a baseline's, with intervals over items.
+# ---- how much more often a task's tokens choose each expert than a baseline's, with intervals over items
 
 _ROUNDING = 1e-12  # a difference that varies by less is constant
 _SHOWN = 10
@@ -85,13 +67,16 @@ def expert_difference(
     Returns float64 [L, E], NaN in layers without tokens, 0 for padding experts.
     """
     ours = _frequency(task, group, "task group", phase, by)
-    theirs = _frequency(baseline, _other_group(baseline, group, baseline_group), "baseline group", phase, by)
+    other = _other_group(baseline, group, baseline_group)
+    theirs = _frequency(baseline, other, "baseline group", phase, by)
     if isinstance(task, Statistics) and isinstance(baseline, Statistics):
         if task.num_experts != baseline.num_experts:
             raise AnalysisError(
                 "task and baseline come from models with other numbers of experts: record both with one model"
             )
         check_one_model(task, baseline)
+        if np.array_equal(ours, theirs, equal_nan=True):  # also of one recording that was read twice
+            refuse_itself([group or task.groups[0]], other or baseline.groups[0])
     if ours.shape != theirs.shape:
         raise AnalysisError(
             f"task and baseline have shapes {list(ours.shape)} and {list(theirs.shape)}: give the same layers"
@@ -106,7 +91,7 @@ def _other_group(baseline: Frequencies, group: str | None, baseline_group: str |
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ExpertDifference(ShownAsTables):
+class ExpertDifference(Result):
     """Difference in how often tokens choose each expert, with intervals and p-values from a bootstrap over items.
 
     Attributes:
@@ -120,39 +105,31 @@ class ExpertDifference(ShownAsTables):
         shared: number of items that both have, which are drawn together.
     """
 
-    values: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    joint_low: np.ndarray
-    joint_high: np.ndarray
-    p_value: np.ndarray
-    p_adjusted: np.ndarray
+    values: Annotated[np.ndarray, "layer expert as difference"]
+    low: Annotated[np.ndarray, "layer expert"]
+    high: Annotated[np.ndarray, "layer expert"]
+    joint_low: Annotated[np.ndarray, "layer expert"]
+    joint_high: Annotated[np.ndarray, "layer expert"]
+    p_value: Annotated[np.ndarray, "layer expert"]
+    p_adjusted: Annotated[np.ndarray, "layer expert"]
     level: float
     items: tuple[int, int]
     shared: int
 
-    def _columns(self) -> dict[str, np.ndarray]:
-        names = ("low", "high", "joint_low", "joint_high", "p_value", "p_adjusted")
-        return {"difference": self.values, **{name: getattr(self, name) for name in names}}
-
-    def to_pandas(self) -> pd.DataFrame:
-        """A row per layer and expert."""
-        layers, experts = self.values.shape
-        columns = {name: values.reshape(-1) for name, values in self._columns().items()}
-        return data_frame(columns, {"layer": range(layers), "expert": range(experts)})
-
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able content (NaN as None)."""
-        about = {"level": self.level, "items": list(self.items), "shared": self.shared}
-        return plain({**self._columns(), **about})  # type: ignore[no-any-return]
+        """JSON-able content (NaN as None); the values are the ``difference``."""
+        content = super().to_dict()
+        return {"difference": content.pop("values"), **content}
 
     def tables(self) -> list[Table]:
         """The experts with the largest differences."""
         order = np.argsort(-np.abs(np.nan_to_num(self.values)), axis=None, kind="stable")[:_SHOWN]
         cells = [divmod(int(cell), self.values.shape[1]) for cell in order]
+        shown = (self.values, self.low, self.high, self.joint_low, self.joint_high)
         rows: list[list[object]] = []
         for cell in cells:
-            *ends, p, p_of_all = (float(values[cell]) for values in self._columns().values())
+            ends = [float(values[cell]) for values in shown]
+            p, p_of_all = float(self.p_value[cell]), float(self.p_adjusted[cell])
             rows.append([*cell, *ends, f"{p:.4f}", f"{p_of_all:.4f}"])
         head = ("layer", "expert", "difference", "low", "high", "joint low", "joint high", "p", "p (all experts)")
         title = f"Difference of frequency over {self.items[0]} and {self.items[1]} items ({self.shared} shared)"
@@ -206,17 +183,18 @@ def expert_difference_interval(
         spread[layer] = difference.std(0)
         varies = spread[layer] > _ROUNDING
         scale = np.where(varies, spread[layer], 1.0)
-        t = t_of_normal(np.where(varies, np.abs(difference - value), 0.0) / scale, fewest - 1)
+        z = np.where(varies, np.abs(difference - value), 0.0) / scale
         spread[layer] *= np.sqrt(fewest / (fewest - 1))
         constant = np.where(np.abs(value) > _ROUNDING, np.inf, 0.0)
-        reached[layer] = np.where(varies, np.abs(value) / np.where(varies, spread[layer], 1.0), constant)
-        quantile[layer] = np.quantile(t, level, axis=0)
-        p_value[layer] = _share_of(t, reached[layer])
-        largest = np.fmax(largest, t.max(1))
+        t = np.where(varies, np.abs(value) / np.where(varies, spread[layer], 1.0), constant)
+        reached[layer] = normal_of_t(t, fewest - 1)  # z is compared in place of every t, which rises with it
+        quantile[layer] = t_of_normal(np.quantile(z, level, axis=0), fewest - 1)
+        p_value[layer] = _share_of(z, reached[layer])
+        largest = np.fmax(largest, z.max(1))
     undefined = np.isnan(spread)
     p_value[undefined] = np.nan
     p_adjusted = np.where(undefined, np.nan, _share_of(largest[:, None], reached.reshape(-1)).reshape(values.shape))
-    half, joint = spread * quantile, spread * np.quantile(largest, level)
+    half, joint = spread * quantile, spread * t_of_normal(np.quantile(largest, level), fewest - 1)
     return ExpertDifference(
         values,
         values - half,
@@ -245,7 +223,7 @@ def _drawn_means(sequences: Sequences, drawn: np.ndarray, layer: int, by: str) -
     """Frequencies of one layer in every resample, float64 [resample, expert]; NaN without tokens."""
     terms, weights = sequences.terms(by)
     total, weight = drawn @ terms[:, layer], (drawn @ weights[:, layer])[:, None]
-    return np.divide(total, weight, out=np.full(total.shape, np.nan), where=weight > 0)
+    return ratio(total, weight)
 
 
 def _share_of(resampled: np.ndarray, reached: np.ndarray) -> np.ndarray:
@@ -282,21 +260,46 @@ def task_experts(
             selected have such a difference with probability ``level`` (see ``expert_difference_interval``). Needs
             kept sequences, of both phases.
         level: level of that interval.
+
+    If no expert is above the threshold, the description names the largest difference, and a threshold to try.
     """
     text = f"task experts{'' if group is None else f' of {group}'}"
     if not lower:
         delta = expert_difference(task, baseline, group=group, baseline_group=baseline_group, phase=phase, by=by)
-        chosen = above(delta, threshold, top)
+        chosen, bar = above(delta, threshold, top), delta
     else:
         if phase is not None:
             raise AnalysisError("kept sequences join prefill and decode: leave phase out, or lower")
-        found = expert_difference_interval(
+        joint = expert_difference_interval(
             task, baseline, group=group, baseline_group=baseline_group, by=by, level=level
         )
-        delta = found.values
-        chosen = above(delta, threshold, top) & above(found.joint_low, threshold)
+        delta, bar = joint.values, joint.joint_low
+        chosen = above(delta, threshold, top) & above(bar, threshold)
         text = f"{text}, lower end of the joint {level * 100:g} % interval"
-    return selection(chosen & in_layers(len(delta), layers), delta, task, threshold=threshold, description=text)
+    return _above_threshold(chosen, delta, bar, layers, task, threshold, text)
+
+
+def _above_threshold(
+    chosen: np.ndarray,
+    delta: np.ndarray,
+    bar: np.ndarray,
+    layers: Iterable[int] | None,
+    statistics: Any,
+    threshold: float,
+    text: str,
+) -> ExpertSelection:
+    """The chosen experts of these layers; if there are none, the description says which threshold would find some.
+
+    ``bar`` float64 [layer, expert] is what is compared with the threshold, ``delta`` the scores.
+    """
+    kept = in_layers(len(delta), layers)
+    if not (chosen & kept).any():
+        most = float(np.max(np.nan_to_num(bar, nan=-np.inf), where=kept, initial=-np.inf))
+        text += f": none, the largest difference is {most:.3g}" if np.isfinite(most) else ": none, no token was seen"
+        if most > 0:
+            below = float(f"{most * 0.995:.2g}")  # of two digits
+            text += f", so try threshold {below if below < most else most * 0.9:.2g} (--threshold)"
+    return selection(chosen & kept, delta, statistics, threshold=threshold, description=text)
 
 
 def multilingual_experts(
@@ -313,12 +316,11 @@ def multilingual_experts(
     """Select experts used more in some other language than in the reference: ``Delta > threshold`` [arXiv 2510.04694].
 
     The groups must hold the same text in each language. The score of an expert is its largest difference over
-    languages.
+    languages. If there is none, the description names the largest difference, and a threshold to try.
     """
     delta = multilingual_difference(statistics, reference, groups=groups, phase=phase, by=by)
-    chosen = above(delta, threshold, top) & in_layers(len(delta), layers)
     text = f"multilingual experts against {reference}"
-    return selection(chosen, delta, statistics, threshold=threshold, description=text)
+    return _above_threshold(above(delta, threshold, top), delta, delta, layers, statistics, threshold, text)
 
 
 def multilingual_difference(
@@ -335,44 +337,42 @@ def multilingual_difference(
     """
     frequency = statistics.frequency(phase, by)
     base = frequency[group_index(statistics, reference, "reference group", phase)]
-    rows = [statistics.groups.index(name) for name in pick_groups(statistics, groups, reference, phase)]
+    rows = [statistics.groups.index(name) for name in compared_with(statistics, groups, reference, phase)]
     delta = frequency[rows] - base
     return np.where(np.isnan(delta).all(0), np.nan, np.where(np.isnan(delta), -np.inf, delta).max(axis=0))
 
 
-# Find the experts of a behavior by risk difference, as SteerMoE does.
+# ---- experts of a behavior by risk difference, as SteerMoE finds them
 
 
-class RiskExperts(NamedTuple):
+@dataclass(frozen=True, eq=False, repr=False)
+class RiskExperts(Result):
     """Experts to activate and to deactivate, and the risk differences [L, E] by which they were ranked."""
 
     activate: ExpertSelection
     deactivate: ExpertSelection
-    values: np.ndarray
+    values: Annotated[np.ndarray, "layer expert as value"]
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able content (NaN as None)."""
-        both = {"activate": self.activate.to_dict(), "deactivate": self.deactivate.to_dict()}
-        return both | {"values": plain(self.values)}
-
-    def to_pandas(self) -> pd.DataFrame:
-        """A row per layer and expert: risk difference ``value``, and ``choice``, "activate", "deactivate" or ""."""
-        layer, expert = np.indices(self.values.shape).reshape(2, -1)
+    def columns(self) -> dict[str, Any]:
+        """``layer``, ``expert``, risk difference ``value``, and ``choice``: "activate", "deactivate" or ""."""
         choice = np.full(self.values.shape, "", object)
         for name in ("activate", "deactivate"):
-            for number, experts in getattr(self, name).items():
-                choice[number, list(experts)] = name
-        columns = {"layer": layer, "expert": expert, "value": self.values.reshape(-1), "choice": choice.reshape(-1)}
-        return data_frame(columns)
+            for layer, experts in getattr(self, name).items():
+                choice[layer, list(experts)] = name
+        return self.over("layer expert", {"value": self.values, "choice": choice})
+
+    def tables(self) -> list[Table]:
+        rows = [[name, len(experts), f"{experts!r}"] for name, experts in self._both().items()]
+        return [Table(["to", "experts", "which"], rows)]
 
     def __repr__(self) -> str:
-        return f"activate: {self.activate}\ndeactivate: {self.deactivate}"
+        return "\n".join(f"{name}: {experts}" for name, experts in self._both().items())
 
     def _repr_html_(self) -> str:
-        return "".join(
-            f"<p>{name}</p>{found._repr_html_()}"
-            for name, found in (("activate", self.activate), ("deactivate", self.deactivate))
-        )
+        return "".join(f"<p>{name}</p>{experts._repr_html_()}" for name, experts in self._both().items())
+
+    def _both(self) -> dict[str, ExpertSelection]:
+        return {"activate": self.activate, "deactivate": self.deactivate}
 
 
 def risk_experts(
@@ -482,13 +482,16 @@ def _activation_limits(given: Frequencies, per_layer: int | None, layers: int) -
     return np.asarray(given.top_k)
 
 
-# How many task and multilingual experts there are by threshold, and from which threshold on they are different.
+# ---- task and multilingual experts by threshold
 
 THRESHOLDS = tuple(step / 20 for step in range(1, 13))
 
 
+_SETS = ("task", "multilingual", "both")
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class Sweep(ShownAsTables):
+class Sweep(Result, derived=("jaccard", "containment")):
     """Task and multilingual experts at several thresholds.
 
     Attributes:
@@ -515,24 +518,17 @@ class Sweep(ShownAsTables):
     def jaccard(self) -> np.ndarray:
         """|A & B| / |A | B| over all layers, float64 [threshold]; NaN where both sets are empty."""
         both = self.both.sum(1)
-        return share(both, self.task.sum(1) + self.multilingual.sum(1) - both)
+        return ratio(both, self.task.sum(1) + self.multilingual.sum(1) - both)
 
     @property
     def containment(self) -> np.ndarray:
         """Share of the task experts that are multilingual experts too, float64 [threshold]."""
-        return share(self.both.sum(1), self.task.sum(1))
+        return ratio(self.both.sum(1), self.task.sum(1))
 
-    def to_pandas(self) -> pd.DataFrame:
-        """A row per threshold and layer."""
-        names = ("task", "multilingual", "both")
-        columns = {name: getattr(self, name)[:, list(self.layers)].reshape(-1) for name in names}
-        return data_frame(columns, {"threshold": self.thresholds, "layer": self.layers})
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able content (NaN as None)."""
-        counts = ("thresholds", "task", "multilingual", "both", "jaccard", "containment")
-        names = (*counts, "expected", "p_more", "p_fewer", "separate_from", "layers")
-        return plain({name: getattr(self, name) for name in names})  # type: ignore[no-any-return]
+    def columns(self) -> dict[str, Any]:
+        """``threshold``, ``layer``, and the numbers ``task``, ``multilingual`` and ``both`` in the layers looked at."""
+        here = list(self.layers)
+        return self.over("threshold layer", {name: getattr(self, name)[:, here] for name in _SETS})
 
     def tables(self) -> list[Table]:
         counts = [values.sum(1).tolist() for values in (self.task, self.multilingual, self.both)]

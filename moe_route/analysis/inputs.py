@@ -1,4 +1,4 @@
-"""Check the inputs of analysis (statistics or arrays) once, with errors that name the fix."""
+"""Check and pair the inputs of analysis (statistics, arrays, tables of scores) once; errors name the fix."""
 
 from __future__ import annotations
 
@@ -12,30 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_che
 
 import numpy as np
 
+from moe_route.analysis.measures import ratio
 from moe_route.steering import ExpertSelection, PlanModel
 
 if TYPE_CHECKING:
     from moe_route.recording import SentenceVectors
-
-__all__ = [
-    "AnalysisError",
-    "NOT_KEPT",
-    "Pairing",
-    "Statistics",
-    "as_array",
-    "check_draws",
-    "check_one_model",
-    "common_items",
-    "group_index",
-    "normalized",
-    "paired_items",
-    "pick_groups",
-    "read_scores",
-    "selection",
-    "shape_of",
-    "warn_of_padding",
-]
-
 
 NOT_KEPT = "sequences were not kept: record(sequences=True); in a shell, record without --no-sequences"
 
@@ -111,10 +92,28 @@ def pick_groups(
     return chosen
 
 
+def compared_with(
+    statistics: Any, groups: Sequence[str] | str | None, reference: str, phase: str | None = None
+) -> tuple[str, ...]:
+    """These groups (by default all others), each with tokens as for ``pick_groups``; the reference is none of them."""
+    names = pick_groups(statistics, groups, leave_out=reference, phase=phase)
+    refuse_itself(names, reference)
+    return names
+
+
+def refuse_itself(names: Sequence[str], reference: str) -> None:
+    """Refuse to compare a group with itself."""
+    if reference in names:
+        raise AnalysisError(
+            f"{reference!r} would be compared with itself: leave it out of groups= (--groups), or name another "
+            "reference"
+        )
+
+
 def check_one_model(first: Statistics, second: Statistics) -> None:
     """Refuse recordings of models with different configurations, as far as their metadata tell."""
-    found = {PlanModel.of_recording(one.metadata, ()).config_hash for one in (first, second)} - {None}
-    if len(found) > 1:
+    hashes = {PlanModel.of_recording(one.metadata, ()).config_hash for one in (first, second)} - {None}
+    if len(hashes) > 1:
         raise AnalysisError("the recordings come from models with different configurations: record both with one model")
 
 
@@ -145,8 +144,7 @@ def check_draws(number: int, name: str) -> None:
 
 def normalized(values: np.ndarray) -> np.ndarray:
     """Divide rows by their sum; NaN for a row that sums to zero."""
-    total = values.sum(-1, keepdims=True)
-    return np.divide(values, total, out=np.full(values.shape, np.nan), where=total > 0)
+    return ratio(values, values.sum(-1, keepdims=True))
 
 
 def shape_of(values: np.ndarray, num_experts: int | Sequence[int] | None) -> np.ndarray:
@@ -182,21 +180,21 @@ def selection(
 ) -> ExpertSelection:
     """The experts for which ``chosen`` [layer, expert] is true, with their scores."""
     layers, experts = np.nonzero(chosen)
-    found: dict[int, dict[int, float]] = {}
+    experts_of: dict[int, dict[int, float]] = {}
     for layer, expert in zip(layers.tolist(), experts.tolist(), strict=True):
-        found.setdefault(layer, {})[expert] = float(scores[layer, expert])
+        experts_of.setdefault(layer, {})[expert] = float(scores[layer, expert])
     known = isinstance(statistics, Statistics)
     sizes = tuple(statistics.num_experts) if known else (chosen.shape[1],) * chosen.shape[0]
     return ExpertSelection(
-        found,
-        scores=found,
+        experts_of,
+        scores=experts_of,
         threshold=threshold,
         description=description,
         model=PlanModel.of_recording(statistics.metadata if known else {}, sizes),
     )
 
 
-# Pair the sequences of groups by their items, such as a sentence and its translations.
+# ---- pairs of sequences by their items, such as a sentence and its translations
 
 Pairing = Literal["paired", "pooled", "auto"]
 
@@ -255,7 +253,7 @@ def paired_items(
     )
 
 
-# Read a table of performance: a score per group.
+# ---- scores of groups
 
 
 def read_scores(path: Path) -> dict[str, float]:
@@ -265,10 +263,10 @@ def read_scores(path: Path) -> dict[str, float]:
     """
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
-        found = json.loads(text)
-        if not isinstance(found, Mapping):
+        content = json.loads(text)
+        if not isinstance(content, Mapping):
             raise ValueError(f"{path} must be a JSON object: {{group: score}}")
-        return _finite({str(group): float(score) for group, score in found.items()}, path)
+        return _finite({str(group): float(score) for group, score in content.items()}, path)
     scores: dict[str, float] = {}
     for number, line in enumerate(filter(str.strip, text.splitlines())):
         group, *rest = line.split("\t")

@@ -1,4 +1,4 @@
-"""Find the experts that are specific to a language, from their frequencies in several languages."""
+"""Find the experts that are specific to a language or a task, by published rules on their frequencies."""
 
 from __future__ import annotations
 
@@ -19,29 +19,19 @@ from moe_route.analysis.inputs import (
     pick_groups,
     selection,
 )
+from moe_route.analysis.measures import entropy_of, ratio
 from moe_route.analysis.overlap import first, largest
-from moe_route.analysis.result import plain
+from moe_route.analysis.result import Result, plain
 from moe_route.base import files
-from moe_route.base.table import ShownAsTables, Table
+from moe_route.base.table import Table
 from moe_route.steering.layers import show_numbers
 
 if TYPE_CHECKING:
     from moe_route.steering import ExpertSelection
 
-__all__ = [
-    "LanguageExperts",
-    "RiseExperts",
-    "entropy_experts",
-    "esft_experts",
-    "esft_scores",
-    "frequencies_of",
-    "frequency_share_experts",
-    "rise_experts",
-]
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LanguageExperts(ShownAsTables, Mapping[str, "ExpertSelection"]):
+class LanguageExperts(Result, Mapping[str, "ExpertSelection"]):
     """Mapping from group to the selection of its experts; ``shared`` holds the experts that are exclusive to none."""
 
     by_group: dict[str, ExpertSelection]
@@ -58,19 +48,27 @@ class LanguageExperts(ShownAsTables, Mapping[str, "ExpertSelection"]):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content."""
-        groups = {group: found.to_dict() for group, found in self.by_group.items()}
-        return {"groups": groups, "shared": None if self.shared is None else self.shared.to_dict()}
+        return {"groups": plain(self.by_group), "shared": plain(self.shared)}
+
+    def columns(self) -> dict[str, Any]:
+        """A row per expert of a group: ``group`` ("" for shared ones), ``layer``, ``expert`` and its ``score``."""
+        every = {**self.by_group, **({} if self.shared is None else {"": self.shared})}
+        cells = [(group, layer, expert) for group, experts in every.items() for layer, expert in experts.pairs]
+        score_of = {group: experts.scores for group, experts in every.items()}
+        scores = [score_of[group][layer][expert] for group, layer, expert in cells]
+        group, layer, expert = zip(*cells, strict=True) if cells else ((), (), ())
+        return {"group": group, "layer": layer, "expert": expert, "score": scores}
 
     def ids(self) -> dict[str, dict[str, list[int]]]:
         """group -> {layer: expert ids}, JSON-able, as programs read it that tune only some experts."""
-        return {group: {str(layer): list(ids) for layer, ids in found.items()} for group, found in self.items()}
+        return {group: {str(layer): list(ids) for layer, ids in experts.items()} for group, experts in self.items()}
 
     def save_ids(self, path: str | os.PathLike[str]) -> None:
         """Write ``ids()`` to ``path`` as JSON, whole or not at all."""
         files.write_text(path, f"{files.readable_json(self.ids())}\n")
 
     def tables(self) -> list[Table]:
-        rows = [[group, len(found)] for group, found in self.by_group.items()]
+        rows = [[group, len(experts)] for group, experts in self.by_group.items()]
         shared = [] if self.shared is None else [["(shared)", len(self.shared)]]
         return [Table(["group", "experts"], [*rows, *shared])]
 
@@ -96,8 +94,8 @@ def frequency_share_experts(
     frequency = np.nan_to_num(frequencies_of(statistics, names, phase, by))
     kept = np.where(largest(frequency, top), frequency, 0.0)
     total = kept.sum(0)
-    share = np.divide(kept, total, out=np.zeros(kept.shape), where=total > 0)
-    found = {
+    share = ratio(kept, total, empty=0.0)
+    exclusive = {
         name: selection(
             share[i] > threshold, share[i], statistics, threshold=threshold, description=f"exclusive experts of {name}"
         )
@@ -105,7 +103,7 @@ def frequency_share_experts(
     }
     none_alone = (total > 0) & (share <= threshold).all(0)
     shared = selection(none_alone, share.max(0), statistics, threshold=threshold, description="shared experts")
-    return LanguageExperts(found, shared)
+    return LanguageExperts(exclusive, shared)
 
 
 def entropy_experts(
@@ -142,8 +140,8 @@ def entropy_experts(
     cut = np.percentile(frequency[seen], percentile)
     frequency = np.where(seen, frequency, 0.0)
     total = frequency.sum(0)
-    of_group = np.divide(frequency, total, out=np.zeros(frequency.shape), where=total > 0)
-    spread = -(of_group * np.log(np.where(of_group > 0, of_group, 1.0))).sum(0) + 0.0
+    of_group = ratio(frequency, total, empty=0.0)
+    spread = entropy_of(np.moveaxis(of_group, 0, -1))
     above = seen & (frequency > cut)
     lowest = None
     if share is not None:
@@ -151,12 +149,12 @@ def entropy_experts(
         if number < 1:
             raise AnalysisError(f"share={share} of {real.sum()} experts is none: use {1 / real.sum():.3g} or more")
         lowest = _lowest(spread, above.any(0), number)
-    found = {}
+    by_group = {}
     for i, name in enumerate(names):
         chosen = above[i] & (_lowest(spread, above[i], top_n) if lowest is None else lowest)
         text = f"low-entropy experts of {name}"
-        found[name] = selection(chosen, spread, statistics, threshold=None, description=text)
-    return LanguageExperts(found)
+        by_group[name] = selection(chosen, spread, statistics, threshold=None, description=text)
+    return LanguageExperts(by_group)
 
 
 def _lowest(values: np.ndarray, candidates: np.ndarray, number: int | None) -> np.ndarray:
@@ -172,9 +170,8 @@ def frequencies_of(statistics: Statistics, names: Sequence[str], phase: str | No
     return statistics.frequency(phase, by)[[statistics.groups.index(name) for name in names]]
 
 
-# Find the experts to tune for a language, as RISE does [arXiv 2604.03592].
-#
-# The formulas are those of the authors' published program (github.com/init-neok/rise), with its standard settings.
+# ---- as RISE finds the experts to tune [arXiv 2604.03592]. The formulas are those of the authors' published program
+# (github.com/init-neok/rise), with its standard settings.
 
 _ROUNDING = 1e-9  # 0.35 * 20 must round down to 7
 
@@ -200,7 +197,7 @@ class RiseExperts(LanguageExperts):
 
     def tables(self) -> list[Table]:
         head = ["group", *(f"layers {show_numbers(zone)}" if zone else "no layers" for zone in self.zones)]
-        rows = [[group, *(len(found.restrict(zone)) for zone in self.zones)] for group, found in self.items()]
+        rows = [[group, *(len(experts.restrict(zone)) for zone in self.zones)] for group, experts in self.items()]
         return [Table(head, rows, "Experts to tune: specific to the group, shared, specific to the group")]
 
 
@@ -251,7 +248,7 @@ def rise_experts(
     numbers = _zone_numbers(top_n, _shares(budget, "budget"), [int(sizes[list(zone)].sum()) for zone in layers])
     frequency = np.nan_to_num(frequencies_of(statistics, names, phase, by))
     specificity, overlap = _scores(frequency, alpha)
-    found = {}
+    by_group = {}
     for name, specific in zip(names, specificity, strict=True):
         scores = specific.copy()
         scores[list(layers[1])] = overlap[list(layers[1])]
@@ -260,8 +257,8 @@ def rise_experts(
             rows = list(zone)
             chosen[rows] = first(scores[rows], number)
         text = f"experts to tune for {name} (RISE)"
-        found[name] = selection(chosen, scores, statistics, threshold=None, description=text)
-    return RiseExperts(found, specificity=specificity, overlap=overlap, zones=layers)
+        by_group[name] = selection(chosen, scores, statistics, threshold=None, description=text)
+    return RiseExperts(by_group, specificity=specificity, overlap=overlap, zones=layers)
 
 
 def _scores(frequency: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray]:
@@ -303,9 +300,9 @@ def _zone_numbers(top_n: int, shares: tuple[float, float, float], room: Sequence
     return numbers
 
 
-# Find the experts of a task as ESFT does, by token scores or gate scores [arXiv 2407.01906].
+# ---- as ESFT finds the experts of a task, by token scores or gate scores [arXiv 2407.01906]
 
-_ROUNDING_esft = 1e-12  # larger than the rounding error of a float64 sum of shares
+_SHARE_ROUNDING = 1e-12  # larger than the rounding error of a float64 sum of shares
 _PRINTED = 0.99  # scores printed with four decimals may add up to a little less
 
 
@@ -329,7 +326,7 @@ def esft_scores(statistics: Statistics, *, kind: str = "token", group: str | Non
     tokens = statistics.tokens()[row].astype(np.float64)[:, None]
     sums: Any = statistics  # weights are the one thing that the protocol does not ask for
     total = sums.token_sum("weight")[row]
-    return np.divide(total, tokens, out=np.full(total.shape, np.nan), where=tokens > 0)
+    return ratio(total, tokens)
 
 
 def esft_experts(
@@ -365,7 +362,7 @@ def esft_experts(
     before = np.concatenate([np.zeros((len(values), 1)), reached[:, :-1]], axis=1)
     chosen = np.zeros(values.shape, dtype=bool)
     # 0.7 + 0.1 is below 0.8 by a rounding error only, and counts as reaching it
-    np.put_along_axis(chosen, order, before < top_p - _ROUNDING_esft, axis=-1)
+    np.put_along_axis(chosen, order, before < top_p - _SHARE_ROUNDING, axis=-1)
     chosen &= known > 0
     text = f"ESFT experts{'' if group is None else f' of {group}'}, top_p {top_p:g}"
     return selection(chosen, values, scores, threshold=top_p, description=text)

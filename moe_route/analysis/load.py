@@ -1,32 +1,27 @@
-"""Balance of the load: how evenly the choices of a layer are spread over its experts."""
+"""Load of experts: how evenly the choices of a layer are spread, and the committee that takes most of every group."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
 from moe_route.analysis.inputs import AnalysisError, pick_groups, selection
-from moe_route.analysis.measures import entropy_of, places
-from moe_route.analysis.result import by_depth, plain
-from moe_route.base.table import ShownAsTables, Table, data_frame
+from moe_route.analysis.measures import entropy_of, places, ratio
+from moe_route.analysis.result import Result, by_depth
+from moe_route.base.table import Table
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moe_route.recording import RoutingStatistics
     from moe_route.steering import ExpertSelection
-
-__all__ = ["Committee", "LoadBalance", "committee", "load_balance"]
-
 
 _POOLED = "all groups"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LoadBalance(ShownAsTables):
+class LoadBalance(Result, hidden=("load",)):
     """Balance of the load by group and layer, float64 [G, L]; NaN where a group has no tokens.
 
     With ``p_e`` the share of a layer's choices that go to expert e, and E experts:
@@ -47,13 +42,13 @@ class LoadBalance(ShownAsTables):
     """
 
     load: np.ndarray
-    entropy: np.ndarray
-    max_share: np.ndarray
-    max_violation: np.ndarray
-    variation: np.ndarray
-    dead: np.ndarray
-    rare: np.ndarray
-    effective: np.ndarray
+    entropy: Annotated[np.ndarray, "group layer"]
+    max_share: Annotated[np.ndarray, "group layer"]
+    max_violation: Annotated[np.ndarray, "group layer"]
+    variation: Annotated[np.ndarray, "group layer"]
+    dead: Annotated[np.ndarray, "group layer"]
+    rare: Annotated[np.ndarray, "group layer"]
+    effective: Annotated[np.ndarray, "group layer"]
     groups: tuple[str, ...]
     layers: tuple[str, ...]
     num_experts: tuple[int, ...]
@@ -78,7 +73,7 @@ class LoadBalance(ShownAsTables):
         if not seen.any():
             raise AnalysisError(f"group {self.groups[row]!r} has no tokens in this phase: leave phase out")
         entropy, share = self.entropy[row], self.max_share[row]
-        found = {
+        scalars = {
             "moe/normalized_entropy_mean": _or_nan(np.mean, entropy),
             "moe/normalized_entropy_min": _or_nan(np.min, entropy),
             "moe/max_share_mean": float(share[seen].mean()),
@@ -89,9 +84,9 @@ class LoadBalance(ShownAsTables):
         }
         if by_layer:
             for layer in np.flatnonzero(seen).tolist():
-                found[f"moe/normalized_entropy_layer_{layer}"] = float(entropy[layer])
-                found[f"moe/max_share_layer_{layer}"] = float(share[layer])
-        return found
+                scalars[f"moe/normalized_entropy_layer_{layer}"] = float(entropy[layer])
+                scalars[f"moe/max_share_layer_{layer}"] = float(share[layer])
+        return scalars
 
     def _row(self, group: str | None) -> int:
         names = ", ".join(map(repr, self.groups))
@@ -100,21 +95,6 @@ class LoadBalance(ShownAsTables):
         if group is not None and group not in self.groups:
             raise AnalysisError(f"no group {group!r} here: one of {names}")
         return 0 if group is None else self.groups.index(group)
-
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a tidy data frame with a row per (group, layer) and a column per measure."""
-        columns: dict[str, Any] = {"router": np.tile(np.asarray(self.layers, dtype=object), len(self.groups))}
-        columns |= {name: values.reshape(-1) for name, values in self._measures().items()}
-        return data_frame(columns, {"group": self.groups, "layer": range(len(self.layers))})
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able content (NaN as None), without the loads of single experts."""
-        axes = {"groups": list(self.groups), "layers": list(self.layers), "num_experts": list(self.num_experts)}
-        return axes | {"rare_below": self.rare_below} | {k: plain(v) for k, v in self._measures().items()}
-
-    def _measures(self) -> dict[str, np.ndarray]:
-        names = ("entropy", "max_share", "max_violation", "variation", "dead", "rare", "effective")
-        return {name: getattr(self, name) for name in names}
 
     def tables(self) -> list[Table]:
         shown = (
@@ -156,7 +136,7 @@ def load_balance(
             raise AnalysisError('pooling adds up choices: leave by at "token"')
         counts = statistics.token_sum("counts", phase)[rows].sum(0, keepdims=True).astype(np.float64)
         total = counts.sum(-1, keepdims=True)
-        load = np.divide(counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
+        load = ratio(counts, total)
         names = names if len(names) == 1 else (_POOLED,)
     else:
         load = statistics.mean_distribution("count", phase, by)[rows]
@@ -178,7 +158,7 @@ def _balance(
 
     return LoadBalance(
         load=load,
-        entropy=np.divide(entropy, most, out=np.full(entropy.shape, np.nan), where=most > 0),
+        entropy=ratio(entropy, most),
         max_share=load.max(-1),
         max_violation=relative.max(-1) - 1.0,
         variation=np.sqrt(np.where(real, (relative - 1.0) ** 2, 0.0).sum(-1) / sizes),
@@ -198,11 +178,11 @@ def _or_nan(reduce: Any, values: np.ndarray) -> float:
     return float(reduce(kept)) if kept.size else float("nan")
 
 
-# The experts that every group uses most, and how much of the routing they take.
+# ---- the experts that every group uses most
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Committee(ShownAsTables):
+class Committee(Result):
     """Experts that are among the most used of every group, and concentration of the load.
 
     Attributes:
@@ -232,18 +212,11 @@ class Committee(ShownAsTables):
         counts = self.experts.counts
         return np.array([counts.get(layer, 0) for layer in range(len(self.layers))], dtype=np.int64)
 
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a tidy data frame with a row per (group, layer)."""
-        repeated = {"router": np.asarray(self.layers, dtype=object), "members": self.sizes, "top": np.asarray(self.top)}
-        columns: dict[str, Any] = {name: np.tile(values, len(self.groups)) for name, values in repeated.items()}
-        columns |= {name: getattr(self, name).reshape(-1) for name in ("gini", "coverage", "share")}
-        return data_frame(columns, {"group": self.groups, "layer": range(len(self.layers))})
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able content (NaN as None)."""
-        axes = {"groups": list(self.groups), "layers": list(self.layers), "num_experts": list(self.num_experts)}
-        values = {name: plain(getattr(self, name)) for name in ("gini", "coverage", "share")}
-        return axes | {"top": list(self.top), "experts": self.experts.to_dict()} | values
+    def columns(self) -> dict[str, Any]:
+        """``members`` of the committee and ``top`` of the layer, ``gini``, ``coverage`` and ``share``."""
+        members = np.broadcast_to(self.sizes, self.gini.shape)
+        by_group = {name: getattr(self, name) for name in ("gini", "coverage", "share")}
+        return self.over("group layer", {"members": members, "top": np.asarray(self.top), **by_group})
 
     def tables(self) -> list[Table]:
         top = "/".join(map(str, sorted(set(self.top))))
@@ -254,7 +227,7 @@ class Committee(ShownAsTables):
             "share of the committee": self.share.mean(0),
         }
         title = f"experts among the {top} most used of each of {len(self.groups)} groups: {len(self.experts)}"
-        return [by_depth(list(rows), np.stack(list(rows.values())), title=title, note="shares, Gini: mean over groups")]
+        return [by_depth(rows, title=title, note="shares, Gini: mean over groups")]
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}\n{self.experts!r}"

@@ -1,4 +1,4 @@
-"""Compare matrices of the same groups, such as similarity of routing and of language families."""
+"""Compare what routing says with something else: matrices of groups, effects of experts, hidden states."""
 
 from __future__ import annotations
 
@@ -7,34 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import permutations as all_orders
 from math import factorial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
 from moe_route.analysis.divergence import divergence
 from moe_route.analysis.inputs import AnalysisError, check_draws, paired_items, pick_groups
-from moe_route.analysis.result import by_depth, mean_of_seen, plain
+from moe_route.analysis.measures import ratio
+from moe_route.analysis.result import Result, by_depth, mean_of_seen, plain
 from moe_route.analysis.stats import centered, pearson, ranks
-from moe_route.base.table import ShownAsTables, Table, data_frame, number_of
+from moe_route.base.table import Table, number_of
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moe_route.recording import RoutingStatistics, SequenceStore
-
-__all__ = [
-    "Geometry",
-    "MatrixComparison",
-    "MatrixCorrelation",
-    "RankAgreement",
-    "compare_matrices",
-    "geometry",
-    "group_matrix",
-    "matrix_correlation",
-    "names_in",
-    "rank_agreement",
-    "read_matrix",
-]
 
 
 @dataclass(frozen=True, repr=False)
@@ -142,7 +127,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MatrixComparison(ShownAsTables):
+class MatrixComparison(Result):
     """Agreement of the similarity of groups in each layer with another matrix of them, as mPLM-Sim reports it.
 
     Attributes:
@@ -157,10 +142,10 @@ class MatrixComparison(ShownAsTables):
         layers: names of the layers.
     """
 
-    pearson: np.ndarray
-    spearman: np.ndarray
-    rows: np.ndarray
-    p_value: np.ndarray
+    pearson: Annotated[np.ndarray, "layer"]
+    spearman: Annotated[np.ndarray, "layer"]
+    rows: Annotated[np.ndarray, "layer"]
+    p_value: Annotated[np.ndarray, "layer"]
     groups: tuple[str, ...]
     constant: tuple[str, ...]
     missing: tuple[str, ...]
@@ -173,20 +158,9 @@ class MatrixComparison(ShownAsTables):
             raise AnalysisError("no row varies in both matrices, so there is no best layer: compare another table")
         return int(np.nanargmax(self.pearson))
 
-    def _columns(self) -> dict[str, np.ndarray]:
-        return {"pearson": self.pearson, "spearman": self.spearman, "rows": self.rows, "p_value": self.p_value}
-
-    def to_pandas(self) -> pd.DataFrame:
-        """A row per layer with ``pearson``, ``spearman``, ``rows`` and ``p_value``."""
-        return data_frame({"layer": np.arange(len(self.layers)), "router": self.layers, **self._columns()})
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able content (NaN as None)."""
-        names = {name: list(getattr(self, name)) for name in ("groups", "constant", "missing", "layers")}
-        return names | plain(self._columns())
-
     def tables(self) -> list[Table]:
-        columns = zip(*(values.tolist() for values in self._columns().values()), strict=True)
+        measured = (self.pearson, self.spearman, self.rows, self.p_value)
+        columns = zip(*(values.tolist() for values in measured), strict=True)
         rows = [[layer, *values] for layer, values in enumerate(columns)]
         title = f"Agreement of similarity with another matrix over {len(self.groups)} groups"
         notes = ["Pearson r, Spearman rho: means over groups of the correlation of their rows; p: Mantel, by layer"]
@@ -209,16 +183,16 @@ def compare_matrices(
     """Compare similarities [L, G, G] with another matrix of these groups; see ``Similarity.compare``."""
     names, other = group_matrix(table, groups)
     places = [list(groups).index(name) for name in names]
-    found: dict[str, list[float]] = {"pearson": [], "spearman": [], "p_value": []}
+    columns_of: dict[str, list[float]] = {"pearson": [], "spearman": [], "p_value": []}
     constant, rows = np.ones(len(names), bool), []
     for of_layer in values[:, places][:, :, places]:
         tested = matrix_correlation(of_layer, other, permutations=permutations, seed=seed)
         by_row = _row_correlations(*_symmetric(of_layer, other), "spearman")
         constant &= np.isnan(by_row)
         rows.append(tested.rows)
-        for name, value in zip(found, (tested.by_row, _mean(by_row), tested.p_value), strict=True):
-            found[name].append(value)
-    columns = {name: np.array(column) for name, column in found.items()}
+        for name, value in zip(columns_of, (tested.by_row, _mean(by_row), tested.p_value), strict=True):
+            columns_of[name].append(value)
+    columns = {name: np.array(column) for name, column in columns_of.items()}
     return MatrixComparison(
         **columns,
         rows=np.array(rows),
@@ -292,11 +266,11 @@ def _rows(path: str | os.PathLike[str]) -> list[list[str]]:
         raise AnalysisError(f"{path} is not text: give a tab-separated file") from None
 
 
-# Rank agreement of what is observed of experts with the effect that they have.
+# ---- what is observed of experts, and the effect that they have
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class RankAgreement(ShownAsTables):
+class RankAgreement(Result):
     """Spearman correlation over the experts of a layer between metrics and effects, averaged over layers.
 
     Attributes:
@@ -309,28 +283,10 @@ class RankAgreement(ShownAsTables):
 
     metrics: tuple[str, ...]
     groups: tuple[str, ...]
-    rho: np.ndarray
+    rho: Annotated[np.ndarray, "metric group"]
     by_layer: np.ndarray
-    p_value: np.ndarray
-    experts: np.ndarray
-
-    def to_pandas(self) -> pd.DataFrame:
-        """A row per metric and group: ``rho``, ``p_value``, ``experts``."""
-        metric, group = np.indices(self.rho.shape).reshape(2, -1)
-        return data_frame(
-            {
-                "metric": np.asarray(self.metrics, object)[metric],
-                "group": np.asarray(self.groups, object)[group],
-                "rho": self.rho.reshape(-1),
-                "p_value": self.p_value.reshape(-1),
-                "experts": self.experts[group],
-            }
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able content (NaN as None)."""
-        arrays = {name: getattr(self, name) for name in ("rho", "by_layer", "p_value", "experts")}
-        return {"metrics": list(self.metrics), "groups": list(self.groups)} | plain(arrays)
+    p_value: Annotated[np.ndarray, "metric group"]
+    experts: Annotated[np.ndarray, "group"]
 
     def tables(self) -> list[Table]:
         rows = [
@@ -414,7 +370,7 @@ def _agreement(
     return rho, float((reached.sum() + 1) / (permutations + 1))
 
 
-# Geometry of hidden states beside routing: is similar routing more than similar hidden states?
+# ---- hidden states beside routing: is similar routing more than similar hidden states?
 
 _TITLES = {
     "divergence": "divergence of routing (D)",
@@ -426,7 +382,7 @@ _TITLES = {
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Geometry(ShownAsTables):
+class Geometry(Result):
     """Similarity of hidden states of parallel sequences, beside the divergence of their routing; means over items.
 
     h is the mean router input of a sequence, P the projector on the row space of the router weight W.
@@ -445,11 +401,11 @@ class Geometry(ShownAsTables):
     groups: tuple[str, ...]
     layers: tuple[str, ...]
     reference: str
-    divergence: np.ndarray
-    cosine: np.ndarray
-    row_share: np.ndarray | None
-    row_cosine: np.ndarray | None
-    null_cosine: np.ndarray | None
+    divergence: Annotated[np.ndarray, "group layer"]
+    cosine: Annotated[np.ndarray, "group layer"]
+    row_share: Annotated[np.ndarray, "group layer"] | None
+    row_cosine: Annotated[np.ndarray, "group layer"] | None
+    null_cosine: Annotated[np.ndarray, "group layer"] | None
     pairs: int
 
     def partial(self, accuracy: Mapping[str, float]) -> np.ndarray:
@@ -474,25 +430,14 @@ class Geometry(ShownAsTables):
     def _present(self) -> list[tuple[str, np.ndarray]]:
         return [(name, getattr(self, name)) for name in _TITLES if getattr(self, name) is not None]
 
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a tidy data frame with a row per (group, layer) and a column per measure."""
-        layers = len(self.layers)
-        columns: dict[str, Any] = {
-            "group": np.repeat(np.asarray(self.groups, dtype=object), layers),
-            "layer": np.tile(np.arange(layers), len(self.groups)),
-            "router": np.tile(np.asarray(self.layers, dtype=object), len(self.groups)),
-        }
-        return data_frame(columns | {name: values.reshape(-1) for name, values in self._present()})
-
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able content (NaN as None)."""
-        axes = {"groups": list(self.groups), "layers": list(self.layers), "reference": self.reference}
-        return {**axes, "pairs": self.pairs} | {name: plain(values) for name, values in self._present()}
+        """JSON-able content (NaN as None); what needs weights only with them."""
+        return {name: value for name, value in super().to_dict().items() if value is not None}
 
     def tables(self) -> list[Table]:
-        found = [by_depth(self.groups, values, title=_TITLES[name]) for name, values in self._present()]
+        shown = [by_depth(self.groups, values, title=_TITLES[name]) for name, values in self._present()]
         note = f"means over {self.pairs} sentences and their translations, against {self.reference}"
-        return [*found[:-1], Table(found[-1].head, found[-1].rows, found[-1].title, note)]
+        return [*shown[:-1], Table(shown[-1].head, shown[-1].rows, shown[-1].title, note)]
 
 
 def geometry(
@@ -530,11 +475,11 @@ def geometry(
         values = _compare(_hidden(store, items, group), base, bases)
         for name, value in values.items():
             measures[name].append(mean_of_seen(value)[0])
-    found = {name: np.array(values) if values else None for name, values in measures.items()}
-    cosine = found.pop("cosine")
+    means = {name: np.array(values) if values else None for name, values in measures.items()}
+    cosine = means.pop("cosine")
     assert cosine is not None
     layers = tuple(statistics.layers)
-    return Geometry(routing.groups, layers, reference, routing.values, cosine, **found, pairs=len(items))
+    return Geometry(routing.groups, layers, reference, routing.values, cosine, **means, pairs=len(items))
 
 
 def _hidden(store: SequenceStore, items: Sequence[Any], group: str) -> np.ndarray:
@@ -575,7 +520,7 @@ def _compare(mine: np.ndarray, base: np.ndarray, bases: Sequence[np.ndarray] | N
         )
     seen, other = _projected(mine, bases), _projected(base, bases)
     size = (mine**2).sum(-1)
-    share = np.divide((seen**2).sum(-1), size, out=np.full(size.shape, np.nan), where=size > 0)
+    share = ratio((seen**2).sum(-1), size)
     return values | {
         "row_share": share,
         "row_cosine": _cosine(seen, other),
@@ -590,4 +535,4 @@ def _projected(hidden: np.ndarray, bases: Sequence[np.ndarray]) -> np.ndarray:
 def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Cosine over the last axis; NaN for a zero vector."""
     sizes = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
-    return np.divide((a * b).sum(-1), sizes, out=np.full(sizes.shape, np.nan), where=sizes > 0)
+    return ratio((a * b).sum(-1), sizes)

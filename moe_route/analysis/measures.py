@@ -7,9 +7,9 @@ NaN rows give NaN.
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-__all__ = ["cosine_distance", "entropy_of", "jaccard_distance", "jensen_shannon", "normalized_jensen_shannon", "places"]
+import numpy as np
 
 # Below this, ``log E - H`` is rounding: both distributions are uniform and D is 0 / 0. Storing a uniform distribution
 # in float32 gives about 1e-15 here; one expert chosen once too often in a million tokens gives about 1e-12.
@@ -17,9 +17,15 @@ _UNIFORM = 1e-13
 _SMALLEST = 1e-300  # stands for 0 in a logarithm that is multiplied by 0
 
 
-def _times_log(weight: np.ndarray, ratio: np.ndarray) -> np.ndarray:
-    """weight * log(ratio), 0 where weight is 0."""
-    return weight * np.log(np.where(weight > 0, ratio, 1.0))
+def ratio(above: Any, below: Any, empty: float = np.nan) -> np.ndarray:
+    """``above / below``, float64 in the shape that both broadcast to; ``empty`` where ``below`` is not above 0."""
+    above, below = np.broadcast_arrays(above, below)
+    return np.divide(above, below, out=np.full(above.shape, empty), where=below > 0)
+
+
+def _times_log(weight: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """weight * log(value), 0 where weight is 0."""
+    return weight * np.log(np.where(weight > 0, value, 1.0))
 
 
 def entropy_of(q: np.ndarray) -> np.ndarray:
@@ -54,10 +60,7 @@ def normalized_jensen_shannon(q1: np.ndarray, q2: np.ndarray, num_experts: np.nd
     """
     experts = np.asarray(num_experts, dtype=np.float64)[..., None]
     bound = 0.5 * (_times_log(q1, q1 * experts).sum(-1) + _times_log(q2, q2 * experts).sum(-1))
-    defined = bound > _UNIFORM
-    divergence = jensen_shannon(q1, q2)
-    ratio = np.divide(divergence, bound, out=np.full(divergence.shape, np.nan), where=defined)
-    return np.minimum(ratio, 1.0)
+    return np.minimum(ratio(jensen_shannon(q1, q2), np.where(bound > _UNIFORM, bound, 0.0)), 1.0)
 
 
 def cosine_distance(q1: np.ndarray, q2: np.ndarray) -> np.ndarray:

@@ -1,28 +1,22 @@
-"""How far sets of experts overlap, by layer and over all layers, and against sets drawn at random."""
+"""Sets of experts: choose them by scores, and how far they overlap, against sets drawn at random."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from moe_route.analysis.inputs import AnalysisError
-from moe_route.analysis.measures import places
-from moe_route.analysis.result import plain
-from moe_route.base.table import ShownAsTables, Table, data_frame
+from moe_route.analysis.measures import places, ratio
+from moe_route.analysis.result import Result, plain
+from moe_route.base.table import Table
 from moe_route.steering import ExpertSelection, PlanModel
 from moe_route.steering.layers import as_layers
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-__all__ = ["Overlap", "above", "chance_of_overlap", "first", "in_layers", "largest", "overlap", "share"]
-
-
-# Choose experts by scores [layer, expert], as bool arrays of the same shape. Ties go to the lower layer and expert.
+# ---- choose experts by scores [layer, expert]: bool arrays of that shape; ties go to the lower layer and expert
 
 
 def above(values: np.ndarray, threshold: float, top: int | None = None) -> np.ndarray:
@@ -61,7 +55,7 @@ def in_layers(layers_in_all: int, layers: Iterable[int] | None) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Overlap(ShownAsTables):
+class Overlap(Result):
     """Overlap of every pair of selections.
 
     Attributes:
@@ -86,12 +80,12 @@ class Overlap(ShownAsTables):
     def jaccard(self, *, by_layer: bool = False) -> np.ndarray:
         """|A & B| / |A | B|, float64 [name, name], or [name, name, layer]; NaN for two empty selections."""
         shared, sizes = self._counts(by_layer)
-        return share(shared, sizes[:, None] + sizes - shared)
+        return ratio(shared, sizes[:, None] + sizes - shared)
 
     def containment(self, *, by_layer: bool = False) -> np.ndarray:
         """|A & B| / |A|, the share of A (the first axis) that B has too; NaN for an empty A."""
         shared, sizes = self._counts(by_layer)
-        return share(shared, np.broadcast_to(sizes[:, None], shared.shape))
+        return ratio(shared, np.broadcast_to(sizes[:, None], shared.shape))
 
     def _counts(self, by_layer: bool) -> tuple[np.ndarray, np.ndarray]:
         return (self.shared, self.sizes) if by_layer else (self.shared.sum(-1), self.sizes.sum(-1))
@@ -100,11 +94,11 @@ class Overlap(ShownAsTables):
         count = len(self.names)
         return [(first, second) for first in range(count) for second in range(first + 1, count)]
 
-    def to_pandas(self) -> pd.DataFrame:
-        """A row per pair of selections and layer."""
+    def columns(self) -> dict[str, Any]:
+        """A row per pair of selections and layer: names and sizes, ``shared`` experts, ``jaccard``."""
         jaccard = self.jaccard(by_layer=True)
         rows = [(a, b, layer) for a, b in self._pairs() for layer in np.flatnonzero(self.num_experts).tolist()]
-        columns = {
+        return {
             "first": [self.names[a] for a, _, _ in rows],
             "second": [self.names[b] for _, b, _ in rows],
             "layer": [layer for _, _, layer in rows],
@@ -113,13 +107,10 @@ class Overlap(ShownAsTables):
             "shared": [int(self.shared[row]) for row in rows],
             "jaccard": [float(jaccard[row]) for row in rows],
         }
-        return data_frame(columns)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content (NaN as None)."""
-        names = ("names", "sizes", "shared", "num_experts", "expected", "p_more", "p_fewer")
-        found = {name: getattr(self, name) for name in names}
-        return plain({**found, "jaccard": self.jaccard(), "containment": self.containment()})  # type: ignore[no-any-return]
+        return {**super().to_dict(), **plain({"jaccard": self.jaccard(), "containment": self.containment()})}
 
     def tables(self) -> list[Table]:
         jaccard, shared, sizes = self.jaccard(), self.shared.sum(-1), self.sizes.sum(-1)
@@ -164,26 +155,28 @@ def overlap(
         raise AnalysisError("an overlap needs two selections or more: pass {name: selection, ...}")
     width = _experts_of(selections, num_experts)
     kept = in_layers(len(width), layers)[:, 0]
-    masks = np.stack([_mask(found, width, name) for name, found in selections.items()]) & kept[:, None]
+    masks = np.stack([_mask(chance, width, name) for name, chance in selections.items()]) & kept[:, None]
     shared = (masks[:, None] & masks[None]).sum(-1)
     sizes = masks.sum(-1)
     count = len(selections)
     expected, p_more, p_fewer = np.zeros((3, count, count))
     for a in range(count):
         for b in range(a, count):
-            found = chance_of_overlap(width, sizes[a], sizes[b], int(shared[a, b].sum()))
-            expected[[a, b], [b, a]], p_more[[a, b], [b, a]], p_fewer[[a, b], [b, a]] = found
+            chance = chance_of_overlap(width, sizes[a], sizes[b], int(shared[a, b].sum()))
+            expected[[a, b], [b, a]], p_more[[a, b], [b, a]], p_fewer[[a, b], [b, a]] = chance
     return Overlap(tuple(selections), sizes, shared, np.where(kept, width, 0), expected, p_more, p_fewer)
 
 
 def _experts_of(selections: Mapping[str, ExpertSelection], given: int | Sequence[int] | None) -> np.ndarray:
     """int64 [layer]: experts of each layer of the model that all selections are of."""
     model = PlanModel()
-    for name, found in selections.items():
-        if not isinstance(found, ExpertSelection):
-            raise AnalysisError(f"{name!r} is a {type(found).__name__}, not a selection: make an ExpertSelection of it")
+    for name, experts in selections.items():
+        if not isinstance(experts, ExpertSelection):
+            raise AnalysisError(
+                f"{name!r} is a {type(experts).__name__}, not a selection: make an ExpertSelection of it"
+            )
         try:
-            model = model.merged(found.model)
+            model = model.merged(experts.model)
         except ValueError as error:
             raise AnalysisError(f"selection {name!r} is of another model: {error}") from None
     if given is None:
@@ -193,13 +186,13 @@ def _experts_of(selections: Mapping[str, ExpertSelection], given: int | Sequence
         if (asked if isinstance(asked, list) else [asked] * len(model.num_experts)) != list(model.num_experts):
             raise AnalysisError(f"the selections are of a model with other experts than {given}: leave num_experts out")
     if given is None:
-        known = {found.num_experts for found in selections.values() if found.num_experts is not None}
+        known = {experts.num_experts for experts in selections.values() if experts.num_experts is not None}
         if len(known) != 1:
             said = "is not known" if not known else f"differs ({', '.join(sorted(map(str, known)))})"
             raise AnalysisError(f"how many experts the layers have {said}: pass num_experts")
         given = known.pop()
     if isinstance(given, (int, np.integer)):
-        last = max((found.layers[-1] for found in selections.values() if found), default=0)
+        last = max((experts.layers[-1] for experts in selections.values() if experts), default=0)
         return np.full(last + 1, given, dtype=np.int64)
     sizes = np.asarray(given)
     if sizes.ndim != 1 or not np.issubdtype(sizes.dtype, np.integer):
@@ -207,10 +200,10 @@ def _experts_of(selections: Mapping[str, ExpertSelection], given: int | Sequence
     return sizes.astype(np.int64)
 
 
-def _mask(found: ExpertSelection, width: np.ndarray, name: str) -> np.ndarray:
+def _mask(experts: ExpertSelection, width: np.ndarray, name: str) -> np.ndarray:
     """bool [layer, expert]."""
     mask = np.zeros((len(width), int(width.max(initial=1))), dtype=bool)
-    for layer, expert in found.pairs:
+    for layer, expert in experts.pairs:
         if layer >= len(width) or expert >= width[layer]:
             raise AnalysisError(f"selection {name!r} has expert {expert} of layer {layer}, which num_experts rules out")
         mask[layer, expert] = True
@@ -231,11 +224,6 @@ def chance_of_overlap(
         if a and b:
             ways = [comb(a, n) * comb(width - a, b - n) / comb(width, b) for n in range(min(a, b) + 1)]
             probability = np.convolve(probability, ways)
-    expected = float(np.divide(first * second, num_experts, where=num_experts > 0, out=np.zeros(len(first))).sum())
+    expected = float(ratio(first * second, num_experts, empty=0.0).sum())
     at_most = float(probability[: shared + 1].sum())
     return expected, min(float(probability[shared:].sum()), 1.0), min(at_most, 1.0)
-
-
-def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """part / whole; NaN where the whole is 0."""
-    return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)

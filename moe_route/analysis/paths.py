@@ -1,15 +1,16 @@
-"""Routing paths: the experts that a token visits layer after layer."""
+"""Routing of single tokens through layers (paths), and through training (saturation)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
 from moe_route.analysis.inputs import AnalysisError
-from moe_route.analysis.result import by_depth, plain
+from moe_route.analysis.measures import ratio
+from moe_route.analysis.result import Result, by_depth
 from moe_route.analysis.tokens import (
     check_k,
     check_trace,
@@ -19,15 +20,11 @@ from moe_route.analysis.tokens import (
     strongest_experts,
     token_rows,
 )
-from moe_route.base.table import ShownAsTables, Table, data_frame, number_of
+from moe_route.base.table import Table, number_of
 from moe_route.steering.layers import show_numbers
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moe_route.recording import Trace
-
-__all__ = ["PathWindow", "Paths", "RoutingPath", "Saturation", "paths", "saturation"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +79,7 @@ class PathWindow:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Paths(ShownAsTables):
+class Paths(Result):
     """Routing paths of the tokens of a trace, in one window of layers or in several.
 
     Attributes:
@@ -99,29 +96,11 @@ class Paths(ShownAsTables):
     k: int | None
     min_tokens: int
 
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a data frame with a row per window."""
+    def columns(self) -> dict[str, Any]:
+        """A row per window: ``first`` and ``last`` layer, and its numbers."""
         names = ("tokens", "distinct", "entropy", "purity", "chance", "spread", "covered")
-        columns: dict[str, Any] = {
-            "first": [window.layers[0] for window in self.windows],
-            "last": [window.layers[-1] for window in self.windows],
-        }
-        return data_frame(columns | {name: [getattr(window, name) for window in self.windows] for name in names})
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able content (NaN as None)."""
-        content: dict[str, Any] = plain(
-            {
-                "groups": self.groups,
-                "classes": self.classes,
-                "k": self.k,
-                "min_tokens": self.min_tokens,
-                "windows": [
-                    {**vars(window), "frequent": [vars(path) for path in window.frequent]} for window in self.windows
-                ],
-            }
-        )
-        return content
+        ends = {"first": [w.layers[0] for w in self.windows], "last": [w.layers[-1] for w in self.windows]}
+        return ends | {name: [getattr(window, name) for window in self.windows] for name in names}
 
     def tables(self) -> list[Table]:
         head = ["layers", "tokens", "paths", "entropy", "purity", "chance", "groups per path", "covered"]
@@ -191,11 +170,11 @@ def paths(
         if classes is None
         else class_index(trace, rows, classes)
     )
-    found = tuple(
+    windows = tuple(
         _window(trace, rows, numbers[start : start + size], k, of_class, names, min_tokens, keep)
         for start in range(len(numbers) - size + 1)
     )
-    return Paths(found, tuple(trace.groups), names, k, min_tokens)
+    return Paths(windows, tuple(trace.groups), names, k, min_tokens)
 
 
 def _window(
@@ -256,8 +235,8 @@ class _Table:
 
     def of_path(self, number: int, names: Sequence[str]) -> dict[str, int]:
         start, end = np.searchsorted(self.path, [number, number + 1])
-        found = zip(self.of[start:end].tolist(), self.tokens[start:end].tolist(), strict=True)
-        return {names[of]: tokens for of, tokens in sorted(found, key=lambda pair: (-pair[1], pair[0]))}
+        counted = zip(self.of[start:end].tolist(), self.tokens[start:end].tolist(), strict=True)
+        return {names[of]: tokens for of, tokens in sorted(counted, key=lambda pair: (-pair[1], pair[0]))}
 
 
 def _table(path: np.ndarray, of: np.ndarray, size: int) -> _Table:
@@ -310,11 +289,11 @@ def _leading(path: RoutingPath) -> str:
     return f"{name} ({tokens / path.tokens:.2f})"
 
 
-# Router saturation: how many of the final checkpoint's experts an earlier checkpoint already chose.
+# ---- how many of the final checkpoint's experts an earlier checkpoint already chose
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Saturation(ShownAsTables):
+class Saturation(Result):
     """Share of the final checkpoint's top-k experts that an earlier checkpoint chose for the same token.
 
     Attributes:
@@ -327,7 +306,7 @@ class Saturation(ShownAsTables):
     """
 
     values: np.ndarray
-    by_group: np.ndarray
+    by_group: Annotated[np.ndarray, "k group layer as saturation"]
     ks: tuple[int, ...]
     groups: tuple[str, ...]
     layers: tuple[int, ...]
@@ -339,16 +318,6 @@ class Saturation(ShownAsTables):
             raise AnalysisError(f"k = {k} was not compared: saturation(k=[...]) chooses it")
         return self.values[self.ks.index(k)]
 
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a tidy data frame with a row per (k, group, layer)."""
-        axes = {"k": self.ks, "group": self.groups, "layer": self.layers}
-        return data_frame({"saturation": self.by_group.reshape(-1)}, axes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able content (NaN as None)."""
-        content: dict[str, Any] = plain({name: getattr(self, name) for name in _FIELDS})
-        return content
-
     def tables(self) -> list[Table]:
         title = f"Router saturation over {int(self.tokens.sum())} tokens"
         shown = [by_depth([f"top-{k}" for k in self.ks], self.values, layers=self.layers, title=title)]
@@ -356,9 +325,6 @@ class Saturation(ShownAsTables):
             for k, values in zip(self.ks, self.by_group, strict=True):
                 shown.append(by_depth(self.groups, values, layers=self.layers, title=f"top-{k}, by group"))
         return shown
-
-
-_FIELDS = ("values", "by_group", "ks", "groups", "layers", "tokens")
 
 
 def saturation(
@@ -412,8 +378,8 @@ def saturation(
                 total[row, :, column] += np.bincount(group, share, cells[1])
                 seen[row, :, column] += np.bincount(group, size > 0, cells[1])
     return Saturation(
-        values=_ratio(total.sum(1), seen.sum(1)),
-        by_group=_ratio(total, seen),
+        values=ratio(total.sum(1), seen.sum(1)),
+        by_group=ratio(total, seen),
         ks=tuple(ks),
         groups=tuple(final.groups),
         layers=numbers,
@@ -423,16 +389,12 @@ def saturation(
 
 def _shared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Number of experts in both rows, int16 [n]; the experts of a row differ, -1 is empty."""
-    found = np.zeros(len(a), np.int16)
+    shared = np.zeros(len(a), np.int16)
     ours, theirs = np.ascontiguousarray(a.T), np.ascontiguousarray(np.where(b >= 0, b, -2).T)
     for one in ours:  # a loop over pairs of slots: each comparison runs over all tokens
         for other in theirs:
-            found += one == other
-    return found
-
-
-def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    return np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
+            shared += one == other
+    return shared
 
 
 def _check_same_tokens(early: Trace, final: Trace) -> None:

@@ -1,50 +1,33 @@
-"""Choose the experts to prune, by how little they are used or add, and measure how stable the choice is."""
+"""What experts add, the few that a model cannot do without, and which to prune, by how little they are used or add."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
 from moe_route.analysis.experts import expert_difference
 from moe_route.analysis.inputs import AnalysisError, group_index, pick_groups, selection
-from moe_route.analysis.measures import places
+from moe_route.analysis.measures import places, ratio
 from moe_route.analysis.resampling import ResampledStatistics, resampled_statistics
-from moe_route.analysis.result import by_depth, mean_of_seen, plain
-from moe_route.base.table import ShownAsTables, Table, data_frame, number_of
-from moe_route.steering.model import PlanModel
+from moe_route.analysis.result import Result, by_depth, mean_of_seen, plain
+from moe_route.base.table import Table, number_of
+from moe_route.steering import ExpertSelection, PlanModel
 from moe_route.steering.selection import random_permutation
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    import pandas as pd
-
     from moe_route.recording import RoutingStatistics
-    from moe_route.steering import ExpertSelection
 
-__all__ = [
-    "CRITERIA",
-    "PruningStability",
-    "Saliency",
-    "SuperExperts",
-    "prune",
-    "pruning_stability",
-    "real_experts",
-    "saliency",
-    "super_experts",
-]
-
-
-# Saliency of experts: how much the output of an expert adds, on average, to the tokens that are routed to it.
+# ---- saliency: how much the output of an expert adds, on average, to the tokens that are routed to it
 
 _SHOWN = 3  # experts per layer at either end of the table
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Saliency(ShownAsTables):
+class Saliency(Result, hidden=("model",)):
     """Saliency of every expert, in units of the norm of the hidden states.
 
     Attributes:
@@ -56,8 +39,8 @@ class Saliency(ShownAsTables):
         model: the model, which selections inherit.
     """
 
-    values: np.ndarray
-    tokens: np.ndarray
+    values: Annotated[np.ndarray, "group layer expert as saliency"]
+    tokens: Annotated[np.ndarray, "group layer expert"]
     groups: tuple[str, ...]
     layers: tuple[str, ...]
     num_experts: tuple[int, ...]
@@ -80,49 +63,31 @@ class Saliency(ShownAsTables):
         return self.values[0 if group is None else self.groups.index(group)]
 
     def _select(self, number: int, group: str | None, which: str, order: np.ndarray) -> ExpertSelection:
-        from moe_route.steering import ExpertSelection
-
         if not 1 <= number <= min(self.num_experts):
             raise AnalysisError(f"number must be from 1 to {min(self.num_experts)} experts per layer, not {number}")
         chosen = places(np.where(real_experts(self.num_experts, order.shape[1]), order, -np.inf)) < number
         values = np.nan_to_num(self._of(group))
-        found = {
+        experts_of = {
             layer: {int(expert): float(values[layer, expert]) for expert in np.flatnonzero(chosen[layer])}
             for layer in range(len(chosen))
         }
         text = f"{which} salient experts{'' if group is None else f' of {group}'}"
-        return ExpertSelection(found, scores=found, description=text, num_experts=self.num_experts, model=self.model)
-
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a tidy data frame with a row per (group, layer, expert): ``saliency`` and ``tokens``."""
-        groups, layers, experts = np.nonzero(np.broadcast_to(self._real, self.values.shape))
-        return data_frame(
-            {
-                "group": np.asarray(self.groups, dtype=object)[groups],
-                "layer": layers,
-                "router": np.asarray(self.layers, dtype=object)[layers],
-                "expert": experts,
-                "saliency": self.values[groups, layers, experts],
-                "tokens": self.tokens[groups, layers, experts],
-            }
+        return ExpertSelection(
+            experts_of, scores=experts_of, description=text, num_experts=self.num_experts, model=self.model
         )
 
-    @property
-    def _real(self) -> np.ndarray:
-        return real_experts(self.num_experts, self.values.shape[-1])
-
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able content (NaN as None)."""
-        axes = {"groups": list(self.groups), "layers": list(self.layers), "num_experts": list(self.num_experts)}
-        return {**axes, "saliency": plain(self.values), "tokens": plain(self.tokens)}
+        """JSON-able content (NaN as None); the values are the ``saliency``."""
+        content = super().to_dict()
+        return {"saliency": content.pop("values"), **content}
 
     def tables(self) -> list[Table]:
         means = mean_of_seen(self.values, 2)[0]
-        found = [by_depth(self.groups, means, title="saliency, mean over the experts that were chosen")]
+        shown = [by_depth(self.groups, means, title="saliency, mean over the experts that were chosen")]
         for group, values in zip(self.groups, self.values, strict=True):
             rows = [[layer, *_ends(of_layer)] for layer, of_layer in enumerate(values)]
-            found.append(Table(("layer", "most salient", "least salient"), rows, title=f"experts of {group}"))
-        return found
+            shown.append(Table(("layer", "most salient", "least salient"), rows, title=f"experts of {group}"))
+        return shown
 
 
 def _ends(values: np.ndarray) -> tuple[str, str]:
@@ -155,7 +120,7 @@ def saliency(
     tokens = statistics.token_sum("counts")[rows]
     if pool:
         sums, tokens, names = sums.sum(0, keepdims=True), tokens.sum(0, keepdims=True), ("all groups",)
-    values = np.divide(sums, tokens, out=np.full(sums.shape, np.nan), where=tokens > 0)
+    values = ratio(sums, tokens)
     sizes = tuple(statistics.num_experts)
     model = PlanModel.of_recording(statistics.metadata, sizes)
     return Saliency(values, tokens, names, tuple(statistics.layers), sizes, model)
@@ -166,11 +131,11 @@ def real_experts(num_experts: Sequence[int], width: int) -> np.ndarray:
     return np.arange(width) < np.asarray(num_experts)[:, None]
 
 
-# Super experts: the few experts whose outputs hold the largest activations of the model.
+# ---- super experts: the few whose outputs hold the largest activations of the model
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SuperExperts(ShownAsTables):
+class SuperExperts(Result):
     """The n super experts, by falling peak.
 
     Attributes:
@@ -193,22 +158,19 @@ class SuperExperts(ShownAsTables):
     def __len__(self) -> int:
         return len(self.layer)
 
-    @property
-    def _columns(self) -> dict[str, np.ndarray]:
+    def columns(self) -> dict[str, Any]:
+        """``layer``, ``expert``, ``peak`` and ``first`` of each super expert."""
         return {"layer": self.layer, "expert": self.expert, "peak": self.peak, "first": self.first}
-
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a data frame with a row per super expert."""
-        return data_frame(self._columns)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content."""
-        rows = zip(*map(plain, self._columns.values()), strict=True)
-        experts = [dict(zip(self._columns, row, strict=True)) for row in rows]
+        columns = self.columns()
+        rows = zip(*map(plain, columns.values()), strict=True)
+        experts = [dict(zip(columns, row, strict=True)) for row in rows]
         return {"super_experts": experts, "threshold": self.threshold, "largest": self.largest}
 
     def tables(self) -> list[Table]:
-        rows = list(zip(*(column.tolist() for column in self._columns.values()), strict=True))
+        rows = list(zip(*(column.tolist() for column in self.columns().values()), strict=True))
         note = f"peak above {self.threshold:.3f}; the largest of the model is {self.largest:.3f}"
         return [Table(("layer", "expert", "peak", "share of first tokens"), rows, "super experts", note)]
 
@@ -225,7 +187,8 @@ def super_experts(
     The peak of an expert is the largest absolute element of its output over all tokens routed to it. An expert is super
     if its peak is above the ``quantile`` of the peaks of all experts, and above ``share`` of the largest peak. Super
     experts serve the first tokens (attention sinks) of a text. Without them a model fails on any text, so controls
-    should leave them out (``plan.random(seed, exclude=found.selection)``). It needs ``record(expert_outputs=True)``.
+    should leave them out (``plan.random(seed, exclude=super_experts(...).selection)``). It needs
+    ``record(expert_outputs=True)``.
 
     Args:
         quantile: the paper's is 0.995.
@@ -246,15 +209,17 @@ def super_experts(
     peaks = peak[real_experts(statistics.num_experts, peak.shape[1])]
     threshold = max(float(np.quantile(peaks, quantile)), share * float(peaks.max()))
     sequences = first.sum(1, keepdims=True) / np.asarray(statistics.top_k)[:, None]
-    shares = np.divide(first, sequences, out=np.zeros(first.shape), where=sequences > 0)
+    shares = ratio(first, sequences, empty=0.0)
     text = f"super experts (peak above {threshold:.3g})"
-    found = selection(peak > threshold, peak, statistics, threshold=threshold, description=text)
+    experts = selection(peak > threshold, peak, statistics, threshold=threshold, description=text)
     layer, expert = np.nonzero(peak > threshold)
     order = np.argsort(-peak[layer, expert], kind="stable")
     layer, expert = layer[order], expert[order]
     columns = (layer, expert, peak[layer, expert], shares[layer, expert])
-    return SuperExperts(found, *columns, threshold, float(peaks.max()))
+    return SuperExperts(experts, *columns, threshold, float(peaks.max()))
 
+
+# ---- the experts to prune
 
 Criterion = Literal["frequency", "difference", "reap", "random"]
 Allocation = Literal["uniform", "global"]
@@ -361,7 +326,7 @@ def _frequency(statistics: RoutingStatistics | ResampledStatistics, groups: Sequ
     """Tokens of these groups (by default all) that chose each expert, divided by all their tokens, float64 [L, E]."""
     rows = [group_index(statistics, name) for name in pick_groups(statistics, groups or None)]
     counts, tokens = statistics.token_sum("counts")[rows].sum(0), statistics.tokens()[rows].sum(0)[:, None]
-    return np.divide(counts, tokens, out=np.zeros(counts.shape), where=tokens > 0)
+    return ratio(counts, tokens, empty=0.0)
 
 
 def _random(statistics: RoutingStatistics, seed: int) -> np.ndarray:
@@ -390,7 +355,7 @@ def _kept(
         return _uniform(order, keep, limits, safe)
     if scaled:
         total = values.sum(1, keepdims=True)
-        order = np.where(safe, np.inf, np.divide(values, total, out=np.zeros(values.shape), where=total > 0))
+        order = np.where(safe, np.inf, ratio(values, total, empty=0.0))
     return _global(order, keep, limits, safe)
 
 
@@ -455,7 +420,7 @@ def _largest(values: np.ndarray, number: int) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PruningStability(ShownAsTables):
+class PruningStability(Result):
     """How stable the kept experts are when other sentences are recorded.
 
     Attributes:
@@ -468,25 +433,13 @@ class PruningStability(ShownAsTables):
         resamples: number of resamples.
     """
 
-    kept: np.ndarray
+    kept: Annotated[np.ndarray, "layer expert"]
     jaccard: np.ndarray
-    chosen: np.ndarray
+    chosen: Annotated[np.ndarray, "layer expert"]
     layers: tuple[str, ...]
     num_experts: tuple[int, ...]
     items: int
     resamples: int
-
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a tidy data frame with a row per (layer, expert): ``kept`` and ``chosen``."""
-        layers, experts = np.nonzero(real_experts(self.num_experts, self.kept.shape[1]))
-        columns = {"layer": layers, "router": np.asarray(self.layers, dtype=object)[layers], "expert": experts}
-        return data_frame({**columns, "kept": self.kept[layers, experts], "chosen": self.chosen[layers, experts]})
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able content."""
-        sizes = {"items": self.items, "resamples": self.resamples, "num_experts": list(self.num_experts)}
-        values = {name: plain(getattr(self, name)) for name in ("kept", "jaccard", "chosen")}
-        return {"layers": list(self.layers), **sizes, **values}
 
     def tables(self) -> list[Table]:
         title = "Jaccard index of the experts kept in a resample and those kept with all items"

@@ -2,24 +2,32 @@
 
     plan = moe_route.recipe("paper/qwen3-30b-a3b/mgsm")(task_statistics, general_statistics)
 
-Two kinds of settings are here: the main results of "Multilingual Routing in Mixture-of-Experts" (arXiv 2510.04694), and
-the numbers of experts that SteerMoE (arXiv 2509.09660) publishes beside its code.
+Two kinds of settings are here: the main results of "Multilingual Routing in Mixture-of-Experts" (arXiv 2510.04694),
+which are those of the shipped studies, and the numbers of experts that SteerMoE (arXiv 2509.09660) publishes beside its
+code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from moe_route.analysis.experts import risk_experts, task_experts
 from moe_route.analysis.inputs import AnalysisError, Statistics
 from moe_route.base.table import ShownAsTables, Table
+from moe_route.data import shipped_studies
 from moe_route.steering.layers import layers
 from moe_route.steering.plan import Plan
+from moe_route.steering.selection import ExpertSelection
 
-__all__ = ["RECIPES", "Recipe", "Recipes", "recipe"]
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["RECIPES", "Recipe", "Recipes", "plan_of", "recipe"]
 
 _PAPER = "arXiv 2510.04694"
 _STEERMOE = "arXiv 2509.09660, activations/num_experts.jsonl of its repository"
@@ -106,12 +114,12 @@ class Recipe:
             self._check(statistics, what)
         given: dict[str, Any] = {"group": group, "baseline_group": baseline_group}
         if self.kind == "steermoe":
-            found = risk_experts(
+            differing = risk_experts(
                 task, baseline, activations=self.activations, deactivations=self.deactivations, **given
             )
             parts = [
                 make(experts, weight="steermoe")
-                for make, experts in ((Plan.force_on, found.activate), (Plan.force_off, found.deactivate))
+                for make, experts in ((Plan.force_on, differing.activate), (Plan.force_off, differing.deactivate))
                 if experts
             ]
             if not parts:
@@ -121,12 +129,7 @@ class Recipe:
             assert self.threshold is not None
             assert self.first is not None
             experts = task_experts(task, baseline, threshold=self.threshold, **given)
-            steered = layers(self.first, self.last, base=layer_base)
-            if self.kind == "soft":
-                assert self.strength is not None
-                plan = Plan.activate(experts, steered, strength=self.strength)
-            else:
-                plan = Plan.force_on(experts, steered, weight="paper")
+            plan = plan_of(experts, layers(self.first, self.last, base=layer_base), self.kind, strength=self.strength)
         return Plan(plan.rules, model=plan.model, description=f"recipe {self.name} ({self.source})")
 
     def _check(self, statistics: Statistics, what: str) -> None:
@@ -155,20 +158,8 @@ class Recipe:
         return asdict(self)
 
 
-class Recipes(ShownAsTables, Mapping[str, Recipe]):
+class Recipes(ShownAsTables, dict[str, Recipe]):
     """Recipes by name."""
-
-    def __init__(self, recipes: list[Recipe]) -> None:
-        self._recipes = MappingProxyType({entry.name: entry for entry in recipes})
-
-    def __getitem__(self, name: str) -> Recipe:
-        return self._recipes[name]
-
-    def __iter__(self) -> Any:
-        return iter(self._recipes)
-
-    def __len__(self) -> int:
-        return len(self._recipes)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content."""
@@ -188,6 +179,25 @@ class Recipes(ShownAsTables, Mapping[str, Recipe]):
         return [Table(("recipe", "model", "settings", "published", "source"), rows)]
 
 
+def plan_of(
+    experts: ExpertSelection,
+    where: Sequence[int],
+    kind: str,
+    *,
+    strength: float | None = None,
+    correction: Literal[0, 1] = 0,
+) -> Plan:
+    """Steer experts in the layers `where` as arXiv 2510.04694 does.
+
+    "soft" is `Plan.activate` by `strength` standard deviations of a token's logits, with this `correction` of their
+    number; "hard" is `Plan.force_on` with the weights of the paper.
+    """
+    if kind == "hard":
+        return Plan.force_on(experts, where, weight="paper")
+    assert strength is not None
+    return Plan.activate(experts, where, strength=strength, correction=correction)
+
+
 def recipe(name: str) -> Recipe:
     """The published setting with this name; ``analysis.recipes.RECIPES`` shows all. ``ValueError`` for other names."""
     if name not in RECIPES:
@@ -196,19 +206,18 @@ def recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-# model, task, tau, kind, strength, number of experts, score before and after; each model has its range of layers
-_PAPER_LAYERS = {"qwen3-30b-a3b": (8, 35), "phi-3.5-moe": (8, 17), "gpt-oss-20b": (4, 19)}
-_PAPER_RESULTS: tuple[tuple[str, str, float, Literal["soft", "hard"], float | None, int, float, float], ...] = (
-    ("qwen3-30b-a3b", "mgsm", 0.4, "soft", 0.5, 22, 76.4, 78.0),
-    ("phi-3.5-moe", "mgsm", 0.3, "soft", 0.5, 12, 57.5, 58.9),
-    ("gpt-oss-20b", "mgsm", 0.3, "hard", None, 9, 68.9, 71.5),
-    ("qwen3-30b-a3b", "medicine", 0.5, "hard", None, 23, 68.2, 69.1),
-    ("phi-3.5-moe", "medicine", 0.25, "soft", 0.5, 2, 57.8, 58.8),
-    ("gpt-oss-20b", "medicine", 0.3, "soft", 0.5, 6, 63.8, 64.5),
-)
+# study -> number of steered experts, score before and after; the settings are those of the study
+_PAPER_RESULTS = {
+    "qwen3-30b-a3b-mgsm": (22, 76.4, 78.0),
+    "phi-3.5-moe-mgsm": (12, 57.5, 58.9),
+    "gpt-oss-20b-mgsm": (9, 68.9, 71.5),
+    "qwen3-30b-a3b-medical": (23, 68.2, 69.1),
+    "phi-3.5-moe-medical": (2, 57.8, 58.8),
+    "gpt-oss-20b-medical": (6, 63.8, 64.5),
+}
 _PAPER_TASKS = {
-    "mgsm": "English math problems (the paper evaluates on MGSM)",
-    "medicine": "English medical questions (the paper evaluates on Global-MMLU, medicine)",
+    "mgsm": ("mgsm", "English math problems (the paper evaluates on MGSM)"),
+    "medical": ("medicine", "English medical questions (the paper evaluates on Global-MMLU, medicine)"),
 }
 # model -> (activations, deactivations) that make it faithful to a document, safe, and unsafe
 _STEERMOE_NUMBERS = {
@@ -227,27 +236,30 @@ _STEERMOE_TEXTS = {
 
 
 def _paper() -> list[Recipe]:
-    found = []
-    for key, task, tau, kind, strength, experts, before, after in _PAPER_RESULTS:
-        first, last = _PAPER_LAYERS[key]
-        found.append(
+    """The settings of the shipped studies, with what the paper reports of them."""
+    recipes = []
+    for study, (experts, before, after) in _PAPER_RESULTS.items():
+        key, _, task = study.rpartition("-")
+        settings = tomllib.loads(shipped_studies()[study].read_text(encoding="utf-8"))
+        steer = settings["steer"]
+        recipes.append(
             Recipe(
-                f"paper/{key}/{task}",
+                f"paper/{key}/{_PAPER_TASKS[task][0]}",
                 _PAPER,
                 *_MODELS[key],
-                task=_PAPER_TASKS[task],
+                task=_PAPER_TASKS[task][1],
                 baseline="general English",
-                kind=kind,
-                strength=strength,
-                threshold=tau,
-                first=first,
-                last=last,
+                kind=steer["kind"],
+                strength=steer.get("strength"),
+                threshold=settings["find"]["tau"],
+                first=steer["layers"][0],
+                last=steer["layers"][1],
                 experts=experts,
                 before=before,
                 after=after,
             )
         )
-    return found
+    return recipes
 
 
 def _steermoe() -> list[Recipe]:
@@ -267,5 +279,5 @@ def _steermoe() -> list[Recipe]:
     ]
 
 
-RECIPES = Recipes([*_paper(), *_steermoe()])
+RECIPES = Recipes({entry.name: entry for entry in (*_paper(), *_steermoe())})
 """Every recipe, by name."""

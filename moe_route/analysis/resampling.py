@@ -1,41 +1,25 @@
-"""Read the kept sequences of groups as arrays, a group at a time, in bounded memory."""
+"""Kept sequences as arrays, in bounded memory; statistics of items drawn with replacement; stability of a rule.
+
+An item that several groups have, such as a sentence and its translations, is drawn for all of them together, also when
+the groups are in different recordings.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from moe_route.analysis.inputs import NOT_KEPT, AnalysisError, Statistics, normalized, selection
-from moe_route.analysis.result import plain
+from moe_route.analysis.measures import ratio
+from moe_route.analysis.result import Result
 from moe_route.analysis.stats import draw_items
-from moe_route.base.table import ShownAsTables, Table, data_frame
+from moe_route.base.table import Table
 from moe_route.recording.store import SequenceStore, is_unnamed
 from moe_route.steering import ExpertSelection
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-__all__ = [
-    "FEWEST_ITEMS",
-    "GroupSequences",
-    "ResampledStatistics",
-    "Sequences",
-    "Stability",
-    "batches",
-    "blocks",
-    "draw_together",
-    "groups_of",
-    "mean_tokens",
-    "read_sequences",
-    "resampled_statistics",
-    "stability_selection",
-    "tokens_per_sequence",
-]
-
 
 _ARRAYS = {"full": "full", "topk": "topk", "count": "counts", "hidden": "hidden"}
 _BATCH_BYTES = 512 << 20  # groups are read together up to this size, one at least
@@ -106,7 +90,7 @@ def read_sequences(store: SequenceStore, items: Mapping[str, Sequence[Any]], kin
     layers = len(store.layers)
     dtype = np.int32 if kind == "count" else np.float32
     place = {(item, group): row for group, wanted in items.items() for row, item in enumerate(wanted)}
-    found = {
+    by_group = {
         group: GroupSequences(
             group,
             np.zeros((len(wanted), layers, width), dtype),
@@ -123,11 +107,11 @@ def read_sequences(store: SequenceStore, items: Mapping[str, Sequence[Any]], kin
                 rows.setdefault(key[1], []).append((row, place[key]))
         for group, pairs in rows.items():
             here, there = (list(part) for part in zip(*pairs, strict=True))
-            found[group].values[there] = shard.arrays[_ARRAYS[kind]][here]
-            found[group].tokens[there] = shard.arrays["tokens"][here]
+            by_group[group].values[there] = shard.arrays[_ARRAYS[kind]][here]
+            by_group[group].tokens[there] = shard.arrays["tokens"][here]
             if "token_entropy" in shard.arrays:  # not in files of earlier recordings
-                found[group].token_entropy[there] = shard.arrays["token_entropy"][here]
-    return list(found.values())
+                by_group[group].token_entropy[there] = shard.arrays["token_entropy"][here]
+    return list(by_group.values())
 
 
 def mean_tokens(store: SequenceStore, groups: Sequence[str], items: Sequence[Any]) -> np.ndarray:
@@ -155,13 +139,10 @@ def tokens_per_sequence(statistics: Any, groups: Sequence[str]) -> np.ndarray:
     rows = [statistics.groups.index(group) for group in groups]
     tokens = statistics.tokens()[rows].max(1, initial=0)
     numbers = count()[rows]
-    return np.divide(tokens, numbers, out=np.full(len(rows), np.nan), where=numbers > 0)
+    return ratio(tokens, numbers)
 
 
-# Statistics of items drawn with replacement, from the sequences that a recording kept.
-#
-# An item that several groups have, such as a sentence and its translations, is drawn for all of them together, also
-# when the groups are in different recordings.
+# ---- items drawn with replacement
 
 FEWEST_ITEMS = 5  # fewer have so few different resamples that their spread says nothing
 
@@ -295,7 +276,7 @@ class ResampledStatistics:
             raise AnalysisError(f'a resample has no distribution of kind {kind!r}: use kind="count"')
         frequency = self.frequency(phase, by)
         total = frequency.sum(-1, keepdims=True)
-        return np.divide(frequency, total, out=np.full(frequency.shape, np.nan), where=total > 0)
+        return ratio(frequency, total)
 
     def token_sum(self, metric: str, phase: Any = None) -> np.ndarray:
         """Sum over tokens of "counts", float64 [group, layer, expert]."""
@@ -313,7 +294,7 @@ def _refuse(phase: Any) -> None:
 def _ratio(terms: np.ndarray, weights: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     """Frequency [layer, expert] of the drawn items; NaN without tokens."""
     total, weight = np.tensordot(drawn, terms, 1), (drawn @ weights)[..., None]
-    return np.divide(total, weight, out=np.full(total.shape, np.nan), where=weight > 0)
+    return ratio(total, weight)
 
 
 def resampled_statistics(
@@ -328,22 +309,22 @@ def resampled_statistics(
     keys = [(number, group) for number, one in enumerate(statistics) for group in one.groups]
     kept = [Sequences.of_group(statistics[number], group, (number, group)) for number, group in keys]
     weights = draw_together([sequences.items for sequences in kept], resamples, seed)
-    found = []
+    resampled = []
     for resample in range(resamples):
         drawn: list[dict[str, tuple[Sequences, np.ndarray]]] = [{} for _ in statistics]
         for (number, group), sequences, of_group in zip(keys, kept, weights, strict=True):
             drawn[number][group] = (sequences, of_group[resample])
-        found.append(tuple(ResampledStatistics(*pair) for pair in zip(statistics, drawn, strict=True)))
-    return found
+        resampled.append(tuple(ResampledStatistics(*pair) for pair in zip(statistics, drawn, strict=True)))
+    return resampled
 
 
-# Whether a rule selects the same experts from other items: selections in resamples, and how alike they are.
+# ---- whether a rule selects the same experts from other items
 
 _SHOWN = 12
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Stability(ShownAsTables):
+class Stability(Result):
     """How often a rule selects each expert when the items are drawn anew.
 
     Attributes:
@@ -367,27 +348,15 @@ class Stability(ShownAsTables):
         """Number of resamples."""
         return len(self.sizes)
 
-    def to_pandas(self) -> pd.DataFrame:
-        """A row per expert that any resample or the whole recording selects."""
+    def columns(self) -> dict[str, Any]:
+        """A row per expert that any resample or the whole recording selects: ``share``, ``whole``, ``kept``."""
         cells, whole, kept = self._cells(), set(self.whole.pairs), set(self.selection.pairs)
-        columns = {
+        return {
             "layer": [layer for layer, _ in cells],
             "expert": [expert for _, expert in cells],
             "share": [float(self.share[cell]) for cell in cells],
             "whole": [cell in whole for cell in cells],
             "kept": [cell in kept for cell in cells],
-        }
-        return data_frame(columns)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able content."""
-        return {
-            "share": plain(self.share),
-            "selection": self.selection.to_dict(),
-            "whole": self.whole.to_dict(),
-            "jaccard": self.jaccard,
-            "sizes": plain(self.sizes),
-            "keep": self.keep,
         }
 
     def _cells(self) -> list[tuple[int, int]]:
@@ -448,13 +417,13 @@ def stability_selection(
 
 
 def _selected(rule: Callable[..., ExpertSelection], statistics: tuple[Any, ...]) -> ExpertSelection:
-    found = rule(*statistics)
-    if not isinstance(found, ExpertSelection):
+    experts = rule(*statistics)
+    if not isinstance(experts, ExpertSelection):
         raise AnalysisError(
-            f"the rule gave a {type(found).__name__}, not a selection: take one of its selections, such as "
+            f"the rule gave a {type(experts).__name__}, not a selection: take one of its selections, such as "
             "result['swh_Latn'] or result.activate"
         )
-    return found
+    return experts
 
 
 def _mean_jaccard(drawn: np.ndarray) -> float:
@@ -463,5 +432,5 @@ def _mean_jaccard(drawn: np.ndarray) -> float:
     both = chosen @ chosen.T
     sizes = np.diag(both)
     either = sizes[:, None] + sizes - both
-    index = np.divide(both, either, out=np.ones(both.shape), where=either > 0)
+    index = ratio(both, either, empty=1.0)
     return float(index[np.triu_indices(len(drawn), 1)].mean())

@@ -1,8 +1,8 @@
 """Similarity of languages, from the vectors of parallel sentences: hidden states, or the routing of a model.
 
 As in mPLM-Sim [arXiv 2305.13684] it is the mean cosine of translations, or the share of sentences that find their
-translation (``translation_rules``). The vector of a sentence is its pooled hidden state, or its mean routing
-distribution q_i.
+translation (the rules of ``analysis.alignment``). The vector of a sentence is its pooled hidden state, or its mean
+routing distribution q_i.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -28,18 +28,13 @@ from moe_route.analysis.alignment import (
 from moe_route.analysis.inputs import AnalysisError
 from moe_route.analysis.matrices import MatrixComparison, compare_matrices, names_in, read_matrix
 from moe_route.analysis.overlap import in_layers
-from moe_route.analysis.result import fertility_column, frame_of_pairs, mean_of_seen, plain, token_column
+from moe_route.analysis.result import Result, fertility_column, mean_of_seen, token_column
 from moe_route.analysis.stats import Linkage, clusters, leaves, linkage
-from moe_route.base.table import ShownAsTables, Table
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-__all__ = ["Similarity", "answer_similarity", "similarity"]
+from moe_route.base.table import Table
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Similarity(ShownAsTables):
+class Similarity(Result, hidden=("by_chance",), derived=("chance",)):
     """Similarity of all pairs of groups.
 
     Attributes:
@@ -55,7 +50,7 @@ class Similarity(ShownAsTables):
         by_chance: float64 [L, G, G], what random pairs of the same sentences give; NaN on the diagonal.
     """
 
-    values: np.ndarray
+    values: Annotated[np.ndarray, "layer group other as similarity"]
     groups: tuple[str, ...]
     layers: tuple[str, ...]
     rule: str = "given"
@@ -70,15 +65,15 @@ class Similarity(ShownAsTables):
 
         NaN on the diagonal, which published tables leave empty, becomes 1.
         """
-        found = np.array(values, dtype=np.float64)
-        found = found[None] if found.ndim == 2 else found
-        names = tuple(map(str, range(len(found)))) if layers is None else tuple(layers)
-        if found.ndim != 3 or found.shape != (len(names), len(groups), len(groups)) or len(set(groups)) < len(groups):
+        given = np.array(values, dtype=np.float64)
+        given = given[None] if given.ndim == 2 else given
+        names = tuple(map(str, range(len(given)))) if layers is None else tuple(layers)
+        if given.ndim != 3 or given.shape != (len(names), len(groups), len(groups)) or len(set(groups)) < len(groups):
             raise AnalysisError(
-                f"similarities are [layer, group, group] of {len(groups)} different groups, not {list(found.shape)}"
+                f"similarities are [layer, group, group] of {len(groups)} different groups, not {list(given.shape)}"
             )
-        found[np.isnan(found) & np.eye(len(groups), dtype=bool)] = 1.0
-        return cls(found, tuple(groups), names)
+        given[np.isnan(given) & np.eye(len(groups), dtype=bool)] = 1.0
+        return cls(given, tuple(groups), names)
 
     @classmethod
     def read(cls, *paths: str | os.PathLike[str], groups: Sequence[str] | None = None) -> Similarity:
@@ -106,11 +101,9 @@ class Similarity(ShownAsTables):
 
     def ranking(self, reference: str, layers: Sequence[int] | int | None = None) -> dict[str, float]:
         """The other groups by their similarity with one, the most similar first [arXiv 2404.11553]."""
-        if reference not in self.groups:
-            raise AnalysisError(f"no group {reference!r}: there are {', '.join(self.groups)}")
-        row = self.mean(layers)[self.groups.index(reference)]
-        found = {group: float(value) for group, value in zip(self.groups, row, strict=True) if group != reference}
-        return dict(sorted(found.items(), key=lambda pair: -np.nan_to_num(pair[1], nan=-np.inf)))
+        row = self.mean(layers)[self.place_of(reference)]
+        row_of = {group: float(value) for group, value in zip(self.groups, row, strict=True) if group != reference}
+        return dict(sorted(row_of.items(), key=lambda pair: -np.nan_to_num(pair[1], nan=-np.inf)))
 
     def best_source(
         self, target: str, layers: Sequence[int] | int | None = None, *, among: Sequence[str] | None = None
@@ -141,8 +134,8 @@ class Similarity(ShownAsTables):
         self, number: int, layers: Sequence[int] | int | None = None, method: Linkage = "complete"
     ) -> tuple[tuple[str, ...], ...]:
         """The groups in this number of clusters, by cutting their tree."""
-        found = clusters(self.tree(layers, method), number)
-        return tuple(tuple(self.groups[leaf] for leaf in cluster) for cluster in found)
+        cut = clusters(self.tree(layers, method), number)
+        return tuple(tuple(self.groups[leaf] for leaf in cluster) for cluster in cut)
 
     def compare(self, table: Any, *, permutations: int = 10_000, seed: int = 0) -> MatrixComparison:
         """Compare with another matrix of the groups, layer by layer, such as genetic similarity of languages.
@@ -159,23 +152,6 @@ class Similarity(ShownAsTables):
         Raises ``AnalysisError`` for a table with fewer than four of the groups, and for values that are not finite.
         """
         return compare_matrices(self.values, self.groups, self.layers, table, permutations=permutations, seed=seed)
-
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a tidy data frame with a row per (layer, group, other): ``similarity`` and ``router``."""
-        return frame_of_pairs(self.values, self.groups, self.layers, "similarity")
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able content (NaN as None)."""
-        return {
-            "rule": self.rule,
-            "pairs": self.pairs,
-            "centered": self.centered,
-            "chance": plain(self.chance),
-            "groups": list(self.groups),
-            "layers": list(self.layers),
-            "values": plain(self.values),
-            "tokens": plain(self.tokens),
-        }
 
     def tables(self) -> list[Table]:
         values, order = self.mean(), self.order()
@@ -214,7 +190,7 @@ def similarity(
             ``Similarity.of`` and ``Similarity.read``.
         groups: by default all; of an array, the name of each of its groups.
         rule: "cosine" [mPLM-Sim, arXiv 2305.13684], "mexa" [arXiv 2410.05873], "retrieval" or "margin"; see
-            ``analysis.translation_rules``.
+            ``analysis.alignment``.
         kind: of statistics: the router scores used, "full" (the default), "topk" or "count", or "hidden" for recorded
             router inputs.
         center: subtract the mean of each group from its sentences. By default this is done for routing distributions
@@ -243,7 +219,7 @@ def similarity(
     return Similarity(values, names, vectors.layers, rule, len(vectors.items), vectors.centered, vectors.tokens, chance)
 
 
-# Similarity of languages by the answers that a model gives in them.
+# ---- by the answers that a model gives
 
 
 def answer_similarity(answers: Mapping[str, Mapping[Any, Hashable]]) -> Similarity:

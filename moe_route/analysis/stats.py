@@ -1,50 +1,23 @@
-"""Pearson and Spearman correlation coefficients: ranks, and values that are centered and of unit length."""
+"""Correlation, corrections of p-values, the bootstrap, trees of groups, and the best of noisy values.
+
+scipy is imported where it is used, since importing it takes most of a second.
+"""
 
 from __future__ import annotations
 
-from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
 
 from moe_route.analysis.inputs import AnalysisError, check_draws
-
-__all__ = [
-    "LINKAGES",
-    "Linkage",
-    "RESAMPLES",
-    "benjamini_hochberg",
-    "centered",
-    "clusters",
-    "draw_items",
-    "expected_maximum",
-    "holm",
-    "interval_of",
-    "leaves",
-    "linkage",
-    "p_value_of",
-    "pearson",
-    "ranks",
-    "resampled_means",
-    "t_of_normal",
-    "unit_length",
-]
+from moe_route.analysis.measures import ratio
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 1 along the last axis, float64 [..., n]; equal values get the mean of their ranks."""
-    order = np.argsort(values, axis=-1, kind="stable")
-    ordered = np.take_along_axis(values, order, -1)
-    begins = np.ones(ordered.shape, bool)  # runs of equal values
-    begins[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
-    ends = np.ones(ordered.shape, bool)
-    ends[..., :-1] = begins[..., 1:]
-    place = np.arange(1, values.shape[-1] + 1)
-    first = np.maximum.accumulate(np.where(begins, place, 0), -1)
-    last = np.minimum.accumulate(np.where(ends, place, place.size)[..., ::-1], -1)[..., ::-1]
-    found = np.empty(values.shape)
-    np.put_along_axis(found, order, (first + last) / 2, -1)
-    return found
+    from scipy.stats import rankdata
+
+    return np.asarray(rankdata(values, axis=-1))
 
 
 def centered(values: np.ndarray) -> np.ndarray:
@@ -56,7 +29,7 @@ def unit_length(moved: np.ndarray, values: np.ndarray) -> np.ndarray:
     """``moved`` at unit length along the last axis; all zero where it is only the rounding of ``values``."""
     length = np.sqrt((moved * moved).sum(-1, keepdims=True))
     varies = length > 1e-12 * np.abs(values).max(-1, keepdims=True)
-    return np.divide(moved, length, out=np.zeros(moved.shape), where=varies)
+    return ratio(moved, np.where(varies, length, 0.0), empty=0.0)
 
 
 def pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -65,7 +38,7 @@ def pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(x.any(-1) & y.any(-1), np.clip((x * y).sum(-1), -1.0, 1.0), np.nan)
 
 
-# Corrections of p-values for the number of tests: Holm, and Benjamini and Hochberg.
+# ---- corrections of p-values for the number of tests
 
 
 def holm(p_values: Any) -> np.ndarray:
@@ -79,7 +52,14 @@ def holm(p_values: Any) -> np.ndarray:
 
     Returns float64 of the same shape, NaN where the input is. Raises ``AnalysisError`` for values outside [0, 1].
     """
-    return _adjusted(p_values, lambda p: np.maximum.accumulate(p * np.arange(len(p), 0, -1)))
+
+    def in_steps(p: np.ndarray) -> np.ndarray:
+        order = np.argsort(p, kind="stable")
+        adjusted = np.empty(len(p))
+        adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+        return adjusted
+
+    return _adjusted(p_values, in_steps)
 
 
 def benjamini_hochberg(p_values: Any) -> np.ndarray:
@@ -93,23 +73,24 @@ def benjamini_hochberg(p_values: Any) -> np.ndarray:
 
     Returns float64 of the same shape, NaN where the input is. Raises ``AnalysisError`` for values outside [0, 1].
     """
-    return _adjusted(p_values, lambda p: np.minimum.accumulate((p * len(p) / np.arange(1, len(p) + 1))[::-1])[::-1])
+    from scipy.stats import false_discovery_control
+
+    return _adjusted(p_values, false_discovery_control)
 
 
-def _adjusted(p_values: Any, of_sorted: Any) -> np.ndarray:
-    """Apply a correction, given as a function of the p-values in increasing order."""
+def _adjusted(p_values: Any, correction: Any) -> np.ndarray:
+    """Apply a correction, given as a function of the p-values, to those that are not NaN."""
     p = np.asarray(p_values, dtype=np.float64)
-    seen = np.flatnonzero(~np.isnan(p))
-    tested = p.reshape(-1)[seen]
-    if ((tested < 0) | (tested > 1)).any():
+    seen = ~np.isnan(p)
+    if ((p[seen] < 0) | (p[seen] > 1)).any():
         raise AnalysisError("p-values must lie between 0 and 1: pass p-values, not statistics or logarithms")
-    order = np.argsort(tested, kind="stable")
-    adjusted = np.full(p.size, np.nan)
-    adjusted[seen[order]] = np.minimum(of_sorted(tested[order]), 1.0)
-    return adjusted.reshape(p.shape)
+    adjusted = np.full(p.shape, np.nan)
+    if seen.any():
+        adjusted[seen] = np.minimum(correction(p[seen]), 1.0)
+    return adjusted
 
 
-# Bootstrap over items: resampling weights, and intervals that are wide enough for few items.
+# ---- bootstrap over items: weights, and intervals that are wide enough for few items
 
 RESAMPLES = 4000
 
@@ -130,8 +111,7 @@ def resampled_means(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
     """
     flat = values.reshape(len(values), -1)
     seen = ~np.isnan(flat)
-    total, count = weights @ np.where(seen, flat, 0.0), weights @ seen
-    means = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    means = ratio(weights @ np.where(seen, flat, 0.0), weights @ seen)
     return means.reshape(len(weights), *values.shape[1:])
 
 
@@ -145,9 +125,11 @@ def interval_of(resampled: np.ndarray, items: int, level: float) -> tuple[np.nda
     """
     if not 0 < level < 1:
         raise AnalysisError(f"level must lie between 0 and 1, not {level}")
+    from scipy import stats
+
     ends = np.full((2, *resampled.shape[1:]), np.nan)
     if items > 1:
-        tail = NormalDist().cdf(-_t_quantile((1 + level) / 2, items - 1) * np.sqrt(items / (items - 1)))
+        tail = stats.norm.sf(stats.t.ppf((1 + level) / 2, items - 1) * np.sqrt(items / (items - 1)))
         seen = ~np.isnan(resampled).any(0)
         ends[:, seen] = np.quantile(resampled[:, seen], [tail, 1 - tail], axis=0)
     return ends[0], ends[1]
@@ -165,37 +147,26 @@ def p_value_of(resampled: np.ndarray, items: int) -> float:
     share = (beyond + 1) / (len(resampled) + 1)
     if share >= 0.5:
         return 1.0
-    reach = -NormalDist().inv_cdf(share) * np.sqrt((items - 1) / items)
-    low, high = 1e-12, 1.0  # of the p-value, whose t quantile falls as it grows
-    for _ in range(60):
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if _t_quantile(1 - middle / 2, items - 1) < reach else (middle, high)
-    return high
+    from scipy import stats
+
+    return float(2 * stats.t.sf(stats.norm.isf(share) * np.sqrt((items - 1) / items), items - 1))
 
 
-def _t_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t."""
-    return float(t_of_normal(np.asarray(NormalDist().inv_cdf(probability)), freedom))
+def t_of_normal(z: Any, freedom: int) -> np.ndarray:
+    """Quantile of Student's t that is exceeded as rarely as each normal quantile from 0 on."""
+    from scipy import stats
+
+    return np.asarray(stats.t.isf(stats.norm.sf(z), freedom))
 
 
-def t_of_normal(z: np.ndarray, freedom: int) -> np.ndarray:
-    """Quantile of Student's t at the probability of each normal quantile (Abramowitz and Stegun 26.7.5).
+def normal_of_t(t: Any, freedom: int) -> np.ndarray:
+    """Normal quantile that is exceeded as rarely as each quantile of Student's t from 0 on."""
+    from scipy import stats
 
-    For the usual levels it is within 0.1 percent from five degrees of freedom on.
-    """
-    square = np.asarray(z, dtype=np.float64) ** 2
-    terms = (
-        (square + 1) / 4,
-        ((5 * square + 16) * square + 3) / 96,
-        (((3 * square + 19) * square + 17) * square - 15) / 384,
-        ((((79 * square + 776) * square + 1482) * square - 1920) * square - 945) / 92160,
-    )
-    factor = 1 + sum(term / freedom**power for power, term in enumerate(terms, 1))
-    widened: np.ndarray = z * factor
-    return widened
+    return np.asarray(stats.norm.isf(stats.t.sf(t, freedom)))
 
 
-# Hierarchical clustering of groups: trees by linkage, the order of their leaves, and clusters.
+# ---- trees of groups by linkage, the order of their leaves, and clusters
 
 Linkage = Literal["complete", "average", "single"]
 LINKAGES = ("complete", "average", "single")
@@ -219,48 +190,33 @@ def linkage(distance: np.ndarray, method: Linkage = "complete") -> np.ndarray:
     d = np.array(distance, dtype=np.float64)
     if d.ndim != 2 or d.shape[0] != d.shape[1] or not np.isfinite(d).all() or not np.allclose(d, d.T):
         raise AnalysisError("a tree needs a symmetric matrix of finite distances: choose layers that saw tokens")
-    size = len(d)
-    np.fill_diagonal(d, np.inf)
-    numbers, members = list(range(size)), [1] * size
-    merges = np.zeros((max(size - 1, 0), 4))
-    for step in range(size - 1):
-        a, b = sorted(map(int, np.unravel_index(int(d.argmin()), d.shape)))
-        together = members[a] + members[b]
-        merges[step] = *sorted((numbers[a], numbers[b])), d[a, b], together
-        if method == "average":
-            joined = (members[a] * d[a] + members[b] * d[b]) / together
-        else:
-            joined = np.maximum(d[a], d[b]) if method == "complete" else np.minimum(d[a], d[b])
-        d[a] = d[:, a] = joined
-        d[a, a] = np.inf
-        d[b] = d[:, b] = np.inf
-        numbers[a], members[a] = size + step, together
-    return merges
+    if len(d) < 2:
+        return np.zeros((0, 4))
+    from scipy.cluster import hierarchy
+    from scipy.spatial.distance import squareform
+
+    return np.asarray(hierarchy.linkage(squareform((d + d.T) / 2, checks=False), method))
 
 
 def leaves(merges: np.ndarray) -> list[int]:
     """The leaves of a tree in the form of ``linkage``, in an order in which no branches cross."""
-    return _merged(merges, len(merges))[0]
+    from scipy.cluster import hierarchy
+
+    return [int(leaf) for leaf in hierarchy.leaves_list(merges)] if len(merges) else [0]
 
 
 def clusters(merges: np.ndarray, number: int) -> list[list[int]]:
     """The leaves of a tree in this number of clusters, by undoing its last merges."""
+    from scipy.cluster import hierarchy
+
     size = len(merges) + 1
     if not 1 <= number <= size:
         raise AnalysisError(f"there can be 1 to {size} clusters of so many groups, not {number}")
-    return sorted(map(sorted, _merged(merges, size - number)))
+    of_leaf = hierarchy.cut_tree(merges, number)[:, 0] if len(merges) else np.zeros(1, int)
+    return sorted(np.flatnonzero(of_leaf == cluster).tolist() for cluster in range(number))
 
 
-def _merged(merges: np.ndarray, steps: int) -> list[list[int]]:
-    """The clusters after the first merges."""
-    size = len(merges) + 1
-    found = {leaf: [leaf] for leaf in range(size)}
-    for step, (a, b, _, _) in enumerate(merges[:steps].tolist()):
-        found[size + step] = found.pop(int(a)) + found.pop(int(b))
-    return list(found.values())
-
-
-# The best of several noisy values, and what it comes to by chance alone.
+# ---- the best of several noisy values, by chance alone
 
 
 def expected_maximum(changes: np.ndarray) -> np.ndarray:

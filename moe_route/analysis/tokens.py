@@ -1,45 +1,28 @@
-"""Tokens of a trace: which of them, which layers, which of their experts. Every analysis of traces starts here."""
+"""Single tokens of a trace: which token ids and classes of tokens go to which experts, and whether neighbors agree.
+
+Every analysis of traces starts with the functions that choose its tokens, layers and experts.
+"""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
 from moe_route.analysis.inputs import AnalysisError, normalized
-from moe_route.analysis.measures import normalized_jensen_shannon
-from moe_route.analysis.result import by_depth, plain
-from moe_route.base.table import ShownAsTables, Table, data_frame
+from moe_route.analysis.measures import normalized_jensen_shannon, ratio
+from moe_route.analysis.result import Result, by_depth, plain
+from moe_route.base.table import Table
 from moe_route.calls.call import PHASES
 from moe_route.steering.layers import as_layers, show_numbers
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moe_route.recording import Trace
 
-__all__ = [
-    "ClassRouting",
-    "LocalConsistency",
-    "TokenShare",
-    "Vocabulary",
-    "check_k",
-    "check_trace",
-    "chunks",
-    "class_index",
-    "class_routing",
-    "expert_numbers",
-    "layer_places",
-    "local_consistency",
-    "strongest_experts",
-    "text_order",
-    "token_classes",
-    "token_rows",
-    "vocabulary",
-]
+# ---- which tokens, layers and experts
 
 
 def token_rows(trace: Trace, groups: Sequence[str] | str | None = None, phase: str | None = None) -> np.ndarray:
@@ -147,7 +130,7 @@ def class_index(trace: Trace, rows: np.ndarray, classes: Sequence[str]) -> tuple
     return numbers[np.where(known, token, len(classes))], tuple(names.tolist())
 
 
-# Experts and the vocabulary: which token ids, and which classes of tokens, go to which experts.
+# ---- token ids at experts
 
 _CHUNK = 1 << 18  # number of tokens that are counted together
 _SHOWN = 16  # number of experts that the text lists
@@ -162,8 +145,11 @@ class TokenShare(NamedTuple):
     of_expert: float
 
 
+_LEADING = ("layer", "expert", *TokenShare._fields, "text")
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class Vocabulary(ShownAsTables):
+class Vocabulary(Result, hidden=("top", "names")):
     """Specialization of experts on token ids.
 
     N_x is the number of tokens with the id x, N_e those that chose expert e, and N_xe those with both. Only ids with
@@ -194,32 +180,24 @@ class Vocabulary(ShownAsTables):
     of: str
     names: tuple[str, ...] | None = None
 
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a tidy data frame with a row per (layer, expert, token) of the leading ids."""
-        rows = [(*key, *share) for key, shares in self.top.items() for share in shares]
-        names = ("layer", "expert", "token", "tokens", "share", "of_expert")
-        columns: dict[str, Any] = (
-            dict(zip(names, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(names, ())
-        )
-        return data_frame(columns | {"text": [self._text(token) for token in columns["token"]]})
+    def columns(self) -> dict[str, Any]:
+        """A row per (layer, expert, token) of the leading ids: the fields of ``TokenShare``, and the ``text``."""
+        rows = [(*key, *share, self._text(share.token)) for key, shares in self.top.items() for share in shares]
+        columns = zip(*rows, strict=True) if rows else [()] * len(_LEADING)
+        return dict(zip(_LEADING, columns, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able content (NaN as None)."""
-        names = ("by_layer", "chance", "by_expert", "layers", "ids", "tokens", "min_tokens", "of")
-        content: dict[str, Any] = plain({name: getattr(self, name) for name in names})
-        top = [
-            {"layer": layer, "expert": expert, **share._asdict(), "text": self._text(share.token)}
-            for (layer, expert), shares in self.top.items()
-            for share in shares
-        ]
-        return content | {"top": top}
+        """JSON-able content (NaN as None), the leading ids as a list."""
+        columns = self.columns()
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return {**super().to_dict(), "top": plain(rows)}
 
     def tables(self) -> list[Table]:
         name = {"input": "input tokens", "next": "the next token of the text"}.get(self.of, "the given tokens")
         title = f"Vocabulary specialization, {name}: {self.ids} ids of {self.tokens} tokens"
         note = f"ids with {self.min_tokens} tokens or more; shuffled: ids shuffled over the tokens"
         rows = {"specialization": self.by_layer, "shuffled": self.chance}
-        shown = by_depth(list(rows), np.stack(list(rows.values())), layers=self.layers, title=title, note=note)
+        shown = by_depth(rows, layers=self.layers, title=title, note=note)
         order = np.argsort(-np.nan_to_num(self.by_expert), axis=None, kind="stable")[:_SHOWN]
         places = np.argwhere(np.ones(self.by_expert.shape, bool))[order].tolist()
         experts = [
@@ -283,12 +261,12 @@ def vocabulary(
         here, token = rows[chose], index[chose]
         counts = _routed(trace, here, token, place, k, len(ids), width)
         total = np.bincount(token, minlength=len(ids))[:, None]
-        share = _ratio(counts, total)
+        share = ratio(counts, total)
         by_layer[row] = _mean(share.max(1))
         shuffled = _routed(trace, here, random.permutation(token), place, k, len(ids), width)
-        chance[row] = _mean(_ratio(shuffled, total).max(1))
-        by_expert[row] = _ratio((counts * np.nan_to_num(share)).sum(0), counts.sum(0))
-        top |= {(numbers[row], e): found for e, found in _leading(counts, share, ids, order, keep)}
+        chance[row] = _mean(ratio(shuffled, total).max(1))
+        by_expert[row] = ratio((counts * np.nan_to_num(share)).sum(0), counts.sum(0))
+        top |= {(numbers[row], e): leading for e, leading in _leading(counts, share, ids, order, keep)}
     return Vocabulary(
         by_layer=by_layer,
         chance=chance,
@@ -333,21 +311,21 @@ def _token_ids(trace: Trace, of: str | np.ndarray) -> np.ndarray:
     ordered = text_order(trace, np.arange(len(trace.token)))
     here, after = ordered[:-1], ordered[1:]
     follows = (trace.sequence[here] == trace.sequence[after]) & (trace.position[here] + 1 == trace.position[after])
-    found = np.full(trace.token.shape, -1, trace.token.dtype)
-    found[here[follows]] = trace.token[after[follows]]
-    return found
+    following = np.full(trace.token.shape, -1, trace.token.dtype)
+    following[here[follows]] = trace.token[after[follows]]
+    return following
 
 
 def _routed(
     trace: Trace, rows: np.ndarray, index: np.ndarray, place: int, k: int | None, size: int, experts: int
 ) -> np.ndarray:
     """int64 [size, E]: number of tokens of each index that chose each expert."""
-    found = np.zeros(size * experts, np.int64)
+    counts = np.zeros(size * experts, np.int64)
     for part, of in zip(chunks(rows, _CHUNK), chunks(index, _CHUNK), strict=True):
         chosen = strongest_experts(trace.ids[part, place], trace.weights[part, place], k)
         cells = of[:, None] * experts + chosen
-        found += np.bincount(cells[chosen >= 0], minlength=found.size)
-    return found.reshape(size, experts)
+        counts += np.bincount(cells[chosen >= 0], minlength=counts.size)
+    return counts.reshape(size, experts)
 
 
 def _leading(
@@ -369,8 +347,11 @@ def _leading(
         )
 
 
+# ---- classes of tokens at experts
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class ClassRouting(ShownAsTables):
+class ClassRouting(Result):
     """How often the tokens of each class choose each expert.
 
     Attributes:
@@ -383,7 +364,7 @@ class ClassRouting(ShownAsTables):
         num_experts: experts of each layer.
     """
 
-    frequency: np.ndarray
+    frequency: Annotated[np.ndarray, "class layer expert"]
     tokens: np.ndarray
     divergence: np.ndarray
     classes: tuple[str, ...]
@@ -395,19 +376,6 @@ class ClassRouting(ShownAsTables):
         if name not in self.classes:
             raise AnalysisError(f"no class {name!r} here: one of {', '.join(self.classes)}")
         return self.frequency[self.classes.index(name)]
-
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a tidy data frame with a row per (class, layer, expert)."""
-        axes = {"class": self.classes, "layer": self.layers, "expert": range(self.frequency.shape[-1])}
-        frame = data_frame({"frequency": self.frequency.reshape(-1)}, axes)
-        sizes = dict(zip(self.layers, self.num_experts, strict=True))
-        return frame[frame["expert"] < frame["layer"].map(sizes)].reset_index(drop=True)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able content (NaN as None)."""
-        names = ("classes", "tokens", "divergence", "frequency", "layers", "num_experts")
-        content: dict[str, Any] = plain({name: getattr(self, name) for name in names})
-        return content
 
     def tables(self) -> list[Table]:
         names = [f"{name} ({tokens})" for name, tokens in zip(self.classes, self.tokens.tolist(), strict=True)]
@@ -443,7 +411,7 @@ def class_routing(
     for row, place in enumerate(places):
         counts = _routed(trace, rows, index, place, k, len(names), max(sizes))
         total = np.bincount(index, (trace.ids[rows, place] >= 0).any(-1), len(names))
-        frequency[:, row] = _ratio(counts, total[:, None])[order]
+        frequency[:, row] = ratio(counts, total[:, None])[order]
         divergence[:, row] = normalized_jensen_shannon(
             normalized(counts[order].astype(np.float64)), normalized(counts.sum(0).astype(np.float64)), sizes[row]
         )
@@ -489,24 +457,19 @@ def _script(text: str) -> str:
     return "punctuation" if "P" in kinds.values() else "symbol"
 
 
-def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    shape = np.broadcast_shapes(above.shape, below.shape)
-    return np.divide(above, below, out=np.full(shape, np.nan), where=np.broadcast_to(below, shape) > 0)
-
-
 def _mean(values: np.ndarray) -> float:
     """Mean of the values that are not NaN; NaN if there are none."""
     kept = values[~np.isnan(values)]
     return float(kept.mean()) if kept.size else float("nan")
 
 
-# Local routing consistency: whether nearby tokens choose the same experts.
+# ---- nearby tokens
 
-_CHUNK_locality = 1 << 12  # number of runs that are counted together
+_RUNS = 1 << 12  # number of runs that are counted together
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LocalConsistency(ShownAsTables):
+class LocalConsistency(Result):
     """Segment routing best performance (SRP) of each layer and expert.
 
     Attributes:
@@ -518,29 +481,17 @@ class LocalConsistency(ShownAsTables):
         layers: the L layers, as indices among the MoE layers.
     """
 
-    values: np.ndarray
-    size_ratio: np.ndarray
+    values: Annotated[np.ndarray, "layer as srp"]
+    size_ratio: Annotated[np.ndarray, "layer"]
     by_expert: np.ndarray
     segment: int
-    segments: np.ndarray
+    segments: Annotated[np.ndarray, "layer"]
     layers: tuple[int, ...]
-
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a data frame with a row per layer."""
-        return data_frame(
-            {"layer": self.layers, "srp": self.values, "size_ratio": self.size_ratio, "segments": self.segments}
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able content (NaN as None)."""
-        names = ("values", "size_ratio", "by_expert", "segment", "segments", "layers")
-        content: dict[str, Any] = plain({name: getattr(self, name) for name in names})
-        return content
 
     def tables(self) -> list[Table]:
         title = f"Segment routing best performance, segments of {self.segment} tokens"
         rows = {"SRP": self.values, "size ratio": self.size_ratio}
-        return [by_depth(list(rows), np.stack(list(rows.values())), layers=self.layers, title=title)]
+        return [by_depth(rows, layers=self.layers, title=title)]
 
 
 def local_consistency(
@@ -588,7 +539,7 @@ def local_consistency(
     chosen = (together * np.arange(segment + 1)).sum(-1)
     return LocalConsistency(
         values=values,
-        size_ratio=np.divide(active, chosen, out=np.full(len(values), np.nan), where=chosen > 0),
+        size_ratio=ratio(active, chosen),
         by_expert=_best(histograms)[0],
         segment=segment,
         segments=segments,
@@ -603,9 +554,9 @@ def _histogram(trace: Trace, ordered: np.ndarray, place: int, segment: int, expe
     unbroken = (trace.sequence[first] == trace.sequence[end]) & (
         trace.position[end] - trace.position[first] == segment - 1
     )
-    found = np.zeros(experts * (segment + 1), np.int64)
+    counts = np.zeros(experts * (segment + 1), np.int64)
     offset = np.arange(experts) * (segment + 1)
-    for starts in chunks(np.arange(last), _CHUNK_locality):
+    for starts in chunks(np.arange(last), _RUNS):
         tokens = ordered[starts[0] : starts[-1] + segment]
         member = np.zeros((len(tokens) + 1, experts), np.int32)
         ids = trace.ids[tokens, place]
@@ -613,8 +564,8 @@ def _histogram(trace: Trace, ordered: np.ndarray, place: int, segment: int, expe
         member[of_token + 1, ids[of_token, slots]] = 1
         before = np.cumsum(member, axis=0, dtype=np.int32)
         f = (before[segment:] - before[: len(starts)])[unbroken[starts]]
-        found += np.bincount((f + offset).reshape(-1), minlength=found.size)
-    return found.reshape(experts, segment + 1)
+        counts += np.bincount((f + offset).reshape(-1), minlength=counts.size)
+    return counts.reshape(experts, segment + 1)
 
 
 def _best(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -622,7 +573,7 @@ def _best(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     counts = np.arange(histogram.shape[-1])
     right = _from_above(histogram * counts)
     below = (histogram.shape[-1] - 1) * _from_above(histogram) + right[..., :1]
-    f1 = np.divide(2.0 * right, below, out=np.zeros(right.shape), where=below > 0)
+    f1 = ratio(2.0 * right, below, empty=0.0)
     f1[..., 0] = -1.0  # choosing experts that no token of a run chose is never better
     threshold = f1.argmax(-1)
     best = np.take_along_axis(f1, threshold[..., None], -1)[..., 0]

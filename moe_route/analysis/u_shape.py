@@ -1,4 +1,4 @@
-"""The U shape of divergence over depth: high in the first and last layers, low in the middle."""
+"""Shape of divergence over depth (high in the first and last layers, low in the middle), and consistency of routing."""
 
 from __future__ import annotations
 
@@ -11,21 +11,17 @@ import numpy as np
 from moe_route.analysis.divergence import Divergence
 from moe_route.analysis.effects import Difference
 from moe_route.analysis.inputs import AnalysisError, pick_groups
-from moe_route.analysis.result import by_depth, mean_of_seen, plain
+from moe_route.analysis.result import Result, by_depth, mean_of_seen, plain
 from moe_route.analysis.stats import RESAMPLES, draw_items, interval_of, resampled_means
-from moe_route.base.table import ShownAsTables, Table, data_frame
+from moe_route.base.table import Table
 from moe_route.steering.layers import show_numbers
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moe_route.recording import RoutingStatistics
-
-__all__ = ["Consistency", "UShape", "consistency", "middle_layers", "u_shape"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class UShape(ShownAsTables):
+class UShape(Result):
     """Mean divergence in the first, middle and last layers, whose U shape is typical of multilingual routing.
 
     See arXiv 2510.04694, section 4.3.
@@ -70,10 +66,7 @@ class UShape(ShownAsTables):
 
         The same items are drawn for both groups. Needs paired divergence.
         """
-        for name in (group, other):
-            if name not in self.groups:
-                raise AnalysisError(f"no group {name!r}: there are {', '.join(self.groups)}")
-        first, second = self.groups.index(group), self.groups.index(other)
+        first, second = self.place_of(group), self.place_of(other)
         resampled = self._resampled()
         drawn = resampled[:, first] - resampled[:, second]
         return Difference.of(float(self.depth[first] - self.depth[second]), drawn, self.pairs)
@@ -85,19 +78,16 @@ class UShape(ShownAsTables):
             )
         return self.resampled
 
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a data frame with a row per group: ``first``, ``middle``, ``last``, ``depth``.
-
-        If paired, also ``low`` and ``high``, the 95 % interval of the depth.
-        """
-        return data_frame({"group": self.groups, **self._columns()})
+    def columns(self) -> dict[str, Any]:
+        """``group``, ``first``, ``middle``, ``last``, ``depth``; if paired, also ``low`` and ``high`` of the depth."""
+        return {"group": self.groups, **self._measured()}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content (NaN as None)."""
         layers = {name: list(getattr(self, f"{name}_layers")) for name in ("first", "middle", "last")}
-        return {"groups": list(self.groups), "layers": layers, "pairs": self.pairs, **plain(self._columns())}
+        return {"groups": list(self.groups), "layers": layers, "pairs": self.pairs, **plain(self._measured())}
 
-    def _columns(self) -> dict[str, np.ndarray]:
+    def _measured(self) -> dict[str, np.ndarray]:
         columns = {"first": self.first, "middle": self.middle, "last": self.last, "depth": self.depth}
         if self.resampled is not None:
             columns["low"], columns["high"] = self.interval()
@@ -126,7 +116,7 @@ def middle_layers(layers: int) -> tuple[int, ...]:
 
 
 def u_shape(
-    found: Divergence,
+    divergence: Divergence,
     *,
     edge: int | None = None,
     middle: Sequence[int] | range | None = None,
@@ -139,27 +129,29 @@ def u_shape(
     44-47 of 48. With paired divergence, the depth has an interval from a bootstrap over items, with all groups and
     layers of an item together.
     """
-    layers = found.values.shape[1]
+    layers = divergence.values.shape[1]
     size = max(1, layers // 12) if edge is None else edge
     inner = middle_layers(layers) if middle is None else middle
     parts = [tuple(range(size)), tuple(inner), tuple(range(layers - size, layers))]
     if not 1 <= size <= layers or not parts[1] or min(parts[1]) < 0 or max(parts[1]) >= layers:
         raise AnalysisError(f"edge and middle must name some of the {layers} layers (0-{layers - 1})")
-    first, middle_mean, last = (mean_of_seen(found.values[:, list(part)], 1)[0] for part in parts)
+    first, middle_mean, last = (mean_of_seen(divergence.values[:, list(part)], 1)[0] for part in parts)
     resampled = None
-    if found.pair_values is not None:
-        weights = draw_items(found.pairs, resamples, seed)
-        drawn = np.stack([resampled_means(weights, values) for values in found.pair_values], axis=1)
+    if divergence.pair_values is not None:
+        weights = draw_items(divergence.pairs, resamples, seed)
+        drawn = np.stack([resampled_means(weights, values) for values in divergence.pair_values], axis=1)
         ends_and_middle = [mean_of_seen(drawn[..., list(part)], 2)[0] for part in parts]
         resampled = (ends_and_middle[0] + ends_and_middle[2]) / 2 - ends_and_middle[1]
-    return UShape(found.groups, first, middle_mean, last, parts[0], parts[1], parts[2], found.pairs, resampled)
+    return UShape(
+        divergence.groups, first, middle_mean, last, parts[0], parts[1], parts[2], divergence.pairs, resampled
+    )
 
 
-# Consistency of routing: the overlap of the experts that two tokens of one sequence choose.
+# ---- the overlap of the experts that two tokens of one sequence choose
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Consistency(ShownAsTables):
+class Consistency(Result, hidden=("sequence_values",)):
     """Mean Jaccard index of the experts of two tokens of one sequence.
 
     Attributes:
@@ -197,21 +189,13 @@ class Consistency(ShownAsTables):
         low, high = np.stack(ends, axis=1)
         return low, high
 
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a tidy data frame with a row per (group, layer).
-
-        Columns: group, layer, router, consistency; with single sequences also low and high, the 95 % interval.
-        """
-        axes = {"group": self.groups, "layer": range(len(self.layers))}
-        columns = {"router": np.tile(np.asarray(self.layers, dtype=object), len(self.groups))}
-        columns["consistency"] = self.values.reshape(-1)
-        return data_frame(columns | {name: ends.reshape(-1) for name, ends in self._ends().items()}, axes)
+    def columns(self) -> dict[str, Any]:
+        """``consistency``; with single sequences also ``low`` and ``high``, the 95 % interval."""
+        return self.over("group layer", {"consistency": self.values, **self._ends()})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content (NaN as None); with single sequences also the 95 % interval."""
-        found = {"groups": self.groups, "layers": self.layers, "sequences": self.sequences, "values": self.values}
-        content: dict[str, Any] = plain(found | self._ends())
-        return content
+        return {**super().to_dict(), **plain(self._ends())}
 
     def _ends(self) -> dict[str, np.ndarray]:
         return {} if self.sequence_values is None else dict(zip(("low", "high"), self.interval(), strict=True))
@@ -263,13 +247,13 @@ def consistency(
 
 def _by_group(store: Any, names: Sequence[str]) -> tuple[np.ndarray, ...]:
     """Values of the sequences of each group that have one in some layer, float64 [n, L]."""
-    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    rows_of: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for shard in store.shards():
         for (_, group), values in zip(shard.keys, shard.arrays["consistency"], strict=True):
-            if group in found and not np.isnan(values).all():
-                found[group].append(values)
+            if group in rows_of and not np.isnan(values).all():
+                rows_of[group].append(values)
     layers = len(store.layers)
-    return tuple(np.array(rows, dtype=np.float64).reshape(-1, layers) for rows in found.values())
+    return tuple(np.array(rows, dtype=np.float64).reshape(-1, layers) for rows in rows_of.values())
 
 
 def _of_ids(chosen: np.ndarray, chunk: int) -> float:

@@ -1,4 +1,4 @@
-"""Transfers between host and device that do not make the host wait.
+"""Transfers between host and device that do not make the host wait, and `with` blocks that warn if unused.
 
 A host that waits in every layer, or in every call, leaves the device idle meanwhile. So uploads come from pinned
 memory, and results are requested early and read later. Nothing is uploaded while a CUDA graph is captured, because
@@ -14,9 +14,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-
-__all__ = ["Answers", "CaptureRefusedError", "capturing", "finish", "refuse_capture", "upload"]
-
 
 _UNKNOWN = 2  # neither 0 nor 1: not arrived yet
 
@@ -74,7 +71,7 @@ class Answers:
         return None if _UNKNOWN in arrived else [value == 1 for value in arrived]
 
 
-# Context managers that warn if they were never entered.
+# ---- context managers that warn if they were never entered
 
 T = TypeVar("T")
 

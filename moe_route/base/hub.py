@@ -16,8 +16,6 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-__all__ = ["HubError", "answers", "card", "fetch", "publish"]
-
 _HTTPS = 443
 _CONNECT_SECONDS = 5.0
 

@@ -15,8 +15,6 @@ from torch import nn
 from moe_route import __version__
 from moe_route.base import files
 
-__all__ = ["config_hash", "identity_of", "library_versions", "tokenizer_hash", "weights_hash"]
-
 _SAMPLED = 1024  # elements per tensor that enter the hash of the weights
 
 # settings of a configuration that affect how a model is run, not which model it is

@@ -15,8 +15,6 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-__all__ = ["ALONE", "ModelParallelError", "ModelParallelGroup", "model_parallel_group", "share_of_weights"]
-
 # a rank may wait while another one reads a large checkpoint, or writes one
 _PATIENCE = timedelta(hours=2)
 

@@ -1,4 +1,4 @@
-"""Tables as plain text, for terminals, and as HTML, for notebooks."""
+"""Tables as plain text, for terminals, as HTML, for notebooks, and as data frames; only this module imports pandas."""
 
 from __future__ import annotations
 
@@ -12,20 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
-
-__all__ = [
-    "ShownAsTables",
-    "Table",
-    "WIDTH",
-    "data_frame",
-    "duration",
-    "interval",
-    "number",
-    "number_of",
-    "table",
-    "wrapped",
-]
-
 
 WIDTH = 120  # columns of a terminal that text is broken for
 
@@ -156,9 +142,6 @@ def _html_row(tag: str, cells: Sequence[object], right: Sequence[bool]) -> str:
 
 def _html_lines(text: str) -> str:
     return "<br>".join(escape(line) for line in text.splitlines())
-
-
-# Build data frames; the only module that imports pandas.
 
 
 def data_frame(columns: Mapping[str, Any], axes: Mapping[str, Sequence[Any]] | None = None) -> pd.DataFrame:

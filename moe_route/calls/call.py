@@ -1,4 +1,4 @@
-"""One forward call of a model: its shape, its tokens, its phase."""
+"""One forward call of a model: its shape, its tokens, its phase, the groups named for it, the logits it computes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-__all__ = ["NamedGroups", "fewer_logits", "name_groups", "named_groups"]
-
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -74,7 +71,7 @@ def recomputing() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
 
 
-# The groups that the user has named for the sequences of a batch, for modules that choose by group without a router.
+# ---- the groups that the user has named for a batch, for modules that choose by group without a router
 #
 # `labels(groups=...)` of an attached model, of a recording and of adapters all name them here, so one block of labels
 # reaches all three.
@@ -101,9 +98,6 @@ def name_groups(groups: NamedGroups | None, *, named: ContextVar[NamedGroups | N
 def named_groups() -> NamedGroups | None:
     """The groups named last, or None."""
     return _named.get()
-
-
-# Ask a model for the logits of few positions.
 
 
 def fewer_logits(model: nn.Module, positions: Tensor) -> dict[str, Any]:

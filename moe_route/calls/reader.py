@@ -1,103 +1,19 @@
-"""Read a `Call` from the arguments of a forward."""
+"""Read a `Call` from the arguments of a forward: its tokens, the padding among them, and what came before."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
-from moe_route.calls.cache import CacheLengths
+from moe_route.base.devices import capturing, refuse_capture
 from moe_route.calls.call import Call, Phase
 
-__all__ = ["placeholder_ids", "tokens_of_patches"]
-
-
-# Tell which tokens of a call are real, from any form of attention mask.
-
-
-def valid_tokens(mask: object, batch: int, length: int, past: int) -> Tensor | None:
-    """bool [B, S]: which tokens are real, from any form of attention mask; None where the mask excludes none.
-
-    Forms: None; [B, past + S]; 4-D bool or additive float; a dict of those by kind of attention. Raises `ValueError`
-    for any other mask.
-    """
-    if mask is not None and isinstance(mask, Mapping):
-        mask = _full_attention(mask)
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor):
-        if length == 1 and past > 0:
-            return None
-        raise ValueError(
-            f"an attention_mask of type {type(mask).__name__} does not say which tokens are padding. "
-            'Pass the 2-D mask [batch, length], or load the model with attn_implementation="sdpa".'
-        )
-    if mask.dim() == 2:
-        if mask.shape[1] < length:
-            raise ValueError(
-                f"attention_mask has {mask.shape[1]} columns for {length} tokens; pass [batch, past + length]"
-            )
-        return _rows(mask[:, mask.shape[1] - length :].bool(), batch)
-    if length == 1 and past > 0:
-        return None  # a generated token attends at least to itself
-    allowed = mask if mask.dtype == torch.bool else mask == 0
-    if allowed.dim() == 4:
-        allowed = allowed[:, 0]
-    keys = allowed.shape[-1]
-    first = past if past + length <= keys else keys - length
-    # A real token attends to itself, and a padding token is masked in its own column. This holds for full and for
-    # sliding attention.
-    return _rows(allowed[:, :, first : first + length].diagonal(dim1=1, dim2=2), batch)
-
-
-def _full_attention(masks: Mapping[str, object]) -> object:
-    """From a dict of masks by kind of attention, the mask that shows padding best."""
-    flat = next((m for m in masks.values() if isinstance(m, Tensor) and m.dim() == 2), None)
-    if flat is not None:
-        return flat
-    full = masks.get("full_attention")
-    return full if full is not None else next((m for m in masks.values() if m is not None), None)
-
-
-def _rows(valid: Tensor, batch: int) -> Tensor:
-    return valid.expand(batch, -1) if valid.shape[0] == 1 else valid
-
-
-def all_or_mask(valid: Tensor | None) -> Tensor | None:
-    """None for a mask that is all true, if that can be found without waiting for a device."""
-    if valid is not None and valid.device.type == "cpu" and bool(valid.all()):
-        return None
-    return valid
-
-
-# Map each image patch to the token it is merged into, so that vision-tower routers can use that token's labels.
-
-_NAMES = ("image_token_id", "video_token_id")
-
-
-def placeholder_ids(model: nn.Module) -> tuple[int, ...]:
-    """Token ids that stand for pictures and videos in a text, from the model's configuration."""
-    config = getattr(model, "config", None)
-    found = (getattr(config, name, None) for name in _NAMES)
-    return tuple(token for token in found if isinstance(token, int))
-
-
-def tokens_of_patches(ids: Tensor | None, placeholders: Sequence[int], num_patches: int) -> Tensor | None:
-    """int64 [P]: for each of P patches, the index of the call's token that it becomes part of, in row-major order.
-
-    Patches come in the order of the placeholder tokens in `ids`, equally many for each. None unless exactly one kind of
-    placeholder divides the number of patches evenly.
-    """
-    if ids is None:
-        return None
-    fitting = []
-    for token in placeholders:
-        places = (ids.flatten() == token).nonzero().flatten()
-        if len(places) and num_patches % len(places) == 0:
-            fitting.append(places)
-    return torch.repeat_interleave(fitting[0], num_patches // len(fitting[0])) if len(fitting) == 1 else None
+_PLACEHOLDERS = ("image_token_id", "video_token_id")  # in the configuration of a model
 
 
 class CallReader:
@@ -230,3 +146,146 @@ def call_readers(model: nn.Module, names: Sequence[str]) -> list[tuple[nn.Module
             if reader.places.keys() & {"input_ids", "inputs_embeds"} and not reader.holds_two:
                 found.append((module, reader))
     return found or [(model, CallReader(model, first_tensor=True))]
+
+
+# ---- what came before
+
+
+class _Known(NamedTuple):
+    past: int  # tokens in the cache before the latest call seen
+    added: int  # tokens of that call
+    version: int | None  # version counter before that call; None in inference mode
+    replayed: bool = False  # captured in a CUDA graph, whose replays add tokens that are not seen
+
+
+class CacheLengths:
+    """The lengths of the static caches of one model. Such a cache keeps its length in a tensor on the device.
+
+    Reading that tensor in every call would make the host wait in every call. The length is instead computed from the
+    calls seen so far. The tensor's version counter shows whether anything else changed it. Tensors made in inference
+    mode have no version counter. They are read at every call of more than one token, and at the first call after calls
+    that were not seen.
+    """
+
+    def __init__(self) -> None:
+        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    @torch.compiler.disable
+    def before(self, cache: object, counter: int | Tensor, added: int) -> int:
+        """Tokens in `cache` before a call that adds `added`; `counter` is the length that the cache reports."""
+        if not isinstance(counter, Tensor):
+            if counter == 0:  # a static cache creates its counter in its first call
+                self._known[cache] = _Known(0, added, None if torch.is_inference_mode_enabled() else 0)
+            return int(counter)
+        if counter.device.type == "cpu":
+            return int(counter)
+        known: _Known | None = self._known.get(cache)
+        version = None if counter.is_inference() else counter._version
+        captured = capturing(counter.device)
+        past = _follow(known, version, added, captured)
+        if past is None:
+            refuse_capture(counter.device, "reading the length of its cache")
+            past = int(counter)
+        self._known[cache] = _Known(past, added, version, captured or (known is not None and known.replayed))
+        return past
+
+    def forget(self) -> None:
+        """Drop the lengths of caches without version counter, after calls that were not seen or that failed."""
+        for cache in [cache for cache, known in self._known.items() if known.version is None]:
+            del self._known[cache]
+
+
+def _follow(known: _Known | None, version: int | None, added: int, captured: bool) -> int | None:
+    """The length computed from the latest call, or None where it has to be read."""
+    if known is None or (known.replayed and not captured):
+        return None
+    after = known.past + known.added
+    if captured:
+        return after  # a lower bound after replays: a graph has one length for all of them
+    if version is not None and known.version is not None:
+        return after if version == known.version + 1 else None  # a forward increments it once
+    return after if version is None and added == 1 else None
+
+
+# ---- padding
+
+
+def valid_tokens(mask: object, batch: int, length: int, past: int) -> Tensor | None:
+    """bool [B, S]: which tokens are real, from any form of attention mask; None where the mask excludes none.
+
+    Forms: None; [B, past + S]; 4-D bool or additive float; a dict of those by kind of attention. Raises `ValueError`
+    for any other mask.
+    """
+    if mask is not None and isinstance(mask, Mapping):
+        mask = _full_attention(mask)
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        if length == 1 and past > 0:
+            return None
+        raise ValueError(
+            f"an attention_mask of type {type(mask).__name__} does not say which tokens are padding. "
+            'Pass the 2-D mask [batch, length], or load the model with attn_implementation="sdpa".'
+        )
+    if mask.dim() == 2:
+        if mask.shape[1] < length:
+            raise ValueError(
+                f"attention_mask has {mask.shape[1]} columns for {length} tokens; pass [batch, past + length]"
+            )
+        return _rows(mask[:, mask.shape[1] - length :].bool(), batch)
+    if length == 1 and past > 0:
+        return None  # a generated token attends at least to itself
+    allowed = mask if mask.dtype == torch.bool else mask == 0
+    if allowed.dim() == 4:
+        allowed = allowed[:, 0]
+    keys = allowed.shape[-1]
+    first = past if past + length <= keys else keys - length
+    # A real token attends to itself, and a padding token is masked in its own column. This holds for full and for
+    # sliding attention.
+    return _rows(allowed[:, :, first : first + length].diagonal(dim1=1, dim2=2), batch)
+
+
+def _full_attention(masks: Mapping[str, object]) -> object:
+    """From a dict of masks by kind of attention, the mask that shows padding best."""
+    flat = next((m for m in masks.values() if isinstance(m, Tensor) and m.dim() == 2), None)
+    if flat is not None:
+        return flat
+    full = masks.get("full_attention")
+    return full if full is not None else next((m for m in masks.values() if m is not None), None)
+
+
+def _rows(valid: Tensor, batch: int) -> Tensor:
+    return valid.expand(batch, -1) if valid.shape[0] == 1 else valid
+
+
+def all_or_mask(valid: Tensor | None) -> Tensor | None:
+    """None for a mask that is all true, if that can be found without waiting for a device."""
+    if valid is not None and valid.device.type == "cpu" and bool(valid.all()):
+        return None
+    return valid
+
+
+# ---- pictures: the routers of a vision tower use the labels of the token that a patch is merged into
+
+
+def placeholder_ids(model: nn.Module) -> tuple[int, ...]:
+    """Token ids that stand for pictures and videos in a text, from the model's configuration."""
+    config = getattr(model, "config", None)
+    found = (getattr(config, name, None) for name in _PLACEHOLDERS)
+    return tuple(token for token in found if isinstance(token, int))
+
+
+def tokens_of_patches(ids: Tensor | None, placeholders: Sequence[int], num_patches: int) -> Tensor | None:
+    """int64 [P]: for each of P patches, the index of the call's token that it becomes part of, in row-major order.
+
+    Patches come in the order of the placeholder tokens in `ids`, equally many for each. None unless exactly one kind of
+    placeholder divides the number of patches evenly.
+    """
+    if ids is None:
+        return None
+    fitting = []
+    for token in placeholders:
+        places = (ids.flatten() == token).nonzero().flatten()
+        if len(places) and num_patches % len(places) == 0:
+            fitting.append(places)
+    return torch.repeat_interleave(fitting[0], num_patches // len(fitting[0])) if len(fitting) == 1 else None

@@ -16,9 +16,8 @@ from torch import Tensor
 from moe_route.base.devices import upload
 from moe_route.calls.call import Call
 
-# Labels as one integer per token: the table row that each token of a call belongs to.
-#
-# A label is an int for all tokens, integers [N] for N sequences, or integers [N, S] for their tokens.
+# A label says which table row each token of a call belongs to. It is an int for all tokens, integers [N] for N
+# sequences, or integers [N, S] for their tokens.
 
 IntLike = int | Tensor | Sequence[int]
 

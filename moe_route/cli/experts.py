@@ -248,7 +248,7 @@ def _swept(options: argparse.Namespace, files: list[Path]) -> Answer:
     answer = Answer.of(result)
     data, text = dict(answer.data), answer.text
     if options.picture is not None:
-        plots.save(plots.overlap_by_threshold(result), options.picture)
+        plots.save(plots.sweep_overlap(result), options.picture)
         data, text = {**data, "picture": options.picture}, f"{text}\nwritten to {options.picture}"
     for path in dict.fromkeys(path for path in (options.out, options.table) if path is not None):
         if path.suffix not in TABLES:
@@ -316,7 +316,7 @@ def _in_layers(result: Any, kept: tuple[int, ...] | None) -> Any:
     if isinstance(result, ExpertSelection):
         return result.restrict(kept)
     if isinstance(result, RiskExperts):
-        return result._replace(activate=result.activate.restrict(kept), deactivate=result.deactivate.restrict(kept))
+        return replace(result, activate=result.activate.restrict(kept), deactivate=result.deactivate.restrict(kept))
     if not hasattr(result, "by_group"):
         raise ValueError("this rule looks at all layers: leave --layers out")
     return replace(result, by_group={group: experts.restrict(kept) for group, experts in result.items()})

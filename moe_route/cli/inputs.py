@@ -50,8 +50,8 @@ def attached_model(options: argparse.Namespace, **how: Any) -> Iterator[tuple[La
         yield language_model, routed
 
 
-def text_source(options: argparse.Namespace, **columns: str) -> CorpusStream:
-    """The texts of the options, opened; how they are read is said on standard error."""
+def text_source(options: argparse.Namespace, *, opened: bool = True, **columns: str) -> CorpusStream:
+    """The texts of the options; how they are read is said on standard error if they are opened."""
     from moe_route.data import read_texts
 
     stream = read_texts(
@@ -61,9 +61,11 @@ def text_source(options: argparse.Namespace, **columns: str) -> CorpusStream:
         languages=options.languages,
         limit=options.limit,
         split=options.split,
+        opened=opened,
         **columns,
     )
-    print(f"moe-route: {stream.name}: {stream.described}", file=sys.stderr)
+    if opened:
+        print(f"moe-route: {stream.name}: {stream.described}", file=sys.stderr)
     return stream
 
 

@@ -398,6 +398,9 @@ def text_arguments(parser: Parser) -> None:
 def _choose_texts(options: argparse.Namespace) -> None:
     options.data = options.data or _from_environment("MOE_ROUTE_TEXTS", "texts") or "general"
     files = [part.partition("=")[2] for part in options.data.split(",")] if "=" in options.data else [options.data]
+    out = getattr(options, "out", None)
+    if isinstance(out, Path) and any(out.glob("rank-*")):
+        return  # the parts of a recording are added up without its texts
     for name in files:
         path = Path(name)
         if (path.suffix or name.startswith((".", "/", "~"))) and not path.exists():

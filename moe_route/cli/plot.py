@@ -148,7 +148,7 @@ def _similarity(source: RoutingStatistics | SentenceVectors, options: argparse.N
     from moe_route import analysis, plots
 
     found = analysis.similarity(source, rule=options.rule or "cosine")
-    draw = plots.similarity if options.what == "similarity" else plots.dendrogram
+    draw = plots.similarity if options.what == "similarity" else plots.tree
     return draw(found, layers=options.layers, title=options.title)
 
 
@@ -231,13 +231,13 @@ def _matrix(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
 def _sweep(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
     from moe_route import plots
 
-    return plots.expert_sweep(_swept(statistics, options), of=options.of or "task", title=options.title)
+    return plots.sweep(_swept(statistics, options), of=options.of or "task", title=options.title)
 
 
 def _overlap(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
     from moe_route import plots
 
-    return plots.overlap_by_threshold(_swept(statistics, options), title=options.title)
+    return plots.sweep_overlap(_swept(statistics, options), title=options.title)
 
 
 def _swept(statistics: RoutingStatistics, options: argparse.Namespace) -> Any:

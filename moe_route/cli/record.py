@@ -279,10 +279,11 @@ def _run_folder(options: argparse.Namespace) -> Answer:
     _place(options)
     plan = None if options.plan is None else load_plan(options.plan)
     columns = {name: getattr(options, f"{name}_column") for name in ("text", "group", "item")}
-    corpus = text_source(options, **columns)
     # loading a model takes minutes: what cannot be read or written is refused before; a run that began is not read
     # again for this, because parts that were copied together are added up where the corpus may be missing
-    if not any(options.out.glob("rank-*")) and next(iter(corpus), None) is None:
+    begun = any(options.out.glob("rank-*")) and not Path(options.data).exists()
+    corpus = text_source(options, opened=not begun, **columns)
+    if not begun and next(iter(corpus), None) is None:
         raise CorpusError(f"{options.data} holds no text" + (" in these languages" if options.languages else ""))
     files.make_folder(options.out)
     with ExitStack() as stack:

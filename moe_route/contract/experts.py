@@ -10,9 +10,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Activation", "Dispatch", "KINDS", "PAIRINGS", "PackedExperts", "SeenOutputs"]
-
-
 KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu_squared")
 """Activation functions, in the order of csrc/include/moe_route/activation.h from 1 on."""
 
@@ -45,11 +42,10 @@ class Activation:
             raise ValueError(f"limit must be above 0, got {self.limit}; math.inf is no limit")
 
 
-# The row assignment that `dispatch` returns and that `permute` and `combine` read.
-
-
 class Dispatch(NamedTuple):
     """Assigns each routed slot (one chosen expert of one token) to a row; rows are grouped by expert.
+
+    `ops.dispatch` returns it, `ops.permute` and `ops.combine` read it.
 
     All but `ends` are int64. The number of rows R depends on shapes only, never on the ids, so the host does not wait
     for a device. It is T * k with block 1, and at most E * (block - 1) more with larger blocks. Rows from
@@ -68,9 +64,6 @@ class Dispatch(NamedTuple):
     """[T, k]: the row of each slot, or -1 for a skipped slot."""
 
 
-# Sizes of the outputs of chosen experts.
-
-
 class SeenOutputs(NamedTuple):
     """Sizes of the outputs f_e(x_t) of one layer's chosen experts; 0 in empty slots."""
 
@@ -78,11 +71,11 @@ class SeenOutputs(NamedTuple):
     peaks: Tensor  # float32 or float64 [T, k], largest absolute element
 
 
-# A copy of expert weights in the order in which a CPU kernel reads them: what `ops.pack_experts` returns.
-
-
 class PackedExperts(NamedTuple):
-    """Both weights of experts in panels of 64 rows, see csrc/include/moe_route/experts.h."""
+    """Both weights of experts in the order in which a CPU kernel reads them; `ops.pack_experts` returns it.
+
+    They stand in panels of 64 rows, see csrc/include/moe_route/experts.h.
+    """
 
     up: Tensor
     """int32 [E, panels, words of a row, 64]."""

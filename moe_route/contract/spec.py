@@ -7,8 +7,6 @@ from typing import Any, Literal, get_args
 
 import torch
 
-__all__ = ["RouterSpec"]
-
 Score = Literal["softmax", "sigmoid", "sqrt_softplus", "identity", "sparsemixer"]
 Order = Literal["score_then_topk", "topk_then_score"]
 GroupScore = Literal["max", "top2_sum"]

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from moe_route.base.devices import upload
 
-__all__ = ["FIXED_POINT", "METRICS", "SCALARS", "Force", "StatisticsTables", "SteeringTables", "token_table"]
-
 METRICS = ("counts", "probability", "weight", "weight_share", "natural_counts")
 """Metrics of a statistics table; the index of a name is its bit of ``StatPlane`` in gate.h."""
 SCALARS = ("tokens", "slots", "empty", "unscored", "entropy", "steered", "flipped", "moved")

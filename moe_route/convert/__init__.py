@@ -7,20 +7,26 @@ reads, and ``TARGETS`` what ``write`` writes. Files are checked when they are re
 from __future__ import annotations
 
 import functools
+import importlib
 import os
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from operator import add, or_
 from typing import Any
 
 from moe_route.base.files import FileRefusedError
-from moe_route.convert.formats import FORMATS, Format, format_of, options_of, readers
+from moe_route.convert import foreign
+from moe_route.convert.formats import FORMATS, TARGETS, Format, Target, format_of, options_of, readers
 from moe_route.convert.source import Source, open_source
 from moe_route.convert.traces import joined, statistics_of
-from moe_route.convert.writers import TARGETS, Target, write
+from moe_route.convert.writers import write
 from moe_route.recording import RecordingError, RoutingStatistics, Trace
 from moe_route.steering import ExpertSelection, Plan
 
 __all__ = ["FORMATS", "TARGETS", "Format", "Target", "read", "statistics_of", "write"]
+
+for _module in pkgutil.iter_modules(foreign.__path__):
+    importlib.import_module(f"{foreign.__name__}.{_module.name}")  # its formats enter themselves
 
 _MERGED: dict[str, Callable[[Sequence[Any]], Any]] = {
     "statistics": lambda parts: functools.reduce(add, parts),
@@ -60,10 +66,10 @@ def read(
     parts = []
     for one in paths:
         source = open_source(os.fspath(one))
-        found = format_of(source, format)
-        name = name or found
-        if found != name:
-            raise ValueError(f"the files are of different formats ({name}, {found}): convert them one by one")
+        its_format = format_of(source, format)
+        name = name or its_format
+        if its_format != name:
+            raise ValueError(f"the files are of different formats ({name}, {its_format}): convert them one by one")
         parts.append(_read(source, name, to, options))
     kind, _, steps = readers(name, to)
     result = _MERGED[kind](parts)

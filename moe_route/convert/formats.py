@@ -1,21 +1,24 @@
-"""The formats that can be read, as one table, and how a file's format is found."""
+"""The formats that can be read and written, as two tables, and how a file's format is recognized.
+
+``reads`` and ``writes`` stand beside each function and fill the tables. The formats of other programs are the modules
+of ``convert.foreign``; a new one there is all that a new format needs.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
-from moe_route.convert import counts, routed_experts, selections
 from moe_route.convert.source import Source
 from moe_route.convert.traces import statistics_of
 from moe_route.recording import RoutingStatistics, Trace
 from moe_route.steering import ExpertSelection, Plan
 
-__all__ = ["FORMATS", "KINDS", "Format", "format_of", "options_of"]
-
-KINDS: Mapping[str, type] = {
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+KINDS: Mapping[str, Any] = {
     "statistics": RoutingStatistics,
     "trace": Trace,
     "selection": ExpertSelection,
@@ -30,104 +33,74 @@ class Format:
 
     holds: str  # what a file holds and who writes it, in a few words
     recognizes: Callable[[Source], bool]
-    gives: Mapping[str, Callable[..., Any]]  # kind -> reader of one source; the first is what the format is
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # options that are known of the format
+    gives: dict[str, Callable[..., Any]]  # kind -> reader of one source; the first is what the format is
+    defaults: Mapping[str, Any]  # options that are known of the format
 
 
-def _ours(kind: str) -> Format:
-    def recognizes(source: Source) -> bool:
-        plain = kind in ("plan", "selection") and source.form == "json" and isinstance(source.content, dict)
-        return (
-            source.content == kind if source.form == "moe-route" else plain and source.content.get("moe_route") == kind
-        )
+@dataclass(frozen=True)
+class Target:
+    """A format that can be written."""
 
-    return Format(f"{kind}, saved by moe-route", recognizes, {kind: lambda source: KINDS[kind].load(source.path)})  # type: ignore[attr-defined]
+    holds: str  # what the file holds, and who reads it
+    kinds: tuple[str, ...]  # kinds that can be written so
+    suffixes: tuple[str, ...]
+    write: Callable[..., None]  # (value, path, **options)
 
 
-FORMATS: Mapping[str, Format] = {
-    **{kind: _ours(kind) for kind in KINDS},
-    "gate-sums": Format(
-        "counts and gate sums per layer and expert (Qwen3-30B-A3B on MGSM), .json",
-        counts.is_gate_sums,
-        {"statistics": counts.read_gate_sums},
-    ),
-    "expert-counts": Format(
-        "selections per layer and expert (OLMoE, Mixtral), .json or .pkl",
-        counts.is_expert_counts,
-        {"statistics": counts.read_expert_counts},
-    ),
-    "gpt-oss-example": Format(
-        "one generation of gpt-oss, token by token, *_examples.json",
-        counts.is_example,
-        {"trace": counts.read_example},
-        {"num_experts": counts.EXPERTS},
-    ),
-    "gpt-oss-analytics": Format(
-        "means over generations of gpt-oss, .json", counts.is_analytics, {"statistics": counts.read_analytics}
-    ),
-    "esft-choices": Format(
-        "experts and gate weights per token (ESFT), folder of expert_weights_<layer>.txt",
-        selections.is_choices,
-        {"trace": selections.read_choices},
-        {"num_experts": 64},
-    ),
-    "esft-scores": Format(
-        "scores of a task (ESFT), summary.json", selections.is_summary, {"selection": selections.read_summary}
-    ),
-    "esft-experts": Format(
-        "experts of a task (ESFT), expert_configs", selections.is_config, {"selection": selections.read_config}
-    ),
-    "sglang": Format(
-        "dump of SGLang's expert distribution recorder, .pt, or its logical_count as .json",
-        counts.is_sglang,
-        {"statistics": counts.read_sglang},
-    ),
-    "vllm-load": Format(
-        "expert_load_window and physical_to_logical_map of vLLM's balancer, .pt, .npz, .safetensors",
-        counts.is_vllm,
-        {"statistics": counts.read_vllm},
-    ),
-    "eplb": Format(
-        "loads [layers, experts] for EPLB, .npy, .safetensors, .pt, .json",
-        counts.is_eplb,
-        {"statistics": counts.read_eplb},
-    ),
-    "replay": Format(
-        "experts of each token [tokens, layers, k], .npy, .npz, .safetensors",
-        routed_experts.is_replay,
-        {"trace": routed_experts.read_replay},
-    ),
-    "vllm-response": Format(
-        "answers of vLLM with routed_experts, .json or a line each",
-        routed_experts.is_vllm_response,
-        {"trace": routed_experts.read_vllm_response},
-    ),
-    "sglang-response": Format(
-        "answers of SGLang with routed_experts, .json or a line each",
-        routed_experts.is_sglang_response,
-        {"trace": routed_experts.read_sglang_response},
-    ),
-    "megatron": Format(
-        "routing replay of slime and Miles on Megatron, rank<N>_routing_replay.pt",
-        routed_experts.is_megatron,
-        {"trace": routed_experts.read_megatron},
-    ),
-    "steermoe": Format(
-        "SteerMoE's table of risk differences, .pkl",
-        selections.is_table,
-        {
-            "selection": selections.read_selection,
-            "plan": selections.read_plan,
-            "statistics": selections.read_statistics,
-        },
-    ),
-    "easysteer": Format(
-        "EasySteer's configuration of router steering, .json",
-        selections.is_easysteer,
-        {"plan": selections.read_easysteer},
-    ),
-}
+FORMATS: dict[str, Format] = {}
 """Every format that can be read, by name."""
+TARGETS: dict[str, Target] = {}
+"""Every format that can be written, by name."""
+
+
+def reads(
+    name: str,
+    holds: str = "",
+    *,
+    gives: str,
+    when: Callable[[Source], bool] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Callable[[_Function], _Function]:
+    """Enter a reader, ``function(source, *, options) -> value``, in ``FORMATS``.
+
+    Args:
+        name: of the format; readers of further kinds of the same format need only this and ``gives``.
+        holds: what a file holds and who writes it, in a few words.
+        gives: the kind that the reader returns, one of ``KINDS``.
+        when: whether a source is of this format.
+        defaults: options that are known of the format.
+    """
+
+    def enter(function: _Function) -> _Function:
+        if when is not None:
+            FORMATS[name] = Format(holds, when, {}, defaults or {})
+        FORMATS[name].gives[gives] = function
+        return function
+
+    return enter
+
+
+def writes(name: str, holds: str, *, takes: Sequence[str], suffixes: Sequence[str]) -> Callable[[_Function], _Function]:
+    """Enter a writer, ``function(value, path, *, options)``, in ``TARGETS``; ``takes``: the kinds that it writes."""
+
+    def enter(function: _Function) -> _Function:
+        TARGETS[name] = Target(holds, tuple(takes), tuple(suffixes), function)
+        return function
+
+    return enter
+
+
+def _is_ours(kind: str, source: Source) -> bool:
+    if source.form == "moe-route":
+        return bool(source.content == kind)
+    plain = kind in ("plan", "selection") and source.form == "json" and isinstance(source.content, dict)
+    return plain and source.content.get("moe_route") == kind
+
+
+for _kind, _class in KINDS.items():
+    reads(_kind, f"{_kind}, saved by moe-route", gives=_kind, when=partial(_is_ours, _kind))(
+        lambda source, _class=_class: _class.load(source.path)
+    )
 
 
 def _plan_of(selection: ExpertSelection, *, action: str = "activate", strength: float = 0.5) -> Plan:
@@ -154,12 +127,12 @@ def format_of(source: Source, name: str | None = None) -> str:
         if not _fits(name, source):
             raise source.refused(f"it is not {FORMATS[name].holds}", f"check --from, {_others(source, name)}")
         return name
-    found = [known for known in FORMATS if _fits(known, source)]
-    if len(found) > 1:
-        raise ValueError(f"{source.path} may be {' or '.join(found)}: say which (--from, format=)")
-    if not found:
+    fitting = [known for known in FORMATS if _fits(known, source)]
+    if len(fitting) > 1:
+        raise ValueError(f"{source.path} may be {' or '.join(fitting)}: say which (--from, format=)")
+    if not fitting:
         raise source.refused("it is of no known format", f"give one of {', '.join(FORMATS)}")
-    return found[0]
+    return fitting[0]
 
 
 def _fits(name: str, source: Source) -> bool:
@@ -170,8 +143,8 @@ def _fits(name: str, source: Source) -> bool:
 
 
 def _others(source: Source, name: str) -> str:
-    found = [known for known in FORMATS if known != name and _fits(known, source)]
-    return f"it looks like {' or '.join(found)}" if found else "it is of no known format"
+    others = [known for known in FORMATS if known != name and _fits(known, source)]
+    return f"it looks like {' or '.join(others)}" if others else "it is of no known format"
 
 
 def options_of(*functions: Callable[..., Any]) -> set[str]:

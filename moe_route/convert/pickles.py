@@ -18,8 +18,6 @@ import torch
 
 from moe_route.base.files import FileRefusedError
 
-__all__ = ["BUILDERS", "read_pickle"]
-
 _DTYPE_KINDS = "biufcSUO"
 _DEEPEST = 200  # nesting; deeper containers are refused
 

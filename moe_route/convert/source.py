@@ -25,9 +25,6 @@ from moe_route.base.files import FileRefusedError
 from moe_route.convert.pickles import read_pickle
 from moe_route.recording import RoutingStatistics
 
-__all__ = ["Source", "as_array", "counted", "number_table", "open_source", "whole_numbers"]
-
-
 _OLD_TORCH = 0x1950A86A20F9469CFC6C  # the first pickle in such a file is this number
 _LONGEST_JSON = 1 << 30  # bytes; Python needs about ten times as much memory to parse it
 
@@ -49,6 +46,15 @@ class Source:
     def name(self) -> str:
         """The file's name without its suffix."""
         return self.path.stem
+
+    def json_with(self, *names: str) -> bool:
+        """Whether this is one JSON document, a mapping that has these keys."""
+        return self.form == "json" and isinstance(self.content, dict) and all(name in self.content for name in names)
+
+    def documents(self) -> list[dict[str, Any]]:
+        """The mappings of a JSON document, or of a file with one per line."""
+        listed = self.content if isinstance(self.content, list) else [self.content]
+        return [one for one in listed if isinstance(one, dict)] if self.form in ("json", "lines") else []
 
     def refused(self, problem: str, fix: str) -> FileRefusedError:
         """The error for content that cannot be used: what is wrong, and what to do."""
@@ -203,7 +209,7 @@ def _json(path: Path) -> Source:
             raise FileRefusedError(f"{path} is not whole JSON ({error}): copy it again or make it again") from error
 
 
-# Checks and sums that several readers share.
+# ---- checks and sums that several readers share
 
 _LARGEST = 2.0**53  # floats are whole numbers up to here
 _ROWS = 64  # slices of the first axis that are added up at once

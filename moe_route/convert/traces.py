@@ -16,8 +16,6 @@ from moe_route.calls.call import PHASES
 from moe_route.recording import RoutingStatistics, Trace
 from moe_route.recording.store import Item
 
-__all__ = ["RoutedSequence", "joined", "model_layers", "routed_layers", "statistics_of", "trace_of"]
-
 _MODEL_LAYER = re.compile(r"(?:^|\D)(\d+)(?:\D|$)")
 _ROWS = 1 << 16  # tokens that are summed at once
 logger = logging.getLogger(__name__)

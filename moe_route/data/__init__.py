@@ -34,6 +34,7 @@ __all__ = [
     "families_of",
     "load_demo_model",
     "read_texts",
+    "shipped_studies",
 ]
 
 _HERE = Path(__file__).resolve().parent
@@ -75,6 +76,11 @@ def load_demo_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel
             logging.enable_progress_bar()
     model.config._name_or_path = "demo"  # the name goes into statistics files, in place of the installation folder
     return model.eval(), tokenizer
+
+
+def shipped_studies() -> dict[str, Path]:
+    """Name -> TOML file of each study that moe-route brings: the demonstration, and the settings of a publication."""
+    return {path.stem: path for path in sorted((_HERE / "studies").glob("*.toml"))}
 
 
 def demo_corpus() -> Corpus:

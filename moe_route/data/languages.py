@@ -154,18 +154,18 @@ def flores_code(code: str) -> str | None:
 
     Where the code says no script of the table, it is Latin, or else the language's first one.
     """
-    found = language(code)
-    if found is None:
+    known = language(code)
+    if known is None:
         return None
-    scripts = _table()[0][found.code]
-    script = next(one for one in (found.script, "Latn", *scripts) if one in scripts)
-    return f"{found.code}_{script}"
+    scripts = _table()[0][known.code]
+    script = next(one for one in (known.script, "Latn", *scripts) if one in scripts)
+    return f"{known.code}_{script}"
 
 
 def language_name(code: str) -> str:
     """The English name of the language of a code, or the code itself if it names no language of the table."""
-    found = language(code)
-    return code if found is None else found.name
+    known = language(code)
+    return code if known is None else known.name
 
 
 def is_language(name: str) -> bool:
@@ -238,10 +238,10 @@ def families_of(languages: list[str] | tuple[str, ...]) -> dict[str, str]:
     Only families that occur are in the result, so a model for three languages gets at most three experts. Raises
     ``ValueError`` for a code that is in no table.
     """
-    found: dict[str, str] = {}
+    families: dict[str, str] = {}
     for each in languages:
         code = flores_code(each)
         if code is None or code not in LANGUAGE_FAMILIES:
             raise ValueError(f"no language has the code {each!r}: give the families as a mapping from group to family")
-        found[each] = LANGUAGE_FAMILIES[code]
-    return found
+        families[each] = LANGUAGE_FAMILIES[code]
+    return families

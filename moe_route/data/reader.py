@@ -442,15 +442,18 @@ def read_texts(
     group: str = "group",
     item: str = "item",
     split: str | None = None,
+    opened: bool = True,
 ) -> CorpusStream:
     """The texts of `source`, in any form that `CorpusStream` reads; its `described` tells how they are read.
 
-    Files are opened at once. Raises `FileNotFoundError` for a missing file, and `CorpusError` for a table whose columns
-    cannot be told, for a language that is not there, and for files that are not parallel.
+    Files are opened at once, or with `opened=False` when they are iterated. Raises `FileNotFoundError` for a missing
+    file, and `CorpusError` for a table whose columns cannot be told, for a language that is not there, and for files
+    that are not parallel.
     """
     groups = (languages,) if isinstance(languages, str) else None if languages is None else tuple(languages)
     stream = CorpusStream(str(source), columns, quotes, text, group, item, split, groups, limit)
-    stream.described  # noqa: B018  (opens the files)
+    if opened:
+        stream.described  # noqa: B018
     return stream
 
 
@@ -547,10 +550,10 @@ def _fits_file(layout: Layout, path: Path) -> bool:
     with path.open("rb") as stream:
         line = stream.readline()
     try:
-        found = json.loads(line)
+        first = json.loads(line)
     except ValueError:
         return False  # read as any other file, with its errors
-    return isinstance(found, dict) and _fits(layout, found)
+    return isinstance(first, dict) and _fits(layout, first)
 
 
 def _fits(layout: Layout, fields: Mapping[str, Any]) -> bool:
@@ -566,8 +569,8 @@ def _named(layout: Layout, path: Path) -> dict[str, str]:
 
 def _flores(code: str) -> str:
     """A code with a script as it is, any other as FLORES has it."""
-    found = language(code)
-    return code if found is None or re.fullmatch(r"[a-z]{3}_[A-Z][a-z]{3}\w*", code) else flores_code(code) or code
+    known = language(code)
+    return code if known is None or re.fullmatch(r"[a-z]{3}_[A-Z][a-z]{3}\w*", code) else flores_code(code) or code
 
 
 def _by_layout(layout: Layout, fields: Mapping[str, Any], row: Row) -> CorpusText:

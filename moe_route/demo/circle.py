@@ -26,7 +26,6 @@ from moe_route.demo.measurement import HELD_OUT, PIVOT, Losses, Measurement, Sco
 from moe_route.demo.report import DemoReport
 from moe_route.demo.task_experts import TaskExperts, find_task_experts, switch_task_experts_off
 from moe_route.runs.language_model import LanguageModel
-from moe_route.runs.record import read_corpus
 
 DRAWS = 99  # random sets beside the first finding; the smallest p-value is 0.01
 
@@ -49,7 +48,7 @@ def demo(
     Args:
         language_model: the model. Any model answers the shipped digit problems; where it has no skill, the findings say
             so.
-        data: general text, as for `read_corpus`.
+        data: general text, as for `Corpus.read`, by default the shipped sentences.
         languages: of the corpus; English must be among them, because all are compared with it. The problems are taken
             in those of the languages that they have.
         limit: use the first sentences, and of each kind of problems the first ones, as many.
@@ -123,11 +122,11 @@ class Study:
 
     @classmethod
     def read(cls, data: str | Path | None, languages: Sequence[str] | None, limit: int | None) -> Study:
-        """Read a corpus as `read_corpus` does, and the shipped problems.
+        """Read a corpus as `Corpus.read` does, and the shipped problems.
 
         Raises `ValueError` for a corpus with nothing to compare.
         """
-        corpus = read_corpus(data, languages=languages, limit=limit)
+        corpus = Corpus.read(data or "general", languages, limit=limit)
         if PIVOT not in corpus.languages or len(corpus.languages) < 2:
             given = ", ".join(corpus.languages)
             raise ValueError(f"the demo compares languages with {PIVOT}: take it and at least one more, not {given}")

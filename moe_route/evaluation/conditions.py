@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
-from moe_route.evaluation.recipe import ControlSettings, Recipe
-from moe_route.evaluation.settings import RecipeError
+from moe_route.analysis.recipes import plan_of
+from moe_route.evaluation.study import ControlSettings, Study, StudyError
 from moe_route.steering import ExpertSelection, Plan, PlanError
 from moe_route.steering.layers import layers, show_numbers
 
@@ -61,10 +61,7 @@ class Setting:
     def plan(self, experts: ExpertSelection, where: Sequence[int] | None = None) -> Plan:
         """Steer these experts in the setting's layers, or in those given."""
         steered = self.range if where is None else where
-        if self.kind == "hard":
-            return Plan.force_on(experts, steered, weight="paper")
-        correction = 1 if self.std == "sample" else 0
-        return Plan.activate(experts, steered, strength=self.strength, correction=correction)
+        return plan_of(experts, steered, self.kind, strength=self.strength, correction=1 if self.std == "sample" else 0)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content."""
@@ -88,27 +85,27 @@ class Conditions:
     left_out: Mapping[str, str]
 
 
-def published_setting(recipe: Recipe, found: FoundExperts, num_layers: int) -> Setting:
-    """The recipe's own setting, with the first threshold that finds a task expert in the steered layers.
+def published_setting(study: Study, selected: FoundExperts, num_layers: int) -> Setting:
+    """The study's own setting, with the first threshold that finds a task expert in the steered layers.
 
-    It depends on the routing of text in the reference language alone. Raises `RecipeError` if none does, or if the
+    It depends on the routing of text in the reference language alone. Raises `StudyError` if none does, or if the
     model has fewer layers.
     """
-    steer = recipe.steer
-    setting = Setting(recipe.find.taus[0], steer.kind, steer.strength, steer.std, steer.layers, steer.layer_base)
+    steer = study.steer
+    setting = Setting(study.find.taus[0], steer.kind, steer.strength, steer.std, steer.layers, steer.layer_base)
     _check_fits(setting, num_layers)
-    for tau in recipe.find.taus:
-        if found.task[tau].restrict(setting.range):
+    for tau in study.find.taus:
+        if selected.task[tau].restrict(setting.range):
             return replace(setting, tau=tau)
-    listed = ", ".join(f"{tau:g}" for tau in recipe.find.taus)
-    raise RecipeError(
+    listed = ", ".join(f"{tau:g}" for tau in study.find.taus)
+    raise StudyError(
         f"no task expert in layers {show_numbers(setting.range)} at find.tau {listed}: lower it, or choose other layers"
     )
 
 
-def sweep_settings(recipe: Recipe, published: Setting, found: FoundExperts, num_layers: int) -> dict[str, Setting]:
-    """Name -> setting of every point of the sweep that steers an expert, the recipe's own first."""
-    sweep, every = recipe.sweep, [published]
+def sweep_settings(study: Study, published: Setting, selected: FoundExperts, num_layers: int) -> dict[str, Setting]:
+    """Name -> setting of every point of the sweep that steers an expert, the study's own first."""
+    sweep, every = study.sweep, [published]
     if not sweep:
         return {}
     for tau, strength, where in product(
@@ -116,7 +113,7 @@ def sweep_settings(recipe: Recipe, published: Setting, found: FoundExperts, num_
     ):
         point = replace(published, tau=tau, strength=strength, layers=where)
         _check_fits(point, num_layers)
-        if point not in every and found.task[tau].restrict(point.range):
+        if point not in every and selected.task[tau].restrict(point.range):
             every.append(point)
     return {str(point): point for point in every}
 
@@ -124,7 +121,7 @@ def sweep_settings(recipe: Recipe, published: Setting, found: FoundExperts, num_
 def conditions(
     setting: Setting,
     published: Setting,
-    found: FoundExperts,
+    selected: FoundExperts,
     controls: ControlSettings,
     num_experts: Sequence[int],
     seed: int,
@@ -133,7 +130,7 @@ def conditions(
 
     The null plan is the whole plan for a language that no text has: all of the machinery runs and no token is steered.
     """
-    task = found.task[setting.tau]
+    task = selected.task[setting.tau]
     steered = setting.plan(task)
     plans: dict[str, Plan | None] = {BASE: None, AGAIN: None, NULL: steered.only(groups=_NOBODY), STEERED: steered}
     left_out: dict[str, str] = {}
@@ -150,7 +147,7 @@ def conditions(
             left_out[name] = reason
 
     if published != setting:
-        plans["as published"] = published.plan(found.task[published.tau])
+        plans["as published"] = published.plan(selected.task[published.tau])
     if "other layer base" in controls.run:
         other = replace(setting, layer_base=1 - setting.layer_base)
         name = f"layers counted from {other.layer_base}"
@@ -169,7 +166,7 @@ def conditions(
         else:
             left_out[f"layers {side}"] = f"no task expert {f'in layers {show_numbers(where)}' if where else 'there'}"
     if "multilingual" in controls.run:
-        other_experts = found.multilingual[setting.tau].restrict(setting.range)
+        other_experts = selected.multilingual[setting.tau].restrict(setting.range)
         if other_experts:
             plans["multilingual experts"] = setting.plan(other_experts)
         else:
@@ -187,7 +184,7 @@ def conditions(
 
 def _check_fits(setting: Setting, num_layers: int) -> None:
     if setting.range.stop > num_layers:
-        raise RecipeError(
+        raise StudyError(
             f"steer.layers is {list(setting.layers)}, counted from {setting.layer_base}, and the model has "
             f"{num_layers} MoE layers: choose layers that it has"
         )

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 
 from moe_route.data import Question
-from moe_route.evaluation.recipe import ChatSettings, TaskSource
-from moe_route.evaluation.scoring import NUMBER_SCORERS, channel_of, until_first
-from moe_route.evaluation.settings import RecipeError
+from moe_route.evaluation.study import ChatSettings, StudyError, TaskSource
+from moe_route.evaluation.tasks import NUMBER_SCORERS, channel_of, until_first
 from moe_route.runs.language_model import LanguageModel
 
 __all__ = ["AskedTask", "ask", "fixed_batches", "scorers_of"]
@@ -29,11 +28,11 @@ class AskedTask:
     """A task as a model is asked it.
 
     Attributes:
-        name: of the task in the recipe.
+        name: of the task in the study.
         kind: "answer", "choice" or "generate".
         questions: with prompts as the model reads them, chat template included.
         batches: the questions in fixed batches.
-        source, chat: the recipe's settings.
+        source, chat: the study's settings.
     """
 
     name: str
@@ -53,7 +52,7 @@ class AskedTask:
         chat: ChatSettings,
         language_model: LanguageModel,
     ) -> AskedTask:
-        """Render the prompts and fix the batches. Raises `RecipeError` for a chat template that is not there."""
+        """Render the prompts and fix the batches. Raises `StudyError` for a chat template that is not there."""
         prefix = "" if kind == "generate" else chat.answer_prefix
         asked = tuple(_rendered(question, chat, prefix, language_model.tokenizer) for question in questions)
         return cls(name, kind, asked, fixed_batches(asked, language_model, source.batch_size), source, chat)
@@ -110,7 +109,7 @@ def _rendered(question: Question, chat: ChatSettings, prefix: str, tokenizer: An
     if not chat.template:
         return question
     if not getattr(tokenizer, "chat_template", None):
-        raise RecipeError("chat.template is true, and the tokenizer has no chat template: set it to false")
+        raise StudyError("chat.template is true, and the tokenizer has no chat template: set it to false")
     options: dict[str, Any] = {"chat_template": _dated(tokenizer.get_chat_template(), chat.date)}
     if chat.enable_thinking is not None:
         options["enable_thinking"] = chat.enable_thinking
@@ -128,17 +127,17 @@ def _dated(template: str, day: str | None) -> str:
     if not _TODAY.search(template):
         return template
     if day is None:
-        raise RecipeError("the chat template names today's date, so prompts change every day: fix it by chat.date")
+        raise StudyError("the chat template names today's date, so prompts change every day: fix it by chat.date")
     given = date.fromisoformat(day)
     return _TODAY.sub(lambda call: f'"{given.strftime(call["format"])}"', template)
 
 
 def _judged(language_model: LanguageModel, task: AskedTask, batch: Sequence[Question]) -> list[dict[str, Any]]:
     """Whether the right answer is the greedy continuation, and its negative log-probability; nothing is generated."""
-    found = language_model.answers(batch, batch_size=len(batch))
+    judged = language_model.answers(batch, batch_size=len(batch))
     return [
         {"output": None, "extracted": {}, "correct": {"exact": bool(right)}, "tokens": 0, "nats": float(nats)}
-        for right, nats in zip(found.correct, found.nats, strict=True)
+        for right, nats in zip(judged.correct, judged.nats, strict=True)
     ]
 
 
@@ -217,8 +216,8 @@ def _generated(language_model: LanguageModel, task: AskedTask, batch: Sequence[Q
 
 def _end_tokens(language_model: LanguageModel) -> set[int]:
     """The tokens that end a text, and padding."""
-    found = getattr(language_model.model.generation_config, "eos_token_id", None)
-    ends = set(found if isinstance(found, (list, tuple)) else [found])
+    configured = getattr(language_model.model.generation_config, "eos_token_id", None)
+    ends = set(configured if isinstance(configured, (list, tuple)) else [configured])
     return {
         token
         for token in (*ends, language_model.tokenizer.eos_token_id, language_model.tokenizer.pad_token_id)

@@ -1,7 +1,8 @@
-"""Run a recipe: record, find experts, sweep settings, evaluate conditions, analyze and report, resuming what was begun.
+"""Run a study: record, find experts, sweep settings, evaluate conditions, analyze and report, resuming what was begun.
 
-Every stage writes into a folder of its own and is left alone once it is done (`stages`). Results hold neither times nor
-anything drawn without a seed, so a run that was killed and resumed writes the same bytes as one that was not.
+Every stage is a step of a job (`runs.job`): it writes into a folder of its own and is left alone once it is done.
+Results hold neither times nor anything drawn without a seed, so a run that was killed and resumed writes the same bytes
+as one that was not.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from moe_route.analysis import multilingual_experts, task_experts
 from moe_route.base import files
 from moe_route.base.identity import identity_of, library_versions, tokenizer_hash, weights_hash
 from moe_route.data import Corpus
-from moe_route.data.batches import EncodedTexts, texts_of
+from moe_route.data.batches import texts_of
 from moe_route.evaluation.conditions import (
     AGAIN,
     BASE,
@@ -32,23 +33,24 @@ from moe_route.evaluation.conditions import (
     published_setting,
     sweep_settings,
 )
-from moe_route.evaluation.effect_tables import effect_tables
 from moe_route.evaluation.measure import AskedTask, ask, scorers_of
-from moe_route.evaluation.recipe import Recipe
-from moe_route.evaluation.report import markdown
+from moe_route.evaluation.report import effect_tables, markdown
 from moe_route.evaluation.results import results_of
-from moe_route.evaluation.stages import Stage, remove_stages, results_folder, write_json
+from moe_route.evaluation.study import Study
 from moe_route.evaluation.tasks import corpus_fingerprint, kind_of, read_source, read_task, task_fingerprint
 from moe_route.recording import RoutingStatistics
 from moe_route.routed import RoutedModel
+from moe_route.runs.corpus import RESULT, CorpusRecording, KeptTexts
+from moe_route.runs.job import Job, Step, write_json
 from moe_route.runs.language_model import LanguageModel
 from moe_route.runs.lines import Key, ResultLines
-from moe_route.runs.record import record_texts
 from moe_route.steering import ExpertSelection, Plan
 
 __all__ = ["Evaluation", "NullPlanError", "evaluate"]
 
-_BATCHES_PER_BLOCK = 16  # of a recording, which is saved block by block
+STAGES = ("record", "find", "sweep", "evaluate", "analyze", "report")
+_CHEAP = ("find", "analyze", "report")  # they run no model: with other inputs they are made again without asking
+_RECORDING = 2  # raised when the same inputs give other files of the stage `record`
 
 
 class NullPlanError(ValueError):
@@ -89,68 +91,65 @@ class Evaluation:
 
 
 def evaluate(
-    recipe: Recipe,
+    study: Study,
     out: str | Path,
     *,
     data: str | Path = ".",
-    fresh: bool = False,
+    force: bool = False,
     language_model: LanguageModel | None = None,
     stop: Callable[[], bool] = lambda: False,
     progress: bool = False,
 ) -> Evaluation:
-    """Run a recipe, or what is left of it, with its results in the folder `out`.
+    """Run a study, or what is left of it, with its results in the folder `out`.
 
     Args:
-        recipe: what to run.
+        study: what to run.
         out: folder of the results, created if missing (its parent must be there).
-        data: folder that relative paths of the recipe begin in.
-        fresh: remove earlier results first.
-        language_model: the loaded model of the recipe; loaded by its name if left out.
+        data: folder that relative paths of the study begin in.
+        force: remove earlier results first.
+        language_model: the loaded model of the study; loaded by its name if left out.
         stop: called before each batch; if it returns True, the run ends there. The next one goes on from that batch.
         progress: show bars on standard error.
 
-    Raises `RecipeError` for a recipe that does not fit the model or the data, `ForeignFolderError` for a folder with
+    Raises `StudyError` for a study that does not fit the model or the data, `ForeignFolderError` for a folder with
     results of other inputs, `NullPlanError`, and the errors of loading and attaching.
     """
-    recipe.model.check_pinned()
+    study.model.check_pinned()
     out = Path(out)
-    with results_folder(out):
-        if fresh:
-            remove_stages(out)
-        if fresh or not (out / "recipe.json").is_file():
-            write_json(out / "recipe.json", recipe.to_dict())
-        run = _Run(recipe, out, Path(data), language_model, stop, progress)
+    with Job(out, "eval", {}, force=force) as job:
+        write_json(out / "study.json", study.to_dict())
+        run = _Run(study, job, Path(data), language_model, stop, progress)
         try:
             run.all()
         except _Stopped:
             return Evaluation(out, run.stages, None)
-        if json.loads((out / "recipe.json").read_text(encoding="utf-8")) != recipe.to_dict():
-            write_json(out / "recipe.json", recipe.to_dict())
+        if not job.done:
+            job.finish()
         content = json.loads((out / "report" / "report.json").read_text(encoding="utf-8"))
         return Evaluation(out, run.stages, content)
 
 
 class _Run:
-    """One run of a recipe."""
+    """One run of a study."""
 
     def __init__(
         self,
-        recipe: Recipe,
-        out: Path,
+        study: Study,
+        job: Job,
         data: Path,
         language_model: LanguageModel | None,
         stop: Callable[[], bool],
         progress: bool,
     ) -> None:
-        self.recipe, self.out, self.stop, self.progress = recipe, out, stop, progress
+        self.study, self.job, self.stop, self.progress = study, job, stop, progress
         self.stages: dict[str, str] = {}
-        corpora = recipe.corpora
+        corpora = study.corpora
         # data are read before the model is loaded, because that takes long and files may be missing
         self.general = read_source("general", corpora.general, data, corpora.reference)
         task = read_source("task", corpora.task, data, corpora.reference)
         self.task = task.subset([corpora.reference])
-        questions = {name: read_task(name, source, data) for name, source in recipe.tasks.items()}
-        settings = recipe.model
+        questions = {name: read_task(name, source, data) for name, source in study.tasks.items()}
+        settings = study.model
         self.language_model = language_model or LanguageModel.load(
             settings.id,
             dtype=settings.dtype,
@@ -158,25 +157,25 @@ class _Run:
             revision=settings.revision or None,
             dequantize=settings.dequantize,
         )
-        self.asking = replace(self.language_model, add_special_tokens=recipe.chat.add_special_tokens)
+        self.asking = replace(self.language_model, add_special_tokens=study.chat.add_special_tokens)
         self.tasks = [
-            AskedTask.prepare(name, kind_of(source, found), found, source, recipe.chat, self.asking)
-            for name, source in recipe.tasks.items()
-            for found in [questions[name].questions]
+            AskedTask.prepare(name, kind_of(source, asked), asked, source, study.chat, self.asking)
+            for name, source in study.tasks.items()
+            for asked in [questions[name].questions]
         ]
         self.model = self.model_key()
 
     def all(self) -> None:
         """Run every stage that is not done."""
-        routed = self.language_model.attach(self.recipe.model.engine)
+        routed = self.language_model.attach(self.study.model.engine)
         try:
             recorded = self.record(routed)
-            found, published, after_find = self.find(recorded, routed)
-            chosen, points, after_sweep = self.sweep(routed, found, published, after_find)
-            compared, after_evaluate = self.evaluate(routed, found, published, chosen, after_sweep)
+            selected, published, after_find = self.find(recorded, routed)
+            chosen, points, after_sweep = self.sweep(routed, selected, published, after_find)
+            compared, after_evaluate = self.evaluate(routed, selected, published, chosen, after_sweep)
         finally:
             routed.detach()
-        content, after_analyze = self.analyze(found, published, chosen, points, compared, after_evaluate)
+        content, after_analyze = self.analyze(selected, published, chosen, points, compared, after_evaluate)
         self.report(content, after_analyze)
 
     def model_key(self) -> dict[str, Any]:
@@ -187,21 +186,21 @@ class _Run:
             "config_hash": identity["config_hash"],
             "weights": weights_hash(model),
             "tokenizer": tokenizer_hash(self.language_model.tokenizer),
-            "revision": self.recipe.model.revision,
+            "revision": self.study.model.revision,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": model.device.type,
-            "engine": self.recipe.model.engine,
+            "engine": self.study.model.engine,
             "attention": getattr(model.config, "_attn_implementation", None),
             "experts": getattr(model.config, "_experts_implementation", None),
             "versions": library_versions(),
         }
 
-    def stage(self, name: str, inputs: Mapping[str, Any]) -> Stage:
-        stage = Stage(self.out, name, inputs)
+    def stage(self, name: str, inputs: Mapping[str, Any]) -> Step:
+        stage = self.job.step(name, inputs, cheap=name in _CHEAP)
         self.stages[name] = "kept" if stage.done else "interrupted"
         return stage
 
-    def finish(self, stage: Stage) -> None:
+    def finish(self, stage: Step) -> None:
         stage.finish()
         self.stages[stage.name] = "made"
 
@@ -227,11 +226,12 @@ class _Run:
 
     # ---- record
 
-    def record(self, routed: RoutedModel) -> Stage:
-        corpora = self.recipe.corpora
+    def record(self, routed: RoutedModel) -> Step:
+        corpora = self.study.corpora
         stage = self.stage(
             "record",
             {
+                "recording": _RECORDING,
                 "model": self.model,
                 "general": corpus_fingerprint(self.general),
                 "task": corpus_fingerprint(self.task),
@@ -248,53 +248,44 @@ class _Run:
         return stage
 
     def record_corpus(self, folder: Path, name: str, corpus: Corpus, routed: RoutedModel) -> None:
-        """Record block by block, each a file of its own, and merge the blocks, which is exact."""
-        target, blocks = folder / f"{name}.safetensors", folder / f"{name}.blocks"
-        if not target.is_file():
-            blocks.mkdir(exist_ok=True)
-            parts = self.blocks_of(corpus)
-            for number, part in enumerate(tqdm(parts, desc=name, disable=not self.progress, leave=False)):
-                if not (path := blocks / f"{number:05d}.safetensors").is_file():
-                    self.record_block(path, part, corpus.languages, routed)
-            whole = [RoutingStatistics.load(blocks / f"{number:05d}.safetensors") for number in range(len(parts))]
-            sum(whole[1:], whole[0]).save(target)
-        if blocks.is_dir():
-            shutil.rmtree(blocks)
-
-    def blocks_of(self, corpus: Corpus) -> list[EncodedTexts]:
-        """The texts in blocks of several batches, sorted by length, item and language."""
-        corpora = self.recipe.corpora
+        """Record the texts, the longest first, with a checkpoint after every window."""
+        target, begun = folder / f"{name}.safetensors", folder / f"{name}.begun"
+        corpora = self.study.corpora
         language_model = replace(self.language_model, add_special_tokens=corpora.add_special_tokens)
         limit = getattr(language_model.model.config, "max_position_embeddings", None) or corpora.max_length
-        encoded = language_model.encode(texts_of(corpus), max_length=min(corpora.max_length, limit))
-        keys = [(-len(ids), text.item, text.group) for ids, text in zip(encoded.ids, encoded.texts, strict=True)]
-        order = sorted(range(len(keys)), key=keys.__getitem__)
-        size = corpora.batch_size * _BATCHES_PER_BLOCK
-        return [encoded.only(order[i : i + size]) for i in range(0, len(order), size)]
-
-    def record_block(self, path: Path, part: EncodedTexts, languages: Sequence[str], routed: RoutedModel) -> None:
-        self.check_stop()
-        with routed.record(groups=languages, sequences=True) as recorder:
-            ran = record_texts(
-                recorder, self.language_model, part, batch_size=self.recipe.corpora.batch_size, stop=self.stop
+        if not target.is_file():
+            recording = CorpusRecording(
+                begun,
+                KeptTexts.by_length(name, texts_of(corpus), language_model.tokenizer, corpora.add_special_tokens),
+                batch_size=corpora.batch_size,
+                max_length=min(corpora.max_length, limit),
+                checkpoint_seconds=0.0,  # the files are then the same whenever the run was killed
+                record={"groups": list(corpus.languages), "sequences": True},
             )
-        if len(ran.texts) < len(part.texts):
-            raise _Stopped
-        recorder.statistics().save(path)
+            size = len(corpus) * len(corpus.languages)
+            with tqdm(total=size, desc=name, disable=not self.progress, leave=False) as bar:
+                done = recording.run(
+                    language_model, routed, stop=self.stop, report=lambda now: bar.update(now.texts - bar.n)
+                )
+            if not done.finished:
+                raise _Stopped
+            (begun / RESULT).replace(target)
+        if begun.is_dir():
+            shutil.rmtree(begun)
 
     # ---- find
 
-    def find(self, recorded: Stage, routed: RoutedModel) -> tuple[FoundExperts, Setting, Stage]:
-        recipe, reference = self.recipe, self.recipe.corpora.reference
-        taus = sorted({*recipe.find.taus, *recipe.sweep.tau}, reverse=True)
-        given = recipe.to_dict()
+    def find(self, recorded: Step, routed: RoutedModel) -> tuple[FoundExperts, Setting, Step]:
+        study, reference = self.study, self.study.corpora.reference
+        taus = sorted({*study.find.taus, *study.sweep.tau}, reverse=True)
+        given = study.to_dict()
         inputs = {"record": recorded.results_hash, "find": given["find"], "taus": taus, "reference": reference}
         stage = self.stage("find", inputs)
         path = stage.folder / "experts.json"
         if not stage.done:
             general = RoutingStatistics.load(recorded.folder / "general.safetensors")
             task = RoutingStatistics.load(recorded.folder / "task.safetensors")
-            how: dict[str, Any] = {"top": recipe.find.top, "by": recipe.find.by}
+            how: dict[str, Any] = {"top": study.find.top, "by": study.find.by}
             several = len(general.groups) > 1
             entries = [
                 {
@@ -310,7 +301,7 @@ class _Run:
             self.finish(stage)
         entries = json.loads(path.read_text(encoding="utf-8"))
         none = ExpertSelection({})
-        found = FoundExperts(
+        selected = FoundExperts(
             {entry["tau"]: ExpertSelection.from_dict(entry["task"]) for entry in entries},
             {
                 entry["tau"]: none
@@ -319,19 +310,19 @@ class _Run:
                 for entry in entries
             },
         )
-        return found, published_setting(recipe, found, len(routed.routers)), stage
+        return selected, published_setting(study, selected, len(routed.routers)), stage
 
     # ---- sweep
 
     def sweep(
-        self, routed: RoutedModel, found: FoundExperts, published: Setting, after: Stage
-    ) -> tuple[Setting, list[dict[str, Any]], Stage]:
+        self, routed: RoutedModel, selected: FoundExperts, published: Setting, after: Step
+    ) -> tuple[Setting, list[dict[str, Any]], Step]:
         """Try every setting of the sweep on the even items, and choose the one with the highest accuracy."""
-        points = sweep_settings(self.recipe, published, found, len(routed.routers))
-        name = self.recipe.sweep.task or self.tasks[0].name
+        points = sweep_settings(self.study, published, selected, len(routed.routers))
+        name = self.study.sweep.task or self.tasks[0].name
         (whole,) = (task for task in self.tasks if task.name == name)
         task = whole.only(whole.items[0::2], self.asking)
-        plans: dict[str, Plan | None] = {name: point.plan(found.task[point.tau]) for name, point in points.items()}
+        plans: dict[str, Plan | None] = {name: point.plan(selected.task[point.tau]) for name, point in points.items()}
         stage = self.stage(
             "sweep",
             {
@@ -348,7 +339,7 @@ class _Run:
                 lines = self.run_condition(stage, point, plan, [task], routed)
                 right = [record["correct"][scorer] for record in lines.records()]
                 setting = None if plan is None else points[point].to_dict()
-                experts = None if plan is None else len(found.task[points[point].tau].restrict(points[point].range))
+                experts = None if plan is None else len(selected.task[points[point].tau].restrict(points[point].range))
                 entries.append(
                     {"name": point, "setting": setting, "experts": experts, "accuracy": sum(right) / len(right)}
                 )
@@ -356,18 +347,18 @@ class _Run:
             self.finish(stage)
         listed = json.loads(path.read_text(encoding="utf-8"))["points"]
         steered = [entry for entry in listed if entry["setting"] is not None]
-        # of equals the first, which is the recipe's own setting
+        # of equals the first, which is the study's own setting
         best = max(steered, key=lambda entry: entry["accuracy"], default=None)
         return published if best is None else points[best["name"]], listed, stage
 
     # ---- evaluate
 
     def evaluate(
-        self, routed: RoutedModel, found: FoundExperts, published: Setting, chosen: Setting, after: Stage
-    ) -> tuple[Conditions, Stage]:
-        recipe = self.recipe
+        self, routed: RoutedModel, selected: FoundExperts, published: Setting, chosen: Setting, after: Step
+    ) -> tuple[Conditions, Step]:
+        study = self.study
         experts = [router.num_experts for router in routed.routers]
-        compared = conditions(chosen, published, found, recipe.controls, experts, recipe.seeds.random)
+        compared = conditions(chosen, published, selected, study.controls, experts, study.seeds.random)
         stage = self.stage(
             "evaluate",
             {
@@ -394,7 +385,7 @@ class _Run:
         return compared, stage
 
     def run_condition(
-        self, stage: Stage, name: str, plan: Plan | None, tasks: Sequence[AskedTask], routed: RoutedModel
+        self, stage: Step, name: str, plan: Plan | None, tasks: Sequence[AskedTask], routed: RoutedModel
     ) -> ResultLines:
         """Ask every question that has no line yet, batch by batch."""
         batches = [(task, batch) for task in tasks for batch in task.batches]
@@ -415,30 +406,30 @@ class _Run:
 
     def analyze(
         self,
-        found: FoundExperts,
+        selected: FoundExperts,
         published: Setting,
         chosen: Setting,
         points: list[dict[str, Any]],
         compared: Conditions,
-        after: Stage,
-    ) -> tuple[dict[str, Any], Stage]:
-        inputs = {"evaluate": after.results_hash, "bootstrap": self.recipe.seeds.bootstrap}
+        after: Step,
+    ) -> tuple[dict[str, Any], Step]:
+        inputs = {"evaluate": after.results_hash, "bootstrap": self.study.seeds.bootstrap}
         stage = self.stage("analyze", inputs)
         path = stage.folder / "results.json"
         if not stage.done:
-            general = RoutingStatistics.load(self.out / "record" / "general.safetensors")
+            general = RoutingStatistics.load(self.job.folder / "record" / "general.safetensors")
             lines = {name: _records(after.folder, name) for name in compared.plans}
-            content = results_of(self.recipe, self.tasks, lines, compared, found, published, chosen, points, general)
+            content = results_of(self.study, self.tasks, lines, compared, selected, published, chosen, points, general)
             write_json(path, content)
             self.finish(stage)
         return json.loads(path.read_text(encoding="utf-8")), stage
 
-    def report(self, results: Mapping[str, Any], after: Stage) -> None:
-        recipe = self.recipe.to_dict()
-        stage = self.stage("report", {"analyze": after.results_hash, "recipe": recipe})
+    def report(self, results: Mapping[str, Any], after: Step) -> None:
+        study = self.study.to_dict()
+        stage = self.stage("report", {"analyze": after.results_hash, "study": study})
         if not stage.done:
-            model = {"id": self.recipe.model.id, **self.model}
-            content = {"title": self.recipe.title, "model": model, "recipe": recipe, "results": results}
+            model = {"id": self.study.model.id, **self.model}
+            content = {"title": self.study.title, "model": model, "study": study, "results": results}
             write_json(stage.folder / "report.json", content)
             write_json(stage.folder / "tables.json", effect_tables(content))
             files.write_text(stage.folder / "report.md", markdown(content))

@@ -1,8 +1,8 @@
-"""The report of an evaluation, as Markdown tables."""
+"""The report of a study: Markdown, and tables in the form that `moe_route.report` draws."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +10,7 @@ from moe_route.base.table import interval
 from moe_route.evaluation.conditions import AGAIN, BASE, NULL
 from moe_route.steering.layers import show_numbers
 
-__all__ = ["markdown"]
+__all__ = ["effect_tables", "markdown"]
 
 
 def markdown(content: Mapping[str, Any]) -> str:
@@ -37,7 +37,7 @@ def _model(model: Mapping[str, Any]) -> str:
 
 def _settings(results: Mapping[str, Any]) -> str:
     settings = results["settings"]
-    text = f"Setting of the recipe: {settings['published']['shown']}."
+    text = f"Setting of the study: {settings['published']['shown']}."
     if settings["tuned_on_even_items"]:
         text += (
             f"\nSetting chosen on the even items, and steered with below: {settings['chosen']['shown']}."
@@ -202,17 +202,17 @@ def _routing(routing: Mapping[str, Any]) -> list[str]:
         f"## Divergence from {measured['reference']}\n\n{_table(head, rows)}\n\n"
         "Floor: divergence of unrelated sentences of one language."
     ]
-    for name, found in routing["correlation"].items():
-        if "left_out" in found:
-            texts.append(f"Correlation with {name}: not computed ({found['left_out']}).")
+    for name, correlated in routing["correlation"].items():
+        if "left_out" in correlated:
+            texts.append(f"Correlation with {name}: not computed ({correlated['left_out']}).")
             continue
         rows = [
-            (layer, *(_number(found[key][layer]) for key in ("pearson", "p_value", "p_corrected", "spearman")))
+            (layer, *(_number(correlated[key][layer]) for key in ("pearson", "p_value", "p_corrected", "spearman")))
             for layer in range(layers)
         ]
         head = ("layer", "Pearson r", "p", "p over all layers", "Spearman rho")
         texts.append(
-            f"### Correlation of divergence with accuracy in {name}, {len(found['groups'])} languages\n\n"
+            f"### Correlation of divergence with accuracy in {name}, {len(correlated['groups'])} languages\n\n"
             f"{_table(head, rows)}\n\nLanguages with more training text are both nearer to English and better "
             "answered, so a correlation says nothing about cause."
         )
@@ -268,3 +268,34 @@ def _padded(*column: str) -> list[str]:
     if all(cell[:1] in "+-[*0123456789" for cell in cells):  # "" is in every string: a cell may be empty
         return [head.rjust(width), "-" * (width - 1) + ":", *(cell.rjust(width) for cell in cells)]
     return [head.ljust(width), "-" * width, *(cell.ljust(width) for cell in cells)]
+
+
+def effect_tables(content: Mapping[str, Any]) -> dict[str, Any]:
+    """One table per task and scorer from the content of `report.json`: the change of accuracy under each condition."""
+    tasks: Mapping[str, Any] = content["results"]["tasks"]
+    tuned = content["results"]["settings"]["tuned_on_even_items"]
+    return {"tables": [table for name, task in tasks.items() for table in _of_task(name, task, tuned)]}
+
+
+def _of_task(name: str, task: Mapping[str, Any], tuned: bool) -> Iterator[dict[str, Any]]:
+    items = "all items (tuned on test)" if tuned else "all items"
+    if task["main_items"] == "odd":
+        items = "odd items, which chose no setting"
+    for scorer in task["scorers"]:
+        entries = task["comparisons"][task["main_items"]][scorer]
+        rows = [
+            [condition, entry["accuracy"], *(entry["change"][key] for key in ("value", "low", "high"))]
+            for condition, entry in entries.items()
+            if condition not in (BASE, AGAIN, NULL)
+        ]
+        yield {
+            "title": f"Task {name}: change of accuracy ({scorer})",
+            "note": (
+                f"Against the base run, which has {entries[BASE]['accuracy']:.3f}; mean over "
+                f"{len(task['languages'])} languages, {items}. Intervals are bootstraps over items, with all languages "
+                "of an item together."
+            ),
+            "columns": ["condition", "accuracy", "change", "low", "high"],
+            "rows": rows,
+            "effect": {"label": "condition", "value": "change", "low": "low", "high": "high", "better": "higher"},
+        }

@@ -1,32 +1,187 @@
-"""Results of an evaluation: comparisons by task, noise, power, experts, divergence, its correlation with accuracy."""
+"""Results of a study: comparisons by task, noise, power, experts, divergence, its correlation with accuracy."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
 from typing import Any
 
 import numpy as np
 
-from moe_route.analysis import correlation, divergence
+from moe_route.analysis import correlation, divergence, holm, paired_difference, random_control
 from moe_route.analysis.inputs import AnalysisError
 from moe_route.analysis.result import plain
-from moe_route.evaluation.comparison import Answered, compare, mcnemar, power
 from moe_route.evaluation.conditions import AGAIN, BASE, NULL, STEERED, Conditions, FoundExperts, Setting
 from moe_route.evaluation.measure import AskedTask, scorers_of
-from moe_route.evaluation.recipe import Recipe
+from moe_route.evaluation.study import Study
 from moe_route.recording import RoutingStatistics
 
-__all__ = ["results_of"]
+__all__ = ["Answered", "compare", "mcnemar", "power", "results_of"]
+
+_NORMAL = 1.96 + 0.84  # two-sided level .05, power .8
+
+
+@dataclass(frozen=True, eq=False)
+class Answered:
+    """Answers of one condition to one task, on the items that every language has.
+
+    Attributes:
+        items: the items, in the order of the task.
+        languages: in the order of the task.
+        correct: scorer -> bool [items, languages].
+        nats: float64 [items, languages], negative log-probability of the right answer; None for generated answers.
+        tokens: mean number of new tokens per question.
+    """
+
+    items: tuple[str, ...]
+    languages: tuple[str, ...]
+    correct: Mapping[str, np.ndarray]
+    nats: np.ndarray | None
+    tokens: float
+
+    @classmethod
+    def of(cls, records: Sequence[Mapping[str, Any]], items: Sequence[str], scorers: Sequence[str]) -> Answered:
+        """From the result lines of one task. Raises `AnalysisError` if an answer is missing."""
+        languages = tuple(
+            sorted({record["language"] for record in records}, key=lambda name: (name != "eng_Latn", name))
+        )
+        by_key = {(record["item"], record["language"]): record for record in records}
+        missing = [(item, language) for item in items for language in languages if (item, language) not in by_key]
+        if missing:
+            raise AnalysisError(
+                f"no answer to item {missing[0][0]!r} in {missing[0][1]}: run the evaluation to its end"
+            )
+        table = [[by_key[item, language] for language in languages] for item in items]
+        correct = {name: np.array([[one["correct"][name] for one in row] for row in table], bool) for name in scorers}
+        nats = None
+        if records and records[0]["nats"] is not None:
+            nats = np.array([[one["nats"] for one in row] for row in table], float)
+        tokens = float(np.mean([one["tokens"] for row in table for one in row]))
+        return cls(tuple(items), languages, correct, nats, tokens)
+
+    def rows(self, which: np.ndarray) -> Answered:
+        """The answers to some of the items, chosen by a bool [items]."""
+        return Answered(
+            tuple(item for item, kept in zip(self.items, which, strict=True) if kept),
+            self.languages,
+            {name: values[which] for name, values in self.correct.items()},
+            None if self.nats is None else self.nats[which],
+            self.tokens,
+        )
+
+
+def mcnemar(base: np.ndarray, other: np.ndarray) -> tuple[int, int, float]:
+    """McNemar's exact test of two runs on the same questions, bool arrays of one shape.
+
+    Returns (lost, gained, p): questions that only the base run answers, questions that only the other run answers, and
+    the two-sided p-value of a fair coin tossed once for each of them; 1 without any.
+    """
+    from scipy.stats import binomtest
+
+    lost, gained = int((base & ~other).sum()), int((~base & other).sum())
+    return lost, gained, float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
+
+
+def compare(
+    base: Answered,
+    others: Mapping[str, Answered],
+    random: Sequence[str],
+    repeats: Sequence[str],
+    scorer: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Accuracy of the base run, and change of it by each condition; JSON-able.
+
+    The change is the mean over languages, with its interval from a bootstrap over items with all languages of an item
+    together, because they are translations of one another. By language: McNemar's test, corrected by Holm for the
+    number of languages. `random` names the conditions with random experts; every other condition is compared with them,
+    except those of `repeats`, which have no experts of their own.
+    """
+    right, ones = base.correct[scorer].astype(float), np.ones(base.correct[scorer].shape)
+    results: dict[str, Any] = {"base": _accuracy(base, scorer)}
+    for name, answered in others.items():
+        mine = answered.correct[scorer].astype(float)
+        tests = [
+            mcnemar(base.correct[scorer][:, i], answered.correct[scorer][:, i]) for i in range(len(base.languages))
+        ]
+        adjusted = holm([p for _, _, p in tests])
+        entry = _accuracy(answered, scorer)
+        entry["change"] = paired_difference(mine, right, ones, seed=seed).to_dict()
+        entry["by_language"] = {
+            language: {
+                "accuracy": float(mine[:, i].mean()),
+                "change": float(mine[:, i].mean() - right[:, i].mean()),
+                "lost": lost,
+                "gained": gained,
+                "p": p,
+                "p_holm": float(adjusted[i]),
+            }
+            for i, (language, (lost, gained, p)) in enumerate(zip(base.languages, tests, strict=True))
+        }
+        if base.nats is not None and answered.nats is not None:
+            entry["nats_change"] = paired_difference(answered.nats, base.nats, ones, seed=seed).to_dict()
+        drawn = [others[one] for one in random if one in others and one != name]
+        if drawn and name not in (*random, *repeats):
+            # errors in place of hits, since random_control ranks the lowest first
+            control = random_control(
+                1 - mine, np.stack([1 - one.correct[scorer].astype(float) for one in drawn]), 1 - right, ones, seed=seed
+            )
+            entry["against_random"] = {
+                "draws": len(drawn),
+                "change_of_draws": [0.0 - value for value in control.random],
+                "difference": 0.0 - control.difference.value,
+                "low": 0.0 - control.difference.high,
+                "high": 0.0 - control.difference.low,
+                "rank": control.rank,
+                "p": control.p_value,
+            }
+        results[name] = plain(entry)
+    return results
+
+
+def _accuracy(answered: Answered, scorer: str) -> dict[str, Any]:
+    values = answered.correct[scorer]
+    by_language = {language: {"accuracy": float(values[:, i].mean())} for i, language in enumerate(answered.languages)}
+    nats = None if answered.nats is None else float(answered.nats.mean())
+    return {
+        "items": len(answered.items),
+        "accuracy": float(values.mean()),
+        "by_language": by_language,
+        "nats": nats,
+        "tokens": answered.tokens,
+    }
+
+
+def power(base: np.ndarray, other: np.ndarray) -> dict[str, Any]:
+    """What a comparison of two runs can show, bool [items, languages] each; JSON-able.
+
+    `discordant` is the share of questions that only one of them answers, `detectable` the smallest true change of the
+    mean accuracy that a test at level .05 finds in four of five evaluations, if questions were independent of each
+    other, and `detectable_one_language` that of one language. Translations of an item are alike, so that the true
+    figures lie between the two.
+    """
+    items, languages = base.shape
+    share = float((base != other).mean())
+    shift = float(other.mean() - base.mean())
+    spread = sqrt(max(share - shift**2, 0.0))
+    return {
+        "questions": items * languages,
+        "discordant": share,
+        "detectable": _NORMAL * spread / sqrt(items * languages),
+        "detectable_one_language": _NORMAL * spread / sqrt(items),
+    }
+
 
 Lines = Mapping[str, Sequence[Mapping[str, Any]]]  # condition -> result lines
 
 
 def results_of(
-    recipe: Recipe,
+    study: Study,
     tasks: Sequence[AskedTask],
     lines: Lines,
     compared: Conditions,
-    found: FoundExperts,
+    selected: FoundExperts,
     published: Setting,
     chosen: Setting,
     points: Sequence[Mapping[str, Any]],
@@ -34,17 +189,15 @@ def results_of(
 ) -> dict[str, Any]:
     """All results, JSON-able; docs/evaluation.md describes them."""
     swept = bool(points)
-    decided = next(task for task in tasks if task.name == (recipe.sweep.task or tasks[0].name)).items[0::2]
-    by_task = {
-        task.name: _task_results(task, lines, recipe.seeds.bootstrap, decided if swept else ()) for task in tasks
-    }
+    decided = next(task for task in tasks if task.name == (study.sweep.task or tasks[0].name)).items[0::2]
+    by_task = {task.name: _task_results(task, lines, study.seeds.bootstrap, decided if swept else ()) for task in tasks}
     return {
         "settings": {
             "published": {**published.to_dict(), "shown": str(published)},
             "chosen": {**chosen.to_dict(), "shown": str(chosen)},
             "tuned_on_even_items": swept,
         },
-        "experts": _experts(found, chosen),
+        "experts": _experts(selected, chosen),
         "sweep": list(points),
         "conditions": {
             name: {"plan": None if plan is None else plan.hash, "rules": "" if plan is None else repr(plan)}
@@ -52,15 +205,15 @@ def results_of(
         },
         "left_out": dict(compared.left_out),
         "tasks": by_task,
-        "routing": _routing(general, recipe.corpora.reference, by_task),
+        "routing": _routing(general, study.corpora.reference, by_task),
     }
 
 
-def _experts(found: FoundExperts, chosen: Setting) -> list[dict[str, Any]]:
+def _experts(selected: FoundExperts, chosen: Setting) -> list[dict[str, Any]]:
     """Numbers of experts by threshold."""
     entries = []
-    for tau, task in found.task.items():
-        other = found.multilingual[tau]
+    for tau, task in selected.task.items():
+        other = selected.multilingual[tau]
         entries.append(
             {
                 "tau": tau,
@@ -88,7 +241,7 @@ def _task_results(task: AskedTask, lines: Lines, seed: int, decided: Sequence[st
     repeats = (AGAIN, NULL, *per_token)
     parts = {"all": np.ones(len(task.items), bool)} | ({"odd": odd} if odd.any() else {})
     main = "odd" if decided and "odd" in parts else "all"
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "kind": task.kind,
         "scorers": list(scorers),
         "main_scorer": scorers[-1],
@@ -101,10 +254,10 @@ def _task_results(task: AskedTask, lines: Lines, seed: int, decided: Sequence[st
     for part, which in parts.items():
         rows = {name: one.rows(which) for name, one in answered.items()}
         base = rows.pop(BASE)
-        found["comparisons"][part] = {name: compare(base, rows, random, repeats, name, seed) for name in scorers}
+        results["comparisons"][part] = {name: compare(base, rows, random, repeats, name, seed) for name in scorers}
     right = {name: one.correct[scorers[-1]] for name, one in answered.items()}
     lost, gained, p_value = mcnemar(right[BASE], right[AGAIN])
-    found["noise"] = {
+    results["noise"] = {
         "lost": lost,
         "gained": gained,
         "p": p_value,
@@ -112,8 +265,8 @@ def _task_results(task: AskedTask, lines: Lines, seed: int, decided: Sequence[st
         "lines_changed_by_null_plan": _changed(mine[BASE], mine[NULL]),
         "lines": len(mine[BASE]),
     }
-    found["power"] = power(right[BASE][parts[main]], right[STEERED][parts[main]])
-    return found
+    results["power"] = power(right[BASE][parts[main]], right[STEERED][parts[main]])
+    return results
 
 
 def _changed(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> int:

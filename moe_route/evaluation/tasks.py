@@ -1,18 +1,40 @@
-"""Read tasks and corpora from local files: the shipped ones, and the usual data sets as they are distributed."""
+"""Read tasks and corpora from local files, and the answer from what a model wrote.
+
+The shipped tasks are read, and the usual data sets as they are distributed. Of two ways to extract a number,
+`flexible-extract` is that of lm-eval's MGSM tasks, with its faults: it sees no digits but 0-9, and its comparison drops
+punctuation, so that 1.5 equals 15. `normalized` reads numbers in the digits of all scripts, with the usual separators
+of thousands and decimals, and compares values. Numbers in words are read by neither.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+import string
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from moe_route.data import Corpus, CorpusError, Question, Task, demo_problems
 from moe_route.data.languages import flores_code
-from moe_route.evaluation.recipe import CorpusSource, TaskSource, fingerprint
-from moe_route.evaluation.settings import RecipeError
+from moe_route.evaluation.study import CorpusSource, StudyError, TaskSource, fingerprint
 
-__all__ = ["kind_of", "read_source", "read_task", "task_fingerprint"]
+__all__ = [
+    "NUMBER_SCORERS",
+    "Scorer",
+    "channel_of",
+    "corpus_fingerprint",
+    "flexible_extract",
+    "kind_of",
+    "normalized_number",
+    "read_source",
+    "read_task",
+    "task_fingerprint",
+    "until_first",
+]
 
 LETTERS = ("A", "B", "C", "D")
 
@@ -34,26 +56,26 @@ _NATIVE_STEPS = {
 
 
 def read_task(name: str, source: TaskSource, data: Path) -> Task:
-    """Read the questions of a recipe's task; paths are relative to the folder `data`.
+    """Read the questions of a study's task; paths are relative to the folder `data`.
 
-    Raises `RecipeError` for languages and parts that are not there and for a fingerprint that differs, and
+    Raises `StudyError` for languages and parts that are not there and for a fingerprint that differs, and
     `data.CorpusError` for files in another form.
     """
     path = data / source.path
     if source.format != "problems" and not path.exists():
-        raise RecipeError(_not_there(f"tasks.{name}.path", source.path, data))
+        raise StudyError(_not_there(f"tasks.{name}.path", source.path, data))
     questions = [q for q in _TASKS[source.format](path, source) if source.subset in (None, q.subset)]
-    found = _selected(f"tasks.{name}", questions, source)
-    _check_kind(name, kind_of(source, found), found)
-    _check_fingerprint(f"tasks.{name}", source.sha256, task_fingerprint(found))
-    return Task(name, tuple(found))
+    questions_left = _selected(f"tasks.{name}", questions, source)
+    _check_kind(name, kind_of(source, questions_left), questions_left)
+    _check_fingerprint(f"tasks.{name}", source.sha256, task_fingerprint(questions_left))
+    return Task(name, tuple(questions_left))
 
 
 def read_source(name: str, source: CorpusSource, data: Path, reference: str) -> Corpus:
-    """Read a recipe's corpus, with the errors of `read_task`."""
+    """Read a study's corpus, with the errors of `read_task`."""
     path, where = data / source.path, f"corpora.{name}"
     if source.format not in ("shipped", "problems") and not path.exists():
-        raise RecipeError(_not_there(f"{where}.path", source.path, data))
+        raise StudyError(_not_there(f"{where}.path", source.path, data))
     if source.format == "problems":
         corpus = demo_problems().subset(source.subset, languages=[reference]).corpus()
     elif source.format == "records":
@@ -64,10 +86,10 @@ def read_source(name: str, source: CorpusSource, data: Path, reference: str) -> 
     rows = slice(source.skip, None if source.limit is None else source.skip + source.limit)
     kept = {language: corpus[language][rows] for language in corpus.languages}
     if reference not in kept or not kept[reference]:
-        raise RecipeError(f"{where} has no text in {reference}, the language of corpora.reference: add it")
-    found = Corpus(corpus.languages, corpus.items[rows], kept, corpus.name)
-    _check_fingerprint(where, source.sha256, corpus_fingerprint(found))
-    return found
+        raise StudyError(f"{where} has no text in {reference}, the language of corpora.reference: add it")
+    part = Corpus(corpus.languages, corpus.items[rows], kept, corpus.name)
+    _check_fingerprint(where, source.sha256, corpus_fingerprint(part))
+    return part
 
 
 def task_fingerprint(questions: Iterable[Question]) -> str:
@@ -81,7 +103,7 @@ def corpus_fingerprint(corpus: Corpus) -> str:
 
 
 def kind_of(source: TaskSource, questions: Sequence[Question]) -> str:
-    """How the questions are scored: as the recipe says, else as their form suggests."""
+    """How the questions are scored: as the study says, else as their form suggests."""
     if source.kind is not None:
         return source.kind
     if source.format in ("mgsm", "gsm8k"):
@@ -92,7 +114,7 @@ def kind_of(source: TaskSource, questions: Sequence[Question]) -> str:
 def _check_kind(name: str, kind: str, questions: Sequence[Question]) -> None:
     for question in questions if kind == "choice" else ():
         if question.answer not in question.choices or len(set(question.choices)) < 2:
-            raise RecipeError(
+            raise StudyError(
                 f"tasks.{name}.kind is choice, and question {question.item!r} in {question.language} has no choices "
                 "that hold its answer: give them, or take another kind"
             )
@@ -103,24 +125,24 @@ def _selected(where: str, questions: Sequence[Question], source: TaskSource) -> 
     known = tuple(dict.fromkeys(q.language for q in questions))
     for language in source.languages or ():
         if language not in known:
-            raise RecipeError(f"{where}.languages: no questions in {language}, there are {', '.join(known) or 'none'}")
-    found: list[Question] = []
+            raise StudyError(f"{where}.languages: no questions in {language}, there are {', '.join(known) or 'none'}")
+    selected: list[Question] = []
     for language in source.languages or known:
         mine = [q for q in questions if q.language == language]
-        found += mine[source.skip : None if source.limit is None else source.skip + source.limit]
-    if not found:
-        raise RecipeError(f"{where} has no question left: check subset, category, skip and limit")
+        selected += mine[source.skip : None if source.limit is None else source.skip + source.limit]
+    if not selected:
+        raise StudyError(f"{where} has no question left: check subset, category, skip and limit")
     seen: set[tuple[str, str]] = set()
-    for q in found:
+    for q in selected:
         if (q.language, q.item) in seen:
-            raise RecipeError(f"{where}: item {q.item!r} comes twice in {q.language}; give every item a key of its own")
+            raise StudyError(f"{where}: item {q.item!r} comes twice in {q.language}; give every item a key of its own")
         seen.add((q.language, q.item))
-    return found
+    return selected
 
 
-def _check_fingerprint(where: str, wanted: str | None, found: str) -> None:
-    if wanted is not None and wanted != found:
-        raise RecipeError(f"{where}.sha256 is {wanted}, and the data here have {found}: take the data that were meant")
+def _check_fingerprint(where: str, wanted: str | None, given: str) -> None:
+    if wanted is not None and wanted != given:
+        raise StudyError(f"{where}.sha256 is {wanted}, and the data here have {given}: take the data that were meant")
 
 
 def _not_there(where: str, path: str, data: Path) -> str:
@@ -234,7 +256,7 @@ def _records(path: Path, names: Sequence[str], language: str) -> Corpus:
     for number, (place, row) in enumerate(_json_rows(path), 1):
         parts = [str(row[name]).strip() for name in names if str(row.get(name) or "").strip()]
         if not parts:
-            raise CorpusError(f"{place} has none of the fields {', '.join(names)}: name its fields in the recipe")
+            raise CorpusError(f"{place} has none of the fields {', '.join(names)}: name its fields in the study")
         texts.append("\n".join(parts))
         items.append(f"{path.stem}-{number:05d}")
     return Corpus((language,), tuple(items), {language: tuple(texts)}, path.name)
@@ -245,9 +267,9 @@ def _by_language(folder: Path, pattern: str, prefix: str = "") -> Iterator[tuple
     named = {path.stem.removeprefix(prefix): path for path in sorted(folder.glob(pattern)) if path.is_file()}
     if not named:
         raise CorpusError(f"{folder} has no file {pattern}: give the folder that holds one for each language")
-    found = {flores_code(name) or name: path for name, path in named.items()}
-    for language in sorted(found, key=lambda name: (name != "eng_Latn", name)):
-        yield found[language], language
+    by_code = {flores_code(name) or name: path for name, path in named.items()}
+    for language in sorted(by_code, key=lambda name: (name != "eng_Latn", name)):
+        yield by_code[language], language
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -275,3 +297,103 @@ def _text(row: Mapping[str, Any], name: str, place: str) -> str:
     if not str(row.get(name) or "").strip():
         raise CorpusError(f"{place} has no {name!r}: fill it in, or leave the row out")
     return str(row[name])
+
+
+_FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+# a space inside a number is a separator only if it is one of those that keep it on one line
+_THIN = "\u00a0\u2009\u202f"
+_SIGNS = str.maketrans({"\u2212": "-", "\uff0d": "-", "\u066b": ".", "\u066c": ",", "\uff0e": ".", "\uff0c": ","})
+_NUMBER = re.compile(rf"(?<![0-9A-Za-z.,)])-?\d+(?:[.,'\u2019{_THIN}]\d+)*|\d+(?:[.,'\u2019{_THIN}]\d+)*")
+_GROUP = 3  # digits between separators of thousands
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A way to judge an output.
+
+    Attributes:
+        name: as it stands in results.
+        extract: output -> what is taken as its answer, "" if there is none.
+        equal: (extracted, right answer) -> whether they are the same answer.
+    """
+
+    name: str
+    extract: Callable[[str], str]
+    equal: Callable[[str, str], bool]
+
+
+def flexible_extract(output: str) -> str:
+    """The last number of an output, as lm-eval's filter `flexible-extract` of MGSM finds it; "" if there is none."""
+    numbers = _FLEXIBLE.findall(output)
+    return next((part.strip() for part in numbers[-1] if part), "") if numbers else ""
+
+
+def _equal_without_punctuation(extracted: str, answer: str) -> bool:
+    """lm-eval's exact match with `ignore_case` and `ignore_punctuation`."""
+    mine, right = (text.lower().translate(_PUNCTUATION).strip() for text in (extracted, answer))
+    return bool(mine) and mine == right
+
+
+def normalized_number(output: str) -> str:
+    """The last number of an output in plain form, such as "1234.5"; "" if there is none.
+
+    A separator that comes before exactly three digits is one of thousands, unless another kind of separator follows it
+    or the number begins with 0. Of two kinds, the last one is that of decimals. So "1.234" and "1,234" are 1234, while
+    "12,5", "0.125", "1.234,50" and "1,234.50" have decimals.
+    """
+    numbers = _NUMBER.findall(_plain_digits(output))
+    return str(_value(numbers[-1])) if numbers else ""
+
+
+def _plain_digits(text: str) -> str:
+    """The text with the digits of all scripts as 0-9, and usual minus signs and separators as -, . and ,"""
+    digits = ((sign, unicodedata.decimal(sign, None)) for sign in text)
+    return "".join(sign if digit is None else str(digit) for sign, digit in digits).translate(_SIGNS)
+
+
+def _value(number: str) -> str:
+    """Plain form of a number with separators."""
+    negative, digits = number.startswith("-"), number.removeprefix("-")
+    separators = [sign for sign in digits if not sign.isdigit()]
+    whole, decimals = digits, ""
+    if separators and _is_decimal(digits, separators):
+        whole, _, decimals = digits.rpartition(separators[-1])
+    value = Decimal("".join(filter(str.isdigit, whole)) + "." + (decimals or "0"))
+    shown = format(value, "f").rstrip("0").rstrip(".")
+    return f"-{shown}" if negative and value else shown or "0"
+
+
+def _is_decimal(digits: str, separators: Sequence[str]) -> bool:
+    """Whether the last separator of a number begins its decimals."""
+    last, kinds = separators[-1], set(separators)
+    if last not in ".," or separators.count(last) > 1:
+        return False
+    if len(kinds) > 1:
+        return True
+    before, _, after = digits.rpartition(last)
+    return len(after) != _GROUP or len(before) > _GROUP or before.startswith("0")
+
+
+def _equal_values(extracted: str, answer: str) -> bool:
+    return bool(extracted) and extracted == normalized_number(answer)
+
+
+def channel_of(output: str, name: str) -> str:
+    """The text of the last message in a channel of the harmony format (gpt-oss); "" if there is none.
+
+    The output must hold its special tokens. An output that was cut before the channel began has no answer.
+    """
+    _, begin, rest = output.rpartition(f"<|channel|>{name}<|message|>")
+    return re.split(r"<\|(?:return|end|start|call)\|>", rest)[0] if begin else ""
+
+
+def until_first(output: str, stops: Sequence[str]) -> str:
+    """The output up to the first of several texts."""
+    return output[: min((place for stop in stops if (place := output.find(stop)) >= 0), default=len(output))]
+
+
+NUMBER_SCORERS = (
+    Scorer("flexible-extract", flexible_extract, _equal_without_punctuation),
+    Scorer("normalized", normalized_number, _equal_values),
+)

@@ -23,9 +23,6 @@ from torch import Tensor, nn
 
 from moe_route.contract.experts import Activation
 
-__all__ = ["Gate", "gate_of"]
-
-
 DEFAULTS: dict[str, bool] = {
     "has_gate": True,
     "has_bias": False,
@@ -114,7 +111,7 @@ def weight_and_bias(module: Any, name: str) -> tuple[Tensor, Tensor | None]:
     return weight, getattr(module, f"{name}_bias") if flag(module, "has_bias") else None
 
 
-# What stands between the products of a module's experts, if `ops.expert_rows` can compute it: `gate_of`.
+# ---- what stands between the products, if `ops.expert_rows` can compute it
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,6 @@ from moe_route.contract.experts import SeenOutputs
 from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook
 from moe_route.routers.discovery import ModelNotSupportedError, RouterInfo
 
-__all__ = ["NoExpertOutputsError", "OutputSink", "expert_outputs", "experts_of", "watch_experts"]
-
 # Arguments of a module of experts: hidden states [T, H], ids [T, k], weights [T, k].
 _ARGUMENTS = (
     ("hidden_states", "top_k_index", "top_k_weights"),

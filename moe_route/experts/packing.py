@@ -17,8 +17,6 @@ from moe_route.contract.experts import PackedExperts
 from moe_route.experts.layout import compute_dtype, gate_of, obstacle, stored_weights, up_projection, weight_and_bias
 from moe_route.ops.expert_paths import PACKED_DTYPES
 
-__all__ = ["ATTRIBUTE", "PackedWeights", "is_packed", "packed_bytes", "packed_weights", "packing_obstacle"]
-
 ATTRIBUTE = "_moe_route_packed"
 
 

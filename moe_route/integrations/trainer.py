@@ -47,7 +47,6 @@ try:
 except ImportError as error:
     raise ImportError("training by the Trainer needs transformers: pip install 'moe-route[hf]'") from error
 
-__all__ = ["AdapterTrainer", "PlanTrainer", "RoutingCallback"]
 
 _Part = Literal["training", "evaluation"]
 

@@ -19,9 +19,6 @@ from torch import Tensor, nn
 from moe_route.base import files
 from moe_route.base.identity import library_versions
 
-__all__ = ["Checkpoint", "INDEX", "Merged", "RECIPE", "check_alike", "check_descent"]
-
-
 INDEX = "model.safetensors.index.json"
 _ONE_FILE = "model.safetensors"
 
@@ -147,7 +144,7 @@ def tensors_hash(tensors: Iterator[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-# Checks that checkpoints can be merged.
+# ---- checks that checkpoints can be merged
 
 _QUANTIZED = ("I8", "U8", "F8_E4M3", "F8_E5M2", "F4")
 _PROBED = 12  # matrices that are read to see whether two models have one ancestor

@@ -12,8 +12,6 @@ from moe_route.merging.checkpoint import check_alike, check_descent
 from moe_route.merging.layout import Layout
 from moe_route.merging.swapping import Source, opened
 
-__all__ = ["Change", "Difference", "difference"]
-
 
 @dataclass(frozen=True)
 class Change:

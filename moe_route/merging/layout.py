@@ -15,8 +15,6 @@ from torch import Tensor
 
 from moe_route.merging.checkpoint import Checkpoint
 
-__all__ = ["INTERLEAVED", "TRANSPOSED", "Layout", "Place"]
-
 # Architectures that pack experts as [E, in, out] instead of [E, out, in], by `model_type` of their configuration.
 TRANSPOSED = frozenset(("aria", "aria_text", "gpt_oss", "llama4", "llama4_text", "openai_privacy_filter"))
 # Architectures that pack gate and up in alternation instead of one after the other.

@@ -14,10 +14,7 @@ from moe_route.merging.checkpoint import Checkpoint, Merged, check_alike, check_
 from moe_route.merging.layout import Layout
 from moe_route.merging.swapping import Source, opened
 
-__all__ = ["METHODS", "Method", "Scores", "merge", "order_statistics", "pcb_scores", "widen"]
-
-
-# PCB merging: parameters compete within a model and between models (arXiv 2410.02396).
+# ---- PCB merging: parameters compete within a model and between models (arXiv 2410.02396).
 #
 # The differences of a model from its base are one long row of N numbers. The method needs order statistics of that
 # row, so every tensor is read six times: once to count, twice for those of the sizes, twice for those of the scores,
@@ -103,7 +100,7 @@ def _values(keys: Tensor) -> Tensor:
     return bits.to(torch.int32).view(torch.float32)
 
 
-# WIDEN: weights of each column by how far it moved in size and in direction (arXiv 2408.03092).
+# ---- WIDEN: weights of each column by how far it moved in size and in direction (arXiv 2408.03092).
 
 
 def widen(base: Tensor, differences: Tensor) -> Tensor:

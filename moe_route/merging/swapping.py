@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from moe_route.merging.checkpoint import Checkpoint, Merged, check_alike, check_descent
 from moe_route.merging.layout import Layout
 
-__all__ = ["Source", "opened", "swap_experts", "swap_layers"]
-
 Source: TypeAlias = "Checkpoint | nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]"
 _PUBLISHED = 32  # layers of the model of arXiv 2410.01335, with 5 at the bottom, 2 at the top and transitions of 1
 

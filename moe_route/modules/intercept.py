@@ -12,7 +12,10 @@ from typing import Any, Protocol, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-# Read attributes of a module by dotted path, wherever accelerate keeps the tensors.
+logger = logging.getLogger(__name__)
+_graphs_known = 0  # how many Dynamo had made when they were last dropped
+
+# ---- attributes by dotted path, wherever accelerate keeps the tensors
 #
 # accelerate may keep a tensor on the CPU or on disk and move it to its device only while the module's forward runs.
 
@@ -227,13 +230,6 @@ def is_overridden(owner: Any, method: str, attribute: str | None = None) -> bool
     """Whether an object holds another function than its class's `method`, under that name or in `attribute`."""
     own = vars(owner).get(attribute or method)
     return own is not None and getattr(own, "__func__", None) is not getattr(type(owner), method)
-
-
-# Drop the graphs that torch.compile made before hooks of a model changed.
-
-logger = logging.getLogger(__name__)
-
-_graphs_known = 0  # how many Dynamo had made when they were last dropped
 
 
 def drop_graphs(model: nn.Module) -> None:

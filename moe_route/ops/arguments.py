@@ -16,8 +16,6 @@ from moe_route.contract.experts import Activation, PackedExperts
 from moe_route.contract.spec import SCORES, RouterSpec
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 
-__all__ = ["FAILURES", "refuse_types"]
-
 FAILURES = (AttributeError, RuntimeError, TypeError)
 """Exceptions that torch and Python raise for arguments of the wrong type."""
 

@@ -12,8 +12,6 @@ from torch.autograd import forward_ad
 from moe_route.contract.experts import Dispatch
 from moe_route.ops.arguments import FAILURES, refuse_types
 
-__all__ = ["combine", "dispatch", "permute"]
-
 _dispatch = torch.ops.moe_route.dispatch.default
 _permute = torch.ops.moe_route.permute.default
 _combine = torch.ops.moe_route.combine.default

@@ -23,20 +23,6 @@ from torch.autograd import forward_ad
 
 from moe_route import _C
 
-__all__ = [
-    "ACTIVATED",
-    "GROUPED",
-    "PACKED",
-    "PACKED_DTYPES",
-    "PATHS",
-    "STREAMED",
-    "Call",
-    "Path",
-    "choose",
-    "limits",
-    "only",
-]
-
 PACKED, STREAMED, ACTIVATED, GROUPED = "packed", "streamed", "grouped, one activation", "grouped"
 # Without vectors the CPU's expert_rows is right, not fast; with AVX-512 it passes torch's products everywhere.
 _CPU_HAS_VECTORS: bool = _C.best_instruction_set() != "portable"

@@ -12,8 +12,6 @@ from torch.autograd import forward_ad
 from moe_route.contract.experts import KINDS, PAIRINGS, Activation, Dispatch, PackedExperts
 from moe_route.ops.arguments import FAILURES, refuse_types
 
-__all__ = ["expert_activation", "expert_rows", "pack_experts"]
-
 _expert_rows = torch.ops.moe_route.expert_rows.default
 _expert_activation = torch.ops.moe_route.expert_activation.default
 _pack_expert_weight = torch.ops.moe_route.pack_expert_weight.default

@@ -17,8 +17,6 @@ from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.ops.arguments import FAILURES, refuse_types
 
-__all__ = ["observe", "observe_layers", "route", "route_weights"]
-
 _route = torch.ops.moe_route.route.default
 _observe = torch.ops.moe_route.observe.default
 _observe_layers = torch.ops.moe_route.observe_layers.default

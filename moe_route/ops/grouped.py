@@ -18,8 +18,6 @@ from torch.autograd import forward_ad
 
 from moe_route.contract.experts import Dispatch
 
-__all__ = ["grouped_linear"]
-
 
 def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, slots: Dispatch) -> Tensor:
     """Multiply rows [R, in] by the weight [out, in] of their expert and add its bias: [R, out] in the rows' dtype.

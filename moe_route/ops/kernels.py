@@ -8,8 +8,6 @@ import torch
 
 from moe_route import _C
 
-__all__ = ["has_kernels", "load_kernels"]
-
 
 def has_kernels(device: torch.device) -> bool:
     """Whether the operators of this build run on ``device``; tensors without data (meta) need no kernel."""

@@ -18,8 +18,6 @@ from moe_route import _C
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import SteeringTables
 
-__all__ = ["register"]
-
 _LIBRARIES: list[torch.library.Library] = []  # the registrations live as long as these objects
 _AUTOGRAD_KEYS = [
     torch._C.DispatchKey.__members__[name]

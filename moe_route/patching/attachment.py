@@ -22,9 +22,8 @@ from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook, at,
 from moe_route.ops.kernels import has_kernels
 from moe_route.ops.token_rules import fitted
 from moe_route.patching.context import RunningCall
-from moe_route.patching.engine import ChoiceCallback, Engine, FusedEngine, LayerSteering
+from moe_route.patching.engine import ChoiceCallback, Engine, FusedEngine, HookEngine, LayerSteering
 from moe_route.patching.generate import listen_to_generate
-from moe_route.patching.hook import HookEngine
 from moe_route.routers.check import check_router
 from moe_route.routers.discovery import ModelNotSupportedError, RouterInfo, find_routers
 from moe_route.routers.recognize import unreadable

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_route.base.devices import capturing, upload
-from moe_route.calls.cache import CacheLengths
 from moe_route.calls.call import Call, recomputing
 from moe_route.calls.generation import Generation
-from moe_route.calls.reader import CallReader, all_or_mask, tokens_of_patches, valid_tokens
+from moe_route.calls.reader import CacheLengths, CallReader, all_or_mask, tokens_of_patches, valid_tokens
 from moe_route.calls.token_table import (
     CallListener,
     Labels,

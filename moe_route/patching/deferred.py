@@ -32,7 +32,7 @@ Output = tuple[Tensor, ...]
 
 
 class Counted(Protocol):
-    """A router whose output may be counted after the call (`hook.HookEngine`)."""
+    """A router whose output may be counted after the call (`engine.HookEngine`)."""
 
     router: RouterInfo
     spec: RouterSpec

@@ -8,35 +8,40 @@ marker in all figures (:func:`styles`). Lines have their labels at their ends, o
 
 from moe_route.plots.by_layer import alignment, by_script, consistency, correlation, divergence, entropy, load_balance
 from moe_route.plots.expert_flows import expert_flow
-from moe_route.plots.expert_maps import expert_pairs, heat_map, heat_maps
-from moe_route.plots.expert_numbers import expert_counts, expert_sweep, overlap_by_threshold, weight_change
-from moe_route.plots.frame import save, style, styles
-from moe_route.plots.group_pairs import dendrogram, divergence_matrix, overlap, similarity
+from moe_route.plots.expert_maps import heat_map, heat_maps, pairs, weight_change
+from moe_route.plots.expert_numbers import expert_counts, sweep, sweep_overlap
+from moe_route.plots.frame import Lines, save, style, styles
+from moe_route.plots.group_pairs import divergence_matrix, overlap, similarity, tree
 from moe_route.plots.steering_effects import steering_table, strengths
 
 __all__ = [
+    "Lines",
     "alignment",
     "by_script",
     "consistency",
     "correlation",
-    "dendrogram",
     "divergence",
     "divergence_matrix",
     "entropy",
     "expert_counts",
     "expert_flow",
-    "expert_pairs",
-    "expert_sweep",
     "heat_map",
     "heat_maps",
     "load_balance",
     "overlap",
-    "overlap_by_threshold",
+    "pairs",
     "save",
     "similarity",
     "steering_table",
     "strengths",
     "style",
     "styles",
+    "sweep",
+    "sweep_overlap",
+    "tree",
     "weight_change",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -11,11 +11,11 @@ from moe_route.analysis import Alignment, Consistency, Correlation, Divergence, 
 from moe_route.analysis.result import mean_of_seen
 from moe_route.data.languages import language
 from moe_route.plots import frame
+from moe_route.plots.frame import Lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-__all__ = ["alignment", "by_script", "consistency", "correlation", "divergence", "entropy", "load_balance"]
+    from typing_extensions import Unpack
 
 MEASURES = {
     "normalized_jsd": "routing divergence",
@@ -38,19 +38,14 @@ ByLayer = Alignment | Divergence | Entropy | Consistency | LoadBalance
 
 
 def divergence(
-    found: Divergence,
+    divergence: Divergence,
     *,
     ax: Axes | None = None,
-    groups: Sequence[str] | None = None,
-    labels: Mapping[str, str] | None = None,
-    styles: Mapping[str, Any] | None = None,
     interval: float | None = None,
     middle: Sequence[int] | range | None = None,
     floor: bool = False,
     order: Mapping[str, float] | None = None,
-    levels: Mapping[str, str] | None = None,
-    depth: bool = False,
-    title: str | None = None,
+    **look: Unpack[Lines],
 ) -> Axes:
     """Draw divergence by layer, a line per group: the U of multilingual routing [arXiv 2510.04694, fig. 1].
 
@@ -58,22 +53,16 @@ def divergence(
     from the most divergent to the least; with ``order``, in that order.
 
     Args:
-        found: the result of ``analysis.divergence``.
+        divergence: the result of ``analysis.divergence``.
         ax: axes to draw on; by default those of a new figure.
-        groups: the groups to draw; by default all.
-        labels: group -> label; by default the English name of the language (``moe_route.data.languages``).
-        styles: group -> a color, or keyword arguments of ``Axes.plot``, in place of the default from ``styles``.
         interval: level of a bootstrap band around each line (such as 0.95), for paired divergence; the title names it.
         middle: layers to shade, such as those that a plan steers.
-        floor: also draw the mean over the groups drawn of ``found.expected_floor``: what unrelated sentences give.
+        floor: also draw the mean over the groups drawn of ``expected_floor``: what unrelated sentences give.
         order: group -> number, such as the amount of text in the language; a legend then starts with the largest.
-        levels: group -> level, such as "high", "medium" and "low" resources; lines are colored by level, from dark to
-            light, and a legend explains the colors.
-        depth: show relative depth (0: first layer, 1: last) in place of layers, to compare models.
-        title: title above the axes; none by default.
+        look: ``groups``, ``labels``, ``styles``, ``levels``, ``depth`` and ``title`` (:class:`Lines`).
     """
-    quantity = _divergence(found, interval, labels)
-    names = _by_mean(quantity, groups)
+    quantity = _divergence(divergence, interval, look.get("labels"))
+    names = _by_mean(quantity, look)
     if order is not None:
         missing = [name for name in names if name not in order]
         if missing:
@@ -81,108 +70,76 @@ def divergence(
         names.sort(key=lambda name: -order[name])
     ax = frame.new_axes(ax, (6.4, 3.6), len(names) + floor)
     if middle is not None:
-        _shade(ax, middle, len(found.layers) if depth else None)
-    _lines(ax, quantity, names, _styles(quantity, styles, levels), labels, depth)
+        _shade(ax, middle, len(divergence.layers) if look.get("depth") else None)
+    _lines(ax, quantity, names, look)
     if floor:
-        values = mean_of_seen(found.expected_floor[[found.groups.index(name) for name in names]])[0]
-        ax.plot(_places(len(values), depth), values, label="floor", **_FLOOR)
-    return _complete(ax, quantity, names, levels, depth, title, legend=None if order is None else True)
+        _mean_line(ax, "floor", divergence.expected_floor, divergence.groups, names, look)
+    return _complete(ax, quantity, names, look, legend=None if order is None else True)
 
 
 def alignment(
-    found: Alignment,
+    alignment: Alignment,
     *,
     ax: Axes | None = None,
-    groups: Sequence[str] | None = None,
-    labels: Mapping[str, str] | None = None,
-    styles: Mapping[str, Any] | None = None,
     interval: float | None = None,
     chance: bool = True,
-    levels: Mapping[str, str] | None = None,
-    depth: bool = False,
-    title: str | None = None,
+    **look: Unpack[Lines],
 ) -> Axes:
     """Draw alignment with a reference by layer, a line per group: MEXA, retrieval or cosine.
 
     ``chance`` also draws what random pairs of the same sentences give, the mean over the groups drawn. ``interval`` is
     the level of a bootstrap band over sentences. The other arguments are those of ``divergence``.
     """
-    quantity = _alignment(found, interval, labels)
-    names = _by_mean(quantity, groups)
+    quantity = _alignment(alignment, interval, look.get("labels"))
+    names = _by_mean(quantity, look)
     ax = frame.new_axes(ax, (6.4, 3.6), len(names) + chance)
-    _lines(ax, quantity, names, _styles(quantity, styles, levels), labels, depth)
+    _lines(ax, quantity, names, look)
     if chance:
-        values = mean_of_seen(found.chance[[found.groups.index(name) for name in names]])[0]
-        ax.plot(_places(len(values), depth), values, label="chance", **_FLOOR)
-    return _complete(ax, quantity, names, levels, depth, title)
+        _mean_line(ax, "chance", alignment.chance, alignment.groups, names, look)
+    return _complete(ax, quantity, names, look)
 
 
 def entropy(
-    found: Entropy,
+    entropy: Entropy,
     *,
     of: str = "token",
     ax: Axes | None = None,
-    groups: Sequence[str] | None = None,
-    labels: Mapping[str, str] | None = None,
-    styles: Mapping[str, Any] | None = None,
     normalized: bool = True,
     interval: float | None = None,
-    levels: Mapping[str, str] | None = None,
-    depth: bool = False,
-    title: str | None = None,
+    **look: Unpack[Lines],
 ) -> Axes:
     """Draw routing entropy by layer, a line per group: of tokens, of sequences, or the "gap" between the two.
 
     ``normalized`` divides by log E, so that uniform routing is 1; the gap is always in nats. ``interval`` is the level
     of a bootstrap band over sequences (``Entropy.interval``). The other arguments are those of ``divergence``.
     """
-    return _draw(_entropy(found, of, interval, normalized), ax, groups, labels, styles, levels, depth, title)
+    return _draw(_entropy(entropy, of, interval, normalized), ax, look)
 
 
 def consistency(
-    found: Consistency,
-    *,
-    ax: Axes | None = None,
-    groups: Sequence[str] | None = None,
-    labels: Mapping[str, str] | None = None,
-    styles: Mapping[str, Any] | None = None,
-    interval: float | None = None,
-    levels: Mapping[str, str] | None = None,
-    depth: bool = False,
-    title: str | None = None,
+    consistency: Consistency, *, ax: Axes | None = None, interval: float | None = None, **look: Unpack[Lines]
 ) -> Axes:
     """Draw the consistency of routing by layer, a line per group [arXiv 2510.04694, section 4].
 
     ``interval`` is the level of a bootstrap band over sequences around each line, such as 0.95; the title names it. The
     other arguments are those of ``divergence``.
     """
-    return _draw(_consistency(found, interval), ax, groups, labels, styles, levels, depth, title)
+    return _draw(_consistency(consistency, interval), ax, look)
 
 
-def load_balance(
-    found: LoadBalance,
-    *,
-    of: str = "entropy",
-    ax: Axes | None = None,
-    groups: Sequence[str] | None = None,
-    labels: Mapping[str, str] | None = None,
-    styles: Mapping[str, Any] | None = None,
-    levels: Mapping[str, str] | None = None,
-    depth: bool = False,
-    title: str | None = None,
-) -> Axes:
+def load_balance(balance: LoadBalance, *, of: str = "entropy", ax: Axes | None = None, **look: Unpack[Lines]) -> Axes:
     """Draw one measure of the balance of the load by layer, a line per group.
 
     ``of`` is "entropy", "max_share", "max_violation", "variation", "dead", "rare" or "effective". The other arguments
     are those of ``divergence``.
     """
-    ax = _draw(_load(found, of), ax, groups, labels, styles, levels, depth, title)
+    ax = _draw(_load(balance, of), ax, look)
     ax.set_ylim(bottom=0)
     return ax
 
 
 def correlation(
-    found: Correlation,
+    correlation: Correlation,
     *,
     ax: Axes | None = None,
     alpha: float = 0.05,
@@ -197,18 +154,18 @@ def correlation(
     (``Correlation.interval``).
     """
     ax = frame.new_axes(ax, (6.4, 4.2))
-    places = _places(len(found.layers), depth)
+    places = _places(len(correlation.layers), depth)
     pearson, spearman = frame.numbered(0), frame.numbered(1) | {"linestyle": frame.DASHES[1]}
     ax.axhline(0, color=frame.INK, linewidth=0.8)
-    ax.plot(places, found.pearson, label="Pearson r", **pearson)
-    ax.plot(places, found.spearman, label="Spearman ρ", **spearman)
+    ax.plot(places, correlation.pearson, label="Pearson r", **pearson)
+    ax.plot(places, correlation.spearman, label="Spearman ρ", **spearman)
     if interval is not None:
-        low, high = found.interval(interval)
+        low, high = correlation.interval(interval)
         label = f"{interval * 100:g} % interval of r"
         ax.fill_between(places, low, high, color=pearson["color"], alpha=0.15, linewidth=0, label=label)
-    significant = found.p_corrected < alpha
-    others = ~significant & ~np.isnan(found.pearson)
-    corrected = f"corrected for {len(found.layers)} layers"
+    significant = correlation.p_corrected < alpha
+    others = ~significant & ~np.isnan(correlation.pearson)
+    corrected = f"corrected for {len(correlation.layers)} layers"
     kinds = (
         (significant, pearson["color"], f"filled: p < {alpha:g}, {corrected}"),
         (others, "white", f"hollow: p ≥ {alpha:g}, {corrected}"),
@@ -216,41 +173,40 @@ def correlation(
     points = {"linestyle": "none", "marker": "o", "markersize": 4, "markeredgecolor": pearson["color"]}
     for chosen, fill, label in kinds:
         if chosen.any():
-            ax.plot(places[chosen], found.pearson[chosen], markerfacecolor=fill, label=label, **points)
-    name = f"correlation with {found.quantity} {frame.label_of(found.reference, None)}"
-    frame.layer_axes(ax, len(places), name, title, f"n = {len(found.groups)} groups", depth=depth)
+            ax.plot(places[chosen], correlation.pearson[chosen], markerfacecolor=fill, label=label, **points)
+    name = f"correlation with {correlation.quantity} {frame.label_of(correlation.reference, None)}"
+    frame.layer_axes(ax, len(places), name, title, f"n = {len(correlation.groups)} groups", depth=depth)
     ax.set_ylim(-1.05, 1.05)
     frame.legend_above(ax)
     return ax
 
 
 def by_script(
-    found: ByLayer,
+    result: ByLayer,
     *,
     of: str | None = None,
-    groups: Sequence[str] | None = None,
-    labels: Mapping[str, str] | None = None,
-    styles: Mapping[str, Any] | None = None,
     interval: float | None = None,
-    depth: bool = False,
     columns: int | None = None,
-    title: str | None = None,
+    **look: Unpack[Lines],
 ) -> list[Axes]:
     """Draw small multiples of a quantity by layer: a panel per script, with the other languages in grey.
 
     It keeps many languages readable. Scripts with one language share the last panel, with groups that are no language.
 
     Args:
-        found: the result of ``analysis.divergence``, ``entropy``, ``consistency`` or ``load_balance``.
+        result: that of ``analysis.divergence``, ``entropy``, ``consistency`` or ``load_balance``.
         of: what to draw of entropy and load balance, as in ``entropy`` and ``load_balance``.
         columns: panels side by side; by default as many as fit.
-        groups, labels, styles, interval, depth, title: as in ``divergence``; load balance has no interval.
+        interval: as in ``divergence``; load balance has none.
+        look: as in ``divergence``; languages are colored as everywhere, not by ``levels``.
 
     Returns the panels, the one with most languages first.
     """
-    quantity = _quantity(found, of, interval, labels)
-    chosen = _styles(quantity, styles, None)
-    panels = _scripts(_by_mean(quantity, groups))
+    if look.get("levels") is not None:
+        raise ValueError("panels by script color languages, not levels: leave levels out")
+    quantity = _quantity(result, of, interval, look.get("labels"))
+    depth, title = look.get("depth", False), look.get("title")
+    panels = _scripts(_by_mean(quantity, look))
     columns = columns or (1 if (frame.column() or 6.4) < 5 else min(2, len(panels)))
     axes = _grid([len(mine) for mine in panels.values()], columns)
     drawn = [group for of_panel in panels.values() for group in of_panel]
@@ -259,7 +215,7 @@ def by_script(
         for group in drawn:
             if group not in mine:
                 ax.plot(_places(layers, depth), quantity.of(group), color=_GREY, linewidth=0.7, zorder=1)
-        _lines(ax, quantity, mine, chosen, labels, depth)
+        _lines(ax, quantity, mine, look)
         frame.layer_axes(ax, layers, "", script, depth=depth)
         frame.name_lines(ax, legend=False)
     frame.label_outer(axes, columns)
@@ -272,8 +228,7 @@ def by_script(
     return axes
 
 
-# -- inside
-# --------------------------------------------------------------------------------------------------------------
+# ---- what is drawn
 
 
 class _Quantity(NamedTuple):
@@ -294,62 +249,66 @@ class _Quantity(NamedTuple):
         return row
 
 
-def _divergence(found: Divergence, interval: float | None, labels: Mapping[str, str] | None) -> _Quantity:
-    band = None if interval is None else found.interval(interval)
-    note = None if interval is None else f"bands: {interval * 100:g} % interval, bootstrap over {found.pairs} items"
-    name = f"{MEASURES[found.measure]} from {frame.label_of(found.reference, labels)}"
-    return _Quantity(found.values, found.groups, name, band, note, found.correct is None, found.reference)
+def _divergence(away: Divergence, interval: float | None, labels: Mapping[str, str] | None) -> _Quantity:
+    band = None if interval is None else away.interval(interval)
+    note = None if interval is None else f"bands: {interval * 100:g} % interval, bootstrap over {away.pairs} items"
+    name = f"{MEASURES[away.measure]} from {frame.label_of(away.reference, labels)}"
+    return _Quantity(away.values, away.groups, name, band, note, away.correct is None, away.reference)
 
 
-def _alignment(found: Alignment, interval: float | None, labels: Mapping[str, str] | None) -> _Quantity:
-    band = None if interval is None else found.interval(interval)
-    note = None if interval is None else f"bands: {interval * 100:g} % interval, bootstrap over {found.pairs} sentences"
-    name = f"{found.quantity} {frame.label_of(found.reference, labels)}"
-    layers = "layer (0: embedding)" if found.layers[0] == "embedding" else None
-    return _Quantity(found.values, found.groups, name, band, note, found.rule != "cosine", found.reference, layers)
+def _alignment(aligned: Alignment, interval: float | None, labels: Mapping[str, str] | None) -> _Quantity:
+    band = None if interval is None else aligned.interval(interval)
+    note = (
+        None if interval is None else f"bands: {interval * 100:g} % interval, bootstrap over {aligned.pairs} sentences"
+    )
+    name = f"{aligned.quantity} {frame.label_of(aligned.reference, labels)}"
+    layers = "layer (0: embedding)" if aligned.layers[0] == "embedding" else None
+    return _Quantity(
+        aligned.values, aligned.groups, name, band, note, aligned.rule != "cosine", aligned.reference, layers
+    )
 
 
-def _entropy(found: Entropy, of: str, interval: float | None, normalized: bool = True) -> _Quantity:
+def _entropy(entropy: Entropy, of: str, interval: float | None, normalized: bool = True) -> _Quantity:
     if of not in ("token", "sequence", "gap"):
         raise ValueError(f'of must be "token", "sequence" or "gap", not {of!r}')
-    scale = np.log(found.num_experts) if normalized and of != "gap" else 1.0
+    scale = np.log(entropy.num_experts) if normalized and of != "gap" else 1.0
     unit = " / log E" if normalized else " (nats)"
     if of == "gap":
-        values, name = found.gap, "entropy gap within sequences (nats)"
+        values, name = entropy.gap, "entropy gap within sequences (nats)"
     else:
-        values = found.normalized(of) if normalized else found.values(of)  # type: ignore[arg-type]
+        values = entropy.normalized(of) if normalized else entropy.values(of)  # type: ignore[arg-type]
         name = f"{of} entropy{unit}"
     band = None
     if interval is not None:
-        low, high = found.interval(interval, of=of)  # type: ignore[arg-type]
+        low, high = entropy.interval(interval, of=of)  # type: ignore[arg-type]
         band = (low / scale, high / scale)
-    return _Quantity(values, tuple(found.groups), name, band, _over_sequences(interval, found.sequence_values))
+    return _Quantity(values, tuple(entropy.groups), name, band, _over_sequences(interval, entropy.sequence_values))
 
 
-def _consistency(found: Consistency, interval: float | None) -> _Quantity:
-    band = None if interval is None else found.interval(interval)
-    note = _over_sequences(interval, found.sequence_values)
-    return _Quantity(found.values, found.groups, "Jaccard index of two tokens' experts", band, note, from_zero=True)
+def _consistency(alike: Consistency, interval: float | None) -> _Quantity:
+    band = None if interval is None else alike.interval(interval)
+    note = _over_sequences(interval, alike.sequence_values)
+    return _Quantity(alike.values, alike.groups, "Jaccard index of two tokens' experts", band, note, from_zero=True)
 
 
-def _load(found: LoadBalance, of: str) -> _Quantity:
+def _load(balance: LoadBalance, of: str) -> _Quantity:
     if of not in _LOAD:
         raise ValueError(f"of must be one of {', '.join(_LOAD)}, not {of!r}")
-    return _Quantity(getattr(found, of), tuple(found.groups), _LOAD[of])
+    return _Quantity(getattr(balance, of), tuple(balance.groups), _LOAD[of])
 
 
-def _quantity(found: ByLayer, of: str | None, interval: float | None, labels: Mapping[str, str] | None) -> _Quantity:
-    if isinstance(found, Entropy):
-        return _entropy(found, of or "token", interval)
-    if isinstance(found, LoadBalance):
+def _quantity(result: ByLayer, of: str | None, interval: float | None, labels: Mapping[str, str] | None) -> _Quantity:
+    if isinstance(result, Entropy):
+        return _entropy(result, of or "token", interval)
+    if isinstance(result, LoadBalance):
         if interval is not None:
             raise ValueError("load balance has no interval: leave interval out")
-        return _load(found, of or "entropy")
+        return _load(result, of or "entropy")
     if of is not None:
         raise ValueError("of is for entropy and load balance: leave it out")
-    if isinstance(found, Alignment):
-        return _alignment(found, interval, labels)
-    return _consistency(found, interval) if isinstance(found, Consistency) else _divergence(found, interval, labels)
+    if isinstance(result, Alignment):
+        return _alignment(result, interval, labels)
+    return _consistency(result, interval) if isinstance(result, Consistency) else _divergence(result, interval, labels)
 
 
 def _over_sequences(interval: float | None, values: Sequence[np.ndarray] | None) -> str | None:
@@ -365,15 +324,15 @@ def _scripts(names: Sequence[str]) -> dict[str, list[str]]:
     """Script -> groups, the script with most groups first; single ones together at the end."""
     of_script: dict[str, list[str]] = {}
     for name in names:
-        found = language(name)
-        of_script.setdefault("" if found is None else f"{found.script_name} script", []).append(name)
+        known = language(name)
+        of_script.setdefault("" if known is None else f"{known.script_name} script", []).append(name)
     many = {script: mine for script, mine in of_script.items() if script and len(mine) > 1}
-    found_order = dict(sorted(many.items(), key=lambda item: -len(item[1])))
+    ordered = dict(sorted(many.items(), key=lambda item: -len(item[1])))
     rest = [name for name in names if not any(name in mine for mine in many.values())]
     if rest:
         scripted = any(language(name) is not None for name in rest)
-        found_order["other scripts" if many and scripted else "groups" if not scripted else "all scripts"] = rest
-    return found_order
+        ordered["other scripts" if many and scripted else "groups" if not scripted else "all scripts"] = rest
+    return ordered
 
 
 def _grid(labels: Sequence[int], columns: int) -> list[Axes]:
@@ -389,59 +348,38 @@ def _places(layers: int, depth: bool) -> np.ndarray:
     return np.arange(layers) / max(layers - 1, 1) if depth else np.arange(layers)
 
 
-def _draw(
-    quantity: _Quantity,
-    ax: Axes | None,
-    groups: Sequence[str] | None,
-    labels: Mapping[str, str] | None,
-    styles: Mapping[str, Any] | None,
-    levels: Mapping[str, str] | None,
-    depth: bool,
-    title: str | None,
-) -> Axes:
+def _draw(quantity: _Quantity, ax: Axes | None, look: Lines) -> Axes:
     """A line per group, with its name."""
-    names = _by_mean(quantity, groups)
+    names = _by_mean(quantity, look)
     ax = frame.new_axes(ax, (6.4, 3.6), len(names))
-    _lines(ax, quantity, names, _styles(quantity, styles, levels), labels, depth)
-    return _complete(ax, quantity, names, levels, depth, title)
+    _lines(ax, quantity, names, look)
+    return _complete(ax, quantity, names, look)
 
 
-def _styles(
-    quantity: _Quantity, given: Mapping[str, Any] | None, levels: Mapping[str, str] | None
-) -> dict[str, dict[str, Any]]:
-    reference = () if quantity.reference is None else (quantity.reference,)
-    return frame.chosen_styles((*quantity.groups, *reference), given, levels)
-
-
-def _lines(
-    ax: Axes,
-    quantity: _Quantity,
-    names: Sequence[str],
-    chosen: Mapping[str, Mapping[str, Any]],
-    labels: Mapping[str, str] | None,
-    depth: bool,
-) -> None:
+def _lines(ax: Axes, quantity: _Quantity, names: Sequence[str], look: Lines) -> None:
     """A line per name, and a band around it."""
-    places = _places(quantity.values.shape[1], depth)
-    for name, label in zip(names, frame.labels_of(names, labels), strict=True):
+    every = quantity.groups if quantity.reference is None else (*quantity.groups, quantity.reference)
+    chosen = frame.chosen_styles(every, look.get("styles"), look.get("levels"))
+    places = _places(quantity.values.shape[1], look.get("depth", False))
+    for name, label in zip(names, frame.labels_of(names, look.get("labels")), strict=True):
         ax.plot(places, quantity.of(name), label=label, **chosen[name])
         if quantity.band is not None:
             low, high = (end[quantity.groups.index(name)] for end in quantity.band)
             ax.fill_between(places, low, high, color=chosen[name]["color"], alpha=0.15, linewidth=0)
 
 
-def _complete(
-    ax: Axes,
-    quantity: _Quantity,
-    names: Sequence[str],
-    levels: Mapping[str, str] | None,
-    depth: bool,
-    title: str | None,
-    *,
-    legend: bool | None = None,
-) -> Axes:
+def _mean_line(
+    ax: Axes, label: str, values: np.ndarray, groups: Sequence[str], names: Sequence[str], look: Lines
+) -> None:
+    """The mean of values [G, L] over the groups drawn, as a grey line."""
+    mean = mean_of_seen(values[[groups.index(name) for name in names]])[0]
+    ax.plot(_places(len(mean), look.get("depth", False)), mean, label=label, **_FLOOR)
+
+
+def _complete(ax: Axes, quantity: _Quantity, names: Sequence[str], look: Lines, *, legend: bool | None = None) -> Axes:
     """Axes, title and note of a quantity, the names of its lines, and a legend of levels."""
-    frame.layer_axes(ax, quantity.values.shape[1], quantity.name, title, quantity.note, depth=depth)
+    depth, levels = look.get("depth", False), look.get("levels")
+    frame.layer_axes(ax, quantity.values.shape[1], quantity.name, look.get("title"), quantity.note, depth=depth)
     if quantity.layers is not None and not depth:
         ax.set_xlabel(quantity.layers)
     if quantity.from_zero:
@@ -473,9 +411,12 @@ def _shade(ax: Axes, layers: Sequence[int] | range, of: int | None) -> None:
         ax.axvspan((start - 0.5) / scale, (end + 0.5) / scale, color="#f0f0f0", linewidth=0, zorder=0)
 
 
-def _by_mean(quantity: _Quantity, wanted: Sequence[str] | None) -> list[str]:
-    """The wanted groups in decreasing order of their mean, so that a legend has the order of the lines."""
-    return sorted(frame.known(quantity.groups, wanted), key=lambda group: -_mean(quantity.of(group)))
+def _by_mean(quantity: _Quantity, look: Lines) -> list[str]:
+    """The groups to draw in decreasing order of their mean, so that a legend has the order of the lines."""
+    unknown = [name for name in look if name not in Lines.__annotations__]
+    if unknown:
+        raise TypeError(f"no argument {unknown[0]!r}: lines take {', '.join(Lines.__annotations__)}")
+    return sorted(frame.known(quantity.groups, look.get("groups")), key=lambda group: -_mean(quantity.of(group)))
 
 
 def _mean(values: np.ndarray) -> float:

@@ -109,12 +109,12 @@ def spread(wanted: np.ndarray, sizes: np.ndarray, low: float = -np.inf, high: fl
         while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
             (b, m), (a, n) = blocks.pop(), blocks.pop()
             blocks.append(((a * n + b * m) / (n + m), n + m))
-    found = np.concatenate([np.full(n, value) for value, n in blocks]) if blocks else size
+    centers = np.concatenate([np.full(n, value) for value, n in blocks]) if blocks else size
     if len(size):
         first, last = low + size[0] / 2, high - size[-1] / 2 - offset[-1]
-        found = np.clip(found, first, last) if first <= last else np.full(len(size), (first + last) / 2)
+        centers = np.clip(centers, first, last) if first <= last else np.full(len(size), (first + last) / 2)
     places = np.empty(len(size))
-    places[order] = found + offset
+    places[order] = centers + offset
     return places
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_route.analysis.measures import ratio
 from moe_route.plots import frame
 from moe_route.plots.frame import styles
 
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from moe_route.recording import RoutingStatistics
-
-__all__ = ["expert_flow"]
 
 _COMMON = "#b8b8b8"
 _WIDEST = 0.08  # of the height of a panel, the largest flow
@@ -27,7 +26,7 @@ _CURVE = np.linspace(0.0, 1.0, 24)
 
 
 def expert_flow(
-    found: RoutingStatistics,
+    statistics: RoutingStatistics,
     groups: Sequence[str] | None = None,
     *,
     reference: str | None = None,
@@ -48,7 +47,7 @@ def expert_flow(
     share, 1 minus the total variation distance of the pairs, mean over layers.
 
     Args:
-        found: ``RoutingStatistics`` recorded with ``record(pairs=True)``.
+        statistics: ``RoutingStatistics`` recorded with ``record(pairs=True)``.
         groups: the groups to draw; by default all but the reference.
         reference: the group to compare with.
         flows: number of flows to draw between two layers, the largest of the group or of the reference; by default 10
@@ -60,21 +59,21 @@ def expert_flow(
     Returns the axes of the panels. Raises ``ValueError`` for statistics without pairs or with a single layer, for
     unknown groups, for groups without tokens, and for fewer than one flow.
     """
-    flows = 10 * max(found.top_k) if flows is None else flows
+    flows = 10 * max(statistics.top_k) if flows is None else flows
     if flows < 1:
         raise ValueError(f"flows must be 1 or more, not {flows}")
-    if len(found.layers) < 2:
+    if len(statistics.layers) < 2:
         raise ValueError("a flow needs two layers or more: leave layers out of select()")
-    wanted = [name for name in frame.known(found.groups, groups) if name != reference]
+    wanted = [name for name in frame.known(statistics.groups, groups) if name != reference]
     if not wanted:
         raise ValueError("there is no group to draw besides the reference: name others")
-    shares = {name: _shares(found, name) for name in dict.fromkeys([*wanted, *([reference] if reference else [])])}
+    shares = {name: _shares(statistics, name) for name in dict.fromkeys([*wanted, *([reference] if reference else [])])}
     pairs = [(shares[name], shares[reference or name]) for name in wanted]
     kept = [_largest(np.maximum(*pair), flows) for pair in pairs]
     columns = columns or min(len(wanted), 2 if (frame.column() or 6.4) < 5 else 3)
     axes, height = _panels(len(wanted), columns, reference is not None)
     scale = _points_per_share(pairs, kept, height)
-    places = _places(found, wanted if reference is None else [reference])
+    places = _places(statistics, wanted if reference is None else [reference])
     color = {name: style["color"] for name, style in styles(shares).items()}
     if reference is not None and color[reference] in [color[name] for name in wanted]:
         color[reference] = frame.INK  # languages of two scripts may share a color
@@ -112,23 +111,23 @@ def _explain(figure: Figure, title: str, reference: str | None) -> None:
     figure.supylabel(side, fontsize="medium", multialignment="center")
 
 
-def _shares(found: RoutingStatistics, group: str) -> np.ndarray:
+def _shares(statistics: RoutingStatistics, group: str) -> np.ndarray:
     """Share of each pair among all pairs of two layers, float64 [L - 1, E, E]; 0 between layers without tokens."""
-    if group not in found.groups:
-        raise ValueError(f"name one of the groups: {', '.join(found.groups)}")
-    counts = found.transitions[found.groups.index(group)].astype(np.float64)
+    if group not in statistics.groups:
+        raise ValueError(f"name one of the groups: {', '.join(statistics.groups)}")
+    counts = statistics.transitions[statistics.groups.index(group)].astype(np.float64)
     if not counts.any():
         raise ValueError(f"no token of {group} was counted: leave it out")
     total = counts.sum((1, 2), keepdims=True)
-    return np.divide(counts, total, out=np.zeros(counts.shape), where=total > 0)
+    return ratio(counts, total, empty=0.0)
 
 
 def _largest(shares: np.ndarray, flows: int) -> np.ndarray:
     """Where the largest flows between two layers are, bool in the shape of ``shares``."""
     flat = shares.reshape(len(shares), -1)
-    found = np.zeros(flat.shape, dtype=bool)
-    np.put_along_axis(found, np.argsort(-flat, axis=1, kind="stable")[:, :flows], True, axis=1)
-    return (found & (flat > 0)).reshape(shares.shape)
+    largest = np.zeros(flat.shape, dtype=bool)
+    np.put_along_axis(largest, np.argsort(-flat, axis=1, kind="stable")[:, :flows], True, axis=1)
+    return (largest & (flat > 0)).reshape(shares.shape)
 
 
 def _points_per_share(pairs: list[tuple[np.ndarray, np.ndarray]], kept: list[np.ndarray], height: float) -> float:
@@ -138,15 +137,15 @@ def _points_per_share(pairs: list[tuple[np.ndarray, np.ndarray]], kept: list[np.
     return height * min(_WIDEST / largest, _FULLEST / fullest)
 
 
-def _places(found: RoutingStatistics, groups: Sequence[str]) -> list[np.ndarray]:
+def _places(statistics: RoutingStatistics, groups: Sequence[str]) -> list[np.ndarray]:
     """Place of each expert of a layer, 0 for the one that these groups choose most often."""
-    rows = [found.groups.index(group) for group in groups]
-    frequency = np.nan_to_num(found.frequency(by="token")[rows]).mean(0)
+    rows = [statistics.groups.index(group) for group in groups]
+    frequency = np.nan_to_num(statistics.frequency(by="token")[rows]).mean(0)
     ranks = [
         np.argsort(np.argsort(-of_layer[:size], kind="stable"), kind="stable").astype(float)
-        for of_layer, size in zip(frequency, found.num_experts, strict=True)
+        for of_layer, size in zip(frequency, statistics.num_experts, strict=True)
     ]
-    return [np.sqrt(rank) for rank in ranks] if max(found.num_experts) > _MANY else ranks
+    return [np.sqrt(rank) for rank in ranks] if max(statistics.num_experts) > _MANY else ranks
 
 
 def _draw(

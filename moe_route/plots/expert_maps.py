@@ -1,4 +1,4 @@
-"""Experts by layer as heat maps, and pairs of experts."""
+"""Experts by layer as heat maps: how often they are chosen, how far fine-tuning moved them; and pairs of experts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_route.analysis import Coactivation, Transitions
+from moe_route.merging import Difference
 from moe_route.plots import frame
 from moe_route.steering import ExpertSelection
 
@@ -16,13 +17,11 @@ if TYPE_CHECKING:
 
     from moe_route.recording import RoutingStatistics
 
-__all__ = ["diverging_limit", "expert_pairs", "heat_map", "heat_maps"]
-
 _LARGE = 32  # experts per layer from which on rows are too thin to be read one by one
 
 
 def heat_map(
-    found: RoutingStatistics | np.ndarray,
+    source: RoutingStatistics | np.ndarray,
     group: str | None = None,
     *,
     reference: str | None = None,
@@ -42,7 +41,7 @@ def heat_map(
     the range; the label of the color bar says what share of the cells lies beyond.
 
     Args:
-        found: ``RoutingStatistics``, or an array [layer, expert], such as the result of ``analysis.expert_difference``.
+        source: ``RoutingStatistics``, or an array [layer, expert], such as that of ``analysis.expert_difference``.
             An array with negative values is drawn as a difference.
         group: group of the statistics; by default the only one.
         reference: show the difference from this group.
@@ -54,7 +53,7 @@ def heat_map(
         limit: end of the color range, the same for several maps.
         title: title above the axes; none by default.
     """
-    values, sizes, name = _heat_values(found, group, reference, phase, by)
+    values, sizes, name = _heat_values(source, group, reference, phase, by)
     ax = frame.new_axes(ax, (6.4, 4.0))
     values = np.where(np.arange(values.shape[1]) < np.asarray(sizes)[:, None], values, np.nan)
     if np.isnan(values).all():
@@ -64,15 +63,11 @@ def heat_map(
     shown = np.full_like(values, np.nan)
     np.put_along_axis(shown, rows, values, axis=1)
     image = _show(ax, shown, name, limit, colorbar, upper=ranked)
-    ax.set_xlabel("MoE layer")
-    ax.set_ylabel("experts of a layer, by rank" if ranked else "expert")
-    frame.whole_ticks(ax.xaxis)
-    frame.whole_ticks(ax.yaxis)
     image.set_gid("experts")
     named = (10 if top is None else top) if ranked else 0
     note = f"above: numbers of the {named} experts with the largest values" if named else None
     marks = None if selected is None or not colorbar else f"circles: {len(selected)} selected experts"
-    frame.titled(ax, title, marks, note)
+    frame.map_axes(ax, "MoE layer", "experts of a layer, by rank" if ranked else "expert", title, marks, note)
     if named:
         _name_top(ax, values, named)
     if selected is not None:
@@ -81,7 +76,7 @@ def heat_map(
 
 
 def heat_maps(
-    found: RoutingStatistics,
+    statistics: RoutingStatistics,
     groups: Sequence[str] | None = None,
     *,
     reference: str | None = None,
@@ -98,10 +93,10 @@ def heat_maps(
     by side. The other arguments are those of ``heat_map``, whose experts are not named here. Returns the axes of the
     maps.
     """
-    wanted = [name for name in frame.known(found.groups, groups) if name != reference]
+    wanted = [name for name in frame.known(statistics.groups, groups) if name != reference]
     if not wanted:
         raise ValueError("there is no group to draw besides the reference: name others")
-    maps = {name: _heat_values(found, name, reference, phase, by)[0] for name in wanted}
+    maps = {name: _heat_values(statistics, name, reference, phase, by)[0] for name in wanted}
     every = np.stack(list(maps.values()))
     if np.isnan(every).all():
         raise ValueError("there is nothing to draw: no token of these groups was counted")
@@ -112,7 +107,7 @@ def heat_maps(
     axes = frame.panels(figure, len(wanted), columns)
     look: dict[str, Any] = {"phase": phase, "by": by, "sort": sort, "top": 0, "colorbar": False, "selected": selected}
     for ax, name in zip(axes, wanted, strict=True):
-        heat_map(found, name, reference=reference, ax=ax, limit=limit, title=frame.label_of(name, None), **look)
+        heat_map(statistics, name, reference=reference, ax=ax, limit=limit, title=frame.label_of(name, None), **look)
     frame.label_outer(axes, columns)
     name = "frequency" if reference is None else f"frequency - that of {frame.label_of(reference, None)}"
     frame.color_bar(axes[0].images[0], axes, f"{name}{_beyond(every, limit)}", extend=_extend(every, limit))
@@ -124,32 +119,42 @@ def heat_maps(
     return axes
 
 
-def expert_pairs(
-    found: Coactivation | Transitions, layer: int, *, ax: Axes | None = None, title: str | None = None
-) -> Axes:
+def pairs(pairs: Coactivation | Transitions, layer: int, *, ax: Axes | None = None, title: str | None = None) -> Axes:
     """Draw how experts go together in a layer, or from it to the next, as a matrix of P(other | expert).
 
     Args:
-        found: the result of ``analysis.coactivation`` or ``analysis.transitions``.
+        pairs: the result of ``analysis.coactivation`` or ``analysis.transitions``.
         layer: the layer, as an index from 0.
     """
-    after = isinstance(found, Transitions)
-    values = found.conditional if isinstance(found, Transitions) else found.values("conditional")
+    after = isinstance(pairs, Transitions)
+    values = pairs.conditional if isinstance(pairs, Transitions) else pairs.values("conditional")
     if not 0 <= layer < len(values):
         raise ValueError(f"there is no layer {layer} to draw: 0 to {len(values) - 1}")
-    rows, columns = found.num_experts[layer], found.num_experts[layer + after]
+    rows, columns = pairs.num_experts[layer], pairs.num_experts[layer + after]
     ax = frame.new_axes(ax, (4.6, 4.0))
     shown = values[layer, :rows, :columns]
     if np.isnan(shown).all():
         raise ValueError("there is nothing to draw: no token of these groups was counted in this layer")
     ax.set_facecolor(frame.GRID)
     image = ax.imshow(shown, origin="lower", interpolation="nearest", cmap="Blues", vmin=0.0)
-    ax.set_ylabel(f"expert of layer {layer}")
-    ax.set_xlabel(f"expert of layer {layer + after}")
-    frame.whole_ticks(ax.xaxis)
-    frame.whole_ticks(ax.yaxis)
-    frame.titled(ax, title)
+    frame.map_axes(ax, f"expert of layer {layer + after}", f"expert of layer {layer}", title)
     frame.color_bar(image, ax, "share of the row's tokens")
+    return ax
+
+
+def weight_change(difference: Difference, *, ax: Axes | None = None, title: str | None = None) -> Axes:
+    """Draw how far fine-tuning moved each expert of each layer, in percent of the size of its weights.
+
+    Args:
+        difference: the result of ``merging.difference``.
+        title: title above the axes; none by default.
+
+    Raises ``ValueError`` for a model without experts.
+    """
+    values = 100.0 * difference.experts()
+    ax = frame.new_axes(ax, (6.4, 4.0))
+    _show(ax, values, "change of weights (%)", None, True, upper=False)
+    frame.map_axes(ax, "MoE layer", "expert", title)
     return ax
 
 
@@ -157,10 +162,6 @@ def diverging_limit(values: np.ndarray) -> float:
     """End of a color range on both sides of zero: the 98th percentile of absolute values, 1 if all are zero."""
     sizes = np.abs(values[~np.isnan(values)])
     return float(np.percentile(sizes, 98)) or float(sizes.max()) or 1.0
-
-
-# -- inside
-# --------------------------------------------------------------------------------------------------------------
 
 
 def _show(ax: Axes, shown: np.ndarray, name: str, limit: float | None, colorbar: bool, upper: bool) -> Any:
@@ -230,24 +231,24 @@ def _mark(ax: Axes, selected: ExpertSelection, rows: np.ndarray, shape: tuple[in
 
 
 def _heat_values(
-    found: Any, group: str | None, reference: str | None, phase: str | None, by: str
+    source: Any, group: str | None, reference: str | None, phase: str | None, by: str
 ) -> tuple[np.ndarray, Sequence[int], str]:
-    if isinstance(found, np.ndarray):
-        if found.ndim != 2 or group is not None or reference is not None:
+    if isinstance(source, np.ndarray):
+        if source.ndim != 2 or group is not None or reference is not None:
             raise ValueError("an array must be [layer, expert], without group and reference")
-        return found, [found.shape[1]] * len(found), "difference of frequency" if (found < 0).any() else "frequency"
-    frequency = found.frequency(phase, by)
-    index = [_group_row(found, name) for name in (group, reference) if name is not None or name is group]
-    label = frame.label_of(found.groups[index[0]], None)
+        return source, [source.shape[1]] * len(source), "difference of frequency" if (source < 0).any() else "frequency"
+    frequency = source.frequency(phase, by)
+    index = [_group_row(source, name) for name in (group, reference) if name is not None or name is group]
+    label = frame.label_of(source.groups[index[0]], None)
     if reference is None:
-        return frequency[index[0]], found.num_experts, f"frequency ({label})"
+        return frequency[index[0]], source.num_experts, f"frequency ({label})"
     name = f"frequency, {label} - {frame.label_of(reference, None)}"
-    return frequency[index[0]] - frequency[index[1]], found.num_experts, name
+    return frequency[index[0]] - frequency[index[1]], source.num_experts, name
 
 
-def _group_row(found: Any, group: str | None) -> int:
-    if group is None and len(found.groups) == 1:
+def _group_row(statistics: Any, group: str | None) -> int:
+    if group is None and len(statistics.groups) == 1:
         return 0
-    if group not in found.groups:
-        raise ValueError(f"name one of the groups: {', '.join(found.groups)}")
-    return int(found.groups.index(group))
+    if group not in statistics.groups:
+        raise ValueError(f"name one of the groups: {', '.join(statistics.groups)}")
+    return int(statistics.groups.index(group))

@@ -1,4 +1,4 @@
-"""Numbers of selected experts, by layer and by threshold."""
+"""Numbers of selected experts by layer and by threshold."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_route.analysis import Sweep
-from moe_route.merging import Difference
 from moe_route.plots import frame
 from moe_route.steering import ExpertSelection
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-__all__ = ["expert_counts", "expert_sweep", "overlap_by_threshold", "weight_change"]
 
 
 def expert_counts(
@@ -41,7 +38,7 @@ def expert_counts(
     named = _named(selections)
     ax = frame.new_axes(ax, (6.4, 3.4))
     layers = num_layers if num_layers is not None else max(map(_num_layers, named.values()))
-    counts = {name: _counts(found, layers) for name, found in named.items()}
+    counts = {name: _counts(selection, layers) for name, selection in named.items()}
     if overlap and len(named) != 2:
         raise ValueError(f"overlap needs two selections, not {len(named)}")
     if _nested(list(named.values())) and not overlap:
@@ -61,14 +58,14 @@ def expert_counts(
     return ax
 
 
-def expert_sweep(
-    found: Sweep, *, of: str = "task", ax: Axes | None = None, title: str | None = None, colorbar: bool = True
+def sweep(
+    sweep: Sweep, *, of: str = "task", ax: Axes | None = None, title: str | None = None, colorbar: bool = True
 ) -> Axes:
     """Draw the number of experts by layer and threshold as a heat map: "task", "multilingual" or "both"."""
     names = {"task": "task experts", "multilingual": "multilingual experts", "both": "experts in both sets"}
     if of not in names:
         raise ValueError(f'of must be "task", "multilingual" or "both", not {of!r}')
-    values = getattr(found, of)[:, list(found.layers)].astype(np.float64)
+    values = getattr(sweep, of)[:, list(sweep.layers)].astype(np.float64)
     ax = frame.new_axes(ax, (6.4, 3.4))
     limit = float(values.max()) or 1.0
     shown = np.where(values > 0, values, np.nan)
@@ -76,8 +73,8 @@ def expert_sweep(
     image = ax.imshow(shown, vmin=0.0, vmax=limit, **look)
     ax.set_xlabel("MoE layer")
     ax.set_ylabel("threshold")
-    ax.set_xticks(*_few(list(map(str, found.layers)), 16))
-    ax.set_yticks(*_few([f"{threshold:g}" for threshold in found.thresholds], 13))
+    ax.set_xticks(*_few(list(map(str, sweep.layers)), 16))
+    ax.set_yticks(*_few([f"{threshold:g}" for threshold in sweep.thresholds], 13))
     frame.titled(ax, title)
     if values.size <= 160 and (frame.column() or 6.4) > 5:
         for row, column in np.argwhere(values > 0):
@@ -88,7 +85,7 @@ def expert_sweep(
     return ax
 
 
-def overlap_by_threshold(found: Sweep, *, ax: Axes | None = None, title: str | None = None) -> Axes:
+def sweep_overlap(sweep: Sweep, *, ax: Axes | None = None, title: str | None = None) -> Axes:
     """Draw the number of task experts, of multilingual experts and of both by threshold, and what chance would share.
 
     A vertical line marks the threshold from which on no expert is in both sets. The axis of numbers is logarithmic
@@ -97,26 +94,22 @@ def overlap_by_threshold(found: Sweep, *, ax: Axes | None = None, title: str | N
     from matplotlib.ticker import StrMethodFormatter
 
     ax = frame.new_axes(ax, (6.4, 3.6))
-    both = found.both.sum(1)
-    lines = (("task experts", found.task.sum(1)), ("multilingual experts", found.multilingual.sum(1)), ("both", both))
+    both = sweep.both.sum(1)
+    lines = (("task experts", sweep.task.sum(1)), ("multilingual experts", sweep.multilingual.sum(1)), ("both", both))
     for number, (name, values) in enumerate(lines):
-        ax.plot(found.thresholds, values, label=name, marker="o", markersize=3, **frame.numbered(number))
+        ax.plot(sweep.thresholds, values, label=name, marker="o", markersize=3, **frame.numbered(number))
     chance = frame.numbered(2) | {"linestyle": frame.DASHES[2]}
-    ax.plot(found.thresholds, found.expected, label="both, by chance", **chance)
-    ax.axvline(found.separate_from, color=frame.INK, linewidth=0.8)
+    ax.plot(sweep.thresholds, sweep.expected, label="both, by chance", **chance)
+    ax.axvline(sweep.separate_from, color=frame.INK, linewidth=0.8)
     ax.set_yscale("symlog", linthresh=1.0)
     ax.set_ylim(0, 1.4 * max(float(values.max()) for _, values in lines) + 1)
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.set_xlabel("threshold")
     ax.set_ylabel("experts")
-    from_here_on = np.ceil(round(found.separate_from * 1000, 6)) / 1000  # rounded up, else an expert is left in both
+    from_here_on = np.ceil(round(sweep.separate_from * 1000, 6)) / 1000  # rounded up, else an expert is left in both
     frame.plain_frame(ax, title, f"line: no expert in both sets from {from_here_on:g} on")
     frame.legend_above(ax)
     return ax
-
-
-# -- inside
-# --------------------------------------------------------------------------------------------------------------
 
 
 def _bars(ax: Axes, named: Mapping[str, ExpertSelection], counts: Mapping[str, np.ndarray]) -> None:
@@ -164,53 +157,25 @@ def _named(
         named = dict(selections)
     else:
         alone = [selections] if isinstance(selections, ExpertSelection) else selections
-        for number, found in enumerate(alone, 1):
-            threshold = "" if found.threshold is None else f" > {found.threshold:g}"
-            name = f"{found.description or f'selection {number}'}{threshold}"
-            named[name if name not in named else f"{name} ({number})"] = found
+        for number, selection in enumerate(alone, 1):
+            threshold = "" if selection.threshold is None else f" > {selection.threshold:g}"
+            name = f"{selection.description or f'selection {number}'}{threshold}"
+            named[name if name not in named else f"{name} ({number})"] = selection
     if not named:
         raise ValueError("no selection to count: pass at least one")
     return named
 
 
-def _num_layers(found: ExpertSelection) -> int:
-    if isinstance(found.num_experts, tuple):
-        return len(found.num_experts)
-    if not found:
+def _num_layers(selection: ExpertSelection) -> int:
+    if isinstance(selection.num_experts, tuple):
+        return len(selection.num_experts)
+    if not selection:
         raise ValueError("how many layers the model has is not known: pass num_layers")
-    return max(found.layers) + 1
+    return max(selection.layers) + 1
 
 
-def _counts(found: ExpertSelection, layers: int) -> np.ndarray:
-    outside = [layer for layer in found.layers if layer >= layers]
+def _counts(selection: ExpertSelection, layers: int) -> np.ndarray:
+    outside = [layer for layer in selection.layers if layer >= layers]
     if outside:
         raise ValueError(f"the selection has experts in layer {outside[0]}, but num_layers is {layers}")
-    return np.array([found.counts.get(layer, 0) for layer in range(layers)])
-
-
-# Change of weights by fine-tuning.
-
-
-def weight_change(found: Difference, *, ax: Axes | None = None, title: str | None = None) -> Axes:
-    """Draw how far fine-tuning moved each expert of each layer, in percent of the size of its weights.
-
-    Args:
-        found: the result of ``merging.difference``.
-        title: title above the axes; none by default.
-
-    Raises ``ValueError`` for a model without experts.
-    """
-    values = 100.0 * found.experts()
-    ax = frame.new_axes(ax, (6.4, 4.0))
-    end = float(np.nanmax(values)) or 1.0
-    image = ax.imshow(
-        values.T, aspect="auto", origin="lower", interpolation="nearest", cmap="Blues", vmin=0.0, vmax=end
-    )
-    ax.set_facecolor(frame.GRID)  # shows missing experts
-    ax.set_xlabel("MoE layer")
-    ax.set_ylabel("expert")
-    frame.whole_ticks(ax.xaxis)
-    frame.whole_ticks(ax.yaxis)
-    frame.titled(ax, title)
-    frame.color_bar(image, ax, "change of weights (%)")
-    return ax
+    return np.array([selection.counts.get(layer, 0) for layer in range(layers)])

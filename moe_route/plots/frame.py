@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 
@@ -21,46 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
-
-__all__ = [
-    "COLORS",
-    "DASHES",
-    "GRID",
-    "INK",
-    "chosen_styles",
-    "color_bar",
-    "column",
-    "figure_of",
-    "frameless",
-    "known",
-    "label_of",
-    "label_outer",
-    "labels_of",
-    "labels_that_fit",
-    "layer_axes",
-    "legend_above",
-    "legend_beside",
-    "level_colors",
-    "level_order",
-    "line_width",
-    "name_lines",
-    "needs_matplotlib",
-    "new_axes",
-    "new_figure",
-    "numbered",
-    "ordered_colors",
-    "panels",
-    "plain_frame",
-    "points",
-    "save",
-    "style",
-    "styles",
-    "titled",
-    "whole_ticks",
-    "wrapped",
-    "write_cell",
-]
-
 
 # Colors, dashes and markers: a language looks the same in every figure, whatever else is drawn there.
 
@@ -98,6 +58,26 @@ _FAMILIES: tuple[tuple[str, tuple[int, ...], str], ...] = (
 _LEVELS = ("high", "medium", "mid", "middle", "low")  # resource levels by their usual names, in order
 
 
+class Lines(TypedDict, total=False):
+    """What every figure with a line per group takes.
+
+    groups: the groups to draw; by default all.
+    labels: group -> label; by default the English name of the language (``moe_route.data.languages``).
+    styles: group -> a color, or keyword arguments of ``Axes.plot``, in place of the default from ``styles``.
+    levels: group -> level, such as "high", "medium" and "low" resources; lines are colored by level, from dark to
+        light, and a legend explains the colors.
+    depth: show relative depth (0: first layer, 1: last) in place of layers, to compare models.
+    title: title above the axes; none by default.
+    """
+
+    groups: Sequence[str] | None
+    labels: Mapping[str, str] | None
+    styles: Mapping[str, Any] | None
+    levels: Mapping[str, str] | None
+    depth: bool
+    title: str | None
+
+
 def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Assign a line style to each name, as keyword arguments of ``Axes.plot``.
 
@@ -107,18 +87,18 @@ def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     styles. The first seven languages of a script, and the first 42 other names, have no marker.
     """
     wanted = sorted(set(names))
-    found: dict[str, tuple[int, int, int]] = {}
+    places: dict[str, tuple[int, int, int]] = {}
     seen: set[str] = set()
     for name in wanted:
         code = flores_code(name)
         if code is not None and code not in seen:  # a second code of one language counts as another name
             seen.add(code)
-            found[name] = _places()[code]
-    others = [name for name in wanted if name not in found]
+            places[name] = _places()[code]
+    others = [name for name in wanted if name not in places]
     every = [(color, dash, marker) for marker, dash, color in product(*map(range, (len(_MARKERS), len(DASHES), 7)))]
-    free = [place for place in every if place not in found.values()]
-    found |= {name: free[i % len(free)] for i, name in enumerate(others)}
-    return {name: _style(*found[name]) for name in wanted}
+    free = [place for place in every if place not in places.values()]
+    places |= {name: free[i % len(free)] for i, name in enumerate(others)}
+    return {name: _style(*places[name]) for name in wanted}
 
 
 def chosen_styles(
@@ -163,28 +143,28 @@ def level_colors(levels: Mapping[str, str]) -> dict[str, str]:
 
 
 def _style(color: int, dash: int, marker: int) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    look: dict[str, Any] = {
         "color": COLORS[color],
         "linestyle": DASHES[dash],
         "linewidth": line_width(),
         "solid_capstyle": "round",
     }
     if marker:
-        found |= {"marker": _MARKERS[marker], "markersize": 2.6 * line_width(), "markevery": 0.15}
-    return found
+        look |= {"marker": _MARKERS[marker], "markersize": 2.6 * line_width(), "markevery": 0.15}
+    return look
 
 
 @cache
 def _places() -> dict[str, tuple[int, int, int]]:
     """Code of a language as in FLORES -> color, dashes and marker."""
-    found: dict[str, tuple[int, int, int]] = {}
+    places: dict[str, tuple[int, int, int]] = {}
     for dash, (scripts, colors, first) in enumerate(_FAMILIES):
         of_family = [code for code in codes() if code.split("_")[1] in scripts.split()]
         common = {code: place for place, code in enumerate(first.split())}
         of_family.sort(key=lambda code: common.get(code, common.get(code.split("_")[0], len(common))))
         for place, code in enumerate(of_family):
-            found[code] = (colors[place % 7], dash, place // 7 % len(_MARKERS))
-    return found
+            places[code] = (colors[place % 7], dash, place // 7 % len(_MARKERS))
+    return places
 
 
 GRID = "#d9d9d9"
@@ -338,6 +318,15 @@ def layer_axes(ax: Axes, layers: int, name: str, *titles: str | None, depth: boo
         ax.set_xlim(-0.5, layers - 0.5)
         whole_ticks(ax.xaxis)
     plain_frame(ax, *titles)
+
+
+def map_axes(ax: Axes, x: str, y: str, *titles: str | None) -> None:
+    """Names and whole numbers along both axes of a map, with the title and notes of `titled`."""
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    whole_ticks(ax.xaxis)
+    whole_ticks(ax.yaxis)
+    titled(ax, *titles)
 
 
 def plain_frame(ax: Axes, *titles: str | None, axis: Literal["y", "both"] = "y") -> None:

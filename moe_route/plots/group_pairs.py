@@ -15,13 +15,11 @@ from moe_route.plots.by_layer import MEASURES
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["dendrogram", "divergence_matrix", "overlap", "similarity"]
-
 _SIMILARITY = "similarity of parallel sentences"
 
 
 def divergence_matrix(
-    found: DivergenceMatrix,
+    matrix: DivergenceMatrix,
     *,
     layers: Sequence[int] | range | None = None,
     groups: Sequence[str] | None = None,
@@ -36,9 +34,9 @@ def divergence_matrix(
 
     Raises ``ValueError`` for fewer than three groups, whose divergence is one number.
     """
-    chosen = frame.known(found.groups, groups)
-    rows = [found.groups.index(group) for group in chosen]
-    values = found.mean(layers)[np.ix_(rows, rows)]
+    chosen = frame.known(matrix.groups, groups)
+    rows = [matrix.groups.index(group) for group in chosen]
+    values = matrix.mean(layers)[np.ix_(rows, rows)]
     if len(chosen) < 3:
         number = f": {values[0, 1]:.4f}" if len(chosen) == 2 else ""
         raise ValueError(
@@ -51,11 +49,11 @@ def divergence_matrix(
     limit = float(np.nanmax(values)) or 1.0  # the diagonal is 0, so not all values are NaN
     names = frame.labels_of(chosen, labels)
     note = "" if layers is None else f"mean over {len(list(layers))} layers"
-    return _matrix(values, names, limit, MEASURES[found.measure], ax, (title, note), once=True)
+    return _matrix(values, names, limit, MEASURES[matrix.measure], ax, (title, note), once=True)
 
 
 def similarity(
-    found: Similarity,
+    similarity: Similarity,
     *,
     layers: Sequence[int] | int | None = None,
     method: Linkage = "complete",
@@ -65,11 +63,11 @@ def similarity(
 ) -> Axes:
     """Draw the similarity of all pairs of groups, the mean over ``layers`` (by default all).
 
-    Similar groups lie side by side, in the order of the leaves of their tree (``method`` as for ``dendrogram``).
+    Similar groups lie side by side, in the order of the leaves of their tree (``method`` as for ``tree``).
     """
-    order = found.order(layers, method)
-    rows = [found.groups.index(name) for name in order]
-    values = found.mean(layers)[np.ix_(rows, rows)]
+    order = similarity.order(layers, method)
+    rows = [similarity.groups.index(name) for name in order]
+    values = similarity.mean(layers)[np.ix_(rows, rows)]
     limit = float(np.nanmax(np.where(np.eye(len(rows), dtype=bool), np.nan, values))) or 1.0
     return _matrix(
         values,
@@ -78,12 +76,12 @@ def similarity(
         _SIMILARITY,
         ax,
         (title, _of_layers(layers)),
-        once=found.rule not in ("retrieval", "margin"),
+        once=similarity.rule not in ("retrieval", "margin"),
     )
 
 
-def dendrogram(
-    found: Similarity,
+def tree(
+    similarity: Similarity,
     *,
     layers: Sequence[int] | int | None = None,
     method: Linkage = "complete",
@@ -96,9 +94,9 @@ def dendrogram(
     Two clusters join where their distance stands on the axis: that of their farthest pair ("complete"), of their
     nearest ("single"), or the mean over pairs ("average").
     """
-    merges, order = found.tree(layers, method), found.order(layers, method)
+    merges, order = similarity.tree(layers, method), similarity.order(layers, method)
     ax = frame.new_axes(ax, (5.4, 0.9 + 0.24 * len(order)))
-    places = {found.groups.index(name): (0.0, float(row)) for row, name in enumerate(order)}
+    places = {similarity.groups.index(name): (0.0, float(row)) for row, name in enumerate(order)}
     for number, (one, other, distance, _) in enumerate(merges, start=len(order)):
         (left, low), (right, high) = sorted((places[int(one)], places[int(other)]), key=lambda place: place[1])
         ax.plot(
@@ -122,7 +120,7 @@ def _of_layers(layers: Sequence[int] | int | None) -> str:
     return f"layer {layers}" if isinstance(layers, int) else f"mean over {len(list(layers))} layers"
 
 
-def overlap(found: Overlap, *, of: str = "jaccard", ax: Axes | None = None, title: str | None = None) -> Axes:
+def overlap(overlap: Overlap, *, of: str = "jaccard", ax: Axes | None = None, title: str | None = None) -> Axes:
     """Draw the overlap of all pairs of selections over all layers: "jaccard", or "containment" of the row's experts.
 
     The Jaccard index of a pair is drawn once; containment has two values per pair. The values are written into the
@@ -130,9 +128,9 @@ def overlap(found: Overlap, *, of: str = "jaccard", ax: Axes | None = None, titl
     """
     if of not in ("jaccard", "containment"):
         raise ValueError(f'of must be "jaccard" or "containment", not {of!r}')
-    values = found.jaccard() if of == "jaccard" else found.containment()
+    values = overlap.jaccard() if of == "jaccard" else overlap.containment()
     name = "Jaccard index" if of == "jaccard" else "share of the row's experts in the column's"
-    names = frame.labels_of(found.names, None)
+    names = frame.labels_of(overlap.names, None)
     return _matrix(values, names, 1.0, name, ax, (title, None), once=of == "jaccard")
 
 

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from moe_route.analysis import Difference
 
-__all__ = ["steering_table", "strengths"]
-
 
 class Sweep(Protocol):
     """What is read of ``experiments.StrengthSweep``, in nats per token."""
@@ -33,7 +31,7 @@ class Sweep(Protocol):
 
 
 def steering_table(
-    found: Sweep | Mapping[str, Mapping[str, Any]],
+    changes: Sweep | Mapping[str, Mapping[str, Any]],
     *,
     ax: Axes | None = None,
     groups: Sequence[str] | None = None,
@@ -53,7 +51,7 @@ def steering_table(
     of the cells lies beyond.
 
     Args:
-        found: an ``experiments.StrengthSweep``; or name of the intervention -> group -> change, each an
+        changes: an ``experiments.StrengthSweep``; or name of the intervention -> group -> change, each an
             ``analysis.Difference`` or (value, low, high).
         groups: the rows, in this order; by default all, in the order of ``levels`` if these are given.
         labels: group -> label; by default the English name of the language.
@@ -67,7 +65,7 @@ def steering_table(
     """
     if better not in ("lower", "higher"):
         raise ValueError(f'better must be "lower" or "higher", not {better!r}')
-    columns = _columns(found)
+    columns = _columns(changes)
     rows = _rows(columns, groups, levels)
     cells = np.array([[_cell(columns[name][row]) for name in columns] for row in rows])  # [row, column, 3]
     values = cells[:, :, 0]
@@ -102,7 +100,7 @@ def steering_table(
 
 
 def strengths(
-    found: Sweep,
+    sweep: Sweep,
     *,
     ax: Axes | None = None,
     groups: Sequence[str] | None = None,
@@ -112,16 +110,16 @@ def strengths(
 ) -> Axes:
     """Draw the change of the loss by the strength of a plan, a line per language, with bands of 95 % intervals.
 
-    ``found`` is an ``experiments.StrengthSweep``. Strength 0 is the model without the plan. The other arguments are
+    ``sweep`` is an ``experiments.StrengthSweep``. Strength 0 is the model without the plan. The other arguments are
     those of ``divergence``.
     """
-    names = frame.known(found.groups, groups)
+    names = frame.known(sweep.groups, groups)
     ax = frame.new_axes(ax, (6.4, 3.6), len(names))
-    order = np.argsort([*found.strengths, 0.0] if 0.0 not in found.strengths else found.strengths)
-    places = np.array([*found.strengths, 0.0] if 0.0 not in found.strengths else found.strengths)[order]
-    chosen = frame.chosen_styles(found.groups, styles)
+    order = np.argsort([*sweep.strengths, 0.0] if 0.0 not in sweep.strengths else sweep.strengths)
+    places = np.array([*sweep.strengths, 0.0] if 0.0 not in sweep.strengths else sweep.strengths)[order]
+    chosen = frame.chosen_styles(sweep.groups, styles)
     for name, label in zip(names, frame.labels_of(names, labels), strict=True):
-        cells = [_cell(cell) for cell in found.change[found.groups.index(name)]]
+        cells = [_cell(cell) for cell in sweep.change[sweep.groups.index(name)]]
         if len(cells) < len(places):
             cells.append((0.0, 0.0, 0.0))
         value, low, high = np.array(cells)[order].T
@@ -130,25 +128,21 @@ def strengths(
     ax.axhline(0, color=frame.INK, linewidth=0.8, zorder=1)
     ax.set_xlabel("strength of the plan")
     ax.set_ylabel("change of the loss\n(nats per token)")
-    texts = sorted({found.texts[found.groups.index(name)] for name in names})
+    texts = sorted({sweep.texts[sweep.groups.index(name)] for name in names})
     n = f"{texts[0]}" if len(texts) == 1 else f"{texts[0]} to {texts[-1]}"
     frame.plain_frame(ax, title, f"bands: 95 % interval, paired bootstrap over {n} texts per language")
     frame.name_lines(ax)
     return ax
 
 
-# -- inside
-# --------------------------------------------------------------------------------------------------------------
-
-
-def _columns(found: Any) -> dict[str, dict[str, Any]]:
+def _columns(changes: Any) -> dict[str, dict[str, Any]]:
     """Intervention -> group -> change."""
-    if isinstance(found, Mapping):
-        columns = {str(name): dict(column) for name, column in found.items()}
+    if isinstance(changes, Mapping):
+        columns = {str(name): dict(column) for name, column in changes.items()}
     else:
         columns = {
-            f"× {strength:g}": {group: found.change[g][s] for g, group in enumerate(found.groups)}
-            for s, strength in enumerate(found.strengths)
+            f"× {strength:g}": {group: changes.change[g][s] for g, group in enumerate(changes.groups)}
+            for s, strength in enumerate(changes.strengths)
         }
     if not columns or not all(columns.values()):
         raise ValueError("there is no change to draw: give at least one intervention with one group")

@@ -1,6 +1,7 @@
 """Add up arrays per group from the choices of every call, beside the tables of the gate.
 
-`accumulated.ACCUMULATED` lists these arrays.
+Pairs of experts, sizes of expert outputs, router inputs, and how consistently a sequence routes: one class each.
+`arrays.ACCUMULATED` lists the arrays.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from moe_route.recording.sequences import RunningSequences
 from moe_route.recording.statistics import RecordingError
 from moe_route.recording.tables import RecordedRouter
 
-__all__ = ["Accumulator", "ExpertOutputs", "HiddenStates", "PairCounts", "SequenceConsistency"]
+_DTYPES = {"int64": torch.int64, "float64": torch.float64}
+_MOST_AT_ONCE = 1 << 22  # pairs of tokens whose experts are compared at once, over all layers
 
 
 class Accumulator(ChoiceObserver):
@@ -94,14 +96,8 @@ class Accumulator(ChoiceObserver):
         return found
 
 
-_DTYPES = {"int64": torch.int64, "float64": torch.float64}
-
-
-# Count pairs of experts: chosen by one token in one layer, and in two layers that follow each other.
-
-
 class PairCounts(Accumulator):
-    """Counts co-selection ``[G, L, E, E]`` and transitions ``[G, L-1, E, E]``.
+    """Counts pairs of experts that a token chose: co-selection ``[G, L, E, E]``, transitions ``[G, L-1, E, E]``.
 
     The latter are counted between neighboring layers whose routers are of one kind. An empty slot is in no pair.
     """
@@ -137,11 +133,8 @@ def _count(table: Tensor, groups: Tensor, first: Tensor, second: Tensor) -> None
     table.view(-1).index_add_(0, cell.reshape(-1), counted.reshape(-1).to(table.dtype))
 
 
-# Add up the sizes of the outputs of chosen experts, by group, layer and expert.
-
-
 class ExpertOutputs(Accumulator):
-    """Per (group, layer, expert), over the tokens t that chose expert e with routing weight g_e(t):
+    """Adds up sizes of expert outputs per (group, layer, expert), over the tokens t that chose e with weight g_e(t):
 
     - ``weighted_norm``: sum of g_e(t) * |f_e(x_t)|, in multiples of `SIZE_UNIT`;
     - ``norm``: sum of |f_e(x_t)|, in multiples of `SIZE_UNIT`;
@@ -209,11 +202,8 @@ def _as_units(values: Tensor) -> Tensor:
     return torch.nan_to_num(values / SIZE_UNIT, nan=0.0, posinf=0.0, neginf=0.0).round().long()
 
 
-# Average the router inputs of every sequence, by layer.
-
-
 class HiddenStates(Accumulator):
-    """Mean router input of each sequence, and its sum over the finished sequences of a group.
+    """Averages the router inputs of each sequence, and adds them up over the finished sequences of a group.
 
     - ``hidden``: sum over sequences of the mean over tokens, in multiples of `SIZE_UNIT`;
     - ``hidden_sequences``: number of sequences with a token in the layer.
@@ -315,16 +305,12 @@ class HiddenStates(Accumulator):
         return {} if self._width is None else {name: array[:groups] for name, array in self._grown().items()}
 
 
-# How alike the tokens of one sequence route: the Jaccard index of the experts of two tokens, by sequence and layer.
-#
-# Two tokens that share m experts, and choose s experts together with repetition, have the index m / (s - m). So the
-# number of pairs by (m, s) gives the mean. These numbers are integers, and do not depend on how sequences are batched.
-
-_MOST_AT_ONCE = 1 << 22  # pairs of tokens that are compared at once, over all layers
-
-
 class SequenceConsistency(Accumulator):
     """Adds up the mean Jaccard index of the token pairs of each finished sequence, by group and layer.
+
+    Two tokens that share m experts, and choose s experts together with repetition, have the index m / (s - m). So the
+    number of pairs by (m, s) gives the mean. These numbers are integers, and do not depend on how sequences are
+    batched.
 
     The ids of a sequence are kept until it ends. Tokens that chose no expert in a layer (dropped, or not given to its
     router) are left out there. A sequence with fewer than two tokens left has no value.

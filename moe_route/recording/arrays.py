@@ -7,8 +7,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-__all__ = ["ACCUMULATED", "SIZE_UNIT", "AccumulatedArray", "broken_array", "checked_array", "selected_array"]
-
 # Sizes of hidden states and outputs are added up in multiples of this: a term is rounded by 3e-8, sums may reach 5e11.
 SIZE_UNIT = 2.0**-24
 Axis = Literal["layer", "pair", "expert", "hidden"]

@@ -20,8 +20,6 @@ from moe_route.recording.sequences import RunningSequences
 from moe_route.recording.statistics import RecordingError
 from moe_route.recording.tables import RecordedRouter
 
-__all__ = ["ChoiceCollector", "ChoiceObserver", "ObservedCall"]
-
 
 @dataclass(eq=False)
 class ObservedCall:

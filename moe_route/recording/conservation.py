@@ -17,8 +17,6 @@ from moe_route.base.table import ShownAsTables, Table
 from moe_route.calls.call import Phase
 from moe_route.contract.tables import FIXED_POINT, SCALARS
 
-__all__ = ["Conservation", "broken_law", "conservation"]
-
 _COUNTED = ("counts", "natural_counts")  # metrics that are integers, not fixed point
 _OVERFLOW_TOKENS = 1 << 27  # with fewer tokens, terms up to 16 (entropies, weights) cannot exceed 63 bits
 _SCORE_ROUNDING = 1e-6  # scores are float32, so the normalized scores of a token may miss 1 by this much

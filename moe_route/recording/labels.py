@@ -13,8 +13,6 @@ from torch import Tensor
 from moe_route.calls.call import NamedGroups
 from moe_route.recording.store import Item, is_unnamed
 
-__all__ = ["LabelBlock"]
-
 
 @dataclass(frozen=True, eq=False)
 class LabelBlock:

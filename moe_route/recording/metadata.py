@@ -7,8 +7,6 @@ from typing import Any
 
 from moe_route.base import files
 
-__all__ = ["add_fingerprints", "config_hash_of", "merge_metadata"]
-
 _FINGERPRINT_BITS = 128
 
 

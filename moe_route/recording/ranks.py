@@ -19,7 +19,6 @@ from moe_route.recording.store import SequenceShard, SequenceStore, is_unnamed
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["all_reduce"]
 
 _Part = tuple[RoutingStatistics, list[SequenceShard] | None]
 

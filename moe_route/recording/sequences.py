@@ -18,8 +18,6 @@ from moe_route.recording.labels import LabelBlock
 from moe_route.recording.special_tokens import SpecialTokens
 from moe_route.recording.store import Item
 
-__all__ = ["RunningSequences"]
-
 _HASH_BYTES = 16
 _PADDING = torch.iinfo(torch.int32).min  # stands for the token id of padding
 

@@ -15,8 +15,6 @@ from moe_route.calls.generation import setting, without_repeats
 from moe_route.calls.token_table import broadcast_rows
 from moe_route.recording.statistics import RecordingError
 
-__all__ = ["SpecialTokens", "special_ids_of"]
-
 _NAMES = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 

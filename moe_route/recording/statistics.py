@@ -29,15 +29,6 @@ if TYPE_CHECKING:
     import pandas as pd
 from moe_route.base.table import WIDTH, Table, number_of, wrapped
 
-__all__ = [
-    "SEQUENCE_KINDS",
-    "SEQUENCE_SCALARS",
-    "VIEWS",
-    "RecordingError",
-    "RoutingStatistics",
-    "MergeError",
-]
-
 Kind = Literal["full", "topk", "count"]
 By = Literal["sequence", "token"]
 
@@ -389,7 +380,7 @@ class RoutingStatistics:
         """
         if "natural_counts" in {*self.metrics} ^ {*other.metrics}:
             return self._with_natural_counts().merge(other._with_natural_counts())
-        _check_mergeable(self, other)
+        self._refuse_to_merge(other)
         groups = self.groups + tuple(group for group in other.groups if group not in self.groups)
         mine, theirs = self._spread(groups), other._spread(groups)
         added = {name: _merged(mine[name], theirs[name], name) for name in mine}
@@ -720,6 +711,27 @@ class RoutingStatistics:
             raise ValueError(f"no layer {layer}: these statistics hold layers 0 to {len(self.layers) - 1}")
         return int(layer) % len(self.layers)
 
+    def _refuse_to_merge(self, other: RoutingStatistics) -> None:
+        """Raise ``MergeError`` unless the two runs have one model, the same layers and the same sums."""
+        ours, theirs = config_hash_of(self.metadata), config_hash_of(other.metadata)
+        if ours and theirs and ours != theirs:
+            raise MergeError(
+                f"these are statistics of two models (configuration {ours[:12]} and {theirs[:12]}): merge runs of the "
+                "same model only"
+            )
+        for name, what in (("layers", "layers"), ("num_experts", "numbers of experts"), ("top_k", "top-k")):
+            if getattr(self, name) != getattr(other, name):
+                raise MergeError(
+                    f"the two runs have different {what}: merge runs of the same model, or select() the same layers "
+                    "first"
+                )
+        mine, its = set(self._arrays()), set(other._arrays())
+        if mine != its or self.has_entropy != other.has_entropy:
+            different = sorted({_asked_for(name) for name in mine ^ its}) or ["entropy"]
+            raise MergeError(
+                f"only one of the two runs recorded {', '.join(different)}: record both with the same options"
+            )
+
     def _arrays(self) -> dict[str, np.ndarray]:
         """All arrays, by their names in a file."""
         return self._tables() | {_ACCUMULATED + name: array for name, array in self.accumulated.items()}
@@ -741,24 +753,6 @@ class RoutingStatistics:
             wide[(slice(None),) * axis + (rows,)] = array
             spread[name] = wide
         return spread
-
-
-def _check_mergeable(a: RoutingStatistics, b: RoutingStatistics) -> None:
-    ours, theirs = config_hash_of(a.metadata), config_hash_of(b.metadata)
-    if ours and theirs and ours != theirs:
-        raise MergeError(
-            f"these are statistics of two models (configuration {ours[:12]} and {theirs[:12]}): merge runs of the "
-            "same model only"
-        )
-    for name, what in (("layers", "layers"), ("num_experts", "numbers of experts"), ("top_k", "top-k")):
-        if getattr(a, name) != getattr(b, name):
-            raise MergeError(
-                f"the two runs have different {what}: merge runs of the same model, or select() the same layers first"
-            )
-    mine, other = set(a._arrays()), set(b._arrays())
-    if mine != other or a.has_entropy != b.has_entropy:
-        different = sorted({_asked_for(name) for name in mine ^ other}) or ["entropy"]
-        raise MergeError(f"only one of the two runs recorded {', '.join(different)}: record both with the same options")
 
 
 def _check_same_run(a: RoutingStatistics, b: RoutingStatistics) -> None:

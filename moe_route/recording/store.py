@@ -27,8 +27,6 @@ import torch
 
 from moe_route.base import files
 
-__all__ = ["Item", "SequenceShard", "SequenceStore", "is_unnamed"]
-
 Item = str | int
 Key = tuple[Item, str]
 _FILE_KIND = "sequences"

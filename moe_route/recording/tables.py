@@ -18,8 +18,6 @@ from moe_route.calls.call import PHASES
 from moe_route.contract.tables import METRICS, SCALARS, StatisticsTables
 from moe_route.recording.statistics import RecordingError
 
-__all__ = ["RecordedRouter", "TableSet", "TableSums"]
-
 _FIRST_SEGMENTS = 8
 
 

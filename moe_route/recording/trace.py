@@ -22,7 +22,6 @@ from moe_route.recording.store import Item
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Trace", "TraceWriter"]
 
 _FILE_KIND = "trace"
 _FLUSH_TOKENS = 1 << 14  # number of tokens that may wait on the device

@@ -1,4 +1,8 @@
-"""Sums over finished sequences: the averages of each sequence, rounded once to a multiple of 2^-32, as integers."""
+"""Vectors of sequences: averages of their routing, summed by group, and hidden states of sentences.
+
+``SequencePool`` rounds the averages of each sequence once to a multiple of 2^-32 and adds them up as integers.
+``sentence_vectors`` pools the hidden states of every layer over the tokens of a sentence, of any model.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +26,9 @@ from moe_route.recording.statistics import KIND_METRIC, SEQUENCE_KINDS, SEQUENCE
 from moe_route.recording.store import Item, SequenceStore
 from moe_route.recording.tables import TableSums
 
-__all__ = ["POOLINGS", "Pooling", "SentenceVectors", "SequenceAverages", "SequencePool", "pool", "sentence_vectors"]
-
-
+Pooling = Literal["position", "reversed", "mean", "last"]
+POOLINGS = ("position", "reversed", "mean", "last")
+_FILE_KIND = "sentence_vectors"
 _ALL = VIEWS.index("all")
 
 
@@ -144,11 +148,7 @@ def _fixed(values: np.ndarray) -> np.ndarray:
     return np.rint(scaled, out=scaled).astype(np.int64)
 
 
-# Sentence vectors: the hidden states of every layer, pooled over the tokens of a sentence, of any model.
-
-Pooling = Literal["position", "reversed", "mean", "last"]
-POOLINGS = ("position", "reversed", "mean", "last")
-_FILE_KIND = "sentence_vectors"
+# ---- sentence vectors
 
 
 class SentenceVectors:

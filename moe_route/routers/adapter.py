@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from moe_route.modules.intercept import Change, ForwardHook
 from moe_route.modules.watch import Scored, WatchedForward
 
-# Forms of router output: the decision per token, and the tensors in which a router returns it.
-
 Output = tuple[Any, ...]
 """The value that a router returns: tensors, in some models with lists of numbers beside them."""
 

@@ -184,11 +184,11 @@ def weight_dtype(rule: str, hidden: Tensor, logits: Tensor) -> torch.dtype:
     return {"logits": logits.dtype, "input": hidden.dtype, "float32": torch.float32}[rule]
 
 
-# Known bugs of the installed transformers that concern a router; `describe` shows them with the version.
-
-
 def known_issues(family: Family, adapter: Adapter, spec: RouterSpec) -> tuple[str, ...]:
-    """One sentence per bug, opening with the version; empty for a router that is not from transformers."""
+    """Known bugs of the installed transformers that concern a router: a sentence each, opening with the version.
+
+    Empty for a router that is not from transformers. `describe` shows them.
+    """
     modeling = modeling_of(adapter.module)
     if modeling is None:
         return ()

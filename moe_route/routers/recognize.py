@@ -24,7 +24,7 @@ from moe_route.modules.intercept import PUT_BY_OTHERS, at, managed_by_accelerate
 from moe_route.routers.adapter import Adapter, OutputPart, order_of
 from moe_route.routers.family import Family
 
-# Run a router alone on random hidden states, to learn the order of its output and whether it can be read at all.
+# ---- a router run alone on random hidden states, to learn the order of its output and whether it can be read at all
 #
 # Versions of transformers return a decision in different orders. The order is found on a copy of the router with
 # random weights. So it does not matter on which device the live weights are, or whether they are loaded.

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from moe_route.base import files
 from moe_route.base.identity import config_hash
 from moe_route.base.ranks import ALONE, ModelParallelGroup
-from moe_route.data.batches import EncodedTexts, Text
+from moe_route.data.batches import EncodedTexts, Text, token_ids
 from moe_route.data.reader import CorpusText
 from moe_route.recording import Recorder, RoutingStatistics, SequenceStore
 from moe_route.routed import RoutedModel
@@ -65,6 +65,13 @@ class KeptTexts:
 
     name: str
     texts: tuple[Text, ...]
+
+    @classmethod
+    def by_length(cls, name: str, texts: Sequence[Text], tokenizer: Any, add_special_tokens: bool) -> KeptTexts:
+        """The texts in decreasing number of tokens, so that those of a window are of similar length."""
+        lengths = [len(ids) for ids in token_ids(tokenizer, texts, add_special_tokens=add_special_tokens)]
+        order = sorted(range(len(texts)), key=lambda i: (-lengths[i], texts[i].item, texts[i].group))
+        return cls(name, tuple(texts[i] for i in order))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -234,7 +241,7 @@ class CorpusRecording:
             state = self.group.of_writer(lambda: self._begin(open_job, runner))
             progress = _Rank(self, state, runner).run(stop, report)
         if progress.finished and self.group.writes and self.merge() is not None:
-            self._job(runner).finish()
+            self._job(runner).finish((RESULT, _CUT))
         return progress
 
     def _begin(self, open_job: contextlib.ExitStack, runner: TextRunner) -> dict[str, Any] | None:

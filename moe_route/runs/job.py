@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -73,7 +73,7 @@ class Job:
 
         files.make_folder(self.folder)
         with contextlib.ExitStack() as locks:
-            if not self._shared:
+            if not self._shared:  # the parts are locked
                 locks.enter_context(_locked(self.folder))
             self._claim()
             self._locks = locks.pop_all()
@@ -100,10 +100,10 @@ class Job:
         self._locks.enter_context(_locked(part))
         return part
 
-    def finish(self) -> None:
-        """Note that the job is done."""
+    def finish(self, made: Iterable[str] = ()) -> None:
+        """Note that the job is done, and made these files and folders beside its steps and parts."""
         self.done = True
-        self._write()
+        self._write(sorted(made))
 
     def _claim(self) -> None:
         """Write what the job is, or compare it with what the folder says."""
@@ -118,10 +118,9 @@ class Job:
         _refuse_other(self.folder, said, self.command, self.inputs)
         self.resumed, self.done = True, bool(said["done"])
 
-    def _write(self) -> None:
+    def _write(self, made: Sequence[str] = ()) -> None:
         from moe_route.base import files
 
-        made = [path.name for path in _content(self.folder)] if self.done else []
         content = {"command": self.command, "done": self.done, "inputs": self.inputs, "made": made}
         files.write_json(self.folder / _RUN, content, _KIND)
 
@@ -201,8 +200,7 @@ def made_folder(
     shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
     with files.new_folder(unfinished) as inside:
         yield inside
-        job = Job(inside, command, inputs, shared=True)
-        job.finish()
+        Job(inside, command, inputs).finish(path.name for path in _content(inside))
     if target.is_dir():
         if said is not None:
             _remove_results(target, said)

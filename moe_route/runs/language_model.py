@@ -132,8 +132,8 @@ class LanguageModel:
     @property
     def _context(self) -> int | None:
         """Number of tokens that the model reads at most, if its configuration says."""
-        found: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return found
+        limit: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return limit
 
     def _ids(self, texts: Sequence[Text]) -> list[list[int]]:
         return token_ids(self.tokenizer, texts, add_special_tokens=self.add_special_tokens)
@@ -193,14 +193,14 @@ class LanguageModel:
         were cut, pass the result of `encode`.
         """
         encoded = self.encode(texts, max_length=max_length)
-        found = np.zeros((len(encoded.texts), 2))
+        sums = np.zeros((len(encoded.texts), 2))
         for batch in self.batches(encoded, batch_size=batch_size, progress=progress):
             ids, mask = batch.inputs["input_ids"][:, 1:], batch.inputs["attention_mask"][:, 1:]
             logits = self.run(batch)[:, :-1].float().flatten(0, 1)
             nats = torch.nn.functional.cross_entropy(logits, ids.flatten(), reduction="none").view(mask.shape) * mask
-            found[list(batch.positions), 0] = nats.double().sum(1).cpu().numpy()
-            found[list(batch.positions), 1] = mask.sum(1).cpu().numpy()
-        return found
+            sums[list(batch.positions), 0] = nats.double().sum(1).cpu().numpy()
+            sums[list(batch.positions), 1] = mask.sum(1).cpu().numpy()
+        return sums
 
     def answers(self, questions: Sequence[Question], *, batch_size: int = 64, progress: str | None = None) -> Answers:
         """Judge the right answer of each question: whether it is the greedy continuation, and its probability.
@@ -233,11 +233,11 @@ class LanguageModel:
             (places,) = asked.any(0).nonzero(as_tuple=True)
             ids, asked = ids[:, places], asked[:, places]
             logits = self.run(batch, places)[asked].float()
-            found = torch.zeros(ids.shape, device=ids.device)
-            found[asked] = torch.nn.functional.cross_entropy(logits, ids[asked], reduction="none")
+            of_token = torch.zeros(ids.shape, device=ids.device)
+            of_token[asked] = torch.nn.functional.cross_entropy(logits, ids[asked], reduction="none")
             right = ~asked
             right[asked] = logits.argmax(-1) == ids[asked]
-            nats[list(batch.positions)] = found.double().sum(1).cpu().numpy()
+            nats[list(batch.positions)] = of_token.double().sum(1).cpu().numpy()
             correct[list(batch.positions)] = right.all(1).cpu().numpy()
         return Answers(correct, nats)
 
@@ -260,10 +260,10 @@ def _device(name: str | torch.device | None) -> torch.device | None:
 
 def _dtype(name: str | torch.dtype) -> Any:
     """The dtype with this name; "auto" is kept."""
-    found = getattr(torch, name, None) if isinstance(name, str) and name != "auto" else name
-    if found != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+    dtype = getattr(torch, name, None) if isinstance(name, str) and name != "auto" else name
+    if dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"{name!r} is not a dtype for weights: use auto, float32, bfloat16 or float16")
-    return found
+    return dtype
 
 
 def _from_pretrained(

@@ -74,13 +74,13 @@ class ResultLines:
                 yield json.loads(line)
 
     def _check_header(self, head: bytes) -> None:
-        found, wanted = _parsed(head), json.loads(files.canonical_json(self._header))
-        if not isinstance(found, dict) or found.get("moe_route") != "evaluation":
+        said, wanted = _parsed(head), json.loads(files.canonical_json(self._header))
+        if not isinstance(said, dict) or said.get("moe_route") != "evaluation":
             raise ForeignFolderError(f"{self.path} is not a file of results: choose another --out")
-        for key in [*wanted, *found]:
-            if found.get(key) != wanted.get(key):
+        for key in [*wanted, *said]:
+            if said.get(key) != wanted.get(key):
                 raise ForeignFolderError(
-                    f"{self.path} was made with another {key} ({found.get(key)!r}, now {wanted.get(key)!r}): choose "
+                    f"{self.path} was made with another {key} ({said.get(key)!r}, now {wanted.get(key)!r}): choose "
                     "another --out, or start again with --force"
                 )
 
@@ -90,10 +90,10 @@ class ResultLines:
         size, start = 0, 0
         for batch in self.batches:
             part = lines[start : start + len(batch)]
-            found = [_key(_parsed(line)) for line in part]
-            if found != [tuple(key) for key in batch[: len(part)]]:
+            keys = [_key(_parsed(line)) for line in part]
+            if keys != [tuple(key) for key in batch[: len(part)]]:
                 # a system that lost its power may leave a last batch whose bytes never reached the disk
-                if start + len(part) < len(lines) or all(key is not None for key in found):
+                if start + len(part) < len(lines) or all(key is not None for key in keys):
                     raise ForeignFolderError(
                         f"{self.path} was altered: its lines from {start + 2} on are not those of the run; start again "
                         "with --force"

@@ -1,28 +1,19 @@
-"""Read the texts of a corpus, and run a model on texts under their labels while a recorder counts."""
+"""Run a model on texts under their labels while a recorder counts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from moe_route.data import Corpus
 from moe_route.data.batches import EncodedTexts, Text
 from moe_route.runs.language_model import LanguageModel
 
 if TYPE_CHECKING:
     from moe_route.recording import Recorder
 
-__all__ = ["read_corpus", "record_texts"]
-
-
-def read_corpus(
-    path: str | Path | None = None, *, languages: Sequence[str] | None = None, limit: int | None = None
-) -> Corpus:
-    """`data.Corpus.read`, by default of the shipped sentences."""
-    return Corpus.read(path or "general", languages, limit=limit)
+__all__ = ["record_texts"]
 
 
 def record_texts(

@@ -5,7 +5,8 @@
 lookup from (phase, group, position) to the row of a token.
 """
 
-from moe_route.steering.compile import CompiledPlan, LayerShape
+from moe_route.steering.cell import LayerShape
+from moe_route.steering.compile import CompiledPlan
 from moe_route.steering.explain import PlanChange, PlanDifference, PlanExplanation, RuleEffect
 from moe_route.steering.learned import LearnedRouting
 from moe_route.steering.model import PlanError, PlanModel

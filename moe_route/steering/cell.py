@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -15,8 +16,6 @@ from moe_route.contract.tables import NEUTRAL, Force, SteeringTables
 from moe_route.contract.token_tables import BY_TOKEN, NAMED, Part, TokenTables
 from moe_route.steering.model import PlanError
 from moe_route.steering.tables import SequenceTable
-
-__all__ = ["PLAIN", "Cell", "HasExperts", "LayerShape", "Plane", "View", "tables_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -48,9 +47,10 @@ class Plane(NamedTuple):
 # what a rule depends on per token: (only experts that the router did not choose, seed of a random draw)
 View = tuple[bool, "int | None"]
 PLAIN: View = (False, None)
-_LAYER = -1  # in place of an expert: a number of the whole layer
+LAYER = -1  # in place of an expert: a number of the whole layer
 
 
+@dataclass(eq=False)
 class Cell:
     """The effect of one row in one layer; falsy if there is none. Rules write into it, and ``settled`` combines them.
 
@@ -63,21 +63,25 @@ class Cell:
         parameters: row parameters by name.
     """
 
-    def __init__(self, layer: int, router: HasExperts, sources: Sequence[SequenceTable] = ()) -> None:
-        self.layer, self.router, self.sources = layer, router, sources
-        self.tables: dict[tuple[View, str], np.ndarray] = {}
-        self.parameters: dict[str, float] = {}
-        self._terms: dict[tuple[View, str], dict[int, list[float]]] = {}
-        self._planes: dict[str, dict[tuple[str, str], Plane]] = {}
-        self._claims: dict[str, set[tuple[object, ...]]] = {}
+    layer: int
+    router: HasExperts
+    sources: Sequence[SequenceTable] = ()
+    tables: dict[tuple[View, str], np.ndarray] = field(default_factory=dict)
+    parameters: dict[str, float] = field(default_factory=dict)
+    _terms: dict[tuple[View, str], dict[int, list[float]]] = field(default_factory=dict)
+    _planes: dict[str, dict[tuple[str, str], Plane]] = field(default_factory=dict)
+    _claims: dict[str, set[tuple[object, ...]]] = field(default_factory=dict)
 
-    def add(self, name: str, value: float, expert: int = _LAYER, view: View = PLAIN) -> None:
-        """Add a term to a plane, a force code, the target of a remap, or (without expert) a number of the layer."""
-        self._terms.setdefault((view, name), {}).setdefault(expert, []).append(value)
+    def add(self, name: str, values: Mapping[int, float], view: View = PLAIN) -> None:
+        """Add terms by expert: of a plane, force codes, or targets of a remap; by ``LAYER`` a number of the layer."""
+        terms = self._terms.setdefault((view, name), {})
+        for expert, value in values.items():
+            terms.setdefault(expert, []).append(value)
 
-    def use(self, plane: Plane, kind: str, mode: str) -> None:
-        """Note that a kind of rule uses a plane in one of its modes; a row can have one."""
-        self._planes.setdefault(plane.name, {})[kind, mode] = plane
+    def add_plane(self, plane: Plane, values: Mapping[int, float], view: View, by: tuple[str, str]) -> None:
+        """Add terms to a plane; ``by`` is the kind of rule with its mode, of which a row can have one."""
+        self.add(plane.name, values, view)
+        self._planes.setdefault(plane.name, {})[by] = plane
 
     def put(self, name: str, value: Any, what: str, by: tuple[object, ...], view: View = PLAIN) -> None:
         """Set a table of ``NAMED``; raises ``PlanError`` if a token gets two ``what``, told apart by ``by``."""
@@ -178,12 +182,12 @@ class Cell:
             self.tables[view, name] = remap
 
     def _temperature(self, view: View, name: str, terms: Mapping[int, Sequence[float]]) -> None:
-        temperature = np.float32(math.prod(sorted(terms[_LAYER])))
+        temperature = np.float32(math.prod(sorted(terms[LAYER])))
         if temperature != NEUTRAL[name]:
             self.parameters[name] = float(temperature)
 
     def _top_k(self, view: View, name: str, terms: Mapping[int, Sequence[float]]) -> None:
-        wanted, most = {int(k) for k in terms[_LAYER]}, min(self.router.num_experts, MAX_CHOSEN)
+        wanted, most = {int(k) for k in terms[LAYER]}, min(self.router.num_experts, MAX_CHOSEN)
         if len(wanted) > 1:
             raise PlanError(
                 f"layer {self.layer} is asked for top-{min(wanted)} and top-{max(wanted)} at once: keep one of them"

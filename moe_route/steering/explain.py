@@ -8,13 +8,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moe_route.base.table import ShownAsTables, Table, number_of
+from moe_route.base.table import ShownAsTables, Table, data_frame, number_of
 from moe_route.calls.call import PHASES
 from moe_route.steering.layers import show_numbers
 from moe_route.steering.model import PlanError, PlanModel
 from moe_route.steering.rule import GAINS, LOSES, Rule, Seen
-
-__all__ = ["PlanChange", "PlanDifference", "PlanExplanation", "RuleEffect", "compare", "explain"]
 
 SATURATED = 0.02  # an expert is saturated if it is chosen by fewer, or by more than all but these, of the tokens
 _SHOWN, _SHOWN_CHANGES = 40, 60  # rows that are printed
@@ -116,11 +114,8 @@ class PlanExplanation(ShownAsTables):
 
     def to_pandas(self) -> Any:
         """A data frame with a row per effect; needs pandas."""
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError("data frames need pandas: pip install 'moe-route[analysis]'") from error
-        return pandas.DataFrame([effect.to_dict() for effect in self.effects])
+        rows = [effect.to_dict() for effect in self.effects]
+        return data_frame({name: [row[name] for row in rows] for name in RuleEffect.__dataclass_fields__})
 
     def tables(self) -> list[Table]:
         head = ("rule", "group", "layer", "experts", "tokens", "chosen now", "choices moved", "", "saturated")
@@ -224,10 +219,10 @@ def _effects(number: int, rule: Rule, source: _Sums | _Tokens, names: Sequence[s
 
 def _effect(number: int, rule: Rule, group: str, layer: int, source: _Sums | _Tokens) -> RuleEffect:
     tokens, counts = source.counts(rule, group, layer)
-    named = tuple(expert for expert, _ in rule.in_layer(layer))
-    experts = named or tuple(range(len(counts)))
+    pairs = rule.in_layer(layer)
+    experts = tuple(expert for expert, _ in pairs) or tuple(range(len(counts)))
     chosen = counts[list(experts)]
-    moved, certainty, side, note, others = rule.forecast(Seen(layer, tokens, counts, source.top_k(layer)))
+    moved, certainty, side, note, others = rule.forecast(Seen(tokens, counts, source.top_k(layer), pairs))
     if certainty == "exact" and rule.positions is not None and not source.sees_tokens:
         certainty, note = "at most", "statistics do not say which tokens are at the rule's positions: all are counted"
     if not moved.any() and certainty != "at most":

@@ -14,29 +14,10 @@ import numpy as np
 from moe_route.contract.limits import MAX_CHOSEN
 from moe_route.contract.tables import Force
 from moe_route.contract.token_tables import stream_of
-from moe_route.steering.cell import PLAIN, Cell, Plane
-from moe_route.steering.rule import GAINS, LOSES, Entry, Experts, Forecast, PlanError, Rule, Seen, power
+from moe_route.steering.cell import LAYER, PLAIN, Cell, Plane
+from moe_route.steering.model import PlanError
+from moe_route.steering.rule import GAINS, LOSES, Entry, Experts, Forecast, Pairs, Rule, Seen, power
 from moe_route.steering.tables import ReplayTable, ScoreTable
-
-__all__ = [
-    "Activate",
-    "Bias",
-    "FixChoice",
-    "Forbid",
-    "ForceOff",
-    "ForceOn",
-    "Gumbel",
-    "Magnitude",
-    "Remap",
-    "Replay",
-    "ReplaceScores",
-    "ReserveSlot",
-    "ScaleLogits",
-    "ScaleWeights",
-    "Temperature",
-    "TopK",
-]
-
 
 # ---- families
 
@@ -46,10 +27,6 @@ class ExpertRule(Rule):
 
     fields = frozenset(("experts", "absent", "draw"))
 
-    def gains(self) -> bool:
-        """Whether an expert with coefficient 1 is chosen more often."""
-        return True
-
 
 class PlaneRule(ExpertRule):
     """A number per expert in a plane of ``SteeringTables``; by mode, the plane."""
@@ -58,24 +35,19 @@ class PlaneRule(ExpertRule):
     modes: ClassVar[Mapping[str, Plane]]
     neutral: ClassVar[float] = 0.0
 
-    def write(self, cell: Cell) -> None:
-        plane = self.modes[self.mode]
-        for expert, coefficient in self.in_layer(cell.layer):
-            cell.add(plane.name, self.effective(coefficient), expert, self.view)
-        cell.use(plane, self.kind, self.mode)
-
-    def gains(self) -> bool:
-        return self.effective(1.0) > self.neutral
+    def write(self, cell: Cell, pairs: Pairs) -> None:
+        values = {expert: self.effective(coefficient) for expert, coefficient in pairs}
+        cell.add_plane(self.modes[self.mode], values, (self.absent, self.draw), (self.kind, self.mode))
 
     def forecast(self, seen: Seen) -> Forecast:
         """A bound: as many choices as its experts may gain or lose."""
         if self.draw is not None:
-            return _drawn(self, seen, self.gains())
-        effects = np.array([self.effective(coefficient) for _, coefficient in self.in_layer(seen.layer)])
-        up, chosen = effects > self.neutral, _chosen(self, seen)
+            return _drawn(seen, self.effective(1.0) > self.neutral)
+        effects = np.array([self.effective(coefficient) for _, coefficient in seen.pairs])
+        up = effects > self.neutral
         still = (effects == self.neutral) | (~up & self.absent)
         side = GAINS if up.all() else LOSES if not up.any() else ""
-        return Forecast(np.where(still, 0, self._bound(up, seen.tokens, chosen)), "at most", side)
+        return Forecast(np.where(still, 0, self._bound(up, seen.tokens, seen.chosen)), "at most", side)
 
     def _bound(self, up: np.ndarray, tokens: int, chosen: np.ndarray) -> np.ndarray:
         """The most choices that may move, of experts that go up or down."""
@@ -104,18 +76,15 @@ class Power(Rule):
 class Factor(Power, PlaneRule):
     """Multiplies by coefficient ** strength."""
 
-    neutral = 1.0
-
 
 class Forced(ExpertRule):
     """By mode, a code of ``Force`` for each of its experts."""
 
     modes: ClassVar[Mapping[str, Force]]
 
-    def write(self, cell: Cell) -> None:
-        for expert, _ in self.in_layer(cell.layer):
-            cell.add("force", self.modes[self.mode], expert, self.view)
-        cell.use(Plane("force"), self.kind, self.mode)
+    def write(self, cell: Cell, pairs: Pairs) -> None:
+        codes = dict.fromkeys((expert for expert, _ in pairs), self.modes[self.mode])
+        cell.add_plane(Plane("force"), codes, (self.absent, self.draw), (self.kind, self.mode))
 
     def _as(self, kind: type[Forced]) -> Rule:
         return kind(**vars(self))
@@ -124,18 +93,14 @@ class Forced(ExpertRule):
 class Off(Forced):
     """Takes experts away."""
 
-    def gains(self) -> bool:
-        return False
-
     def forecast(self, seen: Seen) -> Forecast:
         if self.draw is not None:
-            return _drawn(self, seen, self.gains())
-        chosen = _chosen(self, seen)
-        return Forecast(np.zeros(len(chosen)) if self.absent else chosen, self._certainty(seen), LOSES)
+            return _drawn(seen, False)
+        return Forecast(np.where(self.absent, 0, seen.chosen), self._certainty(seen), LOSES)
 
     def _certainty(self, seen: Seen) -> str:
         """Whether enough other experts are left to choose."""
-        return "exact" if len(seen.counts) - len(self.in_layer(seen.layer)) >= seen.top_k else "at most"
+        return "exact" if len(seen.counts) - len(seen.pairs) >= seen.top_k else "at most"
 
 
 class LayerRule(Rule):
@@ -157,14 +122,14 @@ class NamedChoice(Rule):
     fields = frozenset(("experts", "draw"))
     what: ClassVar[str] = "fixed, replayed or drawn choices"
 
-    def row(self, cell: Cell) -> Any:
+    def row(self, cell: Cell, pairs: Pairs) -> Any:
         """The row of its table in the layer of a cell."""
         assert self.table is not None
         return cell.sources.index(self.table)
 
-    def write(self, cell: Cell) -> None:
-        by = (self.kind, self.draw, self.in_layer(cell.layer), self.table, self.value)
-        cell.put(self._name, self.row(cell), self.what, by, (False, self.draw))
+    def write(self, cell: Cell, pairs: Pairs) -> None:
+        by = (self.kind, self.draw, pairs, self.table)
+        cell.put(self._name, self.row(cell, pairs), self.what, by, (False, self.draw))
 
     @property
     def _name(self) -> str:
@@ -183,22 +148,17 @@ class NamedChoice(Rule):
         return Forecast(np.array([seen.tokens * seen.top_k]), "at most")
 
 
-def _chosen(rule: Rule, seen: Seen) -> np.ndarray:
-    """Tokens that choose each expert of the rule."""
-    return seen.counts[[expert for expert, _ in rule.in_layer(seen.layer)]]
-
-
-def _drawn(rule: Rule, seen: Seen, gains: bool) -> Forecast:
-    """The forecast for as many experts, uniformly drawn for each token."""
-    share = np.full(len(rule.in_layer(seen.layer)), seen.top_k / len(seen.counts))
+def _drawn(seen: Seen, gains: bool) -> Forecast:
+    """The forecast for as many experts, uniformly drawn for each token, that are added or taken away."""
+    share = np.full(len(seen.pairs), seen.top_k / len(seen.counts))
     return Forecast(seen.tokens * (1 - share if gains else share), "estimate")
 
 
 def _taken(rule: Rule, seen: Seen) -> Forecast:
     """The forecast for experts that every token chooses then."""
     if rule.draw is not None:
-        return _drawn(rule, seen, True)
-    free = seen.tokens - _chosen(rule, seen)
+        return _drawn(seen, True)
+    free = seen.tokens - seen.chosen
     return Forecast(free, "exact" if len(free) <= seen.top_k else "at most", GAINS)
 
 
@@ -228,8 +188,8 @@ class Activate(Additive):
         if self.draw is not None:
             return bound
         normal, moved = NormalDist(), bound.moved.astype(float)
-        shares = (_chosen(self, seen) + 0.5) / (seen.tokens + 1)  # never 0 or 1, which no finite strength would change
-        for place, (share, (_, c)) in enumerate(zip(shares.tolist(), self.in_layer(seen.layer), strict=True)):
+        shares = (seen.chosen + 0.5) / (seen.tokens + 1)  # never 0 or 1, which no finite strength would change
+        for place, (share, (_, c)) in enumerate(zip(shares.tolist(), seen.pairs, strict=True)):
             after = normal.cdf(normal.inv_cdf(share) + self.effective(c))
             moved[place] = min(abs(after - share) * seen.tokens, moved[place])
         note = (
@@ -301,8 +261,8 @@ class Temperature(Power, LayerRule):
         _check_temperature(self)
         self.effective(self.value or 0.0)
 
-    def write(self, cell: Cell) -> None:
-        cell.add("temperature", self.effective(self.value or 0.0))
+    def write(self, cell: Cell, pairs: Pairs) -> None:
+        cell.add("temperature", {LAYER: self.effective(self.value or 0.0)})
 
     def forecast(self, seen: Seen) -> Forecast:
         return Forecast(np.zeros(1), "estimate")
@@ -369,8 +329,8 @@ class TopK(LayerRule):
                 f"{self.value}"
             )
 
-    def write(self, cell: Cell) -> None:
-        cell.add("top_k", self.value or 0)
+    def write(self, cell: Cell, pairs: Pairs) -> None:
+        cell.add("top_k", {LAYER: self.value or 0})
 
     def forecast(self, seen: Seen) -> Forecast:
         return Forecast(np.array([seen.tokens * abs(int(self.value or 0) - seen.top_k)]), "exact")
@@ -383,9 +343,8 @@ class Remap(Rule):
     shows = "chosen expert replaced"
     fields = frozenset(("experts",))
 
-    def write(self, cell: Cell) -> None:
-        for expert, target in self.in_layer(cell.layer):
-            cell.add("remap", target, expert)
+    def write(self, cell: Cell, pairs: Pairs) -> None:
+        cell.add("remap", dict(pairs))
 
     def named(self, layer: int) -> list[int]:
         return super().named(layer) + [int(to) for _, to in dict(self.experts).get(layer, ()) if to >= 0]
@@ -401,9 +360,8 @@ class Remap(Rule):
         return self
 
     def forecast(self, seen: Seen) -> Forecast:
-        pairs = self.in_layer(seen.layer)
-        moved = np.where([expert != int(target) for expert, target in pairs], _chosen(self, seen), 0)
-        others = tuple(expert for expert, target in pairs if expert != int(target))
+        others = tuple(expert for expert, target in seen.pairs if expert != int(target))
+        moved = np.where([expert in others for expert, _ in seen.pairs], seen.chosen, 0)
         return Forecast(moved, "exact", LOSES, experts=others)
 
 
@@ -430,11 +388,11 @@ class ReplaceScores(NamedChoice):
     def _name(self) -> str:
         return "replace_scores" if self.table is None else "score_table"
 
-    def row(self, cell: Cell) -> Any:
+    def row(self, cell: Cell, pairs: Pairs) -> Any:
         if self.table is not None:
-            return super().row(cell)
+            return super().row(cell, pairs)
         scores = np.zeros(cell.router.num_experts, dtype=np.float32)
-        for expert, score in self.in_layer(cell.layer):
+        for expert, score in pairs:
             scores[expert] = score
         return scores
 
@@ -449,8 +407,8 @@ class ReserveSlot(NamedChoice):
     shows = "takes the last slot where not chosen"
     what = "own experts"
 
-    def write(self, cell: Cell) -> None:
-        for expert, _ in self.in_layer(cell.layer):
+    def write(self, cell: Cell, pairs: Pairs) -> None:
+        for expert, _ in pairs:
             cell.put(self.kind, expert, self.what, (self.kind, self.draw, expert), (False, self.draw))
 
     def forecast(self, seen: Seen) -> Forecast:
@@ -470,8 +428,8 @@ class FixChoice(NamedChoice):
             if slots != list(range(len(slots))):
                 raise PlanError(f"the fixed experts of layer {layer} need the slots 0 to {len(slots) - 1}, one each")
 
-    def row(self, cell: Cell) -> Any:
-        pairs, slots = self.in_layer(cell.layer), cell.router.top_k
+    def row(self, cell: Cell, pairs: Pairs) -> Any:
+        slots = cell.router.top_k
         if len(pairs) > slots:
             raise PlanError(f"{len(pairs)} experts are fixed in layer {cell.layer}, which has {slots} slots")
         ids = np.full(slots, -1)
@@ -508,7 +466,7 @@ class Gumbel(LayerRule):
         if self.draw is None:
             raise PlanError("a gumbel rule needs the seed of its noise: Plan.gumbel(seed)")
 
-    def write(self, cell: Cell) -> None:  # tokens with other seeds share one part, which draws once
+    def write(self, cell: Cell, pairs: Pairs) -> None:  # tokens with other seeds share one part, which draws once
         assert self.draw is not None
         by = (self.kind, self.draw, self.value)
         cell.put("gumbel", self.value, NamedChoice.what, by, PLAIN)

@@ -32,10 +32,10 @@ def as_layers(numbers: Iterable[int] | int) -> tuple[int, ...]:
 
     Raises ``ValueError`` for a number below 0 and ``TypeError`` for anything but whole numbers.
     """
-    found = sorted({index(number) for number in ([numbers] if isinstance(numbers, int) else numbers)})
-    if found and found[0] < 0:
-        raise ValueError(f"there is no layer {found[0]}: MoE layers count from 0")
-    return tuple(found)
+    chosen = sorted({index(number) for number in ([numbers] if isinstance(numbers, int) else numbers)})
+    if chosen and chosen[0] < 0:
+        raise ValueError(f"there is no layer {chosen[0]}: MoE layers count from 0")
+    return tuple(chosen)
 
 
 def show_numbers(numbers: Iterable[int]) -> str:

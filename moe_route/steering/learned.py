@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moe_route.base.table import ShownAsTables, Table
+from moe_route.base.table import ShownAsTables, Table, data_frame
 from moe_route.calls.call import PHASES
 from moe_route.contract.tables import SteeringTables
 from moe_route.steering.compile import CompiledPlan
@@ -79,11 +79,7 @@ class LearnedRouting(ShownAsTables):
 
     def to_pandas(self) -> pd.DataFrame:
         """A data frame with a row per step: step, loss. Needs pandas."""
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError("data frames need pandas: pip install 'moe-route[analysis]'") from error
-        return pandas.DataFrame({"step": range(len(self.losses)), "loss": self.losses})
+        return data_frame({"step": range(len(self.losses)), "loss": self.losses})
 
     def tables(self) -> list[Table]:
         rows = []
@@ -158,9 +154,9 @@ class RoutingParameters:
 
     def plan(self) -> Plan:
         """The numbers as a plan; experts without effect are left out."""
-        found, plans = self.found(), []
+        learned, plans = self.found(), []
         for row, group in enumerate(self.groups or (None,)):
-            mine = {layer: values[row] for layer, values in found.items()}
+            mine = {layer: values[row] for layer, values in learned.items()}
             plans += [plan if group is None else plan.only(groups=group) for plan in self._plans(mine)]
         return sum(plans, Plan())
 
@@ -198,16 +194,16 @@ def fit(
         steer(parameters.compiled())
         optimizer.zero_grad()
         with torch.enable_grad():
-            found = loss()
-        _check_loss(found, step)
-        found.backward()
+            value = loss()
+        _check_loss(value, step)
+        value.backward()
         if all(value.grad is None for value in parameters.values.values()):
             raise PlanError(
                 "the loss does not depend on the routing of these layers: run the attached model inside loss(), in the "
                 "layers and groups that are learned"
             )
         optimizer.step()
-        losses.append(float(found.detach()))
+        losses.append(float(value.detach()))
     return losses
 
 
@@ -241,10 +237,10 @@ def _layers(routers: Sequence[Learnable], layers: Iterable[int] | int | None) ->
     return chosen
 
 
-def _check_loss(found: Any, step: int) -> None:
-    if not isinstance(found, Tensor) or found.numel() != 1:
-        raise PlanError(f"loss() must return a tensor with one number, not {type(found).__name__}")
-    if not found.requires_grad:
+def _check_loss(loss: Any, step: int) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise PlanError(f"loss() must return a tensor with one number, not {type(loss).__name__}")
+    if not loss.requires_grad:
         raise PlanError("the loss has no gradient: run the model inside loss() without no_grad and inference_mode")
-    if not bool(found.isfinite()):
-        raise PlanError(f"the loss is {float(found.detach())} at step {step}: use a smaller lr")
+    if not bool(loss.isfinite()):
+        raise PlanError(f"the loss is {float(loss.detach())} at step {step}: use a smaller lr")

@@ -8,8 +8,6 @@ from difflib import get_close_matches
 from operator import index
 from typing import Any
 
-__all__ = ["PlanError", "PlanModel", "refuse_unknown"]
-
 _SHOWN_DIGITS = 12  # of a hash, as `describe` shows it
 
 

@@ -16,32 +16,17 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from moe_route.calls.call import PHASES
-from moe_route.steering.cell import Cell, View
+from moe_route.steering.cell import Cell, HasExperts
 from moe_route.steering.layers import as_layers, show_numbers
 from moe_route.steering.model import PlanError, refuse_unknown
 from moe_route.steering.tables import SequenceTable
 
-__all__ = [
-    "KINDS",
-    "Entry",
-    "Experts",
-    "Forecast",
-    "PlanError",
-    "Rule",
-    "Seen",
-    "Side",
-    "Spans",
-    "as_groups",
-    "as_phase",
-    "as_positions",
-    "power",
-    "rule_from_dict",
-]
-
 Experts = Mapping[int, Iterable[int] | Mapping[int, float]] | Iterable[int]
 Spans = tuple[tuple[int, int | None], ...]  # half-open, increasing, not adjacent; None: to the end
-Side = str  # "gains", "loses", or "" where experts may do either
-GAINS, LOSES = "gains", "loses"
+GAINS, LOSES = "gains", "loses"  # what a rule does to tokens of its experts
+
+
+Pairs = tuple[tuple[int, float], ...]  # (expert, coefficient), in increasing order
 
 
 class Entry(NamedTuple):
@@ -53,12 +38,19 @@ class Entry(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """Recorded tokens that a rule would act on in one layer: how many, the choices of each expert [E], and top-k."""
+    """Recorded tokens that a rule would act on in one layer: how many, the choices of each expert [E], and top-k.
 
-    layer: int
+    ``pairs`` are the experts of the rule there, and ``chosen`` their choices.
+    """
+
     tokens: int
     counts: np.ndarray
     top_k: int
+    pairs: Pairs
+
+    @property
+    def chosen(self) -> np.ndarray:
+        return self.counts[[expert for expert, _ in self.pairs]]
 
 
 class Forecast(NamedTuple):
@@ -67,14 +59,14 @@ class Forecast(NamedTuple):
     Attributes:
         moved: choices that change, by expert of the rule.
         certainty: "exact", "estimate" or "at most".
-        side: whether its experts gain or lose tokens ("": either).
+        side: ``GAINS`` or ``LOSES``; "" where its experts may do either.
         note: how it was estimated.
         experts: the experts whose tokens are touched; None for all of the rule.
     """
 
     moved: np.ndarray
     certainty: str
-    side: Side = ""
+    side: str = ""
     note: str = ""
     experts: tuple[int, ...] | None = None
 
@@ -142,8 +134,8 @@ class Rule(ABC):
     # ---- what a kind of rule says
 
     @abstractmethod
-    def write(self, cell: Cell) -> None:
-        """Write the rule into the cell of a layer that it touches."""
+    def write(self, cell: Cell, pairs: Pairs) -> None:
+        """Write the rule into the cell of a layer that it touches, where ``pairs`` are its experts (``in_layer``)."""
 
     @abstractmethod
     def forecast(self, seen: Seen) -> Forecast:
@@ -228,7 +220,7 @@ class Rule(ABC):
 
     # ---- where it applies
 
-    def in_layer(self, layer: int) -> tuple[tuple[int, float], ...]:
+    def in_layer(self, layer: int) -> Pairs:
         """(expert, coefficient) pairs that the rule changes in ``layer``."""
         if self.layers is not None and layer not in self.layers:
             return ()
@@ -254,14 +246,40 @@ class Rule(ABC):
             return self.table.in_layer(layer) is not None
         return not self.experts or any(layer == named for named, _ in self.experts)
 
-    def applies(self, phase: str, group: str | None) -> bool:
-        """Whether the rule applies to tokens of ``group`` in ``phase``, at some position."""
-        return self.phase in (None, phase) and (self.groups is None or group in self.groups)
+    def check_fits(self, routers: Sequence[HasExperts], groups: Sequence[str]) -> None:
+        """Raise ``PlanError`` for layers, experts or groups that the model or the recording does not have."""
+        unknown = [group for group in self.groups or () if group not in groups]
+        if unknown:
+            raise PlanError(
+                f"the plan steers group {unknown[0]!r}, which is not among the groups ({', '.join(groups) or 'none'}): "
+                "name it when recording starts, or use plan.only(groups=...) with these"
+            )
+        for layer in self.touched_layers or ():
+            if layer >= len(routers):
+                raise PlanError(
+                    f"the plan steers layer {layer}, but the model has {len(routers)} MoE layers "
+                    f"(0-{len(routers) - 1}): restrict it with plan.only(layers=...); numbers that count from 1: "
+                    "moe_route.layers(8, 35, base=1)"
+                )
+            size = routers[layer].num_experts
+            wrong = [expert for expert in self.named(layer) if expert >= size]
+            if wrong:
+                raise PlanError(
+                    f"the plan names expert {wrong[0]} of layer {layer}, which has {size} experts (0-{size - 1}): "
+                    "make it from statistics of this model"
+                )
+        if self.table is not None:
+            self._check_table(self.table, routers)
 
-    @property
-    def view(self) -> View:
-        """What the rule depends on per token."""
-        return self.absent, self.draw
+    def _check_table(self, table: SequenceTable, routers: Sequence[HasExperts]) -> None:
+        if table.layers is None and table.values.shape[1] != len(routers):
+            raise PlanError(
+                f"the {table.what} are of {table.values.shape[1]} layers, the model has {len(routers)} MoE layers: "
+                f"leave dense layers out of them, or say which layers they are of, Plan.{self.kind}(..., layers=[...])"
+            )
+        for layer, router in enumerate(routers):
+            if self.touches(layer):
+                table.check_layer(layer, router.num_experts, router.top_k)
 
     # ---- algebra and controls
 

@@ -120,10 +120,7 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
     @property
     def scores(self) -> dict[int, dict[int, float]]:
         """layer -> {expert: score}, for the selected experts that have a score."""
-        found: dict[int, dict[int, float]] = {}
-        for (layer, expert), score in self._scores.items():
-            found.setdefault(layer, {})[expert] = score
-        return found
+        return _scores_by_layer(self._scores)
 
     def __getitem__(self, layer: int) -> tuple[int, ...]:
         return self._experts[layer]
@@ -323,14 +320,14 @@ def _model(model: PlanModel | None, num_experts: int | Sequence[int] | None) -> 
 
 
 def _by_layer(pairs: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
-    found: dict[int, list[int]] = {}
+    by_layer: dict[int, list[int]] = {}
     for layer, expert in pairs:
-        found.setdefault(layer, []).append(expert)
-    return found
+        by_layer.setdefault(layer, []).append(expert)
+    return by_layer
 
 
 def _scores_by_layer(scores: Mapping[tuple[int, int], float]) -> dict[int, dict[int, float]]:
-    found: dict[int, dict[int, float]] = {}
+    by_layer: dict[int, dict[int, float]] = {}
     for (layer, expert), score in scores.items():
-        found.setdefault(layer, {})[expert] = score
-    return found
+        by_layer.setdefault(layer, {})[expert] = score
+    return by_layer

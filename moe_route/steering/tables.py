@@ -16,18 +16,6 @@ from moe_route.base import files
 from moe_route.steering.layers import show_numbers
 from moe_route.steering.model import PlanError, refuse_unknown
 
-__all__ = [
-    "Item",
-    "Key",
-    "RecordedChoices",
-    "ReplayTable",
-    "ScoreTable",
-    "SequenceTable",
-    "as_keys",
-    "layer_order",
-    "table_of",
-]
-
 Item = str | int
 Key = tuple[Item, str | None]
 

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from moe_route.nn import ACTIVATIONS
 
-__all__ = ["DenseBlock", "UpcyclingError", "dense_blocks"]
-
 _PROBES = 7
 _TOLERANCE = 1e-5  # of the largest output
 

@@ -1,4 +1,8 @@
-"""Stock transformers classes that can hold an upcycled model. A further class is a row of `CLASSES`."""
+"""How a model was upcycled, and the stock transformers classes that can hold it.
+
+`UpcycledShape` is kept in the model's configuration, so that it is saved and loaded with the model. A further class
+is a row of `CLASSES`.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +17,11 @@ from moe_route.contract.spec import RouterSpec
 from moe_route.nn import ACTIVATIONS, SparseMoE
 from moe_route.training.dense import UpcyclingError
 
-__all__ = ["Recipe", "converted"]
-
-
-# How a model was upcycled: kept in its configuration, so that it is saved and loaded with the model.
-
 _KEY = "moe_route_upcycling"  # name of the attribute in a transformers configuration
 
 
 @dataclass(frozen=True)
-class Recipe:
+class UpcycledShape:
     """The shape of the sparse blocks of an upcycled model, and whose expert is whose."""
 
     layers: tuple[int, ...]  # indices of the model's layers that are sparse
@@ -40,14 +39,14 @@ class Recipe:
     families: dict[str, int]  # group -> its expert
 
     def write(self, model: nn.Module) -> None:
-        """Keep this recipe in the model's configuration."""
+        """Keep this shape in the model's configuration."""
         config = getattr(model, "config", None)
         if config is not None:
             setattr(config, _KEY, {**asdict(self), "layers": list(self.layers)})
 
     @classmethod
-    def read(cls, config: object) -> Recipe | None:
-        """The recipe that a configuration keeps, None if it keeps none.
+    def read(cls, config: object) -> UpcycledShape | None:
+        """The shape that a configuration keeps, None if it keeps none.
 
         Raises `UpcyclingError` for one that does not fit together.
         """
@@ -55,15 +54,16 @@ class Recipe:
         if kept is None:
             return None
         try:
-            recipe = cls(**{**kept, "layers": tuple(kept["layers"])})
-            recipe._check()
+            shape = cls(**{**kept, "layers": tuple(kept["layers"])})
+            shape.check()
         except (TypeError, KeyError, ValueError) as error:
             raise UpcyclingError(
                 f"{_KEY} of the configuration is damaged ({error}): upcycle the dense model again"
             ) from error
-        return recipe
+        return shape
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise `ValueError` for values that do not fit together."""
         for field in fields(self):
             value, kind = getattr(self, field.name), str(field.type)
             wanted: Any = {"int": int, "str": str, "bool": bool}.get(kind)
@@ -121,24 +121,24 @@ class Stock:
     dense: str  # class of the dense model
     sparse: str  # class of the sparse one
     router: str  # name of the router in its block
-    settings: Callable[[Recipe, int], dict[str, Any]]  # what the sparse configuration says of the blocks
+    settings: Callable[[UpcycledShape, int], dict[str, Any]]  # what the sparse configuration says of the blocks
     every_layer: bool = False  # whether it has no dense layers
     renormalizes: bool = False  # whether it always divides the weights by their sum
 
 
-def _qwen3_moe(recipe: Recipe, layers: int) -> dict[str, Any]:
+def _qwen3_moe(shape: UpcycledShape, layers: int) -> dict[str, Any]:
     return {
-        "num_experts": recipe.num_experts,
-        "num_experts_per_tok": recipe.top_k,
-        "moe_intermediate_size": recipe.intermediate_size,
-        "norm_topk_prob": recipe.renormalize == "sum",
+        "num_experts": shape.num_experts,
+        "num_experts_per_tok": shape.top_k,
+        "moe_intermediate_size": shape.intermediate_size,
+        "norm_topk_prob": shape.renormalize == "sum",
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [layer for layer in range(layers) if layer not in recipe.layers],
+        "mlp_only_layers": [layer for layer in range(layers) if layer not in shape.layers],
     }
 
 
-def _mixtral(recipe: Recipe, layers: int) -> dict[str, Any]:
-    return {"num_local_experts": recipe.num_experts, "num_experts_per_tok": recipe.top_k}
+def _mixtral(shape: UpcycledShape, layers: int) -> dict[str, Any]:
+    return {"num_local_experts": shape.num_experts, "num_experts_per_tok": shape.top_k}
 
 
 CLASSES = (
@@ -148,7 +148,7 @@ CLASSES = (
 )
 
 
-def converted(model: nn.Module, recipe: Recipe) -> nn.Module | str:
+def converted(model: nn.Module, shape: UpcycledShape) -> nn.Module | str:
     """The upcycled model as a stock class, or the reason why none can hold it.
 
     Both run on a few tokens. A class that computes anything else (other attention windows, say) is not used.
@@ -156,15 +156,15 @@ def converted(model: nn.Module, recipe: Recipe) -> nn.Module | str:
     row = next((row for row in CLASSES if row.dense == type(model).__name__), None)
     if row is None or not type(model).__module__.startswith("transformers."):
         return f"there is none for {type(model).__name__}"
-    layers = len(model.get_submodule(recipe.stack))  # type: ignore[arg-type]
-    if row.every_layer and len(recipe.layers) < layers:
+    layers = len(model.get_submodule(shape.stack))  # type: ignore[arg-type]
+    if row.every_layer and len(shape.layers) < layers:
         return f"{row.sparse} has no dense layers: choose all {layers} layers"
-    if row.renormalizes and recipe.renormalize != "sum":
+    if row.renormalizes and shape.renormalize != "sum":
         return f"{row.sparse} always renormalizes"
-    if recipe.bias or not recipe.gated:
+    if shape.bias or not shape.gated:
         return f"experts of {row.sparse} are gated and have no bias"
-    held = _built(model, row, recipe)
-    state = {_renamed(name, row, recipe): tensor for name, tensor in model.state_dict().items()}
+    held = _built(model, row, shape)
+    state = {_renamed(name, row, shape): tensor for name, tensor in model.state_dict().items()}
     missing = {name for name, _ in held.named_parameters()} ^ state.keys()
     if missing - set(getattr(held, "_tied_weights_keys", None) or ()):
         return f"{row.sparse} has other parameters: {', '.join(sorted(missing)[:3])}"
@@ -173,26 +173,26 @@ def converted(model: nn.Module, recipe: Recipe) -> nn.Module | str:
     if not _alike(model, held):
         return f"{row.sparse} computes something else with this configuration"
     held.train(model.training)
-    replace(recipe, stock_class=True).write(held)
+    replace(shape, stock_class=True).write(held)
     return held
 
 
-def _built(model: Any, row: Stock, recipe: Recipe) -> Any:
+def _built(model: Any, row: Stock, shape: UpcycledShape) -> Any:
     """A model of the sparse class with weights of its own."""
     import transformers
 
     kind = getattr(transformers, row.sparse)
     left_out = ("model_type", "architectures", "transformers_version", "dtype")
     kept = {name: value for name, value in model.config.to_dict().items() if name not in left_out}
-    layers = len(model.get_submodule(recipe.stack))
-    config = kind.config_class(**{**kept, **row.settings(recipe, layers)})
+    layers = len(model.get_submodule(shape.stack))
+    config = kind.config_class(**{**kept, **row.settings(shape, layers)})
     return kind._from_config(config, dtype=model.dtype, attn_implementation=model.config._attn_implementation).to(
         model.device
     )
 
 
-def _renamed(name: str, row: Stock, recipe: Recipe) -> str:
-    for block in recipe.names:
+def _renamed(name: str, row: Stock, shape: UpcycledShape) -> str:
+    for block in shape.names:
         name = name.replace(f"{block}.router.", f"{block}.{row.router}.")
     return name
 

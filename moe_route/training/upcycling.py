@@ -1,4 +1,7 @@
-"""Turn a dense model into a sparse one whose experts belong to families of groups [ApolloMoE, arXiv 2410.10626]."""
+"""Turn a dense model into a sparse one whose experts belong to families of groups [ApolloMoE, arXiv 2410.10626].
+
+`upcycle` makes it, `own_expert_loss` trains its routers, `load_upcycled` loads it again.
+"""
 
 from __future__ import annotations
 
@@ -17,44 +20,9 @@ from moe_route.steering import Plan
 from moe_route.training import stock
 from moe_route.training.adapters.handle import adapter_names
 from moe_route.training.dense import DenseBlock, UpcyclingError, dense_blocks
-from moe_route.training.stock import Recipe
+from moe_route.training.stock import UpcycledShape
 
-__all__ = [
-    "Upcycled",
-    "family_plan",
-    "is_upcycled",
-    "load_upcycled",
-    "own_expert_loss",
-    "upcycle",
-    "with_sparse_blocks",
-]
-
-
-# Losses on router logits. The load-balancing loss is `moe_route.nn.load_balancing_loss`.
-
-
-def own_expert_loss(router_logits: Tensor, experts: Tensor) -> Tensor:
-    """Mean of ``-log p`` over tokens, where p is the router's probability of the token's own expert.
-
-    It teaches a router whose choice is fixed in training (k = 1), and that gets no gradient from the model's own loss,
-    to find the expert by itself.
-
-    Args:
-        router_logits: [T, E].
-        experts: integers [T], each token's own expert; -1 leaves a token out (padding, or no family).
-
-    Returns a float32 scalar, 0 if every token is left out. Raises ``ValueError`` for other shapes, or for an expert
-    that the router does not have.
-    """
-    if router_logits.dim() != 2 or experts.shape != router_logits.shape[:1]:
-        raise ValueError(
-            f"router_logits [T, E] and experts [T] are needed, not {list(router_logits.shape)} and "
-            f"{list(experts.shape)}"
-        )
-    if experts.numel() and not -1 <= int(experts.min()) <= int(experts.max()) < router_logits.shape[1]:
-        raise ValueError(f"experts must lie between -1 and {router_logits.shape[1] - 1}")
-    total = F.cross_entropy(router_logits.float(), experts.long(), ignore_index=-1, reduction="sum")
-    return total / torch.clamp((experts >= 0).sum(), min=1)
+_OF_CONFIG = ("cache_dir", "local_files_only", "revision", "token")  # options of loading that say where files are
 
 
 class Upcycled(NamedTuple):
@@ -126,7 +94,7 @@ def upcycle(
     if experts_from is not None and len(experts_from) != num_experts:
         raise UpcyclingError(f"experts_from has {len(experts_from)} models for {num_experts} experts")
     first = blocks[chosen[0]]
-    recipe = Recipe(
+    shape = UpcycledShape(
         layers=tuple(chosen),
         stack=first.stack,
         block=first.inner_name,
@@ -145,15 +113,15 @@ def upcycle(
     sources = [dense_blocks(each, stack) for each in experts_from or ()]
     sparse = copy.deepcopy(model)
     if experts_from is not None:
-        _average(sparse, experts_from, set(recipe.names))
+        _average(sparse, experts_from, set(shape.names))
     made = {}
     for layer in chosen:
         of_expert = [source[layer] for source in sources] or [blocks[layer]] * num_experts
-        made[blocks[layer].name] = _sparse_block(of_expert, recipe, router_std, noise, generator)
-    recipe.install(sparse, made)
-    recipe.write(sparse)
+        made[blocks[layer].name] = _sparse_block(of_expert, shape, router_std, noise, generator)
+    shape.install(sparse, made)
+    shape.write(sparse)
     if stock_class is not False:
-        held = stock.converted(sparse, recipe)
+        held = stock.converted(sparse, shape)
         if isinstance(held, nn.Module):
             sparse = held
         elif stock_class:
@@ -171,12 +139,12 @@ def family_plan(model: nn.Module, families: Mapping[str, str | int] | None = Non
     Raises `UpcyclingError` if the model keeps no families and none are given, or for more families than experts.
     """
     if families is None:
-        recipe = Recipe.read(getattr(model, "config", None))
-        if recipe is None:
+        shape = UpcycledShape.read(getattr(model, "config", None))
+        if shape is None:
             raise UpcyclingError(
                 "the model's configuration keeps no families: it was not upcycled here; give families="
             )
-        families = recipe.families
+        families = shape.families
     experts = _numbered(families)
     routers = find_routers(model)
     smallest = min(router.num_experts for router in routers)
@@ -242,10 +210,10 @@ def _average(sparse: nn.Module, models: Sequence[nn.Module], experts: set[str]) 
 
 
 def _sparse_block(
-    of_expert: Sequence[DenseBlock], recipe: Recipe, router_std: float, noise: float, generator: torch.Generator
+    of_expert: Sequence[DenseBlock], shape: UpcycledShape, router_std: float, noise: float, generator: torch.Generator
 ) -> SparseMoE:
     first = of_expert[0]
-    block = recipe.sparse_block(first.down.dtype, first.down.device)
+    block = shape.sparse_block(first.down.dtype, first.down.device)
     with torch.no_grad():
         weight = block.router.weight
         weight.copy_(torch.randn(weight.shape, generator=generator) * router_std)
@@ -270,14 +238,9 @@ def _noisy(matrix: Tensor, noise: float, generator: torch.Generator) -> Tensor:
     return (matrix.float() + drawn * noise * matrix.float().std()).to(matrix.dtype)
 
 
-# Load an upcycled model that `save_pretrained` has saved.
-
-_OF_CONFIG = ("cache_dir", "local_files_only", "revision", "token")  # options that say where files are
-
-
 def is_upcycled(config: object) -> bool:
     """Whether a configuration is that of a model made by `upcycle`."""
-    return Recipe.read(config) is not None
+    return UpcycledShape.read(config) is not None
 
 
 def with_sparse_blocks(model: nn.Module) -> nn.Module:
@@ -285,10 +248,10 @@ def with_sparse_blocks(model: nn.Module) -> nn.Module:
 
     Other models, and those of a stock class, are returned as they are. `model` itself is changed and returned.
     """
-    recipe = Recipe.read(getattr(model, "config", None))
-    if recipe is not None and not recipe.stock_class:
+    shape = UpcycledShape.read(getattr(model, "config", None))
+    if shape is not None and not shape.stock_class:
         parameter = next(model.parameters())
-        recipe.install(model, {name: recipe.sparse_block(parameter.dtype, parameter.device) for name in recipe.names})
+        shape.install(model, {name: shape.sparse_block(parameter.dtype, parameter.device) for name in shape.names})
     return model
 
 
@@ -310,8 +273,8 @@ def load_upcycled(folder: str | os.PathLike[str], **options: Any) -> nn.Module:
         raise ImportError("loading an upcycled model needs transformers: pip install 'moe-route[hf]'") from error
     of_config = {name: options[name] for name in _OF_CONFIG if name in options}
     config = transformers.AutoConfig.from_pretrained(folder, **of_config)
-    recipe = Recipe.read(config)
-    if recipe is None:
+    shape = UpcycledShape.read(config)
+    if shape is None:
         raise UpcyclingError(
             f"{os.fspath(folder)} is no upcycled model: load it by AutoModelForCausalLM.from_pretrained"
         )
@@ -319,7 +282,7 @@ def load_upcycled(folder: str | os.PathLike[str], **options: Any) -> nn.Module:
     kind = getattr(transformers, name, None)
     if kind is None:
         raise UpcyclingError(f"this transformers {transformers.__version__} has no class {name}: install a newer one")
-    loading = kind if recipe.stock_class else _sparse(kind)
+    loading = kind if shape.stock_class else _sparse(kind)
     model = loading.from_pretrained(folder, **options)
     model.__class__ = kind
     return model
@@ -336,3 +299,30 @@ def _sparse(kind: type[nn.Module]) -> Any:
     # from_pretrained looks up what it converts by the name and the module of the class.
     Sparse.__name__, Sparse.__module__ = kind.__name__, kind.__module__
     return Sparse
+
+
+# ---- losses on router logits (the load-balancing loss is `moe_route.nn.load_balancing_loss`)
+
+
+def own_expert_loss(router_logits: Tensor, experts: Tensor) -> Tensor:
+    """Mean of ``-log p`` over tokens, where p is the router's probability of the token's own expert.
+
+    It teaches a router whose choice is fixed in training (k = 1), and that gets no gradient from the model's own loss,
+    to find the expert by itself.
+
+    Args:
+        router_logits: [T, E].
+        experts: integers [T], each token's own expert; -1 leaves a token out (padding, or no family).
+
+    Returns a float32 scalar, 0 if every token is left out. Raises ``ValueError`` for other shapes, or for an expert
+    that the router does not have.
+    """
+    if router_logits.dim() != 2 or experts.shape != router_logits.shape[:1]:
+        raise ValueError(
+            f"router_logits [T, E] and experts [T] are needed, not {list(router_logits.shape)} and "
+            f"{list(experts.shape)}"
+        )
+    if experts.numel() and not -1 <= int(experts.min()) <= int(experts.max()) < router_logits.shape[1]:
+        raise ValueError(f"experts must lie between -1 and {router_logits.shape[1] - 1}")
+    total = F.cross_entropy(router_logits.float(), experts.long(), ignore_index=-1, reduction="sum")
+    return total / torch.clamp((experts >= 0).sum(), min=1)

@@ -251,7 +251,7 @@ def test_refuses_with_the_fix() -> None:
         (lambda: analysis.alignment(stored(given), "a", kind="count"), "leave it out"),
         (lambda: analysis.alignment(statistics, "en", kind="logits"), "no kind 'logits'"),
         (lambda: analysis.alignment(stored(given), "z"), "no group 'z'"),
-        (lambda: analysis.alignment(statistics, "en", groups=["en"]), "name another one"),
+        (lambda: analysis.alignment(statistics, "en", groups=["en"]), "with itself"),
         (lambda: analysis.alignment(apart, "a"), "min_common"),
         (lambda: found.of("z"), "no group 'z'"),
         (lambda: found.summary("median"), '"mean" or the "max"'),

@@ -22,7 +22,7 @@ import moe_route as mr
 from moe_route import analysis
 from moe_route.analysis import AnalysisError, Divergence
 from moe_route.analysis.measures import cosine_distance, jaccard_distance
-from moe_route.ops import SCALARS
+from moe_route.contract.tables import SCALARS
 from moe_route.recording import RoutingStatistics
 from moe_route.recording.store import SequenceStore
 from moe_route.recording.tables import TableSums
@@ -291,7 +291,29 @@ def test_any_reference_any_groups_and_every_measure(stats):
         assert result.groups == ("en",)
         np.testing.assert_allclose(result.values, analysis.divergence(stats, "en", groups="sw", measure=measure).values)
         assert np.isfinite(result.values).all()
-    assert (analysis.divergence(stats, "en", groups=["en"]).values == 0).all()
+
+
+def test_an_empty_finding_names_a_threshold_to_try(stats):
+    given = {"group": "sw", "baseline_group": "en", "by": "token"}
+    difference = analysis.expert_difference(stats, stats, **given)
+    empty = analysis.task_experts(stats, stats, **given, threshold=0.9)
+    assert not empty
+    assert f"{np.nanmax(difference):.3g}" in repr(empty)
+    threshold = float(empty.description.rsplit("threshold ")[-1].split()[0])
+    assert analysis.task_experts(stats, stats, **given, threshold=threshold)
+    several = analysis.multilingual_experts(stats, "en", threshold=0.9, layers=[1], by="token")
+    threshold = float(several.description.rsplit("threshold ")[-1].split()[0])
+    assert set(analysis.multilingual_experts(stats, "en", threshold=threshold, layers=[1], by="token")) == {1}
+
+
+@pytest.mark.parametrize("groups", ["en", ["sw", "en"]])
+def test_a_group_is_not_compared_with_itself(stats, groups):
+    with pytest.raises(AnalysisError, match="itself"):
+        analysis.divergence(stats, "en", groups=groups)
+    with pytest.raises(AnalysisError, match="itself"):
+        analysis.multilingual_experts(stats, "en", groups=groups, threshold=0.1, by="token")
+    with pytest.raises(AnalysisError, match="itself"):
+        analysis.task_experts(stats, stats, group="en", threshold=0.1, by="token")
 
 
 def test_matrix_agrees_with_each_divergence(stats):
@@ -668,6 +690,11 @@ def table(frequency, groups=GROUPS):
 def test_frequency_share_rule():
     stats = table([[[0.8, 0.6, 0.5, 0.1]], [[0.1, 0.6, 0.7, 0.6]], [[0.1, 0.6, 0.1, 1.0]]])
     result = analysis.frequency_share_experts(stats, top=2, threshold=0.6)
+    frame = result.to_pandas()
+    assert list(frame.columns) == ["group", "layer", "expert", "score"]
+    of_en = frame[frame["group"] == "en"]
+    assert set(zip(of_en["layer"], of_en["expert"], strict=True)) == set(result["en"].pairs)
+    assert len(frame) == sum(map(len, result.values())) + len(result.shared)
     # kept: en 0, 1; sw 1 and 2; bn 3 and 1. Expert 1 is shared by three, the others have a share of 1
     assert result["en"] == {0: (0,)}
     assert result["sw"] == {0: (2,)}
@@ -967,6 +994,7 @@ def test_esft_experts_come_out_of_the_recorded_ids(layer):
 # -- from a model
 
 
+@pytest.mark.native
 def test_paired_divergence_of_a_model_is_that_of_its_own_router_logits():
     model, batches = tiny_model("qwen3_moe", head=True), [tokens(2, 9, seed) for seed in range(4)]
     expected = []

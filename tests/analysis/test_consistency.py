@@ -8,10 +8,9 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from harness.stub_model import StubModel
 
-import moe_route as mr
 from moe_route import analysis, plots, recording
-from moe_route.data import demo_corpus, load_demo_model
 from moe_route.recording import RoutingStatistics
 
 mpl.use("Agg")
@@ -19,14 +18,12 @@ mpl.use("Agg")
 
 @pytest.fixture(scope="module")
 def recorded() -> tuple[RoutingStatistics, recording.Trace]:
-    model, tokenizer = load_demo_model()
-    corpus = demo_corpus().subset(["eng_Latn", "swh_Latn"], limit=5)
-    options = {"consistency": True, "sequences": True, "trace": True}
-    with mr.attach(model) as routed, torch.no_grad(), routed.record(**options) as rec:
-        for language in corpus.languages:
-            with rec.labels(language, items=corpus.items):
-                model(**tokenizer(list(corpus[language]), padding=True, return_tensors="pt"))
-    return rec.statistics(), rec.trace()
+    model, draw = StubModel([16] * 8), torch.Generator().manual_seed(0)
+    with recording.Recorder(model, consistency=True, sequences=True, trace=True) as recorder:
+        for group in ("eng_Latn", "swh_Latn"):
+            with recorder.labels(group, items=range(5)):
+                model(recorder, [torch.randn(5, 12, 16, generator=draw) for _ in range(8)])
+    return recorder.statistics(), recorder.trace()
 
 
 def test_by_group_and_layer(recorded) -> None:

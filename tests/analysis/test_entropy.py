@@ -5,29 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from harness.stub_model import StubModel
 
-pytest.importorskip("transformers")
-
-from harness.tiny_models import tiny_model, tokens
-
-import moe_route as mr
 from moe_route import analysis
 from moe_route.analysis import AnalysisError
 from moe_route.analysis.stats import interval_of
-from moe_route.recording import RoutingStatistics
+from moe_route.recording import Recorder, RoutingStatistics
 
 
 @pytest.fixture(scope="module")
 def statistics() -> RoutingStatistics:
     """Two groups of five sequences with 3 to 9 tokens."""
-    model = tiny_model("qwen3_moe", head=True)
-    lengths = [3, 9, 5, 4, 7]
-    mask = torch.arange(9) < torch.tensor(lengths)[:, None]
-    with mr.attach(model) as routed, torch.no_grad(), routed.record(sequences=True) as rec:
-        for number, group in enumerate(("a", "b")):
-            with rec.labels(groups=group, items=range(5)):
-                model(input_ids=tokens(5, 9).roll(number, 1), attention_mask=mask.long())
-    return rec.statistics()
+    model, draw = StubModel([8, 8, 8]), torch.Generator().manual_seed(0)
+    valid = torch.arange(9) < torch.tensor([3, 9, 5, 4, 7])[:, None]
+    with Recorder(model, sequences=True) as recorder:
+        for group in ("a", "b"):
+            with recorder.labels(groups=group, items=range(5)):
+                model(recorder, [torch.randn(5, 9, 8, generator=draw) for _ in range(3)], valid=valid)
+    return recorder.statistics()
 
 
 def test_kept_values_are_those_of_the_sums(statistics: RoutingStatistics) -> None:
@@ -70,16 +65,14 @@ def test_survives_a_file_and_a_merge(statistics: RoutingStatistics, tmp_path) ->
 
 
 def test_without_token_entropy() -> None:
-    model = tiny_model("qwen3_moe", head=True)
-    with mr.attach(model) as routed, torch.no_grad():
-        recording = routed.record(sequences=True, entropy=False)
-        with recording as rec, rec.labels(groups="a", items=range(3)):
-            model(input_ids=tokens(3, 6))
-    found = analysis.entropy(rec.statistics(), of="sequence")
+    model = StubModel([8, 8])
+    with Recorder(model, sequences=True, entropy=False) as recorder, recorder.labels(groups="a", items=range(3)):
+        model(recorder, [torch.randn(3, 6, 8)] * 2)
+    found = analysis.entropy(recorder.statistics(), of="sequence")
     assert np.isfinite(found.interval()).all()
     with pytest.raises(AnalysisError, match="entropy=True"):
         found.interval(of="token")
     with pytest.raises(AnalysisError, match="of must be"):
         found.interval(of="layer")
     with pytest.raises(ValueError, match=r"entropy=True"):
-        rec.statistics().store.token_entropy(0, "a")
+        recorder.statistics().store.token_entropy(0, "a")

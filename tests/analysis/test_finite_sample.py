@@ -174,27 +174,31 @@ def test_the_interval_of_a_corrected_divergence_covers_zero():
     assert held >= 0.8 * 40 * LAYERS
 
 
-def test_rarefaction_from_a_trace_draws_whole_tokens():
-    rng = np.random.default_rng(0)
-    rows, ids = [], []
-    for item in range(3):
-        for g, tokens in enumerate((6, 12)):
-            rows += [(2 * item + g, g)] * tokens
-            ids.append(np.argsort(rng.random((tokens, LAYERS, E)), -1)[..., :2])
-    ids = np.concatenate(ids)
+def trace_of(chosen):
+    """A trace of s0, s1, ... in groups "en" and "sw", from the ids [token, layer, k] of each item and group."""
+    rows = [(2 * i + g, g) for i, item in enumerate(chosen) for g, ids in enumerate(item) for _ in ids]
+    ids = np.concatenate([ids for item in chosen for ids in item])
     sequence, group = np.array(rows).T
     zeros = np.zeros(len(ids), np.int32)
-    trace = Trace(
-        ("0", "1"), (0, 1), ("en", "sw"), tuple(f"s{i // 2}" for i in range(6)), sequence, group, zeros, zeros, zeros,
-        ids.astype(np.int8), np.ones(ids.shape, np.float16),
+    items = tuple(f"s{i // 2}" for i in range(2 * len(chosen)))
+    return Trace(
+        ("0", "1"), (0, 1), ("en", "sw"), items, sequence, group, zeros, zeros, zeros, ids.astype(np.int8),
+        np.ones(ids.shape, np.float16),
     )  # fmt: skip
-    statistics = kept({"en": 6, "sw": 12}, items=3)
-    found = analysis.divergence(statistics, "en", kind="count", correct="rarefy", trace=trace)
+
+
+def test_rarefaction_from_a_trace_draws_whole_tokens():
+    rng = np.random.default_rng(0)
+    chosen = [[np.argsort(rng.random((tokens, LAYERS, E)), -1)[..., :2] for tokens in (6, 12)] for _ in range(3)]
+    statistics, trace = kept({"en": 6, "sw": 12}, items=3), trace_of(chosen)
+    how = {"kind": "count", "correct": "rarefy"}
+    found = analysis.divergence(statistics, "en", trace=trace, **how)
     assert np.isfinite(found.values).all()
-    same = {"groups": ["en"], "kind": "count", "correct": "rarefy"}
-    assert (analysis.divergence(statistics, "en", trace=trace, **same).values == 0).all(), "all six of six are drawn"
+    assert (found.values > 0).all()
+    twins = analysis.divergence(statistics, "en", trace=trace_of([[ids, ids[::-1]] for ids, _ in chosen]), **how)
+    assert (twins.values == 0).all(), "all six of six are drawn"
     with pytest.raises(AnalysisError, match="lacks layer 1"):
-        analysis.divergence(statistics, "en", trace=Trace(("0",), (0,), *list(vars(trace).values())[2:]), **same)
+        analysis.divergence(statistics, "en", trace=Trace(("0",), (0,), *list(vars(trace).values())[2:]), **how)
     with pytest.raises(AnalysisError, match="lacks item 's3'"):
         analysis.divergence(kept({"en": 6, "sw": 6}, items=4), "en", kind="count", correct="rarefy", trace=trace)
 

@@ -1,17 +1,15 @@
-"""Similarity of languages against loops, trees against scipy, and published similarities of mPLM-Sim."""
+"""Similarity of languages and their trees against loops, and published similarities of mPLM-Sim."""
 
 from __future__ import annotations
 
 import json
-from itertools import permutations
+from itertools import combinations, permutations
 
 import numpy as np
 import pytest
-import scipy.cluster.hierarchy as hierarchy
 from harness.routing_data import FOLDER, needs_data
 from harness.short_texts import kept
 from scipy import stats
-from scipy.spatial.distance import squareform
 
 from moe_route import analysis
 from moe_route.analysis import AnalysisError, Similarity
@@ -79,20 +77,38 @@ def test_the_same_sentences_are_found(statistics):
         assert analysis.similarity(copy, rule=rule).values == pytest.approx(1.0)
 
 
-def test_trees_are_those_of_scipy():
-    for seed in range(5):
+def merged_by_hand(distance, between):
+    """The two nearest clusters, again and again: their members and distance; ``between`` the distances of members."""
+    clusters, merges = [[i] for i in range(len(distance))], []
+    while len(clusters) > 1:
+        pairs = [(between(distance[np.ix_(a, b)]), a, b) for a, b in combinations(clusters, 2)]
+        nearest, a, b = min(pairs, key=lambda pair: pair[0])
+        clusters = [one for one in clusters if one not in (a, b)] + [a + b]
+        merges.append((nearest, sorted(a + b)))
+    return merges
+
+
+def test_trees_merge_the_nearest_clusters():
+    between = {"complete": np.max, "average": np.mean, "single": np.min}
+    for seed in range(3):
         d = np.random.default_rng(seed).random((9, 9))
         d = (d + d.T) / 2
         np.fill_diagonal(d, 0)
-        for method in ("complete", "average", "single"):
-            expected = hierarchy.linkage(squareform(d), method)
-            found = analysis.linkage(d, method)
-            np.testing.assert_allclose(found, expected)
-            assert sorted(leaves(found)) == list(range(9))
-            for number in range(1, 10):
-                labels = hierarchy.fcluster(expected, number, "maxclust")
-                alike = {tuple(np.flatnonzero(labels == label)) for label in set(labels)}
-                assert {tuple(one) for one in clusters(found, number)} == alike
+        for method, distance in between.items():
+            expected, tree = merged_by_hand(d, distance), analysis.linkage(d, method)
+            np.testing.assert_allclose(tree[:, 2], [nearest for nearest, _ in expected])
+            assert tree[:, 3].tolist() == [len(members) for _, members in expected]
+            order = leaves(tree)
+            assert sorted(order) == list(range(9))
+            for _, members in expected:  # no branches cross: the members of a cluster stand side by side
+                places = sorted(order.index(member) for member in members)
+                assert places == list(range(places[0], places[0] + len(members)))
+            three = {tuple(one) for one in clusters(tree, 3)}
+            assert len(three) == 3
+            assert three <= {tuple(members) for _, members in expected[:-2]} | {(i,) for i in range(9)}
+    assert analysis.linkage(np.zeros((1, 1))).shape == (0, 4)
+    assert leaves(np.zeros((0, 4))) == [0]
+    assert clusters(np.zeros((0, 4)), 1) == [[0]]
     with pytest.raises(AnalysisError, match="symmetric"):
         analysis.linkage(np.arange(4.0).reshape(2, 2))
 
@@ -201,8 +217,8 @@ def test_sources_clusters_and_trees():
     assert found.best_source("nld", 1) == "deu"
     assert found.best_source("nld", 1, among=["hin", "ben"]) == "hin"
     assert found.clusters(2, 1) == (("deu", "nld"), ("hin", "ben"))
-    np.testing.assert_allclose(found.tree(1), hierarchy.linkage(squareform(1 - values), "complete"))
-    np.testing.assert_allclose(found.tree(1, "single"), hierarchy.linkage(squareform(1 - values), "single"))
+    np.testing.assert_allclose(found.tree(1), [[0, 1, 0.1, 2], [2, 3, 0.3, 2], [4, 5, 0.9, 4]])
+    np.testing.assert_allclose(found.tree(1, "single"), [[0, 1, 0.1, 2], [2, 3, 0.3, 2], [4, 5, 0.7, 4]])
     assert "given similarities, mean over 2 layers" in repr(found)
     cases = [
         (lambda: found.best_source("nld", among=["nld"]), "other than 'nld'"),

@@ -74,7 +74,7 @@ def test_sweep_refuses_and_says_how_to_fix_it(task, general):
         (lambda: analysis.sweep(task, general, reference="en", thresholds=[-0.1]), "thresholds must"),
         (lambda: analysis.sweep(task, general, reference="en", thresholds=[float("nan")]), "thresholds must"),
         (lambda: analysis.sweep(task, general, reference="fr"), "no baseline group 'fr'"),
-        (lambda: analysis.sweep(task, task, reference="en"), "nothing to compare"),
+        (lambda: analysis.sweep(task, task, reference="en"), "with itself"),
         (lambda: analysis.sweep(task, general, reference="en", layers=[5]), "some of the 2 layers"),
         (lambda: analysis.sweep(task.select(layers=[0]), general, reference="en"), "other numbers of experts"),
     ]

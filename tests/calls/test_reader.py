@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from moe_route.calls.call import Call
 from moe_route.calls.reader import CallReader, valid_tokens
 from moe_route.calls.token_table import Labels, broadcast_rows
-from moe_route.patching.context import RunningCall
 
 
 class Model(nn.Module):
@@ -128,7 +127,9 @@ def call_of(batch: int, length: int, valid: Tensor | None = None) -> Call:
     return Call(batch, length, 0, valid, "prefill", torch.device("cpu"))
 
 
-def context(labels: Labels | None) -> RunningCall:
+def context(labels: Labels | None) -> Any:
+    from moe_route.patching.context import RunningCall
+
     made = RunningCall()
     made.listener.labels_of = lambda call: labels
     made.idle = False
@@ -141,21 +142,25 @@ def table(labels: Labels | None, call: Call) -> list[list[int]]:
     return made.table.tolist()
 
 
+@pytest.mark.native
 def test_table_in_order_of_sequence_then_place() -> None:
     labels = Labels(steering_row=torch.tensor([4, 5]), group=torch.tensor([[1, 2, 3], [7, 8, 9]]), segment=6)
     expected = [[4, 1, 6, 1], [4, 2, 6, 1], [4, 3, 6, 1], [5, 7, 6, 1], [5, 8, 6, 1], [5, 9, 6, 1]]
     assert table(labels, call_of(2, 3)) == expected
 
 
+@pytest.mark.native
 def test_padding_is_neither_counted_nor_steered_but_routed() -> None:
     valid = torch.tensor([[False, True]])
     assert table(Labels(2, 3, 4), call_of(1, 2, valid)) == [[-1, -1, -1, 1], [2, 3, 4, 1]]
 
 
+@pytest.mark.native
 def test_no_labels_are_the_defaults() -> None:
     assert table(None, call_of(1, 2)) == [[-1, 0, -1, 1]] * 2
 
 
+@pytest.mark.native
 def test_uniform_tables_are_made_once() -> None:
     made = context(Labels(1, 2, 3))
     made.begin(call_of(2, 1))
@@ -188,6 +193,7 @@ def test_labels_that_do_not_fit(value: Tensor, message: str) -> None:
         broadcast_rows(value, call_of(6, 3), "group")
 
 
+@pytest.mark.native
 def test_steers_only_where_a_row_is_given() -> None:
     for row, steers in ((-1, False), (0, True), (torch.tensor([-1, -1]), False), (torch.tensor([-1, 0]), True)):
         made = context(Labels(steering_row=row))
@@ -195,6 +201,7 @@ def test_steers_only_where_a_row_is_given() -> None:
         assert made.steers is steers
 
 
+@pytest.mark.native
 def test_nested_and_failed_calls() -> None:
     ended: list[Call] = []
     made = context(Labels())
@@ -217,6 +224,7 @@ def test_nested_and_failed_calls() -> None:
     assert made.owner is None
 
 
+@pytest.mark.native
 def test_tokens_that_cannot_be_told_apart_are_refused() -> None:
     made = context(Labels(group=torch.tensor([0, 1])))
     made.begin(call_of(2, 3))

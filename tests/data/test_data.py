@@ -23,7 +23,6 @@ from moe_route.data import (
     demo_task,
     load_demo_model,
 )
-from moe_route.runs.language_model import LanguageModel
 
 LANGUAGES = (
     "eng_Latn",
@@ -185,9 +184,12 @@ class TestDemoModel:
     def test_high_resource_is_learned_better_than_low_resource(self, demo):
         assert loss(*demo, demo_corpus()["eng_Latn"]) < loss(*demo, demo_corpus()["swh_Latn"])
 
+    @pytest.mark.native
     def test_knows_the_task_in_english(self, demo):
         """The answers of problems whose numbers it was trained on."""
         questions = demo_problems().subset("seen", languages=["eng_Latn"], limit=40).questions
+        from moe_route.runs.language_model import LanguageModel
+
         answers = LanguageModel("demo", *demo).answers(questions)
         assert answers.nats.mean() < 0.5 * uniform(demo[1])
         assert answers.correct.mean() > 0.3

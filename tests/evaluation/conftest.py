@@ -1,4 +1,4 @@
-"""A small evaluation of the shipped model: a recipe with every stage and control, in several batches a condition."""
+"""A small evaluation of the shipped model: a study with every stage and control, in several batches a condition."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_route.evaluation import Evaluation, Recipe, evaluate, read_recipe
+from moe_route.evaluation import Evaluation, Study, evaluate, read_study
 from moe_route.runs.language_model import LanguageModel
 
 SMALL = """
@@ -47,14 +47,14 @@ batch_size = 4
 
 @pytest.fixture(scope="session")
 def small_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("recipe") / "small.toml"
+    path = tmp_path_factory.mktemp("study") / "small.toml"
     path.write_text(SMALL, encoding="utf-8")
     return path
 
 
 @pytest.fixture(scope="session")
-def small(small_file: Path) -> Recipe:
-    return read_recipe(small_file)
+def small(small_file: Path) -> Study:
+    return read_study(small_file)
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +63,7 @@ def language_model() -> LanguageModel:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(small: Recipe, language_model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+def undisturbed(small: Study, language_model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     """The small evaluation, run at once."""
     return evaluate(small, tmp_path_factory.mktemp("undisturbed") / "results", language_model=language_model)
 

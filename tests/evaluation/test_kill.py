@@ -21,17 +21,17 @@ FORKS = '''
 import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
-from moe_route.evaluation import evaluate, read_recipe
+from moe_route.evaluation import evaluate, read_study
 from moe_route.runs.language_model import LanguageModel
 
 torch.set_num_threads(1)
 language_model = LanguageModel.load()
-recipe, whole, killed, kills = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+study, whole, killed, kills = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
 
 def start(out):
     child = os.fork()
     if child == 0:
-        evaluate(read_recipe(recipe), out, language_model=language_model)
+        evaluate(read_study(study), out, language_model=language_model)
         os._exit(0)
     return child
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from moe_route.data import Question, demo_problems
-from moe_route.evaluation import RecipeError
+from moe_route.evaluation import StudyError
 from moe_route.evaluation.measure import AskedTask, ask, fixed_batches
-from moe_route.evaluation.recipe import ChatSettings, TaskSource
+from moe_route.evaluation.study import ChatSettings, TaskSource
 from moe_route.runs.language_model import LanguageModel
 
 PLAIN = ChatSettings(template=False, add_special_tokens=True)
@@ -80,7 +80,7 @@ def test_generation_in_batches_is_generation_alone(questions: list[Question], la
 def test_a_chat_template_is_rendered_once(questions: list[Question], language_model: LanguageModel):
     chat = ChatSettings(template=True, add_special_tokens=False, answer_prefix="final: ")
     source = TaskSource("problems")
-    with pytest.raises(RecipeError, match="has no chat template"):
+    with pytest.raises(StudyError, match="has no chat template"):
         AskedTask.prepare("task", "answer", questions, source, chat, language_model)
     before = language_model.tokenizer.chat_template
     try:
@@ -89,7 +89,7 @@ def test_a_chat_template_is_rendered_once(questions: list[Question], language_mo
         assert task.questions[0].prompt == f"[user] {questions[0].prompt.strip()}[a]final: "
         assert not task.questions[0].answer.startswith(" ")
         language_model.tokenizer.chat_template = TEMPLATE + "{{ strftime_now('%Y-%m-%d') }}"
-        with pytest.raises(RecipeError, match=r"fix it by chat\.date"):
+        with pytest.raises(StudyError, match=r"fix it by chat\.date"):
             AskedTask.prepare("task", "generate", questions[:1], source, chat, language_model)
         dated = replace(chat, date="2025-01-31")
         task = AskedTask.prepare("task", "generate", questions[:1], source, dated, language_model)

@@ -16,14 +16,14 @@ from moe_route.evaluation import (
     Evaluation,
     ForeignFolderError,
     NullPlanError,
-    Recipe,
-    RecipeError,
+    Study,
+    StudyError,
     evaluate,
     pipeline,
 )
 from moe_route.evaluation.measure import AskedTask
+from moe_route.evaluation.pipeline import STAGES
 from moe_route.evaluation.results import _task_results
-from moe_route.evaluation.stages import STAGES
 from moe_route.report import read as read_inputs
 from moe_route.runs.language_model import LanguageModel
 from moe_route.steering import Plan
@@ -42,8 +42,8 @@ def conditions_of(out: Path) -> dict[str, list[dict[str, object]]]:
 def test_every_stage_leaves_its_results(undisturbed: Evaluation, content_of: Content):
     assert undisturbed.stages == dict.fromkeys(STAGES, "made")
     names = set(content_of(undisturbed.out))
-    assert {f"{stage}/stage.json" for stage in STAGES} <= names
-    assert {"recipe.json", "record/general.safetensors", "find/experts.json", "report/report.md"} <= names
+    assert {f"{stage}/step.json" for stage in STAGES} <= names
+    assert {"study.json", "record/general.safetensors", "find/experts.json", "report/report.md"} <= names
     assert not [name for name in names if ".tmp" in name or ".blocks" in name]
     assert str(undisturbed.out) not in "".join(p.read_text("utf-8") for p in undisturbed.out.rglob("*.json"))
 
@@ -86,7 +86,7 @@ def test_plans_are_kept_and_their_hashes_are_in_the_headers(undisturbed: Evaluat
     assert len(list((folder / "plans").glob("*.json"))) == len(list(folder.glob("*.jsonl"))) - 2  # base twice
 
 
-def test_the_sweep_sees_even_items_and_the_tables_odd_ones(undisturbed: Evaluation, small: Recipe):
+def test_the_sweep_sees_even_items_and_the_tables_odd_ones(undisturbed: Evaluation, small: Study):
     lines = conditions_of(undisturbed.out)
     items = list(dict.fromkeys(sorted(str(one["item"]) for one in lines["base"] if one["task"] == "sums")))
     swept = (undisturbed.out / "sweep" / "base.jsonl").read_text("utf-8").splitlines()[1:]
@@ -101,7 +101,7 @@ def test_the_sweep_sees_even_items_and_the_tables_odd_ones(undisturbed: Evaluati
     assert {p["name"]: p["accuracy"] for p in undisturbed.results["results"]["sweep"]}[chosen] == best
 
 
-def test_items_that_chose_the_setting_are_reported_in_no_task(undisturbed: Evaluation, small: Recipe):
+def test_items_that_chose_the_setting_are_reported_in_no_task(undisturbed: Evaluation, small: Study):
     """A second task that holds the same items one place later has its odd items among the even ones of the first."""
     recorded = conditions_of(undisturbed.out)
     items = list(dict.fromkeys(sorted(str(one["item"]) for one in recorded["base"] if one["task"] == "sums")))
@@ -131,7 +131,7 @@ def test_teacher_forcing_agrees_with_generation(undisturbed: Evaluation):
 
 def test_a_second_run_keeps_everything(
     undisturbed: Evaluation,
-    small: Recipe,
+    small: Study,
     language_model: LanguageModel,
     content_of: Content,
     monkeypatch: pytest.MonkeyPatch,
@@ -145,11 +145,11 @@ def test_a_second_run_keeps_everything(
 
 
 def test_ending_at_batch_boundaries_leaves_no_trace(
-    undisturbed: Evaluation, small: Recipe, language_model: LanguageModel, content_of: Content, tmp_path: Path
+    undisturbed: Evaluation, small: Study, language_model: LanguageModel, content_of: Content, tmp_path: Path
 ):
     out, ended = tmp_path / "results", 0
     while True:
-        checks = iter(range(7 + 5 * ended))
+        checks = iter(range(2 + 3 * ended))
         done = evaluate(
             small, out, language_model=language_model, stop=lambda checks=checks: next(checks, None) is None
         )
@@ -164,7 +164,7 @@ def test_ending_at_batch_boundaries_leaves_no_trace(
 
 def test_errors_in_the_middle_of_a_batch_leave_no_trace(
     undisturbed: Evaluation,
-    small: Recipe,
+    small: Study,
     language_model: LanguageModel,
     content_of: Content,
     tmp_path: Path,
@@ -195,11 +195,11 @@ def test_errors_in_the_middle_of_a_batch_leave_no_trace(
 
 
 def test_results_of_other_inputs_are_not_overwritten(
-    undisturbed: Evaluation, small: Recipe, language_model: LanguageModel, tmp_path: Path
+    undisturbed: Evaluation, small: Study, language_model: LanguageModel, tmp_path: Path
 ):
     out = shutil.copytree(undisturbed.out, tmp_path / "results")
     other = replace(small, seeds=replace(small.seeds, random=7))
-    with pytest.raises(ForeignFolderError, match=r"evaluate holds results of other inputs \(conditions.*--fresh"):
+    with pytest.raises(ForeignFolderError, match=r"evaluate holds results of other inputs \(conditions.*--force"):
         evaluate(other, out, language_model=language_model)
     (out / "sweep" / "base.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(ForeignFolderError, match="removed or altered"):
@@ -208,7 +208,7 @@ def test_results_of_other_inputs_are_not_overwritten(
 
 def test_another_tokenizer_and_other_settings_of_generation_are_other_inputs(
     undisturbed: Evaluation,
-    small: Recipe,
+    small: Study,
     language_model: LanguageModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -228,7 +228,7 @@ def test_another_tokenizer_and_other_settings_of_generation_are_other_inputs(
 
 def test_analysis_is_made_again_without_the_model(
     undisturbed: Evaluation,
-    small: Recipe,
+    small: Study,
     language_model: LanguageModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -237,27 +237,27 @@ def test_analysis_is_made_again_without_the_model(
     monkeypatch.setattr(pipeline, "ask", lambda *_: pytest.fail("asked again"))
     done = evaluate(replace(small, seeds=replace(small.seeds, bootstrap=1)), out, language_model=language_model)
     assert [name for name, what in done.stages.items() if what == "made"] == ["analyze", "report"]
-    assert json.loads((out / "recipe.json").read_text("utf-8"))["seeds"]["bootstrap"] == 1
+    assert json.loads((out / "study.json").read_text("utf-8"))["seeds"]["bootstrap"] == 1
 
 
-def test_fresh_starts_again_and_removes_nothing_else(
-    undisturbed: Evaluation, small: Recipe, language_model: LanguageModel, tmp_path: Path
+def test_force_starts_again_and_removes_nothing_else(
+    undisturbed: Evaluation, small: Study, language_model: LanguageModel, tmp_path: Path
 ):
     out = shutil.copytree(undisturbed.out, tmp_path / "results")
     (out / "notes.txt").write_text("mine", encoding="utf-8")
-    done = evaluate(small, out, language_model=language_model, fresh=True, stop=lambda: True)
+    done = evaluate(small, out, language_model=language_model, force=True, stop=lambda: True)
     assert done.interrupted
-    assert sorted(path.name for path in out.iterdir()) == ["notes.txt", "recipe.json", "record"]
+    assert sorted(path.name for path in out.iterdir()) == ["notes.txt", "record", "run.json", "study.json"]
 
 
-def test_a_folder_with_other_files_is_refused(small: Recipe, language_model: LanguageModel, tmp_path: Path):
+def test_a_folder_with_other_files_is_refused(small: Study, language_model: LanguageModel, tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("x", encoding="utf-8")
-    with pytest.raises(ForeignFolderError, match=r"it holds thesis\.tex"):
-        evaluate(small, tmp_path, language_model=language_model, fresh=True)
+    with pytest.raises(ForeignFolderError, match=r"holds thesis\.tex"):
+        evaluate(small, tmp_path, language_model=language_model, force=True)
 
 
 def test_a_null_plan_that_changes_answers_ends_the_run(
-    small: Recipe, language_model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Study, language_model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     asked, seen = pipeline.ask, [0]
 
@@ -276,7 +276,7 @@ def test_a_null_plan_that_changes_answers_ends_the_run(
 
 
 def test_without_a_sweep_all_items_are_reported(
-    small: Recipe, language_model: LanguageModel, undisturbed: Evaluation, tmp_path: Path
+    small: Study, language_model: LanguageModel, undisturbed: Evaluation, tmp_path: Path
 ):
     plain = replace(
         small, sweep=type(small.sweep)(), controls=replace(small.controls, random=0, random_per_token=0, run=())
@@ -293,11 +293,11 @@ def test_without_a_sweep_all_items_are_reported(
     assert mine == whole
 
 
-def test_layers_that_the_model_lacks_are_refused(small: Recipe, language_model: LanguageModel, tmp_path: Path):
+def test_layers_that_the_model_lacks_are_refused(small: Study, language_model: LanguageModel, tmp_path: Path):
     steer = replace(small.steer, layers=(8, 35))
-    with pytest.raises(RecipeError, match=r"steer\.layers is \[8, 35\].*8 MoE layers"):
+    with pytest.raises(StudyError, match=r"steer\.layers is \[8, 35\].*8 MoE layers"):
         evaluate(replace(small, steer=steer), tmp_path / "r", language_model=language_model)
-    with pytest.raises(RecipeError, match=r"no task expert in layers 2-5 at find\.tau 0\.99: lower it"):
+    with pytest.raises(StudyError, match=r"no task expert in layers 2-5 at find\.tau 0\.99: lower it"):
         evaluate(
             replace(small, find=replace(small.find, tau=0.99), sweep=type(small.sweep)()),
             tmp_path / "s",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_route.evaluation.scoring import (
+from moe_route.evaluation.tasks import (
     NUMBER_SCORERS,
     channel_of,
     flexible_extract,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from moe_route.data import CorpusError
-from moe_route.evaluation import RecipeError
-from moe_route.evaluation.recipe import CorpusSource, TaskSource
+from moe_route.evaluation import StudyError
+from moe_route.evaluation.study import CorpusSource, TaskSource
 from moe_route.evaluation.tasks import kind_of, read_source, read_task, task_fingerprint
 
 DATA = Path(os.environ.get("MOE_ROUTE_DATA", ""))
@@ -69,7 +69,7 @@ def test_global_mmlu_takes_one_category(tmp_path: Path):
     lines(tmp_path / "m" / "sw.jsonl", [row("1", "Medical"), row("2", "STEM")])
     task = read_task("m", TaskSource("global_mmlu", path="m", category="Medical"), tmp_path)
     assert [(q.item, q.language, q.answer) for q in task.questions] == [("1", "swh_Latn", " B")]
-    with pytest.raises(RecipeError, match="no question left"):
+    with pytest.raises(StudyError, match="no question left"):
         read_task("m", TaskSource("global_mmlu", path="m", category="Law"), tmp_path)
 
 
@@ -81,17 +81,17 @@ def test_questions_with_choices_and_checks(tmp_path: Path):
     assert kind_of(source, task.questions) == "choice"
     digest = task_fingerprint(task.questions)
     assert read_task("q", TaskSource("questions", path="q.jsonl", sha256=digest), tmp_path) == task
-    with pytest.raises(RecipeError, match=r"tasks\.q\.sha256 is 00"):
+    with pytest.raises(StudyError, match=r"tasks\.q\.sha256 is 00"):
         read_task("q", TaskSource("questions", path="q.jsonl", sha256="00"), tmp_path)
     lines(tmp_path / "q.jsonl", [row, row])
-    with pytest.raises(RecipeError, match="item '1' comes twice"):
+    with pytest.raises(StudyError, match="item '1' comes twice"):
         read_task("q", source, tmp_path)
     lines(tmp_path / "q.jsonl", [{**row, "answer": " green"}])
-    with pytest.raises(RecipeError, match=r"tasks\.q\.kind is choice"):
+    with pytest.raises(StudyError, match=r"tasks\.q\.kind is choice"):
         read_task("q", source, tmp_path)
-    with pytest.raises(RecipeError, match=r"--set tasks\.q\.path=PATH"):
+    with pytest.raises(StudyError, match=r"--set tasks\.q\.path=PATH"):
         read_task("q", TaskSource("questions", path="elsewhere.jsonl"), tmp_path)
-    with pytest.raises(RecipeError, match="no questions in deu_Latn"):
+    with pytest.raises(StudyError, match="no questions in deu_Latn"):
         read_task("problems", TaskSource("problems", languages=("xxx_Latn", "deu_Latn")[1:], subset="none"), tmp_path)
 
 
@@ -113,7 +113,7 @@ def test_problems_to_find_experts_are_not_those_to_answer():
 
 
 def test_a_corpus_needs_the_reference_language():
-    with pytest.raises(RecipeError, match=r"corpora\.general has no text in eng_Latn"):
+    with pytest.raises(StudyError, match=r"corpora\.general has no text in eng_Latn"):
         read_source("general", CorpusSource("shipped", languages=("deu_Latn",)), Path(), "eng_Latn")
 
 

@@ -14,10 +14,10 @@ from harness.tiny_texts import tiny_language_model, tiny_texts
 
 import moe_route as mr
 from moe_route.analysis import AnalysisError, benjamini_hochberg, mean_effects
+from moe_route.data import Corpus
 from moe_route.data.batches import Text, texts_of
 from moe_route.experiments import knockout
 from moe_route.runs.language_model import LanguageModel
-from moe_route.runs.record import read_corpus
 from moe_route.steering import Plan, PlanError
 
 FEW = {"resamples": 50, "permutations": 300}
@@ -80,7 +80,7 @@ def test_batches_do_not_matter_and_the_model_is_restored():
 def test_on_the_demo_model():
     """A loss per token that agrees with `LanguageModel.losses`, and some experts that the model misses."""
     language_model = LanguageModel.load()
-    texts = texts_of(read_corpus(languages=["eng_Latn", "swh_Latn"], limit=8))
+    texts = texts_of(Corpus.read("general", languages=["eng_Latn", "swh_Latn"], limit=8))
     with language_model.attach() as routed:
         found = knockout(language_model, texts, experts={5: range(8, 16)}, routed=routed)
         assert routed.attachment.attached

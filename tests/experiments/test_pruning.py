@@ -12,10 +12,11 @@ pytest.importorskip("transformers")
 import moe_route as mr
 from moe_route import analysis
 from moe_route.analysis import AnalysisError
+from moe_route.data import Corpus
 from moe_route.data.batches import texts_of
 from moe_route.experiments import export_pruned, pruning_curve, router_weights
 from moe_route.runs.language_model import LanguageModel
-from moe_route.runs.record import read_corpus, record_texts
+from moe_route.runs.record import record_texts
 from moe_route.steering import Plan
 
 
@@ -26,7 +27,7 @@ def language_model() -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def texts() -> list:
-    return texts_of(read_corpus(languages=["eng_Latn", "swh_Latn"], limit=4))
+    return texts_of(Corpus.read("general", languages=["eng_Latn", "swh_Latn"], limit=4))
 
 
 @pytest.fixture(scope="module")

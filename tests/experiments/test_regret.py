@@ -14,10 +14,10 @@ from harness.tiny_texts import tiny_language_model, tiny_texts
 
 import moe_route as mr
 from moe_route.analysis import AnalysisError, effects_by_group, expected_maximum
+from moe_route.data import Corpus
 from moe_route.data.batches import texts_of
 from moe_route.experiments import regret
 from moe_route.runs.language_model import LanguageModel
-from moe_route.runs.record import read_corpus
 from moe_route.steering import Plan, PlanError
 
 FEW = {"resamples": 50, "permutations": 300}
@@ -81,7 +81,7 @@ def test_batches_do_not_change_the_routes():
 def test_on_the_demo_model():
     """At little noise nothing changes; at much, random routes hurt, and a route chosen in advance helps less."""
     language_model = LanguageModel.load()
-    texts = texts_of(read_corpus(languages=["eng_Latn"], limit=10))
+    texts = texts_of(Corpus.read("general", languages=["eng_Latn"], limit=10))
     still = regret(language_model, texts, routes=2, temperature=1e-6, **FEW)
     assert abs(still.regret.mean[0, -1]) < 1e-4
     found = regret(language_model, texts, routes=4, **FEW)

@@ -12,10 +12,10 @@ from harness.tiny_texts import tiny_language_model, tiny_texts
 
 import moe_route as mr
 from moe_route.analysis import AnalysisError, effects_by_group
+from moe_route.data import Corpus
 from moe_route.data.batches import Text, texts_of
 from moe_route.experiments import record_trace, transplant
 from moe_route.runs.language_model import LanguageModel
-from moe_route.runs.record import read_corpus
 from moe_route.steering import Plan, PlanError
 
 FEW = {"resamples": 50, "permutations": 300}
@@ -101,7 +101,7 @@ def test_another_checkpoint():
 
 def test_on_the_demo_model():
     """Its own route costs a text nothing, one route for all tokens something, and that of another text more."""
-    texts = texts_of(read_corpus(languages=["eng_Latn", "deu_Latn"], limit=12))
+    texts = texts_of(Corpus.read("general", languages=["eng_Latn", "deu_Latn"], limit=12))
     found = transplant(LanguageModel.load(), texts, bands={"ends": [0, 1, 6, 7], "middle": range(2, 6)})
     effect = dict(zip(found.routes, found.effect.mean.swapaxes(0, 1), strict=True))
     assert (effect["own"] == 0).all()

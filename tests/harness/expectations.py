@@ -14,7 +14,7 @@ from harness.problems import Problem, RoutedModel
 from torch import Tensor
 
 from moe_route import reference
-from moe_route.ops import FIXED_POINT
+from moe_route.contract.tables import FIXED_POINT
 from moe_route.reference import gate, steering
 
 EPS = torch.finfo(torch.float32).eps

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moe_route import ops, reference
-from moe_route.ops import SteeringTables
+from moe_route.contract.tables import SteeringTables
 from moe_route.routers import RouterInfo
 
 Dense = tuple[Tensor, Tensor]

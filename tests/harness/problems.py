@@ -10,7 +10,8 @@ from harness.backends import Backend
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_route.ops import METRICS, SCALARS, Force, RouterSpec, StatisticsTables, SteeringTables, token_table
+from moe_route.contract.spec import RouterSpec
+from moe_route.contract.tables import METRICS, SCALARS, Force, StatisticsTables, SteeringTables, token_table
 
 INF, NAN = float("inf"), float("nan")
 SCORES = ("softmax", "sigmoid", "sqrt_softplus", "identity", "sparsemixer")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from harness.tiny_models import BASE, tiny_model
 
 from moe_route.data.batches import Text
-from moe_route.runs.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from moe_route.runs.language_model import LanguageModel
 
 _LETTERS = [chr(code) for code in range(3, BASE["vocab_size"])]
 
@@ -34,6 +36,8 @@ class Characters:
 
 
 def tiny_language_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> LanguageModel:
+    from moe_route.runs.language_model import LanguageModel
+
     return LanguageModel(name, tiny_model(name, dtype, seed=seed, head=True), Characters())
 
 

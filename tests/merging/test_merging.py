@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from moe_route import merging
 from moe_route.base import files
-from moe_route.experts import layout as experts_layout
 from moe_route.merging.layout import INTERLEAVED, TRANSPOSED, Layout
 from moe_route.merging.methods import order_statistics, pcb_scores, widen
 
@@ -127,8 +126,11 @@ def test_widen_is_the_formula_column_by_column(seed: int, models: int, rows: int
     np.testing.assert_allclose(widen(base, moved).numpy(), expected, atol=1e-5)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("name", tiny_models.EVERY)
 def test_the_layouts_are_those_of_the_flags_of_transformers(name: str):
+    from moe_route.experts import layout as experts_layout
+
     model = tiny_models.tiny_model(name)
     for module in model.modules():
         if hasattr(module, "is_transposed"):

@@ -15,10 +15,7 @@ pytest.importorskip("transformers")
 from harness.tiny_models import tiny_model, tokens
 
 import moe_route as mr
-from moe_route import ops
 from moe_route.modules.intercept import ReplacedMethod, resident
-from moe_route.patching import Attachment
-from moe_route.routers import find_routers
 
 
 class Around(nn.Module):
@@ -52,17 +49,19 @@ def recorded(model: nn.Module) -> mr.RoutingStatistics:
     return recorder.statistics()
 
 
+@pytest.mark.native
 def test_a_router_belongs_to_the_module_above_its_wrappers() -> None:
     model = tiny_model("qwen3_moe")
     expected, blocks = recorded(model), [layer.mlp for layer in model.layers]
     for block in blocks:
         block.gate = Around(Around(block.gate))
-    routers = find_routers(model)
+    routers = mr.routers.find_routers(model)
     assert [router.name for router in routers] == [f"layers.{i}.mlp.gate.base_layer.base_layer" for i in range(3)]
     assert [router.block for router in routers] == blocks
     assert (recorded(model).token_sum("counts") == expected.token_sum("counts")).all()
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("disabled", [False, True])
 def test_of_saved_copies_the_one_that_runs_is_attached_to(disabled: bool) -> None:
     model = tiny_model("qwen3_moe")
@@ -71,12 +70,13 @@ def test_of_saved_copies_the_one_that_runs_is_attached_to(disabled: bool) -> Non
         layer.mlp.gate = Around(Saved(layer.mlp.gate))
         layer.mlp.gate.base_layer.disable_adapters = disabled
     running = "original_module" if disabled else "modules_to_save.one"
-    assert [router.name for router in find_routers(model)] == [
+    assert [router.name for router in mr.routers.find_routers(model)] == [
         f"layers.{i}.mlp.gate.base_layer.{running}" for i in range(3)
     ]
     assert (recorded(model).token_sum("counts") == expected.token_sum("counts")).all()
 
 
+@pytest.mark.native
 def test_copies_made_after_attaching_are_not_counted_as_nothing() -> None:
     model = tiny_model("qwen3_moe")
     with mr.attach(model) as routed:
@@ -99,13 +99,15 @@ def test_an_offloaded_tensor_is_read_from_where_it_is_kept() -> None:
     assert resident(outer, "1.weight") is None
 
 
+@pytest.mark.native
 def test_tensors_of_several_devices_are_refused_not_made_up() -> None:
     """torch takes the fake of an operator as soon as one tensor is on the meta device."""
-    logits, spec = torch.randn(4, 8), ops.RouterSpec(score="sigmoid")
+    logits, spec = torch.randn(4, 8), mr.ops.RouterSpec(score="sigmoid")
     with pytest.raises(ValueError, match="the tensors of route lie on cpu and meta: move them to one"):
-        ops.route(logits, 2, spec, correction_bias=torch.zeros(8, device="meta"))
+        mr.ops.route(logits, 2, spec, correction_bias=torch.zeros(8, device="meta"))
+    scale = torch.ones(8, device="meta")
     with pytest.raises(ValueError, match="route_weights lie on cpu and meta"):
-        ops.route_weights(logits, torch.zeros(4, 2, dtype=torch.int32), spec, expert_scale=torch.ones(8, device="meta"))
+        mr.ops.route_weights(logits, torch.zeros(4, 2, dtype=torch.int32), spec, expert_scale=scale)
 
 
 class Speaker:
@@ -132,9 +134,10 @@ def test_a_replaced_method_ends_and_is_no_part_of_copies() -> None:
     assert isinstance(other.speak, MethodType)
 
 
+@pytest.mark.native
 def test_an_attached_model_is_not_pickled() -> None:
     model = tiny_model("olmoe")
-    attachment = Attachment(model)
+    attachment = mr.patching.Attachment(model)
     for thing in (model, attachment):
         with pytest.raises(TypeError, match=r"cannot be pickled while moe-route is attached: detach\(\) first"):
             pickle.dumps(thing)
@@ -142,6 +145,7 @@ def test_an_attached_model_is_not_pickled() -> None:
     assert len(pickle.dumps(model)) > 0
 
 
+@pytest.mark.native
 def test_a_gate_that_was_wrapped_inside_its_block_is_not_read_without_the_wrapper() -> None:
     model = tiny_model("doge")
     with mr.attach(model) as routed:

@@ -15,7 +15,8 @@ from harness.backends import BACKENDS
 from torch import Tensor
 
 from moe_route import _C, ops
-from moe_route.ops import RouterSpec, StatisticsTables, SteeringTables, token_table
+from moe_route.contract.spec import RouterSpec
+from moe_route.contract.tables import StatisticsTables, SteeringTables, token_table
 
 MISSING = next(backend.missing for backend in BACKENDS if backend.name == "cuda")
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]

@@ -9,13 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_route import ops, reference
+import moe_route as mr
+from moe_route import reference
+from moe_route.contract.experts import Dispatch
 
 NATIVE = available(lambda backend: backend.native)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_layout(slots: ops.Dispatch, ids: Tensor, num_experts: int, block: int) -> None:
+def check_layout(slots: Dispatch, ids: Tensor, num_experts: int, block: int) -> None:
     """Every promise of `Dispatch`, told from the ids alone."""
     flat = ids.reshape(-1).tolist()
     by_expert = [[s for s, expert in enumerate(flat) if expert == e] for e in range(num_experts)]
@@ -108,12 +110,13 @@ def test_20_ids_out_of_range_are_skipped_never_wrapped(backend: Backend, dtype: 
     assert out[:, 0].tolist() == [1.0, 1.0, 0.0, 1.0]
 
 
+@pytest.mark.native
 def test_21_padding_tokens_reach_nothing(backend: Backend) -> None:
     logits = torch.randn(6, 8)
     logits[2], logits[5] = float("nan"), float("inf")
     valid = torch.tensor([1, 1, 0, 1, 1, 0])
-    tokens = ops.token_table(6, valid=valid)
-    weights, ids = backend.route(logits, 2, ops.RouterSpec(), tokens=tokens)
+    tokens = mr.ops.token_table(6, valid=valid)
+    weights, ids = backend.route(logits, 2, mr.ops.RouterSpec(), tokens=tokens)
     slots = backend.dispatch(ids, 8)
     x = torch.randn(6, 4)
     x[2], x[5] = float("nan"), float("inf")
@@ -137,14 +140,15 @@ def test_22_rows_never_written_are_never_read(backend: Backend, dtype: torch.dty
     assert bool(out.isfinite().all())
 
 
+@pytest.mark.native
 def test_22_gradients_ignore_rows_never_written() -> None:
     ids = torch.tensor([[0, -1], [5, 1]])
-    slots = ops.dispatch(ids, 2)
+    slots = mr.ops.dispatch(ids, 2)
     rows = torch.full((4, 3), float("nan"))
     rows[slots.order >= 0] = 2.0
     rows.requires_grad_()
     weights = torch.rand(2, 2, requires_grad=True)
-    ops.combine(rows, weights, slots).sum().backward()
+    mr.ops.combine(rows, weights, slots).sum().backward()
     assert weights.grad is not None
     assert weights.grad.tolist() == [[6.0, 0.0], [0.0, 6.0]]
     assert rows.grad is not None
@@ -152,17 +156,19 @@ def test_22_gradients_ignore_rows_never_written() -> None:
     assert bool((rows.grad[slots.order < 0] == 0).all())
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("hidden", [1024, 1032, 1030])
 def test_rows_too_large_for_the_caches(hidden: int) -> None:
     """Written past the caches where their alignment allows it; the same rows either way."""
     x, ids = torch.randn(600, hidden), torch.randint(-1, 9, (600, 4))
-    slots = ops.dispatch(ids, 9, block=8)
+    slots = mr.ops.dispatch(ids, 9, block=8)
     assert x.numel() * 4 * x.element_size() > 8 << 20
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        assert torch.equal(ops.permute(x, slots), reference.permute(x, slots))
+        assert torch.equal(mr.ops.permute(x, slots), reference.permute(x, slots))
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("tokens", [1, 5, 3000])
 def test_23_the_same_bits_for_any_number_of_threads(tokens: int) -> None:
     ids = torch.randint(-1, 40, (tokens, 8))
@@ -171,9 +177,9 @@ def test_23_the_same_bits_for_any_number_of_threads(tokens: int) -> None:
     results = []
     for threads in (1, 2, 3, 2, 1):
         torch.set_num_threads(threads)
-        slots = ops.dispatch(ids, 40, block=2)
-        rows = ops.permute(x, slots)
-        results.append((*slots, rows, ops.combine(rows, weights, slots, x)))
+        slots = mr.ops.dispatch(ids, 40, block=2)
+        rows = mr.ops.permute(x, slots)
+        results.append((*slots, rows, mr.ops.combine(rows, weights, slots, x)))
     for result in results[1:]:
         for got, want in zip(result, results[0], strict=True):
             assert torch.equal(got, want)
@@ -194,36 +200,41 @@ def test_combine_rounds_once(native: Backend, dtype: torch.dtype) -> None:
     assert torch.equal(got[number].view(torch.int16), want[number].view(torch.int16))
 
 
+@pytest.mark.native
 def test_the_same_bits_on_every_native_backend() -> None:
     x = torch.randn(50, 333)
     ids, weights = torch.randint(-1, 16, (50, 4)), torch.rand(50, 4)
     for dtype in DTYPES:
-        slots = ops.dispatch(ids, 16)
-        rows = ops.permute(x.to(dtype), slots)
+        slots = mr.ops.dispatch(ids, 16)
+        rows = mr.ops.permute(x.to(dtype), slots)
         factors = weights.double() if dtype == torch.float64 else weights
         found = [each.combine(rows, factors, slots, x.to(dtype)) for each in NATIVE]
         assert all(torch.equal(got, found[0]) for got in found)
 
 
+@pytest.mark.native
 def test_gradcheck() -> None:
     ids = torch.tensor([[0, 2], [2, -1], [1, 0]])
-    slots = ops.dispatch(ids, 3, block=2)
+    slots = mr.ops.dispatch(ids, 3, block=2)
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     rows = torch.randn(slots.order.numel(), 4, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
     residual = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda a: ops.permute(a, slots), (x,))
-    assert torch.autograd.gradcheck(lambda a, b, c: ops.combine(a, b, slots, c), (rows, weights, residual))
-    assert torch.autograd.gradcheck(lambda a, b: ops.combine(torch.tanh(ops.permute(a, slots)), b, slots), (x, weights))
+    assert torch.autograd.gradcheck(lambda a: mr.ops.permute(a, slots), (x,))
+    assert torch.autograd.gradcheck(lambda a, b, c: mr.ops.combine(a, b, slots, c), (rows, weights, residual))
+    assert torch.autograd.gradcheck(
+        lambda a, b: mr.ops.combine(torch.tanh(mr.ops.permute(a, slots)), b, slots), (x, weights)
+    )
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_equal_those_of_the_reference(dtype: torch.dtype) -> None:
     ids = torch.randint(-1, 5, (7, 3))
     x, weights = torch.randn(7, 6).to(dtype), torch.rand(7, 3)
     upstream = torch.randn(7, 6).to(dtype)
     grads = []
-    for module in (ops, reference):
+    for module in (mr.ops, reference):
         leaves = [x.clone().requires_grad_(), weights.clone().requires_grad_()]
         slots = module.dispatch(ids, 5)
         out = module.combine(module.permute(leaves[0], slots), leaves[1], slots, leaves[0])
@@ -232,26 +243,27 @@ def test_gradients_equal_those_of_the_reference(dtype: torch.dtype) -> None:
         torch.testing.assert_close(got, want, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize(
     ("call", "names"),
     [
-        (lambda s: ops.dispatch(torch.zeros(4, dtype=torch.int32), 3), "ids"),
-        (lambda s: ops.dispatch(torch.zeros(4, 2), 3), "ids"),
-        (lambda s: ops.dispatch(torch.zeros(4, 2, dtype=torch.int32), 0), "num_experts"),
-        (lambda s: ops.dispatch(torch.zeros(4, 2, dtype=torch.int32), 3, block=0), "block"),
-        (lambda s: ops.permute(torch.zeros(3, 5), s), "inverse"),
-        (lambda s: ops.permute(torch.zeros(4, 5, dtype=torch.int8), s), "x"),
-        (lambda s: ops.combine(torch.zeros(7, 5), torch.zeros(4, 2), s), "order"),
-        (lambda s: ops.combine(torch.zeros(8, 5), torch.zeros(4, 3), s), "weights"),
-        (lambda s: ops.combine(torch.zeros(8, 5), torch.zeros(4, 2), s, torch.zeros(4, 6)), "residual"),
-        (lambda s: ops.combine(torch.zeros(8, 5), torch.zeros(4, 2), s, torch.zeros(4, 5).half()), "residual"),
-        (lambda s: ops.permute(torch.zeros(4, 5), s._replace(inverse=s.inverse.int())), "inverse"),
-        (lambda s: ops.combine(torch.zeros(8, 5), torch.zeros(4, 2), s._replace(order=s.order.double())), "order"),
-        (lambda s: ops.combine(torch.zeros(8, 5), torch.zeros(4, 2), s._replace(order=s.order.int())), "order"),
+        (lambda s: mr.ops.dispatch(torch.zeros(4, dtype=torch.int32), 3), "ids"),
+        (lambda s: mr.ops.dispatch(torch.zeros(4, 2), 3), "ids"),
+        (lambda s: mr.ops.dispatch(torch.zeros(4, 2, dtype=torch.int32), 0), "num_experts"),
+        (lambda s: mr.ops.dispatch(torch.zeros(4, 2, dtype=torch.int32), 3, block=0), "block"),
+        (lambda s: mr.ops.permute(torch.zeros(3, 5), s), "inverse"),
+        (lambda s: mr.ops.permute(torch.zeros(4, 5, dtype=torch.int8), s), "x"),
+        (lambda s: mr.ops.combine(torch.zeros(7, 5), torch.zeros(4, 2), s), "order"),
+        (lambda s: mr.ops.combine(torch.zeros(8, 5), torch.zeros(4, 3), s), "weights"),
+        (lambda s: mr.ops.combine(torch.zeros(8, 5), torch.zeros(4, 2), s, torch.zeros(4, 6)), "residual"),
+        (lambda s: mr.ops.combine(torch.zeros(8, 5), torch.zeros(4, 2), s, torch.zeros(4, 5).half()), "residual"),
+        (lambda s: mr.ops.permute(torch.zeros(4, 5), s._replace(inverse=s.inverse.int())), "inverse"),
+        (lambda s: mr.ops.combine(torch.zeros(8, 5), torch.zeros(4, 2), s._replace(order=s.order.double())), "order"),
+        (lambda s: mr.ops.combine(torch.zeros(8, 5), torch.zeros(4, 2), s._replace(order=s.order.int())), "order"),
     ],
 )
 def test_bad_arguments_are_named(call, names: str) -> None:
-    slots = ops.dispatch(torch.zeros(4, 2, dtype=torch.int32), 3)
+    slots = mr.ops.dispatch(torch.zeros(4, 2, dtype=torch.int32), 3)
     with pytest.raises(ValueError, match=names):
         call(slots)
 

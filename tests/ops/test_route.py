@@ -11,7 +11,8 @@ from harness.backends import Backend
 from harness.expectations import assert_ulp
 from harness.problems import INF, NAN, Problem, check_conservation, check_ids
 
-from moe_route.ops import FIXED_POINT, METRICS, Force, RouterSpec, StatisticsTables, SteeringTables, token_table
+from moe_route.contract.spec import RouterSpec
+from moe_route.contract.tables import FIXED_POINT, METRICS, Force, StatisticsTables, SteeringTables, token_table
 
 SUM = RouterSpec(renormalize="sum")
 

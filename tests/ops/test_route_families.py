@@ -12,7 +12,7 @@ from harness.backends import Backend
 from harness.expectations import assert_ulp
 from torch import Tensor, nn
 
-from moe_route.ops import RouterSpec
+from moe_route.contract.spec import RouterSpec
 
 pytest.importorskip("transformers")
 
@@ -131,7 +131,7 @@ def test_bfloat16_router_is_reproduced(backend: Backend, family: Family) -> None
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_observe_counts_the_router_itself(backend: Backend, family: Family) -> None:
-    from moe_route.ops import FIXED_POINT, StatisticsTables
+    from moe_route.contract.tables import FIXED_POINT, StatisticsTables
 
     logits, weights, ids, _ = choices(family, torch.float32)
     num_experts = logits.shape[1]

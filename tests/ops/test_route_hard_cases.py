@@ -13,7 +13,9 @@ from harness.expectations import assert_ulp
 from harness.problems import INF, NAN, SCORES, Problem, assert_same_bits, check_conservation, check_ids
 from torch import Tensor
 
-from moe_route.ops import METRICS, Dispatch, Force, RouterSpec, StatisticsTables, SteeringTables, token_table
+from moe_route.contract.experts import Dispatch
+from moe_route.contract.spec import RouterSpec
+from moe_route.contract.tables import METRICS, Force, StatisticsTables, SteeringTables, token_table
 
 FLT_MAX = torch.finfo(torch.float32).max
 SOFTMAX_SUM = RouterSpec(renormalize="sum")

@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from moe_route import _C, ops, reference
-from moe_route.ops import Force, RouterSpec, StatisticsTables, SteeringTables, token_table
+from moe_route.contract.spec import RouterSpec
+from moe_route.contract.tables import Force, StatisticsTables, SteeringTables, token_table
 
 E, K, T = 12, 3, 10
 SPECS = {

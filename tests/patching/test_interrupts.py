@@ -18,6 +18,7 @@ from torch.overrides import _get_current_function_mode_stack
 import moe_route as mr
 from moe_route.patching import Attachment, attachment_of
 from moe_route.recording import Recorder
+from moe_route.recording.counting import Counting
 
 HOOKS = (
     "_forward_hooks",
@@ -222,11 +223,11 @@ def both(routed: mr.RoutedModel) -> None:
 
 ENTERS_AND_EXITS = {
     "record enter": (record, Recorder.__enter__),
-    "record exit": (record, Recorder._end),
-    "labels exit": (record, Recorder._end_labels),
+    "record exit": (record, Counting.end),
+    "labels exit": (record, Counting.end_labels),
     "steer enter": (steer, mr.RoutedModel._apply),
     "steer exit": (steer, mr.RoutedModel._end_steering),
-    "pause": (both, Recorder._set_paused),
+    "pause": (both, Counting.paused.fset),
 }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_route.ops import SCALARS
+from moe_route.contract.tables import SCALARS
 from moe_route.recording import RoutingStatistics, SequenceStore
 
 SEQUENCES = 40

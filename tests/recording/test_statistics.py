@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_route.base import files
-from moe_route.ops import FIXED_POINT, SCALARS
+from moe_route.contract.tables import FIXED_POINT, SCALARS
 from moe_route.recording import MergeError, RecordingError, RoutingStatistics, SequenceStore
 from moe_route.recording.statistics import SEQUENCE_KINDS, SEQUENCE_SCALARS
 from moe_route.recording.tables import TableSums

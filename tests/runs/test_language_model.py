@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from moe_route.data import Question
+from moe_route.data import Corpus, Question
 from moe_route.data.batches import EncodedTexts, Text, texts_of
 from moe_route.recording import RoutingStatistics
 from moe_route.runs.language_model import LanguageModel, ModelNotFoundError
-from moe_route.runs.record import read_corpus, record_texts
+from moe_route.runs.record import record_texts
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def language_model() -> LanguageModel:
 
 class TestLanguageModel:
     def test_losses_do_not_depend_on_the_batch(self, language_model: LanguageModel):
-        texts = texts_of(read_corpus(languages=["eng_Latn", "jpn_Jpan"], limit=5))
+        texts = texts_of(Corpus.read("general", languages=["eng_Latn", "jpn_Jpan"], limit=5))
         alone, together = language_model.losses(texts, batch_size=1), language_model.losses(texts, batch_size=10)
         assert (alone[:, 1] == together[:, 1]).all()
         np.testing.assert_allclose(alone[:, 0], together[:, 0], rtol=1e-4)
@@ -42,7 +42,7 @@ class TestLanguageModel:
         assert nats / tokens == pytest.approx(expected, rel=1e-5)
 
     def test_order_of_texts_is_kept(self, language_model: LanguageModel):
-        texts = texts_of(read_corpus(languages=["eng_Latn"], limit=6))
+        texts = texts_of(Corpus.read("general", languages=["eng_Latn"], limit=6))
         forth, back = language_model.losses(texts, batch_size=2), language_model.losses(texts[::-1], batch_size=2)
         np.testing.assert_allclose(forth, back[::-1], rtol=1e-4)
 
@@ -50,7 +50,7 @@ class TestLanguageModel:
         texts = [
             Text("eng_Latn", "long", "one two three " * 400),
             Text("eng_Latn", "short", "One."),
-            *texts_of(read_corpus(languages=["eng_Latn"], limit=3)),
+            *texts_of(Corpus.read("general", languages=["eng_Latn"], limit=3)),
         ]
         encoded = language_model.encode(texts, max_length=20)
         lengths = [len(language_model.tokenizer(text.text)["input_ids"]) for text in texts]
@@ -66,7 +66,7 @@ class TestLanguageModel:
         assert language_model.encode([]).ids == ()
 
     def test_files_say_how_many_texts_were_cut(self, language_model: LanguageModel, tmp_path: Path):
-        texts = texts_of(read_corpus(languages=["eng_Latn"], limit=4))
+        texts = texts_of(Corpus.read("general", languages=["eng_Latn"], limit=4))
         kept = []
         with language_model.attach() as routed:
             for part, length in ((texts[:2], 5), (texts[2:], 6)):
@@ -87,7 +87,7 @@ class TestLanguageModel:
     def test_logits_at_some_positions_are_those_of_all(
         self, language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch
     ):
-        (batch,) = language_model.batches(texts_of(read_corpus(languages=["eng_Latn", "jpn_Jpan"], limit=3)))
+        (batch,) = language_model.batches(texts_of(Corpus.read("general", languages=["eng_Latn", "jpn_Jpan"], limit=3)))
         whole, places = language_model.run(batch), torch.tensor([0, 3, 7])
         torch.testing.assert_close(language_model.run(batch, places), whole[:, places])
         given: list[set[str]] = []

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import moe_route as mr
 from moe_route.base import files
-from moe_route.ops import Force, RouterSpec, token_table
+from moe_route.contract.spec import RouterSpec
+from moe_route.contract.tables import Force, token_table
 from moe_route.steering import ExpertSelection, LayerShape, Plan, PlanError, PlanModel
 from moe_route.steering.layers import show_numbers
 from moe_route.steering.rule import KINDS

@@ -6,15 +6,17 @@ import itertools
 
 import pytest
 import torch
+from harness.hidden_library import Later
 from torch import Tensor
 
-from moe_route import ops
+from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import NEUTRAL, STEERING_PLANES, StatisticsTables, SteeringTables
 from moe_route.contract.token_tables import Placed, TokenTables, join
-from moe_route.ops import RouterSpec
-from moe_route.ops.token_rules import fitted, route_tokens, token_counter
 from moe_route.steering import LayerShape, Plan
 from moe_route.steering.compile import CompiledPlan
+
+ops = Later("moe_route.ops")
+token_rules = Later("moe_route.ops.token_rules")
 
 E, K, T = 8, 3, 48
 SPEC = RouterSpec(renormalize="sum")
@@ -36,7 +38,7 @@ def compiled(name: str) -> tuple[CompiledPlan, TokenTables]:
     plan = PLANS[name].compile([LayerShape(E, K)])
     steering = plan.tables[0]
     assert isinstance(steering, TokenTables)
-    return plan, fitted(steering, "here", SPEC)
+    return plan, token_rules.fitted(steering, "here", SPEC)
 
 
 def zeros() -> StatisticsTables:
@@ -47,13 +49,13 @@ def run(steering: TokenTables, tokens: Tensor, entries: Tensor) -> tuple[Tensor,
     logits = torch.randn(T, E, generator=torch.Generator().manual_seed(9)) * 2
     weights, ids = ops.route(logits, K, SPEC)
     counts = zeros()
-    weights, ids, _ = route_tokens(
+    weights, ids, _ = token_rules.route_tokens(
         steering,
         logits,
         K,
         SPEC,
         tokens=tokens,
-        counter=token_counter(torch.arange(T), torch.arange(T) * 3),
+        counter=token_rules.token_counter(torch.arange(T), torch.arange(T) * 3),
         entries=entries,
         choice=ids,
         choice_weights=weights,
@@ -62,6 +64,7 @@ def run(steering: TokenTables, tokens: Tensor, entries: Tensor) -> tuple[Tensor,
     return weights, ids, counts.groups
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("names", list(itertools.combinations(PLANS, 2)), ids=lambda names: " and ".join(names))
 def test_plans_steer_their_own_tokens_as_if_alone(names: tuple[str, str]) -> None:
     made = [compiled(name) for name in names]

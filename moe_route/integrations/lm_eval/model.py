@@ -37,21 +37,7 @@ from moe_route.recording import Recorder, RecordingError, RoutingStatistics
 from moe_route.runs.language_model import DEMO_MODEL, LanguageModel
 from moe_route.steering import Plan
 
-__all__ = [
-    "GROUPS",
-    "Grouping",
-    "MoeRouteLM",
-    "Place",
-    "Row",
-    "RowNames",
-    "key_of",
-    "language_of",
-    "rows_of",
-    "weights_fingerprint",
-]
-
-
-# What an answer of a model depends on beside the request, for the name of lm-eval's cache of answers.
+# ---- what an answer of a model depends on beside the request, for the name of lm-eval's cache of answers.
 #
 # lm-eval keys its cache by type and arguments of a request alone, so one file would serve the answers of one model or
 # plan to another (EleutherAI/lm-evaluation-harness, issue 4063).
@@ -78,7 +64,7 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, bool, int)) else repr(value)
 
 
-# Requests of lm-eval as rows of batches: which group and item a row counts for, and in which order rows run.
+# ---- requests of lm-eval as rows of batches: which group and item a row counts for, and in which order rows run.
 
 Grouping = Literal["task", "language"]
 GROUPS: tuple[Grouping, ...] = ("task", "language")

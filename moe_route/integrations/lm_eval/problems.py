@@ -9,8 +9,6 @@ from moe_route.data import demo_problems
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-__all__ = ["questions"]
-
 
 def questions(language: str, subset: str | None = None, **_: Any) -> DatasetDict:
     """The problems in one language, as split "test" with columns item, language, subset, prompt and answer.

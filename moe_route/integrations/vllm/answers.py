@@ -19,8 +19,6 @@ from moe_route.recording.store import SequenceStore
 from moe_route.recording.trace import Trace
 from moe_route.steering.model import PlanError
 
-__all__ = ["Failure", "StagePart", "answer", "content_of", "failed", "joined", "loaded", "replica_path", "saved"]
-
 _Made = TypeVar("_Made", RoutingStatistics, Trace)
 
 _KINDS = (EngineNotSupportedError, FileRefusedError, OSError, PlanError, RecordingError)  # raised as they are

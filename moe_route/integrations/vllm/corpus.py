@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from moe_route.recording.statistics import RoutingStatistics
     from moe_route.steering.plan import Plan
 
-__all__ = ["EngineTexts"]
-
 
 class EngineTexts:
     """Runs texts in an engine of this program; a `corpus_recording.TextRunner`.

@@ -1,8 +1,7 @@
-"""Count the choices of a step in one call for all layers, after its forward.
+"""What is counted after the forward of a step, and what is traced of it.
 
-Between the experts of two layers every call meets cold caches, and takes several times as long. What a layer chose is
-copied aside, which is cheap. Only on a CPU, where the operator runs as Python at every step: a CUDA graph would freeze
-whether to count at once.
+``StepCounts`` counts the choices of all layers in one call. ``Texts`` tells the workers which tokens became text, and
+``PendingTokens`` counts those of which this is known only later. ``StepTrace`` keeps the choices of every token.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,18 +19,15 @@ from moe_route import ops
 from moe_route.base.devices import upload
 from moe_route.contract.spec import RouterSpec
 from moe_route.integrations.vllm.options import Options, runs_ahead
-from moe_route.integrations.vllm.requests import Request, RequestTable, positions_of
+from moe_route.integrations.vllm.requests import Batch, Request, RequestTable, positions_of
+from moe_route.integrations.vllm.sites import Site, TokenNumbers
 from moe_route.recording.trace import Trace
 
-if TYPE_CHECKING:
-    from moe_route.integrations.vllm.plans import TokenValues
-    from moe_route.integrations.vllm.requests import Batch
-    from moe_route.integrations.vllm.sites import Site
-
-__all__ = ["FIELD", "Known", "PendingTokens", "StepCounts", "StepTrace", "Texts", "layers_by_spec", "observe"]
-
-
+FIELD = "moe_route_known"
+"""Attribute of a ``SchedulerOutput``: dict of request name -> ``Known``."""
+_COLUMNS = ("sequence", "group", "position", "phase", "ids", "weights")
 _MOST_TOKENS = 512  # of a larger step, counting is small beside the experts, and the copies are not
+logger = logging.getLogger(__name__)
 
 
 def layers_by_spec(sites: Sequence[Site]) -> dict[RouterSpec, list[int]]:
@@ -65,7 +61,12 @@ def observe(
 
 
 class StepCounts:
-    """The choices of one step."""
+    """The choices of one step, counted in one call for all layers after its forward.
+
+    Between the experts of two layers every call meets cold caches, and takes several times as long. What a layer chose
+    is copied aside, which is cheap. Only on a CPU, where the operator runs as Python at every step: a CUDA graph would
+    freeze whether to count at once.
+    """
 
     def __init__(self, sites: Sequence[Site]):
         self._sites, self._layers = sites, layers_by_spec(sites)
@@ -99,14 +100,11 @@ class StepCounts:
         self._kept = {}
 
 
-# Which tokens became text: known in the engine core alone, and told to the workers with every step.
+# ---- which tokens became text: known in the engine core alone, and told to the workers with every step
 #
 # A step may run tokens before it is known whether they belong to the text of their request. Drafts may be rejected,
 # and under async scheduling a step is laid out before the one before it has told whether a text ends. Where a text
 # ends also depends on what no worker sees: stop tokens, grammars, repetitions, aborts.
-
-FIELD = "moe_route_known"
-"""Attribute of a ``SchedulerOutput``: dict of request name -> ``Known``."""
 
 
 class Known(NamedTuple):
@@ -169,14 +167,11 @@ class Texts:
                 self._texts[name] = _Text(requests[name])
 
 
-# The experts and weights of every counted token, collected step by step as a ``recording.Trace``.
-
-logger = logging.getLogger(__name__)
-_COLUMNS = ("sequence", "group", "position", "phase", "ids", "weights")
-
-
 class StepTrace:
-    """Reads the choices of a step before the next one is laid out, from buffers that the operator writes."""
+    """Collects the experts and weights of every counted token, step by step, as a ``recording.Trace``.
+
+    It reads the choices of a step before the next one is laid out, from buffers that the operator writes.
+    """
 
     def __init__(self, sites: Sequence[Site], layers: Sequence[int], most_tokens: int, limit: int, first: int = 0):
         """``layers``: indices of the traced sites, of which the model has ``first`` in earlier stages.
@@ -286,15 +281,12 @@ class StepTrace:
         )
 
 
-# Tokens of a step that are counted later: once the engine core has told whether they became text.
-#
-# The operator copies their choices aside, before they are steered; their rows of the step's token table say that
-# nothing is counted. When ``texts`` has told, those that became text are steered again and counted from the copies.
-# That gives the same bits: tokens do not meet in a router, and sums are integers.
-
-
 class PendingTokens:
-    """The pending tokens of the latest step.
+    """Tokens of the latest step that are counted later: once the engine core has told whether they became text.
+
+    The operator copies their choices aside, before they are steered; their rows of the step's token table say that
+    nothing is counted. When ``Texts`` has told, those that became text are steered again and counted from the copies.
+    That gives the same bits: tokens do not meet in a router, and sums are integers.
 
     Buffers have fixed addresses and room for the most that a step holds. On a device all of them are always written,
     so that a CUDA graph may capture the copies: the places are data, and those that are not used say 0.
@@ -305,20 +297,22 @@ class PendingTokens:
         sites: Sequence[Site],
         requests: RequestTable,
         layer_rows: Tensor,
-        values: TokenValues,
+        numbers: TokenNumbers,
         device: torch.device,
         most: int,
     ):
-        """``layer_rows``: int32 [L, rows + 1], steering rows by layer; ``most``: pending tokens of a step."""
-        self._sites, self._requests, self._layer_rows, self._values = sites, requests, layer_rows, values
+        """``layer_rows``: int32 [L, rows + 1], steering rows by layer; ``numbers``: those of the step that runs.
+
+        ``most``: pending tokens of a step.
+        """
+        self._sites, self._requests, self._layer_rows, self._step = sites, requests, layer_rows, numbers
         self._layers = layers_by_spec(sites)
         self._device = device
         self._captured = device.type != "cpu"
         self._places = torch.zeros(most, dtype=torch.int64, device=device)
         self._buffers: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._names: list[str]
-        self._counter: Tensor | None
-        self._entries: Tensor | None
+        self._numbers: TokenNumbers
         self._clear()
 
     def lay_out(self, rows: np.ndarray, batch: Batch, tails: np.ndarray) -> None:
@@ -338,10 +332,7 @@ class PendingTokens:
         self._rows = rows[self._at]
         rows[at, 1:3] = -1
         self._write_places()
-        self._by_token = self._values.present
-        of_tokens = self._values.counter, self._values.entries
-        places = self._places[: len(self._at)]
-        self._counter, self._entries = (None if one is None else one[places] for one in of_tokens)
+        self._numbers = self._step.at(self._places[: len(self._at)])
 
     def lose(self) -> None:
         """Nothing is pending any more, and of what was, nothing will be told."""
@@ -353,8 +344,7 @@ class PendingTokens:
         self._names = []
         self._positions = self._at = np.zeros(0, np.int64)
         self._rows = np.zeros((0, 4), np.int32)
-        self._by_token = False
-        self._counter = self._entries = None
+        self._numbers = TokenNumbers()
 
     def _write_places(self) -> None:
         number = len(self._at)
@@ -424,4 +414,4 @@ class PendingTokens:
             site, (logits, ids, weights) = self._sites[layer], kept[layer]
             of_layer = rows.clone()
             of_layer[:, 0] = self._layer_rows[layer, rows[:, 0]]
-            site.route(logits, ids, weights, of_layer, (self._counter, self._entries) if self._by_token else None)
+            site.route(logits, ids, weights, of_layer, self._numbers)

@@ -8,18 +8,13 @@ is captured, and the host leaves out what a step does not need: see ``Work``.
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moe_route.contract.tables import NEUTRAL, ROW_PARAMETERS, STEERING_PLANES, SteeringTables
-
-if TYPE_CHECKING:
-    from moe_route.integrations.vllm.counts import PendingTokens, StepCounts
-    from moe_route.integrations.vllm.sites import Site
-
-__all__ = ["Work", "connect", "connected", "copy_plan", "neutral_tables", "set_work"]
+from moe_route.integrations.vllm.counts import PendingTokens, StepCounts
+from moe_route.integrations.vllm.sites import Site
 
 _ALL_PLANES = (1 << len(STEERING_PLANES)) - 1
 
@@ -34,8 +29,6 @@ class Work(Enum):
 
 
 _sites: list[Site] = []  # of the one engine that this process serves; the operator names them by index
-
-
 _counts: StepCounts | None = None
 _pending: PendingTokens | None = None
 _work = Work.ROUTE
@@ -104,13 +97,12 @@ def _reroute(logits: Tensor, weights: Tensor, ids: Tensor, site_index: int) -> N
     tokens = logits.shape[0]
     if len(site.rows) != tokens:
         site.rows = site.tokens[:tokens]
-    values = site.values
     new_weights, new_ids = site.route(
         logits,
         ids.to(torch.int32).contiguous(),
         weights.to(torch.float32).contiguous(),
         site.rows,
-        (values.counter, values.entries) if values is not None and values.present else None,
+        site.numbers,
     )
     if site.traced is not None:
         for kept, new in zip(site.traced, (new_ids, new_weights), strict=True):

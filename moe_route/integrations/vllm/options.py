@@ -1,4 +1,8 @@
-"""What the user asks of the plug-in, read from ``--additional-config '{"moe_route": {...}}'``, and what it refuses."""
+"""What the user asks of the plug-in, and which vLLM can do it.
+
+The options are read from ``--additional-config '{"moe_route": {...}}'``. Engines in which counts or steering would be
+wrong are refused. Every private name of vLLM that the plug-in uses is looked up here.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
-
-__all__ = [
-    "EngineNotSupportedError",
-    "GROUP",
-    "ITEM",
-    "Options",
-    "PLAN",
-    "SEAMS",
-    "UNSTEERED",
-    "avoid_monolithic",
-    "check_version",
-    "find",
-    "identity",
-    "refuse_engine",
-    "refuse_recording",
-    "request_error",
-    "runs_ahead",
-]
-
-
-# Which vLLM this plug-in knows, and every private name of vLLM that it uses, looked up in one place.
 
 OLDEST, BEFORE = (0, 30), (0, 33)
 
@@ -161,10 +144,11 @@ class Options:
                 "trace": tuple(trace) if isinstance(trace, (list, tuple)) else trace,
             }
         )
-        options._check(given.get("groups"))
+        options.check(given.get("groups"))
         return options
 
-    def _check(self, groups: Any) -> None:
+    def check(self, groups: Any) -> None:
+        """Raise ``EngineNotSupportedError`` for values that cannot be; ``groups``: as they were given."""
         names = self.groups
         if isinstance(groups, str) or not names or len(set(names)) != len(names) or not _all_text(names):
             raise EngineNotSupportedError('moe_route: "groups" is a list of different names')
@@ -268,14 +252,12 @@ def refuse_engine(config: Any) -> None:
             raise EngineNotSupportedError(f"moe_route: {why}")
 
 
-# Keep an engine with moe-route from kernels that choose their experts inside, where nothing can be counted or steered.
-#
-# vLLM asks each class of experts whether it supports a layer, in its order of preference, and takes the first that
-# does.
-
-
 def avoid_monolithic(experts: Any) -> None:
-    """Wrap ``FusedMoEExperts.is_supported_config``, which all classes of experts ask too."""
+    """Keep an engine with moe-route from kernels that choose their experts inside, out of its reach.
+
+    vLLM asks each class of experts whether it supports a layer, in its order of preference, and takes the first that
+    does. This wraps ``FusedMoEExperts.is_supported_config``, which all classes ask too.
+    """
     natural = experts.is_supported_config
 
     @functools.wraps(natural)

@@ -1,4 +1,10 @@
-"""The plans of one worker: checked, compiled, and written into steering tables whose addresses never change."""
+"""The plans of an engine.
+
+In a worker, ``PlanTables`` checks, compiles and writes them into steering tables whose addresses never change, and
+``TokenValues`` gives what rules that look at single tokens need of a step. ``PlannedItems`` lets a front end refuse a
+request for which its plan has no values. ``Prefixes`` lets the engine core share cached prefixes only between requests
+that are steered alike.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +14,10 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from moe_route.base import files
 from moe_route.base.devices import upload
@@ -29,65 +34,43 @@ from moe_route.integrations.vllm.options import (
     Options,
     identity,
 )
-from moe_route.integrations.vllm.requests import PlanRows, Request, RequestTable, positions_of
+from moe_route.integrations.vllm.requests import Batch, PlanRows, Request, RequestTable, positions_of
+from moe_route.integrations.vllm.sites import Site, Stage, TokenNumbers
 from moe_route.ops.token_rules import fitted, token_counter
 from moe_route.steering.compile import CompiledPlan
 from moe_route.steering.model import PlanError
 from moe_route.steering.plan import Plan
 from moe_route.steering.tables import Key, SequenceTable
 
-if TYPE_CHECKING:
-    from moe_route.integrations.vllm.requests import Batch
-    from moe_route.integrations.vllm.sites import Site, Stage
-
-__all__ = [
-    "PlanTables",
-    "PlannedItems",
-    "Prefixes",
-    "Steered",
-    "TokenValues",
-    "Workers",
-    "plan_of",
-    "steered_prefixes",
-    "tables_used",
-]
-
-
-# What rules that look at single tokens need of a step: numbers that seed their draws, and rows in tables of values.
+_MARK = "moe_route:"  # begins every salt that is not the request's own alone
+logger = logging.getLogger(__name__)
 
 
 class TokenValues:
-    """The numbers of the tokens of one step.
-
-    Attributes:
-        counter: int64 [T], made of a token's position and id; None if no plan draws.
-        entries: int64 [T, M], its row in each of M tables, -1 for none; None if no plan has one.
-        present: whether the step has tokens that such rules may reach.
-    """
+    """Makes the numbers of the tokens of each step, in ``numbers``."""
 
     def __init__(self, plans: PlanTables, requests: RequestTable, device: torch.device, fail: Callable[[str], None]):
         """``fail`` is told of a request that its plan has no values for."""
         self._plans, self._requests, self._device, self._fail = plans, requests, device, fail
-        self.clear()
+        self.numbers = TokenNumbers()
 
     def clear(self) -> None:
         """The next step needs none."""
-        self.counter: Tensor | None = None
-        self.entries: Tensor | None = None
-        self.present = False
+        self.numbers.counter = self.numbers.entries = None
+        self.numbers.present = False
 
     def lay_out(self, rows: np.ndarray, batch: Batch) -> None:
         """Make the numbers of a step; ``rows``: int32 [T], the steering rows of its tokens."""
         self.clear()
         if not np.isin(rows, self._plans.by_token).any():
             return
-        self.present = True
+        self.numbers.present = True
         positions = positions_of(batch.counts, batch.starts)
         if self._plans.draws:
-            self.counter = token_counter(upload(torch.from_numpy(positions), self._device), batch.token_ids)
+            self.numbers.counter = token_counter(upload(torch.from_numpy(positions), self._device), batch.token_ids)
         if self._plans.sequence_tables:
             places = self._starts(batch)
-            self.entries = upload(entries(torch.from_numpy(places), torch.from_numpy(positions)), self._device)
+            self.numbers.entries = upload(entries(torch.from_numpy(places), torch.from_numpy(positions)), self._device)
 
     def _starts(self, batch: Batch) -> np.ndarray:
         """int64 [3, T, M]: ``PlanTables.starts`` of each token's request."""
@@ -269,13 +252,13 @@ def tables_used(plan: CompiledPlan, group: str | None) -> frozenset[int]:
     """Indices of the tables of values per token that some rule for this group reads."""
     rows = plan.rows[:, plan.groups.index(group) + 1 if group is not None else 0].unique()
     rows = rows[rows >= 0].long()
-    found: set[int] = set()
+    numbers: set[int] = set()
     for table in plan.tables:
         for part in table.parts if isinstance(table, TokenTables) else ():
             for name in BY_TOKEN:
                 if name in part.named:
-                    found.update(number for number in part.named[name][rows].tolist() if number >= 0)
-    return frozenset(found)
+                    numbers.update(number for number in part.named[name][rows].tolist() if number >= 0)
+    return frozenset(numbers)
 
 
 def plan_of(plan: str | bytes) -> Plan:
@@ -288,15 +271,11 @@ def plan_of(plan: str | bytes) -> Plan:
         return Plan.load(file)
 
 
-# The items of which plans have values of single tokens, as a front end knows them: it refuses other requests.
-#
-# A front end reads the plan files of the options, and sees the plans that pass it by ``collective_rpc``.
-
-logger = logging.getLogger(__name__)
-
-
 class PlannedItems:
-    """The items of one engine's plans."""
+    """The items of which plans have values of single tokens, as a front end knows them: it refuses other requests.
+
+    A front end reads the plan files of the options, and sees the plans that pass it by ``collective_rpc``.
+    """
 
     def __init__(self, options: Options):
         self._options = options
@@ -333,11 +312,9 @@ class PlannedItems:
         return None
 
 
-# Who may share a cached prefix: requests whose tokens are steered alike, by the salt of vLLM's block hashes.
+# ---- who may share a cached prefix: requests whose tokens are steered alike, by the salt of vLLM's block hashes
 #
 # This runs in the engine core, which owns the cache. Workers, which own the plans, say what steers a request.
-
-_MARK = "moe_route:"  # begins every salt that is not the request's own alone
 
 
 class Steered(NamedTuple):
@@ -360,7 +337,7 @@ def steered_prefixes(
     plans: Mapping[str, CompiledPlan], groups: tuple[str, ...]
 ) -> dict[tuple[str, str | None], Steered]:
     """What the plans do to requests of each group; pairs that no rule reaches are left out."""
-    found: dict[tuple[str, str | None], Steered] = {}
+    steered: dict[tuple[str, str | None], Steered] = {}
     for name, plan in plans.items():
         for column, group in enumerate((None, *groups)):
             rows = plan.rows[:, column]
@@ -368,8 +345,8 @@ def steered_prefixes(
                 continue
             by_item = bool(tables_used(plan, group))
             digest = _digest([plan.plan_hash, rows.tolist(), list(plan.bounds), group if by_item else None])
-            found[name, group] = Steered(digest, not bool((rows[0] == rows[1]).all()), by_item)
-    return found
+            steered[name, group] = Steered(digest, not bool((rows[0] == rows[1]).all()), by_item)
+    return steered
 
 
 def _digest(content: Any) -> str:

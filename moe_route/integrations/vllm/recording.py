@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from moe_route.integrations.vllm.sites import Site, Stage
     from moe_route.recording.trace import Trace
 
-__all__ = ["Recording"]
 
 logger = logging.getLogger(__name__)
 

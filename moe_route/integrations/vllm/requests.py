@@ -1,4 +1,4 @@
-"""Running requests and the token table of a step, in numpy: knows neither vLLM nor torch."""
+"""Running requests and the token table of a step, in numpy; and how both are read from vLLM's two model runners."""
 
 from __future__ import annotations
 
@@ -9,20 +9,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
-
-__all__ = [
-    "Batch",
-    "PlanRows",
-    "Request",
-    "RequestTable",
-    "RunnerView",
-    "V1",
-    "V2",
-    "follow",
-    "positions_of",
-    "view_of",
-]
-
 
 _PROMPT, _GROUP, _SEGMENT, _DONE, _PLAN, _COLUMNS = 0, 1, 2, 3, 4, 5
 
@@ -193,7 +179,7 @@ def positions_of(counts: np.ndarray, starts: np.ndarray) -> np.ndarray:
     return np.arange(int(counts.sum())) + np.repeat(starts - np.cumsum(counts) + counts, counts)
 
 
-# What the two model runners of vLLM know about a step: the order of its requests, and their token ids.
+# ---- what the two model runners of vLLM know about a step: the order of its requests, and their token ids.
 #
 # ``V1`` is ``vllm.v1.worker.gpu_model_runner``, which the CPU uses too; ``V2`` is ``vllm.v1.worker.gpu.model_runner``.
 

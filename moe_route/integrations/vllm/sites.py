@@ -1,5 +1,8 @@
 """The routers of a vLLM model: how they are found, what they are called in transformers, and how they route.
 
+A worker holds all routers, or those of its stage of pipeline parallelism. Plans and traces name layers of the whole
+model, so every stage knows the shapes of all MoE layers, and its own place.
+
 The seam is ``BaseRouter._compute_routing``: after the scores, before vLLM's capture of routed experts, before the
 expert load balancer maps logical ids to physical ones, and before the kernel.
 """
@@ -8,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +22,7 @@ from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.contract.token_tables import TokenTables
 from moe_route.integrations.vllm.options import EngineNotSupportedError, find
 from moe_route.ops.token_rules import route_tokens
-from moe_route.steering.compile import LayerShape
-
-if TYPE_CHECKING:
-    from moe_route.integrations.vllm.plans import TokenValues
-
-__all__ = ["Site", "Stage", "check", "find_sites", "find_stage", "hook", "transformers_name"]
-
+from moe_route.steering.cell import LayerShape
 
 _BLOCKS = {".block_sparse_moe.experts": ".mlp.experts"}
 _GATES = {"gpt_oss": "router", "phimoe": "router"}
@@ -33,6 +30,30 @@ _GATES = {"gpt_oss": "router", "phimoe": "router"}
 _SCORES = {"sqrtsoftplus": "sqrt_softplus"}
 _CHECKED_ROWS = 64
 _WEIGHT_TOLERANCE = 1e-4
+_NO_LAYERS = (
+    "moe_route: no MoE layer of vLLM's own was found; a model that runs on vLLM's Transformers backend routes inside "
+    "transformers: use mr.attach(model) there"
+)
+
+
+@dataclass(eq=False)
+class TokenNumbers:
+    """What rules that look at single tokens need of the tokens of a step.
+
+    Attributes:
+        counter: int64 [T], made of a token's position and id; None if no plan draws.
+        entries: int64 [T, M], its row in each of M tables of values per token, -1 for none; None if no plan has one.
+        present: whether such rules may reach some token of the step.
+    """
+
+    counter: Tensor | None = None
+    entries: Tensor | None = None
+    present: bool = False
+
+    def at(self, places: Tensor) -> TokenNumbers:
+        """Those of the tokens at these places of the step, int64 [N]."""
+        counter, entries = (None if one is None else one[places] for one in (self.counter, self.entries))
+        return TokenNumbers(counter, entries, self.present)
 
 
 @dataclass(eq=False)
@@ -54,7 +75,7 @@ class Site:
     traced: tuple[Tensor, Tensor] | None = None  # ids and weights of the latest step, [T, k], if they are traced
     steers: bool = False  # whether a plan that runs has a rule for this layer
     by_token: TokenTables | None = None  # all plans that run, if some rule here looks at single tokens
-    values: TokenValues | None = None  # what such rules need of a step
+    numbers: TokenNumbers = field(default_factory=TokenNumbers)  # what such rules need of the step that runs
     tokens: Tensor = field(default_factory=lambda: torch.empty(0, 4, dtype=torch.int32))
     rows: Tensor = field(default_factory=lambda: torch.empty(0, 4, dtype=torch.int32))  # those of a step, of `tokens`
 
@@ -64,12 +85,11 @@ class Site:
         ids: Tensor,
         weights: Tensor,
         tokens: Tensor,
-        values: tuple[Tensor | None, Tensor | None] | None,
+        numbers: TokenNumbers,
     ) -> tuple[Tensor, Tensor]:
         """Steer and count the router's own choice, ids int32 and weights float32 [T, k]; returns weights and ids.
 
-        ``tokens``: int32 [T, 4], the token table of this layer. ``values``: counter and entries of the tokens, see
-        ``TokenValues``, if rules that look at single tokens may reach them.
+        ``tokens``: int32 [T, 4], the token table of this layer. ``numbers``: of these tokens.
         """
         given: dict[str, Any] = {
             "correction_bias": self.correction_bias,
@@ -78,11 +98,16 @@ class Site:
             "choice_weights": weights,
             "statistics": self.statistics,
         }
-        if self.by_token is None or values is None:
+        if self.by_token is None or not numbers.present:
             return ops.route(logits, self.top_k, self.spec, steering=self.steering, **given)
-        counter, entries = values
         new_weights, new_ids, _ = route_tokens(
-            self.by_token, logits, self.top_k, self.spec, counter=counter, entries=entries, **given
+            self.by_token,
+            logits,
+            self.top_k,
+            self.spec,
+            counter=numbers.counter,
+            entries=numbers.entries,
+            **given,
         )
         return new_weights, new_ids
 
@@ -209,15 +234,7 @@ def hook(site: Site, index: int) -> None:
     router._compute_routing = compute_routing
 
 
-# Which layers of the model a worker holds: all of them, or those of its stage of pipeline parallelism.
-#
-# Plans and traces name layers of the whole model, so every stage knows the shapes of all MoE layers, and its own
-# place.
-
-_NO_LAYERS = (
-    "moe_route: no MoE layer of vLLM's own was found; a model that runs on vLLM's Transformers backend routes inside "
-    "transformers: use mr.attach(model) there"
-)
+# ---- which of the model's layers a worker holds
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,6 @@ from moe_route.recording.statistics import RecordingError, RoutingStatistics
 from moe_route.recording.trace import Trace
 from moe_route.steering.compile import CompiledPlan
 
-__all__ = ["Session"]
-
 _GRAPH_ROWS = 256  # a CUDA graph may pad a step beyond the scheduler's limit
 
 
@@ -93,7 +91,7 @@ class Session:
             return None
         each = 1 if speculative is None else speculative.num_speculative_tokens
         return PendingTokens(
-            self.sites, self._requests, self._plans.layer_rows, self._values, device, most_requests * each
+            self.sites, self._requests, self._plans.layer_rows, self._values.numbers, device, most_requests * each
         )
 
     def _make_token_tables(self, most_tokens: int, device: torch.device) -> None:
@@ -104,7 +102,7 @@ class Session:
         self._host = self._step.cpu()
         self._dirty = most_tokens  # rows of the device's table that may hold something
         for site, tokens in zip(self.sites, self._tokens, strict=True):
-            site.tokens, site.values = tokens, self._values
+            site.tokens, site.numbers = tokens, self._values.numbers
 
     # ---- verbs, called by name through collective_rpc
 

@@ -1,4 +1,7 @@
-"""Routers of low-rank adapters (`moe_route.training.add_adapters`), which stand beside the model's own routers."""
+"""Routers with an output of their own that take a page at most: adapters, DBRX, DeepSeek-V4, Inkling, Llama 4, Zaya.
+
+Each has a row of the table of families, with a subclass of `Adapter` where the output needs one.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from moe_route.contract.spec import RouterSpec
 from moe_route.routers.adapter import Adapter, Decision, Output
 from moe_route.routers.architectures.routing_blocks import ByMethod
 from moe_route.routers.family import Family, Gate, own_spec, score_function
+
+# ---- low-rank adapters (`moe_route.training.add_adapters`), which stand beside the model's own routers
 
 
 class OfAdapters(Adapter):
@@ -38,10 +43,10 @@ ADAPTER_ROUTER = Family(
 )
 
 
-# DBRX: the router returns logits only, and the block chooses in its method `route_tokens_to_experts`.
+# ---- DBRX: the router returns logits only, and the block chooses in its method `route_tokens_to_experts`.
 
 
-def _norm(block: nn.Module, spec: RouterSpec) -> RouterSpec:
+def _dbrx_norm(block: nn.Module, spec: RouterSpec) -> RouterSpec:
     p = block.moe_normalize_expert_weights
     if p is None:
         return spec
@@ -52,7 +57,7 @@ DBRX = Family(
     "softmax, chosen by the block",
     ("DbrxFFN",),
     RouterSpec(score="softmax"),
-    adjust=_norm,
+    adjust=_dbrx_norm,
     num_experts="experts.num_experts",
     low_precision=True,
     unfused="the block chooses, not the router",
@@ -60,7 +65,7 @@ DBRX = Family(
 )
 
 
-# DeepSeek-V4's first layers: a frozen table maps each token id to its experts. The logits only weigh them.
+# ---- DeepSeek-V4's first layers: a frozen table maps each token id to its experts. The logits only weigh them.
 
 
 class Hash(Adapter):
@@ -89,7 +94,7 @@ DEEPSEEK_V4 = Family(
 )
 
 
-# Inkling: the chosen experts and the shared experts are normalized together.
+# ---- Inkling: the chosen experts and the shared experts are normalized together.
 #
 # Let r be the sigmoids of the chosen experts, s those of the shared experts, R and S their sums, and c a constant. The
 # weights are c * r / (R + S) and the gammas (weights of the shared experts) c * s / (R + S). The router does not
@@ -137,7 +142,7 @@ INKLING = Family(
 )
 
 
-# Llama 4: top-k over the logits, then a sigmoid. Dense scores [T, E] weigh the inputs of the experts.
+# ---- Llama 4: top-k over the logits, then a sigmoid. Dense scores [T, E] weigh the inputs of the experts.
 #
 # Every expert runs on every token. Its input is zero for tokens that did not choose it.
 
@@ -173,7 +178,7 @@ LLAMA4 = Family(
 )
 
 
-# Zaya: a router with a state that passes from layer to layer, and one class more than there are experts: "skip".
+# ---- Zaya: a router with a state that passes from layer to layer, and one class more than there are experts: "skip".
 #
 # The model returns a skipped token as expert 0 with weight 0. Here skipping is the id E, so that it can be counted and
 # steered like an expert.

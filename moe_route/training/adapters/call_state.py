@@ -12,12 +12,9 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from moe_route.base.devices import upload
-from moe_route.calls.cache import CacheLengths
 from moe_route.calls.call import Call, NamedGroups, named_groups, recomputing
-from moe_route.calls.reader import CallReader
+from moe_route.calls.reader import CacheLengths, CallReader
 from moe_route.training.adapters.config import AdapterConfig, AdapterError
-
-__all__ = ["CallState", "RunningText", "Sequences", "valid_tokens"]
 
 
 class RunningText:

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-__all__ = ["AdapterConfig", "AdapterError", "Pooling", "RouterKind", "ShardPool"]
-
 RouterKind = Literal["none", "token", "sequence", "group"]
 Pooling = Literal["first", "prefix", "mean"]
 

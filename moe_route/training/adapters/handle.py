@@ -34,19 +34,6 @@ from moe_route.training.adapters.mixture import (
     Pools,
 )
 
-__all__ = [
-    "AdaptedModel",
-    "PARTS",
-    "ParameterCount",
-    "STAGES",
-    "Stage",
-    "adapter_names",
-    "add_adapters",
-    "freeze",
-    "load_adapters",
-]
-
-
 _KIND = "adapters"
 _CHILD, _POOLS = "adapter", "adapter_pools"  # names of the modules that are added; a second set is "adapter_2"
 
@@ -251,7 +238,7 @@ class AdaptedModel:
         The file is written whole, then renamed. `load_adapters` reads it.
         """
         header = {"config": self.config.as_dict(), "layers": list(self.layers), "model": type(self.model).__name__}
-        files.write(path, self._tensors(), header, _KIND)
+        files.write(path, self.tensors(), header, _KIND)
 
     def _modules(self, suffix: str) -> Iterator[tuple[str, nn.Module]]:
         """What was added to the model, each module with its name in a model whose adapters have this suffix."""
@@ -260,7 +247,7 @@ class AdaptedModel:
         for key, pools in self._pools.items():
             yield f"{_POOLS}{suffix}.{key}", pools
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers by their names in a file."""
         return {
             name: tensor.detach()
@@ -382,7 +369,7 @@ def _free_suffix(model: nn.Module, layers: Sequence[AdaptedLayer]) -> str:
 
 
 def _fill(adapted: AdaptedModel, tensors: dict[str, Tensor], header: dict[str, Any], path: Any) -> None:
-    own = adapted._tensors()
+    own = adapted.tensors()
     shapes = {name: list(tensor.shape) for name, tensor in own.items()}
     if shapes != {name: list(tensor.shape) for name, tensor in tensors.items()}:
         raise AdapterError(
@@ -422,7 +409,7 @@ def _refuse_causal(model: nn.Module) -> None:
         )
 
 
-# Stages of a training, as data: which parts of a model are trained, and which are frozen.
+# ---- stages of a training, as data: which parts of a model are trained, and which are frozen
 
 PARTS = ("embeddings", "body", "head", "adapters", "routers")
 """Parts of a model.

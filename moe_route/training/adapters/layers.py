@@ -12,8 +12,6 @@ from moe_route.modules.intercept import device_of
 from moe_route.routers import family_of
 from moe_route.training.adapters.config import AdapterConfig, AdapterError
 
-__all__ = ["AdaptedLayer", "adapted_layers"]
-
 _ROUTING = ("gate", "router")
 # Layers that run again, at every step of a generation, on all tokens that the cache holds (latent attention).
 _OF_CACHE = ("kv_b_proj",)

@@ -18,10 +18,7 @@ from moe_route.nn import TopKRouter
 from moe_route.training.adapters.call_state import CallState, Sequences, valid_tokens
 from moe_route.training.adapters.config import AdapterConfig, AdapterError, ShardPool
 
-__all__ = ["AdapterRouter", "BlockInput", "EmbeddingMixture", "LowRankMixture", "OwnFactors", "PooledFactors", "Pools"]
-
-
-# What the routers of one block read: the hidden states that the block is given, one decision for all its adapters.
+# ---- what the routers of one block read: the hidden states that the block is given, one decision for all its adapters.
 
 
 class BlockInput:
@@ -142,7 +139,7 @@ class BlockInput:
         return (totals / counts.clamp(min=1)).to(hidden.dtype)
 
 
-# The factors A and B of the adapters of one linear layer: its own, or gathered from pools of shards.
+# ---- the factors A and B of the adapters of one linear layer: its own, or gathered from pools of shards
 
 
 class OwnFactors(nn.Module):

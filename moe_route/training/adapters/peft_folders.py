@@ -20,8 +20,6 @@ from moe_route.base.files import new_folder
 from moe_route.training.adapters.config import AdapterConfig, AdapterError, RouterKind
 from moe_route.training.adapters.handle import AdaptedModel, add_adapters
 
-__all__ = ["add_peft_folders", "save_peft_folder"]
-
 _PREFIX = "base_model.model."
 _SETTINGS, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEYS = {False: ("lora_A.weight", "lora_B.weight"), True: ("lora_embedding_A", "lora_embedding_B")}  # of an embedding?

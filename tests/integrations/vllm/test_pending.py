@@ -16,7 +16,7 @@ from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.integrations.vllm import operator
 from moe_route.integrations.vllm.counts import FIELD, Known, PendingTokens, StepCounts, Texts
 from moe_route.integrations.vllm.requests import Batch, RequestTable
-from moe_route.integrations.vllm.sites import Site
+from moe_route.integrations.vllm.sites import Site, TokenNumbers
 
 EXPERTS, TOP_K, LAYERS, MOST = 16, 3, 4, 8
 SPECS = (RouterSpec(renormalize="sum"), RouterSpec(score="sigmoid", renormalize="sum", scale=2.5))
@@ -37,9 +37,10 @@ class Worker:
         self.requests.begin("a", prompt=3, group=0, segment=1, plan=0)
         self.requests.begin("b", prompt=2, group=1, segment=2, plan=0)
         rows = to_device(self.layer_rows, device)
-        none: Any = SimpleNamespace(present=False, counter=None, entries=None)
         self.pending = (
-            PendingTokens(self.sites, self.requests, rows, none, torch.device(device), MOST) if pending else None
+            PendingTokens(self.sites, self.requests, rows, TokenNumbers(), torch.device(device), MOST)
+            if pending
+            else None
         )
         self.counts = StepCounts(self.sites) if device == "cpu" else None
         operator.connect(self.sites, self.counts, self.pending)

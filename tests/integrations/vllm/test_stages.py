@@ -20,7 +20,7 @@ from moe_route.integrations.vllm.recording import Recording
 from moe_route.integrations.vllm.requests import RequestTable
 from moe_route.integrations.vllm.sites import Site, Stage, find_stage
 from moe_route.steering import PlanError
-from moe_route.steering.compile import LayerShape
+from moe_route.steering.cell import LayerShape
 
 SHAPES = [[LayerShape(8, 2)], [], [LayerShape(8, 2), LayerShape(16, 4)]]
 

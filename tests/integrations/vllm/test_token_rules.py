@@ -23,7 +23,7 @@ from moe_route.integrations.vllm.requests import Batch, RequestTable
 from moe_route.integrations.vllm.sites import Site, Stage
 from moe_route.ops.token_rules import token_counter
 from moe_route.steering import PlanError
-from moe_route.steering.compile import LayerShape
+from moe_route.steering.cell import LayerShape
 
 GROUPS = ("plain", "steered")
 E, K = 8, 2
@@ -89,14 +89,23 @@ def test_each_request_finds_the_values_of_its_item() -> None:
     table = np.zeros((8, 4), np.int32)
     made.requests.fill(table, *batch[:3])
     values.lay_out(table[:, 0], batch)
-    assert values.present
-    assert values.entries is not None
-    assert values.entries.tolist() == [[-1, 5], [-1, -1], [4, -1], [5, -1], [6, -1], [-1, -1], [-1, -1], [-1, -1]]
+    assert values.numbers.present
+    assert values.numbers.entries is not None
+    assert values.numbers.entries.tolist() == [
+        [-1, 5],
+        [-1, -1],
+        [4, -1],
+        [5, -1],
+        [6, -1],
+        [-1, -1],
+        [-1, -1],
+        [-1, -1],
+    ]
     positions = torch.tensor([2, 3, 0, 1, 2, 0, 0, 0])
-    assert torch.equal(values.counter, token_counter(positions, batch.token_ids))
+    assert torch.equal(values.numbers.counter, token_counter(positions, batch.token_ids))
     values.lay_out(np.full(8, -1, np.int32), batch)  # a step that no such rule reaches
-    assert not values.present
-    assert values.counter is values.entries is None
+    assert not values.numbers.present
+    assert values.numbers.counter is values.numbers.entries is None
     assert not failed
 
 
@@ -112,8 +121,8 @@ def test_a_request_that_runs_when_a_plan_without_its_values_begins_is_told_once(
     for _ in range(2):
         made.requests.fill(table, *batch[:3])
         values.lay_out(table[:, 0], batch)
-        assert values.entries is not None
-        assert values.entries.tolist() == [[-1], [-1]]
+        assert values.numbers.entries is not None
+        assert values.numbers.entries.tolist() == [[-1], [-1]]
     assert len(failed) == 1
     assert "request r runs without its plan: the plan replays" in failed[0]
 

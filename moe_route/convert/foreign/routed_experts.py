@@ -13,34 +13,21 @@ import binascii
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from operator import index
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from moe_route.convert.formats import reads, writes
 from moe_route.convert.source import Source, as_array
 from moe_route.convert.traces import RoutedSequence, model_layers, routed_layers, trace_of
+from moe_route.convert.writers import pickled, write_arrays, write_bytes, write_lines
 from moe_route.recording import Trace
 from moe_route.recording.store import Item
 from moe_route.steering.tables import ReplayTable
 
-__all__ = [
-    "UNNAMED",
-    "is_megatron",
-    "is_replay",
-    "is_sglang_response",
-    "is_vllm_response",
-    "megatron_of",
-    "read_megatron",
-    "read_replay",
-    "read_sglang_response",
-    "read_vllm_response",
-    "sglang_responses_of",
-    "vllm_responses_of",
-]
-
-UNNAMED = "sequence_"  # prefix of the names of sequences without an item, in files of several arrays
+_UNNAMED = "sequence_"  # prefix of the names of sequences without an item, in files of several arrays
 _SGLANG_DTYPES = ("uint8", "uint16", "int16", "int32", "int64")
 
 
@@ -50,20 +37,12 @@ def _documents(source: Source) -> list[Mapping[str, Any]]:
     return listed if right else []
 
 
-def is_vllm_response(source: Source) -> bool:
-    return any("routed_experts" in choice for one in _documents(source) for choice in one.get("choices") or ())
-
-
-def is_sglang_response(source: Source) -> bool:
-    return any("routed_experts" in (one.get("meta_info") or ()) for one in _documents(source))
-
-
-def is_megatron(source: Source) -> bool:
+def _is_megatron(source: Source) -> bool:
     replays = _replays(source)
     return isinstance(replays, list) and bool(replays) and all(isinstance(calls, list) for calls in replays)
 
 
-def is_replay(source: Source) -> bool:
+def _is_replay(source: Source) -> bool:
     if source.form == "array":
         return bool(source.content.ndim in (3, 4) and source.content.dtype.kind in "iu")
     if source.form != "arrays":
@@ -100,6 +79,7 @@ def _signed(ids: np.ndarray) -> np.ndarray:
     return ids.astype(np.int64 if ids.dtype.itemsize > 2 else np.int32) if ids.dtype.kind == "u" else ids
 
 
+@reads("replay", "experts of each token [tokens, layers, k], .npy, .npz, .safetensors", gives="trace", when=_is_replay)
 def read_replay(source: Source, *, layers: Sequence[int] | None = None, group: str | None = None) -> Trace:
     """A trace of ids ``[T, L, k]`` (or ``[B, T, L, k]``), or of a file with one such array per sequence.
 
@@ -125,11 +105,17 @@ def read_replay(source: Source, *, layers: Sequence[int] | None = None, group: s
 
 
 def _item(name: str) -> Item | None:
-    if name.startswith(UNNAMED):
+    if name.startswith(_UNNAMED):
         return None
     return int(name) if name.isdecimal() and str(int(name)) == name else name
 
 
+@reads(
+    "vllm-response",
+    "answers of vLLM with routed_experts, .json or a line each",
+    gives="trace",
+    when=lambda source: any("routed_experts" in of for one in _documents(source) for of in one.get("choices") or ()),
+)
 def read_vllm_response(source: Source, *, layers: Sequence[int] | None = None, group: str | None = None) -> Trace:
     """A trace of the texts of an answer of vLLM's server, or of several, one per line.
 
@@ -166,6 +152,12 @@ def _npy(source: Source, encoded: Any) -> np.ndarray:
     return ids
 
 
+@reads(
+    "sglang-response",
+    "answers of SGLang with routed_experts, .json or a line each",
+    gives="trace",
+    when=lambda source: any("routed_experts" in (one.get("meta_info") or ()) for one in _documents(source)),
+)
 def read_sglang_response(
     source: Source,
     *,
@@ -213,6 +205,12 @@ def _replays(source: Source) -> Any:
     return source.content.get("replays") if isinstance(source.content, dict) else source.content
 
 
+@reads(
+    "megatron",
+    "routing replay of slime and Miles on Megatron, rank<N>_routing_replay.pt",
+    gives="trace",
+    when=_is_megatron,
+)
 def read_megatron(source: Source, *, layers: Sequence[int] | None = None, group: str | None = None) -> Trace:
     """A trace with a sequence per call of the model: sequences that were packed into one call are not told apart.
 
@@ -265,24 +263,26 @@ def _answers(trace: Trace, num_layers: int | None) -> Iterator[tuple[RoutedSeque
         yield one, ids
 
 
-def vllm_responses_of(trace: Trace, num_layers: int | None = None) -> list[dict[str, Any]]:
-    """A document per sequence, as vLLM's server answers; ``num_layers`` counts the layers of the model.
+@writes("vllm-response", "answers of vLLM with routed_experts", takes=["trace"], suffixes=[".jsonl"])
+def write_vllm_response(trace: Trace, path: Path, *, num_layers: int | None = None) -> None:
+    """Write a document per sequence, as vLLM's server answers; ``num_layers`` counts the layers of the model.
 
     Sequences without an item have no id. By default the last layer of the trace is the model's last.
     """
-    found = []
+    documents = []
     for one, ids in _answers(trace, num_layers):
         stream = io.BytesIO()
         np.save(stream, ids.astype(np.int16))
         choice = {"index": 0, "routed_experts": base64.b64encode(stream.getvalue()).decode()}
         usage = {"prompt_tokens": one.prompt, "completion_tokens": len(ids) + 1 - (one.prompt or 0)}
-        found.append({"id": None if one.item is None else str(one.item), "choices": [choice], "usage": usage})
-    return found
+        documents.append({"id": None if one.item is None else str(one.item), "choices": [choice], "usage": usage})
+    write_lines(path, documents)
 
 
-def sglang_responses_of(trace: Trace, num_layers: int | None = None) -> list[dict[str, Any]]:
-    """A document per sequence, as SGLang's server answers; the arguments are those of ``vllm_responses_of``."""
-    found = []
+@writes("sglang-response", "answers of SGLang with routed_experts", takes=["trace"], suffixes=[".jsonl"])
+def write_sglang_response(trace: Trace, path: Path, *, num_layers: int | None = None) -> None:
+    """Write a document per sequence, as SGLang's server answers; arguments as those of ``write_vllm_response``."""
+    documents = []
     for one, ids in _answers(trace, num_layers):
         about: dict[str, Any] = {
             "id": None if one.item is None else str(one.item),
@@ -291,11 +291,47 @@ def sglang_responses_of(trace: Trace, num_layers: int | None = None) -> list[dic
             "routed_experts": base64.b64encode(ids.tobytes()).decode(),
             "routed_experts_dtype": "int32",
         }
-        found.append({"meta_info": about})
-    return found
+        documents.append({"meta_info": about})
+    write_lines(path, documents)
 
 
-def megatron_of(trace: Trace) -> list[list[Tensor]]:
-    """For each layer of the trace, a tensor int32 ``[tokens, k]`` for each sequence, as if each was a call."""
+@writes(
+    "megatron",
+    "routing replay of slime and Miles on Megatron, rank<N>_routing_replay.pt",
+    takes=["trace"],
+    suffixes=[".pt"],
+)
+def write_megatron(trace: Trace, path: Path) -> None:
+    """Write, for each layer of the trace, a tensor int32 ``[tokens, k]`` for each sequence, as if each was a call."""
     ids = [one.ids.astype(np.int32) for one in _fed(trace)]
-    return [[torch.from_numpy(of[:, layer].copy()) for of in ids] for layer in range(len(trace.layers))]
+    layers = [[torch.from_numpy(of[:, layer].copy()) for of in ids] for layer in range(len(trace.layers))]
+    write_bytes(path, pickled(layers))
+
+
+@writes(
+    "replay",
+    "experts of each token, int32 [tokens, layers, k]",
+    takes=["trace"],
+    suffixes=[".npy", ".npz", ".safetensors"],
+)
+def write_replay(trace: Trace, path: Path) -> None:
+    table = ReplayTable.of_trace(trace)
+    ends = np.cumsum(table.lengths)[:-1]
+    parts = [np.ascontiguousarray(part, np.int32) for part in np.split(table.ids, ends)]
+    assert table.layers is not None
+    whole = table.layers == tuple(range(len(table.layers)))
+    if path.suffix == ".npy":
+        if len(parts) > 1 or not whole:
+            raise ValueError("a .npy file holds one sequence of all layers: write .npz or .safetensors")
+        write_arrays(path, {"ids": parts[0]})
+        return
+    named = {
+        f"{_UNNAMED}{number}" if table.keys is None else str(table.keys[number][0]): part
+        for number, part in enumerate(parts)
+    }
+    if len(named) < len(parts) or "layers" in named:
+        raise ValueError(
+            "an array is named after its item, and here items are in several groups, or one is called 'layers': record "
+            "a trace of each group by itself (moe-route record --languages eng_Latn --trace FILE)"
+        )
+    write_arrays(path, named if whole else {**named, "layers": np.array(table.layers, np.int32)})

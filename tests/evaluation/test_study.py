@@ -1,4 +1,4 @@
-"""Recipes: the shipped ones, and errors that name the key and the fix."""
+"""Studies: the shipped ones, and errors that name the key and the fix."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from moe_route.analysis.recipes import RECIPES
-from moe_route.evaluation import RecipeError, parse_assignment, read_recipe, shipped_recipes
+from moe_route.evaluation import StudyError, parse_assignment, read_study, shipped_studies
 
-PUBLISHED = [name for name in shipped_recipes() if name != "demo"]
+PUBLISHED = [name for name in shipped_studies() if name != "demo"]
 
 
 def test_there_is_a_recipe_for_each_model_and_task_of_the_paper():
@@ -21,16 +21,16 @@ def test_there_is_a_recipe_for_each_model_and_task_of_the_paper():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_shipped_recipes_are_the_published_settings(name: str):
-    recipe, published = read_recipe(name), RECIPES[_published_name(name)]
-    assert recipe.model.id == published.model
-    assert recipe.find.tau == published.threshold
-    assert recipe.steer.layers == (published.first, published.last)
-    assert recipe.steer.kind == published.kind
-    assert published.strength in (None, recipe.steer.strength)
-    assert recipe.controls.random == recipe.controls.random_per_token == 5
-    assert recipe.find.tau in recipe.sweep.tau
-    assert recipe.model.dequantize == (recipe.model.id == "openai/gpt-oss-20b")
-    json.dumps(recipe.to_dict())
+    study, published = read_study(name), RECIPES[_published_name(name)]
+    assert study.model.id == published.model
+    assert study.find.tau == published.threshold
+    assert study.steer.layers == (published.first, published.last)
+    assert study.steer.kind == published.kind
+    assert published.strength in (None, study.steer.strength)
+    assert study.controls.random == study.controls.random_per_token == 5
+    assert study.find.tau in study.sweep.tau
+    assert study.model.dequantize == (study.model.id == "openai/gpt-oss-20b")
+    json.dumps(study.to_dict())
 
 
 def _published_name(name: str) -> str:
@@ -40,16 +40,16 @@ def _published_name(name: str) -> str:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_model_on_the_hub_must_be_pinned(name: str):
-    with pytest.raises(RecipeError, match=r"model\.revision is missing.*--set model\.revision"):
-        read_recipe(name).model.check_pinned()
-    read_recipe(name, {"model.revision": "0" * 40}).model.check_pinned()
-    with pytest.raises(RecipeError, match="no commit hash"):
-        read_recipe(name, {"model.revision": "main"})
+    with pytest.raises(StudyError, match=r"model\.revision is missing.*--set model\.revision"):
+        read_study(name).model.check_pinned()
+    read_study(name, {"model.revision": "0" * 40}).model.check_pinned()
+    with pytest.raises(StudyError, match="no commit hash"):
+        read_study(name, {"model.revision": "main"})
 
 
 def test_the_shipped_model_has_no_revision():
-    with pytest.raises(RecipeError, match="leave it out"):
-        read_recipe("demo", {"model.revision": "0" * 40}).model.check_pinned()
+    with pytest.raises(StudyError, match="leave it out"):
+        read_study("demo", {"model.revision": "0" * 40}).model.check_pinned()
 
 
 @pytest.mark.parametrize(
@@ -75,37 +75,37 @@ def test_the_shipped_model_has_no_revision():
         ("controls.run", ["nothing"], "there is no control 'nothing'"),
         ("sweep.task", "other", "sweep.task is 'other': there are sums, written"),
         ("chat.enable_thinking", False, "set template = true"),
-        ("model", {}, r"the recipe lacks model.id: add it \(a text\)"),
+        ("model", {}, r"the study lacks model.id: add it \(a text\)"),
         ("corpora.general.format", "flores", "corpora.general: path is missing"),
     ],
 )
 def test_errors_name_the_key_and_the_fix(key: str, value: object, words: str):
-    with pytest.raises(RecipeError, match=words):
-        read_recipe("demo", {key: value})
+    with pytest.raises(StudyError, match=words):
+        read_study("demo", {key: value})
 
 
 def test_special_tokens_of_a_template_do_not_come_twice():
-    with pytest.raises(RecipeError, match="would come twice"):
-        read_recipe("demo", {"chat.template": True})
+    with pytest.raises(StudyError, match="would come twice"):
+        read_study("demo", {"chat.template": True})
 
 
 def test_other_names_and_files_are_refused(tmp_path: Path):
-    with pytest.raises(RecipeError, match=r"there is no recipe 'dmeo'.*demo"):
-        read_recipe("dmeo")
+    with pytest.raises(StudyError, match=r"there is no study 'dmeo'.*demo"):
+        read_study("dmeo")
     (tmp_path / "broken.toml").write_text("title = ", encoding="utf-8")
-    with pytest.raises(RecipeError, match="is no TOML file"):
-        read_recipe(tmp_path / "broken.toml")
+    with pytest.raises(StudyError, match="is no TOML file"):
+        read_study(tmp_path / "broken.toml")
 
 
 def test_assignments():
     assert parse_assignment("steer.strength=1.5") == ("steer.strength", 1.5)
     assert parse_assignment("steer.layers=[1, 2]") == ("steer.layers", [1, 2])
     assert parse_assignment("model.id=some/folder") == ("model.id", "some/folder")
-    with pytest.raises(RecipeError, match="KEY=VALUE"):
+    with pytest.raises(StudyError, match="KEY=VALUE"):
         parse_assignment("steer.strength")
-    with pytest.raises(RecipeError, match="title is a value"):
-        read_recipe("demo", {"title.x": 1})
+    with pytest.raises(StudyError, match="title is a value"):
+        read_study("demo", {"title.x": 1})
 
 
 def test_whole_numbers_are_numbers():
-    assert read_recipe("demo", {"steer.strength": 1}).steer.strength == 1.0
+    assert read_study("demo", {"steer.strength": 1}).steer.strength == 1.0

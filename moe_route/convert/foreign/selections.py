@@ -1,10 +1,4 @@
-"""Files of ESFT (arXiv 2407.01906, github.com/deepseek-ai/ESFT).
-
-``expert_scores/<task>/expert_weights_<layer>.txt`` has a line per training sample: the expert ids of all its tokens,
-separated by tabs, two tabs, and their gate weights. ``summary.json`` has the scores made from them, and
-``expert_configs/<task>.json`` the experts that were trained. Layers are those of the model; layer 0 of DeepSeek-V2-Lite
-is dense, so layer 1 is the first MoE layer.
-"""
+"""Chosen experts: files of ESFT, of SteerMoE and of EasySteer's router steering."""
 
 from __future__ import annotations
 
@@ -15,49 +9,45 @@ from typing import Any
 import numpy as np
 
 from moe_route.analysis import esft_experts
+from moe_route.convert.formats import reads, writes
 from moe_route.convert.source import Source, as_array, number_table, whole_numbers
 from moe_route.convert.traces import RoutedSequence, trace_of
+from moe_route.convert.writers import write_json
 from moe_route.recording import RoutingStatistics, Trace
 from moe_route.steering import ExpertSelection, Plan, Rule
 from moe_route.steering.kinds import Activate, ForceOff, ForceOn
 
-__all__ = [
-    "easysteer_of",
-    "is_choices",
-    "is_config",
-    "is_easysteer",
-    "is_summary",
-    "is_table",
-    "read_choices",
-    "read_config",
-    "read_easysteer",
-    "read_plan",
-    "read_selection",
-    "read_statistics",
-    "read_summary",
-]
-
-
 _FILE = "expert_weights_"
 _SCORES = {"token": "token_scores", "gate": "gate_scores"}
+_MODES = {  # deprecated names of EasySteer's modes
+    "boost": "activate",
+    "soft_hard": "activate",
+    "suppress": "deactivate",
+    "steermoe": "activate",
+}
 
 
-def is_choices(source: Source) -> bool:
+# ---- files of ESFT (arXiv 2407.01906, github.com/deepseek-ai/ESFT).
+#
+# ``expert_scores/<task>/expert_weights_<layer>.txt`` has a line per training sample: the expert ids of all its tokens,
+# separated by tabs, two tabs, and their gate weights. ``summary.json`` has the scores made from them, and
+# ``expert_configs/<task>.json`` the experts that were trained. Layers are those of the model; layer 0 of
+# DeepSeek-V2-Lite is dense, so layer 1 is the first MoE layer.
+
+
+def _is_choices(source: Source) -> bool:
     if source.form == "folder":
         return any(source.path.glob(f"{_FILE}*.txt"))
     return source.form == "text" and source.name.startswith(_FILE)
 
 
-def is_config(source: Source) -> bool:
-    """Whether these are experts by layer, and not a selection of moe-route, whose layers count otherwise."""
-    content = source.content
-    return source.form == "json" and isinstance(content, dict) and "experts" in content and "moe_route" not in content
-
-
-def is_summary(source: Source) -> bool:
-    return source.form == "json" and isinstance(source.content, dict) and "token_scores" in source.content
-
-
+@reads(
+    "esft-choices",
+    "experts and gate weights per token (ESFT), folder of expert_weights_<layer>.txt",
+    gives="trace",
+    when=_is_choices,
+    defaults={"num_experts": 64},
+)
 def read_choices(source: Source, *, top_k: int = 6, first_layer: int = 1, group: str | None = None) -> Trace:
     """A trace of every training sample of a task: a folder of files, one per layer, or one such file.
 
@@ -106,6 +96,13 @@ def _layer(source: Source, path: Path, top_k: int) -> list[tuple[np.ndarray, np.
     return samples
 
 
+@reads(
+    "esft-experts",
+    "experts of a task (ESFT), expert_configs",
+    gives="selection",
+    # a selection of moe-route has experts too, and its layers count otherwise
+    when=lambda source: source.json_with("experts") and "moe_route" not in source.content,
+)
 def read_config(source: Source, *, num_experts: int | None = None, first_layer: int = 1) -> ExpertSelection:
     """The experts of ``expert_configs/<task>.json``."""
     try:
@@ -115,6 +112,12 @@ def read_config(source: Source, *, num_experts: int | None = None, first_layer: 
         raise source.refused(f"its experts do not fit ({error})", "check first_layer and num_experts") from error
 
 
+@reads(
+    "esft-scores",
+    "scores of a task (ESFT), summary.json",
+    gives="selection",
+    when=lambda source: source.json_with("token_scores"),
+)
 def read_summary(source: Source, *, top_p: float = 0.2, score: str = "token", first_layer: int = 1) -> ExpertSelection:
     """The experts that the scores of ``summary.json`` choose: per layer the fewest whose scores add up to ``top_p``.
 
@@ -140,30 +143,19 @@ def read_summary(source: Source, *, top_p: float = 0.2, score: str = "token", fi
     )
 
 
-# Files of SteerMoE (arXiv 2509.09660, github.com/adobe-research/SteerMoE) and of EasySteer's router steering.
+# ---- files of SteerMoE (arXiv 2509.09660, github.com/adobe-research/SteerMoE) and of EasySteer's router steering.
 #
 # SteerMoE's ``activations_[model]_[task].pkl`` is a pandas table with a row per expert: layer, expert, tokens that
 # chose it in the first and second texts (a1, a2) and that did not (d1, d2), and risk_diff = a1/(a1+d1) - a2/(a2+d2).
 # EasySteer (arXiv 2509.25175) takes {"layer_configs": {layer: {"mode", "expert_ids", "activate_ids", "deactivate_ids",
 # "lambda"}}}.
 
-_MODES = {  # deprecated names of EasySteer's modes
-    "boost": "activate",
-    "soft_hard": "activate",
-    "suppress": "deactivate",
-    "steermoe": "activate",
-}
 
-
-def is_table(source: Source) -> bool:
+def _is_table(source: Source) -> bool:
     wanted = {"layer", "expert", "risk_diff"}
     return (
         source.form in ("objects", "arrays") and isinstance(source.content, Mapping) and wanted <= set(source.content)
     )
-
-
-def is_easysteer(source: Source) -> bool:
-    return source.form == "json" and isinstance(source.content, dict) and "layer_configs" in source.content
 
 
 def _by_expert(source: Source, names: tuple[str, ...]) -> list[np.ndarray]:
@@ -187,27 +179,6 @@ def _by_expert(source: Source, names: tuple[str, ...]) -> list[np.ndarray]:
     return tables
 
 
-def read_statistics(source: Source, *, groups: tuple[str, str] = ("first", "second")) -> RoutingStatistics:
-    """Statistics of the two sets of texts, as two groups; ``top_k`` is the number of choices per token."""
-    a1, a2, d1, d2 = _by_expert(source, ("a1", "a2", "d1", "d2"))
-    counts, rest = np.stack([a1, a2]), np.stack([d1, d2])
-    tokens = (counts + rest)[:, :, 0]
-    if (counts + rest != tokens[:, :, None]).any() or (tokens <= 0).any():
-        raise source.refused("its experts saw different numbers of tokens, or none", "make the table again")
-    top_k = counts.sum(axis=2) / tokens
-    if (top_k != np.rint(top_k)).any() or (top_k != top_k[0]).any():
-        raise source.refused("its tokens chose different numbers of experts", "make the table again")
-    return RoutingStatistics.from_token_sums(
-        groups,
-        counts=counts,
-        tokens=tokens.astype(np.int64),
-        top_k=[int(k) for k in top_k[0]],
-        num_experts=counts.shape[2],
-        tolerance=0.0,
-        metadata={"format": "steermoe"},
-    )
-
-
 def _ranked(source: Source, activate: int, deactivate: int, reverse: bool) -> tuple[ExpertSelection, ExpertSelection]:
     """The experts with the largest positive and the largest negative risk differences."""
     if activate < 0 or deactivate < 0 or not activate + deactivate:
@@ -229,6 +200,7 @@ def _ranked(source: Source, activate: int, deactivate: int, reverse: bool) -> tu
     return chosen[0], chosen[1]
 
 
+@reads("steermoe", "SteerMoE's table of risk differences, .pkl", gives="selection", when=_is_table)
 def read_selection(source: Source, *, activate: int = 0, deactivate: int = 0, reverse: bool = False) -> ExpertSelection:
     """The experts with the largest risk differences by absolute value; the scores are the (signed) differences.
 
@@ -238,6 +210,7 @@ def read_selection(source: Source, *, activate: int = 0, deactivate: int = 0, re
     return on | off
 
 
+@reads("steermoe", gives="plan")
 def read_plan(
     source: Source, *, activate: int = 0, deactivate: int = 0, reverse: bool = False, top_k: int | None = None
 ) -> Plan:
@@ -255,6 +228,34 @@ def read_plan(
     return plan + Plan.force_off(off, weight="steermoe") if off else plan
 
 
+@reads("steermoe", gives="statistics")
+def read_statistics(source: Source, *, groups: tuple[str, str] = ("first", "second")) -> RoutingStatistics:
+    """Statistics of the two sets of texts, as two groups; ``top_k`` is the number of choices per token."""
+    a1, a2, d1, d2 = _by_expert(source, ("a1", "a2", "d1", "d2"))
+    counts, rest = np.stack([a1, a2]), np.stack([d1, d2])
+    tokens = (counts + rest)[:, :, 0]
+    if (counts + rest != tokens[:, :, None]).any() or (tokens <= 0).any():
+        raise source.refused("its experts saw different numbers of tokens, or none", "make the table again")
+    top_k = counts.sum(axis=2) / tokens
+    if (top_k != np.rint(top_k)).any() or (top_k != top_k[0]).any():
+        raise source.refused("its tokens chose different numbers of experts", "make the table again")
+    return RoutingStatistics.from_token_sums(
+        groups,
+        counts=counts,
+        tokens=tokens.astype(np.int64),
+        top_k=[int(k) for k in top_k[0]],
+        num_experts=counts.shape[2],
+        tolerance=0.0,
+        metadata={"format": "steermoe"},
+    )
+
+
+@reads(
+    "easysteer",
+    "EasySteer's configuration of router steering, .json",
+    gives="plan",
+    when=lambda source: source.json_with("layer_configs"),
+)
 def read_easysteer(source: Source, *, first_layer: int = 0) -> Plan:
     """EasySteer's configuration as a plan; its layers are those of the model, ``first_layer`` the first MoE layer."""
     rules: dict[tuple[str, float], dict[int, list[int]]] = {}  # (what is done, strength) -> experts by layer
@@ -293,8 +294,9 @@ def _layer_rules(source: Source, layer: str, of: Mapping[str, Any]) -> dict[tupl
     return {("force_on", 0.0): [expert for expert in on if expert not in off], ("force_off", 0.0): off}
 
 
-def easysteer_of(plan: Plan, first_layer: int = 0) -> dict[str, Any]:
-    """A plan as EasySteer's configuration; ``ValueError`` for a rule that it does not have."""
+@writes("easysteer", "EasySteer's configuration of router steering", takes=["plan"], suffixes=[".json"])
+def write_easysteer(plan: Plan, path: Path, *, first_layer: int = 0) -> None:
+    """Write a plan as EasySteer's configuration; ``ValueError`` for a rule that it does not have."""
     layers: dict[int, dict[str, Any]] = {}
     for rule in plan.rules:
         conditions = (rule.groups, rule.phase, rule.positions, rule.draw)
@@ -309,7 +311,7 @@ def easysteer_of(plan: Plan, first_layer: int = 0) -> dict[str, Any]:
             pairs = rule.in_layer(layer)
             if pairs:
                 _add_rule(layers.setdefault(layer + first_layer, {}), rule, pairs, layer)
-    return {"layer_configs": {str(layer): layers[layer] for layer in sorted(layers)}}
+    write_json(path, {"layer_configs": {str(layer): layers[layer] for layer in sorted(layers)}})
 
 
 def _add_rule(config: dict[str, Any], rule: Rule, pairs: tuple[tuple[int, float], ...], layer: int) -> None:

@@ -1,24 +1,29 @@
-"""Selections by layer and expert, as published for OLMoE and Mixtral.
-
-github.com/allenai/OLMoE, ``scripts/routing_output``: {layer: {expert: selections}}, as JSON or as pickles of counters,
-one file per domain. Some layers only. ``expert_counts_top1`` counts first choices, so its ``top_k`` is 1.
-"""
+"""Counts per layer and expert: published tables, dumps of engines, and the weights of their load balancers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from moe_route.contract.tables import FIXED_POINT, SCALARS
+from moe_route.convert.formats import reads, writes
 from moe_route.convert.source import Source, as_array, counted, number_table, whole_numbers
-from moe_route.convert.traces import RoutedSequence, trace_of
+from moe_route.convert.traces import RoutedSequence, model_layers, trace_of
+from moe_route.convert.writers import pickled, write_arrays, write_bytes, write_json
 from moe_route.recording import RoutingStatistics, Trace
 from moe_route.recording.statistics import IMPORTED, SEQUENCE_SCALARS, VIEWS
 
+# ---- selections by layer and expert, as published for OLMoE and Mixtral
+#
+# github.com/allenai/OLMoE, ``scripts/routing_output``: {layer: {expert: selections}}, as JSON or as pickles of
+# counters, one file per domain. Some layers only. ``expert_counts_top1`` counts first choices, so its ``top_k`` is 1.
 
-def is_expert_counts(source: Source) -> bool:
+
+def _is_expert_counts(source: Source) -> bool:
     content = source.content
     return (
         source.form in ("json", "objects")
@@ -31,6 +36,12 @@ def is_expert_counts(source: Source) -> bool:
     )
 
 
+@reads(
+    "expert-counts",
+    "selections per layer and expert (OLMoE, Mixtral), .json or .pkl",
+    gives="statistics",
+    when=_is_expert_counts,
+)
 def read_expert_counts(
     source: Source, *, top_k: int | None = None, num_experts: int | None = None, group: str | None = None
 ) -> RoutingStatistics:
@@ -57,7 +68,7 @@ def _sorted(source: Source) -> list[dict[str, float]]:
     return [source.content[key] for key in sorted(source.content, key=int)]
 
 
-# Loads of experts: dumps of SGLang's expert distribution recorder, vLLM's balancer state, EPLB weights.
+# ---- loads of experts: dumps of SGLang's expert distribution recorder, vLLM's balancer state, EPLB weights.
 #
 # SGLang (``sglang/srt/eplb/expert_distribution.py``) saves with torch.save. Mode "stat": {"logical_count": int [steps,
 # layers, experts]}. Modes "per_pass" and "per_token": {"records": [{"global_physical_count": int [layers, physical]}],
@@ -66,16 +77,8 @@ def _sorted(source: Source) -> list[dict[str, float]]:
 # ``physical_to_logical_map`` [layers, physical]. EPLB (github.com/deepseek-ai/EPLB) takes one array [layers, experts].
 
 
-def is_sglang(source: Source) -> bool:
+def _is_sglang(source: Source) -> bool:
     return _holds(source, "logical_count") or _holds(source, "records", "last_physical_to_logical_map")
-
-
-def is_vllm(source: Source) -> bool:
-    return _holds(source, "expert_load_window", "physical_to_logical_map")
-
-
-def is_eplb(source: Source) -> bool:
-    return _one_array(source) is not None and np.ndim(_one_array(source)) in (2, 3)
 
 
 def _holds(source: Source, *names: str) -> bool:
@@ -85,7 +88,7 @@ def _holds(source: Source, *names: str) -> bool:
 def _one_array(source: Source) -> Any:
     """The only array of the file, or None."""
     content = source.content
-    if isinstance(content, Mapping) and len(content) == 1 and source.form != "json" and not is_sglang(source):
+    if isinstance(content, Mapping) and len(content) == 1 and source.form != "json" and not _is_sglang(source):
         content = next(iter(content.values()))
     if source.form == "json" and not (isinstance(content, list) and content and isinstance(content[0], list)):
         return None
@@ -95,6 +98,12 @@ def _one_array(source: Source) -> Any:
         return None
 
 
+@reads(
+    "sglang",
+    "dump of SGLang's expert distribution recorder, .pt, or its logical_count as .json",
+    gives="statistics",
+    when=_is_sglang,
+)
 def read_sglang(source: Source, *, top_k: int | None = None, group: str | None = None) -> RoutingStatistics:
     """Statistics of a dump; add up the files of all ranks (modes "per_pass" and "per_token").
 
@@ -116,6 +125,12 @@ def read_sglang(source: Source, *, top_k: int | None = None, group: str | None =
     return counted(source, _logical(source, load, owners), top_k=top_k, format="sglang", group=group)
 
 
+@reads(
+    "vllm-load",
+    "expert_load_window and physical_to_logical_map of vLLM's balancer, .pt, .npz, .safetensors",
+    gives="statistics",
+    when=lambda source: _holds(source, "expert_load_window", "physical_to_logical_map"),
+)
 def read_vllm(source: Source, *, top_k: int | None = None, group: str | None = None) -> RoutingStatistics:
     """Statistics of the window of steps that vLLM's balancer keeps."""
     load = number_table(source, source.content["expert_load_window"], "layer, physical expert")
@@ -123,6 +138,12 @@ def read_vllm(source: Source, *, top_k: int | None = None, group: str | None = N
     return counted(source, _logical(source, load, owners), top_k=top_k, format="vllm-load", group=group)
 
 
+@reads(
+    "eplb",
+    "loads [layers, experts] for EPLB, .npy, .safetensors, .pt, .json",
+    gives="statistics",
+    when=lambda source: np.ndim(_one_array(source)) in (2, 3),
+)
 def read_eplb(source: Source, *, top_k: int | None = None, group: str | None = None) -> RoutingStatistics:
     """Statistics of loads [layer, expert], or [step, layer, expert]; they must be counts."""
     counts = number_table(source, _one_array(source), "layer, expert")
@@ -143,14 +164,52 @@ def _logical(source: Source, load: np.ndarray, owners: np.ndarray) -> np.ndarray
     return counts
 
 
-# Counts and sums of gate weights by layer and expert, as published for Qwen3-30B-A3B on MGSM.
+@writes(
+    "eplb",
+    "loads [MoE layers, experts] for EPLB",
+    takes=["statistics"],
+    suffixes=[".npy", ".safetensors", ".pt", ".json"],
+)
+def write_eplb(statistics: RoutingStatistics, path: Path, *, groups: Sequence[str] | str | None = None) -> None:
+    counts = _selections(statistics, groups)
+    if len(set(statistics.num_experts)) > 1:
+        raise ValueError("EPLB takes layers with the same number of experts: select(layers=...) those first")
+    if path.suffix == ".json":
+        write_json(path, counts.tolist())
+    else:
+        write_arrays(path, {"weight": counts})
+
+
+@writes(
+    "sglang",
+    "logical_count [layers, experts] for SGLang's --init-expert-location",
+    takes=["statistics"],
+    suffixes=[".pt", ".json"],
+)
+def write_sglang(statistics: RoutingStatistics, path: Path, *, groups: Sequence[str] | str | None = None) -> None:
+    numbers = model_layers(statistics.layers)
+    rows = np.zeros((max(numbers) + 1, max(statistics.num_experts)), np.int64)
+    rows[numbers] = _selections(statistics, groups)
+    if path.suffix == ".json":
+        write_json(path, {"logical_count": rows.tolist()})
+        return
+    write_bytes(path, pickled({"logical_count": torch.from_numpy(rows)}))
+
+
+def _selections(statistics: RoutingStatistics, groups: Sequence[str] | str | None) -> np.ndarray:
+    """Selections of each expert, int64 ``[L, E]``, summed over the groups."""
+    chosen = statistics if groups is None else statistics.select(groups=groups)  # type: ignore[arg-type]
+    return np.ascontiguousarray(chosen.token_sum("counts").sum(axis=0))
+
+
+# ---- counts and sums of gate weights by layer and expert, as published for Qwen3-30B-A3B on MGSM.
 #
 # github.com/conctsai/Multilingualism-in-Mixture-of-Experts-LLMs, ``routing/mgsm_result/mgsm_<language>.json``: {layer:
 # {expert: {"activation_tokens": n, "gate_values_sum": w}, "total_tokens": n}}, one file per language. The weights of a
 # token's experts add up to 1. That recorder summed in bfloat16, so counts miss top_k * tokens by up to 0.03 %.
 
 
-def is_gate_sums(source: Source) -> bool:
+def _is_gate_sums(source: Source) -> bool:
     content = source.content
     return (
         source.form == "json"
@@ -160,6 +219,12 @@ def is_gate_sums(source: Source) -> bool:
     )
 
 
+@reads(
+    "gate-sums",
+    "counts and gate sums per layer and expert (Qwen3-30B-A3B on MGSM), .json",
+    gives="statistics",
+    when=_is_gate_sums,
+)
 def read_gate_sums(
     source: Source, *, group: str | None = None, top_k: int | None = None, tolerance: float = 1e-3
 ) -> RoutingStatistics:
@@ -196,34 +261,28 @@ def read_gate_sums(
     )
 
 
-# Routing of gpt-oss as published by github.com/AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting.
+# ---- routing of gpt-oss as published by github.com/AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting.
 #
 # ``*_examples.json`` is one generation: ``router_data`` [{"token_<position>": {"layer_<l>": {"selected_experts",
 # "selected_probs"}}}, ...]. ``<split>.json`` has means over generations, in ``think_expert_analytics`` and
 # ``answer_expert_analytics``: {"layer_<l>": {expert: {"prob_density", "count_frequency"}}}, without the experts that
 # were never chosen.
 
-EXPERTS, TOP_K = 32, 4
+_EXPERTS, _TOP_K = 32, 4
 _PARTS = ("think", "answer")
 
 
-def is_example(source: Source) -> bool:
-    return any("router_data" in one for one in _documents(source))
-
-
-def is_analytics(source: Source) -> bool:
-    return source.form == "json" and isinstance(source.content, dict) and "think_expert_analytics" in source.content
-
-
-def _documents(source: Source) -> list[dict[str, Any]]:
-    listed = source.content if isinstance(source.content, list) else [source.content]
-    return [one for one in listed if isinstance(one, dict)] if source.form in ("json", "lines") else []
-
-
+@reads(
+    "gpt-oss-example",
+    "one generation of gpt-oss, token by token, *_examples.json",
+    gives="trace",
+    when=lambda source: any("router_data" in one for one in source.documents()),
+    defaults={"num_experts": _EXPERTS},
+)
 def read_example(source: Source, *, group: str | None = None) -> Trace:
     """A trace of the generated tokens: groups are the datasets, items the row indices; all tokens are decode."""
     sequences, layers = [], 0
-    for one in _documents(source):
+    for one in source.documents():
         tokens = {int(key.removeprefix("token_")): of for row in one["router_data"] for key, of in row.items()}
         positions = sorted(tokens)
         if not positions or positions != list(range(positions[0], positions[0] + len(positions))):
@@ -239,6 +298,12 @@ def read_example(source: Source, *, group: str | None = None) -> Trace:
     return trace_of(sequences, [str(layer) for layer in range(layers)])
 
 
+@reads(
+    "gpt-oss-analytics",
+    "means over generations of gpt-oss, .json",
+    gives="statistics",
+    when=lambda source: source.json_with("think_expert_analytics"),
+)
 def read_analytics(source: Source, *, group: str | None = None) -> RoutingStatistics:
     """Statistics with the groups "<name> think" and "<name> answer", of sequences only.
 
@@ -254,25 +319,25 @@ def read_analytics(source: Source, *, group: str | None = None) -> RoutingStatis
         np.stack([[_row(source, table[f"layer_{layer}"], key) for layer in range(layers)] for table in tables])
         for key in ("prob_density", "count_frequency")
     )
-    if samples < 1 or min(tokens) < 0 or max(density.max(initial=0), frequency.max(initial=0)) > TOP_K:
+    if samples < 1 or min(tokens) < 0 or max(density.max(initial=0), frequency.max(initial=0)) > _TOP_K:
         raise source.refused("its numbers of generations or its means are not possible", "get it again")
     name = group or source.name
     cells = (len(_PARTS), layers)
     scalars = np.zeros((2, *cells, len(SCALARS)), np.int64)
     scalars[1, ..., SCALARS.index("tokens")] = np.array(tokens)[:, None]
-    scalars[1, ..., SCALARS.index("slots")] = np.array(tokens)[:, None] * TOP_K
+    scalars[1, ..., SCALARS.index("slots")] = np.array(tokens)[:, None] * _TOP_K
     scalars[1, ..., SCALARS.index("unscored")] = np.array(tokens)[:, None]
     sequences = np.zeros((len(VIEWS), *cells, len(SEQUENCE_SCALARS)), np.int64)
     sequences[1:, ..., [SEQUENCE_SCALARS.index("sequences"), SEQUENCE_SCALARS.index("topk")]] = samples
     sums = {}
     for kind, mean in (("topk", density), ("frequency", frequency)):
-        sums[kind] = np.zeros((len(VIEWS), *cells, EXPERTS), np.int64)
+        sums[kind] = np.zeros((len(VIEWS), *cells, _EXPERTS), np.int64)
         sums[kind][1:] = np.rint(mean * samples / FIXED_POINT)
     return RoutingStatistics(
         groups=[f"{name} {part}" for part in _PARTS],
         layers=[str(layer) for layer in range(layers)],
-        num_experts=[EXPERTS] * layers,
-        top_k=[TOP_K] * layers,
+        num_experts=[_EXPERTS] * layers,
+        top_k=[_TOP_K] * layers,
         scalars=scalars,
         metrics={},
         sequence_scalars=sequences,
@@ -283,7 +348,7 @@ def read_analytics(source: Source, *, group: str | None = None) -> RoutingStatis
 
 
 def _row(source: Source, table: dict[str, dict[str, float]], key: str) -> np.ndarray:
-    row = np.zeros(EXPERTS)
+    row = np.zeros(_EXPERTS)
     for expert, of in table.items():
         row[int(expert)] = of[key]
     return number_table(source, row, "expert")

@@ -1,7 +1,7 @@
-"""Recipes of evaluations: what is recorded, found, steered, compared and asked, as a TOML file.
+"""Studies: what is recorded, found, steered, compared and asked, as a TOML file.
 
-recipe = read_recipe("demo")                  # shipped
-recipe = read_recipe("my.toml", {"steer.strength": 1.0})
+study = read_study("demo")                  # shipped
+study = read_study("my.toml", {"steer.strength": 1.0})
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 import datetime
 import math
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from moe_route.base import files
-from moe_route.evaluation.settings import RecipeError, from_table
+from moe_route.data import shipped_studies
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,21 +33,26 @@ __all__ = [
     "CorpusSource",
     "FindSettings",
     "ModelSettings",
-    "Recipe",
     "SeedSettings",
     "SteerSettings",
+    "Study",
+    "StudyError",
     "SweepSettings",
     "TaskSource",
     "parse_assignment",
-    "read_recipe",
-    "shipped_recipes",
+    "read_study",
 ]
 
-_SHIPPED = Path(__file__).parent / "recipes"
 _COMMIT = 40  # hexadecimal digits of a commit hash
 
 CONTROLS = ("before", "after", "multilingual", "deactivation", "off", "other layer base")
 """Controls beside the random ones: see `conditions`."""
+
+Settings = TypeVar("Settings")
+
+
+class StudyError(ValueError):
+    """Raised for a study that cannot be used; the message names the key and how to fix it."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +81,12 @@ class ModelSettings:
             raise ValueError(f"revision {self.revision!r} is no commit hash: branches move, give the 40 digits")
 
     def check_pinned(self) -> None:
-        """Raise `RecipeError` for a model on the hub without a commit hash, and a folder with one."""
+        """Raise `StudyError` for a model on the hub without a commit hash, and a folder with one."""
         local = self.id == "demo" or Path(self.id).is_dir()
         if local and self.revision:
-            raise RecipeError(f"model.revision is for the hub, and {self.id} is a folder: leave it out")
+            raise StudyError(f"model.revision is for the hub, and {self.id} is a folder: leave it out")
         if not local and not self.revision:
-            raise RecipeError(
+            raise StudyError(
                 f"model.revision is missing: name the commit of {self.id} whose weights are meant "
                 "(--set model.revision=HASH, 40 digits, as the hub lists them), or the folder of a checkpoint "
                 "(--set model.id=FOLDER)"
@@ -253,7 +260,7 @@ class ControlSettings:
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """Settings to try on the even items; every combination is one point. An empty list keeps the recipe's setting.
+    """Settings to try on the even items; every combination is one point. An empty list keeps the study's setting.
 
     Attributes:
         tau, strength, layers: values to try.
@@ -331,7 +338,7 @@ class SeedSettings:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Study:
     """A whole evaluation. `title` is one sentence for the report; the other attributes are the tables of the file."""
 
     title: str
@@ -358,8 +365,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Every key with its value, JSON-able."""
-        found: dict[str, Any] = _lists(asdict(self))
-        return found
+        tables: dict[str, Any] = _lists(asdict(self))
+        return tables
 
 
 def _lists(value: Any) -> Any:
@@ -368,36 +375,31 @@ def _lists(value: Any) -> Any:
     return [_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of each recipe that moe-route brings."""
-    return {path.stem: path for path in sorted(_SHIPPED.glob("*.toml"))}
+def read_study(name: str | Path, changes: Mapping[str, Any] | None = None) -> Study:
+    """Read the shipped study with this name, or the TOML file at this path.
 
-
-def read_recipe(name: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
-    """Read the shipped recipe with this name, or the TOML file at this path.
-
-    `changes` maps dotted keys, such as "model.revision", to values that replace those of the file. Raises `RecipeError`
-    for a file that is no recipe, and for unknown names.
+    `changes` maps dotted keys, such as "model.revision", to values that replace those of the file. Raises `StudyError`
+    for a file that is no study, and for unknown names.
     """
-    shipped = shipped_recipes()
+    shipped = shipped_studies()
     path = shipped.get(str(name), Path(name))
     if not path.is_file():
         close = get_close_matches(str(name), shipped, n=1) or [", ".join(shipped)]
-        raise RecipeError(f"there is no recipe {str(name)!r}: give a TOML file, or a shipped one ({close[0]})")
+        raise StudyError(f"there is no study {str(name)!r}: give a TOML file, or a shipped one ({close[0]})")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is no TOML file ({error}): correct it there") from error
+        raise StudyError(f"{path} is no TOML file ({error}): correct it there") from error
     for key, value in (changes or {}).items():
         _assign(table, key, value)
-    return from_table(Recipe, table)
+    return from_table(Study, table)
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """Parse "steer.strength=0.5" to a key and a value of TOML; what is no TOML is a text. Raises `RecipeError`."""
+    """Parse "steer.strength=0.5" to a key and a value of TOML; what is no TOML is a text. Raises `StudyError`."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(f"{text!r} assigns nothing: write KEY=VALUE, such as steer.strength=0.5")
+        raise StudyError(f"{text!r} assigns nothing: write KEY=VALUE, such as steer.strength=0.5")
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
@@ -409,7 +411,7 @@ def _assign(table: dict[str, Any], key: str, value: Any) -> None:
     for part in outer:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise RecipeError(f"{key} cannot be set: {part} is a value, not a table")
+            raise StudyError(f"{key} cannot be set: {part} is a value, not a table")
     table[last] = value
 
 
@@ -448,3 +450,93 @@ def _check_layers(layers: tuple[int, int], base: int) -> None:
     first, last = layers
     if first < base or last < first:
         raise ValueError(f"layers are {list(layers)}: give the first and the last, counted upwards from {base}")
+
+
+# ---- settings from the tables of a file
+
+
+def from_table(kind: type[Settings], table: Mapping[str, Any], where: str = "") -> Settings:
+    """Make the dataclass `kind` from a table whose keys are its fields.
+
+    A field that is a dataclass takes a table, and one that is a mapping to a dataclass takes a table of tables.
+    Numbers, strings, booleans, tuples and choices (`Literal`) are checked against the annotation. Raises `StudyError`
+    for unknown, missing and mistyped keys, with the `ValueError` of the dataclass's own checks as text.
+    """
+    hints = typing.get_type_hints(kind)
+    keys: Sequence[Any] = fields(kind)  # type: ignore[arg-type]
+    names = [one.name for one in keys]
+    for key in table:
+        if key not in names:
+            close = get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+            raise StudyError(f"the study has no key {_joined(where, str(key))}: {hint}")
+    for one in keys:
+        if one.name not in table and one.default is MISSING and one.default_factory is MISSING:
+            raise StudyError(f"the study lacks {_joined(where, one.name)}: add it ({_described(hints[one.name])})")
+    values = {key: _value(hints[key], value, _joined(where, key)) for key, value in table.items()}
+    try:
+        return kind(**values)
+    except StudyError:
+        raise
+    except ValueError as error:
+        raise StudyError(f"{where or 'the study'}: {error}") from error
+
+
+def _joined(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """The value as the annotation wants it."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _one_of(inner, value, where)
+    if origin is Literal:
+        if value not in inner or isinstance(value, bool) is not any(isinstance(one, bool) for one in inner):
+            raise StudyError(f"{where} is {value!r}: choose {_described(hint)}")
+        return value
+    if is_dataclass(hint) and isinstance(value, Mapping):
+        return from_table(typing.cast("type[Any]", hint), value, where)
+    if origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
+        return {str(key): _value(inner[1], item, _joined(where, str(key))) for key, item in value.items()}
+    if origin is tuple and isinstance(value, Sequence) and not isinstance(value, str):
+        of = [inner[0]] * len(value) if len(inner) == 2 and inner[1] is Ellipsis else list(inner)
+        if len(of) == len(value):
+            return tuple(
+                _value(one, item, f"{where}[{i}]") for i, (one, item) in enumerate(zip(of, value, strict=True))
+            )
+    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool) is isinstance(value, bool):
+        return value
+    raise StudyError(f"{where} is {value!r}: give {_described(hint)}")
+
+
+def _one_of(hints: Sequence[Any], value: Any, where: str) -> Any:
+    for hint in hints:
+        if hint is type(None) and value is None:
+            return None
+        try:
+            return _value(hint, value, where)
+        except StudyError as error:
+            failure = error
+            if is_dataclass(hint):
+                raise
+    given = " or ".join(_described(hint) for hint in hints if hint is not type(None))
+    raise StudyError(f"{where} is {value!r}: give {given}") from failure
+
+
+def _described(hint: Any) -> str:
+    """What a value of this type is, in words."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return " or ".join(repr(one) for one in inner)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_described(one) for one in inner if one is not type(None))
+    if origin is tuple:
+        parts = "..." if inner[-1] is Ellipsis else ", ".join(_described(one) for one in inner[1:])
+        return f"a list [{_described(inner[0])}, {parts}]"
+    if origin is not None or is_dataclass(hint):
+        return "a table"
+    words = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+    return words.get(hint, str(hint))
