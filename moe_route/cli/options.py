@@ -276,8 +276,10 @@ def add(parser: argparse._ActionsContainer, *options: str, required: Iterable[st
 
 
 def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """The options among ``names`` that were given, or have a default, by name."""
-    return {name: value for name in names if (value := getattr(options, name)) is not None and value is not False}
+    """The options among ``names`` that were given, or have a default, by name; a flag that is not given is left out."""
+    values = {name: getattr(options, name) for name in names}
+    off = {name for name, value in values.items() if value is False and options.verb.get_default(name) is False}
+    return {name: value for name, value in values.items() if value is not None and name not in off}
 
 
 def refuse(options: argparse.Namespace, names: Iterable[str], why: str) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 from harness.commands import SMALL, refused
-from moe_route.cli.options import Parser
 
 import moe_route as mr
 from moe_route import experiments
@@ -26,6 +25,7 @@ from moe_route.cli import parser
 from moe_route.cli.analyze import QUESTIONS
 from moe_route.cli.completion import SCRIPTS, candidates
 from moe_route.cli.experiment import EXPERIMENTS
+from moe_route.cli.options import Parser
 from moe_route.data.batches import Text
 from moe_route.runs.language_model import LanguageModel
 

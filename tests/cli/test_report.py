@@ -114,7 +114,7 @@ def test_options_of_a_recording_are_refused_beside_files(moe_route, files, tmp_p
 def test_what_cannot_be_shown_is_refused_with_the_fix(moe_route, files, tmp_path: Path):
     page = tmp_path / "report.html"
     refused(moe_route("report", "--tokenizer", "demo", "--out", page), "--tokenizer", "leave it out")
-    refused(moe_route("report", files["general"], "--out", tmp_path / "report.txt"), "report.html")
+    refused(moe_route("report", files["general"], "--out", tmp_path / "report.txt"), "report.txt", ".html")
     refused(moe_route("report", files["general"], "--out", tmp_path / "no" / "report.html"), "make it first")
     refused(moe_route("report", tmp_path / "missing.safetensors", "--out", page), "check the name")
     refused(moe_route("report", tmp_path, "--out", page), "tables.json")

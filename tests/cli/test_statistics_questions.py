@@ -136,8 +136,8 @@ def test_pictures_with_floor_and_intervals(answer, moe_route, general, tmp_path:
         ("entropy", "--of", "sequence", "--by-script", "--interval", "0.9", "--column", "3.3", "--size", "7"),
         ("correlation", "--scores", scores, "--interval", "0.9"),
         ("heat-maps", "--reference", "eng_Latn"),
-        ("overlap", "--task", general, "--group", "eng_Latn"),
-        ("sweep-overlap", "--task", general, "--group", "eng_Latn", "--of", "both"),
+        ("sweep-overlap", "--task", general, "--group", "eng_Latn"),
+        ("sweep", "--task", general, "--group", "eng_Latn", "--of", "both"),
     ):
         out = tmp_path / f"{what}.svg"
         answer("plot", what, general, "--out", out, *arguments)
