@@ -105,8 +105,8 @@ class Dispatching:
 
 
 def measure(effort: Effort) -> Measured:
-    found = Measured()
+    measured = Measured()
     for shape in SHAPES:
         run = race(Dispatching(shape).contenders(), rounds=effort.rounds)
-        found.rows += rows("Dispatch, permute, combine", shape.title, run, peers=PEERS, floors=FLOORS)
-    return found
+        measured.rows += rows("Dispatch, permute, combine", shape.title, run, peers=PEERS, floors=FLOORS)
+    return measured

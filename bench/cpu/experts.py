@@ -267,16 +267,16 @@ def cases(
 
 
 def measure(effort: Effort) -> Measured:
-    found = Measured()
+    measured = Measured()
     for layer in QUICK_LAYERS if effort.quick else LAYERS:
         for dtype in DTYPES[:1] if effort.quick else DTYPES:
-            found += measure_layer(layer, dtype, QUICK_TOKENS if effort.quick else TOKENS, effort.rounds)
-    return found
+            measured += measure_layer(layer, dtype, QUICK_TOKENS if effort.quick else TOKENS, effort.rounds)
+    return measured
 
 
 def measure_layer(layer: Layer, dtype: torch.dtype, tokens: Mapping[int, int], rounds: int) -> Measured:
     """One layer on the CPU; its weights are gone at the end."""
-    found = Measured()
+    measured = Measured()
     packed: dict[str, Any] = {}  # packed copies of the weights, made once for all numbers of tokens
     for routed in cases(layer, dtype, tokens, ON_CPU):
         contenders = routed.contenders(ON_CPU.implementations(layer, routed.tokens, dtype))
@@ -287,8 +287,8 @@ def measure_layer(layer: Layer, dtype: torch.dtype, tokens: Mapping[int, int], r
             contenders[vllm_experts.NAME] = routed.vllm(packed[vllm_experts.NAME])
         with torch.inference_mode():
             run = race(contenders, rounds=max(3, rounds // tokens[routed.tokens]), warmup=1)
-        found += compared(SECTION, routed, run)
-    return found
+        measured += compared(SECTION, routed, run)
+    return measured
 
 
 def packed_copies(layer: Layer, dtype: torch.dtype, module: Any) -> dict[str, Any]:
@@ -298,5 +298,5 @@ def packed_copies(layer: Layer, dtype: torch.dtype, module: Any) -> dict[str, An
     for name, why in ((OURS_PACKED, ours), (vllm_experts.NAME, theirs)):
         if isinstance(why, str):
             log.info("left out: %s %s, %s: %s", layer.model, dtype, name, why)
-    found: dict[str, Any] = {} if ours is not None else {OURS_PACKED: PackedWeights(module)}
-    return found if isinstance(theirs, str) else found | {vllm_experts.NAME: theirs}
+    packed: dict[str, Any] = {} if ours is not None else {OURS_PACKED: PackedWeights(module)}
+    return packed if isinstance(theirs, str) else packed | {vllm_experts.NAME: theirs}

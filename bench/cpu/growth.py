@@ -98,10 +98,10 @@ def million(sequences: bool, tokens: int = TOKENS, groups: int = GROUPS) -> Grow
                     samples.append(((call + 1) * BATCH * LENGTH, _resident(), _stored(Path(folder))))
             clock.unwrap()
         start = time.perf_counter()
-        found = recorder.statistics()
+        counted = recorder.statistics()
         read = time.perf_counter() - start
         path = Path(folder) / "statistics.safetensors"
-        found.save(path)
+        counted.save(path)
         return Grown(clock.seconds + blocks, samples, path.stat().st_size, read)
 
 

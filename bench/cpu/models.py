@@ -318,8 +318,8 @@ def measure_case(case: Case, rounds: int) -> Measured:
     facts += [Fact(SECTION, case.title, text, 0, "calls") for text in missing]
     peers_of = dict.fromkeys([name for name in installs if name != STOCK], STOCK)
     strangers = [*others(case), *from_peers]
-    found = Measured(rows(SECTION, case.title, run, peers=peers_of, others=strangers), facts)
-    return found if case.decoding is None else found + decode_goals(case, case.decoding, run)
+    measured = Measured(rows(SECTION, case.title, run, peers=peers_of, others=strangers), facts)
+    return measured if case.decoding is None else measured + decode_goals(case, case.decoding, run)
 
 
 def timed(case: Case, installs: Mapping[str, Install], rounds: int) -> tuple[Race, dict[str, float]]:
@@ -353,7 +353,7 @@ def timed(case: Case, installs: Mapping[str, Install], rounds: int) -> tuple[Rac
         around={name: entering(name) for name in installs},
         clock=ProcessTime(),
     )
-    return run, {name: statistics.median(found) for name, found in peaks.items() if found}
+    return run, {name: statistics.median(risen) for name, risen in peaks.items() if risen}
 
 
 def _run(running: Mapping[str, Contender], name: str, turn: int) -> object:
@@ -413,7 +413,7 @@ def measure(effort: Effort) -> Measured:
     model = model_of(1, **QUICK) if effort.quick else model_of()
     rounds = max(effort.rounds // 20, 2)
     half = max(rounds // 2, 2)
-    found = Measured()
+    measured = Measured()
     for case, times in ((decode(model, 1), rounds), (decode(model, 8), half), (prefill(model, 512), half)):
-        found += measure_case(case, times)
-    return found
+        measured += measure_case(case, times)
+    return measured

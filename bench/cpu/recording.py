@@ -217,10 +217,10 @@ STEP, INSIDE = "Recording while decoding", "Time inside the hooks of a decode st
 
 def measure(effort: Effort) -> Measured:
     """Decode steps of the model alone, recorded by moe-route and by hand; and the exact time inside the hooks."""
-    found = Measured()
+    measured = Measured()
     for dtype in (torch.float32, torch.bfloat16):
-        found += measure_decoding(dtype, effort)
-    return found
+        measured += measure_decoding(dtype, effort)
+    return measured
 
 
 def layers(effort: Effort) -> int:
@@ -250,11 +250,11 @@ def measure_decoding(dtype: torch.dtype, effort: Effort) -> Measured:
     target = Target(
         f"{case}: time inside the recording hooks", "<= 0.5 % of a decode step", of_a_step, shares[OURS] <= 0.005
     )
-    found = Measured(facts=facts, targets=[target])
-    found.rows += rows(STEP, case, steps, floors=dict.fromkeys(recordings, ALONE), others=(BY_HAND,))
+    measured = Measured(facts=facts, targets=[target])
+    measured.rows += rows(STEP, case, steps, floors=dict.fromkeys(recordings, ALONE), others=(BY_HAND,))
     floors = dict.fromkeys(recordings, IDLE)
-    found.rows += rows(INSIDE, case, inside, peers={OURS: BY_HAND}, floors=floors, others=(BY_HAND,))
-    return found
+    measured.rows += rows(INSIDE, case, inside, peers={OURS: BY_HAND}, floors=floors, others=(BY_HAND,))
+    return measured
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -297,11 +297,11 @@ def measure_options(effort: Effort) -> Measured:
             if number >= 0:  # the first one warms up
                 seconds[name].append(took)
     prefill = f"prefill of {length} tokens, {layers(effort)} layers, float32"
-    found = Measured(rows("Options of record", prefill, Race(seconds), floors=dict.fromkeys(OPTIONS, ALONE)))
+    measured = Measured(rows("Options of record", prefill, Race(seconds), floors=dict.fromkeys(OPTIONS, ALONE)))
     recordings = {name: partial(recorded, decoding, **options) for name, options in OPTIONS.items()}
     inside, _ = race_in_hooks(decoding, recordings, windows(effort))
     plain = next(iter(OPTIONS))
     floors = {name: plain for name in OPTIONS if name != plain}
     decode = f"time inside the hooks of a decode step, {layers(effort)} layers, float32"
-    found.rows += rows("Options of record", decode, inside, floors=floors)
-    return found
+    measured.rows += rows("Options of record", decode, inside, floors=floors)
+    return measured

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _COLUMNS = 9
-_NAMES = {"class": "classes", "other": "groups"}  # axis -> the field with its names, where that is not the plural
+# axis -> the field with its names, where that is not the plural
+_NAMES = {"class": "classes", "criterion": "criteria", "keep": "keep", "other": "groups"}
 
 
 class Result(ShownAsTables):

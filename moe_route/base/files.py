@@ -500,9 +500,9 @@ def _write_block(stream: IO[bytes], start: int, entries: Mapping[str, _Entry], b
         for name, entry in entries.items()
         if name.startswith(_ROWS)
     }
-    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    if found != {name: (place.dtype, place.shape) for name, place in places.items()}:
-        raise ValueError(f"the blocks of a file hold the same tensors: {sorted(found)} differ from {sorted(places)}")
+    own = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    if own != {name: (place.dtype, place.shape) for name, place in places.items()}:
+        raise ValueError(f"the blocks of a file hold the same tensors: {sorted(own)} differ from {sorted(places)}")
     for name, tensor in tensors.items():
         _write_tensor(stream, start + places[name].start, tensor)
     return _digest(tensors, None)

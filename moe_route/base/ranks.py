@@ -84,8 +84,8 @@ class ModelParallelGroup:
         torch.distributed.broadcast_object_list(made, src=0, device=torch.device("cpu"))
         if made[1] is not None:
             raise made[1]
-        found: Result = made[0]
-        return found
+        result: Result = made[0]
+        return result
 
 
 ALONE = ModelParallelGroup()

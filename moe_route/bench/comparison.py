@@ -135,14 +135,14 @@ def compare(now: BenchmarkResults, earlier: Sequence[BenchmarkResults]) -> Compa
     Of a ratio in several earlier runs the quartiles that lie farthest apart count, and the median of the medians: so
     what differs from process to process is part of the spread.
     """
-    here, found = _ratios(now.measured), [_ratios(each.measured) for each in earlier]
+    here, ratios = _ratios(now.measured), [_ratios(each.measured) for each in earlier]
     there = {
         key: Ratio(
-            median(each[key].median for each in found if key in each),
-            min(each[key].low for each in found if key in each),
-            max(each[key].high for each in found if key in each),
+            median(each[key].median for each in ratios if key in each),
+            min(each[key].low for each in ratios if key in each),
+            max(each[key].high for each in ratios if key in each),
         )
-        for key in dict.fromkeys(key for each in found for key in each)
+        for key in dict.fromkeys(key for each in ratios for key in each)
     }
     before = BenchmarkResults.joined(earlier).machine
     return Comparison(
@@ -160,17 +160,17 @@ def compare(now: BenchmarkResults, earlier: Sequence[BenchmarkResults]) -> Compa
 def _ratios(measured: Measured) -> dict[Key, Ratio]:
     """The ratios of moe-route's contenders."""
     rows = {(row.section, row.case, row.name): row for row in measured.rows}
-    found: dict[Key, Ratio] = {}
+    ratios: dict[Key, Ratio] = {}
     for (section, case, name), row in rows.items():
         if row.ours and row.peer is not None and row.times_peer is not None:
             peer = rows[section, case, row.peer]
             ratio = _ratio(row.times_peer, row.times_peer_low, row.times_peer_high, peer, row)
-            found[section, case, name, row.peer] = ratio
+            ratios[section, case, name, row.peer] = ratio
         if row.ours and row.floor is not None and row.floor_fraction is not None:
             floor = rows[section, case, row.floor]
             ratio = _ratio(row.floor_fraction, row.floor_fraction_low, row.floor_fraction_high, floor, row)
-            found[section, case, name, f"floor: {row.floor}"] = ratio
-    return found
+            ratios[section, case, name, f"floor: {row.floor}"] = ratio
+    return ratios
 
 
 def _ratio(middle: float, low: float | None, high: float | None, slow: Row, fast: Row) -> Ratio:

@@ -153,13 +153,13 @@ class Gate:
 
 def measure(effort: Effort) -> Measured:
     """Every shape, with the targets of the usual one."""
-    found = Measured()
+    measured = Measured()
     for shape in SHAPES:
         run = race(Gate(shape).contenders(), rounds=effort.rounds)
-        found.rows += rows("Gate", shape.title, run, peers=PEERS, floors=dict.fromkeys(PEERS, READ))
+        measured.rows += rows("Gate", shape.title, run, peers=PEERS, floors=dict.fromkeys(PEERS, READ))
         if shape == Shape():
-            found.targets += targets(shape, run, _C.instruction_set())
-    return found
+            measured.targets += targets(shape, run, _C.instruction_set())
+    return measured
 
 
 def targets(shape: Shape, run: Race, instruction_set: str) -> list[Target]:

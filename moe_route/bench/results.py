@@ -124,9 +124,11 @@ class BenchmarkResults(ShownAsTables):
     measured: Measured
 
     def to_dict(self) -> dict[str, Any]:
-        found = {kind: [asdict(each) for each in listed] for kind, listed in vars(self.measured).items()}
-        found["rows"] = [{name: value for name, value in row.items() if value is not None} for row in found["rows"]]
-        return {"machine": dict(self.machine), **found}
+        listed_by_kind = {kind: [asdict(each) for each in listed] for kind, listed in vars(self.measured).items()}
+        listed_by_kind["rows"] = [
+            {name: value for name, value in row.items() if value is not None} for row in listed_by_kind["rows"]
+        ]
+        return {"machine": dict(self.machine), **listed_by_kind}
 
     def save(self, path: Path) -> Path:
         """Write a JSON file, whole or not at all. Raises ValueError if a number is not finite."""
@@ -141,13 +143,13 @@ class BenchmarkResults(ShownAsTables):
         except files.FileRefusedError as error:
             raise files.FileRefusedError(f"{error} (`moe-route bench --out FOLDER` writes such files)") from error
         with files.expected_content(path):
-            found = Measured(
+            measured = Measured(
                 [Row(**row) for row in content["rows"]],
                 [Fact(**fact) for fact in content["facts"]],
                 [Target(**target) for target in content["targets"]],
             )
-            _check(found)
-            return cls({str(name): str(value) for name, value in content["machine"].items()}, found)
+            _check(measured)
+            return cls({str(name): str(value) for name, value in content["machine"].items()}, measured)
 
     @classmethod
     def joined(cls, runs: Sequence[BenchmarkResults]) -> BenchmarkResults:

@@ -170,9 +170,9 @@ class Generation:
 
         def get_candidates(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
             with self.aside():
-                found = kind.get_candidates(generator(), input_ids, *args, **kwargs)
-            self._drafted = found[0].shape[1] - input_ids.shape[1]
-            return found
+                candidates = kind.get_candidates(generator(), input_ids, *args, **kwargs)
+            self._drafted = candidates[0].shape[1] - input_ids.shape[1]
+            return candidates
 
         def update_candidate_strategy(input_ids: Tensor, scores: Tensor, num_matches: int) -> Any:
             reject_drafts(self._drafted - int(num_matches))
@@ -199,8 +199,8 @@ def without_repeats(ids: list[int]) -> tuple[int, ...]:
 
 def setting(name: str, kwargs: Mapping[str, Any], *configs: Any) -> list[int]:
     """Token ids of a setting as `generate` resolves it: its argument, the configuration passed to it, the model's."""
-    found = [kwargs[name]] if name in kwargs else [getattr(config, name, None) for config in configs]
-    value = next((value for value in found if value is not None), None)
+    values = [kwargs[name]] if name in kwargs else [getattr(config, name, None) for config in configs]
+    value = next((value for value in values if value is not None), None)
     if value is None:
         return []
     if isinstance(value, Tensor):

@@ -139,13 +139,13 @@ def call_readers(model: nn.Module, names: Sequence[str]) -> list[tuple[nn.Module
     Any of them may be the one that is called. In a model with an encoder and a decoder, these are the two. If there is
     none, it is `model` itself, whose first tensor argument then stands for the tokens.
     """
-    found = []
+    readers = []
     for name, module in model.named_modules():
         if not name or any(inner.startswith(name + ".") for inner in names):
             reader = CallReader(module)
             if reader.places.keys() & {"input_ids", "inputs_embeds"} and not reader.holds_two:
-                found.append((module, reader))
-    return found or [(model, CallReader(model, first_tensor=True))]
+                readers.append((module, reader))
+    return readers or [(model, CallReader(model, first_tensor=True))]
 
 
 # ---- what came before

@@ -178,11 +178,11 @@ def _arrow_array(args: tuple[Any, ...], state: Any, items: dict[Any, Any]) -> np
         raise TypeError(f"columns of pyarrow type {kind} are not read")
     ends = np.frombuffer(starts, widths[kind])[offset : offset + length + 1]
     bits = None if valid is None else np.unpackbits(np.frombuffer(valid, np.uint8), bitorder="little")[offset:]
-    found = np.empty(length, object)
+    array = np.empty(length, object)
     for row in range(length):
         here = bits is None or bits[row]
-        found[row] = bytes(text[ends[row] : ends[row + 1]]).decode() if here else None
-    return found
+        array[row] = bytes(text[ends[row] : ends[row + 1]]).decode() if here else None
+    return array
 
 
 def _extension_array(args: tuple[Any, ...], state: Any, items: dict[Any, Any]) -> np.ndarray:

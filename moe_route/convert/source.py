@@ -219,12 +219,12 @@ logger = logging.getLogger(__name__)
 def whole_numbers(source: Source, keys: Iterable[str]) -> list[int]:
     """Keys such as "0", "1", "10" as integers in increasing order; refuses other keys, and a file without any."""
     try:
-        found = sorted(int(key) for key in keys)
+        numbers = sorted(int(key) for key in keys)
     except (TypeError, ValueError) as error:
         raise source.refused(f"its keys are not numbers of layers or experts ({error})", "check --from") from error
-    if not found or found[0] < 0:
+    if not numbers or numbers[0] < 0:
         raise source.refused("it holds no layers, or a negative one", "record again")
-    return found
+    return numbers
 
 
 def number_table(source: Source, value: Any, axes: str) -> np.ndarray:

@@ -36,9 +36,9 @@ class RoutedSequence:
 
 def model_layers(names: Sequence[str]) -> list[int]:
     """The number of each router's layer among all layers of the model, dense ones too: the first in its name."""
-    found = [_MODEL_LAYER.findall(name) for name in names]
-    numbers = [int(of[0]) for of in found if of]
-    if len(numbers) != len(found) or len(set(numbers)) != len(numbers):
+    in_names = [_MODEL_LAYER.findall(name) for name in names]
+    numbers = [int(of[0]) for of in in_names if of]
+    if len(numbers) != len(in_names) or len(set(numbers)) != len(numbers):
         raise ValueError(
             f"engines count every layer of the model, and {names[0]!r} and others do not say which they are"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,18 +13,15 @@ from torch import Tensor, nn
 
 from moe_route.analysis import AnalysisError, benjamini_hochberg, effects_by_group
 from moe_route.analysis.effects import PERMUTATIONS, Effects
-from moe_route.analysis.result import by_depth, plain
+from moe_route.analysis.result import Result, by_depth, plain
 from moe_route.analysis.stats import RESAMPLES
-from moe_route.base.table import ShownAsTables, Table, data_frame, interval
+from moe_route.base.table import Table, interval
 from moe_route.data.batches import Text
 from moe_route.experts.outputs import NoExpertOutputsError, expert_outputs, experts_of
 from moe_route.routers.discovery import ModelNotSupportedError, RouterInfo, find_routers
 from moe_route.runs.language_model import LanguageModel
 from moe_route.steering import PlanError
 from moe_route.steering.layers import as_layers
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _SHOWN = 10
 
@@ -45,7 +42,7 @@ class PromptPair:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ExpertPatching(ShownAsTables):
+class ExpertPatching(Result):
     """Share of the contrast between clean and corrupted runs that patches restore: 0 nothing, 1 all.
 
     A share is ``sum of (patched - corrupt) / sum of (clean - corrupt)`` over pairs, where each term is the logit of the
@@ -73,12 +70,12 @@ class ExpertPatching(ShownAsTables):
     pairs: np.ndarray
     left_out: int
 
-    def to_pandas(self) -> pd.DataFrame:
+    def columns(self) -> dict[str, Any]:
         """A row per group, layer and expert that some run chose, with its share, interval and p-values."""
         group, layer, expert = np.nonzero(~np.isnan(self.adjusted))
         keys = {"group": np.asarray(self.groups, object)[group], "layer": layer, "expert": expert}
         columns = self.restored.columns("restored") | {"adjusted_p": self.adjusted}
-        return data_frame(keys | {name: values[group, layer, expert] for name, values in columns.items()})
+        return keys | {name: values[group, layer, expert] for name, values in columns.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content (NaN as None)."""

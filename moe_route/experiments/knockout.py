@@ -4,29 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from moe_route.analysis import AnalysisError, RankAgreement, benjamini_hochberg, rank_agreement
 from moe_route.analysis.effects import PERMUTATIONS, Effects
-from moe_route.analysis.result import plain
+from moe_route.analysis.result import Result, plain
 from moe_route.analysis.stats import RESAMPLES
-from moe_route.base.table import ShownAsTables, Table, data_frame, interval
+from moe_route.base.table import Table, interval
 from moe_route.data.batches import EncodedTexts, Text
 from moe_route.experiments.text_run import TextRun
 from moe_route.routed import RoutedModel
 from moe_route.runs.language_model import LanguageModel
 from moe_route.steering import ExpertSelection, Plan, PlanError, PlanModel
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 _SHOWN = 10
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Knockout(ShownAsTables):
+class Knockout(Result):
     """Change of the loss when an expert is switched off, in nats per token; positive: the expert was of use.
 
     Arrays are float64 [G, L, E] over groups, MoE layers and experts; NaN where not tested.
@@ -87,21 +84,21 @@ class Knockout(ShownAsTables):
             raise AnalysisError(f"no group {group!r} was tested: name one of {', '.join(map(repr, self.groups))}")
         return self.groups.index(group)
 
-    def _columns(self) -> dict[str, np.ndarray]:
+    def _measured(self) -> dict[str, np.ndarray]:
         columns = {"frequency": self.frequency, "tokens": self.effect.tokens}
         columns |= self.effect.columns("effect") | {"effect_adjusted_p": self.adjusted}
         return columns | self.total.columns("total") | {"total_adjusted_p": self.total_adjusted}
 
-    def to_pandas(self) -> pd.DataFrame:
+    def columns(self) -> dict[str, Any]:
         """A row per group, layer and expert tested, with effects, intervals, p-values and the frequency."""
         group, layer, expert = np.nonzero(~np.isnan(self.total.mean))
         keys = {"group": np.asarray(self.groups, object)[group], "layer": layer, "expert": expert}
-        return data_frame(keys | {name: values[group, layer, expert] for name, values in self._columns().items()})
+        return keys | {name: values[group, layer, expert] for name, values in self._measured().items()}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content (NaN as None)."""
         axes = {"groups": list(self.groups), "num_experts": list(self.num_experts), "loss": self.loss}
-        return plain(axes | self._columns() | {"note": self.note})
+        return plain(axes | self._measured() | {"note": self.note})
 
     def tables(self) -> list[Table]:
         """The ten experts of largest total effect in any group."""

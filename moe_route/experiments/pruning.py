@@ -15,17 +15,15 @@ from torch import Tensor, nn
 from moe_route.analysis.effects import paired_difference
 from moe_route.analysis.inputs import AnalysisError
 from moe_route.analysis.pruning import CRITERIA, prune
-from moe_route.analysis.result import plain
+from moe_route.analysis.result import Result
 from moe_route.base.files import check_new_folder, new_folder
-from moe_route.base.table import ShownAsTables, Table, data_frame
+from moe_route.base.table import Table
 from moe_route.experiments.text_run import TextRun
 from moe_route.modules.intercept import modeling_of
 from moe_route.routers.discovery import RouterInfo, find_routers
 from moe_route.steering import Plan
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moe_route.data.batches import EncodedTexts, Text
     from moe_route.recording import RoutingStatistics
     from moe_route.routed import RoutedModel
@@ -37,7 +35,7 @@ _SIZES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exper
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PruningCurve(ShownAsTables):
+class PruningCurve(Result, derived=("increase",)):
     """Loss in nats per token by criterion, share of experts kept, and group; it is exact for the texts that ran.
 
     Attributes:
@@ -62,17 +60,14 @@ class PruningCurve(ShownAsTables):
         """Loss minus that of the whole model, float64 [C, K, G]."""
         return self.loss - self.base
 
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a tidy data frame with a row per (criterion, share kept, group)."""
-        columns = {"loss": self.loss, "increase": self.increase, "low": self.low, "high": self.high}
-        axes = {"criterion": self.criteria, "keep": self.keep, "group": self.groups}
-        return data_frame({name: values.reshape(-1) for name, values in columns.items()}, axes)
+    def columns(self) -> dict[str, Any]:
+        """``criterion``, share kept (``keep``), ``group``, ``loss``, ``increase``, and its ``low`` and ``high``."""
+        measured = {"loss": self.loss, "increase": self.increase, "low": self.low, "high": self.high}
+        return self.over("criterion keep group", measured)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content (NaN as None)."""
-        axes = {"criteria": list(self.criteria), "keep": list(self.keep), "groups": list(self.groups)}
-        values = {name: plain(getattr(self, name)) for name in ("loss", "increase", "low", "high", "base", "texts")}
-        return {"unit": "nats per token", **axes, **values}
+        return {"unit": "nats per token", **super().to_dict()}
 
     def tables(self) -> list[Table]:
         whole = [["(whole)", 1.0, *map(float, self.base)]]

@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from moe_route.analysis.effects import PERMUTATIONS, Effects
-from moe_route.analysis.result import plain
+from moe_route.analysis.result import Result, plain
 from moe_route.analysis.stats import RESAMPLES, expected_maximum
-from moe_route.base.table import ShownAsTables, Table, data_frame, interval
+from moe_route.base.table import Table, interval
 from moe_route.data.batches import EncodedTexts, Text
 from moe_route.experiments.text_run import TextRun
 from moe_route.routed import RoutedModel
 from moe_route.runs.language_model import LanguageModel
 from moe_route.steering import Plan
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 CONFIDENCE = (0.25, 0.5, 0.75)
 ROUNDING = 1e-5  # nats; smaller gains may come from the order of float32 sums
@@ -28,7 +25,7 @@ _MEASURES = ("regret", "by_chance", "excess", "held_out", "random", "gains")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Regret(ShownAsTables):
+class Regret(Result, hidden=_MEASURES):
     """Change of the log probability of the true token by other routes of the same size, in nats per token.
 
     Effects have shape [G, B]: groups, and classes of the natural prediction's confidence (the probability of its most
@@ -63,23 +60,22 @@ class Regret(ShownAsTables):
     layers: tuple[int, ...] | None
     note: str = ""
 
-    def _columns(self) -> dict[str, np.ndarray]:
+    def _measured(self) -> dict[str, np.ndarray]:
         columns = {"tokens": self.regret.tokens}
         for name in _MEASURES:
             columns |= getattr(self, name).columns(name)
         del columns["gains_p"], columns["by_chance_p"], columns["regret_p"]  # 0 is not what chance gives
         return columns
 
-    def to_pandas(self) -> pd.DataFrame:
-        """A row per group and class of confidence, with every measure and its interval."""
+    def columns(self) -> dict[str, Any]:
+        """``group``, class of ``confidence``, ``tokens``, and every measure with its interval."""
         group, kind = np.indices(self.regret.mean.shape).reshape(2, -1)
         keys = {"group": np.asarray(self.groups, object)[group], "confidence": np.asarray(self.classes, object)[kind]}
-        return data_frame(keys | {name: values.reshape(-1) for name, values in self._columns().items()})
+        return keys | {name: values.reshape(-1) for name, values in self._measured().items()}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content (NaN as None)."""
-        names = ("groups", "classes", "routes", "temperature", "layers", "note")
-        return plain({name: getattr(self, name) for name in names} | self._columns())
+        return {**super().to_dict(), **plain(self._measured())}
 
     def tables(self) -> list[Table]:
         rows = []

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from moe_route.analysis import Difference, RandomControl, paired_difference, random_control
-from moe_route.analysis.result import plain
-from moe_route.base.table import ShownAsTables, Table, data_frame, interval
+from moe_route.analysis.result import Result
+from moe_route.base.table import Table, interval
 from moe_route.data.batches import EncodedTexts, Text
 from moe_route.experiments.text_run import TextRun
 from moe_route.routed import RoutedModel
 from moe_route.runs.language_model import LanguageModel
 from moe_route.steering import Plan, PlanError
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class StrengthSweep(ShownAsTables):
+class StrengthSweep(Result):
     """Loss of each group at each strength, in nats per token.
 
     Attributes:
@@ -49,35 +46,17 @@ class StrengthSweep(ShownAsTables):
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able content."""
-        return plain(
-            {
-                "plan": self.plan,
-                "unit": "nats per token",
-                "strengths": self.strengths,
-                "groups": self.groups,
-                "texts": self.texts,
-                "natural": self.natural,
-                "loss": self.loss,
-                "change": [[vars(cell) | {"verdict": cell.verdict} for cell in row] for row in self.change],
-                "control": [[cell.to_dict() for cell in row] for row in self.control],
-                "note": self.note,
-            }
-        )
+        """JSON-able content (NaN as None)."""
+        return {"unit": "nats per token", **super().to_dict()}
 
-    def to_pandas(self) -> pd.DataFrame:
-        """A tidy data frame with a row per (group, strength). Needs pandas."""
-        g, s = np.indices(self.loss.shape).reshape(2, -1)
-        columns = {
-            "group": np.asarray(self.groups, dtype=object)[g],
-            "strength": np.asarray(self.strengths)[s],
-            "loss": self.loss.reshape(-1),
-        }
+    def columns(self) -> dict[str, Any]:
+        """``group``, ``strength``, ``loss``, the change with its interval, and ``control_p`` with controls."""
+        measured = {"loss": self.loss}
         for name in ("value", "low", "high"):
-            columns[f"change_{name}"] = np.array([getattr(cell, name) for row in self.change for cell in row])
+            measured[f"change_{name}"] = np.array([[getattr(cell, name) for cell in row] for row in self.change])
         if self.control:
-            columns["control_p"] = np.array([cell.p_value for row in self.control for cell in row])
-        return data_frame(columns)
+            measured["control_p"] = np.array([[cell.p_value for cell in row] for row in self.control])
+        return self.over("group strength", measured)
 
     def tables(self) -> list[Table]:
         head = ["group", "texts", "strength", "loss", "change", "95 % interval", ""]

@@ -10,9 +10,9 @@ import numpy as np
 
 from moe_route.analysis import AnalysisError
 from moe_route.analysis.effects import PERMUTATIONS, Effects
-from moe_route.analysis.result import plain
+from moe_route.analysis.result import Result, plain
 from moe_route.analysis.stats import RESAMPLES
-from moe_route.base.table import ShownAsTables, Table, data_frame, interval
+from moe_route.base.table import Table, interval
 from moe_route.data.batches import EncodedTexts, Text
 from moe_route.experiments.text_run import TextRun
 from moe_route.recording.trace import Trace
@@ -21,8 +21,6 @@ from moe_route.runs.language_model import LanguageModel
 from moe_route.steering import Plan
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moe_route.recording import Recorder
 
 ROUTES = ("own", "pooled", "choice", "other", "scores")
@@ -30,7 +28,7 @@ ALL = "all"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Transplant(ShownAsTables):
+class Transplant(Result, hidden=("effect",)):
     """Change of the loss under transplanted routes, in nats per token; positive: the transplanted route is worse.
 
     Attributes:
@@ -61,20 +59,16 @@ class Transplant(ShownAsTables):
         total = np.broadcast_to(self.effect.mean[..., :1], self.effect.mean.shape)
         return np.divide(self.effect.mean, total, out=np.full(total.shape, np.nan), where=total != 0)
 
-    def _columns(self) -> dict[str, np.ndarray]:
+    def _measured(self) -> dict[str, np.ndarray]:
         return {"tokens": self.effect.tokens, **self.effect.columns("effect"), "mediated": self.mediated}
 
-    def to_pandas(self) -> pd.DataFrame:
-        """A row per group, route and band, with the effect, its interval and p-value, and its share of the total."""
-        index = np.indices(self.effect.mean.shape).reshape(3, -1)
-        names = {"group": self.groups, "route": self.routes, "band": self.bands}
-        keys = {key: np.asarray(of, object)[at] for (key, of), at in zip(names.items(), index, strict=True)}
-        return data_frame(keys | {name: values.reshape(-1) for name, values in self._columns().items()})
+    def columns(self) -> dict[str, Any]:
+        """``group``, ``route``, ``band``, ``tokens``, the effect with its interval and p-value, ``mediated``."""
+        return self.over("group route band", self._measured())
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content (NaN as None)."""
-        names = ("groups", "routes", "bands", "layers", "loss", "reference", "note")
-        return plain({name: getattr(self, name) for name in names} | self._columns())
+        return {**super().to_dict(), **plain(self._measured())}
 
     def tables(self) -> list[Table]:
         """A row per route and group, a column per band."""

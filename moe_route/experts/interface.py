@@ -82,8 +82,8 @@ def experts_implementations(block: nn.Module) -> tuple[str, ...]:
     They are names of transformers' experts interface ("eager", "grouped_mm", "moe_route", ...), or "own forward" if no
     experts module uses the interface.
     """
-    found = {_runs_as(module) for module in block.modules() if _decorated(module)}
-    return tuple(sorted(found)) or (OWN_FORWARD,)
+    names = {_runs_as(module) for module in block.modules() if _decorated(module)}
+    return tuple(sorted(names)) or (OWN_FORWARD,)
 
 
 def experts_paths(block: nn.Module) -> str:
@@ -91,7 +91,7 @@ def experts_paths(block: nn.Module) -> str:
 
     "" if they are not run as "moe_route", or cannot be.
     """
-    found = set()
+    paths = set()
     module: Any
     for module in block.modules():
         if _decorated(module) and _runs_as(module) == NAME and not _is_fp8(module) and obstacle(module) is None:
@@ -100,8 +100,8 @@ def experts_paths(block: nn.Module) -> str:
                 ways = limits(call_of(module, hidden, 0))
             said = ", then ".join(name if most is None else f"{name} up to {most} slots" for name, most in ways)
             copied = packed_bytes(module)
-            found.add(f"{said} ({copied / 1e6:.4g} MB of packed copies)" if copied else said)
-    return "; ".join(sorted(found))
+            paths.add(f"{said} ({copied / 1e6:.4g} MB of packed copies)" if copied else said)
+    return "; ".join(sorted(paths))
 
 
 class ExpertsSwitch:
@@ -280,14 +280,14 @@ def _sharded(module: nn.Module) -> bool:
 
 def _configurations(model: nn.Module) -> list[Any]:
     """Every configuration object of a model and of its parts, once."""
-    found: dict[int, Any] = {}
+    configurations: dict[int, Any] = {}
     waiting = [vars(module).get("config") for module in model.modules()]
     while waiting:
         config: Any = waiting.pop()
-        if hasattr(config, _SETTING) and id(config) not in found:
-            found[id(config)] = config
+        if hasattr(config, _SETTING) and id(config) not in configurations:
+            configurations[id(config)] = config
             waiting += [getattr(config, name, None) for name in config.sub_configs]
-    return list(found.values())
+    return list(configurations.values())
 
 
 def _fp8(name: str) -> Any:

@@ -74,8 +74,8 @@ def expert_outputs(experts: nn.Module, hidden: Tensor, ids: Tensor, *, dtype: to
     alone[:, 0] = 1
     forward: Any = experts.forward  # a call would run the hooks
     rows = hidden.repeat_interleave(slots, dim=0)
-    found: Tensor = forward(rows, ids.reshape(-1, 1).expand(-1, width), alone)
-    return found.reshape(tokens, slots, -1)
+    outputs: Tensor = forward(rows, ids.reshape(-1, 1).expand(-1, width), alone)
+    return outputs.reshape(tokens, slots, -1)
 
 
 def watch_experts(router: RouterInfo, sink: OutputSink) -> Sequence[Change]:
@@ -171,8 +171,8 @@ def _sizes(module: nn.Module, hidden: Tensor, ids: Tensor, weight: torch.dtype, 
     for first in range(0, tokens, many):
         part = slice(first, first + many)
         seen.append(_measure(expert_outputs(module, hidden[part], ids[part], dtype=weight).flatten(0, 1)))
-    found = [torch.cat(parts).reshape(tokens, slots) for parts in zip(*seen, strict=True)] if seen else []
-    norms, peaks = found or [hidden.new_zeros((0, slots), dtype=torch.float32)] * 2
+    sizes = [torch.cat(parts).reshape(tokens, slots) for parts in zip(*seen, strict=True)] if seen else []
+    norms, peaks = sizes or [hidden.new_zeros((0, slots), dtype=torch.float32)] * 2
     return SeenOutputs(norms * kept, peaks * kept)
 
 

@@ -101,10 +101,10 @@ class Checkpoint:
     @property
     def shards(self) -> dict[str, list[str]]:
         """File of a folder -> sorted names of its tensors."""
-        found: dict[str, list[str]] = {}
+        names_of: dict[str, list[str]] = {}
         for name in self.names:
-            found.setdefault(self._files[name].name, []).append(name)
-        return found
+            names_of.setdefault(self._files[name].name, []).append(name)
+        return names_of
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""

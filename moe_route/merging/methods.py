@@ -78,8 +78,8 @@ def order_statistics(read: Callable[[], Iterable[Tensor]], places: list[int]) ->
             for of_row, bucket in low:
                 if of_row == row:
                     low[row, bucket] += torch.bincount(keys[keys >> 16 == bucket] & (_HALF - 1), minlength=_HALF)
-    found = {key: bucket << 16 | _place(low[key[0], bucket], rest)[0] for key, (bucket, rest) in buckets.items()}
-    return [_values(torch.tensor([found[row, place] for row in high]))[:, None] for place in places]
+    statistics = {key: bucket << 16 | _place(low[key[0], bucket], rest)[0] for key, (bucket, rest) in buckets.items()}
+    return [_values(torch.tensor([statistics[row, place] for row in high]))[:, None] for place in places]
 
 
 def _place(counts: Tensor, place: int) -> tuple[int, int]:

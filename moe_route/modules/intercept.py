@@ -29,8 +29,8 @@ def at(root: Any, path: str) -> Any:
 
 def number(root: Any, value: str | int) -> Any:
     """`value` if it is a number, else the attribute at that dotted path; of a matrix there, the number of rows."""
-    found = at(root, value) if isinstance(value, str) else value
-    return len(found) if isinstance(found, Tensor) else found
+    given = at(root, value) if isinstance(value, str) else value
+    return len(given) if isinstance(given, Tensor) else given
 
 
 def modeling_of(module: nn.Module) -> ModuleType | None:

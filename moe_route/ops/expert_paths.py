@@ -180,13 +180,13 @@ def choose(call: Call) -> Path:
 
 def limits(call: Call) -> list[tuple[str, int | None]]:
     """Every path that serves calls like this one, and the most slots that it is chosen for (None: any number)."""
-    found: list[tuple[str, int | None]] = []
+    bounds: list[tuple[str, int | None]] = []
     for path in PATHS:
-        if path.serves(call) and path.name not in dict(found):
-            found.append((path.name, path.limit(call.experts)))
-            if found[-1][1] is None:
+        if path.serves(call) and path.name not in dict(bounds):
+            bounds.append((path.name, path.limit(call.experts)))
+            if bounds[-1][1] is None:
                 break
-    return found
+    return bounds
 
 
 @contextmanager

@@ -194,10 +194,10 @@ def _route_weights_backward(
             tables = SteeringTables.from_packed(planes, steering_planes, params, None, logits.shape[1])
         weights = reference.route_weights(leaf, ids, spec, expert_scale=scales, steering=tables, tokens=tokens)
         present = [value for value in (leaf, scales, planes, params) if value is not None]
-        found = torch.autograd.grad(weights, present, grad, allow_unused=True, materialize_grads=True)
-    remaining = iter(found[1:])
+        gradients = torch.autograd.grad(weights, present, grad, allow_unused=True, materialize_grads=True)
+    remaining = iter(gradients[1:])
     made = [grad.new_empty(0) if value is None else next(remaining).contiguous() for value in optional]
-    return found[0].contiguous(), made[0], made[1], made[2]
+    return gradients[0].contiguous(), made[0], made[1], made[2]
 
 
 @_route_weights_backward.register_fake
@@ -221,7 +221,7 @@ def _weights_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad.contiguous(), logits, ids, ctx.policy, tokens, *ctx.numbers, *optional[:2], ctx.planes, optional[2]
     )
     of_scale, of_steering, of_params = (
-        None if value is None else found for value, found in zip(optional, made, strict=True)
+        None if value is None else gradient for value, gradient in zip(optional, made, strict=True)
     )
     return (of_logits, None, None, None, *(None for _ in ctx.numbers), of_scale, of_steering, None, of_params)
 

@@ -149,11 +149,11 @@ class DeferredCounts:
         """Notify the engines whose answers have arrived."""
         waiting = []
         for judged in self._judged:
-            found = judged.answers.read()
-            if found is None:
+            answers = judged.answers.read()
+            if answers is None:
                 waiting.append(judged)
                 continue
-            for engine, unchanged in zip(judged.engines, found, strict=True):
+            for engine, unchanged in zip(judged.engines, answers, strict=True):
                 engine.may_defer(unchanged)
         self._judged = waiting
 

@@ -153,8 +153,8 @@ class Engine(ABC):
         entries, rows, device = self.context.entries, self.adapter.token_subset(), logits.device
         if not entries:
             return None
-        found = on_device(entries, device)
-        return found if rows is None else found[rows.to(device)]
+        of_tokens = on_device(entries, device)
+        return of_tokens if rows is None else of_tokens[rows.to(device)]
 
     def steering_on(self, device: torch.device) -> LayerSteering:
         """The steering on the router's device: moved there once, or in every call, with gradient, if it is trained."""

@@ -91,8 +91,8 @@ def _generate(module: Any, listener: Listener, *args: Any, **kwargs: Any) -> Any
 
 
 def _prompt(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Prompt | None:
-    found = (kwargs.get("input_ids"), kwargs.get("inputs"), args[0] if args else None)
-    ids = next((value for value in found if isinstance(value, Tensor) and value.dim() == 2), None)
+    given = (kwargs.get("input_ids"), kwargs.get("inputs"), args[0] if args else None)
+    ids = next((value for value in given if isinstance(value, Tensor) and value.dim() == 2), None)
     if ids is None or ids.is_floating_point():
         return None
     return Prompt(ids, kwargs.get("attention_mask"), kwargs.get("past_key_values"))

@@ -50,13 +50,13 @@ class Accumulator(ChoiceObserver):
         Add to it in place, and do not keep it: it is replaced when there are more groups, or the layer moves.
         """
         key = (name, layer)
-        found = self._tables.get(key)
-        if found is None:
-            self._tables[key] = found = self._zeros(name, self._capacity, device)
-        elif found.device != device:
-            self._tables[key] = self._zeros(name, len(found), device).copy_(found)
-            found = self._tables[key]
-        return found
+        known = self._tables.get(key)
+        if known is None:
+            self._tables[key] = known = self._zeros(name, self._capacity, device)
+        elif known.device != device:
+            self._tables[key] = self._zeros(name, len(known), device).copy_(known)
+            known = self._tables[key]
+        return known
 
     @torch.inference_mode(False)  # the tables outlive the inference mode in which a model may be called
     def _zeros(self, name: str, groups: int, device: torch.device) -> Tensor:
@@ -84,16 +84,16 @@ class Accumulator(ChoiceObserver):
 
     def arrays(self, groups: int) -> dict[str, np.ndarray]:
         """The sums so far, name -> ``[groups, L, ...]`` (or pairs of layers, L - 1). Waits for the device."""
-        found = {}
+        arrays = {}
         for name, shape in self._shapes.items():
             rows = ACCUMULATED[name].rows(len(self.routers))
-            found[name] = np.zeros((groups, rows, *shape), ACCUMULATED[name].dtype)
+            arrays[name] = np.zeros((groups, rows, *shape), ACCUMULATED[name].dtype)
         for (name, layer), table in self._tables.items():
             known = min(groups, len(table))
-            found[name][:known, layer] = table[:known].cpu().numpy()
+            arrays[name][:known, layer] = table[:known].cpu().numpy()
         for name, sums in self._rows.items():
-            found[name][:] = sums[:groups]
-        return found
+            arrays[name][:] = sums[:groups]
+        return arrays
 
 
 class PairCounts(Accumulator):
@@ -253,8 +253,8 @@ class HiddenStates(Accumulator):
                 "record without hidden"
             )
         # which of the drafts are text is known only later
-        found = rows.clone() if call.drafted else self._summed(call, rows)
-        self._inputs[layer] = found
+        sums = rows.clone() if call.drafted else self._summed(call, rows)
+        self._inputs[layer] = sums
 
     def _summed(self, observed: ObservedCall, rows: Tensor) -> Tensor:
         segments = observed.segments(rows.device)
@@ -425,8 +425,8 @@ def _batches(lengths: Sequence[int], layers: int) -> Iterator[list[int]]:
 def _gathered(ids: Tensor, places: np.ndarray) -> Tensor:
     """The ids ``[L, T, k]`` at ``places [N, n]``, as ``[N, L, n, k]``; -1 gives empty slots."""
     index = torch.from_numpy(places).to(ids.device)
-    found = ids[:, index.clamp(min=0)]  # [L, N, n, k]
-    return torch.where((index >= 0)[None, :, :, None], found, -1).transpose(0, 1)
+    gathered = ids[:, index.clamp(min=0)]  # [L, N, n, k]
+    return torch.where((index >= 0)[None, :, :, None], gathered, -1).transpose(0, 1)
 
 
 def _codes(slots: int) -> int:
@@ -457,16 +457,16 @@ def _pairs_of_rows(ids: Tensor, experts: int) -> Tensor:
     left = torch.cat([codes * member, marked, ones], dim=2)  # one product gives m * codes + s
     right = torch.cat([member, ones, marked], dim=2).transpose(1, 2)
     first = torch.arange(rows, device=ids.device)[:, None, None] * ((slots + 1) * codes)
-    found = torch.zeros(rows * (slots + 1) * codes, dtype=torch.int64, device=ids.device)
+    pairs = torch.zeros(rows * (slots + 1) * codes, dtype=torch.int64, device=ids.device)
     step = max(_MOST_AT_ONCE // (rows * tokens), 1)
     with torch.autocast(ids.device.type, enabled=False):
         for start in range(0, tokens, step):
             code = (left[:, start : start + step] @ right).long() + first
-            found += torch.bincount(code.reshape(-1), minlength=len(found))
-    found = found.view(rows, slots + 1, codes)
+            pairs += torch.bincount(code.reshape(-1), minlength=len(pairs))
+    pairs = pairs.view(rows, slots + 1, codes)
     for size in range(1, slots + 1):  # each token was compared with itself too
-        found[:, size, 2 * size] -= (sizes == size).sum((1, 2))
-    return found // 2
+        pairs[:, size, 2 * size] -= (sizes == size).sum((1, 2))
+    return pairs // 2
 
 
 def _pairs_by_overlap(left: Tensor, right: Tensor) -> np.ndarray:
@@ -477,8 +477,8 @@ def _pairs_by_overlap(left: Tensor, right: Tensor) -> np.ndarray:
     first, second = (torch.where(size > 0, size, 2 * slots + 1) for size in sizes)
     bins = (slots + 1) * _codes(slots)
     code = shared * _codes(slots) + first + second + torch.arange(layers, device=left.device)[:, None] * bins
-    found = torch.bincount(code.reshape(-1), minlength=layers * bins)
-    numbers: np.ndarray = found.view(layers, slots + 1, _codes(slots)).cpu().numpy()
+    pairs = torch.bincount(code.reshape(-1), minlength=layers * bins)
+    numbers: np.ndarray = pairs.view(layers, slots + 1, _codes(slots)).cpu().numpy()
     return numbers
 
 

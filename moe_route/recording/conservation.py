@@ -87,13 +87,13 @@ class Conservation(ShownAsTables):
 
 def conservation(statistics: TokenSums, phase: Phase | None) -> Conservation:
     """Compare the slots of ``statistics`` with those its tokens need; the statistics must hold counts."""
-    found = statistics.token_sum("counts", phase).sum(-1) + statistics.scalar("empty", phase)
+    counted = statistics.token_sum("counts", phase).sum(-1) + statistics.scalar("empty", phase)
     return Conservation(
         statistics.groups,
         statistics.layers,
         statistics.tokens(phase),
         statistics.scalar("slots", phase),
-        found,
+        counted,
         statistics.tolerance,
     )
 

@@ -49,7 +49,7 @@ def _united(a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
 
 def _merge_versions(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, str]:
     both = {name: {*a.get(name, "").split(", "), *b.get(name, "").split(", ")} - {""} for name in [*a, *b]}
-    return {name: ", ".join(sorted(found)) for name, found in sorted(both.items())}
+    return {name: ", ".join(sorted(versions)) for name, versions in sorted(both.items())}
 
 
 def config_hash_of(metadata: Mapping[str, Any]) -> str | None:

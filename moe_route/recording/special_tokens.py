@@ -25,13 +25,13 @@ def special_ids_of(model: nn.Module) -> tuple[int, ...]:
     """
     configs = [getattr(model, "generation_config", None), getattr(model, "config", None)]
     configs.append(getattr(configs[1], "text_config", None))
-    found = without_repeats([token for config in configs for name in _NAMES for token in setting(name, {}, config)])
-    if not found:
+    ids = without_repeats([token for config in configs for name in _NAMES for token in setting(name, {}, config)])
+    if not ids:
         raise ValueError(
             "the configuration of the model names no special tokens: give their ids, "
             "record(special_tokens=tokenizer.all_special_ids)"
         )
-    return found
+    return ids
 
 
 class SpecialTokens:
@@ -69,6 +69,6 @@ class SpecialTokens:
             )
         if ids.device not in self._on:
             self._on[ids.device] = upload(torch.tensor(self.ids), ids.device)
-        found = (ids[..., None] == self._on[ids.device]).any(-1).to(call.device)
-        self._latest = call, found
-        return found
+        special = (ids[..., None] == self._on[ids.device]).any(-1).to(call.device)
+        self._latest = call, special
+        return special

@@ -242,11 +242,11 @@ class SequenceStore:
 
     def paired_items(self, *groups: str) -> list[Item]:
         """Items with an id that every one of these groups has, in the order of the first group."""
-        found: dict[str, dict[Item, None]] = {group: {} for group in groups}
+        items_of: dict[str, dict[Item, None]] = {group: {} for group in groups}
         for item, group in self._index:
-            if group in found:
-                found[group][item] = None
-        first, *rest = (found[group] for group in groups)
+            if group in items_of:
+                items_of[group][item] = None
+        first, *rest = (items_of[group] for group in groups)
         return [item for item in first if not is_unnamed(item) and all(item in items for items in rest)]
 
     def __len__(self) -> int:

@@ -275,8 +275,8 @@ class TraceWriter(ChoiceObserver):
         for (_, width), layers in alike.items():  # one copy of each, per device
             places = [self.layers.index(layer) for layer in layers]
             for target, source in ((ids, call.ids), (weights, call.weights)):  # a dtype that all observers can use
-                found = torch.stack([source[n] for n in layers], 1).cpu().numpy()[kept]
-                target[:, places, :width] = found.astype(target.dtype)
+                choices = torch.stack([source[n] for n in layers], 1).cpu().numpy()[kept]
+                target[:, places, :width] = choices.astype(target.dtype)
         return ids, weights
 
     def _empty(self, tokens: int, dtype: torch.dtype, value: int) -> np.ndarray:

@@ -451,10 +451,10 @@ def _hidden_states(model: nn.Module, ids: Tensor, valid: Tensor) -> tuple[Tensor
     with torch.inference_mode():
         output = model(input_ids=ids, attention_mask=valid.long(), output_hidden_states=True, **options)
     states: Iterator[Tensor] | None = getattr(output, "hidden_states", None)
-    found = () if states is None else tuple(states)
-    if not found or any(one is None or one.shape[:2] != ids.shape for one in found):
+    states_of_layers = () if states is None else tuple(states)
+    if not states_of_layers or any(one is None or one.shape[:2] != ids.shape for one in states_of_layers):
         raise RecordingError(
             f"{type(model).__name__} returns no hidden states per token for output_hidden_states=True: give the model "
             "of transformers below its head, such as model.model"
         )
-    return found
+    return states_of_layers

@@ -65,7 +65,7 @@ class OutputForm:
         # plain attributes, which torch.compile reads in a hook
         probabilities, dense = "probabilities" in self.returns, "scores" in self.returns
         captured = not probabilities and "logits" not in self.returns
-        found = {
+        parts = {
             "probabilities": probabilities,
             "dense": dense,
             "captured": captured,
@@ -73,7 +73,7 @@ class OutputForm:
             "weights_at": self._first("weights", "scores"),
             "ids_at": self._first("ids"),
         }
-        for name, value in found.items():
+        for name, value in parts.items():
             object.__setattr__(self, name, value)
 
     def _first(self, *names: OutputPart) -> int:
@@ -89,9 +89,9 @@ def order_of(output: Any) -> tuple[OutputPart, ...] | None:
         return None
     if min(part.shape[1] for part in output) < top_k[0]:
         return None
-    found = tuple(_part(part, top_k[0], len(output)) for part in output)
+    order = tuple(_part(part, top_k[0], len(output)) for part in output)
     known = ({"weights", "ids"}, {"scores", "ids"}, {"logits", "weights", "ids"}, {"probabilities", "weights", "ids"})
-    return found if len(set(found)) == len(found) and set(found) in known else None
+    return order if len(set(order)) == len(order) and set(order) in known else None
 
 
 def _part(part: Tensor, top_k: int, of: int) -> OutputPart:

@@ -141,12 +141,12 @@ def _described(name: str, modules: dict[str, nn.Module], family: Family) -> Rout
 
 def _known_families(modules: dict[str, nn.Module]) -> dict[str, Family]:
     """Map the name of every router in the table to its row. A block that makes the choice counts as a router."""
-    found: dict[str, Family] = {}
+    families: dict[str, Family] = {}
     for name, module in modules.items():  # a block comes before the modules inside it
         family = family_of(module)
-        if family is not None and not any(name.startswith(above and f"{above}.") for above in found):
-            found[name] = as_returned(family, module)
-    return found
+        if family is not None and not any(name.startswith(above and f"{above}.") for above in families):
+            families[name] = as_returned(family, module)
+    return families
 
 
 def _unknown_families(model: nn.Module, modules: dict[str, nn.Module], known: dict[str, Family]) -> dict[str, Family]:
@@ -154,7 +154,7 @@ def _unknown_families(model: nn.Module, modules: dict[str, nn.Module], known: di
 
     Raises `ModelNotSupportedError` for a router that is not recognized.
     """
-    found: dict[str, Family] = {}
+    families: dict[str, Family] = {}
     seen: dict[type[nn.Module], Family | str] = {}
     owners = {outermost(name, modules).rpartition(".")[0] for name in known} | set(known)
     strangers = [name for name, m in modules.items() if name not in owners and _routes_unknown(m)]
@@ -177,8 +177,8 @@ def _unknown_families(model: nn.Module, modules: dict[str, nn.Module], known: di
                 f"{type(gate).__name__} is not a known router, and {family}. {len(strangers)} such module(s). Use the "
                 "model class of transformers 5 (transformers 4 and remote code decide in another form)."
             )
-        found[f"{name}.{of_gate}" if name else of_gate] = family
-    return found
+        families[f"{name}.{of_gate}" if name else of_gate] = family
+    return families
 
 
 def _routes_unknown(module: nn.Module) -> bool:

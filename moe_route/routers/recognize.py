@@ -170,7 +170,7 @@ def _samples(router: nn.Module) -> list[Sample] | str:
     matrix = next((p for p in alone.parameters() if p.dim() == 2), None)
     if matrix is None:
         return "it has no gate matrix"
-    found: list[Sample] = []
+    samples: list[Sample] = []
     for seed, size in enumerate((1.0, 8.0)):
         hidden = random_states((PROBES, matrix.shape[1]), seed).to(matrix.device) * size
         try:
@@ -181,8 +181,8 @@ def _samples(router: nn.Module) -> list[Sample] | str:
         sample = _sample(output)
         if sample is None:
             return "it does not return logits [tokens, experts], weights [tokens, k] and ids [tokens, k]"
-        found.append(sample)
-    return found
+        samples.append(sample)
+    return samples
 
 
 def _sample(output: Any) -> Sample | None:

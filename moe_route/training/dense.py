@@ -137,12 +137,12 @@ def _stacks(model: nn.Module) -> dict[str, list[tuple[str, nn.Module, Form]]]:
 
 def _blocks_in(layer: nn.Module) -> list[tuple[str, nn.Module, Form]]:
     """Blocks inside one layer, with their names in it."""
-    found = []
+    blocks = []
     for name, module in layer.named_modules():
         form = next((form for form in FORMS if form.fits(module)), None)
         if form is not None and module is not layer:
-            found.append((name, module, form))
-    return found
+            blocks.append((name, module, form))
+    return blocks
 
 
 def _activation(name: str, block: nn.Module, form: Form) -> str:

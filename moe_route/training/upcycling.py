@@ -200,13 +200,13 @@ def _average(sparse: nn.Module, models: Sequence[nn.Module], experts: set[str]) 
     for name, parameter in sparse.named_parameters():
         if any(name.startswith(f"{block}.") for block in experts):
             continue
-        found = [other[name] for other in others if name in other and other[name].shape == parameter.shape]
-        if len(found) < len(others):
+        alike = [other[name] for other in others if name in other and other[name].shape == parameter.shape]
+        if len(alike) < len(others):
             raise UpcyclingError(f"not every model of experts_from has {name!r} of shape {list(parameter.shape)}")
         total = torch.zeros_like(parameter, dtype=torch.float32)
-        for each in found:
+        for each in alike:
             total += each.detach().to(total)
-        parameter.data.copy_(total / len(found))
+        parameter.data.copy_(total / len(alike))
 
 
 def _sparse_block(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import pickle
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +19,9 @@ import moe_route as mr
 from moe_route.base import files
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import Force, token_table
-from moe_route.steering import ExpertSelection, LayerShape, Plan, PlanError, PlanModel
+from moe_route.steering import ExpertSelection, LayerShape, Plan, PlanError, PlanModel, kinds
+from moe_route.steering.cell import Plane
+from moe_route.steering.compile import compile_rules
 from moe_route.steering.layers import show_numbers
 from moe_route.steering.rule import KINDS
 
@@ -767,3 +772,59 @@ def test_all_random_sets_are_enumerated():
     with pytest.raises(PlanError, match="pass num_experts"):
         Plan.activate({0: [1]}).all_random()
     assert len(Plan.activate({0: [1]}).all_random(num_experts=4)) == 3
+
+
+# -- a kind of rule is a class
+
+
+def test_a_rule_of_ones_own_is_one_class(monkeypatch, tmp_path):
+    monkeypatch.setattr("moe_route.steering.rule.KINDS", dict(KINDS))
+
+    class Dampen(kinds.Additive):
+        """``z_e -= strength * c_e * |z_e|``."""
+
+        kind = "dampen"
+        shows = "logit - {x} * |logit|"
+        modes = {"": Plane("magnitude")}  # noqa: RUF012
+
+        def write(self, cell, pairs):
+            super().write(cell, tuple((expert, -coefficient) for expert, coefficient in pairs))
+
+    plan = Plan([Dampen.of({0: [1]}, strength=0.5)]) + Plan.magnitude({0: [2]})
+    assert plane(plan.compile(SITES), 0, "magnitude")[0].tolist() == [0, -0.5, 0.5, 0, 0, 0, 0, 0]
+    assert str(plan.rules[0]) == "dampen 1 expert in layer 0: logit - 0.5 * |logit|"
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert [change.kind for change in plan.diff(plan * 2).changes] == ["dampen", "magnitude"]
+
+
+def test_no_kind_is_compared_with_its_name():
+    package = Path(mr.__file__).parent
+    compared = []
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+            names = {part.value for side in sides for part in ast.walk(side) if isinstance(part, ast.Constant)}
+            if any(isinstance(side, ast.Attribute) and side.attr == "kind" for side in sides) and names & KINDS.keys():
+                compared.append(f"{path.relative_to(package)}:{node.lineno}")
+    assert not compared
+
+
+def test_a_rule_goes_through_each_file_once():
+    """From `Plan.compile`, whose other work is the plan's identity (its model, its hash), to the kernel's table."""
+    files_of_functions = []
+
+    def enter(frame, event, _):
+        name, function = frame.f_globals.get("__name__", ""), frame.f_code
+        written = "<" not in function.co_name + function.co_filename  # not a comprehension, or made by dataclass
+        if event == "call" and written and name.startswith("moe_route.") and files_of_functions[-1:] != [name[10:]]:
+            files_of_functions.append(name[10:])
+
+    rules = Plan.activate({0: [1]}).rules
+    sys.setprofile(enter)
+    try:
+        compile_rules(rules, SITES[:1], (), "")
+    finally:
+        sys.setprofile(None)
+    way = ["steering.compile", "steering.rule", "steering.kinds", "steering.cell", "contract.tables"]
+    assert files_of_functions == way

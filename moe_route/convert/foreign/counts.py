@@ -118,10 +118,10 @@ def read_sglang(source: Source, *, top_k: int | None = None, group: str | None =
     owners = as_array(source.content["last_physical_to_logical_map"])
     load = np.zeros(owners.shape, np.int64)
     for one in records:
-        found = number_table(source, one["global_physical_count"], "layer, physical expert")
-        if found.shape != load.shape:
-            raise source.refused(f"a record is {list(found.shape)}, the map {list(load.shape)}", "dump one server")
-        load += found
+        physical = number_table(source, one["global_physical_count"], "layer, physical expert")
+        if physical.shape != load.shape:
+            raise source.refused(f"a record is {list(physical.shape)}, the map {list(load.shape)}", "dump one server")
+        load += physical
     return counted(source, _logical(source, load, owners), top_k=top_k, format="sglang", group=group)
 
 

@@ -62,16 +62,16 @@ def _traced(source: Source, sequences: Sequence[RoutedSequence], layers: Sequenc
         RoutedSequence(_signed(one.ids)[:, kept], one.item, one.group, prompt=one.prompt, token_ids=one.token_ids)
         for one in sequences
     ]
-    found = trace_of(parts, [str(layer) for layer in kept])
-    ordered = np.sort(found.ids, axis=2)
+    trace = trace_of(parts, [str(layer) for layer in kept])
+    ordered = np.sort(trace.ids, axis=2)
     twice = ((ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)).any(axis=2)
     if twice.any():
         token, layer = np.argwhere(twice)[0]
         raise source.refused(
-            f"token {token} has an expert twice in layer {found.layers[layer]}",
+            f"token {token} has an expert twice in layer {trace.layers[layer]}",
             "that layer is dense, or the axes are not [tokens, layers, k]: check layers (--layers)",
         )
-    return found
+    return trace
 
 
 def _signed(ids: np.ndarray) -> np.ndarray:
@@ -99,9 +99,9 @@ def read_replay(source: Source, *, layers: Sequence[int] | None = None, group: s
     sequences = [RoutedSequence(ids, item, group or "all") for item, ids in named]
     if numbers is None:
         return _traced(source, sequences, layers)
-    found = _traced(source, sequences, range(len(numbers)) if layers is None else [numbers.index(n) for n in layers])
+    trace = _traced(source, sequences, range(len(numbers)) if layers is None else [numbers.index(n) for n in layers])
     kept = numbers if layers is None else list(layers)
-    return Trace(**{**vars(found), "layers": tuple(map(str, kept)), "layer_numbers": tuple(kept)})
+    return Trace(**{**vars(trace), "layers": tuple(map(str, kept)), "layer_numbers": tuple(kept)})
 
 
 def _item(name: str) -> Item | None:

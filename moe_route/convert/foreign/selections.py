@@ -63,8 +63,8 @@ def read_choices(source: Source, *, top_k: int = 6, first_layer: int = 1, group:
     layers = sorted(by_layer)
     columns = [_layer(source, by_layer[layer], top_k) for layer in layers]
     lengths = [[len(ids) for ids, _ in column] for column in columns]
-    for layer, found in zip(layers, lengths, strict=True):
-        if found != lengths[0]:
+    for layer, lengths_there in zip(layers, lengths, strict=True):
+        if lengths_there != lengths[0]:
             raise source.refused(f"layers {layers[0]} and {layer} are of other samples", "give files of one task")
     task = group or (source.path if source.form == "folder" else source.path.parent).resolve().name
     sequences = [

@@ -161,7 +161,7 @@ def rows_of(
     has at most `max_length` tokens. If `shared`, requests of one document with the same input share a row, as the
     choices A to D after one question do.
     """
-    found: dict[Any, Row] = {}
+    rows: dict[Any, Row] = {}
     for number, (place, context, continuation) in enumerate(requests):
         whole = tuple([*context, *continuation][-(max_length + 1) :])
         if not continuation or len(continuation) > max_length or len(whole) < 2:
@@ -172,12 +172,12 @@ def rows_of(
         ids = whole[:-1]
         key: Any = (place.task, place.document, ids) if shared else number
         answer = (number, tuple(continuation))
-        row = found.get(key)
+        row = rows.get(key)
         if row is None:
-            found[key] = Row(place, ids, len(whole) - len(continuation), (answer,))
+            rows[key] = Row(place, ids, len(whole) - len(continuation), (answer,))
         else:
-            found[key] = Row(row.place, ids, row.context, (*row.requests, answer))
-    return sorted(found.values(), key=lambda row: (-len(row.ids), row.place.task, row.place.document, row.place.index))
+            rows[key] = Row(row.place, ids, row.context, (*row.requests, answer))
+    return sorted(rows.values(), key=lambda row: (-len(row.ids), row.place.task, row.place.document, row.place.index))
 
 
 class RowNames:
@@ -371,15 +371,15 @@ class MoeRouteLM(HFLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue the context of each request up to one of its stop strings."""
-        found = [""] * len(requests)
+        answers = [""] * len(requests)
         with self._running(requests), self._fixed_batch_size(), self._bar(len(requests), disable_tqdm) as bar:
             for chunk in self._generation_batches(requests):
                 with self._labels([self._places[number] for number in chunk]):
                     texts = super().generate_until([requests[number] for number in chunk], disable_tqdm=True)
                 for number, text in zip(chunk, texts, strict=True):
-                    found[number] = text
+                    answers[number] = text
                 bar.update(len(chunk))
-        return found
+        return answers
 
     def _generation_batches(self, requests: Sequence[Instance]) -> Iterator[list[int]]:
         """Indices of requests that run together: with the same arguments, from long to short.
@@ -450,17 +450,17 @@ class MoeRouteLM(HFLM):
             for place, (_, context, continuation) in zip(self._places, requests, strict=True)
         ]
         rows = rows_of(given, self.max_length, shared=self.logits_cache)
-        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with self._fixed_batch_size(), self._bar(len(requests), disable_tqdm) as bar:
             for first in range(0, len(rows), self.batch_size):
                 batch = rows[first : first + self.batch_size]
                 for row, logits in zip(batch, self._logits(batch), strict=True):
                     for number, continuation in row.requests:
-                        found[number] = self._score(logits[: len(row.ids)], continuation)
+                        answers[number] = self._score(logits[: len(row.ids)], continuation)
                         if requests[number][0] is not None:
-                            self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
+                            self.cache_hook.add_partial("loglikelihood", requests[number][0], answers[number])
                     bar.update(len(row.requests))
-        return found
+        return answers
 
     def _logits(self, batch: Sequence[Row]) -> Tensor:
         """Logits [B, S, V] of rows that are padded on the right."""
@@ -535,7 +535,7 @@ class MoeRouteLM(HFLM):
         They have ``moe_route``: version, engine, hash of the plan, and what was recorded where.
         """
         local = isinstance(self.pretrained, str) and Path(self.pretrained).is_dir()
-        found = (
+        info = (
             {  # the superclass would ask the hub for a model of this name
                 "model_num_parameters": self.model.num_parameters(),
                 "model_dtype": self.model.dtype,
@@ -559,7 +559,7 @@ class MoeRouteLM(HFLM):
                 "layers": len(statistics.layers),
                 "tokens": dict(zip(statistics.groups, statistics.tokens().max(axis=1).tolist(), strict=True)),
             }
-        return {**found, "moe_route": facts}
+        return {**info, "moe_route": facts}
 
 
 class _RowStop(MultiTokenEOSCriteria):

@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 
 def layers_by_spec(sites: Sequence[Site]) -> dict[RouterSpec, list[int]]:
     """Layers that can be counted in one call."""
-    found: dict[RouterSpec, list[int]] = {}
+    layers: dict[RouterSpec, list[int]] = {}
     for layer, site in enumerate(sites):
-        found.setdefault(site.spec, []).append(layer)
-    return found
+        layers.setdefault(site.spec, []).append(layer)
+    return layers
 
 
 def observe(
@@ -52,11 +52,11 @@ def observe(
         tokens: int32 [T, 4], their token table.
     """
     for spec, same in layers.items():
-        found = [layer for layer in same if layer in kept]
-        if not found:
+        together = [layer for layer in same if layer in kept]
+        if not together:
             continue
-        logits, ids, weights = zip(*(kept[layer] for layer in found), strict=True)
-        tables = [table for layer in found if (table := sites[layer].statistics) is not None]
+        logits, ids, weights = zip(*(kept[layer] for layer in together), strict=True)
+        tables = [table for layer in together if (table := sites[layer].statistics) is not None]
         ops.observe_layers(logits, ids, weights, spec, tokens=tokens, statistics=tables)
 
 
@@ -144,7 +144,7 @@ class Texts:
 
     def news(self) -> dict[str, Known]:
         """What became known since the last call."""
-        found: dict[str, Known] = {}
+        news: dict[str, Known] = {}
         for name, text in list(self._texts.items()):
             request, ended = text.request, text.request.is_finished()
             ids = list(request.output_token_ids[text.told :]) if self._ahead else []
@@ -153,9 +153,9 @@ class Texts:
             elif not ids and name not in self._latest:
                 continue
             text.told += len(ids)
-            found[name] = Known(request.num_tokens - (ended or not self._ahead), ended, ids)
+            news[name] = Known(request.num_tokens - (ended or not self._ahead), ended, ids)
         self._latest = set()
-        return found
+        return news
 
     def attach(self, news: Mapping[str, Known], step: Any, requests: Mapping[str, Any]) -> None:
         """Send news with a step that was laid out after they were asked for; ``requests``: all of the scheduler."""

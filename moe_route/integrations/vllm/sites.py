@@ -284,13 +284,13 @@ def find_stage(read: Callable[[], list[Site]], stages: int) -> tuple[list[Site],
     Raises ``EngineNotSupportedError`` that ``read`` raised, here or in another stage, and where no stage has a layer.
     """
     sites: list[Site] = []
-    found: tuple[LayerShape, ...] | str
+    mine: tuple[LayerShape, ...] | str
     try:
         sites = read()
-        found = tuple(LayerShape(site.num_experts, site.top_k) for site in sites)
+        mine = tuple(LayerShape(site.num_experts, site.top_k) for site in sites)
     except EngineNotSupportedError as error:
-        found = str(error)
-    index, of_all = (0, [found]) if stages == 1 else _exchanged(found)
+        mine = str(error)
+    index, of_all = (0, [mine]) if stages == 1 else _exchanged(mine)
     wrong = next((one for one in of_all if isinstance(one, str)), None)
     if wrong is not None:
         raise EngineNotSupportedError(wrong)
