@@ -23,8 +23,6 @@ from moe_route.experts.interface import experts_implementations, experts_paths
 from moe_route.patching.attachment import attachment_of
 from moe_route.routers.discovery import find_routers
 
-__all__ = ["Description", "Diagnosis", "EXTRAS", "LayerDescription", "describe", "doctor"]
-
 
 @dataclass(frozen=True)
 class LayerDescription:

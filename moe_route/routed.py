@@ -42,8 +42,6 @@ from moe_route.steering.learned import RoutingParameters, fit, frozen
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["RoutedModel", "attach"]
-
 
 def attach(
     model: nn.Module,

@@ -152,7 +152,7 @@ COUNTS: Mapping[str, tuple[Callable[[], int], int]] = {
     "names of moe_route": (public_names, 25),
     "commands": (lambda: len(commands()), 34),
     "options of commands": (options, 470),
-    "the word found": (lambda: words("found"), 1_800),
+    "the word found": (lambda: words("found"), 237),
     "pages of docs": (doc_pages, 20),
 }
 """What is counted -> how, and its ceiling."""

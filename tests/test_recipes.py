@@ -120,7 +120,7 @@ def test_other_models_and_names_are_refused() -> None:
     with pytest.raises(PlanError, match="lower its threshold"):
         entry(task, Frequencies(0.999 * task.values, entry.top_k))
     with pytest.raises(AnalysisError, match="no expert differs"):
-        mr.recipe("steermoe/olmoe-1b-7b/safe")(*[Frequencies(np.full((16, 64), 0.1), 8)] * 2)
+        mr.recipe("steermoe/olmoe-1b-7b/safe")(*(Frequencies(np.full((16, 64), f), 8) for f in (0.1, 0.2)))
     with pytest.raises(ValueError, match=r"no recipe 'paper/qwen3'.*paper/qwen3-30b-a3b/mgsm"):
         mr.recipe("paper/qwen3")
     with pytest.raises(ValueError, match="base must be 0 or 1"):

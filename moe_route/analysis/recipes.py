@@ -27,8 +27,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["RECIPES", "Recipe", "Recipes", "plan_of", "recipe"]
-
 _PAPER = "arXiv 2510.04694"
 _STEERMOE = "arXiv 2509.09660, activations/num_experts.jsonl of its repository"
 

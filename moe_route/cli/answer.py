@@ -11,8 +11,6 @@ from errno import ENOENT
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Answer", "one_line", "plain"]
-
 
 @dataclass(frozen=True)
 class Answer:

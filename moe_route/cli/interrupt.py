@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["INTERRUPTED", "deferred_interrupt"]
-
 INTERRUPTED = 130
 """Exit code of a command ended by Ctrl-C: 128 + SIGINT, as in shells."""
 

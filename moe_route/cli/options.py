@@ -16,23 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = [
-    "Parser",
-    "add",
-    "command",
-    "existing",
-    "given",
-    "layers",
-    "model_arguments",
-    "names",
-    "out_argument",
-    "positive",
-    "refuse",
-    "statistics_arguments",
-    "text_arguments",
-    "verbs_of",
-]
-
 TABLES = (".csv", ".json", ".parquet")
 """Suffixes of the tables that a result is kept in."""
 

@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from moe_route.cli import parser
 from moe_route.cli.options import Parser
 
-__all__ = ["page"]
-
 _INTRODUCTION = """\
 # Command line
 

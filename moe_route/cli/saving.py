@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from moe_route.recording import Recorder
 
-__all__ = ["check_room_after_first_batch", "save", "save_when_there_is_room"]
-
 _SECONDS_BETWEEN_TRIES = 2.0
 _SECONDS_OF_WAITING = 3600.0
 

@@ -2,7 +2,5 @@
 
 from __future__ import annotations
 
-__all__ = ["MAX_CHOSEN", "MAX_EXPERTS"]
-
 MAX_EXPERTS = 4096  # experts of one layer (`kMaxExperts` in gate.h)
 MAX_CHOSEN = 64  # experts per token (`kMaxChosen` in gate.h)

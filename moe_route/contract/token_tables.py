@@ -19,20 +19,6 @@ from torch import Tensor
 from moe_route.base.devices import upload
 from moe_route.contract.tables import NEUTRAL, SteeringTables
 
-__all__ = [
-    "BY_TOKEN",
-    "NAMED",
-    "Named",
-    "Part",
-    "Placed",
-    "TokenTables",
-    "ValuesByToken",
-    "entries",
-    "join",
-    "starts",
-    "stream_of",
-]
-
 
 class Named(NamedTuple):
     """One table of ``Part.named``: its dtype, what a row holds ("E" and "k": one number per expert or slot, "": a

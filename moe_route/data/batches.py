@@ -13,8 +13,6 @@ from tqdm import tqdm
 from moe_route.data.corpus import Corpus
 from moe_route.data.reader import CorpusText
 
-__all__ = ["Batch", "EncodedTexts", "Text", "encode", "padded_batches", "texts_of", "token_ids"]
-
 
 @dataclass(frozen=True, slots=True)
 class Text:

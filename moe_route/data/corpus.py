@@ -9,8 +9,6 @@ from types import MappingProxyType
 
 from moe_route.data.reader import CorpusError, Quotes, read_texts, unknown_language
 
-__all__ = ["Corpus"]
-
 
 @dataclass(frozen=True)
 class Corpus:

@@ -10,18 +10,6 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
-__all__ = [
-    "LANGUAGE_FAMILIES",
-    "Language",
-    "codes",
-    "families_of",
-    "flores_code",
-    "is_language",
-    "language",
-    "language_name",
-    "spaces_words",
-]
-
 _FLORES = """
 ace_Arab Acehnese (Arabic script)|ace_Latn Acehnese (Latin script)|acm_Arab Mesopotamian Arabic|
 acq_Arab Ta’izzi-Adeni Arabic|aeb_Arab Tunisian Arabic|afr_Latn Afrikaans|ajp_Arab South Levantine Arabic|

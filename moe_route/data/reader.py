@@ -21,17 +21,6 @@ from typing import Any, Literal, NamedTuple
 from moe_route.base import hub
 from moe_route.data.languages import flores_code, is_language, language, spaces_words
 
-__all__ = [
-    "LAYOUTS",
-    "CorpusError",
-    "CorpusStream",
-    "CorpusText",
-    "Layout",
-    "json_rows",
-    "read_texts",
-    "table",
-]
-
 Quotes = Literal["csv", "none"]
 
 _SHIPPED_FOLDER = Path(__file__).resolve().parent / "corpus"

@@ -10,8 +10,6 @@ from moe_route.data.corpus import Corpus
 from moe_route.data.languages import spaces_words
 from moe_route.data.reader import CorpusError, table
 
-__all__ = ["Question", "Task"]
-
 
 @dataclass(frozen=True, slots=True)
 class Question:

@@ -12,19 +12,6 @@ from moe_route.evaluation.study import ControlSettings, Study, StudyError
 from moe_route.steering import ExpertSelection, Plan, PlanError
 from moe_route.steering.layers import layers, show_numbers
 
-__all__ = [
-    "AGAIN",
-    "BASE",
-    "NULL",
-    "STEERED",
-    "Conditions",
-    "FoundExperts",
-    "Setting",
-    "conditions",
-    "published_setting",
-    "sweep_settings",
-]
-
 BASE, AGAIN, NULL, STEERED = "base", "base again", "null plan", "steered"
 _NOBODY = "no language at all"  # group of the null plan, which no text has
 

@@ -17,8 +17,6 @@ from moe_route.evaluation.study import ChatSettings, StudyError, TaskSource
 from moe_route.evaluation.tasks import NUMBER_SCORERS, channel_of, until_first
 from moe_route.runs.language_model import LanguageModel
 
-__all__ = ["AskedTask", "ask", "fixed_batches", "scorers_of"]
-
 # the call of a chat template that gives today's date
 _TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
 

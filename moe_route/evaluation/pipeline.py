@@ -46,8 +46,6 @@ from moe_route.runs.language_model import LanguageModel
 from moe_route.runs.lines import Key, ResultLines
 from moe_route.steering import ExpertSelection, Plan
 
-__all__ = ["Evaluation", "NullPlanError", "evaluate"]
-
 STAGES = ("record", "find", "sweep", "evaluate", "analyze", "report")
 _CHEAP = ("find", "analyze", "report")  # they run no model: with other inputs they are made again without asking
 _RECORDING = 2  # raised when the same inputs give other files of the stage `record`

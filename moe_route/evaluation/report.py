@@ -10,8 +10,6 @@ from moe_route.base.table import interval
 from moe_route.evaluation.conditions import AGAIN, BASE, NULL
 from moe_route.steering.layers import show_numbers
 
-__all__ = ["effect_tables", "markdown"]
-
 
 def markdown(content: Mapping[str, Any]) -> str:
     """The report of `report.json`, one sentence per line."""

@@ -17,8 +17,6 @@ from moe_route.evaluation.measure import AskedTask, scorers_of
 from moe_route.evaluation.study import Study
 from moe_route.recording import RoutingStatistics
 
-__all__ = ["Answered", "compare", "mcnemar", "power", "results_of"]
-
 _NORMAL = 1.96 + 0.84  # two-sided level .05, power .8
 
 

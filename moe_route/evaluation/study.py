@@ -25,24 +25,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = [
-    "CONTROLS",
-    "ChatSettings",
-    "ControlSettings",
-    "CorporaSettings",
-    "CorpusSource",
-    "FindSettings",
-    "ModelSettings",
-    "SeedSettings",
-    "SteerSettings",
-    "Study",
-    "StudyError",
-    "SweepSettings",
-    "TaskSource",
-    "parse_assignment",
-    "read_study",
-]
-
 _COMMIT = 40  # hexadecimal digits of a commit hash
 
 CONTROLS = ("before", "after", "multilingual", "deactivation", "off", "other layer base")

@@ -22,20 +22,6 @@ from moe_route.data import Corpus, CorpusError, Question, Task, demo_problems
 from moe_route.data.languages import flores_code
 from moe_route.evaluation.study import CorpusSource, StudyError, TaskSource, fingerprint
 
-__all__ = [
-    "NUMBER_SCORERS",
-    "Scorer",
-    "channel_of",
-    "corpus_fingerprint",
-    "flexible_extract",
-    "kind_of",
-    "normalized_number",
-    "read_source",
-    "read_task",
-    "task_fingerprint",
-    "until_first",
-]
-
 LETTERS = ("A", "B", "C", "D")
 
 # language -> (before the question, after it): the native prompts of lm-eval's mgsm_native_cot (there, the Russian one

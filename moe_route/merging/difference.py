@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_route.base.table import data_frame
 from moe_route.merging.checkpoint import check_alike, check_descent
 from moe_route.merging.layout import Layout
 from moe_route.merging.swapping import Source, opened
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,16 @@ class Difference:
         return {
             "by_layer": self.by_layer(),
             "by_kind": self.by_kind(),
-            "changes": [{**vars(change), "relative": change.relative} for change in self],
+            "changes": self._rows(),
         }
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per change: layer, expert, kind, the norms, and their ratio. Needs pandas."""
+        rows = self._rows()
+        return data_frame({name: [row[name] for row in rows] for name in rows[0]} if rows else {})
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [{**vars(change), "relative": change.relative} for change in self]
 
 
 def difference(model: Source, base: Source) -> Difference:

@@ -27,17 +27,6 @@ from moe_route.contract.tables import NEUTRAL, STEERING_PLANES, Force, Statistic
 from moe_route.contract.token_tables import Part, TokenTables, stream_of
 from moe_route.ops.gate import route, route_weights
 
-__all__ = [
-    "Steered",
-    "fitted",
-    "gumbel_noise",
-    "logits_of_scores",
-    "permutations",
-    "route_tokens",
-    "steer",
-    "token_counter",
-]
-
 _FACTORS = ("scale", "weight_scale")
 
 # constants of SplitMix64, as signed numbers

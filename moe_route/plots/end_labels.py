@@ -13,8 +13,6 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox, IdentityTransform
 
-__all__ = ["EndLabels", "label_ends", "spread"]
-
 _GAP = 9.0  # points between the axes and a label
 
 

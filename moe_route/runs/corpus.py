@@ -32,8 +32,6 @@ from moe_route.runs.job import ForeignFolderError, Job
 from moe_route.runs.language_model import LanguageModel
 from moe_route.runs.record import record_texts
 
-__all__ = ["AttachedTexts", "CorpusRecording", "KeptTexts", "Progress", "TextRunner", "Texts"]
-
 RESULT = "statistics.safetensors"
 _TOTAL = "sums.safetensors"
 _CUT = "cut.jsonl"

@@ -23,8 +23,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["ForeignFolderError", "Job", "Step", "made_folder", "refuse_made"]
-
 _RUN = "run.json"
 _STEP = "step.json"
 _KIND = "run"

@@ -18,8 +18,6 @@ from moe_route.data.batches import Batch, EncodedTexts, Text, encode, padded_bat
 from moe_route.routed import RoutedModel, attach
 from moe_route.training import is_upcycled, load_upcycled, with_sparse_blocks
 
-__all__ = ["DEMO_MODEL", "Answers", "LanguageModel", "ModelNotFoundError", "model_without_weights"]
-
 DEMO_MODEL = "demo"
 # tried in this order; the first one that knows a configuration builds its model
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModel")

@@ -11,8 +11,6 @@ from typing import Any
 from moe_route.base import files
 from moe_route.runs.job import ForeignFolderError
 
-__all__ = ["ResultLines"]
-
 Key = tuple[str, str, str]  # task, language, item
 
 

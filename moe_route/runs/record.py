@@ -13,8 +13,6 @@ from moe_route.runs.language_model import LanguageModel
 if TYPE_CHECKING:
     from moe_route.recording import Recorder
 
-__all__ = ["record_texts"]
-
 
 def record_texts(
     recorder: Recorder,

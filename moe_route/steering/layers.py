@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from operator import index
 
-__all__ = ["as_layers", "layers", "show_numbers"]
-
 
 def layers(first: int, last: int | None = None, *, base: int = 0) -> range:
     """Layer indices from a published range, both ends included: ``layers(8, 35)`` is ``range(8, 36)``.

@@ -28,8 +28,6 @@ from moe_route.steering.rule import as_groups
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["LearnedRouting", "RoutingParameters", "fit"]
-
 What = Literal["bias", "scale", "temperature"]
 _KINDS = ("bias", "scale", "temperature")
 _SHOWN = 6  # experts that are printed per layer

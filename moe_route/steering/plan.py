@@ -25,8 +25,6 @@ from moe_route.steering.rule import Experts, Rule, as_groups, as_phase, as_posit
 from moe_route.steering.selection import ExpertSelection, random_permutation
 from moe_route.steering.tables import RecordedChoices, ReplayTable, ScoreTable, SequenceTable, table_of
 
-__all__ = ["Plan"]
-
 _KIND = "plan"
 _KEYS = ("rules", "model", "description", "tables", "hash")  # of a file
 _ENVELOPE = ("moe_route", "schema")  # what every JSON file has beside

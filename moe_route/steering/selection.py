@@ -14,8 +14,6 @@ from moe_route.base.table import Table, number_of
 from moe_route.steering.layers import as_layers, show_numbers
 from moe_route.steering.model import PlanModel
 
-__all__ = ["ExpertSelection", "random_permutation"]
-
 _KIND = "selection"
 _SHOWN = 16  # number of layers that repr lists
 

@@ -125,7 +125,7 @@ def test_pictures_of_a_strength_sweep(answer, moe_route, tmp_path: Path):
     refused(moe_route("plot", "steering-table", path, "--out", tmp_path / "e.svg"), "--strengths")
 
 
-def test_pictures_with_floor_and_intervals(answer, moe_route, general, tmp_path: Path):
+def test_pictures_with_floor_and_intervals(answer, moe_route, general, files, tmp_path: Path):
     levels = tmp_path / "levels.tsv"
     levels.write_text("code\tlevel\neng_Latn\thigh\ndeu_Latn\thigh\nswh_Latn\tlow\n")
     scores = tmp_path / "scores.tsv"
@@ -136,8 +136,8 @@ def test_pictures_with_floor_and_intervals(answer, moe_route, general, tmp_path:
         ("entropy", "--of", "sequence", "--by-script", "--interval", "0.9", "--column", "3.3", "--size", "7"),
         ("correlation", "--scores", scores, "--interval", "0.9"),
         ("heat-maps", "--reference", "eng_Latn"),
-        ("sweep-overlap", "--task", general, "--group", "eng_Latn"),
-        ("sweep", "--task", general, "--group", "eng_Latn", "--of", "both"),
+        ("sweep-overlap", "--task", files["task"], "--group", "eng_Latn"),
+        ("sweep", "--task", files["task"], "--group", "eng_Latn", "--of", "both"),
     ):
         out = tmp_path / f"{what}.svg"
         answer("plot", what, general, "--out", out, *arguments)

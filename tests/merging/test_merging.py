@@ -323,6 +323,7 @@ class TestDifference:
         name = next(n for n, p in layout.places.items() if p.part == "experts" and p.kind == "down")
         moved.state_dict()[name][5] += 0.1
         found = merging.difference(moved, base)
+        assert list(found.to_pandas()["relative"]) == [change.relative for change in found]
         changed = [change for change in found if change.change]
         assert [(c.moe_layer, c.expert, c.kind) for c in changed] == [(0, 5, "down")]
         expected = float((moved.state_dict()[name][5] - base.state_dict()[name][5]).double().norm())

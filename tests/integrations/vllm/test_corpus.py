@@ -1,4 +1,4 @@
-"""``moe-route record --engine vllm --out FOLDER/``: the counts of transformers, checkpoints, resuming, refusals."""
+"""``moe-route record --corpus --engine vllm``: the counts of transformers, checkpoints, resuming, refusals."""
 
 from __future__ import annotations
 
@@ -39,18 +39,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("given", "out", "words"),
     [
-        (["--data", "CORPUS", "--pairs"], "--pairs is unknown to --engine vllm"),
-        (["--data", "CORPUS", "--device", "cpu"], "--device is unknown to --engine vllm"),
-        (["--out", "s.safetensors"], "--engine vllm records into a folder"),
+        (["--pairs"], "run/", "--pairs is unknown to --engine vllm"),
+        (["--device", "cpu"], "run/", "--device is unknown to --engine vllm"),
+        ([], "run.safetensors", "--out FOLDER/"),
     ],
 )
 def test_what_an_engine_does_not_know_is_refused(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], words: str
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], out: str, words: str
 ) -> None:
-    given = [str(corpus) if one == "CORPUS" else one for one in given]
-    assert main(["record", "--engine", "vllm", "--out", str(tmp_path / "run"), *given]) != 0
+    assert main(["record", "--engine", "vllm", "--data", str(corpus), *given, "--out", f"{tmp_path}/{out}"]) != 0
     assert words in capsys.readouterr().err
 
 
@@ -58,7 +57,7 @@ def test_a_launcher_is_refused(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["record", "--engine", "vllm", "--data", str(corpus), "--out", str(tmp_path / "run")]) != 0
+    assert main(["record", "--engine", "vllm", "--data", str(corpus), "--out", f"{tmp_path}/run/"]) != 0
     assert "leave the launcher out, and use --tensor-parallel N" in capsys.readouterr().err
 
 
@@ -67,7 +66,7 @@ def test_without_vllm_the_command_says_what_it_needs(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("moe_route.integrations.vllm.corpus")
-    assert main(["record", "--engine", "vllm", "--data", str(corpus), "--out", str(tmp_path / "run")]) != 0
+    assert main(["record", "--engine", "vllm", "--data", str(corpus), "--out", f"{tmp_path}/run/"]) != 0
     assert "--engine vllm needs vLLM beside moe-route" in capsys.readouterr().err
 
 
@@ -121,7 +120,7 @@ def test_a_run_that_was_stopped_goes_on(runner: Any, corpus: Path, tmp_path: Pat
     assert last.texts == 66
     assert last.cut > 0
     arguments = ["--data", str(corpus), "--batch-size", "1", "--max-length", "24"]
-    assert main(["record", *arguments, "--out", str(tmp_path / "there")]) == 0
+    assert main(["record", *arguments, "--out", f"{tmp_path}/there/"]) == 0
     found, expected = (RoutingStatistics.load(tmp_path / name / "statistics.safetensors") for name in ("run", "there"))
     assert_same(found, expected)
     sums = [
@@ -142,10 +141,10 @@ def test_the_command_steers_and_records(
     plan = mr.Plan.activate({2: [1, 5], 4: [7]}, strength=0.7).only(groups=["swh_Latn"])
     plan.save(tmp_path / "plan.safetensors")
     arguments = ["--data", str(corpus), "--plan", str(tmp_path / "plan.safetensors")]
-    assert main(["record", *arguments, "--engine", "vllm", "--out", str(tmp_path / "here")]) == 0
+    assert main(["record", *arguments, "--engine", "vllm", "--out", f"{tmp_path}/here/"]) == 0
     assert "66 texts" in capsys.readouterr().out
     gc.collect()
-    assert main(["record", *arguments, "--out", str(tmp_path / "there")]) == 0
+    assert main(["record", *arguments, "--out", f"{tmp_path}/there/"]) == 0
     found, expected = (RoutingStatistics.load(tmp_path / name / "statistics.safetensors") for name in ("here", "there"))
     assert_same(found, expected)
     assert expected.scalar("flipped").sum() > 0
