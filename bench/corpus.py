@@ -1,4 +1,4 @@
-"""A million tokens recorded by `moe-route record --corpus`: once undisturbed, once killed five times, and compared.
+"""A million tokens that `moe-route record` puts into a folder: once undisturbed, once killed five times, compared.
 
     python -m bench.corpus            # writes results/corpus.json; minutes on a core
 
@@ -91,7 +91,7 @@ def resident(process: int) -> float:
 
 def session(corpus: Path, out: Path, *, kill_at: int | None = None, delay: float = 0.0) -> Session:
     """Run the command until it ends, or is killed `delay` seconds after a checkpoint holds `kill_at` tokens."""
-    options = ["--corpus", str(corpus), "--out", str(out), "--checkpoint-seconds", str(CHECKPOINT_SECONDS)]
+    options = ["--data", str(corpus), "--out", str(out), "--checkpoint-seconds", str(CHECKPOINT_SECONDS)]
     quiet = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     line = [sys.executable, "-m", "moe_route", "record", *options]
     process = subprocess.Popen(line, env=quiet, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

@@ -43,7 +43,7 @@ def test_it_prints_everything() -> None:
 
 def test_the_name_stays_a_function() -> None:
     """However the module that it lives in is imported."""
-    program = "import moe_route as mr, moe_route.description, moe_route.cli.doctor; print(mr.doctor().ok)"
+    program = "import moe_route as mr, moe_route.description, moe_route.cli.describe; print(mr.doctor().ok)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"
 

@@ -200,7 +200,7 @@ def recipe(name: str) -> Recipe:
     """The published setting with this name; ``analysis.recipes.RECIPES`` shows all. ``ValueError`` for other names."""
     if name not in RECIPES:
         close = [known for known in RECIPES if set(name.lower().split("/")) & set(known.split("/"))] or [*RECIPES]
-        raise ValueError(f"there is no recipe {name!r}: there are {', '.join(close[:6])} (moe-route plan recipes)")
+        raise ValueError(f"there is no recipe {name!r}: there are {', '.join(close[:6])} (moe-route plan make)")
     return RECIPES[name]
 
 

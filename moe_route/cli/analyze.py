@@ -435,7 +435,13 @@ def _geometry(question: Question, options: argparse.Namespace) -> Answer:
 
 def _add_similarity(parser: Parser) -> None:
     statistics_arguments(parser, "vectors, or statistics; several statistics are added up")
-    add(parser, *_PARALLEL)
+    add(parser, *(name for name in _PARALLEL if name != "kind"))
+    parser.add_argument(
+        "--kind",
+        choices=("full", "topk", "count", "hidden"),
+        help="of statistics: scores over all experts, weights of the chosen ones, how often they are chosen, or inputs "
+        "of the routers (record --hidden); default: full",
+    )
     add(
         parser,
         "reference",

@@ -50,6 +50,7 @@ def add_completion(verbs: Any) -> None:
         "moe-route completion fish > ~/.config/fish/completions/moe-route.fish",
     )
     parser.add_argument("shell", choices=tuple(SCRIPTS), help="the shell to complete in")
+    parser.takes_any_word = True
     parser.add_argument("--words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
 
 

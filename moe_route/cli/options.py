@@ -23,6 +23,15 @@ _NUMBERS = re.compile(r"-\.?\d[\d.,eE+-]*$")
 Check = Callable[[argparse.Namespace], None]
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Wraps descriptions, and leaves the lines of examples as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return super()._fill_text(text, width, indent)
+        return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent)
+
+
 class Parser(argparse.ArgumentParser):
     """An ``ArgumentParser`` whose errors are one line. Options are written in full.
 
@@ -30,11 +39,11 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
-        kwargs |= {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        kwargs |= {"allow_abbrev": False, "formatter_class": _Help}
         super().__init__(*args, **kwargs)
         self._negative_number_matcher = _NUMBERS  # "-1,2" is a value, as "-1" is
         self.checks: list[Check] = []
-        self.takes_any_word = False  # the words are those of another program
+        self.takes_any_word = False  # the words are those of another program, or of another command
 
     def error(self, message: str) -> NoReturn:
         print(f"moe-route: {message} (`{self.prog} --help` shows what it takes)", file=sys.stderr)
@@ -68,8 +77,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def meant(words: Iterable[str], known: Sequence[str]) -> str:
-    """A question for the known words that come nearest, or ""."""
-    near = [match for word in words for match in get_close_matches(word, known, n=1)]
+    """A question for the known words that come nearest, or "": those that begin like a word, else the most similar."""
+    near = [
+        match
+        for word in words
+        for match in [name for name in known if len(word) > 3 and name.startswith(word)]
+        or get_close_matches(word, known, n=1)
+    ]
     return f": did you mean {', '.join(dict.fromkeys(near))}?" if near else ""
 
 
@@ -245,8 +259,10 @@ def add(parser: argparse._ActionsContainer, *options: str, required: Iterable[st
 
 
 def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """The options among ``names`` that were given, or have a default, by name."""
-    return {name: value for name in names if (value := getattr(options, name)) is not None and value is not False}
+    """The options among ``names`` that were given, or have a default, by name; a flag that is not given is left out."""
+    values = {name: getattr(options, name) for name in names}
+    off = {name for name, value in values.items() if value is False and options.verb.get_default(name) is False}
+    return {name: value for name, value in values.items() if value is not None and name not in off}
 
 
 def refuse(options: argparse.Namespace, names: Iterable[str], why: str) -> None:

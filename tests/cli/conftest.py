@@ -58,7 +58,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {name: folder / f"{name}.safetensors" for name in ("general", "task", "plan")}
     assert main(["record", "--out", str(made["general"]), *SMALL]) == 0
     assert main(["record", "--data", "arithmetic", "--out", str(made["task"]), *SMALL]) == 0
-    experts = ["--task", str(made["task"]), "--baseline", str(made["general"]), "--group", "eng_Latn"]
+    experts = [str(made["task"]), "--baseline", str(made["general"]), "--group", "eng_Latn"]
     assert (
         main(["analyze", "experts", *experts, "--threshold", "0.05", "--layers", "2-5", "--plan", str(made["plan"])])
         == 0

@@ -1,4 +1,4 @@
-"""`moe-route vectors`, `analyze alignment` and `analyze similarity` of vectors give what the library gives."""
+"""`moe-route record --vectors` and `analyze similarity`, with a reference and without, give what the library gives."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from moe_route.cli import main
 from moe_route.recording import RoutingStatistics, SentenceVectors
 
 LANGUAGES = ("eng_Latn", "deu_Latn", "fra_Latn", "swh_Latn")
+ALIGNMENT = ("analyze", "similarity", "--reference", "eng_Latn")
 SOME = ("--languages", ",".join(LANGUAGES), "--limit", "12")
 
 
@@ -21,7 +22,7 @@ SOME = ("--languages", ",".join(LANGUAGES), "--limit", "12")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("parallel")
     paths = {name: folder / f"{name}.safetensors" for name in ("vectors", "general")}
-    assert main(["vectors", "--out", str(paths["vectors"]), *SOME]) == 0
+    assert main(["record", "--vectors", "position", "--out", str(paths["vectors"]), *SOME]) == 0
     assert main(["record", "--hidden", "--out", str(paths["general"]), *SOME]) == 0
     return paths
 
@@ -31,7 +32,7 @@ def plain(found):
 
 
 def test_vectors(answer, made, tmp_path: Path) -> None:
-    found = answer("vectors", "--out", tmp_path / "v.safetensors", *SOME, "--pooling", "mean", "--max-length", "6")
+    found = answer("record", "--out", tmp_path / "v.safetensors", *SOME, "--vectors", "mean", "--max-length", "6")
     assert found["groups"] == list(LANGUAGES)
     assert found["items"] == 12
     assert found["layers"][:2] == ["embedding", "layer 1"]
@@ -43,30 +44,30 @@ def test_vectors(answer, made, tmp_path: Path) -> None:
 
 def test_alignment_of_vectors_and_of_routing(answer, made, tmp_path: Path) -> None:
     vectors = SentenceVectors.load(made["vectors"])
-    found = answer("analyze", "alignment", made["vectors"], "--accuracy", "0.8")
+    found = answer(*ALIGNMENT, made["vectors"], "--accuracy", "0.8")
     expected = analysis.alignment(vectors, "eng_Latn")
     assert {name: found[name] for name in plain(expected)} == plain(expected)
     assert found["estimates"] == expected.estimate(0.8)
-    part = answer("analyze", "alignment", made["vectors"], "--rule", "cosine", "--layers", "1-3", "--center")
+    part = answer(*ALIGNMENT, made["vectors"], "--rule", "cosine", "--layers", "1-3", "--center")
     np.testing.assert_allclose(
         part["values"], analysis.alignment(vectors, "eng_Latn", rule="cosine", center=True).values[:, 1:4]
     )
     statistics = RoutingStatistics.load(made["general"])
     for kind, rule in (("full", "margin"), ("hidden", "retrieval")):
         options = ("--rule", rule, "--neighbors", "3", "--kind", kind, "--no-center")
-        found = answer("analyze", "alignment", made["general"], *options, "--groups", "deu_Latn,swh_Latn")
+        found = answer(*ALIGNMENT, made["general"], *options, "--groups", "deu_Latn,swh_Latn")
         expected = analysis.alignment(
             statistics, "eng_Latn", rule=rule, neighbors=3, kind=kind, center=False, groups=["deu_Latn", "swh_Latn"]
         )
         assert {name: found[name] for name in plain(expected)} == plain(expected)
     scores = tmp_path / "scores.tsv"
     scores.write_text("deu_Latn\t3\nfra_Latn\t2\nswh_Latn\t1\n")
-    found = answer("analyze", "alignment", made["vectors"], "--scores", scores)
+    found = answer(*ALIGNMENT, made["vectors"], "--scores", scores)
     assert found["correlation"]["quantity"] == "MEXA alignment with"
 
 
 def test_similarity_of_vectors(answer, moe_route, made) -> None:
-    found = answer("analyze", "similarity", made["vectors"], "--target", "deu_Latn", "--linkage", "average")
+    found = answer("analyze", "similarity", made["vectors"], "--target", "deu_Latn", "--tree", "average")
     expected = analysis.similarity(SentenceVectors.load(made["vectors"]))
     assert {name: found[name] for name in plain(expected)} == plain(expected)
     assert found["source"] == expected.best_source("deu_Latn")
@@ -78,11 +79,11 @@ def test_similarity_of_vectors(answer, moe_route, made) -> None:
 
 def test_refuses_with_the_fix(moe_route, made) -> None:
     vectors = made["vectors"]
-    refused(moe_route("analyze", "alignment", vectors, vectors), "one file of vectors")
-    refused(moe_route("analyze", "alignment", vectors, "--layers", "9"), "9 layers, counted from 0")
-    refused(moe_route("analyze", "alignment", vectors, "--kind", "full"), "leave it out")
-    refused(moe_route("analyze", "alignment", vectors, "--reference", "zho_Hans"), "no group 'zho_Hans'")
-    refused(moe_route("analyze", "alignment", vectors, "--rule", "cosine", "--accuracy", "0.5"), 'rule="mexa"')
+    refused(moe_route(*ALIGNMENT, vectors, vectors), "one file of vectors")
+    refused(moe_route(*ALIGNMENT, vectors, "--layers", "9"), "9 layers, counted from 0")
+    refused(moe_route(*ALIGNMENT, vectors, "--kind", "full"), "leave it out")
+    refused(moe_route("analyze", "similarity", vectors, "--reference", "zho_Hans"), "no group 'zho_Hans'")
+    refused(moe_route(*ALIGNMENT, vectors, "--rule", "cosine", "--accuracy", "0.5"), 'rule="mexa"')
     refused(moe_route("analyze", "divergence", vectors), "give a file of the right kind")
 
 
@@ -91,7 +92,7 @@ def test_plots(answer, moe_route, made, tmp_path: Path) -> None:
         for picture, options in (
             ("alignment", ("--interval", "0.9")),
             ("similarity", ()),
-            ("dendrogram", ("--layers", "2-4")),
+            ("tree", ("--layers", "2-4")),
         ):
             out = tmp_path / f"{picture}{number}.png"
             answer("plot", picture, source, *options, "--out", out)

@@ -1,4 +1,4 @@
-"""`moe-route analyze experts | difference | sweep | overlap` on the demo model."""
+"""`moe-route analyze experts | overlap` on the demo model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def both(recorded):
-    return ("--task", recorded["task"], "--baseline", recorded["general"], "--group", "eng_Latn")
+    return (recorded["task"], "--baseline", recorded["general"], "--group", "eng_Latn")
 
 
 def loaded(recorded):
@@ -36,7 +36,7 @@ def loaded(recorded):
 
 def test_every_rule_finds_what_the_library_finds(answer, recorded, both):
     task, general = loaded(recorded)
-    one = ("analyze", "experts", "--task", recorded["general"])
+    one = ("analyze", "experts", recorded["general"])
     cases = [
         (
             (*both, "--by", "token", "--threshold", "0.1", "--layers", "2-5", "--per-layer", "2"),
@@ -92,7 +92,7 @@ def test_stable_experts(answer, recorded, both):
     )
     assert found["jaccard"] == stable.jaccard
     assert found["selection"]["experts"] == stable.selection.to_dict()["experts"]
-    language = ("analyze", "experts", "--task", recorded["general"], "--rule", "rise", "--stability", "5")
+    language = ("analyze", "experts", recorded["general"], "--rule", "rise", "--stability", "5")
     assert answer(*language, "--group", "swh_Latn")["whole"]["experts"]
     risk = answer("analyze", "experts", *both, "--rule", "risk", "--top-n", "6", "--stability", "9")
     assert set(risk) == {"activate", "deactivate", "values"}
@@ -104,13 +104,13 @@ def test_a_selection_is_written_edited_and_made_a_plan(answer, both, tmp_path: P
     content = json.loads(selection.read_text())
     content["experts"] = {"3": [1, 5], "9": [2]} if "9" in content["experts"] else {"3": [1, 5]}
     selection.write_text(json.dumps(content))
-    made = answer("analyze", "experts", "--selection", selection, "--kind", "force-off", "--plan", out)
+    made = answer("analyze", "experts", selection, "--kind", "force-off", "--plan", out)
     plan = mr.Plan.load(out)
     assert made["plan_hash"] == plan.hash
     expected = mr.Plan.force_off(ExpertSelection.load(selection))
     assert plan.rules == expected.rules
     assert plan.model.config_hash == content["model"]["config_hash"]
-    assert answer("analyze", "experts", "--selection", selection, "--layers", "0-2")["experts"] == {}
+    assert answer("analyze", "experts", selection, "--layers", "0-2")["experts"] == {}
 
 
 def test_risk_makes_a_plan_of_both_signs(answer, moe_route, both, tmp_path: Path):
@@ -125,7 +125,7 @@ def test_risk_makes_a_plan_of_both_signs(answer, moe_route, both, tmp_path: Path
 
 
 def test_ids_of_every_language(answer, moe_route, recorded, tmp_path: Path):
-    rise = ("analyze", "experts", "--task", recorded["general"], "--rule", "rise", "--top-n", "10")
+    rise = ("analyze", "experts", recorded["general"], "--rule", "rise", "--top-n", "10")
     answer(*rise, "--ids", tmp_path / "ids.json", "--group", "swh_Latn", "--out", tmp_path / "swh.json")
     ids = json.loads((tmp_path / "ids.json").read_text())
     assert set(ids) == {"eng_Latn", "swh_Latn"}
@@ -136,19 +136,19 @@ def test_ids_of_every_language(answer, moe_route, recorded, tmp_path: Path):
 
 def test_difference_has_intervals(answer, recorded, both):
     task, general = loaded(recorded)
-    result = answer("analyze", "difference", *both, "--resamples", "200", "--interval", "0.9")
+    result = answer("analyze", "experts", *both, "--rule", "difference", "--resamples", "200", "--interval", "0.9")
     found = mr.analysis.expert_difference_interval(task, general, group="eng_Latn", resamples=200, level=0.9)
     np.testing.assert_allclose(result["joint_low"], found.joint_low)
     assert result["items"] == [6, 6]
 
 
-def test_sweep_and_overlap(answer, recorded, both, tmp_path: Path):
-    swept = answer("analyze", "sweep", *both, "--thresholds", "0.1,0.3", "--plot", tmp_path / "sweep.png")
+def test_thresholds_and_overlap(answer, recorded, both, tmp_path: Path):
+    swept = answer("analyze", "experts", *both, "--threshold", "0.1,0.3", "--picture", tmp_path / "sweep.png")
     names = {}
-    for name, rule in (("task", both), ("others", ("--task", recorded["general"], "--rule", "multilingual"))):
+    for name, rule in (("task", both), ("others", (recorded["general"], "--rule", "multilingual"))):
         names[name] = tmp_path / f"{name}.json"
         answer("analyze", "experts", *rule, "--threshold", "0.1", "--out", names[name])
-    found = answer("analyze", "overlap", *names.values(), "--plot", tmp_path / "overlap.svg")
+    found = answer("analyze", "overlap", *names.values(), "--picture", tmp_path / "overlap.svg")
     assert found["names"] == ["task", "others"]
     assert np.sum(found["shared"][0][1]) == np.sum(swept["both"][0])
     assert found["expected"][0][1] == pytest.approx(swept["expected"][0])
@@ -158,8 +158,9 @@ def test_sweep_and_overlap(answer, recorded, both, tmp_path: Path):
 
 def test_what_a_user_gets_wrong(moe_route, recorded, files, both, tmp_path: Path):
     experts = ("analyze", "experts")
+    ExpertSelection({0: [1]}, num_experts=(16,) * 8).save(tmp_path / "s.json")
     cases = [
-        ((*experts, "--task", recorded["task"]), ("task needs --baseline",)),
+        ((*experts, recorded["task"]), ("task needs --baseline",)),
         ((*experts, *both, "--rule", "esft"), ("esft takes no --baseline",)),
         ((*experts, *both, "--top-p", "0.2"), ("task takes no --top-p",)),
         ((*experts, *both, "--layers", "5-9"), ("8 layers",)),
@@ -167,29 +168,30 @@ def test_what_a_user_gets_wrong(moe_route, recorded, files, both, tmp_path: Path
         ((*experts, *both, "--threshold", "0.99", "--plan", tmp_path / "p"), ("smaller --threshold",)),
         ((*experts, *both, "--ids", tmp_path / "i"), ("every language",)),
         ((*experts, *both, "--lower", "--phase", "decode"), ("leave phase out",)),
-        ((*experts, "--selection", tmp_path / "no.json", "--group", "eng_Latn"), ("takes no --group",)),
+        ((*experts, tmp_path / "s.json", "--group", "eng_Latn"), ("takes no --group",)),
         ((*experts, *both, "--baseline-group", "fra_Latn"), ("no baseline group 'fra_Latn'",)),
-        (("analyze", "correlate", files["general"], "--scores", tmp_path / "no.tsv"), ("no.tsv does not exist",)),
+        (("analyze", "correlation", files["general"], "--scores", tmp_path / "no.tsv"), ("no.tsv does not exist",)),
         (("analyze", "divergence", files["general"], "--measure", "jaccard", "--top", "16"), ("below 16",)),
-        ((*experts, "--selection", recorded["task"]), ("statistics", "selection")),
-        ((*experts, "--selection", tmp_path / "no.json"), ("does not exist",)),
-        ((*experts, "--selection", tmp_path / "no.json", "--threshold", "0.2"), ("takes no --threshold",)),
-        (("analyze", "overlap", tmp_path / "a.json", tmp_path / "a.json"), ("named twice",)),
-        (("analyze", "sweep", *both, "--reference", "fra_Latn"), ("no baseline group 'fra_Latn'",)),
+        ((*experts, tmp_path / "no.json"), ("does not exist",)),
+        ((*experts, tmp_path / "s.json", "--threshold", "0.2"), ("takes no --threshold",)),
+        (("analyze", "overlap", tmp_path / "s.json", tmp_path / "s.json"), ("named twice",)),
+        ((*experts, recorded["task"], "--task", recorded["task"]), ("named twice",)),
+        (experts, ("nothing to find experts in",)),
+        ((*experts, *both, "--threshold", "0.1,0.2", "--reference", "fra_Latn"), ("no baseline group 'fra_Latn'",)),
         (
-            ("analyze", "difference", "--task", files["task"], "--baseline", files["general"], "--group", "eng_Latn"),
+            (*experts, files["task"], "--baseline", files["general"], "--group", "eng_Latn", "--rule", "difference"),
             ("4 kept items of group 'eng_Latn' are too few",),
         ),
     ]
     for arguments, words in cases:
         refused(moe_route(*arguments), *words)
-    code, _, err = moe_route("analyze", "sweep", *both, "--thresholds", "a")
+    code, _, err = moe_route(*experts, *both, "--threshold", "a")
     assert (code, "list of numbers" in err) == (2, True)
 
 
 def test_multilingual_experts_of_one_group(answer, files):
     found = answer(
-        "analyze", "experts", "--task", files["general"], "--rule", "multilingual", "--group", "deu_Latn",
+        "analyze", "experts", files["general"], "--rule", "multilingual", "--group", "deu_Latn",
         "--threshold", "0.1",
     )  # fmt: skip
     statistics = mr.RoutingStatistics.load(files["general"])

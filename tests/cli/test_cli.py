@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import json
 import os
 import shutil
@@ -17,9 +19,13 @@ import pytest
 from harness.commands import SMALL, refused
 
 import moe_route as mr
+from moe_route import experiments
 from moe_route.base import files
 from moe_route.cli import parser
+from moe_route.cli.analyze import QUESTIONS
 from moe_route.cli.completion import SCRIPTS, candidates
+from moe_route.cli.experiment import EXPERIMENTS
+from moe_route.cli.options import Parser
 from moe_route.data.batches import Text
 from moe_route.runs.language_model import LanguageModel
 
@@ -128,27 +134,27 @@ class TestAnalyze:
         assert ((values > 0) & (values < 1)).all()
 
     def test_entropy(self, answer, files):
-        result = answer("analyze", "entropy", files["general"])
+        result = answer("analyze", "layers", files["general"], "--of", "entropy")
         token, sequence = np.array(result["token"]), np.array(result["sequence"])
         assert ((token > 0) & (token < sequence) & (sequence < np.log(16))).all()
 
     def test_experts_make_a_plan_for_the_layers_asked_for(self, answer, files, tmp_path: Path):
         out = tmp_path / "plan.safetensors"
-        given = ("--task", files["task"], "--baseline", files["general"], "--group", "eng_Latn", "--threshold", "0.05")
+        given = (files["task"], "--baseline", files["general"], "--group", "eng_Latn", "--threshold", "0.05")
         result = answer("analyze", "experts", *given, "--layers", "2-5", "--plan", out)
         assert set(map(int, result["experts"])) <= {2, 3, 4, 5}
         assert mr.Plan.load(out)
 
     def test_statistics_of_two_files_add_up(self, answer, files):
-        both = answer("analyze", "entropy", files["general"], files["task"])
+        both = answer("analyze", "layers", files["general"], files["task"], "--of", "entropy")
         assert both["groups"] == ["eng_Latn", "deu_Latn", "swh_Latn"]
-        one, other = answer("analyze", "entropy", files["general"]), answer("analyze", "entropy", files["task"])
+        one, other = (answer("analyze", "layers", files[name], "--of", "entropy") for name in ("general", "task"))
         low, high = np.minimum(one["token"], other["token"]), np.maximum(one["token"], other["token"])
         assert ((low <= both["token"]) & (both["token"] <= high)).all()
 
 
 class TestPlot:
-    @pytest.mark.parametrize("kind", ["divergence", "entropy", "experts"])
+    @pytest.mark.parametrize("kind", ["divergence", "entropy", "heat-map"])
     @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
     def test_writes_a_picture(self, answer, files, tmp_path: Path, kind: str, suffix: str):
         out = tmp_path / f"{kind}.{suffix}"
@@ -158,9 +164,9 @@ class TestPlot:
 
     def test_options_that_the_picture_does_not_take_are_refused(self, moe_route, files, tmp_path: Path):
         out = ("--out", tmp_path / "x.png")
-        refused(moe_route("plot", "experts", files["general"], *out, "--layers", "2-5"), "experts", "--layers")
+        refused(moe_route("plot", "heat-map", files["general"], *out, "--layers", "2-5"), "heat-map", "--layers")
         refused(moe_route("plot", "entropy", files["general"], *out, "--group", "deu_Latn"), "entropy", "--group")
-        refused(moe_route("plot", "matrix", files["general"], *out, "--layers", "2-9"), "8 layers")
+        refused(moe_route("plot", "divergence-matrix", files["general"], *out, "--layers", "2-9"), "8 layers")
         assert not list(tmp_path.iterdir())
 
 
@@ -194,8 +200,8 @@ class TestWhatAUserGetsWrong:
         "verb",
         [
             ("record", *SMALL),
-            ("plot", "entropy", "none.safetensors"),
-            ("analyze", "experts", "--task", "none.safetensors", "--baseline", "none.safetensors"),
+            ("plot", "entropy", __file__),
+            ("analyze", "experts", __file__, "--baseline", __file__),
         ],
         ids=lambda verb: verb[0],
     )
@@ -221,31 +227,63 @@ class TestWhatAUserGetsWrong:
         refused(moe_route("demo", "--out", tmp_path / "demo"), "demo")
 
     def test_a_folder_that_is_not_there(self, moe_route, tmp_path: Path):
-        refused(moe_route("describe", "--model", tmp_path / "nothing"), "there is no folder", "nothing")
+        refused(moe_route("describe", tmp_path / "nothing"), "there is no folder", "nothing")
 
     def test_an_option_that_is_not_there(self, moe_route, tmp_path: Path):
         code, out, err = moe_route("record", "--langages=eng_Latn", "-x", "--out", tmp_path / "s.safetensors")
         assert (code, out) == (2, "")
-        assert "usage: moe-route record" in err
-        assert "unrecognized arguments: --langages=eng_Latn -x (did you mean --languages?)" in err
-        code, _, err = moe_route("analyze", "divergence", "none.safetensors", "--zzz")
-        assert code == 2
-        assert err.endswith("moe-route analyze divergence: error: unrecognized arguments: --zzz\n")
+        assert err.startswith("moe-route: no option --langages, -x: did you mean --languages?")
+        assert err.count("\n") == 1
+        refused(moe_route("analyze", "divergence", "none.safetensors", "--zzz"), "no option --zzz", "divergence --help")
+        refused(moe_route("analyse"), "no command 'analyse'", "did you mean analyze?")
+        refused(moe_route("analyze", "divergences"), "no command", "did you mean divergence?")
+        refused(moe_route("record", "--lang", "eng_Latn"), "no option --lang", "--languages")  # written in full
+
+    def test_an_option_that_is_not_there_is_named_before_one_that_is_missing(self, moe_route):
+        refused(moe_route("record", "--outt", "s.safetensors"), "no option --outt", "did you mean --out?")
+        refused(moe_route("record"), "--out")
+
+    def test_a_model_that_is_named_twice(self, moe_route):
+        refused(moe_route("describe", "demo", "--model", "other"), "demo", "other", "leave one out")
+
+    def test_a_recording_is_not_written_over(self, moe_route, answer, files, monkeypatch, tmp_path: Path):
+        out = tmp_path / "s.safetensors"
+        out.write_bytes(files["general"].read_bytes())
+        with monkeypatch.context() as patch:
+            patch.setattr(LanguageModel, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+            refused(moe_route("record", "--out", out, *SMALL), "s.safetensors exists", "--force")
+        answer("record", "--out", out, "--force", "--languages", "eng_Latn", "--limit", "2")
+        assert mr.RoutingStatistics.load(out).groups == ("eng_Latn",)
+
+    def test_options_that_would_be_ignored(self, moe_route, files):
+        general = files["general"]
+        refused(moe_route("analyze", "divergence", general, "--edge", "2"), "--edge", "leave it out")
+        refused(moe_route("analyze", "layers", general, "--of", "consistency", "--pool"), "--pool", "consistency")
+        refused(moe_route("analyze", "similarity", general, "--accuracy", "0.5"), "--accuracy", "all pairs")
+        refused(moe_route("analyze", "geometry", general, "--device", "cpu"), "--device", "--weights")
+        refused(moe_route("steer", "--plan", files["plan"], "--prompt", "a", "--limit", "2"), "--limit", "--prompt")
+        refused(moe_route("steer", "--plan", files["plan"], "--controls", "2"), "--controls", "--strengths")
+        refused(moe_route("plan", "show", files["plan"], "--groups", "eng_Latn"), "--groups", "--on")
+        refused(moe_route("prune", general, "--keep", "0.5", "--limit", "2"), "--limit", "--measure")
 
     def test_task_experts_of_several_groups_without_a_name(self, moe_route, files):
-        given = ("analyze", "experts", "--task", files["task"], "--baseline", files["general"])
+        given = ("analyze", "experts", files["task"], "--baseline", files["general"])
         refused(moe_route(*given), "3 groups", "swh_Latn", "--group")
 
     def test_statistics_that_are_not_there(self, moe_route, tmp_path: Path):
-        refused(moe_route("analyze", "entropy", tmp_path / "no.safetensors"), "no.safetensors", "does not exist")
+        refused(
+            moe_route("analyze", "layers", tmp_path / "no.safetensors", "--of", "entropy"),
+            "no.safetensors",
+            "does not exist",
+        )
 
     def test_a_truncated_file(self, moe_route, files, tmp_path: Path):
         cut = tmp_path / "cut.safetensors"
         cut.write_bytes(files["general"].read_bytes()[:-100])
-        refused(moe_route("analyze", "entropy", cut), "truncated")
+        refused(moe_route("analyze", "layers", cut, "--of", "entropy"), "truncated")
 
     def test_a_file_of_another_kind(self, moe_route, files):
-        refused(moe_route("analyze", "entropy", files["plan"]), "plan", "statistics")
+        refused(moe_route("analyze", "layers", files["plan"], "--of", "entropy"), "plan", "statistics")
 
     def test_a_dense_model(self, moe_route, tmp_path: Path):
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -254,7 +292,7 @@ class TestWhatAUserGetsWrong:
         tokenizer.save_pretrained(tmp_path)
         sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         LlamaForCausalLM(LlamaConfig(vocab_size=4096, **sizes)).save_pretrained(tmp_path)
-        refused(moe_route("describe", "--model", tmp_path), "LlamaForCausalLM", "no router")
+        refused(moe_route("describe", tmp_path), "LlamaForCausalLM", "no router")
 
     def test_a_plan_for_another_model(self, moe_route, tmp_path: Path):
         plan = mr.Plan.activate({70: [3]}, strength=0.5)
@@ -300,17 +338,35 @@ class TestWhatAUserGetsWrong:
     def test_a_number_written_wrong(self, moe_route, number: str):
         code, out, err = moe_route("record", "--out", "x", f"--limit={number}")
         assert (code, out) == (2, "")
-        assert f"argument --limit: {number!r} is not a whole number from 1" in err
+        assert f"--limit: {number!r} is not a whole number from 1" in err
 
     def test_a_model_on_the_hub_without_a_network(self, moe_route, monkeypatch):
         pytest.importorskip("huggingface_hub")
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
         monkeypatch.setattr("moe_route.base.hub.getproxies", dict)
-        refused(moe_route("describe", "--model", "nobody/nothing"), "nobody/nothing")
+        refused(moe_route("describe", "nobody/nothing"), "nobody/nothing")
 
     def test_traceback_on_demand(self, moe_route, tmp_path: Path):
+        (tmp_path / "no.safetensors").write_bytes(b"none")
         with pytest.raises(files.FileRefusedError):
-            moe_route("analyze", "entropy", tmp_path / "no.safetensors", "--traceback")
+            moe_route("--traceback", "analyze", "pairs", tmp_path / "no.safetensors")
+
+
+def leaves(tree: Parser, *words: str) -> list[tuple[str, ...]]:
+    """The words of every command that runs something."""
+    below = next((action for action in tree._actions if isinstance(action, argparse._SubParsersAction)), None)
+    if below is None:
+        return [words]
+    return [leaf for name, under in below.choices.items() for leaf in leaves(under, *words, name)]
+
+
+def parser_of(*words: str) -> Parser:
+    """The parser of one command."""
+    tree = parser()
+    for word in words:
+        below = next(action for action in tree._actions if isinstance(action, argparse._SubParsersAction))
+        tree = below.choices[word]
+    return tree
 
 
 class TestTheProgram:
@@ -319,12 +375,71 @@ class TestTheProgram:
 
     def test_every_command_has_help(self, moe_route):
         _, whole, _ = moe_route("--help")
-        for verb in ("describe", "record", "analyze", "plot", "steer", "lm-eval", "demo", "doctor", "completion"):
-            assert verb in whole
-            code, out, _ = moe_route(verb, "--help")
+        assert max(map(len, whole.splitlines())) <= 120
+        for words in leaves(parser()):
+            assert words[0] in whole
+            code, out, _ = moe_route(*words, "--help")
             assert code == 0
-            assert "\nexample:\n  " in out
-            assert "moe-route " in out.partition("example:")[2]
+            assert f"moe-route {' '.join(words)}" in out.partition("\nexample:\n")[2], words
+            assert max(map(len, out.splitlines())) <= 120, words
+
+    def test_the_number_of_commands(self):
+        assert len(leaves(parser())) == 34
+
+    def test_options_of_questions_are_keyword_arguments(self):
+        for name, question in QUESTIONS.items():
+            for variant in question.variants.values():
+                keywords = inspect.signature(getattr(mr.analysis, variant.function)).parameters
+                assert set(variant.takes) <= set(keywords), (name, variant)
+            options = {action.dest for action in parser_of("analyze", name)._actions}
+            assert question.options <= options, name
+
+    def test_options_of_experiments_are_keyword_arguments(self):
+        for name, experiment in EXPERIMENTS.items():
+            keywords = inspect.signature(getattr(experiments, experiment.function)).parameters
+            assert set(experiment.takes) <= set(keywords), name
+            assert set(experiment.takes) <= {action.dest for action in parser_of("experiment", name)._actions}, name
+
+    def test_a_model_and_texts_of_the_environment(self, moe_route, answer, monkeypatch, tmp_path: Path):
+        monkeypatch.setenv("MOE_ROUTE_MODEL", str(tmp_path / "nothing"))
+        code, _, err = moe_route("describe")
+        assert code == 2
+        assert f"MOE_ROUTE_MODEL: {tmp_path / 'nothing'}" in err
+        assert "there is no folder" in err.splitlines()[-1]
+        monkeypatch.setenv("MOE_ROUTE_MODEL", "demo")
+        monkeypatch.setenv("MOE_ROUTE_TEXTS", "arithmetic")
+        answer("record", "--out", tmp_path / "s.safetensors", *SMALL)
+        code, _, err = moe_route("record", "--out", tmp_path / "t.safetensors", "--data", "general", *SMALL)
+        assert code == 0
+        assert "MOE_ROUTE_TEXTS" not in err
+        recorded = [mr.RoutingStatistics.load(tmp_path / f"{name}.safetensors") for name in "st"]
+        assert recorded[0].store.keys() != recorded[1].store.keys()
+        assert answer("describe", "demo")["layers"]
+
+    @pytest.mark.parametrize("suffix", ["csv", "json", "parquet"])
+    def test_the_table_of_an_answer_is_kept(self, answer, files, tmp_path: Path, suffix: str):
+        pandas = pytest.importorskip("pandas")
+        out = tmp_path / f"table.{suffix}"
+        printed = answer("analyze", "divergence", files["general"], "--out", out)
+        assert printed["out"] == str(out)
+        frame = mr.analysis.divergence(mr.RoutingStatistics.load(files["general"]), "eng_Latn").to_pandas()
+        if suffix == "json":
+            assert json.loads(out.read_text("utf-8"))["values"] == printed["values"]
+        elif suffix == "csv":
+            pandas.testing.assert_frame_equal(pandas.read_csv(out), frame, check_dtype=False)
+        else:
+            pytest.importorskip("pyarrow")
+            pandas.testing.assert_frame_equal(pandas.read_parquet(out), frame, check_dtype=False)
+
+    def test_the_table_of_a_question_is_of_a_known_kind(self, moe_route, files, tmp_path: Path):
+        refused(moe_route("analyze", "divergence", files["general"], "--out", tmp_path / "t.txt"), ".txt", ".csv")
+
+    def test_a_missing_file_is_told_without_torch(self, tmp_path: Path):
+        words = ["record", "--data", str(tmp_path / "none.tsv"), "--out", str(tmp_path / "s.safetensors")]
+        code = f"import sys; from moe_route.cli import main; print(main({words}), 'torch' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "2 False"
+        assert "none.tsv does not exist" in done.stderr
 
     def test_help_loads_neither_torch_nor_numpy(self):
         heavy = "{'torch', 'numpy', 'transformers', 'matplotlib', 'pandas', 'scipy'}"
@@ -374,16 +489,16 @@ class TestCompletion:
         [
             ("de", ["describe", "demo"]),
             ("analyze diver", ["divergence"]),
-            ("plot m", ["matrix"]),
-            ("plot matrix ", []),  # a file
-            ("plot matrix a.safetensors --la", ["--layers"]),
+            ("plot t", ["tree"]),
+            ("plot tree ", []),  # a file
+            ("plot tree a.safetensors --la", ["--layers"]),
             ("record --engine ", ["hook", "fused", "vllm"]),
             ("record --engine fused --no-se", ["--no-sequences"]),
             ("record --out ", []),
             ("record --json --eng", ["--engine"]),
             ("analyze divergence x --pairing p", ["paired", "pooled"]),
-            ("analyze experts --task a b --gr", ["--group"]),
-            ("analyze experts --task a ", []),
+            ("analyze experts a b --gr", ["--group"]),
+            ("analyze experts a ", []),
             ("completion ", ["bash", "zsh", "fish"]),
             ("nothing ", []),
         ],
@@ -422,7 +537,7 @@ class TestCompletion:
             pytest.skip("needs bash")
         asked = """eval "$(moe-route completion bash)"
 complete -p moe-route
-COMP_WORDS=(moe-route plot experts x.safetensors --re); COMP_CWORD=4; _moe_route; echo "${COMPREPLY[@]}"
+COMP_WORDS=(moe-route plot heat-map x.safetensors --re); COMP_CWORD=4; _moe_route; echo "${COMPREPLY[@]}"
 COMP_WORDS=(moe-route record ''); COMP_CWORD=2; _moe_route; echo "none: ${COMPREPLY[*]}"
 """
         done = subprocess.run(

@@ -36,12 +36,12 @@ def test_special_tokens_are_counted_by_default(answer, recorded: Path, tmp_path:
 
 
 def test_analyze(answer, moe_route, recorded: Path) -> None:
-    found = answer("analyze", "consistency", recorded)
+    found = answer("analyze", "layers", recorded, "--of", "consistency")
     values, low, high = (np.array(found[name]) for name in ("values", "low", "high"))
     assert values.shape == (3, 8)
     assert ((low < values) & (values < high)).all()
     assert found["sequences"] == [4, 4, 4]
-    code, out, _ = moe_route("analyze", "consistency", recorded)
+    code, out, _ = moe_route("analyze", "layers", recorded, "--of", "consistency")
     assert code == 0
     assert "mean Jaccard index" in out
 
@@ -54,7 +54,7 @@ def test_plot(answer, recorded: Path, tmp_path: Path) -> None:
 def test_drawn_pairs_and_what_is_refused(answer, moe_route, tmp_path: Path) -> None:
     out = tmp_path / "s.safetensors"
     answer("record", "--out", out, "--consistency", "50", "--no-sequences", *SMALL)
-    assert "low" not in answer("analyze", "consistency", out)
-    answer("record", "--out", out, *SMALL)
-    refused(moe_route("analyze", "consistency", out), "consistency was not recorded")
+    assert "low" not in answer("analyze", "layers", out, "--of", "consistency")
+    answer("record", "--out", out, "--force", *SMALL)
+    refused(moe_route("analyze", "layers", out, "--of", "consistency"), "consistency was not recorded")
     assert moe_route("record", "--out", out, "--consistency", "0", *SMALL)[0] == 2

@@ -29,7 +29,7 @@ def test_a_checkpoint_of_sixty_gigabytes(answer, tmp_path: Path):
     model = model_without_weights(str(tmp_path))
     assert 2 * sum(parameter.numel() for parameter in model.parameters()) > 60e9
     assert {parameter.device for parameter in model.parameters()} == {torch.device("meta")}
-    described = answer("describe", "--model", tmp_path)
+    described = answer("describe", tmp_path)
     assert len(described["layers"]) == 48
     assert {(layer["experts"], layer["top_k"]) for layer in described["layers"]} == {(128, 8)}
     assert described["name"] == str(tmp_path)
@@ -37,12 +37,12 @@ def test_a_checkpoint_of_sixty_gigabytes(answer, tmp_path: Path):
 
 def test_a_router_with_an_adapter_of_its_own(answer, tmp_path: Path):
     GptOssConfig(num_hidden_layers=4, hidden_size=64, num_local_experts=32).save_pretrained(tmp_path)
-    assert [layer["experts"] for layer in answer("describe", "--model", tmp_path)["layers"]] == [32] * 4
+    assert [layer["experts"] for layer in answer("describe", tmp_path)["layers"]] == [32] * 4
 
 
 def test_what_is_no_configuration_is_refused(moe_route, tmp_path: Path):
-    refused(moe_route("describe", "--model", tmp_path), "config")
-    refused(moe_route("describe", "--model", "./nowhere"), "there is no folder")
+    refused(moe_route("describe", tmp_path), "config")
+    refused(moe_route("describe", "./nowhere"), "there is no folder")
     refused(moe_route("describe", "--device", "cpu"), "--load")
     with pytest.raises(ModelNotFoundError, match=r"config\.json"):
         model_without_weights(str(tmp_path))

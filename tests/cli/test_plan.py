@@ -9,20 +9,20 @@ from typing import Any
 import pytest
 from harness.commands import refused
 
-from moe_route.cli.plan.make import experts_of
+from moe_route.cli.plan import experts_of
 from moe_route.steering import Plan
 
 TINY = ("--languages", "eng_Latn,swh_Latn", "--limit", "2", "--batch-size", "8")
 
 
 def test_experts_are_parsed() -> None:
-    assert experts_of("5:3,17") == (5, {3: 1.0, 17: 1.0})
-    assert experts_of("8:0-2,5=0.5") == (8, {0: 1.0, 1: 1.0, 2: 1.0, 5: 0.5})
+    assert experts_of(["5:3,17", "5:4", "8:1"]) == {5: {3: 1.0, 17: 1.0, 4: 1.0}, 8: {1: 1.0}}
+    assert experts_of(["8:0-2,5=0.5"]) == {8: {0: 1.0, 1: 1.0, 2: 1.0, 5: 0.5}}
 
 
 @pytest.mark.parametrize("text", ["5", "5:", ":3", "5:a", "5:3-1", "5:3=x", "x:1"])
 def test_what_names_no_experts_is_refused(moe_route: Any, text: str) -> None:
-    code, out, err = moe_route("plan", "activate", text)
+    code, out, err = moe_route("plan", "make", "activate", text)
     assert (code, out) == (2, "")
     assert "write LAYER:EXPERT,EXPERT" in err
 
@@ -39,8 +39,8 @@ def test_what_names_no_experts_is_refused(moe_route: Any, text: str) -> None:
         (("magnitude", "5:3"), Plan.magnitude({5: [3]})),
         (("scale-logits", "5:3", "--strength", "2"), Plan.scale_logits({5: [3]}, strength=2.0)),
         (("scale-weights", "5:3", "--strength", "2"), Plan.scale_weights({5: [3]}, strength=2.0)),
-        (("temperature", "2", "--layers", "4-7"), Plan.temperature(2.0, layers=range(4, 8))),
-        (("top-k", "3", "--phase", "decode"), Plan.top_k(3).only(phase="decode")),
+        (("temperature", "--value", "2", "--layers", "4-7"), Plan.temperature(2.0, layers=range(4, 8))),
+        (("top-k", "--value", "3", "--phase", "decode"), Plan.top_k(3).only(phase="decode")),
         (
             ("activate", "5:3", "--positions", "0-3", "--absent"),
             Plan.activate({5: [3]}).only(positions=range(4), absent=True),
@@ -49,7 +49,7 @@ def test_what_names_no_experts_is_refused(moe_route: Any, text: str) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_plans_are_made(answer: Any, tmp_path: Path, words: tuple[str, ...], plan: Plan) -> None:
-    found = answer("plan", *words, "--out", tmp_path / "plan.json")
+    found = answer("plan", "make", *words, "--out", tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
     assert found["hash"] == plan.hash
     assert answer("plan", "show", tmp_path / "plan.json")["hash"] == plan.hash
@@ -70,12 +70,12 @@ def test_plans_are_added_and_compared(answer: Any, moe_route: Any, tmp_path: Pat
         tmp_path / "sum.json",
     )
     assert Plan.load(tmp_path / "sum.json") == (one + two) * 2
-    changes = answer("plan", "diff", tmp_path / "one.json", tmp_path / "two.safetensors")["changes"]
+    changes = answer("plan", "show", tmp_path / "one.json", tmp_path / "two.safetensors")["changes"]
     assert [(change["experts"], change["before"], change["after"]) for change in changes] == [
         ([3], 0.5, None),
         ([4], None, 0.25),
     ]
-    _, out, _ = moe_route("plan", "diff", tmp_path / "one.json", tmp_path / "one.json")
+    _, out, _ = moe_route("plan", "show", tmp_path / "one.json", tmp_path / "one.json")
     assert out.strip() == "the plans are equal"
     code, _, err = moe_route("plan", "show", tmp_path / "none.json")
     assert code == 2
@@ -97,29 +97,29 @@ def test_a_plan_of_another_model_is_refused_with_the_command_that_lifts_it(answe
 
 
 def test_recipes_are_listed_and_made(answer: Any, moe_route: Any, files: dict[str, Path]) -> None:
-    names = [entry["name"] for entry in answer("plan", "recipes")["recipes"]]
+    names = [entry["name"] for entry in answer("plan", "make")["recipes"]["recipes"]]
     assert "paper/qwen3-30b-a3b/mgsm" in names
     assert "steermoe/gpt-oss-20b/safe" in names
     given = ("--task", files["task"], "--baseline", files["general"], "--group", "eng_Latn")
-    code, _, err = moe_route("plan", "recipe", names[0], *given)
+    code, _, err = moe_route("plan", "make", names[0], *given)
     assert code == 2
     assert "is for Qwen/Qwen3-30B-A3B" in err
-    code, _, err = moe_route("plan", "recipe", "paper/other", *given)
+    code, _, err = moe_route("plan", "make", "paper/other", *given)
     assert code == 2
     assert "there is no recipe 'paper/other'" in err
 
 
 def test_a_plan_is_explained(answer: Any, moe_route: Any, files: dict[str, Path], tmp_path: Path) -> None:
-    found = answer("plan", "explain", files["plan"], files["general"], "--groups", "eng_Latn")
+    found = answer("plan", "show", files["plan"], "--on", files["general"], "--groups", "eng_Latn")
     assert found["groups"] == ["eng_Latn"]
     assert all(effect["certainty"] == "estimate" for effect in found["effects"])
-    code, _, err = moe_route("plan", "explain", files["plan"], files["general"], "--groups", "xyz")
+    code, _, err = moe_route("plan", "show", files["plan"], "--on", files["general"], "--groups", "xyz")
     assert code == 2
     assert "no group 'xyz' was recorded" in err
 
 
 def test_a_plan_is_swept_and_one_is_learned(answer: Any, files: dict[str, Path], tmp_path: Path) -> None:
-    found = answer("plan", "sweep", files["plan"], "--strengths", "1,2", "--controls", "1", *TINY)
+    found = answer("steer", "--plan", files["plan"], "--strengths", "1,2", "--controls", "1", *TINY)
     assert found["strengths"] == [1, 2]
     assert [len(row) for row in found["loss"]] == [2, 2]
     out = tmp_path / "learned.json"
@@ -147,8 +147,10 @@ def test_plans_are_shared(answer: Any, moe_route: Any, tmp_path: Path, monkeypat
     monkeypatch.setattr(Plan, "push_to_hub", lambda *given, **options: asked.append((given, options)) or "there")
     monkeypatch.setattr(Plan, "from_hub", lambda *given, **options: asked.append((given, options)) or PLAN)
     PLAN.save(tmp_path / "plan.json")
-    assert answer("plan", "push", tmp_path / "plan.json", "me/plans", "--private")["address"] == "there"
-    answer("plan", "pull", "me/plans", "--revision", "v1", "--out", tmp_path / "pulled.json")
+    assert (
+        answer("plan", "add", tmp_path / "plan.json", "--out", "hub:me/plans/plan.json", "--private")["out"] == "there"
+    )
+    answer("plan", "add", "hub:me/plans@v1", "--out", tmp_path / "pulled.json")
     assert asked == [
         ((PLAN, "me/plans", "plan.json"), {"private": True, "revision": None}),
         (("me/plans", "plan.safetensors"), {"revision": "v1"}),

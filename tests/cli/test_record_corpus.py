@@ -154,7 +154,7 @@ class TestRun:
 
 def command(out: Path, corpus: Path, *more: str) -> list[str]:
     options = ["--batch-size", "1", "--max-length", "30", "--checkpoint-seconds", "0"]
-    return ["record", "--corpus", str(corpus), "--out", str(out), *options, *more]
+    return ["record", "--data", str(corpus), "--out", str(out), *options, *more]
 
 
 QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -184,15 +184,18 @@ class TestCommand:
         assert answer(*command(tmp_path / "run", texts))["complete"]
 
     def test_refusals(self, moe_route, corpus: Path, tmp_path: Path):
-        refused(moe_route(*command(tmp_path / "run", corpus, "--trace", "t")), "--data")
+        refused(moe_route(*command(tmp_path / "run", corpus, "--trace", "t")), "--trace", "into a file")
 
     def test_refusals_before_the_model_is_loaded(self, moe_route, corpus: Path, tmp_path: Path):
-        model = ["--model", str(tmp_path / "no-model")]
-        refused(moe_route(*command(tmp_path / "run", tmp_path / "none.jsonl", *model)), "no file")
+        model = ["--model", "nobody/no-model"]
+        refused(moe_route(*command(tmp_path / "run", tmp_path / "none.jsonl", *model)), "none.jsonl does not exist")
         refused(
             moe_route(*command(tmp_path / "run", corpus, "--languages", "xyz_Latn", *model)), "no language 'xyz_Latn'"
         )
-        refused(moe_route(*command(tmp_path / "no-folder" / "run", corpus, *model)), "there is no folder")
+        refused(
+            moe_route(*command(tmp_path / "no-folder" / "run", corpus, *model)),
+            "no-folder does not exist: make it first",
+        )
 
     @pytest.mark.slow
     @pytest.mark.timeout(900)
@@ -281,7 +284,7 @@ class TestRanksThatShareAModel:
         equal_but_for_rounding(out, whole)
 
     def test_refusals(self, moe_route, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        record = ("record", "--corpus", corpus, "--out", tmp_path / "run", "--tensor-parallel", "2")
+        record = ("record", "--data", corpus, "--out", tmp_path / "run", "--tensor-parallel", "2")
         refused(moe_route(*record), "2 ranks run a model together, and there are 1", "torchrun --nproc-per-node 2")
         for name, value in {"RANK": "2", "WORLD_SIZE": "3"}.items():
             monkeypatch.setenv(name, value)
@@ -290,8 +293,8 @@ class TestRanksThatShareAModel:
         with pytest.raises(ValueError, match="leave out device and map"):
             LanguageModel.load(group=ModelParallelGroup(0, 1, 0, 2, "tensor"), device="cpu")
         refused(
-            moe_route("record", "--out", tmp_path / "one", "--tensor-parallel", "2"),
-            "--tensor-parallel belongs to --corpus",
+            moe_route("record", "--out", tmp_path / "one.safetensors", "--tensor-parallel", "2"),
+            "--tensor-parallel is for a folder",
         )
 
 

@@ -1,4 +1,4 @@
-"""`moe-route record --corpus` on checkpoints as users have them: chat templates, device maps, dtypes, quantized."""
+"""`moe-route record` into a folder on checkpoints as users have them: chat templates, dtypes, maps, quantized."""
 
 from __future__ import annotations
 
@@ -31,13 +31,11 @@ def statistics(out: Path) -> mr.RoutingStatistics:
 def test_a_chat_template_brings_the_special_tokens(answer, moe_route, corpus: Path, tmp_path: Path):
     """They are not added a second time, and what is recorded is the text with its template."""
     model, tokenizer = load_demo_model()
-    refused(moe_route("record", "--corpus", corpus, "--out", tmp_path / "none", "--chat-template"), "no chat template")
+    refused(moe_route("record", "--data", corpus, "--out", tmp_path / "none", "--chat-template"), "no chat template")
     tokenizer.chat_template = TEMPLATE
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "model")
-    found = answer(
-        "record", "--model", tmp_path / "model", "--corpus", corpus, "--out", tmp_path / "run", "--chat-template"
-    )
+    found = answer("record", tmp_path / "model", "--data", corpus, "--out", tmp_path / "run", "--chat-template")
     wrapped = [f"{tokenizer.bos_token or ''}User: {text}{tokenizer.eos_token or ''}" for text in TEXTS]
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in wrapped]
     assert lengths != [len(tokenizer(text)["input_ids"]) for text in TEXTS]
@@ -47,7 +45,7 @@ def test_a_chat_template_brings_the_special_tokens(answer, moe_route, corpus: Pa
 def test_a_device_map_and_a_dtype(answer, moe_route, corpus: Path, tmp_path: Path):
     """Without a GPU, accelerate puts all layers on the CPU: the same weights, the same statistics."""
     pytest.importorskip("accelerate")
-    command = ("record", "--corpus", corpus, "--out")
+    command = ("record", "--data", corpus, "--out")
     for name, options in {
         "plain": (),
         "map": ("--device-map", "auto", "--dtype", "float32"),  # that of the demo model
@@ -80,7 +78,7 @@ def test_a_quantized_checkpoint(answer, corpus: Path, tmp_path: Path):
     for part in (packed, tokenizer):
         part.save_pretrained(tmp_path / "packed")
     out = tmp_path / "run"
-    found = answer("record", "--model", tmp_path / "packed", "--corpus", corpus, "--out", out, "--batch-size", "1")
+    found = answer("record", tmp_path / "packed", "--data", corpus, "--out", out, "--batch-size", "1")
     with mr.attach(packed) as routed, routed.record(["texts"], sequences=True) as recorder:
         for number, text in enumerate(TEXTS, start=1):
             ids = torch.tensor([tokenizer(text)["input_ids"]])
@@ -111,7 +109,7 @@ def test_a_model_of_images_and_texts_reads_texts(answer, corpus: Path, tmp_path:
     config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
     transformers.Qwen3VLMoeForConditionalGeneration(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    found = answer("record", "--model", tmp_path / "model", "--corpus", corpus, "--out", tmp_path / "run")
+    found = answer("record", tmp_path / "model", "--data", corpus, "--out", tmp_path / "run")
     assert found["cut"] > 0  # at the end of the context, which the configuration of the texts says
     assert statistics(tmp_path / "run").token_sum("counts").shape[-2:] == (2, 4)
 
@@ -119,17 +117,21 @@ def test_a_model_of_images_and_texts_reads_texts(answer, corpus: Path, tmp_path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--chat-template",), "--chat-template belongs to --corpus"),
-        (("--text-column", "body"), "--text-column belongs to --corpus"),
-        (("--corpus", "texts.jsonl", "--data", "arithmetic"), "give one of them"),
+        (("--out", "run.safetensors", "--chat-template"), "--chat-template is for a folder"),
+        (("--out", "run.safetensors", "--text-column", "body"), "--text-column is for a folder"),
+        (("--out", "run", "--trace", "t.safetensors"), "--trace keeps every token"),
+        (("--out", "v.safetensors", "--vectors", "mean", "--pairs"), "--pairs is not for --vectors"),
     ],
 )
-def test_options_that_would_be_ignored_are_refused(moe_route, tmp_path: Path, options: tuple[str, ...], message: str):
-    refused(moe_route("record", "--out", tmp_path / "run", *options), message)
+def test_options_that_would_be_ignored_are_refused(
+    moe_route, monkeypatch, tmp_path: Path, options: tuple[str, ...], message: str
+):
+    monkeypatch.chdir(tmp_path)
+    refused(moe_route("record", *options), message)
     assert not list(tmp_path.iterdir())
 
 
 def test_vllm_is_no_engine_of_other_commands(moe_route):
     code, _, said = moe_route("describe", "--engine", "vllm")
     assert code == 2
-    assert "`moe-route record --corpus` can use it" in said
+    assert "`moe-route record --out FOLDER/` can use it" in said

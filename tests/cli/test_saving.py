@@ -28,8 +28,8 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, usual)
 
 
-@pytest.mark.parametrize("verb", ["record", "vectors"])
-def test_a_result_waits_for_room(moe_route, monkeypatch, small_files, tmp_path: Path, verb: str):
+@pytest.mark.parametrize("options", [("--force",), ("--force", "--vectors", "mean")])
+def test_a_result_waits_for_room(moe_route, monkeypatch, small_files, tmp_path: Path, options):
     out = tmp_path / "found.safetensors"
     out.write_bytes(b"older")
     waited = []
@@ -40,13 +40,13 @@ def test_a_result_waits_for_room(moe_route, monkeypatch, small_files, tmp_path: 
             small_files()
 
     monkeypatch.setattr(saving.time, "sleep", wait)
-    code, text, err = moe_route(verb, "--out", out, *SMALL)
+    code, text, err = moe_route("record", "--out", out, *options, *SMALL)
     assert code == 0, err
     assert waited == [b"older", b"older"]
     assert "found.safetensors was not written (file too large)" in err
     assert "kept in memory" in err
     assert "written to" in text
-    if verb == "record":
+    if "--vectors" not in options:
         assert mr.RoutingStatistics.load(out).sequences().sum() == 12
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
@@ -126,7 +126,7 @@ def test_the_size_of_a_file_is_known_after_some_sequences(answer, tmp_path: Path
 def test_a_corpus_goes_on_once_there_is_room(moe_route, small_files, tmp_path: Path):
     table = tmp_path / "texts.tsv"
     table.write_text("".join(f"{a}\t{b}\n" for a, b in [("id", "eng_Latn"), *((n, f"Text {n}.") for n in range(30))]))
-    record = ("record", "--corpus", table, "--batch-size", "1", "--checkpoint-seconds", "0", "--out")
+    record = ("record", "--data", table, "--batch-size", "1", "--checkpoint-seconds", "0", "--out")
     result = moe_route(*record, tmp_path / "stopped")
     refused(result, "was not written (file too large)", "the same command goes on from the last checkpoint")
     small_files()

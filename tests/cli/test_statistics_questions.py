@@ -1,4 +1,4 @@
-"""`moe-route analyze` divergence, u-shape, entropy, matrix, correlate, similarity, and pictures with intervals."""
+"""`moe-route analyze` divergence, layers, correlation, similarity, and pictures with intervals."""
 
 from __future__ import annotations
 
@@ -56,30 +56,30 @@ def test_divergence_prints_tokens_and_floor(moe_route, general):
 
 
 def test_u_shape(answer, general):
-    found = answer("analyze", "u-shape", general, "--middle", "2-5")
+    found = answer("analyze", "divergence", general, "--shape", "--middle", "2-5")
     assert found["groups"] == list(LANGUAGES[1:])
     assert found["layers"]["middle"] == [2, 3, 4, 5]
     assert len(found["low"]) == 4
 
 
 def test_entropy(answer, moe_route, general):
-    found = answer("analyze", "entropy", general, "--normalized", "--interval", "0.95")
+    found = answer("analyze", "layers", general, "--of", "entropy", "--normalized", "--interval", "0.95")
     assert np.max(found["normalized"]["token"]) <= 1
     for of in ("token", "sequence", "gap"):
         assert (np.array(found[f"{of}_low"]) <= np.array(found[f"{of}_high"])).all()
-    corrected = answer("analyze", "entropy", general, "--kind", "count", "--correct", "jackknife")
+    corrected = answer("analyze", "layers", general, "--of", "entropy", "--kind", "count", "--correct", "jackknife")
     assert corrected["correct"] == "jackknife"
     assert "token" not in corrected
-    refused(moe_route("analyze", "entropy", general, "--correct", "jackknife"), "--kind count")
+    refused(moe_route("analyze", "layers", general, "--of", "entropy", "--correct", "jackknife"), "--kind count")
 
 
-def test_matrix(answer, general):
-    found = answer("analyze", "matrix", general, "--layers", "2-5", "--interval", "0.95")
+def test_all_pairs(answer, general):
+    found = answer("analyze", "divergence", general, "--all-pairs", "--layers", "2-5", "--interval", "0.95")
     assert np.shape(found["values"]) == (4, 5, 5)
     assert (np.array(found["low"]) <= np.array(found["mean"])).all()
 
 
-def test_correlate(answer, moe_route, general, tmp_path: Path):
+def test_correlation(answer, moe_route, general, tmp_path: Path):
     scores = dict(zip(LANGUAGES, (0.8, 0.71, 0.69, 0.52, 0.44), strict=True))
     tsv, as_json, table = tmp_path / "s.tsv", tmp_path / "s.json", tmp_path / "c.tsv"
     tsv.write_text("group\taccuracy\n" + "".join(f"{group}\t{score}\n" for group, score in scores.items()))
@@ -87,17 +87,17 @@ def test_correlate(answer, moe_route, general, tmp_path: Path):
     table.write_text(
         "code\tlog_size\tfamily\n" + "".join(f"{g}\t{i}\t{'ab'[i % 2]}\n" for i, g in enumerate(LANGUAGES))
     )
-    plain = answer("analyze", "correlate", general, "--scores", tsv, "--interval", "0.9")
-    assert plain == answer("analyze", "correlate", general, "--scores", as_json, "--interval", "0.9")
+    plain = answer("analyze", "correlation", general, "--scores", tsv, "--interval", "0.9")
+    assert plain == answer("analyze", "correlation", general, "--scores", as_json, "--interval", "0.9")
     assert len(plain["low"]) == 8
-    blocks = answer("analyze", "correlate", general, "--scores", tsv, "--covariates", table, "--blocks", "family")
+    blocks = answer("analyze", "correlation", general, "--scores", tsv, "--covariates", table, "--blocks", "family")
     assert blocks["covariates"] == ["log_size"]
     assert (blocks["exchange"], blocks["orders"]) == ("within blocks", 4)
-    given = answer("analyze", "correlate", general, "--scores", tsv, "--fertility")
+    given = answer("analyze", "correlation", general, "--scores", tsv, "--fertility")
     assert given["covariates"] == ["tokens"]
-    refused(moe_route("analyze", "correlate", general, "--scores", tsv, "--blocks", "family"), "--covariates")
+    refused(moe_route("analyze", "correlation", general, "--scores", tsv, "--blocks", "family"), "--covariates")
     table.write_text("code\na\n")
-    refused(moe_route("analyze", "correlate", general, "--scores", tsv, "--covariates", table), "tab-separated table")
+    refused(moe_route("analyze", "correlation", general, "--scores", tsv, "--covariates", table), "tab-separated table")
 
 
 def test_similarity(answer, general, tmp_path: Path):
@@ -117,27 +117,27 @@ def test_pictures_of_a_strength_sweep(answer, moe_route, tmp_path: Path):
     found = {"groups": ["deu_Latn", "swh_Latn"], "strengths": [0.5, 1.0], "texts": [9, 9]}
     path = tmp_path / "sweep.json"
     path.write_text(json.dumps({**found, "change": [[cell, none], [cell, cell]]}))
-    for what, *arguments in (("steering", "--intervals"), ("strengths",)):
+    for what, *arguments in (("steering-table", "--intervals"), ("strengths",)):
         out = tmp_path / f"{what}.svg"
         answer("plot", what, path, "--out", out, *arguments)
         assert ">Swahili<" in out.read_text()
     path.write_text("{}")
-    refused(moe_route("plot", "steering", path, "--out", tmp_path / "e.svg"), "plan sweep PLAN --json")
+    refused(moe_route("plot", "steering-table", path, "--out", tmp_path / "e.svg"), "--strengths")
 
 
-def test_pictures_with_floor_and_intervals(answer, moe_route, general, tmp_path: Path):
+def test_pictures_with_floor_and_intervals(answer, moe_route, general, files, tmp_path: Path):
     levels = tmp_path / "levels.tsv"
     levels.write_text("code\tlevel\neng_Latn\thigh\ndeu_Latn\thigh\nswh_Latn\tlow\n")
     scores = tmp_path / "scores.tsv"
     scores.write_text("".join(f"{code}\t{place}\n" for place, code in enumerate(LANGUAGES)))
     for what, *arguments in (
         ("divergence", "--interval", "0.9", "--floor", "--levels", levels),
-        ("matrix", "--cluster"),
+        ("divergence-matrix", "--cluster"),
         ("entropy", "--of", "sequence", "--by-script", "--interval", "0.9", "--column", "3.3", "--size", "7"),
         ("correlation", "--scores", scores, "--interval", "0.9"),
-        ("groups", "--reference", "eng_Latn"),
-        ("overlap", "--task", general, "--group", "eng_Latn"),
-        ("sweep", "--task", general, "--group", "eng_Latn", "--of", "both"),
+        ("heat-maps", "--reference", "eng_Latn"),
+        ("sweep-overlap", "--task", files["task"], "--group", "eng_Latn"),
+        ("sweep", "--task", files["task"], "--group", "eng_Latn", "--of", "both"),
     ):
         out = tmp_path / f"{what}.svg"
         answer("plot", what, general, "--out", out, *arguments)
@@ -155,7 +155,7 @@ def test_pictures_with_floor_and_intervals(answer, moe_route, general, tmp_path:
     refused(
         moe_route("plot", "divergence", general, "--out", tmp_path / "e.svg", "--levels", levels), "none of the groups"
     )
-    refused(moe_route("plot", "sweep", general, "--out", tmp_path / "e.svg"), "--task")
+    refused(moe_route("plot", "sweep-overlap", general, "--out", tmp_path / "e.svg"), "--task")
     refused(moe_route("plot", "divergence", general, "--out", tmp_path / "e.svg", "--by-script", "--floor"), "--floor")
     refused(moe_route("plot", "entropy", general, "--out", tmp_path / "e.svg", "--floor"), "takes no --floor")
     assert moe_route("plot", "divergence", general, "--out", tmp_path / "e.svg", "--interval", "3")[0] == 2

@@ -63,24 +63,28 @@ def test_layers_without_a_trace_are_refused(moe_route, tmp_path: Path):
 
 def test_balance(answer, files):
     statistics = RoutingStatistics.load(files["general"])
-    assert answer("analyze", "balance", files["general"]) == plain(mr.analysis.load_balance(statistics))
-    pooled = answer("analyze", "balance", files["general"], "--pool", "--groups", "eng_Latn,deu_Latn")
+    assert answer("analyze", "layers", files["general"], "--of", "load-balance") == plain(
+        mr.analysis.load_balance(statistics)
+    )
+    options = ("--of", "load-balance", "--pool", "--groups", "eng_Latn,deu_Latn")
+    pooled = answer("analyze", "layers", files["general"], *options)
     assert pooled == plain(mr.analysis.load_balance(statistics, pool=True, groups=["eng_Latn", "deu_Latn"]))
 
 
 def test_committee(answer, files, tmp_path):
     out = tmp_path / "committee.json"
-    found = answer("analyze", "committee", files["general"], "--top", "4", "--by", "sequence", "--out", out)
+    options = ("--rule", "committee", "--per-layer", "4", "--by", "sequence", "--out", out)
+    found = answer("analyze", "experts", files["general"], *options)
     expected = mr.analysis.committee(RoutingStatistics.load(files["general"]), top=4, by="sequence")
     assert found == plain(expected) | {"out": str(out)}
     assert mr.ExpertSelection.load(out) == expected.experts
 
 
-@pytest.mark.parametrize("question", ["coactivation", "transitions"])
-def test_pairs(answer, paired, question):
+@pytest.mark.parametrize(("options", "question"), [((), "coactivation"), (("--next",), "transitions")])
+def test_pairs(answer, paired, options, question):
     measure = getattr(mr.analysis, question)
-    found = answer("analyze", question, paired, "--groups", "deu_Latn")
-    assert found == plain(measure(RoutingStatistics.load(paired), group="deu_Latn"))
+    found = answer("analyze", "pairs", paired, *options, "--groups", "deu_Latn")
+    assert found == plain(measure(RoutingStatistics.load(paired), groups="deu_Latn"))
     assert found["strongest"]
 
 
@@ -93,50 +97,59 @@ def test_expert_flow(answer, moe_route, files, paired, tmp_path):
 
 def test_paths(answer, traced):
     trace = Trace.load(traced)
-    found = answer("analyze", "paths", traced, "--layers", "2-5", "--window", "2", "--experts", "2")
+    found = answer("analyze", "tokens", traced, "--of", "paths", "--layers", "2-5", "--window", "2", "--k", "2")
     assert found == plain(mr.analysis.paths(trace, layers=range(2, 6), window=2, k=2))
-    by_class = answer("analyze", "paths", traced, "--tokenizer", "demo", "--classes", "script", "--min-tokens", "2")
+    options = ("--of", "paths", "--tokenizer", "demo", "--classes", "script", "--min-tokens", "2")
+    by_class = answer("analyze", "tokens", traced, *options)
     assert {"latin", "digit", "punctuation"} <= set(by_class["classes"])
 
 
 def test_saturation(answer, traced):
-    found = answer("analyze", "saturation", traced, "--final", traced)
+    found = answer("analyze", "tokens", traced, "--of", "saturation", "--final", traced)
     assert found["values"] == [[1.0] * 8] * 2
 
 
 def test_vocabulary(answer, traced):
-    found = answer("analyze", "vocabulary", traced, "--tokenizer", "demo", "--of", "next", "--layers", "3")
+    options = ("--of", "vocabulary", "--tokenizer", "demo", "--token", "next", "--layers", "3")
+    found = answer("analyze", "tokens", traced, *options)
     expected = mr.analysis.vocabulary(Trace.load(traced), of="next", layers=[3])
     assert found["by_layer"] == expected.by_layer.tolist()
     assert all(row["text"] for row in found["top"])
 
 
-def test_token_classes(answer, traced):
-    found = answer("analyze", "token-classes", traced, "--tokenizer", "demo", "--classes", "start")
+def test_class_routing(answer, traced):
+    found = answer("analyze", "tokens", traced, "--of", "class-routing", "--tokenizer", "demo", "--classes", "start")
     assert set(found["classes"]) <= {"word start", "inside", "special", "other"}
     assert sum(found["tokens"]) == len(Trace.load(traced))
 
 
-def test_locality(answer, traced):
-    found = answer("analyze", "locality", traced, "--segment", "4")
+def test_local_consistency(answer, traced):
+    found = answer("analyze", "tokens", traced, "--of", "local-consistency", "--segment", "4")
     assert found == plain(mr.analysis.local_consistency(Trace.load(traced), segment=4))
 
 
 @pytest.mark.parametrize(
     ("question", "title"),
-    [("balance", "coefficient of variation"), ("committee", "most used of each of 3 groups")],
+    [
+        (("layers", "--of", "load-balance"), "coefficient of variation"),
+        (("experts", "--rule", "committee"), "most used of each of 3 groups"),
+    ],
 )
 def test_text(moe_route, files, question, title):
-    code, out, _ = moe_route("analyze", question, files["general"])
+    code, out, _ = moe_route("analyze", *question, files["general"])
     assert code == 0
     assert title in out
 
 
 def test_what_a_user_can_get_wrong(moe_route, files, traced):
-    refused(moe_route("analyze", "paths", files["general"]), "trace")
-    refused(moe_route("analyze", "paths", traced, "--classes", "script"), "--tokenizer")
-    refused(moe_route("analyze", "token-classes", traced), "--tokenizer")
-    refused(moe_route("analyze", "paths", traced, "--layers", "9"), "layer 9 was not traced")
-    refused(moe_route("analyze", "locality", traced, "--segment", "4000"), "smaller segment")
-    refused(moe_route("analyze", "balance", files["general"], "--groups", "fra_Latn"), "fra_Latn")
-    refused(moe_route("analyze", "coactivation", files["general"]), "record(pairs=True)")
+    refused(moe_route("analyze", "tokens", files["general"], "--of", "paths"), "trace")
+    refused(moe_route("analyze", "tokens", traced, "--of", "paths", "--classes", "script"), "--tokenizer")
+    refused(moe_route("analyze", "tokens", traced, "--of", "class-routing"), "--tokenizer")
+    refused(moe_route("analyze", "tokens", traced, "--of", "paths", "--layers", "9"), "layer 9 was not traced")
+    refused(moe_route("analyze", "tokens", traced, "--of", "local-consistency", "--segment", "4000"), "smaller segment")
+    refused(
+        moe_route("analyze", "layers", files["general"], "--of", "load-balance", "--groups", "fra_Latn"), "fra_Latn"
+    )
+    refused(moe_route("analyze", "pairs", files["general"]), "record(pairs=True)")
+    refused(moe_route("analyze", "tokens", traced, "--of", "saturation"), "--final")
+    refused(moe_route("analyze", "tokens", traced, "--of", "paths", "--segment", "4"), "--segment", "paths")
