@@ -1,4 +1,4 @@
-"""``moe-route record --corpus --engine vllm``: the counts of transformers, checkpoints, resuming, refusals."""
+"""``moe-route record --engine vllm``: the counts of transformers, checkpoints, resuming, refusals."""
 
 from __future__ import annotations
 
