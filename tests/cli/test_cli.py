@@ -520,7 +520,8 @@ class TestCompletion:
             pytest.skip("needs fish")
         (tmp_path / "x.safetensors").touch()
         asked = (
-            "moe-route completion fish | source; complete -C 'moe-route plot m'; complete -C 'moe-route plot matrix x'"
+            "moe-route completion fish | source; complete -C 'moe-route plot divergence-'; "
+            "complete -C 'moe-route plot heat-map x'"
         )
         done = subprocess.run(
             ["fish", "-c", asked],
@@ -530,7 +531,7 @@ class TestCompletion:
             env={**command_named_moe_route, "HOME": str(tmp_path)},
             check=True,
         )
-        assert done.stdout.split() == ["matrix", "x.safetensors"]
+        assert done.stdout.split() == ["divergence-matrix", "x.safetensors"]
 
     def test_bash_completes(self, command_named_moe_route: dict[str, str]):
         if shutil.which("bash") is None:
