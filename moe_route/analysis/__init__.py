@@ -6,6 +6,7 @@ with the same accessors), ``SentenceVectors``, a ``Trace``, or arrays where thes
 
 from moe_route.analysis.alignment import Alignment, alignment
 from moe_route.analysis.coactivation import Coactivation, ExpertPair, Transitions, coactivation, transitions
+from moe_route.analysis.consistency import Consistency, consistency
 from moe_route.analysis.correlation import Correlation, correlation
 from moe_route.analysis.divergence import Divergence, DivergenceMatrix, divergence, divergence_matrix
 from moe_route.analysis.effects import (
@@ -30,6 +31,7 @@ from moe_route.analysis.experts import (
     sweep,
     task_experts,
 )
+from moe_route.analysis.geometry import Geometry, geometry
 from moe_route.analysis.inputs import AnalysisError
 from moe_route.analysis.language_experts import (
     LanguageExperts,
@@ -41,16 +43,7 @@ from moe_route.analysis.language_experts import (
     rise_experts,
 )
 from moe_route.analysis.load import Committee, LoadBalance, committee, load_balance
-from moe_route.analysis.matrices import (
-    Geometry,
-    MatrixComparison,
-    MatrixCorrelation,
-    RankAgreement,
-    geometry,
-    matrix_correlation,
-    rank_agreement,
-    read_matrix,
-)
+from moe_route.analysis.matrices import MatrixComparison, MatrixCorrelation, matrix_correlation, read_matrix
 from moe_route.analysis.measures import entropy_of, jensen_shannon, normalized_jensen_shannon
 from moe_route.analysis.overlap import Overlap, overlap
 from moe_route.analysis.paths import Paths, PathWindow, RoutingPath, Saturation, paths, saturation
@@ -63,6 +56,7 @@ from moe_route.analysis.pruning import (
     saliency,
     super_experts,
 )
+from moe_route.analysis.rank_agreement import RankAgreement, rank_agreement
 from moe_route.analysis.resampling import Stability, stability_selection
 from moe_route.analysis.similarity import Similarity, answer_similarity, similarity
 from moe_route.analysis.stats import benjamini_hochberg, expected_maximum, holm, linkage
@@ -76,7 +70,7 @@ from moe_route.analysis.tokens import (
     token_classes,
     vocabulary,
 )
-from moe_route.analysis.u_shape import Consistency, UShape, consistency, middle_layers, u_shape
+from moe_route.analysis.u_shape import UShape, middle_layers, u_shape
 
 __all__ = [
     "MEASURES",

@@ -22,7 +22,8 @@ from moe_route.cli.options import Parser, meant
 
 __all__ = ["main", "parser"]
 
-# What one wants -> the commands for it, in the order of the help, with their modules.
+# What one wants -> the commands for it, in the order of the help, with their modules. The module of a command adds it
+# by its function `add_<command>`.
 _COMMANDS: Mapping[str, Mapping[str, str]] = {
     "look": {"describe": "describe"},
     "record": {"record": "record", "convert": "convert"},

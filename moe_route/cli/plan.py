@@ -37,7 +37,8 @@ from moe_route.cli.options import (
     writable,
 )
 
-# kind of plan -> what it does, and the options that only some kinds take
+# Kind of plan -> what it does, and the options that only some kinds take. Kinds of which a rule holds tables (replay,
+# scores, remap, ...) have no words on a command line: `steering/kinds.py` has all.
 KINDS: Mapping[str, tuple[str, frozenset[str]]] = {
     "activate": ("raise the logits of experts, in standard deviations", frozenset({"experts", "strength", "absent"})),
     "deactivate": ("lower the logits of experts, in standard deviations", frozenset({"experts", "strength", "absent"})),

@@ -1,6 +1,4 @@
-"""What an expert applies between its two products: data that the operators `expert_rows` and
-`expert_activation` and their references read.
-"""
+"""Data of a call of the experts: activation, slots sorted by expert (`Dispatch`), packed weights, outputs seen."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu_squared")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu_squared")
 """Activation functions, in the order of csrc/include/moe_route/activation.h from 1 on."""
 
 PAIRINGS = ("none", "halves", "alternating")
@@ -27,15 +25,15 @@ class Activation:
     """
 
     kind: str = "silu"
-    """One of `KINDS`."""
+    """One of `ACTIVATIONS`."""
     alpha: float = 1.0
     """Factor inside the sigmoid of silu: ``x * sigmoid(alpha * x)``."""
     limit: float = math.inf
     shift: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"unknown activation {self.kind!r}; choose one of {', '.join(KINDS)}")
+        if self.kind not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {self.kind!r}; choose one of {', '.join(ACTIVATIONS)}")
         if self.alpha != 1.0 and self.kind != "silu":
             raise ValueError(f"alpha belongs to silu, and the activation is {self.kind!r}: leave it at 1")
         if not self.limit > 0:

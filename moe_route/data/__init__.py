@@ -1,4 +1,6 @@
-"""Demonstration data shipped with moe-route: a small Mixture-of-Experts model, a parallel corpus and a task.
+"""Texts: read them from any source (``reader``, with a table of published layouts), and the shipped demonstration data.
+
+A small Mixture-of-Experts model, a parallel corpus and a task come with moe-route.
 
 The model was trained by ``examples/demo_model/train.py``; ``model/MODEL_CARD.md`` in this folder describes its training
 and quality. The corpus and the task (ten languages, from English to Swahili) were written for this project.

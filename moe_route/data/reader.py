@@ -1,7 +1,8 @@
 """Read texts: tables, JSON lines, Parquet, data sets in their published folders, and data sets by name.
 
-This module alone opens the files of corpora. It yields their texts one by one and keeps none of them, so that memory
-does not grow with a corpus. What cannot be told from the files is refused with the option that tells it.
+A published layout is a row of ``LAYOUTS``. This module alone opens the files of corpora. It yields their texts one by
+one and keeps none of them, so that memory does not grow with a corpus. What cannot be told from the files is refused
+with the option that tells it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from moe_route.contract.experts import KINDS, PAIRINGS, Activation, Dispatch, PackedExperts
+from moe_route.contract.experts import ACTIVATIONS, PAIRINGS, Activation, Dispatch, PackedExperts
 from moe_route.ops.arguments import FAILURES, refuse_types
 
 _expert_rows = torch.ops.moe_route.expert_rows.default
@@ -78,7 +78,7 @@ def expert_rows(
             down,
             up_bias,
             down_bias,
-            KINDS.index(activation.kind) + 1,
+            ACTIVATIONS.index(activation.kind) + 1,
             PAIRINGS.index(pairing),
             activation.alpha,
             activation.limit,
@@ -163,7 +163,7 @@ def expert_activation(
             rows,
             dispatch.offsets,
             bias,
-            KINDS.index(activation.kind) + 1,
+            ACTIVATIONS.index(activation.kind) + 1,
             PAIRINGS.index(pairing),
             activation.alpha,
             activation.limit,

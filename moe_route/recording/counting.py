@@ -1,4 +1,4 @@
-"""Counting: the side of a recording that the model's calls meet.
+"""Listen to the model's calls while a recording is on: label the tokens, and feed tables and accumulators.
 
 The label block assigns each token to a group and a sequence. The token table carries this to the gate, and the gate
 adds to int64 tables on the device. Nothing is copied to the host before a label block ends.

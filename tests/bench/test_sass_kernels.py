@@ -19,7 +19,7 @@ from bench.sass.cases import cases
 from bench.sass.launches import Interpreter, interpreted
 from bench.sass.report import grown, load, measure
 from moe_route import ops
-from moe_route.contract.experts import KINDS, PAIRINGS
+from moe_route.contract.experts import ACTIVATIONS, PAIRINGS
 from moe_route.ops import METRICS, RouterSpec, StatisticsTables, token_table
 
 CPU = next(backend for backend in BACKENDS if backend.name == "operators")
@@ -153,7 +153,7 @@ def run_activation(interpreter: Interpreter, dtype: torch.dtype, width: int, pai
     rows, bias = (torch.randn(size, columns, generator=make).to(dtype) for size in (slots.order.shape[0], 3))
     given, used = {"bias": bias, "pairing": pairing}, int(slots.offsets[-1])
     ran: set[str] = set()
-    for kind in KINDS:
+    for kind in ACTIVATIONS:
         expected = ops.expert_activation(rows, slots, activation=ops.Activation(kind), **given)
         with interpreted(interpreter, multiprocessors=1):
             got = ops.expert_activation(rows, slots, activation=ops.Activation(kind), **given)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from harness import tiny_models
-from moe_route.cli.models import _SWAPS, _TAKES
 
 from moe_route import merging
 from moe_route.cli import main
+from moe_route.cli.models import _SWAPS, _TAKES
 from moe_route.steering import ExpertSelection
 
 pytest.importorskip("transformers", reason="needs the extra hf")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_route import ops, reference
-from moe_route.contract.experts import KINDS, PAIRINGS
+from moe_route.contract.experts import ACTIVATIONS, PAIRINGS
 
 NATIVE = available(lambda backend: backend.native)
 CPU = next(backend for backend in BACKENDS if backend.name == "operators")
@@ -104,7 +104,7 @@ def test_against_the_reference(native: Backend, dtype: torch.dtype, pairing: str
         torch.testing.assert_close(made.rows(native), made.rows(reference), rtol=bound, atol=bound)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ACTIVATIONS)
 @pytest.mark.parametrize("pairing", ["none", "halves"])
 def test_activations(kind: str, pairing: str) -> None:
     made = Experts.make(tokens=40, hidden=64, pairing=pairing, activation=ops.Activation(kind, limit=2.0))
@@ -365,7 +365,7 @@ def test_activation_against_the_reference(native: Backend, dtype: torch.dtype, p
 @given(
     width=st.integers(0, 70) | st.sampled_from([256, 1032]),
     tokens=st.integers(0, 20),
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from(ACTIVATIONS),
     pairing=st.sampled_from(PAIRINGS),
     dtype=st.sampled_from(DTYPES),
     block=st.sampled_from([1, 16]),

@@ -1,4 +1,4 @@
-"""Routers whose output has a form of its own: one file per model family, with its table row and its adapter."""
+"""Routers whose output has a form of its own: each has its table row and its adapter. All others are in `catalog`."""
 
 from moe_route.routers.architectures import doge, ernie, gpt_oss, jetmoe, nllb, small, switch
 from moe_route.routers.family import Family
