@@ -410,7 +410,11 @@ def test_layers_on_two_devices(away: Place, engine: str, plan: mr.Plan) -> None:
                 routed = mr.attach(model, engine=engine)
             theirs = routed.record(groups=["x", "y"])
             with routed.steer(plan), away.block(theirs, theirs.labels(["x", "y", "y"])):
-                assert [table.device for table in theirs._counting._tables.layers] == [away.first, away.first, away.second]
+                assert [table.device for table in theirs._counting._tables.layers] == [
+                    away.first,
+                    away.first,
+                    away.second,
+                ]
                 # bringing a table to the CPU waits
                 with away.reading() if isinstance(away, Cuda) else contextlib.nullcontext():
                     out = model.generate(**put_all(away, given), **GREEDY)

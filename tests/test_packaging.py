@@ -38,7 +38,8 @@ def test_metadata() -> None:
     assert found["Version"] == moe_route.__version__ == _C.__version__ == _C.build_info()["version"]
     assert found["Requires-Python"] == ">=3.10"
     needs = [line for line in metadata.requires("moe-route") or [] if "extra ==" not in line]
-    assert {re.split(r"[<>=;]", need)[0] for need in needs} == {"torch", "numpy", "safetensors", "scipy", "tqdm", "tomli"}
+    required = {re.split(r"[<>=;]", need)[0] for need in needs}
+    assert required == {"torch", "numpy", "safetensors", "scipy", "tqdm", "tomli"}
     extras = {"hf", "analysis", "plot", "eval", "vllm", "all", "train", "test", "docs", "dev"}
     assert set(found.get_all("Provides-Extra") or []) == extras
     scripts = {point.name: point.value for point in metadata.entry_points(group="console_scripts")}
