@@ -130,7 +130,7 @@ def test_a_run_that_was_stopped_goes_on(runner: Any, corpus: Path, tmp_path: Pat
     cut = [(tmp_path / name / "cut.jsonl").read_text(encoding="utf-8") for name in ("run", "there")]
     assert sorted(cut[0].splitlines()) == sorted(cut[1].splitlines())
     other = CorpusRecording(tmp_path / "there", CorpusStream(str(corpus)), record={"sequences": True}, **settings)
-    with pytest.raises(ValueError, match="holds a run with another engine"):
+    with pytest.raises(ValueError, match='engine: "transformers" there'):
         other.run_with(runner)
 
 
