@@ -20,10 +20,10 @@ WORK = """
 import resource, sys, warnings
 import numpy as np
 from moe_route import analysis
-from moe_route.analysis import sequences
+from moe_route.analysis import resampling
 from moe_route.recording import RoutingStatistics
 
-sequences._BATCH_BYTES = int(sys.argv[3])
+resampling._BATCH_BYTES = int(sys.argv[3])
 used = int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1]) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (used + int(sys.argv[2]),) * 2)
 first, second = (RoutingStatistics.load(f"{sys.argv[1]}/{name}.safetensors") for name in "ab")
