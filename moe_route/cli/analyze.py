@@ -417,6 +417,7 @@ def _add_geometry(parser: Parser) -> None:
 def _refuse_model_without_weights(options: argparse.Namespace) -> None:
     if not options.weights:
         refuse(options, ("model", "device", "device_map", "dtype", "engine"), "is for --weights")
+        options.model = "demo"  # not read, so the environment is not asked either
 
 
 def _geometry(question: Question, options: argparse.Namespace) -> Answer:

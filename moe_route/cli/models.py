@@ -85,8 +85,10 @@ def _criteria(text: str) -> tuple[str, ...]:
 def _refuse_ignored(options: argparse.Namespace) -> None:
     if not options.measure:
         refuse(options, _OF_TEXTS, "is for --measure")
+        options.data = "general"  # not read, so the environment is not asked either
         if options.out is None:
             refuse(options, _OF_MODEL, "is for --measure, or for the model that --out makes smaller")
+            options.model = "demo"  # nor is it for a model
         return
     refuse(options, ("selection", "resamples", "n_group", "topk_group"), "is not for --measure")
 
@@ -109,9 +111,10 @@ def run_prune(options: argparse.Namespace) -> Answer:
         dropped.save(options.selection)
         text.append(f"written to {options.selection}")
     if options.out is not None:
-        size = _write_pruned(options, dropped)
+        made, size = _write_pruned(options, dropped), _size(options.out)
         data |= {"out": options.out, "bytes": size}
-        text.append(f"{len(dropped)} experts dropped; {size / 2**20:.1f} MiB written to {options.out}")
+        dropping = f"{len(dropped)} experts dropped; {size / 2**20:.1f} MiB written to {options.out}"
+        text.append(dropping if made else f"kept: this same command made {options.out}")
     return Answer(data, "\n".join(text))
 
 
@@ -140,7 +143,8 @@ def _chosen(options: argparse.Namespace) -> tuple[Any, dict[str, Any], list[str]
     return dropped, data, text
 
 
-def _write_pruned(options: argparse.Namespace, dropped: Any) -> int:
+def _write_pruned(options: argparse.Namespace, dropped: Any) -> bool:
+    """Write the smaller model; False if this same command made it before."""
     from moe_route.experiments import export_pruned
     from moe_route.runs.job import made_folder
 
@@ -149,7 +153,7 @@ def _write_pruned(options: argparse.Namespace, dropped: Any) -> int:
         if inside is not None:
             language_model = load_language_model(options)
             export_pruned(language_model.model, dropped, inside, tokenizer=language_model.tokenizer)
-    return _size(options.out)
+    return inside is not None
 
 
 def _measured(options: argparse.Namespace) -> Answer:
@@ -216,6 +220,10 @@ def run_upcycle(options: argparse.Namespace) -> Answer:
     inputs = {"model": options.named, "families": families, "dtype": options.dtype, **how}
     with made_folder(options.out, "upcycle", inputs, force=options.force) as folder:
         if folder is None:
+            if options.plan is not None and not options.plan.exists():
+                raise ValueError(
+                    f"{options.out} was made before, and its plan is not kept there: --force makes both again"
+                )
             return Answer({"out": options.out, "made": False}, f"kept: this same command made {options.out}")
         data, lines = _upcycled(options, families, how, folder)
     return Answer(data, "\n".join([*lines, f"written to {options.out}"]))

@@ -295,15 +295,16 @@ def table_argument(parser: Parser) -> None:
     out_argument(parser, "keep the result as a table: .csv, .parquet, or .json (all of it)", suffixes=TABLES)
 
 
-def made_by_a_model(parser: Parser, command: str) -> None:
-    """``--force``, without which a result at ``--out`` that took a model to make is not written over."""
+def made_by_a_model(parser: Parser, command: str, *also: str) -> None:
+    """``--force``, without which a result that took a model to make is not written over: ``--out``, and ``also``."""
     parser.add_argument("--force", action="store_true", help="write over a result that is there")
 
     def refuse_existing(options: argparse.Namespace) -> None:
         from moe_route.runs.job import refuse_made
 
-        if options.out is not None:
-            refuse_made(options.out, command, force=options.force)
+        for path in (getattr(options, name) for name in ("out", *also)):
+            if path is not None:
+                refuse_made(path, command, force=options.force)
 
     parser.checks.append(refuse_existing)
 

@@ -88,9 +88,10 @@ def add_record(verbs: Any) -> None:
         "statistics file, or a folder (a name without a suffix, or with / at its end), to write",
         required=True,
         metavar="FILE|FOLDER/",
-        type=_file_or_folder,
+        type=str,
     )
-    made_by_a_model(parser, "record")
+    parser.checks.append(_choose_place)
+    made_by_a_model(parser, "record", "trace")
     what = parser.add_argument_group("what is recorded")
     what.add_argument(
         "--no-sequences", action="store_true", help="keep sums only, not each sentence (no paired divergence)"
@@ -128,9 +129,14 @@ def add_record(verbs: Any) -> None:
     _add_folder_options(parser)
 
 
-def _file_or_folder(text: str) -> Path:
-    path = writable(text.rstrip("/") or "/")
-    return path / "." if text.endswith("/") and not path.suffix else path
+def _choose_place(options: argparse.Namespace) -> None:
+    """Tell a folder (``/`` at the end, no suffix, or one that is there) from a file."""
+    text = options.out
+    try:
+        options.out = writable(text.rstrip("/") or "/")
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(str(error)) from error
+    options.in_folder = text.endswith("/") or options.out.is_dir() or not options.out.suffix
 
 
 def _add_folder_options(parser: argparse.ArgumentParser) -> None:
@@ -153,17 +159,16 @@ def _add_folder_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Answer:
-    in_folder = options.out.is_dir() or not options.out.suffix
     if options.vectors is not None:
         refuse(options, (*_OF_ROUTING, *_OF_FOLDER), "is not for --vectors")
-        if in_folder:
+        if options.in_folder:
             raise ValueError(
                 f"vectors are one file, and {options.out} is a folder: name a file such as vectors.safetensors"
             )
         return _run_vectors(options)
     if options.trace_layers is not None and options.trace is None:
         raise ValueError("--trace-layers chooses the layers of a trace: name its file with --trace")
-    if in_folder:
+    if options.in_folder:
         return _run_folder(options)
     refuse(options, _OF_FOLDER, f"is for a folder, and --out {options.out} is a file")
     if options.engine == "vllm":

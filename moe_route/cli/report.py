@@ -86,6 +86,7 @@ def _refuse_ignored(options: argparse.Namespace) -> None:
     options.tokenizer_of_model = options.tokenizer or options.model
     if options.files:
         refuse(options, _OF_RECORDING, "is for a report that records by itself, without files")
+        options.model, options.data = options.model or "demo", "general"  # not read, nor is the environment asked
     elif options.tokenizer is not None:
         raise ValueError("--tokenizer is for a report of files: a recorded model brings its own, so leave it out")
 

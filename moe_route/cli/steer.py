@@ -56,6 +56,7 @@ def add_steer(verbs: Any) -> None:
 def _refuse_ignored(options: argparse.Namespace) -> None:
     if options.prompt is not None:
         refuse(options, (*_OF_TEXTS, "strengths", "out"), "is not for --prompt")
+        options.data = "general"  # not read, so the environment is not asked either
     else:
         refuse(options, ("max_new_tokens",), "is for --prompt")
     if options.strengths is None:

@@ -576,3 +576,32 @@ class TestDeferredInterrupt:
         thread.start()
         thread.join()
         assert found == [(False, signal.default_int_handler)]
+
+
+class TestPlaces:
+    def test_a_slash_makes_a_folder_of_a_name_with_a_suffix(self, moe_route, tmp_path: Path):
+        code, _, err = moe_route("record", *SMALL, "--out", f"{tmp_path}/run.1/")
+        assert code == 0, err
+        assert (tmp_path / "run.1" / "statistics.safetensors").is_file()
+
+    def test_a_trace_that_is_there_is_kept(self, moe_route, tmp_path: Path):
+        trace = tmp_path / "t.safetensors"
+        trace.write_bytes(b"before")
+        refused(moe_route("record", "--out", tmp_path / "s.safetensors", "--trace", trace, *SMALL), "t.safetensors")
+        assert trace.read_bytes() == b"before"
+
+    def test_what_is_not_read_is_not_taken_from_the_environment(self, moe_route, files, monkeypatch):
+        monkeypatch.setenv("MOE_ROUTE_TEXTS", "arithmetic")
+        code, _, err = moe_route("steer", "--plan", files["plan"], "--prompt", "Anna", "--max-new-tokens", "1")
+        assert (code, err) == (0, "")
+        monkeypatch.setenv("MOE_ROUTE_MODEL", "no/such-model")
+        code, _, err = moe_route("prune", files["general"], "--keep", "0.5", "--criterion", "frequency")
+        assert (code, err) == (0, "")
+
+    def test_pruning_twice_says_that_it_kept_the_first(self, moe_route, files, tmp_path: Path):
+        given = ("prune", files["general"], "--keep", "0.5", "--criterion", "frequency", "--out", tmp_path / "small")
+        assert "experts dropped" in moe_route(*given)[1]
+        code, out, _ = moe_route(*given)
+        assert code == 0
+        assert "kept" in out
+        assert "dropped;" not in out
