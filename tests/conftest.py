@@ -46,21 +46,11 @@ def pytest_configure() -> None:
 _LONG = ("test_docs.py", "paths/test_paths.py", "examples/test_notebooks.py", "examples/test_study.py")
 
 
-# Seconds for a slow test without a limit of its own. Compiling takes minutes, and twice as many on a busy machine.
-_SLOW_LIMIT = 1200
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the long files first (`make test` asks xdist to keep this order); otherwise the order stays.
-
-    Slow tests get more time than the others.
-    """
+    """Put the long files first (`make test` asks xdist to keep this order); otherwise the order stays."""
     here = Path(__file__).parent
     place = {here / name: i for i, name in enumerate(_LONG)}
     items.sort(key=lambda item: place.get(item.path, len(place)))
-    for item in items:
-        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(_SLOW_LIMIT))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -344,7 +344,7 @@ def test_an_nvcc_that_is_newer_than_the_cuda_of_torch_is_warned_of(tmp_path: Pat
 @in_tree
 @pytest.mark.xdist_group("nvcc")
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(9000)
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 def test_a_module_with_cuda_kernels_beside_this_torch(tmp_path: Path) -> None:
     """The build that a CUDA user gets loads beside a CPU torch too, works there, and says why there is no device."""

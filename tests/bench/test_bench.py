@@ -661,11 +661,11 @@ def test_the_hash_follows_the_sources(tmp_path: Path, monkeypatch: pytest.Monkey
 # ---- bench/gpu.sh ---------------------------------------------------------------------------------------------------
 
 
-def gpu(out: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def gpu(out: Path, *arguments: str, seconds: int = 5600, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The script under limits ten times as long as usual: no stage is stopped because the machine is busy."""
     names = {"PYTHON": sys.executable, "OUT": str(out), "MOE_ROUTE_GPU_BUILD": str(out / "build"), "MAX_JOBS": "2"}
-    command = ["bash", str(SCRIPT), *arguments]
-    environ = {**os.environ, **names, **variables}
-    return subprocess.run(command, capture_output=True, text=True, env=environ, check=False, timeout=280)
+    environ = {**os.environ, **names, "MOE_ROUTE_GPU_SECONDS": str(seconds), **variables}
+    return subprocess.run(["bash", str(SCRIPT), *arguments], capture_output=True, text=True, env=environ, check=False)
 
 
 def statuses(out: Path) -> dict[str, str]:
@@ -724,7 +724,7 @@ def test_three_calls_run_every_stage_each_in_order(tmp_path: Path) -> None:
     names = gpu(tmp_path, "--list").stdout.split()
     seen: set[str] = set()
     for call in ("1", "2", "3"):
-        gpu(tmp_path / call, "--dry", "--call", call, MOE_ROUTE_GPU_SECONDS="1")
+        gpu(tmp_path / call, "--dry", "--call", call, seconds=1)
         ran = list(statuses(tmp_path / call))
         assert ran == [name for name in names if name in ran]
         assert {"environment", "build", "import"} <= set(ran)
@@ -789,7 +789,7 @@ def test_a_sweep_puts_its_tunables_back(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_run_out_of_time_says_so(tmp_path: Path) -> None:
-    done = gpu(tmp_path, "--dry", "--only", "determinism", MOE_ROUTE_GPU_SECONDS="1")
+    done = gpu(tmp_path, "--dry", "--only", "determinism", seconds=1)
     assert done.returncode == 1
     assert statuses(tmp_path) == {"determinism": "no time left"}
 
@@ -826,16 +826,14 @@ def test_only_a_sanitizer_that_says_so_passes(tmp_path: Path, prints: str, code:
 @pytest.mark.xdist_group("nvcc")
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.timeout(1600)
+@pytest.mark.timeout(9000)
 def test_a_dry_run_builds_the_module_with_its_kernels(tmp_path: Path) -> None:
     """The whole of it, with nvcc: what a machine with a device does first."""
     build = Path(os.environ.get("MOE_ROUTE_GPU_BUILD") or ROOT / "build" / "gpu")
     names = ("environment", "build", "import", "tests", "device-test-build")
-    command = ["bash", str(SCRIPT), "--dry", "--only", ",".join(names)]
-    variables = {"PYTHON": sys.executable, "OUT": str(tmp_path), "MOE_ROUTE_GPU_BUILD": str(build), "MAX_JOBS": "2"}
-    variables["CUDAARCHS"] = "80-real;90"  # as tests/test_packaging.py, which builds in the same folder
-    environ = {**os.environ, **variables, "MOE_ROUTE_GPU_SECONDS": "1500"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
+    archs = "80-real;90"  # as tests/test_packaging.py, which builds in the same folder
+    wanted = ("--dry", "--only", ",".join(names))
+    done = gpu(tmp_path, *wanted, seconds=8400, MOE_ROUTE_GPU_BUILD=str(build), CUDAARCHS=archs)
     assert statuses(tmp_path) == dict.fromkeys(names, "ok"), done.stdout + done.stderr
     assert (build / "site" / "moe_route" / "data").is_dir()
     assert not list((ROOT / "moe_route").glob("*.new"))

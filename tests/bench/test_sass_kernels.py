@@ -26,7 +26,7 @@ CPU = next(backend for backend in BACKENDS if backend.name == "operators")
 WHY_NOT = build.missing() or launches.missing()
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(3600),
+    pytest.mark.timeout(9000),
     pytest.mark.xdist_group("nvcc"),
     pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
 ]

@@ -153,7 +153,6 @@ def test_an_installation_inside_another_repository_names_no_commit(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_the_quick_form_measures_every_case(tmp_path: Path) -> None:
     """Its shape, never its times: each section has its cases, each of moe-route's contenders a finite ratio."""
     options = ["--quick", "--threads", "2", "--json", "--out", str(tmp_path)]

@@ -64,7 +64,6 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 def test_killed_at_ten_random_moments(small_file: Path, tmp_path: Path, content_of: Callable[[Path], dict[str, bytes]]):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command = [sys.executable, "-c", FORKS, small_file, whole, killed, str(KILLS)]

@@ -77,7 +77,6 @@ def test_a_program_that_ends_inside_a_recording_has_its_own_exit_code(end: str, 
         env={**os.environ, "PYTHONPATH": str(Path(mr.__file__).parents[1])},
         capture_output=True,
         text=True,
-        timeout=200,
         check=False,
     )
     assert done.returncode == code, done.stderr

@@ -29,7 +29,7 @@ from paths.registry import FAMILIES, QUICK, path
 from paths.subject import NotApplicableError, Subject, by_transformers, first_sentence, run
 
 RANKS = 2
-PATIENCE = timedelta(seconds=120)
+PATIENCE = timedelta(seconds=1200)
 
 
 # ---- inside a rank

@@ -71,7 +71,7 @@ def post(folder: Path) -> Iterator[Callable[[str, dict[str, Any]], Any]]:
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=600) as answer:
             return json.load(answer)
 
     log = folder / "server.log"
@@ -80,9 +80,9 @@ def post(folder: Path) -> Iterator[Callable[[str, dict[str, Any]], Any]]:
         subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True) as server,
     ):
         try:
-            for _ in range(270):
+            for _ in range(1500):
                 with contextlib.suppress(OSError):
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60)
                     break
                 if server.poll() is not None:
                     break
