@@ -45,6 +45,11 @@ def english_only(found: Measures) -> np.ndarray:
     return np.array([found["skill"]["english_only"][language]["exact_match"] for language in LANGUAGES])
 
 
+def least_control(found: Measures, kind: str) -> float:
+    """Exact match of the language that copies a number ("copy") or counts on ("count") worst."""
+    return min(one["exact_match"] for one in found["controls"][kind].values())
+
+
 def gains(found: Measures) -> list[float]:
     """Translation gain of every language and direction."""
     return [way["gain"] for ways in found["translation"].values() for way in ways.values()]
@@ -66,7 +71,27 @@ GATES = (
     ("retrieval by hidden states, best layer", 0.3, lambda found: best_layer(found, "hidden")),
     ("exact match in English on english_only", 0.9, lambda found: float(english_only(found)[0])),
     ("spread of exact match over languages on english_only", 0.3, lambda found: float(np.ptp(english_only(found)))),
+    ("exact match on english_only, mean of ten languages", 0.75, lambda found: float(english_only(found).mean())),
+    ("copying a number, least language", 0.9, lambda found: least_control(found, "copy")),
+    ("counting on, least language", 0.9, lambda found: least_control(found, "count")),
 )  # fmt: skip
+# A model that goes on from another one may take its place if nothing got worse: no gate that was passed fails, no value
+# of a gate falls by more than this share of what is wanted, and the loss of text rises by no more than so many nats.
+TOLERANCE = 0.1
+TEXT_TOLERANCE = 0.05  # nats per token, mean over languages
+
+
+def worse(before: Measures, after: Measures) -> list[str]:
+    """What a model does worse than the one before it, by the rule of `TOLERANCE`; both are results of `judge`."""
+    gates_before = {gate["gate"]: gate for gate in before["gates"]}
+    found = [
+        f"{gate['gate']}: {old['value']:.3f} -> {gate['value']:.3f}"
+        for gate in after["gates"]
+        for old in [gates_before[gate["gate"]]]
+        if (old["passed"] and not gate["passed"]) or gate["value"] < old["value"] - TOLERANCE * gate["wanted"]
+    ]
+    text = [np.mean([one["nats_per_token"] for one in run["trained"]["text"].values()]) for run in (before, after)]
+    return found + [f"loss of text: {text[0]:.3f} -> {text[1]:.3f}"] * bool(text[1] > text[0] + TEXT_TOLERANCE)
 
 
 def gates(trained: Measures, untrained: Measures) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from text import ENGLISH, tag
 
 from moe_route import Plan, analysis
 from moe_route.analysis.stats import draw_items, interval_of, resampled_means
-from moe_route.data import Question, Task
+from moe_route.data import Question, Task, demo_controls
 from moe_route.data.batches import Text, texts_of
 from moe_route.demo.task_experts import find_task_experts
 from moe_route.recording import RoutingStatistics
@@ -320,6 +320,7 @@ def measure(language_model: LanguageModel, routed: RoutedModel, material: Materi
     return {
         "load": {"text": load(general), "tasks": load(tasks)},
         "skill": skill(language_model, material.problems.questions),
+        "controls": skill(language_model, demo_controls().questions),
         "text": text_loss(language_model, material.sentences),
         "translation": translation(language_model, material.pairs),
         "retrieval": {

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from controls import KINDS as CONTROLS
+from controls import Control, controls
 from problems import LANGUAGES, OPERATIONS, TEMPLATES, UNSPACED, Problem, pairs, separator, shares
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -21,7 +23,7 @@ TATOEBA = {
 HELD_OUT_PERCENT = {"swh_Latn": 15, "ind_Latn": 6, "hin_Deva": 6}  # of the English sentences; 4 elsewhere
 LONGEST = 160  # characters of a sentence
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
-KINDS = {"sentence": 0.30, "translation": 0.35, "switch": 0.10, "task": 0.25}
+KINDS = {"sentence": 0.29, "translation": 0.33, "switch": 0.07, "task": 0.25, "copy": 0.03, "count": 0.03}
 ANSWER_WEIGHT = 3.0
 WINDOW = 128
 
@@ -164,12 +166,13 @@ class Documents:
         self.pairs = {language: pairs(share=share) for language, share in shares(order).items()}
         self.numbers = [tokenizer.encode(str(n)).ids[0] for n in range(100)]
         self.spaces = {language: tokenizer.encode(separator(language)).ids for language in LANGUAGES}
-        self.prompts: dict[tuple[str, Problem], list[int]] = {}
+        self.prompts: dict[tuple[str, Problem | Control], list[int]] = {}
         self.languages = {
             "sentence": {language: len(found) ** 0.5 for language, found in self.sentences.items()},
             "translation": {language: len(found) ** 0.5 for language, found in self.translations.items()},
             "task": shares(order),
-        }
+        } | dict.fromkeys(CONTROLS, dict.fromkeys(LANGUAGES, 1.0))
+        self.controls = {kind: [one for one in controls(kind) if not one.held_out] for kind in CONTROLS}
         self.count: Counter[str] = Counter()
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
@@ -207,22 +210,26 @@ class Documents:
             if rng.random() < 0.5:
                 return self._framed([*english, self.tags[language], *other])
             return self._framed([*other, self.tags[ENGLISH], *english])
-        return self._problem(language)
+        if kind in CONTROLS:
+            return self._answered(rng.choice(self.controls[kind]), language)
+        return self._answered(self._problem(language), language)
 
     def _framed(self, ids: list[int]) -> tuple[list[int], list[float]]:
         ids = [self.bos, *ids[: WINDOW - 2], self.eos]
         return ids, [0.0] + [1.0] * (len(ids) - 1)
 
-    def _problem(self, language: str) -> tuple[list[int], list[float]]:
+    def _problem(self, language: str) -> Problem:
         rng = self.rng
         larger, smaller = rng.choice(self.pairs[language])
         (operation,) = rng.choices(OPERATIONS, (0.4, 0.4, 0.2))
         template = rng.randrange(len(TEMPLATES[language][operation]))
-        problem = Problem(operation, template, larger, smaller, rng.random() < 0.5)
-        key = (language, problem)
+        return Problem(operation, template, larger, smaller, rng.random() < 0.5)
+
+    def _answered(self, asked: Problem | Control, language: str) -> tuple[list[int], list[float]]:
+        key = (language, asked)
         if key not in self.prompts:
-            self.prompts[key] = self.tokenizer.encode(problem.text(language)).ids + self.spaces[language]
-        ids, weights = self._framed([*self.prompts[key], self.numbers[problem.answer]])
+            self.prompts[key] = self.tokenizer.encode(asked.text(language)).ids + self.spaces[language]
+        ids, weights = self._framed([*self.prompts[key], self.numbers[asked.answer]])
         weights[-2] = ANSWER_WEIGHT
         return ids, weights
 

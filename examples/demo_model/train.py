@@ -5,8 +5,9 @@
 
 DATA/tatoeba holds the Tatoeba Challenge test sets, one file per language (eng-rus.tsv, eng-deu.tsv, ...), one pair per
 line, English<TAB>other. The model is a Qwen3-MoE of 5.3 million parameters: 8 sparse layers, 16 experts, top-2. It
-learns from sentences of ten languages, translations, sentences with words of two languages, and digit problems
-(problems.py), whose pairs of numbers English has seen most of and the other languages less.
+learns from sentences of ten languages, translations, sentences with words of two languages, digit problems
+(problems.py), whose pairs of numbers English has seen most of and the other languages less, and lines that copy a
+number or count on (controls.py).
 
 The balance of the experts is asked of every layer by itself; `load_balancing_loss_func` of transformers adds up the
 layers first, so that single layers may collapse (issue 28255 of transformers).

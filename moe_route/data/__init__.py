@@ -29,6 +29,7 @@ __all__ = [
     "LANGUAGE_FAMILIES",
     "Question",
     "Task",
+    "demo_controls",
     "demo_corpus",
     "demo_model_folder",
     "demo_problems",
@@ -97,6 +98,14 @@ def demo_problems() -> Task:
     none ("unseen").
     """
     return Task.read_tsv(_HERE / "corpus" / "problems.tsv")
+
+
+def demo_controls() -> Task:
+    """What else there is to do with digits: 24 numbers to copy ("copy") and 24 counts to go on with ("count").
+
+    No language saw these numbers in these sentences in training. Their answers are as large as those of the problems.
+    """
+    return Task.read_tsv(_HERE / "corpus" / "controls.tsv")
 
 
 def demo_task() -> Corpus:
