@@ -1,9 +1,13 @@
 """Choose among judged seeds of the demonstration model, and install the chosen one with its card.
 
     python examples/demo_model/choose.py SEED0 SEED1 SEED2 --install
+    python examples/demo_model/choose.py LONGER --follows OUT --install
 
 The rule: the median seed of the mean exact match on english_only, over the nine languages other than English. The U
 shape of its routing plays no part. All results are printed side by side, and those of all seeds are installed.
+
+With `--follows`, a model that was trained further takes the place of the installed one, which is judged in OUT, if
+nothing got worse (`judge.worse`). What is known of the seeds stays.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import tables
+from judge import worse
 from measures import OTHERS
 from problems import LANGUAGES, shares
 
@@ -28,15 +33,16 @@ FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenize
 MOST_BYTES = 16_000_000  # of the checkpoint, which is part of the package
 
 Json = dict[str, Any]
+Judged = Mapping[str, Any]
 
 
-def score(judged: Mapping[str, Any]) -> float:
+def score(judged: Judged) -> float:
     """What the seeds are ordered by."""
     found = judged["trained"]["skill"]["english_only"]
     return sum(found[language]["exact_match"] for language in OTHERS) / len(OTHERS)
 
 
-def choose(results: Sequence[Mapping[str, Any]]) -> int:
+def choose(results: Sequence[Judged]) -> int:
     """Index of the median result; of equal ones, the first is the smallest."""
     return sorted(range(len(results)), key=lambda number: score(results[number]))[len(results) // 2]
 
@@ -60,7 +66,7 @@ def read(folders: Sequence[Path]) -> list[Json]:
     return results
 
 
-def seeds_table(results: Sequence[Mapping[str, Any]]) -> str:
+def seeds_table(results: Sequence[Judged]) -> str:
     """The seeds side by side: the figure of the rule, exact match by language, and what decides nothing."""
     chosen = results[choose(results)]["seed"]
     rows: list[list[object]] = [["order of the shares", *(one["order"] for one in results)]]
@@ -79,7 +85,7 @@ def seeds_table(results: Sequence[Mapping[str, Any]]) -> str:
     return tables.table(("", *heads), rows)
 
 
-def shape_table(folder: Path, training: Mapping[str, Any]) -> str:
+def shape_table(folder: Path, training: Judged) -> str:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     experts = config.get("num_experts", config.get("num_local_experts"))
     rows = {
@@ -98,7 +104,7 @@ def shape_table(folder: Path, training: Mapping[str, Any]) -> str:
     return tables.table(("", ""), rows.items())
 
 
-def training_table(trainings: Sequence[Mapping[str, Any]]) -> str:
+def training_table(trainings: Sequence[Judged]) -> str:
     """Length of each run, and its last figures."""
     rows = [
         ["steps", *(one["steps"] for one in trainings)],
@@ -120,43 +126,63 @@ def training_table(trainings: Sequence[Mapping[str, Any]]) -> str:
     return tables.table(("", *(f"seed {one['seed']}" for one in trainings)), rows)
 
 
-def documents_table(training: Mapping[str, Any]) -> str:
+def documents_table(training: Judged) -> str:
     """Pairs of sentences of each language, documents drawn of each kind, and share of the pairs of numbers."""
     seen, drawn = shares(training["order"]), training["documents"]
     rows = [
         (
             language,
             training["training_pairs"].get(language, "-"),
-            *(drawn.get(f"{kind} {language}", "-") for kind in ("sentence", "translation", "task")),
+            *(drawn.get(f"{kind} {language}", "-") for kind in ("sentence", "translation", "task", "copy", "count")),
             f"{100 * seen[language]:.0f}",
         )
         for language in LANGUAGES
     ]
-    rows.append(("words of two languages", "-", drawn["switch"], "-", "-", "-"))
+    rows.append(("words of two languages", "-", drawn["switch"], *["-"] * 5))
     head = (
         "language",
         "sentence pairs",
         "sentences drawn",
         "translations drawn",
         "problems drawn",
+        "numbers copied",
+        "counted on",
         "pairs of numbers seen, %",
     )
     return tables.table(head, rows)
 
 
-def card(folder: Path, results: Sequence[Mapping[str, Any]], trainings: Sequence[Mapping[str, Any]]) -> str:
-    """The text of `CARD` with every table between its markers."""
-    chosen = choose(results)
-    result, training = results[chosen], trainings[chosen]
+def seeds_parts(results: Sequence[Judged], trainings: Sequence[Judged]) -> dict[str, str]:
+    """The sections of the card that compare the seeds."""
     values = ", ".join(f"{score(one):.3f} (seed {one['seed']})" for one in results)
-    seeds = f"The rule: the {RULE}.\nIt is {values}, so seed {result['seed']} ships.\n\n{seeds_table(results)}"
-    parts = {
-        "shape": shape_table(folder, training),
+    rule = f"The rule: the {RULE}.\nIt is {values}, so seed {results[choose(results)]['seed']} ships."
+    return {
         "training": training_table(trainings),
-        "documents": documents_table(training),
-        "seeds": seeds,
+        "seeds": f"{rule}\n\n{seeds_table(results)}",
         "gates": tables.gates_table(results),
+        "follows": "The seed ships as it was chosen.",
+    }
+
+
+def following_parts(before: Judged, after: Judged, training: Judged, card: str) -> dict[str, str]:
+    """The same sections where a model takes the place of the installed one, whose card tells about the seeds."""
+    run = training["runs"][-1]
+    text = (
+        f"The model that ships went on from seed {after['seed']} for {run['steps']} steps "
+        f"({run['tokens'] / 1e6:.1f} million tokens, {run['minutes']:.0f} minutes, peak learning rate "
+        f"{run['learning_rate']:g}), with numbers to copy and to count on from among the documents."
+    )
+    parts = {name: section(card, name) for name in ("training", "seeds", "gates")}
+    return parts | {"follows": f"{text}\n\n{tables.following_table(before, after)}"}
+
+
+def card(folder: Path, result: Judged, training: Judged, parts: Mapping[str, str]) -> str:
+    """The text of `CARD` with every table between its markers: `parts`, and the tables of the model that ships."""
+    own = {
+        "shape": shape_table(folder, training),
+        "documents": documents_table(training),
         "skill": tables.skill_table(result),
+        "controls": tables.controls_table(result),
         "text": tables.text_table(result),
         "load": tables.load_table(result),
         "changes": tables.changes_table(result),
@@ -164,7 +190,15 @@ def card(folder: Path, results: Sequence[Mapping[str, Any]], trainings: Sequence
         "divergence": tables.divergence_table(result),
         "depth": tables.depth_table(result),
     }
-    return fill(CARD.read_text(encoding="utf-8"), parts)
+    return fill(CARD.read_text(encoding="utf-8"), own | parts)
+
+
+def section(text: str, name: str) -> str:
+    """What stands between the markers ``<!-- name -->`` and ``<!-- /name -->`` of a card."""
+    content = text.partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0].strip()
+    if not content:
+        raise ValueError(f"the card has no section {name}")
+    return content
 
 
 def fill(text: str, parts: Mapping[str, str]) -> str:
@@ -179,27 +213,38 @@ def fill(text: str, parts: Mapping[str, str]) -> str:
     return text
 
 
-def install(folders: Sequence[Path], results: Sequence[Json], target: Path) -> None:
-    """Copy the chosen checkpoint, and write training.json, judged.json of all seeds and the card beside it."""
-    chosen = choose(results)
-    folder = folders[chosen]
-    trainings = [json.loads((one / "training.json").read_text(encoding="utf-8")) for one in folders]
+def install(folder: Path, result: Judged, parts: Mapping[str, str], judged: Json, target: Path) -> None:
+    """Copy a checkpoint, and write training.json, judged.json and the card beside it."""
+    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     size = sum((folder / name).stat().st_size for name in FILES)
     if size > MOST_BYTES:
         raise SystemExit(f"the checkpoint has {size / 1e6:.1f} MB, and the package takes {MOST_BYTES / 1e6:.0f} MB")
-    text = card(folder, results, trainings)
+    text = card(folder, result, training, parts)
     target.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         with (folder / name).open("rb") as source, replacing(target / name) as stream:
             shutil.copyfileobj(source, stream)
-    judged = {"rule": RULE, "chosen": results[chosen]["seed"], "seeds": results}
-    training = trainings[chosen] | {"shares": shares(trainings[chosen]["order"])}
     for name, content in (
-        ("training.json", readable_json(training)),
+        ("training.json", readable_json(training | {"shares": shares(training["order"])})),
         ("judged.json", readable_json(judged)),
         ("MODEL_CARD.md", text.rstrip("\n")),
     ):
         write_text(target / name, f"{content}\n")
+
+
+def follow(folder: Path, earlier: Path, installed: Path, target: Path | None) -> None:
+    """Compare a model with the one that it goes on from, and install it if nothing got worse."""
+    before, after = read([earlier, folder])
+    print(tables.following_table(before, after))
+    if found := worse(before, after):
+        raise SystemExit("it does not ship, since it got worse:\n  " + "\n  ".join(found))
+    if target is None:
+        return
+    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    card_before = (installed / "MODEL_CARD.md").read_text(encoding="utf-8")
+    judged = json.loads((installed / "judged.json").read_text(encoding="utf-8")) | {"before": before, "shipped": after}
+    install(folder, after, following_parts(before, after, training, card_before), judged, target)
+    print(f"installed in {target}")
 
 
 def main() -> None:
@@ -213,14 +258,23 @@ def main() -> None:
         metavar="FOLDER",
         help=f"to {MODEL.parent.name}/{MODEL.name} of the package, or to FOLDER",
     )
+    parser.add_argument("--follows", type=Path, metavar="OUT", help="the installed model, judged in OUT, is replaced")
     args = parser.parse_args()
     if len(args.folders) % 2 == 0:
         parser.error("the median needs an odd number of seeds")
+    if args.follows:
+        if len(args.folders) > 1:
+            parser.error("one model takes the place of another: name one folder")
+        follow(args.folders[0], args.follows, MODEL, args.install)
+        return
     results = read(args.folders)
     print(f"Rule: the {RULE}.\n\n{seeds_table(results)}\n\n{tables.gates_table(results)}")
     print(f"\nChosen: seed {results[choose(results)]['seed']}")
     if args.install:
-        install(args.folders, results, args.install)
+        chosen = choose(results)
+        trainings = [json.loads((one / "training.json").read_text(encoding="utf-8")) for one in args.folders]
+        judged = {"rule": RULE, "chosen": results[chosen]["seed"], "seeds": results, "shipped": results[chosen]}
+        install(args.folders[chosen], results[chosen], seeds_parts(results, trainings), judged, args.install)
         print(f"installed in {args.install}")
 
 

@@ -43,6 +43,26 @@ def gates_table(results: Sequence[Judged]) -> str:
     return table(head, rows)
 
 
+def following_table(before: Judged, after: Judged) -> str:
+    """Every gate of a model and of the one that it goes on from, and the loss of text."""
+    rows: list[list[object]] = []
+    for old, new in zip(before["gates"], after["gates"], strict=True):
+        digits = 1 if new["wanted"] >= 1 else 3
+        verdicts = ("passed" if one["passed"] else "**failed**" for one in (old, new))
+        values = (f"{one['value']:.{digits}f} {verdict}" for one, verdict in zip((old, new), verdicts, strict=True))
+        rows.append([new["gate"], f"{new['wanted']:g}", *values])
+    losses = ([found["nats_per_token"] for found in one["trained"]["text"].values()] for one in (before, after))
+    rows.append(["text, nats per token, mean of ten languages", "-", *(f"{sum(one) / len(one):.3f}" for one in losses)])
+    return table(("gate", "wanted, at least", "before", "after"), rows)
+
+
+def controls_table(result: Judged) -> str:
+    """Exact match of copied and counted numbers by language."""
+    found = result["trained"]["controls"]
+    rows = ([language, *(found[kind][language]["exact_match"] for kind in found)] for language in LANGUAGES)
+    return table(("language", *found), rows)
+
+
 def skill_table(result: Judged) -> str:
     """Exact match by language and subset, and the share of the pairs of numbers that each language saw."""
     skill = result["trained"]["skill"]

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from moe_route.analysis.stats import pearson, ranks
-from moe_route.data import demo_problems
+from moe_route.data import demo_controls, demo_problems
 from moe_route.data.batches import Text
 from moe_route.runs.language_model import LanguageModel
 
@@ -37,8 +37,8 @@ def script(name: str) -> ModuleType:
         sys.path.remove(str(SCRIPTS))
 
 
-problems, text, train, tables, measures, judge, choose = map(
-    script, ("problems", "text", "train", "tables", "measures", "judge", "choose")
+problems, controls, text, train, tables, measures, judge, choose = map(
+    script, ("problems", "controls", "text", "train", "tables", "measures", "judge", "choose")
 )
 OTHERS = measures.OTHERS
 
@@ -173,11 +173,14 @@ class TestDocuments:
             heavy = [place for place, weight in enumerate(weights) if weight == text.ANSWER_WEIGHT]
             assert weights[0] == 0
             assert set(weights[1:]) <= {1.0, text.ANSWER_WEIGHT}
-            if kind.startswith("task"):
-                language = kind.split(" ")[1]
+            name, _, language = kind.partition(" ")
+            if name in ("task", "copy", "count"):
                 *numbers, answer = [int(n) for n in re.findall(r"\d+", tokenizer.decode(ids))]
-                assert (max(numbers), min(numbers)) in problems.pairs(share=problems.shares(0)[language])
-                assert answer in (sum(numbers), abs(numbers[0] - numbers[1]), max(numbers))
+                if name == "task":
+                    assert (max(numbers), min(numbers)) in problems.pairs(share=problems.shares(0)[language])
+                    assert answer in (sum(numbers), abs(numbers[0] - numbers[1]), max(numbers))
+                else:
+                    assert answer == numbers[-1] + (name == "count")
                 assert heavy == [len(ids) - 2]
                 assert ids[-2] == tokenizer.token_to_id(str(answer))
             else:
@@ -210,6 +213,38 @@ class TestDocuments:
                 assert (own[0], own[-1]) == (documents.bos, documents.eos)
                 assert own.count(documents.bos) == 1
         assert not weights[parts == 0].any()
+
+
+class TestControls:
+    @pytest.mark.parametrize("language", problems.LANGUAGES)
+    def test_templates_of_every_language_show_the_number(self, language):
+        for kind, fields in (("copy", ["{a}"]), ("count", ["{a}", "{b}", "{c}"])):
+            templates = controls.TEMPLATES[language][kind]
+            assert len(set(templates)) == len(templates) == len(controls.TEMPLATES["eng_Latn"][kind])
+            assert all(re.findall(r"\{.*?\}", template) == fields for template in templates)
+
+    def test_answers_are_right(self):
+        assert controls.Control("copy", 0, 47).answer == 47
+        assert controls.Control("count", 0, 12).answer == 15
+        assert "12, 13, 14" in controls.Control("count", 0, 12).text("swh_Latn")
+
+    def test_training_draws_none_that_is_held_out(self, documents):
+        for kind in controls.KINDS:
+            everything = list(controls.controls(kind))
+            held = [one for one in everything if one.held_out]
+            assert 0.15 < len(held) / len(everything) < 0.25
+            assert set(documents.controls[kind]) == set(everything) - set(held)
+
+    def test_the_shipped_ones_are_held_out(self):
+        task = demo_controls()
+        assert task.languages == problems.LANGUAGES
+        for question in task.questions:
+            matches = [
+                one
+                for one in controls.controls(question.subset)
+                if one.text(question.language) == question.prompt.strip() and str(one.answer) == question.answer.strip()
+            ]
+            assert [one.held_out for one in matches] == [True]
 
 
 class TestLosses:
@@ -327,13 +362,15 @@ def measured(value: float, languages: dict[str, float]) -> dict:
         "skill": {"english_only": {language: {"exact_match": em} for language, em in languages.items()}},
         "translation": {language: {"from_english": way, "to_english": {"gain": 99.0}} for language in OTHERS},
         "retrieval": {what: {key: [0.0, value] for key in OTHERS} for what in ("routing", "hidden")},
+        "controls": {kind: {key: {"exact_match": min(value, 1.0)} for key in languages} for kind in controls.KINDS},
+        "text": {key: {"nats_per_token": 4.0} for key in languages},
     }
 
 
 class TestGates:
     def test_pass_from_the_value_asked_for(self):
         skilled = dict.fromkeys(problems.LANGUAGES, 0.5) | {"eng_Latn": 0.95}
-        for value, passed in ((0.0, 2), (0.3, 6), (0.95, 8), (12.0, 9)):
+        for value, passed in ((0.0, 2), (0.3, 6), (0.95, 10), (12.0, 11)):
             found = judge.gates(measured(value, skilled), measured(0.0, dict.fromkeys(problems.LANGUAGES, 0.0)))
             assert sum(gate["passed"] for gate in found) == passed
             assert all(gate["untrained"] == 0 for gate in found)
@@ -348,8 +385,20 @@ class TestGates:
         ]
         rows = tables.gates_table(results).splitlines()[2:]
         assert len(rows) == len(judge.GATES)
-        assert sum("passed |" in row.split("|", 4)[3] + "|" for row in rows) == len(rows)
-        assert sum("failed" in row for row in rows) == 7
+        assert sum("passed |" in row.split("|", 4)[3] + "|" for row in rows) == len(rows) - 1  # nine languages at .5
+        assert sum("failed" in row for row in rows) == 10
+
+    def test_worse_is_a_lost_gate_a_lower_value_or_a_higher_loss(self):
+        def judged(value: float, nats: float = 4.0) -> dict:
+            found = measured(value, dict.fromkeys(problems.LANGUAGES, 0.8))
+            found["text"]["eng_Latn"] = {"nats_per_token": nats}
+            return {"gates": judge.gates(found, found), "trained": found}
+
+        assert judge.worse(judged(0.95), judged(0.95, 4.4)) == []
+        assert [line.split(":")[0] for line in judge.worse(judged(0.95), judged(0.95, 4.6))] == ["loss of text"]
+        assert any("copying" in line for line in judge.worse(judged(0.95), judged(0.89)))  # passed before
+        assert not any("counting" in line for line in judge.worse(judged(0.5), judged(0.45)))
+        assert any("counting" in line for line in judge.worse(judged(0.5), judged(0.4)))  # by more than a tenth
 
 
 class TestChoice:
