@@ -189,6 +189,10 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_sdist_is_complete(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         files = {name.partition("/")[2] for name in archive.getnames()}
+        described = archive.extractfile(f"{archive.getnames()[0].partition('/')[0]}/PKG-INFO")
+        assert described is not None
+        licences = re.findall(r"^License-File: (.*)$", described.read().decode("utf-8"), re.M)
+    assert licences == ["LICENSE", "moe_route/data/routing/LICENSE.txt"]
     sources = [
         path for folder in ("csrc", "moe_route", "tests") for path in (ROOT / folder).rglob("*") if path.is_file()
     ]
@@ -209,6 +213,7 @@ def test_isolated_build_of_the_sdist(sdist: Path, tmp_path: Path) -> None:
     data = [path.relative_to(ROOT).as_posix() for path in (ROOT / "moe_route" / "data").rglob("*") if path.is_file()]
     for name in ("moe_route/py.typed", "moe_route/_C.pyi", *(name for name in data if "__pycache__" not in name)):
         assert name in names
+    assert any(name.endswith(".dist-info/licenses/moe_route/data/routing/LICENSE.txt") for name in names)
     assert [name for name in names if name.startswith(("tests/", "csrc/", "bench/", "docs/"))] == []
     python("-m", "pip", "install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel))
     program = "import moe_route.description as d; print(d.__file__); print(d.doctor().ok)"

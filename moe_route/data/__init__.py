@@ -1,9 +1,11 @@
 """Texts: read them from any source (``reader``, with a table of published layouts), and the shipped demonstration data.
 
-A small Mixture-of-Experts model, a parallel corpus and a task come with moe-route.
+A small Mixture-of-Experts model, a parallel corpus, a task, and the recorded routing of a large model come with
+moe-route.
 
 The model was trained by ``examples/demo_model/train.py``; ``model/MODEL_CARD.md`` in this folder describes its training
-and quality. The corpus and the task (ten languages, from English to Swahili) were written for this project.
+and quality. The corpus and the task (ten languages, from English to Swahili) were written for this project. Others
+published the recorded routing; ``routing/README.md`` says where.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ __all__ = [
     "families_of",
     "load_demo_model",
     "read_texts",
+    "shipped_routing",
     "shipped_studies",
 ]
 
@@ -84,6 +87,14 @@ def load_demo_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel
 def shipped_studies() -> dict[str, Path]:
     """Name -> TOML file of each study that moe-route brings: the demonstration, and the settings of a publication."""
     return {path.stem: path for path in sorted((_HERE / "studies").glob("*.toml"))}
+
+
+def shipped_routing() -> dict[str, Path]:
+    """Name -> file of each published recording that moe-route brings; `convert.published_routing` reads them.
+
+    ``README.md`` beside them tells where they come from.
+    """
+    return {path.stem: path for path in sorted((_HERE / "routing").glob("*.npz"))}
 
 
 def demo_corpus() -> Corpus:

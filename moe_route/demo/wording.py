@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 
@@ -9,7 +10,8 @@ from moe_route.analysis import Difference, RandomControl
 from moe_route.base.table import interval
 from moe_route.data.languages import language_name
 
-WIDTH = 110  # columns of the text
+WIDTH = 100  # columns of the text
+_BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", "_.-=+*#@"  # bars of one to eight steps
 _NUMBER = 3  # columns of "1. ", which stands before a finding
 
 
@@ -57,3 +59,18 @@ def standing(control: RandomControl) -> str:
         return f"none of the {count} sets comes as far (p = {control.p_value:.3f})"
     as_far = control.rank - 1
     return f"{as_far} of the {count} sets {'comes' if as_far == 1 else 'come'} as far (p = {control.p_value:.3f})"
+
+
+def bars() -> str:
+    """Eight characters, from the lowest to the highest bar; ASCII ones where standard output cannot show blocks."""
+    try:
+        _BLOCKS.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+    except UnicodeEncodeError:
+        return _ASCII
+    return _BLOCKS
+
+
+def spark(values: Iterable[float], step: float) -> str:
+    """A bar for each value from 0, which is higher by one for each `step`; the highest stands for all above it."""
+    levels = bars()
+    return "".join(levels[min(int(value / step), len(levels) - 1)] for value in values)

@@ -207,10 +207,16 @@ def _selections(statistics: RoutingStatistics, groups: Sequence[str] | str | Non
 # github.com/conctsai/Multilingualism-in-Mixture-of-Experts-LLMs, ``routing/mgsm_result/mgsm_<language>.json``: {layer:
 # {expert: {"activation_tokens": n, "gate_values_sum": w}, "total_tokens": n}}, one file per language. The weights of a
 # token's experts add up to 1. That recorder summed in bfloat16, so counts miss top_k * tokens by up to 0.03 %.
+# moe-route ships five of these languages as arrays of one .npz file, written by examples/study/published_routing.py:
+# ``groups`` [G], ``tokens`` int32 [G, L], ``counts`` int32 [G, L, E] and ``gate_sums`` float32 [G, L, E].
+
+_GATE_ARRAYS = ("groups", "tokens", "counts", "gate_sums")
 
 
 def _is_gate_sums(source: Source) -> bool:
     content = source.content
+    if source.form == "arrays":
+        return _holds(source, *_GATE_ARRAYS)
     return (
         source.form == "json"
         and isinstance(content, dict)
@@ -221,18 +227,49 @@ def _is_gate_sums(source: Source) -> bool:
 
 @reads(
     "gate-sums",
-    "counts and gate sums per layer and expert (Qwen3-30B-A3B on MGSM), .json",
+    "counts and gate sums per layer and expert (Qwen3-30B-A3B on MGSM), .json or .npz",
     gives="statistics",
     when=_is_gate_sums,
 )
 def read_gate_sums(
     source: Source, *, group: str | None = None, top_k: int | None = None, tolerance: float = 1e-3
 ) -> RoutingStatistics:
-    """Statistics of one group, named after the file (``mgsm_de.json`` is "de"), with counts and weight_share."""
-    layers = whole_numbers(source, source.content)
+    """Statistics with counts and weight_share: of one group, named after a JSON file (``mgsm_de.json`` is "de"), or of
+    the groups of an .npz file.
+    """
+    if source.form == "arrays":
+        groups, tokens, counts, share = (source.content[name] for name in _GATE_ARRAYS)
+        layers = list(range(counts.shape[1]))
+        if group is not None:
+            raise ValueError(f"{source.path} names its groups ({', '.join(groups)}): leave group out")
+        counts, share = (
+            np.stack([number_table(source, of, "layer, expert") for of in table]) for table in (counts, share)
+        )
+    else:
+        groups, layers = [group or source.name.removeprefix("mgsm_")], whole_numbers(source, source.content)
+        tokens, counts, share = (table[None] for table in _gate_tables(source, layers))
+    if tokens.min(initial=0) < 0:
+        raise source.refused("it has negative numbers of tokens", "record again")
+    if top_k is None:
+        top_k = round(counts.sum() / max(int(tokens.sum()), 1))
+    return RoutingStatistics.from_token_sums(
+        [str(name) for name in groups],
+        counts=counts,
+        tokens=tokens,
+        top_k=top_k,
+        layers=[str(layer) for layer in layers],
+        num_experts=counts.shape[2],
+        tolerance=tolerance,
+        weight_share=share,
+        metadata={"format": "gate-sums"},
+    )
+
+
+def _gate_tables(source: Source, layers: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens int64 ``[L]``, counts and sums of gate weights float64 ``[L, E]`` of a JSON file."""
     experts = whole_numbers(source, {key for key in source.content[str(layers[0])] if key != "total_tokens"})
-    tokens = np.zeros((1, len(layers)), np.int64)
-    counts, share = np.zeros((2, 1, len(layers), len(experts)))
+    tokens = np.zeros(len(layers), np.int64)
+    counts, share = np.zeros((2, len(layers), len(experts)))
     for row, layer in enumerate(layers):
         of_layer = source.content[str(layer)]
         if len(of_layer) != len(experts) + 1:
@@ -240,25 +277,11 @@ def read_gate_sums(
                 f"layer {layer} has {len(of_layer) - 1} experts, layer {layers[0]} has {len(experts)}",
                 "it is not whole; get it again",
             )
-        tokens[0, row] = of_layer["total_tokens"]
+        tokens[row] = of_layer["total_tokens"]
         entries = [of_layer[str(expert)] for expert in experts]
-        counts[0, row] = number_table(source, [entry["activation_tokens"] for entry in entries], "expert")
-        share[0, row] = number_table(source, [entry["gate_values_sum"] for entry in entries], "expert")
-    if tokens.min(initial=0) < 0:
-        raise source.refused("it has negative numbers of tokens", "record again")
-    if top_k is None:
-        top_k = round(counts.sum() / max(int(tokens.sum()), 1))
-    return RoutingStatistics.from_token_sums(
-        [group or source.name.removeprefix("mgsm_")],
-        counts=counts,
-        tokens=tokens,
-        top_k=top_k,
-        layers=[str(layer) for layer in layers],
-        num_experts=len(experts),
-        tolerance=tolerance,
-        weight_share=share,
-        metadata={"format": "gate-sums"},
-    )
+        counts[row] = number_table(source, [entry["activation_tokens"] for entry in entries], "expert")
+        share[row] = number_table(source, [entry["gate_values_sum"] for entry in entries], "expert")
+    return tokens, counts, share
 
 
 # ---- routing of gpt-oss as published by github.com/AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting.
