@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from moe_route.base.devices import capturing, refuse_capture
 from moe_route.calls.call import Call, Phase
+from moe_route.modules.intercept import untraced
 
 _PLACEHOLDERS = ("image_token_id", "video_token_id")  # in the configuration of a model
 
@@ -170,7 +171,7 @@ class CacheLengths:
     def __init__(self) -> None:
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-    @torch.compiler.disable
+    @untraced
     def before(self, cache: object, counter: int | Tensor, added: int) -> int:
         """Tokens in `cache` before a call that adds `added`; `counter` is the length that the cache reports."""
         if not isinstance(counter, Tensor):

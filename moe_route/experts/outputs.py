@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_route.contract.experts import SeenOutputs
-from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook
+from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook, untraced
 from moe_route.routers.discovery import ModelNotSupportedError, RouterInfo
 
 # Arguments of a module of experts: hidden states [T, H], ids [T, k], weights [T, k].
@@ -138,7 +138,7 @@ class _Again:
         self.router, self.sink, self.arguments = router, sink, arguments
         self.checked = False  # once, since it waits for the device
 
-    @torch.compiler.disable
+    @untraced
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of the experts."""
         chosen = self.sink.awaits(self.router.layer)
@@ -206,13 +206,13 @@ class _OneByOne:
             ForwardHook(self.caller, self.leave, always_call=True),
         )
 
-    @torch.compiler.disable
+    @untraced
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the hidden states."""
         hidden = (*args, *kwargs.values())[0]
         self.hidden, self.chosen, self.seen = hidden.reshape(-1, hidden.shape[-1]), None, None
 
-    @torch.compiler.disable
+    @untraced
     @torch.no_grad()
     def read(self, expert: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Take the sizes of one expert's outputs."""
@@ -232,7 +232,7 @@ class _OneByOne:
             self.seen = SeenOutputs(*(norms.new_zeros(self.chosen.shape) for _ in range(2)))
         self.seen.norms[tokens, slots], self.seen.peaks[tokens, slots] = norms, peaks
 
-    @torch.compiler.disable
+    @untraced
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """Pass on what was seen."""
         seen, self.hidden, self.chosen, self.seen = self.seen, None, None, None

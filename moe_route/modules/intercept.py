@@ -6,12 +6,15 @@ import copy
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from functools import wraps
 from types import MethodType, ModuleType
-from typing import Any, Protocol, SupportsIndex
+from typing import Any, ParamSpec, Protocol, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+P = ParamSpec("P")
+R = TypeVar("R")
 logger = logging.getLogger(__name__)
 _graphs_known = 0  # how many Dynamo had made when they were last dropped
 
@@ -250,3 +253,30 @@ def _graphs_made() -> int:
     """How many graphs Dynamo has made in this process."""
     dynamo = sys.modules.get("torch._dynamo")
     return 0 if dynamo is None else int(dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """Let `torch.compile` call a function without tracing it, as `torch.compiler.disable` does.
+
+    That decorator imports torch._dynamo, which takes a second. Here it is applied at the first call after something
+    else imported it, since nothing is traced before.
+    """
+    disabled: Callable[P, R] | None = None
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if disabled is None:
+            disabled = torch.compiler.disable(function)
+        return disabled(*args, **kwargs)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]  # where traced code calls it, the graph ends
+    frames = torch._C._dynamo.eval_frame
+    try:  # a frame of `call` itself runs as it is
+        strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+        frames.set_code_exec_strategy(call.__code__, strategy)
+    except AttributeError:  # another torch keeps this elsewhere
+        return torch.compiler.disable(function)
+    return call

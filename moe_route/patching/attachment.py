@@ -18,7 +18,7 @@ from moe_route.calls.token_table import CallListener, Labels
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.experts.interface import ExpertsSwitch
 from moe_route.experts.outputs import OutputSink, watch_experts
-from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook, at, drop_graphs
+from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook, at, drop_graphs, untraced
 from moe_route.ops.kernels import has_kernels
 from moe_route.ops.token_rules import fitted
 from moe_route.patching.context import RunningCall
@@ -332,7 +332,7 @@ def attachment_of(module: nn.Module) -> Attachment | None:
 
 
 def _input_hook(router: RouterInfo, sink: InputSink) -> Callable[..., None]:
-    @torch.compiler.disable
+    @untraced
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         sink.add_input(router.layer, (*args, *kwargs.values())[0])
 

@@ -25,6 +25,7 @@ from moe_route.calls.token_table import (
     one_per_token,
 )
 from moe_route.contract.tables import token_table
+from moe_route.modules.intercept import untraced
 from moe_route.patching.deferred import MOST_TOKENS, DeferredCounts
 from moe_route.patching.generate import refuse_paged
 
@@ -361,12 +362,12 @@ class RunningCall:
 
 # torch.compile calls these two without tracing them, because bookkeeping in Python cannot be part of a graph. Only a
 # call that is compiled takes this way: the wrapper of `disable` costs as much as the bookkeeping of a decode step.
-@torch.compiler.disable
+@untraced
 def _labels_of(listener: CallListener, call: Call) -> Labels | None:
     return listener.labels_of(call)
 
 
-@torch.compiler.disable
+@untraced
 def _after_call(listener: CallListener, call: Call) -> None:
     listener.after_call(call)
 

@@ -23,6 +23,7 @@ from moe_route.base.table import number_of
 from moe_route.calls.call import PHASES, Call, Phase
 from moe_route.calls.token_table import CallListener, Labels, as_table, in_phases
 from moe_route.contract.tables import METRICS, StatisticsTables
+from moe_route.modules.intercept import untraced
 from moe_route.recording.accumulators import Accumulator, ExpertOutputs, HiddenStates, PairCounts, SequenceConsistency
 from moe_route.recording.choices import ChoiceCollector
 from moe_route.recording.labels import LabelBlock
@@ -453,7 +454,7 @@ class Counting(CallListener):
     def _connect(self) -> None:
         self._tables.follow()
         self._model.set_statistics(self._tables.layers, lag=LAG)
-        self._model.on_choice = None if self._choices is None else torch.compiler.disable(self._choices.add)
+        self._model.on_choice = None if self._choices is None else untraced(self._choices.add)
         if self._watches:
             self._model.watch(outputs=self._outputs, inputs=self._hidden)
 

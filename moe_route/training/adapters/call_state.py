@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from moe_route.base.devices import upload
 from moe_route.calls.call import Call, NamedGroups, named_groups, recomputing
 from moe_route.calls.reader import CacheLengths, CallReader
+from moe_route.modules.intercept import untraced
 from moe_route.training.adapters.config import AdapterConfig, AdapterError
 
 
@@ -75,7 +76,7 @@ class CallState:
 
     # ---- hooks on the modules that are given tokens
 
-    @torch.compiler.disable
+    @untraced
     def enter(
         self, reader: CallReader, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> None:
@@ -93,7 +94,7 @@ class CallState:
         cache = given.get("cache_params") if cache is None else cache
         self.text = self._continued(call, cache) if self.config.router == "sequence" else None
 
-    @torch.compiler.disable
+    @untraced
     def leave(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         """End the call that `module` began; an output of None means that it failed."""
         if self._owner is not module:
