@@ -35,12 +35,14 @@ class PublishedU:
         shape: its means over the first, middle and last layers.
         tokens: float64 [languages], tokens per prompt.
         english_tokens: the same of English.
+        model: its name.
     """
 
     divergence: Divergence
     shape: UShape
     tokens: np.ndarray
     english_tokens: float
+    model: str = _MODEL
 
     @property
     def u_shaped(self) -> list[str]:
@@ -69,9 +71,14 @@ class PublishedU:
         """The shape in words, from the means."""
         total, count = len(self.shape.groups), len(self.u_shaped)
         return (
-            f"{_MODEL} routes {count} of {number_of(total, 'language')} unlike English in its first and last layers, "
-            f"and more alike in between: {'a U' if count == total else 'a U there only' if count else 'no U'}."
+            f"{self.model} routes {count} of {number_of(total, 'language')} unlike English in its first and last "
+            f"layers, and more alike in between: {'a U' if count == total else 'a U there only' if count else 'no U'}."
         )
+
+    @property
+    def source(self) -> str:
+        """What it is computed from."""
+        return f"Computed now from the published routing of {_PROMPTS} MGSM prompts ({_SOURCE['paper']})."
 
     def __str__(self) -> str:
         layers = self.divergence.values.shape[1]
@@ -84,26 +91,28 @@ class PublishedU:
         shown = range(layers)[every - 1 :: every]  # the last layer is always among them
         means = np.stack([self.shape.first, self.shape.middle, self.shape.last], 1)
         rows = zip(names, self.divergence.values[:, shown], means, self.tokens, strict=True)
-        source = f"Computed now from the published routing of {_PROMPTS} MGSM prompts ({_SOURCE['paper']})."
-        lines = [paragraph(self.sentence, source), f"{'layer':<{width}}{_ruler(shown)}{after}"]
+        lines = [paragraph(self.sentence, self.source), f"{'layer':<{width}}{_ruler(shown)}{after}"]
         for label, values, three, tokens in rows:
             ends = "".join(f"{value:>7.3f}" for value in three)
             lines.append(f"{label:<{width}}{spark(values, _STEP)}{ends}{tokens:>8.0f}")
-        return "\n".join([*lines, self._legend(), self._what_it_is_not()])
+        right = f"Right: layer means, tokens a prompt ({name(_PIVOT)} {self.english_tokens:.0f})."
+        scale = f"Steps of {_STEP}; 0: same experts, 1: none shared."
+        return "\n".join([*lines, paragraph(scale, right), paragraph(self.limits)])
 
-    def _legend(self) -> str:
-        return paragraph(
-            f"Steps of {_STEP}; 0: same experts, 1: none shared. Right: layer means, tokens a prompt "
-            f"({name(_PIVOT)} {self.english_tokens:.0f})."
-        )
-
-    def _what_it_is_not(self) -> str:
-        """What the curve does not show, in two lines."""
+    @property
+    def limits(self) -> str:
+        """What the curve is not."""
         layer, (before, at, after) = self.tooth
-        return paragraph(
+        return (
             f"Pooled over prompts, not by sentence; a comb inside a U (layer {layer}: {at:.2f} between {before:.2f} "
             f"and {after:.2f}); confounded: the more tokens a prompt, the further the middle (r = "
             f"{self.tokens_with_middle:+.2f} over {number_of(len(self.tokens), 'language')})."
+        )
+
+    def details(self) -> str:
+        """The sentence, the means of layers and the values of all layers, as text."""
+        return "\n\n".join(
+            (paragraph(self.sentence, self.source, self.limits), repr(self.shape), repr(self.divergence))
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,7 +120,7 @@ class PublishedU:
         layer, values = self.tooth
         return {
             "sentence": self.sentence,
-            "model": _MODEL,
+            "model": self.model,
             "source": _SOURCE,
             "prompts": _PROMPTS,
             "languages": list(self.divergence.groups),

@@ -6,18 +6,19 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from moe_route import __version__, analysis, plots
 from moe_route.analysis import Divergence
 from moe_route.analysis.inputs import read_scores
+from moe_route.analysis.result import plain
 from moe_route.base import files
 from moe_route.recording import RoutingStatistics, Trace
 from moe_route.recording.metadata import config_hash_of
@@ -41,6 +42,32 @@ _LOADERS: dict[str, tuple[str, Any]] = {
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A section with one figure of results.
+
+    Attributes:
+        name: of the section, a word of letters and hyphens.
+        title, text, caption: heading, what the figure shows, and how to read it.
+        kind: "lines" (``rows``: name -> value of each layer), "bars" (name -> [before, after, [value of each random
+            draw]], from 0 to 1), or "matrix" (name -> value of each column; the cell of a row's own name is framed).
+        rows: the values by name, from top to bottom.
+        axis: what the values are, in a few words.
+        columns: names of a matrix's columns.
+        labels: of bars, what stands before, after, and what is drawn.
+    """
+
+    name: str
+    title: str
+    text: str
+    kind: Literal["lines", "bars", "matrix"]
+    rows: Mapping[str, Sequence[Any]]
+    axis: str = ""
+    caption: str = ""
+    columns: Sequence[str] = ()
+    labels: Sequence[str] = ("before", "after", "random")
+
+
+@dataclass(frozen=True)
 class Inputs:
     """What a report shows, each thing under a name of its own.
 
@@ -51,6 +78,7 @@ class Inputs:
         selections, plans: experts to mark.
         scores: name of a measure of performance -> group -> score.
         results: tables of results, such as those of an evaluation.
+        figures: figures of results, which stand first.
     """
 
     recordings: Mapping[str, RoutingStatistics] = field(default_factory=dict)
@@ -59,10 +87,11 @@ class Inputs:
     plans: Mapping[str, Plan] = field(default_factory=dict)
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     results: tuple[ResultTable, ...] = ()
+    figures: tuple[Figure, ...] = ()
 
     def __bool__(self) -> bool:
         """Whether there is anything to show; scores are shown with a recording only."""
-        return any((self.recordings, self.traces, self.selections, self.plans, self.results))
+        return any((self.recordings, self.traces, self.selections, self.plans, self.results, self.figures))
 
 
 def read(paths: Iterable[str | os.PathLike[str]]) -> Inputs:
@@ -240,7 +269,12 @@ def _balance(statistics: RoutingStatistics) -> dict[str, Any]:
 
 
 def content_of(
-    inputs: Inputs, *, reference: str | None = None, tokenizer: Any = None, title: str | None = None
+    inputs: Inputs,
+    *,
+    reference: str | None = None,
+    tokenizer: Any = None,
+    title: str | None = None,
+    lead: str | None = None,
 ) -> dict[str, Any]:
     """Compute what a report shows.
 
@@ -248,6 +282,7 @@ def content_of(
         reference: the group that others are compared with; by default eng_Latn, or the first group.
         tokenizer: gives the texts of token ids; without it, the ids are shown.
         title: heading of the page; by default the name of the model.
+        lead: the line below it; by default what the page is made from.
 
     Raises ``ValueError`` if there is nothing to show, or no recording has the reference.
     """
@@ -262,12 +297,14 @@ def content_of(
         traces = _traces(inputs, pieces)
     return {
         "title": title or f"Expert routing of {_model_name(inputs)}",
+        "lead": lead,
         "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "version": __version__,
         "recordings": recordings,
         "styles": _styles(inputs),
         "marks": _marks(inputs),
         "results": [table.to_dict() for table in inputs.results],
+        "figures": [plain(asdict(figure)) for figure in inputs.figures],
         "traces": traces,
         "hasTexts": tokenizer is not None,
         "warnings": list(dict.fromkeys(warned)),

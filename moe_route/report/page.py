@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 _MISSING = 65535  # the code of NaN
-_SCRIPTS = ("page.js", "chart.js", "by_layer.js", "experts.js", "tokens.js", "start.js")
+_SCRIPTS = ("page.js", "chart.js", "by_layer.js", "figures.js", "experts.js", "tokens.js", "start.js")
 
 
 def packed_numbers(values: np.ndarray) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 
 from moe_route import report
 from moe_route.data.batches import Text
-from moe_route.report import Inputs, ResultTable
+from moe_route.report import Figure, Inputs, ResultTable
 from moe_route.runs.language_model import LanguageModel
 from moe_route.steering import ExpertSelection, Plan
 
@@ -60,3 +60,41 @@ def inputs(demo: LanguageModel) -> Inputs:
 def page_file(inputs: Inputs, demo: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     return report.write(path, inputs, tokenizer=demo.tokenizer, title='A "title" with <b>&amp;</b> 🦓')
+
+
+@pytest.fixture(scope="session")
+def figures() -> tuple[Figure, ...]:
+    """A figure of each kind, with names and texts that are hostile to a page."""
+    return (
+        Figure(
+            "u", "A U", HOSTILE, "lines", {"German": [0.5, 0.1, 0.4], HOSTILE: [0.6, None, 0.3]}, "divergence", "far"
+        ),
+        Figure(
+            "effect",
+            "Experts off",
+            "Sums fall.",
+            "bars",
+            {"English": [0.9, 0.2, [0.8, 0.7, 0.95]], "Indonesian": [0.7, 0.4, [0.6, 0.6, 0.5]]},
+            "exact match",
+            labels=("as it is", "off", "random"),
+        ),
+        Figure("plain", "Without draws", "", "bars", {"English": [0.9, 0.0, []]}, "exact match"),
+        Figure(
+            "matrix",
+            "Own experts",
+            "Own text suffers.",
+            "matrix",
+            {"English": [0.31, -0.12, 0.002], "German": [-0.001, 0.2, None]},
+            "experts off",
+            columns=("English", "German", "random"),
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def figures_file(
+    figures: tuple[Figure, ...], inputs: Inputs, demo: LanguageModel, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    path = tmp_path_factory.mktemp("figures") / "figures.html"
+    story = Inputs(traces=inputs.traces, figures=figures)
+    return report.write(path, story, tokenizer=demo.tokenizer, title="Figures", lead=HOSTILE)

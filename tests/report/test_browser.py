@@ -23,6 +23,7 @@ from moe_route.runs.language_model import LanguageModel
 from .conftest import HOSTILE
 
 WIDTHS = (1280, 390)
+OF_FIGURES = (1400, 360)
 
 
 def _unavailable(reason: str) -> None:
@@ -49,7 +50,9 @@ def browser() -> Iterator[Any]:
 class Opened:
     """A page, and what it complained about and asked for."""
 
-    def __init__(self, browser: Any, path: Path, width: int, scheme: str = "light") -> None:
+    def __init__(
+        self, browser: Any, path: Path, width: int, scheme: str = "light", drawn: str = "#experts svg rect.cell"
+    ) -> None:
         self.page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         self.complaints: list[str] = []
         self.requests: list[str] = []
@@ -58,7 +61,7 @@ class Opened:
         self.page.on("dialog", lambda dialog: self.complaints.append(dialog.message))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(path.as_uri())
-        self.page.wait_for_selector("#experts svg rect.cell")
+        self.page.wait_for_selector(drawn)
 
     @property
     def tip(self) -> str:
@@ -280,3 +283,47 @@ def test_selected_experts_are_outlined(opened: Opened) -> None:
     opened.page.get_by_label("Outlined experts").select_option(label="none")
     assert opened.page.locator("#experts rect.marked").count() == 0
     assert not opened.complaints
+
+
+# ---- figures of results
+
+
+@pytest.mark.parametrize("width", OF_FIGURES)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_figures_fit_and_are_drawn(browser: Any, figures_file: Path, width: int, scheme: str, tmp_path: Path) -> None:
+    opened = Opened(browser, figures_file, width, scheme, "#effect svg text.strong")
+    page = opened.page
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert opened.requests == [figures_file.as_uri()]
+    assert opened.complaints == []
+    assert page.locator("#lead").inner_text().startswith(HOSTILE[:40])
+    cut = page.evaluate("""[...document.querySelectorAll('#effect svg text, #plain svg text')].filter(text => {
+        const box = text.getBoundingClientRect(), figure = text.ownerSVGElement.getBoundingClientRect();
+        return box.left < figure.left - 1 || box.right > figure.right + 1;
+    }).map(text => text.textContent)""")
+    assert cut == []
+    picture = page.screenshot(path=tmp_path / "figures.png", full_page=True)
+    paper = {"light": (255, 255, 255), "dark": (20, 24, 27)}[scheme]
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == f"rgb{paper}"
+    assert len(picture) > 20_000
+    page.close()
+
+
+def test_figures_show_the_values(browser: Any, figures_file: Path) -> None:
+    opened = Opened(browser, figures_file, OF_FIGURES[0], drawn="#effect svg text.strong")
+    page = opened.page
+    titles = page.locator("#contents a").all_inner_texts()
+    assert titles[:4] == ["A U", "Experts off", "Without draws", "Own experts"]
+    assert page.locator("#u path.series").count() == 2
+    assert page.locator("#effect svg text.strong").all_text_contents() == ["0.90 → 0.20", "0.70 → 0.40"]
+    assert page.locator("#effect figure > div circle.draw").count() == 6
+    assert page.locator("#plain circle.draw").count() == 0
+    page.locator("#effect figure > div svg > g").first.hover()
+    assert "random: 0.70 to 0.95" in opened.tip
+    page.locator("#effect summary").click()
+    assert page.locator("#effect tbody tr").first.inner_text().split("\t")[1:] == ["0.90", "0.20", "0.70", "0.95"]
+    cells = page.locator("#matrix tbody td")
+    assert cells.all_inner_texts() == ["+0.31", "-0.12", "0.00", "0.00", "+0.20", "–"]
+    assert [cell.get_attribute("class") for cell in cells.all()] == ["own", None, None, None, "own", None]
+    assert not opened.complaints
+    page.close()

@@ -16,7 +16,7 @@ from moe_route.analysis import AnalysisError
 from moe_route.base import files
 from moe_route.data.batches import Text
 from moe_route.recording import RoutingStatistics, Trace
-from moe_route.report import Inputs
+from moe_route.report import Figure, Inputs
 from moe_route.report.page import safe_json
 from moe_route.report.token_view import chosen_sequences, pieces_by_id, pieces_of
 from moe_route.runs.language_model import LanguageModel
@@ -293,3 +293,11 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     files.write(tmp_path / "a.safetensors", {}, {}, "weather")
     with pytest.raises(ValueError, match="kind 'weather'"):
         report.read([tmp_path / "a.safetensors"])
+
+
+def test_figures_are_embedded_as_they_are(figures: tuple[Figure, ...]) -> None:
+    content = report.content_of(Inputs(figures=figures), title="Figures", lead="below")
+    assert (content["lead"], content["recordings"], content["traces"]) == ("below", {}, [])
+    assert [one["name"] for one in content["figures"]] == ["u", "effect", "plain", "matrix"]
+    assert content["figures"][1]["rows"]["English"] == [0.9, 0.2, [0.8, 0.7, 0.95]]
+    assert content["figures"][0]["rows"][HOSTILE][1] is None
