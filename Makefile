@@ -1,4 +1,5 @@
-# make demo | findings | test | test-vllm | test-matrix | emulated | bench | lint | docs | clean
+# make demo | findings | test | test-all | test-vllm | test-matrix | test-transformers | emulated | bench | lint | docs |
+#      clean
 # Needs Python >= 3.10 with venv, make and a C++20 compiler.
 #   make TORCH="torch==2.13.0 --index-url URL"   another torch build        make PYTHON=python3.12   another Python
 #   make test JOBS=1                             tests in one process
@@ -19,7 +20,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 # A spinning OpenMP team costs milliseconds a region when another process has the second core.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: build demo findings test vllm-env test-vllm test-matrix emulated bench lint docs clean
+.PHONY: build demo findings test test-all vllm-env test-vllm test-matrix test-transformers emulated bench lint docs clean
 
 build: $(VENV)/.built
 
@@ -45,9 +46,12 @@ demo: build
 findings: build
 	@$(BIN)/python examples/findings/run.py --out findings $(if $(PAGE),--page $(PAGE))
 
+# What a contributor needs, in minutes; and all other tests, which CI runs after it. CONTRIBUTING.md says which is which.
+PYTEST = MOE_ROUTE_REQUIRE_EMULATED=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 test: $(VENV)/.with-test emulated
-	MOE_ROUTE_REQUIRE_EMULATED=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile \
-	  --no-loadscope-reorder tests
+	$(PYTEST) -m "not exhaustive" tests
+test-all: $(VENV)/.with-test emulated
+	$(PYTEST) -m exhaustive tests
 
 # Inside stock vLLM, in an environment of its own that is kept by version: vLLM pins torch and transformers. The package
 # is read from this tree, and its entry point from metadata that are made without a build. torchvision from an index of
@@ -80,6 +84,18 @@ test-vllm: build vllm-env
 # Every path on every architecture, the costly ones too, under several versions of transformers: hours.
 test-matrix: $(VENV)/.with-test
 	$(BIN)/python tests/matrix.py
+
+# Somebody else's tests: those of a source tree of transformers (of the version installed here), as they are, and again with
+# every model that they evaluate attached and recorded. The outcomes must be the same.
+SUITES ?= tests/models/mixtral tests/models/olmoe tests/models/qwen3_moe
+test-transformers: $(VENV)/.with-test
+	@[ -e "$(SRC)/tests/test_modeling_common.py" ] || \
+	  { echo "name a source tree of transformers with its tests: make test-transformers SRC=../transformers"; exit 2; }
+	@mkdir -p build/transformers
+	@for attached in off on; do (cd $(SRC) && PYTHONPATH=$(CURDIR)/tests:$$PYTHONPATH \
+	  $(abspath $(BIN))/python -m pytest -q -n $(JOBS) -p harness.attached_models --attached $$attached \
+	  --outcomes $(CURDIR)/build/transformers/$$attached.txt $(SUITES)) || [ $$? = 1 ] || exit 1; done
+	diff build/transformers/off.txt build/transformers/on.txt
 
 # The CUDA kernels and the operators over them, on an emulated device. Touched, since nothing to do is up to date too.
 emulated: $(VENV)/.with-test

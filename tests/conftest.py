@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from harness.hidden_library import HIDDEN, hide
+from harness.tiny_models import MECHANISMS
+from harness.whole_models import ROWS
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
@@ -41,16 +43,75 @@ def pytest_configure() -> None:
         torch.set_num_threads(threads)
 
 
-# Files of more than half a minute, the longest first. Where files are spread over several processes, they go first:
-# a process that got one of them last would go on alone.
+# ---- which tests run where: `make test` takes those without the mark `exhaustive`, `make test-all` those with it
+
+_TARGETS = {"not exhaustive": ("make test", "make test-all"), "exhaustive": ("make test-all", "make test")}
+"""What the Makefile gives to -m -> the target, and the one that runs the others."""
 _LONG = ("test_docs.py", "paths/test_paths.py", "examples/test_notebooks.py", "examples/test_study.py")
+"""Files of more than half a minute, the longest first: a process that got one of them last would go on alone."""
+_LEFT = pytest.StashKey[int]()
+"""How many tests -m left out."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the long files first (`make test` asks xdist to keep this order); otherwise the order stays."""
+    """Mark what multiplies out, and put long files first (the Makefile asks xdist to keep this order)."""
+    for item in _of_more_architectures_than_mechanisms(items):
+        item.add_marker(pytest.mark.exhaustive)
     here = Path(__file__).parent
     place = {here / name: i for i, name in enumerate(_LONG)}
     items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
+def _of_more_architectures_than_mechanisms(items: list[pytest.Item]) -> Iterator[pytest.Item]:
+    """Cases that another architecture of the same mechanism stands for, of tests that run on (nearly) all of them."""
+    tested: defaultdict[tuple[Path, str], set[str]] = defaultdict(set)
+    cases = [(item, name) for item in items if (name := _architecture(item)) is not None]
+    for item, name in cases:
+        tested[item.path, item.name.partition("[")[0]].add(name)
+    for item, name in cases:
+        if name not in MECHANISMS and len(tested[item.path, item.name.partition("[")[0]]) > len(MECHANISMS):
+            yield item
+
+
+def _architecture(item: pytest.Item) -> str | None:
+    """The architecture among the parameters of a test, or in one of them that is a tuple."""
+    values = getattr(item, "callspec", None) and item.callspec.params.values()
+    for value in values or ():
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, str) and each in ROWS:
+                return each
+    return None
+
+
+@pytest.hookimpl(optionalhook=True)  # of xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """With `--dist loadgroup`, groups of tests are kept in one process, and what is in none stays with its file."""
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadGroupScheduling
+
+    class ByFile(LoadGroupScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return super()._split_scope(nodeid).partition("::")[0]
+
+    return ByFile(config, log)
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    config = items[0].config
+    config.stash[_LEFT] = config.stash.get(_LEFT, 0) + len(items)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left"] = session.config.stash.get(_LEFT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)  # of xdist
+def pytest_testnodedown(node: Any) -> None:
+    if hasattr(node, "workeroutput"):  # of a process that did not crash; all collect the same
+        node.config.stash[_LEFT] = node.workeroutput["left"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -73,8 +134,8 @@ def _marks(backend: Backend) -> list[pytest.MarkDecorator]:
     return [*marks, pytest.mark.skip(reason=backend.missing)] if backend.missing else marks
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Why tests were skipped: a line per reason, however many tests have it."""
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Why tests were skipped, a line per reason, however many tests have it; how many ran, and where the others are."""
     reasons: Counter[str] = Counter()
     for report in terminalreporter.getreports("skipped"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
@@ -83,6 +144,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("skipped")
     for reason, number in reasons.most_common():
         terminalreporter.write_line(f"{number:5} {reason}")
+    if config.getoption("markexpr") in _TARGETS:
+        ran = sum(len(terminalreporter.getreports(kind)) for kind in ("passed", "failed", "xfailed", "xpassed"))
+        target, other = _TARGETS[config.getoption("markexpr")]
+        terminalreporter.section(f"{ran:,} tests of {target} ran; {config.stash.get(_LEFT, 0):,} others are in {other}")
 
 
 @pytest.fixture(autouse=True)

@@ -258,7 +258,7 @@ def test_residual_is_added_once() -> None:
     torch.testing.assert_close(out, experts(hidden, ids, weights) + residual)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiles_in_one_graph(dtype: torch.dtype) -> None:
     block = block_of(SUM, bias=True, shared_expert=nn.Linear(24, 24)).to(dtype)

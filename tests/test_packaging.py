@@ -189,7 +189,7 @@ def test_sdist_is_complete(sdist: Path) -> None:
 
 
 @in_tree
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_isolated_build_of_the_sdist(sdist: Path, tmp_path: Path) -> None:
     """sdist -> wheel in an environment of its own -> an installation that passes its own checks."""
     build = {"MOE_ROUTE_BUILD_DIR": str(tmp_path / "cmake"), "MAX_JOBS": "2"}
@@ -334,7 +334,7 @@ def test_an_nvcc_that_is_newer_than_the_cuda_of_torch_is_warned_of(tmp_path: Pat
 
 @in_tree
 @pytest.mark.xdist_group("nvcc")
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(9000)
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 def test_a_module_with_cuda_kernels_beside_this_torch(tmp_path: Path) -> None:

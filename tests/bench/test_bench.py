@@ -484,6 +484,7 @@ def test_launches_overlap_in_one_contender_alone(monkeypatch: pytest.MonkeyPatch
     assert table[chain.TUNABLE]["now"] == 0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("few_calls")
 def test_a_model_is_measured_on_a_stand_in(cuda: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make = model.decoder
@@ -684,6 +685,7 @@ def test_the_script_parses_and_names_its_stages(tmp_path: Path) -> None:
     assert not (tmp_path / "gpu.json").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_dry_run_rehearses_and_refuses_the_rest_by_name(tmp_path: Path) -> None:
     wanted = "determinism,graph-replay,dispatch,expert-layers,device-test,memcheck,memcheck-operators"
     done = gpu(tmp_path, "--dry", "--only", wanted)
@@ -700,6 +702,7 @@ def test_a_dry_run_rehearses_and_refuses_the_rest_by_name(tmp_path: Path) -> Non
     assert json.loads((tmp_path / "checks.json").read_text())["determinism"]["status"] == "ok"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(_C.build_info()["cuda"], reason="the module here was built with CUDA, so its import passes")
 def test_a_failed_stage_is_recorded_and_the_next_one_runs(tmp_path: Path) -> None:
     done = gpu(tmp_path, "--dry", "--only", "import,two-streams")
@@ -719,6 +722,7 @@ def test_three_calls_hold_every_stage() -> None:
     assert names - set(re.split(r"[\s,\"]+", held[1])) == set(checks.CHECKS) - {"capture-at-once"}
 
 
+@pytest.mark.exhaustive
 def test_three_calls_run_every_stage_each_in_order(tmp_path: Path) -> None:
     """Without time to run them: each stage is recorded when its turn comes."""
     names = gpu(tmp_path, "--list").stdout.split()
@@ -736,6 +740,7 @@ def test_three_calls_run_every_stage_each_in_order(tmp_path: Path) -> None:
     assert "--call needs 1, 2 or 3" in done.stderr
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["device-test", "memcheck", "ncu"])
 def test_a_stage_without_its_program_names_the_stage_that_builds_it(tmp_path: Path, name: str) -> None:
     done = gpu(tmp_path, "--only", name)
@@ -794,6 +799,7 @@ def test_a_run_out_of_time_says_so(tmp_path: Path) -> None:
     assert statuses(tmp_path) == {"determinism": "no time left"}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("prints", "code", "status"),
     [
@@ -824,7 +830,7 @@ def test_only_a_sanitizer_that_says_so_passes(tmp_path: Path, prints: str, code:
 
 
 @pytest.mark.xdist_group("nvcc")
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.timeout(9000)
 def test_a_dry_run_builds_the_module_with_its_kernels(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ def model() -> Any:
     return models.model_of(2, **TINY)
 
 
+@pytest.mark.exhaustive
 def test_every_contender_runs_and_is_taken_out_again(model: Any) -> None:
     case = models.decode(model, 1)
     names = {models.STOCK, *models.ours(case), *models.others(case)}

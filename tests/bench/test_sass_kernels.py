@@ -25,7 +25,7 @@ from moe_route.ops import METRICS, RouterSpec, StatisticsTables, token_table
 CPU = next(backend for backend in BACKENDS if backend.name == "operators")
 WHY_NOT = build.missing() or launches.missing()
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.exhaustive,
     pytest.mark.timeout(9000),
     pytest.mark.xdist_group("nvcc"),
     pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),

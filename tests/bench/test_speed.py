@@ -35,6 +35,7 @@ def rotating(contender: Contender) -> Callable[[], object]:
     return lambda: contender(next(turn))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.title.replace(" ", "-"))
 def test_gate(benchmark, shape: Shape, name: str):
@@ -67,6 +68,7 @@ def test_steering_does_the_same_work():
         assert not (chosen == 2).any()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", DISPATCH_NAMES)
 @pytest.mark.parametrize("shape", DISPATCH_SHAPES, ids=lambda shape: shape.title.replace(" ", "-"))
 def test_dispatch(benchmark, shape: DispatchShape, name: str):

@@ -43,7 +43,7 @@ def parts(shape: Shape, folder: Path) -> list[RoutingStatistics]:
     return made
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_merging_and_analysis_need_less_memory_than_the_store_has(tmp_path: Path):
     first, second = parts(LARGE, tmp_path)
     assert sum(shard.nbytes for part in (first, second) for shard in part.store.shards()) > 2 * LIMIT
@@ -91,7 +91,7 @@ def test_shards_without_a_wanted_sequence_are_not_read(tmp_path: Path, monkeypat
     assert not list(store.shards(set()))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_benchmark_runs(tmp_path: Path):
     found = {fact.what: fact.value for fact in measure(tmp_path, Shape(2, 4, 2, 16, 2, 5)).facts}
     assert found["paired divergence of all groups: largest resident memory"] > 0

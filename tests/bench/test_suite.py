@@ -152,7 +152,7 @@ def test_an_installation_inside_another_repository_names_no_commit(
     assert results.commit(tmp_path) == "0123456789ab"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_quick_form_measures_every_case(tmp_path: Path) -> None:
     """Its shape, never its times: each section has its cases, each of moe-route's contenders a finite ratio."""
     options = ["--quick", "--threads", "2", "--json", "--out", str(tmp_path)]

@@ -197,7 +197,7 @@ class TestCommand:
             "no-folder does not exist: make it first",
         )
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     @pytest.mark.parametrize("launcher", LAUNCHERS)
     @pytest.mark.parametrize("ranks", [2, 4])
     def test_launchers(self, corpus: Path, whole: Path, tmp_path: Path, launcher: str, ranks: int):
@@ -212,7 +212,7 @@ class TestCommand:
         assert len(list(out.glob("rank-*"))) == ranks
         same(out, whole)
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     @pytest.mark.parametrize("ranks", [1, 2, 4])
     def test_killed_at_random_moments(self, tmp_path: Path, ranks: int):
         """One rank is killed each time; its launcher ends the others, and the same command goes on."""
@@ -240,7 +240,7 @@ class TestCommand:
 class TestRanksThatShareAModel:
     """Tensor and expert parallelism over gloo: groups of two ranks, each of which is counted once."""
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     @pytest.mark.parametrize(("how", "ranks"), [("tensor", 2), ("tensor", 4), ("expert", 4)])
     def test_groups_equal_one_rank(self, corpus: Path, whole: Path, tmp_path: Path, how: str, ranks: int):
         start, out = LAUNCHERS["torchrun"], tmp_path / "run"
@@ -254,7 +254,7 @@ class TestRanksThatShareAModel:
         assert len(list(out.glob("rank-*"))) == ranks // 2
         equal_but_for_rounding(out, whole)
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     def test_killed_at_random_moments(self, corpus: Path, whole: Path, tmp_path: Path):
         """The other rank of its group ends with it, and the other group goes on."""
         undisturbed, out, killed = tmp_path / "undisturbed", tmp_path / "run", 0

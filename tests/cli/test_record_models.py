@@ -63,7 +63,7 @@ def test_a_device_map_and_a_dtype(answer, moe_route, corpus: Path, tmp_path: Pat
     refused(both, "either a device or a device map")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_quantized_checkpoint(answer, corpus: Path, tmp_path: Path):
     """It loads as transformers loads it, and its statistics are those of the weights that it has."""
     pytest.importorskip("bitsandbytes")

@@ -63,7 +63,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_at_ten_random_moments(small_file: Path, tmp_path: Path, content_of: Callable[[Path], dict[str, bytes]]):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command = [sys.executable, "-c", FORKS, small_file, whole, killed, str(KILLS)]
@@ -77,7 +77,7 @@ def test_killed_at_ten_random_moments(small_file: Path, tmp_path: Path, content_
     assert [name for name in before if after[name] != before[name]] == []
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_terminated_runs_end_after_their_batch(
     small_file: Path, tmp_path: Path, undisturbed: Evaluation, content_of: Callable[[Path], dict[str, bytes]]
 ):

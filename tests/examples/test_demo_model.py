@@ -438,7 +438,7 @@ class TestChoice:
         with pytest.raises(SystemExit, match="another checkpoint"):
             choose.read([folder])
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     def test_judge_choose_and_install(self, trained, tmp_path, monkeypatch):
         result = judge.judge(trained, 12, 1)
         json.dumps(result, allow_nan=False)

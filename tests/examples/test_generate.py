@@ -19,6 +19,7 @@ if not SCRIPT.is_file():
 DEMO_MODEL = Path(moe_route.__file__).parent / "data" / "model"
 
 
+@pytest.mark.exhaustive
 def test_prints_the_speed_of_the_stock_and_of_the_attached_model():
     options = ["--model", str(DEMO_MODEL), "--tokens", "2", "--rounds", "1", "--threads", "1"]
     done = subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True, check=True)

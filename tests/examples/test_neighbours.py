@@ -48,6 +48,7 @@ def short_form(name: str, folder: Path, *options: str) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.exhaustive
 def test_upcycling_in_a_short_form(tmp_path: Path) -> None:
     results = short_form("upcycling", tmp_path, "--steps", "3", "--seeds", "2")
     for seeds in results["settings"].values():
@@ -58,7 +59,7 @@ def test_upcycling_in_a_short_form(tmp_path: Path) -> None:
             assert 0 < seed["rules"]["loss"] < seed["dense"]["loss"] < 5
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_upcycling_of_text_in_a_short_form(tmp_path: Path) -> None:
     options = ("--steps", "2", "--seeds", "2", "--picture", str(tmp_path / "experts.png"))
     results = short_form("upcycling_text", tmp_path, *options)
@@ -86,7 +87,7 @@ def test_spread_and_costs_of_upcycling_text() -> None:
     assert module.flops(100, 2, 2) - dense == 2 * module.HIDDEN * (3 * module.INTERMEDIATE + 5)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_similarity_in_a_short_form(tmp_path: Path) -> None:
     results = short_form("similarity", tmp_path, "--permutations", "99", "--picture", str(tmp_path / "trees.png"))
     ours = results["the shipped model"]
@@ -109,7 +110,7 @@ def test_relatives_are_nearest_in_the_published_similarities() -> None:
     assert len(named.groups) == 24
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_language_experts_in_a_short_form(tmp_path: Path) -> None:
     results = short_form("language_experts", tmp_path, "--draws", "1")
     rules = results["rules"]
@@ -125,7 +126,7 @@ def test_language_experts_in_a_short_form(tmp_path: Path) -> None:
     assert len(hit) == 9
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_alignment_in_a_short_form(tmp_path: Path) -> None:
     results = short_form("alignment", tmp_path, "--steps", "3", "--seeds", "1")
     (dense,), (sparse,) = results["models"]["dense"], results["models"]["sparse"]
@@ -135,7 +136,7 @@ def test_alignment_in_a_short_form(tmp_path: Path) -> None:
     assert all(0 <= value <= 1 for found in (dense, sparse) for value in found["mexa"])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_swapping_in_a_short_form(tmp_path: Path) -> None:
     (seed,) = short_form("swapping", tmp_path, "--steps", "1", "--seeds", "1")["seeds"]
     assert len(seed) == 10
@@ -144,7 +145,7 @@ def test_swapping_in_a_short_form(tmp_path: Path) -> None:
     assert all(found["answer"] != shipped["answer"] for found in seed.values())  # one step moves every model
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_adapters_in_a_short_form(tmp_path: Path) -> None:
     (seed,) = short_form("adapters", tmp_path, "--steps", "3", "--seeds", "1")["seeds"]
     shipped = seed.pop("the shipped model")

@@ -59,6 +59,7 @@ def test_notebooks_are_kept_without_outputs(name: str):
     assert notebook.cells[0].cell_type == "markdown"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("kernels")
 def test_the_notebook_of_the_small_model(tmp_path: Path):
     shown = run("small_model.ipynb", tmp_path)
@@ -69,6 +70,7 @@ def test_the_notebook_of_the_small_model(tmp_path: Path):
     assert shown.rstrip().endswith("True")  # the answers are what they were
 
 
+@pytest.mark.exhaustive
 @needs_data
 @pytest.mark.data
 @pytest.mark.usefixtures("kernels")
@@ -79,6 +81,7 @@ def test_the_notebook_of_recorded_routing(tmp_path: Path, monkeypatch: pytest.Mo
     assert "Swahili" in shown
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("kernels")
 def test_the_notebook_of_recorded_routing_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MOE_ROUTE_DATA", str(tmp_path))

@@ -63,6 +63,7 @@ def numbers(study: SimpleNamespace, arguments: list[str]) -> dict[str, Any]:
     return json.loads((Path(arguments[3]) / "study.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.exhaustive
 def test_the_command_resumes_and_fills_a_page(study, arguments, numbers, tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text("before\n\n<!-- tables -->\nold\n<!-- end of tables -->\n\nafter\n")

@@ -367,11 +367,11 @@ def test_autocast(name: str):
 # ---- compiled
 
 
-def _slow_but(name: str, *quick: str) -> Any:
-    return pytest.param(name, marks=[] if name in quick else pytest.mark.slow)
+def _exhaustive_but(name: str, *quick: str) -> Any:
+    return pytest.param(name, marks=[] if name in quick else pytest.mark.exhaustive)
 
 
-@pytest.mark.parametrize("name", [_slow_but(name, "qwen3_moe", "gpt_oss") for name in LAYOUTS.values()])
+@pytest.mark.parametrize("name", [_exhaustive_but(name, "qwen3_moe", "gpt_oss") for name in LAYOUTS.values()])
 def test_compiles_in_one_graph(name: str):
     torch._dynamo.reset()
     model = tiny_model(name)
@@ -777,7 +777,7 @@ def run_rank(rank: int, folder: str, port: int, plan: dict[str, int]) -> None:
 PLANS = {"expert": ("qwen3_moe", {"tp_size": 2, "ep_size": 2}), "tensor": ("gpt_oss", {"tp_size": 2})}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("name", "plan"), PLANS.values(), ids=PLANS)
 def test_two_ranks(name: str, plan: dict[str, int], tmp_path: Path):
     """Expert and tensor parallelism of transformers, with our experts inside, give what one process gives."""

@@ -67,6 +67,26 @@ _ENCODER_DECODER = {"d_model": 64, "decoder_start_token_id": 0, "dropout": 0.0}
 
 # The seven that every behavior is tested on.
 MAIN = ("qwen3_moe", "olmoe", "gpt_oss", "phimoe", "mixtral", "qwen2_moe", "deepseek_v3")
+# One of each routing family and form of router output.
+MECHANISMS = (
+    "qwen3_moe",
+    "mixtral",
+    "gpt_oss",
+    "deepseek_v3",
+    "phimoe",
+    "ernie4_5_moe",
+    "gemma4_text",
+    "longcat_flash",
+    "llama4_text",
+    "jetmoe",
+    "dbrx",
+    "deepseek_v4_with_hash",
+    "inkling_text",
+    "zaya",
+    "switch_transformers",
+    "nllb-moe",
+    "doge",
+)
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"norm_topk_prob": True},
     "qwen3_moe_without_norm": {"norm_topk_prob": False},

@@ -107,7 +107,7 @@ def block(
     return ops.combine(torch.relu(ops.permute(x, slots)), weights, slots, x)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_27_compile_with_counting(compiler: str, dynamic: bool) -> None:
     torch.compiler.reset()
@@ -122,7 +122,7 @@ def test_27_compile_with_counting(compiler: str, dynamic: bool) -> None:
     assert int(tables[0].scalar("tokens").sum()) == 2 * (3 * T - 3)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)])
 def test_27_compile_a_training_step(compiler: str) -> None:
     torch.compiler.reset()
     bias, x = torch.randn(2, E, requires_grad=True), torch.randn(T, E, requires_grad=True)

@@ -83,7 +83,7 @@ def test_an_interrupted_attach_leaves_nothing(kind: str, each: int) -> None:
     assert torch.equal(run(model), plain)
 
 
-@pytest.mark.parametrize("each", [211, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("each", [211, pytest.param(7, marks=pytest.mark.exhaustive)])
 def test_an_attach_that_is_interrupted_before_or_after_its_changes_leaves_nothing(each: int) -> None:
     model = small("qwen3_moe")
     before = state(model)

@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from harness.tiny_models import MECHANISMS
 from harness.whole_models import ROWS
 from torch import Tensor, distributed
 
 import moe_route as mr
 from moe_route.recording import MergeError, all_reduce
 from paths.oracle import assert_counted, assert_forbidden, everything, favorites, watching
-from paths.registry import FAMILIES, QUICK, path
+from paths.registry import path
 from paths.subject import NotApplicableError, Subject, by_transformers, first_sentence, run
 
 RANKS = 2
@@ -162,13 +163,8 @@ def walked(names: tuple[str, ...]) -> list[dict[str, tuple[str, str]]]:
 
 
 def tier_of(name: str) -> tuple[str, ...]:
-    """The architectures that are walked together with `name`: quick ones, one a family, all others."""
-    known: tuple[str, ...] = ()
-    for tier in (QUICK, FAMILIES, ROWS):
-        if name in tier:
-            return tuple(each for each in tier if each not in known)
-        known += tier
-    return (name,)
+    """The architectures that are walked together with `name`: one a mechanism, or all others."""
+    return MECHANISMS if name in MECHANISMS else tuple(each for each in ROWS if each not in MECHANISMS)
 
 
 def check(subject: Subject, mode: str) -> None:

@@ -9,29 +9,7 @@ from typing import Literal
 
 from paths.subject import PASSED, NotApplicableError, Outcome, RefusedByNameError, Subject
 
-# What costly paths are run on: in every test run, with the slow tests (one of each routing family and form of router
-# output), and else in the matrix only.
-QUICK = ("qwen3_moe",)
-FAMILIES = (
-    "qwen3_moe",
-    "mixtral",
-    "gpt_oss",
-    "deepseek_v3",
-    "phimoe",
-    "ernie4_5_moe",
-    "gemma4_text",
-    "longcat_flash",
-    "llama4_text",
-    "jetmoe",
-    "dbrx",
-    "deepseek_v4_with_hash",
-    "inkling_text",
-    "zaya",
-    "switch_transformers",
-    "nllb-moe",
-    "doge",
-)
-# "alike": much the same on every architecture, so one a family will do.
+# "alike": much the same on every architecture, so one a mechanism will do.
 Cost = Literal["cheap", "alike", "costly"]
 _MODULES = (
     "calls",

@@ -1,8 +1,9 @@
 """Every path on every architecture, against what docs/support.csv says of it.
 
-Cheap paths run on all architectures, those that are much alike everywhere on one a family. Costly ones run on one model
-here, on one a family with the slow tests, and on all with MOE_ROUTE_MATRIX=1. Paths whose packages are not installed
-are skipped by name.
+Cheap paths run on all architectures, those that are alike everywhere and those that are costly on one a mechanism, and
+with MOE_ROUTE_MATRIX=1 all run on all. Paths whose packages are not installed are skipped by name.
+
+In `make test` cheap and alike paths run on one architecture a mechanism, and costly ones on one.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from harness.tiny_models import MECHANISMS
 from harness.whole_models import ROWS
 from support_table import TABLE, Cells, read_table
 
-from paths.registry import FAMILIES, QUICK, Path, all_paths
+from paths.registry import Path, all_paths
 from paths.subject import Subject
 
 MATRIX = os.environ.get("MOE_ROUTE_MATRIX") == "1"
+QUICK = MECHANISMS[0]  # what costly paths run on in `make test`
 
 
 @lru_cache(maxsize=2)  # tests go architecture by architecture
@@ -37,11 +40,12 @@ def _cases() -> list[object]:
     cases = []
     for name in ROWS:
         for each in all_paths().values():
-            if each.cost != "cheap" and name not in FAMILIES and not MATRIX:
+            if each.cost != "cheap" and name not in MECHANISMS and not MATRIX:
                 continue
-            slow = each.cost == "costly" and name not in QUICK
-            together = "ranks" if each.section == "Ranks" else name  # ranks are walked for many at once
-            marks = [pytest.mark.xdist_group(together), *([pytest.mark.slow] if slow else [])]
+            ranks = each.section == "Ranks"
+            marks = [pytest.mark.xdist_group("ranks" if ranks else name)]  # ranks are walked for many at once
+            if ranks or (each.cost == "costly" and name != QUICK):
+                marks.append(pytest.mark.exhaustive)
             if each.missing:
                 marks.append(pytest.mark.skip(reason=f"{', '.join(each.missing)} is not installed"))
             cases.append(pytest.param(name, each, id=f"{name}-{each.name.replace(' ', '_')}", marks=marks))

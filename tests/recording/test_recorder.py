@@ -436,7 +436,7 @@ def test_progress_is_shown_only_when_asked_for(routed: mr.RoutedModel, capsys: p
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("whole", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("whole", [pytest.param(True, marks=pytest.mark.exhaustive), False])
 def test_a_compiled_model_is_recorded_and_steered_the_same(whole: bool) -> None:
     model, ids = tiny_model("qwen3_moe", head=True, num_hidden_layers=2), tokens(2, 6)
     model.set_experts_implementation("batched_mm")

@@ -407,7 +407,7 @@ def test_a_model_whose_weights_are_offloaded(name: str) -> None:
     assert torch.equal(logits(adapted), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_compiled_model_computes_the_same(name: str) -> None:
     adapted = adapted_model(name)
     expected = logits(adapted)
