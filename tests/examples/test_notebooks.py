@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness.routing_data import FOLDER, needs_data
 
 nbformat = pytest.importorskip("nbformat", reason="nbformat, nbclient and ipykernel are in the extra 'test'")
 nbclient = pytest.importorskip("nbclient", reason="nbformat, nbclient and ipykernel are in the extra 'test'")
@@ -71,19 +70,8 @@ def test_the_notebook_of_the_small_model(tmp_path: Path):
 
 
 @pytest.mark.exhaustive
-@needs_data
-@pytest.mark.data
 @pytest.mark.usefixtures("kernels")
-def test_the_notebook_of_recorded_routing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("MOE_ROUTE_DATA", str(Path(FOLDER).resolve()))
+def test_the_notebook_of_recorded_routing(tmp_path: Path):
     shown = run("qwen3_30b_routing.ipynb", tmp_path)
     assert shown.count("<picture>") == 3
     assert "Swahili" in shown
-
-
-@pytest.mark.exhaustive
-@pytest.mark.usefixtures("kernels")
-def test_the_notebook_of_recorded_routing_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("MOE_ROUTE_DATA", str(tmp_path))
-    with pytest.raises(nbclient.exceptions.CellExecutionError, match=r"put mgsm_.*json into DATA"):
-        run("qwen3_30b_routing.ipynb", tmp_path)
