@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from harness.browser import browser as browser  # a fixture
 from harness.hidden_library import HIDDEN, hide
 from harness.tiny_models import MECHANISMS
 from harness.whole_models import ROWS
