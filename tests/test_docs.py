@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from harness.exhaustive import exhaustive_but
 
 from moe_route import _C
 from moe_route.cli import main
@@ -47,9 +48,10 @@ def commands(body: str) -> Iterator[list[str]]:
 
 FENCED = re.compile(r"^(?P<skip><!-- not run -->\n)?```(?P<language>\w+)\n(?P<body>.*?)^```$", re.M | re.S)
 WITH_EXAMPLES = [page for page in PAGES if any(True for _ in blocks(page))]
+FIRST = (ROOT / "README.md", ROOT / "docs" / "index.md")  # whose examples run in `make test`
 
 
-@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", exhaustive_but(FIRST, WITH_EXAMPLES), ids=lambda page: str(page.relative_to(ROOT)))
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
@@ -174,6 +176,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
+@pytest.mark.exhaustive
 def test_the_site_has_every_page_and_every_public_name(site: Path):
     import moe_route
 

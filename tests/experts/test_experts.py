@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness.exhaustive import exhaustive_but
 from harness.tiny_models import ARCHITECTURES, BASE, tiny_model, tokens
 from torch import Tensor, nn
 
@@ -367,11 +368,7 @@ def test_autocast(name: str):
 # ---- compiled
 
 
-def _exhaustive_but(name: str, *quick: str) -> Any:
-    return pytest.param(name, marks=[] if name in quick else pytest.mark.exhaustive)
-
-
-@pytest.mark.parametrize("name", [_exhaustive_but(name, "qwen3_moe", "gpt_oss") for name in LAYOUTS.values()])
+@pytest.mark.parametrize("name", exhaustive_but(["qwen3_moe"], LAYOUTS.values()))
 def test_compiles_in_one_graph(name: str):
     torch._dynamo.reset()
     model = tiny_model(name)
