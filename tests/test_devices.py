@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
+from harness.exhaustive import exhaustive_but
 from harness.standin_device import HostWaitedError, OnDevice, StandInDevices, StandInGraph, asked_by, move, to_device
 from harness.tiny_models import tiny_model, tokens
 
@@ -275,7 +276,7 @@ REPLAY = mr.Plan.replay(RECORDED, layers=[0, 1])
 
 @pytest.mark.parametrize("plan", [PLAN, AROUND, REPLAY], ids=["rows", "around", "replay"])
 @pytest.mark.parametrize("engine", ["hook", "fused"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", exhaustive_but(NAMES[:1], NAMES))
 def test_steering_on_a_device(place: Place, name: str, engine: str, plan: mr.Plan) -> None:
     def work(where: Place, routed: mr.RoutedModel) -> Tensor:
         recorder = routed.record(groups=["x", "y"])

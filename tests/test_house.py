@@ -29,6 +29,7 @@ print(*sorted(modules))
 """
 
 
+@pytest.mark.exhaustive
 def test_no_module_hides_a_name_of_the_front_door() -> None:
     """Importing a module puts it under its name into the package, where a function of that name would be lost."""
     printed = subprocess.run([sys.executable, "-c", EVERY_NAME_AFTER_EVERY_MODULE], capture_output=True, text=True)

@@ -135,6 +135,7 @@ def installed_by(extra: str) -> set[str]:
     return found
 
 
+@pytest.mark.exhaustive
 def test_the_demo_prints_nothing_else(tmp_path: Path) -> None:
     """Where only what the extra `all` brings is installed, nothing goes to standard error."""
     site = tmp_path / "site"
@@ -308,6 +309,7 @@ def test_auto_beside_a_cuda_torch_without_nvcc_warns(tmp_path: Path) -> None:
 
 
 @in_tree
+@pytest.mark.exhaustive
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 @pytest.mark.parametrize(("value", "torch_cuda"), [("AUTO", "13.0"), ("ON", None)])
 def test_kernels_are_built_for_a_cuda_torch_and_on_demand(value: str, torch_cuda: str | None, tmp_path: Path) -> None:
@@ -323,6 +325,7 @@ def test_kernels_are_built_for_a_cuda_torch_and_on_demand(value: str, torch_cuda
 
 
 @in_tree
+@pytest.mark.exhaustive
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 def test_an_nvcc_that_is_newer_than_the_cuda_of_torch_is_warned_of(tmp_path: Path) -> None:
     """Its kernels need a newer driver than torch does. Architectures that are asked for stay."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 
 from harness.claimed_cuda import claimed_cuda
+from harness.exhaustive import exhaustive_but
 from harness.tiny_models import MAIN, tiny_model, tokens
 
 import moe_route as mr
@@ -855,7 +856,7 @@ def test_deep_copies_are_free_of_the_original() -> None:
     assert torch.equal(run(model, input_ids=ids), plain)
 
 
-@pytest.mark.parametrize("engine", ["hook", "fused"])
+@pytest.mark.parametrize("engine", exhaustive_but(["hook"], ["hook", "fused"]))
 def test_compiled_after_attaching(engine: str) -> None:
     """What is set after compilation is seen: the hooks were there when the model was compiled."""
     model, ids = tiny_model("qwen3_moe", num_hidden_layers=2), tokens()

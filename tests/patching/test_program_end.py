@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from harness.exhaustive import exhaustive_but
 
 import moe_route as mr
 from moe_route import recording
@@ -68,7 +69,7 @@ ENDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("end", exhaustive_but(["exit code", "store"], ENDS))
 def test_a_program_that_ends_inside_a_recording_has_its_own_exit_code(end: str, tmp_path: Path) -> None:
     program, code = ENDS[end]
     folder = tmp_path / "kept"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
+from harness.exhaustive import exhaustive_but
 from harness.model_decisions import watch_experts
 from harness.tiny_models import tiny_model, tokens
 
@@ -368,7 +369,7 @@ def test_a_gradient_goes_through_a_steered_block(model: nn.Module) -> None:
     attachment.detach()
 
 
-@pytest.mark.parametrize("kind", [*BLOCKS, "ids weights, from the router"])
+@pytest.mark.parametrize("kind", exhaustive_but(BLOCKS[:1], [*BLOCKS, "ids weights, from the router"]))
 def test_what_is_caught_is_caught_by_a_compiled_model(kind: str) -> None:
     model = reordered("ids weights") if "router" in kind else model_of(kind)
     ids = tokens(2, 7) % 64
