@@ -22,6 +22,7 @@ from typing import NoReturn
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
+from setuptools.config.pyprojecttoml import load_file
 
 ROOT = Path(__file__).parent.resolve()
 MINIMUM_TORCH = (2, 11)
@@ -116,6 +117,31 @@ class CMakeBuild(build_ext):
         os.replace(fresh, target)
 
 
+def address() -> str:
+    """The public address of the repository, "" as long as there is none."""
+    return str(load_file(ROOT / "pyproject.toml")["tool"]["moe-route"]["address"]).rstrip("/")
+
+
+def description(readme: str, address: str) -> str:
+    """The README as a package index shows it, where a link to a file of the repository leads nowhere.
+
+    With an address such links become absolute. Without one, a link is its text and the file's path in the sources, and
+    a picture is left out with its caption.
+    """
+    link = re.compile(r"(?P<mark>!?)\[(?P<text>[^\]]*)\]\((?![a-z]+:)(?P<path>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
+
+    def shown(found: re.Match[str]) -> str:
+        text, path = found["text"], found["path"]
+        if address:
+            kind = "raw" if found["mark"] else "blob"
+            return f"{found['mark']}[{text}]({address}/{kind}/main/{path}{found['anchor'] or ''})"
+        return text if text == path else f"{text}: {path}"
+
+    if not address:
+        readme = re.sub(r"^!\[.*\n\n(\*[^*]+\*\n\n)?", "", readme, flags=re.M)
+    return link.sub(shown, readme)
+
+
 def sources() -> list[str]:
     """What the sdist needs besides the Python files."""
     found = glob.glob("csrc/**/*", recursive=True, root_dir=ROOT)
@@ -123,6 +149,9 @@ def sources() -> list[str]:
 
 
 setup(
+    long_description=description((ROOT / "README.md").read_text(encoding="utf-8"), address()),
+    long_description_content_type="text/markdown",
+    project_urls={"Source": address()} if address() else {},
     ext_modules=[Extension("moe_route._C", sources=[], depends=sources())],
     cmdclass={"build_ext": CMakeBuild, "dist_info": EarlyCheck},
 )

@@ -1,4 +1,4 @@
-"""Pages of the documentation, made from the committed results: docs/site.py gathers them, nobody writes them.
+"""The committed results as Markdown: docs/site.py puts them at the end of the page on benchmarks.
 
 `python -m bench.pages FILE.json` prints one.
 """
@@ -78,7 +78,7 @@ def _ratio(row: Row, name: str) -> str:
 
 
 def index(paths: Sequence[Path]) -> str:
-    """The page that leads to the others."""
+    """The section that leads to those of the results files."""
     lines = []
     for path in paths:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -86,7 +86,7 @@ def index(paths: Sequence[Path]) -> str:
         met = [each["met"] for each in content.get("targets", ())]
         lines.append(
             (
-                f"[{path.stem}]({path.name})",
+                f"[{path.stem}](#{path.stem})",
                 about.get("device") or about.get("processor") or f"nvcc {about['nvcc']}",
                 about.get("threads used", ""),
                 about["commit"],
@@ -95,7 +95,7 @@ def index(paths: Sequence[Path]) -> str:
         )
     return "\n".join(
         [
-            "# Results\n",
+            "\n## Results\n",
             "Every results file of the repository, as it was measured or counted.\n"
             "[PENDING](PENDING.md) lists what waits for a device.\n",
             table(("file", "made on", "threads", "commit", "targets met"), lines),

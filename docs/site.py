@@ -1,8 +1,9 @@
 """Gather the pages of the documentation site: `python docs/site.py FOLDER` writes FOLDER/pages and FOLDER/mkdocs.yml.
 
-The pages are docs/, the other Markdown files of the repository, one for each results file (bench/pages.py), and the API
-reference. That is made from the public names as the source has them: ``moe_route.__all__`` on one page, and a page for
-each public module with the names of its ``__all__``. Links between files become links between pages.
+The pages are docs/, the other Markdown files of the repository (README.md and docs/index.md tell the same story, so the
+second stands for both), and the API reference. That is made from the public names as the source has them:
+``moe_route.__all__`` on one page, and a page for each public module with the names of its ``__all__``. The page on
+benchmarks ends with every committed results file (bench/pages.py). Links between files become links between pages.
 """
 
 from __future__ import annotations
@@ -21,68 +22,78 @@ sys.path.insert(0, str(ROOT))  # run as a script, it has its own folder there
 
 from bench import pages as results  # noqa: E402
 
-RESULTS_INDEX = ROOT / "bench" / "results" / "index.md"  # no file: made like the pages it leads to
+BENCHMARKS = ROOT / "bench" / "README.md"
 OTHERS = ("*.md", "bench/**/*.md", "csrc/**/*.md", "examples/**/*.md", "moe_route/data/**/*.md", "tests/*.md")
 BESIDE = ("recording",)  # rooms whose names pages and signatures use, beside those of `moe_route.__all__`
-TABLES = sorted((ROOT / "docs").glob("*.csv"))
+COPIED = (*sorted((ROOT / "docs").glob("*.csv")), ROOT / "docs" / "site.css")
 LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)")
+BLOCK = re.compile(r"^```(?P<language>\w+)\n(?P<body>.*?)^```$", re.M | re.S)
+# A block whose longest line is longer than this gets the class, which makes its letters smaller (docs/site.css).
+WIDE = {130: "wide", 148: "wider"}
 
 
 def gather(folder: Path) -> None:
     pages = folder / "pages"
     shutil.rmtree(pages, ignore_errors=True)
     shutil.copytree(ROOT / "docs" / "images", pages / "images")
-    for table in TABLES:
-        shutil.copy(table, pages)
-    texts = {place(path): linked(path) for path in sources()}
-    texts["bench/results/index.md"] = linked(RESULTS_INDEX)
-    api = api_pages()
-    for name, text in {**texts, **api}.items():
+    for path in COPIED:
+        shutil.copy(path, pages)
+    texts = {place(path): linked(path.read_text(encoding="utf-8"), path) for path in sources()}
+    files = results.files()
+    texts[place(BENCHMARKS)] += "".join([linked(results.index(files), files[0]), *map(result, files)])
+    for name, text in {**texts, **api_pages()}.items():
         target = pages / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
+        target.write_text(BLOCK.sub(fitted, text), encoding="utf-8")
     config = yaml.safe_load((ROOT / "docs" / "site.yml").read_text(encoding="utf-8"))
-    for entry in config["nav"]:
-        if "API" in entry:
-            entry["API"] = list(api)
-        if "Results" in entry:
-            entry["Results"] = [place(path) for path in (RESULTS_INDEX, *results.files())]
     (folder / "mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
 def sources() -> list[Path]:
     """The files of the repository that are pages."""
     others = {path for pattern in OTHERS for path in ROOT.glob(pattern)}
-    return sorted({*(ROOT / "docs").glob("*.md"), *others, *results.files()})
+    return sorted({*(ROOT / "docs").glob("*.md"), *others} - {ROOT / "README.md"})
 
 
 def place(path: Path) -> str:
     """Where a file of the repository stands among the pages. A README is the page of its folder, docs/ is the root."""
-    name = path.relative_to(ROOT).with_suffix(".md" if path in results.files() else path.suffix).as_posix()
-    return "overview.md" if name == "README.md" else name.removeprefix("docs/")
+    name = path.relative_to(ROOT).as_posix()
+    return "index.md" if name == "README.md" else name.removeprefix("docs/")
 
 
-def text_of(path: Path) -> str:
-    """The Markdown of a page: what its file has, or what is made from it."""
-    if path == RESULTS_INDEX:
-        return results.index(results.files())
-    return results.page(path) if path in results.files() else path.read_text(encoding="utf-8")
+def result(path: Path) -> str:
+    """A results file as a section of the page on benchmarks, folded."""
+    text = linked(results.page(path), path).partition("\n")[2]
+    text = re.sub(r"^#+ (.*)$", r"**\1**", text, flags=re.M)
+    return (
+        f"\n### {path.stem}\n\n<details markdown><summary>every figure of {path.name}</summary>\n{text}\n</details>\n"
+    )
 
 
-def linked(path: Path) -> str:
-    """The text of a page, its links leading to pages; of a link to a file that is no page the text stays."""
-    known, here = {place(source): source for source in sources()}, posixpath.dirname(place(path))
+def linked(text: str, path: Path) -> str:
+    """The text of a file, its links leading to pages; of a link to a file that is no page the text stays."""
+    known = {place(source) for source in sources()}
+    here = posixpath.dirname(place(BENCHMARKS if path in results.files() else path))
 
     def link(match: re.Match[str]) -> str:
-        target = (path.parent / match["target"]).resolve()
+        target, anchor = (path.parent / match["target"]).resolve(), match["anchor"] or ""
         if not target.is_file():
             return match[0]
+        if target in results.files():
+            target, anchor = BENCHMARKS, f"#{target.stem}"
         name = place(target)
-        if name not in known and target not in TABLES and not name.startswith("images/"):
+        if name not in known and target not in COPIED and not name.startswith("images/"):
             return match["text"]
-        return f"[{match['text']}]({posixpath.relpath(name, here or '.')}{match['anchor'] or ''})"
+        return f"[{match['text']}]({posixpath.relpath(name, here or '.')}{anchor})"
 
-    return LINK.sub(link, text_of(path))
+    return LINK.sub(link, text)
+
+
+def fitted(match: re.Match[str]) -> str:
+    """A block of code, marked if its lines are too long for letters of the usual size."""
+    longest = max(map(len, match["body"].splitlines()), default=0)
+    size = [name for limit, name in WIDE.items() if longest > limit]
+    return f"``` {{.{match['language']} .{size[-1]}}}\n{match['body']}```" if size else match[0]
 
 
 def api_pages() -> dict[str, str]:

@@ -18,12 +18,18 @@ import tempfile
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from harness.exhaustive import exhaustive_but
+from harness.tiny_models import inputs, tiny_model
 
+import moe_route as mr
 from moe_route import _C
 from moe_route.cli import main
+from moe_route.data import demo_model_folder
+from moe_route.routers import find_routers
 
 ROOT = Path(__file__).parents[1]
 BESIDE = ("bench/README.md", "csrc/cuda/README.md", "examples/README.md", "examples/study/README.md")
@@ -37,6 +43,11 @@ def blocks(page: Path) -> Iterator[tuple[str, str, int]]:
     for match in BLOCK.finditer(text):
         if not match["skip"]:
             yield match["language"], match["body"], text.count("\n", 0, match.start("body"))
+
+
+def runnable(body: str) -> str:
+    """A Python block with the demo model in place of one that would have to be downloaded."""
+    return body.replace('"Qwen/Qwen3-30B-A3B"', repr(str(demo_model_folder())))
 
 
 def commands(body: str) -> Iterator[list[str]]:
@@ -58,7 +69,9 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     namespace: dict[str, object] = {"__name__": "__main__"}
     for language, body, line in blocks(page):
         if language == "python":
-            exec(compile("\n" * line + body, str(page), "exec"), namespace)  # a traceback names the line of the page
+            exec(
+                compile("\n" * line + runnable(body), str(page), "exec"), namespace
+            )  # a traceback names the line of the page
             continue
         for arguments in commands(body):
             code = main(arguments)
@@ -105,6 +118,117 @@ def test_the_figures_are_those_of_the_committed_results(page: str):
     assert found[0] == figures(page), f"run `python tests/test_docs.py {page}` to write the figures anew"
 
 
+# ---- the README, and the first page of the documentation ---------------------------------------------------------
+
+SHARED = re.compile(r"(?<=<!-- from README\.md -->\n)(?P<body>.*?)(?=<!-- end of README\.md -->)", re.S)
+DEMO = re.compile(r"(?<=<!-- demo -->\n).*?(?=<!-- end of demo -->)", re.S)
+
+
+def sections(text: str) -> dict[str, str]:
+    """Heading -> section of a Markdown page, with its heading; what stands before the first one is under ""."""
+    parts = re.split(r"^(?=## )", text, flags=re.M)
+    return {part.partition("\n")[0].removeprefix("## ") if number else "": part for number, part in enumerate(parts)}
+
+
+def told_alike(page: str) -> str:
+    """A page whose shared blocks are the README's sections of the same headings, with links from docs/."""
+    readme = sections((ROOT / "README.md").read_text(encoding="utf-8"))
+
+    def linked(match: re.Match[str]) -> str:
+        target = os.path.relpath(ROOT / match["target"], ROOT / "docs")
+        return f"]({target}{match['anchor'] or ''})"
+
+    def shared(match: re.Match[str]) -> str:
+        chosen = "".join(readme[name] for name in sections(match["body"]) if name or match["body"].startswith("# "))
+        return re.sub(r"\]\((?!https?:|#)(?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)", linked, chosen)
+
+    return SHARED.sub(shared, page)
+
+
+def excerpt(screen: str, most: int = 10) -> str:
+    """The demo's screen in a few lines: the first line of each part (parts are parted by empty lines), and as much of
+    the first part as there is room for."""
+    first, *others = [part.splitlines() for part in screen.strip("\n").split("\n\n")]
+    return "\n".join([*first[: most - len(others)], *(part[0] for part in others)])
+
+
+def show_the_demo() -> None:
+    """Run the demo, and write what it prints into the README, in ten lines, and into the first page, whole."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        screen = captured(lambda: main(["demo"]))
+    for name, shown in (("README.md", excerpt(screen)), ("docs/index.md", screen.strip("\n"))):
+        page = (ROOT / name).read_text(encoding="utf-8")
+        block = f"<!-- not run -->\n```console\n$ moe-route demo\n{shown}\n```\n"
+        (ROOT / name).write_text(DEMO.sub(lambda _, block=block: block, page), encoding="utf-8")
+
+
+def test_the_readme_and_the_first_page_tell_the_same_story():
+    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert len(SHARED.findall(page)) >= 2
+    assert told_alike(page) == page, "run `python tests/test_docs.py docs/index.md` to write the page anew"
+    readme = [name for name in sections((ROOT / "README.md").read_text(encoding="utf-8")) if name]
+    assert [name for name in sections(page) if name in readme] == readme
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("\n") <= 150
+    first = re.search(r"```python\n(.*?)```", text, re.S)
+    assert first
+    assert first[1].count("\n") <= 20
+    assert not re.search(r"`moe-route |\bmake ", text[: first.start()])  # their own model comes before our commands
+    tables = re.findall(r"^\|[- |]+\|\n((?:\|.*\n)+)", text[text.index("<!-- figures -->") :], re.M)
+    assert tables[0].count("\n") <= 6
+    limits = sections(text)["Limits"]
+    assert sum(line.startswith("- ") for line in limits.splitlines()) <= 8
+    demo = DEMO.search(text)
+    assert demo
+    assert sum(not line.startswith("```") for line in demo[0].splitlines()) <= 11  # the command, and ten lines
+
+
+def test_the_readme_counts_the_architectures_that_were_tested():
+    rows = (line.split(",") for line in (ROOT / "docs" / "versions.csv").read_text(encoding="utf-8").splitlines())
+    head, *tested = rows
+    names = {row[0].partition("_with")[0] for row in tested if row[-1] != "-"}
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{len(names)} architectures of transformers {head[-1].rpartition('.')[0]}" in text
+
+
+SIX_FAMILIES = ("qwen3_moe", "olmoe", "mixtral", "gpt_oss", "deepseek_v3", "granitemoe")
+
+
+@pytest.mark.parametrize("name", SIX_FAMILIES)
+def test_transformers_alone_ignores_edited_logits_and_counts_padding(name: str):
+    """What the README says that one does not get without moe-route."""
+    model = tiny_model(name, head=True)
+    call = inputs(name, model, batch=2, length=6)
+    call["attention_mask"] = torch.ones_like(call["input_ids"])
+    call["attention_mask"][0, :4] = 0  # four tokens of padding, eight of text
+    routers = find_routers(model)
+    with torch.no_grad():
+        natural = model(**call, output_router_logits=True)
+        hooks = [router.module.register_forward_hook(other_logits) for router in routers]
+        hooked = model(**call)
+        for hook in hooks:
+            hook.remove()
+        with mr.attach(model) as routed:
+            with routed.record() as recorder:
+                model(**call)
+            with routed.steer(mr.Plan.bias({routers[0].layer: {0: 50.0}})):
+                steered = model(**call)
+    assert torch.equal(natural.logits, hooked.logits)
+    assert not torch.equal(natural.logits, steered.logits)
+    assert [logits.numel() // logits.shape[-1] for logits in natural.router_logits] == [12] * len(routers)
+    assert (recorder.statistics().tokens() == 8).all()
+
+
+def other_logits(module: torch.nn.Module, arguments: object, output: tuple[torch.Tensor, ...]) -> object:
+    return (torch.randn_like(output[0]) * 10, *output[1:])
+
+
+# ---- pages that are made from results ----------------------------------------------------------------------------
+
+
 def test_a_page_of_results_has_every_figure_of_its_file():
     from bench import pages
     from moe_route.base.table import duration
@@ -117,7 +241,7 @@ def test_a_page_of_results_has_every_figure_of_its_file():
             quartiles = f"{duration(row['low'])} - {duration(row['high'])}"
             assert (row["case"], row["name"], duration(row["median"]), quartiles) in found
         assert {tuple(cells) for cells in lines} >= {tuple(item) for item in content["machine"].items()}
-        assert f"[{path.stem}]({path.name})" in pages.index(pages.files())
+        assert f"[{path.stem}](#{path.stem})" in pages.index(pages.files())
 
 
 def test_results_are_committed_once():
@@ -178,24 +302,56 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.exhaustive
 def test_the_site_has_every_page_and_every_public_name(site: Path):
-    import moe_route
-
     for page in PAGES:
         name = page.relative_to(ROOT).with_suffix(".html").as_posix().removeprefix("docs/")
-        name = {"README.html": "overview.html"}.get(name, re.sub(r"README.html$", "index.html", name))
+        name = {"README.html": "index.html"}.get(name, re.sub(r"README.html$", "index.html", name))
         assert (site / name).is_file(), name
+    benchmarks = (site / "bench" / "index.html").read_text(encoding="utf-8")
     for path in (ROOT / "bench" / "results").glob("*.json"):
-        assert f"{path.stem}.html" in (site / "bench" / "results" / "index.html").read_text(encoding="utf-8")
-        assert (site / "bench" / "results" / f"{path.stem}.html").is_file()
-    assert "bench/results/cpu-avx512.html" in (site / "kernels.html").read_text(encoding="utf-8")
+        assert f'id="{path.stem}"' in benchmarks
+        assert f'href="#{path.stem}"' in benchmarks
+    assert "bench/index.html#cpu-avx512-experts" in (site / "kernels.html").read_text(encoding="utf-8")
     reference = {path.stem: path.read_text(encoding="utf-8") for path in (site / "api").glob("*.html")}
-    for name in moe_route.__all__:
-        member = getattr(moe_route, name)
+    for name in mr.__all__:
+        member = getattr(mr, name)
         if isinstance(member, types.ModuleType):
             missing = [each for each in getattr(member, "__all__", ()) if f">{each}<" not in reference[name]]
             assert missing == [], f"moe_route.{name}"
         elif not name.startswith("_"):
             assert f'id="moe_route.{name}"' in reference["index"]
+
+
+def test_the_menu_is_short_and_in_words():
+    yaml = pytest.importorskip("yaml", reason="needs the extra docs")
+    menu = yaml.safe_load((ROOT / "docs" / "site.yml").read_text(encoding="utf-8"))["nav"]
+    below = [entry for head in menu for entries in head.values() if isinstance(entries, list) for entry in entries]
+    names = [name for entry in (*menu, *below) for name in entry]
+    assert len(names) <= 20
+    assert [name for name in names if not re.fullmatch("[A-Z][A-Za-z ]+", name)] == []
+
+
+@pytest.mark.exhaustive
+def test_code_fits_its_column(site: Path, browser: Any):
+    """At 1400 pixels, light and dark, no block of code scrolls, and only the lines of very long messages are broken."""
+    broken, colors = [], set()
+    for scheme in ("light", "dark"):
+        page = browser.new_page(viewport={"width": 1400, "height": 900}, color_scheme=scheme)
+        for path in sorted(site.rglob("*.html")):
+            page.goto(path.as_uri())
+            broken += [(path.name, scheme, text) for text in page.evaluate(CODE_THAT_DOES_NOT_FIT)]
+        colors.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert broken == []
+    assert len(colors) == 2
+
+
+CODE_THAT_DOES_NOT_FIT = """[...document.querySelectorAll(".md-content pre > code")].filter(code => {
+  const style = getComputedStyle(code), lines = code.textContent.replace(/\\n$/, "").split("\\n")
+  const height = code.getBoundingClientRect().height - parseFloat(style.paddingTop) - parseFloat(style.paddingBottom)
+  const folded = height === 0 || code.closest("details:not([open])")
+  const whole = lines.every(line => line.length <= (code.closest(".wide, .wider") ? 178 : 130))
+  return code.scrollWidth > code.clientWidth
+      || whole && !folded && Math.round(height / parseFloat(style.lineHeight)) > lines.length
+}).map(code => code.textContent.slice(0, 80))"""
 
 
 def test_the_site_loads_nothing_from_elsewhere(site: Path):
@@ -224,7 +380,7 @@ class Refresher:
         if match["skip"]:
             return match[0]
         if language == "python":
-            self.printed = captured(lambda: exec(body, self.namespace))
+            self.printed = captured(lambda: exec(runnable(body), self.namespace))
         elif language == "text" and self.printed:
             body, self.printed = self.printed, ""
         elif language == "console":
@@ -253,7 +409,15 @@ def refresh() -> None:
     for name in ("README.md", "bench/README.md", "docs/serving.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
         (ROOT / name).write_text(FIGURES.sub(lambda _, name=name: figures(name), text), encoding="utf-8")
-    wanted = [Path(name).resolve() for name in sys.argv[1:]] or WITH_EXAMPLES
+    first = ROOT / "docs" / "index.md"
+    first.write_text(told_alike(first.read_text(encoding="utf-8")), encoding="utf-8")
+    names = sys.argv[1:]
+    if "demo" in names:
+        names.remove("demo")
+        show_the_demo()
+        if not names:
+            return
+    wanted = [Path(name).resolve() for name in names] or WITH_EXAMPLES
     for page in wanted:
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             Refresher().page(page)

@@ -23,9 +23,10 @@ ROOT = Path(__file__).parent.parent
 in_tree = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
 
 
-def python(*arguments: str, **environment: str) -> str:
+def python(*arguments: str, cwd: Path | None = None, **environment: str) -> str:
     command = [sys.executable, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+    variables = {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=cwd, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -223,6 +224,34 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     module.__file__ = str(ROOT / "setup.py")
     exec(compile((ROOT / "setup.py").read_text(encoding="utf-8"), "setup.py", "exec"), module.__dict__)
     return module
+
+
+@in_tree
+@pytest.mark.parametrize("address", ["", "https://example.org/owner/name"])
+def test_a_package_index_shows_no_broken_link(recipe: types.ModuleType, address: str) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = recipe.description(readme, address)
+    assert "](#" not in readme  # a package index gives headings no anchors
+    targets = re.findall(r"\]\(([^)]*)\)", shown)
+    assert [target for target in targets if not target.startswith("https://")] == []
+    ours = [target.removeprefix(address).partition("#")[0] for target in targets if address and address in target]
+    assert len(ours) == (len(re.findall(r"\]\((?!https:)", readme)) if address else 0)
+    assert all((ROOT / re.sub("^/(blob|raw)/main/", "", path)).exists() for path in ours)
+    assert ("![" in shown) == bool(address)
+    assert ("\n*" in shown) == bool(address)  # without an address, a picture is left out with its caption
+    assert [line for line in shown.splitlines() if line.startswith("## ")] == re.findall("^## .*$", readme, re.M)
+
+
+@in_tree
+def test_the_address_is_told_once(recipe: types.ModuleType, tmp_path: Path) -> None:
+    """Metadata name the address of pyproject.toml and no other; as long as there is none, they name none."""
+    python("setup.py", "--quiet", "dist_info", "--output-dir", str(tmp_path), cwd=ROOT)
+    (folder,) = tmp_path.glob("*.dist-info")
+    found = metadata.PathDistribution(folder).metadata
+    assert found["Description-Content-Type"] == "text/markdown"
+    assert found.get_all("Project-URL") == ([f"Source, {recipe.address()}"] if recipe.address() else None)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert str(found.get_payload()).strip() == recipe.description(readme, recipe.address()).strip()
 
 
 @in_tree
