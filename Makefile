@@ -3,6 +3,7 @@
 # Needs Python >= 3.10 with venv, make and a C++20 compiler.
 #   make TORCH="torch==2.13.0 --index-url URL"   another torch build        make PYTHON=python3.12   another Python
 #   make test JOBS=1                             tests in one process
+#   make demo UV=1                               uv in the place of pip  MOE_ROUTE_CUDA=ON make build    see setup.py
 #   make demo DRAWS=9                            9 random sets beside the first finding instead of 99: faster
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -10,11 +11,25 @@ VENV ?= .venv
 JOBS ?= $(shell nproc)
 DRAWS ?= 99
 BIN := $(VENV)/bin
-# Errors only: neither progress nor warnings about the configuration of indexes.
-PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install
+STEP := $(PYTHON) steps.py
+# What compiles here: the list of [build-system] in pyproject.toml.
+TOOLS := 'setuptools>=77' 'cmake>=3.24' ninja 'pybind11>=2.13'
+# $(call needs,EXTRAS): the packages of extras. pip takes them from the metadata of moe-route, which need no build.
+ifdef UV
+  ENVIRONMENT := uv venv --allow-existing --seed --python $(PYTHON) $(VENV)
+  PIP := uv pip install --python $(BIN)/python
+  needs = $(PIP) -r pyproject.toml $(foreach extra,$(1),--extra $(extra))
+else
+  ENVIRONMENT := $(PYTHON) -m venv $(VENV)
+  PIP := $(BIN)/python -m pip --disable-pip-version-check install
+  comma := ,
+  needs = rm -rf build/metadata && mkdir -p build/metadata && \
+    $(BIN)/python setup.py --quiet dist_info --output-dir build/metadata && \
+    PYTHONPATH=build/metadata $(PIP) 'moe-route[$(subst $() ,$(comma),$(1))]'
+endif
 TORCH_DIR = $(shell $(BIN)/python -c "from importlib.util import find_spec; print(*find_spec('torch').submodule_search_locations)")
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f ! -name '*.md')
-CODE := moe_route tests bench examples docs/site.py setup.py
+CODE := moe_route tests bench examples docs/site.py setup.py steps.py
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # A spinning OpenMP team costs milliseconds a region when another process has the second core.
@@ -25,22 +40,26 @@ export OMP_WAIT_POLICY ?= passive
 build: $(VENV)/.built
 
 $(VENV)/.torch:
-	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) --upgrade pip
-	@$(PIP) $(TORCH)
+	@$(STEP) "environment: $(VENV), with cmake and ninja" "$(ENVIRONMENT) && $(PIP) $(TOOLS)"
+	@$(STEP) "torch: $(TORCH)" "$(PIP) --no-compile $(TORCH)"
 	@touch $@
 
+# While the C++ code compiles, the packages that the demo needs are installed, and torch's Python files are compiled (some
+# packages hold files that no Python 3 reads).
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
-	@$(PIP) --editable '.[all]'
+	@PATH="$(abspath $(BIN)):$$PATH" $(STEP) \
+	  "packages: transformers, matplotlib and what they need" \
+	  "$(call needs,hf plot) && { $(BIN)/python -m compileall -qq $(VENV)/lib; true; }" \
+	  "build: the C++ kernels" "$(PIP) --verbose --no-build-isolation --no-deps --editable ."
 	@touch $@
 
 # What an extra (test, docs, dev) adds to the build: its packages alone, the C++ code is not built again.
 $(VENV)/.with-%: $(VENV)/.built
-	@$(PIP) 'moe-route[$*]'
+	@$(STEP) "$*: the packages of moe-route[$*]" "$(call needs,$*)"
 	@touch $@
 
 demo: build
-	@$(BIN)/moe-route demo --draws $(DRAWS) --out demo
+	@$(STEP) --shown "demo: pictures and tables in demo/" "$(BIN)/moe-route demo --draws $(DRAWS) --out demo"
 
 # Findings 3 to 6; make findings PAGE=examples/study/README.md puts what comes out into the page.
 findings: build

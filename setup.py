@@ -1,7 +1,8 @@
 """Builds ``moe_route._C`` with CMake against the torch of the environment that is installed into.
 
-Environment: ``MOE_ROUTE_CUDA`` = AUTO (CUDA kernels where that torch is a CUDA build and nvcc is found) | ON | OFF,
-``CUDACXX`` (nvcc), ``CUDAARCHS`` (default ``80-real;90``, from CUDA 12.8 on ``100-real;120-real`` too),
+Environment: ``MOE_ROUTE_CUDA`` = AUTO (CUDA kernels where there is a GPU, or ``CUDAARCHS`` is set, and that torch is a
+CUDA build and nvcc is found) | ON (or an error) | OFF, ``CUDACXX`` (nvcc), ``CUDAARCHS`` (default: of the GPU that is
+here; with ON ``80-real;90``, from CUDA 12.8 on ``100-real;120-real`` too),
 ``MOE_ROUTE_BUILD_DIR`` (default ``build/cmake``; kept, so a rebuild compiles only what changed), ``MAX_JOBS``, ``CXX``.
 """
 

@@ -112,6 +112,48 @@ def test_the_module_uses_the_stable_abi_alone() -> None:
     assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
 
 
+# ---- the steps of make ------------------------------------------------------------------------------------------
+
+
+def steps(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "steps.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+
+
+@in_tree
+def test_each_step_has_a_line_with_its_seconds_and_what_is_ours(tmp_path: Path) -> None:
+    chatter = "echo chatter; echo '  -- moe-route: no kernels'; echo for moe-route: other; echo noise >&2"
+    done = steps(tmp_path, "one: the first", chatter, "two: beside it", "test -e one || touch one")
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(lines) == [["no", "kernels"], ["one", "the", "first", "0", "s"], ["two", "beside", "it", "0", "s"]]
+    assert "noise" in (tmp_path / "build" / "steps" / "one.log").read_text("utf-8")
+
+
+@in_tree
+def test_a_step_that_fails_shows_its_output_and_ends_the_others(tmp_path: Path) -> None:
+    done = steps(tmp_path, "one: it fails", "echo the reason >&2; exit 3", "two: beside it", "sleep 600 & wait")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "the reason" in done.stderr
+    assert "'one' failed" in done.stderr
+
+
+@in_tree
+def test_a_shown_step_writes_itself(tmp_path: Path) -> None:
+    done = steps(tmp_path, "--shown", "demo: figures", "echo figure; echo trouble >&2; exit 4")
+    assert (done.returncode, done.stdout, done.stderr) == (4, "figure\n", "trouble\n")
+    assert steps(tmp_path, "--shown", "demo: figures", "echo 1").stdout.split() == ["1", "demo", "figures", "0", "s"]
+
+
+@in_tree
+def test_make_installs_what_the_build_requires() -> None:
+    requires = re.search(r"^requires = \[(.*)\]$", (ROOT / "pyproject.toml").read_text("utf-8"), re.M)
+    tools = re.search(r"^TOOLS := (.*)$", (ROOT / "Makefile").read_text("utf-8"), re.M)
+    assert requires
+    assert tools
+    assert sorted(tools[1].replace("'", "").split()) == sorted(requires[1].replace('"', "").split(", "))
+
+
 # ---- what the demo needs ----------------------------------------------------------------------------------------
 
 
@@ -138,10 +180,10 @@ def installed_by(extra: str) -> set[str]:
 
 @pytest.mark.exhaustive
 def test_the_demo_prints_nothing_else(tmp_path: Path) -> None:
-    """Where only what the extra `all` brings is installed, nothing goes to standard error."""
+    """Where only what the extras `hf` and `plot` bring is installed, nothing goes to standard error."""
     site = tmp_path / "site"
     site.mkdir()
-    for name in installed_by("all") - {"moe-route"}:
+    for name in installed_by("hf,plot") - {"moe-route"}:
         distribution = metadata.distribution(name)
         for top in {Path(str(file)).parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
             if not (site / top).exists():
@@ -296,10 +338,22 @@ def test_a_build_without_a_compiler_says_so(
 
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 NO_NVCC = {"CUDACXX": str(ROOT / "no" / "nvcc")}
+without_gpu = pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="needs a machine without a GPU")
 
 
-def configured(folder: Path, value: str, torch_cuda: str | None = None, **environment: str) -> tuple[int, str]:
-    """What CMake says to MOE_ROUTE_CUDA=value beside a torch for that CUDA (None: a CPU build)."""
+def configured(
+    folder: Path, value: str, torch_cuda: str | None = None, *, gpu: bool = False, **environment: str
+) -> tuple[int, str]:
+    """What CMake says to MOE_ROUTE_CUDA=value beside a torch for that CUDA (None: a CPU build).
+
+    ``gpu``: with an nvidia-smi that lists one.
+    """
+    if gpu:
+        smi = folder / "bin" / "nvidia-smi"
+        smi.parent.mkdir()
+        smi.write_text("#!/bin/sh\necho 'GPU 0: made up (UUID: GPU-0)'\n", encoding="utf-8")
+        smi.chmod(0o755)
+        environment["PATH"] = os.pathsep.join([str(smi.parent), os.environ["PATH"]])
     cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if cmake is None:
         pytest.skip("needs cmake")
@@ -322,35 +376,48 @@ def test_cuda_that_cannot_be_built_says_so(value: str, message: str, tmp_path: P
 
 
 @in_tree
-def test_auto_beside_a_cpu_torch_builds_no_kernels(tmp_path: Path) -> None:
-    """Even where there is an nvcc: minutes of compiling that this torch could not use."""
-    code, said = configured(tmp_path, "AUTO")
+@pytest.mark.parametrize(
+    ("torch_cuda", "gpu", "why"),
+    [
+        pytest.param("13.0", False, "no GPU is seen here", marks=without_gpu),
+        (None, True, "torch is a build for the CPU"),
+        ("13.0", True, "no nvcc that works was found"),
+    ],
+)
+def test_auto_builds_no_kernels_that_this_machine_cannot_run(
+    torch_cuda: str | None, gpu: bool, why: str, tmp_path: Path
+) -> None:
+    """`make` shows the line that begins with moe-route."""
+    code, said = configured(tmp_path, "AUTO", torch_cuda, gpu=gpu, **NO_NVCC)
     assert code == 0
-    assert "CUDA kernels: none (MOE_ROUTE_CUDA=AUTO" in said
-
-
-@in_tree
-def test_auto_beside_a_cuda_torch_without_nvcc_warns(tmp_path: Path) -> None:
-    code, said = configured(tmp_path, "AUTO", "13.0", **NO_NVCC)
-    assert code == 0
-    assert "torch is a build for CUDA 13.0, but no nvcc that works" in said
-    assert "CUDA kernels: none" in said
+    assert f"moe-route: no CUDA kernels: {why}" in said
+    assert "MOE_ROUTE_CUDA=ON builds them" in said
 
 
 @in_tree
 @pytest.mark.exhaustive
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-@pytest.mark.parametrize(("value", "torch_cuda"), [("AUTO", "13.0"), ("ON", None)])
-def test_kernels_are_built_for_a_cuda_torch_and_on_demand(value: str, torch_cuda: str | None, tmp_path: Path) -> None:
+def test_kernels_are_built_on_demand_anywhere(tmp_path: Path) -> None:
     code, said = configured(tmp_path, "ON", **NO_NVCC)
     assert code != 0
-    code, said = configured(tmp_path, value, torch_cuda)  # in the same folder: nvcc was installed since
+    code, said = configured(tmp_path, "ON")  # in the same folder: nvcc was installed since
     assert code == 0
-    found = re.search(r"CUDA kernels: nvcc (\d+)\.(\d+)\.\d+ for (\S+)", said)
+    found = re.search(r"CUDA kernels by nvcc (\d+)\.(\d+)\.\d+ for (\S+)", said)
     assert found is not None
     blackwell = ",100-real,120-real" if (int(found[1]), int(found[2])) >= (12, 8) else ""
     assert found[3] == f"80-real,90{blackwell}"
     assert "need a driver of CUDA" not in said
+
+
+@in_tree
+@without_gpu
+@pytest.mark.exhaustive
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+def test_auto_builds_for_the_device_that_cuda_finds(tmp_path: Path) -> None:
+    """Here it finds none, whatever nvidia-smi says."""
+    code, said = configured(tmp_path, "AUTO", "13.0", gpu=True)
+    assert code == 0
+    assert "moe-route: no CUDA kernels: CUDA finds no device of compute capability 8.0 or higher" in said
 
 
 @in_tree
@@ -361,7 +428,7 @@ def test_an_nvcc_that_is_newer_than_the_cuda_of_torch_is_warned_of(tmp_path: Pat
     code, said = configured(tmp_path, "AUTO", "11.8", CUDAARCHS="90")
     assert code == 0
     assert re.search(r"nvcc is of CUDA \d+, torch of CUDA 11: the kernels need a driver of CUDA \d+ or newer", said)
-    assert re.search(r"CUDA kernels: nvcc \S+ for 90 ", said)
+    assert re.search(r"CUDA kernels by nvcc \S+ for 90 ", said)
 
 
 @in_tree
