@@ -263,7 +263,6 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
     """
     disabled: Callable[P, R] | None = None
 
-    @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         nonlocal disabled
         if "torch._dynamo" not in sys.modules:
@@ -279,4 +278,4 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
         frames.set_code_exec_strategy(call.__code__, strategy)
     except AttributeError:  # another torch keeps this elsewhere
         return torch.compiler.disable(function)
-    return call
+    return wraps(function)(call)
