@@ -180,14 +180,15 @@ def train(
         report.update({key: round(earlier[key] + value, 1) for key, value in run.items()}, progress=round(progress, 3))
         current.update(run)
 
-    current = {"learning_rate": args.learning_rate}
+    current = {"learning_rate": args.learning_rate} | ({"balance": args.balance} if args.balance else {})
     report["runs"].append(current)
     while (progress := max(step / args.steps, (time.monotonic() - began) / 60 / args.minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, progress, args.learning_rate)
         ids, weights, parts = (x.to(args.device) for x in windows.batch(args.batch))
         loss, balance, z, nats = compute(ids, weights, parts)
-        (loss + BALANCE[late or progress >= 0.6] * balance + Z_LOSS * z).backward()
+        coefficient = args.balance or BALANCE[late or progress >= 0.6]
+        (loss + coefficient * balance + Z_LOSS * z).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -227,6 +228,9 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=32, help="windows per step (default 32)")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument(
+        "--balance", type=float, help=f"coefficient of the balance loss (default {BALANCE[0]}, late {BALANCE[1]})"
+    )
     parser.add_argument(
         "--seed", type=int, default=0, help="an odd seed uses the second order of shares of the problems"
     )
