@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import tables
-from judge import worse
+from judge import TEXT_TOLERANCE, TOLERANCE, worse
 from measures import OTHERS
 from problems import LANGUAGES, shares
 
@@ -164,13 +164,21 @@ def seeds_parts(results: Sequence[Judged], trainings: Sequence[Judged]) -> dict[
     }
 
 
-def following_parts(before: Judged, after: Judged, training: Judged, card: str) -> dict[str, str]:
+def following_parts(
+    before: Judged, after: Judged, before_runs: Sequence[Judged], training: Judged, card: str
+) -> dict[str, str]:
     """The same sections where a model takes the place of the installed one, whose card tells about the seeds."""
-    run = training["runs"][-1]
+    runs = "; ".join(
+        f"{run['steps']} steps, {run['tokens'] / 1e6:.1f} million tokens, peak learning rate {run['learning_rate']:g}"
+        for run in training["runs"][len(before_runs) :]
+    )
     text = (
-        f"The model that ships went on from seed {after['seed']} for {run['steps']} steps "
-        f"({run['tokens'] / 1e6:.1f} million tokens, {run['minutes']:.0f} minutes, peak learning rate "
-        f"{run['learning_rate']:g}), with numbers to copy and to count on from among the documents."
+        f"The model that ships went on from seed {after['seed']} ({runs}).\n"
+        "Its documents were also numbers to copy and to count on from (`examples/demo_model/controls.py`), so that "
+        "sums can be told from digits.\n"
+        "The gates on these two, and the rule that nothing may get worse, were set before: no gate that was passed "
+        f"fails, no value falls by more than {TOLERANCE:g} of what is wanted, and the loss of text rises by "
+        f"{TEXT_TOLERANCE:g} nats per token at most."
     )
     parts = {name: section(card, name) for name in ("training", "seeds", "gates")}
     return parts | {"follows": f"{text}\n\n{tables.following_table(before, after)}"}
@@ -240,10 +248,10 @@ def follow(folder: Path, earlier: Path, installed: Path, target: Path | None) ->
         raise SystemExit("it does not ship, since it got worse:\n  " + "\n  ".join(found))
     if target is None:
         return
-    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    first, training = (json.loads((one / "training.json").read_text(encoding="utf-8")) for one in (earlier, folder))
     card_before = (installed / "MODEL_CARD.md").read_text(encoding="utf-8")
     judged = json.loads((installed / "judged.json").read_text(encoding="utf-8")) | {"before": before, "shipped": after}
-    install(folder, after, following_parts(before, after, training, card_before), judged, target)
+    install(folder, after, following_parts(before, after, first["runs"], training, card_before), judged, target)
     print(f"installed in {target}")
 
 
