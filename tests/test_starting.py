@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,6 +47,8 @@ def command(line):
             return end.code
 
 def meta():
+    from moe_route.cli.inputs import quiet_libraries
+    quiet_libraries()
     config = transformers.AutoConfig.from_pretrained(sys.argv[1])
     with torch.device("meta"):
         transformers.AutoModelForCausalLM.from_config(config)
@@ -68,8 +71,8 @@ print(json.dumps(steps))
 
 
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, list[str]]]:
-    """Exit code of each step, and the heavy modules that it imported."""
+def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Exit code of each step, and the heavy modules that it imported; lines on standard error."""
     folder = tmp_path_factory.mktemp("starting")
     counts = {(item, group): np.full((2, 4), 2) for item in "ab" for group in ("deu_Latn", "eng_Latn")}
     statistics_of(counts, 2, (4, 4)).save(folder / "statistics.npz")
@@ -77,11 +80,16 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, list
     arguments = [str(demo_model_folder()), json.dumps(sorted(HEAVY)), json.dumps(list(STEPS))]
     ran = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], cwd=folder, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
+    return json.loads(ran.stdout) | {"said": ran.stderr.splitlines()}
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_step_imports_no_heavy_module_but_its_own(step: str, steps: dict[str, tuple[int, list[str]]]) -> None:
+def test_a_step_imports_no_heavy_module_but_its_own(step: str, steps: dict[str, Any]) -> None:
     code, imported = steps[step]
     assert set(imported) <= STEPS[step]
     assert code == (2 if "none" in step or "modle" in step else 0)
+
+
+def test_other_libraries_print_nothing_while_a_model_is_built(steps: dict[str, Any]) -> None:
+    """torchao, which transformers imports where it is installed, tells of its extensions for other machines."""
+    assert [line for line in steps["said"] if not line.startswith("moe-route: ")] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -38,6 +39,9 @@ def quiet_libraries() -> None:
         from transformers.utils.logging import disable_progress_bar
 
         set_verbosity_error()  # hides its retries
+        # transformers imports torchao for every model, which tells of its extensions for other machines
+        for name in ("torchao", "torch.utils._pytree"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         if not sys.stderr.isatty():
             disable_progress_bar()
 
