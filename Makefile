@@ -61,9 +61,10 @@ $(VENV)/.with-%: $(VENV)/.built
 demo: build
 	@$(STEP) --shown "demo: pictures and tables in demo/" "$(BIN)/moe-route demo --draws $(DRAWS) --out demo"
 
-# Findings 3 to 6; make findings PAGE=examples/study/README.md puts what comes out into the page.
+# Findings 2 to 7; make findings PAGE=examples/study/README.md puts what comes out into the page, and ships what the
+# demo tells of it.
 findings: build
-	@$(BIN)/python examples/findings/run.py --out findings $(if $(PAGE),--page $(PAGE))
+	@$(BIN)/python examples/findings/run.py --out findings $(if $(PAGE),--page $(PAGE) --results moe_route/data/findings.json)
 
 # What a contributor needs, in minutes; and all other tests, which CI runs after it. CONTRIBUTING.md says which is which.
 PYTEST = MOE_ROUTE_REQUIRE_EMULATED=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder

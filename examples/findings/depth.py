@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from words import span
 
 from moe_route.analysis import Difference, Divergence, UShape, divergence, load_balance, u_shape
 from moe_route.analysis.result import mean_of_seen, plain
 from moe_route.base.table import table
 from moe_route.demo.measurement import PIVOT
-from moe_route.demo.wording import name, paragraph, span, told
+from moe_route.demo.wording import name, paragraph, told
 from moe_route.recording import RoutingStatistics
 from moe_route.runs.language_model import LanguageModel
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from words import span, standing, verdicts
 
 from moe_route.analysis import RandomControl, middle_layers, random_control
 from moe_route.base.table import number_of, table
 from moe_route.data import Task
 from moe_route.demo.measurement import Measurement, Scores, random_sets, sample_task
-from moe_route.demo.wording import paragraph, span, standing, told, verdicts
+from moe_route.demo.wording import paragraph, told
 from moe_route.steering import ExpertSelection, Plan
 
 STRENGTHS = (0.5, 1.0)  # in standard deviations of a token's logits; 0.5 is the published one

@@ -1,19 +1,22 @@
-"""Four findings of multilingual routing beside their controls, on the demonstration model or one of your own.
+"""Six findings of multilingual routing beside their controls, on the demonstration model or one of your own.
 
     python examples/findings/run.py --out findings                      # the shipped model and corpus: minutes
-    python examples/findings/run.py --out findings --page examples/study/README.md   # and into the page
+    python examples/findings/run.py --page examples/study/README.md --results moe_route/data/findings.json
     python examples/findings/run.py --limit 4 --draws 3 --languages eng_Latn deu_Latn swh_Latn       # a quick look
 
-They follow "Multilingual Routing in Mixture-of-Experts" (arXiv 2510.04694), and go on where the two findings of
-`moe-route demo` end: exact match by what was seen in training (3); divergence of every language from English by layer
-(4), and its correlation with exact match (5); the paper's soft activation of task experts (6). The folder receives the
-text as report.txt, all numbers as report.json, and a picture of each finding. `--page` puts the text between the lines
-`<!-- findings -->` and `<!-- end of findings -->` of a page.
+They follow "Multilingual Routing in Mixture-of-Experts" (arXiv 2510.04694). The first two are those of `moe-route demo`
+(whose 1 is of another model) with all tables and more random sets: experts of sums (2) and of languages (3) switched
+off. The others go on from there: exact match by what was seen in training (4); divergence of every language from
+English by layer (5), and its correlation with exact match (6); the paper's soft activation of task experts (7). The
+folder receives the text as report.txt, all numbers as report.json, and a picture of each finding. `--page` puts the
+text between the lines `<!-- findings -->` and `<!-- end of findings -->` of a page, and `--results` writes what
+`moe-route demo` tells of the findings that it does not measure.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -24,20 +27,24 @@ from typing import Any
 import pictures
 from association import LOSS, SHARE, Association, associate
 from depth import Depth, profile_of, untrained_model
-from raising import DRAWS, Raising, raise_task_experts
+from raising import Raising, raise_task_experts
 from skill import Skill, shares_in_training
+from switching import LanguageTables, TaskTables, at_thresholds
 
 from moe_route.base.files import make_folder, write_text
 from moe_route.base.table import number_of
+from moe_route.data import demo_model_folder
 from moe_route.demo import Finding
 from moe_route.demo.circle import DemoTexts, Natural
-from moe_route.demo.measurement import Measurement
-from moe_route.demo.pictures import save
+from moe_route.demo.circle import measure as switch_off
+from moe_route.demo.measurement import PIVOT, Measurement, Scores
 from moe_route.demo.wording import paragraph
 from moe_route.runs.language_model import DEMO_MODEL, LanguageModel
 
+COMMAND = "make findings PAGE=examples/study/README.md"
 MARKERS = ("<!-- findings -->", "<!-- end of findings -->")
-FIRST = 3  # 1 and 2 are those of `moe-route demo`
+FIRST = 2  # 1 of `moe-route demo` is of another model
+DRAWS = 99  # random sets beside the first finding; the smallest p-value is 0.01
 
 
 @dataclass(frozen=True)
@@ -47,13 +54,16 @@ class Findings:
     Attributes:
         model: its name.
         languages, sentences, problems: languages and number of sentences, and number of problems per language.
-        skill to raising: the findings, in the order of the text; association is None without a language beside English.
+        task_experts_off to raising: the findings, in the order of the text; association is None without a language
+            beside English.
     """
 
     model: str
     languages: tuple[str, ...]
     sentences: int
     problems: int
+    task_experts_off: TaskTables
+    language_experts_off: LanguageTables
     skill: Skill
     depth: Depth
     association: Association | None
@@ -61,7 +71,7 @@ class Findings:
 
     def findings(self) -> Iterator[tuple[str, Finding]]:
         """The findings with their names, in the order of the text."""
-        names = ("skill", "depth", "association", "raising")
+        names = ("task_experts_off", "language_experts_off", "skill", "depth", "association", "raising")
         yield from ((name, finding) for name in names if (finding := getattr(self, name)) is not None)
 
     def __str__(self) -> str:
@@ -79,17 +89,19 @@ class Findings:
 
     def draw(self, folder: Path) -> list[Path]:
         """Draw each finding that has something to show, as PNG; returns the files in the order of the text."""
-        return save({name: getattr(pictures, name)(finding) for name, finding in self.findings()}, folder)
+        return pictures.save({name: getattr(pictures, name)(finding) for name, finding in self.findings()}, folder)
 
 
 def measure(study: DemoTexts, run: Measurement, draws: int = DRAWS) -> Findings:
-    """Measure the four findings on the texts of a study; `draws` random sets stand beside the last one."""
+    """Measure the six findings on the texts of a study, with `draws` random sets beside the first, else fewer."""
     natural, problems = study.natural(run), study.problems
-    skill = Skill(
-        problems.languages,
-        {subset: study.of(natural.scores, subset) for subset in problems.subsets},
-        shares_in_training(run.language_model.name),
-    )
+    task_experts_off, language_experts_off = switch_off(study, natural, run, draws)
+    sums, text = study.tasks["sums"], study.texts["text"]
+    thresholds = at_thresholds(run, natural.task_experts, sums, text, natural.reading)
+    scores = natural.reading.tasks["sums"]
+    by_subset = {subset: study.of(scores, subset) for subset in dict.fromkeys(study.subsets.tolist())}
+    seen: Scores = run.answers(problems.subset("seen"), "problems that were seen")
+    skill = Skill(problems.languages, {"seen": seen, **by_subset}, shares_in_training(run.language_model.name))
     english_only = problems.subset("english_only")
     association = associate(
         run.record(english_only.corpus(), "routing of problems"),
@@ -101,12 +113,22 @@ def measure(study: DemoTexts, run: Measurement, draws: int = DRAWS) -> Findings:
         natural.task_experts.experts,
         len(run.routed.routers),
         english_only,
-        study.of(natural.scores, "english_only"),
+        by_subset["english_only"],
         draws,
     )
-    corpus = study.corpus
-    size = (corpus.languages, len(corpus), len(study.subsets))
-    return Findings(run.language_model.name, *size, skill, depth_of(study, run), association, raising)
+    corpus, number = study.corpus, len(problems.subset(languages=[PIVOT]).questions)
+    return Findings(
+        run.language_model.name,
+        corpus.languages,
+        len(corpus),
+        number,
+        TaskTables(task_experts_off, thresholds),
+        LanguageTables(language_experts_off),
+        skill,
+        depth_of(study, run),
+        association,
+        raising,
+    )
 
 
 def nats_per_sentence(study: DemoTexts, natural: Natural) -> dict[str, float]:
@@ -123,6 +145,28 @@ def depth_of(study: DemoTexts, run: Measurement) -> Depth:
     with blank.attach() as routed:
         other = replace(run, language_model=blank, routed=routed)
         return Depth(trained, profile_of(other.record(study.corpus, "routing of an untrained model")))
+
+
+def told_by_the_demo(findings: Findings, command: str) -> dict[str, Any]:
+    """What `moe-route demo` tells of the findings that it does not measure, and of which weights it was measured."""
+    skill, depth, raising = findings.skill, findings.depth, findings.raising
+    raised = next(iter(raising.after.values())).change_of_match(raising.before)
+    beyond = depth.beyond_untrained
+    claims = (
+        ("a U", depth.trained.depth, beyond is not None and beyond.verdict == "higher"),
+        ("transfer from English", skill.transfer(*skill.others), True),
+        ("a gain by raising", raised, raising.sets["exact match"].difference.verdict == "higher"),
+    )
+    weights = hashlib.sha256((demo_model_folder() / "model.safetensors").read_bytes()).hexdigest()
+    return {
+        "command": command,
+        "weights": weights,
+        "claims": [
+            {"claim": claim, "shown": bool(also and change.verdict == "higher"), **change.to_dict()}
+            for claim, change, also in claims
+            if change is not None
+        ],
+    }
 
 
 def page_of(findings: Findings, command: str) -> str:
@@ -147,6 +191,7 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--out", type=Path, metavar="FOLDER", help="folder for report and pictures (default: none)")
     options.add_argument("--page", type=Path, metavar="FILE.md", help="put the results into this page")
+    options.add_argument("--results", type=Path, metavar="FILE.json", help="write what the demo tells of them")
     options.add_argument("--model", default=DEMO_MODEL, help="a name or folder (default: the shipped model)")
     options.add_argument(
         "--data", type=Path, help="general text, as for `moe-route demo` (default: the shipped corpus)"
@@ -154,7 +199,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--languages", nargs="+", metavar="CODE", help="of the corpus (default: all)")
     options.add_argument("--limit", type=int, metavar="N", help="the first N sentences, and problems of each kind")
     options.add_argument(
-        "--draws", type=int, default=DRAWS, metavar="N", help=f"random sets (default and most: {DRAWS})"
+        "--draws", type=int, default=DRAWS, metavar="N", help=f"random sets beside the first (default: {DRAWS})"
     )
     return options
 
@@ -163,6 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     if options.draws < 1:
         raise SystemExit(f"--draws must be at least 1, not {options.draws}: an effect needs random sets beside it")
+    if options.results is not None and (options.model, options.data, options.limit) != (DEMO_MODEL, None, None):
+        raise SystemExit("--results is what ships with the shipped model: leave out --model, --data and --limit")
     if options.out is not None:
         make_folder(options.out)
     study = DemoTexts.read(options.data, options.languages, options.limit)
@@ -177,6 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\nPictures: {', '.join(map(str, drawn))}")
     if options.page is not None:
         into_page(options.page, page_of(findings, "make findings"))
+    if options.results is not None:
+        write_text(options.results, json.dumps(told_by_the_demo(findings, COMMAND), indent=1) + "\n")
 
 
 if __name__ == "__main__":

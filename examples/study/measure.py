@@ -329,7 +329,7 @@ def plans(
             missing[name] = f"there is no such expert at threshold {tau:g}"
     found[LOWERED] = (-published, inner)
     found[FORCED_OFF] = (Plan.force_off(inner), inner)
-    # At least five experts, by the rule of the demo: above the threshold of a published plan there may be one alone.
+    # One in ten of all experts, as in the demo: above the threshold of a published plan there may be one alone.
     everywhere = find_task_experts(task, general).experts
     found["task experts of all layers forced off"] = (Plan.force_off(everywhere), everywhere)
     return found, missing

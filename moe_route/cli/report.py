@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 from moe_route.cli.answer import Answer
@@ -148,17 +151,17 @@ def add_demo(verbs: Any) -> None:
         verbs,
         "demo",
         run_demo,
-        "switch experts of a task and of languages off, beside random ones (a few minutes)",
+        "show the routing of a large model, and switch experts of a small one off, beside random ones (a minute)",
         "moe-route demo --out demo\n"
         "moe-route demo --limit 4 --draws 3 --languages eng_Latn,deu_Latn,swh_Latn      # a quick look",
     )
-    out_argument(parser, "folder for the pictures and report.json (default: none)", metavar="FOLDER")
+    out_argument(parser, "folder for report.txt and report.json (default: none)", metavar="FOLDER")
     parser.add_argument(
         "--draws",
         type=positive,
         metavar="N",
-        default=99,
-        help="random sets of experts beside the first finding (default: 99)",
+        default=19,
+        help="random sets of experts beside each finding (default: 19)",
     )
     model_arguments(parser)
     text_arguments(parser)
@@ -181,4 +184,11 @@ def run_demo(options: argparse.Namespace) -> Answer:
         engine=options.engine,
         **shown_options(options),
     )
-    return Answer(report.to_dict(), str(report), code=0 if report.restored else 1)
+    return Answer(report.to_dict(), _painted(str(report)), code=0 if report.restored else 1)
+
+
+def _painted(text: str) -> str:
+    """The first line of each finding in bold and what is lost in red, on a terminal and unless NO_COLOR is set."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty():
+        return text
+    return re.sub(r"(?m)^\d\. .*", "\033[1m\\g<0>\033[0m", re.sub("░+", "\033[31m\\g<0>\033[0m", text))

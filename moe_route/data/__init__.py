@@ -10,8 +10,9 @@ published the recorded routing; ``routing/README.md`` says where.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,7 +34,9 @@ __all__ = [
     "Task",
     "demo_controls",
     "demo_corpus",
+    "demo_findings",
     "demo_model_folder",
+    "demo_numbers",
     "demo_problems",
     "demo_task",
     "families_of",
@@ -117,6 +120,17 @@ def demo_controls() -> Task:
     No language saw these numbers in these sentences in training. Their answers are as large as those of the problems.
     """
     return Task.read_tsv(_HERE / "corpus" / "controls.tsv")
+
+
+def demo_numbers() -> Corpus:
+    """150 English sentences with a number below 100 in digits: what experts of sums are compared with."""
+    return Corpus.read(_HERE / "corpus" / "numbers.tsv")
+
+
+def demo_findings() -> dict[str, Any]:
+    """What `examples/findings` measured on the demonstration model: its command, and each claim with its interval."""
+    content: dict[str, Any] = json.loads((_HERE / "findings.json").read_text(encoding="utf-8"))
+    return content
 
 
 def demo_task() -> Corpus:

@@ -1,8 +1,8 @@
-"""The demonstration from attaching to restoring: two findings on a model, each with its controls.
+"""The demonstration: a finding on the published routing of a large model, and two on a small one, attached to restored.
 
-Experts that are found in English text alone are switched off (1), then those of each language (2). What is found is
-found in other texts than those it is measured on. The report gives the result, whatever it is. `examples/findings` goes
-on from here with what a larger model can show.
+On the small one, experts that are found in English text alone are switched off (2), then those of each language (3).
+What is found is found in other texts than those it is measured on. The report gives the result, whatever it is.
+`examples/findings` has the tables of both, and goes on from here with what a larger model can show.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,16 +18,25 @@ import numpy as np
 import torch
 
 from moe_route.base import files
-from moe_route.data import Corpus, Task, demo_problems
+from moe_route.data import Corpus, Task, demo_controls, demo_numbers, demo_problems
 from moe_route.data.batches import Text
-from moe_route.demo import pictures
-from moe_route.demo.language_experts import find_language_experts, switch_language_experts_off
-from moe_route.demo.measurement import HELD_OUT, PIVOT, Losses, Measurement, Scores, pick_items
+from moe_route.demo.language_experts import LanguageExpertsOff, find_language_experts, switch_language_experts_off
+from moe_route.demo.measurement import (
+    HELD_OUT,
+    PIVOT,
+    Losses,
+    Measurement,
+    Reading,
+    Scores,
+    pick_items,
+    pick_questions,
+)
+from moe_route.demo.published_u import published_u
 from moe_route.demo.report import DemoReport
-from moe_route.demo.task_experts import TaskExperts, find_task_experts, switch_task_experts_off
+from moe_route.demo.task_experts import TaskExperts, TaskExpertsOff, find_task_experts, switch_task_experts_off
 from moe_route.runs.language_model import LanguageModel
 
-DRAWS = 99  # random sets beside the first finding; the smallest p-value is 0.01
+DRAWS = 19  # random sets beside each finding; the smallest p-value is 0.05
 
 
 def demo(
@@ -52,9 +61,8 @@ def demo(
         languages: of the corpus; English must be among them, because all are compared with it. The problems are taken
             in those of the languages that they have.
         limit: use the first sentences, and of each kind of problems the first ones, as many.
-        draws: number of random sets of experts beside the first finding, which take half of the time; beside the second
-            19 at most.
-        out: folder for the pictures and the report, created if missing (none without it).
+        draws: number of random sets of experts beside the first finding, and 19 at most beside the second.
+        out: folder for the report, created if missing (none without it).
         batch_size: sentences per call; of problems, four times as many.
         max_length: longest sentence in tokens, by default what the model reads.
         engine: see `moe_route.attach`.
@@ -77,12 +85,6 @@ def demo(
     finally:
         routed.detach()
     report.restored = _fingerprint(language_model, study.corpus) == before
-    if out is not None:
-        drawn = {
-            "task_experts_off": pictures.task_experts_off(report.task_experts_off),
-            "language_experts_off": pictures.language_experts_off(report.language_experts_off),
-        }
-        report.pictures = pictures.save(drawn, Path(out))
     report.seconds = time.perf_counter() - start
     if out is not None:
         report.write(Path(out))
@@ -94,30 +96,41 @@ class Natural:
     """The model as it is on the texts of a study, which every finding compares with.
 
     Attributes:
-        scores: how all problems are answered.
-        losses: of the sentences that are measured.
-        task_experts: the experts of the problems, found in English.
+        reading: of the tasks and texts of `DemoTexts`.
+        losses: of the measured sentences, in all languages.
+        task_experts, copying_experts: the experts of sums and of copying, found in English.
     """
 
-    scores: Scores
+    reading: Reading
     losses: Losses
     task_experts: TaskExperts
+    copying_experts: TaskExperts
 
 
 class DemoTexts:
     """Sentences and problems in several languages, in parts that experts are found in and parts they are measured on.
 
     Attributes:
-        corpus: all sentences.
-        problems: the problems, in those of its languages that they have.
-        finding, measured: every second sentence, and the others.
-        subsets: the subset of each problem, the same in every language.
+        corpus: general sentences.
+        problems: sums, in those of its languages that they have.
+        finding, measured: every second general sentence, and the others.
+        contrast: half of the English sentences with numbers, which experts of a task are found against.
+        tasks: "sums" with other numbers than experts are found in, "copying" and "counting".
+        texts: "text", the measured sentences in the languages of the tasks, and "numbers", the other half of those.
+        subsets: the subset of each of the sums, the same in every language.
     """
 
-    def __init__(self, corpus: Corpus, problems: Task) -> None:
+    def __init__(self, corpus: Corpus, problems: Task, controls: Task, numbers: Corpus) -> None:
         self.corpus, self.problems = corpus, problems
         self.finding, self.measured = (pick_items(corpus, range(half, len(corpus), 2)) for half in (0, 1))
-        first = problems.questions[: len(problems.questions) // len(problems.languages)]
+        self.contrast, others = (pick_items(numbers, range(half, len(numbers), 2)) for half in (0, 1))
+        self.tasks = {
+            "sums": problems.subset(*HELD_OUT),
+            "copying": controls.subset("copy"),
+            "counting": controls.subset("count"),
+        }
+        self.texts = {"text": self.measured.subset(problems.languages), "numbers": others}
+        first = self.tasks["sums"].subset(languages=[PIVOT]).questions
         self.subsets = np.array([question.subset for question in first])
 
     @classmethod
@@ -130,50 +143,53 @@ class DemoTexts:
         if PIVOT not in corpus.languages or len(corpus.languages) < 2:
             given = ", ".join(corpus.languages)
             raise ValueError(f"the demo compares languages with {PIVOT}: take it and at least one more, not {given}")
-        if len(corpus) < 2:
+        if len(corpus) < 2 or (limit is not None and limit < 2):
             raise ValueError(
                 "the demo finds experts in one half of the sentences and measures on the other: take two or more"
             )
         problems = demo_problems()
         shared = [language for language in problems.languages if language in corpus.languages]
-        return cls(corpus, problems.subset(languages=shared, limit=limit))
+        sums, controls = (task.subset(languages=shared, limit=limit) for task in (problems, demo_controls()))
+        return cls(corpus, sums, controls, demo_numbers().subset(limit=limit))
 
     def natural(self, run: Measurement) -> Natural:
-        """Answer the problems and read the measured sentences as the model is, and find its task experts."""
-        scores = run.answers(self.problems, "problems")
-        losses = run.losses(self.measured, "general text")
-        task_experts = find_task_experts(
-            run.record(self.problems.subset("seen", languages=[PIVOT]).corpus(), "routing of English problems"),
-            run.record(self.finding.subset([PIVOT]), "routing of English text"),
+        """Do the tasks and read the measured sentences as the model is, and find its task experts."""
+        losses = run.losses(self.measured, "as it is: text")
+        reading = run.read(self.tasks, {"numbers": self.texts["numbers"]}, "as it is")
+        shared = np.array([self.corpus.languages.index(language) for language in self.problems.languages])
+        reading = replace(reading, texts={"text": losses.of(slice(None), shared), **reading.texts})
+        contrast = run.record(self.contrast, "routing of English sentences with numbers")
+        sums = self.problems.subset("seen", languages=[PIVOT])
+        copies = pick_questions(self.tasks["copying"].subset(languages=[PIVOT]), slice(0, None, 2))
+        return Natural(
+            reading,
+            losses,
+            *(
+                find_task_experts(run.record(task.corpus(), f"routing of English {what}"), contrast)
+                for what, task in (("sums", sums), ("copying", copies))
+            ),
         )
-        return Natural(scores, losses, task_experts)
 
     def of(self, scores: Scores, *subsets: str) -> Scores:
-        """The scores of some subsets."""
+        """The scores of some subsets of the sums."""
         return scores.of(np.isin(self.subsets, subsets))
+
+
+def measure(
+    study: DemoTexts, natural: Natural, run: Measurement, draws: int = DRAWS
+) -> tuple[TaskExpertsOff, LanguageExpertsOff]:
+    """Switch the experts of tasks off, then those of languages."""
+    task_experts_off = switch_task_experts_off(
+        run, natural.task_experts, natural.copying_experts, study.tasks, study.texts, natural.reading, draws
+    )
+    experts = find_language_experts(run.record(study.finding, "routing of half of the text"))
+    return task_experts_off, switch_language_experts_off(run, experts, study.measured, natural.losses, draws)
 
 
 def _report(study: DemoTexts, run: Measurement, draws: int) -> DemoReport:
     """Measure both findings."""
     note = run.on(study.corpus).texts.note
-    natural = study.natural(run)
-    shared = np.array([study.corpus.languages.index(language) for language in study.problems.languages])
-    task_experts_off = switch_task_experts_off(
-        run,
-        natural.task_experts,
-        study.problems.subset(*HELD_OUT),
-        study.of(natural.scores, *HELD_OUT),
-        study.measured.subset(study.problems.languages),
-        natural.losses.of(slice(None), shared),
-        draws,
-    )
-    language_experts_off = switch_language_experts_off(
-        run,
-        find_language_experts(run.record(study.finding, "routing of half of the text")),
-        study.measured,
-        natural.losses,
-        draws,
-    )
+    task_experts_off, language_experts_off = measure(study, study.natural(run), run, draws)
     routers = run.routed.routers
     return DemoReport(
         model=run.language_model.name,
@@ -184,6 +200,7 @@ def _report(study: DemoTexts, run: Measurement, draws: int) -> DemoReport:
         sentences=len(study.corpus),
         problems=len(study.subsets),
         cut=[note] if note else [],
+        published_u=published_u(),
         task_experts_off=task_experts_off,
         language_experts_off=language_experts_off,
     )

@@ -12,16 +12,18 @@ import numpy as np
 from moe_route.analysis import Difference, entropy_experts
 from moe_route.analysis.result import plain
 from moe_route.analysis.stats import RESAMPLES, draw_items
-from moe_route.base.table import number_of, table
+from moe_route.base.table import number_of
 from moe_route.data import Corpus
-from moe_route.demo.measurement import Losses, Measurement, random_sets
-from moe_route.demo.wording import name, paragraph, told
+from moe_route.demo.measurement import Losses, Measurement, random_sets, sample_corpus
+from moe_route.demo.wording import bar, columns, name, paragraph, told
 from moe_route.recording import RoutingStatistics
 from moe_route.steering import ExpertSelection, Plan
 
 _SHARE = 20  # a language has one expert of so many
 _PERCENTILE = 80.0  # its experts are among the most frequent fifth of all
 DRAWS = 19  # random sets at most for each language, on its own text
+_SAMPLED = 12  # sentences on which they are measured
+_LINES = 10  # languages in a terminal
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,16 @@ class LanguageExpertsOff:
         languages: of the text.
         before: loss of the text.
         after: the same without the experts of each language, in the order of `experts`.
-        random: float64 [sets, rows], change of the nats per token of a language's own text by random sets of as many
-            experts; a mean over fewer sets where there are no more. None if there are no other experts.
+        sampled: places of the sentences on which random sets are measured.
+        random: float64 [sets, rows], change of the nats per token of these in the language itself by random sets of as
+            many experts; fewer sets where there are no more. None if there are no other experts.
     """
 
     experts: Mapping[str, ExpertSelection]
     languages: tuple[str, ...]
     before: Losses
     after: tuple[Losses, ...]
+    sampled: np.ndarray
     random: np.ndarray | None
 
     @property
@@ -53,6 +57,26 @@ class LanguageExpertsOff:
     def own(self) -> np.ndarray:
         """float64 [rows]: change of a language's own text."""
         return np.array([row[self.languages.index(of)] for of, row in zip(self.experts, self.matrix, strict=True)])
+
+    @property
+    def own_sampled(self) -> np.ndarray:
+        """float64 [rows]: the same of the sampled sentences."""
+        columns = ([self.languages.index(of)] for of in self.experts)
+        both = (
+            (one.of(self.sampled, at), self.before.of(self.sampled, at))
+            for one, at in zip(self.after, columns, strict=True)
+        )
+        return np.array([(one.nats - before.nats).sum() / before.tokens.sum() for one, before in both])
+
+    @property
+    def hurt(self) -> list[str]:
+        """The languages whose own text loses, by the interval, without their experts."""
+        columns = (slice(at, at + 1) for at in map(self.languages.index, self.experts))
+        return [
+            of
+            for of, one, at in zip(self.experts, self.after, columns, strict=True)
+            if one.of(slice(None), at).change(self.before.of(slice(None), at)).verdict == "higher"
+        ]
 
     @property
     def hit_first(self) -> list[str]:
@@ -81,7 +105,7 @@ class LanguageExpertsOff:
         """Rank of the mean change of the own text among that of the random sets, as a p-value; NaN without sets."""
         if self.random is None:
             return float("nan")
-        return (1 + int((self.random.mean(1) >= self.own.mean()).sum())) / (1 + len(self.random))
+        return (1 + int((self.random.mean(1) >= self.own_sampled.mean()).sum())) / (1 + len(self.random))
 
     @property
     def sentence(self) -> str:
@@ -103,39 +127,31 @@ class LanguageExpertsOff:
         return f"{start} {effect}; {first}."
 
     def __str__(self) -> str:
+        """The text for a terminal: a line for each language, `_LINES` of them at most."""
         if not self.experts:
             return paragraph(self.sentence)
-        return "\n\n".join((f"{paragraph(self.sentence)}\n{paragraph(self._against_random())}", self._table()))
-
-    def _against_random(self) -> str:
-        if self.random is None:
-            return "There are no other experts in these layers to compare with."
-        return (
-            f"Its own text changes by {self.own.mean():+.3f} on average; by {self.random.mean():+.3f} "
-            f"(at most {self.random.mean(1).max():+.3f}) under {number_of(len(self.random), 'random set')} of as many "
-            f"experts of the same layers (p = {self.p_value:.3f})."
-        )
-
-    def _table(self) -> str:
-        head = ("experts off", *map(_short, self.languages))
-        rows = []
-        for i, (language, values) in enumerate(zip(self.experts, self.matrix, strict=True)):
-            cells = [
-                f"{value:+.2f}{'<' if of == language else ' '}"
-                for of, value in zip(self.languages, values, strict=True)
-            ]
-            control = () if self.random is None else (f"{self.random[:, i].mean():+.2f}",)
-            rows.append((f"{name(language)} ({_short(language)})", *cells, *control))
-        numbers = sorted({len(found) for found in self.experts.values()})
-        experts = number_of(numbers[0], "expert") if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]} experts"
-        note = paragraph(
-            f"Change of nats per token of {number_of(len(self.before.nats), 'sentence')} per language (columns) when",
-            f"the {experts} of a language (rows) are off. <: its own text. Experts: those that few",
-            "languages use (lowest entropy over languages), found in other sentences.",
-            "" if self.random is None else "random: random sets off, the row's own text.",
-        )
-        control = () if self.random is None else ("random",)
-        return f"{table((*head, *control), rows)}\n{note}"
+        number = number_of(max(map(len, self.experts.values())), "expert")
+        lost = f"{len(self.hurt)} of {len(self.experts)}"
+        change = self.selectivity
+        less = {
+            "higher": f"{change.value:.2f} nats per token less",
+            "lower": f"{-change.value:.2f} nats per token more",
+        }
+        head = f"A language's own {number} off: its text loses in {lost}, others {less.get(change.verdict, 'no less')}."
+        largest, labels = max(float(self.own.max()), 1e-9), [name(of) for of in self.experts]
+        width = max(map(len, labels)) + 2
+        cells = max(6, min(30, columns() - 48 - 2 * width))
+        lines = [paragraph(head)]
+        for i, (of, label, own, row) in enumerate(zip(self.experts, labels, self.own, self.matrix, strict=True)):
+            others = {one: value for one, value in zip(self.languages, row, strict=True) if one != of}
+            most = max(others, key=others.__getitem__)
+            control = "" if self.random is None else f"  random {self.random[:, i].mean():+.2f}"
+            also = f"  also {name(most)} {others[most]:+.2f}" if others[most] > own / 2 > 0 else ""
+            shown = f"{label:<{width}}{own:+.2f} {bar(max(own, 0) / largest, 0, cells)}"
+            lines.append(f"{shown}  others {np.mean(list(others.values())):+.2f}{control}{also}")
+        if len(self.experts) > _LINES:
+            lines[_LINES:] = [f"and {len(self.experts) - _LINES + 1} more languages, in report.json"]
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content (NaN as None)."""
@@ -150,16 +166,13 @@ class LanguageExpertsOff:
             "languages": list(self.languages),
             "matrix": plain(self.matrix),
             "own": dict(zip(self.experts, plain(self.own), strict=True)),
+            "hurt": self.hurt,
             "hit_first": self.hit_first,
+            "sampled": len(self.sampled),
             "selectivity": self.selectivity.to_dict(),
             "random": plain(self.random),
             "p_value": plain(self.p_value),
         }
-
-
-def _short(language: str) -> str:
-    """The code of a language without its script, for the head of a narrow column."""
-    return language.partition("_")[0]
 
 
 def find_language_experts(statistics: RoutingStatistics) -> dict[str, ExpertSelection]:
@@ -183,13 +196,14 @@ def switch_language_experts_off(
     """
     plans = {language: Plan.forbid(found) for language, found in experts.items()}
     after = tuple(run.losses(general, f"experts of {name(of)} off", plan) for of, plan in plans.items())
+    some, places = sample_corpus(general, _SAMPLED)
     random = []
     for of, plan in plans.items():
         column = np.array([general.languages.index(of)])
-        own, natural = general.subset([of]), before.of(slice(None), column)
+        own, natural = some.subset([of]), before.of(places, column)
         sets = random_sets(plan, min(draws, DRAWS))[0]
         losses = [run.losses(own, f"random experts, {name(of)}", one) for one in sets]
         random.append([float((one.nats - natural.nats).sum() / natural.tokens.sum()) for one in losses])
     fewest = min(map(len, random), default=0)
     control = np.array([row[:fewest] for row in random]).T if fewest else None
-    return LanguageExpertsOff(experts, general.languages, before, after, control)
+    return LanguageExpertsOff(experts, general.languages, before, after, places, control)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 
 from moe_route.analysis import Difference, paired_difference
-from moe_route.data import Corpus, Question, Task
+from moe_route.data import Corpus, Task
 from moe_route.data.batches import texts_of
 from moe_route.experiments.text_run import TextRun
 from moe_route.recording import RoutingStatistics
@@ -66,6 +66,36 @@ class Losses:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How a model does every task and reads every text, as it is or under a plan; by the name of the task or text."""
+
+    tasks: Mapping[str, Scores]
+    texts: Mapping[str, Losses]
+
+    def __getitem__(self, name: str) -> Scores | Losses:
+        """Of a task or of a text."""
+        return self.tasks[name] if name in self.tasks else self.texts[name]
+
+    def match(self, task: str) -> float:
+        """Exact match of a task, mean over languages."""
+        return float(self.tasks[task].correct.mean())
+
+    def change(self, name: str, before: Reading, language: int | slice = slice(None)) -> Difference:
+        """Change of a task's exact match, or of a text's nats per token; mean over languages, or of the one there."""
+        columns = language if isinstance(language, slice) else slice(language, language + 1)
+        if name in self.tasks:
+            ours, theirs = (one.tasks[name].of(slice(None), columns) for one in (self, before))
+            return ours.change_of_match(theirs)
+        read, other = (one.texts[name].of(slice(None), columns) for one in (self, before))
+        return read.change(other)
+
+    def of(self, items: Mapping[str, np.ndarray]) -> Reading:
+        """Some of the items: those that are given by the name of their task or text, which others lack."""
+        tasks = {name: scores.of(items[name]) for name, scores in self.tasks.items() if name in items}
+        return Reading(tasks, {name: one.of(items[name]) for name, one in self.texts.items() if name in items})
+
+
+@dataclass(frozen=True)
 class Measurement:
     """A model under observation, with the options of its runs."""
 
@@ -101,22 +131,36 @@ class Measurement:
             nats, shape = run.losses(plan, what), (len(corpus.languages), -1)
         return Losses(nats.reshape(shape).T, run.tokens.reshape(shape).T)
 
+    def read(
+        self, tasks: Mapping[str, Task], texts: Mapping[str, Corpus], what: str, plan: Plan | None = None
+    ) -> Reading:
+        """Do every task and read every text, under a plan if one is given."""
+        return Reading(
+            {name: self.answers(task, f"{what}: {name}", plan) for name, task in tasks.items()},
+            {name: self.losses(corpus, f"{what}: {name}", plan) for name, corpus in texts.items()},
+        )
+
 
 def sample_task(task: Task, number: int) -> tuple[Task, np.ndarray]:
     """Draw `number` items of each subset (all if there are no more), with their places among the items; always alike.
 
     A draw, because neighboring items may alternate between kinds of problems.
     """
-    by_language: dict[str, list[Question]] = {}
-    for question in task.questions:
-        by_language.setdefault(question.language, []).append(question)
-    first = by_language[task.languages[0]]
+    per_language = len(task.questions) // len(task.languages)
+    first = task.questions[:per_language]
     places: list[int] = []
     for subset in task.subsets:
         own = [place for place, question in enumerate(first) if question.subset == subset]
         places += sorted(random.Random(0).sample(own, min(number, len(own))))
-    chosen = (questions[place] for questions in by_language.values() for place in places)
+    starts = range(0, len(task.questions), per_language)
+    chosen = (task.questions[start + place] for start in starts for place in places)
     return Task(task.name, tuple(chosen)), np.array(places)
+
+
+def pick_questions(task: Task, items: slice) -> Task:
+    """Some of the items of a task, in every language."""
+    of = {language: task.subset(languages=[language]).questions[items] for language in task.languages}
+    return Task(task.name, tuple(question for questions in of.values() for question in questions))
 
 
 def sample_corpus(corpus: Corpus, number: int) -> tuple[Corpus, np.ndarray]:

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moe_route.base import files
 from moe_route.base.table import number_of
+from moe_route.data import demo_findings
 from moe_route.demo.wording import paragraph
+from moe_route.runs.language_model import DEMO_MODEL
+
+YOURS = """\
+  with routed.record() as sums: model(**tokenizer("21 plus 8 is 29", return_tensors="pt"))
+  with routed.record() as text: model(**tokenizer("She left at 8.", return_tensors="pt"))
+  experts = mr.analysis.task_experts(sums.statistics(), text.statistics(), threshold=0.3)
+  with routed.steer(mr.Plan.forbid(experts)): model.generate(**prompt)"""
 
 if TYPE_CHECKING:
     from moe_route.demo.language_experts import LanguageExpertsOff
+    from moe_route.demo.published_u import PublishedU
     from moe_route.demo.task_experts import TaskExpertsOff
 
 
 class Finding(Protocol):
-    """One finding: `str` gives its text, which begins with its sentence."""
+    """One finding: `str` gives its text for a terminal."""
 
     @property
     def sentence(self) -> str:
@@ -36,11 +45,11 @@ class DemoReport:
         model: its name.
         layers, experts, top_k: number of MoE layers, and the largest number of experts and of chosen ones of a layer.
         languages, sentences: of the general text.
-        problems: number of problems per language.
+        problems: number of sums per language.
         cut: sentences on the texts that were cut.
-        task_experts_off, language_experts_off: the findings, in the order of the text.
+        published_u: of another model, from its published routing.
+        task_experts_off, language_experts_off: the findings on this model, in the order of the text.
         restored: whether the model is the same as before, bit for bit.
-        pictures: files.
         seconds: from beginning to end.
     """
 
@@ -52,48 +61,56 @@ class DemoReport:
     sentences: int
     problems: int
     cut: list[str]
+    published_u: PublishedU
     task_experts_off: TaskExpertsOff
     language_experts_off: LanguageExpertsOff
     restored: bool = False
-    pictures: list[Path] = field(default_factory=list)
     seconds: float = 0.0
 
     def findings(self) -> Iterator[tuple[str, Finding]]:
         """The findings with their names, in the order of the text."""
+        yield "published_u", self.published_u
         yield "task_experts_off", self.task_experts_off
         yield "language_experts_off", self.language_experts_off
 
     def __str__(self) -> str:
         parts = [f"{number}. {finding}" for number, (_, finding) in enumerate(self.findings(), 1)]
-        return "\n\n".join((self._beginning(), *parts, self._end()))
+        own = f"{self._not_measured()} On your model, after `routed = mr.attach(model)`:"
+        return "\n\n".join([*parts, "\n".join((paragraph(own), YOURS, *self._notes(), paragraph(self._state())))])
 
-    def _beginning(self) -> str:
-        return paragraph(
-            f"Model {self.model}: {number_of(self.layers, 'MoE layer')} of {self.experts} experts, top-{self.top_k}.",
-            self._material(),
-            *(f"{note[0].upper()}{note[1:]}." for note in self.cut),
-        )
+    def _not_measured(self) -> str:
+        """What was measured by `examples/findings`, and shown by it or not."""
+        if self.model != DEMO_MODEL:
+            return f"Not measured here: a U, transfer, raising (examples/findings/run.py --model {self.model})."
+        told = {True: [], False: []}
+        for one in demo_findings()["claims"]:
+            told[one["shown"]].append(f"{one['claim']} ({one['value']:+.2f})")
+        parts = [
+            f"{how} at this size: {', '.join(told[shown])}"
+            for shown, how in ((True, "Shown"), (False, "Not shown"))
+            if told[shown]
+        ]
+        return f"{'. '.join(parts)}: `make findings`, examples/study/README.md."
 
-    def _material(self) -> str:
-        sentences, problems = number_of(self.sentences, "sentence"), number_of(self.problems, "problem")
-        asked, languages = len(self.task_experts_off.languages), number_of(len(self.languages), "language")
-        if asked == len(self.languages):
-            return f"{sentences} and {problems} in {languages}."
-        return f"{sentences} in {languages}, {problems} in {asked} of them."
+    def _notes(self) -> list[str]:
+        """What else the numbers depend on: texts that were cut, and languages without problems."""
+        asked = len(self.task_experts_off.languages)
+        few = [f"2 is on {asked} of {len(self.languages)} languages: the shipped problems have no others."]
+        cut = [f"{note[0].upper()}{note[1:]}." for note in self.cut]
+        return [paragraph(one) for one in (*cut, *(few if asked < len(self.languages) else []))]
 
-    def _end(self) -> str:
-        lines = [paragraph(f"Pictures: {', '.join(map(str, self.pictures))}")] if self.pictures else []
+    def _state(self) -> str:
         state = "restored, equal bit for bit" if self.restored else "NOT restored: its tensors or its output changed"
-        return "\n".join([*lines, f"The model was {state}. {self.seconds:.0f} s."])
+        layers = f"{number_of(self.layers, 'MoE layer')} of {self.experts} experts, top-{self.top_k}"
+        return f"Model {self.model} ({layers}): {state}. {self.seconds:.0f} s."
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types."""
         same = ("model", "layers", "experts", "top_k", "sentences", "problems", "cut", "restored", "seconds")
         content = {name: getattr(self, name) for name in same} | {"languages": list(self.languages)}
-        content |= {name: finding.to_dict() for name, finding in self.findings()}
-        return content | {"pictures": [str(path) for path in self.pictures]}
+        return content | {name: finding.to_dict() for name, finding in self.findings()}
 
     def write(self, folder: Path) -> None:
-        """Write the report beside its pictures, as text and as JSON."""
+        """Write the report, as text and as JSON."""
         files.write_text(folder / "report.txt", f"{self}\n")
         files.write_text(folder / "report.json", f"{json.dumps(self.to_dict(), indent=1)}\n")

@@ -1,4 +1,8 @@
-"""The experts of a task, found in English, are switched off: what happens to the task and to other text."""
+"""The experts of sums, found in English, are switched off: what happens to sums, to other tasks of digits and to text.
+
+A task has experts of its own only if others are spared, so copying a number and counting on stand beside sums, and the
+text that experts are found against holds numbers. Experts of copying, found by the same rule, are switched off too.
+"""
 
 from __future__ import annotations
 
@@ -9,356 +13,353 @@ from typing import Any
 
 import numpy as np
 
-from moe_route.analysis import Difference, RandomControl, random_control, task_experts
+from moe_route.analysis import Difference, RandomControl, expert_difference, random_control
+from moe_route.analysis.inputs import selection
+from moe_route.analysis.overlap import above, first
 from moe_route.analysis.result import plain
-from moe_route.base.table import number_of, table
+from moe_route.base.table import number_of
 from moe_route.data import Corpus, Task
 from moe_route.demo.measurement import (
     PIVOT,
-    Losses,
     Measurement,
-    Scores,
+    Reading,
+    pick_questions,
     random_sets,
     sample_corpus,
     sample_task,
     shares_of,
 )
-from moe_route.demo.wording import name, paragraph, standing, starred, told, verdicts
+from moe_route.demo.wording import bar, columns, name, paragraph, told
 from moe_route.recording import RoutingStatistics
 from moe_route.steering import ExpertSelection, Plan
 
-# Published thresholds are between 0.25 and 0.5. A lower one serves only where 0.3 finds fewer than `FEWEST` experts:
-# of training seeds alike in skill, one may have its task in two experts above 0.3, another in ten above 0.2.
-THRESHOLDS = (0.3, 0.2, 0.1)
-FEWEST = 5
-SAMPLED = 12  # problems of each subset, and sentences, on which random sets are measured
+ONE_IN = 10  # one in so many of a model's experts is taken, whatever comes of it: 13 of 128
+THRESHOLDS = (0.3, 0.2, 0.1)  # published ones are between 0.25 and 0.5; experts above these stand beside
+SAMPLED = 12  # sums of each subset, and sentences, on which random sets are measured; half as many of other tasks
+CONTROLS = {"copying": "copying a number", "counting": "counting on"}  # the tasks beside sums
+OTHER_HALF = slice(1, None, 2)  # of the items to copy: the experts of copying were not found in these
+_MEASURES = {  # what is compared with random sets -> task or text, and its values
+    "exact match": ("sums", "correct"),
+    "answer": ("sums", "nats"),
+    "copying": ("copying", "correct"),
+    "counting": ("counting", "correct"),
+    "text": ("text", "nats"),
+}
+_ABLE = 0.5  # exact match of a task that has enough to lose
 _NO_SKILL = 0.05  # exact match below which there is hardly anything to lose
 
 
 @dataclass(frozen=True)
 class TaskExperts:
-    """Experts chosen more often in English problems than in general English text, in all layers.
+    """The experts that are chosen more often in English problems than in English text, one in `ONE_IN` of all.
 
     Attributes:
-        experts: those above the threshold.
-        threshold: the largest of `THRESHOLDS` that finds `FEWEST`, else the largest that finds one, else the smallest.
-        counts: threshold -> number of experts above it.
+        experts: those with the largest differences over all layers.
+        threshold: the smallest of these differences; NaN without experts.
         total: number of experts of the model, over all layers.
-        others: the experts above each other threshold that finds some.
+        others: the experts above each of `THRESHOLDS` that finds some.
     """
 
     experts: ExpertSelection
     threshold: float
-    counts: Mapping[float, int]
     total: int
     others: Mapping[float, ExpertSelection] = field(default_factory=dict)
 
-    def __str__(self) -> str:
-        counts = ", ".join(f"{count} above {threshold:g}" for threshold, count in self.counts.items())
-        places = ", ".join(f"L{layer}E{expert}" for layer, ids in self.experts.items() for expert in ids)
-        chosen = ""
-        if self.experts:
-            rule = f", the largest threshold that finds {FEWEST}" if len(self.experts) >= FEWEST else ""
-            chosen = f"Taken are those above {self.threshold:g}{rule}: {places}."
-        return paragraph(
-            "A task expert is chosen more often in English problems that every language saw than in general English,",
-            f"by more than a threshold: {counts}, of {self.total}.",
-            chosen,
-        )
-
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able content."""
+        """JSON-able content (NaN as None)."""
         return {
-            "threshold": self.threshold,
+            "threshold": plain(self.threshold),
             "experts": {str(layer): list(ids) for layer, ids in self.experts.items()},
-            "counts": {f"{threshold:g}": count for threshold, count in self.counts.items()},
+            "counts": {f"{one:g}": len(self.others.get(one, ())) for one in THRESHOLDS},
             "total": self.total,
         }
 
 
-def find_task_experts(task: RoutingStatistics, general: RoutingStatistics) -> TaskExperts:
-    """Find the task experts of English. Only routing of English text decides: no loss and no other language."""
-    found = {t: task_experts(task, general, threshold=t, group=PIVOT) for t in THRESHOLDS}
-    enough = [t for t, experts in found.items() if len(experts) >= FEWEST]
-    some = [t for t, experts in found.items() if experts]
-    threshold = next(iter(enough or some), THRESHOLDS[-1])
-    counts = {t: len(experts) for t, experts in found.items()}
-    others = {t: found[t] for t in some if t != threshold}
-    return TaskExperts(found[threshold], threshold, counts, sum(general.num_experts), others)
+def find_task_experts(task: RoutingStatistics, contrast: RoutingStatistics) -> TaskExperts:
+    """Find the task experts of English. Only routing of English text decides: no loss and no other language.
+
+    Their number is fixed before anything is seen: of seeds alike in skill, one may have its task in two experts above a
+    threshold of 0.3, another in ten above 0.2.
+    """
+    difference = expert_difference(task, contrast, group=PIVOT)
+    total = sum(contrast.num_experts)
+
+    def selected(chosen: np.ndarray, threshold: float | None, text: str) -> ExpertSelection:
+        return selection(chosen, difference, contrast, threshold=threshold, description=f"task experts, {text}")
+
+    number = max(1, round(total / ONE_IN))
+    chosen = first(difference, number)
+    least = float(difference[chosen].min()) if chosen.any() else float("nan")
+    others = {one: selected(above(difference, one), one, f"above {one:g}") for one in THRESHOLDS}
+    return TaskExperts(
+        selected(chosen, None, f"the {number} strongest"), least, total, {t: one for t, one in others.items() if one}
+    )
 
 
 @dataclass(frozen=True)
 class TaskExpertsOff:
-    """Problems and general text with the task experts and without them.
+    """Tasks and texts with the experts of sums and without them.
 
     Attributes:
-        task_experts: the task experts.
-        languages: of the problems and of the text.
-        subsets: the subset of each item of the problems.
-        before, after: how the problems are answered.
-        text_before, text_after: loss of general text.
-        sets: "exact match", "answer" (nats) and "text" (nats per token) beside random sets of as many experts, on the
-            sampled items; empty if there are no other experts.
-        shares: float64 [sets], the share of the task experts that each set holds.
-        sampled: number of problems, and of sentences, on which random sets are measured.
-        matches: change of exact match on the sampled items, float64 [1 + sets, languages]; first the task experts.
-        others: threshold -> change of exact match, and of the loss of general text in nats per token, on the sampled
-            items with the experts above another threshold off.
+        task_experts: the experts of sums.
+        languages: of the tasks and of general text.
+        subsets: the subset of each sum.
+        before, after: tasks "sums", "copying" and "counting", texts "text" and "numbers" (English, with numbers).
+        copying_experts: the experts of copying, found in every second item of it.
+        copying_after: the same without these experts; "copying" has the other items alone.
+        sampled: task or text -> places of the items on which random sets are measured.
+        sets: "exact match" and "answer" (nats) of sums, "copying" and "counting" (exact match) and "text" (nats per
+            token) beside random sets of as many experts, on these items; empty if there are no other experts.
+        shares: float64 [sets], the share of the experts of sums that each set holds.
+        matches: change of the exact match of sums on these items, float64 [1 + sets, languages]; first the experts of
+            sums.
     """
 
     task_experts: TaskExperts
     languages: tuple[str, ...]
     subsets: tuple[str, ...]
-    before: Scores
-    after: Scores
-    text_before: Losses
-    text_after: Losses
+    before: Reading
+    after: Reading
+    copying_experts: TaskExperts
+    copying_after: Reading
+    sampled: Mapping[str, np.ndarray] = field(default_factory=dict)
     sets: Mapping[str, RandomControl] = field(default_factory=dict)
     shares: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    sampled: tuple[int, int] = (0, 0)
     matches: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
-    others: Mapping[float, tuple[Difference, Difference]] = field(default_factory=dict)
 
     @cached_property
-    def change(self) -> Difference:
-        """Change of exact match, mean over languages."""
-        return self.after.change_of_match(self.before)
+    def changes(self) -> dict[str, Difference]:
+        """task or text -> change of its exact match, or of its nats per token, mean over languages."""
+        return {one: self.after.change(one, self.before) for one in (*self.before.tasks, *self.before.texts)}
 
     @cached_property
-    def text_change(self) -> Difference:
-        """Change of the loss of general text in nats per token, mean over languages."""
-        return self.text_after.change(self.text_before)
+    def by_language(self) -> dict[str, list[Difference]]:
+        """task, or "text" -> its change in each language."""
+        places = range(len(self.languages))
+        return {one: [self.after.change(one, self.before, i) for i in places] for one in (*self.before.tasks, "text")}
 
     @cached_property
-    def by_language(self) -> list[tuple[Difference, Difference, Difference]]:
-        """Changes of exact match, of nats per answer and of nats per token of text, for each language."""
-        items, changes = slice(None), []
-        for column in np.arange(len(self.languages))[:, None]:
-            before, after = self.before.of(items, column), self.after.of(items, column)
-            text = self.text_after.of(items, column).change(self.text_before.of(items, column))
-            changes.append((after.change_of_match(before), after.change_of_nats(before), text))
-        return changes
+    def copying_before(self) -> Reading:
+        """`before`, on the items of `copying_after`."""
+        copying = self.before.tasks["copying"].of(OTHER_HALF)
+        return Reading({**self.before.tasks, "copying": copying}, self.before.texts)
+
+    @cached_property
+    def copying_changes(self) -> dict[str, Difference]:
+        """`changes` without the experts of copying."""
+        return {one: self.copying_after.change(one, self.copying_before) for one in self.changes}
 
     @property
-    def sentence(self) -> str:
-        """What was found, from the intervals."""
-        experts = self.task_experts.experts
-        if not experts:
-            return "No task expert was found in English, so there is none to switch off."
-        before, after = self.before.correct.mean(), self.after.correct.mean()
-        number = number_of(len(experts), "task expert")
-        of = f"Switching off the {number} found in English"
-        over = f"on average over {number_of(len(self.languages), 'language')}"
-        match self.change.verdict:
-            case "lower":
-                effect = f"lowers exact match from {before:.2f} to {after:.2f} {over}: {told(self.change)}"
-            case "higher":
-                effect = f"raises exact match from {before:.2f} to {after:.2f} {over}: {told(self.change)}"
-            case _:
-                effect = f"changes exact match ({before:.2f} {over}) by no more than these problems can show"
-                effect += f": {told(self.change)}"
-        poor = " The model hardly solves these problems, so there is little to lose." if before < _NO_SKILL else ""
-        return f"{of} {effect}.{poor}"
+    def unable(self) -> list[str]:
+        """The tasks beside sums that the model is too poor at to lose anything."""
+        return [one for one in CONTROLS if self.before.match(one) < _ABLE]
 
-    def __str__(self) -> str:
-        if not self.task_experts.experts:
-            return f"{paragraph(self.sentence)}\n\n{self.task_experts}"
-        parts = [
-            f"{paragraph(self.sentence)}\n{paragraph(self._selectivity(), self._against_sets())}",
-            str(self.task_experts),
-            self._table(),
-            self._by_subset(),
-            *self._at_other_thresholds(),
-        ]
-        return "\n\n".join([*parts, self._sets_table()] if self.sets else parts)
-
-    def _selectivity(self) -> str:
-        answers = self.after.change_of_nats(self.before)
-        hit = verdicts(match for match, _, _ in self.by_language)
-        return (
-            f"By language, exact match is {hit}. Right answers change by {told(answers)} nats, general text by "
-            f"{told(self.text_change, 3)} nats per token."
-        )
+    @property
+    def also_lost(self) -> list[str]:
+        """The tasks beside sums that fall as well, by their intervals."""
+        return [one for one in CONTROLS if self.changes[one].verdict == "lower"]
 
     @property
     def as_selective(self) -> int:
-        """Number of random sets that lower exact match as far and cost general text no more."""
+        """Number of random sets that lower sums as far and cost general text no more."""
+        if not self.sets:
+            return 0
         match, text = (self.sets[measure] for measure in ("exact match", "text"))
         pairs = zip(match.random, text.random, strict=True)
         return sum(lost <= match.plan and cost <= text.plan for lost, cost in pairs)
 
-    def _against_sets(self) -> str:
+    @property
+    def as_random(self) -> bool:
+        """Whether more random sets are as selective than one in twenty of all sets."""
+        return self.as_selective > 0 and (1 + self.as_selective) / (1 + len(self.shares)) > 0.05
+
+    @property
+    def selective(self) -> bool:
+        """Whether sums fall, and the other tasks, which the model can do, do not, by their intervals."""
+        spared = not self.unable and not self.also_lost
+        return self.changes["sums"].verdict == "lower" and spared and not self.as_random
+
+    @property
+    def double(self) -> bool:
+        """Whether the experts of copying take copying and spare sums, beside `selective`."""
+        taken = self.copying_changes
+        return self.selective and taken["copying"].verdict == "lower" and taken["sums"].verdict != "lower"
+
+    @property
+    def title(self) -> str:
+        """What these are experts of, as far as it was shown."""
+        if self.changes["sums"].verdict != "lower":
+            return "No sums lost"
+        if self.as_random:
+            return "As random sets"
+        return "Number tasks" if self.also_lost else "Sums or digits" if self.unable else "Sums"
+
+    @property
+    def sentence(self) -> str:
+        """What was found, from the intervals."""
+        if not self.task_experts.experts:
+            return "No task expert was found in English, so there is none to switch off."
+        before, after, change = self.before.match("sums"), self.after.match("sums"), self.changes["sums"]
+        over = f"on average over {number_of(len(self.languages), 'language')}"
+        match change.verdict:
+            case "lower" | "higher":
+                verb = "lowers" if change.verdict == "lower" else "raises"
+                effect = f"{verb} the exact match of sums from {before:.2f} to {after:.2f} {over}: {told(change)}"
+            case _:
+                effect = (
+                    f"changes the exact match of sums ({before:.2f} {over}) by no more than these problems can show"
+                )
+                effect += f": {told(change)}"
+        number = number_of(len(self.task_experts.experts), "expert")
+        poor = " The model hardly solves these problems, so there is little to lose." if before < _NO_SKILL else ""
+        return f"Switching off the {number} of sums found in English {effect}.{poor} {self._other_tasks()}"
+
+    def _other_tasks(self) -> str:
+        """What becomes of copying and counting on, from the intervals."""
+        able = [one for one in CONTROLS if one not in self.unable]
+        parts = [f"{CONTROLS[one].capitalize()} changes by {told(self.changes[one])}." for one in able]
+        if self.also_lost:
+            parts.append("So these are experts of number tasks.")
+        if self.unable:
+            levels = " and ".join(f"{CONTROLS[one]} at {self.before.match(one):.2f}" for one in self.unable)
+            parts.append(f"Sums are not told from digits as such: the model does {levels}, too little to lose.")
+        return " ".join(parts)
+
+    def __str__(self) -> str:
+        """The text for a terminal: a line for each language, below them random sets and the experts of copying."""
+        number = len(self.task_experts.experts)
+        if not number:
+            return paragraph(self.sentence)
+        cells = max(6, min(30, columns() - 63))
+        marks = f"sums {bar(1, 1, 1)} kept {bar(0, 1, 1)} lost"
+        lines = [
+            paragraph(
+                f"{self.title}. Off: {number} of {self.task_experts.total} experts, chosen more in English sums than "
+                "in text with numbers."
+            ),
+            f"{'':<12}{marks:<{cells + 7}}off   copying       counting on   text, nats",
+        ]
+        for i, language in enumerate(self.languages):
+            now, then = ({one: of.correct[:, i].mean() for one, of in read.tasks.items()} for read in self._both)
+            controls = "  ".join(f"{now[one]:.2f} -> {then[one]:.2f}" for one in CONTROLS)
+            shown = f"{now['sums']:.2f} {bar(then['sums'], now['sums'], cells)} {then['sums']:.2f}"
+            text = f"{self.by_language['text'][i].value:+.3f}"
+            lines.append(f"{name(language):<12}{shown}   {controls}  {text}")
+        return "\n".join([*lines, paragraph(self._beside_sets()), paragraph(self._beside_copying())])
+
+    @property
+    def _both(self) -> tuple[Reading, Reading]:
+        return self.before, self.after
+
+    def _beside_sets(self) -> str:
+        """What random sets do, in a line."""
         if not self.sets:
             return "There are no other experts in these layers to compare with."
-        match = self.sets["exact match"]
-        kind = "all other" if match.enumerated else "random"
-        problems, sentences = self.sampled
+        match, text = self.sets["exact match"], self.sets["text"]
+        levels = np.array(match.random) + self.before.tasks["sums"].correct[self.sampled["sums"]].mean()
+        as_far = f"{match.rank - 1} as far" if match.rank > 1 else "none as far"
+        kind = f", {self.as_selective} of the {match.rank - 1} as kind" if match.rank > 1 else ""
         return (
-            f"Beside {len(match.random)} {kind} sets of as many experts of the same layers, measured on {problems} of "
-            f"the problems and {sentences} of the sentences in each language, {standing(match)}." + self._sparing_text()
+            f"{len(levels)} {'other' if match.enumerated else 'random'} sets, same layers: sums {levels.mean():.2f} "
+            f"({levels.min():.2f} to {levels.max():.2f}), {as_far}; text {np.mean(text.random):+.3f}{kind}."
         )
 
-    def _sparing_text(self) -> str:
-        """What the sets that come as far in the task cost general text."""
-        match, text = (self.sets[measure] for measure in ("exact match", "text"))
-        as_far = [cost for lost, cost in zip(match.random, text.random, strict=True) if lost <= match.plan]
-        if not as_far:
-            return ""
-        own, least = f"{text.plan:+.3f} nats per token", f"{min(as_far):+.3f}"
-        p_value = f"p = {(1 + self.as_selective) / (len(match.random) + 1):.3f} for both"
-        if len(as_far) == 1:
-            return f" It costs general text {least}, the task experts cost it {own} ({p_value})."
-        return (
-            f" Of those, {self.as_selective} cost general text as little: the task experts {own}, the least of those "
-            f"{least} ({p_value})."
-        )
-
-    def _table(self) -> str:
-        columns = zip(self.languages, self.by_language, range(len(self.languages)), strict=True)
-        text = self.text_before.nats.sum(0) / self.text_before.tokens.sum(0)
-        rows: list[tuple[object, ...]] = []
-        for language, (match, nats, loss), i in columns:
-            levels = (f"{one.correct[:, i].mean():.2f}" for one in (self.before, self.after))
-            own = (f"{self.before.nats[:, i].mean():.2f}", starred(nats), f"{text[i]:.2f}", starred(loss, 3))
-            rows.append((name(language), *levels, told(match), *own))
-        levels = (f"{one.correct.mean():.2f}" for one in (self.before, self.after))
-        answers = self.after.change_of_nats(self.before)
-        own = (f"{self.before.nats.mean():.2f}", starred(answers), f"{text.mean():.2f}", starred(self.text_change, 3))
-        rows.append(("mean", *levels, told(self.change), *own))
-        head = ("language", "match", "off", "change and 95 % interval", "answer", "change", "text", "change")
-        note = (
-            f"match: exact match of {len(self.before.correct)} problems whose numbers English alone saw, or nobody. "
-            "answer: nats per right answer. text: nats per token of "
-            f"{number_of(len(self.text_before.nats), 'sentence')}. Intervals are bootstraps over items, with all "
-            "languages of an item together. *: zero lies outside the interval."
-        )
-        return f"{table(head, rows)}\n{paragraph(note)}"
-
-    def _by_subset(self) -> str:
-        parts = []
-        for subset in dict.fromkeys(self.subsets):
-            at = np.array(self.subsets) == subset
-            parts.append(f"{subset} {told(self.after.of(at).change_of_match(self.before.of(at)))}")
-        return paragraph(f"Change of exact match by subset: {', '.join(parts)}.")
-
-    def _at_other_thresholds(self) -> list[str]:
-        parts = [
-            f"{number_of(self.task_experts.counts[threshold], 'expert')} above {threshold:g} off, "
-            f"exact match {told(match)}, text {told(text, 3)}"
-            for threshold, (match, text) in self.others.items()
-        ]
-        return [paragraph(f"At other thresholds, on the sampled items: {'; '.join(parts)}.")] if parts else []
-
-    def _sets_table(self) -> str:
-        measures = list(self.sets.values())
-        random = np.array([one.random for one in measures])
-        holding = self.shares > 0
-        digits = (2, 2, 3)
-        rows: list[tuple[object, ...]] = [("task experts", 1, "1.00", *_signed([one.plan for one in measures], digits))]
-        for label, at in (
-            ("random", np.ones_like(holding)),
-            ("  with a task expert", holding),
-            ("  without one", ~holding),
-        ):
-            if at.any():
-                share = f"{self.shares[at].mean():.2f}"
-                rows.append((label, int(at.sum()), share, *_signed(random[:, at].mean(1), digits)))
-        rows.append(("  the strongest of each", "", "", *_signed([one.strongest for one in measures], digits)))
-        rows.append(("p, task experts", "", "", *(f"{one.p_value:.3f}" for one in measures)))
-        head = ("experts off", "sets", "share", "exact match", "answer", "text")
-        note = paragraph(
-            "Mean changes on the sampled items. share: of the task experts that a set holds.",
-            f"Task experts minus the mean of the sets: exact match {told(self.sets['exact match'].difference)}, "
-            f"answer {told(self.sets['answer'].difference)}, text {told(self.sets['text'].difference, 3)}.",
-            "p: rank of the task experts among the sets and themselves, by the stronger harm.",
-        )
-        return f"{table(head, rows)}\n{note}"
+    def _beside_copying(self) -> str:
+        """What the experts of copying do, in a line."""
+        if self.unable:
+            return f"Sums are not told from digits as such: {' and '.join(self.unable)} below {_ABLE:g} from the start."
+        before, after = self.copying_before, self.copying_after
+        both = ", ".join(f"{one} {before.match(one):.2f} -> {after.match(one):.2f}" for one in ("copying", "sums"))
+        shared = len(self.copying_experts.experts & self.task_experts.experts)
+        dissociation = "a double dissociation" if self.double else "no double dissociation"
+        return f"Copying's own off ({shared} shared): {both}: {dissociation}."
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content (NaN as None)."""
         content: dict[str, Any] = {"sentence": self.sentence, "task_experts": self.task_experts.to_dict()}
         if not self.task_experts.experts:
             return content
-        names = ("exact_match", "answer_nats", "text_nats_per_token")
-        by_language = {
-            language: {key: change.to_dict() for key, change in zip(names, changes, strict=True)}
-            for language, changes in zip(self.languages, self.by_language, strict=True)
+        names = {"sums": "exact_match", "copying": "copying", "counting": "counting", "text": "text_nats_per_token"}
+        before, after = (one.tasks["sums"] for one in self._both)
+        answers = after.change_of_nats(before)
+        levels = {
+            when: {
+                one: dict(zip(self.languages, plain(of.correct.mean(0)), strict=True)) for one, of in read.tasks.items()
+            }
+            for when, read in (("before", self.before), ("after", self.after))
         }
-        mean = (self.change, self.after.change_of_nats(self.before), self.text_change)
         return content | {
-            "problems": len(self.before.correct),
-            "sentences": len(self.text_before.nats),
-            "before": dict(zip(self.languages, plain(self.before.correct.mean(0)), strict=True)),
-            "after": dict(zip(self.languages, plain(self.after.correct.mean(0)), strict=True)),
-            "by_language": by_language,
-            "mean": {key: change.to_dict() for key, change in zip(names, mean, strict=True)},
-            "sampled": {"problems": self.sampled[0], "sentences": self.sampled[1]},
-            "random_sets": {measure: one.to_dict() for measure, one in self.sets.items()},
-            "random_sets_as_selective": self.as_selective if self.sets else None,
-            "shares_of_task_experts": plain(self.shares),
-            "other_thresholds": {
-                f"{threshold:g}": dict(zip((names[0], names[2]), (one.to_dict() for one in changes), strict=True))
-                for threshold, changes in self.others.items()
+            "title": self.title,
+            "selective": self.selective,
+            "double": self.double,
+            "too_poor_at": self.unable,
+            "problems": len(before.correct),
+            "sentences": len(self.before.texts["text"].nats),
+            "before": levels["before"].pop("sums"),
+            "after": levels["after"].pop("sums"),
+            "other_tasks": levels,
+            "by_language": {
+                language: {key: self.by_language[one][i].to_dict() for one, key in names.items()}
+                for i, language in enumerate(self.languages)
             },
+            "mean": {names.get(one, one): change.to_dict() for one, change in self.changes.items()}
+            | {"answer_nats": answers.to_dict()},
+            "copying_experts": self.copying_experts.to_dict()
+            | {"changes": {names.get(one, one): change.to_dict() for one, change in self.copying_changes.items()}},
+            "sampled": {one: len(places) for one, places in self.sampled.items()},
+            "random_sets": {measure: one.to_dict() for measure, one in self.sets.items()},
+            "random_sets_as_selective": self.as_selective,
+            "shares_of_task_experts": plain(self.shares),
         }
 
 
 def switch_task_experts_off(
     run: Measurement,
     task_experts: TaskExperts,
-    problems: Task,
-    before: Scores,
-    general: Corpus,
-    text_before: Losses,
+    copying_experts: TaskExperts,
+    tasks: Mapping[str, Task],
+    texts: Mapping[str, Corpus],
+    before: Reading,
     draws: int,
 ) -> TaskExpertsOff:
-    """Measure problems and general text without the task experts, and without random sets of as many.
+    """Do tasks and read texts without the experts of sums, those of copying, and random sets of as many as of sums.
 
     Args:
         run: the model.
-        task_experts: the task experts.
-        problems: other problems than those that the experts were found in.
-        before: how these are answered.
-        general: other sentences than those that the experts were found in, in the same languages.
-        text_before: their loss.
+        task_experts: the experts of sums.
+        copying_experts: the experts of copying, found in every second item from the first.
+        tasks: "sums", other ones than those that experts were found in, "copying" and "counting".
+        texts: "text", general and in the languages of the tasks, and "numbers", English; with other sentences than
+            those that experts were found in.
+        before: how the model does them as it is.
         draws: number of random sets. They are measured on a sample, because there are many.
     """
-    subsets = tuple(q.subset for q in problems.questions[: len(before.correct)])
+    sums = tasks["sums"]
+    subsets = tuple(q.subset for q in sums.questions[: len(before.tasks["sums"].correct)])
     if not task_experts.experts:
-        return TaskExpertsOff(task_experts, problems.languages, subsets, before, before, text_before, text_before)
+        return TaskExpertsOff(task_experts, sums.languages, subsets, before, before, copying_experts, before)
     plan = Plan.forbid(task_experts.experts)
-    after = run.answers(problems, "task experts off", plan)
-    text_after = run.losses(general, "task experts off, text", plan)
-    result = (task_experts, problems.languages, subsets, before, after, text_before, text_after)
-    few, at = sample_task(problems, SAMPLED)
-    some, text_at = sample_corpus(general, SAMPLED)
-    others = {}
-    for threshold, experts in task_experts.others.items():
-        scored = run.answers(few, f"experts above {threshold:g} off", Plan.forbid(experts))
-        lost = run.losses(some, f"experts above {threshold:g} off, text", Plan.forbid(experts))
-        others[threshold] = (scored.change_of_match(before.of(at)), lost.change(text_before.of(text_at)))
-    sampled = (len(at), len(text_at))
+    after = run.read(tasks, texts, "experts of sums off", plan)
+    halved = {**tasks, "copying": pick_questions(tasks["copying"], OTHER_HALF)}
+    copying_after = run.read(halved, texts, "experts of copying off", Plan.forbid(copying_experts.experts))
+    result = (task_experts, sums.languages, subsets, before, after, copying_experts, copying_after)
+    numbers = {one: SAMPLED if one == "sums" else SAMPLED // 2 for one in tasks}
+    chosen: dict[str, Any] = {one: sample_task(task, numbers[one]) for one, task in tasks.items()}
+    chosen["text"] = sample_corpus(texts["text"], SAMPLED)
+    at = {one: places for one, (_, places) in chosen.items()}
+    few, some = {one: chosen[one][0] for one in tasks}, {"text": chosen["text"][0]}
+    base, off = before.of(at), after.of(at)
     plans, enumerated = random_sets(plan, draws)
     if not plans:
-        return TaskExpertsOff(*result, sampled=sampled, others=others)
-    scores = [run.answers(few, f"random set {i}", one) for i, one in enumerate(plans, 1)]
-    texts = [run.losses(some, f"random set {i}, text", one) for i, one in enumerate(plans, 1)]
-    ones = np.ones_like(before.correct[at])
-    matches = np.stack([one.correct for one in scores])
-    base, off = before.of(at), after.of(at)
-    tokens, text = text_before.tokens[text_at], np.stack([one.nats for one in texts])
-    asked = (
-        ("exact match", off.correct, matches, base.correct, ones, False),
-        ("answer", off.nats, np.stack([one.nats for one in scores]), base.nats, ones, True),
-        ("text", text_after.nats[text_at], text, text_before.nats[text_at], tokens, True),
-    )
-    sets = {
-        measure: random_control(changed, random, natural, weights, enumerated=enumerated, larger=larger)
-        for measure, changed, random, natural, weights, larger in asked
-    }
-    changes = np.concatenate([off.correct[None], matches]).mean(1) - base.correct.mean(0)
-    return TaskExpertsOff(*result, sets, shares_of(plans, task_experts.experts), sampled, changes, others)
-
-
-def _signed(values: Any, digits: tuple[int, ...]) -> list[str]:
-    return [f"{value:+.{places}f}" for value, places in zip(values, digits, strict=True)]
+        return TaskExpertsOff(*result, at)
+    random = [run.read(few, some, f"random set {i}", one) for i, one in enumerate(plans, 1)]
+    sets = {}
+    for measure, (name_of, values) in _MEASURES.items():
+        ours, natural, *drawn = (getattr(one[name_of], values) for one in (off, base, *random))
+        weights = base.texts[name_of].tokens if name_of in base.texts else np.ones_like(natural)
+        sets[measure] = random_control(
+            ours, np.stack(drawn), natural, weights, enumerated=enumerated, larger=values == "nats"
+        )
+    matches = np.stack([one.tasks["sums"].correct.mean(0) for one in (off, *random)])
+    changes = matches - base.tasks["sums"].correct.mean(0)
+    return TaskExpertsOff(*result, at, sets, shares_of(plans, task_experts.experts), changes)

@@ -19,12 +19,11 @@ from moe_route.analysis import Divergence
 from moe_route.data import demo_corpus
 from moe_route.demo.circle import DemoTexts
 from moe_route.demo.measurement import Measurement, Scores
-from moe_route.demo.wording import WIDTH
 from moe_route.runs.language_model import LanguageModel
 from moe_route.steering import ExpertSelection, Plan
 
 FINDINGS = Path(__file__).parents[2] / "examples" / "findings"
-MODULES = ("run", "skill", "depth", "association", "raising", "pictures")
+MODULES = ("run", "switching", "skill", "depth", "association", "raising", "pictures", "words")
 LANGUAGES = ("eng_Latn", "deu_Latn", "jpn_Jpan")
 EXPERTS = ExpertSelection({1: [0], 2: [3, 5], 5: [2], 7: [1, 4]}, num_experts=[16] * 8)
 pytestmark = pytest.mark.skipif(not FINDINGS.is_dir(), reason="examples/ is not here (a source checkout has it)")
@@ -248,15 +247,15 @@ def made(of: Any, language_model: LanguageModel) -> Any:
 
 
 class TestCommand:
-    def test_the_text_fits_and_is_numbered_after_the_two_of_the_demo(self, made: Any):
+    def test_the_text_fits_and_is_numbered_as_the_demo_s(self, made: Any):
         text = str(made)
-        assert max(map(len, text.splitlines())) <= WIDTH
+        assert max(map(len, text.splitlines())) <= 120
         assert "nan" not in text
         assert "Japanese" in text
         assert "6 sentences in 5 languages, 18 problems in 5 of them." in text
-        names = ["skill", "depth", "association", "raising"]
+        names = ["task_experts_off", "language_experts_off", "skill", "depth", "association", "raising"]
         assert [name for name, _ in made.findings()] == names
-        begins = [text.index(f"\n\n{n}. {one.sentence[:20]}") for n, (_, one) in enumerate(made.findings(), 3)]
+        begins = [text.index(f"\n\n{n}. {one.sentence[:20]}") for n, (_, one) in enumerate(made.findings(), 2)]
         assert begins == sorted(begins)
 
     def test_json_holds_the_same(self, made: Any):
@@ -279,6 +278,30 @@ class TestCommand:
         assert made.skill.sentence in text
         assert "of the last run" not in text
         assert str(made) in capsys.readouterr().out
+
+    def test_the_first_two_are_the_demo_s_with_tables(self, made: Any):
+        off = made.task_experts_off.off
+        assert made.task_experts_off.sentence == off.sentence
+        text = str(made.task_experts_off)
+        for one, change in off.changes.items():
+            (row,) = (line for line in text.splitlines() if line.startswith(f"{one} ") and "[" in line)
+            assert f"{change.value:+.2f}" in row.replace(f"{change.value:+.3f}", f"{change.value:+.2f}")
+        assert set(made.task_experts_off.thresholds) == set(off.task_experts.others)
+        experts = sum(len(ids) for ids in made.to_dict()["task_experts_off"]["task_experts"]["experts"].values())
+        assert f"the {experts} experts of sums" in text
+        table = str(made.language_experts_off)
+        assert all(f"{value:+.2f}<" in table for value in made.language_experts_off.off.own)
+
+    def test_what_the_demo_tells_of_them(self, of: Any, made: Any):
+        told = of.run.told_by_the_demo(made, "a command")
+        claims = {one["claim"]: one for one in told["claims"]}
+        transfer = made.skill.transfer(*made.skill.others)
+        assert claims["transfer from English"]["value"] == transfer.value
+        assert claims["transfer from English"]["shown"] is (transfer.verdict == "higher")
+        assert claims["a U"]["value"] == made.depth.trained.depth.value
+        assert {"a U", "transfer from English", "a gain by raising"} == set(claims)
+        with pytest.raises(SystemExit, match="--limit"):
+            of.run.main(["--results", "results.json", "--limit", "4"])
 
     def test_what_cannot_be_done_is_said(self, of: Any, tmp_path: Path):
         with pytest.raises(SystemExit, match="--draws"):
@@ -308,9 +331,9 @@ def test_a_shallow_model_gives_no_finding_that_it_cannot_show(of: Any, layers: i
 def test_a_model_without_task_experts(
     of: Any, language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    monkeypatch.setattr("moe_route.demo.task_experts.THRESHOLDS", (0.99,))
+    monkeypatch.setattr("moe_route.demo.task_experts.expert_difference", lambda *_, **__: np.zeros((8, 16)))
     study = DemoTexts.read(None, ["eng_Latn", "deu_Latn"], 2)
     with language_model.attach() as routed:
         findings = of.run.measure(study, Measurement(language_model, routed))
     assert not findings.raising.after
-    assert {path.stem for path in findings.draw(tmp_path)} == {"skill", "depth"}
+    assert {path.stem for path in findings.draw(tmp_path)} == {"language_experts_off", "skill", "depth"}
