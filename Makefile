@@ -3,7 +3,8 @@
 # Needs Python >= 3.10 with venv, make and a C++20 compiler.
 #   make TORCH="torch==2.13.0 --index-url URL"   another torch build        make PYTHON=python3.12   another Python
 #   make test JOBS=1                             tests in one process
-#   make demo UV=1                               uv in the place of pip  MOE_ROUTE_CUDA=ON make build    see setup.py
+#   make demo UV=1                               uv in the place of pip
+#   MOE_ROUTE_CUDA=ON make build                 CUDA kernels where there is no GPU, too; setup.py names other variables
 #   make demo DRAWS=9                            9 random sets beside the first finding instead of 99: faster
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
