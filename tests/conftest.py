@@ -148,7 +148,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if config.getoption("markexpr") in _TARGETS:
         ran = sum(len(terminalreporter.getreports(kind)) for kind in ("passed", "failed", "xfailed", "xpassed"))
         target, other = _TARGETS[config.getoption("markexpr")]
-        terminalreporter.section(f"{ran:,} tests of {target} ran; {config.stash.get(_LEFT, 0):,} others are in {other}")
+        terminalreporter.section(f"{ran:,} tests of {target} ran, {config.stash.get(_LEFT, 0):,} are left to {other}")
 
 
 @pytest.fixture(autouse=True)

@@ -358,7 +358,7 @@ def test_two_threads_that_generate(model: nn.Module, recording: bool) -> None:
 
     def wait(input_ids: Tensor, scores: Tensor) -> Tensor:
         begun.set()
-        go_on.wait(10)
+        go_on.wait(600)
         return scores
 
     def first() -> None:
@@ -374,7 +374,7 @@ def test_two_threads_that_generate(model: nn.Module, recording: bool) -> None:
         with routed.record() if recording else nullcontext() as recorder:
             threads = [threading.Thread(target=first), threading.Thread(target=second)]
             threads[0].start()
-            begun.wait(10)
+            begun.wait(600)
             threads[1].start()
             if recording:
                 threads[1].join()
