@@ -48,8 +48,8 @@ def pytest_configure() -> None:
 
 _TARGETS = {"not exhaustive": ("make test", "make test-all"), "exhaustive": ("make test-all", "make test")}
 """What the Makefile gives to -m -> the target, and the one that runs the others."""
-_LONG = ("test_docs.py", "paths/test_paths.py", "examples/test_notebooks.py", "examples/test_study.py")
-"""Files of more than half a minute, the longest first: a process that got one of them last would go on alone."""
+_LONG = ("test_packaging.py", "test_docs.py", "test_devices.py", "paths/test_paths.py", "examples/test_notebooks.py")
+"""Files of half a minute that go first: a process that got one of them last would go on alone."""
 _LEFT = pytest.StashKey[int]()
 """How many tests -m left out."""
 
