@@ -14,3 +14,12 @@ def test_attach_enters_few_modules() -> None:
     assert {"routed", "patching.attachment", "routers.discovery"} <= set(stops)
     assert len(set(stops)) <= 20
     assert len(rooms(stops)) <= 10
+
+
+def test_a_rule_becomes_the_table_of_the_kernel_in_six_modules() -> None:
+    routed = mr.attach(tiny_model("olmoe"))
+    routers = routed.routers
+    stops = set(walk(lambda: mr.Plan.activate({0: [1]}).compile(routers)))
+    routed.detach()
+    way = {"steering.plan", "steering.rule", "steering.kinds", "steering.compile", "steering.cell", "contract.tables"}
+    assert stops == way | {"steering.model", "base.files"}  # whether the plan is for this model, and its hash

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moe_route.base import files
-from moe_route.base.table import Table, number_of
+from moe_route.base.table import Table, data_frame, number_of
 from moe_route.steering.layers import as_layers, show_numbers
 from moe_route.steering.model import PlanModel
 
@@ -119,6 +119,12 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
     def scores(self) -> dict[int, dict[int, float]]:
         """layer -> {expert: score}, for the selected experts that have a score."""
         return _scores_by_layer(self._scores)
+
+    def to_pandas(self) -> Any:
+        """Return a data frame with a row per expert: ``layer``, ``expert`` and ``score`` (NaN without one)."""
+        layer, expert = zip(*self.pairs, strict=True) if self else ((), ())
+        scores = [self._scores.get(pair, float("nan")) for pair in self.pairs]
+        return data_frame({"layer": layer, "expert": expert, "score": scores})
 
     def __getitem__(self, layer: int) -> tuple[int, ...]:
         return self._experts[layer]

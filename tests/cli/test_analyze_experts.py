@@ -80,6 +80,15 @@ def test_every_rule_finds_what_the_library_finds(answer, recorded, both):
     assert risk["deactivate"]["experts"] == expected.deactivate.to_dict()["experts"]
 
 
+@pytest.mark.parametrize("rule", ["task", "difference", "risk", "share", "committee"])
+def test_every_rule_keeps_a_table(answer, recorded, both, rule: str, tmp_path: Path):
+    pandas = pytest.importorskip("pandas")
+    words = both if rule in ("task", "difference", "risk") else (recorded["general"],)
+    more = {"task": ("--threshold", "0.1"), "risk": ("--top-n", "4")}.get(rule, ())
+    answer("analyze", "experts", *words, "--rule", rule, *more, "--table", tmp_path / "table.csv")
+    assert {"layer", "expert"} & set(pandas.read_csv(tmp_path / "table.csv").columns)
+
+
 def test_stable_experts(answer, recorded, both):
     task, general = loaded(recorded)
     found = answer("analyze", "experts", *both, "--threshold", "0.2", "--stability", "15", "--keep", "0.9")
