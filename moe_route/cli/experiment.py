@@ -23,13 +23,15 @@ from moe_route.cli.options import (
     layers,
     model_arguments,
     positive,
-    table_argument,
+    resumable_argument,
     text_arguments,
     verbs_of,
 )
+from moe_route.cli.saving import resumed
 
 if TYPE_CHECKING:
     from moe_route.experiments import PromptPair
+    from moe_route.runs.lines import KeptRuns
 
 ROUTES = ("own", "pooled", "choice", "other", "scores")
 
@@ -60,7 +62,7 @@ def add_experiment(verbs: Any) -> None:
         parser = command(below, name, partial(_run, experiment), experiment.help, experiment.example)
         experiment.add(parser)
         add(parser, *(option for option in ("layers", "seed") if option in experiment.takes))
-        table_argument(parser)
+        resumable_argument(parser, f"experiment {name}")
         model_arguments(parser)
         text_arguments(parser)
     _add_patch(below)
@@ -70,17 +72,21 @@ def _run(experiment: Experiment, options: argparse.Namespace) -> Answer:
     from moe_route import experiments
 
     work = texts(options)
-    more = experiment.more(options, work)
-    with attached_model(options) as (language_model, routed):
-        result = getattr(experiments, experiment.function)(
-            language_model, work, routed=routed, **given(options, experiment.takes), **more, **shown_options(options)
-        )
-    answer = Answer.of(result)
-    if not hasattr(result, "agreement"):
-        return answer
-    agreement = result.agreement()
-    data = {**answer.data, "agreement": agreement.to_dict()}
-    return Answer(data, f"{answer.text}\n{agreement!r}", frame=answer.frame)
+
+    def measured(kept: KeptRuns | None) -> Answer:
+        more = experiment.more(options, work)
+        with attached_model(options) as (language_model, routed):
+            chosen = {**given(options, experiment.takes), **more, **shown_options(options)}
+            result = getattr(experiments, experiment.function)(language_model, work, routed=routed, kept=kept, **chosen)
+        answer = Answer.of(result)
+        if not hasattr(result, "agreement"):
+            return answer
+        agreement = result.agreement()
+        data = {**answer.data, "agreement": agreement.to_dict()}
+        return Answer(data, f"{answer.text}\n{agreement!r}", frame=answer.frame)
+
+    asked = {name: getattr(options, name, None) for name in (*experiment.takes, "donor", "band")}
+    return resumed(options, f"experiment {experiment.function}", asked, work, measured)
 
 
 def _add_regret(parser: Parser) -> None:
@@ -173,8 +179,8 @@ def _add_patch(below: Any) -> None:
     parser.add_argument("--positions", choices=("all", "last"), help="tokens that are patched (default: all)")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="patches a batch (default: 32)")
     add(parser, "layers", "seed")
-    table_argument(parser)
-    model_arguments(parser)
+    resumable_argument(parser, "experiment patch")
+    model_arguments(parser, engine=False)
 
 
 def _run_patch(options: argparse.Namespace) -> Answer:
@@ -182,7 +188,11 @@ def _run_patch(options: argparse.Namespace) -> Answer:
 
     pairs = _pairs(options.pairs)
     takes = ("layers", "weight", "positions", "batch_size", "seed")
-    return Answer.of(patch_experts(load_language_model(options), pairs, **given(options, takes)))
+
+    def measured(kept: KeptRuns | None) -> Answer:
+        return Answer.of(patch_experts(load_language_model(options), pairs, kept=kept, **given(options, takes)))
+
+    return resumed(options, "experiment patch", {name: getattr(options, name) for name in takes}, pairs, measured)
 
 
 def _pairs(path: Path) -> list[PromptPair]:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import load_language_model, merged_statistics, output, quiet_libraries, shown_options, texts
+from moe_route.cli.inputs import (
+    attached_model,
+    load_language_model,
+    merged_statistics,
+    output,
+    quiet_libraries,
+    shown_options,
+    texts,
+)
 from moe_route.cli.options import (
+    TABLES,
     Parser,
     add,
     command,
@@ -24,6 +34,10 @@ from moe_route.cli.options import (
     text_arguments,
     writable,
 )
+from moe_route.cli.saving import resumed
+
+if TYPE_CHECKING:
+    from moe_route.runs.lines import KeptRuns
 
 CRITERIA = ("reap", "frequency", "difference", "random")
 _OF_MODEL = ("model", "device", "device_map", "dtype", "engine")
@@ -68,7 +82,9 @@ def add_prune(verbs: Any) -> None:
     what = parser.add_argument_group("what is made (default: the experts to drop are shown)")
     what.add_argument("--measure", action="store_true", help="loss of texts against the share of experts kept")
     what.add_argument("--selection", type=writable, metavar="FILE", help="write the selection of experts to drop")
-    out_argument(what, "new folder for the smaller model; --measure: .csv, .json or .parquet", metavar="FOLDER")
+    out_argument(
+        what, "new folder for the smaller model; --measure: a table, or a folder that is resumed", metavar="FOLDER|FILE"
+    )
     made_by_a_model(parser, "prune")
     parser.checks.append(_refuse_ignored)  # before texts and model get their defaults
     model_arguments(parser, positional=False)
@@ -84,7 +100,7 @@ def _criteria(text: str) -> tuple[str, ...]:
 
 def _refuse_ignored(options: argparse.Namespace) -> None:
     if not options.measure:
-        refuse(options, _OF_TEXTS, "is for --measure")
+        refuse(options, (*_OF_TEXTS, "engine"), "is for --measure")
         options.data = "general"  # not read, so the environment is not asked either
         if options.out is None:
             refuse(options, _OF_MODEL, "is for --measure, or for the model that --out makes smaller")
@@ -159,19 +175,24 @@ def _write_pruned(options: argparse.Namespace, dropped: Any) -> bool:
 def _measured(options: argparse.Namespace) -> Answer:
     from moe_route.experiments import pruning_curve
 
-    if options.out is not None and options.out.suffix not in (".csv", ".json", ".parquet"):
-        raise ValueError(f"--measure keeps a table, and {options.out} is none: write .csv, .json or .parquet")
+    if options.out is not None and options.out.suffix not in (*TABLES, ""):
+        raise ValueError(
+            f"--measure keeps a table, or a folder, and {options.out} is neither: write {', '.join(TABLES)}"
+        )
     statistics, chosen = merged_statistics(options.files), texts(options)
-    curve = pruning_curve(
-        load_language_model(options),
-        chosen,
-        statistics,
-        criteria=options.criterion or ("reap", "frequency", "random"),
-        keep=options.keep or (0.75, 0.5, 0.25),
+    asked = {
+        "criteria": options.criterion or ("reap", "frequency", "random"),
+        "keep": options.keep or (0.75, 0.5, 0.25),
         **given(options, ("group", "reference", "allocation", "seed")),
-        **shown_options(options),
-    )
-    return Answer.of(curve)
+    }
+
+    def measured(kept: KeptRuns | None) -> Answer:
+        with attached_model(options) as (language_model, routed):
+            how = {**asked, **shown_options(options)}
+            return Answer.of(pruning_curve(language_model, chosen, statistics, routed=routed, kept=kept, **how))
+
+    read = [hashlib.sha256(path.read_bytes()).hexdigest() for path in options.files]
+    return resumed(options, "prune", {"measure": True, "statistics": read, **asked}, chosen, measured)
 
 
 # ---- upcycle

@@ -119,10 +119,13 @@ def existing(text: str) -> Path:
     return path
 
 
-def writable(text: str, suffixes: Sequence[str] = ()) -> Path:
-    """Parse the path of a file to write: its folder must be there, and its name end in one of ``suffixes``."""
+def writable(text: str, suffixes: Sequence[str] = (), *, folder: bool = False) -> Path:
+    """Parse the path of a file to write: its folder must be there, and its name end in one of ``suffixes``.
+
+    With ``folder``, a name without a suffix is that of a folder.
+    """
     path = Path(text)
-    if suffixes and path.suffix.lower() not in suffixes:
+    if suffixes and not (folder and not path.suffix) and path.suffix.lower() not in suffixes:
         raise argparse.ArgumentTypeError(f"{text} does not end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist: make it first")
@@ -293,6 +296,24 @@ def out_argument(
 def table_argument(parser: Parser) -> None:
     """``--out``: keep the table of the result."""
     out_argument(parser, "keep the result as a table: .csv, .parquet, or .json (all of it)", suffixes=TABLES)
+
+
+def resumable_argument(parser: Parser, command: str) -> None:
+    """``--out`` for the table of a result, or for a folder in which an interrupted command goes on."""
+    parse = partial(writable, suffixes=TABLES, folder=True)
+    what = "keep the result as a table (.csv, .parquet, or .json: all of it), or a folder in which it is resumed"
+    out_argument(parser, what, metavar="FILE|FOLDER/", type=parse)
+    parser.add_argument("--force", action="store_true", help="begin the folder again")
+
+    def refuse_other(options: argparse.Namespace) -> None:
+        from moe_route.runs.job import refuse_made
+
+        if options.out is not None and not options.out.suffix:
+            refuse_made(options.out, command, force=options.force)
+        else:
+            refuse(options, ("force",), "is for a folder (--out FOLDER/), and a table is written anew")
+
+    parser.checks.append(refuse_other)
 
 
 def made_by_a_model(parser: Parser, command: str, *also: str) -> None:

@@ -1,20 +1,26 @@
-"""Saving results of long work: the disk is looked at early, and a full one does not lose them."""
+"""Saving results of long work: the disk is looked at early, a full one does not lose them, a folder is resumed."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from moe_route.cli.answer import Answer, plain
 
 if TYPE_CHECKING:
     from moe_route.recording import Recorder
+    from moe_route.runs.lines import KeptRuns
 
 _SECONDS_BETWEEN_TRIES = 2.0
 _SECONDS_OF_WAITING = 3600.0
+_RESULT = ("result.csv", "result.json")  # of a folder that is resumed
 
 
 def check_room_after_first_batch(
@@ -43,6 +49,39 @@ def check_room_after_first_batch(
         return stop()
 
     return checked
+
+
+def resumed(
+    options: argparse.Namespace,
+    command: str,
+    asked: Mapping[str, Any],
+    work: Sequence[Any],
+    measured: Callable[[KeptRuns | None], Answer],
+) -> Answer:
+    """What ``measured`` answers; if ``--out`` is a folder, it gets the runs that are kept there, and so goes on.
+
+    ``asked`` and ``work`` (dataclasses: texts, pairs) are what the answer follows from, beside the model. The folder
+    also gets the table, as result.json and result.csv.
+    """
+    if options.out is None or options.out.suffix:
+        return measured(None)
+    from moe_route.base.files import content_hash
+    from moe_route.runs.job import Job
+    from moe_route.runs.lines import KeptRuns
+
+    how = {name: getattr(options, name, None) for name in ("model", "dtype", "engine", "batch_size", "max_length")}
+    inputs = {**how, **asked, "items": content_hash({}, {"items": [asdict(item) for item in work]})}
+    with Job(options.out, command, plain(inputs), force=options.force) as job:
+        step = job.step("runs", {})
+        kept = KeptRuns(step.folder / "runs.jsonl")
+        answer = measured(kept)
+        step.finish()
+        for name in _RESULT:
+            answer.kept(argparse.Namespace(out=options.out / name))
+        job.finish(_RESULT)
+    there = f"resumed: {kept.resumed:,} runs were there\n" if job.resumed else ""
+    text = f"{there}{answer.text}\nwritten to {options.out}"
+    return Answer({**answer.data, "out": options.out, "resumed": kept.resumed}, text)
 
 
 def save(write: Callable[[], None]) -> OSError | None:

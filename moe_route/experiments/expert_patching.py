@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from moe_route.data.batches import Text
 from moe_route.experts.outputs import NoExpertOutputsError, expert_outputs, experts_of
 from moe_route.routers.discovery import ModelNotSupportedError, RouterInfo, find_routers
 from moe_route.runs.language_model import LanguageModel
+from moe_route.runs.lines import KeptRuns
 from moe_route.steering import PlanError
 from moe_route.steering.layers import as_layers
 
@@ -115,6 +117,7 @@ def patch_experts(
     resamples: int = RESAMPLES,
     permutations: int = PERMUTATIONS,
     seed: int = 0,
+    kept: KeptRuns | None = None,
 ) -> ExpertPatching:
     """Patch single experts of clean runs into corrupted runs, and measure the restored contrast [arXiv 2606.03780].
 
@@ -132,6 +135,7 @@ def patch_experts(
         least_contrast: pairs whose contrast falls by less, in logits, from the clean to the corrupted run are left out.
         batch_size: number of patches that run together.
         resamples, permutations, seed: of the intervals and tests.
+        kept: keeps every pair, so that a call that was interrupted goes on (``runs.lines.KeptRuns``).
 
     Raises ``ValueError`` for prompts of different length, and answers that are not one token each; ``AnalysisError`` if
     no pair is left; ``PlanError`` for layers that the model lacks; ``ModelNotSupportedError`` if the outputs of experts
@@ -150,38 +154,38 @@ def patch_experts(
         raise PlanError(
             f"the model has {len(routers)} MoE layers, 0 to {len(routers) - 1}: {list(tested)} are asked for"
         )
-    patcher = _Patcher(language_model, [routers[layer] for layer in tested], weight, positions, batch_size)
-    contrasts = [patcher.contrasts(*ids) for ids in encoded]
-    kept = [index for index, (clean, corrupt, _) in enumerate(contrasts) if clean - corrupt >= least_contrast]
-    if not kept:
+    sizes = tuple(router.num_experts for router in routers)
+    patcher = _Patcher(language_model, [routers[layer] for layer in tested], max(sizes), weight, positions, batch_size)
+    runs = [partial(patcher.contrasts, *ids) for ids in encoded]
+    contrasts = [run() if kept is None else kept(f"pair {pair}", run) for pair, run in enumerate(runs)]
+    used = [pair for pair, (clean, corrupt, *_) in enumerate(contrasts) if clean - corrupt >= least_contrast]
+    if not used:
         raise AnalysisError(
             f"no pair of {len(pairs)} has a contrast that falls by {least_contrast:g} from the clean to the corrupted "
             "run: give prompts that the model tells apart, or lower least_contrast"
         )
-    sizes = tuple(router.num_experts for router in routers)
-    shape = (len(kept), len(sizes), max(sizes) + 1)  # the last place: the whole layer
+    shape = (len(used), len(sizes), max(sizes) + 1)  # the last place: the whole layer
     sums, counts, chosen = np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
-    for at, index in enumerate(kept):
-        clean, corrupt, patched = contrasts[index]
+    for at, pair in enumerate(used):
+        clean, corrupt, *patched = contrasts[pair]
+        change = np.reshape(patched, (len(tested), -1)) - corrupt
         counts[at, list(tested)] = clean - corrupt
-        for (layer, expert), contrast in patched.items():
-            place = max(sizes) if expert is None else expert
-            sums[at, layer, place], chosen[at, layer, place] = contrast - corrupt, True
-    of_pair = [pairs[index].group for index in kept]
+        sums[at, list(tested)], chosen[at, list(tested)] = np.nan_to_num(change), ~np.isnan(change)
+    of_pair = [pairs[pair].group for pair in used]
     options = {"resamples": resamples, "permutations": permutations, "seed": seed}
-    groups, effects = effects_by_group(of_pair, list(range(len(kept))), sums, counts, **options)
+    groups, effects = effects_by_group(of_pair, list(range(len(used))), sums, counts, **options)
     restored = effects.part((..., slice(max(sizes))))
     seen = np.stack([chosen[[group == name for group in of_pair], :, :-1].any(0) for name in groups])
     tests = np.where(seen, restored.p_value, np.nan)
     of_group = np.array([groups.index(group) for group in of_pair])
     number = np.bincount(of_group)
     clean_mean, corrupt_mean = (
-        np.bincount(of_group, np.array([contrasts[index][:2][side] for index in kept])) / number for side in (0, 1)
+        np.bincount(of_group, np.array([contrasts[pair][side] for pair in used])) / number for side in (0, 1)
     )
     adjusted = np.stack([benjamini_hochberg(p_values) for p_values in tests])
     whole = effects.part((..., max(sizes)))
     return ExpertPatching(
-        groups, sizes, restored, whole, adjusted, clean_mean, corrupt_mean, number, len(pairs) - len(kept)
+        groups, sizes, restored, whole, adjusted, clean_mean, corrupt_mean, number, len(pairs) - len(used)
     )
 
 
@@ -207,19 +211,24 @@ class _Patcher:
     """Runs pairs of prompts, and the corrupted one with patches."""
 
     def __init__(
-        self, language_model: LanguageModel, routers: Sequence[RouterInfo], weight: str, positions: str, batch_size: int
+        self,
+        language_model: LanguageModel,
+        routers: Sequence[RouterInfo],
+        most_experts: int,
+        weight: str,
+        positions: str,
+        batch_size: int,
     ) -> None:
         self.model, self.device = language_model.model, language_model.model.device
         self.routers, self.experts = routers, [_experts_of(router) for router in routers]
+        self.most_experts = most_experts
         self.own, self.last, self.batch_size = weight == "own", positions == "last", batch_size
 
     @torch.inference_mode()
-    def contrasts(
-        self, clean: Sequence[int], corrupt: Sequence[int], answer: int, other: int
-    ) -> tuple[float, float, dict[tuple[int, int | None], float]]:
-        """Contrast of the clean run, of the corrupted one, and by (layer, expert or None for all) of the patched ones.
+    def contrasts(self, clean: Sequence[int], corrupt: Sequence[int], answer: int, other: int) -> np.ndarray:
+        """Contrasts, float64: of the clean run, of the corrupted one, and then [L, E + 1] of the patched ones.
 
-        Experts that neither run chooses are left out.
+        The last place of a layer is that of all its experts. Experts that neither run chooses have NaN.
         """
         (clean_logits, clean_seen), (logits, seen) = self._watched(clean), self._watched(corrupt)
         patches: dict[tuple[int, int | None], Tensor] = {}
@@ -234,14 +243,16 @@ class _Patcher:
             here = ids if not self.last else ids.view(-1, len(corrupt), ids.shape[1])[:, -1]
             for expert in here[(here >= 0) & (here < size)].unique().tolist():
                 patches[router.layer, expert] = change[expert]
-        keys, patched = list(patches), dict[tuple[int, int | None], float]()
+        keys, places = list(patches), {router.layer: place for place, router in enumerate(self.routers)}
+        patched = np.full((len(self.routers), self.most_experts + 1), np.nan)
         for first in range(0, len(keys), self.batch_size):
             part = keys[first : first + self.batch_size]
             logits_of_rows = self._patched(corrupt, [(layer, patches[layer, expert]) for layer, expert in part])
             values = (logits_of_rows[:, answer] - logits_of_rows[:, other]).double().tolist()
-            patched.update(zip(part, values, strict=True))
-        difference = [float(of[answer].double() - of[other].double()) for of in (clean_logits, logits)]
-        return difference[0], difference[1], patched
+            for (layer, expert), value in zip(part, values, strict=True):
+                patched[places[layer], -1 if expert is None else expert] = value
+        whole = [float(of[answer].double() - of[other].double()) for of in (clean_logits, logits)]
+        return np.array([*whole, *patched.flat])
 
     def _logits(self, ids: Sequence[int], rows: int) -> Tensor:
         """Logits [rows, V] of the token after ``ids``, in several equal rows."""

@@ -17,6 +17,7 @@ from moe_route.data.batches import EncodedTexts, Text
 from moe_route.experiments.text_run import TextRun
 from moe_route.routed import RoutedModel
 from moe_route.runs.language_model import LanguageModel
+from moe_route.runs.lines import KeptRuns
 from moe_route.steering import ExpertSelection, Plan, PlanError, PlanModel
 
 _SHOWN = 10
@@ -139,6 +140,7 @@ def knockout(
     permutations: int = PERMUTATIONS,
     seed: int = 0,
     progress: bool = False,
+    kept: KeptRuns | None = None,
 ) -> Knockout:
     """Switch off one expert at a time, and measure the change of the loss by group.
 
@@ -160,11 +162,12 @@ def knockout(
         max_length: as in ``LanguageModel.encode``.
         resamples, permutations, seed: of the intervals and tests.
         progress: show bars on standard error.
+        kept: keeps every batch under a plan, so that a call that was interrupted goes on (``runs.lines.KeptRuns``).
 
     Raises ``PlanError`` for layers or experts that the model lacks, ``ValueError`` for texts without a predicted token,
     for an expert that is the only one of its layer, and for a ``routed`` of another model.
     """
-    with TextRun(language_model, texts, routed, batch_size, max_length, progress) as run:
+    with TextRun(language_model, texts, routed, batch_size, max_length, progress, kept) as run:
         sizes = tuple(router.num_experts for router in run.routed.routers)
         tested = _tested(experts, None if layers is None else run.layers(layers), sizes)
         natural = run.natural()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from moe_route.recording import RoutingStatistics
     from moe_route.routed import RoutedModel
     from moe_route.runs.language_model import LanguageModel
+    from moe_route.runs.lines import KeptRuns
 
 
 # Names under which configurations hold the number of experts.
@@ -94,6 +95,7 @@ def pruning_curve(
     batch_size: int = 16,
     max_length: int | None = None,
     progress: bool = False,
+    kept: KeptRuns | None = None,
 ) -> PruningCurve:
     """Measure the loss of texts while experts are pruned, by criterion and by share kept [arXiv 2605.28042].
 
@@ -106,13 +108,14 @@ def pruning_curve(
         routed: the attached model, if it is attached already.
         batch_size, max_length: as in ``LanguageModel.losses``.
         progress: show a bar per run.
+        kept: as in ``knockout``.
 
     Raises ``AnalysisError`` for what ``prune`` refuses, before the model runs.
     """
     unknown = [name for name in criteria if name not in CRITERIA]
     if unknown or not criteria or not keep:
         raise AnalysisError(f"criteria are some of {', '.join(CRITERIA)}, and keep some shares; not {list(criteria)}")
-    with TextRun(language_model, texts, routed, batch_size, max_length, progress) as run:
+    with TextRun(language_model, texts, routed, batch_size, max_length, progress, kept) as run:
         spec = run.routed.routers[0].spec
         options: dict[str, Any] = {"group": group, "allocation": allocation, "seed": seed}
         options |= {"n_group": spec.groups, "topk_group": spec.top_groups}

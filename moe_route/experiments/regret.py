@@ -17,6 +17,7 @@ from moe_route.data.batches import EncodedTexts, Text
 from moe_route.experiments.text_run import TextRun
 from moe_route.routed import RoutedModel
 from moe_route.runs.language_model import LanguageModel
+from moe_route.runs.lines import KeptRuns
 from moe_route.steering import Plan
 
 CONFIDENCE = (0.25, 0.5, 0.75)
@@ -115,6 +116,7 @@ def regret(
     permutations: int = PERMUTATIONS,
     seed: int = 0,
     progress: bool = False,
+    kept: KeptRuns | None = None,
 ) -> Regret:
     """Measure how much better drawn routes predict each token than the natural one [arXiv 2605.07260].
 
@@ -129,7 +131,7 @@ def regret(
         temperature: of the draw; small values stay close to the natural route.
         layers: layers in which routes are drawn; by default all.
         confidence: increasing limits of the classes of confidence, between 0 and 1.
-        routed, batch_size, max_length, resamples, permutations, progress: as in ``knockout``.
+        routed, batch_size, max_length, resamples, permutations, progress, kept: as in ``knockout``.
         seed: of the routes, the intervals and the tests.
 
     Raises ``ValueError`` for fewer than two routes, limits that do not increase, or texts without a predicted token,
@@ -141,7 +143,7 @@ def regret(
     if sorted({0.0, 1.0, *limits}) != [0.0, *limits, 1.0]:
         raise ValueError(f"limits of confidence must increase, between 0 and 1, not {limits}")
     plans = [Plan.gumbel(seed + route, temperature=temperature, layers=layers) for route in range(routes)]
-    with TextRun(language_model, texts, routed, batch_size, max_length, progress) as run:
+    with TextRun(language_model, texts, routed, batch_size, max_length, progress, kept) as run:
         gains = [np.zeros((routes, int(tokens))) for tokens in run.tokens]
         natural = run.natural()
         for route, text, nats in run.under(plans, "drawn routes"):

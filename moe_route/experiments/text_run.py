@@ -18,6 +18,7 @@ from moe_route.data.batches import Batch, EncodedTexts, Text
 from moe_route.recording import Recorder
 from moe_route.routed import RoutedModel
 from moe_route.runs.language_model import LanguageModel
+from moe_route.runs.lines import KeptRuns
 from moe_route.runs.record import record_texts
 from moe_route.steering import Plan, PlanError
 from moe_route.steering.layers import as_layers
@@ -47,6 +48,7 @@ class TextRun:
         routed: the attached model.
         batch_size: rows of a batch.
         progress: whether bars are shown on standard error.
+        kept: keeps the losses of every batch under a plan, and has those of a run that was interrupted.
 
     Raises ``ValueError`` if no text has a token to predict, and when entered, if ``routed`` is another model or steers
     already.
@@ -62,10 +64,11 @@ class TextRun:
         batch_size: int = 16,
         max_length: int | None = None,
         progress: bool = False,
+        kept: KeptRuns | None = None,
     ) -> None:
         if not isinstance(texts, EncodedTexts) and not all(isinstance(text, Text) for text in texts):
             raise ValueError("texts must be Text(group, item, text): texts_of(corpus) makes them")
-        self.language_model, self.batch_size, self.progress = language_model, batch_size, progress
+        self.language_model, self.batch_size, self.progress, self.kept = language_model, batch_size, progress, kept
         self.texts = language_model.encode(texts, max_length=max_length)
         if not any(len(row) > 1 for row in self.texts.ids):
             raise ValueError("no text has a second token, so there is nothing to predict: give longer texts")
@@ -122,11 +125,9 @@ class TextRun:
         sums = np.zeros(len(self.texts.ids))
         with nullcontext() if plan is None else self.routed.steer(plan):
             for batch in self._batches(caption):
-                labels = {"groups": [text.group for text in batch.texts], "items": [text.item for text in batch.texts]}
-                with self.routed.labels(**labels):
-                    nats, _ = token_losses(self.language_model.run(batch), batch.inputs["input_ids"])
-                mask = batch.inputs["attention_mask"][:, 1:].cpu()
-                sums[list(batch.positions)] = (nats * mask).sum(1).numpy()
+                nats = self._nats(batch, [text.group for text in batch.texts], plan)
+                mask = batch.inputs["attention_mask"][:, 1:].cpu().numpy()
+                sums[list(batch.positions)] = (nats * mask).sum(1)
         return sums
 
     def natural(self) -> NaturalRun:
@@ -169,9 +170,7 @@ class TextRun:
                 for batch in self._batches(shown, alike):
                     repeated = _repeated(batch, len(copies))
                     labels = [_copy(copy, text.group) for copy in copies for text in batch.texts]
-                    with self.routed.labels(groups=labels, items=[text.item for text in repeated.texts]):
-                        nats, _ = token_losses(self.language_model.run(repeated), repeated.inputs["input_ids"])
-                    for row, values in enumerate(nats.numpy()):
+                    for row, values in enumerate(self._nats(repeated, labels, plan)):
                         text = batch.positions[row % len(batch.texts)]
                         yield copies[row // len(batch.texts)], text, values[: int(self.tokens[text])]
 
@@ -188,6 +187,18 @@ class TextRun:
         of_group = np.array([groups.index(group) for group in self.groups])
         tokens = np.bincount(of_group, self.tokens)
         return np.asarray(np.bincount(of_group, nats) / np.where(tokens > 0, tokens, np.nan))
+
+    def _nats(self, batch: Batch, groups: Sequence[str], plan: Plan | None) -> np.ndarray:
+        """Loss of each predicted token of a batch whose rows have these groups, float64 [B, S - 1]."""
+
+        def run() -> np.ndarray:
+            with self.routed.labels(groups=groups, items=[text.item for text in batch.texts]):
+                nats, _ = token_losses(self.language_model.run(batch), batch.inputs["input_ids"])
+            return nats.numpy()
+
+        if plan is None or self.kept is None:  # the natural run may be recorded
+            return run()
+        return self.kept(f"{plan.hash} {','.join(map(str, batch.positions))}", run)
 
     def _batches(self, caption: str, batch_size: int | None = None) -> Iterator[Batch]:
         shown = caption if self.progress else None

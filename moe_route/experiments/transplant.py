@@ -18,6 +18,7 @@ from moe_route.experiments.text_run import TextRun
 from moe_route.recording.trace import Trace
 from moe_route.routed import RoutedModel
 from moe_route.runs.language_model import LanguageModel
+from moe_route.runs.lines import KeptRuns
 from moe_route.steering import Plan
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def transplant(
     permutations: int = PERMUTATIONS,
     seed: int = 0,
     progress: bool = False,
+    kept: KeptRuns | None = None,
 ) -> Transplant:
     """Run every text with transplanted routes, and measure the change of its loss.
 
@@ -126,7 +128,7 @@ def transplant(
         routes: more routes by name: a ``Trace`` of the same texts, such as ``record_trace`` of another checkpoint (same
             tokenizer and shape of MoE layers), or a ``Plan``.
         bands: name -> layers. The band "all" always comes first.
-        routed, batch_size, max_length, resamples, permutations, seed, progress: as in ``knockout``.
+        routed, batch_size, max_length, resamples, permutations, seed, progress, kept: as in ``knockout``.
 
     Raises ``AnalysisError`` for items without a text in ``reference``, ``ValueError`` for unknown kinds, names given
     twice, a band "all" and texts that share item and group, and ``PlanError`` for routes or layers that do not fit the
@@ -138,7 +140,7 @@ def transplant(
     if ALL in (bands or {}):
         raise ValueError(f"the band {ALL!r} is all layers already: name yours otherwise")
     more = {name: _plan(name, route) for name, route in (routes or {}).items()}
-    with TextRun(language_model, texts, routed, batch_size, max_length, progress) as run:
+    with TextRun(language_model, texts, routed, batch_size, max_length, progress, kept) as run:
         _check_items(run.texts.texts, reference, kinds)
         where = {ALL: tuple(range(len(run.routed.routers)))}
         where |= {name: run.layers(layers) for name, layers in (bands or {}).items()}

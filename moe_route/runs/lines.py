@@ -1,12 +1,14 @@
-"""Result lines of one condition: a JSON line per question, appended batch by batch, whole again after any kill."""
+"""Results as JSON lines that are appended and synced, whole again after any kill: of questions, and of single runs."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from moe_route.base import files
 from moe_route.runs.job import ForeignFolderError
@@ -42,9 +44,7 @@ class ResultLines:
         self._check_header(head)
         kept = len(head) + 1 + self._whole_batches(rest)
         if kept < len(content):
-            with open(path, "rb+") as stream:
-                stream.truncate(kept)
-                os.fsync(stream.fileno())
+            _cut(path, kept)
 
     @property
     def complete(self) -> bool:
@@ -58,10 +58,7 @@ class ResultLines:
         """
         if [_key(record) for record in records] != [tuple(key) for key in self.batches[self.done]]:
             raise ValueError(f"these are not the questions of batch {self.done} of {self.path}")
-        with open(self.path, "ab") as stream:
-            stream.write(b"".join(_line(record) for record in records))
-            stream.flush()
-            os.fsync(stream.fileno())
+        _append(self.path, b"".join(_line(record) for record in records))
         self.done += 1
 
     def records(self) -> Iterator[dict[str, Any]]:
@@ -105,6 +102,55 @@ class ResultLines:
         if lines[start:]:
             raise ForeignFolderError(f"{self.path} has more lines than questions: start again with --force")
         return size
+
+
+class KeptRuns:
+    """What single runs gave, in one file: work that is begun again goes on after the last run that ended.
+
+    Args:
+        path: the file; a line without its end is cut.
+
+    Attributes:
+        resumed: number of runs that were there.
+
+    Raises `ForeignFolderError` for a file of other content.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        content = path.read_bytes() if path.is_file() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            _cut(path, len(whole))
+        self._values: dict[str, np.ndarray] = {}
+        for line in whole.splitlines():
+            said = _parsed(line)
+            if not isinstance(said, dict) or said.keys() != {"run", "values"}:
+                raise ForeignFolderError(f"{path} was altered: start again with --force")
+            self._values[str(said["run"])] = np.asarray(said["values"], np.float64)
+        self.resumed = len(self._values)
+
+    def __call__(self, name: str, run: Callable[[], np.ndarray]) -> np.ndarray:
+        """The numbers of the run of this name, float64 [...]: as kept, or what `run` gives, which is kept then."""
+        if name not in self._values:
+            values = np.asarray(run(), np.float64)
+            _append(self.path, json.dumps({"run": name, "values": values.tolist()}).encode() + b"\n")
+            self._values[name] = values
+        return self._values[name]
+
+
+def _append(path: Path, lines: bytes) -> None:
+    """Append lines, and wait until they are on the disk."""
+    with open(path, "ab") as stream:
+        stream.write(lines)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _cut(path: Path, size: int) -> None:
+    with open(path, "rb+") as stream:
+        stream.truncate(size)
+        os.fsync(stream.fileno())
 
 
 def _line(content: Mapping[str, Any]) -> bytes:

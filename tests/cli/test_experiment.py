@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.commands import refused
 
 from moe_route.cli import main
+from moe_route.runs import lines
 
 pytest.importorskip("transformers")
 
@@ -64,6 +66,42 @@ def test_patch(capsys, tmp_path: Path):
     code, out, _ = run(capsys, "patch", "--pairs", pairs, "--weight", "own", "--layers", "6")
     assert code == 0
     assert "Share of the contrast" in out
+
+
+@pytest.mark.parametrize("name", ["knockout", "patch", "prune"])
+def test_goes_on_in_its_folder_after_an_interrupt(name: str, tmp_path: Path, monkeypatch, moe_route, files):
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("".join(f"{PROMPT.format(one)}\t{PROMPT.format('Tom')}\t she\t he\n" for one in ("Mary", "Tom")))
+    small = (*SMALL, "--batch-size", "4")
+    words = {
+        "knockout": ("experiment", name, *small, "--layers", "5"),
+        "patch": ("experiment", name, "--pairs", pairs, "--layers", "6"),
+        "prune": (name, files["general"], "--measure", "--keep", "0.5", "--criterion", "frequency,random", *small),
+    }[name]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert moe_route(*words, "--out", whole)[0] == 0
+    kept, calls = (whole / "runs" / "runs.jsonl").read_text().splitlines(), []
+    append = lines._append
+
+    def interrupted(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == len(kept):  # the last run
+            raise KeyboardInterrupt
+        append(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lines, "_append", interrupted)
+        assert moe_route(*words, "--out", cut)[0] != 0
+    assert not (cut / "result.json").exists()
+    with open(cut / "runs" / "runs.jsonl", "a") as stream:
+        stream.write(kept[-1][:20])  # a line without its end
+    code, out, _ = moe_route(*words, "--out", cut)
+    assert code == 0
+    assert f"resumed: {len(kept) - 1} runs were there" in out
+    for made in ("result.json", "result.csv", "runs/runs.jsonl"):
+        assert (cut / made).read_bytes() == (whole / made).read_bytes()
+    refused(moe_route(*words, "--seed", "3", "--out", cut), "seed: 0 there, 3 now", "--force")
+    refused(moe_route("upcycle", "demo", "--languages", "eng_Latn,swh_Latn", "--out", cut), words[0])
 
 
 @pytest.mark.parametrize(
