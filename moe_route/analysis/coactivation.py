@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -12,9 +12,7 @@ from moe_route.analysis.inputs import AnalysisError, pick_groups
 from moe_route.analysis.measures import entropy_of, ratio
 from moe_route.analysis.result import Result, by_depth, plain
 from moe_route.base.table import Table, number_of
-
-if TYPE_CHECKING:
-    from moe_route.recording import RoutingStatistics
+from moe_route.recording import RoutingStatistics
 
 PairMeasure = Literal["probability", "conditional", "lift", "pmi", "jaccard"]
 _SHOWN = 10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -12,9 +12,7 @@ from moe_route.analysis.inputs import AnalysisError, pick_groups
 from moe_route.analysis.result import Result, by_depth, plain
 from moe_route.analysis.stats import RESAMPLES, draw_items, interval_of, resampled_means
 from moe_route.base.table import Table
-
-if TYPE_CHECKING:
-    from moe_route.recording import RoutingStatistics
+from moe_route.recording import RoutingStatistics
 
 
 @dataclass(frozen=True, eq=False, repr=False)

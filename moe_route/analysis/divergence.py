@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -46,9 +46,7 @@ from moe_route.analysis.resampling import batches, groups_of, tokens_per_sequenc
 from moe_route.analysis.result import Result, by_depth, mean_of_seen, token_column
 from moe_route.analysis.stats import draw_items, interval_of, resampled_means
 from moe_route.base.table import Table
-
-if TYPE_CHECKING:
-    from moe_route.recording import Trace
+from moe_route.recording import Trace
 
 _NEEDS_PAIRS = "needs paired divergence: record(sequences=True) with items that pair sentences"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -15,9 +15,7 @@ from moe_route.analysis.resampling import GroupSequences, blocks, groups_of, tok
 from moe_route.analysis.result import Result, by_depth, mean_of_seen, token_column
 from moe_route.analysis.stats import draw_items, interval_of, resampled_means
 from moe_route.base.table import Table
-
-if TYPE_CHECKING:
-    from moe_route.recording import RoutingStatistics
+from moe_route.recording import RoutingStatistics
 
 _ENTROPIES = ("token", "sequence", "within")
 

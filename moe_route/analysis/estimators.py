@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,9 +23,7 @@ from moe_route.analysis.measures import (
     ratio,
 )
 from moe_route.analysis.resampling import GroupSequences, blocks, groups_of
-
-if TYPE_CHECKING:
-    from moe_route.recording import Trace
+from moe_route.recording import Trace
 
 Measure = Literal["normalized_jsd", "jsd", "cosine", "jaccard"]
 MEASURES = ("normalized_jsd", "jsd", "cosine", "jaccard")

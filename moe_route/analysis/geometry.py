@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -14,10 +14,7 @@ from moe_route.analysis.measures import ratio
 from moe_route.analysis.result import Result, by_depth, mean_of_seen
 from moe_route.analysis.stats import pearson
 from moe_route.base.table import Table
-
-if TYPE_CHECKING:
-    from moe_route.recording import RoutingStatistics, SequenceStore
-
+from moe_route.recording import RoutingStatistics, SequenceStore
 
 _TITLES = {
     "divergence": "divergence of routing (D)",

@@ -8,15 +8,13 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
 from moe_route.analysis.measures import ratio
+from moe_route.recording import SentenceVectors
 from moe_route.steering import ExpertSelection, PlanModel
-
-if TYPE_CHECKING:
-    from moe_route.recording import SentenceVectors
 
 NOT_KEPT = "sequences were not kept: record(sequences=True); in a shell, record without --no-sequences"
 

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -24,10 +24,8 @@ from moe_route.analysis.overlap import first, largest
 from moe_route.analysis.result import Result, plain
 from moe_route.base import files
 from moe_route.base.table import Table
+from moe_route.steering import ExpertSelection
 from moe_route.steering.layers import show_numbers
-
-if TYPE_CHECKING:
-    from moe_route.steering import ExpertSelection
 
 
 @dataclass(frozen=True, eq=False, repr=False)

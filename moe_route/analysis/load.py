@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -12,10 +12,8 @@ from moe_route.analysis.inputs import AnalysisError, pick_groups, selection
 from moe_route.analysis.measures import entropy_of, places, ratio
 from moe_route.analysis.result import Result, by_depth
 from moe_route.base.table import Table
-
-if TYPE_CHECKING:
-    from moe_route.recording import RoutingStatistics
-    from moe_route.steering import ExpertSelection
+from moe_route.recording import RoutingStatistics
+from moe_route.steering import ExpertSelection
 
 _POOLED = "all groups"
 

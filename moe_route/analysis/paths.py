@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -21,10 +21,8 @@ from moe_route.analysis.tokens import (
     token_rows,
 )
 from moe_route.base.table import Table, number_of
+from moe_route.recording import Trace
 from moe_route.steering.layers import show_numbers
-
-if TYPE_CHECKING:
-    from moe_route.recording import Trace
 
 
 @dataclass(frozen=True, eq=False)

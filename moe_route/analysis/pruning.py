@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -15,11 +15,9 @@ from moe_route.analysis.measures import places, ratio
 from moe_route.analysis.resampling import ResampledStatistics, resampled_statistics
 from moe_route.analysis.result import Result, by_depth, mean_of_seen, plain
 from moe_route.base.table import Table, number_of
+from moe_route.recording import RoutingStatistics
 from moe_route.steering import ExpertSelection, PlanModel
 from moe_route.steering.selection import random_permutation
-
-if TYPE_CHECKING:
-    from moe_route.recording import RoutingStatistics
 
 # ---- saliency: how much the output of an expert adds, on average, to the tokens that are routed to it
 

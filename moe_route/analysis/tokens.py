@@ -8,7 +8,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -17,10 +17,8 @@ from moe_route.analysis.measures import normalized_jensen_shannon, ratio
 from moe_route.analysis.result import Result, by_depth, plain
 from moe_route.base.table import Table
 from moe_route.calls.call import PHASES
+from moe_route.recording import Trace
 from moe_route.steering.layers import as_layers, show_numbers
-
-if TYPE_CHECKING:
-    from moe_route.recording import Trace
 
 # ---- which tokens, layers and experts
 

@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,18 +18,15 @@ from moe_route.analysis.pruning import CRITERIA, prune
 from moe_route.analysis.result import Result
 from moe_route.base.files import check_new_folder, new_folder
 from moe_route.base.table import Table
+from moe_route.data.batches import EncodedTexts, Text
 from moe_route.experiments.text_run import TextRun
 from moe_route.modules.intercept import modeling_of
+from moe_route.recording import RoutingStatistics
+from moe_route.routed import RoutedModel
 from moe_route.routers.discovery import RouterInfo, find_routers
+from moe_route.runs.language_model import LanguageModel
+from moe_route.runs.lines import KeptRuns
 from moe_route.steering import Plan
-
-if TYPE_CHECKING:
-    from moe_route.data.batches import EncodedTexts, Text
-    from moe_route.recording import RoutingStatistics
-    from moe_route.routed import RoutedModel
-    from moe_route.runs.language_model import LanguageModel
-    from moe_route.runs.lines import KeptRuns
-
 
 # Names under which configurations hold the number of experts.
 _SIZES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")

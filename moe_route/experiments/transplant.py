@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,14 +15,12 @@ from moe_route.analysis.stats import RESAMPLES
 from moe_route.base.table import Table, interval
 from moe_route.data.batches import EncodedTexts, Text
 from moe_route.experiments.text_run import TextRun
+from moe_route.recording import Recorder
 from moe_route.recording.trace import Trace
 from moe_route.routed import RoutedModel
 from moe_route.runs.language_model import LanguageModel
 from moe_route.runs.lines import KeptRuns
 from moe_route.steering import Plan
-
-if TYPE_CHECKING:
-    from moe_route.recording import Recorder
 
 ROUTES = ("own", "pooled", "choice", "other", "scores")
 ALL = "all"

@@ -8,17 +8,13 @@ describes the run.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
 
 import torch
+from torch.distributed import ProcessGroup
 
 from moe_route.recording.metadata import add_fingerprints
 from moe_route.recording.statistics import MergeError, RoutingStatistics
 from moe_route.recording.store import SequenceShard, SequenceStore, is_unnamed
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 
 _Part = tuple[RoutingStatistics, list[SequenceShard] | None]
 

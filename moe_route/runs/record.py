@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from moe_route.data.batches import EncodedTexts, Text
+from moe_route.recording import Recorder
 from moe_route.runs.language_model import LanguageModel
-
-if TYPE_CHECKING:
-    from moe_route.recording import Recorder
 
 
 def record_texts(

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moe_route.data import demo_model_folder
 from moe_route.data.batches import EncodedTexts, Text
 from moe_route.integrations import vllm as plugin
 from moe_route.integrations.vllm.options import GROUP, ITEM
 from moe_route.recording.metadata import merge_metadata
+from moe_route.recording.statistics import RoutingStatistics
 from moe_route.runs.language_model import DEMO_MODEL, encode
-
-if TYPE_CHECKING:
-    from moe_route.recording.statistics import RoutingStatistics
-    from moe_route.steering.plan import Plan
+from moe_route.steering.plan import Plan
 
 
 class EngineTexts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,17 +15,14 @@ from moe_route.contract.tables import METRICS
 from moe_route.integrations.vllm.counts import StepTrace
 from moe_route.integrations.vllm.options import Options
 from moe_route.integrations.vllm.requests import Request, RequestTable
+from moe_route.integrations.vllm.sites import Site, Stage
 from moe_route.recording.counting import DEFAULT_METRICS
 from moe_route.recording.metadata import add_fingerprints
 from moe_route.recording.statistics import RecordingError, RoutingStatistics
 from moe_route.recording.store import SequenceStore
 from moe_route.recording.tables import TableSet, TableSums
+from moe_route.recording.trace import Trace
 from moe_route.recording.vectors import SequenceAverages, SequencePool
-
-if TYPE_CHECKING:
-    from moe_route.integrations.vllm.sites import Site, Stage
-    from moe_route.recording.trace import Trace
-
 
 logger = logging.getLogger(__name__)
 
