@@ -107,3 +107,14 @@ def test_only_these_rooms_reach_the_compiled_library() -> None:
         reached |= more
     rooms = {name.split(".")[0] for name in reached} - {"_C", "__main__"}
     assert rooms == NEEDS_C
+
+
+def test_only_the_command_line_uses_the_front_door() -> None:
+    """`import moe_route as mr` loads a name on its first use: any module below could reach any floor by it."""
+    through = {
+        name_of(path).split(".")[0]
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Import) and any(alias.name == "moe_route" for alias in node.names)
+    }
+    assert through == {"bench", "cli"}  # bench asks for the version

@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import moe_route as mr
+from moe_route.base.table import Table
 from moe_route.cli import experts
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import in_layers, load_language_model, merged_statistics, output, sentences, token_texts
@@ -89,23 +91,20 @@ def add_analyze(verbs: Any) -> None:
 
 def ask(question: Question, options: argparse.Namespace, variant: str, *sources: Any, **more: Any) -> Any:
     """The result of a variant's function; options that only other variants read are refused."""
-    from moe_route import analysis
-
     asked = question.variants[variant]
     refuse(options, sorted(question.options - asked.options), f"is not for {variant}")
-    return getattr(analysis, asked.function)(*sources, **given(options, asked.takes), **more)
+    return getattr(mr.analysis, asked.function)(*sources, **given(options, asked.takes), **more)
 
 
-def _ends(parts: list[str], data: dict[str, Any], result: Any, level: float, table: Any) -> None:
-    """Add the ends of an interval to an answer; ``table`` makes the text of one end."""
-    from moe_route.analysis.result import plain
-
-    low, high = result.interval(level)
-    data |= {"level": level, "low": plain(low), "high": plain(high)}
-    parts += [
-        str(table(ends, f"{name} end of the {level * 100:g} % interval"))
-        for name, ends in (("low", low), ("high", high))
-    ]
+def _with_ends(result: Any, level: float | None, table: Any, **more: Any) -> Answer:
+    """The answer with a result, and if a level is given, with the ends of its interval; ``table`` shows one end."""
+    data, parts = result.to_dict() | more, [repr(result)]
+    if level is not None:
+        low, high = result.interval(level)
+        data |= {"level": level, "low": low, "high": high}
+        ends = (("low", low), ("high", high))
+        parts += [str(table(end, title=f"{name} end of the {level * 100:g} % interval")) for name, end in ends]
+    return _answer(result, data, parts)
 
 
 def _answer(result: Any, data: dict[str, Any], parts: list[str]) -> Answer:
@@ -133,36 +132,22 @@ def _add_divergence(parser: Parser) -> None:
 
 
 def _divergence(question: Question, options: argparse.Namespace) -> Answer:
-    from moe_route import analysis
-    from moe_route.analysis.result import by_depth, plain
-    from moe_route.base.table import Table
+    from moe_route.analysis.result import by_depth
 
     name = "--all-pairs" if options.all_pairs else "--shape" if options.shape else "divergence from a reference"
     statistics = merged_statistics(options.files)
     if options.all_pairs:
         matrix = ask(question, options, name, in_layers(statistics, options.layers))
-        data, parts = matrix.to_dict() | {"mean": plain(matrix.mean())}, [repr(matrix)]
-        if options.interval is not None:
 
-            def rows(ends: Any, title: str) -> Table:
-                cells = [[group, *row] for group, row in zip(matrix.groups, ends.tolist(), strict=True)]
-                return Table(["", *matrix.groups], cells, title)
+        def rows(ends: Any, title: str) -> Table:
+            cells = [[group, *row] for group, row in zip(matrix.groups, ends.tolist(), strict=True)]
+            return Table(["", *matrix.groups], cells, title)
 
-            _ends(parts, data, matrix, options.interval, rows)
-        return _answer(matrix, data, parts)
+        return _with_ends(matrix, options.interval, rows, mean=matrix.mean())
     divergence = ask(question, options, name, statistics, options.reference or "eng_Latn")
     if options.shape:
-        return Answer.of(analysis.u_shape(divergence, **given(options, ("edge", "middle"))))
-    data, parts = divergence.to_dict(), [repr(divergence)]
-    if options.interval is not None:
-        _ends(
-            parts,
-            data,
-            divergence,
-            options.interval,
-            lambda ends, title: by_depth(divergence.groups, ends, title=title),
-        )
-    return _answer(divergence, data, parts)
+        return Answer.of(mr.analysis.u_shape(divergence, **given(options, ("edge", "middle"))))
+    return _with_ends(divergence, options.interval, partial(by_depth, divergence.groups))
 
 
 def _add_correlation(parser: Parser) -> None:
@@ -187,9 +172,7 @@ def _add_correlation(parser: Parser) -> None:
 
 
 def _correlation(question: Question, options: argparse.Namespace) -> Answer:
-    from moe_route import analysis
     from moe_route.analysis.inputs import read_scores
-    from moe_route.base.table import Table
 
     divergence = ask(
         question, options, "correlation", merged_statistics(options.files), options.reference or "eng_Latn"
@@ -205,15 +188,13 @@ def _correlation(question: Question, options: argparse.Namespace) -> Answer:
     if options.fertility:
         tokens = divergence.tokens
         columns["tokens"] = {} if tokens is None else dict(zip(divergence.groups, tokens.tolist(), strict=True))
-    result = analysis.correlation(
+    result = mr.analysis.correlation(
         divergence, read_scores(options.scores), covariates=columns, blocks=blocks, exchange=options.exchange
     )
     data, parts = result.to_dict(), [repr(result)]
     if options.interval is not None:
-        from moe_route.analysis.result import plain
-
         low, high = result.interval(options.interval)
-        data |= {"level": options.interval, "low": plain(low), "high": plain(high)}
+        data |= {"level": options.interval, "low": low, "high": high}
         rows = [[layer, *ends] for layer, ends in enumerate(zip(low.tolist(), high.tolist(), strict=True))]
         title = f"{options.interval * 100:g} % interval of Pearson r"
         parts.append(str(Table(("layer", "low", "high"), rows, title)))
@@ -258,20 +239,20 @@ def _layers(question: Question, options: argparse.Namespace) -> Answer:
     result = ask(question, options, options.of, merged_statistics(options.files))
     if options.of != "entropy":
         return Answer.of(result)
-    from moe_route.analysis.result import by_depth, plain
+    from moe_route.analysis.result import by_depth
 
     data, parts = result.to_dict(), [repr(result)]
     if options.normalized:
         present = [name for name in ("token", "sequence") if getattr(result, name) is not None]
         values = {name: result.normalized(name) for name in present}
-        data["normalized"] = plain(values)
+        data["normalized"] = values
         parts = [str(by_depth(result.groups, rows, title=f"{name} entropy / log E")) for name, rows in values.items()]
     if options.interval is not None:
         data["level"] = options.interval
         kinds = ("token", "sequence", "gap")
         for of in kinds if result.token_values is not None else kinds[1:2]:
             low, high = result.interval(options.interval, of=of)
-            data |= {f"{of}_low": plain(low), f"{of}_high": plain(high)}
+            data |= {f"{of}_low": low, f"{of}_high": high}
             what = of if of == "gap" else f"{of} entropy"
             for name, ends in (("low", low), ("high", high)):
                 title = f"{what} (nats), {name} end of the {options.interval * 100:g} % interval"
@@ -342,14 +323,12 @@ def _add_tokens(parser: Parser) -> None:
 
 
 def _tokens(question: Question, options: argparse.Namespace) -> Answer:
-    from moe_route.recording import Trace
-
-    trace, more = Trace.load(options.trace), {}
+    trace, more = mr.Trace.load(options.trace), {}
     sources: tuple[Any, ...] = (trace,)
     if options.of == "saturation":
         if options.final is None:
             raise ValueError("saturation compares two checkpoints: name the trace of the later one with --final")
-        sources = (trace, Trace.load(options.final))
+        sources = (trace, mr.Trace.load(options.final))
     elif options.of == "class-routing":
         sources = (trace, _classes(options.tokenizer, options.classes or "script"))
     elif options.of == "vocabulary":
@@ -361,12 +340,10 @@ def _tokens(question: Question, options: argparse.Namespace) -> Answer:
 
 
 def _classes(tokenizer: str | None, by: Any) -> tuple[str, ...]:
-    from moe_route import analysis
-
     if tokenizer is None:
         raise ValueError("classes of tokens are read from their texts: pass --tokenizer")
     texts, special = token_texts(tokenizer)
-    return analysis.token_classes(texts, by=by, special=special)
+    return mr.analysis.token_classes(texts, by=by, special=special)
 
 
 # ---- selections, geometry
@@ -386,20 +363,17 @@ def _add_overlap(parser: Parser) -> None:
 def _overlap(question: Question, options: argparse.Namespace) -> Answer:
     from dataclasses import replace
 
-    from moe_route import plots
-    from moe_route.steering import ExpertSelection
-
     output(options.picture, options.out)
     stems = [path.stem for path in options.files]
     names = stems if len(set(stems)) == len(stems) else [str(path) for path in options.files]
     if len(set(names)) < len(names):
         raise ValueError("a selection is named twice: name each file once")
-    selections = {name: ExpertSelection.load(path) for name, path in zip(names, options.files, strict=True)}
+    selections = {name: mr.ExpertSelection.load(path) for name, path in zip(names, options.files, strict=True)}
     result = ask(question, options, "overlap", selections)
     answer = Answer.of(result)
     if options.picture is None:
         return answer
-    plots.save(plots.overlap(result), options.picture)
+    mr.plots.save(mr.plots.overlap(result), options.picture)
     text = f"{answer.text}\nwritten to {options.picture}"
     return replace(answer, data={**answer.data, "picture": options.picture}, text=text)
 
@@ -421,13 +395,11 @@ def _refuse_model_without_weights(options: argparse.Namespace) -> None:
 
 
 def _geometry(question: Question, options: argparse.Namespace) -> Answer:
-    from moe_route.experiments import router_weights
-
     weights = None
     statistics = merged_statistics(options.files)
     if options.weights:
         with load_language_model(options).attach(options.engine) as routed:
-            weights = router_weights(routed)
+            weights = mr.experiments.router_weights(routed)
     return Answer.of(ask(question, options, "geometry", statistics, options.reference or "eng_Latn", weights=weights))
 
 
@@ -488,9 +460,7 @@ def _similarity(question: Question, options: argparse.Namespace) -> Answer:
 
 
 def _alignment(question: Question, options: argparse.Namespace, source: Any) -> Answer:
-    from moe_route import analysis
     from moe_route.analysis.inputs import read_scores
-    from moe_route.base.table import Table
 
     result = ask(question, options, "--reference", source, options.reference)
     data, parts = result.to_dict() | {"ranking": list(result.ranking())}, [repr(result)]
@@ -500,7 +470,7 @@ def _alignment(question: Question, options: argparse.Namespace, source: Any) -> 
         title = f"Estimated accuracy: {options.accuracy:g} in {result.reference}, times the mean over layers"
         parts.append(str(Table(("group", "estimate"), rows, title)))
     if options.scores is not None:
-        correlation = analysis.correlation(result, read_scores(options.scores))
+        correlation = mr.analysis.correlation(result, read_scores(options.scores))
         data["correlation"] = correlation.to_dict()
         parts.append(repr(correlation))
     return _answer(result, data, parts)

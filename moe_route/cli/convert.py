@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import moe_route as mr
+from moe_route.base.table import table
 from moe_route.cli.answer import Answer
 from moe_route.cli.experts import KINDS
 from moe_route.cli.inputs import output
@@ -74,14 +76,12 @@ def add_convert(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> Answer:
-    from moe_route import convert
-
     if options.formats:
         return _formats()
     if not options.files:
         raise ValueError("there is no file to read: give one, or --formats")
-    if options.to is not None and options.to not in convert.TARGETS:
-        raise ValueError(f"no format {options.to!r} to write: one of {', '.join(convert.TARGETS)}")
+    if options.to is not None and options.to not in mr.convert.TARGETS:
+        raise ValueError(f"no format {options.to!r} to write: one of {', '.join(mr.convert.TARGETS)}")
     output(options.out)
     given = {
         name: getattr(options, option) for option, name in _OPTIONS.items() if getattr(options, option) is not None
@@ -93,37 +93,35 @@ def run(options: argparse.Namespace) -> Answer:
         written["groups"] = options.groups
     if options.to == "easysteer" and "first_layer" in given:
         written["first_layer"] = given.pop("first_layer")
-    kinds = () if options.to is None else convert.TARGETS[options.to].kinds
-    found = convert.read(options.files, options.format, to=kinds[0] if len(kinds) == 1 else None, **given)
+    kinds = () if options.to is None else mr.convert.TARGETS[options.to].kinds
+    found = mr.convert.read(options.files, options.format, to=kinds[0] if len(kinds) == 1 else None, **given)
     data, text = _shown(found)
     if options.out is not None:
-        convert.write(found, options.out, options.to, **written)
+        mr.convert.write(found, options.out, options.to, **written)
         data, text = {**data, "out": options.out}, f"{text}\nwritten to {options.out}"
     return Answer(data, text)
 
 
 def _formats() -> Answer:
-    from moe_route.base.table import table
-    from moe_route.convert import FORMATS, TARGETS
-
-    read = [[name, "/".join(format.gives), format.holds] for name, format in FORMATS.items()]
-    write = [[name, "/".join(target.kinds), target.holds] for name, target in TARGETS.items()]
+    read = [[name, "/".join(format.gives), format.holds] for name, format in mr.convert.FORMATS.items()]
+    write = [[name, "/".join(target.kinds), target.holds] for name, target in mr.convert.TARGETS.items()]
     columns = ["format", "gives", "files"]
     text = f"read (--from):\n{table(columns, read)}\n\nwritten (--to):\n{table(['format', 'takes', 'files'], write)}"
     data = {
-        "read": {name: {"gives": list(format.gives), "holds": format.holds} for name, format in FORMATS.items()},
-        "written": {name: {"takes": target.kinds, "holds": target.holds} for name, target in TARGETS.items()},
+        "read": {
+            name: {"gives": list(format.gives), "holds": format.holds} for name, format in mr.convert.FORMATS.items()
+        },
+        "written": {
+            name: {"takes": target.kinds, "holds": target.holds} for name, target in mr.convert.TARGETS.items()
+        },
     }
     return Answer(data, text)
 
 
 def _shown(found: Any) -> tuple[dict[str, Any], str]:
     """What was read, in numbers and as text."""
-    from moe_route.recording import RoutingStatistics, Trace
-    from moe_route.steering import Plan
-
     text = repr(found)
-    if isinstance(found, RoutingStatistics):
+    if isinstance(found, mr.RoutingStatistics):
         data: dict[str, Any] = {
             "kind": "statistics",
             "groups": dict(zip(found.groups, found.tokens().max(axis=1).tolist(), strict=True)),
@@ -137,9 +135,9 @@ def _shown(found: Any) -> tuple[dict[str, Any], str]:
             gap = data["largest_gap"]
             text += f"\n  choices fill the slots of the tokens{f', but for {gap:.2%} at most' if gap else ' exactly'}"
         return data, text
-    if isinstance(found, Trace):
+    if isinstance(found, mr.Trace):
         sizes = {"tokens": len(found), "sequences": len(found.items), "groups": list(found.groups)}
         return {"kind": "trace", **sizes, "layers": list(found.layers), "slots": found.ids.shape[2]}, text
-    if isinstance(found, Plan):
+    if isinstance(found, mr.Plan):
         return {"kind": "plan", "hash": found.hash, "rules": len(found.rules)}, found.describe()
     return {"kind": "selection", **found.to_dict()}, text

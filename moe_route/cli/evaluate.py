@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import moe_route as mr
+from moe_route.base.table import table
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import quiet_libraries
 from moe_route.cli.interrupt import INTERRUPTED, deferred_interrupt
@@ -45,16 +47,14 @@ def add_eval(verbs: Any) -> None:
 
 
 def run_eval(options: argparse.Namespace) -> Answer:
-    from moe_route.evaluation import evaluate, parse_assignment, read_study, shipped_studies
-
-    shipped = shipped_studies()
+    shipped = mr.evaluation.shipped_studies()
     if options.list:
         return _listed(shipped)
     if options.study is None:
         raise ValueError(f"name a study: a TOML file, or one of {', '.join(shipped)} (--list)")
     path = shipped.get(options.study, Path(options.study))
-    changes = dict(map(parse_assignment, options.changes))
-    study = read_study(options.study, changes)
+    changes = dict(map(mr.evaluation.parse_assignment, options.changes))
+    study = mr.evaluation.read_study(options.study, changes)
     if options.show:
         return Answer({"path": path, "study": study.to_dict()}, path.read_text(encoding="utf-8").rstrip("\n"))
     if options.out is None:
@@ -62,7 +62,9 @@ def run_eval(options: argparse.Namespace) -> Answer:
     data = options.data or (Path() if options.study in shipped else path.parent)
     quiet_libraries()
     with deferred_interrupt(terminate=True, second="Ctrl-C again ends at once; the next run goes on from here") as stop:
-        done = evaluate(study, options.out, data=data, force=options.force, stop=stop, progress=sys.stderr.isatty())
+        done = mr.evaluation.evaluate(
+            study, options.out, data=data, force=options.force, stop=stop, progress=sys.stderr.isatty()
+        )
     if done.interrupted:
         text = f"interrupted: the same command goes on from here ({options.out})"
         return Answer(done.to_dict(), text, code=INTERRUPTED)
@@ -71,10 +73,7 @@ def run_eval(options: argparse.Namespace) -> Answer:
 
 
 def _listed(shipped: dict[str, Path]) -> Answer:
-    from moe_route.base.table import table
-    from moe_route.evaluation import read_study
-
-    studies = {name: read_study(name) for name in shipped}
+    studies = {name: mr.evaluation.read_study(name) for name in shipped}
     rows = [(name, study.model.id, ", ".join(study.tasks), study.title) for name, study in studies.items()]
     data = [{"name": name, "model": model, "title": title} for name, model, _, title in rows]
     return Answer({"studies": data}, table(("study", "model", "tasks", ""), rows))

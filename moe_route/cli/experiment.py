@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import moe_route as mr
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import attached_model, load_language_model, shown_options, texts
 from moe_route.cli.options import (
@@ -30,7 +31,6 @@ from moe_route.cli.options import (
 from moe_route.cli.saving import resumed
 
 if TYPE_CHECKING:
-    from moe_route.experiments import PromptPair
     from moe_route.runs.lines import KeptRuns
 
 ROUTES = ("own", "pooled", "choice", "other", "scores")
@@ -69,15 +69,15 @@ def add_experiment(verbs: Any) -> None:
 
 
 def _run(experiment: Experiment, options: argparse.Namespace) -> Answer:
-    from moe_route import experiments
-
     work = texts(options)
 
     def measured(kept: KeptRuns | None) -> Answer:
         more = experiment.more(options, work)
         with attached_model(options) as (language_model, routed):
             chosen = {**given(options, experiment.takes), **more, **shown_options(options)}
-            result = getattr(experiments, experiment.function)(language_model, work, routed=routed, kept=kept, **chosen)
+            result = getattr(mr.experiments, experiment.function)(
+                language_model, work, routed=routed, kept=kept, **chosen
+            )
         answer = Answer.of(result)
         if not hasattr(result, "agreement"):
             return answer
@@ -117,12 +117,10 @@ def _band(text: str) -> tuple[str, tuple[int, ...]]:
 
 
 def _donated(options: argparse.Namespace, work: Any) -> dict[str, Any]:
-    from moe_route.experiments import record_trace
-
     more: dict[str, Any] = {"bands": dict(options.band or ())}
     if options.donor is not None:
         donor = load_language_model(argparse.Namespace(**{**vars(options), "model": options.donor}))
-        more["routes"] = {"donor": record_trace(donor, work, **shown_options(options))}
+        more["routes"] = {"donor": mr.experiments.record_trace(donor, work, **shown_options(options))}
     return more
 
 
@@ -184,20 +182,18 @@ def _add_patch(below: Any) -> None:
 
 
 def _run_patch(options: argparse.Namespace) -> Answer:
-    from moe_route.experiments import patch_experts
-
     pairs = _pairs(options.pairs)
     takes = ("layers", "weight", "positions", "batch_size", "seed")
 
     def measured(kept: KeptRuns | None) -> Answer:
-        return Answer.of(patch_experts(load_language_model(options), pairs, kept=kept, **given(options, takes)))
+        return Answer.of(
+            mr.experiments.patch_experts(load_language_model(options), pairs, kept=kept, **given(options, takes))
+        )
 
     return resumed(options, "experiment patch", {name: getattr(options, name) for name in takes}, pairs, measured)
 
 
-def _pairs(path: Path) -> list[PromptPair]:
-    from moe_route.experiments import PromptPair
-
+def _pairs(path: Path) -> list[mr.experiments.PromptPair]:
     pairs = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         cells = line.split("\t")  # answers may begin with a space
@@ -207,5 +203,5 @@ def _pairs(path: Path) -> list[PromptPair]:
                 "answer and, if wanted, a group, with tabs between"
             )
         if line.strip():
-            pairs.append(PromptPair(*cells))
+            pairs.append(mr.experiments.PromptPair(*cells))
     return pairs

@@ -7,14 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import moe_route as mr
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import merged_statistics, output, save_plan
 from moe_route.cli.options import TABLES, Parser, add, existing, level, numbers, out_argument, positive, writable
-
-if TYPE_CHECKING:
-    from moe_route.steering import ExpertSelection, Plan
 
 KINDS = ("activate", "deactivate", "force-on", "force-off", "forbid")
 _OPPOSITE = {"activate": "deactivate", "deactivate": "activate", "force-on": "force-off", "force-off": "force-on"}
@@ -188,12 +186,10 @@ def _is_selection(files: list[Path]) -> bool:
 
 
 def _read_selection(options: argparse.Namespace, path: Path) -> Any:
-    from moe_route.steering import ExpertSelection
-
     _refuse(options, "a selection from a file", frozenset())
     if options.group is not None or options.baseline is not None or options.stability is not None:
         raise ValueError("a selection from a file takes no --group, --baseline and --stability: leave them out")
-    selection = ExpertSelection.load(path)
+    selection = mr.ExpertSelection.load(path)
     return selection if options.layers is None else selection.restrict(options.layers)
 
 
@@ -224,8 +220,6 @@ def _written(options: argparse.Namespace, result: Any) -> Answer:
 
 def _swept(options: argparse.Namespace, files: list[Path]) -> Answer:
     """Numbers of task experts and of multilingual experts by threshold."""
-    from moe_route import analysis, plots
-
     takes = frozenset({"threshold", "reference", "by", "phase"})
     _refuse(options, "a list of thresholds", takes)
     if options.rule not in SWEPT:
@@ -235,7 +229,7 @@ def _swept(options: argparse.Namespace, files: list[Path]) -> Answer:
     unused = [name for name in ("plan", "ids", "stability", "baseline_group") if getattr(options, name) is not None]
     if unused:
         raise ValueError(f"--{unused[0].replace('_', '-')} is for one threshold: leave it out, or give one")
-    result = analysis.sweep(
+    result = mr.analysis.sweep(
         merged_statistics(files),
         merged_statistics(options.baseline),
         reference=options.reference or "eng_Latn",
@@ -248,7 +242,7 @@ def _swept(options: argparse.Namespace, files: list[Path]) -> Answer:
     answer = Answer.of(result)
     data, text = dict(answer.data), answer.text
     if options.picture is not None:
-        plots.save(plots.sweep_overlap(result), options.picture)
+        mr.plots.save(mr.plots.sweep_overlap(result), options.picture)
         data, text = {**data, "picture": options.picture}, f"{text}\nwritten to {options.picture}"
     for path in dict.fromkeys(path for path in (options.out, options.table) if path is not None):
         if path.suffix not in TABLES:
@@ -267,8 +261,6 @@ def _refuse(options: argparse.Namespace, what: str, takes: frozenset[str]) -> No
 
 def _found(options: argparse.Namespace, files: list[Path]) -> Any:
     """The result of the rule, as the library gives it."""
-    from moe_route import analysis
-
     rule = RULES[options.rule]
     _refuse(options, f"the rule {options.rule}", frozenset(rule.takes))
     if rule.baseline != (options.baseline is not None):
@@ -286,7 +278,7 @@ def _found(options: argparse.Namespace, files: list[Path]) -> Any:
     arguments = {rule.takes[name]: value for name, value in given.items() if value is not None}
     if rule.takes.get("group") == "groups" and options.group is not None and rule.function != "multilingual_experts":
         arguments["groups"] = [options.group]
-    function = getattr(analysis, rule.function)
+    function = getattr(mr.analysis, rule.function)
     keep = 0.8 if options.keep is None else options.keep
     if options.rule == "risk" and options.stability is not None:
         arguments |= {"resamples": options.stability, "keep": keep}
@@ -296,26 +288,23 @@ def _found(options: argparse.Namespace, files: list[Path]) -> Any:
 
     if options.stability is None or options.rule == "risk":
         return find(*statistics)
-    one: Callable[..., ExpertSelection] = (
+    one: Callable[..., mr.ExpertSelection] = (
         (lambda *drawn: find(*drawn)[_language(options)])
         if rule.by_language
         else lambda *drawn: _signed(find(*drawn), options)[0]
     )
-    return analysis.stability_selection(one, *statistics, resamples=options.stability, keep=keep)
+    return mr.analysis.stability_selection(one, *statistics, resamples=options.stability, keep=keep)
 
 
 def _in_layers(result: Any, kept: tuple[int, ...] | None) -> Any:
     """The part of a result in these layers."""
     from dataclasses import replace
 
-    from moe_route.analysis import RiskExperts
-    from moe_route.steering import ExpertSelection
-
     if kept is None:
         return result
-    if isinstance(result, ExpertSelection):
+    if isinstance(result, mr.ExpertSelection):
         return result.restrict(kept)
-    if isinstance(result, RiskExperts):
+    if isinstance(result, mr.analysis.RiskExperts):
         return replace(result, activate=result.activate.restrict(kept), deactivate=result.deactivate.restrict(kept))
     if not hasattr(result, "by_group"):
         raise ValueError("this rule looks at all layers: leave --layers out")
@@ -329,16 +318,13 @@ def _language(options: argparse.Namespace) -> str:
     return group
 
 
-def _signed(result: Any, options: argparse.Namespace) -> tuple[ExpertSelection, ExpertSelection | None]:
+def _signed(result: Any, options: argparse.Namespace) -> tuple[mr.ExpertSelection, mr.ExpertSelection | None]:
     """The experts to write, and for risk those of the opposite sign."""
-    from moe_route.analysis import Committee, RiskExperts
-    from moe_route.steering import ExpertSelection
-
-    if isinstance(result, ExpertSelection):
+    if isinstance(result, mr.ExpertSelection):
         return result, None
-    if isinstance(result, RiskExperts):
+    if isinstance(result, mr.analysis.RiskExperts):
         return result.activate, result.deactivate
-    if isinstance(result, Committee):
+    if isinstance(result, mr.analysis.Committee):
         return result.experts, None
     if hasattr(result, "selection"):
         return result.selection, None
@@ -351,13 +337,13 @@ def _signed(result: Any, options: argparse.Namespace) -> tuple[ExpertSelection, 
     return result[options.group], None
 
 
-def _selection(used: ExpertSelection, unused: ExpertSelection | None) -> ExpertSelection:
+def _selection(used: mr.ExpertSelection, unused: mr.ExpertSelection | None) -> mr.ExpertSelection:
     if used and unused:
         raise ValueError("a selection is of one sign: pass --activations or --deactivations alone, or write a --plan")
     return used or unused or used
 
 
-def _plan(options: argparse.Namespace, used: ExpertSelection, unused: ExpertSelection | None) -> Plan:
+def _plan(options: argparse.Namespace, used: mr.ExpertSelection, unused: mr.ExpertSelection | None) -> mr.Plan:
     """The plan of --kind for these experts, and of its opposite for those used less."""
     kind, strength = options.kind or "activate", 0.5 if options.strength is None else options.strength
     if not used and not unused:
@@ -373,9 +359,7 @@ def _plan(options: argparse.Namespace, used: ExpertSelection, unused: ExpertSele
     return sum(plans[1:], plans[0])
 
 
-def _plan_of_kind(kind: str, selection: ExpertSelection, strength: float) -> Plan:
-    from moe_route.steering import Plan
-
-    make = getattr(Plan, kind.replace("-", "_"))
-    plan: Plan = make(selection, strength=strength) if kind in ("activate", "deactivate") else make(selection)
+def _plan_of_kind(kind: str, selection: mr.ExpertSelection, strength: float) -> mr.Plan:
+    make = getattr(mr.Plan, kind.replace("-", "_"))
+    plan: mr.Plan = make(selection, strength=strength) if kind in ("activate", "deactivate") else make(selection)
     return plan.for_model(config_hash=selection.model.config_hash, num_experts=selection.model.num_experts)

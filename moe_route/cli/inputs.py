@@ -11,25 +11,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import moe_route as mr
+
 if TYPE_CHECKING:
-    from moe_route.data import CorpusStream
     from moe_route.data.batches import Text
-    from moe_route.recording import RoutingStatistics, SentenceVectors
-    from moe_route.routed import RoutedModel
-    from moe_route.runs.language_model import LanguageModel
-    from moe_route.steering import Plan
+    from moe_route.recording import SentenceVectors
 
 HUB = "hub:"
 """What begins the name of a plan on the Hugging Face hub: hub:OWNER/NAME, or hub:OWNER/NAME/FILE."""
 
 
-def load_language_model(options: argparse.Namespace, **how: Any) -> LanguageModel:
+def load_language_model(options: argparse.Namespace, **how: Any) -> mr.LanguageModel:
     """The model of the options; ``how`` are further arguments of ``LanguageModel.load``."""
-    from moe_route.runs.language_model import LanguageModel
-
     quiet_libraries()
     where = {"device": options.device, "device_map": options.device_map}
-    return LanguageModel.load(options.model, dtype=options.dtype, **where, **how)
+    return mr.LanguageModel.load(options.model, dtype=options.dtype, **where, **how)
 
 
 def quiet_libraries() -> None:
@@ -47,18 +43,16 @@ def quiet_libraries() -> None:
 
 
 @contextlib.contextmanager
-def attached_model(options: argparse.Namespace, **how: Any) -> Iterator[tuple[LanguageModel, RoutedModel]]:
+def attached_model(options: argparse.Namespace, **how: Any) -> Iterator[tuple[mr.LanguageModel, mr.RoutedModel]]:
     """The model of the options, and the attached model, detached at the end; ``how`` as in ``load_language_model``."""
     language_model = load_language_model(options, **how)
     with language_model.attach(options.engine) as routed:
         yield language_model, routed
 
 
-def text_source(options: argparse.Namespace, *, opened: bool = True, **columns: str) -> CorpusStream:
+def text_source(options: argparse.Namespace, *, opened: bool = True, **columns: str) -> mr.data.CorpusStream:
     """The texts of the options; how they are read is said on standard error if they are opened."""
-    from moe_route.data import read_texts
-
-    stream = read_texts(
+    stream = mr.data.read_texts(
         options.data,
         columns=options.columns,
         quotes=options.quotes,
@@ -75,9 +69,7 @@ def text_source(options: argparse.Namespace, *, opened: bool = True, **columns: 
 
 def texts(options: argparse.Namespace) -> list[Text]:
     """The texts of the options, language by language."""
-    from moe_route.data.batches import texts_of
-
-    return texts_of(text_source(options))
+    return mr.texts_of(text_source(options))
 
 
 def text_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -93,13 +85,11 @@ def shown_options(options: argparse.Namespace, caption: str | None = None) -> di
 
 def tokenizer_of(name: str) -> Any:
     """The tokenizer in a folder, on the hub, or of the demo model."""
-    from moe_route.data import demo_model_folder
-
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise ImportError("reading a tokenizer needs transformers: pip install 'moe-route[hf]'") from error
-    return AutoTokenizer.from_pretrained(demo_model_folder() if name == "demo" else name)
+    return AutoTokenizer.from_pretrained(mr.data.demo_model_folder() if name == "demo" else name)
 
 
 def token_texts(name: str) -> tuple[list[str], list[int]]:
@@ -108,17 +98,15 @@ def token_texts(name: str) -> tuple[list[str], list[int]]:
     return [str(tokenizer.decode([number])) for number in range(len(tokenizer))], list(tokenizer.all_special_ids)
 
 
-def merged_statistics(paths: Sequence[Path]) -> RoutingStatistics:
+def merged_statistics(paths: Sequence[Path]) -> mr.RoutingStatistics:
     """The sum of the statistics in ``paths``."""
-    from moe_route.recording import RoutingStatistics
-
-    first, *others = [RoutingStatistics.load(path) for path in paths]
+    first, *others = [mr.RoutingStatistics.load(path) for path in paths]
     for other in others:
         first = first + other
     return first
 
 
-def sentences(paths: Sequence[Path]) -> RoutingStatistics | SentenceVectors:
+def sentences(paths: Sequence[Path]) -> mr.RoutingStatistics | SentenceVectors:
     """Sentence vectors in one file, or the sum of statistics."""
     from moe_route.base import files
     from moe_route.recording import SentenceVectors
@@ -139,17 +127,15 @@ def in_layers(source: Any, layers: Sequence[int] | None) -> Any:
     return source.select(layers=layers)
 
 
-def load_plan(name: str | Path) -> Plan:
+def load_plan(name: str | Path) -> mr.Plan:
     """The plan in a file, or on the hub: hub:OWNER/NAME[/FILE][@REVISION]."""
-    from moe_route.steering import Plan
-
     if not str(name).startswith(HUB):
-        return Plan.load(name)
+        return mr.Plan.load(name)
     repo, filename, revision = _place_on_hub(str(name))
-    return Plan.from_hub(repo, filename or "plan.safetensors", revision=revision)
+    return mr.Plan.from_hub(repo, filename or "plan.safetensors", revision=revision)
 
 
-def save_plan(plan: Plan, out: str | Path, *, private: bool = False) -> str:
+def save_plan(plan: mr.Plan, out: str | Path, *, private: bool = False) -> str:
     """Write a plan to a file, or to the hub; returns where it is."""
     if not str(out).startswith(HUB):
         plan.save(out)

@@ -7,6 +7,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import moe_route as mr
+from moe_route.base.table import Table
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import (
     attached_model,
@@ -35,6 +37,7 @@ from moe_route.cli.options import (
     writable,
 )
 from moe_route.cli.saving import resumed
+from moe_route.runs.job import made_folder
 
 if TYPE_CHECKING:
     from moe_route.runs.lines import KeptRuns
@@ -112,13 +115,12 @@ def _refuse_ignored(options: argparse.Namespace) -> None:
 def run_prune(options: argparse.Namespace) -> Answer:
     if options.measure:
         return _measured(options)
-    from moe_route.steering import ExpertSelection
 
     output(options.selection)
     if _is_selection(options.files):
         choices = ("keep", "criterion", "group", "reference", "allocation", "resamples", "n_group", "topk_group")
         refuse(options, choices, "chooses experts, and a selection has them")
-        dropped = ExpertSelection.load(options.files[0])
+        dropped = mr.ExpertSelection.load(options.files[0])
         text = [repr(dropped)]
         data: dict[str, Any] = {"dropped": dropped.to_dict()}
     else:
@@ -142,18 +144,16 @@ def _is_selection(files: list[Path]) -> bool:
 
 def _chosen(options: argparse.Namespace) -> tuple[Any, dict[str, Any], list[str]]:
     """The experts to drop, by the statistics."""
-    from moe_route import analysis
-
     if options.keep is None or len(options.keep) != 1 or len(options.criterion or ("",)) != 1:
         raise ValueError("name one share of experts to keep (--keep 0.5), and one --criterion; --measure takes several")
     statistics = merged_statistics(options.files)
     shared = {"keep": options.keep[0]} | given(options, ("group", "allocation", "seed", "n_group", "topk_group"))
     criterion: Any = (options.criterion or ("reap",))[0]
-    dropped = analysis.prune(statistics, criterion=criterion, reference=options.reference, **shared)
+    dropped = mr.analysis.prune(statistics, criterion=criterion, reference=options.reference, **shared)
     data: dict[str, Any] = {"dropped": dropped.to_dict()}
     text = [repr(dropped)]
     if options.resamples is not None:
-        stability = analysis.pruning_stability(statistics, resamples=options.resamples, **shared)
+        stability = mr.analysis.pruning_stability(statistics, resamples=options.resamples, **shared)
         data["stability"] = stability.to_dict()
         text.append(repr(stability))
     return dropped, data, text
@@ -161,20 +161,15 @@ def _chosen(options: argparse.Namespace) -> tuple[Any, dict[str, Any], list[str]
 
 def _write_pruned(options: argparse.Namespace, dropped: Any) -> bool:
     """Write the smaller model; False if this same command made it before."""
-    from moe_route.experiments import export_pruned
-    from moe_route.runs.job import made_folder
-
     inputs = {"model": options.model, "dropped": {str(layer): sorted(of) for layer, of in dropped.items()}}
     with made_folder(options.out, "prune", inputs, force=options.force) as inside:
         if inside is not None:
             language_model = load_language_model(options)
-            export_pruned(language_model.model, dropped, inside, tokenizer=language_model.tokenizer)
+            mr.experiments.export_pruned(language_model.model, dropped, inside, tokenizer=language_model.tokenizer)
     return inside is not None
 
 
 def _measured(options: argparse.Namespace) -> Answer:
-    from moe_route.experiments import pruning_curve
-
     if options.out is not None and options.out.suffix not in (*TABLES, ""):
         raise ValueError(
             f"--measure keeps a table, or a folder, and {options.out} is neither: write {', '.join(TABLES)}"
@@ -189,7 +184,9 @@ def _measured(options: argparse.Namespace) -> Answer:
     def measured(kept: KeptRuns | None) -> Answer:
         with attached_model(options) as (language_model, routed):
             how = {**asked, **shown_options(options)}
-            return Answer.of(pruning_curve(language_model, chosen, statistics, routed=routed, kept=kept, **how))
+            return Answer.of(
+                mr.experiments.pruning_curve(language_model, chosen, statistics, routed=routed, kept=kept, **how)
+            )
 
     read = [hashlib.sha256(path.read_bytes()).hexdigest() for path in options.files]
     return resumed(options, "prune", {"measure": True, "statistics": read, **asked}, chosen, measured)
@@ -225,15 +222,12 @@ def add_upcycle(verbs: Any) -> None:
 def run_upcycle(options: argparse.Namespace) -> Answer:
     import json
 
-    from moe_route.data import families_of
-    from moe_route.runs.job import made_folder
-
     if (options.languages is None) == (options.families is None):
         raise ValueError("give either --languages or --families")
     if options.families is not None:
         families = json.loads(options.families.read_text("utf-8"))
     else:
-        families = families_of(options.languages)
+        families = mr.data.families_of(options.languages)
     how = {
         name: getattr(options, name) for name in ("layers", "top_k", "renormalize", "fixed_by_label", "noise", "seed")
     }
@@ -253,11 +247,8 @@ def run_upcycle(options: argparse.Namespace) -> Answer:
 def _upcycled(
     options: argparse.Namespace, families: Any, how: dict[str, Any], folder: Path
 ) -> tuple[dict[str, Any], list[str]]:
-    from moe_route.runs.language_model import LanguageModel
-    from moe_route.training import upcycle
-
-    dense = LanguageModel.load(options.named, dtype=options.dtype)
-    made: Any = upcycle(dense.model, families=families, **how)
+    dense = mr.LanguageModel.load(options.named, dtype=options.dtype)
+    made: Any = mr.training.upcycle(dense.model, families=families, **how)
     made.model.save_pretrained(folder)
     dense.tokenizer.save_pretrained(folder)
     if options.plan is not None:
@@ -346,8 +337,6 @@ def run_merge(options: argparse.Namespace) -> Answer:
         raise ValueError("name the folder for the merged checkpoint: --out FOLDER")
     if options.picture is not None:
         raise ValueError("--picture draws --method difference: leave it out")
-    from moe_route.runs.job import made_folder
-
     inputs = {
         "models": [str(path) for path in options.models],
         "base": None if options.base is None else str(options.base),
@@ -365,37 +354,31 @@ def run_merge(options: argparse.Namespace) -> Answer:
 
 
 def _merged(options: argparse.Namespace, chosen: dict[str, Any]) -> Any:
-    from moe_route import merging
-
     if options.method not in _SWAPS:
         if "weights" in chosen:
             chosen["weights"] = list(chosen["weights"])
-        return merging.merge(options.models, base=options.base, method=options.method, **chosen)
+        return mr.merging.merge(options.models, base=options.base, method=options.method, **chosen)
     if len(options.models) != 2:
         raise ValueError(f"--method {options.method} takes two models, not {len(options.models)}")
     first, second = options.models
     if options.method == "layers":
         if options.base is not None:
             raise ValueError("--method layers reads no --base: leave it out")
-        return merging.swap_layers(task=first, language=second, **chosen)
-    from moe_route.steering import ExpertSelection
+        return mr.merging.swap_layers(task=first, language=second, **chosen)
 
     missing = [name for name in ("selection", "router") if name not in chosen]
     if missing:
         raise ValueError(f"--method experts needs --{' and --'.join(missing)}")
-    chosen["selection"] = ExpertSelection.load(chosen["selection"])
-    return merging.swap_experts(first, second, base=options.base, **chosen)
+    chosen["selection"] = mr.ExpertSelection.load(chosen["selection"])
+    return mr.merging.swap_experts(first, second, base=options.base, **chosen)
 
 
 def _difference(options: argparse.Namespace) -> Answer:
-    from moe_route import merging
-    from moe_route.base.table import Table
-
     if options.base is None or len(options.models) != 1:
         raise ValueError("--method difference takes one model and --base")
     if options.out is not None and options.out.suffix not in (".csv", ".json", ".parquet"):
         raise ValueError(f"--method difference writes no model, and {options.out} is no table: leave --out out")
-    change = merging.difference(options.models[0], options.base)
+    change = mr.merging.difference(options.models[0], options.base)
     if options.picture is not None:
         from moe_route import plots
 

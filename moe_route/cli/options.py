@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from moe_route.runs.job import refuse_made
+
 TABLES = (".csv", ".json", ".parquet")
 """Suffixes of the tables that a result is kept in."""
 
@@ -306,8 +308,6 @@ def resumable_argument(parser: Parser, command: str) -> None:
     parser.add_argument("--force", action="store_true", help="begin the folder again")
 
     def refuse_other(options: argparse.Namespace) -> None:
-        from moe_route.runs.job import refuse_made
-
         if options.out is not None and not options.out.suffix:
             refuse_made(options.out, command, force=options.force)
         else:
@@ -321,8 +321,6 @@ def made_by_a_model(parser: Parser, command: str, *also: str) -> None:
     parser.add_argument("--force", action="store_true", help="write over a result that is there")
 
     def refuse_existing(options: argparse.Namespace) -> None:
-        from moe_route.runs.job import refuse_made
-
         for path in (getattr(options, name) for name in ("out", *also)):
             if path is not None:
                 refuse_made(path, command, force=options.force)

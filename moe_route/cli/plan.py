@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import moe_route as mr
+from moe_route.base.table import table
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import (
     HUB,
@@ -149,7 +151,6 @@ def run_make(options: argparse.Namespace) -> Answer:
 
 def _kinds_and_recipes() -> Answer:
     from moe_route.analysis.recipes import RECIPES
-    from moe_route.base.table import table
 
     rows = [(kind, what) for kind, (what, _) in KINDS.items()]
     data = {"kinds": {kind: what for kind, (what, _) in KINDS.items()}, "recipes": RECIPES.to_dict()}
@@ -157,11 +158,9 @@ def _kinds_and_recipes() -> Answer:
 
 
 def _make_kind(options: argparse.Namespace) -> Answer:
-    from moe_route.steering import Plan
-
     _, takes = KINDS[options.kind]
     refuse(options, [name for name in _CHOICES if name not in takes], f"is not for {options.kind}")
-    method = getattr(Plan, options.kind.replace("-", "_"))
+    method = getattr(mr.Plan, options.kind.replace("-", "_"))
     if "experts" in takes:
         if not options.experts:
             raise ValueError(f"{options.kind} needs experts: {_EXPERTS}")
@@ -188,10 +187,8 @@ def _make_kind(options: argparse.Namespace) -> Answer:
 
 def experts_of(words: list[str]) -> Any:
     """A selection from a file, or {layer: {expert: factor}} from "5:3,17", "8:0-3" or "5:3=0.5"."""
-    from moe_route.steering import ExpertSelection
-
     if len(words) == 1 and Path(words[0]).is_file():
-        return ExpertSelection.load(words[0])
+        return mr.ExpertSelection.load(words[0])
     experts: dict[int, dict[int, float]] = {}
     for word in words:
         layer, of_layer = _experts_of_layer(word)
@@ -220,12 +217,12 @@ def _experts_of_layer(word: str) -> tuple[int, dict[int, float]]:
 
 
 def _make_recipe(options: argparse.Namespace) -> Answer:
-    from moe_route.analysis.recipes import RECIPES, recipe
+    from moe_route.analysis.recipes import RECIPES
 
     if options.kind not in RECIPES and "/" not in options.kind:
         known = [*KINDS, *RECIPES]
         raise ValueError(f"{options.kind!r} is neither a kind of plan nor a recipe{meant([options.kind], known)}")
-    chosen = recipe(options.kind)
+    chosen = mr.recipe(options.kind)
     refuse(options, [*(name for name in _CHOICES if name not in _OF_RECIPE), *_CONDITIONS], "is not for a recipe")
     if options.experts:
         raise ValueError(f"a recipe finds its experts: leave {options.experts[0]} out")
@@ -275,10 +272,11 @@ def run_show(options: argparse.Namespace) -> Answer:
     if options.on is None:
         return written(plan, argparse.Namespace())
     from moe_route.base import files
-    from moe_route.recording.trace import Trace
 
     traced = len(options.on) == 1 and files.read_header(options.on[0])["kind"] == "trace"
-    explanation = plan.explain(Trace.load(options.on[0]) if traced else merged_statistics(options.on), options.groups)
+    explanation = plan.explain(
+        mr.Trace.load(options.on[0]) if traced else merged_statistics(options.on), options.groups
+    )
     return Answer(explanation.to_dict(), repr(explanation))
 
 
@@ -298,11 +296,9 @@ def _add_sum(below: Any) -> None:
 
 
 def run_sum(options: argparse.Namespace) -> Answer:
-    from moe_route.steering import Plan
-
     output(options.out)
     plans = [load_plan(path) for path in options.plans]
-    plan = sum((plan.for_model() for plan in plans) if options.any_model else plans, Plan())
+    plan = sum((plan.for_model() for plan in plans) if options.any_model else plans, mr.Plan())
     return written(plan if options.times == 1 else plan * options.times, options)
 
 
@@ -330,12 +326,10 @@ def _add_learn(below: Any) -> None:
 
 
 def run_learn(options: argparse.Namespace) -> Answer:
-    from moe_route.experiments import learn_routing
-
     output(options.out)
     work = texts(options)
     with attached_model(options) as (language_model, routed):
-        learned = learn_routing(
+        learned = mr.experiments.learn_routing(
             language_model,
             work,
             routed=routed,
@@ -374,11 +368,9 @@ def _add_neighbors(below: Any) -> None:
 
 
 def run_neighbors(options: argparse.Namespace) -> Answer:
-    from moe_route.experiments import neighbor_scores
-
     output(options.out)
     listed = None if options.successful is None else options.successful.read_text("utf-8").split("\n")
-    scores = neighbor_scores(
+    scores = mr.experiments.neighbor_scores(
         merged_statistics(options.solved),
         merged_statistics(options.new),
         successful=None if listed is None else [line.strip() for line in listed if line.strip()],

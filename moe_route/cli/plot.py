@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import moe_route as mr
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import merged_statistics, output, sentences
 from moe_route.cli.options import Parser, add, command, existing, out_argument
@@ -17,7 +18,7 @@ from moe_route.cli.options import Parser, add, command, existing, out_argument
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from moe_route.recording import RoutingStatistics, SentenceVectors
+    from moe_route.recording import SentenceVectors
 
 
 def add_plot(verbs: Any) -> None:
@@ -97,8 +98,6 @@ def _add_contents(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> Answer:
-    from moe_route import plots
-
     draw, takes = PICTURES[options.what]
     for name in sorted(_OPTIONS - takes):
         if getattr(options, name) is not None:
@@ -117,163 +116,121 @@ def run(options: argparse.Namespace) -> Answer:
         if options.column is not None or options.size is not None:
             column = 6.4 if options.column is None else options.column
             size = (10 if options.column is None else 8) if options.size is None else options.size
-            stack.enter_context(plots.style(column, size))
-        plots.save(draw(source, options), options.out)
+            stack.enter_context(mr.plots.style(column, size))
+        mr.plots.save(draw(source, options), options.out)
     return Answer({"out": options.out, "picture": options.what}, f"written to {options.out}")
 
 
-def _divergence(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
-    from moe_route import analysis, plots
-
-    found = analysis.divergence(statistics, options.reference or "eng_Latn")
-    if options.by_script:
-        if options.layers is not None or options.floor:
-            raise ValueError("--by-script draws neither --layers nor --floor: leave them out")
-        return _by_script(found, options)
-    return plots.divergence(
-        found, middle=options.layers, floor=bool(options.floor), interval=options.interval, **_lines(found, options)
-    )
+def _divergence(statistics: mr.RoutingStatistics, options: argparse.Namespace) -> Axes:
+    if options.by_script and (options.layers is not None or options.floor):
+        raise ValueError("--by-script draws neither --layers nor --floor: leave them out")
+    result = mr.analysis.divergence(statistics, options.reference or "eng_Latn")
+    look = {"middle": options.layers, "floor": bool(options.floor), "interval": options.interval}
+    return _by_layer(result, options, mr.plots.divergence, **look)
 
 
-def _alignment(source: RoutingStatistics | SentenceVectors, options: argparse.Namespace) -> Axes:
-    from moe_route import analysis, plots
-
-    found = analysis.alignment(source, options.reference or "eng_Latn", rule=options.rule or "mexa")
-    if options.by_script:
-        return _by_script(found, options)
-    return plots.alignment(found, interval=options.interval, **_lines(found, options))
+def _alignment(source: mr.RoutingStatistics | SentenceVectors, options: argparse.Namespace) -> Axes:
+    result = mr.analysis.alignment(source, options.reference or "eng_Latn", rule=options.rule or "mexa")
+    return _by_layer(result, options, mr.plots.alignment, interval=options.interval)
 
 
-def _similarity(source: RoutingStatistics | SentenceVectors, options: argparse.Namespace) -> Axes:
-    from moe_route import analysis, plots
-
-    found = analysis.similarity(source, rule=options.rule or "cosine")
-    draw = plots.similarity if options.what == "similarity" else plots.tree
-    return draw(found, layers=options.layers, title=options.title)
+def _similarity(source: mr.RoutingStatistics | SentenceVectors, options: argparse.Namespace) -> Axes:
+    result = mr.analysis.similarity(source, rule=options.rule or "cosine")
+    draw = mr.plots.similarity if options.what == "similarity" else mr.plots.tree
+    return draw(result, layers=options.layers, title=options.title)
 
 
-def _entropy(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
-    from moe_route import analysis, plots
-
-    found = analysis.entropy(statistics)
-    if options.by_script:
-        return _by_script(found, options)
-    return plots.entropy(found, of=options.of or "token", interval=options.interval, **_lines(found, options))
+def _entropy(statistics: mr.RoutingStatistics, options: argparse.Namespace) -> Axes:
+    look = {"of": options.of or "token", "interval": options.interval}
+    return _by_layer(mr.analysis.entropy(statistics), options, mr.plots.entropy, **look)
 
 
-def _consistency(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
-    from moe_route import analysis, plots
-
-    found = analysis.consistency(statistics)
-    if options.by_script:
-        return _by_script(found, options)
+def _consistency(statistics: mr.RoutingStatistics, options: argparse.Namespace) -> Axes:
     interval = options.interval or (None if statistics.store is None else 0.95)
-    return plots.consistency(found, interval=interval, **_lines(found, options))
+    return _by_layer(mr.analysis.consistency(statistics), options, mr.plots.consistency, interval=interval)
 
 
-def _balance(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
-    from moe_route import analysis, plots
-
-    found = analysis.load_balance(statistics)
-    if options.by_script:
-        return _by_script(found, options)
-    return plots.load_balance(found, of=options.of or "entropy", **_lines(found, options))
+def _balance(statistics: mr.RoutingStatistics, options: argparse.Namespace) -> Axes:
+    return _by_layer(mr.analysis.load_balance(statistics), options, mr.plots.load_balance, of=options.of or "entropy")
 
 
-def _by_script(found: Any, options: argparse.Namespace) -> Axes:
-    from moe_route import plots
-
+def _by_layer(result: Any, options: argparse.Namespace, draw: Any, **look: Any) -> Axes:
+    """A line per group, as ``draw`` draws them, or a panel per script."""
+    if not options.by_script:
+        axes: Axes = draw(result, levels=_levels(options, result.groups), title=options.title, **look)
+        return axes
     if options.levels is not None:
         raise ValueError("--by-script colors languages, not --levels: leave one out")
-    return plots.by_script(found, of=options.of, interval=options.interval, title=options.title)[0]
+    return mr.plots.by_script(result, of=options.of, interval=options.interval, title=options.title)[0]
 
 
-def _correlation(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
-    from moe_route import analysis, plots
+def _correlation(statistics: mr.RoutingStatistics, options: argparse.Namespace) -> Axes:
     from moe_route.analysis.inputs import read_scores
 
     if options.scores is None:
         raise ValueError("the picture correlation needs --scores FILE: a score per group")
-    divergence = analysis.divergence(statistics, options.reference or "eng_Latn")
-    found = analysis.correlation(divergence, read_scores(options.scores))
-    return plots.correlation(found, interval=options.interval, title=options.title)
+    divergence = mr.analysis.divergence(statistics, options.reference or "eng_Latn")
+    result = mr.analysis.correlation(divergence, read_scores(options.scores))
+    return mr.plots.correlation(result, interval=options.interval, title=options.title)
 
 
-def _experts(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
-    from moe_route import plots
-
+def _experts(statistics: mr.RoutingStatistics, options: argparse.Namespace) -> Axes:
     group = options.group or statistics.groups[0]
     look = {"selected": _selected(options), "title": options.title}
-    return plots.heat_map(statistics, group, reference=options.reference, **look)
+    return mr.plots.heat_map(statistics, group, reference=options.reference, **look)
 
 
-def _groups(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
-    from moe_route import plots
-
+def _groups(statistics: mr.RoutingStatistics, options: argparse.Namespace) -> Axes:
     look: dict[str, Any] = {"selected": _selected(options), "title": options.title}
-    return plots.heat_maps(statistics, reference=options.reference, **look)[0]
+    return mr.plots.heat_maps(statistics, reference=options.reference, **look)[0]
 
 
-def _expert_flow(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
-    from moe_route import plots
-
-    return plots.expert_flow(statistics, reference=options.reference, title=options.title)[0]
+def _expert_flow(statistics: mr.RoutingStatistics, options: argparse.Namespace) -> Axes:
+    return mr.plots.expert_flow(statistics, reference=options.reference, title=options.title)[0]
 
 
-def _matrix(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
-    from moe_route import analysis, plots
-
-    groups = analysis.similarity(statistics).order(options.layers) if options.cluster else None
-    found = analysis.divergence_matrix(statistics)
-    return plots.divergence_matrix(found, layers=options.layers, groups=groups, title=options.title)
+def _matrix(statistics: mr.RoutingStatistics, options: argparse.Namespace) -> Axes:
+    groups = mr.analysis.similarity(statistics).order(options.layers) if options.cluster else None
+    matrix = mr.analysis.divergence_matrix(statistics)
+    return mr.plots.divergence_matrix(matrix, layers=options.layers, groups=groups, title=options.title)
 
 
-def _sweep(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
-    from moe_route import plots
-
-    return plots.sweep(_swept(statistics, options), of=options.of or "task", title=options.title)
+def _sweep(statistics: mr.RoutingStatistics, options: argparse.Namespace) -> Axes:
+    return mr.plots.sweep(_swept(statistics, options), of=options.of or "task", title=options.title)
 
 
-def _overlap(statistics: RoutingStatistics, options: argparse.Namespace) -> Axes:
-    from moe_route import plots
-
-    return plots.sweep_overlap(_swept(statistics, options), title=options.title)
+def _overlap(statistics: mr.RoutingStatistics, options: argparse.Namespace) -> Axes:
+    return mr.plots.sweep_overlap(_swept(statistics, options), title=options.title)
 
 
-def _swept(statistics: RoutingStatistics, options: argparse.Namespace) -> Any:
-    from moe_route import analysis
-
+def _swept(statistics: mr.RoutingStatistics, options: argparse.Namespace) -> Any:
     if options.task is None:
         raise ValueError(f"the picture {options.what} needs --task FILE: statistics of task texts")
     reference, task = options.reference or "eng_Latn", merged_statistics(options.task)
-    return analysis.sweep(task, statistics, reference=reference, group=options.group, layers=options.layers)
+    return mr.analysis.sweep(task, statistics, reference=reference, group=options.group, layers=options.layers)
 
 
 def _steering(paths: list[Path], options: argparse.Namespace) -> Axes:
-    from moe_route import plots
-
     look: dict[str, Any] = {"intervals": bool(options.intervals), "title": options.title}
-    found = _read_sweep(paths)
-    return plots.steering_table(found, levels=_levels(options, found.groups), **look)
+    sweep = _read_sweep(paths)
+    return mr.plots.steering_table(sweep, levels=_levels(options, sweep.groups), **look)
 
 
 def _strengths(paths: list[Path], options: argparse.Namespace) -> Axes:
-    from moe_route import plots
-
-    return plots.strengths(_read_sweep(paths), title=options.title)
+    return mr.plots.strengths(_read_sweep(paths), title=options.title)
 
 
 def _read_sweep(paths: list[Path]) -> Any:
     """The changes of a strength sweep, as `moe-route steer --strengths --json` prints them."""
-    from moe_route.analysis import Difference
-
     if len(paths) > 1:
         raise ValueError("give one file: changes of different runs cannot be added up")
     try:
         found = json.loads(paths[0].read_text(encoding="utf-8"))
         change = tuple(
             tuple(
-                Difference(*(float("nan") if cell[k] is None else cell[k] for k in ("value", "low", "high")))
+                mr.analysis.Difference(
+                    *(float("nan") if cell[k] is None else cell[k] for k in ("value", "low", "high"))
+                )
                 for cell in row
             )
             for row in found["change"]
@@ -284,10 +241,6 @@ def _read_sweep(paths: list[Path]) -> Any:
             f"{paths[0]} is not what `moe-route steer --strengths --json` prints: write it with > FILE"
         ) from error
     return SimpleNamespace(change=change, **names)
-
-
-def _lines(found: Any, options: argparse.Namespace) -> dict[str, Any]:
-    return {"levels": _levels(options, found.groups), "title": options.title}
 
 
 def _levels(options: argparse.Namespace, groups: Sequence[str]) -> dict[str, str] | None:
@@ -304,9 +257,7 @@ def _levels(options: argparse.Namespace, groups: Sequence[str]) -> dict[str, str
 
 
 def _selected(options: argparse.Namespace) -> Any:
-    from moe_route.steering import ExpertSelection
-
-    return None if options.selected is None else ExpertSelection.load(options.selected)
+    return None if options.selected is None else mr.ExpertSelection.load(options.selected)
 
 
 # Name of the figure -> how it is drawn, and which of the options it accepts.

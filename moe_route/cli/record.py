@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import moe_route as mr
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import (
     attached_model,
@@ -44,9 +45,7 @@ from moe_route.cli.saving import check_room_after_first_batch, save, save_when_t
 
 if TYPE_CHECKING:
     from moe_route.base.ranks import ModelParallelGroup
-    from moe_route.data import CorpusStream
     from moe_route.runs.corpus import Progress, TextRunner
-    from moe_route.steering import Plan
 
 _OF_FOLDER = (
     "text_column",
@@ -193,8 +192,6 @@ def _asked_for(options: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
 
 
 def _run_file(options: argparse.Namespace) -> Answer:
-    from moe_route.runs.record import record_texts
-
     output(options.out, options.trace)
     plan = None if options.plan is None else load_plan(options.plan)
     work = texts(options)
@@ -206,7 +203,7 @@ def _run_file(options: argparse.Namespace) -> Answer:
             recorder = stack.enter_context(routed.record(groups, **_asked_for(options, language_model.tokenizer)))
             stop = until_saved.enter_context(deferred_interrupt())
             checked = check_room_after_first_batch(recorder, options.out, len(work), stop)
-            ran = record_texts(recorder, language_model, work, stop=checked, **shown_options(options, "recording"))
+            ran = mr.record_texts(recorder, language_model, work, stop=checked, **shown_options(options, "recording"))
         done = len(ran.texts)
         if not done:
             raise KeyboardInterrupt  # before the first batch there is nothing to save
@@ -270,7 +267,6 @@ def _run_vectors(options: argparse.Namespace) -> Answer:
 
 def _run_folder(options: argparse.Namespace) -> Answer:
     from moe_route.base import files
-    from moe_route.data import CorpusError
     from moe_route.runs.corpus import RESULT, CorpusRecording
 
     if options.trace is not None:
@@ -289,7 +285,9 @@ def _run_folder(options: argparse.Namespace) -> Answer:
     begun = any(options.out.glob("rank-*")) and not Path(options.data).exists()
     corpus = text_source(options, opened=not begun, **columns)
     if not begun and next(iter(corpus), None) is None:
-        raise CorpusError(f"{options.data} holds no text" + (" in these languages" if options.languages else ""))
+        raise mr.data.CorpusError(
+            f"{options.data} holds no text" + (" in these languages" if options.languages else "")
+        )
     files.make_folder(options.out)
     with ExitStack() as stack:
         runner, group, record, share = _runner(options, stack, corpus, plan)
@@ -332,7 +330,7 @@ def _run_folder(options: argparse.Namespace) -> Answer:
 
 
 def _runner(
-    options: argparse.Namespace, stack: ExitStack, corpus: CorpusStream, plan: Plan | None
+    options: argparse.Namespace, stack: ExitStack, corpus: mr.data.CorpusStream, plan: mr.Plan | None
 ) -> tuple[TextRunner, ModelParallelGroup, dict[str, Any], float]:
     """What runs the texts, the group of this rank, what is recorded, and the share of the weights that it holds."""
     from moe_route.base.ranks import ALONE, model_parallel_group, share_of_weights

@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_route.cli.answer import Answer, plain
+from moe_route.cli.answer import Answer, one_line, plain
+from moe_route.runs.job import Job
 
 if TYPE_CHECKING:
     from moe_route.recording import Recorder
@@ -66,7 +67,6 @@ def resumed(
     if options.out is None or options.out.suffix:
         return measured(None)
     from moe_route.base.files import content_hash
-    from moe_route.runs.job import Job
     from moe_route.runs.lines import KeptRuns
 
     how = {name: getattr(options, name, None) for name in ("model", "dtype", "engine", "batch_size", "max_length")}
@@ -102,8 +102,6 @@ def save_when_there_is_room(write: Callable[[], None], error: OSError) -> None:
 
     Raises the error of a full disk after an hour.
     """
-    from moe_route.cli.answer import one_line
-
     end = time.monotonic() + _SECONDS_OF_WAITING
     print(
         f"moe-route: {one_line(error)}\n"

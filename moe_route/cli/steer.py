@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import moe_route as mr
+from moe_route.base.table import data_frame, interval, table
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import attached_model, load_plan, shown_options, texts
 from moe_route.cli.options import (
@@ -89,10 +91,8 @@ def _prompt(options: argparse.Namespace, language_model: Any, routed: Any, plan:
 
 
 def _strengths(options: argparse.Namespace, language_model: Any, routed: Any, plan: Any, work: list[Any]) -> Answer:
-    from moe_route.experiments import strength_sweep
-
     return Answer.of(
-        strength_sweep(
+        mr.experiments.strength_sweep(
             language_model,
             work,
             plan,
@@ -108,9 +108,6 @@ def _strengths(options: argparse.Namespace, language_model: Any, routed: Any, pl
 def _losses(options: argparse.Namespace, language_model: Any, routed: Any, plan: Any, work: list[Any]) -> Answer:
     import numpy as np
 
-    from moe_route.analysis import paired_difference
-    from moe_route.base.table import data_frame, interval, table
-
     base = language_model.losses(work, **shown_options(options, "without the plan"))
     with routed.steer(plan):
         steered = language_model.losses(work, **shown_options(options, "with the plan"))
@@ -119,7 +116,7 @@ def _losses(options: argparse.Namespace, language_model: Any, routed: Any, plan:
     for group in dict.fromkeys(groups):
         mine = groups == group
         tokens = base[mine, 1]
-        change = paired_difference(steered[mine, 0], base[mine, 0], tokens)
+        change = mr.analysis.paired_difference(steered[mine, 0], base[mine, 0], tokens)
         loss = float(base[mine, 0].sum() / tokens.sum())
         rows.append(
             {
