@@ -85,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for check in options.verb.checks:
             check(options)
-        answer: Answer = options.run(options)
-        answer = answer.kept(options)
+        made: Answer = options.run(options)
+        answer = made.kept(getattr(options, "out", None))
         if options.json or answer.text:
             print(answer.as_json() if options.json else answer.text, flush=True)
     except BrokenPipeError:  # `moe-route ... | head`: the reader is gone, and the flush at exit would fail again

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -29,12 +28,12 @@ class Answer:
         """The answer with a result of the library; `more` is added to its data."""
         return cls({**result.to_dict(), **more}, repr(result), frame=result.to_pandas)
 
-    def kept(self, options: argparse.Namespace) -> Answer:
-        """Write the table to `--out`, if it was asked for: .json holds all data, .csv and .parquet the table."""
-        if self.frame is None or getattr(options, "out", None) is None:
+    def kept(self, path: Path | None) -> Answer:
+        """Write the table to a file, if one is asked for: .json holds all data, .csv and .parquet the table."""
+        if self.frame is None or path is None:
             return self
-        _write_table(options.out, self)
-        return replace(self, data={**self.data, "out": options.out}, text=f"{self.text}\nwritten to {options.out}")
+        _write_table(path, self)
+        return replace(self, data={**self.data, "out": path}, text=f"{self.text}\nwritten to {path}")
 
     def as_json(self) -> str:
         """Strict JSON, in which numbers that are not finite become null."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import moe_route as mr
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import merged_statistics, output, save_plan
+from moe_route.cli.inputs import is_selection, merged_statistics, output, save_plan
 from moe_route.cli.options import TABLES, Parser, add, existing, level, numbers, out_argument, positive, writable
 
 KINDS = ("activate", "deactivate", "force-on", "force-off", "forbid")
@@ -175,14 +175,8 @@ def run(options: argparse.Namespace) -> Answer:
         return _swept(options, files)
     if options.picture is not None:
         raise ValueError("--picture draws the overlap by threshold: give several, as --threshold 0.1,0.2,0.3")
-    result = _read_selection(options, files[0]) if _is_selection(files) else _found(options, files)
+    result = _read_selection(options, files[0]) if is_selection(files) else _found(options, files)
     return _written(options, result)
-
-
-def _is_selection(files: list[Path]) -> bool:
-    from moe_route.base.files import read_header
-
-    return len(files) == 1 and (files[0].suffix == ".json" or read_header(files[0])["kind"] == "selection")
 
 
 def _read_selection(options: argparse.Namespace, path: Path) -> Any:
@@ -204,8 +198,7 @@ def _written(options: argparse.Namespace, result: Any) -> Answer:
     tables = [path for path in (options.table, options.out) if path is not None]
     tables = [path for path in tables if path == options.table or path.suffix in (".csv", ".parquet")]
     for path in tables:
-        kept = argparse.Namespace(out=path)
-        text = Answer(data, text, frame=lambda: result.to_pandas()).kept(kept).text
+        text = Answer(data, text, frame=lambda: result.to_pandas()).kept(path).text
         data = {**data, "table": path}
     if options.out is not None and options.out not in tables:
         _selection(*_signed(result, options)).save(options.out)
@@ -240,16 +233,15 @@ def _swept(options: argparse.Namespace, files: list[Path]) -> Answer:
         thresholds=options.threshold,
     )
     answer = Answer.of(result)
-    data, text = dict(answer.data), answer.text
     if options.picture is not None:
         mr.plots.save(mr.plots.sweep_overlap(result), options.picture)
-        data, text = {**data, "picture": options.picture}, f"{text}\nwritten to {options.picture}"
+        data, text = {**answer.data, "picture": options.picture}, f"{answer.text}\nwritten to {options.picture}"
+        answer = replace(answer, data=data, text=text)
     for path in dict.fromkeys(path for path in (options.out, options.table) if path is not None):
         if path.suffix not in TABLES:
             raise ValueError(f"a table by threshold is kept as {', '.join(TABLES)}, not {path.suffix}: rename {path}")
-        kept = Answer(data, text, frame=answer.frame).kept(argparse.Namespace(out=path))
-        data, text = dict(kept.data), kept.text
-    return Answer(data, text)
+        answer = answer.kept(path)
+    return replace(answer, frame=None)
 
 
 def _refuse(options: argparse.Namespace, what: str, takes: frozenset[str]) -> None:
@@ -298,8 +290,6 @@ def _found(options: argparse.Namespace, files: list[Path]) -> Any:
 
 def _in_layers(result: Any, kept: tuple[int, ...] | None) -> Any:
     """The part of a result in these layers."""
-    from dataclasses import replace
-
     if kept is None:
         return result
     if isinstance(result, mr.ExpertSelection):

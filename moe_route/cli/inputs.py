@@ -106,6 +106,13 @@ def merged_statistics(paths: Sequence[Path]) -> mr.RoutingStatistics:
     return first
 
 
+def is_selection(paths: Sequence[Path]) -> bool:
+    """Whether these files are one selection of experts, not statistics."""
+    from moe_route.base.files import read_header
+
+    return len(paths) == 1 and (paths[0].suffix == ".json" or read_header(paths[0])["kind"] == "selection")
+
+
 def sentences(paths: Sequence[Path]) -> mr.RoutingStatistics | SentenceVectors:
     """Sentence vectors in one file, or the sum of statistics."""
     from moe_route.base import files

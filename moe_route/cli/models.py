@@ -12,6 +12,7 @@ from moe_route.base.table import Table
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import (
     attached_model,
+    is_selection,
     load_language_model,
     merged_statistics,
     output,
@@ -117,7 +118,7 @@ def run_prune(options: argparse.Namespace) -> Answer:
         return _measured(options)
 
     output(options.selection)
-    if _is_selection(options.files):
+    if is_selection(options.files):
         choices = ("keep", "criterion", "group", "reference", "allocation", "resamples", "n_group", "topk_group")
         refuse(options, choices, "chooses experts, and a selection has them")
         dropped = mr.ExpertSelection.load(options.files[0])
@@ -134,12 +135,6 @@ def run_prune(options: argparse.Namespace) -> Answer:
         dropping = f"{len(dropped)} experts dropped; {size / 2**20:.1f} MiB written to {options.out}"
         text.append(dropping if made else f"kept: this same command made {options.out}")
     return Answer(data, "\n".join(text))
-
-
-def _is_selection(files: list[Path]) -> bool:
-    from moe_route.base.files import read_header
-
-    return len(files) == 1 and (files[0].suffix == ".json" or read_header(files[0])["kind"] == "selection")
 
 
 def _chosen(options: argparse.Namespace) -> tuple[Any, dict[str, Any], list[str]]:

@@ -77,7 +77,7 @@ def resumed(
         answer = measured(kept)
         step.finish()
         for name in _RESULT:
-            answer.kept(argparse.Namespace(out=options.out / name))
+            answer.kept(options.out / name)
         job.finish(_RESULT)
     there = f"resumed: {kept.resumed:,} runs were there\n" if job.resumed else ""
     text = f"{there}{answer.text}\nwritten to {options.out}"
