@@ -62,7 +62,7 @@ def resumed(
     """What ``measured`` answers; if ``--out`` is a folder, it gets the runs that are kept there, and so goes on.
 
     ``asked`` and ``work`` (dataclasses: texts, pairs) are what the answer follows from, beside the model. The folder
-    also gets the table, as result.json and result.csv.
+    also gets the answer as JSON, and its table as CSV.
     """
     if options.out is None or options.out.suffix:
         return measured(None)
