@@ -140,7 +140,7 @@ def doc_pages() -> int:
 
 COUNTS: Mapping[str, tuple[Callable[[], int], int]] = {
     "Python files of the package": (lambda: len(python_files()), 253),
-    "lines of them": (lambda: sum(map(lines, python_files())), 56_980),
+    "lines of them": (lambda: sum(map(lines, python_files())), 56_940),
     "lines of the longest": (lambda: max(map(lines, python_files())), 900),
     "files below 30 lines that are no face": (
         lambda: sum(lines(path) < 30 for path in python_files() if not path.name.startswith("__")),
@@ -152,7 +152,7 @@ COUNTS: Mapping[str, tuple[Callable[[], int], int]] = {
     "names of moe_route": (public_names, 25),
     "commands": (lambda: len(commands()), 34),
     "options of commands": (options, 470),
-    "the word found": (lambda: words("found"), 237),
+    "the word found": (lambda: words("found"), 204),
     "pages of docs": (doc_pages, 20),
 }
 """What is counted -> how, and its ceiling."""
