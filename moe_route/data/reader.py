@@ -722,6 +722,11 @@ def _refuse_language_as_item(read: Table, name: str) -> None:
             why = "is the code of a language, and most of its values are sentences"
         else:
             return
+    if len(read.header) == 2 and _is_sentence(read.header[1], words=2):
+        raise CorpusError(
+            f"{read.path}: the first line must name the columns, and it is a text in {name!r}: give "
+            "columns='group,text' (--columns), for lines of a language and a text"
+        )
     raise CorpusError(
         f"{read.path}: the first column, {name!r}, {why}, where the ids of the items belong: put a column of ids "
         f"before it (named item), or remove the header and give columns={','.join(read.header)!r} (--columns), which "

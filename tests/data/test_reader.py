@@ -231,6 +231,12 @@ class TestFirstColumn:
         with pytest.raises(CorpusError, match=f"'{name}', is a language.*columns='{name},deu'"):
             triples(written(tmp_path / "t.tsv", f"{name}\tdeu\nx1\tEins.\nx2\tZwei.\n"))
 
+    def test_lines_of_a_language_and_a_text_without_a_header(self, tmp_path: Path):
+        path = written(tmp_path / "t.tsv", "eng\tOne text.\ndeu\tEin Text.\n")
+        with pytest.raises(CorpusError, match="columns='group,text'"):
+            triples(path)
+        assert [group for group, _, _ in triples(path, columns="group,text")] == ["eng", "deu"]
+
     @pytest.mark.parametrize("name", ["en", "id", "no"])
     @pytest.mark.parametrize(
         ("values", "why"),
