@@ -155,7 +155,7 @@ def add_demo(verbs: Any) -> None:
         "moe-route demo --out demo\n"
         "moe-route demo --limit 4 --draws 3 --languages eng_Latn,deu_Latn,swh_Latn      # a quick look",
     )
-    out_argument(parser, "folder for report.txt and report.json (default: none)", metavar="FOLDER")
+    out_argument(parser, "folder for the page index.html, report.txt and report.json (default: none)", metavar="FOLDER")
     parser.add_argument(
         "--draws",
         type=positive,

@@ -31,6 +31,7 @@ from moe_route.demo.measurement import (
     pick_items,
     pick_questions,
 )
+from moe_route.demo.page import FILE, write_page
 from moe_route.demo.published_u import published_u
 from moe_route.demo.report import DemoReport
 from moe_route.demo.task_experts import TaskExperts, TaskExpertsOff, find_task_experts, switch_task_experts_off
@@ -62,7 +63,7 @@ def demo(
             in those of the languages that they have.
         limit: use the first sentences, and of each kind of problems the first ones, as many.
         draws: number of random sets of experts beside the first finding, and 19 at most beside the second.
-        out: folder for the report, created if missing (none without it).
+        out: folder for the report and its page, `index.html`; created if missing (none without it).
         batch_size: sentences per call; of problems, four times as many.
         max_length: longest sentence in tokens, by default what the model reads.
         engine: see `moe_route.attach`.
@@ -81,7 +82,10 @@ def demo(
     before = _fingerprint(language_model, study.corpus)
     routed = language_model.attach(engine)
     try:
-        report = _report(study, Measurement(language_model, routed, batch_size, max_length, progress), draws)
+        run = Measurement(language_model, routed, batch_size, max_length, progress)
+        report = _report(study, run, draws)
+        if out is not None:
+            report.page = write_page(Path(out) / FILE, report, run, study.tasks["sums"])
     finally:
         routed.detach()
     report.restored = _fingerprint(language_model, study.corpus) == before

@@ -49,6 +49,7 @@ class DemoReport:
         cut: sentences on the texts that were cut.
         published_u: of another model, from its published routing.
         task_experts_off, language_experts_off: the findings on this model, in the order of the text.
+        page: the findings as pictures, to open in a browser; None where no folder was asked for.
         restored: whether the model is the same as before, bit for bit.
         seconds: from beginning to end.
     """
@@ -64,6 +65,7 @@ class DemoReport:
     published_u: PublishedU
     task_experts_off: TaskExpertsOff
     language_experts_off: LanguageExpertsOff
+    page: Path | None = None
     restored: bool = False
     seconds: float = 0.0
 
@@ -101,14 +103,16 @@ class DemoReport:
 
     def _state(self) -> str:
         state = "restored, equal bit for bit" if self.restored else "NOT restored: its tensors or its output changed"
-        layers = f"{number_of(self.layers, 'MoE layer')} of {self.experts} experts, top-{self.top_k}"
-        return f"Model {self.model} ({layers}): {state}. {self.seconds:.0f} s."
+        layers = f"{number_of(self.layers, 'layer')} of {self.experts} experts"
+        page = "" if self.page is None else f" Open {self.page}"
+        return f"Model {self.model} ({layers}): {state}. {self.seconds:.0f} s.{page}"
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types."""
         same = ("model", "layers", "experts", "top_k", "sentences", "problems", "cut", "restored", "seconds")
         content = {name: getattr(self, name) for name in same} | {"languages": list(self.languages)}
-        return content | {name: finding.to_dict() for name, finding in self.findings()}
+        content |= {name: finding.to_dict() for name, finding in self.findings()}
+        return content | {"page": None if self.page is None else str(self.page)}
 
     def write(self, folder: Path) -> None:
         """Write the report, as text and as JSON."""
