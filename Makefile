@@ -60,7 +60,7 @@ $(VENV)/.with-%: $(VENV)/.built
 	@touch $@
 
 demo: build
-	@$(STEP) --shown "demo: pictures and tables in demo/" "$(BIN)/moe-route demo --draws $(DRAWS) --out demo"
+	@$(STEP) --shown "demo: its page is demo/index.html" "$(BIN)/moe-route demo --draws $(DRAWS) --out demo"
 
 # Findings 2 to 7; make findings PAGE=examples/study/README.md puts what comes out into the page, and ships what the
 # demo tells of it.

@@ -16,8 +16,8 @@ PACKAGE = Path(moe_route.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
-    ("demo", "evaluation", "integrations", "report"),
-    ("experiments",),
+    ("demo", "evaluation", "integrations"),
+    ("experiments", "report"),
     ("runs",),
     ("bench", "description", "routed"),
     ("patching",),

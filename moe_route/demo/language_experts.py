@@ -61,7 +61,7 @@ class LanguageExpertsOff:
     @property
     def own_sampled(self) -> np.ndarray:
         """float64 [rows]: the same of the sampled sentences."""
-        columns = ([self.languages.index(of)] for of in self.experts)
+        columns = (np.array([self.languages.index(of)]) for of in self.experts)
         both = (
             (one.of(self.sampled, at), self.before.of(self.sampled, at))
             for one, at in zip(self.after, columns, strict=True)

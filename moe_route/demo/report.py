@@ -84,7 +84,7 @@ class DemoReport:
         """What was measured by `examples/findings`, and shown by it or not."""
         if self.model != DEMO_MODEL:
             return f"Not measured here: a U, transfer, raising (examples/findings/run.py --model {self.model})."
-        told = {True: [], False: []}
+        told: dict[bool, list[str]] = {True: [], False: []}
         for one in demo_findings()["claims"]:
             told[one["shown"]].append(f"{one['claim']} ({one['value']:+.2f})")
         parts = [

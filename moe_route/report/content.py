@@ -100,7 +100,7 @@ def read(paths: Iterable[str | os.PathLike[str]]) -> Inputs:
     Each thing gets the name of its file without suffix. Raises ``files.FileRefusedError`` for a damaged file, and
     ``ValueError`` for one that a report cannot show.
     """
-    named: dict[str, dict[str, Any]] = {name: {} for name in ("recordings", "traces", "selections", "plans", "scores")}
+    named: dict[str, Any] = {name: {} for name in ("recordings", "traces", "selections", "plans", "scores")}
     results: list[ResultTable] = []
     for path in map(Path, paths):
         where, thing = _read(path)
