@@ -5,12 +5,12 @@
 #   make test JOBS=1                             tests in one process
 #   make demo UV=1                               uv in the place of pip
 #   MOE_ROUTE_CUDA=ON make build                 CUDA kernels where there is no GPU, too; setup.py names other variables
-#   make demo DRAWS=9                            9 random sets beside the first finding instead of 99: faster
+#   make demo DRAWS=99                           99 random sets of experts instead of 19
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 JOBS ?= $(shell nproc)
-DRAWS ?= 99
+DRAWS ?= 19
 BIN := $(VENV)/bin
 STEP := $(PYTHON) steps.py
 # What compiles here: the list of [build-system] in pyproject.toml.
