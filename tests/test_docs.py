@@ -201,7 +201,8 @@ def test_the_readme_is_short():
     assert sum(line.startswith("- ") for line in limits.splitlines()) <= 8
     demo = DEMO.search(text)
     assert demo
-    assert sum(not line.startswith(("```", "<!--")) for line in demo[0].splitlines()) <= 11  # the command, and ten lines
+    shown = [line for line in demo[0].splitlines() if not line.startswith(("```", "<!--"))]
+    assert len(shown) <= 11  # the command, and ten lines
 
 
 def test_the_readme_counts_the_architectures_that_were_tested():
