@@ -189,7 +189,7 @@ class TaskExpertsOff:
     def title(self) -> str:
         """What these are experts of, as far as it was shown."""
         if self.changes["sums"].verdict != "lower":
-            return "No sums lost"
+            return "No sums lost" if self.changes["sums"].verdict == "higher" else "Unclear"
         if self.as_random:
             return "As random sets"
         return "Number tasks" if self.also_lost else "Sums or digits" if self.unable else "Sums"

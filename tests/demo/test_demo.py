@@ -139,7 +139,8 @@ class TestTaskExpertsOff:
         assert "raises the exact match" in self.outcome(reading(0.8), reading(0.2)).sentence
         same = self.outcome(reading(0.8))
         assert "no more than these problems can show" in same.sentence
-        assert same.title == "No sums lost"
+        assert same.title == "Unclear"
+        assert self.outcome(reading(0.8), reading(0.2)).title == "No sums lost"
 
     def test_a_model_without_skill_has_nothing_to_lose(self):
         assert "little to lose." in self.outcome(reading(0.0), reading(0.0)).sentence
@@ -391,6 +392,23 @@ def test_the_sentences_with_numbers_are_varied():
     assert len({sentence.split()[0] for sentence in sentences}) > 40, "no templates"
     asked = {question.prompt for question in (*demo_problems().questions, *demo_controls().questions)}
     assert not asked & set(sentences)
+
+
+def test_colors_are_for_terminals_alone(monkeypatch):
+    from moe_route.cli.report import _painted
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    text = "2. Sums.\nEnglish ██░░"
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert _painted(text) == text
+    monkeypatch.setattr("sys.stdout", Terminal())
+    assert _painted(text) == "\033[1m2. Sums.\033[0m\nEnglish ██\033[31m░░\033[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert _painted(text) == text
 
 
 def numbered(report: DemoReport):
