@@ -70,12 +70,13 @@ class TaskTables:
     def _languages(self) -> str:
         off, rows = self.off, []
         both = (off.before.tasks["sums"], off.after.tasks["sums"])
-        places = [[i] for i in range(len(off.languages))]
+        places = [np.array([i]) for i in range(len(off.languages))]
         for i, language in enumerate(off.languages):
             of = {one: changes[i] for one, changes in off.by_language.items()}
             before, after = (one.of(slice(None), places[i]) for one in both)
             rows.append((name(language), *_cells(before.correct, after.correct, after.change_of_nats(before), of)))
-        rows.append(("mean", *_cells(*(one.correct for one in both), both[1].change_of_nats(both[0]), off.changes)))
+        before, after = both
+        rows.append(("mean", *_cells(before.correct, after.correct, after.change_of_nats(before), off.changes)))
         head = ("language", "sums", "off", "change and 95 % interval", "answer", "copying", "counting", "text")
         note = paragraph(
             f"sums: exact match of {len(both[0].correct)} problems whose numbers English alone saw, or nobody. answer:",
