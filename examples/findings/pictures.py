@@ -58,8 +58,8 @@ def task_experts_off(tables: TaskTables) -> Axes | None:
     if clouds:
         _cloud(axes[0, 1], off, rows)
     number = len(off.task_experts.experts)
-    others = ", ".join(f"{one} {told(off.changes[one])}" for one in CONTROLS)
-    text = f"{others}; general text {told(off.changes['text'], 3)} nats per token"
+    others = "".join(f"{one} {told(off.changes[one])}; " for one in CONTROLS if one not in off.unable)
+    text = f"{others}general text {told(off.changes['text'], 3)} nats per token"
     if off.sets:
         text += f"\nbeside random sets of as many experts: {standing(off.sets['exact match'])}"
     headline(
