@@ -415,10 +415,10 @@ class Refresher:
 
 
 def captured(run: Callable[[], object]) -> str:
-    out = io.StringIO()
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)  # bars are drawn where it can hold them
     with contextlib.redirect_stdout(out):
         run()
-    return out.getvalue()
+    return out.buffer.getvalue().decode()  # type: ignore[attr-defined]
 
 
 def refresh() -> None:

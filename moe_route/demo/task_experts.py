@@ -234,8 +234,8 @@ class TaskExpertsOff:
         marks = f"sums {bar(1, 1, 1)} kept {bar(0, 1, 1)} lost"
         lines = [
             paragraph(
-                f"{self.title}. Off: {number} of {self.task_experts.total} experts, chosen more in English sums than "
-                "in text with numbers."
+                f"{self.title}: sums {self.before.match('sums'):.2f} -> {self.after.match('sums'):.2f} without "
+                f"{number} of {self.task_experts.total} experts found against text with numbers."
             ),
             f"{'':<12}{marks:<{cells + 7}}off   copying       counting on   text, nats",
         ]
@@ -257,11 +257,12 @@ class TaskExpertsOff:
             return "There are no other experts in these layers to compare with."
         match, text = self.sets["exact match"], self.sets["text"]
         levels = np.array(match.random) + self.before.tasks["sums"].correct[self.sampled["sums"]].mean()
-        as_far = f"{match.rank - 1} as far" if match.rank > 1 else "none as far"
-        kind = f", {self.as_selective} of the {match.rank - 1} as kind" if match.rank > 1 else ""
+        as_far = "none as far"
+        if match.rank > 1:
+            as_far = f"{match.rank - 1} as far, {self.as_selective} as kind to text"
         return (
             f"{len(levels)} {'other' if match.enumerated else 'random'} sets, same layers: sums {levels.mean():.2f} "
-            f"({levels.min():.2f} to {levels.max():.2f}), {as_far}; text {np.mean(text.random):+.3f}{kind}."
+            f"({levels.min():.2f} to {levels.max():.2f}), text {np.mean(text.random):+.2f}; {as_far}."
         )
 
     def _beside_copying(self) -> str:

@@ -193,7 +193,7 @@ class TestTaskExpertsOff:
         costly = found((-0.7, -0.6, -0.1, 0.0), (0.1, 0.3, 0.0, 0.0))
         assert (costly.as_selective, costly.selective) == (0, True)
         assert "2 as far" in str(costly)
-        assert "0 of the 2 as kind" in str(costly)
+        assert "2 as far, 0 as kind" in str(costly)
         alike = found((-0.7, -0.6, -0.1, 0.0), (0.1, 0.02, 0.0, 0.0))
         assert (alike.as_selective, alike.title, alike.selective) == (1, "As random sets", False)
         assert "none as far" in str(found((-0.4, 0.0), (0.0, 0.0)))
