@@ -42,6 +42,9 @@ def pytest_configure() -> None:
         threads = max(1, (os.cpu_count() or 1) // processes)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
+    # readline, which pytest imports, tells the processes that it starts of a terminal that is not there.
+    for name in ("COLUMNS", "LINES"):
+        os.environ.pop(name, None)
 
 
 # ---- which tests run where: `make test` takes those without the mark `exhaustive`, `make test-all` those with it
