@@ -152,7 +152,7 @@ def headline() -> str:
         rows.append((f"{what}, per token and layer", a_row, f"{times} times as long in torch operations"))
     sizes = list(_experts(experts))
     for what, cost, column in (
-        (f"running a layer's experts, {len(sizes)} public sizes, bfloat16, two threads", "no memory", 3),
+        (f"running a layer's experts, {len(sizes)} public sizes, bfloat16, two threads", "no extra memory", 3),
         ("the same with `pack=True`", "a second copy of the weights", 4),
     ):
         found = [float(row[column]) for row in sizes]

@@ -44,7 +44,7 @@ class _Program(Parser):
 
     def format_help(self) -> str:
         verbs = {action.dest: action.help or "" for action in self.verbs._choices_actions}
-        lines = ["usage: moe-route [--traceback] COMMAND ...", "", self.description or ""]
+        lines = ["usage: moe-route [--version] [--traceback] COMMAND ...", "", self.description or ""]
         for purpose, names in _COMMANDS.items():
             lines += ["", f"{purpose}:"]
             for name in names:

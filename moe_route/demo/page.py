@@ -45,7 +45,8 @@ def write_page(path: Path, results: DemoReport, run: Measurement, sums: Task) ->
         Inputs(traces=_traces(run, task_off, sums), figures=figures),
         tokenizer=run.language_model.tokenizer,
         title="What moe-route shows in a minute",
-        lead=f"The routing of {results.published_u.model}, and model {results.model} steered, by moe-route demo.",
+        lead=f"First the published routing of {results.published_u.model}, then model {results.model} "
+        f"({results.layers} layers of {results.experts} experts), recorded and steered by moe-route demo.",
     )
 
 

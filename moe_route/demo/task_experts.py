@@ -221,8 +221,8 @@ class TaskExpertsOff:
         if self.also_lost:
             parts.append("So these are experts of number tasks.")
         if self.unable:
-            levels = " and ".join(f"{CONTROLS[one]} at {self.before.match(one):.2f}" for one in self.unable)
-            parts.append(f"Sums are not told from digits as such: the model does {levels}, too little to lose.")
+            levels = " and ".join(f"{self.before.match(one):.2f} at {CONTROLS[one]}" for one in self.unable)
+            parts.append(f"Sums are not told from digits: the model scores {levels}, too little to lose.")
         return " ".join(parts)
 
     def __str__(self) -> str:
@@ -268,7 +268,7 @@ class TaskExpertsOff:
     def _beside_copying(self) -> str:
         """What the experts of copying do, in a line."""
         if self.unable:
-            return f"Sums are not told from digits as such: {' and '.join(self.unable)} below {_ABLE:g} from the start."
+            return f"Sums are not told from digits: the model itself is below {_ABLE:g} at {' and '.join(self.unable)}."
         before, after = self.copying_before, self.copying_after
         both = ", ".join(f"{one} {before.match(one):.2f} -> {after.match(one):.2f}" for one in ("copying", "sums"))
         shared = len(self.copying_experts.experts & self.task_experts.experts)
