@@ -133,11 +133,12 @@ class LanguageExpertsOff:
         number = number_of(max(map(len, self.experts.values())), "expert")
         lost = f"{len(self.hurt)} of {len(self.experts)}"
         change = self.selectivity
-        less = {
+        values = {
             "higher": f"{change.value:.2f} nats per token less",
             "lower": f"{-change.value:.2f} nats per token more",
         }
-        head = f"A language's own {number} off: its loss rises in {lost}, others' {less.get(change.verdict, 'no less')}."
+        less = values.get(change.verdict, "no less")
+        head = f"A language's own {number} off: its loss rises in {lost}, others' {less}."
         largest, labels = max(float(self.own.max()), 1e-9), [name(of) for of in self.experts]
         width = max(map(len, labels)) + 2
         cells = max(6, min(30, columns() - 48 - 2 * width))
