@@ -33,6 +33,9 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f ! -n
 CODE := moe_route tests bench examples docs/site.py setup.py steps.py
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
+# Several targets install into one environment, and steps.py runs at once what may: make -j adds nothing.
+.NOTPARALLEL:
+
 # A spinning OpenMP team costs milliseconds a region when another process has the second core.
 export OMP_WAIT_POLICY ?= passive
 

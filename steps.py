@@ -93,8 +93,11 @@ def main(words: list[str]) -> int:
     if sys.version_info < (3, 10):  # noqa: UP036  (this runs before pip can say so)
         print("moe-route needs Python 3.10 or newer: name one, as in make demo PYTHON=python3.12", file=sys.stderr)
         return 2
-    shown = words[0] == "--shown"
+    shown = words[:1] == ["--shown"]
     words = words[shown:]
+    if not words or len(words) % 2:
+        print(__doc__, file=sys.stderr)
+        return 2
     LOGS.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     steps: list[Step] = []

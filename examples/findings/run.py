@@ -44,7 +44,7 @@ from moe_route.runs.language_model import DEMO_MODEL, LanguageModel
 COMMAND = "make findings PAGE=examples/study/README.md"
 MARKERS = ("<!-- findings -->", "<!-- end of findings -->")
 FIRST = 2  # 1 of `moe-route demo` is of another model
-DRAWS = 99  # random sets beside the first finding; the smallest p-value is 0.01
+DRAWS = 99  # random sets beside task experts; the smallest p-value is 0.01
 
 
 @dataclass(frozen=True)

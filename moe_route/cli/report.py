@@ -161,7 +161,7 @@ def add_demo(verbs: Any) -> None:
         type=positive,
         metavar="N",
         default=19,
-        help="random sets of experts beside each finding (default: 19)",
+        help="random sets of experts, 19 at most for a language (default: 19)",
     )
     model_arguments(parser)
     text_arguments(parser)

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_route.base.table import data_frame
 from moe_route.cli.answer import Answer, one_line, plain
 from moe_route.runs.job import Job
 
@@ -64,6 +65,8 @@ def resumed(
     ``asked`` and ``work`` (dataclasses: texts, pairs) are what the answer follows from, beside the model. The folder
     also gets the answer as JSON, and its table as CSV.
     """
+    if options.out is not None and options.out.suffix.lower() != ".json":
+        data_frame({})  # tables need pandas, and that is said before hours of work
     if options.out is None or options.out.suffix:
         return measured(None)
     from moe_route.base.files import content_hash

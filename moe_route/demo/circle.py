@@ -62,7 +62,7 @@ def demo(
         languages: of the corpus; English must be among them, because all are compared with it. The problems are taken
             in those of the languages that they have.
         limit: use the first sentences, and of each kind of problems the first ones, as many.
-        draws: number of random sets of experts beside the first finding, and 19 at most beside the second.
+        draws: number of random sets of experts beside task experts, and 19 at most beside those of a language.
         out: folder for the report and its page, `index.html`; created if missing (none without it).
         batch_size: sentences per call; of problems, four times as many.
         max_length: longest sentence in tokens, by default what the model reads.

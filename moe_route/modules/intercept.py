@@ -272,10 +272,10 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
         return disabled(*args, **kwargs)
 
     call._torchdynamo_disable = True  # type: ignore[attr-defined]  # where traced code calls it, the graph ends
-    frames = torch._C._dynamo.eval_frame
     try:  # a frame of `call` itself runs as it is
+        frames = torch._C._dynamo.eval_frame
         strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
         frames.set_code_exec_strategy(call.__code__, strategy)
-    except AttributeError:  # another torch keeps this elsewhere
+    except (AttributeError, TypeError):  # another torch keeps this elsewhere, or calls it otherwise
         return torch.compiler.disable(function)
     return wraps(function)(call)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness.commands import refused
 
+import moe_route as mr
 from moe_route.cli import main
 from moe_route.runs import lines
 
@@ -102,6 +104,17 @@ def test_goes_on_in_its_folder_after_an_interrupt(name: str, tmp_path: Path, mon
         assert (cut / made).read_bytes() == (whole / made).read_bytes()
     refused(moe_route(*words, "--seed", "3", "--out", cut), "seed: 0 there, 3 now", "--force")
     refused(moe_route("upcycle", "demo", "--languages", "eng_Latn,swh_Latn", "--out", cut), words[0])
+
+
+@pytest.mark.parametrize("out", ["table.csv", "table.parquet", "folder"])
+def test_a_table_without_pandas_is_refused_before_the_work(out: str, tmp_path: Path, monkeypatch, moe_route):
+    def load(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(mr.LanguageModel, "load", load)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    refused(moe_route("experiment", "knockout", *SMALL, "--out", tmp_path / out), "moe-route[analysis]")
+    assert not (tmp_path / out).exists()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,6 +51,22 @@ def test_an_untraced_function_is_called_as_a_disabled_one(recwarn: pytest.Warnin
 def test_a_torch_without_that_entry_disables_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch._C._dynamo.eval_frame, "_FrameExecStrategy")
     assert compiled_calls(untraced)[0] == {(False, False)}
+
+
+ACTIONS = SimpleNamespace(SKIP=0, DEFAULT=1)
+OTHERS = {
+    "in another module": SimpleNamespace(),
+    "of other arguments": SimpleNamespace(
+        eval_frame=SimpleNamespace(_FrameAction=ACTIONS, _FrameExecStrategy=lambda action: action)
+    ),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_torch_whose_entry_is_another_disables_at_once(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "disable", lambda function: "disabled")
+    monkeypatch.setattr(torch._C, "_dynamo", OTHERS[other])
+    assert untraced(len) == "disabled"
 
 
 def test_nothing_is_disabled_before_dynamo_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,6 +239,9 @@ def read_gate_sums(
     """
     if source.form == "arrays":
         groups, tokens, counts, share = (source.content[name] for name in _GATE_ARRAYS)
+        wanted = [counts.shape[:1], counts.shape[:2], counts.shape]
+        if counts.ndim != 3 or [groups.shape, tokens.shape, share.shape] != wanted or tokens.dtype.kind not in "iu":
+            raise source.refused(f"its arrays are not those of {', '.join(_GATE_ARRAYS)}", "check --from")
         layers = list(range(counts.shape[1]))
         if group is not None:
             raise ValueError(f"{source.path} names its groups ({', '.join(groups)}): leave group out")
