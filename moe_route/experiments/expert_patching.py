@@ -156,6 +156,8 @@ def patch_experts(
         )
     sizes = tuple(router.num_experts for router in routers)
     patcher = _Patcher(language_model, [routers[layer] for layer in tested], max(sizes), weight, positions, batch_size)
+    if kept is not None:
+        kept.check(language_model.model)
     runs = [partial(patcher.contrasts, *ids) for ids in encoded]
     contrasts = [run() if kept is None else kept(f"pair {pair}", run) for pair, run in enumerate(runs)]
     used = [pair for pair, (clean, corrupt, *_) in enumerate(contrasts) if clean - corrupt >= least_contrast]

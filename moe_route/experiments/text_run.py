@@ -73,6 +73,8 @@ class TextRun:
         if not any(len(row) > 1 for row in self.texts.ids):
             raise ValueError("no text has a second token, so there is nothing to predict: give longer texts")
         self._given = routed
+        if kept is not None:
+            kept.check(language_model.model)
 
     def __enter__(self) -> TextRun:
         if self._given is None:

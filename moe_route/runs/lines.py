@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from moe_route.base import files
+from moe_route.base.identity import weights_hash
 from moe_route.runs.job import ForeignFolderError
 
 Key = tuple[str, str, str]  # task, language, item
@@ -128,7 +130,13 @@ class KeptRuns:
             if not isinstance(said, dict) or said.keys() != {"run", "values"}:
                 raise ForeignFolderError(f"{path} was altered: start again with --force")
             self._values[str(said["run"])] = np.asarray(said["values"], np.float64)
-        self.resumed = len(self._values)
+        self.resumed = len(self._values.keys() - {"weights"})
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse, by `ForeignFolderError`, a model with other weights than the one whose runs are kept."""
+        weights = np.frombuffer(bytes.fromhex(weights_hash(model)), np.uint8)
+        if not np.array_equal(self("weights", lambda: weights), weights):
+            raise ForeignFolderError(f"{self.path} holds runs of other weights: start again with --force")
 
     def __call__(self, name: str, run: Callable[[], np.ndarray]) -> np.ndarray:
         """The numbers of the run of this name, float64 [...]: as kept, or what `run` gives, which is kept then."""

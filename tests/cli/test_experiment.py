@@ -99,10 +99,13 @@ def test_goes_on_in_its_folder_after_an_interrupt(name: str, tmp_path: Path, mon
         stream.write(kept[-1][:20])  # a line without its end
     code, out, _ = moe_route(*words, "--out", cut)
     assert code == 0
-    assert f"resumed: {len(kept) - 1} runs were there" in out
+    assert f"resumed: {len(kept) - 2} runs were there" in out  # one line is of the weights
     for made in ("result.json", "result.csv", "runs/runs.jsonl"):
         assert (cut / made).read_bytes() == (whole / made).read_bytes()
     refused(moe_route(*words, "--seed", "3", "--out", cut), "seed: 0 there, 3 now", "--force")
+    with monkeypatch.context() as patch:
+        patch.setattr(lines, "weights_hash", lambda model: "00" * 32)  # a folder that was trained on
+        refused(moe_route(*words, "--out", cut), "other weights", "--force")
     refused(moe_route("upcycle", "demo", "--languages", "eng_Latn,swh_Latn", "--out", cut), words[0])
 
 
