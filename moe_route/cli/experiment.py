@@ -186,9 +186,8 @@ def _run_patch(options: argparse.Namespace) -> Answer:
     takes = ("layers", "weight", "positions", "batch_size", "seed")
 
     def measured(kept: KeptRuns | None) -> Answer:
-        return Answer.of(
-            mr.experiments.patch_experts(load_language_model(options), pairs, kept=kept, **given(options, takes))
-        )
+        language_model = load_language_model(options)
+        return Answer.of(mr.experiments.patch_experts(language_model, pairs, kept=kept, **given(options, takes)))
 
     return resumed(options, "experiment patch", {name: getattr(options, name) for name in takes}, pairs, measured)
 

@@ -178,10 +178,8 @@ def _measured(options: argparse.Namespace) -> Answer:
 
     def measured(kept: KeptRuns | None) -> Answer:
         with attached_model(options) as (language_model, routed):
-            how = {**asked, **shown_options(options)}
-            return Answer.of(
-                mr.experiments.pruning_curve(language_model, chosen, statistics, routed=routed, kept=kept, **how)
-            )
+            how = {**asked, **shown_options(options), "routed": routed, "kept": kept}
+            return Answer.of(mr.experiments.pruning_curve(language_model, chosen, statistics, **how))
 
     read = [hashlib.sha256(path.read_bytes()).hexdigest() for path in options.files]
     return resumed(options, "prune", {"measure": True, "statistics": read, **asked}, chosen, measured)

@@ -111,9 +111,8 @@ class PublishedU:
 
     def details(self) -> str:
         """The sentence, the means of layers and the values of all layers, as text."""
-        return "\n\n".join(
-            (paragraph(self.sentence, self.source, self.limits), repr(self.shape), repr(self.divergence))
-        )
+        told = paragraph(self.sentence, self.source, self.limits)
+        return "\n\n".join((told, repr(self.shape), repr(self.divergence)))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content."""
