@@ -211,7 +211,7 @@ def test_the_demo_prints_nothing_else(tmp_path: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert [line for line in done.stdout.splitlines() if line.startswith("Model demo (8 MoE layers")]
+    assert [line for line in done.stdout.splitlines() if line.startswith("Model demo (8 layers")]
 
 
 # ---- the sdist --------------------------------------------------------------------------------------------------
