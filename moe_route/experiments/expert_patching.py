@@ -138,8 +138,8 @@ def patch_experts(
         kept: keeps every pair, so that a call that was interrupted goes on (``runs.lines.KeptRuns``).
 
     Raises ``ValueError`` for prompts of different length, and answers that are not one token each; ``AnalysisError`` if
-    no pair is left; ``PlanError`` for layers that the model lacks; ``ModelNotSupportedError`` if the outputs of experts
-    cannot be computed one by one.
+    no pair is left or logits are not finite; ``PlanError`` for layers that the model lacks; ``ModelNotSupportedError``
+    if the outputs of experts cannot be computed one by one.
     """
     if weight not in ("clean", "own") or positions not in ("all", "last"):
         raise ValueError('weight is "clean" or "own", and positions are "all" or "last"')
@@ -254,6 +254,9 @@ class _Patcher:
             for (layer, expert), value in zip(part, values, strict=True):
                 patched[places[layer], -1 if expert is None else expert] = value
         whole = [float(of[answer].double() - of[other].double()) for of in (clean_logits, logits)]
+        tested = patched[[places[layer] for layer, _ in keys], [-1 if expert is None else expert for _, expert in keys]]
+        if not np.isfinite([*whole, *tested]).all():  # NaN says below that no token chose an expert
+            raise AnalysisError("the logits of a run are not finite: load the model with dtype float32")
         return np.array([*whole, *patched.flat])
 
     def _logits(self, ids: Sequence[int], rows: int) -> Tensor:

@@ -12,6 +12,7 @@ from harness.tiny_texts import tiny_language_model
 
 from moe_route.analysis import AnalysisError
 from moe_route.experiments import PromptPair, patch_experts
+from moe_route.experiments.expert_patching import _Patcher
 from moe_route.experts.outputs import expert_outputs
 from moe_route.routers import ModelNotSupportedError, find_routers
 from moe_route.runs.language_model import LanguageModel
@@ -147,6 +148,12 @@ def test_on_the_demo_model():
 def test_bad_input(pairs, options, error, message):
     with pytest.raises(error, match=message):
         patch_experts(tiny_language_model("mixtral"), pairs, **options, **FEW)
+
+
+def test_logits_that_are_not_finite_are_no_unchosen_expert(monkeypatch):
+    monkeypatch.setattr(_Patcher, "_patched", lambda self, ids, patches: torch.full((len(patches), 300), torch.nan))
+    with pytest.raises(AnalysisError, match="not finite"):
+        patch_experts(tiny_language_model("mixtral"), PAIRS, **FEW)
 
 
 def test_experts_that_cannot_be_seen_alone_are_refused():
