@@ -36,8 +36,10 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 # Several targets install into one environment, and steps.py runs at once what may: make -j adds nothing.
 .NOTPARALLEL:
 
-# A spinning OpenMP team costs milliseconds a region when another process has the second core.
+# An OpenMP team that spins costs milliseconds a region when another process has the second core; one that sleeps at once
+# is woken in every region, which takes the demo 70 s instead of 30. So it spins for some microseconds and then sleeps.
 export OMP_WAIT_POLICY ?= passive
+export GOMP_SPINCOUNT ?= 3000
 
 .PHONY: build demo findings test test-all vllm-env test-vllm test-matrix test-transformers emulated bench lint docs clean
 
