@@ -74,10 +74,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "_C":
-        import torch  # noqa: F401  (loads the libraries that _C is linked with)
-
-        return import_module("moe_route._C")
+    if name == "_C":  # torch loads the libraries that it is linked with
+        return import_module("moe_route.ops.library").required()
     if name not in __all__:
         raise AttributeError(f"module 'moe_route' has no attribute {name!r}")
     if name == "vllm":  # beside the others, though it lies in `integrations`

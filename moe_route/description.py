@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,10 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_route import _C, ops
+from moe_route import __version__, ops
 from moe_route.base.identity import identity_of
 from moe_route.base.table import ShownAsTables, Table
 from moe_route.experts.interface import experts_implementations, experts_paths
+from moe_route.ops import library
 from moe_route.patching.attachment import attachment_of
 from moe_route.routers.discovery import find_routers
 
@@ -146,6 +148,7 @@ class Diagnosis:
     platform: dict[str, str]
     build: dict[str, Any]
     instruction_set: dict[str, Any]
+    backends: dict[str, dict[str, str]]  # device -> what serves the operators there, and why where torch does
     threads: dict[str, Any]
     cuda: dict[str, Any]
     extras: dict[str, dict[str, Any]]
@@ -163,11 +166,13 @@ class Diagnosis:
         isa, threads = self.instruction_set, self.threads
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items() if version)
         sets = ", ".join(self.build["instruction_sets"])
+        made = f"{self.build['compiler']}, against torch {self.build['torch']}, instruction sets {sets}"
         lines = [
             f"versions      {versions}",
             f"platform      {self.platform['system']}",
-            f"build         {self.build['compiler']}, against torch {self.build['torch']}, instruction sets {sets}",
+            f"build         {made if self.build['compiler'] else 'no compiled library'}",
             f"kernels       {isa['in_use']}: {isa['why']}",
+            *(f"serves        {place}: {one['backend']}" for place, one in self.backends.items()),
             f"threads       {threads['torch']} of {threads['usable']} usable processors",
             f"cuda          {self.cuda['why']}",
         ]
@@ -188,10 +193,11 @@ def doctor() -> Diagnosis:
     versions = {name: _version(name) for name in _REQUIRED}
     versions |= {name: extra["versions"][name] for extra in extras.values() for name in extra["versions"]}
     return Diagnosis(
-        versions={"moe-route": _C.__version__, "python": platform.python_version(), **versions},
+        versions={"moe-route": __version__, "python": platform.python_version(), **versions},
         platform={"system": platform.platform(), "machine": platform.machine(), "executable": sys.executable},
-        build=dict(_C.build_info()),
+        build=_build(),
         instruction_set=_instruction_set(),
+        backends=_backends(),
         threads={
             "torch": torch.get_num_threads(),
             "processors": os.cpu_count(),
@@ -226,11 +232,23 @@ def _extra(modules: dict[str, str]) -> dict[str, Any]:
     }
 
 
+def _build() -> dict[str, Any]:
+    """What the compiled library was built with; without one, the same keys with nothing in them, and why."""
+    native = library.native()
+    if native is not None:
+        return dict(native.build_info())
+    nothing = dict.fromkeys(("version", "compiler", "torch", "nvcc"), "")
+    return nothing | {"instruction_sets": [], "cuda": False, "cuda_architectures": [], "absent": library.why_absent()}
+
+
 def _instruction_set() -> dict[str, Any]:
-    in_use, asked = _C.instruction_set(), os.environ.get("MOE_ROUTE_ISA") or None
-    built, runs = _C.build_info()["instruction_sets"], _C.supported_instruction_sets()
+    native, asked = library.native(), os.environ.get("MOE_ROUTE_ISA") or None
+    in_use, built = library.instruction_set(), _build()["instruction_sets"]
+    runs = [] if native is None else native.supported_instruction_sets()
     lacking = {name: _lacking_flags(flags) for name, flags in _FLAGS.items() if name in built and name not in runs}
-    if in_use != _C.best_instruction_set():
+    if native is None:
+        why = library.why_absent()
+    elif in_use != library.best_instruction_set():
         why = "set by set_instruction_set"
     elif asked and asked != in_use:
         why = f"MOE_ROUTE_ISA={asked} was asked for, but this processor or build does not have it"
@@ -254,7 +272,9 @@ def _lacking_flags(flags: tuple[str, ...]) -> list[str]:
 
 
 def _cuda() -> dict[str, Any]:
-    build, runtime = _C.build_info(), _C.cuda_runtime()
+    native, build = library.native(), _build()
+    nothing: dict[str, Any] = {"runtime": 0, "driver": 0, "devices": [], "problem": library.why_absent()}
+    runtime = nothing if native is None else native.cuda_runtime()
     toolkit, driver = runtime["runtime"], runtime["driver"]
     devices = [
         {
@@ -341,10 +361,17 @@ def _why_cuda(found: dict[str, Any]) -> str:
     return f"{built}, {len(found['devices'])} device(s): {names}"
 
 
+def _backends() -> dict[str, dict[str, str]]:
+    """What serves the operators on the CPU and on the accelerator that torch sees, and why where torch does."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    places = ["cpu", *([] if accelerator is None else [accelerator.type])]
+    return {place: {"backend": ops.backend(place), "why": library.why_torch(place)} for place in places}
+
+
 def _checks() -> list[dict[str, Any]]:
     """Run small problems with known answers."""
     checks = [_check_route(), _check_bits(), _check_round_trip()]
-    return [*checks, _check_device("cuda")] if _cuda_usable(_cuda()) else checks
+    return [*checks, _check_cuda()] if _cuda_usable(_cuda()) and not library.serves_cuda() else checks
 
 
 def _problem() -> tuple[torch.Tensor, ops.RouterSpec]:
@@ -369,16 +396,19 @@ def _check_route() -> dict[str, Any]:
 
 
 def _check_bits() -> dict[str, Any]:
+    native = library.native()
+    if native is None:
+        return {"name": "same bits", "ok": True, "detail": f"no kernels to compare: {library.why_absent()}"}
     logits, spec = _problem()
-    before, found = _C.instruction_set(), []
+    before, found = native.instruction_set(), []
     try:
-        for name in _C.supported_instruction_sets():
-            _C.set_instruction_set(name)
+        for name in native.supported_instruction_sets():
+            native.set_instruction_set(name)
             found.append(ops.route(logits, 4, spec))
     finally:
-        _C.set_instruction_set(before)
+        native.set_instruction_set(before)
     same = all(torch.equal(a, b) for result in found[1:] for a, b in zip(found[0], result, strict=True))
-    names = ", ".join(_C.supported_instruction_sets())
+    names = ", ".join(native.supported_instruction_sets())
     return {"name": "same bits", "ok": same, "detail": f"{names} {'agree' if same else 'disagree'}"}
 
 
@@ -395,15 +425,29 @@ def _check_round_trip() -> dict[str, Any]:
     }
 
 
-def _check_device(device: str) -> dict[str, Any]:
-    """Check that the device gives the same bits as the CPU."""
+_CUDA_PROGRAM = "from moe_route.description import cuda_difference; print(cuda_difference())"
+
+
+def _check_cuda() -> dict[str, Any]:
+    """Check the CUDA kernels in a process of its own: an error that ends the device's context ends that process."""
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", _CUDA_PROGRAM], capture_output=True, text=True)
+    said = (ran.stdout if ran.returncode == 0 else ran.stderr).strip().splitlines()
+    found = said[-1] if said else "" if ran.returncode == 0 else f"the check ended with code {ran.returncode}"
+    return {"name": "cuda", "ok": not found, "detail": found or "as torch computes, with the same bits as on the CPU"}
+
+
+def cuda_difference() -> str:
+    """In what the CUDA kernels differ from torch, or their bits from the CPU's; "" for nothing."""
+    ops.load_kernels(60, torch.empty(0, device="cuda").device)
+    if library.withdrawn:
+        return "; ".join(library.withdrawn.values())
     logits, spec = _problem()
     results = []
-    for place in ("cpu", device):
+    for place in ("cpu", "cuda"):
         statistics = ops.StatisticsTables.zeros(60, groups=1, device=place)
         weights, ids = ops.route(logits.to(place), 4, spec, statistics=statistics)
         slots = ops.dispatch(ids, 60)
         out = ops.combine(ops.permute(logits.to(place), slots), weights, slots)
         results.append([result.cpu() for result in (weights, ids, statistics.groups, *slots, out)])
     same = all(torch.equal(one, other) for one, other in zip(*results, strict=True))
-    return {"name": device, "ok": same, "detail": f"{'the same' if same else 'not the'} bits as on the CPU"}
+    return "" if same else "not the bits of the CPU"

@@ -29,6 +29,7 @@ from moe_route.calls.call import PHASES, Call, NamedGroups, Phase, name_groups, 
 from moe_route.calls.token_table import CallListener, Labels, broadcast_rows, columns, in_phases, rows_on_device
 from moe_route.contract.token_tables import entries, starts
 from moe_route.experts.interface import experts_implementations
+from moe_route.ops import library
 from moe_route.ops.token_rules import token_counter
 from moe_route.patching.attachment import Attachment
 from moe_route.recording import LabelBlock, Recorder, RoutingStatistics
@@ -351,6 +352,7 @@ class RoutedModel:
             "model": identity_of(self.model),
             "versions": library_versions(),
             "engines": sorted({s.engine for s in self.routers}),
+            "backends": sorted({library.served(s.device) for s in self.routers}),
             "experts": sorted({name for s in self.routers for name in experts_implementations(s.block)}),
         }
 

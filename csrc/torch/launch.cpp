@@ -33,17 +33,6 @@ class OnDevice {
 
 }  // namespace
 
-void require(const Place& place) {
-  if (place.cpu) return;
-  cuda::require_kernels();
-  if (aoti_torch_get_current_cuda_stream == nullptr) {
-    throw std::runtime_error(std::string(place.leader) + " on " + place.name() +
-                             ", but this torch was built without CUDA; install a CUDA build of torch");
-  }
-}
-
-bool takes_float64_logits(const Place& place) { return place.cpu; }
-
 void gate(const GateArgs& args, const Place& place) {
   if (place.cpu) return cpu::launch_gate(args);
   cuda::gate(args, OnDevice(place).stream());
@@ -82,7 +71,6 @@ void expert_activation(const ExpertActivationArgs& args, const Place& place) {
 }
 
 void load_kernels(int32_t index, int32_t experts) {
-  cuda::require_kernels();
   const torch::stable::accelerator::DeviceGuard guard(index);
   cuda::make_current(index);
   cuda::load_kernels(experts);

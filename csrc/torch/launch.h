@@ -11,10 +11,6 @@
 
 namespace moe_route::launch {
 
-// std::runtime_error, with the mend, where this build or this torch cannot work on `place`.
-void require(const Place& place);
-
-bool takes_float64_logits(const Place& place);
 void gate(const GateArgs& args, const Place& place);
 
 // Bytes that DispatchArgs::workspace must hold, 0 where none is needed.

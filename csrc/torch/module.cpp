@@ -13,6 +13,8 @@
 #include "cuda/device.h"
 #include "launch.h"
 #include "moe_route/cuda.h"
+#include "operators.h"
+#include "self_check.h"
 
 namespace py = pybind11;
 
@@ -170,6 +172,21 @@ GateArgs gate_args(uintptr_t logits, int dtype, int64_t tokens, int32_t experts,
   return args;
 }
 
+void load_kernels(int32_t device, int32_t experts) {
+  if (!MOE_ROUTE_WITH_CUDA) throw std::runtime_error("this build of moe_route has no CUDA kernels");
+  launch::load_kernels(device, experts);
+}
+
+// The operators of CUDA tensors, from the first call on; the schemas are defined by then.
+void register_cuda() {
+  if (!MOE_ROUTE_WITH_CUDA) throw std::runtime_error("this build of moe_route has no CUDA kernels");
+  static StableLibrary* library = nullptr;  // kept: torch may outlive this module
+  if (library) return;
+  library = new StableLibrary(StableLibrary::Kind::IMPL, "moe_route", "CUDA", __FILE__, __LINE__);
+  implement_on_device(*library);
+  implement_experts_on_device(*library);
+}
+
 cuda::Stream stream_at(uintptr_t stream) { return at<CUstream_st>(stream); }
 
 void run_gate(const GateArgs& args) {
@@ -274,8 +291,15 @@ PYBIND11_MODULE(_C, m) {
   m.attr("MAX_CHOSEN") = mr::kMaxChosen;
   m.def("build_info", &mr::build_info, "What this module was built with.");
   m.def("cuda_runtime", &mr::cuda_runtime, "CUDA versions, devices, or the problem. Needs no driver.");
-  m.def("load_kernels", &mr::launch::load_kernels, arg("device"), arg("experts"),
+  m.def("load_kernels", &mr::load_kernels, arg("device"), arg("experts"),
         "Load the CUDA kernels that calls with this many experts may launch on a device.");
+  m.def("register_cuda", &mr::register_cuda, "Let the CUDA kernels serve the operators of CUDA tensors.");
+  m.def("set_required", &mr::self_check::set_required, arg("required"), "See csrc/torch/self_check.h.");
+  m.def("set_allowed_here", &mr::self_check::set_allowed_here, arg("allowed"));
+  m.def("mark", &mr::self_check::mark, arg("device"), arg("experts"));
+  m.def("withdraw", &mr::self_check::withdraw, arg("kernels"));
+  m.def("report", &mr::self_check::report, arg("problem"));
+  m.def("forget", &mr::self_check::forget);
   m.def("tunables", &mr::tunables, "What a device settles about the CUDA kernels, and switches, by name.");
   m.def("tune", &mr::cuda::tune, arg("name"), arg("value"), "Set one of them for the launches that follow.");
   m.def("instruction_set", [] { return std::string(mr::cpu::name(mr::cpu::instruction_set())); });

@@ -1,5 +1,7 @@
-// The operators of namespace moe_route on torch's stable ABI: schemas, the checks of every argument, outputs.
+// The operators of namespace moe_route on torch's stable ABI: the checks of every argument, outputs.
 // A bad argument is a ValueError (std::invalid_argument) that names the argument and the mend.
+#include "operators.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -9,6 +11,7 @@
 
 #include "arguments.h"
 #include "launch.h"
+#include "self_check.h"
 
 namespace moe_route {
 namespace {
@@ -16,13 +19,6 @@ namespace {
 // Of the argument `statistics`: whether entropy is accumulated. The planes have the bits below it
 // (moe_route/contract/tables.py packs both).
 constexpr int kEntropyBit = 16;
-
-// The device of the call, by its leading tensor.
-Place leading_place(const char* name, const Tensor& tensor) {
-  const Place place = place_of(name, tensor);
-  launch::require(place);
-  return place;
-}
 
 // ---- the gate -------------------------------------------------------------------------------------------
 
@@ -57,16 +53,6 @@ GateSpec unpack_spec(int64_t policy, int64_t experts, double group_fill, double 
   return spec;
 }
 
-DType logits_type(const Tensor& logits, const Place& place) {
-  const DType type = float_type("logits", logits);
-  if (type == DType::kFloat64 && !launch::takes_float64_logits(place)) {
-    refuse(
-        "logits are float64, which the CUDA kernels do not compute; take logits.float(), or move them with "
-        ".to('cpu'), or use moe_route.reference");
-  }
-  return type;
-}
-
 // The part that every gate operator shares. Returns the tensor that owns the logits that `args` points to.
 Tensor fill_logits(GateArgs& args, const Tensor& logits, int64_t k, const MaybeTensor& tokens,
                    const Place& place) {
@@ -74,7 +60,7 @@ Tensor fill_logits(GateArgs& args, const Tensor& logits, int64_t k, const MaybeT
     refuse("logits have shape ", shape_text(logits),
            "; they must be [tokens, experts] (reshape(-1, experts) first)");
   }
-  args.logits_type = logits_type(logits, place);
+  args.logits_type = float_type("logits", logits);
   args.tokens = logits.size(0);
   const int64_t experts = logits.size(1);
   if (experts < 1 || experts > kMaxExperts)
@@ -181,7 +167,7 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t k, int64_t policy
                                  int64_t choice_mode) {
   GateArgs args;
   GivenTensors given;
-  const Place place = leading_place("logits", logits);
+  const Place place = place_of("logits", logits);
   const Tensor rows = fill_logits(args, logits, k, tokens, place);
   const int64_t experts = args.experts;
   args.spec = unpack_spec(policy, experts, group_fill, eps, norm_p, scale, jitter);
@@ -206,7 +192,7 @@ void observe(const Tensor& logits, const Tensor& ids, const MaybeTensor& weights
   GivenTensors given;
   if (ids.dim() != 2) refuse("ids have shape ", shape_text(ids), "; they must be [tokens, k]");
   const int64_t k = ids.size(1);
-  const Place place = leading_place("logits", logits);
+  const Place place = place_of("logits", logits);
   const Tensor rows = fill_logits(args, logits, k, tokens, place);
   args.spec = unpack_spec(policy, args.experts, group_fill, eps, norm_p, scale, jitter);
   args.expert_scale = float_table("expert_scale", expert_scale, {args.experts}, place);
@@ -244,7 +230,7 @@ Tensor route_weights(const Tensor& logits, const Tensor& ids, int64_t policy, co
   GivenTensors given;
   if (ids.dim() != 2) refuse("ids have shape ", shape_text(ids), "; they must be [tokens, k]");
   const int64_t k = ids.size(1);
-  const Place place = leading_place("logits", logits);
+  const Place place = place_of("logits", logits);
   const Tensor rows = fill_logits(args, logits, k, tokens, place);
   args.spec = unpack_spec(policy, args.experts, group_fill, eps, norm_p, scale, jitter);
   args.expert_scale = float_table("expert_scale", expert_scale, {args.experts}, place);
@@ -272,7 +258,7 @@ MaybeTensor dispatch_workspace(const DispatchArgs& args, const Place& place) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dispatch(const Tensor& ids, int64_t num_experts,
                                                             int64_t block) {
   if (ids.dim() != 2) refuse("ids have shape ", shape_text(ids), "; they must be [tokens, k]");
-  const Place place = leading_place("ids", ids);
+  const Place place = place_of("ids", ids);
   if (num_experts < 1 || num_experts > kMaxExperts)
     refuse("num_experts = ", num_experts, " is outside 1..", kMaxExperts);
   if (block < 1 || block > 65536) refuse("block = ", block, " is outside 1..65536");
@@ -308,7 +294,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dispatch(const Tensor& ids, i
 
 Tensor permute(const Tensor& x, const Tensor& order, const Tensor& inverse) {
   if (x.dim() != 2) refuse("x has shape ", shape_text(x), "; it must be [tokens, hidden]");
-  const Place place = leading_place("x", x);
+  const Place place = place_of("x", x);
   check_tensor("inverse", inverse, {x.size(0), -1}, place);
   check_dtype("inverse", inverse, ScalarType::Long, "int64");
   check_tensor("order", order, {-1}, place);
@@ -332,7 +318,7 @@ Tensor combine(const Tensor& rows, const Tensor& weights, const Tensor& order, c
                const MaybeTensor& residual) {
   if (rows.dim() != 2)
     refuse("rows have shape ", shape_text(rows), "; they must be [dispatched rows, hidden]");
-  const Place place = leading_place("rows", rows);
+  const Place place = place_of("rows", rows);
   check_tensor("inverse", inverse, {-1, -1}, place);
   check_dtype("inverse", inverse, ScalarType::Long, "int64");
   check_tensor("order", order, {rows.size(0)}, place);
@@ -365,9 +351,8 @@ Tensor combine(const Tensor& rows, const Tensor& weights, const Tensor& order, c
   return out;
 }
 
-// The same functions on every device.
-template <class Library>
-void implement(Library& m) {
+// On torch's CPU: the kernels, always.
+void implement_on_cpu(StableLibrary& m) {
   m.impl("route", TORCH_BOX(&route));
   m.impl("observe_layers", TORCH_BOX(&observe_layers));
   m.impl("observe", TORCH_BOX(&observe));
@@ -378,45 +363,23 @@ void implement(Library& m) {
 }
 
 }  // namespace
-}  // namespace moe_route
 
-// The tests build these operators a second time, over the emulated CUDA kernels, in a namespace of their own.
-#ifndef MOE_ROUTE_NAMESPACE
-#define MOE_ROUTE_NAMESPACE moe_route
-#endif
-#define MOE_ROUTE_LIBRARY(name, m) \
-  STABLE_TORCH_LIBRARY(name, m)  // torch's macro does not expand its argument
-
-// Every argument that is passed costs the caller 0.1 to 0.2 us, one left to its default next to nothing: what
-// most calls leave out comes last.
-MOE_ROUTE_LIBRARY(MOE_ROUTE_NAMESPACE, m) {
-  m.def(
-      "route(Tensor logits, int k, int policy, Tensor? tokens=None, Tensor(a!)? group_statistics=None, "
-      "int statistics=0, Tensor(b!)? segment_statistics=None, float group_fill=0.0, float eps=0.0, "
-      "float norm_p=1.0, float scale=1.0, float jitter=0.0, Tensor? correction_bias=None, "
-      "Tensor? expert_scale=None, Tensor? steering=None, int steering_planes=0, Tensor? row_params=None, "
-      "Tensor? remap=None, Tensor? choice_ids=None, Tensor? choice_weights=None, int choice_mode=0) "
-      "-> (Tensor weights, Tensor ids)");
-  m.def(
-      "observe(Tensor logits, Tensor ids, Tensor? weights, int policy, Tensor? tokens=None, "
-      "Tensor(a!)? group_statistics=None, int statistics=0, Tensor(b!)? segment_statistics=None, "
-      "float group_fill=0.0, float eps=0.0, float norm_p=1.0, float scale=1.0, float jitter=0.0, "
-      "Tensor? expert_scale=None) -> ()");
-  m.def(
-      "observe_layers(Tensor[] logits, Tensor[] ids, Tensor[] weights, int policy, Tensor? tokens, "
-      "Tensor(a!)[] group_statistics, int statistics, Tensor(b!)[] segment_statistics, float group_fill=0.0, "
-      "float eps=0.0, float norm_p=1.0, float scale=1.0, float jitter=0.0) -> ()");
-  m.def(
-      "route_weights(Tensor logits, Tensor ids, int policy, Tensor? tokens=None, float group_fill=0.0, "
-      "float eps=0.0, float norm_p=1.0, float scale=1.0, float jitter=0.0, Tensor? expert_scale=None, "
-      "Tensor? steering=None, int steering_planes=0, Tensor? row_params=None) -> Tensor");
-  m.def(
-      "dispatch(Tensor ids, int num_experts, int block) "
-      "-> (Tensor offsets, Tensor ends, Tensor counts, Tensor order, Tensor inverse)");
-  m.def("permute(Tensor x, Tensor order, Tensor inverse) -> Tensor");
-  m.def(
-      "combine(Tensor rows, Tensor weights, Tensor order, Tensor inverse, Tensor? residual=None) -> Tensor");
+void implement_on_device(StableLibrary& m) {
+  m.impl("route", MOE_ROUTE_ON_DEVICE(route, kGate));
+  m.impl("observe_layers", MOE_ROUTE_ON_DEVICE_BY(is_list_for_torch, observe_layers, kGate));
+  m.impl("observe", MOE_ROUTE_ON_DEVICE(observe, kGate));
+  m.impl("route_weights", MOE_ROUTE_ON_DEVICE(route_weights, kGate));
+  m.impl("dispatch", MOE_ROUTE_ON_DEVICE(dispatch, kDispatch));
+  m.impl("permute", MOE_ROUTE_ON_DEVICE(permute, kPermute));
+  m.impl("combine", MOE_ROUTE_ON_DEVICE(combine, kCombine));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(MOE_ROUTE_NAMESPACE, CPU, m) { moe_route::implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(MOE_ROUTE_NAMESPACE, CUDA, m) { moe_route::implement(m); }
+}  // namespace moe_route
+
+// The schemas are defined in Python (moe_route/ops/schemas.py): torch's own backend needs them without this library.
+// The tests build these operators a second time, over the emulated CUDA kernels and for CPU tensors.
+#ifdef MOE_ROUTE_EMULATED
+STABLE_TORCH_LIBRARY_IMPL(moe_route_emulated, CPU, m) { moe_route::implement_on_device(m); }
+#else
+STABLE_TORCH_LIBRARY_IMPL(moe_route, CPU, m) { moe_route::implement_on_cpu(m); }
+#endif

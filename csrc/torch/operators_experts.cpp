@@ -1,9 +1,11 @@
-// The operators expert_rows, expert_activation and pack_expert_weight: schemas, checks, outputs. Like operators.cpp, which has the other operators.
+// The operators expert_rows, expert_activation and pack_expert_weight, like operators.cpp.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "arguments.h"
 #include "launch.h"
+#include "operators.h"
+#include "self_check.h"
 
 namespace moe_route {
 namespace {
@@ -113,7 +115,6 @@ Tensor expert_rows(const Tensor& x, const Tensor& offsets, const Tensor& counts,
                    double limit, double shift, const MaybeTensor& up_panels, const MaybeTensor& down_panels) {
   if (x.dim() != 2) refuse("x has shape ", shape_text(x), "; it must be [tokens, hidden]");
   const Place place = place_of("x", x);
-  launch::require(place);
   const int64_t experts = experts_of(offsets);
   const int64_t hidden = x.size(1);
   ExpertProductArgs args;
@@ -173,7 +174,6 @@ Tensor expert_activation(const Tensor& rows, const Tensor& offsets, const MaybeT
   if (rows.dim() != 2)
     refuse("rows have shape ", shape_text(rows), "; they must be [dispatched rows, columns]");
   const Place place = place_of("rows", rows);
-  launch::require(place);
   ExpertActivationArgs args;
   args.type = product_type("rows", rows);
   args.pairing = pairing_of(pairing);
@@ -200,34 +200,23 @@ Tensor expert_activation(const Tensor& rows, const Tensor& offsets, const MaybeT
   return out;
 }
 
-template <class Library>
-void implement(Library& m) {
+void implement_on_cpu(StableLibrary& m) {
   m.impl("expert_rows", TORCH_BOX(&expert_rows));
   m.impl("expert_activation", TORCH_BOX(&expert_activation));
+  m.impl("pack_expert_weight", TORCH_BOX(&pack_expert_weight));
 }
 
 }  // namespace
+
+void implement_experts_on_device(StableLibrary& m) {
+  m.impl("expert_rows", MOE_ROUTE_ON_DEVICE(expert_rows, kExpertRows));
+  m.impl("expert_activation", MOE_ROUTE_ON_DEVICE(expert_activation, kExpertActivation));
+}
+
 }  // namespace moe_route
 
-#ifndef MOE_ROUTE_NAMESPACE
-#define MOE_ROUTE_NAMESPACE moe_route
+#ifdef MOE_ROUTE_EMULATED
+STABLE_TORCH_LIBRARY_IMPL(moe_route_emulated, CPU, m) { moe_route::implement_experts_on_device(m); }
+#else
+STABLE_TORCH_LIBRARY_IMPL(moe_route, CPU, m) { moe_route::implement_on_cpu(m); }
 #endif
-#define MOE_ROUTE_FRAGMENT(name, m) STABLE_TORCH_LIBRARY_FRAGMENT(name, m)
-
-MOE_ROUTE_FRAGMENT(MOE_ROUTE_NAMESPACE, m) {
-  m.def(
-      "expert_rows(Tensor x, Tensor offsets, Tensor counts, Tensor order, int k, Tensor up, Tensor down, "
-      "Tensor? up_bias, Tensor? down_bias, int activation, int pairing, float alpha, float limit, float "
-      "shift, Tensor? up_panels=None, Tensor? down_panels=None) -> Tensor");
-  m.def("pack_expert_weight(Tensor weight, int pairing) -> Tensor");
-  m.def(
-      "expert_activation(Tensor rows, Tensor offsets, Tensor? bias, int activation, int pairing, float "
-      "alpha, "
-      "float limit, float shift) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(MOE_ROUTE_NAMESPACE, CPU, m) {
-  moe_route::implement(m);
-  m.impl("pack_expert_weight", TORCH_BOX(&moe_route::pack_expert_weight));
-}
-STABLE_TORCH_LIBRARY_IMPL(MOE_ROUTE_NAMESPACE, CUDA, m) { moe_route::implement(m); }

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_route import _C, ops
+from moe_route import ops
 from moe_route.bench.results import Measured, Target, rows
 from moe_route.bench.timing import Contender, Effort, Pool, Race, race
+from moe_route.ops import library
 
 SPEC = ops.RouterSpec(score="softmax", renormalize="sum")
 TOKENS = 4096
@@ -158,7 +159,7 @@ def measure(effort: Effort) -> Measured:
         run = race(Gate(shape).contenders(), rounds=effort.rounds)
         measured.rows += rows("Gate", shape.title, run, peers=PEERS, floors=dict.fromkeys(PEERS, READ))
         if shape == Shape():
-            measured.targets += targets(shape, run, _C.instruction_set())
+            measured.targets += targets(shape, run, library.instruction_set())
     return measured
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 import moe_route
-from moe_route import _C
 from moe_route.base import files
 from moe_route.base.table import ShownAsTables, Table, duration
 from moe_route.bench.timing import Race, clock_of_threads
+from moe_route.ops import library
 
 KIND = "BenchmarkResults"
 TREE = Path(__file__).resolve().parents[2]  # the source tree, where this is not installed
@@ -241,7 +241,7 @@ def machine(command: str) -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "threads used": str(torch.get_num_threads()),
         "clock": clock_of_threads().name,
-        "instruction set of the kernels": _C.instruction_set(),
+        "instruction set of the kernels": library.instruction_set(),
         "instruction set of torch": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,

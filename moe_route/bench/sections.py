@@ -116,13 +116,13 @@ def measure(
         )
     import torch
 
-    from moe_route import _C
     from moe_route.bench.results import BenchmarkResults, Measured, machine
+    from moe_route.ops import library
 
     options = f"--rounds {effort.rounds} --threads {torch.get_num_threads()}{' --quick' if effort.quick else ''}"
     command = f"{program} --sections {' '.join(names)} {options}"
     by_file: dict[str, Measured] = {}
-    family = _C.instruction_set().removesuffix("_bf16")
+    family = library.instruction_set().removesuffix("_bf16")
     for name in names:
         section = sections[name]
         log.info("measuring %s: %s", name, section.about)

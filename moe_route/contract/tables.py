@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from enum import IntEnum
+from functools import cache
 from types import MappingProxyType
 from typing import Literal
 
@@ -314,6 +315,12 @@ def token_table(
     return torch.stack(made, 1)
 
 
+@cache
+def _metrics_of(layout: int) -> tuple[tuple[str, ...], bool]:
+    """Names of the metrics, and whether entropy is accumulated."""
+    return tuple(name for bit, name in enumerate(METRICS) if layout >> bit & 1), bool(layout >> ENTROPY_BIT & 1)
+
+
 class StatisticsTables:
     """int64 tables that `route` and `observe` add to: one row per group and, optionally, one per segment.
 
@@ -362,9 +369,11 @@ class StatisticsTables:
 
     @classmethod
     def from_packed(cls, groups: Tensor, layout: int, segments: Tensor | None, num_experts: int) -> StatisticsTables:
-        """Wrap tables whose ``arguments`` are these, without a copy."""
-        names = [name for bit, name in enumerate(METRICS) if layout >> bit & 1]
-        return cls(groups, segments, num_experts, names, bool(layout >> ENTROPY_BIT & 1))
+        """Wrap tables whose ``arguments`` are these, without a copy and without a check."""
+        made = cls.__new__(cls)
+        made.metrics, made.entropy = _metrics_of(layout)
+        made.num_experts, made.arguments = num_experts, (groups, layout, segments)
+        return made
 
     @classmethod
     def zeros(

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from moe_route import _C, ops
+from moe_route import ops
 from moe_route.contract.experts import PackedExperts
 from moe_route.experts.layout import compute_dtype, gate_of, obstacle, stored_weights, up_projection, weight_and_bias
+from moe_route.ops import library
 from moe_route.ops.expert_paths import PACKED_DTYPES
 
 ATTRIBUTE = "_moe_route_packed"
@@ -73,8 +74,8 @@ def packing_obstacle(module: Any) -> str | None:
     places = sorted({weight.device.type for weight in weights} - {"cpu"})
     if places:
         return f"its weights are on {' and '.join(places)}, and packed weights are for a CPU"
-    if not _C.instruction_set().startswith("avx512"):
-        return f"the kernels run on {_C.instruction_set()} here, and packing gained time with AVX-512 only"
+    if not library.instruction_set().startswith("avx512"):
+        return f"the kernels run on {library.instruction_set()} here, and packing gained time with AVX-512 only"
     dtypes = {weight.dtype for weight in weights}
     if len(dtypes) > 1 or not dtypes <= PACKED_DTYPES or compute_dtype(module) not in dtypes:
         said = " and ".join(sorted(str(dtype) for dtype in dtypes))

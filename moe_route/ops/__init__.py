@@ -3,18 +3,17 @@
 They are registered as ``torch.ops.moe_route.*``, so they work with the dispatcher, ``torch.compile``, fake tensors and
 autograd. `moe_route.reference` has the same functions in plain torch.
 
-Devices: an operator runs where its first tensor is, on the CPU or a CUDA device; all other tensors must be there too.
-Results have the same bits on both. On CUDA a call only enqueues work on torch's current stream and never waits, so it
-can be captured into a CUDA graph. Call `load_kernels` before a capture, since the first launch of a kernel loads it.
-CUDA refuses float64 logits. Autocast casts no argument.
+Devices: an operator runs where its first tensor is; all other tensors must be there too. A CPU and CUDA devices have
+kernels, with the same bits on both. Every other device, and every device where the compiled library is missing, is
+served by torch: the same choices and counts, weights within 1e-6, slower (`backend` says which serves). On CUDA a call
+only enqueues work on torch's current stream and never waits, so it can be captured into a CUDA graph. Call
+`load_kernels` before a capture, since the first launch of a kernel loads it and has it checked. float64 logits on CUDA
+are torch's. Autocast casts no argument.
 
 Errors: an argument of a wrong type raises TypeError. A value or tensor that does not fit raises ValueError. Both name
-the argument and how to fix it. CUDA tensors raise RuntimeError if this build has no CUDA kernels.
+the argument and how to fix it.
 """
 
-import torch  # noqa: F401  (loads the libraries that _C is linked with)
-
-from moe_route import _C  # noqa: F401  (registers the operators)
 from moe_route.contract.experts import Activation, Dispatch, PackedExperts
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import (
@@ -29,10 +28,8 @@ from moe_route.contract.tables import (
 from moe_route.ops.dispatch import combine, dispatch, permute
 from moe_route.ops.experts import expert_activation, expert_rows, pack_experts
 from moe_route.ops.gate import observe, observe_layers, route, route_weights
-from moe_route.ops.kernels import has_kernels, load_kernels
-from moe_route.ops.registration import register as _register
-
-_register("moe_route")
+from moe_route.ops.kernels import load_kernels
+from moe_route.ops.library import backend
 
 __all__ = [
     "FIXED_POINT",
@@ -45,11 +42,11 @@ __all__ = [
     "RouterSpec",
     "StatisticsTables",
     "SteeringTables",
+    "backend",
     "combine",
     "dispatch",
     "expert_activation",
     "expert_rows",
-    "has_kernels",
     "load_kernels",
     "observe",
     "observe_layers",

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from moe_route.contract.experts import Dispatch
+from moe_route.ops import registration  # noqa: F401 (defines the operators)
 from moe_route.ops.arguments import FAILURES, refuse_types
 
 _dispatch = torch.ops.moe_route.dispatch.default

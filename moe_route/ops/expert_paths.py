@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from moe_route import _C
+from moe_route.ops import library
 
 PACKED, STREAMED, ACTIVATED, GROUPED = "packed", "streamed", "grouped, one activation", "grouped"
 # Without vectors the CPU's expert_rows is right, not fast; with AVX-512 it passes torch's products everywhere.
-_CPU_HAS_VECTORS: bool = _C.best_instruction_set() != "portable"
-_CPU_HAS_WIDE_VECTORS: bool = _C.best_instruction_set().startswith("avx512")
+_CPU_HAS_VECTORS = library.best_instruction_set().startswith("avx")
+_CPU_HAS_WIDE_VECTORS = library.best_instruction_set().startswith("avx512")
 # With matrix instructions, torch's products pass expert_rows at fewer slots.
 _CPU_HAS_MATRICES: bool = torch.cpu._is_amx_tile_supported()
 _FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32})
@@ -137,6 +137,7 @@ _STREAMED_CUDA = Path(
     most_slots_per_expert=8,  # as many share a reading of the weights
     trains=False,
     any_gate=False,
+    here=not library.serves_cuda(),
 )
 _STREAMED_CPU = Path(
     STREAMED,
@@ -156,6 +157,7 @@ _PACKED_CPU = Path(
     trains=False,
     any_gate=False,
     packed=True,
+    here=library.native() is not None,
 )
 PATHS: Sequence[Path] = (
     _PACKED_CPU,
@@ -168,7 +170,7 @@ PATHS: Sequence[Path] = (
         most_row_bytes=None,
         most_slots_per_expert=None if _CPU_HAS_WIDE_VECTORS and not _CPU_HAS_MATRICES else 16,
     ),
-    Path(ACTIVATED, devices=frozenset({"cuda"}), dtypes=_FLOATS, trains=False, any_gate=False),
+    replace(_STREAMED_CUDA, name=ACTIVATED, most_slots=None, most_slots_per_expert=None),
     Path(GROUPED),
 )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from moe_route.contract.experts import ACTIVATIONS, PAIRINGS, Activation, Dispatch, PackedExperts
+from moe_route.ops import registration  # noqa: F401 (defines the operators)
 from moe_route.ops.arguments import FAILURES, refuse_types
 
 _expert_rows = torch.ops.moe_route.expert_rows.default

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import StatisticsTables, SteeringTables
+from moe_route.ops import registration  # noqa: F401 (defines the operators)
 from moe_route.ops.arguments import FAILURES, refuse_types
 
 _route = torch.ops.moe_route.route.default

@@ -57,7 +57,7 @@ def _grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 def _product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     takes = _grouped_mm_takes(rows, weight.shape[1:])
-    if rows.is_cuda and not takes:
+    if rows.device.type != "cpu" and not takes:
         return _product_by_tiles(rows, weight, ends)
     if takes or _grouped_mm_pays(rows, weight):
         weight = weight.to(rows.dtype)
@@ -79,7 +79,7 @@ def _grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
 def _outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     if _grouped_mm_takes(left, (left.shape[1], right.shape[1])):
         return F.grouped_mm(left.T, right, offs=ends)
-    if left.is_cuda:
+    if left.device.type != "cpu":
         return _outer_by_tiles(left, right, ends)
     out = left.new_zeros(ends.shape[0], left.shape[1], right.shape[1])
     for matrix, (begin, end) in zip(out.unbind(0), _ranges(ends), strict=True):
@@ -100,7 +100,7 @@ def _grouped_mm_takes(rows: Tensor, sizes: Sequence[int]) -> bool:
 
 @cache
 def _groups_in_one_kernel(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _grouped_mm_pays(rows: Tensor, weight: Tensor) -> bool:

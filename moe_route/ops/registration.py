@@ -1,7 +1,8 @@
-"""Register the operators with torch: the shapes of their results, and their gradients.
+"""Register the operators with torch: schemas, torch's own kernels, the shapes of results, and gradients.
 
 `register` does this for one operator namespace, so that another library with the same operators can be registered in
-the same way. The tests do so for the CUDA kernels on an emulated device.
+the same way. ``moe_route`` is what users call; in ``moe_route_torch`` torch serves every device, which kernels hand
+calls on to and are compared with. The tests add a namespace for the CUDA kernels on an emulated device.
 """
 
 from __future__ import annotations
@@ -14,19 +15,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_route import _C
+from moe_route.contract.limits import MAX_CHOSEN
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import SteeringTables
+from moe_route.ops import library, torch_backend
+from moe_route.ops.schemas import SCHEMAS
+from moe_route.ops.self_check import CUDA, Checked
 
 _LIBRARIES: list[torch.library.Library] = []  # the registrations live as long as these objects
+_DEVICES = ("CPU", "CUDA", "MPS", "XPU", "HPU", "PrivateUse1", "PrivateUse2", "PrivateUse3", "Other")
 _AUTOGRAD_KEYS = [
     torch._C.DispatchKey.__members__[name]
-    for name in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView")
+    for name in (*(f"Autograd{device}" for device in _DEVICES), "ADInplaceOrView")
 ]
 
 
-def register(namespace: str) -> None:
-    """Register fake tensors and gradients for the operators of ``torch.ops.<namespace>``, whose library is loaded."""
+def register(namespace: str, kernels: Checked | None = None) -> None:
+    """Define ``torch.ops.<namespace>.*``, with torch as its backend wherever no library brings kernels.
+
+    ``kernels`` are those of a device, which call ``check_kernels`` before they serve.
+    """
+    definitions = torch.library.Library(namespace, "DEF")
+    if kernels is not None:
+        definitions.define("check_kernels(int device, int experts) -> ()")
+        definitions.impl("check_kernels", kernels.operator, "CompositeExplicitAutograd")
+    for name, schema in SCHEMAS.items():
+        definitions.define(f"{name}{schema}")
+        kernel = torch_backend.OPERATORS[name]
+        if namespace == "moe_route" and library.asked() == "native":
+            kernel = partial(_refused, kernel)
+        # Not implicit: an operator that mutates cannot decompose under autograd, and a compiler would trace into it.
+        definitions.impl(name, kernel, "CompositeExplicitAutograd")
+    _LIBRARIES.append(definitions)
     fakes: dict[str, Callable[..., Any]] = {
         "route": _route_fake,
         "observe": _observe_fake,
@@ -44,10 +64,8 @@ def register(namespace: str) -> None:
     # route and observe have no gradient, since an operator that mutates an argument cannot have one. Autograd passes
     # them through, and their results do not require grad. If a gradient is wanted, `ops.route` uses the weights of
     # route_weights.
-    library = torch.library.Library(namespace, "IMPL")
     for name in ("route", "observe", "observe_layers"):
-        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    _LIBRARIES.append(library)
+        definitions.impl(name, torch.library.fallthrough_kernel, "Autograd")
     operators = getattr(torch.ops, namespace)
     gradients: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "route_weights": (_weights_backward, _keep_inputs),
@@ -58,6 +76,12 @@ def register(namespace: str) -> None:
         torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=keep)
     for name in ("expert_rows", "expert_activation", "pack_expert_weight"):
         torch.library.register_autograd(f"{namespace}::{name}", partial(_no_gradient, name))
+
+
+def _refused(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    leading = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+    library.refuse_torch(leading.device)
+    return kernel(*args, **kwargs)
 
 
 # ---- shapes of results ------------------------------------------------------------------------------------------
@@ -88,7 +112,7 @@ def _new_weights(logits: Tensor, k: Any) -> Tensor:
 def _route_fake(logits: Tensor, k: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     torch._check_value(logits.dim() == 2, lambda: f"logits must be [tokens, experts], got {list(logits.shape)}")
     torch._check_value(
-        1 <= k <= min(logits.shape[1], _C.MAX_CHOSEN), lambda: f"k = {k} is outside 1..min(experts, {_C.MAX_CHOSEN})"
+        1 <= k <= min(logits.shape[1], MAX_CHOSEN), lambda: f"k = {k} is outside 1..min(experts, {MAX_CHOSEN})"
     )
     return _new_weights(logits, k), logits.new_empty((logits.shape[0], k), dtype=torch.int32)
 
@@ -280,3 +304,8 @@ def _product(rows: Tensor, grad: Tensor, at: Tensor) -> Tensor:
 
 def _no_gradient(name: str, ctx: Any, grad: Tensor) -> None:
     raise RuntimeError(f"{name} has no gradient: train with moe_route.nn.Experts")
+
+
+register("moe_route", CUDA)
+register("moe_route_torch")
+library.serves_cuda()

@@ -19,13 +19,13 @@ from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.experts.interface import ExpertsSwitch
 from moe_route.experts.outputs import OutputSink, watch_experts
 from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook, at, drop_graphs, untraced
-from moe_route.ops.kernels import has_kernels
+from moe_route.ops import library, load_kernels
 from moe_route.ops.token_rules import fitted
 from moe_route.patching.context import RunningCall
 from moe_route.patching.engine import ChoiceCallback, Engine, FusedEngine, HookEngine, LayerSteering
 from moe_route.patching.generate import listen_to_generate
 from moe_route.routers.check import check_router
-from moe_route.routers.discovery import ModelNotSupportedError, RouterInfo, find_routers
+from moe_route.routers.discovery import RouterInfo, find_routers
 from moe_route.routers.recognize import unreadable
 
 logger = logging.getLogger(__name__)
@@ -89,8 +89,8 @@ class Attachment:
                     f"router {router.name!r} is attached to already; detach() that attachment first "
                     "(moe_route.patching.attachment_of(model), where nothing else holds it)"
                 )
-            _refuse_without_kernels(router)
             _choose_engine(router, engine)
+        _prepare_kernels(self.routers)
         if verify:
             _check(self.routers)
         self._on_choice: ChoiceCallback | None = None
@@ -354,13 +354,13 @@ def _check_option(what: str, given: str | None, choices: tuple[str | None, ...])
         raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}, not {given!r}")
 
 
-def _refuse_without_kernels(router: RouterInfo) -> None:
-    """Raise `ModelNotSupportedError` for a router whose tensors the operators of this build cannot read."""
-    if not has_kernels(router.device):
-        raise ModelNotSupportedError(
-            f"router {router.name!r} is on {router.device}, where no kernel of this build runs: move the model to the "
-            'CPU (model.to("cpu")), or build moe-route for CUDA (MOE_ROUTE_CUDA=ON)'
-        )
+def _prepare_kernels(routers: Iterable[RouterInfo]) -> None:
+    """Load and check the kernels that the routers need, and say once where torch serves in their place."""
+    for device, experts in sorted({(router.device, router.num_experts) for router in routers}, key=str):
+        if device.type != "meta":
+            load_kernels(experts, device)
+            library.refuse_torch(device)
+            library.tell(device)
 
 
 def _choose_engine(router: RouterInfo, engine: str) -> None:

@@ -11,6 +11,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Protocol, TypedDict
 
 import numpy as np
@@ -316,7 +317,8 @@ class Counting(CallListener):
         """See ``Recorder.trace``."""
         if self._trace is None:
             raise RecordingError("no trace was asked for: record(trace=True) or record(trace=[layers])")
-        return self._trace.snapshot(tuple(self.groups))
+        trace = self._trace.snapshot(tuple(self.groups))
+        return replace(trace, backends=tuple(self._all_metadata().get("backends", ())))
 
     # ---- the calls of the model
 

@@ -765,7 +765,7 @@ def _check_same_run(a: RoutingStatistics, b: RoutingStatistics) -> None:
     if a.accumulated or b.accumulated:
         option = ACCUMULATED[next(iter({**a.accumulated, **b.accumulated}))].option
         raise MergeError(f"arrays of record({option}) are not joined: record without it, or all layers together")
-    for key in sorted({*a.metadata, *b.metadata} - {"versions"}):
+    for key in sorted({*a.metadata, *b.metadata} - {"versions", "backends"}):
         if a.metadata.get(key) != b.metadata.get(key):
             raise MergeError(f"the parts are of two runs (their {key} differs): join layers of the same run")
 

@@ -44,6 +44,7 @@ class Trace:
     ids: np.ndarray  # int8 or int16 [N, L, k], the chosen experts; -1 is an empty slot
     weights: np.ndarray  # float16 or float32 [N, L, k]
     truncated: bool = False  # whether tokens are missing because the limit was reached
+    backends: tuple[str, ...] = ()  # what computed the routing: "kernels", "torch"; () if it is not known
 
     def __len__(self) -> int:
         return len(self.sequence)
@@ -67,6 +68,7 @@ class Trace:
                 groups=tuple(header["groups"]),
                 items=tuple(header["items"]),
                 truncated=header["truncated"],
+                backends=tuple(header.get("backends", ())),
                 **{name: columns[name] for name in _COLUMNS},
             )
 
@@ -128,8 +130,8 @@ class Trace:
 
 
 _COLUMNS = ("sequence", "group", "position", "token", "phase", "ids", "weights")
-_HEADER = ("layers", "layer_numbers", "groups", "items", "truncated")
-_TOKEN_COLUMNS, _TOKEN_HEADER = _COLUMNS[:5], _HEADER[2:]  # what says which tokens a trace holds
+_HEADER = ("layers", "layer_numbers", "groups", "items", "truncated", "backends")
+_TOKEN_COLUMNS, _TOKEN_HEADER = _COLUMNS[:5], _HEADER[2:5]  # what says which tokens a trace holds
 
 
 @dataclass

@@ -167,6 +167,7 @@ def _facts(statistics: RoutingStatistics) -> dict[str, Any]:
         "source": metadata.get("source", "moe-route"),
         "versions": metadata.get("versions", {}),
         "engines": metadata.get("engines", []),
+        "backends": metadata.get("backends", []),
         "layers": len(statistics.layers),
         "routers": list(statistics.layers),
         "experts": list(statistics.num_experts),

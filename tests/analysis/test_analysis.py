@@ -994,7 +994,6 @@ def test_esft_experts_come_out_of_the_recorded_ids(layer):
 # -- from a model
 
 
-@pytest.mark.native
 def test_paired_divergence_of_a_model_is_that_of_its_own_router_logits():
     model, batches = tiny_model("qwen3_moe", head=True), [tokens(2, 9, seed) for seed in range(4)]
     expected = []

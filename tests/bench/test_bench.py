@@ -495,7 +495,7 @@ def test_a_model_is_measured_on_a_stand_in(cuda: Counting, tmp_path: Path, monke
         return move(made, where)
 
     monkeypatch.setattr(model, "decoder", on_device)
-    monkeypatch.setattr("moe_route.patching.attachment.has_kernels", lambda device: True)  # those of the CPU are used
+    monkeypatch.setattr("moe_route.ops.library.serves_cuda", lambda: "")  # the kernels of the CPU are used
     assert device.main(["--device", "cuda", "--small", "--out", str(tmp_path), "--sections", "model"]) == 0
     content = json.loads((tmp_path / "cuda-stand-in-9.json").read_text())
     assert {row["name"] for row in content["rows"]} == {model.ALONE, *model.PEERS}

@@ -142,25 +142,21 @@ def table(labels: Labels | None, call: Call) -> list[list[int]]:
     return made.table.tolist()
 
 
-@pytest.mark.native
 def test_table_in_order_of_sequence_then_place() -> None:
     labels = Labels(steering_row=torch.tensor([4, 5]), group=torch.tensor([[1, 2, 3], [7, 8, 9]]), segment=6)
     expected = [[4, 1, 6, 1], [4, 2, 6, 1], [4, 3, 6, 1], [5, 7, 6, 1], [5, 8, 6, 1], [5, 9, 6, 1]]
     assert table(labels, call_of(2, 3)) == expected
 
 
-@pytest.mark.native
 def test_padding_is_neither_counted_nor_steered_but_routed() -> None:
     valid = torch.tensor([[False, True]])
     assert table(Labels(2, 3, 4), call_of(1, 2, valid)) == [[-1, -1, -1, 1], [2, 3, 4, 1]]
 
 
-@pytest.mark.native
 def test_no_labels_are_the_defaults() -> None:
     assert table(None, call_of(1, 2)) == [[-1, 0, -1, 1]] * 2
 
 
-@pytest.mark.native
 def test_uniform_tables_are_made_once() -> None:
     made = context(Labels(1, 2, 3))
     made.begin(call_of(2, 1))
@@ -193,7 +189,6 @@ def test_labels_that_do_not_fit(value: Tensor, message: str) -> None:
         broadcast_rows(value, call_of(6, 3), "group")
 
 
-@pytest.mark.native
 def test_steers_only_where_a_row_is_given() -> None:
     for row, steers in ((-1, False), (0, True), (torch.tensor([-1, -1]), False), (torch.tensor([-1, 0]), True)):
         made = context(Labels(steering_row=row))
@@ -201,7 +196,6 @@ def test_steers_only_where_a_row_is_given() -> None:
         assert made.steers is steers
 
 
-@pytest.mark.native
 def test_nested_and_failed_calls() -> None:
     ended: list[Call] = []
     made = context(Labels())
@@ -224,7 +218,6 @@ def test_nested_and_failed_calls() -> None:
     assert made.owner is None
 
 
-@pytest.mark.native
 def test_tokens_that_cannot_be_told_apart_are_refused() -> None:
     made = context(Labels(group=torch.tensor([0, 1])))
     made.begin(call_of(2, 3))

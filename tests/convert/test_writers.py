@@ -92,7 +92,6 @@ def test_one_sequence_is_an_array_as_engines_return_it(tmp_path):
         convert.write(convert.read(tmp_path / "in.npy", "replay"), tmp_path / "ids.npy", "replay")
 
 
-@pytest.mark.native
 def test_a_recorded_trace_is_written_and_replayed(tmp_path):
     import moe_route as mr
     from moe_route.data import demo_corpus, load_demo_model

@@ -183,7 +183,6 @@ class TestDemoModel:
     def test_high_resource_is_learned_better_than_low_resource(self, demo):
         assert loss(*demo, demo_corpus()["eng_Latn"]) < loss(*demo, demo_corpus()["swh_Latn"])
 
-    @pytest.mark.native
     def test_knows_the_task_in_english(self, demo):
         """The answers of problems whose numbers it was trained on."""
         questions = demo_problems().subset("seen", languages=["eng_Latn"], limit=40).questions

@@ -7,6 +7,7 @@
 
 #include "emulator/launch.h"
 #include "moe_route/cuda.h"
+#include "self_check.h"
 
 // For Python: from here on `machine` runs every launch; null: the emulator again.
 extern "C" __attribute__((visibility("default"))) void moe_route_emulated_set_machine(
@@ -41,11 +42,27 @@ extern "C" __attribute__((visibility("default"))) const char* moe_route_emulated
   return table.c_str();
 }
 
+// For Python: self_check.h.
+extern "C" {
+__attribute__((visibility("default"))) void moe_route_emulated_set_required(bool required) {
+  moe_route::self_check::set_required(required);
+}
+__attribute__((visibility("default"))) void moe_route_emulated_set_allowed_here(bool allowed) {
+  moe_route::self_check::set_allowed_here(allowed);
+}
+__attribute__((visibility("default"))) void moe_route_emulated_mark(int32_t device, int32_t experts) {
+  moe_route::self_check::mark(device, experts);
+}
+__attribute__((visibility("default"))) void moe_route_emulated_withdraw(const char* kernels) {
+  moe_route::self_check::withdraw(kernels);
+}
+__attribute__((visibility("default"))) void moe_route_emulated_report(const char* problem) {
+  moe_route::self_check::report(problem);
+}
+__attribute__((visibility("default"))) void moe_route_emulated_forget() { moe_route::self_check::forget(); }
+}
+
 namespace moe_route::launch {
-
-void require(const Place&) {}
-
-bool takes_float64_logits(const Place&) { return false; }
 
 void gate(const GateArgs& args, const Place&) { cuda::gate(args, nullptr); }
 

@@ -17,17 +17,17 @@ from typing import Any
 from unittest import mock
 
 import torch
-from harness.hidden_library import HIDDEN
 from torch import Tensor
 
-from moe_route import reference
+from moe_route import ops, reference
 from moe_route.contract.experts import Dispatch
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import StatisticsTables, SteeringTables
+from moe_route.ops import library
+from moe_route.ops.registration import register
+from moe_route.ops.self_check import Checked
 
-if not HIDDEN:
-    from moe_route import _C, ops
-    from moe_route.ops.registration import register
+_C: Any = library.native()  # None where torch serves the CPU
 
 ROOT = Path(__file__).parents[2]
 
@@ -151,17 +151,37 @@ def _why_not_emulated() -> str | None:
     return why
 
 
+class _EmulatedModule:
+    """The functions of csrc/torch/self_check.h, as `moe_route._C` has them."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        function = getattr(ctypes.CDLL(str(EMULATED)), f"moe_route_emulated_{name}")
+        function.restype = None
+
+        def call(*values: Any) -> None:
+            function(*(value.encode() if isinstance(value, str) else value for value in values))
+
+        return call
+
+
+EMULATED_KERNELS = Checked("moe_route_emulated", lambda index: torch.device("cpu"), _EmulatedModule, {})
+
+
 @cache
 def _emulated_operators() -> Any:
+    register("moe_route_emulated", EMULATED_KERNELS)
     torch.ops.load_library(str(EMULATED))
-    register("moe_route_emulated")
     return torch.ops.moe_route_emulated
 
 
-@contextmanager
-def emulated() -> Iterator[None]:
+def emulated() -> AbstractContextManager[None]:
     """`moe_route.ops` calls the emulated operators. One thread at a time."""
-    operators = _emulated_operators()
+    return served_by(_emulated_operators())
+
+
+@contextmanager
+def served_by(operators: Any) -> Iterator[None]:
+    """`moe_route.ops` calls the operators of this namespace. One thread at a time."""
     gate, dispatch = sys.modules["moe_route.ops.gate"], sys.modules["moe_route.ops.dispatch"]
     experts = sys.modules["moe_route.ops.experts"]
     of_gate = {f"_{name}": getattr(operators, name).default for name in _GATE_OPERATORS}
@@ -287,7 +307,9 @@ def _compiled() -> tuple[Backend, ...]:
 
 BACKENDS: tuple[Backend, ...] = (
     Backend("reference", reference, native=False),
-    *(() if HIDDEN else _compiled()),
+    # The reference behind the operators' arguments and checks: what serves where no kernels do.
+    Backend("torch", ops, native=False, within=lambda: served_by(torch.ops.moe_route_torch)),
+    *(() if _C is None else _compiled()),
 )
 
 

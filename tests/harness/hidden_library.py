@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import import_module
 from importlib.abc import MetaPathFinder
 from typing import Any
 
@@ -25,14 +24,5 @@ def hide() -> None:
     sys.meta_path.insert(0, _Hides())
 
 
-class Later:
-    """A module of this package that is imported when something of it is first asked for.
-
-    Files with some tests that need the compiled library name what needs it in this way.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(import_module(self._name), name)
+KERNEL_TESTS = ("ops/test_cuda.py", "ops/test_emulated.py", "ops/test_experts.py", "ops/test_packed_experts.py")
+"""Files that test nothing but kernels."""

@@ -126,7 +126,6 @@ def test_widen_is_the_formula_column_by_column(seed: int, models: int, rows: int
     np.testing.assert_allclose(widen(base, moved).numpy(), expected, atol=1e-5)
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("name", tiny_models.EVERY)
 def test_the_layouts_are_those_of_the_flags_of_transformers(name: str):
     from moe_route.experts import layout as experts_layout

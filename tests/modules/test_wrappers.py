@@ -49,7 +49,6 @@ def recorded(model: nn.Module) -> mr.RoutingStatistics:
     return recorder.statistics()
 
 
-@pytest.mark.native
 def test_a_router_belongs_to_the_module_above_its_wrappers() -> None:
     model = tiny_model("qwen3_moe")
     expected, blocks = recorded(model), [layer.mlp for layer in model.layers]
@@ -61,7 +60,6 @@ def test_a_router_belongs_to_the_module_above_its_wrappers() -> None:
     assert (recorded(model).token_sum("counts") == expected.token_sum("counts")).all()
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("disabled", [False, True])
 def test_of_saved_copies_the_one_that_runs_is_attached_to(disabled: bool) -> None:
     model = tiny_model("qwen3_moe")
@@ -76,7 +74,6 @@ def test_of_saved_copies_the_one_that_runs_is_attached_to(disabled: bool) -> Non
     assert (recorded(model).token_sum("counts") == expected.token_sum("counts")).all()
 
 
-@pytest.mark.native
 def test_copies_made_after_attaching_are_not_counted_as_nothing() -> None:
     model = tiny_model("qwen3_moe")
     with mr.attach(model) as routed:
@@ -99,7 +96,6 @@ def test_an_offloaded_tensor_is_read_from_where_it_is_kept() -> None:
     assert resident(outer, "1.weight") is None
 
 
-@pytest.mark.native
 def test_tensors_of_several_devices_are_refused_not_made_up() -> None:
     """torch takes the fake of an operator as soon as one tensor is on the meta device."""
     logits, spec = torch.randn(4, 8), mr.ops.RouterSpec(score="sigmoid")
@@ -134,7 +130,6 @@ def test_a_replaced_method_ends_and_is_no_part_of_copies() -> None:
     assert isinstance(other.speak, MethodType)
 
 
-@pytest.mark.native
 def test_an_attached_model_is_not_pickled() -> None:
     model = tiny_model("olmoe")
     attachment = mr.patching.Attachment(model)
@@ -145,7 +140,6 @@ def test_an_attached_model_is_not_pickled() -> None:
     assert len(pickle.dumps(model)) > 0
 
 
-@pytest.mark.native
 def test_a_gate_that_was_wrapped_inside_its_block_is_not_read_without_the_wrapper() -> None:
     model = tiny_model("doge")
     with mr.attach(model) as routed:

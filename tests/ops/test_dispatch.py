@@ -110,7 +110,6 @@ def test_20_ids_out_of_range_are_skipped_never_wrapped(backend: Backend, dtype: 
     assert out[:, 0].tolist() == [1.0, 1.0, 0.0, 1.0]
 
 
-@pytest.mark.native
 def test_21_padding_tokens_reach_nothing(backend: Backend) -> None:
     logits = torch.randn(6, 8)
     logits[2], logits[5] = float("nan"), float("inf")
@@ -140,7 +139,6 @@ def test_22_rows_never_written_are_never_read(backend: Backend, dtype: torch.dty
     assert bool(out.isfinite().all())
 
 
-@pytest.mark.native
 def test_22_gradients_ignore_rows_never_written() -> None:
     ids = torch.tensor([[0, -1], [5, 1]])
     slots = mr.ops.dispatch(ids, 2)
@@ -156,7 +154,6 @@ def test_22_gradients_ignore_rows_never_written() -> None:
     assert bool((rows.grad[slots.order < 0] == 0).all())
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("hidden", [1024, 1032, 1030])
 def test_rows_too_large_for_the_caches(hidden: int) -> None:
     """Written past the caches where their alignment allows it; the same rows either way."""
@@ -168,7 +165,6 @@ def test_rows_too_large_for_the_caches(hidden: int) -> None:
         assert torch.equal(mr.ops.permute(x, slots), reference.permute(x, slots))
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("tokens", [1, 5, 3000])
 def test_23_the_same_bits_for_any_number_of_threads(tokens: int) -> None:
     ids = torch.randint(-1, 40, (tokens, 8))
@@ -200,7 +196,6 @@ def test_combine_rounds_once(native: Backend, dtype: torch.dtype) -> None:
     assert torch.equal(got[number].view(torch.int16), want[number].view(torch.int16))
 
 
-@pytest.mark.native
 def test_the_same_bits_on_every_native_backend() -> None:
     x = torch.randn(50, 333)
     ids, weights = torch.randint(-1, 16, (50, 4)), torch.rand(50, 4)
@@ -212,7 +207,6 @@ def test_the_same_bits_on_every_native_backend() -> None:
         assert all(torch.equal(got, found[0]) for got in found)
 
 
-@pytest.mark.native
 def test_gradcheck() -> None:
     ids = torch.tensor([[0, 2], [2, -1], [1, 0]])
     slots = mr.ops.dispatch(ids, 3, block=2)
@@ -227,7 +221,6 @@ def test_gradcheck() -> None:
     )
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_equal_those_of_the_reference(dtype: torch.dtype) -> None:
     ids = torch.randint(-1, 5, (7, 3))
@@ -243,7 +236,6 @@ def test_gradients_equal_those_of_the_reference(dtype: torch.dtype) -> None:
         torch.testing.assert_close(got, want, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
 
 
-@pytest.mark.native
 @pytest.mark.parametrize(
     ("call", "names"),
     [

@@ -15,16 +15,14 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
-from harness.claimed_cuda import claimed_cuda
 from harness.exhaustive import exhaustive_but
 from harness.tiny_models import MAIN, tiny_model, tokens
 
 import moe_route as mr
-from moe_route import _C, ops, reference
+from moe_route import ops, reference
 from moe_route.calls import Call, Labels
-from moe_route.ops import FIXED_POINT, Force, StatisticsTables, SteeringTables
+from moe_route.ops import FIXED_POINT, Force, StatisticsTables, SteeringTables, library
 from moe_route.patching import AlreadyAttachedError, Attachment, attachment_of
-from moe_route.routers import ModelNotSupportedError, find_routers
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -999,12 +997,22 @@ def test_export(doing: str) -> None:
             torch.testing.assert_close(program.module()(**given).logits, plain)
 
 
-def test_a_device_without_kernels_is_refused() -> None:
-    if _C.build_info()["cuda"]:
-        pytest.skip("this build has kernels for CUDA devices")
+def test_attaching_says_once_that_torch_serves_and_why(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "why_torch", lambda device: "this installation has no compiled library")
+    library.tell.cache_clear()
+    for _ in range(2):
+        mr.attach(tiny_model("qwen3_moe")).detach()
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["torch computes the routing operators on cpu, since this installation has no compiled library"]
+    library.tell.cache_clear()
+
+
+def test_kernels_that_are_demanded_and_absent_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "why_torch", lambda device: "this installation has no compiled library")
+    monkeypatch.setenv("MOE_ROUTE_BACKEND", "native")
     model = tiny_model("qwen3_moe")
-    router = find_routers(model)[0].module
-    router.weight = nn.Parameter(claimed_cuda(router.weight.detach()))
-    with pytest.raises(ModelNotSupportedError, match="cuda:0"):
+    with pytest.raises(RuntimeError, match=r"MOE_ROUTE_BACKEND=native.*no compiled library.*unset"):
         mr.attach(model)
     assert attachment_of(model) is None

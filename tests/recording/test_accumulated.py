@@ -17,8 +17,6 @@ import moe_route as mr
 from moe_route.recording import MergeError, RecordingError, RoutingStatistics, Trace
 from moe_route.recording.accumulators import drawn_pairs
 
-pytestmark = pytest.mark.native  # they record or steer a live model
-
 ALL = {"consistency": True, "pairs": True, "trace": True, "sequences": True}
 
 

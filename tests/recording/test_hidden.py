@@ -13,8 +13,6 @@ from harness.tiny_models import tiny_model, tokens
 import moe_route as mr
 from moe_route.recording import RecordingError
 
-pytestmark = pytest.mark.native  # they record or steer a live model
-
 MASK = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [0] * 3 + [1] * 3])
 
 

@@ -40,7 +40,6 @@ def part(trace: Trace, layers: list[int]) -> Trace:
     )
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("cut", [[[0], [1, 2]], [[0, 1], [2]], [[0], [1], [2]], [[0, 1, 2]]])
 def test_joined_parts_are_the_whole(run: Any, cut: list[list[int]]) -> None:
     statistics, trace = run
@@ -55,7 +54,6 @@ def test_joined_parts_are_the_whole(run: Any, cut: list[list[int]]) -> None:
         np.testing.assert_array_equal(getattr(joined, name), values, err_msg=name)
 
 
-@pytest.mark.native
 def test_shards_of_parts_may_end_anywhere(run: Any) -> None:
     """A part of few layers keeps more sequences in a shard."""
     store = run[0].store
@@ -88,7 +86,6 @@ def test_layers_of_different_widths_are_padded() -> None:
     found.verify()
 
 
-@pytest.mark.native
 def test_fewer_slots_are_empty(run: Any) -> None:
     trace = run[1]
     narrow = replace(part(trace, [0]), ids=trace.ids[:, :1, :1], weights=trace.weights[:, :1, :1])
@@ -99,7 +96,6 @@ def test_fewer_slots_are_empty(run: Any) -> None:
     np.testing.assert_array_equal(found.ids[:, 1], trace.ids[:, 1])
 
 
-@pytest.mark.native
 def test_parts_of_other_runs_are_refused(run: Any) -> None:
     statistics, trace = run
     first, second = statistics.select(layers=[0]), statistics.select(layers=[1])
@@ -126,7 +122,6 @@ def test_parts_of_other_runs_are_refused(run: Any) -> None:
         SequenceStore.join_layers([first.store, SequenceStore(second.layers, second.num_experts)])
 
 
-@pytest.mark.native
 def test_accumulated_arrays_are_refused() -> None:
     model = tiny_model("qwen3_moe")
     with mr.attach(model) as routed, torch.no_grad(), routed.record(pairs=True) as rec:

@@ -15,8 +15,6 @@ from torch import distributed
 import moe_route as mr
 from moe_route.recording import MergeError, all_reduce
 
-pytestmark = pytest.mark.native  # they record or steer a live model
-
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:

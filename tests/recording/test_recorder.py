@@ -92,7 +92,6 @@ def run(routed: mr.RoutedModel, inputs: dict[str, torch.Tensor], **more: Any) ->
         return routed.model(**inputs, **more)
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("name", MAIN)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_token_sums_are_those_of_the_routers(name: str, side: str) -> None:
@@ -110,7 +109,6 @@ def test_token_sums_are_those_of_the_routers(name: str, side: str) -> None:
     np.testing.assert_allclose(statistics.entropy("token")[0] * 20, hand.entropy(keep), atol=1e-4)
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_sequence_distribution_is_equation_1(routed: mr.RoutedModel, side: str) -> None:
     inputs = padded([7, 4, 9], side)
@@ -141,7 +139,6 @@ def test_sequence_distribution_is_equation_1(routed: mr.RoutedModel, side: str) 
     assert statistics.sequences().tolist() == [3]
 
 
-@pytest.mark.native
 def test_generation_counts_prefill_and_decode_apart(routed: mr.RoutedModel) -> None:
     inputs = padded([6, 3], "left")
     with routed.record(sequences=True) as rec, rec.labels("x", items=["a", "b"]):
@@ -159,7 +156,6 @@ def test_generation_counts_prefill_and_decode_apart(routed: mr.RoutedModel) -> N
     np.testing.assert_allclose(only, 2.0)
 
 
-@pytest.mark.native
 def test_chunked_prefill_is_the_same_sequence(routed: mr.RoutedModel) -> None:
     inputs = padded([8, 5], "left")
     with routed.record(sequences=True) as whole, whole.labels("x", items=[1, 2]):
@@ -177,7 +173,6 @@ def test_chunked_prefill_is_the_same_sequence(routed: mr.RoutedModel) -> None:
     assert a.metadata["fingerprint"] == b.metadata["fingerprint"]
 
 
-@pytest.mark.native
 def test_without_labels_a_call_with_a_past_goes_on_and_one_without_begins_anew(routed: mr.RoutedModel) -> None:
     ids = tokens(2, 6)
     with routed.record() as rec:
@@ -192,7 +187,6 @@ def test_without_labels_a_call_with_a_past_goes_on_and_one_without_begins_anew(r
     assert rec.statistics().sequences("decode").tolist() == [2]
 
 
-@pytest.mark.native
 def test_one_name_for_all_batches_of_a_block(routed: mr.RoutedModel) -> None:
     with routed.record(groups=["x", "y"]) as rec, rec.labels("y"):
         run(routed, {"input_ids": tokens(4, 6)})
@@ -202,7 +196,6 @@ def test_one_name_for_all_batches_of_a_block(routed: mr.RoutedModel) -> None:
     assert statistics.tokens()[:, 0].tolist() == [0, 39]
 
 
-@pytest.mark.native
 def test_two_halves_merge_to_the_whole(routed: mr.RoutedModel) -> None:
     batches = [(padded([7, 4, 9], "right", seed), ["x", "y", "x"], [seed, seed, -seed]) for seed in range(1, 5)]
 
@@ -224,7 +217,6 @@ def test_two_halves_merge_to_the_whole(routed: mr.RoutedModel) -> None:
     assert merged.content_hash() == whole.store.content_hash()
 
 
-@pytest.mark.native
 def test_groups_side_by_side_are_what_they_are_alone(routed: mr.RoutedModel) -> None:
     ids = tokens(4, 6)
     with routed.record(groups=["x", "y"]) as mixed, mixed.labels(["x", "y", "y", "x"]):
@@ -237,7 +229,6 @@ def test_groups_side_by_side_are_what_they_are_alone(routed: mr.RoutedModel) -> 
         np.testing.assert_allclose(part.mean_distribution(), alone.statistics().mean_distribution(), atol=1e-6)
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("form", ["names", "ids", "numpy", "tensor", "tuple"])
 def test_forms_of_groups(routed: mr.RoutedModel, form: str) -> None:
     names = ["x", "y", "y"]
@@ -248,7 +239,6 @@ def test_forms_of_groups(routed: mr.RoutedModel, form: str) -> None:
     assert rec.statistics().tokens()[:, 0].tolist() == [6, 12]
 
 
-@pytest.mark.native
 def test_labels_per_token(routed: mr.RoutedModel) -> None:
     inputs = padded([6, 4], "left")
     labels = [["x", "x", "y", "y", "y", "x"], ["y", "y", "y", "y", "y", "x"]]
@@ -267,7 +257,6 @@ def test_labels_per_token(routed: mr.RoutedModel) -> None:
     assert statistics.sequences().tolist() == [2, 2]
 
 
-@pytest.mark.native
 def test_labels_per_token_follow_chunks_and_last_while_generating(routed: mr.RoutedModel) -> None:
     labels = [["x", "x", "y", "y"], ["x", "y", "y", "x"]]
     with routed.record(groups=["x", "y"]) as rec, rec.labels(labels):
@@ -277,7 +266,6 @@ def test_labels_per_token_follow_chunks_and_last_while_generating(routed: mr.Rou
     assert statistics.tokens("decode")[:, 0].tolist() == [3, 3]
 
 
-@pytest.mark.native
 def test_a_mask_counts_only_its_tokens(routed: mr.RoutedModel) -> None:
     inputs = padded([6, 4], "right")
     span = torch.zeros(2, 6, dtype=torch.bool)
@@ -290,7 +278,6 @@ def test_a_mask_counts_only_its_tokens(routed: mr.RoutedModel) -> None:
     assert "tokens outside the masks of the labels" in rec.statistics().metadata["masked"]
 
 
-@pytest.mark.native
 def test_pause_counts_nothing_and_the_sequence_goes_on(routed: mr.RoutedModel) -> None:
     ids = tokens(2, 6)
     with routed.record(sequences=True) as rec, rec.labels("x", items=[1, 2]):
@@ -307,7 +294,6 @@ def test_pause_counts_nothing_and_the_sequence_goes_on(routed: mr.RoutedModel) -
     assert statistics.store.tokens(1, "x").tolist() == [12] * 3
 
 
-@pytest.mark.native
 def test_only_some_phases(routed: mr.RoutedModel) -> None:
     with routed.record(phases=["prefill"]) as rec:
         routed.model.generate(tokens(2, 4), max_new_tokens=4, min_new_tokens=4, do_sample=False)
@@ -317,7 +303,6 @@ def test_only_some_phases(routed: mr.RoutedModel) -> None:
     assert statistics.metadata["masked"] == ["decode tokens", "padding"]
 
 
-@pytest.mark.native
 def test_large_batches_and_new_groups_make_the_tables_grow(routed: mr.RoutedModel) -> None:
     with routed.record() as rec:
         for batch in (3, 20, 5):
@@ -330,7 +315,6 @@ def test_large_batches_and_new_groups_make_the_tables_grow(routed: mr.RoutedMode
     assert statistics.sequences().tolist() == [3] * 3 + [2] * 2 + [1] * 15
 
 
-@pytest.mark.native
 def test_returned_sequences_and_beams_belong_to_the_one_they_grew_from(routed: mr.RoutedModel) -> None:
     for more in ({"do_sample": True, "num_return_sequences": 3}, {"do_sample": False, "num_beams": 2}):
         ways = 3 if more["do_sample"] else 2
@@ -344,7 +328,6 @@ def test_returned_sequences_and_beams_belong_to_the_one_they_grew_from(routed: m
         assert statistics.store.tokens(1, "y").tolist() == [7 * ways] * 3
 
 
-@pytest.mark.native
 def test_training_steps_are_recorded_once(model: nn.Module, routed: mr.RoutedModel) -> None:
     ids = tokens(2, 6)
     with routed.record() as rec:
@@ -353,7 +336,6 @@ def test_training_steps_are_recorded_once(model: nn.Module, routed: mr.RoutedMod
     assert (rec.statistics().tokens() == 12).all()
 
 
-@pytest.mark.native
 def test_a_recorder_can_be_entered_again(routed: mr.RoutedModel) -> None:
     rec = routed.record()
     for _ in range(2):
@@ -364,7 +346,6 @@ def test_a_recorder_can_be_entered_again(routed: mr.RoutedModel) -> None:
     assert rec.statistics().sequences().tolist() == [4]
 
 
-@pytest.mark.native
 def test_a_block_that_broke_off_leaves_its_sequences_out(
     routed: mr.RoutedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -381,7 +362,6 @@ def test_a_block_that_broke_off_leaves_its_sequences_out(
     assert "2 sequences broke off" in caplog.text
 
 
-@pytest.mark.native
 def test_the_fingerprint_says_what_was_run(routed: mr.RoutedModel) -> None:
     def fingerprint(ids: torch.Tensor, items: list[int], group: str = "x") -> str:
         with routed.record() as rec, rec.labels(group, items=items):
@@ -408,7 +388,6 @@ def test_the_fingerprint_says_what_was_run(routed: mr.RoutedModel) -> None:
     assert base != fingerprint(changed, [1, 2])
 
 
-@pytest.mark.native
 def test_offloaded_routers_are_counted_where_they_run() -> None:
     accelerate = pytest.importorskip("accelerate")
     inputs = padded([6, 4])
@@ -427,7 +406,6 @@ def test_offloaded_routers_are_counted_where_they_run() -> None:
     assert offloaded.statistics().scalar("steered")[0].tolist() == [10, 0, 0]
 
 
-@pytest.mark.native
 def test_progress_is_shown_only_when_asked_for(routed: mr.RoutedModel, capsys: pytest.CaptureFixture[str]) -> None:
     for progress in (False, True):
         with routed.record(progress=progress):
@@ -435,7 +413,6 @@ def test_progress_is_shown_only_when_asked_for(routed: mr.RoutedModel, capsys: p
         assert ("3 sequences" in capsys.readouterr().err) is progress
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("whole", [pytest.param(True, marks=pytest.mark.exhaustive), False])
 def test_a_compiled_model_is_recorded_and_steered_the_same(whole: bool) -> None:
     model, ids = tiny_model("qwen3_moe", head=True, num_hidden_layers=2), tokens(2, 6)
@@ -465,7 +442,6 @@ def test_a_compiled_model_is_recorded_and_steered_the_same(whole: bool) -> None:
     assert again.metadata["fingerprint"] == plain.metadata["fingerprint"]
 
 
-@pytest.mark.native
 def test_sequences_in_a_folder(routed: mr.RoutedModel, tmp_path: Path) -> None:
     with routed.record(sequences=tmp_path / "run", memory_bytes=1) as rec:
         for item in range(3):
@@ -488,7 +464,6 @@ def test_sequences_in_a_folder(routed: mr.RoutedModel, tmp_path: Path) -> None:
     assert not first.on
 
 
-@pytest.mark.native
 def test_a_full_disk_ends_the_recording_and_loses_nothing(
     routed: mr.RoutedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -516,14 +491,12 @@ def test_a_full_disk_ends_the_recording_and_loses_nothing(
     assert kept.content_hash() == store.content_hash()
 
 
-@pytest.mark.native
 def test_embeddings_in_place_of_ids(model: nn.Module, routed: mr.RoutedModel) -> None:
     with routed.record() as rec:
         run(routed, {"inputs_embeds": model.get_input_embeddings()(tokens(2, 6))})
     assert (rec.statistics().tokens() == 12).all()
 
 
-@pytest.mark.native
 def test_the_entropy_of_tokens_is_kept_by_sequence_without_the_scores_of_all_experts(routed: mr.RoutedModel) -> None:
     inputs = padded([7, 2])
     with ByHand(routed.model) as hand, routed.record(metrics=["counts"]) as rec:
@@ -539,7 +512,6 @@ def test_the_entropy_of_tokens_is_kept_by_sequence_without_the_scores_of_all_exp
         rec.statistics().entropy(by="sequence")
 
 
-@pytest.mark.native
 def test_planes_that_were_not_recorded_are_named(routed: mr.RoutedModel) -> None:
     with routed.record(metrics=["counts"], entropy=False) as rec:
         run(routed, {"input_ids": tokens(2, 6)})
@@ -553,7 +525,6 @@ def test_planes_that_were_not_recorded_are_named(routed: mr.RoutedModel) -> None
 # ---- what is refused
 
 
-@pytest.mark.native
 def test_unknown_groups_are_refused_with_the_known_ones(routed: mr.RoutedModel) -> None:
     with routed.record(groups=["x", "y"]) as rec:
         for groups, why in ((["x", "z"], "unknown group 'z'.* x, y"), ([0, 2], "group id 2 is out of range")):
@@ -568,7 +539,6 @@ def test_unknown_groups_are_refused_with_the_known_ones(routed: mr.RoutedModel) 
     assert rec.statistics().tokens()[:, 0].tolist() == [4, 0]
 
 
-@pytest.mark.native
 def test_labels_that_do_not_fit_are_refused(routed: mr.RoutedModel) -> None:
     with routed.record(sequences=True) as rec:
         with pytest.raises(ValueError, match="3 groups, 2 items"), rec.labels(["x"] * 3, items=[1, 2]):
@@ -591,7 +561,6 @@ def test_labels_that_do_not_fit_are_refused(routed: mr.RoutedModel) -> None:
         pytest.fail("the block was entered")
 
 
-@pytest.mark.native
 def test_an_item_is_recorded_once_for_a_group(routed: mr.RoutedModel) -> None:
     with routed.record(sequences=True) as rec:
         with rec.labels(["x", "y"], items=[1, 1]):
@@ -602,7 +571,6 @@ def test_an_item_is_recorded_once_for_a_group(routed: mr.RoutedModel) -> None:
     assert rec.statistics().sequences().tolist() == [1, 1]
 
 
-@pytest.mark.native
 def test_sequences_without_items_pair_with_nothing(routed: mr.RoutedModel) -> None:
     with routed.record(sequences=True) as rec:
         for group in ("x", "y"):
@@ -614,7 +582,6 @@ def test_sequences_without_items_pair_with_nothing(routed: mr.RoutedModel) -> No
     assert store.paired_items("x", "y") == []
 
 
-@pytest.mark.native
 def test_bad_options_are_refused(routed: mr.RoutedModel) -> None:
     for options, why in (
         ({"groups": "x"}, "list of different names"),
@@ -627,7 +594,6 @@ def test_bad_options_are_refused(routed: mr.RoutedModel) -> None:
             routed.record(**options)
 
 
-@pytest.mark.native
 def test_a_recording_without_calls_is_refused(routed: mr.RoutedModel) -> None:
     with routed.record() as rec:
         pass
@@ -700,7 +666,6 @@ def test_a_broken_table_is_noticed_when_read() -> None:
     assert rec.statistics().tokens().tolist() == [[6, 6]]
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("labeled", [False, True])
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, ZeroDivisionError])
 def test_a_sequence_whose_call_failed_is_left_out(model: nn.Module, kind: type[BaseException], labeled: bool) -> None:
@@ -724,7 +689,6 @@ def test_a_sequence_whose_call_failed_is_left_out(model: nn.Module, kind: type[B
     assert statistics.tokens().sum(0)[1:].tolist() == [15, 15]  # the failed call reached the first layer alone
 
 
-@pytest.mark.native
 def test_ending_a_recorder_that_did_not_begin_leaves_the_other_on(model: nn.Module) -> None:
     with mr.attach(model) as routed:
         other = routed.record()

@@ -163,7 +163,6 @@ def test_a_corpus_is_cut_to_the_limit_and_says_so() -> None:
     assert found.store.tokens("x", "a")[0] == 5
 
 
-@pytest.mark.native
 def test_an_attached_model_is_recorded_and_steered_meanwhile() -> None:
     language_model, texts = tiny_language_model("qwen3_moe"), tiny_texts(items=4)
     plain = sentence_vectors(language_model.model, language_model.tokenizer, texts).numpy()

@@ -35,7 +35,6 @@ def same(a: RoutingStatistics, b: RoutingStatistics) -> None:
         np.testing.assert_array_equal(array, other[name], err_msg=name)
 
 
-@pytest.mark.native
 def test_real_text_without_its_beginnings() -> None:
     model, tokenizer = load_demo_model()
     texts = list(demo_corpus()["eng_Latn"][:6])
@@ -65,7 +64,6 @@ def test_real_text_without_its_beginnings() -> None:
     assert named["fingerprint"] == found[-1][0].metadata["fingerprint"]  # the same texts
 
 
-@pytest.mark.native
 def test_with_a_mask_and_groups_by_token_and_chunks(routed: mr.RoutedModel) -> None:
     ids, mask = tokens(2, 8), torch.rand(2, 8, generator=torch.Generator().manual_seed(2)) < 0.7
     special = sorted({int(ids[0, 1]), int(ids[1, 5]), int(ids[1, 7])})
@@ -80,7 +78,6 @@ def test_with_a_mask_and_groups_by_token_and_chunks(routed: mr.RoutedModel) -> N
     same(*found)
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("way", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}], ids=str)
 def test_generated_tokens_too(routed: mr.RoutedModel, way: dict[str, int]) -> None:
     prompt = tokens(1, 4).repeat(1, 3)
@@ -113,14 +110,12 @@ def test_ids_of_a_model() -> None:
         special_ids_of(model({}))
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("ids", [[], [-1], ["<s>"], [True], "bos", 3, None, [1.5]])
 def test_ids_are_checked(routed: mr.RoutedModel, ids: Any) -> None:
     with pytest.raises(ValueError, match=r"tokenizer\.all_special_ids"):
         routed.record(special_tokens=ids)
 
 
-@pytest.mark.native
 def test_a_call_with_embeddings_is_refused(routed: mr.RoutedModel) -> None:
     embedded = routed.model.get_input_embeddings()(tokens(1, 4))
     with (
@@ -130,7 +125,6 @@ def test_a_call_with_embeddings_is_refused(routed: mr.RoutedModel) -> None:
         routed.model(inputs_embeds=embedded)
 
 
-@pytest.mark.native
 def test_nothing_but_special_tokens_is_no_silence(routed: mr.RoutedModel) -> None:
     with routed.record(special_tokens=[5]) as rec:
         routed.model(torch.full((1, 4), 5))

@@ -14,8 +14,6 @@ import moe_route as mr
 from moe_route.base import files
 from moe_route.recording import RecordingError, Trace
 
-pytestmark = pytest.mark.native  # they record or steer a live model
-
 
 @pytest.fixture(scope="module")
 def routed() -> Iterator[mr.RoutedModel]:

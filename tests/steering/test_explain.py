@@ -151,7 +151,6 @@ def test_recordings_that_do_not_fit_are_refused(plan: Plan, given: Any, groups: 
         plan.explain(given, groups)
 
 
-@pytest.mark.native
 def test_exact_counts_are_what_running_the_plan_does() -> None:
     """On the shipped model, in the first layer, whose input no steering changes."""
     pytest.importorskip("transformers")

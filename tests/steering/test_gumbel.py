@@ -7,15 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from harness.hidden_library import Later
 
+from moe_route import ops
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import token_table
 from moe_route.contract.token_tables import TokenTables, stream_of
+from moe_route.ops import token_rules
 from moe_route.steering import LayerShape, Plan, PlanError
-
-ops = Later("moe_route.ops")
-token_rules = Later("moe_route.ops.token_rules")
 
 E, K, T = 6, 2, 40
 SPECS = {
@@ -58,7 +56,6 @@ def noise_of(seed: int, layer: int, token: int) -> list[float]:
     return [-math.log(-math.log(((bits >> 12) + 0.5) * 2.0**-52)) for bits in drawn]
 
 
-@pytest.mark.native
 def test_noise_is_that_of_seed_layer_and_token():
     counter = torch.tensor([0, 12345, (9 << 32) | 77])
     for seed, layer in ((0, 0), (7, 3), (-1, 40)):
@@ -66,7 +63,6 @@ def test_noise_is_that_of_seed_layer_and_token():
         np.testing.assert_allclose(found.numpy(), [noise_of(seed, layer, int(t)) for t in counter], rtol=1e-12)
 
 
-@pytest.mark.native
 def test_noise_has_the_moments_of_the_gumbel_distribution():
     found = token_rules.gumbel_noise(torch.full((50_000,), stream_of(1, 0)), torch.arange(50_000), E)
     assert torch.isfinite(found).all()
@@ -74,7 +70,6 @@ def test_noise_has_the_moments_of_the_gumbel_distribution():
     assert found.var().item() == pytest.approx(math.pi**2 / 6, rel=0.02)
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("name", SPECS)
 def test_the_experts_are_those_of_the_noisy_logits_and_the_weights_those_of_the_own_scores(name, biased):
@@ -97,7 +92,6 @@ def test_the_experts_are_those_of_the_noisy_logits_and_the_weights_those_of_the_
     torch.testing.assert_close(weights, expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.native
 def test_little_noise_gives_the_natural_choice_bit_for_bit():
     logits = torch.randn(T, E)
     for spec in SPECS.values():
@@ -107,7 +101,6 @@ def test_little_noise_gives_the_natural_choice_bit_for_bit():
         assert torch.equal(weights, natural_weights)
 
 
-@pytest.mark.native
 def test_the_first_expert_follows_the_softmax_at_the_temperature():
     """Gumbel-max: the first of the top k is a draw from softmax(z / temperature), the next one from the rest."""
     many = 40_000
@@ -122,7 +115,6 @@ def test_the_first_expert_follows_the_softmax_at_the_temperature():
     np.testing.assert_allclose(np.bincount(ids[:, 1], minlength=E) / many, second, atol=0.01)
 
 
-@pytest.mark.native
 def test_groups_have_routes_of_their_own_and_forbidden_experts_stay_out():
     plan = Plan.gumbel(1).only(groups="a") + Plan.gumbel(2, temperature=3.0).only(groups="b") + Plan.forbid({0: [4]})
     compiled = plan.compile([LayerShape(E, K)], ["a", "b"])

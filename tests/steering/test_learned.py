@@ -18,8 +18,6 @@ import moe_route as mr
 from moe_route.steering import Plan, PlanError
 from moe_route.steering.learned import RoutingParameters
 
-pytestmark = pytest.mark.native  # they record or steer a live model
-
 FAMILIES = ["qwen3_moe", "olmoe", "mixtral", "deepseek_v2", "deepseek_v3", "gpt_oss"]
 
 

@@ -44,7 +44,6 @@ def test_a_random_control_leaves_experts_out() -> None:
         plan.random(0, num_experts=8, exclude={0: range(6)})
 
 
-@pytest.mark.native
 def test_steering_warns_of_protected_experts() -> None:
     with mr.attach(tiny_model("qwen3_moe")) as routed:
         routed.protect(SUPER)

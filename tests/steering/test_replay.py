@@ -10,19 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness.hidden_library import Later
+from harness.tiny_models import inputs, tiny_model, tokens
 from torch import Tensor, nn
 
 import moe_route as mr
+from moe_route import ops
 from moe_route.base import files
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import StatisticsTables, token_table
 from moe_route.contract.token_tables import TokenTables
+from moe_route.ops import token_rules
 from moe_route.recording import Trace
 from moe_route.steering import LayerShape, Plan, PlanError
-
-ops = Later("moe_route.ops")
-token_rules = Later("moe_route.ops.token_rules")
 
 E, K, T = 8, 3, 40
 SITES = [LayerShape(E, K)] * 2
@@ -38,7 +37,6 @@ def random_ids(*shape: int, experts: int = E, k: int = K, seed: int = 0) -> Tens
 # One layer.
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("spec", [SOFTMAX, SIGMOID, RouterSpec(), RouterSpec(order="topk_then_score")], ids=str)
 def test_a_layer_replays_as_the_operator_does(spec):
     """Rows that begin with -1 are routed by their logits; a -1 further on is an empty slot, as `route` has it."""
@@ -78,7 +76,6 @@ def test_a_layer_replays_as_the_operator_does(spec):
     assert statistics.scalar("flipped").item() == counted.scalar("flipped").item()
 
 
-@pytest.mark.native
 def test_other_rules_act_on_the_scores_that_weigh():
     logits = torch.randn(T, E, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     ids = random_ids(T, 2)
@@ -228,7 +225,6 @@ def test_empty_slots_of_a_trace_come_last_and_sentinels_are_whole_rows():
 
 transformers = pytest.importorskip("transformers")
 
-from harness.tiny_models import inputs, tiny_model, tokens  # noqa: E402
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 PROMPTS = [tokens(1, length, seed) for seed, length in enumerate((3, 6, 5))]
@@ -266,7 +262,6 @@ def engine(request: pytest.FixtureRequest) -> Iterator[str]:
     return request.param
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "phimoe", "deepseek_v3"])
 def test_a_trace_is_replayed_in_other_batches(name: str, engine: str) -> None:
     """Recorded left-padded in one batch; replayed right-padded, alone, in another order, and token by token."""
@@ -304,7 +299,6 @@ def test_a_trace_is_replayed_in_other_batches(name: str, engine: str) -> None:
             assert statistics.scalar("flipped").sum() > 0
 
 
-@pytest.mark.native
 def test_what_was_generated_is_replayed_in_training(engine: str) -> None:
     """Rollout by `generate`, then one forward over the whole texts: the same experts, prompt and answer."""
     with mr.attach(tiny_model("qwen3_moe", head=True), engine=engine) as routed:
@@ -339,7 +333,6 @@ def test_what_was_generated_is_replayed_in_training(engine: str) -> None:
             assert choices(recorder.trace()) == wanted
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss"])
 def test_replaying_the_own_choice_changes_nothing(name: str, engine: str) -> None:
     """The same bits without a gradient; the same gradients with one, checkpointed or not."""
@@ -367,7 +360,6 @@ def test_replaying_the_own_choice_changes_nothing(name: str, engine: str) -> Non
         assert all(gradient.abs().sum() > 0 for gradient in found[0])
 
 
-@pytest.mark.native
 def test_gradients_are_those_of_the_replayed_weights(engine: str) -> None:
     """Against a plain MoE router in torch: softmax, the replayed experts, renormalized."""
     ids = random_ids(2, 6, 3, k=2)
@@ -399,7 +391,6 @@ def traced_ids(routed: mr.RoutedModel, call: Any, items: Any = None) -> list[lis
     return [trace.ids[order][trace.sequence[order] == s].tolist() for s in np.unique(trace.sequence)]
 
 
-@pytest.mark.native
 def test_ids_by_batch_row(engine: str) -> None:
     ids = random_ids(3, 4, 3, k=2)
     ids[0, 1], ids[1, 2, 0], ids[2, 3, 1, 1] = -1, -1, -1
@@ -434,7 +425,6 @@ def test_ids_by_batch_row(engine: str) -> None:
             routed.steer(Plan.replay(ids[:, :, :1])).__enter__()
 
 
-@pytest.mark.native
 def test_tokens_that_keep_their_own_choice_keep_every_bit(engine: str) -> None:
     ids = random_ids(2, 4, 3, k=2)
     ids[:, :, 1:] = -1
@@ -454,7 +444,6 @@ def test_tokens_that_keep_their_own_choice_keep_every_bit(engine: str) -> None:
     assert not torch.equal(after_ids, before_ids)
 
 
-@pytest.mark.native
 def test_items_in_several_groups_and_in_none() -> None:
     """A sentence and its translation share their item; the group tells them apart."""
     with mr.attach(tiny_model("qwen3_moe")) as routed, torch.no_grad():
@@ -491,7 +480,6 @@ def _first(trace: Trace, sequences: int) -> dict[str, np.ndarray]:
     return {name: getattr(trace, name)[kept] for name in names}
 
 
-@pytest.mark.native
 def test_conditions_narrow_a_replay() -> None:
     ids = random_ids(2, 6, 3, k=2)
     with mr.attach(tiny_model("qwen3_moe")) as routed:
@@ -515,7 +503,6 @@ def test_conditions_narrow_a_replay() -> None:
         assert seen[0][6:].tolist() == [natural[1][p][0] for p in range(6)]
 
 
-@pytest.mark.native
 def test_texts_packed_into_one_row_go_on() -> None:
     """Positions that begin anew with each text do not say where in the row a token is."""
     places = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
@@ -529,7 +516,6 @@ def test_texts_packed_into_one_row_go_on() -> None:
             assert traced_ids(routed, call, ["row"]) == [trace.ids.tolist()]
 
 
-@pytest.mark.native
 def test_prefill_in_chunks_and_guidance() -> None:
     ids = random_ids(6, 3, k=2)
     with mr.attach(tiny_model("qwen3_moe", head=True)) as routed, torch.no_grad(), routed.steer(Plan.replay(ids)):
@@ -542,7 +528,6 @@ def test_prefill_in_chunks_and_guidance() -> None:
         assert recorder.trace().ids[:6].tolist() == ids.tolist()
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("name", ["switch_transformers", "nllb-moe", "llama4_text_with_top2", "ernie4_5_moe"])
 def test_models_of_other_forms_replay_their_trace(name: str) -> None:
     """Encoders beside decoders, capacities, routers that return no ids."""
@@ -565,7 +550,6 @@ def test_models_of_other_forms_replay_their_trace(name: str) -> None:
         assert (np.sort(again.ids, axis=2)[chosen] == np.sort(trace.ids, axis=2)[chosen]).mean() > 0.99
 
 
-@pytest.mark.native
 def test_a_trace_file_is_replayed(tmp_path: Path) -> None:
     with mr.attach(tiny_model("qwen3_moe")) as routed, torch.no_grad():
         with routed.record(trace=[0, 2]) as recorder:

@@ -9,17 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness.hidden_library import Later
+from harness.tiny_models import tiny_model, tokens
 from torch import Tensor
 
 import moe_route as mr
+from moe_route import ops
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import token_table
 from moe_route.contract.token_tables import TokenTables
+from moe_route.ops import token_rules
 from moe_route.steering import LayerShape, Plan, PlanError
-
-ops = Later("moe_route.ops")
-token_rules = Later("moe_route.ops.token_rules")
 
 E, K, T = 8, 3, 12
 SITES = [LayerShape(E, K)] * 2
@@ -38,7 +37,6 @@ def routed_by_hand(p: np.ndarray, k: int) -> tuple[list[int], list[float]]:
     return order, [float(p[e]) / total for e in order]
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_given_scores_route_as_written_out(score: Any) -> None:
     spec = RouterSpec(score=score, renormalize="sum")
@@ -70,7 +68,6 @@ def test_given_scores_route_as_written_out(score: Any) -> None:
         assert weights[token].tolist() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.native
 def test_other_rules_of_the_row_hold_for_tokens_without_scores() -> None:
     spec = RouterSpec(renormalize="sum")
     logits = torch.randn(T, E, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -173,7 +170,6 @@ def test_a_table_of_another_kind_is_refused() -> None:
         Plan.from_dict(content)
 
 
-@pytest.mark.native
 def test_a_sigmoid_takes_scores_up_to_one_only() -> None:
     steering = Plan.replace_scores(random_scores(5, 2) * 2 + 0.5).compile(SITES).tables[0]
     assert isinstance(steering, TokenTables)
@@ -186,8 +182,6 @@ def test_a_sigmoid_takes_scores_up_to_one_only() -> None:
 
 pytest.importorskip("transformers")
 
-from harness.tiny_models import tiny_model, tokens  # noqa: E402
-
 
 def choices(routed: mr.RoutedModel, ids: Tensor, items: list[str], **more: Tensor) -> Any:
     """int [sequence, token, layer, slot] and weights of one call, sorted by expert."""
@@ -198,7 +192,6 @@ def choices(routed: mr.RoutedModel, ids: Tensor, items: list[str], **more: Tenso
     return trace.ids[order], trace.weights[order], trace.sequence[order], trace.position[order]
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("engine", ["hook", "fused"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "olmoe", "mixtral", "deepseek_v2", "gpt_oss"])
 def test_models_choose_by_the_scores_of_each_token(name: str, engine: Any) -> None:
@@ -226,7 +219,6 @@ def test_models_choose_by_the_scores_of_each_token(name: str, engine: Any) -> No
         assert np.sort(shifted[:, 0], 1).tolist() == np.sort(found[:, 0], 1)[np.r_[5:10, 0:5]].tolist()
 
 
-@pytest.mark.native
 def test_scores_of_a_sequence_hold_for_all_of_its_tokens() -> None:
     with mr.attach(tiny_model("qwen3_moe", head=True)) as routed:
         scores = torch.rand(2, 1, 8, generator=torch.Generator().manual_seed(3)) + 0.01
@@ -243,7 +235,6 @@ def test_scores_of_a_sequence_hold_for_all_of_its_tokens() -> None:
         assert text.shape == (1, 6)
 
 
-@pytest.mark.native
 def test_a_call_without_items_is_refused() -> None:
     with mr.attach(tiny_model("qwen3_moe", head=True)) as routed:
         scores = torch.ones(1, 4, 3, 8)

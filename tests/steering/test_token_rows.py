@@ -6,17 +6,15 @@ import itertools
 
 import pytest
 import torch
-from harness.hidden_library import Later
 from torch import Tensor
 
+from moe_route import ops
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import NEUTRAL, STEERING_PLANES, StatisticsTables, SteeringTables
 from moe_route.contract.token_tables import Placed, TokenTables, join
+from moe_route.ops import token_rules
 from moe_route.steering import LayerShape, Plan
 from moe_route.steering.compile import CompiledPlan
-
-ops = Later("moe_route.ops")
-token_rules = Later("moe_route.ops.token_rules")
 
 E, K, T = 8, 3, 48
 SPEC = RouterSpec(renormalize="sum")
@@ -64,7 +62,6 @@ def run(steering: TokenTables, tokens: Tensor, entries: Tensor) -> tuple[Tensor,
     return weights, ids, counts.groups
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("names", list(itertools.combinations(PLANS, 2)), ids=lambda names: " and ".join(names))
 def test_plans_steer_their_own_tokens_as_if_alone(names: tuple[str, str]) -> None:
     made = [compiled(name) for name in names]

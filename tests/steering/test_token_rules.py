@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness.hidden_library import Later
+from harness.tiny_models import EVERY, MAIN, inputs, tiny_model, tokens
 from torch import Tensor, nn
 
-from moe_route import reference
+import moe_route as mr
+from moe_route import ops, reference
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import FIXED_POINT, StatisticsTables, token_table
 from moe_route.contract.token_tables import TokenTables
+from moe_route.ops import token_rules
+from moe_route.routers import adapter
 from moe_route.steering import LayerShape, Plan, PlanError
-
-adapter, ops = Later("moe_route.routers.adapter"), Later("moe_route.ops")
-token_rules = Later("moe_route.ops.token_rules")
 
 E, K, T = 8, 3, 64
 SITES = [LayerShape(E, K)] * 2
@@ -137,7 +137,6 @@ def absent_literal(change: Callable[[np.ndarray, int], float]) -> Any:
     return literal
 
 
-@pytest.mark.native
 @pytest.mark.parametrize(
     ("plan", "change"),
     [
@@ -153,7 +152,6 @@ def test_only_if_absent(logits, plan, change):
     check(plan.only(absent=True), logits, absent_literal(change))
 
 
-@pytest.mark.native
 def test_forced_only_if_absent(logits):
     def literal(z, own, token):
         steered, forced = z.copy(), [e for e in CHOSEN if e not in own]
@@ -165,7 +163,6 @@ def test_forced_only_if_absent(logits):
     check(Plan.force_on({0: CHOSEN}).only(absent=True), logits, literal)
 
 
-@pytest.mark.native
 def test_absent_rules_beside_others(logits):
     """A bias on all tokens, and one more only where the expert was not the router's own choice."""
     plan = Plan.bias({0: [1, 2]}, strength=0.5) + Plan.bias({0: [1]}, strength=1.0).only(absent=True)
@@ -180,7 +177,6 @@ def test_absent_rules_beside_others(logits):
     check(plan, logits, literal)
 
 
-@pytest.mark.native
 def test_a_token_whose_condition_never_holds_keeps_its_bits(logits):
     weights, ids, natural = routed(Plan.bias({0: [1]}, strength=4.0).only(absent=True), logits)
     own, _ = ops.route(logits, K, SOFTMAX)
@@ -198,7 +194,6 @@ def test_a_token_whose_condition_never_holds_keeps_its_bits(logits):
 SCORES = {0: 0.1, 2: 0.3, 3: 0.05, 6: 0.25, 7: 0.3}
 
 
-@pytest.mark.native
 @pytest.mark.parametrize(
     "spec",
     [
@@ -220,7 +215,6 @@ def test_replaced_scores(logits, spec):
     check(Plan.replace_scores({0: SCORES}), logits, literal, spec, rtol=1e-5)
 
 
-@pytest.mark.native
 def test_replaced_scores_are_chosen_and_steered_as_the_routers_own(logits):
     """With a correction bias for choosing, a bias on a logit, and a temperature."""
     correction = torch.tensor([0.0, 0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0])
@@ -243,7 +237,6 @@ def test_replaced_scores_are_chosen_and_steered_as_the_routers_own(logits):
     check(plan, logits, steered, rtol=1e-5)
 
 
-@pytest.mark.native
 def test_replaced_scores_are_refused_by_the_name_of_the_router():
     def fit(plan: Plan, **spec: Any) -> None:
         steering = plan.compile(SITES).tables[0]
@@ -260,7 +253,6 @@ def test_replaced_scores_are_refused_by_the_name_of_the_router():
 # Choices by name: the last slot, and replay.
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("spec", [SOFTMAX, SIGMOID, RouterSpec(), RouterSpec(order="topk_then_score")], ids=str)
 def test_the_last_slot_goes_to_the_expert_if_absent(logits, spec):
     def literal(z, own, token):
@@ -270,7 +262,6 @@ def test_the_last_slot_goes_to_the_expert_if_absent(logits, spec):
     check(Plan.reserve_slot({0: [4]}), logits, literal, spec)
 
 
-@pytest.mark.native
 def test_the_last_slot_after_other_rules(logits):
     """The slot looks at the steered choice; forbidden experts do not take it; fewer slots have another last one."""
     plan = Plan.bias({0: [2]}, strength=2.0) + Plan.reserve_slot({0: [4]}) + Plan.top_k(2, layers=0)
@@ -287,7 +278,6 @@ def test_the_last_slot_after_other_rules(logits):
         assert not (ids == 4).any()
 
 
-@pytest.mark.native
 def test_replayed_experts_weigh_by_the_routers_own_scores(logits):
     def literal(z, own, token):
         return [6, 0, 3], weighed(scored(z, SOFTMAX), [6, 0, 3], SOFTMAX)
@@ -300,7 +290,6 @@ def test_replayed_experts_weigh_by_the_routers_own_scores(logits):
     check(Plan.fix_choice({0: [5]}), logits, fewer)
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("plan", [Plan.reserve_slot({0: [4]}), Plan.fix_choice({0: [6, 0, 3]})], ids=str)
 def test_sparsemixer_weighs_choices_by_name_slot_by_slot(logits, plan):
     spec = RouterSpec(score="sparsemixer", jitter=0.2)
@@ -315,7 +304,6 @@ def test_sparsemixer_weighs_choices_by_name_slot_by_slot(logits, plan):
 # More experts than the router has slots.
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("k", [4, 8])
 @pytest.mark.parametrize("spec", [SOFTMAX, SIGMOID, RouterSpec()], ids=str)
 def test_more_experts_a_token(logits, spec, k):
@@ -326,7 +314,6 @@ def test_more_experts_a_token(logits, spec, k):
     check(Plan.top_k(k, layers=0), logits, literal, spec)
 
 
-@pytest.mark.native
 def test_only_the_tokens_of_the_row_get_more(logits):
     rows = torch.where(torch.arange(T) % 2 == 0, 0, -1)
     statistics = StatisticsTables.zeros(E, groups=1, metrics=ops.METRICS)
@@ -355,7 +342,6 @@ def splitmix(bits: int) -> int:
     return bits ^ bits >> 31
 
 
-@pytest.mark.native
 def test_the_draw_is_splitmix_of_seed_layer_and_token():
     mask, step = (1 << 64) - 1, 0x9E3779B97F4A7C15
     for seed, layer, token in ((0, 0, 0), (7, 3, 12345), (-1, 40, (9 << 32) | 77)):
@@ -367,7 +353,6 @@ def test_the_draw_is_splitmix_of_seed_layer_and_token():
         assert order == sorted(range(E), key=signed.__getitem__)
 
 
-@pytest.mark.native
 def test_every_token_draws_its_own_experts(logits):
     plan = Plan.force_on({0: CHOSEN}).random_per_token(5)
     counter = torch.arange(T)
@@ -383,7 +368,6 @@ def test_every_token_draws_its_own_experts(logits):
     check(plan, logits, literal, counter=counter)
 
 
-@pytest.mark.native
 def test_the_draw_is_uniform_seeded_and_the_same_for_any_batch():
     counter = torch.arange(20_000)
     orders = token_rules.permutations(1, 2, counter, E)
@@ -398,7 +382,6 @@ def test_the_draw_is_uniform_seeded_and_the_same_for_any_batch():
         assert (other == orders).all(1).float().mean() < 0.01
 
 
-@pytest.mark.native
 @pytest.mark.parametrize(
     ("plan", "where"),
     [(Plan.reserve_slot({0: [4]}), -1), (Plan.fix_choice({0: [4]}), 0), (Plan.replace_scores({0: {4: 1.0}}), 0)],
@@ -413,7 +396,6 @@ def test_named_experts_can_be_drawn_too(logits, plan, where):
     assert len(drawn.unique()) == E
 
 
-@pytest.mark.native
 def test_drawn_and_absent_together(logits):
     plan = Plan.bias({0: [2]}, strength=3.0).only(absent=True).random_per_token(4)
     orders = token_rules.permutations(4, 0, torch.arange(T), E)
@@ -534,9 +516,6 @@ def test_positions_narrow_each_other_and_pick_rows():
 
 transformers = pytest.importorskip("transformers")
 
-from harness.tiny_models import EVERY, MAIN, inputs, tiny_model, tokens  # noqa: E402
-
-import moe_route as mr  # noqa: E402
 
 PLANS = {
     "absent": Plan.activate({0: [1, 2], 1: [5]}, strength=1.5).only(absent=True),
@@ -576,7 +555,6 @@ def expected_ids(kind: str, natural: list[int], z: np.ndarray, layer: int, token
     return {*forced, *[e for e in natural if e not in forced][: len(natural) - len(forced)]}
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("engine", ["hook", "fused"])
 @pytest.mark.parametrize("kind", ["slot", "replay", "drawn"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss", "phimoe"])
@@ -602,7 +580,6 @@ def test_attached_models_choose_as_the_rule_says(name, kind, engine):
         assert (statistics.token_sum("natural_counts")[0, layer] == own).all()
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("kind", [kind for kind in PLANS if kind != "scores"])
 @pytest.mark.parametrize("name", MAIN)
 def test_engines_agree_and_other_tokens_keep_their_bits(name, kind):
@@ -631,7 +608,6 @@ def test_engines_agree_and_other_tokens_keep_their_bits(name, kind):
     assert one.scalar("steered")[:, 0].tolist() == [6, 0]
 
 
-@pytest.mark.native
 def test_replaced_scores_on_models():
     for name in ("qwen3_moe", "gpt_oss", "deepseek_v3"):
         model = model_of(name)
@@ -648,7 +624,6 @@ def test_replaced_scores_on_models():
         routed.steer(PLANS["scores"]).__enter__()
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("kind", ["drawn", "absent", "slot"])
 def test_what_is_drawn_and_chosen_does_not_depend_on_the_batch(kind):
     """Prefill and decode, left-padded in a batch and alone: the same experts, token by token."""
@@ -675,7 +650,6 @@ def test_what_is_drawn_and_chosen_does_not_depend_on_the_batch(kind):
     assert together == alone
 
 
-@pytest.mark.native
 def test_a_gradient_flows_through_rules_by_token():
     model, ids = model_of("qwen3_moe"), tokens(1, 6)
     with mr.attach(model) as routed, routed.steer(PLANS["absent"] + PLANS["slot"]):
@@ -683,7 +657,6 @@ def test_a_gradient_flows_through_rules_by_token():
     assert model.model.layers[0].mlp.gate.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.native
 def test_more_experts_in_a_trace():
     with mr.attach(model_of("olmoe")) as routed, torch.no_grad():
         with routed.steer(Plan.top_k(4, layers=1)), routed.record(trace=True) as recorder:
@@ -694,7 +667,6 @@ def test_more_experts_in_a_trace():
     assert (trace.ids[:, 0, 2:] == -1).all()
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("name", EVERY)
 def test_every_architecture_takes_the_rules_or_refuses_them_by_name(name):
     """One rule looks at the router's own choice, one is drawn, one chooses by name; and one wants more slots."""
@@ -741,7 +713,6 @@ def test_positions_are_read_from_what_the_call_says():
     assert positions(mask=mask, position_ids=torch.zeros(3, 2, 3).long()) == [[1, 2, 3], [2, 3, 4]]
 
 
-@pytest.mark.native
 def test_steering_in_inference_mode_and_then_with_gradients():
     model, ids = model_of("qwen3_moe"), tokens(2, 40)
     with mr.attach(model) as routed, routed.steer(PLANS["absent"] + PLANS["slot"]):

@@ -10,9 +10,7 @@ namespace {
 [[noreturn]] void refuse() {
   throw std::runtime_error(
       "this build of moe_route has no CUDA kernels. Install it again from its sources, with nvcc on the "
-      "PATH: "
-      "MOE_ROUTE_CUDA=ON pip install --force-reinstall --no-deps . ; or move the tensors with .to('cpu'), or "
-      "use moe_route.reference, which runs on any device");
+      "PATH: MOE_ROUTE_CUDA=ON pip install --force-reinstall --no-deps .");
 }
 
 }  // namespace
@@ -29,7 +27,6 @@ std::vector<TunableFacts> tunables() { return {}; }
 void tune(const std::string&, int64_t) { refuse(); }
 
 RuntimeFacts runtime_facts() { return {0, 0, {}, "this build has no CUDA kernels"}; }
-void require_kernels() { refuse(); }
 void make_current(int32_t) { refuse(); }
 
 }  // namespace moe_route::cuda

@@ -35,8 +35,6 @@ RuntimeFacts runtime_facts() {
   return facts;
 }
 
-void require_kernels() {}
-
 // torch has set the device through its own copy of the runtime. This module's copy is linked statically and
 // usually sees that; it is told where it does not.
 void make_current(int32_t device) {

@@ -21,9 +21,6 @@ struct RuntimeFacts {
 // Never throws: no driver and no device are answers.
 RuntimeFacts runtime_facts();
 
-// Throws where the kernels were not built.
-void require_kernels();
-
 // Makes `device` the one that this module's CUDA runtime launches on, for the calling thread.
 void make_current(int32_t device);
 

@@ -21,6 +21,7 @@ from moe_route.contract.spec import RouterSpec
 from moe_route.integrations.vllm.options import Options, runs_ahead
 from moe_route.integrations.vllm.requests import Batch, Request, RequestTable, positions_of
 from moe_route.integrations.vllm.sites import Site, TokenNumbers
+from moe_route.ops import library
 from moe_route.recording.trace import Trace
 
 FIELD = "moe_route_known"
@@ -277,6 +278,7 @@ class StepTrace:
             items=tuple(request.item for request in self._requests),
             token=token,
             truncated=self._truncated,
+            backends=tuple(sorted({library.served(site.device) for site in self._sites})),
             **columns,
         )
 

@@ -16,6 +16,7 @@ from moe_route.integrations.vllm.counts import StepTrace
 from moe_route.integrations.vllm.options import Options
 from moe_route.integrations.vllm.requests import Request, RequestTable
 from moe_route.integrations.vllm.sites import Site, Stage
+from moe_route.ops import library
 from moe_route.recording.counting import DEFAULT_METRICS
 from moe_route.recording.metadata import add_fingerprints
 from moe_route.recording.statistics import RecordingError, RoutingStatistics
@@ -215,6 +216,7 @@ class Recording:
                 "model": model,
                 "versions": {**library_versions(), "vllm": vllm_version},
                 "engines": ["vllm"],
+                "backends": sorted({library.served(site.device) for site in self._sites}),
                 "experts": ["vllm"],
                 "fingerprint": self._fingerprint or add_fingerprints(None, None),
                 "masked": ["padding"],

@@ -18,7 +18,7 @@ function countedSection() {
     Check: (f) => (f.conservation === null ? "counts were not recorded" : f.conservation.holds ? `complete: all ${f.conservation.slots.toLocaleString("en")} choices (tokens × layers × experts per token) are accounted for${f.conservation.largestGap ? `, within ${f.conservation.largestGap.toExponential(1)}` : ""}` : `broken: choices are missing or counted twice, by ${f.conservation.largestGap}`),
     Configuration: (f) => (f.model.config_hash ? code(f.model.config_hash, 16) : "unknown"),
     Versions: (f) => Object.entries(f.versions).map(([k, v]) => `${k} ${v}`).join(", ") || "unknown",
-    Recorder: (f) => `${f.source}${f.engines.length ? `, engine ${f.engines.join(", ")}` : ""}`,
+    Recorder: (f) => `${f.source}${f.engines.length ? `, engine ${f.engines.join(", ")}` : ""}${f.backends.length ? `, by ${f.backends.join(" and ")}` : ""}`,
   };
   // a fact that all recordings share is written once, over their columns
   const facts = (of) => {
