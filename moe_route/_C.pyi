@@ -3,6 +3,7 @@ from typing import Any, TypedDict
 __version__: str
 MAX_EXPERTS: int
 MAX_CHOSEN: int
+MAX_ROWS: int
 
 class BuildInfo(TypedDict):
     version: str

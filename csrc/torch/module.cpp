@@ -289,6 +289,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("__version__") = MOE_ROUTE_VERSION;
   m.attr("MAX_EXPERTS") = mr::kMaxExperts;
   m.attr("MAX_CHOSEN") = mr::kMaxChosen;
+  m.attr("MAX_ROWS") = mr::kMaxRows;
   m.def("build_info", &mr::build_info, "What this module was built with.");
   m.def("cuda_runtime", &mr::cuda_runtime, "CUDA versions, devices, or the problem. Needs no driver.");
   m.def("load_kernels", &mr::load_kernels, arg("device"), arg("experts"),

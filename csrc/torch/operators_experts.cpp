@@ -120,6 +120,7 @@ Tensor expert_rows(const Tensor& x, const Tensor& offsets, const Tensor& counts,
   ExpertProductArgs args;
   args.type = product_type("x", x);
   if (k < 1) refuse("k = ", k, " is below 1");
+  if (k > kMaxRows) refuse("k = ", k, " is above ", kMaxRows);
   const auto table = [&](const char* name, const Tensor& tensor, int64_t size) {
     check_tensor(name, tensor, {size}, place);
     check_dtype(name, tensor, ScalarType::Long, "int64");

@@ -132,6 +132,9 @@ def joined(traces: Sequence[Trace]) -> Trace:
         return np.pad(array, ((0, 0), (0, 0), (0, slots - array.shape[2])), constant_values=empty)
 
     before = np.cumsum([0, *(len(trace.items) for trace in traces)])
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(t, name) for t in traces]) for name in ("position", "token", "phase")
+    }
     return Trace(
         layers=first.layers,
         layer_numbers=first.layer_numbers,
@@ -139,10 +142,11 @@ def joined(traces: Sequence[Trace]) -> Trace:
         items=tuple(item for trace in traces for item in trace.items),
         sequence=np.concatenate([t.sequence + n for t, n in zip(traces, before, strict=False)]).astype(np.int32),
         group=np.concatenate([np.array([groups.index(g) for g in t.groups])[t.group] for t in traces]).astype(np.int32),
-        **{name: np.concatenate([getattr(t, name) for t in traces]) for name in ("position", "token", "phase")},
+        **columns,
         ids=np.concatenate([widened(t.ids, -1) for t in traces]),
         weights=np.concatenate([widened(t.weights, 0) for t in traces]),
         truncated=any(trace.truncated for trace in traces),
+        backends=tuple(sorted({backend for trace in traces for backend in trace.backends})),
     )
 
 

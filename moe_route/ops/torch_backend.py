@@ -65,8 +65,8 @@ def _route(
     counted = (group_statistics, statistics, segment_statistics)
     numbers = (group_fill, eps, norm_p, scale, jitter)
     steered = (steering, steering_planes, row_params, remap)
-    given = (choice_ids, choice_weights, choice_mode)
-    checks.route(logits, k, policy, tokens, *counted, *numbers, correction_bias, expert_scale, *steered, *given)
+    own = (correction_bias, expert_scale)
+    checks.route(logits, k, policy, tokens, counted, own, steered, (choice_ids, choice_weights, choice_mode))
     return reference.route(
         logits,
         k,
@@ -100,7 +100,7 @@ def _observe(
 ) -> None:
     counted = (group_statistics, statistics, segment_statistics)
     numbers = (group_fill, eps, norm_p, scale, jitter)
-    checks.observe(logits, ids, weights, policy, tokens, *counted, *numbers, expert_scale)
+    checks.observe(logits, ids, weights, policy, tokens, counted, expert_scale)
     tables = _statistics(*counted, logits)
     if tables is not None:
         spec = _spec(policy, *numbers)
@@ -118,9 +118,7 @@ def _observe_layers(
     segment_statistics: Sequence[Tensor],
     *numbers: float,
 ) -> None:
-    checks.observe_layers(
-        logits, ids, weights, policy, tokens, group_statistics, statistics, segment_statistics, *numbers
-    )
+    checks.observe_layers(logits, ids, weights, group_statistics, segment_statistics)
     for layer, of_groups in enumerate(group_statistics):
         of_segments = segment_statistics[layer] if segment_statistics else None
         counted = (of_groups, statistics, of_segments)
@@ -144,7 +142,7 @@ def _route_weights(
 ) -> Tensor:
     numbers = (group_fill, eps, norm_p, scale, jitter)
     steered = (steering, steering_planes, row_params)
-    checks.route_weights(logits, ids, policy, tokens, *numbers, expert_scale, *steered)
+    checks.route_weights(logits, ids, policy, tokens, expert_scale, (*steered, None))
     return reference.route_weights(
         logits,
         ids,
@@ -193,8 +191,9 @@ def _expert_rows(
     up_panels: Tensor | None = None,
     down_panels: Tensor | None = None,
 ) -> Tensor:
-    numbers = (activation, pairing, alpha, limit, shift)
-    checks.expert_rows(x, offsets, counts, order, k, up, down, up_bias, down_bias, *numbers, up_panels, down_panels)
+    checks.expert_rows(
+        x, (offsets, counts, order), k, (up, up_bias), (down, down_bias), activation, pairing, (up_panels, down_panels)
+    )
     inverse = order.new_empty(0, 1).expand(0, k) if x.shape[0] == 0 else order.new_empty(1, 1).expand(x.shape[0], k)
     return reference.expert_rows(
         x,
@@ -218,7 +217,7 @@ def _expert_activation(
     limit: float,
     shift: float,
 ) -> Tensor:
-    checks.expert_activation(rows, offsets, bias, activation, pairing, alpha, limit, shift)
+    checks.expert_activation(rows, offsets, bias, activation, pairing)
     return reference.expert_activation(
         rows,
         _slots(offsets, offsets[None], offsets),

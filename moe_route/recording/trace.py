@@ -315,7 +315,7 @@ class TraceWriter(ChoiceObserver):
             "weights": self._empty(0, self._weights_dtype, 0),
         }
         chunks = [empty, *(self._widened(chunk) for chunk in self._chunks)]
-        columns = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in _COLUMNS}
+        columns: dict[str, Any] = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in _COLUMNS}
         return Trace(
             layers=self.names,
             layer_numbers=self.layers,

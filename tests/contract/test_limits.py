@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import moe_route as mr
+import pytest
+
 from moe_route.contract import limits
+from moe_route.ops import library
 
 
+@pytest.mark.native
 def test_limits_are_those_of_the_library() -> None:
-    assert limits.MAX_EXPERTS == mr._C.MAX_EXPERTS
-    assert limits.MAX_CHOSEN == mr._C.MAX_CHOSEN
+    compiled = library.required()
+    assert limits.MAX_EXPERTS == compiled.MAX_EXPERTS
+    assert limits.MAX_CHOSEN == compiled.MAX_CHOSEN
+    assert limits.MAX_ROWS == compiled.MAX_ROWS
