@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from moe_route import reference
@@ -19,6 +20,7 @@ from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 
 _MODES: Sequence[Literal["natural", "replay"]] = ("natural", "natural", "replay")  # by choice_mode; 0: no choice
+_below_autograd = torch._C._AutoDispatchBelowAutograd  # autograd passes `route` through to here: it has no gradient
 _spec = cache(RouterSpec.from_packed)
 _activation = cache(Activation)
 
@@ -67,19 +69,20 @@ def _route(
     steered = (steering, steering_planes, row_params, remap)
     own = (correction_bias, expert_scale)
     checks.route(logits, k, policy, tokens, counted, own, steered, (choice_ids, choice_weights, choice_mode))
-    return reference.route(
-        logits,
-        k,
-        _spec(policy, *numbers),
-        correction_bias=correction_bias,
-        expert_scale=expert_scale,
-        steering=_steering(*steered, logits),
-        tokens=tokens,
-        choice=choice_ids,
-        choice_weights=choice_weights,
-        choice_mode=_MODES[choice_mode],
-        statistics=_statistics(*counted, logits),
-    )
+    with _below_autograd():
+        return reference.route(
+            logits,
+            k,
+            _spec(policy, *numbers),
+            correction_bias=correction_bias,
+            expert_scale=expert_scale,
+            steering=_steering(*steered, logits),
+            tokens=tokens,
+            choice=choice_ids,
+            choice_weights=choice_weights,
+            choice_mode=_MODES[choice_mode],
+            statistics=_statistics(*counted, logits),
+        )
 
 
 def _observe(

@@ -24,5 +24,13 @@ def hide() -> None:
     sys.meta_path.insert(0, _Hides())
 
 
-KERNEL_TESTS = ("ops/test_cuda.py", "ops/test_emulated.py", "ops/test_experts.py", "ops/test_packed_experts.py")
-"""Files that test nothing but kernels."""
+KERNEL_TESTS = (
+    "bench",
+    "experts/test_packing.py",
+    "experts/test_paths.py",
+    "ops/test_cuda.py",
+    "ops/test_emulated.py",
+    "ops/test_experts.py",
+    "ops/test_packed_experts.py",
+)
+"""Files that test nothing but kernels, or measure them."""
