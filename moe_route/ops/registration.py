@@ -290,7 +290,8 @@ def _by_row(weights: Tensor, order: Tensor) -> Tensor:
     """The weight [R, 1] of the slot that each row serves; 0 where it serves none."""
     if weights.numel() == 0:
         return weights.new_zeros(order.shape[0], 1)
-    return torch.where(order >= 0, weights.reshape(-1)[order.clamp(min=0)], 0.0)[:, None]
+    at = order.clamp(0, weights.numel() - 1)
+    return torch.where((order >= 0) & (order == at), weights.reshape(-1)[at], 0.0)[:, None]
 
 
 def _product(rows: Tensor, grad: Tensor, at: Tensor) -> Tensor:
@@ -298,8 +299,9 @@ def _product(rows: Tensor, grad: Tensor, at: Tensor) -> Tensor:
     if rows.shape[0] == 0:
         return grad.new_zeros(at.shape)
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    product = (rows[at.clamp(min=0)].to(wide) * grad.to(wide)).sum(1)
-    return torch.where(at >= 0, product, 0.0)
+    row = at.clamp(0, rows.shape[0] - 1)
+    product = (rows[row].to(wide) * grad.to(wide)).sum(1)
+    return torch.where(at == row, product, 0.0)
 
 
 def _no_gradient(name: str, ctx: Any, grad: Tensor) -> None:

@@ -17,21 +17,24 @@ def in_range(ids: Tensor, num_experts: int) -> Tensor:
 def dispatch(ids: Tensor, num_experts: int, *, block: int = 1) -> Dispatch:
     """Sort routed slots by expert, stably; see `moe_route.ops.dispatch`."""
     num_tokens, k = ids.shape
+    slots, capacity = num_tokens * k, num_tokens * k + num_experts * (block - 1)
     flat = in_range(ids.reshape(-1), num_experts)
-    expert = torch.where(flat >= 0, flat, num_experts)
-    counts = torch.bincount(expert, minlength=num_experts + 1)[:num_experts]
-    zero = counts.new_zeros(1)
-    offsets = torch.cat([zero, ((counts + block - 1) // block * block).cumsum(0)])
-    first = torch.cat([zero, counts.cumsum(0)])
-    slots = torch.argsort(expert, stable=True)[: int(first[-1])]
-    owner = expert[slots]
-    rows = offsets[owner] + torch.arange(slots.numel(), device=ids.device) - first[owner]
-    capacity = num_tokens * k + num_experts * (block - 1)
-    order = torch.full((capacity,), -1, dtype=torch.int64, device=ids.device)
-    order[rows] = slots
-    inverse = torch.full((num_tokens * k,), -1, dtype=torch.int64, device=ids.device)
-    inverse[slots] = rows
-    return Dispatch(offsets, offsets[1:].to(torch.int32), counts, order, inverse.view(num_tokens, k))
+    expert = torch.where(flat >= 0, flat, num_experts)  # skipped slots come last
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
+    counts.scatter_add_(0, expert, torch.ones_like(expert))
+    zero, used = counts.new_zeros(1), counts[:num_experts]
+    offsets = torch.cat([zero, ((used + block - 1) // block * block).cumsum(0)])
+    first = torch.cat([zero, used.cumsum(0)])
+    by_expert = torch.argsort(expert, stable=True)
+    owner = expert[by_expert]
+    row = offsets[owner] + torch.arange(slots, device=ids.device) - first[owner]
+    row = torch.where(owner < num_experts, row, capacity)
+    # Skipped slots write into one row more, which is cut off: how many there are is not read.
+    order = torch.full((capacity + 1,), -1, dtype=torch.int64, device=ids.device).scatter_(0, row, by_expert)
+    inverse = torch.full((slots,), -1, dtype=torch.int64, device=ids.device)
+    inverse.scatter_(0, by_expert, torch.where(owner < num_experts, row, -1))
+    ends = offsets[1:].to(torch.int32)
+    return Dispatch(offsets, ends, used.clone(), order[:capacity].clone(), inverse.view(num_tokens, k))
 
 
 def permute(x: Tensor, dispatch: Dispatch) -> Tensor:
@@ -57,9 +60,9 @@ def combine(rows: Tensor, weights: Tensor, dispatch: Dispatch, residual: Tensor 
     total = rows.new_zeros(num_tokens, rows.shape[1], dtype=wide) if residual is None else residual.to(wide)
     for slot in range(k):
         at = dispatch.inverse[:, slot]
-        served = (at >= 0)[:, None]
+        served = ((at >= 0) & (at < rows.shape[0]))[:, None]
         if rows.shape[0] == 0:
             continue
-        row = torch.where(served, rows[at.clamp(min=0)].to(wide), 0.0)
+        row = torch.where(served, rows[at.clamp(0, rows.shape[0] - 1)].to(wide), 0.0)
         total = total + torch.where(served, weights[:, slot, None].to(wide), 0.0) * row
     return total.to(rows.dtype)

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from moe_route.contract.experts import Activation, Dispatch
 
+_ROWS = 16  # rows whose weights are gathered at once: how many an expert has is not read
+
 
 def expert_rows(
     x: Tensor,
@@ -26,16 +28,18 @@ def expert_rows(
     """
     activation = Activation() if activation is None else activation
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    num_slots, k = dispatch.inverse.numel(), dispatch.inverse.shape[1]
-    rows = x.new_zeros(dispatch.order.shape[0], down.shape[1])
-    for expert, (first, count) in enumerate(zip(dispatch.offsets.tolist(), dispatch.counts.tolist(), strict=False)):
-        if count == 0:
-            continue
-        slots = dispatch.order[first : first + count].clamp(0, num_slots - 1)
-        inner = _linear(x[slots // k].to(wide), up, up_bias, expert)
-        inner = _activated(inner, activation, pairing).to(x.dtype)
-        rows[first : first + count] = _linear(inner.to(wide), down, down_bias, expert).to(x.dtype)
-    return rows
+    capacity, k = dispatch.order.shape[0], dispatch.inverse.shape[1]
+    if capacity == 0 or x.shape[0] == 0:
+        return x.new_zeros(capacity, down.shape[1])
+    row = torch.arange(capacity, device=x.device)
+    owner = torch.searchsorted(dispatch.offsets[1:], row, right=True).clamp(max=up.shape[0] - 1)
+    source = dispatch.order.clamp(0, x.shape[0] * k - 1) // k
+    parts = []
+    for begin in range(0, capacity, _ROWS):
+        expert, tokens = owner[begin : begin + _ROWS], x[source[begin : begin + _ROWS]]
+        inner = _activated(_linear(tokens.to(wide), up, up_bias, expert), activation, pairing).to(x.dtype)
+        parts.append(_linear(inner.to(wide), down, down_bias, expert).to(x.dtype))
+    return torch.where((dispatch.order >= 0)[:, None], torch.cat(parts), 0)
 
 
 def expert_activation(
@@ -59,8 +63,10 @@ def expert_activation(
     return _activated(wide, Activation() if activation is None else activation, pairing).to(rows.dtype)
 
 
-def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:
-    return F.linear(rows, weight[expert].to(rows.dtype), None if bias is None else bias[expert].to(rows.dtype))
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, expert: Tensor) -> Tensor:
+    """Each row's product with the weight of its expert."""
+    made = torch.bmm(weight[expert].to(rows.dtype), rows[:, :, None])[:, :, 0]
+    return made if bias is None else made + bias[expert].to(rows.dtype)
 
 
 def _activated(inner: Tensor, activation: Activation, pairing: str) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.reference.dispatch import in_range
-from moe_route.reference.statistics import Choice, count
+from moe_route.reference.statistics import Choice, count, count_choice, needs_scores
 from moe_route.reference.steering import INF, SteeredRows, read_steering, read_tokens, steer
 
 
@@ -70,21 +70,39 @@ def _limit_groups(value: Tensor, allowed: Tensor, spec: RouterSpec) -> Tensor:
     num_tokens, num_experts = value.shape
     number = allowed & ~torch.isnan(value)
     members = torch.where(number, value, -INF).view(num_tokens, spec.groups, num_experts // spec.groups)
-    best = members.sort(dim=-1, descending=True, stable=True).values
-    group_value = best[..., 0] if spec.group_score == "max" else best[..., :2].sum(-1)
+    best = members.topk(1 if spec.group_score == "max" else min(2, members.shape[2]), dim=2).values
+    group_value = best.sum(-1)
     group_value = torch.where(torch.isnan(group_value), -INF, group_value)  # inf - inf
-    group_order = _order(group_value, torch.ones_like(group_value, dtype=torch.int64))
-    keep = torch.zeros_like(group_value, dtype=torch.bool).scatter_(1, group_order[:, : spec.top_groups], True)
+    keep = torch.zeros_like(group_value, dtype=torch.bool)
+    keep = keep.scatter_(1, _best(group_value, spec.top_groups), True)
     keep = keep[..., None].expand(members.shape).reshape(num_tokens, num_experts)
     return torch.where(keep | torch.isnan(value), value, spec.group_fill)
 
 
-def _order(value: Tensor, rank: Tensor) -> Tensor:
-    """Indices of each row in order of choice: higher rank, then numbers before NaN, then larger value, lower index."""
+def _best(value: Tensor, k: int, rank: Tensor | None = None) -> Tensor:
+    """The first k indices of each row in order of choice: higher rank, numbers before NaN, larger value, lower index.
+
+    Each entry of float32 becomes an integer that no other of its row equals, so that one top-k orders them: rank (2
+    bits), the value in the order of csrc/include/moe_route/key.h (32), and the index from behind (12).
+    """
+    size = value.shape[1]
+    if value.dtype == torch.float64:
+        return _sorted(value, rank)[:, :k]
+    bits = (value.detach() + 0.0).view(torch.int32)  # -0.0 + 0.0 = +0.0
+    key = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).masked_fill_(torch.isnan(value), -(2**31))
+    order = key.to(torch.int64).bitwise_left_shift_(12)
+    order.bitwise_or_(torch.arange(size - 1, -1, -1, device=value.device))
+    if rank is not None:
+        order.add_(rank << 45)
+    return order.topk(k, dim=1).indices
+
+
+def _sorted(value: Tensor, rank: Tensor | None) -> Tensor:
+    """All indices of each row in that order, by stable sorts."""
     nan = torch.isnan(value)
     by_value = torch.argsort(torch.where(nan, -INF, value), dim=1, descending=True, stable=True)
-    key = (2 * rank + ~nan).gather(1, by_value)
-    return by_value.gather(1, torch.argsort(key, dim=1, descending=True, stable=True))
+    key = (~nan).to(torch.int64) if rank is None else 2 * rank + ~nan
+    return by_value.gather(1, torch.argsort(key.gather(1, by_value), dim=1, descending=True, stable=True))
 
 
 def _selection_value(z: Tensor, spec: RouterSpec, correction_bias: Tensor | None, steering: SteeredRows) -> Tensor:
@@ -114,13 +132,17 @@ def _select(
     z: Tensor, k: int, spec: RouterSpec, correction_bias: Tensor | None, steering: SteeredRows
 ) -> tuple[Tensor, Tensor]:
     """Ids int64 [T, k] (-1 = empty slot), and the number of slots of each token, int64 [T, 1]."""
-    rank = torch.full_like(steering.forbidden, 2, dtype=torch.int64)
+    rank = None
     if steering.force is not None:
-        rank = rank + (steering.force > 0) - (steering.force < 0).to(torch.int64)
+        rank = 2 + (steering.force > 0).to(torch.int64) - (steering.force < 0).to(torch.int64)
         rank = rank.masked_fill(steering.forbidden, 0)
-    ids = _order(_selection_value(z, spec, correction_bias, steering), rank)[:, :k]
+    ids = _best(_selection_value(z, spec, correction_bias, steering), k, rank)
     slots = _slots(ids, steering)
-    filled = (torch.arange(k, device=z.device) < slots) & (rank.gather(1, ids) > 0)
+    if rank is None and "top_k" not in steering.params:
+        return ids, slots
+    filled = torch.arange(k, device=z.device) < slots
+    if rank is not None:
+        filled = filled & (rank.gather(1, ids) > 0)
     return torch.where(filled, ids, -1), slots
 
 
@@ -150,12 +172,14 @@ def _renormalize(weights: Tensor, spec: RouterSpec) -> Tensor:
     return torch.where(divisor == 0, 0.0, weights / torch.where(divisor == 0, 1.0, divisor))
 
 
-def _cancels(spec: RouterSpec, steering: SteeredRows) -> bool:
+def _cancels(spec: RouterSpec, steering: SteeredRows | None = None) -> bool:
     """Whether the softmax is followed by renormalization with the plain sum, without a score bias in between.
 
     The sum over all experts then cancels, so it is never formed and cannot underflow.
     """
     plain = spec.score == "softmax" and spec.renormalize == "sum" and spec.eps == 0
+    if steering is None:
+        return plain
     return plain and not ("score_bias" in steering.planes and "score_bias_weighs" in steering.params)
 
 
@@ -249,6 +273,11 @@ def route(
         weights float32 (float64 for float64 logits) [T, k] and ids int32 [T, k]; an empty slot is id -1, weight 0.
     """
     _check(logits, k, spec)
+    if statistics is not None and statistics.num_experts != logits.shape[1]:
+        raise ValueError(f"statistics have {statistics.num_experts} experts, the logits have {logits.shape[1]}")
+    given = (correction_bias, expert_scale, steering, choice)
+    if all(value is None for value in given) and _is_plain(spec) and _counts_choices_alone(statistics):
+        return _route_plainly(logits, k, spec, tokens, statistics)
     token = read_tokens(tokens, logits.shape[0], logits.device)
     raw = torch.where(token.valid[:, None], _compute(logits), 0.0)  # values in padding reach no result
     row = read_steering(steering, token, raw)
@@ -275,10 +304,43 @@ def route(
                 kept = torch.where(known >= 0, choice_weights.to(weights), 0.0)
         ids, weights = torch.where(taken, known, ids), torch.where(taken, kept, weights)
         slots = torch.where(taken, k, slots)
-    scores = _score(z, spec.score, ~row.forbidden)
+    scores = _score(z, spec.score, ~row.forbidden) if needs_scores(statistics) else None
     count(Choice(ids, weights, slots, natural_ids), scores, row.steered, token, statistics)
     ids = torch.where(token.valid[:, None], ids, -1)
     weights = torch.where(token.valid[:, None], weights, 0.0)
+    return weights, ids.to(torch.int32)
+
+
+def _is_plain(spec: RouterSpec) -> bool:
+    """Whether the weights are a softmax over the chosen logits, as in most models."""
+    chosen = spec.order == "topk_then_score" and spec.score == "softmax" and spec.renormalize == "none"
+    return spec.groups == 1 and (chosen or _cancels(spec))
+
+
+def _counts_choices_alone(statistics: StatisticsTables | None) -> bool:
+    return statistics is None or (statistics.metrics in ((), ("counts",)) and not statistics.entropy)
+
+
+def _route_plainly(
+    logits: Tensor, k: int, spec: RouterSpec, tokens: Tensor | None, statistics: StatisticsTables | None
+) -> tuple[Tensor, Tensor]:
+    """`route` of a plain router without steering, in few operations."""
+    token = None if tokens is None else read_tokens(tokens, logits.shape[0], logits.device)
+    z = _compute(logits)
+    ids = _best(z, k)
+    chosen = z.gather(1, ids)
+    if token is not None:
+        chosen = torch.where(token.valid[:, None], chosen, 0.0)
+    weights = _softmax(chosen, ~torch.isnan(chosen))
+    if spec.renormalize == "sum":  # the bits of `_renormalize`, so that steering other rows changes none of these
+        total = weights.sum(1, keepdim=True)
+        weights = weights / torch.where(total == 0, 1.0, total)
+    if spec.scale != 1.0:
+        weights = weights * spec.scale
+    if statistics is not None:
+        count_choice(ids, token, statistics)
+    if token is not None:
+        ids, weights = torch.where(token.valid[:, None], ids, -1), torch.where(token.valid[:, None], weights, 0.0)
     return weights, ids.to(torch.int32)
 
 
@@ -328,7 +390,7 @@ def observe_steered(
     token = read_tokens(tokens, logits.shape[0], logits.device)
     raw = torch.where(token.valid[:, None], _compute(logits), 0.0)
     row = read_steering(steering, token, raw)
-    scores = _score(steer(raw, row), spec.score, ~row.forbidden)
+    scores = _score(steer(raw, row), spec.score, ~row.forbidden) if needs_scores(statistics) else None
     known, natural = (in_range(choice.to(torch.int64), logits.shape[1]) for choice in (ids, natural_ids))
     choice = Choice(known, weights.to(raw), _slots(known, row), natural)
     count(choice, scores, row.steered, token, statistics)

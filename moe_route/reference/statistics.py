@@ -12,9 +12,11 @@ from moe_route.reference.steering import Tokens
 
 
 def fixed(value: Tensor) -> Tensor:
-    """Convert to int64 in units of 2^-32, rounded to nearest even, clamped to +-2^19; NaN becomes 0."""
-    value = torch.where(torch.isnan(value), 0.0, value.double()).clamp(-(2.0**19), 2.0**19)
-    return (value / FIXED_POINT).round().to(torch.int64)
+    """Convert to int64 in units of 2^-32, rounded to nearest even, clamped to +-2^19; NaN becomes 0.
+
+    Exact in float32 too: a factor of a power of two does not round, and larger numbers are whole.
+    """
+    return (value.nan_to_num(0.0).clamp(-(2.0**19), 2.0**19) / FIXED_POINT).round().to(torch.int64)
 
 
 @dataclass(frozen=True)
@@ -27,54 +29,85 @@ class Choice:
     natural_ids: Tensor | None  # int64 [T, k]
 
 
-def _on_experts(ids: Tensor, value: Tensor, num_experts: int) -> Tensor:
-    """Sum int64 values [T, k] by expert: [T, E]. Empty slots add nothing."""
-    rows = torch.zeros(ids.shape[0], num_experts + 1, dtype=torch.int64, device=ids.device)
-    return rows.scatter_add_(1, torch.where(ids >= 0, ids, num_experts), value.expand_as(ids))[:, :num_experts]
-
-
-def _per_token(choice: Choice, scores: Tensor, steered: Tensor, statistics: StatisticsTables) -> Tensor:
-    """The terms that each token adds to its row of the statistics, int64 [T, 8 + P * E]."""
-    ids, weights, num_experts = choice.ids, choice.weights, scores.shape[1]
-    ones = torch.ones_like(ids)
-    scalars = {name: torch.zeros_like(choice.slots) for name in SCALARS}
-    metrics: dict[str, Tensor] = {}
-    scalars["tokens"] += 1
-    scalars["slots"] = choice.slots
-    scalars["empty"] = choice.slots - (ids >= 0).sum(1, keepdim=True)
-    scalars["steered"] = steered.to(torch.int64)
-    metrics["counts"] = _on_experts(ids, ones, num_experts)
-    metrics["weight"] = _on_experts(ids, fixed(weights), num_experts)
-    total = weights.sum(1, keepdim=True)
-    shared = (total != 0) & torch.isfinite(total)
-    share = torch.where(shared, weights / torch.where(shared, total, 1.0), 0.0)
-    metrics["weight_share"] = _on_experts(ids, fixed(share), num_experts)
-    if "probability" in statistics.metrics or statistics.entropy:
+def _terms(
+    choice: Choice, scores: Tensor | None, steered: Tensor, statistics: StatisticsTables
+) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+    """What each token adds: int64 [T, 1] by scalar, and by metric the experts [T, n] (-1: none) with their values."""
+    ids, weights, one = choice.ids, choice.weights, torch.ones_like(choice.slots)
+    scalars = {
+        "tokens": one,
+        "slots": choice.slots,
+        "empty": choice.slots - (ids >= 0).sum(1, keepdim=True),
+        "steered": steered.to(torch.int64),
+    }
+    metrics: dict[str, tuple[Tensor, Tensor]] = {"counts": (ids, one.expand_as(ids))}
+    wanted = statistics.metrics
+    share = None
+    if "weight_share" in wanted or choice.natural_ids is not None:
+        total = weights.sum(1, keepdim=True)
+        shared = (total != 0) & torch.isfinite(total)
+        share = torch.where(shared, weights / torch.where(shared, total, 1.0), 0.0)
+        metrics["weight_share"] = ids, fixed(share)
+    if "weight" in wanted:
+        metrics["weight"] = ids, fixed(weights)
+    if scores is not None:
         total = scores.sum(1, keepdim=True)
         scored = (total >= torch.finfo(torch.float32).tiny) & torch.isfinite(total) & (scores >= 0).all(1, keepdim=True)
         p = torch.where(scored, scores / torch.where(scored, total, 1.0), 0.0)
-        metrics["probability"] = fixed(p)
+        metrics["probability"] = torch.arange(scores.shape[1], device=ids.device).expand_as(p), fixed(p)
         scalars["unscored"] = (~scored).to(torch.int64)
         if statistics.entropy:
             plogp = torch.where(p > 0, p * torch.where(p > 0, p, 1.0).log(), 0.0)
             scalars["entropy"] = fixed(-plogp.sum(1, keepdim=True))
-    if choice.natural_ids is not None:
-        metrics["natural_counts"] = _on_experts(choice.natural_ids, torch.ones_like(choice.natural_ids), num_experts)
+    if choice.natural_ids is not None and share is not None:
+        metrics["natural_counts"] = choice.natural_ids, one.expand_as(choice.natural_ids)
         moved = (ids >= 0) & ~(ids[:, :, None] == choice.natural_ids[:, None, :]).any(2)
         scalars["flipped"] = moved.sum(1, keepdim=True)
         scalars["moved"] = fixed(torch.where(moved, share, 0.0).sum(1, keepdim=True))
-    columns = [scalars[name] for name in SCALARS] + [metrics[name] for name in statistics.metrics]
-    return torch.cat(columns, 1)
+    return scalars, {name: metrics[name] for name in wanted if name in metrics}
 
 
-def count(choice: Choice, scores: Tensor, steered: Tensor, tokens: Tokens, statistics: StatisticsTables | None) -> None:
+def needs_scores(statistics: StatisticsTables | None) -> bool:
+    """Whether the scores of all experts are counted, and not only the choice."""
+    return statistics is not None and (statistics.entropy or "probability" in statistics.metrics)
+
+
+def count(
+    choice: Choice, scores: Tensor | None, steered: Tensor, tokens: Tokens, statistics: StatisticsTables | None
+) -> None:
+    """Add the choice to the tables, with one sum of integers per metric; scores [T, E] where `needs_scores`."""
     if statistics is None:
         return
-    if statistics.num_experts != scores.shape[1]:
-        raise ValueError(f"statistics have {statistics.num_experts} experts, the logits have {scores.shape[1]}")
-    additions = _per_token(choice, scores, steered, statistics)
+    scalars, metrics = _terms(choice, scores, steered, statistics)
     for table, index in ((statistics.groups, tokens.group), (statistics.segments, tokens.segment)):
-        if table is not None:
-            counted = tokens.valid & (index >= 0) & (index < table.shape[0])
-            if table.shape[0]:  # uncounted rows add 0: leaving them out would wait for a device
-                table.index_add_(0, torch.where(counted, index, 0), torch.where(counted[:, None], additions, 0))
+        if table is None or table.shape[0] == 0:
+            continue
+        counted = (tokens.valid & (index >= 0) & (index < table.shape[0]))[:, None]
+        row = torch.where(counted, index[:, None], 0) * table.shape[1]
+        for name, values in scalars.items():
+            _add(table, row + SCALARS.index(name), values, counted)
+        for position, name in enumerate(statistics.metrics):
+            if name in metrics:
+                experts, values = metrics[name]
+                at = row + len(SCALARS) + position * statistics.num_experts + experts
+                _add(table, at, values, counted & (experts >= 0))
+
+
+def _add(table: Tensor, at: Tensor, values: Tensor, counted: Tensor) -> None:
+    """Add values [T, n] at places of the flat table; those that do not count add 0: leaving them out would wait."""
+    values = torch.where(counted, values, 0)
+    table.view(-1).scatter_add_(0, torch.where(counted, at, 0).reshape(-1), values.reshape(-1))
+
+
+def count_choice(ids: Tensor, tokens: Tokens | None, statistics: StatisticsTables) -> None:
+    """Add chosen experts [T, k], none of them empty, to tables that count nothing else. `tokens` None: one group."""
+    rows, k = ids.shape
+    if tokens is not None:
+        slots = torch.full_like(ids[:, :1], k)
+        unsteered = torch.zeros_like(slots, dtype=torch.bool)
+        count(Choice(ids, ids, slots, None), None, unsteered, tokens, statistics)
+    elif len(flat := statistics.groups.view(-1)):
+        flat[SCALARS.index("tokens")].add_(rows)
+        flat[SCALARS.index("slots")].add_(rows * k)
+        if statistics.metrics:
+            flat.scatter_add_(0, ids.reshape(-1) + len(SCALARS), torch.ones_like(ids).reshape(-1))

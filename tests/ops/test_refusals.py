@@ -172,7 +172,8 @@ def test_the_torch_backend_refuses_what_the_kernels_refuse_in_the_same_words(ope
             assert native[1] == by_torch[1], what
             continue
         for ours, theirs in zip(by_torch[1], native[1], strict=True):
-            if isinstance(ours, Tensor) and ours.device.type != "meta" and operator != "expert_rows":
+            defined = operator not in ("expert_rows", "expert_activation")  # of the others some rows are undefined
+            if defined and isinstance(ours, Tensor) and ours.device.type != "meta":
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=what)
     assert min(kinds.values()) > 3, kinds
 
