@@ -2,7 +2,7 @@
 
 Operators go through torch's real dispatcher: one that is registered for CPU and CUDA alone fails here as it would on a
 device of any other maker. The device has no float64, and operations that make the host wait are counted by name. What
-is not real: the device's kernels, streams, and strides (tensors are contiguous).
+is not real: the device's kernels and streams, and the strides that tensors tell.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _on_device(values: Tensor) -> Tensor:
     if values.dtype is torch.float64:
         raise RuntimeError("the plain device has no float64")
     made: Tensor = torch._C._acc.create_empty_tensor(values.shape, values.dtype)  # type: ignore[attr-defined]
-    _VALUES[made.untyped_storage()._cdata] = values.contiguous()
+    _VALUES[made.untyped_storage()._cdata] = values  # may be a view: what is written there is written to its base
     return made
 
 
@@ -55,7 +55,7 @@ def raw(tensor: Tensor) -> Tensor:
     if tensor.device.type != "plain":
         return tensor
     values = _VALUES[tensor.untyped_storage()._cdata]
-    return values if values.shape == tensor.shape else values.view(tensor.shape)
+    return values if values.shape == tensor.shape else values.reshape(tensor.shape)
 
 
 def put_module(module: nn.Module) -> nn.Module:
@@ -90,6 +90,8 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
     if name == "aten::_copy_from":
         here[1].copy_(here[0])
         return args[1]
+    if name == "aten::view" and not here[0].is_contiguous():
+        op = torch.ops.aten.reshape.default  # the device's tensors say that they are contiguous
     out = op(*here, **there)
     if name == "aten::_local_scalar_dense" or (
         name == "aten::_to_copy" and target is not None and target.type == "cpu"

@@ -145,12 +145,16 @@ def schema_of(operator: str) -> Any:
     return getattr(torch.ops.moe_route, operator).default._schema
 
 
+def _copied(tensor: Tensor | None) -> Tensor | None:
+    """Of what an operator may write to: a tensor that does not fit is never written to."""
+    if isinstance(tensor, Tensor) and tensor.is_contiguous() and tensor.untyped_storage().nbytes():
+        return tensor.clone()
+    return tensor
+
+
 def outcome(operators: Any, operator: str, arguments: dict[str, Any]) -> tuple[str, Any]:
     """("refused", the words) or ("taken", results and what was written)."""
-    given = {
-        name: value.clone() if name in WRITTEN and isinstance(value, Tensor) and value.is_contiguous() else value
-        for name, value in arguments.items()
-    }
+    given = {name: _copied(value) if name in WRITTEN else value for name, value in arguments.items()}
     try:
         made = getattr(operators, operator)(**given)
     except (ValueError, RuntimeError, NotImplementedError) as error:
