@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import AbstractContextManager
+from functools import cache
 from types import TracebackType
 from typing import TypeVar
 
@@ -38,13 +39,34 @@ def refuse_capture(device: torch.device, what: str) -> None:
         )
 
 
+@cache
+def widest(device: torch.device) -> torch.dtype:
+    """The widest floating dtype of a device: float64, and float32 where it has none (MPS, some XPUs)."""
+    if device.type in ("cpu", "cuda", "meta"):
+        return torch.float64
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError, NotImplementedError):
+        return torch.float32
+    return torch.float64
+
+
+def accelerator() -> str | None:
+    """Type of the accelerator that torch sees ("cuda", "mps", "xpu", ...), or None."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return None if found is None else found.type
+
+
 def upload(values: Tensor, device: torch.device) -> Tensor:
     """Copy a small tensor of the host, or of another device, to `device`, without making the host wait.
 
-    Raises `CaptureRefusedError` if the tensor is on the host and a CUDA graph is being captured.
+    float64 becomes the `widest` dtype of the device. Raises `CaptureRefusedError` if the tensor is on the host and a
+    CUDA graph is being captured.
     """
     if values.device == device:
         return values
+    if values.dtype == torch.float64:
+        values = values.to(widest(device))
     if values.device.type != "cpu" or device.type != "cuda":
         return values.to(device)
     refuse_capture(device, "the upload of a table")
@@ -52,9 +74,12 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
 
 
 def finish(device: torch.device) -> None:
-    """Wait until a CUDA device has finished all its work on all streams. Call this before reading results."""
-    if device.type == "cuda" and torch.cuda.is_initialized():
-        torch.cuda.synchronize(device)
+    """Wait until a device has finished all its work on all streams. Call this before reading results."""
+    if device.type == "cuda":
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize(device)
+    elif device.type != "cpu" and device.type == accelerator():
+        torch.accelerator.synchronize(device)
 
 
 class Answers:

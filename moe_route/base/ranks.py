@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from moe_route.base.devices import accelerator
+
 # a rank may wait while another one reads a large checkpoint, or writes one
 _PATIENCE = timedelta(hours=2)
 
@@ -113,8 +115,10 @@ def model_parallel_group(size: int, how: Literal["tensor", "expert"]) -> Iterato
         raise ModelParallelError("torch.distributed is in use already: leave its initialization to moe-route")
     group = ModelParallelGroup(rank // size, ranks // size, rank % size, size, how)
     store, _, _ = next(distributed.rendezvous("env://", timeout=_PATIENCE))
+    kind = accelerator()
+    backend = "gloo" if kind is None else distributed.get_default_backend_for_device(kind)
     distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        backend if backend == "gloo" else f"cpu:gloo,{kind}:{backend}",
         store=distributed.PrefixStore(f"moe-route-{group.number}", store),
         rank=group.member,
         world_size=size,

@@ -386,11 +386,12 @@ def _together(options: argparse.Namespace) -> tuple[int, Literal["tensor", "expe
 
 def _place(options: argparse.Namespace) -> None:
     """Give each rank of a machine a GPU of its own, where nothing else was asked for."""
-    import torch
+    from moe_route.base.devices import accelerator
 
     alone = _together(options)[0] == 1  # else transformers places the model
     if alone and _number("WORLD_SIZE", 1) > 1 and options.device is None and options.device_map is None:
-        options.device = f"cuda:{_number('LOCAL_RANK', 0)}" if torch.cuda.is_available() else None
+        kind = accelerator()
+        options.device = None if kind is None else f"{kind}:{_number('LOCAL_RANK', 0)}"
 
 
 def _name(group: ModelParallelGroup) -> str:

@@ -176,7 +176,7 @@ def _choice_nats(language_model: LanguageModel, batch: Sequence[Question]) -> li
     with torch.inference_mode():
         logits = language_model.model(**inputs, use_cache=False).logits
     last = inputs["attention_mask"].sum(1) - 1
-    at_last = logits[torch.arange(len(batch), device=logits.device), last].float().log_softmax(-1).double().cpu()
+    at_last = logits[torch.arange(len(batch), device=logits.device), last].float().log_softmax(-1).cpu().double()
     return [
         -at_last[i, torch.tensor([row[-1] for row in choices])].numpy()  # a letter is one token
         for i, choices in enumerate(of)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from moe_route import reference
+from moe_route.base.devices import widest
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import NEUTRAL, STEERING_PLANES, Force, StatisticsTables, SteeringTables
 from moe_route.contract.token_tables import Part, TokenTables, stream_of
@@ -310,7 +311,7 @@ def logits_of_scores(scores: Tensor, name: str, spec: RouterSpec) -> Tensor:
             f"router {name!r} cannot take replaced scores: SparseMixer weighs by distances between logits, which "
             "scores do not give back. Use bias or force_on there, or leave the layer out: plan.only(layers=[...])"
         )
-    p = scores.double()
+    p = scores.to(widest(scores.device))
     if spec.score == "sigmoid" and bool((p > 1).any()):
         raise ValueError(f"router {name!r} scores by a sigmoid: replaced scores must be between 0 and 1")
     inverse: dict[str, Callable[[Tensor], Tensor]] = {
@@ -434,11 +435,14 @@ def permutations(seed: int, layer: int, counter: Tensor, num_experts: int) -> Te
 def gumbel_noise(stream: Tensor, counter: Tensor, num_experts: int) -> Tensor:
     """float64 [T, E]: independent draws of the standard Gumbel distribution, ``-log(-log(u))``.
 
-    ``stream`` int64 [T] is each token's ``stream_of(seed, layer)``, and ``counter`` int64 [T] its number.
+    ``stream`` int64 [T] is each token's ``stream_of(seed, layer)``, and ``counter`` int64 [T] its number. On a device
+    without float64 they are float32, of the first 23 bits of the same draws.
     """
-    # 52 random bits and a half are a float64 without rounding, strictly between 0 and 1 after scaling
-    bits = _shifted(_random_bits(stream, counter, num_experts), 12)
-    return -(-((bits.double() + 0.5) * 2.0**-52).log()).log()
+    wide = widest(counter.device)
+    kept = 52 if wide == torch.float64 else 23
+    # so many random bits and a half are such a number without rounding, strictly between 0 and 1 after scaling
+    bits = _shifted(_random_bits(stream, counter, num_experts), 64 - kept)
+    return -(-((bits.to(wide) + 0.5) * 2.0**-kept).log()).log()
 
 
 def _random_bits(stream: int | Tensor, counter: Tensor, num_experts: int) -> Tensor:

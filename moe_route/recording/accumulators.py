@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_route.base.devices import widest
 from moe_route.contract.experts import SeenOutputs
 from moe_route.contract.tables import FIXED_POINT
 from moe_route.recording.arrays import ACCUMULATED, SIZE_UNIT
@@ -22,7 +23,6 @@ from moe_route.recording.sequences import RunningSequences
 from moe_route.recording.statistics import RecordingError
 from moe_route.recording.tables import RecordedRouter
 
-_DTYPES = {"int64": torch.int64, "float64": torch.float64}
 _MOST_AT_ONCE = 1 << 22  # pairs of tokens whose experts are compared at once, over all layers
 
 
@@ -60,7 +60,8 @@ class Accumulator(ChoiceObserver):
 
     @torch.inference_mode(False)  # the tables outlive the inference mode in which a model may be called
     def _zeros(self, name: str, groups: int, device: torch.device) -> Tensor:
-        return torch.zeros((groups, *self._shapes[name]), dtype=_DTYPES[ACCUMULATED[name].dtype], device=device)
+        dtype = torch.int64 if ACCUMULATED[name].dtype == "int64" else widest(device)
+        return torch.zeros((groups, *self._shapes[name]), dtype=dtype, device=device)
 
     def add_rows(self, name: str, groups: np.ndarray, rows: np.ndarray) -> None:
         """Add row i of ``rows [n, L, ...]``, which are on the host, to group ``groups[i]``."""
@@ -189,10 +190,11 @@ class ExpertOutputs(Accumulator):
         def table(name: str) -> Tensor:
             return self.table(name, layer, ids.device).view(-1)
 
-        norms = torch.where(counted, seen.norms.double(), 0.0)
-        for name, values in (("weighted_norm", norms * weights.double()), ("norm", norms)):
+        wide = widest(ids.device)
+        norms = torch.where(counted, seen.norms.to(wide), 0.0)
+        for name, values in (("weighted_norm", norms * weights.to(wide)), ("norm", norms)):
             table(name).index_add_(0, place, _as_units(values).reshape(-1))
-        peaks = torch.where(counted, seen.peaks.double(), 0.0).reshape(-1)
+        peaks = torch.where(counted, seen.peaks.to(wide), 0.0).reshape(-1)
         table("peak").scatter_reduce_(0, place, peaks, "amax")
         table("first").index_add_(0, place, (counted & first[:, None]).long().reshape(-1))
 
@@ -208,7 +210,8 @@ class HiddenStates(Accumulator):
     - ``hidden``: sum over sequences of the mean over tokens, in multiples of `SIZE_UNIT`;
     - ``hidden_sequences``: number of sequences with a token in the layer.
 
-    Sums over tokens are float64 on the device. The number of elements H is that of the first router that runs.
+    Sums over tokens are float64 on the device, float32 where it has none. The number of elements H is that of the first
+    router that runs.
     """
 
     option = "hidden"
@@ -258,8 +261,9 @@ class HiddenStates(Accumulator):
 
     def _summed(self, observed: ObservedCall, rows: Tensor) -> Tensor:
         segments = observed.segments(rows.device)
-        sums = torch.zeros((self._segments + 1, rows.shape[1] + 1), dtype=torch.float64, device=rows.device)
-        counted = torch.cat([rows.double(), torch.ones_like(rows[:, :1], dtype=torch.float64)], dim=1)
+        wide = widest(rows.device)
+        sums = torch.zeros((self._segments + 1, rows.shape[1] + 1), dtype=wide, device=rows.device)
+        counted = torch.cat([rows.to(wide), torch.ones_like(rows[:, :1], dtype=wide)], dim=1)
         sums.index_add_(0, torch.where(segments < 0, self._segments, segments), counted)
         return sums[:-1]
 

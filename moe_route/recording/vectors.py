@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_route.base import files
+from moe_route.base.devices import widest
 from moe_route.base.identity import identity_of, library_versions
 from moe_route.calls.call import PHASES, fewer_logits
 from moe_route.contract.tables import FIXED_POINT, SCALARS
@@ -240,7 +241,7 @@ class SentenceVectors:
 
 
 def pool(hidden: Tensor, valid: Tensor, pooling: Pooling = "position") -> Tensor:
-    """Pool hidden states [B, S, H] over the tokens where ``valid``, bool [B, S], is true: float64 [B, H].
+    """Pool hidden states [B, S, H] over the tokens where ``valid``, bool [B, S], is true: [B, H] in `devices.widest`.
 
     The S_i real tokens of a row have the weights 1 to S_i ("position", MEXA), S_i to 1 ("reversed", mPLM-Sim on
     decoders), 1 ("mean", mPLM-Sim on encoders), or 1 for the last one alone ("last", Language Ranker). What padding
@@ -254,8 +255,9 @@ def pool(hidden: Tensor, valid: Tensor, pooling: Pooling = "position") -> Tensor
         "mean": torch.ones_like(place),
         "last": (place == number).long(),
     }[pooling] * valid
-    kept = hidden.masked_fill(~valid[..., None], 0).double()
-    return (weights.double()[:, None] @ kept)[:, 0] / weights.sum(1, keepdim=True)
+    wide = widest(hidden.device)
+    kept = hidden.masked_fill(~valid[..., None], 0).to(wide)
+    return (weights.to(wide)[:, None] @ kept)[:, 0] / weights.sum(1, keepdim=True)
 
 
 def sentence_vectors(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_route import ops
+from moe_route.base.devices import accelerator
 from moe_route.contract.spec import RouterSpec
 from moe_route.modules.intercept import PUT_BY_OTHERS, at, managed_by_accelerate
 from moe_route.routers.adapter import Adapter, OutputPart, order_of
@@ -64,9 +65,10 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     flags = [(inner, inner.training) for inner in module.modules()]
     kept = [(vars(inner), {k: v for k, v in vars(inner).items() if not k.startswith("_")}) for inner, _ in flags]
     data = [(parameter, parameter.data) for parameter in module.parameters()]
-    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
+    kind = accelerator() or "cuda"  # whose random states torch can keep: the others have no such interface
+    devices = {p.device for p in module.parameters() if p.device.type == kind in ("cuda", "xpu")}
     try:
-        with torch.random.fork_rng(devices=sorted(d.index for d in devices)):
+        with torch.random.fork_rng(devices=sorted(d.index for d in devices), device_type=kind):
             for inner, _ in flags:
                 inner.training = False
             yield

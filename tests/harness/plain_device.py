@@ -116,3 +116,13 @@ for _key in _COMPOSED:
         here = torch._C._dispatch_has_kernel_for_dispatch_key(_name, "PrivateUse1")
         if _name.startswith("aten::") and _name not in _SHARING and not here:
             _send_whole(_name.removeprefix("aten::"))
+
+
+def _finished(device: Any = None, /) -> None:
+    """Nothing to wait for: the device computes at once. torch has no such function for a backend in Python."""
+    if torch.device(device).type != "plain":
+        _synchronize(device)
+
+
+_synchronize = torch.accelerator.synchronize
+torch.accelerator.synchronize = _finished  # type: ignore[assignment]

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from transformers import StoppingCriteriaList
 
 from moe_route.base import files
+from moe_route.base.devices import accelerator
 from moe_route.base.identity import library_versions, tokenizer_hash
 from moe_route.data import demo_model_folder
 from moe_route.experts.interface import experts_implementations
@@ -241,7 +242,7 @@ class MoeRouteLM(HFLM):
         if shipped:
             pretrained = str(demo_model_folder())
             options.setdefault("dtype", "float32")  # as LanguageModel.load computes
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or accelerator() or "cpu"
         try:
             super().__init__(pretrained, device=device, batch_size=batch_size, **options)
         except TypeError as error:  # transformers hands what it does not know to the model
