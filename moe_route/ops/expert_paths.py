@@ -29,6 +29,7 @@ _CPU_HAS_VECTORS = library.best_instruction_set().startswith("avx")
 _CPU_HAS_WIDE_VECTORS = library.best_instruction_set().startswith("avx512")
 # With matrix instructions, torch's products pass expert_rows at fewer slots.
 _CPU_HAS_MATRICES: bool = torch.cpu._is_amx_tile_supported()
+_CUDA = frozenset({"cuda"})
 _FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32})
 PACKED_DTYPES = _FLOATS
 
@@ -114,6 +115,7 @@ class Path:
         """Whether a call may run this way if it has few enough slots."""
         return (
             self.here
+            and (self.devices != _CUDA or not library.serves_cuda())
             and (self.devices is None or call.device in self.devices)
             and (self.dtypes is None or call.dtype in self.dtypes)
             and (self.transposed is None or call.transposed == self.transposed)
@@ -131,13 +133,12 @@ class Path:
 
 _STREAMED_CUDA = Path(
     STREAMED,
-    devices=frozenset({"cuda"}),
+    devices=_CUDA,
     dtypes=_FLOATS,
     most_slots=256,
     most_slots_per_expert=8,  # as many share a reading of the weights
     trains=False,
     any_gate=False,
-    here=not library.serves_cuda(),
 )
 _STREAMED_CPU = Path(
     STREAMED,
