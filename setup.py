@@ -35,6 +35,7 @@ from setuptools.config.pyprojecttoml import load_file
 
 ROOT = Path(__file__).parent.resolve()
 MINIMUM_TORCH = (2, 11)
+PAGES = {"Source": "", "Changelog": "/blob/main/CHANGELOG.md", "Issues": "/issues"}  # at the public address
 PURE = "install without kernels, with slower operators in plain torch: MOE_ROUTE_NATIVE=OFF pip install ."
 
 
@@ -62,7 +63,7 @@ def torch_directory() -> Path:
     candidates = [Path(spec.origin).parent] if spec and spec.origin else []
     candidates += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("purelib", "platlib")]
     if named:
-        candidates = [Path(named).resolve()]
+        candidates = [Path(named).absolute()]
     for folder in candidates:
         if (folder / "version.py").is_file():
             text = (folder / "version.py").read_text(encoding="utf-8")
@@ -192,7 +193,7 @@ NATIVE = native()
 setup(
     long_description=description((ROOT / "README.md").read_text(encoding="utf-8"), address()),
     long_description_content_type="text/markdown",
-    project_urls={"Source": address()} if address() else {},
+    project_urls={name: f"{address()}{page}" for name, page in PAGES.items()} if address() else {},
     ext_modules=[Extension("moe_route._C", sources=[], depends=sources())] if NATIVE else [],
     cmdclass={"build_ext": CMakeBuild, "dist_info": EarlyCheck, "editable_wheel": EditableWheel},
 )

@@ -41,7 +41,7 @@ def test_metadata() -> None:
     needs = [line for line in metadata.requires("moe-route") or [] if "extra ==" not in line]
     required = {re.split(r"[<>=;]", need)[0] for need in needs}
     assert required == {"torch", "numpy", "safetensors", "scipy", "tqdm", "tomli"}
-    extras = {"hf", "analysis", "plot", "eval", "vllm", "all", "train", "test", "docs", "dev"}
+    extras = {"hf", "analysis", "plot", "eval", "vllm", "all", "train", "test", "docs", "dev", "release"}
     assert set(found.get_all("Provides-Extra") or []) == extras
     scripts = {point.name: point.value for point in metadata.entry_points(group="console_scripts")}
     assert scripts["moe-route"] == "moe_route.cli:main"
@@ -301,7 +301,10 @@ def test_the_address_is_told_once(recipe: types.ModuleType, tmp_path: Path) -> N
     (folder,) = tmp_path.glob("*.dist-info")
     found = metadata.PathDistribution(folder).metadata
     assert found["Description-Content-Type"] == "text/markdown"
-    assert found.get_all("Project-URL") == ([f"Source, {recipe.address()}"] if recipe.address() else None)
+    pages = [f"{name}, {recipe.address()}{page}" for name, page in recipe.PAGES.items()]
+    assert found.get_all("Project-URL") == (pages if recipe.address() else None)
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"authors:\n  - name: {found['Author']}\n" in citation
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert str(found.get_payload()).strip() == recipe.description(readme, recipe.address()).strip()
 
