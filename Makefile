@@ -1,9 +1,11 @@
 # make demo | findings | test | test-all | test-vllm | test-matrix | test-transformers | emulated | bench | lint | docs |
-#      clean
+#      wheel | test-wheel | release-check | clean
 # Needs Python >= 3.10 with venv, make and a C++20 compiler.
 #   make TORCH="torch==2.13.0 --index-url URL"   another torch build        make PYTHON=python3.12   another Python
 #   make test JOBS=1                             tests in one process
 #   make demo UV=1                               uv in the place of pip
+#   make test-wheel TORCHES="2.11.0 2.13.0"      one wheel beside other versions of torch
+#   make release-check TAG=v0.1.0                what is left to do before a release is refused
 #   MOE_ROUTE_CUDA=ON make build                 CUDA kernels where there is no GPU, too; setup.py names other variables
 #   make demo DRAWS=99                           99 random sets of experts instead of 19
 PYTHON ?= python3
@@ -41,7 +43,8 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 3000
 
-.PHONY: build demo findings test test-all vllm-env test-vllm test-matrix test-transformers emulated bench lint docs clean
+.PHONY: build demo findings test test-all vllm-env test-vllm test-matrix test-transformers emulated bench lint docs \
+  wheel test-wheel release-check clean
 
 build: $(VENV)/.built
 
@@ -142,6 +145,36 @@ lint: $(VENV)/.with-dev
 docs: $(VENV)/.with-docs
 	$(BIN)/python docs/site.py build
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file build/mkdocs.yml
+
+# The wheel of this Python and processor. auditwheel names the oldest glibc that it runs on: 2.28 in the image of
+# .github/workflows/wheels.yml, that of this machine or somewhat older here.
+RELEASE = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python
+WHEEL = $(shell ls -t dist/*linux*.whl | head -1)
+wheel: $(VENV)/.with-release
+	@rm -rf build/lib* build/bdist* build/wheel && mkdir -p dist
+	@$(STEP) "wheel: for this Python" "$(RELEASE) -m build --wheel --no-isolation --outdir build/wheel && \
+	  $(RELEASE) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl"
+
+# The newest wheel of dist/ in an environment of its own for each version of torch, checked without a compiler.
+TORCHES ?= 2.11.0 2.13.0
+test-wheel: wheel
+	@for torch in $(TORCHES); do \
+	  place=build/beside-torch-$$torch; rm -rf $$place && $(BIN)/python -m venv $$place && \
+	  $(STEP) "torch: $$torch" "$$place/bin/pip --quiet --disable-pip-version-check install --no-compile torch==$$torch" \
+	    || { echo "skipped: torch $$torch cannot be installed here"; continue; }; \
+	  $(STEP) "install: the wheel and what it needs, beside torch $$torch" \
+	    "$$place/bin/pip --quiet --disable-pip-version-check install --no-compile '$(WHEEL)[hf]'" && \
+	  env -i PATH=$(CURDIR)/$$place/bin HOME=$$HOME $$place/bin/python tests/installation.py kernels || exit 1; \
+	done
+
+# All that a release needs but the upload: the source archive, this Python's wheel, the one without kernels, their checks.
+release-check: $(VENV)/.with-release
+	@rm -rf dist && $(MAKE) --no-print-directory wheel
+	@$(STEP) "sdist: and the wheel for any platform" "$(RELEASE) -m build --sdist --no-isolation && \
+	  MOE_ROUTE_NATIVE=OFF $(RELEASE) -m build --wheel --no-isolation"
+	$(BIN)/torch-abi-audit --check torch moe_route
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tests/release.py $(if $(TAG),--tag $(TAG)) dist
 
 clean:
 	rm -rf build demo findings dist *.egg-info .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.built

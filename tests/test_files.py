@@ -11,6 +11,7 @@ import resource
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -314,6 +315,54 @@ def test_only_what_a_killed_process_left_is_removed(tmp_path):
         second.write(b"second")
     assert path.read_bytes() == b"first"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["other", "run"]
+
+
+WINDOWS = """
+import os, sys
+from pathlib import Path
+from harness.windows_files import imitate
+
+imitate()
+from moe_route.base import files
+from moe_route.runs.job import ForeignFolderError, Job
+
+step, folder = sys.argv[1], Path(sys.argv[2])
+if step == "killed":
+    with files.replacing(folder / "x") as stream, Job(folder / "job", "test", {}):
+        stream.write(b"unfinished")
+        stream.flush()
+        print("ready", flush=True)
+        sys.stdin.read()
+elif step == "beside":
+    files.write_text(folder / "x", "new")
+    try:
+        Job(folder / "job", "test", {}).__enter__()
+    except ForeignFolderError as error:
+        print(error)
+else:
+    files.write_text(folder / "x", "newer")
+    with Job(folder / "job", "test", {}) as job:
+        print(job.resumed)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="imitates Windows by /proc")
+def test_files_and_jobs_are_locked_where_there_is_no_fcntl(tmp_path) -> None:
+    def command(step: str) -> list[str]:
+        return [sys.executable, "-c", WINDOWS, step, str(tmp_path)]
+
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command("killed"), env=variables, text=True, **pipes) as killed:
+        assert killed.stdout.readline() == "ready\n"
+        beside = subprocess.run(command("beside"), env=variables, text=True, capture_output=True, check=True)
+        assert "another process writes to" in beside.stdout
+        assert len(list(tmp_path.glob(".moe-route-*.tmp"))) == 1  # its own is gone, that of a living process is not
+        killed.kill()
+    after = subprocess.run(command("after"), env=variables, text=True, capture_output=True, check=True)
+    assert after.stdout == "True\n"
+    assert (tmp_path / "x").read_text() == "newer"
+    assert list(tmp_path.glob(".moe-route-*.tmp")) == []
 
 
 def test_blocks_come_back_and_are_ordinary_tensors_for_others(tmp_path):

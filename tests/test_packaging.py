@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -15,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import release
+import torch
 
 import moe_route
 from moe_route import _C
@@ -41,7 +44,7 @@ def test_metadata() -> None:
     needs = [line for line in metadata.requires("moe-route") or [] if "extra ==" not in line]
     required = {re.split(r"[<>=;]", need)[0] for need in needs}
     assert required == {"torch", "numpy", "safetensors", "scipy", "tqdm", "tomli"}
-    extras = {"hf", "analysis", "plot", "eval", "vllm", "all", "train", "test", "docs", "dev"}
+    extras = {"hf", "analysis", "plot", "eval", "vllm", "all", "train", "test", "docs", "dev", "release"}
     assert set(found.get_all("Provides-Extra") or []) == extras
     scripts = {point.name: point.value for point in metadata.entry_points(group="console_scripts")}
     assert scripts["moe-route"] == "moe_route.cli:main"
@@ -99,17 +102,39 @@ def test_types_are_shipped() -> None:
     assert [name for name in public if not re.search(rf"^((def|class) {name}\b|{name}: )", stub, re.MULTILINE)] == []
 
 
-def test_the_module_uses_the_stable_abi_alone() -> None:
-    """No C++ symbol of torch: one binary loads on torch 2.11 and everything later."""
+@pytest.fixture(scope="module")
+def symbols() -> list[str]:
+    """What the library takes from others, with the version of it."""
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("needs nm")
-    table = subprocess.run(
-        [nm, "-D", "--undefined-only", _C.__file__], capture_output=True, text=True, check=True
-    ).stdout
-    symbols = [line.split()[-1] for line in table.splitlines()]
+    command = [nm, "-D", "--undefined-only", str(_C.__file__)]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [line.split()[-1] for line in table.splitlines()]
+
+
+def test_the_module_uses_the_stable_abi_alone(symbols: list[str]) -> None:
+    """No C++ symbol of torch: one binary loads on torch 2.11 and everything later."""
     assert [symbol for symbol in symbols if re.match(r"_Z.*(2at|3c10|5torch|9moe_route)", symbol)] == []
     assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
+
+
+def test_the_library_needs_nothing_that_glibc_2_28_lacks(symbols: list[str]) -> None:
+    """Built on a newer system, symbols have its versions; in the image of the wheels, these have older ones or none."""
+    there = {"exp", "exp2", "log", "log2", "pow"}  # a wrapper less since 2.29
+    there |= {"__libc_single_threaded"}  # libstdc++ asks it where the headers of glibc have it
+    there |= {
+        "dlsym",
+        "dlopen",
+        "pthread_once",
+        "pthread_create",
+        "pthread_join",
+        "pthread_key_create",
+    }  # moved in 2.34
+    versions = [re.fullmatch(r"(\w+)@GLIBC_(\d+)\.(\d+)(?:\.\d+)?", symbol) for symbol in symbols]
+    newer = {found[1] for found in versions if found and (int(found[2]), int(found[3])) > release.GLIBC}
+    assert newer <= there, f"not in glibc 2.28: {sorted(newer - there)}"
+    assert any(versions)
 
 
 # ---- the steps of make ------------------------------------------------------------------------------------------
@@ -242,26 +267,89 @@ def test_sdist_is_complete(sdist: Path) -> None:
     assert [name for name in files if name.endswith((".so", ".pyc", ".o")) or name.startswith("build/")] == []
 
 
+@pytest.fixture
+def unpacked(sdist: Path, tmp_path: Path) -> Path:
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    return next(tmp_path.glob("moe_route-*"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built in an environment of its own, which has no torch; every path has a space in it."""
+    folder = tmp_path_factory.mktemp("a path with spaces")
+    (folder / "the torch").symlink_to(Path(torch.__file__).parent)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    sources = next(folder.glob("moe_route-*"))
+    places = {"MOE_ROUTE_TORCH_DIR": str(folder / "the torch"), "MOE_ROUTE_BUILD_DIR": str(folder / "c make")}
+    python("-m", "build", "--wheel", "--outdir", str(folder / "out"), str(sources), **places, MAX_JOBS="2")
+    return next((folder / "out").glob("*.whl"))
+
+
 @in_tree
 @pytest.mark.exhaustive
-def test_isolated_build_of_the_sdist(sdist: Path, tmp_path: Path) -> None:
-    """sdist -> wheel in an environment of its own -> an installation that passes its own checks."""
-    build = {"MOE_ROUTE_BUILD_DIR": str(tmp_path / "cmake"), "MAX_JOBS": "2"}
-    python("-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(sdist), **build)
-    wheel = next(tmp_path.glob("*.whl"))
+def test_the_wheel_is_complete(wheel: Path) -> None:
+    assert list(release.wrong(wheel)) == []
     names = zipfile.ZipFile(wheel).namelist()
     data = [path.relative_to(ROOT).as_posix() for path in (ROOT / "moe_route" / "data").rglob("*") if path.is_file()]
-    for name in ("moe_route/py.typed", "moe_route/_C.pyi", *(name for name in data if "__pycache__" not in name)):
-        assert name in names
+    assert {"moe_route/_C.pyi", *(name for name in data if "__pycache__" not in name)} - set(names) == set()
     assert any(name.endswith(".dist-info/licenses/moe_route/data/routing/LICENSE.txt") for name in names)
-    assert [name for name in names if name.startswith(("tests/", "csrc/", "bench/", "docs/"))] == []
-    python("-m", "pip", "install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel))
-    program = "import moe_route.description as d; print(d.__file__); print(d.doctor().ok)"
-    script = tmp_path / "check.py"  # a script, since -c would find the package of the working directory first
-    script.write_text(program, encoding="utf-8")
-    place, healthy = python(str(script), PYTHONPATH=str(tmp_path / "site")).split()
-    assert place.startswith(str(tmp_path))
-    assert healthy == "True"
+
+
+def installed(wheel: Path, folder: Path, kind: str) -> str:
+    """What tests/installation.py says of a wheel in an environment that reads the rest from this one, without PATH."""
+    python("-m", "venv", "--without-pip", str(folder / "env"))
+    (packages,) = folder.glob("env/lib/python*/site-packages")
+    python("-m", "pip", "install", "--no-deps", "--target", str(packages), str(wheel), PATH=str(folder))
+    rest = Path(torch.__file__).parents[1]
+    (packages / "rest.pth").write_text(f"{rest}\n", encoding="utf-8")  # behind what is installed here
+    command = [str(folder / "env" / "bin" / "python"), str(ROOT / "tests" / "installation.py"), kind]
+    environment = {"PATH": str(folder), "HOME": str(folder)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@in_tree
+@pytest.mark.exhaustive
+def test_the_wheel_works_without_a_compiler(wheel: Path, tmp_path: Path) -> None:
+    """`make test-wheel` does the same beside other versions of torch."""
+    assert installed(wheel, tmp_path, "kernels").startswith(str(tmp_path))
+
+
+@in_tree
+def test_a_wheel_without_kernels_needs_neither_compiler_nor_torch(unpacked: Path, tmp_path: Path) -> None:
+    """And its editable installation removes the library that this Python would import still."""
+    program = "import sys, setuptools.build_meta as backend; print(backend.{}(sys.argv[1]))"
+    pure = {"MOE_ROUTE_NATIVE": "OFF", "MOE_ROUTE_TORCH_DIR": str(tmp_path / "none"), "PATH": str(tmp_path)}
+    name = python("-c", program.format("build_wheel"), str(tmp_path), cwd=unpacked, **pure).splitlines()[-1]
+    assert name == f"moe_route-{moe_route.__version__}-py3-none-any.whl"
+    assert list(release.wrong(tmp_path / name)) == []
+    suffix = ".cpython-" + Path(_C.__file__).name.partition(".cpython-")[2]
+    mine, other = unpacked / "moe_route" / f"_C{suffix}", unpacked / "moe_route" / "_C.cpython-39-other.so"
+    for library in (mine, other):
+        library.write_bytes(b"of an earlier build")
+    python("-c", program.format("build_editable"), str(tmp_path), cwd=unpacked, **pure)
+    assert not mine.exists()
+    assert other.exists()
+
+
+@in_tree
+def test_what_is_wrong_with_a_wheel_is_told(tmp_path: Path) -> None:
+    path = tmp_path / f"moe_route-{moe_route.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("moe_route/_C.abi3.so", b"")
+        archive.writestr("tests/x.py", b"")
+        archive.writestr("moe_route-0.0.9.dist-info/METADATA", "Name: x\nVersion: 0.0.9\n\n[a](docs/a.md)")
+    (tmp_path / "moe_route-9-cp39-cp39-linux_x86_64.whl").write_bytes(path.read_bytes())
+    said = " ".join(release.problems(tmp_path))
+    for part in ("_C.abi3.so", "not of version", "links to docs/a.md", "'tests'", "lacks moe_route/py.typed", "tar.gz"):
+        assert part in said
+    assert "one library" not in said  # a wheel of a platform holds one
+    left = " ".join(release.left(tmp_path, "v9"))
+    assert "the tag is v9" in left
+    assert "no wheel of cp310 manylinux_2_28_aarch64" in left
 
 
 # ---- builds that cannot work ------------------------------------------------------------------------------------
@@ -301,15 +389,16 @@ def test_the_address_is_told_once(recipe: types.ModuleType, tmp_path: Path) -> N
     (folder,) = tmp_path.glob("*.dist-info")
     found = metadata.PathDistribution(folder).metadata
     assert found["Description-Content-Type"] == "text/markdown"
-    assert found.get_all("Project-URL") == ([f"Source, {recipe.address()}"] if recipe.address() else None)
+    pages = [f"{name}, {recipe.address()}{page}" for name, page in recipe.PAGES.items()]
+    assert found.get_all("Project-URL") == (pages if recipe.address() else None)
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"authors:\n  - name: {found['Author']}\n" in citation
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert str(found.get_payload()).strip() == recipe.description(readme, recipe.address()).strip()
 
 
 @in_tree
 def test_the_torch_of_this_environment_is_found(recipe: types.ModuleType) -> None:
-    import torch
-
     assert recipe.torch_directory() == Path(torch.__file__).parent
 
 
@@ -327,6 +416,11 @@ def test_a_build_without_a_usable_torch_says_so(
     monkeypatch.setattr(recipe.sysconfig, "get_path", lambda kind: str(tmp_path))
     with pytest.raises(SystemExit, match=f"(?s){problem}.*pip install"):
         recipe.torch_directory()
+    if version is None:
+        with pytest.raises(SystemExit, match=r"(?s)python -m build.*MOE_ROUTE_TORCH_DIR.*MOE_ROUTE_NATIVE=OFF"):
+            recipe.torch_directory()
+    monkeypatch.setenv("MOE_ROUTE_TORCH_DIR", str(Path(torch.__file__).parent))
+    assert recipe.torch_directory() == Path(torch.__file__).parent
 
 
 @in_tree
@@ -334,7 +428,7 @@ def test_a_build_without_a_compiler_says_so(
     recipe: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CXX", str(tmp_path / "missing"))
-    with pytest.raises(SystemExit, match=r"(?s)no C\+\+20 compiler.*not found.*GCC 11"):
+    with pytest.raises(SystemExit, match=r"(?s)no C\+\+20 compiler.*not found.*GCC 11.*MOE_ROUTE_NATIVE=OFF"):
         recipe.compiler()
     old = tmp_path / "old"
     old.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
@@ -342,6 +436,42 @@ def test_a_build_without_a_compiler_says_so(
     monkeypatch.setenv("CXX", str(old))
     with pytest.raises(SystemExit, match="too old"):
         recipe.compiler()
+
+
+@in_tree
+def test_an_install_refuses_before_anything_is_built(tmp_path: Path) -> None:
+    """pip asks for metadata first."""
+    command = [sys.executable, "setup.py", "--quiet", "dist_info", "--output-dir", str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if name != "CXX"} | {"PATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 1
+    assert "no C++20 compiler" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@in_tree
+def test_where_there_are_no_kernels_a_line_says_so(
+    recipe: types.ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert recipe.native()
+    monkeypatch.setattr(recipe.sys, "platform", "darwin")
+    assert not recipe.native()
+    assert capfd.readouterr().err == "moe-route: there are no kernels for darwin: operators run in plain torch\n"
+    monkeypatch.setenv("MOE_ROUTE_NATIVE", "on")
+    with pytest.raises(SystemExit, match="no kernels for darwin"):
+        recipe.native()
+    monkeypatch.setenv("MOE_ROUTE_NATIVE", "perhaps")
+    with pytest.raises(SystemExit, match="AUTO, ON or OFF"):
+        recipe.native()
+
+
+@in_tree
+def test_an_older_python_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "setup.py").read_text(encoding="utf-8")
+    ast.parse(text, feature_version=(3, 9))
+    monkeypatch.setattr(sys, "version_info", (3, 9, 18))
+    with pytest.raises(SystemExit, match=r"^moe-route needs Python 3\.10 or newer.*$"):
+        exec(compile(text, "setup.py", "exec"), {})
 
 
 # ---- CUDA: which build is chosen --------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -30,6 +29,12 @@ import numpy as np
 import torch
 
 from moe_route import __version__
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # on Windows, where a file that is open can be neither renamed nor deleted
+    fcntl = None  # type: ignore[assignment]
+    import msvcrt
 
 __all__ = [
     "FULL_DISK",
@@ -48,6 +53,7 @@ __all__ = [
     "lock",
     "make_folder",
     "new_folder",
+    "open_folder",
     "read",
     "read_blocks",
     "read_header",
@@ -65,6 +71,7 @@ _ROWS = "rows."  # prefix of tensors that are written in blocks
 _LENGTH_BYTES = 8  # layout of safetensors: header length (uint64, little endian), header (JSON), data
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors readers refuse more
 _NO_HASH = "0" * 64  # placeholder for a hash
+_LOCKED_BYTE = 2**31 - 2  # stands for the file on Windows, whose locks reach no further and keep others from reading
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -234,6 +241,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
+            if not fcntl:
+                stream.close()
             os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -376,17 +385,29 @@ def _remove_leftovers(target: Path) -> None:
         # the file may be gone by now, or belong to another user
         with contextlib.suppress(FileNotFoundError, PermissionError), open(leftover, "rb") as stream:
             if lock(stream.fileno()):
+                if not fcntl:
+                    stream.close()
                 leftover.unlink()
 
 
+def open_folder(folder: str | os.PathLike[str]) -> int:
+    """A descriptor of a folder, to lock; on Windows, which opens no folders, of a hidden file in it."""
+    return os.open(folder, os.O_RDONLY) if fcntl else os.open(Path(folder, ".lock"), os.O_CREAT | os.O_RDWR)
+
+
 def lock(descriptor: int) -> bool | None:
-    """Lock an open file or folder until it is closed or the process ends.
+    """Lock a file or folder that was opened just now, until it is closed or the process ends.
 
     Returns False if another process has locked it, and None if the file system has no locks.
     """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if fcntl:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+            os.lseek(descriptor, 0, os.SEEK_SET)
+    except (BlockingIOError, PermissionError):
         return False
     except OSError:
         return None

@@ -637,7 +637,7 @@ def _claimed(path: Path) -> tuple[Path, int]:
         )
     path = Path(os.path.abspath(path))
     path.mkdir(exist_ok=True)
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = files.open_folder(path)
     try:
         if files.lock(descriptor) is False:
             raise FileExistsError(f"another recording writes its sequences to {path}: name a folder of its own")
@@ -655,13 +655,13 @@ def _temporary_folder() -> tuple[Path, int]:
     prefix = f"moe-route-{hashlib.blake2b(socket.gethostname().encode(), digest_size=6).hexdigest()}-"
     for leftover in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         with contextlib.suppress(FileNotFoundError, PermissionError):  # gone by now, or of another user
-            descriptor = os.open(leftover, os.O_RDONLY)
+            descriptor = files.open_folder(leftover)
             if files.lock(descriptor):
                 shutil.rmtree(leftover, ignore_errors=True)
             os.close(descriptor)
     while True:
         path = Path(tempfile.mkdtemp(prefix=prefix))
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = files.open_folder(path)
         files.lock(descriptor)
         if path.is_dir():
             return path, descriptor

@@ -292,7 +292,7 @@ def _content(folder: Path) -> list[Path]:
 def _locked(folder: Path) -> Iterator[None]:
     from moe_route.base import files
 
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = files.open_folder(folder)
     try:
         if files.lock(descriptor) is False:
             raise ForeignFolderError(f"another process writes to {folder}: wait for its end, or name another folder")
