@@ -91,9 +91,15 @@ def test_one_activation_kernel_leaves_training_to_the_module(activated: list[int
     assert not activated
 
 
-def test_paths_of_a_device() -> None:
-    """Few slots are streamed, more have one activation kernel, and what trains runs in the module's own code."""
+def test_paths_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few slots are streamed, more have one activation kernel, and what trains runs in the module's own code.
 
+    Where torch serves the device, all do.
+    """
+    call = paths.Call("cuda", torch.bfloat16, 2, 64, transposed=False, trains=False, row_bytes=4096, known_gate=True)
+    monkeypatch.setattr("moe_route.ops.library.serves_cuda", lambda: "no CUDA kernels")
+    assert paths.choose(call).name == paths.GROUPED
+    monkeypatch.setattr("moe_route.ops.library.serves_cuda", lambda: "")
     wanted = ((256, False, paths.STREAMED), (257, False, paths.ACTIVATED), (257, True, paths.GROUPED))
     for slots, trains, name in wanted:
         call = paths.Call(
