@@ -284,7 +284,7 @@ def _cuda() -> dict[str, Any]:
         }
         for device in runtime["devices"]
     ]
-    found = {
+    facts = {
         "built": build["cuda"],
         "architectures": build["cuda_architectures"],
         "nvcc": build["nvcc"],
@@ -297,7 +297,7 @@ def _cuda() -> dict[str, Any]:
         "devices": devices,
         "problem": runtime["problem"],
     }
-    return {**found, "usable": _cuda_usable(found), "why": _why_cuda(found)}
+    return {**facts, "usable": _cuda_usable(facts), "why": _why_cuda(facts)}
 
 
 def _cuda_version(number: int) -> str | None:
@@ -325,40 +325,40 @@ def _covers(architectures: list[str], capability: tuple[int, int], *, ptx: bool 
     return False
 
 
-def _cuda_usable(found: dict[str, Any]) -> bool:
-    return found["built"] and found["available"] and any(device["covered"] for device in found["devices"])
+def _cuda_usable(facts: dict[str, Any]) -> bool:
+    return facts["built"] and facts["available"] and any(device["covered"] for device in facts["devices"])
 
 
-def _why_cuda(found: dict[str, Any]) -> str:
-    names = ", ".join(f"{device['name']} ({'.'.join(map(str, device['capability']))})" for device in found["devices"])
-    if not found["built"]:
-        if found["torch_cuda"] is None:
-            return "no CUDA kernels in this build and no CUDA device; the operators run on the CPU"
+def _why_cuda(facts: dict[str, Any]) -> str:
+    names = ", ".join(f"{device['name']} ({'.'.join(map(str, device['capability']))})" for device in facts["devices"])
+    if not facts["built"]:
+        if facts["torch_cuda"] is None:
+            return "no CUDA kernels in this build and no CUDA device"
         return (
-            f"no CUDA kernels in this build, and torch is one for CUDA {found['torch_cuda']}: with nvcc on the PATH, "
-            "MOE_ROUTE_CUDA=ON pip install --force-reinstall --no-deps . in the sources; until then the operators run "
-            "on the CPU"
+            f"no CUDA kernels in this build, and torch is one for CUDA {facts['torch_cuda']}: with nvcc on the PATH, "
+            "MOE_ROUTE_CUDA=ON pip install --force-reinstall --no-deps . in the sources; until then torch computes the "
+            "operators there"
         )
-    built = f"kernels built by nvcc {found['nvcc']} for {', '.join(found['architectures'])}"
-    if found["torch_cuda"] is None:
-        seen = names or f"no device ({found['problem']})"
+    built = f"kernels built by nvcc {facts['nvcc']} for {', '.join(facts['architectures'])}"
+    if facts["torch_cuda"] is None:
+        seen = names or f"no device ({facts['problem']})"
         return f"{built}, but torch is a CPU build: install a CUDA build of torch; seen without it: {seen}"
-    if found["driver_too_old"]:
+    if facts["driver_too_old"]:
         return (
-            f"{built}, which need a driver of CUDA {found['runtime']} or newer, and this one is of CUDA "
-            f"{found['driver']}: update the driver, or install again with CUDACXX naming the nvcc of a CUDA "
-            f"{found['driver'].partition('.')[0]}.x toolkit and MOE_ROUTE_CUDA=ON"
+            f"{built}, which need a driver of CUDA {facts['runtime']} or newer, and this one is of CUDA "
+            f"{facts['driver']}: update the driver, or install again with CUDACXX naming the nvcc of a CUDA "
+            f"{facts['driver'].partition('.')[0]}.x toolkit and MOE_ROUTE_CUDA=ON"
         )
-    if not found["devices"] or not found["available"]:
-        return f"{built}, but there is no device: {found['problem'] or 'torch sees none'}"
-    alien = [device["name"] for device in found["devices"] if not device["covered"]]
+    if not facts["devices"] or not facts["available"]:
+        return f"{built}, but there is no device: {facts['problem'] or 'torch sees none'}"
+    alien = [device["name"] for device in facts["devices"] if not device["covered"]]
     if alien:
-        old = "" if found["driver_compiles_ptx"] else f" (a driver of CUDA {found['driver']} cannot compile their PTX)"
+        old = "" if facts["driver_compiles_ptx"] else f" (a driver of CUDA {facts['driver']} cannot compile their PTX)"
         return (
             f"{built}, which do not run on {', '.join(alien)}{old}: install again with CUDAARCHS=native "
             "MOE_ROUTE_CUDA=ON (compute capability 8.0 or higher)"
         )
-    return f"{built}, {len(found['devices'])} device(s): {names}"
+    return f"{built}, {len(facts['devices'])} device(s): {names}"
 
 
 def _backends() -> dict[str, dict[str, str]]:
@@ -400,14 +400,14 @@ def _check_bits() -> dict[str, Any]:
     if native is None:
         return {"name": "same bits", "ok": True, "detail": f"no kernels to compare: {library.why_absent()}"}
     logits, spec = _problem()
-    before, found = native.instruction_set(), []
+    before, results = native.instruction_set(), []
     try:
         for name in native.supported_instruction_sets():
             native.set_instruction_set(name)
-            found.append(ops.route(logits, 4, spec))
+            results.append(ops.route(logits, 4, spec))
     finally:
         native.set_instruction_set(before)
-    same = all(torch.equal(a, b) for result in found[1:] for a, b in zip(found[0], result, strict=True))
+    same = all(torch.equal(a, b) for result in results[1:] for a, b in zip(results[0], result, strict=True))
     names = ", ".join(native.supported_instruction_sets())
     return {"name": "same bits", "ok": same, "detail": f"{names} {'agree' if same else 'disagree'}"}
 
@@ -425,25 +425,30 @@ def _check_round_trip() -> dict[str, Any]:
     }
 
 
-_CUDA_PROGRAM = "from moe_route.description import cuda_difference; print(cuda_difference())"
+_CUDA_PROGRAM = "from moe_route.description import device_difference; print(device_difference('cuda'))"
 
 
 def _check_cuda() -> dict[str, Any]:
     """Check the CUDA kernels in a process of its own: an error that ends the device's context ends that process."""
     ran = subprocess.run([sys.executable, "-W", "ignore", "-c", _CUDA_PROGRAM], capture_output=True, text=True)
     said = (ran.stdout if ran.returncode == 0 else ran.stderr).strip().splitlines()
-    found = said[-1] if said else "" if ran.returncode == 0 else f"the check ended with code {ran.returncode}"
-    return {"name": "cuda", "ok": not found, "detail": found or "as torch computes, with the same bits as on the CPU"}
+    ended = "" if ran.returncode == 0 else f"the check ended with code {ran.returncode}"
+    differs = said[-1] if said else ended
+    return {
+        "name": "cuda",
+        "ok": not differs,
+        "detail": differs or "as torch computes, with the same bits as on the CPU",
+    }
 
 
-def cuda_difference() -> str:
-    """In what the CUDA kernels differ from torch, or their bits from the CPU's; "" for nothing."""
-    ops.load_kernels(60, torch.empty(0, device="cuda").device)
+def device_difference(device: str) -> str:
+    """In what the kernels of a device differ from torch, or their bits from the CPU's; "" for nothing."""
+    ops.load_kernels(60, torch.empty(0, device=device).device)
     if library.withdrawn:
         return "; ".join(library.withdrawn.values())
     logits, spec = _problem()
     results = []
-    for place in ("cpu", "cuda"):
+    for place in ("cpu", device):
         statistics = ops.StatisticsTables.zeros(60, groups=1, device=place)
         weights, ids = ops.route(logits.to(place), 4, spec, statistics=statistics)
         slots = ops.dispatch(ids, 60)

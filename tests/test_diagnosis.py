@@ -100,8 +100,8 @@ def test_why_names_what_the_processor_lacks(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.delenv("MOE_ROUTE_ISA", raising=False)
     monkeypatch.setattr(description, "_CPUINFO", cpuinfo)
     for name, value in (("instruction_set", "avx2"), ("best_instruction_set", "avx2")):
-        monkeypatch.setattr(description._C, name, lambda value=value: value)
-    monkeypatch.setattr(description._C, "supported_instruction_sets", lambda: ["portable", "avx2"])
+        monkeypatch.setattr(_C, name, lambda value=value: value)
+    monkeypatch.setattr(_C, "supported_instruction_sets", lambda: ["portable", "avx2"])
     found = description._instruction_set()
     assert found["lacking"] == {"avx512": ["avx512dq", "avx512vl", "avx512cd"], "avx512_bf16": ["avx512_bf16"]}
     assert "avx512 needs avx512dq, avx512vl, avx512cd" in found["why"]
@@ -130,8 +130,8 @@ def cuda_of(
         "nvcc": "13.0.88",
     }
     runtime = {"runtime": 13000, "driver": driver, "devices": list(devices), "problem": problem}
-    monkeypatch.setattr(description._C, "build_info", lambda: build)
-    monkeypatch.setattr(description._C, "cuda_runtime", lambda: runtime)
+    monkeypatch.setattr(_C, "build_info", lambda: build)
+    monkeypatch.setattr(_C, "cuda_runtime", lambda: runtime)
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_cuda is not None and bool(devices))
     found = description._cuda()
@@ -189,14 +189,14 @@ def test_a_driver_that_is_older_than_the_toolkit_compiles_no_ptx(monkeypatch: py
     runtime = {"runtime": 13020, "driver": 13000, "devices": [H200, b200], "problem": ""}
     cuda_of(monkeypatch, devices=(H200, b200))
     assert all(device["covered"] for device in description._cuda()["devices"])
-    monkeypatch.setattr(description._C, "cuda_runtime", lambda: runtime)
+    monkeypatch.setattr(_C, "cuda_runtime", lambda: runtime)
     found = description._cuda()
     assert [device["covered"] for device in found["devices"]] == [True, False]
     assert "do not run on NVIDIA B200 (a driver of CUDA 13.0 cannot compile their PTX)" in found["why"]
 
 
 def test_wrong_bits_on_a_device_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert description._check_device("cpu")["ok"]
+    assert description.device_difference("cpu") == ""
     real, calls = ops.route, []
 
     def second_is_off(*args: Any, **kwargs: Any) -> Any:
@@ -205,4 +205,22 @@ def test_wrong_bits_on_a_device_are_noticed(monkeypatch: pytest.MonkeyPatch) -> 
         return (weights * (1 + 1e-6), ids) if len(calls) == 2 else (weights, ids)
 
     monkeypatch.setattr(ops, "route", second_is_off)
-    assert not description._check_device("cpu")["ok"]
+    assert description.device_difference("cpu") == "not the bits of the CPU"
+
+
+@pytest.mark.parametrize(
+    ("program", "ok", "words"),
+    [
+        ("print('')", True, "as torch computes"),
+        ("print('gate kernels were taken out of service')", False, "gate kernels were"),
+        ("raise RuntimeError('an illegal access')", False, "an illegal access"),
+        ("import os; os._exit(9)", False, "ended with code 9"),
+    ],
+)
+def test_kernels_are_checked_in_a_process_of_their_own(
+    program: str, ok: bool, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(description, "_CUDA_PROGRAM", program)
+    check = description._check_cuda()
+    assert check["ok"] == ok
+    assert words in check["detail"]

@@ -53,8 +53,8 @@ def widest(device: torch.device) -> torch.dtype:
 
 def accelerator() -> str | None:
     """Type of the accelerator that torch sees ("cuda", "mps", "xpu", ...), or None."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return None if found is None else found.type
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return None if device is None else device.type
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:

@@ -28,8 +28,8 @@ from moe_route.contract.tables import (
 from moe_route.ops.dispatch import combine, dispatch, permute
 from moe_route.ops.experts import expert_activation, expert_rows, pack_experts
 from moe_route.ops.gate import observe, observe_layers, route, route_weights
-from moe_route.ops.kernels import load_kernels
 from moe_route.ops.library import backend
+from moe_route.ops.self_check import load_kernels
 
 __all__ = [
     "FIXED_POINT",

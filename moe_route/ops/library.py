@@ -24,7 +24,7 @@ _CHOICES = ("auto", "native", "torch")
 _INSTALL = "install moe-route from its sources with a C++20 compiler (MOE_ROUTE_NATIVE=ON pip install .)"
 
 withdrawn: dict[str, str] = {}
-"""Kernels that the check on a CUDA device took out of service -> what it found."""
+"""Kernels that the check on a CUDA device took out of service -> why."""
 
 
 def asked() -> str:

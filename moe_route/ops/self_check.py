@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from moe_route.base.devices import capturing
+from moe_route.contract.limits import MAX_EXPERTS
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import FIXED_POINT, SCALARS, StatisticsTables, SteeringTables, token_table
 from moe_route.ops import library
@@ -92,12 +93,12 @@ class Checked:
                 if kernels in self.withdrawn:
                     continue
                 try:
-                    found = problem(device, getattr(torch.ops, self.namespace))
+                    difference = problem(device, getattr(torch.ops, self.namespace))
                 except RuntimeError as error:
-                    found = str(error).partition("\n")[0]
-                    self._refuse_dead(device, kernels, found)
-                if found:
-                    self._withdraw(kernels, device, found)
+                    difference = str(error).partition("\n")[0]
+                    self._refuse_dead(device, kernels, difference)
+                if difference:
+                    self._withdraw(kernels, device, difference)
 
     def _load(self, device: torch.device, experts: int) -> None:
         try:
@@ -109,8 +110,8 @@ class Checked:
                 if kernels not in self.withdrawn:
                     self._withdraw(kernels, device, str(error))
 
-    def _withdraw(self, kernels: str, device: torch.device, found: str) -> None:
-        words = f"moe-route's {kernels} kernels on {_named(device)} were taken out of service: {found}"
+    def _withdraw(self, kernels: str, device: torch.device, why: str) -> None:
+        words = f"moe-route's {kernels} kernels on {_named(device)} were taken out of service: {why}"
         if os.environ.get("MOE_ROUTE_SELF_CHECK") == "raise":
             raise SelfCheckError(f"{words}; {_REPORT}")
         self.module().withdraw(kernels)
@@ -120,13 +121,13 @@ class Checked:
         )
 
     @staticmethod
-    def _refuse_dead(device: torch.device, kernels: str, found: str) -> None:
+    def _refuse_dead(device: torch.device, kernels: str, why: str) -> None:
         """Raise if the error ended the device's context, in which torch cannot compute either."""
         try:
             torch.ones(1, device=device).sum().item()
         except RuntimeError:
             raise RuntimeError(
-                f"moe-route's {kernels} kernels ended the context of {_named(device)} ({found}): start the process "
+                f"moe-route's {kernels} kernels ended the context of {_named(device)} ({why}): start the process "
                 f"again with MOE_ROUTE_BACKEND=torch, and {_REPORT}"
             ) from None
 
@@ -156,6 +157,32 @@ def _named(device: torch.device) -> str:
 
 CUDA = Checked("moe_route", lambda index: torch.device("cuda", index), library.required, library.withdrawn)
 """The kernels of the compiled library."""
+
+
+def load_kernels(num_experts: int, device: torch.device | str) -> None:
+    """Load every CUDA kernel that a later call with this many experts may launch, and check them on the device.
+
+    Its first call can then be captured into a CUDA graph. Otherwise the first launch loads a kernel, which may wait for
+    the device or be refused during a capture, and which kernels a call launches depends on what it steers and counts.
+    Attaching, recording and steering call this function themselves. It takes a part of a second the first time for a
+    device (see above), and nothing afterwards.
+
+    Args:
+        num_experts: E, 1..4096.
+        device: a CUDA device. For other devices, and where torch serves CUDA, this does nothing.
+
+    Raises:
+        ValueError: num_experts is out of range.
+        RuntimeError: the device cannot be used.
+    """
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise ValueError(f"num_experts = {num_experts} is outside 1..{MAX_EXPERTS}")
+    place = torch.device(device)
+    if place.type != "cuda" or library.serves_cuda() or not torch.cuda.is_initialized():
+        return
+    index = torch.cuda.current_device() if place.index is None else place.index
+    for experts in (0, num_experts):
+        CUDA.check(index, experts)
 
 
 # ---- problems: each runs through the kernels and through torch, and says what differs, "" for nothing -------------
@@ -223,9 +250,9 @@ def _gate_arguments(experts: int, k: int, spec: RouterSpec, kind: str, device: t
         segment=number % 3,
         valid=number != 5,
     ).to(device)
-    found: dict[str, Any] = {"tokens": tokens}
+    arguments: dict[str, Any] = {"tokens": tokens}
     if spec.score == "sigmoid":
-        found["correction_bias"] = (_random(1, experts) / 8).to(device)
+        arguments["correction_bias"] = (_random(1, experts) / 8).to(device)
     if kind == "steering":
         force = torch.zeros(2, experts)
         force[0, 0], force[1, -1] = 1, -1
@@ -237,12 +264,12 @@ def _gate_arguments(experts: int, k: int, spec: RouterSpec, kind: str, device: t
             force=force if experts > k else None,
             temperature=torch.tensor([0.5, 2.0]),
         ).to(device)
-        found |= dict(zip(("steering", "steering_planes", "row_params", "remap"), steering.packed, strict=True))
+        arguments |= dict(zip(("steering", "steering_planes", "row_params", "remap"), steering.packed, strict=True))
     if kind in ("given", "weights"):
         ids = _random(4, _TOKENS, experts).topk(k).indices.to(torch.int32)
         ids[7] = -1
-        found |= {"choice_ids": ids.to(device), "choice_mode": 2}
-    return found
+        arguments |= {"choice_ids": ids.to(device), "choice_mode": 2}
+    return arguments
 
 
 def _table_difference(tables: StatisticsTables, expected: StatisticsTables, where: str) -> str:
