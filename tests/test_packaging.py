@@ -119,6 +119,17 @@ def test_the_module_uses_the_stable_abi_alone(symbols: list[str]) -> None:
     assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
 
 
+def test_the_library_finds_torch_wherever_it_is_installed() -> None:
+    """No folder of the machine that built it is searched: torch is loaded first, and named without a path."""
+    readelf = shutil.which("readelf")
+    if readelf is None:
+        pytest.skip("needs readelf")
+    command = [readelf, "--dynamic", str(_C.__file__)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "[libtorch_cpu.so]" in listed
+    assert not re.search(r"\((RPATH|RUNPATH)\)", listed)
+
+
 def test_the_library_needs_nothing_that_glibc_2_28_lacks(symbols: list[str]) -> None:
     """Built on a newer system, symbols have its versions; in the image of the wheels, these have older ones or none."""
     there = {"exp", "exp2", "log", "log2", "pow"}  # a wrapper less since 2.29

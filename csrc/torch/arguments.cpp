@@ -30,13 +30,13 @@ bool fits(const Tensor& tensor, Shape shape) {
 
 int32_t device_type(const Tensor& tensor) {
   int32_t type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
   return type;
 }
 
 int32_t device_index(const Tensor& tensor) {
   int32_t index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
   return index;
 }
 
@@ -70,7 +70,7 @@ void check_place(const char* name, const Tensor& tensor, const Place& place) {
 
 void check_storage(const char* name, const Tensor& tensor) {
   int64_t bytes = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
   if (bytes == 0 && tensor.numel() > 0) {
     refuse(name,
            " has no memory: its storage was freed (untyped_storage().resize_(0), as FSDP does with shards); "
@@ -151,7 +151,7 @@ Tensor packed(const char* name, const Tensor& tensor) {
 
 int32_t dtype_of(const Tensor& tensor) {
   int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   return dtype;
 }
 
@@ -165,7 +165,7 @@ Tensor allocate(Shape shape, int32_t dtype, const Place& place) {
     stride *= std::max<int64_t>(sizes[d], 1);
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes, strides, dtype, place.type, place.index, &handle));
   return Tensor(handle);
 }

@@ -21,7 +21,7 @@ class OnDevice {
   explicit OnDevice(const Place& place) : guard_(place.index) {
     cuda::make_current(place.index);
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(place.index, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(place.index, &stream));
     stream_ = static_cast<cuda::Stream>(stream);
   }
   cuda::Stream stream() const { return stream_; }

@@ -44,7 +44,7 @@ int32_t index_of(AtenTensorHandle tensor) {
   return 0;  // a CPU tensor has none
 #else
   int32_t index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &index));
   return index;
 #endif
 }
@@ -55,8 +55,8 @@ int32_t experts_of(Kernels kernels, AtenTensorHandle tensor, StableIValue* stack
   if (kernels == Kernels::kDispatch) {
     experts = torch::stable::detail::to<int64_t>(stack[1]);
   } else if (kernels == Kernels::kGate) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &dimensions));
-    if (dimensions == 2) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_size(tensor, 1, &experts));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &dimensions));
+    if (dimensions == 2) TORCH_ERROR_CODE_CHECK(aoti_torch_get_size(tensor, 1, &experts));
   }
   return experts < 1 || experts > kMaxExperts ? 0 : static_cast<int32_t>(experts);
 }
@@ -67,12 +67,12 @@ void check(int32_t device, int32_t experts) {
   problem.clear();
   const auto failed = torch_call_dispatcher(kCheck, "", stack, TORCH_ABI_VERSION);
   if (!problem.empty()) throw std::runtime_error(problem);
-  STABLE_TORCH_ERROR_CODE_CHECK(failed);
+  TORCH_ERROR_CODE_CHECK(failed);
 }
 
 bool is_for_torch(Kernels kernels, AtenTensorHandle tensor, StableIValue* stack) {
   int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
   if (kernels == Kernels::kGate && dtype == aoti_torch_dtype_float64()) return true;
   const std::atomic<bool>& gone = withdrawn[static_cast<size_t>(kernels)];
   if (gone.load(std::memory_order_acquire)) return true;
@@ -92,17 +92,17 @@ bool is_for_torch(Kernels kernels, StableIValue* stack) {
 bool is_list_for_torch(Kernels kernels, StableIValue* stack) {
   const auto list = torch::stable::detail::to<StableListHandle>(stack[0]);
   size_t size = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+  TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
   for (size_t i = 0; i < size; ++i) {
     StableIValue item;  // its reference stays with the list
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+    TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
     if (is_for_torch(kernels, torch::stable::detail::to<AtenTensorHandle>(item), stack)) return true;
   }
   return false;
 }
 
 void call_torch(const char* operation, StableIValue* stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(operation, "", stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(operation, "", stack, TORCH_ABI_VERSION));
 }
 
 void set_required(bool wanted) { required = wanted; }
