@@ -24,8 +24,9 @@ from torch.autograd import forward_ad
 from moe_route import _C
 
 PACKED, STREAMED, ACTIVATED, GROUPED = "packed", "streamed", "grouped, one activation", "grouped"
-# Without vectors the CPU's expert_rows is right, not fast; with AVX-512 it passes torch's products everywhere.
-_CPU_HAS_VECTORS: bool = _C.best_instruction_set() != "portable"
+# Without vectors the CPU's expert_rows is right, not fast; with AVX-512 it passes torch's products everywhere. On NEON
+# the gate has vectors, but expert_rows has none.
+_CPU_HAS_VECTORS: bool = _C.best_instruction_set().startswith("avx")
 _CPU_HAS_WIDE_VECTORS: bool = _C.best_instruction_set().startswith("avx512")
 # With matrix instructions, torch's products pass expert_rows at fewer slots.
 _CPU_HAS_MATRICES: bool = torch.cpu._is_amx_tile_supported()
