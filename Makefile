@@ -1,5 +1,5 @@
-# make demo | findings | test | test-all | test-vllm | test-matrix | test-transformers | emulated | bench | lint | docs |
-#      wheel | test-wheel | release-check | clean
+# make demo | findings | test | test-all | test-aarch64 | test-vllm | test-matrix | test-transformers | emulated | bench |
+#      lint | docs | wheel | test-wheel | release-check | clean
 # Needs Python >= 3.10 with venv, make and a C++20 compiler.
 #   make TORCH="torch==2.13.0 --index-url URL"   another torch build        make PYTHON=python3.12   another Python
 #   make test JOBS=1                             tests in one process
@@ -43,8 +43,8 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 3000
 
-.PHONY: build demo findings test test-all vllm-env test-vllm test-matrix test-transformers emulated bench lint docs \
-  wheel test-wheel release-check clean
+.PHONY: build demo findings test test-all test-aarch64 vllm-env test-vllm test-matrix test-transformers emulated bench \
+  lint docs wheel test-wheel release-check clean
 
 build: $(VENV)/.built
 
@@ -81,6 +81,18 @@ test: $(VENV)/.with-test emulated
 	$(PYTEST) -m "not exhaustive" tests
 test-all: $(VENV)/.with-test emulated
 	$(PYTEST) -m exhaustive tests
+
+# The C++ test of the gate, compiled for aarch64 and run in emulation: every set of that architecture against portable.
+AARCH64 := aarch64-linux-gnu-g++
+QEMU := qemu-aarch64-static
+test-aarch64: $(VENV)/.torch
+	@for program in $(AARCH64) $(QEMU); do command -v $$program >/dev/null || \
+	  { echo "no $$program: install g++-aarch64-linux-gnu and qemu-user-static (names of Debian and Ubuntu)"; exit 2; }; done
+	$(BIN)/cmake -S . -B build/aarch64 -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DMOE_ROUTE_TESTS=ON \
+	  -DMOE_ROUTE_CUDA=OFF -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(AARCH64) \
+	  -DCMAKE_EXE_LINKER_FLAGS=-static
+	$(BIN)/cmake --build build/aarch64 -j $(JOBS) --target gate_test
+	$(QEMU) build/aarch64/gate_test
 
 # Inside stock vLLM, in an environment of its own that is kept by version: vLLM pins torch and transformers. The package
 # is read from this tree, and its entry point from metadata that are made without a build. torchvision from an index of

@@ -93,8 +93,8 @@ def test_instruction_set_of_the_environment(asked: str) -> None:
 
 
 def test_why_names_what_the_processor_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if len(_C.build_info()["instruction_sets"]) == 1:
-        pytest.skip("a build with one instruction set has nothing to lack")
+    if "avx512" not in _C.build_info()["instruction_sets"]:
+        pytest.skip("every processor runs all that a build for another architecture than x86 has")
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor : 0\nflags : sse2 avx2 fma f16c avx512f avx512bw\n", encoding="utf-8")
     monkeypatch.delenv("MOE_ROUTE_ISA", raising=False)

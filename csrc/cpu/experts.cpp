@@ -15,16 +15,20 @@ void expert_products(const ExpertProductArgs* products, int count, Parallel para
 }
 #endif
 
-void expert_products(const ExpertProductArgs* products, int count, Parallel parallel, int threads) {
+void expert_products(const ExpertProductArgs* products, int count, Parallel parallel,
+                     [[maybe_unused]] int threads) {
 #if MOE_ROUTE_X86
   switch (instruction_set()) {
     case InstructionSet::kAvx512Bf16:
-      return avx512_bf16::expert_products(products, count, parallel, threads);
+      if (products->type == DType::kBFloat16) {
+        return avx512_bf16::expert_products(products, count, parallel, threads);
+      }
+      [[fallthrough]];
     case InstructionSet::kAvx512:
       return avx512::expert_products(products, count, parallel, threads);
     case InstructionSet::kAvx2:
       return avx2::expert_products(products, count, parallel, threads);
-    case InstructionSet::kPortable:
+    default:
       break;
   }
 #endif

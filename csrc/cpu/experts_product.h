@@ -147,14 +147,11 @@ Works product(const ExpertProductArgs& args, int threads) {
 }
 
 Works product_of_type(const ExpertProductArgs& args, int threads) {
-  switch (args.type) {
-    case DType::kBFloat16:
-      return product<BFloat16Factors>(args, threads);
-    case DType::kFloat16:
-      return product<Float16Factors>(args, threads);
-    default:
-      return product<WholeFactors>(args, threads);
-  }
+#if !defined(__AVX512BF16__)  // whose dot products others have no use for: experts.cpp sends them to AVX-512
+  if (args.type == DType::kFloat16) return product<Float16Factors>(args, threads);
+  if (args.type == DType::kFloat32) return product<WholeFactors>(args, threads);
+#endif
+  return product<BFloat16Factors>(args, threads);
 }
 
 }  // namespace

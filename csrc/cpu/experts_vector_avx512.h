@@ -91,7 +91,12 @@ struct Vector {
 #if defined(__AVX512BF16__)
   // c + upper halves' product, rounded, + lower halves' product, rounded; a subnormal number counts as zero.
   static Floats dot_bfloat16(Words a, Words b, Floats c) {
+#if defined(__clang__)  // Clang 16 crashes on a broadcast vector of type __m512bh (like LLVM issue 68117)
+    asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+    return c;
+#else
     return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+#endif
   }
 #endif
 };

@@ -18,6 +18,10 @@ GateBackend gate_portable_double();  // kFloat64 logits
 #if MOE_ROUTE_X86
 GateBackend gate_avx2();
 GateBackend gate_avx512();
+#elif MOE_ROUTE_NEON
+GateBackend gate_neon();
 #endif
+// What runs such logits on the instruction set in force.
+GateBackend gate_backend(DType logits);
 
 }  // namespace moe_route::cpu

@@ -1,4 +1,4 @@
-// The gate in plain C++, for every processor, and in double for gradient checks.
+// The gate in plain C++, for every processor.
 #include "gate_backend.h"
 #include "gate_lanes_portable.h"
 #include "gate_row.h"
@@ -9,13 +9,6 @@ GateBackend gate_portable() {
   return {RowGate<Lanes<float>>::workspace_bytes,
           [](const GateArgs& args, int64_t begin, int64_t end, void* workspace) {
             RowGate<Lanes<float>>(args, workspace).rows(begin, end);
-          }};
-}
-
-GateBackend gate_portable_double() {
-  return {RowGate<Lanes<double>>::workspace_bytes,
-          [](const GateArgs& args, int64_t begin, int64_t end, void* workspace) {
-            RowGate<Lanes<double>>(args, workspace).rows(begin, end);
           }};
 }
 

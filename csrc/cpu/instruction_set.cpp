@@ -6,25 +6,22 @@
 #include <string>
 
 #include "moe_route/gate.h"
+#if MOE_ROUTE_X86
+#include <cpuid.h>
+#endif
 
 namespace moe_route::cpu {
 namespace {
 
-constexpr InstructionSet kAll[] = {InstructionSet::kPortable, InstructionSet::kAvx2, InstructionSet::kAvx512,
-                                   InstructionSet::kAvx512Bf16};
-
 InstructionSet choose_at_start() {
   InstructionSet best = InstructionSet::kPortable;
-  for (InstructionSet set : kAll) {
+  for (InstructionSet set : kInstructionSets) {
     if (supported(set)) best = set;
   }
   const char* asked = std::getenv("MOE_ROUTE_ISA");
   if (asked == nullptr || *asked == '\0') return best;
-  for (InstructionSet set : kAll) {
-    if (std::string(asked) == name(set)) return supported(set) ? set : best;
-  }
-  throw std::invalid_argument("MOE_ROUTE_ISA is '" + std::string(asked) +
-                              "'; it takes portable, avx2, avx512 or avx512_bf16.");
+  const InstructionSet set = instruction_set_named(asked);
+  return supported(set) ? set : best;
 }
 
 std::atomic<InstructionSet>& current() {
@@ -42,31 +39,50 @@ const char* name(InstructionSet set) {
       return "avx512";
     case InstructionSet::kAvx512Bf16:
       return "avx512_bf16";
+    case InstructionSet::kNeon:
+      return "neon";
     default:
       return "portable";
   }
 }
 
+InstructionSet instruction_set_named(const char* wanted) {
+  std::string names;
+  for (InstructionSet set : kInstructionSets) {
+    if (std::string(wanted) == name(set)) return set;
+    names += std::string(names.empty() ? "" : ", ") + name(set);
+  }
+  throw std::invalid_argument("there is no instruction set '" + std::string(wanted) +
+                              "'; set_instruction_set and the variable MOE_ROUTE_ISA take " + names + ".");
+}
+
 // __builtin_cpu_supports asks cpuid and, for these sets, XGETBV: what the operating system does not save is
-// not there.
+// not there. Clang 14 and 16 refuse the name f16c; it has the registers of AVX2.
+#if MOE_ROUTE_X86
+static bool has_f16c() {
+  unsigned a, b, c = 0, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 bool supported(InstructionSet set) {
 #if MOE_ROUTE_X86
   switch (set) {
     case InstructionSet::kPortable:
       return true;
     case InstructionSet::kAvx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-             __builtin_cpu_supports("f16c");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     case InstructionSet::kAvx512:
       return supported(InstructionSet::kAvx2) && __builtin_cpu_supports("avx512f") &&
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
     case InstructionSet::kAvx512Bf16:
       return supported(InstructionSet::kAvx512) && __builtin_cpu_supports("avx512bf16");
+    default:
+      return false;
   }
-  return false;
 #else
-  return set == InstructionSet::kPortable;
+  return set == InstructionSet::kPortable || (MOE_ROUTE_NEON && set == InstructionSet::kNeon);
 #endif
 }
 

@@ -71,20 +71,9 @@ py::dict tunables() {
   return table;
 }
 
-constexpr cpu::InstructionSet kSets[] = {cpu::InstructionSet::kPortable, cpu::InstructionSet::kAvx2,
-                                         cpu::InstructionSet::kAvx512, cpu::InstructionSet::kAvx512Bf16};
-
-cpu::InstructionSet set_named(const std::string& wanted) {
-  for (auto set : kSets) {
-    if (wanted == cpu::name(set)) return set;
-  }
-  throw std::invalid_argument("no instruction set '" + wanted +
-                              "'; there are portable, avx2, avx512 and avx512_bf16");
-}
-
 std::vector<std::string> supported_instruction_sets() {
   std::vector<std::string> list;
-  for (auto set : kSets) {
+  for (auto set : cpu::kInstructionSets) {
     if (cpu::supported(set)) list.emplace_back(cpu::name(set));
   }
   return list;
@@ -308,7 +297,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("supported_instruction_sets", &mr::supported_instruction_sets);
   m.def(
       "set_instruction_set",
-      [](const std::string& name) { mr::cpu::set_instruction_set(mr::set_named(name)); }, arg("name"));
+      [](const std::string& name) {
+        mr::cpu::set_instruction_set(mr::cpu::instruction_set_named(name.c_str()));
+      },
+      arg("name"));
   py::class_<mr::GateArgs>(m, "GateArgs",
                            "Arguments of one gate launch: addresses (data_ptr()), sizes, policies.")
       .def(py::init(&mr::gate_args), arg("logits"), arg("dtype"), arg("tokens"), arg("experts"), arg("k"),

@@ -352,7 +352,7 @@ Tensor combine(const Tensor& rows, const Tensor& weights, const Tensor& order, c
 }
 
 // On torch's CPU: the kernels, always.
-void implement_on_cpu(StableLibrary& m) {
+[[maybe_unused]] void implement_on_cpu(StableLibrary& m) {
   m.impl("route", TORCH_BOX(&route));
   m.impl("observe_layers", TORCH_BOX(&observe_layers));
   m.impl("observe", TORCH_BOX(&observe));

@@ -201,7 +201,7 @@ Tensor expert_activation(const Tensor& rows, const Tensor& offsets, const MaybeT
   return out;
 }
 
-void implement_on_cpu(StableLibrary& m) {
+[[maybe_unused]] void implement_on_cpu(StableLibrary& m) {
   m.impl("expert_rows", TORCH_BOX(&expert_rows));
   m.impl("expert_activation", TORCH_BOX(&expert_activation));
   m.impl("pack_expert_weight", TORCH_BOX(&pack_expert_weight));

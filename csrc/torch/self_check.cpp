@@ -39,7 +39,7 @@ AtenTensorHandle leading_tensor(StableIValue* stack) {
   return torch::stable::detail::to<AtenTensorHandle>(stack[0]);
 }
 
-int32_t index_of(AtenTensorHandle tensor) {
+int32_t index_of([[maybe_unused]] AtenTensorHandle tensor) {
 #ifdef MOE_ROUTE_EMULATED
   return 0;  // a CPU tensor has none
 #else

@@ -24,7 +24,8 @@ from torch.autograd import forward_ad
 from moe_route.ops import library
 
 PACKED, STREAMED, ACTIVATED, GROUPED = "packed", "streamed", "grouped, one activation", "grouped"
-# Without vectors the CPU's expert_rows is right, not fast; with AVX-512 it passes torch's products everywhere.
+# Without vectors the CPU's expert_rows is right, not fast; with AVX-512 it passes torch's products everywhere. On NEON
+# the gate has vectors, but expert_rows has none.
 _CPU_HAS_VECTORS = library.best_instruction_set().startswith("avx")
 _CPU_HAS_WIDE_VECTORS = library.best_instruction_set().startswith("avx512")
 # With matrix instructions, torch's products pass expert_rows at fewer slots.

@@ -1,6 +1,6 @@
 // The gate against a brute-force oracle in double, every instruction set against portable bit for bit, and
-// the hard cases by name. No framework: prints "N passed, N failed" and returns 1 on failure. An argument
-// multiplies the number of random problems.
+// the hard cases by name. No framework: prints the sets and "N passed, N failed", and returns 1 on failure. An
+// argument multiplies the number of random problems.
 #include "moe_route/gate.h"
 
 #include <algorithm>
@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "gate_backend.h"
 #include "moe_route/math.h"
 
 using namespace moe_route;
@@ -813,10 +814,23 @@ void test_against_oracle(int problems) {
 
 std::vector<cpu::InstructionSet> faster_sets() {
   std::vector<cpu::InstructionSet> sets;
-  for (auto set : {cpu::InstructionSet::kAvx2, cpu::InstructionSet::kAvx512}) {
+  for (auto set : {cpu::InstructionSet::kAvx2, cpu::InstructionSet::kAvx512, cpu::InstructionSet::kNeon}) {
     if (cpu::supported(set)) sets.push_back(set);
   }
   return sets;
+}
+
+// Comparing a set with portable proves nothing if it is portable that runs.
+void test_every_set_has_its_gate() {
+  context = "gates";
+  for (auto set : faster_sets()) {
+    cpu::set_instruction_set(set);
+    check(cpu::gate_backend(DType::kBFloat16).rows != cpu::gate_portable().rows,
+          std::string(cpu::name(set)) + " has a gate of its own");
+  }
+#if defined(__aarch64__)
+  check(cpu::supported(cpu::InstructionSet::kNeon), "aarch64 has NEON");
+#endif
 }
 
 void check_invariants(const Problem& p, const Result& r) {
@@ -861,9 +875,9 @@ void test_instruction_sets(int problems) {
 // The row-wise hard cases run on every instruction set.
 template <class Test>
 void on_every_set(const char* name, Test test) {
-  for (auto set :
-       {cpu::InstructionSet::kPortable, cpu::InstructionSet::kAvx2, cpu::InstructionSet::kAvx512}) {
-    if (!cpu::supported(set)) continue;
+  std::vector<cpu::InstructionSet> sets = faster_sets();
+  sets.push_back(cpu::InstructionSet::kPortable);
+  for (auto set : sets) {
     context = std::string(name) + " on " + cpu::name(set);
     test(set);
   }
@@ -1083,6 +1097,10 @@ void test_refusals() {
 
 int main(int argc, char** argv) {
   const int times = argc > 1 ? std::max(1, std::atoi(argv[1])) : 1;
+  std::printf("portable");
+  for (auto set : faster_sets()) std::printf(", %s", cpu::name(set));
+  std::printf(": ");
+  test_every_set_has_its_gate();
   test_math();
   on_every_set("hard logits", test_hard_logits);
   on_every_set("long rows", test_long_rows);

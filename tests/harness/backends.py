@@ -292,10 +292,7 @@ def _why_no_cuda() -> str | None:
 def _compiled() -> tuple[Backend, ...]:
     """All that the compiled library runs on."""
     return (
-        _cpu("portable"),
-        _cpu("avx2"),
-        _cpu("avx512"),
-        _cpu("avx512_bf16"),
+        *map(_cpu, _C.build_info()["instruction_sets"]),
         # The operators as a user calls them: the instruction set the library chose for this processor.
         Backend("operators", ops, native=True),
         Backend(

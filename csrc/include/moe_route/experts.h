@@ -157,8 +157,8 @@ struct ExpertPackArgs {
 };
 
 namespace cpu {
-// One after the other, since each may read what those before it wrote. On the calling thread and up to `threads` - 1
-// others.
+// One or more of one type, one after the other, since each may read what those before it wrote. On the calling thread
+// and up to `threads` - 1 others.
 void expert_products(const ExpertProductArgs* products, int count, Parallel parallel, int threads);
 void expert_activation(const ExpertActivationArgs& args, Parallel parallel);
 void pack_expert_weight(const ExpertPackArgs& args, Parallel parallel);

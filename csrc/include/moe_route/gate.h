@@ -220,11 +220,15 @@ struct GateArgs {
 
 namespace cpu {
 
-// kAvx512Bf16 is kAvx512 and the dot products of bfloat16 (Zen 4, Cooper Lake, Sapphire Rapids).
-enum class InstructionSet : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+// kNeon is that of aarch64, the others of x86. kAvx512Bf16 is kAvx512 and the dot products of bfloat16 (Zen 4,
+// Cooper Lake, Sapphire Rapids).
+enum class InstructionSet : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kNeon = 4 };
+inline constexpr InstructionSet kInstructionSets[] = {InstructionSet::kPortable, InstructionSet::kAvx2,
+                                                      InstructionSet::kAvx512, InstructionSet::kAvx512Bf16,
+                                                      InstructionSet::kNeon};
 const char* name(InstructionSet);
-// Best set this processor and build can run; MOE_ROUTE_ISA=portable|avx2|avx512|avx512_bf16 in the environment
-// lowers it.
+InstructionSet instruction_set_named(const char*);  // throws std::invalid_argument with the names there are
+// Best set this processor and build can run; MOE_ROUTE_ISA in the environment, a name, lowers it.
 InstructionSet best_instruction_set();
 bool supported(InstructionSet);
 // In force now; set_instruction_set throws std::invalid_argument where it is not supported (used by tests).
