@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from moe_route.calls.call import Call, Phase
 from moe_route.modules.intercept import untraced
 
 _PLACEHOLDERS = ("image_token_id", "video_token_id")  # in the configuration of a model
+_CACHES = ("cache", "past_key_values", "cache_params")  # the first from transformers 5.24 on
 
 
 class CallReader:
@@ -28,8 +29,7 @@ class CallReader:
         "input_ids",
         "inputs_embeds",
         "attention_mask",
-        "past_key_values",
-        "cache_params",
+        *_CACHES,
         "cache_position",
         "encoder_hidden_states",
         "position_ids",
@@ -105,8 +105,8 @@ class CallReader:
 
     def _counter(self, given: Mapping[str, object], device: torch.device) -> Tensor | None:
         """The length of the cache, if the cache keeps it on the device."""
-        cache = given.get("past_key_values")
-        if cache is None or not hasattr(cache, "get_seq_length"):
+        cache = cache_among(given)
+        if not hasattr(cache, "get_seq_length"):
             return None
         try:
             length = cache.get_seq_length()
@@ -115,23 +115,27 @@ class CallReader:
         return length if isinstance(length, Tensor) and length.device == device else None
 
     def _past_length(self, given: Mapping[str, object], length: int, lengths: CacheLengths) -> int:
-        for name in ("past_key_values", "cache_params"):
-            cache = given.get(name)
-            if cache is not None and hasattr(cache, "get_seq_length"):
-                try:
-                    past = cache.get_seq_length()
-                    # a number above 0 is the length itself; a static cache reports 0 until it has its counter
-                    return lengths.before(cache, past, length) if isinstance(past, Tensor) or not past else int(past)
-                except ValueError:  # caches of linear attention have no length; the mask may show it
-                    continue
-            if isinstance(cache, (tuple, list)) and cache:
-                return int(cache[0][0].shape[-2])
+        cache = cache_among(given)
+        if hasattr(cache, "get_seq_length"):
+            try:
+                past = cache.get_seq_length()
+                # a number above 0 is the length itself; a static cache reports 0 until it has its counter
+                return lengths.before(cache, past, length) if isinstance(past, Tensor) or not past else int(past)
+            except ValueError:  # caches of linear attention have no length; the mask may show it
+                pass
+        elif isinstance(cache, (tuple, list)) and cache:
+            return int(cache[0][0].shape[-2])
         position, mask = given.get("cache_position"), given.get("attention_mask")
         if isinstance(position, Tensor) and position.numel():
             return int(position.reshape(-1)[0])  # waits for the device; transformers 5 passes the cache instead
         if isinstance(mask, Tensor) and mask.dim() == 2:
             return max(mask.shape[1] - length, 0)
         return 0
+
+
+def cache_among(named: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a forward or the fields of its output, None where there is none."""
+    return next((value for name, value in named.items() if name in _CACHES and value is not None), None)
 
 
 def call_readers(model: nn.Module, names: Sequence[str]) -> list[tuple[nn.Module, CallReader]]:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from moe_route.calls.generation import Generation, Prompt, setting, without_repeats
+from moe_route.calls.reader import cache_among
 from moe_route.modules.intercept import ReplacedMethod, is_overridden
 
 _DRAFTS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
@@ -95,7 +96,7 @@ def _prompt(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Prompt | None:
     ids = next((value for value in given if isinstance(value, Tensor) and value.dim() == 2), None)
     if ids is None or ids.is_floating_point():
         return None
-    return Prompt(ids, kwargs.get("attention_mask"), kwargs.get("past_key_values"))
+    return Prompt(ids, kwargs.get("attention_mask"), cache_among(kwargs))
 
 
 def _stopping_criteria(module: Any, listener: Listener, *args: Any, **kwargs: Any) -> Any:

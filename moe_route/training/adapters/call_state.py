@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from moe_route.base.devices import upload
 from moe_route.calls.call import Call, NamedGroups, named_groups, recomputing
-from moe_route.calls.reader import CacheLengths, CallReader
+from moe_route.calls.reader import CacheLengths, CallReader, cache_among
 from moe_route.modules.intercept import untraced
 from moe_route.training.adapters.config import AdapterConfig, AdapterError
 
@@ -89,9 +89,7 @@ class CallState:
         self._owner, self.decisions = module, {}
         codes = self._codes(call) if self.config.router == "group" else None
         self.sequences = Sequences(call, _first(call, self.config), codes)
-        given = reader.named(args, kwargs)
-        cache = given.get("past_key_values")
-        cache = given.get("cache_params") if cache is None else cache
+        cache = cache_among(reader.named(args, kwargs))
         self.text = self._continued(call, cache) if self.config.router == "sequence" else None
 
     @untraced
@@ -104,8 +102,7 @@ class CallState:
         if output is None or text is None or self.sequences is None:
             return
         text.length = self.sequences.call.past_length + self.sequences.call.length
-        cache = getattr(output, "past_key_values", None)
-        cache = getattr(output, "cache_params", None) if cache is None else cache
+        cache = cache_among(output) if isinstance(output, Mapping) else None
         if cache is not None and cache not in self._texts:
             self._keep(cache, text)
 
