@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.metadata import version
 from types import MethodType
 from typing import Any
 
@@ -14,6 +15,7 @@ pytest.importorskip("transformers")
 
 from harness.model_decisions import watch_experts
 from harness.tiny_models import inputs, tiny_model, tokens
+from packaging.version import Version
 
 import moe_route as mr
 from moe_route.calls import Call, Labels
@@ -169,7 +171,8 @@ def test_jetmoe_keeps_its_two_kinds_apart() -> None:
     routers = find_routers(tiny_model("jetmoe"))
     assert [router.role for router in routers] == ["feed-forward"] * 3 + ["attention"] * 3
     assert [router.name for router in routers[2:4]] == ["layers.2.mlp.router", "layers.0.self_attention.experts.router"]
-    assert any("counts the routers" in note or "count the routers" in note for note in routers[0].notes)
+    counts_them_twice = Version(version("transformers")) < Version("5.24")
+    assert any("count the routers" in note for note in routers[0].notes) == counts_them_twice
 
 
 @pytest.mark.parametrize("name", ["switch_transformers", "nllb-moe_with_capacity"])
