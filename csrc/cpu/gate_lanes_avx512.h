@@ -31,6 +31,7 @@ inline Ints count_where(Ints a, Mask m) { return _mm512_mask_add_epi32(a.v, m.m,
 inline Ints shift_right(Ints a, int n) { return _mm512_srai_epi32(a.v, n); }
 
 struct Lanes;
+struct SortKeys;
 
 struct FixedSums {
   __m512i low, high;
@@ -44,6 +45,8 @@ struct Lanes {
   using Int = Ints;
   using Fixed = FixedSums;
   using Mask = cpu::Mask;
+  using Keys = SortKeys;
+  static constexpr bool kTransposes = true;
   __m512 v;
 
   Lanes() = default;
@@ -118,6 +121,85 @@ inline int append(Lanes values, Mask m, int first_id, float* out, int32_t* ids, 
   const __m512i id = _mm512_add_epi32(lane, _mm512_set1_epi32(first_id));
   _mm512_storeu_si512(ids + count, _mm512_maskz_compress_epi32(m.m, id));
   return count + __builtin_popcount(bits(m));
+}
+
+// rows[c] becomes lane c of every row.
+inline void transpose(Lanes (&rows)[16]) {
+  const auto pairs = [](__m512 a) { return _mm512_castps_pd(a); };
+  const auto quarters = [](Lanes a, Lanes b, auto pick) { return Lanes(_mm512_shuffle_f32x4(a.v, b.v, pick)); };
+  using Even = std::integral_constant<int, 0x88>;
+  using Odd = std::integral_constant<int, 0xdd>;
+  Lanes t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      rows[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs(t[i + j].v), pairs(t[i + j + 2].v)));
+      rows[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs(t[i + j].v), pairs(t[i + j + 2].v)));
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    for (int half = 0; half < 16; half += 8) {
+      t[half + i] = quarters(rows[half + i], rows[half + i + 4], Even());
+      t[half + i + 4] = quarters(rows[half + i], rows[half + i + 4], Odd());
+    }
+  }
+  for (int i = 0; i < 8; ++i) {
+    const int to = i;
+    rows[to] = quarters(t[i], t[i + 8], Even());
+    rows[to + 8] = quarters(t[i], t[i + 8], Odd());
+  }
+}
+
+struct SortKeys {
+  __m512d v;
+  static constexpr int kRows = 8;
+  static void load(const float* const* values, const int32_t* const* ids, SortKeys (&slots)[16]);
+  void store(float* values, int32_t* ids) const;
+};
+inline SortKeys larger(SortKeys a, SortKeys b) { return {_mm512_max_pd(a.v, b.v)}; }
+inline SortKeys smaller(SortKeys a, SortKeys b) { return {_mm512_min_pd(a.v, b.v)}; }
+inline void transpose8(__m512d (&rows)[8]) {
+  __m512d t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm512_unpacklo_pd(rows[i], rows[i + 1]);
+    t[i + 1] = _mm512_unpackhi_pd(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    for (int half = 0; half < 8; half += 4) {
+      rows[half + i] = _mm512_shuffle_f64x2(t[half + i], t[half + i + 2], 0x88);
+      rows[half + i + 2] = _mm512_shuffle_f64x2(t[half + i], t[half + i + 2], 0xdd);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f64x2(rows[i], rows[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f64x2(rows[i], rows[i + 4], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) rows[i] = t[i];
+}
+inline void SortKeys::load(const float* const* values, const int32_t* const* ids, SortKeys (&slots)[16]) {
+  __m512d low[8], high[8];
+  for (int r = 0; r < 8; ++r) {
+    const __m512 x = _mm512_add_ps(_mm512_loadu_ps(values[r]), _mm512_setzero_ps());
+    const __m512i key = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(kKeyStep));
+    const __m512i id = _mm512_loadu_si512(ids[r]);
+    const __m512i tie = _mm512_ternarylogic_epi32(id, _mm512_srai_epi32(key, 31), id, 0xc3);  // ~(id ^ sign)
+    low[r] = _mm512_castsi512_pd(_mm512_unpacklo_epi32(tie, key));
+    high[r] = _mm512_castsi512_pd(_mm512_unpackhi_epi32(tie, key));
+  }
+  transpose8(low);
+  transpose8(high);
+  for (int i = 0; i < 8; ++i) slots[i].v = low[i], slots[i + 8].v = high[i];
+}
+inline void SortKeys::store(float* values, int32_t* ids) const {
+  const __m512i bits = _mm512_castpd_si512(v);
+  const __m256i tie = _mm512_cvtepi64_epi32(bits), key = _mm512_cvtepi64_epi32(_mm512_srli_epi64(bits, 32));
+  const __m256i sign = _mm256_srai_epi32(key, 31);
+  const __m256i id = _mm256_xor_si256(_mm256_xor_si256(tie, sign), _mm256_set1_epi32(-1));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(values), _mm256_sub_epi32(key, _mm256_set1_epi32(kKeyStep)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(ids), id);
 }
 
 inline FixedSums FixedSums::load(const int64_t* p) {

@@ -9,6 +9,7 @@
 // the one before. So rows go through in blocks, step by step: while one row waits, the processor works on the
 // next.
 #pragma once
+#include "gate_block.h"
 #include "gate_count.h"
 #include "gate_force.h"
 #include "gate_given.h"
@@ -48,6 +49,7 @@ struct Row {
   int wanted = 0;               // of the short list; 0: there is none
   int listed = 0;               // candidates on it
   T bound = 0;
+  const int32_t* ranked = nullptr;  // the short list's ids, best first, where the block sorted it
   const T* raw = nullptr;       // logits
   const T* z = nullptr;         // logits after steering
   const T* values = nullptr;    // what selection compares
@@ -83,7 +85,7 @@ class RowGate {
         prepare(block_rows_[count++], t++, token);
       }
       choose(count);
-      for (int i = 0; i < count; ++i) weigh_row(block_rows_[i]);
+      weigh_rows(count);
       for (int i = 0; i < count; ++i) finish(block_rows_[i]);
       tally_.add_scores();
     }
@@ -101,7 +103,8 @@ class RowGate {
         tally_(arena, args.statistics, args.experts),
         scores_counted_(tally_.wants_scores()),
         weights_counted_(tally_.wants_weights()),
-        softmax_over_all_(args.spec.score == Score::kSoftmax && !softmax_over_chosen<F>(args.spec, nullptr)) {
+        softmax_over_all_(args.spec.score == Score::kSoftmax && !softmax_over_chosen<F>(args.spec, nullptr)),
+        weights_(args) {
     for (int i = 0; i < block_; ++i) block_rows_[i].work = Workspace<F>(arena, args.experts);
     for (ForceStore& force : force_) force = ForceStore(arena, args.experts);
   }
@@ -124,7 +127,7 @@ class RowGate {
     const bool by_score = compares_scores(row.steering);
     const bool softmax_weights = row.to_weigh && softmax_over_all(row.steering);
     const bool scored = row.scores_counted || (by_score && !row.given) || softmax_weights;
-    if (steered || scored) prefetch(t + block_);
+    prefetch(t + block_);
     row.raw = row.z = load(row.work, t);
     if (steered) row.z = steer(row.work, *row.steering, row.raw, args_.experts);
     if (scored) {
@@ -151,23 +154,72 @@ class RowGate {
   }
 
   void choose(int count) {
-    for (int i = 0; i < count; ++i) {
-      Row<F>& row = block_rows_[i];
-      if (row.wanted > 0) row.bound = lower_bound<F>(row.listable, vectors_, row.wanted);
-    }
+    bound_rows(count);
     for (int i = 0; i < count; ++i) {
       Row<F>& row = block_rows_[i];
       if (row.wanted > 0) row.listed = shortlist<F>(row.work, row.listable, vectors_, row.bound);
     }
+    rank_rows(count);
     for (int i = 0; i < count; ++i) {
       Row<F>& row = block_rows_[i];
-      if (!row.given) finish_choice(row.work, row.values, row.steering, row.slots, row.listed, row.choice);
+      if (!row.given) finish_choice(row.work, row.values, row.steering, row.slots, row.listed, row.ranked, row.choice);
+    }
+  }
+
+  void rank_rows(int count) {
+    if constexpr (F::kTransposes) {
+      bool any = false;
+      for (int i = 0; i < count; ++i) {
+        Row<F>& row = block_rows_[i];
+        row.ranked = nullptr;
+        if (row.wanted == 0 || row.listed < row.wanted || row.listed > BlockRanks<F>::kLongest) continue;
+        if (!any) ranks_.clear();
+        any = true;
+        ranks_.take(i, row.work, row.listed);
+        row.ranked = ranks_.sorted(i);
+      }
+      if (!any) return;
+      const int slots = args_.k < kLanes ? args_.k : kLanes;
+      ranks_.sort(slots, weights_.chosen_logits());
+      for (int i = 0; i < count; ++i) {
+        Row<F>& row = block_rows_[i];
+        if (row.ranked && !(weights_.chosen_logits()[row.wanted - 1][i] > -infinity<T>())) row.ranked = nullptr;
+      }
+    }
+  }
+
+  void bound_rows(int count) {
+    bool sorts = false;
+    for (int i = 0; i < count; ++i) {
+      Row<F>& row = block_rows_[i];
+      if (row.wanted == 0) continue;
+      if constexpr (F::kTransposes) {
+        if (BlockBounds<F>::serves(vectors_, row.wanted)) {
+          bounds_.take(i, row.listable, vectors_);
+          sorts = true;
+          continue;
+        }
+      }
+      row.bound = lower_bound<F>(row.listable, vectors_, row.wanted);
+    }
+    if constexpr (F::kTransposes) {
+      if (!sorts) return;
+      bounds_.sort();
+      for (int i = 0; i < count; ++i) {
+        Row<F>& row = block_rows_[i];
+        if (row.wanted > 0 && BlockBounds<F>::serves(vectors_, row.wanted)) row.bound = bounds_.bound(i, row.wanted);
+      }
     }
   }
 
   void finish_choice(const Workspace<F>& work, const T* values, const SteeringRow<F>* steering, int slots,
-                     int listed, Choice<F>& c) const {
-    if (steering && steering->force) return choose_forced(work, values, *steering, slots, listed, c);
+                     int listed, const int32_t* ranked, Choice<F>& c) const {
+    if (steering && steering->force) return choose_forced(work, values, *steering, slots, listed, ranked, c);
+    if (ranked) {
+      __builtin_memcpy(c.ids, ranked, kLanes * sizeof(int32_t));
+      c.count = slots;
+      return;
+    }
     c.count = select_listed<F>(work, values, vectors_, slots, listed, c.ids);
     if (c.count < slots)
       c.count = append_nan(values, args_.experts, slots, c.count, c.ids, [](int) { return true; });
@@ -176,8 +228,37 @@ class RowGate {
   // Out of line, so that the common way stays short enough to be inlined.
   [[gnu::noinline]] void choose_forced(const Workspace<F>& work, const T* values,
                                        const SteeringRow<F>& steering, int slots, int listed,
-                                       Choice<F>& c) const {
-    c.count = ForcedChoice<F>(work, steering, values, args_.experts, slots, c.ids).choose(listed);
+                                       const int32_t* ranked, Choice<F>& c) const {
+    c.count = ForcedChoice<F>(work, steering, values, args_.experts, slots, c.ids).choose(listed, ranked);
+  }
+
+  void weigh_rows(int count) {
+    if constexpr (F::kTransposes) {
+      uint32_t lanes = 0;
+      for (int i = 0; i < count; ++i) {
+        Row<F>& row = block_rows_[i];
+        if (!row.to_weigh || row.given || !weights_.serves(row.steering, row.choice)) {
+          weigh_row(row);
+          continue;
+        }
+        const bool in_place = row.ranked && row.values == row.z && row.wanted == args_.k && weights_.weighs_logits();
+        if (!in_place) weights_.take(i, row.z, row.work.score, row.scores.inverse, row.choice.ids);
+        lanes |= 1u << i;
+      }
+      if (lanes == 0) return;
+      const uint32_t left = weights_.weigh();
+      for (int i = 0; i < count; ++i) {
+        if (!(lanes >> i & 1)) continue;
+        Row<F>& row = block_rows_[i];
+        if (left >> i & 1) {
+          weigh_row(row);
+          continue;
+        }
+        for (int j = 0; j < args_.k; j += kLanes) F::load(weights_.weights(i, j)).store(row.choice.weights + j);
+      }
+    } else {
+      for (int i = 0; i < count; ++i) weigh_row(block_rows_[i]);
+    }
   }
 
   void weigh_row(Row<F>& row) {
@@ -354,7 +435,7 @@ class RowGate {
       scores = score_all<F>(row.work, args_.spec.score, raw, args_.experts, false);
     const T* values = selection_values(row.work, nullptr, raw, scores, compares_scores(nullptr));
     const int listed = shortlist<F>(row.work, values, vectors_, lower_bound<F>(values, vectors_, args_.k));
-    finish_choice(row.work, values, nullptr, args_.k, listed, natural);
+    finish_choice(row.work, values, nullptr, args_.k, listed, nullptr, natural);
   }
 
   const GateArgs& args_;
@@ -368,6 +449,9 @@ class RowGate {
   const bool softmax_over_all_;
   SteeringRow<F> steering_[kSteeringRows];
   ForceStore force_[kSteeringRows];
+  BlockBounds<F> bounds_;
+  BlockRanks<F> ranks_;
+  BlockWeights<F> weights_;
   Row<F> block_rows_[kMaxBlock];
 };
 
