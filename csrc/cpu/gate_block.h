@@ -106,6 +106,66 @@ class BlockRanks {
   alignas(64) int32_t none_id_[kLanes];
 };
 
+// ---- weights, one row a lane --------------------------------------------------------------------
+
+// Can weigh_lanes() do what the model asks of weights?
+inline bool weighs_in_lanes(const GateArgs& args) {
+  return args.spec.score <= Score::kSqrtSoftplus && args.spec.renormalize != Renormalize::kNorm &&
+         args.expert_scale == nullptr;
+}
+
+template <class F>
+inline F sum_lanes(const F* x, int k) {
+  F sum(typename F::Scalar(0));
+  for (int j = 0; j < k; ++j) sum = sum + x[j];
+  return sum;
+}
+template <class F>
+inline void divide_lanes(F* x, int k, F by) {
+  const F zero(typename F::Scalar(0));
+  const auto any = by != zero;
+  for (int j = 0; j < k; ++j) x[j] = select(any, x[j] / by, zero);
+}
+template <class F>
+inline void softmax_lanes(F* x, int k) {
+  using T = typename F::Scalar;
+  F largest(-infinity<T>());
+  for (int j = 0; j < k; ++j) largest = larger(x[j], largest);
+  const auto infinite = largest == F(infinity<T>());
+  for (int j = 0; j < k; ++j) {
+    const F share = select(x[j] == largest, F(T(1)), F(T(0)));
+    x[j] = select(infinite, share, exp_nonpositive(x[j] - largest));
+  }
+}
+
+// From logits of the chosen (their scores, where softmax runs over all experts and does not cancel) to weights, k
+// slots of sixteen rows. Says which lanes have no finite norm: gate_weigh.h weighs those.
+template <class F>
+inline uint32_t weigh_lanes(const GateArgs& args, F* x, int k) {
+  using T = typename F::Scalar;
+  const GateSpec& spec = args.spec;
+  const bool softmax = spec.score == Score::kSoftmax;
+  if (softmax && softmax_over_chosen<F>(spec, nullptr)) {
+    softmax_lanes(x, k);
+  } else if (!softmax) {
+    for (int j = 0; j < k; ++j) x[j] = pointwise_score(spec.score, x[j]);
+  }
+  if (softmax && spec.order == Order::kTopKThenScore) divide_lanes(x, k, sum_lanes(x, k));
+  uint32_t left = 0;
+  if (spec.renormalize != Renormalize::kNone) {
+    const F eps(T(spec.eps));
+    F norm = sum_lanes(x, k);
+    if (spec.renormalize == Renormalize::kSum)
+      norm = norm + eps;
+    else
+      norm = select(norm < eps, select(norm > F(-infinity<T>()), eps, norm), norm);
+    left = ~bits(abs(norm) < F(infinity<T>())) & 0xffffu;
+    divide_lanes(x, k, norm);
+  }
+  for (int j = 0; spec.scale != 1.0f && j < k; ++j) x[j] = x[j] * F(T(spec.scale));
+  return left;
+}
+
 // Weights of up to 16 rows whose k slots are all taken.
 template <class F>
 class BlockWeights {
@@ -113,22 +173,20 @@ class BlockWeights {
   using T = typename F::Scalar;
   explicit BlockWeights(const GateArgs& args)
       : args_(args),
-        softmax_(args.spec.score == Score::kSoftmax),
-        over_chosen_(softmax_over_chosen<F>(args.spec, nullptr)),
-        serves_(args.spec.score <= Score::kSqrtSoftplus && args.spec.renormalize != Renormalize::kNorm &&
-                args.expert_scale == nullptr) {
-    if (!serves_) return;
-    for (int j = 0; j < kLanes * ((args.k + kLanes - 1) / kLanes); ++j) F(T(0)).store(tile_[j]);
+        serves_(weighs_in_lanes(args)),
+        weighs_scores_(args.spec.score == Score::kSoftmax && !softmax_over_chosen<F>(args.spec, nullptr)) {
+    for (int j = 0; j < kLanes * vectors_of(args.k); ++j) F(T(0)).store(tile_[j]);
   }
 
   bool serves(const SteeringRow<F>* row, const Choice<F>& c) const {
-    return serves_ && c.compact && c.count == args_.k && !(row && (row->weight_scale || row->score_bias_weighs));
+    return serves_ && c.compact && c.count == args_.k &&
+           !(row && (row->weight_scale || row->score_bias_weighs));
   }
 
   // z: the row's steered logits; score: numerators of all experts where softmax does not cancel.
   void take(int lane, const T* z, const T* score, T inverse, const int32_t* ids) {
     const int k = args_.k;
-    if (softmax_ && !over_chosen_) {
+    if (weighs_scores_) {
       for (int j = 0; j < k; ++j) tile_[j][lane] = score[ids[j]] * inverse;
     } else {
       for (int j = 0; j < k; ++j) tile_[j][lane] = z[ids[j]];
@@ -137,36 +195,18 @@ class BlockWeights {
 
   // Where BlockRanks::sort may put the logits of the chosen itself: value[slot][lane].
   T (*chosen_logits())[kLanes] { return tile_; }
-  bool weighs_logits() const { return over_chosen_ || !softmax_; }
+  bool weighs_logits() const { return !weighs_scores_; }
 
-  // Says which lanes are to be weighed by gate_weigh.h: those whose norm is not finite.
+  // Says which lanes are to be weighed by gate_weigh.h.
   uint32_t weigh() {
-    const GateSpec& spec = args_.spec;
     const int k = args_.k;
-    const F zero(T(0));
-    if (over_chosen_) {
-      softmax_of_lanes();
-    } else if (!softmax_) {
-      for (int j = 0; j < k; ++j) pointwise_score(spec.score, F::load(tile_[j])).store(tile_[j]);
-    }
-    if (softmax_ && spec.order == Order::kTopKThenScore) divide_lanes(sum_of_lanes());
-    uint32_t left = 0;
-    if (spec.renormalize != Renormalize::kNone) {
-      const F eps(T(spec.eps));
-      F norm = sum_of_lanes();
-      if (spec.renormalize == Renormalize::kSum)
-        norm = norm + eps;
-      else
-        norm = select(norm < eps, select(norm > F(-infinity<T>()), eps, norm), norm);
-      left = ~bits(abs(norm) < F(infinity<T>())) & 0xffffu;
-      divide_lanes(norm);
-    }
-    if (spec.scale != 1.0f) {
-      for (int j = 0; j < k; ++j) (F::load(tile_[j]) * F(T(spec.scale))).store(tile_[j]);
-    }
+    F x[kMaxSlots];
+    for (int j = 0; j < k; ++j) x[j] = F::load(tile_[j]);
+    const uint32_t left = weigh_lanes<F>(args_, x, k);
+    for (int j = k; j < kLanes * vectors_of(k); ++j) x[j] = F(T(0));
     for (int j = 0; j < k; j += kLanes) {
       F rows[kLanes];
-      for (int i = 0; i < kLanes; ++i) rows[i] = F::load(tile_[j + i]);
+      for (int i = 0; i < kLanes; ++i) rows[i] = x[j + i];
       transpose(rows);
       for (int i = 0; i < kLanes; ++i) rows[i].store(tile_[j + i]);
     }
@@ -177,31 +217,9 @@ class BlockWeights {
   const T* weights(int lane, int j) const { return tile_[j + lane]; }
 
  private:
-  void softmax_of_lanes() {
-    const int k = args_.k;
-    F largest(-infinity<T>());
-    for (int j = 0; j < k; ++j) largest = larger(F::load(tile_[j]), largest);
-    const auto infinite = largest == F(infinity<T>());
-    for (int j = 0; j < k; ++j) {
-      const F z = F::load(tile_[j]);
-      const F share = select(z == largest, F(T(1)), F(T(0)));
-      select(infinite, share, exp_nonpositive(z - largest)).store(tile_[j]);
-    }
-  }
-  F sum_of_lanes() const {
-    F sum(T(0));
-    for (int j = 0; j < args_.k; ++j) sum = sum + F::load(tile_[j]);
-    return sum;
-  }
-  void divide_lanes(const F& by) {
-    const auto any = by != F(T(0));
-    for (int j = 0; j < args_.k; ++j) select(any, F::load(tile_[j]) / by, F(T(0))).store(tile_[j]);
-  }
-
   const GateArgs& args_;
-  const bool softmax_;
-  const bool over_chosen_;
   const bool serves_;
+  const bool weighs_scores_;
   alignas(64) T tile_[kMaxSlots][kLanes];
 };
 

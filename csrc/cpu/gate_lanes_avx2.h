@@ -75,19 +75,19 @@ struct Lanes {
     for (int i = 0; i < 16; ++i) present[i] = i < count ? p[i] : __builtin_nanf("");
     return load(present);
   }
-  static Lanes load_bfloat16(const uint16_t* p) {
-    const auto widen = [](const uint16_t* half) {
-      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(half));
-      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-    };
-    return {widen(p), widen(p + 8)};
+  static __m256 bfloat16(const uint16_t* p) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
   }
-  static Lanes load_float16(const uint16_t* p) {
-    const auto widen = [](const uint16_t* half) {
-      return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half)));
-    };
-    return {widen(p), widen(p + 8)};
+  static __m256 float16(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
+  static Lanes load_bfloat16(const uint16_t* p) { return {bfloat16(p), bfloat16(p + 8)}; }
+  static Lanes load_float16(const uint16_t* p) { return {float16(p), float16(p + 8)}; }
+  // Lanes 0 to 7 from a, 8 to 15 from b.
+  static Lanes pair(const float* a, const float* b) { return {_mm256_loadu_ps(a), _mm256_loadu_ps(b)}; }
+  static Lanes pair_bfloat16(const uint16_t* a, const uint16_t* b) { return {bfloat16(a), bfloat16(b)}; }
+  static Lanes pair_float16(const uint16_t* a, const uint16_t* b) { return {float16(a), float16(b)}; }
   void store(float* p) const {
     _mm256_storeu_ps(p, low);
     _mm256_storeu_ps(p + 8, high);
@@ -126,6 +126,7 @@ inline Lanes abs(Lanes a) {
 }
 inline Ints as_int(Lanes a) { return {_mm256_castps_si256(a.low), _mm256_castps_si256(a.high)}; }
 inline Lanes as_float(Ints a) { return {_mm256_castsi256_ps(a.low), _mm256_castsi256_ps(a.high)}; }
+inline Ints to_int(Lanes a) { return {_mm256_cvttps_epi32(a.low), _mm256_cvttps_epi32(a.high)}; }
 inline Lanes to_float(Ints a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
 inline Lanes select(Mask m, Lanes yes, Lanes no) {
   return {_mm256_blendv_ps(no.low, yes.low, m.low), _mm256_blendv_ps(no.high, yes.high, m.high)};
@@ -227,6 +228,28 @@ inline void transpose(Lanes (&rows)[16]) {
     rows[i] = {blocks[0][i], blocks[1][i]};
     rows[i + 8] = {blocks[2][i], blocks[3][i]};
   }
+}
+
+// rows[i] holds eight lanes of rows i and i + 4, rows[i + 4] those of rows i + 8 and i + 12, for i < 4; rows[c] becomes
+// lane c of all sixteen.
+inline void transpose_pairs(Lanes (&rows)[8]) {
+  __m256 first[8], second[8];
+  for (int i = 0; i < 4; ++i) {
+    first[i] = rows[i].low, first[i + 4] = rows[i].high;
+    second[i] = rows[i + 4].low, second[i + 4] = rows[i + 4].high;
+  }
+  transpose8(first);
+  transpose8(second);
+  for (int i = 0; i < 8; ++i) rows[i] = {first[i], second[i]};
+}
+// low, high: a[0], b[0], a[1], b[1] and so on.
+inline void zip(Lanes a, Lanes b, Lanes& low, Lanes& high) {
+  const auto zip8 = [](__m256 x, __m256 y) {
+    const __m256 even = _mm256_unpacklo_ps(x, y), odd = _mm256_unpackhi_ps(x, y);
+    return Lanes(_mm256_permute2f128_ps(even, odd, 0x20), _mm256_permute2f128_ps(even, odd, 0x31));
+  };
+  low = zip8(a.low, b.low);
+  high = zip8(a.high, b.high);
 }
 
 struct SortKeys {

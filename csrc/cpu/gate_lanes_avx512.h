@@ -65,6 +65,18 @@ struct Lanes {
   static Lanes load_float16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
+  // Lanes 0 to 7 from a, 8 to 15 from b.
+  static Lanes pair(const float* a, const float* b) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(a)), _mm256_loadu_ps(b), 1);
+  }
+  static __m256i pair_halves(const uint16_t* a, const uint16_t* b) {
+    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a));
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_loadu_si128(reinterpret_cast<const __m128i*>(b)), 1);
+  }
+  static Lanes pair_bfloat16(const uint16_t* a, const uint16_t* b) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(pair_halves(a, b)), 16));
+  }
+  static Lanes pair_float16(const uint16_t* a, const uint16_t* b) { return _mm512_cvtph_ps(pair_halves(a, b)); }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
 
   friend Lanes operator+(Lanes a, Lanes b) { return _mm512_add_ps(a.v, b.v); }
@@ -83,6 +95,7 @@ inline Lanes sqrt(Lanes a) { return _mm512_sqrt_ps(a.v); }
 inline Lanes abs(Lanes a) { return _mm512_abs_ps(a.v); }
 inline Ints as_int(Lanes a) { return _mm512_castps_si512(a.v); }
 inline Lanes as_float(Ints a) { return _mm512_castsi512_ps(a.v); }
+inline Ints to_int(Lanes a) { return _mm512_cvttps_epi32(a.v); }
 inline Lanes to_float(Ints a) { return _mm512_cvtepi32_ps(a.v); }
 inline Lanes select(Mask m, Lanes yes, Lanes no) { return _mm512_mask_blend_ps(m.m, no.v, yes.v); }
 // The instructions return their second operand on ties and NaN.
@@ -151,6 +164,34 @@ inline void transpose(Lanes (&rows)[16]) {
     rows[to] = quarters(t[i], t[i + 8], Even());
     rows[to + 8] = quarters(t[i], t[i + 8], Odd());
   }
+}
+
+// rows[i] holds eight lanes of rows i and i + 4, rows[i + 4] those of rows i + 8 and i + 12, for i < 4; rows[c] becomes
+// lane c of all sixteen.
+inline void transpose_pairs(Lanes (&rows)[8]) {
+  const auto pairs = [](__m512 a) { return _mm512_castps_pd(a); };
+  Lanes t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      rows[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs(t[i + j].v), pairs(t[i + j + 2].v)));
+      rows[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs(t[i + j].v), pairs(t[i + j + 2].v)));
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(rows[i].v, rows[i + 4].v, 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(rows[i].v, rows[i + 4].v, 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) rows[i] = t[i];
+}
+// low, high: a[0], b[0], a[1], b[1] and so on.
+inline void zip(Lanes a, Lanes b, Lanes& low, Lanes& high) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  low = _mm512_permutex2var_ps(a.v, first, b.v);
+  high = _mm512_permutex2var_ps(a.v, _mm512_add_epi32(first, _mm512_set1_epi32(8)), b.v);
 }
 
 struct SortKeys {

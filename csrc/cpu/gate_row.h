@@ -11,6 +11,7 @@
 #pragma once
 #include "gate_block.h"
 #include "gate_count.h"
+#include "gate_few.h"
 #include "gate_force.h"
 #include "gate_given.h"
 
@@ -74,6 +75,15 @@ class RowGate {
 
   void rows(int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end;) {
+      if constexpr (F::kTransposes) {
+        if (few_.serves()) {
+          if (end - t >= kLanes && take_few(t)) {
+            t += kLanes;
+            continue;
+          }
+          few_.flush(tally_);
+        }
+      }
       int count = 0;
       while (count < block_ && t < end) {
         const Token token = read_token(args_.token_table, t);
@@ -89,6 +99,7 @@ class RowGate {
       for (int i = 0; i < count; ++i) finish(block_rows_[i]);
       tally_.add_scores();
     }
+    if constexpr (F::kTransposes) few_.flush(tally_);
   }
 
  private:
@@ -104,9 +115,24 @@ class RowGate {
         scores_counted_(tally_.wants_scores()),
         weights_counted_(tally_.wants_weights()),
         softmax_over_all_(args.spec.score == Score::kSoftmax && !softmax_over_chosen<F>(args.spec, nullptr)),
-        weights_(args) {
+        weights_(args),
+        few_(args, tally_.wants_scores()) {
     for (int i = 0; i < block_; ++i) block_rows_[i].work = Workspace<F>(arena, args.experts);
     for (ForceStore& force : force_) force = ForceStore(arena, args.experts);
+  }
+
+  // Sixteen rows from t on at once, if they are alike.
+  bool take_few(int64_t t) {
+    const Token token = read_token(args_.token_table, t);
+    if (!token.valid || in_table(token.steering_row)) return false;
+    if (args_.token_table) {
+      const int32_t* first = args_.token_table + t * kTokenColumns;
+      bool alike = true;
+      for (int r = 1; r < kLanes; ++r)
+        alike &= __builtin_memcmp(first, first + r * kTokenColumns, kTokenColumns * sizeof(int32_t)) == 0;
+      if (!alike) return false;
+    }
+    return few_.take(t, token.group, token.segment, tally_);
   }
 
   // ---- the steps of a block ---------------------------------------------------------------------
@@ -452,6 +478,7 @@ class RowGate {
   BlockBounds<F> bounds_;
   BlockRanks<F> ranks_;
   BlockWeights<F> weights_;
+  FewExperts<F> few_;
   Row<F> block_rows_[kMaxBlock];
 };
 
