@@ -38,6 +38,119 @@ inline void sort16(V (&x)[16]) {
   }(std::make_index_sequence<std::size(kSort16)>());
 }
 
+// fold_add() and fold_max() of up to 16 rows: value(lane) is what they give for the row put there.
+template <class F>
+class BlockFold {
+ public:
+  using T = typename F::Scalar;
+  BlockFold() {
+    for (auto& row : tile_) F(T(0)).store(row);
+  }
+  void put(int lane, const F& stripes) { stripes.store(tile_[lane]); }
+  F add() {
+    return fold([](F a, F b) { return a + b; });
+  }
+  F max() {
+    return fold([](F a, F b) { return larger(b, a); });
+  }
+
+ private:
+  template <class Op>
+  F fold(Op op) {
+    F x[kLanes];
+    for (int i = 0; i < kLanes; ++i) x[i] = F::load(tile_[i]);
+    transpose(x);
+#pragma GCC unroll 4
+    for (int apart = 8; apart > 0; apart /= 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < apart; ++i) x[i] = op(x[i], x[i + apart]);
+    }
+    return x[0];
+  }
+  alignas(64) T tile_[kLanes][kLanes];
+};
+
+// score_all() of up to 16 rows, in two steps: largest logits, where softmax wants them, then scores and their sums.
+template <class F>
+class BlockScores {
+ public:
+  using T = typename F::Scalar;
+  static bool serves(Score score) { return score <= Score::kSqrtSoftplus; }
+
+  void take_logits(int lane, const T* z, int vectors) { total_.put(lane, largest_of<F>(z, vectors)); }
+  void find_largest() { total_.max().store(largest_); }
+
+  void take(int lane, const Workspace<F>& w, Score score, const T* z, int experts, bool entropy) {
+    const ScoreSums<F> sums = score_sums<F>(w, score, z, experts, largest_[lane], entropy);
+    total_.put(lane, sums.total);
+    if (entropy) entropy_.put(lane, sums.entropy);
+  }
+  void finish(bool entropy) {
+    const F total = total_.add(), zero(T(0));
+    total.store(total_sum_);
+    select(total > zero, F(T(1)) / total, zero).store(inverse_);
+    if (entropy) entropy_.add().store(entropy_sum_);
+  }
+  RowScores<T> scores(int lane, Score score, bool entropy) const {
+    RowScores<T> r;
+    r.total = total_sum_[lane], r.inverse = inverse_[lane];
+    if (entropy) r.entropy_sum = entropy_sum_[lane];
+    r.scored = r.total >= smallest_normal<T>() && r.total < infinity<T>();
+    if (is_softmax(score)) r.factor = r.inverse;
+    return r;
+  }
+
+ private:
+  BlockFold<F> total_, entropy_;
+  alignas(64) T largest_[kLanes] = {}, total_sum_[kLanes], inverse_[kLanes], entropy_sum_[kLanes];
+};
+
+// standard_deviation() of up to 16 rows.
+template <class F>
+class BlockSpread {
+ public:
+  using T = typename F::Scalar;
+  BlockSpread() {
+    for (int i = 0; i < kLanes; ++i) count_[i] = degrees_[i] = T(1);
+  }
+  void take(int lane, const T* z, int experts, bool sample) {
+    const F limit(infinity<T>()), zero(T(0));
+    F sum = zero;
+    int count = 0;
+    for (int e = 0; e < experts; e += kLanes) {
+      const F x = F::load(z + e);
+      const auto finite = abs(x) < limit;
+      sum = sum + select(finite, x, zero);
+      count += __builtin_popcount(bits(finite));
+    }
+    sums_.put(lane, sum);
+    count_[lane] = T(count > 0 ? count : 1);
+    degrees_[lane] = T(count > 0 ? count - (sample ? 1 : 0) : 0);
+  }
+  void find_means() { (sums_.add() / F::load(count_)).store(mean_); }
+  void take_squares(int lane, const T* z, int experts) {
+    const F limit(infinity<T>()), zero(T(0)), mean(mean_[lane]);
+    F squares = zero;
+    for (int e = 0; e < experts; e += kLanes) {
+      const F x = F::load(z + e);
+      const F d = select(abs(x) < limit, x - mean, zero);
+      squares = fma(d, d, squares);
+    }
+    sums_.put(lane, squares);
+  }
+  // Says which lanes overflow: standard_deviation() scales those.
+  uint32_t finish() {
+    const F squares = sums_.add(), degrees = F::load(degrees_), zero(T(0));
+    select(degrees > zero, sqrt(squares / degrees), zero).store(mean_);
+    return ~bits(squares < F(infinity<T>())) & 0xffffu;
+  }
+  T deviation(int lane) const { return mean_[lane]; }
+
+ private:
+  BlockFold<F> sums_;
+  alignas(64) T count_[kLanes], degrees_[kLanes], mean_[kLanes];
+};
+
 // lower_bound() of up to 16 rows.
 template <class F>
 class BlockBounds {
@@ -47,9 +160,7 @@ class BlockBounds {
   static bool serves(int vectors, int wanted) { return vectors > 1 && columns_for(wanted) == 1; }
 
   void take(int lane, const T* values, int vectors) {
-    F best(-infinity<T>());
-    for (int v = 0; v < vectors; ++v) best = larger(F::load(values + kLanes * v), best);
-    best.store(tile_[lane]);
+    largest_of<F>(values, vectors).store(tile_[lane]);
   }
   void sort() {
     F columns[kLanes];

@@ -71,9 +71,13 @@ struct Lanes {
 
   static Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
   static Lanes load_partial(const float* p, int count) {
-    alignas(32) float present[16];
-    for (int i = 0; i < 16; ++i) present[i] = i < count ? p[i] : __builtin_nanf("");
-    return load(present);
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const auto half = [lane](const float* q, int present) {
+      const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(present), lane);
+      const __m256 none = _mm256_set1_ps(__builtin_nanf(""));
+      return _mm256_blendv_ps(none, _mm256_maskload_ps(q, mask), _mm256_castsi256_ps(mask));
+    };
+    return {half(p, count), half(p + 8, count - 8)};
   }
   static __m256 bfloat16(const uint16_t* p) {
     const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

@@ -46,6 +46,9 @@ struct Row {
   bool given = false;           // the choice came with the call
   bool to_weigh = false;        // weights are to be computed
   bool scores_counted = false;  // mass or entropy is wanted
+  bool steered = false;         // z differs from raw
+  bool scored = false;          // scores of all experts are wanted
+  bool by_score = false;        // selection compares scores
   int slots = 0;                // k of this row
   int wanted = 0;               // of the short list; 0: there is none
   int listed = 0;               // candidates on it
@@ -94,6 +97,9 @@ class RowGate {
         if (count > 0 && evicts_steering(token)) break;  // a row of this block may still need it
         prepare(block_rows_[count++], t++, token);
       }
+      steer_rows(count);
+      score_rows(count);
+      for (int i = 0; i < count; ++i) find_values(block_rows_[i]);
       choose(count);
       weigh_rows(count);
       for (int i = 0; i < count; ++i) finish(block_rows_[i]);
@@ -148,20 +154,79 @@ class RowGate {
     c.count = args_.k, c.compact = true;
     row.given = given_.read(t, row.steering != nullptr, c);
     if (row.given) take_given(row);
+    row.steered = row.scored = row.by_score = false;
     if (row.given && !row.to_weigh && !row.scores_counted) return;
-    const bool steered = row.steering && row.steering->moves_logits;
-    const bool by_score = compares_scores(row.steering);
-    const bool softmax_weights = row.to_weigh && softmax_over_all(row.steering);
-    const bool scored = row.scores_counted || (by_score && !row.given) || softmax_weights;
     prefetch(t + block_);
+    row.steered = row.steering && row.steering->moves_logits;
+    row.by_score = compares_scores(row.steering);
+    const bool softmax_weights = row.to_weigh && softmax_over_all(row.steering);
+    row.scored = row.scores_counted || (row.by_score && !row.given) || softmax_weights;
     row.raw = row.z = load(row.work, t);
-    if (steered) row.z = steer(row.work, *row.steering, row.raw, args_.experts);
-    if (scored) {
-      const bool entropy = row.scores_counted && args_.statistics.entropy;
-      row.scores = score_all<F>(row.work, args_.spec.score, row.z, args_.experts, entropy);
+    if (row.steered) row.raw = forbid(row.work, *row.steering, row.raw, args_.experts);
+  }
+
+  void steer_rows(int count) {
+    const int experts = args_.experts;
+    uint32_t spread = 0, overflow = 0;
+    if constexpr (F::kTransposes) {
+      for (int i = 0; i < count; ++i) {
+        const Row<F>& row = block_rows_[i];
+        if (!row.steered || !row.steering->std) continue;
+        spread_.take(i, row.raw, experts, row.steering->sample_std);
+        spread |= 1u << i;
+      }
+      if (spread != 0) {
+        spread_.find_means();
+        for (int i = 0; i < count; ++i) {
+          if (spread >> i & 1) spread_.take_squares(i, block_rows_[i].raw, experts);
+        }
+        overflow = spread_.finish();
+      }
     }
+    for (int i = 0; i < count; ++i) {
+      Row<F>& row = block_rows_[i];
+      if (!row.steered) continue;
+      T deviation = 0;
+      if constexpr (F::kTransposes) deviation = spread_.deviation(i);
+      if (row.steering->std && !(spread & ~overflow & (1u << i)))
+        deviation = standard_deviation<F>(row.raw, experts, row.steering->sample_std);
+      row.z = steer(row.work, *row.steering, row.raw, experts, deviation);
+    }
+  }
+
+  void score_rows(int count) {
+    const Score score = args_.spec.score;
+    const auto entropy = [this](const Row<F>& row) { return row.scores_counted && args_.statistics.entropy; };
+    if constexpr (F::kTransposes) {
+      if (BlockScores<F>::serves(score)) {
+        uint32_t scored = 0;
+        for (int i = 0; i < count; ++i) scored |= uint32_t{block_rows_[i].scored} << i;
+        if (scored == 0) return;
+        for (int i = 0; is_softmax(score) && i < count; ++i) {
+          if (scored >> i & 1) scores_.take_logits(i, block_rows_[i].z, vectors_);
+        }
+        if (is_softmax(score)) scores_.find_largest();
+        for (int i = 0; i < count; ++i) {
+          const Row<F>& row = block_rows_[i];
+          if (row.scored) scores_.take(i, row.work, score, row.z, args_.experts, entropy(row));
+        }
+        scores_.finish(args_.statistics.entropy);
+        for (int i = 0; i < count; ++i) {
+          Row<F>& row = block_rows_[i];
+          if (row.scored) row.scores = scores_.scores(i, score, entropy(row));
+        }
+        return;
+      }
+    }
+    for (int i = 0; i < count; ++i) {
+      Row<F>& row = block_rows_[i];
+      if (row.scored) row.scores = score_all<F>(row.work, score, row.z, args_.experts, entropy(row));
+    }
+  }
+
+  void find_values(Row<F>& row) {
     if (row.given) return;
-    row.values = row.listable = selection_values(row.work, row.steering, row.z, row.scores, by_score);
+    row.values = row.listable = selection_values(row.work, row.steering, row.z, row.scores, row.by_score);
     if (row.steering && row.steering->force) leave_forced_out(row);
   }
 
@@ -475,6 +540,8 @@ class RowGate {
   const bool softmax_over_all_;
   SteeringRow<F> steering_[kSteeringRows];
   ForceStore force_[kSteeringRows];
+  BlockSpread<F> spread_;
+  BlockScores<F> scores_;
   BlockBounds<F> bounds_;
   BlockRanks<F> ranks_;
   BlockWeights<F> weights_;
