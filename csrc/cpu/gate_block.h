@@ -13,17 +13,20 @@
 namespace moe_route::cpu {
 namespace {
 
+// Calls of fewer rows take each by itself: there is too little to share.
+inline constexpr int64_t kSideBySide = 6;
+
 // Green's network: 60 exchanges, larger values first.
 struct Exchange {
   int8_t first, second;
 };
 inline constexpr Exchange kSort16[] = {
-    {0, 1},   {2, 3},   {4, 5},   {6, 7},  {8, 9},  {10, 11}, {12, 13}, {14, 15}, {0, 2},  {1, 3},
-    {4, 6},   {5, 7},   {8, 10},  {9, 11}, {12, 14}, {13, 15}, {0, 4},  {1, 5},   {2, 6},  {3, 7},
-    {8, 12},  {9, 13},  {10, 14}, {11, 15}, {0, 8},  {1, 9},   {2, 10}, {3, 11},  {4, 12}, {5, 13},
-    {6, 14},  {7, 15},  {5, 10},  {6, 9},  {3, 12}, {13, 14}, {4, 8},  {7, 11},  {1, 2},  {1, 4},
-    {7, 13},  {2, 8},   {11, 14}, {2, 4},  {5, 6},  {9, 10},  {11, 13}, {3, 8},   {7, 12}, {6, 8},
-    {10, 12}, {3, 5},   {7, 9},   {3, 4},  {5, 6},  {7, 8},   {9, 10}, {11, 12}, {6, 7},  {8, 9}};
+    {0, 1},   {2, 3},  {4, 5},   {6, 7},   {8, 9},   {10, 11}, {12, 13}, {14, 15}, {0, 2},  {1, 3},
+    {4, 6},   {5, 7},  {8, 10},  {9, 11},  {12, 14}, {13, 15}, {0, 4},   {1, 5},   {2, 6},  {3, 7},
+    {8, 12},  {9, 13}, {10, 14}, {11, 15}, {0, 8},   {1, 9},   {2, 10},  {3, 11},  {4, 12}, {5, 13},
+    {6, 14},  {7, 15}, {5, 10},  {6, 9},   {3, 12},  {13, 14}, {4, 8},   {7, 11},  {1, 2},  {1, 4},
+    {7, 13},  {2, 8},  {11, 14}, {2, 4},   {5, 6},   {9, 10},  {11, 13}, {3, 8},   {7, 12}, {6, 8},
+    {10, 12}, {3, 5},  {7, 9},   {3, 4},   {5, 6},   {7, 8},   {9, 10},  {11, 12}, {6, 7},  {8, 9}};
 
 template <class V>
 inline void exchange(V& first, V& second) {
@@ -43,7 +46,7 @@ template <class F>
 class BlockFold {
  public:
   using T = typename F::Scalar;
-  BlockFold() {
+  void clear() {
     for (auto& row : tile_) F(T(0)).store(row);
   }
   void put(int lane, const F& stripes) { stripes.store(tile_[lane]); }
@@ -77,6 +80,10 @@ class BlockScores {
   using T = typename F::Scalar;
   static bool serves(Score score) { return score <= Score::kSqrtSoftplus; }
 
+  void clear() {
+    total_.clear(), entropy_.clear();
+    for (T& x : largest_) x = T(0);
+  }
   void take_logits(int lane, const T* z, int vectors) { total_.put(lane, largest_of<F>(z, vectors)); }
   void find_largest() { total_.max().store(largest_); }
 
@@ -102,7 +109,7 @@ class BlockScores {
 
  private:
   BlockFold<F> total_, entropy_;
-  alignas(64) T largest_[kLanes] = {}, total_sum_[kLanes], inverse_[kLanes], entropy_sum_[kLanes];
+  alignas(64) T largest_[kLanes], total_sum_[kLanes], inverse_[kLanes], entropy_sum_[kLanes];
 };
 
 // standard_deviation() of up to 16 rows.
@@ -110,7 +117,8 @@ template <class F>
 class BlockSpread {
  public:
   using T = typename F::Scalar;
-  BlockSpread() {
+  void clear() {
+    sums_.clear();
     for (int i = 0; i < kLanes; ++i) count_[i] = degrees_[i] = T(1);
   }
   void take(int lane, const T* z, int experts, bool sample) {
@@ -159,9 +167,7 @@ class BlockBounds {
   // Can lane by lane answer for so many wanted?
   static bool serves(int vectors, int wanted) { return vectors > 1 && columns_for(wanted) == 1; }
 
-  void take(int lane, const T* values, int vectors) {
-    largest_of<F>(values, vectors).store(tile_[lane]);
-  }
+  void take(int lane, const T* values, int vectors) { largest_of<F>(values, vectors).store(tile_[lane]); }
   void sort() {
     F columns[kLanes];
     for (int i = 0; i < kLanes; ++i) columns[i] = F::load(tile_[i]);
@@ -182,11 +188,9 @@ class BlockRanks {
   using T = typename F::Scalar;
   static constexpr int kLongest = kLanes;  // list
 
-  BlockRanks() {
-    for (int i = 0; i < kLanes; ++i) none_[i] = -infinity<T>(), none_id_[i] = 0;
-  }
   void clear() {
-    for (int i = 0; i < kLanes; ++i) values_[i] = none_, ids_[i] = none_id_;
+    F(-infinity<T>()).store(none_);
+    for (int i = 0; i < kLanes; ++i) values_[i] = none_, ids_[i] = none_id_, none_id_[i] = 0;
   }
   // The list of a row: `count` candidates, at most kLongest.
   void take(int lane, const Workspace<F>& w, int count) {
@@ -285,8 +289,9 @@ class BlockWeights {
   explicit BlockWeights(const GateArgs& args)
       : args_(args),
         serves_(weighs_in_lanes(args)),
-        weighs_scores_(args.spec.score == Score::kSoftmax && !softmax_over_chosen<F>(args.spec, nullptr)) {
-    for (int j = 0; j < kLanes * vectors_of(args.k); ++j) F(T(0)).store(tile_[j]);
+        weighs_scores_(args.spec.score == Score::kSoftmax && !softmax_over_chosen<F>(args.spec, nullptr)) {}
+  void clear() {
+    for (int j = 0; j < kLanes * vectors_of(args_.k); ++j) F(T(0)).store(tile_[j]);
   }
 
   bool serves(const SteeringRow<F>* row, const Choice<F>& c) const {
@@ -305,8 +310,7 @@ class BlockWeights {
   }
 
   // Where BlockRanks::sort may put the logits of the chosen itself: value[slot][lane].
-  T (*chosen_logits())[kLanes] { return tile_; }
-  bool weighs_logits() const { return !weighs_scores_; }
+  T (*chosen_logits()) [kLanes] { return tile_; } bool weighs_logits() const { return !weighs_scores_; }
 
   // Says which lanes are to be weighed by gate_weigh.h.
   uint32_t weigh() {

@@ -20,13 +20,15 @@ class FewExperts {
  public:
   using T = typename F::Scalar;
   static bool serves(const GateArgs& args) {
-    return args.experts <= kFewExperts && args.k <= kFewSlots && args.tokens >= kLanes &&
-           args.given.mode == GivenMode::kNone && args.spec.groups == 1 && !args.correction_bias &&
-           weighs_in_lanes(args);
+    return args.experts <= kFewExperts && args.k <= kFewSlots && args.given.mode == GivenMode::kNone &&
+           args.spec.groups == 1 && !args.correction_bias && weighs_in_lanes(args);
   }
 
-  FewExperts(const GateArgs& args, bool scores)
-      : args_(args), serves_(serves(args)), scores_(scores), softmax_(args.spec.score == Score::kSoftmax),
+  FewExperts(const GateArgs& args, int64_t rows, bool scores)
+      : args_(args),
+        serves_(F::kTransposes && rows >= kLanes && serves(args)),
+        scores_(scores),
+        softmax_(args.spec.score == Score::kSoftmax),
         over_chosen_(softmax_over_chosen<F>(args.spec, nullptr)) {
     if (!serves_) return;
     for (auto& plane : sums_) {
@@ -40,7 +42,8 @@ class FewExperts {
   // Sixteen rows from t on, of these labels. False: nothing was done.
   bool take(int64_t t, int64_t group, int64_t segment, Tally<F>& tally) {
     const int experts = args_.experts, k = args_.k;
-    if (experts <= 8) return k <= 2 ? take<8, 2>(t, group, segment, tally) : take<8, 4>(t, group, segment, tally);
+    if (experts <= 8)
+      return k <= 2 ? take<8, 2>(t, group, segment, tally) : take<8, 4>(t, group, segment, tally);
     if (experts <= 16)
       return k <= 2 ? take<16, 2>(t, group, segment, tally) : take<16, 4>(t, group, segment, tally);
     return take<32, 4>(t, group, segment, tally);
@@ -121,9 +124,11 @@ class FewExperts {
   void load(int64_t t, F (&z)[kColumns]) const {
     switch (args_.logits_type) {
       case DType::kBFloat16:
-        return load<kColumns>(static_cast<const uint16_t*>(args_.logits), t, z, F::load_bfloat16, F::pair_bfloat16);
+        return load<kColumns>(static_cast<const uint16_t*>(args_.logits), t, z, F::load_bfloat16,
+                              F::pair_bfloat16);
       case DType::kFloat16:
-        return load<kColumns>(static_cast<const uint16_t*>(args_.logits), t, z, F::load_float16, F::pair_float16);
+        return load<kColumns>(static_cast<const uint16_t*>(args_.logits), t, z, F::load_float16,
+                              F::pair_float16);
       default:
         return load<kColumns>(static_cast<const T*>(args_.logits), t, z, F::load, F::pair);
     }

@@ -71,12 +71,15 @@ struct Lanes {
   }
   static __m256i pair_halves(const uint16_t* a, const uint16_t* b) {
     const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a));
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_loadu_si128(reinterpret_cast<const __m128i*>(b)), 1);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low),
+                                   _mm_loadu_si128(reinterpret_cast<const __m128i*>(b)), 1);
   }
   static Lanes pair_bfloat16(const uint16_t* a, const uint16_t* b) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(pair_halves(a, b)), 16));
   }
-  static Lanes pair_float16(const uint16_t* a, const uint16_t* b) { return _mm512_cvtph_ps(pair_halves(a, b)); }
+  static Lanes pair_float16(const uint16_t* a, const uint16_t* b) {
+    return _mm512_cvtph_ps(pair_halves(a, b));
+  }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
 
   friend Lanes operator+(Lanes a, Lanes b) { return _mm512_add_ps(a.v, b.v); }
@@ -139,7 +142,9 @@ inline int append(Lanes values, Mask m, int first_id, float* out, int32_t* ids, 
 // rows[c] becomes lane c of every row.
 inline void transpose(Lanes (&rows)[16]) {
   const auto pairs = [](__m512 a) { return _mm512_castps_pd(a); };
-  const auto quarters = [](Lanes a, Lanes b, auto pick) { return Lanes(_mm512_shuffle_f32x4(a.v, b.v, pick)); };
+  const auto quarters = [](Lanes a, Lanes b, auto pick) {
+    return Lanes(_mm512_shuffle_f32x4(a.v, b.v, pick));
+  };
   using Even = std::integral_constant<int, 0x88>;
   using Odd = std::integral_constant<int, 0xdd>;
   Lanes t[16];

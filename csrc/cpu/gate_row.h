@@ -9,6 +9,8 @@
 // the one before. So rows go through in blocks, step by step: while one row waits, the processor works on the
 // next.
 #pragma once
+#include <algorithm>
+
 #include "gate_block.h"
 #include "gate_count.h"
 #include "gate_few.h"
@@ -54,9 +56,9 @@ struct Row {
   int listed = 0;               // candidates on it
   T bound = 0;
   const int32_t* ranked = nullptr;  // the short list's ids, best first, where the block sorted it
-  const T* raw = nullptr;       // logits
-  const T* z = nullptr;         // logits after steering
-  const T* values = nullptr;    // what selection compares
+  const T* raw = nullptr;           // logits
+  const T* z = nullptr;             // logits after steering
+  const T* values = nullptr;        // what selection compares
   const T* listable = nullptr;  // ... and what may come onto the short list: under force the free experts'
   RowScores<T> scores;
   Choice<F> choice;
@@ -74,7 +76,8 @@ class RowGate {
     return arena.used();
   }
 
-  RowGate(const GateArgs& args, void* memory) : RowGate(args, Arena(memory)) {}
+  // rows: of the call.
+  RowGate(const GateArgs& args, int64_t rows, void* memory) : RowGate(args, rows, Arena(memory)) {}
 
   void rows(int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end;) {
@@ -109,10 +112,11 @@ class RowGate {
   }
 
  private:
-  RowGate(const GateArgs& args, Arena arena)
+  RowGate(const GateArgs& args, int64_t rows, Arena arena)
       : args_(args),
         given_(args),
-        block_(block_of(args.experts)),
+        block_(int(std::min<int64_t>(rows, block_of(args.experts)))),
+        side_by_side_(F::kTransposes && rows >= kSideBySide),
         vectors_(vectors_of(args.experts)),
         logit_bytes_(sizeof(T) == 8                        ? 8
                      : args.logits_type == DType::kFloat32 ? 4
@@ -122,8 +126,9 @@ class RowGate {
         weights_counted_(tally_.wants_weights()),
         softmax_over_all_(args.spec.score == Score::kSoftmax && !softmax_over_chosen<F>(args.spec, nullptr)),
         weights_(args),
-        few_(args, tally_.wants_scores()) {
+        few_(args, rows, tally_.wants_scores()) {
     for (int i = 0; i < block_; ++i) block_rows_[i].work = Workspace<F>(arena, args.experts);
+    if (side_by_side_) spread_.clear(), scores_.clear(), weights_.clear();
     for (ForceStore& force : force_) force = ForceStore(arena, args.experts);
   }
 
@@ -169,7 +174,7 @@ class RowGate {
     const int experts = args_.experts;
     uint32_t spread = 0, overflow = 0;
     if constexpr (F::kTransposes) {
-      for (int i = 0; i < count; ++i) {
+      for (int i = 0; side_by_side_ && i < count; ++i) {
         const Row<F>& row = block_rows_[i];
         if (!row.steered || !row.steering->std) continue;
         spread_.take(i, row.raw, experts, row.steering->sample_std);
@@ -187,7 +192,9 @@ class RowGate {
       Row<F>& row = block_rows_[i];
       if (!row.steered) continue;
       T deviation = 0;
-      if constexpr (F::kTransposes) deviation = spread_.deviation(i);
+      if constexpr (F::kTransposes) {
+        if (spread >> i & 1) deviation = spread_.deviation(i);
+      }
       if (row.steering->std && !(spread & ~overflow & (1u << i)))
         deviation = standard_deviation<F>(row.raw, experts, row.steering->sample_std);
       row.z = steer(row.work, *row.steering, row.raw, experts, deviation);
@@ -198,7 +205,7 @@ class RowGate {
     const Score score = args_.spec.score;
     const auto entropy = [this](const Row<F>& row) { return row.scores_counted && args_.statistics.entropy; };
     if constexpr (F::kTransposes) {
-      if (BlockScores<F>::serves(score)) {
+      if (side_by_side_ && BlockScores<F>::serves(score)) {
         uint32_t scored = 0;
         for (int i = 0; i < count; ++i) scored |= uint32_t{block_rows_[i].scored} << i;
         if (scored == 0) return;
@@ -253,7 +260,8 @@ class RowGate {
     rank_rows(count);
     for (int i = 0; i < count; ++i) {
       Row<F>& row = block_rows_[i];
-      if (!row.given) finish_choice(row.work, row.values, row.steering, row.slots, row.listed, row.ranked, row.choice);
+      if (!row.given)
+        finish_choice(row.work, row.values, row.steering, row.slots, row.listed, row.ranked, row.choice);
     }
   }
 
@@ -263,7 +271,9 @@ class RowGate {
       for (int i = 0; i < count; ++i) {
         Row<F>& row = block_rows_[i];
         row.ranked = nullptr;
-        if (row.wanted == 0 || row.listed < row.wanted || row.listed > BlockRanks<F>::kLongest) continue;
+        if (!side_by_side_ || row.wanted == 0 || row.listed < row.wanted ||
+            row.listed > BlockRanks<F>::kLongest)
+          continue;
         if (!any) ranks_.clear();
         any = true;
         ranks_.take(i, row.work, row.listed);
@@ -274,7 +284,8 @@ class RowGate {
       ranks_.sort(slots, weights_.chosen_logits());
       for (int i = 0; i < count; ++i) {
         Row<F>& row = block_rows_[i];
-        if (row.ranked && !(weights_.chosen_logits()[row.wanted - 1][i] > -infinity<T>())) row.ranked = nullptr;
+        if (row.ranked && !(weights_.chosen_logits()[row.wanted - 1][i] > -infinity<T>()))
+          row.ranked = nullptr;
       }
     }
   }
@@ -285,7 +296,7 @@ class RowGate {
       Row<F>& row = block_rows_[i];
       if (row.wanted == 0) continue;
       if constexpr (F::kTransposes) {
-        if (BlockBounds<F>::serves(vectors_, row.wanted)) {
+        if (side_by_side_ && BlockBounds<F>::serves(vectors_, row.wanted)) {
           bounds_.take(i, row.listable, vectors_);
           sorts = true;
           continue;
@@ -298,7 +309,8 @@ class RowGate {
       bounds_.sort();
       for (int i = 0; i < count; ++i) {
         Row<F>& row = block_rows_[i];
-        if (row.wanted > 0 && BlockBounds<F>::serves(vectors_, row.wanted)) row.bound = bounds_.bound(i, row.wanted);
+        if (row.wanted > 0 && BlockBounds<F>::serves(vectors_, row.wanted))
+          row.bound = bounds_.bound(i, row.wanted);
       }
     }
   }
@@ -328,11 +340,12 @@ class RowGate {
       uint32_t lanes = 0;
       for (int i = 0; i < count; ++i) {
         Row<F>& row = block_rows_[i];
-        if (!row.to_weigh || row.given || !weights_.serves(row.steering, row.choice)) {
+        if (!side_by_side_ || !row.to_weigh || row.given || !weights_.serves(row.steering, row.choice)) {
           weigh_row(row);
           continue;
         }
-        const bool in_place = row.ranked && row.values == row.z && row.wanted == args_.k && weights_.weighs_logits();
+        const bool in_place =
+            row.ranked && row.values == row.z && row.wanted == args_.k && weights_.weighs_logits();
         if (!in_place) weights_.take(i, row.z, row.work.score, row.scores.inverse, row.choice.ids);
         lanes |= 1u << i;
       }
@@ -345,7 +358,8 @@ class RowGate {
           weigh_row(row);
           continue;
         }
-        for (int j = 0; j < args_.k; j += kLanes) F::load(weights_.weights(i, j)).store(row.choice.weights + j);
+        for (int j = 0; j < args_.k; j += kLanes)
+          F::load(weights_.weights(i, j)).store(row.choice.weights + j);
       }
     } else {
       for (int i = 0; i < count; ++i) weigh_row(block_rows_[i]);
@@ -532,6 +546,7 @@ class RowGate {
   const GateArgs& args_;
   const Given<F> given_;
   const int block_;
+  const bool side_by_side_;
   const int vectors_;
   const int64_t logit_bytes_;
   Tally<F> tally_;

@@ -115,7 +115,8 @@ template <class F>
 inline ScoreSums<F> score_sums(const Workspace<F>& w, Score score, const typename F::Scalar* z, int experts,
                                typename F::Scalar largest, bool entropy) {
   const int vectors = vectors_of(experts);
-  return entropy ? sums_by<F, true>(w, score, z, vectors, largest) : sums_by<F, false>(w, score, z, vectors, largest);
+  return entropy ? sums_by<F, true>(w, score, z, vectors, largest)
+                 : sums_by<F, false>(w, score, z, vectors, largest);
 }
 
 template <class F>

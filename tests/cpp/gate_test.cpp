@@ -881,7 +881,8 @@ void test_instruction_sets(int problems) {
 // Memory that ends where none is mapped: a read past the last row faults.
 class Guarded {
  public:
-  explicit Guarded(size_t bytes) : page_(size_t(sysconf(_SC_PAGESIZE))), size_((bytes + page_ - 1) / page_ * page_) {
+  explicit Guarded(size_t bytes)
+      : page_(size_t(sysconf(_SC_PAGESIZE))), size_((bytes + page_ - 1) / page_ * page_) {
     map_ = static_cast<char*>(
         mmap(nullptr, size_ + page_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (map_ == MAP_FAILED || mprotect(map_ + size_, page_, PROT_NONE) != 0) std::abort();
@@ -993,9 +994,9 @@ void label_rows(Problem& p, bool alike, bool padding, Random& g) {
   p.args.token_table = p.tokens.data();
 }
 
-const Shape kBlockShapes[] = {{8, 2},  {8, 1},   {6, 3},   {16, 2},  {16, 4},   {13, 1},  {32, 4},
-                              {27, 3}, {60, 4},  {64, 8},  {128, 8}, {128, 11}, {256, 8}, {257, 6},
-                              {40, 16}, {896, 16}, {100, 22}};
+const Shape kBlockShapes[] = {{8, 2},   {8, 1},   {6, 3},   {16, 2},   {16, 4},  {13, 1},
+                              {32, 4},  {27, 3},  {60, 4},  {64, 8},   {128, 8}, {128, 11},
+                              {256, 8}, {257, 6}, {40, 16}, {896, 16}, {100, 22}};
 
 // Blocks of every length and kind: the bits of portable, which takes each row by itself, whatever lies beside it.
 void test_blocks() {
@@ -1009,12 +1010,14 @@ void test_blocks() {
         Problem p = block_problem(shape, tokens, routing, Neighbour(kind), g);
         store_logits(p, types[turn % 3], shape.experts + (turn % 2) * 3);
         const int labels = turn / 2 % 3;
-        if (labels > 0 || p.args.steering.rows > 0) label_rows(p, labels == 1, kind == int(Neighbour::kPadding), g);
+        if (labels > 0 || p.args.steering.rows > 0)
+          label_rows(p, labels == 1, kind == int(Neighbour::kPadding), g);
         context = "block E=" + std::to_string(shape.experts) + " k=" + std::to_string(shape.k) +
                   " T=" + std::to_string(tokens) + " neighbour " + std::to_string(kind) + " routing " +
                   std::to_string(turn % int(std::size(kRoutings)));
         const Result portable = run(p, cpu::InstructionSet::kPortable);
-        for (auto set : faster_sets()) check(run(p, set) == portable, std::string("bits of ") + cpu::name(set));
+        for (auto set : faster_sets())
+          check(run(p, set) == portable, std::string("bits of ") + cpu::name(set));
       }
     }
   }
@@ -1031,7 +1034,8 @@ void test_places(cpu::InstructionSet set) {
       store_logits(alone, DType::kFloat32, shape.experts);
       const Result expected = run(alone, set);
       Problem p = block_problem(shape, 33, routing, Neighbour((kind + 3) % int(Neighbour::kPadding)), g);
-      if (routing.correction) std::copy(alone.correction.begin(), alone.correction.end(), p.correction.begin());
+      if (routing.correction)
+        std::copy(alone.correction.begin(), alone.correction.end(), p.correction.begin());
       const std::vector<float> beside = p.logits;
       for (int place = 0; place < 33; ++place) {
         p.logits = beside;
@@ -1041,7 +1045,8 @@ void test_places(cpu::InstructionSet set) {
         context = what + " E=" + std::to_string(shape.experts) + " kind " + std::to_string(kind) + " place " +
                   std::to_string(place);
         const size_t at = size_t(place * shape.k), k = size_t(shape.k);
-        check(std::equal(expected.ids.begin(), expected.ids.end(), r.ids.begin() + std::ptrdiff_t(at)), "ids");
+        check(std::equal(expected.ids.begin(), expected.ids.end(), r.ids.begin() + std::ptrdiff_t(at)),
+              "ids");
         check(std::memcmp(expected.weights.data(), r.weights.data() + at, k * sizeof(float)) == 0, "weights");
       }
     }
