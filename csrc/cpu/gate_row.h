@@ -9,8 +9,6 @@
 // the one before. So rows go through in blocks, step by step: while one row waits, the processor works on the
 // next.
 #pragma once
-#include <algorithm>
-
 #include "gate_block.h"
 #include "gate_count.h"
 #include "gate_few.h"
@@ -68,9 +66,9 @@ template <class F>
 class RowGate {
  public:
   using T = typename F::Scalar;
-  static size_t workspace_bytes(int experts) {
+  static size_t workspace_bytes(int experts, int64_t rows) {
     Arena arena(nullptr);
-    for (int i = 0; i < block_of(experts); ++i) Workspace<F>(arena, experts);
+    for (int i = 0; i < block_of(experts, rows); ++i) Workspace<F>(arena, experts);
     for (int i = 0; i < kSteeringRows; ++i) ForceStore(arena, experts);
     arena.take<int64_t>(Tally<F>::room(experts));
     return arena.used();
@@ -115,7 +113,7 @@ class RowGate {
   RowGate(const GateArgs& args, int64_t rows, Arena arena)
       : args_(args),
         given_(args),
-        block_(int(std::min<int64_t>(rows, block_of(args.experts)))),
+        block_(block_of(args.experts, rows)),
         side_by_side_(F::kTransposes && rows >= kSideBySide),
         vectors_(vectors_of(args.experts)),
         logit_bytes_(sizeof(T) == 8                        ? 8
