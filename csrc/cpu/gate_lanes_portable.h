@@ -70,6 +70,7 @@ struct PortableLanes {
   using Int = PortableInts<typename IntOf<T>::Type>;
   using Mask = PortableMask;
   using Fixed = PortableFixedSums;
+  static constexpr bool kTransposes = false;
   T lane[16];
 
   PortableLanes() = default;
