@@ -127,7 +127,10 @@ def _add_divergence(parser: Parser) -> None:
     add(parser, "interval", "layers", layers="--all-pairs: layers to look at, counted from 0 (default: all)")
     parser.add_argument("--edge", type=positive, metavar="N", help="--shape: layers at each end (default: a twelfth)")
     parser.add_argument(
-        "--middle", type=layers, metavar="A-B", help="--shape: layers of the middle (default: the middle third)"
+        "--middle",
+        type=layers,
+        metavar="A-B",
+        help="--shape: layers of the middle (default: those between the first third and the last)",
     )
 
 

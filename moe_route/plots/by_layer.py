@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -34,6 +35,7 @@ _LOAD = {
 }
 _FLOOR: dict[str, Any] = {"color": "#777777", "linestyle": (0, (1, 1)), "linewidth": 1.2}
 _GREY = "#c4c4c4"
+_SHADED: dict[str, Any] = {"color": "#f0f0f0", "linewidth": 0}
 ByLayer = Alignment | Divergence | Entropy | Consistency | LoadBalance
 
 
@@ -58,6 +60,7 @@ def divergence(
         interval: level of a bootstrap band around each line (such as 0.95), for paired divergence; the title names it.
         middle: layers to shade, such as those that a plan steers.
         floor: also draw the mean over the groups drawn of ``expected_floor``: what unrelated sentences give.
+            Layers whose load is even (``Divergence.even_layers``) are hatched, since normalization exaggerates there.
         order: group -> number, such as the amount of text in the language; a legend then starts with the largest.
         look: ``groups``, ``labels``, ``styles``, ``levels``, ``depth`` and ``title`` (:class:`Lines`).
     """
@@ -242,6 +245,7 @@ class _Quantity(NamedTuple):
     from_zero: bool = False  # whether the axis of the values begins at 0
     reference: str | None = None  # a further group with a style of its own
     layers: str | None = None  # name of the axis of the layers, where they are not the MoE layers
+    hatched: tuple[int, ...] = ()  # layers where the values say little
 
     def of(self, group: str) -> np.ndarray:
         """The values of a group."""
@@ -253,7 +257,10 @@ def _divergence(away: Divergence, interval: float | None, labels: Mapping[str, s
     band = None if interval is None else away.interval(interval)
     note = None if interval is None else f"bands: {interval * 100:g} % interval, bootstrap over {away.pairs} items"
     name = f"{MEASURES[away.measure]} from {frame.label_of(away.reference, labels)}"
-    return _Quantity(away.values, away.groups, name, band, note, away.correct is None, away.reference)
+    even = away.even_layers if away.measure == "normalized_jsd" else ()
+    if even:
+        note = "\n".join(filter(None, (note, "hatched: the load is even, and normalization exaggerates")))
+    return _Quantity(away.values, away.groups, name, band, note, away.correct is None, away.reference, hatched=even)
 
 
 def _alignment(aligned: Alignment, interval: float | None, labels: Mapping[str, str] | None) -> _Quantity:
@@ -360,7 +367,10 @@ def _lines(ax: Axes, quantity: _Quantity, names: Sequence[str], look: Lines) -> 
     """A line per name, and a band around it."""
     every = quantity.groups if quantity.reference is None else (*quantity.groups, quantity.reference)
     chosen = frame.chosen_styles(every, look.get("styles"), look.get("levels"))
-    places = _places(quantity.values.shape[1], look.get("depth", False))
+    layers = quantity.values.shape[1]
+    places = _places(layers, look.get("depth", False))
+    hatches = {"facecolor": "none", "edgecolor": frame.GRID, "hatch": "////", "linewidth": 0}
+    _shade(ax, quantity.hatched, layers if look.get("depth") else None, hatches)
     for name, label in zip(names, frame.labels_of(names, look.get("labels")), strict=True):
         ax.plot(places, quantity.of(name), label=label, **chosen[name])
         if quantity.band is not None:
@@ -402,13 +412,15 @@ def _legend_of_levels(ax: Axes, levels: Mapping[str, str], names: Sequence[str])
         ax.add_artist(beside)
 
 
-def _shade(ax: Axes, layers: Sequence[int] | range, of: int | None) -> None:
+def _shade(
+    ax: Axes, layers: Sequence[int] | range, of: int | None, how: Mapping[str, Any] = MappingProxyType(_SHADED)
+) -> None:
     """Shade runs of adjacent layers as gray bands; ``of`` layers if these are shown by relative depth."""
     numbers, scale = sorted(set(layers)), 1 if of is None else max(of - 1, 1)
     starts = [n for n in numbers if n - 1 not in numbers]
     ends = [n for n in numbers if n + 1 not in numbers]
     for start, end in zip(starts, ends, strict=True):
-        ax.axvspan((start - 0.5) / scale, (end + 0.5) / scale, color="#f0f0f0", linewidth=0, zorder=0)
+        ax.axvspan((start - 0.5) / scale, (end + 0.5) / scale, zorder=0, **how)
 
 
 def _by_mean(quantity: _Quantity, look: Lines) -> list[str]:
