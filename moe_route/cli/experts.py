@@ -11,7 +11,7 @@ from typing import Any
 
 import moe_route as mr
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import is_selection, merged_statistics, output, save_plan
+from moe_route.cli.inputs import is_selection, merged_statistics, output, save_plan, token_texts
 from moe_route.cli.options import TABLES, Parser, add, existing, level, numbers, out_argument, positive, writable
 
 KINDS = ("activate", "deactivate", "force-on", "force-off", "forbid")
@@ -44,7 +44,7 @@ def _same(*names: str) -> dict[str, str]:
 RULES = {
     "task": Rule(
         "task_experts",
-        _same("threshold", "group", "baseline_group", "by", "phase", "lower") | {"per_layer": "top"},
+        _same("threshold", "group", "baseline_group", "by", "phase", "lower", "matched") | {"per_layer": "top"},
         {"threshold": 0.3},
         baseline=True,
     ),
@@ -103,7 +103,12 @@ def add_options(parser: Parser) -> None:
         default=None,
         help="task: ask that the lower end of the joint 95%% interval passes the threshold",
     )
-    add(rules, "reference", reference="multilingual: group to compare with (default: eng_Latn)")
+    rules.add_argument(
+        "--matched",
+        choices=("digits",),
+        help="task: compare digits with digits only, in traces of both (record --trace); needs --tokenizer",
+    )
+    add(rules, "tokenizer", "reference", reference="multilingual: group to compare with (default: eng_Latn)")
     rules.add_argument(
         "--top-n", type=positive, metavar="N", help="risk, entropy, rise: number of experts (entropy, rise: 20)"
     )
@@ -258,18 +263,24 @@ def _found(options: argparse.Namespace, files: list[Path]) -> Any:
     if rule.baseline != (options.baseline is not None):
         need = "needs" if rule.baseline else "takes no"
         raise ValueError(f"the rule {options.rule} {need} --baseline, the statistics to compare with")
-    task = merged_statistics(files)
+    read = merged_statistics if options.matched is None else _trace
+    task = read(files)
     if options.group is None and len(task.groups) != 1 and rule.takes.get("group") == "group":
         raise ValueError(f"the task statistics hold {len(task.groups)} groups ({', '.join(task.groups)}): pass --group")
     if options.layers is not None and options.layers[-1] >= len(task.layers):
         raise ValueError(f"--layers must name some of the {len(task.layers)} layers, counted from 0")
-    statistics = (task, *((merged_statistics(options.baseline),) if rule.baseline else ()))
+    statistics = (task, *((read(options.baseline),) if rule.baseline else ()))
     values = {name: getattr(options, name) for name in rule.takes}
     values["threshold"] = None if values.get("threshold") is None else values["threshold"][0]
     given = {name: rule.defaults.get(name) if value is None else value for name, value in values.items()}
     arguments = {rule.takes[name]: value for name, value in given.items() if value is not None}
     if rule.takes.get("group") == "groups" and options.group is not None and rule.function != "multilingual_experts":
         arguments["groups"] = [options.group]
+    if (options.matched is None) != (options.tokenizer is None):
+        raise ValueError("--matched and --tokenizer belong together: digits are told from the texts of tokens")
+    if options.tokenizer is not None:
+        texts, special = token_texts(options.tokenizer)
+        arguments["classes"] = mr.analysis.token_classes(texts, special=special)
     function = getattr(mr.analysis, rule.function)
     keep = 0.8 if options.keep is None else options.keep
     if options.rule == "risk" and options.stability is not None:
@@ -286,6 +297,12 @@ def _found(options: argparse.Namespace, files: list[Path]) -> Any:
         else lambda *drawn: _signed(find(*drawn), options)[0]
     )
     return mr.analysis.stability_selection(one, *statistics, resamples=options.stability, keep=keep)
+
+
+def _trace(paths: list[Path]) -> mr.Trace:
+    if len(paths) > 1:
+        raise ValueError("traces are not added up: give one for the task, and one for --baseline")
+    return mr.Trace.load(paths[0])
 
 
 def _in_layers(result: Any, kept: tuple[int, ...] | None) -> Any:
