@@ -252,8 +252,8 @@ def _steering_notes(found: Mapping[str, Any]) -> list[str]:
     p = f"p {errors['p_value']:.3f}" if least <= LEVEL else f"{sets} sets give no p below {least:.3f}"
     return [
         f"threshold {found['threshold']:g}, layers {_layers_of(found['middle'])}.",
-        f"raising task experts has rank {errors['rank']} of {sets + 1} in errors among {sets} random sets (rank 1 has the "
-        f"fewest); {p}.",
+        f"raising task experts has rank {errors['rank']} of {sets + 1} in errors among {sets} random sets (rank 1 has "
+        f"the fewest); {p}.",
         f"after steering, the model answers {'as before, bit for bit' if found['restored'] else 'NOT as before'}.",
         *notes,
     ]

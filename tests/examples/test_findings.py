@@ -253,7 +253,7 @@ class TestCommand:
         assert "nan" not in text
         assert "Japanese" in text
         assert "6 sentences in 5 languages, 18 problems in 5 of them." in text
-        names = ["task_experts_off", "language_experts_off", "skill", "depth", "association", "raising"]
+        names = ["task_experts_off", "language_experts_off", "skill", "depth", "association", "raising", "control"]
         assert [name for name, _ in made.findings()] == names
         begins = [text.index(f"\n\n{n}. {one.sentence[:20]}") for n, (_, one) in enumerate(made.findings(), 2)]
         assert begins == sorted(begins)
