@@ -252,9 +252,7 @@ def narrowing(
     effective = np.exp(entropy_of(q))
     middle, last = (mean_of_seen(effective[:, list(part)], 1)[0] for part in parts[1:])
     share = ratio(last, middle)
-    return Narrowing(
-        effective, share, ratio(share, share[0]), names, tuple(statistics.layers), reference, *parts, kind
-    )
+    return Narrowing(effective, share, ratio(share, share[0]), names, tuple(statistics.layers), reference, *parts, kind)
 
 
 # ---- the experts that every group uses most

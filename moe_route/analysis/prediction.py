@@ -134,7 +134,7 @@ def predict(
         chosen = _chosen(trace.ids[rows, place], width)
         shares = {name: _shares(values[name], chosen, held) for name in ("token", "previous and token")}
         base = chosen[~held].mean(0)
-        own = chosen[held]
+        own = chosen[held].astype(np.float64)
         total = own.sum(0)
         for f, name in enumerate(features):
             score = _score(name, values, chosen, held, shares, base)

@@ -12,7 +12,18 @@ from typing import Any
 import moe_route as mr
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import is_selection, merged_statistics, output, save_plan, token_texts
-from moe_route.cli.options import TABLES, Parser, add, existing, level, numbers, out_argument, positive, writable
+from moe_route.cli.options import (
+    TABLES,
+    Parser,
+    add,
+    existing,
+    level,
+    names,
+    numbers,
+    out_argument,
+    positive,
+    writable,
+)
 
 KINDS = ("activate", "deactivate", "force-on", "force-off", "forbid")
 _OPPOSITE = {"activate": "deactivate", "deactivate": "activate", "force-on": "force-off", "force-off": "force-on"}
@@ -107,6 +118,15 @@ def add_options(parser: Parser) -> None:
         "--matched",
         choices=("digits",),
         help="task: compare digits with digits only, in traces of both (record --trace); needs --tokenizer",
+    )
+    rules.add_argument(
+        "--answers", type=existing, metavar="FILE", help="risk: answers of moe-route eval; FILE holds the questions"
+    )
+    rules.add_argument(
+        "--outcomes",
+        type=names,
+        metavar="A,B",
+        help="risk: outcomes in English and in --group to compare, c right, i wrong (default: cc,ci)",
     )
     add(rules, "tokenizer", "reference", reference="multilingual: group to compare with (default: eng_Latn)")
     rules.add_argument(
@@ -260,6 +280,10 @@ def _found(options: argparse.Namespace, files: list[Path]) -> Any:
     """The result of the rule, as the library gives it."""
     rule = RULES[options.rule]
     _refuse(options, f"the rule {options.rule}", frozenset(rule.takes))
+    if options.answers is not None:
+        return _by_outcome(options, files)
+    if options.outcomes is not None:
+        raise ValueError("--outcomes are those of --answers: add that, or leave it out")
     if rule.baseline != (options.baseline is not None):
         need = "needs" if rule.baseline else "takes no"
         raise ValueError(f"the rule {options.rule} {need} --baseline, the statistics to compare with")
@@ -297,6 +321,21 @@ def _found(options: argparse.Namespace, files: list[Path]) -> Any:
         else lambda *drawn: _signed(find(*drawn), options)[0]
     )
     return mr.analysis.stability_selection(one, *statistics, resamples=options.stability, keep=keep)
+
+
+def _by_outcome(options: argparse.Namespace, files: list[Path]) -> Any:
+    """Risk experts of the items of one language that have one outcome, against those that have another."""
+    if options.rule != "risk" or options.group is None or options.baseline is not None or options.stability is not None:
+        raise ValueError("--answers is for --rule risk with --group LANGUAGE, without --baseline and --stability")
+    chosen = options.outcomes or ("cc", "ci")
+    table = mr.analysis.outcomes(mr.analysis.read_answers(options.answers))
+    apart = mr.analysis.by_outcome(merged_statistics(files), table, options.group)
+    takes = ("top_n", "activations", "deactivations", "per_layer")
+    given = {name: value for name in takes if (value := getattr(options, name)) is not None}
+    if len(chosen) != 2:
+        raise ValueError("--outcomes names two, such as cc,ci")
+    result = mr.analysis.risk_experts(apart, apart, group=chosen[0], baseline_group=chosen[1], **given)
+    return _in_layers(result, options.layers)
 
 
 def _trace(paths: list[Path]) -> mr.Trace:

@@ -114,7 +114,7 @@ def _limited(name: str, task: Mapping[str, Any]) -> list[str]:
     listed = ", ".join(f"{one} {_percent(share)} %" for one, share in often.items() if share > _OFTEN_CUT)
     if listed:
         text += (
-            f"\n\nWarning: answers are cut before they end ({listed}), and a cut answer counts by the last number in it."
+            f"\n\nWarning: answers are cut before they end ({listed}), and such an answer counts by its last number."
             f"\nAccuracy there is partly that of short answers: raise `tasks.{name}.max_new_tokens`."
         )
     return [text]

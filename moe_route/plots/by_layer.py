@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from moe_route.analysis import Alignment, Consistency, Correlation, Divergence, Entropy, LoadBalance
+from moe_route.analysis import (
+    Alignment,
+    CheckpointSeries,
+    Comparison,
+    Consistency,
+    Correlation,
+    Divergence,
+    Entropy,
+    LoadBalance,
+)
 from moe_route.analysis.result import mean_of_seen
 from moe_route.data.languages import language
 from moe_route.plots import frame
@@ -182,6 +191,51 @@ def correlation(
     ax.set_ylim(-1.05, 1.05)
     frame.legend_above(ax)
     return ax
+
+
+def compared(comparison: Comparison, *, ax: Axes | None = None, floor: bool = True, **look: Unpack[Lines]) -> Axes:
+    """Draw the divergence of two recordings of the same texts by layer, a line per group with its 95 % band.
+
+    ``floor`` also draws what other texts of this number would give, the mean over the groups drawn. The other arguments
+    are those of ``divergence``.
+    """
+    ends = (comparison.low, comparison.high)
+    known = not np.isnan(ends[0]).all()
+    note = "bands: 95 % interval, bootstrap over items" if known else None
+    name = "divergence of the two recordings"
+    quantity = _Quantity(comparison.values, comparison.groups, name, ends if known else None, note, True)
+    names = _by_mean(quantity, look)
+    ax = frame.new_axes(ax, (6.4, 3.6), len(names) + floor)
+    _lines(ax, quantity, names, look)
+    if floor and known:
+        _mean_line(ax, "floor", comparison.floor, comparison.groups, names, look)
+    return _complete(ax, quantity, names, look)
+
+
+_SERIES = {
+    "jsd": "divergence between languages (nats)",
+    "jsd_without": "divergence between languages (nats)",
+    "specialization": "language specialization",
+    "moved": "divergence from the first checkpoint (nats)",
+}
+
+
+def checkpoints(
+    series: CheckpointSeries, *, of: str = "specialization", ax: Axes | None = None, title: str | None = None
+) -> Axes:
+    """Draw a quantity by layer, a line per checkpoint from dark to light [arXiv 2605.29714].
+
+    ``of`` is "specialization", "jsd", "jsd_without" (the reference) or "moved".
+    """
+    if of not in _SERIES or getattr(series, of) is None:
+        raise ValueError(f"of must be one of {', '.join(_SERIES)}, and jsd_without needs a reference; not {of!r}")
+    colors = frame.ordered_colors(len(series.checkpoints))
+    look: Lines = {"styles": dict(zip(series.checkpoints, colors, strict=True)), "title": title}
+    values = getattr(series, of)
+    quantity = _Quantity(values, series.checkpoints, _SERIES[of], from_zero=True)
+    ax = frame.new_axes(ax, (6.4, 3.6), len(series.checkpoints))
+    _lines(ax, quantity, series.checkpoints, look)
+    return _complete(ax, quantity, series.checkpoints, look, legend=True)
 
 
 def by_script(

@@ -23,7 +23,7 @@ from moe_route.runs.language_model import LanguageModel
 from moe_route.steering import ExpertSelection, Plan
 
 FINDINGS = Path(__file__).parents[2] / "examples" / "findings"
-MODULES = ("run", "switching", "skill", "depth", "association", "raising", "pictures", "words")
+MODULES = ("run", "switching", "skill", "depth", "association", "raising", "control", "pictures", "words")
 LANGUAGES = ("eng_Latn", "deu_Latn", "jpn_Jpan")
 EXPERTS = ExpertSelection({1: [0], 2: [3, 5], 5: [2], 7: [1, 4]}, num_experts=[16] * 8)
 pytestmark = pytest.mark.skipif(not FINDINGS.is_dir(), reason="examples/ is not here (a source checkout has it)")
