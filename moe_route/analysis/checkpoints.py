@@ -161,19 +161,19 @@ def compare(
             q = [_zero(one) for one in pair]
             pooled = [_mean(one, np.ones(len(shared))) for one in q]
             weights = draw_items(len(shared), resamples, seed)
-            drawn = np.stack([_divergence(*(_mean(one, row) for one in q), sizes) for row in weights])
+            drawn = np.stack([_divergence(_mean(q[0], row), _mean(q[1], row), sizes) for row in weights])
             low[g], high[g] = interval_of(drawn, len(shared), 0.95)
             floor[g] = np.mean([_floor(one, sizes, seed) for one in q], axis=0)
-            single = _divergence(*(one.distributions() for one in pair), sizes)
+            single = _divergence(pair[0].distributions(), pair[1].distributions(), sizes)
             by_text[g] = mean_of_seen(single)[0]
             counted = [next(groups_of(one, (name,), shared, "count")) for one in (first, second)]
             frequencies = [ratio(one.values, one.tokens[..., None]) for one in counted]
             change[g], moved_p[g] = _paired_t(frequencies[1] - frequencies[0], sizes)
-        values[g] = _divergence(*pooled, sizes)
-        jsd[g] = jensen_shannon(*pooled)
+        values[g] = _divergence(pooled[0], pooled[1], sizes)
+        jsd[g] = jensen_shannon(pooled[0], pooled[1])
         top = np.minimum(np.asarray(first.top_k), sizes)
         used = [one.frequency(None, "token")[one.groups.index(name)] for one in (first, second)]
-        overlap[g] = 1 - jaccard_distance(*used, top)
+        overlap[g] = 1 - jaccard_distance(used[0], used[1], top)
     return Comparison(values, low, high, floor, jsd, by_text, overlap, change, moved_p, names, layers, items, kind)
 
 

@@ -149,7 +149,8 @@ def by_outcome(statistics: Statistics, of: OutcomeTable, group: str) -> Resample
             f"{sum(name is not None for name in named)} recorded ones with an answer: record the questions under the "
             "items of the answers, or ask more"
         )
-    return ResampledStatistics(_Grouped(statistics, tuple(drawn)), drawn)
+    source: Any = _Grouped(statistics, tuple(drawn))
+    return ResampledStatistics(source, drawn)
 
 
 class _Grouped:

@@ -239,13 +239,13 @@ def _contexts(
     np.add.at(sums, index.reshape(-1), chosen)
     often = np.flatnonzero(sizes > 1)
     share = sums[often] / sizes[often, None]
-    found = {}
+    surest: dict[tuple[int, int], tuple[tuple[int, int, float, int], ...]] = {}
     for expert in np.flatnonzero(chosen.any(0)).tolist():
         order = np.lexsort((-sizes[often], -share[:, expert]))[:_CONTEXTS]
-        best = [
-            (*map(int, pairs[often[i]]), float(share[i, expert]), int(sizes[often[i]]))
-            for i in order.tolist()
-            if share[i, expert] > 0
-        ]
-        found[layer, expert] = tuple(best)  # type: ignore[assignment]
-    return found
+        best = []
+        for i in order.tolist():
+            before, here = pairs[often[i]].tolist()
+            if share[i, expert] > 0:
+                best.append((int(before), int(here), float(share[i, expert]), int(sizes[often[i]])))
+        surest[layer, expert] = tuple(best)
+    return surest

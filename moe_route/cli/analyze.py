@@ -340,7 +340,8 @@ def _add_tokens(parser: Parser) -> None:
 
 
 def _tokens(question: Question, options: argparse.Namespace) -> Answer:
-    trace, more = mr.Trace.load(options.trace), {}
+    trace = mr.Trace.load(options.trace)
+    more: dict[str, Any] = {}
     sources: tuple[Any, ...] = (trace,)
     if options.of == "saturation":
         if options.final is None:
