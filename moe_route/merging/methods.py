@@ -164,9 +164,10 @@ def merge(
 ) -> Merged:
     """Merge fine-tunes of one base.
 
-    Weighted sums work on single values. The other methods but ``"pcb"``, and ``"ties"`` where it trims the model, work on each
-    matrix of each expert by itself, gate and up apart, whatever the layout of the checkpoint. Products are computed in float32; the result has the
-    dtypes of the base (of the first model, for ``"linear"``). Tensors that are not floating point come from the base.
+    Weighted sums work on single values. The other methods work on each matrix of each expert by itself, gate and up
+    apart, whatever the layout of the checkpoint; ``"pcb"``, and ``"ties"`` where it trims the model, also on the whole
+    model. Products are computed in float32; the result has the dtypes of the base (of the first model, for
+    ``"linear"``). Tensors that are not floating point come from the base.
 
     Args:
         models: models, state dicts or folders.

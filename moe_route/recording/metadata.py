@@ -13,8 +13,8 @@ _FINGERPRINT_BITS = 128
 def merge_metadata(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     """Merge the metadata of two runs.
 
-    Numbers add up, and so do those of ``token_classes``, by group and class. Fingerprints add up modulo 2^128, so their order does not matter. Lists are united. Versions that
-    differ are listed. Any other entry is kept if both agree.
+    Numbers add up, and so do those of ``token_classes``, by group and class. Fingerprints add up modulo 2^128, so their
+    order does not matter. Lists are united. Versions that differ are listed. Any other entry is kept if both agree.
     """
     merged: dict[str, Any] = {}
     for key in [*a, *(key for key in b if key not in a)]:

@@ -942,7 +942,7 @@ def test_layers_with_an_even_load_are_marked():
     assert div.even_layers == (2,)
     assert div.to_dict()["even_layers"] == [2]
     assert div.jsd[0, 2] < 0.001 < 0.1 < div.values[0, 2]
-    head, row, *_ = repr(div).splitlines()[1:]
+    head = repr(div).splitlines()[1]
     assert head.split() == ["layer", "0", "1", "2*", "3", "nats"]
     assert "nats, not normalized" in repr(div)
     bands = [patch for patch in mr.plots.divergence(div).patches if patch.get_hatch()]

@@ -13,7 +13,6 @@ import moe_route as mr
 from moe_route import analysis, convert
 from moe_route.analysis import AnalysisError
 from moe_route.demo import published_u
-from moe_route.recording import RoutingStatistics
 
 SIZES = (6, 4)
 TASTE = np.array([[3, 2, 1, 1, 1, 1], [2, 1, 1, 1, 0, 0]], float)
