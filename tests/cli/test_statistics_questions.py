@@ -163,7 +163,7 @@ def test_pictures_with_floor_and_intervals(answer, moe_route, general, files, tm
 
 def test_recordings_answers_and_checkpoints_are_compared(answer, moe_route, general, tmp_path):
     other, third = tmp_path / "other.safetensors", tmp_path / "third.safetensors"
-    for path, plan in ((other, mr.Plan.activate({2: [5]})), (third, mr.Plan.activate({2: [5]}, strength=2.0))):
+    for path, plan in ((other, mr.Plan.activate({2: [5]}, strength=2.0)), (third, mr.Plan.forbid({2: [5]}))):
         plan.save(tmp_path / "plan.json")
         arguments = ["--languages", "eng_Latn,deu_Latn", "--limit", "12", "--plan", str(tmp_path / "plan.json")]
         assert main(["record", "--out", str(path), *arguments]) == 0
