@@ -271,7 +271,7 @@ _TAKES: dict[str, set[str]] = {
     "experts": {"selection", "router", "others"},
     "linear": {"weights"},
     "task_arithmetic": {"weights", "density"},
-    "ties": {"weights", "density"},
+    "ties": {"weights", "density", "trim"},
     "dare": {"weights", "density", "seed"},
     "pcb": {"ratio", "scale"},
     "widen": set(),
@@ -306,6 +306,9 @@ def add_merge(verbs: Any) -> None:
 def _add_methods(parser: Parser) -> None:
     parser.add_argument("--weights", type=numbers, metavar="W,W", help="one per model")
     parser.add_argument("--density", type=float, metavar="SHARE", help="share of each difference that is kept")
+    parser.add_argument(
+        "--trim", choices=("matrix", "model"), help="of ties: keep that share of each matrix, or of the whole model"
+    )
     parser.add_argument("--ratio", type=float, metavar="SHARE", help="of pcb: share of the parameters that is kept")
     parser.add_argument("--scale", type=float, metavar="X", help="of pcb: factor of the merged difference")
     parser.add_argument("--seed", type=int, metavar="N", help="of the drawing of dare")

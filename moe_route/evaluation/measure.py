@@ -201,6 +201,7 @@ def _generated(language_model: LanguageModel, task: AskedTask, batch: Sequence[Q
     records = []
     for question, row in zip(batch, ids[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
         size = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+        ended = row[size - 1] in ends
         # the marks of a channel are special tokens
         written = tokenizer.decode(row[:size], skip_special_tokens=task.chat.channel is None)
         output = until_first(
@@ -208,7 +209,9 @@ def _generated(language_model: LanguageModel, task: AskedTask, batch: Sequence[Q
         )
         extracted = {scorer.name: scorer.extract(output) for scorer in NUMBER_SCORERS}
         right = {scorer.name: scorer.equal(extracted[scorer.name], question.answer) for scorer in NUMBER_SCORERS}
-        records.append({"output": written, "extracted": extracted, "correct": right, "tokens": size, "nats": None})
+        cut = size == source.max_new_tokens and not ended and not any(text in written for text in source.until)
+        record = {"output": written, "extracted": extracted, "correct": right, "tokens": size, "cut": cut, "nats": None}
+        records.append(record)
     return records
 
 

@@ -149,7 +149,7 @@ class CorporaSettings:
     """The two corpora: parallel general text, and text of the task in the reference language.
 
     Attributes:
-        general, task: see `CorpusSource`.
+        general, task: see `CorpusSource`; no task if the study steers nothing.
         add_special_tokens: whether the tokenizer adds its special tokens to texts. Required.
         reference: language in which experts are found, and from which divergence is measured.
         max_length: texts are cut to this many tokens.
@@ -157,8 +157,8 @@ class CorporaSettings:
     """
 
     general: CorpusSource
-    task: CorpusSource
     add_special_tokens: bool
+    task: CorpusSource | None = None
     reference: str = "eng_Latn"
     max_length: int = 1024
     batch_size: int = 16
@@ -321,15 +321,19 @@ class SeedSettings:
 
 @dataclass(frozen=True)
 class Study:
-    """A whole evaluation. `title` is one sentence for the report; the other attributes are the tables of the file."""
+    """A whole evaluation. `title` is one sentence for the report; the other attributes are the tables of the file.
+
+    A study without `find`, `steer` and `corpora.task` steers nothing: it asks the model alone, and holds its accuracy
+    against the divergence of the languages.
+    """
 
     title: str
     model: ModelSettings
     chat: ChatSettings
     corpora: CorporaSettings
-    find: FindSettings
-    steer: SteerSettings
     tasks: Mapping[str, TaskSource]
+    find: FindSettings | None = None
+    steer: SteerSettings | None = None
     controls: ControlSettings = field(default_factory=ControlSettings)
     sweep: SweepSettings = field(default_factory=SweepSettings)
     seeds: SeedSettings = field(default_factory=SeedSettings)
@@ -337,13 +341,33 @@ class Study:
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ValueError("there is no task: add a table [tasks.NAME]")
+        parts = {"find": self.find, "steer": self.steer, "corpora.task": self.corpora.task}
+        missing = [name for name, given in parts.items() if given is None]
+        if 0 < len(missing) < len(parts):
+            raise ValueError(
+                f"{' and '.join(missing)} is missing: add it to steer, or leave out all of {', '.join(parts)}"
+            )
+        if missing and self.sweep:
+            raise ValueError("sweep tries settings of steering, and nothing is steered: leave it out, or add steer")
         for name in self.tasks:
             if not name.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"the task {name!r} needs a name of letters, digits, - and _")
         if self.sweep.task is not None and self.sweep.task not in self.tasks:
             raise ValueError(f"sweep.task is {self.sweep.task!r}: there are {', '.join(self.tasks)}")
         for layers in self.sweep.layers:
-            _check_layers(layers, self.steer.layer_base)
+            _check_layers(layers, self.steering.layer_base)
+
+    @property
+    def steering(self) -> SteerSettings:
+        """How experts are steered, in a study that steers."""
+        assert self.steer is not None
+        return self.steer
+
+    @property
+    def finding(self) -> FindSettings:
+        """How experts are found, in a study that steers."""
+        assert self.find is not None
+        return self.find
 
     def to_dict(self) -> dict[str, Any]:
         """Every key with its value, JSON-able."""

@@ -226,6 +226,7 @@ def _divergence(statistics: RoutingStatistics, reference: str) -> tuple[Divergen
         "high": rounded(high),
         "floor": rounded(diverging.expected_floor) if paired else None,
         "undefined": int(diverging.undefined.sum()),
+        "even": list(diverging.even_layers),
     }
 
 

@@ -11,15 +11,29 @@ from moe_route.analysis.recipes import RECIPES
 from moe_route.evaluation import StudyError, parse_assignment, read_study, shipped_studies
 
 PUBLISHED = [name for name in shipped_studies() if name != "demo"]
+STEERED = [name for name in PUBLISHED if not name.endswith("-belebele")]
 
 
 def test_there_is_a_recipe_for_each_model_and_task_of_the_paper():
-    assert set(PUBLISHED) == {
-        f"{model}-{task}" for model in ("qwen3-30b-a3b", "phi-3.5-moe", "gpt-oss-20b") for task in ("mgsm", "medical")
-    }
+    models = ("qwen3-30b-a3b", "phi-3.5-moe", "gpt-oss-20b")
+    assert set(STEERED) == {f"{model}-{task}" for model in models for task in ("mgsm", "medical")}
+    assert set(PUBLISHED) - set(STEERED) == {f"{model}-belebele" for model in (*models, "olmoe-1b-7b")}
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [name for name in STEERED if name.endswith("-mgsm")])
+def test_answers_with_a_chain_of_thought_have_room(name: str):
+    assert read_study(name).tasks["mgsm"].max_new_tokens >= 2048
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name not in STEERED])
+def test_the_studies_of_the_correlation_steer_nothing(name: str):
+    study = read_study(name)
+    assert study.steer is study.find is study.corpora.task is None
+    assert study.tasks["belebele"].languages == study.corpora.general.languages
+    assert study.corpora.general.split == "dev"  # devtest holds the passages of Belebele
+
+
+@pytest.mark.parametrize("name", STEERED)
 def test_shipped_recipes_are_the_published_settings(name: str):
     study, published = read_study(name), RECIPES[_published_name(name)]
     assert study.model.id == published.model
@@ -95,6 +109,17 @@ def test_other_names_and_files_are_refused(tmp_path: Path):
     (tmp_path / "broken.toml").write_text("title = ", encoding="utf-8")
     with pytest.raises(StudyError, match="is no TOML file"):
         read_study(tmp_path / "broken.toml")
+
+
+def test_a_study_steers_with_all_that_needs_or_nothing(tmp_path: Path):
+    path = tmp_path / "half.toml"
+    text = shipped_studies()["qwen3-30b-a3b-belebele"].read_text(encoding="utf-8")
+    path.write_text(f"{text}\n[find]\ntau = 0.3\n", encoding="utf-8")
+    with pytest.raises(StudyError, match=r"steer and corpora\.task is missing"):
+        read_study(path)
+    path.write_text(f"{text}\n[sweep]\ntau = [0.3]\n", encoding="utf-8")
+    with pytest.raises(StudyError, match="nothing is steered"):
+        read_study(path)
 
 
 def test_assignments():
