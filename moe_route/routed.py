@@ -48,16 +48,27 @@ def attach(
     model: nn.Module,
     *,
     engine: Literal["hook", "fused"] = "hook",
+    ties: Literal["index", "model"] = "index",
     experts_implementation: Literal["moe_route"] | None = None,
     pack: bool = False,
     verify: bool = True,
 ) -> RoutedModel:
-    """Attach to a loaded model. Its outputs stay bit for bit the same until a plan steers it.
+    """Attach to a loaded model. With a hook, its outputs stay bit for bit the same until a plan steers it.
 
     If attaching fails or is interrupted, the model is unchanged.
 
     Args:
-        engine: ``"hook"`` or ``"fused"``, see ``patching.Attachment``.
+        engine: ``"hook"`` reads what the router chose: while nothing steers, every bit of the model stays. ``"fused"``
+            runs the gate matrix and one ``route`` call in place of the router, with the same logits. Given one input, a
+            router then chooses the same experts unless its k-th and next score are tied: equal where it compares
+            logits or their softmax, within 4 units in the last place of its scores where it compares sigmoids, adds a
+            bias or keeps groups. Weights are rounded once: within 1 unit in the last place of the model's, in float32
+            within 8, and within 4 where the model computes scores in bfloat16 or float16. Logits after several layers
+            have no bound, since other experts may follow from a tie; docs/describe.md has the whole contract.
+        ties: with ``"fused"``, who chooses among tied scores. ``"index"``: the larger logit, then the lower index.
+            ``"model"``: the model's own router runs for every call in which a row is tied, so that it chooses the same
+            experts throughout. That asks the host in every layer, and is refused under ``torch.compile`` and in CUDA
+            graphs.
         experts_implementation: ``None`` keeps the model's own; ``"moe_route"`` runs its experts by this package's
             dispatch and combine (equal within bounds), until ``detach`` restores the former one.
         pack: with ``"moe_route"`` on a CPU, keep a packed copy of the experts' weights until ``detach``: faster from
@@ -70,7 +81,12 @@ def attach(
     attachment = None
     try:
         attachment = Attachment(
-            model, engine=engine, experts_implementation=experts_implementation, pack=pack, verify=verify
+            model,
+            engine=engine,
+            ties=ties,
+            experts_implementation=experts_implementation,
+            pack=pack,
+            verify=verify,
         )
         return RoutedModel(attachment)
     except BaseException:

@@ -54,9 +54,8 @@ class Attachment:
     statistics nor steering nor `on_choice` is set, they only test for that and do nothing else.
 
     Args:
-        engine: "hook" installs a forward hook and keeps every bit of an unsteered model. "fused" replaces the router by
-            its gate matrix and one `route` call: same ids where scores differ by more than 4 units in the last place,
-            weights within 4 units. A router that cannot be fused gets a hook; its `RouterInfo` gives the reason.
+        engine, ties: see `moe_route.attach`. A router that cannot be fused gets a hook; its `RouterInfo` gives the
+            reason.
         experts_implementation: None keeps the model's own. "moe_route" runs the experts by this package's dispatch and
             combine until `detach` (equal within the bounds of docs/kernels.md, not bit for bit).
         pack: with "moe_route" on a CPU, keep a packed copy of the experts' weights until `detach`: faster, the same
@@ -71,16 +70,20 @@ class Attachment:
         model: nn.Module,
         *,
         engine: Literal["hook", "fused"] = "hook",
+        ties: Literal["index", "model"] = "index",
         experts_implementation: Literal["moe_route"] | None = None,
         pack: bool = False,
         verify: bool = True,
     ) -> None:
         _check_option("engine", engine, tuple(ENGINES))
+        _check_option("ties", ties, ("index", "model"))
         _check_option("experts_implementation", experts_implementation, EXPERTS_IMPLEMENTATIONS)
         if pack and experts_implementation is None:
             raise ValueError(
                 "pack=True packs weights for this package's experts: add experts_implementation='moe_route'"
             )
+        if ties == "model" and engine != "fused":
+            raise ValueError("ties='model' is for engine='fused': a hook keeps the model's choice anyway, leave it out")
         self.model = model
         self.routers: list[RouterInfo] = find_routers(model)
         for router in self.routers:
@@ -100,6 +103,9 @@ class Attachment:
         self._context = RunningCall(finished=partial(finished_tokens, model), on_capture=self._keep_for_graph)
         self._context.placeholders = placeholder_ids(model)
         self._engines = [ENGINES[router.engine](router, self._context) for router in self.routers]
+        for each in self._engines:
+            if isinstance(each, FusedEngine):
+                each.asks_model = ties == "model"
         self._changes: list[Change] = []
         self._watching: list[Change] = []
         self._sinks: tuple[OutputSink | None, InputSink | None] = (None, None)

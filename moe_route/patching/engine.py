@@ -5,7 +5,8 @@ model's output stays. With steering, tokens that have a steering row are routed 
 others keep the model's own ids and weights. The router's adapter reads and writes its output.
 
 **fused** (`FusedEngine`) replaces the router's forward by its gate matrix and one `route` call. It does so with a
-subclass made for the one module, so that `isinstance`, `state_dict` and recorders of router logits still work.
+subclass made for the one module, so that `isinstance`, `state_dict` and recorders of router logits still work. Where
+scores are tied it chooses as `csrc/include/moe_route/gate.h` says, or leaves the whole call to the model.
 
 The experts of transformers cannot take id -1. So a slot that steering leaves empty is passed to them with weight 0 and
 the largest id of its row, or 0 if the row has none. It is counted as empty, never as a selection.
@@ -15,13 +16,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from moe_route import ops
+from moe_route.base.devices import CaptureRefusedError, capturing
 from moe_route.calls.call import recomputing
 from moe_route.calls.token_table import on_device
 from moe_route.contract.tables import StatisticsTables, SteeringTables
@@ -32,6 +34,7 @@ from moe_route.ops.token_rules import route_tokens
 from moe_route.patching.context import RunningCall
 from moe_route.patching.deferred import versions
 from moe_route.routers.adapter import Decision, Output
+from moe_route.routers.check import undecided
 from moe_route.routers.discovery import RouterInfo
 from moe_route.routers.family import gate_logits, weight_dtype
 
@@ -41,6 +44,11 @@ ChoiceCallback = Callable[[int, Tensor, Tensor], None]
 EMPTYING = frozenset(("force", "top_k", "remap"))  # steering tables that can leave a slot empty
 
 LayerSteering = SteeringTables | TokenTables
+
+_WAITS = (
+    "ties='model' asks the host in every layer whether scores are tied, which {} cannot: attach with ties='index', "
+)
+_WAITS += "or with engine='hook', which keeps every bit"
 
 
 class Choice(NamedTuple):
@@ -272,7 +280,15 @@ class HookEngine(Engine):
 
 
 class FusedEngine(Engine):
-    """Runs the router's forward as gate matrix and one `route` call."""
+    """Runs the router's forward as gate matrix and one `route` call.
+
+    `asks_model`: whether a call with a tied row is left to the model.
+    """
+
+    def __init__(self, router: RouterInfo, context: RunningCall) -> None:
+        super().__init__(router, context)
+        self.asks_model = False
+        self.own_forward = type(router.module).forward
 
     def changes(self) -> Sequence[Change]:
         """Replace the router's forward by the one of this engine."""
@@ -293,8 +309,31 @@ class FusedEngine(Engine):
         steers = self.steering is not None and context.steers and not context.idle
         steering = self.steering_on(logits.device) if steers else None
         statistics, args = None if again else self.statistics, (hidden, *arguments)
-        routed = self.route(logits, number(module, family.top_k), table, steering, args, statistics)
+        k = number(module, family.top_k)
+        own = self._own_choice(module, args, logits, k) if self.asks_model else None
+        routed = self.route(logits, k, table, steering, args, statistics, own)
         if not again:
             self.tell(routed.ids, routed.weights)
         weights = routed.weights.to(weight_dtype(family.weights, hidden, logits))
         return logits, weights, self.adapter.filled(routed.ids).long()
+
+    def _own_choice(
+        self, module: nn.Module, args: tuple[Tensor, ...], logits: Tensor, k: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """Weights and ids of the model's own forward if some row of the call is tied, else None. Waits for the device.
+
+        Raises `RuntimeError` under `torch.compile` and `CaptureRefusedError` while a CUDA graph is captured.
+        """
+        if is_compiling():
+            torch._dynamo.comptime.comptime(_refuse_compiling)  # an error here would end the graph, and be lost
+        if capturing(logits.device):
+            raise CaptureRefusedError(_WAITS.format("a CUDA graph"))
+        with torch.no_grad():
+            tied = undecided(logits, k, self.spec, self.family.bias_of(module, args), self.family.low_precision)
+        if not bool(tied):
+            return None
+        return self.adapter.read(args, self.own_forward(module, *args))[1:]
+
+
+def _refuse_compiling(_: object) -> NoReturn:
+    raise RuntimeError(_WAITS.format("a compiled graph"))
