@@ -31,13 +31,13 @@ from moe_route.contract.token_tables import entries, starts
 from moe_route.experts.interface import experts_implementations
 from moe_route.ops import library
 from moe_route.ops.token_rules import token_counter
-from moe_route.patching.attachment import Attachment
+from moe_route.patching.attachment import Attachment, attachment_of
 from moe_route.recording import LabelBlock, Recorder, RoutingStatistics
 from moe_route.recording.counting import DEFAULT_GROUP, Counting, RecordOptions
 from moe_route.recording.recorder import takes_record_options
 from moe_route.recording.special_tokens import special_ids_of
 from moe_route.routers.discovery import RouterInfo
-from moe_route.steering import CompiledPlan, ExpertSelection, LearnedRouting, Plan
+from moe_route.steering import CompiledPlan, ExpertSelection, LearnedRouting, Plan, Reach
 from moe_route.steering.learned import RoutingParameters, fit, frozen
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ class RoutedModel:
         self.attachment = attachment
         self.model = attachment.model
         self._plans: dict[object, Plan] = {}  # plans of the active steer blocks
+        self._reaches: dict[object, Reach] = {}  # and what they have reached
         self._protected: ExpertSelection | None = None
         self._applied = True  # whether the attachment steers by these plans
         self._calls = attachment.listener = _Calls()
@@ -152,34 +153,18 @@ class RoutedModel:
                 "replays"
             )
         block = LabelBlock.parse(DEFAULT_GROUP if groups is None else groups, items, count_mask, None)
-        return Block("labels(...)", self._labeled(block, named_groups() if groups is None else block.named))
-
-    @contextlib.contextmanager
-    def _labeled(self, block: LabelBlock, named: NamedGroups | None) -> Iterator[None]:
-        calls = self._calls
-        if calls.block is not None:
-            raise RuntimeError(
-                "labels() inside labels(): leave the first block first, a sequence has one set of labels"
-            )
-        before, name = named_groups(), name_groups  # a name of its own: modules may end first
-        try:
-            try:
-                calls.block = block
-                name(named)
-                yield
-            finally:
-                name(before)
-                calls.block = None
-        finally:
-            name(before)
-            calls.block = None  # again, if an interrupt stopped the first attempt
+        return Block("labels(...)", _labeling(self._calls, block, named_groups() if groups is None else block.named))
 
     # ---- steer
 
-    def steer(self, plan: Plan) -> Block[RoutedModel]:
+    def steer(self, plan: Plan, *, reach: Reach | None = None) -> Block[RoutedModel]:
         """Steer by ``plan`` inside the block; plans of nested blocks add up.
 
         A recording meanwhile keeps the plan's hash, and counts the natural choice beside the steered one.
+
+        A block that ends warns (``RuntimeWarning``) of each rule that reached no token of its calls, because its group,
+        phase or positions never came. ``reach`` gathers this over several blocks of one plan, which then say nothing:
+        ``reach.warn()`` says it after the last.
 
         Entering the block raises ``steering.PlanError`` for a plan that was made for another model or names layers and
         experts that this one lacks, ``ValueError`` for a router that cannot be steered, and ``RuntimeError`` after
@@ -188,7 +173,7 @@ class RoutedModel:
         if not isinstance(plan, Plan):
             raise TypeError(f"steer takes a Plan, not {type(plan).__name__}: Plan.activate(experts), Plan.load(path)")
         self._warn_of_protected(plan)
-        return Block("routed.steer(plan)", self._steered(plan))
+        return Block("routed.steer(plan)", self._steered(plan, reach))
 
     def protect(self, experts: Mapping[int, Iterable[int]] | None) -> None:
         """Warn from now on when a plan names one of these experts (layer -> ids); None ends it.
@@ -210,13 +195,17 @@ class RoutedModel:
             )
 
     @contextlib.contextmanager
-    def _steered(self, plan: Plan) -> Iterator[RoutedModel]:
+    def _steered(self, plan: Plan, reach: Reach | None) -> Iterator[RoutedModel]:
         self._require_attached("steer")
         block = object()  # a key per block, since blocks may end in any order
+        own = Reach(plan.rules) if reach is None else reach
         try:
             try:
+                self._reaches[block] = own
                 self._apply({**self._plans, block: plan})
                 yield self
+                if reach is None:
+                    own.warn(stacklevel=5)
             finally:
                 self._end_steering(block)
         finally:
@@ -226,6 +215,7 @@ class RoutedModel:
         # A block still open when the interpreter ends is closed after its modules are gone: nothing is left to steer.
         if finalizing():
             return
+        self._reaches.pop(block, None)
         if block in self._plans or not self._applied:
             self._apply({other: plan for other, plan in self._plans.items() if other is not block})
 
@@ -247,6 +237,7 @@ class RoutedModel:
         self._applied = False
         self.attachment.set_steering(tables)
         self._plans, self._calls.steering = dict(plans), steering
+        self._calls.reaches = tuple(reach for block, reach in self._reaches.items() if block in plans)
         if steering is not None and self._calls.recording is not None:
             self._calls.recording.note_plan(steering.compiled.plan_hash)
         self._applied = True
@@ -370,6 +361,7 @@ class _Calls(CallListener):
         counting: the active recording, or the last one.
         block: labels given without a recording.
         steering: the plan that steers.
+        reaches: what the plans of the active steer blocks have reached.
     """
 
     def __init__(self) -> None:
@@ -377,11 +369,17 @@ class _Calls(CallListener):
         self.counting: Counting | None = None
         self.block: LabelBlock | None = None
         self.steering: _ActivePlan | None = None
+        self.reaches: tuple[Reach, ...] = ()
 
     @property
     def recording(self) -> Counting | None:
         """The recording that is on."""
         return self.counting if self.counting is not None and self.counting.on else None
+
+    @property
+    def labeled(self) -> bool:
+        """Whether a block of labels is active."""
+        return self.block is not None or (self.recording is not None and self.recording.block is not None)
 
     def labels_of(self, call: Call) -> Labels:
         recording, steering = self.recording, self.steering
@@ -390,6 +388,8 @@ class _Calls(CallListener):
             block = (None if recording is None else recording.block) or self.block
             labels.steering_row, labels.entries = steering.rows(call, block), steering.entries(call, block)
             labels.counter = steering.counter(call)
+            for reach in self.reaches:
+                reach.note(call, block)
         return labels
 
     def after_call(self, call: Call) -> None:
@@ -399,6 +399,52 @@ class _Calls(CallListener):
     def reject_drafts(self, count: int) -> None:
         if self.counting is not None:
             self.counting.reject_drafts(count)
+
+
+@contextlib.contextmanager
+def _labeling(calls: _Calls, block: LabelBlock, named: NamedGroups | None) -> Iterator[None]:
+    """Label the calls of a model outside a recording."""
+    if calls.block is not None:
+        raise RuntimeError("labels() inside labels(): leave the first block first, a sequence has one set of labels")
+    before, name = named_groups(), name_groups  # a name of its own: modules may end first
+    try:
+        try:
+            calls.block = block
+            name(named)
+            yield
+        finally:
+            name(before)
+            calls.block = None
+    finally:
+        name(before)
+        calls.block = None  # again, if an interrupt stopped the first attempt
+
+
+@contextlib.contextmanager
+def labeled_texts(model: nn.Module, groups: Sequence[str], items: Sequence[str | int]) -> Iterator[None]:
+    """Label the sequences of a batch of ``model`` by group and item, unless the caller's own labels are active.
+
+    They reach what ``RoutedModel.labels`` reaches: a recording, a plan, and adapters that are chosen by group. A
+    recording that keeps sequences keeps these without an item, since one text may run several times.
+    """
+    attachment = attachment_of(model)
+    calls = attachment.listener if attachment is not None and isinstance(attachment.listener, _Calls) else None
+    recording = None if calls is None else calls.recording
+    if named_groups() is not None or (calls is not None and calls.labeled):
+        yield
+    elif calls is None:
+        name_groups(LabelBlock.parse(groups, None, None, None).named)
+        try:
+            yield
+        finally:
+            name_groups(None)
+    elif recording is not None and calls.recorder is not None:
+        with calls.recorder.labels(groups, None if recording.keeps_sequences else items):
+            yield
+    else:
+        block = LabelBlock.parse(groups, items, None, None)
+        with _labeling(calls, block, block.named):
+            yield
 
 
 class _RoutedRecorder(Recorder):

@@ -220,6 +220,11 @@ class Counting(CallListener):
         return len(self._model.routers)
 
     @property
+    def keeps_sequences(self) -> bool:
+        """Whether sequences are kept one by one."""
+        return self._store is not None
+
+    @property
     def paused(self) -> bool:
         """Whether counting is stopped for a while; sequences go on afterwards."""
         return self._paused
