@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_route.base.devices import Block, upload
-from moe_route.base.identity import identity_of, library_versions
+from moe_route.base.identity import UNKNOWN, checkpoint_of, identity_of, library_versions, same_weights
 from moe_route.calls.call import PHASES, Call, NamedGroups, Phase, name_groups, named_groups
 from moe_route.calls.token_table import CallListener, Labels, broadcast_rows, columns, in_phases, rows_on_device
 from moe_route.contract.token_tables import entries, starts
@@ -88,6 +88,8 @@ class RoutedModel:
         self._plans: dict[object, Plan] = {}  # plans of the active steer blocks
         self._reaches: dict[object, Reach] = {}  # and what they have reached
         self._protected: ExpertSelection | None = None
+        self._hashed: tuple[list[tuple[int, int]], dict[str, str]] | None = None  # versions of the weights, hashes
+        self._unknown: set[str] = set()  # plans that were warned of
         self._applied = True  # whether the attachment steers by these plans
         self._calls = attachment.listener = _Calls()
 
@@ -225,12 +227,37 @@ class RoutedModel:
 
     def _compiled(self, plan: Plan) -> CompiledPlan:
         """The plan, checked against the live model and compiled for it."""
-        identity = identity_of(self.model)
-        experts = [router.num_experts for router in self.routers]
-        plan.check_model(identity["name"], config_hash=identity["config_hash"], num_experts=experts)
+        made = self._identity(plan.model.router_hash, plan.model.weights_hash)
+        plan.check_model(made.pop("name"), **made)
+        if plan.model.weights_hash and same_weights(plan.model.weights_hash, made.get("weights_hash")) is None:
+            self._warn_of_unknown(plan)
         # tokens of groups that the plan does not name take the row of tokens without a group
         groups = tuple(dict.fromkeys(group for rule in plan.rules for group in rule.groups or ()))
         return plan.compile(self.routers, groups)
+
+    def _identity(self, *needed: str | None) -> dict[str, Any]:
+        """What a plan is compared with: the hashes of the weights only where the plan has one to compare."""
+        identity = identity_of(self.model)
+        experts = [router.num_experts for router in self.routers]
+        made = {"name": identity["name"], "config_hash": identity["config_hash"], "num_experts": experts}
+        if set(needed) - {None, UNKNOWN}:
+            now = [(id(p), p._version if not p.is_inference() else 0) for p in self.model.parameters()]
+            if self._hashed is None or self._hashed[0] != now:
+                self._hashed = now, _checkpoint(self.attachment)
+            made |= self._hashed[1]
+        return made
+
+    def _warn_of_unknown(self, plan: Plan) -> None:
+        """Warn once per plan that nothing tells whether it was made for this checkpoint."""
+        if plan.hash in self._unknown:
+            return
+        self._unknown.add(plan.hash)
+        warnings.warn(
+            "whether this plan was made for these weights is unknown (float16, quantized, offloaded, divided among "
+            "ranks, or of another layout): it steers by its layers and experts all the same",
+            RuntimeWarning,
+            stacklevel=6,
+        )
 
     def _set(self, plans: Mapping[object, Plan], steering: _ActivePlan | None) -> None:
         tables = None if steering is None else steering.compiled.tables
@@ -285,12 +312,8 @@ class RoutedModel:
                 )
         finally:
             self._apply({})
-        identity = identity_of(self.model)
-        plan = parameters.plan().for_model(
-            identity["name"],
-            config_hash=identity["config_hash"],
-            num_experts=[router.num_experts for router in self.routers],
-        )
+        made = self._identity("learned")
+        plan = parameters.plan().for_model(made.pop("name"), **made)
         return LearnedRouting(plan, tuple(losses), what, parameters.layers, parameters.groups, parameters.found())
 
     # ---- detach
@@ -351,6 +374,10 @@ class RoutedModel:
 def _added(plans: Iterable[Plan]) -> Plan | None:
     """The sum of plans, or None if there are none or they cancel out."""
     return sum(plans) or None
+
+
+def _checkpoint(attachment: Attachment) -> dict[str, str]:
+    return checkpoint_of(attachment.model, [router.weights for router in attachment.routers])
 
 
 class _Calls(CallListener):
@@ -468,8 +495,21 @@ class _RoutedRecorder(Recorder):
         assert calls is not None  # `_refuse_entry` ran before
         if calls.steering is not None:
             self._counting.note_plan(calls.steering.compiled.plan_hash)
+        self._counting.note_checkpoint(_checkpoint(self._attachment))
         super()._begin()
         calls.recorder, calls.counting = self, self._counting
+
+    def __exit__(self, *failure: object) -> None:
+        try:
+            super().__exit__(*failure)
+        finally:
+            if failure[0] is None:
+                self._counting.note_checkpoint(_checkpoint(self._attachment))
+
+    def statistics(self) -> RoutingStatistics:
+        if self.on:
+            self._counting.note_checkpoint(_checkpoint(self._attachment))
+        return super().statistics()
 
 
 class _ActivePlan:
