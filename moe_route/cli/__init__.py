@@ -15,8 +15,10 @@ import logging
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from typing import Any
 
 from moe_route.cli.options import Parser, meant
 
@@ -74,6 +76,11 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    with warnings.catch_warnings():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     from moe_route.cli.answer import Answer, one_line
     from moe_route.cli.interrupt import INTERRUPTED
 
@@ -122,7 +129,19 @@ def _refuse_unknown(whole: Parser, words: Sequence[str]) -> None:
 
 
 def _log_to_standard_error() -> None:
-    """Print the library's warnings on standard error, one line each; loggers of other libraries are left alone."""
+    """Print the library's warnings on standard error, one line each; those of other libraries are left alone."""
+    from moe_route.cli.answer import one_line
+
+    usual, here = warnings.showwarning, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *where: Any, **more: Any) -> None:
+        ours = os.path.abspath(filename).startswith(here + os.sep) or category.__module__.startswith("moe_route.")
+        if issubclass(category, RuntimeWarning) and ours:
+            print(f"moe-route: {one_line(RuntimeWarning(message))}", file=sys.stderr)
+        else:
+            usual(message, category, filename, *where, **more)
+
+    warnings.showwarning = show
     log = logging.getLogger("moe_route")
     if not log.handlers:
         handler = logging.StreamHandler()

@@ -408,4 +408,4 @@ def _plan(options: argparse.Namespace, used: mr.ExpertSelection, unused: mr.Expe
 def _plan_of_kind(kind: str, selection: mr.ExpertSelection, strength: float) -> mr.Plan:
     make = getattr(mr.Plan, kind.replace("-", "_"))
     plan: mr.Plan = make(selection, strength=strength) if kind in ("activate", "deactivate") else make(selection)
-    return plan.for_model(config_hash=selection.model.config_hash, num_experts=selection.model.num_experts)
+    return plan.for_model(**{name: of for name, of in selection.model.to_dict().items() if name != "name"})

@@ -46,7 +46,7 @@ from moe_route.runs.corpus import RESULT, CorpusRecording, KeptTexts
 from moe_route.runs.job import Job, Step, write_json
 from moe_route.runs.language_model import LanguageModel
 from moe_route.runs.lines import Key, ResultLines
-from moe_route.steering import ExpertSelection, Plan
+from moe_route.steering import ExpertSelection, Plan, Reach
 
 STAGES = ("record", "find", "sweep", "evaluate", "analyze", "report")
 _CHEAP = ("find", "analyze", "report")  # they run no model: with other inputs they are made again without asking
@@ -403,11 +403,15 @@ class _Run:
         if lines.complete:
             return lines
         bar = tqdm(total=len(batches), initial=lines.done, desc=name, disable=not self.progress, leave=False)
-        with bar, routed.steer(Plan() if plan is None else plan):
+        steered = Plan() if plan is None else plan
+        reach = Reach(steered.rules)
+        reach.partial = lines.done > 0
+        with bar, routed.steer(steered, reach=reach):
             for task, batch in batches[lines.done :]:
                 self.check_stop()
                 lines.append(ask(self.asking, task, batch))
                 bar.update()
+        reach.warn()
         return lines
 
     # ---- analyze and report

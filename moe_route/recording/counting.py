@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moe_route.base.devices import capturing, refuse_capture
+from moe_route.base.identity import UNKNOWN
 from moe_route.base.table import number_of
 from moe_route.calls.call import PHASES, Call, Phase
 from moe_route.calls.token_table import CallListener, Labels, as_table, in_phases
@@ -220,6 +221,11 @@ class Counting(CallListener):
         return len(self._model.routers)
 
     @property
+    def keeps_sequences(self) -> bool:
+        """Whether sequences are kept one by one."""
+        return self._store is not None
+
+    @property
     def paused(self) -> bool:
         """Whether counting is stopped for a while; sequences go on afterwards."""
         return self._paused
@@ -284,6 +290,14 @@ class Counting(CallListener):
     def add_metadata(self, entries: Mapping[str, Any]) -> None:
         """Add entries to the metadata of the statistics."""
         self._metadata = merge_metadata(self._metadata, entries)
+
+    def note_checkpoint(self, hashes: Mapping[str, str]) -> None:
+        """Keep the hashes of the model's weights as they are now; those that change during a recording are unknown."""
+        model = dict(self._metadata.get("model") or {})
+        for name, value in hashes.items():
+            if model.setdefault(name, value) not in (value, UNKNOWN):
+                model |= {name: UNKNOWN, "weights_changed": True}
+        self._metadata["model"] = model
 
     def statistics(self) -> RoutingStatistics:
         """See ``Recorder.statistics``."""

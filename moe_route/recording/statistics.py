@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from moe_route.base import files, hub
+from moe_route.base.identity import same_weights
 from moe_route.base.table import data_frame
 from moe_route.calls.call import PHASES, Phase
 from moe_route.contract.tables import FIXED_POINT, METRICS, SCALARS
@@ -373,13 +374,19 @@ class RoutingStatistics:
             accumulated={name: array for name, array in chosen.items() if array is not None},
         )
 
-    def merge(self, other: RoutingStatistics) -> RoutingStatistics:
+    def merge(self, other: RoutingStatistics, *, any_model: bool = False) -> RoutingStatistics:
         """Merge two runs exactly: integers are added and groups are united. The same as ``self + other``.
+
+        ``any_model`` merges recordings of two models with the same layers, such as two checkpoints of one
+        configuration. Where the weights of a run are unknown (see ``identity.checkpoint_of``), configuration and
+        routers decide.
 
         Raises ``MergeError`` if model, layers or metrics differ, and ``RecordingError`` if a sum would overflow.
         """
         if "natural_counts" in {*self.metrics} ^ {*other.metrics}:
-            return self._with_natural_counts().merge(other._with_natural_counts())
+            return self._with_natural_counts().merge(other._with_natural_counts(), any_model=any_model)
+        if not any_model:
+            self._refuse_other_model(other)
         self._refuse_to_merge(other)
         groups = self.groups + tuple(group for group in other.groups if group not in self.groups)
         mine, theirs = self._spread(groups), other._spread(groups)
@@ -650,6 +657,10 @@ class RoutingStatistics:
         model = self.metadata.get("model") or {}
         if model.get("name") or model.get("class"):
             lines.append(f"model: {model.get('name') or model.get('class')}")
+        if model.get("weights_changed"):
+            lines.append("checkpoint: the weights changed during the recording")
+        elif model.get("config_hash") and not model.get("weights_hash"):
+            lines.append("checkpoint: not known (recorded without the hash of the weights)")
         if self.metadata.get("plans"):
             lines.append(f"steered by: {', '.join(self.metadata['plans'])}")
         if self.metadata.get("cut_texts"):
@@ -711,14 +722,24 @@ class RoutingStatistics:
             raise ValueError(f"no layer {layer}: these statistics hold layers 0 to {len(self.layers) - 1}")
         return int(layer) % len(self.layers)
 
-    def _refuse_to_merge(self, other: RoutingStatistics) -> None:
-        """Raise ``MergeError`` unless the two runs have one model, the same layers and the same sums."""
+    def _refuse_other_model(self, other: RoutingStatistics) -> None:
+        """Raise ``MergeError`` if the two runs are of two models, as far as their metadata tell."""
         ours, theirs = config_hash_of(self.metadata), config_hash_of(other.metadata)
         if ours and theirs and ours != theirs:
             raise MergeError(
                 f"these are statistics of two models (configuration {ours[:12]} and {theirs[:12]}): merge runs of the "
                 "same model only"
             )
+        for name in ("router_hash", "weights_hash"):
+            mine, its = ((run.metadata.get("model") or {}).get(name) for run in (self, other))
+            if same_weights(mine, its) is False:
+                raise MergeError(
+                    f"these are statistics of two checkpoints of one configuration (their {name.replace('_', ' ')} "
+                    "differs): keep them apart, or add them by merge(other, any_model=True)"
+                )
+
+    def _refuse_to_merge(self, other: RoutingStatistics) -> None:
+        """Raise ``MergeError`` unless the two runs have the same layers and the same sums."""
         for name, what in (("layers", "layers"), ("num_experts", "numbers of experts"), ("top_k", "top-k")):
             if getattr(self, name) != getattr(other, name):
                 raise MergeError(

@@ -8,7 +8,13 @@ from difflib import get_close_matches
 from operator import index
 from typing import Any
 
+from moe_route.base.identity import UNKNOWN, same_weights
+
 _SHOWN_DIGITS = 12  # of a hash, as `describe` shows it
+
+
+CHECKPOINT = ("router_hash", "weights_hash")
+"""Hashes that tell checkpoints of one configuration apart."""
 
 
 class PlanError(ValueError):
@@ -17,11 +23,16 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class PlanModel:
-    """The model a plan was made for: its name, the hash of its configuration, and the experts of each MoE layer."""
+    """The model a plan was made for: name, hash of its configuration, experts of each MoE layer, hashes of its weights.
+
+    The hashes of the weights are those of `identity.checkpoint_of`; None in files of before, and for any checkpoint.
+    """
 
     name: str | None = None
     config_hash: str | None = None
     num_experts: tuple[int, ...] | None = None
+    router_hash: str | None = None
+    weights_hash: str | None = None
 
     def __post_init__(self) -> None:
         if self.num_experts is not None:
@@ -32,13 +43,14 @@ class PlanModel:
             "name": self.name,
             "config_hash": self.config_hash,
             "num_experts": None if self.num_experts is None else list(self.num_experts),
+            **{name: value for name in CHECKPOINT if (value := getattr(self, name)) is not None},
         }
 
     @classmethod
     def of_recording(cls, metadata: Mapping[str, Any], num_experts: tuple[int, ...]) -> PlanModel:
         """The model from which statistics with this ``metadata`` were recorded."""
         model = metadata.get("model") or {}
-        return cls(model.get("name"), model.get("config_hash"), num_experts)
+        return cls(model.get("name"), model.get("config_hash"), num_experts, *map(model.get, CHECKPOINT))
 
     def merged(self, other: PlanModel) -> PlanModel:
         """Combine what is known of both models; raises ``PlanError`` if they contradict each other."""
@@ -53,6 +65,17 @@ class PlanModel:
                     "`moe-route plan add PLAN --any-model --out FILE`"
                 )
             fields[field] = theirs if mine is None else mine
+        for field in CHECKPOINT:
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if same_weights(mine, theirs) is False:
+                raise PlanError(
+                    f"made for another checkpoint of this configuration ({field.replace('_', ' ')} "
+                    f"{_short(mine.rpartition('-')[2][:_SHOWN_DIGITS])}, here "
+                    f"{_short(theirs.rpartition('-')[2][:_SHOWN_DIGITS])}): make the plan from this model's "
+                    "statistics, or lift the check with plan.for_model(), `moe-route plan add PLAN --any-model --out "
+                    "FILE`"
+                )
+            fields[field] = theirs if mine in (None, UNKNOWN) else mine
         return PlanModel(**fields)
 
     def __str__(self) -> str:

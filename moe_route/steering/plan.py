@@ -20,7 +20,7 @@ from moe_route.base.table import Table
 from moe_route.steering import kinds
 from moe_route.steering.compile import CompiledPlan, HasExperts, compile_rules
 from moe_route.steering.explain import PlanDifference, PlanExplanation, compare, explain
-from moe_route.steering.model import PlanError, PlanModel, refuse_unknown
+from moe_route.steering.model import CHECKPOINT, PlanError, PlanModel, refuse_unknown
 from moe_route.steering.rule import Experts, Rule, as_groups, as_phase, as_positions, rule_from_dict
 from moe_route.steering.selection import ExpertSelection, random_permutation
 from moe_route.steering.tables import RecordedChoices, ReplayTable, ScoreTable, SequenceTable, table_of
@@ -515,21 +515,34 @@ class Plan:
     # -- the model, tables, files
 
     def for_model(
-        self, name: str | None = None, *, config_hash: str | None = None, num_experts: Sequence[int] | None = None
+        self,
+        name: str | None = None,
+        *,
+        config_hash: str | None = None,
+        num_experts: Sequence[int] | None = None,
+        router_hash: str | None = None,
+        weights_hash: str | None = None,
     ) -> Plan:
         """Mark the plan as made for this model; without arguments, for any model."""
         shape = None if num_experts is None else tuple(num_experts)
-        return Plan(self.rules, model=PlanModel(name, config_hash, shape), description=self.description)
+        model = PlanModel(name, config_hash, shape, router_hash, weights_hash)
+        return Plan(self.rules, model=model, description=self.description)
 
     def check_model(
-        self, name: str | None = None, *, config_hash: str | None = None, num_experts: Sequence[int] | None = None
+        self,
+        name: str | None = None,
+        *,
+        config_hash: str | None = None,
+        num_experts: Sequence[int] | None = None,
+        router_hash: str | None = None,
+        weights_hash: str | None = None,
     ) -> None:
         """Raise ``PlanError`` if the plan was made for another model. Unknown properties are not compared."""
         shape = None if num_experts is None else tuple(num_experts)
         # the same weights may have several names (a hub id, a local folder), so an equal configuration decides over the
         # name
         same = self.model.config_hash is not None and self.model.config_hash == config_hash
-        self.model.merged(PlanModel(None if same else name, config_hash, shape))
+        self.model.merged(PlanModel(None if same else name, config_hash, shape, router_hash, weights_hash))
 
     def compile(self, routers: Sequence[HasExperts], groups: Sequence[str] = ()) -> CompiledPlan:
         """Compile the plan to steering tables, one per layer, and the row of each (phase, group, position).
@@ -564,7 +577,7 @@ class Plan:
         try:
             given = list(content["rules"])
             refuse_unknown(content, _KEYS, "a plan")
-            refuse_unknown(content.get("model", {}), PlanModel().to_dict(), "the model of a plan")
+            refuse_unknown(content.get("model", {}), (*PlanModel().to_dict(), *CHECKPOINT), "the model of a plan")
             headers = content.get("tables", {})
             tables = {name: table_of(header) for name, header in headers.items()}
             rules = [rule_from_dict(rule, tables) for rule in given]
