@@ -13,8 +13,8 @@ _FINGERPRINT_BITS = 128
 def merge_metadata(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     """Merge the metadata of two runs.
 
-    Numbers add up. Fingerprints add up modulo 2^128, so their order does not matter. Lists are united. Versions that
-    differ are listed. Any other entry is kept if both agree.
+    Numbers add up, those of layers that are not balanced too. Fingerprints add up modulo 2^128, so their order does not
+    matter. Lists are united. Versions that differ are listed. Any other entry is kept if both agree.
     """
     merged: dict[str, Any] = {}
     for key in [*a, *(key for key in b if key not in a)]:
@@ -23,6 +23,8 @@ def merge_metadata(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]
             merged[key] = add_fingerprints(left, right)
         elif key == "versions":
             merged[key] = _merge_versions(left or {}, right or {})
+        elif key == "unbalanced":
+            merged[key] = _added_laws(left or {}, right or {})
         elif isinstance(left, list) or isinstance(right, list):
             merged[key] = _united(left or [], right or [])
         elif isinstance(left, int) and isinstance(right, int):
@@ -45,6 +47,15 @@ def add_fingerprints(a: str | None, b: str | None) -> str:
 def _united(a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
     by_text = {files.canonical_json(value): value for value in [*a, *b]}
     return [by_text[text] for text in sorted(by_text)]
+
+
+def _added_laws(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """By layer, tokens expected and counted by both."""
+    merged = {**a, **b}
+    for layer in a.keys() & b.keys():
+        added = {name: a[layer][name] + b[layer][name] for name in ("expected", "counted")}
+        merged[layer] = {**b[layer], **added}
+    return merged
 
 
 def _merge_versions(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, str]:

@@ -390,6 +390,7 @@ class PendingTokens:
         self._requests.tokens_rejected += int((counted & ~text).sum())
         self._rows[~text, 1:3] = -1
         if (counted & text).any():
+            self._requests.expect(self._rows)
             self._count()
         rejected = self._at[~text]
         self._clear()

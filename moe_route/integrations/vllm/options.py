@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -29,6 +30,27 @@ SEAMS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
             ("method", "timeout", "args", "kwargs"),
         ),
         "vllm.v1.core.sched.scheduler:Scheduler.schedule": ("schedule", ()),
+        "vllm.v1.core.sched.scheduler:Scheduler.finish_requests": (
+            "finish_requests",
+            ("request_ids", "finished_status"),
+        ),
+        "vllm.v1.engine.llm_engine:LLMEngine.abort_request": ("abort_request", ("request_ids", "internal")),
+        "vllm.v1.engine.async_llm:AsyncLLM.abort": ("abort", ("request_id", "internal")),
+        "vllm.v1.engine.output_processor:OutputProcessor.abort_requests": (
+            "abort_requests",
+            ("request_ids", "internal"),
+        ),
+        "vllm.v1.engine.utils:CoreEngineProcManager.__init__": ("__init__", ("vllm_config",)),
+        "vllm.v1.engine.utils:CoreEngineProcManager.shutdown": ("shutdown", ("timeout",)),
+        "vllm.v1.engine.core_client:AsyncMPClient._call_utility_async": ("_call_utility_async", ("method", "engine")),
+        "vllm.v1.engine.core:EngineCore._initialize_kv_caches": ("_initialize_kv_caches", ("vllm_config",)),
+        "vllm.v1.engine.core:EngineCore.post_step": ("post_step", ("model_executed",)),
+        "vllm.v1.engine.core:EngineCore.shutdown": ("shutdown", ()),
+        "vllm.v1.engine.core:EngineCoreProc._handle_client_request": ("_handle_client_request", ("request_type",)),
+        "vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter.set_capture_fn": (
+            "set_capture_fn",
+            ("capture_fn",),
+        ),
         "vllm.v1.engine.core:EngineCore.add_request": ("add_request", ("request",)),
         "vllm.v1.engine.core:EngineCore.collective_rpc": ("collective_rpc", ("method",)),
         "vllm.v1.request:Request.get_skip_reading_prefix_cache": ("get_skip_reading_prefix_cache", ()),
@@ -92,6 +114,7 @@ def check_version(version: str, *, any_version: bool = False) -> None:
 GROUP, ITEM, PLAN = "moe_route_group", "moe_route_item", "moe_route_plan"
 """Keys of ``SamplingParams.extra_args``, and of ``vllm_xargs`` over HTTP."""
 UNSTEERED = "none"
+_MOST_METRICS_GROUPS = 8  # each has five series a layer
 DEFAULT_PLAN, DEFAULT_GROUP = "default", "all"
 
 
@@ -109,6 +132,11 @@ class Options:
         trace_limit: largest number of tokens in a trace.
         rows: steering rows that fit in the tables, over all plans. The tables are made once, as CUDA graphs need.
         any_version: whether to run on a vLLM that was not tried.
+        save: file of the statistics, which the engine core writes while it runs and when it ends, and reads when it
+            starts; None: none.
+        every: seconds between two of these writes, and between two updates of the metrics.
+        metrics_groups: groups that have metrics of their own, beside those over all groups.
+        admin: whether clients with the API key may change plans over HTTP.
     """
 
     groups: tuple[str, ...] = (DEFAULT_GROUP,)
@@ -120,6 +148,10 @@ class Options:
     trace_limit: int = 1_000_000
     rows: int = 16
     any_version: bool = False
+    save: str | None = None
+    every: float = 60.0
+    metrics_groups: tuple[str, ...] = ()
+    admin: bool = False
 
     @classmethod
     def of(cls, additional_config: Any) -> Options | None:
@@ -142,6 +174,7 @@ class Options:
                 **given,
                 "groups": tuple(given.get("groups", (DEFAULT_GROUP,))),
                 "trace": tuple(trace) if isinstance(trace, (list, tuple)) else trace,
+                "metrics_groups": _listed(given.get("metrics_groups", ())),
             }
         )
         options.check(given.get("groups"))
@@ -164,7 +197,16 @@ class Options:
             isinstance(self.trace, tuple) and list(self.trace) == sorted({n for n in self.trace if type(n) is int})
         ):
             raise EngineNotSupportedError('moe_route: "trace" is true, false, or a list of layers in order')
-        for name in ("record", "sequences", "any_version"):
+        named = self.metrics_groups
+        if not isinstance(named, tuple) or not set(named) <= set(names) or len(named) > _MOST_METRICS_GROUPS:
+            raise EngineNotSupportedError(
+                f'moe_route: "metrics_groups" is a list of at most {_MOST_METRICS_GROUPS} of the groups, not {named!r}'
+            )
+        if self.save is not None and (not isinstance(self.save, str) or not self.save):
+            raise EngineNotSupportedError(f'moe_route: "save" is the path of a file, not {self.save!r}')
+        if isinstance(self.every, bool) or not isinstance(self.every, (int, float)) or not 0 < self.every < math.inf:
+            raise EngineNotSupportedError(f'moe_route: "every" is a number of seconds above 0, not {self.every!r}')
+        for name in ("record", "sequences", "any_version", "admin"):
             if not isinstance(getattr(self, name), bool):
                 raise EngineNotSupportedError(f'moe_route: "{name}" is true or false')
 
@@ -172,6 +214,10 @@ class Options:
     def plan_names(self) -> tuple[str, ...]:
         """Names of all plans, by index."""
         return (DEFAULT_PLAN, *self.plans)
+
+
+def _listed(names: Any) -> Any:
+    return tuple(names) if isinstance(names, (list, tuple)) and _all_text(tuple(names)) else names
 
 
 def _all_text(names: tuple[Any, ...]) -> bool:

@@ -266,9 +266,12 @@ def plan_of(plan: str | bytes) -> Plan:
     if isinstance(plan, str):
         return Plan.load(plan)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "plan.safetensors"
+        file = Path(folder) / ("plan.json" if plan.lstrip()[:1] == b"{" else "plan.safetensors")
         file.write_bytes(plan)
-        return Plan.load(file)
+        try:
+            return Plan.load(file)
+        except (files.FileRefusedError, PlanError) as error:
+            raise type(error)(str(error).replace(str(file), "the plan")) from None
 
 
 class PlannedItems:

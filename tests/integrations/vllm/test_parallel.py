@@ -134,7 +134,7 @@ def test_a_file_of_all_layers_is_written_once(llm: Any, rows: list[Row], tmp_pat
     assert set(hashes) == {PLAN.hash}
     expected = in_vllm(llm, rows[:3]).statistics
     path = str(tmp_path / "statistics.safetensors")
-    assert llm.collective_rpc("moe_route_statistics", args=(path, True)) == [path] + [None] * (len(hashes) - 1)
+    assert llm.collective_rpc("moe_route_statistics", args=(path,)) == [path] + [None] * (len(hashes) - 1)
     assert RoutingStatistics.load(path) == expected
     assert sorted(os.listdir(tmp_path)) == ["plan.safetensors", "statistics.safetensors"]
 

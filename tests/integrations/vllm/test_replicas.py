@@ -108,7 +108,7 @@ def test_files_of_replicas_add_up_to_what_transformers_counts(
         texts = list(threads.map(text, rows))
     assert texts == expected["steered"].texts
     path = folder / "statistics.safetensors"
-    answers = post("/collective_rpc", {"method": "moe_route_statistics", "args": [str(path), True]})
+    answers = post("/collective_rpc", {"method": "moe_route_statistics", "args": [str(path)]})
     assert answers["results"] == [str(folder / "statistics-0.safetensors")]  # vLLM gives the first replica's answer
     replicas = [mr.RoutingStatistics.load(folder / f"statistics-{number}.safetensors") for number in range(2)]
     assert all(replica.tokens().sum() for replica in replicas)
@@ -128,6 +128,6 @@ def test_a_verb_reaches_all_replicas(post: Any, folder: Path, rows: list[Row]) -
     for verb in ("record", "pause"):
         post("/collective_rpc", {"method": f"moe_route_{verb}"})
     path = folder / "empty.safetensors"
-    post("/collective_rpc", {"method": "moe_route_statistics", "args": [str(path), True]})
+    post("/collective_rpc", {"method": "moe_route_statistics", "args": [str(path)]})
     for number in range(2):
         assert not mr.RoutingStatistics.load(folder / f"empty-{number}.safetensors").tokens().any()

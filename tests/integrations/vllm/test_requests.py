@@ -73,7 +73,7 @@ def test_nothing_is_counted_while_paused_and_requests_of_before_a_recording_neve
     assert (table_of(requests, ["a"], [2], [0])[:, 1] == -1).all()
     requests.counts = True
     assert table_of(requests, ["a"], [2], [2])[:, 1].tolist() == [0, 0]
-    requests.forget_segments()
+    requests.forget()
     assert (table_of(requests, ["a"], [2], [4])[:, 1] == -1).all()
 
 
