@@ -38,6 +38,12 @@ def test_without_options_nothing_is_asked_for() -> None:
         ({"trace": "all"}, "list of layers in order"),
         ({"trace": [2, 1]}, "list of layers in order"),
         ({"trace_limit": True}, '"trace_limit" is a number from 1'),
+        ({"metrics_groups": ["a"]}, "at most 8 of the groups"),
+        ({"groups": list("abcdefghi"), "metrics_groups": list("abcdefghi")}, "at most 8 of the groups"),
+        ({"save": True}, '"save" is the path'),
+        ({"every": 0}, "seconds above 0"),
+        ({"every": float("nan")}, "seconds above 0"),
+        ({"admin": "yes"}, "true or false"),
         ([], "options by name"),
     ],
 )
