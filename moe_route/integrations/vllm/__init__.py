@@ -18,7 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_route.integrations.vllm.options import EngineNotSupportedError, Options, avoid_monolithic, request_error
+from moe_route.integrations.vllm.options import (
+    WANTED,
+    EngineNotSupportedError,
+    Options,
+    avoid_monolithic,
+    request_error,
+)
 from moe_route.integrations.vllm.seams import (
     OFF,
     PREFIX,
@@ -27,14 +33,17 @@ from moe_route.integrations.vllm.seams import (
     follow_front,
     follow_scheduler,
     planned_items,
+    split_weights,
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from moe_route.recording.statistics import RoutingStatistics
     from moe_route.recording.trace import Trace
     from moe_route.steering.plan import Plan
 
-__all__ = ["EngineNotSupportedError", "pause", "record", "register", "statistics", "steer", "trace"]
+__all__ = ["EngineNotSupportedError", "pause", "record", "register", "routed_experts", "statistics", "steer", "trace"]
 
 
 def record(llm: Any) -> None:
@@ -87,6 +96,20 @@ def trace(llm: Any) -> Trace:
     return loaded(Trace, _content(llm, "trace"))
 
 
+def routed_experts(llm: Any, output: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    """Experts and weights of a ``CompletionOutput`` whose request asked by ``moe_route_experts``.
+
+    Ids ``[tokens, layers, k]`` of all tokens but the last one, which was sampled and not routed; weights of the dtype
+    that was asked for, or None. Layers are all of the model; those without experts are 0. Raises ``ValueError`` if the
+    request did not ask.
+    """
+    from moe_route.integrations.vllm.returned import unpacked
+
+    if output.routed_experts is None:
+        raise ValueError(f'the request did not ask for its experts: extra_args={{"{WANTED}": "float32"}}')
+    return unpacked(output.routed_experts, llm.llm_engine.vllm_config.model_config.get_num_experts())
+
+
 def _content(llm: Any, verb: str) -> bytes:
     """What the rank says that answers, for all layers."""
     answers = llm.collective_rpc(f"moe_route_{verb}")
@@ -126,6 +149,10 @@ def register() -> None:
         options = Options.of(self.vllm_config.additional_config)
         wrong = None if options is None else request_error(options, getattr(params, "extra_args", None))
         wrong = wrong or (None if options is None else planned_items(self, options).error(params))
+        if wrong is None and options is not None and (getattr(params, "extra_args", None) or {}).get(WANTED):
+            split_weights(self.vllm_config.model_config)
+            if getattr(params, "stop", None):  # such a text ends in the front end, behind the core's last answer
+                wrong = f"{WANTED} does not go with stop strings: name the end by stop_token_ids"
         if wrong is not None:
             raise _refusal()(wrong)
         return validate(self, params, *args, **kwargs)

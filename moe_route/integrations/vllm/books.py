@@ -25,6 +25,7 @@ from moe_route.base.table import number_of
 from moe_route.integrations.vllm.answers import Failure, answer, failed, held, joined, loaded, replica_path, saved
 from moe_route.integrations.vllm.options import EngineNotSupportedError, Options, find
 from moe_route.integrations.vllm.plans import Prefixes
+from moe_route.integrations.vllm.returned import AskedExperts
 from moe_route.integrations.vllm.seams import CHANGING, PATIENCE, PREFIX, aborted_of, texts_of
 from moe_route.recording.metadata import config_hash_of
 from moe_route.recording.statistics import RoutingStatistics
@@ -43,6 +44,10 @@ class Books:
         self._core, self._options, self._rpc = core, options, rpc
         caches = core.vllm_config.cache_config.enable_prefix_caching
         self.prefixes = Prefixes(core, options) if caches else None
+        model = core.vllm_config.model_config
+        self._asked = None
+        if options.routed_experts:
+            self._asked = AskedExperts(model.get_total_num_hidden_layers(), model.get_num_experts())
         self._base: RoutingStatistics | None = None  # of earlier runs, and of earlier recordings of this one
         self._target: Path | None = None
         self._descriptors: list[int] = []  # of locks
@@ -75,6 +80,20 @@ class Books:
         """What ``call`` or ``save`` gives, as ``["done", answer]``, or ``["refused", words]`` for what they raise."""
         made = answer(lambda: self._save_now() if verb == "save" else self.call(verb, None, tuple(args), kwargs))
         return ["refused", made.text] if isinstance(made, Failure) else ["done", made]
+
+    def arrived(self, request: Any) -> None:
+        """A request comes to the core."""
+        if self._asked is not None:
+            self._asked.add(request)
+        if self.prefixes is not None:
+            self.prefixes.prepare(request)
+
+    def answered(self, outputs: Any) -> None:
+        """The outputs of a step are about to leave the core: those that ask for their experts get them."""
+        ended = self._asked.ended(outputs) if self._asked is not None and self._asked.requests else None
+        if ended and self._asked is not None:
+            places = self._asked.places(ended)
+            self._asked.fill(ended, joined(self._rpc(self._core, f"{PREFIX}routed", None, (places,))))
 
     def _tell(self) -> None:
         scheduler = self._core.scheduler

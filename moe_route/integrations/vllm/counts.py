@@ -20,7 +20,7 @@ from moe_route.base.devices import upload
 from moe_route.contract.spec import RouterSpec
 from moe_route.integrations.vllm.options import Options, runs_ahead
 from moe_route.integrations.vllm.requests import Batch, Request, RequestTable, positions_of
-from moe_route.integrations.vllm.sites import Site, TokenNumbers
+from moe_route.integrations.vllm.sites import Site, TokenNumbers, traced_buffers
 from moe_route.ops import library
 from moe_route.recording.trace import Trace
 
@@ -182,10 +182,7 @@ class StepTrace:
         self._sites, self._limit = [sites[layer] for layer in layers], limit
         self._layers = tuple(first + layer for layer in layers)
         for site in self._sites:
-            site.traced = (
-                torch.full((most_tokens, site.top_k), -1, dtype=torch.int16, device=site.device),
-                torch.zeros(most_tokens, site.top_k, device=site.device),
-            )
+            site.traced = traced_buffers(site, most_tokens)
         self._slots = max(site.top_k for site in self._sites)
         self._ids_dtype = np.int8 if max(site.num_experts for site in self._sites) <= 128 else np.int16
         self.forget()

@@ -44,6 +44,8 @@ SEAMS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
         "vllm.v1.engine.utils:CoreEngineProcManager.shutdown": ("shutdown", ("timeout",)),
         "vllm.v1.engine.core_client:AsyncMPClient._call_utility_async": ("_call_utility_async", ("method", "engine")),
         "vllm.v1.engine.core:EngineCore._initialize_kv_caches": ("_initialize_kv_caches", ("vllm_config",)),
+        "vllm.v1.engine.core:EngineCore.step": ("step", ()),
+        "vllm.v1.engine.core:EngineCore.step_with_batch_queue": ("step_with_batch_queue", ()),
         "vllm.v1.engine.core:EngineCore.post_step": ("post_step", ("model_executed",)),
         "vllm.v1.engine.core:EngineCore.shutdown": ("shutdown", ()),
         "vllm.v1.engine.core:EngineCoreProc._handle_client_request": ("_handle_client_request", ("request_type",)),
@@ -112,7 +114,9 @@ def check_version(version: str, *, any_version: bool = False) -> None:
 
 
 GROUP, ITEM, PLAN = "moe_route_group", "moe_route_item", "moe_route_plan"
+WANTED, START = "moe_route_experts", "moe_route_from"
 """Keys of ``SamplingParams.extra_args``, and of ``vllm_xargs`` over HTTP."""
+_WANTED = ("ids", "float32", "float16")  # ids alone, or with weights of this dtype
 UNSTEERED = "none"
 _MOST_METRICS_GROUPS = 8  # each has five series a layer
 DEFAULT_PLAN, DEFAULT_GROUP = "default", "all"
@@ -130,6 +134,7 @@ class Options:
         sequences: whether to keep the averages of every sequence, by (item, group).
         trace: whether to keep the experts and weights of every token, or the MoE layers in which to keep them.
         trace_limit: largest number of tokens in a trace.
+        routed_experts: whether requests may ask for their experts in the answer.
         rows: steering rows that fit in the tables, over all plans. The tables are made once, as CUDA graphs need.
         any_version: whether to run on a vLLM that was not tried.
         save: file of the statistics, which the engine core writes while it runs and when it ends, and reads when it
@@ -146,6 +151,7 @@ class Options:
     sequences: bool = False
     trace: bool | tuple[int, ...] = False
     trace_limit: int = 1_000_000
+    routed_experts: bool = False
     rows: int = 16
     any_version: bool = False
     save: str | None = None
@@ -206,7 +212,7 @@ class Options:
             raise EngineNotSupportedError(f'moe_route: "save" is the path of a file, not {self.save!r}')
         if isinstance(self.every, bool) or not isinstance(self.every, (int, float)) or not 0 < self.every < math.inf:
             raise EngineNotSupportedError(f'moe_route: "every" is a number of seconds above 0, not {self.every!r}')
-        for name in ("record", "sequences", "any_version", "admin"):
+        for name in ("record", "sequences", "routed_experts", "any_version", "admin"):
             if not isinstance(getattr(self, name), bool):
                 raise EngineNotSupportedError(f'moe_route: "{name}" is true or false')
 
@@ -227,9 +233,10 @@ def _all_text(names: tuple[Any, ...]) -> bool:
 def request_error(options: Options, extra_args: Mapping[str, Any] | None) -> str | None:
     """What is wrong with the arguments of a request, or None. A request that was let in cannot raise later."""
     given = {key: value for key, value in (extra_args or {}).items() if str(key).startswith("moe_route_")}
-    unknown = sorted(set(given) - {GROUP, ITEM, PLAN})
+    known = (GROUP, ITEM, PLAN, WANTED, START)
+    unknown = sorted(set(given) - {*known})
     if unknown:
-        return f"{unknown[0]} is no argument of moe_route; there are {GROUP}, {ITEM} and {PLAN}"
+        return f"{unknown[0]} is no argument of moe_route; there are {', '.join(known)}"
     group, item, plan = (given.get(key) for key in (GROUP, ITEM, PLAN))
     if group is not None and group not in options.groups:
         return f"{GROUP}={group!r} is none of the groups of this engine: {', '.join(options.groups)}"
@@ -237,6 +244,13 @@ def request_error(options: Options, extra_args: Mapping[str, Any] | None) -> str
         return f"{ITEM} without {GROUP}: a request without a group is not counted"
     if item is not None and (isinstance(item, bool) or not isinstance(item, (str, int))):
         return f"{ITEM} is a text or a whole number, not {item!r}"
+    wanted, start = given.get(WANTED), given.get(START)
+    if wanted is not None and not options.routed_experts:
+        return f'{WANTED} wants an engine that starts with "moe_route": {{"routed_experts": true}}'
+    if wanted is not None and wanted not in _WANTED:
+        return f"{WANTED}={wanted!r} is none of {', '.join(_WANTED)}"
+    if start is not None and (wanted is None or isinstance(start, bool) or not isinstance(start, int) or start < 0):
+        return f"{START} is a number of tokens from 0, beside {WANTED}, not {start!r}"
     names = (*options.plan_names, UNSTEERED)
     if plan is not None and plan not in names:
         return f"{PLAN}={plan!r} is none of the plans of this engine: {', '.join(names)}"

@@ -30,6 +30,7 @@ from moe_route.integrations.vllm.options import (
     ITEM,
     PLAN,
     UNSTEERED,
+    WANTED,
     EngineNotSupportedError,
     Options,
     identity,
@@ -370,8 +371,10 @@ class Prefixes:
             self._workers = joined(self._core.model_executor.collective_rpc("moe_route_prefixes"))[0]
         plan, group, item = identity(request.sampling_params, self._options)
         steered = self._workers.steered.get((plan, group))
-        request.skip_reading_prefix_cache = request.get_skip_reading_prefix_cache() or (
-            self._workers.counts and group is not None
+        params = request.sampling_params
+        asks = bool(((params and params.extra_args) or {}).get(WANTED))  # for its experts, and cached tokens have none
+        request.skip_reading_prefix_cache = (
+            request.get_skip_reading_prefix_cache() or asks or (self._workers.counts and group is not None)
         )
         self._salt(request, self._salt_of(steered, request.num_prompt_tokens, item))
 

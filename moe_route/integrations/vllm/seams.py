@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PREFIX = "moe_route_"
 """Of the verbs among the methods of a worker."""
-VERBS = ("record", "pause", "statistics", "trace", "steer", "take_back", "report", "prefixes", "known")
+VERBS = ("record", "pause", "statistics", "trace", "steer", "take_back", "report", "prefixes", "known", "routed")
 CHANGING = ("record", "pause", "steer")
 OFF = (
     "moe_route is not on in this engine: start it with --additional-config '{\"moe_route\": {}}', "
@@ -92,8 +92,8 @@ def follow_core(core: Any, process: Any) -> None:
     @functools.wraps(add_request)
     def salted(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         books = books_of(self)
-        if books is not None and books.prefixes is not None:
-            books.prefixes.prepare(request)
+        if books is not None:
+            books.arrived(request)
         return add_request(self, request, *args, **kwargs)
 
     @functools.wraps(collective_rpc)
@@ -102,6 +102,17 @@ def follow_core(core: Any, process: Any) -> None:
         if books is None or not isinstance(method, str) or not method.startswith(PREFIX):
             return collective_rpc(self, method, timeout, args, kwargs)
         return books.call(method.removeprefix(PREFIX), timeout, args, kwargs)
+
+    def answering(step: Any) -> Any:
+        @functools.wraps(step)
+        def answered(self: Any) -> Any:
+            outputs, ran = step(self)
+            books = books_of(self)
+            if books is not None:
+                books.answered(outputs)
+            return outputs, ran
+
+        return answered
 
     @functools.wraps(post_step)
     def stepped(self: Any, model_executed: bool) -> None:
@@ -129,6 +140,7 @@ def follow_core(core: Any, process: Any) -> None:
         return ["refused", OFF] if books is None else books.answer(verb, args, kwargs)
 
     core.add_request, core.collective_rpc, core.shutdown = salted, called, ended
+    core.step, core.step_with_batch_queue = answering(core.step), answering(core.step_with_batch_queue)
     core.post_step, core._initialize_kv_caches, process._handle_client_request = stepped, initialized, handled
     core.moe_route_answer = answered
 
@@ -214,3 +226,25 @@ def planned_items(processor: Any, options: Options) -> PlannedItems:
         processor.moe_route_items = PlannedItems(options)
     items: PlannedItems = processor.moe_route_items
     return items
+
+
+def split_weights(model_config: Any) -> None:
+    """From now on, let answers over HTTP have the weights of routed experts beside their ids."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponseChoice
+    from vllm.entrypoints.openai.completion.protocol import CompletionResponseChoice
+
+    from moe_route.integrations.vllm.returned import split
+
+    experts = model_config.get_num_experts()
+    for kind in (CompletionResponseChoice, ChatCompletionResponseChoice):
+        natural = kind.__init__
+        if getattr(natural, "moe_route", False):
+            continue
+
+        @functools.wraps(natural)
+        def made(self: Any, *, natural: Any = natural, **data: Any) -> None:
+            natural(self, **data)
+            split(self, experts)
+
+        setattr(made, "moe_route", True)  # noqa: B010
+        kind.__init__ = made

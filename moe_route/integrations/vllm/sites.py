@@ -117,6 +117,14 @@ class Site:
         return new_weights, new_ids
 
 
+def traced_buffers(site: Site, most_tokens: int) -> tuple[Tensor, Tensor]:
+    """Room for the ids and weights of the largest step."""
+    return (
+        torch.full((most_tokens, site.top_k), -1, dtype=torch.int16, device=site.device),
+        torch.zeros(most_tokens, site.top_k, device=site.device),
+    )
+
+
 def find_sites(model: nn.Module, model_type: str) -> list[Site]:
     """All routers of the model's part in this worker, in the order of its layers.
 

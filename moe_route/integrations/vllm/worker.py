@@ -30,6 +30,7 @@ from moe_route.integrations.vllm.options import (
 from moe_route.integrations.vllm.plans import PlanTables, TokenValues, Workers, steered_prefixes
 from moe_route.integrations.vllm.recording import Recording
 from moe_route.integrations.vllm.requests import RequestTable
+from moe_route.integrations.vllm.returned import ReturnedExperts, Routed
 from moe_route.integrations.vllm.seams import ABORTED
 from moe_route.integrations.vllm.sites import Site, check, find_sites, find_stage, hook
 from moe_route.recording.statistics import RecordingError, RoutingStatistics
@@ -65,6 +66,7 @@ class Session:
             most_requests=most_requests,
             most_tokens=most_tokens,
         )
+        self._returned = ReturnedExperts(self.sites, most_tokens) if options.routed_experts else None
         captured = worker.device.type != "cpu" and not self._config.model_config.enforce_eager
         self._plans = PlanTables(self.sites, options, stage, worker.device, captured=captured)
         self._values = TokenValues(self._plans, self._requests, worker.device, self._recording.fail)
@@ -235,6 +237,11 @@ class Session:
             return StagePart(type(made), content_of(made), path)
         return saved(made, path)
 
+    def routed(self, wanted: Mapping[str, tuple[int, int]]) -> dict[str, Routed] | None:
+        """The experts of requests that asked and end, from a position to another; None on ranks but the first."""
+        first = not self._worker.rank % self._config.parallel_config.tensor_parallel_size
+        return self._returned.routed(wanted) if self._returned is not None and self.sites and first else None
+
     def report(self) -> dict[str, Any]:
         """What was found and what runs, for a person."""
         return {
@@ -271,6 +278,8 @@ class Session:
 
     def _before(self, scheduled: Any) -> None:
         """Requests that ended and that are new, before the runner changes its own."""
+        if self._returned is not None:
+            self._returned.end(scheduled.finished_req_ids)
         self.known(getattr(scheduled, FIELD, {}), scheduled.finished_req_ids, getattr(scheduled, ABORTED, ()))
         for name in getattr(scheduled, "preempted_req_ids", None) or ():
             self._recording.keep_tokens(self._requests.running.get(name))  # the V2 runner forgets them
@@ -290,6 +299,8 @@ class Session:
         request = self._requests.begin(
             new.req_id, prompt=prompt, group=code, segment=segment, plan=steered, item=item, first=cached
         )
+        if self._returned is not None:
+            self._returned.begin(new.req_id, getattr(new.sampling_params, "extra_args", None))
         if code < 0 and self._requests.counts:
             if not self._recording.ungrouped:
                 logger.warning(
@@ -315,6 +326,9 @@ class Session:
         trace = self._recording.trace
         if trace is not None:
             trace.take()
+        if self._returned is not None:
+            self._returned.take()
+        asked = self._returned is not None and self._returned.lay_out(batch)
         rows, tails = self._host.numpy(), None
         if self._pending is not None:
             tails = self._requests.tails(batch.names, batch.counts, batch.starts, batch.drafts)
@@ -336,11 +350,14 @@ class Session:
             self._tokens[:, :most, 0] = self._plans.layer_rows[:, step[:, 0]]
         self._dirty = total
         self._recording.steps += self._requests.counts
-        operator.set_work(self._work(bool((self._host[:total, 0] >= 0).any())))
+        operator.set_work(self._work(bool((self._host[:total, 0] >= 0).any()), asked))
 
-    def _work(self, steered: bool) -> operator.Work:
-        """What the operator must do in the step that is laid out; ``steered``: whether a rule reaches a token of it."""
-        if self._counts is None or self._recording.trace is not None:
+    def _work(self, steered: bool, asked: bool) -> operator.Work:
+        """What the operator must do in the step that is laid out.
+
+        ``steered``: whether a rule reaches a token of it. ``asked``: whether an answer will hold a token's experts.
+        """
+        if self._counts is None or asked or self._recording.trace is not None:
             return operator.Work.ROUTE
         if steered:
             return operator.Work.STEER
@@ -357,8 +374,9 @@ class Session:
         if self._pending is not None:
             self._pending.lose()
         self._values.clear()
-        if self._recording.trace is not None:
-            self._recording.trace.take()
+        for keeps in (self._recording.trace, self._returned):
+            if keeps is not None:
+                keeps.take()
         self._host[:, :3] = -1
         self._tokens[..., :3] = -1
         self._dirty = 0
