@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_route.integrations.vllm.options import (
+    OFF,
+    PREFIX,
+    VERBS,
     WANTED,
     EngineNotSupportedError,
     Options,
@@ -26,9 +29,6 @@ from moe_route.integrations.vllm.options import (
     request_error,
 )
 from moe_route.integrations.vllm.seams import (
-    OFF,
-    PREFIX,
-    VERBS,
     follow_core,
     follow_front,
     follow_scheduler,

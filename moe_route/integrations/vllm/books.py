@@ -23,10 +23,10 @@ import torch
 from moe_route.base import files
 from moe_route.base.table import number_of
 from moe_route.integrations.vllm.answers import Failure, answer, failed, held, joined, loaded, replica_path, saved
-from moe_route.integrations.vllm.options import EngineNotSupportedError, Options, find
+from moe_route.integrations.vllm.counts import aborted_of, texts_of
+from moe_route.integrations.vllm.options import CHANGING, PATIENCE, PREFIX, EngineNotSupportedError, Options, find
 from moe_route.integrations.vllm.plans import Prefixes
 from moe_route.integrations.vllm.returned import AskedExperts
-from moe_route.integrations.vllm.seams import CHANGING, PATIENCE, PREFIX, aborted_of, texts_of
 from moe_route.recording.metadata import config_hash_of
 from moe_route.recording.statistics import RoutingStatistics
 from moe_route.recording.store import SequenceStore, is_unnamed

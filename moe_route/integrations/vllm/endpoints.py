@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_route.base.files import FileRefusedError
-from moe_route.integrations.vllm.options import Options
-from moe_route.integrations.vllm.seams import OFF, planned_items
+from moe_route.integrations.vllm.options import OFF, Options
+from moe_route.integrations.vllm.seams import planned_items
 
 ROOT = "/v1/moe_route"
 _LARGEST_PLAN = 64 << 20  # bytes

@@ -78,6 +78,19 @@ SEAMS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
 )
 """Methods of vLLM that are wrapped or called: where they are, and the arguments that they must have."""
 
+PREFIX = "moe_route_"
+"""Of the verbs among the methods of a worker."""
+VERBS = ("record", "pause", "statistics", "trace", "steer", "take_back", "report", "prefixes", "known", "routed")
+CHANGING = ("record", "pause", "steer")
+OFF = (
+    "moe_route is not on in this engine: start it with --additional-config '{\"moe_route\": {}}', "
+    'LLM(..., additional_config={"moe_route": {}})'
+)
+LEFT = "moe_route_left:"
+"""Begins an id by which a front end says, beside the request's own, that it does not end its text but gives it up."""
+PATIENCE = 60.0
+"""Seconds that a core which ends may take to save, and for which another one waits for its file."""
+
 
 class EngineNotSupportedError(RuntimeError):
     """The engine is set up in a way in which counts or steering would be wrong; the message says what mends it."""

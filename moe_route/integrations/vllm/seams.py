@@ -7,62 +7,15 @@ moe-route needs is imported when there is one.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from moe_route.integrations.vllm.options import Options
+from moe_route.integrations.vllm.options import LEFT, OFF, PATIENCE, PREFIX, Options
 
 if TYPE_CHECKING:
     from moe_route.integrations.vllm.books import Books
-    from moe_route.integrations.vllm.counts import Texts
     from moe_route.integrations.vllm.plans import PlannedItems
 
-PREFIX = "moe_route_"
-"""Of the verbs among the methods of a worker."""
-VERBS = ("record", "pause", "statistics", "trace", "steer", "take_back", "report", "prefixes", "known", "routed")
-CHANGING = ("record", "pause", "steer")
-OFF = (
-    "moe_route is not on in this engine: start it with --additional-config '{\"moe_route\": {}}', "
-    'LLM(..., additional_config={"moe_route": {}})'
-)
-ABORTED = "moe_route_aborted"
-"""Attribute of a ``SchedulerOutput``: which of the requests that ended before it were given up."""
-LEFT = "moe_route_left:"
-"""Begins an id by which a front end says, beside the request's own, that it does not end its text but gives it up."""
-PATIENCE = 60.0
-"""Seconds that a core which ends may take to save, and for which another one waits for its file."""
-
-
 # ---- the engine core
-
-
-def texts_of(scheduler: Any) -> Texts | None:
-    """What a scheduler knows of the texts of its requests, or None where its workers need not be told."""
-    if not hasattr(scheduler, "moe_route_texts"):
-        from moe_route.integrations.vllm.counts import Texts
-
-        scheduler.moe_route_texts = Texts.of(scheduler.vllm_config)
-    texts: Texts | None = scheduler.moe_route_texts
-    return texts
-
-
-def aborted_of(scheduler: Any) -> set[str]:
-    """Requests that were given up, of those that the next step tells to have ended."""
-    if not hasattr(scheduler, "moe_route_aborted"):
-        scheduler.moe_route_aborted = set()
-    aborted: set[str] = scheduler.moe_route_aborted
-    return aborted
-
-
-def note_aborted(scheduler: Any, given: Sequence[str] | None, requests: Sequence[Any]) -> None:
-    """Note which of these requests, which are finished from outside, are given up; ``given``: ids, None for all.
-
-    A front end finishes a text that ends at a stop string in the same way, but adds no id that begins with ``LEFT``.
-    """
-    for request in requests:
-        stops = given is not None and getattr(request.sampling_params, "stop", None)
-        if not stops or LEFT + request.request_id in (given or ()):
-            aborted_of(scheduler).add(request.request_id)
 
 
 def follow_core(core: Any, process: Any) -> None:
@@ -153,6 +106,8 @@ def follow_scheduler(scheduler: Any) -> None:
     def told(self: Any, *args: Any, **kwargs: Any) -> Any:
         if Options.of(self.vllm_config.additional_config) is None:
             return schedule(self, *args, **kwargs)
+        from moe_route.integrations.vllm.counts import ABORTED, aborted_of, texts_of
+
         texts = texts_of(self)
         news = None if texts is None else texts.news()
         step = schedule(self, *args, **kwargs)
@@ -168,6 +123,8 @@ def follow_scheduler(scheduler: Any) -> None:
         if request_ids is not None and not isinstance(request_ids, str):
             request_ids = list(request_ids)
         if Options.of(self.vllm_config.additional_config) is not None and finished_status.name == "FINISHED_ABORTED":
+            from moe_route.integrations.vllm.counts import note_aborted
+
             names = [request_ids] if isinstance(request_ids, str) else request_ids
             known = [self.requests.get(name) for name in (list(self.requests) if names is None else names)]
             note_aborted(self, names, [one for one in known if one is not None and not one.is_finished()])

@@ -14,7 +14,7 @@ from moe_route.base.devices import upload
 from moe_route.base.identity import config_hash
 from moe_route.integrations.vllm import operator, requests
 from moe_route.integrations.vllm.answers import StagePart, content_of, replica_path, saved
-from moe_route.integrations.vllm.counts import FIELD, Known, PendingTokens, StepCounts
+from moe_route.integrations.vllm.counts import ABORTED, FIELD, Known, PendingTokens, StepCounts
 from moe_route.integrations.vllm.options import (
     DEFAULT_PLAN,
     GROUP,
@@ -31,7 +31,6 @@ from moe_route.integrations.vllm.plans import PlanTables, TokenValues, Workers, 
 from moe_route.integrations.vllm.recording import Recording
 from moe_route.integrations.vllm.requests import RequestTable
 from moe_route.integrations.vllm.returned import ReturnedExperts, Routed
-from moe_route.integrations.vllm.seams import ABORTED
 from moe_route.integrations.vllm.sites import Site, check, find_sites, find_stage, hook
 from moe_route.recording.statistics import RecordingError, RoutingStatistics
 from moe_route.recording.trace import Trace

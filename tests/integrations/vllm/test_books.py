@@ -192,8 +192,12 @@ def test_a_full_disk_keeps_the_last_whole_file(
     in_vllm(llm, rows[:2], record=False)
     kept = path.read_bytes()
 
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, f"{path} was not written (no space left on device): free some space")
+    written = files.write
+
+    def full(target: Any, *args: Any, **kwargs: Any) -> None:
+        if Path(target) == path:
+            raise OSError(28, f"{path} was not written (no space left on device): free some space")
+        written(target, *args, **kwargs)
 
     with monkeypatch.context() as patched, caplog.at_level(logging.WARNING, "vllm.moe_route"):
         patched.setattr(files, "write", full)

@@ -101,14 +101,15 @@ FIELDS = {
 
 @cache
 def module(source: str, name: str) -> ast.Module:
-    path = name.replace(".", "/") + ".py"
+    paths = [name.replace(".", "/") + end for end in (".py", "/__init__.py")]
     if source == "installed":
         found = find_spec("vllm")
         assert found is not None
         assert found.origin is not None
-        return ast.parse((Path(found.origin).parents[1] / path).read_text(encoding="utf-8"))
+        path = next(path for one in paths if (path := Path(found.origin).parents[1] / one).is_file())
+        return ast.parse(path.read_text(encoding="utf-8"))
     with zipfile.ZipFile(next(wheel for wheel in WHEELS if wheel.name == source)) as wheel:
-        return ast.parse(wheel.read(path))
+        return ast.parse(wheel.read(next(one for one in paths if one in wheel.namelist())))
 
 
 def class_at(source: str, place: str) -> ast.ClassDef:
