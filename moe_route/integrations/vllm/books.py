@@ -63,12 +63,13 @@ class Books:
         try:
             if verb == "statistics" and self._base is not None:
                 return [self._whole(*args, **(kwargs or {}))]
-            if verb == "record" and self._target is not None and self._recorded:
-                self._base = self._total()  # a new recording adds to the books
+            adds = verb == "record" and self._target is not None and self._recorded
+            before = self._total() if adds else self._base
             answers = self._rpc(self._core, PREFIX + verb, timeout, args, kwargs)
             if verb == "steer" and failed(answers):
                 self._rpc(self._core, f"{PREFIX}take_back")  # from workers that did not refuse it: all steer alike
             whole = joined(answers)
+            self._base = before  # a new recording adds to the books
             self._recorded |= verb == "record"
             self._dirty |= verb in CHANGING
             return whole
