@@ -139,8 +139,8 @@ def doc_pages() -> int:
 
 
 COUNTS: Mapping[str, tuple[Callable[[], int], int]] = {
-    "Python files of the package": (lambda: len(python_files()), 257),
-    "lines of them": (lambda: sum(map(lines, python_files())), 58_500),
+    "Python files of the package": (lambda: len(python_files()), 261),
+    "lines of them": (lambda: sum(map(lines, python_files())), 59_800),
     "lines of the longest": (lambda: max(map(lines, python_files())), 900),
     "files below 30 lines that are no face": (
         lambda: sum(lines(path) < 30 for path in python_files() if not path.name.startswith("__")),

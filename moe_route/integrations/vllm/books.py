@@ -31,7 +31,7 @@ from moe_route.recording.metadata import config_hash_of
 from moe_route.recording.statistics import RoutingStatistics
 from moe_route.recording.store import SequenceStore, is_unnamed
 
-_BETWEEN_WARNINGS = 60.0  # seconds
+BETWEEN_WARNINGS = 60.0  # seconds
 _RANK = re.compile(r"\.rank\d+$")
 logger = logging.getLogger("vllm.moe_route")  # vLLM shows what its own loggers say
 
@@ -53,7 +53,7 @@ class Books:
         self._descriptors: list[int] = []  # of locks
         self._generation = 0
         self._recorded, self._dirty = options.record, False
-        self._due, self._warned = time.monotonic() + options.every, -_BETWEEN_WARNINGS
+        self._due, self._warned = time.monotonic() + options.every, -BETWEEN_WARNINGS
 
     # ---- verbs
 
@@ -228,7 +228,7 @@ class Books:
         try:
             return self._write()
         except Exception as error:  # an engine serves on without its books; the last whole file stays
-            if time.monotonic() - self._warned >= _BETWEEN_WARNINGS:
+            if time.monotonic() - self._warned >= BETWEEN_WARNINGS:
                 self._warned = time.monotonic()
                 logger.warning("moe_route: the statistics were not saved: %s: %s", type(error).__name__, error)
             return None

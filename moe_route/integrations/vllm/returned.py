@@ -188,7 +188,7 @@ def unpacked(array: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray | 
 
 
 def split(choice: Any, experts: int) -> None:
-    """Put weights that came with the ids of a choice, in an answer over HTTP, beside them: ``moe_route.weights``."""
+    """Put weights that came with the ids of a choice, in an answer over HTTP, beside them, into its ``moe_route``."""
     if choice.routed_experts:
         array = np.load(io.BytesIO(base64.b64decode(choice.routed_experts)), allow_pickle=False)
         ids, weights = unpacked(array, experts)

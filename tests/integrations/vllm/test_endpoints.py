@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 import moe_route as mr
-from moe_route.integrations.vllm.endpoints import Front, RequestRefusedError
+from moe_route.integrations.vllm.endpoints import GAUGES, Front, RequestRefusedError
 from moe_route.integrations.vllm.options import Options
 
 PLAN = mr.Plan.forbid({0: [1]})
@@ -94,3 +96,10 @@ def test_values_by_item_want_one_api_server(tmp_path: Path) -> None:
     plan = mr.Plan.replace_scores(np.ones((2, 3, 1, 4), np.float32), layers=[0], items=["x", "y"])
     with pytest.raises(RequestRefusedError, match="--api-server-count 1"):
         put(Client(("done", "hash"), servers=2), content(plan, tmp_path))
+
+
+def test_the_dashboard_asks_for_series_that_there_are() -> None:
+    board = (Path(__file__).parents[3] / "docs" / "grafana.json").read_text(encoding="utf-8")
+    asked = {name.removesuffix("_total") for name in re.findall(r"moe_route_\w+", board)}
+    assert asked == {"moe_route_tokens", "moe_route_unbalanced_tokens", *(f"moe_route_{name}" for name in GAUGES)}
+    assert len(json.loads(board)["panels"]) == len(asked)
