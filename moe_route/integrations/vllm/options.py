@@ -147,6 +147,7 @@ class Options:
         sequences: whether to keep the averages of every sequence, by (item, group).
         trace: whether to keep the experts and weights of every token, or the MoE layers in which to keep them.
         trace_limit: largest number of tokens in a trace.
+        count_cached: whether counted requests route their whole prompt, in the place of reading the prefix cache.
         routed_experts: whether requests may ask for their experts in the answer.
         rows: steering rows that fit in the tables, over all plans. The tables are made once, as CUDA graphs need.
         any_version: whether to run on a vLLM that was not tried.
@@ -164,6 +165,7 @@ class Options:
     sequences: bool = False
     trace: bool | tuple[int, ...] = False
     trace_limit: int = 1_000_000
+    count_cached: bool = True
     routed_experts: bool = False
     rows: int = 16
     any_version: bool = False
@@ -225,7 +227,7 @@ class Options:
             raise EngineNotSupportedError(f'moe_route: "save" is the path of a file, not {self.save!r}')
         if isinstance(self.every, bool) or not isinstance(self.every, (int, float)) or not 0 < self.every < math.inf:
             raise EngineNotSupportedError(f'moe_route: "every" is a number of seconds above 0, not {self.every!r}')
-        for name in ("record", "sequences", "routed_experts", "any_version", "admin"):
+        for name in ("record", "sequences", "count_cached", "routed_experts", "any_version", "admin"):
             if not isinstance(getattr(self, name), bool):
                 raise EngineNotSupportedError(f'moe_route: "{name}" is true or false')
 

@@ -373,9 +373,8 @@ class Prefixes:
         steered = self._workers.steered.get((plan, group))
         params = request.sampling_params
         asks = bool(((params and params.extra_args) or {}).get(WANTED))  # for its experts, and cached tokens have none
-        request.skip_reading_prefix_cache = (
-            request.get_skip_reading_prefix_cache() or asks or (self._workers.counts and group is not None)
-        )
+        counted = self._options.count_cached and self._workers.counts and group is not None
+        request.skip_reading_prefix_cache = request.get_skip_reading_prefix_cache() or asks or counted
         self._salt(request, self._salt_of(steered, request.num_prompt_tokens, item))
 
     def _salt_of(self, steered: Steered | None, prompt: int, item: str | int | None) -> str:
